@@ -1,0 +1,98 @@
+"""What a user reads when a declaration is wrong: every failure at once, each with its fix.
+
+A message has five parts: what failed; which leaf; which rule or field and which mesh; the
+nearest legal alternatives; a fix as code. `Problem` holds one row of that, `raise_all` prints
+every row under one headline, so that nobody mends ten mistakes in ten runs.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class ShardkitError(ValueError):
+    """Base of every error that a user's declaration, config or data can cause."""
+
+
+class MeshError(ShardkitError):
+    """A mesh cannot be built: sizes, axis names or devices do not fit."""
+
+
+class ShardingError(ShardkitError):
+    """Leaves cannot be laid out on a mesh as the rules say."""
+
+
+class BatchError(ShardkitError):
+    """A batch does not have the shape, dtype or rows that the step was compiled for."""
+
+
+class StateError(ShardkitError):
+    """A train state was consumed already, or does not belong to this step."""
+
+
+class StepError(ShardkitError):
+    """A loss, optimizer or option does not form a training step."""
+
+
+class ConfigError(ShardkitError):
+    """A config file or a command line override cannot be used."""
+
+
+class DataError(ShardkitError):
+    """A data source is missing, empty or too small."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One row of an error: the thing at fault, what is wrong with it, and how to mend it.
+
+    Attributes:
+      subject: the leaf (path and `f32[8,4]`), axis, field or file at fault.
+      why: the rule or field, the mesh, and the numbers that do not fit.
+      fix: code that mends it, or "" where `raise_all` is given a common fix.
+    """
+
+    subject: str
+    why: str
+    fix: str = ""
+
+
+def format_problems(headline: str, problems: Sequence[Problem], fix: str = "") -> str:
+    """Lays out a headline, one aligned row per problem, and the distinct fixes."""
+    width = min(48, max((len(p.subject) for p in problems), default=0))
+    rows = [f"  {p.subject:<{width}}  {p.why}" for p in problems]
+    fixes = list(dict.fromkeys([p.fix for p in problems if p.fix] + ([fix] if fix else [])))
+    lines = [headline, *rows]
+    if len(fixes) == 1:
+        lines.append(f"Fix: {fixes[0]}")
+    elif fixes:
+        lines += ["Fix:", *(f"  - {one}" for one in fixes)]
+    return "\n".join(lines)
+
+
+def raise_all(
+    kind: type[ShardkitError], headline: str, problems: Sequence[Problem], fix: str = ""
+) -> None:
+    """Raises `kind` with every problem in one message; does nothing when there is none."""
+    if problems:
+        raise kind(format_problems(headline, problems, fix))
+
+
+def did_you_mean(word: str, options: Iterable[str]) -> str:
+    """Returns `" Did you mean 'tensor'?"` for the closest option, or `""`.
+
+    >>> did_you_mean("tensr", ["data", "tensor"])
+    " Did you mean 'tensor'?"
+    """
+    close = difflib.get_close_matches(word, list(options), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def count(n: int, noun: str) -> str:
+    """Returns `"1 leaf"`, `"2 leaves"`, `"3 axes"`: a number with its noun.
+
+    >>> count(2, "parameter"), count(1, "leaf"), count(3, "leaf")
+    ('2 parameters', '1 leaf', '3 leaves')
+    """
+    plural = {"leaf": "leaves", "axis": "axes"}.get(noun, noun + "s")
+    return f"{n} {noun if n == 1 else plural}"
