@@ -87,7 +87,9 @@ def format_bytes(n: float) -> str:
     """
     for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
         if abs(n) >= 1024**power:
-            return f"{n / 1024**power:.3g} {unit}" if n >= 100 * 1024**power else (
-                f"{n / 1024**power:.2f} {unit}"
+            return (
+                f"{n / 1024**power:.3g} {unit}"
+                if n >= 100 * 1024**power
+                else (f"{n / 1024**power:.2f} {unit}")
             )
     return f"{n:.0f} B"

@@ -1,0 +1,94 @@
+"""`sk.constrain`: logical names on an activation, resolved when a step is lowered.
+
+The names travel as parameters of a primitive, so no jaxpr ever holds a mesh. A context read
+while tracing would be baked into jaxprs that JAX caches by function identity (scan bodies,
+inner `jit`s), and the second mesh or strategy would silently get the first one's constraints.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.extend import core
+from jax.interpreters import ad, batching, mlir
+
+from ._errors import Problem, StepError, format_problems
+from ._tree import short_type
+
+# The dim that `jax.vmap` adds when a step maps over lanes, or a user over anything else.
+LANES = "(lanes)"
+MAPPED = "(mapped)"
+
+Resolver = Callable[[tuple[str | None, ...], tuple[int, ...]], jax.sharding.NamedSharding | None]
+
+_resolver: contextvars.ContextVar[Resolver | None] = contextvars.ContextVar(
+    "constrain", default=None
+)
+
+constrain_p = core.Primitive("shardkit_constrain")
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """States the logical axes of an activation, so that a strategy can lay it out.
+
+    Outside a compiled step, and on one device, this is the identity. Inside a step every call
+    becomes a sharding constraint, or the step does not compile: an unknown name or a dim that
+    the mesh does not divide is an error, never a silently dropped constraint.
+
+    Args:
+      x: an array of any shape and dtype.
+      *names: one logical axis name per dim, None for a dim that stays whole.
+
+    Returns:
+      `x`, unchanged in value.
+
+    Raises:
+      StepError: the number of names is not the rank of `x`.
+
+    >>> import jax.numpy as jnp
+    >>> constrain(jnp.ones((2, 3)), "batch", "embed").shape
+    (2, 3)
+    """
+    shape = jax.numpy.shape(x)
+    if len(names) != len(shape):
+        subject = f"constrain({', '.join(map(repr, names))})"
+        why = f"{len(names)} names for {short_type(shape, jax.numpy.result_type(x))}"
+        fix = "name every dim, None for one that stays whole"
+        raise StepError(format_problems("A constraint does not fit.", [Problem(subject, why)], fix))
+    return constrain_p.bind(x, names=tuple(names))
+
+
+@contextlib.contextmanager
+def resolving(resolver: Resolver) -> Iterator[None]:
+    """Makes `resolver` turn names into shardings while a step's module is lowered."""
+    token = _resolver.set(resolver)
+    try:
+        yield
+    finally:
+        _resolver.reset(token)
+
+
+def _lower(ctx: mlir.LoweringRuleContext, x: Any, *, names: tuple[str | None, ...]) -> Any:
+    resolver = _resolver.get()
+    sharding = resolver(names, ctx.avals_in[0].shape) if resolver else None
+    if sharding is None:
+        return [x]
+    placed = mlir.lower_fun(
+        lambda y: jax.lax.with_sharding_constraint(y, sharding), multiple_results=False
+    )
+    return placed(ctx, x)
+
+
+def _batch(axis_data: Any, args: Any, dims: Any, *, names: tuple[str | None, ...]) -> Any:
+    (x,), (dim,) = args, dims
+    added = LANES if axis_data.name == LANES else MAPPED
+    return constrain_p.bind(x, names=(*names[:dim], added, *names[dim:])), dim
+
+
+constrain_p.def_impl(lambda x, *, names: x)
+constrain_p.def_abstract_eval(lambda x, *, names: x)
+ad.deflinear2(constrain_p, lambda ct, _, *, names: [constrain_p.bind(ct, names=names)])
+batching.fancy_primitive_batchers[constrain_p] = _batch
+mlir.register_lowering(constrain_p, _lower)
