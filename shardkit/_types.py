@@ -1,9 +1,12 @@
 """The small vocabulary that models, losses and steps share."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
+
+from ._errors import Problem, StepError, raise_all
 
 
 @jax.tree_util.register_dataclass
@@ -54,3 +57,47 @@ class Variables:
 
     params: Any
     extra: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """A loss that behaves differently in training and in evaluation, or carries state.
+
+    Attributes:
+      train: `(params, batch, key) -> loss`, or with state
+        `(params, batch, key, extra) -> (loss, metrics, extra)`.
+      evaluate: the same signature, without dropout and with frozen statistics.
+      stateful: whether both take and return `extra`.
+    """
+
+    train: Callable[..., Any]
+    evaluate: Callable[..., Any]
+    stateful: bool = False
+
+    def __call__(self, *args: Any) -> Any:
+        """Calls the training form."""
+        return self.train(*args)
+
+
+@dataclasses.dataclass(frozen=True)
+class Accumulate:
+    """How a step splits its batch into micro-batches, and when it reduces their gradients.
+
+    Attributes:
+      steps: number of micro-batches; micro-batch i holds rows i, i+steps, i+2·steps, ….
+      reduce: `"once"` keeps each device's gradients apart until one reduction after the last
+        micro-batch (costs one unreduced copy of the gradients on each device); `"each"` reduces
+        after every micro-batch (gradients stay as sharded as the parameters, and statistics of
+        a batch norm are those of the whole micro-batch).
+    """
+
+    steps: int = 1
+    reduce: str = "once"
+
+    def __post_init__(self) -> None:
+        bad = []
+        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
+            bad.append(Problem("accumulate", f"{self.steps!r} is not a positive int"))
+        if self.reduce not in ("once", "each"):
+            bad.append(Problem("reduce", f"{self.reduce!r} is not 'once' or 'each'"))
+        raise_all(StepError, "Accumulation is declared wrongly.", bad, "accumulate=4")

@@ -1,0 +1,27 @@
+"""`TrainState`: everything a training step reads and replaces."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """One pytree that the step consumes (donated) and returns.
+
+    Attributes:
+      step: i32[], number of updates made.
+      params: pytree of arrays in the precision's parameter dtype.
+      opt_state: state of the optax chain.
+      extra: mutable model state (batch statistics), `{}` for models that have none.
+      key: typed PRNG key[], never advanced: the key of step t is `fold_in(key, t)`, so a
+        resumed run draws what an uninterrupted one would have drawn.
+    """
+
+    step: Any
+    params: Any
+    opt_state: Any
+    extra: Any
+    key: Any
