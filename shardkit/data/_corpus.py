@@ -1,0 +1,146 @@
+"""Where the bytes come from, and which of them the model never trains on.
+
+The embedded corpus is the source of the Python standard library, which every machine that runs
+shardkit already has. Files go to the held-out side by a hash of their relative path, so that
+neither the order of a directory, nor a seed, nor a mesh, nor a file added later moves one.
+"""
+
+import dataclasses
+import hashlib
+import os
+import sysconfig
+from collections.abc import Iterable
+from pathlib import Path
+
+from .._errors import DataError, Problem, count, format_problems
+
+# A file ends with this byte, so that a model learns where files begin.
+END = b"\0"
+
+# Left out of the standard library: what is installed beside it (site-packages), what not every
+# distribution ships or what newer versions dropped (test suites, IDLE, Tk, distutils, lib2to3,
+# ensurepip), and what a generator wrote (codec tables, pydoc's topics, build configuration).
+SKIPPED = frozenset(
+    "__pycache__ site-packages dist-packages test tests idle_test idlelib tkinter turtledemo "
+    "distutils lib2to3 ensurepip encodings pydoc_data".split()
+)
+_GENERATED = ("_sysconfigdata", "config-")  # files and folders at the top
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Bytes in two parts that share no file.
+
+    Attributes:
+      source: what was read, in words.
+      train: the training files, each followed by a zero byte.
+      held_out: the same for the files that are only scored.
+      train_files: number of files in `train`.
+      held_out_files: number of files in `held_out`.
+    """
+
+    source: str
+    train: bytes = dataclasses.field(repr=False)
+    held_out: bytes = dataclasses.field(repr=False)
+    train_files: int
+    held_out_files: int
+
+
+def is_held_out(name: str, share: float) -> bool:
+    """Says on which side a file falls, from its relative path alone.
+
+    Args:
+      name: path relative to the corpus, with `/`.
+      share: expected fraction of files held out, in (0, 1).
+
+    >>> sum(is_held_out(f"package/module_{i}.py", 0.05) for i in range(1000))
+    48
+    """
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def standard_library(share: float = 0.05) -> Corpus:
+    """Reads the Python standard library's own source files.
+
+    Args:
+      share: expected fraction of files held out.
+
+    Returns:
+      The corpus of the running interpreter: other Python versions give other bytes.
+
+    Raises:
+      DataError: the interpreter has no `.py` files (a zipped or frozen library).
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    names = [n for n in _relative_names(root, SKIPPED) if n.endswith(".py")]
+    names = [n for n in names if not n.startswith(_GENERATED)]
+    version = sysconfig.get_python_version()
+    return _split(f"the Python {version} standard library", root, names, share)
+
+
+def read_corpus(path: str | Path, share: float = 0.05) -> Corpus:
+    """Reads a user's text, byte by byte.
+
+    Args:
+      path: a folder, whose files (but for hidden ones) are split by path; or one file, whose
+        last `share` of bytes is held out.
+      share: fraction held out.
+
+    Raises:
+      DataError: the path is missing, cannot be read, or leaves either side empty.
+    """
+    root = Path(path).expanduser()
+    if root.is_dir():
+        return _split(f"the files in {root}", root, _relative_names(root, frozenset()), share)
+    text = _read(root)
+    cut = len(text) - round(share * len(text))
+    return _checked(f"the file {root}", [text[:cut]], [text[cut:]], share)
+
+
+def _relative_names(root: Path, skipped: frozenset[str]) -> list[str]:
+    """Lists the files below `root`, without hidden ones and without entering skipped folders."""
+    names = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [f for f in folders if f not in skipped and not f.startswith(".")]
+        below = Path(folder).relative_to(root)
+        names += [(below / f).as_posix() for f in files if not f.startswith(".")]
+    return sorted(names)
+
+
+def _split(source: str, root: Path, names: Iterable[str], share: float) -> Corpus:
+    sides: tuple[list[bytes], list[bytes]] = ([], [])
+    for name in names:
+        sides[is_held_out(name, share)].append(_read(root / name))
+    return _checked(source, sides[0], sides[1], share)
+
+
+def _checked(source: str, train: list[bytes], held_out: list[bytes], share: float) -> Corpus:
+    train = [text for text in train if text]
+    held_out = [text for text in held_out if text]
+    if not train and not held_out:
+        problem = Problem(source, "holds no bytes.", _USE_TEXT)
+        raise DataError(format_problems("The corpus is empty.", [problem]))
+    if not train or not held_out:
+        side, files = ("held-out", train) if train else ("training", held_out)
+        why = f"all of its {count(len(files), 'file')} fell on the other side of data.held_out"
+        problem = Problem(source, f"{why}={share:g}.", "--set data.held_out=0.2, or add files")
+        raise DataError(format_problems(f"The {side} part of the corpus is empty.", [problem]))
+    return Corpus(source, _join(train), _join(held_out), len(train), len(held_out))
+
+
+def _join(texts: list[bytes]) -> bytes:
+    return b"".join(text + END for text in texts)
+
+
+_USE_TEXT = "--set data.path=FOLDER_OF_TEXT, or leave data.path out for the standard library"
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        problem = Problem(f"data.path={str(path)!r}", "there is no such file or folder.", _USE_TEXT)
+    except OSError as error:
+        problem = Problem(str(path), f"{error.strerror}.", f"chmod u+r {str(path)!r}")
+    raise DataError(format_problems("The text cannot be read.", [problem]))
