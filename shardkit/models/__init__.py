@@ -1,0 +1,23 @@
+"""Reference models in flax nnx; they name logical axes only."""
+
+from ._attention import attention
+from ._block import block, rms_norm, rotate, rotation
+from ._config import DecoderConfig
+from ._cross_entropy import cross_entropy
+from ._decoder import Decoder, parameter_count
+from ._loss import decoder_loss
+from ._sizes import SIZES
+
+__all__ = [
+    "SIZES",
+    "Decoder",
+    "DecoderConfig",
+    "attention",
+    "block",
+    "cross_entropy",
+    "decoder_loss",
+    "parameter_count",
+    "rms_norm",
+    "rotate",
+    "rotation",
+]

@@ -1,0 +1,130 @@
+"""One decoder block as a pure function of its weights and the residual stream.
+
+Dims: B batch, T length, E embed, N heads, K kv_heads, H head_dim, F mlp.
+
+Logical axes of activations. The residual stream between branches is
+`("batch", "residual_length", "embed")`, what a branch works on is `("batch", "length", "embed")`,
+so that a strategy may split the stream over length without splitting the length that attention
+and products see. Inside: `("batch", "length", "heads", "head_dim")`, the same with `"kv_heads"`,
+and `("batch", "length", "mlp")`.
+
+Names for checkpoint policies: `attn_in` and `mlp_in` (a branch's normed input, which a split
+stream gathers), `qkv` (queries, keys and values after rotation), `attn_mix` (what attention
+returns), `mlp_hidden` (gate and up products), `attn_out` and `mlp_out` (what a branch adds to
+the stream, which split products reduce).
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from .._constrain import constrain
+from ._attention import attention
+from ._config import DecoderConfig
+
+Rotation = tuple[jax.Array, jax.Array]
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """Returns x / √(mean(x²) + eps) · scale over the last dim, in f32 inside."""
+    wide = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
+    return (wide * inverse * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def rotation(length: int, head_dim: int, theta: float) -> Rotation:
+    """Returns cosine and sine, f32[length, 1, head_dim / 2], of each position's angles."""
+    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angle = jnp.arange(length, dtype=jnp.float32)[:, None, None] * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x_BTNH: jax.Array, by: Rotation) -> jax.Array:
+    """Turns the pairs (i, i + H/2) of every head by its position's angles (arXiv:2104.09864)."""
+    cos, sin = by
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate(turned, -1).astype(x_BTNH.dtype)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zeroes a share `rate` of `x` and scales the rest up; all of `x` where key is None."""
+    if key is None or rate == 0:
+        return x
+    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
+
+
+def block(
+    config: DecoderConfig,
+    weights: Mapping[str, jax.Array],
+    x_BTE: jax.Array,
+    by: Rotation,
+    segment_ids: jax.Array | None = None,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Returns the residual stream after one block: x + attention(norm x), then + mlp(norm x).
+
+    Args:
+      config: the decoder's sizes.
+      weights: one layer's arrays, by the names of `Layers`.
+      x_BTE: residual stream, [batch, length, embed].
+      by: what `rotation` returned for this length.
+      segment_ids: i32[batch, length], or None where every row is one segment.
+      key: draws dropout; None for none.
+    """
+    keys = (None, None) if key is None else tuple(jax.random.split(key))
+    with jax.named_scope("attention"):
+        h = _branch_input(config, x_BTE, weights["attn_norm"], "attn_in")
+        y = _attend(config, weights, h, by, segment_ids)
+        x_BTE = x_BTE + _branch_output(config, y, keys[0], "attn_out")
+    with jax.named_scope("mlp"):
+        h = _branch_input(config, x_BTE, weights["mlp_norm"], "mlp_in")
+        y = _feed_forward(weights, h)
+        x_BTE = x_BTE + _branch_output(config, y, keys[1], "mlp_out")
+    return constrain(x_BTE, "batch", "residual_length", "embed")
+
+
+def _branch_input(
+    config: DecoderConfig, x_BTE: jax.Array, scale: jax.Array, name: str
+) -> jax.Array:
+    h = rms_norm(x_BTE, scale, config.norm_eps)
+    return checkpoint_name(constrain(h, "batch", "length", "embed"), name)
+
+
+def _branch_output(
+    config: DecoderConfig, y_BTE: jax.Array, key: jax.Array | None, name: str
+) -> jax.Array:
+    """Marks what a branch adds; constrained before anything else, so one reduction is enough."""
+    y = checkpoint_name(constrain(y_BTE, "batch", "residual_length", "embed"), name)
+    return dropout(y, config.dropout, key)
+
+
+def _attend(
+    config: DecoderConfig,
+    weights: Mapping[str, jax.Array],
+    h_BTE: jax.Array,
+    by: Rotation,
+    segment_ids: jax.Array | None,
+) -> jax.Array:
+    q = jnp.einsum("bte,enh->btnh", h_BTE, weights["query"])
+    k = jnp.einsum("bte,ekh->btkh", h_BTE, weights["key"])
+    v = jnp.einsum("bte,ekh->btkh", h_BTE, weights["value"])
+    q = constrain(rotate(q, by), "batch", "length", "heads", "head_dim")
+    k = constrain(rotate(k, by), "batch", "length", "kv_heads", "head_dim")
+    v = constrain(v, "batch", "length", "kv_heads", "head_dim")
+    q, k, v = checkpoint_name((q, k, v), "qkv")
+    mixed = attention(
+        q, k, v, causal=True, segment_ids=segment_ids, implementation=config.attention
+    )
+    mixed = constrain(mixed, "batch", "length", "heads", "head_dim")
+    return jnp.einsum("btnh,nhe->bte", mixed, weights["out"])
+
+
+def _feed_forward(weights: Mapping[str, jax.Array], h_BTE: jax.Array) -> jax.Array:
+    gate = constrain(h_BTE @ weights["gate"], "batch", "length", "mlp")
+    up = constrain(h_BTE @ weights["up"], "batch", "length", "mlp")
+    gate, up = checkpoint_name((gate, up), "mlp_hidden")
+    return (jax.nn.silu(gate) * up) @ weights["down"]

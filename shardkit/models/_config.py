@@ -1,0 +1,117 @@
+"""The declaration of a decoder: sizes and choices, checked when they are stated."""
+
+import dataclasses
+
+from .._errors import ConfigError, Problem, did_you_mean, raise_all
+
+ATTENTIONS = ("auto", "blocked", "xla", "cudnn")
+_COUNTS = ("vocab", "embed", "layers", "heads", "mlp", "loss_chunks")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """A Llama-family decoder: RMSNorm, rotary embedding, grouped queries, SwiGLU, no biases.
+
+    Attributes:
+      vocab: number of tokens.
+      embed: width of the residual stream.
+      layers: number of blocks; they are stacked and scanned, so compile time ignores it.
+      heads: query heads.
+      mlp: width inside the feed-forward branch.
+      kv_heads: key and value heads, a divisor of `heads`; None: as many as `heads`.
+      head_dim: width of one head, even; None: `embed // heads`.
+      tied: whether the output head is the embedding table.
+      rope_theta: base of the rotary frequencies.
+      norm_eps: added to the mean square inside every norm.
+      dropout: share of each branch's output that is dropped in training.
+      z_loss: weight of `logsumexp(logits) ** 2`, which keeps logits from drifting.
+      loss_chunks: parts of the vocabulary whose logits live one after another. 1 keeps the
+        whole logits and saves one product in four of the head; more bounds memory.
+      attention: `"auto"` takes cuDNN on GPUs for 16-bit types and `"blocked"` elsewhere;
+        `"blocked"`, `"xla"`, `"cudnn"` are what they say (see `attention`).
+
+    Raises:
+      ConfigError: sizes that do not fit together, all of them in one message.
+
+    >>> config = DecoderConfig(vocab=256, embed=64, layers=2, heads=4, mlp=176, kv_heads=2)
+    >>> config.head_size, config.group
+    (16, 2)
+    """
+
+    vocab: int
+    embed: int
+    layers: int
+    heads: int
+    mlp: int
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    tied: bool = False
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    dropout: float = 0.0
+    z_loss: float = 0.0
+    loss_chunks: int = 1
+    attention: str = "auto"
+
+    def __post_init__(self) -> None:
+        headline = "DecoderConfig does not describe a decoder."
+        raise_all(ConfigError, headline, _count_problems(self) or _fit_problems(self))
+
+    @property
+    def key_heads(self) -> int:
+        """Key and value heads: `kv_heads`, or `heads` where that is None."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def head_size(self) -> int:
+        """Width of one head: `head_dim`, or `embed // heads` where that is None."""
+        return self.embed // self.heads if self.head_dim is None else self.head_dim
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key and value head."""
+        return self.heads // self.key_heads
+
+
+def _count_problems(c: DecoderConfig) -> list[Problem]:
+    """Sizes that are no positive integers; nothing else can be said before these are right."""
+    optional = [n for n in ("kv_heads", "head_dim") if getattr(c, n) is not None]
+    return [
+        Problem(f"{name}={getattr(c, name)!r}", "must be an integer of at least 1", f"{name}=1")
+        for name in (*_COUNTS, *optional)
+        if type(getattr(c, name)) is not int or getattr(c, name) < 1
+    ]
+
+
+def _fit_problems(c: DecoderConfig) -> list[Problem]:
+    rows = []
+    if c.head_dim is None and c.embed % c.heads:
+        why = f"embed={c.embed} is not divisible by heads={c.heads}, and head_dim is None"
+        near = _nearest_divisor(c.embed, c.heads)
+        rows.append(Problem(f"heads={c.heads}", why, f"heads={near}, or head_dim=64"))
+    if c.head_size % 2:
+        why = f"rotary embedding turns pairs, so head_dim must be even (embed={c.embed})"
+        fix = f"head_dim={c.head_size + 1}"
+        rows.append(Problem(f"head_dim={c.head_size}", why, fix))
+    if c.heads % c.key_heads:
+        near = _nearest_divisor(c.heads, c.key_heads)
+        why = f"does not divide heads={c.heads}"
+        rows.append(Problem(f"kv_heads={c.key_heads}", why, f"kv_heads={near}"))
+    if c.vocab % c.loss_chunks:
+        near = _nearest_divisor(c.vocab, c.loss_chunks)
+        why = f"does not divide vocab={c.vocab}"
+        rows.append(Problem(f"loss_chunks={c.loss_chunks}", why, f"loss_chunks={near}"))
+    if not 0 <= c.dropout < 1:
+        why = "is a share, at least 0 and below 1"
+        rows.append(Problem(f"dropout={c.dropout}", why, "dropout=0.1"))
+    if c.attention not in ATTENTIONS:
+        why = f"is unknown; known: {', '.join(ATTENTIONS)}."
+        why += did_you_mean(str(c.attention), ATTENTIONS)
+        rows.append(Problem(f"attention={c.attention!r}", why, 'attention="auto"'))
+    return rows
+
+
+def _nearest_divisor(whole: int, wish: int) -> int:
+    """The divisor of `whole` nearest to `wish`, the smaller of two."""
+    near = (d for d in range(1, whole + 1) if whole % d == 0)
+    return min(near, key=lambda d: (abs(d - wish), d))

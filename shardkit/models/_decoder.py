@@ -1,0 +1,167 @@
+"""The reference model: a decoder whose layers are stacked arrays and one scanned body.
+
+Logical axes of parameters: `vocab`, `embed`, `layers`, `heads`, `kv_heads`, `head_dim`, `mlp`, and
+`norm` for the scales of norms. A scale has the width of `embed`, but it is a few kilobytes that
+every device multiplies with: it has a name of its own so that splitting `embed` does not
+split it, and costs no gather.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from .._constrain import constrain
+from .._remat import remat
+from ._block import block, rms_norm, rotation
+from ._config import DecoderConfig
+
+_TRUNCATED_STD = 0.87962566103423978  # of a standard normal cut at two deviations
+
+
+def _param(value: jax.Array, *axes: str) -> nnx.Param:
+    """A parameter with its logical axes, outside any mesh: flax would look for one at once."""
+    return nnx.Param(value, out_sharding=axes, eager_sharding=False)
+
+
+def _normal(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
+    """f32 draws of deviation 1/√fan_in, none beyond two deviations."""
+    scale = fan_in**-0.5 / _TRUNCATED_STD
+    return scale * jax.random.truncated_normal(key, -2.0, 2.0, shape, jnp.float32)
+
+
+class Layers(nnx.Module):
+    """The weights of all blocks, each stacked over a leading `layers` dim, f32.
+
+    Products start as truncated normals of deviation 1/√fan_in; those whose result is added to the
+    residual stream are divided by √(2 · layers) on top, so that its size does not grow with
+    depth. Every layer draws from a key of its own.
+
+    Attributes:
+      query: [layers, embed, heads, head_dim]; key, value: the same with kv_heads.
+      out: [layers, heads, head_dim, embed].
+      gate, up: [layers, embed, mlp]; down: [layers, mlp, embed].
+      attn_norm, mlp_norm: [layers, embed].
+    """
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
+        c, width = config, config.heads * config.head_size
+        thin = 2 * c.layers
+
+        def stacked(shape: tuple[int, ...], fan_in: int, *axes: str) -> nnx.Param:
+            keys = jax.random.split(rngs.params(), c.layers)
+            value = jax.vmap(lambda key: _normal(key, shape, fan_in))(keys)
+            return _param(value, "layers", *axes)
+
+        kv_shape, kv_axes = (c.embed, c.key_heads, c.head_size), ("embed", "kv_heads", "head_dim")
+        self.query = stacked((c.embed, c.heads, c.head_size), c.embed, "embed", "heads", "head_dim")
+        self.key = stacked(kv_shape, c.embed, *kv_axes)
+        self.value = stacked(kv_shape, c.embed, *kv_axes)
+        self.out = stacked(
+            (c.heads, c.head_size, c.embed), width * thin, "heads", "head_dim", "embed"
+        )
+        self.gate = stacked((c.embed, c.mlp), c.embed, "embed", "mlp")
+        self.up = stacked((c.embed, c.mlp), c.embed, "embed", "mlp")
+        self.down = stacked((c.mlp, c.embed), c.mlp * thin, "mlp", "embed")
+        self.attn_norm = _param(jnp.ones((c.layers, c.embed)), "layers", "norm")
+        self.mlp_norm = _param(jnp.ones((c.layers, c.embed)), "layers", "norm")
+
+    def weights(self) -> dict[str, jax.Array]:
+        """The arrays by name, each with its leading `layers` dim."""
+        return {name: x[...] for name, x in vars(self).items() if isinstance(x, nnx.Param)}
+
+
+class Decoder(nnx.Module):
+    """A Llama-family decoder in flax nnx, from token ids to logits.
+
+    It names logical axes alone: no line of it changes with the parallelism. Outside a compiled
+    step the names do nothing, and the model is an ordinary nnx module.
+
+    Attributes:
+      config: the sizes.
+      embedding: f32[vocab, embed], drawn with deviation 1/√embed.
+      layers: the stacked blocks.
+      norm: f32[embed], scale of the last norm.
+      head: f32[embed, vocab]; None where `config.tied`.
+      deterministic: whether dropout is off; `model.eval()` and `model.train()` set it.
+
+    >>> from flax import nnx
+    >>> import jax, jax.numpy as jnp
+    >>> config = DecoderConfig(vocab=16, embed=8, layers=2, heads=2, mlp=16)
+    >>> model = Decoder(config, nnx.Rngs(0))
+    >>> hidden = model(jnp.zeros((1, 4), jnp.int32))
+    >>> hidden.shape, model.logits(hidden).shape
+    ((1, 4, 8), (1, 4, 16))
+    """
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
+        c = self.config = config
+        table = _normal(rngs.params(), (c.vocab, c.embed), c.embed)
+        self.embedding = _param(table, "vocab", "embed")
+        self.layers = Layers(c, rngs)
+        self.norm = _param(jnp.ones((c.embed,)), "norm")
+        self.head = self._untied_head(rngs)
+        self.deterministic = False
+
+    def _untied_head(self, rngs: nnx.Rngs) -> nnx.Param | None:
+        if self.config.tied:
+            return None
+        shape = (self.config.embed, self.config.vocab)
+        return _param(_normal(rngs.params(), shape, self.config.embed), "embed", "vocab")
+
+    def __call__(
+        self,
+        inputs: jax.Array,
+        segment_ids: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns the last norm's output, from which `logits` and the loss are computed.
+
+        Args:
+          inputs: i32[batch, length], token ids.
+          segment_ids: i32[batch, length]; tokens see only their own segment. None: one each row.
+          key: draws dropout; without it, or when `deterministic`, nothing is dropped.
+
+        Returns:
+          [batch, length, embed] in the dtype of the parameters.
+        """
+        c = self.config
+        by = rotation(inputs.shape[1], c.head_size, c.rope_theta)
+        drop = key is not None and c.dropout > 0 and not self.deterministic
+        keys = jax.random.split(key, c.layers) if drop else None
+
+        def body(x: jax.Array, layer: tuple[Mapping[str, Any], Any]) -> tuple[jax.Array, None]:
+            weights, layer_key = layer
+            return block(c, weights, x, by, segment_ids, layer_key), None
+
+        with jax.named_scope("embedding"):
+            x = jnp.take(self.embedding[...], inputs, axis=0)
+            x = constrain(x, "batch", "residual_length", "embed")
+        with jax.named_scope("layers"):
+            x, _ = jax.lax.scan(remat(body, scanned=True), x, (self.layers.weights(), keys))
+        hidden = rms_norm(x, self.norm[...], c.norm_eps)
+        return constrain(hidden, "batch", "length", "embed")
+
+    def output_table(self) -> jax.Array:
+        """[embed, vocab]: the head, or the embedding turned over where it is tied."""
+        return self.embedding[...].T if self.head is None else self.head[...]
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Returns f32[..., vocab] of any part of what `__call__` returned, [..., embed].
+
+        One position's logits cost one row: `model.logits(hidden[:, -1])` is what sampling needs.
+        """
+        return jnp.matmul(hidden, self.output_table(), preferred_element_type=jnp.float32)
+
+
+def parameter_count(config: DecoderConfig) -> int:
+    """Number of parameters of a decoder, without building it.
+
+    >>> parameter_count(DecoderConfig(vocab=16, embed=8, layers=2, heads=2, mlp=16))
+    1576
+    """
+    abstract = jax.eval_shape(lambda: nnx.state(Decoder(config, nnx.Rngs(0)), nnx.Param))
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(abstract))
