@@ -1,0 +1,50 @@
+"""Rules that give every leaf of a pytree its spec, checked all at once."""
+
+from ._axes import AxisRules
+from ._check import check_batch, check_spec
+from ._path import PathRules
+from ._resolve import check, collect, headline, resolve
+from ._rule import (
+    REPLICATED,
+    Chain,
+    Decided,
+    Decision,
+    Entry,
+    Passed,
+    Refused,
+    Rule,
+    chain,
+    flatten,
+)
+from ._shape import ShardLargest, shard_largest
+from ._specs import axes_of, format_mesh, format_spec, from_axes, mesh_sizes, normalise, shards
+
+__all__ = [
+    "REPLICATED",
+    "AxisRules",
+    "Chain",
+    "Decided",
+    "Decision",
+    "Entry",
+    "Passed",
+    "PathRules",
+    "Refused",
+    "Rule",
+    "ShardLargest",
+    "axes_of",
+    "chain",
+    "check",
+    "check_batch",
+    "check_spec",
+    "collect",
+    "flatten",
+    "format_mesh",
+    "format_spec",
+    "from_axes",
+    "headline",
+    "mesh_sizes",
+    "normalise",
+    "resolve",
+    "shard_largest",
+    "shards",
+]

@@ -1,0 +1,173 @@
+"""All leaves at once: each gets the spec its rule gives, or everything wrong is listed."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from jax.sharding import PartitionSpec
+
+from .._errors import Problem, ShardingError, count, raise_all
+from .._tree import Leaf
+from ._check import check_spec, share_fixes
+from ._rule import Decided, Entry, Passed, Refused, Rule, flatten
+from ._specs import HasShape, format_mesh, mesh_sizes, normalise
+
+
+@dataclasses.dataclass(frozen=True)
+class Unmatched(Problem):
+    """An entry of a rule that matches no leaf."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """How one leaf got its spec, or why it has none.
+
+    Attributes:
+      leaf: the leaf.
+      spec: its spec in normal form, or None when something is wrong.
+      source: the rule that decided, "" when none did.
+      entry: position of that rule in the chain, and key of the entry in it.
+      passed: what each rule asked before it said, in order.
+      why: a reason the rule gave for its spec, or "".
+      problems: what is wrong.
+    """
+
+    leaf: Leaf
+    spec: PartitionSpec | None
+    source: str = ""
+    entry: tuple[int, str] | None = None
+    passed: tuple[str, ...] = ()
+    why: str = ""
+    problems: tuple[Problem, ...] = ()
+
+
+def place(rule: Rule, leaf: Leaf, mesh: Mapping[str, int]) -> Placement:
+    """Asks a rule for the spec of one leaf and checks it. A scalar is whole without asking."""
+    if not leaf.shape:
+        return Placement(leaf, PartitionSpec(), "a scalar is replicated")
+    passed: list[str] = []
+    for position, one in enumerate(flatten(rule)):
+        decision = one.decide(leaf, mesh)
+        if isinstance(decision, Passed):
+            passed.append(decision.why)
+        elif isinstance(decision, Refused):
+            return Placement(leaf, None, passed=tuple(passed), problems=decision.problems)
+        else:
+            return _checked(leaf, decision, mesh, position, tuple(passed))
+    why = f"no rule decides it ({'; '.join(passed)})" if passed else "there is no rule"
+    fix = "chain(rules, REPLICATED) replicates what no rule decides, or add a rule for each"
+    undecided = Problem(str(leaf), why, fix)
+    return Placement(leaf, None, passed=tuple(passed), problems=(undecided,))
+
+
+def _checked(
+    leaf: Leaf, decided: Decided, mesh: Mapping[str, int], position: int, passed: tuple[str, ...]
+) -> Placement:
+    problems = check_spec(leaf, decided.spec, mesh, decided.source, dims=decided.dims)
+    return Placement(
+        leaf,
+        None if problems else normalise(decided.spec),
+        decided.source,
+        (position, decided.entry),
+        passed,
+        decided.why,
+        tuple(problems),
+    )
+
+
+def unmatched(rule: Rule, leaves: Sequence[Leaf]) -> list[Entry]:
+    """Lists the entries of a rule that match no leaf, required or not."""
+    return [e for e in rule.entries() if not any(map(e.matches, leaves))]
+
+
+def collect(
+    rule: Rule,
+    leaves: Sequence[Leaf],
+    mesh: Mapping[str, int] | HasShape,
+    *,
+    what: str = "parameters",
+) -> tuple[dict[str, PartitionSpec], list[Problem]]:
+    """Resolves what can be resolved, and lists everything that cannot.
+
+    Args:
+      rule: the rule for every leaf; a scalar is replicated whatever it says.
+      leaves: all leaves the rule is for, so that an entry that matches none can be told.
+      mesh: the mesh, or `{axis: size}`.
+      what: what the leaves are, in the plural, for messages.
+
+    Returns:
+      Specs in normal form by path, of the leaves without a problem, and the problems.
+    """
+    sizes = mesh_sizes(mesh)
+    placements = [place(rule, leaf, sizes) for leaf in leaves]
+    problems = [problem for placed in placements for problem in placed.problems]
+    if leaves:
+        problems += [
+            Unmatched(
+                entry.source,
+                f"matches none of the {len(leaves)} {what}.{entry.nearest(list(leaves))}",
+                "mend or remove it, or PathRules(..., allow_unmatched=True)",
+            )
+            for entry in unmatched(rule, leaves)
+            if entry.required
+        ]
+    specs = {p.leaf.path: p.spec for p in placements if p.spec is not None}
+    return specs, share_fixes(problems, sizes)
+
+
+def check(
+    rule: Rule,
+    leaves: Sequence[Leaf],
+    mesh: Mapping[str, int] | HasShape,
+    *,
+    what: str = "parameters",
+) -> list[Problem]:
+    """Lists everything that keeps `leaves` from being laid out; see `collect`."""
+    return collect(rule, leaves, mesh, what=what)[1]
+
+
+def resolve(
+    rule: Rule,
+    leaves: Sequence[Leaf],
+    mesh: Mapping[str, int] | HasShape,
+    *,
+    what: str = "parameters",
+) -> dict[str, PartitionSpec]:
+    """Gives every leaf its spec.
+
+    Args:
+      rule: the rule for every leaf; a scalar is replicated whatever it says.
+      leaves: all leaves the rule is for.
+      mesh: the mesh, or `{axis: size}`.
+      what: what the leaves are, in the plural, for the message.
+
+    Returns:
+      The spec of each leaf by path: no trailing None, no tuple of one axis.
+
+    Raises:
+      ShardingError: with everything that is wrong, in any leaf or rule.
+
+    >>> import numpy as np
+    >>> from jax.sharding import PartitionSpec as P
+    >>> from shardkit.rules import PathRules
+    >>> leaf = Leaf("up/kernel", (4, 8), np.dtype("float32"))
+    >>> resolve(PathRules({"**/kernel": P(None, "tensor")}), [leaf], {"data": 2, "tensor": 4})
+    {'up/kernel': P(None, 'tensor')}
+    """
+    specs, problems = collect(rule, leaves, mesh, what=what)
+    raise_all(ShardingError, headline(problems, mesh, what), problems)
+    return specs
+
+
+def headline(
+    problems: Sequence[Problem], mesh: Mapping[str, int] | HasShape, what: str = "parameters"
+) -> str:
+    """Says how many leaves cannot be laid out on the mesh, and how many rules match nothing."""
+    where = f"on mesh {format_mesh(mesh_sizes(mesh))}"
+    idle = {p.subject for p in problems if isinstance(p, Unmatched)}
+    n = len({p.subject for p in problems} - idle)
+    counted = count(n, what.removesuffix("s")) if what.endswith("s") else what
+    parts = [f"{counted} cannot be laid out {where}"] if n else []
+    if idle:
+        match = "match" if len(idle) > 1 else "matches"
+        parts.append(f"{count(len(idle), 'rule')} {match} nothing")
+    return f"{', and '.join(parts)}."

@@ -1,0 +1,147 @@
+"""What a rule is: a frozen object that gives a leaf its spec, or says why it passes."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from jax.sharding import PartitionSpec
+
+from .._errors import Problem
+from .._tree import Leaf
+
+
+@dataclasses.dataclass(frozen=True)
+class Decided:
+    """A rule's spec for one leaf.
+
+    Attributes:
+      spec: the spec as declared; `resolve` checks it against the leaf and the mesh.
+      source: what an error or `explain` names: `PathRules["**/up/kernel"]`.
+      entry: the key of the rule's `Entry` that decided, "" where the rule is one whole.
+      dims: the source of each dim of the spec, where they differ: `AxisRules['mlp' → 'tensor']`.
+      why: a reason worth showing, such as "12 elements < min_size".
+    """
+
+    spec: PartitionSpec
+    source: str
+    entry: str = ""
+    dims: tuple[str, ...] = ()
+    why: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Passed:
+    """A rule leaves a leaf to the next rule, because of `why`."""
+
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Refused:
+    """A rule is meant for a leaf and cannot serve it: an error, not a pass."""
+
+    problems: tuple[Problem, ...]
+
+
+Decision = Decided | Passed | Refused
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One part of a rule that may turn out to match nothing.
+
+    Attributes:
+      key: what a user wrote: a glob, a logical axis.
+      source: how errors name it: `PathRules["**/up/kernel"]`.
+      required: matching no leaf at all is an error, not merely worth a line in `explain`.
+      matches: whether it applies to a leaf, whatever comes before it.
+      nearest: given every leaf, the text of a did-you-mean, or "".
+    """
+
+    key: str
+    source: str
+    required: bool
+    matches: Callable[[Leaf], bool]
+    nearest: Callable[[list[Leaf]], str]
+
+
+class Rule(Protocol):
+    """Maps a leaf (path, shape, dtype, logical axes) to a spec, or passes.
+
+    Rules are frozen data, combined with `chain`. One more kind of rule is one more frozen
+    dataclass with these two methods.
+    """
+
+    def decide(self, leaf: Leaf, mesh: Mapping[str, int]) -> Decision:
+        """Gives `leaf` a spec on a mesh of `{axis: size}`, passes, or refuses."""
+        ...
+
+    def entries(self) -> tuple[Entry, ...]:
+        """Lists the parts that should each match some leaf."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Replicated:
+    """Whole on every device: a rule that decides any leaf, and a value in `PathRules`."""
+
+    def decide(self, leaf: Leaf, mesh: Mapping[str, int]) -> Decided:
+        """Gives every leaf the empty spec."""
+        return Decided(PartitionSpec(), "REPLICATED")
+
+    def entries(self) -> tuple[Entry, ...]:
+        """Nothing: a catch-all may well catch nothing."""
+        return ()
+
+    def __repr__(self) -> str:
+        return "REPLICATED"
+
+
+REPLICATED = Replicated()
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """Rules in order: the first that does not pass decides. Made by `chain`."""
+
+    rules: tuple[Rule, ...]
+
+    def decide(self, leaf: Leaf, mesh: Mapping[str, int]) -> Decision:
+        """Gives the first decision or refusal, else passes with every reason."""
+        reasons = []
+        for rule in self.rules:
+            decision = rule.decide(leaf, mesh)
+            if not isinstance(decision, Passed):
+                return decision
+            reasons.append(decision.why)
+        return Passed("; ".join(reasons))
+
+    def entries(self) -> tuple[Entry, ...]:
+        """Lists the entries of all its rules."""
+        return tuple(entry for rule in self.rules for entry in rule.entries())
+
+    def __repr__(self) -> str:
+        return f"chain({', '.join(map(repr, self.rules))})"
+
+
+def flatten(rule: Rule) -> tuple[Rule, ...]:
+    """Lists the rules that are asked in turn: a chain's, or the rule alone."""
+    return rule.rules if isinstance(rule, Chain) else (rule,)
+
+
+def chain(*rules: Rule) -> Rule:
+    """Combines rules: for each leaf, the first that does not pass decides.
+
+    Chains of chains are flat, so `chain(a, chain(b, c)) == chain(a, b, c)`.
+
+    Args:
+      *rules: any number of rules, most specific first. End with `REPLICATED` to replicate
+        what none of them decides.
+
+    Returns:
+      A rule.
+
+    >>> chain(REPLICATED, chain(REPLICATED))
+    chain(REPLICATED, REPLICATED)
+    """
+    return Chain(tuple(one for rule in rules for one in flatten(rule)))

@@ -1,0 +1,63 @@
+"""A rule by shape: split the largest dim that divides."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from jax.sharding import PartitionSpec
+
+from .._tree import Leaf
+from ._rule import Decided, Decision, Entry, Passed
+from ._specs import Axes, axes_of, from_axes, ways
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardLargest:
+    """Splits the largest dim that divides. Made by `shard_largest`."""
+
+    axes: tuple[str, ...]
+    min_size: int
+
+    def decide(self, leaf: Leaf, mesh: Mapping[str, int]) -> Decision:
+        """Splits the largest divisible dim, replicates a small leaf, or passes."""
+        elements = math.prod(leaf.shape)
+        if elements < self.min_size:
+            why = f"{elements} elements < min_size"
+            return Decided(PartitionSpec(), repr(self), why=why)
+        if not set(self.axes) <= set(mesh):
+            # The spec's own check says which axis the mesh lacks.
+            return Decided(from_axes([self.axes]), repr(self))
+        parts = ways(self.axes, mesh)
+        fitting = [dim for dim, size in enumerate(leaf.shape) if size % parts == 0]
+        if not fitting:
+            return Passed(f"{self!r}: no dim of {list(leaf.shape)} is a multiple of {parts}")
+        largest = max(fitting, key=lambda dim: leaf.shape[dim])
+        return Decided(from_axes([()] * largest + [self.axes]), repr(self))
+
+    def entries(self) -> tuple[Entry, ...]:
+        """Nothing: the rule speaks of every leaf."""
+        return ()
+
+    def __repr__(self) -> str:
+        axes = self.axes[0] if len(self.axes) == 1 else self.axes
+        size = f", min_size={self.min_size}" if self.min_size else ""
+        return f"shard_largest({axes!r}{size})"
+
+
+def shard_largest(axes: Axes, *, min_size: int = 0) -> ShardLargest:
+    """Makes a rule that splits the largest dim of a leaf, whatever the leaf is called.
+
+    Among the dims that the mesh axes divide it takes the largest, the first among equals; it
+    passes a leaf of which they divide no dim.
+
+    Args:
+      axes: the mesh axis, or a tuple of axes that split one dim together.
+      min_size: a leaf of fewer elements is replicated: gathering it costs more than keeping it.
+
+    Returns:
+      A rule.
+
+    >>> shard_largest("fsdp", min_size=1024)
+    shard_largest('fsdp', min_size=1024)
+    """
+    return ShardLargest(axes_of(axes), min_size)

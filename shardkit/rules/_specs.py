@@ -1,0 +1,82 @@
+"""Specs as data: how they print, their normal form, and which axes cut which dim."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+from jax.sharding import PartitionSpec
+
+Axes = str | tuple[str, ...] | None
+
+
+class HasShape(Protocol):
+    """A `jax.sharding.Mesh`, a `MeshSpec` without -1: whatever has `{axis: size}`."""
+
+    @property
+    def shape(self) -> Mapping[str, int]:
+        """Size of each mesh axis."""
+        ...
+
+
+def mesh_sizes(mesh: Mapping[str, int] | HasShape) -> dict[str, int]:
+    """Returns `{axis: size}` of a mesh, a `MeshSpec` without -1, or a mapping."""
+    return dict(mesh if isinstance(mesh, Mapping) else mesh.shape)
+
+
+def axes_of(entry: Axes) -> tuple[str, ...]:
+    """Lists the mesh axes of one entry of a spec.
+
+    >>> axes_of(None), axes_of("data"), axes_of(("fsdp", "tensor"))
+    ((), ('data',), ('fsdp', 'tensor'))
+    """
+    if entry is None:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def from_axes(entries: Iterable[Iterable[str]]) -> PartitionSpec:
+    """Makes the normal form of a spec from the mesh axes of each dim.
+
+    >>> from_axes([("data", "fsdp"), (), ("tensor",), ()])
+    P(('data', 'fsdp'), None, 'tensor')
+    """
+    dims: list[Axes] = []
+    for entry in map(tuple, entries):
+        dims.append(entry if len(entry) > 1 else entry[0] if entry else None)
+    while dims and dims[-1] is None:
+        dims.pop()
+    return PartitionSpec(*dims)
+
+
+def normalise(spec: PartitionSpec) -> PartitionSpec:
+    """Drops trailing Nones and unwraps tuples of one, so that equal layouts compare equal.
+
+    >>> normalise(PartitionSpec(("data",), None))
+    P('data',)
+    """
+    return from_axes(map(axes_of, spec))
+
+
+def ways(axes: Iterable[str], mesh: Mapping[str, int]) -> int:
+    """Returns into how many parts mesh axes cut a dim together: their product."""
+    return math.prod(mesh[axis] for axis in axes)
+
+
+def shards(spec: PartitionSpec, mesh: Mapping[str, int]) -> int:
+    """Returns into how many different shards a spec cuts an array."""
+    return math.prod(ways(axes_of(entry), mesh) for entry in spec)
+
+
+def format_spec(spec: PartitionSpec) -> str:
+    """Returns `P(None, 'tensor')`, on every version of JAX.
+
+    >>> format_spec(PartitionSpec(None, ("fsdp", "tensor"))), format_spec(PartitionSpec("data"))
+    ("P(None, ('fsdp', 'tensor'))", "P('data')")
+    """
+    names = ("P.UNCONSTRAINED" if e is PartitionSpec.UNCONSTRAINED else repr(e) for e in spec)
+    return f"P({', '.join(names)})"
+
+
+def format_mesh(mesh: Mapping[str, int]) -> str:
+    """Returns `(data=2, tensor=4)`."""
+    return f"({', '.join(f'{axis}={size}' for axis, size in mesh.items())})"
