@@ -1,0 +1,140 @@
+"""Devices in the order of a mesh: real, simulated, or known to a compiler only."""
+
+import importlib.util
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils, topologies
+from jax.sharding import AxisType, Mesh
+
+from .._errors import MeshError, Problem, count, format_problems
+from ._target import Target
+
+
+def target_devices(target: Target) -> list[Any]:
+    """Lists the devices of a target.
+
+    Args:
+      target: the machine's own devices, its first n CPU devices, or TPU devices that only
+        the compiler knows.
+
+    Returns:
+      Devices of JAX, in its order.
+
+    Raises:
+      MeshError: there are fewer CPU devices, the `[tpu]` extra is not installed, the TPU
+        compiler does not know the shape, or the target is a GPU that is not in this process.
+    """
+    if target.kind == "local":
+        return jax.devices()
+    if target.kind == "cpu":
+        return _cpu_devices(target)
+    if target.kind == "tpu":
+        return _tpu_devices(target)
+    why = "GPUs that are not here are compiled for in a child process"
+    _refuse(target, why, f"shardkit explain CONFIG --target {target}, or build() on their machine")
+
+
+def _cpu_devices(target: Target) -> list[Any]:
+    devices, wanted = jax.devices("cpu"), target.shape[0]
+    if len(devices) < wanted:
+        why = f"{wanted} CPU devices are wanted, this process has {len(devices)}"
+        fix = f"sk.simulate_devices({wanted}) right after the imports, before JAX starts"
+        _refuse(target, why, fix)
+    return devices[:wanted]
+
+
+def _tpu_devices(target: Target) -> list[Any]:
+    if importlib.util.find_spec("libtpu") is None:
+        why = "the TPU compiler (libtpu) is not installed"
+        _refuse(target, why, 'install the extra: pip install "shardkit[tpu]"')
+    options: dict[str, Any] = {"num_slices": target.slices} if target.slices > 1 else {}
+    if target.chip == "v4":
+        # By default the compiler shows a v4 chip as two devices; its runtime shows one.
+        options["chip_config_name"] = "megacore"
+    # Without this, libtpu waits for a metadata server that only a TPU machine has.
+    before = os.environ.get("TPU_SKIP_MDS_QUERY")
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    try:
+        topology = topologies.get_topology_desc(
+            platform="tpu", topology_name=target.topology, **options
+        )
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        _refuse(target, f"the TPU compiler says: {reason}", f"tpu:{target.chip}:... it can form")
+    finally:
+        os.environ.pop("TPU_SKIP_MDS_QUERY")
+        if before is not None:
+            os.environ["TPU_SKIP_MDS_QUERY"] = before
+    return list(topology.devices)
+
+
+def arrange(
+    devices: Sequence[Any], ici: Mapping[str, int], dcn: Mapping[str, int], *, as_given: bool
+) -> Mesh:
+    """Lays devices out as a mesh with Auto axis types.
+
+    Args:
+      devices: as many as the mesh has places.
+      ici: size of each axis within a slice, in mesh order; no -1.
+      dcn: number of slices along the axes that cross slices.
+      as_given: keep the order of `devices`, row-major, contiguous blocks of it being the
+        slices. Otherwise real devices are placed as their network runs.
+
+    Returns:
+      The mesh; an axis of size i within a slice and d across slices has size d x i, slices
+      outermost.
+
+    Raises:
+      MeshError: `dcn` does not agree with the slices or processes that the devices form.
+    """
+    inner = tuple(ici.values())
+    outer = tuple(dcn.get(axis, 1) for axis in ici)
+    # `slice_index` exists only on devices that know of slices.
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    processes = {device.process_index for device in devices}
+    if math.prod(outer) == 1 and not as_given and devices[0].platform != "cpu":
+        grid = mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=True)
+    elif math.prod(outer) > 1 and not as_given and max(len(slices), len(processes)) > 1:
+        by_process = len(slices) == 1
+        _agree(dcn, len(processes) if by_process else len(slices), by_process=by_process)
+        grid = mesh_utils.create_hybrid_device_mesh(
+            inner,
+            outer,
+            devices,
+            process_is_granule=by_process,
+            allow_split_physical_axes=True,
+        )
+    else:
+        grid = _blocks(devices, inner, outer)
+    return Mesh(grid, tuple(ici), axis_types=(AxisType.Auto,) * len(inner))
+
+
+def _blocks(devices: Sequence[Any], inner: tuple[int, ...], outer: tuple[int, ...]) -> np.ndarray:
+    """Cuts the devices into contiguous blocks, one per slice, and joins these along each axis."""
+    flat = np.empty(len(devices), dtype=object)
+    flat[:] = devices
+    grid = flat.reshape(outer + inner)
+    n = len(inner)
+    pairs = [dim for axis in range(n) for dim in (axis, n + axis)]
+    sizes = [d * i for d, i in zip(outer, inner, strict=True)]
+    return grid.transpose(pairs).reshape(sizes)
+
+
+def _agree(dcn: Mapping[str, int], present: int, *, by_process: bool) -> None:
+    wanted = math.prod(dcn.values())
+    if wanted != present:
+        groups = f"{present} processes" if by_process else f"{present} slices"
+        why = f"needs {count(wanted, 'slice')}, the devices form {groups}"
+        fix = f"dcn sizes with product {present}, or no dcn for one fast network"
+        problem = Problem(f"dcn={dict(dcn)}", why)
+        raise MeshError(format_problems("The mesh does not fit its slices.", [problem], fix))
+
+
+def _refuse(target: Target, why: str, fix: str) -> NoReturn:
+    headline = "The target's devices cannot be had."
+    raise MeshError(format_problems(headline, [Problem(str(target), why)], fix))

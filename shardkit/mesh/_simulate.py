@@ -1,0 +1,63 @@
+"""Simulated devices: one CPU made to look like several."""
+
+import os
+import re
+from typing import NoReturn
+
+import jax
+
+from .._errors import MeshError, Problem, count, format_problems
+
+_FLAG = "--xla_force_host_platform_device_count"
+
+
+def simulate_devices(n: int) -> None:
+    """Makes JAX show `n` CPU devices, each a part of this machine's processor.
+
+    Call it right after the imports: JAX fixes its devices with the first array, key or
+    `jax.devices()`. Called later, it does nothing when JAX has just these devices. Unless
+    `JAX_PLATFORMS` says otherwise it also selects the CPU, so that `jax.devices()` lists the
+    simulated devices on a machine with an accelerator too. They show what a program does on
+    a mesh, never how fast.
+
+    Args:
+      n: number of devices of this process.
+
+    Raises:
+      MeshError: `n` is not a positive int, JAX has started with other devices, or
+        `XLA_FLAGS` asks for another number.
+    """
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        _refuse(n, f"{n!r} is not a positive int", "sk.simulate_devices(8)")
+    flagged = re.findall(rf"{_FLAG}=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    if flagged and int(flagged[-1]) != n:
+        why = f"XLA_FLAGS in the environment asks for {count(int(flagged[-1]), 'device')}"
+        _refuse(
+            n,
+            why,
+            f"remove {_FLAG}={flagged[-1]} from XLA_FLAGS, or sk.simulate_devices({flagged[-1]})",
+        )
+    try:
+        jax.config.update("jax_num_cpu_devices", n)
+    except RuntimeError:
+        _check_started(n)
+        return
+    if not jax.config.jax_platforms:  # pyright: ignore[reportAttributeAccessIssue]
+        jax.config.update("jax_platforms", "cpu")
+
+
+def _check_started(n: int) -> None:
+    present = len(jax.devices("cpu"))
+    if present != n:
+        _refuse(
+            n,
+            f"JAX has started already, with {count(present, 'CPU device')}",
+            f"call sk.simulate_devices({n}) right after the imports, before the first array, key "
+            f"or jax.devices(); or set XLA_FLAGS={_FLAG}={n} in the environment; or use a child "
+            f"process: shardkit.testing.simulated_devices({n})",
+        )
+
+
+def _refuse(n: object, why: str, fix: str) -> NoReturn:
+    problem = Problem(f"simulate_devices({n!r})", why)
+    raise MeshError(format_problems("Devices cannot be simulated.", [problem], fix))

@@ -1,0 +1,226 @@
+"""The declaration of a mesh: named sizes, as data."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jax.sharding import Mesh
+
+from .._errors import MeshError, Problem, count, did_you_mean, format_problems, raise_all
+from ._build import arrange, target_devices
+from ._shapes import shapes_that_fit
+from ._target import Target
+
+_RESERVED = ("dcn",)
+
+
+@dataclasses.dataclass(frozen=True, init=False, repr=False)
+class MeshSpec:
+    """Named sizes of a device mesh. Nothing touches a device before `build`.
+
+    The order of the names is the order of the mesh's axes; put last what communicates most.
+    One size may be -1: what the devices leave. `dcn` says how many slices or hosts an axis
+    crosses: `MeshSpec(data=2, tensor=4, dcn={"data": 4})` has `data` = 4 x 2 = 8, made of 4
+    slices with 2 places each, and uses 32 devices.
+
+    Attributes:
+      sizes: `(axis, size within a slice)` in mesh order; also as the dict `axes`.
+      slices: `(axis, number of slices)` for the axes that cross slices; also as `dcn`.
+
+    >>> spec = MeshSpec(data=2, tensor=-1)
+    >>> str(spec), spec.resolve(8)
+    ('data=2, tensor=-1', {'data': 2, 'tensor': 4})
+    >>> MeshSpec(data=2, tensor=4, dcn={"data": 4}).shape
+    {'data': 8, 'tensor': 4}
+    """
+
+    sizes: tuple[tuple[str, int], ...]
+    slices: tuple[tuple[str, int], ...]
+
+    def __init__(self, *, dcn: Mapping[str, int] | None = None, **sizes: int) -> None:
+        """Takes the sizes and checks them.
+
+        Args:
+          dcn: number of slices (or hosts, where a host is the unit of the fast network) along
+            an axis. The axis' whole size is this times its own.
+          **sizes: size of each axis within a slice; one may be -1.
+
+        Raises:
+          MeshError: with everything that is wrong with the names and sizes.
+        """
+        slices = dict(dcn or {})
+        raise_all(MeshError, "The mesh cannot be declared.", _faults(sizes, slices))
+        object.__setattr__(self, "sizes", tuple(sizes.items()))
+        object.__setattr__(self, "slices", tuple((a, slices[a]) for a in sizes if a in slices))
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """Size of each axis within a slice, in mesh order, as declared."""
+        return dict(self.sizes)
+
+    @property
+    def dcn(self) -> dict[str, int]:
+        """Number of slices along each axis that crosses slices."""
+        return dict(self.slices)
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """Whole size of each axis, slices included, as `jax.sharding.Mesh.shape` has it.
+
+        Raises:
+          MeshError: a size is -1, so that it depends on the devices.
+        """
+        if open_axes := [axis for axis, size in self.sizes if size == -1]:
+            why = f"{open_axes[0]}=-1 depends on the number of devices"
+            problem = Problem(repr(self), why, f"give {open_axes[0]} a size, or build() the mesh")
+            raise MeshError(format_problems("The mesh has no sizes yet.", [problem]))
+        return {axis: size * self.dcn.get(axis, 1) for axis, size in self.sizes}
+
+    @property
+    def size(self) -> int:
+        """Number of devices.
+
+        Raises:
+          MeshError: a size is -1.
+        """
+        return math.prod(self.shape.values())
+
+    def with_axes(self, **sizes: int) -> "MeshSpec":
+        """Returns a copy with other sizes for some of its axes.
+
+        Args:
+          **sizes: new size within a slice, by axis.
+
+        Raises:
+          MeshError: an axis is not in this mesh, or a size is not legal.
+        """
+        problems = [
+            Problem(
+                f"{axis}={size!r}",
+                f"the mesh has axes {', '.join(self.axes)}.{did_you_mean(axis, self.axes)}",
+                "MeshSpec(...) declares new axes",
+            )
+            for axis, size in sizes.items()
+            if axis not in self.axes
+        ]
+        raise_all(MeshError, "The mesh has no such axis.", problems)
+        return MeshSpec(dcn=self.dcn, **{**self.axes, **sizes})
+
+    def resolve(self, n_devices: int) -> dict[str, int]:
+        """Returns the whole size of each axis on a number of devices, slices included.
+
+        Args:
+          n_devices: number of devices, all of which the mesh must use.
+
+        Raises:
+          MeshError: the sizes do not make that number.
+        """
+        return self._filled(n_devices, f"{count(n_devices, 'device')} present").shape
+
+    def build(
+        self, target: str | Target | None = None, *, devices: Sequence[Any] | None = None
+    ) -> Mesh:
+        """Makes the mesh, always with Auto axis types.
+
+        Real devices are placed as their network runs, by `jax.experimental.mesh_utils`.
+        Simulated devices, and those given, keep their order: row-major, with contiguous
+        blocks of them as the slices of `dcn`.
+
+        Args:
+          target: None or `"local"` for all devices of this machine; `"cpu:8"` for the first 8
+            CPU devices; `"tpu:v5p:4x4x4"` for TPUs that only their compiler knows.
+          devices: exactly these devices, in this order, instead of a target.
+
+        Returns:
+          The mesh, axes in declared order.
+
+        Raises:
+          MeshError: the sizes do not make the number of devices, `dcn` does not agree with
+            their slices or processes, or the devices cannot be had.
+        """
+        if target is not None and devices is not None:
+            problem = Problem(f"build({str(target)!r}, devices=[...])", "both say which devices")
+            raise MeshError(format_problems("Too many devices.", [problem], "give one of them"))
+        wanted = Target.parse(target) if isinstance(target, str) else target or Target("local")
+        found = target_devices(wanted) if devices is None else list(devices)
+        kinds = ", ".join(sorted({device.platform for device in found})) or "none"
+        filled = self._filled(len(found), f"{len(found)} present ({kinds})")
+        return arrange(found, filled.axes, filled.dcn, as_given=devices is not None)
+
+    def _filled(self, n_devices: int, present: str) -> "MeshSpec":
+        """Returns a copy without -1 that uses exactly `n_devices`."""
+        fixed = math.prod(size for _, size in self.sizes if size != -1)
+        known = fixed * math.prod(slices for _, slices in self.slices)
+        open_axes = [axis for axis, size in self.sizes if size == -1]
+        if n_devices and n_devices % known == 0:
+            if open_axes:
+                return self.with_axes(**{open_axes[0]: n_devices // known})
+            if n_devices == known:
+                return self
+        why, fixes = self._misfit(n_devices, known, open_axes, present)
+        headline = f"The mesh does not fit {count(n_devices, 'device')}."
+        raise MeshError(format_problems(headline, [Problem(repr(self), why)], "; or ".join(fixes)))
+
+    def _misfit(
+        self, n_devices: int, known: int, open_axes: list[str], present: str
+    ) -> tuple[str, list[str]]:
+        """Returns why the sizes do not make `n_devices`, and the ways out."""
+        fixes = []
+        slices = math.prod(self.dcn.values())
+        if n_devices and n_devices % slices == 0:
+            per_slice = n_devices // slices
+            each = f" in each of {slices} slices" if slices > 1 else ""
+            near = {axis: max(1, size) for axis, size in self.sizes}
+            shapes = shapes_that_fit(per_slice, near)
+            fixes.append(f"meshes that fit {per_slice}{each} ({' x '.join(near)}): {shapes}")
+        else:
+            fixes.append(f"dcn sizes whose product divides {n_devices}, not {slices}")
+        if open_axes:
+            return f"{open_axes[0]}=-1 leaves {n_devices} / {known}, not whole; {present}", fixes
+        freed = next((a for a, s in self.sizes if n_devices and n_devices % (known // s) == 0), "")
+        if freed:
+            fixes.append(f"{self.with_axes(**{freed: -1})!r}")
+        if known > n_devices:
+            fixes.append(f"sk.simulate_devices({known}) before JAX starts, for a dry run")
+            return f"needs {count(known, 'device')}, {present}", fixes
+        fixes.append(f"build(devices=jax.devices()[:{known}]) to leave the others idle")
+        return f"uses {known} of {count(n_devices, 'device')}, {present}", fixes
+
+    def __str__(self) -> str:
+        rows = [f"{axis}={size}" for axis, size in self.sizes]
+        return ", ".join(rows + ([f"dcn={self.dcn}"] if self.slices else []))
+
+    def __repr__(self) -> str:
+        return f"MeshSpec({self})"
+
+
+def _faults(sizes: Mapping[str, Any], slices: Mapping[str, Any]) -> list[Problem]:
+    """Lists everything that is wrong with names and sizes, before any device is known."""
+    problems = []
+    if not sizes:
+        problems.append(Problem("MeshSpec()", "no axis", "MeshSpec(data=-1)"))
+    for axis, size in sizes.items():
+        if not axis.isidentifier() or axis in _RESERVED:
+            why = "an axis is named by an identifier"
+            problems.append(Problem(f"axis {axis!r}", why, "MeshSpec(data=2, tensor=4)"))
+        if not _is_size(size) and size != -1:
+            why = f"{size!r} is not a positive int, nor -1 for what the devices leave"
+            problems.append(Problem(f"{axis}={size!r}", why, f"{axis}=2, or {axis}=-1"))
+    if len(filled := [axis for axis, size in sizes.items() if size == -1]) > 1:
+        shown = ", ".join(f"{axis}=-1" for axis in filled)
+        fix = f"give {' or '.join(filled)} a size"
+        problems.append(Problem(shown, "only one size may be -1", fix))
+    for axis, size in slices.items():
+        subject = f"dcn={{{axis!r}: {size!r}}}"
+        if axis not in sizes:
+            why = f"the mesh has axes {', '.join(sizes)}.{did_you_mean(axis, sizes)}"
+            problems.append(Problem(subject, why, f"one of {', '.join(map(repr, sizes))}"))
+        if not _is_size(size):
+            why = f"{size!r} is not a positive number of slices"
+            problems.append(Problem(subject, why, f"dcn={{{axis!r}: 2}}"))
+    return problems
+
+
+def _is_size(size: Any) -> bool:
+    return isinstance(size, int) and not isinstance(size, bool) and size > 0
