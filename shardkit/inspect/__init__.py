@@ -1,0 +1,16 @@
+"""What a compiled step is: its collectives, memory, FLOPs, findings and budgets."""
+
+from shardkit.inspect._ledger import Ledger, LedgerError, Row, read_ledger, wire_bytes
+from shardkit.inspect._program import CompiledBytes, Declared, Placed, Program
+
+__all__ = [
+    "CompiledBytes",
+    "Declared",
+    "Ledger",
+    "LedgerError",
+    "Placed",
+    "Program",
+    "Row",
+    "read_ledger",
+    "wire_bytes",
+]

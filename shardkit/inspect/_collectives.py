@@ -1,0 +1,228 @@
+"""Walks a compiled program from its entry and finds every collective it executes."""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+
+from shardkit.inspect._groups import Span, read_groups, read_pairs, span_of_groups, span_of_pairs
+from shardkit.inspect._hlo import Computation, Instruction, Module, Shape, parse
+from shardkit.inspect._scope import phase_of, scope_of
+from shardkit.inspect._trips import Loops
+
+KINDS = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+    "ragged-all-to-all",
+)
+# A collective as it stands in the text, independent of the parser that is checked against it.
+SPELLED = re.compile(r"[\])}] (?:" + "|".join(KINDS) + r")(?:-start)?\(")
+
+# Compute that can hide a transfer; everything else in a schedule is bookkeeping or memory traffic.
+_COMPUTE = frozenset(
+    "fusion dot convolution custom-call while call conditional reduce sort scatter gather".split()
+)
+# Computations that these name are run once per execution; others name a scalar combiner.
+_RUNS = frozenset({"fusion", "call", "async-start", "custom-call", "conditional", "while"})
+_COMBINERS = frozenset(
+    "reduce reduce-window scatter sort map select-and-scatter all-reduce reduce-scatter "
+    "all-reduce-start reduce-scatter-start async-update async-done topk".split()
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A collective and how the program reaches it; see `Row` for the words."""
+
+    kind: str
+    instruction: Instruction
+    computation: str
+    operands: tuple[Shape, ...]
+    span: Span
+    trips: int | None
+    conditional: bool
+    overlapped: bool
+    op_name: str
+
+    @property
+    def scope(self) -> str:
+        """The model's scope."""
+        return scope_of(self.op_name)
+
+    @property
+    def phase(self) -> str:
+        """Phase of the step."""
+        return phase_of(self.op_name)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Path:
+    """How the walk came to a computation."""
+
+    trips: int | None = 1
+    conditional: bool = False
+    overlapped: bool = False
+    op_name: str = ""
+
+
+def find(hlo: str, mesh: Sequence[tuple[str, int]]) -> tuple[list[Found], list[str]]:
+    """Finds the collectives of a program, and what of it could not be read."""
+    module = parse(hlo)
+    walk = _Walk(module, mesh)
+    found = list(walk.computation(module.entry, _Path())) if module.entry else []
+    reached = {(one.computation, one.instruction.name) for one in found} | walk.unread
+    for computation in module.computations.values():
+        for instruction in computation.instructions.values():
+            known = (computation.name, instruction.name) in reached
+            if not known and kind_of(instruction):
+                walk.problems.append(f"nothing runs {instruction.name} of {computation.name}")
+    return found, [*module.problems, *walk.problems]
+
+
+def kind_of(instruction: Instruction) -> str | None:
+    """The collective that an instruction starts; None if it is none, or only ends one."""
+    base = instruction.opcode.removesuffix("-start")
+    return base if base in KINDS else None
+
+
+class _Walk:
+    """Follows calls through one module, multiplying trips on the way."""
+
+    def __init__(self, module: Module, mesh: Sequence[tuple[str, int]]) -> None:
+        self._module = module
+        self._mesh = mesh
+        self._loops = Loops(module)
+        self.problems: list[str] = []
+        self.unread: set[tuple[str, str]] = set()
+
+    def computation(self, name: str, path: _Path) -> Iterator[Found]:
+        """Collectives of a computation and of everything it calls."""
+        here = self._module.computations.get(name)
+        if here is None:
+            self.problems.append(f"computation {name} is called but not in the text")
+            return
+        for instruction in here.instructions.values():
+            if kind := kind_of(instruction):
+                found = self._collective(kind, instruction, here, path)
+                yield from [found] if found else []
+            elif self._unknown(instruction):
+                where = f"{instruction.opcode} {instruction.name}"
+                self.problems.append(f"{where}: an unknown kind of collective")
+            elif instruction.calls:
+                yield from self._called(instruction, here, path)
+
+    def _unknown(self, instruction: Instruction) -> bool:
+        """Whether something that is not known moves data between devices."""
+        if instruction.opcode.endswith(("-done", "-update")):
+            return False
+        if instruction.opcode == "send":
+            return "_xla_send_recv_source_target_pairs" in instruction.rest
+        return "replica_groups=" in instruction.rest or "source_target_pairs=" in instruction.rest
+
+    def _called(self, call: Instruction, here: Computation, path: _Path) -> Iterator[Found]:
+        """Collectives of the computations that an instruction runs."""
+        if call.opcode in _COMBINERS:
+            return
+        known = call.opcode in _RUNS or call.opcode.endswith("-start")
+        inner = dataclasses.replace(
+            path,
+            op_name=call.op_name or path.op_name,
+            conditional=path.conditional or call.opcode == "conditional",
+            overlapped=path.overlapped or self._overlapped(call, here),
+        )
+        for key, callee in call.calls:
+            after = inner
+            if call.opcode == "while":
+                after = dataclasses.replace(inner, trips=self._trips(call, here, path, key))
+            found = list(self.computation(callee, after))
+            if found and not known:
+                self.problems.append(f"{call.opcode} {call.name} runs collectives: unknown trips")
+            if found and after.trips is None and path.trips is not None:
+                self.problems.append(
+                    f"loop {call.name} runs {len(found)} collectives an unknown number of times; "
+                    "each is counted once"
+                )
+            yield from found
+
+    def _trips(self, loop: Instruction, here: Computation, path: _Path, key: str) -> int | None:
+        """Executions per step of a loop's body or condition."""
+        trips = self._loops.trips(here.name, loop.name)
+        if trips is None or path.trips is None:
+            return None
+        return path.trips * (trips + 1 if key == "condition" else trips)
+
+    def _collective(
+        self, kind: str, instruction: Instruction, here: Computation, path: _Path
+    ) -> Found | None:
+        try:
+            span = self._span(kind, instruction)
+            operands = tuple(s for name in instruction.operands for s in _shapes(here, name))
+        except ValueError as error:
+            self.problems.append(f"{kind} {instruction.name}: {error}")
+            self.unread.add((here.name, instruction.name))
+            return None
+        # The TPU compiler spells a reduce-scatter as a fusion of an all-reduce and a slice.
+        if kind == "all-reduce" and here.name.startswith("all-reduce-scatter"):
+            kind = "reduce-scatter"
+        return Found(
+            kind=kind,
+            instruction=instruction,
+            computation=here.name,
+            operands=operands,
+            span=span,
+            trips=path.trips,
+            conditional=path.conditional,
+            overlapped=path.overlapped or self._overlapped(instruction, here),
+            op_name=instruction.op_name or path.op_name,
+        )
+
+    def _span(self, kind: str, instruction: Instruction) -> Span:
+        """Mesh axes of a collective."""
+        attrs = instruction.attrs
+        if kind == "collective-permute":
+            pairs = read_pairs(attrs["source_target_pairs"])
+            return span_of_pairs(pairs, self._mesh)
+        devices = self._module.num_partitions
+        # Without use_global_device_ids the groups of these three number replicas, of which an
+        # SPMD program has one: with a channel all its partitions take part, without one none do.
+        by_replica = kind in ("all-reduce", "all-gather", "reduce-scatter")
+        if by_replica and attrs.get("use_global_device_ids") != "true":
+            groups = "{}" if "channel_id" in attrs else "{{0}}"
+        else:
+            groups = attrs.get("replica_groups", "{}")
+        return span_of_groups(read_groups(groups, devices), self._mesh)
+
+    def _overlapped(self, start: Instruction, here: Computation) -> bool:
+        """Whether the schedule runs compute between a `-start` and its `-done`."""
+        if not (start.opcode.endswith("-start") and self._module.scheduled):
+            return False
+        names = list(here.instructions)
+        between = False
+        pending = {start.name}
+        for name in names[names.index(start.name) + 1 :]:
+            instruction = here.instructions[name]
+            if pending & set(instruction.operands):
+                if instruction.opcode.endswith("-done"):
+                    return between
+                pending.add(name)
+            elif instruction.opcode in _COMPUTE and not self._only_moves(instruction):
+                between = True
+        return False
+
+    def _only_moves(self, instruction: Instruction) -> bool:
+        """Whether a fusion is itself a collective."""
+        for _, callee in instruction.calls:
+            called = self._module.computations.get(callee)
+            if called and any(kind_of(inner) for inner in called.instructions.values()):
+                return instruction.opcode == "fusion"
+        return False
+
+
+def _shapes(here: Computation, name: str) -> tuple[Shape, ...]:
+    """Arrays of an operand."""
+    if name not in here.instructions:
+        raise ValueError(f"operand {name} is not in the text")
+    return here.instructions[name].shapes

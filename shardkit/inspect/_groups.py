@@ -1,0 +1,168 @@
+"""Maps the device groups of a collective back to the axes of the user's mesh.
+
+A compiled program numbers devices by their position in the mesh, row by row, whatever their
+hardware ids are. It prints groups of such positions in three forms:
+
+* `{{0,1},{2,3}}`: the groups themselves;
+* `[4,2]<=[2,2,2]T(0,2,1)`: positions reshaped to `[2,2,2]`, transposed, cut into 4 groups of 2;
+* `mesh['data'=2,'tensor'=4] {'tensor'}`: a mesh of XLA's own (not always the user's, and with
+  other names on older versions), and the axes of it that vary inside a group. `'b':(2)4` is a
+  part of axis `b`: the factor 4 behind a factor 2. `device_ids=([4,2]T(1,0))` or `(0,2,1,3)`
+  says in which order the positions fill that mesh.
+
+So names are never trusted: every form becomes arrays of positions first, and the mesh axes are
+those whose coordinate varies inside a group.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+_IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?$")
+_MESH = re.compile(
+    r"mesh\[(?P<sizes>[^\]]*)\](?:,\s*device_ids=\((?P<ids>.*)\))?\s*\{(?P<axes>.*)\}$"
+)
+_IDS = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?$")
+_AXIS = re.compile(r"['\"]?([^'\",:=]+)['\"]?(?::\((\d+)\)(\d+))?")
+_SIZE = re.compile(r"['\"]?([^'\",=]+)['\"]?=(\d+)")
+
+Mesh = Sequence[tuple[str, int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """What a collective spans.
+
+    Attributes:
+      axes: mesh axes along which members of one group differ, in mesh order.
+      size: devices in a group; for a permutation, positions along `axes`.
+      whole: every group is all of `axes`; False where it is only a part, as when an axis is cut.
+    """
+
+    axes: tuple[str, ...]
+    size: int
+    whole: bool = True
+
+
+def read_groups(text: str, devices: int) -> list[np.ndarray]:
+    """Reads `replica_groups` in any printed form.
+
+    Args:
+      text: the attribute, as printed.
+      devices: number of devices; `{}` means one group of all.
+
+    Returns:
+      i64[size] positions per group.
+
+    Raises:
+      ValueError: the text has none of the known forms.
+
+    >>> [list(map(int, g)) for g in read_groups("[4,2]<=[2,2,2]T(0,2,1)", 8)]
+    [[0, 2], [1, 3], [4, 6], [5, 7]]
+    >>> [list(map(int, g)) for g in read_groups("mesh['a'=2,'b'=4] {'b':(1)2}", 8)]
+    [[0, 2], [1, 3], [4, 6], [5, 7]]
+    """
+    text = text.strip()
+    if text in ("{}", "{{}}"):
+        return [np.arange(devices)]
+    if text.startswith("{{"):
+        return [np.array(_ints(group)) for group in re.findall(r"\{([\d,\s]+)\}", text)]
+    if match := _IOTA.match(text):
+        shape, dims, order = match.groups()
+        return list(_iota(_ints(dims), order).reshape(_ints(shape)))
+    if match := _MESH.match(text):
+        return _mesh_groups(match["sizes"], match["ids"], match["axes"])
+    raise ValueError(f"replica_groups in an unknown form: {text[:80]!r}")
+
+
+def read_pairs(text: str) -> np.ndarray:
+    """Reads `source_target_pairs`: i64[pairs, 2] positions.
+
+    >>> read_pairs("{{0,1},{1,0}}").tolist()
+    [[0, 1], [1, 0]]
+    """
+    pairs = re.findall(r"\{\s*(\d+)\s*,\s*(\d+)\s*\}", text)
+    return np.array(pairs, dtype=np.int64).reshape(-1, 2)
+
+
+def span_of_groups(groups: Sequence[np.ndarray], mesh: Mesh) -> Span:
+    """Finds the mesh axes that the groups span.
+
+    Raises:
+      ValueError: a position lies outside of the mesh.
+
+    >>> span_of_groups([np.array([0, 1]), np.array([2, 3])], [("data", 2), ("tensor", 2)])
+    Span(axes=('tensor',), size=2, whole=True)
+    """
+    sizes = dict(mesh)
+    varying = {axis for group in groups for axis in _varying(group, mesh)}
+    axes = tuple(axis for axis in sizes if axis in varying)
+    full = math.prod(sizes[axis] for axis in axes)
+    largest = max(len(group) for group in groups)
+    return Span(axes, largest, all(len(group) == full for group in groups))
+
+
+def span_of_pairs(pairs: np.ndarray, mesh: Mesh) -> Span:
+    """Finds the mesh axes along which a permutation moves data.
+
+    >>> span_of_pairs(np.array([[0, 1], [1, 0], [2, 3], [3, 2]]), [("data", 2), ("tensor", 2)])
+    Span(axes=('tensor',), size=2, whole=True)
+    """
+    sizes = dict(mesh)
+    varying = {axis for pair in pairs for axis in _varying(pair, mesh)}
+    axes = tuple(axis for axis in sizes if axis in varying)
+    return Span(axes, math.prod(sizes[axis] for axis in axes))
+
+
+def _varying(group: np.ndarray, mesh: Mesh) -> list[str]:
+    """Names of the axes whose coordinate is not the same for all positions."""
+    shape = [size for _, size in mesh]
+    if group.max() >= math.prod(shape):
+        raise ValueError(f"device {int(group.max())} lies outside of mesh {dict(mesh)}")
+    coordinates = np.unravel_index(group, shape)
+    return [name for (name, _), c in zip(mesh, coordinates, strict=True) if c.min() != c.max()]
+
+
+def _ints(text: str) -> list[int]:
+    return [int(piece) for piece in text.split(",") if piece.strip()]
+
+
+def _iota(dims: list[int], order: str | None) -> np.ndarray:
+    """Positions reshaped to `dims` and transposed."""
+    grid = np.arange(math.prod(dims)).reshape(dims)
+    return grid.transpose(_ints(order)) if order else grid
+
+
+def _mesh_groups(sizes_text: str, ids_text: str | None, axes_text: str) -> list[np.ndarray]:
+    """Groups along some axes, or parts of axes, of a mesh that XLA printed."""
+    sizes = {name: int(size) for name, size in _SIZE.findall(sizes_text)}
+    positions = _positions(ids_text, math.prod(sizes.values()))
+    parts: dict[str, set[tuple[int, int]]] = {name: set() for name in sizes}
+    for name, before, size in _AXIS.findall(axes_text):
+        if name not in sizes:
+            raise ValueError(f"replica_groups name axis {name!r}, which is not in {sizes}")
+        parts[name].add((int(before), int(size)) if size else (1, sizes[name]))
+    dims: list[int] = []
+    inside: list[int] = []
+    for name, full in sizes.items():
+        done = 1
+        for before, size in sorted(parts[name]):
+            inside.append(len(dims) + 1)
+            dims += [before // done, size]
+            done = before * size
+        dims.append(full // done)
+    outside = [d for d in range(len(dims)) if d not in inside]
+    grid = positions.reshape(dims).transpose([*outside, *inside])
+    return list(grid.reshape(-1, math.prod(dims[d] for d in inside)))
+
+
+def _positions(ids_text: str | None, devices: int) -> np.ndarray:
+    """Order in which positions fill a printed mesh."""
+    if ids_text is None:
+        return np.arange(devices)
+    if match := _IDS.match(ids_text):
+        return _iota(_ints(match[1]), match[2]).reshape(-1)
+    return np.array(_ints(ids_text))

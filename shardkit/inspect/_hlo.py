@@ -1,0 +1,308 @@
+"""Reads the text of a compiled XLA program: computations, instructions, and who calls whom.
+
+The text is meant for people and has traps: an instruction may span lines (kernel metadata holds
+newlines), a line such as `}}, metadata={…` then looks like the end of a computation, operands
+may or may not repeat their types, and layouts hold brackets of their own. So instructions are
+read to the point where their brackets and quotes close, and whatever could not be read is kept
+in `Module.problems`: a reader that loses text silently loses bytes silently.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator
+
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+)\s*(\(.*\)\s*->.*)?\{\s*$", re.DOTALL)
+_START = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = ", re.DOTALL)
+_OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
+_SHAPE = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,<=\s]*)\]")
+_NAME = re.compile(r"%([\w.\-]+)")
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|"|[(){}\[\],]', re.DOTALL)
+_BITS = {"pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "f4e2m1fn": 4, "token": 0, "opaque": 0}
+_CALLS = ("calls", "to_apply", "body", "condition", "true_computation", "false_computation")
+_CALL_LISTS = ("branch_computations", "called_computations", "async_execution_thread_calls")
+
+
+def dtype_bits(dtype: str) -> int:
+    """Bits of one element of an XLA dtype.
+
+    >>> dtype_bits("bf16"), dtype_bits("pred"), dtype_bits("f8e4m3fn"), dtype_bits("c64")
+    (16, 8, 8, 64)
+    """
+    if dtype in _BITS:
+        return _BITS[dtype]
+    return int(re.match(r"[a-z]+(\d+)", dtype).group(1))  # pyright: ignore[reportOptionalMemberAccess]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """An array type as XLA prints it: `f32[4,16]`."""
+
+    dtype: str
+    dims: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array; types narrower than a byte count packed."""
+        return -(-math.prod(self.dims) * dtype_bits(self.dtype) // 8)
+
+    def __str__(self) -> str:
+        """Returns `f32[4,16]`."""
+        return f"{self.dtype}[{','.join(map(str, self.dims))}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One instruction.
+
+    Attributes:
+      name: without the `%`.
+      opcode: `all-reduce`, `fusion`, `while` …
+      shapes: result arrays; a tuple is flattened.
+      operands: names of its operands.
+      arguments: text between its parentheses: the value of a `constant`, the number of a
+        `parameter`.
+      rest: text of its attributes, unread; see `attrs`.
+      root: it is the result of its computation.
+    """
+
+    name: str
+    opcode: str
+    shapes: tuple[Shape, ...]
+    operands: tuple[str, ...]
+    arguments: str
+    rest: str
+    root: bool = False
+
+    @functools.cached_property
+    def attrs(self) -> dict[str, str]:
+        """Attributes by name, each as its text."""
+        found: dict[str, str] = {}
+        last = ""
+        for piece in _split(self.rest):
+            key, equals, value = piece.partition("=")
+            if not equals or key.strip() == "device_ids":  # goes on with a mesh's replica groups
+                found[last] = found.get(last, "") + ", " + piece.strip()
+                continue
+            last = key.strip()
+            found[last] = value
+        return found
+
+    @property
+    def op_name(self) -> str:
+        """The path of JAX scopes and transformations that this instruction came from."""
+        match = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attrs.get("metadata", ""))
+        return match.group(1) if match else ""
+
+    @functools.cached_property
+    def calls(self) -> tuple[tuple[str, str], ...]:
+        """Pairs (attribute, name of the computation it names)."""
+        if "=" not in self.rest:
+            return ()
+        found = []
+        for key in _CALLS:
+            if f"{key}=" in self.rest and key in self.attrs:
+                found += [(key, self.attrs[key].strip().lstrip("%"))]
+        for key in _CALL_LISTS:
+            if f"{key}=" in self.rest and key in self.attrs:
+                found += [(key, name) for name in _NAME.findall(self.attrs[key])]
+        return tuple(found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Computation:
+    """A named computation; `instructions` keeps the printed order, which is the schedule."""
+
+    name: str
+    instructions: dict[str, Instruction]
+
+    @functools.cached_property
+    def root(self) -> Instruction | None:
+        """The instruction whose value the computation returns."""
+        return next((i for i in self.instructions.values() if i.root), None)
+
+    @functools.cached_property
+    def parameters(self) -> dict[int, Instruction]:
+        """Parameter number → instruction."""
+        return {int(i.arguments): i for i in self.instructions.values() if i.opcode == "parameter"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A parsed program.
+
+    Attributes:
+      header: the `HloModule` line.
+      computations: by name.
+      entry: name of the computation that runs first; "" if the text has none.
+      problems: what of the text could not be read.
+    """
+
+    header: str
+    computations: dict[str, Computation]
+    entry: str
+    problems: tuple[str, ...] = ()
+
+    @property
+    def scheduled(self) -> bool:
+        """The order of instructions is the order they run in."""
+        return "is_scheduled=true" in self.header
+
+    @property
+    def num_partitions(self) -> int:
+        """Number of devices that run the program together."""
+        match = re.search(r"num_partitions=(\d+)", self.header)
+        return int(match.group(1)) if match else 1
+
+    @property
+    def aliased(self) -> frozenset[int]:
+        """Numbers of the entry parameters whose buffer an output reuses."""
+        match = re.search(r"input_output_alias=\{(.*?\))\s*\}", self.header)
+        return (
+            frozenset(map(int, re.findall(r": \((\d+),", match.group(1))))
+            if match
+            else (frozenset())
+        )
+
+
+def parse(text: str) -> Module:
+    """Parses `compiled.as_text()`.
+
+    >>> module = parse('''HloModule m, num_partitions=2
+    ... ENTRY %main (x: f32[4]) -> f32[4] {
+    ...   %x = f32[4]{0} parameter(0)
+    ...   ROOT %y = f32[4]{0} all-reduce(%x), replica_groups={{0,1}}, to_apply=%add
+    ... }
+    ... ''')
+    >>> module.computations["main"].root.opcode, module.problems
+    ('all-reduce', ())
+    """
+    computations: dict[str, Computation] = {}
+    problems: list[str] = []
+    header, entry = "", ""
+    current: Computation | None = None
+    for line in _logical_lines(text, problems):
+        if current is None:
+            if line.startswith("HloModule"):
+                header = line
+            elif (match := _HEADER.match(line)) and not line.startswith(" "):
+                current = Computation(match.group(2), {})
+                entry = match.group(2) if match.group(1) else entry
+        elif line.rstrip() == "}":
+            computations[current.name] = current
+            current = None
+        elif (instruction := _instruction(line)) is not None:
+            current.instructions[instruction.name] = instruction
+        elif line.strip():
+            problems.append(f"computation {current.name}: cannot read {line.strip()[:60]!r}")
+    if current is not None:
+        computations[current.name] = current
+        problems.append(f"the text ends inside computation {current.name}")
+    if not entry:
+        problems.append("the text has no ENTRY computation")
+    return Module(header, computations, entry, tuple(problems))
+
+
+def _logical_lines(text: str, problems: list[str]) -> Iterator[str]:
+    """Yields lines, with the lines of one instruction or header joined."""
+    pending = ""
+    for line in text.split("\n"):
+        whole = f"{pending}\n{line}" if pending else line
+        opens = pending or _START.match(line)
+        if opens and not _closed(whole):
+            pending = whole
+            continue
+        pending = ""
+        yield whole
+    if pending:
+        problems.append(f"the text ends inside {pending.strip()[:60]!r}")
+
+
+def _closed(text: str) -> bool:
+    """Whether all brackets and quotes of the text close."""
+    if not (text.count('"') - text.count('\\"')) % 2 and all(
+        text.count(a) == text.count(b) for a, b in ("()", "{}", "[]")
+    ):
+        return True
+    depth = 0
+    for match in _TOKEN.finditer(text):
+        token = match.group()
+        if token == '"':
+            return False
+        if token in "({[":
+            depth += 1
+        elif token in ")}]":
+            depth -= 1
+    return depth == 0
+
+
+def _close(text: str, start: int) -> int:
+    """Index just behind the bracket that closes the one at `start`; -1 if none does."""
+    depth = 0
+    for match in _TOKEN.finditer(text, start):
+        token = match.group()
+        if token in "({[":
+            depth += 1
+        elif token in ")}]":
+            depth -= 1
+            if depth == 0:
+                return match.end()
+    return -1
+
+
+def _split(text: str) -> list[str]:
+    """Splits at the commas that stand outside of brackets and quotes."""
+    pieces, depth, start = [], 0, 0
+    for match in _TOKEN.finditer(text):
+        token = match.group()
+        if token in "({[":
+            depth += 1
+        elif token in ")}]":
+            depth -= 1
+        elif token == "," and depth == 0:
+            pieces.append(text[start : match.start()])
+            start = match.end()
+    return [piece for piece in [*pieces, text[start:]] if piece.strip()]
+
+
+def _instruction(line: str) -> Instruction | None:
+    """Reads one instruction; None if the text is none."""
+    start = _START.match(line)
+    if start is None:
+        return None
+    at = start.end()
+    end = _close(line, at) if line[at] == "(" else line.find(" ", at)
+    opcode = _OPCODE.match(line, end) if end > 0 else None
+    if opcode is None:
+        return None
+    close = _close(line, opcode.end() - 1)
+    if close < 0:
+        return None
+    arguments = line[opcode.end() : close - 1]
+    return Instruction(
+        name=start.group(2),
+        opcode=opcode.group(1),
+        shapes=shapes_of(line[at:end]),
+        operands=tuple(_operand(piece) for piece in _split(arguments)),
+        arguments=arguments,
+        rest=line[close:].lstrip(", "),
+        root=bool(start.group(1)),
+    )
+
+
+def _operand(piece: str) -> str:
+    """Name of an operand, which may be printed with its type before it."""
+    return piece.split()[-1].rpartition("*/")[2].lstrip("%")
+
+
+def shapes_of(text: str) -> tuple[Shape, ...]:
+    """Reads every array type in a text; bounds of dynamic dims (`<=8`) count as the size.
+
+    >>> [str(shape) for shape in shapes_of("(f32[4,16]{1,0:T(8,128)}, /*index=1*/s32[])")]
+    ['f32[4,16]', 's32[]']
+    """
+    return tuple(
+        Shape(dtype, tuple(int(d.strip().lstrip("<=")) for d in dims.split(",") if d.strip()))
+        for dtype, dims in _SHAPE.findall(text)
+    )

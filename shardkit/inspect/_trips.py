@@ -1,0 +1,211 @@
+"""How often a loop of a compiled program runs.
+
+CPU and GPU programs print `known_trip_count`. TPU programs do not: there the count follows from
+the loop's condition (`i < 12`), the first value of `i`, and the step by which the body moves it
+(windowed einsum moves by 2), each of which may hide behind fusions, copies and tuples.
+"""
+
+import dataclasses
+import re
+
+from shardkit.inspect._hlo import Computation, Instruction, Module
+
+_SAME = frozenset({"copy", "bitcast", "convert", "reshape", "copy-start", "copy-done"})
+_TUPLES = frozenset({"opt-barrier", "copy", "copy-start", "copy-done"})
+_KNOWN = re.compile(r'known_trip_count\\?":\s*\{\\?"n\\?":\\?"(\d+)')
+_INLINE = ("fusion", "call")
+_MIRROR = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE", "NE": "NE", "EQ": "EQ"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Affine:
+    """A scalar: `offset`, plus element `slot` of a loop's state unless `slot` is None."""
+
+    slot: int | None
+    offset: int
+
+
+class Loops:
+    """Trip counts of one module's loops."""
+
+    def __init__(self, module: Module) -> None:
+        self._module = module
+        self._callers: dict[str, list[tuple[Computation, Instruction]]] = {}
+        for computation in module.computations.values():
+            for instruction in computation.instructions.values():
+                for _, callee in instruction.calls:
+                    self._callers.setdefault(callee, []).append((computation, instruction))
+
+    def trips(self, computation: str, loop: str) -> int | None:
+        """Number of times a `while` runs its body; None if the text does not tell."""
+        here = self._module.computations[computation]
+        instruction = here.instructions[loop]
+        if known := _KNOWN.search(instruction.rest):
+            return int(known.group(1))
+        called = dict(instruction.calls)
+        condition = self._module.computations.get(called.get("condition", ""))
+        if condition is None or called.get("body") not in self._module.computations:
+            return None
+        compared = self._comparison(condition)
+        if compared is None:
+            return None
+        where, compare = compared
+        sides = [self._value(where, name, condition.name) for name in compare.operands]
+        return self._count(here, instruction, sides, compare.attrs.get("direction", "").strip())
+
+    def _comparison(self, condition: Computation) -> tuple[Computation, Instruction] | None:
+        """The `compare` that a condition returns, through fusions and copies."""
+        where, result = condition, condition.root
+        while result is not None and result.opcode != "compare":
+            if result.opcode in _SAME:
+                result = where.instructions.get(result.operands[0])
+            elif result.opcode in _INLINE:
+                where = self._module.computations[result.calls[0][1]]
+                result = where.root
+            else:
+                return None
+        return (where, result) if result is not None else None
+
+    def _count(
+        self,
+        here: Computation,
+        loop: Instruction,
+        sides: list[_Affine | None],
+        direction: str,
+    ) -> int | None:
+        left, right = sides
+        if left is None or right is None:
+            return None
+        if left.slot is None or self._invariant(loop, left.slot):
+            left, right, direction = right, left, _MIRROR.get(direction, direction)
+        bound = self._start(here, loop, right)
+        if left.slot is None or bound is None:
+            return None
+        start = self._start(here, loop, left)
+        body = self._module.computations[dict(loop.calls)["body"]]
+        moved = self._element(body, body.root, left.slot, body.name)
+        if start is None or moved is None or moved.slot != left.slot or not moved.offset:
+            return None
+        return _steps(start, bound, moved.offset, direction)
+
+    def _start(self, here: Computation, loop: Instruction, value: _Affine) -> int | None:
+        """What a value of the condition is before the first trip."""
+        if value.slot is None:
+            return value.offset
+        state = here.instructions.get(loop.operands[0])
+        first = self._element(here, state, value.slot, "")
+        return first.offset + value.offset if first is not None and first.slot is None else None
+
+    def _invariant(self, loop: Instruction, slot: int) -> bool:
+        """Whether a loop hands element `slot` of its state on unchanged."""
+        body = self._module.computations.get(dict(loop.calls).get("body", ""))
+        if body is None:
+            return False
+        return self._element(body, body.root, slot, body.name) == _Affine(slot, 0)
+
+    def _value(self, where: Computation, name: str, loop: str) -> _Affine | None:
+        """A scalar in terms of the state of the loop whose body or condition is `loop`."""
+        instruction = where.instructions.get(name)
+        if instruction is None:
+            return None
+        op, operands = instruction.opcode, instruction.operands
+        if op == "constant":
+            text = instruction.arguments.strip()
+            return _Affine(None, int(text)) if re.fullmatch(r"-?\d+", text) else None
+        if op in _SAME:
+            return self._value(where, operands[0], loop)
+        if op in ("add", "subtract"):
+            sign = 1 if op == "add" else -1
+            left, right = (self._value(where, n, loop) for n in operands)
+            return _sum(left, right, sign)
+        if op == "get-tuple-element":
+            index = int(instruction.attrs["index"])
+            return self._element(where, where.instructions.get(operands[0]), index, loop)
+        if op in _INLINE:
+            inner = self._module.computations.get(instruction.calls[0][1])
+            return self._value(inner, inner.root.name, loop) if inner and inner.root else None
+        if op == "parameter":
+            return self._argument(where, int(instruction.arguments), loop)
+        return None
+
+    def _argument(self, where: Computation, number: int, loop: str) -> _Affine | None:
+        """A scalar parameter of a fusion, as its only caller passes it."""
+        callers = self._callers.get(where.name, [])
+        if len(callers) != 1 or callers[0][1].opcode not in _INLINE:
+            return None
+        caller, call = callers[0]
+        return self._value(caller, call.operands[number], loop)
+
+    def _element(
+        self, where: Computation, source: Instruction | None, index: int, loop: str
+    ) -> _Affine | None:
+        """Element `index` of a tuple, in terms of the state of `loop`."""
+        if source is None:
+            return None
+        if source.opcode == "tuple":
+            return self._value(where, source.operands[index], loop)
+        if source.opcode in _TUPLES:
+            inner = where.instructions.get(source.operands[0])
+            return self._element(where, inner, index, loop)
+        if source.opcode == "while":
+            return self._before(where, source, index, loop)
+        if source.opcode == "parameter":
+            if where.name == loop:
+                return _Affine(index, 0)
+            return self._tuple_argument(where, int(source.arguments), index, loop)
+        if source.opcode in _INLINE:
+            inner = self._module.computations.get(source.calls[0][1])
+            return self._element(inner, inner.root, index, loop) if inner else None
+        return None
+
+    def _tuple_argument(
+        self, where: Computation, number: int, index: int, loop: str
+    ) -> _Affine | None:
+        """Element `index` of a parameter that is a tuple, as its only caller passes it."""
+        callers = self._callers.get(where.name, [])
+        if len(callers) != 1:
+            return None
+        caller, call = callers[0]
+        if call.opcode == "while":
+            return self._before(caller, call, index, loop)
+        if call.opcode not in _INLINE:
+            return None
+        passed = caller.instructions.get(call.operands[number])
+        return self._element(caller, passed, index, loop)
+
+    def _before(
+        self, where: Computation, outer: Instruction, index: int, loop: str
+    ) -> _Affine | None:
+        """Element `index` of a loop's state, if the loop never changes it."""
+        if not self._invariant(outer, index):
+            return None
+        return self._element(where, where.instructions.get(outer.operands[0]), index, loop)
+
+
+def _sum(left: _Affine | None, right: _Affine | None, sign: int) -> _Affine | None:
+    if left is None or right is None:
+        return None
+    if right.slot is None:
+        return _Affine(left.slot, left.offset + sign * right.offset)
+    if left.slot is None and sign > 0:
+        return _Affine(right.slot, left.offset + right.offset)
+    return None
+
+
+def _steps(start: int, bound: int, step: int, direction: str) -> int | None:
+    """Counts `i = start; while i <direction> bound: i += step`.
+
+    >>> _steps(0, 12, 1, "LT"), _steps(0, 7, 2, "LT"), _steps(3, 0, -1, "GE"), _steps(0, 4, 1, "GT")
+    (12, 4, 4, 0)
+    """
+    if direction in ("LE", "GE"):
+        bound += 1 if direction == "LE" else -1
+    if direction == "NE":
+        whole = step != 0 and (bound - start) % step == 0 and (bound - start) // step >= 0
+        return (bound - start) // step if whole else None
+    if direction not in ("LT", "LE", "GT", "GE"):
+        return None
+    if (step > 0) != (direction in ("LT", "LE")):
+        reached = start >= bound if direction in ("LT", "LE") else start <= bound
+        return 0 if reached else None
+    return max(0, -(-(bound - start) // step))
