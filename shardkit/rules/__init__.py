@@ -2,8 +2,9 @@
 
 from ._axes import AxisRules
 from ._check import check_batch, check_spec
+from ._explain import Explanation, explain, named_leaves
 from ._path import PathRules
-from ._resolve import check, collect, headline, resolve
+from ._resolve import Placement, check, collect, headline, place, resolve
 from ._rule import (
     REPLICATED,
     Chain,
@@ -26,8 +27,10 @@ __all__ = [
     "Decided",
     "Decision",
     "Entry",
+    "Explanation",
     "Passed",
     "PathRules",
+    "Placement",
     "Refused",
     "Rule",
     "ShardLargest",
@@ -38,12 +41,15 @@ __all__ = [
     "check_spec",
     "collect",
     "flatten",
+    "explain",
     "format_mesh",
     "format_spec",
     "from_axes",
     "headline",
     "mesh_sizes",
+    "named_leaves",
     "normalise",
+    "place",
     "resolve",
     "shard_largest",
     "shards",

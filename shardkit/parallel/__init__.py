@@ -1,0 +1,6 @@
+"""Strategies: how a step is laid out, one file per kind of parallelism."""
+
+from . import strategies
+from ._strategy import Strategy
+
+__all__ = ["Strategy", "strategies"]

@@ -1,0 +1,31 @@
+"""The conventional logical names, and what the ready strategies start from: nothing is split."""
+
+from collections.abc import Mapping
+
+from ..rules import AxisRules
+
+Axes = str | tuple[str, ...] | None
+
+PARAMS = ("vocab", "embed", "layers", "heads", "kv_heads", "head_dim", "mlp", "norm", "experts")
+ACTIVATIONS = (
+    "batch",
+    "length",
+    "residual_length",
+    "embed",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "mlp",
+    "vocab",
+    "experts",
+)
+
+
+def params(split: Mapping[str, Axes]) -> AxisRules:
+    """Rules for parameters: the given names split, the other conventional ones whole."""
+    return AxisRules({**dict.fromkeys(PARAMS), **split})
+
+
+def activations(split: Mapping[str, Axes]) -> AxisRules:
+    """The same for activations."""
+    return AxisRules({**dict.fromkeys(ACTIVATIONS), **split})

@@ -1,0 +1,141 @@
+"""`Strategy`: the declaration of one parallel layout, and how two of them join."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jax.sharding import PartitionSpec
+
+from .._errors import Problem, StepError, format_problems
+from .._precision import Precision
+from .._types import Accumulate
+from ..rules import REPLICATED, AxisRules, Rule, axes_of, chain, flatten, from_axes
+
+_WHOLE = PartitionSpec()
+
+
+@dataclasses.dataclass(frozen=True)
+class Strategy:
+    """One parallel layout, as data.
+
+    Attributes:
+      params: rule that decides every parameter.
+      batch: spec of every batch leaf (a leaf of lower rank takes its first entries), or a rule
+        over the leaves. Dim 0 of every leaf that is no scalar counts rows.
+      activations: logical axis names to mesh axes for `sk.constrain`; None for models without.
+      opt_state: rule for optimizer leaves that no parameter explains, or that are to live
+        elsewhere than their parameter; leaves that it passes follow their parameter.
+      extra: rule for mutable model state.
+      accumulate: micro-batches per step, an int or `sk.Accumulate`.
+      remat: named checkpoint policy for the layers that a model marks with `sk.remat`.
+      precision: `"float32"`, `"bfloat16"`, `"pure_bfloat16"` or `sk.Precision`.
+      kinds: `(kind of parallelism, mesh axis)` of the ready strategies that it was made from.
+
+    >>> from shardkit.parallel import strategies
+    >>> both = strategies.data() | strategies.tensor()
+    >>> both.batch, both.kinds
+    (PartitionSpec('data',), (('data', 'data'), ('tensor', 'tensor')))
+    """
+
+    params: Rule = REPLICATED
+    batch: PartitionSpec | Rule = _WHOLE
+    activations: AxisRules | None = None
+    opt_state: Rule | None = None
+    extra: Rule = REPLICATED
+    accumulate: int | Accumulate = 1
+    remat: str = "none"
+    precision: str | Precision = "float32"
+    kinds: tuple[tuple[str, str], ...] = ()
+
+    def __or__(self, other: "Strategy") -> "Strategy":
+        """Joins two layouts: each logical name over the axes of both, options from either.
+
+        Raises:
+          StepError: both decide the same parameters, or give one option two values.
+        """
+        if not isinstance(other, Strategy):
+            return NotImplemented
+        problems: list[Problem] = []
+        joined = {
+            "params": _join_rules(self.params, other.params, problems),
+            "batch": _join_batch(self.batch, other.batch, problems),
+            "activations": _join_tables(self.activations, other.activations),
+            "kinds": self.kinds + other.kinds,
+        }
+        plain = _defaults()
+        for name in ("opt_state", "extra", "accumulate", "remat", "precision"):
+            values = [getattr(one, name) for one in (self, other)]
+            given = [value for value in values if value != plain[name]]
+            if len(given) == 2 and given[0] != given[1]:
+                problems.append(Problem(name, f"{given[0]!r} in one, {given[1]!r} in the other"))
+            joined[name] = given[-1] if given else plain[name]
+        if problems:
+            fix = "dataclasses.replace(one, ...) for what both declare"
+            raise StepError(format_problems("Two strategies do not join.", problems, fix))
+        return Strategy(**joined)
+
+    def with_names(
+        self, params: Mapping[str, Any] | None = None, activations: Mapping[str, Any] | None = None
+    ) -> "Strategy":
+        """Adds logical names of your own model to the tables of a ready strategy.
+
+        Args:
+          params: `{logical axis: mesh axis, axes or None}` for parameters.
+          activations: the same for activations.
+
+        >>> from shardkit.parallel import strategies
+        >>> own = strategies.tensor().with_names(params={"filters": "tensor"})
+        >>> own.params.spec(("embed", "filters"))
+        PartitionSpec(None, 'tensor')
+        """
+        head, *rest = flatten(self.params)
+        if (params and not isinstance(head, AxisRules)) or (activations and not self.activations):
+            problem = Problem("with_names", "this strategy has no table of logical names to add to")
+            raise StepError(format_problems("Names do not fit.", [problem], "AxisRules({...})"))
+        return dataclasses.replace(
+            self,
+            params=_chained(head.replaced(params), rest) if params else self.params,
+            activations=self.activations.replaced(activations) if activations else self.activations,
+        )
+
+
+def _defaults() -> dict[str, Any]:
+    return {field.name: field.default for field in dataclasses.fields(Strategy)}
+
+
+def _join_rules(one: Rule, other: Rule, problems: list[Problem]) -> Rule:
+    """A rule that replicates everything yields; tables of names merge; the rest follows."""
+    if one == REPLICATED or one == other:
+        return other
+    if other == REPLICATED:
+        return one
+    tables, rest = [], []
+    for rule in (*flatten(one), *flatten(other)):
+        (tables if isinstance(rule, AxisRules) else rest).append(rule)
+    if len(tables) != 2:
+        problems.append(Problem("params", f"{one} and {other} both decide the parameters"))
+        return one
+    merged = tables[0].merged(tables[1])
+    return _chained(merged, rest)
+
+
+def _chained(table: AxisRules, rest: Sequence[Rule]) -> Rule:
+    return chain(table, *rest) if rest else table
+
+
+def _join_tables(one: AxisRules | None, other: AxisRules | None) -> AxisRules | None:
+    """Each name is split over the axes of both tables, those of the first one outermost."""
+    return one.merged(other) if one and other else one or other
+
+
+def _join_batch(one: Any, other: Any, problems: list[Problem]) -> Any:
+    specs = [isinstance(spec, PartitionSpec) for spec in (one, other)]
+    if all(specs):
+        rank = max(len(one), len(other))
+        rows = [[*spec, *[None] * (rank - len(spec))] for spec in (one, other)]
+        pairs = zip(*rows, strict=True)
+        return from_axes(dict.fromkeys((*axes_of(a), *axes_of(b))) for a, b in pairs)
+    if one == PartitionSpec() or other == PartitionSpec():
+        return other if one == PartitionSpec() else one
+    problems.append(Problem("batch", f"{one} and {other} both decide the batch"))
+    return one

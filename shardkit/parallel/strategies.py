@@ -1,0 +1,7 @@
+"""Ready strategies for models that carry the conventional logical names; join them with `|`."""
+
+from ._data import data
+from ._fsdp import fsdp
+from ._tensor import tensor
+
+__all__ = ["data", "fsdp", "tensor"]

@@ -1,0 +1,95 @@
+"""Logical names of activations: found in a traced step, checked, and turned into shardings."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from jax.extend import core
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from .._constrain import LANES, MAPPED, constrain_p
+from .._errors import Problem, ShardingError, count, did_you_mean, raise_all
+from .._tree import Leaf
+from ..rules import AxisRules, check_spec, format_mesh
+
+Names = tuple[str | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Activations:
+    """Resolves what `sk.constrain` named, for one step.
+
+    Attributes:
+      mesh: the device mesh.
+      rules: logical axes to mesh axes, None when the strategy has no such table.
+      lane_axes: mesh axes that lanes are split over; inside a lane they split nothing else.
+    """
+
+    mesh: Mesh
+    rules: AxisRules | None
+    lane_axes: tuple[str, ...]
+
+    def __call__(self, names: Names, shape: tuple[int, ...]) -> NamedSharding | None:
+        """Returns the sharding of a constraint; None on one device, which needs none."""
+        return None if self.mesh.size == 1 else NamedSharding(self.mesh, self.spec(names))
+
+    def spec(self, names: Names) -> PartitionSpec:
+        """Returns the spec of named dims; a dim that a `jax.vmap` added is left to the compiler."""
+        inside = self.lane_axes if LANES in names else ()
+        entries: list[Any] = []
+        for name in names:
+            if name == MAPPED:
+                entries.append(PartitionSpec.UNCONSTRAINED)
+            elif name == LANES:
+                entries.append(self.lane_axes)
+            else:
+                axes = self.rules.mesh_axes(name) if self.rules else ()
+                entries.append(tuple(axis for axis in axes if axis not in inside) or None)
+        return PartitionSpec(*entries)
+
+    def check(self, jaxpr: Any) -> None:
+        """Checks every constraint of a traced step before it is lowered.
+
+        Raises:
+          ShardingError: with every constraint that names an unknown logical axis or cannot be
+            met, once each.
+        """
+        found = dict.fromkeys(constraints(jaxpr.jaxpr))
+        problems = [p for leaf in found for p in dict.fromkeys(self._problems(leaf))]
+        lost, mesh = count(len(problems), "constraint"), format_mesh(self.mesh.shape)
+        raise_all(ShardingError, f"{lost} cannot be met on mesh {mesh}.", problems)
+
+    def _problems(self, leaf: Leaf) -> list[Problem]:
+        assert leaf.axes is not None
+        names = [name for name in leaf.axes if name not in (None, LANES, MAPPED)]
+        known = [name for name, _ in self.rules.table] if self.rules else []
+        unknown = [name for name in names if name not in known]
+        if unknown and self.rules is None:
+            why = "the strategy has no table of activations"
+            table = ", ".join(f'"{name}": None' for name in names)
+            return [Problem(str(leaf), why, f"Strategy(activations=sk.AxisRules({{{table}}}))")]
+        if unknown:
+            return [
+                Problem(
+                    str(leaf),
+                    f"activations do not list logical axis {name!r}."
+                    + did_you_mean(str(name), known),
+                    f"strategy.with_names(activations={{{name!r}: None}}), or a mesh axis",
+                )
+                for name in unknown
+            ]
+        spec = self.spec(leaf.axes)
+        spec = PartitionSpec(*(None if e is PartitionSpec.UNCONSTRAINED else e for e in spec))
+        return check_spec(leaf, spec, self.mesh, "activations")
+
+
+def constraints(jaxpr: core.Jaxpr) -> Iterator[Leaf]:
+    """Every constraint of a jaxpr and the jaxprs inside it, as a leaf named as it was written."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive is constrain_p:
+            names = eqn.params["names"]
+            written = ", ".join(repr(n) for n in names if n not in (LANES, MAPPED))
+            aval = eqn.invars[0].aval
+            yield Leaf(f"constrain({written})", tuple(aval.shape), aval.dtype, names)
+        for inner in core.jaxprs_in_params(eqn.params):
+            yield from constraints(inner)

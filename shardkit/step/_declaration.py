@@ -1,0 +1,117 @@
+"""What `compile_step` is given, checked as far as it can be without tracing."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AxisType, Mesh
+
+from .._errors import Problem, StepError, did_you_mean, raise_all
+from .._precision import Precision, precision
+from .._remat import policy
+from .._tree import leaves
+from .._types import Accumulate, Loss
+from ..parallel import Strategy
+
+MODES = ("auto",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Declaration:
+    """Everything that determines a compiled step.
+
+    Attributes:
+      loss_fn: `(params, batch, key) -> loss`, or an `sk.Loss`.
+      optimizer: any optax chain.
+      init: `key -> params`, or `key -> sk.Variables`.
+      batch: pytree of `jax.ShapeDtypeStruct`, global shapes.
+      mesh: the device mesh, all axes of type Auto.
+      strategy: the layout.
+      mode: `"auto"`: jit, the partitioner places the collectives.
+    """
+
+    loss_fn: Callable[..., Any]
+    optimizer: optax.GradientTransformation
+    init: Callable[[Any], Any]
+    batch: Any
+    mesh: Mesh
+    strategy: Strategy
+    mode: str = "auto"
+
+    @property
+    def precision(self) -> Precision:
+        """The dtype policy."""
+        return precision(self.strategy.precision)
+
+    @property
+    def accumulate(self) -> Accumulate:
+        """Micro-batches per step."""
+        declared = self.strategy.accumulate
+        return declared if isinstance(declared, Accumulate) else Accumulate(declared)
+
+    @property
+    def stateful(self) -> bool:
+        """Whether the loss carries mutable model state."""
+        return isinstance(self.loss_fn, Loss) and self.loss_fn.stateful
+
+    def check(self) -> None:
+        """Raises every problem that no tracing is needed for.
+
+        Raises:
+          StepError: an unknown mode, an Explicit mesh axis, per-lane statistics, an unknown
+            precision or remat policy.
+        """
+        policy(self.strategy.remat)
+        problems = []
+        if self.mode not in MODES:
+            why = f"known: {', '.join(MODES)}.{did_you_mean(self.mode, MODES)}"
+            problems.append(Problem(f"mode={self.mode!r}", why, 'mode="auto"'))
+        for name, kind in zip(self.mesh.axis_names, self.mesh.axis_types, strict=True):
+            if kind != AxisType.Auto:
+                why = f"is of type {kind.name}; the partitioner needs Auto axes"
+                fix = "MeshSpec(...).build(), or Mesh(..., axis_types=(AxisType.Auto, ...))"
+                problems.append(Problem(f"mesh axis {name!r}", why, fix))
+        once = self.accumulate.reduce == "once"
+        if self.stateful and once and (self.accumulate.steps > 1 or self.precision.reduces_apart):
+            why = "would give every lane of the batch its own statistics, other ones on every mesh"
+            fix = 'accumulate=sk.Accumulate(k, reduce="each"), precision.reduce=None'
+            problems.append(Problem("accumulate, precision.reduce", why, fix))
+        raise_all(StepError, "The step is declared wrongly.", problems)
+
+    def check_params(self, params: Any) -> None:
+        """Refuses parameters that no gradient can be taken of.
+
+        Raises:
+          StepError: naming each leaf that is not floating-point.
+        """
+        problems = [
+            Problem(str(leaf), "is no floating-point array, so it has no gradient")
+            for leaf in leaves(params)
+            if not jnp.issubdtype(leaf.dtype, jnp.inexact)
+        ]
+        fix = "return sk.Variables(params, extra) from init, with these leaves in extra"
+        raise_all(StepError, "Some parameters cannot be trained.", problems, fix)
+
+
+def declare(
+    loss_fn: Callable[..., Any],
+    optimizer: optax.GradientTransformation,
+    init: Callable[[Any], Any],
+    batch: Any,
+    mesh: Mesh,
+    strategy: Strategy,
+    mode: str,
+    **options: Any,
+) -> Declaration:
+    """Puts the options that were given into the strategy and checks the whole."""
+    given = {name: value for name, value in options.items() if value is not None}
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)), batch
+    )
+    layout = dataclasses.replace(strategy, **given)
+    made = Declaration(loss_fn, optimizer, init, shapes, mesh, layout, mode)
+    made.check()
+    return made

@@ -1,0 +1,97 @@
+"""From a declaration and its layout to the pure functions that are compiled."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from .._errors import Problem, StepError, raise_all
+from .._precision import cast_floats
+from .._remat import active, policy
+from .._tree import path_str, short_type
+from ..state import TrainState
+from ._declaration import Declaration
+from ._gradients import GradientFn, Plan, gradients, lane_draws
+from ._layout import Layout
+from ._objective import Objective, objective
+from ._update import Metrics, training_step
+
+
+def plan_of(declaration: Declaration, layout: Layout) -> Plan:
+    """How the gradients of a declared step are split and reduced."""
+    return Plan(
+        mesh=declaration.mesh,
+        accumulate=declaration.accumulate,
+        precision=declaration.precision,
+        axes=layout.row_axes,
+        params=layout.shardings.params,
+        batch=layout.batch_shardings,
+        rows=layout.rows,
+    )
+
+
+def gradient_function(declaration: Declaration, layout: Layout) -> GradientFn:
+    """Builds the differentiated loss of a step.
+
+    Raises:
+      StepError: the loss does not return what a step can use, or draws randomness that cannot
+        be split by lane.
+    """
+    state, batch = layout.state, layout.batch
+    low = jax.eval_shape(lambda p: cast_floats(p, declaration.precision.compute), state.params)
+    loss = _under_policy(declaration, (low, state.extra, batch, state.key))
+    plan = plan_of(declaration, layout)
+    if plan.by_lanes:
+        plan = dataclasses.replace(plan, draws=lane_draws(loss, plan, low, state.extra, batch))
+    return gradients(loss, plan)
+
+
+def _under_policy(declaration: Declaration, args: tuple[Any, ...]) -> Objective:
+    """The loss; as a whole under the remat policy where it marks no layer of its own."""
+    loss = objective(declaration.loss_fn)
+    named = policy(declaration.strategy.remat)
+    if named is None:
+        return loss
+    with active(named) as marks:
+        jax.eval_shape(loss, *args)
+    return loss if marks.count else jax.checkpoint(loss, policy=named)
+
+
+def step_function(
+    declaration: Declaration, layout: Layout, gradient: GradientFn
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+    """Builds `(state, batch) → (state, metrics)`, whose state keeps its form.
+
+    Raises (while it is traced):
+      StepError: a leaf of the state changes its shape or dtype, which would compile again.
+    """
+    update = training_step(gradient, declaration.optimizer)
+
+    def run(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        after, metrics = update(state, batch)
+        _check_form(layout.state, after)
+        return after, metrics
+
+    return run
+
+
+def _check_form(before: TrainState, after: TrainState) -> None:
+    old, new = (
+        {
+            path_str(p): short_type(x.shape, x.dtype)
+            for p, x in jax.tree_util.tree_leaves_with_path(s)
+        }
+        for s in (before, after)
+    )
+    problems = [
+        Problem(
+            f"state/{path}", f"is {old.get(path, 'absent')} before, {new.get(path, 'absent')} after"
+        )
+        for path in dict.fromkeys([*old, *new])
+        if old.get(path) != new.get(path)
+    ]
+    fix = "make init and the update agree, or the second step would compile again"
+    raise_all(
+        StepError, "The state after a step is not of the form of the state before.", problems, fix
+    )

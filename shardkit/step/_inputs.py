@@ -1,0 +1,129 @@
+"""What a step is called with: checked by name, put where it was declared."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from .._errors import BatchError, Problem, StateError, raise_all
+from .._tree import path_str, short_type
+
+
+def put_batch(batch: Any, abstract: Any, shardings: Any) -> Any:
+    """Puts a batch on the mesh as declared; leaves that are there already are not touched.
+
+    Args:
+      batch: pytree of host arrays, uncommitted device arrays or arrays laid out as declared.
+      abstract: pytree of `jax.ShapeDtypeStruct`, global shapes.
+      shardings: pytree of `NamedSharding`.
+
+    Raises:
+      BatchError: the structure, a shape, a dtype or the devices of a leaf are not the declared.
+    """
+    got, structure = jax.tree_util.tree_flatten(batch)
+    want, declared = jax.tree_util.tree_flatten(abstract)
+    if structure != declared:
+        _raise_structure(batch, abstract)
+    placed = jax.tree.leaves(shardings)
+    if not all(map(_in_place, got, want, placed)):
+        names = [path_str(path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract)]
+        _check_leaves(names, got, want, placed)
+        got = [
+            x if _in_place(x, a, s) else jax.device_put(_array(x, a), s)
+            for x, a, s in zip(got, want, placed, strict=True)
+        ]
+    return jax.tree_util.tree_unflatten(structure, got)
+
+
+def _array(x: Any, abstract: Any) -> Any:
+    return x if isinstance(x, jax.Array) else np.asarray(x, abstract.dtype)
+
+
+def _in_place(x: Any, abstract: Any, sharding: NamedSharding) -> bool:
+    return (
+        isinstance(x, jax.Array)
+        and x.shape == abstract.shape
+        and x.dtype == abstract.dtype
+        and (x.sharding == sharding or x.sharding.is_equivalent_to(sharding, x.ndim))
+    )
+
+
+def _check_leaves(
+    names: Sequence[str], got: Sequence[Any], want: Sequence[Any], placed: Sequence[NamedSharding]
+) -> None:
+    problems = []
+    for name, x, abstract, sharding in zip(names, got, want, placed, strict=True):
+        shape, dtype = np.shape(x), jax.dtypes.canonicalize_dtype(jax.numpy.result_type(x))
+        subject = f"batch/{name}"
+        if (shape, dtype) != (abstract.shape, abstract.dtype):
+            expected = short_type(abstract.shape, abstract.dtype)
+            why = f"is {short_type(shape, dtype)}; the step was compiled for {expected}"
+            problems.append(
+                Problem(subject, why, "feed the declared shapes, or compile_step again")
+            )
+        elif isinstance(x, jax.Array) and x.committed and not _in_place(x, abstract, sharding):
+            why = f"is committed to {_where(x.sharding)}; the step has it as {sharding.spec}"
+            problems.append(Problem(subject, why, "pass host numpy, or step.put(batch)"))
+    raise_all(BatchError, "The batch is not what the step was compiled for.", problems)
+
+
+def _where(sharding: Any) -> str:
+    devices = len(sharding.device_set)
+    spec = f" as {sharding.spec}" if isinstance(sharding, NamedSharding) else ""
+    return f"{devices} device{'s' if devices > 1 else ''}{spec}"
+
+
+def _raise_structure(batch: Any, abstract: Any) -> None:
+    got = {path_str(path) for path, _ in jax.tree_util.tree_leaves_with_path(batch)}
+    want = {path_str(path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract)}
+    problems = [Problem(f"batch/{p}", "is declared and was not given") for p in sorted(want - got)]
+    problems += [Problem(f"batch/{p}", "was given and is not declared") for p in sorted(got - want)]
+    problems = problems or [Problem("batch", "has the declared leaves in other containers")]
+    fix = f"a batch with leaves {', '.join(sorted(want))}"
+    raise_all(BatchError, "The batch is not what the step was compiled for.", problems, fix)
+
+
+def check_alive(state: Any) -> None:
+    """Refuses a state whose buffers an earlier step consumed, which would crash the interpreter.
+
+    Raises:
+      StateError: naming the leaves that are gone.
+    """
+    if not any(x.is_deleted() for x in jax.tree.leaves(state) if isinstance(x, jax.Array)):
+        return
+    gone = [
+        path_str(path)
+        for path, x in jax.tree_util.tree_leaves_with_path(state)
+        if isinstance(x, jax.Array) and x.is_deleted()
+    ]
+    shown = ", ".join(gone[:3]) + (f" and {len(gone) - 3} more" if len(gone) > 3 else "")
+    why = f"{shown}: consumed (donated) by an earlier step"
+    fix = "state, metrics = step(state, batch), and use the returned state from then on"
+    raise_all(StateError, "The step got a state that is gone.", [Problem("state", why)], fix)
+
+
+def check_state(state: Any, abstract: Any, shardings: Any) -> None:
+    """Says in which leaves a state differs from the one that a step was compiled for.
+
+    Raises:
+      StateError: naming each leaf with both types and specs.
+    """
+    got = {path_str(p): x for p, x in jax.tree_util.tree_leaves_with_path(state)}
+    want = {path_str(p): x for p, x in jax.tree_util.tree_leaves_with_path(abstract)}
+    specs = {path_str(p): s for p, s in jax.tree_util.tree_leaves_with_path(shardings)}
+    problems = [Problem(f"state/{p}", "is missing") for p in want if p not in got]
+    problems += [
+        Problem(f"state/{p}", "is not part of this step's state") for p in got if p not in want
+    ]
+    for path in [p for p in want if p in got]:
+        x, a = got[path], want[path]
+        if (np.shape(x), jax.numpy.result_type(x)) != (a.shape, a.dtype):
+            types = short_type(np.shape(x), jax.numpy.result_type(x)), short_type(a.shape, a.dtype)
+            problems.append(Problem(f"state/{path}", f"is {types[0]}; the step has {types[1]}"))
+        elif isinstance(x, jax.Array) and not x.sharding.is_equivalent_to(specs[path], x.ndim):
+            why = f"is on {_where(x.sharding)}; the step has it as {specs[path].spec}"
+            problems.append(Problem(f"state/{path}", why))
+    fix = "state = step.init(key), or jax.device_put(state, step.shardings)"
+    raise_all(StateError, "The state is not what the step was compiled for.", problems, fix)

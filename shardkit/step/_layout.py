@@ -1,0 +1,210 @@
+"""From a declaration to shardings: abstract state, every rule resolved, every failure at once."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from .._errors import Problem, ShardingError, count, raise_all
+from .._precision import Precision, cast_floats
+from .._tree import Leaf, leaves, path_str
+from .._types import Named, Variables
+from ..optim import FollowParams
+from ..parallel import Strategy
+from ..rules import Rule, axes_of, chain, check_batch, collect, format_mesh
+from ..state import TrainState
+
+Specs = Mapping[str, PartitionSpec]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The abstract state and batch of a step, and where every leaf of them lives.
+
+    Attributes:
+      state: `TrainState` of `jax.ShapeDtypeStruct`.
+      shardings: `TrainState` of `NamedSharding`.
+      batch: pytree of `jax.ShapeDtypeStruct`.
+      batch_shardings: pytree of `NamedSharding`.
+      rows: number of rows of the global batch; 0 where no leaf has a dim.
+      row_axes: mesh axes that the rows are split over.
+      axes: `{path: logical axes}` of the parameters.
+    """
+
+    state: TrainState
+    shardings: TrainState
+    batch: Any
+    batch_shardings: Any
+    rows: int
+    row_axes: tuple[str, ...]
+    axes: Mapping[str, tuple[str | None, ...]]
+
+
+def initial_state(
+    init: Callable[[Any], Any], optimizer: optax.GradientTransformation, precision: Precision
+) -> Callable[[Any], TrainState]:
+    """Builds `key → TrainState`: the whole state from one key, to be jitted as one program."""
+
+    def run(key: Any) -> TrainState:
+        for_init, for_steps = jax.random.split(key)
+        return _state(_as_variables(init(for_init)), for_steps, optimizer, precision)
+
+    return run
+
+
+def _state(
+    made: Variables, key: Any, optimizer: optax.GradientTransformation, precision: Precision
+) -> TrainState:
+    bare = jax.tree.map(lambda x: x.value if _named(x) else x, made.params, is_leaf=_named)
+    params = cast_floats(jax.tree.map(jnp.asarray, bare), precision.params)
+    opt_state = jax.tree.map(jnp.asarray, optimizer.init(params))
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, made.extra, key)
+
+
+def _abstract_state(
+    init: Callable[[Any], Any], optimizer: optax.GradientTransformation, precision: Precision
+) -> tuple[TrainState, dict[str, tuple[str | None, ...]]]:
+    """The state's shapes, and the logical axes that `init` named, from one trace."""
+    names: dict[str, tuple[str | None, ...]] = {}
+
+    def run(key: Any) -> TrainState:
+        made = _as_variables(init(key))
+        names.update(_axis_names(made.params))
+        return _state(made, key, optimizer, precision)
+
+    return jax.eval_shape(run, jax.eval_shape(lambda: jax.random.key(0))), names
+
+
+def resolve_layout(
+    init: Callable[[Any], Any],
+    optimizer: optax.GradientTransformation,
+    batch: Any,
+    mesh: Mesh,
+    strategy: Strategy,
+    precision: Precision,
+    steps: int,
+) -> Layout:
+    """Resolves every rule of a strategy on a mesh.
+
+    Args:
+      init: `key → params` or `key → Variables`.
+      optimizer: any optax chain.
+      batch: pytree of abstract arrays.
+      mesh: the device mesh.
+      strategy: the declared layout.
+      precision: dtype of the parameters.
+      steps: micro-batches per step, which the rows must divide into.
+
+    Raises:
+      ShardingError: with every leaf of parameters, optimizer state, extra and batch that cannot
+        be laid out.
+    """
+    state, names = _abstract_state(init, optimizer, precision)
+
+    sizes = dict(mesh.shape)
+    problems: list[Problem] = []
+    params = leaves(state.params, names)
+    specs = _resolved(strategy.params, params, sizes, "parameters", problems)
+    extra = _resolved(strategy.extra, leaves(state.extra), sizes, "extra leaves", problems)
+    # A parameter that could not be laid out is reported once, not again for its moments.
+    follow = FollowParams(tuple((p, specs.get(p.path, PartitionSpec())) for p in params))
+    rule = chain(strategy.opt_state, follow) if strategy.opt_state else follow
+    opt_state = _resolved(rule, leaves(state.opt_state), sizes, "optimizer leaves", problems)
+    batch_leaves = leaves(batch)
+    batch_specs = _batch_specs(strategy, batch_leaves, sizes, problems)
+    rows, row_axes = _rows(batch_leaves, batch_specs, sizes, steps, problems)
+    lost = count(len({problem.subject for problem in problems}), "leaf")
+    raise_all(ShardingError, f"{lost} cannot be laid out on mesh {format_mesh(sizes)}.", problems)
+
+    scalar = NamedSharding(mesh, PartitionSpec())
+    shardings = TrainState(
+        step=scalar,
+        params=_shardings(state.params, specs, mesh),
+        opt_state=_shardings(state.opt_state, opt_state, mesh),
+        extra=_shardings(state.extra, extra, mesh),
+        key=scalar,
+    )
+    placed = _shardings(batch, batch_specs, mesh)
+    return Layout(state, shardings, batch, placed, rows, row_axes, names)
+
+
+def _axis_names(params: Any) -> dict[str, tuple[str | None, ...]]:
+    boxed = [
+        (path_str(path), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=_named)
+        if _named(leaf)
+    ]
+    problems = [
+        Problem(path, f"{len(leaf.axes)} names {leaf.axes} for {leaf.value.ndim} dims")
+        for path, leaf in boxed
+        if len(leaf.axes) != leaf.value.ndim
+    ]
+    raise_all(ShardingError, "Logical axes do not fit.", problems, "one name or None per dim")
+    return {path: tuple(leaf.axes) for path, leaf in boxed}
+
+
+def _resolved(
+    rule: Rule, of: Sequence[Leaf], sizes: Mapping[str, int], what: str, problems: list[Problem]
+) -> dict[str, PartitionSpec]:
+    specs, found = collect(rule, of, sizes, what=what)
+    problems += found
+    return specs
+
+
+def _batch_specs(
+    strategy: Strategy, of: Sequence[Leaf], sizes: Mapping[str, int], problems: list[Problem]
+) -> dict[str, PartitionSpec]:
+    if not isinstance(strategy.batch, PartitionSpec):
+        return _resolved(strategy.batch, of, sizes, "batch leaves", problems)
+    entries = tuple(strategy.batch)
+    specs = {leaf.path: PartitionSpec(*entries[: len(leaf.shape)]) for leaf in of}
+    problems += check_batch(of, specs, sizes)
+    return specs
+
+
+def _rows(
+    of: Sequence[Leaf], specs: Specs, sizes: Mapping[str, int], steps: int, problems: list[Problem]
+) -> tuple[int, tuple[str, ...]]:
+    """Rows of the batch and the mesh axes that split them: the same for every leaf."""
+    with_rows = [leaf for leaf in of if leaf.shape]
+    if not with_rows:
+        return 0, ()
+    first = with_rows[0]
+    spec = specs.get(first.path, PartitionSpec())
+    axes = axes_of(spec[0]) if len(spec) else ()
+    for leaf in with_rows[1:]:
+        if leaf.shape[0] != first.shape[0]:
+            why = f"has {leaf.shape[0]} rows, {first.path} has {first.shape[0]}"
+            problems.append(Problem(f"batch/{leaf}", why, "dim 0 of every batch leaf counts rows"))
+    ways = 1
+    for axis in axes:
+        ways *= sizes.get(axis, 1)
+    rows = first.shape[0]
+    if steps > 1 and rows % (steps * ways):
+        split = " x ".join(f"{axis}={sizes.get(axis, 1)}" for axis in axes) or "1 device"
+        why = f"{rows} rows do not split into accumulate={steps} micro-batches over {split}"
+        fix = f"a multiple of {steps * ways} rows, such as {_near(rows, steps * ways)}"
+        problems.append(Problem(f"batch/{first}", why, fix))
+    return rows, axes
+
+
+def _near(rows: int, unit: int) -> int:
+    return max(unit, round(rows / unit) * unit)
+
+
+def _shardings(tree: Any, specs: Specs, mesh: Mesh) -> Any:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: NamedSharding(mesh, specs[path_str(path)]), tree
+    )
+
+
+def _as_variables(made: Any) -> Variables:
+    return made if isinstance(made, Variables) else Variables(made, {})
+
+
+def _named(x: Any) -> bool:
+    return isinstance(x, Named)

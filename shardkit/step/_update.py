@@ -1,0 +1,71 @@
+"""The functions that a step is made of: pure, over global arrays, knowing no layout."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ..state import TrainState
+from ._gradients import GradientFn
+from ._objective import Objective, Outcome, value_of
+
+Metrics = dict[str, jax.Array]
+
+# Folded into the key in place of a step number, which never gets this large.
+_EVALUATE = 0xFFFFFFFF
+
+
+def training_step(
+    gradients: GradientFn, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+    """Builds `(state, batch) → (state, metrics)`."""
+    # Optimizers that look at the loss (`reduce_on_plateau`, `momo`) get it; others ignore it.
+    update = optax.with_extra_args_support(optimizer).update
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        outcome, grads = gradients(state.params, state.extra, batch, step_key(state))
+        metrics = _metrics(outcome, grads)
+        with jax.named_scope("update"):
+            updates, opt_state = update(grads, state.opt_state, state.params, value=metrics["loss"])
+            params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, opt_state, outcome.extra, state.key), metrics
+
+    return step
+
+
+def gradient_step(gradients: GradientFn) -> Callable[[TrainState, Any], tuple[Metrics, Any]]:
+    """Builds `(state, batch) → (metrics, gradients)`: what the update would be made from."""
+
+    def step(state: TrainState, batch: Any) -> tuple[Metrics, Any]:
+        outcome, grads = gradients(state.params, state.extra, batch, step_key(state))
+        return _metrics(outcome, grads), grads
+
+    return step
+
+
+def evaluation_step(objective: Objective, compute: Callable[[Any], Any]) -> Callable[..., Metrics]:
+    """Builds `(state, batch) → metrics`, with the parameters cast by `compute`."""
+
+    def step(state: TrainState, batch: Any) -> Metrics:
+        key = jax.random.fold_in(state.key, jnp.uint32(_EVALUATE))
+        _, outcome = objective(compute(state.params), state.extra, batch, key)
+        return _values(outcome)
+
+    return step
+
+
+def step_key(state: TrainState) -> jax.Array:
+    """Key of the step that a state is about to make."""
+    return jax.random.fold_in(state.key, state.step)
+
+
+def _metrics(outcome: Outcome, grads: Any) -> Metrics:
+    with jax.named_scope("grad_norm"):
+        norm = optax.global_norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+    return {**_values(outcome), "grad_norm": norm}
+
+
+def _values(outcome: Outcome) -> Metrics:
+    return {"loss": value_of(outcome.loss), **{k: value_of(m) for k, m in outcome.metrics.items()}}
