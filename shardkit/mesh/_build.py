@@ -2,7 +2,6 @@
 
 import importlib.util
 import math
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -12,7 +11,7 @@ from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh
 
 from .._errors import MeshError, Problem, count, format_problems
-from ._target import Target
+from ._target import Target, example
 
 
 def target_devices(target: Target) -> list[Any]:
@@ -56,20 +55,13 @@ def _tpu_devices(target: Target) -> list[Any]:
     if target.chip == "v4":
         # By default the compiler shows a v4 chip as two devices; its runtime shows one.
         options["chip_config_name"] = "megacore"
-    # Without this, libtpu waits for a metadata server that only a TPU machine has.
-    before = os.environ.get("TPU_SKIP_MDS_QUERY")
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     try:
         topology = topologies.get_topology_desc(
             platform="tpu", topology_name=target.topology, **options
         )
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
-        _refuse(target, f"the TPU compiler says: {reason}", f"tpu:{target.chip}:... it can form")
-    finally:
-        os.environ.pop("TPU_SKIP_MDS_QUERY")
-        if before is not None:
-            os.environ["TPU_SKIP_MDS_QUERY"] = before
+        _refuse(target, f"the TPU compiler says: {reason}", example(target.chip))
     return list(topology.devices)
 
 

@@ -119,6 +119,10 @@ def _fault(text: str, kind: str, rest: list[str]) -> tuple[str, str]:
             "hosts x GPUs per host are wanted",
             f"gpu:{chip}:1x8, or gpu:{chip}:2x4x8 in 2 slices",
         )
-    example = _joined((4,) * TPUS[chip])
-    why = f"a slice of {chip} has {TPUS[chip]} dims of chips"
-    return why, f"tpu:{chip}:{example}, or tpu:{chip}:{example}:2 for 2 slices"
+    return f"a slice of {chip} has {TPUS[chip]} dims of chips", example(chip)
+
+
+def example(chip: str) -> str:
+    """Returns targets of a TPU generation that exist."""
+    one = f"tpu:{chip}:{_joined((4,) * TPUS[chip])}"
+    return f"{one}, or {one}:2 for 2 slices"

@@ -82,8 +82,10 @@ class AxisRules:
         if unknown := self._unknown(str(leaf), names):
             return Refused(tuple(unknown))
         dims = tuple(self._source(name) for name in names)
-        used = ", ".join(self._row(name) for name in dict.fromkeys(names) if name is not None)
-        return Decided(from_axes(map(self.mesh_axes, names)), f"AxisRules[{used}]", dims=dims)
+        used = tuple(name for name in dict.fromkeys(names) if name is not None)
+        split = [name for name in used if self.mesh_axes(name)] or used
+        source = f"AxisRules[{', '.join(map(self._row, split))}]"
+        return Decided(from_axes(map(self.mesh_axes, names)), source, entries=used, dims=dims)
 
     def entries(self) -> tuple[Entry, ...]:
         """Lists the logical axes, which a model need not name."""

@@ -118,9 +118,10 @@ class PathRules:
         for glob, spec in self.table:
             if matches(glob, leaf.path):
                 named = PartitionSpec() if isinstance(spec, Replicated) else spec
-                return Decided(named, _source(glob), entry=glob)
+                return Decided(named, _source(glob), entries=(glob,))
         near = difflib.get_close_matches(leaf.path, [glob for glob, _ in self.table], 1, 0.3)
-        return Passed("PathRules: no glob matches" + (f", nearest {near[0]!r}" if near else ""))
+        nearest = f"the nearest is {near[0]!r}" if near else ""
+        return Passed(f"PathRules: no glob of {len(self.table)} matches", nearest)
 
     def entries(self) -> tuple[Entry, ...]:
         """Lists the globs, each of which should match some leaf."""

@@ -25,8 +25,8 @@ class Placement:
       leaf: the leaf.
       spec: its spec in normal form, or None when something is wrong.
       source: the rule that decided, "" when none did.
-      entry: position of that rule in the chain, and key of the entry in it.
-      passed: what each rule asked before it said, in order.
+      won: position of that rule in the chain, and keys of its entries, when one decided.
+      passed: why each rule asked before it passed, in order.
       why: a reason the rule gave for its spec, or "".
       problems: what is wrong.
     """
@@ -34,7 +34,7 @@ class Placement:
     leaf: Leaf
     spec: PartitionSpec | None
     source: str = ""
-    entry: tuple[int, str] | None = None
+    won: tuple[int, tuple[str, ...]] | None = None
     passed: tuple[str, ...] = ()
     why: str = ""
     problems: tuple[Problem, ...] = ()
@@ -44,19 +44,24 @@ def place(rule: Rule, leaf: Leaf, mesh: Mapping[str, int]) -> Placement:
     """Asks a rule for the spec of one leaf and checks it. A scalar is whole without asking."""
     if not leaf.shape:
         return Placement(leaf, PartitionSpec(), "a scalar is replicated")
-    passed: list[str] = []
+    passed: list[Passed] = []
     for position, one in enumerate(flatten(rule)):
         decision = one.decide(leaf, mesh)
-        if isinstance(decision, Passed):
-            passed.append(decision.why)
-        elif isinstance(decision, Refused):
-            return Placement(leaf, None, passed=tuple(passed), problems=decision.problems)
-        else:
-            return _checked(leaf, decision, mesh, position, tuple(passed))
-    why = f"no rule decides it ({'; '.join(passed)})" if passed else "there is no rule"
+        reasons = tuple(p.why for p in passed)
+        if isinstance(decision, Refused):
+            return Placement(leaf, None, passed=reasons, problems=decision.problems)
+        if isinstance(decision, Decided):
+            return _checked(leaf, decision, mesh, position, reasons)
+        passed.append(decision)
+    return _undecided(leaf, passed)
+
+
+def _undecided(leaf: Leaf, passed: Sequence[Passed]) -> Placement:
+    tried = [f"{p.why}, {p.nearest}" if p.nearest else p.why for p in passed]
+    why = f"no rule decides it ({'; '.join(tried)})" if tried else "there is no rule"
     fix = "chain(rules, REPLICATED) replicates what no rule decides, or add a rule for each"
-    undecided = Problem(str(leaf), why, fix)
-    return Placement(leaf, None, passed=tuple(passed), problems=(undecided,))
+    reasons = tuple(p.why for p in passed)
+    return Placement(leaf, None, passed=reasons, problems=(Problem(str(leaf), why, fix),))
 
 
 def _checked(
@@ -67,7 +72,7 @@ def _checked(
         leaf,
         None if problems else normalise(decided.spec),
         decided.source,
-        (position, decided.entry),
+        (position, decided.entries),
         passed,
         decided.why,
         tuple(problems),

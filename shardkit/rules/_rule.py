@@ -17,23 +17,29 @@ class Decided:
     Attributes:
       spec: the spec as declared; `resolve` checks it against the leaf and the mesh.
       source: what an error or `explain` names: `PathRules["**/up/kernel"]`.
-      entry: the key of the rule's `Entry` that decided, "" where the rule is one whole.
+      entries: the keys of the rule's `Entry`s that decided; none where the rule is one whole.
       dims: the source of each dim of the spec, where they differ: `AxisRules['mlp' → 'tensor']`.
-      why: a reason worth showing, such as "12 elements < min_size".
+      why: a reason worth showing, such as "fewer elements than min_size".
     """
 
     spec: PartitionSpec
     source: str
-    entry: str = ""
+    entries: tuple[str, ...] = ()
     dims: tuple[str, ...] = ()
     why: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Passed:
-    """A rule leaves a leaf to the next rule, because of `why`."""
+    """A rule leaves a leaf to the next rule.
+
+    Attributes:
+      why: the reason, the same for all leaves it holds for.
+      nearest: what comes closest to this leaf, for the error when no rule decides it, or "".
+    """
 
     why: str
+    nearest: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,13 +114,14 @@ class Chain:
 
     def decide(self, leaf: Leaf, mesh: Mapping[str, int]) -> Decision:
         """Gives the first decision or refusal, else passes with every reason."""
-        reasons = []
+        passed: list[Passed] = []
         for rule in self.rules:
             decision = rule.decide(leaf, mesh)
             if not isinstance(decision, Passed):
                 return decision
-            reasons.append(decision.why)
-        return Passed("; ".join(reasons))
+            passed.append(decision)
+        nearest = "; ".join(filter(None, (p.nearest for p in passed)))
+        return Passed("; ".join(p.why for p in passed), nearest)
 
     def entries(self) -> tuple[Entry, ...]:
         """Lists the entries of all its rules."""

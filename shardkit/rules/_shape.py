@@ -22,8 +22,7 @@ class ShardLargest:
         """Splits the largest divisible dim, replicates a small leaf, or passes."""
         elements = math.prod(leaf.shape)
         if elements < self.min_size:
-            why = f"{elements} elements < min_size"
-            return Decided(PartitionSpec(), repr(self), why=why)
+            return Decided(PartitionSpec(), repr(self), why="fewer elements than min_size")
         if not set(self.axes) <= set(mesh):
             # The spec's own check says which axis the mesh lacks.
             return Decided(from_axes([self.axes]), repr(self))

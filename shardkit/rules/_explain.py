@@ -1,0 +1,175 @@
+"""Why each leaf got its spec: which rule won, which passed, and which did nothing."""
+
+import dataclasses
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from .._errors import count
+from .._tree import Leaf, format_bytes, path_str, short_type
+from .._types import Named
+from ._resolve import Placement, place, unmatched
+from ._rule import Rule, flatten
+from ._specs import HasShape, format_mesh, format_spec, mesh_sizes, shards
+
+_WIDTH = 100
+_CAPS = {"type": 22, "spec": 28}
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """How rules lay out a tree, leaf by leaf. `str()` is a table of at most 100 columns.
+
+    Attributes:
+      rows: one per leaf, in JAX's order: spec, source, who passed and why, problems.
+      mesh: size of each mesh axis.
+      unmatched: sources of entries that match no leaf.
+      shadowed: sources of entries that match leaves and decide none, earlier ones being first.
+    """
+
+    rows: tuple[Placement, ...]
+    mesh: Mapping[str, int]
+    unmatched: tuple[str, ...]
+    shadowed: tuple[str, ...]
+
+    def bytes_per_device(self, row: Placement) -> int:
+        """Bytes of one row on each device; a leaf that cannot be laid out counts nothing."""
+        return 0 if row.spec is None else row.leaf.nbytes // shards(row.spec, self.mesh)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all leaves, whole and without replicas."""
+        return sum(row.leaf.nbytes for row in self.rows)
+
+    @property
+    def total_bytes_per_device(self) -> int:
+        """Bytes of all leaves that can be laid out, on each device."""
+        return sum(map(self.bytes_per_device, self.rows))
+
+    def __str__(self) -> str:
+        rules = list(dict.fromkeys(_reason(row) for row in self.rows if _reason(row)))
+        notes = list(dict.fromkeys(why for row in self.rows for why in row.passed))
+        table = [("parameter", "type", "spec", "per device", "rule", "passed")]
+        table += [self._cells(row, rules, notes) for row in self.rows]
+        lines = [self._headline(), *_columns(table)]
+        lines += _section("Rules", [f"R{n}  {source}" for n, source in enumerate(rules, 1)])
+        lines += _section("Passed", [f"P{n}  {why}" for n, why in enumerate(notes, 1)])
+        wrong = [f"{p.subject}: {p.why}" for row in self.rows for p in row.problems]
+        lines += _section("Cannot be laid out", wrong)
+        lines += _section("Matched nothing", self.unmatched)
+        lines += _section("Decided nothing, earlier rules being first", self.shadowed)
+        return "\n".join(lines)
+
+    def _headline(self) -> str:
+        whole, each = format_bytes(self.total_bytes), format_bytes(self.total_bytes_per_device)
+        leaves = count(len(self.rows), "leaf")
+        return f"{leaves} on mesh {format_mesh(self.mesh)}: {whole} whole, {each} per device."
+
+    def _cells(self, row: Placement, rules: Sequence[str], notes: Sequence[str]) -> tuple[str, ...]:
+        shape = short_type(row.leaf.shape, row.leaf.dtype)
+        spec = "error" if row.spec is None else format_spec(row.spec)
+        each = "" if row.spec is None else format_bytes(self.bytes_per_device(row))
+        rule = f"R{rules.index(_reason(row)) + 1}" if _reason(row) else ""
+        passed = " ".join(f"P{notes.index(why) + 1}" for why in row.passed)
+        return row.leaf.path or "(root)", shape, spec, each, rule, passed
+
+
+def _reason(row: Placement) -> str:
+    return f"{row.source}: {row.why}" if row.why else row.source
+
+
+def explain(
+    rules: Rule,
+    abstract_params: Any,
+    mesh: Mapping[str, int] | HasShape,
+    axes: Mapping[str, tuple[str | None, ...]] | None = None,
+) -> Explanation:
+    """Says for each leaf which rule won, which were asked before it and why they passed.
+
+    Nothing is raised for a leaf that cannot be laid out: its row shows what is wrong.
+
+    Args:
+      rules: the rule, such as a chain.
+      abstract_params: pytree of arrays or `jax.ShapeDtypeStruct`, or of `Named` ones.
+      mesh: a mesh, a `MeshSpec` without -1, or `{axis: size}`.
+      axes: logical axes by path, for leaves that are not `Named`.
+
+    Returns:
+      The explanation; print it.
+
+    >>> import jax
+    >>> from jax.sharding import PartitionSpec as P
+    >>> from shardkit.rules import REPLICATED, PathRules, chain
+    >>> params = {"up": jax.ShapeDtypeStruct((4, 8), "float32")}
+    >>> rules = chain(PathRules({"down": P("data")}), REPLICATED)
+    >>> print(explain(rules, params, {"data": 2}))
+    1 leaf on mesh (data=2): 128 B whole, 128 B per device.
+    parameter  type      spec  per device  rule  passed
+    up         f32[4,8]  P()        128 B  R1    P1
+    Rules:
+      R1  REPLICATED
+    Passed:
+      P1  PathRules: no glob of 1 matches
+    Matched nothing:
+      PathRules["down"]
+    """
+    sizes, leaves = mesh_sizes(mesh), named_leaves(abstract_params, axes)
+    rows = tuple(place(rules, leaf, sizes) for leaf in leaves)
+    won = {(row.won[0], key) for row in rows if row.won for key in row.won[1]}
+    idle, shadowed = [], []
+    for position, rule in enumerate(flatten(rules)):
+        nothing = [entry.key for entry in unmatched(rule, leaves)]
+        for entry in rule.entries():
+            if entry.key in nothing:
+                idle.append(entry.source)
+            elif (position, entry.key) not in won:
+                shadowed.append(entry.source)
+    return Explanation(rows, sizes, tuple(idle), tuple(shadowed))
+
+
+def named_leaves(tree: Any, axes: Mapping[str, tuple[str | None, ...]] | None = None) -> list[Leaf]:
+    """Lists a pytree's leaves with the logical axes that `Named` boxes or `axes` give them.
+
+    Args:
+      tree: pytree of arrays, `jax.ShapeDtypeStruct`, or `Named` ones.
+      axes: logical axes by path, for leaves that are not `Named`.
+    """
+    paired = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, Named))
+    found = []
+    for key_path, x in paired:
+        path = path_str(key_path)
+        value, names = (x.value, x.axes) if isinstance(x, Named) else (x, (axes or {}).get(path))
+        found.append(Leaf(path, tuple(value.shape), value.dtype, names))
+    return found
+
+
+def _columns(table: Sequence[tuple[str, ...]]) -> list[str]:
+    """Aligns the table within the width; a long path gives way, shortened in the middle."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for at, name in enumerate(table[0]):
+        widths[at] = min(widths[at], _CAPS.get(name, widths[at]))
+    widths[0] = min(widths[0], _WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1))
+    lines = []
+    for row in table:
+        cells = [_shortened(cell, width) for cell, width in zip(row, widths, strict=True)]
+        padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
+        padded[3] = cells[3].rjust(widths[3])
+        lines.append("  ".join(padded).rstrip())
+    return lines
+
+
+def _shortened(text: str, width: int) -> str:
+    """Returns `decoder/…/kernel`: the text, or its two ends with the middle left out."""
+    if len(text) <= width:
+        return text
+    tail = (width - 1) * 2 // 3
+    return f"{text[: width - 1 - tail]}…{text[len(text) - tail :]}"
+
+
+def _section(title: str, items: Iterable[str]) -> list[str]:
+    lines = [
+        textwrap.fill(item, _WIDTH, initial_indent="  ", subsequent_indent="    ") for item in items
+    ]
+    return [f"{title}:", *lines] if lines else []
