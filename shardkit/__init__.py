@@ -1,1 +1,57 @@
 """shardkit: declare a mesh and specs; compile, prove and run one SPMD training step in JAX."""
+
+from ._constrain import constrain
+from ._errors import (
+    BatchError,
+    ConfigError,
+    DataError,
+    MeshError,
+    ShardingError,
+    ShardkitError,
+    StateError,
+    StepError,
+)
+from ._precision import Precision
+from ._remat import remat
+from ._types import Accumulate, Loss, Mean, Named, Variables
+from .adapters import Model, from_linen, from_nnx
+from .mesh import MeshSpec, simulate_devices
+from .parallel import Strategy, strategies
+from .rules import REPLICATED, AxisRules, PathRules, chain, explain, shard_largest
+from .state import TrainState
+from .step import CompiledStep, compile_step
+
+__all__ = [
+    "REPLICATED",
+    "Accumulate",
+    "AxisRules",
+    "BatchError",
+    "CompiledStep",
+    "ConfigError",
+    "DataError",
+    "Loss",
+    "Mean",
+    "MeshError",
+    "MeshSpec",
+    "Model",
+    "Named",
+    "PathRules",
+    "Precision",
+    "ShardingError",
+    "ShardkitError",
+    "StateError",
+    "StepError",
+    "Strategy",
+    "TrainState",
+    "Variables",
+    "chain",
+    "compile_step",
+    "constrain",
+    "explain",
+    "from_linen",
+    "from_nnx",
+    "remat",
+    "shard_largest",
+    "simulate_devices",
+    "strategies",
+]

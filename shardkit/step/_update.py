@@ -63,7 +63,7 @@ def step_key(state: TrainState) -> jax.Array:
 
 def _metrics(outcome: Outcome, grads: Any) -> Metrics:
     with jax.named_scope("grad_norm"):
-        norm = optax.global_norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+        norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
     return {**_values(outcome), "grad_norm": norm}
 
 

@@ -1,0 +1,151 @@
+"""flax nnx: a module that holds its arrays becomes pure functions of them.
+
+The module's parameters become nested dicts by attribute names, so that rules see
+`layers/0/kernel`. Its random streams are not state of a step: they are seeded anew from the
+step's key, so that what is drawn depends on the key and the step alone.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from .._types import Loss, Named, Variables
+from ._model import Model, split_outcome, taking_key
+
+Flat = list[tuple[tuple[Any, ...], nnx.Variable]]
+
+
+def from_nnx(
+    make_model: Callable[[nnx.Rngs], nnx.Module],
+    loss: Callable[..., Any],
+    *,
+    trainable: Any = nnx.Param,
+) -> Model:
+    """Adapts an nnx module.
+
+    Args:
+      make_model: `rngs -> module`.
+      loss: `(module, batch) -> loss` or `(module, batch, key) -> loss`, as `compile_step` takes
+        it. The module is in training mode (`module.train()`) in steps and in evaluation mode
+        (`module.eval()`) in `step.evaluate`; layers with dropout need no key passed to them.
+      trainable: nnx filter of the variables that the optimizer updates. Every other variable,
+        batch statistics for one, is carried as `state.extra`.
+
+    Returns:
+      A `Model`. Logical axes are read from the variables' sharding metadata
+      (`nnx.with_partitioning(init, ("embed", "mlp"))`, `nnx.Param(x, sharding=...)`).
+
+    >>> import jax
+    >>> from flax import nnx
+    >>> model = from_nnx(lambda rngs: nnx.Linear(4, 2, rngs=rngs),
+    ...                  lambda module, batch: (module(batch) ** 2).mean())
+    >>> params = jax.eval_shape(model.init, jax.random.key(0))
+    >>> sorted(params)
+    ['bias', 'kernel']
+    """
+    call = taking_key(loss)
+    template = _template(make_model, trainable)
+
+    def init(key: jax.Array) -> Any:
+        params, _, extra = _parts(_build(make_model, key), trainable)
+        named = _nested([(path, _with_axes(variable)) for path, variable in params])
+        return Variables(named, _values(extra)) if extra else named
+
+    def run(training: bool, params: Any, batch: Any, key: Any, extra: Any) -> Any:
+        module = template.merge(params, extra, key)
+        module.train() if training else module.eval()
+        value, metrics = split_outcome(call(module, batch, key))
+        if not template.extra:
+            return value, metrics
+        return value, metrics, _values(_parts(module, trainable)[2])
+
+    def train(params: Any, batch: Any, key: Any, extra: Any = None) -> Any:
+        return run(True, params, batch, key, extra)
+
+    def evaluate(params: Any, batch: Any, key: Any, extra: Any = None) -> Any:
+        return run(False, params, batch, key, extra)
+
+    def bind(params: Any, extra: Any = None) -> nnx.Module:
+        module = template.merge(params, extra, jax.random.key(0))
+        module.eval()
+        return module
+
+    return Model(init, Loss(train, evaluate, stateful=bool(template.extra)), bind)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Template:
+    """The structure of a module, and its variables without values."""
+
+    graph: nnx.GraphDef
+    params: Flat
+    streams: Flat
+    extra: Flat
+
+    def merge(self, params: Any, extra: Any, key: Any) -> Any:
+        """The module with these arrays, its random streams seeded from `key`."""
+        flat = [*_filled(self.params, params), *_filled(self.extra, extra)]
+        for number, (path, variable) in enumerate(self.streams):
+            flat.append((path, variable.replace(_seed(variable, key, number))))
+        return nnx.merge(self.graph, nnx.from_flat_state(flat))
+
+
+def _template(make_model: Callable[[nnx.Rngs], nnx.Module], trainable: Any) -> _Template:
+    module = nnx.eval_shape(lambda: _build(make_model, jax.random.key(0)))
+    return _Template(nnx.graphdef(module), *_parts(module, trainable))
+
+
+def _build(make_model: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> nnx.Module:
+    # flax would look for a mesh as soon as a variable names logical axes.
+    with nnx.use_eager_sharding(False):
+        return make_model(nnx.Rngs(key))
+
+
+def _parts(module: nnx.Module, trainable: Any) -> tuple[Flat, Flat, Flat]:
+    """Variables by path: trainable ones, random streams, and the rest."""
+    filters = (trainable, nnx.RngState, nnx.Intermediate, ...)
+    params, streams, _, extra = nnx.state(module, *filters)
+    return tuple(list(nnx.to_flat_state(part)) for part in (params, streams, extra))
+
+
+def _with_axes(variable: nnx.Variable) -> Any:
+    metadata = variable.get_metadata()
+    # One name across flax versions: `sharding` and `sharding_names` are kept as `out_sharding`.
+    axes = metadata.get("out_sharding")
+    return Named(variable[...], tuple(axes)) if axes else variable[...]
+
+
+def _seed(variable: nnx.Variable, key: jax.Array, number: int) -> jax.Array:
+    if isinstance(variable, nnx.RngKey):
+        own = jax.random.fold_in(key, number)
+        shape = variable.shape
+        return jax.random.split(own, shape) if shape else own
+    return jnp.zeros(variable.shape, variable.dtype)
+
+
+def _values(flat: Flat) -> Any:
+    return _nested([(path, variable[...]) for path, variable in flat])
+
+
+def _nested(flat: list[tuple[tuple[Any, ...], Any]]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, value in flat:
+        node = tree
+        for name in path[:-1]:
+            node = node.setdefault(str(name), {})
+        node[str(path[-1])] = value
+    return tree
+
+
+def _filled(flat: Flat, values: Any) -> Flat:
+    filled = []
+    for path, variable in flat:
+        node = values
+        for name in path:
+            node = node[str(name)]
+        filled.append((path, variable.replace(node)))
+    return filled
