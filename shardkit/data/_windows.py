@@ -90,10 +90,11 @@ class Text:
         """Refuses rows longer than the text, and batches of more rows than it holds."""
         length, batch = self.config.length, self.config.batch
         problems = []
-        for side, size in (("train", len(self.corpus.train)), ("held_out", self.held_out_bytes)):
+        sizes = {"train": len(self.corpus.train), "held_out": self.held_out_bytes}
+        fix = f"--set data.length={max(1, min(sizes.values()) // 2)}"
+        for side, size in sizes.items():
             if length > size:
                 why = f"data.length={length} is longer than all its {size:,} bytes."
-                fix = f"--set data.length={max(1, min(len(self.corpus.train), size) // 2)}"
                 problems.append(Problem(f"{self.corpus.source} ({side})", why, fix))
         if not problems and batch > self.rows_per_epoch:
             why = f"data.batch={batch}, but an epoch has {self.rows_per_epoch} rows of {length}."

@@ -1,0 +1,53 @@
+"""What a command is, and the arguments that all of them share."""
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+
+from ..config import Config, load_config
+from ..mesh import Target, simulate_devices
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One word behind `shardkit`.
+
+    Attributes:
+      name: the word.
+      help: one line.
+      run: does it; returns the exit code.
+      add_options: adds options of its own, beside `CONFIG`, `--set` and `--debug`.
+    """
+
+    name: str
+    help: str
+    run: Callable[[argparse.Namespace], int]
+    add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+
+
+def add_shared(parser: argparse.ArgumentParser) -> None:
+    """Adds what every command takes."""
+    parser.add_argument(
+        "config", nargs="?", metavar="CONFIG", help="Python file with def config() -> sk.Config"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH.TO.FIELD=VALUE",
+        dest="overrides",
+        help="change one field, e.g. --set model.layers=2 --set mesh.tensor=2; may be repeated",
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def config_of(arguments: argparse.Namespace) -> Config:
+    """Loads the config that a command line asks for, and simulates its devices.
+
+    Call it before anything of JAX: simulated devices exist only when JAX has not started.
+    """
+    config = load_config(arguments.config, arguments.overrides)
+    target = Target.parse(config.devices)
+    if target.kind == "cpu" and target.n_devices is not None:
+        simulate_devices(target.n_devices)
+    return config

@@ -1,0 +1,81 @@
+"""Reads the command line, runs one command, and turns what went wrong into one screen."""
+
+import argparse
+import importlib.metadata
+import sys
+import traceback
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from .._errors import ShardkitError
+from ._command import Command, add_shared
+from ._train import TRAIN
+
+# The command line is closed: a command is added here and nowhere else.
+COMMANDS: tuple[Command, ...] = (TRAIN,)
+
+_FAILED, _REFUSED, _INTERRUPTED = 1, 2, 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """Builds the parser with one sub-command for each of `COMMANDS`."""
+    root = argparse.ArgumentParser(
+        prog="shardkit",
+        description="Declare a mesh and specs; compile, prove and run one SPMD training step.",
+        allow_abbrev=False,
+    )
+    root.add_argument("--version", action="version", version=_version())
+    below = root.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        sub = below.add_parser(command.name, help=command.help, allow_abbrev=False)
+        add_shared(sub)
+        command.add_options(sub)
+        sub.set_defaults(run=command.run)
+    return root
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line.
+
+    Args:
+      argv: the words behind `shardkit`; those of the process by default.
+
+    Returns:
+      0; 1 for a failure that is no user's fault; 2 where the user's declaration, config or data
+      cannot be used; 130 after Ctrl-C.
+    """
+    arguments = parser().parse_args(argv)
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        return arguments.run(arguments)
+    except KeyboardInterrupt as stop:
+        _say(errors, "yellow", "Interrupted.", stop)
+        return _INTERRUPTED
+    except ShardkitError as error:
+        _trace(arguments.debug)
+        _say(errors, "red", f"{type(error).__name__}: {error}", error)
+        return _REFUSED
+    except Exception as error:
+        _trace(arguments.debug)
+        _say(errors, "red", f"shardkit has failed: {type(error).__name__}: {error}", error)
+        if not arguments.debug:
+            errors.print("Add --debug for the traceback; please report it.")
+        return _FAILED
+
+
+def _say(console: Console, color: str, message: str, error: BaseException) -> None:
+    notes = getattr(error, "__notes__", [])
+    console.print("\n".join([message, *notes]), style=color, markup=False)
+
+
+def _trace(debug: bool) -> None:
+    if debug:
+        traceback.print_exc(file=sys.stderr)
+
+
+def _version() -> str:
+    try:
+        return f"shardkit {importlib.metadata.version('shardkit')}"
+    except importlib.metadata.PackageNotFoundError:
+        return "shardkit (from a checkout)"

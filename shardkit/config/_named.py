@@ -1,0 +1,88 @@
+"""Subtrees that have a name or a short form on the command line."""
+
+import ast
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from .._errors import did_you_mean
+from ..mesh import MeshSpec
+from ..models import SIZES, DecoderConfig
+from ..parallel import Strategy, strategies
+from ._values import BadValue
+
+_READY: dict[str, Callable[..., Strategy]] = {
+    name: getattr(strategies, name) for name in strategies.__all__
+}
+
+
+def named_size(text: str) -> DecoderConfig:
+    """Returns a decoder by the name of its size.
+
+    >>> named_size("nano").embed
+    64
+    """
+    if text in SIZES:
+        return SIZES[text]
+    known = ", ".join(SIZES)
+    raise BadValue(f"no size {text!r}; known: {known}.{did_you_mean(text, SIZES)}")
+
+
+def named_strategy(text: str) -> Strategy:
+    """Reads ready strategies as they stand in Python, with or without parentheses.
+
+    >>> named_strategy("data | tensor(sequence=True)").kinds
+    (('data', 'data'), ('tensor+sequence', 'tensor'))
+    """
+    try:
+        return _strategy(ast.parse(text, mode="eval").body)
+    except SyntaxError:
+        raise BadValue(f"expected {_FORM}, got {text!r}.") from None
+
+
+def short_mesh(text: str) -> MeshSpec:
+    """Reads axes and sizes.
+
+    >>> short_mesh("fsdp=4,tensor=2")
+    MeshSpec(fsdp=4, tensor=2)
+    """
+    pairs = [part.partition("=") for part in text.split(",")]
+    try:
+        return MeshSpec(**{axis.strip(): int(size) for axis, _, size in pairs})
+    except ValueError:
+        raise BadValue(f"expected axis=size,axis=size, got {text!r}.") from None
+
+
+_FORM = "ready strategies such as data|tensor(sequence=True)"
+
+
+def _strategy(node: ast.expr) -> Strategy:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        return _strategy(node.left) | _strategy(node.right)
+    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+    if not isinstance(call.func, ast.Name) or call.args:
+        raise BadValue(f"expected {_FORM}, got {ast.unparse(node)!r}.")
+    if call.func.id not in _READY:
+        close = did_you_mean(call.func.id, _READY)
+        raise BadValue(f"no strategy {call.func.id!r}; known: {', '.join(_READY)}.{close}")
+    make = _READY[call.func.id]
+    options = {one.arg or "**": _constant(one.value) for one in call.keywords}
+    legal = list(inspect.signature(make).parameters)
+    for name in options:
+        if name not in legal:
+            close = did_you_mean(name, legal)
+            raise BadValue(f"{call.func.id} has options {', '.join(legal)}, not {name!r}.{close}")
+    return make(**options)
+
+
+def _constant(node: ast.expr) -> Any:
+    if isinstance(node, ast.Constant):
+        return node.value
+    raise BadValue(f"expected a constant, got {ast.unparse(node)!r}.")
+
+
+NAMED: dict[Any, Callable[[str], Any]] = {
+    DecoderConfig: named_size,
+    Strategy: named_strategy,
+    MeshSpec: short_mesh,
+}

@@ -1,0 +1,124 @@
+"""An optax chain as data: clip, update rule, weight decay, schedule."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax import contrib
+
+from .._errors import ConfigError, Problem, raise_all
+from .._tree import path_str
+
+Schedule = Callable[[Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """How parameters are updated.
+
+    Attributes:
+      name: the update rule.
+      lr: the highest learning rate.
+      warmup: share of the steps over which the rate rises from 0.
+      final: the last rate, as a share of `lr`; it falls there along a cosine.
+      clip: largest global norm of a gradient; None does not clip.
+      weight_decay: decoupled decay of matrices; norms are not decayed.
+      betas: decay rates of the two moments (sgd uses the first as momentum).
+      muon_lr: learning rate of the hidden matrices under `muon`, whose updates have a
+        spectral norm of about 1; `lr` is for all other leaves, which adamw updates.
+    """
+
+    name: Literal["adamw", "lion", "muon", "sgd"] = "adamw"
+    lr: float = 3e-3
+    warmup: float = 0.05
+    final: float = 0.1
+    clip: float | None = 1.0
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    muon_lr: float = 0.02
+
+    def __post_init__(self) -> None:
+        """Refuses rates and shares that no schedule has."""
+        shares = {"warmup": self.warmup, "final": self.final}
+        problems = [
+            Problem(
+                f"optimizer.{name}={value:g}", "is a share of 1.", f"--set optimizer.{name}=0.1"
+            )
+            for name, value in shares.items()
+            if not 0 <= value <= 1
+        ]
+        if self.lr <= 0:
+            problems.append(
+                Problem(f"optimizer.lr={self.lr:g}", "must be positive.", "--set optimizer.lr=1e-3")
+            )
+        raise_all(ConfigError, "The optimizer cannot be built.", problems)
+
+    def schedule(self, steps: int, peak: float) -> Schedule:
+        """Returns the learning rate as a function of the step: warm up, then a cosine."""
+        warmup = round(self.warmup * steps)
+        return optax.warmup_cosine_decay_schedule(
+            init_value=peak if warmup == 0 else 0.0,
+            peak_value=peak,
+            warmup_steps=warmup,
+            decay_steps=max(steps, warmup + 1),
+            end_value=self.final * peak,
+        )
+
+    def build(self, steps: int) -> optax.GradientTransformation:
+        """Returns the chain for a run of `steps` updates."""
+        clip = [] if self.clip is None else [optax.clip_by_global_norm(self.clip)]
+        return optax.chain(*clip, self._update(steps))
+
+    def _update(self, steps: int) -> optax.GradientTransformation:
+        rate = self.schedule(steps, self.lr)
+        first, second = self.betas
+        decay: dict[str, Any] = {"weight_decay": self.weight_decay, "mask": _matrices}
+        if self.name == "sgd":
+            return optax.chain(
+                optax.add_decayed_weights(self.weight_decay, _matrices),
+                optax.sgd(rate, momentum=first),
+            )
+        if self.name == "lion":
+            return optax.lion(rate, first, second, **decay)
+        if self.name == "muon":
+            return self._muon(steps)
+        return optax.adamw(rate, first, second, **decay)
+
+    def _muon(self, steps: int) -> optax.GradientTransformation:
+        """Orthogonalised momentum for hidden matrices (Jordan et al. 2024), adamw for others."""
+        first, second = self.betas
+        return contrib.muon(
+            self.schedule(steps, self.muon_lr),
+            weight_decay=self.weight_decay,
+            muon_weight_dimension_numbers=_hidden_matrices,
+            adam_learning_rate=self.schedule(steps, self.lr),
+            adam_b1=first,
+            adam_b2=second,
+        )
+
+
+def _matrices(params: Any) -> Any:
+    """Marks what is decayed. Scanned layers stack their norms, so rank alone does not tell."""
+
+    def mark(path: tuple[Any, ...], leaf: Any) -> bool:
+        return jnp.ndim(leaf) >= 2 and "norm" not in path_str(path)
+
+    return jax.tree_util.tree_map_with_path(mark, params)
+
+
+def _hidden_matrices(params: Any) -> Any:
+    """Says which dims of a scanned layer's leaf are the rows and columns of its matrices."""
+
+    def dims(path: tuple[Any, ...], leaf: Any) -> contrib.MuonDimensionNumbers | None:
+        name = path_str(path)
+        if not name.startswith("layers/") or jnp.ndim(leaf) < 3:
+            return None
+        last = jnp.ndim(leaf) - 1
+        rows = tuple(range(1, last)) if name == "layers/out" else (1,)
+        columns = (last,) if name == "layers/out" else tuple(range(2, last + 1))
+        return contrib.MuonDimensionNumbers(rows, columns)
+
+    return jax.tree_util.tree_map_with_path(dims, params)

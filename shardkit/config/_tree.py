@@ -1,0 +1,84 @@
+"""`Config`: everything one run is made of, as one frozen tree."""
+
+import dataclasses
+from typing import Any
+
+from jax.sharding import PartitionSpec
+
+from .._errors import ConfigError, Problem, format_problems
+from ..data import DataConfig
+from ..mesh import MeshSpec
+from ..models import DecoderConfig
+from ..parallel import Strategy, strategies
+from ..run import TrainConfig
+from ._optimizer import OptimizerConfig
+from ._values import hints, is_dataclass_type
+
+BYTES = 256
+
+
+def _default_model() -> DecoderConfig:
+    return DecoderConfig(vocab=BYTES, embed=128, layers=4, heads=4, mlp=384)
+
+
+def _default_strategy() -> Strategy:
+    return strategies.data() | strategies.tensor()
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run. `Config()` is the default one: the standard library on eight simulated devices.
+
+    Attributes:
+      name: of the run; its files go to `runs/<name>`.
+      model: the decoder.
+      data: the text.
+      devices: target on which the mesh is built: `local`, `cpu:8`, ….
+      mesh: axes and their sizes.
+      strategy: what is laid out on which axis.
+      optimizer: the update.
+      train: the loop.
+    """
+
+    name: str = "default"
+    model: DecoderConfig = dataclasses.field(default_factory=_default_model)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    devices: str = "cpu:8"
+    mesh: MeshSpec = dataclasses.field(default_factory=lambda: MeshSpec(data=-1, tensor=4))
+    strategy: Strategy = dataclasses.field(default_factory=_default_strategy)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        """Refuses a model that has no token for some byte."""
+        if isinstance(self.model, DecoderConfig) and self.model.vocab < BYTES:
+            why = f"text is read by the byte, which takes {BYTES} tokens."
+            fix = f"--set model.vocab={BYTES}"
+            problem = Problem(f"model.vocab={self.model.vocab}", why, fix)
+            raise ConfigError(format_problems("The parts do not fit together.", [problem]))
+
+
+def dataclass_fields(name: str) -> list[str]:
+    """Returns the fields of a config's dataclass by class name, or nothing for another class."""
+    kinds: list[type[Any]] = [Config]
+    for kind in kinds:
+        if kind.__name__ == name:
+            return list(hints(kind))
+        kinds += [one for one in hints(kind).values() if is_dataclass_type(one)]
+    return []
+
+
+def to_record(config: Any) -> Any:
+    """Returns a config as plain JSON values; what is no number, text or list by its `repr`.
+
+    >>> to_record(OptimizerConfig(lr=0.01))["lr"], to_record(MeshSpec(data=2))["sizes"]
+    (0.01, [['data', 2]])
+    """
+    if is_dataclass_type(type(config)):
+        fields = dataclasses.fields(config)
+        return {field.name: to_record(getattr(config, field.name)) for field in fields}
+    if isinstance(config, PartitionSpec):
+        return repr(config)
+    if isinstance(config, tuple | list):
+        return [to_record(one) for one in config]
+    return config if isinstance(config, str | int | float | None) else repr(config)

@@ -1,0 +1,16 @@
+"""The training loop: what it shows, what it writes, and how the result is scored."""
+
+from ._config import TrainConfig
+from ._loop import held_out_bits, run_steps
+from ._sample import printable, sample_bytes
+from ._train import Result, train
+
+__all__ = [
+    "Result",
+    "TrainConfig",
+    "held_out_bits",
+    "printable",
+    "run_steps",
+    "sample_bytes",
+    "train",
+]

@@ -1,0 +1,149 @@
+"""The loop itself: dispatch a step, then read the numbers of the one before."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+from .._errors import Problem, StepError, format_problems
+from ..data import Batch, Text
+from ._config import TrainConfig
+from ._folder import MetricsFile
+
+
+class Step(Protocol):
+    """What the loop needs of a compiled step."""
+
+    def put(self, batch: Any) -> Any:
+        """Lays a host batch out on the mesh."""
+        ...
+
+    def __call__(self, state: Any, batch: Any) -> tuple[Any, Mapping[str, Any]]:
+        """Consumes a state; returns the next one and scalar metrics."""
+        ...
+
+    def evaluate(self, state: Any, batch: Any) -> Mapping[str, Any]:
+        """Returns scalar metrics and changes nothing."""
+        ...
+
+
+class Show(Protocol):
+    """Who tells the user how the run is going."""
+
+    def step(self, done: int, loss: float, rate: float | None, left: float | None) -> None:
+        """Tells of `done` updates: loss in nats, bytes per second, seconds left."""
+        ...
+
+    def evaluation(self, done: int, bits: float, scored: int) -> None:
+        """Tells of an evaluation: bits per byte over `scored` bytes."""
+        ...
+
+
+@dataclasses.dataclass
+class Clock:
+    """Time of the steps, without the first one, which still warms up.
+
+    Attributes:
+      steps: number of steps in the run.
+      bytes_per_step: predicted bytes in one.
+    """
+
+    steps: int
+    bytes_per_step: int
+    _first: float | None = None
+    _paused: float = 0.0
+    _done: int = 0
+
+    def tick(self) -> tuple[float | None, float | None]:
+        """Counts one step; returns bytes per second so far and seconds left, None at first."""
+        now = time.perf_counter()
+        self._done += 1
+        if self._first is None:
+            self._first = now
+            return None, None
+        each = (now - self._first - self._paused) / (self._done - 1)
+        return self.bytes_per_step / each, each * (self.steps - self._done)
+
+    def pause(self, seconds: float) -> None:
+        """Leaves out time that went into something else than steps."""
+        self._paused += seconds if self._first is not None else 0.0
+
+
+def run_steps(
+    step: Step, state: Any, text: Text, loop: TrainConfig, file: MetricsFile, show: Show
+) -> Any:
+    """Trains for `loop.steps` updates and returns the last state.
+
+    The numbers of a step are read when the next one is under way, so devices never wait for the
+    host. An evaluation waits.
+
+    Raises:
+      StepError: the loss is not finite.
+    """
+    clock = Clock(loop.steps, text.config.batch * text.config.length)
+    late: tuple[int, Mapping[str, Any]] | None = None
+
+    def tell(late: tuple[int, Mapping[str, Any]]) -> None:
+        done, values = late[0], {name: float(value) for name, value in late[1].items()}
+        _check_finite(done, values, file)
+        rate, left = clock.tick()
+        file.write("step", step=done, **values, bytes_per_second=rate)
+        show.step(done, values["loss"], rate, left)
+
+    for i in range(loop.steps):
+        state, metrics = step(state, step.put(text.batch(i)))
+        if late is not None:
+            tell(late)
+        late = (i + 1, metrics)
+        if loop.eval_every and (i + 1) % loop.eval_every == 0 and i + 1 < loop.steps:
+            tell(late)
+            late = None
+            start = time.perf_counter()
+            bits, scored = held_out_bits(step, state, text, spread(text, loop.eval_batches))
+            clock.pause(time.perf_counter() - start)
+            file.write("eval", step=i + 1, bits_per_byte=bits, bytes=scored, part="some")
+            show.evaluation(i + 1, bits, scored)
+    if late is not None:
+        tell(late)
+    return state
+
+
+def held_out_bits(step: Step, state: Any, text: Text, steps: Iterable[int]) -> tuple[float, int]:
+    """Scores held-out batches.
+
+    Each batch's loss is a mean over its own valid bytes; weighing it by their number makes the
+    result the mean over all of them.
+
+    Returns:
+      Bits per byte, and the number of bytes scored.
+    """
+    scores: list[tuple[Any, int]] = []
+    for i in steps:
+        batch: Batch = text.held_out_batch(i)
+        loss = step.evaluate(state, step.put(batch))["loss"]
+        scores.append((loss, int(batch["weights"].sum())))
+        if len(scores) > 1:
+            float(scores[-2][0])  # one batch in flight, not the whole text
+    scored = sum(weight for _, weight in scores)
+    nats = sum(float(loss) * weight for loss, weight in scores) / scored
+    return nats / math.log(2), scored
+
+
+def spread(text: Text, count: int) -> list[int]:
+    """Picks at most `count` held-out batches, evenly over all of them.
+
+    They never hold the whole text, so what they say is for the way, not for the result.
+    """
+    batches = text.held_out_steps
+    return [i * batches // min(count, batches) for i in range(min(count, batches))]
+
+
+def _check_finite(done: int, values: Mapping[str, float], file: MetricsFile) -> None:
+    bad = {name: value for name, value in values.items() if not math.isfinite(value)}
+    if bad:
+        named = ", ".join(f"{name} is {value}" for name, value in bad.items())
+        file.write("stopped", step=done, why=f"{named}")
+        fix = "a lower --set optimizer.lr=..., or --set optimizer.clip=1.0"
+        problem = Problem(f"step {done}", f"{named}. Metrics are in {file.path}.", fix)
+        raise StepError(format_problems("The run has diverged.", [problem]))

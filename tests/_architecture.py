@@ -1,0 +1,278 @@
+"""The rules of the house as functions of a source tree, so that a fake tree can break them."""
+
+import ast
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+MESH_AXES = frozenset({"data", "fsdp", "tensor", "context", "pipe", "expert"})
+FILE_LINES, FUNCTION_LINES, COLUMNS, IMPORTS = 400, 60, 100, 10
+
+# `inspect/` and its like stand beside the floors: they see 0 and 1, and what is above sees them.
+_SIDE, _ROOF = 1.5, 100.0
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """A package on disk and the page that says which floor its parts stand on."""
+
+    root: Path
+    page: Path
+    package: str = "shardkit"
+
+    @functools.cached_property
+    def modules(self) -> dict[str, Path]:
+        """`{"shardkit.mesh._spec": path}`; a package stands for its `__init__.py`."""
+        found = {}
+        for path in sorted((self.root / self.package).rglob("*.py")):
+            parts = path.relative_to(self.root).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+        return found
+
+    @functools.cached_property
+    def parsed(self) -> dict[str, ast.Module]:
+        return {name: ast.parse(path.read_text()) for name, path in self.modules.items()}
+
+    @functools.cached_property
+    def imports(self) -> dict[str, dict[str, int]]:
+        """Modules of the package that each module imports, with the line."""
+        return {name: dict(self._imports_of(name)) for name in self.modules}
+
+    def _imports_of(self, name: str) -> Iterator[tuple[str, int]]:
+        skipped = {id(inner) for inner in _type_checking(self.parsed[name])}
+        for node in ast.walk(self.parsed[name]):
+            if id(node) in skipped:
+                continue
+            if isinstance(node, ast.Import):
+                for alias in node.names:
+                    yield from self._known(alias.name, node.lineno)
+            if isinstance(node, ast.ImportFrom):
+                base = self._base(name, node)
+                for alias in node.names:
+                    inner = f"{base}.{alias.name}"
+                    yield from self._known(inner if inner in self.modules else base, node.lineno)
+
+    def _base(self, name: str, node: ast.ImportFrom) -> str:
+        if node.level == 0:
+            return node.module or ""
+        is_package = self.modules[name].name == "__init__.py"
+        parts = name.split(".")
+        kept = parts[: len(parts) - node.level + is_package]
+        return ".".join([*kept, *([node.module] if node.module else [])])
+
+    def _known(self, name: str, line: int) -> Iterator[tuple[str, int]]:
+        if name in self.modules:
+            yield name, line
+
+    @functools.cached_property
+    def floors(self) -> dict[str, float]:
+        """`{"mesh": 1.0, "inspect": 1.5, "cli": 100.0}` from the page's table."""
+        named = {"side": _SIDE, "roof": _ROOF}
+        floors = {}
+        for line in self.page.read_text().splitlines():
+            if match := re.match(r"\|\s*(\d+|side|roof)\s*\|([^|]*)\|", line):
+                for part in re.findall(r"`(\w+)/?`", match[2]):
+                    floors[part] = named.get(match[1]) or float(match[1])
+        return floors
+
+    def part(self, module: str) -> str:
+        """The row of the table that a module belongs to: `mesh` for `shardkit.mesh._spec`."""
+        return module.removeprefix(f"{self.package}.").split(".")[0]
+
+    def where(self, module: str, line: int) -> str:
+        return f"{self.modules[module].relative_to(self.root)}:{line}"
+
+
+def floor_violations(tree: Tree) -> list[str]:
+    """Imports that do not go down, and parts that the page does not know."""
+    unknown = sorted({tree.part(m) for m in tree.modules} - set(tree.floors) - {tree.package})
+    rows = [f"{part} is not in the table of {tree.page.name}" for part in unknown]
+    for module, imported in tree.imports.items():
+        own = tree.part(module)
+        if own not in tree.floors:
+            continue  # the package's own __init__, or reported above
+        for other, line in imported.items():
+            part = tree.part(other)
+            if part == own or part not in tree.floors:
+                if other == tree.package:
+                    rows.append(f"{tree.where(module, line)} imports {tree.package} itself")
+                continue
+            down = tree.floors[part] < tree.floors[own] or tree.floors[own] == _ROOF
+            # Two single modules on floor 0 to 2 may build on each other; cycles are caught apart.
+            beside = tree.floors[part] == tree.floors[own] and part.startswith("_")
+            if not down and not beside:
+                rows.append(f"{tree.where(module, line)} imports {other}, which is not below it")
+    return rows
+
+
+def cycles(tree: Tree) -> list[str]:
+    """Modules that import each other, in a ring."""
+    rows, done = [], set[str]()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        if module in path:
+            rows.append(" -> ".join([*path[path.index(module) :], module]))
+        elif module not in done:
+            for other in tree.imports[module]:
+                visit(other, (*path, module))
+            done.add(module)
+
+    for module in tree.modules:
+        visit(module, ())
+    return rows
+
+
+def import_counts(tree: Tree) -> list[str]:
+    """Modules that know too many others; an `__init__` that re-exports may know all of its own."""
+    return [
+        f"{tree.where(module, 1)} imports {len(others)} modules of the package, not {IMPORTS}"
+        for module, imported in tree.imports.items()
+        if (others := set(imported) - {module})
+        and len(others) > IMPORTS
+        and tree.modules[module].name != "__init__.py"
+    ]
+
+
+def size_violations(tree: Tree) -> list[str]:
+    """Files, functions and lines that are too long; a docstring is no part of its function."""
+    rows = []
+    for module, path in tree.modules.items():
+        lines = path.read_text().splitlines()
+        if len(lines) > FILE_LINES:
+            rows.append(f"{tree.where(module, 1)} has {len(lines)} lines, not {FILE_LINES}")
+        for number, line in enumerate(lines, 1):
+            if len(line) > COLUMNS:
+                rows.append(f"{tree.where(module, number)} has {len(line)} columns, not {COLUMNS}")
+        for node in _functions(tree.parsed[module]):
+            if (size := _code_lines(node)) > FUNCTION_LINES:
+                rows.append(
+                    f"{tree.where(module, node.lineno)} {node.name} has {size} lines, "
+                    f"not {FUNCTION_LINES}"
+                )
+    return rows
+
+
+def private_jax(tree: Tree) -> list[str]:
+    """Uses of JAX's private modules, in whatever form."""
+    return _matching_lines(tree, re.compile(r"jax\._src"), "uses jax._src")
+
+
+def probing(tree: Tree) -> list[str]:
+    """Calls of `hasattr`: what an object is should be known, not probed."""
+    return [
+        f"{tree.where(module, node.lineno)} probes with hasattr"
+        for module, parsed in tree.parsed.items()
+        for node in ast.walk(parsed)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "hasattr"
+    ]
+
+
+def named_mesh_axes(tree: Tree, part: str = "models") -> list[str]:
+    """Strings in the models that are the name of a mesh axis."""
+    return [
+        f"{tree.where(module, node.lineno)} names the mesh axis {node.value!r}"
+        for module, parsed in tree.parsed.items()
+        if tree.part(module) == part
+        for node in ast.walk(parsed)
+        if isinstance(node, ast.Constant) and node.value in MESH_AXES
+    ]
+
+
+def undocumented(tree: Tree) -> list[str]:
+    """Public functions and classes, and public methods of these, without a docstring.
+
+    What is public is what an `__init__.py` re-exports through `__all__`, and so lives in private
+    modules that ruff's rules do not look into.
+    """
+    rows = []
+    for module, parsed in tree.parsed.items():
+        if tree.modules[module].name != "__init__.py":
+            continue
+        if not ast.get_docstring(parsed):
+            rows.append(f"{tree.where(module, 1)} has no docstring")
+        for name in _exported(parsed):
+            for home, node in _definitions(tree, module, name):
+                rows += [
+                    f"{tree.where(home, one.lineno)} {label} has no docstring"
+                    for label, one in _documented_nodes(node)
+                    if not ast.get_docstring(one)
+                ]
+    return sorted(set(rows))
+
+
+def unannotated(tree: Tree) -> list[str]:
+    """Functions with a parameter or a result that has no annotation."""
+    rows = []
+    for module, parsed in tree.parsed.items():
+        for node in _functions(parsed):
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            arguments += [one for one in (node.args.vararg, node.args.kwarg) if one]
+            bare = [a.arg for a in arguments if not a.annotation and a.arg not in ("self", "cls")]
+            if not node.returns:
+                bare.append("its result")
+            if bare:
+                where = tree.where(module, node.lineno)
+                rows.append(f"{where} {node.name} does not annotate {', '.join(bare)}")
+    return rows
+
+
+def _type_checking(parsed: ast.Module) -> Iterator[ast.AST]:
+    for node in ast.walk(parsed):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for statement in node.body:
+                yield from ast.walk(statement)
+
+
+def _functions(parsed: ast.Module) -> Iterator[Function]:
+    return (node for node in ast.walk(parsed) if isinstance(node, Function))
+
+
+def _code_lines(node: Function) -> int:
+    whole = (node.end_lineno or node.lineno) - node.lineno + 1
+    first = node.body[0]
+    is_doc = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    return whole - ((first.end_lineno or 0) - first.lineno + 1 if is_doc else 0)
+
+
+def _matching_lines(tree: Tree, pattern: re.Pattern[str], what: str) -> list[str]:
+    return [
+        f"{tree.where(module, number)} {what}"
+        for module, path in tree.modules.items()
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if pattern.search(line)
+    ]
+
+
+def _exported(parsed: ast.Module) -> list[str]:
+    for node in parsed.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return list(ast.literal_eval(node.value))
+    return []
+
+
+def _definitions(tree: Tree, module: str, name: str) -> Iterator[tuple[str, ast.AST]]:
+    """Follows re-exports to where a function or class is defined."""
+    for node in tree.parsed[module].body:
+        if isinstance(node, Function | ast.ClassDef) and node.name == name:
+            yield module, node
+        if isinstance(node, ast.ImportFrom):
+            base = tree._base(module, node)
+            for alias in node.names:
+                if (alias.asname or alias.name) == name and base in tree.modules:
+                    if f"{base}.{alias.name}" not in tree.modules:
+                        yield from _definitions(tree, base, alias.name)
+
+
+def _documented_nodes(node: ast.AST) -> Iterator[tuple[str, Function | ast.ClassDef]]:
+    assert isinstance(node, Function | ast.ClassDef)
+    yield node.name, node
+    if isinstance(node, ast.ClassDef):
+        for inner in node.body:
+            if isinstance(inner, Function) and not inner.name.startswith("_"):
+                yield f"{node.name}.{inner.name}", inner
