@@ -40,11 +40,14 @@ def check_spec(
       dims: the source of each dim's entry, where they differ.
 
     Returns:
-      One problem per failure: an entry too many, `UNCONSTRAINED`, an axis that the mesh lacks,
-      an axis used twice, a dim that the product of its axes does not divide.
+      One problem per failure: an entry too many, `UNCONSTRAINED` or unreduced axes, an axis that
+      the mesh lacks, an axis used twice, a dim that the product of its axes does not divide.
     """
     sizes = mesh_sizes(mesh)
     subject, shown = str(leaf), format_spec(spec)
+    if spec.unreduced or spec.reduced:
+        why = f"{source} → {spec} holds a sum that is still to be made"
+        return [Problem(subject, why, f"{shown}, the layout alone")]
     if any(entry is PartitionSpec.UNCONSTRAINED for entry in spec):
         why = f"{source} → {shown} leaves a dim to the compiler"
         return [Problem(subject, why, "an axis name splits the dim, None keeps it whole")]

@@ -15,7 +15,7 @@ from ._rule import Rule, flatten
 from ._specs import HasShape, format_mesh, format_spec, mesh_sizes, shards
 
 _WIDTH = 100
-_CAPS = {"type": 22, "spec": 28}
+_CAPS = {"type": 22, "spec": 32}
 
 
 @dataclasses.dataclass(frozen=True)

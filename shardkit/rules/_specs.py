@@ -73,7 +73,9 @@ def format_spec(spec: PartitionSpec) -> str:
     >>> format_spec(PartitionSpec(None, ("fsdp", "tensor"))), format_spec(PartitionSpec("data"))
     ("P(None, ('fsdp', 'tensor'))", "P('data')")
     """
-    names = ("P.UNCONSTRAINED" if e is PartitionSpec.UNCONSTRAINED else repr(e) for e in spec)
+    names = (
+        "P.UNCONSTRAINED" if e is PartitionSpec.UNCONSTRAINED else repr(e) for e in spec.partitions
+    )
     return f"P({', '.join(names)})"
 
 
