@@ -370,7 +370,7 @@ def test_a_recorded_tpu_program():
     assert all(row.overlapped and row.windowed for row in permutes)
     assert not any(row.overlapped for row in ledger if row.kind != "collective-permute")
     # bf16[8192/4, 4096] of the residual, gathered over `tensor` once in each of 4 layers.
-    first = ledger.where("tensor", "all-gather", "forward")[0]
+    first = ledger.where(("tensor",), "all-gather", "forward")[0]
     assert first.operands == ("bf16[8,256,4096]",)
     assert first.payload_bytes == 2 * 8 * 1024 * 4096
     assert first.wire_bytes == 4 * 3 / 4 * first.payload_bytes

@@ -1,7 +1,7 @@
 """What a compiled step is: its collectives, memory, FLOPs, findings and budgets."""
 
-from shardkit.inspect._ledger import Ledger, LedgerError, Row, read_ledger, wire_bytes
-from shardkit.inspect._program import CompiledBytes, Declared, Placed, Program
+from ._ledger import Ledger, LedgerError, Row, read_ledger, wire_bytes
+from ._program import CompiledBytes, Declared, Placed, Program
 
 __all__ = [
     "CompiledBytes",

@@ -4,10 +4,10 @@ import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 
-from shardkit.inspect._groups import Span, read_groups, read_pairs, span_of_groups, span_of_pairs
-from shardkit.inspect._hlo import Computation, Instruction, Module, Shape, parse
-from shardkit.inspect._scope import phase_of, scope_of
-from shardkit.inspect._trips import Loops
+from ._groups import Span, read_groups, read_pairs, span_of_groups, span_of_pairs
+from ._hlo import Computation, Instruction, Module, Shape, parse
+from ._scope import phase_of, scope_of
+from ._trips import Loops
 
 KINDS = (
     "all-reduce",

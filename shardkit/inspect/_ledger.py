@@ -4,9 +4,9 @@ import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 
-from shardkit._errors import ShardkitError, did_you_mean
-from shardkit._tree import format_bytes
-from shardkit.inspect._collectives import KINDS, SPELLED, Found, find
+from .._errors import ShardkitError, did_you_mean
+from .._tree import format_bytes
+from ._collectives import KINDS, SPELLED, Found, find
 
 Axes = tuple[str, ...]
 

@@ -1,12 +1,14 @@
 """What a compiled step hands over to be inspected: plain data, so that nothing here imports it."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from jax.sharding import PartitionSpec
 
-from shardkit._tree import Leaf, nbytes
+from .._tree import Leaf, nbytes
+from ._hlo import dtype_bits
 
 PARTS = ("params", "opt_state", "extra", "batch", "rest")
 
@@ -21,12 +23,16 @@ class Placed:
       leaf: path, global shape and dtype.
       spec: its `PartitionSpec`, as resolved.
       donated: the caller gives the buffer away, so an output should reuse it.
+      meant_whole: the declaration spells that every device holds all of it (`sk.REPLICATED`, or
+        a parameter so declared that this leaf follows). Otherwise a copy on every device is a
+        finding.
     """
 
     part: str
     leaf: Leaf
     spec: PartitionSpec
     donated: bool = False
+    meant_whole: bool = False
 
     def axes(self) -> tuple[str, ...]:
         """Mesh axes that split this array.
@@ -38,22 +44,27 @@ class Placed:
         """
         return tuple(axis for dim in self.spec for axis in _dim_axes(dim))
 
-    def device_bytes(self, sizes: Mapping[str, int]) -> int:
-        """Bytes of one device's shard, where mesh axis `a` has `sizes[a]` devices.
+    def shard(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Shape of one device's shard, where mesh axis `a` has `sizes[a]` devices."""
+        dims = [*self.spec, *[None] * (len(self.leaf.shape) - len(self.spec))]
+        ways = [math.prod(sizes[axis] for axis in _dim_axes(dim)) for dim in dims]
+        return tuple(-(-size // n) for size, n in zip(self.leaf.shape, ways, strict=True))
+
+    def device_bytes(self, sizes: Mapping[str, int], dtype: str | None = None) -> int:
+        """Bytes of one device's shard.
+
+        Args:
+          sizes: mesh axis → devices along it.
+          dtype: XLA's name of a dtype to count as, `"bf16"`; None: the leaf's own.
 
         >>> import numpy as np
         >>> leaf = Leaf("w", (8, 4), np.dtype("float32"))
         >>> Placed("params", leaf, PartitionSpec("data")).device_bytes({"data": 4})
         32
         """
-        dims = [*self.spec, *[None] * (len(self.leaf.shape) - len(self.spec))]
-        shard = []
-        for size, dim in zip(self.leaf.shape, dims, strict=True):
-            parts = 1
-            for axis in _dim_axes(dim):
-                parts *= sizes[axis]
-            shard.append(-(-size // parts))
-        return nbytes(tuple(shard), self.leaf.dtype)
+        if dtype is None:
+            return nbytes(self.shard(sizes), self.leaf.dtype)
+        return math.prod(self.shard(sizes)) * dtype_bits(dtype) // 8
 
 
 def _dim_axes(dim: Any) -> tuple[str, ...]:
@@ -110,6 +121,9 @@ class Declared:
       reduce_dtype: short name of the dtype that gradients are reduced in.
       whole_params: the strategy means weights to be gathered (fsdp), so gathers of a whole
         parameter are expected on these axes.
+      activation_bytes: bytes of one `[batch, length, embed]` activation on a device, before
+        tensor parallelism splits it; with `layers` it gives the minimum of tensor parallelism.
+      layers: number of transformer layers.
       rules: messages about rules that matched nothing or are shadowed, as `explain` words them.
     """
 
@@ -119,6 +133,8 @@ class Declared:
     compute_dtype: str | None = None
     reduce_dtype: str | None = None
     whole_params: tuple[str, ...] = ()
+    activation_bytes: int | None = None
+    layers: int | None = None
     rules: tuple[str, ...] = ()
 
 

@@ -8,7 +8,7 @@ the loop's condition (`i < 12`), the first value of `i`, and the step by which t
 import dataclasses
 import re
 
-from shardkit.inspect._hlo import Computation, Instruction, Module
+from ._hlo import Computation, Instruction, Module
 
 _SAME = frozenset({"copy", "bitcast", "convert", "reshape", "copy-start", "copy-done"})
 _TUPLES = frozenset({"opt-barrier", "copy", "copy-start", "copy-done"})

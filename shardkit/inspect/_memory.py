@@ -1,0 +1,150 @@
+"""Bytes per device of a compiled step, by what they hold, against what the device has."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from .._tree import format_bytes
+from ._program import PARTS, CompiledBytes, Placed, Program
+
+_GIB = 2**30
+
+# Memory of one JAX device in GiB: cloud.google.com/tpu/docs/system-architecture-tpu-vm and the
+# makers' data sheets. A TPU7x chip is two devices with 96 GiB each.
+_CAPACITY = {
+    "TPU v4": 32,
+    "TPU v5 lite": 16,
+    "TPU v5e": 16,
+    "TPU v5p": 95,
+    "TPU v5": 95,
+    "TPU v6 lite": 32,
+    "TPU v6e": 32,
+    "TPU7x": 96,
+    "NVIDIA A100-SXM4-40GB": 40,
+    "NVIDIA A100-SXM4-80GB": 80,
+    "NVIDIA H100 80GB HBM3": 80,
+    "NVIDIA H200": 141,
+    "NVIDIA B200": 180,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device.
+
+    The parts of the input are exact, from the shardings. What the compiler adds is compiled.
+
+    Attributes:
+      params: parameters.
+      opt_state: optimizer state.
+      extra: mutable model state.
+      batch: one global batch's share.
+      rest: step counter and random key.
+      padding: what the compiler adds to the arguments for its tiled layouts.
+      output: outputs that reuse no input.
+      temp: gradients, activations and scratch that are alive at once.
+      total: the most that is alive at once; None where the compiler does not say.
+      capacity: what the device has; None where unknown, as on simulated devices.
+      problems: where executable and shardings contradict each other.
+    """
+
+    params: int
+    opt_state: int
+    extra: int
+    batch: int
+    rest: int
+    padding: int | None
+    output: int | None
+    temp: int | None
+    total: int | None
+    capacity: int | None
+    problems: tuple[str, ...] = ()
+
+    @property
+    def arguments(self) -> int:
+        """Bytes of all inputs, from the shardings."""
+        return self.params + self.opt_state + self.extra + self.batch + self.rest
+
+    @property
+    def margin(self) -> int | None:
+        """Bytes left on the device, negative where it does not fit; None if unknown."""
+        if self.total is None or self.capacity is None:
+            return None
+        return self.capacity - self.total
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the step fits on the device; None if unknown."""
+        return None if self.margin is None else self.margin >= 0
+
+
+def read_memory(program: Program) -> Memory:
+    """Adds up a step's bytes per device."""
+    sizes = program.sizes
+    parts = {
+        part: sum(leaf.device_bytes(sizes) for leaf in program.leaves if leaf.part == part)
+        for part in PARTS
+    }
+    said = program.memory
+    declared = sum(parts.values())
+    padding = None if said.argument is None else said.argument - declared
+    return Memory(
+        **parts,
+        padding=padding,
+        output=_difference(said.output, said.alias),
+        temp=said.temp,
+        total=_total(said, program.platform),
+        capacity=capacity(program.device_kind),
+        problems=_contradictions(program, declared, padding),
+    )
+
+
+def capacity(device_kind: str) -> int | None:
+    """Memory of a device by its `device_kind`, in bytes; None if it is not known.
+
+    >>> capacity("TPU v5 lite") == 16 * 2**30, capacity("cpu")
+    (True, None)
+    """
+    for name in sorted(_CAPACITY, key=len, reverse=True):
+        if device_kind.startswith(name):
+            return _CAPACITY[name] * _GIB
+    return None
+
+
+def advice(memory: Memory, leaves: tuple[Placed, ...], sizes: Mapping[str, int]) -> list[str]:
+    """What would make a step that does not fit fit, the largest saving first."""
+    if memory.fits is not False:
+        return []
+    savings = []
+    for part in ("params", "opt_state"):
+        for axis, n in sizes.items():
+            whole = [x for x in leaves if x.part == part and axis not in x.axes() and x.leaf.shape]
+            saved = sum(leaf.device_bytes(sizes) for leaf in whole) * (n - 1) // n
+            savings.append((saved, f"split {part} over {axis!r} too: {format_bytes(saved)} less"))
+    if memory.temp:
+        half = memory.temp // 2
+        savings.append((half, f"accumulate=2 or a remat policy: up to {format_bytes(half)} less"))
+    return [text for saved, text in sorted(savings, reverse=True) if saved]
+
+
+def _total(said: CompiledBytes, platform: str) -> int | None:
+    # On CPU the peak that XLA reports is below what its temporaries alone take.
+    if platform != "cpu" and said.peak is not None:
+        return said.peak
+    output = _difference(said.output, said.alias)
+    if said.argument is None or said.temp is None or output is None:
+        return None
+    return said.argument + output + said.temp
+
+
+def _difference(a: int | None, b: int | None) -> int | None:
+    return None if a is None or b is None else a - b
+
+
+def _contradictions(program: Program, declared: int, padding: int | None) -> tuple[str, ...]:
+    """Argument bytes that tiling cannot explain: it only adds, and on CPU adds nothing."""
+    if padding is None or not program.leaves or padding == 0:
+        return ()
+    if padding > 0 and program.platform != "cpu":
+        return ()
+    said = program.memory.argument
+    return (f"the executable takes {said} bytes of arguments, the shardings make {declared}",)

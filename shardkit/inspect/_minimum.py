@@ -1,0 +1,144 @@
+"""Textbook minima: the fewest bytes one device must send per step for a kind of parallelism.
+
+`n` is the size of the mesh axis; all sizes are bytes on one device, as the device would hold
+them without this axis: weights W in the dtype they are gathered in, gradients G in the dtype
+they are reduced in, one `[batch, length, embed]` activation A. Sources: Rajbhandari et al. 2020
+(ZeRO), Shoeybi et al. 2019 and Korthikanti et al. 2022 (tensor, sequence), Liu et al. 2023
+(ring attention), Huang et al. 2019 (pipelines), Lepikhin et al. 2020 (experts).
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from ._program import Declared, Placed
+
+
+def data(n: int, gradients: float) -> float:
+    """One all-reduce of the gradients per step, whatever the accumulation.
+
+    >>> data(8, 1000)
+    1750.0
+    """
+    return 2 * (n - 1) / n * gradients
+
+
+def fsdp(n: int, weights: float, gradients: float) -> float:
+    """Weights gathered for forward and for backward, gradients reduce-scattered.
+
+    >>> fsdp(4, 1000, 1000)
+    2250.0
+    """
+    return (n - 1) / n * (2 * weights + gradients)
+
+
+def zero(n: int, weights: float, gradients: float) -> float:
+    """ZeRO-1 and ZeRO-2: gradients reduce-scattered, updated weights gathered.
+
+    >>> zero(4, 1000, 1000)
+    1500.0
+    """
+    return (n - 1) / n * (weights + gradients)
+
+
+def tensor(n: int, activation: float, layers: int) -> float:
+    """Two column-row pairs per layer, each one all-reduce of A forward and one backward.
+
+    With the residual split over length, each all-reduce becomes a gather and a scatter of the
+    same bytes.
+
+    >>> tensor(4, 1000, 2)
+    12000.0
+    """
+    return 8 * (n - 1) / n * activation * layers
+
+
+def context_ring(n: int, keys_and_values: float, layers: int) -> float:
+    """Blocks of K and V travel round the ring forward; K, V and their gradients backward.
+
+    Args:
+      n: devices in the ring.
+      keys_and_values: bytes of K and V of one device's block of the length.
+      layers: attention layers.
+
+    >>> context_ring(4, 1000, 1)
+    9000.0
+    """
+    return 3.0 * (n - 1) * keys_and_values * layers
+
+
+def pipeline(micro_batches: int, activation: float) -> float:
+    """One A of a micro-batch over the stage boundary, each way.
+
+    >>> pipeline(8, 1000)
+    16000.0
+    """
+    return 2.0 * micro_batches * activation
+
+
+def expert(n: int, routed: float, layers: int) -> float:
+    """Two all-to-alls of the routed tokens forward and two backward, per expert layer.
+
+    >>> expert(4, 1000, 1)
+    3000.0
+    """
+    return 4 * (n - 1) / n * routed * layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Minimum:
+    """The textbook minimum of one mesh axis, beside what the program sends.
+
+    Attributes:
+      axis: the mesh axis.
+      kind: kind of parallelism on it.
+      bytes: fewest wire bytes per device and step.
+      wire: what the ledger has for every row that spans the axis.
+    """
+
+    axis: str
+    kind: str
+    bytes: float
+    wire: int
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times the minimum is sent; None where the minimum is nothing."""
+        return self.wire / self.bytes if self.bytes else None
+
+
+def minimum(
+    axis: str, sizes: Mapping[str, int], leaves: Sequence[Placed], declared: Declared
+) -> float | None:
+    """The minimum of an axis by its declared kind, from the parameters' own layout.
+
+    Args:
+      axis: a mesh axis with a kind in `declared.kinds`.
+      sizes: mesh axis → size.
+      leaves: the arguments of the step.
+      declared: kinds and dtypes; for tensor parallelism also the activation's bytes and the
+        number of layers.
+
+    Returns:
+      Bytes per device and step; None for kinds that parameters and `declared` do not determine.
+    """
+    kind, n = declared.kinds[axis], sizes[axis]
+    params = [leaf for leaf in leaves if leaf.part == "params"]
+    split = [leaf for leaf in params if axis in leaf.axes()]
+    whole = [leaf for leaf in params if axis not in leaf.axes()]
+    replicated = data(n, _bytes(whole, sizes, declared.reduce_dtype))
+    if kind == "data":
+        return replicated
+    if kind == "zero":
+        sent = _bytes(whole, sizes, declared.compute_dtype)
+        return zero(n, sent, _bytes(whole, sizes, declared.reduce_dtype))
+    if kind == "fsdp":
+        weights = n * _bytes(split, sizes, declared.compute_dtype)
+        return replicated + fsdp(n, weights, n * _bytes(split, sizes, declared.reduce_dtype))
+    if kind == "tensor" and declared.activation_bytes is not None and declared.layers is not None:
+        return tensor(n, declared.activation_bytes, declared.layers)
+    return None
+
+
+def _bytes(leaves: Sequence[Placed], sizes: Mapping[str, int], dtype: str | None) -> int:
+    """Bytes of one device's shards, if they were of `dtype` (None: their own)."""
+    return sum(leaf.device_bytes(sizes, dtype) for leaf in leaves)
