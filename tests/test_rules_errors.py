@@ -43,7 +43,8 @@ def test_indivisible_dims_share_one_fix():
     assert message(rules, leaves, data=2, tensor=3) == (
         "2 parameters cannot be laid out on mesh (data=2, tensor=3).\n"
         "  decoder/mlp/up/kernel f32[1024,4096]       "
-        "PathRules[\"**/up/kernel\"] → P(None, 'tensor'): dim 1 (4096) is not divisible by tensor=3 (4095 or 4098 would be)\n"
+        "PathRules[\"**/up/kernel\"] → P(None, 'tensor'):"
+        " dim 1 (4096) is not divisible by tensor=3 (4095 or 4098 would be)\n"
         "  decoder/attn/query/kernel f32[1024,16,64]  AxisRules['heads' → 'tensor']:"
         " dim 1 (16) is not divisible by tensor=3 (15 or 18 would be)\n"
         "Fix: MeshSpec(tensor=2), 4, 8 or 16; or map 'heads' to None;"
@@ -209,10 +210,8 @@ def test_batch_that_does_not_divide():
         "tokens f32[6,5]: global batch 6 must be a multiple of 8 "
         "(data=2 x model=4 shard the batch dim). Fix: a global batch of 8"
     )
-    assert (
-        "multiple of 2 (data=2 shard the batch dim). Fix: a global batch of 6 or 8"
-        in batch_text(P("data"), 7, data=2)
-    )
+    text = batch_text(P("data"), 7, data=2)
+    assert "multiple of 2 (data=2 shard the batch dim). Fix: a global batch of 6 or 8" in text
 
 
 def test_other_dims_of_a_batch():
