@@ -39,14 +39,15 @@ def attention(
       implementation: `"blocked"` cuts the queries into blocks, skips the keys that the causal
         mask hides and keeps one number per query for the backward pass. `"xla"` and `"cudnn"`
         are those of `jax.nn.dot_product_attention`. `"auto"` is `"cudnn"` where the program is
-        lowered for CUDA and the type has 16 bits, `"blocked"` otherwise.
+        lowered for CUDA on a machine that has it and the type has 16 bits, `"blocked"` otherwise.
 
     Returns:
       [batch, length, heads, head_dim] in the dtype of the queries.
     """
     if implementation == "auto":
         half = q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
-        cudnn = half and q_BTNH.shape[-1] % 8 == 0
+        # Tracing the cuDNN call asks the library for its version, so it needs one to be there.
+        cudnn = half and q_BTNH.shape[-1] % 8 == 0 and jax.default_backend() == "gpu"
         return _fused(q_BTNH, k_BSKH, v_BSKH, segment_ids, causal, cudnn)
     if implementation == "blocked":
         return _fused(q_BTNH, k_BSKH, v_BSKH, segment_ids, causal, False)
