@@ -42,6 +42,14 @@ class DataError(ShardkitError):
     """A data source is missing, empty or too small."""
 
 
+class ReportError(ShardkitError):
+    """A report is asked for an axis or kind that it does not have, or is no report."""
+
+
+class BudgetError(ShardkitError):
+    """A compiled step exceeds what a budget allows."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """One row of an error: the thing at fault, what is wrong with it, and how to mend it.

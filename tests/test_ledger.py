@@ -11,7 +11,8 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from shardkit.inspect import LedgerError, read_ledger, wire_bytes
+from shardkit._errors import ReportError
+from shardkit.inspect import read_ledger, wire_bytes
 
 DATA = pathlib.Path(__file__).parent / "data"
 LAYERS, BATCH, WIDTH, HIDDEN = 3, 16, 8, 32
@@ -218,9 +219,9 @@ def test_wire_of_one_device_is_nothing():
 
 def test_questions_about_unknown_axes_and_kinds_are_errors():
     ledger = read_ledger("ENTRY %e () -> f32[] {\n  ROOT %c = f32[] constant(1)\n}", [("data", 8)])
-    with pytest.raises(LedgerError, match=r"no axis 'dta'\. Did you mean 'data'\?"):
+    with pytest.raises(ReportError, match=r"no axis 'dta'\. Did you mean 'data'\?"):
         ledger.total("dta")
-    with pytest.raises(LedgerError, match=r"'all_reduc'\. Did you mean 'all-reduce'\?"):
+    with pytest.raises(ReportError, match=r"'all_reduc'\. Did you mean 'all-reduce'\?"):
         ledger.total(kind="all_reduc")
 
 

@@ -1,16 +1,31 @@
 """What a compiled step is: its collectives, memory, FLOPs, findings and budgets."""
 
-from ._ledger import Ledger, LedgerError, Row, read_ledger, wire_bytes
-from ._program import CompiledBytes, Declared, Placed, Program
+from ._budget import Budget, check
+from ._findings import FINDINGS, Finding
+from ._flops import Flops, count_flops
+from ._ledger import Ledger, Row, read_ledger, wire_bytes
+from ._memory import Memory
+from ._minimum import Minimum
+from ._program import CompiledBytes, Declared, Placed, Program, explained_by
+from ._report import Report
 
 __all__ = [
+    "FINDINGS",
+    "Budget",
     "CompiledBytes",
     "Declared",
+    "Finding",
+    "Flops",
     "Ledger",
-    "LedgerError",
+    "Memory",
+    "Minimum",
     "Placed",
     "Program",
+    "Report",
     "Row",
+    "check",
+    "count_flops",
+    "explained_by",
     "read_ledger",
     "wire_bytes",
 ]

@@ -116,10 +116,14 @@ def _dot(eqn: Any) -> int:
 
 
 def _convolution(eqn: Any) -> int:
-    """Every output element is a product over the kernel's window and its input channels."""
+    """Every output element is a product over the kernel's window and its input channels.
+
+    Zeros that a dilated input (the backward pass of a stride) is filled up with do not count.
+    """
     kernel = eqn.invars[1].aval.shape
     features = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
-    return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // features
+    zeros = math.prod(eqn.params["lhs_dilation"])
+    return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // features // zeros
 
 
 def _ragged(eqn: Any) -> int:

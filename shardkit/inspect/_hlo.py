@@ -155,15 +155,15 @@ class Module:
         match = re.search(r"num_partitions=(\d+)", self.header)
         return int(match.group(1)) if match else 1
 
-    @property
-    def aliased(self) -> frozenset[int]:
-        """Numbers of the entry parameters whose buffer an output reuses."""
-        match = re.search(r"input_output_alias=\{(.*?\))\s*\}", self.header)
-        return (
-            frozenset(map(int, re.findall(r": \((\d+),", match.group(1))))
-            if match
-            else (frozenset())
-        )
+
+def aliased(text: str) -> frozenset[int]:
+    """Numbers of the entry parameters whose buffer an output reuses.
+
+    >>> sorted(aliased("HloModule m, input_output_alias={ {0}: (2, {}, may-alias) }, x={}"))
+    [2]
+    """
+    match = re.search(r"input_output_alias=\{(.*?\))\s*\}", text.partition("\n")[0])
+    return frozenset(map(int, re.findall(r": \((\d+),", match[1]))) if match else frozenset()
 
 
 def parse(text: str) -> Module:

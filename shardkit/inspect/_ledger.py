@@ -4,15 +4,11 @@ import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 
-from .._errors import ShardkitError, did_you_mean
+from .._errors import ReportError, did_you_mean
 from .._tree import format_bytes
 from ._collectives import KINDS, SPELLED, Found, find
 
 Axes = tuple[str, ...]
-
-
-class LedgerError(ShardkitError):
-    """A question to a ledger names an axis or a kind that it does not know."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +117,7 @@ class Ledger(Sequence[Row]):
           phase: `"forward"`, `"backward"`, `"recompute"`, `"update"` or `"other"`.
 
         Raises:
-          LedgerError: the mesh has no such axis, or there is no such kind.
+          ReportError: the mesh has no such axis, or there is no such kind.
         """
         asked = (axis,) if isinstance(axis, str) else axis or ()
         self._known(asked, kind)
@@ -153,9 +149,9 @@ class Ledger(Sequence[Row]):
         for axis in axes:
             if axis not in names:
                 hint = did_you_mean(axis, names)
-                raise LedgerError(f"mesh {dict(self.mesh)} has no axis {axis!r}.{hint}")
+                raise ReportError(f"mesh {dict(self.mesh)} has no axis {axis!r}.{hint}")
         if kind is not None and kind.replace("_", "-") not in KINDS:
-            raise LedgerError(f"no collective is called {kind!r}.{did_you_mean(kind, KINDS)}")
+            raise ReportError(f"no collective is called {kind!r}.{did_you_mean(kind, KINDS)}")
 
 
 def _spans(row: Row, axis: str | Axes) -> bool:

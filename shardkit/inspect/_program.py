@@ -106,6 +106,31 @@ class CompiledBytes:
         )
 
 
+# What each kind of parallelism sends over its axis, with the all-reduces of losses and norms.
+_EXPLAINED = {
+    "data": ("all-reduce",),
+    "zero": ("all-reduce", "reduce-scatter", "all-gather"),
+    "fsdp": ("all-reduce", "reduce-scatter", "all-gather"),
+    "tensor": ("all-reduce", "reduce-scatter", "all-gather"),
+    "context": ("all-reduce", "all-gather", "collective-permute", "all-to-all"),
+    "pipeline": ("all-reduce", "collective-permute"),
+    "expert": ("all-reduce", "all-to-all"),
+}
+
+
+def explained_by(kinds: Mapping[str, str]) -> dict[str, frozenset[str]]:
+    """Collectives that kinds of parallelism account for, per mesh axis.
+
+    Args:
+      kinds: mesh axis → `"data"`, `"zero"`, `"fsdp"`, `"tensor"`, `"context"`, `"pipeline"` or
+        `"expert"`; any other kind accounts for nothing.
+
+    >>> explained_by({"replica": "data"})
+    {'replica': frozenset({'all-reduce'})}
+    """
+    return {axis: frozenset(_EXPLAINED.get(kind, ())) for axis, kind in kinds.items()}
+
+
 @dataclasses.dataclass(frozen=True)
 class Declared:
     """What the strategy declares, as far as it explains the compiled program.

@@ -1,0 +1,263 @@
+"""What a user would want to know about a compiled step: one small function per kind of finding."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+
+from .._tree import format_bytes
+from ._hlo import aliased, dtype_bits, shapes_of
+from ._ledger import Ledger, Row
+from ._messages import rematerializations
+from ._program import Placed, Program
+from ._reductions import gradient_reductions, reductions_per_step
+
+# A collective this small costs its latency, whatever its dtype or reason.
+_SMALL = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """Something in a compiled step that a user would want to know.
+
+    Attributes:
+      kind: one of `FINDINGS`.
+      leaf: path of the leaf it is about, with its part: `opt_state/0/mu/w`; or "".
+      scope: the model's scope it is about, or "".
+      axes: mesh axes involved.
+      bytes: what it costs on one device: held for memory, sent per step for collectives.
+      why: what is the case, with numbers.
+      fix: what to change, as code where possible.
+    """
+
+    kind: str
+    leaf: str
+    scope: str
+    axes: tuple[str, ...]
+    bytes: int
+    why: str
+    fix: str
+
+    def __str__(self) -> str:
+        """Returns `replicated params/w, 16.0 KiB: …`."""
+        about = self.leaf or self.scope
+        return f"{self.kind} {about + ', ' if about else ''}{format_bytes(self.bytes)}: {self.why}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Facts:
+    """What every search for findings may look at."""
+
+    program: Program
+    ledger: Ledger
+
+
+def find_all(program: Program, ledger: Ledger) -> tuple[Finding, ...]:
+    """Runs every search; the most bytes first."""
+    facts = _Facts(program, ledger)
+    found = [finding for search in _SEARCHES.values() for finding in search(facts)]
+    return tuple(sorted(found, key=lambda finding: -finding.bytes))
+
+
+def _involuntary_remat(facts: _Facts) -> Iterator[Finding]:
+    for one in rematerializations(facts.program.log, facts.program.mesh):
+        yield Finding(
+            "involuntary_remat",
+            leaf="",
+            scope=one.scope,
+            axes=one.axes,
+            bytes=one.nbytes,
+            why=f"{one.shape} goes from {one.source} to {one.target}; XLA knows no way but to "
+            "gather it whole on every device first",
+            fix="constrain it on both sides to specs that differ in one dim, or gather one axis "
+            "at a time in between; then measure: removing it is not always faster",
+        )
+
+
+def _replicated(facts: _Facts) -> Iterator[Finding]:
+    axes = tuple(name for name, size in facts.program.mesh if size > 1)
+    for leaf in facts.program.leaves:
+        state = leaf.part in ("params", "opt_state", "extra")
+        if not axes or not state or leaf.meant_whole or leaf.axes() or not leaf.leaf.shape:
+            continue
+        yield Finding(
+            "replicated",
+            leaf=f"{leaf.part}/{leaf.leaf.path}",
+            scope="",
+            axes=axes,
+            bytes=leaf.device_bytes(facts.program.sizes),
+            why=f"all {math.prod(facts.program.sizes.values())} devices hold the whole of "
+            f"{leaf.leaf}, and no rule says so",
+            fix=f'{leaf.part}=PathRules({{"{leaf.leaf.path}": P({axes[0]!r})}}), '
+            "or sk.REPLICATED if meant",
+        )
+
+
+def _unaliased_donation(facts: _Facts) -> Iterator[Finding]:
+    reused = aliased(facts.program.hlo)
+    for number, leaf in enumerate(facts.program.leaves):
+        if leaf.donated and number not in reused:
+            yield Finding(
+                "unaliased_donation",
+                leaf=f"{leaf.part}/{leaf.leaf.path}",
+                scope="",
+                axes=(),
+                bytes=leaf.device_bytes(facts.program.sizes),
+                why=f"{leaf.leaf} is donated, but no output reuses its buffer",
+                fix="return it with the same shape, dtype and spec as it came in",
+            )
+
+
+def _second_compile(facts: _Facts) -> Iterator[Finding]:
+    if facts.program.compiles > 1:
+        yield Finding(
+            "second_compile",
+            leaf="",
+            scope="",
+            axes=(),
+            bytes=0,
+            why=f"the step was compiled {facts.program.compiles} times",
+            fix="keep shapes, dtypes, weak types and shardings of state and batch the same",
+        )
+
+
+def _reduction_in_loop(facts: _Facts) -> Iterator[Finding]:
+    leaves, sizes = facts.program.leaves, facts.program.sizes
+    rows_over = {axis for x in leaves if x.part == "batch" for axis in x.axes()}
+    for axis in sorted(rows_over):
+        times = reductions_per_step(facts.ledger, axis, leaves, sizes)
+        if times < 1.5:
+            continue
+        rows = gradient_reductions(facts.ledger, axis)
+        wire = sum(row.wire_bytes for row in rows)
+        steps = facts.program.declared.accumulate
+        yield Finding(
+            "reduction_in_loop",
+            leaf="",
+            scope=max(rows, key=lambda row: row.wire_bytes).scope,
+            axes=(axis,),
+            bytes=round(wire * (1 - 1 / times)),
+            why=f"each gradient is reduced {times:.3g} times per step over {axis!r}, "
+            f"with {steps} micro-batches",
+            fix='sk.Accumulate(steps, reduce="once")',
+        )
+
+
+def _unexplained_collective(facts: _Facts) -> Iterator[Finding]:
+    explains = facts.program.declared.explains
+    if explains is None:
+        return
+    groups: dict[tuple[str, tuple[str, ...], str], list[Row]] = {}
+    for row in facts.ledger:
+        known = all(
+            row.kind in explains.get(axis, ()) or _stands_for(row, explains.get(axis, ()))
+            for axis in row.axes
+        )
+        if not known and row.payload_bytes > _SMALL:
+            groups.setdefault((row.kind, row.axes, row.scope), []).append(row)
+    for (kind, axes, scope), rows in groups.items():
+        yield Finding(
+            "unexplained_collective",
+            leaf="",
+            scope=scope,
+            axes=axes,
+            bytes=sum(row.wire_bytes for row in rows),
+            why=f"{len(rows)} × {kind} over {', '.join(axes)} of {', '.join(rows[0].operands[:3])}"
+            " that the strategy does not account for",
+            fix="constrain what goes in and what comes out of this scope: two specs disagree",
+        )
+
+
+def _stands_for(row: Row, kinds: frozenset[str] | tuple[()]) -> bool:
+    """A windowed permute does the work of a gather or a scatter."""
+    return row.windowed and bool({"all-gather", "reduce-scatter", "all-reduce"} & set(kinds))
+
+
+def _parameter_gather(facts: _Facts) -> Iterator[Finding]:
+    expected = facts.program.declared.whole_params
+    for row in facts.ledger.where(kind="all-gather"):
+        if set(row.axes) <= set(expected) or row.payload_bytes <= _SMALL:
+            continue
+        if leaf := _gathered(row, facts.program):
+            yield Finding(
+                "parameter_gather",
+                leaf=f"{leaf.part}/{leaf.leaf.path}",
+                scope=row.scope,
+                axes=row.axes,
+                bytes=row.wire_bytes,
+                why=f"{leaf.leaf} is split over {', '.join(row.axes)} and gathered whole",
+                fix="constrain the activation that meets it, so that the product stays split",
+            )
+
+
+def _gathered(row: Row, program: Program) -> Placed | None:
+    """The parameter whose shards a gather collects: same elements, same axes."""
+    sent = sum(math.prod(shape.dims) for text in row.operands for shape in shapes_of(text))
+    for leaf in program.leaves:
+        split = set(row.axes) <= set(leaf.axes())
+        shard = math.prod(leaf.shard(program.sizes))
+        if leaf.part == "params" and split and shard in (sent, sent * (row.trips or 1)):
+            return leaf
+    return None
+
+
+def _wide_collective(facts: _Facts) -> Iterator[Finding]:
+    declared = facts.program.declared
+    if declared.compute_dtype is None:
+        return
+    for row in facts.ledger:
+        gradient = row.kind in ("all-reduce", "reduce-scatter") and row.phase == "backward"
+        allowed = {declared.compute_dtype}
+        if gradient and declared.reduce_dtype:
+            allowed.add(declared.reduce_dtype)
+        bits = max(map(dtype_bits, allowed))
+        small = row.payload_bytes <= _SMALL or row.phase in ("update", "other")
+        if small or not row.dtype.startswith(("f", "bf")) or dtype_bits(row.dtype) <= bits:
+            continue
+        yield Finding(
+            "wide_collective",
+            leaf="",
+            scope=row.scope,
+            axes=row.axes,
+            bytes=row.wire_bytes * (dtype_bits(row.dtype) - bits) // dtype_bits(row.dtype),
+            why=f"{row.kind} of {', '.join(row.operands[:3])} under a "
+            f"{declared.compute_dtype} policy",
+            fix=f"cast to {declared.compute_dtype} before the value crosses devices",
+        )
+
+
+def _resharding(facts: _Facts) -> Iterator[Finding]:
+    for row in facts.ledger.where(kind="all-to-all"):
+        if "all_to_all" in row.op_name or row.payload_bytes <= _SMALL:
+            continue
+        yield Finding(
+            "resharding",
+            leaf="",
+            scope=row.scope,
+            axes=row.axes,
+            bytes=row.wire_bytes,
+            why=f"{row.operands[0]} is moved from one dim to another over {', '.join(row.axes)}:"
+            " what makes it and what uses it are split differently",
+            fix="constrain both to one spec: sk.constrain(x, ...) right after it is made",
+        )
+
+
+def _rule(facts: _Facts) -> Iterator[Finding]:
+    for text in facts.program.declared.rules:
+        yield Finding(
+            "rule", leaf="", scope="", axes=(), bytes=0, why=text, fix="remove or mend the rule"
+        )
+
+
+_SEARCHES: dict[str, Callable[[_Facts], Iterator[Finding]]] = {
+    "involuntary_remat": _involuntary_remat,
+    "replicated": _replicated,
+    "unaliased_donation": _unaliased_donation,
+    "second_compile": _second_compile,
+    "reduction_in_loop": _reduction_in_loop,
+    "unexplained_collective": _unexplained_collective,
+    "parameter_gather": _parameter_gather,
+    "wide_collective": _wide_collective,
+    "resharding": _resharding,
+    "rule": _rule,
+}
+FINDINGS = tuple(_SEARCHES)

@@ -1,0 +1,155 @@
+"""Prints a report as tables of at most 100 columns, the most important first."""
+
+import io
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .._tree import format_bytes
+
+if TYPE_CHECKING:
+    from ._report import Report
+
+_WIDTH = 100
+_ROWS, _FINDINGS, _SCOPES = 12, 12, 8
+
+
+def render(report: "Report") -> str:
+    """Returns the report as plain text."""
+    console = Console(file=io.StringIO(), width=_WIDTH, color_system=None, legacy_windows=False)
+    for part in _parts(report):
+        console.print(part)
+    assert isinstance(console.file, io.StringIO)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+
+def _parts(report: "Report") -> Iterator[RenderableType]:
+    mesh = ", ".join(f"{name}={size}" for name, size in report.mesh)
+    kind = report.device_kind or report.platform
+    yield Text(f"Step compiled for {kind}, mesh ({mesh}). All sizes per device, as compiled.")
+    for problem in report.problems:
+        yield Text(f"INCOMPLETE: {problem}", style="bold red")
+    yield from _findings(report)
+    yield _axes(report)
+    yield _memory(report)
+    yield from (Text(f"To fit: {text}") for text in report.advice)
+    yield from _collectives(report)
+    yield from _flops(report)
+
+
+def _findings(report: "Report") -> Iterator[RenderableType]:
+    if not report.messages_complete:
+        yield Text("The compiler's messages are not known: involuntary remats may be missing.")
+    if not report.findings:
+        yield Text("Findings: none.")
+        return
+    yield _title(f"Findings ({len(report.findings)})")
+    table = _table(("finding", 28), ("bytes", 9), ("why; fix", 60))
+    for finding in report.findings[:_FINDINGS]:
+        about = finding.leaf or finding.scope
+        table.add_row(
+            f"{finding.kind}\n{about}",
+            format_bytes(finding.bytes),
+            f"{finding.why}.\nFix: {finding.fix}",
+        )
+    yield table
+    if len(report.findings) > _FINDINGS:
+        yield Text(f"and {len(report.findings) - _FINDINGS} more findings")
+
+
+def _axes(report: "Report") -> RenderableType:
+    """Wire bytes by axes, beside the minimum of each axis."""
+    atleast = "" if report.ledger.complete else "at least "
+    total = f"{atleast}{format_bytes(report.ledger.total())}"
+    table = _table(
+        ("axes", 20), ("wire", 11), ("hidden", 11), ("axis minimum", 22), ("ratio", 7),
+        ("reductions", 10),
+    )  # fmt: skip
+    minima = {one.axis: one for one in report.minima}
+    for axes, wire in report.ledger.by_axes().items():
+        rows = [row for row in report.ledger.where(axes) if row.overlapped]
+        least = minima.get(axes[0]) if len(axes) == 1 else None
+        ratio = least.ratio if least else None
+        times = report.reductions.get(axes[0]) if len(axes) == 1 else None
+        table.add_row(
+            ", ".join(axes) or "(none)",
+            format_bytes(wire),
+            format_bytes(sum(row.wire_bytes for row in rows)),
+            f"{format_bytes(least.bytes)} ({least.kind})" if least else "",
+            "" if ratio is None else f"{ratio:.2f}",
+            "" if times is None else f"{times:.4g}",
+        )
+    return Group(_title(f"Sent per step: {total}"), table)
+
+
+def _memory(report: "Report") -> RenderableType:
+    memory = report.memory
+    title = "Memory"
+    if memory.total is not None:
+        title += f": {format_bytes(memory.total)} alive at once"
+    if memory.capacity is not None and memory.margin is not None:
+        fits = "fits" if memory.fits else "DOES NOT FIT"
+        title += f" of {format_bytes(memory.capacity)}: {fits}, {format_bytes(memory.margin)} left"
+    names = ("params", "opt_state", "extra", "batch", "rest", "padding", "output", "temp")
+    table = _table(*((name, 9) for name in names))
+    sizes = [getattr(memory, name) for name in names]
+    table.add_row(*("?" if size is None else format_bytes(size) for size in sizes))
+    return Group(_title(title), table)
+
+
+def _collectives(report: "Report") -> Iterator[RenderableType]:
+    rows = sorted(report.ledger, key=lambda row: -row.wire_bytes)
+    if not rows:
+        yield Text("Collectives: none.")
+        return
+    yield _title(f"Collectives ({len(rows)})")
+    table = _table(
+        ("kind", 18), ("axes", 12), ("payload", 13), ("trips", 5), ("wire", 9), ("phase", 9),
+        ("scope", 16), ("", 6),
+    )  # fmt: skip
+    for row in rows[:_ROWS]:
+        marks = ["hidden"] * row.overlapped + ["branch"] * row.conditional
+        marks += ["part"] * (not row.whole)
+        table.add_row(
+            row.kind,
+            ", ".join(row.axes),
+            f"{row.dtype} {format_bytes(row.payload_bytes)}",
+            "?" if row.trips is None else str(row.trips),
+            format_bytes(row.wire_bytes),
+            row.phase,
+            row.scope,
+            " ".join(marks),
+        )
+    yield table
+    if len(rows) > _ROWS:
+        rest = sum(row.wire_bytes for row in rows[_ROWS:])
+        yield Text(f"and {len(rows) - _ROWS} more collectives, {format_bytes(rest)} together")
+
+
+def _flops(report: "Report") -> Iterator[RenderableType]:
+    flops = report.flops
+    if flops is None:
+        return
+    again = f", {flops.recompute / flops.model:.1%} more recomputed" if flops.model else ""
+    yield _title(f"FLOPs per step, all devices: {flops.model:.4g} model{again}")
+    table = _table(("scope", 48), ("phase", 12), ("FLOPs", 12), ("share", 8))
+    for (scope, phase), number in list(flops.by_scope.items())[:_SCOPES]:
+        share = f"{number / flops.total:.1%}"
+        table.add_row(scope or "(no scope)", phase, f"{number:.4g}", share)
+    yield table
+
+
+def _title(text: str) -> Text:
+    return Text(f"\n{text}", style="bold")
+
+
+def _table(*columns: tuple[str, int]) -> Table:
+    table = Table(box=None, padding=(0, 1), pad_edge=False)
+    for name, width in columns:
+        right = name in ("bytes", "wire", "hidden", "trips", "ratio", "FLOPs", "share")
+        justify = "right" if right else "left"
+        table.add_column(name, justify=justify, max_width=width, overflow="fold")
+    return table
