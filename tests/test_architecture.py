@@ -1,0 +1,186 @@
+"""The house keeps its own rules, and each rule's check is seen to catch a violation."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ._architecture import (
+    Tree,
+    cycles,
+    floor_violations,
+    import_counts,
+    named_mesh_axes,
+    private_jax,
+    probing,
+    size_violations,
+    unannotated,
+    undocumented,
+)
+
+ROOT = Path(__file__).parent.parent
+PAGE = """
+| floor | module | one line |
+|---|---|---|
+| 0 | `_errors`, `_tree` | low |
+| 1 | `mesh/` | middle |
+| 4 | `models/` | high |
+| side | `inspect/` | beside |
+| roof | `verify/` `cli` | top |
+"""
+CHECKS = (
+    floor_violations,
+    cycles,
+    import_counts,
+    size_violations,
+    private_jax,
+    probing,
+    named_mesh_axes,
+    undocumented,
+    unannotated,
+)
+
+# check, {file: source}, what the violation must say
+VIOLATIONS = [
+    (
+        floor_violations,
+        {"mesh/_spec.py": "from ..models import _decoder", "models/_decoder.py": ""},
+        "mesh/_spec.py:1 imports shardkit.models._decoder, which is not below it",
+    ),
+    (
+        floor_violations,
+        {"mesh/_spec.py": "def f() -> None:\n    from ..models._decoder import x"},
+        "mesh/_spec.py:2 imports shardkit.models._decoder, which is not below it",
+    ),
+    (
+        floor_violations,
+        {"inspect/_hlo.py": "import shardkit.models"},
+        "inspect/_hlo.py:1 imports shardkit.models, which is not below it",
+    ),
+    (
+        floor_violations,
+        {"mesh/_spec.py": "from .. import cli"},
+        "mesh/_spec.py:1 imports shardkit.cli, which is not below it",
+    ),
+    (
+        floor_violations,
+        {"mesh/_spec.py": "import shardkit"},
+        "mesh/_spec.py:1 imports shardkit itself",
+    ),
+    (floor_violations, {"cellar/_wine.py": ""}, "cellar is not in the table of page.md"),
+    (
+        cycles,
+        {"mesh/_a.py": "from ._b import x", "mesh/_b.py": "from . import _a"},
+        "shardkit.mesh._a -> shardkit.mesh._b -> shardkit.mesh._a",
+    ),
+    (
+        import_counts,
+        {"cli.py": "from .mesh import " + ", ".join(f"_m{i}" for i in range(11))}
+        | {f"mesh/_m{i}.py": "" for i in range(11)},
+        "cli.py:1 imports 11 modules of the package, not 10",
+    ),
+    (size_violations, {"cli.py": "x = 1\n" * 401}, "cli.py:1 has 401 lines, not 400"),
+    (
+        size_violations,
+        {"cli.py": "def f() -> None:\n" + "    x = 1\n" * 60},
+        "cli.py:1 f has 61 lines, not 60",
+    ),
+    (size_violations, {"cli.py": "x = " + "1" * 97}, "cli.py:1 has 101 columns, not 100"),
+    (private_jax, {"cli.py": "from jax._src import core"}, "cli.py:1 uses jax._src"),
+    (private_jax, {"cli.py": "x = 'jax._src.core'"}, "cli.py:1 uses jax._src"),
+    (probing, {"cli.py": "x = hasattr(1, 'a')"}, "cli.py:1 probes with hasattr"),
+    (
+        named_mesh_axes,
+        {"models/_decoder.py": "x = y['tensor']"},
+        "models/_decoder.py:1 names the mesh axis 'tensor'",
+    ),
+    (
+        undocumented,
+        {"mesh/_spec.py": "def f() -> None: ..."},
+        "mesh/_spec.py:1 f has no docstring",
+    ),
+    (
+        undocumented,
+        {"mesh/_spec.py": 'class f:\n    """A."""\n    def g(self) -> None: ...'},
+        "mesh/_spec.py:3 f.g has no docstring",
+    ),
+    (
+        unannotated,
+        {"cli.py": "class A:\n    def f(self, x, *y: int): ..."},
+        "cli.py:2 f does not annotate x, its result",
+    ),
+]
+
+
+def fake_tree(root: Path, files: dict[str, str]) -> Tree:
+    """A small tree that keeps every rule, with some files put in or replaced."""
+    clean = {
+        "__init__.py": '"""A package."""\nfrom .mesh import f\n__all__ = ["f"]',
+        "_errors.py": "",
+        "mesh/__init__.py": '"""A part."""\nfrom ._spec import f\n__all__ = ["f"]',
+        "mesh/_spec.py": 'from .._errors import x\ndef f(a: int) -> None:\n    """Says."""\n',
+        "models/__init__.py": '"""A part that may speak of data and tensor."""',
+        "models/_decoder.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n"
+        "    from .. import cli\nfrom ..mesh import f",
+        "inspect/_hlo.py": "from ..mesh import f",
+        "cli.py": "from .verify import x\nfrom .models import y",
+        "verify/__init__.py": '"""A part."""',
+    }
+    for name, source in {**clean, **files}.items():
+        path = root / "shardkit" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    (root / "page.md").write_text(PAGE)
+    return Tree(root, root / "page.md")
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_the_package_keeps_the_rule(check):
+    found = check(Tree(ROOT, ROOT / "docs" / "architecture.md"))
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_a_clean_tree_passes(check, tmp_path):
+    assert check(fake_tree(tmp_path, {})) == []
+
+
+@pytest.mark.parametrize(
+    ("check", "files", "message"),
+    VIOLATIONS,
+    ids=[f"{check.__name__}-{i}" for i, (check, _, _) in enumerate(VIOLATIONS)],
+)
+def test_a_violation_is_caught(check, files, message, tmp_path):
+    found = check(fake_tree(tmp_path, files))
+    assert [row.removeprefix("shardkit/") for row in found] == [message]
+
+
+def test_every_check_is_seen_to_catch_something():
+    assert {check for check, _, _ in VIOLATIONS} == set(CHECKS)
+
+
+def import_in_a_process_without_backend(code: str) -> subprocess.CompletedProcess[str]:
+    """Runs code where starting a backend fails, because its platform does not exist."""
+    environment = {**os.environ, "JAX_PLATFORMS": "no_such_platform", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+
+
+def public_modules() -> list[str]:
+    modules = Tree(ROOT, ROOT / "docs" / "architecture.md").modules
+    return [name for name, path in modules.items() if path.name != "__main__.py"]
+
+
+def test_importing_every_module_starts_no_backend():
+    code = "import " + ", ".join(public_modules())
+    done = import_in_a_process_without_backend(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_module_that_starts_a_backend_would_be_seen():
+    done = import_in_a_process_without_backend("import shardkit, jax.numpy as jnp; jnp.zeros(1)")
+    assert done.returncode != 0
+    assert "no_such_platform" in done.stderr
