@@ -3,9 +3,11 @@
 from ._constrain import constrain
 from ._errors import (
     BatchError,
+    BudgetError,
     ConfigError,
     DataError,
     MeshError,
+    ReportError,
     ShardingError,
     ShardkitError,
     StateError,
@@ -15,6 +17,7 @@ from ._precision import Precision
 from ._remat import remat
 from ._types import Accumulate, Loss, Mean, Named, Variables
 from .adapters import Model, from_linen, from_nnx
+from .inspect import Budget, Report
 from .mesh import MeshSpec, simulate_devices
 from .parallel import Strategy, strategies
 from .rules import REPLICATED, AxisRules, PathRules, chain, explain, shard_largest
@@ -26,6 +29,8 @@ __all__ = [
     "Accumulate",
     "AxisRules",
     "BatchError",
+    "Budget",
+    "BudgetError",
     "CompiledStep",
     "ConfigError",
     "DataError",
@@ -37,6 +42,8 @@ __all__ = [
     "Named",
     "PathRules",
     "Precision",
+    "Report",
+    "ReportError",
     "ShardingError",
     "ShardkitError",
     "StateError",

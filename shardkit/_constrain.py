@@ -83,6 +83,8 @@ def _lower(ctx: mlir.LoweringRuleContext, x: Any, *, names: tuple[str | None, ..
 
 def _batch(axis_data: Any, args: Any, dims: Any, *, names: tuple[str | None, ...]) -> Any:
     (x,), (dim,) = args, dims
+    if dim is None:  # the mapped function also constrains what it does not map, its weights
+        return constrain_p.bind(x, names=names), None
     added = LANES if axis_data.name == LANES else MAPPED
     return constrain_p.bind(x, names=(*names[:dim], added, *names[dim:])), dim
 

@@ -25,12 +25,14 @@ class Program:
       compiled: the executable, called with the arguments that it was compiled for.
       jaxpr: what was traced.
       messages: what the compiler wrote to file descriptor 2.
+      messages_complete: whether it did compile; a hit in the persistent cache says nothing.
       seconds: wall time of (trace, lower, compile).
     """
 
     compiled: jax.stages.Compiled
     jaxpr: Any
     messages: str
+    messages_complete: bool
     seconds: tuple[float, float, float]
 
 
@@ -72,7 +74,8 @@ def compile_program(
             compiled = lowered.compile()
     end = time.perf_counter()
     seconds = (at_trace - start, at_lower - at_trace, end - at_lower)
-    return Program(compiled, traced.jaxpr, messages[0], seconds)
+    complete = not jax.config.jax_compilation_cache_dir
+    return Program(compiled, traced.jaxpr, messages[0], complete, seconds)
 
 
 @contextlib.contextmanager

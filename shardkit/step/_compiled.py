@@ -13,6 +13,7 @@ from .._errors import Problem, StateError, format_problems
 from .._precision import Precision, cast_floats
 from .._remat import active, policy
 from .._types import Accumulate
+from ..inspect import Report
 from ..parallel import Strategy
 from ..state import TrainState
 from ._activations import Activations
@@ -24,6 +25,7 @@ from ._inputs import check_alive, check_state, put_batch
 from ._layout import Layout, initial_state, resolve_layout
 from ._objective import objective
 from ._readback import check_executable
+from ._report import inspected
 from ._update import Metrics, evaluation_step, gradient_step
 
 
@@ -152,6 +154,13 @@ class CompiledStep:
           BatchError: the batch is not what the step was compiled for.
         """
         return put_batch(batch, self.layout.batch, self.layout.batch_shardings)
+
+    def report(self) -> Report:
+        """Returns what the step became: memory, collectives, FLOPs and findings.
+
+        Everything is read from the compiled program; nothing is run or measured.
+        """
+        return Report.of(inspected(self.declaration, self.layout, self._program))
 
     def replace(self, **changes: Any) -> "CompiledStep":
         """Compiles the same declaration with some of its fields changed.

@@ -1,0 +1,91 @@
+"""What a compiled step hands over to be inspected."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._constrain import LANES
+from .._tree import leaves, path_str, short_dtype
+from ..inspect import CompiledBytes, Declared, Placed, Program, explained_by
+from ._activations import constraints
+from ._compile import Program as Executable
+from ._declaration import Declaration
+from ._layout import Layout
+
+
+def inspected(declaration: Declaration, layout: Layout, made: Executable) -> Program:
+    """Brings an executable and its declaration to the form that `Report.of` reads."""
+    mesh = declaration.mesh
+    device = mesh.devices.flat[0]
+    return Program(
+        hlo=made.compiled.as_text(),
+        mesh=tuple(mesh.shape.items()),
+        platform=device.platform,
+        device_kind=device.device_kind,
+        leaves=tuple(_arguments(layout)),
+        memory=CompiledBytes.of(made.compiled.memory_analysis()),
+        jaxpr=made.jaxpr,
+        log=made.messages,
+        log_complete=made.messages_complete,
+        declared=_declared(declaration, layout, made.jaxpr),
+    )
+
+
+def _arguments(layout: Layout) -> Iterator[Placed]:
+    """The arguments of `(state, batch)` in the executable's order."""
+    state, shardings = layout.state, layout.shardings
+    parts = (
+        ("rest", state.step, shardings.step),
+        ("params", state.params, shardings.params),
+        ("opt_state", state.opt_state, shardings.opt_state),
+        ("extra", state.extra, shardings.extra),
+        ("rest", state.key, shardings.key),
+    )
+    for part, tree, placed in parts:
+        for leaf, sharding in zip(leaves(tree), jax.tree.leaves(placed), strict=True):
+            yield Placed(part, leaf, sharding.spec, donated=True)
+    placed = jax.tree.leaves(layout.batch_shardings)
+    for leaf, sharding in zip(leaves(layout.batch), placed, strict=True):
+        yield Placed("batch", leaf, sharding.spec)
+
+
+def _declared(declaration: Declaration, layout: Layout, jaxpr: Any) -> Declared:
+    strategy, precision = declaration.strategy, declaration.precision
+    # Splitting the residual stream over length moves the same bytes as not splitting it.
+    kinds = {axis: kind.removesuffix("+sequence") for kind, axis in strategy.kinds}
+    return Declared(
+        explains=explained_by(kinds) if kinds else None,
+        kinds=kinds,
+        accumulate=declaration.accumulate.steps,
+        compute_dtype=short_dtype(jnp.dtype(precision.compute)),
+        reduce_dtype=short_dtype(jnp.dtype(precision.reduce or precision.compute)),
+        whole_params=tuple(axis for axis, kind in kinds.items() if kind == "fsdp"),
+        activation_bytes=_activation_bytes(declaration, layout, jaxpr),
+        layers=_layers(layout),
+    )
+
+
+def _activation_bytes(declaration: Declaration, layout: Layout, jaxpr: Any) -> int | None:
+    """Bytes of `[batch, length, embed]` of one device's rows, as a model's constraints show it."""
+    ways = math.prod(declaration.mesh.shape[axis] for axis in layout.row_axes)
+    for leaf in constraints(jaxpr.jaxpr):
+        names = dict(zip(leaf.axes or (), leaf.shape, strict=True))
+        if {"batch", "length", "embed"} <= names.keys() <= {"batch", "length", "embed", LANES}:
+            row = names["length"] * names["embed"] * jnp.dtype(leaf.dtype).itemsize
+            return layout.rows // ways * row
+    return None
+
+
+def _layers(layout: Layout) -> int | None:
+    """Length of the dim that parameters name `layers`."""
+    shapes: Mapping[str, tuple[int, ...]] = {
+        path_str(path): x.shape
+        for path, x in jax.tree_util.tree_leaves_with_path(layout.state.params)
+    }
+    for path, names in layout.axes.items():
+        if "layers" in names:
+            return shapes[path][names.index("layers")]
+    return None
