@@ -52,6 +52,13 @@ def test_indivisible_dims_share_one_fix():
     )
 
 
+def test_the_shared_fix_mends_every_dim():
+    leaves = [leaf("x", 12), leaf("y", 8)]
+    text = message(PathRules({"*": P("tensor")}), leaves, tensor=5)
+    # Divisors of both 12 and 8, not of the first alone.
+    assert 'Fix: MeshSpec(tensor=2) or 4; or PathRules["*"] → P()' in text
+
+
 def test_indivisible_by_a_product():
     text = message(PathRules({"x": P(("data", "tensor"))}), [leaf("x", 12)], data=2, tensor=4)
     assert "dim 0 (12) is not divisible by data=2 x tensor=4 = 8 (8 or 16 would be)" in text
