@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from jax.sharding import PartitionSpec
 
 from .._tree import Leaf
-from ..rules import Decided, Decision, Entry, Passed
+from ..rules import Decided, Decision, Entry, Passed, axes_of, from_axes
 
 # A coefficient table that no parameter explains (muon's polynomial, a schedule's knots) is
 # replicated up to this many elements. Anything larger must be declared.
@@ -27,7 +27,7 @@ def moment_spec(
     """Spec of a state leaf whose dims are a parameter's, some of them dropped or collapsed.
 
     Covers moments (equal shape), factored moments (one dim dropped, as adafactor's rows and
-    columns) and placeholders (every dim collapsed to 1).
+    columns, or collapsed to 1) and placeholders (every dim collapsed to 1).
 
     Args:
       shape: of the state leaf.
@@ -41,13 +41,17 @@ def moment_spec(
 
     >>> from jax.sharding import PartitionSpec as P
     >>> moment_spec((64,), (128, 64), P(None, "tensor"))
-    PartitionSpec('tensor',)
+    P('tensor',)
     """
     entries = (*spec, *[None] * (len(param_shape) - len(spec)))
+    if len(shape) == len(param_shape):
+        pairs = list(zip(shape, param_shape, strict=True))
+        if any(n not in (1, whole) for n, whole in pairs):
+            return None
+        kept = [e if n == whole else None for e, (n, whole) in zip(entries, pairs, strict=True)]
+        return from_axes(map(axes_of, kept))
     if all(size == 1 for size in shape):
-        same = len(shape) == len(param_shape)
-        kept = [e if same and n == 1 else None for e, n in zip(entries, param_shape, strict=True)]
-        return PartitionSpec(*kept) if shape == param_shape else PartitionSpec()
+        return PartitionSpec()
     choices = [
         [entries[dim] for dim in dims]
         for dims in itertools.combinations(range(len(param_shape)), len(shape))
@@ -68,15 +72,21 @@ class FollowParams:
 
     Attributes:
       params: leaves of the parameters, each with its resolved spec.
+      state: paths of all leaves of the optimizer's state, which tell a tree of moments from a
+        parameter that happens to have the name of one (`mu/w` beside `w`).
     """
 
     params: tuple[tuple[Leaf, PartitionSpec], ...]
+    state: frozenset[str] = frozenset()
 
     def decide(self, leaf: Leaf, mesh: Mapping[str, int]) -> Decision:
         """Derives the spec from the parameter whose path ends the leaf's path."""
-        # Longest path first; but a parameter of the very same shape explains a leaf better than
-        # a longer path whose dims would have to be dropped.
-        owners = sorted(self._owners(leaf.path), key=lambda owned: owned[0].shape != leaf.shape)
+        # A parameter of the very same shape explains a leaf better than one whose dims would have
+        # to be dropped; then the reading under which most parameters have a leaf; then the longest.
+        owners = sorted(
+            self._owners(leaf.path),
+            key=lambda owned: (owned[0].shape != leaf.shape, -self._siblings(leaf.path, owned[0])),
+        )
         for owner, spec in owners:
             derived = moment_spec(leaf.shape, owner.shape, spec)
             if derived is not None:
@@ -96,3 +106,8 @@ class FollowParams:
         parts = path.split("/")
         suffixes = ["/".join(parts[i:]) for i in range(len(parts) + 1)]
         return [by_path[suffix] for suffix in suffixes if suffix in by_path]
+
+    def _siblings(self, path: str, owner: Leaf) -> int:
+        """How many parameters have a leaf where they would if `path` were that of `owner`."""
+        above = path.removesuffix(owner.path)
+        return sum(above + leaf.path in self.state for leaf, _ in self.params)

@@ -26,7 +26,7 @@ def data(axis: str = "data") -> Strategy:
       A strategy for any model, with or without logical names.
 
     >>> data().batch
-    PartitionSpec('data',)
+    P('data',)
     """
     return Strategy(
         params=REPLICATED,

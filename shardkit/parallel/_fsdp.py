@@ -31,7 +31,7 @@ def fsdp(axis: str = "fsdp", min_size: int = 1024) -> Strategy:
       A strategy for any model.
 
     >>> fsdp().batch
-    PartitionSpec('fsdp',)
+    P('fsdp',)
     """
     return Strategy(
         params=chain(params({"embed": axis}), shard_largest(axis, min_size=min_size)),

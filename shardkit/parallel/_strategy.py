@@ -34,7 +34,7 @@ class Strategy:
     >>> from shardkit.parallel import strategies
     >>> both = strategies.data() | strategies.tensor()
     >>> both.batch, both.kinds
-    (PartitionSpec('data',), (('data', 'data'), ('tensor', 'tensor')))
+    (P('data',), (('data', 'data'), ('tensor', 'tensor')))
     """
 
     params: Rule = REPLICATED
@@ -86,7 +86,7 @@ class Strategy:
         >>> from shardkit.parallel import strategies
         >>> own = strategies.tensor().with_names(params={"filters": "tensor"})
         >>> own.params.spec(("embed", "filters"))
-        PartitionSpec(None, 'tensor')
+        P(None, 'tensor')
         """
         head, *rest = flatten(self.params)
         if (params and not isinstance(head, AxisRules)) or (activations and not self.activations):

@@ -26,7 +26,7 @@ def tensor(axis: str = "tensor", *, sequence: bool = False) -> Strategy:
       A strategy for models that carry the conventional logical names.
 
     >>> tensor(sequence=True).activations.spec(("batch", "residual_length", "embed"))
-    PartitionSpec(None, 'tensor')
+    P(None, 'tensor')
     """
     split = {"heads": axis, "kv_heads": axis, "mlp": axis, "vocab": axis}
     stream = {"residual_length": axis} if sequence else {}

@@ -111,9 +111,13 @@ def resolve_layout(
     specs = _resolved(strategy.params, params, sizes, "parameters", problems)
     extra = _resolved(strategy.extra, leaves(state.extra), sizes, "extra leaves", problems)
     # A parameter that could not be laid out is reported once, not again for its moments.
-    follow = FollowParams(tuple((p, specs.get(p.path, PartitionSpec())) for p in params))
+    moments = leaves(state.opt_state)
+    follow = FollowParams(
+        tuple((p, specs.get(p.path, PartitionSpec())) for p in params),
+        frozenset(leaf.path for leaf in moments),
+    )
     rule = chain(strategy.opt_state, follow) if strategy.opt_state else follow
-    opt_state = _resolved(rule, leaves(state.opt_state), sizes, "optimizer leaves", problems)
+    opt_state = _resolved(rule, moments, sizes, "optimizer leaves", problems)
     batch_leaves = leaves(batch)
     batch_specs = _batch_specs(strategy, batch_leaves, sizes, problems)
     rows, row_axes = _rows(batch_leaves, batch_specs, sizes, steps, problems)
