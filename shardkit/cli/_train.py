@@ -2,13 +2,20 @@
 
 import argparse
 
+from .._errors import MeshError, Problem, format_problems
 from ..config import to_record
+from ..mesh import Target
 from ..run import train
 from ._command import Command, config_of
 
 
 def _run(arguments: argparse.Namespace) -> int:
     config = config_of(arguments)
+    if Target.parse(config.devices).kind not in ("local", "cpu"):
+        why = "only a compiler knows these devices here; a run needs some that are there."
+        fix = "--set devices=local on their machine, or --set devices=cpu:8 with a small mesh"
+        problem = Problem(f"devices={config.devices}", why, fix)
+        raise MeshError(format_problems("There is nothing to train on.", [problem]))
     train(
         name=config.name,
         model=config.model,

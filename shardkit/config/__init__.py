@@ -1,8 +1,18 @@
 """One frozen tree per run, config files, and typed overrides from the command line."""
 
+from ..data import DataConfig
+from ..run import TrainConfig
 from ._load import load_config
 from ._optimizer import OptimizerConfig
 from ._override import apply_overrides
 from ._tree import Config, to_record
 
-__all__ = ["Config", "OptimizerConfig", "apply_overrides", "load_config", "to_record"]
+__all__ = [
+    "Config",
+    "DataConfig",
+    "OptimizerConfig",
+    "TrainConfig",
+    "apply_overrides",
+    "load_config",
+    "to_record",
+]

@@ -1,5 +1,6 @@
 """A config file: Python with `def config() -> sk.Config`."""
 
+import difflib
 import importlib.util
 import re
 import sys
@@ -69,16 +70,12 @@ def _import(path: Path) -> ModuleType:
 
 
 def _missing(path: Path) -> Problem:
-    near = sorted(
-        str(found) for folder in (path.parent, Path("configs")) for found in folder.glob("*.py")
-    )
-    stems = {Path(found).stem: found for found in near}
-    close = did_you_mean(path.stem, stems) if near else ""
-    match = re.search(r"'(.+)'", close)
-    why = "there is no such file." + (f" Did you mean {stems[match[1]]!r}?" if match else "")
-    known = ", ".join(dict.fromkeys(near))
-    fix = f"one of {known}" if known else "leave CONFIG out to train the default"
-    return Problem(str(path), why, fix)
+    folders = dict.fromkeys((path.parent, Path("configs")))
+    near = [str(found) for folder in folders for found in sorted(folder.glob("*.py"))]
+    close = difflib.get_close_matches(path.stem, [Path(one).stem for one in near], n=1)
+    hint = next((f" Did you mean {one!r}?" for one in near if Path(one).stem in close), "")
+    fix = f"one of {', '.join(near)}" if near else "leave CONFIG out to train the default"
+    return Problem(str(path), f"there is no such file.{hint}", fix)
 
 
 def _guarded(path: Path, call: Any) -> Any:

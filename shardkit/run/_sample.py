@@ -61,8 +61,8 @@ def sample_bytes(
 def printable(text: bytes) -> str:
     r"""Returns text that is safe to print: what is not becomes `\xNN`, zero bytes end a file.
 
-    >>> print(printable(b"a\tb\x1b\0c"))
-    a	b\x1b
+    >>> print(printable(b"a = 1\x1b\0c"))
+    a = 1\x1b
     --- end of file ---
     c
     """

@@ -71,10 +71,10 @@ def draw_mesh(mesh: Mesh) -> list[str]:
     >>> import jax, numpy as np
     >>> devices = np.array(jax.devices()[:8]).reshape(2, 4)
     >>> print("\n".join(draw_mesh(jax.sharding.Mesh(devices, ("data", "tensor")))))
-             tensor
-             0  1  2  3
-    data 0   0  1  2  3
-    data 1   4  5  6  7
+              tensor
+              0  1  2  3
+    data 0    0  1  2  3
+    data 1    4  5  6  7
     """
     ids = np.vectorize(lambda device: device.id)(mesh.devices)
     if max(ids.shape) > _LARGEST_DRAWN or ids.size > 4 * _LARGEST_DRAWN:

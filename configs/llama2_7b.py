@@ -1,0 +1,29 @@
+"""Llama-2-7B on 64 TPU v5p chips: nobody trains this on a laptop, but it can be declared there.
+
+    shardkit train configs/llama2_7b.py --set devices=local
+
+trains it on a machine that has the chips; `data.path` is then a text of your own, read by the
+byte. Anywhere else `shardkit train` says that the chips are not there.
+"""
+
+import dataclasses
+
+from shardkit.config import Config, DataConfig, OptimizerConfig, TrainConfig
+from shardkit.mesh import MeshSpec
+from shardkit.models import SIZES
+from shardkit.parallel import strategies
+
+
+def config() -> Config:
+    """Returns fsdp=16, tensor=4, bf16 products with f32 weights, 128 rows of 2048 bytes."""
+    both = strategies.fsdp() | strategies.tensor(sequence=True)
+    return Config(
+        name="llama2_7b",
+        model=SIZES["llama2-7b"],
+        data=DataConfig(length=2048, batch=128),
+        devices="tpu:v5p:4x4x4",
+        mesh=MeshSpec(fsdp=16, tensor=4),
+        strategy=dataclasses.replace(both, remat="full", precision="bfloat16"),
+        optimizer=OptimizerConfig(name="adamw", lr=3e-4),
+        train=TrainConfig(steps=10_000, eval_every=500),
+    )

@@ -1,0 +1,29 @@
+"""Llama-3-8B on 64 H100 GPUs, 8 hosts of 8: to be declared on a laptop, trained elsewhere.
+
+    shardkit train configs/llama3_8b.py --set devices=local
+
+trains it on a machine that has the GPUs; `data.path` is then a text of your own, read by the
+byte. Anywhere else `shardkit train` says that the GPUs are not there.
+"""
+
+import dataclasses
+
+from shardkit.config import Config, DataConfig, OptimizerConfig, TrainConfig
+from shardkit.mesh import MeshSpec
+from shardkit.models import SIZES
+from shardkit.parallel import strategies
+
+
+def config() -> Config:
+    """Returns fsdp=8 across hosts, tensor=8 inside each, 64 rows of 8192 bytes."""
+    both = strategies.fsdp() | strategies.tensor(sequence=True)
+    return Config(
+        name="llama3_8b",
+        model=SIZES["llama3-8b"],
+        data=DataConfig(length=8192, batch=64),
+        devices="gpu:h100:1x8x8",
+        mesh=MeshSpec(fsdp=8, tensor=8),
+        strategy=dataclasses.replace(both, remat="full", precision="bfloat16"),
+        optimizer=OptimizerConfig(name="adamw", lr=3e-4),
+        train=TrainConfig(steps=10_000, eval_every=500),
+    )

@@ -1,0 +1,21 @@
+"""The smallest decoder, to see everything work once.
+
+    shardkit train configs/nano.py
+
+Expect half a minute on 2 cores, most of it compiling, and text that looks like code from afar.
+"""
+
+from shardkit.config import Config, DataConfig, TrainConfig
+from shardkit.mesh import MeshSpec
+from shardkit.models import SIZES
+
+
+def config() -> Config:
+    """Returns a run of 60 updates on 8 simulated devices."""
+    return Config(
+        name="nano",
+        model=SIZES["nano"],
+        data=DataConfig(length=128, batch=8, held_out=0.01),
+        mesh=MeshSpec(data=4, tensor=2),
+        train=TrainConfig(steps=60, eval_every=0, sample=120),
+    )
