@@ -14,6 +14,7 @@ returns), `mlp_hidden` (gate and up products), `attn_out` and `mlp_out` (what a 
 the stream, which split products reduce).
 """
 
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -23,10 +24,12 @@ from jax.ad_checkpoint import checkpoint_name
 from .._constrain import constrain
 from ._attention import attention
 from ._config import DecoderConfig
+from ._dense import dense
 
 Rotation = tuple[jax.Array, jax.Array]
 
 
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """Returns x / √(mean(x²) + eps) · scale over the last dim, in f32 inside."""
     wide = x.astype(jnp.float32)
@@ -109,9 +112,9 @@ def _attend(
     by: Rotation,
     segment_ids: jax.Array | None,
 ) -> jax.Array:
-    q = jnp.einsum("bte,enh->btnh", h_BTE, weights["query"])
-    k = jnp.einsum("bte,ekh->btkh", h_BTE, weights["key"])
-    v = jnp.einsum("bte,ekh->btkh", h_BTE, weights["value"])
+    q = dense(h_BTE, weights["query"])
+    k = dense(h_BTE, weights["key"])
+    v = dense(h_BTE, weights["value"])
     q = constrain(rotate(q, by), "batch", "length", "heads", "head_dim")
     k = constrain(rotate(k, by), "batch", "length", "kv_heads", "head_dim")
     v = constrain(v, "batch", "length", "kv_heads", "head_dim")
@@ -120,11 +123,17 @@ def _attend(
         q, k, v, causal=True, segment_ids=segment_ids, implementation=config.attention
     )
     mixed = constrain(mixed, "batch", "length", "heads", "head_dim")
-    return jnp.einsum("btnh,nhe->bte", mixed, weights["out"])
+    return dense(mixed, weights["out"], 2)
 
 
 def _feed_forward(weights: Mapping[str, jax.Array], h_BTE: jax.Array) -> jax.Array:
-    gate = constrain(h_BTE @ weights["gate"], "batch", "length", "mlp")
-    up = constrain(h_BTE @ weights["up"], "batch", "length", "mlp")
+    gate = constrain(dense(h_BTE, weights["gate"]), "batch", "length", "mlp")
+    up = constrain(dense(h_BTE, weights["up"]), "batch", "length", "mlp")
     gate, up = checkpoint_name((gate, up), "mlp_hidden")
-    return (jax.nn.silu(gate) * up) @ weights["down"]
+    return _narrow(gate, up, weights["down"])
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _narrow(gate_BTF: jax.Array, up_BTF: jax.Array, down: jax.Array) -> jax.Array:
+    """SwiGLU and the product after it; what lies between is cheap, wide, and computed again."""
+    return dense(jax.nn.silu(gate_BTF) * up_BTF, down)

@@ -4,8 +4,8 @@ Dims: B batch, T length, E embed, V vocab, C chunks of the vocabulary, S = V / C
 
 Chunk c holds the tokens {s · C + c}: it takes every C-th column. A reshape V → [S, C] keeps a
 split of V on S, so each device works on its own columns in every chunk and nothing is gathered;
-contiguous chunks would each live on one device. The label's logit is picked by comparison, which
-splits like the logits do, and not by a gather.
+contiguous chunks would each live on one device. The label's logit is taken along the split dim,
+which costs one sum of f32[batch, length] over the devices; in the gradient it is a comparison.
 """
 
 from typing import Any
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from .._constrain import constrain
+from ._dense import weight_gradient
 
 Summary = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -51,14 +52,14 @@ def _summary_fwd(
     chunks = table_CES.shape[0]
     if chunks == 1:
         kept = _logits(hidden_BTE, table_CES[0])
-        top, total, label = _first(kept, _is_label(kept, targets_BT, 1, 0))
+        top, total, label = _first(kept, targets_BT, 1, 0)
     else:
         kept = None
 
         def body(carry: Summary, chunk: tuple[jax.Array, jax.Array]) -> tuple[Summary, None]:
             index, table_ES = chunk
             logits = _logits(hidden_BTE, table_ES)
-            return _join(carry, _first(logits, _is_label(logits, targets_BT, chunks, index))), None
+            return _join(carry, _first(logits, targets_BT, chunks, index)), None
 
         none = jnp.zeros(targets_BT.shape, jnp.float32)
         start = (none - jnp.inf, none, none)
@@ -79,7 +80,7 @@ def _summary_bwd(saved: tuple[Any, ...], grads: Summary) -> tuple[jax.Array, jax
         g_logits = g_lse * jnp.exp(logits - lse[..., None]) + jnp.where(is_label, g_label, 0)
         g_logits = constrain(g_logits.astype(hidden_BTE.dtype), "batch", "length", "vocab")
         g_hidden = jnp.einsum("bts,es->bte", g_logits, table_ES, preferred_element_type=jnp.float32)
-        return g_hidden, jnp.einsum("bte,bts->es", hidden_BTE, g_logits)
+        return g_hidden, weight_gradient(hidden_BTE, g_logits)
 
     if chunks == 1:
         g_hidden, g_table = products(kept, 0, table_CES[0])
@@ -112,11 +113,14 @@ def _is_label(
     return targets_BT[..., None] == jnp.arange(logits.shape[-1]) * chunks + index
 
 
-def _first(logits: jax.Array, is_label: jax.Array) -> Summary:
-    """Largest logit, sum of exponentials below it, and the label's logit, of one chunk."""
+def _first(
+    logits: jax.Array, targets_BT: jax.Array, chunks: int, index: jax.Array | int
+) -> Summary:
+    """Largest logit, sum of exponentials below it, and the label's logit or 0, of one chunk."""
     top = logits.max(-1)
     total = jnp.exp(logits - top[..., None]).sum(-1)
-    return top, total, jnp.where(is_label, logits, 0).sum(-1)
+    label = jnp.take_along_axis(logits, targets_BT[..., None] // chunks, -1)[..., 0]
+    return top, total, jnp.where(targets_BT % chunks == index, label, 0)
 
 
 def _join(a: Summary, b: Summary) -> Summary:
