@@ -1,64 +1,38 @@
 """The ledger against closed forms on eight simulated devices, and on recorded programs."""
 
 import functools
-import gzip
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from shardkit._errors import ReportError
 from shardkit.inspect import read_ledger, wire_bytes
 
-DATA = pathlib.Path(__file__).parent / "data"
-LAYERS, BATCH, WIDTH, HIDDEN = 3, 16, 8, 32
-WEIGHTS = 4 * 2 * LAYERS * WIDTH * HIDDEN  # bytes, f32
-SCALAR = 4
-
-
-def make_mesh(order=None, **axes):
-    devices = np.array(jax.devices())[: np.prod(list(axes.values()))]
-    devices = devices if order is None else devices[order]
-    return Mesh(
-        devices.reshape(tuple(axes.values())),
-        tuple(axes),
-        axis_types=(AxisType.Auto,) * len(axes),
-    )
+from ._programs import (
+    BATCH,
+    LAYERS,
+    SCALAR,
+    WEIGHTS,
+    WIDTH,
+    layer,
+    loss,
+    make_mesh,
+    program,
+    recorded,
+    ring,
+    sgd,
+    weights,
+)
 
 
 def compiled(step, mesh, *args):
     """Compiles `step` for `(shape, spec)` arguments and reads its ledger."""
-    placed = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a[0], jnp.float32, sharding=NamedSharding(mesh, a[1])),
-        args,
-        is_leaf=lambda a: isinstance(a, tuple) and isinstance(a[-1], P),
-    )
-    text = jax.jit(step).lower(*placed).compile().as_text()
-    return read_ledger(text, tuple(mesh.shape.items()))
-
-
-def layer(x, w):
-    with jax.named_scope("mlp"):
-        return x + jnp.tanh(x @ w["up"]) @ w["down"], None
-
-
-def loss(params, x):
-    return jnp.mean(jax.lax.scan(layer, x, params)[0] ** 2)
-
-
-REPLICATED = P()
-
-
-def weights(up=REPLICATED, down=REPLICATED):
-    return {"up": ((LAYERS, WIDTH, HIDDEN), up), "down": ((LAYERS, HIDDEN, WIDTH), down)}
-
-
-def ring(n, payload):
-    return (n - 1) * payload / n
+    parts = {f"part{number}": arg for number, arg in enumerate(args)}
+    made = program(step, mesh, **parts)
+    return read_ledger(made.hlo, made.mesh)
 
 
 @pytest.mark.parametrize("order", [None, [3, 1, 4, 0, 5, 7, 2, 6]])
@@ -66,11 +40,7 @@ def test_data_parallel_reduces_gradients_once(order):
     mesh = make_mesh(order, data=8)
     batch = ((BATCH, WIDTH), P("data"))
 
-    def step(params, x):
-        value, grads = jax.value_and_grad(loss)(params, x)
-        return jax.tree.map(lambda w, g: w - g, params, grads), value
-
-    ledger = compiled(step, mesh, weights(), batch)
+    ledger = compiled(sgd, mesh, weights(), batch)
     assert ledger.complete
     assert ledger.total() == ledger.total("data") == 2 * ring(8, WEIGHTS + SCALAR)
     assert ledger.total("data", "all-reduce") == ledger.total(kind="all_reduce")
@@ -339,17 +309,13 @@ def test_loops_of_unknown_length_and_dead_collectives_are_reported():
 
 
 def test_a_program_cut_anywhere_is_never_complete():
-    text = gzip.open(DATA / "tpu_v5p_fsdp_tensor.hlo.gz", "rt").read()
+    text = recorded("tpu_v5p_fsdp_tensor")
     mesh = [("fsdp", 4), ("tensor", 4)]
     assert read_ledger(text, mesh).complete
     body = text.index("ENTRY")
     for cut in np.linspace(1000, len(text) - 3, 12, dtype=int):
         assert not read_ledger(text[:cut], mesh).complete, cut
     assert not read_ledger(text[: body - 1], mesh).complete
-
-
-def recorded(name):
-    return gzip.open(DATA / f"{name}.hlo.gz", "rt").read()
 
 
 def test_a_recorded_tpu_program():

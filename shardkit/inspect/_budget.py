@@ -9,7 +9,7 @@ from .._tree import format_bytes
 from ._collectives import KINDS
 from ._findings import FINDINGS
 from ._ledger import Row
-from ._reductions import gradient_reductions
+from ._reductions import REDUCING
 
 if TYPE_CHECKING:
     from ._report import Report
@@ -85,16 +85,15 @@ def _replicated(report: "Report", budget: Budget) -> Iterator[Problem]:
 
 def _reductions(report: "Report", budget: Budget) -> Iterator[Problem]:
     for axis, most in budget.reductions_per_step.items():
-        rows = gradient_reductions(report.ledger, axis)
         if axis not in report.reductions:
             why = f"at most {most}, but the batch is not split over it"
             yield Problem(f"reductions_per_step[{axis!r}]", why, f"budget {_batch_axes(report)}")
             continue
         found = report.reductions[axis]
-        allowed = most + _SLACK if found <= most + _SLACK else most
+        rows = [row for kind in REDUCING for row in report.ledger.where(axis, kind)]
         yield from _at_most(
             f"reductions_per_step[{axis!r}]",
-            allowed,
+            most if found > most + _SLACK else None,
             found,
             _lines(rows),
             'sk.Accumulate(steps, reduce="once")',

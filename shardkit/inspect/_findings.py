@@ -8,7 +8,7 @@ from .._tree import format_bytes
 from ._hlo import aliased, dtype_bits, shapes_of
 from ._ledger import Ledger, Row
 from ._messages import rematerializations
-from ._program import Placed, Program
+from ._program import Placed, Program, base_kind
 from ._reductions import gradient_reductions, reductions_per_step
 
 # A collective this small costs its latency, whatever its dtype or reason.
@@ -127,7 +127,7 @@ def _reduction_in_loop(facts: _Facts) -> Iterator[Finding]:
         times = reductions_per_step(facts.ledger, axis, leaves, sizes)
         if times < 1.5:
             continue
-        rows = gradient_reductions(facts.ledger, axis)
+        rows = [row for row, _ in gradient_reductions(facts.ledger, axis, leaves, sizes)]
         wire = sum(row.wire_bytes for row in rows)
         steps = facts.program.declared.accumulate
         yield Finding(
@@ -173,20 +173,26 @@ def _stands_for(row: Row, kinds: frozenset[str] | tuple[()]) -> bool:
 
 
 def _parameter_gather(facts: _Facts) -> Iterator[Finding]:
-    expected = facts.program.declared.whole_params
+    kinds = facts.program.declared.kinds
+    expected = {axis for axis, kind in kinds.items() if base_kind(kind) in ("fsdp", "zero")}
+    groups: dict[tuple[str, tuple[str, ...]], list[tuple[Row, Placed]]] = {}
     for row in facts.ledger.where(kind="all-gather"):
-        if set(row.axes) <= set(expected) or row.payload_bytes <= _SMALL:
+        if set(row.axes) <= expected or row.payload_bytes <= _SMALL:
             continue
         if leaf := _gathered(row, facts.program):
-            yield Finding(
-                "parameter_gather",
-                leaf=f"{leaf.part}/{leaf.leaf.path}",
-                scope=row.scope,
-                axes=row.axes,
-                bytes=row.wire_bytes,
-                why=f"{leaf.leaf} is split over {', '.join(row.axes)} and gathered whole",
-                fix="constrain the activation that meets it, so that the product stays split",
-            )
+            groups.setdefault((leaf.leaf.path, row.axes), []).append((row, leaf))
+    for (path, axes), found in groups.items():
+        row, leaf = found[0]
+        yield Finding(
+            "parameter_gather",
+            leaf=f"{leaf.part}/{path}",
+            scope=row.scope,
+            axes=axes,
+            bytes=sum(one.wire_bytes for one, _ in found),
+            why=f"{leaf.leaf} is split over {', '.join(axes)} and gathered whole "
+            f"by {len(found)} × all-gather",
+            fix="constrain the activation that meets it, so that the product stays split",
+        )
 
 
 def _gathered(row: Row, program: Program) -> Placed | None:

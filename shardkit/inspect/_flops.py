@@ -93,13 +93,13 @@ def _inner(eqn: Any, path: str, problems: list[str]) -> Iterator[tuple[Any, int]
             )
         yield body, 1
         return
-    if name == "pallas_call":
-        problems.append(f"the kernel {params.get('name', '')} is not counted")
+    if name.startswith(_OPAQUE):
+        problems.append(f"the kernel {name} in {scope_of(path + '/') or 'the step'} is not counted")
         return
     times = params["length"] if name == "scan" else 1
     if name == "shard_map":
-        # Its body is what one device does; the devices of the manual axes do it together.
-        times = math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
+        # Its body is what one device of the manual axes does, be it the same on all of them.
+        times = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
     for key, value in params.items():
         # The rules of custom derivatives are there besides the function itself.
         if key in ("jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd"):
@@ -131,6 +131,9 @@ def _ragged(eqn: Any) -> int:
     rows, width = eqn.invars[0].aval.shape[-2:]
     return 2 * rows * width * eqn.outvars[0].aval.shape[-1]
 
+
+# Kernels whose products no jaxpr shows.
+_OPAQUE = ("pallas_call", "ffi_call", "dot_product_attention")
 
 _COUNTED = {
     "dot_general": _dot,

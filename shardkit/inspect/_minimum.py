@@ -10,7 +10,7 @@ they are reduced in, one `[batch, length, embed]` activation A. Sources: Rajbhan
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from ._program import Declared, Placed
+from ._program import Declared, Placed, base_kind
 
 
 def data(n: int, gradients: float) -> float:
@@ -121,7 +121,7 @@ def minimum(
     Returns:
       Bytes per device and step; None for kinds that parameters and `declared` do not determine.
     """
-    kind, n = declared.kinds[axis], sizes[axis]
+    kind, n = base_kind(declared.kinds[axis]), sizes[axis]
     params = [leaf for leaf in leaves if leaf.part == "params"]
     split = [leaf for leaf in params if axis in leaf.axes()]
     whole = [leaf for leaf in params if axis not in leaf.axes()]

@@ -123,12 +123,22 @@ def explained_by(kinds: Mapping[str, str]) -> dict[str, frozenset[str]]:
 
     Args:
       kinds: mesh axis → `"data"`, `"zero"`, `"fsdp"`, `"tensor"`, `"context"`, `"pipeline"` or
-        `"expert"`; any other kind accounts for nothing.
+        `"expert"`, or one of these with its variant (`"tensor+sequence"`); any other kind
+        accounts for nothing.
 
     >>> explained_by({"replica": "data"})
     {'replica': frozenset({'all-reduce'})}
     """
-    return {axis: frozenset(_EXPLAINED.get(kind, ())) for axis, kind in kinds.items()}
+    return {axis: frozenset(_EXPLAINED.get(base_kind(kind), ())) for axis, kind in kinds.items()}
+
+
+def base_kind(kind: str) -> str:
+    """Returns the kind of parallelism without its variant.
+
+    >>> base_kind("tensor+sequence")
+    'tensor'
+    """
+    return kind.partition("+")[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,8 +154,6 @@ class Declared:
       accumulate: micro-batches per step.
       compute_dtype: short name (`bf16`) of the dtype that activations and weights are sent in.
       reduce_dtype: short name of the dtype that gradients are reduced in.
-      whole_params: the strategy means weights to be gathered (fsdp), so gathers of a whole
-        parameter are expected on these axes.
       activation_bytes: bytes of one `[batch, length, embed]` activation on a device, before
         tensor parallelism splits it; with `layers` it gives the minimum of tensor parallelism.
       layers: number of transformer layers.
@@ -157,7 +165,6 @@ class Declared:
     accumulate: int = 1
     compute_dtype: str | None = None
     reduce_dtype: str | None = None
-    whole_params: tuple[str, ...] = ()
     activation_bytes: int | None = None
     layers: int | None = None
     rules: tuple[str, ...] = ()

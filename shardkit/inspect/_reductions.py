@@ -7,19 +7,42 @@ from ._hlo import shapes_of
 from ._ledger import Ledger, Row
 from ._program import Placed
 
-_KINDS = ("all-reduce", "reduce-scatter")
+REDUCING = ("all-reduce", "reduce-scatter")
 
 
-def gradient_reductions(ledger: Ledger, axis: str) -> list[Row]:
-    """Rows that may reduce gradients over an axis.
+def gradient_reductions(
+    ledger: Ledger, axis: str, leaves: Sequence[Placed], sizes: Mapping[str, int]
+) -> list[tuple[Row, float]]:
+    """Rows that reduce gradients over an axis, each with the elements it reduces per step.
 
-    All-reduces and reduce-scatters of arrays, outside of the forward pass and its repetition.
+    These are all-reduces and reduce-scatters of arrays in the backward pass, the step's own
+    reduction and the update; in the forward pass, where some losses make their gradients, only
+    those of arrays the size of a parameter's gradient.
+
+    Args:
+      ledger: the collectives.
+      axis: a mesh axis.
+      leaves: the arguments of the step, its parameters among them.
+      sizes: mesh axis → size.
+
+    Returns:
+      Rows with elements on one device, as if other axes that split parameters had been reduced
+      over before.
     """
-    return [
-        row
-        for row in ledger.where(axis)
-        if row.kind in _KINDS and row.phase not in ("forward", "recompute") and _elements(row)
-    ]
+    params = [leaf for leaf in leaves if leaf.part == "params"]
+    splitting = {name for leaf in params for name in leaf.axes()}
+    gradients = {_gradient(leaf, axis, sizes) for leaf in params}
+    found = []
+    for row in ledger.where(axis):
+        if row.kind not in REDUCING or row.phase == "recompute":
+            continue
+        ways = _ways(splitting & set(row.axes), axis, sizes)
+        arrays = [count * (row.trips or 1) / ways for count in _elements(row)]
+        if row.phase == "forward":
+            arrays = [elements for elements in arrays if elements in gradients]
+        if arrays:
+            found.append((row, sum(arrays)))
+    return found
 
 
 def reductions_per_step(
@@ -34,8 +57,7 @@ def reductions_per_step(
     over others the backward pass also reduces activations.
 
     A device's gradient is what it holds before the reduction: split over the axes that split the
-    parameter, other than `axis` itself. A row that spans other such axes too is counted as if it
-    had been reduced over those first.
+    parameter, other than `axis` itself.
 
     Args:
       ledger: the collectives.
@@ -43,21 +65,21 @@ def reductions_per_step(
       leaves: the arguments of the step, its parameters among them.
       sizes: mesh axis → size.
     """
-    params = [leaf for leaf in leaves if leaf.part == "params"]
-    gradient = sum(math.prod(leaf.leaf.shape) / _ways(leaf.axes(), axis, sizes) for leaf in params)
-    splitting = {name for leaf in params for name in leaf.axes()}
-    reduced = sum(
-        _elements(row) * (row.trips or 1) / _ways(splitting & set(row.axes), axis, sizes)
-        for row in gradient_reductions(ledger, axis)
-    )
+    gradient = sum(_gradient(leaf, axis, sizes) for leaf in leaves if leaf.part == "params")
+    reduced = sum(n for _, n in gradient_reductions(ledger, axis, leaves, sizes))
     return reduced / gradient if gradient else 0.0
+
+
+def _gradient(leaf: Placed, axis: str, sizes: Mapping[str, int]) -> float:
+    """Elements of a parameter's gradient on one device, before it is reduced over `axis`."""
+    return math.prod(leaf.leaf.shape) / _ways(leaf.axes(), axis, sizes)
 
 
 def _ways(axes: Sequence[str] | set[str], axis: str, sizes: Mapping[str, int]) -> int:
     return math.prod(sizes[name] for name in axes if name != axis)
 
 
-def _elements(row: Row) -> int:
-    """Elements of the arrays of a row; scalars are none."""
+def _elements(row: Row) -> list[int]:
+    """Elements of each array of a row; scalars are left out."""
     counts = [math.prod(shape.dims) for text in row.operands for shape in shapes_of(text)]
-    return sum(count for count in counts if count > 1)
+    return [count for count in counts if count > 1]

@@ -5,6 +5,7 @@ in the model's scope `mlp`, made by the backward pass. XLA writes several such p
 when it combines instructions: `a/b;a/c`, or `a/(b:c)`.
 """
 
+import itertools
 import re
 from collections import Counter
 
@@ -84,7 +85,9 @@ def _scope(path: str) -> str:
             part = match.group(1)
         names += [name for name in part.split("/") if name not in _PLUMBING]
     names = [name for name in names if not _SKIP.search(name)]
-    return "/".join(names[1:] if names and names[0] in _STEP_SCOPES else names)
+    names = names[1:] if names and names[0] in _STEP_SCOPES else names
+    # The backward rule of a custom derivative repeats the scope that it was made in.
+    return "/".join(name for name, _ in itertools.groupby(names))
 
 
 def _split(path: str, mark: str) -> list[str]:

@@ -1,0 +1,102 @@
+"""Bytes per device against shardings, the executable, and what devices have."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from shardkit._tree import Leaf
+from shardkit.inspect import CompiledBytes, Placed, Program, Report
+from shardkit.inspect._memory import advice, capacity, read_memory
+
+from ._programs import BATCH, HIDDEN, LAYERS, WIDTH, loss, make_mesh, program, rows, sgd, weights
+
+
+def momentum(params, opt_state, x):
+    params, value = sgd(params, x)
+    return params, opt_state, value + jnp.sum(opt_state["up"])
+
+
+def test_parts_are_exact_and_make_the_executables_arguments():
+    mesh = make_mesh(data=2, tensor=4)
+    up, down = P(None, None, "tensor"), P(None, ("tensor", "data"), None)
+    made = program(
+        momentum,
+        mesh,
+        params=weights(up, down),
+        opt_state=weights(P(), P()),
+        batch=rows(P("data")),
+    )
+    memory = read_memory(made)
+    matrix = 4 * LAYERS * WIDTH * HIDDEN
+    assert memory.params == matrix // 4 + matrix // 8
+    assert memory.opt_state == 2 * matrix
+    assert memory.batch == 4 * BATCH * WIDTH // 2
+    assert memory.extra == memory.rest == 0
+    assert memory.padding == 0
+    assert memory.arguments == made.memory.argument
+    assert memory.problems == ()
+    assert memory.capacity is None
+    assert memory.fits is None
+    assert memory.total == memory.arguments + memory.output + memory.temp
+
+
+def test_donated_outputs_count_once():
+    mesh = make_mesh(data=8)
+    parts = {"params": weights(), "batch": rows(P("data"))}
+    kept = read_memory(program(sgd, mesh, **parts))
+    donated = read_memory(program(sgd, mesh, donate=("params",), **parts))
+    assert kept.output - donated.output == kept.params
+
+
+def test_an_executable_that_contradicts_its_shardings_is_a_problem():
+    mesh = make_mesh(data=8)
+    made = program(loss, mesh, params=weights(), batch=rows(P("data")))
+    split = [dataclasses.replace(leaf, spec=P(None, "data")) for leaf in made.leaves]
+    wrong = dataclasses.replace(made, leaves=tuple(split))
+    (problem,) = Report.of(wrong).problems
+    assert "the executable takes 6208 bytes of arguments, the shardings make" in problem
+
+
+def wide(kind, said):
+    leaf = Leaf("w", (1024, 1024, 1024), jnp.dtype("float32"))
+    placed = Placed("params", leaf, P())
+    return Program("", (("data", 4),), "tpu", kind, (placed,), CompiledBytes(**said))
+
+
+@pytest.mark.parametrize(
+    ("kind", "fits"), [("TPU v5 lite", False), ("TPU v5", True), ("TPU v9", None)]
+)
+def test_what_fits(kind, fits):
+    said = {
+        "argument": 2**32,
+        "output": 2**32,
+        "alias": 2**32,
+        "temp": 2**34,
+        "peak": 2**34 + 2**32,
+    }
+    made = wide(kind, said)
+    memory = read_memory(made)
+    assert memory.total == 2**34 + 2**32
+    assert memory.fits is fits
+    if fits is False:
+        assert memory.margin == 2**34 - memory.total
+        first, second = advice(memory, made.leaves, made.sizes)
+        assert first.startswith("accumulate=2 or a remat policy: up to 8.00 GiB")
+        assert second == "split params over 'data' too: 3.00 GiB less"
+    else:
+        assert advice(memory, made.leaves, made.sizes) == []
+
+
+def test_tiled_layouts_pad_but_never_shrink():
+    assert read_memory(wide("TPU v5", {"argument": 2**32 + 512})).padding == 512
+    assert read_memory(wide("TPU v5", {"argument": 2**32 + 512})).problems == ()
+    assert read_memory(wide("TPU v5", {"argument": 2**31})).problems
+    assert read_memory(wide("TPU v5", {})).total is None
+
+
+def test_capacities():
+    assert capacity("NVIDIA H200") == 141 * 2**30
+    assert capacity("TPU v5p") == capacity("TPU v5") == 95 * 2**30
+    assert capacity("TPU v5 lite") == 16 * 2**30
