@@ -1,0 +1,147 @@
+"""The command line is closed, and what goes wrong fits a screen."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from shardkit.cli import _main as entry
+from shardkit.cli import main
+from shardkit.cli._command import Command
+
+ROOT = Path(__file__).parent.parent
+SHARED = {"-h", "--help", "--set", "--debug"}
+# Every option of every command. A new one is added here too, by someone who means it.
+OPTIONS = {"train": SHARED}
+
+
+def options(parser) -> set[str]:
+    return {name for action in parser._actions for name in action.option_strings}
+
+
+def test_the_command_line_is_closed():
+    root = entry.parser()
+    (below,) = (a for a in root._actions if isinstance(a.choices, dict))
+    assert options(root) == {"-h", "--help", "--version"}
+    assert {name: options(sub) for name, sub in below.choices.items()} == OPTIONS
+
+
+def test_an_option_that_is_not_listed_would_be_seen(monkeypatch):
+    extra = Command("extra", "one more", lambda arguments: 0)
+    monkeypatch.setattr(entry, "COMMANDS", (*entry.COMMANDS, extra))
+    with pytest.raises(AssertionError):
+        test_the_command_line_is_closed()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--set", "train.stepz=3"], "Did you mean 'steps'?"),
+        (["--set", "train.seed=abc"], "expected int, got 'abc'."),
+        (["no/such.py"], "There is no such config."),
+        (["--set", "data.path=/no/such"], "there is no such file or folder."),
+        (["--set", "data.length=100000000"], "is longer than all its"),
+        (["--set", "mesh.tensor=3"], "The mesh does not fit 8 devices."),
+        (["--set", "devices=tpu:v5p:4x4x4"], "only a compiler knows these devices here"),
+        (["--set", "devices=cpu:many"], "No such target."),
+        (["--set", "strategy.remat=ful"], "No such remat policy."),
+    ],
+)
+def test_a_users_mistake_is_one_screen_and_exit_code_2(
+    words, message, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *words]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "Fix:" in shown or "Did you mean" in shown or "expected" in shown
+    assert "Traceback" not in shown
+    assert len(shown.splitlines()) <= 24
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_the_traceback(capsys):
+    assert main(["train", "--set", "train.seed=abc", "--debug"]) == 2
+    shown = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in shown
+    assert "expected int, got 'abc'." in shown
+
+
+def failing(error: BaseException) -> tuple[Command, ...]:
+    def run(arguments):
+        raise error
+
+    return (Command("train", "fails", run),)
+
+
+def test_a_bug_is_told_apart_and_points_to_debug(capsys, monkeypatch):
+    monkeypatch.setattr(entry, "COMMANDS", failing(RuntimeError("broken inside")))
+    assert main(["train"]) == 1
+    shown = capsys.readouterr().err
+    assert "shardkit has failed: RuntimeError: broken inside" in shown
+    assert "--debug" in shown
+    assert "Traceback" not in shown
+
+
+def test_ctrl_c_is_exit_code_130_with_the_note(capsys, monkeypatch):
+    stop = KeyboardInterrupt()
+    stop.add_note("Metrics so far are in here.jsonl.")
+    monkeypatch.setattr(entry, "COMMANDS", failing(stop))
+    assert main(["train"]) == 130
+    assert capsys.readouterr().err == "Interrupted.\nMetrics so far are in here.jsonl.\n"
+
+
+@pytest.mark.parametrize("words", [[], ["trian"], ["train", "--stes", "5"], ["train", "a", "b"]])
+def test_words_that_are_no_command_show_the_usage(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    assert "usage: shardkit" in capsys.readouterr().err
+
+
+def shell(tmp_path: Path, *words: str) -> subprocess.Popen[str]:
+    """`shardkit` as a user starts it, without the devices that the tests simulate."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-u", "-m", "shardkit.cli", *words],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_the_smallest_config_trains_in_a_process_of_its_own(tmp_path):
+    words = ["train", str(ROOT / "configs" / "nano.py"), "--set", "train.steps=30"]
+    shown, errors = (process := shell(tmp_path, *words)).communicate(timeout=300)
+    assert process.returncode == 0, errors
+    bits = {row[1]: float(row[0]) for row in re.findall(r"^ *(\d\.\d{3})  (\S+)", shown, re.M)}
+    assert bits["this"] < bits["order-0"]
+    path = tmp_path / "runs" / "nano" / "metrics.jsonl"
+    result = json.loads(path.read_text().splitlines()[-1])
+    assert round(result["bits_per_byte"], 3) == bits["this"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_run_cleanly(tmp_path):
+    process = shell(tmp_path, "train", str(ROOT / "configs/nano.py"), "--set", "train.steps=100000")
+    path = tmp_path / "runs" / "nano" / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not (path.exists() and path.read_text().count("\n") > 3):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == "Interrupted.\nMetrics so far are in runs/nano/metrics.jsonl.\n"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines[-1] == {"kind": "stopped", "why": "interrupted"}

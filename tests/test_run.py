@@ -1,0 +1,298 @@
+"""The loop beside a fake step that can be computed by hand, then a real small run."""
+
+import io
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from rich.console import Console
+
+from shardkit._errors import ConfigError, StepError
+from shardkit.data import Corpus, DataConfig, Text
+from shardkit.mesh import MeshSpec
+from shardkit.models import SIZES
+from shardkit.parallel import strategies
+from shardkit.run import TrainConfig, held_out_bits, printable, run_steps, sample_bytes, train
+from shardkit.run._folder import MetricsFile, new_folder
+from shardkit.run._table import draw_mesh, layout_rows, total_row
+
+TEXT = Text(
+    Corpus("a test", bytes(range(97, 123)) * 20, bytes(range(1, 101)), 1, 1),
+    DataConfig(length=8, batch=3, overlap=2),
+)
+
+
+class FakeStep:
+    """Counts; its loss is the mean target byte, weighted, which a test can compute too."""
+
+    def __init__(self, bad_at: int | None = None) -> None:
+        self.events: list[str] = []
+        self.bad_at = bad_at
+
+    def put(self, batch):
+        return batch
+
+    def __call__(self, state, batch):
+        self.events.append(f"step {state}")
+        loss = float("nan") if state == self.bad_at else float(state)
+        return state + 1, {"loss": Late(loss, f"read {state}", self.events), "grad_norm": 1.0}
+
+    def evaluate(self, state, batch):
+        self.events.append("evaluate")
+        weights, targets = batch["weights"], batch["targets"]
+        return {"loss": float((weights * targets).sum() / weights.sum())}
+
+
+class Late:
+    """A number that notes when it is read, as a device array that is waited for."""
+
+    def __init__(self, value: float, name: str, events: list[str]) -> None:
+        self.value, self.name, self.events = value, name, events
+
+    def __float__(self) -> float:
+        self.events.append(self.name)
+        return self.value
+
+
+class Quiet:
+    def __init__(self) -> None:
+        self.said: list[tuple] = []
+
+    def step(self, *said):
+        self.said.append(said)
+
+    def evaluation(self, *said):
+        self.said.append(said)
+
+
+def run(tmp_path, step, **loop):
+    quiet = Quiet()
+    with MetricsFile(tmp_path) as file:
+        state = run_steps(step, 0, TEXT, TrainConfig(**loop), file, quiet)
+    lines = [json.loads(line) for line in file.path.read_text().splitlines()]
+    return state, quiet.said, lines
+
+
+# --- the loop
+
+
+def test_numbers_are_read_one_step_late_and_all_of_them(tmp_path):
+    step = FakeStep()
+    state, said, lines = run(tmp_path, step, steps=3, eval_every=0)
+    assert step.events == ["step 0", "step 1", "read 0", "step 2", "read 1", "read 2"]
+    assert state == 3
+    assert [(row[0], row[1]) for row in said] == [(1, 0.0), (2, 1.0), (3, 2.0)]
+    assert [(row["step"], row["loss"]) for row in lines] == [(1, 0.0), (2, 1.0), (3, 2.0)]
+    assert lines[0]["bytes_per_second"] is None
+    assert lines[2]["bytes_per_second"] > 0
+
+
+def test_evaluations_on_the_way_come_when_they_are_due(tmp_path):
+    step = FakeStep()
+    _, said, lines = run(tmp_path, step, steps=4, eval_every=2, eval_batches=2)
+    assert [row["kind"] for row in lines] == ["step", "step", "eval", "step", "step"]
+    assert step.events.count("evaluate") == 2
+    assert lines[2]["step"] == 2
+    assert lines[2]["part"] == "some"
+    assert said[2][0] == 2
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
+    with pytest.raises(StepError) as error:
+        run(tmp_path, FakeStep(bad_at=2), steps=10, eval_every=0)
+    assert "The run has diverged." in str(error.value)
+    assert "step 3" in str(error.value)
+    assert "loss is nan" in str(error.value)
+    assert "--set optimizer.lr=" in str(error.value)
+    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1] == {"kind": "stopped", "step": 3, "why": "loss is nan"}
+
+
+def test_held_out_bits_weigh_every_byte_alike():
+    bits, scored = held_out_bits(FakeStep(), 0, TEXT, range(TEXT.held_out_steps))
+    assert scored == TEXT.held_out_bytes == 100
+    # 100 bytes in batches of 3 x 6: a mean of the batches' means would be another number.
+    assert bits == pytest.approx(np.mean(np.arange(1, 101)) / math.log(2))
+    means = [FakeStep().evaluate(0, TEXT.held_out_batch(i))["loss"] for i in range(6)]
+    assert bits != pytest.approx(np.mean(means) / math.log(2), rel=1e-3)
+
+
+# --- files
+
+
+def test_a_folder_that_exists_is_never_written_to(tmp_path):
+    wanted = tmp_path / "runs" / "mine"
+    assert [new_folder(wanted).name for _ in range(3)] == ["mine", "mine-2", "mine-3"]
+
+
+def test_a_folder_that_cannot_be_made_says_why(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"nowhere to write\.\n.*\nFix: --set train\.out=FOLDER"):
+        new_folder(tmp_path / "file" / "run")
+
+
+def test_each_metric_is_a_whole_line_at_once(tmp_path):
+    with MetricsFile(tmp_path) as file:
+        for i in range(3):
+            file.write("step", step=i, loss=0.5)
+            lines = file.path.read_text().split("\n")
+            assert lines[-1] == ""
+            assert [json.loads(line)["step"] for line in lines[:-1]] == list(range(i + 1))
+        with pytest.raises(ValueError, match="JSON"):
+            file.write("step", loss=float("inf"))
+    assert len(file.path.read_text().splitlines()) == 3
+
+
+# --- tables
+
+
+@pytest.fixture
+def mesh() -> Mesh:
+    return MeshSpec(data=2, tensor=4).build("cpu:8")
+
+
+def abstract(mesh, shape, *spec):
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(*spec)))
+
+
+def test_layout_rows_group_what_differs_in_numbers_alone(mesh):
+    layer = {"w": abstract(mesh, (8, 16), None, "tensor"), "b": abstract(mesh, (16,))}
+    rows = layout_rows({"layers": [layer, layer], "head": abstract(mesh, (16, 32), "data")})
+    assert [(r.path, r.leaves, r.type, r.spec, r.whole, r.per_device) for r in rows] == [
+        ("head", 1, "f32[16,32]", "P('data',)", 2048, 1024),
+        ("layers/*/w", 2, "f32[8,16]", "P(None, 'tensor')", 1024, 256),
+        ("layers/*/b", 2, "f32[16]", "P()", 128, 128),
+    ]
+    total = total_row("all", layer)
+    assert (total.leaves, total.whole, total.per_device) == (2, 512 + 64, 128 + 64)
+
+
+def test_many_kinds_of_leaves_still_fit_a_screen(mesh):
+    tree = {f"name{c}": abstract(mesh, (4, 8 + ord(c))) for c in "abcdefghijklmnopqrstuvwxyz"}
+    rows = layout_rows(tree, limit=14)
+    assert len(rows) == 14
+    assert rows[-1].path == "13 smaller leaves"
+    assert sum(row.whole for row in rows) == total_row("all", tree).whole
+
+
+def test_a_mesh_of_three_axes_is_drawn_row_by_row_and_a_large_one_not_at_all():
+    devices = np.array(jax.devices()).reshape(2, 2, 2)
+    drawn = draw_mesh(Mesh(devices, ("a", "b", "c")))
+    assert [line.split() for line in drawn[2:]] == [
+        ["a", "0", "b", "0", "0", "1"],
+        ["a", "0", "b", "1", "2", "3"],
+        ["a", "1", "b", "0", "4", "5"],
+        ["a", "1", "b", "1", "6", "7"],
+    ]
+    assert draw_mesh(Mesh(np.array(list(jax.devices()) * 16), ("x",))) == []
+
+
+# --- samples
+
+
+def follow(params, row, at):
+    """Surely the byte after the one at `at`, for a model that looks at nothing else."""
+    return jnp.where(jnp.arange(256) == (row[0, at] + params) % 256, 50.0, 0.0)
+
+
+@pytest.mark.parametrize("window", [2, 5, 40])
+def test_a_sample_continues_its_prompt_in_a_window_of_any_length(window):
+    drawn = sample_bytes(follow, jnp.int32(1), 20, window, 1.0, jax.random.key(0), b"abc")
+    assert drawn == bytes(range(100, 120))
+
+
+def test_temperature_and_key_decide_what_is_drawn():
+    def flat(params, row, at):
+        return jnp.zeros(256)
+
+    draws = [sample_bytes(flat, None, 30, 8, 1.0, jax.random.key(seed), b"a") for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+    assert len(set(draws[0])) > 10
+
+
+def test_what_is_not_printable_is_escaped():
+    assert printable(b"a\x07\xff\x00b") == "a\\x07\\xff\n--- end of file ---\nb"
+
+
+# --- a real run
+
+
+def test_a_small_run_shows_and_writes_everything(tmp_path, mesh):
+    for i in range(60):
+        (tmp_path / f"text{i}.txt").write_text(f"the quick brown fox number {i}\n" * 8)
+    out = io.StringIO()
+    result = train(
+        name="test",
+        model=SIZES["nano"],
+        data=DataConfig(path=str(tmp_path), length=32, batch=4, held_out=0.1),
+        mesh=MeshSpec(data=4, tensor=2).build("cpu:8"),
+        strategy=strategies.data() | strategies.tensor(),
+        optimizer=optax.adamw(1e-2),
+        loop=TrainConfig(steps=12, eval_every=6, log_every=4, sample=10, out=str(tmp_path / "run")),
+        record={"name": "test"},
+        console=Console(file=out, width=100),
+    )
+    shown = out.getvalue()
+    for part in (
+        "mesh data=4 × tensor=2  (8 devices: simulated CPU devices, not a speed claim)",
+        "held out: ",
+        "layers/gate",
+        "P(None, None, 'tensor')",
+        "step  1/12",
+        "step 12/12",
+        "bytes/s (simulated)",
+        "each scored once",
+        "this model",
+        "xz -9 after train",
+        "a sample that it wrote",
+        "metrics.jsonl",
+    ):
+        assert part in shown, part
+    assert max(map(len, shown.splitlines())) <= 100 + len(str(tmp_path))
+
+    lines = [json.loads(x) for x in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["kind"] == "start"
+    assert lines[0]["config"] == {"name": "test"}
+    assert lines[0]["mesh"] == {"data": 4, "tensor": 2}
+    assert lines[0]["device"]["simulated"] is True
+    assert lines[0]["versions"]["jax"] == jax.__version__
+    steps = [row for row in lines if row["kind"] == "step"]
+    assert [row["step"] for row in steps] == list(range(1, 13))
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert lines[-1]["kind"] == "result"
+    assert lines[-1]["bits_per_byte"] == result.bits_per_byte
+    assert 0 < result.bits_per_byte < 8
+    assert len(result.sample) == 10
+    assert set(result.seconds) == {"compile", "train", "evaluate", "baselines", "sample"}
+
+
+def test_ctrl_c_leaves_whole_metrics_and_says_where(tmp_path, mesh):
+    class Interrupting(Console):
+        def print(self, *objects, **options):
+            if objects and str(objects[0]).startswith("step 3"):
+                raise KeyboardInterrupt
+            super().print(*objects, **options)
+
+    (tmp_path / "text.txt").write_text("some words to be learnt by heart\n" * 40)
+    with pytest.raises(KeyboardInterrupt) as stop:
+        train(
+            name="test",
+            model=SIZES["nano"],
+            data=DataConfig(path=str(tmp_path / "text.txt"), length=16, batch=4, held_out=0.2),
+            mesh=mesh,
+            strategy=strategies.data(),
+            optimizer=optax.sgd(1e-2),
+            loop=TrainConfig(steps=9, eval_every=0, log_every=1, out=str(tmp_path / "run")),
+            record={},
+            console=Interrupting(file=io.StringIO(), width=100),
+        )
+    path = tmp_path / "run" / "metrics.jsonl"
+    assert stop.value.__notes__ == [f"Metrics so far are in {path}."]
+    kinds = [json.loads(line)["kind"] for line in path.read_text().splitlines()]
+    assert kinds == ["start", "step", "step", "step", "stopped"]
