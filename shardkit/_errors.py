@@ -34,6 +34,10 @@ class StepError(ShardkitError):
     """A loss, optimizer or option does not form a training step."""
 
 
+class VerificationError(ShardkitError):
+    """A step does not give the numbers of one device, or cannot be compared with it."""
+
+
 class ConfigError(ShardkitError):
     """A config file or a command line override cannot be used."""
 

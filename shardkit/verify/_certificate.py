@@ -1,0 +1,136 @@
+"""`Certificate`: what was compared, how far apart it was, and how far apart it may be."""
+
+import dataclasses
+import math
+
+from .._errors import Problem, VerificationError, count, format_problems
+
+_COLUMNS = ("check", "worst leaf", "error", "noise", "threshold")
+_LEAF = 42
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One check on one mesh.
+
+    Attributes:
+      mesh: `(data=2, tensor=4)`.
+      check: what was compared.
+      leaf: path of the worst leaf; "" where no leaf is at fault.
+      error: of that leaf, relative: largest difference over largest magnitude; for `layout`,
+        `copies` and `compiles once` the number of leaves or programs at fault.
+      noise: the same measure between two correct runs, None where none is allowed.
+      threshold: largest error that passes.
+      why: what is wrong in words, for checks that do not compare numbers.
+    """
+
+    mesh: str
+    check: str
+    leaf: str
+    error: float
+    noise: float | None
+    threshold: float
+    why: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the error is within the threshold; an error that is no number is not."""
+        return self.error <= self.threshold
+
+    def cells(self) -> tuple[str, ...]:
+        """The row as text: check, worst leaf, error, noise, threshold, verdict."""
+        leaf = self.leaf if len(self.leaf) <= _LEAF else "…" + self.leaf[1 - _LEAF :]
+        noise = "" if self.noise is None else number(self.noise)
+        verdict = "ok" if self.ok else "FAILED"
+        return self.check, leaf, number(self.error), noise, number(self.threshold), verdict
+
+
+@dataclasses.dataclass(frozen=True)
+class Certificate:
+    """The result of `sk.verify`.
+
+    Attributes:
+      rows: every check on every mesh.
+      title: what was run, in one line.
+    """
+
+    rows: tuple[Row, ...]
+    title: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether every row passed; without a row nothing was proved."""
+        return bool(self.rows) and all(row.ok for row in self.rows)
+
+    @property
+    def failed(self) -> tuple[Row, ...]:
+        """The rows that did not pass."""
+        return tuple(row for row in self.rows if not row.ok)
+
+    def check(self) -> "Certificate":
+        """Returns the certificate itself if it is ok.
+
+        Raises:
+          VerificationError: with every row that failed.
+        """
+        if self.ok:
+            return self
+        problems = [Problem(f"{r.mesh} {r.check}", _why(r), _FIXES[r.check]) for r in self.failed]
+        n = len({row.mesh for row in self.failed})
+        headline = f"{count(len(problems), 'check')} failed on {n} of {self._meshes} meshes."
+        raise VerificationError(format_problems(headline, problems))
+
+    @property
+    def _meshes(self) -> int:
+        return len({row.mesh for row in self.rows})
+
+    def __str__(self) -> str:
+        """A table of at most 100 columns, one block of rows per mesh."""
+        table = [(*_COLUMNS, ""), *(row.cells() for row in self.rows)]
+        widths = [max(len(cells[i]) for cells in table) for i in range(len(table[0]))]
+        lines = [self.title, "  " + _aligned(table[0], widths)]
+        for at, row in enumerate(self.rows):
+            if at == 0 or row.mesh != self.rows[at - 1].mesh:
+                lines.append(row.mesh)
+            lines.append("  " + _aligned(row.cells(), widths))
+        passed = len(self.rows) - len(self.failed)
+        verdict = "every mesh equals one device" if self.ok else "NOT equal to one device"
+        lines.append(f"{passed} of {len(self.rows)} checks passed: {verdict}.")
+        return "\n".join(lines)
+
+
+def number(x: float) -> str:
+    """Returns `0`, `3` for small counts, `1.2e-07` for the rest."""
+    if math.isfinite(x) and x == int(x) and x < 1000:
+        return str(int(x))
+    return f"{x:.1e}"
+
+
+def _aligned(cells: tuple[str, ...], widths: list[int]) -> str:
+    texts = [f"{c:<{w}}" for c, w in zip(cells[:2], widths[:2], strict=True)]
+    numbers = [f"{c:>{w}}" for c, w in zip(cells[2:5], widths[2:5], strict=True)]
+    return "  ".join([*texts, *numbers, cells[5]]).rstrip()
+
+
+def _why(row: Row) -> str:
+    if row.why:
+        return f"{row.leaf}: {row.why}" if row.leaf else row.why
+    noise = "" if row.noise is None else f", {number(row.noise)} between correct runs"
+    return f"{row.leaf} is off by {number(row.error)}; at most {number(row.threshold)}{noise}"
+
+
+_GRADIENTS = "compare step.gradients(state, batch)[1] of the mesh with that of one device"
+_FIXES = {
+    "layout": "print(sk.explain(strategy.params, step.abstract_state.params, mesh))",
+    "copies": "no shard_map(check_vma=False) in the loss, or a psum over each axis it splits",
+    "init": "draw every parameter from init's key alone: no device count, no axis_index",
+    "loss": "return sk.Mean(total, weight) where rows weigh differently",
+    "gradients": _GRADIENTS,
+    "grad_norm": _GRADIENTS,
+    "metrics": "return each metric as sk.Mean(total, weight)",
+    "evaluate": "return sk.Mean(total, weight) where rows weigh differently",
+    "sgd update": "take norms over whole gradients: no clipping inside shard_map",
+    "k-step loss": "draw noise from the key that the loss is given, never from a constant one",
+    "k-step state": "draw noise from the key that the loss is given, never from a constant one",
+    "compiles once": "return a state from the optimizer with the shapes and dtypes it was given",
+}

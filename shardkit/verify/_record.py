@@ -1,0 +1,111 @@
+"""What a run of k steps tells: arrays on the host, by check and by path."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from .._tree import path_str
+
+Leaves = dict[str, np.ndarray]
+"""`{path: array}`, on the host."""
+
+Record = dict[str, Leaves]
+"""`{name of a check: what was found}`; the reference and every mesh fill the same names."""
+
+# The checks that compare numbers, in the order of the certificate.
+INIT, LOSS, GRADIENTS, NORM = "init", "loss", "gradients", "grad_norm"
+METRICS, EVALUATE, SGD = "metrics", "evaluate", "sgd update"
+LATER_LOSS, LATER_STATE = "k-step loss", "k-step state"
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """What the reference and every mesh are given.
+
+    Attributes:
+      batches: host batches; step t takes the one at t modulo their number.
+      steps: updates with the declared optimizer.
+      key: typed PRNG key[] of the initial state.
+    """
+
+    batches: Sequence[Any]
+    steps: int
+    key: jax.Array
+
+    def batch(self, step: int) -> Any:
+        """The batch of a step, counted from 0."""
+        return self.batches[step % len(self.batches)]
+
+
+def host(tree: Any, prefix: str = "") -> Leaves:
+    """Copies the leaves of a pytree to the host, a typed key as the words that hold it."""
+    return {
+        "/".join(part for part in (prefix, path_str(path)) if part): to_host(x)
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def to_host(x: Any) -> np.ndarray:
+    """Copies one array to the host."""
+    is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(x) if is_key else x)
+
+
+def as_record(
+    init: Leaves,
+    metrics: Sequence[dict[str, Any]],
+    of_gradients: dict[str, Any],
+    grads: Any,
+    evaluated: dict[str, Any],
+    sgd_params: Any,
+    state: Leaves,
+) -> Record:
+    """Sorts what a run told by check.
+
+    Args:
+      init: leaves of the first state.
+      metrics: of each step.
+      of_gradients: metrics that came with the gradients of the first step.
+      grads: gradients of the first step.
+      evaluated: metrics of an evaluation of the first state.
+      sgd_params: parameters after one clipped SGD update.
+      state: leaves of the state after the last step.
+    """
+    first = {"step": metrics[0], "gradients": of_gradients}
+    own = [name for name in metrics[0] if name not in ("loss", "grad_norm")]
+    return {
+        INIT: init,
+        LOSS: {f"{where}/loss": np.asarray(m["loss"]) for where, m in first.items()},
+        GRADIENTS: host(grads),
+        NORM: {f"{where}/grad_norm": np.asarray(m["grad_norm"]) for where, m in first.items()},
+        METRICS: {f"{where}/{n}": np.asarray(m[n]) for where, m in first.items() for n in own},
+        EVALUATE: {name: np.asarray(value) for name, value in evaluated.items()},
+        SGD: host(sgd_params),
+        LATER_LOSS: {f"step {t + 1}": np.asarray(m["loss"]) for t, m in enumerate(metrics)},
+        LATER_STATE: state,
+    }
+
+
+def clipped_sgd(params: Leaves, grads: Leaves) -> optax.GradientTransformation:
+    """SGD whose clip is active and whose update is a tenth of the parameters in norm.
+
+    Adam would hide a gradient of the wrong scale. The clip, at half of the gradient's norm, needs
+    the norm over all devices; the size of the update makes an error in it show in the parameters.
+
+    Args:
+      params: of the first state, on the reference.
+      grads: of its first step; not all zero.
+    """
+    limit = norm(grads) / 2
+    return optax.chain(
+        optax.clip_by_global_norm(limit), optax.sgd(0.1 * (norm(params) or 1.0) / limit)
+    )
+
+
+def norm(leaves: Leaves) -> float:
+    """Euclidean norm of all leaves together, summed in f64."""
+    return float(np.sqrt(sum(np.square(x.astype(np.float64)).sum() for x in leaves.values())))
