@@ -9,7 +9,7 @@ from ._hlo import aliased, dtype_bits, shapes_of
 from ._ledger import Ledger, Row
 from ._messages import rematerializations
 from ._program import Placed, Program, base_kind
-from ._reductions import gradient_reductions, reductions_per_step
+from ._reductions import REDUCING, gradient_reductions, reductions_per_step
 
 # A collective this small costs its latency, whatever its dtype or reason.
 _SMALL = 1024
@@ -49,6 +49,12 @@ class _Facts:
 
     program: Program
     ledger: Ledger
+
+    @property
+    def rows_over(self) -> set[str]:
+        """Mesh axes that split the rows of the batch."""
+        leaves = self.program.leaves
+        return {axis for leaf in leaves if leaf.part == "batch" for axis in leaf.axes()}
 
 
 def find_all(program: Program, ledger: Ledger) -> tuple[Finding, ...]:
@@ -122,8 +128,7 @@ def _second_compile(facts: _Facts) -> Iterator[Finding]:
 
 def _reduction_in_loop(facts: _Facts) -> Iterator[Finding]:
     leaves, sizes = facts.program.leaves, facts.program.sizes
-    rows_over = {axis for x in leaves if x.part == "batch" for axis in x.axes()}
-    for axis in sorted(rows_over):
+    for axis in sorted(facts.rows_over):
         times = reductions_per_step(facts.ledger, axis, leaves, sizes)
         if times < 1.5:
             continue
@@ -211,20 +216,19 @@ def _wide_collective(facts: _Facts) -> Iterator[Finding]:
     if declared.compute_dtype is None:
         return
     for row in facts.ledger:
-        gradient = row.kind in ("all-reduce", "reduce-scatter") and row.phase == "backward"
-        allowed = {declared.compute_dtype}
-        if gradient and declared.reduce_dtype:
-            allowed.add(declared.reduce_dtype)
-        bits = max(map(dtype_bits, allowed))
+        allowed = dtype_bits(declared.compute_dtype)
+        if row.kind in REDUCING and facts.rows_over & set(row.axes) and declared.reduce_dtype:
+            allowed = max(allowed, dtype_bits(declared.reduce_dtype))
         small = row.payload_bytes <= _SMALL or row.phase in ("update", "other")
-        if small or not row.dtype.startswith(("f", "bf")) or dtype_bits(row.dtype) <= bits:
+        bits = dtype_bits(row.dtype)
+        if small or not row.dtype.startswith(("f", "bf")) or bits <= allowed:
             continue
         yield Finding(
             "wide_collective",
             leaf="",
             scope=row.scope,
             axes=row.axes,
-            bytes=row.wire_bytes * (dtype_bits(row.dtype) - bits) // dtype_bits(row.dtype),
+            bytes=row.wire_bytes * (bits - allowed) // bits,
             why=f"{row.kind} of {', '.join(row.operands[:3])} under a "
             f"{declared.compute_dtype} policy",
             fix=f"cast to {declared.compute_dtype} before the value crosses devices",

@@ -1,0 +1,176 @@
+"""Budgets, and the report they are held against: its text and its JSON."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from shardkit._errors import BudgetError, ReportError
+from shardkit.inspect import Budget, Declared, Program, Report, explained_by
+from shardkit.inspect._reductions import reductions_per_step
+
+from ._programs import BATCH, WEIGHTS, WIDTH, loss, make_mesh, program, recorded, rows, sgd, weights
+
+MESH = {"data": 8}
+KINDS = {"data": "data"}
+
+
+@pytest.fixture(scope="module")
+def made():
+    parts = {"params": weights(), "batch": rows(P("data"))}
+    declared = Declared(explains=explained_by(KINDS), kinds=KINDS)
+    step = program(sgd, make_mesh(**MESH), donate=("params",), whole=("params",), **parts)
+    return dataclasses.replace(step, declared=declared)
+
+
+@pytest.fixture(scope="module")
+def report(made):
+    return Report.of(made)
+
+
+@pytest.fixture(scope="module")
+def naive():
+    def step(params, xs):
+        def add(total, x):
+            return jax.tree.map(jnp.add, total, jax.grad(loss)(params, x)), None
+
+        return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), xs)[0]
+
+    micro = rows(P(None, "data"), 4, BATCH, WIDTH)
+    return Report.of(program(step, make_mesh(**MESH), params=weights(), batch=micro))
+
+
+WIRE = 2 * 7 * (WEIGHTS + 4) // 8
+
+
+def test_a_sound_step_keeps_its_budget(report):
+    report.check(
+        Budget(
+            replicated_bytes=0,
+            reductions_per_step={"data": 1},
+            involuntary_remat=0,
+            wire_bytes={"data": WIRE, "all-gather": 0, ("data", "all-reduce"): WIRE},
+            collectives={"all-reduce": 4},
+            memory_bytes=report.memory.total,
+            compiles=1,
+            findings={"resharding": 0},
+        )
+    )
+    report.check(Budget())
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        (Budget(wire_bytes={"data": WIRE - 1}), "['data']  at most 10.51 KiB, found 10.51"),
+        (Budget(wire_bytes={("data", "all_reduce"): 0}), "all-reduce over data of f32 2.00 KiB ×3"),
+        (Budget(collectives={"all-reduce": 3}), "collectives['all-reduce']  at most 3, found 4"),
+        (Budget(memory_bytes=100), "memory_bytes  at most 100 B, found"),
+        (Budget(compiles=0), "compiles  at most 0, found 1"),
+        (Budget(reductions_per_step={"data": 0.5}), "['data']  at most 0.5, found 1"),
+    ],
+)  # fmt: skip
+def test_what_exceeds_a_budget_is_named(report, budget, message):
+    with pytest.raises(BudgetError) as raised:
+        report.check(budget)
+    assert "1 budget exceeded by the step compiled for mesh (data=8)." in str(raised.value)
+    assert message in str(raised.value)
+
+
+def test_all_of_a_budget_is_checked_at_once(naive):
+    with pytest.raises(BudgetError) as raised:
+        naive.check(
+            Budget(
+                replicated_bytes=0,
+                reductions_per_step={"data": 1},
+                findings={"reduction_in_loop": 0},
+            )
+        )
+    text = str(raised.value)
+    assert text.startswith("3 budgets exceeded by the step compiled for mesh (data=8).")
+    assert "replicated_bytes               at most 0 B, found 6.00 KiB" in text
+    assert "params/down 3.00 KiB" in text
+    assert "reductions_per_step['data']    at most 1, found 4" in text
+    assert "×12 in mlp (backward)" in text
+    assert """  - sk.Accumulate(steps, reduce="once")""" in text
+
+
+def test_one_parameter_too_many_is_found(report):
+    (row, *_) = report.ledger.where(phase="backward")
+    again = dataclasses.replace(row, trips=1)
+    more = dataclasses.replace(report.ledger, rows=(*report.ledger.rows, again))
+    leaves = program(sgd, make_mesh(**MESH), params=weights(), batch=rows(P("data"))).leaves
+    assert reductions_per_step(report.ledger, "data", leaves, MESH) == 1
+    assert reductions_per_step(more, "data", leaves, MESH) == pytest.approx(4 / 3)
+
+
+def test_what_cannot_be_told_keeps_no_budget(made, report):
+    cached = dataclasses.replace(report, messages_complete=False)
+    with pytest.raises(BudgetError, match="came from a cache"):
+        cached.check(Budget(involuntary_remat=0))
+    cut = Report.of(dataclasses.replace(made, hlo=made.hlo[:-3]))
+    with pytest.raises(BudgetError, match="the ledger is incomplete: the text ends inside"):
+        cut.check(Budget(wire_bytes={"data": 10**9}))
+    with pytest.raises(BudgetError, match="the compiler does not say"):
+        Report.of(Program(made.hlo, made.mesh, "cpu")).check(Budget(memory_bytes=10**9))
+    with pytest.raises(BudgetError, match="but the batch is not split over it"):
+        Report.of(Program(made.hlo, made.mesh, "cpu")).check(
+            Budget(reductions_per_step={"data": 1})
+        )
+
+
+def test_unknown_names_are_errors(report):
+    with pytest.raises(ReportError, match="no axis 'dat'"):
+        report.check(Budget(wire_bytes={"dat": 1}))
+    with pytest.raises(ReportError, match="Did you mean 'resharding'"):
+        report.check(Budget(findings={"reshardings": 1}))
+
+
+def test_json_round_trip(report, naive):
+    for one in (report, naive):
+        again = Report.from_json(one.to_json())
+        assert again == one
+        assert str(again) == str(one)
+    fields = json.loads(report.to_json())
+    assert (fields["schema"], fields["version"]) == ("shardkit.report", 1)
+    assert fields["ledger"]["rows"][0]["axes"] == ["data"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "This is no report: Expecting value"),
+        ("[]", "This is no report of shardkit"),
+        ('{"schema": "shardkit.report", "version": 99}', "has version 99; this shardkit reads 1"),
+    ],
+)
+def test_what_is_no_report_is_refused(text, message):
+    with pytest.raises(ReportError, match=message):
+        Report.from_json(text)
+
+
+def test_text_fits_and_says_what_matters(report, naive):
+    text = str(report)
+    assert max(map(len, text.splitlines())) <= 100
+    assert "Findings: none." in text
+    assert "data  10.51 KiB     0 B  10.50 KiB (data)   1.00  1" in text
+    assert str(naive).index("reduction_in_loop") < str(naive).index("Sent per step")
+
+
+def test_an_incomplete_program_says_so_first(made):
+    cut = Report.of(dataclasses.replace(made, hlo=made.hlo[:-3]))
+    assert str(cut).splitlines()[1].startswith("INCOMPLETE: the text ends inside")
+    assert "Sent per step: at least" in str(cut)
+    unread = Report.of(dataclasses.replace(made, log_complete=False))
+    assert "involuntary remats may be missing" in str(unread)
+
+
+def test_text_of_a_large_program_fits():
+    made = Program(recorded("tpu_v5p_fsdp_tensor"), (("fsdp", 4), ("tensor", 4)), "tpu", "TPU v5")
+    text = str(Report.of(made))
+    assert max(map(len, text.splitlines())) <= 100
+    assert "tensor        6.28 GiB" in text
+    assert "and 71 more collectives" in text

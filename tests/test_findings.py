@@ -1,0 +1,217 @@
+"""Each finding on a small program that has the fault, and on one that has not."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from shardkit.inspect import FINDINGS, Declared, Program, Report, explained_by
+from shardkit.inspect._messages import rematerializations
+
+from ._programs import (
+    BATCH,
+    HIDDEN,
+    LAYERS,
+    WEIGHTS,
+    WIDTH,
+    loss,
+    make_mesh,
+    program,
+    recorded,
+    rows,
+    sgd,
+    weights,
+)
+
+MESH = (("data", 2), ("tensor", 4))
+MATRIX = 4 * LAYERS * WIDTH * HIDDEN
+COLUMNS, ROWS = P(None, None, "tensor"), P(None, "tensor", None)
+
+
+def findings(made, kind, **declared):
+    changed = dataclasses.replace(made, declared=Declared(**declared)) if declared else made
+    return [finding for finding in Report.of(changed).findings if finding.kind == kind]
+
+
+@pytest.fixture(scope="module")
+def data_parallel():
+    mesh = make_mesh(data=2, tensor=4)
+    parts = {"params": weights(COLUMNS, ROWS), "batch": rows(P("data"), 256, WIDTH)}
+    return program(sgd, mesh, whole=("params",), out=({"up": COLUMNS, "down": ROWS}, P()), **parts)
+
+
+def test_a_sound_step_has_no_findings(data_parallel):
+    kinds = {"data": "data", "tensor": "tensor"}
+    declared = Declared(explains=explained_by(kinds), kinds=kinds, compute_dtype="f32")
+    report = Report.of(dataclasses.replace(data_parallel, declared=declared))
+    assert report.findings == ()
+    assert report.problems == ()
+
+
+# What jax 0.10.2 and 0.12 print for one and the same program.
+REMATS = {
+    "tiles": (
+        "{devices=[2,1,4]<=[8]}",
+        "{devices=[1,8,1]<=[2,4]T(1,0)}",
+        "P(None, ('data', 'tensor'), None)",
+    ),
+    "mesh": (
+        "{mesh['data'=2,'tensor'=4], [{'data'}, {}, {'tensor'}]}",
+        "{mesh['data'=2,'tensor'=4], [{}, {'tensor', 'data'}, {}]}",
+        "P(None, ('tensor', 'data'), None)",
+    ),
+}
+
+
+@pytest.mark.parametrize("form", REMATS)
+def test_involuntary_remats_name_both_specs(form):
+    source, target, spec = REMATS[form]
+    log = (
+        "W1123 spmd_partitioner.cc:656] [SPMD] Involuntary full rematerialization. The compiler "
+        f"cannot go from sharding {source} to {target} efficiently for HLO operation "
+        f"%sharding_constraint.0 = f32[4,16,8]{{2,1,0}} copy(%sin.0), sharding={source}, "
+        'metadata={op_name="jit(f)/block/sharding_constraint" stack_frame_id=3}. As the last '
+        "resort, SPMD will replicate the tensor\nsomething else\n"
+    )
+    (finding,) = findings(Program("ENTRY %e () -> f32[] {\n}\n", MESH, "cpu", log=log + log),
+                          "involuntary_remat")  # fmt: skip
+    assert finding.scope == "block"
+    assert finding.bytes == 4 * 8 * 16 * 32
+    assert finding.axes == ("data", "tensor")
+    assert f"f32[8,16,32] goes from P('data', None, 'tensor') to {spec};" in finding.why
+    assert rematerializations("all is well", MESH) == []
+
+
+def test_replicated_leaves_that_no_rule_declares():
+    mesh = make_mesh(data=2, tensor=4)
+
+    def step(params, opt_state, x):
+        return params, opt_state, loss(params, x)
+
+    made = program(
+        step,
+        mesh,
+        params=weights(COLUMNS, ROWS),
+        opt_state=weights(COLUMNS, P()),
+        batch=rows(P("data")),
+    )
+    (finding,) = findings(made, "replicated")
+    assert finding.leaf == "opt_state/down"
+    assert finding.bytes == MATRIX
+    assert finding.axes == ("data", "tensor")
+    assert "all 8 devices hold the whole of down f32[3,32,8]" in finding.why
+    assert """opt_state=PathRules({"down": P('data')})""" in finding.fix
+
+
+def test_donations_that_nothing_reuses(data_parallel):
+    given = [dataclasses.replace(leaf, donated=True) for leaf in data_parallel.leaves]
+    found = findings(dataclasses.replace(data_parallel, leaves=tuple(given)), "unaliased_donation")
+    assert {finding.leaf for finding in found} == {"params/up", "params/down", "batch/"}
+    mesh = make_mesh(data=8)
+    parts = {"params": weights(), "batch": rows(P("data"))}
+    assert not findings(program(sgd, mesh, donate=("params",), **parts), "unaliased_donation")
+
+
+def test_a_reduction_in_the_accumulation_loop():
+    mesh = make_mesh(data=8)
+
+    def naive(params, xs):
+        def add(total, x):
+            return jax.tree.map(jnp.add, total, jax.grad(loss)(params, x)), None
+
+        return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), xs)[0]
+
+    micro = rows(P(None, "data"), 4, BATCH, WIDTH)
+    made = program(naive, mesh, whole=("params",), params=weights(), batch=micro)
+    (finding,) = findings(made, "reduction_in_loop", accumulate=4)
+    assert finding.axes == ("data",)
+    assert finding.scope == "mlp"
+    assert "reduced 4 times per step over 'data', with 4 micro-batches" in finding.why
+    # Three of four reductions are in vain.
+    assert finding.bytes == pytest.approx(3 * 2 * 7 / 8 * WEIGHTS, rel=1e-3)
+    assert Report.of(made).reductions == {"data": 4.0}
+
+
+def test_collectives_that_the_strategy_does_not_explain(data_parallel):
+    found = findings(
+        data_parallel, "unexplained_collective", explains=explained_by({"data": "data"})
+    )
+    assert {finding.axes for finding in found} == {("tensor",)}
+    assert {finding.scope for finding in found} == {"mlp"}
+    wire = Report.of(data_parallel).ledger.total("tensor")
+    assert sum(finding.bytes for finding in found) == wire
+    assert not findings(data_parallel, "unexplained_collective")
+
+
+def test_a_parameter_that_is_gathered_whole():
+    mesh = make_mesh(data=2, tensor=4)
+    split = {"w": ((64, 64), P("tensor", None))}
+
+    def step(params, x):
+        whole = jax.lax.with_sharding_constraint(params["w"], NamedSharding(mesh, P()))
+        with jax.named_scope("head"):
+            return x @ whole
+
+    made = program(step, mesh, params=split, batch=rows(P("data"), 8, 64))
+    (finding,) = findings(made, "parameter_gather", kinds={"tensor": "tensor"})
+    assert finding.leaf == "params/w"
+    assert finding.bytes == 3 * 4 * 64 * 64 // 4
+    assert "w f32[64,64] is split over tensor and gathered whole by 1 × all-gather" in finding.why
+    assert not findings(made, "parameter_gather", kinds={"tensor": "fsdp"})
+
+
+def test_wide_collectives_under_a_narrow_policy(data_parallel):
+    found = findings(data_parallel, "wide_collective", compute_dtype="bf16", reduce_dtype="f32")
+    # Gradients may be reduced in f32; the activations that `tensor` reduces may not.
+    ledger = Report.of(data_parallel).ledger
+    assert {finding.axes for finding in found} == {("tensor",)}
+    assert sum(finding.bytes for finding in found) == ledger.total("tensor") // 2
+    assert "all-reduce of f32[128,8] under a bf16 policy" in {finding.why for finding in found}
+    whole = program(sgd, make_mesh(data=8), params=weights(), batch=rows(P("data")))
+    assert findings(whole, "wide_collective", compute_dtype="bf16")
+    assert not findings(whole, "wide_collective", compute_dtype="bf16", reduce_dtype="f32")
+    assert not findings(data_parallel, "wide_collective", compute_dtype="f32")
+
+
+def test_wide_collectives_of_a_tpu_program():
+    declared = Declared(compute_dtype="bf16")
+    mesh = (("fsdp", 4), ("tensor", 4))
+    made = Program(recorded("tpu_v5p_fsdp_tensor"), mesh, "tpu", declared=declared)
+    first = findings(made, "wide_collective")[0]
+    # The gradient of f32 attention logits changes its dim, in each of 4 layers.
+    assert first.scope == "attention"
+    assert first.why == "all-to-all of f32[8,8,4,256,1024] under a bf16 policy"
+    assert first.bytes == 4 * 3 / 4 * 4 * 8 * 8 * 4 * 256 * 1024 / 2
+
+
+def test_resharding_between_dims():
+    mesh = make_mesh(data=8)
+
+    def step(x):
+        with jax.named_scope("block"):
+            other = NamedSharding(mesh, P(None, "data"))
+            return jnp.cos(jax.lax.with_sharding_constraint(jnp.sin(x), other))
+
+    made = program(step, mesh, out=P(None, "data"), batch=rows(P("data"), 64, 64))
+    (finding,) = findings(made, "resharding")
+    assert finding.scope == "block"
+    assert finding.axes == ("data",)
+    assert finding.bytes == 7 * 4 * 64 * 64 // 8 // 8
+
+
+def test_second_compiles_and_rules_are_passed_on(data_parallel):
+    twice = dataclasses.replace(data_parallel, compiles=2)
+    assert findings(twice, "second_compile")[0].why == "the step was compiled 2 times"
+    rules = ("PathRules['**/gate'] matches nothing",)
+    assert findings(data_parallel, "rule", rules=rules)[0].why == rules[0]
+
+
+def test_every_finding_is_of_a_listed_kind():
+    made = Program(recorded("tpu_v5p_fsdp_tensor"), (("fsdp", 4), ("tensor", 4)), "tpu")
+    report = Report.of(made)
+    assert {finding.kind for finding in report.findings} <= set(FINDINGS)
+    sizes = [finding.bytes for finding in report.findings]
+    assert sizes == sorted(sizes, reverse=True)
