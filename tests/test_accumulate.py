@@ -1,0 +1,297 @@
+"""Accumulation k equals accumulation 1: losses, gradients, one reduction, the same randomness."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import shardkit as sk
+from shardkit.inspect import read_ledger
+
+ROWS, LENGTH, EMBED, MLP = 16, 4, 8, 16
+MESHES = {
+    "8x1": {"data": 8, "tensor": 1},
+    "2x4": {"data": 2, "tensor": 4},
+    "4x2": {"data": 4, "tensor": 2},
+    "2x2x2": {"data": 2, "fsdp": 2, "tensor": 2},
+}
+MESH_NAMES = list(MESHES)
+# Keeps the last gradients as its state, and changes nothing.
+KEEP = optax.chain(optax.trace(0.0), optax.scale(0.0))
+
+
+def ragged_batch():
+    """Half the rows have no weight at all: on most meshes a device sees none that has."""
+    rng = np.random.default_rng(0)
+    weights = rng.integers(0, 2, (ROWS, LENGTH)).astype(np.float32)
+    weights[: ROWS // 2] = 0
+    return {"x": rng.normal(size=(ROWS, LENGTH, EMBED)).astype(np.float32), "weights": weights}
+
+
+BATCH = ragged_batch()
+
+
+def init(key):
+    up, down = (jax.random.normal(k, (EMBED, MLP)) / 3 for k in jax.random.split(key))
+    return {
+        "up": sk.Named(up, ("embed", "mlp")),
+        "down": sk.Named(down.T, ("mlp", "embed")),
+        "bias": sk.Named(jnp.full(MLP, 0.1), ("mlp",)),
+    }
+
+
+def token_losses(params, batch, key, rate):
+    h = sk.constrain(batch["x"] @ params["up"] + params["bias"], "batch", "length", "mlp")
+    if rate:
+        h = h * jax.random.bernoulli(key, 1 - rate, h.shape) / (1 - rate)
+    y = sk.constrain(jnp.tanh(h) @ params["down"], "batch", "length", "embed")
+    return ((y - batch["x"]) ** 2).mean(-1)
+
+
+def loss_fn(params, batch, key, rate=0.0):
+    losses, weights = token_losses(params, batch, key, rate), batch["weights"]
+    mean = sk.Mean((losses * weights).sum(), weights.sum())
+    return mean, {"large": sk.Mean(((losses > 1) * weights).sum(), weights.sum())}
+
+
+def mesh_of(name):
+    return sk.MeshSpec(**MESHES[name]).build()
+
+
+def strategy_on(name):
+    layout = sk.strategies.data()
+    layout = layout | sk.strategies.fsdp() if "fsdp" in MESHES[name] else layout
+    return layout | sk.strategies.tensor()
+
+
+@functools.cache
+def compiled(mesh, k, reduce="once", rate=0.0):
+    return sk.compile_step(
+        functools.partial(loss_fn, rate=rate),
+        KEEP,
+        init=init,
+        batch=BATCH,
+        mesh=mesh_of(mesh),
+        strategy=strategy_on(mesh),
+        accumulate=sk.Accumulate(k, reduce),
+    )
+
+
+def start():
+    """The same state everywhere, from a program that is compiled once."""
+    return jax.tree.map(np.asarray, compiled("2x4", 1).init(jax.random.key(0)).params)
+
+
+@functools.cache
+def outcome(mesh, k, reduce="once", rate=0.0):
+    """Metrics and gradients of one step, on the host."""
+    step = compiled(mesh, k, reduce, rate)
+    state = step.abstract_state
+    fresh = sk.TrainState(
+        jnp.zeros((), jnp.int32),
+        start(),
+        jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state.opt_state),
+        {},
+        jax.random.key(7),
+    )
+    after, metrics = step(jax.device_put(fresh, step.shardings), BATCH)
+    return jax.tree.map(np.asarray, (metrics, after.opt_state[0].trace))
+
+
+def assert_close(got, want, rtol=1e-6):
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
+    ):
+        error = np.linalg.norm(a - b) / np.linalg.norm(b)
+        assert error <= rtol, (jax.tree_util.keystr(path), error)
+
+
+@functools.cache
+def plain():
+    """Loss, metric and gradients on one device, without any of the toolkit."""
+
+    def loss(params):
+        losses = token_losses(params, BATCH, None, 0.0)
+        weight = BATCH["weights"].sum()
+        large = ((losses > 1) * BATCH["weights"]).sum() / weight
+        return (losses * BATCH["weights"]).sum() / weight, large
+
+    (value, large), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(start())
+    return {"loss": value, "grad_norm": optax.tree.norm(grads), "large": large}, grads
+
+
+@pytest.mark.parametrize("mesh", MESH_NAMES)
+@pytest.mark.parametrize(("k", "reduce"), [(1, "once"), (2, "once"), (4, "once"), (2, "each")])
+def test_loss_norm_metrics_and_every_gradient_are_those_of_one_device(mesh, k, reduce):
+    if ROWS % (k * math.prod(MESHES[mesh][a] for a in MESHES[mesh] if a != "tensor")):
+        pytest.skip("16 rows do not split so far")
+    assert_close(outcome(mesh, k, reduce), plain())
+
+
+def reductions(step):
+    """Collectives that sum over a batch axis, without those of the loss's few scalars."""
+    ledger = read_ledger(step.hlo(), list(step.mesh.shape.items()))
+    assert ledger.complete
+    rows = [
+        row
+        for row in ledger
+        if row.kind in ("all-reduce", "reduce-scatter") and {"data", "fsdp"} & set(row.axes)
+    ]
+    return [row for row in rows if any("[]" not in operand for operand in row.operands)]
+
+
+def elements(rows):
+    shapes = [op[op.index("[") + 1 : -1] for row in rows for op in row.operands]
+    return sum(math.prod(map(int, s.split(","))) for s in shapes if s)
+
+
+@pytest.mark.parametrize("mesh", ["8x1", "2x4", "2x2x2"])
+def test_gradients_are_reduced_once_and_outside_the_loop(mesh):
+    step = compiled(mesh, 2)
+    rows = reductions(step)
+    assert {row.trips for row in rows} == {1}
+    assert all(set(row.axes) <= {"data", "fsdp"} for row in rows)
+    held = sum(
+        math.prod(p.shape) // (step.mesh.shape["tensor"] if "tensor" in str(s.spec) else 1)
+        for p, s in zip(
+            jax.tree.leaves(step.abstract_state.params),
+            jax.tree.leaves(step.shardings.params),
+            strict=True,
+        )
+    )
+    assert elements(rows) == held
+
+
+def test_reduced_after_each_micro_batch_the_reduction_is_in_the_loop():
+    assert 2 in {row.trips for row in reductions(compiled("2x4", 2, "each"))}
+
+
+@pytest.mark.parametrize(
+    ("k", "reduce"),
+    [(1, "once"), (2, "once"), pytest.param(2, "each", marks=pytest.mark.slow)],
+)
+def test_dropout_is_the_same_on_every_mesh(k, reduce):
+    first = outcome("8x1", k, reduce, 0.5)
+    assert_close(outcome("2x2x2", k, reduce, 0.5), first)
+    no_dropout = plain()[0]["loss"]
+    assert abs(first[0]["loss"] - no_dropout) > 1e-3 * no_dropout
+
+
+def test_where_no_row_has_weight_there_is_no_gradient_and_no_nan():
+    step = compiled("2x4", 2)
+    state = step.init(jax.random.key(0))
+    nothing = {**BATCH, "weights": np.zeros_like(BATCH["weights"])}
+    after, metrics = step(state, nothing)
+    assert {name: float(value) for name, value in metrics.items()} == dict.fromkeys(metrics, 0.0)
+    assert not any(np.asarray(g).any() for g in jax.tree.leaves(after.opt_state))
+
+
+def lane_step(loss, mesh="2x4", k=2, **given):
+    return sk.compile_step(
+        loss,
+        optax.sgd(0.1),
+        init=lambda key: {"w": jnp.ones(EMBED)},
+        batch=BATCH,
+        mesh=mesh_of(mesh),
+        strategy=sk.Strategy(batch=P("data")),
+        accumulate=k,
+        **given,
+    )
+
+
+def per_example(params, batch, key):
+    keys = jax.random.split(key, batch["x"].shape[0])
+    noise = jax.vmap(lambda k: jax.random.normal(k, (EMBED,)))(keys)
+    return jnp.mean((batch["x"].mean(1) * params["w"] + noise) ** 2)
+
+
+def test_a_key_split_by_example_gives_the_same_noise_on_every_mesh():
+    values = [loss_on(mesh) for mesh in ("8x1", "2x4")]
+    assert max(values) - min(values) <= 1e-6 * values[0]
+
+
+def loss_on(mesh):
+    step = lane_step(per_example, mesh)
+    _, metrics = step(step.init(jax.random.key(3)), BATCH)
+    return float(metrics["loss"])
+
+
+def counted(params, batch, key):
+    rows = jnp.arange(batch["x"].shape[0])
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(rows)
+    return jnp.mean(jax.vmap(lambda k: jax.random.normal(k))(keys)) + params["w"].sum()
+
+
+def test_numbers_folded_in_over_the_rows_are_an_error_that_names_the_way_out():
+    with pytest.raises(sk.StepError) as caught:
+        lane_step(counted)
+    text = str(caught.value)
+    assert "Randomness of the loss cannot be split by lane." in text
+    assert "fold_in" in text
+    assert "folds in numbers counted over the rows of the batch" in text
+    assert 'sk.Accumulate(k, reduce="each")' in text
+    lane_step(counted, k=sk.Accumulate(2, "each"))
+
+
+def flattened(params, batch, key):
+    noise = jax.random.normal(key, (batch["x"].size // EMBED + 1,))
+    return jnp.mean(noise) + params["w"].sum()
+
+
+def test_a_draw_that_grows_in_no_whole_ratio_is_an_error():
+    with pytest.raises(sk.StepError, match=r"bits u32\[17\] +is \(33,\) for 2 times the rows"):
+        lane_step(flattened)
+
+
+def test_micro_batches_are_strided_and_cover_every_row():
+    def seen(params, batch, key):
+        return jnp.mean(batch["x"][:, 0, 0] * params["w"][0])
+
+    step = lane_step(seen, k=4)
+    _, metrics = step(step.init(jax.random.key(0)), BATCH)
+    np.testing.assert_allclose(metrics["loss"], BATCH["x"][:, 0, 0].mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("precision", [sk.Precision("float32", "bfloat16", "float32")])
+def test_reduction_in_another_dtype_keeps_gradients_apart_without_accumulation(precision):
+    step = dataclasses.replace(compiled("2x4", 1).declaration.strategy, precision=precision)
+    made = compiled("2x4", 1).replace(strategy=step)
+    rows = reductions(made)
+    assert {row.dtype for row in rows} == {"f32"}
+    assert {row.trips for row in rows} == {1}
+
+
+def test_statistics_per_lane_are_refused():
+    def train(params, batch, key, extra):
+        return jnp.mean(batch["x"] * params["w"]), {}, extra
+
+    with pytest.raises(sk.StepError) as caught:
+        lane_step(sk.Loss(train, train, stateful=True))
+    text = str(caught.value)
+    assert "would give every lane of the batch its own statistics" in text
+    assert 'accumulate=sk.Accumulate(k, reduce="each")' in text
+
+
+@pytest.mark.parametrize("bad", [0, -1, 1.5, True, "2"])
+def test_a_number_of_micro_batches_that_is_none(bad):
+    with pytest.raises(sk.StepError, match="is not a positive int"):
+        sk.Accumulate(bad)
+
+
+def test_an_unknown_time_to_reduce():
+    with pytest.raises(sk.StepError, match="'twice' is not 'once' or 'each'"):
+        sk.Accumulate(2, "twice")
+
+
+def test_rows_that_do_not_split_into_micro_batches():
+    with pytest.raises(sk.ShardingError) as caught:
+        lane_step(per_example, "8x1", k=4)
+    text = str(caught.value)
+    assert "16 rows do not split into accumulate=4 micro-batches over data=8" in text
+    assert "a multiple of 32 rows, such as 32" in text
