@@ -14,6 +14,7 @@ from .._precision import Precision, precision
 from .._remat import policy
 from .._tree import leaves
 from .._types import Accumulate, Loss
+from ..mesh import MeshSpec
 from ..parallel import Strategy
 
 MODES = ("auto",)
@@ -28,7 +29,7 @@ class Declaration:
       optimizer: any optax chain.
       init: `key -> params`, or `key -> sk.Variables`.
       batch: pytree of `jax.ShapeDtypeStruct`, global shapes.
-      mesh: the device mesh, all axes of type Auto.
+      mesh: the device mesh, all axes of type Auto; a `MeshSpec` where another process builds it.
       strategy: the layout.
       mode: `"auto"`: jit, the partitioner places the collectives.
     """
@@ -37,7 +38,7 @@ class Declaration:
     optimizer: optax.GradientTransformation
     init: Callable[[Any], Any]
     batch: Any
-    mesh: Mesh
+    mesh: Mesh | MeshSpec
     strategy: Strategy
     mode: str = "auto"
 
@@ -69,6 +70,7 @@ class Declaration:
         if self.mode not in MODES:
             why = f"known: {', '.join(MODES)}.{did_you_mean(self.mode, MODES)}"
             problems.append(Problem(f"mode={self.mode!r}", why, 'mode="auto"'))
+        assert isinstance(self.mesh, Mesh), self.mesh
         for name, kind in zip(self.mesh.axis_names, self.mesh.axis_types, strict=True):
             if kind != AxisType.Auto:
                 why = f"is of type {kind.name}; the partitioner needs Auto axes"

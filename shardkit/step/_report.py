@@ -8,12 +8,16 @@ import jax
 import jax.numpy as jnp
 
 from .._constrain import LANES
-from .._tree import leaves, path_str, short_dtype
+from .._tree import Leaf, leaves, path_str, short_dtype
 from ..inspect import CompiledBytes, Declared, Placed, Program, explained_by
+from ..rules import Rule, place
 from ._activations import constraints
 from ._compile import Program as Executable
 from ._declaration import Declaration
 from ._layout import Layout
+
+# A leaf that names alone leave whole is worth a finding from this many bytes on.
+_SMALL = 2**20
 
 
 def inspected(declaration: Declaration, layout: Layout, made: Executable) -> Program:
@@ -25,7 +29,7 @@ def inspected(declaration: Declaration, layout: Layout, made: Executable) -> Pro
         mesh=tuple(mesh.shape.items()),
         platform=device.platform,
         device_kind=device.device_kind,
-        leaves=tuple(_arguments(layout)),
+        leaves=tuple(_arguments(declaration, layout)),
         memory=CompiledBytes.of(made.compiled.memory_analysis()),
         jaxpr=made.jaxpr,
         log=made.messages,
@@ -34,22 +38,42 @@ def inspected(declaration: Declaration, layout: Layout, made: Executable) -> Pro
     )
 
 
-def _arguments(layout: Layout) -> Iterator[Placed]:
+def _arguments(declaration: Declaration, layout: Layout) -> Iterator[Placed]:
     """The arguments of `(state, batch)` in the executable's order."""
-    state, shardings = layout.state, layout.shardings
+    state, shardings, strategy = layout.state, layout.shardings, declaration.strategy
+    spelled = _spelled(strategy.params, leaves(state.params, layout.axes), declaration)
+    moments = _spelled(strategy.opt_state, leaves(state.opt_state), declaration)
+    moments |= {
+        leaf.path
+        for leaf in leaves(state.opt_state)
+        if any(f"/{leaf.path}".endswith(f"/{path}") for path in spelled)
+    }
+    extra = _spelled(strategy.extra, leaves(state.extra), declaration)
     parts = (
-        ("rest", state.step, shardings.step),
-        ("params", state.params, shardings.params),
-        ("opt_state", state.opt_state, shardings.opt_state),
-        ("extra", state.extra, shardings.extra),
-        ("rest", state.key, shardings.key),
+        ("rest", state.step, shardings.step, set()),
+        ("params", state.params, shardings.params, spelled),
+        ("opt_state", state.opt_state, shardings.opt_state, moments),
+        ("extra", state.extra, shardings.extra, extra),
+        ("rest", state.key, shardings.key, set()),
     )
-    for part, tree, placed in parts:
+    for part, tree, placed, meant in parts:
         for leaf, sharding in zip(leaves(tree), jax.tree.leaves(placed), strict=True):
-            yield Placed(part, leaf, sharding.spec, donated=True)
+            whole = leaf.path in meant or leaf.nbytes < _SMALL
+            yield Placed(part, leaf, sharding.spec, donated=True, meant_whole=whole)
     placed = jax.tree.leaves(layout.batch_shardings)
     for leaf, sharding in zip(leaves(layout.batch), placed, strict=True):
         yield Placed("batch", leaf, sharding.spec)
+
+
+def _spelled(rule: Rule | None, of: list[Leaf], declaration: Declaration) -> set[str]:
+    """Paths of the leaves whose layout a user wrote down by path, or spelled `REPLICATED`."""
+    if rule is None:
+        return set()
+    sizes = dict(declaration.mesh.shape)
+    found = {leaf.path: place(rule, leaf, sizes).source for leaf in of}
+    return {
+        path for path, source in found.items() if source.startswith(("REPLICATED", "PathRules"))
+    }
 
 
 def _declared(declaration: Declaration, layout: Layout, jaxpr: Any) -> Declared:
@@ -62,7 +86,6 @@ def _declared(declaration: Declaration, layout: Layout, jaxpr: Any) -> Declared:
         accumulate=declaration.accumulate.steps,
         compute_dtype=short_dtype(jnp.dtype(precision.compute)),
         reduce_dtype=short_dtype(jnp.dtype(precision.reduce or precision.compute)),
-        whole_params=tuple(axis for axis, kind in kinds.items() if kind == "fsdp"),
         activation_bytes=_activation_bytes(declaration, layout, jaxpr),
         layers=_layers(layout),
     )

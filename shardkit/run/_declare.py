@@ -1,0 +1,36 @@
+"""What a run on text declares: the reference decoder, its loss and its batches."""
+
+import jax
+import numpy as np
+import optax
+
+from ..adapters import Model, from_nnx
+from ..data import DataConfig
+from ..mesh import MeshSpec
+from ..models import Decoder, DecoderConfig, decoder_loss
+from ..parallel import Strategy
+from ..step import Declaration
+
+
+def decoder_model(config: DecoderConfig) -> Model:
+    """The reference decoder as `init`, `loss_fn` and `bind`."""
+    return from_nnx(lambda rngs: Decoder(config, rngs), decoder_loss)
+
+
+def batch_shapes(data: DataConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Global shapes of a batch of text: inputs, targets and weights, [batch, length]."""
+    shape = (data.batch, data.length)
+    dtypes = {"inputs": np.int32, "targets": np.int32, "weights": np.float32}
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
+
+
+def declare_run(
+    model: DecoderConfig,
+    data: DataConfig,
+    mesh: MeshSpec,
+    strategy: Strategy,
+    optimizer: optax.GradientTransformation,
+) -> Declaration:
+    """The step of a run, for a mesh that is declared and not built."""
+    made = decoder_model(model)
+    return Declaration(made.loss_fn, optimizer, made.init, batch_shapes(data), mesh, strategy)

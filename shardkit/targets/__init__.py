@@ -1,0 +1,7 @@
+"""Compiling for devices that are not here, in a child process of its own."""
+
+from ._child import compile_for
+from ._devices import build
+from ._source import Source
+
+__all__ = ["Source", "build", "compile_for"]

@@ -1,0 +1,51 @@
+"""The child's side: loads a declaration, compiles it for its target, writes the report."""
+
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from .._errors import ShardkitError
+from ..inspect import Report
+from ..mesh import Target, simulate_devices
+from ..step import compile_step
+from ._devices import build
+from ._source import Source
+
+
+def report_of(source: Source, target: Target) -> Report:
+    """Compiles a source for a target in this process."""
+    if target.kind == "cpu" and target.n_devices:
+        simulate_devices(target.n_devices)
+    made = source.load()
+    step = compile_step(
+        made.loss_fn,
+        made.optimizer,
+        init=made.init,
+        batch=made.batch,
+        mesh=build(made.mesh, target),
+        strategy=made.strategy,
+        mode=made.mode,
+    )
+    return step.report()
+
+
+def main(request: str, answer: str) -> None:
+    """Reads a request, writes an answer: a report, or what went wrong."""
+    asked = json.loads(Path(request).read_text())
+    try:
+        source, target = Source.from_request(asked["source"]), Target.parse(asked["target"])
+        made: dict[str, Any] = {"report": report_of(source, target).to_json()}
+    except ShardkitError as error:
+        made = {"kind": type(error).__name__, "message": str(error)}
+    except Exception as error:
+        trace = traceback.format_exc()
+        made = {"kind": type(error).__qualname__, "message": str(error), "trace": trace}
+    whole = Path(answer).with_suffix(".part")
+    whole.write_text(json.dumps(made))
+    whole.rename(answer)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

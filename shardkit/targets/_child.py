@@ -1,0 +1,135 @@
+"""The parent's side: starts a child with its own environment, waits, and brings the report home.
+
+Neither libtpu nor the CUDA plugin ever enters the caller's process, and the number of simulated
+devices is the child's own. The child is its own process group, so that nothing of it is left
+behind after a timeout or Ctrl-C.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .. import _errors
+from .._errors import Problem, StepError, format_problems
+from ..inspect import Report
+from ..mesh import Target
+from ._source import Source
+
+# One line about every so often, for whoever waits minutes for a compiler.
+_POLL = 0.2
+
+
+def compile_for(
+    source: Source,
+    target: str,
+    *,
+    timeout: float = 1800.0,
+    progress: Callable[[float], None] | None = None,
+) -> Report:
+    """Compiles a declared step for a target and returns its report.
+
+    Args:
+      source: the config file or function that declares the step.
+      target: `cpu:512`, `tpu:v5p:4x4x4`, `gpu:h100:1x8`, …; nothing of it need be here.
+      timeout: seconds after which the child is ended.
+      progress: called several times a second with the seconds gone.
+
+    Returns:
+      The report of the compiled step. Its figures are compiled, not measured.
+
+    Raises:
+      MeshError: the target is unknown, or its compiler is not installed.
+      ShardkitError: whatever is wrong with the declaration, as if it were compiled here.
+      StepError: the child did not finish in time, or its compiler crashed.
+    """
+    wanted = Target.parse(target)
+    with tempfile.TemporaryDirectory(prefix="shardkit-") as folder:
+        request, answer = Path(folder, "request.json"), Path(folder, "answer.json")
+        request.write_text(json.dumps({"source": source.to_request(), "target": str(wanted)}))
+        with Path(folder, "stderr").open("w+b") as log:
+            command = [sys.executable, "-m", "shardkit.targets", str(request), str(answer)]
+            child = subprocess.Popen(
+                command, env=_environment(), stdout=log, stderr=log, start_new_session=True
+            )
+            with _ended(child):
+                _wait(child, wanted, timeout, progress or (lambda seconds: None))
+            log.seek(0)
+            said = log.read().decode(errors="replace")
+        if not answer.exists():
+            _crashed(child, wanted, said)
+        return _opened(json.loads(answer.read_text()))
+
+
+def _environment() -> dict[str, str]:
+    """The caller's environment, with which only the CPU backend is ever started."""
+    package = str(Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
+    own = {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": path,
+        # libtpu asks the cloud what machine this is, and locks itself to one process.
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        # Ahead-of-time entries of the persistent cache cannot be read back.
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+    }
+    inherited = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return {**inherited, **own}
+
+
+@contextlib.contextmanager
+def _ended(child: subprocess.Popen[bytes]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+
+
+def _wait(
+    child: subprocess.Popen[bytes],
+    target: Target,
+    timeout: float,
+    progress: Callable[[float], None],
+) -> None:
+    start = time.monotonic()
+    while child.poll() is None:
+        gone = time.monotonic() - start
+        if gone > timeout:
+            why = f"not compiled after {timeout:.0f} s"
+            fix = "a longer --timeout, or fewer layers: a scanned model compiles like its layer"
+            _refuse(target, why, fix)
+        progress(gone)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(_POLL)
+
+
+def _crashed(child: subprocess.Popen[bytes], target: Target, said: str) -> None:
+    code = child.returncode
+    how = f"was ended by signal {-code}" if code < 0 else f"left with exit code {code}"
+    tail = "\n".join(said.strip().splitlines()[-12:])
+    _refuse(target, f"the compiling process {how}; its last lines:\n{tail}", "see above")
+
+
+def _opened(answer: dict[str, Any]) -> Report:
+    """The report, or the child's error raised here as what it was."""
+    if "report" in answer:
+        return Report.from_json(answer["report"])
+    kind = getattr(_errors, answer["kind"], None)
+    if kind is None:
+        text = f"{answer['kind']}: {answer['message']}"
+        raise RuntimeError(f"The compiling process failed.\n{answer['trace']}\n{text}")
+    raise kind(answer["message"])
+
+
+def _refuse(target: Target, why: str, fix: str) -> None:
+    raise StepError(format_problems("The step was not compiled.", [Problem(str(target), why)], fix))

@@ -1,0 +1,52 @@
+"""Devices of a target, in a process of their own: also GPUs that only the compiler knows."""
+
+import importlib.util
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from .._errors import MeshError, Problem, format_problems
+from ..hardware import gpu_target_config
+from ..mesh import MeshSpec, Target
+
+
+def build(mesh: MeshSpec, target: Target) -> Mesh:
+    """Builds a mesh on the devices of a target: present, simulated, or known to a compiler alone.
+
+    Args:
+      mesh: the declared mesh.
+      target: any target. GPUs are laid out host-major, slices outermost, so that the last axes
+        of a mesh stay within a host.
+
+    Raises:
+      MeshError: the mesh does not fit, or the target's compiler is not installed or does not
+        know the topology.
+    """
+    if target.kind != "gpu":
+        return mesh.build(str(target))
+    return mesh.build(devices=_gpus(target))
+
+
+def _gpus(target: Target) -> list[Any]:
+    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+        why = "the CUDA compiler is not installed"
+        fix = 'install the extra (several GB): pip install "shardkit[cuda13]"'
+        _refuse(target, why, fix)
+    hosts, gpus = target.shape
+    try:
+        topology = topologies.get_topology_desc(
+            platform="cuda",
+            topology_name=target.chip,
+            topology=f"{target.slices}x{hosts}x{gpus}",
+            target_config=gpu_target_config(target.chip),
+        )
+    except jax.errors.JaxRuntimeError as error:
+        _refuse(target, f"the CUDA compiler says: {str(error).splitlines()[0]}", "gpu:h100:1x8")
+    return list(topology.devices)
+
+
+def _refuse(target: Target, why: str, fix: str) -> None:
+    headline = "The target's devices cannot be had."
+    raise MeshError(format_problems(headline, [Problem(str(target), why)], fix))

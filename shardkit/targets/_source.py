@@ -1,0 +1,81 @@
+"""Where a child process finds the declaration that it is to compile."""
+
+import dataclasses
+import importlib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .._errors import ConfigError, Problem, did_you_mean, format_problems
+from ..config import load_config
+from ..mesh import MeshSpec
+from ..run import declare_run
+from ..step import Declaration
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A config file, or a function of research code, that declares a step.
+
+    Attributes:
+      name: a path to a config file, `""` for the default config, or `module:function`, where the
+        function takes nothing and returns an `sk.Declaration` whose mesh is a `MeshSpec`.
+      overrides: `path.to.field=value`, for config files.
+    """
+
+    name: str = ""
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def is_function(self) -> bool:
+        """Whether `name` is `module:function`."""
+        return ":" in self.name and not self.name.endswith(".py")
+
+    def to_request(self) -> dict[str, Any]:
+        """Plain values from which the child makes the same source."""
+        return {"name": self.name, "overrides": list(self.overrides)}
+
+    @classmethod
+    def from_request(cls, request: Mapping[str, Any]) -> "Source":
+        """The source that `to_request` described."""
+        return cls(request["name"], tuple(request["overrides"]))
+
+    def load(self) -> Declaration:
+        """Loads the config, or imports the function and calls it.
+
+        Raises:
+          ConfigError: there is no such file, module or function, or it returns something else.
+        """
+        return self._call() if self.is_function else self._config()
+
+    def _config(self) -> Declaration:
+        config = load_config(self.name or None, list(self.overrides))
+        optimizer = config.optimizer.build(config.train.steps)
+        return declare_run(config.model, config.data, config.mesh, config.strategy, optimizer)
+
+    def _call(self) -> Declaration:
+        module_name, _, function = self.name.partition(":")
+        sys.path.insert(0, str(Path.cwd()))
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name and not module_name.startswith(error.name):
+                raise
+            _refuse(self.name, f"there is no module {module_name!r}", "run where it is importable")
+        names = [name for name, value in vars(module).items() if callable(value)]
+        if function not in names:
+            why = f"{module_name} has no function {function!r}.{did_you_mean(function, names)}"
+            _refuse(self.name, why, f"def {function or 'step'}() -> sk.Declaration")
+        made = getattr(module, function)()
+        if not isinstance(made, Declaration) or not isinstance(made.mesh, MeshSpec):
+            what = type(made).__name__
+            if isinstance(made, Declaration):
+                what = f"a Declaration whose mesh is a {type(made.mesh).__name__}"
+            fix = "return sk.Declaration(loss_fn=..., optimizer=..., init=..., batch=...,"
+            _refuse(self.name, f"returned {what}", f"{fix} mesh=sk.MeshSpec(...), strategy=...)")
+        return made
+
+
+def _refuse(name: str, why: str, fix: str) -> None:
+    raise ConfigError(format_problems("There is nothing to compile.", [Problem(name, why)], fix))
