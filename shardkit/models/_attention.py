@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend.backend import get_backend
 
 # Few enough blocks to keep the program small, enough to skip 7/16 of a causal square.
 _MAX_BLOCKS = 8
@@ -38,19 +39,17 @@ def attention(
       segment_ids: i32[batch, length]; a query sees only keys of its own segment.
       implementation: `"blocked"` cuts the queries into blocks, skips the keys that the causal
         mask hides and keeps one number per query for the backward pass. `"xla"` and `"cudnn"`
-        are those of `jax.nn.dot_product_attention`. `"auto"` is `"cudnn"` where the program is
-        lowered for CUDA on a machine that has it and the type has 16 bits, `"blocked"` otherwise.
+        are those of `jax.nn.dot_product_attention`. `"auto"` is `"cudnn"` in a process whose
+        JAX runs on CUDA, for 16-bit types and head widths that cuDNN takes, and `"blocked"`
+        otherwise; a program for a GPU that is absent states `"cudnn"` itself.
 
     Returns:
       [batch, length, heads, head_dim] in the dtype of the queries.
     """
     if implementation == "auto":
-        half = q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
-        # Tracing the cuDNN call asks the library for its version, so it needs one to be there.
-        cudnn = half and q_BTNH.shape[-1] % 8 == 0 and jax.default_backend() == "gpu"
-        return _fused(q_BTNH, k_BSKH, v_BSKH, segment_ids, causal, cudnn)
+        implementation = "cudnn" if _cudnn_serves(q_BTNH) else "blocked"
     if implementation == "blocked":
-        return _fused(q_BTNH, k_BSKH, v_BSKH, segment_ids, causal, False)
+        return _blocked(q_BTNH, k_BSKH, v_BSKH, segment_ids, causal)
     return _library(q_BTNH, k_BSKH, v_BSKH, segment_ids, causal, implementation)
 
 
@@ -70,68 +69,42 @@ def _library(
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _fused(
+def _cudnn_serves(q_BTNH: jax.Array) -> bool:
+    half = q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
+    fits = q_BTNH.shape[-1] % 8 == 0 and q_BTNH.shape[-1] <= 128
+    return half and fits and "cuda" in get_backend().platform_version
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _blocked(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     segment_ids: jax.Array | None,
     causal: bool,
-    cudnn: bool,
 ) -> jax.Array:
-    """Attention whose backward pass keeps its inputs, its output and one number per query.
-
-    With `cudnn`, the choice between cuDNN and blocks falls when the program is lowered, so that
-    one for an absent target is right too. The backward pass chooses again instead of
-    differentiating through the choice: a conditional would keep every branch's intermediates.
-    """
-    return _fused_fwd(q_BTNH, k_BSKH, v_BSKH, segment_ids, causal, cudnn)[0]
+    """Attention whose backward pass keeps its inputs, its output and one number per query."""
+    return _blocked_forward(q_BTNH, k_BSKH, v_BSKH, segment_ids, causal)[0]
 
 
-def _fused_fwd(
+def _blocked_fwd(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     segment_ids: jax.Array | None,
     causal: bool,
-    cudnn: bool,
 ) -> tuple[jax.Array, Residuals]:
-    def on_cuda(*args: Any) -> tuple[jax.Array, jax.Array]:
-        out = _library(*args, causal, "cudnn")
-        return out, jnp.zeros_like(out[..., 0], jnp.float32)
-
-    def blocked(*args: Any) -> tuple[jax.Array, jax.Array]:
-        return _blocked_forward(*args, causal)
-
     inputs = (q_BTNH, k_BSKH, v_BSKH, segment_ids)
-    if cudnn:
-        out, lse = jax.lax.platform_dependent(*inputs, cuda=on_cuda, default=blocked)
-    else:
-        out, lse = blocked(*inputs)
     # Under the name of the output, so that a policy which keeps one keeps both.
-    out, lse = checkpoint_name((out, lse), "attn_mix")
+    out, lse = checkpoint_name(_blocked_forward(*inputs, causal), "attn_mix")
     return out, (*inputs, out, lse)
 
 
-def _fused_bwd(causal: bool, cudnn: bool, saved: Residuals, g_BTNH: jax.Array) -> Residuals:
-    def on_cuda(*args: Any) -> Residuals:
-        q, k, v, segment_ids, _, _, g = args
-        call = functools.partial(
-            _library, segment_ids=segment_ids, causal=causal, implementation="cudnn"
-        )
-        return jax.vjp(call, q, k, v)[1](g)
-
-    def blocked(*args: Any) -> Residuals:
-        return _blocked_backward(*args, causal)
-
-    if cudnn:
-        grads = jax.lax.platform_dependent(*saved, g_BTNH, cuda=on_cuda, default=blocked)
-    else:
-        grads = blocked(*saved, g_BTNH)
-    return *grads, None
+def _blocked_bwd(causal: bool, saved: Residuals, g_BTNH: jax.Array) -> Residuals:
+    return *_blocked_backward(*saved, g_BTNH, causal), None
 
 
-_fused.defvjp(_fused_fwd, _fused_bwd)
+_blocked.defvjp(_blocked_fwd, _blocked_bwd)
 
 
 def _blocks(queries: int) -> list[tuple[int, int]]:

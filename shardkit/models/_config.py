@@ -27,7 +27,7 @@ class DecoderConfig:
       z_loss: weight of `logsumexp(logits) ** 2`, which keeps logits from drifting.
       loss_chunks: parts of the vocabulary whose logits live one after another. 1 keeps the
         whole logits and saves one product in four of the head; more bounds memory.
-      attention: `"auto"` takes cuDNN on GPUs for 16-bit types and `"blocked"` elsewhere;
+      attention: `"auto"` takes cuDNN on CUDA for 16-bit types and `"blocked"` elsewhere;
         `"blocked"`, `"xla"`, `"cudnn"` are what they say (see `attention`).
 
     Raises:

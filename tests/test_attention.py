@@ -1,0 +1,97 @@
+"""Attention in blocks against the library's, and against a softmax that is written out."""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from shardkit.models import _attention, attention
+from shardkit.models._attention import _blocks
+
+
+def plain(q, k, v, causal, segment_ids):
+    group = q.shape[2] // k.shape[2]
+    k, v = k.repeat(group, 2), v.repeat(group, 2)
+    logits = np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[-1])
+    seen = np.ones(logits.shape[-2:], bool)
+    if causal:
+        seen = np.tril(seen)
+    if segment_ids is not None:
+        seen = seen & (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    p = np.exp(np.where(seen, logits, -np.inf) - logits.max(-1, keepdims=True))
+    return np.einsum("bnts,bsnh->btnh", p / p.sum(-1, keepdims=True), v)
+
+
+def inputs(heads, key_heads, length=150, head_dim=8, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(2, length, n, head_dim) for n in (heads, key_heads, key_heads, heads)]
+    return [jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=True)]
+
+
+def segments(length=150):
+    return jnp.asarray(np.sort(np.random.default_rng(0).integers(0, 4, (2, length)), 1))
+
+
+def relative(got, want):
+    return float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
+
+
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "causal", "cut"),
+    [(4, 4, True, False), (4, 2, True, True), (6, 1, False, True)],
+)
+def test_blocks_equal_the_library_forward_and_backward(heads, key_heads, causal, cut):
+    q, k, v, g = inputs(heads, key_heads)
+    ids = segments() if cut else None
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def both(implementation):
+        call = functools.partial(
+            attention, causal=causal, segment_ids=ids, implementation=implementation
+        )
+        out, vjp = jax.vjp(call, q, k, v)
+        return out, *vjp(g)
+
+    ours, library = both("blocked"), both("xla")
+    wide = plain(*(np.asarray(x, np.float64) for x in (q, k, v)), causal, ids)
+    assert relative(ours[0], jnp.asarray(wide, jnp.float32)) < 5e-7
+    for got, want in zip(ours, library, strict=True):
+        assert relative(got, want) < 1e-6
+
+
+def test_auto_takes_cudnn_on_cuda_alone_and_for_what_it_serves(monkeypatch):
+    asked = []
+    library = functools.partial(asked.append, "cudnn")
+    monkeypatch.setattr(_attention, "_library", lambda *_: library())
+
+    def backend(version):
+        monkeypatch.setattr(
+            _attention, "get_backend", lambda: types.SimpleNamespace(platform_version=version)
+        )
+
+    half = inputs(2, 2, length=8, dtype=jnp.bfloat16)[:3]
+    backend("cpu")
+    assert attention(*half).dtype == jnp.bfloat16
+    backend("PJRT C API cuda 13000")
+    assert asked == []
+    attention(*half)
+    assert asked == ["cudnn"]
+    attention(*inputs(2, 2, length=8)[:3])
+    attention(*inputs(2, 2, length=8, head_dim=12, dtype=jnp.bfloat16)[:3])
+    assert asked == ["cudnn"]
+
+
+def test_the_backward_pass_keeps_no_square_of_the_length():
+    q, k, v, _ = inputs(2, 2, length=512)
+    _, vjp = jax.vjp(attention, q, k, v)
+    assert max(x.size for x in jax.tree.leaves(vjp)) <= q.size
+
+
+@pytest.mark.parametrize("queries", [1, 64, 65, 150, 512, 2048, 5000])
+def test_blocks_cover_every_query_once(queries):
+    bounds = _blocks(queries)
+    assert [i for start, stop in bounds for i in range(start, stop)] == list(range(queries))
+    assert len(bounds) <= 8
