@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
 from ._scope import phase_of, scope_of
 
 
@@ -104,9 +106,10 @@ def _inner(eqn: Any, path: str, problems: list[str]) -> Iterator[tuple[Any, int]
         # The rules of custom derivatives are there besides the function itself.
         if key in ("jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd"):
             continue
-        inner = getattr(value, "jaxpr", value)
-        if hasattr(inner, "eqns"):
-            yield inner, times
+        if isinstance(value, ClosedJaxpr):
+            yield value.jaxpr, times
+        elif isinstance(value, Jaxpr):
+            yield value, times
 
 
 def _dot(eqn: Any) -> int:

@@ -32,7 +32,7 @@ def dtype_bits(dtype: str) -> int:
     """
     if dtype in _BITS:
         return _BITS[dtype]
-    return int(re.match(r"[a-z]+(\d+)", dtype).group(1))  # pyright: ignore[reportOptionalMemberAccess]
+    return int(re.findall(r"\d+", dtype)[0])
 
 
 @dataclasses.dataclass(frozen=True)

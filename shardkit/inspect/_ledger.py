@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
+from typing import overload
 
 from .._errors import ReportError, did_you_mean
 from .._tree import format_bytes
@@ -89,7 +90,11 @@ class Ledger(Sequence[Row]):
         """Every collective of the text was read, with its trips: totals are the whole truth."""
         return not self.problems
 
-    def __getitem__(self, index):  # noqa: ANN001, ANN204  # pyright: ignore[reportIncompatibleMethodOverride]
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Row, ...]: ...
+    def __getitem__(self, index: int | slice) -> Row | tuple[Row, ...]:
         """Returns the row, or the rows of a slice."""
         return self.rows[index]
 
