@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ from ._compile import Program, compile_program
 from ._declaration import Declaration, declare
 from ._functions import gradient_function, step_function
 from ._gradients import GradientFn
-from ._inputs import check_alive, check_state, put_batch
+from ._inputs import check_alive, check_apart, check_state, put_batch
 from ._layout import Layout, initial_state, resolve_layout
 from ._objective import objective
 from ._readback import check_executable
@@ -53,6 +54,8 @@ class CompiledStep:
             self.layout.batch,
             self.batch_shardings,
         )
+        # The state made last is known to be sound; any other one is looked at more closely.
+        self._last: weakref.ref[TrainState] | None = None
 
     @property
     def mesh(self) -> Mesh:
@@ -118,10 +121,16 @@ class CompiledStep:
           own, each f32[].
 
         Raises:
-          StateError: the state was consumed already, or belongs to another step.
+          StateError: the state was consumed already, holds one buffer twice, or belongs to
+            another step.
           BatchError: the batch is not what the step was compiled for.
         """
-        return self._run(self._program, state, batch)
+        check_alive(state)
+        if self._last is None or self._last() is not state:
+            check_apart(state)
+        made, metrics = self._run(self._program, state, batch)
+        self._last = weakref.ref(made)
+        return made, metrics
 
     def evaluate(self, state: TrainState, batch: Any) -> Metrics:
         """Returns the loss and its metrics, f32[] each, without an update; the state stays.
@@ -133,6 +142,7 @@ class CompiledStep:
           StateError: the state was consumed already, or belongs to another step.
           BatchError: the batch is not what the step was compiled for.
         """
+        check_alive(state)
         return self._run(self._evaluate, state, batch)
 
     def gradients(self, state: TrainState, batch: Any) -> tuple[Metrics, Any]:
@@ -145,6 +155,7 @@ class CompiledStep:
           StateError: the state was consumed already, or belongs to another step.
           BatchError: the batch is not what the step was compiled for.
         """
+        check_alive(state)
         return self._run(self._gradients, state, batch)
 
     def put(self, batch: Any) -> Any:
@@ -175,7 +186,6 @@ class CompiledStep:
         return CompiledStep(declare(**{**fields, **changes}))
 
     def _run(self, program: Program, state: TrainState, batch: Any) -> Any:
-        check_alive(state)
         placed = self.put(batch)
         try:
             return program.compiled(state, placed)

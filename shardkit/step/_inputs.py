@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
@@ -102,6 +103,26 @@ def check_alive(state: Any) -> None:
     why = f"{shown}: consumed (donated) by an earlier step"
     fix = "state, metrics = step(state, batch), and use the returned state from then on"
     raise_all(StateError, "The step got a state that is gone.", [Problem("state", why)], fix)
+
+
+def check_apart(state: Any) -> None:
+    """Refuses a state two of whose leaves are one buffer: donated twice, it ends the interpreter.
+
+    Raises:
+      StateError: naming each leaf with the one whose buffer it shares.
+    """
+    first: dict[tuple[Any, int], str] = {}
+    problems = []
+    for path, x in jax.tree_util.tree_leaves_with_path(state):
+        if isinstance(x, jax.Array) and x.size and not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            piece = x.addressable_data(0)
+            place = (piece.device, piece.unsafe_buffer_pointer())
+            other = first.setdefault(place, path_str(path))
+            if other != path_str(path):
+                why = f"is the same buffer as state/{other}"
+                problems.append(Problem(f"state/{path_str(path)}", why))
+    fix = "copy one of each pair with jnp.copy"
+    raise_all(StateError, "Leaves of the state share buffers.", problems, fix)
 
 
 def check_state(state: Any, abstract: Any, shardings: Any) -> None:

@@ -108,8 +108,8 @@ def resolve_layout(
     sizes = dict(mesh.shape)
     problems: list[Problem] = []
     params = leaves(state.params, names)
-    specs = _resolved(strategy.params, params, sizes, "parameters", problems)
-    extra = _resolved(strategy.extra, leaves(state.extra), sizes, "extra leaves", problems)
+    specs = _resolved(strategy.params, params, sizes, "params", problems)
+    extra = _resolved(strategy.extra, leaves(state.extra), sizes, "extra", problems)
     # A parameter that could not be laid out is reported once, not again for its moments.
     moments = leaves(state.opt_state)
     follow = FollowParams(
@@ -117,7 +117,7 @@ def resolve_layout(
         frozenset(leaf.path for leaf in moments),
     )
     rule = chain(strategy.opt_state, follow) if strategy.opt_state else follow
-    opt_state = _resolved(rule, moments, sizes, "optimizer leaves", problems)
+    opt_state = _resolved(rule, moments, sizes, "opt_state", problems)
     batch_leaves = leaves(batch)
     batch_specs = _batch_specs(strategy, batch_leaves, sizes, problems)
     rows, row_axes = _rows(batch_leaves, batch_specs, sizes, steps, problems)
@@ -143,7 +143,9 @@ def _axis_names(params: Any) -> dict[str, tuple[str | None, ...]]:
         if _named(leaf)
     ]
     problems = [
-        Problem(path, f"{len(leaf.axes)} names {leaf.axes} for {leaf.value.ndim} dims")
+        Problem(
+            _path("params", path), f"{len(leaf.axes)} names {leaf.axes} for {leaf.value.ndim} dims"
+        )
         for path, leaf in boxed
         if len(leaf.axes) != leaf.value.ndim
     ]
@@ -152,21 +154,31 @@ def _axis_names(params: Any) -> dict[str, tuple[str | None, ...]]:
 
 
 def _resolved(
-    rule: Rule, of: Sequence[Leaf], sizes: Mapping[str, int], what: str, problems: list[Problem]
+    rule: Rule, of: Sequence[Leaf], sizes: Mapping[str, int], tree: str, problems: list[Problem]
 ) -> dict[str, PartitionSpec]:
-    specs, found = collect(rule, of, sizes, what=what)
-    problems += found
+    specs, found = collect(rule, of, sizes, what=f"leaves of {tree}")
+    problems += _in_tree(tree, of, found)
     return specs
+
+
+def _in_tree(tree: str, of: Sequence[Leaf], problems: Sequence[Problem]) -> list[Problem]:
+    """Says which tree a leaf is of: a parameter and a batch leaf may have the same path."""
+    full = {str(leaf): str(dataclasses.replace(leaf, path=_path(tree, leaf.path))) for leaf in of}
+    return [dataclasses.replace(p, subject=full.get(p.subject, p.subject)) for p in problems]
+
+
+def _path(tree: str, path: str) -> str:
+    return f"{tree}/{path}" if path else tree
 
 
 def _batch_specs(
     strategy: Strategy, of: Sequence[Leaf], sizes: Mapping[str, int], problems: list[Problem]
 ) -> dict[str, PartitionSpec]:
     if not isinstance(strategy.batch, PartitionSpec):
-        return _resolved(strategy.batch, of, sizes, "batch leaves", problems)
+        return _resolved(strategy.batch, of, sizes, "batch", problems)
     entries = tuple(strategy.batch)
     specs = {leaf.path: PartitionSpec(*entries[: len(leaf.shape)]) for leaf in of}
-    problems += check_batch(of, specs, sizes)
+    problems += _in_tree("batch", of, check_batch(of, specs, sizes))
     return specs
 
 

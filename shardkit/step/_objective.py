@@ -10,12 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .._errors import Problem, StepError, format_problems, raise_all
 from .._tree import short_type
 from .._types import Loss, Mean
 
 RESERVED = ("loss", "grad_norm")
+_NUMBERS = (jax.Array, np.ndarray, np.generic, int, float, complex)
 
 
 @jax.tree_util.register_dataclass
@@ -97,14 +99,18 @@ def _scalar_problems(subject: str, value: Any) -> list[Problem]:
         {".total": value.total, ".weight": value.weight} if isinstance(value, Mean) else {"": value}
     )
     return [
-        Problem(
-            subject + part,
-            f"is {short_type(jnp.shape(x), jnp.result_type(x))}, not a floating-point scalar",
-        )
-        for part, x in parts.items()
-        if jnp.shape(x) != ()
-        or (subject == "loss" and not jnp.issubdtype(jnp.result_type(x), jnp.floating))
+        Problem(subject + part, why) for part, x in parts.items() if (why := _unfit(subject, x))
     ]
+
+
+def _unfit(subject: str, x: Any) -> str:
+    """Why a value is no scalar that a step can use, or nothing."""
+    if not isinstance(x, _NUMBERS):
+        return f"is of type {type(x).__name__}, not a floating-point scalar"
+    floating = jnp.issubdtype(jnp.result_type(x), jnp.floating)
+    if jnp.shape(x) == () and (floating or subject != "loss"):
+        return ""
+    return f"is {short_type(jnp.shape(x), jnp.result_type(x))}, not a floating-point scalar"
 
 
 def _two(out: Any) -> tuple[Any, Mapping[str, Any]]:
