@@ -59,13 +59,14 @@ def _import(path: Path) -> ModuleType:
         raise ConfigError(format_problems("There is no such config.", [_missing(path)]))
     name = f"shardkit_config_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
+    loader = spec.loader if spec else None
+    if spec is None or loader is None:
         problem = Problem(str(path), "is not a Python file (.py).", _EXAMPLE)
         raise ConfigError(format_problems("This is not a config file.", [problem]))
     module = importlib.util.module_from_spec(spec)
     # Dataclasses of the file look their module up while they are being made.
     sys.modules[name] = module
-    _guarded(path, lambda: spec.loader.exec_module(module))
+    _guarded(path, lambda: loader.exec_module(module))
     return module
 
 

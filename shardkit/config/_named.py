@@ -47,10 +47,17 @@ def short_mesh(text: str) -> MeshSpec:
     MeshSpec(fsdp=4, tensor=2)
     """
     pairs = [part.partition("=") for part in text.split(",")]
-    try:
-        return MeshSpec(**{axis.strip(): int(size) for axis, _, size in pairs})
-    except ValueError:
-        raise BadValue(f"expected axis=size,axis=size, got {text!r}.") from None
+    sizes = {axis.strip(): size for axis, _, size in pairs}
+    if not all(axis and _is_int(size) for axis, size in sizes.items()):
+        raise BadValue(f"expected axis=size,axis=size, got {text!r}.")
+    if "dcn" in sizes:
+        raise BadValue("slices (dcn) are declared in a config file, in Python.")
+    whole: dict[str, Any] = {axis: int(size) for axis, size in sizes.items()}
+    return MeshSpec(**whole)
+
+
+def _is_int(text: str) -> bool:
+    return text.strip().removeprefix("-").isdigit()
 
 
 _FORM = "ready strategies such as data|tensor(sequence=True)"
