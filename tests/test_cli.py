@@ -18,7 +18,7 @@ from shardkit.cli._command import Command
 ROOT = Path(__file__).parent.parent
 SHARED = {"-h", "--help", "--set", "--debug"}
 # Every option of every command. A new one is added here too, by someone who means it.
-OPTIONS = {"train": SHARED}
+OPTIONS = {"train": SHARED, "explain": SHARED | {"--target", "--json", "--timeout"}}
 
 
 def options(parser) -> set[str]:
@@ -64,6 +64,24 @@ def test_a_users_mistake_is_one_screen_and_exit_code_2(
     assert "Traceback" not in shown
     assert len(shown.splitlines()) <= 24
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["no/such.json"], "there is no such report"),
+        (["mine:step"], "a function declares no devices"),
+        (["mine:step", "--set", "a=1"], "mine:step is a function, not a config"),
+        (["--target", "tpu:v9:2x2"], "unknown chip 'v9'; known: v4, v5e, v5p, v6e, tpu7x."),
+        (["a.json", "--target", "cpu:8"], "a.json is opened, not compiled."),
+        (["a.json", "--set", "a=1"], "--set a=1  a saved report is what was compiled"),
+    ],
+)
+def test_what_cannot_be_explained_is_refused_before_anything_is_compiled(words, message, capsys):
+    assert main(["explain", *words]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "Fix:" in shown
 
 
 def test_debug_shows_the_traceback(capsys):

@@ -10,10 +10,11 @@ from rich.console import Console
 
 from .._errors import ShardkitError
 from ._command import Command, add_shared
+from ._explain import EXPLAIN
 from ._train import TRAIN
 
 # The command line is closed: a command is added here and nowhere else.
-COMMANDS: tuple[Command, ...] = (TRAIN,)
+COMMANDS: tuple[Command, ...] = (TRAIN, EXPLAIN)
 
 _FAILED, _REFUSED, _INTERRUPTED = 1, 2, 130
 

@@ -1,0 +1,95 @@
+"""`shardkit explain`: what a declaration becomes on a target."""
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from .._errors import ConfigError, Problem, format_problems, raise_all
+from ..config import load_config
+from ..inspect import Report
+from ..targets import Source, compile_for
+from ._command import Command
+
+_REPORT = ".json"
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    console = Console(highlight=False, soft_wrap=True)
+    report = _report(arguments)
+    if arguments.json:
+        _write(Path(arguments.json), report.to_json())
+    if arguments.json != "-":
+        console.print(str(report), markup=False)
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> Report:
+    name = arguments.config or ""
+    if name.endswith(_REPORT):
+        _compiled_already(name, arguments)
+        return _read(name)
+    source = Source(name, tuple(arguments.overrides))
+    if source.is_function and source.overrides:
+        problem = Problem(f"--set {source.overrides[0]}", f"{name} is a function, not a config")
+        fix = f"shardkit explain {name} --target cpu:8, and change the function"
+        raise ConfigError(format_problems("There is nothing to set.", [problem], fix))
+    target = arguments.target or _default_target(source)
+    errors = Console(stderr=True, highlight=False)
+    with errors.status(f"compiling for {target}") as status:
+        return compile_for(
+            source,
+            target,
+            timeout=arguments.timeout,
+            progress=lambda seconds: status.update(f"compiling for {target}: {seconds:.0f} s"),
+        )
+
+
+def _compiled_already(name: str, arguments: argparse.Namespace) -> None:
+    """Refuses what would have to be known before a report was compiled."""
+    given = [f"--set {one}" for one in arguments.overrides]
+    given += [f"--target {arguments.target}"] if arguments.target else []
+    why = "a saved report is what was compiled; nothing can be changed in it"
+    fix = f"shardkit explain CONFIG {' '.join(given)}"
+    problems = [Problem(one, why) for one in given]
+    raise_all(ConfigError, f"{name} is opened, not compiled.", problems, fix)
+
+
+def _default_target(source: Source) -> str:
+    if source.is_function:
+        why = "a function declares no devices"
+        problem = Problem(source.name, why, f"shardkit explain {source.name} --target cpu:8")
+        raise ConfigError(format_problems("There is no target.", [problem]))
+    return load_config(source.name or None, list(source.overrides)).devices
+
+
+def _read(name: str) -> Report:
+    if not Path(name).is_file():
+        problem = Problem(name, "there is no such report", "shardkit explain CONFIG --json FILE")
+        raise ConfigError(format_problems("There is nothing to read.", [problem]))
+    return Report.from_json(Path(name).read_text())
+
+
+def _write(path: Path, text: str) -> None:
+    if str(path) == "-":
+        print(text)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = path.with_name(path.name + ".part")
+    whole.write_text(text)
+    whole.rename(path)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--target", help="cpu:8, tpu:v5p:4x4x4, gpu:h100:1x8, …; none of it need be here"
+    )
+    parser.add_argument("--json", metavar="FILE", help="save the report; - prints it instead")
+    parser.add_argument(
+        "--timeout", type=float, default=1800.0, help="seconds to wait for the compiler"
+    )
+
+
+EXPLAIN = Command(
+    "explain", "what a config, or module:function, becomes on a target", _run, _add_options
+)
