@@ -44,10 +44,14 @@ class Placed:
         """
         return tuple(axis for dim in self.spec for axis in _dim_axes(dim))
 
+    def dims(self) -> tuple[tuple[str, ...], ...]:
+        """Mesh axes that split each dim of the array, also where the spec is shorter."""
+        dims = [*self.spec, *[None] * (len(self.leaf.shape) - len(self.spec))]
+        return tuple(map(_dim_axes, dims))
+
     def shard(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Shape of one device's shard, where mesh axis `a` has `sizes[a]` devices."""
-        dims = [*self.spec, *[None] * (len(self.leaf.shape) - len(self.spec))]
-        ways = [math.prod(sizes[axis] for axis in _dim_axes(dim)) for dim in dims]
+        ways = [math.prod(sizes[axis] for axis in dim) for dim in self.dims()]
         return tuple(-(-size // n) for size, n in zip(self.leaf.shape, ways, strict=True))
 
     def device_bytes(self, sizes: Mapping[str, int], dtype: str | None = None) -> int:

@@ -1,0 +1,90 @@
+"""Writes a report as JSON of a versioned schema, and reads it back."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from .._errors import ReportError
+from ._findings import Finding
+from ._flops import Flops
+from ._layouts import Layout
+from ._ledger import Ledger, Row
+from ._memory import Memory
+from ._minimum import Minimum
+
+if TYPE_CHECKING:
+    from ._report import Report
+
+_SCHEMA, _VERSION = "shardkit.report", 1
+
+
+def write(report: "Report", indent: int | None = 1) -> str:
+    """Returns the report as JSON."""
+    flops = None
+    if report.flops:
+        scopes = [[*key, n] for key, n in report.flops.by_scope.items()]
+        flops = {**_plain(report.flops), "by_scope": scopes}
+    ledger = {"rows": [_plain(row) for row in report.ledger], "problems": report.ledger.problems}
+    fields = _plain(report) | {
+        "ledger": ledger,
+        "memory": _plain(report.memory),
+        "flops": flops,
+        "findings": [_plain(finding) for finding in report.findings],
+        "minima": [_plain(one) for one in report.minima],
+        "reductions": dict(report.reductions),
+        "leaves": [_plain(leaf) for leaf in report.leaves],
+    }
+    return json.dumps({"schema": _SCHEMA, "version": _VERSION, **fields}, indent=indent)
+
+
+def read(text: str) -> dict[str, Any]:
+    """Returns the fields of the `Report` that `write` wrote.
+
+    Raises:
+      ReportError: the text is no report, or of a version that this shardkit cannot read.
+    """
+    fields = _opened(text)
+    mesh = tuple((name, size) for name, size in fields["mesh"])
+    ledger, flops = fields["ledger"], fields["flops"]
+    rows = tuple(_made(Row, row) for row in ledger["rows"])
+    if flops is not None:
+        by_scope = {(scope, phase): n for scope, phase, n in flops["by_scope"]}
+        flops = _made(Flops, {**flops, "by_scope": by_scope})
+    return fields | {
+        "mesh": mesh,
+        "ledger": Ledger(rows, mesh, tuple(ledger["problems"])),
+        "memory": _made(Memory, fields["memory"]),
+        "flops": flops,
+        "findings": tuple(_made(Finding, one) for one in fields["findings"]),
+        "minima": tuple(_made(Minimum, one) for one in fields["minima"]),
+        "advice": tuple(fields["advice"]),
+        # Reports of the same version were written before leaves were part of them.
+        "leaves": tuple(_made(Layout, one) for one in fields.get("leaves", ())),
+    }
+
+
+def _plain(one: Any) -> dict[str, Any]:
+    return {field.name: getattr(one, field.name) for field in dataclasses.fields(one)}
+
+
+def _made(kind: type[Any], fields: Mapping[str, Any]) -> Any:
+    """Builds a dataclass from JSON, whose lists were tuples."""
+    return kind(**{name: _frozen(value) for name, value in fields.items()})
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+def _opened(text: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ReportError(f"This is no report: {error}. Save one with report.to_json().") from None
+    if not isinstance(fields, dict) or fields.pop("schema", None) != _SCHEMA:
+        raise ReportError("This is no report of shardkit. Save one with report.to_json().")
+    version = fields.pop("version")
+    if version != _VERSION:
+        raise ReportError(f"This report has version {version}; this shardkit reads {_VERSION}.")
+    return fields

@@ -1,0 +1,49 @@
+"""Reads everything that a report holds out of a compiled step."""
+
+from typing import Any
+
+from ._findings import find_all
+from ._flops import count_flops
+from ._layouts import layouts
+from ._ledger import Ledger, read_ledger
+from ._memory import advice, read_memory
+from ._minimum import Minimum, minimum
+from ._program import Program
+from ._reductions import reductions_per_step
+
+
+def read(program: Program) -> dict[str, Any]:
+    """Returns the fields of the `Report` of a compiled step."""
+    sizes = program.sizes
+    ledger = read_ledger(program.hlo, program.mesh)
+    memory = read_memory(program)
+    rows_over = {axis for x in program.leaves if x.part == "batch" for axis in x.axes()}
+    return {
+        "mesh": program.mesh,
+        "platform": program.platform,
+        "device_kind": program.device_kind,
+        "ledger": ledger,
+        "memory": memory,
+        "flops": None if program.jaxpr is None else count_flops(program.jaxpr),
+        "findings": find_all(program, ledger),
+        "minima": _minima(program, ledger),
+        "reductions": {
+            axis: reductions_per_step(ledger, axis, program.leaves, sizes)
+            for axis in sizes
+            if axis in rows_over
+        },
+        "leaves": layouts(program),
+        "advice": tuple(advice(memory, program.leaves, sizes)),
+        "compiles": program.compiles,
+        "messages_complete": program.log_complete,
+    }
+
+
+def _minima(program: Program, ledger: Ledger) -> tuple[Minimum, ...]:
+    sizes, kinds = program.sizes, program.declared.kinds
+    known = {axis: minimum(axis, sizes, program.leaves, program.declared) for axis in kinds}
+    return tuple(
+        Minimum(axis, kinds[axis], least, ledger.total(axis))
+        for axis, least in known.items()
+        if least is not None
+    )
