@@ -48,6 +48,8 @@ class Marks:
 
 
 _active: contextvars.ContextVar[Marks | None] = contextvars.ContextVar("remat", default=None)
+# The policy under which marked layers were traced last; none, as long as no step named one.
+_traced: Policy | None = None
 
 
 @functools.cache
@@ -110,7 +112,15 @@ def remat(layer: Callable[_P, _R], *, scanned: bool = False) -> Callable[_P, _R]
 
 @contextlib.contextmanager
 def active(named: Policy | None) -> Iterator[Marks]:
-    """Makes a policy the one that marked layers follow while a step is traced."""
+    """Makes a policy the one that marked layers follow while a step is traced.
+
+    JAX keeps the traces of scan bodies and inner `jit`s by function identity, and a trace holds
+    the policy that it was made under. So those made under another policy are dropped first.
+    """
+    global _traced
+    if named is not _traced:
+        jax.clear_caches()
+        _traced = named
     marks = Marks(named)
     token = _active.set(marks)
     try:
