@@ -1,6 +1,7 @@
 """What a compiled step is: its collectives, memory, FLOPs, findings and budgets."""
 
 from ._budget import Budget, check
+from ._compare import compare
 from ._findings import FINDINGS, Finding
 from ._flops import Flops, count_flops
 from ._ledger import Ledger, Row, read_ledger, wire_bytes
@@ -24,6 +25,7 @@ __all__ = [
     "Report",
     "Row",
     "check",
+    "compare",
     "count_flops",
     "explained_by",
     "read_ledger",

@@ -29,7 +29,7 @@ _COMPUTE = frozenset(
 _RUNS = frozenset({"fusion", "call", "async-start", "custom-call", "conditional", "while"})
 _COMBINERS = frozenset(
     "reduce reduce-window scatter sort map select-and-scatter all-reduce reduce-scatter "
-    "all-reduce-start reduce-scatter-start async-update async-done topk".split()
+    "all-reduce-start reduce-scatter-start topk".split()
 )
 
 
@@ -124,7 +124,7 @@ class _Walk:
 
     def _called(self, call: Instruction, here: Computation, path: _Path) -> Iterator[Found]:
         """Collectives of the computations that an instruction runs."""
-        if call.opcode in _COMBINERS:
+        if call.opcode in _COMBINERS or call.opcode.endswith(("-update", "-done")):
             return
         known = call.opcode in _RUNS or call.opcode.endswith("-start")
         inner = dataclasses.replace(
