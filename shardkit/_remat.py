@@ -48,8 +48,8 @@ class Marks:
 
 
 _active: contextvars.ContextVar[Marks | None] = contextvars.ContextVar("remat", default=None)
-# The policy under which marked layers were traced last; none, as long as no step named one.
-_traced: Policy | None = None
+# The policies under which marked layers were traced since JAX's caches were last dropped.
+_traced: set[Policy | None] = set()
 
 
 @functools.cache
@@ -99,6 +99,7 @@ def remat(layer: Callable[_P, _R], *, scanned: bool = False) -> Callable[_P, _R]
     @functools.wraps(layer)
     def marked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         marks = _active.get()
+        _traced.add(marks.policy if marks else None)
         if marks is None:
             return layer(*args, **kwargs)
         marks.count += 1
@@ -115,12 +116,12 @@ def active(named: Policy | None) -> Iterator[Marks]:
     """Makes a policy the one that marked layers follow while a step is traced.
 
     JAX keeps the traces of scan bodies and inner `jit`s by function identity, and a trace holds
-    the policy that it was made under. So those made under another policy are dropped first.
+    the policy that it was made under. So where marked layers were traced under another one, JAX's
+    caches are dropped first; a program without marks never pays for that.
     """
-    global _traced
-    if named is not _traced:
+    if _traced - {named}:
         jax.clear_caches()
-        _traced = named
+        _traced.clear()
     marks = Marks(named)
     token = _active.set(marks)
     try:
