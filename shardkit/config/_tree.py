@@ -21,6 +21,10 @@ def _default_model() -> DecoderConfig:
     return DecoderConfig(vocab=BYTES, embed=128, layers=4, heads=4, mlp=384)
 
 
+def _default_optimizer() -> OptimizerConfig:
+    return OptimizerConfig(name="muon")
+
+
 def _default_strategy() -> Strategy:
     return strategies.data() | strategies.tensor()
 
@@ -46,7 +50,7 @@ class Config:
     devices: str = "cpu:8"
     mesh: MeshSpec = dataclasses.field(default_factory=lambda: MeshSpec(data=-1, tensor=4))
     strategy: Strategy = dataclasses.field(default_factory=_default_strategy)
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=_default_optimizer)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:

@@ -45,7 +45,7 @@ class DataConfig:
 
     path: str | None = None
     length: int = 256
-    batch: int = 16
+    batch: int = 8
     seed: int = 0
     held_out: float = 0.05
     overlap: int = 0
@@ -54,7 +54,7 @@ class DataConfig:
         """Refuses sizes that no text could satisfy."""
         checks = {
             f"length={self.length}": (self.length >= 1, "must be at least 1.", "length=256"),
-            f"batch={self.batch}": (self.batch >= 1, "must be at least 1.", "batch=16"),
+            f"batch={self.batch}": (self.batch >= 1, "must be at least 1.", "batch=8"),
             f"held_out={self.held_out:g}": (
                 0 < self.held_out < 1,
                 "is a share of the files: more than 0, less than 1.",

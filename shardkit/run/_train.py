@@ -96,7 +96,7 @@ def train(
     show.show_mesh(console, mesh)
     show.show_data(console, text)
     timer = _Timer()
-    adapter = from_nnx(lambda rngs: Decoder(model, rngs), _loss)
+    adapter = from_nnx(lambda rngs: Decoder(model, rngs), decoder_loss)
     declaration = {"init": adapter.init, "batch": _shapes(data), "mesh": mesh}
     step = compile_step(adapter.loss_fn, optimizer, **declaration, strategy=strategy)
     state = step.init(jax.random.key(loop.seed))
@@ -134,10 +134,6 @@ def train(
     spent = ", ".join(f"{part} {seconds:.0f} s" for part, seconds in timer.seconds.items())
     console.print(f"\n{spent}. Metrics: {file.path}", highlight=False, soft_wrap=True)
     return Result(folder, bits, scored, baselines, sample, timer.seconds)
-
-
-def _loss(model: Decoder, batch: Any, key: jax.Array) -> Any:
-    return decoder_loss(model, batch, key)
 
 
 def _shapes(data: DataConfig) -> dict[str, jax.ShapeDtypeStruct]:
