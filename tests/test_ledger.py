@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from shardkit._errors import ReportError
 from shardkit._tree import Leaf
 from shardkit.inspect import Declared, Placed, Report, read_ledger, wire_bytes
-from shardkit.inspect._minimum import minimum
+from shardkit.inspect._minimum import minimum, wire_over
 
 from ._programs import (
     BATCH,
@@ -403,3 +403,20 @@ def test_minima_by_kind(kind, known, expected):
     ]
     declared = Declared(kinds={"a": kind}, **known)
     assert minimum("a", {"a": 8}, leaves, declared) == expected
+
+
+@pytest.mark.parametrize("order", [("fsdp", "data"), ("data", "fsdp")])
+def test_a_reduction_over_two_axes_counts_for_both(order):
+    """One all-reduce over both axes is the minimum of either, where one splits the parameters."""
+    mesh = make_mesh(data=2, fsdp=4)
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+    def step(x):
+        return jax.lax.psum(x, order)
+
+    made = program(step, mesh, params=((64, 64), P()))
+    split = dataclasses.replace(made.leaves[0], spec=P("fsdp"))
+    ledger = read_ledger(made.hlo, made.mesh)
+    over = [wire_over(ledger, axis, made.sizes, [split]) for axis in ("data", "fsdp")]
+    assert sum(over) == ledger.total() == 2 * ring(8, 4 * 64 * 64)
+    assert over == [2 * ring(2, 4 * 64 * 64 / 4), 2 * ring(4, 4 * 64 * 64)]

@@ -8,8 +8,10 @@ they are reduced in, one `[batch, length, embed]` activation A. Sources: Rajbhan
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
+from ._ledger import Ledger, Row
 from ._program import Declared, Placed, base_kind
 
 
@@ -92,7 +94,7 @@ class Minimum:
       axis: the mesh axis.
       kind: kind of parallelism on it.
       bytes: fewest wire bytes per device and step.
-      wire: what the ledger has for every row that spans the axis.
+      wire: what is sent over the axis; see `wire_over`.
     """
 
     axis: str
@@ -104,6 +106,26 @@ class Minimum:
     def ratio(self) -> float | None:
         """How many times the minimum is sent; None where the minimum is nothing."""
         return self.wire / self.bytes if self.bytes else None
+
+
+def wire_over(ledger: Ledger, axis: str, sizes: Mapping[str, int], leaves: Sequence[Placed]) -> int:
+    """Wire bytes over one axis, with the share of collectives that span several.
+
+    A reduction or gather over axes of sizes a and b sends what one over a of V and then one over
+    b of V/a send together. The axes that split parameters come first, as for gradients that are
+    scattered before they are reduced over the rest.
+    """
+    splitting = {name for leaf in leaves if leaf.part == "params" for name in leaf.axes()}
+    return round(sum(_share(row, axis, sizes, splitting) for row in ledger.where(axis)))
+
+
+def _share(row: Row, axis: str, sizes: Mapping[str, int], splitting: set[str]) -> float:
+    if row.kind not in ("all-reduce", "all-gather", "reduce-scatter") or not row.whole:
+        return row.wire_bytes
+    ordered = sorted(row.axes, key=lambda name: name not in splitting)
+    before = math.prod(sizes[name] for name in ordered[: ordered.index(axis)])
+    own = (sizes[axis] - 1) / sizes[axis] / before
+    return row.wire_bytes * own / (1 - 1 / row.group)
 
 
 def minimum(
