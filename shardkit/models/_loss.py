@@ -11,7 +11,7 @@ from ._decoder import Decoder
 
 
 def decoder_loss(
-    model: Decoder, batch: Mapping[str, jax.Array], key: jax.Array | None = None
+    model: Decoder, batch: Mapping[str, jax.Array], key: jax.Array | None
 ) -> tuple[Mean, dict[str, Mean]]:
     """Returns the weighted mean of the tokens' losses, exact under any split of the batch.
 

@@ -1,0 +1,138 @@
+"""Interleaved timing and result files: what every benchmark here shares.
+
+Contestants take turns, A B C A B C …, so that a busy moment of the machine hits all of them.
+A result is a JSON file with its circumstances and one row per contestant, and the same as a
+short table in Markdown beside it.
+"""
+
+import ctypes
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import resource
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch")
+LABELS = ("measured", "compiled", "modelled")
+
+# glibc's mallopt parameters.
+_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of one contestant's turns, and what the process spent in them.
+
+    Attributes:
+      median: wall-clock seconds.
+      low: the quarter of turns below which lie the fastest, seconds.
+      high: the same from above.
+      cpu: median of user and system seconds of all threads.
+      faults: median number of page faults.
+    """
+
+    median: float
+    low: float
+    high: float
+    cpu: float
+    faults: int
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep large freed blocks for the next use instead of unmapping them.
+
+    XLA on CPUs asks for its temporaries anew in every call; blocks of more than 32 MiB are fresh
+    mappings then, and the kernel clears each page of them again. Call it before JAX is imported.
+    """
+    libc = ctypes.CDLL(None)
+    for parameter, value in ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1)):
+        if not libc.mallopt(parameter, value):
+            raise OSError(f"mallopt({parameter}, {value}) was refused")
+
+
+def interleave(
+    contestants: Mapping[str, Callable[[], None]], turns: int, warm_up: int = 2
+) -> dict[str, Timing]:
+    """Runs every contestant `warm_up + turns` times in turn; each call blocks until it is done."""
+    seen: dict[str, list[tuple[float, float, int]]] = {name: [] for name in contestants}
+    for turn in range(warm_up + turns):
+        for name, call in contestants.items():
+            used, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+            call()
+            wall, now = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
+            cpu = now.ru_utime - used.ru_utime + now.ru_stime - used.ru_stime
+            if turn >= warm_up:
+                seen[name].append((wall, cpu, now.ru_minflt - used.ru_minflt))
+    return {name: _timing(rows) for name, rows in seen.items()}
+
+
+def _timing(rows: list[tuple[float, float, int]]) -> Timing:
+    walls, cpus, faults = (list(column) for column in zip(*rows, strict=True))
+    low, median, high = statistics.quantiles(walls, n=4)
+    return Timing(median, low, high, statistics.median(cpus), int(statistics.median(faults)))
+
+
+def circumstances(devices: str) -> dict[str, Any]:
+    """Commit, date, versions, device kind, and how busy the machine was: beside every result."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=RESULTS,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    return {
+        "commit": commit.stdout.strip(),
+        "date": datetime.date.today().isoformat(),
+        "python": platform.python_version(),
+        "versions": {name: installed[name] for name in PACKAGES if name in installed},
+        "devices": devices,
+        "cores": os.cpu_count(),
+        "load": [round(x, 1) for x in os.getloadavg()],
+    }
+
+
+def write(
+    name: str, label: str, devices: str, rows: list[dict[str, Any]], note: str = ""
+) -> pathlib.Path:
+    """Writes `results/<name>.json` and `.md`, and returns the first.
+
+    Args:
+      name: of the benchmark and its variant.
+      label: `"measured"`, `"compiled"` or `"modelled"`.
+      devices: what it ran on, or was compiled for.
+      rows: one dict per contestant; the first row's keys are the table's columns.
+      note: what a reader must know to read the numbers.
+    """
+    assert label in LABELS, label
+    facts = circumstances(devices)
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    content = {"name": name, "label": label, **facts, "note": note, "rows": rows}
+    path.write_text(json.dumps(content, indent=2) + "\n")
+    versions = ", ".join(f"{k} {v}" for k, v in facts["versions"].items())
+    columns = list(rows[0])
+    lines = [
+        f"# {name}: {label}",
+        "",
+        f"{devices}; {facts['cores']} cores, load {facts['load']}; Python {facts['python']}, "
+        f"{versions}; commit {facts['commit']}, {facts['date']}.",
+        "",
+        *([note, ""] if note else []),
+        "| " + " | ".join(columns) + " |",
+        "|" + " --- |" * len(columns),
+        *("| " + " | ".join(str(row.get(c, "")) for c in columns) + " |" for row in rows),
+    ]
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    return path

@@ -1,0 +1,67 @@
+"""The reference decoder as plain, hand-written JAX: what `cpu_decoder.py` compares with.
+
+Dicts of arrays, a scan over stacked layers, `jax.nn.dot_product_attention`, whole logits through
+`optax`. Nothing here is tuned, and nothing of shardkit is used but the sizes.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from shardkit.models import DecoderConfig
+
+Weights = dict
+
+
+def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """RMSNorm."""
+    return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-5) * scale
+
+
+def rotate(x: jax.Array) -> jax.Array:
+    """Rotary embedding of [batch, length, heads, head_dim]."""
+    half = x.shape[-1] // 2
+    frequency = 10_000.0 ** (-jnp.arange(half) / half)
+    angle = jnp.arange(x.shape[1])[:, None, None] * frequency
+    a, b = x[..., :half], x[..., half:]
+    return jnp.concatenate(
+        [a * jnp.cos(angle) - b * jnp.sin(angle), b * jnp.cos(angle) + a * jnp.sin(angle)], -1
+    )
+
+
+def layer(x: jax.Array, w: Weights) -> tuple[jax.Array, None]:
+    """One block."""
+    h = norm(x, w["attn_norm"])
+    q = rotate(jnp.einsum("bte,enh->btnh", h, w["query"]))
+    k = rotate(jnp.einsum("bte,enh->btnh", h, w["key"]))
+    v = jnp.einsum("bte,enh->btnh", h, w["value"])
+    mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    x = x + jnp.einsum("btnh,nhe->bte", mixed, w["out"])
+    h = norm(x, w["mlp_norm"])
+    return x + (jax.nn.silu(h @ w["gate"]) * (h @ w["up"])) @ w["down"], None
+
+
+def loss(w: Weights, batch: dict[str, jax.Array]) -> jax.Array:
+    """Weighted mean cross entropy."""
+    x, _ = jax.lax.scan(layer, w["embedding"][batch["inputs"]], w["layers"])
+    logits = norm(x, w["norm"]) @ w["head"]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+    return (losses * batch["weights"]).sum() / batch["weights"].sum()
+
+
+def init(config: DecoderConfig, key: jax.Array) -> Weights:
+    """Random weights in the layout that `Decoder` has too."""
+    c, n = config, config.layers
+    wide = (n, c.embed, c.heads, c.head_size)
+    shapes = {"query": wide, "key": wide, "value": wide, "out": (n, c.heads, c.head_size, c.embed)}
+    shapes |= {"gate": (n, c.embed, c.mlp), "up": (n, c.embed, c.mlp), "down": (n, c.mlp, c.embed)}
+    keys = iter(jax.random.split(key, len(shapes) + 2))
+    scale = c.embed**-0.5
+    layers = {name: scale * jax.random.normal(next(keys), s) for name, s in shapes.items()}
+    layers |= {"attn_norm": jnp.ones((n, c.embed)), "mlp_norm": jnp.ones((n, c.embed))}
+    return {
+        "embedding": scale * jax.random.normal(next(keys), (c.vocab, c.embed)),
+        "layers": layers,
+        "norm": jnp.ones((c.embed,)),
+        "head": scale * jax.random.normal(next(keys), (c.embed, c.vocab)),
+    }
