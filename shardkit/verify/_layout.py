@@ -31,9 +31,11 @@ def declared_specs(declaration: Declaration, state: Any) -> Specs:
     strategy = d.strategy
     params = leaves(state.params, _axis_names(d))
     specs, problems = collect(strategy.params, params, sizes)
-    follow = FollowParams(tuple((leaf, specs[leaf.path]) for leaf in params))
+    moments = leaves(state.opt_state)
+    pairs = tuple((leaf, specs[leaf.path]) for leaf in params)
+    follow = FollowParams(pairs, frozenset(leaf.path for leaf in moments))
     rule = chain(strategy.opt_state, follow) if strategy.opt_state else follow
-    opt_state, more = collect(rule, leaves(state.opt_state), sizes)
+    opt_state, more = collect(rule, moments, sizes)
     extra, rest = collect(strategy.extra, leaves(state.extra), sizes)
     lost = [*problems, *more, *rest]
     assert not lost, "a step was compiled from rules that do not resolve"

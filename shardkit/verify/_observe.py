@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
@@ -10,7 +10,19 @@ import optax
 
 from ..step import CompiledStep
 from ._layout import declared_specs, differing_copies, misplaced
-from ._record import Leaves, Record, Trial, as_record, host
+from ._record import (
+    EVALUATE,
+    GRADIENTS,
+    INIT,
+    LATER_STATE,
+    OWN_PROGRAM,
+    SGD,
+    Leaves,
+    Record,
+    Trial,
+    host,
+    of_steps,
+)
 
 _COMPILES = "/jax/core/compile/jaxpr_to_mlir_module_duration"
 
@@ -34,27 +46,49 @@ class Observed:
     calls: int
 
 
-def observe(step: CompiledStep, trial: Trial, sgd: optax.GradientTransformation) -> Observed:
+def observe(
+    step: CompiledStep,
+    trial: Trial,
+    sgd: optax.GradientTransformation,
+    checks: Collection[str] = OWN_PROGRAM,
+) -> Observed:
     """Runs a step on its mesh.
 
     Args:
       step: compiled for the mesh.
       trial: batches, number of steps and key.
       sgd: optimizer of the one SGD update.
+      checks: which of the checks that take a compilation of their own to make; the others always.
     """
     state = step.init(trial.key)
     specs = declared_specs(step.declaration, state)
     batch = step.put(trial.batch(0))
-    wrong = [*misplaced(_parts(state), specs, step.mesh, "at first")]
-    wrong += misplaced({"batch": batch}, specs, step.mesh, "at first")
-    init = _leaves(state)
-    of_gradients, grads = step.gradients(state, batch)
-    evaluated = step.evaluate(state, batch)
+    parts = _parts(state)
+    wrong = list(misplaced({**parts, "batch": batch}, specs, step.mesh, "at first"))
+    record: Record = {INIT: _leaves(state)}
+    kept: dict[str, Any] = {}
+    if EVALUATE in checks:
+        record[EVALUATE] = host(step.evaluate(state, batch))
+    if GRADIENTS in checks:
+        _, kept["gradients"] = step.gradients(state, batch)
+        record[GRADIENTS] = host(kept["gradients"])
+    if SGD in checks:
+        simple = step.replace(optimizer=sgd)
+        after, _ = simple(simple.init(trial.key), batch)
+        kept["sgd params"] = after.params
+        record[SGD] = host(after.params)
 
-    # A new optimizer's state cannot be the donated one's; SGD starts from the same key anew.
-    simple = step.replace(optimizer=sgd)
-    after, _ = simple(simple.init(trial.key), batch)
+    state, told, compiled = _steps(step, state, trial)
+    wrong += misplaced(_parts(state), specs, step.mesh, "after the last step")
+    differing = differing_copies({**kept, **_parts(state)})
+    record |= {**of_steps(told), LATER_STATE: _leaves(state)}
+    # A leaf that is misplaced at first and at last is one leaf.
+    found = tuple(dict(reversed(wrong)).items()), tuple(differing)
+    return Observed(record, *found, compiled, trial.steps - 1)
 
+
+def _steps(step: CompiledStep, state: Any, trial: Trial) -> tuple[Any, list[Any], int]:
+    """Makes all updates; returns also what they told and what the later ones compiled."""
     told, compiled = [], 0
     for t in range(trial.steps):
         placed = step.put(trial.batch(t))
@@ -62,16 +96,7 @@ def observe(step: CompiledStep, trial: Trial, sgd: optax.GradientTransformation)
             state, metrics = step(state, placed)
         compiled += count[0] if t else 0
         told.append(metrics)
-    wrong += misplaced(_parts(state), specs, step.mesh, "after the last step")
-    differing = {
-        **dict(differing_copies({"gradients": grads})),
-        **dict(differing_copies({"sgd params": after.params})),
-        **dict(differing_copies(_parts(state))),
-    }
-    record = as_record(init, told, of_gradients, grads, evaluated, after.params, _leaves(state))
-    return Observed(
-        record, tuple(wrong), tuple(differing.items()), compiled, max(0, trial.steps - 1)
-    )
+    return state, told, compiled
 
 
 @contextlib.contextmanager

@@ -20,6 +20,10 @@ Record = dict[str, Leaves]
 INIT, LOSS, GRADIENTS, NORM = "init", "loss", "gradients", "grad_norm"
 METRICS, EVALUATE, SGD = "metrics", "evaluate", "sgd update"
 LATER_LOSS, LATER_STATE = "k-step loss", "k-step state"
+NUMBERS = (LOSS, GRADIENTS, NORM, METRICS, SGD, LATER_LOSS, LATER_STATE, EVALUATE)
+
+# Those that need a program of their own, beside that of the step and of the first state.
+OWN_PROGRAM = (GRADIENTS, SGD, EVALUATE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,38 +59,15 @@ def to_host(x: Any) -> np.ndarray:
     return np.asarray(jax.random.key_data(x) if is_key else x)
 
 
-def as_record(
-    init: Leaves,
-    metrics: Sequence[dict[str, Any]],
-    of_gradients: dict[str, Any],
-    grads: Any,
-    evaluated: dict[str, Any],
-    sgd_params: Any,
-    state: Leaves,
-) -> Record:
-    """Sorts what a run told by check.
-
-    Args:
-      init: leaves of the first state.
-      metrics: of each step.
-      of_gradients: metrics that came with the gradients of the first step.
-      grads: gradients of the first step.
-      evaluated: metrics of an evaluation of the first state.
-      sgd_params: parameters after one clipped SGD update.
-      state: leaves of the state after the last step.
-    """
-    first = {"step": metrics[0], "gradients": of_gradients}
-    own = [name for name in metrics[0] if name not in ("loss", "grad_norm")]
+def of_steps(metrics: Sequence[dict[str, Any]]) -> Record:
+    """Sorts the metrics of each step by check."""
+    first = metrics[0]
+    own = [name for name in first if name not in ("loss", "grad_norm")]
     return {
-        INIT: init,
-        LOSS: {f"{where}/loss": np.asarray(m["loss"]) for where, m in first.items()},
-        GRADIENTS: host(grads),
-        NORM: {f"{where}/grad_norm": np.asarray(m["grad_norm"]) for where, m in first.items()},
-        METRICS: {f"{where}/{n}": np.asarray(m[n]) for where, m in first.items() for n in own},
-        EVALUATE: {name: np.asarray(value) for name, value in evaluated.items()},
-        SGD: host(sgd_params),
+        LOSS: {"loss": np.asarray(first["loss"])},
+        NORM: {"grad_norm": np.asarray(first["grad_norm"])},
+        METRICS: {name: np.asarray(first[name]) for name in own},
         LATER_LOSS: {f"step {t + 1}": np.asarray(m["loss"]) for t, m in enumerate(metrics)},
-        LATER_STATE: state,
     }
 
 

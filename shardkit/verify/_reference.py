@@ -11,7 +11,6 @@ randomness: no mesh, no lanes, no constraints, no scan. What both define is:
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -23,7 +22,19 @@ from .._precision import cast_floats
 from .._types import Loss, Mean, Named, Variables
 from ..step import Declaration
 from ..step._lanes import Draws, lane_keys
-from ._record import Leaves, Record, Trial, as_record, clipped_sgd, host, norm
+from ._record import (
+    EVALUATE,
+    GRADIENTS,
+    INIT,
+    LATER_STATE,
+    SGD,
+    Leaves,
+    Record,
+    Trial,
+    host,
+    norm,
+    of_steps,
+)
 
 _EVALUATION = np.uint32(2**32 - 1)
 
@@ -75,15 +86,14 @@ class Reference:
         for t in range(trial.steps):
             state, told = self._step(state, trial.batch(t), t)
             steps.append(told)
-        return as_record(
-            start.leaves(),
-            steps,
-            metrics,
-            grads,
-            self._evaluated(start, batch),
-            sgd_params,
-            state.leaves(),
-        )
+        return {
+            **of_steps(steps),
+            INIT: start.leaves(),
+            GRADIENTS: host(grads),
+            EVALUATE: self._evaluated(start, batch),
+            SGD: host(sgd_params),
+            LATER_STATE: state.leaves(),
+        }
 
     def gradients(self, state: State, batch: Any, step: int) -> tuple[dict[str, Any], Any, Any]:
         """Returns metrics, gradients of the mean loss, and the new model state."""
@@ -210,11 +220,3 @@ def nudged(state: State, dtype: Any, seed: int) -> State:
         return jax.device_put(moved.astype(x.dtype), x.sharding)
 
     return dataclasses.replace(state, params=jax.tree.map(move, state.params))
-
-
-def start_sgd(
-    reference: Reference, trial: Trial, start: State
-) -> tuple[optax.GradientTransformation, Mapping[str, Any]]:
-    """The SGD that suits the reference's first gradients, and their metrics."""
-    metrics, grads, _ = reference.gradients(start, trial.batch(0), 0)
-    return clipped_sgd(host(start.params), host(grads)), metrics

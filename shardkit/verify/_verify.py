@@ -1,6 +1,6 @@
 """`verify`: the same steps on one device and on each mesh."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -12,12 +12,12 @@ from .._errors import Problem, VerificationError, count, format_problems, raise_
 from .._tree import short_dtype
 from ..mesh import MeshSpec
 from ..rules import format_mesh
-from ..step import CompiledStep
+from ..step import CompiledStep, Declaration
 from ._certificate import Certificate, Row
 from ._compare import Limits, compare
 from ._observe import observe
-from ._record import Trial
-from ._reference import Reference, nudged, start_sgd
+from ._record import OWN_PROGRAM, Trial, clipped_sgd, host
+from ._reference import Reference, nudged
 
 StepFactory = Callable[[Mesh], CompiledStep]
 
@@ -28,42 +28,48 @@ class Standard:
     """What one device says, and how far correct programs may be from it.
 
     Attributes:
-      step: the factory's step on one device, for its declaration.
+      declaration: of the step.
       trial: what every mesh is given.
+      record: what the reference told.
     """
 
-    def __init__(self, step: CompiledStep, trial: Trial) -> None:
+    def __init__(self, declaration: Declaration, device: jax.Device, trial: Trial) -> None:
         """Runs the reference, and again with nudged parameters to measure noise.
 
         Raises:
           VerificationError: the loss or its gradient is not finite, or the gradient is all zero.
         """
-        d = step.declaration
-        self.step, self.trial = step, trial
-        reference = Reference(d, step.mesh.devices.flat[0])
+        self.declaration, self.trial = declaration, trial
+        reference = Reference(declaration, device)
         start = reference.start(trial.key)
-        self.sgd, metrics = start_sgd(reference, trial, start)
+        metrics, grads, _ = reference.gradients(start, trial.batch(0), 0)
         _check_usable(metrics)
-        self.record = reference.run(trial, start, self.sgd)
+        self._sgd = clipped_sgd(host(start.params), host(grads))
+        self.record = reference.run(trial, start, self._sgd)
+        compute = declaration.precision.compute
         self._noises = [
-            reference.run(trial, nudged(start, d.precision.compute, seed), self.sgd)
-            for seed in range(_NUDGES)
+            reference.run(trial, nudged(start, compute, seed), self._sgd) for seed in range(_NUDGES)
         ]
-        self._limits = Limits.of(d.precision.compute)
+        self._limits = Limits.of(compute)
 
-    def rows(self, step: CompiledStep) -> list[Row]:
-        """Puts a step through everything that the reference did, and compares."""
-        observed = observe(step, self.trial, self.sgd)
+    def rows(self, step: CompiledStep, checks: Collection[str] = OWN_PROGRAM) -> list[Row]:
+        """Puts a step through everything that the reference did, and compares.
+
+        Args:
+          step: compiled for some mesh.
+          checks: which of the checks that take a compilation of their own to make.
+        """
+        observed = observe(step, self.trial, self._sgd, checks)
         mesh = format_mesh(step.mesh.shape)
         return compare(mesh, observed, self.record, self._noises, self._limits)
 
     @property
     def title(self) -> str:
         """What is compared, in one line."""
-        d = self.step.declaration
+        d = self.declaration
         micro = f", {d.accumulate.steps} micro-batches" if d.accumulate.steps > 1 else ""
-        steps = count(self.trial.steps, "step")
         compute = short_dtype(jnp.dtype(d.precision.compute))
+        steps = count(self.trial.steps, "step")
         return f"One device against each mesh: {steps}, compute {compute}{micro}."
 
 
@@ -124,7 +130,7 @@ def verify(
     one = step_factory(one_device(built[0]))
     given = made_up(one) if batches is None else batches
     trial = Trial(given, steps, jax.random.key(0) if key is None else key)
-    standard = Standard(one, trial)
+    standard = Standard(one.declaration, one.mesh.devices.flat[0], trial)
     rows = [row for mesh in built for row in standard.rows(step_factory(mesh))]
     return Certificate(tuple(rows), standard.title)
 

@@ -1,0 +1,138 @@
+"""`shardkit verify`: the config's step on one device and on several meshes."""
+
+import argparse
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from rich.console import Console
+
+from .._errors import Problem, ShardingError, VerificationError, format_problems
+from ..config import Config, apply_overrides
+from ..mesh import MeshSpec, mesh_shapes
+from ..run import batch_shapes, decoder_model
+from ..step import CompiledStep, compile_step
+from ..testing import kill_matrix
+from ..verify import verify
+from ._command import Command, config_of
+
+# Without CONFIG: a decoder whose heads divide by eight, small enough for two minutes on two cores.
+_SMALL = ("model=nano", "model.heads=8", "model.kv_heads=8", "data.length=32", "data.batch=16")
+_DROPOUT = 0.1
+_MOST_MESHES = 8
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    console = Console(highlight=False, soft_wrap=True)
+    if arguments.config is None:
+        shown = " ".join(f"--set {one}" for one in _SMALL)
+        console.print(f"No CONFIG, so a small run: {shown}", markup=False)
+        arguments.overrides = [*_SMALL, *arguments.overrides]
+    config = _proved(config_of(arguments))
+    console.print(
+        f"Proved in float32, with dropout {config.model.dropout:g} and weights of which one half "
+        "of the rows has none.\n"
+    )
+    factory = functools.cache(functools.partial(_compiled, config))
+    meshes = [mesh for mesh in _meshes(arguments, config) if _legal(mesh, factory, console)]
+    if not meshes:
+        problem = Problem("--mesh", "no mesh is legal for this model", "--mesh data=2")
+        raise VerificationError(format_problems("There is nothing to verify.", [problem]))
+    batches = ragged_batches(config)
+    certificate = verify(factory, meshes, batches=batches, steps=arguments.steps)
+    console.print(str(certificate), markup=False)
+    if not arguments.mutations:
+        return 0 if certificate.ok else 1
+    mesh = max(meshes, key=lambda mesh: min(mesh.shape.values()))
+    matrix = kill_matrix(factory, mesh, batches=batches, steps=arguments.steps)
+    shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    console.print(f"\nMutations on mesh ({shape}):\n{matrix}", markup=False)
+    return 0 if certificate.ok and matrix.ok else 1
+
+
+def _proved(config: Config) -> Config:
+    """The config in float32 and with dropout, whose noise must not depend on the mesh either."""
+    model = dataclasses.replace(config.model, dropout=config.model.dropout or _DROPOUT)
+    strategy = dataclasses.replace(config.strategy, precision="float32")
+    return dataclasses.replace(config, model=model, strategy=strategy)
+
+
+def _compiled(config: Config, mesh: Mesh) -> CompiledStep:
+    made = decoder_model(config.model)
+    return compile_step(
+        made.loss_fn,
+        config.optimizer.build(config.train.steps),
+        init=made.init,
+        batch=batch_shapes(config.data),
+        mesh=mesh,
+        strategy=config.strategy,
+    )
+
+
+def ragged_batches(config: Config, n: int = 2) -> list[dict[str, np.ndarray]]:
+    """Random tokens; the first half of the rows has no valid one, the rest valid ones at random."""
+    rng = np.random.default_rng(config.data.seed)
+    shape = (config.data.batch, config.data.length)
+
+    def one() -> dict[str, np.ndarray]:
+        tokens = rng.integers(0, config.model.vocab, (2, *shape), np.int32)
+        weights = (rng.random(shape) < rng.random((shape[0], 1))).astype(np.float32)
+        weights[: shape[0] // 2] = 0
+        weights[-1] = 1  # however few the rows, one is valid
+        return {"inputs": tokens[0], "targets": tokens[1], "weights": weights}
+
+    return [one() for _ in range(n)]
+
+
+def _meshes(arguments: argparse.Namespace, config: Config) -> list[Mesh]:
+    if arguments.mesh:
+        specs = [apply_overrides(config, [f"mesh={text}"]).mesh for text in arguments.mesh]
+    else:
+        shapes = mesh_shapes(len(jax.devices()), list(config.mesh.axes))
+        specs = [MeshSpec(**shape) for shape in shapes[:_MOST_MESHES]]
+    return [spec.build(devices=_first(spec)) for spec in specs]
+
+
+def _first(spec: MeshSpec) -> list[Any]:
+    return jax.devices() if -1 in spec.axes.values() else jax.devices()[: spec.size]
+
+
+def _legal(mesh: Mesh, factory: Any, console: Console) -> bool:
+    """Compiles the step for a mesh; what it cannot be laid out on is skipped, and said."""
+    try:
+        factory(mesh)
+    except ShardingError as error:
+        reason = "\n  ".join(str(error).splitlines())
+        console.print(f"Skipped: {reason}\n", markup=False)
+        return False
+    return True
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--mesh",
+        action="append",
+        default=[],
+        metavar="AXIS=SIZE,…",
+        help="a mesh to prove, e.g. --mesh data=2,tensor=4; may be repeated; by default every "
+        "shape of the config's axes that uses all devices",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=3, metavar="K", help="updates with the optimizer (3)"
+    )
+    parser.add_argument(
+        "--mutations",
+        action="store_true",
+        help="also inject known bugs, and show which check finds each",
+    )
+
+
+VERIFY = Command(
+    "verify",
+    "prove that the step gives the numbers of one device on every mesh",
+    _run,
+    _add_options,
+)

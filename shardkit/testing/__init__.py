@@ -1,0 +1,20 @@
+"""For the tests of research code: one device against a mesh, collectives, budgets, mutations."""
+
+from . import mutations
+from ._asserts import assert_collectives, assert_matches_one_device, assert_within
+from ._matrix import Killed, KillMatrix, kill_matrix
+from ._simulated import simulated_devices
+from .mutations import MUTATIONS, Mutation
+
+__all__ = [
+    "MUTATIONS",
+    "KillMatrix",
+    "Killed",
+    "Mutation",
+    "assert_collectives",
+    "assert_matches_one_device",
+    "assert_within",
+    "kill_matrix",
+    "mutations",
+    "simulated_devices",
+]

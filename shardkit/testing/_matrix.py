@@ -1,0 +1,145 @@
+"""The kill matrix: which check of the certificate finds which injected bug."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from .._errors import Problem, VerificationError, count, format_problems
+from ..step import CompiledStep
+from ..verify import Certificate, Row, Standard, StepFactory, made_up, one_device
+from ..verify._record import Trial
+from .mutations import MUTATIONS, Mutation
+
+
+@dataclasses.dataclass(frozen=True)
+class Killed:
+    """What became of one mutation.
+
+    Attributes:
+      mutation: the bug.
+      failed: rows of the certificate that failed.
+    """
+
+    mutation: Mutation
+    failed: tuple[Row, ...]
+
+    @property
+    def checks(self) -> tuple[str, ...]:
+        """Names of the checks that failed."""
+        return tuple(row.check for row in self.failed)
+
+    @property
+    def missed(self) -> tuple[str, ...]:
+        """Names of the checks that must find the bug and have not."""
+        return tuple(check for check in self.mutation.killed_by if check not in self.checks)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check that must find the bug has found it."""
+        return not self.missed
+
+
+@dataclasses.dataclass(frozen=True)
+class KillMatrix:
+    """The certificates of mutated steps, and of the step itself.
+
+    Attributes:
+      control: certificate of the step without a mutation, which must be ok.
+      rows: one per mutation.
+    """
+
+    control: Certificate
+    rows: tuple[Killed, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether the step itself passes and every mutation is found by its check."""
+        return self.control.ok and all(row.ok for row in self.rows)
+
+    def check(self) -> "KillMatrix":
+        """Returns the matrix itself if it is ok.
+
+        Raises:
+          VerificationError: the step itself fails, or with every mutation that survives.
+        """
+        self.control.check()
+        problems = [
+            Problem(row.mutation.name, f"{row.mutation.what}: {_survived(row)}", _FIX)
+            for row in self.rows
+            if not row.ok
+        ]
+        if problems:
+            found = f"{count(len(problems), 'mutation')} of {len(self.rows)} not killed."
+            raise VerificationError(format_problems(found, problems))
+        return self
+
+    def __str__(self) -> str:
+        """A table of at most 100 columns."""
+        verdict = "passes" if self.control.ok else "FAILS"
+        lines = [f"without a mutation: {verdict}"]
+        width = max((len(row.mutation.name) for row in self.rows), default=0)
+        for row in self.rows:
+            mark = "killed  " if row.ok else "SURVIVES"
+            must = row.mutation.killed_by
+            others = [check for check in row.checks if check not in must]
+            more = f" (also {', '.join(others)})" if others else ""
+            line = f"{row.mutation.name:<{width}}  {mark}  by {', '.join(must)}{more}"
+            lines.append(line if len(line) <= 100 else line[:98] + "…)")
+        killed = sum(row.ok for row in self.rows)
+        return "\n".join([*lines, f"{killed} of {len(self.rows)} mutations killed."])
+
+
+_FIX = "a mesh that splits batch and parameters, unequal weights and dropout in the batches"
+
+
+def kill_matrix(
+    step_factory: StepFactory,
+    mesh: Mesh,
+    *,
+    batches: Sequence[Any] | None = None,
+    steps: int = 3,
+    mutations: Sequence[Mutation] = MUTATIONS,
+) -> KillMatrix:
+    """Injects each mutation into the step and says which checks of the certificate find it.
+
+    The step is compiled with two micro-batches if it has one, so that lanes and their reduction
+    are there to be broken.
+
+    Args:
+      step_factory: compiles the step for a mesh, as for `sk.verify`. Its loss has no mutable state.
+      mesh: splits rows and some parameters; otherwise some mutations change nothing and survive.
+      batches: as for `sk.verify`; their rows of unequal weight, and the loss with dropout, or
+        the mutations of weights and keys survive.
+      steps: updates with the declared optimizer.
+      mutations: which to inject. Of the checks that take a compilation of their own, only those
+        that must find the bug are made.
+    """
+    one = step_factory(one_device(mesh))
+    trial = Trial(made_up(one) if batches is None else batches, steps, jax.random.key(0))
+    step = step_factory(mesh)
+    if step.declaration.accumulate.steps == 1:
+        step = step.replace(accumulate=2)
+    strategy = dataclasses.replace(
+        one.declaration.strategy, accumulate=step.declaration.strategy.accumulate
+    )
+    plain = dataclasses.replace(one.declaration, strategy=strategy)
+    standard = Standard(plain, one.mesh.devices.flat[0], trial)
+    control = Certificate(tuple(standard.rows(step)), standard.title)
+    return KillMatrix(control, tuple(_killed(standard, step, mutations)))
+
+
+def _killed(
+    standard: Standard, step: CompiledStep, mutations: Sequence[Mutation]
+) -> Iterator[Killed]:
+    for mutation in mutations:
+        with mutation.apply():
+            rows = standard.rows(step.replace(), mutation.killed_by)
+        yield Killed(mutation, tuple(row for row in rows if not row.ok))
+
+
+def _survived(row: Killed) -> str:
+    found = ", ".join(row.checks)
+    return f"not found by {', '.join(row.missed)}" + (f", only by {found}" if found else "")
