@@ -12,9 +12,10 @@ from .._errors import ShardkitError
 from ._command import Command, add_shared
 from ._explain import EXPLAIN
 from ._train import TRAIN
+from ._verify import VERIFY
 
 # The command line is closed: a command is added here and nowhere else.
-COMMANDS: tuple[Command, ...] = (TRAIN, EXPLAIN)
+COMMANDS: tuple[Command, ...] = (TRAIN, EXPLAIN, VERIFY)
 
 _FAILED, _REFUSED, _INTERRUPTED = 1, 2, 130
 
