@@ -4,7 +4,7 @@ import re
 from importlib.resources import files
 
 # Later scripts use what earlier ones define.
-_SCRIPTS = ("base", "head", "findings", "memory", "mesh", "layout", "leaves", "ledger", "main")
+_SCRIPTS = tuple("base table head findings memory mesh layout leaves ledger main".split())
 
 
 def page(json: str) -> str:

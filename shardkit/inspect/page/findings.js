@@ -1,0 +1,46 @@
+function draw_findings() {
+  const rows = report.findings;
+  const target = section("findings", "Findings", ["compiled"]);
+  if (!rows.length) return target.append(el("p", { class: "quiet" }, "None."));
+  const list = el("ol", { class: "findings" });
+  const more = el("button", { type: "button", class: "more", onclick: () => grow() });
+  let shown = 0;
+  function grow() {
+    list.append(...rows.slice(shown, shown + 40).map(finding));
+    shown = Math.min(rows.length, shown + 40);
+    more.hidden = shown === rows.length;
+    more.textContent = `Show more of the other ${integer(rows.length - shown)}`;
+  }
+  grow();
+  target.append(list, more);
+}
+
+function finding(one) {
+  const about = [one.leaf || one.scope, one.axes.length ? `over ${one.axes.join(", ")}` : ""];
+  const leaf = report.leaves.find((leaf) => `${leaf.part}/${leaf.path}` === one.leaf);
+  const shows = () => select_leaf(leaf, true);
+  return el("li", {},
+    el("div", { class: "line" }, el("strong", {}, one.kind.replaceAll("_", " ")),
+      el("span", { class: "about" }, about.filter(Boolean).join(" ")),
+      one.bytes ? el("span", { class: "bytes" }, bytes(one.bytes)) : "",
+      leaf ? el("button", { type: "button", class: "link", onclick: shows }, "Show its layout") : ""),
+    el("p", {}, one.why), copyable(one.fix));
+}
+
+function copyable(text) {
+  const code = el("code", {}, text);
+  const copy = async (event) => {
+    const button = event.currentTarget;
+    try {
+      await navigator.clipboard.writeText(text);
+      button.textContent = "Copied";
+    } catch {
+      // A browser that refuses the clipboard still lets the user copy a selection.
+      getSelection().selectAllChildren(code);
+      button.textContent = "Selected";
+    }
+    setTimeout(() => { button.textContent = "Copy"; }, 1500);
+  };
+  return el("div", { class: "fix" }, el("span", { class: "name" }, "Fix"), code,
+    el("button", { type: "button", "aria-label": "Copy the fix", onclick: copy }, "Copy"));
+}

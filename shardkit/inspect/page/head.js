@@ -1,0 +1,59 @@
+function problems() {
+  const counted = report.flops ? report.flops.problems : [];
+  return [...report.ledger.problems, ...report.memory.problems, ...counted];
+}
+
+function draw_incomplete() {
+  const found = problems();
+  const silent = !report.messages_complete;
+  if (!found.length && !silent) return;
+  const said = "The compiler's messages are not known: involuntary rematerializations may be missing.";
+  const rows = [...found.map((text) => el("li", {}, text)), silent ? el("li", {}, said) : null];
+  const target = document.getElementById("incomplete");
+  target.hidden = false;
+  target.append(el("h2", {}, "Incomplete"),
+    el("p", {}, "This could not be read. Totals that depend on it are lower bounds."),
+    el("ul", {}, rows.filter(Boolean)));
+}
+
+function draw_subject() {
+  const kind = report.device_kind || report.platform;
+  const mesh = report.mesh.map(([name, size]) => `${name}=${integer(size)}`).join(", ");
+  const simulated = report.platform === "cpu" ? ". Simulated devices say nothing about speed" : "";
+  document.getElementById("subject").textContent =
+    `One training step, compiled for ${plural(devices, "device")} of kind ${kind}, ` +
+    `mesh (${mesh})${simulated}. Nothing on this page was measured.`;
+  document.title = `shardkit report: ${kind}, ${mesh}`;
+}
+
+function figure(name, value, note, kind, warns = false) {
+  return el("div", { class: warns ? "figure warn" : "figure" },
+    el("div", { class: "name" }, name, label(kind)),
+    el("div", { class: "value" }, value), el("div", { class: "note" }, note));
+}
+
+function draw_figures() {
+  const { memory, flops, findings } = report;
+  const sent = sum(report.ledger.rows, (row) => row.wire_bytes);
+  const hidden = sum(report.ledger.rows.filter((row) => row.overlapped), (row) => row.wire_bytes);
+  const least = report.ledger.problems.length ? "at least " : "";
+  document.getElementById("figures").append(
+    figure("Memory per device", bytes(memory.total), fits(memory), "compiled", over(memory)),
+    figure("Sent per device and step", least + bytes(sent), `${bytes(hidden)} hidden behind compute`, "compiled"),
+    figure("Collectives", integer(report.ledger.rows.length), `over ${report.mesh.length} mesh axes`, "compiled"),
+    flops ? figure("FLOPs per step, all devices", si(flops.model),
+      flops.recompute ? `${percent(flops.recompute, flops.model)} more recomputed` : "nothing recomputed",
+      "traced") : "",
+    figure("Findings", integer(findings.length), findings.length ? `${bytes(findings[0].bytes)} in the largest` :
+      "nothing to mend", "compiled", findings.length > 0));
+}
+
+const over = (memory) => memory.capacity !== null && memory.total !== null && memory.total > memory.capacity;
+
+function fits(memory) {
+  if (memory.capacity === null) return "capacity of the device is unknown";
+  if (memory.total === null) return `of ${bytes(memory.capacity)}`;
+  const left = memory.capacity - memory.total;
+  return left < 0 ? `does not fit: ${bytes(-left)} too much for ${bytes(memory.capacity)}`
+    : `fits: ${bytes(left)} left of ${bytes(memory.capacity)}`;
+}

@@ -1,0 +1,9 @@
+draw_subject();
+draw_incomplete();
+draw_figures();
+draw_findings();
+draw_memory();
+draw_traffic();
+draw_leaves();
+draw_ledger();
+draw_flops();
