@@ -71,6 +71,8 @@ def _run_in_child(item: pytest.Item, n: int) -> None:
         "-p",
         "no:cacheprovider",
     ]
+    if not item.config.pluginmanager.hasplugin("shardkit"):
+        args += ["-p", __name__]  # loaded by name here, as from a checkout that is not installed
     if item.config.pluginmanager.hasplugin("xdist"):
         args += ["-n", "0"]
     root = str(item.config.rootpath)

@@ -125,12 +125,11 @@ def _moments_replicated(follow_params: Any) -> Any:
     )
 
 
-def _parameter_replicated(collect: Any) -> Any:
+def _first_replicated(collect: Any) -> Any:
     def wrong(rule: Any, leaves: Any, mesh: Any, *, what: str) -> Any:
         specs, problems = collect(rule, leaves, mesh, what=what)
         split = [path for path, spec in specs.items() if spec != PartitionSpec()]
-        changed = {split[0]: PartitionSpec()} if what == "parameters" and split else {}
-        return {**specs, **changed}, problems
+        return {**specs, **dict.fromkeys(split[:1], PartitionSpec())}, problems
 
     return wrong
 
@@ -228,9 +227,9 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "wrong spec",
-        "one split parameter is whole on every device",
+        "the first split leaf is whole on every device",
         ("layout",),
-        ((_STEP + "_layout.collect", _parameter_replicated),),
+        ((_STEP + "_layout.collect", _first_replicated),),
     ),
     Mutation(
         "update made twice",

@@ -1,0 +1,163 @@
+"""Every check of the certificate finds the bug that it is there for."""
+
+import pkgutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from shardkit._errors import BudgetError, VerificationError
+from shardkit._types import Mean
+from shardkit.inspect import Budget
+from shardkit.mesh import MeshSpec
+from shardkit.parallel import Strategy
+from shardkit.rules import PathRules
+from shardkit.step import compile_step
+from shardkit.testing import (
+    MUTATIONS,
+    KillMatrix,
+    assert_collectives,
+    assert_matches_one_device,
+    assert_within,
+    kill_matrix,
+)
+from shardkit.testing._matrix import Killed
+from shardkit.verify import Certificate, Row
+
+MESH = MeshSpec(data=2, tensor=2)
+BY_NAME = {mutation.name: mutation for mutation in MUTATIONS}
+FAST = ("psum dropped", "key not folded", "wrong spec")
+
+
+def loss_fn(params, batch, key):
+    h = jax.nn.relu(batch["x"] @ params["up"])
+    h = jnp.where(jax.random.bernoulli(key, 0.8, h.shape), h, 0)
+    weight = batch["w"].sum()
+    total = jnp.sum(batch["w"] * jnp.mean((h @ params["down"] - batch["x"]) ** 2, axis=-1))
+    return Mean(total, weight), {"size": Mean(jnp.sum(batch["w"] * h.mean(-1)), weight)}
+
+
+def init(key):
+    up, down = jax.random.split(key)
+    return {"up": jax.random.normal(up, (4, 8)), "down": jax.random.normal(down, (8, 4))}
+
+
+def batches():
+    rng = np.random.default_rng(0)
+    w = np.array([0, 0, 0, 0, 1, 1, 0, 1], np.float32)
+    return [{"x": rng.standard_normal((8, 4), np.float32), "w": w} for _ in range(2)]
+
+
+def factory(mesh):
+    return compile_step(
+        loss_fn,
+        optax.adamw(1e-2),
+        init=init,
+        batch=batches()[0],
+        mesh=mesh,
+        strategy=Strategy(
+            params=PathRules({"up": P(None, "tensor"), "down": P("tensor")}),
+            batch=P("data"),
+            accumulate=2,
+        ),
+    )
+
+
+def mesh():
+    return MESH.build(devices=jax.devices()[:4])
+
+
+@pytest.fixture(scope="module")
+def matrix():
+    chosen = [BY_NAME[name] for name in FAST]
+    return kill_matrix(factory, mesh(), batches=batches(), steps=2, mutations=chosen)
+
+
+def test_the_step_itself_passes(matrix):
+    matrix.control.check()
+
+
+@pytest.mark.parametrize("at", range(len(FAST)), ids=FAST)
+def test_bugs_are_found_by_their_check(matrix, at):
+    killed = matrix.rows[at]
+    assert killed.missed == ()
+    assert killed.ok
+
+
+def test_the_matrix_reads_well(matrix):
+    text = str(matrix)
+    assert "without a mutation: passes" in text
+    assert "psum dropped    killed    by gradients, copies" in text
+    assert text.endswith("3 of 3 mutations killed.")
+    assert max(map(len, text.splitlines())) <= 100
+    assert matrix.check() is matrix
+
+
+@pytest.mark.slow
+def test_every_mutation_is_killed():
+    matrix = kill_matrix(factory, mesh(), batches=batches()).check()
+    assert [row.mutation for row in matrix.rows] == list(MUTATIONS)
+
+
+def test_every_check_has_a_mutation_that_only_a_working_check_kills(matrix):
+    killers = {check for mutation in MUTATIONS for check in mutation.killed_by}
+    assert killers == {row.check for row in matrix.control.rows}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=[one.name for one in MUTATIONS])
+def test_seams_exist_and_are_restored(mutation):
+    before = [pkgutil.resolve_name(path) for path, _ in mutation.seams]
+    with mutation.apply():
+        inside = [pkgutil.resolve_name(path) for path, _ in mutation.seams]
+    after = [pkgutil.resolve_name(path) for path, _ in mutation.seams]
+    assert all(a is not b for a, b in zip(before, inside, strict=True))
+    assert all(a is b for a, b in zip(before, after, strict=True))
+
+
+def test_a_survivor_is_an_error():
+    passed = Certificate((Row("m", "loss", "loss", 0.0, 0.0, 1.0),), "")
+    found = (Row("m", "loss", "loss", 2.0, 0.0, 1.0),)
+    matrix = KillMatrix(passed, (Killed(BY_NAME["wrong spec"], found),))
+    assert "wrong spec  SURVIVES  by layout (also loss)" in str(matrix)
+    with pytest.raises(VerificationError) as raised:
+        matrix.check()
+    message = str(raised.value)
+    assert message.startswith("1 mutation of 1 not killed.")
+    assert "not found by layout, only by loss" in message
+    assert "Fix: a mesh that splits batch and parameters" in message
+
+
+def test_a_step_that_fails_without_a_mutation_proves_nothing():
+    failed = Certificate((Row("m", "loss", "loss", 2.0, 0.0, 1.0),), "")
+    matrix = KillMatrix(failed, ())
+    assert not matrix.ok
+    with pytest.raises(VerificationError, match="1 check failed on 1 of 1 meshes"):
+        matrix.check()
+
+
+def test_assert_matches_one_device_fails_on_a_bug():
+    small = MeshSpec(data=2, tensor=1)
+    with BY_NAME["weights ignored"].apply(), pytest.raises(VerificationError, match="loss is off"):
+        assert_matches_one_device(factory, small, batches=batches(), steps=1)
+
+
+def test_assertions_on_the_compiled_step():
+    report = factory(mesh()).report()
+    assert_collectives(report, {"all-to-all": 0, ("data", "all-reduce"): _count(report)})
+    with pytest.raises(BudgetError) as raised:
+        assert_collectives(report, {"all-reduce": 0, "all-to-all": 3})
+    message = str(raised.value)
+    assert "2 numbers not as expected in the step compiled for mesh (data=2, tensor=2)." in message
+    assert "collectives['all-reduce']  0 expected," in message
+    assert "collectives['all-to-all']  3 expected, 0 found" in message
+    assert "Fix:" in message
+    assert_within(report, Budget(reductions_per_step={"data": 1}))
+    with pytest.raises(BudgetError):
+        assert_within(report, Budget(memory_bytes=1))
+
+
+def _count(report):
+    return sum(row.trips or 1 for row in report.ledger.where("data", "all-reduce"))
