@@ -9,6 +9,7 @@ from ._memory import Memory
 from ._minimum import Minimum
 from ._program import CompiledBytes, Declared, Placed, Program, explained_by
 from ._report import Report
+from ._timeline import Segment, Timeline, model_time
 
 __all__ = [
     "FINDINGS",
@@ -24,10 +25,13 @@ __all__ = [
     "Program",
     "Report",
     "Row",
+    "Segment",
+    "Timeline",
     "check",
     "compare",
     "count_flops",
     "explained_by",
+    "model_time",
     "read_ledger",
     "wire_bytes",
 ]

@@ -12,6 +12,7 @@ from ._layouts import Layout
 from ._ledger import Ledger, Row
 from ._memory import Memory
 from ._minimum import Minimum
+from ._timeline import Timeline
 
 if TYPE_CHECKING:
     from ._report import Report
@@ -34,6 +35,7 @@ def write(report: "Report", indent: int | None = 1) -> str:
         "minima": [_plain(one) for one in report.minima],
         "reductions": dict(report.reductions),
         "leaves": [_plain(leaf) for leaf in report.leaves],
+        "timeline": dataclasses.asdict(report.timeline) if report.timeline else None,
     }
     return json.dumps({"schema": _SCHEMA, "version": _VERSION, **fields}, indent=indent)
 
@@ -51,6 +53,7 @@ def read(text: str) -> dict[str, Any]:
     if flops is not None:
         by_scope = {(scope, phase): n for scope, phase, n in flops["by_scope"]}
         flops = _made(Flops, {**flops, "by_scope": by_scope})
+    timeline = fields.get("timeline")
     return fields | {
         "mesh": mesh,
         "ledger": Ledger(rows, mesh, tuple(ledger["problems"])),
@@ -59,8 +62,9 @@ def read(text: str) -> dict[str, Any]:
         "findings": tuple(_made(Finding, one) for one in fields["findings"]),
         "minima": tuple(_made(Minimum, one) for one in fields["minima"]),
         "advice": tuple(fields["advice"]),
-        # Reports of the same version were written before leaves were part of them.
+        # Reports of the same version were written before leaves and timeline were part of them.
         "leaves": tuple(_made(Layout, one) for one in fields.get("leaves", ())),
+        "timeline": Timeline.from_plain(timeline) if timeline else None,
     }
 
 

@@ -191,6 +191,7 @@ class Program:
         persistent cache, where the compiler says nothing.
       compiles: how often the step was compiled so far.
       declared: what the strategy explains.
+      dcn: mesh axes that cross slices, over the network between hosts.
     """
 
     hlo: str
@@ -204,6 +205,7 @@ class Program:
     log_complete: bool = True
     compiles: int = 1
     declared: Declared = dataclasses.field(default_factory=Declared)
+    dcn: tuple[str, ...] = ()
 
     @property
     def sizes(self) -> dict[str, int]:

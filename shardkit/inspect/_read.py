@@ -10,13 +10,15 @@ from ._memory import advice, read_memory
 from ._minimum import Minimum, minimum, wire_over
 from ._program import Program
 from ._reductions import reductions_per_step
+from ._timeline import model_time
 
 
-def read(program: Program) -> dict[str, Any]:
-    """Returns the fields of the `Report` of a compiled step."""
+def read(program: Program, chip: str | None = None) -> dict[str, Any]:
+    """Returns the fields of the `Report` of a compiled step, its time modelled for a chip."""
     sizes = program.sizes
     ledger = read_ledger(program.hlo, program.mesh)
     memory = read_memory(program)
+    flops = None if program.jaxpr is None else count_flops(program.jaxpr)
     rows_over = {axis for x in program.leaves if x.part == "batch" for axis in x.axes()}
     return {
         "mesh": program.mesh,
@@ -24,7 +26,7 @@ def read(program: Program) -> dict[str, Any]:
         "device_kind": program.device_kind,
         "ledger": ledger,
         "memory": memory,
-        "flops": None if program.jaxpr is None else count_flops(program.jaxpr),
+        "flops": flops,
         "findings": find_all(program, ledger),
         "minima": _minima(program, ledger),
         "reductions": {
@@ -36,6 +38,7 @@ def read(program: Program) -> dict[str, Any]:
         "advice": tuple(advice(memory, program.leaves, sizes)),
         "compiles": program.compiles,
         "messages_complete": program.log_complete,
+        "timeline": model_time(program, ledger, flops, chip),
     }
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ._memory import Memory
     from ._minimum import Minimum
     from ._program import Program
+    from ._timeline import Timeline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Report:
       advice: what would make a step that does not fit its device fit.
       compiles: how often the step was compiled.
       messages_complete: the compiler's messages are known, so that no finding is missing.
+      timeline: the modelled step time; None for a device of which nothing is known.
     """
 
     mesh: tuple[tuple[str, int], ...]
@@ -55,11 +57,21 @@ class Report:
     advice: tuple[str, ...] = ()
     compiles: int = 1
     messages_complete: bool = True
+    timeline: "Timeline | None" = None
 
     @classmethod
-    def of(cls, program: "Program") -> "Report":
-        """Reads a compiled step."""
-        return cls(**_read.read(program))
+    def of(cls, program: "Program", *, chip: str | None = None) -> "Report":
+        """Reads a compiled step.
+
+        Args:
+          program: the compiled step.
+          chip: name in `shardkit.hardware.CHIPS` for which its time is modelled; by default
+            that of the program's own device, and no time at all for simulated ones.
+
+        Raises:
+          ReportError: there is no such chip.
+        """
+        return cls(**_read.read(program, chip))
 
     @property
     def problems(self) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ._report import Report
 
 _WIDTH = 100
+_NO_TIME = "Time per step: not modelled, {} is not in the hardware table."
 _ROWS, _FINDINGS, _SCOPES = 12, 12, 8
 
 
@@ -33,6 +34,7 @@ def _parts(report: "Report") -> Iterator[RenderableType]:
     for problem in report.problems:
         yield Text(f"INCOMPLETE: {problem}", style="bold red")
     yield from _findings(report)
+    yield Text(f"\n{report.timeline or _NO_TIME.format(kind)}")
     yield _axes(report)
     yield _memory(report)
     yield from (Text(f"To fit: {text}") for text in report.advice)
