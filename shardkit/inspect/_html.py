@@ -4,7 +4,7 @@ import re
 from importlib.resources import files
 
 # Later scripts use what earlier ones define.
-_SCRIPTS = tuple("base table head findings memory mesh layout leaves ledger main".split())
+_SCRIPTS = tuple("base table head findings timeline memory mesh layout leaves ledger main".split())
 
 
 def page(json: str) -> str:

@@ -47,17 +47,18 @@ const LABELS = {
 const label = (kind) => el("span", { class: `label ${kind}`, title: LABELS[kind] }, kind);
 
 function section(id, title, labels, ...children) {
+  const short = title.split(" per ")[0];
   const heading = el("h2", { id: `${id}-title` }, title, labels.map(label));
   const made = el("section", { id, "aria-labelledby": `${id}-title` }, heading, children);
   document.querySelector("main").append(made);
-  document.querySelector("nav").append(el("a", { href: `#${id}` }, title));
+  document.querySelector("nav").append(el("a", { href: `#${id}` }, short));
   return made;
 }
 
 // A bar that is `part` of `whole` wide, with a tick where `mark` is.
 function bar(part, whole, kind = "", mark = null) {
   const width = (n) => `${Math.min(100, whole ? (100 * n) / whole : 0)}%`;
-  const fill = el("span", { class: "fill", style: { width: width(part) } });
-  const tick = mark === null ? null : el("span", { class: "tick", style: { left: width(mark) } });
+  const fill = part ? el("span", { class: "fill", style: { width: width(part) } }) : "";
+  const tick = mark === null ? "" : el("span", { class: "tick", style: { left: width(mark) } });
   return el("span", { class: `bar ${kind}`, "aria-hidden": "true" }, fill, tick);
 }

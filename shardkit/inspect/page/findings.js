@@ -5,13 +5,13 @@ function draw_findings() {
   const list = el("ol", { class: "findings" });
   const more = el("button", { type: "button", class: "more", onclick: () => grow() });
   let shown = 0;
-  function grow() {
-    list.append(...rows.slice(shown, shown + 40).map(finding));
-    shown = Math.min(rows.length, shown + 40);
+  function grow(step = 40) {
+    list.append(...rows.slice(shown, shown + step).map(finding));
+    shown = Math.min(rows.length, shown + step);
     more.hidden = shown === rows.length;
-    more.textContent = `Show more of the other ${integer(rows.length - shown)}`;
+    more.textContent = `Show ${integer(Math.min(40, rows.length - shown))} more of ${integer(rows.length - shown)}`;
   }
-  grow();
+  grow(6);
   target.append(list, more);
 }
 

@@ -37,15 +37,22 @@ function draw_figures() {
   const sent = sum(report.ledger.rows, (row) => row.wire_bytes);
   const hidden = sum(report.ledger.rows.filter((row) => row.overlapped), (row) => row.wire_bytes);
   const least = report.ledger.problems.length ? "at least " : "";
-  document.getElementById("figures").append(
+  document.getElementById("figures").append(figure_of_time(),
     figure("Memory per device", bytes(memory.total), fits(memory), "compiled", over(memory)),
-    figure("Sent per device and step", least + bytes(sent), `${bytes(hidden)} hidden behind compute`, "compiled"),
+    figure("Sent per step", least + bytes(sent), `by each device, ${bytes(hidden)} of it hidden`, "compiled"),
     figure("Collectives", integer(report.ledger.rows.length), `over ${report.mesh.length} mesh axes`, "compiled"),
-    flops ? figure("FLOPs per step, all devices", si(flops.model),
-      flops.recompute ? `${percent(flops.recompute, flops.model)} more recomputed` : "nothing recomputed",
+    flops ? figure("FLOPs per step", si(flops.model),
+      flops.recompute ? `all devices, ${percent(flops.recompute, flops.model)} more recomputed` : "all devices, none recomputed",
       "traced") : "",
     figure("Findings", integer(findings.length), findings.length ? `${bytes(findings[0].bytes)} in the largest` :
       "nothing to mend", "compiled", findings.length > 0));
+}
+
+function figure_of_time() {
+  const { timeline } = report;
+  if (!timeline) return "";
+  const time = timeline.source === "schedule" ? seconds(timeline.high) : `≥ ${seconds(timeline.low)}`;
+  return figure("Step time", time, `on ${timeline.chip}${mfu(timeline)}`, "modelled");
 }
 
 const over = (memory) => memory.capacity !== null && memory.total !== null && memory.total > memory.capacity;

@@ -31,7 +31,7 @@ function leaf_list(shown) {
     { title: "split over", value: spec_text, show: (leaf) => el("span", { class: warns(leaf) ? "warn" : whole(leaf) ? "quiet" : "" }, spec_text(leaf)) },
     held,
     { title: "copies", value: copies, number: true, show: (leaf) => integer(copies(leaf)), hint: "Devices that hold the same shard" },
-  ], { caption: "Arrays of the step's input", empty: "No array is like that.",
+  ], { caption: "Arrays of the step's input", sort: held, empty: "No array is like that.",
     row: (leaf) => ({ class: leaf === selected ? "selected" : "" }) });
 
   function leaf_button(leaf) {

@@ -3,9 +3,9 @@ function draw_traffic() {
   const wires = new Map(report.mesh.map(([axis]) => [axis, rows.filter((row) => row.axes.includes(axis))]));
   const minima = new Map(report.minima.map((one) => [one.axis, one]));
   const axes = report.mesh.map(([axis, size]) => {
-    const wire = sum(wires.get(axis), (row) => row.wire_bytes);
     const hidden = sum(wires.get(axis).filter((row) => row.overlapped), (row) => row.wire_bytes);
     const least = minima.get(axis);
+    const wire = least ? least.wire : sum(wires.get(axis), (row) => row.wire_bytes);
     return { axis, size, rows: wires.get(axis).length, wire, hidden, kind: least ? least.kind : "",
       least: least ? least.bytes : null, ratio: least && least.bytes ? least.wire / least.bytes : null,
       reductions: report.reductions[axis] ?? null };
@@ -33,13 +33,14 @@ function draw_traffic() {
 
 const ratio = (one) => (one.ratio === null ? "" : el("span", { class: one.ratio > 1.1 ? "warn" : "" }, one.ratio.toFixed(2)));
 
-// A collective over two axes counts for both of them above, so the sum stands here.
+// Above, a collective over several axes is in several rows; here it is in one.
 function by_sets(rows) {
   const sets = new Map();
   for (const row of rows) sets.set(joined(row.axes), (sets.get(joined(row.axes)) ?? 0) + row.wire_bytes);
   if (!rows.some((row) => row.axes.length > 1)) return "";
   const parts = [...sets].sort((a, b) => b[1] - a[1]).map(([axes, n]) => `${axes} ${bytes(n)}`);
-  return el("p", { class: "quiet" }, `A collective over several axes counts for each. By the exact set of axes: ${parts.join("; ")}.`);
+  return el("p", { class: "quiet" }, "Of a collective over several axes, an axis with a minimum has its own share, any other the whole. " +
+    `By the exact set of axes: ${parts.join("; ")}.`);
 }
 
 function draw_ledger() {

@@ -2,6 +2,7 @@ draw_subject();
 draw_incomplete();
 draw_figures();
 draw_findings();
+draw_timeline();
 draw_memory();
 draw_traffic();
 draw_leaves();

@@ -13,16 +13,16 @@ function draw_memory() {
   const { memory } = report;
   const held = CLASSES.map(([name, title]) => ({ name, title, bytes: memory[name] }));
   const scale = Math.max(memory.total ?? 0, ...held.map((one) => one.bytes ?? 0));
+  const all = sum(held, (one) => one.bytes ?? 0);
+  const apart = memory.total !== null && all > memory.total;
+  const share = (one) => (apart ? "" : percent(one.bytes ?? 0, all));
   const rows = held.map((one) => el("div", { class: "held", role: "row" },
     el("span", { role: "rowheader" }, one.title), bar(one.bytes ?? 0, scale, one.name),
     el("span", { class: "number", role: "cell" }, bytes(one.bytes)),
-    el("span", { class: "number quiet", role: "cell" }, percent(one.bytes ?? 0, memory.total ?? 0))));
-  const all = sum(held, (one) => one.bytes ?? 0);
-  const apart = memory.total !== null && Math.abs(all - memory.total) > 0.001 * memory.total
-    ? `The classes add up to ${bytes(all)}; the compiler's peak is lower where not all of them are alive at once.` : "";
+    el("span", { class: "number quiet", role: "cell" }, share(one))));
   section("memory", "Memory per device", ["compiled"], against_capacity(memory),
     el("div", { class: "memory", role: "table", "aria-label": "Bytes per device by class" }, rows),
-    apart ? el("p", { class: "quiet" }, apart) : "",
+    apart ? el("p", { class: "quiet" }, `The classes add up to ${bytes(all)}: not all of them are alive at once.`) : "",
     report.advice.length ? el("div", {}, el("h3", {}, "To fit"),
       el("ul", {}, report.advice.map((text) => el("li", {}, text)))) : "");
 }
