@@ -213,6 +213,8 @@ def _guesses(played: Played) -> tuple[str, ...]:
 
 
 def _unknown(played: Played) -> tuple[str, ...]:
+    if not played.estimated:
+        return ("the compiler gives no estimates: only traffic with the memory counts",)
     if not played.kernels:
         return ()
     number, names = sum(played.kernels.values()), _named(played.kernels)

@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
 from .._constrain import LANES
 from .._tree import Leaf, leaves, path_str, short_dtype
@@ -35,6 +37,17 @@ def inspected(declaration: Declaration, layout: Layout, made: Executable) -> Pro
         log=made.messages,
         log_complete=made.messages_complete,
         declared=_declared(declaration, layout, made.jaxpr),
+        dcn=_dcn(mesh),
+    )
+
+
+def _dcn(mesh: Mesh) -> tuple[str, ...]:
+    """Mesh axes along which a TPU's slice changes; a GPU's network shows in the mesh's order."""
+    if mesh.devices.flat[0].platform != "tpu":
+        return ()
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    return tuple(
+        axis for dim, axis in enumerate(mesh.axis_names) if np.diff(slices, axis=dim).any()
     )
 
 
