@@ -42,10 +42,9 @@ def inspected(declaration: Declaration, layout: Layout, made: Executable) -> Pro
 
 
 def _dcn(mesh: Mesh) -> tuple[str, ...]:
-    """Mesh axes along which a TPU's slice changes; a GPU's network shows in the mesh's order."""
-    if mesh.devices.flat[0].platform != "tpu":
-        return ()
-    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    """Mesh axes along which the slice changes."""
+    # `slice_index` exists only on devices that know of slices.
+    slices = np.vectorize(lambda device: getattr(device, "slice_index", 0))(mesh.devices)
     return tuple(
         axis for dim, axis in enumerate(mesh.axis_names) if np.diff(slices, axis=dim).any()
     )
