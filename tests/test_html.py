@@ -7,11 +7,17 @@ import re
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from shardkit.inspect import Finding, Ledger, Memory, Report, Row
-from shardkit.inspect._flops import Flops
-from shardkit.inspect._layouts import Layout
+from shardkit._tree import Leaf
+from shardkit.inspect import Finding, Flops, Ledger, Memory, Placed, Program, Report, Row
+from shardkit.inspect._layouts import Layout, layouts
+from shardkit.inspect._timeline import Segment, Timeline
+
+from ._programs import make_mesh
 
 EVIL = "w<script>alert(1)</script>&\"'{{style}}\u2028"
 NODE = shutil.which("node")
@@ -126,20 +132,42 @@ def test_unmeant_copies_are_marked_and_meant_ones_are_not():
     assert shown(report(leaves=meant), marked, "nav").strip() == "0 marked"
 
 
-def test_devices_hold_the_shards_of_the_spec():
-    leaf = Layout("params", "w", (16, 8), "f32", None, (("tensor", "data"), ()), (2, 8), 64, False)
+@pytest.mark.parametrize(
+    "spec",
+    [
+        P(("tensor", "data"), None, "pipe"),
+        P("pipe", "tensor", "data"),
+        P(None, ("data", "pipe", "tensor")),
+        P("data"),
+    ],
+    ids=str,
+)
+def test_every_device_holds_what_jax_puts_there(spec):
+    sizes, shape = {"data": 2, "pipe": 2, "tensor": 2}, (8, 24, 4)
+    mesh = make_mesh(**sizes)
+    placed = Placed("params", Leaf("w", shape, np.dtype("float32")), spec)
+    (leaf,) = layouts(Program("", tuple(sizes.items()), "cpu", leaves=(placed,)))
     after = """
     const held = body.querySelectorAll("button.device").map((node) => node.dataset.text);
     body.querySelector("nav").textContent = held.join("\\n");
     """
-    held = shown(report(leaves=(leaf,)), after, "nav").splitlines()
-    expected = [
-        f"Device {4 * data + tensor} (data {data}, tensor {tensor}) holds "
-        f"shard {2 * tensor + data}, [{4 * tensor + 2 * data}:{4 * tensor + 2 * data + 2}, :]"
-        for data in range(2)
-        for tensor in range(4)
+    made = report(mesh=tuple(sizes.items()), leaves=(leaf,), rows=[], findings=())
+    said = [
+        re.findall(r"Device (\d+) .*\[(.*)\]", line)
+        for line in shown(made, after, "nav").split("\n")
     ]
-    assert held == expected
+    held = {int(number): text for ((number, text),) in filter(None, said)}
+    truth = NamedSharding(mesh, spec).devices_indices_map(shape)
+    assert held == {device.id: written(truth[device], shape) for device in mesh.devices.flat}
+
+
+def written(index, shape):
+    """An index of slices as numpy users write it."""
+    whole = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
+    return ", ".join(
+        ":" if (start, stop) == (0, size) else f"{start}:{stop}"
+        for (start, stop), size in zip(whole, shape, strict=True)
+    )
 
 
 def test_a_pod_is_abbreviated():
@@ -151,7 +179,7 @@ def test_a_pod_is_abbreviated():
     """
     text = shown(report(mesh=pod, leaves=(leaf,), rows=[]), after, "nav")
     number, last = text.strip().split(" ", 1)
-    assert int(number) < 250
+    assert int(number) < 150
     expected = "Device 6,143 (pipe 3, fsdp 383, tensor 3) holds shard 1,535, [766:768, 6:8]"
     assert last == expected
 
@@ -188,3 +216,49 @@ def test_a_row_opens_its_details():
 
 def test_a_device_of_unknown_speed_has_no_time():
     assert "No time is modelled" in shown(report())
+
+
+def timeline(**changes):
+    segments = (
+        Segment("forward", "mlp", "compute", (), 2e-3, 2e-3),
+        Segment("backward", "mlp", "communication", ("data",), 1e-3, 0.25e-3),
+    )
+    plain = {
+        "chip": "v5p", "source": "schedule", "compute": 2e-3, "products": 1e-3, "memory": None,
+        "communication": {"data": 1e-3}, "exposed": 0.25e-3, "low": 2.25e-3, "high": 2.25e-3,
+        "mfu": 0.4, "best_mfu": 0.4, "segments": segments, "assumptions": (f"assumed {EVIL}",),
+    }  # fmt: skip
+    return Timeline(**plain | changes)
+
+
+def test_a_schedule_shows_what_nothing_hides():
+    text = shown(report(timeline=timeline()))
+    assert "2.25 ms| on v5p, from the compiler's schedule: 2 ms of compute" in text
+    assert "250 µs of communication that nothing hides; MFU 40.0 %" in text
+    assert "Communication over: data 1 ms (250 µs exposed)" in text
+    assert f"assumed {EVIL}" in text
+
+
+def test_blocks_are_as_wide_as_their_share_of_the_step():
+    after = """
+    const drawn = find("timeline").querySelectorAll(".track").flatMap((one) => one.children);
+    body.querySelector("nav").textContent = drawn.filter((one) => one.styles.width)
+      .map((one) => [one.attributes.class, one.styles.left, one.styles.width].join(" ")).join(", ");
+    """
+    drawn = shown(report(timeline=timeline()), after, "nav").strip()
+    blocks = {kind: (left, width) for _, kind, left, width in map(str.split, drawn.split(", "))}
+    # Of 2.25 ms the product takes 2, and 0.75 of the reduction lie under its end.
+    ends = {kind: [float(x[:-1]) * 2.25e-2 for x in at] for kind, at in blocks.items()}
+    assert ends["forward"] == pytest.approx([0, 2])
+    assert ends["hides"] == pytest.approx([1.25, 0.75])
+    assert ends["exposed"] == pytest.approx([2, 0.25])
+
+
+def test_a_roofline_shows_both_its_ends_and_what_it_lacks():
+    made = timeline(
+        source="roofline", memory=3e-3, low=3e-3, high=6e-3, best_mfu=0.8, problems=("loop x",)
+    )
+    text = shown(report(timeline=made))
+    assert "3 ms to 6 ms| on v5p, as a roofline" in text
+    assert "MFU 40.0 % to 80.0 %" in text
+    assert "Lower bound: loop x" in text

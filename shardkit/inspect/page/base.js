@@ -44,6 +44,10 @@ const LABELS = {
   modelled: "Computed from a model of the hardware or a textbook formula. Nothing was run.",
   traced: "Counted in the program as JAX traced it, before compilation. Nothing was run.",
 };
+// Stands before and beside totals that something unread would have made larger.
+const least = (problems) => (problems.length ? "at least " : "");
+const bound = (problems) => (problems.length ? el("p", { class: "warn" }, "Incomplete: these are lower bounds.") : "");
+
 const label = (kind) => el("span", { class: `label ${kind}`, title: LABELS[kind] }, kind);
 
 function section(id, title, labels, ...children) {

@@ -36,12 +36,11 @@ function draw_figures() {
   const { memory, flops, findings } = report;
   const sent = sum(report.ledger.rows, (row) => row.wire_bytes);
   const hidden = sum(report.ledger.rows.filter((row) => row.overlapped), (row) => row.wire_bytes);
-  const least = report.ledger.problems.length ? "at least " : "";
   document.getElementById("figures").append(figure_of_time(),
-    figure("Memory per device", bytes(memory.total), fits(memory), "compiled", over(memory)),
-    figure("Sent per step", least + bytes(sent), `by each device, ${bytes(hidden)} of it hidden`, "compiled"),
+    figure("Device memory", bytes(memory.total), fits(memory), "compiled", over(memory)),
+    figure("Sent per step", least(report.ledger.problems) + bytes(sent), `by each device, ${bytes(hidden)} of it hidden`, "compiled"),
     figure("Collectives", integer(report.ledger.rows.length), `over ${report.mesh.length} mesh axes`, "compiled"),
-    flops ? figure("FLOPs per step", si(flops.model),
+    flops ? figure("FLOPs per step", least(flops.problems) + si(flops.model),
       flops.recompute ? `all devices, ${percent(flops.recompute, flops.model)} more recomputed` : "all devices, none recomputed",
       "traced") : "",
     figure("Findings", integer(findings.length), findings.length ? `${bytes(findings[0].bytes)} in the largest` :

@@ -34,7 +34,7 @@ function draw_layout(leaf) {
       draw_grid((button, place) => paint(leaf, button, place))));
   point(drawing, said, leaf);
   return el("div", {}, el("h3", { class: "path" }, `${leaf.part}/${leaf.path} `, el("span", { class: "quiet" }, type(leaf))),
-    el("p", {}, summary(leaf)), dims_table(leaf), drawing, said);
+    el("p", {}, summary(leaf)), dims_table(leaf), said, drawing);
 }
 
 function summary(leaf) {
@@ -49,11 +49,12 @@ function summary(leaf) {
 function dims_table(leaf) {
   if (!leaf.shape.length) return "";
   const rows = leaf.shape.map((size, dim) => el("tr", {}, el("th", { scope: "row" }, String(dim)),
-    el("td", {}, leaf.names?.[dim] ?? ""), el("td", { class: "number" }, integer(size)),
+    leaf.names ? el("td", {}, leaf.names[dim] ?? "") : "", el("td", { class: "number" }, integer(size)),
     el("td", {}, leaf.spec[dim].length ? leaf.spec[dim].map((axis) => `${axis} (${integer(sizes.get(axis))})`).join(" × ") : "whole"),
     el("td", { class: "number" }, integer(leaf.shard[dim]))));
-  const head = ["dim", "name", "size", "split over", "on each device"].map((title, i) =>
-    el("th", { scope: "col", class: i === 2 || i === 4 ? "number" : "" }, title));
+  const titles = ["dim", ...(leaf.names ? ["name"] : []), "size", "split over", "on each device"];
+  const head = titles.map((title) =>
+    el("th", { scope: "col", class: /size|device/.test(title) ? "number" : "" }, title));
   return el("table", { class: "dims" }, el("thead", {}, el("tr", {}, head)), el("tbody", {}, rows));
 }
 

@@ -60,7 +60,7 @@ function leaf_list(shown) {
   }
   redraw();
   return el("div", { class: "list" }, el("div", { class: "filters" }, filters.part.node, filters.text.node,
-    el("label", { class: "check" }, only, "replicated, unmeant")), said, made.node);
+    el("label", { class: "check" }, only, "only unmeant copies")), said, made.node);
 }
 
 function spec_text(leaf) {

@@ -28,7 +28,7 @@ function draw_traffic() {
   made.fill(axes);
   section("traffic", "Sent per device and step", ["compiled", "modelled"],
     el("p", { class: "quiet" }, "What one device sends on a ring, in every collective that spans the axis, is compiled; the minimum is a textbook formula."),
-    made.node, by_sets(rows));
+    bound(report.ledger.problems), made.node, by_sets(rows));
 }
 
 const ratio = (one) => (one.ratio === null ? "" : el("span", { class: one.ratio > 1.1 ? "warn" : "" }, one.ratio.toFixed(2)));
@@ -71,7 +71,7 @@ function draw_ledger() {
   function redraw() {
     const kept = rows.filter((row) => matches(row, filters));
     said.textContent = `${integer(kept.length)} of ${plural(rows.length, "collective")}, ` +
-      `${bytes(sum(kept, (row) => row.wire_bytes))} of ${bytes(total)} sent`;
+      `${bytes(sum(kept, (row) => row.wire_bytes))} of ${least(report.ledger.problems)}${bytes(total)} sent`;
     made.fill(kept);
   }
   section("ledger", "Ledger", ["compiled"],
@@ -113,5 +113,5 @@ function draw_flops() {
     { title: "", value: (row) => row.n, show: (row) => bar(row.n, largest, row.phase === "recompute" ? "again" : "flops"), hint: "Sort by FLOPs" },
   ], { caption: "FLOPs by scope and phase", sort: number });
   made.fill(rows);
-  target.append(el("p", {}, `${si(flops.model)} model FLOPs, ${si(flops.recompute)} recomputed; products only, two per multiply-add.`), made.node);
+  target.append(bound(flops.problems), el("p", {}, `${si(flops.model)} model FLOPs, ${si(flops.recompute)} recomputed; products only, two per multiply-add.`), made.node);
 }

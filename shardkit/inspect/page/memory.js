@@ -20,7 +20,7 @@ function draw_memory() {
     el("span", { role: "rowheader" }, one.title), bar(one.bytes ?? 0, scale, one.name),
     el("span", { class: "number", role: "cell" }, bytes(one.bytes)),
     el("span", { class: "number quiet", role: "cell" }, share(one))));
-  section("memory", "Memory per device", ["compiled"], against_capacity(memory),
+  section("memory", "Memory per device", ["compiled"], bound(memory.problems), against_capacity(memory),
     el("div", { class: "memory", role: "table", "aria-label": "Bytes per device by class" }, rows),
     apart ? el("p", { class: "quiet" }, `The classes add up to ${bytes(all)}: not all of them are alive at once.`) : "",
     report.advice.length ? el("div", {}, el("h3", {}, "To fit"),

@@ -1,10 +1,10 @@
 // How many places of an axis are drawn before the middle is left out.
-const LIMITS = { column: 16, row: 8, panel: 3 };
+const LIMITS = { column: 16, row: 8, panel: 4 };
 
 // Places of an axis to draw; null stands for those left out.
 function places(size, limit) {
   const all = [...Array(size).keys()];
-  return size <= limit ? all : [...all.slice(0, limit - 2), null, size - 1];
+  return size <= limit ? all : [...all.slice(0, limit / 2), null, size - 1];
 }
 
 // Which axes run across, down and over panels. A long axis runs across: pages are wide.
@@ -20,7 +20,7 @@ function arranged() {
 function draw_grid(paint) {
   const { down, across, panels } = arranged();
   const grids = panel_places(panels).map((fixed) => fixed === null
-    ? el("div", { class: "gap panel" }, "⋯")
+    ? el("div", { class: "gap between" }, "⋮")
     : el("figure", { class: "panel" }, panels.length ? el("figcaption", {}, place_text(fixed)) : "",
       grid(fixed, down, across, paint)));
   const made = el("div", { class: "mesh" }, grids);

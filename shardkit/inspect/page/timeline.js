@@ -12,8 +12,8 @@ function draw_timeline() {
   const { timeline } = report;
   const target = section("timeline", "Time per step", ["modelled"]);
   if (!timeline) {
-    const kind = report.device_kind || report.platform;
-    return target.append(el("p", { class: "quiet" }, `No time is modelled: the hardware table does not know the speed of a device of kind ${kind}.`));
+    const why = "No time is modelled: that needs a device whose speed the hardware table knows, and simulated ones have none.";
+    return target.append(el("p", { class: "quiet" }, why));
   }
   const scheduled = timeline.source === "schedule";
   target.append(step_time(timeline), scheduled ? lanes(timeline.segments) : ends(timeline), exposed(timeline),
