@@ -86,10 +86,7 @@ def format_bytes(n: float) -> str:
     ('1.50 KiB', '17 B')
     """
     for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if abs(n) >= 1024**power:
-            return (
-                f"{n / 1024**power:.3g} {unit}"
-                if n >= 100 * 1024**power
-                else (f"{n / 1024**power:.2f} {unit}")
-            )
+        size = n / 1024**power
+        if abs(size) >= 1:
+            return f"{size:.0f} {unit}" if abs(size) >= 100 else f"{size:.2f} {unit}"
     return f"{n:.0f} B"

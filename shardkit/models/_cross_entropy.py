@@ -79,12 +79,14 @@ def _summary_bwd(saved: tuple[Any, ...], grads: Summary) -> tuple[jax.Array, jax
         is_label = _is_label(logits, targets_BT, chunks, index)
         g_logits = g_lse * jnp.exp(logits - lse[..., None]) + jnp.where(is_label, g_label, 0)
         g_logits = constrain(g_logits.astype(hidden_BTE.dtype), "batch", "length", "vocab")
-        g_hidden = jnp.einsum("bts,es->bte", g_logits, table_ES, preferred_element_type=jnp.float32)
+        # One chunk's product is final, and travels in its own dtype; several are summed in f32.
+        wide = hidden_BTE.dtype if chunks == 1 else jnp.float32
+        g_hidden = jnp.einsum("bts,es->bte", g_logits, table_ES, preferred_element_type=wide)
         return g_hidden, weight_gradient(hidden_BTE, g_logits)
 
     if chunks == 1:
         g_hidden, g_table = products(kept, 0, table_CES[0])
-        return g_hidden.astype(hidden_BTE.dtype), g_table[None], None
+        return g_hidden, g_table[None], None
 
     def body(
         g_hidden: jax.Array, chunk: tuple[jax.Array, jax.Array]

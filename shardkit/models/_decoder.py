@@ -138,7 +138,11 @@ class Decoder(nnx.Module):
             return block(c, weights, x, by, segment_ids, layer_key), None
 
         with jax.named_scope("embedding"):
-            x = jnp.take(self.embedding[...], inputs, axis=0)
+            # Rows are looked up in a table that is whole along `embed`. Left to itself the
+            # partitioner moves activations between dims instead, in one program even whole.
+            table = constrain(self.embedding[...], "vocab", "embed")
+            # Whole along `length` first, so that the table's gradient is summed where its rows are.
+            x = constrain(jnp.take(table, inputs, axis=0), "batch", "length", "embed")
             x = constrain(x, "batch", "residual_length", "embed")
         with jax.named_scope("layers"):
             x, _ = jax.lax.scan(remat(body, scanned=True), x, (self.layers.weights(), keys))
