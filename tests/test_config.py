@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from shardkit._errors import ConfigError, MeshError
+from shardkit._errors import ConfigError, DataError, MeshError
 from shardkit.config import (
     Config,
     DataConfig,
@@ -156,6 +156,13 @@ def test_every_bad_override_is_in_one_message():
     assert "--set nonsense" in message
     assert "is not of the form path.to.field=value." in message
     assert "train.seed is 0 and has no fields of its own." in message
+
+
+def test_what_cannot_be_read_is_told_before_what_a_group_refuses():
+    message = refused("data.length=0", "mesh.tensor=0", "train.seed=x", "modle=1")
+    assert message.startswith("2 overrides cannot be applied.")
+    with pytest.raises(DataError, match=r"data\.length=0"):
+        apply_overrides(Config(), ["data.length=0", "mesh.tensor=0"])
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,15 @@ from shardkit.data import Corpus, DataConfig, Text
 from shardkit.mesh import MeshSpec
 from shardkit.models import SIZES
 from shardkit.parallel import strategies
-from shardkit.run import TrainConfig, held_out_bits, printable, run_steps, sample_bytes, train
+from shardkit.run import (
+    TrainConfig,
+    _loop,
+    held_out_bits,
+    printable,
+    run_steps,
+    sample_bytes,
+    train,
+)
 from shardkit.run._folder import MetricsFile, new_folder
 from shardkit.run._table import draw_mesh, layout_rows, total_row
 
@@ -123,6 +131,16 @@ def test_held_out_bits_weigh_every_byte_alike():
     assert bits != pytest.approx(np.mean(means) / math.log(2), rel=1e-3)
 
 
+def test_the_clock_leaves_out_the_first_step_and_what_is_no_step(monkeypatch):
+    now = iter([100.0, 102.0, 114.0])
+    monkeypatch.setattr(_loop.time, "perf_counter", lambda: next(now))
+    clock = _loop.Clock(steps=11, bytes_per_step=50)
+    assert clock.tick() == (None, None)
+    assert clock.tick() == (25.0, 18.0)
+    clock.pause(10.0)
+    assert clock.tick() == (25.0, 16.0)
+
+
 # --- files
 
 
@@ -205,6 +223,14 @@ def follow(params, row, at):
 def test_a_sample_continues_its_prompt_in_a_window_of_any_length(window):
     drawn = sample_bytes(follow, jnp.int32(1), 20, window, 1.0, jax.random.key(0), b"abc")
     assert drawn == bytes(range(100, 120))
+
+
+def test_a_full_window_moves_on_by_one_byte():
+    def skip(params, row, at):
+        return jnp.where(jnp.arange(256) == row[0, at - 1] + 2, 50.0, 0.0)
+
+    drawn = sample_bytes(skip, None, 20, 4, 1.0, jax.random.key(0), b"ab")
+    assert drawn == bytes(range(99, 119))
 
 
 def test_temperature_and_key_decide_what_is_drawn():

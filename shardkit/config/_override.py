@@ -4,10 +4,19 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from .._errors import ConfigError, Problem, count, did_you_mean, raise_all
+from .._errors import ConfigError, Problem, ShardkitError, count, did_you_mean, raise_all
 from ..mesh import MeshSpec
 from ._named import NAMED
 from ._values import BadValue, describe, hints, is_dataclass_type, matches, parse
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wrong:
+    """Everything found so far: texts that cannot be read, and values that a group refused."""
+
+    problems: list[Problem] = dataclasses.field(default_factory=list)
+    refused: list[ShardkitError] = dataclasses.field(default_factory=list)
+
 
 _Tree = TypeVar("_Tree")
 
@@ -33,11 +42,14 @@ def apply_overrides(config: _Tree, assignments: Sequence[str]) -> _Tree:
       ConfigError: an unknown field, a value of another type or a text without `=`; all of
         them in one message.
     """
-    problems: list[Problem] = []
-    parsed = [_split(written, problems) for written in assignments]
+    wrong = _Wrong()
+    parsed = [_split(written, wrong.problems) for written in assignments]
     wanted = [one for one in parsed if one is not None]
-    changed = _set(config, wanted, 0, problems)
-    raise_all(ConfigError, f"{count(len(problems), 'override')} cannot be applied.", problems)
+    changed = _set(config, wanted, 0, wrong)
+    n = count(len(wrong.problems), "override")
+    raise_all(ConfigError, f"{n} cannot be applied.", wrong.problems)
+    if wrong.refused:
+        raise wrong.refused[0]
     return changed
 
 
@@ -63,64 +75,67 @@ def _split(written: str, problems: list[Problem]) -> _Assignment | None:
     return None
 
 
-def _set(node: Any, wanted: list[_Assignment], depth: int, problems: list[Problem]) -> Any:
+def _set(node: Any, wanted: list[_Assignment], depth: int, wrong: _Wrong) -> Any:
     """Sets the fields of one dataclass together, so that it checks itself once, at the end."""
-    before = len(problems)
     fields = hints(type(node))
     changes: dict[str, Any] = {}
     deeper: dict[str, list[_Assignment]] = {}
     for one in wanted:
         name = one.path[depth]
         if name not in fields:
-            problems.append(_unknown(one, depth, list(fields)))
+            wrong.problems.append(_unknown(one, depth, list(fields)))
         elif len(one.path) > depth + 1:
             deeper.setdefault(name, []).append(one)
         else:
-            _read_into(changes, name, fields[name], one, problems)
+            _read_into(changes, name, fields[name], one, wrong)
     for name, below in deeper.items():
         value = changes.get(name, getattr(node, name))
-        changes[name] = _set_below(value, below, depth + 1, problems)
-    return dataclasses.replace(node, **changes) if len(problems) == before else node
+        changes[name] = _set_below(value, below, depth + 1, wrong)
+    return _made(lambda: dataclasses.replace(node, **changes), node, wrong)
 
 
-def _set_below(value: Any, wanted: list[_Assignment], depth: int, problems: list[Problem]) -> Any:
+def _set_below(value: Any, wanted: list[_Assignment], depth: int, wrong: _Wrong) -> Any:
     if isinstance(value, MeshSpec):
-        return _set_axes(value, wanted, depth, problems)
+        return _set_axes(value, wanted, depth, wrong)
     if dataclasses.is_dataclass(value):
-        return _set(value, wanted, depth, problems)
+        return _set(value, wanted, depth, wrong)
     for one in wanted:
         why = f"{'.'.join(one.path[:depth])} is {value!r} and has no fields of its own."
         fix = f"--set {'.'.join(one.path[:depth])}=VALUE"
-        problems.append(Problem(f"--set {one.written}", why, fix))
+        wrong.problems.append(Problem(f"--set {one.written}", why, fix))
     return value
 
 
-def _set_axes(
-    spec: MeshSpec, wanted: list[_Assignment], depth: int, problems: list[Problem]
-) -> MeshSpec:
-    before = len(problems)
+def _set_axes(spec: MeshSpec, wanted: list[_Assignment], depth: int, wrong: _Wrong) -> MeshSpec:
     sizes: dict[str, int] = {}
     for one in wanted:
         if one.path[depth] not in spec.axes:
-            problems.append(_unknown(one, depth, list(spec.axes)))
+            wrong.problems.append(_unknown(one, depth, list(spec.axes)))
         elif len(one.path) > depth + 1:
-            problems.append(_unknown(one, depth + 1, []))
+            wrong.problems.append(_unknown(one, depth + 1, []))
         else:
-            _read_into(sizes, one.path[depth], int, one, problems)
-    return spec.with_axes(**sizes) if len(problems) == before else spec
+            _read_into(sizes, one.path[depth], int, one, wrong)
+    return _made(lambda: spec.with_axes(**sizes), spec, wrong)
+
+
+def _made(make: Callable[[], Any], before: Any, wrong: _Wrong) -> Any:
+    """What a group checks itself is told only when every text could be read."""
+    try:
+        return make()
+    except ShardkitError as error:
+        wrong.refused.append(error)
+        return before
 
 
 def _read_into(
-    changes: dict[str, Any],
-    name: str,
-    annotation: Any,
-    one: _Assignment,
-    problems: list[Problem],
+    changes: dict[str, Any], name: str, annotation: Any, one: _Assignment, wrong: _Wrong
 ) -> None:
     try:
         changes[name] = _read(annotation, one.text)
     except BadValue as error:
-        problems.append(Problem(f"--set {one.written}", str(error)))
+        wrong.problems.append(Problem(f"--set {one.written}", str(error)))
+    except ShardkitError as error:  # named values are declarations of their own
+        wrong.refused.append(error)
 
 
 def _read(annotation: Any, text: str) -> Any:

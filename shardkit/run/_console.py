@@ -17,6 +17,12 @@ from ._table import Row, draw_mesh, layout_rows, total_row
 SIMULATED = "simulated CPU devices, not a speed claim"
 
 
+def standard_output() -> Console:
+    """Returns a console as wide as its terminal, or 100 columns where the output is a file."""
+    console = Console()
+    return console if console.is_terminal else Console(width=100)
+
+
 def is_simulated(mesh: Mesh) -> bool:
     """Whether several devices of the mesh are threads of one CPU."""
     return mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
@@ -111,7 +117,8 @@ class LiveShow:
         """Tells of a finished update."""
         said = f"loss {loss:.3f}  {loss / math.log(2):.3f} bits/byte"
         if rate is not None and left is not None:
-            said += f"  {rate:,.0f} {self._unit}  ETA {left // 60:.0f}:{left % 60:02.0f}"
+            minutes, seconds = divmod(round(left), 60)
+            said += f"  {rate:,.0f} {self._unit}  ETA {minutes}:{seconds:02d}"
         self._progress.update(self._task, completed=done, description=said)
         due = done == 1 or done % self._log_every == 0 or done == self._steps
         if due and not self._console.is_terminal:

@@ -51,9 +51,9 @@ class Clock:
 
     steps: int
     bytes_per_step: int
-    _first: float | None = None
-    _paused: float = 0.0
-    _done: int = 0
+    _first: float | None = dataclasses.field(default=None, init=False)
+    _paused: float = dataclasses.field(default=0.0, init=False)
+    _done: int = dataclasses.field(default=0, init=False)
 
     def tick(self) -> tuple[float | None, float | None]:
         """Counts one step; returns bytes per second so far and seconds left, None at first."""

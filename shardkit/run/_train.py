@@ -91,7 +91,7 @@ def train(
       ShardkitError: the declaration or the data cannot be used, or the loss diverges.
       KeyboardInterrupt: with a note that says where the metrics are.
     """
-    console = console or Console()
+    console = console or show.standard_output()
     text = load_text(data)
     show.show_mesh(console, mesh)
     show.show_data(console, text)
