@@ -23,7 +23,7 @@ from ._declaration import Declaration, declare
 from ._functions import gradient_function, step_function
 from ._gradients import GradientFn
 from ._inputs import check_alive, check_apart, check_state, put_batch
-from ._layout import Layout, initial_state, resolve_layout
+from ._layout import Layout, initial_optimizer, initial_state, resolve_layout
 from ._objective import objective
 from ._readback import check_executable
 from ._report import inspected
@@ -107,7 +107,9 @@ class CompiledStep:
             problem = Problem("key", f"is {what}; the step takes one typed key, {expected}[]")
             fix = "step.init(jax.random.key(0))"
             raise StateError(format_problems("The state needs a random key.", [problem], fix))
-        return self._init.compiled(jax.device_put(key, self._replicated))
+        model, optimizer = self._init
+        made = jax.block_until_ready(model.compiled(jax.device_put(key, self._replicated)))
+        return dataclasses.replace(made, opt_state=optimizer.compiled(made.params))
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         """Makes one update.
@@ -213,11 +215,19 @@ class CompiledStep:
         return gradient_function(self.declaration, self.layout)
 
     @functools.cached_property
-    def _init(self) -> Program:
-        d = self.declaration
-        run = initial_state(d.init, d.optimizer, d.precision)
-        args = (self.layout.state.key,)
-        return self._program_of(run, args, (self._replicated,), self.shardings)
+    def _init(self) -> tuple[Program, Program]:
+        """The model, then the optimizer: what is drawn needs room that the moments take later."""
+        d, state, placed = self.declaration, self.layout.state, self.shardings
+        model = self._program_of(
+            initial_state(d.init, d.precision),
+            (state.key,),
+            (self._replicated,),
+            dataclasses.replace(placed, opt_state=None),
+        )
+        optimizer = self._program_of(
+            initial_optimizer(d.optimizer), (state.params,), (placed.params,), placed.opt_state
+        )
+        return model, optimizer
 
     @functools.cached_property
     def _evaluate(self) -> Program:

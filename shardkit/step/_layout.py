@@ -44,25 +44,30 @@ class Layout:
     axes: Mapping[str, tuple[str | None, ...]]
 
 
-def initial_state(
-    init: Callable[[Any], Any], optimizer: optax.GradientTransformation, precision: Precision
-) -> Callable[[Any], TrainState]:
-    """Builds `key → TrainState`: the whole state from one key, to be jitted as one program."""
+def initial_state(init: Callable[[Any], Any], precision: Precision) -> Callable[[Any], TrainState]:
+    """Builds `key → TrainState`, as yet without the optimizer's state."""
 
     def run(key: Any) -> TrainState:
         for_init, for_steps = jax.random.split(key)
-        return _state(_as_variables(init(for_init)), for_steps, optimizer, precision)
+        made = _as_variables(init(for_init))
+        params = _bare(made, precision)
+        return TrainState(jnp.zeros((), jnp.int32), params, None, made.extra, for_steps)
 
     return run
 
 
-def _state(
-    made: Variables, key: Any, optimizer: optax.GradientTransformation, precision: Precision
-) -> TrainState:
+def initial_optimizer(optimizer: optax.GradientTransformation) -> Callable[[Any], Any]:
+    """Builds `params → opt_state`, as arrays that share no buffer with the parameters."""
+
+    def run(params: Any) -> Any:
+        return jax.tree.map(lambda x: jnp.array(x, copy=True), optimizer.init(params))
+
+    return run
+
+
+def _bare(made: Variables, precision: Precision) -> Any:
     bare = jax.tree.map(lambda x: x.value if _named(x) else x, made.params, is_leaf=_named)
-    params = cast_floats(jax.tree.map(jnp.asarray, bare), precision.params)
-    opt_state = jax.tree.map(jnp.asarray, optimizer.init(params))
-    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, made.extra, key)
+    return cast_floats(jax.tree.map(jnp.asarray, bare), precision.params)
 
 
 def _abstract_state(
@@ -74,7 +79,9 @@ def _abstract_state(
     def run(key: Any) -> TrainState:
         made = _as_variables(init(key))
         names.update(_axis_names(made.params))
-        return _state(made, key, optimizer, precision)
+        params = _bare(made, precision)
+        opt_state = initial_optimizer(optimizer)(params)
+        return TrainState(jnp.zeros((), jnp.int32), params, opt_state, made.extra, key)
 
     return jax.eval_shape(run, jax.eval_shape(lambda: jax.random.key(0))), names
 

@@ -1,0 +1,255 @@
+"""Models as each library writes them, through an adapter, against the library's own training."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+import shardkit as sk
+
+RNG = np.random.default_rng(0)
+BATCH = {
+    "x": RNG.normal(size=(8, 6)).astype(np.float32),
+    "y": RNG.integers(0, 4, 8).astype(np.int32),
+}
+STRATEGY = sk.strategies.data() | sk.strategies.tensor()
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sk.MeshSpec(data=2, tensor=4).build()
+
+
+def cross_entropy(logits, batch):
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
+    return loss, {"accuracy": (logits.argmax(-1) == batch["y"]).mean()}
+
+
+def compiled(model, mesh, strategy=STRATEGY, **options):
+    return sk.compile_step(
+        model.loss_fn,
+        optax.sgd(0.1, momentum=0.9),
+        init=model.init,
+        batch=BATCH,
+        mesh=mesh,
+        strategy=strategy,
+        **options,
+    )
+
+
+class LinenNet(nn.Module):
+    """A linen model in the ordinary style: batch norm, dropout, a `train` flag."""
+
+    rate: float = 0.5
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        dense = nn.with_partitioning(nn.initializers.lecun_normal(), ("embed", "mlp"))
+        x = nn.Dense(16, kernel_init=dense)(x)
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+        x = nn.Dropout(self.rate, deterministic=not train)(nn.relu(x))
+        return nn.Dense(4)(x)
+
+
+def linen_model(rate=0.5):
+    return sk.from_linen(
+        LinenNet(rate), cross_entropy, BATCH, train={"train": True}, evaluate={"train": False}
+    )
+
+
+# A plain layer carries no names: what the tables do not decide is replicated.
+LINEN = sk.Strategy(
+    params=sk.chain(sk.AxisRules({"embed": None, "mlp": "tensor"}), sk.REPLICATED), batch=P("data")
+)
+
+
+def test_a_linen_model_trains_as_flax_trains_it(mesh):
+    model = linen_model(rate=0.0)
+    step = compiled(model, mesh, LINEN)
+    state = step.init(jax.random.key(0))
+    kernel = state.params["Dense_0"]["kernel"]
+    assert kernel.sharding.spec == P(None, "tensor")
+    assert state.opt_state[0].trace["Dense_0"]["kernel"].sharding.spec == P(None, "tensor")
+
+    def copy(tree):
+        return jax.tree.map(lambda x: np.asarray(jnp.copy(x)), tree)
+
+    params, stats = copy(state.params), copy(state.extra)
+
+    @jax.jit
+    def plain(params, stats):
+        def loss(params):
+            logits, changed = LinenNet(0.0).apply(
+                {"params": params, **stats}, BATCH["x"], train=True, mutable=["batch_stats"]
+            )
+            return cross_entropy(logits, BATCH)[0], changed
+
+        (value, changed), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return value, changed, jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+
+    value, changed, updated = plain(params, stats)
+    after, metrics = step(state, BATCH)
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
+    assert 0 <= float(metrics["accuracy"]) <= 1
+    for got, want in ((after.params, updated), (after.extra, changed)):
+        assert jax.tree.structure(got) == jax.tree.structure(want)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, want)
+    evaluated = step.evaluate(after, BATCH)
+    own = LinenNet(0.0).apply(
+        {"params": copy(after.params), **copy(after.extra)}, BATCH["x"], train=False
+    )
+    np.testing.assert_allclose(evaluated["loss"], cross_entropy(own, BATCH)[0], rtol=1e-5)
+
+
+def test_dropout_of_a_linen_model_is_on_in_training_alone(mesh):
+    step = compiled(linen_model(), mesh, LINEN)
+    state = step.init(jax.random.key(0))
+    first = step.evaluate(state, BATCH)["loss"]
+    assert float(step.evaluate(state, BATCH)["loss"]) == float(first)
+    assert abs(float(step.gradients(state, BATCH)[0]["loss"]) - float(first)) > 1e-3
+
+
+def test_a_linen_layer_without_names_is_an_error_under_tables_alone(mesh):
+    with pytest.raises(sk.ShardingError) as caught:
+        compiled(linen_model(), mesh)
+    text = str(caught.value)
+    assert "params/Dense_1/kernel f32[16,4]" in text
+    assert "params/Dense_0/kernel" not in text
+    assert "chain(rules, REPLICATED)" in text
+
+
+def test_statistics_of_the_batch_do_not_go_by_lanes(mesh):
+    with pytest.raises(sk.StepError, match="would give every lane of the batch its own statistics"):
+        compiled(linen_model(), mesh, LINEN, accumulate=2)
+    compiled(linen_model(), mesh, LINEN, accumulate=sk.Accumulate(2, "each"))
+
+
+def test_inputs_are_picked_from_the_batch():
+    class Pair(nn.Module):
+        @nn.compact
+        def __call__(self, x, y):
+            return nn.Dense(2)(x + y)
+
+    batch = {"a": np.ones((8, 4), np.float32), "b": np.ones((8, 4), np.float32)}
+    ways = (["a", "b"], lambda batch: (batch["a"], batch["b"]))
+    shapes = [
+        jax.eval_shape(
+            sk.from_linen(Pair(), lambda y, b: y.mean(), batch, inputs=way).init, jax.random.key(0)
+        )
+        for way in ways
+    ]
+    assert shapes[0] == shapes[1]
+
+
+class NnxNet(nnx.Module):
+    """An nnx model in the ordinary style: list of layers, batch norm, dropout, names on some."""
+
+    def __init__(self, rngs, rate=0.5):
+        named = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("embed", "mlp"))
+        self.first = nnx.Linear(6, 16, kernel_init=named, use_bias=False, rngs=rngs)
+        self.norm = nnx.BatchNorm(16, momentum=0.9, rngs=rngs)
+        self.drop = nnx.Dropout(rate, rngs=rngs)
+        self.layers = nnx.List([nnx.Linear(16, 16, rngs=rngs), nnx.Linear(16, 4, rngs=rngs)])
+
+    def __call__(self, x):
+        x = self.drop(nnx.relu(self.norm(self.first(x))))
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def nnx_model(rate=0.5):
+    return sk.from_nnx(
+        lambda rngs: NnxNet(rngs, rate), lambda net, batch: cross_entropy(net(batch["x"]), batch)
+    )
+
+
+def test_an_nnx_model_trains_as_flax_trains_it(mesh):
+    model = nnx_model(rate=0.0)
+    step = compiled(model, mesh, LINEN)
+    state = step.init(jax.random.key(0))
+    assert state.params["first"]["kernel"].sharding.spec == P(None, "tensor")
+    assert set(state.params["layers"]) == {"0", "1"}
+    assert set(state.extra["norm"]) == {"mean", "var"}
+    host = jax.tree.map(lambda x: jnp.asarray(np.asarray(jnp.copy(x))), (state.params, state.extra))
+    net = model.bind(*host)
+    net.train()
+    optimizer = nnx.Optimizer(net, optax.sgd(0.1, momentum=0.9), wrt=nnx.Param)
+    value, grads = nnx.value_and_grad(lambda n: cross_entropy(n(BATCH["x"]), BATCH)[0])(net)
+    optimizer.update(net, grads)
+
+    after, metrics = step(state, BATCH)
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
+    pairs = [
+        (after.params["first"]["kernel"], net.first.kernel),
+        (after.params["layers"]["1"]["bias"], net.layers[1].bias),
+        (after.params["norm"]["scale"], net.norm.scale),
+        (after.extra["norm"]["mean"], net.norm.mean),
+        (after.extra["norm"]["var"], net.norm.var),
+    ]
+    for got, want in pairs:
+        np.testing.assert_allclose(got, want[...], rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_of_an_nnx_model_is_on_in_training_and_fresh_each_step(mesh):
+    step = compiled(nnx_model(), mesh, LINEN)
+    state = step.init(jax.random.key(0))
+    quiet = float(step.evaluate(state, BATCH)["loss"])
+    assert float(step.evaluate(state, BATCH)["loss"]) == quiet
+    assert abs(float(step.gradients(state, BATCH)[0]["loss"]) - quiet) > 1e-3
+
+
+def test_the_bound_module_is_the_model_in_evaluation_mode(mesh):
+    model = nnx_model()
+    made = model.init(jax.random.key(0))
+    params = jax.tree.map(
+        lambda x: x.value if isinstance(x, sk.Named) else x,
+        made.params,
+        is_leaf=lambda x: isinstance(x, sk.Named),
+    )
+    net = model.bind(params, made.extra)
+    np.testing.assert_array_equal(net(BATCH["x"]), net(BATCH["x"]))
+
+
+def test_layers_stacked_by_nnx_keep_the_names_of_their_dims(mesh):
+    class Stacked(nnx.Module):
+        def __init__(self, rngs):
+            named = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("embed", "mlp"))
+
+            @nnx.split_rngs(splits=3)
+            @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
+            def stack(rngs):
+                return nnx.Linear(6, 6, kernel_init=named, use_bias=False, rngs=rngs)
+
+            self.layers = stack(rngs)
+
+        def __call__(self, x):
+            @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+            def forward(x, layer):
+                return jnp.tanh(layer(x))
+
+            return forward(x, self.layers)
+
+    model = sk.from_nnx(Stacked, lambda net, batch: (net(batch["x"]) ** 2).mean())
+    step = compiled(
+        model, sk.MeshSpec(data=4, tensor=2).build(), sk.strategies.data() | sk.strategies.tensor()
+    )
+    assert step.layout.axes == {"layers/kernel": ("layers", "embed", "mlp")}
+    assert step.shardings.params["layers"]["kernel"].spec == P(None, None, "tensor")
+    state, metrics = step(step.init(jax.random.key(0)), BATCH)
+    assert np.isfinite(metrics["loss"])
+    assert state.params["layers"]["kernel"].shape == (3, 6, 6)
+
+
+def test_a_loss_may_take_the_key():
+    model = sk.from_nnx(
+        lambda rngs: nnx.Linear(6, 4, rngs=rngs),
+        lambda net, batch, key: (net(batch["x"]) * jax.random.normal(key, (4,))).mean(),
+    )
+    params = model.init(jax.random.key(0))
+    first, second = (model.loss_fn(params, BATCH, jax.random.key(i))[0] for i in (1, 2))
+    assert float(first) != float(second)
