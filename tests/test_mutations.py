@@ -138,6 +138,7 @@ def test_a_step_that_fails_without_a_mutation_proves_nothing():
         matrix.check()
 
 
+@pytest.mark.slow
 def test_assert_matches_one_device_fails_on_a_bug():
     small = MeshSpec(data=2, tensor=1)
     with BY_NAME["weights ignored"].apply(), pytest.raises(VerificationError, match="loss is off"):

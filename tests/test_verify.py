@@ -162,6 +162,7 @@ def test_micro_batches_of_the_reference_make_one_weighted_mean():
     np.testing.assert_allclose(whole_grads["up"], parts_grads["up"], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_bf16_accumulation_and_model_state():
     def counted(params, batch, key, extra):
         mean, metrics = loss_fn(params, batch, key)

@@ -73,8 +73,10 @@ def observe(
         _, kept["gradients"] = step.gradients(state, batch)
         record[GRADIENTS] = host(kept["gradients"])
     if SGD in checks:
-        simple = step.replace(optimizer=sgd)
-        after, _ = simple(simple.init(trial.key), batch)
+        # Plain SGD keeps no arrays, so the first state is made by the program that is there.
+        again = step.init(trial.key)
+        again = dataclasses.replace(again, opt_state=sgd.init(again.params))
+        after, _ = step.replace(optimizer=sgd)(again, batch)
         kept["sgd params"] = after.params
         record[SGD] = host(after.params)
 

@@ -81,7 +81,9 @@ class Reference:
         """
         batch = trial.batch(0)
         metrics, grads, _ = self.gradients(start, batch, 0)
-        sgd_params, _ = _applier(sgd)(grads, sgd.init(start.params), start.params, metrics["loss"])
+        sgd_params, _ = _sgd_applier(sgd)(
+            grads, sgd.init(start.params), start.params, metrics["loss"]
+        )
         steps, state = [], start
         for t in range(trial.steps):
             state, told = self._step(state, trial.batch(t), t)
@@ -107,14 +109,13 @@ class Reference:
             at = lane_keys(at, Draws(1))[0] if by_lanes else at
             rows = jax.tree.map(lambda x, i=i: x[i::n] if np.ndim(x) else x, batch)
             (part, (w, named, extra)), g = self._part(state.params, extra, self._put(rows), at)
-            total, weight = total + part, weight + w
-            sums = {
-                k: (v[0] + sums.get(k, (0, 0))[0], v[1] + sums.get(k, (0, 0))[1])
-                for k, v in named.items()
-            }
-            wide = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), g)
-            grads = wide if grads is None else jax.tree.map(jnp.add, grads, wide)
-        scale = 1 / float(weight) if weight else 0.0
+            total, weight = total + float(part), weight + float(w)
+            for name, (t, w) in named.items():
+                so_far = sums.get(name, (0.0, 0.0))
+                sums[name] = so_far[0] + float(t), so_far[1] + float(w)
+            wide = jax.tree.map(_wide, g)
+            grads = wide if grads is None else jax.tree.map(np.add, grads, wide)
+        scale = 1 / weight if weight else 0.0
         grads = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), grads, state.params)
         metrics = {name: _ratio(*pair) for name, pair in {"loss": (total, weight), **sums}.items()}
         return {**metrics, "grad_norm": np.asarray(norm(host(grads)))}, grads, extra
@@ -179,6 +180,12 @@ def _applier(optimizer: optax.GradientTransformation) -> Any:
     return jax.jit(apply)
 
 
+@functools.lru_cache(maxsize=8)
+def _sgd_applier(sgd: optax.GradientTransformation) -> Any:
+    """The same for an optimizer that several runs share: compiled once."""
+    return _applier(sgd)
+
+
 def _plain(declaration: Declaration, *, evaluate: bool) -> Any:
     """The user's loss as `(params, extra, batch, key) → (total, (weight, metrics, extra))`."""
     loss = declaration.loss_fn
@@ -200,6 +207,11 @@ def _plain(declaration: Declaration, *, evaluate: bool) -> Any:
 def _pair(value: Any) -> tuple[Any, Any]:
     total, weight = (value.total, value.weight) if isinstance(value, Mean) else (value, 1.0)
     return jnp.asarray(total, jnp.float32), jnp.asarray(weight, jnp.float32)
+
+
+def _wide(x: jax.Array) -> np.ndarray:
+    """Micro-batches are summed in f32 at least, whatever the compute dtype; on the host."""
+    return np.asarray(x).astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _ratio(total: Any, weight: Any) -> np.ndarray:
