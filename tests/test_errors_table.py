@@ -1,0 +1,200 @@
+"""What JAX says when users err, and what is said here instead: one row, one test of the text.
+
+Rows about meshes and rules alone are in `test_mesh.py` and `test_rules_errors.py`.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import shardkit as sk
+
+X = np.ones((8, 10), np.float32)
+ROWS = P("data")
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sk.MeshSpec(data=2, model=4).build()
+
+
+def loss_fn(params, batch, key):
+    return jnp.mean((batch["x"] @ params["head"]["kernel"]) ** 2) + params["b"].sum()
+
+
+def init(key):
+    return {"head": {"kernel": jnp.ones((10, 16))}, "b": jnp.zeros(3)}
+
+
+def compiled(mesh, rules, *, batch=None, spec=ROWS, **given):
+    return sk.compile_step(
+        given.pop("loss", loss_fn),
+        optax.adam(1e-3),
+        init=given.pop("init", init),
+        batch=batch or {"x": X},
+        mesh=mesh,
+        strategy=sk.Strategy(params=sk.PathRules(rules), batch=spec, **given),
+    )
+
+
+def text_of(kind, call):
+    with pytest.raises(kind) as caught:
+        call()
+    return str(caught.value)
+
+
+GOOD = {"head/kernel": P(None, "model"), "**": sk.REPLICATED}
+
+DECLARATIONS = {
+    "dim not divisible": (
+        {"rules": {"head/kernel": P("model"), "b": P("data")}},
+        [
+            "2 leaves cannot be laid out on mesh (data=2, model=4).",
+            "params/head/kernel f32[10,16]",
+            "dim 0 (10) is not divisible by model=4 (8 or 12 would be)",
+            "params/b f32[3]",
+            "dim 0 (3) is not divisible by data=2 (2 or 4 would be)",
+            "MeshSpec(model=2)",
+        ],
+    ),
+    "axis typo": (
+        {"rules": {"head/kernel": P("modle"), "**": sk.REPLICATED}},
+        [
+            "params/head/kernel f32[10,16]",
+            'PathRules["head/kernel"]',
+            "uses axis 'modle'; mesh has data=2, model=4. Did you mean 'model'?",
+        ],
+    ),
+    "spec longer than rank": (
+        {"rules": {"head/kernel": P("data", "model", None), "**": sk.REPLICATED}},
+        ["params/head/kernel f32[10,16]", "has 3 entries for 2 dims", "P('data', 'model')"],
+    ),
+    "duplicate axis": (
+        {"rules": {"head/kernel": P("data", "data"), "**": sk.REPLICATED}},
+        ["params/head/kernel f32[10,16]", "uses axis 'data' twice, for dims 0 and 1"],
+    ),
+    "specs tree lacks a key": (
+        {"rules": {"head/kernel": P(None, "model")}},
+        ["params/b f32[3]", "no rule decides it", "chain(rules, REPLICATED)"],
+    ),
+    "batch of 7 over data=2": (
+        {"rules": GOOD, "batch": {"x": np.ones((7, 10), np.float32)}},
+        ["batch/x f32[7,10]", "global batch 7 must be a multiple of 2", "6 or 8"],
+    ),
+    "batch of 6 over 8": (
+        {
+            "rules": GOOD,
+            "batch": {"x": np.ones((6, 10), np.float32)},
+            "spec": P(("data", "model")),
+        },
+        ["global batch 6 must be a multiple of 8 (data=2 x model=4 shard the batch dim)"],
+    ),
+}
+
+
+@pytest.mark.parametrize("row", DECLARATIONS)
+def test_a_declaration_that_does_not_fit(mesh, row):
+    given, expected = DECLARATIONS[row]
+    text = text_of(sk.ShardingError, lambda: compiled(mesh, **given))
+    for part in expected:
+        assert part in text, (part, text)
+    assert "Fix:" in text
+
+
+def test_a_constraint_that_does_not_divide_is_not_replicated_silently(mesh):
+    def constrained(params, batch, key):
+        x = sk.constrain(batch["x"], "batch", "embed")
+        return jnp.mean(x @ params["head"]["kernel"]) + params["b"].sum()
+
+    table = sk.AxisRules({"batch": "data", "embed": "model"})
+    text = text_of(
+        sk.ShardingError, lambda: compiled(mesh, GOOD, loss=constrained, activations=table)
+    )
+    assert "constrain('batch', 'embed') f32[8,10]" in text
+    assert "dim 1 (10) is not divisible by model=4" in text
+
+
+def test_scalars_are_replicated_whatever_the_rule_says(mesh):
+    def made(key):
+        return {**init(key), "scale": jnp.ones(())}
+
+    rules = {"head/kernel": P(None, "model"), "b": sk.REPLICATED, "scale": P("data")}
+    step = compiled(mesh, rules, init=made)
+    assert step.shardings.params["scale"].spec == P()
+    assert step.shardings.opt_state[0].count.spec == P()
+
+
+@pytest.fixture(scope="module")
+def step(mesh):
+    return compiled(mesh, GOOD)
+
+
+def test_donated_state_used_again_names_a_leaf_and_the_right_line(step):
+    state = step.init(jax.random.key(0))
+    step(state, {"x": X})
+    text = text_of(sk.StateError, lambda: step(state, {"x": X}))
+    assert "params/b" in text
+    assert "consumed (donated) by an earlier step" in text
+    assert "state, metrics = step(state, batch)" in text
+
+
+def test_two_leaves_of_one_buffer_are_named_both(step):
+    state = step.init(jax.random.key(0))
+    adam = state.opt_state[0]
+    alias = jax.device_put(state.params["b"], state.params["b"].sharding)
+    shared = adam._replace(mu={**adam.mu, "b": alias})
+    twice = sk.TrainState(
+        state.step, state.params, (shared, *state.opt_state[1:]), state.extra, state.key
+    )
+    text = text_of(sk.StateError, lambda: step(twice, {"x": X}))
+    assert "state/opt_state/0/mu/b" in text
+    assert "is the same buffer as state/params/b" in text
+    assert "jnp.copy" in text
+
+
+def test_a_batch_on_other_devices_names_the_leaf_and_both_places(step):
+    state = step.init(jax.random.key(0))
+    away = jax.device_put(X, jax.devices()[1])
+    text = text_of(sk.BatchError, lambda: step(state, {"x": away}))
+    assert "batch/x" in text
+    assert "is committed to 1 device; the step has it as P('data'" in text
+    assert "pass host numpy, or step.put(batch)" in text
+
+
+def test_an_argument_laid_out_otherwise_names_the_leaf_and_both_specs(step, mesh):
+    state = step.init(jax.random.key(0))
+    kernel = jax.device_put(state.params["head"]["kernel"], jax.NamedSharding(mesh, P("data")))
+    moved = sk.TrainState(
+        state.step, {**state.params, "head": {"kernel": kernel}}, state.opt_state, {}, state.key
+    )
+    text = text_of(sk.StateError, lambda: step(moved, {"x": X}))
+    assert "state/params/head/kernel" in text
+    assert "on 8 devices as P('data',); the step has it as P(None, 'model')" in text
+
+
+def test_a_recompile_is_not_reachable_another_shape_is_an_error(step):
+    state = step.init(jax.random.key(0))
+    text = text_of(sk.BatchError, lambda: step(state, {"x": X[:4]}))
+    assert "is f32[4,10]; the step was compiled for f32[8,10]" in text
+    assert "feed the declared shapes, or compile_step again" in text
+
+
+@pytest.mark.parametrize("key", [0, np.uint32([0, 0])])
+def test_an_int_or_raw_words_as_key(step, key):
+    text = text_of(sk.StateError, lambda: step.init(key))
+    assert "one typed key" in text
+    assert "step.init(jax.random.key(0))" in text
+
+
+def test_the_same_key_gives_other_noise_to_every_row_of_the_batch(mesh):
+    def noisy(params, batch, key):
+        noise = jax.random.normal(key, (batch["x"].shape[0],))
+        spread = noise.std()
+        return params["b"].sum() + spread * 0, {"spread": spread}
+
+    made = compiled(mesh, {"**": sk.REPLICATED}, loss=noisy, accumulate=2)
+    _, metrics = made(made.init(jax.random.key(0)), {"x": X})
+    assert float(metrics["spread"]) > 0
