@@ -18,7 +18,11 @@ from shardkit.cli._command import Command
 ROOT = Path(__file__).parent.parent
 SHARED = {"-h", "--help", "--set", "--debug"}
 # Every option of every command. A new one is added here too, by someone who means it.
-OPTIONS = {"train": SHARED, "explain": SHARED | {"--target", "--json", "--timeout"}}
+OPTIONS = {
+    "train": SHARED,
+    "verify": SHARED | {"--mesh", "--steps", "--mutations"},
+    "explain": SHARED | {"--target", "--json", "--timeout"},
+}
 
 
 def options(parser) -> set[str]:
