@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from shardkit._errors import BudgetError, ReportError
-from shardkit.inspect import Budget, Declared, Program, Report, compare, explained_by
+from shardkit.inspect import Budget, Declared, Program, Report, explained_by
 from shardkit.inspect._reductions import reductions_per_step
 
 from ._programs import BATCH, WEIGHTS, WIDTH, loss, make_mesh, program, recorded, rows, sgd, weights
@@ -174,14 +174,3 @@ def test_text_of_a_large_program_fits():
     assert max(map(len, text.splitlines())) <= 100
     assert "tensor        6.28 GiB" in text
     assert "and 71 more collectives" in text
-
-
-def test_two_reports_side_by_side(report, naive):
-    text = compare(report, naive)
-    lines = text.splitlines()
-    assert max(map(len, lines)) <= 100
-    assert lines[1].split() == "sent per step 10.51 KiB 42.00 KiB +299.7%".split()
-    assert "gradient reductions over data" in text
-    assert "new:  reduction_in_loop mlp, 31.50 KiB: each gradient is reduced 4 times" in text
-    assert "gone: reduction_in_loop mlp" in compare(naive, report)
-    assert compare(report, report) == "No size, count or reduction differs."

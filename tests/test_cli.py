@@ -21,7 +21,7 @@ SHARED = {"-h", "--help", "--set", "--debug"}
 OPTIONS = {
     "train": SHARED,
     "verify": SHARED | {"--mesh", "--steps", "--mutations"},
-    "explain": SHARED | {"--target", "--json", "--timeout"},
+    "explain": SHARED | {"--target", "--json", "--html", "--timeout"},
 }
 
 
@@ -74,10 +74,12 @@ def test_a_users_mistake_is_one_screen_and_exit_code_2(
     ("words", "message"),
     [
         (["no/such.json"], "there is no such report"),
+        (["no/such.json", "no/other.json"], "there is no such report"),
+        (["a.json", "b.json", "--target", "cpu:8"], "a.json and b.json: opened, not compiled."),
         (["mine:step"], "a function declares no devices"),
         (["mine:step", "--set", "a=1"], "mine:step is a function, not a config"),
         (["--target", "tpu:v9:2x2"], "unknown chip 'v9'; known: v4, v5e, v5p, v6e, tpu7x."),
-        (["a.json", "--target", "cpu:8"], "a.json is opened, not compiled."),
+        (["a.json", "--target", "cpu:8"], "a.json: opened, not compiled."),
         (["a.json", "--set", "a=1"], "--set a=1  a saved report is what was compiled"),
     ],
 )

@@ -1,4 +1,4 @@
-"""`shardkit explain`: what a declaration becomes on a target."""
+"""`shardkit explain`: what a declaration becomes on a target, or how two reports differ."""
 
 import argparse
 from pathlib import Path
@@ -7,7 +7,7 @@ from rich.console import Console
 
 from .._errors import ConfigError, Problem, format_problems, raise_all
 from ..config import load_config
-from ..inspect import Report
+from ..inspect import Report, compare
 from ..targets import Source, compile_for
 from ._command import Command
 
@@ -16,9 +16,16 @@ _REPORT = ".json"
 
 def _run(arguments: argparse.Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True)
+    if arguments.other:
+        names = (arguments.config, arguments.other)
+        _compiled_already(" and ".join(names), arguments)
+        console.print(str(compare(*map(_read, names))), markup=False)
+        return 0
     report = _report(arguments)
     if arguments.json:
         _write(Path(arguments.json), report.to_json())
+    if arguments.html:
+        _write(Path(arguments.html), report.to_html())
     if arguments.json != "-":
         console.print(str(report), markup=False)
     return 0
@@ -52,7 +59,7 @@ def _compiled_already(name: str, arguments: argparse.Namespace) -> None:
     why = "a saved report is what was compiled; nothing can be changed in it"
     fix = f"shardkit explain CONFIG {' '.join(given)}"
     problems = [Problem(one, why) for one in given]
-    raise_all(ConfigError, f"{name} is opened, not compiled.", problems, fix)
+    raise_all(ConfigError, f"{name}: opened, not compiled.", problems, fix)
 
 
 def _default_target(source: Source) -> str:
@@ -84,6 +91,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target", help="cpu:8, tpu:v5p:4x4x4, gpu:h100:1x8, …; none of it need be here"
     )
+    parser.add_argument(
+        "other", nargs="?", metavar="OTHER.json", help="with A.json as CONFIG: show what changed"
+    )
+    parser.add_argument("--html", metavar="FILE", help="save the report as one page")
     parser.add_argument("--json", metavar="FILE", help="save the report; - prints it instead")
     parser.add_argument(
         "--timeout", type=float, default=1800.0, help="seconds to wait for the compiler"

@@ -1,7 +1,7 @@
 """What a compiled step is: its collectives, memory, FLOPs, findings and budgets."""
 
 from ._budget import Budget, check
-from ._compare import compare
+from ._compare import Change, Comparison, compare
 from ._findings import FINDINGS, Finding
 from ._flops import Flops, count_flops
 from ._ledger import Ledger, Row, read_ledger, wire_bytes
@@ -14,6 +14,8 @@ from ._timeline import Segment, Timeline, model_time
 __all__ = [
     "FINDINGS",
     "Budget",
+    "Change",
+    "Comparison",
     "CompiledBytes",
     "Declared",
     "Finding",

@@ -1,77 +1,226 @@
-"""What changed between two reports: sizes side by side, findings that came and went."""
+"""What changed between two reports, the most important first."""
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
 
 from .._tree import format_bytes
 from ._findings import Finding
+from ._ledger import Ledger
 from ._report import Report
+from ._timeline import format_seconds
 
-_PARTS = ("params", "opt_state", "extra", "batch", "temp", "total")
-Line = tuple[str, float | None, float | None, Callable[[float], str]]
+_PARTS = ("params", "opt_state", "extra", "batch", "rest", "padding", "output", "temp")
+_ROWS, _FINDINGS, _NAME = 12, 12, 60
 
 
-def compare(before: Report, after: Report) -> str:
-    """Writes what differs between two reports, in at most 100 columns.
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """One thing that differs.
+
+    Attributes:
+      name: what it is: `sent per step`, `memory temp`, `all-gather over fsdp in mlp (forward)`.
+      before: its size in the first report, in `unit`; None where it is not there.
+      after: its size in the second.
+      unit: `"bytes"`, `"seconds"`, `"FLOPs"` or `"times"`.
+      note: what else is to be said, `×4 → ×1`.
+    """
+
+    name: str
+    before: float | None
+    after: float | None
+    unit: str
+    note: str = ""
+
+    @property
+    def ratio(self) -> float | None:
+        """The second over the first; None where one is missing or the first is nothing."""
+        return self.after / self.before if self.before and self.after is not None else None
+
+    def __str__(self) -> str:
+        """One line of at most 100 columns."""
+        name = self.name if len(self.name) < _NAME else f"{self.name[: _NAME - 2]}…"
+        change = self.note or ("" if self.ratio is None else f"{self.ratio - 1:+.1%}")
+        show = _UNITS[self.unit]
+        return f"{name:<{_NAME}}{show(self.before):>13}{show(self.after):>13}  {change}"[:100]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """The differences of two reports; false where there are none.
+
+    Attributes:
+      target: what the step was compiled for, `(what, before, after)`.
+      headlines: step time, bytes sent, memory, FLOPs.
+      new: findings that only the second report has.
+      gone: findings that only the first has.
+      details: bytes sent by axes and by kind, memory by class, reductions.
+      rows: collectives, grouped by kind, axes, phase and scope; the largest change first.
+      caveats: why numbers may be lower bounds.
+    """
+
+    target: tuple[tuple[str, str, str], ...]
+    headlines: tuple[Change, ...]
+    new: tuple[Finding, ...]
+    gone: tuple[Finding, ...]
+    details: tuple[Change, ...]
+    rows: tuple[Change, ...]
+    caveats: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return any((self.target, self.headlines, self.new, self.gone, self.details, self.rows))
+
+    def __str__(self) -> str:
+        """At most 100 columns, the most important first; `Nothing changed.` where so."""
+        if not self:
+            return "\n".join(["Nothing changed.", *self.caveats])
+        lines = [_cut(f"{what}: {old} → {new}") for what, old, new in self.target]
+        numbers = [*self.headlines, *self.details]
+        if numbers:
+            lines += [f"{'':<{_NAME}}{'before':>13}{'after':>13}  change"]
+        lines += map(str, self.headlines)
+        lines += [_cut(f"new:  {finding}") for finding in self.new[:_FINDINGS]]
+        lines += [_cut(f"gone: {finding}") for finding in self.gone[:_FINDINGS]]
+        left = len(self.new[_FINDINGS:]) + len(self.gone[_FINDINGS:])
+        lines += [f"and {left} more findings new or gone"] if left else []
+        lines += map(str, self.details)
+        if self.rows:
+            lines += ["collectives, sent per step:", *map(str, self.rows[:_ROWS])]
+        left = len(self.rows[_ROWS:])
+        lines += [f"and {left} more groups of collectives"] if left else []
+        return "\n".join([*lines, *self.caveats])
+
+
+def compare(before: Report, after: Report) -> Comparison:
+    """Compares two reports.
 
     Args:
       before: the first report, perhaps reopened with `Report.from_json`.
       after: the second.
 
     Returns:
-      One line per number that differs, with its change; then findings gone and new.
+      What differs; `str()` of it is for people.
     """
-    lines = [f"{'':<34}{'before':>14}{'after':>14}{'change':>10}"]
-    for name, old, new, show in _numbers(before, after):
-        if old != new:
-            lines.append(
-                f"{name[:33]:<34}{_shown(old, show):>14}{_shown(new, show):>14}"
-                f"{_change(old, new):>10}"
-            )
-    if len(lines) == 1:
-        lines = ["No size, count or reduction differs."]
-    lines += [f"gone: {text}" for text in _only(before, after)]
-    lines += [f"new:  {text}" for text in _only(after, before)]
-    if not (before.ledger.complete and after.ledger.complete):
-        lines.append("One ledger is incomplete: what is sent is a lower bound there.")
-    return "\n".join(lines)
+    return Comparison(
+        target=tuple(_target(before, after)),
+        headlines=_changed(_headlines(before, after)),
+        new=_only(after, before),
+        gone=_only(before, after),
+        details=_changed(_details(before, after)),
+        rows=_rows(before.ledger, after.ledger),
+        caveats=tuple(_caveats(before, after)),
+    )
 
 
-def _numbers(before: Report, after: Report) -> Iterator[Line]:
+def _target(before: Report, after: Report) -> Iterator[tuple[str, str, str]]:
+    def mesh(report: Report) -> str:
+        return ", ".join(f"{name}={size}" for name, size in report.mesh)
+
+    pairs = (
+        ("device", before.device_kind or before.platform, after.device_kind or after.platform),
+        ("mesh", mesh(before), mesh(after)),
+    )
+    yield from ((what, old, new) for what, old, new in pairs if old != new)
+
+
+def _headlines(before: Report, after: Report) -> Iterator[Change]:
+    old, new = before.timeline, after.timeline
+    yield Change("step, modelled", old.high if old else None, new.high if new else None, "seconds")
+    yield Change(
+        "communication exposed, modelled",
+        old.exposed if old else None,
+        new.exposed if new else None,
+        "seconds",
+    )
+    yield Change("sent per step", before.ledger.total(), after.ledger.total(), "bytes")
+    yield Change("memory, alive at once", before.memory.total, after.memory.total, "bytes")
+    was, now = before.flops, after.flops
+    yield Change("model FLOPs", was.model if was else None, now.model if now else None, "FLOPs")
+    yield Change(
+        "recomputed FLOPs", was.recompute if was else None, now.recompute if now else None, "FLOPs"
+    )
+
+
+def _details(before: Report, after: Report) -> Iterator[Change]:
     old, new = before.ledger, after.ledger
-    yield "sent per step", old.total(), new.total(), format_bytes
     by_old, by_new = old.by_axes(), new.by_axes()
     for axes in dict.fromkeys([*by_old, *by_new]):
-        name = f"  over {', '.join(axes)}"
-        yield name, by_old.get(axes, 0), by_new.get(axes, 0), format_bytes
-    yield "  hidden behind compute", _hidden(before), _hidden(after), format_bytes
-    for axis in dict.fromkeys([*before.reductions, *after.reductions]):
-        times = before.reductions.get(axis), after.reductions.get(axis)
-        yield f"gradient reductions over {axis}", *times, "{:.4g}".format
+        name = f"  sent over {', '.join(axes) or 'no axis'}"
+        yield Change(name, by_old.get(axes, 0), by_new.get(axes, 0), "bytes")
+    for kind in dict.fromkeys(row.kind for row in (*old, *new)):
+        yield Change(f"  sent by {kind}", old.total(kind=kind), new.total(kind=kind), "bytes")
+    yield Change("  hidden behind compute", _hidden(old), _hidden(new), "bytes")
     for part in _PARTS:
         sizes = getattr(before.memory, part), getattr(after.memory, part)
-        yield f"memory {part}", *sizes, format_bytes
-    if before.flops and after.flops:
-        yield "model FLOPs", before.flops.model, after.flops.model, "{:.4g}".format
-        yield "recomputed FLOPs", before.flops.recompute, after.flops.recompute, "{:.4g}".format
+        yield Change(f"  memory {part}", *sizes, "bytes")
+    for axis in dict.fromkeys([*before.reductions, *after.reductions]):
+        times = before.reductions.get(axis), after.reductions.get(axis)
+        yield Change(f"  gradient reductions over {axis}", *times, "times")
+    yield Change("  compiles", before.compiles, after.compiles, "times")
 
 
-def _hidden(report: Report) -> int:
-    return sum(row.wire_bytes for row in report.ledger if row.overlapped)
+def _hidden(ledger: Ledger) -> int:
+    return sum(row.wire_bytes for row in ledger if row.overlapped)
 
 
-def _shown(number: float | None, show: Callable[[float], str]) -> str:
-    return "-" if number is None else show(number)
+def _rows(before: Ledger, after: Ledger) -> tuple[Change, ...]:
+    """Groups of collectives that came, went, or changed their bytes or executions."""
+    old, new = _groups(before), _groups(after)
+    found = []
+    for name in dict.fromkeys([*old, *new]):
+        (old_bytes, old_times), (new_bytes, new_times) = old.get(name, _NONE), new.get(name, _NONE)
+        if (old_bytes, old_times) == (new_bytes, new_times):
+            continue
+        note = f"×{old_times} → ×{new_times}" if old_times and new_times != old_times else ""
+        note = "added" if name not in old else "removed" if name not in new else note
+        found.append(Change(name, old_bytes, new_bytes, "bytes", note))
+    return tuple(sorted(found, key=lambda one: -abs((one.after or 0) - (one.before or 0))))
 
 
-def _change(old: float | None, new: float | None) -> str:
-    return f"{new / old - 1:+.1%}" if old and new is not None else ""
+_NONE = (None, 0)
 
 
-def _only(one: Report, other: Report) -> list[str]:
+def _groups(ledger: Ledger) -> dict[str, tuple[int, int]]:
+    """Group of collectives → bytes sent and executions, per step."""
+    found: dict[str, tuple[int, int]] = {}
+    for row in ledger:
+        where = f" in {row.scope}" if row.scope else ""
+        name = f"{row.kind} over {', '.join(row.axes) or 'no axis'}{where} ({row.phase})"
+        sent, times = found.get(name, (0, 0))
+        found[name] = (sent + row.wire_bytes, times + (row.trips or 1))
+    return found
+
+
+def _caveats(before: Report, after: Report) -> Iterator[str]:
+    for which, report in (("first", before), ("second", after)):
+        if report.problems:
+            yield _cut(f"The {which} report is incomplete: {report.problems[0]}")
+
+
+def _changed(all_of_them: Iterable[Change]) -> tuple[Change, ...]:
+    return tuple(one for one in all_of_them if one.before != one.after)
+
+
+def _only(one: Report, other: Report) -> tuple[Finding, ...]:
     """Findings of one report that the other has not, whatever their bytes."""
     known = {_identity(finding) for finding in other.findings}
-    return [str(finding)[:94] for finding in one.findings if _identity(finding) not in known]
+    return tuple(finding for finding in one.findings if _identity(finding) not in known)
 
 
 def _identity(finding: Finding) -> tuple[str, str, str, tuple[str, ...]]:
     return finding.kind, finding.leaf, finding.scope, finding.axes
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:99]}…"
+
+
+def _or_dash(show: Callable[[float], str]) -> Callable[[float | None], str]:
+    return lambda number: "-" if number is None else show(number)
+
+
+_UNITS = {
+    "bytes": _or_dash(format_bytes),
+    "seconds": _or_dash(format_seconds),
+    "FLOPs": _or_dash("{:.4g}".format),
+    "times": _or_dash("{:.4g}".format),
+}

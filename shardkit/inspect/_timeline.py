@@ -106,30 +106,38 @@ class Timeline:
         return "\n".join(line for lines in wrapped for line in lines)
 
     def _lines(self) -> Iterable[str]:
-        sent = sum(self.communication.values())
-        products = f"products alone {_time(self.products)}" if self.products else "no FLOPs known"
-        if self.source == "schedule":
-            mfu = "" if self.mfu is None else f", MFU {self.mfu:.1%}"
-            step = f"{_time(self.high)}{mfu}"
-            yield f"Time per step on {self.chip}, modelled from the schedule: {step}"
-            yield (
-                f"  compute {_time(self.compute)} ({products}), communication {_time(sent)}, "
-                f"of which exposed {_time(self.exposed)}"
-            )
-        else:
-            yield (
-                f"Time per step on {self.chip}, modelled as a roofline: {_time(self.low)} if all "
-                f"overlaps, {_time(self.high)} if nothing does"
-            )
-            mfu = "" if self.mfu is None else f"; MFU {self.mfu:.1%} to {self.best_mfu:.1%}"
-            yield (
-                f"  {products}, memory {_time(self.memory or 0)}, communication {_time(sent)}{mfu}"
-            )
-        exposed = [f"{axes} {_time(s)}" for axes, s in self.exposed_by_axes().items() if s]
-        if exposed and self.source == "schedule":
-            yield f"  exposed over {'; '.join(exposed)}"
+        yield from self._of_schedule() if self.source == "schedule" else self._of_roofline()
         yield from (f"  lower bound: {text}" for text in self.problems)
         yield f"  assumed: {'; '.join(self.assumptions)}"
+
+    def _of_schedule(self) -> Iterable[str]:
+        show = format_seconds
+        mfu = "" if self.mfu is None else f", MFU {self.mfu:.1%}"
+        yield f"Time per step on {self.chip}, modelled from the schedule: {show(self.high)}{mfu}"
+        yield (
+            f"  compute {show(self.compute)} ({self._products()}), communication "
+            f"{show(sum(self.communication.values()))}, of which exposed {show(self.exposed)}"
+        )
+        exposed = [f"{axes} {show(s)}" for axes, s in self.exposed_by_axes().items() if s]
+        if exposed:
+            yield f"  exposed over {'; '.join(exposed)}"
+
+    def _of_roofline(self) -> Iterable[str]:
+        show = format_seconds
+        mfu = "" if self.mfu is None else f"; MFU {self.mfu:.1%} to {self.best_mfu:.1%}"
+        yield (
+            f"Time per step on {self.chip}, modelled as a roofline: {show(self.low)} if all "
+            f"overlaps, {show(self.high)} if nothing does"
+        )
+        yield (
+            f"  {self._products()}, memory {show(self.memory or 0.0)}, communication "
+            f"{show(sum(self.communication.values()))}{mfu}"
+        )
+
+    def _products(self) -> str:
+        if self.products is None:
+            return "no FLOPs known"
+        return f"products alone {format_seconds(self.products)}"
 
 
 def model_time(
@@ -267,9 +275,13 @@ def _by_axes(segments: Iterable[Segment]) -> dict[str, float]:
     return found
 
 
-def _time(seconds: float | None) -> str:
-    """Returns `1.23 s`, `70.1 ms`, `12.3 µs`."""
+def format_seconds(seconds: float) -> str:
+    """Returns `1.23 s`, `70.1 ms`, `12.3 µs`, `17 ns`.
+
+    >>> format_seconds(0.0701), format_seconds(1.7e-8)
+    ('70.1 ms', '17 ns')
+    """
     for unit, factor in (("s", 1), ("ms", 1e3), ("µs", 1e6)):
-        if (seconds or 0) * factor >= 1:
-            return f"{(seconds or 0) * factor:.3g} {unit}"
-    return f"{(seconds or 0) * 1e9:.0f} ns"
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e9:.0f} ns"

@@ -1,0 +1,121 @@
+"""Two reports side by side: what changed, and that nothing did."""
+
+import dataclasses
+
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from shardkit.cli import main
+from shardkit.inspect import Finding, Program, Report, compare
+
+from ._programs import LAYERS, make_mesh, program, recorded, rows, sgd, weights
+
+MESH = (("fsdp", 4), ("tensor", 4))
+
+
+@pytest.fixture(scope="module")
+def data():
+    parts = {"params": weights(), "batch": rows(P("data"))}
+    return Report.of(program(sgd, make_mesh(data=8), whole=("params",), **parts))
+
+
+@pytest.fixture(scope="module")
+def tensor():
+    split = weights(up=P(None, None, "tensor"), down=P(None, "tensor", None))
+    mesh = make_mesh(data=2, tensor=4)
+    return Report.of(program(sgd, mesh, params=split, batch=rows(P("data"))))
+
+
+@pytest.fixture(scope="module")
+def tpu():
+    return Report.of(Program(recorded("tpu_v5p_fsdp_tensor"), MESH, "tpu", "TPU v5p"))
+
+
+def named(changes):
+    return {change.name.strip(): change for change in changes}
+
+
+def test_a_report_does_not_differ_from_itself_reopened(data, tpu):
+    for report in (data, tpu):
+        comparison = compare(report, Report.from_json(report.to_json()))
+        assert not comparison
+        assert str(comparison) == "Nothing changed."
+
+
+def test_the_other_layout_of_the_same_step(data, tensor):
+    comparison = compare(data, tensor)
+    assert comparison.target == (("mesh", "data=8", "data=2, tensor=4"),)
+    head, details = named(comparison.headlines), named(comparison.details)
+    sent = head["sent per step"]
+    assert (sent.before, sent.after) == (data.ledger.total(), tensor.ledger.total())
+    assert "model FLOPs" not in head
+    over = details["sent over tensor"]
+    assert (over.before, over.after) == (0, tensor.ledger.total("tensor"))
+    params = details["memory params"]
+    assert params.before == data.memory.params == 4 * tensor.memory.params
+    assert params.ratio == 0.25
+
+
+def test_collectives_added_removed_and_resized(data, tensor):
+    rows_of = named(compare(data, tensor).rows)
+    added = rows_of["all-reduce over tensor in mlp (forward)"]
+    assert (added.before, added.note) == (None, "added")
+    assert added.after == sum(
+        row.wire_bytes for row in tensor.ledger.where("tensor", phase="forward")
+    )
+    back = named(compare(tensor, data).rows)["all-reduce over tensor in mlp (forward)"]
+    assert (back.before, back.after, back.note) == (added.after, None, "removed")
+    once = dataclasses.replace(
+        tensor.ledger,
+        rows=tuple(
+            dataclasses.replace(row, trips=1, wire_bytes=row.wire_bytes // LAYERS)
+            if row.axes == ("tensor",) and row.phase == "forward"
+            else row
+            for row in tensor.ledger
+        ),
+    )
+    fewer = compare(tensor, dataclasses.replace(tensor, ledger=once))
+    (resized,) = (one for one in fewer.rows if "(forward)" in one.name)
+    assert (resized.after, resized.note) == (added.after // LAYERS, f"×{LAYERS} → ×1")
+
+
+def test_rows_are_sorted_by_what_changed_most(data, tensor):
+    changes = [(row.after or 0) - (row.before or 0) for row in compare(data, tensor).rows]
+    assert changes == sorted(changes, key=abs, reverse=True)
+
+
+def test_findings_come_and_go_whatever_their_bytes(data):
+    finding = Finding("replicated", "params/w", "", ("data",), 64, "all 8 hold it", "split it")
+    one = dataclasses.replace(data, findings=(finding,))
+    larger = dataclasses.replace(data, findings=(dataclasses.replace(finding, bytes=128),))
+    assert compare(data, one).new == compare(one, data).gone == (finding,)
+    assert compare(one, larger).new == ()
+    assert "new:  replicated params/w, 64 B: all 8 hold it" in str(compare(data, one))
+    assert "gone: replicated params/w, 64 B: all 8 hold it" in str(compare(one, data))
+
+
+def test_text_is_100_columns_with_the_most_important_first(data, tpu):
+    text = str(compare(tpu, data))
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert lines[0] == "device: TPU v5p → cpu"
+    assert lines[1] == "mesh: fsdp=4, tensor=4 → data=8"
+    assert lines[3].startswith("step, modelled ")
+    assert "more groups of collectives" in text
+
+
+def test_an_incomplete_report_is_said_to_be(tpu):
+    text = recorded("tpu_v5p_fsdp_tensor")
+    cut = Report.of(Program(text[: len(text) // 2], MESH, "tpu", "TPU v5p"))
+    assert "The second report is incomplete: the text ends inside" in str(compare(tpu, cut))
+
+
+def test_the_command_line_compares_two_files(data, tensor, tmp_path, capsys):
+    names = [str(tmp_path / name) for name in ("a.json", "b.json")]
+    for name, report in zip(names, (data, tensor), strict=True):
+        with open(name, "w") as file:
+            file.write(report.to_json())
+    assert main(["explain", *names]) == 0
+    assert capsys.readouterr().out.strip() == str(compare(data, tensor))
+    assert main(["explain", names[0], names[0]]) == 0
+    assert capsys.readouterr().out == "Nothing changed.\n"
