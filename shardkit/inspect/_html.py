@@ -24,4 +24,4 @@ def page(json: str) -> str:
 
 
 def _part(name: str) -> str:
-    return files(__package__).joinpath("page", name).read_text("utf-8")
+    return files("shardkit.inspect").joinpath("page", name).read_text("utf-8")
