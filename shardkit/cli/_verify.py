@@ -92,7 +92,7 @@ def _meshes(arguments: argparse.Namespace, config: Config) -> list[Mesh]:
         specs = [apply_overrides(config, [f"mesh={text}"]).mesh for text in arguments.mesh]
     else:
         shapes = mesh_shapes(len(jax.devices()), list(config.mesh.axes))
-        specs = [MeshSpec(**shape) for shape in shapes[:_MOST_MESHES]]
+        specs = [MeshSpec(dcn=None, **shape) for shape in shapes[:_MOST_MESHES]]
     return [spec.build(devices=_first(spec)) for spec in specs]
 
 

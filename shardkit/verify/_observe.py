@@ -106,7 +106,7 @@ def counted_compiles() -> Iterator[list[int]]:
     """Counts the programs that JAX lowers within the block, also those a cache then supplies."""
     count = [0]
 
-    def listen(event: str, seconds: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
         count[0] += event == _COMPILES
 
     jax.monitoring.register_event_duration_secs_listener(listen)

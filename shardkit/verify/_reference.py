@@ -65,7 +65,7 @@ class Reference:
     """
 
     declaration: Declaration
-    device: jax.Device
+    device: Any
 
     def start(self, key: jax.Array) -> State:
         """Makes the first state."""

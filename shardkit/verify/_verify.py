@@ -33,7 +33,7 @@ class Standard:
       record: what the reference told.
     """
 
-    def __init__(self, declaration: Declaration, device: jax.Device, trial: Trial) -> None:
+    def __init__(self, declaration: Declaration, device: Any, trial: Trial) -> None:
         """Runs the reference, and again with nudged parameters to measure noise.
 
         Raises:
