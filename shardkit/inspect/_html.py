@@ -4,7 +4,9 @@ import re
 from importlib.resources import files
 
 # Later scripts use what earlier ones define.
-_SCRIPTS = tuple("base table head findings timeline memory mesh layout leaves ledger main".split())
+_SCRIPTS = tuple(
+    "base table head findings timeline memory traffic mesh layout leaves ledger flops main".split()
+)
 
 
 def page(json: str) -> str:

@@ -8,7 +8,8 @@ function el(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
-    else if (name === "style") for (const [k, v] of Object.entries(value)) node.style.setProperty(k, v);
+    else if (name === "style")
+      for (const [k, v] of Object.entries(value)) node.style.setProperty(k, v);
     else if (value === true) node.setAttribute(name, "");
     else if (value !== false && value !== null) node.setAttribute(name, value);
   }
@@ -46,7 +47,8 @@ const LABELS = {
 };
 // Stands before and beside totals that something unread would have made larger.
 const least = (problems) => (problems.length ? "at least " : "");
-const bound = (problems) => (problems.length ? el("p", { class: "warn" }, "Incomplete: these are lower bounds.") : "");
+const bound = (problems) =>
+  problems.length ? el("p", { class: "warn" }, "Incomplete: these are lower bounds.") : "";
 
 const label = (kind) => el("span", { class: `label ${kind}`, title: LABELS[kind] }, kind);
 

@@ -9,7 +9,8 @@ function draw_findings() {
     list.append(...rows.slice(shown, shown + step).map(finding));
     shown = Math.min(rows.length, shown + step);
     more.hidden = shown === rows.length;
-    more.textContent = `Show ${integer(Math.min(40, rows.length - shown))} more of ${integer(rows.length - shown)}`;
+    const left = rows.length - shown;
+    more.textContent = `Show ${integer(Math.min(40, left))} more of ${integer(left)}`;
   }
   grow(6);
   target.append(list, more);
@@ -19,12 +20,22 @@ function finding(one) {
   const about = [one.leaf || one.scope, one.axes.length ? `over ${one.axes.join(", ")}` : ""];
   const leaf = report.leaves.find((leaf) => `${leaf.part}/${leaf.path}` === one.leaf);
   const shows = () => select_leaf(leaf, true);
-  return el("li", {},
-    el("div", { class: "line" }, el("strong", {}, one.kind.replaceAll("_", " ")),
+  return el(
+    "li",
+    {},
+    el(
+      "div",
+      { class: "line" },
+      el("strong", {}, one.kind.replaceAll("_", " ")),
       el("span", { class: "about" }, about.filter(Boolean).join(" ")),
       one.bytes ? el("span", { class: "bytes" }, bytes(one.bytes)) : "",
-      leaf ? el("button", { type: "button", class: "link", onclick: shows }, "Show its layout") : ""),
-    el("p", {}, one.why), copyable(one.fix));
+      leaf
+        ? el("button", { type: "button", class: "link", onclick: shows }, "Show its layout")
+        : "",
+    ),
+    el("p", {}, one.why),
+    copyable(one.fix),
+  );
 }
 
 function copyable(text) {
@@ -39,8 +50,15 @@ function copyable(text) {
       getSelection().selectAllChildren(code);
       button.textContent = "Selected";
     }
-    setTimeout(() => { button.textContent = "Copy"; }, 1500);
+    setTimeout(() => {
+      button.textContent = "Copy";
+    }, 1500);
   };
-  return el("div", { class: "fix" }, el("span", { class: "name" }, "Fix"), code,
-    el("button", { type: "button", "aria-label": "Copy the fix", onclick: copy }, "Copy"));
+  return el(
+    "div",
+    { class: "fix" },
+    el("span", { class: "name" }, "Fix"),
+    code,
+    el("button", { type: "button", "aria-label": "Copy the fix", onclick: copy }, "Copy"),
+  );
 }

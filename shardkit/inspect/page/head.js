@@ -7,13 +7,16 @@ function draw_incomplete() {
   const found = problems();
   const silent = !report.messages_complete;
   if (!found.length && !silent) return;
-  const said = "The compiler's messages are not known: involuntary rematerializations may be missing.";
+  const said =
+    "The compiler's messages are not known: involuntary rematerializations may be missing.";
   const rows = [...found.map((text) => el("li", {}, text)), silent ? el("li", {}, said) : null];
   const target = document.getElementById("incomplete");
   target.hidden = false;
-  target.append(el("h2", {}, "Incomplete"),
+  target.append(
+    el("h2", {}, "Incomplete"),
     el("p", {}, "This could not be read. Totals that depend on it are lower bounds."),
-    el("ul", {}, rows.filter(Boolean)));
+    el("ul", {}, rows.filter(Boolean)),
+  );
 }
 
 function draw_subject() {
@@ -27,39 +30,75 @@ function draw_subject() {
 }
 
 function figure(name, value, note, kind, warns = false) {
-  return el("div", { class: warns ? "figure warn" : "figure" },
+  return el(
+    "div",
+    { class: warns ? "figure warn" : "figure" },
     el("div", { class: "name" }, name, label(kind)),
-    el("div", { class: "value" }, value), el("div", { class: "note" }, note));
+    el("div", { class: "value" }, value),
+    el("div", { class: "note" }, note),
+  );
 }
 
 function draw_figures() {
   const { memory, flops, findings } = report;
   const sent = sum(report.ledger.rows, (row) => row.wire_bytes);
-  const hidden = sum(report.ledger.rows.filter((row) => row.overlapped), (row) => row.wire_bytes);
-  document.getElementById("figures").append(figure_of_time(),
-    figure("Device memory", bytes(memory.total), fits(memory), "compiled", over(memory)),
-    figure("Sent per step", least(report.ledger.problems) + bytes(sent), `by each device, ${bytes(hidden)} of it hidden`, "compiled"),
-    figure("Collectives", integer(report.ledger.rows.length), `over ${report.mesh.length} mesh axes`, "compiled"),
-    flops ? figure("FLOPs per step", least(flops.problems) + si(flops.model),
-      flops.recompute ? `all devices, ${percent(flops.recompute, flops.model)} more recomputed` : "all devices, none recomputed",
-      "traced") : "",
-    figure("Findings", integer(findings.length), findings.length ? `${bytes(findings[0].bytes)} in the largest` :
-      "nothing to mend", "compiled", findings.length > 0));
+  const hidden = sum(
+    report.ledger.rows.filter((row) => row.overlapped),
+    (row) => row.wire_bytes,
+  );
+  document
+    .getElementById("figures")
+    .append(
+      figure_of_time(),
+      figure("Device memory", bytes(memory.total), fits(memory), "compiled", over(memory)),
+      figure(
+        "Sent per step",
+        least(report.ledger.problems) + bytes(sent),
+        `by each device, ${bytes(hidden)} of it hidden`,
+        "compiled",
+      ),
+      figure(
+        "Collectives",
+        integer(report.ledger.rows.length),
+        `over ${report.mesh.length} mesh axes`,
+        "compiled",
+      ),
+      flops
+        ? figure(
+            "FLOPs per step",
+            least(flops.problems) + si(flops.model),
+            flops.recompute
+              ? `all devices, ${percent(flops.recompute, flops.model)} more recomputed`
+              : "all devices, none recomputed",
+            "traced",
+          )
+        : "",
+      figure(
+        "Findings",
+        integer(findings.length),
+        findings.length ? `${bytes(findings[0].bytes)} in the largest` : "nothing to mend",
+        "compiled",
+        findings.length > 0,
+      ),
+    );
 }
 
 function figure_of_time() {
   const { timeline } = report;
   if (!timeline) return "";
-  const time = timeline.source === "schedule" ? seconds(timeline.high) : `≥ ${seconds(timeline.low)}`;
+  const time =
+    timeline.source === "schedule" ? seconds(timeline.high) : `≥ ${seconds(timeline.low)}`;
   return figure("Step time", time, `on ${timeline.chip}${mfu(timeline)}`, "modelled");
 }
 
-const over = (memory) => memory.capacity !== null && memory.total !== null && memory.total > memory.capacity;
+const over = (memory) =>
+  memory.capacity !== null && memory.total !== null && memory.total > memory.capacity;
 
 function fits(memory) {
   if (memory.capacity === null) return "capacity of the device is unknown";
   if (memory.total === null) return `of ${bytes(memory.capacity)}`;
   const left = memory.capacity - memory.total;
-  return left < 0 ? `does not fit: ${bytes(-left)} too much for ${bytes(memory.capacity)}`
+  return left < 0
+    ? `does not fit: ${bytes(-left)} too much for ${bytes(memory.capacity)}`
     : `fits: ${bytes(left)} left of ${bytes(memory.capacity)}`;
 }

@@ -3,16 +3,23 @@ const shards = (leaf) => leaf.spec.reduce((n, axes) => n * ways(axes), 1);
 const copies = (leaf) => devices / shards(leaf);
 const whole = (leaf) => shards(leaf) === 1 && devices > 1;
 // As the findings count it: a declared copy and a scalar are meant.
-const warns = (leaf) => whole(leaf) && !leaf.meant_whole && leaf.shape.length > 0 &&
+const warns = (leaf) =>
+  whole(leaf) &&
+  !leaf.meant_whole &&
+  leaf.shape.length > 0 &&
   ["params", "opt_state", "extra"].includes(leaf.part);
 
 // Which block of each dim a device holds; the first axis of a dim counts slowest.
-const block_of = (leaf, place) => leaf.spec.map((axes) => axes.reduce((n, axis) => n * sizes.get(axis) + place[axis], 0));
+const block_of = (leaf, place) =>
+  leaf.spec.map((axes) => axes.reduce((n, axis) => n * sizes.get(axis) + place[axis], 0));
 const shard_of = (leaf, block) => block.reduce((n, i, dim) => n * ways(leaf.spec[dim]) + i, 0);
 
 function slice_text(leaf, block) {
-  const dims = leaf.shard.map((n, dim) => ways(leaf.spec[dim]) === 1 ? ":"
-    : `${block[dim] * n}:${Math.min(leaf.shape[dim], (block[dim] + 1) * n)}`);
+  const dims = leaf.shard.map((n, dim) =>
+    ways(leaf.spec[dim]) === 1
+      ? ":"
+      : `${block[dim] * n}:${Math.min(leaf.shape[dim], (block[dim] + 1) * n)}`,
+  );
   return `[${dims.join(", ")}]`;
 }
 
@@ -27,61 +34,129 @@ function coloured(node, leaf, shard) {
 }
 
 function draw_layout(leaf) {
-  const said = el("p", { class: "said", "aria-live": "polite" }, "Point at a device to see what it holds and who holds the same.");
-  const drawing = el("div", { class: "drawing" },
+  const said = el(
+    "p",
+    { class: "said", "aria-live": "polite" },
+    "Point at a device to see what it holds and who holds the same.",
+  );
+  const drawing = el(
+    "div",
+    { class: "drawing" },
     el("div", {}, el("h4", {}, "The array, cut into shards"), blocks(leaf)),
-    el("div", { class: "grow" }, el("h4", {}, `The mesh: ${plural(devices, "device")}, and the shard each holds`),
-      draw_grid((button, place) => paint(leaf, button, place))));
+    el(
+      "div",
+      { class: "grow" },
+      el("h4", {}, `The mesh: ${plural(devices, "device")}, and the shard each holds`),
+      draw_grid((button, place) => paint(leaf, button, place)),
+    ),
+  );
   point(drawing, said, leaf);
-  return el("div", {}, el("h3", { class: "path" }, `${leaf.part}/${leaf.path} `, el("span", { class: "quiet" }, type(leaf))),
-    el("p", {}, summary(leaf)), dims_table(leaf), said, drawing);
+  return el(
+    "div",
+    {},
+    el(
+      "h3",
+      { class: "path" },
+      `${leaf.part}/${leaf.path} `,
+      el("span", { class: "quiet" }, type(leaf)),
+    ),
+    el("p", {}, summary(leaf)),
+    dims_table(leaf),
+    said,
+    drawing,
+  );
 }
 
 function summary(leaf) {
   const each = `${bytes(leaf.device_bytes)} on each device`;
-  if (warns(leaf)) return el("span", { class: "warn" }, `Replicated: all ${integer(devices)} devices hold the whole of it, and no rule says so. ${each}.`);
-  if (whole(leaf)) return `Every device holds the whole of it${leaf.meant_whole ? ", as declared" : ""}: ${each}.`;
-  const unused = report.mesh.filter(([axis, size]) => size > 1 && !leaf.spec.flat().includes(axis)).map(([axis]) => axis);
-  const same = copies(leaf) === 1 ? "each on one device" : `each on ${integer(copies(leaf))} devices (the same along ${unused.join(", ")})`;
+  if (warns(leaf))
+    return el(
+      "span",
+      { class: "warn" },
+      `Replicated: all ${integer(devices)} devices hold the whole of it, and no rule says so. ` +
+        `${each}.`,
+    );
+  if (whole(leaf))
+    return `Every device holds the whole of it${leaf.meant_whole ? ", as declared" : ""}: ${each}.`;
+  const unused = report.mesh
+    .filter(([axis, size]) => size > 1 && !leaf.spec.flat().includes(axis))
+    .map(([axis]) => axis);
+  const same =
+    copies(leaf) === 1
+      ? "each on one device"
+      : `each on ${integer(copies(leaf))} devices (the same along ${unused.join(", ")})`;
   return `${plural(shards(leaf), "shard")}, ${same}: ${each}.`;
 }
 
 function dims_table(leaf) {
   if (!leaf.shape.length) return "";
-  const rows = leaf.shape.map((size, dim) => el("tr", {}, el("th", { scope: "row" }, String(dim)),
-    leaf.names ? el("td", {}, leaf.names[dim] ?? "") : "", el("td", { class: "number" }, integer(size)),
-    el("td", {}, leaf.spec[dim].length ? leaf.spec[dim].map((axis) => `${axis} (${integer(sizes.get(axis))})`).join(" × ") : "whole"),
-    el("td", { class: "number" }, integer(leaf.shard[dim]))));
+  const rows = leaf.shape.map((size, dim) =>
+    el(
+      "tr",
+      {},
+      el("th", { scope: "row" }, String(dim)),
+      leaf.names ? el("td", {}, leaf.names[dim] ?? "") : "",
+      el("td", { class: "number" }, integer(size)),
+      el(
+        "td",
+        {},
+        leaf.spec[dim].length
+          ? leaf.spec[dim].map((axis) => `${axis} (${integer(sizes.get(axis))})`).join(" × ")
+          : "whole",
+      ),
+      el("td", { class: "number" }, integer(leaf.shard[dim])),
+    ),
+  );
   const titles = ["dim", ...(leaf.names ? ["name"] : []), "size", "split over", "on each device"];
   const head = titles.map((title) =>
-    el("th", { scope: "col", class: /size|device/.test(title) ? "number" : "" }, title));
+    el("th", { scope: "col", class: /size|device/.test(title) ? "number" : "" }, title),
+  );
   return el("table", { class: "dims" }, el("thead", {}, el("tr", {}, head)), el("tbody", {}, rows));
 }
 
 // The array as a rectangle of its first two split dims.
 function blocks(leaf) {
   const split = leaf.spec.map((axes, dim) => dim).filter((dim) => ways(leaf.spec[dim]) > 1);
-  const [down, across] = split.length > 1 ? split : leaf.shape.length > 1 && split[0] === 0 ? [0, null] : [null, split[0] ?? null];
+  const [down, across] =
+    split.length > 1
+      ? split
+      : leaf.shape.length > 1 && split[0] === 0
+        ? [0, null]
+        : [null, split[0] ?? null];
   const count = (dim) => (dim === null ? 1 : ways(leaf.spec[dim]));
-  const rows = places(count(down), LIMITS.row).map((j) => el("tr", {}, places(count(across), LIMITS.row).map((i) => {
-    if (i === null || j === null) return el("td", { class: "gap" }, j === null ? "⋮" : "⋯");
-    const block = leaf.spec.map((_, dim) => (dim === across ? i : dim === down ? j : 0));
-    const cell = el("td", { class: "block", title: slice_text(leaf, block) });
-    coloured(cell, leaf, shard_of(leaf, block));
-    return cell;
-  })));
+  const rows = places(count(down), LIMITS.row).map((j) =>
+    el(
+      "tr",
+      {},
+      places(count(across), LIMITS.row).map((i) => {
+        if (i === null || j === null) return el("td", { class: "gap" }, j === null ? "⋮" : "⋯");
+        const block = leaf.spec.map((_, dim) => (dim === across ? i : dim === down ? j : 0));
+        const cell = el("td", { class: "block", title: slice_text(leaf, block) });
+        coloured(cell, leaf, shard_of(leaf, block));
+        return cell;
+      }),
+    ),
+  );
   const more = split.length > 2 ? `Block 0 of dim ${split.slice(2).join(" and ")}.` : "";
-  const sides = [down === null ? "" : `dim ${down} ↓`, across === null ? "" : `dim ${across} →`].filter(Boolean).join("   ");
-  return el("div", {}, el("div", { class: "sides" }, sides || "not split"),
-    el("table", { class: "array" }, el("tbody", {}, rows)), more ? el("p", { class: "quiet" }, more) : "");
+  const sides = [down === null ? "" : `dim ${down} ↓`, across === null ? "" : `dim ${across} →`]
+    .filter(Boolean)
+    .join("   ");
+  return el(
+    "div",
+    {},
+    el("div", { class: "sides" }, sides || "not split"),
+    el("table", { class: "array" }, el("tbody", {}, rows)),
+    more ? el("p", { class: "quiet" }, more) : "",
+  );
 }
 
 function paint(leaf, button, place) {
   const block = block_of(leaf, place);
   const shard = shard_of(leaf, block);
   coloured(button, leaf, shard);
-  const text = `Device ${integer(device_number(place))} (${place_text(place)}) holds ` + (whole(leaf) ? "the whole array"
-    : `shard ${integer(shard)}, ${slice_text(leaf, block)}`);
+  const text =
+    `Device ${integer(device_number(place))} (${place_text(place)}) holds ` +
+    (whole(leaf) ? "the whole array" : `shard ${integer(shard)}, ${slice_text(leaf, block)}`);
   button.dataset.text = text;
   button.setAttribute("aria-label", text);
 }
@@ -92,8 +167,12 @@ function point(drawing, said, leaf) {
     const at = event.target.closest("[data-shard]");
     if (!at) return;
     drawing.classList.add("pointing");
-    for (const node of drawing.querySelectorAll("[data-shard]")) node.classList.toggle("same", node.dataset.shard === at.dataset.shard);
-    const others = copies(leaf) > 1 ? `; ${integer(copies(leaf) - 1)} other ${copies(leaf) === 2 ? "device holds" : "devices hold"} the same` : "; no other device holds it";
+    for (const node of drawing.querySelectorAll("[data-shard]"))
+      node.classList.toggle("same", node.dataset.shard === at.dataset.shard);
+    const others =
+      copies(leaf) > 1
+        ? `; the same is on ${plural(copies(leaf) - 1, "other device")}`
+        : "; no other device holds it";
     if (at.dataset.text) said.textContent = `${at.dataset.text}${others}.`;
   };
   drawing.addEventListener("pointerover", mark);

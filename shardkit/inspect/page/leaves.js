@@ -2,21 +2,35 @@ let select_leaf = () => {};
 
 function draw_leaves() {
   const mesh = report.mesh.map(([name, size]) => `${name} ${integer(size)}`).join(" × ");
-  const target = section("layout", "Mesh and layouts", ["compiled"],
-    el("p", {}, `Mesh ${mesh}: ${plural(devices, "device")}. Devices are numbered in the order of the mesh.`));
+  const target = section(
+    "layout",
+    "Mesh and layouts",
+    ["compiled"],
+    el(
+      "p",
+      {},
+      `Mesh ${mesh}: ${plural(devices, "device")}. Devices are numbered in the order of the mesh.`,
+    ),
+  );
   if (!report.leaves.length) {
-    target.append(el("p", { class: "quiet" }, "This report lists no arrays."), draw_grid((button, place) => {
-      button.classList.add("plain");
-      button.textContent = integer(device_number(place));
-      button.setAttribute("aria-label", `Device ${device_number(place)} (${place_text(place)})`);
-    }));
+    target.append(
+      el("p", { class: "quiet" }, "This report lists no arrays."),
+      draw_grid((button, place) => {
+        button.classList.add("plain");
+        button.textContent = integer(device_number(place));
+        button.setAttribute("aria-label", `Device ${device_number(place)} (${place_text(place)})`);
+      }),
+    );
     return;
   }
   const shown = el("div", { class: "leaf" });
   target.append(el("div", { class: "layouts" }, leaf_list(shown), shown));
   const params = report.leaves.filter((leaf) => leaf.part === "params");
   const of = params.length ? params : report.leaves;
-  select_leaf(of.reduce((a, b) => (b.device_bytes > a.device_bytes ? b : a)), false);
+  select_leaf(
+    of.reduce((a, b) => (b.device_bytes > a.device_bytes ? b : a)),
+    false,
+  );
 }
 
 function leaf_list(shown) {
@@ -25,31 +39,77 @@ function leaf_list(shown) {
   const only = el("input", { type: "checkbox", onchange: redraw });
   const said = el("p", { class: "said", "aria-live": "polite" });
   let selected = null;
-  const held = { title: "on a device", value: (leaf) => leaf.device_bytes, number: true, show: (leaf) => bytes(leaf.device_bytes) };
-  const made = table([
-    { title: "array", value: (leaf) => `${leaf.part}/${leaf.path}`, wide: true, show: leaf_button },
-    { title: "split over", value: spec_text, show: (leaf) => el("span", { class: warns(leaf) ? "warn" : whole(leaf) ? "quiet" : "" }, spec_text(leaf)) },
-    held,
-    { title: "copies", value: copies, number: true, show: (leaf) => integer(copies(leaf)), hint: "Devices that hold the same shard" },
-  ], { caption: "Arrays of the step's input", sort: held, empty: "No array is like that.",
-    row: (leaf) => ({ class: leaf === selected ? "selected" : "" }) });
+  const held = {
+    title: "on a device",
+    value: (leaf) => leaf.device_bytes,
+    number: true,
+    show: (leaf) => bytes(leaf.device_bytes),
+  };
+  const made = table(
+    [
+      {
+        title: "array",
+        value: (leaf) => `${leaf.part}/${leaf.path}`,
+        wide: true,
+        show: leaf_button,
+      },
+      {
+        title: "split over",
+        value: spec_text,
+        show: (leaf) =>
+          el("span", { class: warns(leaf) ? "warn" : whole(leaf) ? "quiet" : "" }, spec_text(leaf)),
+      },
+      held,
+      {
+        title: "copies",
+        value: copies,
+        number: true,
+        show: (leaf) => integer(copies(leaf)),
+        hint: "Devices that hold the same shard",
+      },
+    ],
+    {
+      caption: "Arrays of the step's input",
+      sort: held,
+      empty: "No array is like that.",
+      row: (leaf) => ({ class: leaf === selected ? "selected" : "" }),
+    },
+  );
 
   function leaf_button(leaf) {
     const text = leaf.path || leaf.part;
     const note = el("span", { class: "quiet" }, `${leaf.part} ${type(leaf)}`);
-    return [el("button", { type: "button", class: "pick", "aria-pressed": String(leaf === selected),
-      onclick: () => select_leaf(leaf, false) }, text), note];
+    return [
+      el(
+        "button",
+        {
+          type: "button",
+          class: "pick",
+          "aria-pressed": String(leaf === selected),
+          onclick: () => select_leaf(leaf, false),
+        },
+        text,
+      ),
+      note,
+    ];
   }
   function redraw() {
-    const kept = report.leaves.filter((leaf) => (!filters.part.get() || leaf.part === filters.part.get()) &&
-      leaf.path.toLowerCase().includes(filters.text.get()) && (!only.checked || warns(leaf)));
-    said.textContent = `${integer(kept.length)} of ${plural(report.leaves.length, "array")}, ${bytes(sum(kept, (leaf) => leaf.device_bytes))} on a device`;
+    const kept = report.leaves.filter(
+      (leaf) =>
+        (!filters.part.get() || leaf.part === filters.part.get()) &&
+        leaf.path.toLowerCase().includes(filters.text.get()) &&
+        (!only.checked || warns(leaf)),
+    );
+    const all = bytes(sum(kept, (leaf) => leaf.device_bytes));
+    said.textContent =
+      `${integer(kept.length)} of ${plural(report.leaves.length, "array")}, ${all} on a device`;
     made.fill(kept);
   }
   select_leaf = (leaf, scroll) => {
     selected = leaf;
     shown.replaceChildren(draw_layout(leaf));
-    for (const button of made.body.querySelectorAll(".pick[aria-pressed=true]")) mark(button, false);
+    for (const button of made.body.querySelectorAll(".pick[aria-pressed=true]"))
+      mark(button, false);
     const at = [...made.body.rows].find((row) => row.data === leaf);
     if (at) mark(at.querySelector(".pick"), true);
     if (scroll) document.getElementById("layout").scrollIntoView();
@@ -59,11 +119,23 @@ function leaf_list(shown) {
     button.closest("tr").classList.toggle("selected", on);
   }
   redraw();
-  return el("div", { class: "list" }, el("div", { class: "filters" }, filters.part.node, filters.text.node,
-    el("label", { class: "check" }, only, "only unmeant copies")), said, made.node);
+  return el(
+    "div",
+    { class: "list" },
+    el(
+      "div",
+      { class: "filters" },
+      filters.part.node,
+      filters.text.node,
+      el("label", { class: "check" }, only, "only unmeant copies"),
+    ),
+    said,
+    made.node,
+  );
 }
 
 function spec_text(leaf) {
-  if (!leaf.spec.some((axes) => axes.length)) return leaf.meant_whole ? "whole, as declared" : "whole";
+  if (!leaf.spec.some((axes) => axes.length))
+    return leaf.meant_whole ? "whole, as declared" : "whole";
   return `(${leaf.spec.map((axes) => axes.join("·") || "–").join(", ")})`;
 }

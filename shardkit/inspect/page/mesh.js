@@ -19,10 +19,16 @@ function arranged() {
 // Draws the devices as a grid; `paint(button, place)` fills one, where place is {axis: index}.
 function draw_grid(paint) {
   const { down, across, panels } = arranged();
-  const grids = panel_places(panels).map((fixed) => fixed === null
-    ? el("div", { class: "gap between" }, "⋮")
-    : el("figure", { class: "panel" }, panels.length ? el("figcaption", {}, place_text(fixed)) : "",
-      grid(fixed, down, across, paint)));
+  const grids = panel_places(panels).map((fixed) =>
+    fixed === null
+      ? el("div", { class: "gap between" }, "⋮")
+      : el(
+          "figure",
+          { class: "panel" },
+          panels.length ? el("figcaption", {}, place_text(fixed)) : "",
+          grid(fixed, down, across, paint),
+        ),
+  );
   const made = el("div", { class: "mesh" }, grids);
   made.addEventListener("keydown", walk);
   const first = made.querySelector("button");
@@ -33,42 +39,77 @@ function draw_grid(paint) {
 function panel_places(panels) {
   let found = [{}];
   for (const [axis, size] of panels) {
-    found = found.flatMap((fixed) => fixed === null ? [null]
-      : places(size, LIMITS.panel).map((i) => (i === null ? null : { ...fixed, [axis]: i })));
+    found = found.flatMap((fixed) =>
+      fixed === null
+        ? [null]
+        : places(size, LIMITS.panel).map((i) => (i === null ? null : { ...fixed, [axis]: i })),
+    );
   }
   return found.filter((one, i) => one !== null || found[i - 1] !== null);
 }
 
 function grid(fixed, down, across, paint) {
   const columns = places(across[1], LIMITS.column);
-  const corner = el("th", { class: "corner" }, down[0] ? `${down[0]} ↓ ` : "", across[0] ? `${across[0]} →` : "");
-  const head = el("tr", {}, corner, columns.map((i) => el("th", {}, i === null ? "⋯" : String(i))));
+  const corner = el(
+    "th",
+    { class: "corner" },
+    down[0] ? `${down[0]} ↓ ` : "",
+    across[0] ? `${across[0]} →` : "",
+  );
+  const head = el(
+    "tr",
+    {},
+    corner,
+    columns.map((i) => el("th", {}, i === null ? "⋯" : String(i))),
+  );
   const body = places(down[1], LIMITS.row).map((j) => {
-    if (j === null) return el("tr", {}, el("th", {}, "⋮"), columns.map(() => el("td", { class: "gap" }, "⋮")));
-    return el("tr", {}, el("th", {}, down[0] ? String(j) : ""), columns.map((i) => {
-      if (i === null) return el("td", { class: "gap" }, "⋯");
-      const place = { ...Object.fromEntries(report.mesh.map(([axis]) => [axis, 0])), ...fixed };
-      if (across[0]) place[across[0]] = i;
-      if (down[0]) place[down[0]] = j;
-      const button = el("button", { type: "button", class: "device", tabindex: "-1" });
-      paint(button, place);
-      return el("td", {}, button);
-    }));
+    if (j === null)
+      return el(
+        "tr",
+        {},
+        el("th", {}, "⋮"),
+        columns.map(() => el("td", { class: "gap" }, "⋮")),
+      );
+    return el(
+      "tr",
+      {},
+      el("th", {}, down[0] ? String(j) : ""),
+      columns.map((i) => {
+        if (i === null) return el("td", { class: "gap" }, "⋯");
+        const place = { ...Object.fromEntries(report.mesh.map(([axis]) => [axis, 0])), ...fixed };
+        if (across[0]) place[across[0]] = i;
+        if (down[0]) place[down[0]] = j;
+        const button = el("button", { type: "button", class: "device", tabindex: "-1" });
+        paint(button, place);
+        return el("td", {}, button);
+      }),
+    );
   });
-  return el("table", { class: "devices" }, el("caption", { class: "hidden" }, "Devices of the mesh"),
-    el("thead", {}, head), el("tbody", {}, body));
+  return el(
+    "table",
+    { class: "devices" },
+    el("caption", { class: "hidden" }, "Devices of the mesh"),
+    el("thead", {}, head),
+    el("tbody", {}, body),
+  );
 }
 
 // Arrow keys move over the devices, so that they take one stop of the tab key.
 function walk(event) {
-  const step = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowDown: [0, 1], ArrowUp: [0, -1] }[event.key];
+  const step = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowDown: [0, 1], ArrowUp: [0, -1] }[
+    event.key
+  ];
   if (!step || !event.target.matches("button.device")) return;
   event.preventDefault();
   const here = event.target.getBoundingClientRect();
-  const beyond = [...event.currentTarget.querySelectorAll("button.device")].map((node) => {
-    const box = node.getBoundingClientRect();
-    return { node, x: box.x - here.x, y: box.y - here.y };
-  }).filter(({ x, y }) => (step[0] ? x * step[0] > 1 && Math.abs(y) < 4 : y * step[1] > 1 && Math.abs(x) < 4));
+  const beyond = [...event.currentTarget.querySelectorAll("button.device")]
+    .map((node) => {
+      const box = node.getBoundingClientRect();
+      return { node, x: box.x - here.x, y: box.y - here.y };
+    })
+    .filter(({ x, y }) =>
+      step[0] ? x * step[0] > 1 && Math.abs(y) < 4 : y * step[1] > 1 && Math.abs(x) < 4,
+    );
   beyond.sort((a, b) => Math.hypot(a.x, a.y) - Math.hypot(b.x, b.y));
   if (!beyond.length) return;
   event.target.tabIndex = -1;
@@ -76,7 +117,10 @@ function walk(event) {
   beyond[0].node.focus();
 }
 
-const place_text = (place) => Object.entries(place).map(([axis, i]) => `${axis} ${integer(i)}`).join(", ");
+const place_text = (place) =>
+  Object.entries(place)
+    .map(([axis, i]) => `${axis} ${integer(i)}`)
+    .join(", ");
 
 // Number of a device in the order of the mesh.
 const device_number = (place) => report.mesh.reduce((n, [axis, size]) => n * size + place[axis], 0);

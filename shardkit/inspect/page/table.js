@@ -5,15 +5,28 @@ function table(columns, { caption, sort = null, row = () => ({}), empty = "None.
   const more = el("button", { type: "button", class: "more" });
   const state = { rows: [], shown: PAGE, sort, descending: true };
   const heads = columns.map((column) => head(column, state, draw));
-  const made = el("table", {}, el("caption", { class: "hidden" }, caption),
-    el("thead", {}, el("tr", {}, heads)), body);
-  const frame = el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption }, made);
-  more.addEventListener("click", () => { state.shown += PAGE; draw(); });
+  const made = el(
+    "table",
+    {},
+    el("caption", { class: "hidden" }, caption),
+    el("thead", {}, el("tr", {}, heads)),
+    body,
+  );
+  const frame = el(
+    "div",
+    { class: "scroll", tabindex: "0", role: "region", "aria-label": caption },
+    made,
+  );
+  more.addEventListener("click", () => {
+    state.shown += PAGE;
+    draw();
+  });
 
   function draw() {
     const sorted = sort_rows(state);
     body.replaceChildren(...sorted.slice(0, state.shown).map((one) => cells(columns, one, row)));
-    if (!sorted.length) body.append(el("tr", {}, el("td", { colspan: columns.length, class: "quiet" }, empty)));
+    if (!sorted.length)
+      body.append(el("tr", {}, el("td", { colspan: columns.length, class: "quiet" }, empty)));
     const left = sorted.length - state.shown;
     more.hidden = left <= 0;
     more.textContent = `Show ${integer(Math.min(PAGE, left))} more of ${integer(left)}`;
@@ -22,7 +35,10 @@ function table(columns, { caption, sort = null, row = () => ({}), empty = "None.
       th.setAttribute("aria-sort", state.sort === columns[i] ? order : "none");
     });
   }
-  function fill(rows) { Object.assign(state, { rows, shown: PAGE }); draw(); }
+  function fill(rows) {
+    Object.assign(state, { rows, shown: PAGE });
+    draw();
+  }
   return { node: el("div", { class: "table" }, frame, more), fill, body };
 }
 
@@ -32,7 +48,11 @@ function head(column, state, draw) {
     Object.assign(state, { sort: column, descending: again ? !state.descending : !!column.number });
     draw();
   };
-  const button = el("button", { type: "button", title: column.hint ?? "Sort", onclick: sorts }, column.title);
+  const button = el(
+    "button",
+    { type: "button", title: column.hint ?? "Sort", onclick: sorts },
+    column.title,
+  );
   return el("th", { scope: "col", class: column.number ? "number" : "" }, button);
 }
 
@@ -50,7 +70,11 @@ function sort_rows({ rows, sort, descending }) {
 function cells(columns, one, row) {
   const made = columns.map((column) => {
     const kind = [column.number && "number", column.wide && "wide"].filter(Boolean).join(" ");
-    return el("td", { class: kind }, column.show ? column.show(one) : String(column.value(one) ?? ""));
+    return el(
+      "td",
+      { class: kind },
+      column.show ? column.show(one) : String(column.value(one) ?? ""),
+    );
   });
   const line = el("tr", row(one), made);
   line.data = one;
@@ -69,17 +93,29 @@ function opener(text, details, columns) {
       button.closest("tr").after(below);
     }
   };
-  return el("button", { type: "button", class: "opener", "aria-expanded": "false", onclick: toggle }, text);
+  return el(
+    "button",
+    { type: "button", class: "opener", "aria-expanded": "false", onclick: toggle },
+    text,
+  );
 }
 
 function definitions(pairs) {
   const rows = pairs.filter(([, value]) => value !== "" && value !== null);
-  return el("dl", {}, rows.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]));
+  return el(
+    "dl",
+    {},
+    rows.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]),
+  );
 }
 
 function choice(title, options, redraw) {
-  const select = el("select", { onchange: redraw }, el("option", { value: "" }, "any"),
-    options.map((option) => el("option", { value: option }, option)));
+  const select = el(
+    "select",
+    { onchange: redraw },
+    el("option", { value: "" }, "any"),
+    options.map((option) => el("option", { value: option }, option)),
+  );
   return { node: el("label", {}, title, select), get: () => select.value };
 }
 

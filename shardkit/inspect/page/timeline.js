@@ -2,7 +2,11 @@ const LANES = ["compute", "communication"];
 
 function seconds(n) {
   if (n === null) return "unknown";
-  for (const [unit, factor] of [["s", 1], ["ms", 1e3], ["µs", 1e6]]) {
+  for (const [unit, factor] of [
+    ["s", 1],
+    ["ms", 1e3],
+    ["µs", 1e6],
+  ]) {
     if (n * factor >= 1) return `${+(n * factor).toPrecision(3)} ${unit}`;
   }
   return `${(n * 1e9).toFixed(0)} ns`;
@@ -12,27 +16,58 @@ function draw_timeline() {
   const { timeline } = report;
   const target = section("timeline", "Time per step", ["modelled"]);
   if (!timeline) {
-    const why = "No time is modelled: that needs a device whose speed the hardware table knows, and simulated ones have none.";
+    const why =
+      "No time is modelled: that needs a device whose speed the hardware table knows, " +
+      "and simulated ones have none.";
     return target.append(el("p", { class: "quiet" }, why));
   }
   const scheduled = timeline.source === "schedule";
-  target.append(step_time(timeline), scheduled ? lanes(timeline.segments) : ends(timeline), exposed(timeline),
-    segment_table(timeline), el("details", {}, el("summary", {}, "What the model takes for granted"),
-      el("ul", {}, timeline.assumptions.map((text) => el("li", {}, text)))));
+  target.append(
+    step_time(timeline),
+    scheduled ? lanes(timeline.segments) : ends(timeline),
+    exposed(timeline),
+    segment_table(timeline),
+    el(
+      "details",
+      {},
+      el("summary", {}, "What the model takes for granted"),
+      el(
+        "ul",
+        {},
+        timeline.assumptions.map((text) => el("li", {}, text)),
+      ),
+    ),
+  );
 }
 
 function step_time(timeline) {
   const { source, chip, low, high, compute, exposed } = timeline;
-  const how = source === "schedule"
-    ? [el("strong", {}, seconds(high)), ` on ${chip}, from the compiler's schedule: ${seconds(compute)} of compute and ${seconds(exposed)} of communication that nothing hides${mfu(timeline)}.`]
-    : [el("strong", {}, `${seconds(low)} to ${seconds(high)}`), ` on ${chip}, as a roofline: if everything overlaps, and if nothing does${mfu(timeline)}.`];
-  const lower = timeline.problems.length ? el("ul", { class: "warn" }, timeline.problems.map((text) => el("li", {}, `Lower bound: ${text}`))) : "";
+  const how =
+    source === "schedule"
+      ? [
+          el("strong", {}, seconds(high)),
+          ` on ${chip}, from the compiler's schedule: ${seconds(compute)} of compute and ` +
+            `${seconds(exposed)} of communication that nothing hides${mfu(timeline)}.`,
+        ]
+      : [
+          el("strong", {}, `${seconds(low)} to ${seconds(high)}`),
+          ` on ${chip}, as a roofline: if everything overlaps, ` +
+            `and if nothing does${mfu(timeline)}.`,
+        ];
+  const lower = timeline.problems.length
+    ? el(
+        "ul",
+        { class: "warn" },
+        timeline.problems.map((text) => el("li", {}, `Lower bound: ${text}`)),
+      )
+    : "";
   return el("div", {}, el("p", {}, how), lower);
 }
 
 function mfu({ mfu, best_mfu }) {
   if (mfu === null) return "";
-  const range = mfu === best_mfu ? percent(mfu, 1) : `${percent(mfu, 1)} to ${percent(best_mfu, 1)}`;
+  const range =
+    mfu === best_mfu ? percent(mfu, 1) : `${percent(mfu, 1)} to ${percent(best_mfu, 1)}`;
   return `; MFU ${range}`;
 }
 
@@ -45,34 +80,93 @@ function lanes(segments) {
   let now = 0;
   for (const one of segments) {
     const hidden = one.kind === "compute" ? 0 : Math.min(now, one.seconds - one.exposed);
-    const text = `${one.phase}, ${one.scope || "(no scope)"}: ${seconds(one.seconds)}` +
+    const text =
+      `${one.phase}, ${one.scope || "(no scope)"}: ${seconds(one.seconds)}` +
       (one.kind === "compute" ? "" : ` over ${joined(one.axes)}, ${seconds(one.exposed)} exposed`);
     if (hidden) lane.communication.push(block(now - hidden, hidden, total, "hides", text));
-    if (spent(one)) lane[one.kind].push(block(now, spent(one), total, one.kind === "compute" ? one.phase : "exposed", text));
+    if (spent(one))
+      lane[one.kind].push(
+        block(now, spent(one), total, one.kind === "compute" ? one.phase : "exposed", text),
+      );
     now += spent(one);
   }
-  const drawn = LANES.map((name) => el("div", { class: "lane" }, el("span", { class: "name" }, name), el("div", { class: "track" }, lane[name])));
-  return el("figure", { class: "lanes" }, el("div", { "aria-hidden": "true" }, drawn, scale(total)),
-    el("figcaption", { class: "quiet" }, legend(segments), " Blocks stand in the order in which they begin, a loop's trips added up."));
+  const drawn = LANES.map((name) =>
+    el(
+      "div",
+      { class: "lane" },
+      el("span", { class: "name" }, name),
+      el("div", { class: "track" }, lane[name]),
+    ),
+  );
+  return el(
+    "figure",
+    { class: "lanes" },
+    el("div", { "aria-hidden": "true" }, drawn, scale(total)),
+    el(
+      "figcaption",
+      { class: "quiet" },
+      legend(segments),
+      " Blocks stand in the order in which they begin, a loop's trips added up.",
+    ),
+  );
 }
 
-const block = (from, length, total, kind, text) => el("span", { class: `block-of ${kind}`, title: text,
-  style: { left: `${(100 * from) / total}%`, width: `${(100 * length) / total}%` } });
+const block = (from, length, total, kind, text) =>
+  el("span", {
+    class: `block-of ${kind}`,
+    title: text,
+    style: { left: `${(100 * from) / total}%`, width: `${(100 * length) / total}%` },
+  });
 
-const scale = (total) => el("div", { class: "lane scale" }, el("span", {}),
-  el("div", { class: "track" }, [0, 0.25, 0.5, 0.75, 1].map((part) => el("span", { style: { left: `${100 * part}%` } }, seconds(part * total)))));
+const scale = (total) =>
+  el(
+    "div",
+    { class: "lane scale" },
+    el("span", {}),
+    el(
+      "div",
+      { class: "track" },
+      [0, 0.25, 0.5, 0.75, 1].map((part) =>
+        el("span", { style: { left: `${100 * part}%` } }, seconds(part * total)),
+      ),
+    ),
+  );
 
 function legend(segments) {
-  const phases = [...new Set(segments.filter((one) => one.kind === "compute").map((one) => one.phase))];
-  const names = [...phases.map((phase) => [phase, phase]), ["exposed", "communication, exposed"], ["hides", "communication, hidden"]];
-  return names.map(([kind, text]) => el("span", { class: "key" }, el("i", { class: `block-of ${kind}` }), text));
+  const phases = [
+    ...new Set(segments.filter((one) => one.kind === "compute").map((one) => one.phase)),
+  ];
+  const names = [
+    ...phases.map((phase) => [phase, phase]),
+    ["exposed", "communication, exposed"],
+    ["hides", "communication, hidden"],
+  ];
+  return names.map(([kind, text]) =>
+    el("span", { class: "key" }, el("i", { class: `block-of ${kind}` }), text),
+  );
 }
 
 // The three resources of a roofline; the longest is the lower end, the sum the upper.
 function ends({ compute, memory, exposed, high }) {
-  const rows = [["products at peak", compute], ["device memory", memory ?? 0], ["communication", exposed]];
-  return el("div", { class: "memory" }, rows.map(([name, time]) => el("div", { class: "held" }, el("span", {}, name),
-    bar(time, high), el("span", { class: "number" }, seconds(time)), el("span", { class: "number quiet" }, percent(time, high)))));
+  const rows = [
+    ["products at peak", compute],
+    ["device memory", memory ?? 0],
+    ["communication", exposed],
+  ];
+  return el(
+    "div",
+    { class: "memory" },
+    rows.map(([name, time]) =>
+      el(
+        "div",
+        { class: "held" },
+        el("span", {}, name),
+        bar(time, high),
+        el("span", { class: "number" }, seconds(time)),
+        el("span", { class: "number quiet" }, percent(time, high)),
+      ),
+    ),
+  );
 }
 
 function exposed(timeline) {
@@ -80,24 +174,58 @@ function exposed(timeline) {
   for (const one of timeline.segments.filter((one) => one.kind === "communication")) {
     axes.set(joined(one.axes), (axes.get(joined(one.axes)) ?? 0) + one.exposed);
   }
-  const parts = Object.entries(timeline.communication).sort((a, b) => b[1] - a[1]).map(([name, all]) =>
-    `${name || "none"} ${seconds(all)}` + (timeline.source === "schedule" ? ` (${seconds(axes.get(name || "none") ?? 0)} exposed)` : ""));
-  return el("p", {}, parts.length ? `Communication over: ${parts.join("; ")}.` : "No communication.");
+  const parts = Object.entries(timeline.communication)
+    .sort((a, b) => b[1] - a[1])
+    .map(
+      ([name, all]) =>
+        `${name || "none"} ${seconds(all)}` +
+        (timeline.source === "schedule"
+          ? ` (${seconds(axes.get(name || "none") ?? 0)} exposed)`
+          : ""),
+    );
+  return el(
+    "p",
+    {},
+    parts.length ? `Communication over: ${parts.join("; ")}.` : "No communication.",
+  );
 }
 
 function segment_table({ segments, source }) {
   const total = sum(segments, (one) => (one.kind === "compute" ? one.seconds : one.exposed));
   const turn = (one) => (one.kind === "compute" ? one.seconds : one.exposed);
-  const spent = { title: "adds to the step", value: turn, number: true, show: (one) => seconds(turn(one)) };
-  const made = table([
-    { title: "phase", value: (one) => one.phase },
-    { title: "scope", value: (one) => one.scope || "(no scope)", wide: true },
-    { title: "kind", value: (one) => one.kind },
-    { title: "axes", value: (one) => (one.kind === "compute" ? "" : joined(one.axes)) },
-    { title: "takes", value: (one) => one.seconds, number: true, show: (one) => seconds(one.seconds) },
-    spent,
-    { title: "share", value: turn, number: true, show: (one) => percent(turn(one), total) },
-  ], { caption: "Blocks of the timeline", sort: spent });
+  const spent = {
+    title: "adds to the step",
+    value: turn,
+    number: true,
+    show: (one) => seconds(turn(one)),
+  };
+  const made = table(
+    [
+      { title: "phase", value: (one) => one.phase },
+      { title: "scope", value: (one) => one.scope || "(no scope)", wide: true },
+      { title: "kind", value: (one) => one.kind },
+      { title: "axes", value: (one) => (one.kind === "compute" ? "" : joined(one.axes)) },
+      {
+        title: "takes",
+        value: (one) => one.seconds,
+        number: true,
+        show: (one) => seconds(one.seconds),
+      },
+      spent,
+      { title: "share", value: turn, number: true, show: (one) => percent(turn(one), total) },
+    ],
+    { caption: "Blocks of the timeline", sort: spent },
+  );
   made.fill(segments);
-  return el("details", {}, el("summary", {}, `${plural(segments.length, "block")} ${source === "schedule" ? "of the schedule" : "of the roofline, nothing overlapped"}`), made.node);
+  return el(
+    "details",
+    {},
+    el(
+      "summary",
+      {},
+      `${plural(segments.length, "block")} of the ` +
+        (source === "schedule" ? "schedule" : "roofline, nothing overlapped"),
+    ),
+    made.node,
+  );
 }

@@ -1,0 +1,42 @@
+function draw_flops() {
+  const { flops } = report;
+  const target = section("flops", "FLOPs per step, all devices", ["traced"]);
+  if (!flops)
+    return target.append(
+      el("p", { class: "quiet" }, "Not counted: the report was made without the traced program."),
+    );
+  const all = flops.model + flops.recompute;
+  const rows = flops.by_scope.map(([scope, phase, n]) => ({
+    scope: scope || "(no scope)",
+    phase,
+    n,
+  }));
+  const largest = Math.max(1, ...rows.map((row) => row.n));
+  const number = { title: "FLOPs", value: (row) => row.n, number: true, show: (row) => si(row.n) };
+  const made = table(
+    [
+      { title: "scope", value: (row) => row.scope, wide: true },
+      { title: "phase", value: (row) => row.phase },
+      number,
+      { title: "share", value: (row) => row.n, number: true, show: (row) => percent(row.n, all) },
+      {
+        title: "",
+        value: (row) => row.n,
+        show: (row) => bar(row.n, largest, row.phase === "recompute" ? "again" : "flops"),
+        hint: "Sort by FLOPs",
+      },
+    ],
+    { caption: "FLOPs by scope and phase", sort: number },
+  );
+  made.fill(rows);
+  target.append(
+    bound(flops.problems),
+    el(
+      "p",
+      {},
+      `${si(flops.model)} model FLOPs, ${si(flops.recompute)} recomputed; ` +
+        "products only, two per multiply-add.",
+    ),
+    made.node,
+  );
+}
