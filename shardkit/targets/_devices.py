@@ -30,7 +30,9 @@ def build(mesh: MeshSpec, target: Target) -> Mesh:
 
 
 def _gpus(target: Target) -> list[Any]:
-    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+    # Asked for a module of a package that is not there, find_spec raises.
+    packages = ("jax_plugins", "jax_plugins.xla_cuda13")
+    if not all(importlib.util.find_spec(package) for package in packages):
         why = "the CUDA compiler is not installed"
         fix = 'install the extra (several GB): pip install "shardkit[cuda13]"'
         _refuse(target, why, fix)

@@ -1,0 +1,64 @@
+"""Declarations of research code, good and bad, as `module:function` for a child process."""
+
+import os
+import time
+from typing import NoReturn
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec as P
+
+import shardkit as sk
+from shardkit.step import Declaration
+
+WIDTH, BATCH = 256, 128
+
+
+def step(axis: str = "tensor") -> Declaration:
+    """A linear model split over `tensor`."""
+
+    def init(key):
+        return {"w": jax.random.normal(key, (WIDTH, WIDTH))}
+
+    def loss(params, batch, key):
+        return jnp.mean((batch["x"] @ params["w"]) ** 2)
+
+    return Declaration(
+        loss,
+        optax.sgd(0.1),
+        init,
+        {"x": jax.ShapeDtypeStruct((BATCH, WIDTH), jnp.float32)},
+        sk.MeshSpec(data=-1, tensor=2),
+        sk.Strategy(params=sk.PathRules({"w": P(None, axis)}), batch=P("data")),
+    )
+
+
+def misspelt() -> Declaration:
+    """Names an axis that the mesh does not have."""
+    return step("tensr")
+
+
+def number() -> int:
+    """Returns no declaration."""
+    return 3
+
+
+def crash() -> NoReturn:
+    """Ends the process as a compiler's segfault would."""
+    print("before the crash", flush=True)
+    os.abort()
+
+
+def bug() -> NoReturn:
+    """Has a bug of its own."""
+    raise KeyError("mine")
+
+
+def forever() -> NoReturn:
+    """Never returns, with a process of its own."""
+    if os.fork() == 0:
+        time.sleep(600)
+        os._exit(0)
+    time.sleep(600)
+    raise AssertionError
