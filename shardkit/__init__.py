@@ -12,17 +12,20 @@ from ._errors import (
     ShardkitError,
     StateError,
     StepError,
+    VerificationError,
 )
 from ._precision import Precision
 from ._remat import remat
 from ._types import Accumulate, Loss, Mean, Named, Variables
 from .adapters import Model, from_linen, from_nnx
+from .config import Config
 from .inspect import Budget, Report
 from .mesh import MeshSpec, simulate_devices
 from .parallel import Strategy, strategies
 from .rules import REPLICATED, AxisRules, PathRules, chain, explain, shard_largest
 from .state import TrainState
-from .step import CompiledStep, compile_step
+from .step import CompiledStep, Declaration, compile_step
+from .verify import Certificate, verify
 
 __all__ = [
     "REPLICATED",
@@ -31,9 +34,12 @@ __all__ = [
     "BatchError",
     "Budget",
     "BudgetError",
+    "Certificate",
     "CompiledStep",
+    "Config",
     "ConfigError",
     "DataError",
+    "Declaration",
     "Loss",
     "Mean",
     "MeshError",
@@ -51,6 +57,7 @@ __all__ = [
     "Strategy",
     "TrainState",
     "Variables",
+    "VerificationError",
     "chain",
     "compile_step",
     "constrain",
@@ -61,4 +68,5 @@ __all__ = [
     "shard_largest",
     "simulate_devices",
     "strategies",
+    "verify",
 ]

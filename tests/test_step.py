@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 import shardkit as sk
 from shardkit._remat import active, policy
 from shardkit.step._declaration import declare
-from shardkit.step._functions import gradient_function, step_function
+from shardkit.step._functions import Functions
 from shardkit.step._layout import resolve_layout
 from shardkit.step._readback import aliased_arguments, check_executable
 
@@ -315,7 +315,7 @@ def traced(mesh, loss=loss_fn, **options):
     layout = resolve_layout(
         d.init, d.optimizer, d.batch, mesh, d.strategy, d.precision, d.accumulate.steps
     )
-    run = step_function(d, layout, gradient_function(d, layout))
+    run = Functions(d, layout).train()
     jitted = jax.jit(run, in_shardings=(layout.shardings, layout.batch_shardings))
     with active(policy(d.strategy.remat)):
         return jitted.lower(layout.state, layout.batch).as_text()

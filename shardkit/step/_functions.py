@@ -1,6 +1,7 @@
 """From a declaration and its layout to the pure functions that are compiled."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,13 +14,80 @@ from .._tree import path_str, short_type
 from ..state import TrainState
 from ._declaration import Declaration
 from ._gradients import GradientFn, Plan, gradients, lane_draws
-from ._layout import Layout
+from ._layout import Layout, initial_optimizer, initial_state
 from ._objective import Objective, objective
-from ._update import Metrics, training_step
+from ._update import Metrics, evaluation_step, gradient_step, training_step
 
 
-def plan_of(declaration: Declaration, layout: Layout) -> Plan:
-    """How the gradients of a declared step are split and reduced."""
+@dataclasses.dataclass(frozen=True)
+class Functions:
+    """The functions of one declaration. Each call builds a new one, as JAX caches by identity.
+
+    Attributes:
+      declaration: what was asked.
+      layout: abstract state and batch, and their shardings.
+    """
+
+    declaration: Declaration
+    layout: Layout
+
+    def __post_init__(self) -> None:
+        """Refuses parameters that no gradient can be taken of."""
+        self.declaration.check_params(self.layout.state.params)
+
+    def init_model(self) -> Callable[[Any], TrainState]:
+        """Builds `key → state` without optimizer state."""
+        return initial_state(self.declaration.init, self.declaration.precision)
+
+    def init_optimizer(self) -> Callable[[Any], Any]:
+        """Builds `params → optimizer state`."""
+        return initial_optimizer(self.declaration.optimizer)
+
+    def train(self) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+        """Builds `(state, batch) → (state, metrics)`, whose state keeps its form.
+
+        Raises (while it is traced):
+          StepError: a leaf of the state changes its shape or dtype, which would compile again.
+        """
+        update = training_step(self._gradient, self.declaration.optimizer)
+
+        def run(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+            after, metrics = update(state, batch)
+            _check_form(self.layout.state, after)
+            return after, metrics
+
+        return run
+
+    def gradients(self) -> Callable[[TrainState, Any], tuple[Metrics, Any]]:
+        """Builds `(state, batch) → (metrics, gradients)`."""
+        return gradient_step(self._gradient)
+
+    def evaluate(self) -> Callable[[TrainState, Any], Metrics]:
+        """Builds `(state, batch) → metrics`."""
+        loss = objective(self.declaration.loss_fn, evaluate=True)
+        return evaluation_step(loss, self._low)
+
+    def _low(self, params: Any) -> Any:
+        return cast_floats(params, self.declaration.precision.compute)
+
+    @functools.cached_property
+    def _gradient(self) -> GradientFn:
+        """The differentiated loss.
+
+        Raises:
+          StepError: the loss does not return what a step can use, or draws randomness that
+            cannot be split by lane.
+        """
+        state, batch = self.layout.state, self.layout.batch
+        low = jax.eval_shape(self._low, state.params)
+        loss = _under_policy(self.declaration, (low, state.extra, batch, state.key))
+        plan = _plan(self.declaration, self.layout)
+        if plan.by_lanes:
+            plan = dataclasses.replace(plan, draws=lane_draws(loss, plan, low, state.extra, batch))
+        return gradients(loss, plan)
+
+
+def _plan(declaration: Declaration, layout: Layout) -> Plan:
     return Plan(
         mesh=declaration.mesh,
         accumulate=declaration.accumulate,
@@ -31,22 +99,6 @@ def plan_of(declaration: Declaration, layout: Layout) -> Plan:
     )
 
 
-def gradient_function(declaration: Declaration, layout: Layout) -> GradientFn:
-    """Builds the differentiated loss of a step.
-
-    Raises:
-      StepError: the loss does not return what a step can use, or draws randomness that cannot
-        be split by lane.
-    """
-    state, batch = layout.state, layout.batch
-    low = jax.eval_shape(lambda p: cast_floats(p, declaration.precision.compute), state.params)
-    loss = _under_policy(declaration, (low, state.extra, batch, state.key))
-    plan = plan_of(declaration, layout)
-    if plan.by_lanes:
-        plan = dataclasses.replace(plan, draws=lane_draws(loss, plan, low, state.extra, batch))
-    return gradients(loss, plan)
-
-
 def _under_policy(declaration: Declaration, args: tuple[Any, ...]) -> Objective:
     """The loss; as a whole under the remat policy where it marks no layer of its own."""
     loss = objective(declaration.loss_fn)
@@ -56,24 +108,6 @@ def _under_policy(declaration: Declaration, args: tuple[Any, ...]) -> Objective:
     with active(named) as marks:
         jax.eval_shape(loss, *args)
     return loss if marks.count else jax.checkpoint(loss, policy=named)
-
-
-def step_function(
-    declaration: Declaration, layout: Layout, gradient: GradientFn
-) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-    """Builds `(state, batch) → (state, metrics)`, whose state keeps its form.
-
-    Raises (while it is traced):
-      StepError: a leaf of the state changes its shape or dtype, which would compile again.
-    """
-    update = training_step(gradient, declaration.optimizer)
-
-    def run(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        after, metrics = update(state, batch)
-        _check_form(layout.state, after)
-        return after, metrics
-
-    return run
 
 
 def _check_form(before: TrainState, after: TrainState) -> None:

@@ -1,0 +1,81 @@
+"""`compile_step`: from what a user declares to a `CompiledStep`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import optax
+from jax.sharding import Mesh
+
+from .._precision import Precision
+from .._types import Accumulate
+from ..parallel import Strategy
+from ._compiled import CompiledStep
+from ._declaration import declare
+
+
+def compile_step(
+    loss_fn: Callable[..., Any],
+    optimizer: optax.GradientTransformation,
+    *,
+    init: Callable[[Any], Any],
+    batch: Any,
+    mesh: Mesh,
+    strategy: Strategy | None = None,
+    mode: str = "auto",
+    accumulate: int | Accumulate | None = None,
+    remat: str | None = None,
+    precision: str | Precision | None = None,
+) -> CompiledStep:
+    """Compiles one training step for one mesh, and checks that it is what was declared.
+
+    Args:
+      loss_fn: `(params, batch, key) -> loss`. A loss is a floating-point scalar (a mean over
+        equal-sized examples) or `sk.Mean(total, weight)`, alone or as `(loss, metrics)` with a
+        dict of scalars or `sk.Mean`s. A model with mutable state is an `sk.Loss`.
+      optimizer: any optax chain.
+      init: `key -> params`, any pytree of floating-point arrays, some of them perhaps `sk.Named`;
+        or `key -> sk.Variables(params, extra)`.
+      batch: pytree of arrays or `jax.ShapeDtypeStruct`, global shapes; dim 0 counts rows.
+      mesh: from `MeshSpec.build`, all axes of type Auto.
+      strategy: the layout; by default everything is replicated.
+      mode: `"auto"`: the partitioner places the collectives.
+      accumulate: overrides `strategy.accumulate`.
+      remat: overrides `strategy.remat`.
+      precision: overrides `strategy.precision`.
+
+    Returns:
+      The step, compiled, its layouts and aliases read back from the executable.
+
+    Raises:
+      ShardingError: every leaf of state and batch that cannot be laid out, before anything is
+        traced; or every constraint of the model that cannot be met, before it is compiled.
+      StepError: an option, the loss or the optimizer does not form a step.
+
+    >>> import jax, jax.numpy as jnp, optax
+    >>> from shardkit.mesh import MeshSpec
+    >>> from shardkit.parallel import strategies
+    >>> def loss_fn(params, batch, key):
+    ...     return jnp.mean((batch["x"] @ params["w"] - batch["y"]) ** 2)
+    >>> step = compile_step(
+    ...     loss_fn, optax.sgd(0.1), init=lambda key: {"w": jax.random.normal(key, (4, 1))},
+    ...     batch={"x": jnp.ones((8, 4)), "y": jnp.ones((8, 1))},
+    ...     mesh=MeshSpec(data=1).build(devices=jax.devices()[:1]), strategy=strategies.data())
+    >>> state = step.init(jax.random.key(0))
+    >>> state, metrics = step(state, {"x": jnp.ones((8, 4)), "y": jnp.ones((8, 1))})
+    >>> int(state.step), sorted(metrics)
+    (1, ['grad_norm', 'loss'])
+    """
+    return CompiledStep(
+        declare(
+            loss_fn,
+            optimizer,
+            init,
+            batch,
+            mesh,
+            strategy or Strategy(),
+            mode,
+            accumulate=accumulate,
+            remat=remat,
+            precision=precision,
+        )
+    )

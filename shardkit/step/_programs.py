@@ -1,0 +1,83 @@
+"""The executables of one declaration: the step at once, the others when they are first used."""
+
+import dataclasses
+import functools
+from typing import Any
+
+from jax.sharding import NamedSharding, PartitionSpec
+
+from .._remat import active, policy
+from ._activations import Activations
+from ._compile import Program, compile_program
+from ._declaration import Declaration
+from ._functions import Functions
+from ._layout import Layout
+from ._readback import check_executable
+
+
+class Programs:
+    """Compiles the functions of a declaration for its mesh, each once.
+
+    Attributes:
+      train: `(state, batch) → (state, metrics)`, the state donated, read back.
+    """
+
+    def __init__(self, declaration: Declaration, layout: Layout) -> None:
+        """Compiles the step.
+
+        Raises:
+          StepError: the declaration does not form a step.
+          ShardingError: a constraint of the model cannot be met, or the executable is not what
+            was declared.
+        """
+        self._declaration, self._layout = declaration, layout
+        self._functions = Functions(declaration, layout)
+        self._whole = NamedSharding(declaration.mesh, PartitionSpec())
+        results = (layout.shardings, self._whole)
+        self.train = self._on_state_and_batch(self._functions.train(), results, donate=(0,))
+        check_executable(
+            self.train.compiled,
+            layout.state,
+            layout.shardings,
+            layout.batch,
+            layout.batch_shardings,
+        )
+
+    @functools.cached_property
+    def init(self) -> tuple[Program, Program]:
+        """The model, then the optimizer: what is drawn needs room that the moments take later."""
+        state, placed = self._layout.state, self._layout.shardings
+        model = self._compile(
+            self._functions.init_model(),
+            (state.key,),
+            (placed.key,),
+            dataclasses.replace(placed, opt_state=None),
+        )
+        optimizer = self._compile(
+            self._functions.init_optimizer(), (state.params,), (placed.params,), placed.opt_state
+        )
+        return model, optimizer
+
+    @functools.cached_property
+    def evaluate(self) -> Program:
+        """`(state, batch) → metrics`."""
+        return self._on_state_and_batch(self._functions.evaluate(), self._whole)
+
+    @functools.cached_property
+    def gradients(self) -> Program:
+        """`(state, batch) → (metrics, gradients)`."""
+        results = (self._whole, self._layout.shardings.params)
+        return self._on_state_and_batch(self._functions.gradients(), results)
+
+    def _on_state_and_batch(self, run: Any, results: Any, donate: tuple[int, ...] = ()) -> Program:
+        layout = self._layout
+        args, placed = (layout.state, layout.batch), (layout.shardings, layout.batch_shardings)
+        return self._compile(run, args, placed, results, donate)
+
+    def _compile(
+        self, run: Any, args: Any, placed: Any, results: Any, donate: tuple[int, ...] = ()
+    ) -> Program:
+        strategy = self._declaration.strategy
+        names = Activations(self._declaration.mesh, strategy.activations, self._layout.row_axes)
+        with active(policy(strategy.remat)):
+            return compile_program(run, args, placed, results, names, names.check, donate)
