@@ -144,11 +144,11 @@ def test_an_operation_without_an_estimate_counts_as_its_traffic_and_is_named():
     timeline = played(text)
     traffic = 2 * 4 * PIECE / V5P.memory_bandwidth
     assert timeline.compute == pytest.approx(seconds(1000) + traffic)
-    assert "1 of 2 operations have no estimate (tail)" in " ".join(timeline.assumptions)
+    assert "1 of 2 operations are without an estimate (tail)" in " ".join(timeline.assumptions)
     kernel = f'  %splash.1 = {X} custom-call(%a), custom_call_target="tpu_custom_call"\n'
     timeline = played(main(work("a", "x", 1000), kernel))
     assert timeline.problems == (
-        "1 kernels have no estimate (splash): only their memory traffic counts",
+        "1 kernel without an estimate (splash): only their memory traffic counts",
     )
 
 
@@ -194,7 +194,9 @@ def test_the_recorded_program_is_its_cycles_and_its_ledger():
 
 def test_kernels_make_the_recorded_program_a_lower_bound():
     timeline = played(recorded("tpu_v5p_splash"), RECORDED["tpu_v5p_splash"])
-    assert timeline.problems[0].startswith("4 kernels have no estimate (splash_mha_fwd_residuals")
+    assert timeline.problems[0].startswith(
+        "4 kernels without an estimate (splash_mha_fwd_residuals"
+    )
     assert "lower bound: 4 kernels" in str(timeline)
 
 
@@ -202,7 +204,7 @@ def test_a_schedule_that_misses_a_collective_says_so():
     text = main(work("a", "x", 10))
     ledger = read_ledger(main(all_reduce("b", "x")), (("ring", 4),))
     timeline = model_time(Program(text, (("ring", 4),), "tpu", "TPU v5p"), ledger, None)
-    assert "1 collectives are in no schedule: their time is missing" in timeline.problems
+    assert "1 collective in no schedule: their time is missing" in timeline.problems
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
+from .._errors import count
 from ._collectives import kind_of
 from ._hlo import Computation, Instruction, Module
 from ._ledger import Axes, Ledger, Row
@@ -99,7 +100,9 @@ class Schedule:
         """Plays a whole step."""
         played = self._computation(self._module.entry)
         if missed := len(self._rows.keys() - self._seen):
-            self.problems.append(f"{missed} collectives are in no schedule: their time is missing")
+            self.problems.append(
+                f"{count(missed, 'collective')} in no schedule: their time is missing"
+            )
         return played
 
     def _computation(self, name: str) -> Played:

@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .._errors import ReportError, did_you_mean
+from .._errors import ReportError, count, did_you_mean
 from ..hardware import CHIPS, Chip, chip_of
 from ._flops import Flops
 from ._hlo import Module, parse
@@ -215,7 +215,7 @@ def _guesses(played: Played) -> tuple[str, ...]:
         return ()
     number, names = sum(played.guessed.values()), _named(played.guessed)
     return (
-        f"{number} of {number + played.estimated} operations have no estimate ({names}) and "
+        f"{number} of {number + played.estimated} operations are without an estimate ({names}) and "
         "count as their memory traffic",
     )
 
@@ -225,8 +225,8 @@ def _unknown(played: Played) -> tuple[str, ...]:
         return ("the compiler gives no estimates: only traffic with the memory counts",)
     if not played.kernels:
         return ()
-    number, names = sum(played.kernels.values()), _named(played.kernels)
-    return (f"{number} kernels have no estimate ({names}): only their memory traffic counts",)
+    kernels, names = count(sum(played.kernels.values()), "kernel"), _named(played.kernels)
+    return (f"{kernels} without an estimate ({names}): only their memory traffic counts",)
 
 
 def _named(numbers: Mapping[str, int]) -> str:
