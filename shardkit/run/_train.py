@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from ..adapters import from_nnx
 from ..data import Baselines, DataConfig, Text, load_text, measure_baselines
-from ..models import Decoder, DecoderConfig, decoder_loss
+from ..models import DecoderConfig
 from ..parallel import Strategy
 from ..step import compile_step
 from . import _console as show
 from ._config import TrainConfig
+from ._declare import batch_shapes, decoder_model
 from ._folder import MetricsFile, new_folder
 from ._loop import held_out_bits, run_steps
 from ._sample import printable, sample_bytes
@@ -96,9 +95,15 @@ def train(
     show.show_mesh(console, mesh)
     show.show_data(console, text)
     timer = _Timer()
-    adapter = from_nnx(lambda rngs: Decoder(model, rngs), decoder_loss)
-    declaration = {"init": adapter.init, "batch": _shapes(data), "mesh": mesh}
-    step = compile_step(adapter.loss_fn, optimizer, **declaration, strategy=strategy)
+    adapter = decoder_model(model)
+    step = compile_step(
+        adapter.loss_fn,
+        optimizer,
+        init=adapter.init,
+        batch=batch_shapes(data),
+        mesh=mesh,
+        strategy=strategy,
+    )
     state = step.init(jax.random.key(loop.seed))
     console.print(f"[bold]compiled[/] in {timer.lap('compile'):.1f} s", highlight=False)
     show.show_layout(console, state)
@@ -134,12 +139,6 @@ def train(
     spent = ", ".join(f"{part} {seconds:.0f} s" for part, seconds in timer.seconds.items())
     console.print(f"\n{spent}. Metrics: {file.path}", highlight=False, soft_wrap=True)
     return Result(folder, bits, scored, baselines, sample, timer.seconds)
-
-
-def _shapes(data: DataConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    shape = (data.batch, data.length)
-    dtypes = {"inputs": np.int32, "targets": np.int32, "weights": np.float32}
-    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
 
 
 def _score(

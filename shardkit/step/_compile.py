@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -44,6 +44,7 @@ def compile_program(
     resolver: Resolver,
     check: Callable[[Any], None],
     donate: tuple[int, ...] = (),
+    options: Mapping[str, Any] | None = None,
 ) -> Program:
     """Traces, checks, lowers and compiles a function for abstract arguments.
 
@@ -55,6 +56,7 @@ def compile_program(
       resolver: turns logical names into shardings.
       check: called with the jaxpr before it is lowered; raises what it finds.
       donate: numbers of the arguments whose buffers the results may reuse.
+      options: XLA options by name.
     """
     jitted = jax.jit(
         run,
@@ -71,7 +73,7 @@ def compile_program(
         lowered = traced.lower()
         at_lower = time.perf_counter()
         with captured_stderr() as messages:
-            compiled = lowered.compile()
+            compiled = lowered.compile(compiler_options=dict(options) if options else None)
     end = time.perf_counter()
     seconds = (at_trace - start, at_lower - at_trace, end - at_lower)
     complete = not jax.config.jax_compilation_cache_dir

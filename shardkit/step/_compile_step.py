@@ -1,6 +1,6 @@
 """`compile_step`: from what a user declares to a `CompiledStep`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import optax
@@ -25,6 +25,7 @@ def compile_step(
     accumulate: int | Accumulate | None = None,
     remat: str | None = None,
     precision: str | Precision | None = None,
+    compiler_options: Mapping[str, Any] | None = None,
 ) -> CompiledStep:
     """Compiles one training step for one mesh, and checks that it is what was declared.
 
@@ -42,6 +43,8 @@ def compile_step(
       accumulate: overrides `strategy.accumulate`.
       remat: overrides `strategy.remat`.
       precision: overrides `strategy.precision`.
+      compiler_options: XLA options by name, such as `{"xla_cpu_use_thunk_runtime": True}`; XLA
+        refuses a name that it does not know.
 
     Returns:
       The step, compiled, its layouts and aliases read back from the executable.
@@ -74,6 +77,7 @@ def compile_step(
             mesh,
             strategy or Strategy(),
             mode,
+            compiler_options,
             accumulate=accumulate,
             remat=remat,
             precision=precision,

@@ -1,7 +1,7 @@
 """What `compile_step` is given, checked as far as it can be without tracing."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -32,6 +32,7 @@ class Declaration:
       mesh: the device mesh, all axes of type Auto; a `MeshSpec` where another process builds it.
       strategy: the layout.
       mode: `"auto"`: jit, the partitioner places the collectives.
+      compiler_options: XLA options by name, for every program of the step.
     """
 
     loss_fn: Callable[..., Any]
@@ -41,6 +42,7 @@ class Declaration:
     mesh: Mesh | MeshSpec
     strategy: Strategy
     mode: str = "auto"
+    compiler_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def precision(self) -> Precision:
@@ -105,7 +107,8 @@ def declare(
     batch: Any,
     mesh: Mesh,
     strategy: Strategy,
-    mode: str,
+    mode: str = "auto",
+    compiler_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Declaration:
     """Puts the options that were given into the strategy and checks the whole."""
@@ -114,6 +117,7 @@ def declare(
         lambda x: jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)), batch
     )
     layout = dataclasses.replace(strategy, **given)
-    made = Declaration(loss_fn, optimizer, init, shapes, mesh, layout, mode)
+    chosen = dict(compiler_options or {})
+    made = Declaration(loss_fn, optimizer, init, shapes, mesh, layout, mode, chosen)
     made.check()
     return made

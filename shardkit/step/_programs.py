@@ -77,7 +77,7 @@ class Programs:
     def _compile(
         self, run: Any, args: Any, placed: Any, results: Any, donate: tuple[int, ...] = ()
     ) -> Program:
-        strategy = self._declaration.strategy
+        strategy, options = self._declaration.strategy, self._declaration.compiler_options
         names = Activations(self._declaration.mesh, strategy.activations, self._layout.row_axes)
         with active(policy(strategy.remat)):
-            return compile_program(run, args, placed, results, names, names.check, donate)
+            return compile_program(run, args, placed, results, names, names.check, donate, options)

@@ -27,6 +27,7 @@ def report_of(source: Source, target: Target) -> Report:
         mesh=build(made.mesh, target),
         strategy=made.strategy,
         mode=made.mode,
+        compiler_options=made.compiler_options,
     )
     return step.report()
 
