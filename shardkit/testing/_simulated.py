@@ -1,10 +1,14 @@
 """A function in a child process that has its own simulated devices."""
 
 import concurrent.futures
+import importlib.util
+import inspect
 import multiprocessing
 import os
 import re
+import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -44,7 +48,31 @@ def simulated_devices(n: int, function: Callable[..., Any], /, *args: Any, **kwa
     with concurrent.futures.ProcessPoolExecutor(
         1, mp_context=spawn, initializer=_start, initargs=(n,)
     ) as child:
-        return child.submit(function, *args, **kwargs).result()
+        where = (function.__module__, inspect.getfile(function), function.__qualname__)
+        return child.submit(_call, where, args, kwargs).result()
+
+
+def _call(where: tuple[str, str, str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Finds a function in the child as the parent knows it, and calls it."""
+    module, file, name = where
+    found: Any = sys.modules.get(module) or _module(module, file)
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found(*args, **kwargs)
+
+
+def _module(name: str, file: str) -> ModuleType:
+    """Imports by name; by file where there is no such name, as in tests that pytest imports."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+        return module
 
 
 def _start(n: int) -> None:

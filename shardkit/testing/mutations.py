@@ -241,13 +241,13 @@ MUTATIONS: tuple[Mutation, ...] = (
         "init by device count",
         "the first state depends on the number of devices",
         ("init",),
-        ((_STEP + "_compiled.initial_state", _other_key),),
+        ((_STEP + "_functions.initial_state", _other_key),),
     ),
     Mutation(
         "half an evaluation",
         "an evaluation sees half of the rows",
         ("evaluate",),
-        ((_STEP + "_compiled.evaluation_step", _half_the_rows),),
+        ((_STEP + "_functions.evaluation_step", _half_the_rows),),
     ),
     Mutation(
         "compiles again",
