@@ -39,7 +39,7 @@ def _run(arguments: argparse.Namespace) -> int:
     factory = functools.cache(functools.partial(_compiled, config))
     meshes = [mesh for mesh in _meshes(arguments, config) if _legal(mesh, factory, console)]
     if not meshes:
-        problem = Problem("--mesh", "no mesh is legal for this model", "--mesh data=2")
+        problem = Problem("--mesh", "no mesh is legal for this model", _legal_fix(config))
         raise VerificationError(format_problems("There is nothing to verify.", [problem]))
     batches = ragged_batches(config)
     certificate = verify(factory, meshes, batches=batches, steps=arguments.steps)
@@ -51,6 +51,11 @@ def _run(arguments: argparse.Namespace) -> int:
     shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     console.print(f"\nMutations on mesh ({shape}):\n{matrix}", markup=False)
     return 0 if certificate.ok and matrix.ok else 1
+
+
+def _legal_fix(config: Config) -> str:
+    """A mesh over the axes that the config's own strategy uses."""
+    return "--mesh " + ",".join(f"{axis}=1" for axis in config.mesh.axes) + ", or other sizes"
 
 
 def _proved(config: Config) -> Config:

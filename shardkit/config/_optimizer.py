@@ -1,6 +1,7 @@
 """An optax chain as data: clip, update rule, weight decay, schedule."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -50,10 +51,20 @@ class OptimizerConfig:
             for name, value in shares.items()
             if not 0 <= value <= 1
         ]
-        if self.lr <= 0:
-            problems.append(
-                Problem(f"optimizer.lr={self.lr:g}", "must be positive.", "--set optimizer.lr=1e-3")
+        rates = {"lr": self.lr, "muon_lr": self.muon_lr, "clip": self.clip}
+        problems += [
+            Problem(
+                f"optimizer.{name}={value:g}",
+                "must be positive and finite.",
+                f"--set optimizer.{name}=1e-3",
             )
+            for name, value in rates.items()
+            if value is not None and not 0 < value < math.inf
+        ]
+        if not 0 <= self.weight_decay < math.inf:
+            subject = f"optimizer.weight_decay={self.weight_decay:g}"
+            why, fix = "must be finite and not negative.", "--set optimizer.weight_decay=0.1"
+            problems.append(Problem(subject, why, fix))
         raise_all(ConfigError, "The optimizer cannot be built.", problems)
 
     def schedule(self, steps: int, peak: float) -> Schedule:

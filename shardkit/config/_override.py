@@ -60,7 +60,7 @@ def type_problems(config: Any, where: str = "") -> list[Problem]:
         value, field = getattr(config, name), f"{where}{name}"
         if not matches(annotation, value):
             why = f"expected {describe(annotation)}, got {value!r}."
-            problems.append(Problem(field, why))
+            problems.append(Problem(field, why, f"{field} of type {describe(annotation)}"))
         elif dataclasses.is_dataclass(value) and is_dataclass_type(annotation):
             problems += type_problems(value, f"{field}.")
     return problems
@@ -133,7 +133,8 @@ def _read_into(
     try:
         changes[name] = _read(annotation, one.text)
     except BadValue as error:
-        wrong.problems.append(Problem(f"--set {one.written}", str(error)))
+        fix = f"--set {'.'.join(one.path)}=VALUE, where VALUE is {describe(annotation)}"
+        wrong.problems.append(Problem(f"--set {one.written}", str(error), fix))
     except ShardkitError as error:  # named values are declarations of their own
         wrong.refused.append(error)
 

@@ -251,6 +251,23 @@ def _resharding(facts: _Facts) -> Iterator[Finding]:
         )
 
 
+def _idle_axis(facts: _Facts) -> Iterator[Finding]:
+    busy = {axis for leaf in facts.program.leaves for axis in leaf.axes()}
+    busy |= {axis for row in facts.ledger for axis in row.axes}
+    for axis, size in facts.program.mesh:
+        if size == 1 or axis in busy or not facts.program.leaves:
+            continue
+        yield Finding(
+            "idle_axis",
+            leaf="",
+            scope="",
+            axes=(axis,),
+            bytes=0,
+            why=f"mesh axis {axis!r} splits nothing: its {size} devices do the same work",
+            fix=f"name {axis!r} in the batch, a rule or the strategy, or leave it out of the mesh",
+        )
+
+
 def _rule(facts: _Facts) -> Iterator[Finding]:
     for text in facts.program.declared.rules:
         yield Finding(
@@ -268,6 +285,7 @@ _SEARCHES: dict[str, Callable[[_Facts], Iterator[Finding]]] = {
     "parameter_gather": _parameter_gather,
     "wide_collective": _wide_collective,
     "resharding": _resharding,
+    "idle_axis": _idle_axis,
     "rule": _rule,
 }
 FINDINGS = tuple(_SEARCHES)

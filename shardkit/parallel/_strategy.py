@@ -6,7 +6,7 @@ from typing import Any
 
 from jax.sharding import PartitionSpec
 
-from .._errors import Problem, StepError, format_problems
+from .._errors import Problem, StepError, format_problems, raise_all
 from .._precision import Precision
 from .._types import Accumulate
 from ..rules import REPLICATED, AxisRules, Rule, axes_of, chain, flatten, from_axes
@@ -46,6 +46,24 @@ class Strategy:
     remat: str = "none"
     precision: str | Precision = "float32"
     kinds: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuses a spec or a dict where a rule is wanted."""
+        rules = {"params": self.params, "extra": self.extra}
+        if self.opt_state is not None:
+            rules["opt_state"] = self.opt_state
+        if not isinstance(self.batch, PartitionSpec):
+            rules["batch"] = self.batch
+        fix = 'sk.PathRules({"**/kernel": P(None, "tensor"), "**": sk.REPLICATED})'
+        problems = [
+            Problem(name, f"{rule!r} is no rule", 'P("data")' if name == "batch" else fix)
+            for name, rule in rules.items()
+            if not isinstance(rule, Rule)
+        ]
+        if not isinstance(self.activations, AxisRules | None):
+            why = f"{self.activations!r} is no table of logical axes"
+            problems.append(Problem("activations", why, 'sk.AxisRules({"batch": "data"})'))
+        raise_all(StepError, "The strategy cannot be read.", problems)
 
     def __or__(self, other: "Strategy") -> "Strategy":
         """Joins two layouts: each logical name over the axes of both, options from either.

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jax.sharding import PartitionSpec
 
@@ -71,6 +71,7 @@ class Entry:
     nearest: Callable[[list[Leaf]], str]
 
 
+@runtime_checkable
 class Rule(Protocol):
     """Maps a leaf (path, shape, dtype, logical axes) to a spec, or passes.
 

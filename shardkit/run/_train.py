@@ -96,14 +96,8 @@ def train(
     show.show_data(console, text)
     timer = _Timer()
     adapter = decoder_model(model)
-    step = compile_step(
-        adapter.loss_fn,
-        optimizer,
-        init=adapter.init,
-        batch=batch_shapes(data),
-        mesh=mesh,
-        strategy=strategy,
-    )
+    declared = {"init": adapter.init, "batch": batch_shapes(data), "mesh": mesh}
+    step = compile_step(adapter.loss_fn, optimizer, strategy=strategy, **declared)
     state = step.init(jax.random.key(loop.seed))
     console.print(f"[bold]compiled[/] in {timer.lap('compile'):.1f} s", highlight=False)
     show.show_layout(console, state)

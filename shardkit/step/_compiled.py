@@ -11,8 +11,8 @@ from .._errors import Problem, StateError, format_problems
 from ..inspect import Report
 from ..parallel import Strategy
 from ..state import TrainState
-from ._compile import Program
-from ._declaration import Declaration, declare
+from ._compile import Program, no_ambient_mesh
+from ._declaration import Declaration
 from ._inputs import check_alive, check_apart, check_state, put_batch
 from ._layout import Layout, resolve_layout
 from ._programs import Programs
@@ -32,10 +32,12 @@ class CompiledStep:
     def __init__(self, declaration: Declaration) -> None:
         """Resolves, traces, compiles and reads back; see `compile_step`."""
         d = self.declaration = declaration
-        self.layout: Layout = resolve_layout(
-            d.init, d.optimizer, d.batch, d.mesh, d.strategy, d.precision, d.accumulate.steps
-        )
-        self._programs = Programs(declaration, self.layout)
+        # Abstract arrays carry the mesh that they were made under, so this starts with the first.
+        with no_ambient_mesh():
+            self.layout: Layout = resolve_layout(
+                d.init, d.optimizer, d.batch, d.mesh, d.strategy, d.precision, d.accumulate.steps
+            )
+            self._programs = Programs(declaration, self.layout)
         # The state made last is known to be sound; any other one is looked at more closely.
         self._last: weakref.ref[TrainState] | None = None
 
@@ -144,12 +146,12 @@ class CompiledStep:
         return self._run(self._programs.gradients, state, batch)
 
     def put(self, batch: Any) -> Any:
-        """Puts a batch on the mesh as declared, for a step to be called with later.
+        """Puts a batch on the mesh as declared, wherever it is, for a later call of the step.
 
         Raises:
           BatchError: the batch is not what the step was compiled for.
         """
-        return put_batch(batch, self.layout.batch, self.layout.batch_shardings)
+        return put_batch(batch, self.layout.batch, self.layout.batch_shardings, move=True)
 
     def report(self) -> Report:
         """Returns what the step became: memory, collectives, FLOPs and findings.
@@ -164,14 +166,10 @@ class CompiledStep:
         Args:
           **changes: fields of `Declaration`, and `accumulate`, `remat` or `precision`.
         """
-        fields = {
-            field.name: getattr(self.declaration, field.name)
-            for field in dataclasses.fields(self.declaration)
-        }
-        return CompiledStep(declare(**{**fields, **changes}))
+        return CompiledStep(self.declaration.replaced(**changes))
 
     def _run(self, program: Program, state: TrainState, batch: Any) -> Any:
-        placed = self.put(batch)
+        placed = put_batch(batch, self.layout.batch, self.layout.batch_shardings)
         try:
             return program.compiled(state, placed)
         except (TypeError, ValueError):

@@ -6,18 +6,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh
 
 from .._errors import Problem, StepError, did_you_mean, raise_all
 from .._precision import Precision, precision
 from .._remat import policy
-from .._tree import leaves
+from .._tree import leaves, path_str
 from .._types import Accumulate, Loss
 from ..mesh import MeshSpec
 from ..parallel import Strategy
 
 MODES = ("auto",)
+_HEADLINE = "The step is declared wrongly."
+
+
+def accumulation(declared: int | Accumulate) -> Accumulate:
+    """Returns the full form of `accumulate=`."""
+    return declared if isinstance(declared, Accumulate) else Accumulate(declared)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +59,7 @@ class Declaration:
     @property
     def accumulate(self) -> Accumulate:
         """Micro-batches per step."""
-        declared = self.strategy.accumulate
-        return declared if isinstance(declared, Accumulate) else Accumulate(declared)
+        return accumulation(self.strategy.accumulate)
 
     @property
     def stateful(self) -> bool:
@@ -67,12 +73,11 @@ class Declaration:
           StepError: an unknown mode, an Explicit mesh axis, per-lane statistics, an unknown
             precision or remat policy.
         """
-        policy(self.strategy.remat)
-        problems = []
+        problems = _option_problems(self.strategy)
         if self.mode not in MODES:
             why = f"known: {', '.join(MODES)}.{did_you_mean(self.mode, MODES)}"
             problems.append(Problem(f"mode={self.mode!r}", why, 'mode="auto"'))
-        assert isinstance(self.mesh, Mesh), self.mesh
+        assert isinstance(self.mesh, Mesh)
         for name, kind in zip(self.mesh.axis_names, self.mesh.axis_types, strict=True):
             if kind != AxisType.Auto:
                 why = f"is of type {kind.name}; the partitioner needs Auto axes"
@@ -83,7 +88,26 @@ class Declaration:
             why = "would give every lane of the batch its own statistics, other ones on every mesh"
             fix = 'accumulate=sk.Accumulate(k, reduce="each"), precision.reduce=None'
             problems.append(Problem("accumulate, precision.reduce", why, fix))
-        raise_all(StepError, "The step is declared wrongly.", problems)
+        raise_all(StepError, _HEADLINE, problems)
+
+    def replaced(self, **changes: Any) -> "Declaration":
+        """Returns the declaration with some fields changed, checked again.
+
+        Args:
+          **changes: fields, and `accumulate`, `remat` or `precision` of the strategy.
+
+        Raises:
+          StepError: there is no such field, or the result does not form a step.
+        """
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        known = [*fields, "accumulate", "remat", "precision"]
+        problems = [
+            Problem(name, f"is no part of a declaration.{did_you_mean(name, known)}")
+            for name in changes
+            if name not in known
+        ]
+        raise_all(StepError, _HEADLINE, problems, f"one of {', '.join(known)}")
+        return declare(**{**fields, **changes})
 
     def check_params(self, params: Any) -> None:
         """Refuses parameters that no gradient can be taken of.
@@ -112,6 +136,7 @@ def declare(
     **options: Any,
 ) -> Declaration:
     """Puts the options that were given into the strategy and checks the whole."""
+    _check_kinds(loss_fn, optimizer, init, batch, mesh, strategy)
     given = {name: value for name, value in options.items() if value is not None}
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)), batch
@@ -121,3 +146,57 @@ def declare(
     made = Declaration(loss_fn, optimizer, init, shapes, mesh, layout, mode, chosen)
     made.check()
     return made
+
+
+def _option_problems(strategy: Strategy) -> list[Problem]:
+    """What is wrong with the options that have names, all of them together."""
+    problems = []
+    for read, declared in (
+        (policy, strategy.remat),
+        (precision, strategy.precision),
+        (accumulation, strategy.accumulate),
+    ):
+        try:
+            read(declared)
+        except StepError as error:
+            _, *rows = str(error).splitlines()
+            problems += [Problem(row.strip(), "") for row in rows]
+    return problems
+
+
+def _check_kinds(
+    loss_fn: Any, optimizer: Any, init: Any, batch: Any, mesh: Any, strategy: Any
+) -> None:
+    """Refuses arguments of the wrong kind: what a first call is most likely to get wrong."""
+    wrong = [
+        (not callable(loss_fn), "loss_fn", loss_fn, "def loss_fn(params, batch, key): ..."),
+        (
+            not isinstance(optimizer, optax.GradientTransformation),
+            "optimizer",
+            optimizer,
+            "optax.adamw(1e-3), called",
+        ),
+        (not callable(init), "init", init, "def init(key): return params"),
+        (isinstance(mesh, MeshSpec), "mesh", mesh, f"sk.MeshSpec({mesh}).build()"),
+        (
+            not isinstance(mesh, Mesh | MeshSpec),
+            "mesh",
+            mesh,
+            "sk.MeshSpec(data=2, tensor=4).build()",
+        ),
+        (not isinstance(strategy, Strategy), "strategy", strategy, "sk.Strategy(params=...)"),
+    ]
+    problems = [
+        Problem(name, f"is {_kind(value)}", fix) for is_wrong, name, value, fix in wrong if is_wrong
+    ]
+    problems += [
+        Problem(f"batch/{path_str(path)}", f"is {_kind(x)}, not an array", "numpy.asarray(...)")
+        for path, x in jax.tree_util.tree_leaves_with_path(batch)
+        if not isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+    ]
+    raise_all(StepError, _HEADLINE, problems)
+
+
+def _kind(value: Any) -> str:
+    name = type(value).__name__
+    return f"a {name}, not built yet" if isinstance(value, MeshSpec) else f"of type {name}"

@@ -12,16 +12,18 @@ from .._errors import BatchError, Problem, StateError, raise_all
 from .._tree import path_str, short_type
 
 
-def put_batch(batch: Any, abstract: Any, shardings: Any) -> Any:
+def put_batch(batch: Any, abstract: Any, shardings: Any, *, move: bool = False) -> Any:
     """Puts a batch on the mesh as declared; leaves that are there already are not touched.
 
     Args:
       batch: pytree of host arrays, uncommitted device arrays or arrays laid out as declared.
       abstract: pytree of `jax.ShapeDtypeStruct`, global shapes.
       shardings: pytree of `NamedSharding`.
+      move: also take leaves that are committed to other devices or layouts.
 
     Raises:
-      BatchError: the structure, a shape, a dtype or the devices of a leaf are not the declared.
+      BatchError: the structure, a shape, a dtype or, unless they may move, the devices of a leaf
+        are not the declared.
     """
     got, structure = jax.tree_util.tree_flatten(batch)
     want, declared = jax.tree_util.tree_flatten(abstract)
@@ -30,7 +32,7 @@ def put_batch(batch: Any, abstract: Any, shardings: Any) -> Any:
     placed = jax.tree.leaves(shardings)
     if not all(map(_in_place, got, want, placed)):
         names = [path_str(path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract)]
-        _check_leaves(names, got, want, placed)
+        _check_leaves(names, got, want, placed, move)
         got = [
             x if _in_place(x, a, s) else jax.device_put(_array(x, a), s)
             for x, a, s in zip(got, want, placed, strict=True)
@@ -52,7 +54,11 @@ def _in_place(x: Any, abstract: Any, sharding: NamedSharding) -> bool:
 
 
 def _check_leaves(
-    names: Sequence[str], got: Sequence[Any], want: Sequence[Any], placed: Sequence[NamedSharding]
+    names: Sequence[str],
+    got: Sequence[Any],
+    want: Sequence[Any],
+    placed: Sequence[NamedSharding],
+    move: bool,
 ) -> None:
     problems = []
     for name, x, abstract, sharding in zip(names, got, want, placed, strict=True):
@@ -64,7 +70,12 @@ def _check_leaves(
             problems.append(
                 Problem(subject, why, "feed the declared shapes, or compile_step again")
             )
-        elif isinstance(x, jax.Array) and x.committed and not _in_place(x, abstract, sharding):
+        elif (
+            not move
+            and isinstance(x, jax.Array)
+            and x.committed
+            and not _in_place(x, abstract, sharding)
+        ):
             why = f"is committed to {_where(x.sharding)}; the step has it as {sharding.spec}"
             problems.append(Problem(subject, why, "pass host numpy, or step.put(batch)"))
     raise_all(BatchError, "The batch is not what the step was compiled for.", problems)

@@ -1,5 +1,6 @@
 """The functions that a step is made of: pure, over global arrays, knowing no layout."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -21,18 +22,27 @@ def training_step(
     gradients: GradientFn, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """Builds `(state, batch) → (state, metrics)`."""
-    # Optimizers that look at the loss (`reduce_on_plateau`, `momo`) get it; others ignore it.
-    update = optax.with_extra_args_support(optimizer).update
+    update = optimizer.update
+    # Optimizers that look at the loss (`reduce_on_plateau`, `momo`) get it.
+    sees_loss = _takes(update, "value")
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         outcome, grads = gradients(state.params, state.extra, batch, step_key(state))
         metrics = _metrics(outcome, grads)
         with jax.named_scope("update"):
-            updates, opt_state = update(grads, state.opt_state, state.params, value=metrics["loss"])
+            seen = {"value": metrics["loss"]} if sees_loss else {}
+            updates, opt_state = update(grads, state.opt_state, state.params, **seen)
             params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state, outcome.extra, state.key), metrics
 
     return step
+
+
+def _takes(function: Callable[..., Any], name: str) -> bool:
+    """Whether a function can be called with a keyword argument."""
+    parameters = inspect.signature(function).parameters
+    catches_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return catches_all or name in parameters
 
 
 def gradient_step(gradients: GradientFn) -> Callable[[TrainState, Any], tuple[Metrics, Any]]:

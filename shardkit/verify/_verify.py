@@ -177,7 +177,10 @@ def _check_usable(metrics: Any) -> None:
     loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
     if np.isfinite(loss) and np.isfinite(norm) and norm > 0:
         return
-    why = f"loss {loss:g}, gradient norm {norm:g} on one device: nothing would be proved"
+    why = (
+        f"loss {loss:g}, gradient norm {norm:g} on one device: nothing would be proved. Without "
+        "batches= they are made up from the shapes, with integers from 0 to 7"
+    )
     problem = Problem(
         "batches", why, "verify(..., batches=[...]) with batches that the loss can use"
     )
