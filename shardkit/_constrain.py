@@ -14,7 +14,7 @@ import jax
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
-from ._errors import Problem, StepError, format_problems
+from ._errors import Problem, StepError, count, format_problems
 from ._tree import short_type
 
 # The dim that `jax.vmap` adds when a step maps over lanes, or a user over anything else.
@@ -54,7 +54,8 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     shape = jax.numpy.shape(x)
     if len(names) != len(shape):
         subject = f"constrain({', '.join(map(repr, names))})"
-        why = f"{len(names)} names for {short_type(shape, jax.numpy.result_type(x))}"
+        wanted = short_type(shape, jax.numpy.result_type(x))
+        why = f"{count(len(names), 'name')} for {count(len(shape), 'dim')} of {wanted}"
         fix = "name every dim, None for one that stays whole"
         raise StepError(format_problems("A constraint does not fit.", [Problem(subject, why)], fix))
     return constrain_p.bind(x, names=tuple(names))

@@ -136,7 +136,9 @@ def test_outside_a_step_an_ambient_mesh_changes_nothing(meshes):
 
 
 def test_the_number_of_names_is_the_rank():
-    with pytest.raises(sk.StepError, match=r"constrain\('batch'\) +1 names for f32\[8,16\]"):
+    with pytest.raises(
+        sk.StepError, match=r"constrain\('batch'\) +1 name for 2 dims of f32\[8,16\]"
+    ):
         sk.constrain(jnp.ones((8, 16)), "batch")
 
 

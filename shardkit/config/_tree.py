@@ -1,6 +1,7 @@
 """`Config`: everything one run is made of, as one frozen tree."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from jax.sharding import PartitionSpec
@@ -54,7 +55,11 @@ class Config:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        """Refuses a model that has no token for some byte."""
+        """Refuses a model that has no token for some byte, and a name that is no folder's."""
+        if isinstance(self.name, str) and Path(self.name).name != (self.name or "."):
+            why = "names a folder below runs/, so it is one word without slashes"
+            problem = Problem(f"name={self.name!r}", why, "--set name=first, or train.out=FOLDER")
+            raise ConfigError(format_problems("The run has no usable name.", [problem]))
         if isinstance(self.model, DecoderConfig) and self.model.vocab < BYTES:
             why = f"text is read by the byte, which takes {BYTES} tokens."
             fix = f"--set model.vocab={BYTES}"

@@ -80,7 +80,10 @@ class Activations:
             ]
         spec = self.spec(leaf.axes)
         spec = PartitionSpec(*(None if e is PartitionSpec.UNCONSTRAINED else e for e in spec))
-        return check_spec(leaf, spec, self.mesh, "activations")
+        table = ", ".join(f"{name!r}: None" for name in dict.fromkeys(names))
+        fix = f"sizes that divide, or strategy.with_names(activations={{{table}}}) for one of these"
+        problems = check_spec(leaf, spec, self.mesh, "activations")
+        return [dataclasses.replace(problem, fix=fix) for problem in problems]
 
 
 def constraints(jaxpr: core.Jaxpr) -> Iterator[Leaf]:

@@ -32,7 +32,9 @@ def compile_step(
     Args:
       loss_fn: `(params, batch, key) -> loss`. A loss is a floating-point scalar (a mean over
         equal-sized examples) or `sk.Mean(total, weight)`, alone or as `(loss, metrics)` with a
-        dict of scalars or `sk.Mean`s. A model with mutable state is an `sk.Loss`.
+        dict of scalars or `sk.Mean`s. Plain scalars, the loss among them, are averaged over
+        micro-batches; what is a sum or a count belongs into an `sk.Mean`. A model with mutable
+        state is an `sk.Loss`.
       optimizer: any optax chain.
       init: `key -> params`, any pytree of floating-point arrays, some of them perhaps `sk.Named`;
         or `key -> sk.Variables(params, extra)`.

@@ -83,12 +83,12 @@ class Declaration:
                 why = f"is of type {kind.name}; the partitioner needs Auto axes"
                 fix = "MeshSpec(...).build(), or Mesh(..., axis_types=(AxisType.Auto, ...))"
                 problems.append(Problem(f"mesh axis {name!r}", why, fix))
+        raise_all(StepError, _HEADLINE, problems)
         once = self.accumulate.reduce == "once"
         if self.stateful and once and (self.accumulate.steps > 1 or self.precision.reduces_apart):
             why = "would give every lane of the batch its own statistics, other ones on every mesh"
             fix = 'accumulate=sk.Accumulate(k, reduce="each"), precision.reduce=None'
-            problems.append(Problem("accumulate, precision.reduce", why, fix))
-        raise_all(StepError, _HEADLINE, problems)
+            raise_all(StepError, _HEADLINE, [Problem("accumulate, precision.reduce", why, fix)])
 
     def replaced(self, **changes: Any) -> "Declaration":
         """Returns the declaration with some fields changed, checked again.

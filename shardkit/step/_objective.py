@@ -110,7 +110,8 @@ def _unfit(subject: str, x: Any) -> str:
     floating = jnp.issubdtype(jnp.result_type(x), jnp.floating)
     if jnp.shape(x) == () and (floating or subject != "loss"):
         return ""
-    return f"is {short_type(jnp.shape(x), jnp.result_type(x))}, not a floating-point scalar"
+    wanted = "a floating-point scalar" if subject == "loss" else "a scalar"
+    return f"is {short_type(jnp.shape(x), jnp.result_type(x))}, not {wanted}"
 
 
 def _two(out: Any) -> tuple[Any, Mapping[str, Any]]:
