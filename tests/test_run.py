@@ -272,7 +272,7 @@ def test_a_small_run_shows_and_writes_everything(tmp_path, mesh):
         "P(None, None, 'tensor')",
         "step  1/12",
         "step 12/12",
-        "bytes/s (simulated)",
+        "tokens/s (simulated)",
         "each scored once",
         "this model",
         "xz -9 after train",

@@ -103,7 +103,7 @@ class LiveShow:
 
     def __init__(self, console: Console, steps: int, log_every: int, simulated: bool) -> None:
         self._console, self._steps, self._log_every = console, steps, log_every
-        self._unit = "bytes/s (simulated)" if simulated else "bytes/s"
+        self._unit = "tokens/s (simulated)" if simulated else "tokens/s"
         self._progress = Progress(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=20),
