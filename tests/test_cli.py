@@ -54,7 +54,7 @@ def test_an_option_that_is_not_listed_would_be_seen(monkeypatch):
         (["--set", "mesh.tensor=3"], "The mesh does not fit 8 devices."),
         (["--set", "devices=tpu:v5p:4x4x4"], "only a compiler knows these devices here"),
         (["--set", "devices=cpu:many"], "No such target."),
-        (["--set", "strategy.remat=ful"], "No such remat policy."),
+        (["--set", "strategy.remat=ful"], "unknown policy"),
     ],
 )
 def test_a_users_mistake_is_one_screen_and_exit_code_2(

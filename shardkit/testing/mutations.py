@@ -157,9 +157,9 @@ def _half_the_rows(evaluation_step: Any) -> Any:
 
 
 def _compiling(put_batch: Any) -> Any:
-    def wrong(*args: Any) -> Any:
+    def wrong(*args: Any, **options: Any) -> Any:
         jax.jit(lambda: jnp.zeros(()))()  # a function made anew is compiled anew
-        return put_batch(*args)
+        return put_batch(*args, **options)
 
     return wrong
 
