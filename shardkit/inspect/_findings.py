@@ -135,15 +135,19 @@ def _reduction_in_loop(facts: _Facts) -> Iterator[Finding]:
         rows = [row for row, _ in gradient_reductions(facts.ledger, axis, leaves, sizes)]
         wire = sum(row.wire_bytes for row in rows)
         steps = facts.program.declared.accumulate
+        if steps > 1:
+            beside, fix = f", with {steps} micro-batches", 'sk.Accumulate(steps, reduce="once")'
+        else:
+            beside = " without accumulation: something reduces arrays of their size again"
+            fix = "an optimizer that acts on each element alone (muon multiplies whole matrices)"
         yield Finding(
             "reduction_in_loop",
             leaf="",
             scope=max(rows, key=lambda row: row.wire_bytes).scope,
             axes=(axis,),
             bytes=round(wire * (1 - 1 / times)),
-            why=f"each gradient is reduced {times:.3g} times per step over {axis!r}, "
-            f"with {steps} micro-batches",
-            fix='sk.Accumulate(steps, reduce="once")',
+            why=f"each gradient is reduced {times:.3g} times per step over {axis!r}{beside}",
+            fix=fix,
         )
 
 
