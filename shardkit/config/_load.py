@@ -87,7 +87,7 @@ def _guarded(path: Path, call: Any) -> Any:
         error.add_note(f"(in {_place(path, error)})")
         raise
     except Exception as error:
-        why = f"{type(error).__name__}: {error}{_hint(error)}"
+        why = f"{type(error).__name__}: {_told(error)}"
         problem = Problem(_place(path, error), why)
         raise ConfigError(format_problems("The config file fails.", [problem])) from error
 
@@ -100,12 +100,12 @@ def _place(path: Path, error: Exception) -> str:
     return f"{path}:{lines[-1]}" if lines else str(path)
 
 
-def _hint(error: Exception) -> str:
-    match = _UNEXPECTED.search(str(error))
+def _told(error: Exception) -> str:
+    """What an error says; of an unknown field also which ones there are."""
+    text = str(error)
+    match = _UNEXPECTED.search(text)
     fields = dataclass_fields(match[1]) if match else []
     if not match or not fields:
-        return ""
-    return f"; it has {', '.join(fields)}." + did_you_mean(match[2], fields)
-
-
-_EXAMPLE = "def config() -> sk.Config: return sk.Config(...)"
+        return text
+    # Python 3.13 suggests a name of its own behind its message.
+    return f"{text[: match.end()]}; it has {', '.join(fields)}.{did_you_mean(match[2], fields)}"
