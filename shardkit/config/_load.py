@@ -109,3 +109,6 @@ def _told(error: Exception) -> str:
         return text
     # Python 3.13 suggests a name of its own behind its message.
     return f"{text[: match.end()]}; it has {', '.join(fields)}.{did_you_mean(match[2], fields)}"
+
+
+_EXAMPLE = "def config() -> sk.Config: return sk.Config(...)"
