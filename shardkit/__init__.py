@@ -21,6 +21,7 @@ from .adapters import Model, from_linen, from_nnx
 from .config import Config
 from .inspect import Budget, Report
 from .mesh import MeshSpec, simulate_devices
+from .models import attention
 from .parallel import Strategy, strategies
 from .rules import REPLICATED, AxisRules, PathRules, chain, explain, shard_largest
 from .state import TrainState
@@ -58,6 +59,7 @@ __all__ = [
     "TrainState",
     "Variables",
     "VerificationError",
+    "attention",
     "chain",
     "compile_step",
     "constrain",

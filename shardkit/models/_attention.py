@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.backend import get_backend
 
+from .._regions import region
+
 # Few enough blocks to keep the program small, enough to skip 7/16 of a causal square.
 _MAX_BLOCKS = 8
 _MIN_BLOCK = 64
@@ -45,7 +47,21 @@ def attention(
 
     Returns:
       [batch, length, heads, head_dim] in the dtype of the queries.
+
+    It is the region `"attention"`: a strategy that splits the length carries it out itself.
     """
+    carried = region("attention", _attention)
+    return carried(q_BTNH, k_BSKH, v_BSKH, segment_ids, causal, implementation)
+
+
+def _attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    segment_ids: jax.Array | None,
+    causal: bool,
+    implementation: str,
+) -> jax.Array:
     if implementation == "auto":
         implementation = "cudnn" if _cudnn_serves(q_BTNH) else "blocked"
     if implementation == "blocked":

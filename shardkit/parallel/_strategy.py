@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec
 
 from .._errors import Problem, StepError, format_problems, raise_all
 from .._precision import Precision
+from .._regions import Carrier
 from .._types import Accumulate
 from ..rules import REPLICATED, AxisRules, Rule, axes_of, chain, flatten, from_axes
 
@@ -30,6 +31,7 @@ class Strategy:
       remat: named checkpoint policy for the layers that a model marks with `sk.remat`.
       precision: `"float32"`, `"bfloat16"`, `"pure_bfloat16"` or `sk.Precision`.
       kinds: `(kind of parallelism, mesh axis)` of the ready strategies that it was made from.
+      regions: `(name, carrier)` of the parts of a model that the strategy carries out itself.
 
     >>> from shardkit.parallel import strategies
     >>> both = strategies.data() | strategies.tensor()
@@ -46,6 +48,7 @@ class Strategy:
     remat: str = "none"
     precision: str | Precision = "float32"
     kinds: tuple[tuple[str, str], ...] = ()
+    regions: tuple[tuple[str, Carrier], ...] = ()
 
     def __post_init__(self) -> None:
         """Refuses a spec or a dict where a rule is wanted."""
@@ -79,6 +82,7 @@ class Strategy:
             "batch": _join_batch(self.batch, other.batch, problems),
             "activations": _join_tables(self.activations, other.activations),
             "kinds": self.kinds + other.kinds,
+            "regions": _join_regions(self.regions, other.regions, problems),
         }
         plain = _defaults()
         for name in ("opt_state", "extra", "accumulate", "remat", "precision"):
@@ -144,6 +148,19 @@ def _chained(table: AxisRules, rest: Sequence[Rule]) -> Rule:
 def _join_tables(one: AxisRules | None, other: AxisRules | None) -> AxisRules | None:
     """Each name is split over the axes of both tables, those of the first one outermost."""
     return one.merged(other) if one and other else one or other
+
+
+def _join_regions(
+    one: tuple[tuple[str, Carrier], ...],
+    other: tuple[tuple[str, Carrier], ...],
+    problems: list[Problem],
+) -> tuple[tuple[str, Carrier], ...]:
+    taken = dict(one)
+    for name, carrier in other:
+        if taken.setdefault(name, carrier) != carrier:
+            why = f"{taken[name]} and {carrier} would both carry out the model's {name}"
+            problems.append(Problem("regions", why))
+    return tuple(taken.items())
 
 
 def _join_batch(one: Any, other: Any, problems: list[Problem]) -> Any:

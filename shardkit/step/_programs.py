@@ -6,6 +6,8 @@ from typing import Any
 
 from jax.sharding import NamedSharding, PartitionSpec
 
+from .._errors import Problem, StepError, raise_all
+from .._regions import Marks, Surroundings, carried_out
 from .._remat import active, policy
 from ._activations import Activations
 from ._compile import Program, compile_program
@@ -70,14 +72,47 @@ class Programs:
         return self._on_state_and_batch(self._functions.gradients(), results)
 
     def _on_state_and_batch(self, run: Any, results: Any, donate: tuple[int, ...] = ()) -> Program:
-        layout = self._layout
+        layout, names = self._layout, self._names
         args, placed = (layout.state, layout.batch), (layout.shardings, layout.batch_shardings)
-        return self._compile(run, args, placed, results, donate)
+        around = Surroundings(names.mesh, names.lane_axes, names.spec)
+        with carried_out(dict(self._declaration.strategy.regions), around) as marks:
+            return self._compile(run, args, placed, results, donate, marks)
 
     def _compile(
-        self, run: Any, args: Any, placed: Any, results: Any, donate: tuple[int, ...] = ()
+        self,
+        run: Any,
+        args: Any,
+        placed: Any,
+        results: Any,
+        donate: tuple[int, ...] = (),
+        marks: Marks | None = None,
     ) -> Program:
-        strategy, options = self._declaration.strategy, self._declaration.compiler_options
-        names = Activations(self._declaration.mesh, strategy.activations, self._layout.row_axes)
-        with active(policy(strategy.remat)):
-            return compile_program(run, args, placed, results, names, names.check, donate, options)
+        names, options = self._names, self._declaration.compiler_options
+
+        def check(jaxpr: Any) -> None:
+            names.check(jaxpr)
+            if marks:
+                _check_reached(marks)
+
+        with active(policy(self._declaration.strategy.remat)):
+            return compile_program(run, args, placed, results, names, check, donate, options)
+
+    @property
+    def _names(self) -> Activations:
+        declaration = self._declaration
+        rules = declaration.strategy.activations
+        return Activations(declaration.mesh, rules, self._layout.row_axes)
+
+
+def _check_reached(marks: Marks) -> None:
+    """Refuses a step whose model has no part that its strategy was to carry out.
+
+    Raises:
+      StepError: naming each carrier that nothing was left to.
+    """
+    problems = [
+        Problem(str(carrier), f"the model marks no {name}", f"sk.{name}(...) in the model")
+        for name, carrier in marks.carriers.items()
+        if name not in marks.reached
+    ]
+    raise_all(StepError, "The strategy carries out what the model does not mark.", problems)

@@ -1,0 +1,123 @@
+"""Regions: parts of a model that a strategy may carry out itself.
+
+A model marks a part with `region("attention", plain)(...)`: what is to be computed, as a plain
+function of arrays on one device. Where the strategy of the step declares a carrier for that name,
+the carrier computes the same by other means (attention round a ring of devices, layers in a
+pipeline, experts by all-to-all); everywhere else the plain function runs. So the model still names
+no mesh axis, and works outside a compiled step as it stands.
+"""
+
+import abc
+import contextlib
+import contextvars
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+@dataclasses.dataclass(frozen=True)
+class Surroundings:
+    """What a carrier knows of the step that it works in.
+
+    Attributes:
+      mesh: the device mesh.
+      rows: mesh axes that the rows of the batch are split over.
+      spec: logical axis names of an activation's dims → its spec in this step.
+    """
+
+    mesh: Mesh
+    rows: tuple[str, ...]
+    spec: Callable[[tuple[str | None, ...]], PartitionSpec]
+
+
+@dataclasses.dataclass(frozen=True)
+class Carrier(abc.ABC):
+    """One way to carry out a region, over one mesh axis.
+
+    Attributes:
+      axis: the mesh axis that the work is divided over; on an axis of one device, or without it
+        in the mesh, the plain function runs.
+    """
+
+    axis: str
+
+    @abc.abstractmethod
+    def __call__(
+        self, around: Surroundings, plain: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Returns what `plain(*args, **kwargs)` would."""
+
+
+@dataclasses.dataclass
+class Marks:
+    """The carriers of the step being traced, and the regions that were reached."""
+
+    carriers: Mapping[str, Carrier]
+    around: Surroundings
+    reached: set[str] = dataclasses.field(default_factory=set)
+
+
+_active: contextvars.ContextVar[Marks | None] = contextvars.ContextVar("regions", default=None)
+# Under what regions were traced since JAX's caches were last dropped; None is plainly.
+_traced: set[Any] = set()
+
+
+def region(name: str, plain: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Marks a part of a model that a strategy may carry out itself.
+
+    Args:
+      name: of the region: `"attention"`, …; it determines the signature of `plain`.
+      plain: the function of arrays that the part is, as one device computes it.
+
+    Returns:
+      A function that returns what `plain` does.
+
+    >>> region("attention", lambda q: q + 1)(1)
+    2
+    """
+
+    @functools.wraps(plain)
+    def marked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        marks = _active.get()
+        _traced.add(_identity(marks))
+        if marks is None or name not in marks.carriers:
+            return plain(*args, **kwargs)
+        marks.reached.add(name)
+        return marks.carriers[name](marks.around, plain, *args, **kwargs)
+
+    return marked
+
+
+@contextlib.contextmanager
+def carried_out(carriers: Mapping[str, Carrier], around: Surroundings) -> Iterator[Marks]:
+    """Makes carriers carry out their regions while a step is traced.
+
+    As with remat policies, JAX keeps the traces of inner functions by identity, and such a trace
+    holds the carrier that it was made under; so where regions were traced under others, JAX's
+    caches are dropped first.
+    """
+    sizes = around.mesh.shape
+    needed = {name: one for name, one in carriers.items() if sizes.get(one.axis, 1) > 1}
+    marks = Marks(needed, around)
+    if _traced - {_identity(marks)}:
+        jax.clear_caches()
+        _traced.clear()
+    token = _active.set(marks)
+    try:
+        yield marks
+    finally:
+        _active.reset(token)
+
+
+def _identity(marks: Marks | None) -> Any:
+    """What a trace of a region depends on; plain ones are all alike."""
+    if marks is None or not marks.carriers:
+        return None
+    return tuple(sorted(marks.carriers.items())), marks.around.mesh, marks.around.rows

@@ -1,0 +1,74 @@
+"""Regions: a strategy carries out what a model marks, and nothing else changes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import shardkit as sk
+from shardkit._regions import Carrier, region
+
+BATCH = {"x": np.arange(32, dtype=np.float32).reshape(8, 4) / 32}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled(Carrier):
+    """Computes the plain function and scales it, so that a test can see who ran."""
+
+    by: float = 1.0
+
+    def __call__(self, around, plain, *args, **kwargs):
+        assert around.rows == ("data",)
+        assert around.spec(("batch",)) == P(("data",))
+        return plain(*args, **kwargs) * self.by
+
+
+def step_with(*carriers, mesh=None):
+    def loss(params, batch, key):
+        return region("product", product)(batch["x"], params["w"]).mean()
+
+    strategy = sk.strategies.data()
+    regions = tuple(("product", one) for one in carriers)
+    return sk.compile_step(
+        loss,
+        optax.sgd(0.1),
+        init=lambda key: {"w": jnp.ones((4, 2))},
+        batch=BATCH,
+        mesh=mesh or sk.MeshSpec(data=4, other=2).build(),
+        strategy=dataclasses.replace(strategy, regions=regions),
+    )
+
+
+@jax.jit
+def product(x, w):
+    return x @ w
+
+
+def loss_of(step):
+    return float(step.evaluate(step.init(jax.random.key(0)), BATCH)["loss"])
+
+
+def test_a_carrier_runs_where_its_axis_divides_the_work():
+    plain = loss_of(step_with())
+    assert loss_of(step_with(Scaled("other", 3.0))) == pytest.approx(3 * plain)
+    assert loss_of(step_with(Scaled("absent", 3.0))) == plain
+    assert loss_of(step_with()) == plain  # and leaves nothing behind in JAX's caches
+
+
+def test_two_carriers_of_one_region_do_not_join():
+    one, other = (
+        dataclasses.replace(sk.strategies.data(axis), regions=(("product", Scaled(axis)),))
+        for axis in ("data", "other")
+    )
+    with pytest.raises(sk.StepError, match="would both carry out the model's product"):
+        one | other
+
+
+def test_a_region_that_the_model_lacks_is_an_error():
+    strategy = dataclasses.replace(sk.strategies.data(), regions=(("attention", Scaled("data")),))
+    with pytest.raises(sk.StepError, match=r"the model marks no attention(.|\n)*sk.attention"):
+        step_with().replace(strategy=strategy)
