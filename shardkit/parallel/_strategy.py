@@ -10,6 +10,7 @@ from .._errors import Problem, StepError, format_problems, raise_all
 from .._precision import Precision
 from .._regions import Carrier
 from .._types import Accumulate
+from ..optim import Zero
 from ..rules import REPLICATED, AxisRules, Rule, axes_of, chain, flatten, from_axes
 
 _WHOLE = PartitionSpec()
@@ -26,6 +27,7 @@ class Strategy:
       activations: logical axis names to mesh axes for `sk.constrain`; None for models without.
       opt_state: rule for optimizer leaves that no parameter explains, or that are to live
         elsewhere than their parameter; leaves that it passes follow their parameter.
+      zero: splits the update, and so the optimizer's state, further than the parameters.
       extra: rule for mutable model state.
       accumulate: micro-batches per step, an int or `sk.Accumulate`.
       remat: named checkpoint policy for the layers that a model marks with `sk.remat`.
@@ -43,6 +45,7 @@ class Strategy:
     batch: PartitionSpec | Rule = _WHOLE
     activations: AxisRules | None = None
     opt_state: Rule | None = None
+    zero: Zero | None = None
     extra: Rule = REPLICATED
     accumulate: int | Accumulate = 1
     remat: str = "none"
@@ -85,7 +88,7 @@ class Strategy:
             "regions": _join_regions(self.regions, other.regions, problems),
         }
         plain = _defaults()
-        for name in ("opt_state", "extra", "accumulate", "remat", "precision"):
+        for name in [name for name in plain if name not in joined]:
             values = [getattr(one, name) for one in (self, other)]
             given = [value for value in values if value != plain[name]]
             if len(given) == 2 and given[0] != given[1]:

@@ -3,5 +3,6 @@
 from ._data import data
 from ._fsdp import fsdp
 from ._tensor import tensor
+from ._zero import zero
 
-__all__ = ["data", "fsdp", "tensor"]
+__all__ = ["data", "fsdp", "tensor", "zero"]

@@ -18,7 +18,16 @@ from ._rule import (
     flatten,
 )
 from ._shape import ShardLargest, shard_largest
-from ._specs import axes_of, format_mesh, format_spec, from_axes, mesh_sizes, normalise, shards
+from ._specs import (
+    axes_of,
+    format_mesh,
+    format_spec,
+    from_axes,
+    mesh_sizes,
+    normalise,
+    shards,
+    ways,
+)
 
 __all__ = [
     "REPLICATED",
@@ -53,4 +62,5 @@ __all__ = [
     "resolve",
     "shard_largest",
     "shards",
+    "ways",
 ]

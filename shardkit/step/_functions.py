@@ -49,7 +49,7 @@ class Functions:
         Raises (while it is traced):
           StepError: a leaf of the state changes its shape or dtype, which would compile again.
         """
-        update = training_step(self._gradient, self.declaration.optimizer)
+        update = training_step(self._gradient, self.declaration.optimizer, self.layout.update)
 
         def run(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
             after, metrics = update(state, batch)
@@ -94,6 +94,7 @@ def _plan(declaration: Declaration, layout: Layout) -> Plan:
         precision=declaration.precision,
         axes=layout.row_axes,
         params=layout.shardings.params,
+        gradients=layout.gradients,
         batch=layout.batch_shardings,
         rows=layout.rows,
     )

@@ -35,6 +35,7 @@ class Plan:
       precision: compute and reduction dtypes.
       axes: mesh axes that the rows of the batch are split over.
       params: `NamedSharding` of each parameter, as a pytree.
+      gradients: how each gradient is left for the update: as its parameter, or split further.
       batch: `NamedSharding` of each batch leaf, as a pytree.
       rows: number of rows of the global batch.
       draws: which random draws of the loss grow with its rows.
@@ -45,6 +46,7 @@ class Plan:
     precision: Precision
     axes: tuple[str, ...]
     params: Any
+    gradients: Any
     batch: Any
     rows: int
     draws: Draws = dataclasses.field(default_factory=lambda: Draws(1))
@@ -64,7 +66,7 @@ class Plan:
 def gradients(objective: Objective, plan: Plan) -> GradientFn:
     """Builds `(params, extra, batch, key) -> (Outcome, gradients of the mean loss)`.
 
-    Gradients come in the dtype of the parameters, laid out as the parameters are.
+    Gradients come in the dtype of the parameters, laid out as `plan.gradients` says.
     """
     collect = _by_lanes if plan.by_lanes else _by_micro_batch
 
@@ -73,7 +75,7 @@ def gradients(objective: Objective, plan: Plan) -> GradientFn:
         low = _place(cast_floats(params, plan.precision.compute), plan.params)
         outcome, totals = collect(objective, plan, low, extra, batch, key)
         totals = jax.tree.map(lambda g, p: g.astype(p.dtype), totals, params)
-        return outcome, _place(per_weight(totals, outcome.loss.weight), plan.params)
+        return outcome, _place(per_weight(totals, outcome.loss.weight), plan.gradients)
 
     return run
 
@@ -155,13 +157,13 @@ def _by_micro_batch(
         rows = micro_batch(batch, steps, index, plan)
         at = jax.random.fold_in(key, index)
         (_, outcome), totals = value_and_grad(params, extra, rows, at)
-        return outcome, _place(_wide(totals), plan.params)
+        return outcome, _place(_wide(totals), plan.gradients)
 
     def body(carry: tuple[Outcome, Any], index: jax.Array) -> tuple[tuple[Outcome, Any], None]:
         return _add(carry, one(carry[0].extra, index)), None
 
     outcome, totals = _zeros(one, extra)
-    start = Outcome(outcome.loss, outcome.metrics, extra), _place(totals, plan.params)
+    start = Outcome(outcome.loss, outcome.metrics, extra), _place(totals, plan.gradients)
     total, _ = jax.lax.scan(body, start, jnp.arange(steps))
     return total
 

@@ -13,7 +13,7 @@ from .._errors import Problem, ShardingError, count, raise_all
 from .._precision import Precision, cast_floats
 from .._tree import Leaf, leaves, path_str
 from .._types import Named, Variables
-from ..optim import FollowParams
+from ..optim import FollowParams, update_specs
 from ..parallel import Strategy
 from ..rules import Rule, axes_of, chain, check_batch, collect, format_mesh
 from ..state import TrainState
@@ -33,6 +33,9 @@ class Layout:
       rows: number of rows of the global batch; 0 where no leaf has a dim.
       row_axes: mesh axes that the rows are split over.
       axes: `{path: logical axes}` of the parameters.
+      gradients: pytree of `NamedSharding`, how gradients are left for the update.
+      update: pytree of `NamedSharding`, how parameters are split for the update; None where the
+        update is computed as the parameters lie.
     """
 
     state: TrainState
@@ -42,6 +45,8 @@ class Layout:
     rows: int
     row_axes: tuple[str, ...]
     axes: Mapping[str, tuple[str | None, ...]]
+    gradients: Any
+    update: Any
 
 
 def initial_state(init: Callable[[Any], Any], precision: Precision) -> Callable[[Any], TrainState]:
@@ -119,8 +124,9 @@ def resolve_layout(
     extra = _resolved(strategy.extra, leaves(state.extra), sizes, "extra", problems)
     # A parameter that could not be laid out is reported once, not again for its moments.
     moments = leaves(state.opt_state)
+    updated = update_specs(strategy.zero, params, specs, sizes)
     follow = FollowParams(
-        tuple((p, specs.get(p.path, PartitionSpec())) for p in params),
+        tuple((p, updated.get(p.path, PartitionSpec())) for p in params),
         frozenset(leaf.path for leaf in moments),
     )
     rule = chain(strategy.opt_state, follow) if strategy.opt_state else follow
@@ -140,7 +146,9 @@ def resolve_layout(
         key=scalar,
     )
     placed = _shardings(batch, batch_specs, mesh)
-    return Layout(state, shardings, batch, placed, rows, row_axes, names)
+    split = _shardings(state.params, updated, mesh) if strategy.zero else None
+    left = split if strategy.zero and strategy.zero.stage == 2 else shardings.params
+    return Layout(state, shardings, batch, placed, rows, row_axes, names, left, split)
 
 
 def _axis_names(params: Any) -> dict[str, tuple[str | None, ...]]:

@@ -19,9 +19,16 @@ _EVALUATE = 0xFFFFFFFF
 
 
 def training_step(
-    gradients: GradientFn, optimizer: optax.GradientTransformation
+    gradients: GradientFn, optimizer: optax.GradientTransformation, split: Any = None
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-    """Builds `(state, batch) → (state, metrics)`."""
+    """Builds `(state, batch) → (state, metrics)`.
+
+    Args:
+      gradients: the differentiated loss.
+      optimizer: any optax chain.
+      split: pytree of `NamedSharding` in which the update is computed, where it is split further
+        than the parameters are; they are gathered afterwards by the layout of the results.
+    """
     update = optimizer.update
     # Optimizers that look at the loss (`reduce_on_plateau`, `momo`) get it.
     sees_loss = _takes(update, "value")
@@ -31,11 +38,16 @@ def training_step(
         metrics = _metrics(outcome, grads)
         with jax.named_scope("update"):
             seen = {"value": metrics["loss"]} if sees_loss else {}
-            updates, opt_state = update(grads, state.opt_state, state.params, **seen)
-            params = optax.apply_updates(state.params, updates)
+            params, grads = _shards(state.params, split), _shards(grads, split)
+            updates, opt_state = update(grads, state.opt_state, params, **seen)
+            params = _shards(optax.apply_updates(params, updates), split)
         return TrainState(state.step + 1, params, opt_state, outcome.extra, state.key), metrics
 
     return step
+
+
+def _shards(tree: Any, split: Any) -> Any:
+    return tree if split is None else jax.tree.map(jax.lax.with_sharding_constraint, tree, split)
 
 
 def _takes(function: Callable[..., Any], name: str) -> bool:

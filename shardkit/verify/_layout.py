@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .._tree import leaves, path_str
 from .._types import Named, Variables
-from ..optim import FollowParams
+from ..optim import FollowParams, update_specs
 from ..rules import chain, collect, format_spec
 from ..step import Declaration
 from ._record import to_host
@@ -32,7 +32,8 @@ def declared_specs(declaration: Declaration, state: Any) -> Specs:
     params = leaves(state.params, _axis_names(d))
     specs, problems = collect(strategy.params, params, sizes)
     moments = leaves(state.opt_state)
-    pairs = tuple((leaf, specs[leaf.path]) for leaf in params)
+    updated = update_specs(strategy.zero, params, specs, sizes)
+    pairs = tuple((leaf, updated[leaf.path]) for leaf in params)
     follow = FollowParams(pairs, frozenset(leaf.path for leaf in moments))
     rule = chain(strategy.opt_state, follow) if strategy.opt_state else follow
     opt_state, more = collect(rule, moments, sizes)
