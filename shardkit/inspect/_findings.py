@@ -255,6 +255,27 @@ def _resharding(facts: _Facts) -> Iterator[Finding]:
         )
 
 
+def _unsplit_state(facts: _Facts) -> Iterator[Finding]:
+    """Optimizer state that ZeRO would split, had it a dim that divides."""
+    declared, sizes = facts.program.declared, facts.program.sizes
+    axes = [axis for axis, kind in declared.kinds.items() if base_kind(kind) == "zero"]
+    for axis in (axis for axis in axes if sizes.get(axis, 1) > 1):
+        for leaf in facts.program.leaves:
+            single = math.prod(leaf.leaf.shape) == 1
+            if leaf.part != "opt_state" or axis in leaf.axes() or single:
+                continue
+            yield Finding(
+                "unsplit_state",
+                leaf=f"{leaf.part}/{leaf.leaf.path}",
+                scope="",
+                axes=(axis,),
+                bytes=leaf.device_bytes(sizes) * (sizes[axis] - 1) // sizes[axis],
+                why=f"no dim of {leaf.leaf} is a multiple of {axis}={sizes[axis]} beside what "
+                f"splits it already: all {sizes[axis]} devices hold and update the same state",
+                fix=f"sizes that divide, or another size of {axis!r}; a small leaf costs little",
+            )
+
+
 def _idle_axis(facts: _Facts) -> Iterator[Finding]:
     busy = {axis for leaf in facts.program.leaves for axis in leaf.axes()}
     busy |= {axis for row in facts.ledger for axis in row.axes}
@@ -289,6 +310,7 @@ _SEARCHES: dict[str, Callable[[_Facts], Iterator[Finding]]] = {
     "parameter_gather": _parameter_gather,
     "wide_collective": _wide_collective,
     "resharding": _resharding,
+    "unsplit_state": _unsplit_state,
     "idle_axis": _idle_axis,
     "rule": _rule,
 }

@@ -33,9 +33,7 @@ class Zero:
             problem = Problem(f"zero(stage={self.stage!r})", why, fix)
             raise_all(StepError, "There is no such stage of ZeRO.", [problem])
 
-    def spec(
-        self, leaf: Leaf, spec: PartitionSpec, sizes: Mapping[str, int]
-    ) -> PartitionSpec:
+    def spec(self, leaf: Leaf, spec: PartitionSpec, sizes: Mapping[str, int]) -> PartitionSpec:
         """Returns the spec in which a parameter is updated.
 
         The dim that has most elements on one device takes the axis, on top of what splits it
