@@ -4,7 +4,9 @@ from ._constrain import constrain
 from ._errors import (
     BatchError,
     BudgetError,
+    CheckpointError,
     ConfigError,
+    DamageError,
     DataError,
     MeshError,
     ReportError,
@@ -18,6 +20,7 @@ from ._precision import Precision
 from ._remat import remat
 from ._types import Accumulate, Loss, Mean, Named, Variables
 from .adapters import Model, from_linen, from_nnx
+from .checkpoint import Checkpointer, Keep
 from .config import Config
 from .inspect import Budget, Report
 from .mesh import MeshSpec, simulate_devices
@@ -36,11 +39,15 @@ __all__ = [
     "Budget",
     "BudgetError",
     "Certificate",
+    "CheckpointError",
+    "Checkpointer",
     "CompiledStep",
     "Config",
     "ConfigError",
+    "DamageError",
     "DataError",
     "Declaration",
+    "Keep",
     "Loss",
     "Mean",
     "MeshError",

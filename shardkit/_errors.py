@@ -46,6 +46,14 @@ class DataError(ShardkitError):
     """A data source is missing, empty or too small."""
 
 
+class CheckpointError(ShardkitError):
+    """A checkpoint cannot be written, found, or fitted to the state that is asked for."""
+
+
+class DamageError(CheckpointError):
+    """A checkpoint's files are not what was written."""
+
+
 class ReportError(ShardkitError):
     """A report is asked for an axis or kind that it does not have, or is no report."""
 

@@ -3,7 +3,7 @@
 from ._axes import AxisRules
 from ._check import check_batch, check_spec
 from ._explain import Explanation, explain, named_leaves
-from ._path import PathRules
+from ._path import PathRules, matches
 from ._resolve import Placement, check, collect, headline, place, resolve
 from ._rule import (
     REPLICATED,
@@ -55,6 +55,7 @@ __all__ = [
     "format_spec",
     "from_axes",
     "headline",
+    "matches",
     "mesh_sizes",
     "named_leaves",
     "normalise",

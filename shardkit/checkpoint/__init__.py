@@ -1,0 +1,20 @@
+"""Checkpoints: whole or absent, proved bit by bit, and restored onto any mesh."""
+
+from ._checkpointer import Checkpointer
+from ._fingerprint import as_text, fingerprints
+from ._keep import Keep
+from ._manifest import Manifest, SavedFile, SavedLeaf
+from ._restore import Restored
+from ._step import SavedStep
+
+__all__ = [
+    "Checkpointer",
+    "Keep",
+    "Manifest",
+    "Restored",
+    "SavedFile",
+    "SavedLeaf",
+    "SavedStep",
+    "as_text",
+    "fingerprints",
+]

@@ -1,0 +1,85 @@
+"""The arrays themselves, in and out of Orbax; nothing else here knows of it.
+
+Each leaf is a zarr folder of its own with plain chunks, so that a damaged file is a named leaf
+and any zarr reader can open it. Every trap of the library that was measured is met above this
+module: dtypes, shapes and bits are compared by us, before and after.
+"""
+
+import logging
+import urllib.parse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+# A shard that is read is made of whole chunks; small ones cost little beyond what was asked for.
+_CHUNK_BYTES = 2**24
+_STATE = "state"
+# Orbax warns that a checkpoint without its own container format has no such containers.
+_NOISE = ("Skipping merge of OCDBT checkpoints", "TensorStore data files not found")
+
+
+def _quiet(record: logging.LogRecord) -> bool:
+    return not any(noise in str(record.msg) for noise in _NOISE)
+
+
+def _orbax() -> Any:
+    # Imported by whoever saves or restores: it takes longer to import than all of shardkit.
+    import orbax.checkpoint.experimental.v1 as ocp
+
+    logger = logging.getLogger("absl")
+    if _quiet not in logger.filters:
+        logger.addFilter(_quiet)
+    return ocp
+
+
+def _context(ocp: Any) -> Any:
+    context = ocp.Context()
+    saving = context.array.saving
+    saving.use_ocdbt = saving.use_zarr3 = saving.use_compression = False
+    saving.use_replica_parallel = False
+    # The sharding file would hold device ids, which mean nothing to the next run.
+    saving.enable_write_sharding_file = False
+    saving.array_metadata_store = None
+    saving.storage_options.chunk_byte_size = _CHUNK_BYTES
+    return context
+
+
+def stored_name(path: str) -> str:
+    """The folder of a leaf below the arrays: its path, with what file systems dislike quoted."""
+    return urllib.parse.quote(path, safe="/<>[]=,+") or "%"
+
+
+def leaf_of_file(name: str, paths: Mapping[str, Any]) -> str | None:
+    """The leaf whose values a file of the step holds, or None for files about the whole."""
+    inside = name.split("/", 2)[-1]
+    owners = [p for p in paths if inside.startswith(stored_name(p) + "/")]
+    return max(owners, key=len) if owners else None
+
+
+def start_writing(folder: Path, leaves: Mapping[str, jax.Array]) -> Callable[[], None]:
+    """Copies arrays to the host and starts writing them; the arrays may be donated afterwards.
+
+    Returns:
+      A function that waits until everything is written, and raises what went wrong.
+    """
+    ocp = _orbax()
+    with _context(ocp):
+        response = ocp.save_async(str(folder), {stored_name(p): x for p, x in leaves.items()})
+    return response.result
+
+
+def read(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Reads leaves, each device only what it is to hold.
+
+    Args:
+      folder: where `start_writing` wrote.
+      wanted: `{path: shape, dtype and sharding}`, of the shape and dtype that were saved.
+    """
+    ocp = _orbax()
+    context = _context(ocp)
+    context.pytree.loading.partial_load = True
+    with context:
+        got = ocp.load(str(folder), {stored_name(p): x for p, x in wanted.items()})
+    return {path: got[stored_name(path)] for path in wanted}

@@ -1,0 +1,157 @@
+"""Files of a checkpoint: whole folders appear and vanish at once, and every byte is accounted."""
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from .._errors import CheckpointError, Problem, format_problems
+from ._manifest import MANIFEST, SavedFile
+
+ARRAYS = "arrays"
+# What is being written or deleted has a name that no listing of steps matches.
+_SAVING, _DELETING, _DAMAGED = ".saving-", ".deleting-", "damaged-"
+_STEP = re.compile(r"step-(\d{8,})")
+_BLOCK = 2**20
+
+
+def step_folder(root: Path, step: int) -> Path:
+    """Where a complete step is: `ROOT/step-00000300`."""
+    return root / f"step-{step:08d}"
+
+
+def list_steps(root: Path) -> tuple[int, ...]:
+    """Complete steps below a folder, oldest first; none where there is no such folder."""
+    names = os.listdir(root) if root.is_dir() else []
+    return tuple(sorted(int(found[1]) for name in names if (found := _STEP.fullmatch(name))))
+
+
+def saving_folder(root: Path, step: int) -> Path:
+    """Makes the folder in which a step is written before it has its name."""
+    path = root / f"{_SAVING}{step_folder(root, step).name}"
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    return path
+
+
+def commit(written: Path, root: Path, step: int, manifest: str) -> None:
+    """Gives a written folder its manifest and name: invisible before, complete after."""
+    with (written / MANIFEST).open("w") as file:
+        file.write(manifest)
+        file.flush()
+        os.fsync(file.fileno())
+    for folder, _, _ in os.walk(written, topdown=False):
+        _sync(Path(folder))
+    os.rename(written, step_folder(root, step))
+    _sync(root)
+
+
+def delete_step(root: Path, step: int) -> None:
+    """Deletes a step; it is gone from the listing before its first file is."""
+    gone = root / f"{_DELETING}{step_folder(root, step).name}"
+    os.rename(step_folder(root, step), gone)
+    shutil.rmtree(gone)
+
+
+def set_aside(root: Path, step: int) -> Path:
+    """Renames a damaged step, so that it neither counts nor is lost; returns its new name."""
+    number = 1
+    while True:
+        name = f"{_DAMAGED}{step_folder(root, step).name}" + (f"-{number}" if number > 1 else "")
+        if not (root / name).exists():
+            os.rename(step_folder(root, step), root / name)
+            return root / name
+        number += 1
+
+
+def sweep(root: Path) -> None:
+    """Deletes what killed processes left half-written or half-deleted."""
+    for path in root.iterdir():
+        if path.name.startswith((_SAVING, _DELETING)):
+            shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """Holds a folder for one writer; the lock goes with the process, however it ends.
+
+    Raises:
+      CheckpointError: another process writes there, or nothing can be written there.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        problem = Problem(str(root), f"{error.strerror}")
+        fix = "a folder that can be written"
+        raise CheckpointError(format_problems("Nothing can be saved.", [problem], fix)) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        problem = Problem(str(root), "another process is writing checkpoints there")
+        fix = "wait for it, or another folder"
+        raise CheckpointError(format_problems("The folder is in use.", [problem], fix)) from error
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def checksums(folder: Path) -> dict[str, SavedFile]:
+    """Size and CRC-32 of every file below a folder but the manifest, and puts them on the disk."""
+    names = sorted(
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != MANIFEST
+    )
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        found = pool.map(lambda name: _checksum(folder / name, sync=True), names)
+        return dict(zip(names, found, strict=True))
+
+
+def file_problems(folder: Path, files: Mapping[str, SavedFile]) -> dict[str, str]:
+    """Compares the files below a folder with a manifest: `{name: what is wrong with it}`."""
+
+    def look(name: str) -> str:
+        want = files[name]
+        try:
+            size = (folder / name).stat().st_size
+            if size != want.bytes:
+                return f"has {size} bytes, {want.bytes} were written"
+            crc = _checksum(folder / name).crc32
+        except FileNotFoundError:
+            return "is gone"
+        except OSError as error:
+            return f"cannot be read: {error.strerror}"
+        return "" if crc == want.crc32 else f"has CRC-32 {crc}, {want.crc32} was written"
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        found = dict(zip(files, pool.map(look, files), strict=True))
+    wrong = {name: why for name, why in found.items() if why}
+    there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    strange = there - {MANIFEST, *files}
+    return wrong | {name: "was not written by this save" for name in sorted(strange)}
+
+
+def _checksum(path: Path, sync: bool = False) -> SavedFile:
+    crc = size = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            crc, size = zlib.crc32(block, crc), size + len(block)
+        if sync:
+            os.fsync(file.fileno())
+    return SavedFile(size, f"{crc:08x}")
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

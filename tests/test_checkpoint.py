@@ -1,0 +1,306 @@
+"""What is saved comes back bit for bit on any mesh; what was changed since is found."""
+
+import dataclasses
+import json
+import random
+import re
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+import shardkit as sk
+from shardkit.checkpoint import SavedStep, as_text, fingerprints
+from shardkit.checkpoint._files import step_folder
+
+from . import _checkpoints as ck
+
+CONFIG = {"model": {"embed": 16}}
+
+
+@pytest.fixture(scope="module")
+def state():
+    return ck.on_mesh(ck.make_state())
+
+
+@pytest.fixture(scope="module")
+def saved(state, tmp_path_factory):
+    """One whole checkpoint of step 3; tests that change it take a copy."""
+    folder = tmp_path_factory.mktemp("saved")
+    with sk.Checkpointer(folder, axes=ck.AXES, config=CONFIG) as checkpoints:
+        checkpoints.save(3, state, data={"batch": 3}, metrics={"loss": 0.5})
+    return folder
+
+
+def restore(folder, like, mesh="data=2 x tensor=4", **options):
+    to = ck.shardings(like, mesh)
+    return sk.Checkpointer(folder).restore(ck.abstract(like), to, **options)
+
+
+# --- fingerprints
+
+
+def reference(x) -> str:
+    """The same sums in numpy, word by word."""
+    raw = np.ascontiguousarray(np.asarray(x))
+    words = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint32}[raw.itemsize]
+    word = raw.reshape(-1).view(words).astype(np.uint32)
+    index = np.arange(word.size, dtype=np.uint32) * np.uint32(0x9E3779B1)
+    mixed = (word * np.uint32(0xCC9E2D51)) ^ index
+    mixed = (mixed ^ (mixed >> 16)) * np.uint32(0x85EBCA6B)
+    mixed = (mixed ^ (mixed >> 13)) * np.uint32(0xC2B2AE35)
+    mixed ^= mixed >> 16
+    second = mixed * np.uint32(0x27D4EB2F) + index
+    second ^= second >> 15
+    return as_text([int(half.sum(dtype=np.uint64)) % 2**32 for half in (mixed, second)])
+
+
+def test_a_fingerprint_is_that_of_the_reference_on_every_mesh():
+    plain = {
+        "f32": np.linspace(-1, 1, 512, dtype=np.float32).reshape(16, 32),
+        "bf16": np.arange(512).reshape(16, 32).astype(jnp.bfloat16),
+        "i8": np.arange(-64, 64, dtype=np.int8).reshape(16, 8),
+        "bool": np.array([True, False, True]),
+        "scalar": np.float32(3.5),
+    }
+    want = {name: reference(x) for name, x in plain.items()}
+    for mesh in ck.MESHES:
+        placed = jax.device_put(plain, ck.shardings(plain, mesh))
+        assert {n: as_text(f) for n, f in fingerprints(placed).items()} == want, mesh
+
+
+def test_every_single_bit_and_every_swap_changes_a_fingerprint():
+    x = np.linspace(-1, 1, 64, dtype=np.float32)
+    flipped = np.stack([x] * (64 * 32 + 63))
+    words = flipped.view(np.uint32)
+    for bit in range(64 * 32):
+        words[bit, bit // 32] ^= np.uint32(1 << bit % 32)
+    for i in range(63):
+        flipped[64 * 32 + i, [i, i + 1]] = flipped[64 * 32 + i, [i + 1, i]]
+    found = jax.vmap(lambda row: fingerprints({"x": row})["x"])(jnp.asarray(flipped))
+    assert reference(x) not in {as_text(one) for one in np.asarray(found)}
+
+
+# --- restoring
+
+
+@pytest.mark.parametrize("mesh", ck.MESHES)
+def test_every_leaf_comes_back_bit_for_bit_on_any_mesh(mesh, state, saved):
+    back = restore(saved, state, mesh)
+    assert ck.bits(back.state) == ck.bits(state)
+    assert (back.step, back.data, back.damaged) == (3, {"batch": 3}, {})
+    want = jax.tree.leaves(ck.shardings(state, mesh))
+    assert [x.sharding for x in jax.tree.leaves(back.state)] == want
+    assert jax.tree.structure(back.state) == jax.tree.structure(state)
+
+
+def test_one_sharding_serves_for_all_leaves(state, saved):
+    device = jax.devices()[5]
+    where = SingleDeviceSharding(device)
+    back = sk.Checkpointer(saved).restore(ck.abstract(state), where)
+    assert {x.device for x in jax.tree.leaves(back.state)} == {device}
+    assert ck.bits(back.state) == ck.bits(state)
+
+
+def test_a_state_may_be_donated_while_it_is_being_saved(tmp_path):
+    state = ck.on_mesh(ck.make_state())
+    before = ck.bits(state)
+    consume = jax.jit(lambda p: jax.tree.map(lambda x: x * 0, p), donate_argnums=0)
+    with sk.Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(1, state)
+        consume(state.params)
+    assert ck.bits(restore(tmp_path, ck.make_state()).state) == before
+
+
+def test_the_manifest_is_readable_and_knows_no_device(saved, state):
+    text = (step_folder(saved, 3) / "manifest.json").read_text()
+    fields = json.loads(text)
+    assert fields["leaves"]["params/w"] == {
+        "shape": [16, 32],
+        "dtype": "float32",
+        "fingerprint": reference(state.params["w"]),
+        "axes": ["embed", "mlp"],
+        "key": None,
+    }
+    assert fields["leaves"]["key"]["key"] == "threefry2x32"
+    assert (fields["config"], fields["metrics"]) == (CONFIG, {"loss": 0.5})
+    assert fields["mesh"] == {"data": 2, "tensor": 4}
+    assert fields["versions"]["jax"] == jax.__version__
+    for path, one in fields["files"].items():
+        content = (step_folder(saved, 3) / path).read_bytes()
+        assert one == {"bytes": len(content), "crc32": f"{zlib.crc32(content):08x}"}
+    everything = b"".join(path.read_bytes() for path in ck.files(saved))
+    assert b"device" not in everything.lower()
+
+
+# --- a state that is not the one that was saved
+
+
+def test_every_leaf_that_does_not_fit_is_named_at_once(saved):
+    other = ck.make_state()
+    params = {"w": jnp.zeros((16, 64)), "bias": other.params["b"], "none": other.params["none"]}
+    extra = {**other.extra, "seen": jnp.zeros(8, jnp.float32)}
+    other = dataclasses.replace(other, params=params, extra=extra)
+    with pytest.raises(sk.CheckpointError) as error:
+        restore(saved, other)
+    said = str(error.value)
+    assert "4 leaves of" in said
+    assert re.search(r"params/w +is saved as f32\[16,32\] and wanted as f32\[16,64\]", said)
+    assert re.search(r"params/bias +is wanted as bf16\[32\] and not in the checkpoint", said)
+    assert re.search(r"params/b +is saved as bf16\[32\]; the state has no such leaf", said)
+    assert "extra/seen" in said
+    assert "dtypes change only where cast says so" in said
+    assert 'restore(..., cast=["extra/seen"])' in said
+    assert "partial={'step/**': 'saved', 'params/**': 'fresh'" in said
+
+
+def test_another_optimizer_takes_the_weights_as_the_error_says(saved, state):
+    fresh = dataclasses.replace(state, opt_state=optax.sgd(1e-2, momentum=0.9).init(state.params))
+    with pytest.raises(sk.CheckpointError, match=r"opt_state/0/trace/w +is wanted"):
+        restore(saved, fresh)
+    partial = {"opt_state/**": "fresh", "**": "saved"}
+    back = restore(saved, fresh, partial=partial, fresh=fresh).state
+    assert ck.bits(back) == ck.bits(fresh)
+
+
+def test_partial_rules_take_each_leaf_from_where_they_say(saved, state):
+    fresh = ck.make_state(seed=1)
+    partial = {"params/w": "fresh", "opt_state/**": "fresh", "extra/on": "drop", "**": "saved"}
+    wanted = dataclasses.replace(fresh, extra={"seen": fresh.extra["seen"]})
+    back = restore(saved, wanted, partial=partial, fresh=lambda: fresh).state
+    got, old, new = ck.bits(back), ck.bits(state), ck.bits(fresh)
+    assert got[".params['w']"] == new[".params['w']"] != old[".params['w']"]
+    assert got[".params['b']"] == old[".params['b']"] != new[".params['b']"]
+    assert ".extra['on']" not in got
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(partial={"params/**": "saved"}), "no glob of partial matches"),
+        (dict(partial={"parms/**": "fresh", "**": "saved"}), "matches no leaf."),
+        (dict(partial={"**": "saev"}), "'saev' is none of .* Did you mean 'saved'?"),
+        (dict(partial={"step": "drop", "**": "saved"}), "partial drops it, and the state has it"),
+        (dict(partial={"step": "fresh", "**": "saved"}, fresh={}), "fresh= has no such leaf"),
+        (dict(cast=["params/x"]), "matches no leaf. Did you mean 'params/w'?"),
+        (dict(step=4), r"no checkpoint of step 4\.\n.* holds steps 3"),
+    ],
+    ids=range(7),
+)
+def test_a_request_that_cannot_be_met_says_why(options, message, saved, state):
+    with pytest.raises(sk.CheckpointError, match=message):
+        restore(saved, state, **options)
+
+
+def test_a_declared_cast_changes_the_dtype_and_nothing_else(saved, state):
+    params = {**state.params, "w": state.params["w"].astype(jnp.bfloat16)}
+    half = dataclasses.replace(state, params=params)
+    back = restore(saved, half, cast=["params/*"]).state
+    assert ck.bits(back) == ck.bits(half)
+
+
+# --- damage
+
+
+def damaged_copy(saved, tmp_path):
+    return step_folder(ck.copy(saved, tmp_path / "copy"), 3)
+
+
+DAMAGES = [ck.flip_bit, ck.zero_page, ck.truncate, ck.delete]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_damage_to_any_file_is_found_and_named_by_leaf(damage, saved, tmp_path):
+    folder = damaged_copy(saved, tmp_path)
+    rng = random.Random(0)
+    for path in ck.files(folder):
+        before = path.read_bytes()
+        if not before and damage is not ck.delete:
+            continue
+        damage(path, rng)
+        if path.is_file() and path.read_bytes() == before:  # zeros were zeros
+            continue
+        name = str(path.relative_to(folder))
+        with pytest.raises(sk.DamageError) as error:
+            SavedStep.open(folder).check_files()
+        leaf = re.search(r"arrays/state/(.*)/[^/]*$", name)
+        assert (leaf[1] if leaf else path.name).replace("%20", " ") in str(error.value)
+        path.write_bytes(before)
+    SavedStep.open(folder).check_files()
+
+
+def test_swapped_and_added_files_are_found(saved, tmp_path):
+    folder = damaged_copy(saved, tmp_path)
+    arrays = folder / "arrays" / "state"
+    ck.swap(arrays / "params" / "w" / "0.0", arrays / "params" / "w" / "1.1")
+    (arrays / "extra" / "seen" / "new").write_text("")
+    with pytest.raises(sk.DamageError) as error:
+        SavedStep.open(folder).check_files()
+    said = str(error.value)
+    assert "3 findings" in said
+    assert said.count("params/w f32[16,32]") == 2
+    assert "extra/seen i32[8]" in said
+    assert "was not written by this save" in said
+
+
+def test_values_that_changed_before_they_reached_the_disk_are_found(saved, state, tmp_path):
+    folder = damaged_copy(saved, tmp_path)
+    chunk = folder / "arrays" / "state" / "params" / "w" / "0.0"
+    ck.flip_bit(chunk, random.Random(0))
+    # As if the file had been written so: its checksum fits, the leaf's fingerprint does not.
+    manifest = SavedStep.open(folder).manifest
+    name = str(chunk.relative_to(folder))
+    files = {
+        **manifest.files,
+        name: dataclasses.replace(
+            manifest.files[name], crc32=f"{zlib.crc32(chunk.read_bytes()):08x}"
+        ),
+    }
+    (folder / "manifest.json").write_text(dataclasses.replace(manifest, files=files).to_text())
+    with pytest.raises(sk.DamageError, match=r"params/w f32\[16,32\] +has fingerprint"):
+        restore(tmp_path / "copy", state)
+
+
+def test_the_step_before_a_damaged_one_is_offered_or_taken(state, saved, tmp_path):
+    older = sk.Checkpointer(tmp_path)
+    older.save(1, state)
+    older.save(2, state)
+    (tmp_path / "step-00000002" / "arrays" / "state" / "step" / "0").unlink()
+    with pytest.raises(sk.DamageError) as error:
+        restore(tmp_path, state)
+    assert "arrays/state/step/0 is gone" in str(error.value)
+    assert 'Fix: restore(..., step=1), or on_damage="previous"' in str(error.value)
+
+    with sk.Checkpointer(tmp_path) as checkpoints:
+        to = ck.shardings(state)
+        with pytest.warns(RuntimeWarning, match="Taking the step before it"):
+            back = checkpoints.restore(ck.abstract(state), to, on_damage="previous")
+        assert (back.step, list(back.damaged)) == (1, [2])
+        checkpoints.save(2, state)
+    assert sk.Checkpointer(tmp_path).steps() == (1, 2)
+    assert (tmp_path / "damaged-step-00000002").is_dir()
+    assert ck.bits(restore(tmp_path, state).state) == ck.bits(state)
+
+
+def test_a_newer_format_is_no_damage(saved, state, tmp_path):
+    path = damaged_copy(saved, tmp_path) / "manifest.json"
+    text = re.sub(r',\n "crc32": "\w+"\n}\n$', "\n}\n", path.read_text())
+    text = text.replace('"version": 1', '"version": 2')
+    crc = f',\n "crc32": "{zlib.crc32(text.encode()):08x}"\n}}\n'
+    path.write_text(text.removesuffix("\n}\n") + crc)
+    with pytest.raises(sk.CheckpointError, match="format version 2; this shardkit reads 1"):
+        restore(tmp_path / "copy", state, on_damage="previous")
+
+
+def test_a_folder_of_something_else_is_told(tmp_path, state):
+    with pytest.raises(sk.CheckpointError, match="is empty"):
+        restore(tmp_path, state)
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(sk.CheckpointError, match="no complete step, but photos"):
+        restore(tmp_path, state)
+    with pytest.raises(sk.CheckpointError, match="is no folder"):
+        restore(tmp_path / "none", state)
