@@ -20,7 +20,7 @@ _MIX_1, _MIX_2, _SECOND = 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F
 
 def is_key(dtype: Any) -> bool:
     """Whether a dtype is that of a typed PRNG key."""
-    return jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def bare(x: jax.Array) -> jax.Array:

@@ -99,7 +99,8 @@ class Saving:
     def _lost(self, error: Exception) -> CheckpointError:
         if self._folder != self._root:
             shutil.rmtree(self._folder, ignore_errors=True)
-        why = " ".join(str(error).split())[:300] or type(error).__name__
+        # The storage library appends its whole specification to what the system said.
+        why = str(error).partition(" [tensorstore_spec")[0] or type(error).__name__
         problem = Problem(f"step {self._step}", f"could not be written to {self._root}: {why}")
         fix = "room on the disk, or another folder; the steps before it are as they were"
         return CheckpointError(format_problems("A save was lost.", [problem], fix))

@@ -1,0 +1,228 @@
+"""No exit path loses a save with exit code 0, and no failure touches what was saved before."""
+
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import jax
+import pytest
+
+import shardkit as sk
+from shardkit.checkpoint import SavedStep, _saving
+from shardkit.checkpoint._files import list_steps, step_folder
+
+from . import _checkpoints as ck
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def state():
+    return ck.make_state()
+
+
+def restored(folder, state, **options):
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return sk.Checkpointer(folder).restore(ck.abstract(state), where, **options)
+
+
+# --- what stays
+
+
+def test_the_policy_decides_what_stays():
+    losses = {10: 3.0, 20: 1.0, 30: 2.0, 40: 1.0, 50: 5.0}
+    steps = {step: {"loss": loss} for step, loss in losses.items()} | {60: {}}
+    assert sk.Keep(last=2).kept(steps) == {50, 60}
+    assert sk.Keep(last=1, every=30).kept(steps) == {30, 60}
+    assert sk.Keep(last=1, best="loss").kept(steps) == {40, 60}
+    assert sk.Keep(last=1, best="loss", best_count=2).kept(steps) == {20, 40, 60}
+    assert sk.Keep(last=1, best="loss", largest=True).kept(steps) == {50, 60}
+    with pytest.raises(sk.CheckpointError, match=r"Keep\(last=0\) +must be at least 1"):
+        sk.Keep(last=0)
+
+
+def test_the_policy_is_applied_when_a_step_is_complete(tmp_path, state):
+    with sk.Checkpointer(tmp_path, keep=sk.Keep(last=1, best="loss")) as checkpoints:
+        for step, loss in ((1, 2.0), (2, 1.0), (3, 3.0), (4, 4.0)):
+            checkpoints.save(step, state, metrics={"loss": loss})
+    assert checkpoints.steps() == (2, 4)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {".lock", "step-00000002", "step-00000004"}
+
+
+def test_a_step_is_saved_once_and_a_folder_has_one_writer(tmp_path, state):
+    with sk.Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(1, state)
+        with pytest.raises(sk.CheckpointError, match=r"Nothing is overwritten\.\n  step 1 "):
+            checkpoints.save(1, state)
+        with pytest.raises(sk.CheckpointError, match="another process is writing"):
+            sk.Checkpointer(tmp_path).save(2, state)
+    sk.Checkpointer(tmp_path).save(2, state)
+    assert sk.Checkpointer(tmp_path).steps() == (1, 2)
+
+
+# --- failures
+
+
+def test_a_save_without_a_block_is_complete_when_it_returns(tmp_path, state):
+    sk.Checkpointer(tmp_path).save(1, state)
+    assert ck.bits(restored(tmp_path, state).state) == ck.bits(state)
+    assert not [t for t in threading.enumerate() if t.name.startswith("shardkit-save")]
+
+
+def saving(folder, state, then=lambda checkpoints: None):
+    """A block that saves step 2 and does something else before it ends."""
+    with sk.Checkpointer(folder) as checkpoints:
+        checkpoints.save(2, state)
+        then(checkpoints)
+
+
+class Slow:
+    """Holds saves back until the test lets them go on."""
+
+    def __init__(self, monkeypatch, error: Exception | None = None) -> None:
+        self.written, self.go, real = threading.Event(), threading.Event(), _saving.checksums
+
+        def wait(folder):
+            self.written.set()
+            self.go.wait()
+            if error:
+                raise error
+            return real(folder)
+
+        monkeypatch.setattr(_saving, "checksums", wait)
+
+
+def test_a_save_is_invisible_until_it_is_complete(tmp_path, state, monkeypatch):
+    slow = Slow(monkeypatch)
+    with sk.Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(1, state)
+        assert checkpoints.steps() == ()
+        assert [p.name for p in tmp_path.glob(".saving*")] == [".saving-step-00000001"]
+        slow.go.set()
+        checkpoints.wait()
+        assert checkpoints.steps() == (1,)
+
+
+def test_a_lost_save_ends_the_block_with_an_error(tmp_path, state, monkeypatch):
+    sk.Checkpointer(tmp_path).save(1, state)
+    slow = Slow(monkeypatch, OSError(28, "No space left on device"))
+    slow.go.set()
+    lost = r"A save was lost\.\n  step 2 +could not be written to .*No space left on device"
+    with pytest.raises(sk.CheckpointError, match=lost):
+        saving(tmp_path, state)
+    with pytest.raises(sk.CheckpointError, match=lost):
+        saving(tmp_path, state, lambda checkpoints: checkpoints.save(3, state))
+    # Code 0 would hide it, so SystemExit gives way; any other error carries it as a note.
+    with pytest.raises(sk.CheckpointError, match=lost):
+        saving(tmp_path, state, lambda _: sys.exit(0))
+    with pytest.raises(ZeroDivisionError) as error:
+        saving(tmp_path, state, lambda _: 1 // 0)
+    assert "A save was lost." in error.value.__notes__[0]
+    assert sk.Checkpointer(tmp_path).steps() == (1,)
+    assert not list(tmp_path.glob(".saving*"))
+    SavedStep.open(step_folder(tmp_path, 1)).check_files()
+
+
+def test_a_full_disk_loses_the_new_save_and_no_other(tmp_path):
+    big = {"w": jax.numpy.ones((256, 256)), "step": jax.numpy.int32(0)}
+    sk.Checkpointer(tmp_path).save(1, big)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # The kernel refuses a file of more than 64 KiB, as a full disk would.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
+    try:
+        with pytest.raises(sk.CheckpointError, match=r"A save was lost(.|\n)*room on the disk"):
+            saving(tmp_path, big)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list_steps(tmp_path) == (1,)
+    SavedStep.open(step_folder(tmp_path, 1)).check_files()
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_done(state):
+    with pytest.raises(sk.CheckpointError, match=r"Nothing can be saved\.\n  /proc/none"):
+        with sk.Checkpointer("/proc/none"):
+            pass
+
+
+def test_a_folder_that_vanishes_is_told(tmp_path, state, monkeypatch):
+    folder = tmp_path / "steps"
+    slow = Slow(monkeypatch)
+
+    def vanish(_):
+        slow.written.wait()
+        shutil.rmtree(folder)
+        slow.go.set()
+
+    with pytest.raises(sk.CheckpointError, match="No such file or directory"):
+        saving(folder, state, vanish)
+
+
+# --- processes that end in every way
+
+SCRIPT = """
+    import os, sys, jax, jax.numpy as jnp
+    import shardkit as sk
+    folder, way = sys.argv[1:]
+    with sk.Checkpointer(folder, keep=sk.Keep(last=100)) as checkpoints:
+        newest = checkpoints.steps()[-1] if checkpoints.steps() else 0
+        state = {"w": jnp.arange(2**16, dtype=jnp.float32).reshape(256, 256) + newest}
+        for step in range(newest + 1, newest + (1000 if way == "killed" else 2)):
+            state = jax.tree.map(lambda x: x + 1, state)
+            checkpoints.save(step, state)
+            print(step, flush=True)
+        if way == "raise":
+            raise RuntimeError("in the body")
+        if way == "sys.exit":
+            sys.exit(0)
+"""
+
+
+def start(folder: Path, way: str) -> subprocess.Popen[str]:
+    code = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(folder), way]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(
+        code, env=environment, stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL
+    )
+
+
+@pytest.mark.parametrize(("way", "code"), [("sys.exit", 0), ("raise", 1)])
+def test_a_process_that_ends_has_saved_what_it_was_asked_to(way, code, tmp_path):
+    process = start(tmp_path, way)
+    process.communicate()
+    assert process.returncode == code
+    assert list_steps(tmp_path) == (1,)
+    SavedStep.open(step_folder(tmp_path, 1)).check_files()
+
+
+@pytest.mark.slow
+def test_a_process_killed_at_any_instant_leaves_whole_steps_only(tmp_path):
+    rng, interrupted = random.Random(0), 0
+    like = {"w": jax.ShapeDtypeStruct((256, 256), jax.numpy.float32)}
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    for _ in range(3):
+        before = list_steps(tmp_path)
+        process = start(tmp_path, "killed")
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.stdout.readline()
+        time.sleep(rng.random() * 0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        interrupted += bool(list(tmp_path.glob(".saving*")))
+        steps = list_steps(tmp_path)
+        assert len(steps) > len(before)
+        for step in steps:
+            SavedStep.open(step_folder(tmp_path, step)).check_files()
+        back = sk.Checkpointer(tmp_path).restore(like, where)
+        assert float(back.state["w"][0, 0]) == back.step == steps[-1]
+    assert interrupted > 0
