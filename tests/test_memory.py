@@ -7,8 +7,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from shardkit._tree import Leaf
+from shardkit.hardware import CHIPS
 from shardkit.inspect import CompiledBytes, Placed, Program, Report
-from shardkit.inspect._memory import advice, capacity, read_memory
+from shardkit.inspect._memory import advice, read_memory
 
 from ._programs import BATCH, HIDDEN, LAYERS, WIDTH, loss, make_mesh, program, rows, sgd, weights
 
@@ -96,7 +97,8 @@ def test_tiled_layouts_pad_but_never_shrink():
     assert read_memory(wide("TPU v5", {})).total is None
 
 
-def test_capacities():
-    assert capacity("NVIDIA H200") == 141 * 2**30
-    assert capacity("TPU v5p") == capacity("TPU v5") == 95 * 2**30
-    assert capacity("TPU v5 lite") == 16 * 2**30
+def test_capacities_are_those_of_the_hardware_table():
+    assert read_memory(wide("NVIDIA H200", {})).capacity == CHIPS["h200"].memory
+    assert read_memory(wide("TPU v5 lite", {})).capacity == 16 * 2**30
+    # A card of the same name with half the memory is not taken for the larger one.
+    assert read_memory(wide("NVIDIA A100-SXM4-40GB", {})).capacity is None

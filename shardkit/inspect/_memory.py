@@ -4,27 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 
 from .._tree import format_bytes
+from ..hardware import chip_of
 from ._program import PARTS, CompiledBytes, Placed, Program
-
-_GIB = 2**30
-
-# Memory of one JAX device in GiB: cloud.google.com/tpu/docs/system-architecture-tpu-vm and the
-# makers' data sheets. A TPU7x chip is two devices with 96 GiB each.
-_CAPACITY = {
-    "TPU v4": 32,
-    "TPU v5 lite": 16,
-    "TPU v5e": 16,
-    "TPU v5p": 95,
-    "TPU v5": 95,
-    "TPU v6 lite": 32,
-    "TPU v6e": 32,
-    "TPU7x": 96,
-    "NVIDIA A100-SXM4-40GB": 40,
-    "NVIDIA A100-SXM4-80GB": 80,
-    "NVIDIA H100 80GB HBM3": 80,
-    "NVIDIA H200": 141,
-    "NVIDIA B200": 180,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +60,7 @@ class Memory:
 
 def read_memory(program: Program) -> Memory:
     """Adds up a step's bytes per device."""
-    sizes = program.sizes
+    sizes, chip = program.sizes, chip_of(program.device_kind)
     parts = {
         part: sum(leaf.device_bytes(sizes) for leaf in program.leaves if leaf.part == part)
         for part in PARTS
@@ -93,21 +74,9 @@ def read_memory(program: Program) -> Memory:
         output=_difference(said.output, said.alias),
         temp=said.temp,
         total=_total(said, program.platform),
-        capacity=capacity(program.device_kind),
+        capacity=chip.memory if chip else None,
         problems=_contradictions(program, declared, padding),
     )
-
-
-def capacity(device_kind: str) -> int | None:
-    """Memory of a device by its `device_kind`, in bytes; None if it is not known.
-
-    >>> capacity("TPU v5 lite") == 16 * 2**30, capacity("cpu")
-    (True, None)
-    """
-    for name in sorted(_CAPACITY, key=len, reverse=True):
-        if device_kind.startswith(name):
-            return _CAPACITY[name] * _GIB
-    return None
 
 
 def advice(memory: Memory, leaves: tuple[Placed, ...], sizes: Mapping[str, int]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import sys
 import tempfile
@@ -12,6 +13,8 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+from jax.extend import core
 from jax.sharding import AbstractMesh, Mesh
 
 from .._constrain import Resolver, resolving
@@ -24,16 +27,24 @@ class Program:
     Attributes:
       compiled: the executable, called with the arguments that it was compiled for.
       jaxpr: what was traced.
-      messages: what the compiler wrote to file descriptor 2.
-      messages_complete: whether it did compile; a hit in the persistent cache says nothing.
+      from_cache: the executable came out of JAX's persistent cache.
       seconds: wall time of (trace, lower, compile).
     """
 
     compiled: jax.stages.Compiled
     jaxpr: Any
-    messages: str
-    messages_complete: bool
+    from_cache: bool
     seconds: tuple[float, float, float]
+    _said: Callable[[], str]
+
+    @functools.cached_property
+    def messages(self) -> str:
+        """What the compiler writes to file descriptor 2.
+
+        A hit in the persistent cache compiles nothing and says nothing: then the program is
+        compiled once more without the cache, when somebody asks.
+        """
+        return self._said()
 
 
 def compile_program(
@@ -58,26 +69,70 @@ def compile_program(
       donate: numbers of the arguments whose buffers the results may reuse.
       options: XLA options by name.
     """
-    jitted = jax.jit(
-        run,
-        in_shardings=in_shardings,
-        out_shardings=out_shardings,
-        donate_argnums=donate,
-        keep_unused=True,
-    )
+    wanted = dict(options) if options else None
+
+    def traced(function: Callable[..., Any]) -> jax.stages.Traced:
+        return jax.jit(
+            function,
+            in_shardings=in_shardings,
+            out_shardings=out_shardings,
+            donate_argnums=donate,
+            keep_unused=True,
+        ).trace(*args)
+
     start = time.perf_counter()
     with no_ambient_mesh(), resolving(resolver):
-        traced = jitted.trace(*args)
-        check(traced.jaxpr)
+        first = traced(run)
+        check(first.jaxpr)
         at_trace = time.perf_counter()
-        lowered = traced.lower()
+        lowered = first.lower()
         at_lower = time.perf_counter()
-        with captured_stderr() as messages:
-            compiled = lowered.compile(compiler_options=dict(options) if options else None)
+        with captured_stderr() as messages, _cache_hits() as hits:
+            compiled = lowered.compile(compiler_options=wanted)
     end = time.perf_counter()
+
+    def again() -> str:
+        # JAX keeps what it made of a function, so this is another one, of the same operations.
+        def replay(*given: Any) -> Any:
+            results = core.jaxpr_as_fun(first.jaxpr)(*jax.tree.leaves(given))
+            return jax.tree.unflatten(jax.tree.structure(first.out_info), results)
+
+        with no_ambient_mesh(), resolving(resolver), _without_cache(), captured_stderr() as said:
+            traced(replay).lower().compile(compiler_options=wanted)
+        return said[0]
+
     seconds = (at_trace - start, at_lower - at_trace, end - at_lower)
-    complete = not jax.config.jax_compilation_cache_dir
-    return Program(compiled, traced.jaxpr, messages[0], complete, seconds)
+    said = again if hits else lambda: messages[0]
+    return Program(compiled, first.jaxpr, bool(hits), seconds, said)
+
+
+@contextlib.contextmanager
+def _cache_hits() -> Iterator[list[str]]:
+    """Collects an entry for each program that JAX takes from its persistent cache."""
+    hits: list[str] = []
+
+    def listen(event: str, **_: str | int) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            hits.append(event)
+
+    jax.monitoring.register_event_listener(listen)
+    try:
+        yield hits
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
+
+
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+    """Turns JAX's persistent cache off; it looks at its setting only after a reset."""
+    before = jax.config.jax_enable_compilation_cache
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        reset_cache()
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        reset_cache()
 
 
 @contextlib.contextmanager

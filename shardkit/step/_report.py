@@ -35,7 +35,6 @@ def inspected(declaration: Declaration, layout: Layout, made: Executable) -> Pro
         memory=CompiledBytes.of(made.compiled.memory_analysis()),
         jaxpr=made.jaxpr,
         log=made.messages,
-        log_complete=made.messages_complete,
         declared=_declared(declaration, layout, made.jaxpr),
         dcn=_dcn(mesh),
     )
@@ -69,7 +68,8 @@ def _arguments(declaration: Declaration, layout: Layout) -> Iterator[Placed]:
         ("rest", state.key, shardings.key, set()),
     )
     for part, tree, placed, meant in parts:
-        for leaf, sharding in zip(leaves(tree), jax.tree.leaves(placed), strict=True):
+        named = layout.axes if part == "params" else None
+        for leaf, sharding in zip(leaves(tree, named), jax.tree.leaves(placed), strict=True):
             whole = leaf.path in meant or leaf.nbytes < _SMALL
             yield Placed(part, leaf, sharding.spec, donated=True, meant_whole=whole)
     placed = jax.tree.leaves(layout.batch_shardings)

@@ -1,0 +1,52 @@
+"""What the compiler says of a step, also where JAX's persistent cache keeps it from compiling."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+from jax.sharding import PartitionSpec as P
+
+import shardkit as sk
+from shardkit.testing import simulated_devices
+
+
+def rematerializing():
+    """A step in which XLA knows no way but to gather an activation whole."""
+    mesh = sk.MeshSpec(data=2, tensor=4).build()
+    rules = sk.AxisRules({"rows": "data", "split": "tensor", "both": ("data", "tensor")})
+
+    def loss(params, batch, key):
+        x = sk.constrain(jnp.sin(batch["x"][:, None] * params["w"]), "rows", None, "split")
+        return jnp.mean(jnp.cos(sk.constrain(x, None, "both", None)) ** 2)
+
+    return sk.compile_step(
+        loss,
+        optax.sgd(0.1),
+        init=lambda key: {"w": jnp.ones((16, 8))},
+        batch={"x": jax.ShapeDtypeStruct((8, 8), jnp.float32)},
+        mesh=mesh,
+        strategy=sk.Strategy(batch=P("data"), activations=rules),
+    )
+
+
+def found_with_a_cache(folder):
+    """Runs in a process of its own, whose cache belongs to nobody else."""
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    reset_cache()
+    cold, warm = rematerializing(), rematerializing()
+    assert (cold.program.from_cache, warm.program.from_cache) == (False, True)
+    reports = [step.report() for step in (cold, warm)]
+    # The cache is on again.
+    assert rematerializing().program.from_cache
+    for report in reports:
+        assert report.messages_complete
+        found = [finding for finding in report.findings if finding.kind == "involuntary_remat"]
+        assert found, str(report)
+    assert reports[0].findings == reports[1].findings
+
+
+def test_remats_are_found_whatever_the_persistent_cache_holds(tmp_path):
+    simulated_devices(8, found_with_a_cache, str(tmp_path / "cache"))
+    assert any((tmp_path / "cache").iterdir())
