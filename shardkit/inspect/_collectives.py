@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from ._groups import Span, read_groups, read_pairs, span_of_groups, span_of_pairs
 from ._hlo import Computation, Instruction, Module, Shape, parse
-from ._scope import phase_of, scope_of
+from ._scope import scope_of
 from ._trips import Loops
 
 KINDS = (
@@ -51,11 +51,6 @@ class Found:
     def scope(self) -> str:
         """The model's scope."""
         return scope_of(self.op_name)
-
-    @property
-    def phase(self) -> str:
-        """Phase of the step."""
-        return phase_of(self.op_name)
 
 
 @dataclasses.dataclass(frozen=True)

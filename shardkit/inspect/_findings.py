@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 
 from .._tree import format_bytes
 from ._hlo import aliased, dtype_bits, shapes_of
@@ -139,7 +140,7 @@ def _reduction_in_loop(facts: _Facts) -> Iterator[Finding]:
             beside, fix = f", with {steps} micro-batches", 'sk.Accumulate(steps, reduce="once")'
         else:
             beside = " without accumulation: something reduces arrays of their size again"
-            fix = "an optimizer that acts on each element alone (muon multiplies whole matrices)"
+            fix = "use each parameter once, or add what its uses give before it is reduced"
         yield Finding(
             "reduction_in_loop",
             leaf="",
@@ -161,7 +162,7 @@ def _unexplained_collective(facts: _Facts) -> Iterator[Finding]:
             row.kind in explains.get(axis, ()) or _stands_for(row, explains.get(axis, ()))
             for axis in row.axes
         )
-        if not known and row.payload_bytes > _SMALL:
+        if not known and row.payload_bytes > _SMALL and not row.by_optimizer:
             groups.setdefault((row.kind, row.axes, row.scope), []).append(row)
     for (kind, axes, scope), rows in groups.items():
         yield Finding(
@@ -186,7 +187,7 @@ def _parameter_gather(facts: _Facts) -> Iterator[Finding]:
     expected = {axis for axis, kind in kinds.items() if base_kind(kind) in ("fsdp", "zero")}
     groups: dict[tuple[str, tuple[str, ...]], list[tuple[Row, Placed]]] = {}
     for row in facts.ledger.where(kind="all-gather"):
-        if set(row.axes) <= expected or row.payload_bytes <= _SMALL:
+        if set(row.axes) <= expected or row.payload_bytes <= _SMALL or row.by_optimizer:
             continue
         if leaf := _gathered(row, facts.program):
             groups.setdefault((leaf.leaf.path, row.axes), []).append((row, leaf))
@@ -205,14 +206,20 @@ def _parameter_gather(facts: _Facts) -> Iterator[Finding]:
 
 
 def _gathered(row: Row, program: Program) -> Placed | None:
-    """The parameter whose shards a gather collects: same elements, same axes."""
-    sent = sum(math.prod(shape.dims) for text in row.operands for shape in shapes_of(text))
+    """The parameter whose shards a gather collects: same shape, whole or one layer of it."""
+    sent = [_shape(shape.dims) for text in row.operands for shape in shapes_of(text)]
     for leaf in program.leaves:
-        split = set(row.axes) <= set(leaf.axes())
-        shard = math.prod(leaf.shard(program.sizes))
-        if leaf.part == "params" and split and shard in (sent, sent * (row.trips or 1)):
+        if leaf.part != "params" or not set(row.axes) <= set(leaf.axes()):
+            continue
+        shard = leaf.shard(program.sizes)
+        if _shape(shard) in sent or (row.trips != 1 and _shape(shard[1:]) in sent):
             return leaf
     return None
+
+
+def _shape(dims: Sequence[int]) -> list[int]:
+    """Sizes of an array up to transposition and dims of one."""
+    return sorted(size for size in dims if size > 1)
 
 
 def _wide_collective(facts: _Facts) -> Iterator[Finding]:
@@ -236,6 +243,28 @@ def _wide_collective(facts: _Facts) -> Iterator[Finding]:
             why=f"{row.kind} of {', '.join(row.operands[:3])} under a "
             f"{declared.compute_dtype} policy",
             fix=f"cast to {declared.compute_dtype} before the value crosses devices",
+        )
+
+
+def _optimizer_collective(facts: _Facts) -> Iterator[Finding]:
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in facts.ledger:
+        if row.by_optimizer and row.payload_bytes > _SMALL:
+            groups.setdefault(row.axes, []).append(row)
+    for axes, rows in groups.items():
+        kinds = Counter(row.kind for row in rows)
+        names = ", ".join(axes)
+        yield Finding(
+            "optimizer_collective",
+            leaf="",
+            scope="update",
+            axes=axes,
+            bytes=sum(row.wire_bytes for row in rows),
+            why=f"{', '.join(f'{n} × {kind}' for kind, n in kinds.items())}: the optimizer "
+            f"multiplies or sums over dims that {names} {'split' if len(axes) > 1 else 'splits'}, "
+            "as muon does with whole matrices",
+            fix="an optimizer that acts on each element alone (adamw), or rules that leave what it "
+            f"multiplies whole over {names}; else it is the price of this optimizer",
         )
 
 
@@ -296,7 +325,13 @@ def _idle_axis(facts: _Facts) -> Iterator[Finding]:
 def _rule(facts: _Facts) -> Iterator[Finding]:
     for text in facts.program.declared.rules:
         yield Finding(
-            "rule", leaf="", scope="", axes=(), bytes=0, why=text, fix="remove or mend the rule"
+            "rule",
+            leaf="",
+            scope="",
+            axes=(),
+            bytes=0,
+            why=text,
+            fix="mend it, remove it, or move it before the rule that decides",
         )
 
 
@@ -309,6 +344,7 @@ _SEARCHES: dict[str, Callable[[_Facts], Iterator[Finding]]] = {
     "unexplained_collective": _unexplained_collective,
     "parameter_gather": _parameter_gather,
     "wide_collective": _wide_collective,
+    "optimizer_collective": _optimizer_collective,
     "resharding": _resharding,
     "unsplit_state": _unsplit_state,
     "idle_axis": _idle_axis,

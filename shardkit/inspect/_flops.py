@@ -22,6 +22,7 @@ class Flops:
     Attributes:
       model: forward and backward pass, each product once.
       recompute: what checkpoints compute again.
+      update: the optimizer's own products, which belong to no model.
       by_scope: `(scope, phase) → FLOPs`, largest first.
       problems: what could not be counted; with any, the numbers are lower bounds.
     """
@@ -30,11 +31,12 @@ class Flops:
     recompute: int
     by_scope: Mapping[tuple[str, str], int]
     problems: tuple[str, ...] = ()
+    update: int = 0
 
     @property
     def total(self) -> int:
         """All FLOPs that the devices together execute, if no device repeats another's work."""
-        return self.model + self.recompute
+        return self.model + self.recompute + self.update
 
     @property
     def complete(self) -> bool:
@@ -55,9 +57,13 @@ def count_flops(jaxpr: Any) -> Flops:
         # The last part of a path is the operation's own name, as in the compiled program.
         key = (scope_of(path), phase_of(path))
         found[key] = found.get(key, 0) + flops
-    again = sum(flops for (_, phase), flops in found.items() if phase == "recompute")
+    again, update = (
+        sum(flops for (_, phase), flops in found.items() if phase == one)
+        for one in ("recompute", "update")
+    )
     ordered = dict(sorted(found.items(), key=lambda item: -item[1]))
-    return Flops(sum(found.values()) - again, again, ordered, tuple(dict.fromkeys(problems)))
+    model = sum(found.values()) - again - update
+    return Flops(model, again, ordered, tuple(dict.fromkeys(problems)), update)
 
 
 def _products(jaxpr: Any, path: str, times: int, problems: list[str]) -> Iterator[tuple[str, int]]:

@@ -8,6 +8,7 @@ from typing import overload
 from .._errors import ReportError, did_you_mean
 from .._tree import format_bytes
 from ._collectives import KINDS, SPELLED, Found, find
+from ._scope import combines, paths_of, phase_of
 
 Axes = tuple[str, ...]
 
@@ -42,6 +43,9 @@ class Row:
       computation: name of the HLO computation that holds it.
       name: name of the HLO instruction.
       op_name: JAX's path for it.
+      phases: phase that each of `operands` comes from; the row's own is that of the most bytes.
+      by_optimizer: the optimizer's own arithmetic sends it: a product, sum or norm over dims that
+        the mesh splits. No gradient is reduced by it, and no parallelism asks for it.
     """
 
     kind: str
@@ -61,6 +65,8 @@ class Row:
     computation: str
     name: str
     op_name: str
+    phases: tuple[str, ...] = ()
+    by_optimizer: bool = False
 
     def __str__(self) -> str:
         """Returns `all-reduce over data of f32 1.00 KiB ×3 in mlp (backward)`."""
@@ -208,8 +214,16 @@ def _without_strings(hlo: str) -> str:
 
 def _rows(found: Found) -> Iterator[Row]:
     """One row per dtype that a collective sends."""
+    paths = paths_of(found.op_name)
+    # What the compiler combined keeps the path of each operand.
+    if len(paths) != len(found.operands):
+        paths = [found.op_name] * len(found.operands)
+    pairs = list(zip(found.operands, paths, strict=True))
     for dtype in dict.fromkeys(shape.dtype for shape in found.operands):
-        shapes = [shape for shape in found.operands if shape.dtype == dtype]
+        sent = [(shape, path) for shape, path in pairs if shape.dtype == dtype]
+        shapes = [shape for shape, _ in sent]
+        heaviest = max(sent, key=lambda one: one[0].nbytes)[1]
+        phase = phase_of(heaviest)
         payload = sum(shape.nbytes for shape in shapes)
         if found.kind == "all-gather":
             payload *= found.span.size
@@ -222,7 +236,7 @@ def _rows(found: Found) -> Iterator[Row]:
             wire_bytes=round(wire_bytes(found.kind, payload, found.span.size) * trips),
             trips=found.trips,
             scope=found.scope,
-            phase=found.phase,
+            phase=phase,
             overlapped=found.overlapped,
             group=found.span.size,
             whole=found.span.whole,
@@ -232,4 +246,6 @@ def _rows(found: Found) -> Iterator[Row]:
             computation=found.computation,
             name=found.instruction.name,
             op_name=found.op_name,
+            phases=tuple(phase_of(path) for _, path in sent),
+            by_optimizer=phase == "update" and combines(heaviest),
         )

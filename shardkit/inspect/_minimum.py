@@ -111,12 +111,15 @@ class Minimum:
 def wire_over(ledger: Ledger, axis: str, sizes: Mapping[str, int], leaves: Sequence[Placed]) -> int:
     """Wire bytes over one axis, with the share of collectives that span several.
 
+    What the optimizer's own arithmetic sends is in no textbook and left out.
+
     A reduction or gather over axes of sizes a and b sends what one over a of V and then one over
     b of V/a send together. The axes that split parameters come first, as for gradients that are
     scattered before they are reduced over the rest.
     """
     splitting = {name for leaf in leaves if leaf.part == "params" for name in leaf.axes()}
-    return round(sum(_share(row, axis, sizes, splitting) for row in ledger.where(axis)))
+    rows = [row for row in ledger.where(axis) if not row.by_optimizer]
+    return round(sum(_share(row, axis, sizes, splitting) for row in rows))
 
 
 def _share(row: Row, axis: str, sizes: Mapping[str, int], splitting: set[str]) -> float:

@@ -161,7 +161,10 @@ class Declared:
       activation_bytes: bytes of one `[batch, length, embed]` activation on a device, before
         tensor parallelism splits it; with `layers` it gives the minimum of tensor parallelism.
       layers: number of transformer layers.
-      rules: messages about rules that matched nothing or are shadowed, as `explain` words them.
+      rules: messages about rules that matched nothing or are shadowed.
+      constraints: what the model constrains, as the strategy lays it out: parts "activation",
+        named as they are written, `constrain('batch', 'length', 'embed')`.
+      activation_axes: mesh axes that the strategy splits activations over.
     """
 
     explains: Mapping[str, frozenset[str]] | None = None
@@ -172,6 +175,8 @@ class Declared:
     activation_bytes: int | None = None
     layers: int | None = None
     rules: tuple[str, ...] = ()
+    constraints: tuple[Placed, ...] = ()
+    activation_axes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from ._layouts import layouts
 from ._ledger import Ledger, read_ledger
 from ._memory import advice, read_memory
 from ._minimum import Minimum, minimum, wire_over
-from ._program import Program
+from ._program import Program, base_kind
 from ._reductions import reductions_per_step
 from ._timeline import model_time
 
@@ -46,7 +46,7 @@ def _minima(program: Program, ledger: Ledger) -> tuple[Minimum, ...]:
     sizes, kinds = program.sizes, program.declared.kinds
     known = {axis: minimum(axis, sizes, program.leaves, program.declared) for axis in kinds}
     return tuple(
-        Minimum(axis, kinds[axis], least, wire_over(ledger, axis, sizes, program.leaves))
+        Minimum(axis, base_kind(kinds[axis]), least, wire_over(ledger, axis, sizes, program.leaves))
         for axis, least in known.items()
         if least is not None
     )

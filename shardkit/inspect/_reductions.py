@@ -15,9 +15,9 @@ def gradient_reductions(
 ) -> list[tuple[Row, float]]:
     """Rows that reduce gradients over an axis, each with the elements it reduces per step.
 
-    These are all-reduces and reduce-scatters of arrays in the backward pass, the step's own
-    reduction and the update; in the forward pass, where some losses make their gradients, only
-    those of arrays the size of a parameter's gradient.
+    These are all-reduces and reduce-scatters of arrays in the backward pass and the step's own
+    reduction; in the forward pass, where some losses make their gradients, only those of arrays
+    the size of a parameter's gradient. What the update reduces is the optimizer's own arithmetic.
 
     Args:
       ledger: the collectives.
@@ -34,12 +34,14 @@ def gradient_reductions(
     gradients = {_gradient(leaf, axis, sizes) for leaf in params}
     found = []
     for row in ledger.where(axis):
-        if row.kind not in REDUCING or row.phase == "recompute":
+        if row.kind not in REDUCING:
             continue
-        ways = _ways(splitting & set(row.axes), axis, sizes)
-        arrays = [count * (row.trips or 1) / ways for count in _elements(row)]
-        if row.phase == "forward":
-            arrays = [elements for elements in arrays if elements in gradients]
+        scale = (row.trips or 1) / _ways(splitting & set(row.axes), axis, sizes)
+        arrays = [
+            count * scale
+            for count, phase in _elements(row)
+            if phase in ("backward", "other") or (phase == "forward" and count * scale in gradients)
+        ]
         if arrays:
             found.append((row, sum(arrays)))
     return found
@@ -79,7 +81,7 @@ def _ways(axes: Sequence[str] | set[str], axis: str, sizes: Mapping[str, int]) -
     return math.prod(sizes[name] for name in axes if name != axis)
 
 
-def _elements(row: Row) -> list[int]:
-    """Elements of each array of a row; scalars are left out."""
+def _elements(row: Row) -> list[tuple[int, str]]:
+    """Elements and phase of each array of a row; scalars are left out."""
     counts = [math.prod(shape.dims) for text in row.operands for shape in shapes_of(text)]
-    return [count for count in counts if count > 1]
+    return [(n, phase) for n, phase in zip(counts, row.phases, strict=True) if n > 1]

@@ -23,6 +23,10 @@ _PLUMBING = frozenset(
     shard_map pjit core_call custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr branch
     custom_lin vmap pmap named_call call""".split()
 )
+_COMBINING = frozenset(
+    """dot_general conv_general_dilated reduce sort top_k fft eigh eig svd qr lu cholesky
+    triangular_solve householder_product ragged_dot""".split()
+)
 _WRAPPER = re.compile(r"^(?:transpose|jvp|vmap|linearize|remat|checkpoint|shard_map)\((.*)\)$")
 _SKIP = re.compile(r"^(?:jit|pjit|xla_call|pmap)\(|->|^branch_\d+_fun$|^$")
 
@@ -50,6 +54,16 @@ def scope_of(op_name: str) -> str:
     'layers/attention, layers/mlp'
     """
     return ", ".join(dict.fromkeys(filter(None, map(_scope, paths_of(op_name)))))
+
+
+def combines(op_name: str) -> bool:
+    """Whether an instruction comes of an operation whose results need several elements each.
+
+    >>> combines("jit(f)/update/vmap()/dot_general"), combines("jit(f)/update/add")
+    (True, False)
+    """
+    name = paths_of(op_name)[0].rpartition("/")[2]
+    return name in _COMBINING or name.startswith(("reduce_", "arg", "cum"))
 
 
 def paths_of(op_name: str) -> list[str]:

@@ -52,10 +52,11 @@ def _findings(report: "Report") -> Iterator[RenderableType]:
     table = _table(("finding", 28), ("bytes", 9), ("why; fix", 60))
     for finding in report.findings[:_FINDINGS]:
         about = finding.leaf or finding.scope
+        end = "" if finding.why.endswith((".", "?")) else "."
         table.add_row(
             f"{finding.kind}\n{about}",
             format_bytes(finding.bytes),
-            f"{finding.why}.\nFix: {finding.fix}",
+            f"{finding.why}{end}\nFix: {finding.fix}",
         )
     yield table
     if len(report.findings) > _FINDINGS:
@@ -66,25 +67,32 @@ def _axes(report: "Report") -> RenderableType:
     """Wire bytes by axes, beside the minimum of each axis."""
     atleast = "" if report.ledger.complete else "at least "
     total = f"{atleast}{format_bytes(report.ledger.total())}"
-    table = _table(
-        ("axes", 20), ("wire", 11), ("hidden", 11), ("axis minimum", 22), ("ratio", 7),
-        ("reductions", 10),
-    )  # fmt: skip
-    minima = {one.axis: one for one in report.minima}
+    columns = {"axes": 20, "wire": 9, "hidden": 9, "optimizer": 9, "axis minimum": 24}
+    columns |= {"ratio": 5, "reductions": 10}
+    if not any(row.by_optimizer for row in report.ledger):
+        del columns["optimizer"]
+    table = _table(*columns.items())
     for axes, wire in report.ledger.by_axes().items():
-        rows = [row for row in report.ledger.where(axes) if row.overlapped]
-        least = minima.get(axes[0]) if len(axes) == 1 else None
-        ratio = least.ratio if least else None
-        times = report.reductions.get(axes[0]) if len(axes) == 1 else None
-        table.add_row(
-            ", ".join(axes) or "(none)",
-            format_bytes(wire),
-            format_bytes(sum(row.wire_bytes for row in rows)),
-            f"{format_bytes(least.bytes)} ({least.kind})" if least else "",
-            "" if ratio is None else f"{ratio:.2f}",
-            "" if times is None else f"{times:.4g}",
-        )
+        cells = _axes_cells(report, axes, wire)
+        table.add_row(*(cells[name] for name in columns))
     return Group(_title(f"Sent per step: {total}"), table)
+
+
+def _axes_cells(report: "Report", axes: tuple[str, ...], wire: int) -> dict[str, str]:
+    rows = report.ledger.where(axes)
+    alone = axes[0] if len(axes) == 1 else ""
+    least = next((one for one in report.minima if one.axis == alone), None)
+    ratio = least.ratio if least else None
+    times = report.reductions.get(alone)
+    return {
+        "axes": ", ".join(axes) or "(none)",
+        "wire": format_bytes(wire),
+        "hidden": format_bytes(sum(row.wire_bytes for row in rows if row.overlapped)),
+        "optimizer": format_bytes(sum(row.wire_bytes for row in rows if row.by_optimizer)),
+        "axis minimum": f"{format_bytes(least.bytes)} ({least.kind})" if least else "",
+        "ratio": "" if ratio is None else f"{ratio:.2f}",
+        "reductions": "" if times is None else f"{times:.4g}",
+    }
 
 
 def _memory(report: "Report") -> RenderableType:
@@ -136,6 +144,7 @@ def _flops(report: "Report") -> Iterator[RenderableType]:
     if flops is None:
         return
     again = f", {flops.recompute / flops.model:.1%} more recomputed" if flops.model else ""
+    again += f", {flops.update:.4g} by the optimizer" if flops.update else ""
     yield _title(f"FLOPs per step, all devices: {flops.model:.4g} model{again}")
     table = _table(("scope", 48), ("phase", 12), ("FLOPs", 12), ("share", 8))
     for (scope, phase), number in list(flops.by_scope.items())[:_SCOPES]:
@@ -151,7 +160,7 @@ def _title(text: str) -> Text:
 def _table(*columns: tuple[str, int]) -> Table:
     table = Table(box=None, padding=(0, 1), pad_edge=False)
     for name, width in columns:
-        right = name in ("bytes", "wire", "hidden", "trips", "ratio", "FLOPs", "share")
+        right = name in ("bytes", "wire", "hidden", "optimizer", "trips", "ratio", "FLOPs", "share")
         justify = "right" if right else "left"
         table.add_column(name, justify=justify, max_width=width, overflow="fold")
     return table

@@ -1,6 +1,7 @@
 """Strategies: how a step is laid out, one file per kind of parallelism."""
 
 from . import strategies
+from ._names import CONVENTIONAL
 from ._strategy import Strategy
 
-__all__ = ["Strategy", "strategies"]
+__all__ = ["CONVENTIONAL", "Strategy", "strategies"]

@@ -19,6 +19,8 @@ ACTIVATIONS = (
     "vocab",
     "experts",
 )
+CONVENTIONAL = frozenset((*PARAMS, *ACTIVATIONS))
+"""Logical axes that the ready strategies list, whether or not a model has them."""
 
 
 def params(split: Mapping[str, Axes]) -> AxisRules:

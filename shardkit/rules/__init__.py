@@ -2,6 +2,7 @@
 
 from ._axes import AxisRules
 from ._check import check_batch, check_spec
+from ._dead import Dead, dead
 from ._explain import Explanation, explain, named_leaves
 from ._path import PathRules, matches
 from ._resolve import Placement, check, collect, headline, place, resolve
@@ -33,6 +34,7 @@ __all__ = [
     "REPLICATED",
     "AxisRules",
     "Chain",
+    "Dead",
     "Decided",
     "Decision",
     "Entry",
@@ -49,6 +51,7 @@ __all__ = [
     "check_batch",
     "check_spec",
     "collect",
+    "dead",
     "explain",
     "flatten",
     "format_mesh",

@@ -95,7 +95,7 @@ class AxisRules:
                 source=self._source(name),
                 required=False,
                 matches=functools.partial(_names, name),
-                nearest=lambda leaves: "",
+                nearest=functools.partial(_nearest, name),
             )
             for name, _ in self.table
         )
@@ -157,3 +157,8 @@ def _shown(axes: tuple[str, ...]) -> str:
 
 def _names(name: str, leaf: Leaf) -> bool:
     return name in (leaf.axes or ())
+
+
+def _nearest(name: str, leaves: list[Leaf]) -> str:
+    named = {axis for leaf in leaves for axis in leaf.axes or () if axis is not None}
+    return did_you_mean(name, sorted(named))

@@ -10,8 +10,9 @@ import jax
 from .._errors import count
 from .._tree import Leaf, format_bytes, path_str, short_type
 from .._types import Named
-from ._resolve import Placement, place, unmatched
-from ._rule import Rule, flatten
+from ._dead import dead
+from ._resolve import Placement, place
+from ._rule import Rule
 from ._specs import HasShape, format_mesh, format_spec, mesh_sizes, shards
 
 _WIDTH = 100
@@ -117,16 +118,9 @@ def explain(
     """
     sizes, leaves = mesh_sizes(mesh), named_leaves(abstract_params, axes)
     rows = tuple(place(rules, leaf, sizes) for leaf in leaves)
-    won = {(row.won[0], key) for row in rows if row.won for key in row.won[1]}
-    idle, shadowed = [], []
-    for position, rule in enumerate(flatten(rules)):
-        nothing = [entry.key for entry in unmatched(rule, leaves)]
-        for entry in rule.entries():
-            if entry.key in nothing:
-                idle.append(entry.source)
-            elif (position, entry.key) not in won:
-                shadowed.append(entry.source)
-    return Explanation(rows, sizes, tuple(idle), tuple(shadowed))
+    found = dead(rules, rows)
+    idle = tuple(one.entry.source for one in found if not one.matched)
+    return Explanation(rows, sizes, idle, tuple(one.entry.source for one in found if one.matched))
 
 
 def named_leaves(tree: Any, axes: Mapping[str, tuple[str | None, ...]] | None = None) -> list[Leaf]:

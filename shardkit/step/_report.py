@@ -13,9 +13,10 @@ from .._constrain import LANES
 from .._tree import Leaf, leaves, path_str, short_dtype
 from ..inspect import CompiledBytes, Declared, Placed, Program, explained_by
 from ..rules import Rule, place
-from ._activations import constraints
+from ._activations import Activations, constraints
 from ._compile import Program as Executable
 from ._declaration import Declaration
+from ._idle import idle_rules
 from ._layout import Layout
 
 # A leaf that names alone leave whole is worth a finding from this many bytes on.
@@ -90,8 +91,9 @@ def _spelled(rule: Rule | None, of: list[Leaf], declaration: Declaration) -> set
 
 def _declared(declaration: Declaration, layout: Layout, jaxpr: Any) -> Declared:
     strategy, precision = declaration.strategy, declaration.precision
-    # Splitting the residual stream over length moves the same bytes as not splitting it.
-    kinds = {axis: kind.removesuffix("+sequence") for kind, axis in strategy.kinds}
+    kinds = {axis: kind for kind, axis in strategy.kinds}
+    activations = Activations(declaration.mesh, strategy.activations, layout.row_axes)
+    named = list(dict.fromkeys(constraints(jaxpr.jaxpr)))
     return Declared(
         explains=explained_by(kinds) if kinds else None,
         kinds=kinds,
@@ -100,7 +102,19 @@ def _declared(declaration: Declaration, layout: Layout, jaxpr: Any) -> Declared:
         reduce_dtype=short_dtype(jnp.dtype(precision.reduce or precision.compute)),
         activation_bytes=_activation_bytes(declaration, layout, jaxpr),
         layers=_layers(layout),
+        rules=idle_rules(declaration, layout, named),
+        constraints=tuple(
+            Placed("activation", leaf, activations.spec(leaf.axes or ())) for leaf in named
+        ),
+        activation_axes=_activation_axes(declaration),
     )
+
+
+def _activation_axes(declaration: Declaration) -> tuple[str, ...]:
+    """Mesh axes that the strategy splits some activation over, in mesh order."""
+    table = declaration.strategy.activations
+    split = {axis for _, axes in table.table for axis in axes} if table else set()
+    return tuple(axis for axis in declaration.mesh.shape if axis in split)
 
 
 def _activation_bytes(declaration: Declaration, layout: Layout, jaxpr: Any) -> int | None:

@@ -5,7 +5,7 @@ function draw_flops() {
     return target.append(
       el("p", { class: "quiet" }, "Not counted: the report was made without the traced program."),
     );
-  const all = flops.model + flops.recompute;
+  const all = flops.model + flops.recompute + (flops.update ?? 0);
   const rows = flops.by_scope.map(([scope, phase, n]) => ({
     scope: scope || "(no scope)",
     phase,
