@@ -21,7 +21,10 @@ from ._tree import short_type
 LANES = "(lanes)"
 MAPPED = "(mapped)"
 
-Resolver = Callable[[tuple[str | None, ...], tuple[int, ...]], jax.sharding.NamedSharding | None]
+# Names and shape of what is constrained, and the mesh axes that are manual where it stands.
+Resolver = Callable[
+    [tuple[str | None, ...], tuple[int, ...], tuple[str, ...]], jax.sharding.NamedSharding | None
+]
 
 _resolver: contextvars.ContextVar[Resolver | None] = contextvars.ContextVar(
     "constrain", default=None
@@ -58,7 +61,9 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
         why = f"{count(len(names), 'name')} for {count(len(shape), 'dim')} of {wanted}"
         fix = "name every dim, None for one that stays whole"
         raise StepError(format_problems("A constraint does not fit.", [Problem(subject, why)], fix))
-    return constrain_p.bind(x, names=tuple(names))
+    # Part of the context by which JAX keeps traces, so no trace is used where it does not hold.
+    inside = tuple(sorted(jax.sharding.get_abstract_mesh().manual_axes))
+    return constrain_p.bind(x, names=tuple(names), inside=inside)
 
 
 @contextlib.contextmanager
@@ -71,9 +76,15 @@ def resolving(resolver: Resolver) -> Iterator[None]:
         _resolver.reset(token)
 
 
-def _lower(ctx: mlir.LoweringRuleContext, x: Any, *, names: tuple[str | None, ...]) -> Any:
+def _lower(
+    ctx: mlir.LoweringRuleContext,
+    x: Any,
+    *,
+    names: tuple[str | None, ...],
+    inside: tuple[str, ...],
+) -> Any:
     resolver = _resolver.get()
-    sharding = resolver(names, ctx.avals_in[0].shape) if resolver else None
+    sharding = resolver(names, ctx.avals_in[0].shape, inside) if resolver else None
     if sharding is None:
         return [x]
     placed = mlir.lower_fun(
@@ -82,16 +93,24 @@ def _lower(ctx: mlir.LoweringRuleContext, x: Any, *, names: tuple[str | None, ..
     return placed(ctx, x)
 
 
-def _batch(axis_data: Any, args: Any, dims: Any, *, names: tuple[str | None, ...]) -> Any:
+def _batch(
+    axis_data: Any,
+    args: Any,
+    dims: Any,
+    *,
+    names: tuple[str | None, ...],
+    inside: tuple[str, ...],
+) -> Any:
     (x,), (dim,) = args, dims
     if dim is None:  # the mapped function also constrains what it does not map, its weights
-        return constrain_p.bind(x, names=names), None
+        return constrain_p.bind(x, names=names, inside=inside), None
     added = LANES if axis_data.name == LANES else MAPPED
-    return constrain_p.bind(x, names=(*names[:dim], added, *names[dim:])), dim
+    names = (*names[:dim], added, *names[dim:])
+    return constrain_p.bind(x, names=names, inside=inside), dim
 
 
-constrain_p.def_impl(lambda x, *, names: x)
-constrain_p.def_abstract_eval(lambda x, *, names: x)
-ad.deflinear2(constrain_p, lambda ct, _, *, names: [constrain_p.bind(ct, names=names)])
+constrain_p.def_impl(lambda x, **_: x)
+constrain_p.def_abstract_eval(lambda x, **_: x)
+ad.deflinear2(constrain_p, lambda ct, _, **stated: [constrain_p.bind(ct, **stated)])
 batching.fancy_primitive_batchers[constrain_p] = _batch
 mlir.register_lowering(constrain_p, _lower)

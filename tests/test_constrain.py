@@ -204,3 +204,19 @@ def unnumbered(hlo):
     """A program without the table of source lines, which tells where the test called."""
     text = hlo[: hlo.find("\nFileNames")] if "\nFileNames" in hlo else hlo
     return re.sub(r"(stack_frame_id|source_line|source_end_line)=\d+", "", text)
+
+
+def test_axes_that_are_manual_split_nothing(meshes):
+    mesh = meshes["2x4"]
+
+    def fn(x):
+        return sk.constrain(jnp.sin(x), "batch", "mlp")
+
+    def over(*axes):
+        specs = {"in_specs": P(axes), "out_specs": P(axes)}
+        manual = jax.shard_map(fn, mesh=mesh, axis_names=set(axes), check_vma=False, **specs)
+        found = placed(lowered(manual, mesh, jnp.ones((8, 8))))
+        return [one for one in found if "?" not in one]  # an open dim is the shard_map's own
+
+    assert over("data") == ['[{}, {"tensor"}]']
+    assert over("data", "tensor") == []

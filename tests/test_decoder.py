@@ -190,7 +190,7 @@ MESH_AXES["vocab"] = "tensor"
 def compiled_text(config, mesh):
     """HLO of the gradient with batch over data, and heads, mlp and vocabulary over tensor."""
 
-    def place(names, _shape):
+    def place(names, *_):
         spec = jax.sharding.PartitionSpec(*(MESH_AXES.get(n) for n in names))
         return jax.sharding.NamedSharding(mesh, spec)
 

@@ -16,6 +16,17 @@ Names = tuple[str | None, ...]
 
 
 @dataclasses.dataclass(frozen=True)
+class Constraint(Leaf):
+    """What `sk.constrain` named, as a leaf named as it was written.
+
+    Attributes:
+      inside: mesh axes that are manual where it stands; the shape is one device's along them.
+    """
+
+    inside: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Activations:
     """Resolves what `sk.constrain` named, for one step.
 
@@ -29,13 +40,22 @@ class Activations:
     rules: AxisRules | None
     lane_axes: tuple[str, ...]
 
-    def __call__(self, names: Names, shape: tuple[int, ...]) -> NamedSharding | None:
-        """Returns the sharding of a constraint; None on one device, which needs none."""
-        return None if self.mesh.size == 1 else NamedSharding(self.mesh, self.spec(names))
+    def __call__(
+        self, names: Names, shape: tuple[int, ...], inside: tuple[str, ...] = ()
+    ) -> NamedSharding | None:
+        """Returns the sharding of a constraint; None where no axis is left that could split it."""
+        if self.mesh.size == 1 or set(inside) >= set(self.mesh.axis_names):
+            return None
+        return NamedSharding(self.mesh, self.spec(names, inside))
 
-    def spec(self, names: Names) -> PartitionSpec:
-        """Returns the spec of named dims; a dim that a `jax.vmap` added is left to the compiler."""
-        inside = self.lane_axes if LANES in names else ()
+    def spec(self, names: Names, inside: tuple[str, ...] = ()) -> PartitionSpec:
+        """Returns the spec of named dims; a dim that a `jax.vmap` added is left to the compiler.
+
+        Args:
+          names: one logical name per dim.
+          inside: mesh axes that are manual there, and so split nothing.
+        """
+        inside = (*inside, *self.lane_axes) if LANES in names else inside
         entries: list[Any] = []
         for name in names:
             if name == MAPPED:
@@ -59,7 +79,7 @@ class Activations:
         lost, mesh = count(len(problems), "constraint"), format_mesh(self.mesh.shape)
         raise_all(ShardingError, f"{lost} cannot be met on mesh {mesh}.", problems)
 
-    def _problems(self, leaf: Leaf) -> list[Problem]:
+    def _problems(self, leaf: Constraint) -> list[Problem]:
         assert leaf.axes is not None
         names = [name for name in leaf.axes if name not in (None, LANES, MAPPED)]
         known = [name for name, _ in self.rules.table] if self.rules else []
@@ -78,7 +98,7 @@ class Activations:
                 )
                 for name in unknown
             ]
-        spec = self.spec(leaf.axes)
+        spec = self.spec(leaf.axes, leaf.inside)
         spec = PartitionSpec(*(None if e is PartitionSpec.UNCONSTRAINED else e for e in spec))
         table = ", ".join(f"{name!r}: None" for name in dict.fromkeys(names))
         fix = f"sizes that divide, or strategy.with_names(activations={{{table}}}) for one of these"
@@ -86,13 +106,15 @@ class Activations:
         return [dataclasses.replace(problem, fix=fix) for problem in problems]
 
 
-def constraints(jaxpr: core.Jaxpr) -> Iterator[Leaf]:
-    """Every constraint of a jaxpr and the jaxprs inside it, as a leaf named as it was written."""
+def constraints(jaxpr: core.Jaxpr) -> Iterator[Constraint]:
+    """Every constraint of a jaxpr and of the jaxprs inside it."""
     for eqn in jaxpr.eqns:
         if eqn.primitive is constrain_p:
             names = eqn.params["names"]
             written = ", ".join(repr(n) for n in names if n not in (LANES, MAPPED))
             aval = eqn.invars[0].aval
-            yield Leaf(f"constrain({written})", tuple(aval.shape), aval.dtype, names)
+            inside = eqn.params["inside"]
+            shape = tuple(aval.shape)
+            yield Constraint(f"constrain({written})", shape, aval.dtype, names, inside)
         for inner in core.jaxprs_in_params(eqn.params):
             yield from constraints(inner)
