@@ -7,6 +7,7 @@ inner `jit`s), and the second mesh or strategy would silently get the first one'
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -64,6 +65,31 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     # Part of the context by which JAX keeps traces, so no trace is used where it does not hold.
     inside = tuple(sorted(jax.sharding.get_abstract_mesh().manual_axes))
     return constrain_p.bind(x, names=tuple(names), inside=inside)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def constrain_gradient(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+    """States the logical axes of the gradient that arrives at an activation, and not its own.
+
+    Where several products of the backward pass use a gradient that has to be gathered, it is then
+    gathered once. Left alone the partitioner gathers it for each, and not always merges the two.
+
+    Args:
+      x: an array of any shape and dtype.
+      names: as those of `constrain`.
+    """
+    return x
+
+
+def _keep(x: jax.Array, names: tuple[str | None, ...]) -> tuple[jax.Array, None]:
+    return x, None
+
+
+def _constrain_arrived(names: tuple[str | None, ...], _: None, g: jax.Array) -> tuple[jax.Array]:
+    return (constrain(g, *names),)
+
+
+constrain_gradient.defvjp(_keep, _constrain_arrived)
 
 
 @contextlib.contextmanager

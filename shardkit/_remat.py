@@ -33,6 +33,7 @@ class Policy:
 
     name: str
     saveable: Callable[..., Any]
+    names: tuple[str, ...] = ()
 
     def __call__(self, primitive: Any, *avals: Any, **params: Any) -> Any:
         """Says whether the result of one primitive is kept for the backward pass."""
@@ -77,7 +78,7 @@ def policy(name: str) -> Policy | None:
         return Policy(name, _NAMED[name])
     names = [n.strip() for n in name.removeprefix(_SAVE).split(",")]
     if name.startswith(_SAVE) and all(names):
-        return Policy(name, _policies.save_only_these_names(*names))
+        return Policy(name, _policies.save_only_these_names(*names), tuple(names))
     known = ["none", *_NAMED]
     why = f"unknown policy; known: {', '.join(known)}, save:<name>,<name>."
     problem = Problem(f"remat={name!r}", why + did_you_mean(name, known))
@@ -107,6 +108,31 @@ def remat(layer: Callable[_P, _R], *, scanned: bool = False) -> Callable[_P, _R]
             return layer(*args, **kwargs)
         kept = jax.checkpoint(layer, policy=marks.policy, prevent_cse=not scanned)
         return kept(*args, **kwargs)
+
+    return marked
+
+
+def in_turn(part: Callable[_P, _R], output: str) -> Callable[_P, _R]:
+    """Marks a part of a layer that is computed again only when its own gradient has arrived.
+
+    A layer's backward pass otherwise computes all that it needs again at once, and holds it: an
+    attention's gathered input, while the gradients of the branch after it are made. Where the
+    policy keeps the part's output nothing else asks for the part earlier, so it can wait.
+
+    Args:
+      part: a function of arrays, or pytrees of them, alone, inside a layer marked by `remat`.
+      output: name under which the caller marks the part's result with `checkpoint_name`.
+
+    Returns:
+      A function that computes the same; it waits where the active policy keeps `output`.
+    """
+
+    @functools.wraps(part)
+    def marked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        marks = _active.get()
+        if marks is None or marks.policy is None or output not in marks.policy.names:
+            return part(*args, **kwargs)
+        return jax.checkpoint(part, policy=marks.policy)(*args, **kwargs)
 
     return marked
 

@@ -21,12 +21,15 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from .._constrain import constrain
+from .._constrain import constrain, constrain_gradient
+from .._remat import in_turn
 from ._attention import attention
 from ._config import DecoderConfig
 from ._dense import dense
 
 Rotation = tuple[jax.Array, jax.Array]
+
+_BRANCH = ("batch", "length", "embed")  # what a branch works on, and its gradients
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
@@ -80,14 +83,25 @@ def block(
     """
     keys = (None, None) if key is None else tuple(jax.random.split(key))
     with jax.named_scope("attention"):
-        h = _branch_input(config, x_BTE, weights["attn_norm"], "attn_in")
-        y = _attend(config, weights, h, by, segment_ids)
+        mixed = in_turn(functools.partial(_mix, config), "attn_out")
+        y = mixed(weights, x_BTE, by, segment_ids)
         x_BTE = x_BTE + _branch_output(config, y, keys[0], "attn_out")
     with jax.named_scope("mlp"):
         h = _branch_input(config, x_BTE, weights["mlp_norm"], "mlp_in")
         y = _feed_forward(weights, h)
         x_BTE = x_BTE + _branch_output(config, y, keys[1], "mlp_out")
     return constrain(x_BTE, "batch", "residual_length", "embed")
+
+
+def _mix(
+    config: DecoderConfig,
+    weights: Mapping[str, jax.Array],
+    x_BTE: jax.Array,
+    by: Rotation,
+    segment_ids: jax.Array | None,
+) -> jax.Array:
+    h = _branch_input(config, x_BTE, weights["attn_norm"], "attn_in")
+    return _attend(config, weights, h, by, segment_ids)
 
 
 def _branch_input(
@@ -123,14 +137,14 @@ def _attend(
         q, k, v, causal=True, segment_ids=segment_ids, implementation=config.attention
     )
     mixed = constrain(mixed, "batch", "length", "heads", "head_dim")
-    return dense(mixed, weights["out"], 2)
+    return constrain_gradient(dense(mixed, weights["out"], 2), _BRANCH)
 
 
 def _feed_forward(weights: Mapping[str, jax.Array], h_BTE: jax.Array) -> jax.Array:
     gate = constrain(dense(h_BTE, weights["gate"]), "batch", "length", "mlp")
     up = constrain(dense(h_BTE, weights["up"]), "batch", "length", "mlp")
     gate, up = checkpoint_name((gate, up), "mlp_hidden")
-    return _narrow(gate, up, weights["down"])
+    return constrain_gradient(_narrow(gate, up, weights["down"]), _BRANCH)
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)

@@ -69,35 +69,33 @@ def _summary_fwd(
 
 
 def _summary_bwd(saved: tuple[Any, ...], grads: Summary) -> tuple[jax.Array, jax.Array, None]:
+    """Gradients of the logits chunk by chunk, then one product each for hidden and table.
+
+    The chunks' gradients are kept in the dtype of hidden. Products of every chunk, summed in f32,
+    would hold as much, and travel in f32 where devices hold parts of the vocabulary.
+    """
     hidden_BTE, table_CES, targets_BT, lse, kept = saved
     g_lse, g_label, _ = (g[..., None] for g in grads)
     chunks = table_CES.shape[0]
 
-    def products(
-        logits: jax.Array, index: jax.Array | int, table_ES: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def of_logits(logits: jax.Array, index: jax.Array | int) -> jax.Array:
         is_label = _is_label(logits, targets_BT, chunks, index)
         g_logits = g_lse * jnp.exp(logits - lse[..., None]) + jnp.where(is_label, g_label, 0)
-        g_logits = constrain(g_logits.astype(hidden_BTE.dtype), "batch", "length", "vocab")
-        # One chunk's product is final, and travels in its own dtype; several are summed in f32.
-        wide = hidden_BTE.dtype if chunks == 1 else jnp.float32
-        g_hidden = jnp.einsum("bts,es->bte", g_logits, table_ES, preferred_element_type=wide)
-        return g_hidden, weight_gradient(hidden_BTE, g_logits)
+        return constrain(g_logits.astype(hidden_BTE.dtype), "batch", "length", "vocab")
 
     if chunks == 1:
-        g_hidden, g_table = products(kept, 0, table_CES[0])
-        return g_hidden, g_table[None], None
+        g_BTS = of_logits(kept, 0)
+        g_hidden = jnp.einsum("bts,es->bte", g_BTS, table_CES[0])
+        return g_hidden, weight_gradient(hidden_BTE, g_BTS)[None], None
 
-    def body(
-        g_hidden: jax.Array, chunk: tuple[jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array]:
+    def body(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         index, table_ES = chunk
-        more, g_table = products(_logits(hidden_BTE, table_ES), index, table_ES)
-        return g_hidden + more, g_table
+        return None, of_logits(_logits(hidden_BTE, table_ES), index)
 
-    start = jnp.zeros(hidden_BTE.shape, jnp.float32)
-    g_hidden, g_table = jax.lax.scan(body, start, (jnp.arange(chunks), table_CES))
-    return g_hidden.astype(hidden_BTE.dtype), g_table, None
+    _, g_CBTS = jax.lax.scan(body, None, (jnp.arange(chunks), table_CES))
+    g_hidden = jnp.einsum("cbts,ces->bte", g_CBTS, table_CES)
+    g_table = jnp.einsum("bte,cbts->ces", hidden_BTE, g_CBTS)
+    return g_hidden, g_table, None
 
 
 _summary.defvjp(_summary_fwd, _summary_bwd)
