@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from ._groups import Span, read_groups, read_pairs, span_of_groups, span_of_pairs
-from ._hlo import Computation, Instruction, Module, Shape, parse
+from ._hlo import Computation, Instruction, Module, Shape
 from ._scope import scope_of
 from ._trips import Loops
 
@@ -63,9 +63,8 @@ class _Path:
     op_name: str = ""
 
 
-def find(hlo: str, mesh: Sequence[tuple[str, int]]) -> tuple[list[Found], list[str]]:
+def find(module: Module, mesh: Sequence[tuple[str, int]]) -> tuple[list[Found], list[str]]:
     """Finds the collectives of a program, and what of it could not be read."""
-    module = parse(hlo)
     walk = _Walk(module, mesh)
     found = list(walk.computation(module.entry, _Path())) if module.entry else []
     reached = {(one.computation, one.instruction.name) for one in found} | walk.unread

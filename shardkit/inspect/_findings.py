@@ -1,71 +1,32 @@
 """What a user would want to know about a compiled step: one small function per kind of finding."""
 
-import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
-from .._tree import format_bytes
-from ._hlo import aliased, dtype_bits, shapes_of
+from ._find_specs import (
+    disagreements,
+    parameter_gathers,
+    replicated_activations,
+    replicated_leaves,
+    resharding,
+)
+from ._finding import SMALL, Facts, Finding
+from ._hlo import aliased, dtype_bits
 from ._ledger import Ledger, Row
 from ._messages import rematerializations
-from ._program import Placed, Program, base_kind
+from ._program import Program, base_kind
 from ._reductions import REDUCING, gradient_reductions, reductions_per_step
-
-# A collective this small costs its latency, whatever its dtype or reason.
-_SMALL = 1024
-
-
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """Something in a compiled step that a user would want to know.
-
-    Attributes:
-      kind: one of `FINDINGS`.
-      leaf: path of the leaf it is about, with its part: `opt_state/0/mu/w`; or "".
-      scope: the model's scope it is about, or "".
-      axes: mesh axes involved.
-      bytes: what it costs on one device: held for memory, sent per step for collectives.
-      why: what is the case, with numbers.
-      fix: what to change, as code where possible.
-    """
-
-    kind: str
-    leaf: str
-    scope: str
-    axes: tuple[str, ...]
-    bytes: int
-    why: str
-    fix: str
-
-    def __str__(self) -> str:
-        """Returns `replicated params/w, 16.0 KiB: …`."""
-        about = self.leaf or self.scope
-        return f"{self.kind} {about + ', ' if about else ''}{format_bytes(self.bytes)}: {self.why}"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Facts:
-    """What every search for findings may look at."""
-
-    program: Program
-    ledger: Ledger
-
-    @property
-    def rows_over(self) -> set[str]:
-        """Mesh axes that split the rows of the batch."""
-        leaves = self.program.leaves
-        return {axis for leaf in leaves if leaf.part == "batch" for axis in leaf.axes()}
 
 
 def find_all(program: Program, ledger: Ledger) -> tuple[Finding, ...]:
     """Runs every search; the most bytes first."""
-    facts = _Facts(program, ledger)
+    facts = Facts(program, ledger)
     found = [finding for search in _SEARCHES.values() for finding in search(facts)]
     return tuple(sorted(found, key=lambda finding: -finding.bytes))
 
 
-def _involuntary_remat(facts: _Facts) -> Iterator[Finding]:
+def _involuntary_remat(facts: Facts) -> Iterator[Finding]:
     for one in rematerializations(facts.program.log, facts.program.mesh):
         yield Finding(
             "involuntary_remat",
@@ -80,26 +41,7 @@ def _involuntary_remat(facts: _Facts) -> Iterator[Finding]:
         )
 
 
-def _replicated(facts: _Facts) -> Iterator[Finding]:
-    axes = tuple(name for name, size in facts.program.mesh if size > 1)
-    for leaf in facts.program.leaves:
-        state = leaf.part in ("params", "opt_state", "extra")
-        if not axes or not state or leaf.meant_whole or leaf.axes() or not leaf.leaf.shape:
-            continue
-        yield Finding(
-            "replicated",
-            leaf=f"{leaf.part}/{leaf.leaf.path}",
-            scope="",
-            axes=axes,
-            bytes=leaf.device_bytes(facts.program.sizes),
-            why=f"all {math.prod(facts.program.sizes.values())} devices hold the whole of "
-            f"{leaf.leaf}, and no rule says so",
-            fix=f'{leaf.part}=PathRules({{"{leaf.leaf.path}": P({axes[0]!r})}}), '
-            "or sk.REPLICATED if meant",
-        )
-
-
-def _unaliased_donation(facts: _Facts) -> Iterator[Finding]:
+def _unaliased_donation(facts: Facts) -> Iterator[Finding]:
     reused = aliased(facts.program.hlo)
     for number, leaf in enumerate(facts.program.leaves):
         if leaf.donated and number not in reused:
@@ -114,7 +56,7 @@ def _unaliased_donation(facts: _Facts) -> Iterator[Finding]:
             )
 
 
-def _second_compile(facts: _Facts) -> Iterator[Finding]:
+def _second_compile(facts: Facts) -> Iterator[Finding]:
     if facts.program.compiles > 1:
         yield Finding(
             "second_compile",
@@ -127,7 +69,7 @@ def _second_compile(facts: _Facts) -> Iterator[Finding]:
         )
 
 
-def _reduction_in_loop(facts: _Facts) -> Iterator[Finding]:
+def _reduction_in_loop(facts: Facts) -> Iterator[Finding]:
     leaves, sizes = facts.program.leaves, facts.program.sizes
     for axis in sorted(facts.rows_over):
         times = reductions_per_step(facts.ledger, axis, leaves, sizes)
@@ -152,7 +94,7 @@ def _reduction_in_loop(facts: _Facts) -> Iterator[Finding]:
         )
 
 
-def _unexplained_collective(facts: _Facts) -> Iterator[Finding]:
+def _unexplained_collective(facts: Facts) -> Iterator[Finding]:
     explains = facts.program.declared.explains
     if explains is None:
         return
@@ -162,7 +104,7 @@ def _unexplained_collective(facts: _Facts) -> Iterator[Finding]:
             row.kind in explains.get(axis, ()) or _stands_for(row, explains.get(axis, ()))
             for axis in row.axes
         )
-        if not known and row.payload_bytes > _SMALL and not row.by_optimizer:
+        if not known and row.payload_bytes > SMALL and not row.by_optimizer:
             groups.setdefault((row.kind, row.axes, row.scope), []).append(row)
     for (kind, axes, scope), rows in groups.items():
         yield Finding(
@@ -182,47 +124,7 @@ def _stands_for(row: Row, kinds: frozenset[str] | tuple[()]) -> bool:
     return row.windowed and bool({"all-gather", "reduce-scatter", "all-reduce"} & set(kinds))
 
 
-def _parameter_gather(facts: _Facts) -> Iterator[Finding]:
-    kinds = facts.program.declared.kinds
-    expected = {axis for axis, kind in kinds.items() if base_kind(kind) in ("fsdp", "zero")}
-    groups: dict[tuple[str, tuple[str, ...]], list[tuple[Row, Placed]]] = {}
-    for row in facts.ledger.where(kind="all-gather"):
-        if set(row.axes) <= expected or row.payload_bytes <= _SMALL or row.by_optimizer:
-            continue
-        if leaf := _gathered(row, facts.program):
-            groups.setdefault((leaf.leaf.path, row.axes), []).append((row, leaf))
-    for (path, axes), found in groups.items():
-        row, leaf = found[0]
-        yield Finding(
-            "parameter_gather",
-            leaf=f"{leaf.part}/{path}",
-            scope=row.scope,
-            axes=axes,
-            bytes=sum(one.wire_bytes for one, _ in found),
-            why=f"{leaf.leaf} is split over {', '.join(axes)} and gathered whole "
-            f"by {len(found)} × all-gather",
-            fix="constrain the activation that meets it, so that the product stays split",
-        )
-
-
-def _gathered(row: Row, program: Program) -> Placed | None:
-    """The parameter whose shards a gather collects: same shape, whole or one layer of it."""
-    sent = [_shape(shape.dims) for text in row.operands for shape in shapes_of(text)]
-    for leaf in program.leaves:
-        if leaf.part != "params" or not set(row.axes) <= set(leaf.axes()):
-            continue
-        shard = leaf.shard(program.sizes)
-        if _shape(shard) in sent or (row.trips != 1 and _shape(shard[1:]) in sent):
-            return leaf
-    return None
-
-
-def _shape(dims: Sequence[int]) -> list[int]:
-    """Sizes of an array up to transposition and dims of one."""
-    return sorted(size for size in dims if size > 1)
-
-
-def _wide_collective(facts: _Facts) -> Iterator[Finding]:
+def _wide_collective(facts: Facts) -> Iterator[Finding]:
     declared = facts.program.declared
     if declared.compute_dtype is None:
         return
@@ -230,7 +132,7 @@ def _wide_collective(facts: _Facts) -> Iterator[Finding]:
         allowed = dtype_bits(declared.compute_dtype)
         if row.kind in REDUCING and facts.rows_over & set(row.axes) and declared.reduce_dtype:
             allowed = max(allowed, dtype_bits(declared.reduce_dtype))
-        small = row.payload_bytes <= _SMALL or row.phase in ("update", "other")
+        small = row.payload_bytes <= SMALL or row.phase in ("update", "other")
         bits = dtype_bits(row.dtype)
         if small or not row.dtype.startswith(("f", "bf")) or bits <= allowed:
             continue
@@ -246,10 +148,10 @@ def _wide_collective(facts: _Facts) -> Iterator[Finding]:
         )
 
 
-def _optimizer_collective(facts: _Facts) -> Iterator[Finding]:
+def _optimizer_collective(facts: Facts) -> Iterator[Finding]:
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in facts.ledger:
-        if row.by_optimizer and row.payload_bytes > _SMALL:
+        if row.by_optimizer and row.payload_bytes > SMALL:
             groups.setdefault(row.axes, []).append(row)
     for axes, rows in groups.items():
         kinds = Counter(row.kind for row in rows)
@@ -268,23 +170,7 @@ def _optimizer_collective(facts: _Facts) -> Iterator[Finding]:
         )
 
 
-def _resharding(facts: _Facts) -> Iterator[Finding]:
-    for row in facts.ledger.where(kind="all-to-all"):
-        if "all_to_all" in row.op_name or row.payload_bytes <= _SMALL:
-            continue
-        yield Finding(
-            "resharding",
-            leaf="",
-            scope=row.scope,
-            axes=row.axes,
-            bytes=row.wire_bytes,
-            why=f"{row.operands[0]} is moved from one dim to another over {', '.join(row.axes)}:"
-            " what makes it and what uses it are split differently",
-            fix="constrain both to one spec: sk.constrain(x, ...) right after it is made",
-        )
-
-
-def _unsplit_state(facts: _Facts) -> Iterator[Finding]:
+def _unsplit_state(facts: Facts) -> Iterator[Finding]:
     """Optimizer state that ZeRO would split, had it a dim that divides."""
     declared, sizes = facts.program.declared, facts.program.sizes
     axes = [axis for axis, kind in declared.kinds.items() if base_kind(kind) == "zero"]
@@ -305,7 +191,7 @@ def _unsplit_state(facts: _Facts) -> Iterator[Finding]:
             )
 
 
-def _idle_axis(facts: _Facts) -> Iterator[Finding]:
+def _idle_axis(facts: Facts) -> Iterator[Finding]:
     busy = {axis for leaf in facts.program.leaves for axis in leaf.axes()}
     busy |= {axis for row in facts.ledger for axis in row.axes}
     for axis, size in facts.program.mesh:
@@ -322,7 +208,7 @@ def _idle_axis(facts: _Facts) -> Iterator[Finding]:
         )
 
 
-def _rule(facts: _Facts) -> Iterator[Finding]:
+def _rule(facts: Facts) -> Iterator[Finding]:
     for text in facts.program.declared.rules:
         yield Finding(
             "rule",
@@ -335,17 +221,19 @@ def _rule(facts: _Facts) -> Iterator[Finding]:
         )
 
 
-_SEARCHES: dict[str, Callable[[_Facts], Iterator[Finding]]] = {
+_SEARCHES: dict[str, Callable[[Facts], Iterator[Finding]]] = {
     "involuntary_remat": _involuntary_remat,
-    "replicated": _replicated,
+    "replicated": replicated_leaves,
+    "replicated_activation": replicated_activations,
     "unaliased_donation": _unaliased_donation,
     "second_compile": _second_compile,
     "reduction_in_loop": _reduction_in_loop,
     "unexplained_collective": _unexplained_collective,
-    "parameter_gather": _parameter_gather,
+    "parameter_gather": parameter_gathers,
+    "spec_disagreement": disagreements,
     "wide_collective": _wide_collective,
     "optimizer_collective": _optimizer_collective,
-    "resharding": _resharding,
+    "resharding": resharding,
     "unsplit_state": _unsplit_state,
     "idle_axis": _idle_axis,
     "rule": _rule,

@@ -8,6 +8,7 @@ from typing import overload
 from .._errors import ReportError, did_you_mean
 from .._tree import format_bytes
 from ._collectives import KINDS, SPELLED, Found, find
+from ._hlo import Module, parse
 from ._scope import combines, paths_of, phase_of
 
 Axes = tuple[str, ...]
@@ -197,7 +198,12 @@ def read_ledger(hlo: str, mesh: Sequence[tuple[str, int]]) -> Ledger:
       hlo: `compiled.as_text()`.
       mesh: names and sizes of the mesh axes, in the mesh's order.
     """
-    found, problems = find(hlo, mesh)
+    return ledger_of(parse(hlo), hlo, mesh)
+
+
+def ledger_of(module: Module, hlo: str, mesh: Sequence[tuple[str, int]]) -> Ledger:
+    """Reads the collectives of a program that is parsed already; see `read_ledger`."""
+    found, problems = find(module, mesh)
     rows = tuple(row for one in found for row in _rows(one))
     spelled = len(SPELLED.findall(_without_strings(hlo)))
     distinct = len({(one.computation, one.instruction.name) for one in found})

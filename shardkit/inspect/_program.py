@@ -1,6 +1,7 @@
 """What a compiled step hands over to be inspected: plain data, so that nothing here imports it."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from jax.sharding import PartitionSpec
 
 from .._tree import Leaf, nbytes
-from ._hlo import dtype_bits
+from ._hlo import Module, dtype_bits, parse
 
 PARTS = ("params", "opt_state", "extra", "batch", "rest")
 
@@ -216,3 +217,8 @@ class Program:
     def sizes(self) -> dict[str, int]:
         """Mesh axis → number of devices along it."""
         return dict(self.mesh)
+
+    @functools.cached_property
+    def module(self) -> Module:
+        """The compiled program, parsed."""
+        return parse(self.hlo)

@@ -5,7 +5,7 @@ from typing import Any
 from ._findings import find_all
 from ._flops import count_flops
 from ._layouts import layouts
-from ._ledger import Ledger, read_ledger
+from ._ledger import Ledger, ledger_of
 from ._memory import advice, read_memory
 from ._minimum import Minimum, minimum, wire_over
 from ._program import Program, base_kind
@@ -16,7 +16,7 @@ from ._timeline import model_time
 def read(program: Program, chip: str | None = None) -> dict[str, Any]:
     """Returns the fields of the `Report` of a compiled step, its time modelled for a chip."""
     sizes = program.sizes
-    ledger = read_ledger(program.hlo, program.mesh)
+    ledger = ledger_of(program.module, program.hlo, program.mesh)
     memory = read_memory(program)
     flops = None if program.jaxpr is None else count_flops(program.jaxpr)
     rows_over = {axis for x in program.leaves if x.part == "batch" for axis in x.axes()}

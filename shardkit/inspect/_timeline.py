@@ -13,7 +13,7 @@ from typing import Any
 from .._errors import ReportError, count, did_you_mean
 from ..hardware import CHIPS, Chip, chip_of
 from ._flops import Flops
-from ._hlo import Module, parse
+from ._hlo import Module
 from ._ledger import Ledger
 from ._links import ASSUMPTION, Links
 from ._program import Program
@@ -161,7 +161,7 @@ def model_time(
         known = f"known: {', '.join(CHIPS)}."
         raise ReportError(f"no chip is called {chip!r}; {known}{did_you_mean(chip, CHIPS)}")
     device = CHIPS[chip] if chip else chip_of(program.device_kind)
-    module = parse(program.hlo)
+    module = program.module
     if device is None or not module.entry:
         return None
     links = Links(device, program.mesh, program.dcn)

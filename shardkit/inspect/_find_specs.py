@@ -1,0 +1,243 @@
+"""Searches for arrays that lie otherwise than the strategy or their neighbours say."""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from ._finding import SMALL, Facts, Finding
+from ._hlo import shapes_of
+from ._ledger import Row
+from ._messages import spec_text
+from ._program import Placed, Program, base_kind
+from ._saved import Saved, saved
+
+# Saved activations that take less are not worth a sharding of their own.
+_LARGE = 2**20
+
+
+def replicated_leaves(facts: Facts) -> Iterator[Finding]:
+    """State that every device holds whole, and no rule says so."""
+    axes = tuple(name for name, size in facts.program.mesh if size > 1)
+    for leaf in facts.program.leaves:
+        state = leaf.part in ("params", "opt_state", "extra")
+        if not axes or not state or leaf.meant_whole or leaf.axes() or not leaf.leaf.shape:
+            continue
+        yield Finding(
+            "replicated",
+            leaf=f"{leaf.part}/{leaf.leaf.path}",
+            scope="",
+            axes=axes,
+            bytes=leaf.device_bytes(facts.program.sizes),
+            why=f"all {math.prod(facts.program.sizes.values())} devices hold the whole of "
+            f"{leaf.leaf}, and no rule says so",
+            fix=f'{leaf.part}=PathRules({{"{leaf.leaf.path}": P({axes[0]!r})}}), '
+            "or sk.REPLICATED if meant",
+        )
+
+
+def replicated_activations(facts: Facts) -> Iterator[Finding]:
+    """Activations that wait for the backward pass whole over an axis that could split them."""
+    program, declared = facts.program, facts.program.declared
+    if program.jaxpr is None:
+        return
+    axes = facts.rows_over | {
+        axis
+        for axis in declared.activation_axes
+        if base_kind(declared.kinds.get(axis, "tensor")) in ("tensor", "context")
+    }
+    rows = [axis for axis, size in program.mesh if axis in facts.rows_over]
+    groups: dict[tuple[str, tuple[str, ...]], list[Saved]] = {}
+    for one in saved(program.module, program.jaxpr, program.sizes, rows):
+        missing = tuple(a for a, n in program.mesh if n > 1 and a in axes and a not in one.axes)
+        if missing:
+            groups.setdefault((one.scope, missing), []).append(one)
+    for (scope, missing), found in groups.items():
+        held = sum(one.shape.nbytes for one in found)
+        if held >= _LARGE:
+            yield _replicated(facts, scope, missing, found, held)
+
+
+def _replicated(
+    facts: Facts, scope: str, axes: tuple[str, ...], found: list[Saved], held: int
+) -> Finding:
+    names = ", ".join(axes)
+    largest = max(found, key=lambda one: one.shape.nbytes)
+    whole = dataclasses.replace(largest.shape, dims=largest.whole)
+    more = f" and {len(found) - 1} more of this scope are" if len(found) > 1 else " is"
+    ways = math.prod(facts.program.sizes[axis] for axis in axes)
+    stated = _constraint_of(largest.whole, axes, facts.program)
+    return Finding(
+        "replicated_activation",
+        leaf="",
+        scope=scope,
+        axes=axes,
+        bytes=held,
+        why=f"{whole}{more} kept for the backward pass, the same on all {ways} devices of {names}"
+        + (f"; {stated}" if stated else ""),
+        fix=_fix(facts, axes),
+    )
+
+
+def _constraint_of(whole: tuple[int, ...], axes: tuple[str, ...], program: Program) -> str:
+    """What the model's constraint of an array of this shape, or of one layer of it, became."""
+    stated = [one for one in program.declared.constraints if not set(axes) & set(one.axes())]
+    of_shape = [one for shape in (whole, whole[1:]) for one in stated if one.leaf.shape == shape]
+    return _named(of_shape[0]) if of_shape else ""
+
+
+def _fix(facts: Facts, axes: tuple[str, ...]) -> str:
+    kinds = facts.program.declared.kinds
+    if set(axes) & facts.rows_over:
+        return 'sk.constrain(x, "batch", ...) where it is made, with "batch" on the rows\' axes'
+    if all(kinds.get(axis) == "tensor" for axis in axes):
+        return 'strategies.tensor(sequence=True), or remat="full" to keep less'
+    return 'sk.constrain(x, ...) with a name that activations map there, or remat="full"'
+
+
+def parameter_gathers(facts: Facts) -> Iterator[Finding]:
+    """Parameters that are gathered whole over an axis where nothing asks for it."""
+    groups: dict[tuple[str, tuple[str, ...]], list[tuple[Row, Placed]]] = {}
+    for row in facts.ledger.where(kind="all-gather"):
+        if set(row.axes) <= _gathering(facts) or row.payload_bytes <= SMALL or row.by_optimizer:
+            continue
+        if leaf := _parameter(row, facts.program):
+            groups.setdefault((leaf.leaf.path, row.axes), []).append((row, leaf))
+    for (path, axes), found in groups.items():
+        row, leaf = found[0]
+        yield Finding(
+            "parameter_gather",
+            leaf=f"{leaf.part}/{path}",
+            scope=row.scope,
+            axes=axes,
+            bytes=sum(one.wire_bytes for one, _ in found),
+            why=f"{leaf.leaf} is split over {', '.join(axes)} and gathered whole "
+            f"by {len(found)} × all-gather",
+            fix="constrain the activation that meets it, so that the product stays split",
+        )
+
+
+def _gathering(facts: Facts) -> set[str]:
+    """Axes over which parameters are meant to be gathered: those that split rows as well do."""
+    kinds = facts.program.declared.kinds
+    meant = {axis for axis, kind in kinds.items() if base_kind(kind) in ("fsdp", "zero")}
+    return meant if kinds else facts.rows_over
+
+
+def _parameter(row: Row, program: Program) -> Placed | None:
+    """The parameter whose shards a gather collects: same shape, whole or one layer of it."""
+    sent = [_shape(shape.dims) for text in row.operands for shape in shapes_of(text)]
+    for leaf in program.leaves:
+        if leaf.part != "params" or not set(row.axes) <= set(leaf.axes()):
+            continue
+        shard = leaf.shard(program.sizes)
+        if _shape(shard) in sent or (row.trips != 1 and _shape(shard[1:]) in sent):
+            return leaf
+    return None
+
+
+def disagreements(facts: Facts) -> Iterator[Finding]:
+    """Large gathers of an activation between two constraints whose specs disagree."""
+    found: dict[tuple[Placed, Placed, tuple[str, ...]], list[Row]] = {}
+    for row in facts.ledger.where(kind="all-gather"):
+        if row.payload_bytes <= SMALL or row.by_optimizer:
+            continue
+        if not (set(row.axes) <= _gathering(facts) and _parameter(row, facts.program)):
+            for pair in _pairs(row, facts.program):
+                found.setdefault((*pair, row.axes), []).append(row)
+                break
+    for (made, used, axes), rows in found.items():
+        if _sequence(made, axes, facts):
+            continue
+        kinds = Counter(row.phase for row in rows)
+        phases = ", ".join(f"{n} × {phase}" for phase, n in kinds.items())
+        yield Finding(
+            "spec_disagreement",
+            leaf="",
+            scope=rows[0].scope,
+            axes=axes,
+            bytes=sum(row.wire_bytes for row in rows),
+            why=f"{_named(made)} meets {_named(used)}: gathered over {', '.join(axes)} ({phases})",
+            fix=_agree(made, used),
+        )
+
+
+def _pairs(row: Row, program: Program) -> Iterator[tuple[Placed, Placed]]:
+    """Constraints of one array of which the first gives what a gather takes, the second the rest.
+
+    Dims that a gather does not touch lie alike in both.
+    """
+    sent = [_shape(shape.dims) for text in row.operands for shape in shapes_of(text)]
+    stated = program.declared.constraints
+    for made in stated:
+        if not set(row.axes) <= set(made.axes()):
+            continue
+        if _shape(made.shard(program.sizes)) not in sent:
+            continue
+        without = tuple(tuple(a for a in dim if a not in row.axes) for dim in made.dims())
+        for used in stated:
+            if used.leaf.shape == made.leaf.shape and used.dims() == without:
+                yield made, used
+
+
+def _sequence(made: Placed, axes: tuple[str, ...], facts: Facts) -> bool:
+    """Whether a gather is the one that a residual stream split over length asks for."""
+    kinds = facts.program.declared.kinds
+    named = zip(made.leaf.axes or (), made.dims(), strict=False)
+    split = {axis for name, dim in named if name == "residual_length" for axis in dim}
+    return set(axes) <= split and all(kinds.get(axis) == "tensor+sequence" for axis in axes)
+
+
+def _agree(made: Placed, used: Placed) -> str:
+    """What to write so that both lie alike."""
+    names = {
+        name: dim
+        for name, dim, other in zip(made.leaf.axes or (), made.dims(), used.dims(), strict=False)
+        if dim != other
+    }
+    table = ", ".join(f"{name!r}: None" for name in names)
+    return (
+        f"use one name for both dims, or strategy.with_names(activations={{{table}}}), "
+        "where the gather is not what you want"
+    )
+
+
+def resharding(facts: Facts) -> Iterator[Finding]:
+    """Activations that an all-to-all moves from one dim to another."""
+    for row in facts.ledger.where(kind="all-to-all"):
+        if "all_to_all" in row.op_name or row.payload_bytes <= SMALL or row.by_optimizer:
+            continue
+        between = _ends(row, facts.program)
+        yield Finding(
+            "resharding",
+            leaf="",
+            scope=row.scope,
+            axes=row.axes,
+            bytes=row.wire_bytes,
+            why=f"{row.operands[0]} is moved from one dim to another over {', '.join(row.axes)}: "
+            + (between or "what makes it and what uses it are split differently"),
+            fix="constrain both to one spec: sk.constrain(x, ...) right after it is made",
+        )
+
+
+def _ends(row: Row, program: Program) -> str:
+    """The two constraints that an all-to-all goes between, where they can be told."""
+    stated = program.declared.constraints
+    sent = sum(math.prod(shape.dims) for text in row.operands for shape in shapes_of(text))
+    for made in stated:
+        for used in stated:
+            same = made.leaf.shape == used.leaf.shape and made.dims() != used.dims()
+            moved = set(row.axes) <= set(made.axes()) & set(used.axes())
+            if same and moved and math.prod(made.shard(program.sizes)) == sent:
+                return f"{_named(made)} meets {_named(used)}"
+    return ""
+
+
+def _named(one: Placed) -> str:
+    """Returns `constrain('batch', 'embed') f32[8,16] as P('data', None)`."""
+    return f"{one.leaf} as {spec_text(one.dims())}"
+
+
+def _shape(dims: Sequence[int]) -> list[int]:
+    """Sizes of an array up to transposition and dims of one."""
+    return sorted(size for size in dims if size > 1)
