@@ -29,12 +29,15 @@ class Surroundings:
     Attributes:
       mesh: the device mesh.
       rows: mesh axes that the rows of the batch are split over.
-      spec: logical axis names of an activation's dims → its spec in this step.
+      spec: logical axis names of an activation's dims → its spec, as the region sees them.
+      lanes: those of `rows` that `jax.vmap` over lanes splits already, so that the rows that the
+        region sees are not split over them, nor does `spec` name them.
     """
 
     mesh: Mesh
     rows: tuple[str, ...]
     spec: Callable[[tuple[str | None, ...]], PartitionSpec]
+    lanes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,4 +123,5 @@ def _identity(marks: Marks | None) -> Any:
     """What a trace of a region depends on; plain ones are all alike."""
     if marks is None or not marks.carriers:
         return None
-    return tuple(sorted(marks.carriers.items())), marks.around.mesh, marks.around.rows
+    around = marks.around
+    return tuple(sorted(marks.carriers.items())), around.mesh, around.rows, around.lanes

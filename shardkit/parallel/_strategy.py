@@ -149,8 +149,18 @@ def _chained(table: AxisRules, rest: Sequence[Rule]) -> Rule:
 
 
 def _join_tables(one: AxisRules | None, other: AxisRules | None) -> AxisRules | None:
-    """Each name is split over the axes of both tables, those of the first one outermost."""
-    return one.merged(other) if one and other else one or other
+    """Each name is split over the axes of both tables, those of the first one outermost.
+
+    The residual stream's length is a finer split of the length, so its axes come after those.
+    """
+    if not (one and other):
+        return one or other
+    merged = one.merged(other)
+    table = dict(merged.table)
+    if not {"length", "residual_length"} <= table.keys():
+        return merged
+    finer = dict.fromkeys((*table["length"], *table["residual_length"]))
+    return merged.replaced({"residual_length": tuple(finer)})
 
 
 def _join_regions(

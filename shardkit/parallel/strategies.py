@@ -1,8 +1,9 @@
 """Ready strategies for models that carry the conventional logical names; join them with `|`."""
 
+from ._context import context
 from ._data import data
 from ._fsdp import fsdp
 from ._tensor import tensor
 from ._zero import zero
 
-__all__ = ["data", "fsdp", "tensor", "zero"]
+__all__ = ["context", "data", "fsdp", "tensor", "zero"]

@@ -67,6 +67,10 @@ class Activations:
                 entries.append(tuple(axis for axis in axes if axis not in inside) or None)
         return PartitionSpec(*entries)
 
+    def spec_in_lane(self, names: Names) -> PartitionSpec:
+        """The same for dims as the loss of one lane sees them."""
+        return PartitionSpec(*tuple(self.spec((LANES, *names)))[1:])
+
     def check(self, jaxpr: Any) -> None:
         """Checks every constraint of a traced step before it is lowered.
 

@@ -35,6 +35,11 @@ class Functions:
         """Refuses parameters that no gradient can be taken of."""
         self.declaration.check_params(self.layout.state.params)
 
+    @property
+    def by_lanes(self) -> bool:
+        """Whether the loss is differentiated one lane of the batch at a time."""
+        return _plan(self.declaration, self.layout).by_lanes
+
     def init_model(self) -> Callable[[Any], TrainState]:
         """Builds `key → state` without optimizer state."""
         return initial_state(self.declaration.init, self.declaration.precision)

@@ -36,7 +36,9 @@ class Programs:
         self._functions = Functions(declaration, layout)
         self._whole = NamedSharding(declaration.mesh, PartitionSpec())
         results = (layout.shardings, self._whole)
-        self.train = self._on_state_and_batch(self._functions.train(), results, donate=(0,))
+        self.train = self._on_state_and_batch(
+            self._functions.train(), results, self._functions.by_lanes, donate=(0,)
+        )
         check_executable(
             self.train.compiled,
             layout.state,
@@ -63,18 +65,26 @@ class Programs:
     @functools.cached_property
     def evaluate(self) -> Program:
         """`(state, batch) → metrics`."""
-        return self._on_state_and_batch(self._functions.evaluate(), self._whole)
+        return self._on_state_and_batch(self._functions.evaluate(), self._whole, by_lanes=False)
 
     @functools.cached_property
     def gradients(self) -> Program:
         """`(state, batch) → (metrics, gradients)`."""
         results = (self._whole, self._layout.shardings.params)
-        return self._on_state_and_batch(self._functions.gradients(), results)
+        by_lanes = self._functions.by_lanes
+        return self._on_state_and_batch(self._functions.gradients(), results, by_lanes)
 
-    def _on_state_and_batch(self, run: Any, results: Any, donate: tuple[int, ...] = ()) -> Program:
+    def _on_state_and_batch(
+        self, run: Any, results: Any, by_lanes: bool, donate: tuple[int, ...] = ()
+    ) -> Program:
         layout, names = self._layout, self._names
         args, placed = (layout.state, layout.batch), (layout.shardings, layout.batch_shardings)
-        around = Surroundings(names.mesh, names.lane_axes, names.spec)
+        around = Surroundings(
+            names.mesh,
+            names.lane_axes,
+            names.spec_in_lane if by_lanes else names.spec,
+            names.lane_axes if by_lanes else (),
+        )
         with carried_out(dict(self._declaration.strategy.regions), around) as marks:
             return self._compile(run, args, placed, results, donate, marks)
 

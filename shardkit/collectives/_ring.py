@@ -1,0 +1,163 @@
+"""Ring attention: queries stay, blocks of keys and values travel (arXiv:2310.01889).
+
+Each device attends to its own block, then to that of its predecessor, and so on: n−1 permutes to
+the next device. Parts of the softmax join in f32. The backward pass sends the blocks round again,
+with the gradients of each that the devices on its way add to, in f32 as sums of several parts are.
+
+Under a causal mask the length is in zig-zag order, so every device holds a low and a high piece.
+Of the four pairs of pieces between two devices always two are visible, whole: the high queries see
+the low keys, and then either low see low (the block is of a device whose pieces enclose this one's)
+or high see high. So every step costs every device the same, without a mask and without a branch.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from ._blockwise import Part, attend, attend_backward, merge
+from ._way import Way
+from ._zigzag import from_zigzag, lower_piece, to_zigzag
+
+
+def neighbours(n: int) -> list[tuple[int, int]]:
+    """Who sends to whom on a ring of n devices."""
+    return [(i, (i + 1) % n) for i in range(n)]
+
+
+class Ring(Way):
+    """Sends keys and values round the devices of the axis."""
+
+    def inner(self, ndim: int) -> PartitionSpec:
+        """Lengths are split as outside."""
+        return self.outer(ndim)
+
+    def moved_in(self, x: jax.Array, causal: bool) -> jax.Array:
+        """Zig-zag order under a causal mask; without one all work is equal as it is."""
+        return to_zigzag(x, self.axis, self.size) if causal else x
+
+    def moved_out(self, x: jax.Array, causal: bool) -> jax.Array:
+        """The inverse."""
+        return from_zigzag(x, self.axis, self.size) if causal else x
+
+    def part(self, q: jax.Array, k: jax.Array, v: jax.Array, ids: Any, causal: bool) -> Part:
+        """One device's queries against its own keys, then against those that come round."""
+        trip = _Trip(self.axis, self.size, causal)
+        out, lse = attend(q, k, v, _pair(ids, ids), causal)
+        queries = trip.cut(q, 3), trip.cut(ids, 1)
+        block = trip.cut(k, 2), trip.cut(v, 2), queries[1]
+
+        def absorb(found: Part, step: Any, block: Any) -> Part:
+            for mine, theirs in trip.visible(step):
+                (q, own_ids), (k, v, key_ids) = _at(queries, mine), _at(block, theirs)
+                new = attend(q, k, v, _pair(own_ids, key_ids), False)
+                found = _put(found, mine, merge(_at(found, mine), new))
+            return found
+
+        def body(carry: Any, step: jax.Array) -> tuple[Any, None]:
+            found, block = carry
+            ahead = trip.pass_on(block)  # travels while this one is worked on
+            return (absorb(found, step, block), ahead), None
+
+        start = (trip.cut(out, 3), trip.cut(lse, 3)), trip.pass_on(block)
+        (found, block), _ = jax.lax.scan(body, start, jnp.arange(1, self.size - 1))
+        out, lse = absorb(found, self.size - 1, block)
+        return trip.joined(out, 3), trip.joined(lse, 3)
+
+    def part_backward(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        ids: Any,
+        lse: jax.Array,
+        delta: jax.Array,
+        g: jax.Array,
+        causal: bool,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Gradients of the queries stay, those of a block follow it until they are home."""
+        trip = _Trip(self.axis, self.size, causal)
+        dq, dk, dv = attend_backward(q, k, v, _pair(ids, ids), causal, lse, delta, g)
+        queries = (*(trip.cut(x, 3) for x in (q, lse, delta, g)), trip.cut(ids, 1))
+        block = trip.cut(k, 2), trip.cut(v, 2), queries[-1]
+
+        def absorb(dq: jax.Array, step: Any, block: Any) -> tuple[jax.Array, Any]:
+            sums = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), block[:2])
+            for mine, theirs in trip.visible(step):
+                (q, lse, delta, g, own_ids) = _at(queries, mine)
+                (k, v, key_ids) = _at(block, theirs)
+                ids = _pair(own_ids, key_ids)
+                more, *of_block = attend_backward(q, k, v, ids, False, lse, delta, g)
+                dq = _put(dq, mine, _at(dq, mine) + more)
+                sums = _put(sums, theirs, _add(_at(sums, theirs), tuple(of_block)))
+            return dq, sums
+
+        def visit(dq: jax.Array, sums: Any, step: Any, block: Any) -> tuple[jax.Array, Any]:
+            arriving = trip.pass_on(sums)
+            dq, more = absorb(dq, step, block)
+            return dq, _add(arriving, more)
+
+        def body(carry: Any, step: jax.Array) -> tuple[Any, None]:
+            dq, sums, block = carry
+            ahead = trip.pass_on(block)
+            return (*visit(dq, sums, step, block), ahead), None
+
+        block, last = trip.pass_on(block), self.size - 1
+        ahead = trip.pass_on(block) if last > 1 else block
+        dq, sums = absorb(trip.cut(dq, 3), 1, block)
+        if last > 1:
+            start = dq, sums, ahead
+            (dq, sums, block), _ = jax.lax.scan(body, start, jnp.arange(2, last))
+            dq, sums = visit(dq, sums, last, block)
+        dk_rest, dv_rest = (trip.joined(x, 2) for x in trip.pass_on(sums))
+        return trip.joined(dq, 3), dk + dk_rest, dv + dv_rest
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trip:
+    """One way round the ring: n devices, whose lengths count as one piece or, causally, as two."""
+
+    axis: str
+    n: int
+    causal: bool
+
+    def cut(self, x: Any, dim: int) -> Any:
+        """The pieces of an array, stacked; None stays None."""
+        pieces = 2 if self.causal else 1
+        return jax.tree.map(lambda x: jnp.stack(jnp.split(x, pieces, dim)), x)
+
+    def joined(self, pieces: jax.Array, dim: int) -> jax.Array:
+        """The inverse of `cut`."""
+        return jnp.concatenate(list(pieces), dim)
+
+    def pass_on(self, block: Any) -> Any:
+        """Sends a block to the next device, and gets the one of the device before."""
+        return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis, neighbours(self.n)), block)
+
+    def visible(self, step: Any) -> list[tuple[Any, Any]]:
+        """Which pieces of the block that is here after some steps each own piece sees whole."""
+        if not self.causal:
+            return [(0, 0)]
+        here = jax.lax.axis_index(self.axis)
+        other = lower_piece((here - step) % self.n, self.n)
+        same = jnp.where(other < lower_piece(here, self.n), 0, 1)
+        return [(1, 0), (same, same)]
+
+
+def _pair(queries: Any, keys: Any) -> Any:
+    return None if queries is None else (queries, keys)
+
+
+def _at(pieces: Any, i: Any) -> Any:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False), pieces)
+
+
+def _put(pieces: Any, i: Any, new: Any) -> Any:
+    put = jax.lax.dynamic_update_index_in_dim
+    return jax.tree.map(lambda x, piece: put(x, piece, i, 0), pieces, new)
+
+
+def _add(one: Any, other: Any) -> Any:
+    return jax.tree.map(jnp.add, one, other)
