@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shardkit.collectives import HeadExchange, Ring, across, attend, merge, zigzag_order
-from shardkit.collectives import _blockwise
+from shardkit.collectives import HeadExchange, Ring, _blockwise, across, zigzag_order
 from shardkit.mesh import MeshSpec
 
 B, H = 2, 8
@@ -60,23 +59,64 @@ def way(kind, n, rows=(), heads=(), **sizes):
     return kind(mesh, "context", rows, heads)
 
 
-@pytest.mark.parametrize("n", [2, 3, 4])
-@pytest.mark.parametrize(("causal", "packed"), [(True, False), (True, True), (False, True)])
-def test_a_ring_is_full_attention(n, causal, packed):
-    assert_is_plain(way(Ring, n), 4, 2, causal, packed)
+RINGS = {2: (True, True), 3: (False, True), 4: (True, False)}
 
 
-def test_a_ring_of_eight():
-    assert_is_plain(way(Ring, 8), 2, 2, True, True, length=32)
+@pytest.mark.parametrize("n", RINGS)
+def test_a_ring_is_full_attention(n):
+    assert_is_plain(way(Ring, n), 4, 2, *RINGS[n])
 
 
-@pytest.mark.parametrize(("causal", "packed"), [(True, True), (False, False)])
-def test_all_to_all_is_full_attention(causal, packed):
-    assert_is_plain(way(HeadExchange, 2), 4, 2, causal, packed)
-    assert_is_plain(way(HeadExchange, 4), 8, 4, causal, packed)
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [3, 8])
+def test_longer_rings_of_packed_rows(n):
+    assert_is_plain(way(Ring, n), 4, 1, True, True, length=48)
 
 
-@pytest.mark.parametrize("kind", [Ring, HeadExchange])
-def test_rows_and_heads_may_be_split_as_well(kind):
-    split = way(kind, 2, rows=("data",), heads=("tensor",), data=2, tensor=2)
-    assert_is_plain(split, 8, 4, True, True)
+@pytest.mark.parametrize(("n", "causal", "packed"), [(2, True, True), (4, False, False)])
+def test_all_to_all_is_full_attention(n, causal, packed):
+    assert_is_plain(way(HeadExchange, n), 8, 4, causal, packed)
+
+
+def test_rows_and_heads_may_be_split_as_well():
+    split = way(Ring, 2, rows=("data",), heads=("tensor",), data=2, tensor=2)
+    assert_is_plain(split, 4, 2, True, True)
+
+
+@pytest.mark.parametrize("n", [2, 3, 8])
+def test_zigzag_moves_to_the_order_that_is_written_down(n):
+    ring, x = way(Ring, n), jnp.arange(B * 48).reshape(B, 48)
+    moved = ring.enter(x, True)
+    assert np.array_equal(moved, x[:, zigzag_order(48, n)])
+    assert np.array_equal(ring.leave(moved, True), x)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8])
+def test_zigzag_gives_every_device_the_same_causal_work(n):
+    held = zigzag_order(8 * n, n).reshape(n, -1)
+    assert sorted(held.ravel()) == list(range(8 * n))
+    assert len({int((own + 1).sum()) for own in held}) == 1
+    assert (np.diff(held) > 0).all()
+
+
+def test_many_tiles_are_one_and_hidden_ones_are_not_visited(monkeypatch):
+    monkeypatch.setattr(_blockwise, "_WIDEST", 8)
+    monkeypatch.setattr(_blockwise, "_NARROWEST", 2)
+    assert len(_blockwise._Tiles(24, 24, True).pairs) == 6
+    q, k, v, g = inputs(4, 2, 24)
+    ids = segments(24)
+    got = both(functools.partial(tiled, ids=ids), q, k, v, g)
+    want = both(lambda q, k, v: plain(q, k, v, ids, True), q, k, v, g)
+    for x, y in zip(got, want, strict=True):
+        assert relative(x, y) < 1e-6
+
+
+def tiled(q, k, v, ids):
+    """The all-to-all way on one device is the tiles alone."""
+    return across(q, k, v, ids, True, way(HeadExchange, 1))
+
+
+@pytest.mark.parametrize(("length", "size"), [(24, 24), (512, 512), (1024, 512), (520, 260)])
+def test_a_tile_is_the_largest_that_divides(length, size):
+    assert _blockwise._tile(length) == size
+    assert _blockwise._tile(521) == 521  # a prime above 512 has none

@@ -50,11 +50,13 @@ class Ring(Way):
         block = trip.cut(k, 2), trip.cut(v, 2), queries[1]
 
         def absorb(found: Part, step: Any, block: Any) -> Part:
-            for mine, theirs in trip.visible(step):
+            def one(found: Part, pieces: tuple[jax.Array, jax.Array]) -> tuple[Part, None]:
+                mine, theirs = pieces
                 (q, own_ids), (k, v, key_ids) = _at(queries, mine), _at(block, theirs)
                 new = attend(q, k, v, _pair(own_ids, key_ids), False)
-                found = _put(found, mine, merge(_at(found, mine), new))
-            return found
+                return _put(found, mine, merge(_at(found, mine), new)), None
+
+            return jax.lax.scan(one, found, trip.visible(step))[0]
 
         def body(carry: Any, step: jax.Array) -> tuple[Any, None]:
             found, block = carry
@@ -85,14 +87,17 @@ class Ring(Way):
 
         def absorb(dq: jax.Array, step: Any, block: Any) -> tuple[jax.Array, Any]:
             sums = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), block[:2])
-            for mine, theirs in trip.visible(step):
+
+            def one(carry: Any, pieces: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+                (dq, sums), (mine, theirs) = carry, pieces
                 (q, lse, delta, g, own_ids) = _at(queries, mine)
                 (k, v, key_ids) = _at(block, theirs)
                 ids = _pair(own_ids, key_ids)
                 more, *of_block = attend_backward(q, k, v, ids, False, lse, delta, g)
                 dq = _put(dq, mine, _at(dq, mine) + more)
-                sums = _put(sums, theirs, _add(_at(sums, theirs), tuple(of_block)))
-            return dq, sums
+                return (dq, _put(sums, theirs, _add(_at(sums, theirs), tuple(of_block)))), None
+
+            return jax.lax.scan(one, (dq, sums), trip.visible(step))[0]
 
         def visit(dq: jax.Array, sums: Any, step: Any, block: Any) -> tuple[jax.Array, Any]:
             arriving = trip.pass_on(sums)
@@ -136,14 +141,14 @@ class _Trip:
         """Sends a block to the next device, and gets the one of the device before."""
         return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis, neighbours(self.n)), block)
 
-    def visible(self, step: Any) -> list[tuple[Any, Any]]:
-        """Which pieces of the block that is here after some steps each own piece sees whole."""
+    def visible(self, step: Any) -> tuple[jax.Array, jax.Array]:
+        """Own pieces, and for each a piece that it sees whole of the block that is here now."""
         if not self.causal:
-            return [(0, 0)]
+            return jnp.zeros(1, int), jnp.zeros(1, int)
         here = jax.lax.axis_index(self.axis)
         other = lower_piece((here - step) % self.n, self.n)
         same = jnp.where(other < lower_piece(here, self.n), 0, 1)
-        return [(1, 0), (same, same)]
+        return jnp.stack([jnp.ones_like(same), same]), jnp.stack([jnp.zeros_like(same), same])
 
 
 def _pair(queries: Any, keys: Any) -> Any:

@@ -115,26 +115,24 @@ class ContextAttention(Carrier):
             problems.append(Problem(f"segment_ids {_type(segment_ids)}", why, fix))
         return problems
 
-    def _head_problems(
-        self, q: jax.Array, k: jax.Array, ways: int, whole: bool
-    ) -> list[Problem]:
+    def _head_problems(self, q: jax.Array, k: jax.Array, ways: int, whole: bool) -> list[Problem]:
         heads, key_heads = q.shape[2], k.shape[2]
         split = f"split {ways} ways by {self.attention} attention and the axes of heads"
         if heads % ways:
             fits = [d for d in range(1, heads + 1) if heads % d == 0]
             why = f"{heads} heads cannot be {split}"
-            fix = f"heads that {ways} divides, {', '.join(map(str, fits))} ways, or attention='ring'"
+            legal = ", ".join(map(str, fits))
+            fix = f"{math.lcm(heads, ways)} heads, or {legal} ways in all, or attention='ring'"
             return [Problem(f"queries {_type(q)}", why, fix)]
         if key_heads % ways and not whole:
             why = f"{key_heads} key heads cannot be {split}"
-            fix = f"kv_heads={math.lcm(key_heads, ways)}, or strategies.context(kv_heads='replicate')"
+            more = math.lcm(key_heads, ways)
+            fix = f"kv_heads={more} in the model, or strategies.context(kv_heads='replicate')"
             return [Problem(f"keys {_type(k)}", why, fix)]
         return []
 
 
-def context(
-    axis: str = "context", attention: str = "ring", *, kv_heads: str = "split"
-) -> Strategy:
+def context(axis: str = "context", attention: str = "ring", *, kv_heads: str = "split") -> Strategy:
     """Splits the length of every row over a mesh axis; parameters are replicated.
 
     Args:
