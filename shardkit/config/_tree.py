@@ -12,6 +12,7 @@ from ..mesh import MeshSpec
 from ..models import DecoderConfig
 from ..parallel import Strategy, strategies
 from ..run import TrainConfig
+from ._compile import CompileConfig
 from ._optimizer import OptimizerConfig
 from ._values import hints, is_dataclass_type
 
@@ -43,6 +44,7 @@ class Config:
       strategy: what is laid out on which axis.
       optimizer: the update.
       train: the loop.
+      compile: how the step is compiled.
     """
 
     name: str = "default"
@@ -53,6 +55,7 @@ class Config:
     strategy: Strategy = dataclasses.field(default_factory=_default_strategy)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=_default_optimizer)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    compile: CompileConfig = dataclasses.field(default_factory=CompileConfig)
 
     def __post_init__(self) -> None:
         """Refuses a model that has no token for some byte, and a name that is no folder's."""

@@ -52,7 +52,9 @@ class Source:
     def _config(self) -> Declaration:
         config = load_config(self.name or None, list(self.overrides))
         optimizer = config.optimizer.build(config.train.steps)
-        return declare_run(config.model, config.data, config.mesh, config.strategy, optimizer)
+        made = declare_run(config.model, config.data, config.mesh, config.strategy, optimizer)
+        how = config.compile
+        return dataclasses.replace(made, mode=how.mode, compiler_options=how.by_name)
 
     def _call(self) -> Declaration:
         module_name, _, function = self.name.partition(":")
