@@ -98,6 +98,51 @@ def region(name: str, plain: Callable[_P, _R]) -> Callable[_P, _R]:
     return marked
 
 
+Names = tuple[str | None, ...]
+
+
+def on_own_part(
+    run: Callable[..., Any], inputs: tuple[Names, ...], output: Names
+) -> Callable[..., Any]:
+    """Lets each device run a function on its own part of the arrays, whatever the strategy.
+
+    For what the partitioner cannot split, such as a kernel, and what needs no other device's part.
+
+    Args:
+      run: a function of arrays that is right for any part of the named dims.
+      inputs: logical axes of each argument's dims.
+      output: those of the result's.
+
+    Returns:
+      A function of the whole arrays; outside a compiled step, and on one device, `run` itself.
+
+    >>> on_own_part(lambda q: q + 1, (("batch",),), ("batch",))(1)
+    2
+    """
+
+    def divided(*args: jax.Array) -> Any:
+        marks = _active.get()
+        if marks is None or marks.around.mesh.size == 1:
+            _traced.add(None)
+            return run(*args)
+        around = marks.around
+        _traced.add((around.mesh, around.rows))
+        taken = jax.sharding.get_abstract_mesh().manual_axes
+        free = frozenset(around.mesh.axis_names) - frozenset(taken)
+        if not free:
+            return run(*args)
+        return jax.shard_map(
+            run,
+            mesh=None if taken else around.mesh,
+            in_specs=tuple(map(around.spec, inputs)),
+            out_specs=around.spec(output),
+            axis_names=free,
+            check_vma=False,  # kernels do not say along which axes their results vary
+        )(*args)
+
+    return divided
+
+
 @contextlib.contextmanager
 def carried_out(carriers: Mapping[str, Carrier], around: Surroundings) -> Iterator[Marks]:
     """Makes carriers carry out their regions while a step is traced.

@@ -95,3 +95,22 @@ def test_blocks_cover_every_query_once(queries):
     bounds = _blocks(queries)
     assert [i for start, stop in bounds for i in range(start, stop)] == list(range(queries))
     assert len(bounds) <= 8
+
+
+@pytest.mark.parametrize("segments", [False, True])
+def test_the_tpu_kernel_agrees(segments):
+    """The splash kernels, run step by step; their compile for a TPU is benchmarks/llama_v5p.py."""
+    from shardkit.models._splash import splash
+
+    draw = np.random.default_rng(0).normal
+    q, k, v = (jnp.asarray(draw(size=(1, 256, heads, 128)), jnp.float32) for heads in (2, 1, 1))
+    ids = jnp.asarray(np.repeat([0, 1], [100, 156])[None], jnp.int32) if segments else None
+
+    def run(attend):
+        return jax.value_and_grad(lambda *a: (attend(*a) ** 2).mean(), (0, 1, 2))(q, k, v)
+
+    value, grads = run(lambda *a: splash(*a, ids, True, interpret=True))
+    wanted, wanted_grads = run(lambda *a: attention(*a, segment_ids=ids, implementation="blocked"))
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    for got, want in zip(grads, wanted_grads, strict=True):
+        assert jnp.abs(got - want).max() <= 1e-4 * jnp.abs(want).max()

@@ -2,12 +2,14 @@
 
 from ..data import DataConfig
 from ..run import TrainConfig
+from ._compile import CompileConfig
 from ._load import load_config
 from ._optimizer import OptimizerConfig
 from ._override import apply_overrides
 from ._tree import Config, to_record
 
 __all__ = [
+    "CompileConfig",
     "Config",
     "DataConfig",
     "OptimizerConfig",

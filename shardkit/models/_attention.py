@@ -40,7 +40,8 @@ def attention(
       causal: whether a query sees only keys at its own position and before.
       segment_ids: i32[batch, length]; a query sees only keys of its own segment.
       implementation: `"blocked"` cuts the queries into blocks, skips the keys that the causal
-        mask hides and keeps one number per query for the backward pass. `"xla"` and `"cudnn"`
+        mask hides and keeps one number per query for the backward pass. `"splash"`
+        runs JAX's kernel for TPUs, on lengths that are multiples of 128. `"xla"` and `"cudnn"`
         are those of `jax.nn.dot_product_attention`. `"auto"` is `"cudnn"` in a process whose
         JAX runs on CUDA, for 16-bit types and head widths that cuDNN takes, and `"blocked"`
         otherwise; a program for a GPU that is absent states `"cudnn"` itself.
@@ -64,6 +65,11 @@ def _attention(
 ) -> jax.Array:
     if implementation == "auto":
         implementation = "cudnn" if _cudnn_serves(q_BTNH) else "blocked"
+    if implementation == "splash":
+        # Importing Pallas takes longer than all of this package.
+        from ._splash import splash
+
+        return splash(q_BTNH, k_BSKH, v_BSKH, segment_ids, causal)
     if implementation == "blocked":
         return _blocked(q_BTNH, k_BSKH, v_BSKH, segment_ids, causal)
     return _library(q_BTNH, k_BSKH, v_BSKH, segment_ids, causal, implementation)

@@ -4,7 +4,7 @@ import dataclasses
 
 from .._errors import ConfigError, Problem, did_you_mean, raise_all
 
-ATTENTIONS = ("auto", "blocked", "xla", "cudnn")
+ATTENTIONS = ("auto", "blocked", "xla", "cudnn", "splash")
 _COUNTS = ("vocab", "embed", "layers", "heads", "mlp", "loss_chunks")
 
 
@@ -28,7 +28,7 @@ class DecoderConfig:
       loss_chunks: parts of the vocabulary whose logits live one after another. 1 keeps the
         whole logits and saves one product in four of the head; more bounds memory.
       attention: `"auto"` takes cuDNN on CUDA for 16-bit types and `"blocked"` elsewhere;
-        `"blocked"`, `"xla"`, `"cudnn"` are what they say (see `attention`).
+        the others are what they say (see `attention`); `"splash"` runs on TPUs alone.
 
     Raises:
       ConfigError: sizes that do not fit together, all of them in one message.
