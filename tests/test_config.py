@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from shardkit._errors import ConfigError, DataError, MeshError
+from shardkit._errors import ConfigError, DataError, MeshError, ShardkitError
 from shardkit.config import (
     Config,
     DataConfig,
@@ -23,6 +23,7 @@ from shardkit.config import (
 from shardkit.config._values import BadValue, matches, parse
 from shardkit.mesh import MeshSpec, Target
 from shardkit.models import SIZES
+from shardkit.targets import Source, compile_for
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -313,3 +314,10 @@ def test_defaults_are_the_documented_run():
     assert config.devices == "cpu:8"
     assert config.mesh.resolve(8) == {"data": 2, "tensor": 4}
     assert config.train == TrainConfig()
+
+
+def test_compiler_options_reach_the_compiler():
+    wrong = ("compile.options=xla_no_such_option=1", "model=nano", "mesh=data=4,tensor=2")
+    with pytest.raises(ShardkitError, match="xla_no_such_option"):
+        compile_for(Source("", wrong), "cpu:8")
+    assert "compile.options='fast'  is not name=value" in refused("compile.options=fast")

@@ -25,6 +25,7 @@ def _run(arguments: argparse.Namespace) -> int:
         optimizer=config.optimizer.build(config.train.steps),
         loop=config.train,
         record=to_record(config),
+        compiling=config.compile.arguments,
     )
     return 0
 

@@ -74,6 +74,7 @@ def _compiled(config: Config, mesh: Mesh) -> CompiledStep:
         batch=batch_shapes(config.data),
         mesh=mesh,
         strategy=config.strategy,
+        **config.compile.arguments,
     )
 
 

@@ -1,6 +1,7 @@
 """How the step of a run is compiled."""
 
 import dataclasses
+from typing import Any
 
 from .._errors import ConfigError, Problem, raise_all
 from ._values import BadValue, parse
@@ -16,8 +17,8 @@ class CompileConfig:
       options: XLA options, each `name=value`; a name that the target's compiler does not know is
         an error of its own.
 
-    >>> CompileConfig(options=("xla_embed_ir_in_executable=true", "xla_count=2")).by_name
-    {'xla_embed_ir_in_executable': True, 'xla_count': 2}
+    >>> CompileConfig(options=("xla_first=true", "xla_second=2")).arguments
+    {'mode': 'auto', 'compiler_options': {'xla_first': True, 'xla_second': 2}}
     """
 
     mode: str = "auto"
@@ -33,10 +34,11 @@ class CompileConfig:
         raise_all(ConfigError, "The compiler's options cannot be read.", problems)
 
     @property
-    def by_name(self) -> dict[str, bool | int | float | str]:
-        """The options as `compile_step(compiler_options=...)` takes them."""
+    def arguments(self) -> dict[str, Any]:
+        """`mode` and `compiler_options` as `compile_step` takes them."""
         pairs = (one.partition("=") for one in self.options)
-        return {name.strip(): _typed(value.strip()) for name, _, value in pairs}
+        options = {name.strip(): _typed(value.strip()) for name, _, value in pairs}
+        return {"mode": self.mode, "compiler_options": options}
 
 
 def _typed(text: str) -> bool | int | float | str:

@@ -71,6 +71,7 @@ def train(
     optimizer: optax.GradientTransformation,
     loop: TrainConfig,
     record: Mapping[str, Any],
+    compiling: Mapping[str, Any] | None = None,
     console: Console | None = None,
 ) -> Result:
     """Trains a decoder on text, scores it on held-out text, and lets it write.
@@ -84,6 +85,7 @@ def train(
       optimizer: an optax chain for `loop.steps` updates.
       loop: how long, and what is said on the way.
       record: goes into the first line of the metrics file.
+      compiling: `mode` and `compiler_options` for `compile_step`.
       console: where the run is shown; standard output by default.
 
     Raises:
@@ -97,6 +99,7 @@ def train(
     timer = _Timer()
     adapter = decoder_model(model)
     declared = {"init": adapter.init, "batch": batch_shapes(data), "mesh": mesh}
+    declared |= compiling or {}
     step = compile_step(adapter.loss_fn, optimizer, strategy=strategy, **declared)
     state = step.init(jax.random.key(loop.seed))
     console.print(f"[bold]compiled[/] in {timer.lap('compile'):.1f} s", highlight=False)

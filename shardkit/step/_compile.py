@@ -18,6 +18,7 @@ from jax.extend import core
 from jax.sharding import AbstractMesh, Mesh
 
 from .._constrain import Resolver, resolving
+from .._errors import Problem, StepError, raise_all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +88,7 @@ def compile_program(
         at_trace = time.perf_counter()
         lowered = first.lower()
         at_lower = time.perf_counter()
-        with captured_stderr() as messages, _cache_hits() as hits:
+        with captured_stderr() as messages, _cache_hits() as hits, _known_options(wanted):
             compiled = lowered.compile(compiler_options=wanted)
     end = time.perf_counter()
 
@@ -104,6 +105,26 @@ def compile_program(
     seconds = (at_trace - start, at_lower - at_trace, end - at_lower)
     said = again if hits else lambda: messages[0]
     return Program(compiled, first.jaxpr, bool(hits), seconds, said)
+
+
+@contextlib.contextmanager
+def _known_options(wanted: Mapping[str, Any] | None) -> Iterator[None]:
+    """Says in the words of a declaration that the compiler does not know an option of it.
+
+    Raises:
+      StepError: naming the option.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        named = [name for name in wanted or () if f"'{name}'" in str(error)]
+        if not named:
+            raise
+        problems = [
+            Problem(f"compiler_options[{name!r}]", str(error).splitlines()[0]) for name in named
+        ]
+        fix = "names are those of the target's own compiler: another target, or leave it out"
+        raise_all(StepError, "The compiler does not take the options.", problems, fix)
 
 
 @contextlib.contextmanager

@@ -53,8 +53,7 @@ class Source:
         config = load_config(self.name or None, list(self.overrides))
         optimizer = config.optimizer.build(config.train.steps)
         made = declare_run(config.model, config.data, config.mesh, config.strategy, optimizer)
-        how = config.compile
-        return dataclasses.replace(made, mode=how.mode, compiler_options=how.by_name)
+        return dataclasses.replace(made, **config.compile.arguments)
 
     def _call(self) -> Declaration:
         module_name, _, function = self.name.partition(":")
