@@ -35,7 +35,12 @@ _COMBINERS = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A collective and how the program reaches it; see `Row` for the words."""
+    """A collective and how the program reaches it; see `Row` for the words.
+
+    Attributes:
+      steps: where else it is spelled: the TPU compiler moves a collective on in pieces, behind
+        the compute of a chain of fusions each of which holds a copy of it.
+    """
 
     kind: str
     instruction: Instruction
@@ -46,6 +51,12 @@ class Found:
     conditional: bool
     overlapped: bool
     op_name: str
+    steps: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def places(self) -> tuple[tuple[str, str], ...]:
+        """(computation, instruction) of everything in the text that is this collective."""
+        return ((self.computation, self.instruction.name), *self.steps)
 
     @property
     def scope(self) -> str:
@@ -67,7 +78,7 @@ def find(module: Module, mesh: Sequence[tuple[str, int]]) -> tuple[list[Found], 
     """Finds the collectives of a program, and what of it could not be read."""
     walk = _Walk(module, mesh)
     found = list(walk.computation(module.entry, _Path())) if module.entry else []
-    reached = {(one.computation, one.instruction.name) for one in found} | walk.unread
+    reached = {place for one in found for place in one.places} | walk.unread
     for computation in module.computations.values():
         for instruction in computation.instructions.values():
             known = (computation.name, instruction.name) in reached
@@ -98,6 +109,7 @@ class _Walk:
         if here is None:
             self.problems.append(f"computation {name} is called but not in the text")
             return
+        chains: dict[str, list[Found]] = {}
         for instruction in here.instructions.values():
             if kind := kind_of(instruction):
                 found = self._collective(kind, instruction, here, path)
@@ -106,7 +118,12 @@ class _Walk:
                 where = f"{instruction.opcode} {instruction.name}"
                 self.problems.append(f"{where}: an unknown kind of collective")
             elif instruction.calls:
-                yield from self._called(instruction, here, path)
+                for found in self._called(instruction, here, path):
+                    if instruction.opcode == "fusion" and (channel := _chain(found)):
+                        chains.setdefault(channel, []).append(found)
+                    else:
+                        yield found
+        yield from map(_joined, chains.values())
 
     def _unknown(self, instruction: Instruction) -> bool:
         """Whether something that is not known moves data between devices."""
@@ -213,6 +230,25 @@ class _Walk:
             if called and any(kind_of(inner) for inner in called.instructions.values()):
                 return instruction.opcode == "fusion"
         return False
+
+
+def _chain(found: Found) -> str:
+    """The channel of a collective that a chain of fusions moves on; "" for any other."""
+    chained = "async_collective_fusion_config" in found.instruction.rest
+    return found.instruction.attrs.get("channel_id", "") if chained else ""
+
+
+def _joined(steps: list[Found]) -> Found:
+    """The one collective that the copies in a chain of fusions are.
+
+    Between the first and the last, which only start and end it, stands the compute that hides it.
+    """
+    first, *rest = steps
+    return dataclasses.replace(
+        first,
+        overlapped=first.overlapped or len(steps) > 2,
+        steps=tuple((one.computation, one.instruction.name) for one in rest),
+    )
 
 
 def _shapes(here: Computation, name: str) -> tuple[Shape, ...]:

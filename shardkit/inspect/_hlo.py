@@ -21,6 +21,7 @@ _NAME = re.compile(r"%([\w.\-]+)")
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|"|[(){}\[\],]', re.DOTALL)
 _BITS = {"pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "f4e2m1fn": 4, "token": 0, "opaque": 0}
 _CALLS = ("calls", "to_apply", "body", "condition", "true_computation", "false_computation")
+_LITERAL = frozenset({"constant", "parameter"})  # these print values between their parentheses
 _CALL_LISTS = ("branch_computations", "called_computations", "async_execution_thread_calls")
 
 
@@ -201,7 +202,19 @@ def parse(text: str) -> Module:
         problems.append(f"the text ends inside computation {current.name}")
     if not entry:
         problems.append("the text has no ENTRY computation")
+    problems += [problem for one in computations.values() for problem in _gaps(one)]
     return Module(header, computations, entry, tuple(problems))
+
+
+def _gaps(computation: Computation) -> Iterator[str]:
+    """Says which lines of a computation are missing, as what is left of it shows."""
+    where, known = f"computation {computation.name}", computation.instructions
+    if computation.root is None:
+        yield f"{where} has no ROOT"
+    for instruction in known.values():
+        if instruction.opcode not in _LITERAL and not known.keys() >= set(instruction.operands):
+            missing = next(name for name in instruction.operands if name not in known)
+            yield f"{where}: operand {missing} of {instruction.name} is not in the text"
 
 
 def _logical_lines(text: str, problems: list[str]) -> Iterator[str]:

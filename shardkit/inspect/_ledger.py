@@ -206,7 +206,7 @@ def ledger_of(module: Module, hlo: str, mesh: Sequence[tuple[str, int]]) -> Ledg
     found, problems = find(module, mesh)
     rows = tuple(row for one in found for row in _rows(one))
     spelled = len(SPELLED.findall(_without_strings(hlo)))
-    distinct = len({(one.computation, one.instruction.name) for one in found})
+    distinct = len({place for one in found for place in one.places})
     if spelled > distinct:
         missing = spelled - distinct
         problems.append(f"{missing} of {spelled} collectives in the text were not read")

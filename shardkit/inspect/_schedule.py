@@ -22,6 +22,7 @@ _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _NESTED = ("call", "conditional", "async-start")
 # Scalars and indices cost nothing that would show.
 _SMALL = 1024
+_CHAIN_END = "async-collective-done"
 Key = tuple[str, str, str, Axes]
 
 
@@ -111,7 +112,7 @@ class Schedule:
             if rows := list(self._collectives(here, instruction)):
                 self._send(played, wires, here, instruction, rows)
             elif instruction.operands and instruction.operands[0] in wires.ends:
-                self._receive(played, wires, instruction)
+                self._receive(played, wires, here, instruction)
             elif instruction.opcode == "while":
                 body = self._computation(dict(instruction.calls)["body"])
                 played.include(body, self._trips(here, instruction))
@@ -160,11 +161,19 @@ class Schedule:
             wires.ends[instruction.name] = (end, key)
             return
         self._compute(played, here, instruction)
-        self._wait(played, end, key)
+        # An overlapped fusion starts a chain that goes on behind the compute of its other steps.
+        if instruction.opcode == "fusion" and rows[0].overlapped:
+            wires.ends[instruction.name] = (end, key)
+        else:
+            self._wait(played, end, key)
 
-    def _receive(self, played: Played, wires: _Wires, instruction: Instruction) -> None:
+    def _receive(
+        self, played: Played, wires: _Wires, here: Computation, instruction: Instruction
+    ) -> None:
         end, key = wires.ends[instruction.operands[0]]
-        if instruction.opcode.endswith("-done"):
+        if instruction.opcode == "fusion":
+            self._compute(played, here, instruction)
+        if instruction.opcode.endswith("-done") or instruction.name.startswith(_CHAIN_END):
             self._wait(played, end, key)
         else:
             wires.ends[instruction.name] = (end, key)
