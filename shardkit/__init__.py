@@ -19,6 +19,7 @@ from ._errors import (
 from ._precision import Precision
 from ._remat import remat
 from ._types import Accumulate, Loss, Mean, Named, Variables
+from ._weight import weight
 from .adapters import Model, from_linen, from_nnx
 from .checkpoint import Checkpointer, Keep
 from .config import Config
@@ -78,4 +79,5 @@ __all__ = [
     "simulate_devices",
     "strategies",
     "verify",
+    "weight",
 ]

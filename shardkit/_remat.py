@@ -19,10 +19,16 @@ _policies = jax.checkpoint_policies
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
+# Name of what a strategy, not a policy, decided to keep; nothing has it unless one did.
+KEPT = "kept_weight"
+_kept = _policies.save_only_these_names(KEPT)
+
 _NAMED: dict[str, Callable[..., Any]] = {
-    "full": _policies.nothing_saveable,
-    "dots": _policies.dots_saveable,
-    "dots_no_batch": _policies.dots_with_no_batch_dims_saveable,
+    "full": _kept,
+    "dots": _policies.save_from_both_policies(_policies.dots_saveable, _kept),
+    "dots_no_batch": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable, _kept
+    ),
 }
 _SAVE = "save:"
 
@@ -78,7 +84,7 @@ def policy(name: str) -> Policy | None:
         return Policy(name, _NAMED[name])
     names = [n.strip() for n in name.removeprefix(_SAVE).split(",")]
     if name.startswith(_SAVE) and all(names):
-        return Policy(name, _policies.save_only_these_names(*names), tuple(names))
+        return Policy(name, _policies.save_only_these_names(KEPT, *names), tuple(names))
     known = ["none", *_NAMED]
     why = f"unknown policy; known: {', '.join(known)}, save:<name>,<name>."
     problem = Problem(f"remat={name!r}", why + did_you_mean(name, known))

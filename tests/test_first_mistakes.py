@@ -91,7 +91,7 @@ def test_put_takes_a_batch_from_anywhere(step, mesh):
 
 
 def test_an_axis_that_splits_nothing_is_a_finding(mesh, step):
-    idle = compiled(mesh, strategy=sk.strategies.data()).report().findings
+    idle = compiled(mesh, strategy=sk.Strategy(batch=P("data"))).report().findings
     assert [(one.kind, one.axes) for one in idle] == [("idle_axis", ("tensor",))]
     assert not step.report().findings
 

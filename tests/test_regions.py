@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 import shardkit as sk
 from shardkit._regions import Carrier, region
 
+DATA = sk.strategies.data() | sk.Strategy(kinds=(("own", "other"),))
 BATCH = {"x": np.arange(32, dtype=np.float32).reshape(8, 4) / 32}
 
 
@@ -31,7 +32,6 @@ def step_with(*carriers, mesh=None):
     def loss(params, batch, key):
         return region("product", product)(batch["x"], params["w"]).mean()
 
-    strategy = sk.strategies.data()
     regions = tuple(("product", one) for one in carriers)
     return sk.compile_step(
         loss,
@@ -39,7 +39,7 @@ def step_with(*carriers, mesh=None):
         init=lambda key: {"w": jnp.ones((4, 2))},
         batch=BATCH,
         mesh=mesh or sk.MeshSpec(data=4, other=2).build(),
-        strategy=dataclasses.replace(strategy, regions=regions),
+        strategy=dataclasses.replace(DATA, regions=regions),
     )
 
 
@@ -69,6 +69,6 @@ def test_two_carriers_of_one_region_do_not_join():
 
 
 def test_a_region_that_the_model_lacks_is_an_error():
-    strategy = dataclasses.replace(sk.strategies.data(), regions=(("attention", Scaled("data")),))
+    strategy = dataclasses.replace(DATA, regions=(("attention", Scaled("data")),))
     with pytest.raises(sk.StepError, match=r"the model marks no attention(.|\n)*sk.attention"):
         step_with().replace(strategy=strategy)

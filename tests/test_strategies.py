@@ -201,13 +201,6 @@ def test_two_rules_for_the_batch_do_not_join():
         rule | data()
 
 
-def test_one_axis_for_two_kinds_is_an_error_that_names_the_leaf():
-    with pytest.raises(sk.ShardingError) as caught:
-        compiled(fsdp("data") | tensor("data"), {"data": 8})
-    assert "uses axis 'data' twice" in str(caught.value)
-    assert "params/embedding f32[32,16]" in str(caught.value)
-
-
 def test_own_names_are_added_to_a_ready_strategy():
     own = tensor().with_names(params={"filters": "tensor"}, activations={"pixels": None})
     assert own.params.spec(("embed", "filters")) == P(None, "tensor")
@@ -220,8 +213,3 @@ def test_names_fit_only_a_strategy_with_a_table():
         sk.Strategy().with_names(params={"filters": "tensor"})
     with pytest.raises(sk.StepError, match="no table of logical names to add to"):
         sk.Strategy().with_names(activations={"pixels": None})
-
-
-def test_an_axis_that_the_mesh_lacks_is_an_error_with_the_nearest_one():
-    with pytest.raises(sk.ShardingError, match="Did you mean 'tensor'"):
-        compiled(tensor("tensr"), {"data": 2, "tensor": 4})

@@ -24,13 +24,13 @@ def data(n: int, gradients: float) -> float:
     return 2 * (n - 1) / n * gradients
 
 
-def fsdp(n: int, weights: float, gradients: float) -> float:
-    """Weights gathered for forward and for backward, gradients reduce-scattered.
+def fsdp(n: int, weights: float, gradients: float, gathers: int = 2) -> float:
+    """Weights gathered for forward and, unless they are kept, for backward; gradients scattered.
 
-    >>> fsdp(4, 1000, 1000)
-    2250.0
+    >>> fsdp(4, 1000, 1000), fsdp(4, 1000, 1000, gathers=1)
+    (2250.0, 1500.0)
     """
-    return (n - 1) / n * (2 * weights + gradients)
+    return (n - 1) / n * (gathers * weights + gradients)
 
 
 def zero(n: int, weights: float, gradients: float) -> float:
@@ -158,7 +158,9 @@ def minimum(
         return zero(n, sent, _bytes(whole, sizes, declared.reduce_dtype))
     if kind == "fsdp":
         weights = n * _bytes(split, sizes, declared.compute_dtype)
-        return replicated + fsdp(n, weights, n * _bytes(split, sizes, declared.reduce_dtype))
+        gradients = n * _bytes(split, sizes, declared.reduce_dtype)
+        kept = declared.kinds[axis] == "fsdp+kept"
+        return replicated + fsdp(n, weights, gradients, gathers=1 if kept else 2)
     if kind == "tensor" and declared.activation_bytes is not None and declared.layers is not None:
         return tensor(n, declared.activation_bytes, declared.layers)
     return None

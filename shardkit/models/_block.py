@@ -23,6 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from .._constrain import constrain, constrain_gradient
 from .._remat import in_turn
+from .._weight import weight
 from ._attention import attention
 from ._config import DecoderConfig
 from ._dense import dense
@@ -85,11 +86,11 @@ def block(
     with jax.named_scope("attention"):
         mixed = in_turn(functools.partial(_mix, config), "attn_out")
         y = mixed(weights, x_BTE, by, segment_ids)
-        x_BTE = x_BTE + _branch_output(config, y, keys[0], "attn_out")
+        x_BTE = x_BTE + _branch_output(config, y, weights.get("out_bias"), keys[0], "attn_out")
     with jax.named_scope("mlp"):
         h = _branch_input(config, x_BTE, weights["mlp_norm"], "mlp_in")
         y = _feed_forward(weights, h)
-        x_BTE = x_BTE + _branch_output(config, y, keys[1], "mlp_out")
+        x_BTE = x_BTE + _branch_output(config, y, weights.get("down_bias"), keys[1], "mlp_out")
     return constrain(x_BTE, "batch", "residual_length", "embed")
 
 
@@ -112,11 +113,27 @@ def _branch_input(
 
 
 def _branch_output(
-    config: DecoderConfig, y_BTE: jax.Array, key: jax.Array | None, name: str
+    config: DecoderConfig,
+    y_BTE: jax.Array,
+    bias: jax.Array | None,
+    key: jax.Array | None,
+    name: str,
 ) -> jax.Array:
-    """Marks what a branch adds; constrained before anything else, so one reduction is enough."""
+    """Marks what a branch adds; constrained before anything else, so one reduction is enough.
+
+    The bias comes after it: added to the parts of the sum, it would be added once per device.
+    """
     y = checkpoint_name(constrain(y_BTE, "batch", "residual_length", "embed"), name)
-    return dropout(y, config.dropout, key)
+    return dropout(y if bias is None else y + bias, config.dropout, key)
+
+
+def _product(
+    h_BTE: jax.Array, weights: Mapping[str, jax.Array], name: str, *outputs: str
+) -> jax.Array:
+    """A product that widens, with its bias if it has one; `outputs` name the dims it makes."""
+    y = dense(h_BTE, weight(weights[name], "embed", *outputs))
+    bias = weights.get(f"{name}_bias")
+    return y if bias is None else y + bias
 
 
 def _attend(
@@ -126,9 +143,9 @@ def _attend(
     by: Rotation,
     segment_ids: jax.Array | None,
 ) -> jax.Array:
-    q = dense(h_BTE, weights["query"])
-    k = dense(h_BTE, weights["key"])
-    v = dense(h_BTE, weights["value"])
+    q = _product(h_BTE, weights, "query", "heads", "head_dim")
+    k = _product(h_BTE, weights, "key", "kv_heads", "head_dim")
+    v = _product(h_BTE, weights, "value", "kv_heads", "head_dim")
     q = constrain(rotate(q, by), "batch", "length", "heads", "head_dim")
     k = constrain(rotate(k, by), "batch", "length", "kv_heads", "head_dim")
     v = constrain(v, "batch", "length", "kv_heads", "head_dim")
@@ -137,14 +154,16 @@ def _attend(
         q, k, v, causal=True, segment_ids=segment_ids, implementation=config.attention
     )
     mixed = constrain(mixed, "batch", "length", "heads", "head_dim")
-    return constrain_gradient(dense(mixed, weights["out"], 2), _BRANCH)
+    out = weight(weights["out"], "heads", "head_dim", "embed")
+    return constrain_gradient(dense(mixed, out, 2), _BRANCH)
 
 
 def _feed_forward(weights: Mapping[str, jax.Array], h_BTE: jax.Array) -> jax.Array:
-    gate = constrain(dense(h_BTE, weights["gate"]), "batch", "length", "mlp")
-    up = constrain(dense(h_BTE, weights["up"]), "batch", "length", "mlp")
+    gate = constrain(_product(h_BTE, weights, "gate", "mlp"), "batch", "length", "mlp")
+    up = constrain(_product(h_BTE, weights, "up", "mlp"), "batch", "length", "mlp")
     gate, up = checkpoint_name((gate, up), "mlp_hidden")
-    return constrain_gradient(_narrow(gate, up, weights["down"]), _BRANCH)
+    down = weight(weights["down"], "mlp", "embed")
+    return constrain_gradient(_narrow(gate, up, down), _BRANCH)
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)

@@ -10,7 +10,7 @@ _COUNTS = ("vocab", "embed", "layers", "heads", "mlp", "loss_chunks")
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """A Llama-family decoder: RMSNorm, rotary embedding, grouped queries, SwiGLU, no biases.
+    """A Llama-family decoder: RMSNorm, rotary embedding, grouped queries, SwiGLU.
 
     Attributes:
       vocab: number of tokens.
@@ -21,6 +21,7 @@ class DecoderConfig:
       kv_heads: key and value heads, a divisor of `heads`; None: as many as `heads`.
       head_dim: width of one head, even; None: `embed // heads`.
       tied: whether the output head is the embedding table.
+      bias: whether every product but the output head adds a bias.
       rope_theta: base of the rotary frequencies.
       norm_eps: added to the mean square inside every norm.
       dropout: share of each branch's output that is dropped in training.
@@ -46,6 +47,7 @@ class DecoderConfig:
     kv_heads: int | None = None
     head_dim: int | None = None
     tied: bool = False
+    bias: bool = False
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
     dropout: float = 0.0

@@ -45,6 +45,7 @@ class Layers(nnx.Module):
       out: [layers, heads, head_dim, embed].
       gate, up: [layers, embed, mlp]; down: [layers, mlp, embed].
       attn_norm, mlp_norm: [layers, embed].
+      query_bias, …: [layers, *outputs of the product], zero at first; only where `config.bias`.
     """
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
@@ -68,6 +69,22 @@ class Layers(nnx.Module):
         self.down = stacked((c.mlp, c.embed), c.mlp * thin, "mlp", "embed")
         self.attn_norm = _param(jnp.ones((c.layers, c.embed)), "layers", "norm")
         self.mlp_norm = _param(jnp.ones((c.layers, c.embed)), "layers", "norm")
+        if c.bias:
+            self._add_biases(c)
+
+    def _add_biases(self, c: DecoderConfig) -> None:
+        """A bias whose product splits its inputs is added once, after the sum: it is `norm`."""
+        heads = {"query": "heads", "key": "kv_heads", "value": "kv_heads"}
+        sizes = {"heads": c.heads, "kv_heads": c.key_heads, "mlp": c.mlp, "norm": c.embed}
+        for name, axis in (
+            heads | {"gate": "mlp", "up": "mlp", "out": "norm", "down": "norm"}
+        ).items():
+            inner = ((c.head_size, "head_dim"),) if name in heads else ()
+            shape = (c.layers, sizes[axis], *(size for size, _ in inner))
+            bias = _param(
+                jnp.zeros(shape), "layers", axis, *(inner_axis for _, inner_axis in inner)
+            )
+            setattr(self, f"{name}_bias", bias)
 
     def weights(self) -> dict[str, jax.Array]:
         """The arrays by name, each with its leading `layers` dim."""

@@ -3,21 +3,60 @@
 `x[B_fsdp, D] · W[D_fsdp, F] → y[B_fsdp, F]`, W gathered where it is used.
 
 Collectives per step, n devices, W bytes of weights in compute dtype, G of gradients: gather
-forward, gather backward, reduce-scatter of gradients: (n−1)/n · (2W + G) per device.
+forward, gather backward, reduce-scatter of gradients: (n−1)/n · (2W + G) per device. Weights are
+gathered layer by layer inside the scan over layers. With `reshard_after_forward=False` they are
+kept from forward to backward: (n−1)/n · (W + G), and W more memory.
 
 Use when weights, gradients and optimizer state do not fit, and the batch is large enough that
 computing on it takes longer than gathering weights. Do not use across slow links for small
 batches per device (`data` across them, `fsdp` inside).
 """
 
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
+from .._constrain import constrain
+from .._regions import Carrier, Surroundings
+from .._remat import KEPT
 from ..rules import chain, shard_largest
 from ._names import activations, params
 from ._strategy import Strategy
 
 
-def fsdp(axis: str = "fsdp", min_size: int = 1024) -> Strategy:
+@dataclasses.dataclass(frozen=True)
+class KeptWeights(Carrier):
+    """Gathers a weight where `sk.weight` marks it, under a name that every remat policy keeps."""
+
+    def __call__(
+        self, around: Surroundings, plain: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Returns the weight, whole over the axis."""
+        x, names = args
+        return checkpoint_name(_gathered(x, names), KEPT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+    """The constraint holds for the weight alone: its gradient is to be scattered, not gathered."""
+    return constrain(x, *names)
+
+
+def _gathered_fwd(x: jax.Array, names: tuple[str | None, ...]) -> tuple[jax.Array, None]:
+    return _gathered(x, names), None
+
+
+_gathered.defvjp(_gathered_fwd, lambda names, _, g: (g,))
+
+
+def fsdp(
+    axis: str = "fsdp", min_size: int = 1024, *, reshard_after_forward: bool = True
+) -> Strategy:
     """Splits rows, and every parameter over its `embed` dim, over one mesh axis.
 
     A model without logical names has each parameter split over the largest dim that the axis
@@ -26,6 +65,8 @@ def fsdp(axis: str = "fsdp", min_size: int = 1024) -> Strategy:
     Args:
       axis: name of the mesh axis.
       min_size: parameters of models without names that have fewer elements are replicated.
+      reshard_after_forward: False keeps the weights that the model marks with `sk.weight` gathered
+        from forward to backward, whatever the remat policy: one gather less, more memory.
 
     Returns:
       A strategy for any model.
@@ -37,5 +78,6 @@ def fsdp(axis: str = "fsdp", min_size: int = 1024) -> Strategy:
         params=chain(params({"embed": axis}), shard_largest(axis, min_size=min_size)),
         batch=PartitionSpec(axis),
         activations=activations({"batch": axis}),
-        kinds=(("fsdp", axis),),
+        kinds=(("fsdp" if reshard_after_forward else "fsdp+kept", axis),),
+        regions=() if reshard_after_forward else (("weight", KeptWeights(axis)),),
     )

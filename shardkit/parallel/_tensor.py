@@ -11,24 +11,38 @@ Use inside a fast domain (one host, one torus row), when the batch per device is
 more `fsdp`. Do not use across slow links: its collectives stand in the way of every layer.
 """
 
+from .._errors import Problem, StepError, did_you_mean, raise_all
 from ._names import activations, params
 from ._strategy import Strategy
 
+KV_HEADS = ("split", "replicate")
 
-def tensor(axis: str = "tensor", *, sequence: bool = False) -> Strategy:
+
+def tensor(axis: str = "tensor", *, sequence: bool = False, kv_heads: str = "split") -> Strategy:
     """Splits heads, MLP width and vocabulary over a mesh axis.
 
     Args:
       axis: name of the mesh axis.
       sequence: split the residual stream between blocks over length on the same axis.
+      kv_heads: `"split"` splits key and value heads as query heads, whose number must then be a
+        multiple of the axis; `"replicate"` has every device make all key and value heads and use
+        those of its own queries, for grouped queries with fewer groups than devices.
 
     Returns:
       A strategy for models that carry the conventional logical names.
 
+    Raises:
+      StepError: `kv_heads` is neither.
+
     >>> tensor(sequence=True).activations.spec(("batch", "residual_length", "embed"))
     P(None, 'tensor')
     """
-    split = {"heads": axis, "kv_heads": axis, "mlp": axis, "vocab": axis}
+    if kv_heads not in KV_HEADS:
+        why = f"known: {', '.join(KV_HEADS)}.{did_you_mean(kv_heads, KV_HEADS)}"
+        problem = Problem(f"tensor(kv_heads={kv_heads!r})", why, 'kv_heads="replicate"')
+        raise_all(StepError, "There is no such policy for key and value heads.", [problem])
+    split = {"heads": axis, "mlp": axis, "vocab": axis}
+    split |= {"kv_heads": axis} if kv_heads == "split" else {}
     stream = {"residual_length": axis} if sequence else {}
     return Strategy(
         params=params(split),

@@ -14,7 +14,7 @@ from .._precision import Precision, cast_floats
 from .._tree import Leaf, leaves, path_str
 from .._types import Named, Variables
 from ..optim import FollowParams, update_specs
-from ..parallel import Strategy
+from ..parallel import Strategy, check_composition, check_used
 from ..rules import Rule, axes_of, chain, check_batch, collect, format_mesh
 from ..state import TrainState
 
@@ -112,12 +112,13 @@ def resolve_layout(
       steps: micro-batches per step, which the rows must divide into.
 
     Raises:
-      ShardingError: with every leaf of parameters, optimizer state, extra and batch that cannot
-        be laid out.
+      ShardingError: the strategies fit neither each other nor the mesh; or with every leaf of
+        parameters, optimizer state, extra and batch that cannot be laid out.
     """
+    sizes = dict(mesh.shape)
+    check_composition(strategy, sizes)
     state, names = _abstract_state(init, optimizer, precision)
 
-    sizes = dict(mesh.shape)
     problems: list[Problem] = []
     params = leaves(state.params, names)
     specs = _resolved(strategy.params, params, sizes, "params", problems)
@@ -136,6 +137,8 @@ def resolve_layout(
     rows, row_axes = _rows(batch_leaves, batch_specs, sizes, steps, problems)
     lost = count(len({problem.subject for problem in problems}), "leaf")
     raise_all(ShardingError, f"{lost} cannot be laid out on mesh {format_mesh(sizes)}.", problems)
+    placements = [*specs.values(), *extra.values(), *opt_state.values(), *batch_specs.values()]
+    check_used(strategy, sizes, {axis for spec in placements for e in spec for axis in axes_of(e)})
 
     scalar = NamedSharding(mesh, PartitionSpec())
     shardings = TrainState(

@@ -1,0 +1,112 @@
+"""Compositions that make no sense: what strategies and a mesh must have in common.
+
+Each strategy knows its own axis; only here are all of them seen together, with the mesh.
+"""
+
+import itertools
+from collections.abc import Collection, Mapping
+
+from jax.sharding import PartitionSpec
+
+from .._errors import Problem, ShardingError, count, did_you_mean, raise_all
+from ..rules import axes_of, format_mesh
+from ._strategy import Strategy
+
+# Kinds that split rows over an axis, on which experts may live too: routed tokens change devices.
+_ROWS = frozenset({"data", "fsdp", "zero"})
+_BESIDE_ROWS = frozenset({"expert"})
+
+
+def check_composition(strategy: Strategy, sizes: Mapping[str, int]) -> None:
+    """Refuses strategies that do not fit each other or the mesh.
+
+    Args:
+      strategy: the joined strategies.
+      sizes: `{mesh axis: size}`.
+
+    Raises:
+      ShardingError: two strategies for one axis, an axis that the mesh lacks, or state split by
+        ZeRO over an axis that splits no rows; all of them in one message.
+    """
+    problems = [*_shared_axes(strategy), *_absent_axes(strategy, sizes), *_zero(strategy, sizes)]
+    headline = f"The strategies do not fit together on mesh {format_mesh(sizes)}."
+    raise_all(ShardingError, headline, problems)
+
+
+def check_used(strategy: Strategy, sizes: Mapping[str, int], used: Collection[str]) -> None:
+    """Refuses a mesh axis on which ready strategies leave every device to do the same.
+
+    A strategy without `kinds` is its author's own: there an idle axis is a finding of the report.
+
+    Args:
+      strategy: the joined strategies.
+      sizes: `{mesh axis: size}`.
+      used: mesh axes that split some leaf of state or batch.
+
+    Raises:
+      ShardingError: naming each such axis.
+    """
+    named = {axis for _, axis in strategy.kinds} | set(used)
+    named |= {carrier.axis for _, carrier in strategy.regions}
+    if strategy.activations:
+        named |= {axis for _, axes in strategy.activations.table for axis in axes}
+    problems = [
+        Problem(
+            f"mesh axis {axis!r}",
+            f"no strategy uses it: its {size} devices would do the same work "
+            f"(strategies are on {', '.join(repr(axis) for _, axis in strategy.kinds)})",
+            f"| strategies.data({axis!r}), leave {axis!r} out of the MeshSpec, or, where the loss "
+            f'uses it itself, | sk.Strategy(kinds=(("own", {axis!r}),))',
+        )
+        for axis, size in sizes.items()
+        if strategy.kinds and size > 1 and axis not in named
+    ]
+    headline = f"{count(len(problems), 'axis')} of mesh {format_mesh(sizes)} would be idle."
+    raise_all(ShardingError, headline, problems)
+
+
+def _shared_axes(strategy: Strategy) -> list[Problem]:
+    problems = []
+    for (one, axis), (other, again) in itertools.combinations(strategy.kinds, 2):
+        if axis == again and not _together(one, other):
+            why = f"is taken by {one} and by {other}; each needs an axis of its own"
+            fix = f"strategies.{_function(other)}(axis) with another axis of the mesh, or only one"
+            problems.append(Problem(f"mesh axis {axis!r}", why, fix))
+    return problems
+
+
+def _together(one: str, other: str) -> bool:
+    kinds = {_function(one), _function(other)}
+    return bool(kinds & _ROWS) and bool(kinds & _BESIDE_ROWS)
+
+
+def _function(kind: str) -> str:
+    """`tensor` for `tensor+sequence`: the strategy that makes a kind."""
+    return kind.partition("+")[0]
+
+
+def _absent_axes(strategy: Strategy, sizes: Mapping[str, int]) -> list[Problem]:
+    return [
+        Problem(
+            f"mesh axis {axis!r}",
+            f"is used by {kind}; mesh has {format_mesh(sizes)[1:-1]}.{did_you_mean(axis, sizes)}",
+            f"MeshSpec(..., {axis}=2), or strategies.{_function(kind)}(axis) with one of "
+            + ", ".join(map(repr, sizes)),
+        )
+        for kind, axis in strategy.kinds
+        if axis not in sizes
+    ]
+
+
+def _zero(strategy: Strategy, sizes: Mapping[str, int]) -> list[Problem]:
+    """Over an axis that splits no rows every device has the whole gradient already."""
+    zero, batch = strategy.zero, strategy.batch
+    if zero is None or zero.axis not in sizes or not isinstance(batch, PartitionSpec):
+        return []
+    rows = axes_of(batch[0]) if len(batch) else ()
+    if zero.axis in rows:
+        return []
+    over = f"they are over {', '.join(map(repr, rows))}" if rows else "none are split"
+    why = f"splits the update over {zero.axis!r}, which splits no rows of the batch: {over}"
+    fix = f"batch=P({tuple(dict.fromkeys((*rows, zero.axis)))!r})"
+    return [Problem(f"zero({zero.axis!r})", why, fix)]
