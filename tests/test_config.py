@@ -172,7 +172,7 @@ def test_what_cannot_be_read_is_told_before_what_a_group_refuses():
         ("model=lama2-7b", "no size 'lama2-7b'; known: nano, "),
         ("model=lama2-7b", "Did you mean 'llama2-7b'?"),
         ("strategy=fsdp|tensr", "no strategy 'tensr'; known: "),
-        ("strategy=tensor(seq=1)", "tensor has options axis, sequence, not 'seq'."),
+        ("strategy=tensor(seq=1)", "tensor has options axis, sequence, kv_heads, not 'seq'."),
         ("strategy=fsdp(", "expected ready strategies such as data|tensor(sequence=True)"),
         ("strategy=__import__('os')", "expected ready strategies such as"),
         ("mesh=data", "expected axis=size,axis=size, got 'data'."),
