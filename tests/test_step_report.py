@@ -2,11 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 from optax import contrib
 
 import shardkit as sk
+from shardkit.inspect import Report
 
 ROWS, EMBED, MLP = 256, 32, 64
 TABLE = sk.PathRules({"up": P("fsdp"), "u*": P(None, "fsdp"), "gate": P()}, allow_unmatched=True)
@@ -79,3 +81,47 @@ def test_the_optimizers_products_are_no_model_flops(report):
     assert report.flops.update > 0
     assert report.flops.total == report.flops.model + report.flops.update
     assert f"{report.flops.update:.4g} by the optimizer" in str(report)
+
+
+def test_what_goes_beyond_the_minimum_is_explained():
+    """Products that share their input have their gradients reduced apart by XLA's CPU compiler."""
+    layers, rows, length, embed, mlp = 3, 8, 16, 32, 64
+    shape = {"layers": layers, "embed": embed, "mlp": mlp}
+
+    def init(key):
+        def one(*names):
+            return sk.Named(jax.random.normal(key, tuple(shape[n] for n in names)), names)
+
+        column, row = ("layers", "embed", "mlp"), ("layers", "mlp", "embed")
+        return [{"up": one(*column), "gate": one(*column), "down": one(*row)} for _ in range(2)]
+
+    def pair(x, w):
+        x = sk.constrain(x, "batch", "length", "embed")
+        hidden = sk.constrain(jnp.tanh(x @ w["up"]) * (x @ w["gate"]), "batch", "length", "mlp")
+        return sk.constrain(x + hidden @ w["down"], "batch", "length", "embed")
+
+    def loss(params, batch, key):
+        def layer(x, w):
+            return pair(pair(x, w[0]), w[1]), None
+
+        return jnp.mean(jax.lax.scan(layer, batch["x"], params)[0] ** 2)
+
+    report = sk.compile_step(
+        loss,
+        optax.sgd(0.1),
+        init=init,
+        batch={"x": jax.ShapeDtypeStruct((rows, length, embed), jnp.float32)},
+        mesh=sk.MeshSpec(data=2, tensor=4).build(),
+        strategy=sk.strategies.data() | sk.strategies.tensor(),
+    ).report()
+    least = next(one for one in report.minima if one.axis == "tensor")
+    activation = 4 * rows // 2 * length * embed
+    assert least.bytes == layers * 8 * 3 / 4 * activation
+    # Two pairs a layer, each with one all-reduce too many.
+    (apart, extra), *others = least.excess
+    assert apart == "of gradients reduced apart for each product that shares an input"
+    assert extra == layers * 2 * 2 * 3 / 4 * activation
+    assert least.wire - least.bytes == pytest.approx(extra + sum(n for _, n in others), rel=0.01)
+    (line,) = [one for one in str(report).splitlines() if one.startswith("tensor sends")]
+    assert "more than its minimum: " in line
+    assert Report.from_json(report.to_json()) == report

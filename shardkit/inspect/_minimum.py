@@ -8,11 +8,16 @@ they are reduced in, one `[batch, length, embed]` activation A. Sources: Rajbhan
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from ._excess import excess
 from ._ledger import Ledger, Row
 from ._program import Declared, Placed, base_kind
+
+# A ratio up to this needs no explanation.
+_SPARE = 1.1
 
 
 def data(n: int, gradients: float) -> float:
@@ -95,12 +100,14 @@ class Minimum:
       kind: kind of parallelism on it.
       bytes: fewest wire bytes per device and step.
       wire: what is sent over the axis; see `wire_over`.
+      excess: (what, bytes) of what goes beyond the minimum, as far as the rows tell.
     """
 
     axis: str
     kind: str
     bytes: float
     wire: int
+    excess: tuple[tuple[str, int], ...] = ()
 
     @property
     def ratio(self) -> float | None:
@@ -117,9 +124,36 @@ def wire_over(ledger: Ledger, axis: str, sizes: Mapping[str, int], leaves: Seque
     b of V/a send together. The axes that split parameters come first, as for gradients that are
     scattered before they are reduced over the rest.
     """
+    share = _shares(axis, sizes, leaves)
+    return round(sum(share(row) for row in _counted(ledger, axis)))
+
+
+def beside(
+    ledger: Ledger,
+    axis: str,
+    sizes: Mapping[str, int],
+    leaves: Sequence[Placed],
+    declared: Declared,
+) -> Minimum | None:
+    """The minimum of an axis beside what a program sends over it; None where there is none."""
+    least, kind = minimum(axis, sizes, leaves, declared), declared.kinds[axis]
+    if least is None:
+        return None
+    share, rows = _shares(axis, sizes, leaves), _counted(ledger, axis)
+    wire = wire_over(ledger, axis, sizes, leaves)
+    more = excess(rows, kind, least, declared, share) if wire > _SPARE * least else ()
+    return Minimum(axis, base_kind(kind), least, wire, more)
+
+
+def _counted(ledger: Ledger, axis: str) -> list[Row]:
+    return [row for row in ledger.where(axis) if not row.by_optimizer]
+
+
+def _shares(
+    axis: str, sizes: Mapping[str, int], leaves: Sequence[Placed]
+) -> Callable[[Row], float]:
     splitting = {name for leaf in leaves if leaf.part == "params" for name in leaf.axes()}
-    rows = [row for row in ledger.where(axis) if not row.by_optimizer]
-    return round(sum(_share(row, axis, sizes, splitting) for row in rows))
+    return functools.partial(_share, axis=axis, sizes=sizes, splitting=splitting)
 
 
 def _share(row: Row, axis: str, sizes: Mapping[str, int], splitting: set[str]) -> float:

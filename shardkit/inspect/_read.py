@@ -7,8 +7,8 @@ from ._flops import count_flops
 from ._layouts import layouts
 from ._ledger import Ledger, ledger_of
 from ._memory import advice, read_memory
-from ._minimum import Minimum, minimum, wire_over
-from ._program import Program, base_kind
+from ._minimum import Minimum, beside
+from ._program import Program
 from ._reductions import reductions_per_step
 from ._timeline import model_time
 
@@ -43,10 +43,6 @@ def read(program: Program, chip: str | None = None) -> dict[str, Any]:
 
 
 def _minima(program: Program, ledger: Ledger) -> tuple[Minimum, ...]:
-    sizes, kinds = program.sizes, program.declared.kinds
-    known = {axis: minimum(axis, sizes, program.leaves, program.declared) for axis in kinds}
-    return tuple(
-        Minimum(axis, base_kind(kinds[axis]), least, wire_over(ledger, axis, sizes, program.leaves))
-        for axis, least in known.items()
-        if least is not None
-    )
+    sizes, leaves, declared = program.sizes, program.leaves, program.declared
+    found = (beside(ledger, axis, sizes, leaves, declared) for axis in declared.kinds)
+    return tuple(one for one in found if one is not None)

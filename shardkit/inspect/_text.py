@@ -1,6 +1,7 @@
 """Prints a report as tables of at most 100 columns, the most important first."""
 
 import io
+import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -9,8 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from .._tree import format_bytes
+from ._finding import SMALL
 
 if TYPE_CHECKING:
+    from ._minimum import Minimum
     from ._report import Report
 
 _WIDTH = 100
@@ -69,13 +72,21 @@ def _axes(report: "Report") -> RenderableType:
     total = f"{atleast}{format_bytes(report.ledger.total())}"
     columns = {"axes": 20, "wire": 9, "hidden": 9, "optimizer": 9, "axis minimum": 24}
     columns |= {"ratio": 5, "reductions": 10}
-    if not any(row.by_optimizer for row in report.ledger):
+    if not any(row.by_optimizer and row.payload_bytes > SMALL for row in report.ledger):
         del columns["optimizer"]
     table = _table(*columns.items())
     for axes, wire in report.ledger.by_axes().items():
         cells = _axes_cells(report, axes, wire)
         table.add_row(*(cells[name] for name in columns))
-    return Group(_title(f"Sent per step: {total}"), table)
+    more = (Text(line) for one in report.minima if one.excess for line in _excess(one))
+    return Group(_title(f"Sent per step: {total}"), table, *more)
+
+
+def _excess(least: "Minimum") -> list[str]:
+    parts = "; ".join(f"{format_bytes(size)} {what}" for what, size in least.excess)
+    over = format_bytes(least.wire - least.bytes)
+    text = f"{least.axis} sends {over} more than its minimum: {parts}."
+    return textwrap.wrap(text, _WIDTH, subsequent_indent="    ")
 
 
 def _axes_cells(report: "Report", axes: tuple[str, ...], wire: int) -> dict[str, str]:

@@ -72,9 +72,19 @@ function draw_traffic() {
     ),
     bound(report.ledger.problems),
     made.node,
+    ...report.minima.filter((one) => one.excess?.length).map(beyond),
     by_sets(rows),
   );
 }
+
+const beyond = (one) =>
+  el(
+    "p",
+    { class: "quiet" },
+    `${one.axis} sends ${bytes(one.wire - one.bytes)} more than its minimum: ` +
+      one.excess.map(([what, n]) => `${bytes(n)} ${what}`).join("; ") +
+      ".",
+  );
 
 const ratio = (one) =>
   one.ratio === null
