@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from shardkit.checkpoint import Checkpointer
 from shardkit.cli import _main as entry
 from shardkit.cli import main
 from shardkit.cli._command import Command
@@ -166,6 +167,11 @@ def test_ctrl_c_ends_a_run_cleanly(tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors == "Interrupted.\nMetrics so far are in runs/nano/metrics.jsonl.\n"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines[-1] == {"kind": "stopped", "why": "interrupted"}
+    done = lines[-2]["step"]
+    assert errors == (
+        f"Interrupted.\nStep {done} is saved; the same command goes on from it.\n"
+        "Metrics so far are in runs/nano/metrics.jsonl.\n"
+    )
+    assert Checkpointer(tmp_path / "runs" / "nano" / "checkpoints").steps()[-1] == done

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from .._errors import CheckpointError, DamageError, Problem, format_problems
-from ._files import list_steps, locked, set_aside, step_folder, sweep
+from ._files import is_locked, list_steps, locked, set_aside, step_folder, sweep
 from ._keep import Keep
 from ._manifest import Manifest, read_manifest
 from ._match import by_path
@@ -95,6 +95,11 @@ class Checkpointer:
     def steps(self) -> tuple[int, ...]:
         """Lists the complete steps, oldest first."""
         return list_steps(self.folder)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether some process, perhaps this one, is inside a `with` block on the folder."""
+        return is_locked(self.folder)
 
     def manifest(self, step: int | None = None) -> Manifest:
         """Reads what a step, by default the newest, says of itself; needs no device.

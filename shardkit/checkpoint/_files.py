@@ -35,7 +35,7 @@ def saving_folder(root: Path, step: int) -> Path:
     """Makes the folder in which a step is written before it has its name."""
     path = root / f"{_SAVING}{step_folder(root, step).name}"
     shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
+    path.mkdir()  # a folder that vanished under a run is told, not made anew
     return path
 
 
@@ -101,6 +101,18 @@ def locked(root: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+
+
+def is_locked(root: Path) -> bool:
+    """Whether a process writes there now."""
+    if not (root / ".lock").exists():
+        return False
+    with (root / ".lock").open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def checksums(folder: Path) -> dict[str, SavedFile]:

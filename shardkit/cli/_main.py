@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from .._errors import ShardkitError
+from ..run import Stopped
 from ._command import Command, add_shared
 from ._explain import EXPLAIN
 from ._train import TRAIN
@@ -17,7 +18,8 @@ from ._verify import VERIFY
 # The command line is closed: a command is added here and nowhere else.
 COMMANDS: tuple[Command, ...] = (TRAIN, EXPLAIN, VERIFY)
 
-_FAILED, _REFUSED, _INTERRUPTED = 1, 2, 130
+# 75 is sysexits' EX_TEMPFAIL: nothing is wrong, try again later.
+_FAILED, _REFUSED, _STOPPED, _INTERRUPTED = 1, 2, 75, 130
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
       0; 1 for a failure that is no user's fault; 2 where the user's declaration, config or data
-      cannot be used; 130 after Ctrl-C.
+      cannot be used; 75 where SIGTERM ended a run that can go on; 130 after Ctrl-C.
     """
     arguments = parser().parse_args(argv)
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -54,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         _say(errors, "yellow", "Interrupted.", stop)
         return _INTERRUPTED
+    except Stopped as stop:
+        _say(errors, "yellow", str(stop), stop)
+        return _STOPPED
     except ShardkitError as error:
         _trace(arguments.debug)
         _say(errors, "red", f"{type(error).__name__}: {error}", error)

@@ -4,10 +4,13 @@ from ._config import TrainConfig
 from ._declare import batch_shapes, declare_run, decoder_model
 from ._loop import held_out_bits, run_steps
 from ._sample import printable, sample_bytes
-from ._train import Result, train
+from ._scores import Result
+from ._stop import Stopped
+from ._train import train
 
 __all__ = [
     "Result",
+    "Stopped",
     "TrainConfig",
     "batch_shapes",
     "declare_run",

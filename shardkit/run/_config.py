@@ -1,6 +1,7 @@
 """How long a run is and what it says on the way."""
 
 import dataclasses
+from typing import Literal
 
 from .._errors import ConfigError, Problem, raise_all
 
@@ -21,6 +22,19 @@ class TrainConfig:
       baselines: whether to measure gzip, xz and counting on the held-out bytes.
       out: folder of the run; None for `runs/<name>`. A folder that exists is never written
         to: the run gets the next free number behind its name.
+      checkpoint_every: updates between checkpoints, of which one is always made at the end; 0
+        for none at all.
+      keep: how many of the newest checkpoints stay.
+      keep_every: also every checkpoint of a step that this divides; 0 for none.
+      keep_best: also so many with the fewest held-out bits per byte; an evaluation must fall on
+        their step.
+      resume: `auto` goes on with the newest unfinished run of that name and the same settings,
+        and begins a new one where there is none; `never` begins a new one; anything else is the
+        folder of the run to go on with.
+      on_damage: what a resumed run does when its newest checkpoint is damaged: go on from the
+        `previous` whole one, which it says, or `stop`.
+      on_save_error: what a run does when a checkpoint cannot be written: `stop`, or `go_on`
+        without it, say so, and end with an error if the last one was lost.
     """
 
     steps: int = 400
@@ -32,10 +46,18 @@ class TrainConfig:
     temperature: float = 0.7
     baselines: bool = True
     out: str | None = None
+    checkpoint_every: int = 100
+    keep: int = 2
+    keep_every: int = 0
+    keep_best: int = 0
+    resume: str = "auto"
+    on_damage: Literal["previous", "stop"] = "previous"
+    on_save_error: Literal["stop", "go_on"] = "stop"
 
     def __post_init__(self) -> None:
         """Refuses counts that no loop has."""
         least = {"steps": 1, "eval_every": 0, "eval_batches": 1, "log_every": 1, "sample": 0}
+        least |= {"checkpoint_every": 0, "keep": 1, "keep_every": 0, "keep_best": 0}
         problems = [
             Problem(
                 f"train.{name}={value}", f"must be at least {low}.", f"--set train.{name}={low}"

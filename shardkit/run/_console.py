@@ -128,6 +128,10 @@ class LiveShow:
         """Tells of an evaluation on part of the held-out bytes."""
         self._print(f"step {done}: {bits:.3f} bits/byte on {scored:,} held-out bytes")
 
+    def note(self, line: str) -> None:
+        """Tells of something that happened beside the steps."""
+        self._print(line)
+
     def _print(self, line: str) -> None:
         self._progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
 

@@ -40,9 +40,23 @@ class MetricsFile:
       path: `metrics.jsonl` in the run's folder.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, after: int | None = None) -> None:
+        """Opens the file of a new run, or that of a run which goes on.
+
+        Args:
+          folder: of the run.
+          after: the step at which the run goes on; what it had written of later ones, which will
+            be made again, is cut off.
+        """
         self.path = folder / "metrics.jsonl"
-        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+        new = os.O_EXCL if after is None else 0
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | new | os.O_APPEND, 0o644)
+        if after is not None:
+            os.ftruncate(self._file, _kept_bytes(self.path.read_bytes(), after))
+
+    def sync(self) -> None:
+        """Puts what was written on the disk, before a checkpoint that relies on it."""
+        os.fsync(self._file)
 
     def write(self, kind: str, **values: Any) -> None:
         """Appends `{"kind": kind, ...}` as one line.
@@ -65,3 +79,27 @@ class MetricsFile:
     ) -> None:
         """Closes the file."""
         os.close(self._file)
+
+
+def _kept_bytes(content: bytes, after: int) -> int:
+    """Length of the lines that a run which goes on after a step does not write again."""
+    kept = 0
+    for line in content.splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break  # half a line, of a machine that went down
+        if row["kind"] == "step" and row["step"] > after:
+            break
+        if row["kind"] == "result" or row.get("part") == "all":
+            break
+        kept += len(line)
+    return kept
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Reads the whole lines of a run's metrics file; none where there is no such file."""
+    path = folder / "metrics.jsonl"
+    content = path.read_bytes() if path.is_file() else b""
+    whole = [line for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
+    return [json.loads(line) for line in whole]

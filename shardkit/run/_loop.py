@@ -70,18 +70,57 @@ class Clock:
         self._paused += seconds if self._first is not None else 0.0
 
 
+class Saver(Protocol):
+    """Who keeps states for a run that is to go on."""
+
+    def due(self, done: int) -> bool:
+        """Whether the state after `done` updates is to be kept."""
+        ...
+
+    def save(self, done: int, state: Any, metrics: Mapping[str, float]) -> None:
+        """Keeps it; metrics hold `bits_per_byte` where the step was evaluated."""
+        ...
+
+    def finish(self) -> str:
+        """Waits until what was asked for is kept, and says what that is."""
+        ...
+
+
+class Stop(Protocol):
+    """Who may ask a run to end."""
+
+    @property
+    def signal(self) -> Any:
+        """What asked for it, or None."""
+        ...
+
+    def raise_if_asked(self, saved: str) -> None:
+        """Ends the run, with a word about what is saved, if it was asked to."""
+        ...
+
+
 def run_steps(
-    step: Step, state: Any, text: Text, loop: TrainConfig, file: MetricsFile, show: Show
+    step: Step,
+    state: Any,
+    text: Text,
+    loop: TrainConfig,
+    file: MetricsFile,
+    show: Show,
+    *,
+    start: int = 0,
+    saver: Saver | None = None,
+    stop: Stop | None = None,
 ) -> Any:
-    """Trains for `loop.steps` updates and returns the last state.
+    """Trains up to `loop.steps` updates and returns the last state.
 
     The numbers of a step are read when the next one is under way, so devices never wait for the
-    host. An evaluation waits.
+    host. An evaluation and a save wait: the metrics file is to hold every step of a checkpoint.
 
     Raises:
       StepError: the loss is not finite.
+      CheckpointError: a save was lost, and the run is to stop then.
     """
-    clock = Clock(loop.steps, text.config.batch * text.config.length)
+    clock = Clock(loop.steps - start, text.config.batch * text.config.length)
     late: tuple[int, Mapping[str, Any]] | None = None
 
     def tell(late: tuple[int, Mapping[str, Any]]) -> None:
@@ -91,22 +130,37 @@ def run_steps(
         file.write("step", step=done, **values, bytes_per_second=rate)
         show.step(done, values["loss"], rate, left)
 
-    for i in range(loop.steps):
-        state, metrics = step(state, step.put(text.batch(i)))
+    for done in range(start + 1, loop.steps + 1):
+        state, metrics = step(state, step.put(text.batch(done - 1)))
         if late is not None:
             tell(late)
-        late = (i + 1, metrics)
-        if loop.eval_every and (i + 1) % loop.eval_every == 0 and i + 1 < loop.steps:
-            tell(late)
-            late = None
-            start = time.perf_counter()
-            bits, scored = held_out_bits(step, state, text, spread(text, loop.eval_batches))
-            clock.pause(time.perf_counter() - start)
-            file.write("eval", step=i + 1, bits_per_byte=bits, bytes=scored, part="some")
-            show.evaluation(i + 1, bits, scored)
+        late = (done, metrics)
+        leaving = stop is not None and stop.signal is not None
+        score = bool(loop.eval_every) and done % loop.eval_every == 0 and done < loop.steps
+        keep = saver is not None and (saver.due(done) or (leaving and bool(loop.checkpoint_every)))
+        if not (score or keep or leaving):
+            continue
+        tell(late)
+        late, began, scores = None, time.perf_counter(), {}
+        if score:
+            scores["bits_per_byte"] = _evaluate(step, state, text, loop, file, show, done)
+        if saver is not None and keep:
+            saver.save(done, state, scores)
+        clock.pause(time.perf_counter() - began)
+        if stop is not None and leaving:
+            stop.raise_if_asked(saver.finish() if saver is not None else "Nothing is saved.")
     if late is not None:
         tell(late)
     return state
+
+
+def _evaluate(
+    step: Step, state: Any, text: Text, loop: TrainConfig, file: MetricsFile, show: Show, done: int
+) -> float:
+    bits, scored = held_out_bits(step, state, text, spread(text, loop.eval_batches))
+    file.write("eval", step=done, bits_per_byte=bits, bytes=scored, part="some")
+    show.evaluation(done, bits, scored)
+    return bits
 
 
 def held_out_bits(step: Step, state: Any, text: Text, steps: Iterable[int]) -> tuple[float, int]:

@@ -1,0 +1,144 @@
+"""Whether a run is new or goes on, decided from files alone, before any device is touched."""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .._errors import CheckpointError, Problem, count, format_problems, raise_all
+from ..checkpoint import Checkpointer, Manifest
+from ..data import Text
+from ._config import TrainConfig
+from ._folder import read_metrics
+from ._saver import data_state
+
+# What decides the numbers of a run. Devices, mesh and layout do not.
+_SETTINGS = ("model", "data", "optimizer", "strategy.precision", "train.seed", "train.steps")
+# Asked for by name, a run may also be made longer or shorter.
+_FREE_BY_NAME = ("train.steps",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+    """How a run begins.
+
+    Attributes:
+      wanted: folder that a new run would like, or the folder of the run that goes on.
+      resumed: whether it goes on.
+      notes: what the user should know about the choice.
+    """
+
+    wanted: Path
+    resumed: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def checkpoints_of(folder: Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return folder / "checkpoints"
+
+
+def choose_beginning(
+    name: str, loop: TrainConfig, record: Mapping[str, Any], text: Text
+) -> Beginning:
+    """Finds the run that is to go on, if any.
+
+    Raises:
+      CheckpointError: `train.resume` names a run that cannot go on with these settings.
+    """
+    wanted = Path(loop.out) if loop.out else Path("runs") / name
+    if loop.resume == "never" or (loop.resume == "auto" and not loop.checkpoint_every):
+        return Beginning(wanted)
+    if loop.resume != "auto":
+        return _named(Path(loop.resume), record, text)
+    notes = []
+    for folder in _runs(wanted):
+        newest = _newest(folder)
+        if newest is None or _finished(folder):
+            continue
+        if Checkpointer(checkpoints_of(folder)).in_use:
+            notes.append(f"{folder} is being trained by another process; a new run begins.")
+        elif changed := _differences(newest, record, text, ()):
+            said = "; ".join(f"{one.subject} {one.why}" for one in changed)
+            notes.append(f"{folder} is unfinished with other settings ({said}); a new run begins.")
+        else:
+            return Beginning(folder, True, tuple(notes))
+    return Beginning(wanted, notes=tuple(notes[:1]))
+
+
+def _named(folder: Path, record: Mapping[str, Any], text: Text) -> Beginning:
+    folder = folder.parent if folder.name == "checkpoints" else folder
+    newest = _newest(folder)
+    if newest is None:
+        there = sorted(path.name for path in folder.glob("*"))[:4]
+        why = f"holds {', '.join(there)} and no checkpoint" if there else "is no folder of a run"
+        near = [str(run) for run in sorted(Path("runs").glob("*")) if _newest(run)]
+        fix = f"--set train.resume={near[0]}" if near else "--set train.resume=auto"
+        problem = Problem(f"train.resume={folder}", why, fix)
+        raise CheckpointError(format_problems("There is nothing to go on with.", [problem]))
+    problems = _differences(newest, record, text, _FREE_BY_NAME)
+    headline = f"{count(len(problems), 'setting')} of {folder} cannot change on the way."
+    raise_all(CheckpointError, headline, problems, "--set train.resume=never for a new run")
+    return Beginning(folder, True)
+
+
+def _runs(wanted: Path) -> Iterator[Path]:
+    """Folders that runs of this name have made, the newest first."""
+    pattern = re.compile(re.escape(wanted.name) + r"(?:-(\d+))?")
+    found = {
+        int(match[1] or 1): path
+        for path in (wanted.parent.iterdir() if wanted.parent.is_dir() else ())
+        if (match := pattern.fullmatch(path.name)) and path.is_dir()
+    }
+    return (found[number] for number in sorted(found, reverse=True))
+
+
+def _newest(folder: Path) -> Manifest | None:
+    """The newest manifest of a run that can be read; damage is judged when it is restored."""
+    checkpoints = Checkpointer(checkpoints_of(folder))
+    for step in reversed(checkpoints.steps()):
+        try:
+            return checkpoints.manifest(step)
+        except CheckpointError:
+            continue
+    return None
+
+
+def _finished(folder: Path) -> bool:
+    return any(row["kind"] == "result" for row in read_metrics(folder))
+
+
+def _differences(
+    saved: Manifest, record: Mapping[str, Any], text: Text, free: tuple[str, ...]
+) -> list[Problem]:
+    """Settings that decide the numbers and are not those of the checkpoint."""
+    before, now = _flat(saved.config or {}), _flat(record)
+    names = [name for name in {**before, **now} if _decides(name) and name not in free]
+    problems = [
+        Problem(
+            name,
+            f"was {before.get(name)!r}, is {now.get(name)!r}",
+            f"--set {name}={before.get(name)}",
+        )
+        for name in names
+        if before.get(name) != now.get(name)
+    ]
+    position = data_state(text, saved.step)
+    # Another way to cut the text is told above, by its setting.
+    if not problems and saved.data != position:
+        why = f"is not what the run read: {saved.data}, now {position}"
+        problems.append(Problem(text.corpus.source, why, "the text as it was"))
+    return problems
+
+
+def _decides(name: str) -> bool:
+    return any(name == one or name.startswith(f"{one}.") for one in _SETTINGS)
+
+
+def _flat(tree: Mapping[str, Any], below: str = "") -> dict[str, Any]:
+    rows: dict[str, Any] = {}
+    for name, value in tree.items():
+        inner = isinstance(value, Mapping)
+        rows |= _flat(value, f"{below}{name}.") if inner else {f"{below}{name}": value}
+    return rows

@@ -1,0 +1,69 @@
+"""Being asked to stop: after the step that is under way, with its state saved."""
+
+import os
+import signal
+import sys
+import threading
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+_SHOW_CURSOR = "\x1b[?25h"
+
+
+class Stopped(Exception):
+    """A run was told to end (SIGTERM) and did so in order; it can go on later."""
+
+
+class StopRequest:
+    """Turns the first SIGINT or SIGTERM into a request that the loop reads.
+
+    The second Ctrl-C ends the process at once: the system's own handler does that also while
+    Python waits for a device.
+
+    Attributes:
+      signal: the one that came, or None.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        """Takes the two signals over; elsewhere than in the main thread they are not Python's."""
+        if threading.current_thread() is threading.main_thread():
+            for one in (signal.SIGINT, signal.SIGTERM):
+                self._before[one] = signal.signal(one, self._note)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Gives the signals back, but for a Ctrl-C that came: the next is to end the process."""
+        for one, handler in self._before.items():
+            if one is not self.signal:
+                signal.signal(one, handler)
+
+    def raise_if_asked(self, saved: str) -> None:
+        """Ends the loop if a signal came.
+
+        Args:
+          saved: what is on the disk, for the user.
+
+        Raises:
+          KeyboardInterrupt: it was Ctrl-C.
+          Stopped: it was SIGTERM.
+        """
+        if self.signal is None:
+            return
+        stop = KeyboardInterrupt() if self.signal is signal.SIGINT else Stopped("Told to stop.")
+        stop.add_note(saved)
+        raise stop
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number)
+        signal.signal(number, signal.SIG_DFL)
+        if sys.stdout.isatty():
+            os.write(1, f"{_SHOW_CURSOR}\nStopping after this step; again ends at once.\n".encode())
