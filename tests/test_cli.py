@@ -22,6 +22,7 @@ SHARED = {"-h", "--help", "--set", "--debug"}
 OPTIONS = {
     "train": SHARED,
     "verify": SHARED | {"--mesh", "--steps", "--mutations"},
+    "checkpoint": {"-h", "--help", "--debug", "--values"},
     "explain": SHARED | {"--target", "--json", "--html", "--timeout"},
 }
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
 
 from .._errors import DamageError, Problem, count, raise_all
 from ._arrays import leaf_of_file, read
@@ -70,13 +71,25 @@ class SavedStep:
         """
         saved = self.manifest.leaves
         got = self._read({path: (saved[path], shardings[path]) for path in plan.saved})
-        self._check_values(got)
+        self._raise_damage(self._value_problems(got))
         for path in plan.cast:
             got[path] = got[path].astype(wanted[path].dtype)
         for path in plan.saved:
             if generator := saved[path].key:
                 got[path] = jax.random.wrap_key_data(got[path], impl=generator)
         return got
+
+    def check_values(self) -> None:
+        """Reads every leaf onto one device, leaf by leaf, and compares its fingerprint.
+
+        Raises:
+          DamageError: with every leaf that cannot be read or is not what was saved.
+        """
+        where = SingleDeviceSharding(jax.devices()[0])
+        problems = []
+        for path, leaf in self.manifest.leaves.items():
+            problems += self._value_problems(self._read({path: (leaf, where)}))
+        self._raise_damage(problems)
 
     def _read(self, leaves: Mapping[str, tuple[SavedLeaf, Any]]) -> dict[str, jax.Array]:
         stored = {path: (_stored(leaf), to) for path, (leaf, to) in leaves.items()}
@@ -92,14 +105,13 @@ class SavedStep:
         }
         return empty | (read(self.folder / ARRAYS, abstract) if abstract else {})
 
-    def _check_values(self, got: Mapping[str, jax.Array]) -> None:
+    def _value_problems(self, got: Mapping[str, jax.Array]) -> list[Problem]:
         found = jax.device_get(fingerprints(got))
-        problems = [
+        return [
             Problem(f"{path} {leaf.type}", f"has fingerprint {now}, {leaf.fingerprint} was saved")
             for path in got
             if (now := as_text(found[path])) != (leaf := self.manifest.leaves[path]).fingerprint
         ]
-        self._raise_damage(problems)
 
     def _raise_damage(self, problems: Sequence[Problem]) -> None:
         headline = f"{self.folder} is damaged: {count(len(problems), 'finding')}."

@@ -10,13 +10,14 @@ from rich.console import Console
 
 from .._errors import ShardkitError
 from ..run import Stopped
+from ._checkpoint import CHECKPOINT
 from ._command import Command, add_shared
 from ._explain import EXPLAIN
 from ._train import TRAIN
 from ._verify import VERIFY
 
 # The command line is closed: a command is added here and nowhere else.
-COMMANDS: tuple[Command, ...] = (TRAIN, EXPLAIN, VERIFY)
+COMMANDS: tuple[Command, ...] = (TRAIN, EXPLAIN, VERIFY, CHECKPOINT)
 
 # 75 is sysexits' EX_TEMPFAIL: nothing is wrong, try again later.
 _FAILED, _REFUSED, _STOPPED, _INTERRUPTED = 1, 2, 75, 130
@@ -33,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     below = root.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
         sub = below.add_parser(command.name, help=command.help, allow_abbrev=False)
-        add_shared(sub)
+        add_shared(sub, command.takes_config)
         command.add_options(sub)
         sub.set_defaults(run=command.run)
     return root
