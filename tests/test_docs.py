@@ -58,8 +58,9 @@ def test_a_command_that_is_shown_can_be_typed(line):
     words = shlex.split(line.split(" #")[0])[1:]
     placeholders = {"CONFIG", "..."}
     arguments = entry.parser().parse_args([w for w in words if w not in placeholders])
-    if arguments.config is not None:
-        assert (ROOT / arguments.config).is_file()
+    config = vars(arguments).get("config")  # not every command is about one
+    if config is not None:
+        assert (ROOT / config).is_file()
 
 
 def test_commands_are_found():

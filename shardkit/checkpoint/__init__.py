@@ -5,6 +5,7 @@ from ._fingerprint import as_text, fingerprints
 from ._keep import Keep
 from ._manifest import Manifest, SavedFile, SavedLeaf
 from ._restore import Restored
+from ._safetensors import export_safetensors, import_safetensors
 from ._step import SavedStep
 
 __all__ = [
@@ -16,5 +17,7 @@ __all__ = [
     "SavedLeaf",
     "SavedStep",
     "as_text",
+    "export_safetensors",
     "fingerprints",
+    "import_safetensors",
 ]

@@ -54,8 +54,8 @@ class Request:
         wanted = by_path(self.abstract)
         leaves = saved.manifest.leaves
         found = plan(leaves, wanted, self.partial, self.cast, str(folder))
-        shardings = self._shardings(wanted)
-        fresh = self._fresh_leaves(found.fresh)
+        shardings = self.shardings_of(wanted)
+        fresh = self.fresh_leaves(found.fresh)
         saved.check_files()
         got = fresh | saved.load(found, wanted, shardings)
         structure = jax.tree.structure(self.abstract)
@@ -63,7 +63,12 @@ class Request:
         manifest = saved.manifest
         return Restored(state, manifest.step, manifest.data, manifest, dict(damaged))
 
-    def _shardings(self, wanted: Mapping[str, Any]) -> dict[str, Sharding]:
+    def shardings_of(self, wanted: Mapping[str, Any]) -> dict[str, Sharding]:
+        """Where each wanted leaf is to live.
+
+        Raises:
+          CheckpointError: it is not said.
+        """
         if isinstance(self.shardings, Sharding):
             return dict.fromkeys(wanted, self.shardings)
         given = by_path(self.shardings) if self.shardings is not None else {}
@@ -75,7 +80,12 @@ class Request:
         raise_all(CheckpointError, "It is not said where leaves are to live.", problems, fix)
         return placed
 
-    def _fresh_leaves(self, paths: Sequence[str]) -> dict[str, jax.Array]:
+    def fresh_leaves(self, paths: Sequence[str]) -> dict[str, jax.Array]:
+        """The leaves that do not come from the checkpoint; made only where there are any.
+
+        Raises:
+          CheckpointError: `fresh` lacks one.
+        """
         if not paths:
             return {}
         made = by_path(self.fresh() if callable(self.fresh) else self.fresh)
