@@ -74,15 +74,16 @@ def test_a_leaf_that_no_dim_divides_stays_whole_and_is_said_so():
 
 def test_it_splits_on_top_of_what_other_strategies_split():
     both = compiled(zero() | tensor(), data=2, tensor=4)
-    assert specs(both) == {"up": P("data", "tensor"), "down": P("tensor", "data"), "odd": P()}
+    inside = ("tensor", "data")
+    assert specs(both) == {"up": P(None, inside), "down": P(inside), "odd": P()}
     assert both.shardings.params["up"].spec == P(None, "tensor")
     assert both.report().memory.opt_state == MOMENTS // 8 + REST
     deep = compiled(zero() | fsdp(), data=2, fsdp=2)
-    assert specs(deep)["up"] == P("fsdp", "data")
+    assert specs(deep)["up"] == P(("fsdp", "data"))
     assert deep.report().memory.opt_state == MOMENTS // 4 + REST
 
 
-def test_a_dim_that_is_split_already_takes_the_axis_inside():
+def test_a_dim_that_is_split_already_takes_the_axis_inside_where_it_divides():
     leaf = Leaf("w", (8, 3), np.dtype("float32"))
     assert Zero("data").spec(leaf, P("fsdp"), {"data": 2, "fsdp": 2}) == P(("fsdp", "data"))
     assert Zero("data").spec(leaf, P("fsdp"), {"data": 3, "fsdp": 2}) == P("fsdp", "data")

@@ -36,8 +36,9 @@ class Zero:
     def spec(self, leaf: Leaf, spec: PartitionSpec, sizes: Mapping[str, int]) -> PartitionSpec:
         """Returns the spec in which a parameter is updated.
 
-        The dim that has most elements on one device takes the axis, on top of what splits it
-        already; a parameter of which no dim divides keeps its spec.
+        A dim that is split already takes the axis besides, otherwise the one with most elements on
+        a device: gradients that are summed over both axes are then summed once. A parameter of
+        which no dim divides keeps its spec.
 
         Args:
           leaf: the parameter.
@@ -47,7 +48,7 @@ class Zero:
         >>> import numpy as np
         >>> up = Leaf("up", (2, 8, 16), np.dtype("float32"), ("layers", "embed", "mlp"))
         >>> Zero("data").spec(up, PartitionSpec(None, None, "tensor"), {"data": 2, "tensor": 4})
-        P(None, 'data', 'tensor')
+        P(None, None, ('tensor', 'data'))
         """
         dims = [axes_of(entry) for entry in (*spec, *[None] * (len(leaf.shape) - len(spec)))]
         names = leaf.axes or (None,) * len(dims)
@@ -55,7 +56,7 @@ class Zero:
         fitting = [dim for dim, n in enumerate(local) if n and n % sizes[self.axis] == 0]
         if not fitting or any(self.axis in axes for axes in dims):
             return spec
-        best = max(fitting, key=lambda dim: (names[dim] not in self.last, local[dim]))
+        best = max(fitting, key=lambda d: (names[d] not in self.last, bool(dims[d]), local[d]))
         dims[best] = (*dims[best], self.axis)
         return from_axes(dims)
 

@@ -3,17 +3,19 @@
 Each strategy knows its own axis; only here are all of them seen together, with the mesh.
 """
 
+import dataclasses
 import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from jax.sharding import PartitionSpec
 
 from .._errors import Problem, ShardingError, count, did_you_mean, raise_all
-from ..rules import axes_of, format_mesh
+from ..rules import Indivisible, axes_of, format_mesh
 from ._strategy import Strategy
 
 # Kinds that split rows over an axis, on which experts may live too: routed tokens change devices.
 _ROWS = frozenset({"data", "fsdp", "zero"})
+_REPLICATE = 'strategies.tensor(kv_heads="replicate") for fewer groups than devices'
 _BESIDE_ROWS = frozenset({"expert"})
 
 
@@ -63,6 +65,20 @@ def check_used(strategy: Strategy, sizes: Mapping[str, int], used: Collection[st
     ]
     headline = f"{count(len(problems), 'axis')} of mesh {format_mesh(sizes)} would be idle."
     raise_all(ShardingError, headline, problems)
+
+
+def advise(problems: Sequence[Problem]) -> list[Problem]:
+    """Adds, to leaves that cannot be laid out, the options of ready strategies that lay them out.
+
+    Args:
+      problems: of leaves; those of which a dim does not divide say its logical axis.
+    """
+    return [
+        dataclasses.replace(problem, fix=f"{_REPLICATE}; or {problem.fix}")
+        if isinstance(problem, Indivisible) and problem.logical == "kv_heads"
+        else problem
+        for problem in problems
+    ]
 
 
 def _shared_axes(strategy: Strategy) -> list[Problem]:

@@ -1,7 +1,7 @@
 """Rules that give every leaf of a pytree its spec, checked all at once."""
 
 from ._axes import AxisRules
-from ._check import check_batch, check_spec
+from ._check import Indivisible, check_batch, check_spec
 from ._dead import Dead, dead
 from ._explain import Explanation, explain, named_leaves
 from ._path import PathRules, matches
@@ -39,6 +39,7 @@ __all__ = [
     "Decision",
     "Entry",
     "Explanation",
+    "Indivisible",
     "Passed",
     "PathRules",
     "Placement",

@@ -14,7 +14,7 @@ from .._precision import Precision, cast_floats
 from .._tree import Leaf, leaves, path_str
 from .._types import Named, Variables
 from ..optim import FollowParams, update_specs
-from ..parallel import Strategy, check_composition, check_used
+from ..parallel import Strategy, advise, check_composition, check_used
 from ..rules import Rule, axes_of, chain, check_batch, collect, format_mesh
 from ..state import TrainState
 
@@ -175,7 +175,7 @@ def _resolved(
     rule: Rule, of: Sequence[Leaf], sizes: Mapping[str, int], tree: str, problems: list[Problem]
 ) -> dict[str, PartitionSpec]:
     specs, found = collect(rule, of, sizes, what=f"leaves of {tree}")
-    problems += _in_tree(tree, of, found)
+    problems += _in_tree(tree, of, advise(found))
     return specs
 
 

@@ -1,0 +1,111 @@
+"""Every kind of parallelism, compiled for a TPU and a GPU: what is sent, against the textbook.
+
+python benchmarks/kinds.py TARGET [NAME …] [--layers 4]
+
+TARGET is a key of `TARGETS`; run it where `jax[tpu]` or `jax[cuda13]` is installed. Rows of a
+result that are not compiled anew are kept, so kinds can be added one by one.
+"""
+
+import argparse
+import json
+import math
+import time
+from typing import Any
+
+import _harness
+
+# Target → devices. One slice of chips with a torus, and one host of GPUs.
+TARGETS = {"tpu:v5p:4x4x4": 64, "gpu:h100:1x8": 8, "tpu:v5e:2x4": 8, "cpu:8": 8}
+
+# Kind → strategy as the command line reads it, and mesh, where N is what the other axes leave over.
+KINDS: dict[str, tuple[str, str]] = {
+    "data": ("data", "data=N"),
+    "ZeRO-1": ("zero", "data=N"),
+    "ZeRO-2": ("zero(stage=2)", "data=N"),
+    "fsdp": ("fsdp", "fsdp=N"),
+    "fsdp, weights kept": ("fsdp(reshard_after_forward=False)", "fsdp=N"),
+    "HSDP": ("data|fsdp", "data=2,fsdp=N"),
+    "tensor": ("data|tensor", "data=N,tensor=4"),
+    "tensor + sequence": ("data|tensor(sequence=True)", "data=N,tensor=4"),
+    "ZeRO-2 × tensor": ("zero(stage=2)|tensor(sequence=True)", "data=N,tensor=4"),
+    "ZeRO-2 × fsdp": ("zero(stage=2)|fsdp", "data=2,fsdp=N"),
+    "fsdp × tensor + sequence": ("fsdp|tensor(sequence=True)", "fsdp=N,tensor=4"),
+}
+
+SIZES = (
+    "model.vocab=1024",
+    "model.embed=256",
+    "model.heads=4",
+    "model.kv_heads=4",
+    "model.mlp=768",
+    "data.length=128",
+    "data.batch=64",
+    "optimizer.name=adamw",
+    "strategy.precision=bfloat16",
+    "strategy.remat=full",
+)
+
+
+def mesh_of(text: str, devices: int) -> str:
+    """The mesh with N replaced by what is left of the devices."""
+    taken = math.prod(int(n) for _, n in _pairs(text) if n != "N")
+    return text.replace("=N", f"={devices // taken}")
+
+
+def _pairs(text: str) -> list[list[str]]:
+    return [part.split("=") for part in text.split(",")]
+
+
+def measure(name: str, target: str, layers: int) -> dict[str, Any]:
+    """Compiles one kind and returns its row."""
+    from shardkit.targets import Source, compile_for
+
+    strategy, mesh = KINDS[name][0], mesh_of(KINDS[name][1], TARGETS[target])
+    overrides = (f"strategy={strategy}", f"mesh={mesh}", *SIZES, f"model.layers={layers}")
+    start = time.perf_counter()
+    report = compile_for(Source("", overrides), target, timeout=1800)
+    seconds = time.perf_counter() - start
+    by_kind: dict[str, float] = {}
+    for row in report.ledger:
+        key = f"{row.kind} over {'×'.join(row.axes)}" + (" (windowed)" if row.windowed else "")
+        by_kind[key] = by_kind.get(key, 0) + row.wire_bytes
+    ranked = sorted(by_kind.items(), key=lambda item: -item[1])
+    mib = 2**20
+    return {
+        "kind": name,
+        "mesh": mesh,
+        "wire (MiB)": round(report.ledger.total() / mib, 1),
+        "÷ minimum": ", ".join(f"{m.axis} {m.ratio:.2f}" for m in report.minima if m.ratio),
+        "state (MiB)": round((report.memory.params + report.memory.opt_state) / mib, 1),
+        "temp (MiB)": round((report.memory.temp or 0) / mib, 1),
+        "ledger (MiB)": "; ".join(f"{k} {v / mib:.1f}" for k, v in ranked if v >= mib / 20),
+        "findings": ", ".join(sorted({one.kind for one in report.findings})),
+        "seconds": round(seconds),
+    }
+
+
+def main() -> None:
+    """Compiles the kinds and writes the result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("target", choices=TARGETS)
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--layers", type=int, default=4)
+    arguments = parser.parse_args()
+    result = "kinds_" + arguments.target.replace(":", "_")
+    kept = _harness.RESULTS / f"{result}.json"
+    rows = (
+        {row["kind"]: row for row in json.loads(kept.read_text())["rows"]} if kept.exists() else {}
+    )
+    for name in arguments.names or KINDS:
+        rows[name] = measure(name, arguments.target, arguments.layers)
+        where = f"compiled for {arguments.target}, {arguments.layers} layers, on a CPU"
+        note = (
+            "A decoder of width 256, 64 × 128 tokens, bf16 products, f32 weights, full remat. "
+            "Wire is what one device sends per step."
+        )
+        ordered = [rows[kind] for kind in KINDS if kind in rows]
+        _harness.write(result, "compiled", where, ordered, note)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""The parity table: every strategy, on a mesh, held to one device and to the textbook.
+
+A row is one line of `CASES`. What a row proves, at the cost of one compiled step: the first state
+bit for bit; loss, metrics, gradient norm and every gradient leaf of step 1; the parameters after
+one clipped SGD update and after two; that later steps compile nothing; the layout of every leaf;
+and the wire bytes of each mesh axis against the textbook minimum.
+
+`python benchmarks/parity.py` runs every row and writes `docs/parity.md`.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import shardkit as sk
+from shardkit.models import Decoder, DecoderConfig, decoder_loss
+from shardkit.verify._compare import Limits, compare
+from shardkit.verify._layout import declared_specs, differing_copies, misplaced
+from shardkit.verify._observe import Observed, counted_compiles
+from shardkit.verify._record import (
+    GRADIENTS,
+    INIT,
+    LATER_STATE,
+    NORM,
+    SGD,
+    Trial,
+    host,
+    of_steps,
+)
+from shardkit.verify._reference import Reference, nudged
+
+data, fsdp, tensor, zero = (getattr(sk.strategies, n) for n in ("data", "fsdp", "tensor", "zero"))
+
+ROWS, LENGTH, VOCAB = 16, 8, 40
+SIZES = DecoderConfig(vocab=VOCAB, embed=16, layers=2, heads=4, mlp=24, dropout=0.1, z_loss=1e-3)
+# Below the gradient's norm, so that the clip acts and needs the norm over all devices.
+CLIP = 0.5
+CLIPPED = optax.chain(optax.clip_by_global_norm(CLIP), optax.sgd(1.0))
+# Keeps the gradients as its state, so that the one compiled step shows them.
+OPTIMIZER = optax.chain(optax.trace(0.0), CLIPPED)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row of the table.
+
+    Attributes:
+      strategy: the layout.
+      mesh: sizes of the axes.
+      ratios: wire bytes over the textbook minimum, by axis, as the CPU compiler makes them.
+      why: reason of each ratio above 1.1.
+      accumulate, remat, precision: as for `compile_step`.
+      model: changes to `SIZES`.
+    """
+
+    strategy: sk.Strategy
+    mesh: Mapping[str, int]
+    ratios: Mapping[str, float]
+    why: str = ""
+    accumulate: int | sk.Accumulate = 1
+    remat: str = "none"
+    precision: str = "float32"
+    model: Mapping[str, object] = dataclasses.field(default_factory=dict)
+
+
+# What the CPU compiler does. On TPUs and GPUs see benchmarks/results/kinds_*.md.
+SCATTER = "makes no reduce-scatter: whole arrays are reduced, then sliced"
+EACH = (
+    "sums the input's gradient of each product alone (q, k, v; gate, up); embedding and loss sum "
+    "two activations more"
+)
+FLOATS = "sends bf16 as f32"
+MICRO = "gathers weights for each micro-batch"
+# Fewer key heads than devices, biases, one table for embedding and head.
+SHARED = {"kv_heads": 2, "bias": True, "tied": True}
+KEPT = fsdp(reshard_after_forward=False)
+GROUPS = functools.partial(tensor, kv_heads="replicate")
+BF16 = {"accumulate": 2, "precision": "bfloat16"}
+
+# The ledger of a row is fixed to two places: a change of it is a change of what is sent.
+CASES = {
+    "data": Case(data(), {"data": 8}, {"data": 1.0}),
+    "data ×2 bf16": Case(data(), {"data": 4}, {"data": 2.0}, FLOATS, **BF16),
+    "zero1": Case(zero(), {"data": 4}, {"data": 1.5}, SCATTER),
+    "zero2 ×2": Case(zero(stage=2), {"data": 4}, {"data": 1.5}, SCATTER, accumulate=2),
+    "zero1 tensor": Case(
+        zero() | tensor(),
+        {"data": 2, "tensor": 4},
+        {"data": 1.51, "tensor": 2.27},
+        f"{SCATTER}; {EACH}",
+        remat="dots",
+    ),
+    "zero2 fsdp": Case(
+        zero(stage=2) | fsdp(), {"data": 2, "fsdp": 4}, {"data": 1.46, "fsdp": 1.26}, SCATTER
+    ),
+    "fsdp": Case(fsdp(), {"fsdp": 8}, {"fsdp": 1.26}, SCATTER),
+    "fsdp kept": Case(KEPT, {"fsdp": 4}, {"fsdp": 1.49}, SCATTER, remat="full"),
+    "hsdp": Case(data() | fsdp(), {"data": 2, "fsdp": 4}, {"data": 0.96, "fsdp": 1.26}, SCATTER),
+    "tensor": Case(GROUPS(), {"tensor": 4}, {"tensor": 1.69}, EACH, model=SHARED),
+    "sequence": Case(
+        GROUPS(sequence=True), {"tensor": 4}, {"tensor": 2.32}, f"{SCATTER}; {EACH}", model=SHARED
+    ),
+    "data sequence": Case(
+        data() | tensor(sequence=True),
+        {"data": 4, "tensor": 2},
+        {"data": 1.0, "tensor": 3.17},
+        f"{SCATTER}; {EACH}; repeats forward sums under full remat",
+        remat="full",
+    ),
+    "fsdp sequence ×2": Case(
+        fsdp() | tensor(sequence=True),
+        {"fsdp": 4, "tensor": 2},
+        {"fsdp": 1.76, "tensor": 2.69},
+        f"{SCATTER}; {EACH}; {MICRO}",
+        accumulate=2,
+    ),
+    "all ×2 bf16": Case(
+        data() | fsdp() | tensor(),
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        {"data": 1.95, "fsdp": 3.52, "tensor": 4.05},
+        f"{SCATTER}; {EACH}; {MICRO}; {FLOATS}",
+        **BF16,
+    ),
+}
+# Largest error of a bf16 gradient leaf that was measured between correct meshes.
+BF16_NOISE = 6.5e-2
+
+
+def batches():
+    """Two batches; half of the rows have no valid token, the others each a number of their own."""
+    rng = np.random.default_rng(0)
+    made = []
+    for _ in range(2):
+        tokens = rng.integers(0, VOCAB, (ROWS, LENGTH + 1)).astype(np.int32)
+        weights = rng.integers(0, 2, (ROWS, LENGTH)).astype(np.float32)
+        weights[: ROWS // 2] = 0
+        made.append({"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights})
+    return made
+
+
+TRIAL = Trial(batches(), 2, jax.random.key(0))
+
+
+@functools.cache
+def model_of(changes):
+    config = dataclasses.replace(SIZES, **dict(changes))
+    return sk.from_nnx(lambda rngs: Decoder(config, rngs), decoder_loss)
+
+
+def _options(case):
+    return {"accumulate": case.accumulate, "remat": case.remat, "precision": case.precision}
+
+
+def mesh_of(sizes):
+    return sk.MeshSpec(**sizes).build(devices=jax.devices()[: math.prod(sizes.values())])
+
+
+@functools.cache
+def compiled(name):
+    """The step of a row."""
+    case = CASES[name]
+    model = model_of(tuple(case.model.items()))
+    return sk.compile_step(
+        model.loss_fn,
+        OPTIMIZER,
+        init=model.init,
+        batch=TRIAL.batches[0],
+        mesh=mesh_of(case.mesh),
+        strategy=case.strategy,
+        **_options(case),
+    )
+
+
+def _shared(case):
+    """What the reference depends on: rows that differ in anything else share it."""
+    return tuple(case.model.items()), case.accumulate, case.precision
+
+
+@functools.cache
+def _reference(shared):
+    """What one device says, and again with every parameter nudged by one rounding."""
+    declaration = compiled(next(n for n, c in CASES.items() if _shared(c) == shared)).declaration
+    reference = Reference(declaration, jax.devices()[0])
+    start = reference.start(TRIAL.key)
+    record = reference.run(TRIAL, start, CLIPPED)
+    assert CLIP < float(record[NORM]["grad_norm"]), "the clip does not act"
+    dtype = jnp.dtype(declaration.precision.compute)
+    noises = [reference.run(TRIAL, nudged(start, dtype, seed), CLIPPED) for seed in range(2)]
+    return record, noises, Limits.of(dtype)
+
+
+def observe(step):
+    """Runs two steps on the mesh; the first part of the optimizer's state is the gradient."""
+    state = step.init(TRIAL.key)
+    specs = declared_specs(step.declaration, state)
+    record = {INIT: _leaves(state)}
+    state, first = step(state, TRIAL.batch(0))
+    record |= {GRADIENTS: host(state.opt_state[0].trace), SGD: host(state.params)}
+    with counted_compiles() as count:
+        placed = step.put(TRIAL.batch(1))
+        state, second = step(state, placed)
+    parts = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    wrong = misplaced(parts, specs, step.mesh, "after two steps")
+    record |= {**of_steps([first, second]), LATER_STATE: _leaves(state)}
+    return Observed(record, tuple(wrong), tuple(differing_copies(parts)), count[0], 1)
+
+
+def _leaves(state):
+    found = {}
+    for part in ("params", "opt_state", "extra"):
+        found |= host(getattr(state, part), part)
+    return found
+
+
+@functools.cache
+def observed(name):
+    return observe(compiled(name))
+
+
+def certificate(name, found=None):
+    """The rows of `sk.verify` for a case, from the one step; or for `found` in place of it."""
+    reference, noises, limits = _reference(_shared(CASES[name]))
+    rows = compare(name, found or observed(name), reference, noises, limits)
+    return sk.Certificate(tuple(rows), name)
+
+
+def ratios(name):
+    """Wire bytes over the textbook minimum, by mesh axis."""
+    minima = compiled(name).report().minima
+    return {one.axis: round(one.ratio, 2) for one in minima if one.ratio is not None}

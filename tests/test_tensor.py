@@ -1,0 +1,63 @@
+"""Tensor parallelism: groups of key heads, and a vocabulary that is never whole."""
+
+import re
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import shardkit as sk
+from shardkit.models import Decoder, DecoderConfig, decoder_loss
+
+tensor = sk.strategies.tensor
+VOCAB = 88  # a size that no other dim has
+TOKENS = np.zeros((4, 8), np.int32)
+BATCH = {"inputs": TOKENS, "targets": TOKENS, "weights": np.ones((4, 8), np.float32)}
+
+
+def compiled(strategy, **changes):
+    sizes = {"vocab": VOCAB, "embed": 32, "layers": 2, "heads": 4, "mlp": 48, **changes}
+    config = DecoderConfig(**sizes)
+    model = sk.from_nnx(lambda rngs: Decoder(config, rngs), decoder_loss)
+    return sk.compile_step(
+        model.loss_fn,
+        optax.sgd(0.1),
+        init=model.init,
+        batch=BATCH,
+        mesh=sk.MeshSpec(tensor=4).build(devices=jax.devices()[:4]),
+        strategy=strategy,
+    )
+
+
+def test_fewer_key_heads_than_devices_is_an_error_that_names_sizes_and_policy():
+    with pytest.raises(sk.ShardingError) as caught:
+        compiled(tensor(), kv_heads=2)
+    text = str(caught.value)
+    assert "params/layers/key f32[2,32,2,8]" in text
+    assert "AxisRules['kv_heads' → 'tensor']: dim 2 (2) is not divisible by tensor=4" in text
+    assert 'strategies.tensor(kv_heads="replicate") for fewer groups than devices' in text
+    assert "MeshSpec(tensor=2)" in text
+    assert "map 'kv_heads' to None" in text
+
+
+def test_a_policy_that_there_is_not():
+    with pytest.raises(sk.StepError) as caught:
+        tensor(kv_heads="replicated")
+    assert "tensor(kv_heads='replicated')" in str(caught.value)
+    assert "known: split, replicate. Did you mean 'replicate'?" in str(caught.value)
+
+
+@pytest.mark.parametrize(("sequence", "tied"), [(False, True), (True, False)])
+def test_no_device_ever_holds_the_whole_vocabulary(sequence, tied):
+    step = compiled(tensor(sequence=sequence, kv_heads="replicate"), kv_heads=2, tied=tied)
+    dims = {
+        int(n) for shape in re.findall(r"\w+\[([\d,]+)\]", step.hlo()) for n in shape.split(",")
+    }
+    assert VOCAB // 4 in dims
+    assert VOCAB not in dims
+
+
+def test_a_whole_vocabulary_would_be_seen():
+    whole = tensor(kv_heads="replicate").with_names(activations={"vocab": None})
+    assert re.search(rf"\[[\d,]*\b{VOCAB}\b", compiled(whole, kv_heads=2).hlo())
