@@ -27,6 +27,8 @@ KINDS: dict[str, tuple[str, str]] = {
     "HSDP": ("data|fsdp", "data=2,fsdp=N"),
     "tensor": ("data|tensor", "data=N,tensor=4"),
     "tensor + sequence": ("data|tensor(sequence=True)", "data=N,tensor=4"),
+    "context, ring": ("data|context", "data=N,context=4"),
+    "context, all-to-all": ('data|context(attention="all_to_all")', "data=N,context=4"),
     "ZeRO-2 × tensor": ("zero(stage=2)|tensor(sequence=True)", "data=N,tensor=4"),
     "ZeRO-2 × fsdp": ("zero(stage=2)|fsdp", "data=2,fsdp=N"),
     "fsdp × tensor + sequence": ("fsdp|tensor(sequence=True)", "fsdp=N,tensor=4"),
