@@ -11,7 +11,7 @@ import shardkit as sk
 from shardkit.inspect import Report
 
 ROWS, EMBED, MLP = 256, 32, 64
-TABLE = sk.PathRules({"up": P("fsdp"), "u*": P(None, "fsdp"), "gate": P()}, allow_unmatched=True)
+TABLE = sk.PathRules({"up": P(None, "fsdp"), "u*": P("fsdp"), "gate": P()}, allow_unmatched=True)
 NAMES = sk.AxisRules({"embed": "fsdp", "mlp": None, "mpl": None, "vocab": "tensor"})
 
 
@@ -64,6 +64,7 @@ def test_the_optimizers_own_products_reduce_no_gradient(report):
     (found,) = [f for f in report.findings if f.kind == "optimizer_collective"]
     own = [row for row in report.ledger if row.by_optimizer and row.payload_bytes > 1024]
     assert {row.phase for row in own} == {"update"}
+    assert {row.kind for row in own} == {"all-gather", "all-reduce"}
     assert found.bytes == sum(row.wire_bytes for row in own) > 0
     assert found.axes == ("fsdp",)
     assert "the optimizer multiplies or sums over dims that fsdp splits" in found.why
