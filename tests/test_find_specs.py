@@ -15,8 +15,8 @@ from shardkit.parallel import strategies
 
 from ._programs import make_mesh, program
 
-DEPTH, ROWS, EMBED, MLP = 3, 512, 256, 64
-KEPT = 4 * DEPTH * ROWS * EMBED // 2  # bytes of f32[3,512,256] that data=2 splits
+DEPTH, ROWS, EMBED, MLP = 3, 1024, 256, 64
+KEPT = 4 * DEPTH * ROWS * EMBED // 2  # bytes of f32[3,1024,256] that data=2 splits
 
 
 def init(key):
@@ -73,8 +73,8 @@ def test_activations_kept_whole_over_an_axis_that_splits_others(agreeing):
     assert found.bytes // KEPT in (2, 3)
     assert found.bytes < agreeing.memory.temp
     assert "kept for the backward pass, the same on all 4 devices of tensor" in found.why
-    assert "constrain('batch', 'embed') f32[512,256] as P('data', None)" in found.why
-    assert "f32[3,512,256]" in found.why
+    assert "constrain('batch', 'embed') f32[1024,256] as P('data', None)" in found.why
+    assert "f32[3,1024,256]" in found.why
     assert "strategies.tensor(sequence=True)" in found.fix
 
 
@@ -109,8 +109,8 @@ def test_rows_that_a_constraint_gathers_are_kept_whole_over_them(spec):
 def test_a_gather_between_two_specs_names_both(disagreeing, agreeing):
     (found,) = of_kind(disagreeing, "spec_disagreement")
     assert (
-        "constrain('batch', 'mlp') f32[512,64] as P('data', 'tensor') meets "
-        "constrain('batch', 'hidden') f32[512,64] as P('data', None): gathered over tensor"
+        "constrain('batch', 'mlp') f32[1024,64] as P('data', 'tensor') meets "
+        "constrain('batch', 'hidden') f32[1024,64] as P('data', None): gathered over tensor"
     ) in found.why
     assert found.scope == "mlp"
     gathers = disagreeing.ledger.where("tensor", "all-gather")

@@ -101,7 +101,8 @@ def parameter_gathers(facts: Facts) -> Iterator[Finding]:
     for row in facts.ledger.where(kind="all-gather"):
         if set(row.axes) <= _gathering(facts) or row.payload_bytes <= SMALL or row.by_optimizer:
             continue
-        if leaf := _parameter(row, facts.program):
+        leaf = _parameter(row, facts.program)
+        if leaf and not any(_pairs(row, facts.program)):
             groups.setdefault((leaf.leaf.path, row.axes), []).append((row, leaf))
     for (path, axes), found in groups.items():
         row, leaf = found[0]
@@ -167,12 +168,12 @@ def _pairs(row: Row, program: Program) -> Iterator[tuple[Placed, Placed]]:
 
     Dims that a gather does not touch lie alike in both.
     """
-    sent = [_shape(shape.dims) for text in row.operands for shape in shapes_of(text)]
+    sent = [_plain(shape.dims) for text in row.operands for shape in shapes_of(text)]
     stated = program.declared.constraints
     for made in stated:
         if not set(row.axes) <= set(made.axes()):
             continue
-        if _shape(made.shard(program.sizes)) not in sent:
+        if _plain(made.shard(program.sizes)) not in sent:
             continue
         without = tuple(tuple(a for a in dim if a not in row.axes) for dim in made.dims())
         for used in stated:
@@ -240,4 +241,9 @@ def _named(one: Placed) -> str:
 
 def _shape(dims: Sequence[int]) -> list[int]:
     """Sizes of an array up to transposition and dims of one."""
-    return sorted(size for size in dims if size > 1)
+    return sorted(_plain(dims))
+
+
+def _plain(dims: Sequence[int]) -> list[int]:
+    """Sizes of an array without dims of one, which compilers drop and add."""
+    return [size for size in dims if size > 1]
