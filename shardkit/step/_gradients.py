@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .._constrain import LANES
+from .._lanes import Draws, find_draws, lane_keys
 from .._precision import Precision, cast_floats
 from .._types import Accumulate
 from ..rules import axes_of
-from ._lanes import Draws, find_draws, lane_keys
 from ._objective import Objective, Outcome, inverse
 
 GradientFn = Callable[[Any, Any, Any, Any], tuple[Outcome, Any]]

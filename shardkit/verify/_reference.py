@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from .._lanes import Draws, lane_keys
 from .._precision import cast_floats
 from .._types import Loss, Mean, Named, Variables
 from ..step import Declaration
-from ..step._lanes import Draws, lane_keys
 from ._record import (
     EVALUATE,
     GRADIENTS,
