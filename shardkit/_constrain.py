@@ -16,6 +16,7 @@ from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
 from ._errors import Problem, StepError, count, format_problems
+from ._shards import carried, on_shards
 from ._tree import short_type
 
 # The dim that `jax.vmap` adds when a step maps over lanes, or a user over anything else.
@@ -34,16 +35,31 @@ _resolver: contextvars.ContextVar[Resolver | None] = contextvars.ContextVar(
 constrain_p = core.Primitive("shardkit_constrain")
 
 
-def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+def constrain(
+    x: jax.Array,
+    *names: str | None,
+    source: tuple[str | None, ...] | None = None,
+    into: tuple[str, ...] = (),
+    partial: tuple[str, ...] = (),
+) -> jax.Array:
     """States the logical axes of an activation, so that a strategy can lay it out.
 
     Outside a compiled step, and on one device, this is the identity. Inside a step every call
     becomes a sharding constraint, or the step does not compile: an unknown name or a dim that
     the mesh does not divide is an error, never a silently dropped constraint.
 
+    The keywords matter in `mode="shard_map"` alone, where `x` is one device's shard and the
+    partitioner cannot see what it is a shard of: they say what brings it to the named layout.
+
     Args:
       x: an array of any shape and dtype.
       *names: one logical axis name per dim, None for a dim that stays whole.
+      source: the logical axes that `x` has so far, where some differ from `names`. A dim that
+        was split and is not any more is gathered, one that was not is cut.
+      into: logical axes of the weights that `x` is multiplied with next, as in the input of a
+        column-split product: its gradient is summed over their shards.
+      partial: logical axes that the product which made `x` contracted, as in the output of a
+        row-split product: `x` is summed over their shards.
 
     Returns:
       `x`, unchanged in value.
@@ -62,9 +78,12 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
         why = f"{count(len(names), 'name')} for {count(len(shape), 'dim')} of {wanted}"
         fix = "name every dim, None for one that stays whole"
         raise StepError(format_problems("A constraint does not fit.", [Problem(subject, why)], fix))
+    if on_shards():
+        x = carried(x, names, source or names, into, partial)
     # Part of the context by which JAX keeps traces, so no trace is used where it does not hold.
     inside = tuple(sorted(jax.sharding.get_abstract_mesh().manual_axes))
-    return constrain_p.bind(x, names=tuple(names), inside=inside)
+    also = tuple(name for name in (*(source or ()), *partial) if name)
+    return constrain_p.bind(x, names=names, inside=inside, into=tuple(into), also=also)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -108,6 +127,8 @@ def _lower(
     *,
     names: tuple[str | None, ...],
     inside: tuple[str, ...],
+    into: tuple[str, ...],
+    also: tuple[str, ...],
 ) -> Any:
     resolver = _resolver.get()
     sharding = resolver(names, ctx.avals_in[0].shape, inside) if resolver else None
@@ -120,19 +141,14 @@ def _lower(
 
 
 def _batch(
-    axis_data: Any,
-    args: Any,
-    dims: Any,
-    *,
-    names: tuple[str | None, ...],
-    inside: tuple[str, ...],
+    axis_data: Any, args: Any, dims: Any, *, names: tuple[str | None, ...], **stated: Any
 ) -> Any:
     (x,), (dim,) = args, dims
     if dim is None:  # the mapped function also constrains what it does not map, its weights
-        return constrain_p.bind(x, names=names, inside=inside), None
+        return constrain_p.bind(x, names=names, **stated), None
     added = LANES if axis_data.name == LANES else MAPPED
     names = (*names[:dim], added, *names[dim:])
-    return constrain_p.bind(x, names=names, inside=inside), dim
+    return constrain_p.bind(x, names=names, **stated), dim
 
 
 constrain_p.def_impl(lambda x, **_: x)

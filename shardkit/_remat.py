@@ -91,6 +91,22 @@ def policy(name: str) -> Policy | None:
     raise StepError(format_problems("No such remat policy.", [problem], 'remat="full"'))
 
 
+@functools.cache
+def regathering(base: Policy | None, axes: tuple[str, ...]) -> Policy:
+    """The same policy, except that what was gathered over mesh axes is gathered again.
+
+    Without it the backward pass would keep every layer's gathered weights.
+    """
+
+    def saveable(primitive: Any, *avals: Any, **params: Any) -> Any:
+        if primitive.name == "all_gather" and set(params["axis_name"]) <= set(axes):
+            return False
+        return base is None or base(primitive, *avals, **params)
+
+    names = base.names if base else ()
+    return Policy(f"{base.name if base else 'none'}, regathering", saveable, names)
+
+
 def remat(layer: Callable[_P, _R], *, scanned: bool = False) -> Callable[_P, _R]:
     """Marks a layer as the unit that the step's remat policy applies to.
 

@@ -1,8 +1,9 @@
-"""`sk.weight`: a weight where it is used, so that a strategy may say how long it stays gathered."""
+"""`sk.weight`: a weight where it is used, so that a strategy may say when it is gathered."""
 
 import jax
 
 from ._regions import region
+from ._shards import on_shards, use_weight
 
 
 def weight(x: jax.Array, *names: str | None) -> jax.Array:
@@ -11,6 +12,9 @@ def weight(x: jax.Array, *names: str | None) -> jax.Array:
     By default a weight that is split over an axis like `fsdp` is gathered for the forward pass,
     dropped, and gathered again for the backward pass; the mark changes nothing. Under
     `strategies.fsdp(reshard_after_forward=False)` it is gathered once and kept in between.
+
+    In `mode="shard_map"` the mark is the gather, and a weight without one is gathered before the
+    loss: mark inside the layer, so that one layer's weights are whole at a time.
 
     Args:
       x: the weight, any shape and dtype; one layer's, where layers are stacked and scanned.
@@ -24,8 +28,4 @@ def weight(x: jax.Array, *names: str | None) -> jax.Array:
     >>> weight(jnp.ones((2, 3)), "embed", "mlp").shape
     (2, 3)
     """
-    return region("weight", _as_it_is)(x, names)
-
-
-def _as_it_is(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-    return x
+    return (use_weight if on_shards() else region("weight", use_weight))(x, names)

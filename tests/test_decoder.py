@@ -145,7 +145,8 @@ def test_depth_changes_the_shapes_of_the_program_and_nothing_else():
         step = jax.grad(lambda p, b: mean_loss(graph, p, b))
         return len(re.findall(r"\n", str(jax.make_jaxpr(step)(params, batch))))
 
-    assert sizes(2) == sizes(16)
+    # Depths of one digit, since a longer number may wrap a printed line.
+    assert sizes(2) == sizes(8)
 
 
 def test_dropout_needs_a_key_and_train_mode_and_differs_by_layer():

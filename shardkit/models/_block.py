@@ -30,7 +30,9 @@ from ._dense import dense
 
 Rotation = tuple[jax.Array, jax.Array]
 
-_BRANCH = ("batch", "length", "embed")  # what a branch works on, and its gradients
+STREAM = ("batch", "residual_length", "embed")
+WORK = ("batch", "length", "embed")  # what a branch works on, and its gradients
+BIASES = {"attn_out": "out_bias", "mlp_out": "down_bias"}
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
@@ -86,12 +88,14 @@ def block(
     with jax.named_scope("attention"):
         mixed = in_turn(functools.partial(_mix, config), "attn_out")
         y = mixed(weights, x_BTE, by, segment_ids)
-        x_BTE = x_BTE + _branch_output(config, y, weights.get("out_bias"), keys[0], "attn_out")
+        x_BTE = x_BTE + _branch_output(
+            config, weights, "attn_out", y, ("heads", "head_dim"), keys[0]
+        )
     with jax.named_scope("mlp"):
-        h = _branch_input(config, x_BTE, weights["mlp_norm"], "mlp_in")
+        h = _branch_input(config, x_BTE, weights["mlp_norm"], "mlp_in", ("mlp",))
         y = _feed_forward(weights, h)
-        x_BTE = x_BTE + _branch_output(config, y, weights.get("down_bias"), keys[1], "mlp_out")
-    return constrain(x_BTE, "batch", "residual_length", "embed")
+        x_BTE = x_BTE + _branch_output(config, weights, "mlp_out", y, ("mlp",), keys[1])
+    return constrain(x_BTE, *STREAM)
 
 
 def _mix(
@@ -101,29 +105,32 @@ def _mix(
     by: Rotation,
     segment_ids: jax.Array | None,
 ) -> jax.Array:
-    h = _branch_input(config, x_BTE, weights["attn_norm"], "attn_in")
+    into = ("heads", "kv_heads")
+    h = _branch_input(config, x_BTE, weights["attn_norm"], "attn_in", into)
     return _attend(config, weights, h, by, segment_ids)
 
 
 def _branch_input(
-    config: DecoderConfig, x_BTE: jax.Array, scale: jax.Array, name: str
+    config: DecoderConfig, x_BTE: jax.Array, scale: jax.Array, name: str, into: tuple[str, ...]
 ) -> jax.Array:
     h = rms_norm(x_BTE, scale, config.norm_eps)
-    return checkpoint_name(constrain(h, "batch", "length", "embed"), name)
+    return checkpoint_name(constrain(h, *WORK, source=STREAM, into=into), name)
 
 
 def _branch_output(
     config: DecoderConfig,
-    y_BTE: jax.Array,
-    bias: jax.Array | None,
-    key: jax.Array | None,
+    weights: Mapping[str, jax.Array],
     name: str,
+    y_BTE: jax.Array,
+    partial: tuple[str, ...],
+    key: jax.Array | None,
 ) -> jax.Array:
     """Marks what a branch adds; constrained before anything else, so one reduction is enough.
 
     The bias comes after it: added to the parts of the sum, it would be added once per device.
     """
-    y = checkpoint_name(constrain(y_BTE, "batch", "residual_length", "embed"), name)
+    y = checkpoint_name(constrain(y_BTE, *STREAM, source=WORK, partial=partial), name)
+    bias = weights.get(BIASES[name])
     return dropout(y if bias is None else y + bias, config.dropout, key)
 
 
@@ -155,7 +162,7 @@ def _attend(
     )
     mixed = constrain(mixed, "batch", "length", "heads", "head_dim")
     out = weight(weights["out"], "heads", "head_dim", "embed")
-    return constrain_gradient(dense(mixed, out, 2), _BRANCH)
+    return constrain_gradient(dense(mixed, out, 2), WORK)
 
 
 def _feed_forward(weights: Mapping[str, jax.Array], h_BTE: jax.Array) -> jax.Array:
@@ -163,7 +170,7 @@ def _feed_forward(weights: Mapping[str, jax.Array], h_BTE: jax.Array) -> jax.Arr
     up = constrain(_product(h_BTE, weights, "up", "mlp"), "batch", "length", "mlp")
     gate, up = checkpoint_name((gate, up), "mlp_hidden")
     down = weight(weights["down"], "mlp", "embed")
-    return constrain_gradient(_narrow(gate, up, down), _BRANCH)
+    return constrain_gradient(_narrow(gate, up, down), WORK)
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)

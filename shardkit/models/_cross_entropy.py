@@ -6,6 +6,7 @@ Chunk c holds the tokens {s Â· C + c}: it takes every C-th column. A reshape V â
 split of V on S, so each device works on its own columns in every chunk and nothing is gathered;
 contiguous chunks would each live on one device. The label's logit is taken along the split dim,
 which costs one sum of f32[batch, length] over the devices; in the gradient it is a comparison.
+Where each device sees its shard alone, the shards' summaries are joined as those of chunks are.
 """
 
 from typing import Any
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from .._constrain import constrain
+from .._shards import shard_max, shard_start, shard_sum
 from ._dense import weight_gradient
 
 Summary = tuple[jax.Array, jax.Array, jax.Array]
@@ -38,7 +40,8 @@ def cross_entropy(
     """
     E, V = table_EV.shape
     table_CES = table_EV.reshape(E, V // chunks, chunks).transpose(2, 0, 1)
-    return _summary(hidden_BTE, constrain(table_CES, None, "embed", "vocab"), targets_BT)
+    own_BT = targets_BT - shard_start("vocab", V)
+    return _summary(hidden_BTE, constrain(table_CES, None, "embed", "vocab"), own_BT)
 
 
 @jax.custom_vjp
@@ -61,9 +64,10 @@ def _summary_fwd(
             logits = _logits(hidden_BTE, table_ES)
             return _join(carry, _first(logits, targets_BT, chunks, index)), None
 
-        none = jnp.zeros(targets_BT.shape, jnp.float32)
+        none = jnp.zeros_like(targets_BT, jnp.float32)
         start = (none - jnp.inf, none, none)
         (top, total, label), _ = jax.lax.scan(body, start, (jnp.arange(chunks), table_CES))
+    top, total, label = _whole(top, total, label)
     lse = top + jnp.log(total)
     return (lse, label, top), (hidden_BTE, table_CES, targets_BT, lse, kept)
 
@@ -119,8 +123,10 @@ def _first(
     """Largest logit, sum of exponentials below it, and the label's logit or 0, of one chunk."""
     top = logits.max(-1)
     total = jnp.exp(logits - top[..., None]).sum(-1)
-    label = jnp.take_along_axis(logits, targets_BT[..., None] // chunks, -1)[..., 0]
-    return top, total, jnp.where(targets_BT % chunks == index, label, 0)
+    # A label of another shard is none of these columns.
+    column = jnp.clip(targets_BT // chunks, 0, logits.shape[-1] - 1)
+    label = jnp.take_along_axis(logits, column[..., None], -1)[..., 0]
+    return top, total, jnp.where(targets_BT == column * chunks + index, label, 0)
 
 
 def _join(a: Summary, b: Summary) -> Summary:
@@ -128,3 +134,10 @@ def _join(a: Summary, b: Summary) -> Summary:
     top = jnp.maximum(a[0], b[0])
     total = a[1] * jnp.exp(a[0] - top) + b[1] * jnp.exp(b[0] - top)
     return top, total, a[2] + b[2]
+
+
+def _whole(top: jax.Array, total: jax.Array, label: jax.Array) -> Summary:
+    """The summary of the whole vocabulary from those of its shards."""
+    largest = shard_max(top, "vocab")
+    scaled = total * jnp.exp(top - largest)
+    return largest, shard_sum(scaled, "vocab"), shard_sum(label, "vocab")

@@ -16,7 +16,9 @@ from flax import nnx
 
 from .._constrain import constrain
 from .._remat import remat
-from ._block import block, rms_norm, rotation
+from .._shards import shard_start
+from .._weight import weight
+from ._block import STREAM, WORK, block, rms_norm, rotation
 from ._config import DecoderConfig
 
 _TRUNCATED_STD = 0.87962566103423978  # of a standard normal cut at two deviations
@@ -157,18 +159,21 @@ class Decoder(nnx.Module):
         with jax.named_scope("embedding"):
             # Rows are looked up in a table that is whole along `embed`. Left to itself the
             # partitioner moves activations between dims instead, in one program even whole.
-            table = constrain(self.embedding[...], "vocab", "embed")
+            table = constrain(self._table(), "vocab", "embed")
             # Whole along `length` first, so that the table's gradient is summed where its rows are.
-            x = constrain(jnp.take(table, inputs, axis=0), "batch", "length", "embed")
-            x = constrain(x, "batch", "residual_length", "embed")
+            x = constrain(_rows(table, inputs), *WORK)
+            x = constrain(x, *STREAM, source=WORK, partial=("vocab",))
         with jax.named_scope("layers"):
             x, _ = jax.lax.scan(remat(body, scanned=True), x, (self.layers.weights(), keys))
         hidden = rms_norm(x, self.norm[...], c.norm_eps)
-        return constrain(hidden, "batch", "length", "embed")
+        return constrain(hidden, *WORK, source=STREAM, into=("vocab",))
+
+    def _table(self) -> jax.Array:
+        return weight(self.embedding[...], "vocab", "embed")
 
     def output_table(self) -> jax.Array:
         """[embed, vocab]: the head, or the embedding turned over where it is tied."""
-        return self.embedding[...].T if self.head is None else self.head[...]
+        return self._table().T if self.head is None else weight(self.head[...], "embed", "vocab")
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Returns f32[..., vocab] of any part of what `__call__` returned, [..., embed].
@@ -176,6 +181,18 @@ class Decoder(nnx.Module):
         One position's logits cost one row: `model.logits(hidden[:, -1])` is what sampling needs.
         """
         return jnp.matmul(hidden, self.output_table(), preferred_element_type=jnp.float32)
+
+
+def _rows(table: jax.Array, inputs: jax.Array) -> jax.Array:
+    """Rows of a table by token; those of another shard's tokens are 0."""
+    rows = table.shape[0]
+    start = shard_start("vocab", rows)
+    if isinstance(start, int):
+        return jnp.take(table, inputs, axis=0)
+    own = inputs - start
+    inside = (own >= 0) & (own < rows)
+    found = jnp.take(table, jnp.clip(own, 0, rows - 1), axis=0)
+    return jnp.where(inside[..., None], found, 0)
 
 
 def parameter_count(config: DecoderConfig) -> int:
