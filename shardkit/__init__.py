@@ -1,5 +1,6 @@
 """shardkit: declare a mesh and specs; compile, prove and run one SPMD training step in JAX."""
 
+from ._compression import Compression
 from ._constrain import constrain
 from ._errors import (
     BatchError,
@@ -18,6 +19,7 @@ from ._errors import (
 )
 from ._precision import Precision
 from ._remat import remat
+from ._shards import PerShard, shard_max, shard_start, shard_sum
 from ._types import Accumulate, Loss, Mean, Named, Variables
 from ._weight import weight
 from .adapters import Model, from_linen, from_nnx
@@ -43,6 +45,7 @@ __all__ = [
     "CheckpointError",
     "Checkpointer",
     "CompiledStep",
+    "Compression",
     "Config",
     "ConfigError",
     "DamageError",
@@ -56,6 +59,7 @@ __all__ = [
     "Model",
     "Named",
     "PathRules",
+    "PerShard",
     "Precision",
     "Report",
     "ReportError",
@@ -76,6 +80,9 @@ __all__ = [
     "from_nnx",
     "remat",
     "shard_largest",
+    "shard_max",
+    "shard_start",
+    "shard_sum",
     "simulate_devices",
     "strategies",
     "verify",

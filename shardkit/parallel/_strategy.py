@@ -6,6 +6,7 @@ from typing import Any
 
 from jax.sharding import PartitionSpec
 
+from .._compression import Compression
 from .._errors import Problem, StepError, format_problems, raise_all
 from .._precision import Precision
 from .._regions import Carrier
@@ -32,6 +33,7 @@ class Strategy:
       accumulate: micro-batches per step, an int or `sk.Accumulate`.
       remat: named checkpoint policy for the layers that a model marks with `sk.remat`.
       precision: `"float32"`, `"bfloat16"`, `"pure_bfloat16"` or `sk.Precision`.
+      compression: sums gradients over one mesh axis in 8 bits; None: as `precision` says.
       kinds: `(kind of parallelism, mesh axis)` of the ready strategies that it was made from.
       regions: `(name, carrier)` of the parts of a model that the strategy carries out itself.
 
@@ -50,6 +52,7 @@ class Strategy:
     accumulate: int | Accumulate = 1
     remat: str = "none"
     precision: str | Precision = "float32"
+    compression: Compression | None = None
     kinds: tuple[tuple[str, str], ...] = ()
     regions: tuple[tuple[str, Carrier], ...] = ()
 

@@ -41,7 +41,9 @@ def compile_step(
       batch: pytree of arrays or `jax.ShapeDtypeStruct`, global shapes; dim 0 counts rows.
       mesh: from `MeshSpec.build`, all axes of type Auto.
       strategy: the layout; by default everything is replicated.
-      mode: `"auto"`: the partitioner places the collectives.
+      mode: `"auto"`: the partitioner places the collectives. `"shard_map"`: the loss and its
+        gradients run on shards with explicit ones, for data, fsdp and tensor parallelism; the loss
+        sees one device's rows, whole arrays otherwise, or is an `sk.PerShard`.
       accumulate: overrides `strategy.accumulate`.
       remat: overrides `strategy.remat`.
       precision: overrides `strategy.precision`.

@@ -18,7 +18,7 @@ from .._types import Accumulate, Loss
 from ..mesh import MeshSpec
 from ..parallel import Strategy
 
-MODES = ("auto",)
+MODES = ("auto", "shard_map")
 _HEADLINE = "The step is declared wrongly."
 
 
@@ -38,7 +38,7 @@ class Declaration:
       batch: pytree of `jax.ShapeDtypeStruct`, global shapes.
       mesh: the device mesh, all axes of type Auto; a `MeshSpec` where another process builds it.
       strategy: the layout.
-      mode: `"auto"`: jit, the partitioner places the collectives.
+      mode: `"auto"`: jit, the partitioner places the collectives; `"shard_map"`: they are explicit.
       compiler_options: XLA options by name, for every program of the step.
     """
 
@@ -78,6 +78,7 @@ class Declaration:
             why = f"known: {', '.join(MODES)}.{did_you_mean(self.mode, MODES)}"
             problems.append(Problem(f"mode={self.mode!r}", why, 'mode="auto"'))
         assert isinstance(self.mesh, Mesh)
+        problems += self._compression_problems(self.mesh)
         for name, kind in zip(self.mesh.axis_names, self.mesh.axis_types, strict=True):
             if kind != AxisType.Auto:
                 why = f"is of type {kind.name}; the partitioner needs Auto axes"
@@ -89,6 +90,21 @@ class Declaration:
             why = "would give every lane of the batch its own statistics, other ones on every mesh"
             fix = 'accumulate=sk.Accumulate(k, reduce="each"), precision.reduce=None'
             raise_all(StepError, _HEADLINE, [Problem("accumulate, precision.reduce", why, fix)])
+
+    def _compression_problems(self, mesh: Mesh) -> list[Problem]:
+        how = self.strategy.compression
+        if how is None:
+            return []
+        problems = []
+        if self.mode != "shard_map":
+            why = f"sums gradients over {how.axis!r} itself, which the partitioner does here"
+            problems.append(Problem("compression", why, 'mode="shard_map"'))
+        if how.axis not in mesh.shape:
+            why = f"mesh axis {how.axis!r} is not in the mesh."
+            why += did_you_mean(how.axis, mesh.shape)
+            fix = f"sk.Compression({mesh.axis_names[0]!r})"
+            problems.append(Problem("compression", why, fix))
+        return problems
 
     def replaced(self, **changes: Any) -> "Declaration":
         """Returns the declaration with some fields changed, checked again.

@@ -7,16 +7,16 @@ from typing import Any
 
 import jax
 
-from .._errors import Problem, StepError, raise_all
 from .._precision import cast_floats
-from .._remat import active, policy
-from .._tree import path_str, short_type
+from .._remat import Policy, active, policy, regathering
 from ..state import TrainState
 from ._declaration import Declaration
 from ._gradients import GradientFn, Plan, gradients, lane_draws
-from ._layout import Layout, initial_optimizer, initial_state
+from ._layout import Layout, compressing, initial_optimizer, initial_state
+from ._manual_plan import kept_axes
+from ._manual_survey import evaluated_on_shards, gradients_on_shards
 from ._objective import Objective, objective
-from ._update import Metrics, evaluation_step, gradient_step, training_step
+from ._update import Metrics, check_form, evaluation_step, gradient_step, training_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Functions:
 
     def init_model(self) -> Callable[[Any], TrainState]:
         """Builds `key → state` without optimizer state."""
-        return initial_state(self.declaration.init, self.declaration.precision)
+        d = self.declaration
+        return initial_state(d.init, d.precision, compressing(d.strategy, d.mesh))
 
     def init_optimizer(self) -> Callable[[Any], Any]:
         """Builds `params → optimizer state`."""
@@ -58,7 +59,7 @@ class Functions:
 
         def run(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
             after, metrics = update(state, batch)
-            _check_form(self.layout.state, after)
+            check_form(self.layout.state, after)
             return after, metrics
 
         return run
@@ -70,6 +71,8 @@ class Functions:
     def evaluate(self) -> Callable[[TrainState, Any], Metrics]:
         """Builds `(state, batch) → metrics`."""
         loss = objective(self.declaration.loss_fn, evaluate=True)
+        if self.declaration.mode == "shard_map":
+            loss = self._planned(evaluated_on_shards, loss)
         return evaluation_step(loss, self._low)
 
     def _low(self, params: Any) -> Any:
@@ -86,10 +89,25 @@ class Functions:
         state, batch = self.layout.state, self.layout.batch
         low = jax.eval_shape(self._low, state.params)
         loss = _under_policy(self.declaration, (low, state.extra, batch, state.key))
+        if self.declaration.mode == "shard_map":
+            return self._planned(gradients_on_shards, loss)
         plan = _plan(self.declaration, self.layout)
         if plan.by_lanes:
             plan = dataclasses.replace(plan, draws=lane_draws(loss, plan, low, state.extra, batch))
         return gradients(loss, plan)
+
+    def _planned(self, on_shards: Callable[..., Any], loss: Objective) -> Any:
+        low = jax.eval_shape(self._low, self.layout.state.params)
+        with active(layer_policy(self.declaration, self.layout)):
+            return on_shards(self.declaration, self.layout, loss, low)
+
+
+def layer_policy(declaration: Declaration, layout: Layout) -> Policy | None:
+    """The remat policy that marked layers follow."""
+    named = policy(declaration.strategy.remat)
+    kept = kept_axes(declaration)
+    over = tuple(axis for axis in layout.storing if axis not in kept)
+    return regathering(named, over) if declaration.mode == "shard_map" and over else named
 
 
 def _plan(declaration: Declaration, layout: Layout) -> Plan:
@@ -114,24 +132,3 @@ def _under_policy(declaration: Declaration, args: tuple[Any, ...]) -> Objective:
     with active(named) as marks:
         jax.eval_shape(loss, *args)
     return loss if marks.count else jax.checkpoint(loss, policy=named)
-
-
-def _check_form(before: TrainState, after: TrainState) -> None:
-    old, new = (
-        {
-            path_str(p): short_type(x.shape, x.dtype)
-            for p, x in jax.tree_util.tree_leaves_with_path(s)
-        }
-        for s in (before, after)
-    )
-    problems = [
-        Problem(
-            f"state/{path}", f"is {old.get(path, 'absent')} before, {new.get(path, 'absent')} after"
-        )
-        for path in dict.fromkeys([*old, *new])
-        if old.get(path) != new.get(path)
-    ]
-    fix = "make init and the update agree, or the second step would compile again"
-    raise_all(
-        StepError, "The state after a step is not of the form of the state before.", problems, fix
-    )

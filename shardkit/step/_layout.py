@@ -18,6 +18,9 @@ from ..parallel import Strategy, advise, check_composition, check_used
 from ..rules import Rule, axes_of, chain, check_batch, collect, format_mesh
 from ..state import TrainState
 
+# Where `state.extra` keeps what compression left out, one copy of each parameter per device.
+RESIDUALS = "compression"
+
 Specs = Mapping[str, PartitionSpec]
 
 
@@ -48,17 +51,45 @@ class Layout:
     gradients: Any
     update: Any
 
+    @property
+    def storing(self) -> tuple[str, ...]:
+        """Mesh axes of the rows that parameters are split over too."""
+        specs = [s.spec for s in jax.tree.leaves(self.shardings.params)]
+        split = {axis for spec in specs for entry in spec for axis in axes_of(entry)}
+        return tuple(axis for axis in self.row_axes if axis in split)
 
-def initial_state(init: Callable[[Any], Any], precision: Precision) -> Callable[[Any], TrainState]:
-    """Builds `key → TrainState`, as yet without the optimizer's state."""
+
+def initial_state(
+    init: Callable[[Any], Any], precision: Precision, copies: int = 0
+) -> Callable[[Any], TrainState]:
+    """Builds `key → TrainState`, as yet without the optimizer's state.
+
+    Args:
+      init: `key → params` or `key → Variables`.
+      precision: dtype of the parameters.
+      copies: devices that each keep what compression left out of their gradients; 0 for none.
+    """
 
     def run(key: Any) -> TrainState:
         for_init, for_steps = jax.random.split(key)
         made = _as_variables(init(for_init))
         params = _bare(made, precision)
-        return TrainState(jnp.zeros((), jnp.int32), params, None, made.extra, for_steps)
+        extra = _with_residuals(made.extra, params, copies)
+        return TrainState(jnp.zeros((), jnp.int32), params, None, extra, for_steps)
 
     return run
+
+
+def compressing(strategy: Strategy, mesh: Mesh) -> int:
+    """Number of devices between which gradients are compressed; 0 where they are not."""
+    return mesh.shape.get(strategy.compression.axis, 0) if strategy.compression else 0
+
+
+def _with_residuals(extra: Any, params: Any, copies: int) -> Any:
+    if not copies:
+        return extra
+    zeros = jax.tree.map(lambda p: jnp.zeros((copies, *p.shape), jnp.float32), params)
+    return {**extra, RESIDUALS: zeros}
 
 
 def initial_optimizer(optimizer: optax.GradientTransformation) -> Callable[[Any], Any]:
@@ -76,7 +107,10 @@ def _bare(made: Variables, precision: Precision) -> Any:
 
 
 def _abstract_state(
-    init: Callable[[Any], Any], optimizer: optax.GradientTransformation, precision: Precision
+    init: Callable[[Any], Any],
+    optimizer: optax.GradientTransformation,
+    precision: Precision,
+    copies: int,
 ) -> tuple[TrainState, dict[str, tuple[str | None, ...]]]:
     """The state's shapes, and the logical axes that `init` named, from one trace."""
     names: dict[str, tuple[str | None, ...]] = {}
@@ -86,7 +120,8 @@ def _abstract_state(
         names.update(_axis_names(made.params))
         params = _bare(made, precision)
         opt_state = initial_optimizer(optimizer)(params)
-        return TrainState(jnp.zeros((), jnp.int32), params, opt_state, made.extra, key)
+        extra = _with_residuals(made.extra, params, copies)
+        return TrainState(jnp.zeros((), jnp.int32), params, opt_state, extra, key)
 
     return jax.eval_shape(run, jax.eval_shape(lambda: jax.random.key(0))), names
 
@@ -117,12 +152,16 @@ def resolve_layout(
     """
     sizes = dict(mesh.shape)
     check_composition(strategy, sizes)
-    state, names = _abstract_state(init, optimizer, precision)
+    copies = compressing(strategy, mesh)
+    state, names = _abstract_state(init, optimizer, precision, copies)
 
     problems: list[Problem] = []
     params = leaves(state.params, names)
     specs = _resolved(strategy.params, params, sizes, "params", problems)
-    extra = _resolved(strategy.extra, leaves(state.extra), sizes, "extra", problems)
+    models = {k: x for k, x in state.extra.items() if k != RESIDUALS} if copies else state.extra
+    extra = _resolved(strategy.extra, leaves(models), sizes, "extra", problems)
+    if strategy.compression:
+        extra |= _residual_specs(strategy.compression.axis, specs)
     # A parameter that could not be laid out is reported once, not again for its moments.
     moments = leaves(state.opt_state)
     updated = update_specs(strategy.zero, params, specs, sizes)
@@ -187,6 +226,17 @@ def _in_tree(tree: str, of: Sequence[Leaf], problems: Sequence[Problem]) -> list
 
 def _path(tree: str, path: str) -> str:
     return f"{tree}/{path}" if path else tree
+
+
+def _residual_specs(axis: str, specs: Specs) -> dict[str, PartitionSpec]:
+    """Each device along an axis holds its own copy, split as the parameter is."""
+
+    def spec(own: PartitionSpec) -> PartitionSpec:
+        # A parameter that is split over the axis itself is refused when its gradients are planned.
+        taken = axis in (name for entry in own for name in axes_of(entry))
+        return PartitionSpec(axis) if taken else PartitionSpec(axis, *own)
+
+    return {f"{RESIDUALS}/{path}": spec(own) for path, own in specs.items()}
 
 
 def _batch_specs(

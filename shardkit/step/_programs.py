@@ -8,11 +8,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from .._errors import Problem, StepError, raise_all
 from .._regions import Marks, Surroundings, carried_out
-from .._remat import active, policy
+from .._remat import active
 from ._activations import Activations
 from ._compile import Program, compile_program
 from ._declaration import Declaration
-from ._functions import Functions
+from ._functions import Functions, layer_policy
 from ._layout import Layout
 from ._readback import check_executable
 
@@ -85,7 +85,10 @@ class Programs:
             names.spec_in_lane if by_lanes else names.spec,
             names.lane_axes if by_lanes else (),
         )
-        with carried_out(dict(self._declaration.strategy.regions), around) as marks:
+        # Explicit collectives carry out what they can themselves, and refuse the rest.
+        manual = self._declaration.mode == "shard_map"
+        regions = {} if manual else dict(self._declaration.strategy.regions)
+        with carried_out(regions, around) as marks:
             return self._compile(run, args, placed, results, donate, marks)
 
     def _compile(
@@ -104,7 +107,7 @@ class Programs:
             if marks:
                 _check_reached(marks)
 
-        with active(policy(self._declaration.strategy.remat)):
+        with active(layer_policy(self._declaration, self._layout)):
             return compile_program(run, args, placed, results, names, check, donate, options)
 
     @property

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from .._errors import Problem, StepError, raise_all
+from .._tree import path_str, short_type
 from ..state import TrainState
 from ._gradients import GradientFn
 from ._objective import Objective, Outcome, value_of
@@ -91,3 +93,29 @@ def _metrics(outcome: Outcome, grads: Any) -> Metrics:
 
 def _values(outcome: Outcome) -> Metrics:
     return {"loss": value_of(outcome.loss), **{k: value_of(m) for k, m in outcome.metrics.items()}}
+
+
+def check_form(before: TrainState, after: TrainState) -> None:
+    """Compares the types of a state before and after a step.
+
+    Raises:
+      StepError: with every leaf that changed.
+    """
+    old, new = (
+        {
+            path_str(p): short_type(x.shape, x.dtype)
+            for p, x in jax.tree_util.tree_leaves_with_path(s)
+        }
+        for s in (before, after)
+    )
+    problems = [
+        Problem(
+            f"state/{path}", f"is {old.get(path, 'absent')} before, {new.get(path, 'absent')} after"
+        )
+        for path in dict.fromkeys([*old, *new])
+        if old.get(path) != new.get(path)
+    ]
+    fix = "make init and the update agree, or the second step would compile again"
+    raise_all(
+        StepError, "The state after a step is not of the form of the state before.", problems, fix
+    )

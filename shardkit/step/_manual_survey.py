@@ -1,0 +1,106 @@
+"""Plans how a loss runs on shards, from a trace of it on whole arrays and traces of it on parts."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from .._lanes import Draws, draws_of, grown
+from .._shards import varied
+from .._types import Accumulate
+from ._activations import Activations
+from ._declaration import Declaration
+from ._layout import Layout
+from ._manual import local_loss, mapped, seen, shard_gradients, shard_objective
+from ._manual_plan import ManualPlan, plan_of
+from ._manual_problems import check_declared
+from ._objective import Objective
+
+
+def gradients_on_shards(
+    declaration: Declaration, layout: Layout, objective: Objective, low: Any
+) -> Callable[..., Any]:
+    """The gradients of a loss as the step's declaration has them; see `shard_plan`."""
+    plan = shard_plan(declaration, layout, objective, low, declaration.accumulate)
+    return shard_gradients(objective, plan)
+
+
+def evaluated_on_shards(
+    declaration: Declaration, layout: Layout, objective: Objective, low: Any
+) -> Objective:
+    """A loss of the whole batch, without micro-batches or gradients; see `shard_plan`."""
+    plan = shard_plan(declaration, layout, objective, low, Accumulate())
+    return shard_objective(objective, plan)
+
+
+def shard_plan(
+    declaration: Declaration, layout: Layout, objective: Objective, low: Any, accumulate: Accumulate
+) -> ManualPlan:
+    """Plans how a loss runs on shards.
+
+    Args:
+      declaration: of the step.
+      layout: every sharding.
+      objective: the loss.
+      low: abstract parameters as the loss sees them.
+      accumulate: micro-batches.
+
+    Raises:
+      ShardingError: a constraint of the model cannot be met.
+      StepError: explicit collectives cannot carry this out.
+    """
+    check_declared(declaration, layout)
+    args = (low, layout.state.extra, layout.batch, layout.state.key)
+    whole = jax.make_jaxpr(objective)(*args)
+    rules = declaration.strategy.activations
+    Activations(declaration.mesh, rules, layout.row_axes).check(whole)
+    plan = plan_of(declaration, layout, whole, accumulate)
+    return dataclasses.replace(plan, draws=_shard_draws(objective, plan, args, whole))
+
+
+def _shard_draws(
+    objective: Objective, plan: ManualPlan, args: tuple[Any, ...], whole: Any
+) -> Draws:
+    """Finds which draws of a loss grow, from abstract `(params, extra, batch, key)`.
+
+    The loss on shards is traced on a micro-batch and on one whose every device has all of its
+    rows; and, where a device also holds a slice of the length, on whole arrays.
+
+    Args:
+      objective: the loss.
+      plan: without draws.
+      args: abstract arguments, with the rows of the global batch.
+      whole: the loss traced on whole arrays; one without draws is not traced again.
+
+    Raises:
+      StepError: the randomness of the loss cannot be split.
+    """
+    lanes, slices = plan.count(plan.rows), plan.count(plan.tokens)
+    if not draws_of(whole.jaxpr):
+        return Draws(lanes, slices=slices)
+    params, extra, batch, key = args
+
+    def rows(times: int, over: int) -> Any:
+        def cut(x: Any) -> Any:
+            shape = (x.shape[0] * times // over, *x.shape[1:]) if x.shape else ()
+            return jax.ShapeDtypeStruct(shape, x.dtype)
+
+        return jax.tree.map(cut, batch)
+
+    def local(params: Any, extra: Any, batch: Any, key: Any) -> jax.Array:
+        total, _ = local_loss(objective, plan, seen(plan, params), extra, batch, key)
+        return varied(total, plan.mesh.axis_names)[None]
+
+    steps = plan.accumulate.steps
+    on_shards = mapped(plan, local, PartitionSpec(plan.mesh.axis_names))
+    part = draws_of(jax.make_jaxpr(on_shards)(params, extra, rows(1, steps), key).jaxpr)
+    draws = Draws(lanes, slices=slices)
+    if lanes > 1:
+        more = draws_of(jax.make_jaxpr(on_shards)(params, extra, rows(lanes, steps), key).jaxpr)
+        draws = dataclasses.replace(draws, grown=grown(part, more, lanes))
+    if slices > 1:
+        one = draws_of(jax.make_jaxpr(objective)(params, extra, rows(1, steps * lanes), key).jaxpr)
+        draws = dataclasses.replace(draws, sliced=grown(part, one, slices))
+    return draws
