@@ -104,9 +104,7 @@ def lane_keys(key: jax.Array, draws: Draws) -> jax.Array:
     return jax.vmap(lambda number: part_keys(words, draws, number, jnp.uint32(0)))(lane)
 
 
-def part_keys(
-    words: jax.Array, draws: Draws, lane: jax.Array, micro: jax.Array, cut: Any = 0
-) -> jax.Array:
+def part_keys(words: jax.Array, draws: Draws, lane: Any, micro: Any, cut: Any = 0) -> jax.Array:
     """Returns typed PRNG keys for one part of the rows: key[...].
 
     Args:
