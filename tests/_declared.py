@@ -1,5 +1,6 @@
 """Declarations of research code, good and bad, as `module:function` for a child process."""
 
+import dataclasses
 import os
 import time
 from typing import NoReturn
@@ -31,6 +32,16 @@ def step(axis: str = "tensor") -> Declaration:
         {"x": jax.ShapeDtypeStruct((BATCH, WIDTH), jnp.float32)},
         sk.MeshSpec(data=-1, tensor=2),
         sk.Strategy(params=sk.PathRules({"w": P(None, axis)}), batch=P("data")),
+    )
+
+
+def zero() -> Declaration:
+    """The same model whole on every device, its update split by ZeRO-2."""
+    return dataclasses.replace(
+        step(),
+        mesh=sk.MeshSpec(data=-1),
+        optimizer=optax.adam(0.1),
+        strategy=sk.strategies.zero(stage=2),
     )
 
 

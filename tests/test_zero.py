@@ -1,6 +1,7 @@
 """ZeRO: optimizer state over an axis that parameters are whole over, for any optax chain."""
 
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,9 @@ from jax.sharding import PartitionSpec as P
 import shardkit as sk
 from shardkit._tree import Leaf
 from shardkit.optim import Zero
+from shardkit.targets import Source, compile_for
+
+from ._declared import WIDTH
 
 zero, tensor, fsdp = sk.strategies.zero, sk.strategies.tensor, sk.strategies.fsdp
 BATCH = {"x": np.random.default_rng(0).standard_normal((8, 16)).astype(np.float32)}
@@ -123,6 +127,16 @@ def test_any_optax_chain_gives_the_numbers_of_one_device(name):
 def test_micro_batches_are_reduced_once():
     report = compiled(zero(stage=2), accumulate=2, data=4).report()
     assert report.reductions == {"data": 1.0}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra [tpu]")
+def test_the_tpu_compiler_scatters_gradients_and_gathers_weights():
+    report = compile_for(Source("tests._declared:zero"), "tpu:v5e:2x4")
+    weights = 4 * WIDTH * WIDTH
+    assert report.memory.opt_state == 2 * weights // 8 + 4
+    rows = [row for row in report.ledger.where("data") if row.payload_bytes > 1024]
+    assert {row.kind for row in rows} == {"reduce-scatter", "all-gather"}
+    assert sum(row.wire_bytes for row in rows) == 2 * weights * 7 // 8
 
 
 def test_a_stage_that_there_is_not():
