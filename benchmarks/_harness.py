@@ -136,3 +136,43 @@ def write(
     path.with_suffix(".md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     return path
+
+
+def write_rows(name: str, title: str, report: Any) -> None:
+    """Writes `results/<name>.md`: a ledger by axes, kind, phase and scope, the most bytes first.
+
+    Args:
+      name: of the file.
+      title: what was compiled, for what.
+      report: an `sk.Report`.
+    """
+    sums: dict[tuple[str, ...], tuple[int, int]] = {}
+    for row in report.ledger:
+        key = (", ".join(row.axes), row.kind, row.dtype, row.phase, row.scope or "")
+        wire, trips = sums.get(key, (0, 0))
+        sums[key] = wire + row.wire_bytes, trips + (row.trips or 1)
+    total = report.ledger.total()
+    lines = [
+        f"# {title}: compiled",
+        "",
+        f"Wire bytes of one device and step, {total / 2**30:.2f} GiB in all; rows below 0.1 % of "
+        "it are left out. What each axis sends beside its textbook minimum:",
+        "",
+        "| axis | wire (MiB) | minimum (MiB) | ratio |",
+        "| --- | --- | --- | --- |",
+        *(
+            f"| {one.axis} ({one.kind}) | {one.wire / 2**20:.0f} | {one.bytes / 2**20:.0f} "
+            f"| {one.ratio or 0:.2f} |"
+            for one in report.minima
+        ),
+        "",
+        "| axes | collective | dtype | phase | scope | times | wire (MiB) | share |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        *(
+            f"| {' | '.join(key)} | {times} | {wire / 2**20:.1f} | {wire / total:.1%} |"
+            for key, (wire, times) in sorted(sums.items(), key=lambda item: -item[1][0])
+            if wire > total / 1000
+        ),
+    ]
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
