@@ -167,9 +167,10 @@ def test_wide_collectives_under_a_narrow_policy(data_parallel):
     found = findings(data_parallel, "wide_collective", compute_dtype="bf16", reduce_dtype="f32")
     # Gradients may be reduced in f32; the activations that `tensor` reduces may not.
     ledger = Report.of(data_parallel).ledger
-    assert {finding.axes for finding in found} == {("tensor",)}
-    assert sum(finding.bytes for finding in found) == ledger.total("tensor") // 2
-    assert "all-reduce of f32[128,8] under a bf16 policy" in {finding.why for finding in found}
+    assert [finding.axes for finding in found] == [("tensor",)]
+    assert found[0].bytes == ledger.total("tensor") // 2
+    assert "all-reduce under a bf16 policy, the largest of f32[128,8]" in found[0].why
+    assert "XLA's CPU backend itself widens bf16" in found[0].fix
     whole = program(sgd, make_mesh(data=8), params=weights(), batch=rows(P("data")))
     assert findings(whole, "wide_collective", compute_dtype="bf16")
     assert not findings(whole, "wide_collective", compute_dtype="bf16", reduce_dtype="f32")
@@ -182,9 +183,10 @@ def test_wide_collectives_of_a_tpu_program():
     made = Program(recorded("tpu_v5p_fsdp_tensor"), mesh, "tpu", declared=declared)
     first = findings(made, "wide_collective")[0]
     # The gradient of f32 attention logits changes its dim, in each of 4 layers.
-    assert first.scope == "attention"
-    assert first.why == "all-to-all of f32[8,8,4,256,1024] under a bf16 policy"
-    assert first.bytes == 4 * 3 / 4 * 4 * 8 * 8 * 4 * 256 * 1024 / 2
+    assert first.scope.startswith("attention")
+    assert "the largest of f32[8,8,4,256,1024]" in first.why
+    assert first.bytes >= 4 * 3 / 4 * 4 * 8 * 8 * 4 * 256 * 1024 / 2
+    assert "CPU" not in first.fix
 
 
 def test_resharding_between_dims():

@@ -215,6 +215,11 @@ def test_target_and_devices_exclude_each_other():
     assert "both say which devices" in text
 
 
+def test_slices_may_be_said_first():
+    for text in ("tpu:2x v5e:16x16", "tpu:2xv5e:16x16"):
+        assert str(Target.parse(text)) == "tpu:v5e:16x16:2"
+
+
 @pytest.mark.parametrize(
     ("text", "target", "n_devices"),
     [

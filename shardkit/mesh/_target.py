@@ -42,8 +42,8 @@ class Target:
 
         Args:
           text: `local`; `cpu:<devices>`; `tpu:<generation>:<chips>x<chips>[x<chips>]` with
-            `:<slices>` behind it for several slices; `gpu:<kind>:<hosts>x<gpus>` or
-            `gpu:<kind>:<slices>x<hosts>x<gpus>`.
+            `:<slices>` behind it for several slices, or `<slices>x ` before the generation;
+            `gpu:<kind>:<hosts>x<gpus>` or `gpu:<kind>:<slices>x<hosts>x<gpus>`.
 
         Returns:
           The target.
@@ -52,6 +52,9 @@ class Target:
           MeshError: the text is none of these, or names an unknown chip.
         """
         kind, *rest = text.split(":")
+        # `tpu:2x v5e:16x16`, as one says it, is `tpu:v5e:16x16:2`.
+        if kind == "tpu" and len(rest) == 2 and (said := re.fullmatch(r"(\d+)x *(\w+)", rest[0])):
+            rest = [said[2], rest[1], said[1]]
         if kind == "local" and not rest:
             return cls("local")
         if kind == "cpu" and len(rest) == 1 and (shape := _numbers(rest[0], 1, 1)):
