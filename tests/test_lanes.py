@@ -1,0 +1,52 @@
+"""What a part of the rows draws is a slice of what `jax.random` draws for all rows."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from shardkit._lanes import Draws, find_draws, global_index, part_keys
+
+ROWS, WIDTH = 12, 5
+KEY = jax.random.key(7)
+
+
+def draw(x, key):
+    """Every kind of draw, some that grow with the rows of x and some that do not."""
+    one, two, three = jax.random.split(key, 3)
+    noise = jax.random.normal(one, x.shape)
+    kept = jax.random.bernoulli(jax.random.fold_in(two, 5), 0.5, (WIDTH, x.shape[0]))
+    per_row = jax.vmap(lambda k: jax.random.uniform(k, (2,)))(jax.random.split(three, x.shape[0]))
+    coarse = jax.random.bits(three, x.shape, jnp.uint8)
+    shared = jax.random.normal(two, (WIDTH,))
+    return noise, kept.T, per_row, coarse, jnp.broadcast_to(shared, x.shape)
+
+
+@pytest.mark.parametrize(("lanes", "micro_batches"), [(1, 3), (2, 3), (3, 1), (1, 1)])
+def test_parts_draw_their_rows_of_the_whole(lanes, micro_batches):
+    x = jnp.zeros((ROWS, WIDTH))
+    whole = jax.jit(draw)(x, KEY)
+    rows, parts = ROWS // (lanes * micro_batches), lanes * micro_batches
+    found = find_draws(draw, parts, (x[:rows], KEY), (x, KEY))
+    draws = Draws(lanes, found.grown, micro_batches)
+
+    @jax.jit
+    def part(lane, micro):
+        return draw(x[:rows], part_keys(jax.random.key_data(KEY), draws, lane, micro))
+
+    for lane in range(lanes):
+        for micro in range(micro_batches):
+            held = np.arange(ROWS)[micro::micro_batches][lane * rows : (lane + 1) * rows]
+            for got, want in zip(part(lane, micro), whole, strict=True):
+                np.testing.assert_array_equal(got, want[held])
+
+
+def test_arrays_beyond_a_word_have_indices_of_two():
+    draws = Draws(2**20, (), 2**8)
+    shape, lane, micro = (2, 3, 2**10), 2**20 - 3, 200
+    high, low = global_index(draws, 1, shape, jnp.uint32(lane), jnp.uint32(micro))
+    at = (np.arange(3) + lane * 3) * 2**8 + micro
+    full = 3 * 2**28
+    want = (np.arange(2)[:, None] * full + at)[:, :, None] * 2**10 + np.arange(2**10)
+    high, low = (np.asarray(word, np.int64) for word in (high, low))
+    np.testing.assert_array_equal((high << 32) + low, want)
