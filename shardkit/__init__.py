@@ -20,6 +20,7 @@ from ._errors import (
 from ._precision import Precision
 from ._remat import remat
 from ._shards import PerShard, shard_max, shard_start, shard_sum
+from ._staged import staged
 from ._types import Accumulate, Loss, Mean, Named, Variables
 from ._weight import weight
 from .adapters import Model, from_linen, from_nnx
@@ -84,6 +85,7 @@ __all__ = [
     "shard_start",
     "shard_sum",
     "simulate_devices",
+    "staged",
     "strategies",
     "verify",
     "weight",

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from .._constrain import constrain
-from .._remat import remat
 from .._shards import shard_start
+from .._staged import Layer, layer_keys, through
 from .._weight import weight
 from ._block import STREAM, WORK, block, rms_norm, rotation
 from ._config import DecoderConfig
@@ -147,40 +147,66 @@ class Decoder(nnx.Module):
         Returns:
           [batch, length, embed] in the dtype of the parameters.
         """
-        c = self.config
-        by = rotation(inputs.shape[1], c.head_size, c.rope_theta)
-        drop = key is not None and c.dropout > 0 and not self.deterministic
-        keys = jax.random.split(key, c.layers) if drop else None
+        batch = {"inputs": inputs, "segment_ids": segment_ids}
+        ends, weights = self.ends(), self.layers.weights()
+        _, keys = layer_keys(self.dropout_key(key), self.config.layers)
+        x = through(self.layer(inputs.shape[1]), self.embed(ends, batch), weights, batch, keys)
+        return self.hidden(ends, x)
 
-        def body(x: jax.Array, layer: tuple[Mapping[str, Any], Any]) -> tuple[jax.Array, None]:
-            weights, layer_key = layer
-            return block(c, weights, x, by, segment_ids, layer_key), None
+    def ends(self) -> dict[str, jax.Array]:
+        """The parameters outside the layers, by name."""
+        named = {"embedding": self.embedding, "norm": self.norm, "head": self.head}
+        return {name: x[...] for name, x in named.items() if x is not None}
 
+    def dropout_key(self, key: jax.Array | None) -> jax.Array | None:
+        """The key, where there is something to drop."""
+        return key if self.config.dropout > 0 and not self.deterministic else None
+
+    @staticmethod
+    def embed(
+        ends: Mapping[str, jax.Array], batch: Mapping[str, Any], _key: jax.Array | None = None
+    ) -> jax.Array:
+        """Looks up `batch["inputs"]`: the residual stream before the first block."""
         with jax.named_scope("embedding"):
             # Rows are looked up in a table that is whole along `embed`. Left to itself the
             # partitioner moves activations between dims instead, in one program even whole.
-            table = constrain(self._table(), "vocab", "embed")
+            table = constrain(_table(ends), "vocab", "embed")
             # Whole along `length` first, so that the table's gradient is summed where its rows are.
-            x = constrain(_rows(table, inputs), *WORK)
-            x = constrain(x, *STREAM, source=WORK, partial=("vocab",))
-        with jax.named_scope("layers"):
-            x, _ = jax.lax.scan(remat(body, scanned=True), x, (self.layers.weights(), keys))
-        hidden = rms_norm(x, self.norm[...], c.norm_eps)
+            x = constrain(_rows(table, batch["inputs"]), *WORK)
+            return constrain(x, *STREAM, source=WORK, partial=("vocab",))
+
+    def layer(self, length: int) -> Layer:
+        """The block as a function `(weights, x, batch, key) -> x`, for sequences of one length."""
+        c = self.config
+        by = rotation(length, c.head_size, c.rope_theta)
+
+        def run(weights: Any, x: jax.Array, batch: Any, key: jax.Array | None) -> jax.Array:
+            return block(c, weights, x, by, batch.get("segment_ids"), key)
+
+        return run
+
+    def hidden(self, ends: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
+        """The last norm of what the last block returned."""
+        hidden = rms_norm(x, ends["norm"], self.config.norm_eps)
         return constrain(hidden, *WORK, source=STREAM, into=("vocab",))
 
-    def _table(self) -> jax.Array:
-        return weight(self.embedding[...], "vocab", "embed")
-
-    def output_table(self) -> jax.Array:
+    @staticmethod
+    def output_table(ends: Mapping[str, jax.Array]) -> jax.Array:
         """[embed, vocab]: the head, or the embedding turned over where it is tied."""
-        return self._table().T if self.head is None else weight(self.head[...], "embed", "vocab")
+        return weight(ends["head"], "embed", "vocab") if "head" in ends else _table(ends).T
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Returns f32[..., vocab] of any part of what `__call__` returned, [..., embed].
 
         One position's logits cost one row: `model.logits(hidden[:, -1])` is what sampling needs.
         """
-        return jnp.matmul(hidden, self.output_table(), preferred_element_type=jnp.float32)
+        return jnp.matmul(
+            hidden, self.output_table(self.ends()), preferred_element_type=jnp.float32
+        )
+
+
+def _table(ends: Mapping[str, jax.Array]) -> jax.Array:
+    return weight(ends["embedding"], "vocab", "embed")
 
 
 def _rows(table: jax.Array, inputs: jax.Array) -> jax.Array:

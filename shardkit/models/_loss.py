@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from .._staged import staged
 from .._types import Mean
 from ._cross_entropy import cross_entropy
 from ._decoder import Decoder
@@ -24,13 +25,22 @@ def decoder_loss(
     Returns:
       `Mean(total, weight)` in nats, f32[] each, and the metric `accuracy`, a `Mean` too.
     """
-    hidden = model(batch["inputs"], batch.get("segment_ids"), key)
-    weights = batch["weights"].astype(jnp.float32)
-    with jax.named_scope("loss"):
-        lse, label, top = cross_entropy(
-            hidden, model.output_table(), batch["targets"], model.config.loss_chunks
-        )
-        losses = lse - label + model.config.z_loss * lse**2
-        total, weight = (weights * losses).sum(), weights.sum()
-        right = (weights * (label >= top)).sum()
-    return Mean(total, weight), {"accuracy": Mean(right, weight)}
+    config = model.config
+
+    def last(
+        ends: Mapping[str, jax.Array], x: jax.Array, batch: Mapping[str, jax.Array]
+    ) -> tuple[Mean, dict[str, Mean]]:
+        hidden = model.hidden(ends, x)
+        weights = batch["weights"].astype(jnp.float32)
+        with jax.named_scope("loss"):
+            lse, label, top = cross_entropy(
+                hidden, model.output_table(ends), batch["targets"], config.loss_chunks
+            )
+            losses = lse - label + config.z_loss * lse**2
+            total, weight = (weights * losses).sum(), weights.sum()
+            right = (weights * (label >= top)).sum()
+        return Mean(total, weight), {"accuracy": Mean(right, weight)}
+
+    layer = model.layer(batch["inputs"].shape[1])
+    ends, weights = model.ends(), model.layers.weights()
+    return staged(model.embed, layer, last, ends, weights, batch, model.dropout_key(key))
