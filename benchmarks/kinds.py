@@ -29,6 +29,8 @@ KINDS: dict[str, tuple[str, str]] = {
     "tensor + sequence": ("data|tensor(sequence=True)", "data=N,tensor=4"),
     "context, ring": ("data|context", "data=N,context=4"),
     "context, all-to-all": ('data|context(attention="all_to_all")', "data=N,context=4"),
+    "pipeline, 1F1B": ("data|pipeline(micro_batches=4)", "data=N,pipe=4"),
+    "pipeline × tensor": ("data|pipeline(micro_batches=4)|tensor", "data=N,pipe=2,tensor=2"),
     "ZeRO-2 × tensor": ("zero(stage=2)|tensor(sequence=True)", "data=N,tensor=4"),
     "ZeRO-2 × fsdp": ("zero(stage=2)|fsdp", "data=2,fsdp=N"),
     "fsdp × tensor + sequence": ("fsdp|tensor(sequence=True)", "fsdp=N,tensor=4"),

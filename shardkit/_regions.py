@@ -18,6 +18,10 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
+from ._errors import Problem
+from ._types import Accumulate
+from .rules import axes_of, from_axes
+
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -56,6 +60,19 @@ class Carrier(abc.ABC):
         self, around: Surroundings, plain: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         """Returns what `plain(*args, **kwargs)` would."""
+
+    def misfits(
+        self, accumulate: Accumulate, apart: bool, beside: tuple[str, ...]
+    ) -> list[Problem]:
+        """What of the rest of a declaration this carrier cannot work with; nothing by default.
+
+        Args:
+          accumulate: micro-batches of the step.
+          apart: whether gradients are kept apart by lane for a reduction dtype of their own.
+          beside: names of the other regions that are carried out.
+        """
+        del accumulate, apart, beside
+        return []
 
 
 @dataclasses.dataclass
@@ -134,8 +151,8 @@ def on_own_part(
         return jax.shard_map(
             run,
             mesh=None if taken else around.mesh,
-            in_specs=tuple(map(around.spec, inputs)),
-            out_specs=around.spec(output),
+            in_specs=tuple(_over(around.spec(names), free) for names in inputs),
+            out_specs=_over(around.spec(output), free),
             axis_names=free,
             check_vma=False,  # kernels do not say along which axes their results vary
         )(*args)
@@ -162,6 +179,11 @@ def carried_out(carriers: Mapping[str, Carrier], around: Surroundings) -> Iterat
         yield marks
     finally:
         _active.reset(token)
+
+
+def _over(spec: PartitionSpec, axes: frozenset[str]) -> PartitionSpec:
+    """What a spec says of some axes, the others being manual already."""
+    return from_axes([axis for axis in axes_of(entry) if axis in axes] for entry in spec)
 
 
 def _identity(marks: Marks | None) -> Any:

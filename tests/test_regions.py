@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
-from shardkit._regions import Carrier, region
+from shardkit._regions import Carrier, on_own_part, region
 
 DATA = sk.strategies.data() | sk.Strategy(kinds=(("own", "other"),))
 BATCH = {"x": np.arange(32, dtype=np.float32).reshape(8, 4) / 32}
@@ -72,3 +72,25 @@ def test_a_region_that_the_model_lacks_is_an_error():
     strategy = dataclasses.replace(DATA, regions=(("attention", Scaled("data")),))
     with pytest.raises(sk.StepError, match=r"the model marks no attention(.|\n)*sk.attention"):
         step_with().replace(strategy=strategy)
+
+
+def test_parts_inside_a_manual_region_are_those_of_the_other_axes():
+    def loss(params, batch, key):
+        def rows(x):
+            assert x.shape == (2, 4)  # 8 rows over data=4, and no more over what is manual
+            own = on_own_part(lambda x: 2 * x, (("batch", None),), ("batch", None))
+            return own(x)
+
+        over = {"in_specs": P("data"), "out_specs": P("data"), "axis_names": {"data"}}
+        mesh = sk.MeshSpec(data=4, other=2).build()
+        return jax.shard_map(rows, mesh=mesh, check_vma=False, **over)(batch["x"]).mean()
+
+    step = sk.compile_step(
+        loss,
+        optax.sgd(0.1),
+        init=lambda key: {"w": jnp.ones((4, 2))},
+        batch=BATCH,
+        mesh=sk.MeshSpec(data=4, other=2).build(),
+        strategy=sk.strategies.data() | sk.Strategy(kinds=(("own", "other"),)),
+    )
+    assert loss_of(step) == pytest.approx(2 * BATCH["x"].mean())

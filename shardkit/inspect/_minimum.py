@@ -195,9 +195,20 @@ def minimum(
         gradients = n * _bytes(split, sizes, declared.reduce_dtype)
         kept = declared.kinds[axis] == "fsdp+kept"
         return replicated + fsdp(n, weights, gradients, gathers=1 if kept else 2)
-    if kind == "tensor" and declared.activation_bytes is not None and declared.layers is not None:
-        return tensor(n, declared.activation_bytes, declared.layers)
+    if declared.activation_bytes is None:
+        return None
+    if kind == "pipeline":
+        # Micro-batches together are the rows of one device, so their number does not matter.
+        return replicated + pipeline(1, declared.activation_bytes)
+    if kind == "tensor" and declared.layers is not None:
+        return tensor(n, declared.activation_bytes, declared.layers // _stages(sizes, declared))
     return None
+
+
+def _stages(sizes: Mapping[str, int], declared: Declared) -> int:
+    """Parts that a pipeline cuts the layers into, of which a device works on one."""
+    of_pipelines = (axis for axis, kind in declared.kinds.items() if base_kind(kind) == "pipeline")
+    return math.prod(sizes.get(axis, 1) for axis in of_pipelines)
 
 
 def _bytes(leaves: Sequence[Placed], sizes: Mapping[str, int], dtype: str | None) -> int:

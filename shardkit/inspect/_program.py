@@ -118,7 +118,7 @@ _EXPLAINED = {
     "fsdp": ("all-reduce", "reduce-scatter", "all-gather"),
     "tensor": ("all-reduce", "reduce-scatter", "all-gather"),
     "context": ("all-reduce", "all-gather", "collective-permute", "all-to-all"),
-    "pipeline": ("all-reduce", "collective-permute"),
+    "pipeline": ("all-reduce", "collective-permute", "all-gather", "reduce-scatter"),
     "expert": ("all-reduce", "all-to-all"),
 }
 

@@ -3,6 +3,16 @@
 from . import strategies
 from ._compose import advise, check_composition, check_used
 from ._names import CONVENTIONAL
+from ._schedule import Schedule, schedule
 from ._strategy import Strategy
 
-__all__ = ["CONVENTIONAL", "Strategy", "advise", "check_composition", "check_used", "strategies"]
+__all__ = [
+    "CONVENTIONAL",
+    "Schedule",
+    "Strategy",
+    "advise",
+    "check_composition",
+    "check_used",
+    "schedule",
+    "strategies",
+]

@@ -3,7 +3,8 @@
 from ._context import context
 from ._data import data
 from ._fsdp import fsdp
+from ._pipeline import pipeline
 from ._tensor import tensor
 from ._zero import zero
 
-__all__ = ["context", "data", "fsdp", "tensor", "zero"]
+__all__ = ["context", "data", "fsdp", "pipeline", "tensor", "zero"]

@@ -85,6 +85,7 @@ class Declaration:
                 fix = "MeshSpec(...).build(), or Mesh(..., axis_types=(AxisType.Auto, ...))"
                 problems.append(Problem(f"mesh axis {name!r}", why, fix))
         raise_all(StepError, _HEADLINE, problems)
+        raise_all(StepError, _HEADLINE, self._misfits())
         once = self.accumulate.reduce == "once"
         if self.stateful and once and (self.accumulate.steps > 1 or self.precision.reduces_apart):
             why = "would give every lane of the batch its own statistics, other ones on every mesh"
@@ -105,6 +106,21 @@ class Declaration:
             fix = f"sk.Compression({mesh.axis_names[0]!r})"
             problems.append(Problem("compression", why, fix))
         return problems
+
+    def _misfits(self) -> list[Problem]:
+        """What the carriers that this mesh needs cannot work with."""
+        assert isinstance(self.mesh, Mesh)
+        sizes = self.mesh.shape
+        used = {name: c for name, c in self.strategy.regions if sizes.get(c.axis, 1) > 1}
+        return [
+            problem
+            for name, carrier in used.items()
+            for problem in carrier.misfits(
+                self.accumulate,
+                self.precision.reduces_apart,
+                tuple(other for other in used if other != name),
+            )
+        ]
 
     def replaced(self, **changes: Any) -> "Declaration":
         """Returns the declaration with some fields changed, checked again.

@@ -4,10 +4,11 @@ from . import mutations
 from ._asserts import assert_collectives, assert_matches_one_device, assert_within
 from ._matrix import Killed, KillMatrix, kill_matrix
 from ._simulated import simulated_devices
-from .mutations import MUTATIONS, Mutation
+from .mutations import MUTATIONS, PIPELINE_MUTATIONS, Mutation
 
 __all__ = [
     "MUTATIONS",
+    "PIPELINE_MUTATIONS",
     "KillMatrix",
     "Killed",
     "Mutation",

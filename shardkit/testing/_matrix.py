@@ -8,6 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from .._errors import Problem, VerificationError, count, format_problems
+from .._types import Accumulate
 from ..step import CompiledStep
 from ..verify import Certificate, Row, Standard, StepFactory, made_up, one_device
 from ..verify._record import Trial
@@ -106,7 +107,7 @@ def kill_matrix(
     """Injects each mutation into the step and says which checks of the certificate find it.
 
     The step is compiled with two micro-batches if it has one, so that lanes and their reduction
-    are there to be broken.
+    are there to be broken; not where a carrier has micro-batches of its own.
 
     Args:
       step_factory: compiles the step for a mesh, as for `sk.verify`. Its loss has no mutable state.
@@ -120,7 +121,9 @@ def kill_matrix(
     one = step_factory(one_device(mesh))
     trial = Trial(made_up(one) if batches is None else batches, steps, jax.random.key(0))
     step = step_factory(mesh)
-    if step.declaration.accumulate.steps == 1:
+    carriers = [carrier for _, carrier in step.declaration.strategy.regions]
+    split_already = any(carrier.misfits(Accumulate(2), False, ()) for carrier in carriers)
+    if step.declaration.accumulate.steps == 1 and not split_already:
         step = step.replace(accumulate=2)
     strategy = dataclasses.replace(
         one.declaration.strategy, accumulate=step.declaration.strategy.accumulate

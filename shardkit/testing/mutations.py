@@ -13,6 +13,7 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
@@ -340,3 +341,49 @@ SHARD_MUTATIONS: tuple[Mutation, ...] = (
     ),
 )
 """Bugs of `mode="shard_map"`, for steps that are compiled in that mode."""
+
+
+def _arrivals(change: Callable[[np.ndarray, int], np.ndarray]) -> Callable[[Any], Any]:
+    """Changes i32[ticks, stages], the slots in which messages are put."""
+
+    def of(ticks: Any) -> Any:
+        def wrong(table: Any) -> Any:
+            plan = ticks(table)
+            changed = {
+                name: change(plan.columns[name], plan.slots) for name in ("arrival0", "arrival1")
+            }
+            return dataclasses.replace(plan, columns={**plan.columns, **changed})
+
+        return wrong
+
+    return of
+
+
+def _a_tick_late(arrivals: np.ndarray, nowhere: int) -> np.ndarray:
+    return np.roll(arrivals, 1, axis=0)
+
+
+def _last_lost(arrivals: np.ndarray, nowhere: int) -> np.ndarray:
+    came = np.argwhere(arrivals != nowhere)
+    kept = arrivals.copy()
+    for tick, stage in came[-1:]:
+        kept[tick, stage] = nowhere
+    return kept
+
+
+_TICKS = "shardkit.parallel._pipeline_program.ticks"
+
+PIPELINE_MUTATIONS: tuple[Mutation, ...] = (
+    Mutation(
+        "a tick late",
+        "what a stage is sent is put away one tick after it came",
+        ("gradients",),
+        ((_TICKS, _arrivals(_a_tick_late)),),
+    ),
+    Mutation(
+        "lost at a boundary",
+        "one message between two stages is dropped",
+        ("gradients",),
+        ((_TICKS, _arrivals(_last_lost)),),
+    ),
+)

@@ -1,0 +1,217 @@
+"""Pipeline parallelism: layers in stages, micro-batches passed from stage to stage.
+
+`x[M, B, D] · W[L_pipe, D, D] → x[M, B, D]`, stage s works on micro-batch i when stage s−1 has.
+
+Collectives per step, A bytes of one device's rows as a `[batch, length, embed]` activation: one A
+over each stage boundary forward and one backward, in micro-batches; each tick of a schedule's
+bubble sends one micro-batch more. Parameters before and after the layers are stored on every
+stage (or split, `ends="split"`), work on the first and the last alone, and their gradients are
+summed over the stages once per step. Layers that are split over `fsdp` besides are gathered
+once per step, not per micro-batch, and reduced once.
+
+Bubble: (p−1)/(m+p−1) of the time with GPipe and 1F1B, (p−1)/(vm+p−1) interleaved, (p−1)/(3m+p−1)
+with a zero-bubble schedule; see `_schedule` for their tables. A stage's forward pass is computed
+again in its backward pass, from its input, as under full remat.
+
+Use when the layers do not fit beside tensor and fsdp splits, or links between groups of devices
+are slow: it sends least of all kinds. Do not use with few micro-batches per stage.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._errors import Problem, StepError, did_you_mean, raise_all
+from .._regions import Carrier, Surroundings
+from .._staged import First, Last, Layer
+from .._types import Accumulate
+from ._names import activations, params
+from ._parts import Parts, part_sizes
+from ._pipeline_program import Loss, Program
+from ._schedule import SCHEDULES, Schedule, forward_only
+from ._schedule import schedule as tick_table
+from ._strategy import Strategy
+
+
+def pipeline(
+    axis: str = "pipe",
+    *,
+    schedule: str = "1f1b",
+    micro_batches: int,
+    virtual_stages: int = 1,
+    layers_per_stage: tuple[int, ...] | None = None,
+    ends: str = "replicated",
+) -> Strategy:
+    """Splits the layers into stages over a mesh axis.
+
+    The model marks its layers with `sk.staged`. Its rows are split into strided micro-batches
+    (row i of every `micro_batches`), which are this strategy's accumulation: their gradients are
+    reduced once. Every random draw is what one device draws for the whole batch, so dropout
+    is the same for any number of stages and micro-batches.
+
+    Args:
+      axis: name of the mesh axis.
+      schedule: `"1f1b"`, `"gpipe"`, `"interleaved"` or `"zero_bubble"`.
+      micro_batches: parts that each device's rows are split into.
+      virtual_stages: parts of the layers that each stage holds, for `"interleaved"` at least 2.
+      layers_per_stage: layers of each stage where they are uneven, in the order of the model;
+        with virtual stages one entry for each of these.
+      ends: `"replicated"` stores the parameters outside the layers on every stage, `"split"` splits
+        those with a `vocab` dim over the stages and gathers them once per step.
+
+    Returns:
+      A strategy for models that call `sk.staged` and name the leading dim of layers `layers`.
+
+    Raises:
+      StepError: no such schedule, or numbers that it cannot have.
+
+    >>> pipeline(micro_batches=4).kinds
+    (('pipeline', 'pipe'),)
+    """
+    problems = _option_problems(schedule, micro_batches, virtual_stages, ends)
+    raise_all(StepError, "The pipeline is declared wrongly.", problems)
+    split = {"layers": axis, "vocab": axis} if ends == "split" else {"layers": axis}
+    carrier = Stages(axis, schedule, micro_batches, virtual_stages, layers_per_stage)
+    return Strategy(
+        params=params(split),
+        activations=activations({}),
+        kinds=(("pipeline", axis),),
+        regions=(("staged", carrier),),
+    )
+
+
+def _option_problems(name: str, micro: Any, virtual: Any, ends: str) -> list[Problem]:
+    problems = []
+    if name not in SCHEDULES:
+        why = f"known: {', '.join(SCHEDULES)}.{did_you_mean(name, SCHEDULES)}"
+        problems.append(Problem(f"schedule={name!r}", why, 'schedule="1f1b"'))
+    if type(micro) is not int or micro < 1:
+        problems.append(Problem(f"micro_batches={micro!r}", "is no positive int", "at least 1"))
+    if type(virtual) is not int or (virtual > 1) != (name == "interleaved"):
+        why = "interleaving, and nothing else, needs at least 2 virtual stages"
+        fix = 'schedule="interleaved", virtual_stages=2'
+        problems.append(Problem(f"virtual_stages={virtual!r} with {name!r}", why, fix))
+    if ends not in ("replicated", "split"):
+        why = "known: replicated, split." + did_you_mean(ends, ("replicated", "split"))
+        problems.append(Problem(f"ends={ends!r}", why, 'ends="split"'))
+    return problems
+
+
+@dataclasses.dataclass(frozen=True)
+class Stages(Carrier):
+    """Carries out `sk.staged` as a pipeline.
+
+    Attributes:
+      schedule: name of the schedule.
+      micro_batches: m.
+      virtual_stages: v.
+      layers_per_stage: layers of each part, or None for even parts.
+    """
+
+    schedule: str
+    micro_batches: int
+    virtual_stages: int = 1
+    layers_per_stage: tuple[int, ...] | None = None
+
+    def misfits(
+        self, accumulate: Accumulate, apart: bool, beside: tuple[str, ...]
+    ) -> list[Problem]:
+        """Refuses a second loop over micro-batches inside which gradients are kept apart."""
+        problems = []
+        if accumulate.reduce == "once" and accumulate.steps > 1:
+            why = "the pipeline's own micro-batches are accumulated, with one reduction"
+            fix = f"pipeline(micro_batches={self.micro_batches * accumulate.steps})"
+            fix += f', or sk.Accumulate({accumulate.steps}, reduce="each") to fill it anew for each'
+            problems.append(Problem(f"accumulate={accumulate.steps}", why, fix))
+        elif apart:
+            why = "a pipeline reduces its gradients in the compute dtype"
+            problems.append(Problem("precision.reduce", why, "sk.Precision(..., reduce=None)"))
+        # Inside a stage weights are whole along the axes that split rows, marked or not.
+        for name in (name for name in beside if name != "weight"):
+            why = f"cannot also be carried out inside a stage of {self.axis!r}"
+            problems.append(Problem(f"the region {name!r}", why, "one of the two strategies"))
+        return problems
+
+    def __call__(
+        self,
+        around: Surroundings,
+        plain: Callable[..., Any],
+        first: First,
+        layer: Layer,
+        last: Last,
+        ends: Any,
+        layers: Any,
+        batch: Any,
+        key: Any,
+    ) -> Any:
+        """Returns what `sk.staged` does; the gradients are computed with the loss."""
+        problems = self._problems(around, layers, batch, key)
+        raise_all(StepError, "The pipeline cannot be laid out.", problems)
+        sizes, _ = self._sizes(around, layers)
+        cut = Parts(self.axis, around.mesh.shape[self.axis], sizes)
+        program = Program.of(
+            Loss(first, layer, last, ends, batch, key), layers, around, cut, self.micro_batches
+        )
+
+        @jax.custom_vjp
+        def run(ends: Any, layers: Any) -> Any:
+            return program.evaluate(self._table(cut, forward_only), ends, layers)
+
+        def forward(ends: Any, layers: Any) -> tuple[Any, Any]:
+            return program.train(self._table(cut, tick_table), ends, layers)
+
+        def backward(grads: Any, cotangent: Any) -> Any:
+            scale = program.scale(cotangent)
+            return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
+
+        run.defvjp(forward, backward)
+        return run(ends, layers)
+
+    def _table(self, cut: Parts, build: Callable[..., Schedule]) -> Schedule:
+        return build(
+            self.schedule,
+            stages=cut.stages,
+            micro_batches=self.micro_batches,
+            virtual_stages=self.virtual_stages,
+        )
+
+    def _sizes(self, around: Surroundings, layers: Any) -> tuple[tuple[int, ...], list[Problem]]:
+        depth, stages = len(jax.tree.leaves(layers)[0]), around.mesh.shape[self.axis]
+        return part_sizes(depth, stages, self.virtual_stages, self.layers_per_stage)
+
+    def _problems(self, around: Surroundings, layers: Any, batch: Any, key: Any) -> list[Problem]:
+        """What mesh, layers, rows and key do not allow, all of it."""
+        sizes, m = dict(around.mesh.shape), self.micro_batches
+        _, problems = self._sizes(around, layers)
+        p = sizes[self.axis]
+        if self.schedule == "interleaved" and m % p:
+            why = f"interleaving sends micro-batches in groups of {self.axis}={p}"
+            fix = f"micro_batches={max(p, round(m / p) * p)}"
+            problems.append(Problem(f"micro_batches={m}", why, fix))
+        if self.axis in around.rows:
+            why = "splits the rows of the batch, but every stage sees all of them"
+            problems.append(Problem(f"mesh axis {self.axis!r}", why, "batch over another axis"))
+        unit = m * math.prod(sizes[axis] for axis in around.rows)
+        rows = {len(x) for x in jax.tree.leaves(batch) if jnp.ndim(x)}
+        for n in sorted(n for n in rows if n % unit):
+            split = "".join(f" x {axis}={sizes[axis]}" for axis in around.rows)
+            why = f"{n} rows do not split into micro_batches={m}{split}"
+            near = f"a multiple of {unit} rows, such as {max(unit, round(n / unit) * unit)}"
+            problems.append(Problem("batch", why, near))
+        return problems + _key_problems(key)
+
+
+def _key_problems(key: Any) -> list[Problem]:
+    """Draws are split by rows as threefry has them; other generators cannot be."""
+    if key is None:
+        return []
+    name = str(jax.random.key_impl(key))
+    if name == "threefry2x32" and jax.config.jax_threefry_partitionable:
+        return []
+    why = "only draws of partitionable threefry keys can be split by rows"
+    fix = 'jax.random.key(seed, impl="threefry2x32"), jax_threefry_partitionable=True'
+    return [Problem(f"key of {name}", why, fix)]

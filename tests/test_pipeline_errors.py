@@ -1,0 +1,128 @@
+"""What a pipeline refuses, by the text of its errors."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import shardkit as sk
+
+from . import _staged as model
+
+pipeline = sk.strategies.pipeline
+DATA = sk.strategies.data()
+
+
+def message(strategy, layers=4, rows=16, loss=model.loss, **sizes):
+    sizes = sizes or {"data": 2, "pipe": 4}
+    mesh = sk.MeshSpec(**sizes).build()
+    with pytest.raises(sk.StepError) as raised:
+        model.step(mesh, strategy, layers, rows, loss=loss)
+    return str(raised.value)
+
+
+def test_options_are_refused_together():
+    with pytest.raises(sk.StepError) as raised:
+        pipeline(schedule="1f1", micro_batches=0, virtual_stages=2, ends="splitt")
+    text = str(raised.value)
+    assert "schedule='1f1'" in text
+    assert "Did you mean '1f1b'?" in text
+    assert "micro_batches=0" in text
+    assert "interleaving, and nothing else, needs at least 2 virtual stages" in text
+    assert "Did you mean 'split'?" in text
+    with pytest.raises(sk.StepError, match="at least 2 virtual stages"):
+        pipeline(schedule="interleaved", micro_batches=4)
+
+
+def test_layers_rows_and_groups_are_refused_together():
+    strategy = DATA | pipeline(schedule="interleaved", virtual_stages=2, micro_batches=6)
+    text = message(strategy, layers=12)
+    assert "12 layers do not split evenly into 4 stages of 2 virtual stages" in text
+    assert "layers_per_stage=(2, 2, 2, 2, 1, 1, 1, 1), or a model of 8 or 16 layers" in text
+    assert "interleaving sends micro-batches in groups of pipe=4" in text
+    assert "micro_batches=8" in text
+    assert "16 rows do not split into micro_batches=6 x data=2" in text
+    assert "a multiple of 12 rows, such as 12" in text
+
+
+@pytest.mark.parametrize(
+    ("declared", "why"),
+    [
+        ((3, 2, 2), "has 3 entries for 4 stages"),
+        ((3, 2, 2, 2), "adds up to 9, the model has 8 layers"),
+        ((9, -1, 0, 0), "holds what is no number of layers"),
+    ],
+)
+def test_uneven_stages_must_add_up(declared, why):
+    text = message(DATA | pipeline(micro_batches=2, layers_per_stage=declared), layers=8)
+    assert why in text
+    assert "Fix: layers_per_stage=(2, 2, 2, 2)" in text
+
+
+def test_uneven_layers_are_never_guessed():
+    even = pipeline(micro_batches=2).with_names(params={"layers": None})
+    text = message(DATA | even, layers=5)
+    assert "5 layers do not split evenly into 4 stages" in text
+    assert "layers_per_stage=(2, 1, 1, 1), or a model of 4 or 8 layers" in text
+
+
+def test_accumulation_inside_the_pipeline_is_its_own():
+    both = DATA | pipeline(micro_batches=4) | sk.Strategy(accumulate=2)
+    text = message(both)
+    assert "the pipeline's own micro-batches are accumulated, with one reduction" in text
+    assert "pipeline(micro_batches=8)" in text
+    assert 'sk.Accumulate(2, reduce="each")' in text
+    apart = sk.Strategy(precision=sk.Precision(compute="bfloat16", reduce="float32"))
+    text = message(DATA | pipeline(micro_batches=4) | apart)
+    assert "a pipeline reduces its gradients in the compute dtype" in text
+
+
+def test_attention_across_devices_does_not_fit_into_a_stage():
+    both = pipeline(micro_batches=4) | sk.strategies.context()
+    text = message(both, pipe=2, context=4)
+    assert "the region 'attention'" in text
+    assert "cannot also be carried out inside a stage of 'pipe'" in text
+
+
+def test_rows_are_not_split_over_stages():
+    rows = sk.Strategy(batch=P("pipe"))
+    text = message(rows | pipeline(micro_batches=2), layers=8, pipe=8)
+    assert "mesh axis 'pipe'" in text
+    assert "splits the rows of the batch, but every stage sees all of them" in text
+
+
+def test_integers_do_not_travel():
+    def loss(params, batch, key):
+        return sk.staged(
+            lambda ends, batch, key: (batch["tokens"], ends["table"][batch["tokens"]]),
+            lambda w, x, batch, key: x,
+            lambda ends, x, batch: x[1].mean(),
+            {"table": params["table"]},
+            {"up": params["up"]},
+            batch,
+        )
+
+    text = message(DATA | pipeline(micro_batches=2), loss=loss)
+    assert "What travels between stages must be floating-point." in text
+    assert "first(...) returned int32[4, 4]" in text
+    assert "read integers from `batch`" in text
+
+
+def test_keys_that_cannot_be_split_by_rows():
+    def loss(params, batch, key):
+        return model.loss(params, batch, jax.random.key(0, impl="rbg"))
+
+    text = message(DATA | pipeline(micro_batches=2), loss=loss)
+    assert "key of rbg" in text
+    assert "only draws of partitionable threefry keys can be split by rows" in text
+
+
+def test_a_model_without_stages_is_an_error():
+    def loss(params, batch, key):
+        return jnp.mean(params["table"] ** 2)
+
+    text = message(DATA | pipeline(micro_batches=2), loss=loss)
+    assert "the model marks no staged" in text
+    assert re.search(r"sk\.staged", text)
