@@ -210,7 +210,8 @@ def _key_problems(key: Any) -> list[Problem]:
     if key is None:
         return []
     name = str(jax.random.key_impl(key))
-    if name == "threefry2x32" and jax.config.jax_threefry_partitionable:
+    partitionable = jax.config.jax_threefry_partitionable  # pyright: ignore
+    if name == "threefry2x32" and partitionable:
         return []
     why = "only draws of partitionable threefry keys can be split by rows"
     fix = 'jax.random.key(seed, impl="threefry2x32"), jax_threefry_partitionable=True'
