@@ -113,7 +113,8 @@ def _mix(
 def _branch_input(
     config: DecoderConfig, x_BTE: jax.Array, scale: jax.Array, name: str, into: tuple[str, ...]
 ) -> jax.Array:
-    h = rms_norm(x_BTE, scale, config.norm_eps)
+    # Stated first, so that what is gathered is the norm's result and not the f32 inside it.
+    h = constrain(rms_norm(x_BTE, scale, config.norm_eps), *STREAM)
     return checkpoint_name(constrain(h, *WORK, source=STREAM, into=into), name)
 
 
