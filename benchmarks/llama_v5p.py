@@ -58,7 +58,15 @@ ROWS = {"base": "rows", "splash, gathered inputs saved, weights kept": "least_ro
 NOTE = (
     "MaxText with the same widths, mesh and compiler: splash attention 1.78 GiB peak, 6.86 GiB "
     "wire, 4.24 sync, 164 M cycles; dot-product attention 2.36, 6.86, 4.24, 221 M. "
-    "What the wire consists of: llama_v5p_rows.md."
+    "What the wire consists of: llama_v5p_rows.md. "
+    "The wire cannot come below 4.55 GiB while activations are gathered for products: 3.00 "
+    "GiB are the 8 collectives of each layer, 0.38 those of embedding, last norm and loss, "
+    "1.17 to 1.29 fsdp's gathers and scatters. base sends 0.75 more, the inputs of branches "
+    "gathered again for weight gradients; saving them (gathered inputs saved) takes 1 GiB of "
+    "peak for that. So wire and peak of the aims (4.5 and 1.75 GiB) exclude each other here. "
+    "On v5p gathers and scatters are synchronous operations; only windowed einsum makes part "
+    "of them asynchronous, for 61 M cycles more. Compile seconds are of a machine that was "
+    "busy with other work (see load)."
 )
 
 
