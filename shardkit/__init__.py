@@ -28,7 +28,7 @@ from .checkpoint import Checkpointer, Keep
 from .config import Config
 from .inspect import Budget, Report
 from .mesh import MeshSpec, simulate_devices
-from .models import attention
+from .models import attention, experts, route
 from .parallel import Strategy, strategies
 from .rules import REPLICATED, AxisRules, PathRules, chain, explain, shard_largest
 from .state import TrainState
@@ -76,10 +76,12 @@ __all__ = [
     "chain",
     "compile_step",
     "constrain",
+    "experts",
     "explain",
     "from_linen",
     "from_nnx",
     "remat",
+    "route",
     "shard_largest",
     "shard_max",
     "shard_start",

@@ -55,6 +55,11 @@ class Carrier(abc.ABC):
 
     axis: str
 
+    @property
+    def moves_rows(self) -> bool:
+        """Whether rows leave their device along the axis, so that no lane can end there."""
+        return False
+
     @abc.abstractmethod
     def __call__(
         self, around: Surroundings, plain: Callable[..., Any], *args: Any, **kwargs: Any

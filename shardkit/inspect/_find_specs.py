@@ -208,6 +208,9 @@ def resharding(facts: Facts) -> Iterator[Finding]:
     for row in facts.ledger.where(kind="all-to-all"):
         if "all_to_all" in row.op_name or row.payload_bytes <= SMALL or row.by_optimizer:
             continue
+        explains = facts.program.declared.explains or {}
+        if row.axes and all("all-to-all" in explains.get(axis, ()) for axis in row.axes):
+            continue  # the strategy moves tokens by stating where they are to be
         between = _ends(row, facts.program)
         yield Finding(
             "resharding",

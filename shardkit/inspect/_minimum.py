@@ -197,6 +197,9 @@ def minimum(
         return replicated + fsdp(n, weights, gradients, gathers=1 if kept else 2)
     if declared.activation_bytes is None:
         return None
+    if kind == "expert" and declared.layers is not None and declared.choices is not None:
+        routed = declared.activation_bytes * declared.choices
+        return replicated + expert(n, routed, declared.layers // _stages(sizes, declared))
     if kind == "pipeline":
         # Micro-batches together are the rows of one device, so their number does not matter.
         return replicated + pipeline(1, declared.activation_bytes)

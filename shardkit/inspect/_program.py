@@ -162,6 +162,8 @@ class Declared:
       activation_bytes: bytes of one `[batch, length, embed]` activation on a device, before
         tensor parallelism splits it; with `layers` it gives the minimum of tensor parallelism.
       layers: number of transformer layers.
+      choices: experts that each token chooses; with the two above it gives the minimum of expert
+        parallelism.
       rules: messages about rules that matched nothing or are shadowed.
       constraints: what the model constrains, as the strategy lays it out: parts "activation",
         named as they are written, `constrain('batch', 'length', 'embed')`.
@@ -175,6 +177,7 @@ class Declared:
     reduce_dtype: str | None = None
     activation_bytes: int | None = None
     layers: int | None = None
+    choices: int | None = None
     rules: tuple[str, ...] = ()
     constraints: tuple[Placed, ...] = ()
     activation_axes: tuple[str, ...] = ()

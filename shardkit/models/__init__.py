@@ -5,6 +5,7 @@ from ._block import block, rms_norm, rotate, rotation
 from ._config import DecoderConfig
 from ._cross_entropy import cross_entropy
 from ._decoder import Decoder, parameter_count
+from ._experts import expert_capacity, experts, route, router_statistics, swiglu
 from ._loss import decoder_loss
 from ._sizes import SIZES
 
@@ -16,8 +17,13 @@ __all__ = [
     "block",
     "cross_entropy",
     "decoder_loss",
+    "expert_capacity",
+    "experts",
     "parameter_count",
     "rms_norm",
     "rotate",
     "rotation",
+    "route",
+    "router_statistics",
+    "swiglu",
 ]

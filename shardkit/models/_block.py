@@ -6,7 +6,7 @@ Logical axes of activations. The residual stream between branches is
 `("batch", "residual_length", "embed")`, what a branch works on is `("batch", "length", "embed")`,
 so that a strategy may split the stream over length without splitting the length that attention
 and products see. Inside: `("batch", "length", "heads", "head_dim")`, the same with `"kv_heads"`,
-and `("batch", "length", "mlp")`.
+and `("batch", "length", "mlp")`. With experts see also `_experts.py`.
 
 Names for checkpoint policies: `attn_in` and `mlp_in` (a branch's normed input, which a split
 stream gathers), `qkv` (queries, keys and values after rotation), `attn_mix` (what attention
@@ -27,6 +27,7 @@ from .._weight import weight
 from ._attention import attention
 from ._config import DecoderConfig
 from ._dense import dense
+from ._experts import mixture
 
 Rotation = tuple[jax.Array, jax.Array]
 
@@ -73,8 +74,11 @@ def block(
     by: Rotation,
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
-) -> jax.Array:
+    counted: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Returns the residual stream after one block: x + attention(norm x), then + mlp(norm x).
+
+    With experts it also returns what `router_statistics` does; without them an empty dict.
 
     Args:
       config: the decoder's sizes.
@@ -83,6 +87,7 @@ def block(
       by: what `rotation` returned for this length.
       segment_ids: i32[batch, length], or None where every row is one segment.
       key: draws dropout; None for none.
+      counted: f32[batch, length], how much each token counts in losses; None: each 1.
     """
     keys = (None, None) if key is None else tuple(jax.random.split(key))
     with jax.named_scope("attention"):
@@ -92,10 +97,18 @@ def block(
             config, weights, "attn_out", y, ("heads", "head_dim"), keys[0]
         )
     with jax.named_scope("mlp"):
-        h = _branch_input(config, x_BTE, weights["mlp_norm"], "mlp_in", ("mlp",))
-        y = _feed_forward(weights, h)
-        x_BTE = x_BTE + _branch_output(config, weights, "mlp_out", y, ("mlp",), keys[1])
-    return constrain(x_BTE, *STREAM)
+        inner = _inner(config)
+        into = () if config.experts else inner
+        h = _branch_input(config, x_BTE, weights["mlp_norm"], "mlp_in", into)
+        y, sums = _feed_forward(config, weights, h, counted)
+        x_BTE = x_BTE + _branch_output(config, weights, "mlp_out", y, inner, keys[1])
+    return constrain(x_BTE, *STREAM), sums
+
+
+def _inner(config: DecoderConfig) -> tuple[str, ...]:
+    """Logical axes that the last products of the feed-forward branch contract."""
+    chosen = () if config.experts is None else ("expert_mlp",)
+    return (*(("mlp",) if config.dense_width else ()), *chosen)
 
 
 def _mix(
@@ -166,7 +179,22 @@ def _attend(
     return constrain_gradient(dense(mixed, out, 2), WORK)
 
 
-def _feed_forward(weights: Mapping[str, jax.Array], h_BTE: jax.Array) -> jax.Array:
+def _feed_forward(
+    config: DecoderConfig,
+    weights: Mapping[str, jax.Array],
+    h_BTE: jax.Array,
+    counted: jax.Array | None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """What the dense branch, the chosen experts, or both add."""
+    if config.experts is None:
+        return _dense_branch(weights, h_BTE), {}
+    y, sums = mixture(config, weights, h_BTE, counted)
+    if config.dense_width:
+        y = y + _dense_branch(weights, constrain(h_BTE, *WORK, into=("mlp",)))
+    return y, sums
+
+
+def _dense_branch(weights: Mapping[str, jax.Array], h_BTE: jax.Array) -> jax.Array:
     gate = constrain(_product(h_BTE, weights, "gate", "mlp"), "batch", "length", "mlp")
     up = constrain(_product(h_BTE, weights, "up", "mlp"), "batch", "length", "mlp")
     gate, up = checkpoint_name((gate, up), "mlp_hidden")

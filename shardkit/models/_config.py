@@ -5,12 +5,15 @@ import dataclasses
 from .._errors import ConfigError, Problem, did_you_mean, raise_all
 
 ATTENTIONS = ("auto", "blocked", "xla", "cudnn", "splash")
-_COUNTS = ("vocab", "embed", "layers", "heads", "mlp", "loss_chunks")
+_COUNTS = ("vocab", "embed", "layers", "heads", "mlp", "loss_chunks", "top_k")
+_OPTIONAL = ("kv_heads", "head_dim", "experts", "expert_mlp")
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """A Llama-family decoder: RMSNorm, rotary embedding, grouped queries, SwiGLU.
+
+    With `experts` the feed-forward branch of every block is a mixture of experts.
 
     Attributes:
       vocab: number of tokens.
@@ -30,6 +33,15 @@ class DecoderConfig:
         whole logits and saves one product in four of the head; more bounds memory.
       attention: `"auto"` takes cuDNN on CUDA for 16-bit types and `"blocked"` elsewhere;
         the others are what they say (see `attention`); `"splash"` runs on TPUs alone.
+      experts: feed-forward branches that each token chooses from; None: one dense branch.
+      top_k: experts that each token chooses.
+      capacity_factor: an expert takes this many times its even share of the choices of one row,
+        the first of the row; later ones are dropped. None: dropless, every choice is served.
+      shared_experts: experts that every token goes through besides, as one dense branch of
+        `shared_experts` times the width.
+      expert_mlp: width inside one expert; None: `mlp`.
+      balance_loss: weight of the load-balancing loss of every block, in training alone.
+      router_z_loss: weight of `logsumexp(router logits) ** 2` of every block, in training alone.
 
     Raises:
       ConfigError: sizes that do not fit together, all of them in one message.
@@ -54,6 +66,13 @@ class DecoderConfig:
     z_loss: float = 0.0
     loss_chunks: int = 1
     attention: str = "auto"
+    experts: int | None = None
+    top_k: int = 2
+    capacity_factor: float | None = None
+    shared_experts: int = 0
+    expert_mlp: int | None = None
+    balance_loss: float = 0.01
+    router_z_loss: float = 0.001
 
     def __post_init__(self) -> None:
         headline = "DecoderConfig does not describe a decoder."
@@ -74,10 +93,20 @@ class DecoderConfig:
         """Query heads that share one key and value head."""
         return self.heads // self.key_heads
 
+    @property
+    def expert_width(self) -> int:
+        """Width inside one expert: `expert_mlp`, or `mlp` where that is None."""
+        return self.mlp if self.expert_mlp is None else self.expert_mlp
+
+    @property
+    def dense_width(self) -> int:
+        """Width of the branch that every token goes through; 0 where there is none."""
+        return self.mlp if self.experts is None else self.shared_experts * self.expert_width
+
 
 def _count_problems(c: DecoderConfig) -> list[Problem]:
     """Sizes that are no positive integers; nothing else can be said before these are right."""
-    optional = [n for n in ("kv_heads", "head_dim") if getattr(c, n) is not None]
+    optional = [n for n in _OPTIONAL if getattr(c, n) is not None]
     return [
         Problem(f"{name}={getattr(c, name)!r}", "must be an integer of at least 1", f"{name}=1")
         for name in (*_COUNTS, *optional)
@@ -110,6 +139,28 @@ def _fit_problems(c: DecoderConfig) -> list[Problem]:
         why = f"is unknown; known: {', '.join(ATTENTIONS)}."
         why += did_you_mean(str(c.attention), ATTENTIONS)
         rows.append(Problem(f"attention={c.attention!r}", why, 'attention="auto"'))
+    return rows + _expert_problems(c)
+
+
+def _expert_problems(c: DecoderConfig) -> list[Problem]:
+    rows = []
+    if type(c.shared_experts) is not int or c.shared_experts < 0:
+        why = "must be an integer of at least 0"
+        rows.append(Problem(f"shared_experts={c.shared_experts!r}", why, "shared_experts=0"))
+    if c.capacity_factor is not None and not c.capacity_factor > 0:
+        why = "an expert would take no token; None drops none"
+        fix = "capacity_factor=1.25, or None"
+        rows.append(Problem(f"capacity_factor={c.capacity_factor}", why, fix))
+    if c.experts is not None and c.top_k > c.experts:
+        why = f"no token can choose more than experts={c.experts}"
+        rows.append(Problem(f"top_k={c.top_k}", why, f"top_k={c.experts}"))
+    if c.experts is None:
+        given = {"capacity_factor": None, "shared_experts": 0, "expert_mlp": None}
+        rows += [
+            Problem(f"{name}={getattr(c, name)}", "the decoder has no experts", "experts=8")
+            for name, default in given.items()
+            if getattr(c, name) != default
+        ]
     return rows
 
 

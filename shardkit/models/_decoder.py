@@ -1,9 +1,9 @@
 """The reference model: a decoder whose layers are stacked arrays and one scanned body.
 
-Logical axes of parameters: `vocab`, `embed`, `layers`, `heads`, `kv_heads`, `head_dim`, `mlp`, and
-`norm` for the scales of norms. A scale has the width of `embed`, but it is a few kilobytes that
-every device multiplies with: it has a name of its own so that splitting `embed` does not
-split it, and costs no gather.
+Logical axes of parameters: `vocab`, `embed`, `layers`, `heads`, `kv_heads`, `head_dim`, `mlp`,
+`experts` and `expert_mlp` of a mixture, and `norm` for the scales of norms. A scale has the width
+of `embed`, but it is a few kilobytes that every device multiplies with: it has a name of its own
+so that splitting `embed` does not split it, and costs no gather.
 """
 
 import math
@@ -20,11 +20,12 @@ from .._staged import Layer, layer_keys, through
 from .._weight import weight
 from ._block import STREAM, WORK, block, rms_norm, rotation
 from ._config import DecoderConfig
+from ._experts import STATISTICS
 
 _TRUNCATED_STD = 0.87962566103423978  # of a standard normal cut at two deviations
 
 
-def _param(value: jax.Array, *axes: str) -> nnx.Param:
+def _param(value: jax.Array, *axes: str | None) -> nnx.Param:
     """A parameter with its logical axes, outside any mesh: flax would look for one at once."""
     return nnx.Param(value, out_sharding=axes, eager_sharding=False)
 
@@ -45,16 +46,22 @@ class Layers(nnx.Module):
     Attributes:
       query: [layers, embed, heads, head_dim]; key, value: the same with kv_heads.
       out: [layers, heads, head_dim, embed].
-      gate, up: [layers, embed, mlp]; down: [layers, mlp, embed].
+      gate, up: [layers, embed, mlp]; down: [layers, mlp, embed]. With experts mlp is the width of
+        the shared ones, and without these there are none.
+      router: [layers, embed, experts], with experts; its `experts` dim has no name, for every
+        device chooses among all of them.
+      expert_gate, expert_up: [layers, experts, embed, expert_mlp].
+      expert_down: [layers, experts, expert_mlp, embed].
       attn_norm, mlp_norm: [layers, embed].
-      query_bias, …: [layers, *outputs of the product], zero at first; only where `config.bias`.
+      query_bias, …: [layers, *outputs of the product], zero at first; only where `config.bias`,
+        and none in the chosen experts.
     """
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
         c, width = config, config.heads * config.head_size
         thin = 2 * c.layers
 
-        def stacked(shape: tuple[int, ...], fan_in: int, *axes: str) -> nnx.Param:
+        def stacked(shape: tuple[int, ...], fan_in: int, *axes: str | None) -> nnx.Param:
             keys = jax.random.split(rngs.params(), c.layers)
             value = jax.vmap(lambda key: _normal(key, shape, fan_in))(keys)
             return _param(value, "layers", *axes)
@@ -66,9 +73,17 @@ class Layers(nnx.Module):
         self.out = stacked(
             (c.heads, c.head_size, c.embed), width * thin, "heads", "head_dim", "embed"
         )
-        self.gate = stacked((c.embed, c.mlp), c.embed, "embed", "mlp")
-        self.up = stacked((c.embed, c.mlp), c.embed, "embed", "mlp")
-        self.down = stacked((c.mlp, c.embed), c.mlp * thin, "mlp", "embed")
+        if width := c.dense_width:
+            self.gate = stacked((c.embed, width), c.embed, "embed", "mlp")
+            self.up = stacked((c.embed, width), c.embed, "embed", "mlp")
+            self.down = stacked((width, c.embed), width * thin, "mlp", "embed")
+        if c.experts is not None:
+            wide, axes = (c.experts, c.embed, c.expert_width), ("experts", "embed", "expert_mlp")
+            tall, back = (c.experts, c.expert_width, c.embed), ("experts", "expert_mlp", "embed")
+            self.router = stacked((c.embed, c.experts), c.embed, "embed", None)
+            self.expert_gate = stacked(wide, c.embed, *axes)
+            self.expert_up = stacked(wide, c.embed, *axes)
+            self.expert_down = stacked(tall, c.expert_width * thin, *back)
         self.attn_norm = _param(jnp.ones((c.layers, c.embed)), "layers", "norm")
         self.mlp_norm = _param(jnp.ones((c.layers, c.embed)), "layers", "norm")
         if c.bias:
@@ -77,10 +92,9 @@ class Layers(nnx.Module):
     def _add_biases(self, c: DecoderConfig) -> None:
         """A bias whose product splits its inputs is added once, after the sum: it is `norm`."""
         heads = {"query": "heads", "key": "kv_heads", "value": "kv_heads"}
-        sizes = {"heads": c.heads, "kv_heads": c.key_heads, "mlp": c.mlp, "norm": c.embed}
-        for name, axis in (
-            heads | {"gate": "mlp", "up": "mlp", "out": "norm", "down": "norm"}
-        ).items():
+        sizes = {"heads": c.heads, "kv_heads": c.key_heads, "mlp": c.dense_width, "norm": c.embed}
+        dense = {"gate": "mlp", "up": "mlp", "down": "norm"} if c.dense_width else {}
+        for name, axis in (heads | {"out": "norm"} | dense).items():
             inner = ((c.head_size, "head_dim"),) if name in heads else ()
             shape = (c.layers, sizes[axis], *(size for size, _ in inner))
             bias = _param(
@@ -150,8 +164,8 @@ class Decoder(nnx.Module):
         batch = {"inputs": inputs, "segment_ids": segment_ids}
         ends, weights = self.ends(), self.layers.weights()
         _, keys = layer_keys(self.dropout_key(key), self.config.layers)
-        x = through(self.layer(inputs.shape[1]), self.embed(ends, batch), weights, batch, keys)
-        return self.hidden(ends, x)
+        x = through(self.layer(inputs.shape[1]), self.first(ends, batch), weights, batch, keys)
+        return self.hidden(ends, self.parts(x)[0])
 
     def ends(self) -> dict[str, jax.Array]:
         """The parameters outside the layers, by name."""
@@ -175,15 +189,36 @@ class Decoder(nnx.Module):
             x = constrain(_rows(table, batch["inputs"]), *WORK)
             return constrain(x, *STREAM, source=WORK, partial=("vocab",))
 
+    def first(
+        self, ends: Mapping[str, jax.Array], batch: Mapping[str, Any], _key: jax.Array | None = None
+    ) -> Any:
+        """What the first layer takes: the stream, with experts beside sums that are still 0."""
+        x = self.embed(ends, batch)
+        if self.config.experts is None:
+            return x
+        none = jnp.zeros_like(x[:, 0, 0], jnp.float32)
+        return x, dict.fromkeys(STATISTICS, none)
+
     def layer(self, length: int) -> Layer:
-        """The block as a function `(weights, x, batch, key) -> x`, for sequences of one length."""
+        """The block as a function `(weights, x, batch, key) -> x`, for sequences of one length.
+
+        With experts `x` is the stream and what `router_statistics` summed so far, per row, over
+        tokens by `batch["weights"]`.
+        """
         c = self.config
         by = rotation(length, c.head_size, c.rope_theta)
 
-        def run(weights: Any, x: jax.Array, batch: Any, key: jax.Array | None) -> jax.Array:
-            return block(c, weights, x, by, batch.get("segment_ids"), key)
+        def run(weights: Any, x: Any, batch: Any, key: jax.Array | None) -> Any:
+            stream, sums = self.parts(x)
+            counted = batch.get("weights")
+            stream, more = block(c, weights, stream, by, batch.get("segment_ids"), key, counted)
+            return (stream, jax.tree.map(jnp.add, sums, more)) if c.experts else stream
 
         return run
+
+    def parts(self, x: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The stream that a layer returned, and the sums beside it, if any."""
+        return (x, {}) if self.config.experts is None else x
 
     def hidden(self, ends: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
         """The last norm of what the last block returned."""

@@ -1,12 +1,14 @@
 """The decoder's loss: weighted next-token cross entropy whose logits need not live at once."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from .._staged import staged
 from .._types import Mean
+from ._config import DecoderConfig
 from ._cross_entropy import cross_entropy
 from ._decoder import Decoder
 
@@ -23,14 +25,17 @@ def decoder_loss(
       key: draws dropout; None for none.
 
     Returns:
-      `Mean(total, weight)` in nats, f32[] each, and the metric `accuracy`, a `Mean` too.
+      `Mean(total, weight)` in nats, f32[] each, and the metric `accuracy`, a `Mean` too. With
+      experts also `router_statistics`' `balance`, `entropy`, `max_load` and `dropped`, averaged
+      over blocks; in training the total then holds the routers' losses, summed over blocks.
     """
     config = model.config
 
     def last(
-        ends: Mapping[str, jax.Array], x: jax.Array, batch: Mapping[str, jax.Array]
+        ends: Mapping[str, jax.Array], x: Any, batch: Mapping[str, jax.Array]
     ) -> tuple[Mean, dict[str, Mean]]:
-        hidden = model.hidden(ends, x)
+        stream, sums = model.parts(x)
+        hidden = model.hidden(ends, stream)
         weights = batch["weights"].astype(jnp.float32)
         with jax.named_scope("loss"):
             lse, label, top = cross_entropy(
@@ -39,8 +44,23 @@ def decoder_loss(
             losses = lse - label + config.z_loss * lse**2
             total, weight = (weights * losses).sum(), weights.sum()
             right = (weights * (label >= top)).sum()
-        return Mean(total, weight), {"accuracy": Mean(right, weight)}
+        metrics = {"accuracy": Mean(right, weight)}
+        if sums:
+            of_routers, statistics = _routers(config, sums, weight)
+            total = total if model.deterministic else total + of_routers
+            metrics |= statistics
+        return Mean(total, weight), metrics
 
     layer = model.layer(batch["inputs"].shape[1])
     ends, weights = model.ends(), model.layers.weights()
-    return staged(model.embed, layer, last, ends, weights, batch, model.dropout_key(key))
+    return staged(model.first, layer, last, ends, weights, batch, model.dropout_key(key))
+
+
+def _routers(
+    config: DecoderConfig, sums: Mapping[str, jax.Array], weight: jax.Array
+) -> tuple[jax.Array, dict[str, Mean]]:
+    """The routers' part of the loss, and their statistics as metrics."""
+    of = {name: rows.sum() for name, rows in sums.items()}
+    total = config.balance_loss * of["balance"] + config.router_z_loss * of["z"]
+    shown = ("balance", "entropy", "max_load", "dropped")
+    return total, {name: Mean(of[name] / config.layers, weight) for name in shown}

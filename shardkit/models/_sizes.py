@@ -6,6 +6,9 @@ SIZES: dict[str, DecoderConfig] = {
     # Byte-level, for tests and first runs on a CPU.
     "nano": DecoderConfig(vocab=256, embed=64, layers=2, heads=4, mlp=192, kv_heads=2),
     "micro": DecoderConfig(vocab=256, embed=128, layers=4, heads=4, mlp=384),
+    "nano-moe": DecoderConfig(
+        vocab=256, embed=64, layers=2, heads=4, mlp=96, kv_heads=2, experts=8, capacity_factor=1.25
+    ),
     # What benchmarks/cpu_decoder.py measures: 7.4 M parameters.
     "tiny": DecoderConfig(vocab=8192, embed=256, layers=4, heads=8, mlp=688),
     "small": DecoderConfig(vocab=32_000, embed=768, layers=12, heads=12, mlp=2048),
@@ -24,5 +27,19 @@ SIZES: dict[str, DecoderConfig] = {
         mlp=14_336,
         rope_theta=500_000.0,
         loss_chunks=8,
+    ),
+    # arXiv:2401.04088, table 1, and its released params.json: 46,702,792,704 parameters, of
+    # which 2 of 8 experts serve a token.
+    "mixtral-8x7b": DecoderConfig(
+        vocab=32_000,
+        embed=4096,
+        layers=32,
+        heads=32,
+        kv_heads=8,
+        mlp=14_336,
+        rope_theta=1_000_000.0,
+        loss_chunks=8,
+        experts=8,
+        top_k=2,
     ),
 }

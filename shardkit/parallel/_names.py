@@ -6,7 +6,18 @@ from ..rules import AxisRules
 
 Axes = str | tuple[str, ...] | None
 
-PARAMS = ("vocab", "embed", "layers", "heads", "kv_heads", "head_dim", "mlp", "norm", "experts")
+PARAMS = (
+    "vocab",
+    "embed",
+    "layers",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "mlp",
+    "norm",
+    "experts",
+    "expert_mlp",
+)
 ACTIVATIONS = (
     "batch",
     "length",
@@ -18,6 +29,8 @@ ACTIVATIONS = (
     "mlp",
     "vocab",
     "experts",
+    "expert_mlp",
+    "choices",
 )
 CONVENTIONAL = frozenset((*PARAMS, *ACTIVATIONS))
 """Logical axes that the ready strategies list, whether or not a model has them."""

@@ -41,7 +41,7 @@ def tensor(axis: str = "tensor", *, sequence: bool = False, kv_heads: str = "spl
         why = f"known: {', '.join(KV_HEADS)}.{did_you_mean(kv_heads, KV_HEADS)}"
         problem = Problem(f"tensor(kv_heads={kv_heads!r})", why, 'kv_heads="replicate"')
         raise_all(StepError, "There is no such policy for key and value heads.", [problem])
-    split = {"heads": axis, "mlp": axis, "vocab": axis}
+    split = dict.fromkeys(("heads", "mlp", "expert_mlp", "vocab"), axis)
     split |= {"kv_heads": axis} if kv_heads == "split" else {}
     stream = {"residual_length": axis} if sequence else {}
     return Strategy(

@@ -33,12 +33,13 @@ class Plan:
       mesh: the device mesh.
       accumulate: micro-batches, and when they are reduced.
       precision: compute and reduction dtypes.
-      axes: mesh axes that the rows of the batch are split over.
+      axes: mesh axes that the rows of the batch are split over, as far as lanes are.
       params: `NamedSharding` of each parameter, as a pytree.
       gradients: how each gradient is left for the update: as its parameter, or split further.
       batch: `NamedSharding` of each batch leaf, as a pytree.
       rows: number of rows of the global batch.
       draws: which random draws of the loss grow with its rows.
+      inner: mesh axes that the rows of one lane are split over.
     """
 
     mesh: Mesh
@@ -50,6 +51,7 @@ class Plan:
     batch: Any
     rows: int
     draws: Draws = dataclasses.field(default_factory=lambda: Draws(1))
+    inner: tuple[str, ...] = ()
 
     @property
     def by_lanes(self) -> bool:
@@ -121,7 +123,9 @@ def split_lanes(rows: Any, plan: Plan) -> Any:
         if x.ndim == 0:
             return x
         apart = x.reshape(plan.lanes, x.shape[0] // plan.lanes, *x.shape[1:])
-        return _place_one(apart, plan, (plan.axes, None, *_entries(sharding, x.ndim)[1:]))
+        return _place_one(
+            apart, plan, (plan.axes, plan.inner or None, *_entries(sharding, x.ndim)[1:])
+        )
 
     return jax.tree.map(split, rows, plan.batch)
 

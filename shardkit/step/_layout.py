@@ -35,6 +35,8 @@ class Layout:
       batch_shardings: pytree of `NamedSharding`.
       rows: number of rows of the global batch; 0 where no leaf has a dim.
       row_axes: mesh axes that the rows are split over.
+      lane_axes: those of them that lanes may be split over: where rows leave their device inside
+        the loss (tokens for experts), no lane can end at the device's border.
       axes: `{path: logical axes}` of the parameters.
       gradients: pytree of `NamedSharding`, how gradients are left for the update.
       update: pytree of `NamedSharding`, how parameters are split for the update; None where the
@@ -47,6 +49,7 @@ class Layout:
     batch_shardings: Any
     rows: int
     row_axes: tuple[str, ...]
+    lane_axes: tuple[str, ...]
     axes: Mapping[str, tuple[str | None, ...]]
     gradients: Any
     update: Any
@@ -190,7 +193,9 @@ def resolve_layout(
     placed = _shardings(batch, batch_specs, mesh)
     split = _shardings(state.params, updated, mesh) if strategy.zero else None
     left = split if strategy.zero and strategy.zero.stage == 2 else shardings.params
-    return Layout(state, shardings, batch, placed, rows, row_axes, names, left, split)
+    carried = {carrier.axis for _, carrier in strategy.regions if carrier.moves_rows}
+    lanes = tuple(axis for axis in row_axes if axis not in carried)
+    return Layout(state, shardings, batch, placed, rows, row_axes, lanes, names, left, split)
 
 
 def _axis_names(params: Any) -> dict[str, tuple[str | None, ...]]:

@@ -81,7 +81,7 @@ class Programs:
         args, placed = (layout.state, layout.batch), (layout.shardings, layout.batch_shardings)
         around = Surroundings(
             names.mesh,
-            names.lane_axes,
+            layout.row_axes,
             names.spec_in_lane if by_lanes else names.spec,
             names.lane_axes if by_lanes else (),
         )
@@ -114,7 +114,7 @@ class Programs:
     def _names(self) -> Activations:
         declaration = self._declaration
         rules = declaration.strategy.activations
-        return Activations(declaration.mesh, rules, self._layout.row_axes)
+        return Activations(declaration.mesh, rules, self._layout.lane_axes)
 
 
 def _check_reached(marks: Marks) -> None:

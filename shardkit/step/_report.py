@@ -92,7 +92,7 @@ def _spelled(rule: Rule | None, of: list[Leaf], declaration: Declaration) -> set
 def _declared(declaration: Declaration, layout: Layout, jaxpr: Any) -> Declared:
     strategy, precision = declaration.strategy, declaration.precision
     kinds = {axis: kind for kind, axis in strategy.kinds}
-    activations = Activations(declaration.mesh, strategy.activations, layout.row_axes)
+    activations = Activations(declaration.mesh, strategy.activations, layout.lane_axes)
     named = list(dict.fromkeys(constraints(jaxpr.jaxpr)))
     return Declared(
         explains=explained_by(kinds) if kinds else None,
@@ -102,6 +102,7 @@ def _declared(declaration: Declaration, layout: Layout, jaxpr: Any) -> Declared:
         reduce_dtype=short_dtype(jnp.dtype(precision.reduce or precision.compute)),
         activation_bytes=_activation_bytes(declaration, layout, jaxpr),
         layers=_layers(layout),
+        choices=_choices(jaxpr),
         rules=idle_rules(declaration, layout, named),
         constraints=tuple(
             Placed("activation", leaf, activations.spec(leaf.axes or ())) for leaf in named
@@ -125,6 +126,14 @@ def _activation_bytes(declaration: Declaration, layout: Layout, jaxpr: Any) -> i
         if {"batch", "length", "embed"} <= names.keys() <= {"batch", "length", "embed", LANES}:
             row = names["length"] * names["embed"] * jnp.dtype(leaf.dtype).itemsize
             return layout.rows // ways * row
+    return None
+
+
+def _choices(jaxpr: Any) -> int | None:
+    """Length of the dim that a model's constraints name `choices`."""
+    for leaf in constraints(jaxpr.jaxpr):
+        if "choices" in (leaf.axes or ()):
+            return leaf.shape[leaf.axes.index("choices")]
     return None
 
 

@@ -2,11 +2,13 @@
 
 from . import mutations
 from ._asserts import assert_collectives, assert_matches_one_device, assert_within
+from ._expert_mutations import EXPERT_MUTATIONS
 from ._matrix import Killed, KillMatrix, kill_matrix
 from ._simulated import simulated_devices
 from .mutations import MUTATIONS, PIPELINE_MUTATIONS, Mutation
 
 __all__ = [
+    "EXPERT_MUTATIONS",
     "MUTATIONS",
     "PIPELINE_MUTATIONS",
     "KillMatrix",

@@ -1,0 +1,218 @@
+"""Expert parallelism: experts split over a mesh axis, tokens travel to them and back.
+
+`x[B_expert, T, D] → h[X_expert, C, D] · W[X_expert, D, F] → y[X_expert, C, D] → z[B_expert, T, D]`
+
+Collectives per layer, n devices, R bytes of routed tokens on one device (k choices of each token,
+or the slots of all experts): two all-to-alls forward and two backward, 4(n−1)/n · R per device.
+Dropless on n devices, every device gets n times the room, because all tokens may want one
+device: the padded exchange sends n · R. The rest of the model sees `expert` as one more axis of
+data parallelism; gradients of experts are never reduced over it.
+
+Use when a mixture's experts do not fit, and each holds enough tokens to keep a device busy. Do
+not use across slow links, where every layer waits four times for every token.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import NamedSharding, PartitionSpec
+
+from .._errors import Problem, StepError, raise_all
+from .._regions import Carrier, Surroundings
+from .._slots import collect, combine, dispatch, even, in_order, ragged, slots
+from ._names import activations, params
+from ._strategy import Strategy
+
+Plain = Callable[..., jax.Array]
+Mlp = Callable[..., jax.Array]
+
+
+def expert(axis: str = "expert") -> Strategy:
+    """Splits experts, and the rows of the batch, over a mesh axis.
+
+    Args:
+      axis: name of the mesh axis.
+
+    Returns:
+      A strategy for models whose parameters name an `experts` dim, and which compute with them
+      by `sk.experts`. Joined with others it should come last, so that the rows of one lane lie
+      side by side.
+
+    >>> expert().params.spec(("layers", "experts", "embed", "expert_mlp"))
+    P(None, 'expert')
+    """
+    return Strategy(
+        params=params({"experts": axis}),
+        batch=PartitionSpec(axis),
+        activations=activations({"batch": axis}),
+        kinds=(("expert", axis),),
+        regions=(("experts", AllToAll(axis)),),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class AllToAll(Carrier):
+    """Carries out `sk.experts`: every device sends tokens to the devices that hold their experts.
+
+    What moves is stated by two constraints, split by sender before and by receiver behind, which
+    the partitioner meets by an all-to-all. A `shard_map` over this axis alone would not do: XLA
+    gathers the operand of its all-to-all over every axis that is left to the partitioner.
+    """
+
+    @property
+    def moves_rows(self) -> bool:
+        """Tokens leave their device."""
+        return True
+
+    def __call__(self, around: Surroundings, plain: Plain, *args: Any, **kwargs: Any) -> jax.Array:
+        """Returns what `plain(x, choice, share, weights, mlp, capacity)` would.
+
+        Raises:
+          StepError: the axis does not divide the number of experts.
+        """
+        return _carry(_Groups(around, self.axis), *args, **kwargs)
+
+
+def _carry(
+    groups: "_Groups",
+    x_BTE: jax.Array,
+    choice_BTK: jax.Array,
+    share_BTK: jax.Array,
+    weights: Any,
+    mlp: Mlp,
+    capacity: int | None,
+) -> jax.Array:
+    number = jax.tree.leaves(weights)[0].shape[0]
+    _check(groups.axis, groups.devices, number)
+    x, choice, share = (groups.apart(a) for a in (x_BTE, choice_BTK, share_BTK))
+    if capacity is None:
+        y = _dropless(groups, mlp, weights, number, x, choice, share)
+    else:
+        y = _bounded(groups, mlp, weights, number, capacity, x, choice, share)
+    return groups.together(y)
+
+
+def _bounded(
+    groups: "_Groups",
+    mlp: Mlp,
+    weights: Any,
+    number: int,
+    capacity: int,
+    x_GBTE: jax.Array,
+    choice_GBTK: jax.Array,
+    share_GBTK: jax.Array,
+) -> jax.Array:
+    """Every row sends the slots of its experts, full or not."""
+    count, rows, length, chosen = choice_GBTK.shape
+    slot, row = slots(choice_GBTK.reshape(count, rows, length * chosen), number, capacity)
+    h = dispatch(x_GBTE, row, slot, chosen).reshape(count, rows, number, capacity, -1)
+    y = groups.back(mlp(weights, groups.forth(h), even))
+    y = y.reshape(count, rows, number * capacity, -1)
+    return combine(collect(y, row, slot), share_GBTK)
+
+
+def _dropless(
+    groups: "_Groups",
+    mlp: Mlp,
+    weights: Any,
+    number: int,
+    x_GBTE: jax.Array,
+    choice_GBTK: jax.Array,
+    share_GBTK: jax.Array,
+) -> jax.Array:
+    """Every device has room for all tokens of every other one, and sorts what came by expert.
+
+    Dims: D devices that send or receive, S slots that one keeps for another.
+    """
+    count, rows, length, chosen = choice_GBTK.shape
+    devices, own = groups.devices, number // groups.devices
+    x = x_GBTE.reshape(count, devices, rows * length // devices, -1)
+    wanted = choice_GBTK.reshape(count, devices, -1)
+    room = wanted.shape[-1]
+    slot, row = slots(wanted // own, devices, room)
+    h = dispatch(x, row, slot, chosen).reshape(count, devices, devices, room, -1)
+    # An empty slot belongs to no expert: `own` is one past the last.
+    which = jnp.take_along_axis(wanted % own, row, -1, mode="fill", fill_value=own)
+    h, which = groups.forth(h), groups.forth(which.reshape(count, devices, devices, room))
+    h, which = h.swapaxes(1, 2), which.swapaxes(1, 2).reshape(count, devices, -1)
+    order, at, sizes = in_order(which, own)
+    h = dispatch(h.reshape(count, devices, devices * room, -1), order, at, 1)
+    y = collect(mlp(weights, h, lambda a, w: ragged(a, w, sizes)), order, at)
+    y = groups.back(y.reshape(count, devices, devices, room, -1).swapaxes(1, 2))
+    y = collect(y.reshape(count, devices, devices * room, -1), row, slot)
+    return combine(y.reshape(count, rows, length * chosen, -1), share_GBTK)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Groups:
+    """The devices along one axis work together; every other place in the mesh is a group.
+
+    Attributes:
+      around: which axes split the rows, and in what order.
+      axis: the one that tokens travel over.
+    """
+
+    around: Surroundings
+    axis: str
+
+    @property
+    def _rows(self) -> tuple[str, ...]:
+        """Axes that split the rows; tokens of one lane stay in it."""
+        return tuple(axis for axis in self.around.rows if axis not in self.around.lanes)
+
+    @property
+    def devices(self) -> int:
+        """Devices along the axis."""
+        return self.around.mesh.shape[self.axis]
+
+    def apart(self, x: jax.Array) -> jax.Array:
+        """[rows, ...] → [groups, rows of a group, ...], without a row leaving its device."""
+        sizes, at = self._sizes()
+        split = x.reshape(*sizes, x.shape[0] // math.prod(sizes), *x.shape[1:])
+        moved = jnp.moveaxis(split, at, len(sizes) - 1)
+        groups = math.prod(sizes) // sizes[at]
+        return self._placed(moved.reshape(groups, x.shape[0] // groups, *x.shape[1:]), self.axis)
+
+    def together(self, x: jax.Array) -> jax.Array:
+        """The inverse of `apart`."""
+        sizes, at = self._sizes()
+        moved = [size for number, size in enumerate(sizes) if number != at] + [sizes[at]]
+        rows = x.shape[0] * x.shape[1]
+        placed = self._placed(x, self.axis)
+        split = placed.reshape(*moved, rows // math.prod(sizes), *x.shape[2:])
+        return jnp.moveaxis(split, len(sizes) - 1, at).reshape(rows, *x.shape[2:])
+
+    def forth(self, x: jax.Array) -> jax.Array:
+        """Split by sender, dim 1, to split by receiver, dim 2, under a name for remat policies."""
+        sent = self._placed(x, self.axis, None)
+        return checkpoint_name(self._placed(sent, None, self.axis), "experts_in")
+
+    def back(self, x: jax.Array) -> jax.Array:
+        """The inverse of `forth`."""
+        sent = self._placed(x, None, self.axis)
+        return checkpoint_name(self._placed(sent, self.axis, None), "experts_out")
+
+    def _sizes(self) -> tuple[list[int], int]:
+        """Devices along each axis of the rows, and which of them tokens travel over."""
+        axes = self._rows if self.axis in self._rows else (*self._rows, self.axis)
+        return [self.around.mesh.shape[axis] for axis in axes], axes.index(self.axis)
+
+    def _placed(self, x: jax.Array, *split: str | None) -> jax.Array:
+        """Groups over the other axes, the next dims as given, the rest as the compiler likes."""
+        others = tuple(axis for axis in self._rows if axis != self.axis) or None
+        rest = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1 - len(split))
+        spec = PartitionSpec(others, *split, *rest)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.around.mesh, spec))
+
+
+def _check(axis: str, devices: int, number: int) -> None:
+    if number % devices:
+        near = math.gcd(number, devices)
+        why = f"{number} experts do not divide over {axis}={devices}"
+        fix = f"{axis}={near}, or {-(-number // devices) * devices} experts"
+        raise_all(StepError, "Experts cannot be split.", [Problem("sk.experts", why, fix)])

@@ -1,0 +1,43 @@
+"""Bugs to inject into a step whose model has experts and whose strategy splits them."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from .mutations import Mutation
+
+
+def _alike(combine: Any) -> Any:
+    return lambda rows, share: combine(rows, jnp.ones_like(share) / share.shape[-1])
+
+
+def _to_a_neighbour(forth: Any) -> Any:
+    return lambda groups, x: jnp.roll(forth(groups, x), x.shape[2] // groups.devices, axis=2)
+
+
+def _all_counted(router_statistics: Any) -> Any:
+    return lambda logits, choice, capacity, counted: router_statistics(logits, choice, capacity)
+
+
+_CARRIER = "shardkit.parallel._expert."
+
+EXPERT_MUTATIONS: tuple[Mutation, ...] = (
+    Mutation(
+        "combine weights dropped",
+        "every chosen expert has the same say",
+        ("loss", "gradients"),
+        ((_CARRIER + "combine", _alike),),
+    ),
+    Mutation(
+        "wrong destination",
+        "tokens go to the next device's experts",
+        ("loss", "gradients"),
+        ((_CARRIER + "_Groups.forth", _to_a_neighbour),),
+    ),
+    Mutation(
+        "router losses not weighted",
+        "tokens that do not count route into the losses",
+        ("loss", "gradients", "metrics"),
+        (("shardkit.models._experts.router_statistics", _all_counted),),
+    ),
+)

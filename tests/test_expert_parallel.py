@@ -1,0 +1,205 @@
+"""Experts over a mesh axis: parity with one device, what travels, mutations, errors."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import shardkit as sk
+from shardkit.models import Decoder, DecoderConfig, decoder_loss
+from shardkit.models._experts import mixture
+from shardkit.testing import EXPERT_MUTATIONS, kill_matrix
+
+SIZES = {"vocab": 32, "embed": 8, "layers": 2, "heads": 2, "mlp": 8, "expert_mlp": 4, "experts": 8}
+BOUNDED = DecoderConfig(**SIZES, capacity_factor=1.0)
+DROPLESS = DecoderConfig(**SIZES, shared_experts=1)
+ROWS, LENGTH = 16, 8
+S = sk.strategies
+
+CASES = {
+    "expert=2": (DROPLESS, S.expert(), {"expert": 2}, {"remat": "full"}),
+    "expert=8": (BOUNDED, S.expert(), {"expert": 8}, {}),
+    "data x expert": (BOUNDED, S.data() | S.expert(), {"data": 2, "expert": 4}, {"accumulate": 2}),
+    # Rows in the other order: tokens still stay in their group.
+    "expert x fsdp": (DROPLESS, S.expert() | S.fsdp(), {"fsdp": 2, "expert": 4}, {"accumulate": 2}),
+    "bf16": (BOUNDED, S.fsdp() | S.expert(), {"fsdp": 2, "expert": 2}, {"precision": "bfloat16"}),
+}
+COUNTED = (np.arange(ROWS * LENGTH).reshape(ROWS, LENGTH) > 11).astype(np.float32)
+
+
+def layer_init(key):
+    """One mixture without the decoder around it: programs of a fourth of the size."""
+    number, width, inner = SIZES["experts"], SIZES["embed"], SIZES["expert_mlp"]
+    wide, tall = ("experts", "embed", "expert_mlp"), ("experts", "expert_mlp", "embed")
+    gate, up, down, router = jax.random.split(key, 4)
+    return {
+        "router": sk.Named(jax.random.normal(router, (width, number)), ("embed", None)),
+        "expert_gate": sk.Named(jax.random.normal(gate, (number, width, inner)), wide),
+        "expert_up": sk.Named(jax.random.normal(up, (number, width, inner)), wide),
+        "expert_down": sk.Named(jax.random.normal(down, (number, inner, width)), tall),
+    }
+
+
+def layer_loss(config):
+    def loss(params, batch, key):
+        x = sk.constrain(batch["x"], "batch", "length", "embed")
+        y, sums = sk.remat(lambda w, h: mixture(config, w, h, batch["weights"]))(params, x)
+        counted = batch["weights"].sum()
+        errors = ((y - jnp.tanh(2 * x)) ** 2).mean(-1)
+        total = (batch["weights"] * errors).sum() + 0.1 * (sums["balance"] + sums["z"]).sum()
+        return sk.Mean(total, counted), {"dropped": sk.Mean(sums["dropped"].sum(), counted)}
+
+    return loss
+
+
+def vectors(seed=0):
+    x = np.random.default_rng(seed).standard_normal((ROWS, LENGTH, SIZES["embed"]), np.float32)
+    return {"x": x, "weights": COUNTED}
+
+
+def layer(config, strategy, mesh, **options):
+    return sk.compile_step(
+        layer_loss(config),
+        optax.sgd(0.1),
+        init=layer_init,
+        batch=vectors(),
+        mesh=mesh,
+        strategy=strategy,
+        **options,
+    )
+
+
+def mesh_of(sizes):
+    return sk.MeshSpec(**sizes).build(devices=jax.devices()[: math.prod(sizes.values())])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_experts_over_a_mesh_axis_give_the_numbers_of_one_device(name):
+    config, strategy, sizes, options = CASES[name]
+    made = []
+
+    def factory(mesh):
+        made.append(layer(config, strategy, mesh, **options))
+        return made[-1]
+
+    sk.verify(factory, [mesh_of(sizes)], batches=[vectors(0), vectors(1)], steps=2).check()
+    step = made[-1]
+    assert step.shardings.params["expert_up"].spec[0] == "expert"
+    metrics = step.evaluate(step.init(jax.random.key(0)), vectors())
+    assert (metrics["dropped"] > 0.05) == (config.capacity_factor is not None)
+    if name == "data x expert":
+        check_reductions(step)
+
+
+def check_reductions(step):
+    """Experts are reduced over the other axes alone, the rest over all that split rows."""
+    reduced = [row for row in step.report().ledger if row.kind == "all-reduce"]
+    own = 4 * 3 * (8 // 4) * SIZES["embed"] * SIZES["expert_mlp"]  # 2 of 8 experts on a device
+    router = 4 * SIZES["embed"] * SIZES["experts"]
+    over = {axis: [r for r in reduced if r.axes == (axis,)] for axis in ("data", "expert")}
+    assert sum(r.payload_bytes * r.trips for r in over["data"]) in range(own + router, own + 400)
+    assert max(r.payload_bytes for r in over["expert"]) in range(router, router + 100)
+
+
+def decoder(config, strategy, sizes):
+    model = sk.from_nnx(lambda rngs: Decoder(config, rngs), decoder_loss)
+    ids = np.random.default_rng(0).integers(0, 32, (ROWS, LENGTH + 1)).astype(np.int32)
+    batch = {"inputs": ids[:, :-1], "targets": ids[:, 1:], "weights": COUNTED}
+    step = sk.compile_step(
+        model.loss_fn,
+        optax.sgd(0.1),
+        init=model.init,
+        batch=batch,
+        mesh=mesh_of(sizes),
+        strategy=strategy,
+    )
+    return step, model, batch
+
+
+@pytest.mark.slow
+def test_the_decoder_on_three_axes_equals_one_device():
+    axes = S.data() | S.expert() | S.tensor(sequence=True)
+    step, model, batch = decoder(DROPLESS, axes, {"data": 2, "expert": 2, "tensor": 2})
+    state = step.init(jax.random.key(0))
+    start = jax.device_get(state.params)
+
+    def loss(params):
+        mean, _ = model.loss_fn(params, batch, None)
+        return mean.total / mean.weight
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(start)
+    after, metrics = step(state, batch)
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-6)
+    moved = jax.tree.map(lambda before, now: (before - np.asarray(now)) / 0.1, start, after.params)
+    for got, want in zip(jax.tree.leaves(moved), jax.tree.leaves(grads), strict=True):
+        # What is lost by subtracting parameters of size 1, beside 1e-5 of the gradient.
+        np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max() + 2e-6)
+
+
+@pytest.mark.slow
+def test_two_exchanges_forward_and_two_backward_at_the_textbook_minimum():
+    step, _, _ = decoder(BOUNDED, S.expert(), {"expert": 8})
+    report = step.report()
+    moved = [row for row in report.ledger if row.kind == "all-to-all"]
+    assert sorted(row.phase for row in moved) == ["backward"] * 2 + ["forward"] * 2
+    assert {row.trips for row in moved} == {2}
+    assert {row.kind for row in report.ledger} == {"all-to-all", "all-reduce"}
+    least = next(row for row in report.minima if row.axis == "expert")
+    assert least.ratio <= 1.1
+    assert report.findings == ()
+
+
+@pytest.mark.slow
+def test_mutations_are_killed():
+    def factory(mesh):
+        return layer(BOUNDED, S.expert(), mesh)
+
+    kill_matrix(
+        factory,
+        mesh_of({"expert": 2}),
+        batches=[vectors(0), vectors(1)],
+        steps=2,
+        mutations=EXPERT_MUTATIONS,
+    ).check()
+
+
+def test_experts_that_the_axis_does_not_divide():
+    config = DecoderConfig(**{**SIZES, "experts": 6})
+    with pytest.raises(sk.ShardingError) as raised:
+        decoder(config, S.expert(), {"expert": 4})
+    message = str(raised.value)
+    assert "3 leaves cannot be laid out on mesh (expert=4)" in message
+    assert "params/layers/expert_down f32[2,6,4,8]" in message
+    assert "dim 1 (6) is not divisible by expert=4" in message
+    assert "Fix: MeshSpec(expert=2)" in message
+
+
+def test_own_experts_that_the_axis_does_not_divide():
+    def loss(params, batch, key):
+        choice, share = sk.route(batch["x"] @ params["router"], 1)
+        mlp = lambda w, rows, dot: dot(rows, w)  # noqa: E731
+        return sk.experts(batch["x"], choice, share, params["w"], mlp, 4).mean()
+
+    with pytest.raises(sk.StepError) as raised:
+        sk.compile_step(
+            loss,
+            optax.sgd(0.1),
+            init=lambda key: {"w": jnp.ones((6, 4, 4)), "router": jnp.ones((4, 6))},
+            batch={"x": jax.ShapeDtypeStruct((8, 4, 4), np.float32)},
+            mesh=mesh_of({"expert": 4}),
+            strategy=sk.Strategy(batch=S.expert().batch, regions=S.expert().regions),
+        )
+    assert "6 experts do not divide over expert=4" in str(raised.value)
+    assert "Fix: expert=2, or 8 experts" in str(raised.value)
+
+
+def test_a_model_without_experts():
+    dense = DecoderConfig(vocab=32, embed=8, layers=2, heads=2, mlp=8)
+    with pytest.raises(sk.StepError) as raised:
+        decoder(dense, S.expert(), {"expert": 2})
+    assert "AllToAll(axis='expert')  the model marks no experts" in str(raised.value)
+    assert "Fix: sk.experts(...) in the model" in str(raised.value)
