@@ -36,6 +36,7 @@ from shardkit.verify._record import (
 from shardkit.verify._reference import Reference, nudged
 
 data, fsdp, tensor, zero = (getattr(sk.strategies, n) for n in ("data", "fsdp", "tensor", "zero"))
+pipeline = sk.strategies.pipeline
 
 ROWS, LENGTH, VOCAB = 16, 8, 40
 SIZES = DecoderConfig(vocab=VOCAB, embed=16, layers=2, heads=4, mlp=24, dropout=0.1, z_loss=1e-3)
@@ -77,6 +78,8 @@ EACH = (
 )
 FLOATS = "sends bf16 as f32"
 MICRO = "gathers weights for each micro-batch"
+BUBBLE = "sends in the ticks of a bubble too"
+BRANCHES = "is counted as if every stage took every branch in every tick"
 # Fewer key heads than devices, biases, one table for embedding and head.
 SHARED = {"kv_heads": 2, "bias": True, "tied": True}
 KEPT = fsdp(reshard_after_forward=False)
@@ -126,6 +129,27 @@ CASES = {
         {"data": 1.95, "fsdp": 3.52, "tensor": 4.05},
         f"{SCATTER}; {EACH}; {MICRO}; {FLOATS}",
         **BF16,
+    ),
+    "pipeline data tensor": Case(
+        data() | pipeline(micro_batches=4) | tensor(),
+        {"data": 2, "pipe": 2, "tensor": 2},
+        {"data": 0.82, "pipe": 1.19, "tensor": 7.62},
+        f"{BUBBLE}; {BRANCHES}; {EACH}",
+        remat="full",
+    ),
+    "zero bubble fsdp": Case(
+        fsdp() | pipeline(schedule="zero_bubble", micro_batches=4),
+        {"fsdp": 2, "pipe": 2},
+        {"fsdp": 1.0, "pipe": 1.53},
+        f"{SCATTER}; {BUBBLE}",
+        model={"tied": True},
+    ),
+    "pipeline data bf16": Case(
+        data() | pipeline(micro_batches=2),
+        {"data": 4, "pipe": 2},
+        {"data": 1.63, "pipe": 2.44},
+        f"{BUBBLE}; {FLOATS}",
+        precision="bfloat16",
     ),
 }
 # Largest error of a bf16 gradient leaf that was measured between correct meshes.
