@@ -1,6 +1,6 @@
 """One run killed at random instants, over and over, beside the same run left alone.
 
-    python benchmarks/resume.py [--kills 50] [--steps 300]
+    python benchmarks/resume.py [--kills 50] [--steps 250]
 
 Each life of the run is a process of its own (forked before JAX starts, so that imports are paid
 once) that calls `shardkit train` with the same words; SIGKILL comes at a random instant, every
@@ -28,7 +28,17 @@ from shardkit.cli import main as shardkit
 
 CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "nano.py"
 MESHES = ("data=8,tensor=1", "data=4,tensor=2", "data=2,tensor=4")
-MODEL = ("model.heads=4", "model.kv_heads=4", "data.batch=8", "data.length=32")
+MODEL = (
+    "model.layers=1",
+    "model.embed=32",
+    "model.mlp=32",
+    "model.heads=4",
+    "model.kv_heads=4",
+    "data.batch=8",
+    "data.length=16",
+    f"data.path={CONFIG.parent.parent / 'README.md'}",
+)
+EVERY = 3
 
 
 def words(out: pathlib.Path, steps: int, mesh: str) -> list[str]:
@@ -42,7 +52,7 @@ def words(out: pathlib.Path, steps: int, mesh: str) -> list[str]:
         "train.eval_every=0",
         "train.sample=0",
         "train.baselines=false",
-        "train.checkpoint_every=5",
+        f"train.checkpoint_every={EVERY}",
         f"train.out={out}",
     ]
     return ["train", str(CONFIG), *(word for field in fields for word in ("--set", field))]
@@ -81,17 +91,18 @@ def life(
     out: pathlib.Path, steps: int, mesh: str, rng: random.Random, in_save: bool
 ) -> bool | None:
     """Starts and kills one life: whether a save was cut; None if it ended before it was killed."""
-    beginnings = len([r for r in metrics(out) if r["kind"] in ("start", "resumed")])
-    child, due = start(out, steps, mesh), float("inf")
-    while True:
+    first = not sk.Checkpointer(out / "checkpoints").steps()
+    until = last_step(out) + rng.randrange(2 * EVERY)
+    child = start(out, steps, mesh)
+    while last_step(out) < until or (first and not sk.Checkpointer(out / "checkpoints").steps()):
         if os.waitpid(child, os.WNOHANG)[0]:
             return None
-        if due == float("inf"):
-            now = len([r for r in metrics(out) if r["kind"] in ("start", "resumed")])
-            due = time.monotonic() + rng.uniform(0.0, 1.5) if now > beginnings else due
-        if time.monotonic() > due and (not in_save or saving(out)):
-            break
-        time.sleep(0.001)
+        time.sleep(0.01)
+    time.sleep(rng.uniform(0.0, 0.5))
+    while in_save and not saving(out):
+        if os.waitpid(child, os.WNOHANG)[0]:
+            return None
+        time.sleep(0.0005)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return saving(out)
@@ -171,7 +182,7 @@ def main() -> None:
     """Runs all three and compares."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=250)
     arguments = parser.parse_args()
     work = pathlib.Path(tempfile.mkdtemp())
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(work / "cache"))
@@ -182,16 +193,18 @@ def main() -> None:
         "mesh changes": (arguments.kills, MESHES),
     }
     for name, (kills, meshes) in plans.items():
+        began = time.monotonic()
         row, params, losses = contestant(name, work, arguments.steps, kills, meshes)
         first = first or (params, losses)
         apart = max(abs(losses[i] / loss - 1) for i, loss in first[1].items())
+        row["seconds"] = round(time.monotonic() - began)
         row["parameters, relative"] = f"{relative(params, first[0]):.1e}"
         row["losses, relative"] = f"{apart:.1e}"
         rows.append(row)
         print(row, flush=True)
     note = (
-        f"{arguments.steps} steps, a checkpoint every 5, SGD in float32; the metrics of every run "
-        "hold each step exactly once. `steps made twice` had metrics and were not yet saved. "
+        f"{arguments.steps} steps, a checkpoint every {EVERY}, SGD in float32; the metrics "
+        "of every run hold each step exactly once. `steps made twice` had metrics and were not yet saved. "
         "Compared with the run that was left alone: the largest difference of any leaf's norm, "
         "and of any step's loss."
     )
