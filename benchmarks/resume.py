@@ -204,7 +204,8 @@ def main() -> None:
         print(row, flush=True)
     note = (
         f"{arguments.steps} steps, a checkpoint every {EVERY}, SGD in float32; the metrics "
-        "of every run hold each step exactly once. `steps made twice` had metrics and were not yet saved. "
+        "of every run hold each step exactly once. `steps made twice` had metrics and were not "
+        "yet saved. "
         "Compared with the run that was left alone: the largest difference of any leaf's norm, "
         "and of any step's loss."
     )
