@@ -233,6 +233,23 @@ def test_damage_to_any_file_is_found_and_named_by_leaf(damage, saved, tmp_path):
     SavedStep.open(folder).check_files()
 
 
+def test_a_manifest_that_still_reads_is_found_to_be_changed(saved, tmp_path):
+    path = damaged_copy(saved, tmp_path) / "manifest.json"
+    text = path.read_text()
+    for changed in (text.replace('"loss": 0.5', '"loss": 0.6'), text.replace("{", "{ ", 1)):
+        path.write_text(changed)
+        with pytest.raises(sk.DamageError, match="it was changed after it was written"):
+            SavedStep.open(path.parent)
+
+
+def test_a_file_that_was_cut_short_says_by_how_much(saved, tmp_path):
+    folder = damaged_copy(saved, tmp_path)
+    chunk = folder / "arrays" / "state" / "extra" / "seen" / "0"
+    chunk.write_bytes(chunk.read_bytes()[:7])
+    with pytest.raises(sk.DamageError, match=r"extra/seen/0 has 7 bytes, 32 were written"):
+        SavedStep.open(folder).check_files()
+
+
 def test_swapped_and_added_files_are_found(saved, tmp_path):
     folder = damaged_copy(saved, tmp_path)
     arrays = folder / "arrays" / "state"

@@ -13,8 +13,9 @@ from typing import Any
 
 import jax
 
-# A shard that is read is made of whole chunks; small ones cost little beyond what was asked for.
-_CHUNK_BYTES = 2**24
+# A shard is read in whole chunks, and one that cuts across how the leaf was saved reads more than
+# it holds unless chunks are small. Every chunk is a file, of which there are to be not too many.
+_CHUNK_BYTES, _MOST_CHUNKS = 2**21, 2**14
 _STATE = "state"
 # Orbax warns that a checkpoint without its own container format has no such containers.
 _NOISE = ("Skipping merge of OCDBT checkpoints", "TensorStore data files not found")
@@ -34,7 +35,7 @@ def _orbax() -> Any:
     return ocp
 
 
-def _context(ocp: Any) -> Any:
+def _context(ocp: Any, total_bytes: int) -> Any:
     context = ocp.Context()
     saving = context.array.saving
     saving.use_ocdbt = saving.use_zarr3 = saving.use_compression = False
@@ -42,7 +43,8 @@ def _context(ocp: Any) -> Any:
     # The sharding file would hold device ids, which mean nothing to the next run.
     saving.enable_write_sharding_file = False
     saving.array_metadata_store = None
-    saving.storage_options.chunk_byte_size = _CHUNK_BYTES
+    chunk = max(_CHUNK_BYTES, total_bytes // _MOST_CHUNKS)
+    saving.storage_options.chunk_byte_size = chunk
     return context
 
 
@@ -65,7 +67,7 @@ def start_writing(folder: Path, leaves: Mapping[str, jax.Array]) -> Callable[[],
       A function that waits until everything is written, and raises what went wrong.
     """
     ocp = _orbax()
-    with _context(ocp):
+    with _context(ocp, sum(x.nbytes for x in leaves.values())):
         response = ocp.save_async(str(folder), {stored_name(p): x for p, x in leaves.items()})
     return response.result
 
@@ -78,7 +80,7 @@ def read(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, 
       wanted: `{path: shape, dtype and sharding}`, of the shape and dtype that were saved.
     """
     ocp = _orbax()
-    context = _context(ocp)
+    context = ocp.Context()
     context.pytree.loading.partial_load = True
     with context:
         got = ocp.load(str(folder), {stored_name(p): x for p, x in wanted.items()})
