@@ -29,7 +29,9 @@ def test_parameters_come_back_on_any_mesh(mesh, params, tmp_path):
 
 
 def test_other_tools_see_the_names_and_values(params, tmp_path):
-    export_safetensors(tmp_path / "a", {"w": params["w"].T, "s": params["layers"]["scale"]})
+    export_safetensors(
+        tmp_path / "a", {"w": np.asarray(params["w"]).T, "s": params["layers"]["scale"]}
+    )
     there = load_file(tmp_path / "a")
     assert sorted(there) == ["s", "w"]
     np.testing.assert_array_equal(there["w"], np.arange(512).reshape(16, 32).T)
