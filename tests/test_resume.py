@@ -44,7 +44,7 @@ def step():
 
 @pytest.fixture(scope="module")
 def other_mesh():
-    return compiled(data=2, tensor=2, fsdp=2)
+    return compiled(data=8, tensor=1)
 
 
 def run(folder, step, loop=LOOP, at=None, do=None, text=TEXT, record=RECORD):
