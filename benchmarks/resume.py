@@ -91,7 +91,12 @@ def saving(out: pathlib.Path) -> bool:
 def life(
     out: pathlib.Path, steps: int, mesh: str, rng: random.Random, in_save: bool
 ) -> bool | None:
-    """Starts and kills one life: whether a save was cut; None if it ended before it was killed."""
+    """Starts and kills one life.
+
+    Returns:
+      Whether half a save is on the disk then, its own or that of a life before which it did not
+      come to sweep away; None if it ended before it was killed.
+    """
     first = not sk.Checkpointer(out / "checkpoints").steps()
     until = last_step(out) + rng.randrange(2 * EVERY)
     child = start(out, steps, mesh)
@@ -169,7 +174,7 @@ def contestant(
     row = {
         "run": name,
         "kills": done,
-        "inside a save": cut,
+        "left half a save": cut,
         "resumes": len([r for r in metrics(out) if r["kind"] == "resumed"]),
         "steps made twice": lost,
         "parameters sha256": sha256(params)[:16],

@@ -132,8 +132,9 @@ def test_a_lost_save_ends_the_block_with_an_error(tmp_path, state, monkeypatch):
     SavedStep.open(step_folder(tmp_path, 1)).check_files()
 
 
-# The storage library's own threads raise what they also hand on.
+# The storage library's own threads and event loops raise what they also hand on.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_loses_the_new_save_and_no_other(tmp_path):
     big = {"w": jax.numpy.ones((256, 256)), "step": jax.numpy.int32(0)}
     sk.Checkpointer(tmp_path).save(1, big)
