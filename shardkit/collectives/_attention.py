@@ -41,18 +41,19 @@ def across(
 def _across_fwd(
     q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None, causal: bool, way: Way
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    moved = way.enter((q, k, v, ids), causal)
-    out, lse = way.attend(*moved, causal)
+    q, k, v, ids = way.enter((q, k, v, ids), causal)
+    out, lse = way.attend(q, k, v, ids, causal)
     # Under the name of the output, so that a policy which keeps one keeps both.
     out, lse = checkpoint_name((way.leave(out, causal), lse), "attn_mix")
-    return out, (*moved, out, lse)
+    return out, (q, k, v, ids, out, lse)
 
 
 def _across_bwd(causal: bool, way: Way, saved: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
-    *moved, out, lse = saved
-    delta = (out.astype(jnp.float32) * g).sum(-1, keepdims=True)
+    q, k, v, ids, out, lse = saved
+    delta = (out.astype(jnp.float32) * g).sum(-1)
     g, delta = way.enter((g, delta), causal)
-    return *way.leave(way.gradients(*moved, lse, delta[..., 0], g, causal), causal), None
+    grads = way.gradients(q, k, v, ids, lse, delta, g, causal)
+    return *way.leave(grads, causal), None
 
 
 across.defvjp(_across_fwd, _across_bwd)

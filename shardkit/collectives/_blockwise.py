@@ -114,7 +114,7 @@ class _Tiles:
         self.height, self.width, self.causal = _tile(queries), _tile(keys), causal
         count = queries // self.height, keys // self.width
         pairs = [(i, j) for i in range(count[0]) for j in range(count[1]) if j <= i or not causal]
-        self.pairs = np.asarray(pairs, np.int32)
+        self.pairs = jnp.asarray(np.asarray(pairs, np.int32))
 
     def rows(self, x: jax.Array, i: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice_in_dim(x, i * self.height, self.height, 3)

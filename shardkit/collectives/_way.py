@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 Axes = tuple[str, ...]
@@ -61,7 +62,7 @@ class Way(abc.ABC):
         def body(q: jax.Array, k: jax.Array, v: jax.Array, ids: Any) -> Any:
             heads = k.shape[2]
             out, lse = self.part(grouped(q, heads), _turned(k), _turned(v), ids, causal)
-            return ungrouped(out).astype(q.dtype), ungrouped(lse[..., None])[..., 0]
+            return ungrouped(out).astype(q.dtype), ungrouped(lse)
 
         return self._run(body, (q, k, v, ids), self.inner, self.inner(3))
 
@@ -85,7 +86,7 @@ class Way(abc.ABC):
             q: jax.Array, k: jax.Array, v: jax.Array, ids: Any, lse: Any, delta: Any, g: Any
         ) -> Any:
             heads = k.shape[2]
-            lse, delta = (grouped(x[..., None], heads)[..., 0] for x in (lse, delta))
+            lse, delta = grouped(lse, heads), grouped(delta, heads)
             tokens = grouped(q, heads), _turned(k), _turned(v), ids
             dq, dk, dv = self.part_backward(*tokens, lse, delta, grouped(g, heads), causal)
             found = ungrouped(dq), _turned(dk), _turned(dv)
@@ -166,16 +167,17 @@ class Way(abc.ABC):
         return run(*args)
 
 
-def grouped(x_BTNH: jax.Array, key_heads: int) -> jax.Array:
-    """[B, T, N, H] as [B, K, G, T, H]: products batch over B and K, and K, V stay unrepeated."""
-    B, T, N, H = x_BTNH.shape
-    return x_BTNH.reshape(B, T, key_heads, N // key_heads, H).transpose(0, 2, 3, 1, 4)
+def grouped(x: jax.Array, key_heads: int) -> jax.Array:
+    """[B, T, N, …] as [B, K, G, T, …]: products batch over B and K, and K, V stay unrepeated."""
+    B, T, N, *rest = x.shape
+    apart = x.reshape(B, T, key_heads, N // key_heads, *rest)
+    return jnp.moveaxis(apart, 1, 3)
 
 
-def ungrouped(x_BKGTH: jax.Array) -> jax.Array:
+def ungrouped(x: jax.Array) -> jax.Array:
     """The inverse of `grouped`."""
-    B, K, G, T, H = x_BKGTH.shape
-    return x_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)
+    B, K, G, T, *rest = x.shape
+    return jnp.moveaxis(x, 3, 1).reshape(B, T, K * G, *rest)
 
 
 def _turned(x: jax.Array) -> jax.Array:

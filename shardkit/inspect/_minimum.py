@@ -73,6 +73,21 @@ def context_ring(n: int, keys_and_values: float, layers: int) -> float:
     return 3.0 * (n - 1) * keys_and_values * layers
 
 
+def context_all_to_all(n: int, queries: float, keys_and_values: float, layers: int) -> float:
+    """Queries, keys, values and outputs change length for heads and back, in both passes.
+
+    Args:
+      n: devices that share a length.
+      queries: bytes of the queries of one device's block of the length, or of its outputs.
+      keys_and_values: bytes of its K and V.
+      layers: attention layers.
+
+    >>> context_all_to_all(4, 1000, 1000, 1)
+    4500.0
+    """
+    return 2 * (n - 1) / n * (2 * queries + keys_and_values) * layers
+
+
 def pipeline(micro_batches: int, activation: float) -> float:
     """One A of a micro-batch over the stage boundary, each way.
 
@@ -175,7 +190,7 @@ def minimum(
       sizes: mesh axis → size.
       leaves: the arguments of the step.
       declared: kinds and dtypes; for tensor parallelism also the activation's bytes and the
-        number of layers.
+        number of layers, for context parallelism that and the constraints on q and k.
 
     Returns:
       Bytes per device and step; None for kinds that parameters and `declared` do not determine.
@@ -195,6 +210,9 @@ def minimum(
         gradients = n * _bytes(split, sizes, declared.reduce_dtype)
         kept = declared.kinds[axis] == "fsdp+kept"
         return replicated + fsdp(n, weights, gradients, gathers=1 if kept else 2)
+    if kind == "context":
+        attention = _context(n, sizes, declared)
+        return None if attention is None else replicated + attention
     if declared.activation_bytes is None:
         return None
     if kind == "expert" and declared.layers is not None and declared.choices is not None:
@@ -205,6 +223,27 @@ def minimum(
         return replicated + pipeline(1, declared.activation_bytes)
     if kind == "tensor" and declared.layers is not None:
         return tensor(n, declared.activation_bytes, declared.layers // _stages(sizes, declared))
+    return None
+
+
+def _context(n: int, sizes: Mapping[str, int], declared: Declared) -> float | None:
+    """What attention sends over an axis of size n that splits the length.
+
+    Not said in a pipeline, where what constraints name is a part of the rows.
+    """
+    queries, keys = (_activation(name, sizes, declared) for name in ("heads", "kv_heads"))
+    if queries is None or keys is None or declared.layers is None or _stages(sizes, declared) > 1:
+        return None
+    if "context+all_to_all" in declared.kinds.values():
+        return context_all_to_all(n, queries, 2 * keys, declared.layers)
+    return context_ring(n, 2 * keys, declared.layers)
+
+
+def _activation(name: str, sizes: Mapping[str, int], declared: Declared) -> int | None:
+    """Bytes on one device, per step, of the activation that has a length and this dim."""
+    for placed in declared.constraints:
+        if {"length", name} <= set(placed.leaf.axes or ()):
+            return placed.device_bytes(sizes) * declared.accumulate
     return None
 
 

@@ -176,8 +176,9 @@ def context(axis: str = "context", attention: str = "ring", *, kv_heads: str = "
 
 
 def _split(around: Surroundings, name: str) -> tuple[str, ...]:
-    """Mesh axes that split a dim of activations."""
-    return axes_of(around.spec((name,))[0])
+    """Mesh axes that split a dim of activations; one that the mesh lacks is reported elsewhere."""
+    axes = axes_of(around.spec((name,))[0])
+    return tuple(axis for axis in axes if axis in around.mesh.shape)
 
 
 def _type(x: jax.Array) -> str:

@@ -119,13 +119,16 @@ def _activation_axes(declaration: Declaration) -> tuple[str, ...]:
 
 
 def _activation_bytes(declaration: Declaration, layout: Layout, jaxpr: Any) -> int | None:
-    """Bytes of `[batch, length, embed]` of one device's rows, as a model's constraints show it."""
-    ways = math.prod(declaration.mesh.shape[axis] for axis in layout.row_axes)
+    """Bytes of `[batch, length, embed]` on a device, as a model's constraints show it."""
+    table = declaration.strategy.activations
+    shared = table.mesh_axes("length") if table and "length" in dict(table.table) else ()
+    axes = {*layout.row_axes, *shared}
+    ways = math.prod(declaration.mesh.shape.get(axis, 1) for axis in axes)
     for leaf in constraints(jaxpr.jaxpr):
         names = dict(zip(leaf.axes or (), leaf.shape, strict=True))
         if {"batch", "length", "embed"} <= names.keys() <= {"batch", "length", "embed", LANES}:
             row = names["length"] * names["embed"] * jnp.dtype(leaf.dtype).itemsize
-            return layout.rows // ways * row
+            return layout.rows * row // ways
     return None
 
 

@@ -4,10 +4,12 @@ from . import mutations
 from ._asserts import assert_collectives, assert_matches_one_device, assert_within
 from ._expert_mutations import EXPERT_MUTATIONS
 from ._matrix import Killed, KillMatrix, kill_matrix
+from ._ring_mutations import CONTEXT_MUTATIONS
 from ._simulated import simulated_devices
 from .mutations import MUTATIONS, PIPELINE_MUTATIONS, Mutation
 
 __all__ = [
+    "CONTEXT_MUTATIONS",
     "EXPERT_MUTATIONS",
     "MUTATIONS",
     "PIPELINE_MUTATIONS",

@@ -1,0 +1,25 @@
+"""Rows split over three axes: the length over context, in a ring, besides fsdp and tensor.
+
+    shardkit train configs/context.py
+
+Expect the loss of `configs/nano.py` at every step, from devices that hold half of every row:
+attention passes keys and values round, and nothing else looks across the cut. On a mesh that a
+laptop can simulate this is slower than not splitting; it is for rows that fit on no device.
+"""
+
+from shardkit.config import Config, DataConfig, TrainConfig
+from shardkit.mesh import MeshSpec
+from shardkit.models import SIZES
+from shardkit.parallel import strategies
+
+
+def config() -> Config:
+    """Returns a run of 60 updates on 8 simulated devices."""
+    return Config(
+        name="context",
+        model=SIZES["nano"],
+        data=DataConfig(length=128, batch=8, held_out=0.01),
+        mesh=MeshSpec(fsdp=2, context=2, tensor=2),
+        strategy=strategies.fsdp() | strategies.context() | strategies.tensor(sequence=True),
+        train=TrainConfig(steps=60, eval_every=0, sample=120),
+    )
