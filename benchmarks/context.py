@@ -3,8 +3,8 @@
     python benchmarks/context.py [NAME ...]
 
 Two layers, embed 1024, 16 heads of width 128 on 4 key heads, bf16, full remat, one row for every
-`context` chips, the other axis `data`. All-to-all stops at 16 chips, one head each. Compiled by libtpu (`pip install "shardkit[tpu]"`) in child
-processes, one at a time, half a minute to two minutes each; nothing runs on a TPU.
+`context` chips, the other axis `data`. All-to-all stops at 16 chips, one head each. Compiled by
+libtpu (`pip install "shardkit[tpu]"`) in child processes, one at a time; nothing runs on a TPU.
 
 Temp is what the step needs besides weights, optimizer state and batch: activations, blocks under
 way, gradients. Unsplit rows are attended to in at most eight blocks of queries, whose f32 logits
