@@ -37,6 +37,7 @@ from shardkit.verify._reference import Reference, nudged
 
 data, fsdp, tensor, zero = (getattr(sk.strategies, n) for n in ("data", "fsdp", "tensor", "zero"))
 pipeline = sk.strategies.pipeline
+context = sk.strategies.context
 
 ROWS, LENGTH, VOCAB = 16, 8, 40
 SIZES = DecoderConfig(vocab=VOCAB, embed=16, layers=2, heads=4, mlp=24, dropout=0.1, z_loss=1e-3)
@@ -77,6 +78,8 @@ EACH = (
     "two activations more"
 )
 FLOATS = "sends bf16 as f32"
+SWAP = "sends also the ring's swap for equal causal work, half of each block"
+LOOP = "reduces gradients over context for each micro-batch"
 MICRO = "gathers weights for each micro-batch"
 BUBBLE = "sends in the ticks of a bubble too"
 BRANCHES = "is counted as if every stage took every branch in every tick"
@@ -150,6 +153,21 @@ CASES = {
         {"data": 1.63, "pipe": 2.44},
         f"{BUBBLE}; {FLOATS}",
         precision="bfloat16",
+    ),
+    "ring": Case(context(), {"context": 4}, {"context": 1.16}, SWAP),
+    "ring fsdp sequence": Case(
+        fsdp() | context() | tensor(sequence=True),
+        {"fsdp": 2, "context": 2, "tensor": 2},
+        {"fsdp": 1.25, "context": 1.75, "tensor": 3.17},
+        f"{SWAP}; {SCATTER}; {EACH}; repeats forward sums and the ring under full remat",
+        remat="full",
+    ),
+    "all_to_all data ×2 bf16": Case(
+        data() | context(attention="all_to_all"),
+        {"data": 2, "context": 4},
+        {"data": 2.0, "context": 3.49},
+        f"{FLOATS}; {LOOP}",
+        **BF16,
     ),
 }
 # Largest error of a bf16 gradient leaf that was measured between correct meshes.
