@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 import shardkit as sk
 from shardkit._regions import Surroundings
 from shardkit.models import Decoder, DecoderConfig, decoder_loss
-from shardkit.testing import MUTATIONS, kill_matrix
+from shardkit.testing import CONTEXT_MUTATIONS, kill_matrix
 
 context, fsdp, tensor = sk.strategies.context, sk.strategies.fsdp, sk.strategies.tensor
 CONFIG = DecoderConfig(
@@ -143,7 +143,7 @@ def test_an_own_model_passes_every_check_and_bugs_of_the_ring_are_found():
             own_loss, optax.sgd(0.1), init=own_init, batch=given, mesh=mesh, strategy=context()
         )
 
-    bugs = [one for one in MUTATIONS if one.kind == "context"]
+    bugs = CONTEXT_MUTATIONS
     matrix = kill_matrix(factory, mesh_of(context=2), batches=[given], steps=2, mutations=bugs)
     assert [row.mutation.name for row in matrix.check().rows] == [one.name for one in bugs]
 
