@@ -310,9 +310,9 @@ def test_ctrl_c_leaves_whole_metrics_and_says_where(tmp_path, mesh):
         train(
             name="test",
             model=SIZES["nano"],
-            data=DataConfig(path=str(tmp_path / "text.txt"), length=16, batch=4, held_out=0.2),
+            data=DataConfig(path=str(tmp_path / "text.txt"), length=16, batch=8, held_out=0.2),
             mesh=mesh,
-            strategy=strategies.data(),
+            strategy=strategies.data() | strategies.data("tensor"),
             optimizer=optax.sgd(1e-2),
             loop=TrainConfig(steps=9, eval_every=0, log_every=1, out=str(tmp_path / "run")),
             record={},
