@@ -13,7 +13,7 @@ values together:
 
 Gradients of weights that are not split are reduced over the axis too, as over `data`, but with
 accumulation once for every micro-batch: a lane holds whole rows. Full remat repeats the forward
-exchanges; `remat="save:attn_mix"` keeps the output and repeats no more than the moves of q, k and v.
+exchanges; `remat="save:attn_mix"` keeps the output and repeats only the moves of q, k and v.
 
 Use when the activations of one row do not fit, or when there are fewer rows than devices. Ring: for
 any number of heads, long lengths (a block's products must outlast its transfer). All-to-all: fewer
