@@ -1,5 +1,6 @@
 """shardkit: declare a mesh and specs; compile, prove and run one SPMD training step in JAX."""
 
+from . import data
 from ._compression import Compression
 from ._constrain import constrain
 from ._errors import (
@@ -76,6 +77,7 @@ __all__ = [
     "chain",
     "compile_step",
     "constrain",
+    "data",
     "experts",
     "explain",
     "from_linen",

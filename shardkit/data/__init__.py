@@ -2,6 +2,7 @@
 
 from ._baselines import Baselines, measure_baselines
 from ._corpus import Corpus, read_corpus, standard_library
+from ._process import place_rows, process_rows, rows_of_shardings
 from ._windows import Batch, DataConfig, Text, load_text
 
 __all__ = [
@@ -12,6 +13,9 @@ __all__ = [
     "Text",
     "load_text",
     "measure_baselines",
+    "place_rows",
+    "process_rows",
     "read_corpus",
+    "rows_of_shardings",
     "standard_library",
 ]
