@@ -85,6 +85,11 @@ BUBBLE = "sends in the ticks of a bubble too"
 BRANCHES = "is counted as if every stage took every branch in every tick"
 # Fewer key heads than devices, biases, one table for embedding and head.
 SHARED = {"kv_heads": 2, "bias": True, "tied": True}
+# A mixture of experts that drops a third of its choices, and one that drops none.
+MIXTURE = {"experts": 8, "expert_mlp": 8, "capacity_factor": 1.0}
+DROPLESS = {"experts": 8, "expert_mlp": 8, "shared_experts": 1}
+LANE = "sums what is no expert's over `expert` in each micro-batch"
+ROOM = "pads what goes to each device to the room for all tokens, and sums each choice's part"
 KEPT = fsdp(reshard_after_forward=False)
 GROUPS = functools.partial(tensor, kv_heads="replicate")
 BF16 = {"accumulate": 2, "precision": "bfloat16"}
@@ -168,6 +173,22 @@ CASES = {
         {"data": 2.0, "context": 3.49},
         f"{FLOATS}; {LOOP}",
         **BF16,
+    ),
+    "experts": Case(sk.strategies.expert(), {"expert": 8}, {"expert": 1.0}, model=MIXTURE),
+    "experts fsdp ×2": Case(
+        fsdp() | sk.strategies.expert(),
+        {"fsdp": 2, "expert": 4},
+        {"fsdp": 1.74, "expert": 2.4},
+        f"{SCATTER}; {MICRO}; {LANE}",
+        accumulate=2,
+        model=MIXTURE,
+    ),
+    "data experts sequence": Case(
+        data() | sk.strategies.expert() | tensor(sequence=True),
+        {"data": 2, "expert": 2, "tensor": 2},
+        {"data": 0.7, "expert": 1.65, "tensor": 5.93},
+        f"{SCATTER}; {EACH}; {ROOM}",
+        model=DROPLESS,
     ),
 }
 # Largest error of a bf16 gradient leaf that was measured between correct meshes.
