@@ -34,6 +34,18 @@ KINDS: dict[str, tuple[str, str]] = {
     "ZeRO-2 × tensor": ("zero(stage=2)|tensor(sequence=True)", "data=N,tensor=4"),
     "ZeRO-2 × fsdp": ("zero(stage=2)|fsdp", "data=2,fsdp=N"),
     "fsdp × tensor + sequence": ("fsdp|tensor(sequence=True)", "fsdp=N,tensor=4"),
+    "experts": ("data|expert", "data=N,expert=4"),
+    "experts, dropless": ("data|expert", "data=N,expert=4"),
+    "fsdp × experts × tensor": ("fsdp|expert|tensor", "fsdp=N,expert=2,tensor=2"),
+}
+
+# What a kind's model has besides `SIZES`.
+EXPERTS = ("model.experts=8", "model.expert_mlp=384")
+BOUNDED = (*EXPERTS, "model.capacity_factor=1.0")
+MODELS = {
+    "experts": BOUNDED,
+    "experts, dropless": EXPERTS,
+    "fsdp × experts × tensor": BOUNDED,
 }
 
 SIZES = (
@@ -65,7 +77,8 @@ def measure(name: str, target: str, layers: int) -> dict[str, Any]:
     from shardkit.targets import Source, compile_for
 
     strategy, mesh = KINDS[name][0], mesh_of(KINDS[name][1], TARGETS[target])
-    overrides = (f"strategy={strategy}", f"mesh={mesh}", *SIZES, f"model.layers={layers}")
+    overrides = (f"strategy={strategy}", f"mesh={mesh}", *SIZES, *MODELS.get(name, ()))
+    overrides = (*overrides, f"model.layers={layers}")
     start = time.perf_counter()
     report = compile_for(Source("", overrides), target, timeout=1800)
     seconds = time.perf_counter() - start

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 Ragged = jax.lax.RaggedDotDimensionNumbers
+Spread = Callable[..., jax.Array]
 
 
 def places(bin_R: jax.Array, bins: int) -> jax.Array:
@@ -146,63 +147,77 @@ def even(h_XCE: jax.Array, w_XEF: jax.Array) -> jax.Array:
     return jnp.einsum("...xce,xef->...xcf", h_XCE, w_XEF)
 
 
-@jax.custom_vjp
-def ragged(h_GDRE: jax.Array, w_XEF: jax.Array, sizes_GDX: jax.Array) -> jax.Array:
+def at_once(one: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
+    """Computes all groups and devices in one place."""
+    return one(*args)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def ragged(
+    h_GDRE: jax.Array, w_XEF: jax.Array, sizes_GDX: jax.Array, spread: Spread = at_once
+) -> jax.Array:
     """[G, D, R, F]: rows in order of their experts, each times the matrix of its own.
 
     Args:
       h_GDRE: rows of G groups on D devices; what lies behind the sum of the sizes is left out.
       w_XEF: a matrix for each expert; each device has X / D of them, side by side.
       sizes_GDX: i32[G, D, X / D], rows of each of a device's experts in each group.
+      spread: `(one, *arrays) -> one(*arrays)` for arrays [G or 1, D, ...], on the devices that
+        hold them: compilers for TPUs take no ragged product of several groups at once.
     """
-    return _product(h_GDRE, w_XEF, sizes_GDX)
+    return _product(spread, h_GDRE, w_XEF, sizes_GDX)
 
 
 def _ragged_fwd(
-    h_GDRE: jax.Array, w_XEF: jax.Array, sizes_GDX: jax.Array
+    h_GDRE: jax.Array, w_XEF: jax.Array, sizes_GDX: jax.Array, spread: Spread
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return ragged(h_GDRE, w_XEF, sizes_GDX), (h_GDRE, w_XEF, sizes_GDX)
+    return ragged(h_GDRE, w_XEF, sizes_GDX, spread), (h_GDRE, w_XEF, sizes_GDX)
 
 
-def _ragged_bwd(saved: tuple[jax.Array, ...], g_GDRF: jax.Array) -> tuple[Any, ...]:
+def _ragged_bwd(spread: Spread, saved: tuple[jax.Array, ...], g_GDRF: jax.Array) -> tuple[Any, ...]:
     h_GDRE, w_XEF, sizes_GDX = saved
-    g_h = _product(g_GDRF, w_XEF.swapaxes(1, 2), sizes_GDX)
-    g_w = _outer(h_GDRE, g_GDRF, sizes_GDX).sum(0)
+    g_h = _product(spread, g_GDRF, w_XEF.swapaxes(1, 2), sizes_GDX)
+    g_w = _outer(spread, h_GDRE, g_GDRF, sizes_GDX).sum(0)
     return g_h, g_w.reshape(w_XEF.shape).astype(w_XEF.dtype), None
 
 
 ragged.defvjp(_ragged_fwd, _ragged_bwd)
 
 
-@custom_vmap
-def _product(h_GDRE: jax.Array, w_XEF: jax.Array, sizes_GDX: jax.Array) -> jax.Array:
-    """`ragged_dot` of every group with the same matrices, which JAX cannot map over."""
-    groups, devices = h_GDRE.shape[:2]
-    if groups == devices == 1:
-        return jax.lax.ragged_dot(h_GDRE[0, 0], w_XEF, sizes_GDX[0, 0])[None, None]
-    w = w_XEF.reshape(devices, -1, *w_XEF.shape[1:])
-    w = jnp.broadcast_to(w, (groups, *w.shape))
-    return _each(jax.lax.ragged_dot, h_GDRE, w, sizes_GDX)
+def _product(
+    spread: Spread, h_GDRE: jax.Array, w_XEF: jax.Array, sizes_GDX: jax.Array
+) -> jax.Array:
+    """Rows times the matrices of their experts, which JAX cannot map over as they are."""
+
+    @custom_vmap
+    def product(h: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+        return spread(_each_dot, h, w.reshape(1, h.shape[1], -1, *w.shape[1:]), sizes)
+
+    @product.def_vmap
+    def _(size: int, mapped: Any, h: Any, w: Any, sizes: Any) -> tuple[jax.Array, bool]:
+        if mapped[1]:  # other matrices for every element: one product after another
+            given = zip((h, w, sizes), mapped, strict=True)
+            full = tuple(x if m else jnp.broadcast_to(x, (size, *x.shape)) for x, m in given)
+            return jax.lax.map(lambda args: product(*args), full), True
+        made = product(_merged(h, mapped[0], size), w, _merged(sizes, mapped[2], size))
+        return made.reshape(size, -1, *made.shape[1:]), True
+
+    return product(h_GDRE, w_XEF, sizes_GDX)
 
 
-@custom_vmap
-def _outer(h_GDRE: jax.Array, g_GDRF: jax.Array, sizes_GDX: jax.Array) -> jax.Array:
+def _outer(spread: Spread, h_GDRE: jax.Array, g_GDRF: jax.Array, sizes_GDX: jax.Array) -> jax.Array:
     """[G, D, X / D, E, F]: for each expert the sum over its rows of h gᵀ."""
-    numbers = Ragged((((0,), (0,)), ((), ())), [0], [])
 
-    def one(h: jax.Array, g: jax.Array, sizes: jax.Array) -> jax.Array:
-        return jax.lax.ragged_dot_general(h, g, sizes, numbers)
+    @custom_vmap
+    def outer(*args: jax.Array) -> jax.Array:
+        return spread(_each_outer, *args)
 
-    if h_GDRE.shape[:2] == (1, 1):
-        return one(h_GDRE[0, 0], g_GDRF[0, 0], sizes_GDX[0, 0])[None, None]
-    return _each(one, h_GDRE, g_GDRF, sizes_GDX)
+    @outer.def_vmap
+    def _(size: int, mapped: Any, *args: Any) -> tuple[jax.Array, bool]:
+        made = outer(*(_merged(x, m, size) for x, m in zip(args, mapped, strict=True)))
+        return made.reshape(size, -1, *made.shape[1:]), True
 
-
-def _each(one: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
-    """Maps over both leading dims at once: JAX lowers one mapped dim of a ragged product."""
-    groups, devices = args[0].shape[:2]
-    made = jax.vmap(one)(*(x.reshape(-1, *x.shape[2:]) for x in args))
-    return made.reshape(groups, devices, *made.shape[1:])
+    return outer(h_GDRE, g_GDRF, sizes_GDX)
 
 
 def _merged(x: jax.Array, mapped: bool, size: int) -> jax.Array:
@@ -211,17 +226,24 @@ def _merged(x: jax.Array, mapped: bool, size: int) -> jax.Array:
     return whole.reshape(-1, *whole.shape[2:])
 
 
-@_product.def_vmap
-def _(size: int, mapped: Any, h: jax.Array, w: jax.Array, sizes: jax.Array) -> tuple[Any, bool]:
-    if mapped[1]:  # other matrices for every element: one product after another
-        given = zip((h, w, sizes), mapped, strict=True)
-        full = tuple(x if m else jnp.broadcast_to(x, (size, *x.shape)) for x, m in given)
-        return jax.lax.map(lambda args: _product(*args), full), True
-    made = _product(_merged(h, mapped[0], size), w, _merged(sizes, mapped[2], size))
-    return made.reshape(size, -1, *made.shape[1:]), True
+def _each_dot(h_GDRE: jax.Array, w_1DXEF: jax.Array, sizes_GDX: jax.Array) -> jax.Array:
+    w = jnp.broadcast_to(w_1DXEF, (h_GDRE.shape[0], *w_1DXEF.shape[1:]))
+    return _each(jax.lax.ragged_dot, h_GDRE, w, sizes_GDX)
 
 
-@_outer.def_vmap
-def _(size: int, mapped: Any, *args: jax.Array) -> tuple[Any, bool]:
-    made = _outer(*(_merged(x, m, size) for x, m in zip(args, mapped, strict=True)))
-    return made.reshape(size, -1, *made.shape[1:]), True
+def _each_outer(h_GDRE: jax.Array, g_GDRF: jax.Array, sizes_GDX: jax.Array) -> jax.Array:
+    numbers = Ragged((((0,), (0,)), ((), ())), [0], [])
+
+    def one(h: jax.Array, g: jax.Array, sizes: jax.Array) -> jax.Array:
+        return jax.lax.ragged_dot_general(h, g, sizes, numbers)
+
+    return _each(one, h_GDRE, g_GDRF, sizes_GDX)
+
+
+def _each(one: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
+    """Maps over both leading dims at once: JAX lowers one mapped dim of a ragged product."""
+    groups, devices = args[0].shape[:2]
+    if groups == devices == 1:
+        return one(*(x[0, 0] for x in args))[None, None]
+    made = jax.vmap(one)(*(x.reshape(-1, *x.shape[2:]) for x in args))
+    return made.reshape(groups, devices, *made.shape[1:])

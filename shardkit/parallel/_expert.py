@@ -142,7 +142,7 @@ def _dropless(
     h, which = h.swapaxes(1, 2), which.swapaxes(1, 2).reshape(count, devices, -1)
     order, at, sizes = in_order(which, own)
     h = dispatch(h.reshape(count, devices, devices * room, -1), order, at, 1)
-    y = collect(mlp(weights, h, lambda a, w: ragged(a, w, sizes)), order, at)
+    y = collect(mlp(weights, h, lambda a, w: ragged(a, w, sizes, groups.spread)), order, at)
     y = groups.back(y.reshape(count, devices, devices, room, -1).swapaxes(1, 2))
     y = collect(y.reshape(count, devices, devices * room, -1), row, slot)
     return combine(y.reshape(count, rows, length * chosen, -1), share_GBTK)
@@ -196,6 +196,22 @@ class _Groups:
         """The inverse of `forth`."""
         sent = self._placed(x, None, self.axis)
         return checkpoint_name(self._placed(sent, self.axis, None), "experts_out")
+
+    def spread(self, one: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
+        """Computes `one` of arrays [groups or 1, devices, ...] where each group and device is.
+
+        Lanes count as groups. Inside of one, while the lanes are not yet seen, all is one place.
+        """
+        others = tuple(axis for axis in self.around.rows if axis != self.axis)
+        mesh = self.around.mesh
+        if args[0].shape[0] % math.prod(mesh.shape[axis] for axis in others):
+            return one(*args)
+        specs = [PartitionSpec(others if x.shape[0] > 1 else None, self.axis) for x in args]
+        axes = {*others, self.axis}
+        place = jax.shard_map(
+            one, mesh=mesh, in_specs=tuple(specs), out_specs=specs[0], axis_names=axes
+        )
+        return place(*args)
 
     def _sizes(self) -> tuple[list[int], int]:
         """Devices along each axis of the rows, and which of them tokens travel over."""
