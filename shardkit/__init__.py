@@ -32,6 +32,7 @@ from .mesh import MeshSpec, simulate_devices
 from .models import attention, experts, route
 from .parallel import Strategy, strategies
 from .rules import REPLICATED, AxisRules, PathRules, chain, explain, shard_largest
+from .run import TrainConfig, Trainer, Watcher
 from .state import TrainState
 from .step import CompiledStep, Declaration, compile_step
 from .verify import Certificate, verify
@@ -70,9 +71,12 @@ __all__ = [
     "StateError",
     "StepError",
     "Strategy",
+    "TrainConfig",
     "TrainState",
+    "Trainer",
     "Variables",
     "VerificationError",
+    "Watcher",
     "attention",
     "chain",
     "compile_step",

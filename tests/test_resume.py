@@ -15,12 +15,11 @@ from shardkit.data import Corpus, DataConfig, Text
 from shardkit.mesh import MeshSpec
 from shardkit.models import DecoderConfig
 from shardkit.parallel import strategies
-from shardkit.run import Stopped, TrainConfig
+from shardkit.run import Stopped, TrainConfig, Watcher
 from shardkit.run._declare import compile_run
 from shardkit.run._folder import MetricsFile, read_metrics
-from shardkit.run._live import run_live
-from shardkit.run._resume import choose_beginning
-from shardkit.run._session import open_session
+from shardkit.run._resume import Terms, choose_beginning
+from shardkit.run._text import TextSource
 
 from . import _checkpoints as ck
 
@@ -47,23 +46,34 @@ def other_mesh():
     return compiled(data=8, tensor=1)
 
 
+class At(Watcher):
+    """Calls something when the numbers of one step are told."""
+
+    def __init__(self, step, do):
+        self.step, self.do = step, do
+
+    def begin(self, run, state):
+        self.run = run
+
+    def read(self, numbers):
+        if numbers.step == self.step:
+            self.do()
+
+
 def run(folder, step, loop=LOOP, at=None, do=None, text=TEXT, record=RECORD):
-    """Trains to the end; `do` is called when step `at` is shown."""
-    loop = dataclasses.replace(loop, out=str(folder))
-    out = io.StringIO()
-
-    class Acting(Console):
-        def print(self, *objects, **options):
-            if at and objects and str(objects[0]).startswith(f"step {at}/"):
-                do()
-            super().print(*objects, **options)
-
-    console = Acting(file=out, width=400)
-    beginning = choose_beginning("run", loop, record, text)
-    with open_session(beginning, step, text, loop, record, console, {}) as session:
-        state = run_live(session, step, text, loop, console, True)
-        session.file.write("result")
-    return ck.bits(state), out.getvalue(), session.file.path.parent
+    """Trains to the end; `do` is called when step `at` is told."""
+    out, watcher = io.StringIO(), At(at, do)
+    trainer = sk.Trainer(
+        step,
+        TextSource(text),
+        folder,
+        loop,
+        watchers=[watcher],
+        record=record,
+        decides=("model", "train"),
+        console=Console(file=out, width=400),
+    )
+    return ck.bits(trainer.run()), out.getvalue(), watcher.run.folder
 
 
 def interrupt():
@@ -148,8 +158,8 @@ def test_metrics_of_steps_that_will_be_made_again_are_cut_off(tmp_path):
 
 
 def begin(folder, text=TEXT, record=RECORD, **loop):
-    changed = dataclasses.replace(LOOP, out=str(folder / "run"), **loop)
-    return choose_beginning("run", changed, record, text)
+    terms = Terms(record, ("model", "train"), TextSource(text))
+    return choose_beginning(folder / "run", dataclasses.replace(LOOP, **loop), terms)
 
 
 @pytest.fixture(scope="module")

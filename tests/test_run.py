@@ -1,6 +1,7 @@
 """The loop beside a fake step that can be computed by hand, then a real small run."""
 
 import io
+import itertools
 import json
 import math
 
@@ -13,22 +14,28 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
-from shardkit._errors import ConfigError, StepError
+from shardkit._errors import ConfigError, DataError, StepError
 from shardkit.data import Corpus, DataConfig, Text
 from shardkit.mesh import MeshSpec
 from shardkit.models import SIZES
 from shardkit.parallel import strategies
 from shardkit.run import (
     TrainConfig,
-    _loop,
+    Watcher,
+    _clock,
     held_out_bits,
     printable,
-    run_steps,
     sample_bytes,
     train,
 )
+from shardkit.run._clock import Clock
+from shardkit.run._finite import StopAtNonFinite
 from shardkit.run._folder import MetricsFile, new_folder
+from shardkit.run._loop import Loop
+from shardkit.run._stop import StopRequest
 from shardkit.run._table import draw_mesh, layout_rows, total_row
+from shardkit.run._text import spread
+from shardkit.run._watch import Watchers
 
 TEXT = Text(
     Corpus("a test", bytes(range(97, 123)) * 20, bytes(range(1, 101)), 1, 1),
@@ -68,23 +75,38 @@ class Late:
         return self.value
 
 
-class Quiet:
+class Noting(Watcher):
     def __init__(self) -> None:
-        self.said: list[tuple] = []
+        self.told: list[tuple] = []
 
-    def step(self, *said):
-        self.said.append(said)
+    def read(self, numbers):
+        self.told.append((numbers.step, numbers.values["loss"], numbers.left))
 
-    def evaluation(self, *said):
-        self.said.append(said)
+    def evaluated(self, step, values):
+        self.told.append((step, *values))
 
 
-def run(tmp_path, step, **loop):
-    quiet = Quiet()
+def run(tmp_path, step, watchers=(), batches=None, **config):
+    noting, config = Noting(), TrainConfig(**config)
+
+    def evaluate(step, state):
+        bits, scored = held_out_bits(step, state, TEXT, spread(TEXT, config.eval_batches))
+        return {"bits_per_byte": bits, "bytes": scored}
+
     with MetricsFile(tmp_path) as file:
-        state = run_steps(step, 0, TEXT, TrainConfig(**loop), file, quiet)
-    lines = [json.loads(line) for line in file.path.read_text().splitlines()]
-    return state, quiet.said, lines
+        watch = Watchers([StopAtNonFinite(), noting, *watchers])
+        clock, stop = Clock(config.steps), StopRequest()
+        loop = Loop(step, config, clock, watch, file.write, rates, stop, evaluate)
+        state = loop.run(0, batches or map(TEXT.batch, itertools.count()))
+    return state, noting.told, rows(tmp_path)
+
+
+def rates(seconds):
+    return {"tokens_per_second": 24 / seconds}
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 # --- the loop
@@ -95,10 +117,12 @@ def test_numbers_are_read_one_step_late_and_all_of_them(tmp_path):
     state, said, lines = run(tmp_path, step, steps=3, eval_every=0)
     assert step.events == ["step 0", "step 1", "read 0", "step 2", "read 1", "read 2"]
     assert state == 3
-    assert [(row[0], row[1]) for row in said] == [(1, 0.0), (2, 1.0), (3, 2.0)]
+    assert said == [(1, 0.0, 2), (2, 1.0, 1), (3, 2.0, 0)]
     assert [(row["step"], row["loss"]) for row in lines] == [(1, 0.0), (2, 1.0), (3, 2.0)]
-    assert lines[0]["bytes_per_second"] is None
-    assert lines[2]["bytes_per_second"] > 0
+    assert set(lines[0]) == {
+        "kind", "step", "loss", "grad_norm", "seconds", "data_seconds", "tokens_per_second", "time",
+    }  # fmt: skip
+    assert lines[2]["tokens_per_second"] == 24 / lines[2]["seconds"]
 
 
 def test_evaluations_on_the_way_come_when_they_are_due(tmp_path):
@@ -107,8 +131,8 @@ def test_evaluations_on_the_way_come_when_they_are_due(tmp_path):
     assert [row["kind"] for row in lines] == ["step", "step", "eval", "step", "step"]
     assert step.events.count("evaluate") == 2
     assert lines[2]["step"] == 2
-    assert lines[2]["part"] == "some"
-    assert said[2][0] == 2
+    assert lines[2]["seconds"] > 0
+    assert said[2] == (2, "bits_per_byte", "bytes")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
@@ -117,9 +141,24 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
     assert "The run has diverged." in str(error.value)
     assert "step 3" in str(error.value)
     assert "loss is nan" in str(error.value)
-    assert "--set optimizer.lr=" in str(error.value)
-    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1] == {"kind": "stopped", "step": 3, "why": "loss is nan"}
+    assert "optimizer.lr=" in str(error.value)
+    assert (rows(tmp_path)[-1]["step"], rows(tmp_path)[-1]["loss"]) == (3, None)
+
+
+def test_data_that_ends_before_the_run_says_when(tmp_path):
+    with pytest.raises(DataError, match=r"the data +gave 2 batches, and .* 5 updates") as error:
+        run(tmp_path, FakeStep(), batches=iter([TEXT.batch(0)] * 2), steps=5)
+    assert "Fix: TrainConfig(steps=2), or data that begins anew" in str(error.value)
+    assert [row["step"] for row in rows(tmp_path)] == [1]
+
+
+def test_metrics_of_the_loss_may_not_be_columns_of_the_file(tmp_path):
+    class Clashing(FakeStep):
+        def __call__(self, state, batch):
+            return state + 1, {"loss": 1.0, "seconds": 2.0}
+
+    with pytest.raises(StepError, match=r"seconds +is a column of metrics\.jsonl already"):
+        run(tmp_path, Clashing(), steps=2)
 
 
 def test_held_out_bits_weigh_every_byte_alike():
@@ -131,14 +170,21 @@ def test_held_out_bits_weigh_every_byte_alike():
     assert bits != pytest.approx(np.mean(means) / math.log(2), rel=1e-3)
 
 
-def test_the_clock_leaves_out_the_first_step_and_what_is_no_step(monkeypatch):
-    now = iter([100.0, 102.0, 114.0])
-    monkeypatch.setattr(_loop.time, "perf_counter", lambda: next(now))
-    clock = _loop.Clock(steps=11, bytes_per_step=50)
-    assert clock.tick() == (None, None)
-    assert clock.tick() == (25.0, 18.0)
-    clock.pause(10.0)
-    assert clock.tick() == (25.0, 16.0)
+def test_the_clock_tells_updates_from_waiting_and_from_what_is_no_update(monkeypatch):
+    now = iter([100.0, 100.5, 101.5, 104.0, 106.0, 107.0, 117.0, 121.0])
+    monkeypatch.setattr(_clock.time, "perf_counter", lambda: next(now))
+    clock = Clock(steps=11)
+    with clock.waiting():
+        pass
+    first = clock.tick(1, {})
+    assert (first.seconds, first.data_seconds, first.each, first.left) == (4.0, 1.0, None, 10)
+    second = clock.tick(2, {})
+    assert (second.seconds, second.data_seconds, second.each) == (2.0, 0.0, 2.0)
+    with clock.apart() as spent:
+        pass
+    assert spent == {"seconds": 10.0}
+    third = clock.tick(3, {})
+    assert (third.seconds, third.each, third.left) == (5.0, 3.5, 8)
 
 
 # --- files
@@ -161,6 +207,7 @@ def test_each_metric_is_a_whole_line_at_once(tmp_path):
             file.write("step", step=i, loss=0.5)
             lines = file.path.read_text().split("\n")
             assert lines[-1] == ""
+            assert set(json.loads(lines[0])) == {"kind", "step", "loss", "time"}
             assert [json.loads(line)["step"] for line in lines[:-1]] == list(range(i + 1))
         with pytest.raises(ValueError, match="JSON"):
             file.write("step", loss=float("inf"))
@@ -291,11 +338,11 @@ def test_a_small_run_shows_and_writes_everything(tmp_path, mesh):
     steps = [row for row in lines if row["kind"] == "step"]
     assert [row["step"] for row in steps] == list(range(1, 13))
     assert steps[-1]["loss"] < steps[0]["loss"]
-    assert lines[-1]["kind"] == "result"
-    assert lines[-1]["bits_per_byte"] == result.bits_per_byte
+    assert [row["kind"] for row in lines[-3:]] == ["eval", "result", "finished"]
+    assert lines[-2]["bits_per_byte"] == result.bits_per_byte
     assert 0 < result.bits_per_byte < 8
     assert len(result.sample) == 10
-    assert set(result.seconds) == {"compile", "train", "evaluate", "baselines", "sample"}
+    assert set(result.seconds) == {"train", "evaluate", "baselines", "sample"}
 
 
 def test_ctrl_c_leaves_whole_metrics_and_says_where(tmp_path, mesh):

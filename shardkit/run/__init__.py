@@ -2,22 +2,29 @@
 
 from ._config import TrainConfig
 from ._declare import batch_shapes, declare_run, decoder_model
-from ._loop import held_out_bits, run_steps
 from ._sample import printable, sample_bytes
 from ._scores import Result
+from ._source import Source
 from ._stop import Stopped
+from ._text import held_out_bits
 from ._train import train
+from ._trainer import Trainer
+from ._watch import Numbers, Run, Watcher
 
 __all__ = [
+    "Numbers",
     "Result",
+    "Run",
+    "Source",
     "Stopped",
     "TrainConfig",
+    "Trainer",
+    "Watcher",
     "batch_shapes",
     "declare_run",
     "decoder_model",
     "held_out_bits",
     "printable",
-    "run_steps",
     "sample_bytes",
     "train",
 ]

@@ -1,13 +1,10 @@
-"""What a run looks like: a live line on a terminal, plain lines elsewhere."""
+"""What a run prints of what it begins with and of what it comes to."""
 
-import math
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from .._tree import format_bytes
@@ -96,58 +93,6 @@ def show_sample(console: Console, lines: Sequence[str]) -> None:
     console.print("\n[bold]a sample that it wrote[/]")
     for line in lines:
         console.print(f"  {line}", highlight=False, markup=False)
-
-
-class LiveShow:
-    """Progress of a run. On a terminal one line that changes, elsewhere a line now and then."""
-
-    def __init__(self, console: Console, steps: int, log_every: int, simulated: bool) -> None:
-        self._console, self._steps, self._log_every = console, steps, log_every
-        self._unit = "tokens/s (simulated)" if simulated else "tokens/s"
-        self._progress = Progress(
-            TextColumn("step {task.completed}/{task.total}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.description}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._progress.add_task("compiled, warming up", total=steps)
-
-    def step(self, done: int, loss: float, rate: float | None, left: float | None) -> None:
-        """Tells of a finished update."""
-        said = f"loss {loss:.3f}  {loss / math.log(2):.3f} bits/byte"
-        if rate is not None and left is not None:
-            minutes, seconds = divmod(round(left), 60)
-            said += f"  {rate:,.0f} {self._unit}  ETA {minutes}:{seconds:02d}"
-        self._progress.update(self._task, completed=done, description=said)
-        due = done == 1 or done % self._log_every == 0 or done == self._steps
-        if due and not self._console.is_terminal:
-            self._print(f"step {done:>{len(str(self._steps))}}/{self._steps}  {said}")
-
-    def evaluation(self, done: int, bits: float, scored: int) -> None:
-        """Tells of an evaluation on part of the held-out bytes."""
-        self._print(f"step {done}: {bits:.3f} bits/byte on {scored:,} held-out bytes")
-
-    def note(self, line: str) -> None:
-        """Tells of something that happened beside the steps."""
-        self._print(line)
-
-    def _print(self, line: str) -> None:
-        self._progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-    def __enter__(self) -> Self:
-        """Starts the live line."""
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Leaves the last line as it is."""
-        self._progress.stop()
 
 
 def _cells(row: Row) -> tuple[str, ...]:

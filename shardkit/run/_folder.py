@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -59,12 +60,13 @@ class MetricsFile:
         os.fsync(self._file)
 
     def write(self, kind: str, **values: Any) -> None:
-        """Appends `{"kind": kind, ...}` as one line.
+        """Appends `{"kind": kind, ..., "time": seconds since 1970}` as one line.
 
         Raises:
           ValueError: a value is not finite; JSON has no word for it.
         """
-        line = json.dumps({"kind": kind, **values}, allow_nan=False) + "\n"
+        row = {"kind": kind, **values, "time": round(time.time(), 3)}
+        line = json.dumps(row, allow_nan=False) + "\n"
         os.write(self._file, line.encode())
 
     def __enter__(self) -> Self:
@@ -89,9 +91,7 @@ def _kept_bytes(content: bytes, after: int) -> int:
             row = json.loads(line)
         except ValueError:
             break  # half a line, of a machine that went down
-        if row["kind"] == "step" and row["step"] > after:
-            break
-        if row["kind"] == "result" or row.get("part") == "all":
+        if row.get("step", 0) > after or row["kind"] == "finished" or row.get("part") == "all":
             break
         kept += len(line)
     return kept

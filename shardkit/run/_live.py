@@ -1,38 +1,73 @@
-"""The loop with what surrounds it: who shows it, who keeps its states, who may end it."""
+"""The loop with what surrounds it: who is told, who may end it, what is closed behind it."""
 
+import contextlib
+import dataclasses
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
 
-from ..data import Text
+from ..step import CompiledStep
+from ._clock import Clock
 from ._config import TrainConfig
-from ._console import LiveShow
-from ._loop import Step, run_steps
+from ._loop import Loop
+from ._rate import Rate
 from ._session import Session
+from ._source import Describe, Evaluate, Source
+from ._standing import standing
 from ._stop import StopRequest
+from ._watch import Run, Watcher, Watchers
 
 
-def run_live(
-    session: Session, step: Step, text: Text, loop: TrainConfig, console: Console, simulated: bool
-) -> Any:
-    """Trains from where a session begins and returns the last state.
+@dataclasses.dataclass(frozen=True)
+class Live:
+    """What a run declares of its loop.
 
-    Raises:
-      StepError: the loss is not finite.
-      CheckpointError: a save was lost, and the run is to stop then.
-      KeyboardInterrupt: after Ctrl-C, with the state saved.
-      Stopped: after SIGTERM, with the state saved.
+    Attributes:
+      config: how long, and what happens when.
+      source: batches.
+      evaluate: scores a state; None for never.
+      watchers: are told after those that every run has.
+      tokens: of one batch; None to count its rows.
+      describe: says what metrics are.
+      console: where the user is told.
     """
-    live = LiveShow(console, loop.steps, loop.log_every, simulated)
-    with StopRequest() as stop, live:
-        return run_steps(
-            step,
-            session.state,
-            text,
-            loop,
-            session.file,
-            live,
-            start=session.start,
-            saver=session.saver,
-            stop=stop,
+
+    config: TrainConfig
+    source: Source
+    evaluate: Evaluate | None
+    watchers: Sequence[Watcher]
+    tokens: int | None
+    describe: Describe
+    console: Console
+
+    def run(self, session: Session, step: CompiledStep) -> Any:
+        """Trains from where a session begins and returns the last state."""
+        config, write, start = self.config, session.file.write, session.start
+        rate, stop, clock = Rate.of(step, self.tokens), StopRequest(), Clock(config.steps)
+        always = standing(config, rate, self.describe, self.console)
+        watch = Watchers([*always, *self.watchers])
+
+        def end(why: str) -> None:
+            write("ended", why=why)
+            stop.ask(why)
+
+        run = Run(session.folder, step, start, config.steps, write, session.say, end)
+        loop = Loop(
+            step, config, clock, watch, write, rate.columns, stop, self.evaluate, session.saver
         )
+        with watch.told(run, session.state):
+            with stop, _closing(self.source.batches(start)) as batches:
+                state = loop.run(session.state, batches, start)
+            watch.finished(state)
+        return state
+
+
+@contextlib.contextmanager
+def _closing(batches: Iterator[Any]) -> Iterator[Iterator[Any]]:
+    """Ends a generator with the block, so that what it holds, a thread perhaps, ends too."""
+    try:
+        yield batches
+    finally:
+        if isinstance(batches, Generator):
+            batches.close()

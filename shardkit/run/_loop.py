@@ -1,15 +1,18 @@
-"""The loop itself: dispatch a step, then read the numbers of the one before."""
+"""The loop itself: dispatch an update, then read the numbers of the one before."""
 
 import dataclasses
 import math
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
-from .._errors import Problem, StepError, format_problems
-from ..data import Batch, Text
+from .._errors import DataError, Problem, StepError, format_problems
+from ._clock import Clock
 from ._config import TrainConfig
-from ._folder import MetricsFile
+from ._source import Evaluate
+from ._watch import Numbers, Watchers
+
+# What a row of metrics holds beside the step's own.
+_TAKEN = frozenset({"kind", "step", "time", "seconds", "data_seconds", "mfu"})
 
 
 class Step(Protocol):
@@ -28,48 +31,6 @@ class Step(Protocol):
         ...
 
 
-class Show(Protocol):
-    """Who tells the user how the run is going."""
-
-    def step(self, done: int, loss: float, rate: float | None, left: float | None) -> None:
-        """Tells of `done` updates: loss in nats, bytes per second, seconds left."""
-        ...
-
-    def evaluation(self, done: int, bits: float, scored: int) -> None:
-        """Tells of an evaluation: bits per byte over `scored` bytes."""
-        ...
-
-
-@dataclasses.dataclass
-class Clock:
-    """Time of the steps, without the first one, which still warms up.
-
-    Attributes:
-      steps: number of steps in the run.
-      bytes_per_step: predicted bytes in one.
-    """
-
-    steps: int
-    bytes_per_step: int
-    _first: float | None = dataclasses.field(default=None, init=False)
-    _paused: float = dataclasses.field(default=0.0, init=False)
-    _done: int = dataclasses.field(default=0, init=False)
-
-    def tick(self) -> tuple[float | None, float | None]:
-        """Counts one step; returns bytes per second so far and seconds left, None at first."""
-        now = time.perf_counter()
-        self._done += 1
-        if self._first is None:
-            self._first = now
-            return None, None
-        each = (now - self._first - self._paused) / (self._done - 1)
-        return self.bytes_per_step / each, each * (self.steps - self._done)
-
-    def pause(self, seconds: float) -> None:
-        """Leaves out time that went into something else than steps."""
-        self._paused += seconds if self._first is not None else 0.0
-
-
 class Saver(Protocol):
     """Who keeps states for a run that is to go on."""
 
@@ -78,7 +39,7 @@ class Saver(Protocol):
         ...
 
     def save(self, done: int, state: Any, metrics: Mapping[str, float]) -> None:
-        """Keeps it; metrics hold `bits_per_byte` where the step was evaluated."""
+        """Keeps it, with the metrics of its evaluation, if it was evaluated."""
         ...
 
     def finish(self) -> str:
@@ -89,115 +50,114 @@ class Saver(Protocol):
 class Stop(Protocol):
     """Who may ask a run to end."""
 
-    @property
-    def signal(self) -> Any:
-        """What asked for it, or None."""
+    def asked(self, done: int) -> bool:
+        """Whether the run is to end after `done` updates."""
         ...
 
-    def raise_if_asked(self, saved: str) -> None:
-        """Ends the run, with a word about what is saved, if it was asked to."""
+    def raise_if_told(self, saved: str) -> None:
+        """Ends the run, with a word about what is saved, unless a watcher asked for the end."""
         ...
 
 
-def run_steps(
-    step: Step,
-    state: Any,
-    text: Text,
-    loop: TrainConfig,
-    file: MetricsFile,
-    show: Show,
-    *,
-    start: int = 0,
-    saver: Saver | None = None,
-    stop: Stop | None = None,
-) -> Any:
-    """Trains up to `loop.steps` updates and returns the last state.
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """What a loop is made of.
 
-    The numbers of a step are read when the next one is under way, so devices never wait for the
-    host. An evaluation and a save wait: the metrics file is to hold every step of a checkpoint.
-
-    Raises:
-      StepError: the loss is not finite.
-      CheckpointError: a save was lost, and the run is to stop then.
+    Attributes:
+      step: the update.
+      config: how many, and when to evaluate.
+      clock: times them.
+      watch: who is told.
+      write: appends a row to the metrics.
+      rates: what a row says of the speed, from the seconds of an update.
+      stop: may ask for the end.
+      evaluate: scores a state; None for never.
+      saver: keeps states; None where none is kept.
     """
-    clock = Clock(loop.steps - start, text.config.batch * text.config.length)
-    late: tuple[int, Mapping[str, Any]] | None = None
 
-    def tell(late: tuple[int, Mapping[str, Any]]) -> None:
-        done, values = late[0], {name: float(value) for name, value in late[1].items()}
-        _check_finite(done, values, file)
-        rate, left = clock.tick()
-        file.write("step", step=done, **values, bytes_per_second=rate)
-        show.step(done, values["loss"], rate, left)
+    step: Step
+    config: TrainConfig
+    clock: Clock
+    watch: Watchers
+    write: Callable[..., None]
+    rates: Callable[[float], Mapping[str, float]]
+    stop: Stop
+    evaluate: Evaluate | None = None
+    saver: Saver | None = None
 
-    for done in range(start + 1, loop.steps + 1):
-        state, metrics = step(state, step.put(text.batch(done - 1)))
+    def run(self, state: Any, batches: Iterator[Any], start: int = 0) -> Any:
+        """Makes updates `start + 1` to `config.steps` and returns the last state.
+
+        The numbers of an update are read when the next one is under way, so devices never wait
+        for the host. An evaluation and a save wait: the metrics are to hold every update of a
+        checkpoint.
+        """
+        late: tuple[int, Mapping[str, Any]] | None = None
+        for done in range(start + 1, self.config.steps + 1):
+            with self.clock.waiting():
+                batch = self.step.put(self._next(batches, done))
+            state, metrics = self.step(state, batch)
+            self.watch.dispatched(done, state, batch)
+            if late is not None:
+                self._tell(*late)
+            late = (done, metrics)
+            leaving = self.stop.asked(done)
+            if not (self._to_evaluate(done) or self._to_save(done, leaving) or leaving):
+                continue
+            self._tell(*late)
+            late = None
+            scores = self._evaluate(done, state) if self._to_evaluate(done) else {}
+            if self._to_save(done, leaving):
+                self._save(done, state, scores)
+            if leaving:
+                self.stop.raise_if_told(self.saver.finish() if self.saver else "Nothing is saved.")
+                return state
         if late is not None:
-            tell(late)
-        late = (done, metrics)
-        leaving = stop is not None and stop.signal is not None
-        score = bool(loop.eval_every) and done % loop.eval_every == 0 and done < loop.steps
-        keep = saver is not None and (saver.due(done) or (leaving and bool(loop.checkpoint_every)))
-        if not (score or keep or leaving):
-            continue
-        tell(late)
-        late, began, scores = None, time.perf_counter(), {}
-        if score:
-            scores["bits_per_byte"] = _evaluate(step, state, text, loop, file, show, done)
-        if saver is not None and keep:
-            saver.save(done, state, scores)
-        clock.pause(time.perf_counter() - began)
-        if stop is not None and leaving:
-            stop.raise_if_asked(saver.finish() if saver is not None else "Nothing is saved.")
-    if late is not None:
-        tell(late)
-    return state
+            self._tell(*late)
+        return state
+
+    def _to_evaluate(self, done: int) -> bool:
+        every = self.config.eval_every if self.evaluate else 0
+        return bool(every) and done % every == 0 and done < self.config.steps
+
+    def _to_save(self, done: int, leaving: bool) -> bool:
+        return self.saver is not None and (leaving or self.saver.due(done))
+
+    def _next(self, batches: Iterator[Any], done: int) -> Any:
+        try:
+            return next(batches)
+        except StopIteration:
+            why = f"gave {done - 1} batches, and the run is to make {self.config.steps} updates"
+            fix = f"TrainConfig(steps={done - 1}), or data that begins anew"
+            problem = Problem("the data", why, fix)
+            raise DataError(format_problems("The data has come to its end.", [problem])) from None
+
+    def _tell(self, done: int, metrics: Mapping[str, Any]) -> None:
+        numbers = self.clock.tick(done, {name: float(x) for name, x in metrics.items()})
+        self.write("step", step=done, **_row(numbers), **self.rates(numbers.seconds))
+        self.watch.read(numbers)
+
+    def _evaluate(self, done: int, state: Any) -> Mapping[str, float]:
+        assert self.evaluate is not None
+        with self.clock.apart() as spent:
+            values = {name: float(x) for name, x in self.evaluate(self.step, state).items()}
+        self.write("eval", step=done, **values, **spent)
+        self.watch.evaluated(done, values)
+        return values
+
+    def _save(self, done: int, state: Any, scores: Mapping[str, float]) -> None:
+        assert self.saver is not None
+        with self.clock.apart() as spent:
+            self.saver.save(done, state, scores)
+        self.write("save", step=done, **spent)
+        self.watch.saved(done)
 
 
-def _evaluate(
-    step: Step, state: Any, text: Text, loop: TrainConfig, file: MetricsFile, show: Show, done: int
-) -> float:
-    bits, scored = held_out_bits(step, state, text, spread(text, loop.eval_batches))
-    file.write("eval", step=done, bits_per_byte=bits, bytes=scored, part="some")
-    show.evaluation(done, bits, scored)
-    return bits
-
-
-def held_out_bits(step: Step, state: Any, text: Text, steps: Iterable[int]) -> tuple[float, int]:
-    """Scores held-out batches.
-
-    Each batch's loss is a mean over its own valid bytes; weighing it by their number makes the
-    result the mean over all of them.
-
-    Returns:
-      Bits per byte, and the number of bytes scored.
-    """
-    scores: list[tuple[Any, int]] = []
-    for i in steps:
-        batch: Batch = text.held_out_batch(i)
-        loss = step.evaluate(state, step.put(batch))["loss"]
-        scores.append((loss, int(batch["weights"].sum())))
-        if len(scores) > 1:
-            float(scores[-2][0])  # one batch in flight, not the whole text
-    scored = sum(weight for _, weight in scores)
-    nats = sum(float(loss) * weight for loss, weight in scores) / scored
-    return nats / math.log(2), scored
-
-
-def spread(text: Text, count: int) -> list[int]:
-    """Picks at most `count` held-out batches, evenly over all of them.
-
-    They never hold the whole text, so what they say is for the way, not for the result.
-    """
-    batches = text.held_out_steps
-    return [i * batches // min(count, batches) for i in range(min(count, batches))]
-
-
-def _check_finite(done: int, values: Mapping[str, float], file: MetricsFile) -> None:
-    bad = {name: value for name, value in values.items() if not math.isfinite(value)}
-    if bad:
-        named = ", ".join(f"{name} is {value}" for name, value in bad.items())
-        file.write("stopped", step=done, why=f"{named}")
-        fix = "a lower --set optimizer.lr=..., or --set optimizer.clip=1.0"
-        problem = Problem(f"step {done}", f"{named}. Metrics are in {file.path}.", fix)
-        raise StepError(format_problems("The run has diverged.", [problem]))
+def _row(numbers: Numbers) -> dict[str, float | None]:
+    """Values as JSON has them, where what is not finite has no number."""
+    if taken := _TAKEN & numbers.values.keys():
+        problems = [Problem(name, "is a column of metrics.jsonl already") for name in sorted(taken)]
+        fix = 'another name in the metrics that the loss returns: {"my_seconds": ...}'
+        raise StepError(format_problems("Metrics of the loss need other names.", problems, fix))
+    values = {name: x if math.isfinite(x) else None for name, x in numbers.values.items()}
+    return {**values, "seconds": numbers.seconds, "data_seconds": numbers.data_seconds}

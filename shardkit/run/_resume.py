@@ -2,21 +2,59 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .._errors import CheckpointError, Problem, count, format_problems, raise_all
 from ..checkpoint import Checkpointer, Manifest
-from ..data import Text
 from ._config import TrainConfig
 from ._folder import read_metrics
-from ._saver import data_state
+from ._source import Source
 
-# What decides the numbers of a run. Devices, mesh and layout do not.
-_SETTINGS = ("model", "data", "optimizer", "strategy.precision", "train.seed", "train.steps")
 # Asked for by name, a run may also be made longer or shorter.
 _FREE_BY_NAME = ("train.steps",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Terms:
+    """What a run is made of, as it is compared with an unfinished one.
+
+    Attributes:
+      record: settings as plain values.
+      decides: names or groups of the record (`model`, `train.seed`) that decide the numbers of
+        a run, and so may not change on its way; None for all of them.
+      data: whose position must be where the checkpoint says.
+    """
+
+    record: Mapping[str, Any]
+    decides: Sequence[str] | None
+    data: Source
+
+    def differences(self, saved: Manifest, free: Sequence[str] = ()) -> list[Problem]:
+        """Settings that decide the numbers and are not those of a checkpoint."""
+        before, now = _flat(saved.config or {}), _flat(self.record)
+        names = [name for name in {**before, **now} if self._decides(name) and name not in free]
+        problems = [
+            Problem(
+                name,
+                f"was {before.get(name)!r}, is {now.get(name)!r}",
+                f"--set {name}={before.get(name)}",
+            )
+            for name in names
+            if before.get(name) != now.get(name)
+        ]
+        position = self.data.position(saved.step)
+        # Another way to cut the text is told above, by its setting.
+        if not problems and saved.data != position:
+            why = f"is not what the run read: {saved.data}, now {position}"
+            problems.append(Problem(str(self.data), why, "the data as it was"))
+        return problems
+
+    def _decides(self, name: str) -> bool:
+        return self.decides is None or any(
+            name == one or name.startswith(f"{one}.") for one in self.decides
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,19 +77,16 @@ def checkpoints_of(folder: Path) -> Path:
     return folder / "checkpoints"
 
 
-def choose_beginning(
-    name: str, loop: TrainConfig, record: Mapping[str, Any], text: Text
-) -> Beginning:
-    """Finds the run that is to go on, if any.
+def choose_beginning(wanted: Path, loop: TrainConfig, terms: Terms) -> Beginning:
+    """Finds the run that is to go on, if any: one of the folders that `wanted` is the first of.
 
     Raises:
       CheckpointError: `train.resume` names a run that cannot go on with these settings.
     """
-    wanted = Path(loop.out) if loop.out else Path("runs") / name
     if loop.resume == "never" or (loop.resume == "auto" and not loop.checkpoint_every):
         return Beginning(wanted)
     if loop.resume != "auto":
-        return _named(Path(loop.resume), record, text)
+        return _named(Path(loop.resume), terms)
     notes = []
     for folder in _runs(wanted):
         newest = _newest(folder)
@@ -59,7 +94,7 @@ def choose_beginning(
             continue
         if Checkpointer(checkpoints_of(folder)).in_use:
             notes.append(f"{folder} is being trained by another process; a new run begins.")
-        elif changed := _differences(newest, record, text, ()):
+        elif changed := terms.differences(newest):
             said = "; ".join(f"{one.subject} {one.why}" for one in changed)
             notes.append(f"{folder} is unfinished with other settings ({said}); a new run begins.")
         else:
@@ -67,7 +102,7 @@ def choose_beginning(
     return Beginning(wanted, notes=tuple(notes[:1]))
 
 
-def _named(folder: Path, record: Mapping[str, Any], text: Text) -> Beginning:
+def _named(folder: Path, terms: Terms) -> Beginning:
     folder = folder.parent if folder.name == "checkpoints" else folder
     newest = _newest(folder)
     if newest is None:
@@ -77,7 +112,7 @@ def _named(folder: Path, record: Mapping[str, Any], text: Text) -> Beginning:
         fix = f"--set train.resume={near[0]}" if near else "--set train.resume=auto"
         problem = Problem(f"train.resume={folder}", why, fix)
         raise CheckpointError(format_problems("There is nothing to go on with.", [problem]))
-    problems = _differences(newest, record, text, _FREE_BY_NAME)
+    problems = terms.differences(newest, _FREE_BY_NAME)
     headline = f"{count(len(problems), 'setting')} of {folder} cannot change on the way."
     raise_all(CheckpointError, headline, problems, "--set train.resume=never for a new run")
     return Beginning(folder, True)
@@ -106,34 +141,7 @@ def _newest(folder: Path) -> Manifest | None:
 
 
 def _finished(folder: Path) -> bool:
-    return any(row["kind"] == "result" for row in read_metrics(folder))
-
-
-def _differences(
-    saved: Manifest, record: Mapping[str, Any], text: Text, free: tuple[str, ...]
-) -> list[Problem]:
-    """Settings that decide the numbers and are not those of the checkpoint."""
-    before, now = _flat(saved.config or {}), _flat(record)
-    names = [name for name in {**before, **now} if _decides(name) and name not in free]
-    problems = [
-        Problem(
-            name,
-            f"was {before.get(name)!r}, is {now.get(name)!r}",
-            f"--set {name}={before.get(name)}",
-        )
-        for name in names
-        if before.get(name) != now.get(name)
-    ]
-    position = data_state(text, saved.step)
-    # Another way to cut the text is told above, by its setting.
-    if not problems and saved.data != position:
-        why = f"is not what the run read: {saved.data}, now {position}"
-        problems.append(Problem(text.corpus.source, why, "the text as it was"))
-    return problems
-
-
-def _decides(name: str) -> bool:
-    return any(name == one or name.startswith(f"{one}.") for one in _SETTINGS)
+    return any(row["kind"] == "finished" for row in read_metrics(folder))
 
 
 def _flat(tree: Mapping[str, Any], below: str = "") -> dict[str, Any]:

@@ -1,26 +1,13 @@
 """When a run saves, and what it does when it cannot."""
 
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from .._errors import CheckpointError, Problem, format_problems
 from ..checkpoint import Checkpointer
-from ..data import Text
 from ._config import TrainConfig
 from ._folder import MetricsFile
-
-
-def data_state(text: Text, step: int) -> dict[str, Any]:
-    """Where in the text a run is: batches are a function of the step, so the step says it.
-
-    The rest recognizes the text: the same step of other bytes would be other data.
-    """
-    return {
-        "batch": step,
-        "rows_per_epoch": text.rows_per_epoch,
-        "crc32": f"{zlib.crc32(text.corpus.train):08x}",
-    }
+from ._source import Source
 
 
 class Saver:
@@ -30,7 +17,7 @@ class Saver:
         self,
         checkpoints: Checkpointer,
         loop: TrainConfig,
-        text: Text,
+        data: Source,
         file: MetricsFile,
         say: Callable[[str], None],
         at: int = 0,
@@ -40,12 +27,12 @@ class Saver:
         Args:
           checkpoints: where to.
           loop: when, and what follows from an error.
-          text: whose position is saved.
+          data: whose position is saved.
           file: metrics, on the disk before the checkpoint that they belong to.
           say: tells the user.
           at: step that the run starts from, saved already; 0 for a new run.
         """
-        self._checkpoints, self._loop, self._text = checkpoints, loop, text
+        self._checkpoints, self._loop, self._data = checkpoints, loop, data
         self._file, self._say = file, say
         self._asked = at
 
@@ -65,7 +52,7 @@ class Saver:
         self._file.sync()
         self._guarded(self._checkpoints.wait)
         self._asked = done
-        data = data_state(self._text, done)
+        data = self._data.position(done)
         self._guarded(lambda: self._checkpoints.save(done, state, data=data, metrics=metrics))
 
     def finish(self) -> str:

@@ -13,9 +13,9 @@ from ..adapters import Model
 from ..data import Baselines, DataConfig, Text, measure_baselines
 from . import _console as show
 from ._config import TrainConfig
-from ._folder import MetricsFile
-from ._loop import Step, held_out_bits
 from ._sample import printable, sample_bytes
+from ._text import held_out_bits
+from ._watch import Run, Watcher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Result:
       held_out_bytes: how many these are; each was scored once.
       baselines: compressors on the same bytes, or None where they were not asked for.
       sample: bytes that the model wrote.
-      seconds: wall time by part: `compile`, `train`, `evaluate`, `baselines`, `sample`.
+      seconds: wall time by part: `train`, `evaluate`, `baselines`, `sample`.
     """
 
     folder: Path
@@ -54,38 +54,55 @@ class Timer:
         return self.seconds[part]
 
 
-def score_run(
-    step: Step,
-    state: Any,
-    adapter: Model,
-    text: Text,
-    loop: TrainConfig,
-    file: MetricsFile,
-    console: Console,
-    timer: Timer,
-) -> Result:
-    """Scores a trained state on all held-out bytes, shows it among compressors, and samples."""
-    bits, scored = held_out_bits(step, state, text, range(text.held_out_steps))
-    timer.lap("evaluate")
-    file.write("eval", step=loop.steps, bits_per_byte=bits, bytes=scored, part="all")
-    baselines = None
-    if loop.baselines:
-        baselines = measure_baselines(text.corpus)
-        timer.lap("baselines")
-    show.show_scores(console, bits, scored, loop.steps, baselines)
-    sample = _sample(adapter, state.params, text.config, loop)
-    timer.lap("sample")
-    if sample:
-        show.show_sample(console, printable(sample).splitlines())
-    file.write(
-        "result",
-        bits_per_byte=bits,
-        bytes=scored,
-        baselines=dataclasses.asdict(baselines) if baselines else None,
-        sample=printable(sample),
-        seconds=timer.seconds,
-    )
-    return Result(file.path.parent, bits, scored, baselines, sample, timer.seconds)
+class Score(Watcher):
+    """Scores a trained state on all held-out bytes, shows it among compressors, and samples.
+
+    Attributes:
+      result: once the run has finished.
+    """
+
+    def __init__(self, adapter: Model, text: Text, config: TrainConfig, console: Console) -> None:
+        """Declares what is scored, and what with.
+
+        Args:
+          adapter: of the model, which is to write.
+          text: with its held-out bytes.
+          config: whether compressors are asked, and how long the sample is.
+          console: where the scores are shown.
+        """
+        self.result: Result | None = None
+        self._adapter, self._text, self._config = adapter, text, config
+        self._console, self._timer = console, Timer()
+
+    def begin(self, run: Run, state: Any) -> None:
+        """Begins to count the time."""
+        self._run, self._timer = run, Timer()
+
+    def finished(self, state: Any) -> None:
+        """Scores, shows and writes."""
+        run, text, config, timer = self._run, self._text, self._config, self._timer
+        timer.lap("train")
+        bits, scored = held_out_bits(run.step, state, text, range(text.held_out_steps))
+        timer.lap("evaluate")
+        run.write("eval", step=config.steps, bits_per_byte=bits, bytes=scored, part="all")
+        baselines = None
+        if config.baselines:
+            baselines = measure_baselines(text.corpus)
+            timer.lap("baselines")
+        show.show_scores(self._console, bits, scored, config.steps, baselines)
+        sample = _sample(self._adapter, state.params, text.config, config)
+        timer.lap("sample")
+        if sample:
+            show.show_sample(self._console, printable(sample).splitlines())
+        run.write(
+            "result",
+            bits_per_byte=bits,
+            bytes=scored,
+            baselines=dataclasses.asdict(baselines) if baselines else None,
+            sample=printable(sample),
+            seconds=timer.seconds,
+        )
+        self.result = Result(run.folder, bits, scored, baselines, sample, timer.seconds)
 
 
 def _sample(adapter: Model, params: Any, data: DataConfig, loop: TrainConfig) -> bytes:

@@ -2,23 +2,23 @@
 
 import contextlib
 import dataclasses
+import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from rich.console import Console
 
-from .._errors import CheckpointError
 from ..checkpoint import Checkpointer, Keep
-from ..data import Text
 from ..step import CompiledStep
 from ._config import TrainConfig
 from ._environment import environment
 from ._folder import MetricsFile, new_folder
-from ._resume import Beginning, checkpoints_of
+from ._resume import Beginning, Terms, checkpoints_of, choose_beginning
 from ._saver import Saver
+from ._source import Source
 from ._stop import Stopped
 
 
@@ -30,87 +30,135 @@ class Session:
       file: metrics.
       state: that the run begins with.
       start: updates that it has behind it.
+      say: tells the user a line.
       saver: keeps checkpoints; None where the run makes none.
     """
 
     file: MetricsFile
     state: Any
     start: int
+    say: Callable[[str], None]
     saver: Saver | None = None
 
+    @property
+    def folder(self) -> Path:
+        """Of the run."""
+        return self.file.path.parent
 
-@contextlib.contextmanager
-def open_session(
-    beginning: Beginning,
-    step: CompiledStep,
-    text: Text,
-    loop: TrainConfig,
-    record: Mapping[str, Any],
-    console: Console,
-    seconds: Mapping[str, float],
-) -> Iterator[Session]:
-    """Opens the folder of a run; what the body raises is noted in its metrics.
 
-    Raises:
-      CheckpointError: there is no usable checkpoint to go on with, or the last save was lost.
+@dataclasses.dataclass(frozen=True)
+class Opening:
+    """How a folder is opened.
+
+    Attributes:
+      config: what is kept, and what follows from damage.
+      keep: which checkpoints stay; None for what the config says.
+      record: settings, for the metrics and the checkpoints.
+      decides: which of them may not change when a run goes on; None for all.
+      data: whose position is saved.
+      console: where the user is told.
     """
-    folder = beginning.wanted if beginning.resumed else new_folder(beginning.wanted)
-    checkpoints = _checkpointer(folder, step, loop, record)
-    with contextlib.ExitStack() as inside:
-        if loop.checkpoint_every:
-            inside.enter_context(checkpoints)
-        if beginning.resumed:
-            state, start = _restored(checkpoints, step, loop, console)
-        else:
-            state, start = step.init(jax.random.key(loop.seed)), 0
-        file = inside.enter_context(MetricsFile(folder, start if beginning.resumed else None))
-        if beginning.resumed:
-            file.write("resumed", step=start, **environment(step.mesh))
-        else:
-            file.write("start", config=record, **environment(step.mesh), seconds=seconds)
-        session = Session(file, state, start)
-        if loop.checkpoint_every:
-            session.saver = Saver(checkpoints, loop, text, file, console.print, start)
-        with _noted(file):
-            yield session
-            if session.saver is not None:
-                session.saver.finish()
+
+    config: TrainConfig
+    keep: Keep | None
+    record: Mapping[str, Any]
+    decides: Sequence[str] | None
+    data: Source
+    console: Console
+
+    def choose(self, wanted: Path) -> Beginning:
+        """Finds the run that is to go on, if any, and says what is to be known of the choice.
+
+        Raises:
+          CheckpointError: `config.resume` names a run that cannot go on.
+        """
+        terms = Terms(self.record, self.decides, self.data)
+        beginning = choose_beginning(wanted, self.config, terms)
+        for note in beginning.notes:
+            self.console.print(note, style="yellow", markup=False, soft_wrap=True)
+        return beginning
+
+    @contextlib.contextmanager
+    def open(
+        self, beginning: Beginning, step: CompiledStep, seconds: Mapping[str, float]
+    ) -> Iterator[Session]:
+        """Opens the folder of a run; what the body raises is noted in its metrics.
+
+        Args:
+          beginning: new, or which one goes on.
+          step: whose state it is.
+          seconds: what the time before was spent on.
+
+        Raises:
+          CheckpointError: there is no usable checkpoint to go on with, or the last save was lost.
+        """
+        resumed = beginning.resumed
+        folder = beginning.wanted if resumed else new_folder(beginning.wanted)
+        checkpoints = self._checkpointer(folder, step)
+        began = time.perf_counter()
+        with contextlib.ExitStack() as inside:
+            if self.config.checkpoint_every:
+                inside.enter_context(checkpoints)
+            if resumed:
+                state, start = self._restored(checkpoints, step)
+            else:
+                state, start = step.init(jax.random.key(self.config.seed)), 0
+            spent = {**seconds, "restore" if resumed else "init": time.perf_counter() - began}
+            file = inside.enter_context(MetricsFile(folder, start if resumed else None))
+            about = {**environment(step.mesh), "seconds": spent}
+            if resumed:
+                file.write("resumed", step=start, **about)
+            else:
+                file.write("start", config=self.record, **about)
+            say = _plainly(self.console)
+            session = Session(file, state, start, say)
+            if self.config.checkpoint_every:
+                session.saver = Saver(checkpoints, self.config, self.data, file, say, start)
+            with _noted(file):
+                yield session
+                if session.saver is not None:
+                    session.saver.finish()
+                file.write("finished")
+
+    def _checkpointer(self, folder: Path, step: CompiledStep) -> Checkpointer:
+        axes = {f"params/{path}": names for path, names in step.layout.axes.items()}
+        config, record = self.config, dict(self.record)
+        keep = Keep(last=config.keep, every=config.keep_every)
+        if config.keep_best:
+            keep = dataclasses.replace(keep, best="bits_per_byte", best_count=config.keep_best)
+        return Checkpointer(
+            checkpoints_of(folder), keep=self.keep or keep, axes=axes, config=record
+        )
+
+    def _restored(self, checkpoints: Checkpointer, step: CompiledStep) -> tuple[Any, int]:
+        damage, say = self.config.on_damage, self.console.print
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a damaged step is told on the console instead
+            back = checkpoints.restore(step.abstract_state, step.shardings, on_damage=damage)
+        for why in back.damaged.values():
+            say(f"{why}\nGoing on from the step before it.", style="yellow", markup=False)
+        made = " × ".join(f"{axis}={size}" for axis, size in back.manifest.mesh.items())
+        say(
+            f"[bold]resumed[/] {checkpoints.folder.parent} at step {back.step} of "
+            f"{self.config.steps}, saved {back.manifest.time} on mesh {made}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return back.state, back.step
 
 
 @contextlib.contextmanager
 def _noted(file: MetricsFile) -> Iterator[None]:
     try:
         yield
-    except (KeyboardInterrupt, Stopped, CheckpointError) as error:
+    except BaseException as error:
         why = {KeyboardInterrupt: "interrupted", Stopped: "told to stop"}
-        file.write("stopped", why=why.get(type(error), str(error)))
+        # On a disk that is full the error counts, not that it could not be noted.
+        with contextlib.suppress(OSError):
+            file.write("stopped", why=why.get(type(error), str(error)))
         error.add_note(f"Metrics so far are in {file.path}.")
         raise
 
 
-def _checkpointer(
-    folder: Path, step: CompiledStep, loop: TrainConfig, record: Mapping[str, Any]
-) -> Checkpointer:
-    axes = {f"params/{path}": names for path, names in step.layout.axes.items()}
-    keep = Keep(last=loop.keep, every=loop.keep_every)
-    if loop.keep_best:
-        keep = dataclasses.replace(keep, best="bits_per_byte", best_count=loop.keep_best)
-    return Checkpointer(checkpoints_of(folder), keep=keep, axes=axes, config=dict(record))
-
-
-def _restored(
-    checkpoints: Checkpointer, step: CompiledStep, loop: TrainConfig, console: Console
-) -> tuple[Any, int]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a damaged step is told on the console instead
-        back = checkpoints.restore(step.abstract_state, step.shardings, on_damage=loop.on_damage)
-    for why in back.damaged.values():
-        console.print(f"{why}\nGoing on from the step before it.", style="yellow", markup=False)
-    made = " × ".join(f"{axis}={size}" for axis, size in back.manifest.mesh.items())
-    console.print(
-        f"[bold]resumed[/] {checkpoints.folder.parent} at step {back.step} of {loop.steps}, "
-        f"saved {back.manifest.time} on mesh {made}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    return back.state, back.step
+def _plainly(console: Console) -> Callable[[str], None]:
+    return lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)

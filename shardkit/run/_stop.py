@@ -22,10 +22,12 @@ class StopRequest:
 
     Attributes:
       signal: the one that came, or None.
+      why: what a watcher ends the run for, or None.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self.why: str | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -46,7 +48,15 @@ class StopRequest:
             if one is not self.signal:
                 signal.signal(one, handler)
 
-    def raise_if_asked(self, saved: str) -> None:
+    def ask(self, why: str) -> None:
+        """Asks for the end as a signal does, but as something that was meant to happen."""
+        self.why = why
+
+    def asked(self, done: int) -> bool:
+        """Whether the run is to end after `done` updates."""
+        return self.signal is not None or self.why is not None
+
+    def raise_if_told(self, saved: str) -> None:
         """Ends the loop if a signal came.
 
         Args:

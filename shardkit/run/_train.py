@@ -1,6 +1,7 @@
 """One run from a declaration to a score: data, mesh, step, loop, evaluation, sample."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import optax
@@ -10,13 +11,16 @@ from rich.console import Console
 from ..data import DataConfig, load_text
 from ..models import DecoderConfig
 from ..parallel import Strategy
+from ..step import CompiledStep
 from . import _console as show
 from ._config import TrainConfig
-from ._declare import compile_run
-from ._live import run_live
-from ._resume import choose_beginning
-from ._scores import Result, Timer, score_run
-from ._session import open_session
+from ._declare import compile_run, decoder_model
+from ._scores import Result, Score
+from ._text import TextSource, describe_text, held_out_bits, spread
+from ._trainer import Trainer
+
+# Devices, mesh and layout decide none of the numbers.
+_DECIDES = ("model", "data", "optimizer", "strategy.precision", "train.seed", "train.steps")
 
 
 def train(
@@ -57,21 +61,31 @@ def train(
     """
     console = console or show.standard_output()
     text = load_text(data)
-    beginning = choose_beginning(name, loop, record, text)
     show.show_mesh(console, mesh)
     show.show_data(console, text)
-    for note in beginning.notes:
-        console.print(note, style="yellow", markup=False, soft_wrap=True)
-    timer = Timer()
-    adapter, step = compile_run(model, data, mesh, strategy, optimizer, compiling)
-    console.print(f"[bold]compiled[/] in {timer.lap('compile'):.1f} s", highlight=False)
-    with open_session(beginning, step, text, loop, record, console, timer.seconds) as session:
-        show.show_layout(console, session.state)
-        file = session.file
-        console.print(f"[bold]metrics[/] {file.path}\n", highlight=False, soft_wrap=True)
-        state = run_live(session, step, text, loop, console, show.is_simulated(mesh))
-        timer.lap("train")
-        result = score_run(step, state, adapter, text, loop, file, console, timer)
-    spent = ", ".join(f"{part} {seconds:.0f} s" for part, seconds in timer.seconds.items())
-    console.print(f"\n{spent}. Metrics: {file.path}", highlight=False, soft_wrap=True)
+
+    def evaluate(step: CompiledStep, state: Any) -> Mapping[str, float]:
+        some = spread(text, loop.eval_batches)
+        bits, scored = held_out_bits(step, state, text, some)
+        return {"bits_per_byte": bits, "bytes": scored}
+
+    score = Score(decoder_model(model), text, loop, console)
+    Trainer(
+        lambda: compile_run(model, data, mesh, strategy, optimizer, compiling)[1],
+        TextSource(text),
+        Path(loop.out) if loop.out else Path("runs") / name,
+        loop,
+        evaluate=evaluate,
+        watchers=[score],
+        record=record,
+        decides=_DECIDES,
+        tokens=data.batch * data.length,
+        describe=describe_text,
+        console=console,
+    ).run()
+    assert score.result is not None  # only a watcher could have ended the run before
+    result = score.result
+    spent = ", ".join(f"{part} {seconds:.0f} s" for part, seconds in result.seconds.items())
+    where = result.folder / "metrics.jsonl"
+    console.print(f"\n{spent}. Metrics: {where}", highlight=False, soft_wrap=True)
     return result

@@ -1,0 +1,108 @@
+"""`Trainer`: a compiled step and its data become a run that nothing breaks."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..checkpoint import Keep
+from ..step import CompiledStep
+from ._config import TrainConfig
+from ._console import show_layout, standard_output
+from ._live import Live
+from ._progress import describe_metrics
+from ._session import Opening
+from ._source import Data, Describe, Evaluate, Source, as_source
+from ._watch import Watcher
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """One training run: it resumes, saves, evaluates, tells, and ends in order.
+
+        trainer = sk.Trainer(step, batch_of, folder="runs/mine", config=sk.TrainConfig(steps=500))
+        state = trainer.run()
+
+    A run that was ended, at any instant and by anything, goes on when `run` is called again with
+    the same declaration, in the same process or another one, on the same mesh or another one.
+
+    Attributes:
+      step: from `sk.compile_step`; or a function that compiles one, which `run` calls when
+        everything else has been found right.
+      data: `i -> batch` for update `i`, counted from 0; or an iterable that gives the same
+        batches whenever it is begun, of which a run that goes on drops what it had read; or a
+        `Source`, which knows its place. Batches are as `step` takes them.
+      folder: of the run. One that exists is never written to, unless its run goes on: a new run
+        gets the next free number behind the name.
+      config: how long, what is said on the way, and what is kept. `eval_batches`, `sample`,
+        `temperature`, `baselines` and `out` belong to `shardkit train` alone.
+      evaluate: `(step, state) -> metrics` of held-out data, every `config.eval_every` updates.
+      watchers: who else is told of the run, in this order.
+      record: settings as plain values; they are written to the metrics and the checkpoints.
+      decides: names or groups of the record that must be the same when a run goes on; None for
+        all of them.
+      keep: which checkpoints stay; by default as `config` says, the best ones by their
+        `bits_per_byte`.
+      tokens: of one batch, for the speed; None to count its rows instead.
+      describe: says what metrics are, for the progress line.
+      console: where the run is shown; standard output by default.
+    """
+
+    step: CompiledStep | Callable[[], CompiledStep]
+    data: Data
+    folder: str | os.PathLike[str]
+    config: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    _: dataclasses.KW_ONLY
+    evaluate: Evaluate | None = None
+    watchers: Sequence[Watcher] = ()
+    record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    decides: Sequence[str] | None = None
+    keep: Keep | None = None
+    tokens: int | None = None
+    describe: Describe = describe_metrics
+    console: Console = dataclasses.field(default_factory=standard_output)
+
+    def run(self) -> Any:
+        """Trains from wherever the run is to its end; returns the last state.
+
+        Raises:
+          ShardkitError: the declaration or the data cannot be used, the loss diverges, or a
+            checkpoint cannot be read or written.
+          KeyboardInterrupt: with notes that say what is saved and where the metrics are.
+          Stopped: the same after SIGTERM.
+        """
+        opening = self._opening(as_source(self.data))
+        beginning = opening.choose(Path(self.folder))
+        step, seconds = self._compiled()
+        with opening.open(beginning, step, seconds) as session:
+            show_layout(self.console, session.state)
+            where = f"[bold]metrics[/] {session.file.path}\n"
+            self.console.print(where, highlight=False, soft_wrap=True)
+            return self._live(opening.data).run(session, step)
+
+    def _compiled(self) -> tuple[CompiledStep, dict[str, float]]:
+        if isinstance(self.step, CompiledStep):
+            return self.step, {}
+        began = time.perf_counter()
+        step = self.step()
+        seconds = time.perf_counter() - began
+        self.console.print(f"[bold]compiled[/] in {seconds:.1f} s", highlight=False)
+        return step, {"compile": seconds}
+
+    def _opening(self, source: Source) -> Opening:
+        return Opening(self.config, self.keep, self.record, self.decides, source, self.console)
+
+    def _live(self, source: Source) -> Live:
+        return Live(
+            self.config,
+            source,
+            self.evaluate,
+            self.watchers,
+            self.tokens,
+            self.describe,
+            self.console,
+        )

@@ -1,0 +1,240 @@
+"""`Trainer` in research code: an own model, own data, own watchers."""
+
+import io
+import json
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+from rich.console import Console
+
+import shardkit as sk
+from shardkit.run._folder import read_metrics
+
+STEPS = 6
+
+
+def init(key):
+    return {"w": jax.random.normal(key, (8, 4))}
+
+
+def loss_fn(params, batch, key):
+    error = jnp.mean((batch["x"] @ params["w"]) ** 2)
+    return error, {"error": error}
+
+
+def batch_of(i):
+    return {"x": np.random.default_rng(i).normal(size=(8, 8)).astype(np.float32)}
+
+
+@pytest.fixture(scope="module")
+def step():
+    return sk.compile_step(
+        loss_fn,
+        optax.adam(1e-2),
+        init=init,
+        batch=batch_of(0),
+        mesh=sk.MeshSpec(data=4, tensor=2).build("cpu:8"),
+        strategy=sk.Strategy(params=sk.PathRules({"w": P(None, "tensor")}), batch=P("data")),
+    )
+
+
+def trainer(folder, step, data=batch_of, out=None, **declared):
+    config = sk.TrainConfig(steps=STEPS, checkpoint_every=2, eval_every=3, log_every=1)
+    declared = {
+        "config": config,
+        "console": Console(file=out or io.StringIO(), width=100),
+    } | declared
+    return sk.Trainer(step, data, folder, **declared)
+
+
+def losses(folder):
+    return {row["step"]: row["loss"] for row in read_metrics(folder) if row["kind"] == "step"}
+
+
+@pytest.fixture(scope="module")
+def by_hand(step):
+    """Losses and weights of the loop that everybody would write."""
+    state, seen = step.init(jax.random.key(0)), {}
+    for i in range(STEPS):
+        state, metrics = step(state, batch_of(i))
+        seen[i + 1] = float(metrics["loss"])
+    return seen, np.asarray(state.params["w"])
+
+
+class Noting(sk.Watcher):
+    """Notes every event; may act at one of them."""
+
+    def __init__(self, at=None, do=None):
+        self.told, self.at, self.do = [], at, do
+
+    def _note(self, *event):
+        self.told.append(event)
+        if event == self.at:
+            self.do(self)
+
+    def begin(self, run, state):
+        self.run = run
+        self._note("begin", int(state.step))
+
+    def dispatched(self, step, state, batch):
+        assert int(state.step) == step
+        assert batch["x"].sharding.spec == P("data")
+        self._note("dispatched", step)
+
+    def read(self, numbers):
+        self._note("read", numbers.step)
+
+    def evaluated(self, step, values):
+        self._note("evaluated", step)
+
+    def saved(self, step):
+        self._note("saved", step)
+
+    def finished(self, state):
+        self._note("finished", int(state.step))
+
+    def end(self, error):
+        self._note("end", type(error))
+
+
+def interrupt(watcher):
+    raise KeyboardInterrupt
+
+
+def test_a_run_is_the_loop_by_hand_with_everything_around_it(tmp_path, step, by_hand):
+    watcher, out = Noting(), io.StringIO()
+    state = trainer(
+        tmp_path / "run",
+        step,
+        out=out,
+        evaluate=lambda step, state: step.evaluate(state, batch_of(99)),
+        watchers=[watcher],
+    ).run()
+    np.testing.assert_array_equal(np.asarray(state.params["w"]), by_hand[1])
+    assert losses(tmp_path / "run") == by_hand[0]
+    assert sk.Checkpointer(tmp_path / "run" / "checkpoints").steps() == (4, 6)
+    assert watcher.told == [
+        ("begin", 0),
+        ("dispatched", 1),
+        ("dispatched", 2), ("read", 1), ("read", 2), ("saved", 2),
+        ("dispatched", 3), ("read", 3), ("evaluated", 3),
+        ("dispatched", 4), ("read", 4), ("saved", 4),
+        ("dispatched", 5),
+        ("dispatched", 6), ("read", 5), ("read", 6), ("saved", 6),
+        ("finished", 6),
+        ("end", type(None)),
+    ]  # fmt: skip
+    shown = out.getvalue()
+    assert "f32[8,4]  P(None, 'tensor')" in shown
+    assert "step 6/6  loss " in shown
+    assert "rows/s (simulated)" in shown
+    assert "step 3: loss " in shown
+    kinds = [row["kind"] for row in read_metrics(tmp_path / "run")]
+    assert (kinds[0], kinds[-1]) == ("start", "finished")
+
+
+@pytest.mark.parametrize("form", ["function", "iterable", "source"])
+def test_data_in_any_form_is_taken_up_where_the_run_was_killed(form, tmp_path, step, by_hand):
+    class Own:
+        closed = 0
+
+        def batches(self, start):
+            try:
+                for i in range(start, STEPS):
+                    yield batch_of(i)
+            finally:
+                Own.closed += 1
+
+        def position(self, step):
+            return {"next": step, "of": "mine"}
+
+    data = {
+        "function": batch_of,
+        "iterable": [batch_of(i) for i in range(STEPS)],
+        "source": Own(),
+    }[form]
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path / "run", step, data, watchers=[Noting(("read", 5), interrupt)]).run()
+    state = trainer(tmp_path / "run", step, data).run()
+    assert losses(tmp_path / "run") == by_hand[0]
+    np.testing.assert_array_equal(np.asarray(state.params["w"]), by_hand[1])
+    assert Own.closed == (2 if form == "source" else 0)
+
+
+def test_a_step_may_be_compiled_once_everything_else_is_right(tmp_path, step):
+    compiled = []
+
+    def compiling():
+        compiled.append(1)
+        return step
+
+    config = sk.TrainConfig(steps=STEPS, resume=str(tmp_path / "nowhere"))
+    with pytest.raises(sk.CheckpointError, match="is no folder of a run"):
+        trainer(tmp_path / "run", compiling, config=config).run()
+    assert compiled == []
+    out = io.StringIO()
+    trainer(tmp_path / "run", compiling, out=out).run()
+    assert compiled == [1]
+    assert "compiled in 0.0 s" in out.getvalue()
+    assert "compile" in read_metrics(tmp_path / "run")[0]["seconds"]
+
+
+def test_a_record_that_changed_begins_a_new_run_and_is_named(tmp_path, step):
+    stop = Noting(("read", 5), interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path / "run", step, record={"lr": 0.01, "mesh": "a"}, watchers=[stop]).run()
+    again = Noting(("begin", 4), interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trainer(
+            tmp_path / "run",
+            step,
+            record={"lr": 0.01, "mesh": "b"},
+            decides=("lr",),
+            watchers=[again],
+        ).run()
+    assert again.run.folder == tmp_path / "run"
+    anew, out = Noting(), io.StringIO()
+    trainer(tmp_path / "run", step, record={"lr": 0.02}, out=out, watchers=[anew]).run()
+    assert anew.run.folder == tmp_path / "run-2"
+    assert "lr was 0.01, is 0.02; mesh was 'a', is None" in out.getvalue().replace("\n", " ")
+
+
+def test_a_watcher_may_end_the_run_in_order(tmp_path, step, by_hand):
+    early = Noting(("read", 3), lambda self: self.run.stop("good enough"))
+    state = trainer(tmp_path / "run", step, watchers=[early]).run()
+    assert int(state.step) == 4  # 3 is read while 4 is under way
+    assert early.told[-3:] == [("saved", 4), ("finished", 4), ("end", type(None))]
+    assert sk.Checkpointer(tmp_path / "run" / "checkpoints").steps()[-1] == 4
+    ended = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "ended"]
+    assert [row["why"] for row in ended] == ["good enough"]
+
+
+def test_what_a_watcher_raises_ends_the_run_and_every_watcher_is_told(tmp_path, step):
+    def fail(self):
+        self.run.write("mine", step=2, why="because")
+        raise RuntimeError("I do not like it")
+
+    first, second = Noting(), Noting(("read", 2), fail)
+    with pytest.raises(RuntimeError, match="I do not like it") as error:
+        trainer(tmp_path / "run", step, watchers=[first, second]).run()
+    assert first.told[-1] == second.told[-1] == ("end", RuntimeError)
+    rows = read_metrics(tmp_path / "run")
+    assert [row["kind"] for row in rows[-2:]] == ["mine", "stopped"]
+    assert rows[-1]["why"] == "I do not like it"
+    assert error.value.__notes__ == [f"Metrics so far are in {tmp_path}/run/metrics.jsonl."]
+
+
+def test_a_run_in_a_thread_leaves_signals_alone(tmp_path, step, by_hand):
+    done = []
+    thread = threading.Thread(
+        target=lambda: done.append(trainer(tmp_path / "run", step).run()), daemon=True
+    )
+    thread.start()
+    thread.join(60)
+    assert int(done[0].step) == STEPS
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
