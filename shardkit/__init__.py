@@ -34,7 +34,7 @@ from .parallel import Strategy, strategies
 from .rules import REPLICATED, AxisRules, PathRules, chain, explain, shard_largest
 from .run import TrainConfig, Trainer, Watcher
 from .state import TrainState
-from .step import CompiledStep, Declaration, compile_step
+from .step import CompiledStep, Declaration, compile_step, released
 from .verify import Certificate, verify
 
 __all__ = [
@@ -86,6 +86,7 @@ __all__ = [
     "explain",
     "from_linen",
     "from_nnx",
+    "released",
     "remat",
     "route",
     "shard_largest",

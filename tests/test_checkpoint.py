@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 import shardkit as sk
-from shardkit.checkpoint import SavedStep, as_text, fingerprints
+from shardkit.checkpoint import SavedStep, _chunks, _files, as_text, fingerprints
 from shardkit.checkpoint._files import step_folder
 
 from . import _checkpoints as ck
@@ -201,6 +201,48 @@ def test_a_declared_cast_changes_the_dtype_and_nothing_else(saved, state):
     half = dataclasses.replace(state, params=params)
     back = restore(saved, half, cast=["params/*"]).state
     assert ck.bits(back) == ck.bits(half)
+
+
+# --- reading
+
+
+def test_each_chunk_that_is_needed_is_read_once_and_no_other(saved, state, monkeypatch):
+    read = []
+
+    def counted(folder, name, files):
+        read.append(name)
+        return _files.read_checked(folder, name, files)
+
+    monkeypatch.setattr(_chunks, "read_checked", counted)
+    restore(saved, state, "tensor=8")
+    arrays = [name for name in SavedStep.open(step_folder(saved, 3)).manifest.files if "/" in name]
+    leaves = [name for name in arrays if name.count("/") > 2 or name.endswith(("/0", "/.zarray"))]
+    assert sorted(read) == sorted(leaves)
+    read.clear()
+    some = {"params/b": "saved", "**": "fresh"}
+    restore(saved, state, "one device", partial=some, fresh=state)
+    assert sorted(read) == ["arrays/state/params/b/.zarray", "arrays/state/params/b/0"]
+
+
+def test_shards_that_are_gathered_one_after_the_other_are_the_same(saved, state, monkeypatch):
+    monkeypatch.setattr(_chunks, "_AT_ONCE", 1)
+    assert ck.bits(restore(saved, state, "tensor=8").state) == ck.bits(state)
+
+
+def test_every_damage_in_what_is_read_is_told_at_once(saved, state, tmp_path):
+    arrays = damaged_copy(saved, tmp_path) / "arrays" / "state"
+    for chunk in (arrays / "params" / "w" / "0.0", arrays / "extra" / "seen" / "0"):
+        ck.flip_bit(chunk, random.Random(0))
+    with pytest.raises(sk.DamageError) as error:
+        restore(tmp_path / "copy", state)
+    said = str(error.value)
+    assert "2 findings" in said
+    assert re.search(r"params/w f32\[16,32\] +arrays/state/params/w/0\.0 has CRC-32", said)
+    assert re.search(r"extra/seen i32\[8\] +arrays/state/extra/seen/0 has CRC-32", said)
+    # What is not asked for is not read; `shardkit checkpoint verify` reads everything.
+    some = {"params/b": "saved", "**": "fresh"}
+    back = restore(tmp_path / "copy", state, partial=some, fresh=state)
+    assert ck.bits(back.state) == ck.bits(state)
 
 
 # --- damage

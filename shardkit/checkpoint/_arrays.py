@@ -1,4 +1,4 @@
-"""The arrays themselves, in and out of Orbax; nothing else here knows of it.
+"""The arrays themselves, written by Orbax; nothing else here knows of it.
 
 Each leaf is a zarr folder of its own with plain chunks, so that a damaged file is a named leaf
 and any zarr reader can open it. Every trap of the library that was measured is met above this
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+
+from ._files import ARRAYS
 
 # A shard is read in whole chunks, and one that cuts across how the leaf was saved reads more than
 # it holds unless chunks are small. Every chunk is a file, of which there are to be not too many.
@@ -53,6 +55,11 @@ def stored_name(path: str) -> str:
     return urllib.parse.quote(path, safe="/<>[]=,+") or "%"
 
 
+def leaf_folder(path: str) -> str:
+    """Where a leaf is, below the folder of its step."""
+    return f"{ARRAYS}/{_STATE}/{stored_name(path)}"
+
+
 def leaf_of_file(name: str, paths: Mapping[str, Any]) -> str | None:
     """The leaf whose values a file of the step holds, or None for files about the whole."""
     inside = name.split("/", 2)[-1]
@@ -70,18 +77,3 @@ def start_writing(folder: Path, leaves: Mapping[str, jax.Array]) -> Callable[[],
     with _context(ocp, sum(x.nbytes for x in leaves.values())):
         response = ocp.save_async(str(folder), {stored_name(p): x for p, x in leaves.items()})
     return response.result
-
-
-def read(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Reads leaves, each device only what it is to hold.
-
-    Args:
-      folder: where `start_writing` wrote.
-      wanted: `{path: shape, dtype and sharding}`, of the shape and dtype that were saved.
-    """
-    ocp = _orbax()
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
-    with context:
-        got = ocp.load(str(folder), {stored_name(p): x for p, x in wanted.items()})
-    return {path: got[stored_name(path)] for path in wanted}

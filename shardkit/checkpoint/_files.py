@@ -127,28 +127,66 @@ def checksums(folder: Path) -> dict[str, SavedFile]:
         return dict(zip(names, found, strict=True))
 
 
-def file_problems(folder: Path, files: Mapping[str, SavedFile]) -> dict[str, str]:
-    """Compares the files below a folder with a manifest: `{name: what is wrong with it}`."""
+class Unreadable(Exception):
+    """A file is not what was written; says how."""
+
+
+def read_checked(folder: Path, name: str, files: Mapping[str, SavedFile]) -> bytes:
+    """Returns the bytes of a file, which are those that were written.
+
+    Raises:
+      Unreadable: they are not, or cannot be had.
+    """
+    if name not in files:
+        raise Unreadable("was not written by this save")
+    try:
+        content = (folder / name).read_bytes()
+    except FileNotFoundError:
+        raise Unreadable("is gone") from None
+    except OSError as error:
+        raise Unreadable(f"cannot be read: {error.strerror}") from error
+    if why := _differs(files[name], SavedFile(len(content), f"{zlib.crc32(content):08x}")):
+        raise Unreadable(why)
+    return content
+
+
+def listing_problems(folder: Path, files: Mapping[str, SavedFile]) -> dict[str, str]:
+    """Compares names and sizes below a folder with a manifest: `{name: what is wrong with it}`."""
+    there = {
+        str(path.relative_to(folder)): path.stat().st_size
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+    wrong = {name: "is gone" for name in files if name not in there}
+    for name, want in files.items():
+        if name in there and there[name] != want.bytes:
+            wrong[name] = _differs(want, SavedFile(there[name], ""))
+    strange = set(there) - {MANIFEST, *files}
+    return wrong | {name: "was not written by this save" for name in sorted(strange)}
+
+
+def content_problems(folder: Path, files: Mapping[str, SavedFile]) -> dict[str, str]:
+    """Compares the CRC-32 of files with a manifest: `{name: what is wrong with it}`."""
 
     def look(name: str) -> str:
-        want = files[name]
         try:
-            size = (folder / name).stat().st_size
-            if size != want.bytes:
-                return f"has {size} bytes, {want.bytes} were written"
-            crc = _checksum(folder / name).crc32
+            return _differs(files[name], _checksum(folder / name))
         except FileNotFoundError:
             return "is gone"
         except OSError as error:
             return f"cannot be read: {error.strerror}"
-        return "" if crc == want.crc32 else f"has CRC-32 {crc}, {want.crc32} was written"
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         found = dict(zip(files, pool.map(look, files), strict=True))
-    wrong = {name: why for name, why in found.items() if why}
-    there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    strange = there - {MANIFEST, *files}
-    return wrong | {name: "was not written by this save" for name in sorted(strange)}
+    return {name: why for name, why in found.items() if why}
+
+
+def _differs(want: SavedFile, found: SavedFile) -> str:
+    if found.bytes != want.bytes:
+        return f"has {found.bytes} bytes, {want.bytes} were written"
+    if found.crc32 != want.crc32:
+        return f"has CRC-32 {found.crc32}, {want.crc32} was written"
+    return ""
 
 
 def _checksum(path: Path, sync: bool = False) -> SavedFile:

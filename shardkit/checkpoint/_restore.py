@@ -56,7 +56,7 @@ class Request:
         found = plan(leaves, wanted, self.partial, self.cast, str(folder))
         shardings = self.shardings_of(wanted)
         fresh = self.fresh_leaves(found.fresh)
-        saved.check_files()
+        saved.check_listing()
         got = fresh | saved.load(found, wanted, shardings)
         structure = jax.tree.structure(self.abstract)
         state = jax.tree.unflatten(structure, [got[path] for path in wanted])

@@ -1,7 +1,7 @@
 """One saved step: its manifest, whether its files are whole, and its leaves on any devices."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,15 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from .._errors import DamageError, Problem, count, raise_all
-from ._arrays import leaf_of_file, read
-from ._files import ARRAYS, file_problems
+from ._arrays import leaf_folder, leaf_of_file
+from ._chunks import read
+from ._files import content_problems, listing_problems
 from ._fingerprint import as_text, bare, fingerprints
-from ._manifest import Manifest, SavedLeaf, read_manifest
+from ._manifest import Manifest, SavedFile, SavedLeaf, read_manifest
 from ._match import Plan
+
+# Bytes of leaves whose fingerprints are computed in one program.
+_TOGETHER = 2**23
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +49,19 @@ class SavedStep:
         Raises:
           DamageError: with every file that is damaged, gone or strange, and the leaf it holds.
         """
-        wrong = file_problems(self.folder, self.manifest.files)
-        problems = []
-        for name, why in wrong.items():
-            leaf = leaf_of_file(name, self.manifest.leaves)
-            typed = f"{leaf} {self.manifest.leaves[leaf].type}" if leaf else "(no leaf)"
-            problems.append(Problem(typed, f"{name} {why}"))
-        self._raise_damage(problems)
+        wrong = content_problems(self.folder, self.manifest.files)
+        self._raise_damage(self._of_files(wrong | listing_problems(*self._listed)))
+
+    def check_listing(self) -> None:
+        """Compares what costs no reading of arrays: names, sizes, and files about the whole.
+
+        Raises:
+          DamageError: as `check_files`.
+        """
+        files, leaves = self.manifest.files, self.manifest.leaves
+        about = {name: file for name, file in files.items() if leaf_of_file(name, leaves) is None}
+        wrong = content_problems(self.folder, about) | listing_problems(*self._listed)
+        self._raise_damage(self._of_files(wrong))
 
     def load(
         self,
@@ -59,7 +69,7 @@ class SavedStep:
         wanted: Mapping[str, Any],
         shardings: Mapping[str, Any],
     ) -> dict[str, jax.Array]:
-        """Reads the planned leaves, each device its own part, and checks every bit.
+        """Reads the planned leaves, each device its own part, and checks every bit on the way.
 
         Args:
           plan: which leaves to read, and which of them to cast.
@@ -67,10 +77,12 @@ class SavedStep:
           shardings: `{path: sharding}` of the same leaves.
 
         Raises:
-          DamageError: a leaf cannot be read, or its fingerprint is not the saved one.
+          DamageError: a file that a leaf needs is not what was written, or the leaf's fingerprint
+            is not the saved one.
         """
         saved = self.manifest.leaves
-        got = self._read({path: (saved[path], shardings[path]) for path in plan.saved})
+        got, wrong = self._read({path: (saved[path], shardings[path]) for path in plan.saved})
+        self._raise_damage(self._of_files(wrong))
         self._raise_damage(self._value_problems(got))
         for path in plan.cast:
             got[path] = got[path].astype(wanted[path].dtype)
@@ -88,34 +100,68 @@ class SavedStep:
         where = SingleDeviceSharding(jax.devices()[0])
         problems = []
         for path, leaf in self.manifest.leaves.items():
-            problems += self._value_problems(self._read({path: (leaf, where)}))
+            got, wrong = self._read({path: (leaf, where)})
+            problems += self._of_files(wrong) + self._value_problems(got)
         self._raise_damage(problems)
 
-    def _read(self, leaves: Mapping[str, tuple[SavedLeaf, Any]]) -> dict[str, jax.Array]:
+    @property
+    def _listed(self) -> tuple[Path, Mapping[str, SavedFile]]:
+        return self.folder, self.manifest.files
+
+    def _of_files(self, wrong: Mapping[str, str]) -> list[Problem]:
+        """Says of each file what is wrong with it, and which leaf it holds."""
+        leaves = self.manifest.leaves
+        holds = {name: leaf_of_file(name, leaves) for name in wrong}
+        return [
+            Problem(f"{leaf} {leaves[leaf].type}" if leaf else "(no leaf)", f"{name} {wrong[name]}")
+            for name, leaf in holds.items()
+        ]
+
+    def _read(
+        self, leaves: Mapping[str, tuple[SavedLeaf, Any]]
+    ) -> tuple[dict[str, jax.Array], dict[str, str]]:
+        """Arrays by path, and what is wrong with files of the leaves that are not among them."""
         stored = {path: (_stored(leaf), to) for path, (leaf, to) in leaves.items()}
         empty = {
             path: jax.device_put(jnp.zeros(a.shape, a.dtype), to)
             for path, (a, to) in stored.items()
             if 0 in a.shape
         }
+        below = {leaf_folder(path): path for path in stored if path not in empty}
         abstract = {
-            path: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=to)
-            for path, (a, to) in stored.items()
-            if path not in empty
+            name: jax.ShapeDtypeStruct(stored[path][0].shape, stored[path][0].dtype, sharding=to)
+            for name, path in below.items()
+            for to in [stored[path][1]]
         }
-        return empty | (read(self.folder / ARRAYS, abstract) if abstract else {})
+        got, wrong = read(self.folder, self.manifest.files, abstract)
+        return empty | {below[name]: array for name, array in got.items()}, wrong
 
     def _value_problems(self, got: Mapping[str, jax.Array]) -> list[Problem]:
-        found = jax.device_get(fingerprints(got))
-        return [
-            Problem(f"{path} {leaf.type}", f"has fingerprint {now}, {leaf.fingerprint} was saved")
-            for path in got
-            if (now := as_text(found[path])) != (leaf := self.manifest.leaves[path]).fingerprint
-        ]
+        problems = []
+        for group in _together(got):
+            found = jax.device_get(fingerprints({path: got[path] for path in group}))
+            for path in group:
+                leaf, now = self.manifest.leaves[path], as_text(found[path])
+                if now != leaf.fingerprint:
+                    why = f"has fingerprint {now}, {leaf.fingerprint} was saved"
+                    problems.append(Problem(f"{path} {leaf.type}", why))
+        return problems
 
     def _raise_damage(self, problems: Sequence[Problem]) -> None:
         headline = f"{self.folder} is damaged: {count(len(problems), 'finding')}."
         raise_all(DamageError, headline, problems)
+
+
+def _together(arrays: Mapping[str, jax.Array]) -> Iterator[list[str]]:
+    """Leaves in groups of a few bytes: all in one program would take room beside all of them."""
+    group: list[str] = []
+    for path in arrays:
+        group.append(path)
+        if sum(arrays[one].nbytes for one in group) >= _TOGETHER:
+            yield group
+            group = []
+    if group:
+        yield group
 
 
 def _stored(leaf: SavedLeaf) -> jax.ShapeDtypeStruct:

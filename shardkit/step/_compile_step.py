@@ -11,6 +11,7 @@ from .._types import Accumulate
 from ..parallel import Strategy
 from ._compiled import CompiledStep
 from ._declaration import declare
+from ._nonfinite import OnNonfinite
 
 
 def compile_step(
@@ -26,6 +27,9 @@ def compile_step(
     remat: str | None = None,
     precision: str | Precision | None = None,
     compiler_options: Mapping[str, Any] | None = None,
+    on_nonfinite: OnNonfinite = "apply",
+    deterministic: bool = False,
+    debug: bool = False,
 ) -> CompiledStep:
     """Compiles one training step for one mesh, and checks that it is what was declared.
 
@@ -49,6 +53,16 @@ def compile_step(
       precision: overrides `strategy.precision`.
       compiler_options: XLA options by name, such as `{"xla_cpu_use_thunk_runtime": True}`; XLA
         refuses a name that it does not know.
+      on_nonfinite: what is done with an update whose loss or gradients are not finite: `"apply"`
+        it; `"skip"` it, which leaves all but `state.step` as it was, and set the metric `skipped`
+        to 1; or `"stop"`, which makes neither this nor any later update: `sk.released(state)`
+        is then the state that the step failed on.
+      deterministic: leave the compiler no operation whose result varies from run to run. That
+        costs speed on GPUs (`xla_gpu_deterministic_ops`); the compilers for CPUs and TPUs have
+        no such operation. The promise: the same program on as many devices of the same kind with
+        the same versions gives the same bits.
+      debug: an error where the loss or `init` uses a random key twice, found by JAX's own checker
+        (`jax_debug_key_reuse`), for the price of tracing both once more.
 
     Returns:
       The step, compiled, its layouts and aliases read back from the executable.
@@ -56,7 +70,8 @@ def compile_step(
     Raises:
       ShardingError: every leaf of state and batch that cannot be laid out, before anything is
         traced; or every constraint of the model that cannot be met, before it is compiled.
-      StepError: an option, the loss or the optimizer does not form a step.
+      StepError: an option, the loss or the optimizer does not form a step; with `debug`, a
+        random key is used twice.
 
     >>> import jax, jax.numpy as jnp, optax
     >>> from shardkit.mesh import MeshSpec
@@ -82,6 +97,9 @@ def compile_step(
             strategy or Strategy(),
             mode,
             compiler_options,
+            on_nonfinite,
+            deterministic,
+            debug,
             accumulate=accumulate,
             remat=remat,
             precision=precision,

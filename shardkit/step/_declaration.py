@@ -17,6 +17,7 @@ from .._tree import leaves, path_str
 from .._types import Accumulate, Loss
 from ..mesh import MeshSpec
 from ..parallel import Strategy
+from ._nonfinite import ON_NONFINITE, OnNonfinite
 
 MODES = ("auto", "shard_map")
 _HEADLINE = "The step is declared wrongly."
@@ -40,6 +41,9 @@ class Declaration:
       strategy: the layout.
       mode: `"auto"`: jit, the partitioner places the collectives; `"shard_map"`: they are explicit.
       compiler_options: XLA options by name, for every program of the step.
+      on_nonfinite: what is done with an update whose loss or gradients are not finite.
+      deterministic: whether the compiler may use no operation whose result varies.
+      debug: whether tracing looks for random keys that are used twice.
     """
 
     loss_fn: Callable[..., Any]
@@ -50,6 +54,9 @@ class Declaration:
     strategy: Strategy
     mode: str = "auto"
     compiler_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    on_nonfinite: OnNonfinite = "apply"
+    deterministic: bool = False
+    debug: bool = False
 
     @property
     def precision(self) -> Precision:
@@ -60,6 +67,15 @@ class Declaration:
     def accumulate(self) -> Accumulate:
         """Micro-batches per step."""
         return accumulation(self.strategy.accumulate)
+
+    @property
+    def xla_options(self) -> dict[str, Any]:
+        """What the compiler is told; a declared option wins over what `deterministic` implies."""
+        assert isinstance(self.mesh, Mesh)
+        platform = self.mesh.devices.flat[0].platform
+        # Implies xla_gpu_exclude_nondeterministic_ops and no autotuning, which would time kernels.
+        implied = {"xla_gpu_deterministic_ops": True} if platform in ("gpu", "cuda") else {}
+        return {**(implied if self.deterministic else {}), **self.compiler_options}
 
     @property
     def stateful(self) -> bool:
@@ -74,9 +90,10 @@ class Declaration:
             precision or remat policy.
         """
         problems = _option_problems(self.strategy)
-        if self.mode not in MODES:
-            why = f"known: {', '.join(MODES)}.{did_you_mean(self.mode, MODES)}"
-            problems.append(Problem(f"mode={self.mode!r}", why, 'mode="auto"'))
+        for field, known in (("mode", MODES), ("on_nonfinite", ON_NONFINITE)):
+            if (named := getattr(self, field)) not in known:
+                why = f"known: {', '.join(known)}.{did_you_mean(str(named), known)}"
+                problems.append(Problem(f"{field}={named!r}", why, f'{field}="{known[0]}"'))
         assert isinstance(self.mesh, Mesh)
         problems += self._compression_problems(self.mesh)
         for name, kind in zip(self.mesh.axis_names, self.mesh.axis_types, strict=True):
@@ -165,6 +182,9 @@ def declare(
     strategy: Strategy,
     mode: str = "auto",
     compiler_options: Mapping[str, Any] | None = None,
+    on_nonfinite: OnNonfinite = "apply",
+    deterministic: bool = False,
+    debug: bool = False,
     **options: Any,
 ) -> Declaration:
     """Puts the options that were given into the strategy and checks the whole."""
@@ -174,8 +194,19 @@ def declare(
         lambda x: jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)), batch
     )
     layout = dataclasses.replace(strategy, **given)
-    chosen = dict(compiler_options or {})
-    made = Declaration(loss_fn, optimizer, init, shapes, mesh, layout, mode, chosen)
+    made = Declaration(
+        loss_fn,
+        optimizer,
+        init,
+        shapes,
+        mesh,
+        layout,
+        mode,
+        dict(compiler_options or {}),
+        on_nonfinite,
+        deterministic,
+        debug,
+    )
     made.check()
     return made
 

@@ -36,6 +36,14 @@ class Functions:
         self.declaration.check_params(self.layout.state.params)
 
     @property
+    def given(self) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+        """What the user wrote, with abstract arguments: `{name: (function, arguments)}`."""
+        d, state = self.declaration, self.layout.state
+        low = jax.eval_shape(self._low, state.params)
+        loss = (objective(d.loss_fn), (low, state.extra, self.layout.batch, state.key))
+        return {"init": (d.init, (state.key,)), "loss_fn": loss}
+
+    @property
     def by_lanes(self) -> bool:
         """Whether the loss is differentiated one lane of the batch at a time."""
         return _plan(self.declaration, self.layout).by_lanes
@@ -55,7 +63,8 @@ class Functions:
         Raises (while it is traced):
           StepError: a leaf of the state changes its shape or dtype, which would compile again.
         """
-        update = training_step(self._gradient, self.declaration.optimizer, self.layout.update)
+        d = self.declaration
+        update = training_step(self._gradient, d.optimizer, self.layout.update, d.on_nonfinite)
 
         def run(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
             after, metrics = update(state, batch)

@@ -16,7 +16,7 @@ from .._errors import Problem, StepError, format_problems, raise_all
 from .._tree import short_type
 from .._types import Loss, Mean
 
-RESERVED = ("loss", "grad_norm")
+RESERVED = ("loss", "grad_norm", "skipped")
 _NUMBERS = (jax.Array, np.ndarray, np.generic, int, float, complex)
 
 

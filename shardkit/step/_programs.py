@@ -11,6 +11,7 @@ from .._regions import Marks, Surroundings, carried_out
 from .._remat import active
 from ._activations import Activations
 from ._compile import Program, compile_program
+from ._debug import check_keys
 from ._declaration import Declaration
 from ._functions import Functions, layer_policy
 from ._layout import Layout
@@ -34,6 +35,8 @@ class Programs:
         """
         self._declaration, self._layout = declaration, layout
         self._functions = Functions(declaration, layout)
+        if declaration.debug:
+            check_keys(self._functions.given)
         self._whole = NamedSharding(declaration.mesh, PartitionSpec())
         results = (layout.shardings, self._whole)
         self.train = self._on_state_and_batch(
@@ -100,7 +103,7 @@ class Programs:
         donate: tuple[int, ...] = (),
         marks: Marks | None = None,
     ) -> Program:
-        names, options = self._names, self._declaration.compiler_options
+        names, options = self._names, self._declaration.xla_options
 
         def check(jaxpr: Any) -> None:
             names.check(jaxpr)

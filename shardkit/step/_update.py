@@ -1,5 +1,6 @@
 """The functions that a step is made of: pure, over global arrays, knowing no layout."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from .._errors import Problem, StepError, raise_all
 from .._tree import path_str, short_type
 from ..state import TrainState
 from ._gradients import GradientFn
+from ._nonfinite import SKIPPED, OnNonfinite, chosen, is_usable
 from ._objective import Objective, Outcome, value_of
 
 Metrics = dict[str, jax.Array]
@@ -21,7 +23,10 @@ _EVALUATE = 0xFFFFFFFF
 
 
 def training_step(
-    gradients: GradientFn, optimizer: optax.GradientTransformation, split: Any = None
+    gradients: GradientFn,
+    optimizer: optax.GradientTransformation,
+    split: Any = None,
+    on_nonfinite: OnNonfinite = "apply",
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """Builds `(state, batch) → (state, metrics)`.
 
@@ -30,6 +35,7 @@ def training_step(
       optimizer: any optax chain.
       split: pytree of `NamedSharding` in which the update is computed, where it is split further
         than the parameters are; they are gathered afterwards by the layout of the results.
+      on_nonfinite: what is done with an update that is not finite.
     """
     update = optimizer.update
     # Optimizers that look at the loss (`reduce_on_plateau`, `momo`) get it.
@@ -40,10 +46,16 @@ def training_step(
         metrics = _metrics(outcome, grads)
         with jax.named_scope("update"):
             seen = {"value": metrics["loss"]} if sees_loss else {}
-            params, grads = _shards(state.params, split), _shards(grads, split)
-            updates, opt_state = update(grads, state.opt_state, params, **seen)
-            params = _shards(optax.apply_updates(params, updates), split)
-        return TrainState(state.step + 1, params, opt_state, outcome.extra, state.key), metrics
+            before, grads = _shards(state.params, split), _shards(grads, split)
+            updates, opt_state = update(grads, state.opt_state, before, **seen)
+            params = _shards(optax.apply_updates(before, updates), split)
+            after = TrainState(state.step + 1, params, opt_state, outcome.extra, state.key)
+            if on_nonfinite == "apply":
+                return after, metrics
+            usable = is_usable(state, metrics)
+            metrics[SKIPPED] = 1.0 - usable.astype(jnp.float32)
+            kept = dataclasses.replace(state, params=before)
+            return chosen(usable, after, kept, on_nonfinite), metrics
 
     return step
 

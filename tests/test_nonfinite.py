@@ -1,0 +1,147 @@
+"""An update that is not finite is not made, on the devices, at no further collective."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import shardkit as sk
+from shardkit.inspect import read_ledger
+
+from . import _checkpoints as ck
+from . import _staged
+
+data, fsdp, tensor, zero = (
+    getattr(sk.strategies, name) for name in ("data", "fsdp", "tensor", "zero")
+)
+RNG = np.random.default_rng(0)
+GOOD = {"x": RNG.standard_normal((8, 16)).astype(np.float32)}
+# The loss of this batch is 0 and finite; its gradient is 0 · inf.
+FLAT = {"x": np.zeros((8, 16), np.float32)}
+BAD = {"x": np.where(np.arange(128).reshape(8, 16) == 77, np.inf, GOOD["x"])}
+
+
+def init(key):
+    up, down = jax.random.split(key)
+    params = {
+        "up": sk.Named(jax.random.normal(up, (16, 32)) / 4, ("embed", "mlp")),
+        "down": sk.Named(jax.random.normal(down, (32, 16)) / 4, ("mlp", "embed")),
+    }
+    return sk.Variables(params, {"seen": jnp.zeros(()), "draws": jax.random.key(7)})
+
+
+def loss(params, batch, key, extra=None):
+    up, down = (sk.weight(params[name], *axes) for name, axes in AXES.items())
+    h = jax.nn.relu(sk.constrain(batch["x"], "batch", "embed", into=("mlp",)) @ up)
+    y = sk.constrain(h, "batch", "mlp") @ down
+    value = jnp.sqrt(jnp.square(sk.constrain(y, "batch", "embed", partial=("mlp",))).mean())
+    return value, {}, extra and {**extra, "seen": extra["seen"] + 1}
+
+
+AXES = {"up": ("embed", "mlp"), "down": ("mlp", "embed")}
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.1))
+
+
+@functools.cache
+def compiled(strategy, on_nonfinite, mode="auto", accumulate=1, **sizes):
+    stateful = mode == "auto"  # explicit collectives carry no mutable state
+    return sk.compile_step(
+        sk.Loss(loss, loss, stateful=True) if stateful else lambda *args: loss(*args)[0],
+        OPTIMIZER,
+        init=init if stateful else lambda key: init(key).params,
+        batch=GOOD,
+        mesh=sk.MeshSpec(**sizes).build(devices=jax.devices()[: np.prod(list(sizes.values()))]),
+        strategy=strategy,
+        mode=mode,
+        accumulate=sk.Accumulate(accumulate, "each"),
+        on_nonfinite=on_nonfinite,
+    )
+
+
+def sent(step):
+    """Wire bytes and number of collectives, by kind and axes."""
+    ledger = read_ledger(step.hlo(), list(step.mesh.shape.items()))
+    assert ledger.complete
+    rows = {}
+    for row in ledger:
+        at = (row.kind, row.axes)
+        rows[at] = np.add(rows.get(at, (0, 0)), (row.wire_bytes * row.trips, row.trips)).tolist()
+    return rows
+
+
+def rest(state):
+    """Bits of everything but the counter."""
+    return {path: bits for path, bits in ck.bits(state).items() if path != ".step"}
+
+
+CASES = {
+    "one device": (data(), {"data": 1}),
+    "data": (data(), {"data": 8}),
+    "zero2 ×2": (zero(stage=2), {"data": 4, "accumulate": 2}),
+    "fsdp | tensor": (fsdp() | tensor(), {"fsdp": 4, "tensor": 2}),
+    "fsdp, explicit": (fsdp(), {"fsdp": 8, "mode": "shard_map"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_skipped_update_leaves_every_bit_but_the_counter(case):
+    strategy, options = CASES[case]
+    step, plain = (compiled(strategy, how, **options) for how in ("skip", "apply"))
+    assert sent(step) == sent(plain)
+    state = step.init(jax.random.key(0))
+    before = rest(state)
+    state, metrics = step(state, BAD)
+    assert (rest(state), int(state.step), float(metrics["skipped"])) == (before, 1, 1.0)
+    state, metrics = step(state, FLAT)
+    assert (float(metrics["loss"]), np.isfinite(metrics["grad_norm"])) == (0.0, False)
+    assert (rest(state), int(state.step), float(metrics["skipped"])) == (before, 2, 1.0)
+
+    state, metrics = step(state, GOOD)
+    other = plain.init(jax.random.key(0))
+    other, expected = plain(other, GOOD)
+    assert float(metrics["skipped"]) == 0.0
+    assert rest(state) != before
+    for name in expected:
+        np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-6)
+    got, want = jax.tree.leaves(state.params), jax.tree.leaves(other.params)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), got, want)
+    assert state.extra.get("seen") == other.extra.get("seen")
+
+
+def test_a_stopped_step_keeps_what_it_failed_on_however_late_that_is_read():
+    step = compiled(zero(stage=2), "stop", data=4)
+    state, _ = step(step.init(jax.random.key(0)), GOOD)
+    before = rest(state)
+    for batch in (BAD, GOOD, GOOD):
+        state, metrics = step(state, batch)
+        assert (rest(state), float(metrics["skipped"])) == (before, 1.0)
+    state = sk.released(state)
+    assert (rest(state), int(state.step)) == (before, 1)
+    assert int(sk.released(state).step) == 1
+    state, metrics = step(state, GOOD)
+    assert (int(state.step), float(metrics["skipped"])) == (2, 0.0)
+
+
+def test_without_a_declaration_the_update_is_made_and_no_metric_added():
+    step = compiled(data(), "apply", data=8)
+    state, metrics = step(step.init(jax.random.key(0)), BAD)
+    assert sorted(metrics) == ["grad_norm", "loss"]
+    assert not np.isfinite(np.asarray(state.params["up"])).any()
+
+
+@pytest.mark.slow
+def test_pipelines_skip_too():
+    batch = _staged.make_batch()
+    strategy = sk.strategies.pipeline(micro_batches=4) | data()
+    mesh = sk.MeshSpec(pipe=2, data=4).build()
+    plain = _staged.step(mesh, strategy)
+    step = plain.replace(on_nonfinite="skip")
+    assert sent(step) == sent(plain)
+    state = step.init(jax.random.key(0))
+    before = rest(state)
+    poisoned = {**batch, "gate": np.full_like(batch["gate"], np.nan)}
+    state, metrics = step(state, poisoned)
+    assert (rest(state), float(metrics["skipped"])) == (before, 1.0)
