@@ -119,6 +119,33 @@ def test_a_gather_between_two_specs_names_both(disagreeing, agreeing):
     assert not of_kind(agreeing, "spec_disagreement")
 
 
+def test_a_gather_between_a_parameter_and_a_constraint_names_both():
+    def gathering(params, batch, key):
+        def layer(x, w):
+            # Split over `mlp` as a parameter, and whole where it is used.
+            up = sk.constrain(w["up"], "embed", "whole")
+            hidden = sk.constrain(jnp.tanh(x @ up), "batch", "whole")
+            return jnp.tanh(hidden @ w["down"]), None
+
+        return jnp.mean(jax.lax.scan(layer, batch["x"], params)[0] ** 2)
+
+    both = strategies.data() | strategies.tensor()
+    report = sk.compile_step(
+        gathering,
+        optax.sgd(0.1),
+        init=init,
+        batch={"x": jax.ShapeDtypeStruct((ROWS, EMBED), jnp.float32)},
+        mesh=sk.MeshSpec(data=2, tensor=4).build(),
+        strategy=both.with_names(activations={"whole": None}),
+    ).report()
+    found = [one for one in of_kind(report, "spec_disagreement") if one.why.startswith("up ")]
+    assert len(found) == 1
+    # One layer of it, in the loop over layers, or the stack, hoisted out of it.
+    assert "as P(None, 'tensor') meets constrain('embed', 'whole') f32[256,64] as P(" in found[0].why
+    assert "give up a rule that makes it P(" in found[0].fix
+    assert not [one for one in of_kind(report, "parameter_gather") if one.leaf == "params/up"]
+
+
 def test_a_residual_stream_split_over_length_is_no_disagreement():
     length, embed = 64, 32
 

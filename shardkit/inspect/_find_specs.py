@@ -5,6 +5,8 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from jax.sharding import PartitionSpec
+
 from ._finding import SMALL, Facts, Finding
 from ._hlo import shapes_of
 from ._ledger import Row
@@ -138,9 +140,11 @@ def _parameter(row: Row, program: Program) -> Placed | None:
 
 
 def disagreements(facts: Facts) -> Iterator[Finding]:
-    """Large gathers of an activation between two constraints whose specs disagree."""
+    """Large gathers between two specs that disagree: of constraints, or of a parameter and one."""
     found: dict[tuple[Placed, Placed, tuple[str, ...]], list[Row]] = {}
-    for row in facts.ledger.where(kind="all-gather"):
+    for row in facts.ledger:
+        if not (row.kind == "all-gather" or row.windowed):
+            continue
         if row.payload_bytes <= SMALL or row.by_optimizer:
             continue
         if not (set(row.axes) <= _gathering(facts) and _parameter(row, facts.program)):
@@ -164,13 +168,16 @@ def disagreements(facts: Facts) -> Iterator[Finding]:
 
 
 def _pairs(row: Row, program: Program) -> Iterator[tuple[Placed, Placed]]:
-    """Constraints of one array of which the first gives what a gather takes, the second the rest.
+    """Two specs of one array of which the first gives what a gather takes, the second the rest.
 
-    Dims that a gather does not touch lie alike in both.
+    The second is a constraint's, the first a constraint's or a parameter's. Dims that a gather
+    does not touch lie alike in both.
     """
     sent = [_plain(shape.dims) for text in row.operands for shape in shapes_of(text)]
     stated = program.declared.constraints
-    for made in stated:
+    parameters = [leaf for leaf in program.leaves if leaf.part == "params"]
+    in_loop = [_of_one_layer(leaf) for leaf in parameters if leaf.leaf.shape and row.trips != 1]
+    for made in (*stated, *parameters, *in_loop):
         if not set(row.axes) <= set(made.axes()):
             continue
         if _plain(made.shard(program.sizes)) not in sent:
@@ -179,6 +186,12 @@ def _pairs(row: Row, program: Program) -> Iterator[tuple[Placed, Placed]]:
         for used in stated:
             if used.leaf.shape == made.leaf.shape and used.dims() == without:
                 yield made, used
+
+
+def _of_one_layer(leaf: Placed) -> Placed:
+    """A stacked parameter as a loop over its first dim sees it."""
+    one = dataclasses.replace(leaf.leaf, shape=leaf.leaf.shape[1:])
+    return dataclasses.replace(leaf, leaf=one, spec=PartitionSpec(*leaf.spec[1:]))
 
 
 def _sequence(made: Placed, axes: tuple[str, ...], facts: Facts) -> bool:
@@ -196,6 +209,11 @@ def _agree(made: Placed, used: Placed) -> str:
         for name, dim, other in zip(made.leaf.axes or (), made.dims(), used.dims(), strict=False)
         if dim != other
     }
+    if made.part == "params":
+        return (
+            f"constrain it where it is used as {spec_text(made.dims())} too, or give {made.leaf.path} "
+            f"a rule that makes it {spec_text(used.dims())}, where the gather is not what you want"
+        )
     table = ", ".join(f"{name!r}: None" for name in names)
     return (
         f"use one name for both dims, or strategy.with_names(activations={{{table}}}), "
@@ -238,7 +256,7 @@ def _ends(row: Row, program: Program) -> str:
 
 
 def _named(one: Placed) -> str:
-    """Returns `constrain('batch', 'embed') f32[8,16] as P('data', None)`."""
+    """Returns `constrain('batch', 'embed') f32[8,16] as P('data', None)`, or a parameter's."""
     return f"{one.leaf} as {spec_text(one.dims())}"
 
 

@@ -222,7 +222,8 @@ class Decoder(nnx.Module):
 
     def hidden(self, ends: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
         """The last norm of what the last block returned."""
-        hidden = rms_norm(x, ends["norm"], self.config.norm_eps)
+        # Its result is what is gathered, in the dtype of the products: not the f32 inside of it.
+        hidden = constrain(rms_norm(x, ends["norm"], self.config.norm_eps), *STREAM)
         return constrain(hidden, *WORK, source=STREAM, into=("vocab",))
 
     @staticmethod
