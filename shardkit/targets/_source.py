@@ -1,6 +1,7 @@
 """Where a child process finds the declaration that it is to compile."""
 
 import dataclasses
+import difflib
 import importlib
 import sys
 from collections.abc import Mapping
@@ -67,7 +68,9 @@ class Source:
         names = [name for name, value in vars(module).items() if callable(value)]
         if function not in names:
             why = f"{module_name} has no function {function!r}.{did_you_mean(function, names)}"
-            _refuse(self.name, why, f"def {function or 'step'}() -> sk.Declaration")
+            close = difflib.get_close_matches(function, names, n=1, cutoff=0.5)
+            fix = f"{module_name}:{close[0]}" if close else "def NAME() -> sk.Declaration, as NAME"
+            _refuse(self.name, why, fix)
         made = getattr(module, function)()
         if not isinstance(made, Declaration) or not isinstance(made.mesh, MeshSpec):
             what = type(made).__name__
