@@ -138,11 +138,10 @@ def test_a_gather_between_a_parameter_and_a_constraint_names_both():
         mesh=sk.MeshSpec(data=2, tensor=4).build(),
         strategy=both.with_names(activations={"whole": None}),
     ).report()
-    found = [one for one in of_kind(report, "spec_disagreement") if one.why.startswith("up ")]
-    assert len(found) == 1
+    (found,) = [one for one in of_kind(report, "spec_disagreement") if one.why.startswith("up ")]
     # One layer of it, in the loop over layers, or the stack, hoisted out of it.
-    assert "as P(None, 'tensor') meets constrain('embed', 'whole') f32[256,64] as P(" in found[0].why
-    assert "give up a rule that makes it P(" in found[0].fix
+    assert "as P(None, 'tensor') meets constrain('embed', 'whole') f32[256,64] as P(" in found.why
+    assert "give up a rule that makes it P(" in found.fix
     assert not [one for one in of_kind(report, "parameter_gather") if one.leaf == "params/up"]
 
 

@@ -68,7 +68,10 @@ def test_what_a_source_returns_is_checked():
     ("name", "message"),
     [
         ("no_such_module:step", "there is no module 'no_such_module'"),
-        ("tests._declared:stepp", r"no function 'stepp'\. Did you mean 'step'\?\nFix: tests._declared:step"),
+        (
+            "tests._declared:stepp",
+            r"no function 'stepp'\. Did you mean 'step'\?\nFix: tests._declared:step",
+        ),
     ],
 )
 def test_sources_that_do_not_exist(name, message, monkeypatch):

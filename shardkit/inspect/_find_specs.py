@@ -210,9 +210,10 @@ def _agree(made: Placed, used: Placed) -> str:
         if dim != other
     }
     if made.part == "params":
+        own, other = spec_text(made.dims()), spec_text(used.dims())
         return (
-            f"constrain it where it is used as {spec_text(made.dims())} too, or give {made.leaf.path} "
-            f"a rule that makes it {spec_text(used.dims())}, where the gather is not what you want"
+            f"constrain it where it is used as {own} too, or give {made.leaf.path} a rule that "
+            f"makes it {other}, where the gather is not what you want"
         )
     table = ", ".join(f"{name!r}: None" for name in names)
     return (

@@ -222,8 +222,7 @@ class Decoder(nnx.Module):
 
     def hidden(self, ends: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
         """The last norm of what the last block returned."""
-        # Its result is what is gathered, in the dtype of the products: not the f32 inside of it.
-        hidden = constrain(rms_norm(x, ends["norm"], self.config.norm_eps), *STREAM)
+        hidden = rms_norm(x, ends["norm"], self.config.norm_eps)
         return constrain(hidden, *WORK, source=STREAM, into=("vocab",))
 
     @staticmethod
