@@ -48,8 +48,10 @@ def constrain(
     becomes a sharding constraint, or the step does not compile: an unknown name or a dim that
     the mesh does not divide is an error, never a silently dropped constraint.
 
-    The keywords matter in `mode="shard_map"` alone, where `x` is one device's shard and the
-    partitioner cannot see what it is a shard of: they say what brings it to the named layout.
+    The keywords matter in `mode="shard_map"`, where `x` is one device's shard and the partitioner
+    cannot see what it is a shard of: they say what brings it to the named layout. Otherwise
+    `source` alone does, and only where a dim that it splits is to be split finer: the partitioner
+    gathers that dim first if it is not told that `x` has it split already.
 
     Args:
       x: an array of any shape and dtype.
@@ -83,7 +85,10 @@ def constrain(
     # Part of the context by which JAX keeps traces, so no trace is used where it does not hold.
     inside = tuple(sorted(jax.sharding.get_abstract_mesh().manual_axes))
     also = tuple(name for name in (*(source or ()), *partial) if name)
-    return constrain_p.bind(x, names=names, inside=inside, into=tuple(into), also=also)
+    stated = {"inside": inside, "into": tuple(into), "also": also}
+    if source not in (None, names):
+        x = constrain_p.bind(x, names=source, finer=names, **stated)
+    return constrain_p.bind(x, names=names, finer=None, **stated)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -126,13 +131,15 @@ def _lower(
     x: Any,
     *,
     names: tuple[str | None, ...],
+    finer: tuple[str | None, ...] | None,
     inside: tuple[str, ...],
-    into: tuple[str, ...],
-    also: tuple[str, ...],
+    **_: Any,
 ) -> Any:
-    resolver = _resolver.get()
-    sharding = resolver(names, ctx.avals_in[0].shape, inside) if resolver else None
-    if sharding is None:
+    resolver, shape = _resolver.get(), ctx.avals_in[0].shape
+    sharding = resolver(names, shape, inside) if resolver else None
+    if resolver is None or sharding is None:
+        return [x]
+    if finer is not None and not _refines(resolver(finer, shape, inside), sharding):
         return [x]
     placed = mlir.lower_fun(
         lambda y: jax.lax.with_sharding_constraint(y, sharding), multiple_results=False
@@ -140,15 +147,33 @@ def _lower(
     return placed(ctx, x)
 
 
+def _refines(finer: jax.sharding.NamedSharding | None, coarser: jax.sharding.NamedSharding) -> bool:
+    """Whether one sharding splits a dim more that the other splits already."""
+    if finer is None:
+        return False
+    pairs = zip(finer.spec, coarser.spec, strict=True)
+    return any(few and few != more and set(_axes(few)) <= set(_axes(more)) for more, few in pairs)
+
+
+def _axes(dim: Any) -> tuple[str, ...]:
+    return (dim,) if isinstance(dim, str) else dim or ()
+
+
 def _batch(
-    axis_data: Any, args: Any, dims: Any, *, names: tuple[str | None, ...], **stated: Any
+    axis_data: Any,
+    args: Any,
+    dims: Any,
+    *,
+    names: tuple[str | None, ...],
+    finer: tuple[str | None, ...] | None,
+    **stated: Any,
 ) -> Any:
     (x,), (dim,) = args, dims
-    if dim is None:  # the mapped function also constrains what it does not map, its weights
-        return constrain_p.bind(x, names=names, **stated), None
-    added = LANES if axis_data.name == LANES else MAPPED
-    names = (*names[:dim], added, *names[dim:])
-    return constrain_p.bind(x, names=names, **stated), dim
+    if dim is not None:  # a mapped function also constrains what it does not map, its weights
+        added = LANES if axis_data.name == LANES else MAPPED
+        names = (*names[:dim], added, *names[dim:])
+        finer = finer and (*finer[:dim], added, *finer[dim:])
+    return constrain_p.bind(x, names=names, finer=finer, **stated), dim
 
 
 constrain_p.def_impl(lambda x, **_: x)

@@ -143,9 +143,6 @@ def _branch_output(
 
     The bias comes after it: added to the parts of the sum, it would be added once per device.
     """
-    # The product's sum first, then the finer cut of the stream: asked for both at once where
-    # another axis splits the length too, the partitioner gathers that length.
-    y_BTE = constrain(y_BTE, *WORK)
     y = checkpoint_name(constrain(y_BTE, *STREAM, source=WORK, partial=partial), name)
     bias = weights.get(BIASES[name])
     return dropout(y if bias is None else y + bias, config.dropout, key)

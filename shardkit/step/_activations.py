@@ -113,7 +113,7 @@ class Activations:
 def constraints(jaxpr: core.Jaxpr) -> Iterator[Constraint]:
     """Every constraint of a jaxpr and of the jaxprs inside it."""
     for eqn in jaxpr.eqns:
-        if eqn.primitive is constrain_p:
+        if eqn.primitive is constrain_p and eqn.params["finer"] is None:
             names = eqn.params["names"]
             written = ", ".join(repr(n) for n in names if n not in (LANES, MAPPED))
             aval = eqn.invars[0].aval
