@@ -73,6 +73,38 @@ def test_each_mesh_and_strategy_gets_its_own_constraints_from_one_cached_body(me
     assert '"data"=4, "tensor"=2' in second
 
 
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [
+        # The partitioner is told of a dim that is split already before it is split finer ...
+        ("data", ['[{"data"}, {}]', '[{"data", "tensor"}, {}]']),
+        # ... and nothing of one that is whole, or that is split no finer.
+        (None, ['[{"data", "tensor"}, {}]']),
+        (("data", "tensor"), ['[{"data", "tensor"}, {}]']),
+    ],
+)
+def test_a_source_is_stated_where_a_dim_is_split_finer(meshes, length, expected):
+    rules = sk.AxisRules({"length": length, "stream": ("data", "tensor"), "embed": None})
+
+    def cut(x):
+        return sk.constrain(x * 2, "stream", "embed", source=("length", "embed"))
+
+    assert placed(lowered(cut, meshes["2x4"], X, rules=rules)) == expected
+    mapped = lowered(jax.vmap(cut), meshes["2x4"], jnp.ones((3, *X.shape)), rules=rules)
+    assert len(placed(mapped)) == len(expected)
+
+
+def test_a_gradient_passes_a_stated_source_the_other_way_round(meshes):
+    rules = sk.AxisRules({"length": "data", "stream": ("data", "tensor"), "embed": None})
+
+    def loss(x):
+        return (sk.constrain(x, "stream", "embed", source=("length", "embed")) ** 2).sum()
+
+    finer, coarser = '[{"data", "tensor"}, {}]', '[{"data"}, {}]'
+    steps = placed(lowered(jax.grad(loss), meshes["2x4"], X, rules=rules))
+    assert steps == [coarser, finer, finer, coarser]
+
+
 def count_of(fn, *args):
     return len(list(constraints(jax.make_jaxpr(fn)(*args).jaxpr)))
 

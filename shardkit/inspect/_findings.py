@@ -127,8 +127,8 @@ def _stands_for(row: Row, kinds: frozenset[str] | tuple[()]) -> bool:
 def _wide_collective(facts: Facts) -> Iterator[Finding]:
     """Collectives wider than the policy, one finding for the axes that they share.
 
-    What is less than a hundredth of an axis' bytes is left alone: the sums of a softmax over a
-    split vocabulary are in f32 for a reason, and cost nothing.
+    What costs next to nothing is left alone: the sums of a softmax over a split vocabulary are
+    in f32 for a reason.
     """
     declared = facts.program.declared
     if declared.compute_dtype is None:
@@ -151,7 +151,7 @@ def _wide_collective(facts: Facts) -> Iterator[Finding]:
         )
     for axes, found in groups.items():
         more = sum(bytes for bytes, _ in found)
-        if more * 100 < sum(row.wire_bytes for row in facts.ledger if row.axes == axes):
+        if _slight(more, axes, facts):
             continue
         rows = [row for _, row in sorted(found, key=lambda one: -one[0])]
         kinds = Counter(row.kind for row in rows)
@@ -167,12 +167,21 @@ def _wide_collective(facts: Facts) -> Iterator[Finding]:
         )
 
 
+def _slight(bytes: float, axes: tuple[str, ...], facts: Facts) -> bool:
+    """Whether these are less than a hundredth of what travels over any of these axes."""
+    over = set(axes)
+    return bytes * 100 < sum(row.wire_bytes for row in facts.ledger if over & set(row.axes))
+
+
 def _optimizer_collective(facts: Facts) -> Iterator[Finding]:
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in facts.ledger:
         if row.by_optimizer and row.payload_bytes > SMALL:
             groups.setdefault(row.axes, []).append(row)
     for axes, rows in groups.items():
+        # The norm of a gradient for clipping; what a compiler puts into one collective with it.
+        if _slight(sum(row.wire_bytes for row in rows), axes, facts):
+            continue
         kinds = Counter(row.kind for row in rows)
         names = ", ".join(axes)
         yield Finding(
