@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import lzma
+import zlib
 
 import numpy as np
 import pytest
@@ -99,6 +100,14 @@ def test_any_step_can_be_asked_for_in_any_order_and_in_parts():
     np.testing.assert_array_equal(late["targets"], np.concatenate(parts))
 
 
+def test_the_order_of_rows_is_the_one_that_runs_were_made_with():
+    text, crc = text_of(ALPHABET * 20, bytes(range(1, 101)), length=8, batch=3, overlap=2), 0
+    for batch in [*map(text.batch, range(60)), *map(text.held_out_batch, range(6))]:
+        for name in ("inputs", "targets", "weights"):
+            crc = zlib.crc32(batch[name].tobytes(), crc)
+    assert f"{crc:08x}" == "2c823ebc"
+
+
 def test_global_rows_do_not_depend_on_the_batch_size():
     small = text_of(ALPHABET * 20, length=8, batch=2)
     large = text_of(ALPHABET * 20, length=8, batch=6)
@@ -138,7 +147,7 @@ def test_each_held_out_byte_is_predicted_exactly_once(size, overlap):
     batches = [text.held_out_batch(i) for i in range(text.held_out_steps)]
     picked = [batch["targets"][batch["weights"] == 1] for batch in batches]
     assert np.concatenate(picked).astype(np.uint8).tobytes() == held_out
-    assert sum(batch["weights"].sum() for batch in batches) == text.held_out_bytes == size
+    assert sum(batch["weights"].sum() for batch in batches) == text.held_out_tokens == size
 
 
 @pytest.mark.parametrize("overlap", [0, 5])

@@ -19,7 +19,6 @@ from shardkit.run import Stopped, TrainConfig, Watcher
 from shardkit.run._declare import compile_run
 from shardkit.run._folder import MetricsFile, read_metrics
 from shardkit.run._resume import Terms, choose_beginning
-from shardkit.run._text import TextSource
 
 from . import _checkpoints as ck
 
@@ -65,7 +64,7 @@ def run(folder, step, loop=LOOP, at=None, do=None, text=TEXT, record=RECORD):
     out, watcher = io.StringIO(), At(at, do)
     trainer = sk.Trainer(
         step,
-        TextSource(text),
+        sk.data.Loader(text, step.batch_shardings),
         folder,
         loop,
         watchers=[watcher],
@@ -158,7 +157,7 @@ def test_metrics_of_steps_that_will_be_made_again_are_cut_off(tmp_path):
 
 
 def begin(folder, text=TEXT, record=RECORD, **loop):
-    terms = Terms(record, ("model", "train"), TextSource(text))
+    terms = Terms(record, ("model", "train"), sk.data.Loader(text, {}))
     return choose_beginning(folder / "run", dataclasses.replace(LOOP, **loop), terms)
 
 

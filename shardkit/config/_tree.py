@@ -7,7 +7,7 @@ from typing import Any
 from jax.sharding import PartitionSpec
 
 from .._errors import ConfigError, Problem, format_problems
-from ..data import DataConfig
+from ..data import BYTES, DataConfig
 from ..mesh import MeshSpec
 from ..models import DecoderConfig
 from ..parallel import Strategy, strategies
@@ -15,8 +15,6 @@ from ..run import TrainConfig
 from ._compile import CompileConfig
 from ._optimizer import OptimizerConfig
 from ._values import hints, is_dataclass_type
-
-BYTES = 256
 
 
 def _default_model() -> DecoderConfig:
@@ -63,7 +61,10 @@ class Config:
             why = "names a folder below runs/, so it is one word without slashes"
             problem = Problem(f"name={self.name!r}", why, "--set name=first, or train.out=FOLDER")
             raise ConfigError(format_problems("The run has no usable name.", [problem]))
-        if isinstance(self.model, DecoderConfig) and self.model.vocab < BYTES:
+        by_byte = (
+            isinstance(self.data, DataConfig) and self.data.path is self.data.tokenizer is None
+        )
+        if by_byte and isinstance(self.model, DecoderConfig) and self.model.vocab < BYTES:
             why = f"text is read by the byte, which takes {BYTES} tokens."
             fix = f"--set model.vocab={BYTES}"
             problem = Problem(f"model.vocab={self.model.vocab}", why, fix)

@@ -1,21 +1,41 @@
-"""Text as bytes: corpora, the split by file, batches by global row, and compressor baselines."""
+"""Data as a function of the step: text, token shards, arrays; packed, shuffled, read ahead."""
 
+from ._arrays import Arrays, Dataset, arrays
 from ._baselines import Baselines, measure_baselines
-from ._corpus import Corpus, read_corpus, standard_library
+from ._coder import BYTES, coder_of
+from ._config import DataConfig
+from ._corpus import Corpus, TokenCorpus, read_corpus, standard_library
+from ._loader import Loader
+from ._position import Data, resume_step
 from ._process import place_rows, process_rows, rows_of_shardings
-from ._windows import Batch, DataConfig, Text, load_text
+from ._rows import Batch
+from ._shards import open_shards, write_tokens
+from ._stream import Stream
+from ._text import Text, load_text
 
 __all__ = [
+    "BYTES",
+    "Arrays",
     "Baselines",
     "Batch",
     "Corpus",
+    "Data",
     "DataConfig",
+    "Dataset",
+    "Loader",
+    "Stream",
     "Text",
+    "TokenCorpus",
+    "arrays",
+    "coder_of",
     "load_text",
     "measure_baselines",
+    "open_shards",
     "place_rows",
     "process_rows",
     "read_corpus",
+    "resume_step",
     "rows_of_shardings",
     "standard_library",
+    "write_tokens",
 ]

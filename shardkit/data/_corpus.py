@@ -12,7 +12,9 @@ import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 
-from .._errors import DataError, Problem, count, format_problems
+from .._errors import DataError, Problem, count, format_problems, raise_all
+from ._shards import SUFFIXES
+from ._stream import Stream
 
 # A file ends with this byte, so that a model learns where files begin.
 END = b"\0"
@@ -44,6 +46,21 @@ class Corpus:
     held_out: bytes = dataclasses.field(repr=False)
     train_files: int
     held_out_files: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenCorpus:
+    """Tokens in two parts that share no document, or of one document no token.
+
+    Attributes:
+      source: what was read, in words.
+      train: tokens to train on.
+      held_out: tokens that are only scored.
+    """
+
+    source: str
+    train: Stream = dataclasses.field(repr=False)
+    held_out: Stream = dataclasses.field(repr=False)
 
 
 def is_held_out(name: str, share: float) -> bool:
@@ -92,10 +109,65 @@ def read_corpus(path: str | Path, share: float = 0.05) -> Corpus:
     """
     root = Path(path).expanduser()
     if os.path.isdir(root):  # unlike Path.is_dir, False for whatever cannot be looked at
+        _check_is_data(root)
         return _split(f"the files in {root}", root, _relative_names(root, frozenset()), share)
     text = _read(root)
+    _check_is_text({root.name: text})
     cut = len(text) - round(share * len(text))
     return _checked(f"the file {root}", [text[:cut]], [text[cut:]], share)
+
+
+def shard_paths(path: str | Path) -> list[Path]:
+    """Lists the token shards that a path names; none where it names text.
+
+    Raises:
+      DataError: a folder that holds token shards and other files.
+    """
+    root = Path(path).expanduser()
+    if not os.path.isdir(root):
+        return [root] if root.suffix in SUFFIXES else []
+    names = _relative_names(root, frozenset())
+    shards = [name for name in names if name.endswith(SUFFIXES)]
+    rest = [name for name in names if not name.endswith(SUFFIXES)]
+    if shards and rest:
+        _check_is_data(root)
+        why = f"holds {count(len(shards), 'token shard')} (.bin, .npy) and {_some(rest)}."
+        fix = "--set data.path=FOLDER with nothing else in it, or the path of one shard"
+        problem = Problem(str(root), why, fix)
+        raise DataError(format_problems("The folder is neither text nor tokens.", [problem]))
+    return [root / name for name in shards]
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return f"{count(len(names), 'other file')} ({shown}{', …' if len(names) > 3 else ''})"
+
+
+# What the folder of a run, or of its checkpoints, holds.
+_OWN_FILES = ("metrics.jsonl", "step-*/manifest.json", "checkpoints/step-*/manifest.json")
+
+
+def _check_is_data(root: Path) -> None:
+    """Refuses folders that this package has written for another purpose."""
+    found = [path for pattern in _OWN_FILES for path in sorted(root.glob(pattern))[:1]]
+    if found:
+        why = f"holds {found[0].relative_to(root)}: it is a run or its checkpoints, not text."
+        problem = Problem(f"data.path={str(root)!r}", why, _USE_TEXT)
+        raise DataError(format_problems("The folder holds something else.", [problem]))
+
+
+def _check_is_text(texts: dict[str, bytes]) -> None:
+    """Refuses files with zero bytes: these are no text, and would be read as ends of files."""
+    found = {name: text.index(END) for name, text in texts.items() if END in text}
+    problems = [
+        Problem(name, f"has a zero byte at byte {at:,}, which no text has.")
+        for name, at in list(found.items())[:5]
+    ]
+    if len(found) > 5:
+        problems.append(Problem("…", f"and {count(len(found) - 5, 'more file')} like these."))
+    fix = "text alone in data.path, or tokens made of it: sk.data.write_tokens"
+    headline = f"{count(len(found), 'file')} of the corpus can be no text."
+    raise_all(DataError, headline, problems, fix)
 
 
 def _relative_names(root: Path, skipped: frozenset[str]) -> list[str]:
@@ -109,9 +181,11 @@ def _relative_names(root: Path, skipped: frozenset[str]) -> list[str]:
 
 
 def _split(source: str, root: Path, names: Iterable[str], share: float) -> Corpus:
+    texts = {name: _read(root / name) for name in names}
+    _check_is_text(texts)
     sides: tuple[list[bytes], list[bytes]] = ([], [])
-    for name in names:
-        sides[is_held_out(name, share)].append(_read(root / name))
+    for name, text in texts.items():
+        sides[is_held_out(name, share)].append(text)
     return _checked(source, sides[0], sides[1], share)
 
 

@@ -12,7 +12,7 @@ from .._errors import DataError, Problem, format_problems
 from ..rules import axes_of, format_mesh, ways
 
 
-def process_of_device(device: jax.Device) -> int:
+def process_of_device(device: Any) -> int:
     """The process that a device belongs to, as JAX knows it."""
     return device.process_index
 
@@ -22,7 +22,7 @@ def process_rows(
     spec: PartitionSpec,
     rows: int,
     process_index: int | None = None,
-    process_of: Callable[[jax.Device], int] = process_of_device,
+    process_of: Callable[[Any], int] = process_of_device,
 ) -> np.ndarray:
     """Lists the rows of a global batch that the devices of one process hold.
 
@@ -95,7 +95,7 @@ def _place(x: np.ndarray, held: np.ndarray, rows: int, sharding: NamedSharding) 
     if sharding.is_fully_addressable and len(held) == rows:
         return jax.device_put(x, sharding)
     x = x.astype(jax.dtypes.canonicalize_dtype(x.dtype), copy=False)
-    cut = functools.partial(cut_shard, x, held, rows)
+    cut: Any = functools.partial(cut_shard, x, held, rows)
     return jax.make_array_from_callback((rows, *x.shape[1:]), sharding, cut)
 
 

@@ -55,19 +55,22 @@ def show_layout(console: Console, state: Any) -> None:
 
 def show_data(console: Console, text: Text) -> None:
     """Prints what is read and what is held out."""
-    corpus = text.corpus
-    console.print(
-        f"[bold]data[/] {corpus.source}: {corpus.train_files} files, {len(corpus.train):,} bytes; "
-        f"held out: {corpus.held_out_files} files, {len(corpus.held_out):,} bytes",
-        highlight=False,
-        soft_wrap=True,
-    )
+    console.print(f"[bold]data[/] {text.describe()}", highlight=False, soft_wrap=True)
 
 
 def show_scores(
-    console: Console, bits: float, scored: int, steps: int, baselines: Baselines | None
+    console: Console, shown: tuple[str, float], scored: str, steps: int, baselines: Baselines | None
 ) -> None:
-    """Prints the model among the compressors, best first, all on the same bytes."""
+    """Prints the model among the compressors, best first, all on the same bytes.
+
+    Args:
+      console: where to.
+      shown: a unit, and the model's bits per one.
+      scored: how many tokens were, in words.
+      steps: updates that the model was trained for.
+      baselines: the compressors.
+    """
+    unit, bits = shown
     rows: list[tuple[str, str, float]] = [("this model", f"{steps} steps", bits)]
     if baselines is not None:
         rows += [
@@ -78,13 +81,13 @@ def show_scores(
             ("xz -9 after train", "what they add to the training text", baselines.xz_after_train),
         ]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("bits per byte", justify="right")
+    table.add_column(f"bits per {unit}", justify="right")
     table.add_column("coder")
     table.add_column("knows")
     for name, knows, value in sorted(rows, key=lambda row: row[2]):
         style = "bold green" if name == "this model" else ""
         table.add_row(f"{value:.3f}", name, knows, style=style)
-    console.print(f"\n[bold]held out[/]: {scored:,} bytes, each scored once", highlight=False)
+    console.print(f"\n[bold]held out[/]: {scored}, each scored once", highlight=False)
     console.print(table)
 
 

@@ -22,9 +22,11 @@ def decoder_model(config: DecoderConfig) -> Model:
 
 
 def batch_shapes(data: DataConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Global shapes of a batch of text: inputs, targets and weights, [batch, length]."""
+    """Global shapes of a batch of text, [batch, length]: of what `Text.batch` returns."""
     shape = (data.batch, data.length)
-    dtypes = {"inputs": np.int32, "targets": np.int32, "weights": np.float32}
+    dtypes: dict[str, Any] = {"inputs": np.int32, "targets": np.int32, "weights": np.float32}
+    if data.packing:
+        dtypes["segment_ids"] = np.int32
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
 
 

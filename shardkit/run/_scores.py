@@ -10,11 +10,11 @@ import jax
 from rich.console import Console
 
 from ..adapters import Model
-from ..data import Baselines, DataConfig, Text, measure_baselines
+from ..data import Baselines, Corpus, Text, measure_baselines
 from . import _console as show
 from ._config import TrainConfig
 from ._sample import printable, sample_bytes
-from ._text import held_out_bits
+from ._text import Scores
 from ._watch import Run, Watcher
 
 
@@ -24,16 +24,16 @@ class Result:
 
     Attributes:
       folder: where its files are.
-      bits_per_byte: over all held-out bytes.
-      held_out_bytes: how many these are; each was scored once.
+      bits_per_byte: over all held-out bytes; None where only tokens are known.
+      scores: the same by token.
       baselines: compressors on the same bytes, or None where they were not asked for.
       sample: bytes that the model wrote.
       seconds: wall time by part: `train`, `evaluate`, `baselines`, `sample`.
     """
 
     folder: Path
-    bits_per_byte: float
-    held_out_bytes: int
+    bits_per_byte: float | None
+    scores: Scores
     baselines: Baselines | None
     sample: bytes
     seconds: Mapping[str, float]
@@ -82,35 +82,37 @@ class Score(Watcher):
         """Scores, shows and writes."""
         run, text, config, timer = self._run, self._text, self._config, self._timer
         timer.lap("train")
-        bits, scored = held_out_bits(run.step, state, text, range(text.held_out_steps))
+        scores = Scores.of(run.step, state, text, range(text.held_out_steps))
         timer.lap("evaluate")
-        run.write("eval", step=config.steps, bits_per_byte=bits, bytes=scored, part="all")
+        run.write("eval", step=config.steps, **scores.metrics, part="all")
         baselines = None
-        if config.baselines:
+        if config.baselines and isinstance(text.corpus, Corpus):
             baselines = measure_baselines(text.corpus)
             timer.lap("baselines")
-        show.show_scores(self._console, bits, scored, config.steps, baselines)
-        sample = _sample(self._adapter, state.params, text.config, config)
+        scored = f"{scores.scored:,} {scores.unit}s"
+        show.show_scores(self._console, scores.shown, scored, config.steps, baselines)
+        sample = _sample(self._adapter, state.params, text, config)
         timer.lap("sample")
         if sample:
             show.show_sample(self._console, printable(sample).splitlines())
         run.write(
             "result",
-            bits_per_byte=bits,
-            bytes=scored,
+            **scores.metrics,
             baselines=dataclasses.asdict(baselines) if baselines else None,
             sample=printable(sample),
             seconds=timer.seconds,
         )
-        self.result = Result(run.folder, bits, scored, baselines, sample, timer.seconds)
+        self.result = Result(
+            run.folder, scores.bits_per_byte, scores, baselines, sample, timer.seconds
+        )
 
 
-def _sample(adapter: Model, params: Any, data: DataConfig, loop: TrainConfig) -> bytes:
+def _sample(adapter: Model, params: Any, text: Text, loop: TrainConfig) -> bytes:
     def next_byte(params: Any, row: jax.Array, at: jax.Array) -> jax.Array:
         model = adapter.bind(params)
         return model.logits(model(row)[0, at])
 
-    if not loop.sample:
+    if not loop.sample or text.unit != "byte":
         return b""
     key = jax.random.fold_in(jax.random.key(loop.seed), loop.steps)
-    return sample_bytes(next_byte, params, loop.sample, data.length, loop.temperature, key)
+    return sample_bytes(next_byte, params, loop.sample, text.config.length, loop.temperature, key)

@@ -1,67 +1,88 @@
-"""Text as a run reads it: its batches, its position, and the score on what is held out."""
+"""Text as a run is scored on it: bits per token of what is held out."""
 
 import dataclasses
-import itertools
 import math
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..data import Batch, Text
+from ..data import Text
 from ._loop import Step
 
 
 @dataclasses.dataclass(frozen=True)
-class TextSource:
-    """Batches of a text as the source of a run."""
+class Scores:
+    """What a model is worth on held-out text.
 
-    text: Text
+    Attributes:
+      unit: what a token is: `byte` or `token`.
+      bits: bits per token.
+      scored: tokens.
+      bytes_each: mean bytes of a held-out token; None where only tokens are known.
+    """
 
-    def batches(self, start: int) -> Iterator[Batch]:
-        """Yields batch after batch, epoch after epoch."""
-        return map(self.text.batch, itertools.count(start))
+    unit: str
+    bits: float
+    scored: int
+    bytes_each: float | None
 
-    def position(self, step: int) -> dict[str, Any]:
-        """Says where in the text a run is: batches are functions of the step, so the step does.
+    @classmethod
+    def of(cls, step: Step, state: Any, text: Text, steps: Iterable[int]) -> "Scores":
+        """Scores held-out batches."""
+        size = text.held_out_bytes
+        each = None if size is None else size / text.held_out_tokens
+        return cls(text.unit, *held_out_bits(step, state, text, steps), each)
 
-        The rest recognizes the text: the same step of other bytes would be other data.
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Comparable over tokenizers; None where only tokens are known."""
+        return None if self.bytes_each is None else self.bits / self.bytes_each
+
+    @property
+    def shown(self) -> tuple[str, float]:
+        """A unit and the bits per one: bytes, if they are known."""
+        known = self.bits_per_byte
+        return (self.unit, self.bits) if known is None else ("byte", known)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """As a row of metrics has them.
+
+        >>> Scores("byte", 2.5, 100, 1.0).metrics
+        {'bits_per_byte': 2.5, 'bytes': 100}
+        >>> Scores("token", 9.0, 100, 4.5).metrics
+        {'bits_per_byte': 2.0, 'bits_per_token': 9.0, 'tokens': 100}
         """
-        return {
-            "batch": step,
-            "rows_per_epoch": self.text.rows_per_epoch,
-            "crc32": f"{zlib.crc32(self.text.corpus.train):08x}",
-        }
-
-    def __str__(self) -> str:
-        """Names the text."""
-        return self.text.corpus.source
+        known = {} if self.bits_per_byte is None else {"bits_per_byte": self.bits_per_byte}
+        return known | {f"bits_per_{self.unit}": self.bits, f"{self.unit}s": self.scored}
 
 
-def describe_text(values: Mapping[str, float]) -> str:
+def describe_text(values: Mapping[str, float], unit: str = "byte") -> str:
     """Says what an update's or an evaluation's metrics are, in bits.
 
     >>> describe_text({"loss": 5.482}), describe_text({"bits_per_byte": 3.084, "bytes": 8192})
     ('loss 5.482  7.909 bits/byte', '3.084 bits/byte on 8,192 held-out bytes')
+    >>> describe_text({"bits_per_token": 9.5, "tokens": 100}, "token")
+    '9.500 bits/token on 100 held-out tokens'
     """
-    if "bits_per_byte" in values:
-        return f"{values['bits_per_byte']:.3f} bits/byte on {values['bytes']:,.0f} held-out bytes"
-    return f"loss {values['loss']:.3f}  {values['loss'] / math.log(2):.3f} bits/byte"
+    if f"bits_per_{unit}" in values:
+        bits, scored = values[f"bits_per_{unit}"], values[f"{unit}s"]
+        return f"{bits:.3f} bits/{unit} on {scored:,.0f} held-out {unit}s"
+    return f"loss {values['loss']:.3f}  {values['loss'] / math.log(2):.3f} bits/{unit}"
 
 
 def held_out_bits(step: Step, state: Any, text: Text, steps: Iterable[int]) -> tuple[float, int]:
     """Scores held-out batches.
 
-    Each batch's loss is a mean over its own valid bytes; weighing it by their number makes the
+    Each batch's loss is a mean over its own valid tokens; weighing it by their number makes the
     result the mean over all of them.
 
     Returns:
-      Bits per byte, and the number of bytes scored.
+      Bits per token, and the number of tokens scored.
     """
     scores: list[tuple[Any, int]] = []
     for i in steps:
-        batch: Batch = text.held_out_batch(i)
-        loss = step.evaluate(state, step.put(batch))["loss"]
-        scores.append((loss, int(batch["weights"].sum())))
+        loss = step.evaluate(state, step.put(text.held_out_batch(i)))["loss"]
+        scores.append((loss, text.held_out_weight(i)))
         if len(scores) > 1:
             float(scores[-2][0])  # one batch in flight, not the whole text
     scored = sum(weight for _, weight in scores)

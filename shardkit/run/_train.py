@@ -1,5 +1,6 @@
 """One run from a declaration to a score: data, mesh, step, loop, evaluation, sample."""
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import optax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from ..data import DataConfig, load_text
+from ..data import DataConfig, Loader, load_text
 from ..models import DecoderConfig
 from ..parallel import Strategy
 from ..step import CompiledStep
@@ -16,7 +17,7 @@ from . import _console as show
 from ._config import TrainConfig
 from ._declare import compile_run, decoder_model
 from ._scores import Result, Score
-from ._text import TextSource, describe_text, held_out_bits, spread
+from ._text import Scores, describe_text, spread
 from ._trainer import Trainer
 
 # Devices, mesh and layout decide none of the numbers.
@@ -60,19 +61,21 @@ def train(
       Stopped: the same after SIGTERM.
     """
     console = console or show.standard_output()
-    text = load_text(data)
+    text = load_text(data, model.vocab)
     show.show_mesh(console, mesh)
     show.show_data(console, text)
 
+    @functools.cache
+    def compiled() -> CompiledStep:
+        return compile_run(model, data, mesh, strategy, optimizer, compiling)[1]
+
     def evaluate(step: CompiledStep, state: Any) -> Mapping[str, float]:
-        some = spread(text, loop.eval_batches)
-        bits, scored = held_out_bits(step, state, text, some)
-        return {"bits_per_byte": bits, "bytes": scored}
+        return Scores.of(step, state, text, spread(text, loop.eval_batches)).metrics
 
     score = Score(decoder_model(model), text, loop, console)
     Trainer(
-        lambda: compile_run(model, data, mesh, strategy, optimizer, compiling)[1],
-        TextSource(text),
+        compiled,
+        Loader(text, lambda: compiled().batch_shardings, prefetch=data.prefetch),
         Path(loop.out) if loop.out else Path("runs") / name,
         loop,
         evaluate=evaluate,
@@ -80,7 +83,7 @@ def train(
         record=record,
         decides=_DECIDES,
         tokens=data.batch * data.length,
-        describe=describe_text,
+        describe=functools.partial(describe_text, unit=text.unit),
         console=console,
     ).run()
     assert score.result is not None  # only a watcher could have ended the run before

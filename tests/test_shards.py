@@ -1,0 +1,185 @@
+"""Token shards: what is written is what is read, and every way in which a file can be wrong."""
+
+import struct
+
+import numpy as np
+import pytest
+
+import shardkit as sk
+from shardkit.data import DataConfig, _shards, load_text, open_shards, write_tokens
+
+DOCUMENTS = [[5, 6, 7], [8], list(range(10, 30)), [299, 0, 1]]
+
+
+@pytest.fixture
+def shard(tmp_path):
+    return write_tokens(tmp_path / "a.bin", DOCUMENTS, vocabulary=300)
+
+
+def refused(paths, vocabulary=None):
+    with pytest.raises(sk.DataError) as error:
+        open_shards(paths, vocabulary)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(("vocabulary", "itemsize"), [(256, 1), (65_536, 2), (65_537, 4)])
+@pytest.mark.parametrize("end", [None, 3])
+def test_documents_come_back(tmp_path, vocabulary, itemsize, end):
+    documents = [[5, 6, 7], [], [vocabulary - 1], np.arange(20)]
+    path = write_tokens(tmp_path / "x.bin", documents, vocabulary, end)
+    stream, tail = open_shards([path]), [] if end is None else [end]
+    kept = [[*one, *tail] for one in documents if len(one)]
+    assert stream.vocabulary == vocabulary
+    assert list(stream.ends) == list(np.cumsum([len(one) for one in kept]))
+    tokens = stream.read(np.array([stream.lead]), stream.size)[0]
+    assert tokens.tolist() == [int(t) for one in kept for t in one]
+    assert stream.read(np.array([0]), 1)[0, 0] == (kept[0][0] if end is None else end)
+    assert stream.pieces[0].tokens.itemsize == itemsize
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_the_header_is_the_documented_one(shard):
+    raw = shard.read_bytes()
+    magic, version, itemsize, vocabulary, tokens, documents, end = struct.unpack_from(
+        "<8sIIQQQq", raw
+    )
+    assert (magic, version, itemsize) == (b"SHARDTOK", 1, 2)
+    assert (vocabulary, tokens, documents, end) == (300, 27, 4, -1)
+    assert np.frombuffer(raw, "<u2", 4, 64).tolist() == [5, 6, 7, 8]
+    assert np.frombuffer(raw, "<u8", 4, 64 + 56).tolist() == [3, 4, 24, 27]
+    assert len(raw) == 64 + 56 + 32
+
+
+def test_several_shards_are_one_stream_and_rows_cross_them(tmp_path, shard):
+    np.save(tmp_path / "b.npy", np.arange(100, 140, dtype=np.int64))
+    stream = open_shards([shard, tmp_path / "b.npy"], 300)
+    whole = [t for one in DOCUMENTS for t in one] + list(range(100, 140))
+    assert (stream.size, list(stream.ends)) == (67, [3, 4, 24, 27, 67])
+    np.testing.assert_array_equal(stream.read(np.array([0, 20]), 40), [whole[:40], whole[20:60]])
+    assert stream.read(np.array([65]), 4).tolist() == [[138, 139, 0, 0]]
+
+
+def test_the_last_share_is_held_out_at_the_nearest_document(tmp_path, shard):
+    np.save(tmp_path / "b.npy", np.arange(40))
+    train, held_out = open_shards([shard, tmp_path / "b.npy"]).split(0.5)
+    assert (train.size, held_out.size) == (27, 40)
+    train, held_out = open_shards([shard]).split(0.1)
+    assert (list(train.ends), list(held_out.ends)) == ([3, 4, 24], [3])
+    assert held_out.read(np.array([0]), 3).tolist() == [[299, 0, 1]]
+    # One document alone is cut.
+    train, held_out = open_shards([tmp_path / "b.npy"]).split(0.25)
+    assert (list(train.ends), list(held_out.ends)) == ([30], [10])
+    assert held_out.read(np.array([8]), 2).tolist() == [[38, 39]]
+
+
+def test_a_folder_of_shards_is_trained_on(tmp_path, shard):
+    write_tokens(tmp_path / "b.bin", [np.arange(40) + i for i in range(20)], 300)
+    config = DataConfig(path=str(tmp_path), length=8, batch=4, held_out=0.1)
+    text = load_text(config, 512)
+    batch = text.batch(3)
+    np.testing.assert_array_equal(batch["inputs"][:, 1:], batch["targets"][:, :-1])
+    assert (text.unit, text.held_out_bytes) == ("token", None)
+    assert text.train.size + text.held_out.size == 27 + 800
+    assert text.position(3)["tokens"] == "shards"
+
+
+# --- what is wrong with a file is said before anything is compiled
+
+
+def test_all_bad_shards_are_named_together(tmp_path, shard):
+    whole = shard.read_bytes()
+    bad = {
+        "magic.bin": b"NOTTOKEN" + whole[8:],
+        "newer.bin": whole[:8] + struct.pack("<I", 2) + whole[12:],
+        "header.bin": whole[:24] + b"\xff" + whole[25:],
+        "short.bin": whole[:100],
+        "long.bin": whole + b"more",
+        "empty.bin": b"",
+        "ends.bin": whole[:-8] + struct.pack("<Q", 99),
+    }
+    for name, content in bad.items():
+        (tmp_path / name).write_bytes(content)
+    np.save(tmp_path / "cut.npy", np.arange(1000))
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "cut.npy").read_bytes()[:500])
+    np.save(tmp_path / "float.npy", np.zeros((4, 4), np.float32))
+    names = [*bad, "cut.npy", "float.npy", "none.bin"]
+    message = refused([shard, *(tmp_path / name for name in names)])
+    assert message.startswith("10 token shards cannot be used.")
+    for said in (
+        "magic.bin  begins with b'NOTTOKEN', not with b'SHARDTOK': no token shard.",
+        "newer.bin  is of format 2; this shardkit reads up to 1.",
+        "header.bin  has a damaged header: its checksum does not fit.",
+        "short.bin  is truncated: its header says 27 tokens in 4 documents, 152 bytes; it has 100,"
+        " of at most 18 tokens.",
+        "long.bin  has 156 bytes, and its header says 152.",
+        "empty.bin  begins with b'', not with b'SHARDTOK'",
+        "ends.bin  has ends of documents that do not rise to its number of tokens.",
+        "cut.npy  is truncated, or no .npy file of numbers:",
+        "float.npy  is float32[4,4], not a row of integers.",
+        "none.bin  No such file or directory.",
+        "Fix: write it again with sk.data.write_tokens",
+    ):
+        assert said in message
+
+
+def test_an_id_past_the_vocabulary_is_named_with_its_place(tmp_path, monkeypatch):
+    tokens = np.arange(200) % 50
+    tokens[137] = 77
+    np.save(tmp_path / "t.npy", tokens)
+    assert open_shards([tmp_path / "t.npy"]).vocabulary == 78
+    expected = "t.npy  token 137 is id 77; the vocabulary has 64 ids, from 0\nFix: --set model.v"
+    assert expected in refused([tmp_path / "t.npy"], 64)
+    np.save(tmp_path / "n.npy", np.array([3, -1, 4]))
+    assert "token 1 is id -1; the vocabulary has 64 ids" in refused([tmp_path / "n.npy"], 64)
+    # In files too large to scan, where it is read: also behind a cut.
+    monkeypatch.setattr(_shards, "_SCANNED", 100)
+    monkeypatch.setattr(_shards, "_AT_ONCE", 50)
+    _, held_out = open_shards([tmp_path / "t.npy"], 64).split(0.5)
+    held_out.read(np.array([0]), 30)
+    with pytest.raises(sk.DataError, match="token 137 is id 77"):
+        held_out.read(np.array([0, 30]), 30)
+
+
+def test_a_shard_for_a_larger_vocabulary_or_with_other_ends_is_refused(tmp_path, shard):
+    message = refused([shard], 256)
+    assert "a.bin  has a vocabulary of 300 ids, the model one of 256." in message
+    assert "Fix: --set model.vocab=300" in message
+    other = write_tokens(tmp_path / "b.bin", DOCUMENTS, 300, end=2)
+    assert "2 follows its documents, and nothing follows those of the first" in refused(
+        [shard, other]
+    )
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path):
+    for documents, why in (([[1], [300]], "document 1 +token 0 is id 300"), ([[], []], "empty")):
+        with pytest.raises(sk.DataError, match=why):
+            write_tokens(tmp_path / "x.bin", documents, 300)
+        assert not list(tmp_path.glob("*"))
+    with pytest.raises(sk.DataError, match=r"Fix: write_tokens\(\"x\.bin\""):
+        write_tokens(tmp_path / "x.tokens", DOCUMENTS, 300)
+
+
+def test_a_folder_of_shards_and_other_files_is_refused(tmp_path, shard):
+    for name in ("a.txt", "b.txt", "c.txt", "d.txt"):
+        (tmp_path / name).write_text("text")
+    with pytest.raises(sk.DataError) as error:
+        load_text(DataConfig(path=str(tmp_path)))
+    assert "holds 1 token shard (.bin, .npy) and 4 other files (a.txt, b.txt, c.txt, …)." in str(
+        error.value
+    )
+    with pytest.raises(sk.DataError, match=r"data\.path=.*a\.bin holds tokens already\."):
+        load_text(DataConfig(path=str(shard), tokenizer="t.json"))
+
+
+def test_the_folder_of_a_run_and_files_that_are_no_text_are_refused(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}")
+    with pytest.raises(sk.DataError, match=r"holds metrics\.jsonl: it is a run or its checkp"):
+        load_text(DataConfig(path=str(tmp_path / "run")))
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\0\0")
+    with pytest.raises(sk.DataError) as error:
+        load_text(DataConfig(path=str(tmp_path / "image.png")))
+    assert "image.png  has a zero byte at byte 4, which no text has." in str(error.value)
+    assert "Fix: text alone in data.path, or tokens made of it: sk.data.write_tokens" in str(
+        error.value
+    )

@@ -1,0 +1,80 @@
+"""Text through a tokenizer's file."""
+
+import numpy as np
+import pytest
+import tokenizers
+
+import shardkit as sk
+from shardkit.data import DataConfig, load_text
+
+WORDS = {"<unk>": 0, "a": 1, "b": 2, "c": 3, "<|endoftext|>": 7}
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(WORDS, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    path = tmp_path / "tokenizer.json"
+    made.save(str(path))
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "text").mkdir()
+    for i in range(20):
+        (tmp_path / "text" / f"{i}.txt").write_text("a b c " * (i + 1))
+    return tmp_path / "text"
+
+
+def config(folder, tokenizer, **changes):
+    sizes = {"length": 4, "batch": 2, "held_out": 0.2} | changes
+    return DataConfig(path=str(folder), tokenizer=str(tokenizer), **sizes)
+
+
+def test_files_become_tokens_with_an_end_behind_each(folder, tokenizer):
+    text = load_text(config(folder, tokenizer), 8)
+    assert (text.unit, text.train.vocabulary, text.train.end) == ("token", 8, 7)
+    tokens = text.train.read(np.array([0]), text.train.size + 1)[0]
+    assert tokens[0] == tokens[-1] == 7
+    assert (tokens == 7).sum() == text.corpus.train_files + 1
+    assert set(tokens[1:4].tolist()) == {1, 2, 3}
+    scored = [text.held_out_batch(i)["weights"].sum() for i in range(text.held_out_steps)]
+    assert sum(scored) == text.held_out_tokens == text.held_out.size
+    assert text.held_out_bytes > text.held_out_tokens
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(folder, tokenizer):
+    with pytest.raises(sk.DataError) as error:
+        load_text(config(folder, tokenizer), 4)
+    message = str(error.value)
+    assert "The tokens do not fit the model." in message
+    assert f"data.tokenizer={tokenizer}  it has 8 ids; the model has model.vocab=4." in message
+    assert "Fix: --set model.vocab=8" in message
+    with pytest.raises(sk.DataError, match="by the byte, which takes 256 ids; the model has"):
+        load_text(DataConfig(path=str(folder)), 255)
+
+
+def test_what_is_no_tokenizer_says_why(folder, tmp_path):
+    with pytest.raises(sk.DataError, match=r"data\.tokenizer=.*none.*No such file or directory"):
+        load_text(config(folder, tmp_path / "none.json"))
+    (tmp_path / "config.json").write_text('{"vocab": 3}')
+    with pytest.raises(sk.DataError, match="is no file of a tokenizer: "):
+        load_text(config(folder, tmp_path / "config.json"))
+
+
+def test_text_that_is_not_utf8_shows_where(folder, tokenizer):
+    for i in range(20):
+        (folder / f"{i}.txt").write_bytes(b"a b \xff\xfe c")
+    with pytest.raises(sk.DataError) as error:
+        load_text(config(folder, tokenizer))
+    assert r"b'a b \xff\xfe c' is not UTF-8" in str(error.value)
+
+
+def test_another_tokenizer_is_other_data(folder, tokenizer):
+    text = load_text(config(folder, tokenizer))
+    position = text.position(9)
+    assert sk.data.resume_step(position, text) == 9
+    tokenizer.write_text(tokenizer.read_text().replace('"c"', '"d"'))
+    with pytest.raises(sk.DataError, match=r"tokens +was 'tokenizer\.json"):
+        sk.data.resume_step(position, load_text(config(folder, tokenizer)))
