@@ -60,6 +60,13 @@ def test_parameters_keep_their_names(report):
     assert names == {"up": ("embed", "mlp"), "down": ("mlp", "embed")}
 
 
+def test_moments_have_their_parameters_names(report):
+    state = [leaf for leaf in report.leaves if leaf.part == "opt_state" and len(leaf.shape) == 2]
+    names = {"up": ("embed", "mlp"), "down": ("mlp", "embed")}
+    assert state
+    assert all(leaf.names == names[leaf.path.rpartition("/")[2]] for leaf in state)
+
+
 def test_the_optimizers_own_products_reduce_no_gradient(report):
     (found,) = [f for f in report.findings if f.kind == "optimizer_collective"]
     own = [row for row in report.ledger if row.by_optimizer and row.payload_bytes > 1024]

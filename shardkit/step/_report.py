@@ -68,14 +68,26 @@ def _arguments(declaration: Declaration, layout: Layout) -> Iterator[Placed]:
         ("extra", state.extra, shardings.extra, extra),
         ("rest", state.key, shardings.key, set()),
     )
+    names = {"params": layout.axes, "opt_state": _names_of_moments(layout)}
     for part, tree, placed, meant in parts:
-        named = layout.axes if part == "params" else None
+        named = names.get(part)
         for leaf, sharding in zip(leaves(tree, named), jax.tree.leaves(placed), strict=True):
             whole = leaf.path in meant or leaf.nbytes < _SMALL
             yield Placed(part, leaf, sharding.spec, donated=True, meant_whole=whole)
     placed = jax.tree.leaves(layout.batch_shardings)
     for leaf, sharding in zip(leaves(layout.batch), placed, strict=True):
         yield Placed("batch", leaf, sharding.spec)
+
+
+def _names_of_moments(layout: Layout) -> dict[str, tuple[str | None, ...]]:
+    """Logical axes of the state that has a parameter's shape below a path that ends as its own."""
+    parameters = leaves(layout.state.params, layout.axes)
+    return {
+        leaf.path: own.axes
+        for own in sorted(parameters, key=lambda own: len(own.path))
+        for leaf in leaves(layout.state.opt_state)
+        if own.axes and own.shape == leaf.shape and leaf.path.endswith(f"/{own.path}")
+    }
 
 
 def _spelled(rule: Rule | None, of: list[Leaf], declaration: Declaration) -> set[str]:
