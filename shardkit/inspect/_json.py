@@ -34,6 +34,7 @@ def write(report: "Report", indent: int | None = 1) -> str:
         "findings": [_plain(finding) for finding in report.findings],
         "minima": [_plain(one) for one in report.minima],
         "reductions": dict(report.reductions),
+        "seconds": dict(report.seconds),
         "leaves": [_plain(leaf) for leaf in report.leaves],
         "timeline": dataclasses.asdict(report.timeline) if report.timeline else None,
     }

@@ -201,6 +201,7 @@ class Program:
       compiles: how often the step was compiled so far.
       declared: what the strategy explains.
       dcn: mesh axes that cross slices, over the network between hosts.
+      seconds: wall time of what was done to make it: `trace`, `lower`, `compile`.
     """
 
     hlo: str
@@ -215,6 +216,7 @@ class Program:
     compiles: int = 1
     declared: Declared = dataclasses.field(default_factory=Declared)
     dcn: tuple[str, ...] = ()
+    seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """Reads everything that a report holds out of a compiled step."""
 
+import time
 from typing import Any
 
 from ._findings import find_all
@@ -15,12 +16,12 @@ from ._timeline import model_time
 
 def read(program: Program, chip: str | None = None) -> dict[str, Any]:
     """Returns the fields of the `Report` of a compiled step, its time modelled for a chip."""
-    sizes = program.sizes
+    start, sizes = time.perf_counter(), program.sizes
     ledger = ledger_of(program.module, program.hlo, program.mesh)
     memory = read_memory(program)
     flops = None if program.jaxpr is None else count_flops(program.jaxpr)
     rows_over = {axis for x in program.leaves if x.part == "batch" for axis in x.axes()}
-    return {
+    fields = {
         "mesh": program.mesh,
         "platform": program.platform,
         "device_kind": program.device_kind,
@@ -40,6 +41,7 @@ def read(program: Program, chip: str | None = None) -> dict[str, Any]:
         "messages_complete": program.log_complete,
         "timeline": model_time(program, ledger, flops, chip),
     }
+    return fields | {"seconds": {**program.seconds, "read": time.perf_counter() - start}}
 
 
 def _minima(program: Program, ledger: Ledger) -> tuple[Minimum, ...]:

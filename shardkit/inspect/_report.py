@@ -42,6 +42,8 @@ class Report:
       compiles: how often the step was compiled.
       messages_complete: the compiler's messages are known, so that no finding is missing.
       timeline: the modelled step time; None for a device of which nothing is known.
+      seconds: wall time that this machine took to `trace`, `lower` and `compile` the step, as far
+        as known, and to `read` the compiled program; not part of what is compared.
     """
 
     mesh: tuple[tuple[str, int], ...]
@@ -58,6 +60,7 @@ class Report:
     compiles: int = 1
     messages_complete: bool = True
     timeline: "Timeline | None" = None
+    seconds: Mapping[str, float] = dataclasses.field(default_factory=dict, compare=False)
 
     @classmethod
     def of(cls, program: "Program", *, chip: str | None = None) -> "Report":

@@ -38,6 +38,7 @@ def inspected(declaration: Declaration, layout: Layout, made: Executable) -> Pro
         log=made.messages,
         declared=_declared(declaration, layout, made.jaxpr),
         dcn=_dcn(mesh),
+        seconds=dict(zip(("trace", "lower", "compile"), made.seconds, strict=True)),
     )
 
 
