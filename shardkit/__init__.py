@@ -11,6 +11,7 @@ from ._errors import (
     DamageError,
     DataError,
     MeshError,
+    ProcessError,
     ReportError,
     ShardingError,
     ShardkitError,
@@ -31,6 +32,7 @@ from .inspect import Budget, Report
 from .mesh import MeshSpec, simulate_devices
 from .models import attention, experts, route
 from .parallel import Strategy, strategies
+from .processes import Peers, distributed
 from .rules import REPLICATED, AxisRules, PathRules, chain, explain, shard_largest
 from .run import TrainConfig, Trainer, Watcher
 from .state import TrainState
@@ -62,8 +64,10 @@ __all__ = [
     "Model",
     "Named",
     "PathRules",
+    "Peers",
     "PerShard",
     "Precision",
+    "ProcessError",
     "Report",
     "ReportError",
     "ShardingError",
@@ -81,6 +85,7 @@ __all__ = [
     "chain",
     "compile_step",
     "constrain",
+    "distributed",
     "data",
     "experts",
     "explain",

@@ -62,6 +62,10 @@ class BudgetError(ShardkitError):
     """A compiled step exceeds what a budget allows."""
 
 
+class ProcessError(ShardkitError):
+    """Several processes cannot run as one: they disagree, or cannot be started."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """One row of an error: the thing at fault, what is wrong with it, and how to mend it.

@@ -13,11 +13,12 @@ from ..run import Stopped
 from ._checkpoint import CHECKPOINT
 from ._command import Command, add_shared
 from ._explain import EXPLAIN
+from ._launch import LAUNCH
 from ._train import TRAIN
 from ._verify import VERIFY
 
 # The command line is closed: a command is added here and nowhere else.
-COMMANDS: tuple[Command, ...] = (TRAIN, EXPLAIN, VERIFY, CHECKPOINT)
+COMMANDS: tuple[Command, ...] = (TRAIN, EXPLAIN, VERIFY, CHECKPOINT, LAUNCH)
 
 # 75 is sysexits' EX_TEMPFAIL: nothing is wrong, try again later.
 _FAILED, _REFUSED, _STOPPED, _INTERRUPTED = 1, 2, 75, 130

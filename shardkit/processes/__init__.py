@@ -1,0 +1,19 @@
+"""Several processes as one: joined, agreed, watched, and started on this machine for tests."""
+
+from ._distributed import distributed
+from ._failure import PEER_FAILED, STUCK, Failure
+from ._launch import launch
+from ._membership import detected_cluster, membership, process_count
+from ._peers import Peers
+
+__all__ = [
+    "PEER_FAILED",
+    "STUCK",
+    "Failure",
+    "Peers",
+    "detected_cluster",
+    "distributed",
+    "launch",
+    "membership",
+    "process_count",
+]
