@@ -113,7 +113,8 @@ def _connect(address: str, timeout: float) -> Line:
     except OSError as error:
         problem = Problem(address, f"process 0 does not answer there: {error}")
         fix = f"{HOST}=ADDRESS in process 0's environment, an address that the others reach"
-        raise ProcessError(format_problems("Processes do not reach each other.", [problem], fix))
+        headline = "Processes do not reach each other."
+        raise ProcessError(format_problems(headline, [problem], fix)) from error
 
 
 def _initialize(which: str, **arguments: object) -> None:

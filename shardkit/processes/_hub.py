@@ -59,7 +59,8 @@ class Hub:
         self._gathers: dict[str, dict[int, Any]] = {}
         self._since: dict[str, float] = {}
         self._stalled: tuple[float, float] | None = None
-        self._ended = self._closing = False
+        self._ended: Failure | None = None
+        self._closing = False
         own, theirs = socket.socketpair()
         self._admit(Line(own))
         self.line = Line(theirs)
@@ -78,9 +79,12 @@ class Hub:
                     self._admit(Line(self._listener.accept()[0]))
                 else:
                     self._read(key.data)
-            self._look()
-        if self._listener is not None:
-            self._listener.close()
+            if self._ended is None:
+                self._look()
+        for key in list(self._selector.get_map().values()):
+            self._selector.unregister(key.fileobj)
+            (key.data or self._listener).close()
+        self._selector.close()
 
     def _admit(self, line: Line) -> None:
         self._selector.register(line, selectors.EVENT_READ, line)
@@ -105,6 +109,8 @@ class Hub:
         if message["process"] in self._members:
             raise Closed
         self._members[message["process"]] = _Member(line)
+        if self._ended is not None:
+            line.send("end", **dataclasses.asdict(self._ended))
         return message["process"]
 
     def _hear(self, process: int, message: Message) -> None:
@@ -141,7 +147,7 @@ class Hub:
             if now - since > self._patience:
                 late = min(set(range(self._count)) - set(self._gathers[topic]))
                 self._end(late, f"has not come to {topic!r} within {self._patience:g} s", True)
-        if self._stalled and now - self._stalled[0] > _STRAGGLE:
+        if self._members and self._stalled and now - self._stalled[0] > _STRAGGLE:
             seconds = self._stalled[1]
             behind = min(self._members, key=lambda p: (self._members[p].events, p))
             events = {member.events for member in self._members.values()}
@@ -151,12 +157,12 @@ class Hub:
 
     def _end(self, process: int, cause: str, stuck: bool = False) -> None:
         """Tells everybody, once: what follows from the first failure is no other failure."""
-        if self._ended:
+        if self._ended is not None:
             return
-        self._ended = True
         member = self._members.get(process)
         step = member.step if member else 0
-        self._tell("end", **dataclasses.asdict(Failure(process, self._count, step, cause, stuck)))
+        self._ended = Failure(process, self._count, step, cause, stuck)
+        self._tell("end", **dataclasses.asdict(self._ended))
 
     def _tell(self, kind: str, **fields: Any) -> None:
         for member in self._members.values():

@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
@@ -58,6 +59,8 @@ def _check(command: Sequence[str], processes: int, devices: int | None) -> None:
     if not command:
         why = "there is none behind --"
         problems.append(Problem("command", why, "shardkit launch -n 2 -- shardkit train CONFIG"))
+    elif shutil.which(command[0]) is None:
+        problems.append(Problem(command[0], "is no command here", "a command on the PATH"))
     raise_all(ProcessError, "Nothing can be started.", problems)
 
 
@@ -78,6 +81,13 @@ class _Child:
     control: Line
     step: int = 0
     held: list[tuple[float, bytes]] = dataclasses.field(default_factory=list)
+
+    def close(self) -> None:
+        """Closes what connects it."""
+        self.control.close()
+        for pipe in (self.process.stdout, self.process.stderr):
+            if pipe is not None:
+                pipe.close()
 
 
 def _start(command: Sequence[str], count: int, devices: int | None) -> Iterator[_Child]:
@@ -107,21 +117,16 @@ def _start(command: Sequence[str], count: int, devices: int | None) -> Iterator[
 def _popen(
     command: Sequence[str], place: Membership, kept: tuple[int, ...]
 ) -> subprocess.Popen[bytes]:
-    try:
-        return subprocess.Popen(
-            command,
-            env={**_environment(place.devices), VARIABLE: place.to_text()},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE if place.index else None,
-            stderr=subprocess.PIPE,
-            pass_fds=kept,
-            # Ctrl-C comes to the launcher alone, which passes on what ends a run in order.
-            start_new_session=True,
-        )
-    except OSError as error:
-        problem = Problem(command[0], f"{error.strerror}", "a command that this shell finds")
-        raise_all(ProcessError, "Nothing can be started.", [problem])
-        raise AssertionError("unreachable") from error
+    return subprocess.Popen(
+        command,
+        env={**_environment(place.devices), VARIABLE: place.to_text()},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE if place.index else None,
+        stderr=subprocess.PIPE,
+        pass_fds=kept,
+        # Ctrl-C comes to the launcher alone, which passes on what ends a run in order.
+        start_new_session=True,
+    )
 
 
 def _environment(devices: int | None) -> dict[str, str]:
@@ -166,10 +171,12 @@ class _Group:
                 self._say()
             self._show(time.monotonic())
         finally:
-            for child in self._children:
-                self._signal(child, signal.SIGKILL)
             for one, handler in before.items():
                 signal.signal(one, handler)
+            for child in self._children:
+                self._signal(child, signal.SIGKILL)
+                child.close()
+            self._selector.close()
         return self._code()
 
     def _select(self, timeout: float) -> bool:

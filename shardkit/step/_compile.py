@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import os
 import sys
 import tempfile
@@ -30,12 +31,15 @@ class Program:
       jaxpr: what was traced.
       from_cache: the executable came out of JAX's persistent cache.
       seconds: wall time of (trace, lower, compile).
+      digest: SHA-256 of what was lowered, 64 hexadecimal digits, by which several processes know
+        that they run one program; "" where there is one process.
     """
 
     compiled: jax.stages.Compiled
     jaxpr: Any
     from_cache: bool
     seconds: tuple[float, float, float]
+    digest: str
     _said: Callable[[], str]
 
     @functools.cached_property
@@ -104,7 +108,10 @@ def compile_program(
 
     seconds = (at_trace - start, at_lower - at_trace, end - at_lower)
     said = again if hits else lambda: messages[0]
-    return Program(compiled, first.jaxpr, bool(hits), seconds, said)
+    # The text of a large program takes as long as lowering it, which one process is spared.
+    text = lowered.as_text() if jax.process_count() > 1 else ""
+    digest = hashlib.sha256(text.encode()).hexdigest() if text else ""
+    return Program(compiled, first.jaxpr, bool(hits), seconds, digest, said)
 
 
 @contextlib.contextmanager

@@ -1,10 +1,12 @@
 """`CompiledStep`: the executables of one declaration, and what was proved of them."""
 
 import dataclasses
+import functools
 import weakref
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from .._errors import Problem, StateError, format_problems
@@ -13,7 +15,7 @@ from ..parallel import Strategy
 from ..state import TrainState
 from ._compile import Program, no_ambient_mesh
 from ._declaration import Declaration
-from ._inputs import check_alive, check_apart, check_state, put_batch
+from ._inputs import check_alive, check_apart, check_state, fed_rows, put_batch, put_key
 from ._layout import Layout, resolve_layout
 from ._programs import Programs
 from ._report import inspected
@@ -66,6 +68,11 @@ class CompiledStep:
         """Pytree of `NamedSharding`, one per batch leaf."""
         return self.layout.batch_shardings
 
+    @functools.cached_property
+    def rows(self) -> np.ndarray:
+        """Rows of a global batch that this process feeds, i64[n]: those of its devices."""
+        return fed_rows(self.batch_shardings, self.layout.rows)
+
     @property
     def program(self) -> Program:
         """The executable of the step, with its jaxpr, compiler messages and compile times."""
@@ -92,7 +99,7 @@ class CompiledStep:
             fix = "step.init(jax.random.key(0))"
             raise StateError(format_problems("The state needs a random key.", [problem], fix))
         model, optimizer = self._programs.init
-        on_mesh = jax.device_put(key, self.shardings.key)
+        on_mesh = put_key(key, self.shardings.key)
         made = jax.block_until_ready(model.compiled(on_mesh))
         return dataclasses.replace(made, opt_state=optimizer.compiled(made.params))
 
@@ -147,6 +154,8 @@ class CompiledStep:
 
     def put(self, batch: Any) -> Any:
         """Puts a batch on the mesh as declared, wherever it is, for a later call of the step.
+
+        Of several processes each gives `rows` of the global batch; nothing is sent between them.
 
         Raises:
           BatchError: the batch is not what the step was compiled for.

@@ -10,13 +10,15 @@ from jax.sharding import NamedSharding
 
 from .._errors import BatchError, Problem, StateError, raise_all
 from .._tree import path_str, short_type
+from ..data import place_rows, process_rows, rows_of_shardings
 
 
 def put_batch(batch: Any, abstract: Any, shardings: Any, *, move: bool = False) -> Any:
     """Puts a batch on the mesh as declared; leaves that are there already are not touched.
 
     Args:
-      batch: pytree of host arrays, uncommitted device arrays or arrays laid out as declared.
+      batch: pytree of host arrays, uncommitted device arrays or arrays laid out as declared. Of
+        several processes each gives the rows of its own devices.
       abstract: pytree of `jax.ShapeDtypeStruct`, global shapes.
       shardings: pytree of `NamedSharding`.
       move: also take leaves that are committed to other devices or layouts.
@@ -34,14 +36,40 @@ def put_batch(batch: Any, abstract: Any, shardings: Any, *, move: bool = False) 
         names = [path_str(path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract)]
         _check_leaves(names, got, want, placed, move)
         got = [
-            x if _in_place(x, a, s) else jax.device_put(_array(x, a), s)
+            x if _in_place(x, a, s) else _put(x, a, s)
             for x, a, s in zip(got, want, placed, strict=True)
         ]
     return jax.tree_util.tree_unflatten(structure, got)
 
 
-def _array(x: Any, abstract: Any) -> Any:
-    return x if isinstance(x, jax.Array) else np.asarray(x, abstract.dtype)
+def fed_rows(shardings: Any, rows: int) -> np.ndarray:
+    """Rows of a global batch that this process gives to `put_batch`, i64[n]."""
+    return rows_of_shardings(shardings, rows)
+
+
+def put_key(key: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """Puts a key, which every process has made, on a mesh that may span processes."""
+    if sharding.is_fully_addressable or _is_global(key):
+        return jax.device_put(key, sharding)
+    words = np.asarray(jax.random.key_data(key))
+    shared = jax.make_array_from_callback(words.shape, sharding, lambda index: words[index])
+    return jax.random.wrap_key_data(shared, impl=jax.random.key_impl(key))
+
+
+def _put(x: Any, abstract: Any, sharding: NamedSharding) -> jax.Array:
+    if not sharding.is_fully_addressable and not _is_global(x):
+        return place_rows(x, _held(abstract, sharding), abstract.shape[0], sharding)
+    return jax.device_put(
+        x if isinstance(x, jax.Array) else np.asarray(x, abstract.dtype), sharding
+    )
+
+
+def _is_global(x: Any) -> bool:
+    return isinstance(x, jax.Array) and not x.is_fully_addressable
+
+
+def _held(abstract: Any, sharding: NamedSharding) -> np.ndarray:
+    return process_rows(sharding.mesh, sharding.spec, abstract.shape[0])
 
 
 def _in_place(x: Any, abstract: Any, sharding: NamedSharding) -> bool:
@@ -64,12 +92,9 @@ def _check_leaves(
     for name, x, abstract, sharding in zip(names, got, want, placed, strict=True):
         shape, dtype = np.shape(x), jax.dtypes.canonicalize_dtype(jax.numpy.result_type(x))
         subject = f"batch/{name}"
-        if (shape, dtype) != (abstract.shape, abstract.dtype):
-            expected = short_type(abstract.shape, abstract.dtype)
-            why = f"is {short_type(shape, dtype)}; the step was compiled for {expected}"
-            problems.append(
-                Problem(subject, why, "feed the declared shapes, or compile_step again")
-            )
+        wanted = _fed_shape(x, abstract, sharding)
+        if (shape, dtype) != (wanted, abstract.dtype):
+            problems.append(_misfit(subject, short_type(shape, dtype), shape, wanted, abstract))
         elif (
             not move
             and isinstance(x, jax.Array)
@@ -79,6 +104,27 @@ def _check_leaves(
             why = f"is committed to {_where(x.sharding)}; the step has it as {sharding.spec}"
             problems.append(Problem(subject, why, "pass host numpy, or step.put(batch)"))
     raise_all(BatchError, "The batch is not what the step was compiled for.", problems)
+
+
+def _fed_shape(x: Any, abstract: Any, sharding: NamedSharding) -> tuple[int, ...]:
+    """The shape to be given: of several processes each feeds the rows of its own devices."""
+    if sharding.is_fully_addressable or _is_global(x):
+        return abstract.shape
+    return (len(_held(abstract, sharding)), *abstract.shape[1:])
+
+
+def _misfit(
+    subject: str, got: str, shape: tuple[int, ...], wanted: tuple[int, ...], abstract: Any
+) -> Problem:
+    rows = abstract.shape[:1]
+    if wanted[:1] != rows and shape[:1] != wanted[:1]:
+        share = f"{rows[0]} global / {rows[0] // wanted[0]}"
+        found = shape[0] if shape else "a scalar"
+        why = f"process {jax.process_index()} must feed {wanted[0]} rows ({share}), got {found}"
+        return Problem(subject, why, "batch of its own rows: x[step.rows] of the global batch's x")
+    expected = short_type(wanted, abstract.dtype)
+    why = f"is {got}; the step was compiled for {expected}"
+    return Problem(subject, why, "feed the declared shapes, or compile_step again")
 
 
 def _where(sharding: Any) -> str:

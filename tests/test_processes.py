@@ -1,0 +1,247 @@
+"""Several processes without JAX: who belongs together, who is missing, and what is said of it."""
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+import shardkit as sk
+from shardkit.cli import main
+from shardkit.processes import launch
+from shardkit.processes._hub import Hub
+from shardkit.processes._line import Closed, Line, address_of, connect, listen
+from shardkit.processes._membership import detected_cluster, membership, process_count
+
+# --- where several processes come from
+
+
+@pytest.mark.parametrize(
+    ("signs", "cluster"),
+    [
+        ({}, None),
+        ({"SLURM_JOB_ID": "7"}, None),
+        (
+            {
+                "SLURM_JOB_ID": "7",
+                "SLURM_STEP_NODELIST": "n[1-2]",
+                "SLURM_PROCID": "0",
+                "SLURM_LOCALID": "0",
+                "SLURM_NTASKS": "2",
+            },
+            "SLURM",
+        ),
+        ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp://h:1", "OMPI_COMM_WORLD_SIZE": "1"}, None),
+        ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp://h:1", "OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI"),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "Cloud TPU"),
+        ({"KUBERNETES_SERVICE_HOST": "h"}, None),
+        ({"KUBERNETES_SERVICE_HOST": "h", "JOB_COMPLETION_INDEX": "0"}, "Kubernetes"),
+        ({"JAX_COORDINATOR_ADDRESS": "h:1"}, "JAX_COORDINATOR_ADDRESS"),
+    ],
+)
+def test_clusters_are_known_by_their_signs(signs, cluster):
+    assert detected_cluster(signs) == cluster
+    assert process_count(signs) == (None if cluster else 1)
+    assert membership(signs) is None
+
+
+def test_a_process_alone_agrees_with_itself():
+    with sk.distributed() as peers:
+        peers.began(1)
+        peers.agree("settings", seed=0)
+        assert (peers.index, peers.count, peers.gather("x", 7)) == (0, 1, [7])
+
+
+# --- the hub
+
+
+@pytest.fixture
+def joined():
+    """A hub of three, and the lines of its members."""
+    listener = listen("127.0.0.1")
+    hub = Hub(listener, 3, "token", patience=0.5)
+    lines = [hub.line, *(connect(address_of(listener), 5) for _ in range(2))]
+    for process, line in enumerate(lines):
+        line._socket.settimeout(5)
+        line.send("hello", process=process, token="token")
+    yield hub, lines
+    for line in lines:
+        line.send("bye")
+    hub.close()
+    for line in lines:
+        line.close()
+
+
+def heard(line, kind):
+    """The next message of a kind."""
+    while True:
+        for message in line.receive():
+            if message["kind"] == kind:
+                return message
+
+
+def test_values_are_gathered_from_all(joined):
+    _, lines = joined
+    for process in (2, 0, 1):
+        lines[process].send("gather", topic="t", value=process * 10, patient=False)
+    assert [heard(line, "gathered")["values"] for line in lines] == [[0, 10, 20]] * 3
+
+
+def test_a_lost_connection_is_told_to_all_the_others_at_once(joined):
+    _, lines = joined
+    lines[1].send("at", step=7, events=9)
+    lines[1].close()
+    began = time.monotonic()
+    for line in (lines[0], lines[2]):
+        end = heard(line, "end")
+        assert (end["process"], end["step"]) == (1, 7)
+        assert end["cause"] == "killed, or cut off: its connection has closed"
+    assert time.monotonic() - began < 0.5
+
+
+def test_the_first_failure_is_the_one_that_is_told(joined):
+    _, lines = joined
+    lines[2].send("failed", step=3, cause="ValueError: boom")
+    assert heard(lines[0], "end")["cause"] == "ValueError: boom"
+    lines[1].close()
+    lines[0]._socket.settimeout(0.4)
+    with pytest.raises(Closed) as nothing:
+        heard(lines[0], "end")
+    assert isinstance(nothing.value.__cause__, TimeoutError)
+
+
+def test_who_is_behind_is_who_hangs(joined):
+    _, lines = joined
+    for process, events in enumerate((8, 6, 9)):
+        lines[process].send("at", step=events // 2, events=events)
+    lines[0].send("stalled", seconds=2.5)
+    end = heard(lines[2], "end")
+    assert (end["process"], end["step"], end["stuck"]) == (1, 3, True)
+    assert end["cause"] == "stuck: nothing has moved for 2.5 s, the declared step timeout"
+
+
+def test_where_nobody_is_behind_that_is_said(joined):
+    _, lines = joined
+    for line in lines:
+        line.send("at", step=4, events=8)
+    lines[1].send("stalled", seconds=2.5)
+    assert heard(lines[0], "end")["cause"].endswith("; no process is ahead of the others")
+
+
+def test_a_process_that_does_not_come_is_named(joined):
+    _, lines = joined
+    for process in (0, 1):
+        lines[process].send("gather", topic="settings", value=0, patient=False)
+    end = heard(lines[0], "end")
+    assert end["process"] == 2
+    assert end["cause"] == "has not come to 'settings' within 0.5 s"
+
+
+def test_who_comes_late_hears_of_the_end_too(joined):
+    hub, lines = joined
+    lines[1].send("failed", step=2, cause="boom")
+    assert heard(lines[0], "end")["step"] == 2
+    lines[2].send("bye")
+    time.sleep(0.1)
+    late = connect(address_of(hub._listener), 5)
+    late.send("hello", process=2, token="token")
+    assert heard(late, "end")["cause"] == "boom"
+    late.send("bye")
+    late.close()
+
+
+def test_strangers_are_turned_away(joined):
+    hub, lines = joined
+    stranger = connect(address_of(hub._listener), 5)
+    stranger.send("hello", process=1, token="guess")
+    with pytest.raises(Closed):
+        stranger.receive()
+    stranger.close()
+    rude = socket.create_connection(hub._listener.getsockname())
+    rude.sendall(b"GET / HTTP/1.1\r\n\r\n")
+    assert rude.recv(10) == b""
+    rude.close()
+    lines[1].send("failed", step=0, cause="real")
+    assert heard(lines[0], "end")["cause"] == "real"
+
+
+# --- the launcher, with programs that know nothing of it
+
+PRINTS = "import os, json; print(json.loads(os.environ['SHARDKIT_PROCESS'])['index'])"
+FAILS = "import time\nif i == 1: print('bad luck', file=sys.stderr); sys.exit(3)\ntime.sleep(60)"
+DIES = "import time, signal\nif i == 1: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)"
+DEAF = "import time, signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + FAILS[12:]
+INDEX = "import os, sys, json; i = json.loads(os.environ['SHARDKIT_PROCESS'])['index']\n"
+
+
+def launched(program, capfd, n=2):
+    began = time.monotonic()
+    code = launch([sys.executable, "-c", INDEX + program], n)
+    out = capfd.readouterr()
+    return code, out.out, out.err.splitlines(), time.monotonic() - began
+
+
+def test_output_is_kept_apart(capfd):
+    code, out, err, _ = launched("print(i); print('e', i, file=sys.stderr)", capfd, 3)
+    assert code == 0
+    assert sorted(out.splitlines()) == ["0", "[1] 1", "[2] 2"]
+    assert sorted(err) == ["[0] e 0", "[1] e 1", "[2] e 2"]
+
+
+@pytest.mark.parametrize(
+    ("program", "expected", "how"),
+    [
+        (FAILS, 3, "ended with code 3"),
+        (DIES, 128 + signal.SIGKILL, "killed by SIGKILL"),
+        (DEAF, 3, "ended with code 3"),
+    ],
+)
+def test_the_first_failure_ends_all(program, expected, how, capfd):
+    code, _, err, seconds = launched(program, capfd)
+    assert code == expected
+    assert err[0] == f"process 1 of 2, before its first step: {how}"
+    assert seconds < 2.5
+
+
+def test_what_cannot_be_started_is_said(capsys):
+    assert main(["launch", "-n", "0", "--devices", "0", "--"]) == 2
+    err = capsys.readouterr().err
+    assert "-n 0         must be at least 1" in err
+    assert "--devices 0  must be at least 1" in err
+    assert "shardkit launch -n 2 -- shardkit train CONFIG" in err
+    with pytest.raises(sk.ProcessError, match=r"nosuchword  is no command here"):
+        launch(["nosuchword"], 2)
+
+
+def test_ctrl_c_asks_all_to_end_in_order_and_again_ends_them():
+    program = INDEX + (
+        "import signal, time\n"
+        "signal.signal(signal.SIGTERM, lambda *a: print('asked', flush=True))\n"
+        "print('up', flush=True)\n"
+        "time.sleep(30)\ntime.sleep(30)"
+    )
+    words = ["-m", "shardkit.cli", "launch", "-n", "2", "--", sys.executable, "-c", program]
+    run = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    assert sorted(run.stdout.readline() for _ in range(2)) == ["[1] up\n", "up\n"]
+    run.send_signal(signal.SIGINT)
+    assert sorted(run.stdout.readline() for _ in range(2)) == ["[1] asked\n", "asked\n"]
+    run.send_signal(signal.SIGINT)
+    assert run.wait(5) == 128 + signal.SIGKILL
+    run.stdout.close()
+
+
+def test_half_a_message_waits_for_the_rest():
+    ours, theirs = socket.socketpair()
+    line = Line(ours)
+    theirs.sendall(b'{"kind": "at"}\n{"kind"')
+    assert line.receive() == [{"kind": "at"}]
+    theirs.sendall(b': "bye"}\n')
+    assert line.receive() == [{"kind": "bye"}]
+    theirs.close()
+    with pytest.raises(Closed):
+        line.receive()
+    line.close()
