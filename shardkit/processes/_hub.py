@@ -54,7 +54,7 @@ class Hub:
         self._token, self._patience = token, patience
         self._selector = selectors.DefaultSelector()
         if listener is not None:
-            self._selector.register(listener, selectors.EVENT_READ)
+            self._selector.register(listener, selectors.EVENT_READ, listener)
         self._members: dict[int, _Member] = {}
         self._gathers: dict[str, dict[int, Any]] = {}
         self._since: dict[str, float] = {}
@@ -75,15 +75,15 @@ class Hub:
     def _run(self) -> None:
         while not (self._closing and not self._members):
             for key, _ in self._selector.select(_TICK):
-                if key.fileobj is self._listener:
-                    self._admit(Line(self._listener.accept()[0]))
-                else:
+                if isinstance(key.data, Line):
                     self._read(key.data)
+                else:
+                    self._admit(Line(key.data.accept()[0]))
             if self._ended is None:
                 self._look()
         for key in list(self._selector.get_map().values()):
             self._selector.unregister(key.fileobj)
-            (key.data or self._listener).close()
+            key.data.close()
         self._selector.close()
 
     def _admit(self, line: Line) -> None:
