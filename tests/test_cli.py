@@ -152,7 +152,7 @@ def test_the_smallest_config_trains_in_a_process_of_its_own(tmp_path):
     bits = {row[1]: float(row[0]) for row in re.findall(r"^ *(\d\.\d{3})  (\S+)", shown, re.M)}
     assert bits["this"] < bits["order-0"]
     path = tmp_path / "runs" / "nano" / "metrics.jsonl"
-    result, finished = map(json.loads, path.read_text().splitlines()[-2:])
+    result, finished, _ = map(json.loads, path.read_text().splitlines()[-3:])
     assert finished["kind"] == "finished"
     assert round(result["bits_per_byte"], 3) == bits["this"]
 
@@ -170,8 +170,9 @@ def test_ctrl_c_ends_a_run_cleanly(tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert (lines[-1]["kind"], lines[-1]["why"]) == ("stopped", "interrupted")
-    done = lines[-2]["step"]
+    assert [row["kind"] for row in lines[-3:]] == ["save", "stopped", "goodput"]
+    assert lines[-2]["why"] == "interrupted"
+    done = lines[-3]["step"]
     assert errors == (
         f"Interrupted.\nStep {done} is saved; the same command goes on from it.\n"
         "Metrics so far are in runs/nano/metrics.jsonl.\n"

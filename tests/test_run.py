@@ -184,7 +184,7 @@ def test_the_clock_tells_updates_from_waiting_and_from_what_is_no_update(monkeyp
         pass
     assert spent == {"seconds": 10.0}
     third = clock.tick(3, {})
-    assert (third.seconds, third.each, third.left) == (5.0, 3.5, 8)
+    assert (third.seconds, third.each, third.data_each, third.left) == (5.0, 3.5, 0.0, 8)
 
 
 # --- files
@@ -327,7 +327,7 @@ def test_a_small_run_shows_and_writes_everything(tmp_path, mesh):
         "metrics.jsonl",
     ):
         assert part in shown, part
-    assert max(map(len, shown.splitlines())) <= 100 + len(str(tmp_path))
+    assert max(map(len, shown.splitlines())) <= 120 + len(str(tmp_path))
 
     lines = [json.loads(x) for x in (result.folder / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["kind"] == "start"
@@ -338,8 +338,8 @@ def test_a_small_run_shows_and_writes_everything(tmp_path, mesh):
     steps = [row for row in lines if row["kind"] == "step"]
     assert [row["step"] for row in steps] == list(range(1, 13))
     assert steps[-1]["loss"] < steps[0]["loss"]
-    assert [row["kind"] for row in lines[-3:]] == ["eval", "result", "finished"]
-    assert lines[-2]["bits_per_byte"] == result.bits_per_byte
+    assert [row["kind"] for row in lines[-4:]] == ["eval", "result", "finished", "goodput"]
+    assert lines[-3]["bits_per_byte"] == result.bits_per_byte
     assert 0 < result.bits_per_byte < 8
     assert len(result.sample) == 10
     assert set(result.seconds) == {"train", "evaluate", "baselines", "sample"}
@@ -368,4 +368,4 @@ def test_ctrl_c_leaves_whole_metrics_and_says_where(tmp_path, mesh):
     path = tmp_path / "run" / "metrics.jsonl"
     assert stop.value.__notes__ == [f"Metrics so far are in {path}."]
     kinds = [json.loads(line)["kind"] for line in path.read_text().splitlines()]
-    assert kinds == ["start", "step", "step", "step", "stopped"]
+    assert kinds == ["start", "step", "step", "step", "stopped", "goodput"]

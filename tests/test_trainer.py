@@ -106,6 +106,11 @@ def interrupt(watcher):
     raise KeyboardInterrupt
 
 
+def at_read(step, do):
+    """Acts when the numbers of a step are told."""
+    return Noting(("read", step), do)
+
+
 def test_a_run_is_the_loop_by_hand_with_everything_around_it(tmp_path, step, by_hand):
     watcher, out = Noting(), io.StringIO()
     state = trainer(
@@ -135,7 +140,7 @@ def test_a_run_is_the_loop_by_hand_with_everything_around_it(tmp_path, step, by_
     assert "rows/s (simulated)" in shown
     assert "step 3: loss " in shown
     kinds = [row["kind"] for row in read_metrics(tmp_path / "run")]
-    assert (kinds[0], kinds[-1]) == ("start", "finished")
+    assert (kinds[0], *kinds[-2:]) == ("start", "finished", "goodput")
 
 
 @pytest.mark.parametrize("form", ["function", "iterable", "source"])
@@ -159,7 +164,7 @@ def test_data_in_any_form_is_taken_up_where_the_run_was_killed(form, tmp_path, s
         "source": Own(),
     }[form]
     with pytest.raises(KeyboardInterrupt):
-        trainer(tmp_path / "run", step, data, watchers=[Noting(("read", 5), interrupt)]).run()
+        trainer(tmp_path / "run", step, data, watchers=[at_read(5, interrupt)]).run()
     state = trainer(tmp_path / "run", step, data).run()
     assert losses(tmp_path / "run") == by_hand[0]
     np.testing.assert_array_equal(np.asarray(state.params["w"]), by_hand[1])
@@ -185,7 +190,7 @@ def test_a_step_may_be_compiled_once_everything_else_is_right(tmp_path, step):
 
 
 def test_a_record_that_changed_begins_a_new_run_and_is_named(tmp_path, step):
-    stop = Noting(("read", 5), interrupt)
+    stop = at_read(5, interrupt)
     with pytest.raises(KeyboardInterrupt):
         trainer(tmp_path / "run", step, record={"lr": 0.01, "mesh": "a"}, watchers=[stop]).run()
     again = Noting(("begin", 4), interrupt)
@@ -205,7 +210,7 @@ def test_a_record_that_changed_begins_a_new_run_and_is_named(tmp_path, step):
 
 
 def test_a_watcher_may_end_the_run_in_order(tmp_path, step, by_hand):
-    early = Noting(("read", 3), lambda self: self.run.stop("good enough"))
+    early = at_read(3, lambda self: self.run.stop("good enough"))
     state = trainer(tmp_path / "run", step, watchers=[early]).run()
     assert int(state.step) == 4  # 3 is read while 4 is under way
     assert early.told[-3:] == [("saved", 4), ("finished", 4), ("end", type(None))]
@@ -219,13 +224,13 @@ def test_what_a_watcher_raises_ends_the_run_and_every_watcher_is_told(tmp_path, 
         self.run.write("mine", step=2, why="because")
         raise RuntimeError("I do not like it")
 
-    first, second = Noting(), Noting(("read", 2), fail)
+    first, second = Noting(), at_read(2, fail)
     with pytest.raises(RuntimeError, match="I do not like it") as error:
         trainer(tmp_path / "run", step, watchers=[first, second]).run()
     assert first.told[-1] == second.told[-1] == ("end", RuntimeError)
     rows = read_metrics(tmp_path / "run")
-    assert [row["kind"] for row in rows[-2:]] == ["mine", "stopped"]
-    assert rows[-1]["why"] == "I do not like it"
+    assert [row["kind"] for row in rows[-3:]] == ["mine", "stopped", "goodput"]
+    assert rows[-2]["why"] == "I do not like it"
     assert error.value.__notes__ == [f"Metrics so far are in {tmp_path}/run/metrics.jsonl."]
 
 

@@ -18,7 +18,7 @@ class Clock:
         """Starts now; `steps` is the number of the last update."""
         self._steps = steps
         self._mark, self._waited, self._warm = time.perf_counter(), 0.0, False
-        self._recent: collections.deque[float] = collections.deque(maxlen=_RECENT)
+        self._recent: collections.deque[tuple[float, float]] = collections.deque(maxlen=_RECENT)
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -42,7 +42,7 @@ class Clock:
         seconds, waited = now - self._mark, self._waited
         self._mark, self._waited = now, 0.0
         if self._warm:
-            self._recent.append(seconds)
+            self._recent.append((seconds, waited))
         self._warm = True
-        each = statistics.fmean(self._recent) if self._recent else None
-        return Numbers(step, values, seconds, waited, each, self._steps - step)
+        each = tuple(map(statistics.fmean, zip(*self._recent, strict=True))) or (None, None)
+        return Numbers(step, values, seconds, waited, *each, left=self._steps - step)

@@ -1,14 +1,18 @@
 """A run's folder and its metrics file: nothing is overwritten, no line is half-written."""
 
+import dataclasses
 import itertools
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from .._errors import ConfigError, Problem, format_problems
+
+METRICS = "metrics.jsonl"
 
 
 def new_folder(wanted: Path) -> Path:
@@ -39,6 +43,8 @@ class MetricsFile:
 
     Attributes:
       path: `metrics.jsonl` in the run's folder.
+      before: rows that the run had written, of a run that goes on.
+      void: rows that it had written behind them, of updates that will be made again.
     """
 
     def __init__(self, folder: Path, after: int | None = None) -> None:
@@ -49,11 +55,16 @@ class MetricsFile:
           after: the step at which the run goes on; what it had written of later ones, which will
             be made again, is cut off.
         """
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / METRICS
         new = os.O_EXCL if after is None else 0
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | new | os.O_APPEND, 0o644)
+        self.before: list[dict[str, Any]] = []
+        self.void: list[dict[str, Any]] = []
         if after is not None:
-            os.ftruncate(self._file, _kept_bytes(self.path.read_bytes(), after))
+            lines = self.path.read_bytes().splitlines(keepends=True)
+            kept = _kept_lines(lines, after)
+            os.ftruncate(self._file, sum(map(len, lines[:kept])))
+            self.before, self.void = parse_rows(lines[:kept]).rows, parse_rows(lines[kept:]).rows
 
     def sync(self) -> None:
         """Puts what was written on the disk, before a checkpoint that relies on it."""
@@ -83,23 +94,53 @@ class MetricsFile:
         os.close(self._file)
 
 
-def _kept_bytes(content: bytes, after: int) -> int:
-    """Length of the lines that a run which goes on after a step does not write again."""
-    kept = 0
-    for line in content.splitlines(keepends=True):
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows of a metrics file, and the numbers of the lines that are none, counted from 1."""
+
+    rows: list[dict[str, Any]]
+    broken: list[int]
+
+
+def parse_rows(lines: Sequence[bytes]) -> Rows:
+    """Reads lines; what a machine that went down left half-written is no row.
+
+    >>> parse_rows([b'{"kind": "start"}', b'{"kind": "st'])
+    Rows(rows=[{'kind': 'start'}], broken=[2])
+    """
+    found = Rows([], [])
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
         except ValueError:
-            break  # half a line, of a machine that went down
-        if row.get("step", 0) > after or row["kind"] == "finished" or row.get("part") == "all":
-            break
-        kept += len(line)
-    return kept
+            row = None
+        if isinstance(row, dict) and "kind" in row:
+            found.rows.append(row)
+        else:
+            found.broken.append(number)
+    return found
+
+
+def read_rows(folder: Path) -> Rows:
+    """Reads the metrics of a run; none where there is no such file."""
+    path = folder / METRICS
+    return parse_rows(path.read_bytes().splitlines() if path.is_file() else [])
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Reads the whole lines of a run's metrics file; none where there is no such file."""
-    path = folder / "metrics.jsonl"
-    content = path.read_bytes() if path.is_file() else b""
-    whole = [line for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
-    return [json.loads(line) for line in whole]
+    """Reads the whole rows of a run's metrics file; none where there is no such file."""
+    return read_rows(folder).rows
+
+
+def _kept_lines(lines: Sequence[bytes], after: int) -> int:
+    """Number of lines that a run which goes on after a step does not write again."""
+    for number, line in enumerate(lines):
+        rows = parse_rows([line]).rows
+        if not rows or _again(rows[0], after):
+            return number
+    return len(lines)
+
+
+def _again(row: dict[str, Any], after: int) -> bool:
+    ends = row["kind"] == "finished" or row.get("part") == "all"
+    return ends or row.get("step", 0) > after

@@ -1,12 +1,16 @@
 """How a run is told of: a line that changes on a terminal, plain lines elsewhere."""
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
 
+from ._rate import Rate
 from ._source import Describe
+from ._units import duration, remaining
 from ._watch import Numbers, Run, Watcher
 
 
@@ -26,13 +30,7 @@ def describe_metrics(values: Mapping[str, float]) -> str:
 class ShowProgress(Watcher):
     """Tells the user how far the run is and how fast it goes."""
 
-    def __init__(
-        self,
-        console: Console,
-        log_every: int,
-        describe: Describe,
-        rate: Callable[[float], str],
-    ) -> None:
+    def __init__(self, console: Console, log_every: int, describe: Describe, rate: Rate) -> None:
         """Declares what is shown; nothing is before the run begins.
 
         Args:
@@ -43,44 +41,81 @@ class ShowProgress(Watcher):
         """
         self._console, self._log_every = console, log_every
         self._describe, self._rate = describe, rate
-        self._progress = Progress(
-            TextColumn("step {task.completed}/{task.total}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.description}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._progress.add_task("compiled, warming up")
+        self._lines = _TwoLines(console)
+        self._saved: tuple[int, float] | None = None
 
     def begin(self, run: Run, state: Any) -> None:
         """Starts the line."""
-        self._progress.update(self._task, total=run.steps, completed=run.start)
-        self._progress.start()
+        self._lines.begin(run.start, run.steps)
 
     def read(self, numbers: Numbers) -> None:
         """Tells of an update."""
         done, steps = numbers.step, numbers.step + numbers.left
-        said = self._describe(numbers.values)
+        said, speed, left = self._describe(numbers.values), self._speed(numbers), ""
         if numbers.each is not None:
-            minutes, seconds = divmod(round(numbers.each * numbers.left), 60)
-            said += f"  {self._rate(numbers.each)}  ETA {minutes}:{seconds:02d}"
-        self._progress.update(self._task, completed=done, description=said)
+            left = f"ETA {remaining(numbers.each * numbers.left)}"
+        self._lines.tell(done, f"{said}  {left}", speed)
         due = done == 1 or done % self._log_every == 0 or done == steps
         if due and not self._console.is_terminal:
-            self.say(f"step {done:>{len(str(steps))}}/{steps}  {said}")
+            parts = (f"step {done:>{len(str(steps))}}/{steps}", said, speed, left)
+            self._print("  ".join(filter(None, parts)))
 
     def evaluated(self, step: int, values: Mapping[str, float]) -> None:
         """Tells of an evaluation."""
-        self.say(f"step {step}: {self._describe(values)}")
+        self._print(f"step {step}: {self._describe(values)}")
+
+    def saved(self, step: int) -> None:
+        """Remembers it: the older the last save, the more a kill costs."""
+        self._saved = step, time.monotonic()
 
     def finished(self, state: Any) -> None:
-        """Leaves the last line as it is."""
-        self._progress.stop()
+        """Leaves the last lines as they are."""
+        self._lines.stop()
 
     def end(self, error: BaseException | None) -> None:
-        """Leaves the last line as it is."""
-        self._progress.stop()
+        """Leaves the last lines as they are."""
+        self._lines.stop()
 
-    def say(self, line: str) -> None:
-        """Tells of something that happened beside the updates."""
-        self._progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
+    def _speed(self, numbers: Numbers) -> str:
+        if numbers.each is None or numbers.data_each is None:
+            return ""
+        took = f"{duration(numbers.each)} (data {duration(numbers.data_each)})"
+        age = ""
+        if self._saved is not None:
+            ago = round(time.monotonic() - self._saved[1])
+            age = f"saved {self._saved[0]}, {duration(ago) if ago > 59 else f'{ago} s'} ago"
+        return "  ".join(filter(None, (self._rate.text(numbers.each), took, age)))
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+class _TwoLines(Progress):
+    """How far on the first line, how fast on the second; nothing where there is no terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self._speed = ""
+        super().__init__(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=16),
+            TextColumn("{task.description}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self.add_task("compiled, warming up")
+
+    def begin(self, done: int, steps: int) -> None:
+        """Shows where the run begins."""
+        self.update(self._task, total=steps, completed=done)
+        self.start()
+
+    def tell(self, done: int, said: str, speed: str) -> None:
+        """Shows an update."""
+        self._speed = speed
+        self.update(self._task, completed=done, description=said)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Both lines; the second never wraps."""
+        yield from super().get_renderables()
+        if self._speed:
+            yield Text(f"  {self._speed}", no_wrap=True, overflow="ellipsis", style="dim")

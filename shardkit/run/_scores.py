@@ -83,8 +83,8 @@ class Score(Watcher):
         run, text, config, timer = self._run, self._text, self._config, self._timer
         timer.lap("train")
         scores = Scores.of(run.step, state, text, range(text.held_out_steps))
-        timer.lap("evaluate")
-        run.write("eval", step=config.steps, **scores.metrics, part="all")
+        spent = {"seconds": timer.lap("evaluate"), "part": "all"}
+        run.write("eval", step=config.steps, **scores.metrics, **spent)
         baselines = None
         if config.baselines and isinstance(text.corpus, Corpus):
             baselines = measure_baselines(text.corpus)
@@ -100,7 +100,7 @@ class Score(Watcher):
             **scores.metrics,
             baselines=dataclasses.asdict(baselines) if baselines else None,
             sample=printable(sample),
-            seconds=timer.seconds,
+            seconds_by_part=timer.seconds,
         )
         self.result = Result(
             run.folder, scores.bits_per_byte, scores, baselines, sample, timer.seconds

@@ -15,7 +15,8 @@ from ..checkpoint import Checkpointer, Keep
 from ..step import CompiledStep
 from ._config import TrainConfig
 from ._environment import environment
-from ._folder import MetricsFile, new_folder
+from ._folder import MetricsFile, new_folder, read_metrics
+from ._goodput import goodput, interruption
 from ._resume import Beginning, Terms, checkpoints_of, choose_beginning
 from ._saver import Saver
 from ._source import Source
@@ -80,13 +81,14 @@ class Opening:
 
     @contextlib.contextmanager
     def open(
-        self, beginning: Beginning, step: CompiledStep, seconds: Mapping[str, float]
+        self, beginning: Beginning, step: CompiledStep, began: float, seconds: Mapping[str, float]
     ) -> Iterator[Session]:
         """Opens the folder of a run; what the body raises is noted in its metrics.
 
         Args:
           beginning: new, or which one goes on.
           step: whose state it is.
+          began: when this life of the run did, in seconds since 1970.
           seconds: what the time before was spent on.
 
         Raises:
@@ -95,7 +97,7 @@ class Opening:
         resumed = beginning.resumed
         folder = beginning.wanted if resumed else new_folder(beginning.wanted)
         checkpoints = self._checkpointer(folder, step)
-        began = time.perf_counter()
+        opened = time.perf_counter()
         with contextlib.ExitStack() as inside:
             if self.config.checkpoint_every:
                 inside.enter_context(checkpoints)
@@ -103,9 +105,10 @@ class Opening:
                 state, start = self._restored(checkpoints, step)
             else:
                 state, start = step.init(jax.random.key(self.config.seed)), 0
-            spent = {**seconds, "restore" if resumed else "init": time.perf_counter() - began}
+            spent = {**seconds, "restore" if resumed else "init": time.perf_counter() - opened}
             file = inside.enter_context(MetricsFile(folder, start if resumed else None))
-            about = {**environment(step.mesh), "seconds": spent}
+            spent |= interruption(file.before, file.void, began)
+            about = {**environment(step.mesh), "began": round(began, 3), "seconds": spent}
             if resumed:
                 file.write("resumed", step=start, **about)
             else:
@@ -114,11 +117,12 @@ class Opening:
             session = Session(file, state, start, say)
             if self.config.checkpoint_every:
                 session.saver = Saver(checkpoints, self.config, self.data, file, say, start)
-            with _noted(file):
+            with _summed(file, self.console), _noted(file):
                 yield session
+                waiting = time.perf_counter()
                 if session.saver is not None:
                     session.saver.finish()
-                file.write("finished")
+                file.write("finished", seconds=time.perf_counter() - waiting)
 
     def _checkpointer(self, folder: Path, step: CompiledStep) -> Checkpointer:
         axes = {f"params/{path}": names for path, names in step.layout.axes.items()}
@@ -158,6 +162,18 @@ def _noted(file: MetricsFile) -> Iterator[None]:
             file.write("stopped", why=why.get(type(error), str(error)))
         error.add_note(f"Metrics so far are in {file.path}.")
         raise
+
+
+@contextlib.contextmanager
+def _summed(file: MetricsFile, console: Console) -> Iterator[None]:
+    """Ends a run, however it does, with what its time was spent on, lives before included."""
+    try:
+        yield
+    finally:
+        spent = goodput(read_metrics(file.path.parent), time.time())
+        with contextlib.suppress(OSError):
+            file.write("goodput", **spent.row())
+        console.print(spent.text(), highlight=False, soft_wrap=True)
 
 
 def _plainly(console: Console) -> Callable[[str], None]:

@@ -14,4 +14,4 @@ def standing(
     config: TrainConfig, rate: Rate, describe: Describe, console: Console
 ) -> list[Watcher]:
     """Makes them: what may end the run is told first, what shows it last."""
-    return [StopAtNonFinite(), ShowProgress(console, config.log_every, describe, rate.text)]
+    return [StopAtNonFinite(), ShowProgress(console, config.log_every, describe, rate)]

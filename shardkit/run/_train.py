@@ -87,8 +87,6 @@ def train(
         console=console,
     ).run()
     assert score.result is not None  # only a watcher could have ended the run before
-    result = score.result
-    spent = ", ".join(f"{part} {seconds:.0f} s" for part, seconds in result.seconds.items())
-    where = result.folder / "metrics.jsonl"
-    console.print(f"\n{spent}. Metrics: {where}", highlight=False, soft_wrap=True)
-    return result
+    where = score.result.folder / "metrics.jsonl"
+    console.print(f"Metrics: {where}", highlight=False, soft_wrap=True)
+    return score.result

@@ -75,10 +75,11 @@ class Trainer:
           KeyboardInterrupt: with notes that say what is saved and where the metrics are.
           Stopped: the same after SIGTERM.
         """
+        began = time.time()
         opening = self._opening(as_source(self.data))
         beginning = opening.choose(Path(self.folder))
         step, seconds = self._compiled()
-        with opening.open(beginning, step, seconds) as session:
+        with opening.open(beginning, step, began, seconds) as session:
             show_layout(self.console, session.state)
             where = f"[bold]metrics[/] {session.file.path}\n"
             self.console.print(where, highlight=False, soft_wrap=True)

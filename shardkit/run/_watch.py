@@ -24,6 +24,7 @@ class Numbers:
       data_seconds: how much of that the loop waited for a batch.
       each: mean seconds of the last updates; None as long as only the first is known, which
         still warms up.
+      data_each: mean of their `data_seconds`, or None.
       left: updates still to make.
     """
 
@@ -32,6 +33,7 @@ class Numbers:
     seconds: float
     data_seconds: float
     each: float | None
+    data_each: float | None
     left: int
 
 
