@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 SHARED = {"-h", "--help", "--set", "--debug"}
 # Every option of every command. A new one is added here too, by someone who means it.
 OPTIONS = {
-    "train": SHARED,
+    "train": SHARED | {"--profile"},
     "verify": SHARED | {"--mesh", "--steps", "--mutations"},
     "checkpoint": {"-h", "--help", "--debug", "--values"},
     "explain": SHARED | {"--target", "--json", "--html", "--timeout"},
@@ -57,6 +57,11 @@ def test_an_option_that_is_not_listed_would_be_seen(monkeypatch):
         (["--set", "devices=tpu:v5p:4x4x4"], "only a compiler knows these devices here"),
         (["--set", "devices=cpu:many"], "No such target."),
         (["--set", "strategy.remat=ful"], "unknown policy"),
+        (["--set", "train.sinks=tensorbord"], "Did you mean 'tensorboard'?"),
+        (["--profile", "390:410"], "ends behind the last update, train.steps=400."),
+        (["--profile", "15:10"], "ends before it begins: 10 < 15."),
+        (["--profile", "0:3"], "begins before the first update, which is 1."),
+        (["--profile", "ten"], "is no range of updates first:last."),
     ],
 )
 def test_a_users_mistake_is_one_screen_and_exit_code_2(

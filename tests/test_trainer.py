@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
 import shardkit as sk
+from shardkit.hardware import CHIPS
+from shardkit.run import _rate
 from shardkit.run._folder import read_metrics
 
 STEPS = 6
@@ -31,8 +33,7 @@ def batch_of(i):
     return {"x": np.random.default_rng(i).normal(size=(8, 8)).astype(np.float32)}
 
 
-@pytest.fixture(scope="module")
-def step():
+def compiled():
     return sk.compile_step(
         loss_fn,
         optax.adam(1e-2),
@@ -41,6 +42,11 @@ def step():
         mesh=sk.MeshSpec(data=4, tensor=2).build("cpu:8"),
         strategy=sk.Strategy(params=sk.PathRules({"w": P(None, "tensor")}), batch=P("data")),
     )
+
+
+@pytest.fixture(scope="module")
+def step():
+    return compiled()
 
 
 def trainer(folder, step, data=batch_of, out=None, **declared):
@@ -232,6 +238,19 @@ def test_what_a_watcher_raises_ends_the_run_and_every_watcher_is_told(tmp_path, 
     assert [row["kind"] for row in rows[-3:]] == ["mine", "stopped", "goodput"]
     assert rows[-2]["why"] == "I do not like it"
     assert error.value.__notes__ == [f"Metrics so far are in {tmp_path}/run/metrics.jsonl."]
+
+
+def test_mfu_is_told_where_the_devices_are_in_a_table(tmp_path, step, monkeypatch):
+    monkeypatch.setattr(_rate, "chip_of", lambda kind: CHIPS["h100"])
+    out = io.StringIO()
+    trainer(tmp_path / "run", step, out=out).run()
+    told = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "step"]
+    # Forward, and back to the weights: two products of [8, 8] and [8, 4].
+    flops, peak = 2 * (2 * 8 * 8 * 4), 8 * CHIPS["h100"].flops["f32"]
+    for row in told:
+        assert row["mfu"] == pytest.approx(flops / row["seconds"] / peak)
+        assert row["rows_per_second"] == pytest.approx(8 / row["seconds"])
+    assert "MFU 0.0%" in out.getvalue()
 
 
 def test_a_run_in_a_thread_leaves_signals_alone(tmp_path, step, by_hand):

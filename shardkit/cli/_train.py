@@ -10,6 +10,8 @@ from ._command import Command, config_of
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.profile is not None:
+        arguments.overrides = [*arguments.overrides, f"train.profile={arguments.profile}"]
     config = config_of(arguments)
     if Target.parse(config.devices).kind not in ("local", "cpu"):
         why = "only a compiler knows these devices here; a run needs some that are there."
@@ -30,4 +32,12 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-TRAIN = Command("train", "train a decoder on text; without CONFIG the default run", _run)
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--profile",
+        metavar="FIRST:LAST",
+        help="trace these updates with jax.profiler, e.g. 10:15, into the run's folder",
+    )
+
+
+TRAIN = Command("train", "train a decoder on text; without CONFIG the default run", _run, _options)

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from .._errors import ConfigError, Problem, raise_all
+from ._profile import check_profile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,8 @@ class TrainConfig:
         `previous` whole one, which it says, or `stop`.
       on_save_error: what a run does when a checkpoint cannot be written: `stop`, or `go_on`
         without it, say so, and end with an error if the last one was lost.
+      sinks: where metrics go besides `metrics.jsonl`: `tensorboard`, `wandb`; each is an extra.
+      profile: updates to trace with `jax.profiler`, `10:15`; None for none.
     """
 
     steps: int = 400
@@ -53,6 +56,8 @@ class TrainConfig:
     resume: str = "auto"
     on_damage: Literal["previous", "stop"] = "previous"
     on_save_error: Literal["stop", "go_on"] = "stop"
+    sinks: tuple[str, ...] = ()
+    profile: str | None = None
 
     def __post_init__(self) -> None:
         """Refuses counts that no loop has."""
@@ -70,3 +75,4 @@ class TrainConfig:
             fix = "--set train.temperature=0.7"
             problems.append(Problem(f"train.temperature={self.temperature:g}", why, fix))
         raise_all(ConfigError, "The loop cannot run this way.", problems)
+        check_profile(self.profile, self.steps, 0)

@@ -79,7 +79,7 @@ class ShowProgress(Watcher):
     def _speed(self, numbers: Numbers) -> str:
         if numbers.each is None or numbers.data_each is None:
             return ""
-        took = f"{duration(numbers.each)} (data {duration(numbers.data_each)})"
+        took = f"{duration(numbers.each)}/step (data {duration(numbers.data_each)})"
         age = ""
         if self._saved is not None:
             ago = round(time.monotonic() - self._saved[1])

@@ -64,11 +64,13 @@ class Beginning:
     Attributes:
       wanted: folder that a new run would like, or the folder of the run that goes on.
       resumed: whether it goes on.
+      step: updates that it has behind it, if its newest checkpoint is whole.
       notes: what the user should know about the choice.
     """
 
     wanted: Path
     resumed: bool = False
+    step: int = 0
     notes: tuple[str, ...] = ()
 
 
@@ -98,7 +100,7 @@ def choose_beginning(wanted: Path, loop: TrainConfig, terms: Terms) -> Beginning
             said = "; ".join(f"{one.subject} {one.why}" for one in changed)
             notes.append(f"{folder} is unfinished with other settings ({said}); a new run begins.")
         else:
-            return Beginning(folder, True, tuple(notes))
+            return Beginning(folder, True, newest.step, tuple(notes))
     return Beginning(wanted, notes=tuple(notes[:1]))
 
 
@@ -115,7 +117,7 @@ def _named(folder: Path, terms: Terms) -> Beginning:
     problems = terms.differences(newest, _FREE_BY_NAME)
     headline = f"{count(len(problems), 'setting')} of {folder} cannot change on the way."
     raise_all(CheckpointError, headline, problems, "--set train.resume=never for a new run")
-    return Beginning(folder, True)
+    return Beginning(folder, True, newest.step)
 
 
 def _runs(wanted: Path) -> Iterator[Path]:

@@ -4,14 +4,33 @@ from rich.console import Console
 
 from ._config import TrainConfig
 from ._finite import StopAtNonFinite
+from ._profile import Profile, check_profile, parse_profile
 from ._progress import ShowProgress
 from ._rate import Rate
+from ._sinks import check_sinks, make_sinks
 from ._source import Describe
 from ._watch import Watcher
+
+
+def check_standing(config: TrainConfig, start: int) -> None:
+    """Refuses what a config asks of them and they cannot do, before anything is compiled.
+
+    Args:
+      config: of the run.
+      start: updates that it has behind it.
+
+    Raises:
+      ConfigError: a sink is unknown or not installed, or updates to trace are past.
+    """
+    check_sinks(config.sinks)
+    check_profile(config.profile, config.steps, start)
 
 
 def standing(
     config: TrainConfig, rate: Rate, describe: Describe, console: Console
 ) -> list[Watcher]:
     """Makes them: what may end the run is told first, what shows it last."""
-    return [StopAtNonFinite(), ShowProgress(console, config.log_every, describe, rate)]
+    watchers: list[Watcher] = [StopAtNonFinite(), *make_sinks(config.sinks, rate.columns)]
+    if config.profile is not None:
+        watchers.append(Profile(*parse_profile(config.profile, config.steps)))
+    return [*watchers, ShowProgress(console, config.log_every, describe, rate)]

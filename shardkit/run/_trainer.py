@@ -17,6 +17,7 @@ from ._live import Live
 from ._progress import describe_metrics
 from ._session import Opening
 from ._source import Data, Describe, Evaluate, Source, as_source
+from ._standing import check_standing
 from ._watch import Watcher
 
 
@@ -78,6 +79,7 @@ class Trainer:
         began = time.time()
         opening = self._opening(as_source(self.data))
         beginning = opening.choose(Path(self.folder))
+        check_standing(self.config, beginning.step)
         step, seconds = self._compiled()
         with opening.open(beginning, step, began, seconds) as session:
             show_layout(self.console, session.state)

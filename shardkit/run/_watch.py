@@ -107,8 +107,8 @@ class Watchers(Watcher):
         """Tells of the beginning and, to each that was told of it, of the end."""
         with contextlib.ExitStack() as stack:
             for one in self.each:
-                stack.push(lambda kind, error, trace, one=one: one.end(error))
                 one.begin(run, state)
+                stack.push(lambda kind, error, trace, one=one: one.end(error))
             yield
 
     def dispatched(self, step: int, state: Any, batch: Any) -> None:
