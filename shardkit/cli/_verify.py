@@ -88,7 +88,11 @@ def ragged_batches(config: Config, n: int = 2) -> list[dict[str, np.ndarray]]:
         weights = (rng.random(shape) < rng.random((shape[0], 1))).astype(np.float32)
         weights[: shape[0] // 2] = 0
         weights[-1] = 1  # however few the rows, one is valid
-        return {"inputs": tokens[0], "targets": tokens[1], "weights": weights}
+        made = {"inputs": tokens[0], "targets": tokens[1], "weights": weights}
+        if config.data.packing:
+            cuts = rng.random(shape) < 4 / shape[1]
+            made["segment_ids"] = 1 + np.cumsum(cuts, 1, dtype=np.int32)
+        return made
 
     return [one() for _ in range(n)]
 
