@@ -5,7 +5,10 @@ import pytest
 import tokenizers
 
 import shardkit as sk
-from shardkit.data import DataConfig, load_text
+from shardkit.cli import main
+from shardkit.data import DataConfig, load_text, open_shards, tokenize
+
+SIDES = ("train", "held_out")
 
 WORDS = {"<unk>": 0, "a": 1, "b": 2, "c": 3, "<|endoftext|>": 7}
 
@@ -42,6 +45,29 @@ def test_files_become_tokens_with_an_end_behind_each(folder, tokenizer):
     scored = [text.held_out_batch(i)["weights"].sum() for i in range(text.held_out_steps)]
     assert sum(scored) == text.held_out_tokens == text.held_out.size
     assert text.held_out_bytes > text.held_out_tokens
+
+
+def test_text_is_tokenized_once_into_shards_that_hold_the_same(folder, tokenizer, tmp_path):
+    (folder / "empty.txt").write_text("")
+    out = tmp_path / "out"
+    words = ["tokenize", str(folder), str(out), "--tokenizer", str(tokenizer), "--tokens", "200"]
+    assert main(words) == 0
+    shards = sorted(out.iterdir())
+    assert [path.name for path in shards] == [f"tokens-0000{i}.bin" for i in range(len(shards))]
+    assert len(shards) > 1
+    stream = open_shards(shards)
+    assert (stream.size, len(stream.ends), stream.end) == (3 * 210 + 20, 20, 7)
+    assert stream.vocabulary == 8
+    train, held_out = (getattr(load_text(config(folder, tokenizer)), s) for s in SIDES)
+    assert train.size + held_out.size == stream.size
+    again = load_text(DataConfig(path=str(out), length=4, batch=2), 8)
+    assert again.train.size + again.held_out.size == stream.size
+    with pytest.raises(sk.DataError, match=r"out +holds tokens-00000\.bin; nothing is written"):
+        tokenize(folder, out)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(sk.DataError, match=r"none +holds no text"):
+        tokenize(tmp_path / "none", tmp_path / "out2")
+    assert not (tmp_path / "out2").exists()
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(folder, tokenizer):

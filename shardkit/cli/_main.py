@@ -14,6 +14,7 @@ from ._checkpoint import CHECKPOINT
 from ._command import Command, add_shared
 from ._explain import EXPLAIN
 from ._launch import LAUNCH
+from ._tokenize import TOKENIZE
 from ._train import TRAIN
 from ._verify import VERIFY
 

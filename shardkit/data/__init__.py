@@ -12,6 +12,7 @@ from ._rows import Batch
 from ._shards import open_shards, write_tokens
 from ._stream import Stream
 from ._text import Text, load_text
+from ._tokenize import tokenize
 
 __all__ = [
     "BYTES",
@@ -37,5 +38,6 @@ __all__ = [
     "resume_step",
     "rows_of_shardings",
     "standard_library",
+    "tokenize",
     "write_tokens",
 ]

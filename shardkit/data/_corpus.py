@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import os
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .._errors import DataError, Problem, count, format_problems, raise_all
@@ -115,6 +115,22 @@ def read_corpus(path: str | Path, share: float = 0.05) -> Corpus:
     _check_is_text({root.name: text})
     cut = len(text) - round(share * len(text))
     return _checked(f"the file {root}", [text[:cut]], [text[cut:]], share)
+
+
+def documents(path: str | Path) -> Iterator[bytes]:
+    """Yields the files of a folder, or the one file, without holding them all.
+
+    Raises:
+      DataError: one is missing, unreadable or no text.
+    """
+    root = Path(path).expanduser()
+    folder = os.path.isdir(root)
+    if folder:
+        _check_is_data(root)
+    for file in [root / n for n in _relative_names(root, frozenset())] if folder else [root]:
+        text = _read(file)
+        _check_is_text({str(file): text})
+        yield text
 
 
 def shard_paths(path: str | Path) -> list[Path]:
