@@ -19,7 +19,7 @@ from ._train import TRAIN
 from ._verify import VERIFY
 
 # The command line is closed: a command is added here and nowhere else.
-COMMANDS: tuple[Command, ...] = (TRAIN, EXPLAIN, VERIFY, CHECKPOINT, LAUNCH)
+COMMANDS: tuple[Command, ...] = (TRAIN, EXPLAIN, VERIFY, CHECKPOINT, LAUNCH, TOKENIZE)
 
 # 75 is sysexits' EX_TEMPFAIL: nothing is wrong, try again later.
 _FAILED, _REFUSED, _STOPPED, _INTERRUPTED = 1, 2, 75, 130
