@@ -24,6 +24,8 @@ OPTIONS = {
     "verify": SHARED | {"--mesh", "--steps", "--mutations"},
     "checkpoint": {"-h", "--help", "--debug", "--values"},
     "explain": SHARED | {"--target", "--json", "--html", "--timeout"},
+    "launch": {"-h", "--help", "--debug", "-n", "--devices"},
+    "tokenize": {"-h", "--help", "--debug", "--tokenizer", "--tokens"},
 }
 
 

@@ -50,6 +50,8 @@ class FakeStep:
         self.events: list[str] = []
         self.bad_at = bad_at
 
+    rows = slice(None)
+
     def put(self, batch):
         return batch
 

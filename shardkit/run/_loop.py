@@ -18,6 +18,11 @@ _TAKEN = frozenset({"kind", "step", "time", "seconds", "data_seconds", "mfu"})
 class Step(Protocol):
     """What the loop needs of a compiled step."""
 
+    @property
+    def rows(self) -> Any:
+        """Rows of a global batch that this process feeds, as an index of its arrays."""
+        ...
+
     def put(self, batch: Any) -> Any:
         """Lays a host batch out on the mesh."""
         ...

@@ -81,7 +81,7 @@ def held_out_bits(step: Step, state: Any, text: Text, steps: Iterable[int]) -> t
     """
     scores: list[tuple[Any, int]] = []
     for i in steps:
-        loss = step.evaluate(state, step.put(text.held_out_batch(i)))["loss"]
+        loss = step.evaluate(state, step.put(text.held_out_batch(i, step.rows)))["loss"]
         scores.append((loss, text.held_out_weight(i)))
         if len(scores) > 1:
             float(scores[-2][0])  # one batch in flight, not the whole text
