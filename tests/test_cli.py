@@ -23,6 +23,7 @@ OPTIONS = {
     "train": SHARED | {"--profile"},
     "verify": SHARED | {"--mesh", "--steps", "--mutations"},
     "checkpoint": {"-h", "--help", "--debug", "--values"},
+    "plot": {"-h", "--help", "--debug", "--out"},
     "explain": SHARED | {"--target", "--json", "--html", "--timeout"},
     "launch": {"-h", "--help", "--debug", "-n", "--devices"},
     "tokenize": {"-h", "--help", "--debug", "--tokenizer", "--tokens"},

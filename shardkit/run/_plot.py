@@ -1,0 +1,122 @@
+"""Loss and speed of runs as a picture: PNG, SVG, or a page that needs nothing else."""
+
+import html
+import importlib.util
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .._errors import ConfigError, Problem, did_you_mean, format_problems
+from ._history import Curve, History, read_histories
+
+SUFFIXES = (".png", ".svg", ".html")
+# From so many updates on, single ones are drawn faintly behind their running median.
+_MANY = 60
+
+
+def plot_runs(folders: Sequence[Path], out: Path) -> list[str]:
+    """Draws runs into a file, which is replaced.
+
+    Args:
+      folders: of runs.
+      out: `.png`, `.svg` or `.html`.
+
+    Returns:
+      What the user should know of the files that were read.
+
+    Raises:
+      ConfigError: nothing can be drawn from a folder, or nothing written to the file.
+    """
+    _check(out)
+    histories = read_histories(folders)
+    figure = _draw(histories)
+    try:
+        if out.suffix == ".html":
+            out.write_text(_page(figure, histories))
+        else:
+            figure.savefig(out, dpi=150)
+    except OSError as error:
+        raise _refused(str(out), f"{error.strerror}.", "--out plot.png") from error
+    return [history.note for history in histories if history.note]
+
+
+def _check(out: Path) -> None:
+    if out.suffix not in SUFFIXES:
+        what = f"the suffix {out.suffix!r}" if out.suffix else "no suffix"
+        why = f"has {what}; known: {', '.join(SUFFIXES)}.{did_you_mean(out.suffix, SUFFIXES)}"
+        raise _refused(str(out), why, f"--out {out.with_suffix('.png')}")
+    if importlib.util.find_spec("matplotlib") is None:
+        why = "is drawn by the package matplotlib, which is not installed."
+        raise _refused(str(out), why, "pip install 'shardkit[plot]'")
+
+
+def _refused(subject: str, why: str, fix: str) -> ConfigError:
+    return ConfigError(format_problems("The picture cannot be made.", [Problem(subject, why, fix)]))
+
+
+def _draw(histories: Sequence[History]) -> Any:
+    from matplotlib.figure import Figure  # an extra
+
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    loss, speed = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    for number, history in enumerate(histories):
+        color = f"C{number}"
+        _line(loss, history.column("loss"), color, history.name)
+        _line(speed, history.speed, color)
+        held_out = history.evaluations
+        loss.plot(held_out.steps, held_out.values, "o", color=color, markeredgecolor="white")
+        for axes in (loss, speed):
+            for step in history.resumed:
+                axes.axvline(step, color=color, linestyle=":", linewidth=1)
+    _describe(loss, speed, histories)
+    return figure
+
+
+def _describe(loss: Any, speed: Any, histories: Sequence[History]) -> None:
+    """What is what: names, units, and marks that are there."""
+    if any(history.evaluations.steps for history in histories):
+        loss.plot([], [], "o", color="0.4", markeredgecolor="white", label="held out")
+    if any(history.resumed for history in histories):
+        loss.plot([], [], ":", color="0.4", label="resumed")
+    loss.set_ylabel("loss (nats)")
+    loss.legend(frameon=False)
+    units = " or ".join(dict.fromkeys(f"{history.unit}/s" for history in histories))
+    simulated = any(history.simulated for history in histories)
+    speed.set_ylabel(f"{units}\n(simulated CPU devices)" if simulated else units)
+    speed.set_xlabel("step")
+    speed.set_ylim(bottom=0)
+    for axes in (loss, speed):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+
+
+def _line(axes: Any, curve: Curve, color: str, label: str | None = None) -> None:
+    if len(curve.steps) < _MANY:
+        axes.plot(curve.steps, curve.values, color=color, label=label)
+        return
+    axes.plot(curve.steps, curve.values, color=color, alpha=0.25, linewidth=0.8)
+    axes.plot(curve.steps, _median(curve.values), color=color, label=label)
+
+
+def _median(values: Sequence[float]) -> np.ndarray:
+    """Running median over about a fortieth of a curve, which outliers do not bend."""
+    half = max(2, len(values) // 80)
+    padded = np.pad(np.asarray(values, float), half, mode="reflect")
+    windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1)
+    return np.median(windows, axis=1)
+
+
+def _page(figure: Any, histories: Sequence[History]) -> str:
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg")
+    picture = drawn.getvalue()
+    names = html.escape(", ".join(history.name for history in histories))
+    notes = "".join(f"<p>{html.escape(h.note)}</p>" for h in histories if h.note)
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{names}</title>'
+        "<style>body{font:14px sans-serif;margin:2em}svg{max-width:100%;height:auto}</style>"
+        f"<h1>{names}</h1>{picture[picture.index('<svg') :]}{notes}</html>\n"
+    )
