@@ -78,29 +78,35 @@ def layouts(draw):
     axes = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
     entry = draw(st.sampled_from([None, "data", "fsdp", ("data", "fsdp"), ("fsdp", "data")]))
     processes = draw(st.lists(st.integers(0, 7), min_size=8, max_size=8))
-    return axes, entry, processes, draw(st.integers(1, 3))
+    return axes, entry, processes, draw(st.integers(1, 3)), draw(st.integers(0, 2**32))
 
 
 @settings(max_examples=60, deadline=None)
 @given(layouts())
-def test_every_replica_group_holds_every_row_once_whatever_process_holds_its_devices(layout):
-    axes, entry, processes, each = layout
-    mesh, rows = mesh_of(**axes), 8 * each
-    spec = P(entry)
-    batch = np.arange(rows * 2).reshape(rows, 2)
-    held_by_device = {}
+def test_every_replica_group_reads_every_row_once_an_epoch_whatever_process_holds_its_devices(
+    layout,
+):
+    axes, entry, processes, each, seed = layout
+    mesh, rows, spec = mesh_of(**axes), 8 * each, P(entry)
+    examples = 2 * rows + 5  # an epoch that ends within a batch
+    data = sk.data.arrays({"id": np.arange(examples)}, rows, seed)
+    read_by = {d.id: [] for d in mesh.devices.flat}
     for process in set(processes):
         held = process_rows(mesh, spec, rows, process, lambda d: processes[d.id])
-        part = batch[held]
-        for device, index in NamedSharding(mesh, spec).devices_indices_map(batch.shape).items():
-            if processes[device.id] == process:
-                held_by_device[device.id] = cut_shard(part, held, rows, index)
+        index = NamedSharding(mesh, spec).devices_indices_map((rows,))
+        own = {d: where for d, where in index.items() if processes[d.id] == process}
         # Nothing is read that no device of the process holds.
-        own = [x[:, 0] // 2 for d, x in held_by_device.items() if processes[d] == process]
-        assert set(np.concatenate(own)) == set(held)
+        assert set(held) == {row for (where,) in own.values() for row in np.arange(rows)[where]}
+        for step in range(3):
+            part = data.batch(step, held)["id"]
+            for device, where in own.items():
+                read_by[device.id].append(cut_shard(part, held, rows, where))
+    order = np.concatenate([data.batch(step)["id"] for step in range(3)])
+    assert sorted(order[:examples]) == list(range(examples))
     names = entry if isinstance(entry, tuple) else (entry,) if entry else ()
     for group in replica_groups(mesh, names):
-        np.testing.assert_array_equal(np.concatenate([held_by_device[d] for d in group]), batch)
+        steps = [np.concatenate(each) for each in zip(*(read_by[d] for d in group), strict=True)]
+        np.testing.assert_array_equal(np.concatenate(steps), order)
 
 
 def replica_groups(mesh, names):

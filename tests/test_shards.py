@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 import shardkit as sk
+from shardkit.cli import main
 from shardkit.data import DataConfig, _shards, load_text, open_shards, write_tokens
+from shardkit.run import _train
 
 DOCUMENTS = [[5, 6, 7], [8], list(range(10, 30)), [299, 0, 1]]
 
@@ -183,3 +185,42 @@ def test_the_folder_of_a_run_and_files_that_are_no_text_are_refused(tmp_path):
     assert "Fix: text alone in data.path, or tokens made of it: sk.data.write_tokens" in str(
         error.value
     )
+
+
+def none(folder):
+    return folder / "none"
+
+
+def empty(folder):
+    return folder
+
+
+def cut(folder):
+    path = write_tokens(folder / "a.bin", DOCUMENTS, 300)
+    path.write_bytes(path.read_bytes()[:-40])
+    return path
+
+
+def past(folder):
+    np.save(folder / "a.npy", np.arange(1000))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        (none, "there is no such file or folder."),
+        (empty, "holds no bytes."),
+        (cut, "is truncated: its header says 27 tokens"),
+        (past, "token 256 is id 256; the vocabulary has 256 ids"),
+    ],
+)
+def test_bad_data_ends_a_run_before_it_has_a_folder_or_a_program(
+    path, said, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(_train, "compile_run", None)  # a compile would be another error
+    assert main(["train", "--set", f"data.path={path(tmp_path / 'data')}"]) == 2
+    assert said in capsys.readouterr().err
+    assert [one.name for one in tmp_path.iterdir()] == ["data"]

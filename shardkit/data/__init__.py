@@ -2,13 +2,13 @@
 
 from ._arrays import Arrays, Dataset, arrays
 from ._baselines import Baselines, measure_baselines
-from ._coder import BYTES, coder_of
+from ._coder import BYTES
 from ._config import DataConfig
-from ._corpus import Corpus, TokenCorpus, read_corpus, standard_library
+from ._corpus import Corpus, read_corpus, standard_library
 from ._loader import Loader
 from ._position import Data, resume_step
 from ._process import place_rows, process_rows, rows_of_shardings
-from ._rows import Batch
+from ._rows import Batch, segment_positions
 from ._shards import open_shards, write_tokens
 from ._stream import Stream
 from ._text import Text, load_text
@@ -26,9 +26,7 @@ __all__ = [
     "Loader",
     "Stream",
     "Text",
-    "TokenCorpus",
     "arrays",
-    "coder_of",
     "load_text",
     "measure_baselines",
     "open_shards",
@@ -37,6 +35,7 @@ __all__ = [
     "read_corpus",
     "resume_step",
     "rows_of_shardings",
+    "segment_positions",
     "standard_library",
     "tokenize",
     "write_tokens",

@@ -27,9 +27,10 @@ class Loader:
             for batch in batches:
                 state, metrics = step(state, batch)
 
-    Every process makes only the rows that its devices hold, and what any process makes of a
-    batch does not depend on how many there are. Batches are neither lost nor made twice: the
-    next one is always that of `position`, however far ahead was read.
+    `sk.Trainer` takes one as its data. Every process makes only the rows that its devices hold,
+    and what any process makes of a batch does not depend on how many there are. Batches are
+    neither lost nor made twice: the next one is always that of `state`, however far ahead was
+    read.
 
     An error of the data is raised for the batch that it is in, after all batches before it.
     """

@@ -152,6 +152,26 @@ def best_fit(sizes: np.ndarray, room: int) -> np.ndarray:
     return bins
 
 
+def segment_positions(segment_ids: np.ndarray) -> np.ndarray:
+    """Counts positions within each segment, for models that look positions up.
+
+    The reference decoder does not need them: its rotary embedding sees differences alone.
+
+    Args:
+      segment_ids: integers[n, length], equal within a segment and different in the next one.
+
+    Returns:
+      i32[n, length], from 0 in every segment.
+
+    >>> segment_positions(np.array([[1, 1, 2, 2, 2, 0, 0], [5, 5, 5, 5, 5, 5, 6]]))
+    array([[0, 1, 0, 1, 2, 0, 1],
+           [0, 1, 2, 3, 4, 5, 0]], dtype=int32)
+    """
+    at = np.arange(segment_ids.shape[1], dtype=np.int32)
+    begins = np.diff(segment_ids, axis=1, prepend=segment_ids[:, :1] - 1) != 0
+    return at - np.maximum.accumulate(np.where(begins, at, 0), axis=1)
+
+
 def segments(stream: Stream, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of positions of a stream: the document, counted from the row's first, and what counts.
 

@@ -47,7 +47,7 @@ class Terms:
         position = self.data.position(saved.step)
         # Another way to cut the text is told above, by its setting.
         if not problems and saved.data != position:
-            why = f"is not what the run read: {saved.data}, now {position}"
+            why = f"is not what the run read: {_changes(saved.data, position)}"
             problems.append(Problem(str(self.data), why, "the data as it was"))
         return problems
 
@@ -152,3 +152,10 @@ def _flat(tree: Mapping[str, Any], below: str = "") -> dict[str, Any]:
         inner = isinstance(value, Mapping)
         rows |= _flat(value, f"{below}{name}.") if inner else {f"{below}{name}": value}
     return rows
+
+
+def _changes(before: Any, now: Any) -> str:
+    if not isinstance(before, Mapping) or not isinstance(now, Mapping):
+        return f"{before}, now {now}"
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return ", ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in names)
