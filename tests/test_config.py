@@ -176,7 +176,7 @@ def test_what_cannot_be_read_is_told_before_what_a_group_refuses():
         ("strategy=fsdp(", "expected ready strategies such as data|tensor(sequence=True)"),
         ("strategy=__import__('os')", "expected ready strategies such as"),
         ("mesh=data", "expected axis=size,axis=size, got 'data'."),
-        ("mesh=data=2,dcn=2", "slices (dcn) are declared in a config file, in Python."),
+        ("mesh=data=2,dcn=2", "slices are given by axis: dcn.data=2."),
         ("train=5", "is a group of fields, set one of them: steps, seed, "),
         ("train.seed=abc", "expected int, got 'abc'."),
         ("optimizer.name=adam", "expected 'adamw' or 'lion' or 'muon' or 'sgd', got 'adam'."),

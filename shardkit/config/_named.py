@@ -41,19 +41,25 @@ def named_strategy(text: str) -> Strategy:
 
 
 def short_mesh(text: str) -> MeshSpec:
-    """Reads axes and sizes.
+    """Reads axes and sizes; `dcn.axis` is the number of slices or hosts that an axis crosses.
 
     >>> short_mesh("fsdp=4,tensor=2")
     MeshSpec(fsdp=4, tensor=2)
+    >>> short_mesh("data=2,tensor=4,dcn.data=2").shape
+    {'data': 4, 'tensor': 4}
     """
     pairs = [part.partition("=") for part in text.split(",")]
     sizes = {axis.strip(): size for axis, _, size in pairs}
     if not all(axis and _is_int(size) for axis, size in sizes.items()):
         raise BadValue(f"expected axis=size,axis=size, got {text!r}.")
     if "dcn" in sizes:
-        raise BadValue("slices (dcn) are declared in a config file, in Python.")
-    whole: dict[str, Any] = {axis: int(size) for axis, size in sizes.items()}
-    return MeshSpec(**whole)
+        raise BadValue("slices are given by axis: dcn.data=2.")
+    slices = {axis: int(n) for axis, n in sizes.items() if axis.startswith(_SLICES)}
+    whole: dict[str, Any] = {axis: int(n) for axis, n in sizes.items() if axis not in slices}
+    return MeshSpec(dcn={axis.removeprefix(_SLICES): n for axis, n in slices.items()}, **whole)
+
+
+_SLICES = "dcn."
 
 
 def _is_int(text: str) -> bool:
