@@ -9,6 +9,7 @@ import pytest
 from shardkit.inspect import Program, model_time, read_ledger
 from shardkit.inspect._collectives import SPELLED, find
 from shardkit.inspect._hlo import parse
+from shardkit.inspect._slices import Slices
 
 from ._programs import recorded, ring
 
@@ -84,7 +85,7 @@ def test_a_chain_hides_behind_the_compute_of_its_steps(texts, ledgers):
 @pytest.mark.parametrize("name", MESHES)
 def test_every_collective_of_the_text_is_visited(name, texts):
     module = parse(texts[name])
-    found, problems = find(module, MESHES[name])
+    found, problems = find(module, Slices(MESHES[name], {}))
     assert problems == []
     unquoted = re.sub(r'"(?:[^"\\]|\\.)*"', '""', texts[name])
     places = {place for one in found for place in one.places}

@@ -155,12 +155,11 @@ def test_an_operation_without_an_estimate_counts_as_its_traffic_and_is_named():
 def test_axes_that_cross_slices_or_leave_an_nvlink_domain_go_over_the_network():
     assert Links(V5P, MESH).bandwidth(["fsdp"]) == 2 * V5P.link
     assert Links(V5P, MESH).bandwidth(["fsdp", "tensor"]) == 4 * V5P.link
-    assert Links(V5P, MESH, ("fsdp",)).bandwidth(["fsdp", "tensor"]) == V5P.network
+    two = Links(CHIPS["h100"], MESH, ("fsdp",))
+    assert two.bandwidth(["fsdp", "tensor"]) == CHIPS["h100"].network
     gpu = Links(CHIPS["h100"], (("data", 4), ("tensor", 8)))
     assert gpu.bandwidth(["tensor"]) == CHIPS["h100"].link
     assert gpu.bandwidth(["data"]) == CHIPS["h100"].network
-    slow = played(main(all_reduce("b", "x")), dcn=("ring",))
-    assert slow.exposed == pytest.approx(6 * V5P.latency + 1.5 * 4 * PIECE / V5P.network)
 
 
 def test_the_recorded_program_is_its_cycles_and_its_ledger():

@@ -1,12 +1,15 @@
 """Walks a compiled program from its entry and finds every collective it executes."""
 
 import dataclasses
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from ._groups import Span, read_groups, read_pairs, span_of_groups, span_of_pairs
 from ._hlo import Computation, Instruction, Module, Shape
+from ._origin import Origins
 from ._scope import scope_of
+from ._slices import Slices, arrival, crosses, kind_between
 from ._trips import Loops
 
 KINDS = (
@@ -38,6 +41,7 @@ class Found:
     """A collective and how the program reaches it; see `Row` for the words.
 
     Attributes:
+      dcn: it goes between slices.
       steps: where else it is spelled: the TPU compiler moves a collective on in pieces, behind
         the compute of a chain of fusions each of which holds a copy of it.
     """
@@ -51,6 +55,7 @@ class Found:
     conditional: bool
     overlapped: bool
     op_name: str
+    dcn: bool = False
     steps: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -74,9 +79,9 @@ class _Path:
     op_name: str = ""
 
 
-def find(module: Module, mesh: Sequence[tuple[str, int]]) -> tuple[list[Found], list[str]]:
+def find(module: Module, slices: Slices) -> tuple[list[Found], list[str]]:
     """Finds the collectives of a program, and what of it could not be read."""
-    walk = _Walk(module, mesh)
+    walk = _Walk(module, slices)
     found = list(walk.computation(module.entry, _Path())) if module.entry else []
     reached = {place for one in found for place in one.places} | walk.unread
     for computation in module.computations.values():
@@ -89,6 +94,8 @@ def find(module: Module, mesh: Sequence[tuple[str, int]]) -> tuple[list[Found], 
 
 def kind_of(instruction: Instruction) -> str | None:
     """The collective that an instruction starts; None if it is none, or only ends one."""
+    if crosses(instruction):
+        return kind_between(instruction)
     base = instruction.opcode.removesuffix("-start")
     return base if base in KINDS else None
 
@@ -96,10 +103,15 @@ def kind_of(instruction: Instruction) -> str | None:
 class _Walk:
     """Follows calls through one module, multiplying trips on the way."""
 
-    def __init__(self, module: Module, mesh: Sequence[tuple[str, int]]) -> None:
+    def __init__(self, module: Module, slices: Slices) -> None:
         self._module = module
-        self._mesh = mesh
+        self._slices = slices
+        # The program of several slices is that of one, and numbers only its devices.
+        devices = math.prod(size for _, size in slices.inside)
+        self._of_slice = bool(slices.dcn) and module.num_partitions == devices
+        self._mesh = slices.inside if self._of_slice else slices.mesh
         self._loops = Loops(module)
+        self._origins = Origins(module)
         self.problems: list[str] = []
         self.unread: set[tuple[str, str]] = set()
 
@@ -130,7 +142,7 @@ class _Walk:
         if instruction.opcode.endswith(("-done", "-update")):
             return False
         if instruction.opcode == "send":
-            return "_xla_send_recv_source_target_pairs" in instruction.rest
+            return crosses(instruction) or "_xla_send_recv_source_target_pairs" in instruction.rest
         return "replica_groups=" in instruction.rest or "source_target_pairs=" in instruction.rest
 
     def _called(self, call: Instruction, here: Computation, path: _Path) -> Iterator[Found]:
@@ -140,7 +152,7 @@ class _Walk:
         known = call.opcode in _RUNS or call.opcode.endswith("-start")
         inner = dataclasses.replace(
             path,
-            op_name=call.op_name or path.op_name,
+            op_name=call.op_name or self._origins.of(call, here) or path.op_name,
             conditional=path.conditional or call.opcode == "conditional",
             overlapped=path.overlapped or self._overlapped(call, here),
         )
@@ -170,7 +182,8 @@ class _Walk:
     ) -> Found | None:
         try:
             span = self._span(kind, instruction)
-            operands = tuple(s for name in instruction.operands for s in _shapes(here, name))
+            shapes = [s for name in instruction.operands for s in _shapes(here, name)]
+            operands = tuple(shape for shape in shapes if shape.dtype != "token")
         except ValueError as error:
             self.problems.append(f"{kind} {instruction.name}: {error}")
             self.unread.add((here.name, instruction.name))
@@ -187,11 +200,18 @@ class _Walk:
             trips=path.trips,
             conditional=path.conditional,
             overlapped=path.overlapped or self._overlapped(instruction, here),
-            op_name=instruction.op_name or path.op_name,
+            op_name=instruction.op_name or self._origins.of(instruction, here) or path.op_name,
+            dcn=crosses(instruction),
         )
 
     def _span(self, kind: str, instruction: Instruction) -> Span:
         """Mesh axes of a collective."""
+        if crosses(instruction):
+            return self._slices.between(instruction)
+        found = self._span_of_devices(kind, instruction)
+        return self._slices.within(found) if self._of_slice else found
+
+    def _span_of_devices(self, kind: str, instruction: Instruction) -> Span:
         attrs = instruction.attrs
         if kind == "collective-permute":
             pairs = read_pairs(attrs["source_target_pairs"])
@@ -208,11 +228,12 @@ class _Walk:
 
     def _overlapped(self, start: Instruction, here: Computation) -> bool:
         """Whether the schedule runs compute between a `-start` and its `-done`."""
-        if not (start.opcode.endswith("-start") and self._module.scheduled):
+        sent = arrival(start, here) if crosses(start) else None
+        if not (self._module.scheduled and (sent or start.opcode.endswith("-start"))):
             return False
         names = list(here.instructions)
         between = False
-        pending = {start.name}
+        pending = {sent or start.name}
         for name in names[names.index(start.name) + 1 :]:
             instruction = here.instructions[name]
             if pending & set(instruction.operands):

@@ -45,6 +45,8 @@ def _reasons(
         yield "sent again by recomputation", 1.0
     elif kind.startswith("tensor"):
         yield from _of_tensor(row, kind, rows, declared)
+    elif kind == "data" and row.kind == "all-reduce" and not (row.whole or row.dcn):
+        yield "of gradients all-reduced inside of each slice, where a reduce-scatter would do", 0.5
     elif kind in ("fsdp", "zero"):
         if row.kind == "all-reduce" and row.phase != "forward":
             yield "of gradients all-reduced, where a reduce-scatter would do", 0.5

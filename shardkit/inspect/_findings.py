@@ -101,7 +101,7 @@ def _unexplained_collective(facts: Facts) -> Iterator[Finding]:
     groups: dict[tuple[str, tuple[str, ...], str], list[Row]] = {}
     for row in facts.ledger:
         known = all(
-            row.kind in explains.get(axis, ()) or _stands_for(row, explains.get(axis, ()))
+            row.kind in explains.get(axis, ()) or _stands_for(row, explains.get(axis, ()), facts)
             for axis in row.axes
         )
         if not known and row.payload_bytes > SMALL and not row.by_optimizer:
@@ -119,8 +119,16 @@ def _unexplained_collective(facts: Facts) -> Iterator[Finding]:
         )
 
 
-def _stands_for(row: Row, kinds: frozenset[str] | tuple[()]) -> bool:
-    """A windowed permute does the work of a gather or a scatter."""
+def _stands_for(row: Row, kinds: frozenset[str] | tuple[()], facts: Facts) -> bool:
+    """Whether what the compiler wrote does the work of a collective that is accounted for.
+
+    A windowed permute does that of a gather or a scatter. An all-reduce between slices is a
+    scatter in each, an all-reduce between them, and a gather in each.
+    """
+    if row.kind in ("reduce-scatter", "all-gather") and set(row.axes) & set(
+        dict(facts.program.dcn)
+    ):
+        return "all-reduce" in kinds
     return row.windowed and bool({"all-gather", "reduce-scatter", "all-reduce"} & set(kinds))
 
 

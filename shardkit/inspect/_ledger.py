@@ -10,6 +10,7 @@ from .._tree import format_bytes
 from ._collectives import KINDS, SPELLED, Found, find
 from ._hlo import Module, parse
 from ._scope import combines, paths_of, phase_of
+from ._slices import Slices
 
 Axes = tuple[str, ...]
 
@@ -47,6 +48,7 @@ class Row:
       phases: phase that each of `operands` comes from; the row's own is that of the most bytes.
       by_optimizer: the optimizer's own arithmetic sends it: a product, sum or norm over dims that
         the mesh splits. No gradient is reduced by it, and no parallelism asks for it.
+      dcn: goes between TPU slices, whose part in a collective is a row of its own.
     """
 
     kind: str
@@ -68,12 +70,13 @@ class Row:
     op_name: str
     phases: tuple[str, ...] = ()
     by_optimizer: bool = False
+    dcn: bool = False
 
     def __str__(self) -> str:
         """Returns `all-reduce over data of f32 1.00 KiB ×3 in mlp (backward)`."""
         trips = "×?" if self.trips is None else f"×{self.trips}"
         where = f" in {self.scope}" if self.scope else ""
-        axes = ", ".join(self.axes) or "no axis"
+        axes = (", ".join(self.axes) or "no axis") + (" between slices" if self.dcn else "")
         size = format_bytes(self.payload_bytes)
         return f"{self.kind} over {axes} of {self.dtype} {size} {trips}{where} ({self.phase})"
 
@@ -191,22 +194,31 @@ def wire_bytes(kind: str, payload: int, group: int) -> float:
     return float(payload) if kind in ("collective-permute", "collective-broadcast") else share
 
 
-def read_ledger(hlo: str, mesh: Sequence[tuple[str, int]]) -> Ledger:
+def read_ledger(
+    hlo: str, mesh: Sequence[tuple[str, int]], dcn: Sequence[tuple[str, int]] = ()
+) -> Ledger:
     """Reads the collectives of a compiled program.
 
     Args:
       hlo: `compiled.as_text()`.
       mesh: names and sizes of the mesh axes, in the mesh's order.
+      dcn: names of the axes that cross slices, and how many slices lie along each.
     """
-    return ledger_of(parse(hlo), hlo, mesh)
+    return ledger_of(parse(hlo), hlo, mesh, dcn)
 
 
-def ledger_of(module: Module, hlo: str, mesh: Sequence[tuple[str, int]]) -> Ledger:
+def ledger_of(
+    module: Module,
+    hlo: str,
+    mesh: Sequence[tuple[str, int]],
+    dcn: Sequence[tuple[str, int]] = (),
+) -> Ledger:
     """Reads the collectives of a program that is parsed already; see `read_ledger`."""
-    found, problems = find(module, mesh)
+    found, problems = find(module, Slices(tuple(mesh), dict(dcn)))
     rows = tuple(row for one in found for row in _rows(one))
     spelled = len(SPELLED.findall(_without_strings(hlo)))
-    distinct = len({place for one in found for place in one.places})
+    # What goes between slices is spelled as a transfer to the host.
+    distinct = len({place for one in found if not one.dcn for place in one.places})
     if spelled > distinct:
         missing = spelled - distinct
         problems.append(f"{missing} of {spelled} collectives in the text were not read")
@@ -247,11 +259,13 @@ def _rows(found: Found) -> Iterator[Row]:
             group=found.span.size,
             whole=found.span.whole,
             operands=tuple(map(str, shapes)),
-            windowed=found.kind == "collective-permute" and "ppermute" not in found.op_name,
+            windowed=found.kind == "collective-permute"
+            and not (found.dcn or "ppermute" in found.op_name),
             conditional=found.conditional,
             computation=found.computation,
             name=found.instruction.name,
             op_name=found.op_name,
             phases=tuple(phase_of(path) for _, path in sent),
             by_optimizer=phase == "update" and combines(heaviest),
+            dcn=found.dcn,
         )

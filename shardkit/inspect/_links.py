@@ -38,10 +38,13 @@ class Links:
         if row.group < 2:
             return 0.0
         sent = wire_bytes(row.kind, row.payload_bytes, row.group)
-        if row.kind.endswith("all-to-all") and self.chip.torus_dims and not self.slow(row.axes):
+        slow = row.dcn or self.slow(row.axes)
+        if row.kind.endswith("all-to-all") and self.chip.torus_dims and not slow:
             sent = row.group / 4 * row.payload_bytes
         hops = {"all-reduce": 2 * (row.group - 1), "collective-permute": 1}
         latency = self.chip.latency * hops.get(row.kind, row.group - 1)
+        if slow:
+            return latency + sent / self.chip.network
         return latency + sent / self.bandwidth(row.axes, row.kind == "collective-permute")
 
     def bandwidth(self, axes: Sequence[str], one_way: bool = False) -> float:
@@ -59,7 +62,12 @@ class Links:
         return self.chip.link * (1 if one_way else 2 * rings)
 
     def slow(self, axes: Sequence[str]) -> bool:
-        """Whether mesh axes go over the network between hosts or slices."""
+        """Whether mesh axes go over the network between hosts.
+
+        TPUs keep what goes between slices apart from what stays in each: see `Row.dcn`.
+        """
+        if self.chip.torus_dims:
+            return False
         if set(axes) & set(self.dcn):
             return True
         return self.chip.domain is not None and self._reach(axes) > self.chip.domain

@@ -200,7 +200,8 @@ class Program:
         persistent cache, where the compiler says nothing.
       compiles: how often the step was compiled so far.
       declared: what the strategy explains.
-      dcn: mesh axes that cross slices, over the network between hosts.
+      dcn: mesh axes that cross slices, over the network between hosts, and how many slices lie
+        along each.
       seconds: wall time of what was done to make it: `trace`, `lower`, `compile`.
     """
 
@@ -215,7 +216,7 @@ class Program:
     log_complete: bool = True
     compiles: int = 1
     declared: Declared = dataclasses.field(default_factory=Declared)
-    dcn: tuple[str, ...] = ()
+    dcn: tuple[tuple[str, int], ...] = ()
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property

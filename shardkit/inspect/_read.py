@@ -17,7 +17,7 @@ from ._timeline import model_time
 def read(program: Program, chip: str | None = None) -> dict[str, Any]:
     """Returns the fields of the `Report` of a compiled step, its time modelled for a chip."""
     start, sizes = time.perf_counter(), program.sizes
-    ledger = ledger_of(program.module, program.hlo, program.mesh)
+    ledger = ledger_of(program.module, program.hlo, program.mesh, program.dcn)
     memory = read_memory(program)
     flops = None if program.jaxpr is None else count_flops(program.jaxpr)
     rows_over = {axis for x in program.leaves if x.part == "batch" for axis in x.axes()}

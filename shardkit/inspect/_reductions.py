@@ -34,7 +34,8 @@ def gradient_reductions(
     gradients = {_gradient(leaf, axis, sizes) for leaf in params}
     found = []
     for row in ledger.where(axis):
-        if row.kind not in REDUCING:
+        # Between slices goes the rest of what each reduced inside, unless there was nothing to.
+        if row.kind not in REDUCING or (row.dcn and not row.whole):
             continue
         scale = (row.trips or 1) / _ways(splitting & set(row.axes), axis, sizes)
         arrays = [

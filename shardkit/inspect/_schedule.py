@@ -15,6 +15,7 @@ from ._hlo import Computation, Instruction, Module
 from ._ledger import Axes, Ledger, Row
 from ._links import Links
 from ._scope import phase_of, scope_of
+from ._slices import arrival, crosses
 from ._traffic import traffic
 from ._trips import Loops
 
@@ -159,6 +160,9 @@ class Schedule:
             end = max(end, wires.send(start, row, seconds))
         if instruction.opcode.endswith("-start"):
             wires.ends[instruction.name] = (end, key)
+            return
+        if crosses(instruction):
+            wires.ends[arrival(instruction, here) or instruction.name] = (end, key)
             return
         self._compute(played, here, instruction)
         # An overlapped fusion starts a chain that goes on behind the compute of its other steps.

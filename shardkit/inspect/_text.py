@@ -136,7 +136,7 @@ def _collectives(report: "Report") -> Iterator[RenderableType]:
         marks += ["part"] * (not row.whole)
         table.add_row(
             row.kind,
-            ", ".join(row.axes),
+            ", ".join(row.axes) + (" between slices" if row.dcn else ""),
             f"{row.dtype} {format_bytes(row.payload_bytes)}",
             "?" if row.trips is None else str(row.trips),
             format_bytes(row.wire_bytes),

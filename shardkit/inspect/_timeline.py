@@ -164,7 +164,7 @@ def model_time(
     module = program.module
     if device is None or not module.entry:
         return None
-    links = Links(device, program.mesh, program.dcn)
+    links = Links(device, program.mesh, tuple(dict(program.dcn)))
     n = max(1, module.num_partitions)
     rate, at = _peak(device, program.declared.compute_dtype)
     products = flops.total / n / rate if flops else None

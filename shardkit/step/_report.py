@@ -42,13 +42,17 @@ def inspected(declaration: Declaration, layout: Layout, made: Executable) -> Pro
     )
 
 
-def _dcn(mesh: Mesh) -> tuple[str, ...]:
-    """Mesh axes along which the slice changes."""
+def _dcn(mesh: Mesh) -> tuple[tuple[str, int], ...]:
+    """Mesh axes along which the slice changes, and slices along each."""
     # `slice_index` exists only on devices that know of slices.
     slices = np.vectorize(lambda device: getattr(device, "slice_index", 0))(mesh.devices)
-    return tuple(
-        axis for dim, axis in enumerate(mesh.axis_names) if np.diff(slices, axis=dim).any()
-    )
+    along = [len(np.unique(_line(slices, dim))) for dim in range(slices.ndim)]
+    return tuple((axis, n) for axis, n in zip(mesh.axis_names, along, strict=True) if n > 1)
+
+
+def _line(grid: np.ndarray, dim: int) -> np.ndarray:
+    """The first line of a grid along one dim."""
+    return np.moveaxis(grid, dim, 0).reshape(grid.shape[dim], -1)[:, 0]
 
 
 def _arguments(declaration: Declaration, layout: Layout) -> Iterator[Placed]:

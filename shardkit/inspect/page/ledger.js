@@ -34,7 +34,10 @@ function draw_ledger() {
       value: (row) => row.kind,
       show: (row) => opener(row.kind, () => details(row), 9),
     },
-    { title: "axes", value: (row) => joined(row.axes) },
+    {
+      title: "axes",
+      value: (row) => joined(row.axes) + (row.dcn ? " between slices" : ""),
+    },
     { title: "dtype", value: (row) => row.dtype },
     {
       title: "payload",

@@ -1,0 +1,83 @@
+"""Where an instruction came from that has no path of its own.
+
+The compiler for several TPU slices cuts a collective into those inside of a slice and those between
+them, and none of these keeps the path of the whole.
+"""
+
+from collections.abc import Callable, Iterable
+
+from ._hlo import Computation, Instruction, Module
+from ._slices import departure
+
+_FAR = 64
+_NEUTRAL = frozenset({"parameter", "constant", "after-all", "partition-id", "replica-id", "iota"})
+_Onward = Callable[[Instruction], Iterable[str]]
+
+
+class Origins:
+    """Finds the paths of instructions that have none."""
+
+    def __init__(self, module: Module) -> None:
+        self._module = module
+
+    def of(self, instruction: Instruction, here: Computation) -> str:
+        """The path of what made the operands; of what uses the result where that tells nothing.
+
+        Args:
+          instruction: has no path itself.
+          here: the computation that it stands in.
+
+        Returns:
+          One path for all operands, or one for each, joined as XLA joins them; "" if none is
+          found.
+        """
+        operands = [name for name in instruction.operands if self._is_array(name, here)]
+        made = [self._nearest([name], here, _operands(here)) for name in operands]
+        paths = [path for path in made if path]
+        if not paths:
+            users = _users(here)
+            return self._nearest(users(instruction), here, users)
+        if len(paths) < len(made) or len(set(paths)) == 1:
+            return paths[0]
+        return ";".join(paths)
+
+    def _is_array(self, name: str, here: Computation) -> bool:
+        return name in here.instructions and here.instructions[name].opcode not in _NEUTRAL
+
+    def _nearest(self, names: Iterable[str], here: Computation, onward: _Onward) -> str:
+        """The path of the nearest instruction that has one, level by level."""
+        level, seen = list(names), set[str]()
+        while level and len(seen) < _FAR:
+            found = [here.instructions[name] for name in level if self._is_array(name, here)]
+            for path in filter(None, map(self._path, found)):
+                return path
+            seen.update(one.name for one in found)
+            level = [name for one in found for name in onward(one) if name not in seen]
+        return ""
+
+    def _path(self, instruction: Instruction) -> str:
+        """Its own path, or that of the result of a fusion without one."""
+        if instruction.op_name or instruction.opcode != "fusion":
+            return instruction.op_name
+        for _, callee in instruction.calls:
+            inner = self._module.computations.get(callee)
+            roots = [one.name for one in inner.instructions.values() if one.root] if inner else []
+            if inner and (path := self._nearest(roots, inner, _operands(inner))):
+                return path
+        return ""
+
+
+def _operands(here: Computation) -> _Onward:
+    """What made an instruction's operands; for what comes from another slice, what was sent."""
+
+    def operands(of: Instruction) -> Iterable[str]:
+        return departure(of, here) if of.opcode == "recv" else of.operands
+
+    return operands
+
+
+def _users(here: Computation) -> _Onward:
+    def users(of: Instruction) -> list[str]:
+        return [one.name for one in here.instructions.values() if of.name in one.operands]
+
+    return users

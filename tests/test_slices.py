@@ -1,0 +1,114 @@
+"""What goes between TPU slices: a recorded program of 4 slices of 2 x 2 v5e, mesh a=2, b=2, c=4."""
+
+import numpy as np
+import pytest
+
+from shardkit.hardware import CHIPS
+from shardkit.inspect import Program, Report, read_ledger
+from shardkit.inspect._links import Links
+from shardkit.inspect._program import Declared, explained_by
+from shardkit.step._report import _dcn
+
+from ._programs import recorded
+
+MESH, DCN = (("a", 2), ("b", 2), ("c", 4)), (("a", 2), ("b", 2))
+V = 4 * 8 * 1024  # bytes that each device holds of f32[128,1024]
+# What each of the six operations of the program becomes: kind, axes, between slices, wire bytes.
+ROWS = {
+    "one": [
+        ("all-reduce", ("c",), False, 2 * 3 * V // 4),  # psum over b and c: first in each slice,
+        ("all-reduce", ("b",), True, 2 * V // 4 // 2),  # then a quarter of it between two slices,
+        ("all-gather", ("c",), False, 3 * V // 4),  # then the quarters in each slice again
+    ],
+    "two": [("all-gather", ("a",), True, V)],
+    "three": [("reduce-scatter", ("b",), True, V // 2)],
+    "four": [("all-to-all", ("b",), True, V // 2)],
+    "five": [("collective-permute", ("a",), True, V)],
+    "six": [("all-reduce", ("a", "b"), True, 2 * 3 * V // 4)],
+}
+
+
+@pytest.fixture(scope="module")
+def text():
+    return recorded("tpu_v5e_slices")
+
+
+@pytest.fixture(scope="module")
+def ledger(text):
+    return read_ledger(text, MESH, DCN)
+
+
+@pytest.mark.parametrize("scope", ROWS)
+def test_what_crosses_slices_is_in_the_ledger_with_the_scope_it_came_from(ledger, scope):
+    found = [(row.kind, row.axes, row.dcn, row.wire_bytes) for row in ledger if row.scope == scope]
+    assert found == ROWS[scope]
+
+
+def test_every_row_was_read(ledger):
+    assert ledger.complete
+    assert len(ledger) == sum(map(len, ROWS.values()))
+    assert "over b between slices of f32 8.00 KiB" in str(ledger[1])
+
+
+def test_without_the_slices_the_text_is_not_understood(text):
+    assert not read_ledger(text, MESH).complete
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("ALL_TO_ALL", "SHUFFLE", "send send.3: an unknown kind of collective"),
+        ("_xla_megascale_target", "_xla_goal", "it does not say which slices it goes between"),
+    ],
+)
+def test_what_cannot_be_read_makes_the_totals_lower_bounds(text, old, new, problem):
+    ledger = read_ledger(text.replace(old, new), MESH, DCN)
+    assert any(problem in one for one in ledger.problems)
+
+
+def test_rows_between_slices_go_over_the_network(ledger):
+    chip = CHIPS["v5e"]
+    links = Links(chip, MESH, ("a", "b"))
+    inside, between = ledger[0], ledger[1]
+    assert links.seconds(between) == pytest.approx(2 * chip.latency + V // 4 / chip.network)
+    assert links.seconds(inside) < 7 * chip.latency + 1.5 * V / chip.link
+
+
+def reported(text, **fields):
+    made = Program(text, MESH, "tpu", "TPU v5 lite", dcn=DCN, **fields)
+    return Report.of(made)
+
+
+def test_the_schedule_waits_where_the_result_arrives(text, ledger):
+    timeline = reported(text).timeline
+    assert not [one for one in timeline.problems if "in no schedule" in one]
+    links = Links(CHIPS["v5e"], MESH, ("a", "b"))
+    wire = sum(links.seconds(row) for row in ledger)
+    assert sum(timeline.communication.values()) == pytest.approx(wire)
+    assert all(row.overlapped for row in ledger if row.dcn)
+
+
+def test_the_parts_of_an_all_reduce_are_explained_by_data_parallelism(text):
+    kinds = {"a": "data", "b": "data"}
+    declared = Declared(explains=explained_by(kinds), kinds=kinds)
+    scopes = {
+        one.scope
+        for one in reported(text, declared=declared).findings
+        if one.kind == "unexplained_collective"
+    }
+    # What is over `c` alone, and what no data parallelism sends.
+    assert {"four", "five"} <= scopes
+    assert not {"three", "six"} & scopes
+
+
+def test_slices_are_counted_along_each_axis():
+    class Device:
+        def __init__(self, slice_index):
+            self.slice_index = slice_index
+
+    grid = np.array([Device(n // 4) for n in range(16)]).reshape(2, 8)
+
+    class Grid:
+        devices, axis_names = grid, ("x", "y")
+
+    assert _dcn(Grid) == (("x", 2), ("y", 2))
