@@ -58,15 +58,17 @@ ROWS = {"base": "rows", "splash, gathered inputs saved, weights kept": "least_ro
 NOTE = (
     "MaxText with the same widths, mesh and compiler: splash attention 1.78 GiB peak, 6.86 GiB "
     "wire, 4.24 sync, 164 M cycles; dot-product attention 2.36, 6.86, 4.24, 221 M. "
-    "What the wire consists of: llama_v5p_rows.md. "
-    "The wire cannot come below 4.55 GiB while activations are gathered for products: 3.00 "
-    "GiB are the 8 collectives of each layer, 0.38 those of embedding, last norm and loss, "
-    "1.17 to 1.29 fsdp's gathers and scatters. base sends 0.75 more, the inputs of branches "
-    "gathered again for weight gradients; saving them (gathered inputs saved) takes 1 GiB of "
-    "peak for that. So wire and peak of the aims (4.5 and 1.75 GiB) exclude each other here. "
-    "On v5p gathers and scatters are synchronous operations; only windowed einsum makes part "
-    "of them asynchronous, for 61 M cycles more. Compile seconds are of a machine that was "
-    "busy with other work (see load)."
+    "What the wire consists of: llama_v5p_rows.md. 3.00 GiB are the 8 collectives of each layer, "
+    "0.38 those of embedding, last norm and loss, 1.29 fsdp's gathers and scatters. base sends "
+    "0.75 more, the inputs of branches gathered again for weight gradients: saving them (gathered "
+    "inputs saved) takes 1 GiB of peak, saving one of the two (mlp_in saved) half of that for "
+    "half of it. Weights kept from forward to backward save another 0.36. So an aim of 4.5 GiB "
+    "of wire is met at 3.3 GiB of peak (last but one row: 4.31), one of 1.75 GiB of peak at "
+    "5.0 GiB of wire (splash, mlp_in saved): each layer's gathered inputs are 256 MiB. On v5p "
+    "gathers and scatters are synchronous operations; only windowed einsum makes part of them "
+    "asynchronous, for 57 to 61 M cycles more. Whole streams over tensor send the least, as "
+    "saved activations are not gathered again, at 4 times their memory. Seconds are of a machine "
+    "that was busy with other work; base took 62 s at load 3."
 )
 
 
