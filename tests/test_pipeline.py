@@ -201,10 +201,14 @@ def test_each_boundary_carries_one_activation_per_micro_batch_each_way():
     report, sent = ledger(DATA | pipeline(micro_batches=m), {"data": 2, "pipe": 4})
     table = schedule("1f1b", stages=4, micro_batches=m)
     activation = ROWS // 2 // m * model.LENGTH * model.WIDTH * 4
-    # Two exchanges, one of even and one of odd ticks; the ledger counts a branch as always taken.
+    # Two exchanges, one of even and one of odd ticks; each tick but the last one takes one.
     assert [row.payload_bytes for row in sent] == [activation] * 2
     assert {row.trips for row in sent} == {len(table.ticks)}
-    assert all(row.conditional for row in sent)
+    assert sum(row.wire_bytes for row in sent) == (len(table.ticks) - 1) * activation
+    # Forward passes of all parts but the last, and each once more in its backward pass.
+    layers = 4 * ROWS * model.LENGTH * 2 * (2 * model.WIDTH * 2 * model.WIDTH)
+    head = ROWS * model.LENGTH * 2 * model.WIDTH * model.VOCAB
+    assert report.flops.total == 3.75 * layers + 3 * head
     # What the table has them send: each of 3 boundaries m times each way, and in the bubble.
     needed = 2 * m * 3
     assert needed <= ticks(table).messages() <= needed * len(table.ticks) / (2 * m)

@@ -1,10 +1,12 @@
 """Walks a compiled program from its entry and finds every collective it executes."""
 
 import dataclasses
+import fractions
 import math
 import re
 from collections.abc import Iterator
 
+from .._branches import shares
 from ._groups import Span, read_groups, read_pairs, span_of_groups, span_of_pairs
 from ._hlo import Computation, Instruction, Module, Shape
 from ._origin import Origins
@@ -53,6 +55,7 @@ class Found:
     span: Span
     trips: int | None
     conditional: bool
+    taken: fractions.Fraction
     overlapped: bool
     op_name: str
     dcn: bool = False
@@ -75,6 +78,7 @@ class _Path:
 
     trips: int | None = 1
     conditional: bool = False
+    taken: fractions.Fraction = fractions.Fraction(1)
     overlapped: bool = False
     op_name: str = ""
 
@@ -156,10 +160,13 @@ class _Walk:
             conditional=path.conditional or call.opcode == "conditional",
             overlapped=path.overlapped or self._overlapped(call, here),
         )
-        for key, callee in call.calls:
+        often = _often(call)
+        for at, (key, callee) in enumerate(call.calls):
             after = inner
             if call.opcode == "while":
                 after = dataclasses.replace(inner, trips=self._trips(call, here, path, key))
+            elif often:
+                after = dataclasses.replace(inner, taken=path.taken * often[at])
             found = list(self.computation(callee, after))
             if found and not known:
                 self.problems.append(f"{call.opcode} {call.name} runs collectives: unknown trips")
@@ -199,6 +206,7 @@ class _Walk:
             span=span,
             trips=path.trips,
             conditional=path.conditional,
+            taken=path.taken,
             overlapped=path.overlapped or self._overlapped(instruction, here),
             op_name=instruction.op_name or self._origins.of(instruction, here) or path.op_name,
             dcn=crosses(instruction),
@@ -251,6 +259,15 @@ class _Walk:
             if called and any(kind_of(inner) for inner in called.instructions.values()):
                 return instruction.opcode == "fusion"
         return False
+
+
+def _often(call: Instruction) -> tuple[fractions.Fraction, ...] | None:
+    """Shares in which a conditional runs each of its `calls`; None where nothing is known."""
+    found = shares(call.op_name) if call.opcode == "conditional" else None
+    if found is None or len(found) != len(call.calls):
+        return None
+    # Branch 1 of two comes first where a truth value decides.
+    return found[::-1] if call.calls[0][0] == "true_computation" else found
 
 
 def _chain(found: Found) -> str:

@@ -60,8 +60,7 @@ def _of_tensor(
 ) -> Iterator[tuple[str, float]]:
     # One that runs less often than there are layers stands outside of their loop.
     of_layers = (declared.layers or 1) * declared.accumulate
-    scanned = any((one.trips or 1) >= of_layers for one in rows)
-    if scanned and (row.trips or 1) < of_layers:
+    if _runs(row) < of_layers and any(_runs(one) >= of_layers for one in rows):
         yield "outside of the layers, as embedding and loss", 1.0
         return
     left = 1.0
@@ -73,3 +72,7 @@ def _of_tensor(
             yield what, 1 - left
     if row.kind == "all-reduce" and kind == "tensor+sequence":
         yield "all-reduced, where a reduce-scatter would do", left / 2
+
+
+def _runs(row: Row) -> float:
+    return (row.trips or 1) * row.taken

@@ -6,13 +6,19 @@ convolutions), two FLOPs per multiply-add: that is what model FLOPs and MFU are 
 """
 
 import dataclasses
+import fractions
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from .._branches import shares
 from ._scope import phase_of, scope_of
+
+
+# A branch's share of executions is a fraction, so that the sum of branches is exact.
+Times = int | fractions.Fraction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +58,12 @@ def count_flops(jaxpr: Any) -> Flops:
     60
     """
     problems: list[str] = []
-    found: dict[tuple[str, str], int] = {}
+    summed: dict[tuple[str, str], Times] = {}
     for path, flops in _products(jaxpr.jaxpr, "", 1, problems):
         # The last part of a path is the operation's own name, as in the compiled program.
         key = (scope_of(path), phase_of(path))
-        found[key] = found.get(key, 0) + flops
+        summed[key] = summed.get(key, 0) + flops
+    found = {key: round(flops) for key, flops in summed.items()}
     again, update = (
         sum(flops for (_, phase), flops in found.items() if phase == one)
         for one in ("recompute", "update")
@@ -66,7 +73,9 @@ def count_flops(jaxpr: Any) -> Flops:
     return Flops(model, again, ordered, tuple(dict.fromkeys(problems)), update)
 
 
-def _products(jaxpr: Any, path: str, times: int, problems: list[str]) -> Iterator[tuple[str, int]]:
+def _products(
+    jaxpr: Any, path: str, times: Times, problems: list[str]
+) -> Iterator[tuple[str, Times]]:
     """Yields (path, FLOPs) of every product, inner jaxprs included."""
     for eqn in jaxpr.eqns:
         stack = str(eqn.source_info.name_stack)
@@ -74,6 +83,9 @@ def _products(jaxpr: Any, path: str, times: int, problems: list[str]) -> Iterato
         name = eqn.primitive.name
         if name in _COUNTED:
             yield f"{here}/{name}", times * _COUNTED[name](eqn)
+        elif name == "cond" and (often := shares(f"{here}/{name}")):
+            for branch, share in zip(eqn.params["branches"], often, strict=True):
+                yield from _products(branch.jaxpr, here, times * share, problems)
         elif name == "cond":
             yield from _largest(eqn, here, times, problems)
         else:
@@ -81,7 +93,7 @@ def _products(jaxpr: Any, path: str, times: int, problems: list[str]) -> Iterato
                 yield from _products(inner, here, times * trips, problems)
 
 
-def _largest(eqn: Any, path: str, times: int, problems: list[str]) -> list[tuple[str, int]]:
+def _largest(eqn: Any, path: str, times: Times, problems: list[str]) -> list[tuple[str, Times]]:
     """Products of the branch with the most."""
     branches = [
         list(_products(branch.jaxpr, path, times, problems)) for branch in eqn.params["branches"]

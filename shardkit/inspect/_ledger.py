@@ -30,9 +30,9 @@ class Row:
         all-gather, what goes into the others, on one device.
       wire_bytes: bytes one device sends per *step* on a ring, all trips together:
         2(n−1)/n·V for all-reduce, (n−1)/n·V for all-gather, reduce-scatter and all-to-all, V for
-        permute. With unknown `trips`, those of one trip.
-      trips: executions per step, through all loops around it; None where a loop's count is
-        unknown.
+        permute. With unknown `trips`, those of one trip; in a branch, the mean over devices.
+      trips: executions per step, through all loops around it, on a device that takes every branch
+        to it; None where a loop's count is unknown.
       scope: the model's `named_scope` path.
       phase: `forward`, `backward`, `recompute`, `update` or `other`.
       overlapped: asynchronous, and the schedule puts compute between its start and its end.
@@ -41,7 +41,7 @@ class Row:
       operands: the arrays sent, `("f32[16,8]", "f32[8,16]")`, as one device holds them.
       windowed: a permute that the compiler made out of a gather or a scatter, to hide it behind
         the pieces of the product that needs it.
-      conditional: stands in a branch; counted as if the branch were always taken.
+      conditional: stands in a branch of a conditional.
       computation: name of the HLO computation that holds it.
       name: name of the HLO instruction.
       op_name: JAX's path for it.
@@ -49,6 +49,9 @@ class Row:
       by_optimizer: the optimizer's own arithmetic sends it: a product, sum or norm over dims that
         the mesh splits. No gradient is reduced by it, and no parallelism asks for it.
       dcn: goes between TPU slices, whose part in a collective is a row of its own.
+      taken: share of `trips` that is executed, mean over devices: below 1 in a branch of a schedule
+        whose table says how often it is taken. Other branches count as always taken, so their
+        bytes are an upper bound.
     """
 
     kind: str
@@ -71,6 +74,7 @@ class Row:
     phases: tuple[str, ...] = ()
     by_optimizer: bool = False
     dcn: bool = False
+    taken: float = 1.0
 
     def __str__(self) -> str:
         """Returns `all-reduce over data of f32 1.00 KiB ×3 in mlp (backward)`."""
@@ -245,13 +249,13 @@ def _rows(found: Found) -> Iterator[Row]:
         payload = sum(shape.nbytes for shape in shapes)
         if found.kind == "all-gather":
             payload *= found.span.size
-        trips = 1 if found.trips is None else found.trips
+        times = (1 if found.trips is None else found.trips) * found.taken
         yield Row(
             kind=found.kind,
             axes=found.span.axes,
             dtype=dtype,
             payload_bytes=payload,
-            wire_bytes=round(wire_bytes(found.kind, payload, found.span.size) * trips),
+            wire_bytes=round(wire_bytes(found.kind, payload, found.span.size) * times),
             trips=found.trips,
             scope=found.scope,
             phase=phase,
@@ -268,4 +272,5 @@ def _rows(found: Found) -> Iterator[Row]:
             phases=tuple(phase_of(path) for _, path in sent),
             by_optimizer=phase == "update" and combines(heaviest),
             dcn=found.dcn,
+            taken=float(found.taken),
         )

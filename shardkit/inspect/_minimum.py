@@ -88,13 +88,17 @@ def context_all_to_all(n: int, queries: float, keys_and_values: float, layers: i
     return 2 * (n - 1) / n * (2 * queries + keys_and_values) * layers
 
 
-def pipeline(micro_batches: int, activation: float) -> float:
-    """One A of a micro-batch over the stage boundary, each way.
+def pipeline(n: int, activation: float) -> float:
+    """One A over each stage boundary, each way; of two stages each sends one way alone.
 
-    >>> pipeline(8, 1000)
-    16000.0
+    Args:
+      n: stages.
+      activation: bytes of the activations of all micro-batches of one device.
+
+    >>> pipeline(4, 1000), pipeline(2, 1000)
+    (2000.0, 1000.0)
     """
-    return 2.0 * micro_batches * activation
+    return activation * min(n - 1.0, 2.0)
 
 
 def expert(n: int, routed: float, layers: int) -> float:
@@ -220,7 +224,7 @@ def minimum(
         return replicated + expert(n, routed, declared.layers // _stages(sizes, declared))
     if kind == "pipeline":
         # Micro-batches together are the rows of one device, so their number does not matter.
-        return replicated + pipeline(1, declared.activation_bytes)
+        return replicated + pipeline(n, declared.activation_bytes)
     if kind == "tensor" and declared.layers is not None:
         return tensor(n, declared.activation_bytes, declared.layers // _stages(sizes, declared))
     return None

@@ -9,6 +9,8 @@ import itertools
 import re
 from collections import Counter
 
+from .._branches import NAME
+
 PHASES = ("forward", "backward", "recompute", "update", "other")
 
 # The scopes that a step wraps its parts in; they are the phase, not part of the model.
@@ -98,7 +100,7 @@ def _scope(path: str) -> str:
         while match := _WRAPPER.match(part):
             part = match.group(1)
         names += [name for name in part.split("/") if name not in _PLUMBING]
-    names = [name for name in names if not _SKIP.search(name)]
+    names = [name for name in names if not (_SKIP.search(name) or NAME.fullmatch(name))]
     names = names[1:] if names and names[0] in _STEP_SCOPES else names
     # The backward rule of a custom derivative repeats the scope that it was made in.
     return "/".join(name for name, _ in itertools.groupby(names))

@@ -133,6 +133,7 @@ def _collectives(report: "Report") -> Iterator[RenderableType]:
     )  # fmt: skip
     for row in rows[:_ROWS]:
         marks = ["hidden"] * row.overlapped + ["branch"] * row.conditional
+        marks += [f"× {row.taken:.0%}"] * (row.taken < 1)
         marks += ["part"] * (not row.whole)
         table.add_row(
             row.kind,

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from .._errors import Problem, StepError, raise_all
@@ -163,10 +164,12 @@ class Program:
             ends=ends,
             weights=cut.fetch(layers, stage),
             used=None if cut.even else numbers < cut.layers,
+            filled=(np.size(cut.numbers) - cut.layers, cut.layers),
             rows=jax.tree.map(lambda x: x.reshape(-1, m, *x.shape[1:]) if x.ndim else x, batch),
             keys=keys,
+            plan=ticks(table),
         )
-        done = device.run(ticks(table), stage, self.message, self.totals, table.trains)
+        done = device.run(stage, self.message, self.totals, table.trains)
         if not table.trains:
             return _stacked(done.outcome)
         g_layers = cut.give_back(_as(done.weights, layers), stage)

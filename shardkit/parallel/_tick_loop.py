@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._branches import taken
 from .._staged import First, Last, Layer, sealed, through
 from .._types import Mean
 from ._ticks import Branch, Exchange, Ticks
@@ -53,8 +54,10 @@ class Device:
       ends: parameters of `first` and `last`.
       weights: `[chunks, depth, ...]`, of this stage's layers.
       used: bool[chunks, depth], which of them are layers; None where all are.
+      filled: how many are none, and are, on all stages.
       rows: pytree of `[micro-batch rows, micro-batches, ...]`, and scalars.
       keys: `(micro-batch) → (key of first, keys of the layers [chunks, depth])`; or Nones.
+      plan: the table as slots and exchanges.
     """
 
     axis: str
@@ -64,28 +67,30 @@ class Device:
     ends: Any
     weights: Any
     used: jax.Array | None
+    filled: tuple[int, int]
     rows: Any
     keys: Callable[[jax.Array], tuple[Any, Any]]
+    plan: Ticks
 
-    def run(
-        self, plan: Ticks, stage: jax.Array, message: Any, outcome: Any, train: bool
-    ) -> Running:
-        """Works off a table.
+    def run(self, stage: jax.Array, message: Any, outcome: Any, train: bool) -> Running:
+        """Works off the table.
 
         Args:
-          plan: the table as slots and exchanges.
           stage: i32[], number of this device's stage.
           message: `jax.ShapeDtypeStruct`s of what travels.
           outcome: the same for what `totals` returns.
           train: whether gradients are wanted.
         """
+        plan = self.plan
         columns = {name: jnp.asarray(table)[:, stage] for name, table in plan.columns.items()}
-        branches = self._branches(plan, message)
+        branches = self._branches(message)
         exchanges = [functools.partial(self._exchange, exchange) for exchange in plan.exchanges]
 
         def tick(now: Running, row: Row) -> tuple[Running, None]:
-            out, now = jax.lax.switch(row["branch"], branches, now, row)
-            slots = jax.lax.switch(row["exchange"], exchanges, now.slots, out, row)
+            with taken(np.bincount(plan.columns["branch"].flat, minlength=len(branches))):
+                out, now = jax.lax.switch(row["branch"], branches, now, row)
+            with taken(np.bincount(plan.exchange, minlength=len(exchanges))):
+                slots = jax.lax.switch(row["exchange"], exchanges, now.slots, out, row)
             return dataclasses.replace(now, slots=slots), None
 
         start = Running(
@@ -98,7 +103,7 @@ class Device:
         done, _ = jax.lax.scan(tick, start, rows)
         return done
 
-    def _branches(self, plan: Ticks, message: Any) -> list[Callable[..., Any]]:
+    def _branches(self, message: Any) -> list[Callable[..., Any]]:
         """The branches that the table has, and for the others nothing that would be compiled."""
         made = {
             Branch.FORWARD: self._forward,
@@ -106,7 +111,7 @@ class Device:
             Branch.INPUT: self._input_half,
             Branch.WEIGHT: self._weight_half,
         }
-        there = set(np.unique(plan.columns["branch"]))
+        there = set(np.unique(self.plan.columns["branch"]))
 
         def idle(now: Running, row: Row) -> tuple[Any, Running]:
             return silence(message), now
@@ -115,15 +120,19 @@ class Device:
 
     def _forward(self, now: Running, row: Row) -> tuple[Any, Running]:
         first_key, _ = self.keys(row["micro"])
-        x = jax.lax.cond(
-            row["first"] == 1,
+        x = self._if(
+            "first",
+            Branch.FORWARD,
+            row,
             lambda: self.first(self.ends, self._micro_batch(row), first_key),
             lambda: _read(now.slots, row["input"]),
         )
         y = self._part(row)(self._own(row), x)
         if now.ends is None:
-            outcome = jax.lax.cond(
-                row["last"] == 1,
+            outcome = self._if(
+                "last",
+                Branch.FORWARD,
+                row,
                 lambda: _added(
                     now.outcome, totals(self.last, self.ends, y, self._micro_batch(row))
                 ),
@@ -135,18 +144,19 @@ class Device:
     def _backward(self, now: Running, row: Row) -> tuple[Any, Running]:
         x = _read(now.slots, row["input"])
         y, pull = jax.vjp(self._part(row), self._own(row), x)
-        g, now = self._arrived(now, row, y)
+        g, now = self._arrived(Branch.BACKWARD, now, row, y)
         g_weights, g_x = pull(g)
-        return g_x, self._begun(self._with_weights(now, row, g_weights), row, g_x)
+        now = self._with_weights(now, row, g_weights)
+        return g_x, self._begun(Branch.BACKWARD, now, row, g_x)
 
     def _input_half(self, now: Running, row: Row) -> tuple[Any, Running]:
         x = _read(now.slots, row["input"])
         part, own = self._part(row), self._own(row)
         y, pull = jax.vjp(lambda x: part(own, x), x)
-        g, now = self._arrived(now, row, y)
+        g, now = self._arrived(Branch.INPUT, now, row, y)
         (g_x,) = pull(g)
         now = dataclasses.replace(now, slots=_written(now.slots, g, row["grad"]))
-        return g_x, self._begun(now, row, g_x)
+        return g_x, self._begun(Branch.INPUT, now, row, g_x)
 
     def _weight_half(self, now: Running, row: Row) -> tuple[Any, Running]:
         x, g = (_read(now.slots, row[name]) for name in ("input", "grad"))
@@ -154,7 +164,7 @@ class Device:
         _, pull = jax.vjp(lambda own: part(own, x), self._own(row))
         return silence(x), self._with_weights(now, row, *pull(g))
 
-    def _arrived(self, now: Running, row: Row, y: Any) -> tuple[Any, Running]:
+    def _arrived(self, within: Branch, now: Running, row: Row, y: Any) -> tuple[Any, Running]:
         """The gradient of a part's output: of the loss after the last part, else what came."""
         rows = self._micro_batch(row)
 
@@ -166,14 +176,16 @@ class Device:
             (g_ends, g), outcome = jax.grad(total, (0, 1), has_aux=True)(self.ends, y)
             return g, _added(now.ends, g_ends), _added(now.outcome, outcome)
 
-        g, ends, outcome = jax.lax.cond(
-            row["last"] == 1,
+        g, ends, outcome = self._if(
+            "last",
+            within,
+            row,
             of_loss,
             lambda: (_read(now.slots, row["grad"]), now.ends, now.outcome),
         )
         return g, dataclasses.replace(now, ends=ends, outcome=outcome)
 
-    def _begun(self, now: Running, row: Row, g_x: Any) -> Running:
+    def _begun(self, within: Branch, now: Running, row: Row, g_x: Any) -> Running:
         """Takes the gradient of the first part's input on to the parameters of `first`."""
         rows, (key, _) = self._micro_batch(row), self.keys(row["micro"])
 
@@ -181,8 +193,15 @@ class Device:
             _, pull = jax.vjp(lambda ends: self.first(ends, rows, key), self.ends)
             return _added(now.ends, *pull(g_x))
 
-        ends = jax.lax.cond(row["first"] == 1, to_ends, lambda: now.ends)
+        ends = self._if("first", within, row, to_ends, lambda: now.ends)
         return dataclasses.replace(now, ends=ends)
+
+    def _if(
+        self, flag: str, within: Branch, row: Row, yes: Callable[[], Any], no: Callable[[], Any]
+    ) -> Any:
+        """`yes()` in the ticks of a branch that have a flag, `no()` in the others."""
+        with taken(self.plan.often(flag, within)):
+            return jax.lax.cond(row[flag] == 1, yes, no)
 
     def _with_weights(self, now: Running, row: Row, grads: Any) -> Running:
         def add(total: jax.Array, g: jax.Array) -> jax.Array:
@@ -199,7 +218,8 @@ class Device:
 
         def layer(weights: Any, x: Any, rows: Any, key: Any) -> Any:
             weights, used = weights
-            return jax.lax.cond(used, lambda: self.layer(weights, x, rows, key), lambda: x)
+            with taken(self.filled):
+                return jax.lax.cond(used, lambda: self.layer(weights, x, rows, key), lambda: x)
 
         used = self.used[row["chunk"]]
         return lambda weights, x: through(layer, x, (weights, used), rows, keys)

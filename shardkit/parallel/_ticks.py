@@ -51,6 +51,11 @@ class Ticks:
     exchanges: tuple[Exchange, ...]
     slots: int
 
+    def often(self, flag: str, branch: Branch) -> np.ndarray:
+        """How many of the ticks with a branch, on all stages, do not have a flag, and do."""
+        within = self.columns["branch"] == branch
+        return np.bincount(self.columns[flag][within], minlength=2)
+
     def messages(self) -> int:
         """Times that one stage sends to another, those that nobody asked for included."""
         sizes = [sum(map(len, exchange)) for exchange in self.exchanges]

@@ -100,7 +100,7 @@ function matches(row, { axis, kind, phase, text }) {
 function marks(row) {
   return [
     row.overlapped && "hidden",
-    row.conditional && "branch",
+    row.conditional && (row.taken < 1 ? `branch × ${Math.round(100 * row.taken)} %` : "branch"),
     row.windowed && "windowed",
     !row.whole && "part of axes",
   ]

@@ -1,0 +1,51 @@
+"""How often each branch of a conditional is taken, where the program that makes it knows.
+
+A compiled program has a conditional's branches, not how often each runs. A schedule that is worked
+off as a table does know. It says so in the name of the conditional, which the compiler keeps.
+"""
+
+import contextlib
+import fractions
+import re
+from collections.abc import Sequence
+
+import jax
+
+NAME = re.compile(r"\btaken((?:_\d+)+)\b")
+
+
+def taken(times: Sequence[int]) -> contextlib.AbstractContextManager[None]:
+    """Names the conditional that is made within the block by how often each branch is taken.
+
+    Args:
+      times: for branch 0, 1, …, in all executions on all devices; only their shares count.
+
+    >>> def often(x):
+    ...     with taken([1, 3]):
+    ...         return jax.lax.cond(x > 0, abs, jax.numpy.sqrt, x)
+    >>> jax.make_jaxpr(often)(1.0).eqns[-1].source_info.name_stack.stack[0].name
+    'taken_1_3'
+    """
+    return jax.named_scope("taken" + "".join(f"_{int(n)}" for n in times))
+
+
+def shares(op_name: str) -> tuple[fractions.Fraction, ...] | None:
+    """Share of its executions in which each branch of a conditional is taken.
+
+    Args:
+      op_name: the conditional's path of scopes, whose last part is its own name.
+
+    Returns:
+      None where nothing is said of this conditional; of one around it something may be.
+
+    >>> shares("jit(step)/while/body/taken_1_3/cond")
+    (Fraction(1, 4), Fraction(3, 4))
+    >>> shares("jit(step)/while/body/taken_1_3/cond/branch_1_fun/cond") is None
+    True
+    """
+    _, _, own = op_name.rpartition("/")[0].rpartition("/")
+    found = NAME.search(own)
+    if found is None:
+        return None
+    times = [int(n) for n in found.group(1)[1:].split("_")]
+    return tuple(fractions.Fraction(n, sum(times) or 1) for n in times)
