@@ -57,7 +57,7 @@ class Case:
       mesh: sizes of the axes.
       ratios: wire bytes over the textbook minimum, by axis, as the CPU compiler makes them.
       why: reason of each ratio above 1.1.
-      accumulate, remat, precision: as for `compile_step`.
+      accumulate, remat, precision, mode: as for `compile_step`.
       model: changes to `SIZES`.
     """
 
@@ -68,6 +68,7 @@ class Case:
     accumulate: int | sk.Accumulate = 1
     remat: str = "none"
     precision: str = "float32"
+    mode: str = "auto"
     model: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
 
@@ -89,6 +90,12 @@ MIXTURE = {"experts": 8, "expert_mlp": 8, "capacity_factor": 1.0}
 DROPLESS = {"experts": 8, "expert_mlp": 8, "shared_experts": 1}
 LANE = "sums what is no expert's over `expert` in each micro-batch"
 ROOM = "pads what goes to each device to the room for all tokens, and sums each choice's part"
+# So many layers that what embedding and loss send beside them does not show.
+DEEP = {"layers": 16}
+ENDS = "sends two activations more for embedding and loss, beside only two layers"
+TIED = {"tied": True, "bias": True, "loss_chunks": 2}
+EACH_OF_2 = sk.Accumulate(2, "each")
+MANUAL = {"mode": "shard_map"}
 KEPT = fsdp(reshard_after_forward=False)
 GROUPS = functools.partial(tensor, kv_heads="replicate")
 BF16 = {"accumulate": 2, "precision": "bfloat16"}
@@ -147,16 +154,30 @@ CASES = {
     "zero bubble fsdp": Case(
         fsdp() | pipeline(schedule="zero_bubble", micro_batches=4),
         {"fsdp": 2, "pipe": 2},
-        {"fsdp": 1.0, "pipe": 1.75},
+        {"fsdp": 1.0, "pipe": 1.61},
         BUBBLE,
-        model={"tied": True},
     ),
     "pipeline data bf16": Case(
         data() | pipeline(micro_batches=2),
         {"data": 4, "pipe": 2},
-        {"data": 1.63, "pipe": 2.44},
+        {"data": 1.63, "pipe": 2.29},
         f"{BUBBLE}; {FLOATS}",
         precision="bfloat16",
+    ),
+    "pipeline sequence each ×2": Case(
+        data() | pipeline(micro_batches=2) | tensor(sequence=True),
+        {"data": 2, "pipe": 2, "tensor": 2},
+        {"data": 1.78, "pipe": 1.06, "tensor": 3.12},
+        f"reduces gradients in each micro-batch, as declared; {SCATTER}; {EACH}",
+        accumulate=EACH_OF_2,
+        model=TIED,
+    ),
+    "pipeline fsdp tensor, of experts": Case(
+        fsdp() | pipeline(micro_batches=4) | tensor(),
+        {"fsdp": 2, "pipe": 2, "tensor": 2},
+        {"fsdp": 1.01, "pipe": 1.22, "tensor": 3.15},
+        f"{BUBBLE}; {EACH}",
+        model=MIXTURE,
     ),
     "ring": Case(context(), {"context": 4}, {"context": 1.16}, SWAP),
     "ring fsdp sequence": Case(
@@ -189,6 +210,52 @@ CASES = {
         f"{SCATTER}; {EACH}; {ROOM}",
         model=DROPLESS,
     ),
+    "shard_map data": Case(data(), {"data": 8}, {"data": 1.0}, **MANUAL),
+    "shard_map fsdp": Case(fsdp(), {"fsdp": 8}, {"fsdp": 0.93}, **MANUAL),
+    "shard_map fsdp kept": Case(KEPT, {"fsdp": 4}, {"fsdp": 1.0}, remat="full", **MANUAL),
+    "shard_map zero1": Case(zero(), {"data": 4}, {"data": 1.0}, **MANUAL),
+    "shard_map data sequence ×2": Case(
+        data() | tensor(sequence=True),
+        {"data": 2, "tensor": 4},
+        {"data": 0.96, "tensor": 1.04},
+        accumulate=2,
+        model=DEEP,
+        **MANUAL,
+    ),
+    "shard_map fsdp sequence ×2": Case(
+        fsdp() | tensor(sequence=True),
+        {"fsdp": 4, "tensor": 2},
+        {"fsdp": 0.67, "tensor": 1.04},
+        accumulate=2,
+        model=DEEP,
+        **MANUAL,
+    ),
+    "shard_map all ×2": Case(
+        data() | fsdp() | tensor(),
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        {"data": 0.97, "fsdp": 0.67, "tensor": 1.03},
+        accumulate=2,
+        model=DEEP,
+        **MANUAL,
+    ),
+    "shard_map tied each ×2": Case(
+        fsdp() | tensor(sequence=True),
+        {"fsdp": 2, "tensor": 4},
+        {"fsdp": 1.87, "tensor": 1.66},
+        f"{MICRO}; repeats gathers and sums under full remat; {ENDS}",
+        accumulate=EACH_OF_2,
+        remat="full",
+        model=TIED,
+        **MANUAL,
+    ),
+    "shard_map all bf16": Case(
+        data() | fsdp() | tensor(sequence=True),
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        {"data": 1.92, "fsdp": 1.85, "tensor": 2.57},
+        f"{FLOATS}; {ENDS}",
+        precision="bfloat16",
+        **MANUAL,
+    ),
 }
 # Largest error of a bf16 gradient leaf that was measured between correct meshes.
 BF16_NOISE = 6.5e-2
@@ -216,7 +283,7 @@ def model_of(changes):
 
 
 def _options(case):
-    return {"accumulate": case.accumulate, "remat": case.remat, "precision": case.precision}
+    return {name: getattr(case, name) for name in ("accumulate", "remat", "precision", "mode")}
 
 
 def mesh_of(sizes):
@@ -239,7 +306,7 @@ def compiled(name):
     )
 
 
-def _shared(case):
+def shared(case):
     """What the reference depends on: rows that differ in anything else share it."""
     return tuple(case.model.items()), case.accumulate, case.precision
 
@@ -247,7 +314,7 @@ def _shared(case):
 @functools.cache
 def _reference(shared):
     """What one device says, and again with every parameter nudged by one rounding."""
-    declaration = compiled(next(n for n, c in CASES.items() if _shared(c) == shared)).declaration
+    declaration = compiled(next(n for n, c in CASES.items() if shared(c) == shared)).declaration
     reference = Reference(declaration, jax.devices()[0])
     start = reference.start(TRIAL.key)
     record = reference.run(TRIAL, start, CLIPPED)
@@ -287,7 +354,7 @@ def observed(name):
 
 def certificate(name, found=None):
     """The rows of `sk.verify` for a case, from the one step; or for `found` in place of it."""
-    reference, noises, limits = _reference(_shared(CASES[name]))
+    reference, noises, limits = _reference(shared(CASES[name]))
     rows = compare(name, found or observed(name), reference, noises, limits)
     return sk.Certificate(tuple(rows), name)
 

@@ -25,8 +25,12 @@ ROWS, LENGTH = 16, 8
 S = sk.strategies
 
 CASES = {
-    "expert=2": (DROPLESS, S.expert(), {"expert": 2}, {"remat": "full"}),
-    "data x expert": (DROPLESS, S.data() | S.expert(), {"data": 2, "expert": 4}, {"accumulate": 2}),
+    "data x expert": (
+        DROPLESS,
+        S.data() | S.expert(),
+        {"data": 2, "expert": 4},
+        {"accumulate": 2, "remat": "full"},
+    ),
     "bf16": (BOUNDED, S.fsdp() | S.expert(), {"fsdp": 2, "expert": 2}, {"precision": "bfloat16"}),
 }
 COUNTED = (np.arange(ROWS * LENGTH).reshape(ROWS, LENGTH) > 11).astype(np.float32)

@@ -12,12 +12,17 @@ from shardkit.verify._record import GRADIENTS
 from . import _parity
 
 CASES = _parity.CASES
-QUICK = ("zero2 ×2", "sequence")
+QUICK = ("zero2 ×2", "shard_map fsdp")
 PAGE = Path(__file__).parents[1] / "docs" / "parity.md"
-rows = pytest.mark.parametrize(
-    "name",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
-)
+
+
+def marks(name):
+    """`pytest -n 2 --dist loadgroup` computes the reference of rows alike in one process."""
+    alike = pytest.mark.xdist_group(str(_parity.shared(CASES[name])))
+    return alike if name in QUICK else (alike, pytest.mark.slow)
+
+
+rows = pytest.mark.parametrize("name", [pytest.param(n, marks=marks(n)) for n in CASES])
 
 
 @rows
@@ -29,7 +34,8 @@ def test_a_row_equals_one_device_and_sends_what_the_table_says(name):
     assert errors[GRADIENTS] <= (1e-5 if case.precision == "float32" else _parity.BF16_NOISE)
     if jax.__version__.startswith("0.10."):  # what the compiler sends changes with its version
         assert _parity.ratios(name) == pytest.approx(dict(case.ratios), abs=0.02)
-    assert case.why or all(ratio <= 1.1 for ratio in case.ratios.values())
+    most = 1.05 if case.mode == "shard_map" else 1.1
+    assert case.why or all(ratio <= most for ratio in case.ratios.values())
 
 
 def test_a_gradient_that_is_off_by_1e_4_fails():

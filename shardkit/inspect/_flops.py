@@ -16,7 +16,6 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from .._branches import shares
 from ._scope import phase_of, scope_of
 
-
 # A branch's share of executions is a fraction, so that the sum of branches is exact.
 Times = int | fractions.Fraction
 

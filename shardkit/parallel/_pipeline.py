@@ -101,6 +101,13 @@ def _option_problems(name: str, micro: Any, virtual: Any, ends: str) -> list[Pro
     return problems
 
 
+# What splits the same work inside a stage, where collectives are left to the partitioner.
+_INSTEAD = {
+    "attention": "strategies.tensor(sequence=True), which splits heads and the stream's length",
+    "experts": "strategies.tensor(), which splits the width of every expert",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Stages(Carrier):
     """Carries out `sk.staged` as a pipeline.
@@ -133,7 +140,8 @@ class Stages(Carrier):
         # Inside a stage weights are whole along the axes that split rows, marked or not.
         for name in (name for name in beside if name != "weight"):
             why = f"cannot also be carried out inside a stage of {self.axis!r}"
-            problems.append(Problem(f"the region {name!r}", why, "one of the two strategies"))
+            fix = f"{_INSTEAD.get(name, 'one of the two strategies')}; or leave out the pipeline"
+            problems.append(Problem(f"the region {name!r}", why, fix))
         return problems
 
     def __call__(

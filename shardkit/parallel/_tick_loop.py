@@ -116,7 +116,7 @@ class Device:
         def idle(now: Running, row: Row) -> tuple[Any, Running]:
             return silence(message), now
 
-        return [made.get(b, idle) if b in there else idle for b in Branch]
+        return [_open(made.get(b, idle) if b in there else idle) for b in Branch]
 
     def _forward(self, now: Running, row: Row) -> tuple[Any, Running]:
         first_key, _ = self.keys(row["micro"])
@@ -201,7 +201,7 @@ class Device:
     ) -> Any:
         """`yes()` in the ticks of a branch that have a flag, `no()` in the others."""
         with taken(self.plan.often(flag, within)):
-            return jax.lax.cond(row[flag] == 1, yes, no)
+            return jax.lax.cond(row[flag] == 1, _open(yes), _open(no))
 
     def _with_weights(self, now: Running, row: Row, grads: Any) -> Running:
         def add(total: jax.Array, g: jax.Array) -> jax.Array:
@@ -219,7 +219,8 @@ class Device:
         def layer(weights: Any, x: Any, rows: Any, key: Any) -> Any:
             weights, used = weights
             with taken(self.filled):
-                return jax.lax.cond(used, lambda: self.layer(weights, x, rows, key), lambda: x)
+                mine = _open(lambda: self.layer(weights, x, rows, key))
+                return jax.lax.cond(used, mine, _open(lambda: x))
 
         used = self.used[row["chunk"]]
         return lambda weights, x: through(layer, x, (weights, used), rows, keys)
@@ -247,6 +248,15 @@ def totals(last: Last, ends: Any, x: Any, rows: Any) -> tuple[Mean, dict[str, Me
     out = sealed(last(ends, x, rows))
     loss, metrics = out if isinstance(out, tuple) else (out, {})
     return _as_mean(loss), {name: _as_mean(one) for name, one in metrics.items()}
+
+
+def _open(branch: Callable[..., Any]) -> Callable[..., Any]:
+    """The branch with nothing said of its results' layout.
+
+    XLA refuses a conditional of which one branch returns what a model constrains, as a residual
+    stream that is split over its length, and another one what it does not.
+    """
+    return lambda *args: jax.lax.optimization_barrier(branch(*args))
 
 
 def silence(like: Any) -> Any:

@@ -5,6 +5,7 @@ from ._asserts import assert_collectives, assert_matches_one_device, assert_with
 from ._expert_mutations import EXPERT_MUTATIONS
 from ._matrix import Killed, KillMatrix, kill_matrix
 from ._ring_mutations import CONTEXT_MUTATIONS
+from ._shard_mutations import SHARD_MUTATIONS
 from ._simulated import simulated_devices
 from .mutations import MUTATIONS, PIPELINE_MUTATIONS, Mutation
 
@@ -13,6 +14,7 @@ __all__ = [
     "EXPERT_MUTATIONS",
     "MUTATIONS",
     "PIPELINE_MUTATIONS",
+    "SHARD_MUTATIONS",
     "KillMatrix",
     "Killed",
     "Mutation",

@@ -25,19 +25,19 @@ EXPERT_MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "combine weights dropped",
         "every chosen expert has the same say",
-        ("loss", "gradients"),
+        ("loss",),
         ((_CARRIER + "combine", _alike),),
     ),
     Mutation(
         "wrong destination",
         "tokens go to the next device's experts",
-        ("loss", "gradients"),
+        ("loss",),
         ((_CARRIER + "_Groups.forth", _to_a_neighbour),),
     ),
     Mutation(
         "router losses not weighted",
         "tokens that do not count route into the losses",
-        ("loss", "gradients", "metrics"),
+        ("loss", "metrics"),
         (("shardkit.models._experts.router_statistics", _all_counted),),
     ),
 )
