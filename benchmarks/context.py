@@ -1,10 +1,11 @@
 """Memory of one absent TPU v5p chip of 64 against the global length, with the length split.
 
-    python benchmarks/context.py [NAME ...]
+    python benchmarks/context.py [NAME ...] [--target cpu:64]
 
 Two layers, embed 1024, 16 heads of width 128 on 4 key heads, bf16, full remat, one row for every
 `context` chips, the other axis `data`. All-to-all stops at 16 chips, one head each. Compiled by
-libtpu (`pip install "shardkit[tpu]"`) in child processes, one at a time; nothing runs on a TPU.
+libtpu (`pip install "shardkit[tpu]"`), or for simulated devices, in child processes, one at a time;
+nothing runs. Without names it compiles what the result does not hold yet, row by row.
 
 Temp is what the step needs besides weights, optimizer state and batch: activations, blocks under
 way, gradients. Unsplit rows are attended to in at most eight blocks of queries, whose f32 logits
@@ -12,12 +13,13 @@ grow with the square of the length: that column is modelled, heads x length x le
 """
 
 import argparse
+import json
 import time
 from typing import Any
 
 import _harness
 
-TARGET, CHIPS = "tpu:v5p:4x4x4", 64
+TARGETS, CHIPS = {"tpu:v5p:4x4x4": "context", "cpu:64": "context_cpu"}, 64
 LAYERS, EMBED, HEADS, KEY_HEADS, WIDTH = 2, 1024, 16, 4, 128
 MODEL = (
     f"model.layers={LAYERS}",
@@ -44,7 +46,7 @@ CASES = {
 }
 
 
-def measure(way: str, own: int, n: int) -> dict[str, Any]:
+def measure(target: str, way: str, own: int, n: int) -> dict[str, Any]:
     """Compiles one case and returns its row."""
     from shardkit.targets import Source, compile_for
 
@@ -59,7 +61,7 @@ def measure(way: str, own: int, n: int) -> dict[str, Any]:
         f"mesh=data={CHIPS // n},context={n}" if way in WAYS else f"mesh=data={CHIPS}",
     )
     start = time.perf_counter()
-    report = compile_for(Source("", overrides), TARGET, timeout=3600)
+    report = compile_for(Source("", overrides), target, timeout=3600)
     ledger = report.ledger
     ratios = {one.axis: one.ratio for one in report.minima}
     return {
@@ -79,12 +81,18 @@ def measure(way: str, own: int, n: int) -> dict[str, Any]:
 def main() -> None:
     """Compiles the cases and writes the result."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", default=list(CASES), metavar="NAME")
-    rows = []
-    for name in parser.parse_args().names:
-        rows.append(measure(*CASES[name]))
-        where = f"compiled for {TARGET}, {LAYERS} layers, by libtpu, on a CPU"
-        _harness.write("context", "compiled", where, rows, "One column is modelled, as it says.")
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--target", choices=TARGETS, default="tpu:v5p:4x4x4")
+    arguments = parser.parse_args()
+    result = TARGETS[arguments.target]
+    kept = _harness.RESULTS / f"{result}.json"
+    found = json.loads(kept.read_text())["rows"] if kept.exists() else []
+    rows = {f"{row['attention']} {row['length']}/{row['context']}": row for row in found}
+    for name in arguments.names or [case for case in CASES if case not in rows]:
+        rows[name] = measure(arguments.target, *CASES[name])
+        where = f"compiled for {arguments.target}, {LAYERS} layers, on a CPU"
+        ordered = [rows[case] for case in CASES if case in rows]
+        _harness.write(result, "compiled", where, ordered, "One column is modelled, as it says.")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """The same run with every kind of parallelism: the loss curves lie on one another.
 
     python benchmarks/curves.py [--steps 60] [NAME ...]
+    python benchmarks/curves.py --again [NAME ...]
+
+Curves of the same number of steps that are there already are kept, unless they are asked for again.
 
 A small decoder learns the default corpus on one device and on eight simulated ones, laid out by
 each kind in turn, from the same seed and the same rows in the same order. What is written is the
@@ -139,16 +142,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", default=list(KINDS), metavar="NAME")
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--again", action="store_true")
     arguments = parser.parse_args()
     sk.simulate_devices(8)
-    curves = {}
+    there = _harness.RESULTS / f"{NAME}_losses.json"
+    kept = json.loads(there.read_text()) if there.exists() else {}
+    kept = {name: losses for name, losses in kept.items() if len(losses) == arguments.steps}
     for name in arguments.names:
-        curves[name] = curve(name, arguments.steps)
-        print(name, curves[name][0], curves[name][-1], flush=True)
+        if arguments.again or name not in kept:
+            kept[name] = curve(name, arguments.steps)
+            there.write_text(json.dumps(kept) + "\n")
+            print(name, kept[name][0], kept[name][-1], flush=True)
+    curves = {name: kept[name] for name in KINDS if name in kept}
     rows = [row(name, curves) for name in curves]
     note = "Losses are of the float32 step, the batch the same rows everywhere; adamw."
     _harness.write(NAME, "measured", "8 simulated CPU devices", rows, note)
-    (_harness.RESULTS / f"{NAME}_losses.json").write_text(json.dumps(curves) + "\n")
     plot(curves, _harness.RESULTS / f"{NAME}.svg")
 
 

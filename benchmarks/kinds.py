@@ -2,8 +2,9 @@
 
 python benchmarks/kinds.py TARGET [NAME …] [--layers 4]
 
-TARGET is a key of `TARGETS`; run it where `jax[tpu]` or `jax[cuda13]` is installed. Rows of a
-result that are not compiled anew are kept, so kinds can be added one by one.
+TARGET is a key of `TARGETS`; run it where `jax[tpu]` or `jax[cuda13]` is installed. Without names
+it compiles the kinds that the result does not hold yet, and each is written as it is done, so that
+a run that was ended goes on.
 """
 
 import argparse
@@ -37,6 +38,10 @@ KINDS: dict[str, tuple[str, str]] = {
     "experts": ("data|expert", "data=N,expert=4"),
     "experts, dropless": ("data|expert", "data=N,expert=4"),
     "fsdp × experts × tensor": ("fsdp|expert|tensor", "fsdp=N,expert=2,tensor=2"),
+    "shard_map: data": ("data", "data=N"),
+    "shard_map: ZeRO-1": ("zero", "data=N"),
+    "shard_map: fsdp": ("fsdp", "fsdp=N"),
+    "shard_map: fsdp × tensor + sequence": ("fsdp|tensor(sequence=True)", "fsdp=N,tensor=4"),
 }
 
 # What a kind's model has besides `SIZES`.
@@ -77,8 +82,9 @@ def measure(name: str, target: str, layers: int) -> dict[str, Any]:
     from shardkit.targets import Source, compile_for
 
     strategy, mesh = KINDS[name][0], mesh_of(KINDS[name][1], TARGETS[target])
+    mode = "shard_map" if name.startswith("shard_map") else "auto"
     overrides = (f"strategy={strategy}", f"mesh={mesh}", *SIZES, *MODELS.get(name, ()))
-    overrides = (*overrides, f"model.layers={layers}")
+    overrides = (*overrides, f"model.layers={layers}", f"compile.mode={mode}")
     start = time.perf_counter()
     report = compile_for(Source("", overrides), target, timeout=1800)
     seconds = time.perf_counter() - start
@@ -113,7 +119,7 @@ def main() -> None:
     rows = (
         {row["kind"]: row for row in json.loads(kept.read_text())["rows"]} if kept.exists() else {}
     )
-    for name in arguments.names or KINDS:
+    for name in arguments.names or [kind for kind in KINDS if kind not in rows]:
         rows[name] = measure(name, arguments.target, arguments.layers)
         where = f"compiled for {arguments.target}, {arguments.layers} layers, on a CPU"
         note = (
@@ -121,7 +127,7 @@ def main() -> None:
             "Wire is what one device sends per step. ZeRO gathers the f32 weights that it "
             "stores, the minimum counts bf16. Over one axis of all 64 chips libtpu makes gathers "
             "and scatters out of all-reduces, at width 1024 too, which doubles the bytes (ZeRO, "
-            "fsdp)."
+            "fsdp). In a pipeline a byte counts as often as its tick table sends it."
         )
         ordered = [rows[kind] for kind in KINDS if kind in rows]
         _harness.write(result, "compiled", where, ordered, note)

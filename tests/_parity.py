@@ -306,7 +306,7 @@ def compiled(name):
     )
 
 
-def shared(case):
+def alike(case):
     """What the reference depends on: rows that differ in anything else share it."""
     return tuple(case.model.items()), case.accumulate, case.precision
 
@@ -314,7 +314,7 @@ def shared(case):
 @functools.cache
 def _reference(shared):
     """What one device says, and again with every parameter nudged by one rounding."""
-    declaration = compiled(next(n for n, c in CASES.items() if shared(c) == shared)).declaration
+    declaration = compiled(next(n for n, c in CASES.items() if alike(c) == shared)).declaration
     reference = Reference(declaration, jax.devices()[0])
     start = reference.start(TRIAL.key)
     record = reference.run(TRIAL, start, CLIPPED)
@@ -354,7 +354,7 @@ def observed(name):
 
 def certificate(name, found=None):
     """The rows of `sk.verify` for a case, from the one step; or for `found` in place of it."""
-    reference, noises, limits = _reference(shared(CASES[name]))
+    reference, noises, limits = _reference(alike(CASES[name]))
     rows = compare(name, found or observed(name), reference, noises, limits)
     return sk.Certificate(tuple(rows), name)
 

@@ -76,3 +76,11 @@ def step(mesh, strategy, layers=4, rows=16, loss=loss, optimizer=None):
         mesh=mesh,
         strategy=strategy,
     )
+
+
+def verified(sizes, strategy):
+    """The certificate of a layout, made in a process that has the devices for it."""
+    mesh = sk.MeshSpec(**sizes)
+    return sk.verify(
+        lambda mesh: step(mesh, strategy), [mesh], batches=[make_batch()], steps=2
+    ).check()

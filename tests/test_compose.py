@@ -11,6 +11,9 @@ from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
 from shardkit.parallel import check_composition, check_used
+from shardkit.testing import simulated_devices
+
+from . import _staged
 
 data, fsdp, tensor, zero = (getattr(sk.strategies, n) for n in ("data", "fsdp", "tensor", "zero"))
 
@@ -91,3 +94,12 @@ def test_micro_batches_lanes_and_zero_fit_together():
     for reduce in ("once", "each"):
         both = zero(stage=2) | sk.Strategy(accumulate=sk.Accumulate(2, reduce))
         check_composition(both, {"data": 4})
+
+
+@pytest.mark.slow
+def test_four_axes_at_once_equal_one_device():
+    sizes = {"data": 2, "fsdp": 2, "pipe": 2, "tensor": 2}
+    all_four = data() | fsdp() | sk.strategies.pipeline(micro_batches=2) | tensor()
+    certificate = simulated_devices(16, _staged.verified, sizes, all_four)
+    assert certificate.ok
+    assert {row.mesh for row in certificate.rows} == {"(data=2, fsdp=2, pipe=2, tensor=2)"}

@@ -381,6 +381,27 @@ def test_compressed_gradients_travel_as_bytes_and_what_is_left_out_is_kept():
         np.testing.assert_allclose(got + rest.sum(0), want, atol=1e-6)
 
 
+def test_gradients_scattered_over_one_axis_are_compressed_over_a_slow_one():
+    strategy = dataclasses.replace(
+        data() | fsdp(min_size=1), compression=sk.Compression("data", block=8)
+    )
+    step = small(strategy, {"data": 2, "fsdp": 4}, plain_loss)
+    sent = step.report().ledger
+    assert {r.dtype for r in sent.where("data", "all-to-all")} == {"s8", "f32"}
+    assert {r.dtype for r in sent.where("fsdp", "reduce-scatter")} == {"f32"}
+    assert not [r for r in sent.where("data", "all-reduce") if r.payload_bytes > 64]
+    exact = dataclasses.replace(strategy, compression=None)
+    state = step.init(jax.random.key(0))
+    wanted = small(exact, {"data": 2, "fsdp": 4}, plain_loss).gradients(
+        dataclasses.replace(state, extra={}), SMALL
+    )[1]
+    state, _ = step(state, SMALL)
+    for got, want in zip(
+        jax.tree.leaves(state.opt_state[0].trace), jax.tree.leaves(wanted), strict=True
+    ):
+        assert 1e-5 < np.abs(got - want).max() / np.abs(want).max() < 2e-2
+
+
 def test_compression_is_refused_where_it_cannot_be():
     with pytest.raises(sk.StepError) as raised:
         compressed().replace(mode="auto")

@@ -18,8 +18,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "parity.md"
 
 def marks(name):
     """`pytest -n 2 --dist loadgroup` computes the reference of rows alike in one process."""
-    alike = pytest.mark.xdist_group(str(_parity.shared(CASES[name])))
-    return alike if name in QUICK else (alike, pytest.mark.slow)
+    group = pytest.mark.xdist_group(str(_parity.alike(CASES[name])))
+    return group if name in QUICK else (group, pytest.mark.slow)
 
 
 rows = pytest.mark.parametrize("name", [pytest.param(n, marks=marks(n)) for n in CASES])
