@@ -32,6 +32,13 @@ def loader_threads():
     return [t for t in threading.enumerate() if t.name.startswith("grain-prefetch")]
 
 
+def wait_for_threads():
+    deadline = time.monotonic() + 5
+    while loader_threads() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not loader_threads()
+
+
 class Recorded:
     """Arrays that note which batches were made, and fail at one."""
 
@@ -80,11 +87,28 @@ def test_reading_ahead_is_bounded_and_ends_with_the_block(shardings):
         assert data.made == [0, 1, 2, 3, 4]
         assert len(loader_threads()) == 1
         assert loader.state["batch"] == 3
-    deadline = time.monotonic() + 5
-    while loader_threads() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not loader_threads()
+    wait_for_threads()
     assert list(loader) == []
+
+
+def test_what_waits_to_be_read_is_dropped_when_the_loader_is_closed(shardings):
+    release = threading.Event()
+
+    class Slow(Recorded):
+        def batch(self, step, rows=slice(None)):
+            made = super().batch(step, rows)
+            if self.made[-1:] == [1]:
+                release.wait(5)
+            return made
+
+    data = Slow(arrays(TREE, rows=4))
+    with Loader(data, shardings, prefetch=3) as loader:
+        next(loader)
+        while data.made != [0, 1]:
+            time.sleep(0.01)
+    release.set()
+    wait_for_threads()
+    assert data.made == [0, 1]
 
 
 def test_stopped_anywhere_and_resumed_no_batch_is_lost_or_twice(shardings):
