@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from .._errors import CheckpointError, DamageError, Problem, format_problems
+from ._as_one import as_one, is_first
 from ._files import is_locked, list_steps, locked, set_aside, step_folder, sweep
 from ._keep import Keep
 from ._manifest import Manifest, read_manifest
@@ -21,8 +22,10 @@ class Checkpointer:
     """Saves steps of a run in the background, and restores them onto any devices.
 
     A step is a folder that appears when it is complete, so a process killed at any instant
-    leaves whole steps only. Inside a `with` block `save` returns once the arrays are on the
-    host, and the block does not end, however it ends, before the last save is on the disk or
+    leaves whole steps only. Of several processes all take part in every call, on one file system
+    that they share; the first one writes what is not an array. Inside a `with` block `save`
+    returns once the arrays are on the host, and the block does not end, however it ends, before
+    the last save is on the disk or
     has raised. Outside of one, `save` itself waits.
 
         with sk.Checkpointer("runs/first/checkpoints", keep=sk.Keep(last=3)) as checkpoints:
@@ -65,8 +68,10 @@ class Checkpointer:
           CheckpointError: the folder cannot be written, or another process writes there.
         """
         with contextlib.ExitStack() as block:
-            block.enter_context(locked(self.folder))
-            sweep(self.folder)
+            with as_one():
+                if is_first():
+                    block.enter_context(locked(self.folder))
+                    sweep(self.folder)
             self._block = block.pop_all()
         return self
 
@@ -85,7 +90,7 @@ class Checkpointer:
         assert block is not None
         with block:
             try:
-                self.wait()
+                self._wait(together=error is None)
             except CheckpointError as lost:
                 # SystemExit may carry code 0, under which a lost save would go unnoticed.
                 if error is None or isinstance(error, SystemExit):
@@ -135,16 +140,21 @@ class Checkpointer:
             with self:
                 return self.save(step, state, data=data, metrics=metrics)
         self.wait()
+        with as_one():
+            if is_first():
+                self._make_room(step)
+        self._damaged.clear()
+        about = {"data": data, "config": self._config, "metrics": dict(metrics or {})}
+        self._saving = Saving(self.folder, step, by_path(state), about, self._axes, self.keep)
+        return None
+
+    def _make_room(self, step: int) -> None:
         for damaged in sorted(self._damaged):
             set_aside(self.folder, damaged)
-        self._damaged.clear()
         if step in self.steps():
             problem = Problem(f"step {step}", f"is in {self.folder} already, and whole")
             fix = "another folder, or go on from it: restore(...)"
             raise CheckpointError(format_problems("Nothing is overwritten.", [problem], fix))
-        about = {"data": data, "config": self._config, "metrics": dict(metrics or {})}
-        self._saving = Saving(self.folder, step, by_path(state), about, self._axes, self.keep)
-        return None
 
     def wait(self) -> None:
         """Waits until the last save is on the disk.
@@ -152,9 +162,12 @@ class Checkpointer:
         Raises:
           CheckpointError: it was lost: the disk is full, or the folder is gone or read-only.
         """
+        self._wait(together=True)
+
+    def _wait(self, *, together: bool) -> None:
         saving, self._saving = self._saving, None
         if saving is not None:
-            saving.join()
+            saving.join(together)
 
     def restore(
         self,

@@ -31,9 +31,14 @@ def list_steps(root: Path) -> tuple[int, ...]:
     return tuple(sorted(int(found[1]) for name in names if (found := _STEP.fullmatch(name))))
 
 
+def being_saved(root: Path, step: int) -> Path:
+    """Where a step is written before it has its name."""
+    return root / f"{_SAVING}{step_folder(root, step).name}"
+
+
 def saving_folder(root: Path, step: int) -> Path:
-    """Makes the folder in which a step is written before it has its name."""
-    path = root / f"{_SAVING}{step_folder(root, step).name}"
+    """Makes the folder in which a step is written."""
+    path = being_saved(root, step)
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir()  # a folder that vanished under a run is told, not made anew
     return path

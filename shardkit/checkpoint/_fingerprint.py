@@ -5,13 +5,17 @@ addition wraps and associates, so any split over devices gives the same sum; the
 bijection of the word, so one changed word always changes the first sum.
 """
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ._as_one import several
 
 # Odd constants of MurmurHash3's finalizer and of the golden ratio.
 _WORD, _INDEX, _HIGH = 0xCC9E2D51, 0x9E3779B1, 0x85EBCA6B
@@ -65,7 +69,6 @@ def _fingerprint(x: jax.Array) -> jax.Array:
     return jnp.stack([jnp.sum(mixed, dtype=jnp.uint32), jnp.sum(second, dtype=jnp.uint32)])
 
 
-@jax.jit
 def fingerprints(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Computes the fingerprint of every leaf on the devices that hold it.
 
@@ -75,7 +78,19 @@ def fingerprints(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     Returns:
       `{path: u32[2]}`; the same for the same values, whatever mesh and spec they have.
     """
-    return {path: _fingerprint(x) for path, x in leaves.items()}
+    shardings = [x.sharding for x in leaves.values()] if several() else []
+    meshes = [one.mesh for one in shardings if isinstance(one, NamedSharding)]
+    return _program(NamedSharding(meshes[0], PartitionSpec()) if meshes else None)(leaves)
+
+
+@functools.cache
+def _program(result: NamedSharding | None) -> Callable[..., dict[str, jax.Array]]:
+    """Each of several processes is to read the results: they are whole on every device then."""
+
+    def run(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        return {path: _fingerprint(x) for path, x in leaves.items()}
+
+    return jax.jit(run, out_shardings=result)
 
 
 def as_text(fingerprint: Any) -> str:

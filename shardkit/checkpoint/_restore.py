@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Sharding
 
 from .._errors import CheckpointError, Problem, raise_all
+from ._as_one import as_one
 from ._manifest import Manifest
 from ._match import by_path, plan
 from ._step import SavedStep
@@ -50,13 +51,14 @@ class Request:
           CheckpointError: leaves do not fit; nothing was put on a device.
           DamageError: files or leaves are not what was saved.
         """
-        saved = SavedStep.open(folder)
         wanted = by_path(self.abstract)
-        leaves = saved.manifest.leaves
-        found = plan(leaves, wanted, self.partial, self.cast, str(folder))
-        shardings = self.shardings_of(wanted)
+        with as_one():
+            saved = SavedStep.open(folder)
+            leaves = saved.manifest.leaves
+            found = plan(leaves, wanted, self.partial, self.cast, str(folder))
+            shardings = self.shardings_of(wanted)
+            saved.check_listing()
         fresh = self.fresh_leaves(found.fresh)
-        saved.check_listing()
         got = fresh | saved.load(found, wanted, shardings)
         structure = jax.tree.structure(self.abstract)
         state = jax.tree.unflatten(structure, [got[path] for path in wanted])

@@ -1,5 +1,6 @@
 """One save under way: arrays are written, summed up and named by a thread of its own."""
 
+import contextlib
 import importlib.metadata
 import shutil
 import threading
@@ -13,7 +14,8 @@ from jax.sharding import NamedSharding
 
 from .._errors import CheckpointError, Problem, format_problems
 from ._arrays import start_writing
-from ._files import ARRAYS, checksums, commit, saving_folder
+from ._as_one import as_one, is_first
+from ._files import ARRAYS, being_saved, checksums, commit, saving_folder
 from ._fingerprint import as_text, bare, fingerprints, is_key
 from ._keep import Keep
 from ._manifest import Manifest, SavedLeaf
@@ -52,11 +54,12 @@ class Saving:
         self._leaves = {path: _describe(x, axes.get(path)) for path, x in leaves.items()}
         self._about = {**about, "mesh": _mesh(leaves)}
         self._error: Exception | None = None
-        self._folder = root
+        self._folder = being_saved(root, step)
         # Dispatched before the caller can donate the arrays; read when the files are written.
         self._marks = fingerprints(leaves)
+        with as_one():
+            self._make_folder()
         try:
-            self._folder = saving_folder(root, step)
             stored = {path: bare(x) for path, x in leaves.items() if 0 not in x.shape}
             self._written = start_writing(self._folder / ARRAYS, stored)
         except Exception as error:
@@ -64,19 +67,32 @@ class Saving:
         self._thread = threading.Thread(target=self._finish, name=f"shardkit-save-{step}")
         self._thread.start()
 
-    def join(self) -> None:
+    def join(self, together: bool = True) -> None:
         """Waits until the step is complete.
+
+        Args:
+          together: every process does so; it is not complete before the first one has named it.
 
         Raises:
           CheckpointError: it was lost; what was saved before is untouched.
         """
         self._thread.join()
-        if self._error is not None:
-            raise self._lost(self._error) from self._error
+        with as_one() if together else contextlib.nullcontext():
+            if self._error is not None:
+                raise self._lost(self._error) from self._error
+
+    def _make_folder(self) -> None:
+        try:
+            if is_first():
+                saving_folder(self._root, self._step)
+        except OSError as error:
+            raise self._lost(error) from error
 
     def _finish(self) -> None:
         try:
             self._written()
+            if not is_first():
+                return
             files = checksums(self._folder)
             marks = jax.device_get(self._marks)
             leaves = {
@@ -97,7 +113,7 @@ class Saving:
             self._error = error
 
     def _lost(self, error: Exception) -> CheckpointError:
-        if self._folder != self._root:
+        if is_first():
             shutil.rmtree(self._folder, ignore_errors=True)
         # The storage library appends its whole specification to what the system said.
         why = str(error).partition(" [tensorstore_spec")[0] or type(error).__name__

@@ -7,10 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from .._errors import DamageError, Problem, count, raise_all
 from ._arrays import leaf_folder, leaf_of_file
+from ._as_one import as_one
 from ._chunks import read
 from ._files import content_problems, listing_problems
 from ._fingerprint import as_text, bare, fingerprints
@@ -82,7 +84,8 @@ class SavedStep:
         """
         saved = self.manifest.leaves
         got, wrong = self._read({path: (saved[path], shardings[path]) for path in plan.saved})
-        self._raise_damage(self._of_files(wrong))
+        with as_one():  # each process has read files that others have not
+            self._raise_damage(self._of_files(wrong))
         self._raise_damage(self._value_problems(got))
         for path in plan.cast:
             got[path] = got[path].astype(wanted[path].dtype)
@@ -123,7 +126,7 @@ class SavedStep:
         """Arrays by path, and what is wrong with files of the leaves that are not among them."""
         stored = {path: (_stored(leaf), to) for path, (leaf, to) in leaves.items()}
         empty = {
-            path: jax.device_put(jnp.zeros(a.shape, a.dtype), to)
+            path: jax.make_array_from_callback(a.shape, to, np.zeros(a.shape, a.dtype).__getitem__)
             for path, (a, to) in stored.items()
             if 0 in a.shape
         }

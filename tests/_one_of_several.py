@@ -1,0 +1,95 @@
+"""What each of several processes runs in tests/test_several_processes.py: python FILE FOLDER."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+
+import shardkit as sk
+from shardkit.data import Corpus, DataConfig, Text
+from shardkit.models import DecoderConfig
+from shardkit.run._declare import compile_run
+
+DATA = DataConfig(length=16, batch=8)
+TEXT = Text(Corpus("a test", bytes(range(97, 123)) * 60, bytes(range(1, 101)), 1, 1), DATA)
+MODEL = DecoderConfig(vocab=256, embed=16, layers=2, heads=2, kv_heads=2, head_dim=8, mlp=32)
+STEPS, HALF = 4, 2
+
+
+def compiled():
+    """A step with parameters split over both axes, one of which spans the processes."""
+    mesh = sk.MeshSpec(fsdp=4, tensor=2).build("cpu:8")
+    strategy = sk.strategies.fsdp(min_size=64) | sk.strategies.tensor()
+    return compile_run(MODEL, DATA, mesh, strategy, optax.sgd(0.5, momentum=0.9))[1]
+
+
+def fed(step, batch):
+    """The rows of a batch that this process has to give."""
+    return {name: x[step.rows] for name, x in batch.items()}
+
+
+def train(step, state, start, stop):
+    """Makes updates and returns the last state and the losses."""
+    losses = []
+    for i in range(start, stop):
+        state, metrics = step(state, fed(step, TEXT.batch(i)))
+        losses.append(float(metrics["loss"]))
+    return state, losses
+
+
+def refused(step):
+    """What a process is told that feeds other rows than its own."""
+    try:
+        step.put({name: x[:3] for name, x in TEXT.batch(0).items()})
+    except sk.BatchError as error:
+        return str(error)
+    return "nothing"
+
+
+def whole(state):
+    """Every leaf as one host array, gathered from all processes."""
+    bare = jax.tree.map(
+        lambda x: (
+            jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        ),
+        state,
+    )
+    leaves = jax.tree_util.tree_leaves_with_path(bare)
+    return {
+        jax.tree_util.keystr(path): np.asarray(multihost_utils.process_allgather(x, tiled=True))
+        for path, x in leaves
+    }
+
+
+def main(folder: Path) -> None:
+    """Trains from the start, then from a state that one process has saved; saves for one."""
+    with sk.distributed(step_timeout=120) as peers:
+        step = compiled()
+        peers.agree("step", program=step.program.digest)
+        state, losses = train(step, step.init(jax.random.key(0)), 0, STEPS)
+        gradients = whole(step.gradients(state, fed(step, TEXT.batch(0)))[1])
+        score = step.evaluate(state, step.put(fed(step, TEXT.held_out_batch(0))))["loss"]
+        told = {
+            "losses": losses,
+            "evaluated": float(score),
+            "report": step.report().ledger.total(),
+            "refused": refused(step),
+        }
+        back = sk.Checkpointer(folder / "by one").restore(step.abstract_state, step.shardings)
+        state, told["resumed"] = train(step, back.state, HALF, STEPS)
+        with sk.Checkpointer(folder / "by several") as checkpoints:
+            checkpoints.save(STEPS, state)
+        final = whole(state)
+        if peers.index == 0:
+            np.savez(folder / "final.npz", **final)
+            np.savez(folder / "gradients.npz", **gradients)
+        said = folder / f"said-{peers.index}.json"
+        said.write_text(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
