@@ -4,8 +4,10 @@ import argparse
 import dataclasses
 from collections.abc import Callable
 
+from .._errors import MeshError, Problem, format_problems
 from ..config import Config, load_config
 from ..mesh import Target, simulate_devices
+from ..processes import membership, process_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,5 +54,22 @@ def config_of(arguments: argparse.Namespace) -> Config:
     config = load_config(arguments.config, arguments.overrides)
     target = Target.parse(config.devices)
     if target.kind == "cpu" and target.n_devices is not None:
-        simulate_devices(target.n_devices)
+        simulate_devices(_share(target.n_devices, config.devices))
     return config
+
+
+def _share(devices: int, target: str) -> int:
+    """How many of the simulated devices are this process's.
+
+    Raises:
+      MeshError: they do not divide among the processes, or the launcher gave it others.
+    """
+    count, here = process_count() or 1, membership()
+    given = here.devices if here else None
+    if devices % count == 0 and given in (None, devices // count):
+        return devices // count
+    why = f"has {devices} devices for {count} processes"
+    why += f" of {given} each" if given is not None else ""
+    fix = f"--set devices=cpu:{(given or max(1, devices // count)) * count}"
+    problem = Problem(f"devices={target}", why, fix)
+    raise MeshError(format_problems("The devices do not divide.", [problem]))

@@ -5,7 +5,8 @@ import argparse
 from .._errors import MeshError, Problem, format_problems
 from ..config import to_record
 from ..mesh import Target
-from ..run import train
+from ..processes import distributed
+from ..run import package_versions, train
 from ._command import Command, config_of
 
 
@@ -18,17 +19,21 @@ def _run(arguments: argparse.Namespace) -> int:
         fix = "--set devices=local on their machine, or --set devices=cpu:8 with a small mesh"
         problem = Problem(f"devices={config.devices}", why, fix)
         raise MeshError(format_problems("There is nothing to train on.", [problem]))
-    train(
-        name=config.name,
-        model=config.model,
-        data=config.data,
-        mesh=config.mesh.build(config.devices),
-        strategy=config.strategy,
-        optimizer=config.optimizer.build(config.train.steps),
-        loop=config.train,
-        record=to_record(config),
-        compiling=config.compile.arguments,
-    )
+    with distributed(step_timeout=config.train.step_timeout) as peers:
+        record = to_record(config)
+        peers.agree("config", config=record, versions=package_versions())
+        train(
+            name=config.name,
+            model=config.model,
+            data=config.data,
+            mesh=config.mesh.build(config.devices),
+            strategy=config.strategy,
+            optimizer=config.optimizer.build(config.train.steps),
+            loop=config.train,
+            record=record,
+            compiling=config.compile.arguments,
+            peers=peers,
+        )
     return 0
 
 

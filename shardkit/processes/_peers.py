@@ -18,6 +18,7 @@ from ._hub import Hub
 from ._line import Closed, Line, Message
 
 _TICK = 0.1
+_LEAVE = "leave"
 # What a step raises may be the echo of a process that died: its end is known within this time.
 _ECHO = 0.7
 # Time to say what went wrong; a process that still waits for a device then never ends by itself.
@@ -60,7 +61,7 @@ class Peers:
         self._stalled: float | None = None
         self._leave_by: float | None = None
         self._code = 1
-        self._leaving = False
+        self._left = False
         self._answers: dict[str, list[Any]] = {}
         self._heard = threading.Condition()
         self.failure: Failure | None = None
@@ -83,12 +84,9 @@ class Peers:
     ) -> None:
         """Leaves with the others, or tells them that this process cannot go on."""
         if error is None:
-            self.gather("leave", None, patient=True)
             self.leave()
         else:
             self.fail(error)
-        if self._hub is not None and error is None:
-            self._hub.close()
 
     def gather(self, topic: str, value: Any, *, patient: bool = False) -> list[Any]:
         """Returns the values of all processes, by their number; waits until each has given one.
@@ -120,8 +118,8 @@ class Peers:
         problems = differences(self.gather(topic, facts))
         if problems:
             error = ProcessError(problems)
-            self._say(self._own(error))
             self.leave()  # the others know already
+            self._say(self._own(error))
             raise error
 
     def began(self, step: int) -> None:
@@ -141,12 +139,16 @@ class Peers:
         self._moved = None
 
     def leave(self) -> None:
-        """Tells that this process ends in order, as the others do too."""
-        self._leaving = True
+        """Ends in order, when all the others come to do so too."""
+        if self._left:
+            return
         self.rest()
+        self.gather(_LEAVE, None, patient=True)
         for line in (self._line, self._launcher):
             if line is not None:
                 line.send("bye")
+        if self._hub is not None:
+            self._hub.close()
 
     def fail(self, error: BaseException) -> None:
         """Tells the others that this process cannot go on.
@@ -156,7 +158,7 @@ class Peers:
         Args:
           error: what was raised; if it is but an echo of another's end, that is what is told.
         """
-        if self._line is None or self._leaving:
+        if self._line is None or self._left:
             return
         if _may_be_echo(error):
             with self._heard:
@@ -196,13 +198,14 @@ class Peers:
                 self._hub_step = message["step"]
             case "gathered":
                 with self._heard:
+                    self._left |= message["topic"] == _LEAVE
                     self._answers[message["topic"]] = message["values"]
                     self._heard.notify_all()
             case "end":
                 self._end(Failure(**message))
 
     def _lost(self, line: Line) -> None:
-        if self._leaving or self.failure:
+        if self._left or self.failure:
             return
         if line is self._launcher:
             os._exit(PEER_FAILED)
@@ -238,7 +241,7 @@ class Peers:
 
     def _end(self, failure: Failure) -> None:
         """Ends this process, unless it is about to end by the error that it told of itself."""
-        if self.failure is not None or self._leaving:
+        if self.failure is not None or self._left:
             return
         self._say(failure)
         own = failure.process == self.index

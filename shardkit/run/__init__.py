@@ -3,6 +3,7 @@
 from ._config import TrainConfig
 from ._declare import batch_shapes, declare_run, decoder_model
 from ._plot import plot_runs
+from ._environment import package_versions
 from ._sample import printable, sample_bytes
 from ._scores import Result
 from ._source import Source
@@ -26,6 +27,7 @@ __all__ = [
     "decoder_model",
     "held_out_bits",
     "plot_runs",
+    "package_versions",
     "printable",
     "sample_bytes",
     "train",

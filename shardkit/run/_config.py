@@ -38,6 +38,9 @@ class TrainConfig:
         without it, say so, and end with an error if the last one was lost.
       sinks: where metrics go besides `metrics.jsonl`: `tensorboard`, `wandb`; each is an extra.
       profile: updates to trace with `jax.profiler`, `10:15`; None for none.
+      step_timeout: seconds without an update, an evaluation or a save after which a process
+        counts as stuck: it and all others end, and say which; 0 for no limit. The longest
+        evaluation, its compile included, has to fit.
     """
 
     steps: int = 400
@@ -58,6 +61,7 @@ class TrainConfig:
     on_save_error: Literal["stop", "go_on"] = "stop"
     sinks: tuple[str, ...] = ()
     profile: str | None = None
+    step_timeout: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuses counts that no loop has."""
@@ -70,6 +74,9 @@ class TrainConfig:
             for name, low in least.items()
             if (value := getattr(self, name)) < low
         ]
+        if self.step_timeout < 0:
+            why, fix = "must be 0 or more seconds.", "--set train.step_timeout=600"
+            problems.append(Problem(f"train.step_timeout={self.step_timeout:g}", why, fix))
         if self.temperature <= 0:
             why = "must be positive."
             fix = "--set train.temperature=0.7"

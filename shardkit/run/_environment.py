@@ -13,7 +13,6 @@ from ._console import is_simulated
 def environment(mesh: Mesh) -> dict[str, Any]:
     """What a reader of the numbers has to know of where they come from."""
     device = mesh.devices.flat[0]
-    names = ("shardkit", "jax", "jaxlib", "flax", "optax", "numpy")
     return {
         "mesh": dict(mesh.shape),
         "device": {
@@ -22,10 +21,16 @@ def environment(mesh: Mesh) -> dict[str, Any]:
             "count": mesh.size,
             "simulated": is_simulated(mesh),
         },
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in names if _installed(name)},
+        "versions": package_versions(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what decides the numbers of a run."""
+    names = ("shardkit", "jax", "jaxlib", "flax", "optax", "numpy")
+    found = {name: importlib.metadata.version(name) for name in names if _installed(name)}
+    return {"python": platform.python_version(), **found}
 
 
 def _installed(name: str) -> bool:

@@ -31,6 +31,7 @@ class Live:
       tokens: of one batch; None to count its rows.
       describe: says what metrics are.
       console: where the user is told.
+      several: whether other processes make the same updates.
     """
 
     config: TrainConfig
@@ -40,11 +41,16 @@ class Live:
     tokens: int | None
     describe: Describe
     console: Console
+    several: bool
 
     def run(self, session: Session, step: CompiledStep) -> Any:
         """Trains from where a session begins and returns the last state."""
         config, write, start = self.config, session.file.write, session.start
-        rate, stop, clock = Rate.of(step, self.tokens), StopRequest(), Clock(config.steps)
+        rate, stop, clock = (
+            Rate.of(step, self.tokens),
+            StopRequest(self.several),
+            Clock(config.steps),
+        )
         always = standing(config, rate, self.describe, self.console)
         watch = Watchers([*always, *self.watchers])
 

@@ -12,11 +12,13 @@ import jax
 from rich.console import Console
 
 from ..checkpoint import Checkpointer, Keep
+from ..processes import Peers
 from ..step import CompiledStep
 from ._config import TrainConfig
 from ._environment import environment
 from ._folder import MetricsFile, new_folder, read_metrics
 from ._goodput import goodput, interruption
+from ._peers import decided, made_folder, metrics_file
 from ._resume import Beginning, Terms, checkpoints_of, choose_beginning
 from ._saver import Saver
 from ._source import Source
@@ -58,6 +60,7 @@ class Opening:
       decides: which of them may not change when a run goes on; None for all.
       data: whose position is saved.
       console: where the user is told.
+      peers: this process among those that run together.
     """
 
     config: TrainConfig
@@ -66,6 +69,7 @@ class Opening:
     decides: Sequence[str] | None
     data: Source
     console: Console
+    peers: Peers
 
     def choose(self, wanted: Path) -> Beginning:
         """Finds the run that is to go on, if any, and says what is to be known of the choice.
@@ -74,7 +78,7 @@ class Opening:
           CheckpointError: `config.resume` names a run that cannot go on.
         """
         terms = Terms(self.record, self.decides, self.data)
-        beginning = choose_beginning(wanted, self.config, terms)
+        beginning = decided(self.peers, lambda: choose_beginning(wanted, self.config, terms))
         for note in beginning.notes:
             self.console.print(note, style="yellow", markup=False, soft_wrap=True)
         return beginning
@@ -94,8 +98,8 @@ class Opening:
         Raises:
           CheckpointError: there is no usable checkpoint to go on with, or the last save was lost.
         """
-        resumed = beginning.resumed
-        folder = beginning.wanted if resumed else new_folder(beginning.wanted)
+        resumed, wanted = beginning.resumed, beginning.wanted
+        folder = made_folder(self.peers, lambda: wanted if resumed else new_folder(wanted))
         checkpoints = self._checkpointer(folder, step)
         opened = time.perf_counter()
         with contextlib.ExitStack() as inside:
@@ -106,7 +110,8 @@ class Opening:
             else:
                 state, start = step.init(jax.random.key(self.config.seed)), 0
             spent = {**seconds, "restore" if resumed else "init": time.perf_counter() - opened}
-            file = inside.enter_context(MetricsFile(folder, start if resumed else None))
+            after = start if resumed else None
+            file = inside.enter_context(metrics_file(self.peers, folder, after))
             spent |= interruption(file.before, file.void, began)
             about = {**environment(step.mesh), "began": round(began, 3), "seconds": spent}
             if resumed:

@@ -7,6 +7,8 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from jax.experimental import multihost_utils
+
 _SHOW_CURSOR = "\x1b[?25h"
 
 
@@ -25,7 +27,14 @@ class StopRequest:
       why: what a watcher ends the run for, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, several: bool = False) -> None:
+        """Takes nothing over yet.
+
+        Args:
+          several: whether other processes make the same updates. Then JAX's own service takes
+            SIGTERM, of whichever process it comes to, and has all of them end after one update.
+        """
+        self._several = several
         self.signal: signal.Signals | None = None
         self.why: str | None = None
         self._before: dict[signal.Signals, Any] = {}
@@ -33,7 +42,8 @@ class StopRequest:
     def __enter__(self) -> Self:
         """Takes the two signals over; elsewhere than in the main thread they are not Python's."""
         if threading.current_thread() is threading.main_thread():
-            for one in (signal.SIGINT, signal.SIGTERM):
+            ours = (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM)
+            for one in ours:
                 self._before[one] = signal.signal(one, self._note)
         return self
 
@@ -53,7 +63,9 @@ class StopRequest:
         self.why = why
 
     def asked(self, done: int) -> bool:
-        """Whether the run is to end after `done` updates."""
+        """Whether the run is to end after `done` updates; in several processes asked of each."""
+        if self._several and multihost_utils.reached_preemption_sync_point(done):
+            self.signal = signal.SIGTERM
         return self.signal is not None or self.why is not None
 
     def raise_if_told(self, saved: str) -> None:
@@ -73,7 +85,10 @@ class StopRequest:
         raise stop
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
         signal.signal(number, signal.SIG_DFL)
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            self.signal = signal.Signals(number)
         if sys.stdout.isatty():
             os.write(1, f"{_SHOW_CURSOR}\nStopping after this step; again ends at once.\n".encode())

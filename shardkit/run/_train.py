@@ -12,6 +12,7 @@ from rich.console import Console
 from ..data import DataConfig, Loader, load_text
 from ..models import DecoderConfig
 from ..parallel import Strategy
+from ..processes import Peers
 from ..step import CompiledStep
 from . import _console as show
 from ._config import TrainConfig
@@ -36,6 +37,7 @@ def train(
     record: Mapping[str, Any],
     compiling: Mapping[str, Any] | None = None,
     console: Console | None = None,
+    peers: Peers | None = None,
 ) -> Result:
     """Trains a decoder on text, scores it on held-out text, and lets it write.
 
@@ -53,6 +55,7 @@ def train(
       record: settings as plain values; the first line of the metrics file, and in checkpoints.
       compiling: `mode` and `compiler_options` for `compile_step`.
       console: where the run is shown; standard output by default.
+      peers: from `distributed`, where several processes run together.
 
     Raises:
       ShardkitError: the declaration or the data cannot be used, the loss diverges, or a
@@ -60,7 +63,8 @@ def train(
       KeyboardInterrupt: with notes that say what is saved and where the metrics are.
       Stopped: the same after SIGTERM.
     """
-    console = console or show.standard_output()
+    peers = peers or Peers()
+    console = Console(quiet=True) if peers.index else console or show.standard_output()
     text = load_text(data, model.vocab)
     show.show_mesh(console, mesh)
     show.show_data(console, text)
@@ -85,6 +89,7 @@ def train(
         tokens=data.batch * data.length,
         describe=functools.partial(describe_text, unit=text.unit),
         console=console,
+        peers=peers,
     ).run()
     assert score.result is not None  # only a watcher could have ended the run before
     where = score.result.folder / "metrics.jsonl"

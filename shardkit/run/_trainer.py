@@ -10,14 +10,17 @@ from typing import Any
 from rich.console import Console
 
 from ..checkpoint import Keep
+from ..processes import Peers
 from ..step import CompiledStep
 from ._config import TrainConfig
 from ._console import show_layout, standard_output
 from ._live import Live
+from ._peers import TellPeers, agree_on_step
 from ._progress import describe_metrics
 from ._session import Opening
 from ._source import Data, Describe, Evaluate, Source, as_source
 from ._standing import check_standing
+from ._stop import Stopped
 from ._watch import Watcher
 
 
@@ -51,6 +54,8 @@ class Trainer:
       tokens: of one batch, for the speed; None to count its rows instead.
       describe: says what metrics are, for the progress line.
       console: where the run is shown; standard output by default.
+      peers: from `sk.distributed`, where several processes make the updates together: process 0
+        decides, shows and writes, and none goes on without the others.
     """
 
     step: CompiledStep | Callable[[], CompiledStep]
@@ -66,6 +71,15 @@ class Trainer:
     tokens: int | None = None
     describe: Describe = describe_metrics
     console: Console = dataclasses.field(default_factory=standard_output)
+    peers: Peers = dataclasses.field(default_factory=Peers)
+
+    def __post_init__(self) -> None:
+        """Silences every process but the first."""
+        if self.peers.index:
+            mute = {"console": Console(quiet=True)}
+            mute["config"] = dataclasses.replace(self.config, sinks=(), profile=None)
+            for name, value in mute.items():
+                object.__setattr__(self, name, value)
 
     def run(self) -> Any:
         """Trains from wherever the run is to its end; returns the last state.
@@ -76,11 +90,20 @@ class Trainer:
           KeyboardInterrupt: with notes that say what is saved and where the metrics are.
           Stopped: the same after SIGTERM.
         """
-        began = time.time()
-        opening = self._opening(as_source(self.data))
+        try:
+            return self._run()
+        except Stopped:
+            self.peers.leave()  # all of them end after the same update
+            raise
+
+    def _run(self) -> Any:
+        began, source = time.time(), as_source(self.data)
+        self.peers.agree("run", record=self.record, data=source.position(0))
+        opening = self._opening(source)
         beginning = opening.choose(Path(self.folder))
         check_standing(self.config, beginning.step)
         step, seconds = self._compiled()
+        agree_on_step(self.peers, step)
         with opening.open(beginning, step, began, seconds) as session:
             show_layout(self.console, session.state)
             where = f"[bold]metrics[/] {session.file.path}\n"
@@ -97,15 +120,18 @@ class Trainer:
         return step, {"compile": seconds}
 
     def _opening(self, source: Source) -> Opening:
-        return Opening(self.config, self.keep, self.record, self.decides, source, self.console)
+        return Opening(
+            self.config, self.keep, self.record, self.decides, source, self.console, self.peers
+        )
 
     def _live(self, source: Source) -> Live:
         return Live(
             self.config,
             source,
             self.evaluate,
-            self.watchers,
+            [TellPeers(self.peers), *self.watchers],
             self.tokens,
             self.describe,
             self.console,
+            self.peers.count > 1,
         )

@@ -1,0 +1,107 @@
+"""A run of several processes: one decides and writes, each tells the others how far it is."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from .._tree import path_str, short_type
+from ..processes import Peers
+from ..step import CompiledStep
+from ._folder import METRICS, MetricsFile
+from ._resume import Beginning
+from ._stop import Stopped
+from ._watch import Numbers, Run, Watcher
+
+
+class TellPeers(Watcher):
+    """Passes the events of a run on to the watch that processes keep over each other."""
+
+    def __init__(self, peers: Peers) -> None:
+        """Takes this process among the others."""
+        self._peers = peers
+
+    def begin(self, run: Run, state: Any) -> None:
+        """From here on, something has to happen within the step timeout."""
+        self._peers.began(run.start)
+
+    def dispatched(self, step: int, state: Any, batch: Any) -> None:
+        """An update was begun."""
+        self._peers.began(step)
+
+    def read(self, numbers: Numbers) -> None:
+        """An update was finished."""
+        self._peers.moved()
+
+    def evaluated(self, step: int, values: Mapping[str, float]) -> None:
+        """An evaluation was finished."""
+        self._peers.moved()
+
+    def saved(self, step: int) -> None:
+        """A save was begun."""
+        self._peers.moved()
+
+    def finished(self, state: Any) -> None:
+        """What comes now may take as long as it wants."""
+        self._peers.rest()
+
+    def end(self, error: BaseException | None) -> None:
+        """Tells of an error at once: what is still to be closed may wait for the others."""
+        if error is not None and not isinstance(error, Stopped):
+            self._peers.fail(error)
+
+
+class Unwritten(MetricsFile):
+    """The metrics of a process that leaves the writing to process 0."""
+
+    def __init__(self, folder: Path) -> None:
+        """Opens nothing."""
+        self.path = folder / METRICS
+        self.before, self.void = [], []
+
+    def sync(self) -> None:
+        """Does nothing."""
+
+    def write(self, kind: str, **values: Any) -> None:
+        """Does nothing."""
+
+    def __exit__(self, *error: object) -> None:
+        """Closes nothing."""
+
+
+def metrics_file(peers: Peers, folder: Path, after: int | None) -> MetricsFile:
+    """The metrics of a run, which one process writes."""
+    return MetricsFile(folder, after) if peers.index == 0 else Unwritten(folder)
+
+
+def decided(peers: Peers, choose: Callable[[], Beginning]) -> Beginning:
+    """What process 0 chooses, in all processes.
+
+    Raises:
+      ShardkitError: it could not; in process 0 alone, whose end the others hear of.
+    """
+    told: dict[str, Any] | None = None
+    if peers.index == 0:
+        beginning = choose()
+        told = {"wanted": str(beginning.wanted), "resumed": beginning.resumed}
+        told |= {"step": beginning.step, "notes": list(beginning.notes)}
+    first = peers.gather("beginning", told)[0]
+    return Beginning(Path(first["wanted"]), first["resumed"], first["step"], tuple(first["notes"]))
+
+
+def made_folder(peers: Peers, make: Callable[[], Path]) -> Path:
+    """The folder that process 0 makes, in all processes."""
+    made = str(make()) if peers.index == 0 else None
+    return Path(peers.gather("folder", made)[0])
+
+
+def agree_on_step(peers: Peers, step: CompiledStep) -> None:
+    """Stops all processes before the first update unless they compiled one and the same program.
+
+    Raises:
+      ProcessError: with each difference.
+    """
+    batch = jax.tree_util.tree_leaves_with_path(step.layout.batch)
+    types = {path_str(path): short_type(x.shape, x.dtype) for path, x in batch}
+    peers.agree("step", batch=types, mesh=dict(step.mesh.shape), program=step.program.digest)
