@@ -2,8 +2,8 @@
 
 from ._config import TrainConfig
 from ._declare import batch_shapes, declare_run, decoder_model
-from ._plot import plot_runs
 from ._environment import package_versions
+from ._plot import plot_runs
 from ._sample import printable, sample_bytes
 from ._scores import Result
 from ._source import Source
@@ -26,8 +26,8 @@ __all__ = [
     "declare_run",
     "decoder_model",
     "held_out_bits",
-    "plot_runs",
     "package_versions",
+    "plot_runs",
     "printable",
     "sample_bytes",
     "train",

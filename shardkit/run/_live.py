@@ -14,7 +14,7 @@ from ._loop import Loop
 from ._rate import Rate
 from ._session import Session
 from ._source import Describe, Evaluate, Source
-from ._standing import standing
+from ._standing import check_standing, standing
 from ._stop import StopRequest
 from ._watch import Run, Watcher, Watchers
 
@@ -31,7 +31,6 @@ class Live:
       tokens: of one batch; None to count its rows.
       describe: says what metrics are.
       console: where the user is told.
-      several: whether other processes make the same updates.
     """
 
     config: TrainConfig
@@ -41,17 +40,20 @@ class Live:
     tokens: int | None
     describe: Describe
     console: Console
-    several: bool
+
+    def check(self, start: int) -> None:
+        """Refuses what a run from a step on cannot do, before anything is compiled."""
+        check_standing(self.config, start)
 
     def run(self, session: Session, step: CompiledStep) -> Any:
         """Trains from where a session begins and returns the last state."""
         config, write, start = self.config, session.file.write, session.start
         rate, stop, clock = (
             Rate.of(step, self.tokens),
-            StopRequest(self.several),
+            StopRequest(session.peers.count > 1),
             Clock(config.steps),
         )
-        always = standing(config, rate, self.describe, self.console)
+        always = standing(config, rate, self.describe, self.console, session.peers)
         watch = Watchers([*always, *self.watchers])
 
         def end(why: str) -> None:

@@ -1,6 +1,7 @@
 """A run of several processes: one decides and writes, each tells the others how far it is."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 from .._tree import path_str, short_type
 from ..processes import Peers
 from ..step import CompiledStep
-from ._folder import METRICS, MetricsFile
+from ._folder import METRICS, MetricsFile, new_folder
 from ._resume import Beginning
 from ._stop import Stopped
 from ._watch import Numbers, Run, Watcher
@@ -90,10 +91,22 @@ def decided(peers: Peers, choose: Callable[[], Beginning]) -> Beginning:
     return Beginning(Path(first["wanted"]), first["resumed"], first["step"], tuple(first["notes"]))
 
 
-def made_folder(peers: Peers, make: Callable[[], Path]) -> Path:
-    """The folder that process 0 makes, in all processes."""
-    made = str(make()) if peers.index == 0 else None
+def made_folder(peers: Peers, beginning: Beginning) -> Path:
+    """The folder of a run, which process 0 makes for a new one."""
+    made = None
+    if peers.index == 0:
+        made = str(beginning.wanted if beginning.resumed else new_folder(beginning.wanted))
     return Path(peers.gather("folder", made)[0])
+
+
+@contextlib.contextmanager
+def leaving(peers: Peers) -> Iterator[None]:
+    """Ends a block that all processes leave after the same update, because they were told to."""
+    try:
+        yield
+    except Stopped:
+        peers.leave()
+        raise
 
 
 def agree_on_step(peers: Peers, step: CompiledStep) -> None:

@@ -15,14 +15,12 @@ from ..checkpoint import Checkpointer, Keep
 from ..processes import Peers
 from ..step import CompiledStep
 from ._config import TrainConfig
-from ._environment import environment
-from ._folder import MetricsFile, new_folder, read_metrics
-from ._goodput import goodput, interruption
-from ._peers import decided, made_folder, metrics_file
+from ._folder import MetricsFile
+from ._peers import agree_on_step, decided, leaving, made_folder, metrics_file
 from ._resume import Beginning, Terms, checkpoints_of, choose_beginning
+from ._rows import noted, summed, write_beginning
 from ._saver import Saver
 from ._source import Source
-from ._stop import Stopped
 
 
 @dataclasses.dataclass
@@ -34,6 +32,7 @@ class Session:
       state: that the run begins with.
       start: updates that it has behind it.
       say: tells the user a line.
+      peers: this process among those that run together.
       saver: keeps checkpoints; None where the run makes none.
     """
 
@@ -41,6 +40,7 @@ class Session:
     state: Any
     start: int
     say: Callable[[str], None]
+    peers: Peers
     saver: Saver | None = None
 
     @property
@@ -97,12 +97,13 @@ class Opening:
 
         Raises:
           CheckpointError: there is no usable checkpoint to go on with, or the last save was lost.
+          ProcessError: other processes have another step.
         """
-        resumed, wanted = beginning.resumed, beginning.wanted
-        folder = made_folder(self.peers, lambda: wanted if resumed else new_folder(wanted))
+        agree_on_step(self.peers, step)
+        resumed, folder = beginning.resumed, made_folder(self.peers, beginning)
         checkpoints = self._checkpointer(folder, step)
         opened = time.perf_counter()
-        with contextlib.ExitStack() as inside:
+        with leaving(self.peers), contextlib.ExitStack() as inside:
             if self.config.checkpoint_every:
                 inside.enter_context(checkpoints)
             if resumed:
@@ -112,17 +113,12 @@ class Opening:
             spent = {**seconds, "restore" if resumed else "init": time.perf_counter() - opened}
             after = start if resumed else None
             file = inside.enter_context(metrics_file(self.peers, folder, after))
-            spent |= interruption(file.before, file.void, began)
-            about = {**environment(step.mesh), "began": round(began, 3), "seconds": spent}
-            if resumed:
-                file.write("resumed", step=start, **about)
-            else:
-                file.write("start", config=self.record, **about)
+            write_beginning(file, step.mesh, after, self.record, began, spent)
             say = _plainly(self.console)
-            session = Session(file, state, start, say)
+            session = Session(file, state, start, say, self.peers)
             if self.config.checkpoint_every:
                 session.saver = Saver(checkpoints, self.config, self.data, file, say, start)
-            with _summed(file, self.console), _noted(file):
+            with summed(file, self.console), noted(file):
                 yield session
                 waiting = time.perf_counter()
                 if session.saver is not None:
@@ -154,31 +150,6 @@ class Opening:
             soft_wrap=True,
         )
         return back.state, back.step
-
-
-@contextlib.contextmanager
-def _noted(file: MetricsFile) -> Iterator[None]:
-    try:
-        yield
-    except BaseException as error:
-        why = {KeyboardInterrupt: "interrupted", Stopped: "told to stop"}
-        # On a disk that is full the error counts, not that it could not be noted.
-        with contextlib.suppress(OSError):
-            file.write("stopped", why=why.get(type(error), str(error)))
-        error.add_note(f"Metrics so far are in {file.path}.")
-        raise
-
-
-@contextlib.contextmanager
-def _summed(file: MetricsFile, console: Console) -> Iterator[None]:
-    """Ends a run, however it does, with what its time was spent on, lives before included."""
-    try:
-        yield
-    finally:
-        spent = goodput(read_metrics(file.path.parent), time.time())
-        with contextlib.suppress(OSError):
-            file.write("goodput", **spent.row())
-        console.print(spent.text(), highlight=False, soft_wrap=True)
 
 
 def _plainly(console: Console) -> Callable[[str], None]:

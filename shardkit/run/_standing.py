@@ -2,8 +2,10 @@
 
 from rich.console import Console
 
+from ..processes import Peers
 from ._config import TrainConfig
 from ._finite import StopAtNonFinite
+from ._peers import TellPeers
 from ._profile import Profile, check_profile, parse_profile
 from ._progress import ShowProgress
 from ._rate import Rate
@@ -27,10 +29,14 @@ def check_standing(config: TrainConfig, start: int) -> None:
 
 
 def standing(
-    config: TrainConfig, rate: Rate, describe: Describe, console: Console
+    config: TrainConfig, rate: Rate, describe: Describe, console: Console, peers: Peers
 ) -> list[Watcher]:
     """Makes them: what may end the run is told first, what shows it last."""
-    watchers: list[Watcher] = [StopAtNonFinite(), *make_sinks(config.sinks, rate.columns)]
+    watchers: list[Watcher] = [
+        TellPeers(peers),
+        StopAtNonFinite(),
+        *make_sinks(config.sinks, rate.columns),
+    ]
     if config.profile is not None:
         watchers.append(Profile(*parse_profile(config.profile, config.steps)))
     return [*watchers, ShowProgress(console, config.log_every, describe, rate)]

@@ -13,7 +13,6 @@ from ..data import DataConfig, Loader, load_text
 from ..models import DecoderConfig
 from ..parallel import Strategy
 from ..processes import Peers
-from ..step import CompiledStep
 from . import _console as show
 from ._config import TrainConfig
 from ._declare import compile_run, decoder_model
@@ -70,10 +69,10 @@ def train(
     show.show_data(console, text)
 
     @functools.cache
-    def compiled() -> CompiledStep:
+    def compiled() -> Any:
         return compile_run(model, data, mesh, strategy, optimizer, compiling)[1]
 
-    def evaluate(step: CompiledStep, state: Any) -> Mapping[str, float]:
+    def evaluate(step: Any, state: Any) -> Mapping[str, float]:
         return Scores.of(step, state, text, spread(text, loop.eval_batches)).metrics
 
     score = Score(decoder_model(model), text, loop, console)

@@ -15,12 +15,9 @@ from ..step import CompiledStep
 from ._config import TrainConfig
 from ._console import show_layout, standard_output
 from ._live import Live
-from ._peers import TellPeers, agree_on_step
 from ._progress import describe_metrics
 from ._session import Opening
 from ._source import Data, Describe, Evaluate, Source, as_source
-from ._standing import check_standing
-from ._stop import Stopped
 from ._watch import Watcher
 
 
@@ -89,26 +86,19 @@ class Trainer:
             checkpoint cannot be read or written.
           KeyboardInterrupt: with notes that say what is saved and where the metrics are.
           Stopped: the same after SIGTERM.
+          ProcessError: the processes do not run one and the same program.
         """
-        try:
-            return self._run()
-        except Stopped:
-            self.peers.leave()  # all of them end after the same update
-            raise
-
-    def _run(self) -> Any:
         began, source = time.time(), as_source(self.data)
         self.peers.agree("run", record=self.record, data=source.position(0))
-        opening = self._opening(source)
+        opening, live = self._opening(source), self._live(source)
         beginning = opening.choose(Path(self.folder))
-        check_standing(self.config, beginning.step)
+        live.check(beginning.step)
         step, seconds = self._compiled()
-        agree_on_step(self.peers, step)
         with opening.open(beginning, step, began, seconds) as session:
             show_layout(self.console, session.state)
             where = f"[bold]metrics[/] {session.file.path}\n"
             self.console.print(where, highlight=False, soft_wrap=True)
-            return self._live(opening.data).run(session, step)
+            return live.run(session, step)
 
     def _compiled(self) -> tuple[CompiledStep, dict[str, float]]:
         if isinstance(self.step, CompiledStep):
@@ -129,9 +119,8 @@ class Trainer:
             self.config,
             source,
             self.evaluate,
-            [TellPeers(self.peers), *self.watchers],
+            self.watchers,
             self.tokens,
             self.describe,
             self.console,
-            self.peers.count > 1,
         )
