@@ -7,14 +7,15 @@ off as a table does know. It says so in the name of the conditional, which the c
 import contextlib
 import fractions
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 
 import jax
 
 NAME = re.compile(r"\btaken((?:_\d+)+)\b")
 
 
-def taken(times: Sequence[int]) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def taken(times: Iterable[int]) -> Iterator[None]:
     """Names the conditional that is made within the block by how often each branch is taken.
 
     Args:
@@ -23,10 +24,11 @@ def taken(times: Sequence[int]) -> contextlib.AbstractContextManager[None]:
     >>> def often(x):
     ...     with taken([1, 3]):
     ...         return jax.lax.cond(x > 0, abs, jax.numpy.sqrt, x)
-    >>> jax.make_jaxpr(often)(1.0).eqns[-1].source_info.name_stack.stack[0].name
+    >>> str(jax.make_jaxpr(often)(1.0).eqns[-1].source_info.name_stack)
     'taken_1_3'
     """
-    return jax.named_scope("taken" + "".join(f"_{int(n)}" for n in times))
+    with jax.named_scope("taken" + "".join(f"_{int(n)}" for n in times)):
+        yield
 
 
 def shares(op_name: str) -> tuple[fractions.Fraction, ...] | None:
