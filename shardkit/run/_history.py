@@ -9,7 +9,7 @@ from typing import Any
 from .._errors import ConfigError, Problem, count, did_you_mean, raise_all
 from ._folder import METRICS, read_rows
 
-_SPEED = "_per_second"
+_SPEED, _NATS = "_per_second", math.log(2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,9 +133,8 @@ def _around(run: Path) -> list[Path]:
 
 
 def _nats(row: dict[str, Any]) -> float | None:
-    for name, factor in (("loss", 1.0), ("bits_per_token", math.log(2))):
+    # Bits per token come first: where tokens have several bytes, the loss is one of tokens.
+    for name, factor in (("loss", 1.0), ("bits_per_token", _NATS), ("bits_per_byte", _NATS)):
         if name in row:
             return row[name] * factor
-    bits = row.get("bits_per_byte")
-    # Of a token of several bytes the loss is another number than of a byte.
-    return bits * math.log(2) if bits is not None and "bytes" in row else None
+    return None
