@@ -47,14 +47,13 @@ MACHINES: Mapping[str, tuple[str, Mapping[str, str]]] = {
 
 NOTE = (
     "Times are modelled. Where an axis sends more than 1.1 times its textbook minimum: tensor "
-    "1.27 on v5p is the normed input of each branch, gathered again for the gradient of its "
-    "weights (2 gathers beside 8 collectives a layer; saving the gathered inputs would take "
-    "128 MiB a branch and layer), and 1/(2 x 32) for embedding and loss. fsdp 1.97 over all "
-    "64 chips of the slice is the compiler's own choice to gather weights and scatter "
-    "gradients by all-reduce, which sends twice the bytes; over 64 of 6144 chips, with data "
-    "and tensor beside it, the same declaration is gathered and scattered at 1.00. tensor "
-    "1.65 on H100 was f32 gathered inside the norm, 28 GiB of it; the model has stated the "
-    "norm's result first since, and was not compiled whole again."
+    "1.27 is the normed input of each branch, gathered again for the gradient of its weights (2 "
+    "gathers beside 8 collectives a layer; saving the gathered inputs would take 128 MiB a branch "
+    "and layer on v5p), and 1/(2 x 32) for embedding and loss. fsdp 1.97 over all 64 chips of the "
+    "slice is the compiler's own choice to gather weights and scatter gradients by all-reduce, "
+    "which sends twice the bytes; over 64 of 6144 chips, with data and tensor beside it, the same "
+    "declaration is gathered and scattered at 1.00. read is the time that ledger, memory, findings "
+    "and timeline take to be read out of the compiled program."
 )
 
 
