@@ -102,7 +102,10 @@ def row(name: str, curves: Mapping[str, list[float]]) -> dict[str, Any]:
     apart = [abs(one - other) / other for one, other in pairs]
     return {
         "kind": name,
-        "layout": ", ".join(one for one in KINDS[name] if not one.startswith("model")),
+        # A bar would end the cell of the table.
+        "layout": ", ".join(o for o in KINDS[name] if not o.startswith("model")).replace(
+            "|", "\\|"
+        ),
         "first loss": round(curves[name][0], 5),
         "last loss": round(curves[name][-1], 5),
         "step 1 apart": f"{apart[0]:.1e}",
