@@ -28,6 +28,7 @@ from ._weight import weight
 from .adapters import Model, from_linen, from_nnx
 from .checkpoint import Checkpointer, Keep
 from .config import Config
+from .guards import Mismatch, check_replicas
 from .inspect import Budget, Report
 from .mesh import MeshSpec, simulate_devices
 from .models import attention, experts, route
@@ -61,6 +62,7 @@ __all__ = [
     "Mean",
     "MeshError",
     "MeshSpec",
+    "Mismatch",
     "Model",
     "Named",
     "PathRules",
@@ -83,6 +85,7 @@ __all__ = [
     "Watcher",
     "attention",
     "chain",
+    "check_replicas",
     "compile_step",
     "constrain",
     "data",

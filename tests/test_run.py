@@ -29,7 +29,7 @@ from shardkit.run import (
     train,
 )
 from shardkit.run._clock import Clock
-from shardkit.run._finite import StopAtNonFinite
+from shardkit.run._finite import WatchFinite
 from shardkit.run._folder import MetricsFile, new_folder
 from shardkit.run._loop import Loop
 from shardkit.run._stop import StopRequest
@@ -96,7 +96,7 @@ def run(tmp_path, step, watchers=(), batches=None, **config):
         return {"bits_per_byte": bits, "bytes": scored}
 
     with MetricsFile(tmp_path) as file:
-        watch = Watchers([StopAtNonFinite(), noting, *watchers])
+        watch = Watchers([WatchFinite(1), noting, *watchers])
         clock, stop = Clock(config.steps), StopRequest()
         loop = Loop(step, config, clock, watch, file.write, rates, stop, evaluate)
         state = loop.run(0, batches or map(TEXT.batch, itertools.count()))

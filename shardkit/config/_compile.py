@@ -1,7 +1,7 @@
 """How the step of a run is compiled."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from .._errors import ConfigError, Problem, raise_all
 from ._values import BadValue, parse
@@ -16,13 +16,20 @@ class CompileConfig:
         are explicit.
       options: XLA options, each `name=value`; a name that the target's compiler does not know is
         an error of its own.
+      on_nonfinite: what is done with an update whose loss or gradients are not finite: `stop`
+        there and keep what it failed on, `skip` and count it, or `apply` it all the same.
+      deterministic: leave the compiler no operation whose result varies from run to run.
+      debug: find random keys that are used twice.
 
-    >>> CompileConfig(options=("xla_first=true", "xla_second=2")).arguments
-    {'mode': 'auto', 'compiler_options': {'xla_first': True, 'xla_second': 2}}
+    >>> CompileConfig(options=("xla_first=true", "xla_second=2")).arguments["compiler_options"]
+    {'xla_first': True, 'xla_second': 2}
     """
 
     mode: str = "auto"
     options: tuple[str, ...] = ()
+    on_nonfinite: Literal["apply", "skip", "stop"] = "stop"
+    deterministic: bool = False
+    debug: bool = False
 
     def __post_init__(self) -> None:
         """Refuses an option without a name or a value."""
@@ -35,10 +42,11 @@ class CompileConfig:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """`mode` and `compiler_options` as `compile_step` takes them."""
+        """Keywords of `compile_step`."""
         pairs = (one.partition("=") for one in self.options)
         options = {name.strip(): _typed(value.strip()) for name, _, value in pairs}
-        return {"mode": self.mode, "compiler_options": options}
+        rest = ("mode", "on_nonfinite", "deterministic", "debug")
+        return {**{name: getattr(self, name) for name in rest}, "compiler_options": options}
 
 
 def _typed(text: str) -> bool | int | float | str:

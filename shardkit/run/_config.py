@@ -41,6 +41,11 @@ class TrainConfig:
       step_timeout: seconds without an update, an evaluation or a save after which a process
         counts as stuck: it and all others end, and say which; 0 for no limit. The longest
         evaluation, its compile included, has to fit.
+      skip_limit: updates in a row that may be skipped because their loss or gradients are not
+        finite (`compile.on_nonfinite=skip`); then the run ends with an error.
+      replica_check_every: updates between two comparisons of the copies of the state that
+        devices hold, by checksum; 0 for none.
+      on_replica_mismatch: what a run does when copies differ: `stop`, or `go_on` and say so.
     """
 
     steps: int = 400
@@ -62,11 +67,15 @@ class TrainConfig:
     sinks: tuple[str, ...] = ()
     profile: str | None = None
     step_timeout: float = 0.0
+    skip_limit: int = 20
+    replica_check_every: int = 0
+    on_replica_mismatch: Literal["stop", "go_on"] = "stop"
 
     def __post_init__(self) -> None:
         """Refuses counts that no loop has."""
         least = {"steps": 1, "eval_every": 0, "eval_batches": 1, "log_every": 1, "sample": 0}
         least |= {"checkpoint_every": 0, "keep": 1, "keep_every": 0, "keep_best": 0}
+        least |= {"skip_limit": 1, "replica_check_every": 0}
         problems = [
             Problem(
                 f"train.{name}={value}", f"must be at least {low}.", f"--set train.{name}={low}"

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -25,6 +25,7 @@ class Live:
 
     Attributes:
       config: how long, and what happens when.
+      record: settings, as plain values.
       source: batches.
       evaluate: scores a state; None for never.
       watchers: are told after those that every run has.
@@ -34,6 +35,7 @@ class Live:
     """
 
     config: TrainConfig
+    record: Mapping[str, Any]
     source: Source
     evaluate: Evaluate | None
     watchers: Sequence[Watcher]
@@ -60,7 +62,8 @@ class Live:
             write("ended", why=why)
             stop.ask(why)
 
-        run = Run(session.folder, step, start, config.steps, write, session.say, end)
+        folder, record = session.folder, self.record
+        run = Run(folder, step, start, config.steps, record, write, session.say, end)
         loop = Loop(
             step, config, clock, watch, write, rate.columns, stop, self.evaluate, session.saver
         )

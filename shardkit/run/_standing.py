@@ -4,7 +4,7 @@ from rich.console import Console
 
 from ..processes import Peers
 from ._config import TrainConfig
-from ._finite import StopAtNonFinite
+from ._guards import guards
 from ._peers import TellPeers
 from ._profile import Profile, check_profile, parse_profile
 from ._progress import ShowProgress
@@ -32,11 +32,7 @@ def standing(
     config: TrainConfig, rate: Rate, describe: Describe, console: Console, peers: Peers
 ) -> list[Watcher]:
     """Makes them: what may end the run is told first, what shows it last."""
-    watchers: list[Watcher] = [
-        TellPeers(peers),
-        StopAtNonFinite(),
-        *make_sinks(config.sinks, rate.columns),
-    ]
+    watchers = [TellPeers(peers), *guards(config), *make_sinks(config.sinks, rate.columns)]
     if config.profile is not None:
         watchers.append(Profile(*parse_profile(config.profile, config.steps)))
     return [*watchers, ShowProgress(console, config.log_every, describe, rate)]

@@ -52,7 +52,7 @@ def train(
       optimizer: an optax chain for `loop.steps` updates.
       loop: how long, what is said on the way, and what is kept.
       record: settings as plain values; the first line of the metrics file, and in checkpoints.
-      compiling: `mode` and `compiler_options` for `compile_step`.
+      compiling: keywords of `compile_step`: `mode`, `compiler_options`, `on_nonfinite`, ….
       console: where the run is shown; standard output by default.
       peers: from `distributed`, where several processes run together.
 

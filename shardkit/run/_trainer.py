@@ -117,6 +117,7 @@ class Trainer:
     def _live(self, source: Source) -> Live:
         return Live(
             self.config,
+            self.record,
             source,
             self.evaluate,
             self.watchers,

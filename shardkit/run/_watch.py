@@ -46,6 +46,7 @@ class Run:
       step: the compiled step.
       start: updates that were made before it was opened; 0 for a new run.
       steps: updates at its end.
+      record: settings, as plain values.
       write: `write("spike", step=7, loss=3.1)` appends a row to the metrics.
       say: tells the user a line.
       stop: `stop("why")` asks the run to end in order after the next update, with its state
@@ -56,6 +57,7 @@ class Run:
     step: CompiledStep
     start: int
     steps: int
+    record: Mapping[str, Any]
     write: Callable[..., None]
     say: Callable[[str], None]
     stop: Callable[[str], None]

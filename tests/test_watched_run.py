@@ -1,0 +1,193 @@
+"""Runs whose numbers go wrong: skipped and counted, stopped with a dump, copies that differ."""
+
+import io
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+from rich.console import Console
+
+import shardkit as sk
+from shardkit.guards import read_dump
+from shardkit.run import TrainConfig, Watcher
+
+from . import _checkpoints as ck
+from .test_guards import flipped
+
+RNG = np.random.default_rng(0)
+X = RNG.standard_normal((64, 8, 4)).astype(np.float32)
+BAD_AT = 5  # the batch of update 6
+POISONED = X.copy()
+POISONED[BAD_AT, 3, 2] = np.inf
+CONFIG = TrainConfig(steps=9, eval_every=0, checkpoint_every=4, log_every=1)
+
+
+def init(key):
+    return {"w": jax.random.normal(key, (4, 4)), "b": jnp.zeros(4)}
+
+
+def loss_fn(params, batch, key):
+    with jax.named_scope("model"):
+        h = jnp.tanh(batch["x"] @ params["w"]) + params["b"]
+        return jnp.mean(jnp.square(h - batch["x"] + 0.1 * jax.random.normal(key, h.shape)))
+
+
+def compiled(how, devices=8):
+    return sk.compile_step(
+        loss_fn,
+        optax.adam(0.1),
+        init=init,
+        batch={"x": jax.ShapeDtypeStruct((8, 4), jnp.float32)},
+        mesh=sk.MeshSpec(data=devices).build(devices=jax.devices()[:devices]),
+        strategy=sk.Strategy(params=sk.PathRules({"**": sk.REPLICATED}), batch=P("data")),
+        on_nonfinite=how,
+    )
+
+
+@pytest.fixture(scope="module")
+def steps():
+    return {how: compiled(how) for how in ("apply", "skip", "stop")}
+
+
+def train(folder, step, data=POISONED, watchers=(), **config):
+    out = io.StringIO()
+    loop = CONFIG if not config else TrainConfig(**{**vars(CONFIG), **config})
+    trainer = sk.Trainer(
+        step,
+        lambda i: {"x": data[i]},
+        folder,
+        loop,
+        watchers=watchers,
+        record={"model": "tanh"},
+        console=Console(file=out, width=300),
+    )
+    return trainer.run, out
+
+
+def rows(folder, kind):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [row for line in lines if (row := json.loads(line))["kind"] == kind]
+
+
+def test_a_run_that_skips_goes_on_and_counts(steps, tmp_path):
+    run, out = train(tmp_path / "run", steps["skip"])
+    state = run()
+    (one,) = rows(tmp_path / "run", "skipped")
+    assert (one["step"], one["in_row"], one["values"]["loss"]) == (6, 1, "inf")
+    assert [row["skipped"] for row in rows(tmp_path / "run", "step")] == [0, 0, 0, 0, 0, 1, 0, 0, 0]
+    said = out.getvalue()
+    assert "step 6 skipped: loss inf" in said
+    assert "1 of 9 updates were skipped: their loss or gradients were not finite." in said
+    assert int(state.step) == 9
+    assert np.isfinite(state.params["w"]).all()
+
+
+def test_a_run_that_only_skips_ends(steps, tmp_path):
+    data = X.copy()
+    data[BAD_AT:, 0] = np.nan
+    run, _ = train(tmp_path / "run", steps["skip"], data, skip_limit=3)
+    with pytest.raises(sk.StepError) as error:
+        run()
+    assert "step 8  and the 2 updates before it were not finite, and skipped" in str(error.value)
+    assert "learning rate" in str(error.value)
+
+
+def test_a_run_that_stops_keeps_what_it_failed_on_bit_for_bit(steps, tmp_path):
+    kept = {}
+
+    class Keep(Watcher):
+        def dispatched(self, step, state, batch):
+            kept[step] = ck.bits(state)
+
+    run, _ = train(tmp_path / "run", steps["stop"], watchers=[Keep()])
+    with pytest.raises(sk.StepError) as error:
+        run()
+    dump = tmp_path / "run" / "dumps" / "step-00000006"
+    assert f"its state and batch are in {dump}" in str(error.value)
+    assert f"shardkit replay {dump}" in str(error.value)
+    (row,) = rows(tmp_path / "run", "dumped")
+    assert (row["step"], row["folder"]) == (6, str(dump))
+    step = steps["stop"]
+    back = read_dump(dump, step.abstract_state, step.layout.batch, step.shardings.step)
+    assert (back.step, back.values["loss"], back.config) == (6, "inf", {"model": "tanh"})
+    assert ck.bits(back.state) == kept[5]
+    np.testing.assert_array_equal(back.batch["x"], POISONED[BAD_AT])
+
+
+def test_the_error_of_a_step_that_applies_says_how_to_keep_more(steps, tmp_path):
+    run, _ = train(tmp_path / "run", steps["apply"])
+    with pytest.raises(sk.StepError, match=r'step 6[\s\S]*compile_step\(on_nonfinite="stop"\)'):
+        run()
+    assert not (tmp_path / "run" / "dumps").exists()
+
+
+def test_a_spike_is_a_row_of_the_metrics(steps, tmp_path):
+    data = np.concatenate([X, X])
+    data[40] *= 30
+    run, out = train(tmp_path / "run", steps["apply"], data, steps=50, checkpoint_every=0)
+    run()
+    found = rows(tmp_path / "run", "spike")
+    assert [(row["step"], row["of"]) for row in found] == [(41, "loss"), (41, "grad_norm")]
+    (loss,) = (row["loss"] for row in rows(tmp_path / "run", "step") if row["step"] == 41)
+    assert found[0]["loss"] == loss > found[0]["limit"] > found[0]["expected"]
+    assert found[0]["grad_norm"] > found[1]["limit"]
+    assert "step 41: loss spikes to" in out.getvalue()
+
+
+class FlipOnce(Watcher):
+    """Changes a bit of one device's copy, behind the back of the loop."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def dispatched(self, step, state, batch):
+        if step == self.at:
+            state.params["w"] = flipped(state.params["w"], jax.devices()[5])
+
+
+@pytest.mark.parametrize("then", ["stop", "go_on"])
+def test_a_bit_that_flips_on_one_device_is_found(then, steps, tmp_path):
+    run, out = train(
+        tmp_path / "run",
+        steps["apply"],
+        X,
+        [FlipOnce(4)],
+        replica_check_every=2,
+        on_replica_mismatch=then,
+    )
+    if then == "stop":
+        with pytest.raises(sk.StateError) as error:
+            run()
+        text = str(error.value)
+    else:
+        run()
+        text = out.getvalue()
+    assert "Copies of the state differ at step 6; they agreed after step 4." in text
+    assert "state/params/w f32[4,4]" in text
+    assert f"on {jax.devices()[5]} at (data=5) has checksum" in text
+    assert "most of 8 copies have" in text
+    assert "a checkpoint not newer than step 4" in text
+    row = rows(tmp_path / "run", "replicas")[0]
+    assert row["step"] == 6
+    assert {one["place"]["data"] for one in row["differ"]} == {5}
+
+
+def test_two_runs_are_equal_bit_for_bit_and_so_is_one_that_was_ended(steps, tmp_path):
+    step = steps["apply"].replace(deterministic=True)
+
+    class End(Watcher):
+        def read(self, numbers):
+            if numbers.step == 6:
+                raise KeyboardInterrupt
+
+    whole = [ck.bits(train(tmp_path / name, step, X)[0]()) for name in ("first", "second")]
+    assert whole[0] == whole[1]
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "third", step, X, [End()])[0]()
+    assert ck.bits(train(tmp_path / "third", step, X)[0]()) == whole[0]
+    losses = [[row["loss"] for row in rows(tmp_path / n, "step")] for n in ("first", "third")]
+    assert losses[0] == losses[1]
