@@ -35,7 +35,7 @@ from .models import attention, experts, route
 from .parallel import Strategy, strategies
 from .processes import Peers, distributed
 from .rules import REPLICATED, AxisRules, PathRules, chain, explain, shard_largest
-from .run import TrainConfig, Trainer, Watcher
+from .run import TrainConfig, Trainer, Watcher, replay
 from .state import TrainState
 from .step import CompiledStep, Declaration, compile_step, released
 from .verify import Certificate, verify
@@ -96,6 +96,7 @@ __all__ = [
     "from_nnx",
     "released",
     "remat",
+    "replay",
     "route",
     "shard_largest",
     "shard_max",

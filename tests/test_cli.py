@@ -22,6 +22,7 @@ SHARED = {"-h", "--help", "--set", "--debug"}
 OPTIONS = {
     "train": SHARED | {"--profile"},
     "verify": SHARED | {"--mesh", "--steps", "--mutations"},
+    "replay": {"-h", "--help", "--debug"},
     "checkpoint": {"-h", "--help", "--debug", "--values"},
     "plot": {"-h", "--help", "--debug", "--out"},
     "explain": SHARED | {"--target", "--json", "--html", "--timeout"},

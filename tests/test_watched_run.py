@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
 import shardkit as sk
+from shardkit.cli import main
 from shardkit.guards import read_dump
 from shardkit.run import TrainConfig, Watcher
 
@@ -33,7 +34,10 @@ def init(key):
 def loss_fn(params, batch, key):
     with jax.named_scope("model"):
         h = jnp.tanh(batch["x"] @ params["w"]) + params["b"]
-        return jnp.mean(jnp.square(h - batch["x"] + 0.1 * jax.random.normal(key, h.shape)))
+        noise = 0.1 * jax.random.normal(key, h.shape)
+        # Has no slope where a batch is all zero.
+        root = jnp.sqrt(jnp.square(batch["x"] * params["w"].sum()).sum())
+        return jnp.mean(jnp.square(h - batch["x"] + noise)) + 0.01 * root
 
 
 def compiled(how, devices=8):
@@ -116,6 +120,60 @@ def test_a_run_that_stops_keeps_what_it_failed_on_bit_for_bit(steps, tmp_path):
     assert (back.step, back.values["loss"], back.config) == (6, "inf", {"model": "tanh"})
     assert ck.bits(back.state) == kept[5]
     np.testing.assert_array_equal(back.batch["x"], POISONED[BAD_AT])
+
+
+def test_a_dump_is_replayed_on_one_device(steps, tmp_path):
+    data = X.copy()
+    data[BAD_AT] = 0
+    one = compiled("apply", devices=1)
+    for name, which in (("batch", POISONED), ("step", data)):
+        run, _ = train(tmp_path / name, steps["stop"], which)
+        with pytest.raises(sk.StepError):
+            run()
+        found = sk.replay(tmp_path / name, one)
+        assert found.reproduced
+        assert found.dump.values["grad_norm"] == str(found.metrics["grad_norm"]) == "nan"
+        if name == "batch":
+            assert (found.batch, found.origin) == ({"x f32[8,4]": 1}, None)
+            assert "not finite first     in what the step began with" in str(found)
+        else:
+            assert (found.batch, found.params) == ({}, {})
+            assert list(found.gradients) == ["w f32[4,4]"]
+            assert (found.origin.operation, found.origin.scope) == ("div", "model")
+            assert found.origin.source.startswith(__file__)
+            assert "gradients            w f32[4,4]: 16 not finite" in str(found)
+
+
+def test_what_is_no_dump_of_this_model_is_told(steps, tmp_path):
+    run, _ = train(tmp_path / "run", steps["stop"])
+    with pytest.raises(sk.StepError):
+        run()
+    with pytest.raises(sk.CheckpointError, match="is a checkpoint, not a dump"):
+        sk.replay(tmp_path / "run" / "checkpoints", steps["stop"])
+    with pytest.raises(sk.CheckpointError, match="There is no checkpoint"):
+        sk.replay(tmp_path / "none", steps["stop"])
+    other = steps["apply"].replace(init=lambda key: {**init(key), "more": jnp.zeros(3)})
+    with pytest.raises(sk.CheckpointError, match=r"state/params/more +is wanted as f32\[3\]"):
+        sk.replay(tmp_path / "run", other)
+
+
+@pytest.mark.slow
+def test_the_command_line_replays_what_its_run_left(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sizes = {"embed": 8, "layers": 2, "heads": 2, "mlp": 16, "kv_heads": 2}
+    words = [f"model.{name}={size}" for name, size in sizes.items()]
+    words += ["data.length=8", "optimizer.name=sgd", "optimizer.lr=1e25", "optimizer.clip=none"]
+    words += ["optimizer.warmup=0", "train.steps=6", "train.eval_every=0", "train.baselines=false"]
+    words += ["strategy=data", "mesh.tensor=1", "train.sample=0"]
+    assert main(["train", *(part for word in words for part in ("--set", word))]) == 2
+    said = capsys.readouterr().err
+    (dump,) = (tmp_path / "runs" / "default" / "dumps").glob("step-*")
+    assert f"shardkit replay {dump.relative_to(tmp_path)}" in said.replace("\n", "")
+    assert main(["replay", str(dump)]) == 0
+    shown = capsys.readouterr().out
+    assert "batch                finite" in shown
+    assert "not finite first     " in shown
+    assert main(["replay", str(tmp_path / "runs" / "default" / "checkpoints")]) == 2
 
 
 def test_the_error_of_a_step_that_applies_says_how_to_keep_more(steps, tmp_path):

@@ -6,7 +6,7 @@ from ._compile import CompileConfig
 from ._load import load_config
 from ._optimizer import OptimizerConfig
 from ._override import apply_overrides
-from ._tree import Config, to_record
+from ._tree import Config, from_record, to_record
 
 __all__ = [
     "CompileConfig",
@@ -15,6 +15,7 @@ __all__ = [
     "OptimizerConfig",
     "TrainConfig",
     "apply_overrides",
+    "from_record",
     "load_config",
     "to_record",
 ]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .._errors import CheckpointError, Problem, format_problems
-from ..checkpoint import Checkpointer, Keep
+from ..checkpoint import Checkpointer, Keep, Manifest
 from ..state import TrainState
 
 DUMPS = "dumps"
@@ -63,11 +63,29 @@ def write_dump(
     return folder / f"step-{step:08d}"
 
 
+def dump_manifest(folder: Path) -> Manifest:
+    """What a dump says of itself; needs no device.
+
+    Args:
+      folder: of the dump, or a run's, of whose dumps the newest is taken.
+
+    Raises:
+      CheckpointError: there is no dump.
+    """
+    root, step = _place(folder)
+    manifest = Checkpointer(root).manifest(step)
+    if not isinstance(manifest.data, dict) or manifest.data.get("kind") != _KIND:
+        why, fix = "is a checkpoint, not a dump", f"RUN/{DUMPS}/step-…, which a stopped run leaves"
+        problem = Problem(str(folder), why, fix)
+        raise CheckpointError(format_problems("There is nothing to replay.", [problem]))
+    return manifest
+
+
 def read_dump(folder: Path, state: Any, batch: Any, to: Any) -> Dump:
     """Reads a dump onto devices.
 
     Args:
-      folder: of the dump, or one that holds dumps, of which the newest is taken.
+      folder: as for `dump_manifest`.
       state: abstract `TrainState`.
       batch: abstract batch.
       to: one sharding, or `{"state": shardings, "batch": shardings}`.
@@ -76,26 +94,11 @@ def read_dump(folder: Path, state: Any, batch: Any, to: Any) -> Dump:
       CheckpointError: there is no dump, or it is of another model.
       DamageError: it is not what was written.
     """
-    root, step = _place(folder)
-    dumps = Checkpointer(root)
-    manifest = dumps.manifest(step)
-    if not isinstance(manifest.data, dict) or manifest.data.get("kind") != _KIND:
-        why, fix = "is a checkpoint, not a dump", f"RUN/{DUMPS}, which a stopped run leaves"
-        problem = Problem(str(folder), why, fix)
-        raise CheckpointError(format_problems("There is nothing to replay.", [problem]))
+    manifest = dump_manifest(folder)
+    dumps = Checkpointer(_place(folder)[0])
     back = dumps.restore({"state": state, "batch": batch}, to, step=manifest.step)
     made, values = back.state, manifest.data["values"]
     return Dump(made["state"], made["batch"], back.step, values, manifest.config or {})
-
-
-def read_config(folder: Path) -> Mapping[str, Any]:
-    """The config of the run that left a dump, plain values; needs no device.
-
-    Raises:
-      CheckpointError: there is no dump.
-    """
-    root, step = _place(folder)
-    return Checkpointer(root).manifest(step).config or {}
 
 
 def _place(folder: Path) -> tuple[Path, int | None]:

@@ -4,6 +4,7 @@ from ._config import TrainConfig
 from ._declare import batch_shapes, declare_run, decoder_model
 from ._environment import package_versions
 from ._plot import plot_runs
+from ._replay import Replay, abstract_batch, replay
 from ._sample import printable, sample_bytes
 from ._scores import Result
 from ._source import Source
@@ -15,6 +16,7 @@ from ._watch import Numbers, Run, Watcher
 
 __all__ = [
     "Numbers",
+    "Replay",
     "Result",
     "Run",
     "Source",
@@ -22,6 +24,7 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "Watcher",
+    "abstract_batch",
     "batch_shapes",
     "declare_run",
     "decoder_model",
@@ -29,6 +32,7 @@ __all__ = [
     "package_versions",
     "plot_runs",
     "printable",
+    "replay",
     "sample_bytes",
     "train",
 ]

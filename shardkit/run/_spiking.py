@@ -11,8 +11,8 @@ class WatchSpikes(Watcher):
     """Writes a row where the loss or the gradient norm jumps above what was expected."""
 
     def __init__(self) -> None:
-        """Norms scatter more than losses do: they have to double to count."""
-        self._watched = {"loss": Spikes(), "grad_norm": Spikes(ratio=1.0)}
+        """Norms scatter more than losses do: they have to triple to count."""
+        self._watched = {"loss": Spikes(), "grad_norm": Spikes(ratio=2.0)}
         self._run: Run | None = None
 
     def begin(self, run: Run, state: Any) -> None:

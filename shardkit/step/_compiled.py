@@ -78,6 +78,11 @@ class CompiledStep:
         """The executable of the step, with its jaxpr, compiler messages and compile times."""
         return self._programs.train
 
+    @property
+    def gradient_program(self) -> Program:
+        """The executable of `gradients`, which is compiled when it is first asked for."""
+        return self._programs.gradients
+
     def hlo(self) -> str:
         """Text of the optimized program that each device runs."""
         return self.program.compiled.as_text()

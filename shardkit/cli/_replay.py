@@ -1,0 +1,66 @@
+"""`shardkit replay DUMP`: a step that was not finite, made again on one device."""
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from .._precision import Precision
+from .._types import Accumulate
+from ..config import Config, from_record
+from ..guards import dump_manifest
+from ..mesh import MeshSpec
+from ..parallel import strategies
+from ..run import abstract_batch, decoder_model, replay
+from ..step import CompiledStep, compile_step
+from ._command import Command
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    folder = Path(arguments.folder)
+    manifest = dump_manifest(folder)
+    config = from_record(manifest.config or {}, str(folder))
+    step = _one_device(config, manifest.config or {}, abstract_batch(manifest.leaves))
+    found = replay(folder, step)
+    Console(highlight=False, soft_wrap=True).print(str(found), markup=False)
+    return 0 if found.reproduced else 1
+
+
+def _one_device(config: Config, record: Mapping[str, Any], batch: Any) -> CompiledStep:
+    """The step of a run, whatever its mesh was; what decides the numbers is as it was."""
+    declared = record["strategy"]
+    strategy = dataclasses.replace(
+        strategies.data(),
+        precision=_read(Precision, declared["precision"]),
+        accumulate=_read(Accumulate, declared["accumulate"]),
+    )
+    made = decoder_model(config.model)
+    return compile_step(
+        made.loss_fn,
+        config.optimizer.build(config.train.steps),
+        init=made.init,
+        batch=batch,
+        mesh=MeshSpec(data=1).build(devices=jax.devices()[:1]),
+        strategy=strategy,
+    )
+
+
+def _read(kind: type[Any], value: Any) -> Any:
+    return kind(**value) if isinstance(value, dict) else value
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DUMP", help="RUN/dumps/step-…, or the run")
+
+
+REPLAY = Command(
+    "replay",
+    "make a step again that was not finite, and say where it went wrong",
+    _run,
+    _add_options,
+    takes_config=False,
+)
