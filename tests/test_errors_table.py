@@ -3,6 +3,8 @@
 Rows about meshes and rules alone are in `test_mesh.py` and `test_rules_errors.py`.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
+from shardkit.verify._observe import counted_compiles
 
 X = np.ones((8, 10), np.float32)
 ROWS = P("data")
@@ -173,6 +176,81 @@ def test_an_argument_laid_out_otherwise_names_the_leaf_and_both_specs(step, mesh
     text = text_of(sk.StateError, lambda: step(moved, {"x": X}))
     assert "state/params/head/kernel" in text
     assert "on 8 devices as P('data',); the step has it as P(None, 'model')" in text
+
+
+def test_explicit_collectives_name_the_leaf_too(mesh):
+    text = text_of(
+        sk.ShardingError,
+        lambda: sk.compile_step(
+            loss_fn,
+            optax.adam(1e-3),
+            init=init,
+            batch={"x": X},
+            mesh=mesh,
+            strategy=sk.Strategy(params=sk.PathRules({"**": P("model")}), batch=ROWS),
+            mode="shard_map",
+        ),
+    )
+    assert "params/head/kernel f32[10,16]" in text
+    assert "dim 0 (10) is not divisible by model=4" in text
+
+
+def test_an_update_of_another_form_names_its_leaves(mesh):
+    plain = optax.sgd(0.1)
+
+    def update(grads, state, params=None):
+        grads = {"head": {"kernel": grads["head"]["kernel"][:3]}, "more": grads["b"]}
+        return grads, state
+
+    text = text_of(
+        sk.StepError,
+        lambda: sk.compile_step(
+            loss_fn,
+            optax.GradientTransformation(plain.init, update),
+            init=init,
+            batch={"x": X},
+            mesh=mesh,
+            strategy=sk.Strategy(params=sk.PathRules({"**": sk.REPLICATED}), batch=ROWS),
+        ),
+    )
+    assert "params/head/kernel  is f32[10,16]; its update is f32[3,16]" in text
+    assert "params/b            is f32[3]; its update is absent" in text
+    assert "params/more         is absent; its update is f32[3]" in text
+
+
+def test_a_key_that_is_used_twice_is_an_error_where_asked_for(mesh):
+    def twice(params, batch, key):
+        noise = jax.random.normal(key, (3,)) + jax.random.normal(key, (3,))
+        return (params["b"] * noise).sum()
+
+    def compile_(loss, **given):
+        strategy = sk.Strategy(params=sk.PathRules({"**": sk.REPLICATED}), batch=ROWS)
+        options = {"init": init, "batch": {"x": X}, "mesh": mesh, "strategy": strategy}
+        return sk.compile_step(loss, optax.sgd(0.1), **options, **given)
+
+    text = text_of(sk.StepError, lambda: compile_(twice, debug=True))
+    assert "loss_fn  uses a random key twice: " in text
+    assert "already consumed" in text
+    assert "first, second = jax.random.split(key)" in text
+    assert not compile_(twice).declaration.debug
+
+
+def test_what_would_be_a_second_trace_names_the_leaf_or_compiles_nothing(step):
+    state = step.init(jax.random.key(0))
+    text = text_of(sk.BatchError, lambda: step(state, {"x": X.astype(np.int32)}))
+    assert "batch/x" in text
+    assert "is i32[8,10]; the step was compiled for f32[8,10]" in text
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.params)
+    text = text_of(sk.StateError, lambda: step(dataclasses.replace(state, params=half), {"x": X}))
+    assert "state/params/b" in text
+    assert "is bf16[3]; the step has f32[3]" in text
+    # Uncommitted, weakly typed or wider than the step's: none of them is another program.
+    weak = jnp.broadcast_to(jnp.asarray(1.0), (8, 10))
+    assert weak.weak_type
+    with counted_compiles() as compiled_since:
+        for batch in (jnp.asarray(X), X.astype(np.float64), weak):
+            state, _ = step(state, {"x": batch})
+    assert compiled_since == [0]
 
 
 def test_a_recompile_is_not_reachable_another_shape_is_an_error(step):

@@ -1,7 +1,6 @@
 """`Config`: everything one run is made of, as one frozen tree."""
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,7 @@ from ..parallel import Strategy, strategies
 from ..run import TrainConfig
 from ._compile import CompileConfig
 from ._optimizer import OptimizerConfig
-from ._override import apply_overrides
 from ._values import hints, is_dataclass_type
-
-# Groups whose records are plain values.
-_PLAIN = ("model", "data", "optimizer", "train")
 
 
 def _default_model() -> DecoderConfig:
@@ -100,30 +95,3 @@ def to_record(config: Any) -> Any:
     if isinstance(config, tuple | list):
         return [to_record(one) for one in config]
     return config if isinstance(config, str | int | float | None) else repr(config)
-
-
-def from_record(record: Mapping[str, Any], where: str) -> Config:
-    """Builds the config again that a record was made of, as far as records are plain values.
-
-    Model, data, optimizer and loop come back. Mesh and strategy are as in `Config()`: a record
-    shows their rules, which no text gives back.
-
-    Args:
-      record: from `to_record`.
-      where: names the record in an error.
-
-    Raises:
-      ConfigError: it is no record of a config, or of one with fields that are not known here.
-    """
-    groups = [name for name in _PLAIN if isinstance(record.get(name), Mapping)]
-    if len(groups) < len(_PLAIN):
-        absent = ", ".join(name for name in _PLAIN if name not in groups)
-        problem = Problem(where, f"was left by a run without {absent} in its record")
-        fix = "sk.replay(folder, step), with the step of that run for one device"
-        raise ConfigError(format_problems("This is no run of shardkit train.", [problem], fix))
-    assigned = [f"{g}.{name}={_text(value)}" for g in groups for name, value in record[g].items()]
-    return apply_overrides(Config(), assigned)
-
-
-def _text(value: Any) -> str:
-    return ",".join(map(_text, value)) if isinstance(value, list) else str(value)

@@ -2,12 +2,13 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import tree_leaves_with_path as leaves_with_path
 
 from .._errors import Problem, StepError, raise_all
 from .._tree import path_str, short_type
@@ -48,6 +49,7 @@ def training_step(
             seen = {"value": metrics["loss"]} if sees_loss else {}
             before, grads = _shards(state.params, split), _shards(grads, split)
             updates, opt_state = update(grads, state.opt_state, before, **seen)
+            _check_updates(updates, before)
             params = _shards(optax.apply_updates(before, updates), split)
             after = TrainState(state.step + 1, params, opt_state, outcome.extra, state.key)
             if on_nonfinite == "apply":
@@ -58,6 +60,30 @@ def training_step(
             return chosen(usable, after, kept, on_nonfinite), metrics
 
     return step
+
+
+def _check_updates(updates: Any, params: Any) -> None:
+    """Compares what an optimizer returns with the parameters that it is added to.
+
+    Raises:
+      StepError: with every leaf that one of them lacks, or has in another shape.
+    """
+    got, want = (
+        {path_str(p): short_type(x.shape, x.dtype) for p, x in leaves_with_path(tree)}
+        for tree in (updates, params)
+    )
+    shapes = {path: short.partition("[")[2] for path, short in got.items()}
+    problems = [
+        Problem(f"params/{path}", f"is {want.get(path, 'absent')}; its update {_or(got, path)}")
+        for path in dict.fromkeys([*want, *got])
+        if path not in want or shapes.get(path) != want[path].partition("[")[2]
+    ]
+    fix = "an optimizer whose update returns a tree like the parameters"
+    raise_all(StepError, "The updates are not of the form of the parameters.", problems, fix)
+
+
+def _or(types: Mapping[str, str], path: str) -> str:
+    return f"is {types[path]}" if path in types else "is absent"
 
 
 def _shards(tree: Any, split: Any) -> Any:

@@ -1,0 +1,38 @@
+"""A config from the plain values that a run keeps of it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .._errors import ConfigError, Problem, format_problems
+from ._override import apply_overrides
+from ._tree import Config
+
+# Groups whose records are plain values.
+_PLAIN = ("model", "data", "optimizer", "train")
+
+
+def from_record(record: Mapping[str, Any], where: str) -> Config:
+    """Builds the config again that a record was made of, as far as records are plain values.
+
+    Model, data, optimizer and loop come back. Mesh and strategy are as in `Config()`: a record
+    shows their rules, which no text gives back.
+
+    Args:
+      record: from `to_record`.
+      where: names the record in an error.
+
+    Raises:
+      ConfigError: it is no record of a config, or of one with fields that are not known here.
+    """
+    groups = [name for name in _PLAIN if isinstance(record.get(name), Mapping)]
+    if len(groups) < len(_PLAIN):
+        absent = ", ".join(name for name in _PLAIN if name not in groups)
+        problem = Problem(where, f"was left by a run without {absent} in its record")
+        fix = "sk.replay(folder, step), with the step of that run for one device"
+        raise ConfigError(format_problems("This is no run of shardkit train.", [problem], fix))
+    assigned = [f"{g}.{name}={_text(value)}" for g in groups for name, value in record[g].items()]
+    return apply_overrides(Config(), assigned)
+
+
+def _text(value: Any) -> str:
+    return ",".join(map(_text, value)) if isinstance(value, list) else str(value)
