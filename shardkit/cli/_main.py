@@ -10,27 +10,8 @@ from rich.console import Console
 
 from .._errors import ShardkitError
 from ..run import Stopped
-from ._checkpoint import CHECKPOINT
-from ._command import Command, add_shared
-from ._explain import EXPLAIN
-from ._launch import LAUNCH
-from ._plot import PLOT
-from ._replay import REPLAY
-from ._tokenize import TOKENIZE
-from ._train import TRAIN
-from ._verify import VERIFY
-
-# The command line is closed: a command is added here and nowhere else.
-COMMANDS: tuple[Command, ...] = (
-    TRAIN,
-    EXPLAIN,
-    VERIFY,
-    PLOT,
-    CHECKPOINT,
-    LAUNCH,
-    TOKENIZE,
-    REPLAY,
-)
+from ._command import add_shared
+from ._commands import COMMANDS
 
 # 75 is sysexits' EX_TEMPFAIL: nothing is wrong, try again later.
 _FAILED, _REFUSED, _STOPPED, _INTERRUPTED = 1, 2, 75, 130
