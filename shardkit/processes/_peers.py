@@ -22,9 +22,9 @@ _LEAVE = "leave"
 # What a step raises may be the echo of a process that died: its end is known within this time.
 _ECHO = 0.7
 # Time to say what went wrong; a process that still waits for a device then never ends by itself.
-_LAST_WORDS = 0.6
+_LAST_WORDS = 0.4
 # JAX aborts a process whose coordinator, process 0, is gone; so that one leaves last.
-_COORDINATE = 0.9
+_COORDINATE = 0.6
 # The hub answers a process that has stalled within moments, unless it is what hangs.
 _ANSWER = 1.5
 
