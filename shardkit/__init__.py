@@ -17,6 +17,7 @@ from ._errors import (
     ShardkitError,
     StateError,
     StepError,
+    SweepError,
     VerificationError,
 )
 from ._precision import Precision
@@ -38,6 +39,7 @@ from .rules import REPLICATED, AxisRules, PathRules, chain, explain, shard_large
 from .run import TrainConfig, Trainer, Watcher, replay
 from .state import TrainState
 from .step import CompiledStep, Declaration, compile_step, released
+from .sweep import Sweep, sweep
 from .verify import Certificate, verify
 
 __all__ = [
@@ -77,6 +79,8 @@ __all__ = [
     "StateError",
     "StepError",
     "Strategy",
+    "Sweep",
+    "SweepError",
     "TrainConfig",
     "TrainState",
     "Trainer",
@@ -105,6 +109,7 @@ __all__ = [
     "simulate_devices",
     "staged",
     "strategies",
+    "sweep",
     "verify",
     "weight",
 ]

@@ -58,6 +58,10 @@ class ReportError(ShardkitError):
     """A report is asked for an axis or kind that it does not have, or is no report."""
 
 
+class SweepError(ShardkitError):
+    """A sweep has nothing to try, or its folder holds something else."""
+
+
 class BudgetError(ShardkitError):
     """A compiled step exceeds what a budget allows."""
 

@@ -23,6 +23,9 @@ OPTIONS = {
     "train": SHARED | {"--profile"},
     "verify": SHARED | {"--mesh", "--steps", "--mutations"},
     "replay": {"-h", "--help", "--debug"},
+    "sweep": SHARED
+    | {"--devices", "--axes", "--accumulate", "--remat", "--target", "--verify", "--time"}
+    | {"--turns", "--out", "--plots", "--timeout"},
     "checkpoint": {"-h", "--help", "--debug", "--values"},
     "plot": {"-h", "--help", "--debug", "--out"},
     "explain": SHARED | {"--target", "--json", "--html", "--timeout"},

@@ -6,6 +6,7 @@ from ._explain import EXPLAIN
 from ._launch import LAUNCH
 from ._plot import PLOT
 from ._replay import REPLAY
+from ._sweep import SWEEP
 from ._tokenize import TOKENIZE
 from ._train import TRAIN
 from ._verify import VERIFY
@@ -15,6 +16,7 @@ COMMANDS: tuple[Command, ...] = (
     TRAIN,
     EXPLAIN,
     VERIFY,
+    SWEEP,
     PLOT,
     CHECKPOINT,
     LAUNCH,

@@ -23,6 +23,11 @@ from ..inspect import Report
 from ..mesh import Target
 from ._source import Source
 
+
+class NotCompiled(StepError):
+    """A compiler did not finish in time, or crashed; nothing is said of the declaration."""
+
+
 # One line about every so often, for whoever waits minutes for a compiler.
 _POLL = 0.2
 
@@ -48,7 +53,7 @@ def compile_for(
     Raises:
       MeshError: the target is unknown, or its compiler is not installed.
       ShardkitError: whatever is wrong with the declaration, as if it were compiled here.
-      StepError: the child did not finish in time, or its compiler crashed.
+      NotCompiled: the child did not finish in time, or its compiler crashed; a `StepError`.
     """
     wanted = Target.parse(target)
     with tempfile.TemporaryDirectory(prefix="shardkit-") as folder:
@@ -132,4 +137,5 @@ def _opened(answer: dict[str, Any]) -> Report:
 
 
 def _refuse(target: Target, why: str, fix: str) -> None:
-    raise StepError(format_problems("The step was not compiled.", [Problem(str(target), why)], fix))
+    problem = Problem(str(target), why)
+    raise NotCompiled(format_problems("The step was not compiled.", [problem], fix))

@@ -21,12 +21,14 @@ class Source:
 
     Attributes:
       name: a path to a config file, `""` for the default config, or `module:function`, where the
-        function takes nothing and returns an `sk.Declaration` whose mesh is a `MeshSpec`.
+        function returns an `sk.Declaration` whose mesh is a `MeshSpec`.
       overrides: `path.to.field=value`, for config files.
+      arguments: what the function is called with by name, plain JSON values; nothing by default.
     """
 
     name: str = ""
     overrides: tuple[str, ...] = ()
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def is_function(self) -> bool:
@@ -35,12 +37,16 @@ class Source:
 
     def to_request(self) -> dict[str, Any]:
         """Plain values from which the child makes the same source."""
-        return {"name": self.name, "overrides": list(self.overrides)}
+        return {
+            "name": self.name,
+            "overrides": list(self.overrides),
+            "arguments": dict(self.arguments),
+        }
 
     @classmethod
     def from_request(cls, request: Mapping[str, Any]) -> "Source":
         """The source that `to_request` described."""
-        return cls(request["name"], tuple(request["overrides"]))
+        return cls(request["name"], tuple(request["overrides"]), request["arguments"])
 
     def load(self) -> Declaration:
         """Loads the config, or imports the function and calls it.
@@ -71,7 +77,7 @@ class Source:
             close = difflib.get_close_matches(function, names, n=1, cutoff=0.5)
             fix = f"{module_name}:{close[0]}" if close else "def NAME() -> sk.Declaration, as NAME"
             _refuse(self.name, why, fix)
-        made = getattr(module, function)()
+        made = getattr(module, function)(**self.arguments)
         if not isinstance(made, Declaration) or not isinstance(made.mesh, MeshSpec):
             what = type(made).__name__
             if isinstance(made, Declaration):

@@ -1,0 +1,112 @@
+"""`shardkit sweep`: every mesh of a config's axes × accumulation × remat."""
+
+import argparse
+import importlib.util
+from pathlib import Path
+
+from rich.console import Console
+
+from .._errors import Problem, SweepError, format_problems, raise_all
+from ..config import load_config
+from ..mesh import Target, simulate_devices
+from ..sweep import ConfigFactory, Row, plots, sweep
+from ._command import Command
+from ._verify import ragged_batches
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    console = Console(highlight=False, soft_wrap=True)
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    _check_plots(arguments)
+    counts = _numbers("--devices", arguments.devices)
+    config = load_config(arguments.config, arguments.overrides)
+    target = arguments.target or _absent(config.devices)
+    if target is None:
+        _simulate(config.devices, counts)
+    found = sweep(
+        ConfigFactory(arguments.config or "", tuple(arguments.overrides)),
+        out=Path(arguments.out or Path("sweeps") / config.name),
+        axes=_words(arguments.axes),
+        devices=counts or None,
+        accumulate=_numbers("--accumulate", arguments.accumulate),
+        remat=_words(arguments.remat, ";"),
+        target=target,
+        verify=arguments.verify,
+        time=True if arguments.time else None,
+        batches=ragged_batches(config),
+        turns=arguments.turns,
+        timeout=arguments.timeout,
+        on_row=lambda row, done, total: errors.print(_told(row, done, total), markup=False),
+    )
+    console.print(str(found), markup=False)
+    drawn = plots(found) if arguments.plots else ()
+    names = ", ".join(["rows.jsonl", "rows.csv", *(path.name for path in drawn)])
+    console.print(f"\n{found.folder}: {names}", markup=False)
+    return 0 if found.ranked else 1
+
+
+def _told(row: Row, done: int, total: int) -> str:
+    """One line of progress."""
+    more = f": {row.reason}" if row.reason else ""
+    return f"[{done}/{total}] {row.case.key} {row.status}{more}"
+
+
+def _absent(devices: str) -> str | None:
+    """The config's own target, where no device of it is in this process."""
+    return devices if Target.parse(devices).kind not in ("local", "cpu") else None
+
+
+def _simulate(devices: str, counts: list[int]) -> None:
+    """Simulates as many CPU devices as the largest mesh has, unless the config's are real."""
+    target = Target.parse(devices)
+    if target.kind == "cpu" and target.n_devices is not None:
+        simulate_devices(max(counts, default=target.n_devices))
+
+
+def _words(text: str | None, separator: str = ",") -> list[str]:
+    return [word.strip() for word in (text or "").split(separator) if word.strip()]
+
+
+def _numbers(option: str, text: str | None) -> list[int]:
+    words = _words(text)
+    wrong = [Problem(f"{option} {word}", "is no number") for word in words if not word.isdigit()]
+    raise_all(SweepError, "Numbers are wanted.", wrong, f"{option} 1,2,4")
+    return [int(word) for word in words]
+
+
+def _check_plots(arguments: argparse.Namespace) -> None:
+    """Refuses plots without a library to draw them, before hours of compiling."""
+    if arguments.plots and importlib.util.find_spec("matplotlib") is None:
+        problem = Problem("--plots", "matplotlib is not installed")
+        fix = 'pip install "shardkit[plot]"'
+        raise SweepError(format_problems("Nothing can be drawn.", [problem], fix))
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--devices", metavar="N,…", help="numbers of devices, e.g. 8 or 2,4,8")
+    parser.add_argument(
+        "--axes", metavar="A,…", help="mesh axes, e.g. data,fsdp,tensor; by default the config's"
+    )
+    parser.add_argument("--accumulate", metavar="K,…", default="1", help="micro-batches (1)")
+    parser.add_argument(
+        "--remat",
+        metavar="NAME;…",
+        default="none",
+        help="checkpoint policies between semicolons, e.g. 'none;full;save:attn_out' (none)",
+    )
+    parser.add_argument("--target", help="tpu:v5p:4x4x4, gpu:h100:1x8, …; compiled, never run")
+    parser.add_argument("--verify", action="store_true", help="compare each with one device")
+    parser.add_argument(
+        "--time", action="store_true", help="time the updates on simulated devices too"
+    )
+    parser.add_argument("--turns", type=int, default=5, help="turns of each timed case (5)")
+    parser.add_argument("--out", metavar="FOLDER", help="where rows go (sweeps/NAME)")
+    parser.add_argument("--plots", action="store_true", help="also draw PNG and SVG pictures")
+    parser.add_argument(
+        "--timeout", type=float, default=1800.0, help="seconds to wait for one compile of a target"
+    )
+
+
+SWEEP = Command(
+    "sweep", "try every mesh × accumulation × remat of a config, and rank them", _run, _add_options
+)

@@ -1,0 +1,124 @@
+"""One case tried: compiled, held to its memory and to one device's numbers, as a row."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .._errors import ShardkitError
+from ..step import CompiledStep
+from ..targets import NotCompiled
+from ._case import Case
+from ._circumstances import circumstances
+from ._compilers import Compiler
+from ._parity import Parity
+from ._row import (
+    FAILED,
+    ILLEGAL,
+    MEMORY,
+    OK,
+    WRONG,
+    Row,
+    compiled_figures,
+    misfit,
+    modelled_figures,
+)
+
+# What XLA's allocators and compilers say, on every platform.
+_NO_MEMORY = "RESOURCE_EXHAUSTED"
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempts:
+    """Tries one case after the other; whatever goes wrong is a row.
+
+    Attributes:
+      compiler: here, or for an absent target.
+      verify: whether steps are compared with one device.
+      batches: host batches for that; None for made-up ones.
+      estimate: case → modelled bytes per device; None where nobody models them.
+    """
+
+    compiler: Compiler
+    verify: bool = False
+    batches: Sequence[Any] | None = None
+    estimate: Callable[[Case], float] | None = None
+
+    @functools.cached_property
+    def _parity(self) -> Parity:
+        return Parity(self.batches)
+
+    def try_case(self, case: Case) -> tuple[Row, CompiledStep | None]:
+        """Returns the row of a case, and its step where it is legal and was compiled here."""
+        blank = Row(case, FAILED, self.compiler.on, circumstances=circumstances())
+        try:
+            made = self.compiler.compile(case)
+        except Exception as error:
+            return ended(blank, error), None
+        report = made.report
+        row = dataclasses.replace(
+            blank,
+            status=OK,
+            on={**blank.on, "platform": report.platform, "device_kind": report.device_kind},
+            compiled=compiled_figures(report),
+            measured={"compile_seconds": {"whole": made.seconds, **report.seconds}},
+            modelled=modelled_figures(report)
+            | ({"memory": self.estimate(case)} if self.estimate else {}),
+        )
+        if why := misfit(report):
+            return dataclasses.replace(row, status=MEMORY, reason=why), None
+        if not self.verify or made.step is None:
+            return row, made.step
+        try:
+            return _proved(row, self._parity.verdict(made.step)), made.step
+        except Exception as error:
+            return ended(row, error), None
+
+
+def ended(row: Row, error: Exception) -> Row:
+    """The row of a case that an error ended; what was found out before stays in it."""
+    text = f"{error}" if isinstance(error, ShardkitError) else f"{type(error).__name__}: {error}"
+    illegal = isinstance(error, ShardkitError) and not isinstance(error, NotCompiled)
+    status = MEMORY if _NO_MEMORY in text else ILLEGAL if illegal else FAILED
+    return dataclasses.replace(row, status=status, reason=reason(text), error=text)
+
+
+def reason(message: str) -> str:
+    r"""The first line of a message, and the first leaf or axis at fault behind it.
+
+    >>> reason("1 leaf cannot be laid out.\n  w f32[3]   dim 0 (3)\nFix: tensor=1")
+    '1 leaf cannot be laid out: w f32[3] dim 0 (3)'
+    """
+    head, *rest = message.splitlines() or [""]
+    if not rest or not rest[0].startswith("  "):
+        return head
+    return f"{head.rstrip('.:')}: {' '.join(rest[0].split())}"
+
+
+def carried_over(new: Row, old: Row | None) -> Row:
+    """A row that was made again, with what was only measured or proved the time before."""
+    if old is None or new.status != OK:
+        return new
+    return dataclasses.replace(
+        new,
+        measured={**old.measured, **new.measured},
+        verified=old.verified if new.verified is None else new.verified,
+    )
+
+
+def is_done(row: Row | None, *, prove: bool, timed: bool) -> bool:
+    """Whether a row of a file holds all that is asked now; a case that failed is tried again."""
+    if row is None or row.status == FAILED:
+        return False
+    if row.status != OK:
+        return True
+    return (row.verified is not None or not prove) and (row.seconds is not None or not timed)
+
+
+def _proved(row: Row, verdict: dict[str, Any]) -> Row:
+    wrong = verdict["ok"] is False
+    why: Sequence[str] = verdict["why"].splitlines() or [""]
+    status = WRONG if wrong else row.status
+    return dataclasses.replace(
+        row, status=status, verified=verdict, reason=why[0] if wrong else row.reason
+    )

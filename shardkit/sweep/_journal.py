@@ -1,0 +1,128 @@
+"""The file of a sweep: one JSON line per row, written as it goes, never half.
+
+The first line says which sweep it is. A row that is written again, with times, replaces the one
+before. A process that is killed leaves at most one unfinished line, which the next one drops.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .._errors import Problem, SweepError, format_problems, raise_all
+from ._row import Row
+
+FILE = "rows.jsonl"
+_FORMAT = "shardkit_sweep"
+_VERSION = 1
+
+
+class Journal:
+    """The rows of one sweep, in memory and on disk.
+
+    Attributes:
+      folder: where the sweep's files are.
+      rows: key of a case → its newest row.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
+        """Opens a folder for a sweep, new or going on.
+
+        Args:
+          folder: made where there is none.
+          identity: plain values that tell this sweep from others.
+
+        Raises:
+          SweepError: the folder holds something else, or rows of another sweep; nothing of it is
+            changed.
+        """
+        self.folder, self._path = folder, folder / FILE
+        header = json.dumps({_FORMAT: _VERSION, "identity": identity}, sort_keys=True)
+        _check_folder(folder)
+        text = self._path.read_text() if self._path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if not whole and not header.startswith(text):
+            _refuse(self._path, "is no file of a sweep")
+        self.rows = _read(self._path, whole.splitlines(), json.loads(header)["identity"])
+        folder.mkdir(parents=True, exist_ok=True)
+        if whole != text:
+            os.truncate(self._path, len(whole.encode()))
+        if not whole:
+            self._append(header)
+
+    def add(self, row: Row) -> None:
+        """Writes a row."""
+        self._append(row.to_line())
+        self.rows[row.case.key] = row
+
+    def _append(self, line: str) -> None:
+        # One write of one line at the end of the file: no reader ever sees lines mixed up.
+        file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            os.write(file, f"{line}\n".encode())
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        _refuse(folder, "is a file")
+    there = sorted(path.name for path in folder.iterdir())
+    if there and FILE not in there:
+        _refuse(folder, f"holds {', '.join(there[:4])}, and no {FILE}")
+
+
+def _refuse(path: Path, why: str) -> None:
+    fix = "--out NEW_FOLDER, or out=; nothing was changed"
+    raise SweepError(
+        format_problems("This is no folder of a sweep.", [Problem(str(path), why)], fix)
+    )
+
+
+def _read(path: Path, lines: list[str], identity: Mapping[str, Any]) -> dict[str, Row]:
+    if not lines:
+        return {}
+    _check_header(path, lines[0], identity)
+    rows = {}
+    for number, line in enumerate(lines[1:], 2):
+        try:
+            row = Row.from_line(line)
+        except (ValueError, TypeError, KeyError) as error:
+            problem = Problem(f"{path}:{number}", f"is no row: {type(error).__name__}: {error}")
+            fix = "take the line out, and its case is tried again; nothing was changed"
+            raise SweepError(
+                format_problems("The sweep's file is damaged.", [problem], fix)
+            ) from None
+        rows[row.case.key] = row
+    return rows
+
+
+def _check_header(path: Path, line: str, identity: Mapping[str, Any]) -> None:
+    try:
+        header = json.loads(line)
+        version, there = header[_FORMAT], header["identity"]
+    except (ValueError, TypeError, KeyError):
+        _refuse(path, "is no file of a sweep")
+        return
+    if version != _VERSION:
+        _refuse(path, f"has version {version} of the format, this is {_VERSION}")
+    before, now = _flat(there), _flat(identity)
+    problems = [
+        Problem(name, f"was {before.get(name, '—')} there, is {now.get(name, '—')} now")
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    ]
+    fix = "--out NEW_FOLDER, or the settings of before; nothing was changed"
+    raise_all(SweepError, f"{path} holds rows of another sweep.", problems, fix)
+
+
+def _flat(values: Any, where: str = "") -> dict[str, str]:
+    """`{"model.layers": "4"}`: nested settings, each by its path."""
+    if not isinstance(values, Mapping):
+        return {where: json.dumps(values)}
+    below = [_flat(value, f"{where}.{name}" if where else name) for name, value in values.items()]
+    return {name: text for one in below for name, text in one.items()}

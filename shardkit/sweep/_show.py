@@ -1,0 +1,134 @@
+"""A sweep in a terminal: ranked rows, and the others with their reasons."""
+
+import io
+import statistics
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from .._tree import format_bytes
+from ._row import Row
+
+WIDTH = 100
+
+
+def table(title: str, ranked: Sequence[Row], others: Sequence[Row], by: str) -> str:
+    """Lays a sweep out as text of at most 100 columns.
+
+    Args:
+      title: what was swept.
+      ranked: rows that are ok, the best first.
+      others: rows that are not.
+      by: what `ranked` is ranked by.
+    """
+    text = io.StringIO()
+    console = Console(file=text, width=WIDTH, highlight=False, color_system=None)
+    console.print(title, markup=False)
+    if ranked:
+        console.print(f"Ranked by {by}.", markup=False)
+        console.print(_ranked(ranked))
+        for note in _notes(ranked):
+            console.print(note, markup=False)
+    if others:
+        console.print(f"\nNot ranked: {len(others)} of {len(ranked) + len(others)}", markup=False)
+        console.print(_others(others))
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def seconds(value: float) -> str:
+    """Returns `12.3 ms`, or `2.10 s`.
+
+    >>> seconds(0.01234), seconds(2.1)
+    ('12.3 ms', '2.10 s')
+    """
+    return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.3g} ms"
+
+
+def _ranked(rows: Sequence[Row]) -> Table:
+    shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    shown.add_column("", justify="right", no_wrap=True)
+    shown.add_column("mesh", overflow="fold", min_width=_mesh_width(rows))
+    for name in ("acc.", "remat"):
+        shown.add_column(name, no_wrap=True)
+    timed = any(_time(row) for row in rows)
+    proved = any(row.verified for row in rows)
+    numbers = ["step"] * timed + ["memory", "wire", "compile", "finds"]
+    for name in numbers:
+        shown.add_column(name, justify="right", no_wrap=True)
+    shown.add_column("÷ minimum", overflow="fold")
+    if proved:
+        shown.add_column("proved", no_wrap=True)
+    for place, row in enumerate(rows, 1):
+        compiled = row.compiled or {}
+        cells = [str(place), row.case.shown, str(row.case.accumulate), row.case.remat]
+        cells += [_time(row)] * timed
+        cells += [format_bytes(row.total) if row.total is not None else "?"]
+        cells += [format_bytes(row.wire or 0), _compile(row)]
+        found = sum(one["count"] for one in compiled.get("findings", {}).values())
+        cells += [str(found), _ratios(row)]
+        shown.add_row(*cells, *([_proved(row)] * proved))
+    return shown
+
+
+def _mesh_width(rows: Sequence[Row]) -> int:
+    """Room for the longest mesh, up to three axes; longer ones go on in the next line."""
+    return min(24, max(len(row.case.shown) for row in rows))
+
+
+def _time(row: Row) -> str:
+    """`12.3 ms ±1.2`, half the distance of the quartiles behind it; `~` before a modelled one."""
+    if timed := row.measured.get("step_seconds"):
+        spread = 1e3 * (timed["high"] - timed["low"]) / 2
+        return f"{seconds(timed['median'])} ±{spread:.2g}"
+    modelled = row.modelled.get("step_seconds")
+    return "" if modelled is None else f"~{seconds(modelled)}"
+
+
+def _compile(row: Row) -> str:
+    return f"{row.measured['compile_seconds']['whole']:.1f} s"
+
+
+def _ratios(row: Row) -> str:
+    axes = (row.compiled or {}).get("axes", {})
+    known = {axis: sent["ratio"] for axis, sent in axes.items() if sent["ratio"] is not None}
+    return " ".join(
+        f"{axis} {ratio:.2f}" for axis, ratio in known.items() if row.case.sizes[axis] > 1
+    )
+
+
+def _proved(row: Row) -> str:
+    if row.verified is None:
+        return ""
+    return "yes" if row.verified["ok"] else "untold"
+
+
+def _others(rows: Sequence[Row]) -> Table:
+    shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    shown.add_column("mesh", overflow="fold", min_width=_mesh_width(rows))
+    for name in ("acc.", "remat", "status"):
+        shown.add_column(name, no_wrap=True)
+    shown.add_column("why", overflow="fold")
+    for row in rows:
+        why = row.reason.replace("[", r"\[")
+        case = row.case
+        shown.add_row(case.shown, str(case.accumulate), case.remat, row.status, why)
+    return shown
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    """What a reader must know of the figures: where they are from, and what came together."""
+    notes = ["Memory and wire are compiled, bytes per device and step; compile seconds measured."]
+    wheres = dict.fromkeys(row.measured["where"] for row in rows if "where" in row.measured)
+    timed = [row.measured["step_seconds"]["samples"] for row in rows if row.seconds is not None]
+    if timed:
+        of = f"median of {int(statistics.median(timed))} updates ± half the quartiles' distance"
+        notes += [f"Step: {of}, {where}." for where in wheres]
+    if any(row.modelled and row.seconds is None for row in rows):
+        notes.append(
+            "Step: modelled (~), from the compiled program and the chip's links and peaks."
+        )
+    commits = dict.fromkeys(str(row.circumstances.get("commit")) for row in rows)
+    if len(commits) > 1:
+        notes.append(f"Rows of several commits: {', '.join(commits)}.")
+    return notes

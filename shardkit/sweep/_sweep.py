@@ -1,0 +1,207 @@
+"""`sweep`: every mesh × accumulation × remat of a step, compiled, proved, timed, written down."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .._errors import Problem, SweepError, count, format_problems, raise_all
+from ..mesh import Target
+from ._attempt import Attempts, carried_over, is_done
+from ._case import Case, cases
+from ._compilers import Absent, Compiler, Factory, Here, present_devices
+from ._factories import ConfigFactory, shown_name, source_of
+from ._journal import Journal
+from ._result import Sweep
+from ._row import ILLEGAL, Row
+from ._timing import time_all
+
+OnRow = Callable[[Row, int, int], None]
+
+
+def sweep(
+    factory: Factory | str,
+    *,
+    out: str | Path,
+    axes: Sequence[str] = (),
+    devices: int | Sequence[int] | None = None,
+    accumulate: Sequence[int] = (1,),
+    remat: Sequence[str] = ("none",),
+    target: str | None = None,
+    verify: bool = False,
+    time: bool | None = None,
+    batches: Sequence[Any] | None = None,
+    turns: int = 5,
+    updates: int = 3,
+    timeout: float = 1800.0,
+    record: Mapping[str, Any] | None = None,
+    estimate: Callable[[Case], float] | None = None,
+    on_row: OnRow = lambda row, done, total: None,
+) -> Sweep:
+    """Tries every mesh of some axes × accumulation × remat, and writes down what becomes of each.
+
+    A case that is illegal, fails or runs out of memory is a row with its reason. Rows are written
+    to `out/rows.jsonl` as they are made; called again, the sweep goes on where it was ended, and
+    tries again what failed.
+
+    Args:
+      factory: `factory(mesh, *, accumulate, remat)`, which returns a `CompiledStep` or a
+        `Declaration` of just these; or the path of a config file, whose strategy is joined with
+        `sk.strategies.fsdp()` and its like for axes that it has none for.
+      out: folder, new or of this sweep.
+      axes: mesh axes, in mesh order; those of the config's mesh, or `("data", "fsdp", "tensor")`.
+      devices: number of devices, or several; all of the process by default.
+      accumulate: micro-batches per step.
+      remat: names of checkpoint policies.
+      target: `"tpu:v5p:4x4x4"` and its like: each case is compiled in a child process for
+        devices that need not be here. A factory is then a function at the top of a module, which
+        takes a `MeshSpec` and returns a `Declaration`.
+      verify: also compare every legal case with one device, as `sk.verify` does.
+      time: also time the updates, in turns; by default where devices are real. On simulated
+        ones the times say so, and are no speed claim.
+      batches: host batches for proof and timing; made up from the declared shapes by default.
+      turns: how often each case has its turn.
+      updates: timed updates of a turn, behind one that warms up.
+      timeout: seconds for one compile in a child process.
+      record: plain values that tell this sweep from others, beside the factory's name: rows of
+        another one are refused.
+      estimate: case → bytes per device by a model of yours, to be drawn beside the compiled ones.
+      on_row: called with each row that is made, the number done and the number of all.
+
+    Returns:
+      The rows, ranked; `print` it.
+
+    Raises:
+      SweepError: there is nothing to try, no case is legal, `out` holds something else, or the
+        devices are not there.
+      ConfigError: the config cannot be used, or has none of the axes.
+
+    >>> import jax, jax.numpy as jnp, optax, tempfile
+    >>> from shardkit.parallel import strategies
+    >>> from shardkit.step import compile_step
+    >>> def factory(mesh, *, accumulate, remat):
+    ...     return compile_step(
+    ...         lambda params, batch, key: jnp.mean((batch @ params["w"]) ** 2), optax.sgd(0.1),
+    ...         init=lambda key: {"w": jax.random.normal(key, (4, 2))}, batch=jnp.ones((4, 4)),
+    ...         mesh=mesh, strategy=strategies.data(), accumulate=accumulate, remat=remat)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     found = sweep(factory, out=folder, axes=["data"], devices=(1, 2), accumulate=(1, 4))
+    >>> [(row.case.key, row.status) for row in found.rows][-1]
+    ('data=2 accumulate=4 remat=none', 'illegal')
+    >>> found.by, len(found.ranked)
+    ('compiled wire bytes', 3)
+    """
+    of = ConfigFactory(factory) if isinstance(factory, str) else factory
+    counts = _counts(devices, target)
+    wanted = _cases(of, axes, counts, accumulate, remat)
+    _check_asked(target, verify=verify, time=time, turns=turns, updates=updates)
+    compiler = _compiler(of, target, counts, wanted, timeout)
+    timed = target is None and compiler.on["platform"] != "cpu" if time is None else time
+    journal = Journal(Path(out), _identity(of, compiler, record))
+    todo = [c for c in wanted if not is_done(journal.rows.get(c.key), prove=verify, timed=timed)]
+    attempts = Attempts(compiler, verify, batches, estimate)
+    steps = {}
+    for at, case in enumerate(todo):
+        row, step = attempts.try_case(case)
+        journal.add(carried_over(row, journal.rows.get(case.key)))
+        on_row(journal.rows[case.key], len(wanted) - len(todo) + at + 1, len(wanted))
+        if timed and step is not None:
+            steps[case.key] = step
+    for row in time_all({key: journal.rows[key] for key in steps}, steps, batches, turns, updates):
+        journal.add(row)
+        on_row(row, len(wanted), len(wanted))
+    found = Sweep(tuple(journal.rows[case.key] for case in wanted), Path(out), _title(of, compiler))
+    Path(out, "rows.csv").write_text(found.to_csv())
+    _check_some_legal(found)
+    return found
+
+
+def _counts(devices: int | Sequence[int] | None, target: str | None) -> list[int]:
+    """Numbers of devices: those asked for, or all that the target or the process has."""
+    there = Target.parse(target).n_devices if target else None
+    if devices is None:
+        return [there or len(present_devices(()))]
+    counts = [devices] if isinstance(devices, int) else list(devices)
+    if there and counts != [there]:
+        why = f"target {target} has {count(there, 'device')}"
+        fix = f"leave devices out, or another target for {counts[0]}"
+        problem = Problem(f"devices={counts}", why, fix)
+        raise SweepError(format_problems("Devices and target do not agree.", [problem]))
+    return counts
+
+
+def _cases(
+    of: Factory | ConfigFactory,
+    axes: Sequence[str],
+    counts: Sequence[int],
+    accumulate: Sequence[int],
+    remat: Sequence[str],
+) -> list[Case]:
+    if not isinstance(of, ConfigFactory):
+        return cases(counts, axes or ("data", "fsdp", "tensor"), accumulate, remat)
+    named = of.axes(axes)
+    idle = tuple((axis, 1) for axis in of.idle(named))
+    made = cases(counts, named, accumulate, remat)
+    return [dataclasses.replace(case, mesh=idle + case.mesh) for case in made]
+
+
+def _check_asked(
+    target: str | None, *, verify: bool, time: bool | None, turns: int, updates: int
+) -> None:
+    problems = []
+    if target is not None:
+        why = f"needs devices that run; {target} is compiled for in another process"
+        fix = "leave it out, or run on the target's own machine without target="
+        asked = {"verify": verify, "time": bool(time)}
+        problems += [Problem(name, why, fix) for name, is_asked in asked.items() if is_asked]
+    if min(turns, updates) < 1 or turns * updates < 2:
+        why = "a median and its spread need two timed updates at least"
+        problems.append(Problem(f"turns={turns}, updates={updates}", why, "turns=5, updates=3"))
+    raise_all(SweepError, "The sweep cannot do what it is asked.", problems)
+
+
+def _compiler(
+    of: Factory | ConfigFactory,
+    target: str | None,
+    counts: Sequence[int],
+    wanted: Sequence[Case],
+    timeout: float,
+) -> Compiler:
+    if target is None:
+        return Here(of, present_devices(counts))
+    source_of(of, wanted[0])  # a factory without a name is refused before anything is written
+    return Absent(lambda case: source_of(of, case), target, timeout)
+
+
+def _identity(
+    of: Factory | ConfigFactory, compiler: Compiler, record: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    own = of.record() if isinstance(of, ConfigFactory) else {"factory": shown_name(of)}
+    return {**own, **(record or {}), "on": dict(compiler.on)}
+
+
+def _title(of: Factory | ConfigFactory, compiler: Compiler) -> str:
+    where = compiler.on.get("device_kind") or compiler.on["target"]
+    return f"Sweep of {shown_name(of)} on {where}."
+
+
+def _check_some_legal(found: Sweep) -> None:
+    """Refuses a sweep in which nothing was legal, with every different reason.
+
+    Raises:
+      SweepError: no case is; the rows are written all the same.
+    """
+    if any(row.status != ILLEGAL for row in found.rows):
+        return
+    first: dict[str, Row] = {}
+    for row in found.rows:
+        first.setdefault(row.reason, row)
+    problems = [Problem(row.case.key, why, _fix(row.error)) for why, row in list(first.items())[:8]]
+    headline = f"None of {count(len(found.rows), 'case')} is legal; see {found.folder}."
+    raise SweepError(format_problems(headline, problems))
+
+
+def _fix(message: str) -> str:
+    """The first fix that a message names."""
+    _, _, fixes = message.partition("\nFix:")
+    return fixes.strip().removeprefix("- ").partition("\n")[0]
