@@ -161,7 +161,7 @@ def _scanned(
     loops: tuple[tuple[int, int, bool], ...],
 ) -> tuple[list[Any], _Flags]:
     p = eqn.params
-    fixed, carried = p["num_consts"], p["num_carry"]
+    fixed, carried = _arity(eqn)
     consts, carry, xs = given[:fixed], given[fixed : fixed + carried], given[fixed + carried :]
     inside = (*loops, (len(order) - 1, p["length"], p["reverse"]))
     sites: list[_Site] = []
@@ -178,6 +178,22 @@ def _scanned(
         body, list(carry), list(xs), length=p["length"], reverse=p["reverse"]
     )
     return [*last, *ys], list(zip(sites, flags, strict=True))
+
+
+def _arity(eqn: Any) -> tuple[int, int]:
+    """How many operands of a scan stay fixed, and how many it carries.
+
+    Its parameters say so under names that change between versions of JAX. What is scanned over
+    or collected has one dim more outside than in the body; a carried value comes and goes.
+    """
+    body = eqn.params["jaxpr"].jaxpr
+
+    def alike(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+        pairs = zip(outside, inside, strict=True)
+        return sum(len(one.aval.shape) == len(other.aval.shape) for one, other in pairs)
+
+    carried = alike(eqn.outvars, body.outvars)
+    return alike(eqn.invars, body.invars) - carried, carried
 
 
 def _bind(eqn: Any, given: Sequence[Any]) -> list[Any]:
