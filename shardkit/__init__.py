@@ -34,6 +34,7 @@ from .inspect import Budget, Report
 from .mesh import MeshSpec, simulate_devices
 from .models import attention, experts, route
 from .parallel import Strategy, strategies
+from .plan import Plan, Space, plan
 from .processes import Peers, distributed
 from .rules import REPLICATED, AxisRules, PathRules, chain, explain, shard_largest
 from .run import TrainConfig, Trainer, Watcher, replay
@@ -70,12 +71,14 @@ __all__ = [
     "PathRules",
     "Peers",
     "PerShard",
+    "Plan",
     "Precision",
     "ProcessError",
     "Report",
     "ReportError",
     "ShardingError",
     "ShardkitError",
+    "Space",
     "StateError",
     "StepError",
     "Strategy",
@@ -98,6 +101,7 @@ __all__ = [
     "explain",
     "from_linen",
     "from_nnx",
+    "plan",
     "released",
     "remat",
     "replay",

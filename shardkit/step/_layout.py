@@ -22,6 +22,8 @@ from ..state import TrainState
 RESIDUALS = "compression"
 
 Specs = Mapping[str, PartitionSpec]
+# The state's shapes, and the logical axes of its parameters.
+Abstract = tuple[TrainState, dict[str, tuple[str | None, ...]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,12 +111,12 @@ def _bare(made: Variables, precision: Precision) -> Any:
     return cast_floats(jax.tree.map(jnp.asarray, bare), precision.params)
 
 
-def _abstract_state(
+def abstract_state(
     init: Callable[[Any], Any],
     optimizer: optax.GradientTransformation,
     precision: Precision,
     copies: int,
-) -> tuple[TrainState, dict[str, tuple[str | None, ...]]]:
+) -> Abstract:
     """The state's shapes, and the logical axes that `init` named, from one trace."""
     names: dict[str, tuple[str | None, ...]] = {}
 
@@ -137,6 +139,7 @@ def resolve_layout(
     strategy: Strategy,
     precision: Precision,
     steps: int,
+    abstract: Abstract | None = None,
 ) -> Layout:
     """Resolves every rule of a strategy on a mesh.
 
@@ -148,6 +151,7 @@ def resolve_layout(
       strategy: the declared layout.
       precision: dtype of the parameters.
       steps: micro-batches per step, which the rows must divide into.
+      abstract: what `abstract_state` returned, for many meshes; None traces `init` for this one.
 
     Raises:
       ShardingError: the strategies fit neither each other nor the mesh; or with every leaf of
@@ -156,7 +160,7 @@ def resolve_layout(
     sizes = dict(mesh.shape)
     check_composition(strategy, sizes)
     copies = compressing(strategy, mesh)
-    state, names = _abstract_state(init, optimizer, precision, copies)
+    state, names = abstract or abstract_state(init, optimizer, precision, copies)
 
     problems: list[Problem] = []
     params = leaves(state.params, names)

@@ -1,0 +1,7 @@
+"""Which mesh for this model on these devices: every layout estimated, the fitting ones ranked."""
+
+from ._plan import plan
+from ._result import Candidate, Plan
+from ._space import Space
+
+__all__ = ["Candidate", "Plan", "Space", "plan"]

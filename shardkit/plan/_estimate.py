@@ -1,0 +1,138 @@
+"""Memory and time of many meshes at once, from one walk."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from .._types import Accumulate
+from ._laid import Terms, product
+from ._network import WIRE, Network
+from ._trace import Walked
+from ._walk import MICRO, Sent
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What is taken for granted of the devices.
+
+    Attributes:
+      network: links and chip.
+      dtype: of the products.
+      overlap: share of communication that computing hides.
+    """
+
+    network: Network
+    dtype: str
+    overlap: float = 0.0
+
+    @property
+    def peak(self) -> float:
+        """FLOP/s of products."""
+        flops = self.network.chip.flops
+        return flops.get(self.dtype, flops["bf16"])
+
+
+Case = tuple[Mapping[str, int], Accumulate]
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimates:
+    """One array entry per case.
+
+    Attributes:
+      temp: bytes alive at once beside the arguments.
+      compute: seconds of products, each at the peak or at the memory's speed.
+      memory: seconds of other writes to memory.
+      wire: mesh axes → bytes one device sends per step.
+      communication: mesh axes → seconds on the links.
+    """
+
+    temp: np.ndarray
+    compute: np.ndarray
+    memory: np.ndarray
+    wire: Mapping[tuple[str, ...], np.ndarray]
+    communication: Mapping[tuple[str, ...], np.ndarray]
+
+    def seconds(self, overlap: float) -> np.ndarray:
+        """Seconds of a step."""
+        exposed = sum(self.communication.values(), np.zeros_like(self.compute))
+        return self.compute + self.memory + (1 - overlap) * exposed
+
+
+def estimate(
+    walked: Walked, cases: Sequence[Case], machine: Machine, batch_scale: float = 1.0
+) -> Estimates:
+    """Evaluates a walk on every mesh with its accumulation, all of them at once.
+
+    Args:
+      walked: what one step's loss and gradient do.
+      cases: `{axis: size}` and micro-batches, each.
+      machine: the devices.
+      batch_scale: as if the batch had so many times its rows.
+    """
+    parts = _Parts(cases, batch_scale)
+    work, k = walked.walk.work, parts.micro_batches
+    times = np.array([w.trips for w in work])[:, None] * k * parts.of(w.loops for w in work)
+    moved = parts.bytes([w.moved for w in work]) / machine.network.chip.memory_bandwidth
+    flops = np.array([w.flops for w in work])[:, None] * parts.of(w.split for w in work)
+    product = np.array([bool(w.flops) for w in work])[:, None]
+    each = np.maximum(flops / machine.peak, moved) * times
+    wire: dict[tuple[str, ...], np.ndarray] = {}
+    spent: dict[tuple[str, ...], np.ndarray] = {}
+    for one in walked.walk.sent:
+        name = tuple(axis for axis in cases[0][0] if axis in one.axes)
+        repeated = np.where(parts.once, 1.0, k) if one.gradient else k
+        repeated = one.trips * repeated * parts.of([one.loops])[0]
+        sent, seconds = _sent(one, parts, machine)
+        wire[name] = wire.get(name, 0.0) + repeated * sent
+        spent[name] = spent.get(name, 0.0) + repeated * seconds
+    return Estimates(
+        temp=parts.bytes(walked.points).max(axis=0),
+        compute=np.where(product, each, 0.0).sum(axis=0),
+        memory=np.where(product, 0.0, each).sum(axis=0),
+        wire=wire,
+        communication=spent,
+    )
+
+
+class _Parts:
+    """Into how many parts groups of axes split a value, for every case."""
+
+    def __init__(self, cases: Sequence[Case], batch_scale: float) -> None:
+        self.cases = cases
+        self.micro_batches = np.array([float(how.steps) for _, how in cases])
+        self.once = np.array([how.reduce == "once" for _, how in cases])
+        self.sizes = {a: np.array([float(m[a]) for m, _ in cases]) for a in cases[0][0]}
+        self.sizes[MICRO] = self.micro_batches / batch_scale
+        self.rates: dict[frozenset[str], np.ndarray] = {}
+
+    def of(self, groups: Iterable[frozenset[str]]) -> np.ndarray:
+        """1 / parts of each group: f64[groups, cases]."""
+        listed = list(groups)
+        found = {axes: 1 / product(axes, self.sizes) for axes in set(listed)}
+        return np.array([found[axes] for axes in listed])
+
+    def bytes(self, of: Sequence[Terms]) -> np.ndarray:
+        """Bytes on one device: f64[len(of), cases]."""
+        groups = sorted({axes for one in of for axes in one}, key=sorted)
+        held = np.array([[one.get(axes, 0.0) for axes in groups] for one in of])
+        return held @ self.of(groups)
+
+    def rate(self, axes: frozenset[str], network: Network) -> np.ndarray:
+        """Bytes/s over a group of axes: f64[cases]."""
+        if axes not in self.rates:
+            meshes = {tuple(mesh.values()): mesh for mesh, _ in self.cases}
+            rates = network.rates([*meshes.values()], axes)
+            by_mesh = dict(zip(meshes, rates, strict=True))
+            self.rates[axes] = np.array([by_mesh[tuple(mesh.values())] for mesh, _ in self.cases])
+        return self.rates[axes]
+
+
+def _sent(one: Sent, parts: _Parts, machine: Machine) -> tuple[np.ndarray, np.ndarray]:
+    """Wire bytes and seconds of one execution, as `inspect`'s links have them."""
+    n = product(one.axes, parts.sizes)
+    sent = WIRE[one.kind] * (n - 1) / n * parts.bytes([one.payload])[0]
+    hops = WIRE[one.kind] * (n - 1)
+    rate = parts.rate(one.axes, machine.network)
+    return sent, hops * machine.network.chip.latency + sent / rate

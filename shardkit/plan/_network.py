@@ -1,0 +1,100 @@
+"""Bytes per second and latency of every group of mesh axes, on the topology of a target.
+
+A torus: a mesh axis that is made of whole torus dims has a ring on each of them, both ways round;
+one that shares a torus dim with others has one line. GPUs: a group that leaves an NVLink domain
+goes at network speed. Axes that cross slices go over the network between hosts.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from ..hardware import CHIPS, Chip
+from ..mesh import Target
+
+WIRE = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "all-to-all": 1}
+"""Times that (n−1)/n of the payload is sent."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """The links of a target.
+
+    Attributes:
+      chip: the device.
+      torus: chips along each dim of one slice; () for GPUs.
+      slices: slices joined by the slower network.
+    """
+
+    chip: Chip
+    torus: tuple[int, ...] = ()
+    slices: int = 1
+
+    @classmethod
+    def of(cls, target: Target) -> "Network":
+        """The links of a target whose chip is in the hardware table."""
+        chip = CHIPS[target.chip]
+        return cls(chip, target.shape if chip.torus_dims else (), target.slices)
+
+    def rates(self, meshes: Sequence[Mapping[str, int]], axes: Iterable[str]) -> np.ndarray:
+        """Bytes/s that one device sends over a group of axes: f64[meshes]."""
+        group = frozenset(axes)
+        return np.array([self._rate(sizes, group) for sizes in meshes])
+
+    def crossing(self, sizes: Mapping[str, int]) -> str | None:
+        """The mesh axis that crosses slices: the outermost that is large enough."""
+        if self.slices == 1:
+            return None
+        return next((a for a, n in sizes.items() if n > 1 and n % self.slices == 0), "")
+
+    def _rate(self, sizes: Mapping[str, int], group: frozenset[str]) -> float:
+        used = [axis for axis in sizes if axis in group and sizes[axis] > 1]
+        if not used:
+            return self.chip.link
+        if self.crossing(sizes) in used:
+            return self.chip.network
+        if self.torus:
+            lines = lines_of(sizes, self.torus)
+            most = 2 * self.chip.torus_dims
+            return self.chip.link * min(most, sum(lines[axis] for axis in used))
+        names = list(sizes)
+        reach = math.prod(sizes[axis] for axis in names[names.index(used[0]) :])
+        within = self.chip.domain is None or reach <= self.chip.domain
+        return self.chip.link if within else self.chip.network
+
+
+def lines_of(sizes: Mapping[str, int], torus: Sequence[int]) -> dict[str, int]:
+    """Links that each axis drives at once: two for each ring of its own, one where it shares.
+
+    >>> lines_of({"fsdp": 16, "tensor": 4}, (4, 4, 4))
+    {'fsdp': 4, 'tensor': 2}
+    >>> lines_of({"fsdp": 32, "tensor": 2}, (4, 4, 4))
+    {'fsdp': 1, 'tensor': 1}
+    """
+    free = list(torus)
+    found: dict[str, int] = {}
+    for axis in sorted(sizes, key=lambda axis: sizes[axis]):
+        if sizes[axis] == 1:
+            found[axis] = 0
+            continue
+        taken = _subset(free, sizes[axis])
+        for dim in taken:
+            free.remove(dim)
+        found[axis] = sum(2 if _wraps(dim, len(torus)) else 1 for dim in taken) or 1
+    return {axis: found[axis] for axis in sizes}
+
+
+def _subset(dims: Sequence[int], product: int) -> tuple[int, ...]:
+    for n in range(1, len(dims) + 1):
+        for chosen in itertools.combinations(dims, n):
+            if math.prod(chosen) == product:
+                return chosen
+    return ()
+
+
+def _wraps(dim: int, dims: int) -> bool:
+    """3D tori close their rings from 4 chips on, 2D ones only where all 16 are there."""
+    return dim % 4 == 0 if dims == 3 else dim % 16 == 0

@@ -1,0 +1,165 @@
+"""`sk.plan`: which mesh for this model on these devices?"""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+
+import jax
+
+from .._errors import MeshError, Problem, format_problems
+from .._tree import format_bytes, short_dtype
+from ..hardware import CHIPS
+from ..mesh import Target
+from ..step import Declaration
+from ._estimate import Machine
+from ._network import Network
+from ._result import Candidate, Plan
+from ._search import Found, Search
+from ._space import Space
+from ._trace import Model
+
+
+def plan(
+    declaration: Declaration,
+    target: str,
+    *,
+    global_batch: int | None = None,
+    space: Space | None = None,
+    overlap: float = 0.0,
+) -> Plan:
+    """Estimates every layout of a model on a target, and ranks those that fit.
+
+    The state is exact: rules are resolved on every mesh. Activations, FLOPs and collectives come
+    from the traced loss, whose dims are followed by their logical axes; so it works for any
+    model whose parameters or activations name them, and for others over `data` and `fsdp`.
+
+    Args:
+      declaration: loss, optimizer, init, batch and precision; its mesh and layout are not used.
+      target: `tpu:v5p:8x8x8`, `gpu:h100:4x8`: devices of the hardware table.
+      global_batch: rows of the batch, instead of the declaration's.
+      space: what is tried; everything by default.
+      overlap: share of communication that computing hides. 0, which is what the TPU compiler
+        does with all but permutes.
+
+    Returns:
+      The plan. Its figures are modelled.
+
+    Raises:
+      MeshError: the target is no known device, no layout is legal, or none fits; with the
+        reason of each that was left out, and the smallest change that fits.
+
+    >>> import jax.numpy as jnp, optax, shardkit as sk
+    >>> declared = sk.Declaration(
+    ...     loss_fn=lambda w, x, key: jnp.mean((x @ w) ** 2), optimizer=optax.sgd(0.1),
+    ...     init=lambda key: jnp.zeros((64, 64)), batch=jax.ShapeDtypeStruct((8, 64), "float32"),
+    ...     mesh=sk.MeshSpec(data=-1), strategy=sk.strategies.data())
+    >>> made = plan(declared, "tpu:v5e:2x2", space=Space(axes=("data",)))
+    >>> dict(made.best.mesh)
+    {'data': 4}
+    """
+    start = time.monotonic()
+    wanted, chosen = _known(target), space or Space()
+    declared = _with_rows(declaration, global_batch)
+    dtype = short_dtype(jax.numpy.dtype(declared.precision.compute))
+    machine = Machine(Network.of(wanted), dtype, overlap)
+    assert wanted.n_devices is not None
+    search = Search(Model.of(declared), chosen, machine, wanted.n_devices)
+    found = search.run()
+    rows = sorted((c for c in found.candidates if c.margin >= 0), key=lambda c: c.seconds)
+    tight = sorted((c for c in found.candidates if c.margin < 0), key=lambda c: c.seconds)
+    if not rows:
+        _refuse(wanted, found, tight)
+    took = time.monotonic() - start
+    return Plan(
+        target=str(wanted),
+        rows=tuple(rows),
+        tight=tuple(tight),
+        rejected=found.rejected,
+        considered=found.considered,
+        took=took,
+        changes=_changes(rows[0], tight),
+        sensitivity=_sensitivity(search),
+        assumptions=_assumptions(machine),
+        problems=found.problems,
+    )
+
+
+def _known(target: str) -> Target:
+    wanted = Target.parse(target)
+    if wanted.chip not in CHIPS:
+        why = "nothing is known of the speed of these devices"
+        fix = f"one of {', '.join(CHIPS)}: tpu:v5p:4x4x4, gpu:h100:1x8"
+        raise MeshError(
+            format_problems("There is nothing to plan for.", [Problem(target, why)], fix)
+        )
+    return wanted
+
+
+def _with_rows(declared: Declaration, rows: int | None) -> Declaration:
+    if rows is None:
+        return declared
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]) if x.shape else (), x.dtype),
+        declared.batch,
+    )
+    return dataclasses.replace(declared, batch=batch)
+
+
+def _refuse(target: Target, found: Found, tight: Sequence[Candidate]) -> None:
+    """Says why nothing is left."""
+    problems = [Problem(one, f"{n} layouts: {why}") for why, (n, one) in found.rejected.items()]
+    fix = "another number of devices, or a global batch that they divide"
+    if tight:
+        least = min(tight, key=lambda c: c.total)
+        have, lack = format_bytes(least.capacity), format_bytes(-least.margin)
+        why = f"the smallest of {len(tight)} needs {format_bytes(least.total)} of {have}"
+        problems.insert(0, Problem(str(least), f"{why}: {lack} are missing"))
+        larger = [c for c in CHIPS.values() if c.memory >= least.total and c.kind == target.kind]
+        devices = f"a device with {lack} more"
+        if larger:
+            devices += f", as {min(larger, key=lambda c: c.memory).name}"
+        part = "state" if least.state > least.temp else "activations"
+        fix = f"{devices}; or twice the devices, as {part} take most"
+        fix += "" if part == "state" else "; or a smaller global batch, or more micro-batches"
+    headline = f"No layout fits on {target}."
+    raise MeshError(format_problems(headline, problems, fix))
+
+
+def _changes(best: Candidate, tight: Sequence[Candidate]) -> tuple[str, ...]:
+    """Faster layouts that lack memory, and where communication would take over."""
+    texts = []
+    faster = [c for c in tight if c.seconds < best.seconds]
+    if faster:
+        near = max(faster, key=lambda c: c.margin)
+        texts.append(f"with {format_bytes(-near.margin)} more memory: {near}")
+        if (first := faster[0]) is not near:
+            texts.append(f"with {format_bytes(-first.margin)} more memory: {first}")
+    return tuple(texts)
+
+
+def _sensitivity(search: Search) -> tuple[tuple[str, str, float], ...]:
+    """Which layout wins with another batch or other links, rows and walks being as they are."""
+    found = []
+    chip = search.machine.network.chip
+    for factor in (0.5, 2.0):
+        faster = dataclasses.replace(chip, link=chip.link * factor, network=chip.network * factor)
+        network = dataclasses.replace(search.machine.network, chip=faster)
+        machine = dataclasses.replace(search.machine, network=network)
+        links = dataclasses.replace(search, machine=machine)
+        for what, one, scale in (("rows", search, factor), ("link bandwidth", links, 1.0)):
+            fit = [c for c in one.run(scale).candidates if c.margin >= 0]
+            if fit:
+                best = min(fit, key=lambda c: c.seconds)
+                found.append((f"{factor:g} x {what}", str(best), best.seconds))
+    return tuple(found)
+
+
+def _assumptions(machine: Machine) -> tuple[str, ...]:
+    chip = machine.network.chip
+    return (
+        f"products at {machine.peak / 1e12:.4g} TFLOP/s, memory at "
+        f"{chip.memory_bandwidth / 1e9:.0f} GB/s: the peaks of {chip.name}",
+        f"links {chip.link / 1e9:.0f} GB/s one way, {chip.latency * 1e6:.0f} µs per hop",
+        f"{machine.overlap:.0%} of communication is hidden behind computing",
+        "elementwise operations are fused into those that read them",
+    )

@@ -1,0 +1,130 @@
+"""A declared loss, differentiated and flat, and how its arguments lie under a strategy."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr
+from jax.sharding import AbstractMesh, AxisType
+
+from .._precision import cast_floats
+from .._remat import active, policy
+from ..parallel import Strategy
+from ..rules import axes_of
+from ..step import Abstract, Declaration, Layout, abstract_state, objective, resolve_layout
+from ._laid import Axes, Laid, Terms, of_spec, whole
+from ._program import Flat, flatten
+from ._walk import MICRO, Dims, Walk
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What a declaration says without a mesh, traced once.
+
+    Attributes:
+      declared: loss, optimizer, init, batch, precision.
+      abstract: the state's shapes and the parameters' logical axes.
+    """
+
+    declared: Declaration
+    abstract: Abstract
+
+    @classmethod
+    def of(cls, declared: Declaration) -> "Model":
+        """Traces `init` and the optimizer."""
+        return cls(
+            declared, abstract_state(declared.init, declared.optimizer, declared.precision, 0)
+        )
+
+    def layout(self, sizes: Mapping[str, int], strategy: Strategy, steps: int = 1) -> Layout:
+        """Resolves every rule of a strategy on a mesh of these sizes.
+
+        Raises:
+          ShardingError: with everything that does not fit.
+        """
+        d = self.declared
+        return resolve_layout(
+            d.init,
+            d.optimizer,
+            d.batch,
+            abstract_mesh(sizes),
+            strategy,
+            d.precision,
+            steps,
+            abstract=self.abstract,
+        )
+
+    def program(self, remat: str) -> Flat:
+        """The gradient of the loss under a remat policy, for the whole batch at once."""
+        return flatten(self.jaxpr(remat))
+
+    def jaxpr(self, remat: str) -> ClosedJaxpr:
+        """The same as JAX traces it."""
+        d, (state, _) = self.declared, self.abstract
+        loss, named = objective(d.loss_fn), policy(remat)
+        low = jax.eval_shape(lambda p: cast_floats(p, d.precision.compute), state.params)
+
+        def run(params: Any, extra: Any, batch: Any, key: Any) -> Any:
+            params = cast_floats(params, d.precision.compute)
+            return jax.grad(chosen, has_aux=True)(params, extra, batch, key)
+
+        with active(named) as marks:
+            chosen = loss
+            args = (low, state.extra, d.batch, state.key)
+            if named is not None:
+                jax.eval_shape(loss, *args)
+                chosen = loss if marks.count else jax.checkpoint(loss, policy=named)
+            return jax.make_jaxpr(run)(state.params, state.extra, d.batch, state.key)
+
+
+def abstract_mesh(sizes: Mapping[str, int]) -> Any:
+    """A mesh of sizes alone, all axes of type Auto."""
+    return AbstractMesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Walked:
+    """What a walk found: see `Walk`; and the different sums of bytes alive at an operation."""
+
+    walk: Walk
+    points: list[Terms]
+
+
+def walk_through(flat: Flat, layout: Layout, strategy: Strategy) -> Walked:
+    """Walks through a traced gradient under a strategy, for any size of its axes."""
+    state, placed = layout.state, layout.shardings
+    ins = _laid(placed.params, state.params, stored=True)
+    wanted: list[Dims | None] = [one.dims for one in _laid(layout.gradients, state.params)]
+    ins += _laid(placed.extra, state.extra)
+    ins += [_in_micro_batches(one) for one in _laid(layout.batch_shardings, layout.batch)]
+    ins += [whole(0)]
+    walk = Walk(_resolver(strategy))
+    wants = [*wanted, *[None] * (len(flat.outputs) - len(wanted))]
+    _, alive = walk.run(flat, ins, wants)
+    return Walked(walk, [dict(point) for point in {frozenset(p.items()) for p in alive}])
+
+
+def _laid(shardings: Any, arrays: Any, stored: bool = False) -> list[Laid]:
+    pairs = zip(jax.tree.leaves(shardings), jax.tree.leaves(arrays), strict=True)
+    return [of_spec(sharding.spec, len(x.shape), stored=stored) for sharding, x in pairs]
+
+
+def _in_micro_batches(laid: Laid) -> Laid:
+    """Rows are split into micro-batches first."""
+    return laid.with_dims(((MICRO, *laid.dims[0]), *laid.dims[1:]) if laid.dims else ())
+
+
+def _resolver(strategy: Strategy) -> Callable[..., Dims]:
+    table = strategy.activations
+
+    def resolve(names: tuple[str | None, ...], shape: tuple[int, ...]) -> Dims:
+        if table is None:
+            return ((),) * len(names)
+        spec = table.spec(names)
+        dims: list[Axes] = [axes_of(entry) for entry in spec]
+        return (*dims, *[()] * (len(shape) - len(dims)))
+
+    return resolve

@@ -1,0 +1,462 @@
+"""One walk through a flat program: what it computes, sends and holds, for every mesh at once.
+
+It does what a partitioner does, by names alone: an operand that lies as a parameter does is
+gathered where it is used, a product over a dim that is split gives a sum that is made where a
+constraint or a parameter's own layout asks for it, and what else disagrees is gathered.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ._laid import Axes, Laid, Terms, add, reshaped, terms, whole, without_repeats
+from ._layouts import MATERIAL, PASSES_SUMS, REDUCTIONS, passed_on
+from ._program import Flat, Op
+
+MICRO = "micro"
+"""The axis of micro-batches: it splits rows as a mesh axis does, and is worked off in turn."""
+
+Dims = tuple[Axes, ...]
+Resolve = Callable[[tuple[str | None, ...], tuple[int, ...]], Dims]
+
+_SAME_FORM = frozenset(
+    {"convert_element_type", "add_any", "add", "sub", "mul", "div", "neg", "shardkit_constrain"}
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sent:
+    """A collective: `kind` over `axes`, of `payload` bytes (V of the ledger), `trips` times.
+
+    `loops` are the axes that divide the trips; `gradient` says that a parameter's gradient is
+    summed, which happens once per step where micro-batches are reduced together.
+    """
+
+    kind: str
+    axes: frozenset[str]
+    payload: Terms
+    trips: float
+    loops: frozenset[str]
+    gradient: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A product or a write: FLOPs split over `split`, and bytes moved, `trips` times."""
+
+    name: str
+    flops: float
+    split: frozenset[str]
+    moved: Terms
+    trips: float
+    loops: frozenset[str]
+
+
+@dataclasses.dataclass
+class Walk:
+    """A walk through a program.
+
+    Attributes:
+      resolve: logical names and shape → the mesh axes that split each dim.
+      sent: collectives found.
+      work: products and writes found.
+    """
+
+    resolve: Resolve
+    sent: list[Sent] = dataclasses.field(default_factory=list)
+    work: list[Work] = dataclasses.field(default_factory=list)
+
+    def run(
+        self,
+        flat: Flat,
+        ins: Sequence[Laid],
+        wants: Sequence[Dims | None],
+        trips: float = 1.0,
+        loops: frozenset[str] = frozenset(),
+    ) -> tuple[list[Laid], list[Terms]]:
+        """Walks through; returns the layout of each result, and bytes alive at each operation."""
+        body = _Body(self, flat, trips, loops)
+        spare = flat.inputs[: len(flat.inputs) - len(ins)]  # constants that the trace captured
+        body.env.update((n, whole(len(flat.avals[n].shape))) for n in spare)
+        body.env.update(zip(flat.inputs[len(spare) :], ins, strict=True))
+        body.wants = _wants(flat, wants)
+        for at, op in enumerate(flat.ops):
+            body.step(at, op)
+        outs = [body.result(number) for number in flat.outputs]
+        return outs, body.alive()
+
+    def muted(self) -> "Walk":
+        """A walk that finds the same and keeps nothing."""
+        return Walk(self.resolve)
+
+
+class _Body:
+    """The values of one program while it is walked through."""
+
+    def __init__(self, walk: Walk, flat: Flat, trips: float, loops: frozenset[str]) -> None:
+        self.walk, self.flat, self.trips, self.loops = walk, flat, trips, loops
+        self.env: dict[int, Laid] = {}
+        self.wants: Mapping[int, Dims] = {}
+        self.roots: dict[int, frozenset[Any]] = {}
+        self.born: dict[Any, tuple[int, Terms]] = {}
+        self.read: dict[Any, int] = {}
+        self.inner: dict[int, list[Terms]] = {}
+        self.passing: dict[int, Terms] = {}
+        self.at = 0
+        self.readers = _readers(flat)
+        self.narrow = _narrowed(flat, self.readers)
+        self.kept = {n for op in flat.ops if op.body for n in op.ins if n is not None}
+        self.kept |= {n for n in flat.outputs if n is not None}
+
+    # --- one operation -------------------------------------------------------------------------
+
+    def step(self, at: int, op: Op) -> None:
+        self.at = at
+        if op.body is not None:
+            self._loop(op, op.body)
+        elif op.name == "shardkit_constrain":
+            self._constrain(op)
+        elif op.name in ("dot_general", "conv_general_dilated"):
+            self._product(op)
+        else:
+            self._other(op)
+
+    def _other(self, op: Op) -> None:
+        passes = op.name in PASSES_SUMS or op.name == "add_any"
+        ins = [self._laid(n, keep_sum=passes) for n in op.ins]
+        shapes = [self._shape(n) for n in op.ins]
+        if op.name in ("gather", "scatter-add") and ins[0].stored:
+            ins[0] = self._rows_of_stored(op, ins)
+        for number in op.outs:
+            laid = passed_on(op, ins, shapes, self._shape(number))
+            if op.name not in PASSES_SUMS and op.name not in ("add_any", "gather", "scatter-add"):
+                lost = laid.partial
+                laid = dataclasses.replace(laid, partial=frozenset())
+                self._send("all-reduce", lost - {MICRO}, self._bytes(number, laid))
+            self.env[number] = laid
+            self._made(op, number)
+
+    def _rows_of_stored(self, op: Op, ins: Sequence[Laid]) -> Laid:
+        table, used = ins[0], frozenset().union(*(one.axes for one in ins[1:]))
+        clash = {axis for dim in table.dims for axis in dim if axis in used}
+        return self._gathered(op.ins[0], table, clash)
+
+    def _constrain(self, op: Op) -> None:
+        (source,), (number,) = op.ins, op.outs
+        assert source is not None
+        laid, shape = self.env.get(source, whole(0)), self._shape(number)
+        target = self.walk.resolve(op.params["names"], shape)
+        finer = op.params["finer"]
+        skipped = finer is not None and not _refines(self.walk.resolve(finer, shape), target)
+        if (
+            skipped
+            or number in self.wants
+            or (laid.partial and self._scattered_next(number, target))
+        ):
+            self.env[number] = laid
+            self.roots[number] = self.roots.get(source, frozenset())
+            return
+        if MICRO in laid.axes:  # the axis of micro-batches is in no table
+            first = next(i for i, dim in enumerate(laid.dims) if MICRO in dim)
+            rows = tuple(dict.fromkeys((MICRO, *target[first])))
+            target = (*target[:first], rows, *target[first + 1 :])
+        self.env[number] = self._moved(number, laid, target)
+        if self.env[number].dims == laid.dims and not laid.partial:
+            self.roots[number] = self.roots.get(source, frozenset())
+            return
+        self._reads(op)
+        self._bear(number)
+
+    def _scattered_next(self, number: int, target: Dims) -> bool:
+        """Whether the one reader splits finer: compilers make one scatter of sum and slice."""
+        ops = self.readers.get(number, [])
+        if len(ops) != 1 or ops[0].name != "shardkit_constrain":
+            return False
+        return _splits_more(self.walk.resolve(ops[0].params["names"], self._shape(number)), target)
+
+    def _moved(self, number: int, laid: Laid, target: Dims) -> Laid:
+        laid = self._summed(number, laid, target)
+        goal = frozenset(axis for dim in target for axis in dim)
+        lost = [(a, i) for i, dim in enumerate(laid.dims) for a in dim if a not in target[i]]
+        gone = frozenset(a for a, _ in lost if a not in goal) - {MICRO}
+        turned = frozenset(a for a, _ in lost if a in goal) - {MICRO}
+        after = Laid(tuple(tuple(a for a in dim if a not in gone) for dim in laid.dims))
+        self._send("all-gather", gone, self._bytes(number, after))
+        self._send("all-to-all", turned, self._bytes(number, after))
+        return Laid(without_repeats(target))
+
+    def _product(self, op: Op) -> None:
+        (out,) = op.outs
+        left, right = (self._laid(n) for n in op.ins[:2])
+        if op.name == "conv_general_dilated":
+            left, right, dims, lost, flops = self._convolved(op, left, right)
+        else:
+            left, right = self._agreed(op, left, right)
+            dims, lost, flops = _contracted(op, left, right, self._shape(op.ins[0]))
+        laid = Laid(without_repeats(dims))
+        self.env[out] = dataclasses.replace(laid, partial=frozenset(lost) - laid.axes - {MICRO})
+        split = laid.axes | frozenset(lost)
+        moved: Terms = {}
+        for number, one in ((op.ins[0], left), (op.ins[1], right), (out, laid)):
+            add(moved, self._bytes(number, one))
+        flops *= math.prod(self._shape(out))
+        self.walk.work.append(Work(op.name, flops, split, moved, self.trips, self.loops))
+        self._made(op, out)
+
+    def _convolved(
+        self, op: Op, left: Laid, right: Laid
+    ) -> tuple[Laid, Laid, list[Axes], list[str], float]:
+        """Rows stay where they are; filters are gathered whole."""
+        numbers = op.params["dimension_numbers"]
+        right = self._gathered(op.ins[1], right, set(right.axes))
+        dims: list[Axes] = [()] * len(self._shape(op.outs[0]))
+        dims[numbers.out_spec[0]] = left.dims[numbers.lhs_spec[0]]
+        filters = self._shape(op.ins[1])
+        return left, right, dims, [], 2.0 * math.prod(filters) / filters[numbers.rhs_spec[0]]
+
+    def _agreed(self, op: Op, left: Laid, right: Laid) -> tuple[Laid, Laid]:
+        """Gathers what one operand splits over an axis that the other has on another dim."""
+        (lc, rc), (lb, rb) = op.params["dimension_numbers"]
+        pairs = dict(zip((*lc, *lb), (*rc, *rb), strict=True))
+        back = {r: n for n, r in pairs.items()}
+        sizes = [math.prod(self._shape(n)) for n in op.ins[:2]]
+        first = (left.stored and not right.stored) or (
+            left.stored == right.stored and (sizes[0] < sizes[1])
+        )
+        if first:
+            return self._gathered(op.ins[0], left, _clash(left, right, pairs)), right
+        return left, self._gathered(op.ins[1], right, _clash(right, left, back))
+
+    def _gathered(self, number: int | None, laid: Laid, axes: set[str]) -> Laid:
+        """Gathers an operand over axes, once per program for each value."""
+        if not axes or number is None:
+            return laid
+        after = laid.with_dims(tuple(a for a in dim if a not in axes) for dim in laid.dims)
+        key = ("gathered", number, frozenset(axes))
+        if key not in self.born:
+            self._send("all-gather", frozenset(axes), self._bytes(number, after))
+            self.born[key] = (self.at, self._bytes(number, after))
+        self.read[key] = self.at
+        return after
+
+    def _loop(self, op: Op, body: Flat) -> None:
+        ins = [self._laid(n) for n in op.ins]
+        if op.name != "scan":
+            self._reads(op)
+            for number in op.outs:
+                self.env[number] = whole(len(self._shape(number)))
+                self._bear(number)
+            inside = ins[-len(body.inputs) :]
+            _, points = self.walk.run(body, inside, [None] * len(body.outputs), self.trips)
+            self.inner[self.at] = points
+            return
+        consts, carried = op.params["num_consts"], op.params["num_carry"]
+        steps = frozenset(a for one in ins[consts + carried :] for a in one.dims[0])
+        inside = ins[: consts + carried]
+        inside += [one.with_dims(one.dims[1:]) for one in ins[consts + carried :]]
+        wants: list[Dims | None] = [self.wants.get(n) for n in op.outs[:carried]]
+        stacked = [self.wants.get(n) for n in op.outs[carried:]]
+        wants += [want[1:] if want else None for want in stacked]
+        found, _ = self.walk.muted().run(body, inside, wants)
+        for i in range(carried):
+            inside[consts + i] = dataclasses.replace(found[i], partial=frozenset())
+        trips, loops = self.trips * op.trips, self.loops | steps
+        outs, points = self.walk.run(body, inside, wants, trips, loops)
+        self._reads(op)
+        along = tuple(sorted(steps))
+        for i, number in enumerate(op.outs):
+            self.env[number] = (
+                outs[i]
+                if i < carried
+                else dataclasses.replace(outs[i], dims=(along, *outs[i].dims))
+            )
+            self._bear(number)
+        self.inner[self.at] = points
+
+    # --- sums ----------------------------------------------------------------------------------
+
+    def _laid(self, number: int | None, keep_sum: bool = False) -> Laid:
+        if number is None:
+            return whole(0)
+        laid = self.env[number]
+        if laid.partial and not keep_sum:
+            laid = self.env[number] = self._summed(number, laid, self.wants.get(number))
+        return laid
+
+    def _summed(self, number: int, laid: Laid, target: Dims | None) -> Laid:
+        """Makes a sum: scattered over the axes that the target splits, reduced over the rest."""
+        if not laid.partial:
+            return laid
+        aim = target or laid.dims
+        free = laid.partial - laid.axes
+        dims = tuple(
+            (*dim, *(a for a in goal if a in free and a not in dim))
+            for dim, goal in zip(laid.dims, aim, strict=True)
+        )
+        after = Laid(without_repeats(dims))
+        scattered = after.axes - laid.axes
+        gradient = number in self.wants
+        self._send("reduce-scatter", scattered, self._bytes(number, laid), gradient)
+        self._send("all-reduce", laid.partial - scattered, self._bytes(number, after), gradient)
+        if scattered:
+            add(self.passing.setdefault(self.at, {}), self._bytes(number, laid))
+        return after
+
+    def result(self, number: int | None) -> Laid:
+        return whole(0) if number is None else self._laid(number)
+
+    def _send(
+        self, kind: str, axes: frozenset[str], payload: Terms, gradient: bool = False
+    ) -> None:
+        if axes:
+            one = Sent(kind, frozenset(axes), payload, self.trips, self.loops, gradient)
+            self.walk.sent.append(one)
+
+    # --- lifetimes -----------------------------------------------------------------------------
+
+    def _made(self, op: Op, number: int) -> None:
+        """Records a result: written to memory, or part of what reads it."""
+        material = op.name in MATERIAL or op.name.startswith(REDUCTIONS)
+        if number in self.wants and self.env[number].partial and material:
+            self._laid(number)
+        seen = frozenset().union(*(self.roots.get(n, frozenset()) for n in op.ins if n is not None))
+        if not material and not (
+            number in self.kept and op.name not in ("broadcast_in_dim", "iota")
+        ):
+            self.roots[number] = seen
+            return
+        self._reads(op)
+        self._bear(number)
+        if op.name != "dot_general":
+            moved = self._bytes(number, self.env[number])
+            self.walk.work.append(Work(op.name, 0.0, frozenset(), moved, self.trips, self.loops))
+
+    def _reads(self, op: Op) -> None:
+        for number in op.ins:
+            for root in self.roots.get(number, ()) if number is not None else ():
+                self.read[root] = self.at
+
+    def _bear(self, number: int) -> None:
+        self.roots[number] = frozenset({number})
+        self.born[number] = (self.at, self._bytes(number, self.env[number]))
+
+    def alive(self) -> list[Terms]:
+        """Bytes alive while each operation runs, without the program's arguments."""
+        last = len(self.flat.ops)
+        for number in self.flat.outputs:
+            for root in self.roots.get(number, ()) if number is not None else ():
+                self.read[root] = last
+        starts: dict[int, list[Any]] = {}
+        ends: dict[int, list[Any]] = {}
+        for key, (at, _) in self.born.items():
+            starts.setdefault(at, []).append(key)
+            ends.setdefault(self.read.get(key, at), []).append(key)
+        now: Terms = {}
+        points = []
+        for at in range(last):
+            for key in starts.get(at, ()):
+                add(now, self.born[key][1])
+            here = dict(now)
+            add(here, self.passing.get(at, {}))
+            points += [_plus(here, more) for more in self.inner.get(at, [])] or [here]
+            for key in ends.get(at, ()):
+                add(now, self.born[key][1], -1.0)
+        return points
+
+    # --- sizes ---------------------------------------------------------------------------------
+
+    def _shape(self, number: int | None) -> tuple[int, ...]:
+        return () if number is None else tuple(self.flat.avals[number].shape)
+
+    def _bytes(self, number: int | None, laid: Laid) -> Terms:
+        if number is None:
+            return {}
+        aval = self.flat.avals[number]
+        width = self.narrow.get(number) or getattr(aval.dtype, "itemsize", 4)
+        return terms(aval.shape, width, laid)
+
+
+def _plus(one: Terms, other: Terms) -> Terms:
+    joined = dict(one)
+    add(joined, other)
+    return joined
+
+
+def _clash(own: Laid, other: Laid, pairs: Mapping[int, int]) -> set[str]:
+    """Axes of one operand that the other has on a dim that is not the same one."""
+    found = set()
+    for i, dim in enumerate(own.dims):
+        beside = other.dims[pairs[i]] if i in pairs else ()
+        found |= {axis for axis in dim if axis in other.axes and axis not in beside}
+    return found
+
+
+def _contracted(
+    op: Op, left: Laid, right: Laid, shape: Sequence[int]
+) -> tuple[list[Axes], list[str], float]:
+    """Dims of a product's result, axes that its sum runs over, FLOPs per element of it."""
+    (lc, rc), (lb, rb) = op.params["dimension_numbers"]
+    dims = [
+        tuple(dict.fromkeys((*left.dims[a], *right.dims[b]))) for a, b in zip(lb, rb, strict=True)
+    ]
+    dims += [dim for i, dim in enumerate(left.dims) if i not in (*lc, *lb)]
+    dims += [dim for i, dim in enumerate(right.dims) if i not in (*rc, *rb)]
+    lost = [a for i, j in zip(lc, rc, strict=True) for a in (*left.dims[i], *right.dims[j])]
+    return dims, lost, 2.0 * math.prod(shape[i] for i in lc)
+
+
+def _refines(finer: Dims, coarser: Dims) -> bool:
+    """Whether a dim that one layout splits is split more by the other."""
+    return any(b and b != a and set(b) <= set(a) for a, b in zip(finer, coarser, strict=True))
+
+
+def _splits_more(finer: Dims, coarser: Dims) -> bool:
+    pairs = list(zip(finer, coarser, strict=True))
+    return all(set(b) <= set(a) for a, b in pairs) and any(set(b) < set(a) for a, b in pairs)
+
+
+def _readers(flat: Flat) -> dict[int, list[Op]]:
+    readers: dict[int, list[Op]] = {}
+    for op in flat.ops:
+        for number in op.ins:
+            if number is not None:
+                readers.setdefault(number, []).append(op)
+    return readers
+
+
+def _narrowed(flat: Flat, readers: Mapping[int, list[Op]]) -> dict[int, int]:
+    """Bytes per element of values that are read once, by a cast to a narrower type."""
+    found = {}
+    for number, ops in readers.items():
+        if len(ops) == 1 and ops[0].name == "convert_element_type" and number not in flat.inputs:
+            width = np.dtype(ops[0].params["new_dtype"]).itemsize
+            if width < flat.avals[number].dtype.itemsize:
+                found[number] = width
+    return found
+
+
+def _wants(flat: Flat, outputs: Sequence[Dims | None]) -> dict[int, Dims]:
+    """The layout that results must have, carried back through operations that keep their form."""
+    found: dict[int, Dims] = {
+        n: want for n, want in zip(flat.outputs, outputs, strict=True) if n is not None and want
+    }
+    for op in reversed(flat.ops):
+        want = found.get(op.outs[0])
+        if want is None or op.body is not None:
+            continue
+        shape = tuple(flat.avals[op.outs[0]].shape)
+        for number in op.ins:
+            if number is None or number in found:
+                continue
+            before = tuple(flat.avals[number].shape)
+            if op.name in _SAME_FORM and before == shape:
+                found[number] = want
+            elif op.name == "transpose":
+                order = op.params["permutation"]
+                found[number] = tuple(want[order.index(i)] for i in range(len(order)))
+            elif op.name == "reshape":
+                found[number] = reshaped(want, shape, before)
+    return found

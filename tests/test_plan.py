@@ -1,0 +1,210 @@
+"""Plans: what is estimated equals what is compiled where it must, and bad input is said clearly."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import shardkit as sk
+from shardkit._errors import MeshError
+from shardkit.data import DataConfig
+from shardkit.hardware import CHIPS
+from shardkit.inspect import count_flops
+from shardkit.mesh import Target
+from shardkit.models import DecoderConfig
+from shardkit.plan import Candidate, Plan, Space, plan
+from shardkit.plan._laid import reshaped
+from shardkit.plan._network import Network, lines_of
+from shardkit.plan._program import flatten
+from shardkit.plan._space import layout_of
+from shardkit.plan._trace import Model, walk_through
+from shardkit.run import declare_run
+
+ROWS = 16
+TARGET = "tpu:v5p:2x2x2"
+DECODER = DecoderConfig(vocab=256, embed=32, layers=2, heads=4, mlp=64)
+SPACE = Space(remat=("none", "full"), accumulate=(1, 2))
+
+
+def decoder(rows: int = ROWS) -> sk.Declaration:
+    both = layout_of({"fsdp": 2, "tensor": 2})
+    mesh = sk.MeshSpec(fsdp=2, tensor=2)
+    data = DataConfig(length=32, batch=rows)
+    return declare_run(DECODER, data, mesh, both, optax.adamw(1e-3))
+
+
+def two_products() -> sk.Declaration:
+    """A user's own model: a column- and a row-split product, in f32."""
+
+    def init(key: jax.Array) -> dict[str, sk.Named]:
+        up, down = jnp.zeros((32, 64)), jnp.zeros((64, 32))
+        return {"up": sk.Named(up, ("embed", "mlp")), "down": sk.Named(down, ("mlp", "embed"))}
+
+    def loss(params: dict[str, jax.Array], batch: jax.Array, key: jax.Array) -> jax.Array:
+        return jnp.mean(jnp.tanh(batch @ params["up"]) @ params["down"])
+
+    batch = jax.ShapeDtypeStruct((ROWS, 32), "float32")
+    return sk.Declaration(
+        loss, optax.adamw(1e-3), init, batch, sk.MeshSpec(data=-1), layout_of({"data": 2})
+    )
+
+
+@pytest.fixture(scope="module")
+def planned() -> Plan:
+    return plan(decoder(), TARGET, space=SPACE)
+
+
+@pytest.fixture(scope="module")
+def products() -> Plan:
+    return plan(two_products(), TARGET, space=Space(accumulate=(1,), remat=("none",)))
+
+
+def on(made: Plan, zero: int = 0, remat: str = "none", **sizes: int) -> Candidate:
+    """The candidate on a mesh, without accumulation."""
+    return next(
+        c
+        for c in (*made.rows, *made.tight)
+        if {axis: n for axis, n in c.mesh.items() if n > 1} == sizes
+        and (c.zero, c.remat, c.accumulate.steps) == (zero, remat, 1)
+    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "zero"),
+    [({"fsdp": 4, "tensor": 2}, 0), ({"data": 2, "tensor": 4}, 0), ({"data": 8}, 1)],
+)
+def test_state_is_what_the_executable_holds(planned, sizes, zero):
+    declared = decoder()
+    layout = layout_of(sizes, zero)
+    step = sk.compile_step(
+        declared.loss_fn,
+        declared.optimizer,
+        init=declared.init,
+        batch=declared.batch,
+        mesh=sk.MeshSpec(**sizes).build(),
+        strategy=layout,
+    )
+    memory = step.report().memory
+    found = on(planned, zero, **sizes)
+    assert found.state == memory.params + memory.opt_state + memory.extra + memory.rest
+    assert found.batch == memory.batch
+
+
+def test_flat_programs_have_the_flops_of_the_jaxpr():
+    model, sizes = Model.of(decoder()), {"data": 2, "fsdp": 2, "tensor": 2}
+    layout = layout_of(sizes)
+    found = walk_through(model.program("full"), model.layout(sizes, layout), layout)
+    mine = sum(work.flops * work.trips for work in found.walk.work)
+    assert mine == count_flops(model.jaxpr("full")).total
+
+
+def test_fsdp_sends_the_textbook_bytes(products):
+    weights = 2 * 32 * 64 * 4
+    assert on(products, fsdp=8).wire["fsdp"] == pytest.approx(7 / 8 * 2 * weights, rel=0.3)
+    sent = on(products, fsdp=8).wire["fsdp"]
+    gathers = (sent - 7 / 8 * weights) / (7 / 8 * weights)
+    assert gathers == pytest.approx(round(gathers), abs=0.01)
+
+
+def test_data_sends_one_reduction_of_the_gradients(products):
+    gradients = 2 * 32 * 64 * 4
+    assert on(products, data=8).wire["data"] == pytest.approx(2 * 7 / 8 * gradients, rel=1e-3)
+
+
+def test_tensor_sums_what_its_products_contract(products):
+    summed = ROWS * 32 * 4
+    assert on(products, tensor=8).wire["tensor"] == pytest.approx(2 * 7 / 8 * summed, rel=0.05)
+
+
+def test_recomputation_takes_time_and_gives_memory(planned):
+    none, full = (on(planned, remat=remat, fsdp=8) for remat in ("none", "full"))
+    assert full.compute > none.compute
+    assert full.temp < none.temp
+
+
+def test_every_layout_is_ranked_or_has_a_reason(planned):
+    meshes = len(SPACE.meshes(8)) + 2 * len([m for m in SPACE.meshes(8) if m["data"] > 1])
+    layouts = meshes * len(SPACE.remat) * len(SPACE.schedules())
+    left_out = sum(n for n, _ in planned.rejected.values())
+    assert planned.considered == layouts == len(planned.rows) + len(planned.tight) + left_out
+    assert any("heads" in why and "tensor=8" in why for why in planned.rejected)
+    seconds = [c.seconds for c in planned.rows]
+    assert seconds == sorted(seconds)
+
+
+def test_a_declaration_can_be_pasted(planned):
+    made: dict[str, object] = {"sk": sk}
+    exec(planned.best.declaration, made)
+    used = {axis: n for axis, n in planned.best.mesh.items() if n > 1}
+    assert made["mesh"] == sk.MeshSpec(**used)
+    assert made["strategy"] == layout_of(planned.best.mesh, planned.best.zero)
+
+
+def test_the_front_is_faster_or_smaller(planned):
+    front = planned.pareto()
+    assert front[0].seconds == min(c.seconds for c in planned.rows)
+    totals = [c.total for c in front]
+    assert totals == sorted(totals, reverse=True)
+    assert totals[-1] == min(c.total for c in planned.rows)
+
+
+def test_a_plan_says_why_and_what_would_change_it(planned):
+    text = str(planned)
+    assert "bound by" in text
+    assert "mesh = sk.MeshSpec(" in text
+    assert "2 x link bandwidth" in text
+    assert "hidden behind computing" in text
+    assert '"declaration"' in planned.to_json()
+
+
+def test_a_batch_that_nothing_divides():
+    with pytest.raises(MeshError, match="13 rows that does not split"):
+        plan(decoder(13), TARGET, space=Space(axes=("fsdp",), accumulate=(1,), remat=("none",)))
+
+
+def test_a_model_that_fits_nowhere(monkeypatch):
+    small = dataclasses.replace(Network.of(Target.parse(TARGET)).chip, memory=1000)
+    monkeypatch.setitem(CHIPS, "v5p", small)
+    with pytest.raises(MeshError) as caught:
+        plan(decoder(), TARGET, space=Space(accumulate=(1,), remat=("full",)))
+    text = str(caught.value)
+    assert "No layout fits on tpu:v5p:2x2x2" in text
+    assert "are missing" in text
+    assert "a device with" in text
+
+
+def test_devices_that_nothing_is_known_of():
+    with pytest.raises(MeshError, match="nothing is known of the speed"):
+        plan(decoder(), "cpu:8")
+    with pytest.raises(MeshError, match="Did you mean 'v5p'"):
+        plan(decoder(), "tpu:v5q:2x2x2")
+    with pytest.raises(MeshError, match="known: data, fsdp, tensor"):
+        Space(axes=("fsdpp",))
+
+
+def test_axes_ride_the_torus():
+    assert lines_of({"data": 4, "fsdp": 4, "tensor": 4}, (4, 4, 4)) == {
+        "data": 2,
+        "fsdp": 2,
+        "tensor": 2,
+    }
+    network = Network.of(Target.parse("tpu:v5p:4x4x4:2"))
+    sizes = {"data": 2, "fsdp": 16, "tensor": 4}
+    assert network.crossing(sizes) == "data"
+    assert network.rates([sizes], ["data"])[0] == network.chip.network
+    gpus = Network.of(Target.parse("gpu:h100:2x8"))
+    fast, slow = (gpus.rates([{"data": 2, "tensor": 8}], [a])[0] for a in ("tensor", "data"))
+    assert (fast, slow) == (gpus.chip.link, gpus.chip.network)
+
+
+def test_reshapes_keep_the_axes_of_a_group():
+    assert reshaped([("a",), ("b",)], (4, 8), (32,)) == (("a", "b"),)
+    assert reshaped([("a",)], (32,), (4, 8)) == (("a",), ())
+    assert reshaped([(), ("a",), ()], (1, 8, 2), (8, 2)) == (("a",), ())
+
+
+def test_what_no_result_needs_is_left_out():
+    flat = flatten(jax.make_jaxpr(lambda x: (jnp.sin(x), x + 1)[1])(1.0))
+    assert [op.name for op in flat.ops] == ["add"]
