@@ -5,19 +5,25 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..plan import plan
+from .._errors import ConfigError, Problem, format_problems
+from ..plan import compile_best, plan
 from ..targets import Source
 from ._command import Command
 
 
 def _run(arguments: argparse.Namespace) -> int:
     source = Source(arguments.config or "", tuple(arguments.overrides))
-    made = plan(
-        source.load(),
-        arguments.target,
-        global_batch=arguments.global_batch,
-        overlap=arguments.overlap,
-    )
+    if source.is_function and arguments.compile:
+        why = "layouts of a function are estimated, not compiled"
+        problem = Problem(f"--compile {arguments.compile}", why, "--compile 0")
+        raise ConfigError(format_problems("There is no config to compile.", [problem]))
+    rows = arguments.global_batch
+    made = plan(source.load(), arguments.target, global_batch=rows, overlap=arguments.overlap)
+    if arguments.compile:
+        with Console(stderr=True, highlight=False).status("compiling") as status:
+            made = compile_best(
+                made, source, arguments.compile, global_batch=rows, progress=status.update
+            )
     if arguments.json:
         Path(arguments.json).write_text(made.to_json())
     Console(highlight=False, soft_wrap=True).print(str(made), markup=False)
@@ -27,6 +33,13 @@ def _run(arguments: argparse.Namespace) -> int:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", required=True, help="tpu:v5p:8x8x8, gpu:h100:4x8, …")
     parser.add_argument("--global-batch", type=int, help="rows, instead of the config's")
+    parser.add_argument(
+        "--compile",
+        type=int,
+        default=3,
+        metavar="K",
+        help="compile the best K with the target's compiler (minutes each); 0 for none",
+    )
     parser.add_argument(
         "--overlap", type=float, default=0.0, help="share of communication that is hidden, 0 to 1"
     )

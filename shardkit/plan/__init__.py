@@ -1,7 +1,8 @@
 """Which mesh for this model on these devices: every layout estimated, the fitting ones ranked."""
 
+from ._compile import compile_best, compiled
 from ._plan import plan
 from ._result import Candidate, Plan
 from ._space import Space
 
-__all__ = ["Candidate", "Plan", "Space", "plan"]
+__all__ = ["Candidate", "Plan", "Space", "compile_best", "compiled", "plan"]

@@ -7,16 +7,14 @@ from collections.abc import Sequence
 import jax
 
 from .._errors import MeshError, Problem, format_problems
-from .._tree import format_bytes, short_dtype
+from .._tree import format_bytes
 from ..hardware import CHIPS
 from ..mesh import Target
 from ..step import Declaration
 from ._estimate import Machine
-from ._network import Network
 from ._result import Candidate, Plan
 from ._search import Found, Search
 from ._space import Space
-from ._trace import Model
 
 
 def plan(
@@ -60,10 +58,7 @@ def plan(
     start = time.monotonic()
     wanted, chosen = _known(target), space or Space()
     declared = _with_rows(declaration, global_batch)
-    dtype = short_dtype(jax.numpy.dtype(declared.precision.compute))
-    machine = Machine(Network.of(wanted), dtype, overlap)
-    assert wanted.n_devices is not None
-    search = Search(Model.of(declared), chosen, machine, wanted.n_devices)
+    search = Search.of(declared, wanted, chosen, overlap)
     found = search.run()
     rows = sorted((c for c in found.candidates if c.margin >= 0), key=lambda c: c.seconds)
     tight = sorted((c for c in found.candidates if c.margin < 0), key=lambda c: c.seconds)
@@ -79,7 +74,7 @@ def plan(
         took=took,
         changes=_changes(rows[0], tight),
         sensitivity=_sensitivity(search),
-        assumptions=_assumptions(machine),
+        assumptions=_assumptions(search.machine),
         problems=found.problems,
     )
 

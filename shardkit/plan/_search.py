@@ -8,10 +8,12 @@ from typing import Any
 import jax
 
 from .._errors import ShardingError
-from .._tree import nbytes
+from .._tree import nbytes, short_dtype
 from .._types import Accumulate
+from ..mesh import Target
 from ..step import Declaration, Layout
 from ._estimate import Case, Estimates, Machine, estimate
+from ._network import Network
 from ._result import Candidate
 from ._space import Space, layout_of, symbolic, written
 from ._trace import Model, Walked, walk_through
@@ -71,6 +73,14 @@ class Search:
     devices: int
     walks: dict[tuple[str, int], Walked] = dataclasses.field(default_factory=dict)
     resolved: dict[tuple[Any, ...], Placed | str] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, declared: Declaration, target: Target, space: Space, overlap: float) -> "Search":
+        """Traces the declaration's state; `target` is of the hardware table."""
+        dtype = short_dtype(jax.numpy.dtype(declared.precision.compute))
+        machine = Machine(Network.of(target), dtype, overlap)
+        assert target.n_devices is not None
+        return cls(Model.of(declared), space, machine, target.n_devices)
 
     def run(self, batch_scale: float = 1.0) -> Found:
         """Estimates everything."""

@@ -13,9 +13,10 @@ from .._remat import active, policy
 from ..parallel import Strategy
 from ..rules import axes_of
 from ..step import Abstract, Declaration, Layout, abstract_state, objective, resolve_layout
+from ._flow import Dims
 from ._laid import Axes, Laid, Terms, of_spec, whole
 from ._program import Flat, flatten
-from ._walk import MICRO, Dims, Walk
+from ._walk import MICRO, Walk
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,21 +10,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from ._laid import Axes, Laid, Terms, add, reshaped, terms, whole, without_repeats
+from ._flow import Dims, narrowed, readers, refines, splits_more, wanted_within
+from ._laid import Axes, Laid, Terms, add, terms, whole, without_repeats
 from ._layouts import MATERIAL, PASSES_SUMS, REDUCTIONS, passed_on
 from ._program import Flat, Op
 
 MICRO = "micro"
 """The axis of micro-batches: it splits rows as a mesh axis does, and is worked off in turn."""
 
-Dims = tuple[Axes, ...]
 Resolve = Callable[[tuple[str | None, ...], tuple[int, ...]], Dims]
-
-_SAME_FORM = frozenset(
-    {"convert_element_type", "add_any", "add", "sub", "mul", "div", "neg", "shardkit_constrain"}
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,15 +76,11 @@ class Walk:
         spare = flat.inputs[: len(flat.inputs) - len(ins)]  # constants that the trace captured
         body.env.update((n, whole(len(flat.avals[n].shape))) for n in spare)
         body.env.update(zip(flat.inputs[len(spare) :], ins, strict=True))
-        body.wants = _wants(flat, wants)
+        body.wants = wanted_within(flat, wants)
         for at, op in enumerate(flat.ops):
             body.step(at, op)
         outs = [body.result(number) for number in flat.outputs]
         return outs, body.alive()
-
-    def muted(self) -> "Walk":
-        """A walk that finds the same and keeps nothing."""
-        return Walk(self.resolve)
 
 
 class _Body:
@@ -106,12 +96,10 @@ class _Body:
         self.inner: dict[int, list[Terms]] = {}
         self.passing: dict[int, Terms] = {}
         self.at = 0
-        self.readers = _readers(flat)
-        self.narrow = _narrowed(flat, self.readers)
+        self.readers = readers(flat)
+        self.narrow = narrowed(flat, self.readers)
         self.kept = {n for op in flat.ops if op.body for n in op.ins if n is not None}
         self.kept |= {n for n in flat.outputs if n is not None}
-
-    # --- one operation -------------------------------------------------------------------------
 
     def step(self, at: int, op: Op) -> None:
         self.at = at
@@ -150,7 +138,7 @@ class _Body:
         laid, shape = self.env.get(source, whole(0)), self._shape(number)
         target = self.walk.resolve(op.params["names"], shape)
         finer = op.params["finer"]
-        skipped = finer is not None and not _refines(self.walk.resolve(finer, shape), target)
+        skipped = finer is not None and not refines(self.walk.resolve(finer, shape), target)
         if (
             skipped
             or number in self.wants
@@ -175,7 +163,7 @@ class _Body:
         ops = self.readers.get(number, [])
         if len(ops) != 1 or ops[0].name != "shardkit_constrain":
             return False
-        return _splits_more(self.walk.resolve(ops[0].params["names"], self._shape(number)), target)
+        return splits_more(self.walk.resolve(ops[0].params["names"], self._shape(number)), target)
 
     def _moved(self, number: int, laid: Laid, target: Dims) -> Laid:
         laid = self._summed(number, laid, target)
@@ -260,7 +248,7 @@ class _Body:
         wants: list[Dims | None] = [self.wants.get(n) for n in op.outs[:carried]]
         stacked = [self.wants.get(n) for n in op.outs[carried:]]
         wants += [want[1:] if want else None for want in stacked]
-        found, _ = self.walk.muted().run(body, inside, wants)
+        found, _ = Walk(self.walk.resolve).run(body, inside, wants)
         for i in range(carried):
             inside[consts + i] = dataclasses.replace(found[i], partial=frozenset())
         trips, loops = self.trips * op.trips, self.loops | steps
@@ -275,8 +263,6 @@ class _Body:
             )
             self._bear(number)
         self.inner[self.at] = points
-
-    # --- sums ----------------------------------------------------------------------------------
 
     def _laid(self, number: int | None, keep_sum: bool = False) -> Laid:
         if number is None:
@@ -314,8 +300,6 @@ class _Body:
         if axes:
             one = Sent(kind, frozenset(axes), payload, self.trips, self.loops, gradient)
             self.walk.sent.append(one)
-
-    # --- lifetimes -----------------------------------------------------------------------------
 
     def _made(self, op: Op, number: int) -> None:
         """Records a result: written to memory, or part of what reads it."""
@@ -366,8 +350,6 @@ class _Body:
                 add(now, self.born[key][1], -1.0)
         return points
 
-    # --- sizes ---------------------------------------------------------------------------------
-
     def _shape(self, number: int | None) -> tuple[int, ...]:
         return () if number is None else tuple(self.flat.avals[number].shape)
 
@@ -406,57 +388,3 @@ def _contracted(
     dims += [dim for i, dim in enumerate(right.dims) if i not in (*rc, *rb)]
     lost = [a for i, j in zip(lc, rc, strict=True) for a in (*left.dims[i], *right.dims[j])]
     return dims, lost, 2.0 * math.prod(shape[i] for i in lc)
-
-
-def _refines(finer: Dims, coarser: Dims) -> bool:
-    """Whether a dim that one layout splits is split more by the other."""
-    return any(b and b != a and set(b) <= set(a) for a, b in zip(finer, coarser, strict=True))
-
-
-def _splits_more(finer: Dims, coarser: Dims) -> bool:
-    pairs = list(zip(finer, coarser, strict=True))
-    return all(set(b) <= set(a) for a, b in pairs) and any(set(b) < set(a) for a, b in pairs)
-
-
-def _readers(flat: Flat) -> dict[int, list[Op]]:
-    readers: dict[int, list[Op]] = {}
-    for op in flat.ops:
-        for number in op.ins:
-            if number is not None:
-                readers.setdefault(number, []).append(op)
-    return readers
-
-
-def _narrowed(flat: Flat, readers: Mapping[int, list[Op]]) -> dict[int, int]:
-    """Bytes per element of values that are read once, by a cast to a narrower type."""
-    found = {}
-    for number, ops in readers.items():
-        if len(ops) == 1 and ops[0].name == "convert_element_type" and number not in flat.inputs:
-            width = np.dtype(ops[0].params["new_dtype"]).itemsize
-            if width < flat.avals[number].dtype.itemsize:
-                found[number] = width
-    return found
-
-
-def _wants(flat: Flat, outputs: Sequence[Dims | None]) -> dict[int, Dims]:
-    """The layout that results must have, carried back through operations that keep their form."""
-    found: dict[int, Dims] = {
-        n: want for n, want in zip(flat.outputs, outputs, strict=True) if n is not None and want
-    }
-    for op in reversed(flat.ops):
-        want = found.get(op.outs[0])
-        if want is None or op.body is not None:
-            continue
-        shape = tuple(flat.avals[op.outs[0]].shape)
-        for number in op.ins:
-            if number is None or number in found:
-                continue
-            before = tuple(flat.avals[number].shape)
-            if op.name in _SAME_FORM and before == shape:
-                found[number] = want
-            elif op.name == "transpose":
-                order = op.params["permutation"]
-                found[number] = tuple(want[order.index(i)] for i in range(len(order)))
-            elif op.name == "reshape":
-                found[number] = reshaped(want, shape, before)
-    return found
