@@ -23,7 +23,10 @@ def config() -> Config:
     base = load_config({name!r}, {overrides!r})
 {declaration}
     strategy = dataclasses.replace(
-        strategy, accumulate=accumulate, remat=remat, precision=base.strategy.precision
+        strategy,
+        accumulate=accumulate,
+        remat=remat,
+        precision={precision!r} or base.strategy.precision,
     )
     data = dataclasses.replace(base.data, batch={rows} or base.data.batch)
     return dataclasses.replace(base, mesh=mesh, strategy=strategy, data=data)
@@ -66,27 +69,46 @@ def compile_best(
 
 
 def compiled(
-    one: Candidate, source: Source, target: str, global_batch: int | None, timeout: float = 1800.0
+    one: Candidate,
+    source: Source,
+    target: str,
+    global_batch: int | None,
+    timeout: float = 1800.0,
+    precision: str = "",
 ) -> Candidate:
-    """A layout with what the target's compiler says of it, or why it says nothing."""
+    """A layout with what the target's compiler says of it, or why it says nothing.
+
+    Args:
+      one: the layout.
+      source: the config file that it is of.
+      target: the devices.
+      global_batch: rows, if they are not the config's.
+      timeout: seconds.
+      precision: named dtype policy, if it is not the config's.
+    """
     try:
-        report = report_of(one, source, target, global_batch, timeout)
+        report = _report(one, source, target, global_batch, timeout, precision)
     except (ShardkitError, RuntimeError) as error:
         lines = str(error).splitlines()
         return dataclasses.replace(one, failed=" ".join(lines[:2]))
     return dataclasses.replace(one, compiled=_summary(report))
 
 
-def report_of(
-    one: Candidate, source: Source, target: str, global_batch: int | None, timeout: float = 1800.0
+def _report(
+    one: Candidate,
+    source: Source,
+    target: str,
+    global_batch: int | None,
+    timeout: float,
+    precision: str,
 ) -> Report:
-    """Compiles one layout of a config for a target."""
     name = str(Path(source.name).resolve()) if source.name else None
     text = _CONFIG.format(
         name=name,
         overrides=list(source.overrides),
         declaration="\n".join(f"    {line}" for line in one.declaration.splitlines()),
         rows=global_batch,
+        precision=precision,
     )
     with tempfile.TemporaryDirectory(prefix="shardkit-plan-") as folder:
         path = Path(folder, "layout.py")
