@@ -28,6 +28,7 @@ OPTIONS = {
     | {"--turns", "--out", "--plots", "--timeout"},
     "checkpoint": {"-h", "--help", "--debug", "--values"},
     "plot": {"-h", "--help", "--debug", "--out"},
+    "plan": SHARED | {"--target", "--global-batch", "--compile", "--overlap", "--json"},
     "explain": SHARED | {"--target", "--json", "--html", "--timeout"},
     "launch": {"-h", "--help", "--debug", "-n", "--devices"},
     "tokenize": {"-h", "--help", "--debug", "--tokenizer", "--tokens"},
