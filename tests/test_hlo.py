@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shardkit.inspect import read_ledger
 from shardkit.inspect._groups import read_groups, read_pairs, span_of_groups, span_of_pairs
 from shardkit.inspect._hlo import parse, shapes_of
 from shardkit.inspect._scope import phase_of, scope_of
@@ -226,3 +227,37 @@ BODY = "while/body/closed_call"
 )
 def test_phase_and_scope(op_name, phase, scope):
     assert (phase_of(op_name), scope_of(op_name)) == (phase, scope)
+
+
+def damaged(rest, mesh=(("a", 2),), header="HloModule m, num_partitions=2\n"):
+    text = f"{header}ENTRY %main (x: f32[4]) -> f32[4] {{\n  %x = f32[4]{{0}} parameter(0)\n{rest}"
+    return read_ledger(text, mesh).problems
+
+
+@pytest.mark.parametrize(
+    ("rest", "problem"),
+    [
+        ("  ROOT %y = ", "cannot read 'ROOT %y ='"),
+        ("  ROOT %y = f32[4] collective-permute(%x), channel_id=1\n}\n", "source_target_pairs"),
+        ("  ROOT %y = f32[4] all-to-all(%x), replica_groups={{0,1},{}}\n}\n", "an empty group"),
+        ("  ROOT %y = f32[4] all-scatter(%x), channel_id=1\n}\n", "an unknown kind of collective"),
+        (
+            '  ROOT %y = f32[4] custom-call(%x), custom_call_target="__nccl_all_reduce"\n}\n',
+            "custom-call y: an unknown kind of collective",
+        ),
+        (
+            "  %z = foo[64] bitcast(%x)\n"
+            "  ROOT %y = foo[64] all-reduce(%z), replica_groups={{0,1}}, channel_id=1\n}\n",
+            "foo[64] has an unknown element type",
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_a_problem_and_no_crash(rest, problem):
+    assert any(problem in one for one in damaged(rest))
+
+
+def test_a_program_for_another_mesh_or_without_its_first_line_is_told():
+    whole = "  ROOT %y = f32[4] all-reduce(%x), replica_groups={}, channel_id=1\n}\n"
+    assert not damaged(whole)
+    assert damaged(whole, mesh=(("a", 4),)) == ("the program is one for 2 devices, the mesh has 4",)
+    assert "the text has no HloModule line" in damaged(whole, header="")

@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
+import shardkit as sk
+from shardkit._tree import Leaf
 from shardkit.hardware import CHIPS
-from shardkit.inspect import Program, Report, read_ledger
+from shardkit.inspect import Placed, Program, Report, read_ledger
 from shardkit.inspect._links import Links
 from shardkit.inspect._program import Declared, explained_by
 from shardkit.step._report import _dcn
@@ -99,6 +102,39 @@ def test_the_parts_of_an_all_reduce_are_explained_by_data_parallelism(text):
     # What is over `c` alone, and what no data parallelism sends.
     assert {"four", "five"} <= scopes
     assert not {"three", "six"} & scopes
+
+
+PACKED = """HloModule m, is_scheduled=true, num_partitions=4
+ENTRY %main (x: f32[16,64]) -> f32[2,8,128] {
+  %x = f32[16,64] parameter(0)
+  %sum = f32[] reduce(%x), metadata={op_name="jit(run)/jvp(loss)/reduce_sum"}
+  %up = f32[1024] bitcast(%x), metadata={op_name="jit(run)/transpose(jvp(loss))/dot_general"}
+  %down = f32[512] bitcast(%x), metadata={op_name="jit(run)/transpose(jvp(loss))/mlp/dot_general"}
+  %packed = f32[2,8,128] concatenate(%sum, %up, %down)
+  %token = token[] after-all()
+  %send = (f32[2,8,128], u32[], token[]) send(%packed, %token), channel_id=2, HERE,
+    _xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (f32[2,8,128], u32[], token[]) recv(%token), channel_id=1, HERE}
+  %done = (f32[2,8,128], token[]) recv-done(%recv), channel_id=1
+  ROOT %y = f32[2,8,128] get-tuple-element(%done), index=0
+}
+""".replace("HERE", 'frontend_attributes={_xla_host_transfer_rendezvous="sum_0"')
+
+
+def test_gradients_packed_with_the_loss_are_reduced_once_between_slices():
+    leaves = tuple(
+        Placed("params", Leaf(path, shape, np.dtype("float32")), P())
+        for path, shape in {"up": (16, 64), "down": (8, 64)}.items()
+    )
+    batch = Placed("batch", Leaf("x", (16, 64), np.dtype("float32")), P("data"))
+    mesh, dcn = (("data", 2), ("tensor", 4)), (("data", 2),)
+    report = Report.of(
+        Program(PACKED, mesh, "tpu", "TPU v5 lite", leaves=(*leaves, batch), dcn=dcn)
+    )
+    (row,) = report.ledger
+    assert (row.phase, row.kind, row.wire_bytes, row.dcn) == ("backward", "all-reduce", 8192, True)
+    assert report.reductions == {"data": 1.0}
+    report.check(sk.Budget(reductions_per_step={"data": 1}))
 
 
 def test_slices_are_counted_along_each_axis():

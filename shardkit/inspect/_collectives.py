@@ -26,6 +26,13 @@ KINDS = (
 # A collective as it stands in the text, independent of the parser that is checked against it.
 SPELLED = re.compile(r"[\])}] (?:" + "|".join(KINDS) + r")(?:-start)?\(")
 
+# Attributes of what moves data between devices, and calls of the libraries that do.
+_BETWEEN_DEVICES = ("replica_groups=", "source_target_pairs=", "channel_id=")
+_LIBRARY = re.compile(
+    r'custom_call_target="[^"]*(?:[nr]ccl|all_?reduce|all_?gather|reduce_?scatter|all_?to_?all)',
+    re.IGNORECASE,
+)
+
 # Compute that can hide a transfer; everything else in a schedule is bookkeeping or memory traffic.
 _COMPUTE = frozenset(
     "fusion dot convolution custom-call while call conditional reduce sort scatter gather".split()
@@ -86,6 +93,7 @@ class _Path:
 def find(module: Module, slices: Slices) -> tuple[list[Found], list[str]]:
     """Finds the collectives of a program, and what of it could not be read."""
     walk = _Walk(module, slices)
+    walk.problems += _other_devices(module, slices)
     found = list(walk.computation(module.entry, _Path())) if module.entry else []
     reached = {place for one in found for place in one.places} | walk.unread
     for computation in module.computations.values():
@@ -94,6 +102,14 @@ def find(module: Module, slices: Slices) -> tuple[list[Found], list[str]]:
             if not known and kind_of(instruction):
                 walk.problems.append(f"nothing runs {instruction.name} of {computation.name}")
     return found, [*module.problems, *walk.problems]
+
+
+def _other_devices(module: Module, slices: Slices) -> Iterator[str]:
+    """Whether the program is one for this mesh, as far as its header says."""
+    whole = math.prod(size for _, size in slices.mesh)
+    inside = math.prod(size for _, size in slices.inside)
+    if "num_partitions=" in module.header and module.num_partitions not in (whole, inside):
+        yield f"the program is one for {module.num_partitions} devices, the mesh has {whole}"
 
 
 def kind_of(instruction: Instruction) -> str | None:
@@ -143,11 +159,13 @@ class _Walk:
 
     def _unknown(self, instruction: Instruction) -> bool:
         """Whether something that is not known moves data between devices."""
-        if instruction.opcode.endswith(("-done", "-update")):
+        if instruction.opcode.endswith(("-done", "-update")) or instruction.opcode == "recv":
             return False
+        if instruction.opcode == "custom-call":
+            return bool(_LIBRARY.search(instruction.rest))
         if instruction.opcode == "send":
             return crosses(instruction) or "_xla_send_recv_source_target_pairs" in instruction.rest
-        return "replica_groups=" in instruction.rest or "source_target_pairs=" in instruction.rest
+        return any(name in instruction.rest for name in _BETWEEN_DEVICES)
 
     def _called(self, call: Instruction, here: Computation, path: _Path) -> Iterator[Found]:
         """Collectives of the computations that an instruction runs."""
@@ -191,8 +209,11 @@ class _Walk:
             span = self._span(kind, instruction)
             shapes = [s for name in instruction.operands for s in _shapes(here, name)]
             operands = tuple(shape for shape in shapes if shape.dtype != "token")
-        except ValueError as error:
-            self.problems.append(f"{kind} {instruction.name}: {error}")
+            if strange := [shape for shape in operands if not shape.known]:
+                raise ValueError(f"{strange[0]} has an unknown element type")
+        except (ValueError, KeyError) as error:
+            why = f"it has no {error}" if isinstance(error, KeyError) else error
+            self.problems.append(f"{kind} {instruction.name}: {why}")
             self.unread.add((here.name, instruction.name))
             return None
         # The TPU compiler spells a reduce-scatter as a fusion of an all-reduce and a slice.

@@ -69,6 +69,8 @@ def read_groups(text: str, devices: int) -> list[np.ndarray]:
     if text in ("{}", "{{}}"):
         return [np.arange(devices)]
     if text.startswith("{{"):
+        if re.search(r"\{\s*\}", text):
+            raise ValueError(f"replica_groups with an empty group: {text[:80]!r}")
         return [np.array(_ints(group)) for group in re.findall(r"\{([\d,\s]+)\}", text)]
     if match := _IOTA.match(text):
         shape, dims, order = match.groups()

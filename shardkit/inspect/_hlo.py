@@ -20,20 +20,22 @@ _SHAPE = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,<=\s]*)\]")
 _NAME = re.compile(r"%([\w.\-]+)")
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|"|[(){}\[\],]', re.DOTALL)
 _BITS = {"pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "f4e2m1fn": 4, "token": 0, "opaque": 0}
+_DTYPE = re.compile(r"(?:s|u|f|bf|c)(\d+)(?:e\dm\d\w*)?$")
 _CALLS = ("calls", "to_apply", "body", "condition", "true_computation", "false_computation")
 _LITERAL = frozenset({"constant", "parameter"})  # these print values between their parentheses
 _CALL_LISTS = ("branch_computations", "called_computations", "async_execution_thread_calls")
 
 
 def dtype_bits(dtype: str) -> int:
-    """Bits of one element of an XLA dtype.
+    """Bits of one element of an XLA dtype; 0 for one that is not known.
 
     >>> dtype_bits("bf16"), dtype_bits("pred"), dtype_bits("f8e4m3fn"), dtype_bits("c64")
     (16, 8, 8, 64)
     """
     if dtype in _BITS:
         return _BITS[dtype]
-    return int(re.findall(r"\d+", dtype)[0])
+    match = _DTYPE.match(dtype)
+    return int(match.group(1)) if match else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,11 @@ class Shape:
 
     dtype: str
     dims: tuple[int, ...]
+
+    @property
+    def known(self) -> bool:
+        """The element type is one whose size is known."""
+        return self.dtype in _BITS or bool(dtype_bits(self.dtype))
 
     @property
     def nbytes(self) -> int:
@@ -200,6 +207,8 @@ def parse(text: str) -> Module:
     if current is not None:
         computations[current.name] = current
         problems.append(f"the text ends inside computation {current.name}")
+    if not header:
+        problems.append("the text has no HloModule line")
     if not entry:
         problems.append("the text has no ENTRY computation")
     problems += [problem for one in computations.values() for problem in _gaps(one)]
@@ -285,7 +294,7 @@ def _instruction(line: str) -> Instruction | None:
     if start is None:
         return None
     at = start.end()
-    end = _close(line, at) if line[at] == "(" else line.find(" ", at)
+    end = _close(line, at) if line.startswith("(", at) else line.find(" ", at)
     opcode = _OPCODE.match(line, end) if end > 0 else None
     if opcode is None:
         return None

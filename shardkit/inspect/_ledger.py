@@ -9,7 +9,7 @@ from .._errors import ReportError, did_you_mean
 from .._tree import format_bytes
 from ._collectives import KINDS, SPELLED, Found, find
 from ._hlo import Module, parse
-from ._scope import combines, paths_of, phase_of
+from ._scope import combines, of_product, paths_of, phase_of
 from ._slices import Slices
 
 Axes = tuple[str, ...]
@@ -263,8 +263,7 @@ def _rows(found: Found) -> Iterator[Row]:
             group=found.span.size,
             whole=found.span.whole,
             operands=tuple(map(str, shapes)),
-            windowed=found.kind == "collective-permute"
-            and not (found.dcn or "ppermute" in found.op_name),
+            windowed=found.kind == "collective-permute" and not found.dcn and of_product(heaviest),
             conditional=found.conditional,
             computation=found.computation,
             name=found.instruction.name,

@@ -4,9 +4,11 @@ The compiler for several TPU slices cuts a collective into those inside of a sli
 them, and none of these keeps the path of the whole.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 from ._hlo import Computation, Instruction, Module
+from ._scope import phase_of
 from ._slices import departure
 
 _FAR = 64
@@ -22,6 +24,9 @@ class Origins:
 
     def of(self, instruction: Instruction, here: Computation) -> str:
         """The path of what made the operands; of what uses the result where that tells nothing.
+
+        Where an operand is made of several arrays, as the buffer is that they are packed into, its
+        path is one of the part of the step that most of them come from.
 
         Args:
           instruction: has no path itself.
@@ -45,15 +50,21 @@ class Origins:
         return name in here.instructions and here.instructions[name].opcode not in _NEUTRAL
 
     def _nearest(self, names: Iterable[str], here: Computation, onward: _Onward) -> str:
-        """The path of the nearest instruction that has one, level by level."""
+        """The path of the nearest instructions that have one, along every way to them."""
         level, seen = list(names), set[str]()
+        paths: list[str] = []
         while level and len(seen) < _FAR:
             found = [here.instructions[name] for name in level if self._is_array(name, here)]
-            for path in filter(None, map(self._path, found)):
-                return path
             seen.update(one.name for one in found)
-            level = [name for one in found for name in onward(one) if name not in seen]
-        return ""
+            told = {one.name: path for one in found if (path := self._path(one))}
+            paths += told.values()
+            further = [one for one in found if one.name not in told]
+            names = (name for one in further for name in onward(one))
+            level = [name for name in dict.fromkeys(names) if name not in seen]
+        if not paths:
+            return ""
+        (phase, _), *_ = Counter(map(phase_of, paths)).most_common(1)
+        return next(path for path in paths if phase_of(path) == phase)
 
     def _path(self, instruction: Instruction) -> str:
         """Its own path, or that of the result of a fusion without one."""

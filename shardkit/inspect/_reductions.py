@@ -7,6 +7,7 @@ from ._hlo import shapes_of
 from ._ledger import Ledger, Row
 from ._program import Placed
 
+_TILE = 8 * 128
 REDUCING = ("all-reduce", "reduce-scatter")
 
 
@@ -68,8 +69,13 @@ def reductions_per_step(
       leaves: the arguments of the step, its parameters among them.
       sizes: mesh axis → size.
     """
-    gradient = sum(_gradient(leaf, axis, sizes) for leaf in leaves if leaf.part == "params")
-    reduced = sum(n for _, n in gradient_reductions(ledger, axis, leaves, sizes))
+    params = [leaf for leaf in leaves if leaf.part == "params"]
+    gradient = sum(_gradient(leaf, axis, sizes) for leaf in params)
+    rows = gradient_reductions(ledger, axis, leaves, sizes)
+    reduced = sum(n for _, n in rows)
+    if any(row.dcn for row, _ in rows):
+        # What goes between slices is packed, each array padded to whole tiles, with the loss.
+        reduced -= min(max(0, reduced - gradient), _TILE * (len(params) + 1))
     return reduced / gradient if gradient else 0.0
 
 

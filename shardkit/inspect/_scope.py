@@ -29,6 +29,10 @@ _COMBINING = frozenset(
     """dot_general conv_general_dilated reduce sort top_k fft eigh eig svd qr lu cholesky
     triangular_solve householder_product ragged_dot""".split()
 )
+# What compilers cut into steps, so that permutes hide behind the pieces.
+_WINDOWED = frozenset(
+    "dot_general conv_general_dilated ragged_dot all_gather reduce_scatter psum_scatter".split()
+)
 _WRAPPER = re.compile(r"^(?:transpose|jvp|vmap|linearize|remat|checkpoint|shard_map)\((.*)\)$")
 _SKIP = re.compile(r"^(?:jit|pjit|xla_call|pmap)\(|->|^branch_\d+_fun$|^$")
 
@@ -66,6 +70,15 @@ def combines(op_name: str) -> bool:
     """
     name = paths_of(op_name)[0].rpartition("/")[2]
     return name in _COMBINING or name.startswith(("reduce_", "arg", "cum"))
+
+
+def of_product(op_name: str) -> bool:
+    """Whether an instruction comes of a product, a gather or a scatter of the model.
+
+    >>> of_product("jit(f)/jvp(loss)/mlp/dot_general"), of_product("jit(f)/jvp(loss)/concatenate")
+    (True, False)
+    """
+    return paths_of(op_name)[0].rpartition("/")[2] in _WINDOWED
 
 
 def paths_of(op_name: str) -> list[str]:

@@ -90,6 +90,8 @@ def arrange(
     slices = {getattr(device, "slice_index", 0) for device in devices}
     processes = {device.process_index for device in devices}
     if math.prod(outer) == 1 and not as_given and devices[0].platform != "cpu":
+        if len(slices) > 1:
+            _refuse_slices(ici, len(slices))
         grid = mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=True)
     elif math.prod(outer) > 1 and not as_given and max(len(slices), len(processes)) > 1:
         by_process = len(slices) == 1
@@ -125,6 +127,17 @@ def _agree(dcn: Mapping[str, int], present: int, *, by_process: bool) -> None:
         fix = f"dcn sizes with product {present}, or no dcn for one fast network"
         problem = Problem(f"dcn={dict(dcn)}", why)
         raise MeshError(format_problems("The mesh does not fit its slices.", [problem], fix))
+
+
+def _refuse_slices(ici: Mapping[str, int], present: int) -> NoReturn:
+    """Names an axis that may cross slices, and its size inside of each."""
+    sizes = dict(ici)
+    axis = next((axis for axis, size in sizes.items() if size % present == 0), next(iter(sizes)))
+    sizes[axis] = max(1, sizes[axis] // present)
+    written = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    problem = Problem(f"{present} slices", "no axis of the mesh is said to cross them")
+    fix = f"MeshSpec({written}, dcn={{{axis!r}: {present}}})"
+    raise MeshError(format_problems("The mesh does not fit its slices.", [problem], fix))
 
 
 def _refuse(target: Target, why: str, fix: str) -> NoReturn:
