@@ -102,6 +102,9 @@ def measure(name: str, target: str, layers: int) -> dict[str, Any]:
         "state (MiB)": round((report.memory.params + report.memory.opt_state) / mib, 1),
         "temp (MiB)": round((report.memory.temp or 0) / mib, 1),
         "ledger (MiB)": "; ".join(f"{k} {v / mib:.1f}" for k, v in ranked if v >= mib / 20),
+        "beyond the minimum (MiB)": "; ".join(
+            f"{m.axis}: {what} {size / mib:.1f}" for m in report.minima for what, size in m.excess
+        ),
         "findings": ", ".join(sorted({one.kind for one in report.findings})),
         "seconds": round(seconds),
     }
@@ -127,7 +130,8 @@ def main() -> None:
             "Wire is what one device sends per step. ZeRO gathers the f32 weights that it "
             "stores, the minimum counts bf16. Over one axis of all 64 chips libtpu makes gathers "
             "and scatters out of all-reduces, at width 1024 too, which doubles the bytes (ZeRO, "
-            "fsdp). In a pipeline a byte counts as often as its tick table sends it."
+            "fsdp). In a pipeline a byte counts as often as its tick table sends it. A collective over "
+            "two axes counts for each by its part, so an axis may show less than its minimum."
         )
         ordered = [rows[kind] for kind in KINDS if kind in rows]
         _harness.write(result, "compiled", where, ordered, note)
