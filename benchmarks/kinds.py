@@ -130,8 +130,8 @@ def main() -> None:
             "Wire is what one device sends per step. ZeRO gathers the f32 weights that it "
             "stores, the minimum counts bf16. Over one axis of all 64 chips libtpu makes gathers "
             "and scatters out of all-reduces, at width 1024 too, which doubles the bytes (ZeRO, "
-            "fsdp). In a pipeline a byte counts as often as its tick table sends it. A collective over "
-            "two axes counts for each by its part, so an axis may show less than its minimum."
+            "fsdp). In a pipeline a byte counts as often as its tick table sends it. What goes "
+            "over two axes counts for each by its part, so an axis may show less than its minimum."
         )
         ordered = [rows[kind] for kind in KINDS if kind in rows]
         _harness.write(result, "compiled", where, ordered, note)

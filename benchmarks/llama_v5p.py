@@ -66,8 +66,8 @@ NOTE = (
     "of wire is met at 3.3 GiB of peak (last but one row: 4.31), one of 1.75 GiB of peak at "
     "5.0 GiB of wire (splash, mlp_in saved): each layer's gathered inputs are 256 MiB. On v5p "
     "gathers and scatters are synchronous operations; only windowed einsum makes part of them "
-    "asynchronous, for 57 to 61 M cycles more: synchronous wire of 4.2 GiB is not reached (4.31 with "
-    "weights kept, 4.33 with windowed einsum). Whole streams over tensor send the least, as "
+    "asynchronous, for 57 to 61 M cycles more: synchronous wire of 4.2 GiB is not reached (4.31 "
+    "with weights kept, 4.33 with windowed einsum). Whole streams over tensor send the least, as "
     "saved activations are not gathered again, at 4 times their memory. Seconds are of a machine "
     "that was busy with other work; base took 62 s at load 3."
 )
