@@ -11,7 +11,9 @@ from collections.abc import Iterable, Iterator
 
 import jax
 
-NAME = re.compile(r"\btaken((?:_\d+)+)\b")
+# Spelled so that no scope of a user's has it.
+_PREFIX = "shardkit_taken"
+NAME = re.compile(rf"\b{_PREFIX}((?:_\d+)+)\b")
 
 
 @contextlib.contextmanager
@@ -25,24 +27,26 @@ def taken(times: Iterable[int]) -> Iterator[None]:
     ...     with taken([1, 3]):
     ...         return jax.lax.cond(x > 0, abs, jax.numpy.sqrt, x)
     >>> str(jax.make_jaxpr(often)(1.0).eqns[-1].source_info.name_stack)
-    'taken_1_3'
+    'shardkit_taken_1_3'
     """
-    with jax.named_scope("taken" + "".join(f"_{int(n)}" for n in times)):
+    with jax.named_scope(_PREFIX + "".join(f"_{int(n)}" for n in times)):
         yield
 
 
-def shares(op_name: str) -> tuple[fractions.Fraction, ...] | None:
+def shares(op_name: str, branches: int) -> tuple[fractions.Fraction, ...] | None:
     """Share of its executions in which each branch of a conditional is taken.
 
     Args:
       op_name: the conditional's path of scopes, whose last part is its own name.
+      branches: how many it has.
 
     Returns:
-      None where nothing is said of this conditional; of one around it something may be.
+      None where nothing is said of this conditional, or of another number of branches; of one
+      around it something may be.
 
-    >>> shares("jit(step)/while/body/taken_1_3/cond")
+    >>> shares("jit(step)/while/body/shardkit_taken_1_3/cond", 2)
     (Fraction(1, 4), Fraction(3, 4))
-    >>> shares("jit(step)/while/body/taken_1_3/cond/branch_1_fun/cond") is None
+    >>> shares("jit(step)/while/body/shardkit_taken_1_3/cond/branch_1_fun/cond", 2) is None
     True
     """
     _, _, own = op_name.rpartition("/")[0].rpartition("/")
@@ -50,4 +54,6 @@ def shares(op_name: str) -> tuple[fractions.Fraction, ...] | None:
     if found is None:
         return None
     times = [int(n) for n in found.group(1)[1:].split("_")]
+    if len(times) != branches:
+        return None
     return tuple(fractions.Fraction(n, sum(times) or 1) for n in times)

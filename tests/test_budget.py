@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from shardkit._errors import BudgetError, ReportError
-from shardkit.inspect import Budget, Declared, Program, Report, explained_by
+from shardkit.inspect import FINDINGS, Budget, Declared, Program, Report, explained_by
+from shardkit.inspect._findings import FROM_LEDGER
 from shardkit.inspect._reductions import reductions_per_step
 
 from ._programs import BATCH, WEIGHTS, WIDTH, loss, make_mesh, program, recorded, rows, sgd, weights
@@ -120,6 +121,28 @@ def test_what_cannot_be_told_keeps_no_budget(made, report):
         Report.of(Program(made.hlo, made.mesh, "cpu")).check(
             Budget(reductions_per_step={"data": 1})
         )
+
+
+def test_findings_that_a_gap_may_hide_keep_no_budget(report):
+    cached = dataclasses.replace(report, messages_complete=False)
+    with pytest.raises(BudgetError, match=r"findings\['involuntary_remat'\]  the compiler's mess"):
+        cached.check(Budget(findings={"involuntary_remat": 0, "unexplained_collective": 0}))
+    cut = dataclasses.replace(report, ledger=dataclasses.replace(report.ledger, problems=("gap",)))
+    with pytest.raises(BudgetError, match="cannot be told, the ledger is incomplete: gap") as told:
+        cut.check(Budget(findings=dict.fromkeys(FINDINGS, 0)))
+    assert str(told.value).startswith(f"{len(FROM_LEDGER)} budgets exceeded")
+    cut.check(Budget(findings={"replicated": 0, "involuntary_remat": 0}))
+
+
+def test_a_budget_is_made_of_numbers():
+    with pytest.raises(ReportError) as raised:
+        Budget(memory_bytes="1GB", wire_bytes={"data": None})  # pyright: ignore
+    assert str(raised.value) == (
+        "The budget cannot be read.\n"
+        "  wire_bytes['data']=None  is a NoneType, not a number\n"
+        "  memory_bytes='1GB'       is a str, not a number\n"
+        "Fix: sk.Budget(memory_bytes=16 * 2**30, wire_bytes={'data': 2**20}, compiles=1)"
+    )
 
 
 def test_unknown_names_are_errors(report):

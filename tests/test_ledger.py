@@ -267,7 +267,7 @@ def test_branches_are_marked():
     assert row.conditional
     assert row.axes == ("tensor",)
     assert (row.taken, row.wire_bytes) == (1, 16)
-    told = ', metadata={op_name="jit(step)/while/body/taken_3_1/cond"}'
+    told = ', metadata={op_name="jit(step)/while/body/shardkit_taken_3_1/cond"}'
     (row,) = read_ledger(entry(body + told, branches), FOUR)
     assert (row.taken, row.wire_bytes) == (0.25, 4)
     of_two = told.replace("3_1", "1_1_2")  # of a conditional that is no longer what it was

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .._errors import CheckpointError, Problem, format_problems
+from .._terminal import literal_console
 from .._tree import format_bytes
 from ..checkpoint import Checkpointer, Manifest, SavedStep
 from ._command import Command
@@ -33,7 +34,7 @@ def saved_steps(folder: Path) -> list[Path]:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    console = Console(highlight=False, soft_wrap=True)
+    console = literal_console(soft_wrap=True)
     folders = saved_steps(Path(arguments.folder))
     if arguments.way == "verify":
         return _verify(folders, arguments.values, console)
@@ -56,7 +57,7 @@ def _verify(folders: list[Path], values: bool, console: Console) -> int:
                 saved.check_values()
         except CheckpointError as error:
             damaged += 1
-            console.print(f"{error}", style="red", markup=False)
+            console.print(f"{error}", style="red")
             continue
         size = format_bytes(sum(one.bytes for one in saved.manifest.files.values()))
         what = f"{len(saved.manifest.files)} files, {size}"
@@ -86,8 +87,8 @@ def _mesh(manifest: Manifest) -> str:
 
 def _facts(manifest: Manifest, console: Console) -> None:
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
-    console.print(f"step {manifest.step}, written by {versions}", markup=False)
-    console.print(f"data {manifest.data}\n", markup=False)
+    console.print(f"step {manifest.step}, written by {versions}")
+    console.print(f"data {manifest.data}\n")
 
 
 def _leaves(manifest: Manifest) -> Table:
@@ -96,7 +97,7 @@ def _leaves(manifest: Manifest) -> Table:
         table.add_column(name, no_wrap=True)
     for path, leaf in manifest.leaves.items():
         axes = ", ".join(name or "-" for name in leaf.axes) if leaf.axes else ""
-        table.add_row(path, leaf.type.replace("[", r"\["), axes, leaf.fingerprint)
+        table.add_row(path, leaf.type, axes, leaf.fingerprint)
     return table
 
 

@@ -3,9 +3,8 @@
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-
 from .._errors import ConfigError, Problem, format_problems, raise_all
+from .._terminal import literal_console
 from ..config import load_config
 from ..inspect import Report, compare
 from ..targets import Source, compile_for
@@ -15,11 +14,11 @@ _REPORT = ".json"
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    console = Console(highlight=False, soft_wrap=True)
+    console = literal_console(soft_wrap=True)
     if arguments.other:
         names = (arguments.config, arguments.other)
         _compiled_already(" and ".join(names), arguments)
-        console.print(str(compare(*map(_read, names))), markup=False)
+        console.print(str(compare(*map(_read, names))))
         return 0
     report = _report(arguments)
     if arguments.json:
@@ -27,7 +26,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.html:
         _write(Path(arguments.html), report.to_html())
     if arguments.json != "-":
-        console.print(str(report), markup=False)
+        console.print(str(report))
     return 0
 
 
@@ -42,7 +41,7 @@ def _report(arguments: argparse.Namespace) -> Report:
         fix = f"shardkit explain {name} --target cpu:8, and change the function"
         raise ConfigError(format_problems("There is nothing to set.", [problem], fix))
     target = arguments.target or _default_target(source)
-    errors = Console(stderr=True, highlight=False)
+    errors = literal_console(stderr=True)
     with errors.status(f"compiling for {target}") as status:
         return compile_for(
             source,

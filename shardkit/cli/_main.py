@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from .._errors import ShardkitError
+from .._terminal import literal_console
 from ..run import Stopped
 from ._command import add_shared
 from ._commands import COMMANDS
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       cannot be used; 75 where SIGTERM ended a run that can go on; 130 after Ctrl-C.
     """
     arguments = parser().parse_args(argv)
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    errors = literal_console(stderr=True, soft_wrap=True)
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt as stop:
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _say(console: Console, color: str, message: str, error: BaseException) -> None:
     notes = getattr(error, "__notes__", [])
-    console.print("\n".join([message, *notes]), style=color, markup=False)
+    console.print("\n".join([message, *notes]), style=color)
 
 
 def _trace(debug: bool) -> None:

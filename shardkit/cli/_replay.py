@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
 
 from .._precision import Precision
+from .._terminal import literal_console
 from .._types import Accumulate
 from ..config import Config, from_record
 from ..guards import dump_manifest
@@ -26,7 +26,7 @@ def _run(arguments: argparse.Namespace) -> int:
     config = from_record(manifest.config or {}, str(folder))
     step = _one_device(config, manifest.config or {}, abstract_batch(manifest.leaves))
     found = replay(folder, step)
-    Console(highlight=False, soft_wrap=True).print(str(found), markup=False)
+    literal_console(soft_wrap=True).print(str(found))
     return 0 if found.reproduced else 1
 
 

@@ -4,9 +4,8 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from rich.console import Console
-
 from .._errors import Problem, SweepError, format_problems, raise_all
+from .._terminal import literal_console
 from ..config import load_config
 from ..mesh import Target, simulate_devices
 from ..sweep import ConfigFactory, Row, plots, sweep
@@ -15,8 +14,8 @@ from ._verify import ragged_batches
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    console = Console(highlight=False, soft_wrap=True)
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = literal_console(soft_wrap=True)
+    errors = literal_console(stderr=True, soft_wrap=True)
     _check_plots(arguments)
     counts = _numbers("--devices", arguments.devices)
     config = load_config(arguments.config, arguments.overrides)
@@ -36,12 +35,12 @@ def _run(arguments: argparse.Namespace) -> int:
         batches=ragged_batches(config),
         turns=arguments.turns,
         timeout=arguments.timeout,
-        on_row=lambda row, done, total: errors.print(_told(row, done, total), markup=False),
+        on_row=lambda row, done, total: errors.print(_told(row, done, total)),
     )
-    console.print(str(found), markup=False)
+    console.print(str(found))
     drawn = plots(found) if arguments.plots else ()
     names = ", ".join(["rows.jsonl", "rows.csv", *(path.name for path in drawn)])
-    console.print(f"\n{found.folder}: {names}", markup=False)
+    console.print(f"\n{found.folder}: {names}")
     return 0 if found.ranked else 1
 
 

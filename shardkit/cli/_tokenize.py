@@ -2,26 +2,24 @@
 
 import argparse
 
-from rich.console import Console
-
+from .._terminal import literal_console
 from .._tree import format_bytes
 from ..data import open_shards, tokenize
 from ._command import Command
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    console = Console(highlight=False, soft_wrap=True)
+    console = literal_console(soft_wrap=True)
     with console.status("tokenizing"):
         made = tokenize(arguments.path, arguments.out, arguments.tokenizer, arguments.tokens)
     stream = open_shards(made)
     size = format_bytes(sum(path.stat().st_size for path in made))
     console.print(
         f"{arguments.out}: {stream.size:,} tokens in {len(stream.ends):,} documents, "
-        f"{len(made)} shards, {size}; vocabulary {stream.vocabulary}",
-        markup=False,
+        f"{len(made)} shards, {size}; vocabulary {stream.vocabulary}"
     )
     least = f" --set model.vocab={stream.vocabulary}" if arguments.tokenizer else ""
-    console.print(f"shardkit train --set data.path={arguments.out}{least}", markup=False)
+    console.print(f"shardkit train --set data.path={arguments.out}{least}")
     return 0
 
 

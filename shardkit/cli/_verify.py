@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from .._errors import Problem, ShardingError, VerificationError, format_problems
+from .._terminal import literal_console
 from ..config import Config, apply_overrides
 from ..mesh import MeshSpec, mesh_shapes
 from ..run import batch_shapes, decoder_model
@@ -26,10 +27,10 @@ _MOST_MESHES = 8
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    console = Console(highlight=False, soft_wrap=True)
+    console = literal_console(soft_wrap=True)
     if arguments.config is None:
         shown = " ".join(f"--set {one}" for one in _SMALL)
-        console.print(f"No CONFIG, so a small run: {shown}", markup=False)
+        console.print(f"No CONFIG, so a small run: {shown}")
         arguments.overrides = [*_SMALL, *arguments.overrides]
     config = _proved(config_of(arguments))
     console.print(
@@ -43,13 +44,13 @@ def _run(arguments: argparse.Namespace) -> int:
         raise VerificationError(format_problems("There is nothing to verify.", [problem]))
     batches = ragged_batches(config)
     certificate = verify(factory, meshes, batches=batches, steps=arguments.steps)
-    console.print(str(certificate), markup=False)
+    console.print(str(certificate))
     if not arguments.mutations:
         return 0 if certificate.ok else 1
     mesh = max(meshes, key=lambda mesh: min(mesh.shape.values()))
     matrix = kill_matrix(factory, mesh, batches=batches, steps=arguments.steps)
     shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    console.print(f"\nMutations on mesh ({shape}):\n{matrix}", markup=False)
+    console.print(f"\nMutations on mesh ({shape}):\n{matrix}")
     return 0 if certificate.ok and matrix.ok else 1
 
 
@@ -116,7 +117,7 @@ def _legal(mesh: Mesh, factory: Any, console: Console) -> bool:
         factory(mesh)
     except ShardingError as error:
         reason = "\n  ".join(str(error).splitlines())
-        console.print(f"Skipped: {reason}\n", markup=False)
+        console.print(f"Skipped: {reason}\n")
         return False
     return True
 

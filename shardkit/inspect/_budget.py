@@ -1,13 +1,14 @@
 """`Budget`: what a compiled step may cost, as data; `check` says what exceeds it, and why."""
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .._errors import BudgetError, Problem, ReportError, count, did_you_mean, raise_all
 from .._tree import format_bytes
 from ._collectives import KINDS
-from ._findings import FINDINGS
+from ._findings import FINDINGS, FROM_LEDGER, FROM_MESSAGES
 from ._ledger import Row
 from ._reductions import REDUCING
 
@@ -51,6 +52,30 @@ class Budget:
     memory_bytes: int | None = None
     compiles: int | None = None
     findings: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuses what is no number.
+
+        Raises:
+          ReportError: it names each such part.
+        """
+        wrong = [
+            Problem(f"{name}={value!r}", f"is a {type(value).__name__}, not a number")
+            for name, value in _limits(self)
+            if not isinstance(value, numbers.Real)
+        ]
+        fix = "sk.Budget(memory_bytes=16 * 2**30, wire_bytes={'data': 2**20}, compiles=1)"
+        raise_all(ReportError, "The budget cannot be read.", wrong, fix)
+
+
+def _limits(budget: Budget) -> Iterator[tuple[str, Any]]:
+    """Every number of a budget, by name."""
+    for field in dataclasses.fields(budget):
+        value = getattr(budget, field.name)
+        if isinstance(value, Mapping):
+            yield from ((f"{field.name}[{key!r}]", limit) for key, limit in value.items())
+        elif value is not None:
+            yield field.name, value
 
 
 def check(report: "Report", budget: Budget) -> None:
@@ -110,8 +135,7 @@ def _rematerializations(report: "Report", budget: Budget) -> Iterator[Problem]:
     if budget.involuntary_remat is None:
         return
     if not report.messages_complete:
-        why = "the compiler's messages are not known: the program came from a cache"
-        yield Problem("involuntary_remat", why, "compile with the persistent cache off")
+        yield _unheard("involuntary_remat")
         return
     found = [finding for finding in report.findings if finding.kind == "involuntary_remat"]
     lines = [f"{finding.scope or 'the step'}: {finding.why}" for finding in found]
@@ -160,8 +184,12 @@ def _findings(report: "Report", budget: Budget) -> Iterator[Problem]:
         if kind not in FINDINGS:
             raise ReportError(f"no finding is called {kind!r}.{did_you_mean(kind, FINDINGS)}")
         found = [finding for finding in report.findings if finding.kind == kind]
-        fix = found[0].fix if found else ""
-        yield from _at_most(f"findings[{kind!r}]", most, len(found), [str(f) for f in found], fix)
+        fix, subject = found[0].fix if found else "", f"findings[{kind!r}]"
+        yield from _at_most(subject, most, len(found), [str(f) for f in found], fix)
+        if kind in FROM_MESSAGES and not report.messages_complete:
+            yield _unheard(subject)
+        if kind in FROM_LEDGER:
+            yield from _incomplete(report, subject)
 
 
 _PARTS = (
@@ -206,6 +234,11 @@ def _incomplete(report: "Report", subject: str) -> Iterator[Problem]:
     if not report.ledger.complete:
         first = report.ledger.problems[0]
         yield Problem(subject, f"cannot be told, the ledger is incomplete: {first}", "")
+
+
+def _unheard(subject: str) -> Problem:
+    why = "the compiler's messages are not known: the program came from a cache"
+    return Problem(subject, why, "compile with the persistent cache off")
 
 
 def _lines(rows: Sequence[Row]) -> list[str]:

@@ -284,8 +284,8 @@ class _Walk:
 
 def _often(call: Instruction) -> tuple[fractions.Fraction, ...] | None:
     """Shares in which a conditional runs each of its `calls`; None where nothing is known."""
-    found = shares(call.op_name) if call.opcode == "conditional" else None
-    if found is None or len(found) != len(call.calls):
+    found = shares(call.op_name, len(call.calls)) if call.opcode == "conditional" else None
+    if found is None:
         return None
     # Branch 1 of two comes first where a truth value decides.
     return found[::-1] if call.calls[0][0] == "true_computation" else found

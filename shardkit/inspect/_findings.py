@@ -275,3 +275,9 @@ _SEARCHES: dict[str, Callable[[Facts], Iterator[Finding]]] = {
     "rule": _rule,
 }
 FINDINGS = tuple(_SEARCHES)
+# What a gap may hide: with one, that there are none cannot be told.
+FROM_MESSAGES = frozenset({"involuntary_remat"})
+FROM_LEDGER = frozenset(
+    """reduction_in_loop unexplained_collective parameter_gather spec_disagreement wide_collective
+    optimizer_collective resharding""".split()
+)

@@ -82,7 +82,7 @@ def _products(
         name = eqn.primitive.name
         if name in _COUNTED:
             yield f"{here}/{name}", times * _COUNTED[name](eqn)
-        elif name == "cond" and (often := shares(f"{here}/{name}")):
+        elif name == "cond" and (often := _often(eqn, here)):
             for branch, share in zip(eqn.params["branches"], often, strict=True):
                 yield from _products(branch.jaxpr, here, times * share, problems)
         elif name == "cond":
@@ -90,6 +90,10 @@ def _products(
         else:
             for inner, trips in _inner(eqn, here, problems):
                 yield from _products(inner, here, times * trips, problems)
+
+
+def _often(eqn: Any, path: str) -> tuple[fractions.Fraction, ...] | None:
+    return shares(f"{path}/{eqn.primitive.name}", len(eqn.params["branches"]))
 
 
 def _largest(eqn: Any, path: str, times: Times, problems: list[str]) -> list[tuple[str, Times]]:

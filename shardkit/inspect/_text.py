@@ -5,10 +5,11 @@ import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from .._terminal import literal_console
 from .._tree import format_bytes
 from ._finding import SMALL
 
@@ -23,11 +24,10 @@ _ROWS, _FINDINGS, _SCOPES = 12, 12, 8
 
 def render(report: "Report") -> str:
     """Returns the report as plain text."""
-    console = Console(file=io.StringIO(), width=_WIDTH, color_system=None, legacy_windows=False)
+    console = literal_console(text := io.StringIO(), width=_WIDTH)
     for part in _parts(report):
         console.print(part)
-    assert isinstance(console.file, io.StringIO)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 def _parts(report: "Report") -> Iterator[RenderableType]:

@@ -6,6 +6,7 @@ from typing import Any
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text as Plain
 
 from .._tree import format_bytes
 from ..data import Baselines, Text
@@ -20,6 +21,15 @@ def standard_output() -> Console:
     return console if console.is_terminal else Console(width=100)
 
 
+def labelled(label: str, text: str) -> Plain:
+    """Returns a text behind a bold label, on any console as it is: it may hold users' names.
+
+    >>> labelled("data", " [/nope]").plain
+    'data [/nope]'
+    """
+    return Plain.assemble((label, "bold"), text)
+
+
 def is_simulated(mesh: Mesh) -> bool:
     """Whether several devices of the mesh are threads of one CPU."""
     return mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
@@ -30,9 +40,9 @@ def show_mesh(console: Console, mesh: Mesh) -> None:
     sizes = " × ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     kind = mesh.devices.flat[0].device_kind
     what = SIMULATED if is_simulated(mesh) else kind
-    console.print(f"[bold]mesh[/] {sizes}  ({mesh.size} devices: {what})", highlight=False)
+    console.print(labelled("mesh", f" {sizes}  ({mesh.size} devices: {what})"))
     for line in draw_mesh(mesh):
-        console.print(f"  {line}", highlight=False, markup=False)
+        console.print(Plain(f"  {line}"))
 
 
 def show_layout(console: Console, state: Any) -> None:
@@ -55,7 +65,7 @@ def show_layout(console: Console, state: Any) -> None:
 
 def show_data(console: Console, text: Text) -> None:
     """Prints what is read and what is held out."""
-    console.print(f"[bold]data[/] {text.describe()}", highlight=False, soft_wrap=True)
+    console.print(labelled("data", f" {text.describe()}"), soft_wrap=True)
 
 
 def show_scores(
@@ -87,7 +97,7 @@ def show_scores(
     for name, knows, value in sorted(rows, key=lambda row: row[2]):
         style = "bold green" if name == "this model" else ""
         table.add_row(f"{value:.3f}", name, knows, style=style)
-    console.print(f"\n[bold]held out[/]: {scored}, each scored once", highlight=False)
+    console.print(labelled("\nheld out", f": {scored}, each scored once"))
     console.print(table)
 
 
@@ -95,8 +105,9 @@ def show_sample(console: Console, lines: Sequence[str]) -> None:
     """Prints generated text, indented."""
     console.print("\n[bold]a sample that it wrote[/]")
     for line in lines:
-        console.print(f"  {line}", highlight=False, markup=False)
+        console.print(Plain(f"  {line}"))
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    return row.path, row.type, row.spec, format_bytes(row.whole), format_bytes(row.per_device)
+def _cells(row: Row) -> list[Plain]:
+    sizes = format_bytes(row.whole), format_bytes(row.per_device)
+    return [Plain(cell) for cell in (row.path, row.type, row.spec, *sizes)]

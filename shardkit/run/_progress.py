@@ -87,7 +87,7 @@ class ShowProgress(Watcher):
         return "  ".join(filter(None, (self._rate.text(numbers.each), took, age)))
 
     def _print(self, line: str) -> None:
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(Text(line), soft_wrap=True)
 
 
 class _TwoLines(Progress):
@@ -98,7 +98,7 @@ class _TwoLines(Progress):
         super().__init__(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=16),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             console=console,
             disable=not console.is_terminal,
         )

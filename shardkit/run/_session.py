@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 from rich.console import Console
+from rich.text import Text
 
 from ..checkpoint import Checkpointer, Keep
 from ..processes import Peers
@@ -80,7 +81,7 @@ class Opening:
         terms = Terms(self.record, self.decides, self.data)
         beginning = decided(self.peers, lambda: choose_beginning(wanted, self.config, terms))
         for note in beginning.notes:
-            self.console.print(note, style="yellow", markup=False, soft_wrap=True)
+            self.console.print(Text(note), style="yellow", soft_wrap=True)
         return beginning
 
     @contextlib.contextmanager
@@ -141,16 +142,13 @@ class Opening:
             warnings.simplefilter("ignore")  # a damaged step is told on the console instead
             back = checkpoints.restore(step.abstract_state, step.shardings, on_damage=damage)
         for why in back.damaged.values():
-            say(f"{why}\nGoing on from the step before it.", style="yellow", markup=False)
+            say(Text(f"{why}\nGoing on from the step before it."), style="yellow")
         made = " × ".join(f"{axis}={size}" for axis, size in back.manifest.mesh.items())
-        say(
-            f"[bold]resumed[/] {checkpoints.folder.parent} at step {back.step} of "
-            f"{self.config.steps}, saved {back.manifest.time} on mesh {made}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        told = f"{checkpoints.folder.parent} at step {back.step} of {self.config.steps}, "
+        told += f"saved {back.manifest.time} on mesh {made}"
+        say(Text.assemble(("resumed", "bold"), f" {told}"), soft_wrap=True)
         return back.state, back.step
 
 
 def _plainly(console: Console) -> Callable[[str], None]:
-    return lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return lambda line: console.print(Text(line), soft_wrap=True)

@@ -8,6 +8,7 @@ from typing import Any
 import optax
 from jax.sharding import Mesh
 from rich.console import Console
+from rich.text import Text as Plain
 
 from ..data import DataConfig, Loader, load_text
 from ..models import DecoderConfig
@@ -92,5 +93,5 @@ def train(
     ).run()
     assert score.result is not None  # only a watcher could have ended the run before
     where = score.result.folder / "metrics.jsonl"
-    console.print(f"Metrics: {where}", highlight=False, soft_wrap=True)
+    console.print(Plain(f"Metrics: {where}"), soft_wrap=True)
     return score.result

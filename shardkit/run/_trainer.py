@@ -13,7 +13,7 @@ from ..checkpoint import Keep
 from ..processes import Peers
 from ..step import CompiledStep
 from ._config import TrainConfig
-from ._console import show_layout, standard_output
+from ._console import labelled, show_layout, standard_output
 from ._live import Live
 from ._progress import describe_metrics
 from ._session import Opening
@@ -96,8 +96,8 @@ class Trainer:
         step, seconds = self._compiled()
         with opening.open(beginning, step, began, seconds) as session:
             show_layout(self.console, session.state)
-            where = f"[bold]metrics[/] {session.file.path}\n"
-            self.console.print(where, highlight=False, soft_wrap=True)
+            where = labelled("metrics", f" {session.file.path}\n")
+            self.console.print(where, soft_wrap=True)
             return live.run(session, step)
 
     def _compiled(self) -> tuple[CompiledStep, dict[str, float]]:
@@ -106,7 +106,7 @@ class Trainer:
         began = time.perf_counter()
         step = self.step()
         seconds = time.perf_counter() - began
-        self.console.print(f"[bold]compiled[/] in {seconds:.1f} s", highlight=False)
+        self.console.print(labelled("compiled", f" in {seconds:.1f} s"))
         return step, {"compile": seconds}
 
     def _opening(self, source: Source) -> Opening:

@@ -4,9 +4,9 @@ import io
 import statistics
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.table import Table
 
+from .._terminal import literal_console
 from .._tree import format_bytes
 from ._row import Row
 
@@ -23,15 +23,15 @@ def table(title: str, ranked: Sequence[Row], others: Sequence[Row], by: str) -> 
       by: what `ranked` is ranked by.
     """
     text = io.StringIO()
-    console = Console(file=text, width=WIDTH, highlight=False, color_system=None)
-    console.print(title, markup=False)
+    console = literal_console(text, width=WIDTH)
+    console.print(title)
     if ranked:
-        console.print(f"Ranked by {by}.", markup=False)
+        console.print(f"Ranked by {by}.")
         console.print(_ranked(ranked))
         for note in _notes(ranked):
-            console.print(note, markup=False)
+            console.print(note)
     if others:
-        console.print(f"\nNot ranked: {len(others)} of {len(ranked) + len(others)}", markup=False)
+        console.print(f"\nNot ranked: {len(others)} of {len(ranked) + len(others)}")
         console.print(_others(others))
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
@@ -110,9 +110,8 @@ def _others(rows: Sequence[Row]) -> Table:
         shown.add_column(name, no_wrap=True)
     shown.add_column("why", overflow="fold")
     for row in rows:
-        why = row.reason.replace("[", r"\[")
         case = row.case
-        shown.add_row(case.shown, str(case.accumulate), case.remat, row.status, why)
+        shown.add_row(case.shown, str(case.accumulate), case.remat, row.status, row.reason)
     return shown
 
 
