@@ -206,7 +206,7 @@ CASES = {
     "data experts sequence": Case(
         data() | sk.strategies.expert() | tensor(sequence=True),
         {"data": 2, "expert": 2, "tensor": 2},
-        {"data": 0.7, "expert": 1.65, "tensor": 5.67},
+        {"data": 0.7, "expert": 1.65, "tensor": 5.93},
         f"{SCATTER}; {EACH}; {ROOM}",
         model=DROPLESS,
     ),

@@ -14,7 +14,7 @@ import pytest
 from shardkit.checkpoint import Checkpointer
 
 ROOT = Path(__file__).parent.parent
-STEPS, EVERY, KILLS = 160, 8, 3
+STEPS, EVERY, KILLS = 120, 8, 2
 SETTINGS = {
     "devices": "cpu:2",
     "mesh.tensor": 1,
