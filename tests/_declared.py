@@ -61,6 +61,17 @@ def crash() -> NoReturn:
     os.abort()
 
 
+def simulating() -> Declaration:
+    """Asks for devices of its own, as a script does at its top."""
+    sk.simulate_devices(3)
+    return step()
+
+
+def needy(width: int) -> Declaration:
+    """Needs an argument."""
+    raise AssertionError(width)
+
+
 def bug() -> NoReturn:
     """Has a bug of its own."""
     raise KeyError("mine")

@@ -162,6 +162,30 @@ def test_json_round_trip(report, naive):
     assert fields["ledger"]["rows"][0]["axes"] == ["data"]
 
 
+def test_fields_of_a_newer_report_are_passed_over(report):
+    fields = json.loads(report.to_json()) | {"newer": 1}
+    fields["ledger"]["rows"][0]["newer"] = [1]
+    fields["memory"]["newer"] = None
+    assert Report.from_json(json.dumps(fields)) == report
+
+
+@pytest.mark.parametrize("name", ["version", "mesh", "ledger", "memory", "platform", "flops"])
+def test_a_field_that_is_missing_is_named(report, name):
+    fields = json.loads(report.to_json())
+    del fields[name]
+    with pytest.raises(ReportError, match=f"lacks the field '{name}'"):
+        Report.from_json(json.dumps(fields))
+
+
+def test_a_field_of_a_row_that_is_missing_is_named(report):
+    fields = json.loads(report.to_json())
+    del fields["ledger"]["rows"][0]["kind"]
+    with pytest.raises(ReportError, match="lacks the field 'kind' of a Row"):
+        Report.from_json(json.dumps(fields))
+    with pytest.raises(ReportError, match="not as it was written"):
+        Report.from_json(report.to_json().replace('"mesh": [', '"mesh": [7,', 1))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

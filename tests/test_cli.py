@@ -95,6 +95,8 @@ def test_a_users_mistake_is_one_screen_and_exit_code_2(
         (["mine:step", "--set", "a=1"], "mine:step is a function, not a config"),
         (["--target", "tpu:v9:2x2"], "unknown chip 'v9'; known: v4, v5e, v5p, v6e, tpu7x."),
         (["a.json", "--target", "cpu:8"], "a.json: opened, not compiled."),
+        (["mine:step", "--target", "cpu:2", "--json", "/"], "--json /  is a folder, not a file"),
+        (["mine:step", "--html", "/dev/null/x.html"], "cannot be written: /dev/null is no folder"),
         (["a.json", "--set", "a=1"], "--set a=1  a saved report is what was compiled"),
     ],
 )
@@ -103,6 +105,12 @@ def test_what_cannot_be_explained_is_refused_before_anything_is_compiled(words, 
     shown = capsys.readouterr().err
     assert message in shown
     assert "Fix:" in shown
+
+
+def test_a_binary_file_is_no_report(tmp_path, capsys):
+    (tmp_path / "a.json").write_bytes(b"\xff\xfe\x00")
+    assert main(["explain", str(tmp_path / "a.json")]) == 2
+    assert "a.json  is no text" in capsys.readouterr().err
 
 
 def test_debug_shows_the_traceback(capsys):

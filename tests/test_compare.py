@@ -42,6 +42,14 @@ def test_a_report_does_not_differ_from_itself_reopened(data, tpu):
         assert str(comparison) == "Nothing changed."
 
 
+def test_rounding_is_no_change(data):
+    one, noisy, less = (
+        dataclasses.replace(data, reductions={"data": n}) for n in (1, 1 + 1e-15, 0.9)
+    )
+    assert not compare(one, noisy)
+    assert compare(one, less)
+
+
 def test_the_other_layout_of_the_same_step(data, tensor):
     comparison = compare(data, tensor)
     assert comparison.target == (("mesh", "data=8", "data=2, tensor=4"),)

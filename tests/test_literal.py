@@ -74,4 +74,6 @@ def test_a_scope_of_a_users_says_nothing_of_branches():
         with taken([1, 3]):
             return jax.lax.cond(x[0, 0] > 0, lambda: x, lambda: x @ x)
 
-    assert count_flops(jax.make_jaxpr(told)(x)).model == 2 * 4**3 // 4  # branch 0 is the one for False
+    assert (
+        count_flops(jax.make_jaxpr(told)(x)).model == 2 * 4**3 // 4
+    )  # branch 0 is the one for False

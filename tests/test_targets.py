@@ -43,7 +43,7 @@ def children() -> set[int]:
 
 def test_a_pod_of_simulated_devices_leaves_the_callers_alone():
     before = jax.devices()
-    report = compile_for(source("step"), "cpu:64")
+    report = compile_for(source("simulating"), "cpu:64")
     assert report.mesh == (("data", 32), ("tensor", 2))
     assert report.memory.params == 4 * WIDTH * WIDTH // 2
     gradient, loss = 4 * WIDTH * WIDTH // 2, 4
@@ -79,6 +79,11 @@ def test_sources_that_do_not_exist(name, message, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     with pytest.raises(ConfigError, match=message):
         Source(name).load()
+
+
+def test_an_argument_that_is_missing_is_named():
+    with pytest.raises(ConfigError, match="cannot be called: missing a required argument: 'width'"):
+        source("needy").load()
 
 
 def test_a_source_survives_the_way_to_the_child():

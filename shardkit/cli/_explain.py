@@ -1,9 +1,10 @@
 """`shardkit explain`: what a declaration becomes on a target, or how two reports differ."""
 
 import argparse
+import os
 from pathlib import Path
 
-from .._errors import ConfigError, Problem, format_problems, raise_all
+from .._errors import ConfigError, Problem, ReportError, format_problems, raise_all
 from .._terminal import literal_console
 from ..config import load_config
 from ..inspect import Report, compare
@@ -20,6 +21,7 @@ def _run(arguments: argparse.Namespace) -> int:
         _compiled_already(" and ".join(names), arguments)
         console.print(str(compare(*map(_read, names))))
         return 0
+    _check_outputs(arguments)
     report = _report(arguments)
     if arguments.json:
         _write(Path(arguments.json), report.to_json())
@@ -73,7 +75,31 @@ def _read(name: str) -> Report:
     if not Path(name).is_file():
         problem = Problem(name, "there is no such report", "shardkit explain CONFIG --json FILE")
         raise ConfigError(format_problems("There is nothing to read.", [problem]))
-    return Report.from_json(Path(name).read_text())
+    try:
+        text = Path(name).read_text("utf-8")
+    except UnicodeDecodeError:
+        problem = Problem(name, "is no text", "shardkit explain CONFIG --json FILE")
+        raise ReportError(format_problems("This is no report.", [problem])) from None
+    return Report.from_json(text)
+
+
+def _check_outputs(arguments: argparse.Namespace) -> None:
+    """Refuses files that cannot be written, before minutes of compiling."""
+    given = {"--json": arguments.json, "--html": arguments.html}
+    problems = []
+    for option, name in given.items():
+        if not name or (option, name) == ("--json", "-"):
+            continue
+        path = Path(name).absolute()
+        above = next((parent for parent in path.parents if parent.exists()), path)
+        if path.is_dir():
+            why = "is a folder, not a file"
+        elif not above.is_dir() or not os.access(above, os.W_OK):
+            why = f"cannot be written: {above} is no folder that this user may write to"
+        else:
+            continue
+        problems.append(Problem(f"{option} {name}", why, f"{option} report.{option[2:]}"))
+    raise_all(ConfigError, "The report could not be saved.", problems)
 
 
 def _write(path: Path, text: str) -> None:

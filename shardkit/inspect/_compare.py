@@ -1,6 +1,7 @@
 """What changed between two reports, the most important first."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator
 
 from .._tree import format_bytes
@@ -197,7 +198,13 @@ def _caveats(before: Report, after: Report) -> Iterator[str]:
 
 
 def _changed(all_of_them: Iterable[Change]) -> tuple[Change, ...]:
-    return tuple(one for one in all_of_them if one.before != one.after)
+    """Changes that are more than the rounding of a sum."""
+    return tuple(
+        one
+        for one in all_of_them
+        if one.before is None or one.after is None or not math.isclose(one.before, one.after)
+        if one.before != one.after
+    )
 
 
 def _only(one: Report, other: Report) -> tuple[Finding, ...]:

@@ -1,4 +1,8 @@
-"""Writes a report as JSON of a versioned schema, and reads it back."""
+"""Writes a report as JSON of a versioned schema, and reads it back.
+
+Within a version fields may be added, never removed or given another meaning: what a reader does
+not know it passes over. So a report opens in every shardkit that reads its version.
+"""
 
 import dataclasses
 import json
@@ -12,12 +16,13 @@ from ._layouts import Layout
 from ._ledger import Ledger, Row
 from ._memory import Memory
 from ._minimum import Minimum
-from ._timeline import Timeline
+from ._timeline import Segment, Timeline
 
 if TYPE_CHECKING:
     from ._report import Report
 
 _SCHEMA, _VERSION = "shardkit.report", 1
+_FIX = "Save one with report.to_json()."
 
 
 def write(report: "Report", indent: int | None = 1) -> str:
@@ -48,34 +53,62 @@ def read(text: str) -> dict[str, Any]:
       ReportError: the text is no report, or of a version that this shardkit cannot read.
     """
     fields = _opened(text)
+    try:
+        return _read(fields)
+    except KeyError as error:
+        raise ReportError(f"This report lacks the field {error.args[0]!r}. {_FIX}") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ReportError(f"This report is not as it was written: {error}. {_FIX}") from None
+
+
+def _read(fields: dict[str, Any]) -> dict[str, Any]:
     mesh = tuple((name, size) for name, size in fields["mesh"])
     ledger, flops = fields["ledger"], fields["flops"]
-    rows = tuple(_made(Row, row) for row in ledger["rows"])
+    rows = tuple(made(Row, row) for row in ledger["rows"])
     if flops is not None:
         by_scope = {(scope, phase): n for scope, phase, n in flops["by_scope"]}
-        flops = _made(Flops, {**flops, "by_scope": by_scope})
+        flops = made(Flops, {**flops, "by_scope": by_scope})
     timeline = fields.get("timeline")
     return fields | {
         "mesh": mesh,
         "ledger": Ledger(rows, mesh, tuple(ledger["problems"])),
-        "memory": _made(Memory, fields["memory"]),
+        "memory": made(Memory, fields["memory"]),
         "flops": flops,
-        "findings": tuple(_made(Finding, one) for one in fields["findings"]),
-        "minima": tuple(_made(Minimum, one) for one in fields["minima"]),
+        "findings": tuple(made(Finding, one) for one in fields["findings"]),
+        "minima": tuple(made(Minimum, one) for one in fields["minima"]),
         "advice": tuple(fields["advice"]),
         # Reports of the same version were written before leaves and timeline were part of them.
-        "leaves": tuple(_made(Layout, one) for one in fields.get("leaves", ())),
-        "timeline": Timeline.from_plain(timeline) if timeline else None,
+        "leaves": tuple(made(Layout, one) for one in fields.get("leaves", ())),
+        "timeline": _timeline(timeline) if timeline else None,
     }
+
+
+def _timeline(fields: Mapping[str, Any]) -> Timeline:
+    segments = [_known(Segment, one) for one in fields["segments"]]
+    return Timeline.from_plain({**_known(Timeline, fields), "segments": segments})
 
 
 def _plain(one: Any) -> dict[str, Any]:
     return {field.name: getattr(one, field.name) for field in dataclasses.fields(one)}
 
 
-def _made(kind: type[Any], fields: Mapping[str, Any]) -> Any:
-    """Builds a dataclass from JSON, whose lists were tuples."""
-    return kind(**{name: _frozen(value) for name, value in fields.items()})
+def made(kind: type[Any], fields: Mapping[str, Any]) -> Any:
+    """Builds a dataclass from JSON, whose lists were tuples.
+
+    Raises:
+      ReportError: a field is missing.
+    """
+    return kind(**{name: _frozen(value) for name, value in _known(kind, fields).items()})
+
+
+def _known(kind: type[Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that a dataclass has; others are of a newer shardkit."""
+    for field in dataclasses.fields(kind):
+        optional = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2
+        if field.name not in fields and not optional:
+            where = "" if kind.__name__ == "Report" else f" of a {kind.__name__}"
+            raise ReportError(f"This report lacks the field {field.name!r}{where}. {_FIX}")
+    return {f.name: fields[f.name] for f in dataclasses.fields(kind) if f.name in fields}
 
 
 def _frozen(value: Any) -> Any:
@@ -89,7 +122,9 @@ def _opened(text: str) -> dict[str, Any]:
         raise ReportError(f"This is no report: {error}. Save one with report.to_json().") from None
     if not isinstance(fields, dict) or fields.pop("schema", None) != _SCHEMA:
         raise ReportError("This is no report of shardkit. Save one with report.to_json().")
-    version = fields.pop("version")
+    version = fields.pop("version", None)
+    if version is None:
+        raise ReportError(f"This report lacks the field 'version'. {_FIX}")
     if version != _VERSION:
         raise ReportError(f"This report has version {version}; this shardkit reads {_VERSION}.")
     return fields

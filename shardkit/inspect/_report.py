@@ -114,4 +114,4 @@ class Report:
         Raises:
           ReportError: the text is no report, or of a version that this shardkit cannot read.
         """
-        return cls(**_json.read(text))
+        return _json.made(cls, _json.read(text))

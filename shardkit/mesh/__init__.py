@@ -2,8 +2,15 @@
 
 from ._build import target_devices
 from ._shapes import mesh_shapes
-from ._simulate import simulate_devices
+from ._simulate import settle_devices, simulate_devices
 from ._spec import MeshSpec
 from ._target import Target
 
-__all__ = ["MeshSpec", "Target", "mesh_shapes", "simulate_devices", "target_devices"]
+__all__ = [
+    "MeshSpec",
+    "Target",
+    "mesh_shapes",
+    "settle_devices",
+    "simulate_devices",
+    "target_devices",
+]

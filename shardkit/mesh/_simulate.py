@@ -8,6 +8,9 @@ import jax
 
 from .._errors import MeshError, Problem, count, format_problems
 
+# Whether this process compiles for another target than its program asks for.
+_settled = False
+
 _FLAG = "--xla_force_host_platform_device_count"
 
 
@@ -29,6 +32,8 @@ def simulate_devices(n: int) -> None:
     """
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
         _refuse(n, f"{n!r} is not a positive int", "sk.simulate_devices(8)")
+    if _settled:
+        return
     flagged = re.findall(rf"{_FLAG}=(\d+)", os.environ.get("XLA_FLAGS", ""))
     if flagged and int(flagged[-1]) != n:
         why = f"XLA_FLAGS in the environment asks for {count(int(flagged[-1]), 'device')}"
@@ -44,6 +49,18 @@ def simulate_devices(n: int) -> None:
         return
     if not jax.config.jax_platforms:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_platforms", "cpu")
+
+
+def settle_devices(n: int | None) -> None:
+    """Decides for all of this process; later calls of `simulate_devices` are passed over.
+
+    Args:
+      n: number of simulated devices; None for a target that needs none.
+    """
+    global _settled
+    if n is not None:
+        simulate_devices(n)
+    _settled = True
 
 
 def _check_started(n: int) -> None:

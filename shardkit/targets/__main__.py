@@ -8,7 +8,7 @@ from typing import Any
 
 from .._errors import ShardkitError
 from ..inspect import Report
-from ..mesh import Target, simulate_devices
+from ..mesh import Target, settle_devices
 from ..step import compile_step
 from ._devices import build
 from ._source import Source
@@ -16,8 +16,7 @@ from ._source import Source
 
 def report_of(source: Source, target: Target) -> Report:
     """Compiles a source for a target in this process."""
-    if target.kind == "cpu" and target.n_devices:
-        simulate_devices(target.n_devices)
+    settle_devices(target.n_devices if target.kind == "cpu" else None)
     made = source.load()
     step = compile_step(
         made.loss_fn,

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import importlib
+import inspect
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,7 +78,13 @@ class Source:
             close = difflib.get_close_matches(function, names, n=1, cutoff=0.5)
             fix = f"{module_name}:{close[0]}" if close else "def NAME() -> sk.Declaration, as NAME"
             _refuse(self.name, why, fix)
-        made = getattr(module, function)(**self.arguments)
+        called = getattr(module, function)
+        try:
+            inspect.signature(called).bind(**self.arguments)
+        except TypeError as error:
+            fix = f"give it a default: def {function}(argument=...) -> sk.Declaration"
+            _refuse(self.name, f"cannot be called: {error}", fix)
+        made = called(**self.arguments)
         if not isinstance(made, Declaration) or not isinstance(made.mesh, MeshSpec):
             what = type(made).__name__
             if isinstance(made, Declaration):
