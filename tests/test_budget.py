@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from shardkit._errors import BudgetError, ReportError
-from shardkit.inspect import FINDINGS, Budget, Declared, Program, Report, explained_by
+from shardkit.inspect import FINDINGS, Budget, Declared, Flops, Program, Report, explained_by
 from shardkit.inspect._findings import FROM_LEDGER
 from shardkit.inspect._reductions import reductions_per_step
 
@@ -211,6 +211,9 @@ def test_an_incomplete_program_says_so_first(made):
     cut = Report.of(dataclasses.replace(made, hlo=made.hlo[:-3]))
     assert str(cut).splitlines()[1].startswith("INCOMPLETE: the text ends inside")
     assert "Sent per step: at least" in str(cut)
+    assert "≥ " in str(cut).partition("Sent per step")[2].partition("Memory")[0]
+    counted = Flops(8, 0, {("mlp", "forward"): 8}, ("a loop",))
+    assert "all devices: at least 8 model" in str(dataclasses.replace(cut, flops=counted))
     unread = Report.of(dataclasses.replace(made, log_complete=False))
     assert "involuntary remats may be missing" in str(unread)
 

@@ -124,6 +124,25 @@ def test_a_timeout_ends_the_child_and_what_it_started():
         time.sleep(0.05)
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_a_killed_caller_leaves_no_child_and_no_folder(tmp_path):
+    asked = "compile_for(Source('tests._declared:forever'), 'cpu:2')"
+    program = f"from shardkit.targets import Source, compile_for; {asked}"
+    here = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    caller = subprocess.Popen([sys.executable, "-c", program], env=here, cwd=ROOT)
+    listed = Path(f"/proc/{caller.pid}/task/{caller.pid}/children")
+    deadline = time.monotonic() + 30
+    while not (pids := listed.read_text().split()) or not list(tmp_path.glob("*/stderr")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(3)  # it imports JAX first
+    caller.kill()
+    caller.wait()
+    while any(map(alive, map(int, pids))) or list(tmp_path.iterdir()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def alive(pid: int) -> bool:
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()

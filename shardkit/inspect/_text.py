@@ -14,6 +14,8 @@ from .._tree import format_bytes
 from ._finding import SMALL
 
 if TYPE_CHECKING:
+    from ._flops import Flops
+    from ._ledger import Ledger
     from ._minimum import Minimum
     from ._report import Report
 
@@ -68,10 +70,9 @@ def _findings(report: "Report") -> Iterator[RenderableType]:
 
 def _axes(report: "Report") -> RenderableType:
     """Wire bytes by axes, beside the minimum of each axis."""
-    atleast = "" if report.ledger.complete else "at least "
-    total = f"{atleast}{format_bytes(report.ledger.total())}"
-    columns = {"axes": 20, "wire": 9, "hidden": 9, "optimizer": 9, "axis minimum": 24}
-    columns |= {"ratio": 5, "reductions": 10}
+    total = f"{_least(report.ledger)}{format_bytes(report.ledger.total())}"
+    columns = {"axes": 20, "wire": 11, "hidden": 9, "optimizer": 9, "axis minimum": 24}
+    columns |= {"ratio": 7, "reductions": 10}
     if not any(row.by_optimizer and row.payload_bytes > SMALL for row in report.ledger):
         del columns["optimizer"]
     table = _table(*columns.items())
@@ -95,13 +96,14 @@ def _axes_cells(report: "Report", axes: tuple[str, ...], wire: int) -> dict[str,
     least = next((one for one in report.minima if one.axis == alone), None)
     ratio = least.ratio if least else None
     times = report.reductions.get(alone)
+    mark = "" if report.ledger.complete else "≥ "
     return {
         "axes": ", ".join(axes) or "(none)",
-        "wire": format_bytes(wire),
+        "wire": f"{mark}{format_bytes(wire)}",
         "hidden": format_bytes(sum(row.wire_bytes for row in rows if row.overlapped)),
         "optimizer": format_bytes(sum(row.wire_bytes for row in rows if row.by_optimizer)),
         "axis minimum": f"{format_bytes(least.bytes)} ({least.kind})" if least else "",
-        "ratio": "" if ratio is None else f"{ratio:.2f}",
+        "ratio": "" if ratio is None else f"{mark}{ratio:.2f}",
         "reductions": "" if times is None else f"{times:.4g}",
     }
 
@@ -157,12 +159,16 @@ def _flops(report: "Report") -> Iterator[RenderableType]:
         return
     again = f", {flops.recompute / flops.model:.1%} more recomputed" if flops.model else ""
     again += f", {flops.update:.4g} by the optimizer" if flops.update else ""
-    yield _title(f"FLOPs per step, all devices: {flops.model:.4g} model{again}")
+    yield _title(f"FLOPs per step, all devices: {_least(flops)}{flops.model:.4g} model{again}")
     table = _table(("scope", 48), ("phase", 12), ("FLOPs", 12), ("share", 8))
     for (scope, phase), number in list(flops.by_scope.items())[:_SCOPES]:
         share = f"{number / flops.total:.1%}"
         table.add_row(scope or "(no scope)", phase, f"{number:.4g}", share)
     yield table
+
+
+def _least(counted: "Ledger | Flops") -> str:
+    return "" if counted.complete else "at least "
 
 
 def _title(text: str) -> Text:

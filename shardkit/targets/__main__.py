@@ -1,7 +1,11 @@
 """The child's side: loads a declaration, compiles it for its target, writes the report."""
 
 import json
+import os
+import shutil
+import signal
 import sys
+import threading
 import traceback
 from pathlib import Path
 from typing import Any
@@ -31,6 +35,20 @@ def report_of(source: Source, target: Target) -> Report:
     return step.report()
 
 
+def end_with_parent(folder: Path) -> None:
+    """Ends this process, all it started, and its folder, once the parent is gone."""
+    parent = os.dup(0)
+    # What the user's code reads is empty; the pipe is ours.
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+
+    def watch() -> None:
+        os.read(parent, 1)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def main(request: str, answer: str) -> None:
     """Reads a request, writes an answer: a report, or what went wrong."""
     asked = json.loads(Path(request).read_text())
@@ -48,4 +66,5 @@ def main(request: str, answer: str) -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent(Path(sys.argv[1]).parent)
     main(*sys.argv[1:])

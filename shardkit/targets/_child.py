@@ -2,7 +2,7 @@
 
 Neither libtpu nor the CUDA plugin ever enters the caller's process, and the number of simulated
 devices is the child's own. The child is its own process group, so that nothing of it is left
-behind after a timeout or Ctrl-C.
+behind after a timeout or Ctrl-C. Where the caller is killed, the child ends itself.
 """
 
 import contextlib
@@ -62,7 +62,13 @@ def compile_for(
         with Path(folder, "stderr").open("w+b") as log:
             command = [sys.executable, "-m", "shardkit.targets", str(request), str(answer)]
             child = subprocess.Popen(
-                command, env=_environment(), stdout=log, stderr=log, start_new_session=True
+                command,
+                env=_environment(),
+                # Nothing is ever written: that it closes tells the child that nobody waits for it.
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
             with _ended(child):
                 _wait(child, wanted, timeout, progress or (lambda seconds: None))
@@ -98,6 +104,8 @@ def _ended(child: subprocess.Popen[bytes]) -> Iterator[None]:
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
+        assert child.stdin is not None
+        child.stdin.close()
 
 
 def _wait(
