@@ -54,6 +54,30 @@ def two_products() -> sk.Declaration:
     )
 
 
+def with_loss(loss) -> Plan:
+    declared = dataclasses.replace(two_products(), loss_fn=loss)
+    return plan(declared, TARGET, space=Space(accumulate=(1,), remat=("none",)))
+
+
+def test_what_is_not_costed_or_not_weighed_is_said(products: Plan) -> None:
+    def counting(params, batch, key):  # type: ignore[no-untyped-def]
+        x = jax.lax.while_loop(lambda x: jnp.sum(x) < 9.0, lambda x: x + 1.0, batch)
+        return jnp.mean(jnp.tanh(jax.lax.stop_gradient(x) @ params["up"]) @ params["down"])
+
+    assert products.problems == ()
+    (problem,) = with_loss(counting).problems
+    assert "a while loop runs an unknown number of times" in problem
+    assert "pipelines, context and expert parallelism are not weighed" in str(products)
+
+
+def test_a_loss_that_raises_is_a_reason_and_no_crash() -> None:
+    def broken(params, batch, key):  # type: ignore[no-untyped-def]
+        raise ValueError("no such table")
+
+    with pytest.raises(MeshError, match="ValueError: no such table"):
+        with_loss(broken)
+
+
 @pytest.fixture(scope="module")
 def planned() -> Plan:
     return plan(decoder(), TARGET, space=SPACE)

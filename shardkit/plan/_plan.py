@@ -10,6 +10,7 @@ from .._errors import MeshError, Problem, format_problems
 from .._tree import format_bytes
 from ..hardware import CHIPS
 from ..mesh import Target
+from ..parallel import Strategy
 from ..step import Declaration
 from ._estimate import Machine
 from ._result import Candidate, Plan
@@ -74,7 +75,7 @@ def plan(
         took=took,
         changes=_changes(rows[0], tight),
         sensitivity=_sensitivity(search),
-        assumptions=_assumptions(search.machine),
+        assumptions=(*_assumptions(search.machine), _placed(declared.strategy, search.space.axes)),
         problems=found.problems,
     )
 
@@ -147,6 +148,15 @@ def _sensitivity(search: Search) -> tuple[tuple[str, str, float], ...]:
                 best = min(fit, key=lambda c: c.seconds)
                 found.append((f"{factor:g} x {what}", str(best), best.seconds))
     return tuple(found)
+
+
+def _placed(strategy: Strategy, axes: Sequence[str]) -> str:
+    """Which kinds of parallelism were weighed, and which of the declaration's own were not."""
+    text = f"layouts are data, fsdp and tensor+sequence over {', '.join(axes)}; pipelines, context "
+    text += "and expert parallelism are not weighed"
+    known = ("data", "zero", "fsdp", "tensor+sequence")
+    other = [f"{kind} over {axis}" for axis, kind in strategy.kinds if kind not in known]
+    return text + (f", nor is the declared {', '.join(other)}" if other else "")
 
 
 def _assumptions(machine: Machine) -> tuple[str, ...]:

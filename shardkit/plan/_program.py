@@ -24,6 +24,8 @@ _SEEN_THROUGH = {
 # What stands beside the function itself: rules for its derivatives.
 _RULES = {"jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd", "fwd", "jvp_jaxpr_thunk", "update_jaxpr"}
 _LOOPS = {"scan", "while"}
+# What runs is one device's part or foreign code: shapes inside are not those of the program.
+_CLOSED = {"shard_map", "pallas_call", "ffi_call", "pure_callback", "io_callback"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +104,7 @@ class _Reader:
             if name in _SEEN_THROUGH and len(ins) == len(eqn.outvars):
                 env.update(zip(eqn.outvars, ins, strict=True))
                 continue
-            inner = [] if name in _LOOPS else list(_called(eqn.params))
+            inner = [] if name in _LOOPS | _CLOSED else list(_called(eqn.params))
             if name == "cond":
                 inner = [max(eqn.params["branches"], key=lambda b: len(b.jaxpr.eqns)).jaxpr]
             if inner and len(inner[0].invars) == len(ins) - (name == "cond"):
@@ -127,8 +129,9 @@ class _Reader:
         if name == "while":
             self.problems.append("a while loop runs an unknown number of times; counted once")
             return Op(name, params, ins, outs, self.flat(params["body_jaxpr"].jaxpr), 1)
-        if any(True for _ in _called(params)):
-            self.problems.append(f"{name} is not looked into; its products are not counted")
+        if name in _CLOSED or any(True for _ in _called(params)):
+            why = "is not looked into; its products, memory and collectives are not counted"
+            self.problems.append(f"{name} {why}")
         return Op(name, params, ins, outs)
 
 

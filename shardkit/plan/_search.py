@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from .._errors import ShardingError
+from .._errors import ShardkitError
 from .._tree import nbytes, short_dtype
 from .._types import Accumulate
 from ..mesh import Target
@@ -71,7 +71,7 @@ class Search:
     space: Space
     machine: Machine
     devices: int
-    walks: dict[tuple[str, int], Walked] = dataclasses.field(default_factory=dict)
+    walks: dict[tuple[str, int], Walked | str] = dataclasses.field(default_factory=dict)
     resolved: dict[tuple[Any, ...], Placed | str] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -86,12 +86,15 @@ class Search:
         """Estimates everything."""
         found = Found()
         placed = self._placed(found)
+        sizes = [dict(zip(self.space.axes, key[1:], strict=True)) for key in placed]
         for remat in self.space.remat:
             for zero in self.space.zero:
                 legal = [sizes for key, sizes in self._meshes(zero) if key in placed]
                 if legal:
-                    self._family(remat, zero, legal, placed, found, batch_scale)
-        found.problems = tuple(dict.fromkeys(found.problems))
+                    walked = self._walked(remat, zero, symbolic(sizes))
+                    self._family(remat, zero, legal, placed, walked, found, batch_scale)
+        walks = [one for one in self.walks.values() if isinstance(one, Walked)]
+        found.problems = tuple(dict.fromkeys(text for one in walks for text in one.problems))
         return found
 
     def _meshes(self, zero: int) -> list[tuple[tuple[Any, ...], dict[str, int]]]:
@@ -128,18 +131,22 @@ class Search:
         used = {a: n for a, n in sizes.items() if n > 1} or dict([*sizes.items()][:1])
         try:
             return _bytes(self.model.layout(used, layout_of(sizes, zero)))
-        except ShardingError as error:
+        except Exception as error:  # rules are a user's code, and may raise anything
             return _reason(error)
 
-    def _walked(self, remat: str, zero: int) -> Walked:
+    def _walked(self, remat: str, zero: int, sizes: Mapping[str, int]) -> "Walked | str":
+        """One walk for all meshes, or why the loss cannot be traced."""
         # Gradients are reduced as parameters lie but with stage 2; the rest is the same.
         stage = 2 if zero == 2 else 0
         if (remat, stage) not in self.walks:
-            sizes = symbolic(self.space.axes)
             strategy = layout_of(sizes, stage if "data" in sizes else 0)
-            flat = self.model.program(remat)
-            layout = self.model.layout(sizes, strategy)
-            self.walks[remat, stage] = walk_through(flat, layout, strategy)
+            try:
+                flat = self.model.program(remat)
+                layout = self.model.layout(sizes, strategy)
+            except Exception as error:  # the loss is a user's code
+                self.walks[remat, stage] = _reason(error)
+            else:
+                self.walks[remat, stage] = walk_through(flat, layout, strategy)
         return self.walks[remat, stage]
 
     def _family(
@@ -148,6 +155,7 @@ class Search:
         zero: int,
         meshes: Sequence[Mapping[str, int]],
         placed: Mapping[tuple[Any, ...], Placed],
+        walked: Walked | str,
         found: Found,
         batch_scale: float,
     ) -> None:
@@ -155,15 +163,17 @@ class Search:
         cases = []
         for schedule in self.space.schedules():
             for sizes in meshes:
+                shown = ", ".join(f"{axis}={n}" for axis, n in sizes.items())
                 if rows % (sizes.get("data", 1) * sizes.get("fsdp", 1) * schedule.steps):
-                    shown = ", ".join(f"{axis}={n}" for axis, n in sizes.items())
                     shown += f", accumulate={schedule.steps}"
                     why = f"a batch of {rows} rows that does not split into devices x micro-batches"
                     found.reject(why, shown)
+                elif isinstance(walked, str):
+                    found.reject(walked, f"{shown}, remat={remat}")
                 else:
                     cases.append((sizes, schedule))
-        if cases:
-            values = estimate(self._walked(remat, zero), cases, self.machine, batch_scale)
+        if cases and isinstance(walked, Walked):
+            values = estimate(walked, cases, self.machine, batch_scale)
             chosen = [placed[(zero, *sizes.values())] for sizes, _ in cases]
             found.candidates += self._candidates(remat, zero, cases, chosen, values)
             found.considered += len(cases)
@@ -253,9 +263,11 @@ def _shard_bytes(shardings: Any, arrays: Any) -> int:
     return sum(nbytes(s.shard_shape(x.shape), x.dtype) for s, x in _pairs(shardings, arrays))
 
 
-def _reason(error: ShardingError) -> str:
-    """The first thing that does not fit, without the headline."""
+def _reason(error: Exception) -> str:
+    """The first thing that does not fit, without the headline; of a user's code, what it raised."""
     lines = str(error).splitlines()
+    if not isinstance(error, ShardkitError):
+        return f"{type(error).__name__}: {lines[0] if lines else 'without a message'}"
     return " ".join(lines[1 if len(lines) > 1 else 0].split())
 
 

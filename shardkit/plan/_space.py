@@ -105,6 +105,11 @@ def _of_axis(axis: str, zero: int) -> Strategy:
     return strategies.fsdp() if axis == "fsdp" else strategies.tensor(sequence=True)
 
 
-def symbolic(axes: Sequence[str]) -> dict[str, int]:
-    """A mesh in which every axis splits something, whatever its size will be."""
-    return dict.fromkeys(axes, 2)
+def symbolic(meshes: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """A mesh in which every axis that any of these splits does split, as little as it can.
+
+    >>> symbolic([{"data": 1, "fsdp": 6}, {"data": 1, "fsdp": 3}])
+    {'fsdp': 3}
+    """
+    sizes = {a: [m[a] for m in meshes if m[a] > 1] for a in meshes[0]}
+    return {a: min(found) for a, found in sizes.items() if found} or dict.fromkeys(meshes[0], 1)

@@ -88,10 +88,17 @@ def abstract_mesh(sizes: Mapping[str, int]) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Walked:
-    """What a walk found: see `Walk`; and the different sums of bytes alive at an operation."""
+    """What a walk found.
+
+    Attributes:
+      walk: see `Walk`.
+      points: the different sums of bytes alive at an operation.
+      problems: what could not be costed.
+    """
 
     walk: Walk
     points: list[Terms]
+    problems: tuple[str, ...]
 
 
 def walk_through(flat: Flat, layout: Layout, strategy: Strategy) -> Walked:
@@ -105,7 +112,8 @@ def walk_through(flat: Flat, layout: Layout, strategy: Strategy) -> Walked:
     walk = Walk(_resolver(strategy))
     wants = [*wanted, *[None] * (len(flat.outputs) - len(wanted))]
     _, alive = walk.run(flat, ins, wants)
-    return Walked(walk, [dict(point) for point in {frozenset(p.items()) for p in alive}])
+    points = [dict(point) for point in {frozenset(p.items()) for p in alive}]
+    return Walked(walk, points, flat.problems)
 
 
 def _laid(shardings: Any, arrays: Any, stored: bool = False) -> list[Laid]:
