@@ -38,9 +38,11 @@ class Compression:
 
     def __post_init__(self) -> None:
         bad = []
+        if not isinstance(self.axis, str) or not self.axis:
+            bad.append(Problem("axis", f"{self.axis!r} is no name of a mesh axis", 'axis="data"'))
         if self.dtype != "int8":
             bad.append(Problem("dtype", f"{self.dtype!r} is not 'int8'", 'dtype="int8"'))
-        if not isinstance(self.block, int) or self.block < 1:
+        if type(self.block) is not int or self.block < 1:
             bad.append(Problem("block", f"{self.block!r} is no positive number", "block=256"))
         raise_all(StepError, "Compression is declared wrongly.", bad)
 
@@ -57,6 +59,8 @@ def compressed_sum(x: jax.Array, error: jax.Array, how: Compression) -> tuple[ja
       The sum, f32[N], equal on all devices of the axis; and what this device leaves out now.
     """
     n, size = jax.lax.axis_size(how.axis), x.shape[0]
+    if n == 1:  # nothing travels, so nothing is rounded
+        return jax.lax.psum(x + error, how.axis), jnp.zeros_like(error)
     unit = n * how.block
     padded = jnp.pad(x + error, (0, -size % unit)).reshape(n, -1, how.block)
     levels, scales = _rounded(padded)

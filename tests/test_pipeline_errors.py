@@ -52,7 +52,6 @@ def test_layers_rows_and_groups_are_refused_together():
     [
         ((3, 2, 2), "has 3 entries for 4 stages"),
         ((3, 2, 2, 2), "adds up to 9, the model has 8 layers"),
-        ((9, -1, 0, 0), "holds what is no number of layers"),
     ],
 )
 def test_uneven_stages_must_add_up(declared, why):

@@ -36,7 +36,10 @@ def test_fewer_key_heads_than_devices_is_an_error_that_names_sizes_and_policy():
     text = str(caught.value)
     assert "params/layers/key f32[2,32,2,8]" in text
     assert "AxisRules['kv_heads' → 'tensor']: dim 2 (2) is not divisible by tensor=4" in text
-    assert 'strategies.tensor(kv_heads="replicate") for fewer groups than devices' in text
+    assert (
+        'strategies.tensor(kv_heads="replicate") in mode="auto" for fewer groups than devices'
+        in text
+    )
     assert "MeshSpec(tensor=2)" in text
     assert "map 'kv_heads' to None" in text
 

@@ -27,7 +27,7 @@ class Zero:
 
     def __post_init__(self) -> None:
         """Refuses a stage that there is not."""
-        if self.stage not in (1, 2):
+        if type(self.stage) is not int or self.stage not in (1, 2):
             why = "stage 1 splits optimizer state, stage 2 gradients too, stage 3 is fsdp"
             fix = f"stage=2, or strategies.fsdp({self.axis!r})"
             problem = Problem(f"zero(stage={self.stage!r})", why, fix)

@@ -15,7 +15,12 @@ from ._strategy import Strategy
 
 # Kinds that split rows over an axis, on which experts may live too: routed tokens change devices.
 _ROWS = frozenset({"data", "fsdp", "zero"})
-_REPLICATE = 'strategies.tensor(kv_heads="replicate") for fewer groups than devices'
+_OPTIONS = {
+    "kv_heads": 'strategies.tensor(kv_heads="replicate") in mode="auto" for fewer groups than '
+    "devices",
+    "layers": "strategies.pipeline(..., layers_per_stage=(...)).with_names("
+    'params={"layers": None}), which stores all layers on every stage',
+}
 _BESIDE_ROWS = frozenset({"expert"})
 
 
@@ -74,8 +79,8 @@ def advise(problems: Sequence[Problem]) -> list[Problem]:
       problems: of leaves; those of which a dim does not divide say its logical axis.
     """
     return [
-        dataclasses.replace(problem, fix=f"{_REPLICATE}; or {problem.fix}")
-        if isinstance(problem, Indivisible) and problem.logical == "kv_heads"
+        dataclasses.replace(problem, fix=f"{_OPTIONS[problem.logical]}; or {problem.fix}")
+        if isinstance(problem, Indivisible) and problem.logical in _OPTIONS
         else problem
         for problem in problems
     ]

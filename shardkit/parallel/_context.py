@@ -41,7 +41,7 @@ from .._regions import Carrier, Surroundings
 from .._tree import short_type
 from ..collectives import HeadExchange, Ring, Way, across
 from ..rules import REPLICATED, axes_of, format_mesh
-from ._names import activations
+from ._names import activations, check_axis
 from ._strategy import Strategy
 
 _WAYS: dict[str, type[Way]] = {"ring": Ring, "all_to_all": HeadExchange}
@@ -156,6 +156,7 @@ def context(axis: str = "context", attention: str = "ring", *, kv_heads: str = "
     >>> both.batch, both.activations.spec(("batch", "length", "embed"))
     (P('fsdp', 'context'), P('fsdp', 'context'))
     """
+    check_axis("context", axis)
     known = {"attention": (attention, tuple(_WAYS)), "kv_heads": (kv_heads, _KV_HEADS)}
     problems = [
         Problem(

@@ -12,7 +12,7 @@ don't (`fsdp`), or when a device's share of the batch is too small to hide the a
 from jax.sharding import PartitionSpec
 
 from ..rules import REPLICATED
-from ._names import activations
+from ._names import activations, check_axis
 from ._strategy import Strategy
 
 
@@ -28,6 +28,7 @@ def data(axis: str = "data") -> Strategy:
     >>> data().batch
     P('data',)
     """
+    check_axis("data", axis)
     return Strategy(
         params=REPLICATED,
         batch=PartitionSpec(axis),

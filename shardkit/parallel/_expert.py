@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from .._errors import Problem, StepError, raise_all
 from .._regions import Carrier, Surroundings
 from .._slots import collect, combine, dispatch, even, in_order, ragged, slots
-from ._names import activations, params
+from ._names import activations, check_axis, params
 from ._strategy import Strategy
 
 Plain = Callable[..., jax.Array]
@@ -46,6 +46,7 @@ def expert(axis: str = "expert") -> Strategy:
     >>> expert().params.spec(("layers", "experts", "embed", "expert_mlp"))
     P(None, 'expert')
     """
+    check_axis("expert", axis)
     return Strategy(
         params=params({"experts": axis}),
         batch=PartitionSpec(axis),

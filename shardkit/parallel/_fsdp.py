@@ -22,10 +22,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from .._constrain import constrain
+from .._errors import Problem, StepError, raise_all
 from .._regions import Carrier, Surroundings
 from .._remat import KEPT
 from ..rules import chain, shard_largest
-from ._names import activations, params
+from ._names import activations, check_axis, params
 from ._strategy import Strategy
 
 
@@ -71,9 +72,18 @@ def fsdp(
     Returns:
       A strategy for any model.
 
+    Raises:
+      StepError: the axis is no name, or the size no number.
+
     >>> fsdp().batch
     P('fsdp',)
     """
+    check_axis("fsdp", axis)
+    if type(min_size) is not int or min_size < 0:
+        problem = Problem(
+            f"fsdp(min_size={min_size!r})", "is no number of elements", "min_size=1024"
+        )
+        raise_all(StepError, "A strategy is declared wrongly.", [problem])
     return Strategy(
         params=chain(params({"embed": axis}), shard_largest(axis, min_size=min_size)),
         batch=PartitionSpec(axis),

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from .._errors import Problem, StepError, raise_all
 from ..rules import AxisRules
 
 Axes = str | tuple[str, ...] | None
@@ -44,3 +45,19 @@ def params(split: Mapping[str, Axes]) -> AxisRules:
 def activations(split: Mapping[str, Axes]) -> AxisRules:
     """The same for activations."""
     return AxisRules({**dict.fromkeys(ACTIVATIONS), **split})
+
+
+def check_axis(strategy: str, axis: object) -> None:
+    """Refuses what cannot name a mesh axis, where the strategy is declared.
+
+    Args:
+      strategy: name of the function that makes it.
+      axis: what it was given.
+
+    Raises:
+      StepError: naming the strategy.
+    """
+    if not isinstance(axis, str) or not axis:
+        fix = f'strategies.{strategy}("{strategy}"), any name of the MeshSpec'
+        problem = Problem(f"{strategy}(axis={axis!r})", "is no name of a mesh axis", fix)
+        raise_all(StepError, "A strategy is declared wrongly.", [problem])

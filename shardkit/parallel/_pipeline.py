@@ -19,7 +19,7 @@ are slow: it sends least of all kinds. Do not use with few micro-batches per sta
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ from .._errors import Problem, StepError, did_you_mean, raise_all
 from .._regions import Carrier, Surroundings
 from .._staged import First, Last, Layer
 from .._types import Accumulate
-from ._names import activations, params
+from ._names import activations, check_axis, params
 from ._parts import Parts, part_sizes
 from ._pipeline_program import Loss, Program
 from ._schedule import SCHEDULES, Schedule, forward_only
@@ -43,7 +43,7 @@ def pipeline(
     schedule: str = "1f1b",
     micro_batches: int,
     virtual_stages: int = 1,
-    layers_per_stage: tuple[int, ...] | None = None,
+    layers_per_stage: Sequence[int] | None = None,
     ends: str = "replicated",
 ) -> Strategy:
     """Splits the layers into stages over a mesh axis.
@@ -59,7 +59,9 @@ def pipeline(
       micro_batches: parts that each device's rows are split into.
       virtual_stages: parts of the layers that each stage holds, for `"interleaved"` at least 2.
       layers_per_stage: layers of each stage where they are uneven, in the order of the model;
-        with virtual stages one entry for each of these.
+        with virtual stages one entry for each of these. Stored layers are cut evenly: where the
+        stages do not divide their number, add `.with_names(params={"layers": None})`, which
+        stores all layers on every stage.
       ends: `"replicated"` stores the parameters outside the layers on every stage, `"split"` splits
         those with a `vocab` dim over the stages and gathers them once per step.
 
@@ -72,10 +74,13 @@ def pipeline(
     >>> pipeline(micro_batches=4).kinds
     (('pipeline', 'pipe'),)
     """
+    check_axis("pipeline", axis)
     problems = _option_problems(schedule, micro_batches, virtual_stages, ends)
+    problems += _stage_problems(layers_per_stage)
     raise_all(StepError, "The pipeline is declared wrongly.", problems)
     split = {"layers": axis, "vocab": axis} if ends == "split" else {"layers": axis}
-    carrier = Stages(axis, schedule, micro_batches, virtual_stages, layers_per_stage)
+    sizes = None if layers_per_stage is None else tuple(layers_per_stage)
+    carrier = Stages(axis, schedule, micro_batches, virtual_stages, sizes)
     return Strategy(
         params=params(split),
         activations=activations({}),
@@ -84,10 +89,10 @@ def pipeline(
     )
 
 
-def _option_problems(name: str, micro: Any, virtual: Any, ends: str) -> list[Problem]:
+def _option_problems(name: Any, micro: Any, virtual: Any, ends: Any) -> list[Problem]:
     problems = []
-    if name not in SCHEDULES:
-        why = f"known: {', '.join(SCHEDULES)}.{did_you_mean(name, SCHEDULES)}"
+    if name not in tuple(SCHEDULES):
+        why = f"known: {', '.join(SCHEDULES)}.{did_you_mean(str(name), SCHEDULES)}"
         problems.append(Problem(f"schedule={name!r}", why, 'schedule="1f1b"'))
     if type(micro) is not int or micro < 1:
         problems.append(Problem(f"micro_batches={micro!r}", "is no positive int", "at least 1"))
@@ -96,9 +101,20 @@ def _option_problems(name: str, micro: Any, virtual: Any, ends: str) -> list[Pro
         fix = 'schedule="interleaved", virtual_stages=2'
         problems.append(Problem(f"virtual_stages={virtual!r} with {name!r}", why, fix))
     if ends not in ("replicated", "split"):
-        why = "known: replicated, split." + did_you_mean(ends, ("replicated", "split"))
+        why = "known: replicated, split." + did_you_mean(str(ends), ("replicated", "split"))
         problems.append(Problem(f"ends={ends!r}", why, 'ends="split"'))
     return problems
+
+
+def _stage_problems(sizes: Any) -> list[Problem]:
+    """Whether they add up to the model's layers is known when it is traced."""
+    if sizes is None:
+        return []
+    numbers = isinstance(sizes, Sequence) and all(type(n) is int and n >= 0 for n in sizes)
+    if numbers and len(sizes):
+        return []
+    why = "is no sequence of numbers of layers, one for each stage"
+    return [Problem(f"layers_per_stage={sizes!r}", why, "layers_per_stage=(2, 1)")]
 
 
 # What splits the same work inside a stage, where collectives are left to the partitioner.

@@ -81,7 +81,9 @@ class Strategy:
           StepError: both decide the same parameters, or give one option two values.
         """
         if not isinstance(other, Strategy):
-            return NotImplemented
+            why = "is no strategy, and only strategies join"
+            problem = Problem(f"| {other!r}", why, "| strategies.data()")
+            raise StepError(format_problems("Two strategies do not join.", [problem]))
         problems: list[Problem] = []
         joined = {
             "params": _join_rules(self.params, other.params, problems),

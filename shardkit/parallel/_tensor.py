@@ -12,7 +12,7 @@ more `fsdp`. Do not use across slow links: its collectives stand in the way of e
 """
 
 from .._errors import Problem, StepError, did_you_mean, raise_all
-from ._names import activations, params
+from ._names import activations, check_axis, params
 from ._strategy import Strategy
 
 KV_HEADS = ("split", "replicate")
@@ -26,7 +26,8 @@ def tensor(axis: str = "tensor", *, sequence: bool = False, kv_heads: str = "spl
       sequence: split the residual stream between blocks over length on the same axis.
       kv_heads: `"split"` splits key and value heads as query heads, whose number must then be a
         multiple of the axis; `"replicate"` has every device make all key and value heads and use
-        those of its own queries, for grouped queries with fewer groups than devices.
+        those of its own queries, for grouped queries with fewer groups than devices; in
+        `mode="auto"` alone.
 
     Returns:
       A strategy for models that carry the conventional logical names.
@@ -37,8 +38,9 @@ def tensor(axis: str = "tensor", *, sequence: bool = False, kv_heads: str = "spl
     >>> tensor(sequence=True).activations.spec(("batch", "residual_length", "embed"))
     P(None, 'tensor')
     """
+    check_axis("tensor", axis)
     if kv_heads not in KV_HEADS:
-        why = f"known: {', '.join(KV_HEADS)}.{did_you_mean(kv_heads, KV_HEADS)}"
+        why = f"known: {', '.join(KV_HEADS)}.{did_you_mean(str(kv_heads), KV_HEADS)}"
         problem = Problem(f"tensor(kv_heads={kv_heads!r})", why, 'kv_heads="replicate"')
         raise_all(StepError, "There is no such policy for key and value heads.", [problem])
     split = dict.fromkeys(("heads", "mlp", "expert_mlp", "vocab"), axis)

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 
 from ..optim import Zero
 from ..rules import REPLICATED
-from ._names import activations
+from ._names import activations, check_axis
 from ._strategy import Strategy
 
 
@@ -43,6 +43,7 @@ def zero(axis: str = "data", *, stage: int = 1) -> Strategy:
     >>> zero(stage=2).kinds
     (('zero', 'data'),)
     """
+    check_axis("zero", axis)
     return Strategy(
         params=REPLICATED,
         batch=PartitionSpec(axis),

@@ -237,7 +237,7 @@ def _check_kinds(
             not isinstance(optimizer, optax.GradientTransformation),
             "optimizer",
             optimizer,
-            "optax.adamw(1e-3), called",
+            _optimizer_fix(optimizer),
         ),
         (not callable(init), "init", init, "def init(key): return params"),
         (isinstance(mesh, MeshSpec), "mesh", mesh, f"sk.MeshSpec({mesh}).build()"),
@@ -258,6 +258,12 @@ def _check_kinds(
         if not isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
     ]
     raise_all(StepError, _HEADLINE, problems)
+
+
+def _optimizer_fix(optimizer: Any) -> str:
+    if isinstance(optimizer, optax.MultiSteps):
+        return "optax.MultiSteps(...).gradient_transformation()"
+    return "optax.adamw(1e-3), called"
 
 
 def _kind(value: Any) -> str:

@@ -126,8 +126,8 @@ def head_problems(meant: Meaning, marks: Marks) -> Iterator[Problem]:
     heads, keys = meant.axes("heads"), meant.axes("kv_heads")
     if {"heads", "kv_heads"} <= set(marks.activations) and heads != keys:
         why = f"heads are split over {_listed(heads)}, kv_heads over {_listed(keys)}"
-        fix = f'strategy.with_names(activations={{"kv_heads": {_code(heads)}}}, params=...)'
-        yield Problem("activations", why, fix + ', or mode="auto"')
+        fix = 'mode="auto" for fewer groups than devices; or strategies.tensor(kv_heads="split") '
+        yield Problem("activations", why, fix + "on an axis whose size divides kv_heads")
 
 
 def compression_problems(
