@@ -155,7 +155,7 @@ def _placed(strategy: Strategy, axes: Sequence[str]) -> str:
     text = f"layouts are data, fsdp and tensor+sequence over {', '.join(axes)}; pipelines, context "
     text += "and expert parallelism are not weighed"
     known = ("data", "zero", "fsdp", "tensor+sequence")
-    other = [f"{kind} over {axis}" for axis, kind in strategy.kinds if kind not in known]
+    other = [f"{kind} over {axis}" for kind, axis in strategy.kinds if kind not in known]
     return text + (f", nor is the declared {', '.join(other)}" if other else "")
 
 
