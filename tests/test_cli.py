@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from shardkit._errors import StepError
 from shardkit.checkpoint import Checkpointer
+from shardkit.cli import _explain, main
 from shardkit.cli import _main as entry
-from shardkit.cli import main
 from shardkit.cli._command import Command
 
 ROOT = Path(__file__).parent.parent
@@ -105,6 +106,19 @@ def test_what_cannot_be_explained_is_refused_before_anything_is_compiled(words, 
     shown = capsys.readouterr().err
     assert message in shown
     assert "Fix:" in shown
+
+
+def test_a_long_compile_is_told_of_once_a_minute_where_there_is_no_terminal(capsys, monkeypatch):
+    def compiling(source, target, *, timeout, progress):
+        for seconds in (0, 30, 61, 62, 119, 121):
+            progress(seconds)
+        raise StepError("enough")
+
+    monkeypatch.setattr(_explain, "compile_for", compiling)
+    assert main(["explain", "mine:step", "--target", "cpu:2"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[:2] == ["compiling for cpu:2 ...", "compiling for cpu:2: 61 s"]
+    assert said[2:] == ["compiling for cpu:2: 121 s", "StepError: enough"]
 
 
 def test_a_binary_file_is_no_report(tmp_path, capsys):

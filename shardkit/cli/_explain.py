@@ -1,7 +1,9 @@
 """`shardkit explain`: what a declaration becomes on a target, or how two reports differ."""
 
 import argparse
+import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from .._errors import ConfigError, Problem, ReportError, format_problems, raise_all
@@ -44,13 +46,31 @@ def _report(arguments: argparse.Namespace) -> Report:
         raise ConfigError(format_problems("There is nothing to set.", [problem], fix))
     target = arguments.target or _default_target(source)
     errors = literal_console(stderr=True)
-    with errors.status(f"compiling for {target}") as status:
+    what = f"compiling for {target}"
+    if not errors.is_terminal:
+        errors.print(f"{what} ...")
+        lines = _Lines(lambda seconds: errors.print(f"{what}: {seconds:.0f} s"))
+        return compile_for(source, target, timeout=arguments.timeout, progress=lines)
+    with errors.status(what) as status:
         return compile_for(
             source,
             target,
             timeout=arguments.timeout,
-            progress=lambda seconds: status.update(f"compiling for {target}: {seconds:.0f} s"),
+            progress=lambda seconds: status.update(f"{what}: {seconds:.0f} s"),
         )
+
+
+@dataclasses.dataclass
+class _Lines:
+    """Says how long it has been once a minute, where no line can be written again."""
+
+    say: Callable[[float], None]
+    minutes: int = 0
+
+    def __call__(self, seconds: float) -> None:
+        if seconds // 60 > self.minutes:
+            self.minutes = int(seconds // 60)
+            self.say(seconds)
 
 
 def _compiled_already(name: str, arguments: argparse.Namespace) -> None:
