@@ -22,8 +22,8 @@ by when every parameter is nudged by one rounding. *Ratio* is wire bytes over th
 compiled, mean over devices where a schedule's branches differ between them. The minimum of a tensor
 axis counts layers alone, so rows marked deep have 16. Rows of `shard_map` are compiled in that
 mode; with `accumulate` they keep the weights that they gathered, and send less than the minimum.
-f32 rows of `shard_map` with one reduction per step are at most 1.05. Two others are not: *tied each*
-reduces each micro-batch, as declared, and *all bf16* is sent as f32 by the CPU backend.
+f32 rows of `shard_map` with one reduction per step are at most 1.05. Two others are not: *tied
+each* reduces each micro-batch, as declared, and *all bf16* is sent as f32 by the CPU backend.
 Written by `benchmarks/parity.py` from `tests/_parity.py`, where a new row is one line.
 
 """

@@ -109,7 +109,7 @@ def test_what_cannot_be_explained_is_refused_before_anything_is_compiled(words, 
 
 
 def test_a_long_compile_is_told_of_once_a_minute_where_there_is_no_terminal(capsys, monkeypatch):
-    def compiling(source, target, *, timeout, progress):
+    def compiling(source, target, *, chip, timeout, progress):
         for seconds in (0, 30, 61, 62, 119, 121):
             progress(seconds)
         raise StepError("enough")

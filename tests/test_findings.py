@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -217,3 +218,18 @@ def test_every_finding_is_of_a_listed_kind():
     assert {finding.kind for finding in report.findings} <= set(FINDINGS)
     sizes = [finding.bytes for finding in report.findings]
     assert sizes == sorted(sizes, reverse=True)
+
+
+def test_an_array_that_is_closed_over_is_a_constant_on_every_device():
+    mesh = make_mesh(data=2)
+    table = np.arange(2**18, dtype=np.float32).reshape(512, 512)
+
+    def step(params, batch):
+        with jax.named_scope("lookup"):
+            return params + batch @ table @ table.T, params
+
+    parts = {"params": ((8, 512), P()), "batch": ((8, 512), P("data"))}
+    (found, *_) = findings(program(step, mesh, **parts), "constant")
+    assert found.bytes == 2**20
+    assert "f32[512,512] is a constant of the program: every device holds it" in found.why
+    assert "pass it as a parameter" in found.fix

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from shardkit._errors import ConfigError, MeshError, ShardingError, StepError
+from shardkit._errors import ConfigError, MeshError, ReportError, ShardingError, StepError
 from shardkit.targets import Source, compile_for
 from shardkit.targets._child import _environment
 
@@ -43,15 +43,22 @@ def children() -> set[int]:
 
 def test_a_pod_of_simulated_devices_leaves_the_callers_alone():
     before = jax.devices()
-    report = compile_for(source("simulating"), "cpu:64")
+    report = compile_for(source("simulating"), "cpu:64", chip="v5e")
     assert report.mesh == (("data", 32), ("tensor", 2))
     assert report.memory.params == 4 * WIDTH * WIDTH // 2
     gradient, loss = 4 * WIDTH * WIDTH // 2, 4
     assert report.ledger.total("data") == round(62 / 32 * gradient) + round(62 / 32 * loss)
     assert report.ledger.complete
-    assert report.timeline is None
+    # Simulated devices have no speed: a roofline is one of the chip that is named.
+    assert (report.timeline.source, report.timeline.chip) == ("roofline", "v5e")
+    assert report.timeline.label == "modelled"
     assert jax.devices() == before
     assert len(before) == 8
+
+
+def test_a_chip_that_is_not_in_the_table_is_refused_before_anything_is_compiled():
+    with pytest.raises(ReportError, match=r"'v5z'  is not in the hardware table\. Did you mean"):
+        compile_for(source("step"), "cpu:4", chip="v5z")
 
 
 def test_a_childs_error_is_raised_here_as_what_it_was():

@@ -50,11 +50,14 @@ def _report(arguments: argparse.Namespace) -> Report:
     if not errors.is_terminal:
         errors.print(f"{what} ...")
         lines = _Lines(lambda seconds: errors.print(f"{what}: {seconds:.0f} s"))
-        return compile_for(source, target, timeout=arguments.timeout, progress=lines)
+        return compile_for(
+            source, target, chip=arguments.chip, timeout=arguments.timeout, progress=lines
+        )
     with errors.status(what) as status:
         return compile_for(
             source,
             target,
+            chip=arguments.chip,
             timeout=arguments.timeout,
             progress=lambda seconds: status.update(f"{what}: {seconds:.0f} s"),
         )
@@ -77,6 +80,7 @@ def _compiled_already(name: str, arguments: argparse.Namespace) -> None:
     """Refuses what would have to be known before a report was compiled."""
     given = [f"--set {one}" for one in arguments.overrides]
     given += [f"--target {arguments.target}"] if arguments.target else []
+    given += [f"--chip {arguments.chip}"] if arguments.chip else []
     why = "a saved report is what was compiled; nothing can be changed in it"
     fix = f"shardkit explain CONFIG {' '.join(given)}"
     problems = [Problem(one, why) for one in given]
@@ -135,6 +139,9 @@ def _write(path: Path, text: str) -> None:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target", help="cpu:8, tpu:v5p:4x4x4, gpu:h100:1x8, …; none of it need be here"
+    )
+    parser.add_argument(
+        "--chip", help="model the time with the figures of v5p, h100, …, where cpu:N has none"
     )
     parser.add_argument(
         "other", nargs="?", metavar="OTHER.json", help="with A.json as CONFIG: show what changed"

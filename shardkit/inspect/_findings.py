@@ -17,6 +17,10 @@ from ._ledger import Ledger, Row
 from ._messages import rematerializations
 from ._program import Program, base_kind
 from ._reductions import REDUCING, gradient_reductions, reductions_per_step
+from ._scope import scope_of
+
+# Tables of a model, as rotary frequencies, are smaller.
+_LARGE_CONSTANT = 2**20
 
 
 def find_all(program: Program, ledger: Ledger) -> tuple[Finding, ...]:
@@ -227,6 +231,25 @@ def _unsplit_state(facts: Facts) -> Iterator[Finding]:
             )
 
 
+def _large_constants(facts: Facts) -> Iterator[Finding]:
+    """Arrays that the program holds itself, so that no memory class and no rule knows of them."""
+    for computation in facts.program.module.computations.values():
+        for one in computation.instructions.values():
+            size = sum(shape.nbytes for shape in one.shapes)
+            if one.opcode == "constant" and size >= _LARGE_CONSTANT:
+                yield Finding(
+                    "constant",
+                    leaf="",
+                    scope=scope_of(one.op_name),
+                    axes=(),
+                    bytes=size,
+                    why=f"{one.shapes[0]} is a constant of the program: every device holds it, "
+                    "whole where it was closed over, beside what the memory table counts",
+                    fix="pass it as a parameter, as extra or in the batch instead of closing over "
+                    "it, and lay it out by a rule",
+                )
+
+
 def _idle_axis(facts: Facts) -> Iterator[Finding]:
     busy = {axis for leaf in facts.program.leaves for axis in leaf.axes()}
     busy |= {axis for row in facts.ledger for axis in row.axes}
@@ -271,6 +294,7 @@ _SEARCHES: dict[str, Callable[[Facts], Iterator[Finding]]] = {
     "optimizer_collective": _optimizer_collective,
     "resharding": resharding,
     "unsplit_state": _unsplit_state,
+    "constant": _large_constants,
     "idle_axis": _idle_axis,
     "rule": _rule,
 }

@@ -167,12 +167,19 @@ class CompiledStep:
         """
         return put_batch(batch, self.layout.batch, self.layout.batch_shardings, move=True)
 
-    def report(self) -> Report:
+    def report(self, *, chip: str | None = None) -> Report:
         """Returns what the step became: memory, collectives, FLOPs and findings.
 
         Everything is read from the compiled program; nothing is run or measured.
+
+        Args:
+          chip: name in the hardware table whose figures the time is modelled with; by default
+            those of the devices, and no time for CPU devices, of which nothing is known.
+
+        Raises:
+          ReportError: there is no such chip.
         """
-        return Report.of(inspected(self.declaration, self.layout, self.program))
+        return Report.of(inspected(self.declaration, self.layout, self.program), chip=chip)
 
     def replace(self, **changes: Any) -> "CompiledStep":
         """Compiles the same declaration with some of its fields changed.

@@ -18,8 +18,8 @@ from ._devices import build
 from ._source import Source
 
 
-def report_of(source: Source, target: Target) -> Report:
-    """Compiles a source for a target in this process."""
+def report_of(source: Source, target: Target, chip: str | None = None) -> Report:
+    """Compiles a source for a target in this process; its time is modelled for a chip."""
     settle_devices(target.n_devices if target.kind == "cpu" else None)
     made = source.load()
     step = compile_step(
@@ -32,7 +32,7 @@ def report_of(source: Source, target: Target) -> Report:
         mode=made.mode,
         compiler_options=made.compiler_options,
     )
-    return step.report()
+    return step.report(chip=chip)
 
 
 def end_with_parent(folder: Path) -> None:
@@ -54,7 +54,7 @@ def main(request: str, answer: str) -> None:
     asked = json.loads(Path(request).read_text())
     try:
         source, target = Source.from_request(asked["source"]), Target.parse(asked["target"])
-        made: dict[str, Any] = {"report": report_of(source, target).to_json()}
+        made: dict[str, Any] = {"report": report_of(source, target, asked["chip"]).to_json()}
     except ShardkitError as error:
         made = {"kind": type(error).__name__, "message": str(error)}
     except Exception as error:
