@@ -30,7 +30,7 @@ OPTIONS = {
     "checkpoint": {"-h", "--help", "--debug", "--values"},
     "plot": {"-h", "--help", "--debug", "--out"},
     "plan": SHARED | {"--target", "--global-batch", "--compile", "--overlap", "--json"},
-    "explain": SHARED | {"--target", "--json", "--html", "--timeout"},
+    "explain": SHARED | {"--target", "--chip", "--json", "--html", "--timeout"},
     "launch": {"-h", "--help", "--debug", "-n", "--devices"},
     "tokenize": {"-h", "--help", "--debug", "--tokenizer", "--tokens"},
 }
