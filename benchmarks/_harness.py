@@ -111,7 +111,8 @@ def write(
       name: of the benchmark and its variant.
       label: `"measured"`, `"compiled"` or `"modelled"`.
       devices: what it ran on, or was compiled for.
-      rows: one dict per contestant; the first row's keys are the table's columns.
+      rows: one dict per contestant; the keys of any are the table's columns, those of the one that
+        has most of them first.
       note: what a reader must know to read the numbers.
     """
     assert label in LABELS, label
@@ -121,7 +122,8 @@ def write(
     content = {"name": name, "label": label, **facts, "note": note, "rows": rows}
     path.write_text(json.dumps(content, indent=2) + "\n")
     versions = ", ".join(f"{k} {v}" for k, v in facts["versions"].items())
-    columns = list(rows[0])
+    fullest = max(rows, key=len)
+    columns = list(dict.fromkeys([*fullest, *(key for row in rows for key in row)]))
     lines = [
         f"# {name}: {label}",
         "",
