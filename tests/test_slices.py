@@ -137,6 +137,55 @@ def test_gradients_packed_with_the_loss_are_reduced_once_between_slices():
     report.check(sk.Budget(reductions_per_step={"data": 1}))
 
 
+# Gradients over data, 2 slices with 2 devices of it in each: inside of a slice, then between them.
+HALVED = """HloModule m, is_scheduled=true, num_partitions=2
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+ENTRY %main (x: f32[16,64]) -> f32[16,64] {
+  %x = f32[16,64] parameter(0)
+  %inner = f32[16,64] all-reduce(%x), channel_id=3, replica_groups={{0,1}}, use_global_device_ids=true, to_apply=%add,
+    metadata={op_name="jit(run)/transpose(jvp(loss))/dot_general"}
+  %token = token[] after-all()
+  %send = (f32[16,64], u32[], token[]) send(%inner, %token), channel_id=2, HERE,
+    _xla_megascale_target="{1,2}x{0:1}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (f32[16,64], u32[], token[]) recv(%token), channel_id=1, HERE}
+  %done = (f32[16,64], token[]) recv-done(%recv), channel_id=1
+  ROOT %y = f32[16,64] get-tuple-element(%done), index=0
+}
+""".replace("HERE", 'frontend_attributes={_xla_host_transfer_rendezvous="sum_0"')
+
+
+def test_inside_of_a_slice_goes_a_part_of_an_axis_that_crosses_slices():
+    weight = Placed("params", Leaf("w", (16, 64), np.dtype("float32")), P())
+    batch = Placed("batch", Leaf("x", (16, 64), np.dtype("float32")), P("data"))
+    declared = Declared(kinds={"data": "data"}, reduce_dtype="f32")
+    report = Report.of(
+        Program(
+            HALVED,
+            (("data", 4),),
+            "tpu",
+            "TPU v5 lite",
+            leaves=(weight, batch),
+            dcn=(("data", 2),),
+            declared=declared,
+        )
+    )
+    size = 4 * 16 * 64
+    found = [(row.axes, row.whole, row.dcn, row.wire_bytes) for row in report.ledger]
+    assert found == [(("data",), False, False, size), (("data",), False, True, size)]
+    # Each of the two parts counts for what it sends, not for a whole reduction over the axis.
+    (least,) = report.minima
+    assert least.wire == 2 * size
+    assert least.bytes == 2 * 3 / 4 * size
+    inside = "of gradients all-reduced inside of each slice, where a reduce-scatter would do"
+    assert least.excess == ((inside, size // 2),)
+    # The gradient is reduced once, by both parts together.
+    assert report.reductions == {"data": 1.0}
+
+
 def test_slices_are_counted_along_each_axis():
     class Device:
         def __init__(self, slice_index):
