@@ -232,7 +232,8 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):
 
 
 def test_rows_of_another_config_are_refused_with_every_difference(tmp_path):
-    Journal(tmp_path, {"model": {"layers": 4, "embed": 8}}).add(Row(Case((("data", 1),)), OK, {}))
+    with Journal(tmp_path, {"model": {"layers": 4, "embed": 8}}) as journal:
+        journal.add(Row(Case((("data", 1),)), OK, {}))
     before = (tmp_path / "rows.jsonl").read_text()
     with pytest.raises(sk.SweepError, match="holds rows of another sweep") as error:
         Journal(tmp_path, {"model": {"layers": 2, "embed": 8}, "data": 3})
@@ -242,8 +243,18 @@ def test_rows_of_another_config_are_refused_with_every_difference(tmp_path):
     assert (tmp_path / "rows.jsonl").read_text() == before
 
 
+def test_two_sweeps_into_one_folder_are_one_too_many(tmp_path):
+    with Journal(tmp_path, {}), pytest.raises(sk.SweepError, match="in use") as error:
+        Journal(tmp_path, {})
+    assert "rows.jsonl  another sweep is writing to it" in str(error.value)
+    assert "Fix: wait until that one has ended" in str(error.value)
+    with Journal(tmp_path, {}) as journal:  # the end of a block lets go
+        assert journal.rows == {}
+
+
 def test_a_damaged_line_is_named(tmp_path):
-    Journal(tmp_path, {})
+    with Journal(tmp_path, {}):
+        pass
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write("no json\n")
     with pytest.raises(sk.SweepError, match=r"rows\.jsonl:2"):
@@ -251,11 +262,11 @@ def test_a_damaged_line_is_named(tmp_path):
 
 
 def test_a_header_that_was_cut_is_written_again(tmp_path):
-    Journal(tmp_path, {"a": 1})
-    text = (tmp_path / "rows.jsonl").read_text()
+    with Journal(tmp_path, {"a": 1}):
+        text = (tmp_path / "rows.jsonl").read_text()
     (tmp_path / "rows.jsonl").write_text(text[:9])
-    Journal(tmp_path, {"a": 1})
-    assert (tmp_path / "rows.jsonl").read_text() == text
+    with Journal(tmp_path, {"a": 1}):
+        assert (tmp_path / "rows.jsonl").read_text() == text
 
 
 def test_axes_without_a_strategy_get_their_ready_one():

@@ -46,7 +46,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _told(row: Row, done: int, total: int) -> str:
     """One line of progress."""
-    more = f": {row.reason}" if row.reason else ""
+    timed = "" if row.seconds is None else f", {1e3 * row.seconds:.3g} ms a step"
+    more = f": {row.reason}" if row.reason else timed
     return f"[{done}/{total}] {row.case.key} {row.status}{more}"
 
 

@@ -1,14 +1,16 @@
 """The file of a sweep: one JSON line per row, written as it goes, never half.
 
 The first line says which sweep it is. A row that is written again, with times, replaces the one
-before. A process that is killed leaves at most one unfinished line, which the next one drops.
+before. A process that is killed leaves at most one unfinished line, which the next one drops. The
+file is locked while a sweep writes to it, and a lock ends with its process, however that ends.
 """
 
+import fcntl
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from .._errors import Problem, SweepError, format_problems, raise_all
 from ._row import Row
@@ -34,36 +36,60 @@ class Journal:
           identity: plain values that tell this sweep from others.
 
         Raises:
-          SweepError: the folder holds something else, or rows of another sweep; nothing of it is
-            changed.
+          SweepError: the folder holds something else, or rows of another sweep, or another process
+            is writing to it; nothing of it is changed.
         """
         self.folder, self._path = folder, folder / FILE
         header = json.dumps({_FORMAT: _VERSION, "identity": identity}, sort_keys=True)
         _check_folder(folder)
-        text = self._path.read_text() if self._path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]
-        if not whole and not header.startswith(text):
-            _refuse(self._path, "is no file of a sweep")
-        self.rows = _read(self._path, whole.splitlines(), json.loads(header)["identity"])
         folder.mkdir(parents=True, exist_ok=True)
-        if whole != text:
-            os.truncate(self._path, len(whole.encode()))
-        if not whole:
-            self._append(header)
+        self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            self._lock()
+            self.rows = self._taken_over(header)
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def __enter__(self) -> Self:
+        """The journal itself, which the end of the block lets go of."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Unlocks the file."""
+        os.close(self._file)
 
     def add(self, row: Row) -> None:
         """Writes a row."""
         self._append(row.to_line())
         self.rows[row.case.key] = row
 
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            why = "another sweep is writing to it"
+            fix = "wait until that one has ended; or --out NEW_FOLDER, or out="
+            problem = Problem(str(self._path), why, fix)
+            raise SweepError(format_problems("The sweep's folder is in use.", [problem])) from None
+
+    def _taken_over(self, header: str) -> dict[str, Row]:
+        """The rows that are there, behind a header that is this sweep's."""
+        text = self._path.read_text()
+        whole = text[: text.rfind("\n") + 1]
+        if not whole and not header.startswith(text):
+            _refuse(self._path, "is no file of a sweep")
+        rows = _read(self._path, whole.splitlines(), json.loads(header)["identity"])
+        if whole != text:
+            os.truncate(self._path, len(whole.encode()))
+        if not whole:
+            self._append(header)
+        return rows
+
     def _append(self, line: str) -> None:
         # One write of one line at the end of the file: no reader ever sees lines mixed up.
-        file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        try:
-            os.write(file, f"{line}\n".encode())
-            os.fsync(file)
-        finally:
-            os.close(file)
+        os.write(self._file, f"{line}\n".encode())
+        os.fsync(self._file)
 
 
 def _check_folder(folder: Path) -> None:

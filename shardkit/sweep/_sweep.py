@@ -7,16 +7,14 @@ from typing import Any
 
 from .._errors import Problem, SweepError, count, format_problems, raise_all
 from ..mesh import Target
-from ._attempt import Attempts, carried_over, is_done
+from ._attempt import Attempts
 from ._case import Case, cases
 from ._compilers import Absent, Compiler, Factory, Here, present_devices
 from ._factories import ConfigFactory, shown_name, source_of
 from ._journal import Journal
 from ._result import Sweep
 from ._row import ILLEGAL, Row
-from ._timing import time_all
-
-OnRow = Callable[[Row, int, int], None]
+from ._run import OnRow, Run
 
 
 def sweep(
@@ -66,14 +64,15 @@ def sweep(
       record: plain values that tell this sweep from others, beside the factory's name: rows of
         another one are refused.
       estimate: case → bytes per device by a model of yours, to be drawn beside the compiled ones.
-      on_row: called with each row that is made, the number done and the number of all.
+      on_row: called with each row that is made, the number done and the number of all; again
+        with each that is timed, the number of these and of all to be timed.
 
     Returns:
       The rows, ranked; `print` it.
 
     Raises:
-      SweepError: there is nothing to try, no case is legal, `out` holds something else, or the
-        devices are not there.
+      SweepError: there is nothing to try, no case is legal, `out` holds something else or another
+        sweep is writing to it, or the devices are not there.
       ConfigError: the config cannot be used, or has none of the axes.
 
     >>> import jax, jax.numpy as jnp, optax, tempfile
@@ -97,21 +96,14 @@ def sweep(
     _check_asked(target, verify=verify, time=time, turns=turns, updates=updates)
     compiler = _compiler(of, target, counts, wanted, timeout)
     timed = target is None and compiler.on["platform"] != "cpu" if time is None else time
-    journal = Journal(Path(out), _identity(of, compiler, record))
-    todo = [c for c in wanted if not is_done(journal.rows.get(c.key), prove=verify, timed=timed)]
     attempts = Attempts(compiler, verify, batches, estimate)
-    steps = {}
-    for at, case in enumerate(todo):
-        row, step = attempts.try_case(case)
-        journal.add(carried_over(row, journal.rows.get(case.key)))
-        on_row(journal.rows[case.key], len(wanted) - len(todo) + at + 1, len(wanted))
-        if timed and step is not None:
-            steps[case.key] = step
-    for row in time_all({key: journal.rows[key] for key in steps}, steps, batches, turns, updates):
-        journal.add(row)
-        on_row(row, len(wanted), len(wanted))
-    found = Sweep(tuple(journal.rows[case.key] for case in wanted), Path(out), _title(of, compiler))
-    Path(out, "rows.csv").write_text(found.to_csv())
+    with Journal(Path(out), _identity(of, compiler, record)) as journal:
+        run = Run(journal, attempts, wanted, on_row)
+        steps = run.compile(verify=verify, timed=timed)
+        run.time(steps, batches, turns, updates)
+        rows = tuple(journal.rows[case.key] for case in wanted)
+        found = Sweep(rows, Path(out), _title(of, compiler))
+        Path(out, "rows.csv").write_text(found.to_csv())
     _check_some_legal(found)
     return found
 

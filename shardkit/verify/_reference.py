@@ -21,7 +21,7 @@ import optax
 from .._lanes import Draws, lane_keys
 from .._precision import cast_floats
 from .._types import Loss, Mean, Named, Variables
-from ..step import Declaration
+from ..step import SKIPPED, Declaration
 from ._record import (
     EVALUATE,
     GRADIENTS,
@@ -122,6 +122,9 @@ class Reference:
 
     def _step(self, state: State, batch: Any, step: int) -> tuple[State, dict[str, Any]]:
         metrics, grads, extra = self.gradients(state, batch, step)
+        if self.declaration.on_nonfinite != "apply":
+            finite = np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
+            metrics[SKIPPED] = np.float32(not finite)
         params, opt_state = self._apply(grads, state.opt_state, state.params, metrics["loss"])
         return State(params, opt_state, extra, state.key), metrics
 

@@ -1,0 +1,49 @@
+"""A sweep under way: what no row tells yet is compiled, and then timed, row by row."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..step import CompiledStep
+from ._attempt import Attempts, carried_over, is_done
+from ._case import Case
+from ._journal import Journal
+from ._row import OK, Row
+from ._timing import time_all
+
+OnRow = Callable[[Row, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A sweep under way: what it tries, and where it writes."""
+
+    journal: Journal
+    attempts: Attempts
+    wanted: Sequence[Case]
+    on_row: OnRow
+
+    def compile(self, *, verify: bool, timed: bool) -> dict[str, CompiledStep]:
+        """Tries what no row tells yet; returns the steps that are to be timed."""
+        rows, steps = self.journal.rows, {}
+        todo = [c for c in self.wanted if not is_done(rows.get(c.key), prove=verify, timed=timed)]
+        for done, case in enumerate(todo, len(self.wanted) - len(todo) + 1):
+            row, step = self.attempts.try_case(case)
+            self.journal.add(carried_over(row, rows.get(case.key)))
+            self.on_row(rows[case.key], done, len(self.wanted))
+            if timed and step is not None and row.status == OK:
+                steps[case.key] = step
+        return steps
+
+    def time(
+        self,
+        steps: Mapping[str, CompiledStep],
+        batches: Sequence[Any] | None,
+        turns: int,
+        updates: int,
+    ) -> None:
+        """Times steps in turns."""
+        rows = {key: self.journal.rows[key] for key in steps}
+        for done, row in enumerate(time_all(rows, steps, batches, turns, updates), 1):
+            self.journal.add(row)
+            self.on_row(row, done, len(steps))
