@@ -146,7 +146,8 @@ HALVED = """HloModule m, is_scheduled=true, num_partitions=2
 }
 ENTRY %main (x: f32[16,64]) -> f32[16,64] {
   %x = f32[16,64] parameter(0)
-  %inner = f32[16,64] all-reduce(%x), channel_id=3, replica_groups={{0,1}}, use_global_device_ids=true, to_apply=%add,
+  %inner = f32[16,64] all-reduce(%x), channel_id=3, replica_groups={{0,1}}, to_apply=%add,
+    use_global_device_ids=true,
     metadata={op_name="jit(run)/transpose(jvp(loss))/dot_general"}
   %token = token[] after-all()
   %send = (f32[16,64], u32[], token[]) send(%inner, %token), channel_id=2, HERE,
