@@ -219,19 +219,22 @@ def test_what_cannot_be_started_is_said(capsys):
 def test_ctrl_c_asks_all_to_end_in_order_and_again_ends_them():
     program = INDEX + (
         "import signal, time\n"
-        "signal.signal(signal.SIGTERM, lambda *a: print('asked', flush=True))\n"
-        "print('up', flush=True)\n"
+        "say = lambda word: os.write(1, word)  # One write each: both children share the pipe.\n"
+        "signal.signal(signal.SIGTERM, lambda *a: say(b'asked\\n'))\n"
+        "say(b'up\\n')\n"
         "time.sleep(30)\ntime.sleep(30)"
     )
     words = ["-m", "shardkit.cli", "launch", "-n", "2", "--", sys.executable, "-c", program]
-    run = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, text=True)
-    assert run.stdout is not None
-    assert sorted(run.stdout.readline() for _ in range(2)) == ["[1] up\n", "up\n"]
-    run.send_signal(signal.SIGINT)
-    assert sorted(run.stdout.readline() for _ in range(2)) == ["[1] asked\n", "asked\n"]
-    run.send_signal(signal.SIGINT)
-    assert run.wait(5) == 128 + signal.SIGKILL
-    run.stdout.close()
+    with subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, text=True) as run:
+        try:
+            assert run.stdout is not None
+            assert sorted(run.stdout.readline() for _ in range(2)) == ["[1] up\n", "up\n"]
+            run.send_signal(signal.SIGINT)
+            assert sorted(run.stdout.readline() for _ in range(2)) == ["[1] asked\n", "asked\n"]
+            run.send_signal(signal.SIGINT)
+            assert run.wait(5) == 128 + signal.SIGKILL
+        finally:
+            run.kill()
 
 
 def test_half_a_message_waits_for_the_rest():
