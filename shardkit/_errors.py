@@ -58,6 +58,10 @@ class ReportError(ShardkitError):
     """A report is asked for an axis or kind that it does not have, or is no report."""
 
 
+class RetraceWarning(UserWarning):
+    """A step is given a batch of another form than the declared one, and compiles once more."""
+
+
 class SweepError(ShardkitError):
     """A sweep has nothing to try, or its folder holds something else."""
 

@@ -11,8 +11,11 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
+from rich.console import Console
 
 import shardkit as sk
+from shardkit.hardware import CHIPS
+from shardkit.inspect import _memory
 from shardkit.verify._observe import counted_compiles
 
 X = np.ones((8, 10), np.float32)
@@ -32,7 +35,7 @@ def init(key):
     return {"head": {"kernel": jnp.ones((10, 16))}, "b": jnp.zeros(3)}
 
 
-def compiled(mesh, rules, *, batch=None, spec=ROWS, **given):
+def compiled(mesh, rules, *, batch=None, spec=ROWS, on_retrace="warn", mode="auto", **given):
     return sk.compile_step(
         given.pop("loss", loss_fn),
         optax.adam(1e-3),
@@ -40,6 +43,8 @@ def compiled(mesh, rules, *, batch=None, spec=ROWS, **given):
         batch=batch or {"x": X},
         mesh=mesh,
         strategy=sk.Strategy(params=sk.PathRules(rules), batch=spec, **given),
+        on_retrace=on_retrace,
+        mode=mode,
     )
 
 
@@ -132,6 +137,11 @@ def test_scalars_are_replicated_whatever_the_rule_says(mesh):
 
 @pytest.fixture(scope="module")
 def step(mesh):
+    return compiled(mesh, GOOD, on_retrace="error")
+
+
+@pytest.fixture(scope="module")
+def lenient(mesh):
     return compiled(mesh, GOOD)
 
 
@@ -142,6 +152,28 @@ def test_donated_state_used_again_names_a_leaf_and_the_right_line(step):
     assert "params/b" in text
     assert "consumed (donated) by an earlier step" in text
     assert "state, metrics = step(state, batch)" in text
+
+
+def test_donated_array_read_later_is_named_wherever_the_toolkit_sees_it(step, tmp_path):
+    state = step.init(jax.random.key(0))
+    fed = step.put({"x": X})
+    after, _ = step(state, fed)
+    for call in (step.evaluate, step.gradients):
+        text = text_of(sk.StateError, lambda call=call: call(state, fed))
+        assert "step, params/b, params/head/kernel" in text
+    # What a step has consumed, fed as part of a batch.
+    for call in (lambda batch: step(after, batch), step.put):
+        text = text_of(sk.StateError, lambda call=call: call({"x": state.params["head"]["kernel"]}))
+        assert "The step got a batch that is gone." in text
+        assert "batch  x: consumed (donated) by an earlier step" in text
+    text = text_of(sk.StateError, lambda: sk.Checkpointer(tmp_path / "run").save(1, state))
+    assert "A state that is gone cannot be saved." in text
+    assert "step, params/b, params/head/kernel" in text
+    assert not (tmp_path / "run").exists()
+    # Read by hand it is JAX that answers, with an error and no crash.
+    with pytest.raises(RuntimeError, match="Array has been deleted"):
+        np.asarray(state.params["b"])
+    assert int(step(after, fed)[0].step) == 2
 
 
 def test_two_leaves_of_one_buffer_are_named_both(step):
@@ -235,6 +267,101 @@ def test_a_key_that_is_used_twice_is_an_error_where_asked_for(mesh):
     assert not compile_(twice).declaration.debug
 
 
+@pytest.mark.parametrize("collective", [jax.lax.psum, jax.lax.pmean, jax.lax.all_gather])
+def test_axis_typo_of_a_collective_in_a_loss_on_shards(mesh, collective):
+    def misspelt(params, batch, key):
+        return jnp.sum(collective(jnp.mean(batch["x"]) * params["b"].sum(), "dat"))
+
+    rules = {"**": sk.REPLICATED}
+    loss = sk.PerShard(misspelt, loss_fn)
+    text = text_of(sk.StepError, lambda: compiled(mesh, rules, loss=loss, mode="shard_map"))
+    assert "The loss reduces over a mesh axis that is not there." in text
+    assert f"{collective.__name__}(..., 'dat')" in text
+    assert "the mesh has data=2, model=4. Did you mean 'data'?" in text
+    assert "Fix: one of 'data', 'model'" in text
+
+
+def test_out_of_memory_is_foreseen_before_anything_is_put_on_a_device(step, tmp_path, monkeypatch):
+    small = dataclasses.replace(CHIPS["h100"], memory=512)
+    monkeypatch.setattr(_memory, "chip_of", lambda kind: small)
+    made = []
+    monkeypatch.setattr(type(step), "init", lambda *args: made.append(args))
+    run = sk.Trainer(step, lambda i: {"x": X}, tmp_path / "run", console=Console(quiet=True))
+    text = text_of(sk.StepError, run.run)
+    assert "The step does not fit on its devices." in text
+    assert "each of 8 x cpu  needs " in text
+    # The kernel over `model` (160 B) and b; twice that for Adam's moments, and its count.
+    assert " of 512 B: params 172 B, opt_state 348 B, batch 160 B, temp " in text
+    assert "split opt_state over 'data' too: " in text
+    assert not made
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(_memory, "chip_of", lambda kind: CHIPS["h100"])
+    step.check_room()
+
+
+CAUSES = {
+    "shape": (np.ones((4, 10), np.float32), "shape: declared as f32[8,10], is f32[4,10]"),
+    "dtype": (X.astype(np.int32), "dtype: declared as f32[8,10], is i32[8,10]"),
+    "both": (np.ones((4, 10), np.int32), "shape and dtype: declared as f32[8,10], is i32[4,10]"),
+}
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+def test_recompile_for_another_form_of_the_batch_warns_once_and_trains_on(lenient, mesh, cause):
+    x, expected = CAUSES[cause]
+    state, before = lenient.init(jax.random.key(0)), lenient.report().compiles
+    with pytest.warns(sk.RetraceWarning) as told:
+        placed = lenient.put({"x": x})
+    text = str(told[0].message)
+    assert text.startswith(
+        f"The step is compiled for another form of its batch, which makes {before + 1}.\n"
+        f"  batch/x  changed its {expected}\nFix: batches of one form: pad them"
+    )
+    assert told[0].filename == __file__
+    state, metrics = lenient(state, placed)
+    with counted_compiles() as compiled_since:
+        state, _ = lenient(state, {"x": x})
+        state, _ = lenient(state, {"x": X})
+    assert compiled_since == [0]
+    assert int(state.step) == 3
+    alone = compiled(mesh, GOOD, batch={"x": x})
+    assert metrics["loss"] == alone(alone.init(jax.random.key(0)), {"x": x})[1]["loss"]
+    report = lenient.report()
+    assert report.compiles == before + 1
+    (found,) = [one for one in report.findings if one.kind == "second_compile"]
+    assert f"the step was compiled {before + 1} times" in found.why
+    with pytest.raises(sk.BudgetError, match="compiles"):
+        report.check(sk.Budget(compiles=1))
+
+
+def test_recompile_by_sharding_names_both_places_and_by_weak_type_does_not_happen(lenient, mesh):
+    state = lenient.init(jax.random.key(0))
+    turned = jax.device_put(X, jax.NamedSharding(mesh, P("model")))
+    text = text_of(sk.BatchError, lambda: lenient(state, {"x": turned}))
+    assert "is committed to 8 devices as P('model',); the step has it as P('data',)" in text
+    weak = jnp.broadcast_to(jnp.asarray(1.0), (8, 10))
+    weak_b = jnp.broadcast_to(jnp.asarray(0.0), (3,))
+    assert weak.weak_type
+    assert weak_b.weak_type
+    state, _ = lenient(state, {"x": weak})
+    params = {**state.params, "b": jax.device_put(weak_b, jax.NamedSharding(mesh, P()))}
+    state, _ = lenient(dataclasses.replace(state, params=params), {"x": X})
+    assert not state.params["b"].weak_type
+
+
+def test_recompile_that_is_no_legal_batch_is_an_error(lenient):
+    state = lenient.init(jax.random.key(0))
+    for wrong in (X[:7], X[0], X[None]):
+        text = text_of(sk.BatchError, lambda wrong=wrong: lenient(state, {"x": wrong}))
+        assert "; the step was compiled for f32[8,10]" in text
+    longer = {**state.params, "b": jnp.zeros(4)}
+    text = text_of(
+        sk.StateError, lambda: lenient(dataclasses.replace(state, params=longer), {"x": X})
+    )
+    assert "state/params/b" in text
+    assert "is f32[4]; the step has f32[3]" in text
+
+
 def test_what_would_be_a_second_trace_names_the_leaf_or_compiles_nothing(step):
     state = step.init(jax.random.key(0))
     text = text_of(sk.BatchError, lambda: step(state, {"x": X.astype(np.int32)}))
@@ -255,7 +382,7 @@ def test_what_would_be_a_second_trace_names_the_leaf_or_compiles_nothing(step):
     assert compiled_since == [0]
 
 
-def test_a_recompile_is_not_reachable_another_shape_is_an_error(step):
+def test_another_shape_is_an_error_where_that_is_declared(step):
     state = step.init(jax.random.key(0))
     text = text_of(sk.BatchError, lambda: step(state, {"x": X[:4]}))
     assert "is f32[4,10]; the step was compiled for f32[8,10]" in text

@@ -46,7 +46,7 @@ def declared(mesh, loss=loss_fn, **given):
 
 @pytest.fixture(scope="module")
 def step(mesh):
-    return declared(mesh)
+    return declared(mesh, on_retrace="error")
 
 
 def message(kind, call):

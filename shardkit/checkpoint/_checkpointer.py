@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from .._alive import check_alive
 from .._errors import CheckpointError, DamageError, Problem, format_problems
 from ._as_one import as_one, is_first
 from ._files import is_locked, list_steps, locked, set_aside, step_folder, sweep
@@ -135,7 +136,9 @@ class Checkpointer:
 
         Raises:
           CheckpointError: this save cannot start, or the one before was lost.
+          StateError: an update has consumed the state.
         """
+        check_alive(state, "state", "A state that is gone cannot be saved.")
         if self._block is None:
             with self:
                 return self.save(step, state, data=data, metrics=metrics)

@@ -5,7 +5,7 @@ from ._compare import Change, Comparison, compare
 from ._findings import FINDINGS, Finding
 from ._flops import Flops, count_flops
 from ._ledger import Ledger, Row, read_ledger, wire_bytes
-from ._memory import Memory
+from ._memory import Memory, advice, read_memory
 from ._minimum import Minimum
 from ._program import CompiledBytes, Declared, Placed, Program, explained_by
 from ._report import Report
@@ -29,11 +29,13 @@ __all__ = [
     "Row",
     "Segment",
     "Timeline",
+    "advice",
     "check",
     "compare",
     "count_flops",
     "explained_by",
     "model_time",
     "read_ledger",
+    "read_memory",
     "wire_bytes",
 ]

@@ -79,9 +79,22 @@ def read_memory(program: Program) -> Memory:
     )
 
 
-def advice(memory: Memory, leaves: tuple[Placed, ...], sizes: Mapping[str, int]) -> list[str]:
-    """What would make a step that does not fit fit, the largest saving first."""
-    if memory.fits is not False:
+def advice(
+    memory: Memory, leaves: tuple[Placed, ...], sizes: Mapping[str, int], room: int | None = None
+) -> list[str]:
+    """What would make a step fit, the largest saving first.
+
+    Args:
+      memory: of the step.
+      leaves: its arguments.
+      sizes: of the mesh axes.
+      room: bytes that a device gives out, where that is less than its capacity.
+
+    Returns:
+      Nothing where the step fits, or where what the device has is unknown.
+    """
+    room = memory.capacity if room is None else room
+    if memory.total is None or room is None or memory.total <= room:
         return []
     savings = []
     for part in ("params", "opt_state"):

@@ -94,6 +94,7 @@ class Trainer:
         beginning = opening.choose(Path(self.folder))
         live.check(beginning.step)
         step, seconds = self._compiled()
+        step.check_room()
         with opening.open(beginning, step, began, seconds) as session:
             show_layout(self.console, session.state)
             where = labelled("metrics", f" {session.file.path}\n")

@@ -10,7 +10,7 @@ from .._precision import Precision
 from .._types import Accumulate
 from ..parallel import Strategy
 from ._compiled import CompiledStep
-from ._declaration import declare
+from ._declaration import OnRetrace, declare
 from ._nonfinite import OnNonfinite
 
 
@@ -30,6 +30,7 @@ def compile_step(
     on_nonfinite: OnNonfinite = "apply",
     deterministic: bool = False,
     debug: bool = False,
+    on_retrace: OnRetrace = "warn",
 ) -> CompiledStep:
     """Compiles one training step for one mesh, and checks that it is what was declared.
 
@@ -63,6 +64,10 @@ def compile_step(
         the same versions gives the same bits.
       debug: an error where the loss or `init` uses a random key twice, found by JAX's own checker
         (`jax_debug_key_reuse`), for the price of tracing both once more.
+      on_retrace: what is done with a batch that has the declared leaves in other lengths or
+        dtypes: `"warn"` says which leaf changed and how (`sk.RetraceWarning`), and compiles a
+        program for it, once for each form; `"error"` refuses it. Of several processes each knows
+        its own batch alone, so there it is always an error.
 
     Returns:
       The step, compiled, its layouts and aliases read back from the executable.
@@ -100,6 +105,7 @@ def compile_step(
             on_nonfinite,
             deterministic,
             debug,
+            on_retrace,
             accumulate=accumulate,
             remat=remat,
             precision=precision,

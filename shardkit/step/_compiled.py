@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,10 +16,10 @@ from ..parallel import Strategy
 from ..state import TrainState
 from ._compile import Program, no_ambient_mesh
 from ._declaration import Declaration
-from ._inputs import check_alive, check_apart, check_state, fed_rows, put_batch, put_key
-from ._layout import Layout, resolve_layout
-from ._programs import Programs
+from ._forms import Form, Forms
+from ._inputs import check_apart, check_given, check_state, fed_rows, put_batch, put_key
 from ._report import inspected
+from ._room import check_room
 
 Metrics = dict[str, jax.Array]
 
@@ -29,17 +30,17 @@ class CompiledStep:
     Attributes:
       declaration: what it was compiled from.
       layout: abstract state and batch, and the sharding of every leaf.
+      program: the executable of the step, with its jaxpr, compiler messages and compile times.
     """
 
     def __init__(self, declaration: Declaration) -> None:
         """Resolves, traces, compiles and reads back; see `compile_step`."""
-        d = self.declaration = declaration
+        self.declaration = declaration
         # Abstract arrays carry the mesh that they were made under, so this starts with the first.
         with no_ambient_mesh():
-            self.layout: Layout = resolve_layout(
-                d.init, d.optimizer, d.batch, d.mesh, d.strategy, d.precision, d.accumulate.steps
-            )
-            self._programs = Programs(declaration, self.layout)
+            self._forms = Forms(declaration)
+            self.layout = self._forms.declared.layout
+            self.program: Program = self._forms.declared.programs.train
         # The state made last is known to be sound; any other one is looked at more closely.
         self._last: weakref.ref[TrainState] | None = None
 
@@ -74,14 +75,9 @@ class CompiledStep:
         return fed_rows(self.batch_shardings, self.layout.rows)
 
     @property
-    def program(self) -> Program:
-        """The executable of the step, with its jaxpr, compiler messages and compile times."""
-        return self._programs.train
-
-    @property
     def gradient_program(self) -> Program:
         """The executable of `gradients`, which is compiled when it is first asked for."""
-        return self._programs.gradients
+        return self._forms.declared.programs.gradients
 
     def hlo(self) -> str:
         """Text of the optimized program that each device runs."""
@@ -103,7 +99,7 @@ class CompiledStep:
             problem = Problem("key", f"is {what}; the step takes one typed key, {expected}[]")
             fix = "step.init(jax.random.key(0))"
             raise StateError(format_problems("The state needs a random key.", [problem], fix))
-        model, optimizer = self._programs.init
+        model, optimizer = self._forms.declared.programs.init
         on_mesh = put_key(key, self.shardings.key)
         made = jax.block_until_ready(model.compiled(on_mesh))
         return dataclasses.replace(made, opt_state=optimizer.compiled(made.params))
@@ -124,10 +120,10 @@ class CompiledStep:
             another step.
           BatchError: the batch is not what the step was compiled for.
         """
-        check_alive(state)
+        check_given(state)
         if self._last is None or self._last() is not state:
             check_apart(state)
-        made, metrics = self._run(self.program, state, batch)
+        made, metrics = self._run(lambda form: form.programs.train, state, batch)
         self._last = weakref.ref(made)
         return made, metrics
 
@@ -141,8 +137,8 @@ class CompiledStep:
           StateError: the state was consumed already, or belongs to another step.
           BatchError: the batch is not what the step was compiled for.
         """
-        check_alive(state)
-        return self._run(self._programs.evaluate, state, batch)
+        check_given(state)
+        return self._run(lambda form: form.programs.evaluate, state, batch)
 
     def gradients(self, state: TrainState, batch: Any) -> tuple[Metrics, Any]:
         """Returns `(metrics, gradients)`: what the next update would be made from.
@@ -154,8 +150,8 @@ class CompiledStep:
           StateError: the state was consumed already, or belongs to another step.
           BatchError: the batch is not what the step was compiled for.
         """
-        check_alive(state)
-        return self._run(self._programs.gradients, state, batch)
+        check_given(state)
+        return self._run(lambda form: form.programs.gradients, state, batch)
 
     def put(self, batch: Any) -> Any:
         """Puts a batch on the mesh as declared, wherever it is, for a later call of the step.
@@ -165,7 +161,8 @@ class CompiledStep:
         Raises:
           BatchError: the batch is not what the step was compiled for.
         """
-        return put_batch(batch, self.layout.batch, self.layout.batch_shardings, move=True)
+        layout = self._forms.of(batch).layout
+        return put_batch(batch, layout.batch, layout.batch_shardings, move=True)
 
     def report(self, *, chip: str | None = None) -> Report:
         """Returns what the step became: memory, collectives, FLOPs and findings.
@@ -179,7 +176,16 @@ class CompiledStep:
         Raises:
           ReportError: there is no such chip.
         """
-        return Report.of(inspected(self.declaration, self.layout, self.program), chip=chip)
+        made = inspected(self.declaration, self.layout, self.program, self._forms.count)
+        return Report.of(made, chip=chip)
+
+    def check_room(self) -> None:
+        """Refuses a step that is larger than its devices, as far as their memory is known.
+
+        Raises:
+          StepError: with the bytes of each part, and what would make it fit.
+        """
+        check_room(self.declaration, self.layout, self.program)
 
     def replace(self, **changes: Any) -> "CompiledStep":
         """Compiles the same declaration with some of its fields changed.
@@ -189,8 +195,10 @@ class CompiledStep:
         """
         return CompiledStep(self.declaration.replaced(**changes))
 
-    def _run(self, program: Program, state: TrainState, batch: Any) -> Any:
-        placed = put_batch(batch, self.layout.batch, self.layout.batch_shardings)
+    def _run(self, which: Callable[[Form], Program], state: TrainState, batch: Any) -> Any:
+        form = self._forms.of(batch)
+        placed = put_batch(batch, form.layout.batch, form.layout.batch_shardings)
+        program = which(form)
         try:
             return program.compiled(state, placed)
         except (TypeError, ValueError):

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from ..parallel import Strategy
 from ._nonfinite import ON_NONFINITE, OnNonfinite
 
 MODES = ("auto", "shard_map")
+OnRetrace = Literal["warn", "error"]
 _HEADLINE = "The step is declared wrongly."
 
 
@@ -44,6 +45,7 @@ class Declaration:
       on_nonfinite: what is done with an update whose loss or gradients are not finite.
       deterministic: whether the compiler may use no operation whose result varies.
       debug: whether tracing looks for random keys that are used twice.
+      on_retrace: what is done with a batch of another form than `batch`.
     """
 
     loss_fn: Callable[..., Any]
@@ -57,6 +59,7 @@ class Declaration:
     on_nonfinite: OnNonfinite = "apply"
     deterministic: bool = False
     debug: bool = False
+    on_retrace: OnRetrace = "warn"
 
     @property
     def precision(self) -> Precision:
@@ -90,7 +93,12 @@ class Declaration:
             precision or remat policy.
         """
         problems = _option_problems(self.strategy)
-        for field, known in (("mode", MODES), ("on_nonfinite", ON_NONFINITE)):
+        known_of = {
+            "mode": MODES,
+            "on_nonfinite": ON_NONFINITE,
+            "on_retrace": get_args(OnRetrace),
+        }
+        for field, known in known_of.items():
             if (named := getattr(self, field)) not in known:
                 why = f"known: {', '.join(known)}.{did_you_mean(str(named), known)}"
                 problems.append(Problem(f"{field}={named!r}", why, f'{field}="{known[0]}"'))
@@ -185,6 +193,7 @@ def declare(
     on_nonfinite: OnNonfinite = "apply",
     deterministic: bool = False,
     debug: bool = False,
+    on_retrace: OnRetrace = "warn",
     **options: Any,
 ) -> Declaration:
     """Puts the options that were given into the strategy and checks the whole."""
@@ -206,6 +215,7 @@ def declare(
         on_nonfinite,
         deterministic,
         debug,
+        on_retrace,
     )
     made.check()
     return made

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from .._alive import check_alive
 from .._errors import BatchError, Problem, StateError, raise_all
 from .._tree import path_str, short_type
 from ..data import place_rows, process_rows, rows_of_shardings
@@ -27,6 +28,7 @@ def put_batch(batch: Any, abstract: Any, shardings: Any, *, move: bool = False) 
       BatchError: the structure, a shape, a dtype or, unless they may move, the devices of a leaf
         are not the declared.
     """
+    check_alive(batch, "batch", "The step got a batch that is gone.")
     got, structure = jax.tree_util.tree_flatten(batch)
     want, declared = jax.tree_util.tree_flatten(abstract)
     if structure != declared:
@@ -143,23 +145,13 @@ def _raise_structure(batch: Any, abstract: Any) -> None:
     raise_all(BatchError, "The batch is not what the step was compiled for.", problems, fix)
 
 
-def check_alive(state: Any) -> None:
-    """Refuses a state whose buffers an earlier step consumed, which would crash the interpreter.
+def check_given(state: Any) -> None:
+    """Refuses a state whose buffers an earlier step consumed.
 
     Raises:
       StateError: naming the leaves that are gone.
     """
-    if not any(x.is_deleted() for x in jax.tree.leaves(state) if isinstance(x, jax.Array)):
-        return
-    gone = [
-        path_str(path)
-        for path, x in jax.tree_util.tree_leaves_with_path(state)
-        if isinstance(x, jax.Array) and x.is_deleted()
-    ]
-    shown = ", ".join(gone[:3]) + (f" and {len(gone) - 3} more" if len(gone) > 3 else "")
-    why = f"{shown}: consumed (donated) by an earlier step"
-    fix = "state, metrics = step(state, batch), and use the returned state from then on"
-    raise_all(StateError, "The step got a state that is gone.", [Problem("state", why)], fix)
+    check_alive(state, "state", "The step got a state that is gone.")
 
 
 def check_apart(state: Any) -> None:

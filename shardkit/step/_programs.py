@@ -19,36 +19,42 @@ from ._readback import check_executable
 
 
 class Programs:
-    """Compiles the functions of a declaration for its mesh, each once.
-
-    Attributes:
-      train: `(state, batch) → (state, metrics)`, the state donated, read back.
-    """
+    """Compiles the functions of a declaration for its mesh, each once."""
 
     def __init__(self, declaration: Declaration, layout: Layout) -> None:
-        """Compiles the step.
+        """Takes what is to be compiled.
 
         Raises:
           StepError: the declaration does not form a step.
-          ShardingError: a constraint of the model cannot be met, or the executable is not what
-            was declared.
         """
         self._declaration, self._layout = declaration, layout
         self._functions = Functions(declaration, layout)
         if declaration.debug:
             check_keys(self._functions.given)
         self._whole = NamedSharding(declaration.mesh, PartitionSpec())
+
+    @functools.cached_property
+    def train(self) -> Program:
+        """`(state, batch) → (state, metrics)`, the state donated, read back.
+
+        Raises:
+          StepError: the declaration does not form a step.
+          ShardingError: a constraint of the model cannot be met, or the executable is not what
+            was declared.
+        """
+        layout = self._layout
         results = (layout.shardings, self._whole)
-        self.train = self._on_state_and_batch(
+        made = self._on_state_and_batch(
             self._functions.train(), results, self._functions.by_lanes, donate=(0,)
         )
         check_executable(
-            self.train.compiled,
+            made.compiled,
             layout.state,
             layout.shardings,
             layout.batch,
             layout.batch_shardings,
         )
+        return made
 
     @functools.cached_property
     def init(self) -> tuple[Program, Program]:

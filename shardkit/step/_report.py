@@ -23,8 +23,15 @@ from ._layout import Layout
 _SMALL = 2**20
 
 
-def inspected(declaration: Declaration, layout: Layout, made: Executable) -> Program:
-    """Brings an executable and its declaration to the form that `Report.of` reads."""
+def inspected(declaration: Declaration, layout: Layout, made: Executable, compiles: int) -> Program:
+    """Brings an executable and its declaration to the form that `Report.of` reads.
+
+    Args:
+      declaration: of the step.
+      layout: of its state and batch.
+      made: the executable.
+      compiles: programs of the step so far, one for each form of its batch.
+    """
     mesh = declaration.mesh
     device = mesh.devices.flat[0]
     return Program(
@@ -32,10 +39,11 @@ def inspected(declaration: Declaration, layout: Layout, made: Executable) -> Pro
         mesh=tuple(mesh.shape.items()),
         platform=device.platform,
         device_kind=device.device_kind,
-        leaves=tuple(_arguments(declaration, layout)),
+        leaves=tuple(arguments(declaration, layout)),
         memory=CompiledBytes.of(made.compiled.memory_analysis()),
         jaxpr=made.jaxpr,
         log=made.messages,
+        compiles=compiles,
         declared=_declared(declaration, layout, made.jaxpr),
         dcn=_dcn(mesh),
         seconds=dict(zip(("trace", "lower", "compile"), made.seconds, strict=True)),
@@ -55,7 +63,7 @@ def _line(grid: np.ndarray, dim: int) -> np.ndarray:
     return np.moveaxis(grid, dim, 0).reshape(grid.shape[dim], -1)[:, 0]
 
 
-def _arguments(declaration: Declaration, layout: Layout) -> Iterator[Placed]:
+def arguments(declaration: Declaration, layout: Layout) -> Iterator[Placed]:
     """The arguments of `(state, batch)` in the executable's order."""
     state, shardings, strategy = layout.state, layout.shardings, declaration.strategy
     spelled = _spelled(strategy.params, leaves(state.params, layout.axes), declaration)

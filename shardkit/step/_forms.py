@@ -1,0 +1,123 @@
+"""Batches of another form than the declared one: told by a warning, run by a program of their own.
+
+A second trace has four causes. Lengths and dtypes of a batch are in here. What is weakly typed is
+the same program, an array on other devices or in another layout is an error that names both, and
+a state never changes its form.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from .._errors import Problem, RetraceWarning, ShardingError, format_problems
+from .._tree import path_str, short_type
+from ._compile import no_ambient_mesh
+from ._declaration import Declaration
+from ._layout import Layout, resolve_layout
+from ._programs import Programs
+
+Types = tuple[tuple[tuple[int, ...], np.dtype], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """A declaration for batches of one form, resolved.
+
+    Attributes:
+      layout: abstract state and batch, and the sharding of every leaf.
+      programs: each compiled when it is first asked for.
+    """
+
+    layout: Layout
+    programs: Programs
+
+    @classmethod
+    def of(cls, declaration: Declaration) -> "Form":
+        """Resolves a declaration.
+
+        Raises:
+          ShardingError: every leaf that cannot be laid out.
+        """
+        d = declaration
+        layout = resolve_layout(
+            d.init, d.optimizer, d.batch, d.mesh, d.strategy, d.precision, d.accumulate.steps
+        )
+        return cls(layout, Programs(declaration, layout))
+
+
+class Forms:
+    """The declared form of a batch, and the others that were met.
+
+    Attributes:
+      declared: what the step was compiled for.
+    """
+
+    def __init__(self, declaration: Declaration) -> None:
+        """Resolves the declared form."""
+        self.declared = Form.of(declaration)
+        self._declaration = declaration
+        self._others: dict[Types, Form] = {}
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return 1 + len(self._others)
+
+    def of(self, batch: Any) -> Form:
+        """Finds the form of a batch; what is no legal one is left to the declared one to refuse."""
+        got, structure = jax.tree.flatten(batch)
+        want, declared = jax.tree.flatten(self.declared.layout.batch)
+        if structure != declared or all(map(_alike, got, want)):
+            return self.declared
+        types = tuple(map(_type, got))
+        if types in self._others:
+            return self._others[types]
+        changes = list(_changes(self.declared.layout.batch, types))
+        ranks = all(len(shape) == a.ndim for (shape, _), a in zip(types, want, strict=True))
+        allowed = self._declaration.on_retrace == "warn" and jax.process_count() == 1
+        if not changes or not ranks or not allowed:
+            return self.declared
+        return self._made(structure, types, changes)
+
+    def _made(self, structure: Any, types: Types, changes: list[Problem]) -> Form:
+        shapes = structure.unflatten([jax.ShapeDtypeStruct(*one) for one in types])
+        try:
+            with no_ambient_mesh():
+                form = Form.of(self._declaration.replaced(batch=shapes))
+        except ShardingError:
+            return self.declared
+        self._others[types] = form
+        headline = f"The step is compiled for another form of its batch, which makes {self.count}."
+        fix = 'batches of one form: pad them; or compile_step(..., on_retrace="error") to stop here'
+        # The caller of the step's own method, which calls `of`, which calls this.
+        warnings.warn(format_problems(headline, changes, fix), RetraceWarning, stacklevel=4)
+        return form
+
+
+def _alike(x: Any, abstract: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray) and (x.shape, x.dtype) == (
+        abstract.shape,
+        abstract.dtype,
+    )
+
+
+def _type(x: Any) -> tuple[tuple[int, ...], np.dtype]:
+    return np.shape(x), jax.dtypes.canonicalize_dtype(jax.numpy.result_type(x))
+
+
+def _changes(declared: Any, types: Types) -> Iterator[Problem]:
+    named = jax.tree_util.tree_leaves_with_path(declared)
+    for (path, a), (shape, dtype) in zip(named, types, strict=True):
+        parts = [
+            part
+            for part, before, now in (("shape", a.shape, shape), ("dtype", a.dtype, dtype))
+            if before != now
+        ]
+        if parts:
+            types_ = short_type(a.shape, a.dtype), short_type(shape, dtype)
+            why = f"changed its {' and '.join(parts)}: declared as {types_[0]}, is {types_[1]}"
+            yield Problem(f"batch/{path_str(path)}", why)
