@@ -145,6 +145,37 @@ def test_a_budget_is_made_of_numbers():
     )
 
 
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"wire_bytes": 5}, r"wire_bytes=5  says no key\nFix:\n  - wire_bytes=\{KEY: 5\}"),
+        ({"wire_bytes": {None: 1}}, r"\[None\]  a key is an axis, a kind, or \(axis, kind\)"),
+        ({"collectives": {("a", "b", "c"): 1}}, r"a key is an axis, a kind, or \(axis, kind\)"),
+        ({"wire_bytes": {("data", "tx"): 1}}, r"\(axis, kind\), and 'tx' is no kind"),
+        ({"wire_bytes": {("data", "allreduce"): 1}}, r"no kind\. Did you mean 'all-reduce'\?"),
+        ({"reductions_per_step": {("data", "all-reduce"): 1}}, "a key is one name"),
+        ({"involuntary_remat": True}, "involuntary_remat=True  is a bool, not a number"),
+        ({"memory_bytes": float("nan")}, "memory_bytes=nan  is not a number of at least 0"),
+        ({"reductions_per_step": {"data": float("nan")}}, "=nan  is not a number of at least 0"),
+        ({"memory_bytes": -5}, "memory_bytes=-5  is not a number of at least 0"),
+    ],
+)
+def test_a_budget_in_a_form_that_holds_nothing_is_refused(parts, message):
+    with pytest.raises(ReportError, match=message):
+        Budget(**parts)
+
+
+def test_only_a_budget_is_a_budget(report):
+    with pytest.raises(ReportError, match="held to a Budget, not to a dict"):
+        report.check({"memory_bytes": 1})
+
+
+def test_a_loop_that_never_runs_executes_nothing(report):
+    rows = tuple(dataclasses.replace(row, trips=0, wire_bytes=0) for row in report.ledger)
+    idle = dataclasses.replace(report, ledger=dataclasses.replace(report.ledger, rows=rows))
+    idle.check(Budget(collectives={"data": 0}))
+
+
 def test_unknown_names_are_errors(report):
     with pytest.raises(ReportError, match="no axis 'dat'"):
         report.check(Budget(wire_bytes={"dat": 1}))

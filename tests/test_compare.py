@@ -53,6 +53,12 @@ def test_rounding_is_no_change(data):
 def test_the_other_layout_of_the_same_step(data, tensor):
     comparison = compare(data, tensor)
     assert comparison.target == (("mesh", "data=8", "data=2, tensor=4"),)
+    assert (
+        "params up",
+        f"f32[{LAYERS},8,32] P()",
+        f"f32[{LAYERS},8,32] P(None, None, 'tensor')",
+    ) in comparison.layouts
+    assert "params up: f32[" in str(comparison)
     head, details = named(comparison.headlines), named(comparison.details)
     sent = head["sent per step"]
     assert (sent.before, sent.after) == (data.ledger.total(), tensor.ledger.total())
@@ -66,12 +72,12 @@ def test_the_other_layout_of_the_same_step(data, tensor):
 
 def test_collectives_added_removed_and_resized(data, tensor):
     rows_of = named(compare(data, tensor).rows)
-    added = rows_of["all-reduce over tensor in mlp (forward)"]
+    added = rows_of["all-reduce of f32 over tensor in mlp (forward)"]
     assert (added.before, added.note) == (None, "added")
     assert added.after == sum(
         row.wire_bytes for row in tensor.ledger.where("tensor", phase="forward")
     )
-    back = named(compare(tensor, data).rows)["all-reduce over tensor in mlp (forward)"]
+    back = named(compare(tensor, data).rows)["all-reduce of f32 over tensor in mlp (forward)"]
     assert (back.before, back.after, back.note) == (added.after, None, "removed")
     once = dataclasses.replace(
         tensor.ledger,

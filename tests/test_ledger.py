@@ -267,6 +267,7 @@ def test_branches_are_marked():
     assert row.conditional
     assert row.axes == ("tensor",)
     assert (row.taken, row.wire_bytes) == (1, 16)
+    assert read_ledger(entry(body, branches), FOUR).upper_bound
     told = ', metadata={op_name="jit(step)/while/body/shardkit_taken_3_1/cond"}'
     (row,) = read_ledger(entry(body + told, branches), FOUR)
     assert (row.taken, row.wire_bytes) == (0.25, 4)
@@ -280,7 +281,10 @@ def test_branches_are_marked():
     [
         ("all-reduce(", "all-reduce-twice(", "an unknown kind of collective"),
         ("{{0,1},{2,3}}", "sparse<0,1>", "replica_groups in an unknown form"),
-        ("{{0,1},{2,3}}", "{{0,1},{2,7}}", "device 7 lies outside of mesh"),
+        ("{{0,1},{2,3}}", "{{0,1},{2,7}}", "do not hold each of 4 devices once"),
+        ("{{0,1},{2,3}}", "{{0,1}}", "do not hold each of 4 devices once"),
+        ("{{0,1},{2,3}}", "{{0,0,1,1},{2,3}}", "do not hold each of 4 devices once"),
+        ("{{0,1},{2,3}}", "mesh['a'=2] {'a'}", "do not hold each of 4 devices once"),
         ("all-reduce(%x)", "all-reduce(%y)", "operand y is not in the text"),
         ("ENTRY %main", "%main", "no ENTRY"),
         ("\n}\n", "\n", "ends inside computation main"),

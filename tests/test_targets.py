@@ -1,7 +1,9 @@
 """Compiling for devices that are not here, in a child process that leaves nothing behind."""
 
 import importlib.util
+import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -11,7 +13,9 @@ import jax
 import pytest
 
 from shardkit._errors import ConfigError, MeshError, ReportError, ShardingError, StepError
+from shardkit.mesh import Target
 from shardkit.targets import Source, compile_for
+from shardkit.targets.__main__ import users_line
 from shardkit.targets._child import _environment
 
 from ._declared import WIDTH
@@ -107,9 +111,20 @@ def test_a_crash_of_the_compiler_is_an_error_with_its_last_lines():
 
 
 def test_a_bug_in_the_users_code_keeps_its_traceback():
-    with pytest.raises(RuntimeError, match="KeyError: 'mine'") as error:
+    with pytest.raises(ConfigError, match="KeyError: 'mine'") as error:
         compile_for(source("bug"), "cpu:2")
-    assert "_declared.py" in str(error.value)
+    first, *_, fix = str(error.value).splitlines()
+    assert first == "The code of tests._declared:bug raised an error."
+    assert re.fullmatch(r"Fix: .*_declared\.py:\d+", fix)
+
+
+def test_a_bug_of_the_toolkit_is_not_called_the_users():
+    with pytest.raises(AttributeError) as ours:
+        Target.parse(None)  # pyright: ignore
+    assert users_line(ours.value) is None
+    with pytest.raises(ValueError) as theirs:  # noqa: PT011
+        json.loads("{")
+    assert (users_line(theirs.value) or "").startswith(f"{__file__}:")
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")

@@ -1,6 +1,7 @@
 """`Budget`: what a compiled step may cost, as data; `check` says what exceeds it, and why."""
 
 import dataclasses
+import math
 import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -54,28 +55,52 @@ class Budget:
     findings: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuses what is no number.
+        """Refuses what is no number, and keys that name nothing.
 
         Raises:
           ReportError: it names each such part.
         """
-        wrong = [
-            Problem(f"{name}={value!r}", f"is a {type(value).__name__}, not a number")
-            for name, value in _limits(self)
-            if not isinstance(value, numbers.Real)
-        ]
+        wrong = list(_misformed(self))
         fix = "sk.Budget(memory_bytes=16 * 2**30, wire_bytes={'data': 2**20}, compiles=1)"
         raise_all(ReportError, "The budget cannot be read.", wrong, fix)
 
 
-def _limits(budget: Budget) -> Iterator[tuple[str, Any]]:
-    """Every number of a budget, by name."""
+_BY_KEY = ("reductions_per_step", "wire_bytes", "collectives", "findings")
+_WITH_KIND = ("wire_bytes", "collectives")
+
+
+def _misformed(budget: Budget) -> Iterator[Problem]:
+    """What of a budget is in no form that a report can be held to."""
     for field in dataclasses.fields(budget):
-        value = getattr(budget, field.name)
-        if isinstance(value, Mapping):
-            yield from ((f"{field.name}[{key!r}]", limit) for key, limit in value.items())
-        elif value is not None:
-            yield field.name, value
+        name, value = field.name, getattr(budget, field.name)
+        if name not in _BY_KEY:
+            if value is not None:
+                yield from _no_limit(name, value)
+        elif not isinstance(value, Mapping):
+            yield Problem(f"{name}={value!r}", "says no key", f"{name}={{KEY: {value!r}}}")
+        else:
+            for key, limit in value.items():
+                yield from _no_key(f"{name}[{key!r}]", key, name in _WITH_KIND)
+                yield from _no_limit(f"{name}[{key!r}]", limit)
+
+
+def _no_limit(name: str, value: Any) -> Iterator[Problem]:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        yield Problem(f"{name}={value!r}", f"is a {type(value).__name__}, not a number")
+    elif math.isnan(float(value)) or value < 0:
+        yield Problem(f"{name}={value!r}", "is not a number of at least 0")
+
+
+def _no_key(subject: str, key: Any, with_kind: bool) -> Iterator[Problem]:
+    if isinstance(key, str):
+        return
+    if not with_kind:
+        yield Problem(subject, "a key is one name")
+    elif not (isinstance(key, tuple) and list(map(type, key)) == [str, str]):
+        yield Problem(subject, "a key is an axis, a kind, or (axis, kind)")
+    elif key[1].replace("_", "-") not in KINDS:
+        kinds = f"(axis, kind), and {key[1]!r} is no kind.{did_you_mean(key[1], KINDS)}"
+        yield Problem(subject, kinds)
 
 
 def check(report: "Report", budget: Budget) -> None:
@@ -88,8 +113,11 @@ def check(report: "Report", budget: Budget) -> None:
     Raises:
       BudgetError: with every part of the budget that is exceeded or cannot be told, what was
         expected, what was found, and the rows or leaves responsible.
-      ReportError: the budget names an axis, a kind or a finding that there is not.
+      ReportError: it is no `Budget`, or names an axis, a kind or a finding that there is not.
     """
+    if not isinstance(budget, Budget):
+        what = f"A report is held to a Budget, not to a {type(budget).__name__}."
+        raise ReportError(f"{what}\nFix: report.check(sk.Budget(memory_bytes=16 * 2**30))")
     problems = [problem for part in _PARTS for problem in part(report, budget)]
     mesh = ", ".join(f"{name}={size}" for name, size in report.mesh)
     over = count(len(problems), "budget")
@@ -155,7 +183,7 @@ def _wire(report: "Report", budget: Budget) -> Iterator[Problem]:
 def _collectives(report: "Report", budget: Budget) -> Iterator[Problem]:
     for key, most in budget.collectives.items():
         rows = _rows(report, key)
-        total = sum(row.trips or 1 for row in rows)
+        total = sum(1 if row.trips is None else row.trips for row in rows)
         yield from _at_most(f"collectives[{key!r}]", most, total, _lines(rows))
         yield from _incomplete(report, f"collectives[{key!r}]")
 

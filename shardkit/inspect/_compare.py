@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable, Iterator
 
 from .._tree import format_bytes
 from ._findings import Finding
+from ._layouts import Layout
 from ._ledger import Ledger
 from ._report import Report
 from ._timeline import format_seconds
 
 _PARTS = ("params", "opt_state", "extra", "batch", "rest", "padding", "output", "temp")
-_ROWS, _FINDINGS, _NAME = 12, 12, 60
+_ROWS, _FINDINGS, _LAYOUTS, _NAME = 12, 12, 12, 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +52,13 @@ class Comparison:
 
     Attributes:
       target: what the step was compiled for, `(what, before, after)`.
+      layouts: arrays of the step's input that lie otherwise, came or went: `(leaf, before,
+        after)`, the largest first.
       headlines: step time, bytes sent, memory, FLOPs.
       new: findings that only the second report has.
       gone: findings that only the first has.
-      details: bytes sent by axes and by kind, memory by class, reductions.
+      details: bytes sent by axes and by kind, with their ratio to the minimum; memory by class;
+        reductions; findings that both have, of other size.
       rows: collectives, grouped by kind, axes, phase and scope; the largest change first.
       caveats: why numbers may be lower bounds.
     """
@@ -66,9 +70,11 @@ class Comparison:
     details: tuple[Change, ...]
     rows: tuple[Change, ...]
     caveats: tuple[str, ...] = ()
+    layouts: tuple[tuple[str, str, str], ...] = ()
 
     def __bool__(self) -> bool:
-        return any((self.target, self.headlines, self.new, self.gone, self.details, self.rows))
+        numbers = (self.headlines, self.details, self.rows)
+        return any((self.target, self.layouts, self.new, self.gone, *numbers))
 
     def __str__(self) -> str:
         """At most 100 columns, the most important first; `Nothing changed.` where so."""
@@ -83,6 +89,9 @@ class Comparison:
         lines += [_cut(f"gone: {finding}") for finding in self.gone[:_FINDINGS]]
         left = len(self.new[_FINDINGS:]) + len(self.gone[_FINDINGS:])
         lines += [f"and {left} more findings new or gone"] if left else []
+        lines += [_cut(f"{leaf}: {old} → {new}") for leaf, old, new in self.layouts[:_LAYOUTS]]
+        left = len(self.layouts[_LAYOUTS:])
+        lines += [f"and {left} more arrays that lie otherwise"] if left else []
         lines += map(str, self.details)
         if self.rows:
             lines += ["collectives, sent per step:", *map(str, self.rows[:_ROWS])]
@@ -109,6 +118,7 @@ def compare(before: Report, after: Report) -> Comparison:
         details=_changed(_details(before, after)),
         rows=_rows(before.ledger, after.ledger),
         caveats=tuple(_caveats(before, after)),
+        layouts=_layouts(before, after),
     )
 
 
@@ -121,6 +131,30 @@ def _target(before: Report, after: Report) -> Iterator[tuple[str, str, str]]:
         ("mesh", mesh(before), mesh(after)),
     )
     yield from ((what, old, new) for what, old, new in pairs if old != new)
+
+
+def _layouts(before: Report, after: Report) -> tuple[tuple[str, str, str], ...]:
+    """Arrays whose type or spec is not the same: the cause of most else that differs."""
+    if not (before.leaves and after.leaves):  # Of a program's text alone they are not known.
+        return ()
+    old, new = ({(one.part, one.path): one for one in report.leaves} for report in (before, after))
+    leaves = sorted(
+        dict.fromkeys([*old, *new]),
+        key=lambda leaf: -max(one[leaf].device_bytes for one in (old, new) if leaf in one),
+    )
+    shown = ((leaf, _lies(old.get(leaf)), _lies(new.get(leaf))) for leaf in leaves)
+    return tuple((f"{part} {path}", was, now) for (part, path), was, now in shown if was != now)
+
+
+def _lies(layout: Layout | None) -> str:
+    """`f32[64,256] P(None, 'tensor')`, or that it is not there."""
+    if layout is None:
+        return "not there"
+    dims = [dim[0] if len(dim) == 1 else dim or None for dim in layout.spec]
+    while dims and dims[-1] is None:
+        dims.pop()
+    shape = ",".join(map(str, layout.shape))
+    return f"{layout.dtype}[{shape}] P({', '.join(map(repr, dims))})"
 
 
 def _headlines(before: Report, after: Report) -> Iterator[Change]:
@@ -147,6 +181,10 @@ def _details(before: Report, after: Report) -> Iterator[Change]:
     for axes in dict.fromkeys([*by_old, *by_new]):
         name = f"  sent over {', '.join(axes) or 'no axis'}"
         yield Change(name, by_old.get(axes, 0), by_new.get(axes, 0), "bytes")
+    least = [{one.axis: one.ratio for one in report.minima} for report in (before, after)]
+    for axis in dict.fromkeys([*least[0], *least[1]]):
+        ratios = least[0].get(axis), least[1].get(axis)
+        yield Change(f"  over {axis}, to its minimum", *ratios, "times")
     for kind in dict.fromkeys(row.kind for row in (*old, *new)):
         yield Change(f"  sent by {kind}", old.total(kind=kind), new.total(kind=kind), "bytes")
     yield Change("  hidden behind compute", _hidden(old), _hidden(new), "bytes")
@@ -157,6 +195,11 @@ def _details(before: Report, after: Report) -> Iterator[Change]:
         times = before.reductions.get(axis), after.reductions.get(axis)
         yield Change(f"  gradient reductions over {axis}", *times, "times")
     yield Change("  compiles", before.compiles, after.compiles, "times")
+    yield Change("  capacity", before.memory.capacity, after.memory.capacity, "bytes")
+    sizes = [{_identity(one): one.bytes for one in report.findings} for report in (before, after)]
+    for identity, size in sizes[0].items():
+        if identity in sizes[1]:
+            yield Change(f"  finding {_called(identity)}", size, sizes[1][identity], "bytes")
 
 
 def _hidden(ledger: Ledger) -> int:
@@ -185,9 +228,10 @@ def _groups(ledger: Ledger) -> dict[str, tuple[int, int]]:
     found: dict[str, tuple[int, int]] = {}
     for row in ledger:
         where = f" in {row.scope}" if row.scope else ""
-        name = f"{row.kind} over {', '.join(row.axes) or 'no axis'}{where} ({row.phase})"
+        axes = ", ".join(row.axes) or "no axis"
+        name = f"{row.kind} of {row.dtype} over {axes}{where} ({row.phase})"
         sent, times = found.get(name, (0, 0))
-        found[name] = (sent + row.wire_bytes, times + (row.trips or 1))
+        found[name] = (sent + row.wire_bytes, times + (1 if row.trips is None else row.trips))
     return found
 
 
@@ -215,6 +259,11 @@ def _only(one: Report, other: Report) -> tuple[Finding, ...]:
 
 def _identity(finding: Finding) -> tuple[str, str, str, tuple[str, ...]]:
     return finding.kind, finding.leaf, finding.scope, finding.axes
+
+
+def _called(identity: tuple[str, str, str, tuple[str, ...]]) -> str:
+    kind, leaf, scope, axes = identity
+    return " ".join(filter(None, [kind, leaf or scope, f"over {', '.join(axes)}" if axes else ""]))
 
 
 def _cut(text: str) -> str:

@@ -75,4 +75,4 @@ def _of_tensor(
 
 
 def _runs(row: Row) -> float:
-    return (row.trips or 1) * row.taken
+    return (1 if row.trips is None else row.trips) * row.taken

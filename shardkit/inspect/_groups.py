@@ -58,14 +58,23 @@ def read_groups(text: str, devices: int) -> list[np.ndarray]:
       i64[size] positions per group.
 
     Raises:
-      ValueError: the text has none of the known forms.
+      ValueError: the text has none of the known forms, or its groups are not a partition of the
+        devices: XLA wants each of them in exactly one.
 
     >>> [list(map(int, g)) for g in read_groups("[4,2]<=[2,2,2]T(0,2,1)", 8)]
     [[0, 2], [1, 3], [4, 6], [5, 7]]
     >>> [list(map(int, g)) for g in read_groups("mesh['a'=2,'b'=4] {'b':(1)2}", 8)]
     [[0, 2], [1, 3], [4, 6], [5, 7]]
     """
-    text = text.strip()
+    groups = _read(text.strip(), devices)
+    if not np.array_equal(np.sort(np.concatenate(groups)), np.arange(devices)):
+        why = f"replica_groups do not hold each of {devices} devices once"
+        raise ValueError(f"{why}: {text.strip()[:80]!r}")
+    return groups
+
+
+def _read(text: str, devices: int) -> list[np.ndarray]:
+    """Groups in any printed form, whatever they hold."""
     if text in ("{}", "{{}}"):
         return [np.arange(devices)]
     if text.startswith("{{"):

@@ -20,7 +20,7 @@ _SHAPE = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,<=\s]*)\]")
 _NAME = re.compile(r"%([\w.\-]+)")
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|"|[(){}\[\],]', re.DOTALL)
 _BITS = {"pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "f4e2m1fn": 4, "token": 0, "opaque": 0}
-_DTYPE = re.compile(r"(?:s|u|f|bf|c)(\d+)(?:e\dm\d\w*)?$")
+_DTYPE = re.compile(r"(?:[su](8|16|32|64)|f(16|32|64)|bf(16)|c(64|128)|f(4|8)e\dm\d\w*)$")
 _CALLS = ("calls", "to_apply", "body", "condition", "true_computation", "false_computation")
 _LITERAL = frozenset({"constant", "parameter"})  # these print values between their parentheses
 _CALL_LISTS = ("branch_computations", "called_computations", "async_execution_thread_calls")
@@ -35,7 +35,7 @@ def dtype_bits(dtype: str) -> int:
     if dtype in _BITS:
         return _BITS[dtype]
     match = _DTYPE.match(dtype)
-    return int(match.group(1)) if match else 0
+    return int(match[match.lastindex or 0]) if match else 0
 
 
 @dataclasses.dataclass(frozen=True)

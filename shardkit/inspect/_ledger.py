@@ -101,8 +101,19 @@ class Ledger(Sequence[Row]):
 
     @property
     def complete(self) -> bool:
-        """Every collective of the text was read, with its trips: totals are the whole truth."""
+        """Every collective of the text was read, with its trips: totals are no less than true.
+
+        They are the whole truth unless `upper_bound`.
+        """
         return not self.problems
+
+    @property
+    def upper_bound(self) -> bool:
+        """A row stands in a branch of which nobody says how often it is taken: it counts as always.
+
+        So totals hold both branches of a conditional, of which a device takes one.
+        """
+        return any(row.conditional and row.taken == 1 for row in self.rows)
 
     @overload
     def __getitem__(self, index: int) -> Row: ...

@@ -38,7 +38,8 @@ def gradient_reductions(
         # Between slices goes the rest of what each reduced inside, unless there was nothing to.
         if row.kind not in REDUCING or (row.dcn and not row.whole):
             continue
-        scale = (row.trips or 1) / _ways(splitting & set(row.axes), axis, sizes)
+        trips = 1 if row.trips is None else row.trips
+        scale = trips / _ways(splitting & set(row.axes), axis, sizes)
         arrays = [
             count * scale
             for count, phase in _elements(row)

@@ -129,7 +129,7 @@ class Schedule:
         trips = self._loops.trips(here.name, loop.name)
         if trips is None:
             self.problems.append(f"loop {loop.name} runs an unknown number of times; counted once")
-        return trips or 1
+        return 1 if trips is None else trips
 
     def _collectives(self, here: Computation, instruction: Instruction) -> Iterator[Row]:
         """Collectives that an instruction is, or that a fusion or an asynchronous call holds."""

@@ -79,7 +79,9 @@ def _axes(report: "Report") -> RenderableType:
     for axes, wire in report.ledger.by_axes().items():
         cells = _axes_cells(report, axes, wire)
         table.add_row(*(cells[name] for name in columns))
-    more = (Text(line) for one in report.minima if one.excess for line in _excess(one))
+    more = [Text(line) for one in report.minima if one.excess for line in _excess(one)]
+    if report.ledger.upper_bound:
+        more.append(Text("Branches of conditionals count as taken: totals are upper bounds."))
     return Group(_title(f"Sent per step: {total}"), table, *more)
 
 

@@ -246,7 +246,8 @@ def _roofline(
             found[phase, scope, "compute", ()] = products * number / flops.total
     for row in ledger:
         key = (row.phase, row.scope, "communication", row.axes)
-        found[key] = found.get(key, 0.0) + links.seconds(row) * (row.trips or 1) * row.taken
+        times = (1 if row.trips is None else row.trips) * row.taken
+        found[key] = found.get(key, 0.0) + links.seconds(row) * times
     segments = tuple(Segment(*key, seconds, seconds) for key, seconds in found.items())
     wire, compute = _by_axes(segments), products or 0.0
     exposed = sum(wire.values())

@@ -60,7 +60,9 @@ def _executed(
             trips = loops.trips(name, instruction.name)
             unknown += [instruction.name] if trips is None else []
             body = dict(instruction.calls)["body"]
-            yield from _executed(module, loops, body, times * (trips or 1), unknown)
+            yield from _executed(
+                module, loops, body, times * (1 if trips is None else trips), unknown
+            )
         elif instruction.opcode in ("call", "conditional", "async-start"):
             for _, callee in instruction.calls:
                 yield from _executed(module, loops, callee, times, unknown)

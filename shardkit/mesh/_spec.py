@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -203,7 +204,9 @@ def _faults(sizes: Mapping[str, Any], slices: Mapping[str, Any]) -> list[Problem
     for axis, size in sizes.items():
         if not axis.isidentifier() or axis in _RESERVED:
             why = "an axis is named by an identifier"
-            problems.append(Problem(f"axis {axis!r}", why, "MeshSpec(data=2, tensor=4)"))
+            named = re.sub(r"\W+", "_", f"axis_{axis}" if not axis[:1].isalpha() else axis)
+            named = f"{named}_" if named in _RESERVED else named
+            problems.append(Problem(f"axis {axis!r}", why, f"MeshSpec({named}={size!r})"))
         if not _is_size(size) and size != -1:
             why = f"{size!r} is not a positive int, nor -1 for what the devices leave"
             problems.append(Problem(f"{axis}={size!r}", why, f"{axis}=2, or {axis}=-1"))

@@ -5,8 +5,10 @@ import os
 import shutil
 import signal
 import sys
+import sysconfig
 import threading
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,28 @@ def end_with_parent(folder: Path) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def users_line(error: BaseException) -> str | None:
+    """Where the code of a user raised an error, `FILE:LINE`; None where it is not theirs.
+
+    The innermost frame decides that is of no library: this package's frames make it ours.
+    """
+    ours = Path(__file__).parents[1]
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        if ours in path.parents:
+            return None
+        if not {"site-packages", "dist-packages"} & set(path.parts) and path.exists():
+            library = sysconfig.get_path("stdlib")
+            if Path(library) not in path.parents:
+                return f"{frame.filename}:{frame.lineno}"
+    return None
+
+
+def _own_failure(source: Mapping[str, Any], trace: str, place: str) -> str:
+    name = source["name"] or "the default config"
+    return f"The code of {name} raised an error.\n{trace.strip()}\nFix: {place}"
+
+
 def main(request: str, answer: str) -> None:
     """Reads a request, writes an answer: a report, or what went wrong."""
     asked = json.loads(Path(request).read_text())
@@ -60,6 +84,8 @@ def main(request: str, answer: str) -> None:
     except Exception as error:
         trace = traceback.format_exc()
         made = {"kind": type(error).__qualname__, "message": str(error), "trace": trace}
+        if (place := users_line(error)) is not None:
+            made = {"kind": "ConfigError", "message": _own_failure(asked["source"], trace, place)}
     whole = Path(answer).with_suffix(".part")
     whole.write_text(json.dumps(made))
     whole.rename(answer)

@@ -140,6 +140,9 @@ def _crashed(child: subprocess.Popen[bytes], target: Target, said: str) -> None:
     code = child.returncode
     how = f"was ended by signal {-code}" if code < 0 else f"left with exit code {code}"
     tail = "\n".join(said.strip().splitlines()[-12:])
+    if not tail:
+        fix = "no sys.exit or os._exit in what declares the step"
+        _refuse(target, f"the compiling process {how} and said nothing", fix)
     _refuse(target, f"the compiling process {how}; its last lines:\n{tail}", "see above")
 
 

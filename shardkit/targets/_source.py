@@ -72,7 +72,7 @@ class Source:
             if error.name and not module_name.startswith(error.name):
                 raise
             _refuse(self.name, f"there is no module {module_name!r}", "run where it is importable")
-        names = [name for name, value in vars(module).items() if callable(value)]
+        names = [name for name, value in vars(module).items() if inspect.isroutine(value)]
         if function not in names:
             why = f"{module_name} has no function {function!r}.{did_you_mean(function, names)}"
             close = difflib.get_close_matches(function, names, n=1, cutoff=0.5)

@@ -50,6 +50,12 @@ const least = (problems) => (problems.length ? "at least " : "");
 const bound = (problems) =>
   problems.length ? el("p", { class: "warn" }, "Incomplete: these are lower bounds.") : "";
 
+// A device takes one branch of a conditional; unless a schedule tells, all of them are counted.
+const branched = (rows) =>
+  rows.some((row) => row.conditional && row.taken === 1)
+    ? el("p", { class: "warn" }, "Branches of conditionals count as taken: totals are upper bounds.")
+    : "";
+
 const label = (kind) => el("span", { class: `label ${kind}`, title: LABELS[kind] }, kind);
 
 function section(id, title, labels, ...children) {

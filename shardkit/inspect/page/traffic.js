@@ -71,6 +71,7 @@ function draw_traffic() {
         "the minimum is a textbook formula.",
     ),
     bound(report.ledger.problems),
+    branched(report.ledger.rows),
     made.node,
     ...report.minima.filter((one) => one.excess?.length).map(beyond),
     by_sets(rows),
