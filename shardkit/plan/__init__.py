@@ -1,8 +1,20 @@
 """Which mesh for this model on these devices: every layout estimated, the fitting ones ranked."""
 
 from ._compile import compile_best, compiled
+from ._declared import Modelled, modelled
+from ._network import Network
 from ._plan import plan
 from ._result import Candidate, Plan
 from ._space import Space
 
-__all__ = ["Candidate", "Plan", "Space", "compile_best", "compiled", "plan"]
+__all__ = [
+    "Candidate",
+    "Modelled",
+    "Network",
+    "Plan",
+    "Space",
+    "compile_best",
+    "compiled",
+    "modelled",
+    "plan",
+]

@@ -130,7 +130,7 @@ class Search:
         """Exact bytes of a layout, or why there is none."""
         used = {a: n for a, n in sizes.items() if n > 1} or dict([*sizes.items()][:1])
         try:
-            return _bytes(self.model.layout(used, layout_of(sizes, zero)))
+            return placed_bytes(self.model.layout(used, layout_of(sizes, zero)))
         except Exception as error:  # rules are a user's code, and may raise anything
             return _reason(error)
 
@@ -207,7 +207,7 @@ class Search:
                     zero=zero,
                     state=own.state,
                     batch=own.batch,
-                    temp=float(values.temp[i]) + _kept(own, schedule),
+                    temp=float(values.temp[i]) + kept_bytes(own, schedule),
                     capacity=chip.memory,
                     seconds=float(seconds[i] + update + refresh * shown),
                     compute=float(values.compute[i]),
@@ -220,7 +220,7 @@ class Search:
         return made
 
 
-def _kept(placed: Placed, schedule: Accumulate) -> int:
+def kept_bytes(placed: Placed, schedule: Accumulate) -> int:
     """Bytes of what micro-batches add up in."""
     if schedule.steps == 1:
         return 0
@@ -231,7 +231,7 @@ def _rows(declared: Declaration) -> int:
     return next((x.shape[0] for x in jax.tree.leaves(declared.batch) if x.shape), 0)
 
 
-def _bytes(layout: Layout) -> Placed:
+def placed_bytes(layout: Layout) -> Placed:
     """Exact bytes from the resolved shardings."""
     state, where = layout.state, layout.shardings
     held = sum(_shard_bytes(getattr(where, n), getattr(state, n)) for n in ("params", "opt_state"))

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .._errors import ShardkitError
-from ..step import CompiledStep
+from ..plan import Network, modelled
+from ..step import CompiledStep, Declaration
 from ..targets import NotCompiled
 from ._case import Case
 from ._circumstances import circumstances
-from ._compilers import Compiler
+from ._compilers import Compiler, Made
 from ._parity import Parity
 from ._row import (
     FAILED,
@@ -36,7 +37,7 @@ class Attempts:
       compiler: here, or for an absent target.
       verify: whether steps are compared with one device.
       batches: host batches for that; None for made-up ones.
-      estimate: case → modelled bytes per device; None where nobody models them.
+      estimate: case → modelled bytes per device; None for those of a plan's model.
     """
 
     compiler: Compiler
@@ -47,6 +48,11 @@ class Attempts:
     @functools.cached_property
     def _parity(self) -> Parity:
         return Parity(self.batches)
+
+    def _by_plan(self, case: Case, made: Made) -> dict[str, Any]:
+        if self.estimate:
+            return {"memory": self.estimate(case)}
+        return by_plan(case, made.declaration, self.compiler.network)
 
     def try_case(self, case: Case) -> tuple[Row, CompiledStep | None]:
         """Returns the row of a case, and its step where it is legal and was compiled here."""
@@ -62,8 +68,7 @@ class Attempts:
             on={**blank.on, "platform": report.platform, "device_kind": report.device_kind},
             compiled=compiled_figures(report),
             measured={"compile_seconds": {"whole": made.seconds, **report.seconds}},
-            modelled=modelled_figures(report)
-            | ({"memory": self.estimate(case)} if self.estimate else {}),
+            modelled=modelled_figures(report) | self._by_plan(case, made),
         )
         if why := misfit(report):
             return dataclasses.replace(row, status=MEMORY, reason=why), None
@@ -73,6 +78,17 @@ class Attempts:
             return _proved(row, self._parity.verdict(made.step)), made.step
         except Exception as error:
             return ended(row, error), None
+
+
+def by_plan(case: Case, declared: Declaration, network: Network | None) -> dict[str, Any]:
+    """What a plan would say of a case, as plain values; or why it says nothing."""
+    try:
+        found = modelled(declared, case.sizes, network)
+    except Exception as error:  # the walk goes through a user's code
+        return {"not_modelled": reason(f"{type(error).__name__}: {error}")}
+    seconds = {} if found.seconds is None else {"plan_seconds": found.seconds}
+    figures = {"memory": found.total, "wire": sum(found.wire.values()), "axes": dict(found.wire)}
+    return {**figures, **seconds, "problems": list(found.problems)}
 
 
 def ended(row: Row, error: Exception) -> Row:

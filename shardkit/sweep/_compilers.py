@@ -9,8 +9,10 @@ import jax
 from jax.sharding import Mesh
 
 from .._errors import Problem, StepError, SweepError, count, format_problems, raise_all
+from ..hardware import chip_of
 from ..inspect import Report
 from ..mesh import MeshSpec, Target
+from ..plan import Network
 from ..step import CompiledStep, Declaration
 from ..targets import Source, compile_for
 from ._case import Case
@@ -26,11 +28,13 @@ class Made:
     Attributes:
       report: of the step; its own `seconds` are those of tracing, lowering and compiling.
       seconds: wall time from the call of the factory to the report, a child's start included.
+      declaration: what was compiled.
       step: None where it was compiled in another process.
     """
 
     report: Report
     seconds: float
+    declaration: Declaration
     step: CompiledStep | None = None
 
 
@@ -40,6 +44,11 @@ class Compiler(Protocol):
     @property
     def on(self) -> Mapping[str, Any]:
         """What is known of the devices before anything is compiled."""
+        ...
+
+    @property
+    def network(self) -> Network | None:
+        """Links and chip of the devices; None where the hardware table has no such device."""
         ...
 
     def compile(self, case: Case) -> Made:
@@ -61,6 +70,12 @@ class Here:
         own = {"platform": device.platform, "device_kind": device.device_kind}
         return {"target": "local", **own}
 
+    @property
+    def network(self) -> Network | None:
+        """Links of the devices' own kind."""
+        chip = chip_of(self.present[0].device_kind)
+        return Network(chip) if chip else None
+
     def compile(self, case: Case) -> Made:
         """Builds the mesh, calls the factory and reads what it made.
 
@@ -72,7 +87,8 @@ class Here:
         mesh = MeshSpec(dcn=None, **case.sizes).build(devices=first)
         step = _compiled(self.factory(mesh, accumulate=case.accumulate, remat=case.remat), mesh)
         check_asked(step.declaration, step.mesh.shape, case)
-        return Made(step.report(), time.perf_counter() - start, step)
+        report = step.report()
+        return Made(report, time.perf_counter() - start, step.declaration, step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +96,13 @@ class Absent:
     """Compiles for devices that only their compiler knows, each case in a child process.
 
     Attributes:
+      factory: declares a case for a `MeshSpec`.
       source: case → what the child is to load.
       target: what it compiles for.
       timeout: seconds after which a child is ended.
     """
 
+    factory: Factory
     source: Callable[[Case], Source]
     target: str
     timeout: float
@@ -94,6 +112,12 @@ class Absent:
         """The target."""
         return {"target": str(Target.parse(self.target))}
 
+    @property
+    def network(self) -> Network | None:
+        """Links of the target."""
+        target = Target.parse(self.target)
+        return Network.of(target) if target.chip else None
+
     def compile(self, case: Case) -> Made:
         """Waits for a child.
 
@@ -102,7 +126,11 @@ class Absent:
         """
         start = time.perf_counter()
         report = compile_for(self.source(case), self.target, timeout=self.timeout)
-        return Made(report, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        spec = MeshSpec(dcn=None, **case.sizes)
+        declared = self.factory(spec, accumulate=case.accumulate, remat=case.remat)
+        assert isinstance(declared, Declaration)  # the child has compiled it
+        return Made(report, seconds, declared)
 
 
 def present_devices(wanted: Sequence[int]) -> Sequence[Any]:

@@ -25,7 +25,6 @@ READY = {
     "fsdp": strategies.fsdp,
     "tensor": strategies.tensor,
     "context": strategies.context,
-    "pipe": strategies.pipeline,
     "expert": strategies.expert,
 }
 """The ready strategy that an axis stands for where a config declares none for it."""

@@ -88,6 +88,9 @@ def flat(row: Row) -> dict[str, Any]:
         "measured warm-up seconds": row.measured.get("warm_up_seconds", ""),
         "measured compile seconds": row.measured.get("compile_seconds", {}).get("whole", ""),
         "modelled step seconds": row.modelled.get("step_seconds", ""),
+        "modelled plan seconds": row.modelled.get("plan_seconds", ""),
+        "modelled bytes total": row.modelled.get("memory", ""),
+        "modelled wire bytes": row.modelled.get("wire", ""),
         **{f"compiled bytes {part}": memory.get(part, "") for part in (*PARTS, "total")},
         "compiled wire bytes": compiled.get("wire", ""),
     }

@@ -33,7 +33,9 @@ class Row:
         axes), `flops`, `findings` by kind, `problems`.
       measured: `compile_seconds`; where the step was timed `step_seconds` (median, low and high
         quartile, samples), `warm_up_seconds` and `where`.
-      modelled: `step_seconds` of the timeline, where the devices' links and peaks are known.
+      modelled: `step_seconds` of the timeline, where the devices' links and peaks are known; and
+        what a plan would say before compiling: `memory` (bytes per device), `wire` (bytes sent),
+        `axes` (the same by mesh axes), `plan_seconds`, or why it says nothing, `not_modelled`.
       verified: whether the numbers are those of one device, and the check nearest to its limit.
       circumstances: commit, date and versions.
     """

@@ -127,6 +127,17 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         notes.append(
             "Step: modelled (~), from the compiled program and the chip's links and peaks."
         )
+    known = [row for row in rows if row.total and "memory" in row.modelled]
+    if known:
+        over = sorted(row.modelled["memory"] / (row.total or 1) for row in known)
+        ends = f"{over[0]:.2f} to {over[-1]:.2f}"
+        of = f"of {len(known)} rows, " if len(known) < len(rows) else ""
+        notes.append(
+            f"Modelled by a plan, memory is {of}{statistics.median(over):.2f} of the compiled one "
+            f"in the median, {ends} at the ends."
+        )
+    if unknown := dict.fromkeys(one for row in rows if (one := row.modelled.get("not_modelled"))):
+        notes.append(f"Not modelled: {'; '.join(unknown)}.")
     commits = dict.fromkeys(str(row.circumstances.get("commit")) for row in rows)
     if len(commits) > 1:
         notes.append(f"Rows of several commits: {', '.join(commits)}.")

@@ -63,7 +63,8 @@ def sweep(
       timeout: seconds for one compile in a child process.
       record: plain values that tell this sweep from others, beside the factory's name: rows of
         another one are refused.
-      estimate: case → bytes per device by a model of yours, to be drawn beside the compiled ones.
+      estimate: case → bytes per device by a model of yours, to be drawn beside the compiled ones;
+        by default the model of `sk.plan`.
       on_row: called with each row that is made, the number done and the number of all; again
         with each that is timed, the number of these and of all to be timed.
 
@@ -162,7 +163,7 @@ def _compiler(
     if target is None:
         return Here(of, present_devices(counts))
     source_of(of, wanted[0])  # a factory without a name is refused before anything is written
-    return Absent(lambda case: source_of(of, case), target, timeout)
+    return Absent(of, lambda case: source_of(of, case), target, timeout)
 
 
 def _identity(
