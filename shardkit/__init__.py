@@ -31,6 +31,7 @@ from .adapters import Model, from_linen, from_nnx
 from .checkpoint import Checkpointer, Keep
 from .config import Config
 from .guards import Mismatch, check_replicas
+from .hardware import Chip
 from .inspect import Budget, Report
 from .mesh import MeshSpec, simulate_devices
 from .models import attention, experts, route
@@ -54,6 +55,7 @@ __all__ = [
     "Certificate",
     "CheckpointError",
     "Checkpointer",
+    "Chip",
     "CompiledStep",
     "Compression",
     "Config",

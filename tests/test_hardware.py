@@ -1,11 +1,22 @@
 """The hardware table against what the compilers are told, and against its own sources."""
 
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 
-from shardkit.hardware import CHIPS, chip_of, gpu_target_config
+from shardkit._errors import MeshError, ReportError
+from shardkit.cli import main
+from shardkit.hardware import (
+    CHIPS,
+    chip_of,
+    find_chip,
+    gpu_target_config,
+    hardware_table,
+    measure_cpu,
+)
+from shardkit.mesh import Target
 from shardkit.mesh._target import GPUS, TPUS
 
 GOLDEN = Path(__file__).parent / "data" / "gpu_targets.txt"
@@ -67,7 +78,9 @@ def test_every_target_is_in_the_table():
         assert chip.name == name
         assert chip.kind == ("tpu" if name in TPUS else "gpu")
         assert chip.torus_dims == TPUS.get(name, 0)
-        assert chip.sources
+        far = {"torus_dims", "clock"} if chip.torus_dims else {"domain"}
+        near = {"flops", "memory", "memory_bandwidth", "link", "network", "latency"}
+        assert chip.sources.keys() == near | far
 
 
 @pytest.mark.parametrize(
@@ -94,6 +107,80 @@ def test_unknown_devices_are_not_guessed():
     # Cards of a known name with other memory, clocks and links.
     assert chip_of("NVIDIA A100-SXM4-40GB") is None
     assert chip_of("NVIDIA H100 PCIe") is None
+
+
+def mine(**changes):
+    return dataclasses.replace(CHIPS["v5e"], name="mine", runtime_names=(), **changes)
+
+
+def test_every_figure_of_the_table_is_printed_with_its_source():
+    text = hardware_table(list(CHIPS.values()))
+    assert max(map(len, text.splitlines())) <= 100
+    flat = " ".join(text.split())
+    for name, chip in CHIPS.items():
+        assert f" {name} " in flat
+        assert all(source in flat for source in chip.sources.values())
+    (row,) = [line.split() for line in text.splitlines() if line.startswith("h100 ")]
+    assert row == ["h100", "989", "1979", "67", "79.1", "3352", "450", "8", "GPUs", "50", "2"]
+
+
+def test_a_chip_that_cannot_be_is_refused_with_all_that_is_wrong():
+    with pytest.raises(MeshError, match="Chip 'mine' cannot be") as error:
+        mine(memory=0, flops={"f32": -1.0}, torus_dims=0, kind="npu")
+    for words in ("memory", "flops['f32']  -1.0 is not above 0", "has no bf16", "is none of tpu"):
+        assert words in str(error.value)
+    assert "Fix: what its data sheet says" in str(error.value)
+
+
+def test_an_unknown_chip_is_named_with_the_nearest():
+    with pytest.raises(ReportError, match=r"'h10'  is not in .*Did you mean 'h100'\?") as error:
+        find_chip("h10")
+    assert "hardware=(sk.Chip(name='h10'" in str(error.value)
+    assert find_chip("mine", [mine()]).name == "mine"
+
+
+def test_targets_may_name_chips_of_a_users_own():
+    own = {"mine": 2, "card": 0}
+    assert Target.parse("tpu:mine:4x4", own).n_devices == 16
+    assert Target.parse("gpu:card:2x8", own).n_devices == 16
+    with pytest.raises(MeshError, match=r"unknown chip 'min'; known: .*Did you mean 'mine'\?"):
+        Target.parse("tpu:min:4x4", own)
+    with pytest.raises(MeshError, match="a slice of mine has 2 dims of chips"):
+        Target.parse("tpu:mine:4x4x4", own)
+
+
+def test_this_machine_is_measured_and_says_so():
+    chip = measure_cpu()
+    assert (chip.kind, chip.name) == ("cpu", "cpu")
+    assert chip.flops["f32"] > 1e8
+    assert 1e7 < chip.link < chip.memory_bandwidth < 1e13
+    assert "measured on" in chip.sources["flops"]
+
+
+CONFIG = """
+import dataclasses
+from shardkit.config import Config
+from shardkit.hardware import CHIPS
+
+def config():
+    slow = dataclasses.replace(CHIPS["v5e"], name="mine", link=1e8, sources={"link": "my wires"})
+    return Config(hardware=(slow,))
+"""
+
+
+def test_commands_know_the_chips_of_a_config(tmp_path, capsys):
+    path = tmp_path / "mine.py"
+    path.write_text(CONFIG)
+    assert main(["hardware", "mine", "h100", "--config", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "my wires" in said
+    assert "v5e" not in said
+    assert main(["hardware", "v5x"]) == 2
+    assert "Did you mean 'v5e'?" in capsys.readouterr().err
+    assert main(["plan", str(path), "--target", "tpu:mine:2x4"]) == 2
+    assert "mine is the config's own chip, which no compiler knows" in capsys.readouterr().err
+    assert main(["explain", str(path), "--chip", "min"]) == 2
+    assert "'min'  is not in the hardware table" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -212,6 +212,18 @@ def test_devices_that_nothing_is_known_of():
         Space(axes=("fsdpp",))
 
 
+def test_a_chip_of_a_users_own_is_planned_for(products):
+    slow = dataclasses.replace(CHIPS["v5p"], name="mine", link=1e6)
+    space = Space(accumulate=(1,), remat=("none",))
+    made = plan(two_products(), "tpu:mine:2x2x2", space=space, hardware=[slow])
+    sizes = {"fsdp": 8}
+    links = [on(one, **sizes).communication["fsdp"] for one in (made, products)]
+    assert links[0] > 1000 * links[1]
+    assert on(made, **sizes).wire == on(products, **sizes).wire
+    with pytest.raises(MeshError, match="unknown chip 'mine'"):
+        plan(two_products(), "tpu:mine:2x2x2")
+
+
 def test_axes_ride_the_torus():
     assert lines_of({"data": 4, "fsdp": 4, "tensor": 4}, (4, 4, 4)) == {
         "data": 2,

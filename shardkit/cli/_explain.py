@@ -9,6 +9,7 @@ from pathlib import Path
 from .._errors import ConfigError, Problem, ReportError, format_problems, raise_all
 from .._terminal import literal_console
 from ..config import load_config
+from ..hardware import Chip, find_chip
 from ..inspect import Report, compare
 from ..targets import Source, compile_for
 from ._command import Command
@@ -45,19 +46,18 @@ def _report(arguments: argparse.Namespace) -> Report:
         fix = f"shardkit explain {name} --target cpu:8, and change the function"
         raise ConfigError(format_problems("There is nothing to set.", [problem], fix))
     target = arguments.target or _default_target(source)
+    chip = _chip(arguments.chip, source)
     errors = literal_console(stderr=True)
     what = f"compiling for {target}"
     if not errors.is_terminal:
         errors.print(f"{what} ...")
         lines = _Lines(lambda seconds: errors.print(f"{what}: {seconds:.0f} s"))
-        return compile_for(
-            source, target, chip=arguments.chip, timeout=arguments.timeout, progress=lines
-        )
+        return compile_for(source, target, chip=chip, timeout=arguments.timeout, progress=lines)
     with errors.status(what) as status:
         return compile_for(
             source,
             target,
-            chip=arguments.chip,
+            chip=chip,
             timeout=arguments.timeout,
             progress=lambda seconds: status.update(f"{what}: {seconds:.0f} s"),
         )
@@ -85,6 +85,16 @@ def _compiled_already(name: str, arguments: argparse.Namespace) -> None:
     fix = f"shardkit explain CONFIG {' '.join(given)}"
     problems = [Problem(one, why) for one in given]
     raise_all(ConfigError, f"{name}: opened, not compiled.", problems, fix)
+
+
+def _chip(name: str | None, source: Source) -> Chip | None:
+    """A chip of the hardware table, or of the config."""
+    if name is None:
+        return None
+    own = (
+        () if source.is_function else load_config(source.name or None, [*source.overrides]).hardware
+    )
+    return find_chip(name, own)
 
 
 def _default_target(source: Source) -> str:

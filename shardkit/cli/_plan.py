@@ -6,6 +6,8 @@ from pathlib import Path
 from rich.console import Console
 
 from .._errors import ConfigError, Problem, format_problems
+from ..config import load_config
+from ..hardware import CHIPS, Chip
 from ..plan import compile_best, plan
 from ..targets import Source
 from ._command import Command
@@ -17,8 +19,10 @@ def _run(arguments: argparse.Namespace) -> int:
         why = "layouts of a function are estimated, not compiled"
         problem = Problem(f"--compile {arguments.compile}", why, "--compile 0")
         raise ConfigError(format_problems("There is no config to compile.", [problem]))
-    rows = arguments.global_batch
-    made = plan(source.load(), arguments.target, global_batch=rows, overlap=arguments.overlap)
+    rows, own = arguments.global_batch, _own_chips(source, arguments)
+    made = plan(
+        source.load(), arguments.target, global_batch=rows, overlap=arguments.overlap, hardware=own
+    )
     if arguments.compile:
         with Console(stderr=True, highlight=False).status("compiling") as status:
             made = compile_best(
@@ -28,6 +32,23 @@ def _run(arguments: argparse.Namespace) -> int:
         Path(arguments.json).write_text(made.to_json())
     Console(highlight=False, soft_wrap=True).print(str(made), markup=False)
     return 0
+
+
+def _own_chips(source: Source, arguments: argparse.Namespace) -> tuple[Chip, ...]:
+    """Chips that the config adds to the hardware table; what no compiler knows is not compiled.
+
+    Raises:
+      ConfigError: the target is such a chip, and layouts are to be compiled.
+    """
+    if source.is_function:
+        return ()
+    own = load_config(source.name or None, [*source.overrides]).hardware
+    named = [chip.name for chip in own if f":{chip.name}:" in arguments.target]
+    if named and arguments.compile and named[0] not in CHIPS:
+        why = f"{named[0]} is the config's own chip, which no compiler knows"
+        problem = Problem(f"--compile {arguments.compile}", why, "--compile 0")
+        raise ConfigError(format_problems("The layouts cannot be compiled.", [problem]))
+    return own
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:

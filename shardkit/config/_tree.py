@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec
 
 from .._errors import ConfigError, Problem, format_problems
 from ..data import BYTES, DataConfig
+from ..hardware import Chip
 from ..mesh import MeshSpec
 from ..models import DecoderConfig
 from ..parallel import Strategy, strategies
@@ -43,6 +44,7 @@ class Config:
       optimizer: the update.
       train: the loop.
       compile: how the step is compiled.
+      hardware: chips beside those of the hardware table, which plans and reports may name.
     """
 
     name: str = "default"
@@ -54,6 +56,7 @@ class Config:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=_default_optimizer)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     compile: CompileConfig = dataclasses.field(default_factory=CompileConfig)
+    hardware: tuple[Chip, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuses a model that has no token for some byte, and a name that is no folder's."""

@@ -5,7 +5,9 @@ way: a ring over an axis of a TPU torus uses both directions, so it moves twice 
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+
+from .._errors import MeshError, Problem, ReportError, did_you_mean, format_problems, raise_all
 
 GIB = 2**30
 GB = 10**9
@@ -18,7 +20,7 @@ class Chip:
 
     Attributes:
       name: as targets name it: `v5p`, `h100`.
-      kind: `"tpu"` or `"gpu"`.
+      kind: `"tpu"`, `"gpu"`, or `"cpu"` for a machine that was measured.
       runtime_names: beginnings of what the runtime calls it, lower case.
       flops: peak FLOP/s of dense products by dtype (`bf16`, `int8`, `fp8`, `f32`).
       memory: bytes of HBM.
@@ -31,7 +33,15 @@ class Chip:
         domain; None for TPUs, whose slices are what was rented.
       network: bytes/s per device of the network between hosts (TPU: between slices).
       latency: seconds of one hop of the fast network, as an order of magnitude.
-      sources: where the figures are from.
+      sources: figure → where it is from, by the names above.
+
+    >>> Chip("mine", "gpu", (), {"bf16": -1.0}, 0, 1e12, None, 1e11, 0, 8, 1e10, 1e-6, {})
+    Traceback (most recent call last):
+      ...
+    shardkit._errors.MeshError: Chip 'mine' cannot be.
+      flops['bf16']  -1.0 is not above 0
+      memory         0 is not above 0
+    Fix: what its data sheet says, in FLOP/s, bytes, bytes/s and seconds
     """
 
     name: str
@@ -46,12 +56,38 @@ class Chip:
     domain: int | None
     network: float
     latency: float
-    sources: tuple[str, ...]
+    sources: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        """Refuses rates and sizes of nothing, and kinds whose links nobody knows."""
+        numbers = {name: getattr(self, name) for name in _NUMBERS}
+        numbers |= {f"flops[{dtype!r}]": rate for dtype, rate in self.flops.items()}
+        numbers |= {} if self.clock is None else {"clock": self.clock}
+        problems = [
+            Problem(name, f"{value!r} is not above 0")
+            for name, value in sorted(numbers.items())
+            if not value > 0
+        ]
+        if "bf16" not in self.flops:
+            why = "has no bf16, which stands for every dtype that is not listed"
+            problems.append(Problem(f"flops={dict(self.flops)!r}", why))
+        if self.kind not in KINDS:
+            problems.append(Problem(f"kind={self.kind!r}", f"is none of {', '.join(KINDS)}"))
+        if (self.kind == "tpu") != bool(self.torus_dims):
+            why = f"a {self.kind} has a torus" if self.torus_dims else "a tpu has 2 or 3 dims"
+            problems.append(Problem(f"torus_dims={self.torus_dims!r}", why))
+        fix = "what its data sheet says, in FLOP/s, bytes, bytes/s and seconds"
+        raise_all(MeshError, f"Chip {self.name!r} cannot be.", problems, fix)
 
 
-_BOOK = "jax-ml.github.io/scaling-book/tpus: HBM, FLOP/s, ICI per link, DCN 25 GB/s per host"
-_CLOUD = "docs.cloud.google.com/tpu/docs/{}: FLOP/s, HBM capacity and bandwidth"
-_CLOCK = "clock = peak FLOP/s ÷ (cores x MXUs x MXU size² x 2), from the scaling book's MXU sizes"
+KINDS = ("tpu", "gpu", "cpu")
+_NUMBERS = ("memory", "memory_bandwidth", "link", "network", "latency")
+
+
+_BOOK = "jax-ml.github.io/scaling-book/tpus"
+_CLOUD = "docs.cloud.google.com/tpu/docs/{}"
+_GUESS = "an order of magnitude of ours: makers publish none"
+_MEMORY_SPEC = "openxla/xla: xla/backends/gpu/target_config/specs/{}"
 
 
 def _tpu(
@@ -79,7 +115,16 @@ def _tpu(
         domain=None,
         network=25 * GB / per_host,
         latency=1e-6,
-        sources=(_CLOUD.format(name), _BOOK, _CLOCK),
+        sources={
+            "flops": _CLOUD.format(name),
+            "memory": _CLOUD.format(name),
+            "memory_bandwidth": _CLOUD.format(name),
+            "clock": f"peak ÷ (cores × MXUs × size² × 2), MXUs from {_BOOK}",
+            "link": f"{_BOOK}: ICI, one way per link",
+            "torus_dims": _CLOUD.format(name),
+            "network": f"{_BOOK}: 25 GB/s per host of {per_host} devices",
+            "latency": _GUESS,
+        },
     )
 
 
@@ -92,6 +137,7 @@ def _gpu(
     link: float,
     network: float,
     sheet: str,
+    system: str,
 ) -> Chip:
     return Chip(
         name=name,
@@ -106,7 +152,15 @@ def _gpu(
         domain=8,
         network=network * GB,
         latency=2e-6,
-        sources=(sheet, "openxla/xla xla/backends/gpu/target_config/specs: memory size"),
+        sources={
+            "flops": f"{sheet}: dense, half of what it gives with sparsity",
+            "memory": _MEMORY_SPEC.format(name),
+            "memory_bandwidth": sheet,
+            "link": f"{sheet}: NVLink, half of both ways",
+            "domain": system,
+            "network": f"{system}: one {round(network * 8)} Gb/s adapter per GPU",
+            "latency": _GUESS,
+        },
     )
 
 
@@ -169,7 +223,8 @@ _TABLE = (
         2039,
         300,
         25,
-        "NVIDIA A100 80GB SXM data sheet; DGX A100: one 200 Gb/s adapter per GPU",
+        "nvidia.com: A100 80GB SXM data sheet",
+        "nvidia.com: DGX A100 data sheet",
     ),
     _gpu(
         "h100",
@@ -179,7 +234,8 @@ _TABLE = (
         3352,
         450,
         50,
-        "NVIDIA H100 SXM data sheet; DGX H100: one 400 Gb/s adapter per GPU",
+        "nvidia.com: H100 SXM data sheet",
+        "nvidia.com: DGX H100 data sheet",
     ),
     _gpu(
         "h200",
@@ -189,7 +245,8 @@ _TABLE = (
         4800,
         450,
         50,
-        "NVIDIA H200 SXM data sheet; DGX H200: one 400 Gb/s adapter per GPU",
+        "nvidia.com: H200 SXM data sheet",
+        "nvidia.com: DGX H200 data sheet",
     ),
     _gpu(
         "b200",
@@ -199,12 +256,35 @@ _TABLE = (
         7672,
         900,
         50,
-        "NVIDIA DGX B200 data sheet, dense rates; one 400 Gb/s adapter per GPU",
+        "nvidia.com: DGX B200 data sheet, per GPU",
+        "nvidia.com: DGX B200 data sheet",
     ),
 )
 
 CHIPS: Mapping[str, Chip] = {chip.name: chip for chip in _TABLE}
 """Every known chip by the name that targets use."""
+
+
+def known_chips(more: Iterable[Chip] = ()) -> dict[str, Chip]:
+    """The table, with chips of a user's own, which may replace listed ones."""
+    return {**CHIPS, **{chip.name: chip for chip in more}}
+
+
+def find_chip(name: str, more: Iterable[Chip] = ()) -> Chip:
+    """Finds a chip by its name.
+
+    Raises:
+      ReportError: there is none; with the nearest name and how to add one.
+
+    >>> find_chip("h100").memory_bandwidth
+    3352000000000
+    """
+    known = known_chips(more)
+    if name in known:
+        return known[name]
+    why = f"is not in the hardware table.{did_you_mean(name, known)}"
+    fix = f"one of {', '.join(known)}; or hardware=(sk.Chip(name={name!r}, ...),) in the config"
+    raise ReportError(format_problems("There is no such chip.", [Problem(repr(name), why)], fix))
 
 
 def chip_of(device_kind: str) -> Chip | None:

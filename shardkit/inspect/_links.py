@@ -16,6 +16,7 @@ from ._ledger import Row, wire_bytes
 ASSUMPTION = {
     "tpu": "each mesh axis rides one torus axis, both ways round its ring, one way for a permute",
     "gpu": "GPUs are numbered host by host; what leaves an NVLink domain goes at network speed",
+    "cpu": "devices are threads of one machine, and each has all of its memory's speed",
 }
 
 
@@ -56,7 +57,7 @@ class Links:
         """
         if self.slow(axes):
             return self.chip.network
-        if self.chip.kind == "gpu":
+        if not self.chip.torus_dims:
             return self.chip.link
         rings = min(len(axes), self.chip.torus_dims)
         return self.chip.link * (1 if one_way else 2 * rings)

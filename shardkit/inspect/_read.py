@@ -3,6 +3,7 @@
 import time
 from typing import Any
 
+from ..hardware import Chip
 from ._findings import find_all
 from ._flops import count_flops
 from ._layouts import layouts
@@ -14,7 +15,7 @@ from ._reductions import reductions_per_step
 from ._timeline import model_time
 
 
-def read(program: Program, chip: str | None = None) -> dict[str, Any]:
+def read(program: Program, chip: str | Chip | None = None) -> dict[str, Any]:
     """Returns the fields of the `Report` of a compiled step, its time modelled for a chip."""
     start, sizes = time.perf_counter(), program.sizes
     ledger = ledger_of(program.module, program.hlo, program.mesh, program.dcn)

@@ -10,6 +10,7 @@ from ._html import page
 from ._text import render
 
 if TYPE_CHECKING:
+    from ..hardware import Chip
     from ._findings import Finding
     from ._flops import Flops
     from ._layouts import Layout
@@ -63,13 +64,13 @@ class Report:
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict, compare=False)
 
     @classmethod
-    def of(cls, program: "Program", *, chip: str | None = None) -> "Report":
+    def of(cls, program: "Program", *, chip: "str | Chip | None" = None) -> "Report":
         """Reads a compiled step.
 
         Args:
           program: the compiled step.
-          chip: name in `shardkit.hardware.CHIPS` for which its time is modelled; by default
-            that of the program's own device, and no time at all for simulated ones.
+          chip: of `shardkit.hardware.CHIPS`, by name, or another, for which its time is modelled;
+            by default that of the program's own device, and no time at all for simulated ones.
 
         Raises:
           ReportError: there is no such chip.

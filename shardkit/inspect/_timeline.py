@@ -10,8 +10,8 @@ import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .._errors import ReportError, count, did_you_mean
-from ..hardware import CHIPS, Chip, chip_of
+from .._errors import count
+from ..hardware import Chip, chip_of, find_chip
 from ._flops import Flops
 from ._hlo import Module
 from ._ledger import Ledger
@@ -141,7 +141,7 @@ class Timeline:
 
 
 def model_time(
-    program: Program, ledger: Ledger, flops: Flops | None, chip: str | None = None
+    program: Program, ledger: Ledger, flops: Flops | None, chip: str | Chip | None = None
 ) -> Timeline | None:
     """Models the time of a compiled step.
 
@@ -149,7 +149,7 @@ def model_time(
       program: the compiled step.
       ledger: its collectives.
       flops: its FLOPs, if they are known.
-      chip: name in the hardware table; by default that of the program's own device.
+      chip: of the hardware table, by name, or another; by default that of the program's device.
 
     Returns:
       The timeline; None for devices of which nothing is known, as simulated ones.
@@ -157,10 +157,9 @@ def model_time(
     Raises:
       ReportError: the hardware table has no such chip, or the program cannot be read.
     """
-    if chip is not None and chip not in CHIPS:
-        known = f"known: {', '.join(CHIPS)}."
-        raise ReportError(f"no chip is called {chip!r}; {known}{did_you_mean(chip, CHIPS)}")
-    device = CHIPS[chip] if chip else chip_of(program.device_kind)
+    if isinstance(chip, str):
+        chip = find_chip(chip)
+    device = chip or chip_of(program.device_kind)
     module = program.module
     if device is None or not module.entry:
         return None

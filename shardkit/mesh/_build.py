@@ -61,7 +61,7 @@ def _tpu_devices(target: Target) -> list[Any]:
         )
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
-        _refuse(target, f"the TPU compiler says: {reason}", example(target.chip))
+        _refuse(target, f"the TPU compiler says: {reason}", example(target.chip, len(target.shape)))
     return list(topology.devices)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 
 from .._errors import MeshError, Problem, did_you_mean, format_problems
 
@@ -37,13 +38,14 @@ class Target:
     slices: int = 1
 
     @classmethod
-    def parse(cls, text: str) -> "Target":
+    def parse(cls, text: str, more: Mapping[str, int] | None = None) -> "Target":
         """Reads a target.
 
         Args:
           text: `local`; `cpu:<devices>`; `tpu:<generation>:<chips>x<chips>[x<chips>]` with
             `:<slices>` behind it for several slices, or `<slices>x ` before the generation;
             `gpu:<kind>:<hosts>x<gpus>` or `gpu:<kind>:<slices>x<hosts>x<gpus>`.
+          more: chips beside the known ones, each with the dims of its torus; 0 for a GPU.
 
         Returns:
           The target.
@@ -51,6 +53,9 @@ class Target:
         Raises:
           MeshError: the text is none of these, or names an unknown chip.
         """
+        own = more or {}
+        tpus = {**TPUS, **{name: dims for name, dims in own.items() if dims}}
+        gpus = (*GPUS, *(name for name, dims in own.items() if not dims))
         kind, *rest = text.split(":")
         # `tpu:2x v5e:16x16`, as one says it, is `tpu:v5e:16x16:2`.
         if kind == "tpu" and len(rest) == 2 and (said := re.fullmatch(r"(\d+)x *(\w+)", rest[0])):
@@ -59,15 +64,15 @@ class Target:
             return cls("local")
         if kind == "cpu" and len(rest) == 1 and (shape := _numbers(rest[0], 1, 1)):
             return cls("cpu", shape=shape)
-        if kind == "tpu" and len(rest) in (2, 3) and rest[0] in TPUS:
-            shape = _numbers(rest[1], TPUS[rest[0]], TPUS[rest[0]])
+        if kind == "tpu" and len(rest) in (2, 3) and rest[0] in tpus:
+            shape = _numbers(rest[1], tpus[rest[0]], tpus[rest[0]])
             slices = _numbers(rest[2], 1, 1) if len(rest) == 3 else (1,)
             if shape and slices:
                 return cls("tpu", rest[0], shape, slices[0])
-        if kind == "gpu" and len(rest) == 2 and rest[0] in GPUS:
+        if kind == "gpu" and len(rest) == 2 and rest[0] in gpus:
             if shape := _numbers(rest[1], 2, 3):
                 return cls("gpu", rest[0], shape[-2:], shape[0] if len(shape) == 3 else 1)
-        why, fix = _fault(text, kind, rest)
+        why, fix = _fault(text, kind, rest, tpus, gpus)
         raise MeshError(format_problems("No such target.", [Problem(repr(text), why)], fix))
 
     @property
@@ -100,10 +105,12 @@ def _joined(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
 
-def _fault(text: str, kind: str, rest: list[str]) -> tuple[str, str]:
+def _fault(
+    text: str, kind: str, rest: list[str], tpus: Mapping[str, int], gpus: tuple[str, ...]
+) -> tuple[str, str]:
     """Returns what is wrong with a target that cannot be read, and the fix."""
-    if kind in TPUS or kind in GPUS:
-        family = "tpu" if kind in TPUS else "gpu"
+    if kind in tpus or kind in gpus:
+        family = "tpu" if kind in tpus else "gpu"
         return f"{kind!r} is a chip; a target starts with its kind", f"{family}:{text}"
     if kind == "local":
         return "the local devices are what they are", "local, or cpu:8"
@@ -112,7 +119,7 @@ def _fault(text: str, kind: str, rest: list[str]) -> tuple[str, str]:
     if kind not in ("tpu", "gpu"):
         kinds = ("local", "cpu", "tpu", "gpu")
         return f"unknown kind of target {kind!r}.{did_you_mean(kind, kinds)}", _EXAMPLES
-    chips = tuple(TPUS) if kind == "tpu" else GPUS
+    chips = tuple(tpus) if kind == "tpu" else gpus
     chip = rest[0] if rest else ""
     if chip not in chips:
         known = f"known: {', '.join(chips)}."
@@ -122,10 +129,10 @@ def _fault(text: str, kind: str, rest: list[str]) -> tuple[str, str]:
             "hosts x GPUs per host are wanted",
             f"gpu:{chip}:1x8, or gpu:{chip}:2x4x8 in 2 slices",
         )
-    return f"a slice of {chip} has {TPUS[chip]} dims of chips", example(chip)
+    return f"a slice of {chip} has {tpus[chip]} dims of chips", example(chip, tpus[chip])
 
 
-def example(chip: str) -> str:
+def example(chip: str, dims: int) -> str:
     """Returns targets of a TPU generation that exist."""
-    one = f"tpu:{chip}:{_joined((4,) * TPUS[chip])}"
+    one = f"tpu:{chip}:{_joined((4,) * dims)}"
     return f"{one}, or {one}:2 for 2 slices"

@@ -64,7 +64,7 @@ def modelled(
     ...     init=lambda key: jnp.zeros((64, 64)), batch=jax.ShapeDtypeStruct((8, 64), "float32"),
     ...     mesh=sk.MeshSpec(data=4), strategy=sk.strategies.data())
     >>> found = modelled(one, {"data": 4})
-    >>> found.batch, found.wire  # a ring of four sends 2 · 3/4 of 16 KiB of gradients, and the loss
+    >>> found.batch, found.wire  # 2 · 3/4 of the gradients and of the loss
     (512, {'data': 24582.0})
     """
     used = {axis for axis, n in sizes.items() if n > 1}

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from ..hardware import CHIPS, Chip
+from ..hardware import Chip, known_chips
 from ..mesh import Target
 
 WIRE = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "all-to-all": 1}
@@ -34,9 +34,9 @@ class Network:
     slices: int = 1
 
     @classmethod
-    def of(cls, target: Target) -> "Network":
-        """The links of a target whose chip is in the hardware table."""
-        chip = CHIPS[target.chip]
+    def of(cls, target: Target, more: Iterable[Chip] = ()) -> "Network":
+        """The links of a target whose chip is in the hardware table, or one of a user's own."""
+        chip = known_chips(more)[target.chip]
         return cls(chip, target.shape if chip.torus_dims else (), target.slices)
 
     def rates(self, meshes: Sequence[Mapping[str, int]], axes: Iterable[str]) -> np.ndarray:

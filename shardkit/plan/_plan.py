@@ -8,11 +8,12 @@ import jax
 
 from .._errors import MeshError, Problem, format_problems
 from .._tree import format_bytes
-from ..hardware import CHIPS
+from ..hardware import CHIPS, Chip
 from ..mesh import Target
 from ..parallel import Strategy
 from ..step import Declaration
 from ._estimate import Machine
+from ._network import Network
 from ._result import Candidate, Plan
 from ._search import Found, Search
 from ._space import Space
@@ -25,6 +26,7 @@ def plan(
     global_batch: int | None = None,
     space: Space | None = None,
     overlap: float = 0.0,
+    hardware: Sequence[Chip] = (),
 ) -> Plan:
     """Estimates every layout of a model on a target, and ranks those that fit.
 
@@ -34,11 +36,12 @@ def plan(
 
     Args:
       declaration: loss, optimizer, init, batch and precision; its mesh and layout are not used.
-      target: `tpu:v5p:8x8x8`, `gpu:h100:4x8`: devices of the hardware table.
+      target: `tpu:v5p:8x8x8`, `gpu:h100:4x8`: devices of the hardware table, or of `hardware`.
       global_batch: rows of the batch, instead of the declaration's.
       space: what is tried; everything by default.
       overlap: share of communication that computing hides. 0, which is what the TPU compiler
         does with all but permutes.
+      hardware: chips of your own, which `target` may name as it names others.
 
     Returns:
       The plan. Its figures are modelled.
@@ -57,9 +60,9 @@ def plan(
     {'data': 4}
     """
     start = time.monotonic()
-    wanted, chosen = _known(target), space or Space()
+    wanted, chosen = _known(target, hardware), space or Space()
     declared = _with_rows(declaration, global_batch)
-    search = Search.of(declared, wanted, chosen, overlap)
+    search = Search.of(declared, Network.of(wanted, hardware), wanted, chosen, overlap)
     found = search.run()
     rows = sorted((c for c in found.candidates if c.margin >= 0), key=lambda c: c.seconds)
     tight = sorted((c for c in found.candidates if c.margin < 0), key=lambda c: c.seconds)
@@ -80,9 +83,9 @@ def plan(
     )
 
 
-def _known(target: str) -> Target:
-    wanted = Target.parse(target)
-    if wanted.chip not in CHIPS:
+def _known(target: str, hardware: Sequence[Chip]) -> Target:
+    wanted = Target.parse(target, {chip.name: chip.torus_dims for chip in hardware})
+    if not wanted.chip:
         why = "nothing is known of the speed of these devices"
         fix = f"one of {', '.join(CHIPS)}: tpu:v5p:4x4x4, gpu:h100:1x8"
         raise MeshError(

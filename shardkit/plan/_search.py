@@ -75,10 +75,17 @@ class Search:
     resolved: dict[tuple[Any, ...], Placed | str] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, declared: Declaration, target: Target, space: Space, overlap: float) -> "Search":
-        """Traces the declaration's state; `target` is of the hardware table."""
+    def of(
+        cls,
+        declared: Declaration,
+        network: Network,
+        target: Target,
+        space: Space,
+        overlap: float,
+    ) -> "Search":
+        """Traces the declaration's state."""
         dtype = short_dtype(jax.numpy.dtype(declared.precision.compute))
-        machine = Machine(Network.of(target), dtype, overlap)
+        machine = Machine(network, dtype, overlap)
         assert target.n_devices is not None
         return cls(Model.of(declared), space, machine, target.n_devices)
 

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from .._errors import Problem, StateError, format_problems
+from ..hardware import Chip
 from ..inspect import Report
 from ..parallel import Strategy
 from ..state import TrainState
@@ -164,7 +165,7 @@ class CompiledStep:
         layout = self._forms.of(batch).layout
         return put_batch(batch, layout.batch, layout.batch_shardings, move=True)
 
-    def report(self, *, chip: str | None = None) -> Report:
+    def report(self, *, chip: str | Chip | None = None) -> Report:
         """Returns what the step became: memory, collectives, FLOPs and findings.
 
         Everything is read from the compiled program; nothing is run or measured.

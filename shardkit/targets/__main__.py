@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .._errors import ShardkitError
+from ..hardware import Chip
 from ..inspect import Report
 from ..mesh import Target, settle_devices
 from ..step import compile_step
@@ -20,7 +21,7 @@ from ._devices import build
 from ._source import Source
 
 
-def report_of(source: Source, target: Target, chip: str | None = None) -> Report:
+def report_of(source: Source, target: Target, chip: str | Chip | None = None) -> Report:
     """Compiles a source for a target in this process; its time is modelled for a chip."""
     settle_devices(target.n_devices if target.kind == "cpu" else None)
     made = source.load()
@@ -78,7 +79,8 @@ def main(request: str, answer: str) -> None:
     asked = json.loads(Path(request).read_text())
     try:
         source, target = Source.from_request(asked["source"]), Target.parse(asked["target"])
-        made: dict[str, Any] = {"report": report_of(source, target, asked["chip"]).to_json()}
+        chip = Chip(**asked["chip"]) if asked["chip"] else None
+        made: dict[str, Any] = {"report": report_of(source, target, chip).to_json()}
     except ShardkitError as error:
         made = {"kind": type(error).__name__, "message": str(error)}
     except Exception as error:

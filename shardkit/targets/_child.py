@@ -6,6 +6,7 @@ behind after a timeout or Ctrl-C. Where the caller is killed, the child ends its
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -18,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import _errors
-from .._errors import Problem, ReportError, StepError, did_you_mean, format_problems
-from ..hardware import CHIPS
+from .._errors import Problem, StepError, format_problems
+from ..hardware import Chip, find_chip
 from ..inspect import Report
 from ..mesh import Target
 from ._source import Source
@@ -37,7 +38,7 @@ def compile_for(
     source: Source,
     target: str,
     *,
-    chip: str | None = None,
+    chip: str | Chip | None = None,
     timeout: float = 1800.0,
     progress: Callable[[float], None] | None = None,
 ) -> Report:
@@ -46,8 +47,8 @@ def compile_for(
     Args:
       source: the config file or function that declares the step.
       target: `cpu:512`, `tpu:v5p:4x4x4`, `gpu:h100:1x8`, …; nothing of it need be here.
-      chip: name in `shardkit.hardware.CHIPS` whose figures the time is modelled with; by default
-        the target's own, and no time for CPU devices.
+      chip: of the hardware table, by name, or another, whose figures the time is modelled with; by
+        default the target's own, and no time for CPU devices.
       timeout: seconds after which the child is ended.
       progress: called several times a second with the seconds gone.
 
@@ -61,11 +62,12 @@ def compile_for(
       NotCompiled: the child did not finish in time, or its compiler crashed; a `StepError`.
     """
     wanted = Target.parse(target)
-    if chip is not None and chip not in CHIPS:
-        why = f"is not in the hardware table.{did_you_mean(chip, CHIPS)}"
-        problem = Problem(repr(chip), why, f"one of {', '.join(CHIPS)}")
-        raise ReportError(format_problems("There is no such chip.", [problem]))
-    asked = {"source": source.to_request(), "target": str(wanted), "chip": chip}
+    figures = find_chip(chip) if isinstance(chip, str) else chip
+    asked = {
+        "source": source.to_request(),
+        "target": str(wanted),
+        "chip": figures and dataclasses.asdict(figures),
+    }
     with tempfile.TemporaryDirectory(prefix="shardkit-") as folder:
         request, answer = Path(folder, "request.json"), Path(folder, "answer.json")
         request.write_text(json.dumps(asked))

@@ -1,0 +1,64 @@
+"""The hardware table as text: figures in units that people compare, and where each is from."""
+
+import io
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from .._terminal import literal_console
+from ._chips import GB, GIB, TERA, Chip
+
+_WIDTH = 100
+
+
+def hardware_table(chips: Sequence[Chip]) -> str:
+    """Lays chips out as text of at most 100 columns: all figures, then the source of each.
+
+    Rates are peaks of dense products, per JAX device; links are one way.
+    """
+    text = io.StringIO()
+    console = literal_console(text, width=_WIDTH)
+    dtypes = list(dict.fromkeys(dtype for chip in chips for dtype in chip.flops))
+    shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    shown.add_column("chip", no_wrap=True)
+    for dtype in dtypes:
+        shown.add_column(f"{dtype}\nTFLOP/s", justify="right")
+    for head in ("memory\nGiB", "memory\nGB/s", "link\nGB/s"):
+        shown.add_column(head, justify="right")
+    shown.add_column("links join")
+    for head in ("network\nGB/s", "hop\nµs"):
+        shown.add_column(head, justify="right")
+    for chip in chips:
+        rates = [_short(chip.flops[d] / TERA) if d in chip.flops else "" for d in dtypes]
+        sizes = [chip.memory / GIB, chip.memory_bandwidth / GB, chip.link / GB]
+        far = [_short(chip.network / GB), _short(1e6 * chip.latency)]
+        shown.add_row(chip.name, *rates, *map(_short, sizes), joined_by(chip), *far)
+    console.print(shown)
+    for chip in chips:
+        console.print(f"\n{chip.name}")
+        for source, figures in _by_source(chip).items():
+            console.print(f"  {', '.join(figures)}: {source}")
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def joined_by(chip: Chip) -> str:
+    """What the fast links are, in a few words."""
+    if chip.torus_dims:
+        return f"{chip.torus_dims}D torus"
+    return "threads" if chip.domain is None else f"{chip.domain} GPUs"
+
+
+def _by_source(chip: Chip) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for figure, source in chip.sources.items():
+        found.setdefault(source, []).append(figure.replace("_", " "))
+    return found
+
+
+def _short(value: float) -> str:
+    """Three digits, or all before the point.
+
+    >>> _short(1228.0), _short(3.125), _short(83.6)
+    ('1228', '3.12', '83.6')
+    """
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
