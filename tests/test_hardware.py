@@ -127,7 +127,12 @@ def test_every_figure_of_the_table_is_printed_with_its_source():
 def test_a_chip_that_cannot_be_is_refused_with_all_that_is_wrong():
     with pytest.raises(MeshError, match="Chip 'mine' cannot be") as error:
         mine(memory=0, flops={"f32": -1.0}, torus_dims=0, kind="npu")
-    for words in ("memory", "flops['f32']  -1.0 is not above 0", "has no bf16", "is none of tpu"):
+    for words in (
+        "memory",
+        "flops['f32']         -1.0 is not above 0",
+        "has no bf16",
+        "is none of tpu",
+    ):
         assert words in str(error.value)
     assert "Fix: what its data sheet says" in str(error.value)
 
@@ -175,7 +180,7 @@ def test_commands_know_the_chips_of_a_config(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "my wires" in said
     assert "v5e" not in said
-    assert main(["hardware", "v5x"]) == 2
+    assert main(["hardware", "v5ee"]) == 2
     assert "Did you mean 'v5e'?" in capsys.readouterr().err
     assert main(["plan", str(path), "--target", "tpu:mine:2x4"]) == 2
     assert "mine is the config's own chip, which no compiler knows" in capsys.readouterr().err

@@ -218,7 +218,7 @@ def test_a_chip_of_a_users_own_is_planned_for(products):
     made = plan(two_products(), "tpu:mine:2x2x2", space=space, hardware=[slow])
     sizes = {"fsdp": 8}
     links = [on(one, **sizes).communication["fsdp"] for one in (made, products)]
-    assert links[0] > 1000 * links[1]
+    assert links[0] > 100 * links[1]  # a hop takes what it took
     assert on(made, **sizes).wire == on(products, **sizes).wire
     with pytest.raises(MeshError, match="unknown chip 'mine'"):
         plan(two_products(), "tpu:mine:2x2x2")

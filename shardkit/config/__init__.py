@@ -6,8 +6,8 @@ from ._compile import CompileConfig
 from ._load import load_config
 from ._optimizer import OptimizerConfig
 from ._override import apply_overrides
-from ._record import from_record
-from ._tree import Config, to_record
+from ._record import from_record, to_record
+from ._tree import Config
 
 __all__ = [
     "CompileConfig",

@@ -19,7 +19,8 @@ from .._errors import (
     raise_all,
 )
 from ._override import apply_overrides, type_problems
-from ._tree import Config, dataclass_fields
+from ._tree import Config
+from ._values import hints, is_dataclass_type
 
 _UNEXPECTED = re.compile(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'")
 
@@ -104,7 +105,7 @@ def _told(error: Exception) -> str:
     """What an error says; of an unknown field also which ones there are."""
     text = str(error)
     match = _UNEXPECTED.search(text)
-    fields = dataclass_fields(match[1]) if match else []
+    fields = _dataclass_fields(match[1]) if match else []
     if not match or not fields:
         return text
     # Python 3.13 suggests a name of its own behind its message.
@@ -112,3 +113,13 @@ def _told(error: Exception) -> str:
 
 
 _EXAMPLE = "def config() -> sk.Config: return sk.Config(...)"
+
+
+def _dataclass_fields(name: str) -> list[str]:
+    """Returns the fields of a config's dataclass by class name, or nothing for another class."""
+    kinds: list[type[Any]] = [Config]
+    for kind in kinds:
+        if kind.__name__ == name:
+            return list(hints(kind))
+        kinds += [one for one in hints(kind).values() if is_dataclass_type(one)]
+    return []

@@ -1,14 +1,35 @@
-"""A config from the plain values that a run keeps of it."""
+"""A config as the plain values that a run keeps of it, and back."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
+
+from jax.sharding import PartitionSpec
 
 from .._errors import ConfigError, Problem, format_problems
 from ._override import apply_overrides
 from ._tree import Config
+from ._values import is_dataclass_type
 
 # Groups whose records are plain values.
 _PLAIN = ("model", "data", "optimizer", "train")
+
+
+def to_record(config: Any) -> Any:
+    """Returns a config as plain JSON values; what is no number, text or list by its `repr`.
+
+    >>> from shardkit.mesh import MeshSpec
+    >>> to_record(MeshSpec(data=2))["sizes"], to_record(Config())["optimizer"]["name"]
+    ([['data', 2]], 'muon')
+    """
+    if is_dataclass_type(type(config)):
+        fields = dataclasses.fields(config)
+        return {field.name: to_record(getattr(config, field.name)) for field in fields}
+    if isinstance(config, PartitionSpec):
+        return repr(config)
+    if isinstance(config, tuple | list):
+        return [to_record(one) for one in config]
+    return config if isinstance(config, str | int | float | None) else repr(config)
 
 
 def from_record(record: Mapping[str, Any], where: str) -> Config:

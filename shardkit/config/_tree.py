@@ -2,9 +2,6 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
-
-from jax.sharding import PartitionSpec
 
 from .._errors import ConfigError, Problem, format_problems
 from ..data import BYTES, DataConfig
@@ -15,7 +12,6 @@ from ..parallel import Strategy, strategies
 from ..run import TrainConfig
 from ._compile import CompileConfig
 from ._optimizer import OptimizerConfig
-from ._values import hints, is_dataclass_type
 
 
 def _default_model() -> DecoderConfig:
@@ -72,29 +68,3 @@ class Config:
             fix = f"--set model.vocab={BYTES}"
             problem = Problem(f"model.vocab={self.model.vocab}", why, fix)
             raise ConfigError(format_problems("The parts do not fit together.", [problem]))
-
-
-def dataclass_fields(name: str) -> list[str]:
-    """Returns the fields of a config's dataclass by class name, or nothing for another class."""
-    kinds: list[type[Any]] = [Config]
-    for kind in kinds:
-        if kind.__name__ == name:
-            return list(hints(kind))
-        kinds += [one for one in hints(kind).values() if is_dataclass_type(one)]
-    return []
-
-
-def to_record(config: Any) -> Any:
-    """Returns a config as plain JSON values; what is no number, text or list by its `repr`.
-
-    >>> to_record(OptimizerConfig(lr=0.01))["lr"], to_record(MeshSpec(data=2))["sizes"]
-    (0.01, [['data', 2]])
-    """
-    if is_dataclass_type(type(config)):
-        fields = dataclasses.fields(config)
-        return {field.name: to_record(getattr(config, field.name)) for field in fields}
-    if isinstance(config, PartitionSpec):
-        return repr(config)
-    if isinstance(config, tuple | list):
-        return [to_record(one) for one in config]
-    return config if isinstance(config, str | int | float | None) else repr(config)

@@ -13,7 +13,6 @@ from ..mesh import Target
 from ..parallel import Strategy
 from ..step import Declaration
 from ._estimate import Machine
-from ._network import Network
 from ._result import Candidate, Plan
 from ._search import Found, Search
 from ._space import Space
@@ -62,7 +61,7 @@ def plan(
     start = time.monotonic()
     wanted, chosen = _known(target, hardware), space or Space()
     declared = _with_rows(declaration, global_batch)
-    search = Search.of(declared, Network.of(wanted, hardware), wanted, chosen, overlap)
+    search = Search.of(declared, wanted, chosen, overlap, hardware)
     found = search.run()
     rows = sorted((c for c in found.candidates if c.margin >= 0), key=lambda c: c.seconds)
     tight = sorted((c for c in found.candidates if c.margin < 0), key=lambda c: c.seconds)

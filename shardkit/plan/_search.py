@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -17,6 +17,9 @@ from ._network import Network
 from ._result import Candidate
 from ._space import Space, layout_of, symbolic, written
 from ._trace import Model, Walked, walk_through
+
+if TYPE_CHECKING:
+    from ..hardware import Chip
 
 _LANES_BYTES = 4  # gradients are added up in f32
 
@@ -78,14 +81,14 @@ class Search:
     def of(
         cls,
         declared: Declaration,
-        network: Network,
         target: Target,
         space: Space,
         overlap: float,
+        hardware: "Sequence[Chip]" = (),
     ) -> "Search":
         """Traces the declaration's state."""
         dtype = short_dtype(jax.numpy.dtype(declared.precision.compute))
-        machine = Machine(network, dtype, overlap)
+        machine = Machine(Network.of(target, hardware), dtype, overlap)
         assert target.n_devices is not None
         return cls(Model.of(declared), space, machine, target.n_devices)
 

@@ -4,14 +4,13 @@ import dataclasses
 import functools
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from .._errors import Problem, StateError, format_problems
-from ..hardware import Chip
 from ..inspect import Report
 from ..parallel import Strategy
 from ..state import TrainState
@@ -21,6 +20,9 @@ from ._forms import Form, Forms
 from ._inputs import check_apart, check_given, check_state, fed_rows, put_batch, put_key
 from ._report import inspected
 from ._room import check_room
+
+if TYPE_CHECKING:
+    from ..hardware import Chip
 
 Metrics = dict[str, jax.Array]
 
@@ -165,7 +167,7 @@ class CompiledStep:
         layout = self._forms.of(batch).layout
         return put_batch(batch, layout.batch, layout.batch_shardings, move=True)
 
-    def report(self, *, chip: str | Chip | None = None) -> Report:
+    def report(self, *, chip: "str | Chip | None" = None) -> Report:
         """Returns what the step became: memory, collectives, FLOPs and findings.
 
         Everything is read from the compiled program; nothing is run or measured.
