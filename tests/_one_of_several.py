@@ -5,26 +5,55 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
+from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
 from shardkit.data import Corpus, DataConfig, Text
-from shardkit.models import DecoderConfig
-from shardkit.run._declare import compile_run
 
 DATA = DataConfig(length=16, batch=8)
 TEXT = Text(Corpus("a test", bytes(range(97, 123)) * 60, bytes(range(1, 101)), 1, 1), DATA)
-MODEL = DecoderConfig(vocab=256, embed=16, layers=2, heads=2, kv_heads=2, head_dim=8, mlp=32)
+WIDTH, INNER = 16, 32
 STEPS, HALF = 4, 2
+
+
+def init(key):
+    table, up, down = jax.random.split(key, 3)
+    return {
+        "table": jax.random.normal(table, (256, WIDTH)),
+        "up": jax.random.normal(up, (WIDTH, INNER)) / WIDTH**0.5,
+        "down": jax.random.normal(down, (INNER, WIDTH)) / INNER**0.5,
+        "scale": jnp.ones(WIDTH),
+    }
+
+
+def loss_fn(params, batch, key):
+    x = params["table"][batch["inputs"]]
+    x = params["scale"] * (x + jax.nn.relu(x @ params["up"]) @ params["down"])
+    x = x + 0.1 * jax.random.normal(key, x.shape)
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        x @ params["table"].T / WIDTH, batch["targets"]
+    )
+    return sk.Mean((losses * batch["weights"]).sum(), batch["weights"].sum())
 
 
 def compiled():
     """A step with parameters split over both axes, one of which spans the processes."""
     mesh = sk.MeshSpec(fsdp=4, tensor=2).build("cpu:8")
-    strategy = sk.strategies.fsdp(min_size=64) | sk.strategies.tensor()
-    return compile_run(MODEL, DATA, mesh, strategy, optax.sgd(0.5, momentum=0.9))[1]
+    split = {"table": P("fsdp"), "up": P("fsdp", "tensor"), "down": P("tensor", "fsdp")}
+    return sk.compile_step(
+        loss_fn,
+        optax.sgd(0.5, momentum=0.9),
+        init=init,
+        batch=TEXT.batch(0),
+        mesh=mesh,
+        strategy=sk.Strategy(
+            params=sk.PathRules({**split, "scale": sk.REPLICATED}), batch=P("fsdp")
+        ),
+    )
 
 
 def fed(step, batch):

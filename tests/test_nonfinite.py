@@ -13,6 +13,8 @@ from shardkit.inspect import read_ledger
 
 from . import _checkpoints as ck
 from . import _staged
+from . import test_context as cp
+from . import test_expert_parallel as ep
 
 data, fsdp, tensor, zero = (
     getattr(sk.strategies, name) for name in ("data", "fsdp", "tensor", "zero")
@@ -130,6 +132,36 @@ def test_without_a_declaration_the_update_is_made_and_no_metric_added():
     state, metrics = step(step.init(jax.random.key(0)), BAD)
     assert sorted(metrics) == ["grad_norm", "loss"]
     assert not np.isfinite(np.asarray(state.params["up"])).any()
+
+
+@pytest.mark.slow
+def test_rows_whose_length_is_split_skip_too():
+    step = cp.compiled(cp.mesh_of(context=2), sk.strategies.context(), on_nonfinite="skip")
+    weights = cp.BATCH["weights"].copy()
+    weights[3, -1] = np.nan
+    check_skips(step, cp.BATCH, {**cp.BATCH, "weights": weights})
+
+
+def test_experts_over_devices_skip_too():
+    strategy = sk.strategies.data() | sk.strategies.expert()
+    mesh = ep.mesh_of({"data": 2, "expert": 4})
+    step = ep.layer(ep.DROPLESS, strategy, mesh, on_nonfinite="skip")
+    batch = ep.vectors()
+    x = batch["x"].copy()
+    x[5, 3, 1] = np.inf
+    check_skips(step, batch, {**batch, "x": x})
+
+
+def check_skips(step, good, bad):
+    """An update on `bad` changes nothing, one on `good` is made."""
+    state = step.init(jax.random.key(0))
+    before = rest(state)
+    state, metrics = step(state, bad)
+    assert (rest(state), float(metrics["skipped"]), int(state.step)) == (before, 1.0, 1)
+    state, metrics = step(state, good)
+    assert (float(metrics["skipped"]), int(state.step)) == (0.0, 2)
+    assert rest(state) != before
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
 
 
 @pytest.mark.slow

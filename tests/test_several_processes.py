@@ -12,6 +12,7 @@ import pytest
 
 import shardkit as sk
 
+from . import _broken_run as broken_run
 from . import _one_of_several as one
 
 ROOT = Path(__file__).parent.parent
@@ -84,88 +85,139 @@ def test_two_processes_compute_save_and_restore_what_one_does(alone):
         assert f"batch/inputs   {share}" in told[process]["refused"]
 
 
-# --- a run of two processes, broken in three ways
+# --- runs of two processes that break
 
-BREAKS = {
-    "killed": "os.kill(os.getpid(), signal.SIGKILL)",
-    "raises": "raise OSError('the text is gone')",
-    "stuck": "time.sleep(600)",
-}
 CAUSES = {
-    "killed": "killed by SIGKILL",
-    "raises": "OSError: the text is gone",
-    "stuck": "stuck: nothing has moved for 4 s, the declared step timeout",
+    "killed": (137, "killed by SIGKILL"),
+    "raises": (1, "OSError: the text is gone"),
+    "stuck": (70, "stuck: nothing has moved for 4 s, the declared step timeout"),
 }
-BROKEN = """
-import os, signal, sys, time
-from shardkit.data import Text
-batch = Text.batch
-def broken(self, step, *rows):
-    if step >= 5 and '"index": 1' in os.environ["SHARDKIT_PROCESS"]:
-        {how}
-    return batch(self, step, *rows)
-{name} = broken
-from shardkit.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
-FIELDS = (
-    "model.layers=1", "model.embed=16", "model.mlp=32", "model.heads=2", "model.kv_heads=2",
-    "data.batch=8", "data.length=16", "data.held_out=0.3", "data.prefetch=0",
-    "optimizer.name=sgd", "train.steps=8", "train.eval_every=0", "train.sample=4",
-    "train.baselines=false", "train.checkpoint_every=2", "train.log_every=1",
-    "train.step_timeout=4",
-)  # fmt: skip
 
 
-def words(out, *fields):
-    """Of a small run on a text of its own."""
-    text = out.parent / "text.txt"
-    text.write_bytes(bytes(range(97, 123)) * 60)
-    given = (*FIELDS, f"data.path={text}", f"train.out={out}", *fields)
-    return ["train", "configs/nano.py", *(word for one in given for word in ("--set", one))]
+def rows(out, kind):
+    every = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [row for row in every if row["kind"] == kind]
 
 
 def losses(out):
-    rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-    return {row["step"]: row["loss"] for row in rows if row["kind"] == "step"}
+    return {row["step"]: row["loss"] for row in rows(out, "step")}
+
+
+def saved(out):
+    return sk.Checkpointer(out / "checkpoints").steps()
+
+
+def broken(folder, *runs):
+    """Makes runs in two processes, the last of which breaks; returns code and lines of errors."""
+    code, _, errors = launch(sys.executable, "-m", "tests._broken_run", folder, *runs)
+    return code, errors
+
+
+def check_told(code, errors, way):
+    """All processes name the one that broke, its step and the cause, in their first line."""
+    expected, cause = CAUSES[way]
+    assert code == expected, "\n".join(errors)
+    head, _, said = errors[0].partition(": ")
+    assert head.startswith("process 1 of 2, step ")
+    assert said == cause
+    told = "killed, or cut off: its connection has closed" if way == "killed" else cause
+    assert any(line.startswith("[0] process 1 of 2, step ") and told in line for line in errors)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", BREAKS)
-def test_a_broken_process_ends_all_and_the_run_goes_on(way, tmp_path):
-    out = tmp_path / "run"
-    program = BROKEN.format(how=BREAKS[way], name="Text.batch")
-    code, _, errors = launch(sys.executable, "-c", program, *words(out))
-    assert code == {"killed": 137, "raises": 1, "stuck": 70}[way], "\n".join(errors)
-    head, _, cause = errors[0].partition(": ")
-    assert head.startswith("process 1 of 2, step ")
-    assert cause == CAUSES[way]
-    # The other one says the same, whoever started it.
-    told = "killed, or cut off: its connection has closed" if way == "killed" else CAUSES[way]
-    assert any(line.startswith("[0] process 1 of 2, step ") and told in line for line in errors)
+def test_a_process_that_raises_or_is_killed_ends_all_and_the_runs_go_on(tmp_path):
+    check_told(*broken(tmp_path, "first:raises"), "raises")
+    assert saved(tmp_path / "first")[-1] in (2, 4)
+    # The first run goes on in two processes; then the second one breaks.
+    check_told(*broken(tmp_path, "first", "second:killed"), "killed")
+    assert saved(tmp_path / "second")[-1] in (2, 4)
+    # The second one goes on in one process, which this is.
+    step = broken_run.compiled()
+    broken_run.train(tmp_path / "second", step)
+    broken_run.train(tmp_path / "alone", step)
+    for out in (tmp_path / "first", tmp_path / "second"):
+        assert sorted(losses(out)) == list(range(1, 9))
+        assert losses(out) == pytest.approx(losses(tmp_path / "alone"), rel=1e-6)
+        assert len(rows(out, "resumed")) == 1
+        assert saved(out)[-1] == 8
 
-    checkpoints = sk.Checkpointer(out / "checkpoints")
-    assert checkpoints.steps()[-1] in (2, 4)
-    here = [sys.executable, "-m", "shardkit.cli"]
-    if way == "killed":  # on one process
-        assert launch(*here, *words(out), n=1, devices=8)[0] == 0
-    elif way == "raises":  # on two
-        assert launch(*here, *words(out))[0] == 0
-    else:
-        return
-    assert sorted(losses(out)) == list(range(1, 9))
-    kinds = [json.loads(row)["kind"] for row in (out / "metrics.jsonl").read_text().splitlines()]
-    assert kinds.count("resumed") == 1
-    assert checkpoints.steps()[-1] == 8
+
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_all(tmp_path):
+    check_told(*broken(tmp_path, "run:stuck"), "stuck")
+    assert saved(tmp_path / "run")[-1] in (2, 4)
+
+
+@pytest.mark.slow
+def test_what_a_step_failed_on_is_dumped_once_and_replayed_on_one_device(tmp_path):
+    code, errors = broken(tmp_path, "run:poisoned")
+    assert code == 2
+    dump = tmp_path / "run" / "dumps" / "step-00000006"
+    said = "\n".join(errors)
+    assert "The run has diverged." in errors[0]
+    assert "loss is nan" in said
+    assert f"its state and batch are in {dump}" in said
+    assert [row["folder"] for row in rows(tmp_path / "run", "dumped")] == [str(dump)]
+    assert [path.name for path in dump.parent.iterdir() if path.name != ".lock"] == [dump.name]
+    found = sk.replay(dump, broken_run.compiled(jax.devices()[:1]))
+    assert found.reproduced
+    assert (found.batch, found.params) == ({"x f32[8,8]": 1}, {})
+    np.testing.assert_array_equal(found.dump.batch["x"], broken_run.broken("poisoned", 1, 5)["x"])
+
+
+# --- the command line in two processes
+
+TRAIN = """
+import os, signal, sys, time
+from shardkit.cli import main
+from shardkit.data import Text
+batch, sent, process = Text.batch, [], os.environ["SHARDKIT_PROCESS"][10]
+def slow(self, step, *rows):
+    time.sleep(0.3)
+    if process == "1" and not sent:
+        sent.append(os.kill(os.getppid(), signal.{signal}))
+    return batch(self, step, *rows)
+Text.batch = slow
+sys.exit(main([*sys.argv[1:], "--set", {last}]))
+"""
+FIELDS = (
+    "model.layers=1", "model.embed=8", "model.mlp=8", "model.heads=2", "model.kv_heads=2",
+    "data.batch=8", "data.length=8", "data.held_out=0.3", "data.prefetch=0",
+    "optimizer.name=sgd", "train.steps=60", "train.eval_every=0", "train.sample=0",
+    "train.baselines=false", "train.checkpoint_every=50", "train.log_every=1",
+    "train.step_timeout=20", "strategy=data", "mesh.data=8", "mesh.tensor=1",
+)  # fmt: skip
+
+
+def by_command(out, which="SIGTERM", last="'train.seed=0'"):
+    """Trains a small model on a text of its own; process 1 has a signal sent to the launcher."""
+    text = out.parent / "text.txt"
+    text.write_bytes(bytes(range(97, 123)) * 60)
+    given = (*FIELDS, f"data.path={text}", f"train.out={out}")
+    words = ["train", "configs/nano.py", *(word for one in given for word in ("--set", one))]
+    program = TRAIN.format(signal=which, last=last)
+    code, _, errors = launch(sys.executable, "-c", program, *words)
+    return code, errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("which", "expected"), [("SIGTERM", 75), ("SIGINT", 130)])
+def test_a_signal_ends_all_after_one_update_with_their_state_saved(which, expected, tmp_path):
+    out = tmp_path / "run"
+    code, errors = by_command(out, which)
+    assert code == expected, "\n".join(errors)
+    done = max(losses(out))
+    assert 1 <= done < 50
+    assert saved(out) == (done,)
+    said = f"Step {done} is saved; the same command goes on from it."
+    assert sum(line.endswith(said) for line in errors) >= 1, errors
+    assert len(rows(out, "stopped")) == 1
+    assert not (out.parent / "run-2").exists()
 
 
 @pytest.mark.slow
 def test_processes_that_differ_stop_before_the_first_step(tmp_path):
-    program = BROKEN.format(how="pass", name="Text.no_batch").replace(
-        "main(sys.argv[1:])",
-        "main([*sys.argv[1:], '--set', 'train.seed=' + os.environ['SHARDKIT_PROCESS'][10]])",
-    )
-    code, _, errors = launch(sys.executable, "-c", program, *words(tmp_path / "run"))
+    code, errors = by_command(tmp_path / "run", last="'train.seed=' + process")
     assert code == 2
     assert "before its first step: ProcessError: 2 processes do not agree on 1 thing." in errors[0]
     assert any("config.train.seed  process 0: 0; process 1: 1" in line for line in errors)

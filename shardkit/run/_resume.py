@@ -92,6 +92,8 @@ def choose_beginning(wanted: Path, loop: TrainConfig, terms: Terms) -> Beginning
     notes = []
     for folder in _runs(wanted):
         newest = _newest(folder)
+        if newest is None:
+            notes += _unreadable(folder)
         if newest is None or _finished(folder):
             continue
         if Checkpointer(checkpoints_of(folder)).in_use:
@@ -106,7 +108,9 @@ def choose_beginning(wanted: Path, loop: TrainConfig, terms: Terms) -> Beginning
 
 def _named(folder: Path, terms: Terms) -> Beginning:
     folder = folder.parent if folder.name == "checkpoints" else folder
-    newest = _newest(folder)
+    newest, checkpoints = _newest(folder), Checkpointer(checkpoints_of(folder))
+    if newest is None and checkpoints.steps():
+        checkpoints.manifest()  # raises why it cannot be read
     if newest is None:
         there = sorted(path.name for path in folder.glob("*"))[:4]
         why = f"holds {', '.join(there)} and no checkpoint" if there else "is no folder of a run"
@@ -140,6 +144,17 @@ def _newest(folder: Path) -> Manifest | None:
         except CheckpointError:
             continue
     return None
+
+
+def _unreadable(folder: Path) -> Iterator[str]:
+    """Says why a run that has checkpoints cannot go on with any of them."""
+    checkpoints = Checkpointer(checkpoints_of(folder))
+    if checkpoints.steps():
+        try:
+            checkpoints.manifest()
+        except CheckpointError as error:
+            _, row, *_ = str(error).splitlines()
+            yield f"{folder} cannot be gone on with ({row.strip()}); a new run begins."
 
 
 def _finished(folder: Path) -> bool:

@@ -1,0 +1,78 @@
+"""What each of several processes runs in tests/test_several_processes.py: runs that break.
+
+python -m tests._broken_run FOLDER NAME[:HOW]...
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import PartitionSpec as P
+
+import shardkit as sk
+
+STEPS, BREAKS_AT = 8, 5
+CONFIG = sk.TrainConfig(steps=STEPS, eval_every=0, checkpoint_every=2, log_every=1)
+
+
+def compiled(devices=None):
+    """A step with weights split over an axis inside of each process; rows span both."""
+    axes = {"data": 4, "tensor": 2} if devices is None else {"data": 1, "tensor": 1}
+    return sk.compile_step(
+        lambda params, batch, key: jnp.mean(jnp.tanh(batch["x"] @ params["w"]) ** 2),
+        optax.sgd(0.5, momentum=0.9),
+        init=lambda key: {"w": jax.random.normal(key, (8, 4))},
+        batch={"x": jax.ShapeDtypeStruct((8, 8), jnp.float32)},
+        mesh=sk.MeshSpec(**axes).build(devices=devices or jax.devices()),
+        strategy=sk.Strategy(params=sk.PathRules({"w": P(None, "tensor")}), batch=P("data")),
+        on_nonfinite="stop",
+    )
+
+
+def batch_of(i):
+    """The global batch of update `i`, counted from 0."""
+    return {"x": np.random.default_rng(i).normal(size=(8, 8)).astype(np.float32)}
+
+
+def broken(how, process, i):
+    """A batch, or what is in its place."""
+    batch = batch_of(i)
+    if how and i >= BREAKS_AT and process == 1:
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif how == "raises":
+            raise OSError("the text is gone")
+        elif how == "stuck":
+            time.sleep(600)
+        elif how == "poisoned":
+            batch["x"][7, 2] = np.nan
+    return batch
+
+
+def train(folder, step, how="", peers=None):
+    """Trains to the end, or to what breaks it; goes on with what is there."""
+    peers = peers or sk.Peers()
+
+    def data(i):
+        return {name: x[step.rows] for name, x in broken(how, peers.index, i).items()}
+
+    return sk.Trainer(step, data, folder, CONFIG, record={"model": "tanh"}, peers=peers).run()
+
+
+def main(folder: Path, runs: list[str]) -> None:
+    """Makes the runs one after the other."""
+    with sk.distributed(step_timeout=4) as peers:
+        step = compiled()
+        for run in runs:
+            name, _, how = run.partition(":")
+            train(folder / name, step, how, peers)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,163 @@
+"""A run whose folder cannot be used: told, exit code 2, nothing overwritten, earlier saves kept."""
+
+import re
+import shutil
+import zlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import shardkit as sk
+from shardkit.checkpoint import SavedStep, _saving
+from shardkit.checkpoint._files import step_folder
+from shardkit.cli import _main as entry
+from shardkit.cli import main
+from shardkit.cli._command import Command
+
+from .test_trainer import STEPS, Noting, at_read, compiled, interrupt, losses, trainer
+
+
+@pytest.fixture(scope="module")
+def step():
+    return compiled()
+
+
+@pytest.fixture(scope="module")
+def ended(step, tmp_path_factory):
+    """The folder of a run that was interrupted behind its checkpoint of step 4."""
+    folder = tmp_path_factory.mktemp("ended") / "run"
+    with pytest.raises(KeyboardInterrupt):
+        trainer(folder, step, watchers=[at_read(5, interrupt)]).run()
+    return folder
+
+
+@pytest.fixture
+def copy(ended, tmp_path):
+    """A copy of it that may be changed."""
+    return shutil.copytree(ended, tmp_path / "run")
+
+
+def files(folder):
+    """Every file below a folder with its bytes, locks apart."""
+    every = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in every}
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Runs a trainer as a command does; returns what is shown, once the code is that of a user."""
+
+    def run(made):
+        commands = (Command("train", "runs", lambda arguments: made.run() and 0),)
+        monkeypatch.setattr(entry, "COMMANDS", commands)
+        assert main(["train"]) == 2
+        shown = capsys.readouterr().err
+        assert "Traceback" not in shown
+        return shown
+
+    return run
+
+
+def resumed(folder):
+    return sk.TrainConfig(steps=STEPS, checkpoint_every=2, eval_every=0, resume=str(folder))
+
+
+def test_a_full_disk_ends_the_run_with_its_earlier_saves_whole(
+    tmp_path, step, refused, monkeypatch
+):
+    real = _saving.commit
+
+    def commit(written, root, step, manifest):
+        if step == 4:
+            raise OSError(28, "No space left on device")
+        real(written, root, step, manifest)
+
+    monkeypatch.setattr(_saving, "commit", commit)
+    shown = refused(trainer(tmp_path / "run", step))
+    assert "No space left on device" in shown
+    assert "A save was lost." in shown
+    assert "room on the disk" in shown
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert sk.Checkpointer(checkpoints).steps() == (2,)
+    SavedStep.open(step_folder(checkpoints, 2)).check_files()
+    monkeypatch.undo()
+    trainer(tmp_path / "run", step).run()
+    assert sorted(losses(tmp_path / "run")) == list(range(1, STEPS + 1))
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_an_update(step, refused):
+    watcher = Noting()
+    shown = refused(trainer("/proc/none/run", step, watchers=[watcher]))
+    assert "/proc/none" in shown
+    assert "Fix:" in shown
+    assert watcher.told == []
+
+
+def test_a_folder_that_vanishes_ends_the_run_and_what_was_moved_is_whole(tmp_path, step, refused):
+    folder, away = tmp_path / "run" / "checkpoints", tmp_path / "away"
+    vanish = at_read(3, lambda watcher: folder.rename(away))
+    config = sk.TrainConfig(steps=12, checkpoint_every=2, eval_every=0)
+    shown = refused(trainer(tmp_path / "run", step, config=config, watchers=[vanish]))
+    assert "A save was lost." in shown
+    assert str(folder) in shown
+    for done in sk.Checkpointer(away).steps():
+        SavedStep.open(step_folder(away, done)).check_files()
+
+
+def test_a_checkpoint_of_another_model_is_not_gone_on_with(copy, step, refused):
+    before = files(copy)
+    other = step.replace(init=lambda key: {"w": jnp.ones((8, 4)), "bias": jnp.zeros(4)})
+    shown = refused(trainer(copy, other, config=resumed(copy)))
+    assert "params/bias" in shown
+    assert "f32[4]" in shown
+    now = files(copy)
+    assert {name: now[name] for name in before if "checkpoints" in name} == {
+        name: text for name, text in before.items() if "checkpoints" in name
+    }
+
+
+def test_a_newer_format_is_told_and_left_alone(copy, step, refused):
+    for path in copy.rglob("manifest.json"):
+        text = re.sub(r',\n "crc32": "\w+"\n}\n$', "\n}\n", path.read_text())
+        text = text.replace('"version": 1', '"version": 2')
+        crc = f',\n "crc32": "{zlib.crc32(text.encode()):08x}"\n}}\n'
+        path.write_text(text.removesuffix("\n}\n") + crc)
+    before = files(copy)
+    shown = refused(trainer(copy, step, config=resumed(copy)))
+    assert "format version 2; this shardkit reads 1" in shown
+    watcher = Noting()
+    anew = trainer(copy, step, watchers=[watcher])
+    with anew.console.capture() as out:
+        anew.run()
+    assert "cannot be gone on with" in out.get().replace("\n", " ")
+    assert watcher.run.folder == copy.with_name("run-2")
+    assert files(copy) == before
+
+
+def test_a_directory_of_something_else_is_left_alone(tmp_path, step, refused):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "holiday.jpg").write_bytes(b"sun")
+    shown = refused(trainer(folder, step, config=resumed(folder)))
+    assert "holds holiday.jpg and no checkpoint" in shown
+    trainer(folder, step, watchers=[watcher := Noting()]).run()
+    assert watcher.run.folder == tmp_path / "run-2"
+    assert files(folder) == {"holiday.jpg": b"sun"}
+    assert jax.tree.leaves(files(tmp_path / "run-2"))
+
+
+def test_only_the_first_of_several_processes_shows_and_tells_others(tmp_path, step):
+    class Second(sk.Peers):
+        """One that is made up; nothing is asked of the others."""
+
+        index, count = 1, 2
+
+        def __init__(self):
+            pass
+
+    config = sk.TrainConfig(sinks=("tensorboard",), profile="2:3")
+    mute = trainer(tmp_path / "run", step, config=config, peers=Second())
+    assert (mute.console.quiet, mute.config.sinks, mute.config.profile) == (True, (), None)
+    loud = trainer(tmp_path / "run", step, config=config)
+    assert (loud.console.quiet, loud.config) == (False, config)
