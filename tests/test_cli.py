@@ -31,6 +31,7 @@ OPTIONS = {
     "plot": {"-h", "--help", "--debug", "--out"},
     "plan": SHARED | {"--target", "--global-batch", "--compile", "--overlap", "--json"},
     "explain": SHARED | {"--target", "--chip", "--json", "--html", "--timeout"},
+    "hardware": {"-h", "--help", "--debug", "--config", "--measure"},
     "launch": {"-h", "--help", "--debug", "-n", "--devices"},
     "tokenize": {"-h", "--help", "--debug", "--tokenizer", "--tokens"},
 }
