@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from ._errors import Problem
 from ._types import Accumulate
@@ -36,12 +36,31 @@ class Surroundings:
       spec: logical axis names of an activation's dims → its spec, as the region sees them.
       lanes: those of `rows` that `jax.vmap` over lanes splits already, so that the rows that the
         region sees are not split over them, nor does `spec` name them.
+      moving: those of `rows` along which some carrier moves rows between devices.
     """
 
     mesh: Mesh
     rows: tuple[str, ...]
     spec: Callable[[tuple[str | None, ...]], PartitionSpec]
     lanes: tuple[str, ...] = ()
+    moving: tuple[str, ...] = ()
+
+    @property
+    def free_rows(self) -> tuple[str, ...]:
+        """Axes that split the rows which a region sees: neither lanes nor manual around it."""
+        taken = {*self.lanes, *manual_axes()}
+        return tuple(axis for axis in self.rows if axis not in taken)
+
+
+def manual_axes() -> tuple[str, ...]:
+    """Mesh axes over which a `shard_map` around what is being traced is manual."""
+    return tuple(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def mesh_here(mesh: Mesh) -> Mesh | AbstractMesh:
+    """The mesh that shardings name here: inside of a `shard_map` its own, which knows its axes."""
+    around = jax.sharding.get_abstract_mesh()
+    return mesh if around.empty else around
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +106,7 @@ class Marks:
     carriers: Mapping[str, Carrier]
     around: Surroundings
     reached: set[str] = dataclasses.field(default_factory=set)
+    plainly: bool = False
 
 
 _active: contextvars.ContextVar[Marks | None] = contextvars.ContextVar("regions", default=None)
@@ -112,7 +132,7 @@ def region(name: str, plain: Callable[_P, _R]) -> Callable[_P, _R]:
     def marked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         marks = _active.get()
         _traced.add(_identity(marks))
-        if marks is None or name not in marks.carriers:
+        if marks is None or marks.plainly or name not in marks.carriers:
             return plain(*args, **kwargs)
         marks.reached.add(name)
         return marks.carriers[name](marks.around, plain, *args, **kwargs)
@@ -149,7 +169,7 @@ def on_own_part(
             return run(*args)
         around = marks.around
         _traced.add((around.mesh, around.rows))
-        taken = jax.sharding.get_abstract_mesh().manual_axes
+        taken = manual_axes()
         free = frozenset(around.mesh.axis_names) - frozenset(taken)
         if not free:
             return run(*args)
@@ -182,6 +202,17 @@ def carried_out(carriers: Mapping[str, Carrier], around: Surroundings) -> Iterat
     token = _active.set(marks)
     try:
         yield marks
+    finally:
+        _active.reset(token)
+
+
+@contextlib.contextmanager
+def plainly() -> Iterator[None]:
+    """Makes regions run plainly: what a carrier learns from shapes alone does not depend on it."""
+    marks = _active.get()
+    token = _active.set(marks and dataclasses.replace(marks, plainly=True))
+    try:
+        yield
     finally:
         _active.reset(token)
 

@@ -44,19 +44,13 @@ class Ring(Way):
 
     def part(self, q: jax.Array, k: jax.Array, v: jax.Array, ids: Any, causal: bool) -> Part:
         """One device's queries against its own keys, then against those that come round."""
-        trip = _Trip(self.axis, self.size, causal)
-        out, lse = attend(q, k, v, _pair(ids, ids), causal)
+        trip = Trip(self.axis, self.size, causal)
+        out, lse = attend(q, k, v, paired(ids, ids), causal)
         queries = trip.cut(q, 3), trip.cut(ids, 1)
         block = trip.cut(k, 2), trip.cut(v, 2), queries[1]
 
         def absorb(found: Part, step: Any, block: Any) -> Part:
-            def one(found: Part, pieces: tuple[jax.Array, jax.Array]) -> tuple[Part, None]:
-                mine, theirs = pieces
-                (q, own_ids), (k, v, key_ids) = _at(queries, mine), _at(block, theirs)
-                new = attend(q, k, v, _pair(own_ids, key_ids), False)
-                return _put(found, mine, merge(_at(found, mine), new)), None
-
-            return jax.lax.scan(one, found, trip.visible(step))[0]
+            return absorbed(found, queries, block, trip.visible(trip.origin(step)))
 
         def body(carry: Any, step: jax.Array) -> tuple[Any, None]:
             found, block = carry
@@ -80,24 +74,13 @@ class Ring(Way):
         causal: bool,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Gradients of the queries stay, those of a block follow it until they are home."""
-        trip = _Trip(self.axis, self.size, causal)
-        dq, dk, dv = attend_backward(q, k, v, _pair(ids, ids), causal, lse, delta, g)
+        trip = Trip(self.axis, self.size, causal)
+        dq, dk, dv = attend_backward(q, k, v, paired(ids, ids), causal, lse, delta, g)
         queries = (*(trip.cut(x, 3) for x in (q, lse, delta, g)), trip.cut(ids, 1))
         block = trip.cut(k, 2), trip.cut(v, 2), queries[-1]
 
         def absorb(dq: jax.Array, step: Any, block: Any) -> tuple[jax.Array, Any]:
-            sums = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), block[:2])
-
-            def one(carry: Any, pieces: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
-                (dq, sums), (mine, theirs) = carry, pieces
-                (q, lse, delta, g, own_ids) = _at(queries, mine)
-                (k, v, key_ids) = _at(block, theirs)
-                ids = _pair(own_ids, key_ids)
-                more, *of_block = attend_backward(q, k, v, ids, False, lse, delta, g)
-                dq = _put(dq, mine, _at(dq, mine) + more)
-                return (dq, _put(sums, theirs, _add(_at(sums, theirs), tuple(of_block)))), None
-
-            return jax.lax.scan(one, (dq, sums), trip.visible(step))[0]
+            return absorbed_backward(dq, queries, block, trip.visible(trip.origin(step)))
 
         def visit(dq: jax.Array, sums: Any, step: Any, block: Any) -> tuple[jax.Array, Any]:
             arriving = trip.pass_on(sums)
@@ -121,7 +104,7 @@ class Ring(Way):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Trip:
+class Trip:
     """One way round the ring: n devices, whose lengths count as one piece or, causally, as two."""
 
     axis: str
@@ -141,17 +124,65 @@ class _Trip:
         """Sends a block to the next device, and gets the one of the device before."""
         return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis, neighbours(self.n)), block)
 
-    def visible(self, step: Any) -> tuple[jax.Array, jax.Array]:
-        """Own pieces, and for each a piece that it sees whole of the block that is here now."""
+    def origin(self, step: Any) -> Any:
+        """The device whose block is here after so many steps."""
+        return (jax.lax.axis_index(self.axis) - step) % self.n
+
+    def visible(self, device: Any) -> tuple[jax.Array, jax.Array]:
+        """Own pieces, and for each a piece that it sees whole of another device's block."""
         if not self.causal:
             return jnp.zeros(1, int), jnp.zeros(1, int)
         here = jax.lax.axis_index(self.axis)
-        other = lower_piece((here - step) % self.n, self.n)
+        other = lower_piece(device, self.n)
         same = jnp.where(other < lower_piece(here, self.n), 0, 1)
         return jnp.stack([jnp.ones_like(same), same]), jnp.stack([jnp.zeros_like(same), same])
 
 
-def _pair(queries: Any, keys: Any) -> Any:
+def absorbed(found: Part, queries: Any, block: Any, pieces: Any) -> Part:
+    """Joins what queries found so far with what they find in the visible pieces of a block.
+
+    Args:
+      found: output and logarithms of softmax sums, their pieces stacked.
+      queries: `(q, ids)`, stacked alike.
+      block: `(k, v, ids)` of another device.
+      pieces: as `Trip.visible` pairs them.
+    """
+
+    def one(found: Part, pair: tuple[jax.Array, jax.Array]) -> tuple[Part, None]:
+        mine, theirs = pair
+        (q, own_ids), (k, v, key_ids) = _at(queries, mine), _at(block, theirs)
+        new = attend(q, k, v, paired(own_ids, key_ids), False)
+        return _put(found, mine, merge(_at(found, mine), new)), None
+
+    return jax.lax.scan(one, found, pieces)[0]
+
+
+def absorbed_backward(
+    dq: jax.Array, queries: Any, block: Any, pieces: Any
+) -> tuple[jax.Array, Any]:
+    """Adds to the gradient of the queries what a block gives; returns that of the block, f32.
+
+    Args:
+      dq: gradients of the queries so far, their pieces stacked.
+      queries: `(q, lse, delta, g, ids)`, stacked alike.
+      block: `(k, v, ids)` of another device.
+      pieces: as `Trip.visible` pairs them.
+    """
+    sums = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), block[:2])
+
+    def one(carry: Any, pair: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+        (dq, sums), (mine, theirs) = carry, pair
+        (q, lse, delta, g, own_ids), (k, v, key_ids) = _at(queries, mine), _at(block, theirs)
+        ids = paired(own_ids, key_ids)
+        more, *of_block = attend_backward(q, k, v, ids, False, lse, delta, g)
+        dq = _put(dq, mine, _at(dq, mine) + more)
+        return (dq, _put(sums, theirs, _add(_at(sums, theirs), tuple(of_block)))), None
+
+    return jax.lax.scan(one, (dq, sums), pieces)[0]
+
+
+def paired(queries: Any, keys: Any) -> Any:
+    """Segments of queries and keys, or None."""
     return None if queries is None else (queries, keys)
 
 

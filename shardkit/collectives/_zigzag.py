@@ -6,11 +6,15 @@ position, so it is equal only where every device holds a piece p together with i
 other with device n−1−i: half of each array moves, to one partner.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+Partners = list[tuple[int, int]]
+Swap = Callable[[jax.Array, str, Partners], jax.Array]
 
 
 def zigzag_order(length: int, n: int) -> np.ndarray:
@@ -29,28 +33,34 @@ def lower_piece(device: Any, n: int) -> Any:
     return jnp.minimum(2 * device, 2 * n - 1 - 2 * device)
 
 
-def to_zigzag(x: jax.Array, axis: str, n: int) -> jax.Array:
+def permuted(x: jax.Array, axis: str, partners: Partners) -> jax.Array:
+    """What the partner of each device holds."""
+    return jax.lax.ppermute(x, axis, partners)
+
+
+def to_zigzag(x: jax.Array, axis: str, n: int, swap: Swap = permuted) -> jax.Array:
     """Swaps half of what a device holds with its partner, both halves then in rising order.
 
     Args:
       x: [rows, length of one device, …].
       axis: mesh axis that splits the length.
       n: its size.
+      swap: gets what the partner holds.
     """
     kept, sent = jnp.split(x, 2, axis=1)
-    got = jax.lax.ppermute(sent, axis, _partners(n))
+    got = swap(sent, axis, _partners(n))
     halves = _select(_keeps_the_lower(axis, n), (kept, got), (got, kept))
     return jnp.concatenate(halves, 1)
 
 
-def from_zigzag(x: jax.Array, axis: str, n: int) -> jax.Array:
+def from_zigzag(x: jax.Array, axis: str, n: int, swap: Swap = permuted) -> jax.Array:
     """The inverse of `to_zigzag`."""
     low, high = jnp.split(x, 2, axis=1)
     kept, got = _select(_keeps_the_lower(axis, n), (low, high), (high, low))
-    return jnp.concatenate((kept, jax.lax.ppermute(got, axis, _partners(n))), 1)
+    return jnp.concatenate((kept, swap(got, axis, _partners(n))), 1)
 
 
-def _partners(n: int) -> list[tuple[int, int]]:
+def _partners(n: int) -> Partners:
     return [(i, n - 1 - i) for i in range(n)]
 
 

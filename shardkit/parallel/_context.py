@@ -37,9 +37,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from .._errors import Problem, ShardingError, StepError, did_you_mean, raise_all
-from .._regions import Carrier, Surroundings
+from .._regions import Carrier, Surroundings, manual_axes
 from .._tree import short_type
-from ..collectives import HeadExchange, Ring, Way, across
+from ..collectives import HeadExchange, Pairs, Ring, Way, across
 from ..rules import REPLICATED, axes_of, format_mesh
 from ._names import activations, check_axis
 from ._strategy import Strategy
@@ -88,9 +88,13 @@ class ContextAttention(Carrier):
         raise_all(ShardingError, headline, problems)
         if repeats := math.lcm(k.shape[2], ways) // k.shape[2] - 1:
             k, v = (jnp.repeat(x, repeats + 1, axis=2) for x in (k, v))
-        rows = tuple(axis for axis in around.rows if axis not in around.lanes)
-        way = _WAYS[self.attention](around.mesh, self.axis, rows, heads, around.lanes)
+        way = self._way(around.mesh, self.axis, around.free_rows, heads, around.lanes)
         return across(q, k, v, segment_ids, causal, way)
+
+    @property
+    def _way(self) -> type[Way]:
+        """Inside a stage of a pipeline other stages do something else: no permute over all."""
+        return Pairs if self.attention == "ring" and manual_axes() else _WAYS[self.attention]
 
     def _length_problems(
         self,
@@ -108,6 +112,10 @@ class ContextAttention(Carrier):
             why = f"length {length} does not split into {cut} ({self.axis}={n})"
             near = max(pieces, round(length / pieces) * pieces)
             problems.append(Problem(f"queries {_type(q)}", why, f"a length of {near}"))
+        if self._way is Pairs and n % 2:
+            why = f"a ring of {self.axis}={n} inside a stage: its devices meet in pairs"
+            fix = f"{self.axis}={n + 1}, or strategies.context(attention='all_to_all')"
+            problems.append(Problem("attention='ring'", why, fix))
         if k.shape[1] != length:
             why = f"{k.shape[1]} keys for {length} queries; a split length is one and the same"
             problems.append(Problem(f"keys {_type(k)}", why, "attention of a row on itself"))

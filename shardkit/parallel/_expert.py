@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .._errors import Problem, StepError, raise_all
-from .._regions import Carrier, Surroundings
+from .._regions import Carrier, Surroundings, manual_axes, mesh_here
 from .._slots import collect, combine, dispatch, even, in_order, ragged, slots
 from ._names import activations, check_axis, params
 from ._strategy import Strategy
@@ -164,7 +164,7 @@ class _Groups:
     @property
     def _rows(self) -> tuple[str, ...]:
         """Axes that split the rows; tokens of one lane stay in it."""
-        return tuple(axis for axis in self.around.rows if axis not in self.around.lanes)
+        return self.around.free_rows
 
     @property
     def devices(self) -> int:
@@ -203,8 +203,9 @@ class _Groups:
 
         Lanes count as groups. Inside of one, while the lanes are not yet seen, all is one place.
         """
-        others = tuple(axis for axis in self.around.rows if axis != self.axis)
-        mesh = self.around.mesh
+        manual = manual_axes()
+        others = tuple(a for a in self.around.rows if a != self.axis and a not in manual)
+        mesh = mesh_here(self.around.mesh)
         if args[0].shape[0] % math.prod(mesh.shape[axis] for axis in others):
             return one(*args)
         specs = [PartitionSpec(others if x.shape[0] > 1 else None, self.axis) for x in args]
@@ -224,7 +225,7 @@ class _Groups:
         others = tuple(axis for axis in self._rows if axis != self.axis) or None
         rest = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1 - len(split))
         spec = PartitionSpec(others, *split, *rest)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.around.mesh, spec))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh_here(self.around.mesh), spec))
 
 
 def _check(axis: str, devices: int, number: int) -> None:

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from .._errors import Problem, StepError, did_you_mean, raise_all
-from .._regions import Carrier, Surroundings
+from .._regions import Carrier, Surroundings, plainly
 from .._staged import First, Last, Layer
 from .._types import Accumulate
 from ._names import activations, check_axis, params
@@ -117,13 +117,6 @@ def _stage_problems(sizes: Any) -> list[Problem]:
     return [Problem(f"layers_per_stage={sizes!r}", why, "layers_per_stage=(2, 1)")]
 
 
-# What splits the same work inside a stage, where collectives are left to the partitioner.
-_INSTEAD = {
-    "attention": "strategies.tensor(sequence=True), which splits heads and the stream's length",
-    "experts": "strategies.tensor(), which splits the width of every expert",
-}
-
-
 @dataclasses.dataclass(frozen=True)
 class Stages(Carrier):
     """Carries out `sk.staged` as a pipeline.
@@ -144,6 +137,7 @@ class Stages(Carrier):
         self, accumulate: Accumulate, apart: bool, beside: tuple[str, ...]
     ) -> list[Problem]:
         """Refuses a second loop over micro-batches inside which gradients are kept apart."""
+        del beside
         problems = []
         if accumulate.reduce == "once" and accumulate.steps > 1:
             why = "the pipeline's own micro-batches are accumulated, with one reduction"
@@ -153,11 +147,6 @@ class Stages(Carrier):
         elif apart:
             why = "a pipeline reduces its gradients in the compute dtype"
             problems.append(Problem("precision.reduce", why, "sk.Precision(..., reduce=None)"))
-        # Inside a stage weights are whole along the axes that split rows, marked or not.
-        for name in (name for name in beside if name != "weight"):
-            why = f"cannot also be carried out inside a stage of {self.axis!r}"
-            fix = f"{_INSTEAD.get(name, 'one of the two strategies')}; or leave out the pipeline"
-            problems.append(Problem(f"the region {name!r}", why, fix))
         return problems
 
     def __call__(
@@ -177,9 +166,9 @@ class Stages(Carrier):
         raise_all(StepError, "The pipeline cannot be laid out.", problems)
         sizes, _ = self._sizes(around, layers)
         cut = Parts(self.axis, around.mesh.shape[self.axis], sizes)
-        program = Program.of(
-            Loss(first, layer, last, ends, batch, key), layers, around, cut, self.micro_batches
-        )
+        loss = Loss(first, layer, last, ends, batch, key)
+        with plainly():
+            program = Program.of(loss, layers, around, cut, self.micro_batches)
 
         @jax.custom_vjp
         def run(ends: Any, layers: Any) -> Any:

@@ -7,6 +7,7 @@ once where the program begins.
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -71,9 +72,7 @@ class Program:
           StepError: something other than floating-point arrays would travel, or the randomness of
             the loss cannot be split by rows.
         """
-        lanes = 1
-        for axis in around.rows:
-            lanes *= around.mesh.shape[axis]
+        lanes = math.prod(around.mesh.shape[axis] for axis in lane_axes(around))
         parts = lanes * micro_batches
         of_first, of_layers = layer_keys(loss.key, cut.layers)
         rows = _rows(loss.batch, parts)
@@ -125,7 +124,7 @@ class Program:
 
     def _run(self, table: Schedule, ends: Any, layers: Any) -> Any:
         """The sums over all parts; with gradients of ends and layers where the table trains."""
-        axis, rows = self.cut.axis, self.around.rows
+        axis, rows = self.cut.axis, lane_axes(self.around)
         every = PartitionSpec((axis, *rows))
         own = PartitionSpec(rows or None, axis) if self.cut.stored_apart else every
         stored = PartitionSpec(axis) if self.cut.stored_apart else PartitionSpec()
@@ -145,7 +144,7 @@ class Program:
 
     def _on_device(self, table: Schedule, ends: Any, layers: Any, batch: Any, words: Any) -> Any:
         """One device's share, with a dim in front that the sum is over."""
-        rows, cut, m = self.around.rows, self.cut, self.draws.micro_batches
+        rows, cut, m = lane_axes(self.around), self.cut, self.draws.micro_batches
         stage = jax.lax.axis_index(cut.axis)
         lane = jax.lax.axis_index(rows) if rows else jnp.zeros((), jnp.int32)
         numbers = jnp.asarray(cut.numbers)[stage]
@@ -174,6 +173,11 @@ class Program:
             return _stacked(done.outcome)
         g_layers = cut.give_back(_as(done.weights, layers), stage)
         return _stacked((done.outcome, _as(done.ends, ends), g_layers))
+
+
+def lane_axes(around: Surroundings) -> tuple[str, ...]:
+    """Axes whose devices keep gradients apart; rows that move stay the partitioner's."""
+    return tuple(axis for axis in around.rows if axis not in around.moving)
 
 
 def _rows(batch: Any, parts: int) -> Any:

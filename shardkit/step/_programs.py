@@ -93,6 +93,7 @@ class Programs:
             layout.row_axes,
             names.spec_in_lane if by_lanes else names.spec,
             names.lane_axes if by_lanes else (),
+            tuple(axis for axis in layout.row_axes if axis not in layout.lane_axes),
         )
         # Explicit collectives carry out what they can themselves, and refuse the rest.
         manual = self._declaration.mode == "shard_map"
