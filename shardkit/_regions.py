@@ -85,17 +85,14 @@ class Carrier(abc.ABC):
     ) -> Any:
         """Returns what `plain(*args, **kwargs)` would."""
 
-    def misfits(
-        self, accumulate: Accumulate, apart: bool, beside: tuple[str, ...]
-    ) -> list[Problem]:
+    def misfits(self, accumulate: Accumulate, apart: bool) -> list[Problem]:
         """What of the rest of a declaration this carrier cannot work with; nothing by default.
 
         Args:
           accumulate: micro-batches of the step.
           apart: whether gradients are kept apart by lane for a reduction dtype of their own.
-          beside: names of the other regions that are carried out.
         """
-        del accumulate, apart, beside
+        del accumulate, apart
         return []
 
 

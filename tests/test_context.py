@@ -195,6 +195,23 @@ def test_lengths_that_do_not_split_are_errors():
     assert "  - segment_ids of shape (2, 16)" in text
 
 
+def test_a_ring_of_an_odd_number_inside_a_stage_is_an_error():
+    text = []
+    jax.eval_shape(
+        jax.shard_map(
+            lambda x: text.append(refusal(context(), 24, pipe=2, context=3)) or x,
+            mesh=mesh_of(pipe=2, context=3),
+            in_specs=P("pipe"),
+            out_specs=P("pipe"),
+            axis_names={"pipe"},
+            check_vma=False,
+        ),
+        jnp.zeros(2),
+    )
+    assert "a ring of context=3 inside a stage: its devices meet in pairs" in text[0]
+    assert "Fix: context=4, or strategies.context(attention='all_to_all')" in text[0]
+
+
 def test_heads_that_do_not_split_are_errors_with_the_sizes_that_do():
     every = context(attention="all_to_all")
     text = refusal(every, heads=6, key_heads=6, context=4)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shardkit.collectives import HeadExchange, Ring, _blockwise, across, zigzag_order
+from shardkit.collectives import HeadExchange, Pairs, Ring, _blockwise, across, zigzag_order
+from shardkit.collectives._pairs import tournament
 from shardkit.mesh import MeshSpec
 
 B, H = 2, 8
@@ -69,6 +70,18 @@ def test_a_ring_is_full_attention(n):
 
 def test_a_ring_of_eight_with_packed_rows():
     assert_is_plain(way(Ring, 8), 4, 1, True, True, length=48)
+
+
+@pytest.mark.parametrize(("n", "causal", "packed"), [(2, False, False), (4, True, True)])
+def test_blocks_that_are_swapped_in_pairs_give_full_attention(n, causal, packed):
+    assert_is_plain(way(Pairs, n), 4, 2, causal, packed)
+
+
+@pytest.mark.parametrize("n", [2, 4, 6, 8])
+def test_everyone_meets_everyone_else_once(n):
+    met = tournament(n)
+    assert (np.sort(met, 0).T == [[j for j in range(n) if j != i] for i in range(n)]).all()
+    assert all((row[row] == np.arange(n)).all() for row in met)
 
 
 @pytest.mark.parametrize(("n", "causal", "packed"), [(2, True, True), (4, False, False)])

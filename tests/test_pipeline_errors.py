@@ -78,21 +78,6 @@ def test_accumulation_inside_the_pipeline_is_its_own():
     assert "a pipeline reduces its gradients in the compute dtype" in text
 
 
-def test_attention_across_devices_does_not_fit_into_a_stage():
-    both = pipeline(micro_batches=4) | sk.strategies.context()
-    text = message(both, pipe=2, context=4)
-    assert "the region 'attention'" in text
-    assert "cannot also be carried out inside a stage of 'pipe'" in text
-    assert "Fix: strategies.tensor(sequence=True), which splits heads and" in text
-
-
-def test_experts_that_tokens_travel_to_do_not_fit_into_a_stage():
-    text = message(pipeline(micro_batches=4) | sk.strategies.expert(), pipe=2, expert=4)
-    assert "the region 'experts'" in text
-    assert "cannot also be carried out inside a stage of 'pipe'" in text
-    assert "Fix: strategies.tensor(), which splits the width of every expert; or leave out" in text
-
-
 def test_rows_are_not_split_over_stages():
     rows = sk.Strategy(batch=P("pipe"))
     text = message(rows | pipeline(micro_batches=2), layers=8, pipe=8)

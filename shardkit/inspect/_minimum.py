@@ -231,24 +231,34 @@ def minimum(
 
 
 def _context(n: int, sizes: Mapping[str, int], declared: Declared) -> float | None:
-    """What attention sends over an axis of size n that splits the length.
-
-    Not said in a pipeline, where what constraints name is a part of the rows.
-    """
+    """What attention sends over an axis of size n that splits the length."""
     queries, keys = (_activation(name, sizes, declared) for name in ("heads", "kv_heads"))
-    if queries is None or keys is None or declared.layers is None or _stages(sizes, declared) > 1:
+    if queries is None or keys is None or declared.layers is None:
         return None
+    layers = declared.layers // _stages(sizes, declared)
     if "context+all_to_all" in declared.kinds.values():
-        return context_all_to_all(n, queries, 2 * keys, declared.layers)
-    return context_ring(n, 2 * keys, declared.layers)
+        return context_all_to_all(n, queries, 2 * keys, layers)
+    return context_ring(n, 2 * keys, layers)
 
 
-def _activation(name: str, sizes: Mapping[str, int], declared: Declared) -> int | None:
+def _activation(name: str, sizes: Mapping[str, int], declared: Declared) -> float | None:
     """Bytes on one device, per step, of the activation that has a length and this dim."""
     for placed in declared.constraints:
         if {"length", name} <= set(placed.leaf.axes or ()):
-            return placed.device_bytes(sizes) * declared.accumulate
+            return placed.device_bytes(sizes) * _times(sizes, declared)
     return None
+
+
+def _times(sizes: Mapping[str, int], declared: Declared) -> float:
+    """How many activations as constraints show them a device computes in a step.
+
+    Inside a pipeline they show one device's rows of one micro-batch.
+    """
+    work = {"batch", "length", "embed"}
+    shown = [one for one in declared.constraints if set(one.leaf.axes or ()) == work]
+    if _stages(sizes, declared) == 1 or not shown or declared.activation_bytes is None:
+        return declared.accumulate
+    return declared.activation_bytes / shown[0].device_bytes(sizes)
 
 
 def _stages(sizes: Mapping[str, int], declared: Declared) -> int:

@@ -20,6 +20,10 @@ any number of heads, long lengths (a block's products must outlast its transfer)
 bytes from about n = 4 on, up to as many devices as there are key heads, or their multiple with
 `kv_heads="replicate"`. Do not use for short rows: split the batch (`data`, `fsdp`).
 
+Inside a stage of a pipeline, where devices of other stages do something else, a permute over all
+of them would wait for ever on some backends: there the ring's blocks are swapped in pairs of
+devices (`collectives/_pairs`), with the same bytes and an even number of devices.
+
 The swap stands in the carrier, layer by layer, and not in the batch, once. A batch whose tokens
 are in zig-zag order would move nothing but 12 bytes a token, but every model would then have to ask
 for its positions, draw its dropout elsewhere and never look at its neighbours along the length;

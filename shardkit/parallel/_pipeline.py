@@ -13,6 +13,10 @@ Bubble: (p−1)/(m+p−1) of the time with GPipe and 1F1B, (p−1)/(vm+p−1) in
 with a zero-bubble schedule; see `_schedule` for their tables. A stage's forward pass is computed
 again in its backward pass, from its input, as under full remat.
 
+What strategies carry out inside a layer they carry out inside a stage: attention over a split
+length, experts that tokens travel to. Rows that travel stay the partitioner's, so an `expert` axis,
+and `context`, reduce the gradients of a stage once per micro-batch.
+
 Use when the layers do not fit beside tensor and fsdp splits, or links between groups of devices
 are slow: it sends least of all kinds. Do not use with few micro-batches per stage.
 """
@@ -133,11 +137,8 @@ class Stages(Carrier):
     virtual_stages: int = 1
     layers_per_stage: tuple[int, ...] | None = None
 
-    def misfits(
-        self, accumulate: Accumulate, apart: bool, beside: tuple[str, ...]
-    ) -> list[Problem]:
+    def misfits(self, accumulate: Accumulate, apart: bool) -> list[Problem]:
         """Refuses a second loop over micro-batches inside which gradients are kept apart."""
-        del beside
         problems = []
         if accumulate.reduce == "once" and accumulate.steps > 1:
             why = "the pipeline's own micro-batches are accumulated, with one reduction"

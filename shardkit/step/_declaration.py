@@ -136,15 +136,11 @@ class Declaration:
         """What the carriers that this mesh needs cannot work with."""
         assert isinstance(self.mesh, Mesh)
         sizes = self.mesh.shape
-        used = {name: c for name, c in self.strategy.regions if sizes.get(c.axis, 1) > 1}
         return [
             problem
-            for name, carrier in used.items()
-            for problem in carrier.misfits(
-                self.accumulate,
-                self.precision.reduces_apart,
-                tuple(other for other in used if other != name),
-            )
+            for _, carrier in self.strategy.regions
+            if sizes.get(carrier.axis, 1) > 1
+            for problem in carrier.misfits(self.accumulate, self.precision.reduces_apart)
         ]
 
     def replaced(self, **changes: Any) -> "Declaration":

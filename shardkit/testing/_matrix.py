@@ -122,7 +122,7 @@ def kill_matrix(
     trial = Trial(made_up(one) if batches is None else batches, steps, jax.random.key(0))
     step = step_factory(mesh)
     carriers = [carrier for _, carrier in step.declaration.strategy.regions]
-    split_already = any(carrier.misfits(Accumulate(2), False, ()) for carrier in carriers)
+    split_already = any(carrier.misfits(Accumulate(2), False) for carrier in carriers)
     if step.declaration.accumulate.steps == 1 and not split_already:
         step = step.replace(accumulate=2)
     strategy = dataclasses.replace(

@@ -287,9 +287,28 @@ def _last_lost(arrivals: np.ndarray, nowhere: int) -> np.ndarray:
     return kept
 
 
+def _to_the_wrong_neighbour(ticks: Any) -> Any:
+    def wrong(table: Any) -> Any:
+        plan = ticks(table)
+        stages = plan.columns["branch"].shape[1]
+        turned = tuple(
+            tuple(tuple((src, (dst + 1) % stages) for src, dst in pairs) for pairs in exchange)
+            for exchange in plan.exchanges
+        )
+        return dataclasses.replace(plan, exchanges=turned)
+
+    return wrong
+
+
 _TICKS = "shardkit.parallel._pipeline_program.ticks"
 
 PIPELINE_MUTATIONS: tuple[Mutation, ...] = (
+    Mutation(
+        "wrong neighbour",
+        "after each tick a stage sends to the one after the one that waits",
+        ("gradients", "loss"),
+        ((_TICKS, _to_the_wrong_neighbour),),
+    ),
     Mutation(
         "a tick late",
         "what a stage is sent is put away one tick after it came",
