@@ -83,6 +83,7 @@ SWAP = "sends also the ring's swap for equal causal work, half of each block"
 LOOP = "reduces gradients over context for each micro-batch"
 MICRO = "gathers weights for each micro-batch"
 BUBBLE = "sends over all boundaries of an exchange, wanted in that tick or not"
+AGAIN = "computes a stage's forward pass, and what it sends, again in the backward pass"
 # Fewer key heads than devices, biases, one table for embedding and head.
 SHARED = {"kv_heads": 2, "bias": True, "tied": True}
 # A mixture of experts that drops a third of its choices, and one that drops none.
@@ -177,6 +178,25 @@ CASES = {
         {"fsdp": 2, "pipe": 2, "tensor": 2},
         {"fsdp": 1.01, "pipe": 1.22, "tensor": 3.15},
         f"{BUBBLE}; {EACH}",
+        model=MIXTURE,
+    ),
+    "pipeline data ring": Case(
+        data() | pipeline(micro_batches=2) | context(),
+        {"data": 2, "pipe": 2, "context": 2},
+        {"data": 0.82, "pipe": 1.14, "context": 1.6},
+        f"{BUBBLE}; {SWAP}; {LOOP}; {AGAIN}",
+    ),
+    "pipeline data all_to_all": Case(
+        data() | pipeline(micro_batches=2) | context(attention="all_to_all"),
+        {"data": 2, "pipe": 2, "context": 2},
+        {"data": 0.82, "pipe": 1.14, "context": 1.44},
+        f"{BUBBLE}; {LOOP}; {AGAIN}",
+    ),
+    "pipeline data experts": Case(
+        data() | pipeline(micro_batches=2) | sk.strategies.expert(),
+        {"data": 2, "pipe": 2, "expert": 2},
+        {"data": 0.84, "pipe": 1.16, "expert": 1.3},
+        f"{BUBBLE}; {LANE}; {AGAIN}",
         model=MIXTURE,
     ),
     "ring": Case(context(), {"context": 4}, {"context": 1.16}, SWAP),

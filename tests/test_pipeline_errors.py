@@ -67,6 +67,17 @@ def test_uneven_layers_are_never_guessed():
     assert "layers_per_stage=(2, 1, 1, 1), or a model of 4 or 8 layers" in text
 
 
+def test_layers_that_stages_do_not_divide_are_refused_with_the_numbers_to_declare():
+    with pytest.raises(sk.ShardingError) as raised:
+        model.step(sk.MeshSpec(data=2, pipe=4).build(), DATA | pipeline(micro_batches=2), 5)
+    text = str(raised.value)
+    assert "dim 0 (5) is not divisible by pipe=4" in text
+    assert (
+        "strategies.pipeline(..., layers_per_stage=(2, 1, 1, 1)).with_names("
+        'params={"layers": None}), which stores all layers on every stage; or '
+    ) in text
+
+
 def test_accumulation_inside_the_pipeline_is_its_own():
     both = DATA | pipeline(micro_batches=4) | sk.Strategy(accumulate=2)
     text = message(both)

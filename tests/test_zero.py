@@ -14,6 +14,7 @@ import shardkit as sk
 from shardkit._tree import Leaf
 from shardkit.optim import Zero
 from shardkit.targets import Source, compile_for
+from shardkit.testing import MUTATIONS, ZERO_MUTATIONS, kill_matrix
 
 from ._declared import WIDTH
 
@@ -147,3 +148,23 @@ def test_a_stage_that_there_is_not():
         caught.value
     )
     assert "strategies.fsdp('data')" in str(caught.value)
+
+
+WRONG_SPEC = tuple(one for one in MUTATIONS if one.name == "wrong spec")
+LAYOUTS = {
+    "zero": (zero(), {"data": 2}, ZERO_MUTATIONS),
+    "fsdp": (fsdp(min_size=0), {"fsdp": 2}, WRONG_SPEC),
+    "tensor": (sk.strategies.data() | tensor(), {"data": 2, "tensor": 2}, WRONG_SPEC),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_that_is_not_the_declared_one_is_found(name):
+    strategy, sizes, mutations = LAYOUTS[name]
+
+    def factory(mesh):
+        return sk.compile_step(loss_fn, ADAM, init=init, batch=BATCH, mesh=mesh, strategy=strategy)
+
+    mesh = sk.MeshSpec(**sizes).build(devices=jax.devices()[: np.prod(list(sizes.values()))])
+    kill_matrix(factory, mesh, batches=[BATCH], steps=2, mutations=mutations).check()

@@ -10,17 +10,12 @@ from collections.abc import Collection, Mapping, Sequence
 from jax.sharding import PartitionSpec
 
 from .._errors import Problem, ShardingError, count, did_you_mean, raise_all
-from ..rules import Indivisible, axes_of, format_mesh
+from ..rules import Indivisible, axes_of, format_mesh, ways
+from ._parts import most_even
 from ._strategy import Strategy
 
 # Kinds that split rows over an axis, on which experts may live too: routed tokens change devices.
 _ROWS = frozenset({"data", "fsdp", "zero"})
-_OPTIONS = {
-    "kv_heads": 'strategies.tensor(kv_heads="replicate") in mode="auto" for fewer groups than '
-    "devices",
-    "layers": "strategies.pipeline(..., layers_per_stage=(...)).with_names("
-    'params={"layers": None}), which stores all layers on every stage',
-}
 _BESIDE_ROWS = frozenset({"expert"})
 
 
@@ -72,18 +67,33 @@ def check_used(strategy: Strategy, sizes: Mapping[str, int], used: Collection[st
     raise_all(ShardingError, headline, problems)
 
 
-def advise(problems: Sequence[Problem]) -> list[Problem]:
+def advise(problems: Sequence[Problem], sizes: Mapping[str, int]) -> list[Problem]:
     """Adds, to leaves that cannot be laid out, the options of ready strategies that lay them out.
 
     Args:
       problems: of leaves; those of which a dim does not divide say its logical axis.
+      sizes: `{mesh axis: size}`.
     """
-    return [
-        dataclasses.replace(problem, fix=f"{_OPTIONS[problem.logical]}; or {problem.fix}")
-        if isinstance(problem, Indivisible) and problem.logical in _OPTIONS
-        else problem
-        for problem in problems
-    ]
+
+    def advised(problem: Problem) -> Problem:
+        option = _option(problem, sizes) if isinstance(problem, Indivisible) else None
+        return (
+            dataclasses.replace(problem, fix=f"{option}; or {problem.fix}") if option else problem
+        )
+
+    return [advised(problem) for problem in problems]
+
+
+def _option(problem: Indivisible, sizes: Mapping[str, int]) -> str | None:
+    if problem.logical == "kv_heads":
+        how = 'strategies.tensor(kv_heads="replicate") in mode="auto"'
+        return f"{how} for fewer groups than devices"
+    if problem.logical == "layers":
+        stages = most_even(problem.size, ways(problem.axes, sizes))
+        how = f"strategies.pipeline(..., layers_per_stage={stages})"
+        whole = '.with_names(params={"layers": None}), which stores all layers on every stage'
+        return how + whole
+    return None
 
 
 def _shared_axes(strategy: Strategy) -> list[Problem]:

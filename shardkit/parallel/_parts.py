@@ -181,6 +181,16 @@ def part_sizes(
     return declared, [Problem(subject, why, _choices(layers, parts)) for why in wrong]
 
 
+def most_even(layers: int, parts: int) -> tuple[int, ...]:
+    """Layers of each part where no two differ by more than one.
+
+    >>> most_even(5, 4)
+    (2, 1, 1, 1)
+    """
+    low, more = divmod(layers, parts)
+    return tuple(low + (n < more) for n in range(parts))
+
+
 def _parts(stages: int, virtual: int) -> str:
     return f"{stages} stages" + (f" of {virtual} virtual stages" if virtual > 1 else "")
 
@@ -188,7 +198,6 @@ def _parts(stages: int, virtual: int) -> str:
 def _choices(layers: int, parts: int) -> str:
     """Legal declarations: the most even one, and the numbers of layers that need none."""
     low, more = divmod(layers, parts)
-    most_even = tuple(low + (n < more) for n in range(parts))
     near = f"{max(1, low) * parts} or {(max(1, low) + 1) * parts} layers"
-    same = f"layers_per_stage={most_even}"
+    same = f"layers_per_stage={most_even(layers, parts)}"
     return same if more == 0 and low else f"{same}, or a model of {near}"

@@ -223,7 +223,7 @@ def _resolved(
     rule: Rule, of: Sequence[Leaf], sizes: Mapping[str, int], tree: str, problems: list[Problem]
 ) -> dict[str, PartitionSpec]:
     specs, found = collect(rule, of, sizes, what=f"leaves of {tree}")
-    problems += _in_tree(tree, of, advise(found))
+    problems += _in_tree(tree, of, advise(found, sizes))
     return specs
 
 

@@ -7,7 +7,7 @@ from ._matrix import Killed, KillMatrix, kill_matrix
 from ._ring_mutations import CONTEXT_MUTATIONS
 from ._shard_mutations import SHARD_MUTATIONS
 from ._simulated import simulated_devices
-from .mutations import MUTATIONS, PIPELINE_MUTATIONS, Mutation
+from .mutations import MUTATIONS, PIPELINE_MUTATIONS, ZERO_MUTATIONS, Mutation
 
 __all__ = [
     "CONTEXT_MUTATIONS",
@@ -15,6 +15,7 @@ __all__ = [
     "MUTATIONS",
     "PIPELINE_MUTATIONS",
     "SHARD_MUTATIONS",
+    "ZERO_MUTATIONS",
     "KillMatrix",
     "Killed",
     "Mutation",

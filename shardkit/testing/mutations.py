@@ -322,3 +322,17 @@ PIPELINE_MUTATIONS: tuple[Mutation, ...] = (
         ((_TICKS, _arrivals(_last_lost)),),
     ),
 )
+
+
+def _update_whole(update_specs: Any) -> Any:
+    return lambda zero, *rest: update_specs(None, *rest)
+
+
+ZERO_MUTATIONS: tuple[Mutation, ...] = (
+    Mutation(
+        "update not split",
+        "every device holds the whole state of the optimizer and makes the whole update",
+        ("layout",),
+        ((_STEP + "_layout.update_specs", _update_whole),),
+    ),
+)
