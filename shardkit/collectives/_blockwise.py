@@ -39,6 +39,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, ids: Ids, causal: bool) -> 
       f32[B, K, G, T, H] and f32[B, K, G, T].
     """
     tiles = _Tiles(q.shape[3], k.shape[2], causal)
+    q, ids, pairs = _held(q, ids, tiles.pairs)
 
     def visit(part: Part, pair: jax.Array) -> tuple[Part, None]:
         i, j = pair
@@ -54,7 +55,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, ids: Ids, causal: bool) -> 
         return (tiles.put(out, i, new_out), tiles.put(lse, i, new_lse)), None
 
     nothing = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], -jnp.inf, jnp.float32)
-    return jax.lax.scan(visit, nothing, tiles.pairs)[0]
+    return jax.lax.scan(visit, nothing, pairs)[0]
 
 
 def merge(one: Part, other: Part) -> Part:
@@ -87,6 +88,7 @@ def attend_backward(
       g: [B, K, G, T, H], cotangent of the output over all keys.
     """
     tiles, scale = _Tiles(q.shape[3], k.shape[2], causal), q.shape[-1] ** -0.5
+    q, ids, pairs = _held(q, ids, tiles.pairs)
 
     def visit(sums: Gradients, pair: jax.Array) -> tuple[Gradients, None]:
         i, j = pair
@@ -104,7 +106,7 @@ def attend_backward(
 
     dq, dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
     nothing = dq, dk, dv
-    return jax.lax.scan(visit, nothing, tiles.pairs)[0]
+    return jax.lax.scan(visit, nothing, pairs)[0]
 
 
 class _Tiles:
@@ -140,6 +142,15 @@ class _Tiles:
 
     def put_keys(self, x: jax.Array, j: jax.Array, more: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(x, self.keys(x, j) + more, j * self.width, 2)
+
+
+def _held(q: jax.Array, ids: Ids, pairs: jax.Array) -> tuple[jax.Array, Ids, jax.Array]:
+    """The same arrays, of which none is known before the queries are.
+
+    Differentiating a scan over layers takes out of it what no layer changes. Of the loop over
+    tiles that would be every tile's mask, one beside the other: the square of the length.
+    """
+    return jax.lax.optimization_barrier((q, ids, pairs))
 
 
 def _tile(length: int) -> int:
