@@ -1,6 +1,7 @@
 """Attention over a split length against a softmax that is written out, forward and backward."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -125,6 +126,26 @@ def test_many_tiles_are_one_and_hidden_ones_are_not_visited(monkeypatch):
 def tiled(q, k, v, ids):
     """The all-to-all way on one device is the tiles alone."""
     return across(q, k, v, ids, True, way(HeadExchange, 1))
+
+
+@pytest.mark.parametrize("kind", [Ring, HeadExchange])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_scan_over_layers_keeps_no_tile_masks(kind, packed, monkeypatch):
+    monkeypatch.setattr(_blockwise, "_WIDEST", 64)
+    length, attend = 1024, way(kind, 2)
+    ids = jnp.zeros((1, length), jnp.int32) if packed else None
+
+    def loss(x):
+        layer = jax.checkpoint(lambda x: across(x, x, x, ids, True, attend) + x)
+        return jax.lax.scan(lambda x, _: (layer(x), None), x, None, length=2)[0].sum()
+
+    x = jax.ShapeDtypeStruct((1, length, 2, 4), jnp.float32)
+    text = jax.jit(jax.grad(loss)).lower(x).as_text()
+    sizes = [
+        np.prod([int(n) for n in dims.split("x")])
+        for dims in re.findall(r"tensor<((?:\d+x)*\d+)x[a-z]", text)
+    ]
+    assert max(sizes) <= 2 * 2 * 64 * 64  # one tile, for two pieces of the length and two heads
 
 
 @pytest.mark.parametrize(("length", "size"), [(24, 24), (512, 512), (1024, 512), (520, 260)])
