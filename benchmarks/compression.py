@@ -1,20 +1,28 @@
 """Loss curves with gradients in f32 and in 8 bits with error feedback, on one seed and one text.
 
 `python benchmarks/compression.py [--steps 200]` trains a small byte-level decoder on the standard
-library's source, data=8 on simulated devices; writes `benchmarks/results/compression.{json,md}`.
+library's source, on eight simulated devices: data=8, and two slices of fsdp=4 with data between
+them. Writes `benchmarks/results/compression.{json,md}`.
 """
 
 import argparse
 import dataclasses
+import functools
+import operator
 from typing import Any
 
 import _harness
 
 ROWS, LENGTH = 16, 64
+# Mesh, as arguments of `MeshSpec`, by strategy.
+MESHES: dict[str, dict[str, Any]] = {
+    "data": {"data": 8},
+    "data|fsdp": {"data": 1, "fsdp": 4, "dcn": {"data": 2}},
+}
 
 
-def step_of(compression: Any) -> Any:
-    """A compiled step, its gradients compressed or not."""
+def step_of(kinds: str, compression: Any) -> Any:
+    """A compiled step, its gradients compressed over `data` or not."""
     import jax
     import numpy as np
     import optax
@@ -25,13 +33,15 @@ def step_of(compression: Any) -> Any:
     config = DecoderConfig(vocab=256, embed=32, layers=2, heads=4, mlp=96)
     model = sk.from_nnx(lambda rngs: Decoder(config, rngs), decoder_loss)
     tokens = np.zeros((ROWS, LENGTH), np.int32)
+    made = (getattr(sk.strategies, kind)() for kind in kinds.split("|"))
+    strategy = functools.reduce(operator.or_, made)
     return sk.compile_step(
         model.loss_fn,
         optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-3)),
         init=model.init,
         batch={"inputs": tokens, "targets": tokens, "weights": np.ones((ROWS, LENGTH), np.float32)},
-        mesh=sk.MeshSpec(data=8).build(devices=jax.devices()),
-        strategy=dataclasses.replace(sk.strategies.data(), compression=compression),
+        mesh=sk.MeshSpec(**MESHES[kinds]).build(devices=jax.devices()),
+        strategy=dataclasses.replace(strategy, compression=compression),
         mode="shard_map",
     )
 
@@ -55,21 +65,18 @@ def curve(step: Any, given: list[Any]) -> list[float]:
     return losses
 
 
-def main() -> None:
-    """Trains both and writes the means of each tenth of the run."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=200)
-    steps = parser.parse_args().steps
+def compared(kinds: str, steps: int, given: list[Any]) -> tuple[list[dict[str, Any]], str]:
+    """Trains both on one mesh; returns the means of each tenth of the run, and a sentence."""
     import shardkit as sk
 
-    sk.simulate_devices(8)
-    given = batches(steps)
-    exact, compressed = step_of(None), step_of(sk.Compression("data"))
-    sent = [step.report().ledger.total("data") for step in (exact, compressed)]
-    curves = [curve(step, given) for step in (exact, compressed)]
+    made = [step_of(kinds, how) for how in (None, sk.Compression("data"))]
+    sent = [step.report().ledger.total("data") for step in made]
+    curves = [curve(step, given) for step in made]
+    name = kinds.replace("|", " × ")
     part = max(1, steps // 10)
     rows = [
         {
+            "kinds": name,
             "steps": f"{start + 1}–{start + part}",
             "loss, f32": round(sum(f32) / part, 4),
             "loss, int8": round(sum(int8) / part, 4),
@@ -79,12 +86,27 @@ def main() -> None:
         for f32, int8 in [[c[start : start + part] for c in curves]]
     ]
     worst = max(abs(a - b) for a, b in zip(*curves, strict=True))
-    note = (
-        f"Wire bytes over `data` per device and step: {sent[0]} in f32, {sent[1]} with int8 "
-        f"gradients ({sent[0] / sent[1]:.2f} times fewer). Largest difference of one step's loss: "
-        f"{worst:.4f} nats. Rounding to the nearest of 255 levels, blocks of 256."
+    return rows, (
+        f"{name} on {sk.MeshSpec(**MESHES[kinds])}: {sent[0]} wire bytes over `data` per device "
+        f"and step in f32, {sent[1]} with int8 gradients ({sent[0] / sent[1]:.2f} times fewer); "
+        f"largest difference of one step's loss {worst:.4f} nats. "
     )
-    _harness.write("compression", "measured", "CPU, data=8 simulated", rows, note)
+
+
+def main() -> None:
+    """Trains with and without compression on every mesh and writes the result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=200)
+    steps = parser.parse_args().steps
+    import shardkit as sk
+
+    sk.simulate_devices(8)
+    given, rows, note = batches(steps), [], ""
+    for kinds in MESHES:
+        more, sentence = compared(kinds, steps, given)
+        rows, note = rows + more, note + sentence
+    note += "Rounding to the nearest of 255 levels, blocks of 256."
+    _harness.write("compression", "measured", "CPU, 8 simulated devices", rows, note)
 
 
 if __name__ == "__main__":

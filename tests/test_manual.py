@@ -430,3 +430,22 @@ def test_a_slice_of_the_length_draws_its_part():
         found = jax.random.bits(own, (2, 3, 3))
         wanted = whole[2 * lane : 2 * lane + 2, 3 * cut : 3 * cut + 3]
         np.testing.assert_array_equal(found, wanted)
+
+
+def test_the_decoder_has_its_certificate_in_this_mode():
+    model = _parity.model_of(())
+
+    def factory(mesh):
+        return sk.compile_step(
+            model.loss_fn,
+            optax.adamw(1e-2),
+            init=model.init,
+            batch=_parity.TRIAL.batches[0],
+            mesh=mesh,
+            strategy=fsdp() | tensor(sequence=True),
+            mode="shard_map",
+        )
+
+    mesh = sk.MeshSpec(fsdp=2, tensor=2)
+    found = sk.verify(factory, [mesh], batches=_parity.TRIAL.batches, steps=2).check()
+    assert len(found.rows) == 12
