@@ -432,6 +432,7 @@ def test_a_slice_of_the_length_draws_its_part():
         np.testing.assert_array_equal(found, wanted)
 
 
+@pytest.mark.slow
 def test_the_decoder_has_its_certificate_in_this_mode():
     model = _parity.model_of(())
 
