@@ -9,7 +9,8 @@ from jax.sharding import PartitionSpec as P
 from shardkit._tree import Leaf
 from shardkit.hardware import CHIPS
 from shardkit.inspect import CompiledBytes, Placed, Program, Report
-from shardkit.inspect._memory import advice, read_memory
+from shardkit.inspect._advice import advice
+from shardkit.inspect._memory import read_memory
 
 from ._programs import BATCH, HIDDEN, LAYERS, WIDTH, loss, make_mesh, program, rows, sgd, weights
 

@@ -1,11 +1,12 @@
 """What a compiled step is: its collectives, memory, FLOPs, findings and budgets."""
 
+from ._advice import advice
 from ._budget import Budget, check
 from ._compare import Change, Comparison, compare
 from ._findings import FINDINGS, Finding
 from ._flops import Flops, count_flops
 from ._ledger import Ledger, Row, read_ledger, wire_bytes
-from ._memory import Memory, advice, read_memory
+from ._memory import Memory, read_memory
 from ._minimum import Minimum
 from ._program import CompiledBytes, Declared, Placed, Program, explained_by
 from ._report import Report

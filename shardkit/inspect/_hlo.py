@@ -68,6 +68,7 @@ class Instruction:
       name: without the `%`.
       opcode: `all-reduce`, `fusion`, `while` …
       shapes: result arrays; a tuple is flattened.
+      type: text of the result's type, with its tuples and layouts.
       operands: names of its operands.
       arguments: text between its parentheses: the value of a `constant`, the number of a
         `parameter`.
@@ -78,6 +79,7 @@ class Instruction:
     name: str
     opcode: str
     shapes: tuple[Shape, ...]
+    type: str
     operands: tuple[str, ...]
     arguments: str
     rest: str
@@ -88,7 +90,7 @@ class Instruction:
         """Attributes by name, each as its text."""
         found: dict[str, str] = {}
         last = ""
-        for piece in _split(self.rest):
+        for piece in split_commas(self.rest):
             key, equals, value = piece.partition("=")
             if not equals or key.strip() == "device_ids":  # goes on with a mesh's replica groups
                 found[last] = found.get(last, "") + ", " + piece.strip()
@@ -273,7 +275,7 @@ def _close(text: str, start: int) -> int:
     return -1
 
 
-def _split(text: str) -> list[str]:
+def split_commas(text: str) -> list[str]:
     """Splits at the commas that stand outside of brackets and quotes."""
     pieces, depth, start = [], 0, 0
     for match in _TOKEN.finditer(text):
@@ -306,7 +308,8 @@ def _instruction(line: str) -> Instruction | None:
         name=start.group(2),
         opcode=opcode.group(1),
         shapes=shapes_of(line[at:end]),
-        operands=tuple(_operand(piece) for piece in _split(arguments)),
+        type=line[at:end],
+        operands=tuple(_operand(piece) for piece in split_commas(arguments)),
         arguments=arguments,
         rest=line[close:].lstrip(", "),
         root=bool(start.group(1)),

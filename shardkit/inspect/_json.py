@@ -14,6 +14,7 @@ from ._findings import Finding
 from ._flops import Flops
 from ._layouts import Layout
 from ._ledger import Ledger, Row
+from ._live_peak import Held, Peak
 from ._memory import Memory
 from ._minimum import Minimum
 from ._timeline import Segment, Timeline
@@ -42,6 +43,7 @@ def write(report: "Report", indent: int | None = 1) -> str:
         "seconds": dict(report.seconds),
         "leaves": [_plain(leaf) for leaf in report.leaves],
         "timeline": dataclasses.asdict(report.timeline) if report.timeline else None,
+        "peak": dataclasses.asdict(report.peak) if report.peak else None,
     }
     return json.dumps({"schema": _SCHEMA, "version": _VERSION, **fields}, indent=indent)
 
@@ -68,7 +70,7 @@ def _read(fields: dict[str, Any]) -> dict[str, Any]:
     if flops is not None:
         by_scope = {(scope, phase): n for scope, phase, n in flops["by_scope"]}
         flops = made(Flops, {**flops, "by_scope": by_scope})
-    timeline = fields.get("timeline")
+    timeline, peak = fields.get("timeline"), fields.get("peak")
     return fields | {
         "mesh": mesh,
         "ledger": Ledger(rows, mesh, tuple(ledger["problems"])),
@@ -77,15 +79,21 @@ def _read(fields: dict[str, Any]) -> dict[str, Any]:
         "findings": tuple(made(Finding, one) for one in fields["findings"]),
         "minima": tuple(made(Minimum, one) for one in fields["minima"]),
         "advice": tuple(fields["advice"]),
-        # Reports of the same version were written before leaves and timeline were part of them.
+        # Reports of the same version were written before these were part of them.
         "leaves": tuple(made(Layout, one) for one in fields.get("leaves", ())),
         "timeline": _timeline(timeline) if timeline else None,
+        "peak": _peak(peak) if peak else None,
     }
 
 
 def _timeline(fields: Mapping[str, Any]) -> Timeline:
     segments = [_known(Segment, one) for one in fields["segments"]]
     return Timeline.from_plain({**_known(Timeline, fields), "segments": segments})
+
+
+def _peak(fields: Mapping[str, Any]) -> Peak:
+    held = tuple(made(Held, one) for one in fields["held"])
+    return made(Peak, {**fields, "held": held})
 
 
 def _plain(one: Any) -> dict[str, Any]:

@@ -1,11 +1,9 @@
 """Bytes per device of a compiled step, by what they hold, against what the device has."""
 
 import dataclasses
-from collections.abc import Mapping
 
-from .._tree import format_bytes
 from ..hardware import chip_of
-from ._program import PARTS, CompiledBytes, Placed, Program
+from ._program import PARTS, CompiledBytes, Program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,35 +75,6 @@ def read_memory(program: Program) -> Memory:
         capacity=chip.memory if chip else None,
         problems=_contradictions(program, declared, padding),
     )
-
-
-def advice(
-    memory: Memory, leaves: tuple[Placed, ...], sizes: Mapping[str, int], room: int | None = None
-) -> list[str]:
-    """What would make a step fit, the largest saving first.
-
-    Args:
-      memory: of the step.
-      leaves: its arguments.
-      sizes: of the mesh axes.
-      room: bytes that a device gives out, where that is less than its capacity.
-
-    Returns:
-      Nothing where the step fits, or where what the device has is unknown.
-    """
-    room = memory.capacity if room is None else room
-    if memory.total is None or room is None or memory.total <= room:
-        return []
-    savings = []
-    for part in ("params", "opt_state"):
-        for axis, n in sizes.items():
-            whole = [x for x in leaves if x.part == part and axis not in x.axes() and x.leaf.shape]
-            saved = sum(leaf.device_bytes(sizes) for leaf in whole) * (n - 1) // n
-            savings.append((saved, f"split {part} over {axis!r} too: {format_bytes(saved)} less"))
-    if memory.temp:
-        half = memory.temp // 2
-        savings.append((half, f"accumulate=2 or a remat policy: up to {format_bytes(half)} less"))
-    return [text for saved, text in sorted(savings, reverse=True) if saved]
 
 
 def _total(said: CompiledBytes, platform: str) -> int | None:

@@ -1,25 +1,30 @@
 """Reads everything that a report holds out of a compiled step."""
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..hardware import Chip
+from ._advice import advice
 from ._findings import find_all
 from ._flops import count_flops
 from ._layouts import layouts
 from ._ledger import Ledger, ledger_of
-from ._memory import advice, read_memory
+from ._live_peak import peak_of
+from ._memory import read_memory
 from ._minimum import Minimum, beside
-from ._program import Program
 from ._reductions import reductions_per_step
 from ._timeline import model_time
 
+if TYPE_CHECKING:
+    from ..hardware import Chip
+    from ._program import Program
 
-def read(program: Program, chip: str | Chip | None = None) -> dict[str, Any]:
+
+def read(program: "Program", chip: "str | Chip | None" = None) -> dict[str, Any]:
     """Returns the fields of the `Report` of a compiled step, its time modelled for a chip."""
     start, sizes = time.perf_counter(), program.sizes
     ledger = ledger_of(program.module, program.hlo, program.mesh, program.dcn)
     memory = read_memory(program)
+    peak = peak_of(program, memory)
     flops = None if program.jaxpr is None else count_flops(program.jaxpr)
     rows_over = {axis for x in program.leaves if x.part == "batch" for axis in x.axes()}
     fields = {
@@ -28,6 +33,7 @@ def read(program: Program, chip: str | Chip | None = None) -> dict[str, Any]:
         "device_kind": program.device_kind,
         "ledger": ledger,
         "memory": memory,
+        "peak": peak,
         "flops": flops,
         "findings": find_all(program, ledger),
         "minima": _minima(program, ledger),
@@ -37,7 +43,7 @@ def read(program: Program, chip: str | Chip | None = None) -> dict[str, Any]:
             if axis in rows_over
         },
         "leaves": layouts(program),
-        "advice": tuple(advice(memory, program.leaves, sizes)),
+        "advice": tuple(advice(memory, program.leaves, sizes, peak)),
         "compiles": program.compiles,
         "messages_complete": program.log_complete,
         "timeline": model_time(program, ledger, flops, chip),
@@ -45,7 +51,7 @@ def read(program: Program, chip: str | Chip | None = None) -> dict[str, Any]:
     return fields | {"seconds": {**program.seconds, "read": time.perf_counter() - start}}
 
 
-def _minima(program: Program, ledger: Ledger) -> tuple[Minimum, ...]:
+def _minima(program: "Program", ledger: Ledger) -> tuple[Minimum, ...]:
     sizes, leaves, declared = program.sizes, program.leaves, program.declared
     found = (beside(ledger, axis, sizes, leaves, declared) for axis in declared.kinds)
     return tuple(one for one in found if one is not None)

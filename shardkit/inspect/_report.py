@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ._flops import Flops
     from ._layouts import Layout
     from ._ledger import Ledger
+    from ._live_peak import Peak
     from ._memory import Memory
     from ._minimum import Minimum
     from ._program import Program
@@ -42,6 +43,7 @@ class Report:
       advice: what would make a step that does not fit its device fit.
       compiles: how often the step was compiled.
       messages_complete: the compiler's messages are known, so that no finding is missing.
+      peak: what is alive when most is; None where the program's text does not tell.
       timeline: the modelled step time; None for a device of which nothing is known.
       seconds: wall time that this machine took to `trace`, `lower` and `compile` the step, as far
         as known, and to `read` the compiled program; not part of what is compared.
@@ -61,6 +63,7 @@ class Report:
     compiles: int = 1
     messages_complete: bool = True
     timeline: "Timeline | None" = None
+    peak: "Peak | None" = None
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict, compare=False)
 
     @classmethod

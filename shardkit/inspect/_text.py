@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _WIDTH = 100
 _NO_TIME = "Time per step: not modelled, {} is not in the hardware table."
-_ROWS, _FINDINGS, _SCOPES = 12, 12, 8
+_ROWS, _FINDINGS, _SCOPES, _HELD = 12, 12, 8, 5
 
 
 def render(report: "Report") -> str:
@@ -42,6 +42,7 @@ def _parts(report: "Report") -> Iterator[RenderableType]:
     yield Text(f"\n{report.timeline or _NO_TIME.format(kind)}")
     yield _axes(report)
     yield _memory(report)
+    yield from _peak(report)
     yield from (Text(f"To fit: {text}") for text in report.advice)
     yield from _collectives(report)
     yield from _flops(report)
@@ -123,6 +124,19 @@ def _memory(report: "Report") -> RenderableType:
     sizes = [getattr(memory, name) for name in names]
     table.add_row(*("?" if size is None else format_bytes(size) for size in sizes))
     return Group(_title(title), table)
+
+
+def _peak(report: "Report") -> Iterator[RenderableType]:
+    """The classes at the peak, and the buffers that make most of it."""
+    peak = report.peak
+    if peak is None:
+        yield Text("What is alive at the peak is not known: no whole, scheduled program was read.")
+        return
+    yield Text("\n".join(textwrap.wrap(str(peak), _WIDTH, subsequent_indent="    ")))
+    for one in peak.held[:_HELD]:
+        where = f"{one.scope or one.name} ({one.phase})" if one.phase else one.scope or one.name
+        size = f"{format_bytes(one.bytes):>9}"
+        yield Text(f"  {size}  {one.kind:<12}{one.shape:<24} {where}", overflow="ellipsis")
 
 
 def _collectives(report: "Report") -> Iterator[RenderableType]:

@@ -42,7 +42,7 @@ def check_room(declaration: Declaration, layout: Layout, made: Executable) -> No
     )
     why = f"needs {format_bytes(memory.total)} of {format_bytes(room)}: {parts}"
     problem = Problem(f"each of {mesh.size} x {device.device_kind}", why)
-    savings = advice(memory, program.leaves, program.sizes, room)
+    savings = advice(memory, program.leaves, program.sizes, room=room)
     fix = "; or ".join(savings[:3]) or "more devices"
     raise_all(StepError, "The step does not fit on its devices.", [problem], fix)
 

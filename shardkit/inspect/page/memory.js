@@ -40,6 +40,7 @@ function draw_memory() {
           `The classes add up to ${bytes(all)}: not all of them are alive at once.`,
         )
       : "",
+    at_peak(report.peak),
     report.advice.length
       ? el(
           "div",
@@ -53,6 +54,68 @@ function draw_memory() {
         )
       : "",
   );
+}
+
+const STATED = 0.1;
+
+// What the schedule says of the one figure that the compiler gives for all that it allocates.
+function at_peak(peak) {
+  if (!peak) {
+    const why = "What is alive at the peak is not known: no whole, scheduled program was read.";
+    return el("p", { class: "quiet" }, why);
+  }
+  const { classes, said, problems } = peak;
+  const share = said ? peak.bytes / said : null;
+  const close = share !== null && Math.abs(share - 1) <= STATED && !problems.length;
+  const beside =
+    share === null
+      ? "the compiler does not say how much"
+      : `${percent(peak.bytes, said)} of the compiler's ${bytes(said)}`;
+  const rough = close ? "" : "Rough: read the shares, not the sizes. ";
+  const rows = Object.entries(classes)
+    .filter(([, n]) => n)
+    .map(([name, n]) =>
+      el(
+        "div",
+        { class: "held" },
+        el("span", {}, name),
+        bar(n, peak.bytes, "temp"),
+        el("span", { class: "number" }, bytes(n)),
+        el("span", { class: "number quiet" }, percent(n, peak.bytes)),
+      ),
+    );
+  const when = [peak.phase, peak.scope].filter(Boolean).join(", ");
+  const text =
+    `At the peak (${when}) the schedule holds ${bytes(peak.bytes)} beside the arguments, ` +
+    `${beside}.`;
+  return el(
+    "div",
+    {},
+    el("h3", {}, "Alive at the peak"),
+    el("p", {}, rough ? el("span", { class: "warn" }, rough) : "", text),
+    problems.map((one) => el("p", { class: "warn" }, `Lower bound: ${one}`)),
+    el("div", { class: "memory" }, rows),
+    el("details", {}, el("summary", {}, "The largest buffers, and scopes"), buffers(peak)),
+  );
+}
+
+function buffers({ held, scopes }) {
+  const size = { title: "bytes", value: (one) => one.bytes, number: true };
+  size.show = (one) => bytes(one.bytes);
+  const made = table(
+    [
+      size,
+      { title: "class", value: (one) => one.kind },
+      { title: "type", value: (one) => one.shape },
+      { title: "written", value: (one) => one.phase },
+      { title: "scope", value: (one) => one.scope || "(no scope)", wide: true },
+      { title: "instruction", value: (one) => one.name, wide: true },
+    ],
+    { caption: "Largest buffers at the peak", sort: size },
+  );
+  made.fill(held);
+  const parts = Object.entries(scopes).map(([name, n]) => `${name || "(no scope)"} ${bytes(n)}`);
+  return el("div", {}, made.node, el("p", { class: "quiet" }, `By scope: ${parts.join("; ")}.`));
 }
 
 function against_capacity(memory) {
