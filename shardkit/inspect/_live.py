@@ -172,7 +172,7 @@ class Lives:
         self._read(operands, phase_of(one.op_name) if one.op_name else "")
         if one.opcode == "call":
             return self._run(self._called(one), operands)
-        if one.opcode == "async-start" and self._called(one) is not None:
+        if one.opcode == "async-start":
             return [operands, self._run(self._called(one), operands)]
         if one.opcode.endswith("-done"):
             return self._arrived(here, one, operands[0])
