@@ -1,89 +1,192 @@
 """How right a plan is, beside the target's own compiler, row by row.
 
-    python benchmarks/plan_score.py FOLDER --rows 64
-    python benchmarks/plan_score.py FOLDER --score
+    python benchmarks/plan_score.py FOLDER --rows 80
+    python benchmarks/plan_score.py FOLDER --score --write
 
 Each row is one compile in a child process; rows that FOLDER/rows.jsonl has already are skipped, so
-a run that was ended goes on. Layouts are drawn evenly, without looking at their figures, from all
-that a plan considers. `--score` prints the tables from the rows alone.
+a run that was ended goes on. What is compiled is a fixed list, drawn without a look at any figure;
+what is predicted is computed when it is scored, from the rows alone.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
+import signal
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shardkit.plan import Candidate, Space, compiled, plan
+from _harness import write
+from shardkit._types import Accumulate
+from shardkit.inspect import Report
+from shardkit.plan import Candidate, Plan, Space, code_of, plan, report_of
 from shardkit.targets import Source
 
-TARGETS = ("tpu:v5p:2x2x2", "tpu:v5e:4x4", "tpu:v6e:2x4", "tpu:v5p:4x4x4")
+_WIDE = ("model.embed=1024", "model.heads=8", "model.mlp=2816")
+_SLIM = ("model.embed=512", "model.heads=8", "model.mlp=1408")
 MODELS: Mapping[str, tuple[str, ...]] = {
-    "wide": ("model.embed=1024", "model.heads=8", "model.mlp=2816", "model.vocab=8192"),
-    "long": ("model.embed=512", "model.heads=8", "model.mlp=1408", "data.length=2048"),
-    "vocab": ("model.embed=512", "model.heads=8", "model.mlp=1408", "model.vocab=65536"),
+    "wide": (*_WIDE, "model.vocab=8192"),
+    "slim": (*_SLIM, "model.vocab=8192"),
+    "long": (*_SLIM, "data.length=512", "data.batch=64"),
+    "vocab": (*_SLIM, "model.vocab=65536"),
+    "large": ("model.embed=2048", "model.heads=16", "model.mlp=5632", "model.vocab=32768"),
 }
-COMMON = ("model.layers=4", "data.batch=64", "data.length=512", "optimizer.name=adamw")
-SPACE = Space(accumulate=(1, 2), reduce=("each",), zero=(0, 1), max_size={"tensor": 8})
+COMMON = {
+    "model.layers": "4",
+    "data.batch": "256",
+    "data.length": "128",
+    "optimizer.name": "adamw",
+}
+SPACE = Space(accumulate=(1, 2), zero=(0, 1), max_size={"tensor": 8})
+# (model, target, every n-th of its layouts); the first is a whole sweep without accumulation.
+SKETCH = (
+    ("wide", "tpu:v5p:2x2x2", 1),
+    ("slim", "tpu:v5e:2x4", 13),
+    ("long", "tpu:v6e:2x4", 12),
+    ("vocab", "tpu:v5e:4x4", 20),
+    ("large", "tpu:v5p:2x2x2", 13),
+    ("wide", "tpu:v5p:4x4x4", 35),
+)
 Row = dict[str, Any]
 
 
-def cases(per_sweep: int) -> Iterator[tuple[str, str, Source, Candidate]]:
-    """Layouts of every model on every target, evenly from all of a plan."""
-    for name, changes in MODELS.items():
-        for target in TARGETS:
-            fields = dict(one.split("=", 1) for one in (*COMMON, *changes))
-            text = tuple(f"{field}={value}" for field, value in fields.items())
-            source = Source("", text)
-            loaded = source.load()
-            low = dataclasses.replace(loaded.strategy, precision="bfloat16")
-            made = plan(dataclasses.replace(loaded, strategy=low), target, space=SPACE)
-            every = sorted((*made.rows, *made.tight), key=lambda c: (str(c.mesh), c.remat, str(c)))
-            naive = [c for c in (baseline(every, "fsdp"), baseline(every, "data")) if c]
-            chosen = every[:: max(1, len(every) // per_sweep)][: max(0, per_sweep - 3)]
-            for one in dict.fromkeys(map(str, (made.best, *naive, *chosen))):
-                yield name, target, source, next(c for c in every if str(c) == one)
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """One layout of one model on one target."""
+
+    model: str
+    target: str
+    mesh: tuple[tuple[str, int], ...]
+    accumulate: Accumulate
+    remat: str
+    zero: int
+
+    @property
+    def sweep(self) -> str:
+        """The model and its target."""
+        return f"{self.model} on {self.target}"
+
+    @property
+    def name(self) -> str:
+        """Tells the row from all others."""
+        sizes = ", ".join(f"{axis}={n}" for axis, n in self.mesh)
+        how = f"accumulate={self.accumulate.steps} ({self.accumulate.reduce})"
+        return f"{self.sweep}: {sizes}, {how}, remat={self.remat}, zero={self.zero}"
 
 
-def baseline(candidates: Sequence[Candidate], axis: str) -> Candidate | None:
-    """All devices on one axis, with the remat that takes least memory if it is needed."""
-    own = [
-        c
-        for c in candidates
-        if {a for a, n in c.mesh.items() if n > 1} == {axis}
-        and (c.zero, c.accumulate.steps) == (0, 1)
-    ]
-    fit = [c for c in own if c.margin >= 0]
-    return min(fit, key=lambda c: c.seconds) if fit else None
+def source_of(model: str) -> Source:
+    """The config of a model."""
+    fields = COMMON | dict(one.split("=", 1) for one in MODELS[model])
+    return Source("", tuple(f"{field}={value}" for field, value in fields.items()))
 
 
-def measure(name: str, target: str, source: Source, one: Candidate) -> Row:
-    """One compile beside its estimate."""
-    low = Source(source.name, source.overrides)
-    made = compiled(one, low, target, None, precision="bfloat16")
+def devices_of(target: str) -> int:
+    """Number of devices of a target."""
+    sizes = [int(n) for n in target.split(":")[2].split("x")]
+    return int(statistics.geometric_mean(sizes) ** len(sizes) + 0.5)
+
+
+def layouts() -> list[Layout]:
+    """The fixed list, in turns over the sweeps, so that its beginning has something of each."""
+    whole, *parts = map(_sweep, SKETCH)
+    turns = itertools.zip_longest(whole[::3], whole[1::3], whole[2::3], *parts)
+    return [one for turn in turns for one in turn if one]
+
+
+def _sweep(sketch: tuple[str, str, int]) -> list[Layout]:
+    model, target, stride = sketch
+    found = []
+    for mesh, schedule, remat, zero in itertools.product(
+        SPACE.meshes(devices_of(target)), SPACE.schedules(), SPACE.remat, SPACE.zero
+    ):
+        if zero and mesh["data"] == 1:
+            continue
+        if stride == 1 and (zero or schedule.steps > 1 or remat == "dots"):
+            continue
+        found.append(Layout(model, target, tuple(mesh.items()), schedule, remat, zero))
+    return found[stride // 2 :: stride]
+
+
+def measure(one: Layout) -> Row:
+    """One compile."""
+    row: Row = {"name": one.name, "compiled": None, "failed": ""}
+    code = code_of(dict(one.mesh), one.accumulate, one.remat, one.zero)
+    try:
+        report = report_of(code, source_of(one.model), one.target, precision="bfloat16")
+    except (ValueError, RuntimeError) as error:
+        return row | {"failed": " ".join(str(error).split())[:300]}
+    return row | {"compiled": read(report)}
+
+
+def read(report: Report) -> Row:
+    """What is compared, and where the compiler's bytes and seconds come from."""
+    memory, timeline = report.memory, report.timeline
+    assert memory.total is not None
+    assert timeline is not None
+    state = memory.params + memory.opt_state + memory.extra + memory.rest
+    sent: dict[tuple[str, ...], float] = {}
+    for row in report.ledger:
+        key = (", ".join(row.axes), row.kind, row.dtype, row.phase, row.scope)
+        sent[key] = sent.get(key, 0.0) + row.wire_bytes
     return {
-        "case": f"{name} {target} {one}",
-        "sweep": f"{name} {target}",
-        "baseline": [
-            a for a in ("fsdp", "data") if {x for x, n in one.mesh.items() if n > 1} == {a}
+        "state": state,
+        "batch": memory.batch,
+        "temp": memory.total - state - memory.batch,
+        "seconds": timeline.high,
+        "wire": {", ".join(axes): size for axes, size in report.ledger.by_axes().items()},
+        "compute": timeline.compute,
+        "products": timeline.products,
+        "exposed": timeline.exposed,
+        "sent": [[*key, size] for key, size in sorted(sent.items(), key=lambda x: -x[1])],
+        "spent": [
+            [s.phase, s.scope, s.kind, ", ".join(s.axes), s.exposed] for s in timeline.segments
         ],
-        "predicted": {
-            "state": one.state,
-            "temp": one.temp,
-            "seconds": one.seconds,
-            "wire": dict(one.wire),
-        },
-        "compiled": made.compiled,
-        "failed": made.failed,
-        "kind": "modelled beside compiled",
+        "versions": report.device_kind,
     }
 
 
+def planned(model: str, target: str) -> Plan:
+    """Everything that is predicted of one sweep."""
+    loaded = source_of(model).load()
+    low = dataclasses.replace(loaded.strategy, precision="bfloat16")
+    return plan(dataclasses.replace(loaded, strategy=low), target, space=SPACE)
+
+
+def predictions() -> Iterator[tuple[str, Candidate]]:
+    """Name of the row → what is predicted of it."""
+    for model, target, _ in SKETCH:
+        made = planned(model, target)
+        for c in (*made.rows, *made.tight):
+            one = Layout(model, target, tuple(c.mesh.items()), c.accumulate, c.remat, c.zero)
+            yield one.name, c
+
+
 def error(predicted: float, true: float) -> float:
-    """Relative error, of the truth."""
-    return abs(predicted - true) / true if true else float(predicted != 0)
+    """Relative error, of the truth, with its sign."""
+    return (predicted - true) / true if true else float(predicted != 0)
+
+
+def by_axes(wire: Mapping[str, float], mesh: Mapping[str, int]) -> dict[str, float]:
+    """Bytes by the axes that have devices, without what is below 1 % of all."""
+    found: dict[str, float] = {}
+    for name, size in wire.items():
+        used = ", ".join(axis for axis in name.split(", ") if mesh.get(axis, 1) > 1)
+        found[used] = found.get(used, 0.0) + size
+    return {axes: size for axes, size in found.items() if size > 0.01 * sum(found.values())}
+
+
+def per_axis(one: Candidate, true: Mapping[str, float]) -> dict[str, float]:
+    """Error of each single axis, with all bytes that go over it, alone or with others."""
+    mine, theirs = by_axes(one.wire, one.mesh), by_axes(true, one.mesh)
+
+    def over(axis: str, wire: Mapping[str, float]) -> float:
+        return sum(size for axes, size in wire.items() if axis in axes.split(", "))
+
+    used = [axis for axis, n in one.mesh.items() if n > 1 and over(axis, theirs)]
+    return {axis: error(over(axis, mine), over(axis, theirs)) for axis in used}
 
 
 def ranks(values: Sequence[float]) -> list[float]:
@@ -92,74 +195,112 @@ def ranks(values: Sequence[float]) -> list[float]:
     return [float(order.index(i)) for i in range(len(values))]
 
 
-def score(rows: Sequence[Row]) -> str:
-    """Median and worst error by class, and how each sweep is ranked."""
-    good = [row for row in rows if row["compiled"]]
-    lines = [
-        f"{len(good)} cases, {len(rows) - len(good)} not compiled",
-        "",
-        "| class | median | worst |",
-    ]
-    lines.append("|---|---|---|")
-    classes: dict[str, Callable[[Row], float]] = {
-        "state": lambda r: error(r["predicted"]["state"], r["compiled"]["state"]),
-        "activations and temporaries": lambda r: error(
-            r["predicted"]["temp"], r["compiled"]["temp"]
-        ),
-        "wire, all axes": lambda r: error(
-            sum(r["predicted"]["wire"].values()), sum(r["compiled"]["wire"].values())
-        ),
-    }
-    for what, of in classes.items():
-        found = [of(row) for row in good]
-        lines.append(f"| {what} | {statistics.median(found):.1%} | {max(found):.1%} |")
-    lines += [
-        "",
-        "| sweep | cases | Spearman | regret | all fsdp | all data |",
-        "|---|---|---|---|---|---|",
-    ]
-    lines += [_ranking(sweep, good) for sweep in dict.fromkeys(r["sweep"] for r in good)]
-    return "\n".join(lines)
+Pair = tuple[Candidate, Row]
 
 
-def _ranking(sweep: str, rows: Sequence[Row]) -> str:
-    own = [row for row in rows if row["sweep"] == sweep]
-    guess = [row["predicted"]["seconds"] for row in own]
-    true = [row["compiled"]["seconds"] for row in own]
-    best = min(true)
-    regret = true[guess.index(min(guess))] / best - 1
-    naive = []
-    for axis in ("fsdp", "data"):
-        times = [t for t, row in zip(true, own, strict=True) if axis in row["baseline"]]
-        naive.append(f"{min(times) / best - 1:.1%}" if times else "-")
-    rho = statistics.correlation(ranks(guess), ranks(true)) if len(own) > 2 else float("nan")
-    return f"| {sweep} | {len(own)} | {rho:.2f} | {regret:.1%} | {naive[0]} | {naive[1]} |"
+def accuracy(pairs: Mapping[str, Pair]) -> list[dict[str, str]]:
+    """Median and worst error by class, over all rows and by sweep."""
+    sweeps = dict.fromkeys(name.split(":  ")[0].rsplit(": ", 1)[0] for name in pairs)
+    groups = {"all": list(pairs)} | {s: [n for n in pairs if n.startswith(s)] for s in sweeps}
+    table = []
+    for group, names in groups.items():
+        own = [pairs[name] for name in names]
+        line = {"rows": group, "cases": str(len(own))}
+        for what, of in _CLASSES.items():
+            found = [abs(e) for c, row in own for e in of(c, row["compiled"])]
+            line[what] = f"{statistics.median(found):.1%} / {max(found):.1%}" if found else "-"
+        table.append(line)
+    return table
+
+
+_CLASSES: Mapping[str, Callable[[Candidate, Row], list[float]]] = {
+    "state": lambda c, r: [error(c.state, r["state"])],
+    "activations and temporaries": lambda c, r: [error(c.temp, r["temp"])],
+    "total": lambda c, r: [error(c.total, r["state"] + r["batch"] + r["temp"])],
+    "wire": lambda c, r: [error(sum(c.wire.values()), sum(r["wire"].values()))],
+    "wire per axis": lambda c, r: list(per_axis(c, r["wire"]).values()),
+    "seconds": lambda c, r: [error(c.seconds, r["seconds"])],
+}
+
+
+def ranking(pairs: Mapping[str, Pair]) -> list[dict[str, str]]:
+    """How each sweep is ranked, beside the two baselines."""
+    table = []
+    for model, target, _ in SKETCH:
+        own = [pairs[n] for n in pairs if n.startswith(f"{model} on {target}: ")]
+        if len(own) < 3:
+            continue
+        guess = [c.seconds for c, _ in own]
+        true = [row["compiled"]["seconds"] for _, row in own]
+        regret = true[guess.index(min(guess))] / min(true) - 1
+        line = {
+            "sweep": f"{model} on {target}",
+            "cases": str(len(own)),
+            "Spearman": f"{statistics.correlation(ranks(guess), ranks(true)):.3f}",
+            "top-1 regret": f"{regret:.1%}",
+        }
+        for axis in ("fsdp", "data"):
+            times = [t for (c, _), t in zip(own, true, strict=True) if _naive(c, axis)]
+            line[f"all {axis}"] = f"{min(times) / min(true) - 1:.1%}" if times else "not in the rows"
+        table.append(line)
+    return table
+
+
+def _naive(c: Candidate, axis: str) -> bool:
+    plain = (c.zero, c.accumulate.steps) == (0, 1)
+    return plain and {a for a, n in c.mesh.items() if n > 1} == {axis}
+
+
+def score(rows: Sequence[Row], details: bool) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """The two tables, printed with each row where asked."""
+    predicted = dict(predictions())
+    good = {row["name"]: row for row in rows if row["compiled"]}
+    pairs = {n: (predicted[n], row) for n, row in good.items() if n in predicted}
+    for name, (c, row) in pairs.items() if details else ():
+        r = row["compiled"]
+        wire = {axis: f"{e:+.0%}" for axis, e in per_axis(c, r["wire"]).items()}
+        print(
+            f"{name}\n    temp {c.temp / 2**20:.0f} of {r['temp'] / 2**20:.0f} MiB "
+            f"{error(c.temp, r['temp']):+.1%}; wire {wire}; "
+            f"{c.seconds * 1e3:.2f} of {r['seconds'] * 1e3:.2f} ms"
+        )
+    return accuracy(pairs), ranking(pairs)
+
+
+def compile_missing(path: Path, rows: list[Row], most: int) -> None:
+    """Makes the rows that are missing, in order."""
+    done = {row["name"] for row in rows}
+    for one in [x for x in layouts() if x.name not in done][:most]:
+        rows.append(measure(one))
+        with path.open("a") as out:
+            out.write(json.dumps(rows[-1]) + "\n")
+        print(one.name, rows[-1]["failed"] or "compiled", flush=True)
 
 
 def main() -> None:
     """Makes the rows that are missing, or scores those that are there."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--per-sweep", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=80, help="at most so many in this run")
     parser.add_argument("--score", action="store_true")
+    parser.add_argument("--details", action="store_true", help="print every row")
+    parser.add_argument("--write", action="store_true", help="keep the tables in results/")
     arguments = parser.parse_args()
+    # The child dies with whatever ends this process.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     arguments.folder.mkdir(parents=True, exist_ok=True)
     path = arguments.folder / "rows.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     if not arguments.score:
-        done = {row["case"] for row in rows}
-        for case in cases(arguments.per_sweep):
-            if len(rows) >= arguments.rows:
-                break
-            name, target, _, one = case
-            if f"{name} {target} {one}" in done:
-                continue
-            rows.append(measure(*case))
-            with path.open("a") as out:
-                out.write(json.dumps(rows[-1]) + "\n")
-            print(rows[-1]["case"], rows[-1]["failed"] or "compiled", flush=True)
-    print(score(rows))
+        compile_missing(path, rows, arguments.rows)
+        return
+    exact, ranked = score(rows, arguments.details)
+    for table in (exact, ranked):
+        print("\n".join(str(line) for line in table))
+    if arguments.write:
+        note = f"{sum(bool(r['failed']) for r in rows)} of {len(rows)} layouts are not legal."
+        write("plan_score", "predicted beside compiled, median / worst", exact, note=note)
+        write("plan_ranking", "the plan's order beside the compiled timeline's", ranked)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Which mesh for this model on these devices: every layout estimated, the fitting ones ranked."""
 
-from ._compile import compile_best, compiled
+from ._compile import compile_best, compiled, report_of
 from ._declared import Modelled, modelled
 from ._network import Network
 from ._plan import plan
 from ._result import Candidate, Plan
-from ._space import Space
+from ._space import Space, code_of
 
 __all__ = [
     "Candidate",
@@ -13,8 +13,10 @@ __all__ = [
     "Network",
     "Plan",
     "Space",
+    "code_of",
     "compile_best",
     "compiled",
     "modelled",
     "plan",
+    "report_of",
 ]

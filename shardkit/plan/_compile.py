@@ -87,26 +87,39 @@ def compiled(
       precision: named dtype policy, if it is not the config's.
     """
     try:
-        report = _report(one, source, target, global_batch, timeout, precision)
+        report = report_of(one.declaration, source, target, global_batch, timeout, precision)
     except (ShardkitError, RuntimeError) as error:
         lines = str(error).splitlines()
         return dataclasses.replace(one, failed=" ".join(lines[:2]))
     return dataclasses.replace(one, compiled=_summary(report))
 
 
-def _report(
-    one: Candidate,
+def report_of(
+    code: str,
     source: Source,
     target: str,
-    global_batch: int | None,
-    timeout: float,
-    precision: str,
+    global_batch: int | None = None,
+    timeout: float = 1800.0,
+    precision: str = "",
 ) -> Report:
+    """What the target's compiler makes of a config under a layout; the rest as `compiled`.
+
+    Args:
+      code: `Candidate.declaration`.
+      source: the config file.
+      target: the devices.
+      global_batch: rows, if they are not the config's.
+      timeout: seconds.
+      precision: named dtype policy, if it is not the config's.
+
+    Raises:
+      ShardkitError: the layout is not legal, or was not compiled.
+    """
     name = str(Path(source.name).resolve()) if source.name else None
     text = _CONFIG.format(
         name=name,
         overrides=list(source.overrides),
-        declaration="\n".join(f"    {line}" for line in one.declaration.splitlines()),
+        declaration="\n".join(f"    {line}" for line in code.splitlines()),
         rows=global_batch,
         precision=precision,
     )

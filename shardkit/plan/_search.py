@@ -15,7 +15,7 @@ from ..step import Declaration, Layout
 from ._estimate import Case, Estimates, Machine, estimate
 from ._network import Network
 from ._result import Candidate
-from ._space import Space, layout_of, symbolic, written
+from ._space import Space, code_of, layout_of, symbolic
 from ._trace import Model, Walked, walk_through
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ class Search:
                     memory=float(values.memory[i] + update),
                     communication=times,
                     wire=wire,
-                    declaration=_declaration(sizes, schedule, remat, zero),
+                    declaration=code_of(sizes, schedule, remat, zero),
                 )
             )
         return made
@@ -279,17 +279,3 @@ def _reason(error: Exception) -> str:
     if not isinstance(error, ShardkitError):
         return f"{type(error).__name__}: {lines[0] if lines else 'without a message'}"
     return " ".join(lines[1 if len(lines) > 1 else 0].split())
-
-
-def _declaration(sizes: Mapping[str, int], schedule: Accumulate, remat: str, zero: int) -> str:
-    used = {a: n for a, n in sizes.items() if n > 1} or dict([*sizes.items()][:1])
-    mesh = ", ".join(f"{axis}={n}" for axis, n in used.items())
-    steps = f"sk.Accumulate({schedule.steps}, reduce={schedule.reduce!r})"
-    return "\n".join(
-        [
-            f"mesh = sk.MeshSpec({mesh})",
-            f"strategy = {written(sizes, zero)}",
-            f"accumulate = {steps if schedule.steps > 1 else 1}",
-            f"remat = {remat!r}",
-        ]
-    )

@@ -105,6 +105,21 @@ def _of_axis(axis: str, zero: int) -> Strategy:
     return strategies.fsdp() if axis == "fsdp" else strategies.tensor(sequence=True)
 
 
+def code_of(sizes: Mapping[str, int], schedule: Accumulate, remat: str, zero: int) -> str:
+    """A layout as code: its mesh, strategy, micro-batches and remat."""
+    used = {a: n for a, n in sizes.items() if n > 1} or dict([*sizes.items()][:1])
+    mesh = ", ".join(f"{axis}={n}" for axis, n in used.items())
+    steps = f"sk.Accumulate({schedule.steps}, reduce={schedule.reduce!r})"
+    return "\n".join(
+        [
+            f"mesh = sk.MeshSpec({mesh})",
+            f"strategy = {written(sizes, zero)}",
+            f"accumulate = {steps if schedule.steps > 1 else 1}",
+            f"remat = {remat!r}",
+        ]
+    )
+
+
 def symbolic(meshes: Sequence[Mapping[str, int]]) -> dict[str, int]:
     """A mesh in which every axis that any of these splits does split, as little as it can.
 
