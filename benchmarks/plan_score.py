@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from _harness import write
+
 from shardkit._types import Accumulate
 from shardkit.inspect import Report
 from shardkit.plan import Candidate, Plan, Space, code_of, plan, report_of
@@ -241,7 +242,9 @@ def ranking(pairs: Mapping[str, Pair]) -> list[dict[str, str]]:
         }
         for axis in ("fsdp", "data"):
             times = [t for (c, _), t in zip(own, true, strict=True) if _naive(c, axis)]
-            line[f"all {axis}"] = f"{min(times) / min(true) - 1:.1%}" if times else "not in the rows"
+            line[f"all {axis}"] = (
+                f"{min(times) / min(true) - 1:.1%}" if times else "not in the rows"
+            )
         table.append(line)
     return table
 

@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec
 
 from ..rules import axes_of
 
+_LEAST = 16  # of smaller dims whole tiles are made in other ways
+
 Axes = tuple[str, ...]
 Terms = dict[frozenset[str], float]
 
@@ -96,6 +98,18 @@ def reshaped(dims: Sequence[Axes], old: Sequence[int], new: Sequence[int]) -> tu
 def terms(aval_shape: Sequence[int], itemsize: float, laid: Laid) -> Terms:
     """Bytes of one value on a device."""
     return {laid.axes: math.prod(aval_shape) * itemsize}
+
+
+def padding(shape: Sequence[int], laid: Laid, lanes: int) -> float:
+    """Bytes in memory for each byte of a value, where one dim fills tiles of so many elements.
+
+    Compilers choose that dim; of those that are whole, the one that wastes least is taken.
+
+    >>> padding((8, 64, 96), Laid(((), ("fsdp",), ())), 128)
+    1.3333333333333333
+    """
+    sizes = [n for n, axes in zip(shape, laid.dims, strict=True) if not axes and n >= _LEAST]
+    return min((-(-n // lanes) * lanes / n for n in sizes), default=1.0)
 
 
 def add(into: Terms, more: Mapping[frozenset[str], float], sign: float = 1.0) -> None:

@@ -1,6 +1,7 @@
 """How the operations of a program pass layouts on: one rule for each form of operation."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ._laid import Axes, Laid, reshaped, whole, without_repeats
@@ -28,9 +29,9 @@ MATERIAL = frozenset(
 """Operations whose results are written to memory; the others are fused into their readers."""
 
 PASSES_SUMS = frozenset(
-    {"convert_element_type", "transpose", "reshape", "squeeze", "expand_dims", "neg"}
+    {"convert_element_type", "transpose", "reshape", "squeeze", "expand_dims", "neg", "select_n"}
 )
-"""Operations of one value that a sum may be made behind."""
+"""Operations that a sum may be made behind."""
 
 REDUCTIONS = ("reduce_", "argm")
 
@@ -96,6 +97,16 @@ def _scatter(op: Any, ins: Sequence[Laid], shapes: Shapes, out: Sequence[int]) -
     return Laid(without_repeats(dims), frozenset(lost) - {"micro"})
 
 
+def where_wanted(op: Any, laid: Laid, want: Sequence[Axes]) -> Laid:
+    """The sum that a scatter adds up, of which each device makes the rows that it wants."""
+    taken = laid.axes | laid.partial
+    inserted = op.params["dimension_numbers"].inserted_window_dims
+    return laid.with_dims(
+        tuple(a for a in want[i] if a not in taken) if i in inserted else dim
+        for i, dim in enumerate(laid.dims)
+    )
+
+
 def _same(op: Any, ins: Sequence[Laid], shapes: Shapes, out: Sequence[int]) -> Laid:
     """Elementwise, or anything like it: each dim as the operand that splits it most."""
     dims: list[Axes] = [()] * len(out)
@@ -134,3 +145,26 @@ def passed_on(op: Any, ins: Sequence[Laid], shapes: Shapes, out: Sequence[int]) 
         reduces = op.name.startswith(REDUCTIONS) and "axes" in op.params
         rule = _reduce if reduces else _same
     return rule(op, ins, shapes, out)
+
+
+def clash(own: Laid, other: Laid, pairs: Mapping[int, int]) -> set[str]:
+    """Axes of one operand that the other has on a dim that is not the same one."""
+    found = set()
+    for i, dim in enumerate(own.dims):
+        beside = other.dims[pairs[i]] if i in pairs else ()
+        found |= {axis for axis in dim if axis in other.axes and axis not in beside}
+    return found
+
+
+def contracted(
+    op: Any, left: Laid, right: Laid, shape: Sequence[int]
+) -> tuple[list[Axes], list[str], float]:
+    """Dims of a product's result, axes that its sum runs over, FLOPs per element of it."""
+    (lc, rc), (lb, rb) = op.params["dimension_numbers"]
+    dims = [
+        tuple(dict.fromkeys((*left.dims[a], *right.dims[b]))) for a, b in zip(lb, rb, strict=True)
+    ]
+    dims += [dim for i, dim in enumerate(left.dims) if i not in (*lc, *lb)]
+    dims += [dim for i, dim in enumerate(right.dims) if i not in (*rc, *rb)]
+    lost = [a for i, j in zip(lc, rc, strict=True) for a in (*left.dims[i], *right.dims[j])]
+    return dims, lost, 2.0 * math.prod(shape[i] for i in lc)

@@ -101,7 +101,7 @@ class Walked:
     problems: tuple[str, ...]
 
 
-def walk_through(flat: Flat, layout: Layout, strategy: Strategy) -> Walked:
+def walk_through(flat: Flat, layout: Layout, strategy: Strategy, lanes: int = 1) -> Walked:
     """Walks through a traced gradient under a strategy, for any size of its axes."""
     state, placed = layout.state, layout.shardings
     ins = _laid(placed.params, state.params, stored=True)
@@ -109,7 +109,7 @@ def walk_through(flat: Flat, layout: Layout, strategy: Strategy) -> Walked:
     ins += _laid(placed.extra, state.extra)
     ins += [_in_micro_batches(one) for one in _laid(layout.batch_shardings, layout.batch)]
     ins += [whole(0)]
-    walk = Walk(_resolver(strategy))
+    walk = Walk(_resolver(strategy), lanes)
     wants = [*wanted, *[None] * (len(flat.outputs) - len(wanted))]
     _, alive = walk.run(flat, ins, wants)
     points = [dict(point) for point in {frozenset(p.items()) for p in alive}]

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ._flow import Dims, narrowed, readers, refines, splits_more, wanted_within
-from ._laid import Axes, Laid, Terms, add, terms, whole, without_repeats
-from ._layouts import MATERIAL, PASSES_SUMS, REDUCTIONS, passed_on
+from ._laid import Axes, Laid, Terms, add, padding, terms, whole, without_repeats
+from ._layouts import MATERIAL, PASSES_SUMS, REDUCTIONS, clash, contracted, passed_on, where_wanted
 from ._program import Flat, Op
 
 MICRO = "micro"
@@ -55,11 +55,13 @@ class Walk:
 
     Attributes:
       resolve: logical names and shape → the mesh axes that split each dim.
+      lanes: elements that a device's memory lays side by side: tiles are filled up to that.
       sent: collectives found.
       work: products and writes found.
     """
 
     resolve: Resolve
+    lanes: int = 1
     sent: list[Sent] = dataclasses.field(default_factory=list)
     work: list[Work] = dataclasses.field(default_factory=list)
 
@@ -95,6 +97,7 @@ class _Body:
         self.read: dict[Any, int] = {}
         self.inner: dict[int, list[Terms]] = {}
         self.passing: dict[int, Terms] = {}
+        self.unsummed: dict[int, float] = {}  # bytes per element of what is cast before its sum
         self.at = 0
         self.readers = readers(flat)
         self.narrow = narrowed(flat, self.readers)
@@ -114,12 +117,16 @@ class _Body:
 
     def _other(self, op: Op) -> None:
         passes = op.name in PASSES_SUMS or op.name == "add_any"
-        ins = [self._laid(n, keep_sum=passes) for n in op.ins]
         shapes = [self._shape(n) for n in op.ins]
+        ins = [self._laid(n, keep_sum=passes, beside=op) for n in op.ins]
         if op.name in ("gather", "scatter-add") and ins[0].stored:
             ins[0] = self._rows_of_stored(op, ins)
         for number in op.outs:
             laid = passed_on(op, ins, shapes, self._shape(number))
+            if op.name == "scatter-add" and number in self.wants:
+                laid = where_wanted(op, laid, self.wants[number])
+            if laid.partial and op.name == "convert_element_type":
+                self.unsummed[number] = self._width(op.ins[0])
             if op.name not in PASSES_SUMS and op.name not in ("add_any", "gather", "scatter-add"):
                 lost = laid.partial
                 laid = dataclasses.replace(laid, partial=frozenset())
@@ -141,8 +148,8 @@ class _Body:
         skipped = finer is not None and not refines(self.walk.resolve(finer, shape), target)
         if (
             skipped
-            or number in self.wants
-            or (laid.partial and self._scattered_next(number, target))
+            or (number in self.wants and not laid.partial)
+            or (laid.partial and self._summed_later(number, laid, target))
         ):
             self.env[number] = laid
             self.roots[number] = self.roots.get(source, frozenset())
@@ -158,9 +165,11 @@ class _Body:
         self._reads(op)
         self._bear(number)
 
-    def _scattered_next(self, number: int, target: Dims) -> bool:
+    def _summed_later(self, number: int, laid: Laid, target: Dims) -> bool:
         """Whether the one reader splits finer: compilers make one scatter of sum and slice."""
         ops = self.readers.get(number, [])
+        if len(ops) == 1 and ops[0].name == "convert_element_type":
+            return laid.dims == target
         if len(ops) != 1 or ops[0].name != "shardkit_constrain":
             return False
         return splits_more(self.walk.resolve(ops[0].params["names"], self._shape(number)), target)
@@ -183,7 +192,7 @@ class _Body:
             left, right, dims, lost, flops = self._convolved(op, left, right)
         else:
             left, right = self._agreed(op, left, right)
-            dims, lost, flops = _contracted(op, left, right, self._shape(op.ins[0]))
+            dims, lost, flops = contracted(op, left, right, self._shape(op.ins[0]))
         laid = Laid(without_repeats(dims))
         self.env[out] = dataclasses.replace(laid, partial=frozenset(lost) - laid.axes - {MICRO})
         split = laid.axes | frozenset(lost)
@@ -215,8 +224,8 @@ class _Body:
             left.stored == right.stored and (sizes[0] < sizes[1])
         )
         if first:
-            return self._gathered(op.ins[0], left, _clash(left, right, pairs)), right
-        return left, self._gathered(op.ins[1], right, _clash(right, left, back))
+            return self._gathered(op.ins[0], left, clash(left, right, pairs)), right
+        return left, self._gathered(op.ins[1], right, clash(right, left, back))
 
     def _gathered(self, number: int | None, laid: Laid, axes: set[str]) -> Laid:
         """Gathers an operand over axes, once per program for each value."""
@@ -248,7 +257,7 @@ class _Body:
         wants: list[Dims | None] = [self.wants.get(n) for n in op.outs[:carried]]
         stacked = [self.wants.get(n) for n in op.outs[carried:]]
         wants += [want[1:] if want else None for want in stacked]
-        found, _ = Walk(self.walk.resolve).run(body, inside, wants)
+        found, _ = Walk(self.walk.resolve, self.walk.lanes).run(body, inside, wants)
         for i in range(carried):
             inside[consts + i] = dataclasses.replace(found[i], partial=frozenset())
         trips, loops = self.trips * op.trips, self.loops | steps
@@ -264,13 +273,22 @@ class _Body:
             self._bear(number)
         self.inner[self.at] = points
 
-    def _laid(self, number: int | None, keep_sum: bool = False) -> Laid:
+    def _laid(self, number: int | None, keep_sum: bool = False, beside: Op | None = None) -> Laid:
         if number is None:
             return whole(0)
         laid = self.env[number]
         if laid.partial and not keep_sum:
-            laid = self.env[number] = self._summed(number, laid, self.wants.get(number))
+            target = self.wants.get(number) or (self._joined(number, beside) if beside else None)
+            laid = self.env[number] = self._summed(number, laid, target)
         return laid
+
+    def _joined(self, number: int, op: Op) -> Dims | None:
+        """The layout that an elementwise operation has from all its operands."""
+        form = self._shape(number)
+        if op.name in MATERIAL or op.name.startswith(REDUCTIONS) or self._shape(op.outs[0]) != form:
+            return None
+        ins = [whole(0) if n is None else self.env[n] for n in op.ins]
+        return passed_on(op, ins, [self._shape(n) for n in op.ins], form).dims
 
     def _summed(self, number: int, laid: Laid, target: Dims | None) -> Laid:
         """Makes a sum: scattered over the axes that the target splits, reduced over the rest."""
@@ -284,9 +302,10 @@ class _Body:
         )
         after = Laid(without_repeats(dims))
         scattered = after.axes - laid.axes
-        gradient = number in self.wants
-        self._send("reduce-scatter", scattered, self._bytes(number, laid), gradient)
-        self._send("all-reduce", laid.partial - scattered, self._bytes(number, after), gradient)
+        gradient, width = number in self.wants, self.unsummed.get(number)
+        sent, left = self._bytes(number, laid, width), self._bytes(number, after, width)
+        self._send("reduce-scatter", scattered, sent, gradient)
+        self._send("all-reduce", laid.partial - scattered, left, gradient)
         if scattered:
             add(self.passing.setdefault(self.at, {}), self._bytes(number, laid))
         return after
@@ -304,7 +323,8 @@ class _Body:
     def _made(self, op: Op, number: int) -> None:
         """Records a result: written to memory, or part of what reads it."""
         material = op.name in MATERIAL or op.name.startswith(REDUCTIONS)
-        if number in self.wants and self.env[number].partial and material:
+        constrained = [r.name for r in self.readers.get(number, [])] == ["shardkit_constrain"]
+        if number in self.wants and self.env[number].partial and material and not constrained:
             self._laid(number)
         seen = frozenset().union(*(self.roots.get(n, frozenset()) for n in op.ins if n is not None))
         if not material and not (
@@ -325,7 +345,9 @@ class _Body:
 
     def _bear(self, number: int) -> None:
         self.roots[number] = frozenset({number})
-        self.born[number] = (self.at, self._bytes(number, self.env[number]))
+        laid = self.env[number]
+        width = self._width(number) * padding(self._shape(number), laid, self.walk.lanes)
+        self.born[number] = (self.at, self._bytes(number, laid, width))
 
     def alive(self) -> list[Terms]:
         """Bytes alive while each operation runs, without the program's arguments."""
@@ -353,38 +375,19 @@ class _Body:
     def _shape(self, number: int | None) -> tuple[int, ...]:
         return () if number is None else tuple(self.flat.avals[number].shape)
 
-    def _bytes(self, number: int | None, laid: Laid) -> Terms:
+    def _bytes(self, number: int | None, laid: Laid, width: float | None = None) -> Terms:
         if number is None:
             return {}
-        aval = self.flat.avals[number]
-        width = self.narrow.get(number) or getattr(aval.dtype, "itemsize", 4)
-        return terms(aval.shape, width, laid)
+        return terms(self._shape(number), width or self._width(number), laid)
+
+    def _width(self, number: int | None) -> float:
+        """Bytes per element."""
+        assert number is not None
+        own = getattr(self.flat.avals[number].dtype, "itemsize", 4)
+        return self.unsummed.get(number) or self.narrow.get(number) or own
 
 
 def _plus(one: Terms, other: Terms) -> Terms:
     joined = dict(one)
     add(joined, other)
     return joined
-
-
-def _clash(own: Laid, other: Laid, pairs: Mapping[int, int]) -> set[str]:
-    """Axes of one operand that the other has on a dim that is not the same one."""
-    found = set()
-    for i, dim in enumerate(own.dims):
-        beside = other.dims[pairs[i]] if i in pairs else ()
-        found |= {axis for axis in dim if axis in other.axes and axis not in beside}
-    return found
-
-
-def _contracted(
-    op: Op, left: Laid, right: Laid, shape: Sequence[int]
-) -> tuple[list[Axes], list[str], float]:
-    """Dims of a product's result, axes that its sum runs over, FLOPs per element of it."""
-    (lc, rc), (lb, rb) = op.params["dimension_numbers"]
-    dims = [
-        tuple(dict.fromkeys((*left.dims[a], *right.dims[b]))) for a, b in zip(lb, rb, strict=True)
-    ]
-    dims += [dim for i, dim in enumerate(left.dims) if i not in (*lc, *lb)]
-    dims += [dim for i, dim in enumerate(right.dims) if i not in (*rc, *rb)]
-    lost = [a for i, j in zip(lc, rc, strict=True) for a in (*left.dims[i], *right.dims[j])]
-    return dims, lost, 2.0 * math.prod(shape[i] for i in lc)
