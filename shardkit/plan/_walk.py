@@ -8,11 +8,11 @@ constraint or a parameter's own layout asks for it, and what else disagrees is g
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from ._flow import Dims, narrowed, readers, refines, splits_more, wanted_within
 from ._laid import Axes, Laid, Terms, add, padding, terms, whole, without_repeats
 from ._layouts import MATERIAL, PASSES_SUMS, REDUCTIONS, clash, contracted, passed_on, where_wanted
+from ._lifetimes import Lifetimes
 from ._program import Flat, Op
 
 MICRO = "micro"
@@ -72,8 +72,12 @@ class Walk:
         wants: Sequence[Dims | None],
         trips: float = 1.0,
         loops: frozenset[str] = frozenset(),
+        returned: int | None = None,
     ) -> tuple[list[Laid], list[Terms]]:
-        """Walks through; returns the layout of each result, and bytes alive at each operation."""
+        """Walks through; returns the layout of each result, and bytes alive at each operation.
+
+        `returned` is the number of results that live to the end; all, unless it is given.
+        """
         body = _Body(self, flat, trips, loops)
         spare = flat.inputs[: len(flat.inputs) - len(ins)]  # constants that the trace captured
         body.env.update((n, whole(len(flat.avals[n].shape))) for n in spare)
@@ -82,7 +86,7 @@ class Walk:
         for at, op in enumerate(flat.ops):
             body.step(at, op)
         outs = [body.result(number) for number in flat.outputs]
-        return outs, body.alive()
+        return outs, body.lifetimes.alive(len(outs) if returned is None else returned)
 
 
 class _Body:
@@ -92,20 +96,15 @@ class _Body:
         self.walk, self.flat, self.trips, self.loops = walk, flat, trips, loops
         self.env: dict[int, Laid] = {}
         self.wants: Mapping[int, Dims] = {}
-        self.roots: dict[int, frozenset[Any]] = {}
-        self.born: dict[Any, tuple[int, Terms]] = {}
-        self.read: dict[Any, int] = {}
-        self.inner: dict[int, list[Terms]] = {}
-        self.passing: dict[int, Terms] = {}
+        self.lifetimes = Lifetimes(flat)
         self.unsummed: dict[int, float] = {}  # bytes per element of what is cast before its sum
-        self.at = 0
         self.readers = readers(flat)
         self.narrow = narrowed(flat, self.readers)
         self.kept = {n for op in flat.ops if op.body for n in op.ins if n is not None}
         self.kept |= {n for n in flat.outputs if n is not None}
 
     def step(self, at: int, op: Op) -> None:
-        self.at = at
+        self.lifetimes.at = at
         if op.body is not None:
             self._loop(op, op.body)
         elif op.name == "shardkit_constrain":
@@ -152,7 +151,7 @@ class _Body:
             or (laid.partial and self._summed_later(number, laid, target))
         ):
             self.env[number] = laid
-            self.roots[number] = self.roots.get(source, frozenset())
+            self.lifetimes.follow(number, op.ins)
             return
         if MICRO in laid.axes:  # the axis of micro-batches is in no table
             first = next(i for i, dim in enumerate(laid.dims) if MICRO in dim)
@@ -160,9 +159,9 @@ class _Body:
             target = (*target[:first], rows, *target[first + 1 :])
         self.env[number] = self._moved(number, laid, target)
         if self.env[number].dims == laid.dims and not laid.partial:
-            self.roots[number] = self.roots.get(source, frozenset())
+            self.lifetimes.follow(number, op.ins)
             return
-        self._reads(op)
+        self.lifetimes.read(op)
         self._bear(number)
 
     def _summed_later(self, number: int, laid: Laid, target: Dims) -> bool:
@@ -233,22 +232,21 @@ class _Body:
             return laid
         after = laid.with_dims(tuple(a for a in dim if a not in axes) for dim in laid.dims)
         key = ("gathered", number, frozenset(axes))
-        if key not in self.born:
-            self._send("all-gather", frozenset(axes), self._bytes(number, after))
-            self.born[key] = (self.at, self._bytes(number, after))
-        self.read[key] = self.at
+        held = self._bytes(number, after)
+        if self.lifetimes.use(key, held):
+            self._send("all-gather", frozenset(axes), held)
         return after
 
     def _loop(self, op: Op, body: Flat) -> None:
         ins = [self._laid(n) for n in op.ins]
         if op.name != "scan":
-            self._reads(op)
+            self.lifetimes.read(op)
             for number in op.outs:
                 self.env[number] = whole(len(self._shape(number)))
                 self._bear(number)
             inside = ins[-len(body.inputs) :]
             _, points = self.walk.run(body, inside, [None] * len(body.outputs), self.trips)
-            self.inner[self.at] = points
+            self.lifetimes.repeat(points)
             return
         consts, carried = op.params["num_consts"], op.params["num_carry"]
         steps = frozenset(a for one in ins[consts + carried :] for a in one.dims[0])
@@ -261,8 +259,8 @@ class _Body:
         for i in range(carried):
             inside[consts + i] = dataclasses.replace(found[i], partial=frozenset())
         trips, loops = self.trips * op.trips, self.loops | steps
-        outs, points = self.walk.run(body, inside, wants, trips, loops)
-        self._reads(op)
+        outs, points = self.walk.run(body, inside, wants, trips, loops, carried)
+        self.lifetimes.read(op)
         along = tuple(sorted(steps))
         for i, number in enumerate(op.outs):
             self.env[number] = (
@@ -271,7 +269,7 @@ class _Body:
                 else dataclasses.replace(outs[i], dims=(along, *outs[i].dims))
             )
             self._bear(number)
-        self.inner[self.at] = points
+        self.lifetimes.repeat(points)
 
     def _laid(self, number: int | None, keep_sum: bool = False, beside: Op | None = None) -> Laid:
         if number is None:
@@ -307,7 +305,7 @@ class _Body:
         self._send("reduce-scatter", scattered, sent, gradient)
         self._send("all-reduce", laid.partial - scattered, left, gradient)
         if scattered:
-            add(self.passing.setdefault(self.at, {}), self._bytes(number, laid))
+            self.lifetimes.pass_through(self._bytes(number, laid))
         return after
 
     def result(self, number: int | None) -> Laid:
@@ -322,55 +320,42 @@ class _Body:
 
     def _made(self, op: Op, number: int) -> None:
         """Records a result: written to memory, or part of what reads it."""
+        if op.name == "dot_general" and (other := self._added_to(number)) is not None:
+            self.lifetimes.read(op)
+            self.lifetimes.follow(number, (other,))
+            return
         material = op.name in MATERIAL or op.name.startswith(REDUCTIONS)
         constrained = [r.name for r in self.readers.get(number, [])] == ["shardkit_constrain"]
         if number in self.wants and self.env[number].partial and material and not constrained:
             self._laid(number)
-        seen = frozenset().union(*(self.roots.get(n, frozenset()) for n in op.ins if n is not None))
         if not material and not (
             number in self.kept and op.name not in ("broadcast_in_dim", "iota")
         ):
-            self.roots[number] = seen
+            self.lifetimes.follow(number, op.ins)
             return
-        self._reads(op)
+        self.lifetimes.read(op)
         self._bear(number)
         if op.name != "dot_general":
             moved = self._bytes(number, self.env[number])
             self.walk.work.append(Work(op.name, 0.0, frozenset(), moved, self.trips, self.loops))
 
-    def _reads(self, op: Op) -> None:
-        for number in op.ins:
-            for root in self.roots.get(number, ()) if number is not None else ():
-                self.read[root] = self.at
+    def _added_to(self, number: int) -> int | None:
+        """The value in memory that a product is only added to, which then happens in place."""
+        ops = self.readers.get(number, [])
+        while len(ops) == 1 and ops[0].name in PASSES_SUMS and len(ops[0].ins) == 1:
+            number = ops[0].outs[0]
+            ops = self.readers.get(number, [])
+        if len(ops) != 1 or ops[0].name != "add_any":
+            return None
+        other = next((n for n in ops[0].ins if n is not None and n != number), None)
+        form = self._shape(number)
+        alike = other is not None and self._shape(other) == form and len(self.readers[other]) == 1
+        return other if alike and self.lifetimes.in_memory(other) else None
 
     def _bear(self, number: int) -> None:
-        self.roots[number] = frozenset({number})
         laid = self.env[number]
         width = self._width(number) * padding(self._shape(number), laid, self.walk.lanes)
-        self.born[number] = (self.at, self._bytes(number, laid, width))
-
-    def alive(self) -> list[Terms]:
-        """Bytes alive while each operation runs, without the program's arguments."""
-        last = len(self.flat.ops)
-        for number in self.flat.outputs:
-            for root in self.roots.get(number, ()) if number is not None else ():
-                self.read[root] = last
-        starts: dict[int, list[Any]] = {}
-        ends: dict[int, list[Any]] = {}
-        for key, (at, _) in self.born.items():
-            starts.setdefault(at, []).append(key)
-            ends.setdefault(self.read.get(key, at), []).append(key)
-        now: Terms = {}
-        points = []
-        for at in range(last):
-            for key in starts.get(at, ()):
-                add(now, self.born[key][1])
-            here = dict(now)
-            add(here, self.passing.get(at, {}))
-            points += [_plus(here, more) for more in self.inner.get(at, [])] or [here]
-            for key in ends.get(at, ()):
-                add(now, self.born[key][1], -1.0)
-        return points
+        self.lifetimes.bear(number, self._bytes(number, laid, width))
 
     def _shape(self, number: int | None) -> tuple[int, ...]:
         return () if number is None else tuple(self.flat.avals[number].shape)
@@ -385,9 +370,3 @@ class _Body:
         assert number is not None
         own = getattr(self.flat.avals[number].dtype, "itemsize", 4)
         return self.unsummed.get(number) or self.narrow.get(number) or own
-
-
-def _plus(one: Terms, other: Terms) -> Terms:
-    joined = dict(one)
-    add(joined, other)
-    return joined
