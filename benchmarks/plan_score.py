@@ -52,6 +52,14 @@ SKETCH = (
     ("wide", "tpu:v5p:4x4x4", 35),
 )
 Row = dict[str, Any]
+LOOKED_AT = 11
+"""The first rows, by which the model was mended and its one efficiency was fitted."""
+NOTE = """Rows in the order in which they were compiled; by the first 11 the model was mended, those
+after them are held out. Still wrong, and why: `tensor=8` over the whole of a v5p 2x2x2, where the
+compiler keeps all-reduces that it scatters over fewer dims of the torus (wire -30 %); seconds, as
+one efficiency (fitted to the first 11 rows, none per case) cannot tell products of small pieces
+from large ones; `fsdp` at 4 devices, where it scatters some gradients without a chain of permutes.
+The modelled time of the links has a torus without closed rings, the compiled timeline has rings."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,11 +209,14 @@ Pair = tuple[Candidate, Row]
 
 def accuracy(pairs: Mapping[str, Pair]) -> list[dict[str, str]]:
     """Median and worst error by class, over all rows and by sweep."""
-    sweeps = dict.fromkeys(name.split(":  ")[0].rsplit(": ", 1)[0] for name in pairs)
-    groups = {"all": list(pairs)} | {s: [n for n in pairs if n.startswith(s)] for s in sweeps}
+    sweeps = dict.fromkeys(name.split(": ")[0] for name in pairs)
+    groups = {"all": list(pairs), "held out": list(pairs)[LOOKED_AT:]}
+    groups |= {s: [n for n in pairs if n.startswith(s)] for s in sweeps}
     table = []
     for group, names in groups.items():
         own = [pairs[name] for name in names]
+        if not own:
+            continue
         line = {"rows": group, "cases": str(len(own))}
         for what, of in _CLASSES.items():
             found = [abs(e) for c, row in own for e in of(c, row["compiled"])]
@@ -254,20 +265,24 @@ def _naive(c: Candidate, axis: str) -> bool:
     return plain and {a for a, n in c.mesh.items() if n > 1} == {axis}
 
 
-def score(rows: Sequence[Row], details: bool) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """The two tables, printed with each row where asked."""
+def score(rows: Sequence[Row]) -> list[list[dict[str, str]]]:
+    """Accuracy by class, the order beside the timeline's, and every row."""
     predicted = dict(predictions())
     good = {row["name"]: row for row in rows if row["compiled"]}
     pairs = {n: (predicted[n], row) for n, row in good.items() if n in predicted}
-    for name, (c, row) in pairs.items() if details else ():
-        r = row["compiled"]
-        wire = {axis: f"{e:+.0%}" for axis, e in per_axis(c, r["wire"]).items()}
-        print(
-            f"{name}\n    temp {c.temp / 2**20:.0f} of {r['temp'] / 2**20:.0f} MiB "
-            f"{error(c.temp, r['temp']):+.1%}; wire {wire}; "
-            f"{c.seconds * 1e3:.2f} of {r['seconds'] * 1e3:.2f} ms"
-        )
-    return accuracy(pairs), ranking(pairs)
+    return [accuracy(pairs), ranking(pairs), [_shown(n, *pair) for n, pair in pairs.items()]]
+
+
+def _shown(name: str, c: Candidate, row: Row) -> dict[str, str]:
+    r = row["compiled"]
+    wire = {axis: f"{e:+.1%}" for axis, e in per_axis(c, r["wire"]).items()}
+    return {
+        "layout": name,
+        "temporaries, MiB": f"{c.temp / 2**20:.0f} of {r['temp'] / 2**20:.0f}",
+        "error": f"{error(c.temp, r['temp']):+.1%}",
+        "wire": ", ".join(f"{axis} {e}" for axis, e in wire.items()),
+        "ms": f"{c.seconds * 1e3:.2f} of {r['seconds'] * 1e3:.2f}",
+    }
 
 
 def compile_missing(path: Path, rows: list[Row], most: int) -> None:
@@ -286,7 +301,6 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rows", type=int, default=80, help="at most so many in this run")
     parser.add_argument("--score", action="store_true")
-    parser.add_argument("--details", action="store_true", help="print every row")
     parser.add_argument("--write", action="store_true", help="keep the tables in results/")
     arguments = parser.parse_args()
     # The child dies with whatever ends this process.
@@ -297,13 +311,13 @@ def main() -> None:
     if not arguments.score:
         compile_missing(path, rows, arguments.rows)
         return
-    exact, ranked = score(rows, arguments.details)
-    for table in (exact, ranked):
-        print("\n".join(str(line) for line in table))
+    tables = score(rows)
+    for line in itertools.chain(*tables):
+        print(line)
     if arguments.write:
-        note = f"{sum(bool(r['failed']) for r in rows)} of {len(rows)} layouts are not legal."
-        write("plan_score", "predicted beside compiled, median / worst", exact, note=note)
-        write("plan_ranking", "the plan's order beside the compiled timeline's", ranked)
+        beside = f"{', '.join(dict.fromkeys(t for _, t, _ in SKETCH))}, by their own compiler"
+        for name, table in zip(("", "_ranking", "_rows"), tables, strict=True):
+            write(f"plan_score{name}", "modelled", beside, table, " ".join(NOTE.split()))
 
 
 if __name__ == "__main__":

@@ -27,11 +27,22 @@ class Machine:
     overlap: float = 0.0
 
     @property
+    def efficiency(self) -> float:
+        """Share of the peaks of products and memory that operations are taken to reach."""
+        return EFFICIENCY[self.network.chip.kind]
+
+    @property
     def peak(self) -> float:
         """FLOP/s of products."""
         flops = self.network.chip.flops
         return flops.get(self.dtype, flops["bf16"])
 
+
+EFFICIENCY = {"tpu": 0.37, "gpu": 1.0}
+"""By kind of chip. Fitted for TPUs: roofline ÷ the compiler's own estimates, median of the first
+11 rows of `benchmarks/plan_score.py`; 1 says that nothing was fitted."""
+_SMALL = 2**16
+"""Bytes below which compilers combine collectives over the same axes into one."""
 
 Case = tuple[Mapping[str, int], Accumulate]
 
@@ -78,19 +89,25 @@ def estimate(
     flops = np.array([w.flops for w in work])[:, None] * parts.of(w.split for w in work)
     product = np.array([bool(w.flops) for w in work])[:, None]
     each = np.maximum(flops / machine.peak, moved) * times
+    combined: set[tuple[frozenset[str], float]] = set()
     wire: dict[tuple[str, ...], np.ndarray] = {}
     spent: dict[tuple[str, ...], np.ndarray] = {}
     for one in walked.walk.sent:
         name = tuple(axis for axis in cases[0][0] if axis in one.axes)
         repeated = np.where(parts.once, 1.0, k) if one.gradient else k
         repeated = one.trips * repeated * parts.of([one.loops])[0]
-        sent, seconds = _sent(one, parts, machine)
+        sent, hop = _sent(one, parts, machine)
+        small = sent.max() < _SMALL
+        seconds = sent / parts.rate(one.axes, machine.network)
+        if not small or (one.axes, one.trips) not in combined:
+            seconds = seconds + hop
+        combined |= {(one.axes, one.trips)} if small else set()
         wire[name] = wire.get(name, 0.0) + repeated * sent
         spent[name] = spent.get(name, 0.0) + repeated * seconds
     return Estimates(
         temp=parts.bytes(walked.points).max(axis=0),
-        compute=np.where(product, each, 0.0).sum(axis=0),
-        memory=np.where(product, 0.0, each).sum(axis=0),
+        compute=np.where(product, each, 0.0).sum(axis=0) / machine.efficiency,
+        memory=np.where(product, 0.0, each).sum(axis=0) / machine.efficiency,
         wire=wire,
         communication=spent,
     )
@@ -130,13 +147,11 @@ class _Parts:
 
 
 def _sent(one: Sent, parts: _Parts, machine: Machine) -> tuple[np.ndarray, np.ndarray]:
-    """Wire bytes and seconds of one execution, as `inspect`'s links have them."""
+    """Wire bytes and seconds of latency of one execution, as `inspect`'s links have them."""
     n = product(one.axes, parts.sizes)
     share = WIRE[one.kind] * (n - 1) / n
     if one.gradient and one.kind == "reduce-scatter" and one.trips > 1 and machine.network.torus:
         # TPU compilers make it a chain of permutes behind its product, and the last goes home.
-        share = np.where(n > 1, 1.0, 0.0)
+        share = np.where(n > 2, 1.0, share)
     sent = share * parts.bytes([one.payload])[0]
-    hops = WIRE[one.kind] * (n - 1)
-    rate = parts.rate(one.axes, machine.network)
-    return sent, hops * machine.network.chip.latency + sent / rate
+    return sent, WIRE[one.kind] * (n - 1) * machine.network.chip.latency

@@ -166,6 +166,12 @@ def _assumptions(machine: Machine) -> tuple[str, ...]:
     return (
         f"products at {machine.peak / 1e12:.4g} TFLOP/s, memory at "
         f"{chip.memory_bandwidth / 1e9:.0f} GB/s: the peaks of {chip.name}",
+        "operations reach "
+        + (
+            f"{machine.efficiency:.0%} of these, as fitted to the compiler's estimates"
+            if machine.efficiency < 1
+            else "all of these, as nothing is fitted for this kind of device"
+        ),
         f"links {chip.link / 1e9:.0f} GB/s one way, {chip.latency * 1e6:.0f} µs per hop",
         f"{machine.overlap:.0%} of communication is hidden behind computing",
         "elementwise operations are fused into those that read them",
