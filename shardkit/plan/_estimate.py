@@ -39,8 +39,8 @@ class Machine:
 
 
 EFFICIENCY = {"tpu": 0.37, "gpu": 1.0}
-"""By kind of chip. Fitted for TPUs: roofline ÷ the compiler's own estimates, median of the first
-11 rows of `benchmarks/plan_score.py`; 1 says that nothing was fitted."""
+"""By kind of chip. Fitted for TPUs: roofline ÷ the compiler's own estimates, about the median of
+the first rows of `benchmarks/plan_score.py`, whose models are small; 1: nothing was fitted."""
 _SMALL = 2**16
 """Bytes below which compilers combine collectives over the same axes into one."""
 
