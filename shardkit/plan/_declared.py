@@ -74,7 +74,8 @@ def modelled(
         raise NotImplementedError(f"{', '.join(other)} is not modelled")
     model, how = Model.of(declared), declared.accumulate
     layout = model.layout(sizes, declared.strategy, how.steps)
-    walked = walk_through(model.program(declared.strategy.remat), layout, declared.strategy)
+    flat, lanes = model.program(declared.strategy.remat), network.lanes if network else 1
+    walked = walk_through(flat, layout, declared.strategy, lanes)
     machine = Machine(network or _ANY, short_dtype(jax.numpy.dtype(declared.precision.compute)))
     values, own = estimate(walked, [(sizes, how)], machine), placed_bytes(layout)
     wire = {", ".join(name): float(v[0]) for name, v in values.wire.items() if v[0]}

@@ -29,7 +29,7 @@ class Machine:
     @property
     def efficiency(self) -> float:
         """Share of the peaks of products and memory that operations are taken to reach."""
-        return EFFICIENCY[self.network.chip.kind]
+        return EFFICIENCY.get(self.network.chip.kind, 1.0)
 
     @property
     def peak(self) -> float:
@@ -38,9 +38,9 @@ class Machine:
         return flops.get(self.dtype, flops["bf16"])
 
 
-EFFICIENCY = {"tpu": 0.37, "gpu": 1.0}
+EFFICIENCY = {"tpu": 0.37}
 """By kind of chip. Fitted for TPUs: roofline ÷ the compiler's own estimates, about the median of
-the first rows of `benchmarks/plan_score.py`, whose models are small; 1: nothing was fitted."""
+the first rows of `benchmarks/plan_score.py`, whose models are small. Nothing is fitted for others, which count with 1."""
 _SMALL = 2**16
 """Bytes below which compilers combine collectives over the same axes into one."""
 

@@ -39,6 +39,11 @@ class Network:
         chip = known_chips(more)[target.chip]
         return cls(chip, target.shape if chip.torus_dims else (), target.slices)
 
+    @property
+    def lanes(self) -> int:
+        """Elements that its tiled memory lays side by side: the width of a TPU's registers."""
+        return 128 if self.torus else 1
+
     def rates(self, meshes: Sequence[Mapping[str, int]], axes: Iterable[str]) -> np.ndarray:
         """Bytes/s that one device sends over a group of axes: f64[meshes]."""
         group = frozenset(axes)

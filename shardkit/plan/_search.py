@@ -156,7 +156,9 @@ class Search:
             except Exception as error:  # the loss is a user's code
                 self.walks[remat, stage] = _reason(error)
             else:
-                self.walks[remat, stage] = walk_through(flat, layout, strategy, self.machine.network.lanes)
+                self.walks[remat, stage] = walk_through(
+                    flat, layout, strategy, self.machine.network.lanes
+                )
         return self.walks[remat, stage]
 
     def _family(
