@@ -58,8 +58,8 @@ NOTE = """Rows in the order in which they were compiled; by the first 11 the mod
 after them are held out. Still wrong, and why: `tensor=8` over the whole of a v5p 2x2x2, where the
 compiler keeps all-reduces that it scatters over fewer dims of the torus (wire -30 %); seconds, as
 one efficiency (fitted to the first 11 rows, none per case) cannot tell products of small pieces
-from large ones; `fsdp=4` on v5p 2x2x2, where gradients are scattered without the chains of permutes that
-v5e and v6e make of it, and the embedding's too.
+from large ones; `fsdp=4` on v5p 2x2x2, where gradients are scattered without the
+chains of permutes that v5e and v6e make of it, and the embedding's too.
 The modelled time of the links has a torus without closed rings, the compiled timeline has rings."""
 
 

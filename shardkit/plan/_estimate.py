@@ -40,7 +40,8 @@ class Machine:
 
 EFFICIENCY = {"tpu": 0.37}
 """By kind of chip. Fitted for TPUs: roofline ÷ the compiler's own estimates, about the median of
-the first rows of `benchmarks/plan_score.py`, whose models are small. Nothing is fitted for others, which count with 1."""
+the first rows of `benchmarks/plan_score.py`, whose models are small.
+Nothing is fitted for others, which count with 1."""
 _SMALL = 2**16
 """Bytes below which compilers combine collectives over the same axes into one."""
 
