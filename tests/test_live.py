@@ -58,8 +58,7 @@ def found(text):
 
 def test_a_loop_stays_in_place_and_its_peak_is_inside_of_it():
     peak = found(KIB)
-    # In the loop: b waits (2 KiB), the state (1 KiB), the wide array (4 KiB), two counters and
-    # the result of the comparison that came before is gone.
+    # In the loop: b waits (2 KiB), the state (1 KiB), the wide array (4 KiB), and the counter.
     assert (peak.phase, peak.scope) == ("backward", "mlp")
     assert peak.bytes == 2048 + 1024 + 4096 + 4
     assert peak.classes["activations"] == 2048
