@@ -136,8 +136,9 @@ def _scaling(axes: Any, found: Sweep) -> None:
     values = [scale * figure(best[n], found.by) for n in counts]
     axes.plot(counts, values, "o-", label="the best mesh of each size")
     for n, value in zip(counts, values, strict=True):
-        above = {"textcoords": "offset points", "xytext": (4, 6), "fontsize": 8}
-        axes.annotate(_label(best[n]), (n, value), **above)
+        above = {"textcoords": "offset points", "xytext": (0, 9), "ha": "center", "fontsize": 8}
+        ground = {"boxstyle": "round,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.8}
+        axes.annotate(_label(best[n]), (n, value), bbox=ground, **above)
     if timed:
         ideal = [values[0] * counts[0] / n for n in counts]
         axes.plot(counts, ideal, "--", color="0.6", label="the first, split evenly")
@@ -145,9 +146,10 @@ def _scaling(axes: Any, found: Sweep) -> None:
     axes.set_xticks(counts, [str(n) for n in counts])
     axes.set_xlabel("devices")
     axes.set_ylabel(f"{'ms' if timed else 'MiB'}, {found.by}")
+    axes.margins(x=0.08, y=0.15)
     axes.set_ylim(bottom=0)
     axes.set_title("Scaling with devices, the global batch fixed")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.1), ncol=2)  # off the points
 
 
 def _model(axes: Any, rows: Sequence[Row]) -> None:
