@@ -348,9 +348,10 @@ class _Body:
         if len(ops) != 1 or ops[0].name != "add_any":
             return None
         other = next((n for n in ops[0].ins if n is not None and n != number), None)
-        form = self._shape(number)
-        alike = other is not None and self._shape(other) == form and len(self.readers[other]) == 1
-        return other if alike and self.lifetimes.in_memory(other) else None
+        if other is None or self._shape(other) != self._shape(number):
+            return None
+        alone = len(self.readers[other]) == 1
+        return other if alone and self.lifetimes.in_memory(other) else None
 
     def _bear(self, number: int) -> None:
         laid = self.env[number]
