@@ -133,3 +133,33 @@ def test_what_goes_beyond_the_minimum_is_explained():
     (line,) = [one for one in str(report).splitlines() if one.startswith("tensor sends")]
     assert "more than its minimum: " in line
     assert Report.from_json(report.to_json()) == report
+
+
+APART = {"up": P("data", "tensor"), "down": P("tensor", "data")}
+WHOLE = {"up": P(None, "tensor"), "down": P("tensor", None)}
+
+
+@pytest.mark.parametrize(
+    ("params", "moments", "kind"),
+    [(WHOLE, WHOLE, "data"), (APART, APART, "fsdp"), (WHOLE, APART, "zero")],
+)
+def test_minima_of_a_strategy_written_by_hand_follow_from_its_specs(params, moments, kind):
+    strategy = sk.Strategy(
+        params=sk.PathRules(params),
+        opt_state=sk.PathRules({f"**/{name}": spec for name, spec in moments.items()}),
+        batch=P("data"),
+        activations=sk.AxisRules({"batch": "data", "mlp": "tensor"}),
+    )
+    made = sk.compile_step(
+        loss,
+        optax.sgd(0.1, momentum=0.9),
+        init=init,
+        batch={"x": jax.ShapeDtypeStruct((ROWS, EMBED), jnp.float32)},
+        mesh=sk.MeshSpec(data=4, tensor=2).build(),
+        strategy=strategy,
+    ).report()
+    (least,) = made.minima
+    assert (least.axis, least.kind) == ("data", f"{kind} by specs")
+    one_gradient = 3 / 4 * 4 * (2 * EMBED * MLP) // 2
+    assert least.bytes == {"data": 2, "fsdp": 3, "zero": 2}[kind] * one_gradient
+    assert "No textbook minimum for tensor: only a ready strategy" in str(made)

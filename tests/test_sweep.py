@@ -119,6 +119,7 @@ def test_the_ranking_is_by_measured_time_and_the_table_fits(whole):
     assert max(map(len, text.splitlines())) <= 100
     assert SIMULATED in " ".join(text.split())
     assert "Not ranked: 1 of 4" in text
+    assert "3 of 3 ranked rows give the numbers of one device." in text
     for row in found.ranked:
         assert row.case.shown in text
 

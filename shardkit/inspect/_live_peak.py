@@ -109,13 +109,20 @@ class Peak:
 
 
 def peak_of(program: Program, memory: Memory) -> Peak | None:
-    """Finds the peak of a scheduled program; None where its text is not whole or not scheduled."""
+    """Finds the peak of a scheduled program.
+
+    None where its text is not whole, not scheduled, or in a form that cannot be followed.
+    """
     module = program.module
     if module.problems or not module.scheduled:
         return None
     leaves = program.leaves
     numbers = frozenset(n for n, leaf in enumerate(leaves) if leaf.part == "params")
-    lives = Lives(module, program.platform, numbers)
+    try:
+        lives = Lives(module, program.platform, numbers)
+    except (LookupError, TypeError, ValueError):
+        # A form of text that no compiler has shown yet is to cost the split, not the report.
+        return None
     beside = [one for one in lives.buffers() if one.argument is None]
     moment = _fullest(beside, len(lives.moments))
     alive = sorted((b for b in beside if b.start <= moment <= b.end), key=lambda b: -b.bytes)

@@ -116,7 +116,8 @@ class Minimum:
 
     Attributes:
       axis: the mesh axis.
-      kind: kind of parallelism on it.
+      kind: kind of parallelism on it; `data by specs` where the strategy names none and the specs
+        tell.
       bytes: fewest wire bytes per device and step.
       wire: what is sent over the axis; see `wire_over`.
       excess: (what, bytes) of what goes beyond the minimum, as far as the rows tell.
@@ -132,6 +133,28 @@ class Minimum:
     def ratio(self) -> float | None:
         """How many times the minimum is sent; None where the minimum is nothing."""
         return self.wire / self.bytes if self.bytes else None
+
+
+def kinds_by_specs(
+    sizes: Mapping[str, int], leaves: Sequence[Placed], declared: Declared
+) -> dict[str, str]:
+    """Kinds of the axes for which a strategy names none, as far as specs alone tell.
+
+    An axis that splits the batch makes gradients of parts of its rows: parameters whole over it
+    are data parallelism, with their optimizer state split ZeRO; parameters split over it as well
+    are gathered where they are used, which is FSDP. What an axis does that splits no batch
+    depends on the model's products, and is not told.
+    """
+
+    def over(part: str) -> set[str]:
+        return {axis for leaf in leaves if leaf.part == part for axis in leaf.axes()}
+
+    found = {}
+    for axis in over("batch") - set(declared.kinds):
+        if sizes[axis] > 1:
+            updated = "zero" if axis in over("opt_state") else "data"
+            found[axis] = "fsdp" if axis in over("params") else updated
+    return dict(sorted(found.items()))
 
 
 def wire_over(ledger: Ledger, axis: str, sizes: Mapping[str, int], leaves: Sequence[Placed]) -> int:

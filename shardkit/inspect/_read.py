@@ -1,5 +1,6 @@
 """Reads everything that a report holds out of a compiled step."""
 
+import dataclasses
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from ._layouts import layouts
 from ._ledger import Ledger, ledger_of
 from ._live_peak import peak_of
 from ._memory import read_memory
-from ._minimum import Minimum, beside
+from ._minimum import Minimum, beside, kinds_by_specs
 from ._reductions import reductions_per_step
 from ._timeline import model_time
 
@@ -53,5 +54,11 @@ def read(program: "Program", chip: "str | Chip | None" = None) -> dict[str, Any]
 
 def _minima(program: "Program", ledger: Ledger) -> tuple[Minimum, ...]:
     sizes, leaves, declared = program.sizes, program.leaves, program.declared
+    told = kinds_by_specs(sizes, leaves, declared)
+    declared = dataclasses.replace(declared, kinds={**told, **declared.kinds})
     found = (beside(ledger, axis, sizes, leaves, declared) for axis in declared.kinds)
-    return tuple(one for one in found if one is not None)
+    return tuple(
+        dataclasses.replace(one, kind=f"{one.kind} by specs") if one.axis in told else one
+        for one in found
+        if one is not None
+    )

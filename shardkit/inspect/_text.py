@@ -81,9 +81,19 @@ def _axes(report: "Report") -> RenderableType:
         cells = _axes_cells(report, axes, wire)
         table.add_row(*(cells[name] for name in columns))
     more = [Text(line) for one in report.minima if one.excess for line in _excess(one)]
+    if silent := _without_minimum(report):
+        text = "only a ready strategy, and layers that a model marks, say what it would be."
+        more.append(Text(f"No textbook minimum for {', '.join(silent)}: {text}"))
     if report.ledger.upper_bound:
         more.append(Text("Branches of conditionals count as taken: totals are upper bounds."))
     return Group(_title(f"Sent per step: {total}"), table, *more)
+
+
+def _without_minimum(report: "Report") -> list[str]:
+    """Axes that something is sent over and of which no minimum is known."""
+    known = {one.axis for one in report.minima}
+    sent = {name for axes in report.ledger.by_axes() for name in axes}
+    return [name for name, size in report.mesh if size > 1 and name in sent - known]
 
 
 def _excess(least: "Minimum") -> list[str]:
@@ -130,7 +140,7 @@ def _peak(report: "Report") -> Iterator[RenderableType]:
     """The classes at the peak, and the buffers that make most of it."""
     peak = report.peak
     if peak is None:
-        yield Text("What is alive at the peak is not known: no whole, scheduled program was read.")
+        yield Text("What is alive at the peak is not known: no schedule could be followed.")
         return
     yield Text("\n".join(textwrap.wrap(str(peak), _WIDTH, subsequent_indent="    ")))
     for one in peak.held[:_HELD]:

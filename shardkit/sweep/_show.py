@@ -52,13 +52,10 @@ def _ranked(rows: Sequence[Row]) -> Table:
     for name in ("acc.", "remat"):
         shown.add_column(name, no_wrap=True)
     timed = any(_time(row) for row in rows)
-    proved = any(row.verified for row in rows)
     numbers = ["step"] * timed + ["memory", "wire", "compile", "finds"]
     for name in numbers:
         shown.add_column(name, justify="right", no_wrap=True)
     shown.add_column("÷ minimum", overflow="fold")
-    if proved:
-        shown.add_column("proved", no_wrap=True)
     for place, row in enumerate(rows, 1):
         compiled = row.compiled or {}
         cells = [str(place), row.case.shown, str(row.case.accumulate), row.case.remat]
@@ -67,7 +64,7 @@ def _ranked(rows: Sequence[Row]) -> Table:
         cells += [format_bytes(row.wire or 0), _compile(row)]
         found = sum(one["count"] for one in compiled.get("findings", {}).values())
         cells += [str(found), _ratios(row)]
-        shown.add_row(*cells, *([_proved(row)] * proved))
+        shown.add_row(*cells)
     return shown
 
 
@@ -97,12 +94,6 @@ def _ratios(row: Row) -> str:
     )
 
 
-def _proved(row: Row) -> str:
-    if row.verified is None:
-        return ""
-    return "yes" if row.verified["ok"] else "untold"
-
-
 def _others(rows: Sequence[Row]) -> Table:
     shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     shown.add_column("mesh", overflow="fold", min_width=_mesh_width(rows))
@@ -127,6 +118,9 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         notes.append(
             "Step: modelled (~), from the compiled program and the chip's links and peaks."
         )
+    if held := [row for row in rows if row.verified is not None]:
+        equal = sum((row.verified or {})["ok"] is True for row in held)
+        notes.append(f"{equal} of {len(held)} ranked rows give the numbers of one device.")
     known = [row for row in rows if row.total and "memory" in row.modelled]
     if known:
         over = sorted(row.modelled["memory"] / (row.total or 1) for row in known)
