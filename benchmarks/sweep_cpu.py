@@ -4,12 +4,10 @@
 
 Every mesh of data × fsdp × tensor, compiled, held to one device's numbers and timed in turns. Rows,
 table, CSV and plots go to `results/sweep_cpu`; ended at any instant, it goes on there. Times of
-simulated devices are no speed claim: all of them share two cores. What a plan would have chosen is
-held against them all the same, for what it is: on such devices no link is faster than a copy.
+simulated devices are no speed claim: all of them share the host's cores.
 """
 
 import argparse
-import dataclasses
 from pathlib import Path
 
 import _harness
@@ -27,18 +25,6 @@ CUT = (
     "data.batch=16",
     "optimizer.name=adamw",
 )
-
-
-def shared(network: "sk.plan.Network", devices: int) -> "sk.plan.Network":
-    """The links of one of several simulated devices, which share what is measured of the whole."""
-    chip = network.chip
-    part = dataclasses.replace(
-        chip,
-        flops={dtype: rate / devices for dtype, rate in chip.flops.items()},
-        memory_bandwidth=chip.memory_bandwidth / devices,
-        link=chip.link / devices,
-    )
-    return dataclasses.replace(network, chip=part)
 
 
 def main() -> None:
