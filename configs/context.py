@@ -7,7 +7,7 @@ attention passes keys and values round, and nothing else looks across the cut. O
 laptop can simulate this is slower than not splitting; it is for rows that fit on no device.
 """
 
-from shardkit.config import Config, DataConfig, TrainConfig
+from shardkit.config import Config, DataConfig, TextTrainConfig
 from shardkit.mesh import MeshSpec
 from shardkit.models import SIZES
 from shardkit.parallel import strategies
@@ -21,5 +21,5 @@ def config() -> Config:
         data=DataConfig(length=128, batch=8, held_out=0.01),
         mesh=MeshSpec(fsdp=2, context=2, tensor=2),
         strategy=strategies.fsdp() | strategies.context() | strategies.tensor(sequence=True),
-        train=TrainConfig(steps=60, eval_every=0, sample=120),
+        train=TextTrainConfig(steps=60, eval_every=0, sample=120),
     )

@@ -8,7 +8,7 @@ byte. Anywhere else `shardkit train` says that the GPUs are not there.
 
 import dataclasses
 
-from shardkit.config import Config, DataConfig, OptimizerConfig, TrainConfig
+from shardkit.config import Config, DataConfig, OptimizerConfig, TextTrainConfig
 from shardkit.mesh import MeshSpec
 from shardkit.models import SIZES
 from shardkit.parallel import strategies
@@ -25,5 +25,5 @@ def config() -> Config:
         mesh=MeshSpec(fsdp=8, tensor=8),
         strategy=dataclasses.replace(both, remat="full", precision="bfloat16"),
         optimizer=OptimizerConfig(name="adamw", lr=3e-4),
-        train=TrainConfig(steps=10_000, eval_every=500),
+        train=TextTrainConfig(steps=10_000, eval_every=500),
     )

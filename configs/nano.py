@@ -5,7 +5,7 @@
 Expect half a minute on 2 cores, most of it compiling, and text that looks like code from afar.
 """
 
-from shardkit.config import Config, DataConfig, TrainConfig
+from shardkit.config import Config, DataConfig, TextTrainConfig
 from shardkit.mesh import MeshSpec
 from shardkit.models import SIZES
 
@@ -17,5 +17,5 @@ def config() -> Config:
         model=SIZES["nano"],
         data=DataConfig(length=128, batch=8, held_out=0.01),
         mesh=MeshSpec(data=4, tensor=2),
-        train=TrainConfig(steps=60, eval_every=0, sample=120),
+        train=TextTrainConfig(steps=60, eval_every=0, sample=120),
     )

@@ -8,7 +8,7 @@ all-to-alls over `expert` forward and two backward per layer. `dropped` is the s
 that found their expert full, `balance` is 1 where all experts are used alike.
 """
 
-from shardkit.config import Config, DataConfig, TrainConfig
+from shardkit.config import Config, DataConfig, TextTrainConfig
 from shardkit.mesh import MeshSpec
 from shardkit.models import SIZES
 from shardkit.parallel import strategies
@@ -22,5 +22,5 @@ def config() -> Config:
         data=DataConfig(length=128, batch=8, held_out=0.01),
         mesh=MeshSpec(data=2, expert=2, tensor=2),
         strategy=strategies.data() | strategies.expert() | strategies.tensor(),
-        train=TrainConfig(steps=60, eval_every=0, sample=120),
+        train=TextTrainConfig(steps=60, eval_every=0, sample=120),
     )

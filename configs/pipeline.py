@@ -7,7 +7,7 @@ order. Expect the loss of `configs/nano.py` at every step, since the data and th
 same. On simulated devices it says nothing about speed.
 """
 
-from shardkit.config import Config, DataConfig, TrainConfig
+from shardkit.config import Config, DataConfig, TextTrainConfig
 from shardkit.mesh import MeshSpec
 from shardkit.models import SIZES
 from shardkit.parallel import strategies
@@ -22,5 +22,5 @@ def config() -> Config:
         data=DataConfig(length=128, batch=8, held_out=0.01),
         mesh=MeshSpec(data=2, pipe=2, tensor=2),
         strategy=strategies.data() | stages | strategies.tensor(),
-        train=TrainConfig(steps=60, eval_every=0, sample=120),
+        train=TextTrainConfig(steps=60, eval_every=0, sample=120),
     )

@@ -15,14 +15,16 @@ from shardkit.config import (
     Config,
     DataConfig,
     OptimizerConfig,
-    TrainConfig,
+    TextTrainConfig,
     apply_overrides,
+    from_record,
     load_config,
     to_record,
 )
 from shardkit.config._values import BadValue, matches, parse
 from shardkit.mesh import MeshSpec, Target
 from shardkit.models import SIZES
+from shardkit.run import TrainConfig
 from shardkit.targets import Source, compile_for
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
@@ -235,14 +237,21 @@ def test_a_missing_file_names_the_nearest(tmp_path):
         ("def config(:\n    pass", ":2  SyntaxError: "),
         ("import no_such_package", ":2  ModuleNotFoundError: No module named 'no_such_package'"),
         (
-            "def config():\n    return Config(train=TrainConfig(step=5))",
-            ":3  TypeError: TrainConfig.__init__() got an unexpected keyword argument 'step'; "
+            "def config():\n    return Config(train=TextTrainConfig(step=5))",
+            ":3  TypeError: TextTrainConfig.__init__() got an unexpected keyword argument 'step'; "
             "it has steps, seed, ",
         ),
         ("def config():\n    return Config(dat=5)", "Did you mean 'data'?"),
-        ("def config():\n    return Config(train=TrainConfig(seed='x'))", "train.seed"),
-        ("def config():\n    return Config(train=TrainConfig(seed='x'))", "expected int, got 'x'."),
+        ("def config():\n    return Config(train=TextTrainConfig(seed='x'))", "train.seed"),
+        (
+            "def config():\n    return Config(train=TextTrainConfig(seed='x'))",
+            "expected int, got 'x'.",
+        ),
         ("def config():\n    return Config(data=5)", "expected DataConfig, got 5."),
+        (
+            "from shardkit import *\ndef config():\n    return Config(train=TrainConfig(steps=7))",
+            "train  expected TextTrainConfig, got TrainConfig(steps=7, ",
+        ),
     ],
 )
 def test_a_broken_file_is_told_in_one_line_with_its_place(tmp_path, body, message):
@@ -254,7 +263,7 @@ def test_a_broken_file_is_told_in_one_line_with_its_place(tmp_path, body, messag
 
 
 def test_an_error_of_the_declaration_says_where_it_stands(tmp_path):
-    path = written(tmp_path, "def config():\n    return Config(train=TrainConfig(steps=0))")
+    path = written(tmp_path, "def config():\n    return Config(train=TextTrainConfig(steps=0))")
     with pytest.raises(ConfigError) as error:
         load_config(path)
     assert error.value.__notes__ == [f"(in {path}:3)"]
@@ -313,7 +322,26 @@ def test_defaults_are_the_documented_run():
     config = Config()
     assert config.devices == "cpu:8"
     assert config.mesh.resolve(8) == {"data": 2, "tensor": 4}
-    assert config.train == TrainConfig()
+    assert config.train == TextTrainConfig()
+
+
+def test_what_only_text_needs_is_no_field_of_a_trainer():
+    text = {"eval_batches", "sample", "temperature", "baselines", "out"}
+    common, own = ({f.name for f in dataclasses.fields(c)} for c in (TrainConfig, TextTrainConfig))
+    assert own - common == text
+    assert not text & common
+    with pytest.raises(ConfigError) as error:
+        TextTrainConfig(steps=0, sample=-1, temperature=0.0)
+    for field in ("train.steps=0", "train.sample=-1", "train.temperature=0"):
+        assert field in str(error.value)
+
+
+def test_a_record_gives_its_loop_back_whatever_the_order_of_its_fields():
+    wanted = ("train.sample=7", "train.steps=9", "train.baselines=false", "train.sinks=wandb")
+    config = apply_overrides(Config(), wanted)
+    record = to_record(config)
+    record["train"] = dict(reversed(record["train"].items()))
+    assert from_record(record, "a dump").train == config.train
 
 
 def test_compiler_options_reach_the_compiler():

@@ -20,7 +20,7 @@ from shardkit.mesh import MeshSpec
 from shardkit.models import SIZES
 from shardkit.parallel import strategies
 from shardkit.run import (
-    TrainConfig,
+    TextTrainConfig,
     Watcher,
     _clock,
     held_out_bits,
@@ -89,7 +89,7 @@ class Noting(Watcher):
 
 
 def run(tmp_path, step, watchers=(), batches=None, **config):
-    noting, config = Noting(), TrainConfig(**config)
+    noting, config = Noting(), TextTrainConfig(**config)
 
     def evaluate(step, state):
         bits, scored = held_out_bits(step, state, TEXT, spread(TEXT, config.eval_batches))
@@ -309,7 +309,9 @@ def test_a_small_run_shows_and_writes_everything(tmp_path, mesh):
         mesh=MeshSpec(data=4, tensor=2).build("cpu:8"),
         strategy=strategies.data() | strategies.tensor(),
         optimizer=optax.adamw(1e-2),
-        loop=TrainConfig(steps=12, eval_every=6, log_every=4, sample=10, out=str(tmp_path / "run")),
+        loop=TextTrainConfig(
+            steps=12, eval_every=6, log_every=4, sample=10, out=str(tmp_path / "run")
+        ),
         record={"name": "test"},
         console=Console(file=out, width=100),
     )
@@ -363,7 +365,7 @@ def test_ctrl_c_leaves_whole_metrics_and_says_where(tmp_path, mesh):
             mesh=mesh,
             strategy=strategies.data() | strategies.data("tensor"),
             optimizer=optax.sgd(1e-2),
-            loop=TrainConfig(steps=9, eval_every=0, log_every=1, out=str(tmp_path / "run")),
+            loop=TextTrainConfig(steps=9, eval_every=0, log_every=1, out=str(tmp_path / "run")),
             record={},
             console=Interrupting(file=io.StringIO(), width=100),
         )

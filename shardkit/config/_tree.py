@@ -9,7 +9,7 @@ from ..hardware import Chip
 from ..mesh import MeshSpec
 from ..models import DecoderConfig
 from ..parallel import Strategy, strategies
-from ..run import TrainConfig
+from ..run import TextTrainConfig
 from ._compile import CompileConfig
 from ._optimizer import OptimizerConfig
 
@@ -38,7 +38,7 @@ class Config:
       mesh: axes and their sizes.
       strategy: what is laid out on which axis.
       optimizer: the update.
-      train: the loop.
+      train: the loop, how the result is scored, and what is written.
       compile: how the step is compiled.
       hardware: chips beside those of the hardware table, which plans and reports may name.
     """
@@ -50,7 +50,7 @@ class Config:
     mesh: MeshSpec = dataclasses.field(default_factory=lambda: MeshSpec(data=-1, tensor=4))
     strategy: Strategy = dataclasses.field(default_factory=_default_strategy)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=_default_optimizer)
-    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    train: TextTrainConfig = dataclasses.field(default_factory=TextTrainConfig)
     compile: CompileConfig = dataclasses.field(default_factory=CompileConfig)
     hardware: tuple[Chip, ...] = ()
 

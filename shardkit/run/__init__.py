@@ -10,6 +10,7 @@ from ._scores import Result
 from ._source import Source
 from ._stop import Stopped
 from ._text import held_out_bits
+from ._text_config import TextTrainConfig
 from ._train import train
 from ._trainer import Trainer
 from ._watch import Numbers, Run, Watcher
@@ -21,6 +22,7 @@ __all__ = [
     "Run",
     "Source",
     "Stopped",
+    "TextTrainConfig",
     "TrainConfig",
     "Trainer",
     "Watcher",

@@ -1,6 +1,7 @@
-"""How long a run is and what it says on the way."""
+"""How long a run is, what it says on the way, and what it keeps."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 from .._errors import ConfigError, Problem, raise_all
@@ -14,15 +15,9 @@ class TrainConfig:
     Attributes:
       steps: updates.
       seed: of the parameters and of dropout; the order of the data has its own.
-      eval_every: updates between evaluations on `eval_batches` held-out batches; 0 for none.
-        The last one, on all held-out bytes, is always made.
-      eval_batches: batches of an evaluation on the way.
+      eval_every: updates between evaluations on the way, where there is something to evaluate;
+        0 for none.
       log_every: updates between two printed lines where the output is no terminal.
-      sample: bytes that the trained model writes at the end; 0 for none.
-      temperature: of the sample; lower is more certain.
-      baselines: whether to measure gzip, xz and counting on the held-out bytes.
-      out: folder of the run; None for `runs/<name>`. A folder that exists is never written
-        to: the run gets the next free number behind its name.
       checkpoint_every: updates between checkpoints, of which one is always made at the end; 0
         for none at all.
       keep: how many of the newest checkpoints stay.
@@ -51,12 +46,7 @@ class TrainConfig:
     steps: int = 400
     seed: int = 0
     eval_every: int = 100
-    eval_batches: int = 4
     log_every: int = 20
-    sample: int = 300
-    temperature: float = 0.7
-    baselines: bool = True
-    out: str | None = None
     checkpoint_every: int = 100
     keep: int = 2
     keep_every: int = 0
@@ -73,22 +63,25 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Refuses counts that no loop has."""
-        least = {"steps": 1, "eval_every": 0, "eval_batches": 1, "log_every": 1, "sample": 0}
-        least |= {"checkpoint_every": 0, "keep": 1, "keep_every": 0, "keep_best": 0}
+        raise_all(ConfigError, "The loop cannot run this way.", self._problems())
+        check_profile(self.profile, self.steps, 0)
+
+    def _problems(self) -> list[Problem]:
+        """What is wrong with the fields, a subclass's own among them."""
+        least = {"steps": 1, "eval_every": 0, "log_every": 1, "checkpoint_every": 0}
+        least |= {"keep": 1, "keep_every": 0, "keep_best": 0}
         least |= {"skip_limit": 1, "replica_check_every": 0}
-        problems = [
+        problems = self._too_small(least)
+        if self.step_timeout < 0:
+            why, fix = "must be 0 or more seconds.", "--set train.step_timeout=600"
+            problems.append(Problem(f"train.step_timeout={self.step_timeout:g}", why, fix))
+        return problems
+
+    def _too_small(self, least: Mapping[str, int]) -> list[Problem]:
+        return [
             Problem(
                 f"train.{name}={value}", f"must be at least {low}.", f"--set train.{name}={low}"
             )
             for name, low in least.items()
             if (value := getattr(self, name)) < low
         ]
-        if self.step_timeout < 0:
-            why, fix = "must be 0 or more seconds.", "--set train.step_timeout=600"
-            problems.append(Problem(f"train.step_timeout={self.step_timeout:g}", why, fix))
-        if self.temperature <= 0:
-            why = "must be positive."
-            fix = "--set train.temperature=0.7"
-            problems.append(Problem(f"train.temperature={self.temperature:g}", why, fix))
-        raise_all(ConfigError, "The loop cannot run this way.", problems)
-        check_profile(self.profile, self.steps, 0)

@@ -12,9 +12,9 @@ from rich.console import Console
 from ..adapters import Model
 from ..data import Baselines, Corpus, Text, measure_baselines
 from . import _console as show
-from ._config import TrainConfig
 from ._sample import printable, sample_bytes
 from ._text import Scores
+from ._text_config import TextTrainConfig
 from ._watch import Run, Watcher
 
 
@@ -61,7 +61,9 @@ class Score(Watcher):
       result: once the run has finished.
     """
 
-    def __init__(self, adapter: Model, text: Text, config: TrainConfig, console: Console) -> None:
+    def __init__(
+        self, adapter: Model, text: Text, config: TextTrainConfig, console: Console
+    ) -> None:
         """Declares what is scored, and what with.
 
         Args:
@@ -107,7 +109,7 @@ class Score(Watcher):
         )
 
 
-def _sample(adapter: Model, params: Any, text: Text, loop: TrainConfig) -> bytes:
+def _sample(adapter: Model, params: Any, text: Text, loop: TextTrainConfig) -> bytes:
     def next_byte(params: Any, row: jax.Array, at: jax.Array) -> jax.Array:
         model = adapter.bind(params)
         return model.logits(model(row)[0, at])

@@ -15,10 +15,10 @@ from ..models import DecoderConfig
 from ..parallel import Strategy
 from ..processes import Peers
 from . import _console as show
-from ._config import TrainConfig
 from ._declare import compile_run, decoder_model
 from ._scores import Result, Score
 from ._text import Scores, describe_text, spread
+from ._text_config import TextTrainConfig
 from ._trainer import Trainer
 
 # Devices, mesh and layout decide none of the numbers.
@@ -33,7 +33,7 @@ def train(
     mesh: Mesh,
     strategy: Strategy,
     optimizer: optax.GradientTransformation,
-    loop: TrainConfig,
+    loop: TextTrainConfig,
     record: Mapping[str, Any],
     compiling: Mapping[str, Any] | None = None,
     console: Console | None = None,
@@ -42,7 +42,7 @@ def train(
     """Trains a decoder on text, scores it on held-out text, and lets it write.
 
     A run that was ended at any instant is gone on with, from its last whole checkpoint, when it
-    is called again with the same settings; see `TrainConfig.resume`.
+    is called again with the same settings; see `TextTrainConfig.resume`.
 
     Args:
       name: of the run.
@@ -51,7 +51,7 @@ def train(
       mesh: devices.
       strategy: what is laid out on which axis.
       optimizer: an optax chain for `loop.steps` updates.
-      loop: how long, what is said on the way, and what is kept.
+      loop: how long, what is said on the way, what is kept, and what the model writes.
       record: settings as plain values; the first line of the metrics file, and in checkpoints.
       compiling: keywords of `compile_step`: `mode`, `compiler_options`, `on_nonfinite`, ….
       console: where the run is shown; standard output by default.

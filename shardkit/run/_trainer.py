@@ -39,8 +39,7 @@ class Trainer:
         `Source`, which knows its place. Batches are as `step` takes them.
       folder: of the run. One that exists is never written to, unless its run goes on: a new run
         gets the next free number behind the name.
-      config: how long, what is said on the way, and what is kept. `eval_batches`, `sample`,
-        `temperature`, `baselines` and `out` belong to `shardkit train` alone.
+      config: how long, what is said on the way, and what is kept.
       evaluate: `(step, state) -> metrics` of held-out data, every `config.eval_every` updates.
       watchers: who else is told of the run, in this order.
       record: settings as plain values; they are written to the metrics and the checkpoints.
