@@ -25,7 +25,7 @@ from shardkit.run import (
     _clock,
     held_out_bits,
     printable,
-    sample_bytes,
+    sample_tokens,
     train,
 )
 from shardkit.run._clock import Clock
@@ -268,27 +268,39 @@ def follow(params, row, at):
     return jnp.where(jnp.arange(256) == (row[0, at] + params) % 256, 50.0, 0.0)
 
 
+def drawn(next_token, params, prompt, count, window, key=0, vocabulary=256):
+    return sample_tokens(
+        next_token,
+        params,
+        prompt,
+        count=count,
+        window=window,
+        vocabulary=vocabulary,
+        temperature=1.0,
+        key=jax.random.key(key),
+    ).tolist()
+
+
 @pytest.mark.parametrize("window", [2, 5, 40])
 def test_a_sample_continues_its_prompt_in_a_window_of_any_length(window):
-    drawn = sample_bytes(follow, jnp.int32(1), 20, window, 1.0, jax.random.key(0), b"abc")
-    assert drawn == bytes(range(100, 120))
+    assert drawn(follow, jnp.int32(1), b"abc", 20, window) == list(range(100, 120))
 
 
-def test_a_full_window_moves_on_by_one_byte():
+def test_a_full_window_moves_on_by_one_token():
     def skip(params, row, at):
         return jnp.where(jnp.arange(256) == row[0, at - 1] + 2, 50.0, 0.0)
 
-    drawn = sample_bytes(skip, None, 20, 4, 1.0, jax.random.key(0), b"ab")
-    assert drawn == bytes(range(99, 119))
+    assert drawn(skip, None, [97, 98], 20, 4) == list(range(99, 119))
 
 
 def test_temperature_and_key_decide_what_is_drawn():
     def flat(params, row, at):
         return jnp.zeros(256)
 
-    draws = [sample_bytes(flat, None, 30, 8, 1.0, jax.random.key(seed), b"a") for seed in (0, 0, 1)]
+    draws = [drawn(flat, None, b"a", 30, 8, key) for key in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
     assert len(set(draws[0])) > 10
+    assert set(drawn(flat, None, b"a", 30, 8, vocabulary=3)) == {0, 1, 2}
 
 
 def test_what_is_not_printable_is_escaped():

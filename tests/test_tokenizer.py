@@ -1,12 +1,21 @@
 """Text through a tokenizer's file."""
 
+import io
+from types import SimpleNamespace
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
+from rich.console import Console
 
 import shardkit as sk
 from shardkit.cli import main
 from shardkit.data import DataConfig, load_text, open_shards, tokenize
+from shardkit.run import Run, TextTrainConfig
+from shardkit.run._scores import Score
+
+from .test_run import FakeStep
 
 SIDES = ("train", "held_out")
 
@@ -47,7 +56,7 @@ def test_files_become_tokens_with_an_end_behind_each(folder, tokenizer):
     assert text.held_out_bytes > text.held_out_tokens
 
 
-def test_text_is_tokenized_once_into_shards_that_hold_the_same(folder, tokenizer, tmp_path):
+def test_text_is_tokenized_once_into_shards_that_hold_the_same(folder, tokenizer, tmp_path, capsys):
     (folder / "empty.txt").write_text("")
     out = tmp_path / "out"
     words = ["tokenize", str(folder), str(out), "--tokenizer", str(tokenizer), "--tokens", "200"]
@@ -55,6 +64,10 @@ def test_text_is_tokenized_once_into_shards_that_hold_the_same(folder, tokenizer
     shards = sorted(out.iterdir())
     assert [path.name for path in shards] == [f"tokens-0000{i}.bin" for i in range(len(shards))]
     assert len(shards) > 1
+    assert (
+        f"shardkit train --set data.path={out} --set data.tokenizer={tokenizer} "
+        "--set model.vocab=8" in capsys.readouterr().out
+    )
     stream = open_shards(shards)
     assert (stream.size, len(stream.ends), stream.end) == (3 * 210 + 20, 20, 7)
     assert stream.vocabulary == 8
@@ -104,3 +117,60 @@ def test_another_tokenizer_is_other_data(folder, tokenizer):
     tokenizer.write_text(tokenizer.read_text().replace('"c"', '"d"'))
     with pytest.raises(sk.DataError, match=r"tokens +was 'tokenizer\.json"):
         sk.data.resume_step(position, load_text(config(folder, tokenizer)))
+
+
+# --- what a model wrote
+
+
+class Alphabet:
+    """A model of more ids than the tokenizer has, which surely goes on from a to b to c to a."""
+
+    def __call__(self, row):
+        return row
+
+    def logits(self, token):
+        return jnp.where(
+            jnp.arange(12) == token % 3 + 1, 50.0, jnp.where(jnp.arange(12) > 7, 99, 0)
+        )
+
+
+def written(text, **loop):
+    """The sample of a finished run, and what it said of it."""
+    out, said = io.StringIO(), []
+    config = TextTrainConfig(steps=1, baselines=False, **loop)
+    adapter = SimpleNamespace(bind=lambda params: Alphabet())
+    score = Score(adapter, text, config, Console(file=out, width=200))
+    run = Run(None, FakeStep(), 0, 1, {}, lambda kind, **row: None, said.append, said.append)
+    score.begin(run, None)
+    score.finished(SimpleNamespace(params=None))
+    return score.result.sample, said, out.getvalue()
+
+
+def test_a_sample_of_tokens_is_text_where_their_tokenizer_is_known(folder, tokenizer, tmp_path):
+    tokenize(folder, tmp_path / "out", str(tokenizer))
+    for path in (folder, tmp_path / "out"):
+        sample, said, shown = written(load_text(config(path, tokenizer), 12), sample=5)
+        assert (sample, said) == (b"b c a b c", [])
+        assert "a sample that it wrote\n  b c a b c\n" in shown
+
+
+def test_shards_without_their_tokenizer_have_no_sample_and_say_so(folder, tokenizer, tmp_path):
+    tokenize(folder, tmp_path / "out", str(tokenizer))
+    text = load_text(DataConfig(path=str(tmp_path / "out"), length=4, batch=2), 12)
+    sample, said, shown = written(text)
+    assert (sample, "a sample" in shown) == (b"", False)
+    assert said == [
+        "no sample: tokens of shards have no text without the tokenizer that made them "
+        "(--set data.tokenizer=tokenizer.json)"
+    ]
+    assert written(text, sample=0)[1] == []
+
+
+def test_a_tokenizer_that_cannot_be_that_of_the_shards_is_refused(folder, tokenizer, tmp_path):
+    shard = sk.data.write_tokens(tmp_path / "a.bin", [[5, 6], [11, 7]], vocabulary=12)
+    with pytest.raises(sk.DataError) as error:
+        load_text(config(shard, tokenizer), 12)
+    message = str(error.value)
+    assert "The tokenizer is not that of the shards." in message
+    assert f"data.tokenizer={tokenizer}  has 8 ids; {shard} holds id 11." in message
+    assert "Fix: the tokenizer that the shards were made with, or none: then the run" in message

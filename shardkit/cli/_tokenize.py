@@ -18,8 +18,10 @@ def _run(arguments: argparse.Namespace) -> int:
         f"{arguments.out}: {stream.size:,} tokens in {len(stream.ends):,} documents, "
         f"{len(made)} shards, {size}; vocabulary {stream.vocabulary}"
     )
-    least = f" --set model.vocab={stream.vocabulary}" if arguments.tokenizer else ""
-    console.print(f"shardkit train --set data.path={arguments.out}{least}")
+    words = [f"data.path={arguments.out}"]
+    if arguments.tokenizer:
+        words += [f"data.tokenizer={arguments.tokenizer}", f"model.vocab={stream.vocabulary}"]
+    console.print("shardkit train", *(f"--set {word}" for word in words))
     return 0
 
 

@@ -18,7 +18,7 @@ _ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 
 
 class Coder(Protocol):
-    """Turns text into tokens."""
+    """Turns text into tokens, and tokens into text."""
 
     @property
     def name(self) -> str:
@@ -39,6 +39,10 @@ class Coder(Protocol):
         """Returns each document's ids."""
         ...
 
+    def decode(self, ids: np.ndarray) -> bytes:
+        """Returns the text of ids that a model drew, which need be no whole text."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class ByteCoder:
@@ -51,6 +55,14 @@ class ByteCoder:
     def encode(self, documents: Sequence[bytes]) -> list[np.ndarray]:
         """Returns u8 views of the documents."""
         return [np.frombuffer(one, np.uint8) for one in documents]
+
+    def decode(self, ids: np.ndarray) -> bytes:
+        r"""Returns the ids as bytes, which need not be UTF-8.
+
+        >>> ByteCoder().decode(np.array([104, 105, 255]))
+        b'hi\xff'
+        """
+        return ids.astype(np.uint8).tobytes()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,6 +110,10 @@ class TokenizerCoder:
         texts = [_decoded(one) for one in documents]
         coded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.asarray(one.ids, np.uint32) for one in coded]
+
+    def decode(self, ids: np.ndarray) -> bytes:
+        """Returns UTF-8, in which ends of documents show; ids without a token are left out."""
+        return self._tokenizer.decode(ids.tolist(), skip_special_tokens=False).encode()
 
 
 def coder_of(tokenizer: str | None) -> Coder:

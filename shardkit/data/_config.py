@@ -19,7 +19,8 @@ class DataConfig:
         shards, the last part.
       overlap: tokens of context that a held-out row shares with the row before. Each token is
         scored once all the same; more overlap gives it more context and costs more rows.
-      tokenizer: JSON file of the `tokenizers` library, for text; None for bytes.
+      tokenizer: JSON file of the `tokenizers` library. It makes tokens of text, where None is for
+        bytes; of token shards it tells what text they stand for, where None is for unknown.
       packing: whether a training row holds whole documents, of which none sees another, instead
         of a window over one document behind another. A longer document is cut.
       prefetch: batches that are read ahead and put on the devices while a step runs; 0 reads

@@ -20,6 +20,9 @@ from ._rows import Batch, Packed, Rows, Windows, segments
 from ._shards import open_shards
 from ._stream import Piece, Stream
 
+# Tokens of each shard that a tokenizer is held against: another one's are soon past its ids.
+_LOOKED_AT = 2**20
+
 
 @dataclasses.dataclass(frozen=True)
 class Text:
@@ -28,7 +31,7 @@ class Text:
     Attributes:
       corpus: the bytes or the tokens.
       config: how they are cut.
-      coder: makes tokens of bytes.
+      coder: makes tokens of bytes, and text of tokens; of shards, `ByteCoder` says nothing.
     """
 
     corpus: Corpus | TokenCorpus
@@ -55,6 +58,11 @@ class Text:
     def unit(self) -> str:
         """What a token is: `byte` or `token`."""
         return "byte" if self._bytes is not None and self.coder == ByteCoder() else "token"
+
+    @property
+    def decoder(self) -> Coder | None:
+        """What makes text of tokens; None for shards whose tokenizer is not known."""
+        return None if self._bytes is None and self.coder == ByteCoder() else self.coder
 
     @property
     def rows(self) -> int:
@@ -212,18 +220,14 @@ def load_text(config: DataConfig, vocabulary: int | None = None) -> Text:
         ids than the model.
     """
     if config.path is not None and (paths := shard_paths(config.path)):
-        _no_tokenizer(config)
+        coder = _coder(config, vocabulary) if config.tokenizer else ByteCoder()
         whole = open_shards(paths, vocabulary)
+        if config.tokenizer:
+            _check_tokens(whole, coder, config)
         train, held_out = whole.split(config.held_out)
         corpus = TokenCorpus(f"the token shards in {config.path}", train, held_out)
-        return Text(corpus, config)
-    coder = coder_of(config.tokenizer)
-    if vocabulary is not None and coder.vocabulary > vocabulary:
-        what = "text is read by the byte, which takes" if coder == ByteCoder() else "it has"
-        why = f"{what} {coder.vocabulary} ids; the model has model.vocab={vocabulary}."
-        fix = f"--set model.vocab={coder.vocabulary}"
-        problem = Problem(f"data.tokenizer={config.tokenizer}", why, fix)
-        raise_all(DataError, "The tokens do not fit the model.", [problem])
+        return Text(corpus, config, coder)
+    coder = _coder(config, vocabulary)
     text = (
         standard_library(config.held_out)
         if config.path is None
@@ -232,9 +236,28 @@ def load_text(config: DataConfig, vocabulary: int | None = None) -> Text:
     return Text(text, config, coder)
 
 
-def _no_tokenizer(config: DataConfig) -> None:
-    if config.tokenizer is not None:
-        why = f"data.path={config.path} holds tokens already."
-        fix = "leave data.tokenizer out, or --set data.path=FOLDER_OF_TEXT"
+def _coder(config: DataConfig, vocabulary: int | None) -> Coder:
+    """What a config asks for, if the model has an id for each of its tokens."""
+    coder = coder_of(config.tokenizer)
+    if vocabulary is not None and coder.vocabulary > vocabulary:
+        what = "text is read by the byte, which takes" if coder == ByteCoder() else "it has"
+        why = f"{what} {coder.vocabulary} ids; the model has model.vocab={vocabulary}."
+        fix = f"--set model.vocab={coder.vocabulary}"
         problem = Problem(f"data.tokenizer={config.tokenizer}", why, fix)
-        raise_all(DataError, "There is nothing to tokenize.", [problem])
+        raise_all(DataError, "The tokens do not fit the model.", [problem])
+    return coder
+
+
+def _check_tokens(stream: Stream, coder: Coder, config: DataConfig) -> None:
+    """Refuses a tokenizer that lacks ids which stand at the beginning of the shards."""
+    largest = {piece.name: int(piece.tokens[:_LOOKED_AT].max()) for piece in stream.pieces}
+    subject = f"data.tokenizer={config.tokenizer}"
+    problems = [
+        Problem(subject, f"has {coder.vocabulary} ids; {name} holds id {largest_id}.")
+        for name, largest_id in largest.items()
+        if largest_id >= coder.vocabulary
+    ]
+    fix = (
+        "the tokenizer that the shards were made with, or none: then the run ends without a sample"
+    )
+    raise_all(DataError, "The tokenizer is not that of the shards.", problems, fix)

@@ -5,7 +5,7 @@ from ._declare import batch_shapes, declare_run, decoder_model
 from ._environment import package_versions
 from ._plot import plot_runs
 from ._replay import Replay, abstract_batch, replay
-from ._sample import printable, sample_bytes
+from ._sample import printable, sample_tokens
 from ._scores import Result
 from ._source import Source
 from ._stop import Stopped
@@ -35,6 +35,6 @@ __all__ = [
     "plot_runs",
     "printable",
     "replay",
-    "sample_bytes",
+    "sample_tokens",
     "train",
 ]

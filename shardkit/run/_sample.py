@@ -1,61 +1,63 @@
-"""Text from a trained byte model, one byte after another, in one compiled loop."""
+"""Tokens from a trained model, one after another, in one compiled loop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Logits f32[vocab] of the byte behind position `at` of a row i32[1, length].
-NextByte = Callable[[Any, jax.Array, jax.Array], jax.Array]
+# Logits f32[vocab] of the token behind position `at` of a row i32[1, length].
+NextToken = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 
-def sample_bytes(
-    next_byte: NextByte,
+def sample_tokens(
+    next_token: NextToken,
     params: Any,
+    prompt: Sequence[int],
+    *,
     count: int,
     window: int,
+    vocabulary: int,
     temperature: float,
     key: jax.Array,
-    prompt: bytes = b"\0",
-) -> bytes:
-    """Draws bytes that follow a prompt.
+) -> np.ndarray:
+    """Draws tokens that follow a prompt.
 
     The model always sees a row of one fixed length, so everything compiles once. What lies behind
-    the last byte is hidden by the causal mask; once the row is full it moves on by one byte.
+    the last token is hidden by the causal mask; once the row is full it moves on by one token.
 
     Args:
-      next_byte: `(params, row, at) -> logits`.
+      next_token: `(params, row, at) -> logits`.
       params: pytree of arrays, on the devices that are to compute.
-      count: bytes to draw.
+      prompt: at least one token; the last `window` of them count.
+      count: tokens to draw.
       window: length of the row.
+      vocabulary: ids that may be drawn; a model may have more than there are tokens.
       temperature: logits are divided by it.
       key: typed PRNG key.
-      prompt: at least one byte; the last `window` of them count.
 
     Returns:
-      The drawn bytes, without the prompt.
+      The drawn tokens i32[count], without the prompt.
     """
     start = np.zeros(window, np.int32)
-    tail = np.frombuffer(prompt[-window:], np.uint8)
-    start[: len(tail)] = tail
+    tail = prompt[-window:]
+    start[: len(tail)] = list(tail)
 
     def draw(params: Any, row: jax.Array) -> jax.Array:
         def one(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             row, drawn = carry
             at = jnp.minimum(len(tail) - 1 + i, window - 1)
-            logits = next_byte(params, row[None], at)[:256]
-            byte = jax.random.categorical(jax.random.fold_in(key, i), logits / temperature)
-            byte = byte.astype(jnp.int32)
+            logits = next_token(params, row[None], at)[:vocabulary]
+            token = jax.random.categorical(jax.random.fold_in(key, i), logits / temperature)
+            token = token.astype(jnp.int32)
             row = jnp.where(at == window - 1, jnp.roll(row, -1), row)
             place = jnp.minimum(at + 1, window - 1)
-            return row.at[place].set(byte), drawn.at[i].set(byte)
+            return row.at[place].set(token), drawn.at[i].set(token)
 
         return jax.lax.fori_loop(0, count, one, (row, jnp.zeros(count, jnp.int32)))[1]
 
-    drawn = jax.jit(draw)(params, start)
-    return bytes(np.asarray(drawn, np.uint8))
+    return np.asarray(jax.jit(draw)(params, start))
 
 
 def printable(text: bytes) -> str:

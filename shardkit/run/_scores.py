@@ -12,10 +12,15 @@ from rich.console import Console
 from ..adapters import Model
 from ..data import Baselines, Corpus, Text, measure_baselines
 from . import _console as show
-from ._sample import printable, sample_bytes
+from ._sample import printable, sample_tokens
 from ._text import Scores
 from ._text_config import TextTrainConfig
 from ._watch import Run, Watcher
+
+_NO_TEXT = (
+    "no sample: tokens of shards have no text without the tokenizer that made them "
+    "(--set data.tokenizer=tokenizer.json)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +32,7 @@ class Result:
       bits_per_byte: over all held-out bytes; None where only tokens are known.
       scores: the same by token.
       baselines: compressors on the same bytes, or None where they were not asked for.
-      sample: bytes that the model wrote.
+      sample: text that the model wrote; it need not be UTF-8.
       seconds: wall time by part: `train`, `evaluate`, `baselines`, `sample`.
     """
 
@@ -97,6 +102,8 @@ class Score(Watcher):
         timer.lap("sample")
         if sample:
             show.show_sample(self._console, printable(sample).splitlines())
+        elif config.sample and text.decoder is None:
+            run.say(_NO_TEXT)
         run.write(
             "result",
             **scores.metrics,
@@ -110,11 +117,23 @@ class Score(Watcher):
 
 
 def _sample(adapter: Model, params: Any, text: Text, loop: TextTrainConfig) -> bytes:
-    def next_byte(params: Any, row: jax.Array, at: jax.Array) -> jax.Array:
+    """What the model writes behind the end of a document; nothing where no token has a text."""
+
+    def next_token(params: Any, row: jax.Array, at: jax.Array) -> jax.Array:
         model = adapter.bind(params)
         return model.logits(model(row)[0, at])
 
-    if not loop.sample or text.unit != "byte":
+    coder = text.decoder
+    if not loop.sample or coder is None:
         return b""
-    key = jax.random.fold_in(jax.random.key(loop.seed), loop.steps)
-    return sample_bytes(next_byte, params, loop.sample, text.config.length, loop.temperature, key)
+    drawn = sample_tokens(
+        next_token,
+        params,
+        [text.train.end or 0],
+        count=loop.sample,
+        window=text.config.length,
+        vocabulary=coder.vocabulary,
+        temperature=loop.temperature,
+        key=jax.random.fold_in(jax.random.key(loop.seed), loop.steps),
+    )
+    return coder.decode(drawn)

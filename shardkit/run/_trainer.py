@@ -72,8 +72,8 @@ class Trainer:
     def __post_init__(self) -> None:
         """Silences every process but the first."""
         if self.peers.index:
-            mute = {"console": Console(quiet=True)}
-            mute["config"] = dataclasses.replace(self.config, sinks=(), profile=None)
+            config = dataclasses.replace(self.config, sinks=(), profile=None)
+            mute: dict[str, Any] = {"console": Console(quiet=True), "config": config}
             for name, value in mute.items():
                 object.__setattr__(self, name, value)
 
