@@ -1,5 +1,6 @@
 """What is drawn of runs: all lives as one curve; and a clear word where nothing can be drawn."""
 
+import importlib.util
 import json
 import math
 
@@ -144,6 +145,6 @@ def test_a_picture_that_cannot_be_written_says_why(name, why, fix, tmp_path, run
 
 
 def test_a_missing_package_is_named_with_its_command(tmp_path, run, monkeypatch):
-    monkeypatch.setattr(_plot.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(sk.ConfigError, match=r"Fix: pip install 'shardkit\[plot\]'"):
         plot_runs([run], tmp_path / "plot.png")

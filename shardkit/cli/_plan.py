@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from .._errors import ConfigError, Problem, format_problems
+from .._picture import check_picture
 from ..config import load_config
 from ..hardware import CHIPS, Chip
 from ..plan import compile_best, plan
@@ -14,6 +15,8 @@ from ._command import Command
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.plot:
+        check_picture(Path(arguments.plot), code="--plot {}")
     source = Source(arguments.config or "", tuple(arguments.overrides))
     if source.is_function and arguments.compile:
         why = "layouts of a function are estimated, not compiled"
@@ -30,6 +33,8 @@ def _run(arguments: argparse.Namespace) -> int:
             )
     if arguments.json:
         Path(arguments.json).write_text(made.to_json())
+    if arguments.plot:
+        made.plot(arguments.plot)
     Console(highlight=False, soft_wrap=True).print(str(made), markup=False)
     return 0
 
@@ -65,6 +70,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--overlap", type=float, default=0.0, help="share of communication that is hidden, 0 to 1"
     )
     parser.add_argument("--json", metavar="FILE", help="save all layouts with their figures")
+    parser.add_argument(
+        "--plot", metavar="FILE", help="draw memory against time: .png or .svg (shardkit[plot])"
+    )
 
 
 PLAN = Command("plan", "which mesh for this model on these devices", _run, _add_options)

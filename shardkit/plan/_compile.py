@@ -9,7 +9,8 @@ from typing import Any
 from .._errors import ShardkitError
 from ..inspect import Report
 from ..targets import Source, compile_for
-from ._result import Candidate, Plan
+from ._candidate import Candidate
+from ._result import Plan
 
 _CONFIG = '''"""One layout of a plan."""
 

@@ -68,3 +68,15 @@ def wanted_within(flat: Flat, outputs: Sequence[Dims | None]) -> dict[int, Dims]
             elif op.name == "reshape":
                 found[number] = reshaped(want, shape, before)
     return found
+
+
+def named_sizes(flat: Flat, name: str) -> frozenset[int]:
+    """Sizes of the dims to which `sk.constrain` gives a name, also in the bodies of loops."""
+    found: set[int] = set()
+    for op in flat.ops:
+        if op.body is not None:
+            found |= named_sizes(op.body, name)
+        elif op.name == "shardkit_constrain":
+            shape = flat.avals[op.outs[0]].shape
+            found |= {n for one, n in zip(op.params["names"], shape, strict=True) if one == name}
+    return frozenset(found)

@@ -12,9 +12,11 @@ from ..hardware import CHIPS, Chip
 from ..mesh import Target
 from ..parallel import Strategy
 from ..step import Declaration
+from ._candidate import Candidate
 from ._estimate import Machine
-from ._result import Candidate, Plan
+from ._result import Plan
 from ._search import Found, Search
+from ._sensitivity import sensitivity, with_batch, with_memory
 from ._space import Space
 
 
@@ -68,6 +70,7 @@ def plan(
     if not rows:
         _refuse(wanted, found, tight)
     took = time.monotonic() - start
+    others, none_left = sensitivity(search)
     return Plan(
         target=str(wanted),
         rows=tuple(rows),
@@ -75,8 +78,8 @@ def plan(
         rejected=found.rejected,
         considered=found.considered,
         took=took,
-        changes=_changes(rows[0], tight),
-        sensitivity=_sensitivity(search),
+        changes=(*with_memory(rows[0], tight), *with_batch(search, rows[0]), *none_left),
+        sensitivity=others,
         assumptions=(*_assumptions(search.machine), _placed(declared.strategy, search.space.axes)),
         problems=found.problems,
     )
@@ -123,39 +126,11 @@ def _refuse(target: Target, found: Found, tight: Sequence[Candidate]) -> None:
     raise MeshError(format_problems(headline, problems, fix))
 
 
-def _changes(best: Candidate, tight: Sequence[Candidate]) -> tuple[str, ...]:
-    """Faster layouts that lack memory, and where communication would take over."""
-    texts = []
-    faster = [c for c in tight if c.seconds < best.seconds]
-    if faster:
-        near = max(faster, key=lambda c: c.margin)
-        texts.append(f"with {format_bytes(-near.margin)} more memory: {near}")
-        if (first := faster[0]) is not near:
-            texts.append(f"with {format_bytes(-first.margin)} more memory: {first}")
-    return tuple(texts)
-
-
-def _sensitivity(search: Search) -> tuple[tuple[str, str, float], ...]:
-    """Which layout wins with another batch or other links, rows and walks being as they are."""
-    found = []
-    chip = search.machine.network.chip
-    for factor in (0.5, 2.0):
-        faster = dataclasses.replace(chip, link=chip.link * factor, network=chip.network * factor)
-        network = dataclasses.replace(search.machine.network, chip=faster)
-        machine = dataclasses.replace(search.machine, network=network)
-        links = dataclasses.replace(search, machine=machine)
-        for what, one, scale in (("rows", search, factor), ("link bandwidth", links, 1.0)):
-            fit = [c for c in one.run(scale).candidates if c.margin >= 0]
-            if fit:
-                best = min(fit, key=lambda c: c.seconds)
-                found.append((f"{factor:g} x {what}", str(best), best.seconds))
-    return tuple(found)
-
-
 def _placed(strategy: Strategy, axes: Sequence[str]) -> str:
     """Which kinds of parallelism were weighed, and which of the declaration's own were not."""
     text = f"layouts are data, fsdp and tensor+sequence over {', '.join(axes)}; pipelines, context "
-    text += "and expert parallelism are not weighed"
+    text += "and expert parallelism, tensor without sequence, and weights kept from forward to "
+    text += "backward (reshard_after_forward=False) are not weighed"
     known = ("data", "zero", "fsdp", "tensor+sequence")
     other = [f"{kind} over {axis}" for kind, axis in strategy.kinds if kind not in known]
     return text + (f", nor is the declared {', '.join(other)}" if other else "")

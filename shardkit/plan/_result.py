@@ -3,79 +3,11 @@
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
 
 from .._tree import format_bytes
-from .._types import Accumulate
-
-
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-    """One layout with its estimate. Bytes and seconds are of one device and step, modelled.
-
-    Attributes:
-      mesh: size of each axis.
-      accumulate: micro-batches.
-      remat: checkpoint policy.
-      zero: ZeRO stage over `data`; 0 for none.
-      state: bytes of parameters, optimizer state, extra, counter and key; exact.
-      batch: bytes of its share of the batch; exact.
-      temp: bytes of activations, gradients and scratch.
-      capacity: bytes of the device.
-      seconds: of a step.
-      compute: seconds of products.
-      memory: seconds of other traffic with the device's memory.
-      communication: mesh axes, joined by commas → seconds on the links.
-      wire: the same → bytes sent.
-      declaration: code that declares it.
-      compiled: what the target's compiler made of it, if it was asked.
-      failed: why it could not be compiled.
-    """
-
-    mesh: Mapping[str, int]
-    accumulate: Accumulate
-    remat: str
-    zero: int
-    state: int
-    batch: int
-    temp: float
-    capacity: int
-    seconds: float
-    compute: float
-    memory: float
-    communication: Mapping[str, float]
-    wire: Mapping[str, float]
-    declaration: str
-    compiled: Mapping[str, Any] | None = None
-    failed: str = ""
-
-    @property
-    def total(self) -> float:
-        """Bytes alive at once."""
-        return self.state + self.batch + self.temp
-
-    @property
-    def margin(self) -> float:
-        """Bytes left on the device; negative where it does not fit."""
-        return self.capacity - self.total
-
-    @property
-    def bound(self) -> str:
-        """What most of the step is spent on."""
-        parts = {"compute": self.compute, "HBM": self.memory}
-        parts |= {f"links of {axes}": s for axes, s in self.communication.items()}
-        return max(parts, key=lambda name: parts[name])
-
-    def __str__(self) -> str:
-        """Returns `fsdp=16, tensor=4, remat=full: 12.0 ms, 1.50 GiB`."""
-        sizes = ", ".join(f"{axis}={n}" for axis, n in self.mesh.items() if n > 1) or "one device"
-        how = f", accumulate={self.accumulate.steps}" if self.accumulate.steps > 1 else ""
-        how += f" ({self.accumulate.reduce})" if self.accumulate.steps > 1 else ""
-        how += f", zero={self.zero}" if self.zero else ""
-        return (
-            f"{sizes}{how}, remat={self.remat}: {self.seconds * 1e3:.4g} ms, "
-            f"{format_bytes(self.total)}, bound by {self.bound}"
-        )
+from ._candidate import Candidate
+from ._plot import plot_front
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +53,20 @@ class Plan:
             if not front or one.total < front[-1].total:
                 front.append(one)
         return front
+
+    def plot(self, path: str | Path) -> Path:
+        """Draws memory against time: every layout, the front's by name, and the capacity.
+
+        Args:
+          path: `.png` or `.svg`; a file that is there is replaced.
+
+        Raises:
+          ConfigError: nothing can be written there, or matplotlib (`shardkit[plot]`) is missing.
+        """
+        caption = (
+            f"{self.considered} layouts of one step on {self.target}; modelled, nothing was run"
+        )
+        return plot_front(Path(path), self.rows, self.tight, self.pareto(), caption)
 
     def to_json(self) -> str:
         """The plan as JSON."""

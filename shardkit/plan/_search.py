@@ -12,9 +12,9 @@ from .._tree import nbytes, short_dtype
 from .._types import Accumulate
 from ..mesh import Target
 from ..step import Declaration, Layout
+from ._candidate import Candidate
 from ._estimate import Case, Estimates, Machine, estimate
 from ._network import Network
-from ._result import Candidate
 from ._space import Space, code_of, layout_of, symbolic
 from ._trace import Model, Walked, walk_through
 
@@ -107,6 +107,32 @@ class Search:
         found.problems = tuple(dict.fromkeys(text for one in walks for text in one.problems))
         return found
 
+    def again(self, one: Candidate, batch_scale: float) -> Candidate:
+        """A candidate that this search found, as if the batch had so many times its rows."""
+        walked = self.walks[one.remat, _stage(one.zero)]
+        own = self.resolved[one.zero, *one.mesh.values()]
+        assert isinstance(walked, Walked)
+        assert isinstance(own, Placed)
+        case = (one.mesh, one.accumulate)
+        values = estimate(walked, [case], self.machine, batch_scale)
+        return self._candidates(one.remat, one.zero, [case], [own], values)[0]
+
+    @property
+    def rows(self) -> int:
+        """Rows of the global batch."""
+        return _rows(self.model.declared)
+
+    @property
+    def lengths(self) -> frozenset[int]:
+        """Sizes of the dims that the model names `length`, once it was walked through."""
+        found = [one.lengths for one in self.walks.values() if isinstance(one, Walked)]
+        return frozenset().union(*found)
+
+    def of_length(self, factor: float) -> "Search | None":
+        """The same search for rows of another length; None where the batch has no such dim."""
+        model = self.model.of_length(self.lengths, factor)
+        return model and dataclasses.replace(self, model=model, walks={}, resolved={})
+
     def _meshes(self, zero: int) -> list[tuple[tuple[Any, ...], dict[str, int]]]:
         """Meshes on which a ZeRO stage means something, with their keys."""
         meshes = self.space.meshes(self.devices)
@@ -146,8 +172,7 @@ class Search:
 
     def _walked(self, remat: str, zero: int, sizes: Mapping[str, int]) -> "Walked | str":
         """One walk for all meshes, or why the loss cannot be traced."""
-        # Gradients are reduced as parameters lie but with stage 2; the rest is the same.
-        stage = 2 if zero == 2 else 0
+        stage = _stage(zero)
         if (remat, stage) not in self.walks:
             strategy = layout_of(sizes, stage if "data" in sizes else 0)
             try:
@@ -230,6 +255,11 @@ class Search:
                 )
             )
         return made
+
+
+def _stage(zero: int) -> int:
+    """ZeRO stage of a walk: gradients are reduced as parameters lie but with stage 2."""
+    return 2 if zero == 2 else 0
 
 
 def kept_bytes(placed: Placed, schedule: Accumulate) -> int:

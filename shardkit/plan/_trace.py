@@ -1,7 +1,7 @@
 """A declared loss, differentiated and flat, and how its arguments lie under a strategy."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from .._remat import active, policy
 from ..parallel import Strategy
 from ..rules import axes_of
 from ..step import Abstract, Declaration, Layout, abstract_state, objective, resolve_layout
-from ._flow import Dims
+from ._flow import Dims, named_sizes
 from ._laid import Axes, Laid, Terms, of_spec, whole
 from ._program import Flat, flatten
 from ._walk import MICRO, Walk
@@ -37,6 +37,27 @@ class Model:
         return cls(
             declared, abstract_state(declared.init, declared.optimizer, declared.precision, 0)
         )
+
+    def of_length(self, lengths: Container[int], factor: float) -> "Model | None":
+        """The same model for rows of another length.
+
+        Args:
+          lengths: sizes of the dims that the model names `length`.
+          factor: by which dims of the batch of these sizes, but for its rows, are to grow.
+
+        Returns:
+          The model; None where the batch has no such dim.
+        """
+
+        def resized(x: Any) -> Any:
+            dims = (int(n * factor) if n in lengths else n for n in x.shape[1:])
+            return jax.ShapeDtypeStruct((*x.shape[:1], *dims), x.dtype)
+
+        batch = jax.tree.map(resized, self.declared.batch)
+        shapes = [[x.shape for x in jax.tree.leaves(b)] for b in (batch, self.declared.batch)]
+        if shapes[0] == shapes[1]:
+            return None
+        return dataclasses.replace(self, declared=dataclasses.replace(self.declared, batch=batch))
 
     def layout(self, sizes: Mapping[str, int], strategy: Strategy, steps: int = 1) -> Layout:
         """Resolves every rule of a strategy on a mesh of these sizes.
@@ -94,11 +115,13 @@ class Walked:
       walk: see `Walk`.
       points: the different sums of bytes alive at an operation.
       problems: what could not be costed.
+      lengths: sizes of the dims that the model names `length`.
     """
 
     walk: Walk
     points: list[Terms]
     problems: tuple[str, ...]
+    lengths: frozenset[int]
 
 
 def walk_through(flat: Flat, layout: Layout, strategy: Strategy, lanes: int = 1) -> Walked:
@@ -113,7 +136,7 @@ def walk_through(flat: Flat, layout: Layout, strategy: Strategy, lanes: int = 1)
     wants = [*wanted, *[None] * (len(flat.outputs) - len(wanted))]
     _, alive = walk.run(flat, ins, wants)
     points = [dict(point) for point in {frozenset(p.items()) for p in alive}]
-    return Walked(walk, points, flat.problems)
+    return Walked(walk, points, flat.problems, named_sizes(flat, "length"))
 
 
 def _laid(shardings: Any, arrays: Any, stored: bool = False) -> list[Laid]:

@@ -1,7 +1,6 @@
 """Loss and speed of runs as a picture: PNG, SVG, or a page that needs nothing else."""
 
 import html
-import importlib.util
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .._errors import ConfigError, Problem, did_you_mean, format_problems
+from .._picture import check_picture, unwritable
 from ._history import Curve, History, read_histories
 
 SUFFIXES = (".png", ".svg", ".html")
@@ -30,7 +29,7 @@ def plot_runs(folders: Sequence[Path], out: Path) -> list[str]:
     Raises:
       ConfigError: nothing can be drawn from a folder, or nothing written to the file.
     """
-    _check(out)
+    check_picture(out, SUFFIXES)
     histories = read_histories(folders)
     figure = _draw(histories)
     try:
@@ -39,22 +38,8 @@ def plot_runs(folders: Sequence[Path], out: Path) -> list[str]:
         else:
             figure.savefig(out, dpi=150)
     except OSError as error:
-        raise _refused(str(out), f"{error.strerror}.", "--out plot.png") from error
+        raise unwritable(out, error) from error
     return [history.note for history in histories if history.note]
-
-
-def _check(out: Path) -> None:
-    if out.suffix not in SUFFIXES:
-        what = f"the suffix {out.suffix!r}" if out.suffix else "no suffix"
-        why = f"has {what}; known: {', '.join(SUFFIXES)}.{did_you_mean(out.suffix, SUFFIXES)}"
-        raise _refused(str(out), why, f"--out {out.with_suffix('.png')}")
-    if importlib.util.find_spec("matplotlib") is None:
-        why = "is drawn by the package matplotlib, which is not installed."
-        raise _refused(str(out), why, "pip install 'shardkit[plot]'")
-
-
-def _refused(subject: str, why: str, fix: str) -> ConfigError:
-    return ConfigError(format_problems("The picture cannot be made.", [Problem(subject, why, fix)]))
 
 
 def _draw(histories: Sequence[History]) -> Any:

@@ -1,0 +1,89 @@
+"""What would change a plan's answer, and the plan as a picture."""
+
+import dataclasses
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import shardkit as sk
+from shardkit.cli import main
+from shardkit.mesh import Target
+from shardkit.plan import Plan, Space, plan
+from shardkit.plan._search import Search
+from shardkit.plan._sensitivity import _turn, with_batch
+from shardkit.plan._space import layout_of
+
+TARGET = "tpu:v5p:2x2x2"
+SPACE = Space(accumulate=(1,), remat=("none",))
+
+
+def model(rows: int, length: int = 4) -> sk.Declaration:
+    """A product whose rows have a length that it names."""
+
+    def loss(w: jax.Array, batch: jax.Array, key: jax.Array) -> jax.Array:
+        return jnp.mean(sk.constrain(jnp.tanh(batch @ w), "batch", "length", "embed") ** 2)
+
+    batch = jax.ShapeDtypeStruct((rows, length, 512), "float32")
+    init = lambda key: sk.Named(jnp.zeros((512, 512)), (None, "embed"))  # noqa: E731
+    return sk.Declaration(
+        loss, optax.sgd(1e-3), init, batch, sk.MeshSpec(data=-1), layout_of({"data": 2})
+    )
+
+
+@pytest.fixture(scope="module")
+def waiting() -> Plan:
+    """A plan whose best layout waits for its links."""
+    return plan(model(16), TARGET, space=dataclasses.replace(SPACE, axes=("data",)))
+
+
+def test_a_plan_says_from_which_batch_on_links_are_waited_for(waiting: Plan) -> None:
+    many = Search.of(model(2**16, 8), Target.parse(TARGET), SPACE, 0.0)
+    best = min(many.run().candidates, key=lambda c: c.seconds)
+    assert not best.communication_bound
+    (text,) = with_batch(many, best)
+    assert text.startswith("batch per device below ")
+    assert "becomes communication-bound, now " in text
+    assert " tokens): " in text
+    scale = _turn(many, best, 2.0**-12)
+    assert many.again(best, scale).communication_bound
+    assert not many.again(best, 1.01 * scale).communication_bound
+    assert many.again(best, 1.0) == best
+    (text,) = waiting.changes
+    assert "above" in text
+    assert "stops being communication-bound" in text
+
+
+def test_other_lengths_are_weighed_beside_rows_and_links(waiting: Plan) -> None:
+    found = {what: seconds for what, _, seconds in waiting.sensitivity}
+    of = ("rows", "length", "link bandwidth")
+    assert set(found) == {f"{factor} x {what}" for factor in ("0.5", "2") for what in of}
+    # Rows and lengths are both tokens here.
+    assert found["2 x length"] == pytest.approx(found["2 x rows"])
+    assert found["2 x length"] > waiting.best.seconds > found["2 x link bandwidth"]
+
+
+def test_memory_against_time_is_drawn(waiting: Plan, tmp_path) -> None:
+    assert waiting.plot(tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
+    text = waiting.plot(tmp_path / "front.svg").read_text()
+    # Letters are drawn as paths, each word with itself as a comment beside them.
+    assert "Memory against time, modelled" in text
+    assert "modelled, nothing was run" in text
+    assert "capacity, 95 GiB" in text
+    assert waiting.best.layout in text
+
+
+def test_a_picture_is_refused_before_anything_is_searched(capsys, tmp_path, monkeypatch) -> None:
+    out = tmp_path / "front.jpg"
+    words = ["plan", "--target", "no:such:target", "--compile", "0", "--plot"]
+    assert main([*words, str(out)]) == 2
+    shown = capsys.readouterr().err
+    assert f"The picture cannot be made.\n  {out}  has the suffix '.jpg'" in shown
+    assert f"Fix: --plot {out.with_suffix('.png')}" in shown
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main([*words, str(tmp_path / "no" / "front.jpg")]) == 2
+    shown = capsys.readouterr().err
+    assert "There is no folder" in shown
+    assert "pip install 'shardkit[plot]'" in shown
