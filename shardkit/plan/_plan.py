@@ -7,17 +7,14 @@ from collections.abc import Sequence
 import jax
 
 from .._errors import MeshError, Problem, format_problems
-from .._tree import format_bytes
 from ..hardware import CHIPS, Chip
 from ..mesh import Target
-from ..parallel import Strategy
 from ..step import Declaration
-from ._candidate import Candidate
-from ._estimate import Machine
 from ._result import Plan
-from ._search import Found, Search
+from ._search import Search
 from ._sensitivity import sensitivity, with_batch, with_memory
 from ._space import Space
+from ._words import assumptions, placed, refuse
 
 
 def plan(
@@ -68,7 +65,7 @@ def plan(
     rows = sorted((c for c in found.candidates if c.margin >= 0), key=lambda c: c.seconds)
     tight = sorted((c for c in found.candidates if c.margin < 0), key=lambda c: c.seconds)
     if not rows:
-        _refuse(wanted, found, tight)
+        refuse(wanted, found, tight)
     took = time.monotonic() - start
     others, none_left = sensitivity(search)
     return Plan(
@@ -80,7 +77,7 @@ def plan(
         took=took,
         changes=(*with_memory(rows[0], tight), *with_batch(search, rows[0]), *none_left),
         sensitivity=others,
-        assumptions=(*_assumptions(search.machine), _placed(declared.strategy, search.space.axes)),
+        assumptions=(*assumptions(search.machine), placed(declared.strategy, search.space.axes)),
         problems=found.problems,
     )
 
@@ -104,50 +101,3 @@ def _with_rows(declared: Declaration, rows: int | None) -> Declaration:
         declared.batch,
     )
     return dataclasses.replace(declared, batch=batch)
-
-
-def _refuse(target: Target, found: Found, tight: Sequence[Candidate]) -> None:
-    """Says why nothing is left."""
-    problems = [Problem(one, f"{n} layouts: {why}") for why, (n, one) in found.rejected.items()]
-    fix = "another number of devices, or a global batch that they divide"
-    if tight:
-        least = min(tight, key=lambda c: c.total)
-        have, lack = format_bytes(least.capacity), format_bytes(-least.margin)
-        why = f"the smallest of {len(tight)} needs {format_bytes(least.total)} of {have}"
-        problems.insert(0, Problem(str(least), f"{why}: {lack} are missing"))
-        larger = [c for c in CHIPS.values() if c.memory >= least.total and c.kind == target.kind]
-        devices = f"a device with {lack} more"
-        if larger:
-            devices += f", as {min(larger, key=lambda c: c.memory).name}"
-        part = "state" if least.state > least.temp else "activations"
-        fix = f"{devices}; or twice the devices, as {part} take most"
-        fix += "" if part == "state" else "; or a smaller global batch, or more micro-batches"
-    headline = f"No layout fits on {target}."
-    raise MeshError(format_problems(headline, problems, fix))
-
-
-def _placed(strategy: Strategy, axes: Sequence[str]) -> str:
-    """Which kinds of parallelism were weighed, and which of the declaration's own were not."""
-    text = f"layouts are data, fsdp and tensor+sequence over {', '.join(axes)}; pipelines, context "
-    text += "and expert parallelism, tensor without sequence, and weights kept from forward to "
-    text += "backward (reshard_after_forward=False) are not weighed"
-    known = ("data", "zero", "fsdp", "tensor+sequence")
-    other = [f"{kind} over {axis}" for kind, axis in strategy.kinds if kind not in known]
-    return text + (f", nor is the declared {', '.join(other)}" if other else "")
-
-
-def _assumptions(machine: Machine) -> tuple[str, ...]:
-    chip = machine.network.chip
-    return (
-        f"products at {machine.peak / 1e12:.4g} TFLOP/s, memory at "
-        f"{chip.memory_bandwidth / 1e9:.0f} GB/s: the peaks of {chip.name}",
-        "operations reach "
-        + (
-            f"{machine.efficiency:.0%} of these, as fitted to the compiler's estimates"
-            if machine.efficiency < 1
-            else "all of these, as nothing is fitted for this kind of device"
-        ),
-        f"links {chip.link / 1e9:.0f} GB/s one way, {chip.latency * 1e6:.0f} µs per hop",
-        f"{machine.overlap:.0%} of communication is hidden behind computing",
-        "elementwise operations are fused into those that read them",
-    )

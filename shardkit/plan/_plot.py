@@ -59,7 +59,8 @@ def _drawn(
     axes = made.subplots()
     # Thousands of marks would each be an element of an SVG file.
     marks = {"linestyle": "", "markersize": 4, "rasterized": True}
-    axes.plot(*_places(tight), "x", color="0.75", label="does not fit", **marks)
+    if tight:
+        axes.plot(*_places(tight), "x", color="0.75", label="does not fit", **marks)
     axes.plot(*_places(rows), ".", color="C0", alpha=0.5, label="fits", **marks)
     axes.plot(*_places(front), "o-", color="C1", drawstyle="steps-post", label="front")
     stages = [c.compiled for c in rows if c.compiled]
@@ -123,5 +124,11 @@ def _names(axes: Any, named: Sequence[Candidate]) -> None:
             fontsize=7,
             va="center",
             color="0.5" if fits else "black",
-            arrowprops={"arrowstyle": "-", "color": "0.8", "linewidth": 0.6},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": "0.8",
+                "linewidth": 0.6,
+                "relpos": (0, 0.5),
+                "shrinkA": 1,
+            },
         )
