@@ -1,5 +1,6 @@
 """What each of several processes runs in tests/test_several_processes.py: python FILE FOLDER."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -56,17 +57,32 @@ def compiled():
     )
 
 
+@dataclasses.dataclass
+class Read:
+    """The text, and a note of which rows of which batch were asked for."""
+
+    asked: list[tuple[int, list[int]]] = dataclasses.field(default_factory=list)
+    rows = TEXT.rows
+    position = TEXT.position
+
+    def batch(self, step, rows=slice(None)):
+        if len(held := np.arange(self.rows)[rows]):
+            self.asked.append((step, held.tolist()))
+        return TEXT.batch(step, rows)
+
+
 def fed(step, batch):
     """The rows of a batch that this process has to give."""
     return {name: x[step.rows] for name, x in batch.items()}
 
 
-def train(step, state, start, stop):
+def train(step, state, start, stop, text=TEXT):
     """Makes updates and returns the last state and the losses."""
     losses = []
-    for i in range(start, stop):
-        state, metrics = step(state, fed(step, TEXT.batch(i)))
-        losses.append(float(metrics["loss"]))
+    with sk.data.Loader(text, step.batch_shardings, start=start, stop=stop) as batches:
+        for batch in batches:
+            state, metrics = step(state, batch)
+            losses.append(float(metrics["loss"]))
     return state, losses
 
 
@@ -99,11 +115,13 @@ def main(folder: Path) -> None:
     with sk.distributed(step_timeout=120) as peers:
         step = compiled()
         peers.agree("step", program=step.program.digest)
-        state, losses = train(step, step.init(jax.random.key(0)), 0, STEPS)
+        read = Read()
+        state, losses = train(step, step.init(jax.random.key(0)), 0, STEPS, read)
         gradients = whole(step.gradients(state, fed(step, TEXT.batch(0)))[1])
         score = step.evaluate(state, step.put(fed(step, TEXT.held_out_batch(0))))["loss"]
         told = {
             "losses": losses,
+            "read": read.asked,
             "evaluated": float(score),
             "report": step.report().ledger.total(),
             "refused": refused(step),

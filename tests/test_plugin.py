@@ -4,6 +4,7 @@ import importlib.metadata
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import jax
 import pytest
@@ -11,82 +12,84 @@ import pytest
 from shardkit._errors import MeshError
 from shardkit.testing import simulated_devices
 
-# Marked tests run on 3 devices in a child; 2 are there already; conftest is as a user's may be.
-_CONFTEST = """
-    import jax
-    jax.config.update("jax_platforms", "cpu")
-    if "JAX_NUM_CPU_DEVICES" not in __import__("os").environ:
-        jax.config.update("jax_num_cpu_devices", 2)
-"""
+pytest_plugins = ["pytester"]
+
+ROOT = Path(__file__).parent.parent
+_INSTALLED = importlib.metadata.entry_points(group="pytest11", name="shardkit")
+_NAMED = [] if _INSTALLED else ["-p", "shardkit.testing._plugin"]
+
+# Marked tests run on 9 devices in a child; 8 are there already.
 _TESTS = """
     import jax, pytest
 
-    @pytest.mark.devices(2)
+    @pytest.mark.devices(8)
     def test_here():
-        assert len(jax.devices()) == 2
+        assert len(jax.devices()) == 8
 
     @pytest.fixture
-    def three():
-        return jax.devices()[2]
+    def nine():
+        return jax.devices()[8]
 
-    @pytest.mark.devices(3)
-    def test_child(three):
-        assert len(jax.devices()) == 3
+    @pytest.mark.devices(9)
+    def test_child(nine):
+        assert len(jax.devices()) == 9
 
-    @pytest.mark.devices(3)
-    def test_child_fails(three):
-        assert len(jax.devices()) == 4, "seen in the child"
+    @pytest.mark.devices(9)
+    def test_child_fails(nine):
+        assert len(jax.devices()) == 10, "seen in the child"
 
     def test_unmarked():
-        assert len(jax.devices()) == 2
+        assert len(jax.devices()) == 8
+"""
+_INSISTS = """
+    import os, jax
+    if "SHARDKIT_TEST_IN_CHILD" in os.environ:
+        jax.config.update("jax_num_cpu_devices", 2)
 """
 
 
-def _pytest(folder, *args):
-    installed = importlib.metadata.entry_points(group="pytest11", name="shardkit")
-    named = [] if installed else ["-p", "shardkit.testing._plugin"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *named]
-    done = subprocess.run([*command, *args], cwd=folder, capture_output=True, text=True)
-    return done.returncode, done.stdout + done.stderr
-
-
 @pytest.fixture
-def project(tmp_path):
-    (tmp_path / "conftest.py").write_text(textwrap.dedent(_CONFTEST))
-    (tmp_path / "test_it.py").write_text(textwrap.dedent(_TESTS))
-    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --strict-markers\n")
-    return tmp_path
+def project(pytester, monkeypatch):
+    """Runs a user's tests in this process; returns the code and what is shown."""
+    (pytester.path / "test_it.py").write_text(textwrap.dedent(_TESTS))
+    (pytester.path / "pytest.ini").write_text("[pytest]\naddopts = --strict-markers\n")
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+    def run(*args):
+        done = pytester.runpytest_inprocess("-q", "-p", "no:cacheprovider", *_NAMED, *args)
+        return done.ret, f"{done.stdout}{done.stderr}"
+
+    return run
 
 
 def test_marked_tests_run_in_a_child_where_devices_are_few(project):
-    code, text = _pytest(project)
+    code, text = project()
     assert code == 1
     assert "1 failed, 3 passed" in text
-    assert "in a child process with 3 simulated devices:" in text
+    assert "in a child process with 9 simulated devices:" in text
     assert "seen in the child" in text
 
 
 def test_marked_tests_are_skipped_on_request_with_a_reason(project):
-    code, text = _pytest(project, "--shardkit-devices=skip", "-rs")
+    code, text = project("--shardkit-devices=skip", "-rs")
     assert code == 0
     assert "2 passed, 2 skipped" in text
-    assert "needs 3 devices, this process has 2 (--shardkit-devices=child runs it" in text
+    assert "needs 9 devices, this process has 8 (--shardkit-devices=child runs it" in text
 
 
-def test_a_conftest_that_insists_on_other_devices_is_told(project):
-    (project / "conftest.py").write_text(
-        'import jax\njax.config.update("jax_num_cpu_devices", 2)\n'
-    )
-    code, text = _pytest(project, "-k", "test_child and not fails")
+def test_a_conftest_that_insists_on_other_devices_is_told(project, pytester):
+    (pytester.path / "conftest.py").write_text(textwrap.dedent(_INSISTS))
+    code, text = project("-k", "test_child and not fails")
     assert code == 1
-    assert "needs 3 devices, this process has 2, though started to have 3" in text
+    assert "needs 9 devices, this process has 2, though started to have 9" in text
 
 
-def test_the_marker_takes_one_number(tmp_path):
-    (tmp_path / "test_it.py").write_text(
+def test_the_marker_takes_one_number(project, pytester):
+    (pytester.path / "test_it.py").write_text(
         "import pytest\n@pytest.mark.devices('two')\ndef test(): pass\n"
     )
-    code, text = _pytest(tmp_path)
+    code, text = project()
     assert code != 0
     assert "write @pytest.mark.devices(8)" in text
 
@@ -97,8 +100,9 @@ def test_the_plugin_starts_no_backend(tmp_path):
         "    jax.config.update('jax_num_cpu_devices', 5)\n"
         "    assert len(jax.devices('cpu')) == 5\n"
     )
-    code, text = _pytest(tmp_path)
-    assert code == 0, text
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *_NAMED]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def devices_of(process, *, more):

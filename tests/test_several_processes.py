@@ -1,8 +1,6 @@
 """Two processes with four devices each are one process with eight."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 
 import shardkit as sk
+from shardkit.cli import main
 
 from . import _broken_run as broken_run
 from . import _one_of_several as one
@@ -18,18 +17,26 @@ from . import _one_of_several as one
 ROOT = Path(__file__).parent.parent
 
 
-def launch(*words, n=2, devices=4, timeout=120, **environment):
-    """Runs a command in several processes; returns code, output and lines of errors."""
-    shardkit = [sys.executable, "-m", "shardkit.cli", "launch"]
-    done = subprocess.run(
-        [*shardkit, "-n", str(n), "--devices", str(devices), "--", *map(str, words)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-    )
-    return done.returncode, done.stdout, done.stderr.splitlines()
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Programs that processes of several tests share."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def launched(cache, capfd, monkeypatch):
+    """Runs a module in two processes of four devices; returns the code and lines of errors."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+    def run(*words):
+        command = [sys.executable, "-m", *map(str, words)]
+        code = main(["launch", "-n", "2", "--devices", "4", "--", *command])
+        return code, capfd.readouterr().err.splitlines()
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +53,9 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_two_processes_compute_save_and_restore_what_one_does(alone):
+def test_two_processes_compute_save_and_restore_what_one_does(alone, launched):
     folder, step, losses, gradients, score = alone
-    code, _, errors = launch(sys.executable, "-m", "tests._one_of_several", folder)
+    code, errors = launched("tests._one_of_several", folder)
     assert code == 0, "\n".join(errors)
     told = [json.loads((folder / f"said-{process}.json").read_text()) for process in range(2)]
 
@@ -60,6 +67,10 @@ def test_two_processes_compute_save_and_restore_what_one_does(alone):
         for path, want in gradients.items():
             apart = np.linalg.norm(found[path] - want) / max(np.linalg.norm(want), 1e-30)
             assert apart <= 1e-5, path
+
+    # Each read the rows of its own devices, of every batch, in order and once.
+    for process, rows in enumerate(([0, 1, 2, 3], [4, 5, 6, 7])):
+        assert told[process]["read"] == [[i, rows] for i in range(one.STEPS)]
 
     # A report is of the same program.
     assert told[0]["report"] == step.report().ledger.total() > 0
@@ -107,10 +118,10 @@ def saved(out):
     return sk.Checkpointer(out / "checkpoints").steps()
 
 
-def broken(folder, *runs):
+@pytest.fixture
+def broken(launched, tmp_path):
     """Makes runs in two processes, the last of which breaks; returns code and lines of errors."""
-    code, _, errors = launch(sys.executable, "-m", "tests._broken_run", folder, *runs)
-    return code, errors
+    return lambda *runs: launched("tests._broken_run", tmp_path, *runs)
 
 
 def check_told(code, errors, way):
@@ -125,11 +136,11 @@ def check_told(code, errors, way):
 
 
 @pytest.mark.slow
-def test_a_process_that_raises_or_is_killed_ends_all_and_the_runs_go_on(tmp_path):
-    check_told(*broken(tmp_path, "first:raises"), "raises")
+def test_a_process_that_raises_or_is_killed_ends_all_and_the_runs_go_on(broken, tmp_path):
+    check_told(*broken("first:raises"), "raises")
     assert saved(tmp_path / "first")[-1] in (2, 4)
     # The first run goes on in two processes; then the second one breaks.
-    check_told(*broken(tmp_path, "first", "second:killed"), "killed")
+    check_told(*broken("first", "second:killed"), "killed")
     assert saved(tmp_path / "second")[-1] in (2, 4)
     # The second one goes on in one process, which this is.
     step = broken_run.compiled()
@@ -143,14 +154,14 @@ def test_a_process_that_raises_or_is_killed_ends_all_and_the_runs_go_on(tmp_path
 
 
 @pytest.mark.slow
-def test_a_process_that_hangs_ends_all(tmp_path):
-    check_told(*broken(tmp_path, "run:stuck"), "stuck")
+def test_a_process_that_hangs_ends_all(broken, tmp_path):
+    check_told(*broken("run:stuck"), "stuck")
     assert saved(tmp_path / "run")[-1] in (2, 4)
 
 
 @pytest.mark.slow
-def test_what_a_step_failed_on_is_dumped_once_and_replayed_on_one_device(tmp_path):
-    code, errors = broken(tmp_path, "run:poisoned")
+def test_what_a_step_failed_on_is_dumped_once_and_replayed_on_one_device(broken, tmp_path):
+    code, errors = broken("run:poisoned")
     assert code == 2
     dump = tmp_path / "run" / "dumps" / "step-00000006"
     said = "\n".join(errors)
@@ -167,19 +178,6 @@ def test_what_a_step_failed_on_is_dumped_once_and_replayed_on_one_device(tmp_pat
 
 # --- the command line in two processes
 
-TRAIN = """
-import os, signal, sys, time
-from shardkit.cli import main
-from shardkit.data import Text
-batch, sent, process = Text.batch, [], os.environ["SHARDKIT_PROCESS"][10]
-def slow(self, step, *rows):
-    time.sleep(0.3)
-    if process == "1" and not sent:
-        sent.append(os.kill(os.getppid(), signal.{signal}))
-    return batch(self, step, *rows)
-Text.batch = slow
-sys.exit(main([*sys.argv[1:], "--set", {last}]))
-"""
 FIELDS = (
     "model.layers=1", "model.embed=8", "model.mlp=8", "model.heads=2", "model.kv_heads=2",
     "data.batch=8", "data.length=8", "data.held_out=0.3", "data.prefetch=0",
@@ -189,35 +187,32 @@ FIELDS = (
 )  # fmt: skip
 
 
-def by_command(out, which="SIGTERM", last="'train.seed=0'"):
-    """Trains a small model on a text of its own; process 1 has a signal sent to the launcher."""
-    text = out.parent / "text.txt"
-    text.write_bytes(bytes(range(97, 123)) * 60)
-    given = (*FIELDS, f"data.path={text}", f"train.out={out}")
-    words = ["train", "configs/nano.py", *(word for one in given for word in ("--set", one))]
-    program = TRAIN.format(signal=which, last=last)
-    code, _, errors = launch(sys.executable, "-c", program, *words)
-    return code, errors
+def command(folder):
+    """Trains a small model on a text of its own."""
+    (folder / "text.txt").write_bytes(bytes(range(97, 123)) * 60)
+    given = (*FIELDS, f"data.path={folder / 'text.txt'}", f"train.out={folder / 'run'}")
+    return ["train", "configs/nano.py", *(word for one in given for word in ("--set", one))]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("which", "expected"), [("SIGTERM", 75), ("SIGINT", 130)])
-def test_a_signal_ends_all_after_one_update_with_their_state_saved(which, expected, tmp_path):
-    out = tmp_path / "run"
-    code, errors = by_command(out, which)
-    assert code == expected, "\n".join(errors)
-    done = max(losses(out))
-    assert 1 <= done < 50
-    assert saved(out) == (done,)
-    said = f"Step {done} is saved; the same command goes on from it."
-    assert sum(line.endswith(said) for line in errors) >= 1, errors
-    assert len(rows(out, "stopped")) == 1
-    assert not (out.parent / "run-2").exists()
+def test_signals_end_all_after_one_update_and_the_same_command_goes_on(tmp_path, launched):
+    out, words, ends = tmp_path / "run", command(tmp_path), []
+    for which, expected in (("SIGTERM", 75), ("SIGINT", 130)):
+        code, errors = launched("tests._signalled_command", which, *words)
+        assert code == expected, "\n".join(errors)
+        ends.append(max(losses(out)))
+        assert saved(out)[-1] == ends[-1]
+        said = f"Step {ends[-1]} is saved; the same command goes on from it."
+        assert sum(line.endswith(said) for line in errors) >= 1, errors
+    assert 1 <= ends[0] < ends[1] < 50
+    assert sorted(losses(out)) == list(range(1, ends[1] + 1))
+    assert [len(rows(out, kind)) for kind in ("start", "stopped", "resumed")] == [1, 2, 1]
+    assert not (tmp_path / "run-2").exists()
 
 
 @pytest.mark.slow
-def test_processes_that_differ_stop_before_the_first_step(tmp_path):
-    code, errors = by_command(tmp_path / "run", last="'train.seed=' + process")
+def test_processes_that_differ_stop_before_the_first_step(tmp_path, launched):
+    code, errors = launched("tests._signalled_command", "differ", *command(tmp_path))
     assert code == 2
     assert "before its first step: ProcessError: 2 processes do not agree on 1 thing." in errors[0]
     assert any("config.train.seed  process 0: 0; process 1: 1" in line for line in errors)

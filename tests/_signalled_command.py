@@ -1,0 +1,38 @@
+"""A command in each of several processes: python -m tests._signalled_command WHAT WORD...
+
+WHAT is a signal that process 1 has sent to the launcher, or `differ`: each has a seed of its own.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+
+from shardkit.cli import main
+from shardkit.data import Text
+
+PROCESS = json.loads(os.environ["SHARDKIT_PROCESS"])["index"]
+
+
+def slowly(what):
+    """Gives every batch late, the second one behind a signal."""
+    batch, made = Text.batch, []
+
+    def slow(self, step, *rows):
+        time.sleep(0.2)
+        made.append(step)
+        if PROCESS == 1 and len(made) == 3:
+            os.kill(os.getppid(), signal.Signals[what])
+        return batch(self, step, *rows)
+
+    Text.batch = slow
+
+
+if __name__ == "__main__":
+    what, *words = sys.argv[1:]
+    if what == "differ":
+        words += ["--set", f"train.seed={PROCESS}"]
+    else:
+        slowly(what)
+    sys.exit(main(words))
