@@ -45,3 +45,7 @@ def picky(mesh, *, accumulate, remat):
 def deaf(mesh, *, accumulate, remat):
     """Does not do what it is asked."""
     return declared(mesh, accumulate=1, remat=remat)
+
+
+def unlike(mesh):
+    """Takes nothing of what a factory is asked."""

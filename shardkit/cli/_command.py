@@ -4,10 +4,11 @@ import argparse
 import dataclasses
 from collections.abc import Callable
 
-from .._errors import MeshError, Problem, format_problems
+from .._errors import ConfigError, MeshError, Problem, format_problems
 from ..config import Config, load_config
 from ..mesh import Target, simulate_devices
 from ..processes import membership, process_count
+from ..targets import Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,25 @@ def add_shared(parser: argparse.ArgumentParser, takes_config: bool = True) -> No
             help="change one field, e.g. --set model.layers=2 --set mesh.tensor=2; may be repeated",
         )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def source_of(arguments: argparse.Namespace, example: str) -> Source:
+    """What `CONFIG` names: a config file with its overrides, or a function, which has none.
+
+    Args:
+      arguments: of a command that takes `CONFIG` and `--set`.
+      example: options of the command that a function is given instead.
+
+    Raises:
+      ConfigError: something of a function is to be set.
+    """
+    source = Source(arguments.config or "", tuple(arguments.overrides))
+    if source.is_function and source.overrides:
+        why = f"{source.name} is a function, not a config"
+        problem = Problem(f"--set {source.overrides[0]}", why)
+        fix = f"shardkit {arguments.command} {source.name} {example}, and change the function"
+        raise ConfigError(format_problems("There is nothing to set.", [problem], fix))
+    return source
 
 
 def config_of(arguments: argparse.Namespace) -> Config:

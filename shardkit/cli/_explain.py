@@ -12,7 +12,7 @@ from ..config import load_config
 from ..hardware import Chip, find_chip
 from ..inspect import Report, compare
 from ..targets import Source, compile_for
-from ._command import Command
+from ._command import Command, source_of
 
 _REPORT = ".json"
 
@@ -40,11 +40,7 @@ def _report(arguments: argparse.Namespace) -> Report:
     if name.endswith(_REPORT):
         _compiled_already(name, arguments)
         return _read(name)
-    source = Source(name, tuple(arguments.overrides))
-    if source.is_function and source.overrides:
-        problem = Problem(f"--set {source.overrides[0]}", f"{name} is a function, not a config")
-        fix = f"shardkit explain {name} --target cpu:8, and change the function"
-        raise ConfigError(format_problems("There is nothing to set.", [problem], fix))
+    source = source_of(arguments, "--target cpu:8")
     target = arguments.target or _default_target(source)
     chip = _chip(arguments.chip, source)
     errors = literal_console(stderr=True)

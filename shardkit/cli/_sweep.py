@@ -1,15 +1,19 @@
-"""`shardkit sweep`: every mesh of a config's axes × accumulation × remat."""
+"""`shardkit sweep`: every mesh × accumulation × remat of a config, or of a function's steps."""
 
 import argparse
+import dataclasses
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .._errors import Problem, SweepError, format_problems, raise_all
 from .._terminal import literal_console
 from ..config import load_config
-from ..mesh import Target, simulate_devices
-from ..sweep import ConfigFactory, Row, plots, sweep
-from ._command import Command
+from ..mesh import Target, offer_devices, simulate_devices
+from ..sweep import ConfigFactory, Factory, Row, factory_of, plots, sweep
+from ..targets import Source
+from ._command import Command, source_of
 from ._verify import ragged_batches
 
 
@@ -18,21 +22,19 @@ def _run(arguments: argparse.Namespace) -> int:
     errors = literal_console(stderr=True, soft_wrap=True)
     _check_plots(arguments)
     counts = _numbers("--devices", arguments.devices)
-    config = load_config(arguments.config, arguments.overrides)
-    target = arguments.target or _absent(config.devices)
-    if target is None:
-        _simulate(config.devices, counts)
+    source = source_of(arguments, "--devices 8")
+    swept = (_function if source.is_function else _config)(source, arguments.target, counts)
     found = sweep(
-        ConfigFactory(arguments.config or "", tuple(arguments.overrides)),
-        out=Path(arguments.out or Path("sweeps") / config.name),
+        swept.factory,
+        out=Path(arguments.out or Path("sweeps") / swept.name),
         axes=_words(arguments.axes),
         devices=counts or None,
         accumulate=_numbers("--accumulate", arguments.accumulate),
         remat=_words(arguments.remat, ";"),
-        target=target,
+        target=swept.target,
         verify=arguments.verify,
         time=True if arguments.time else None,
-        batches=ragged_batches(config),
+        batches=swept.batches,
         turns=arguments.turns,
         timeout=arguments.timeout,
         on_row=lambda row, done, total: errors.print(_told(row, done, total)),
@@ -42,6 +44,32 @@ def _run(arguments: argparse.Namespace) -> int:
     names = ", ".join(["rows.jsonl", "rows.csv", *(path.name for path in drawn)])
     console.print(f"\n{found.folder}: {names}")
     return 0 if found.ranked else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Swept:
+    """What is swept: the steps, a name for the folder, where they are compiled, host batches."""
+
+    factory: Factory | ConfigFactory
+    name: str
+    target: str | None
+    batches: Sequence[Any] | None
+
+
+def _config(source: Source, target: str | None, counts: list[int]) -> _Swept:
+    config = load_config(source.name or None, source.overrides)
+    target = target or _absent(config.devices)
+    if target is None:
+        _simulate(config.devices, counts)
+    factory = ConfigFactory(source.name, source.overrides)
+    return _Swept(factory, config.name, target, ragged_batches(config))
+
+
+def _function(source: Source, target: str | None, counts: list[int]) -> _Swept:
+    """A function declares no devices: they are the process's, on a CPU as many as are asked for."""
+    if target is None and counts:
+        offer_devices(max(counts))
+    return _Swept(factory_of(source.name), source.name.partition(":")[2], target, None)
 
 
 def _told(row: Row, done: int, total: int) -> str:
@@ -69,7 +97,7 @@ def _words(text: str | None, separator: str = ",") -> list[str]:
 
 def _numbers(option: str, text: str | None) -> list[int]:
     words = _words(text)
-    wrong = [Problem(f"{option} {word}", "is no number") for word in words if not word.isdigit()]
+    wrong = [Problem(f"{option} {word}", "is no number") for word in words if not word.isdecimal()]
     raise_all(SweepError, "Numbers are wanted.", wrong, f"{option} 1,2,4")
     return [int(word) for word in words]
 
@@ -108,5 +136,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 SWEEP = Command(
-    "sweep", "try every mesh × accumulation × remat of a config, and rank them", _run, _add_options
+    "sweep",
+    "try every mesh × accumulation × remat of a config, or module:function, and rank them",
+    _run,
+    _add_options,
 )

@@ -2,7 +2,7 @@
 
 from ._build import target_devices
 from ._shapes import mesh_shapes
-from ._simulate import settle_devices, simulate_devices
+from ._simulate import offer_devices, settle_devices, simulate_devices
 from ._spec import MeshSpec
 from ._target import Target
 
@@ -10,6 +10,7 @@ __all__ = [
     "MeshSpec",
     "Target",
     "mesh_shapes",
+    "offer_devices",
     "settle_devices",
     "simulate_devices",
     "target_devices",

@@ -30,24 +30,8 @@ def simulate_devices(n: int) -> None:
       MeshError: `n` is not a positive int, JAX has started with other devices, or
         `XLA_FLAGS` asks for another number.
     """
-    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-        _refuse(n, f"{n!r} is not a positive int", "sk.simulate_devices(8)")
-    if _settled:
-        return
-    flagged = re.findall(rf"{_FLAG}=(\d+)", os.environ.get("XLA_FLAGS", ""))
-    if flagged and int(flagged[-1]) != n:
-        why = f"XLA_FLAGS in the environment asks for {count(int(flagged[-1]), 'device')}"
-        _refuse(
-            n,
-            why,
-            f"remove {_FLAG}={flagged[-1]} from XLA_FLAGS, or sk.simulate_devices({flagged[-1]})",
-        )
-    try:
-        jax.config.update("jax_num_cpu_devices", n)
-    except RuntimeError:
-        _check_started(n)
-        return
-    if not jax.config.jax_platforms:  # pyright: ignore[reportAttributeAccessIssue]
+    new = offer_devices(n)
+    if new and not jax.config.jax_platforms:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_platforms", "cpu")
 
 
@@ -61,6 +45,38 @@ def settle_devices(n: int | None) -> None:
     if n is not None:
         simulate_devices(n)
     _settled = True
+
+
+def offer_devices(n: int) -> bool:
+    """Makes JAX show `n` CPU devices where it finds no others; an accelerator stays the default.
+
+    Args:
+      n: number of devices of this process.
+
+    Returns:
+      False where that was decided before.
+
+    Raises:
+      MeshError: as `simulate_devices`.
+    """
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        _refuse(n, f"{n!r} is not a positive int", "sk.simulate_devices(8)")
+    if _settled:
+        return False
+    flagged = re.findall(rf"{_FLAG}=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    if flagged and int(flagged[-1]) != n:
+        why = f"XLA_FLAGS in the environment asks for {count(int(flagged[-1]), 'device')}"
+        _refuse(
+            n,
+            why,
+            f"remove {_FLAG}={flagged[-1]} from XLA_FLAGS, or sk.simulate_devices({flagged[-1]})",
+        )
+    try:
+        jax.config.update("jax_num_cpu_devices", n)
+    except RuntimeError:
+        _check_started(n)
+        return False
+    return True
 
 
 def _check_started(n: int) -> None:

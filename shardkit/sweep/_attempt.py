@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .._errors import ShardkitError
@@ -51,11 +51,16 @@ class Attempts:
 
     def _by_plan(self, case: Case, made: Made) -> dict[str, Any]:
         if self.estimate:
-            return {"memory": self.estimate(case)}
+            return estimated(self.estimate, case)
         return by_plan(case, made.declaration, self.compiler.network)
 
-    def try_case(self, case: Case) -> tuple[Row, CompiledStep | None]:
-        """Returns the row of a case, and its step where it is legal and was compiled here."""
+    def try_case(self, case: Case, old: Row | None = None) -> tuple[Row, CompiledStep | None]:
+        """Returns the row of a case, and its step where it is legal and was compiled here.
+
+        Args:
+          case: what is tried.
+          old: its row of before, whose proof holds where it is one of the same code.
+        """
         blank = Row(case, FAILED, self.compiler.on, circumstances=circumstances())
         try:
             made = self.compiler.compile(case)
@@ -72,12 +77,21 @@ class Attempts:
         )
         if why := misfit(report):
             return dataclasses.replace(row, status=MEMORY, reason=why), None
-        if not self.verify or made.step is None:
+        row = carried_over(row, old)
+        if not self.verify or made.step is None or is_proved(old, row.circumstances):
             return row, made.step
         try:
             return _proved(row, self._parity.verdict(made.step)), made.step
         except Exception as error:
             return ended(row, error), None
+
+
+def estimated(estimate: Callable[[Case], float], case: Case) -> dict[str, Any]:
+    """What a user's own model says of a case; or how it failed, which costs no row."""
+    try:
+        return {"memory": float(estimate(case))}
+    except Exception as error:
+        return {"not_modelled": reason(f"estimate raised {type(error).__name__}: {error}")}
 
 
 def by_plan(case: Case, declared: Declaration, network: Network | None) -> dict[str, Any]:
@@ -112,8 +126,11 @@ def reason(message: str) -> str:
 
 
 def carried_over(new: Row, old: Row | None) -> Row:
-    """A row that was made again, with what was only measured or proved the time before."""
-    if old is None or new.status != OK:
+    """A row that was made again, with what was only measured or proved the time before.
+
+    Of other code or versions nothing is taken over: it would stand under the wrong commit.
+    """
+    if old is None or {old.status, new.status} != {OK} or not _same_code(old, new):
         return new
     return dataclasses.replace(
         new,
@@ -123,12 +140,37 @@ def carried_over(new: Row, old: Row | None) -> Row:
 
 
 def is_done(row: Row | None, *, prove: bool, timed: bool) -> bool:
-    """Whether a row of a file holds all that is asked now; a case that failed is tried again."""
-    if row is None or row.status == FAILED:
+    """Whether a row of a file holds all that is asked now.
+
+    What failed or was refused is tried again, and so are wrong numbers where they can be seen: the
+    code behind it may be mended.
+    """
+    if row is None or row.status in (FAILED, ILLEGAL):
         return False
     if row.status != OK:
-        return True
+        return row.status == MEMORY or not prove
     return (row.verified is not None or not prove) and (row.seconds is not None or not timed)
+
+
+def is_proved(old: Row | None, now: Mapping[str, Any]) -> bool:
+    """Whether a row tells that just this code gives one device's numbers.
+
+    Args:
+      old: the row that is there.
+      now: circumstances of this process.
+    """
+    if old is None or old.status != OK or not (old.verified or {}).get("ok"):
+        return False
+    commit = now["commit"]
+    return bool(commit) and not commit.endswith("-dirty") and _code(old.circumstances) == _code(now)
+
+
+def _same_code(one: Row, other: Row) -> bool:
+    return _code(one.circumstances) == _code(other.circumstances)
+
+
+def _code(said: Mapping[str, Any]) -> tuple[Any, Any]:
+    return said.get("commit"), said.get("versions")
 
 
 def _proved(row: Row, verdict: dict[str, Any]) -> Row:

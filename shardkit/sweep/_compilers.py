@@ -146,7 +146,10 @@ def present_devices(wanted: Sequence[int]) -> Sequence[Any]:
         if n > len(devices)
     ]
     most = max(wanted, default=0)
-    fix = f"sk.simulate_devices({most}) right after the imports, or target= for absent ones"
+    fix = (
+        f"sk.simulate_devices({most}) right after the imports, or --set devices=cpu:{most} for a "
+        "config; or target= for absent ones"
+    )
     raise_all(SweepError, "The devices are not there.", problems, fix)
     return devices
 

@@ -1,16 +1,22 @@
 """Steps by case: from a config file, or from a function that a child process can import."""
 
 import dataclasses
-import importlib
 import inspect
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, cast
 
 from jax.sharding import Mesh
 
-from .._errors import ConfigError, Problem, SweepError, did_you_mean, format_problems, raise_all
+from .._errors import (
+    ConfigError,
+    Problem,
+    ShardkitError,
+    SweepError,
+    did_you_mean,
+    format_problems,
+    raise_all,
+)
 from ..config import Config, load_config, to_record
 from ..mesh import MeshSpec
 from ..parallel import Strategy, strategies
@@ -182,7 +188,44 @@ def declared(
     return declaration
 
 
+def factory_of(given: Any) -> Factory | ConfigFactory:
+    """What makes the steps of a sweep: a function itself or its name, or a config by its path.
+
+    Args:
+      given: a factory, `module:function`, or the path of a config file.
+
+    Raises:
+      ConfigError: there is no such function, its module cannot be imported, or it cannot be called
+        as a factory is.
+    """
+    named = isinstance(given, str | Path)
+    if named and not Source(str(given)).is_function:
+        return ConfigFactory(str(given))
+    factory: Any = _imported(str(given)) if named else given
+    _check_callable(factory)
+    return factory
+
+
+def _check_callable(factory: Any) -> None:
+    if not callable(factory):
+        _refuse(repr(factory), f"is no function, but {type(factory).__name__}")
+    if isinstance(factory, ConfigFactory):
+        return
+    try:
+        inspect.signature(factory).bind(None, accumulate=1, remat="none")
+    except TypeError as error:
+        _refuse(shown_name(cast(Factory, factory)), f"cannot be called: {error}")
+
+
 def _imported(name: str) -> Factory:
-    module, _, function = name.partition(":")
-    sys.path.insert(0, str(Path.cwd()))
-    return getattr(importlib.import_module(module), function)
+    try:
+        return Source(name).imported()
+    except ShardkitError:
+        raise
+    except Exception as error:
+        _refuse(name, f"its module raised {type(error).__name__}: {error}")
+
+
+def _refuse(name: str, why: str) -> NoReturn:
+    fix = "def factory(mesh, *, accumulate, remat) -> sk.Declaration, as module:factory"
+    raise ConfigError(format_problems("There is no factory.", [Problem(name, why)], fix))

@@ -10,9 +10,10 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from .._errors import Problem, SweepError, format_problems, raise_all
+from ._files import write_whole, writing
 from ._row import Row
 
 FILE = "rows.jsonl"
@@ -36,14 +37,15 @@ class Journal:
           identity: plain values that tell this sweep from others.
 
         Raises:
-          SweepError: the folder holds something else, or rows of another sweep, or another process
-            is writing to it; nothing of it is changed.
+          SweepError: the folder holds something else, or rows of another sweep, another process
+            is writing to it, and then nothing of it is changed; or it cannot be written.
         """
         self.folder, self._path = folder, folder / FILE
         header = json.dumps({_FORMAT: _VERSION, "identity": identity}, sort_keys=True)
-        _check_folder(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        with writing(self._path):
+            _check_folder(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             self._lock()
             self.rows = self._taken_over(header)
@@ -75,21 +77,24 @@ class Journal:
 
     def _taken_over(self, header: str) -> dict[str, Row]:
         """The rows that are there, behind a header that is this sweep's."""
-        text = self._path.read_text()
+        try:
+            text = self._path.read_text("utf-8")
+        except UnicodeDecodeError:
+            _refuse(self._path, "is no text")
         whole = text[: text.rfind("\n") + 1]
         if not whole and not header.startswith(text):
             _refuse(self._path, "is no file of a sweep")
         rows = _read(self._path, whole.splitlines(), json.loads(header)["identity"])
         if whole != text:
-            os.truncate(self._path, len(whole.encode()))
+            with writing(self._path):
+                os.truncate(self._path, len(whole.encode()))
         if not whole:
             self._append(header)
         return rows
 
     def _append(self, line: str) -> None:
-        # One write of one line at the end of the file: no reader ever sees lines mixed up.
-        os.write(self._file, f"{line}\n".encode())
-        os.fsync(self._file)
+        with writing(self._path):
+            write_whole(self._file, f"{line}\n")
 
 
 def _check_folder(folder: Path) -> None:
@@ -102,7 +107,7 @@ def _check_folder(folder: Path) -> None:
         _refuse(folder, f"holds {', '.join(there[:4])}, and no {FILE}")
 
 
-def _refuse(path: Path, why: str) -> None:
+def _refuse(path: Path, why: str) -> NoReturn:
     fix = "--out NEW_FOLDER, or out=; nothing was changed"
     raise SweepError(
         format_problems("This is no folder of a sweep.", [Problem(str(path), why)], fix)
@@ -133,7 +138,6 @@ def _check_header(path: Path, line: str, identity: Mapping[str, Any]) -> None:
         version, there = header[_FORMAT], header["identity"]
     except (ValueError, TypeError, KeyError):
         _refuse(path, "is no file of a sweep")
-        return
     if version != _VERSION:
         _refuse(path, f"has version {version} of the format, this is {_VERSION}")
     before, now = _flat(there), _flat(identity)

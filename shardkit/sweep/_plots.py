@@ -3,12 +3,15 @@
 matplotlib is the `[plot]` extra, so it is imported when something is drawn.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ._files import whole_file
 from ._result import COMPILED, MEASURED, Sweep, figure
 from ._row import PARTS, Row
+from ._show import measured_where
 
 _MOST = 24
 _SHOWN = ("params", "opt_state", "extra", "batch", "output", "temp")
@@ -33,43 +36,69 @@ def plots(found: Sweep) -> list[Path]:
     if not found.ranked:
         return []
     rows = found.ranked[:_MOST]
-    drawn: dict[str, Callable[[Any], None]] = {
-        "memory": lambda axes: _memory(axes, rows),
-        "communication": lambda axes: _communication(axes, rows),
-    }
+    drawn = {"memory": _Picture(_memory, rows), "communication": _Picture(_communication, rows)}
     if found.by != COMPILED:
-        drawn["time"] = lambda axes: _time(axes, rows, found.by)
-    if len({row.case.devices for row in found.ranked}) > 1:
-        drawn["scaling"] = lambda axes: _scaling(axes, found)
+        drawn["time"] = _Picture(lambda axes, rows: _time(axes, rows, found.by), rows, found.by)
+    best = _best_by_devices(found.ranked)
+    if len(best) > 1:
+        drawn["scaling"] = _Picture(
+            lambda axes, rows: _scaling(axes, rows, found.by), best, found.by, bars=False
+        )
     estimated = [row for row in found.ranked if "memory" in row.modelled]
     if estimated:
-        drawn["model"] = lambda axes: _model(axes, estimated)
-    return [path for name, draw in drawn.items() for path in _saved(found, name, draw, len(rows))]
+        drawn["model"] = _Picture(_model, estimated, bars=False)
+    return [path for name, one in drawn.items() for path in _saved(found, name, one)]
 
 
-def _saved(found: Sweep, name: str, draw: Callable[[Any], None], rows: int) -> list[Path]:
+@dataclasses.dataclass(frozen=True)
+class _Picture:
+    """One picture: who draws it, of which rows, from which kind of figure, and in which form."""
+
+    draw: Callable[[Any, Sequence[Row]], None]
+    rows: Sequence[Row]
+    by: str = COMPILED
+    bars: bool = True
+
+
+def _saved(found: Sweep, name: str, one: _Picture) -> list[Path]:
     # No pyplot: nothing global, no display.
     from matplotlib.figure import Figure
 
-    tall = 1.8 + 0.28 * rows if name in ("memory", "communication", "time") else 4.5
+    tall = 1.8 + 0.28 * len(one.rows) if one.bars else 4.5
     made = Figure(figsize=(9, tall), layout="constrained")
     axes = made.subplots()
-    draw(axes)
+    one.draw(axes, one.rows)
     axes.spines[["top", "right"]].set_visible(False)
-    made.supxlabel(_source(found), fontsize=7, color="0.4")
+    note = source_line(one.rows, one.by)
+    if one.bars and len(one.rows) < len(found.ranked):
+        note += f"; the best {len(one.rows)} of {len(found.ranked)}"
+    made.supxlabel(note, fontsize=7, color="0.4")
     paths = [found.folder / f"{name}.{kind}" for kind in ("png", "svg")]
     for path in paths:
-        made.savefig(path, dpi=140)
+        with whole_file(path) as part:
+            made.savefig(part, format=path.suffix[1:], dpi=140)
     return paths
 
 
-def _source(found: Sweep) -> str:
-    """Where the rows are from, for a picture that travels without its page."""
-    row = found.ranked[0]
-    said, where = row.circumstances, row.measured.get("where", "compiled, nothing was run")
-    kind = row.on.get("device_kind") or row.on.get("target")
-    date, jax = said.get("date", "")[:10], said.get("versions", {}).get("jax", "")
-    return f"{kind}: {where}; jax {jax}, commit {said.get('commit')}, {date}"
+def source_line(rows: Sequence[Row], by: str) -> str:
+    """Where the figures of a picture are from, for one that travels without its page.
+
+    Args:
+      rows: those that are drawn.
+      by: the kind of figure that is drawn.
+    """
+    said = [row.circumstances for row in rows]
+    where = measured_where(rows) if by == MEASURED else f"{by.split()[0]} for {_kinds(rows)}"
+    versions = {f"jax {one.get('versions', {}).get('jax')}": None for one in said}
+    commits = dict.fromkeys(str(one.get("commit")) for one in said)
+    last = max(one.get("date", "")[:10] for one in said)
+    return f"{where}; {', '.join(versions)}, commit {', '.join(commits)}, {last}"
+
+
+def _kinds(rows: Sequence[Row]) -> str:
+    kinds = dict.fromkeys(str(row.on.get("device_kind") or row.on.get("target")) for row in rows)
+    simulated = any(row.on.get("platform") == "cpu" and row.case.devices > 1 for row in rows)
+    return f"{', '.join(kinds)}{' devices, simulated' if simulated else ''}"
 
 
 def _label(row: Row) -> str:
@@ -125,27 +154,32 @@ def _time(axes: Any, rows: Sequence[Row], by: str) -> None:
     axes.set_title("Step time by mesh")
 
 
-def _scaling(axes: Any, found: Sweep) -> None:
-    """The best row of each number of devices, and what a perfect split of the first would be."""
+def _best_by_devices(ranked: Sequence[Row]) -> list[Row]:
+    """The best row of each number of devices, by that number."""
     best: dict[int, Row] = {}
-    for row in found.ranked:
+    for row in ranked:
         best.setdefault(row.case.devices, row)
-    counts = sorted(best)
-    timed = found.by != COMPILED
+    return [best[n] for n in sorted(best)]
+
+
+def _scaling(axes: Any, rows: Sequence[Row], by: str) -> None:
+    """The best row of each number of devices, and what a perfect split of the first would be."""
+    counts = [row.case.devices for row in rows]
+    timed = by != COMPILED
     scale = 1e3 if timed else 1 / _MIB
-    values = [scale * figure(best[n], found.by) for n in counts]
+    values = [scale * figure(row, by) for row in rows]
     axes.plot(counts, values, "o-", label="the best mesh of each size")
-    for n, value in zip(counts, values, strict=True):
+    for row, n, value in zip(rows, counts, values, strict=True):
         above = {"textcoords": "offset points", "xytext": (0, 9), "ha": "center", "fontsize": 8}
         ground = {"boxstyle": "round,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.8}
-        axes.annotate(_label(best[n]), (n, value), bbox=ground, **above)
+        axes.annotate(_label(row), (n, value), bbox=ground, **above)
     if timed:
         ideal = [values[0] * counts[0] / n for n in counts]
         axes.plot(counts, ideal, "--", color="0.6", label="the first, split evenly")
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [str(n) for n in counts])
     axes.set_xlabel("devices")
-    axes.set_ylabel(f"{'ms' if timed else 'MiB'}, {found.by}")
+    axes.set_ylabel(f"{'ms' if timed else 'MiB'}, {by}")
     axes.margins(x=0.08, y=0.15)
     axes.set_ylim(bottom=0)
     axes.set_title("Scaling with devices, the global batch fixed")
@@ -158,7 +192,7 @@ def _model(axes: Any, rows: Sequence[Row]) -> None:
     most = max(*modelled, *compiled)
     axes.plot([0, most], [0, most], "--", color="0.6", label="equal")
     axes.plot(modelled, compiled, "o")
-    axes.set_xlabel("modelled MiB per device")
+    axes.set_xlabel("modelled MiB per device, before compiling")
     axes.set_ylabel("compiled MiB per device")
     axes.set_title("Memory: compiled against modelled")
     axes.legend(fontsize=8)

@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+from ._files import whole_file
 from ._row import OK, PARTS, Row
 from ._show import table
 
@@ -61,6 +62,17 @@ class Sweep:
         writer.writeheader()
         writer.writerows(rows)
         return text.getvalue()
+
+    def write_csv(self) -> Path:
+        """Writes `rows.csv` into the folder, whole or not at all.
+
+        Raises:
+          SweepError: it cannot be written.
+        """
+        path = self.folder / "rows.csv"
+        with whole_file(path) as part:
+            part.write_text(self.to_csv())
+        return path
 
 
 def figure(row: Row, by: str) -> float:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..step import CompiledStep
-from ._attempt import Attempts, carried_over, is_done
+from ._attempt import Attempts, is_done
 from ._case import Case
 from ._journal import Journal
 from ._row import OK, Row
@@ -28,8 +28,8 @@ class Run:
         rows, steps = self.journal.rows, {}
         todo = [c for c in self.wanted if not is_done(rows.get(c.key), prove=verify, timed=timed)]
         for done, case in enumerate(todo, len(self.wanted) - len(todo) + 1):
-            row, step = self.attempts.try_case(case)
-            self.journal.add(carried_over(row, rows.get(case.key)))
+            row, step = self.attempts.try_case(case, rows.get(case.key))
+            self.journal.add(row)
             self.on_row(rows[case.key], done, len(self.wanted))
             if timed and step is not None and row.status == OK:
                 steps[case.key] = step

@@ -1,11 +1,13 @@
 """A sweep in a terminal: ranked rows, and the others with their reasons."""
 
+import collections
 import io
 import statistics
 from collections.abc import Sequence
 
 from rich.table import Table
 
+from .._errors import count
 from .._terminal import literal_console
 from .._tree import format_bytes
 from ._row import Row
@@ -48,7 +50,7 @@ def seconds(value: float) -> str:
 def _ranked(rows: Sequence[Row]) -> Table:
     shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     shown.add_column("", justify="right", no_wrap=True)
-    shown.add_column("mesh", overflow="fold", min_width=_mesh_width(rows))
+    shown.add_column("mesh", overflow="fold", width=_mesh_width(rows))
     for name in ("acc.", "remat"):
         shown.add_column(name, no_wrap=True)
     timed = any(_time(row) for row in rows)
@@ -82,6 +84,14 @@ def _time(row: Row) -> str:
     return "" if modelled is None else f"~{seconds(modelled)}"
 
 
+def measured_where(rows: Sequence[Row]) -> str:
+    """What the times of rows were measured on, with the numbers of rows where that differs."""
+    wheres = collections.Counter(row.measured["where"] for row in rows if "where" in row.measured)
+    if len(wheres) < 2:
+        return "".join(wheres)
+    return "; ".join(f"{where} ({count(n, 'row')})" for where, n in wheres.items())
+
+
 def _compile(row: Row) -> str:
     return f"{row.measured['compile_seconds']['whole']:.1f} s"
 
@@ -96,7 +106,7 @@ def _ratios(row: Row) -> str:
 
 def _others(rows: Sequence[Row]) -> Table:
     shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    shown.add_column("mesh", overflow="fold", min_width=_mesh_width(rows))
+    shown.add_column("mesh", overflow="fold", width=_mesh_width(rows))
     for name in ("acc.", "remat", "status"):
         shown.add_column(name, no_wrap=True)
     shown.add_column("why", overflow="fold")
@@ -109,11 +119,10 @@ def _others(rows: Sequence[Row]) -> Table:
 def _notes(rows: Sequence[Row]) -> list[str]:
     """What a reader must know of the figures: where they are from, and what came together."""
     notes = ["Memory and wire are compiled, bytes per device and step; compile seconds measured."]
-    wheres = dict.fromkeys(row.measured["where"] for row in rows if "where" in row.measured)
     timed = [row.measured["step_seconds"]["samples"] for row in rows if row.seconds is not None]
     if timed:
         of = f"median of {int(statistics.median(timed))} updates ± half the quartiles' distance"
-        notes += [f"Step: {of}, {where}." for where in wheres]
+        notes.append(f"Step: {of}, {measured_where(rows)}.")
     if any(row.modelled and row.seconds is None for row in rows):
         notes.append(
             "Step: modelled (~), from the compiled program and the chip's links and peaks."

@@ -1,7 +1,9 @@
 """`sweep`: every mesh × accumulation × remat of a step, compiled, proved, timed, written down."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from ..mesh import Target
 from ._attempt import Attempts
 from ._case import Case, cases
 from ._compilers import Absent, Compiler, Factory, Here, present_devices
-from ._factories import ConfigFactory, shown_name, source_of
+from ._factories import ConfigFactory, factory_of, shown_name, source_of
 from ._journal import Journal
 from ._result import Sweep
 from ._row import ILLEGAL, Row
@@ -18,7 +20,7 @@ from ._run import OnRow, Run
 
 
 def sweep(
-    factory: Factory | str,
+    factory: Factory | str | Path,
     *,
     out: str | Path,
     axes: Sequence[str] = (),
@@ -44,8 +46,9 @@ def sweep(
 
     Args:
       factory: `factory(mesh, *, accumulate, remat)`, which returns a `CompiledStep` or a
-        `Declaration` of just these; or the path of a config file, whose strategy is joined with
-        `sk.strategies.fsdp()` and its like for axes that it has none for.
+        `Declaration` of just these, or its name, `"module:function"`; or the path of a config file,
+        whose strategy is joined with `sk.strategies.fsdp()` and its like for axes that it has none
+        for.
       out: folder, new or of this sweep.
       axes: mesh axes, in mesh order; those of the config's mesh, or `("data", "fsdp", "tensor")`.
       devices: number of devices, or several; all of the process by default.
@@ -73,8 +76,8 @@ def sweep(
 
     Raises:
       SweepError: there is nothing to try, no case is legal, `out` holds something else or another
-        sweep is writing to it, or the devices are not there.
-      ConfigError: the config cannot be used, or has none of the axes.
+        sweep is writing to it, it cannot be written, or the devices are not there.
+      ConfigError: the config cannot be used, or has none of the axes; or there is no such factory.
 
     >>> import jax, jax.numpy as jnp, optax, tempfile
     >>> from shardkit.parallel import strategies
@@ -91,7 +94,7 @@ def sweep(
     >>> found.by, len(found.ranked)
     ('compiled wire bytes', 3)
     """
-    of = ConfigFactory(factory) if isinstance(factory, str) else factory
+    of = factory_of(factory)
     counts = _counts(devices, target)
     wanted = _cases(of, axes, counts, accumulate, remat)
     _check_asked(target, verify=verify, time=time, turns=turns, updates=updates)
@@ -100,13 +103,27 @@ def sweep(
     attempts = Attempts(compiler, verify, batches, estimate)
     with Journal(Path(out), _identity(of, compiler, record)) as journal:
         run = Run(journal, attempts, wanted, on_row)
-        steps = run.compile(verify=verify, timed=timed)
-        run.time(steps, batches, turns, updates)
+        with _goes_on(journal, len(wanted)):
+            steps = run.compile(verify=verify, timed=timed)
+            run.time(steps, batches, turns, updates)
         rows = tuple(journal.rows[case.key] for case in wanted)
         found = Sweep(rows, Path(out), _title(of, compiler))
-        Path(out, "rows.csv").write_text(found.to_csv())
+        found.write_csv()
     _check_some_legal(found)
     return found
+
+
+@contextlib.contextmanager
+def _goes_on(journal: Journal, wanted: int) -> Iterator[None]:
+    """Says of a sweep that the user ends what is kept of it."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        rows = count(len(journal.rows), "row")
+        stop.add_note(
+            f"{rows} of {wanted} in {journal.folder}; called again, it goes on from there."
+        )
+        raise
 
 
 def _counts(devices: int | Sequence[int] | None, target: str | None) -> list[int]:
@@ -170,6 +187,12 @@ def _identity(
     of: Factory | ConfigFactory, compiler: Compiler, record: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     own = of.record() if isinstance(of, ConfigFactory) else {"factory": shown_name(of)}
+    try:
+        json.dumps(record or {})
+    except (TypeError, ValueError) as error:
+        problem = Problem(f"record={record!r}", str(error), 'record={"data": "v2", "width": 512}')
+        headline = "What tells sweeps apart must be plain values."
+        raise SweepError(format_problems(headline, [problem])) from None
     return {**own, **(record or {}), "on": dict(compiler.on)}
 
 

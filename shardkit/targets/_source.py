@@ -5,9 +5,9 @@ import difflib
 import importlib
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from .._errors import ConfigError, Problem, did_you_mean, format_problems
 from ..config import load_config
@@ -63,9 +63,15 @@ class Source:
         made = declare_run(config.model, config.data, config.mesh, config.strategy, optimizer)
         return dataclasses.replace(made, **config.compile.arguments)
 
-    def _call(self) -> Declaration:
+    def imported(self) -> Callable[..., Any]:
+        """Returns the function that is named, imported from the working folder or the path.
+
+        Raises:
+          ConfigError: there is no such module, or no such function in it.
+        """
         module_name, _, function = self.name.partition(":")
-        sys.path.insert(0, str(Path.cwd()))
+        if (here := str(Path.cwd())) not in sys.path:
+            sys.path.insert(0, here)
         try:
             module = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
@@ -78,7 +84,10 @@ class Source:
             close = difflib.get_close_matches(function, names, n=1, cutoff=0.5)
             fix = f"{module_name}:{close[0]}" if close else "def NAME() -> sk.Declaration, as NAME"
             _refuse(self.name, why, fix)
-        called = getattr(module, function)
+        return getattr(module, function)
+
+    def _call(self) -> Declaration:
+        function, called = self.name.partition(":")[2], self.imported()
         try:
             inspect.signature(called).bind(**self.arguments)
         except TypeError as error:
@@ -94,5 +103,5 @@ class Source:
         return made
 
 
-def _refuse(name: str, why: str, fix: str) -> None:
+def _refuse(name: str, why: str, fix: str) -> NoReturn:
     raise ConfigError(format_problems("There is nothing to compile.", [Problem(name, why)], fix))

@@ -1,0 +1,216 @@
+"""What users, disks and signals do to a sweep costs no row, and is told in one message."""
+
+import contextlib
+import dataclasses
+import resource
+import signal
+
+import pytest
+
+import shardkit as sk
+from shardkit.cli import main
+from shardkit.sweep import Case, Row, Sweep
+from shardkit.sweep import _sweep as sweep_module
+from shardkit.sweep._attempt import carried_over, estimated, is_done, is_proved
+from shardkit.sweep._files import whole_file
+from shardkit.sweep._journal import Journal
+from shardkit.sweep._plots import source_line
+from shardkit.sweep._result import COMPILED, MEASURED, MODELLED
+from shardkit.sweep._row import FAILED, ILLEGAL, MEMORY, OK, WRONG
+from shardkit.sweep._timing import SIMULATED
+
+from . import _swept
+
+CODE = {"commit": "0123456789", "versions": {"jax": "0.10.2"}, "date": "2026-11-24T00:00:00Z"}
+
+
+def row(status=OK, devices=2, **fields):
+    case = Case((("data", devices), ("fsdp", 1), ("tensor", 1)))
+    return Row(case, status, {"platform": "cpu", "device_kind": "cpu"}, **fields)
+
+
+def compiled(**ratios):
+    axes = {a: {"kind": a, "wire": 0, "minimum": 1.0, "ratio": r} for a, r in ratios.items()}
+    return {"memory": {"total": 2**20}, "axes": axes, "wire": 10**7, "findings": {}}
+
+
+@contextlib.contextmanager
+def file_limit(size):
+    """No file of this process may grow beyond a size, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, previous)
+
+
+def test_a_full_disk_costs_the_row_that_it_has_no_room_for(tmp_path):
+    one, other = row(), row(devices=4)
+    with Journal(tmp_path, {}) as journal:
+        journal.add(one)
+        before = (tmp_path / "rows.jsonl").read_bytes()
+        with (
+            file_limit(len(before) + 40),
+            pytest.raises(sk.SweepError, match="every row before is kept") as error,
+        ):
+            journal.add(other)
+        assert "rows.jsonl  File too large" in str(error.value)
+        assert (tmp_path / "rows.jsonl").read_bytes() == before
+        assert list(journal.rows) == [one.case.key]
+        journal.add(other)
+    with Journal(tmp_path, {}) as journal:
+        assert list(journal.rows.values()) == [one, other]
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_anything_is_compiled(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(sk.SweepError, match=r"rows\.jsonl  Not a directory"):
+        sk.sweep(_swept.picky, out=tmp_path / "file" / "new", axes=["data", "tensor"], devices=2)
+
+
+def test_a_file_that_is_no_text_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b"\xff\xfe\n")
+    with pytest.raises(sk.SweepError, match=r"rows\.jsonl  is no text"):
+        Journal(tmp_path, {})
+    assert (tmp_path / "rows.jsonl").read_bytes() == b"\xff\xfe\n"
+
+
+def test_a_file_is_whole_or_the_one_of_before(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("before")
+    with pytest.raises(sk.SweepError, match="File too large"):
+        with file_limit(20), whole_file(path) as part:
+            part.write_text("x" * 2000)
+    assert path.read_text() == "before"
+    assert [one.name for one in tmp_path.iterdir()] == ["rows.csv"]
+    with whole_file(path) as part:
+        part.write_text("after")
+    assert path.read_text() == "after"
+
+
+def test_ctrl_c_says_what_is_kept_and_the_same_call_goes_on(tmp_path):
+    def stop(row, done, total):
+        raise KeyboardInterrupt
+
+    asked = {"out": tmp_path, "axes": ["data", "tensor"], "devices": 4}
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        sk.sweep(_swept.picky, **asked, on_row=stop)
+    (note,) = stopped.value.__notes__
+    assert note == f"1 row of 3 in {tmp_path}; called again, it goes on from there."
+    seen = []
+    sk.sweep(_swept.picky, **asked, on_row=lambda row, done, total: seen.append((done, total)))
+    assert seen[-1] == (3, 3)
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 1 + 1 + len(seen)
+
+
+def test_what_code_may_have_mended_is_tried_again():
+    again = {"prove": True, "timed": False}
+    assert not is_done(row(ILLEGAL), **again)
+    assert not is_done(row(FAILED), **again)
+    assert not is_done(row(WRONG), **again)
+    assert is_done(row(WRONG), prove=False, timed=True)  # nobody would see that it is mended
+    assert is_done(row(MEMORY), **again)
+
+
+def test_a_proof_holds_for_the_code_that_it_was_made_with():
+    proved = row(verified={"ok": True}, circumstances=CODE, measured={"warm_up_seconds": 1.0})
+    assert is_proved(proved, CODE)
+    assert not is_proved(dataclasses.replace(proved, verified={"ok": None}), CODE)
+    assert not is_proved(proved, CODE | {"commit": "other"})
+    for unknown in ("0123456789-dirty", None):
+        said = CODE | {"commit": unknown}
+        assert not is_proved(dataclasses.replace(proved, circumstances=said), said)
+    new = row(circumstances=CODE)
+    assert carried_over(new, proved).verified == {"ok": True}
+    assert carried_over(new, proved).measured == {"warm_up_seconds": 1.0}
+    assert carried_over(new, dataclasses.replace(proved, status=WRONG)) == new
+    other = row(circumstances=CODE | {"versions": {"jax": "0.12"}})
+    assert carried_over(other, proved) == other
+
+
+def test_a_model_of_the_user_that_fails_costs_no_row():
+    case = Case((("data", 2),))
+    assert estimated(lambda case: case.devices, case) == {"memory": 2.0}
+    said = estimated(lambda case: {}["bytes"], case)
+    assert said == {"not_modelled": "estimate raised KeyError: 'bytes'"}
+
+
+def test_what_tells_sweeps_apart_must_be_plain(tmp_path):
+    with pytest.raises(sk.SweepError, match="must be plain values") as error:
+        sk.sweep(_swept.declared, out=tmp_path / "new", devices=1, record={"data": {1, 2}})
+    assert "set is not JSON serializable" in str(error.value)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("no_such_module:factory", "there is no module 'no_such_module'"),
+        ("tests._swept:declard", "has no function 'declard'. Did you mean 'declared'?"),
+        ("tests._swept:unlike", "cannot be called: got an unexpected keyword argument"),
+        (_swept.unlike, "tests._swept:unlike  cannot be called: got an unexpected keyword"),
+        (7, "7  is no function, but int"),
+        ("tests.data.broken_factory:factory", "its module raised ZeroDivisionError: division"),
+    ],
+)
+def test_what_is_no_factory_is_refused_before_anything_is_written(factory, message, tmp_path):
+    with pytest.raises(sk.ConfigError) as error:
+        sk.sweep(factory, out=tmp_path / "new", devices=1)
+    assert message in str(error.value)
+    assert "Fix: " in str(error.value)
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_command_takes_a_function_by_its_name(tmp_path, monkeypatch, capsys):
+    given, offered = {}, []
+
+    def record(factory, **asked):
+        given.update(asked, factory=factory)
+        return sweep_module.Sweep((row(MEMORY),), tmp_path, "one")
+
+    monkeypatch.setattr("shardkit.cli._sweep.sweep", record)
+    monkeypatch.setattr("shardkit.cli._sweep.offer_devices", offered.append)
+    assert main(["sweep", "tests._swept:declared", "--devices", "2,4"]) == 1
+    assert given["factory"] is _swept.declared
+    assert (given["devices"], offered, given["target"]) == ([2, 4], [4], None)
+    assert str(given["out"]) == "sweeps/declared"
+    assert main(["sweep", "tests._swept:declared", "--target", "tpu:v5p:2x2x1"]) == 1
+    assert (given["target"], given["devices"], len(offered)) == ("tpu:v5p:2x2x1", None, 1)
+    assert main(["sweep", "tests._swept:declared", "--set", "model=nano"]) == 2
+    assert "is a function, not a config" in capsys.readouterr().err
+
+
+def test_no_figure_of_a_table_is_cut_off(tmp_path):
+    ratios = {"data": 1.11, "fsdp": 1.22, "tensor": 1.33}
+    timed = {"step_seconds": {"median": 0.0771, "low": 0.07, "high": 0.08, "samples": 12}}
+    made = [
+        dataclasses.replace(
+            row(compiled=compiled(**ratios), measured=timed | {"where": SIMULATED}),
+            case=Case(tuple((axis, n) for axis in ratios)),
+        )
+        for n in (2, 16)
+    ]
+    for one in made:
+        one.measured["compile_seconds"] = {"whole": 12.7}
+    text = " ".join(str(Sweep(tuple(made), tmp_path, "one")).split())
+    for ratio in ("data 1.11", "fsdp 1.22", "tensor 1.33"):
+        assert text.count(ratio) == 2
+
+
+def test_where_times_are_from_is_said_once_with_the_rows_of_each():
+    timed = {"step_seconds": {"median": 0.1, "low": 0.1, "high": 0.1, "samples": 6}}
+    timed |= {"compile_seconds": {"whole": 1.0}}
+    one = row(devices=1, compiled=compiled(), measured=timed | {"where": "measured on cpu"})
+    two = row(devices=2, compiled=compiled(), measured=timed | {"where": SIMULATED})
+    text = " ".join(str(Sweep((one, two), None, "one")).split())
+    assert text.count("Step: median") == 1
+    assert f"measured on cpu (1 row); {SIMULATED} (1 row)." in text
+    for by, said in {
+        MEASURED: f"measured on cpu (1 row); {SIMULATED} (1 row); ",
+        MODELLED: "modelled for cpu devices, simulated; ",
+        COMPILED: "compiled for cpu devices, simulated; ",
+    }.items():
+        assert source_line([one, two], by).startswith(said)
