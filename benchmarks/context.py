@@ -33,7 +33,10 @@ MODEL = (
 )
 WAYS = {"ring": "context", "all_to_all": "context(attention='all_to_all', kv_heads='replicate')"}
 # Length per chip, chips that share a row.
-SPLITS = ((1024, 8), (1024, 64), (16_384, 8), (16_384, 16), (16_384, 32), (16_384, 64))
+SPLITS = (
+    *((1024, 8), (128, 64), (1024, 64), (4096, 64)),
+    *((16_384, 8), (16_384, 16), (16_384, 32), (16_384, 64)),
+)
 CASES = {
     **{
         f"{way} {own * n}/{n}": (way, own, n)
