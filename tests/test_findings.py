@@ -82,6 +82,8 @@ def test_involuntary_remats_name_both_specs(form):
     assert finding.scope == "block"
     assert finding.bytes == 4 * 8 * 16 * 32
     assert finding.axes == ("data", "tensor")
+    between = "P(None, 'data', 'tensor')"
+    assert f"with_sharding_constraint(x, NamedSharding(mesh, {between})) in between" in finding.fix
     assert f"f32[8,16,32] goes from P('data', None, 'tensor') to {spec};" in finding.why
     assert rematerializations("all is well", MESH) == []
 
@@ -104,7 +106,8 @@ def test_replicated_leaves_that_no_rule_declares():
     assert finding.bytes == MATRIX
     assert finding.axes == ("data", "tensor")
     assert "all 8 devices hold the whole of down f32[3,32,8]" in finding.why
-    assert """opt_state=PathRules({"down": P('data')})""" in finding.fix
+    # The largest dim that the largest axis divides: 3 layers are not to be split.
+    assert """opt_state=sk.PathRules({"down": P(None, 'tensor', None)}), or""" in finding.fix
 
 
 def test_donations_that_nothing_reuses(data_parallel):
@@ -208,6 +211,9 @@ def test_resharding_between_dims():
 def test_second_compiles_and_rules_are_passed_on(data_parallel):
     twice = dataclasses.replace(data_parallel, compiles=2)
     assert findings(twice, "second_compile")[0].why == "the step was compiled 2 times"
+    named = dataclasses.replace(twice, retraced=("batch/x changed its shape: f32[8], is f32[4]",))
+    (finding,) = findings(named, "second_compile")
+    assert (finding.leaf, finding.why[-21:]) == ("batch/x", "shape: f32[8], is f32[4]"[-21:])
     rules = ("PathRules['**/gate'] matches nothing",)
     assert findings(data_parallel, "rule", rules=rules)[0].why == rules[0]
 

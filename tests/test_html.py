@@ -209,6 +209,18 @@ def test_a_large_ledger_is_drawn_in_parts():
     assert "Show 200 more of 4,800" in shown(report(rows))
 
 
+def test_many_scopes_of_one_collective_are_abbreviated_until_it_is_opened():
+    scopes = [f"decoder/layer_{n}" for n in range(100)]
+    made = report([row(scope=", ".join(scopes))], mesh=(("data", 8),), leaves=())
+    text = shown(made)
+    assert "decoder/layer_0 and 99 more" in text
+    assert scopes[99] not in text
+    assert "over 1 mesh axis" in text
+    after = "press(find('ledger').querySelector('.opener'));"
+    assert scopes[99] in shown(made, after)
+    assert len(str(made).splitlines()) < 40
+
+
 def test_a_row_opens_its_details():
     after = "press(find('ledger').querySelector('.opener'));"
     assert "all-reduce.1 in main" in shown(report(), after)

@@ -354,3 +354,26 @@ def test_reuse_and_aliases_never_crash_the_interpreter():
     assert "state/params/w" in done.stdout
     assert "is the same buffer as state/params/v" in done.stdout
     assert "alive True" in done.stdout
+
+
+def test_a_compiler_that_finds_no_room_is_a_step_that_does_not_fit(mesh, monkeypatch):
+    said = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (24.27G) exceeds available HBM (15.75G)."
+    )
+
+    def compile(*_, **__):
+        raise jax.errors.JaxRuntimeError(said)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compile)
+    strategy = sk.Strategy(params=sk.PathRules({"w": P(None, "tensor")}), batch=P("data"))
+    with pytest.raises(sk.StepError) as caught:
+        declared(mesh, strategy=strategy)
+    head, row, fix = str(caught.value).splitlines()
+    assert head == "The program does not fit on its devices."
+    # w, the step counter and the key, and four rows of x.
+    assert row == f"  each of 8 x cpu  {said} State and batch take 108 B beside that."
+    assert fix.startswith('Fix: accumulate=2 for half the rows at a time, remat="full"')
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        declared(mesh, strategy=strategy)

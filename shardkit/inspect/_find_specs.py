@@ -13,6 +13,7 @@ from ._ledger import Row
 from ._messages import spec_text
 from ._program import Placed, Program, base_kind
 from ._saved import Saved, saved
+from ._sources import Computed, argument_of
 
 # Saved activations that take less are not worth a sharding of their own.
 _LARGE = 2**20
@@ -33,9 +34,23 @@ def replicated_leaves(facts: Facts) -> Iterator[Finding]:
             bytes=leaf.device_bytes(facts.program.sizes),
             why=f"all {math.prod(facts.program.sizes.values())} devices hold the whole of "
             f"{leaf.leaf}, and no rule says so",
-            fix=f'{leaf.part}=PathRules({{"{leaf.leaf.path}": P({axes[0]!r})}}), '
-            "or sk.REPLICATED if meant",
+            fix=_split(leaf, facts.program.mesh),
         )
+
+
+def _split(leaf: Placed, mesh: Sequence[tuple[str, int]]) -> str:
+    """A rule that splits a leaf: its largest dim that the largest axis divides."""
+    shape, part = leaf.leaf.shape, leaf.part
+    for axis, size in sorted(mesh, key=lambda one: -one[1]):
+        dims = [dim for dim in range(len(shape)) if shape[dim] % size == 0]
+        if size > 1 and dims:
+            longest = max(dims, key=lambda dim: shape[dim])
+            spec = spec_text([(axis,) if dim == longest else () for dim in range(len(shape))])
+            rule = f'sk.PathRules({{"{leaf.leaf.path}": {spec}}})'
+            # What a rule for optimizer state passes follows its parameter.
+            own = rule if part == "opt_state" else f"sk.chain({rule}, strategy.{part})"
+            return f"{part}={own}, or sk.REPLICATED if meant"
+    return f'{part}=sk.PathRules({{"{leaf.leaf.path}": sk.REPLICATED}}): no mesh axis divides it'
 
 
 def replicated_activations(facts: Facts) -> Iterator[Finding]:
@@ -50,7 +65,8 @@ def replicated_activations(facts: Facts) -> Iterator[Finding]:
     }
     rows = [axis for axis, size in program.mesh if axis in facts.rows_over]
     groups: dict[tuple[str, tuple[str, ...]], list[Saved]] = {}
-    for one in saved(program.module, program.jaxpr, program.sizes, rows):
+    parameters = {n for n, leaf in enumerate(program.leaves) if leaf.part == "params"}
+    for one in saved(program.module, program.jaxpr, program.sizes, rows, parameters):
         missing = tuple(a for a, n in program.mesh if n > 1 and a in axes and a not in one.axes)
         if missing:
             groups.setdefault((one.scope, missing), []).append(one)
@@ -116,8 +132,17 @@ def parameter_gathers(facts: Facts) -> Iterator[Finding]:
             bytes=sum(one.wire_bytes for one, _ in found),
             why=f"{leaf.leaf} is split over {', '.join(axes)} and gathered whole "
             f"by {len(found)} × all-gather",
-            fix="constrain the activation that meets it, so that the product stays split",
+            fix=_meets(leaf, axes),
         )
+
+
+def _meets(leaf: Placed, axes: Sequence[str]) -> str:
+    """The constraint of what a parameter is multiplied with, by the parameter's own name."""
+    named = zip(leaf.leaf.axes or (), leaf.dims(), strict=False)
+    names = [repr(name) for name, dim in named if name and set(dim) & set(axes)]
+    name = names[0] if names else f"a name that activations map to {', '.join(axes)}"
+    why = "on the activation that meets it, so that the product stays split"
+    return f"sk.constrain(x, ..., {name}) {why}"
 
 
 def _gathering(facts: Facts) -> set[str]:
@@ -128,7 +153,22 @@ def _gathering(facts: Facts) -> set[str]:
 
 
 def _parameter(row: Row, program: Program) -> Placed | None:
-    """The parameter whose shards a gather collects: same shape, whole or one layer of it."""
+    """The parameter whose shards a gather collects.
+
+    That is the argument that it is given; where that cannot be told, as in a loop, one of the same
+    shape, whole or one layer of it.
+    """
+    here = program.module.computations[row.computation]
+    try:
+        numbers = [
+            argument_of(program.module, here, o) for o in here.instructions[row.name].operands
+        ]
+    except Computed:
+        return None
+    told = [program.leaves[n] for n in numbers if n is not None and n < len(program.leaves)]
+    if told and len(told) == len(numbers):
+        split = (leaf for leaf in told if set(row.axes) <= set(leaf.axes()))
+        return next((leaf for leaf in split if leaf.part == "params"), None)
     sent = [_shape(shape.dims) for text in row.operands for shape in shapes_of(text)]
     for leaf in program.leaves:
         if leaf.part != "params" or not set(row.axes) <= set(leaf.axes()):

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from ._find_specs import (
     disagreements,
@@ -14,7 +14,7 @@ from ._find_specs import (
 from ._finding import SMALL, Facts, Finding
 from ._hlo import aliased, dtype_bits
 from ._ledger import Ledger, Row
-from ._messages import rematerializations
+from ._messages import Rematerialization, rematerializations, spec_text
 from ._program import Program, base_kind
 from ._reductions import REDUCING, gradient_reductions, reductions_per_step
 from ._scope import scope_of
@@ -40,9 +40,25 @@ def _involuntary_remat(facts: Facts) -> Iterator[Finding]:
             bytes=one.nbytes,
             why=f"{one.shape} goes from {one.source} to {one.target}; XLA knows no way but to "
             "gather it whole on every device first",
-            fix="constrain it on both sides to specs that differ in one dim, or gather one axis "
-            "at a time in between; then measure: removing it is not always faster",
+            fix=f"{_in_between(one, facts)}; then measure: removing it is not always faster",
         )
+
+
+def _in_between(one: Rematerialization, facts: Facts) -> str:
+    """A constraint by which one mesh axis moves at a time, in the model's names if it has any."""
+    if not one.between:
+        return "constrain it on both sides to specs that differ in one dim"
+    names = {
+        axes: name
+        for leaf in facts.program.declared.constraints
+        for name, axes in zip(leaf.leaf.axes or (), leaf.dims(), strict=False)
+        if axes and name
+    }
+    code = f"jax.lax.with_sharding_constraint(x, NamedSharding(mesh, {spec_text(one.between)}))"
+    if all(axes in names for axes in one.between if axes):
+        dims = ", ".join(repr(names[axes]) if axes else "None" for axes in one.between)
+        code = f"sk.constrain(x, {dims})"
+    return f"{code} in between, so that one mesh axis moves at a time"
 
 
 def _unaliased_donation(facts: Facts) -> Iterator[Finding]:
@@ -64,12 +80,15 @@ def _second_compile(facts: Facts) -> Iterator[Finding]:
     if facts.program.compiles > 1:
         yield Finding(
             "second_compile",
-            leaf="",
+            leaf=facts.program.retraced[0].partition(" ")[0] if facts.program.retraced else "",
             scope="",
             axes=(),
             bytes=0,
-            why=f"the step was compiled {facts.program.compiles} times",
-            fix="keep shapes, dtypes, weak types and shardings of state and batch the same",
+            why="; ".join(
+                [f"the step was compiled {facts.program.compiles} times", *facts.program.retraced]
+            ),
+            fix='batches of one form: pad them; or compile_step(..., on_retrace="error") to find '
+            "who makes another one",
         )
 
 
@@ -83,10 +102,13 @@ def _reduction_in_loop(facts: Facts) -> Iterator[Finding]:
         wire = sum(row.wire_bytes for row in rows)
         steps = facts.program.declared.accumulate
         if steps > 1:
-            beside, fix = f", with {steps} micro-batches", 'sk.Accumulate(steps, reduce="once")'
+            beside = f", with {steps} micro-batches"
+            fix = f'accumulate=sk.Accumulate({steps}, reduce="once")'
         else:
-            beside = " without accumulation: something reduces arrays of their size again"
-            fix = "use each parameter once, or add what its uses give before it is reduced"
+            beside = " without accumulation: something reduces arrays of their size again, or "
+            beside += "whole ones of which the device keeps a shard"
+            fix = "use each parameter once, or add what its uses give before it is reduced; "
+            fix += "where it is used, sk.constrain(w, ...) as its rule splits it"
         yield Finding(
             "reduction_in_loop",
             leaf="",
@@ -119,8 +141,16 @@ def _unexplained_collective(facts: Facts) -> Iterator[Finding]:
             bytes=sum(row.wire_bytes for row in rows),
             why=f"{len(rows)} × {kind} over {', '.join(axes)} of {', '.join(rows[0].operands[:3])}"
             " that the strategy does not account for",
-            fix="constrain what goes in and what comes out of this scope: two specs disagree",
+            fix="sk.constrain(x, ...) what goes into this scope and what comes out of it: two "
+            "specs disagree" + _undeclared(axes, facts),
         )
+
+
+def _undeclared(axes: Sequence[str], facts: Facts) -> str:
+    """How to declare axes of which a strategy says nothing."""
+    said = facts.program.declared.kinds
+    more = [f'("tensor", {axis!r})' for axis in axes if axis not in said]
+    return f"; or Strategy(kinds=(..., {', '.join(more)})) where that is its kind" if more else ""
 
 
 def _stands_for(row: Row, kinds: frozenset[str] | tuple[()], facts: Facts) -> bool:
@@ -156,7 +186,8 @@ def _wide_collective(facts: Facts) -> Iterator[Finding]:
         if not small and row.dtype.startswith(("f", "bf")) and bits > allowed:
             more = row.wire_bytes * (bits - allowed) // bits
             groups.setdefault(row.axes, []).append((more, row))
-    fix = f"cast to {declared.compute_dtype} before the value crosses devices"
+    name = {"bf16": "bfloat16", "f16": "float16"}.get(declared.compute_dtype, "float32")
+    fix = f"x.astype(jnp.{name}) before the value crosses devices"
     if facts.program.platform == "cpu":
         fix += (
             "; XLA's CPU backend itself widens bf16, so look at --target tpu:... or gpu:... first"
@@ -167,6 +198,10 @@ def _wide_collective(facts: Facts) -> Iterator[Finding]:
             continue
         rows = [row for _, row in sorted(found, key=lambda one: -one[0])]
         kinds = Counter(row.kind for row in rows)
+        meant = ""
+        if facts.rows_over & set(axes) and set(REDUCING) & kinds.keys():
+            meant = f'; precision=sk.Precision(compute="{name}", reduce="float32") '
+            meant += "where wide sums of gradients are meant"
         yield Finding(
             "wide_collective",
             leaf="",
@@ -175,7 +210,7 @@ def _wide_collective(facts: Facts) -> Iterator[Finding]:
             bytes=more,
             why=f"{', '.join(f'{n} × {kind}' for kind, n in kinds.items())} under a "
             f"{declared.compute_dtype} policy, the largest of {', '.join(rows[0].operands[:3])}",
-            fix=fix,
+            fix=fix + meant,
         )
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -30,6 +30,8 @@ class Rematerialization:
       target: the spec it is to get.
       axes: mesh axes in either.
       nbytes: bytes of the whole array, which every device holds for a moment.
+      between: mesh axes per dim of a spec that is one axis away from the source, and nearer to the
+        target; () where there is none.
     """
 
     scope: str
@@ -38,6 +40,7 @@ class Rematerialization:
     target: str
     axes: tuple[str, ...]
     nbytes: int
+    between: tuple[tuple[str, ...], ...] = ()
 
 
 def rematerializations(log: str, mesh: Sequence[tuple[str, int]]) -> list[Rematerialization]:
@@ -67,7 +70,34 @@ def _read(match: re.Match[str], mesh: Sequence[tuple[str, int]]) -> Rematerializ
         target=match["target"] if target is None else spec_text(target),
         axes=tuple(axis for axis in sizes if axis in named),
         nbytes=whole.nbytes,
+        between=_between(source or (), target or (), whole.dims, sizes),
     )
+
+
+def _between(
+    source: Sequence[tuple[str, ...]],
+    target: Sequence[tuple[str, ...]],
+    whole: Sequence[int],
+    sizes: Mapping[str, int],
+) -> tuple[tuple[str, ...], ...]:
+    """The source with the first axis moved that is on another dim of the target.
+
+    >>> _between([("data",), (), ("tensor",)], [(), ("data", "tensor"), ()], (8, 32, 64),
+    ...          {"data": 2, "tensor": 4})
+    ((), ('data',), ('tensor',))
+    """
+    place = {axis: dim for dim, axes in enumerate(target) for axis in axes}
+    for dim, axes in enumerate(source):
+        for axis in axes:
+            to = place.get(axis, dim)
+            if to == dim or len(source) != len(target):
+                continue
+            moved = [tuple(a for a in one if a != axis) for one in source]
+            moved[to] = (*moved[to], axis)
+            ways = math.prod(sizes[a] for a in moved[to])
+            if whole[to] % ways == 0 and tuple(moved) != tuple(target):
+                return tuple(moved)
+    return ()
 
 
 def spec_axes(text: str, mesh: Sequence[tuple[str, int]]) -> tuple[tuple[str, ...], ...] | None:

@@ -199,6 +199,7 @@ class Program:
       log_complete: the log was captured around a real compile; False after a hit in the
         persistent cache, where the compiler says nothing.
       compiles: how often the step was compiled so far.
+      retraced: what changed in the batch each time that it was compiled again, with the leaf first.
       declared: what the strategy explains.
       dcn: mesh axes that cross slices, over the network between hosts, and how many slices lie
         along each.
@@ -215,6 +216,7 @@ class Program:
     log: str = ""
     log_complete: bool = True
     compiles: int = 1
+    retraced: tuple[str, ...] = ()
     declared: Declared = dataclasses.field(default_factory=Declared)
     dcn: tuple[tuple[str, int], ...] = ()
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)

@@ -8,13 +8,14 @@ global shapes. Beside each other they tell which mesh axes split a value and whi
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from jax.extend.core import Literal, jaxprs_in_params
 
 from ._hlo import Computation, Instruction, Module, Shape
 from ._scope import phase_of, scope_of
+from ._sources import Computed, argument_of
 
 _BACKWARD = ("backward", "recompute")
 _THROUGH = frozenset("tuple copy bitcast opt-barrier copy-start copy-done".split())
@@ -38,7 +39,13 @@ class Saved:
     axes: tuple[str, ...]
 
 
-def saved(module: Module, jaxpr: Any, mesh: Mapping[str, int], first: Sequence[str]) -> list[Saved]:
+def saved(
+    module: Module,
+    jaxpr: Any,
+    mesh: Mapping[str, int],
+    first: Sequence[str],
+    parameters: Collection[int] = (),
+) -> list[Saved]:
     """Lists the saved values whose global shape is known.
 
     Args:
@@ -47,13 +54,15 @@ def saved(module: Module, jaxpr: Any, mesh: Mapping[str, int], first: Sequence[s
       mesh: names and sizes of the mesh axes.
       first: axes that split the rows of the batch: those that split the first dim that is split,
         where sizes alone leave a choice.
+      parameters: numbers of the arguments that are parameters: one that was gathered for the
+        forward pass and is kept is no activation.
     """
     known: dict[int, list[tuple[tuple[int, ...], str]]] = {}
     for whole, scope in dict.fromkeys(_traced(jaxpr.jaxpr, "")):
         known.setdefault(len(whole), []).append((whole, scope))
     ordered = [*first, *(axis for axis in mesh if axis not in first)]
     found = []
-    for shape in _compiled(module):
+    for shape in _compiled(module, parameters):
         candidates = known.get(len(shape.dims), [])
         matches = [
             Saved(shape, whole, scope, axes)
@@ -96,7 +105,7 @@ def splitting(
     return tuple(axis for axis in mesh if axis in used)
 
 
-def _compiled(module: Module) -> Iterator[Shape]:
+def _compiled(module: Module, parameters: Collection[int]) -> Iterator[Shape]:
     """Arrays that forward instructions make and backward ones read, each buffer once."""
     inside = {
         callee
@@ -114,8 +123,18 @@ def _compiled(module: Module) -> Iterator[Shape]:
             if one.opcode not in _NO_BUFFER and phase_of(one.op_name) in _BACKWARD
             for name in one.operands
             for made in _made_forward(here, name)
+            if not _is_parameter(module, here, made.name, parameters)
         }
         yield from read.values()
+
+
+def _is_parameter(
+    module: Module, here: Computation, name: str, parameters: Collection[int]
+) -> bool:
+    try:
+        return argument_of(module, here, name) in parameters
+    except Computed:
+        return False
 
 
 def _made_forward(here: Computation, name: str) -> Iterator[Instruction]:

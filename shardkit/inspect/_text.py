@@ -60,7 +60,7 @@ def _findings(report: "Report") -> Iterator[RenderableType]:
         about = finding.leaf or finding.scope
         end = "" if finding.why.endswith((".", "?")) else "."
         table.add_row(
-            f"{finding.kind}\n{about}",
+            f"{finding.kind}\n{_several(about)}",
             format_bytes(finding.bytes),
             f"{finding.why}{end}\nFix: {finding.fix}",
         )
@@ -117,7 +117,7 @@ def _axes_cells(report: "Report", axes: tuple[str, ...], wire: int) -> dict[str,
         "optimizer": format_bytes(sum(row.wire_bytes for row in rows if row.by_optimizer)),
         "axis minimum": f"{format_bytes(least.bytes)} ({least.kind})" if least else "",
         "ratio": "" if ratio is None else f"{mark}{ratio:.2f}",
-        "reductions": "" if times is None else f"{times:.4g}",
+        "reductions": "" if times is None else f"{_unseen(report, alone)}{times:.4g}",
     }
 
 
@@ -146,7 +146,8 @@ def _peak(report: "Report") -> Iterator[RenderableType]:
     for one in peak.held[:_HELD]:
         where = f"{one.scope or one.name} ({one.phase})" if one.phase else one.scope or one.name
         size = f"{format_bytes(one.bytes):>9}"
-        yield Text(f"  {size}  {one.kind:<12}{one.shape:<24} {where}", overflow="ellipsis")
+        line = f"  {size}  {one.kind:<12}{one.shape:<24} {where}"
+        yield Text(line, no_wrap=True, overflow="ellipsis")
 
 
 def _collectives(report: "Report") -> Iterator[RenderableType]:
@@ -170,7 +171,7 @@ def _collectives(report: "Report") -> Iterator[RenderableType]:
             "?" if row.trips is None else str(row.trips),
             format_bytes(row.wire_bytes),
             row.phase,
-            row.scope,
+            _several(row.scope),
             " ".join(marks),
         )
     yield table
@@ -191,6 +192,23 @@ def _flops(report: "Report") -> Iterator[RenderableType]:
         share = f"{number / flops.total:.1%}"
         table.add_row(scope or "(no scope)", phase, f"{number:.4g}", share)
     yield table
+
+
+def _several(scopes: str) -> str:
+    """The scopes of one instruction; of many that a compiler joined, the first and how many more.
+
+    >>> _several("layers/mlp, embedding"), _several("a, b, c, d")
+    ('layers/mlp, embedding', 'a and 3 more')
+    """
+    first, *more = scopes.split(", ")
+    return scopes if len(more) < 2 else f"{first} and {len(more)} more"
+
+
+def _unseen(report: "Report", axis: str) -> str:
+    """A mark where permutes may reduce gradients too, which nothing in them tells."""
+    rows = report.ledger.where(axis)
+    hidden = any(row.windowed and row.phase in ("backward", "recompute") for row in rows)
+    return "≥ " if hidden or not report.ledger.complete else ""
 
 
 def _least(counted: "Ledger | Flops") -> str:

@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from .._constrain import Resolver, resolving
 from .._errors import Problem, StepError, raise_all
+from .._tree import format_bytes, nbytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,12 @@ def compile_program(
         at_trace = time.perf_counter()
         lowered = first.lower()
         at_lower = time.perf_counter()
-        with captured_stderr() as messages, _cache_hits() as hits, _known_options(wanted):
+        with (
+            captured_stderr() as messages,
+            _cache_hits() as hits,
+            _known_options(wanted),
+            _room(args, in_shardings),
+        ):
             compiled = lowered.compile(compiler_options=wanted)
     end = time.perf_counter()
 
@@ -132,6 +138,36 @@ def _known_options(wanted: Mapping[str, Any] | None) -> Iterator[None]:
         ]
         fix = "names are those of the target's own compiler: another target, or leave it out"
         raise_all(StepError, "The compiler does not take the options.", problems, fix)
+
+
+@contextlib.contextmanager
+def _room(args: tuple[Any, ...], placed: Any) -> Iterator[None]:
+    """Says in the words of a declaration that a compiler finds no room for a program.
+
+    Compilers that know their device refuse what is larger, so that there is no report to read.
+
+    Raises:
+      StepError: with the compiler's figures beside the bytes of the arguments.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        said = str(error).splitlines()[0]
+        if not said.startswith("RESOURCE_EXHAUSTED"):
+            raise
+        shardings = jax.tree.leaves(placed)
+        held = sum(
+            nbytes(sharding.shard_shape(leaf.shape), leaf.dtype)
+            for leaf, sharding in zip(jax.tree.leaves(args), shardings, strict=True)
+        )
+        devices = shardings[0].mesh.devices
+        which = f"each of {devices.size} x {devices.flat[0].device_kind}"
+        why = f"{said} State and batch take {format_bytes(held)} beside that."
+        fix = (
+            'accumulate=2 for half the rows at a time, remat="full" to keep less, or specs and a '
+            "mesh that split more: shardkit plan CONFIG --target T lists what fits"
+        )
+        raise_all(StepError, "The program does not fit on its devices.", [Problem(which, why)], fix)
 
 
 @contextlib.contextmanager

@@ -179,7 +179,7 @@ class CompiledStep:
         Raises:
           ReportError: there is no such chip.
         """
-        made = inspected(self.declaration, self.layout, self.program, self._forms.count)
+        made = inspected(self.declaration, self.layout, self.program, self._forms.changes)
         return Report.of(made, chip=chip)
 
     def check_room(self) -> None:

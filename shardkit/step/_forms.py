@@ -54,6 +54,7 @@ class Forms:
 
     Attributes:
       declared: what the step was compiled for.
+      changes: what the other forms changed, one text for each.
     """
 
     def __init__(self, declaration: Declaration) -> None:
@@ -61,6 +62,7 @@ class Forms:
         self.declared = Form.of(declaration)
         self._declaration = declaration
         self._others: dict[Types, Form] = {}
+        self.changes: list[str] = []
 
     @property
     def count(self) -> int:
@@ -91,6 +93,7 @@ class Forms:
         except ShardingError:
             return self.declared
         self._others[types] = form
+        self.changes.append(", ".join(f"{one.subject} {one.why}" for one in changes))
         headline = f"The step is compiled for another form of its batch, which makes {self.count}."
         fix = 'batches of one form: pad them; or compile_step(..., on_retrace="error") to stop here'
         # The caller of the step's own method, which calls `of`, which calls this.

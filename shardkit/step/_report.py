@@ -1,7 +1,7 @@
 """What a compiled step hands over to be inspected."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,14 +23,16 @@ from ._layout import Layout
 _SMALL = 2**20
 
 
-def inspected(declaration: Declaration, layout: Layout, made: Executable, compiles: int) -> Program:
+def inspected(
+    declaration: Declaration, layout: Layout, made: Executable, retraced: Sequence[str]
+) -> Program:
     """Brings an executable and its declaration to the form that `Report.of` reads.
 
     Args:
       declaration: of the step.
       layout: of its state and batch.
       made: the executable.
-      compiles: programs of the step so far, one for each form of its batch.
+      retraced: what changed in its batch each time that the step was compiled again.
     """
     mesh = declaration.mesh
     device = mesh.devices.flat[0]
@@ -43,7 +45,8 @@ def inspected(declaration: Declaration, layout: Layout, made: Executable, compil
         memory=CompiledBytes.of(made.compiled.memory_analysis()),
         jaxpr=made.jaxpr,
         log=made.messages,
-        compiles=compiles,
+        compiles=1 + len(retraced),
+        retraced=tuple(retraced),
         declared=_declared(declaration, layout, made.jaxpr),
         dcn=_dcn(mesh),
         seconds=dict(zip(("trace", "lower", "compile"), made.seconds, strict=True)),

@@ -60,7 +60,7 @@ function draw_figures() {
       figure(
         "Collectives",
         integer(report.ledger.rows.length),
-        `over ${report.mesh.length} mesh axes`,
+        `over ${plural(report.mesh.length, "mesh axis", "mesh axes")}`,
         "compiled",
       ),
       flops

@@ -54,7 +54,7 @@ function draw_ledger() {
     },
     wire,
     { title: "phase", value: (row) => row.phase },
-    { title: "scope", value: (row) => row.scope, wide: true },
+    { title: "scope", value: (row) => row.scope, wide: true, show: (row) => several(row.scope) },
     { title: "", value: marks, hint: "Sort by marks" },
   ];
   const made = table(columns, {
@@ -86,6 +86,12 @@ function draw_ledger() {
   redraw();
 }
 
+// The scopes of one instruction; of many that a compiler joined, the first and how many more.
+function several(scopes) {
+  const [first, ...more] = scopes.split(", ");
+  return more.length < 2 ? scopes : `${first} and ${integer(more.length)} more`;
+}
+
 function matches(row, { axis, kind, phase, text }) {
   const all = () =>
     [row.scope, row.dtype, row.name, row.op_name, ...row.operands].join(" ").toLowerCase();
@@ -110,6 +116,7 @@ function marks(row) {
 
 const details = (row) =>
   definitions([
+    ["scopes", several(row.scope) === row.scope ? "" : row.scope],
     ["operands", row.operands.join(", ")],
     ["devices in a group", integer(row.group)],
     ["instruction", `${row.name} in ${row.computation}`],

@@ -21,6 +21,9 @@ function draw_traffic() {
       least: least ? least.bytes : null,
       ratio: least && least.bytes ? least.wire / least.bytes : null,
       reductions: report.reductions[axis] ?? null,
+      unseen: wires
+        .get(axis)
+        .some((row) => row.windowed && ["backward", "recompute"].includes(row.phase)),
     };
   });
   const scale = Math.max(1, ...axes.map((one) => Math.max(one.wire, one.least ?? 0)));
@@ -54,8 +57,12 @@ function draw_traffic() {
       title: "reductions",
       value: (one) => one.reductions,
       number: true,
-      hint: "How often each gradient is reduced over it per step",
-      show: (one) => (one.reductions === null ? "" : String(+one.reductions.toPrecision(4))),
+      hint:
+        "How often each gradient is reduced over it per step; ≥ where permutes may reduce some too",
+      show: (one) =>
+        one.reductions === null
+          ? ""
+          : `${one.unseen ? "≥ " : ""}${+one.reductions.toPrecision(4)}`,
     },
   ];
   const made = table(columns, { caption: "Bytes sent per mesh axis" });
