@@ -275,10 +275,47 @@ def test_axis_typo_of_a_collective_in_a_loss_on_shards(mesh, collective):
     rules = {"**": sk.REPLICATED}
     loss = sk.PerShard(misspelt, loss_fn)
     text = text_of(sk.StepError, lambda: compiled(mesh, rules, loss=loss, mode="shard_map"))
-    assert "The loss reduces over a mesh axis that is not there." in text
+    assert "The loss names a mesh axis that is not there." in text
     assert f"{collective.__name__}(..., 'dat')" in text
     assert "the mesh has data=2, model=4. Did you mean 'data'?" in text
     assert "Fix: one of 'data', 'model'" in text
+
+
+OWN_SHARD_MAP = {
+    "psum": (lambda x: jax.lax.psum(x.sum(), "dat"), ROWS, "psum(..., 'dat')"),
+    "all_to_all": (lambda x: jax.lax.all_to_all(x, ("dat",), 0, 0), ROWS, "all_to_all(..., 'dat')"),
+    "axis_index": (lambda x: x.sum() + jax.lax.axis_index("dat"), ROWS, "axis_index(..., 'dat')"),
+    "spec": (
+        lambda x: jax.lax.psum(x.sum(), "data"),
+        P("dat"),
+        "shard_map(in_specs=... 'dat' ...)",
+    ),
+}
+
+
+@pytest.mark.parametrize("row", OWN_SHARD_MAP)
+def test_axis_typo_in_a_shard_map_of_the_users_own(mesh, row):
+    body, spec, call = OWN_SHARD_MAP[row]
+
+    def misspelt(params, batch, key):
+        mapped = jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=P())
+        return mapped(batch["x"]) + params["b"].sum()
+
+    text = text_of(sk.StepError, lambda: compiled(mesh, {"**": sk.REPLICATED}, loss=misspelt))
+    assert "The loss names a mesh axis that is not there." in text
+    assert f"{call}  the mesh has data=2, model=4. Did you mean 'data'?" in text
+
+
+def test_what_a_loss_itself_asserts_is_told_as_it_is(mesh):
+    def checked(params, batch, key):
+        def row(x):
+            raise AssertionError
+
+        return jax.vmap(row, axis_name="rows")(batch["x"]).sum()
+
+    with pytest.raises(AssertionError) as caught:
+        compiled(mesh, {"**": sk.REPLICATED}, loss=checked)
+    assert not isinstance(caught.value, sk.ShardkitError)
 
 
 def test_out_of_memory_is_foreseen_before_anything_is_put_on_a_device(step, tmp_path, monkeypatch):
@@ -343,9 +380,14 @@ def test_recompile_by_sharding_names_both_places_and_by_weak_type_does_not_happe
     weak_b = jnp.broadcast_to(jnp.asarray(0.0), (3,))
     assert weak.weak_type
     assert weak_b.weak_type
-    state, _ = lenient(state, {"x": weak})
-    params = {**state.params, "b": jax.device_put(weak_b, jax.NamedSharding(mesh, P()))}
-    state, _ = lenient(dataclasses.replace(state, params=params), {"x": X})
+    # Moving an array is a program of its own.
+    placed = lenient.put({"x": weak}), lenient.put({"x": X})
+    weak_b = jax.device_put(weak_b, jax.NamedSharding(mesh, P()))
+    with counted_compiles() as compiled_since:
+        state, _ = lenient(state, placed[0])
+        params = {**state.params, "b": weak_b}
+        state, _ = lenient(dataclasses.replace(state, params=params), placed[1])
+    assert compiled_since == [0]
     assert not state.params["b"].weak_type
 
 

@@ -40,7 +40,10 @@ class Functions:
         """What the user wrote, with abstract arguments: `{name: (function, arguments)}`."""
         d, state = self.declaration, self.layout.state
         low = jax.eval_shape(self._low, state.params)
-        loss = (objective(d.loss_fn), (low, state.extra, self.layout.batch, state.key))
+        loss = (
+            objective(d.loss_fn, d.mesh),
+            (low, state.extra, self.layout.batch, state.key),
+        )
         return {"init": (d.init, (state.key,)), "loss_fn": loss}
 
     @property
@@ -79,8 +82,9 @@ class Functions:
 
     def evaluate(self) -> Callable[[TrainState, Any], Metrics]:
         """Builds `(state, batch) → metrics`."""
-        loss = objective(self.declaration.loss_fn, evaluate=True)
-        if self.declaration.mode == "shard_map":
+        d = self.declaration
+        loss = objective(d.loss_fn, d.mesh, evaluate=True)
+        if d.mode == "shard_map":
             loss = self._planned(evaluated_on_shards, loss)
         return evaluation_step(loss, self._low)
 
@@ -135,7 +139,7 @@ def _plan(declaration: Declaration, layout: Layout) -> Plan:
 
 def _under_policy(declaration: Declaration, args: tuple[Any, ...]) -> Objective:
     """The loss; as a whole under the remat policy where it marks no layer of its own."""
-    loss = objective(declaration.loss_fn)
+    loss = objective(declaration.loss_fn, declaration.mesh)
     named = policy(declaration.strategy.remat)
     if named is None:
         return loss

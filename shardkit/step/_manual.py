@@ -25,7 +25,7 @@ from .._shards import gather, meaning, varied
 from ._buckets import reduce_gradients
 from ._compressed import Summing
 from ._gradients import GradientFn, per_weight
-from ._manual_outcome import check_axes, reduce_outcome
+from ._manual_outcome import reduce_outcome
 from ._manual_plan import ManualPlan
 from ._objective import Objective, Outcome
 
@@ -44,7 +44,7 @@ def shard_objective(objective: Objective, plan: ManualPlan) -> Objective:
 
     def local(params: Any, extra: Any, batch: Any, key: Any) -> tuple[jax.Array, Outcome]:
         low = seen(plan, params)
-        _, outcome = local_loss(objective, plan, low, extra, batch, _own_key(plan, key))
+        _, outcome = objective(low, extra, batch, _own_key(plan, key))
         outcome = reduce_outcome(outcome, plan.rows)
         return outcome.loss.total, outcome
 
@@ -92,9 +92,8 @@ def _accumulated(
     steps = plan.accumulate.steps
 
     def one(rows: Any, at: Any) -> tuple[Outcome, Any]:
-        run = functools.partial(local_loss, objective, plan)
-        own = _own_key(plan, at)
-        (_, outcome), totals = jax.value_and_grad(run, has_aux=True)(params, extra, rows, own)
+        run = jax.value_and_grad(objective, has_aux=True)
+        (_, outcome), totals = run(params, extra, rows, _own_key(plan, at))
         return outcome, totals
 
     if steps == 1:
@@ -142,17 +141,3 @@ def _own_key(plan: ManualPlan, key: jax.Array) -> jax.Array:
     """A key whose draws are this device's parts of those of the whole."""
     lane, cut = (jax.lax.axis_index(a) if a else 0 for a in (plan.rows, plan.tokens))
     return part_keys(threefry_words(key), plan.draws, lane, jnp.uint32(0), cut)
-
-
-def local_loss(objective: Objective, plan: ManualPlan, *args: Any) -> tuple[jax.Array, Outcome]:
-    """The loss of one device's shards.
-
-    Raises:
-      StepError: it reduces over a mesh axis that does not exist.
-    """
-    try:
-        return objective(*args)
-    except (AssertionError, NameError) as error:
-        # JAX refuses an unknown axis with an empty AssertionError.
-        check_axes(error, plan.mesh)
-        raise

@@ -1,14 +1,11 @@
 """What the loss found on one device's shards, made equal on all of them, or refused."""
 
-import traceback
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
-from .._errors import Problem, StepError, did_you_mean, format_problems, raise_all
+from .._errors import Problem, StepError, raise_all
 from .._shards import Axes, varied, varying
 from .._types import Mean
 from ._objective import Outcome
@@ -48,18 +45,3 @@ def _differing(name: str, mean: Mean, rows: Axes) -> Iterator[Problem]:
     for axis in sorted((varying(mean.weight) - varying(mean.total)) & set(rows)):
         why = f"its weight differs per {axis!r} shard, its total does not: add psum over {axis!r}"
         yield Problem(f"output {name!r}", why, f"sk.Mean(total, jax.lax.psum(weight, {axis!r}))")
-
-
-def check_axes(error: BaseException, mesh: Mesh) -> None:
-    """Names the mesh axis that a collective of a loss was asked for and that does not exist."""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        asked = frame.f_locals.get("axis_name")
-        names: Sequence[Any] = asked if isinstance(asked, tuple | list) else (asked,)
-        unknown = [n for n in names if isinstance(n, str) and n not in mesh.axis_names]
-        if unknown:
-            name, known = unknown[0], ", ".join(f"{a}={n}" for a, n in mesh.shape.items())
-            why = f"the mesh has {known}.{did_you_mean(name, mesh.axis_names)}"
-            problem = Problem(f"{frame.f_code.co_name}(..., {name!r})", why)
-            fix = f"one of {', '.join(map(repr, mesh.axis_names))}"
-            headline = "The loss reduces over a mesh axis that is not there."
-            raise StepError(format_problems(headline, [problem], fix)) from error

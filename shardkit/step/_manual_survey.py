@@ -13,7 +13,7 @@ from .._types import Accumulate
 from ._activations import Activations
 from ._declaration import Declaration
 from ._layout import Layout
-from ._manual import local_loss, mapped, seen, shard_gradients, shard_objective
+from ._manual import mapped, seen, shard_gradients, shard_objective
 from ._manual_plan import ManualPlan, plan_of
 from ._manual_problems import check_declared
 from ._objective import Objective
@@ -91,7 +91,7 @@ def _shard_draws(
         return jax.tree.map(cut, batch)
 
     def local(params: Any, extra: Any, batch: Any, key: Any) -> jax.Array:
-        total, _ = local_loss(objective, plan, seen(plan, params), extra, batch, key)
+        total, _ = objective(seen(plan, params), extra, batch, key)
         return varied(total, plan.mesh.axis_names)[None]
 
     steps = plan.accumulate.steps

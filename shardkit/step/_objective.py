@@ -11,10 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from .._errors import Problem, StepError, format_problems, raise_all
 from .._tree import short_type
 from .._types import Loss, Mean
+from ._axis_names import naming_axes
 
 RESERVED = ("loss", "grad_norm", "skipped")
 _NUMBERS = (jax.Array, np.ndarray, np.generic, int, float, complex)
@@ -39,21 +41,24 @@ class Outcome:
 Objective = Callable[[Any, Any, Any, Any], tuple[jax.Array, Outcome]]
 
 
-def objective(loss_fn: Callable[..., Any], *, evaluate: bool = False) -> Objective:
+def objective(
+    loss_fn: Callable[..., Any], mesh: Mesh | None = None, *, evaluate: bool = False
+) -> Objective:
     """Wraps a user's loss as `(params, extra, batch, key) -> (total, Outcome)`.
 
     `total` is what gradients are taken of; dividing them by the summed weight afterwards gives
     the gradient of the mean, whatever the rows were split into.
 
     Raises (while it is traced):
-      StepError: the loss is no scalar or `Mean`, metrics are no dict of scalars, or a metric has
-        a name that the step itself uses.
+      StepError: the loss is no scalar or `Mean`, metrics are no dict of scalars, a metric has a
+        name that the step itself uses, or a collective of the loss names an axis that `mesh`
+        does not have.
     """
     loss = loss_fn if isinstance(loss_fn, Loss) else Loss(loss_fn, loss_fn)
     call = loss.evaluate if evaluate else loss.train
 
     def run(params: Any, extra: Any, batch: Any, key: Any) -> tuple[jax.Array, Outcome]:
-        with jax.named_scope("loss"):
+        with jax.named_scope("loss"), naming_axes(mesh):
             if loss.stateful:
                 value, metrics, extra = _three(call(params, batch, key, extra))
             else:
