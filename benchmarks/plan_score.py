@@ -41,7 +41,9 @@ COMMON = {
     "data.length": "128",
     "optimizer.name": "adamw",
 }
-SPACE = Space(accumulate=(1, 2), zero=(0, 1), max_size={"tensor": 8})
+SPACE = Space(
+    axes=("data", "fsdp", "tensor"), accumulate=(1, 2), zero=(0, 1), max_size={"tensor": 8}
+)
 # (model, target, every n-th of its layouts); the first is a whole sweep without accumulation.
 SKETCH = (
     ("wide", "tpu:v5p:2x2x2", 1),

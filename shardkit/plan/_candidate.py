@@ -6,6 +6,7 @@ from typing import Any
 
 from .._tree import format_bytes
 from .._types import Accumulate
+from ._space import Stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +15,7 @@ class Candidate:
 
     Attributes:
       mesh: size of each axis.
-      accumulate: micro-batches.
+      accumulate: micro-batches; those of a pipeline are its own.
       remat: checkpoint policy.
       zero: ZeRO stage over `data`; 0 for none.
       state: bytes of parameters, optimizer state, extra, counter and key; exact.
@@ -27,6 +28,9 @@ class Candidate:
       communication: mesh axes, joined by commas → seconds on the links.
       wire: the same → bytes sent.
       declaration: code that declares it.
+      pipeline: how stages are worked off, where there are any.
+      attention: how attention looks along a split length, where it is.
+      bubble: seconds in which a stage waits for others.
       compiled: what the target's compiler made of it, if it was asked.
       failed: why it could not be compiled.
     """
@@ -45,6 +49,9 @@ class Candidate:
     communication: Mapping[str, float]
     wire: Mapping[str, float]
     declaration: str
+    pipeline: Stages | None = None
+    attention: str = ""
+    bubble: float = 0.0
     compiled: Mapping[str, Any] | None = None
     failed: str = ""
 
@@ -60,15 +67,15 @@ class Candidate:
 
     @property
     def bound(self) -> str:
-        """What most of the step is spent on: compute, HBM, or the links of some mesh axes."""
-        parts = {"compute": self.compute, "HBM": self.memory}
+        """What most of the step is spent on: compute, HBM, a bubble, or links of some mesh axes."""
+        parts = {"compute": self.compute, "HBM": self.memory, "the bubble": self.bubble}
         parts |= {f"links of {axes}": s for axes, s in self.communication.items()}
         return max(parts, key=lambda name: parts[name])
 
     @property
     def communication_bound(self) -> bool:
         """Whether that are links."""
-        return self.bound not in ("compute", "HBM")
+        return self.bound not in ("compute", "HBM", "the bubble")
 
     @property
     def layout(self) -> str:
@@ -76,6 +83,8 @@ class Candidate:
         sizes = ", ".join(f"{axis}={n}" for axis, n in self.mesh.items() if n > 1) or "one device"
         how = f", accumulate={self.accumulate.steps}" if self.accumulate.steps > 1 else ""
         how += f" ({self.accumulate.reduce})" if self.accumulate.steps > 1 else ""
+        how += f", {self.pipeline}" if self.pipeline else ""
+        how += f", {self.attention} attention" if self.attention else ""
         how += f", zero={self.zero}" if self.zero else ""
         return f"{sizes}{how}, remat={self.remat}"
 

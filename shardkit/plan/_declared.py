@@ -10,7 +10,7 @@ from ..hardware import CHIPS
 from ..step import Declaration
 from ._estimate import Machine, estimate
 from ._network import Network
-from ._search import kept_bytes, placed_bytes
+from ._placed import kept_bytes, placed_bytes
 from ._trace import Model, walk_through
 
 _FOLLOWED = ("data", "zero", "fsdp", "tensor", "tensor+sequence")

@@ -1,15 +1,15 @@
 """Memory and time of many meshes at once, from one walk."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from .._types import Accumulate
+from ._found import MICRO, PARTS, Sent
 from ._laid import Terms, product
 from ._network import WIRE, Network
 from ._trace import Walked
-from ._walk import MICRO, Sent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,11 @@ class Machine:
     def efficiency(self) -> float:
         """Share of the peaks of products and memory that operations are taken to reach."""
         return EFFICIENCY.get(self.network.chip.kind, 1.0)
+
+    @property
+    def width(self) -> int:
+        """Bytes of an element of what is computed with."""
+        return 2 if self.dtype in ("bf16", "f16") else 4
 
     @property
     def peak(self) -> float:
@@ -83,38 +88,59 @@ def estimate(
       machine: the devices.
       batch_scale: as if the batch had so many times its rows.
     """
-    parts = _Parts(cases, batch_scale)
-    work, k = walked.walk.work, parts.micro_batches
-    times = np.array([w.trips for w in work])[:, None] * k * parts.of(w.loops for w in work)
-    moved = parts.bytes([w.moved for w in work]) / machine.network.chip.memory_bandwidth
-    flops = np.array([w.flops for w in work])[:, None] * parts.of(w.split for w in work)
-    product = np.array([bool(w.flops) for w in work])[:, None]
-    each = np.maximum(flops / machine.peak, moved) * times
-    combined: set[tuple[frozenset[str], float]] = set()
+    parts = Parts(cases, batch_scale)
+    k = parts.micro_batches
+    compute, memory = each_work(walked, parts, machine)
     wire: dict[tuple[str, ...], np.ndarray] = {}
     spent: dict[tuple[str, ...], np.ndarray] = {}
-    for one in walked.walk.sent:
+    for one, sent, seconds in each_sent(walked, parts, machine):
         name = tuple(axis for axis in cases[0][0] if axis in one.axes)
-        repeated = np.where(parts.once, 1.0, k) if one.gradient else k
+        # A lane holds whole rows, so what is summed over their length cannot wait.
+        waits = one.gradient and "context" not in one.axes
+        repeated = np.where(parts.once, 1.0, k) if waits else k
         repeated = one.trips * repeated * parts.of([one.loops])[0]
+        wire[name] = wire.get(name, 0.0) + repeated * sent
+        spent[name] = spent.get(name, 0.0) + repeated * seconds
+    return Estimates(
+        temp=parts.bytes(walked.points).max(axis=0),
+        compute=k * compute.sum(axis=0),
+        memory=k * memory.sum(axis=0),
+        wire=wire,
+        communication=spent,
+    )
+
+
+def each_work(walked: Walked, parts: "Parts", machine: Machine) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds of products and of other writes of one micro-batch: f64[parts, cases] each."""
+    work = walked.walk.work
+    times = np.array([w.trips for w in work])[:, None] * parts.of(w.loops for w in work)
+    moved = parts.bytes([w.moved for w in work]) / machine.network.chip.memory_bandwidth
+    flops = np.array([w.flops for w in work])[:, None] * parts.of(w.split for w in work)
+    each = np.maximum(flops / machine.peak, moved) * times / machine.efficiency
+    product = np.array([bool(w.flops) for w in work])[:, None]
+    found = np.zeros((2, len(PARTS), each.shape[1]))
+    where = np.array([w.part for w in work])
+    np.add.at(found[0], where, np.where(product, each, 0.0))
+    np.add.at(found[1], where, np.where(product, 0.0, each))
+    return found[0], found[1]
+
+
+def each_sent(
+    walked: Walked, parts: "Parts", machine: Machine
+) -> Iterator[tuple[Sent, np.ndarray, np.ndarray]]:
+    """Every collective with its wire bytes and seconds, of one execution: f64[cases] each."""
+    combined: set[tuple[frozenset[str], float]] = set()
+    for one in walked.walk.sent:
         sent, hop = _sent(one, parts, machine)
         small = sent.max() < _SMALL
         seconds = sent / parts.rate(one.axes, machine.network)
         if not small or (one.axes, one.trips) not in combined:
             seconds = seconds + hop
         combined |= {(one.axes, one.trips)} if small else set()
-        wire[name] = wire.get(name, 0.0) + repeated * sent
-        spent[name] = spent.get(name, 0.0) + repeated * seconds
-    return Estimates(
-        temp=parts.bytes(walked.points).max(axis=0),
-        compute=np.where(product, each, 0.0).sum(axis=0) / machine.efficiency,
-        memory=np.where(product, 0.0, each).sum(axis=0) / machine.efficiency,
-        wire=wire,
-        communication=spent,
-    )
+        yield one, sent, seconds
 
 
-class _Parts:
+class Parts:
     """Into how many parts groups of axes split a value, for every case."""
 
     def __init__(self, cases: Sequence[Case], batch_scale: float) -> None:
@@ -147,12 +173,13 @@ class _Parts:
         return self.rates[axes]
 
 
-def _sent(one: Sent, parts: _Parts, machine: Machine) -> tuple[np.ndarray, np.ndarray]:
+def _sent(one: Sent, parts: Parts, machine: Machine) -> tuple[np.ndarray, np.ndarray]:
     """Wire bytes and seconds of latency of one execution, as `inspect`'s links have them."""
     n = product(one.axes, parts.sizes)
-    share = WIRE[one.kind] * (n - 1) / n
+    share = np.where(n > 1, 1.0, 0.0) if one.kind == "swap" else WIRE[one.kind] * (n - 1) / n
     if one.gradient and one.kind == "reduce-scatter" and one.trips > 1 and machine.network.torus:
         # TPU compilers make it a chain of permutes behind its product, and the last goes home.
         share = np.where(n > 2, 1.0, share)
     sent = share * parts.bytes([one.payload])[0]
-    return sent, WIRE[one.kind] * (n - 1) * machine.network.chip.latency
+    hops = np.minimum(n - 1, 1) if one.kind == "swap" else WIRE[one.kind] * (n - 1)
+    return sent, hops * machine.network.chip.latency

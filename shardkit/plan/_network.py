@@ -15,8 +15,8 @@ import numpy as np
 from ..hardware import Chip, known_chips
 from ..mesh import Target
 
-WIRE = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "all-to-all": 1}
-"""Times that (n−1)/n of the payload is sent."""
+WIRE = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "all-to-all": 1, "swap": 1}
+"""Times that (n−1)/n of the payload is sent; of a swap with one partner all of it."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,46 +1,26 @@
 """Stage one: every layout of a space, estimated; what cannot be is kept with its reason."""
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import jax
 
-from .._errors import ShardkitError
-from .._tree import nbytes, short_dtype
+from .._tree import short_dtype
 from .._types import Accumulate
 from ..mesh import Target
-from ..step import Declaration, Layout
+from ..step import Declaration
 from ._candidate import Candidate
-from ._estimate import Case, Estimates, Machine, estimate
+from ._cases import Case, candidates
+from ._estimate import Machine
+from ._marks import Marked
 from ._network import Network
-from ._space import Space, code_of, layout_of, symbolic
+from ._placed import Placed, Places, reason, row_ways
+from ._space import Space, layout_of, symbolic
 from ._trace import Model, Walked, walk_through
 
 if TYPE_CHECKING:
     from ..hardware import Chip
-
-_LANES_BYTES = 4  # gradients are added up in f32
-
-
-@dataclasses.dataclass(frozen=True)
-class Placed:
-    """Exact bytes of one device on one mesh.
-
-    Attributes:
-      state: parameters, optimizer state, extra, counter and key.
-      batch: its share of the batch.
-      lane: its gradients in f32, unreduced over rows, as one reduction per step needs them.
-      shard: its gradients in f32 as the parameters lie.
-      refresh: bytes one device sends to gather the weights that ZeRO updated in parts.
-    """
-
-    state: int
-    batch: int
-    lane: int
-    shard: int
-    refresh: float
 
 
 @dataclasses.dataclass
@@ -59,23 +39,48 @@ class Found:
         self.considered += number
 
 
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Layouts that one walk serves, under one remat policy.
+
+    Attributes:
+      zero: ZeRO stage.
+      attention: how attention looks along a split length.
+      piped: whether layers are in stages.
+    """
+
+    zero: int
+    attention: str
+    piped: bool
+
+    @property
+    def meshes(self) -> tuple[bool, bool]:
+        """What tells whose axes are split."""
+        return bool(self.attention), self.piped
+
+    @property
+    def walk(self) -> "Family":
+        """Gradients are reduced as parameters lie but with stage 2."""
+        return dataclasses.replace(self, zero=2 if self.zero == 2 else 0)
+
+
 @dataclasses.dataclass
 class Search:
     """A search for one model on one target.
 
     Attributes:
-      model: the traced declaration.
+      places: the traced declaration, and what was resolved of it.
       space: what is tried.
       machine: the devices.
       devices: their number.
     """
 
-    model: Model
+    places: Places
     space: Space
     machine: Machine
     devices: int
-    walks: dict[tuple[str, int], Walked | str] = dataclasses.field(default_factory=dict)
-    resolved: dict[tuple[Any, ...], Placed | str] = dataclasses.field(default_factory=dict)
+    walks: dict[tuple[str, Family], Walked | str] = dataclasses.field(default_factory=dict)
+    marks: list[Marked] = dataclasses.field(default_factory=list)
 
     @classmethod
     def of(
@@ -90,37 +95,45 @@ class Search:
         dtype = short_dtype(jax.numpy.dtype(declared.precision.compute))
         machine = Machine(Network.of(target, hardware), dtype, overlap)
         assert target.n_devices is not None
-        return cls(Model.of(declared), space, machine, target.n_devices)
+        return cls(Places(Model.of(declared)), space, machine, target.n_devices)
 
     def run(self, batch_scale: float = 1.0) -> Found:
         """Estimates everything."""
         found = Found()
-        placed = self._placed(found)
-        sizes = [dict(zip(self.space.axes, key[1:], strict=True)) for key in placed]
-        for remat in self.space.remat:
-            for zero in self.space.zero:
-                legal = [sizes for key, sizes in self._meshes(zero) if key in placed]
-                if legal:
-                    walked = self._walked(remat, zero, symbolic(sizes))
-                    self._family(remat, zero, legal, placed, walked, found, batch_scale)
+        families: dict[Family, list[Case]] = {}
+        for one in self._legal(found):
+            family = Family(one.zero, one.attention, one.sizes.get("pipe", 1) > 1)
+            families.setdefault(family, []).append(one)
+        for family, cases in families.items():
+            alike = [f for f in families if f.meshes == family.meshes]
+            sizes = [one.sizes for f in alike for one in families[f]]
+            for remat in self.space.remat:
+                walked = self._walked(remat, family, symbolic(sizes))
+                if isinstance(walked, str):
+                    found.reject(walked, f"{cases[0]}, remat={remat}", len(cases))
+                else:
+                    made = candidates(walked, remat, cases, self.machine, batch_scale)
+                    found.candidates += made
+                    found.considered += len(made)
         walks = [one for one in self.walks.values() if isinstance(one, Walked)]
         found.problems = tuple(dict.fromkeys(text for one in walks for text in one.problems))
         return found
 
     def again(self, one: Candidate, batch_scale: float) -> Candidate:
         """A candidate that this search found, as if the batch had so many times its rows."""
-        walked = self.walks[one.remat, _stage(one.zero)]
-        own = self.resolved[one.zero, *one.mesh.values()]
+        family = Family(one.zero, one.attention, one.pipeline is not None)
+        walked = self.walks[one.remat, family.walk]
+        own = self.places.of(one.mesh, one.zero)
         assert isinstance(walked, Walked)
         assert isinstance(own, Placed)
-        case = (one.mesh, one.accumulate)
-        values = estimate(walked, [case], self.machine, batch_scale)
-        return self._candidates(one.remat, one.zero, [case], [own], values)[0]
+        case = Case(one.mesh, one.pipeline or one.accumulate, one.zero, one.attention, own)
+        return candidates(walked, one.remat, [case], self.machine, batch_scale)[0]
 
     @property
     def rows(self) -> int:
         """Rows of the global batch."""
-        return _rows(self.model.declared)
+        leaves = jax.tree.leaves(self.places.model.declared.batch)
+        return next((x.shape[0] for x in leaves if x.shape), 0)
 
     @property
     def lengths(self) -> frozenset[int]:
@@ -130,184 +143,73 @@ class Search:
 
     def of_length(self, factor: float) -> "Search | None":
         """The same search for rows of another length; None where the batch has no such dim."""
-        model = self.model.of_length(self.lengths, factor)
-        return model and dataclasses.replace(self, model=model, walks={}, resolved={})
+        model = self.places.model.of_length(self.lengths, factor)
+        if model is None:
+            return None
+        # No parameter knows the length.
+        places = Places(model, self.places.made)
+        return dataclasses.replace(self, places=places, walks={}, marks=[])
 
-    def _meshes(self, zero: int) -> list[tuple[tuple[Any, ...], dict[str, int]]]:
-        """Meshes on which a ZeRO stage means something, with their keys."""
-        meshes = self.space.meshes(self.devices)
-        return [
-            ((zero, *sizes.values()), sizes)
-            for sizes in meshes
-            if not zero or sizes.get("data", 1) > 1
-        ]
-
-    def _placed(self, found: Found) -> dict[tuple[Any, ...], Placed]:
-        """Resolves every distinct layout of the state; the exact bytes of each that is legal."""
-        per_mesh = len(self.space.remat) * len(self.space.schedules())
-        placed = {}
+    def _legal(self, found: Found) -> Iterator[Case]:
+        """Every mesh with everything that is tried on it, but what cannot be."""
         for zero in self.space.zero:
-            for key, sizes in self._meshes(zero):
-                shown = ", ".join(f"{axis}={n}" for axis, n in sizes.items())
-                if self.machine.network.crossing(sizes) == "":
-                    slices = self.machine.network.slices
-                    found.reject(f"no axis is a multiple of the {slices} slices", shown, per_mesh)
+            for sizes in self.space.meshes(self.devices):
+                if zero and sizes.get("data", 1) == 1:
+                    continue  # ZeRO means nothing there
+                ways, hows = self.space.ways(sizes), self.space.schedules(sizes.get("pipe", 1))
+                placed = self._placed(sizes, zero)
+                if isinstance(placed, str):
+                    number = len(ways) * len(hows) * len(self.space.remat)
+                    found.reject(placed, str(Case(sizes, Accumulate(), zero)), number)
                     continue
-                if key not in self.resolved:
-                    self.resolved[key] = self._resolve(sizes, zero)
-                made = self.resolved[key]
-                if isinstance(made, str):
-                    found.reject(made, shown, per_mesh)
-                else:
-                    placed[key] = made
-        return placed
+                for way in ways:
+                    for how in hows:
+                        one = Case(sizes, how, zero, way, placed)
+                        if why := self._misfit(one):
+                            found.reject(why, str(one), len(self.space.remat))
+                        else:
+                            yield one
 
-    def _resolve(self, sizes: Mapping[str, int], zero: int) -> "Placed | str":
-        """Exact bytes of a layout, or why there is none."""
-        used = {a: n for a, n in sizes.items() if n > 1} or dict([*sizes.items()][:1])
-        try:
-            return placed_bytes(self.model.layout(used, layout_of(sizes, zero)))
-        except Exception as error:  # rules are a user's code, and may raise anything
-            return _reason(error)
+    def _placed(self, sizes: Mapping[str, int], zero: int) -> Placed | str:
+        if self.machine.network.crossing(sizes) == "":
+            return f"no axis is a multiple of the {self.machine.network.slices} slices"
+        return self._unmarked(sizes) or self.places.of(sizes, zero)
 
-    def _walked(self, remat: str, zero: int, sizes: Mapping[str, int]) -> "Walked | str":
-        """One walk for all meshes, or why the loss cannot be traced."""
-        stage = _stage(zero)
-        if (remat, stage) not in self.walks:
-            strategy = layout_of(sizes, stage if "data" in sizes else 0)
+    def _unmarked(self, sizes: Mapping[str, int]) -> str:
+        """Why an axis has no part of the model to divide; empty where all have."""
+        if max(sizes.get("pipe", 1), sizes.get("context", 1)) == 1:
+            return ""
+        return self._marked().misses(sizes)
+
+    def _marked(self) -> Marked:
+        """What the model marks, found when it is first asked for."""
+        if not self.marks:
             try:
-                flat = self.model.program(remat)
-                layout = self.model.layout(sizes, strategy)
+                self.marks.append(self.places.model.marked())
             except Exception as error:  # the loss is a user's code
-                self.walks[remat, stage] = _reason(error)
+                self.marks.append(Marked(broken=reason(error)))
+        return self.marks[0]
+
+    def _misfit(self, one: Case) -> str:
+        ways = row_ways(one.sizes)
+        if self.rows % (ways * one.how.steps):
+            return f"a batch of {self.rows} rows that does not split into devices x micro-batches"
+        split = max(one.sizes.get("pipe", 1), one.sizes.get("context", 1)) > 1
+        return self._marked().misfit(one.sizes, one.how, one.attention) if split else ""
+
+    def _walked(self, remat: str, family: Family, sizes: Mapping[str, int]) -> "Walked | str":
+        """One walk for all meshes, or why the loss cannot be traced."""
+        key = (remat, family.walk)
+        if key not in self.walks:
+            stage = family.walk.zero if "data" in sizes else 0
+            strategy = layout_of(sizes, stage, family.attention)
+            model = self.places.model
+            try:
+                flat = model.program(remat, bool(family.attention))
+                layout = model.layout(sizes, strategy)
+            except Exception as error:  # the loss is a user's code
+                self.walks[key] = reason(error)
             else:
-                self.walks[remat, stage] = walk_through(
-                    flat, layout, strategy, self.machine.network.lanes
-                )
-        return self.walks[remat, stage]
-
-    def _family(
-        self,
-        remat: str,
-        zero: int,
-        meshes: Sequence[Mapping[str, int]],
-        placed: Mapping[tuple[Any, ...], Placed],
-        walked: Walked | str,
-        found: Found,
-        batch_scale: float,
-    ) -> None:
-        rows = _rows(self.model.declared)
-        cases = []
-        for schedule in self.space.schedules():
-            for sizes in meshes:
-                shown = ", ".join(f"{axis}={n}" for axis, n in sizes.items())
-                if rows % (sizes.get("data", 1) * sizes.get("fsdp", 1) * schedule.steps):
-                    shown += f", accumulate={schedule.steps}"
-                    why = f"a batch of {rows} rows that does not split into devices x micro-batches"
-                    found.reject(why, shown)
-                elif isinstance(walked, str):
-                    found.reject(walked, f"{shown}, remat={remat}")
-                else:
-                    cases.append((sizes, schedule))
-        if cases and isinstance(walked, Walked):
-            values = estimate(walked, cases, self.machine, batch_scale)
-            chosen = [placed[(zero, *sizes.values())] for sizes, _ in cases]
-            found.candidates += self._candidates(remat, zero, cases, chosen, values)
-            found.considered += len(cases)
-
-    def _candidates(
-        self,
-        remat: str,
-        zero: int,
-        cases: Sequence[Case],
-        placed: Sequence[Placed],
-        values: Estimates,
-    ) -> list[Candidate]:
-        chip, shown = self.machine.network.chip, 1 - self.machine.overlap
-        seconds = values.seconds(self.machine.overlap)
-        made = []
-        for i, (sizes, schedule) in enumerate(cases):
-            own = placed[i]
-            wire = {", ".join(name): float(v[i]) for name, v in values.wire.items() if v[i]}
-            times = {", ".join(n): float(v[i]) for n, v in values.communication.items() if v[i]}
-            refresh = 0.0
-            if own.refresh:
-                refresh = own.refresh / float(self.machine.network.rates([sizes], ["data"])[0])
-                wire["data"] = wire.get("data", 0.0) + own.refresh
-                times["data"] = times.get("data", 0.0) + refresh
-            update = 2 * own.state / chip.memory_bandwidth
-            made.append(
-                Candidate(
-                    mesh=sizes,
-                    accumulate=schedule,
-                    remat=remat,
-                    zero=zero,
-                    state=own.state,
-                    batch=own.batch,
-                    temp=float(values.temp[i]) + kept_bytes(own, schedule),
-                    capacity=chip.memory,
-                    seconds=float(seconds[i] + update + refresh * shown),
-                    compute=float(values.compute[i]),
-                    memory=float(values.memory[i] + update),
-                    communication=times,
-                    wire=wire,
-                    declaration=code_of(sizes, schedule, remat, zero),
-                )
-            )
-        return made
-
-
-def _stage(zero: int) -> int:
-    """ZeRO stage of a walk: gradients are reduced as parameters lie but with stage 2."""
-    return 2 if zero == 2 else 0
-
-
-def kept_bytes(placed: Placed, schedule: Accumulate) -> int:
-    """Bytes of what micro-batches add up in."""
-    if schedule.steps == 1:
-        return 0
-    return placed.lane if schedule.reduce == "once" else placed.shard
-
-
-def _rows(declared: Declaration) -> int:
-    return next((x.shape[0] for x in jax.tree.leaves(declared.batch) if x.shape), 0)
-
-
-def placed_bytes(layout: Layout) -> Placed:
-    """Exact bytes from the resolved shardings."""
-    state, where = layout.state, layout.shardings
-    held = sum(_shard_bytes(getattr(where, n), getattr(state, n)) for n in ("params", "opt_state"))
-    held += _shard_bytes(where.extra, state.extra)
-    held += nbytes(state.step.shape, state.step.dtype) + nbytes(state.key.shape, state.key.dtype)
-    rows = set(layout.row_axes)
-    mesh = next(iter(jax.tree.leaves(where.params))).mesh.shape
-    lane = shard = 0
-    refresh = 0.0
-    updated = jax.tree.leaves(layout.update) if layout.update is not None else []
-    for i, (sharding, x) in enumerate(_pairs(where.params, state.params)):
-        whole = math.prod(x.shape)
-        own = math.prod(sharding.shard_shape(x.shape))
-        axes = {a for e in sharding.spec for a in ((e,) if isinstance(e, str) else e or ())}
-        shard += own * _LANES_BYTES
-        lane += own * math.prod(mesh[a] for a in axes & rows) * _LANES_BYTES
-        if updated:
-            part = math.prod(updated[i].shard_shape(x.shape))
-            refresh += (own - part) * x.dtype.itemsize
-        assert whole % own == 0
-    return Placed(held, _shard_bytes(layout.batch_shardings, layout.batch), lane, shard, refresh)
-
-
-def _pairs(shardings: Any, arrays: Any) -> list[tuple[Any, Any]]:
-    return list(zip(jax.tree.leaves(shardings), jax.tree.leaves(arrays), strict=True))
-
-
-def _shard_bytes(shardings: Any, arrays: Any) -> int:
-    return sum(nbytes(s.shard_shape(x.shape), x.dtype) for s, x in _pairs(shardings, arrays))
-
-
-def _reason(error: Exception) -> str:
-    """The first thing that does not fit, without the headline; of a user's code, what it raised."""
-    lines = str(error).splitlines()
-    if not isinstance(error, ShardkitError):
-        return f"{type(error).__name__}: {lines[0] if lines else 'without a message'}"
-    return " ".join(lines[1 if len(lines) > 1 else 0].split())
+                lanes = self.machine.network.lanes
+                self.walks[key] = walk_through(flat, layout, strategy, lanes, family.attention)
+        return self.walks[key]

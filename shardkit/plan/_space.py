@@ -9,10 +9,36 @@ from .._errors import MeshError, Problem, raise_all
 from .._types import Accumulate
 from ..parallel import Strategy, strategies
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("pipe", "data", "fsdp", "context", "tensor")
 """Axes of the ready layouts that a plan searches over, in mesh order."""
 
-Make = Callable[[Mapping[str, int], int], Strategy]
+
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """How a pipeline is worked off; its micro-batches are the step's accumulation.
+
+    Attributes:
+      schedule: as `strategies.pipeline` has it.
+      micro_batches: parts that each device's rows are split into.
+      virtual_stages: parts of the layers that each stage holds.
+    """
+
+    schedule: str
+    micro_batches: int
+    virtual_stages: int = 1
+
+    @property
+    def steps(self) -> int:
+        """Micro-batches, as an accumulation counts them."""
+        return self.micro_batches
+
+    def __str__(self) -> str:
+        """Returns `1f1b of 8 micro-batches`."""
+        more = f", {self.virtual_stages} virtual stages" if self.virtual_stages > 1 else ""
+        return f"{self.schedule} of {self.micro_batches} micro-batches{more}"
+
+
+How = Accumulate | Stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +52,10 @@ class Space:
       remat: named checkpoint policies.
       zero: ZeRO stages over `data`; 0 for none.
       max_size: largest size of single axes.
+      pipelines: schedules of pipelines.
+      per_stage: micro-batches of a pipeline for each of its stages.
+      virtual_stages: those of interleaved schedules.
+      attention: ways of attention over a split length.
     """
 
     axes: tuple[str, ...] = AXES
@@ -34,6 +64,10 @@ class Space:
     remat: tuple[str, ...] = ("none", "dots", "full")
     zero: tuple[int, ...] = (0, 1, 2)
     max_size: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    pipelines: tuple[str, ...] = ("gpipe", "1f1b", "interleaved", "zero_bubble")
+    per_stage: tuple[int, ...] = (1, 2, 4)
+    virtual_stages: tuple[int, ...] = (2,)
+    attention: tuple[str, ...] = ("ring", "all_to_all")
 
     def __post_init__(self) -> None:
         """Refuses axes that no ready layout has, and numbers that count nothing."""
@@ -62,9 +96,27 @@ class Space:
             if all(size <= limit for size, limit in zip(sizes, limits, strict=True))
         ]
 
-    def schedules(self) -> list[Accumulate]:
-        """Every accumulation; one micro-batch is reduced in one way."""
-        many = [Accumulate(k, how) for k in self.accumulate if k > 1 for how in self.reduce]
+    def schedules(self, stages: int = 1) -> Sequence[How]:
+        """Every accumulation; of a pipeline with stages every schedule instead."""
+        return self._stages(stages) if stages > 1 else self._accumulations()
+
+    def ways(self, sizes: Mapping[str, int]) -> tuple[str, ...]:
+        """Ways of attention on a mesh; `""` where no length is split."""
+        return self.attention if sizes.get("context", 1) > 1 else ("",)
+
+    def _stages(self, stages: int) -> list[How]:
+        return [
+            Stages(name, stages * each, virtual)
+            for name in self.pipelines
+            for each in self.per_stage
+            for virtual in (self.virtual_stages if name == "interleaved" else (1,))
+        ]
+
+    def _accumulations(self) -> list[How]:
+        """One micro-batch is reduced in one way."""
+        many: list[How] = [
+            Accumulate(k, how) for k in self.accumulate if k > 1 for how in self.reduce
+        ]
         return ([Accumulate()] if 1 in self.accumulate else []) + many
 
 
@@ -78,43 +130,68 @@ def _factorizations(n: int, parts: int) -> Iterator[tuple[int, ...]]:
                 yield (first, *rest)
 
 
-def layout_of(sizes: Mapping[str, int], zero: int = 0) -> Strategy:
+def layout_of(
+    sizes: Mapping[str, int], zero: int = 0, attention: str = "", stages: Stages | None = None
+) -> Strategy:
     """The ready layout for axes of these sizes; those of one device are left out.
 
     >>> layout_of({"data": 1, "fsdp": 4, "tensor": 2}).kinds
     (('fsdp', 'fsdp'), ('tensor+sequence', 'tensor'))
     """
-    used = [axis for axis, size in sizes.items() if size > 1] or [next(iter(sizes))]
-    return functools.reduce(operator.or_, (_of_axis(axis, zero) for axis in used))
+    how = stages or Stages("1f1b", 1)
+    made: dict[str, Callable[[], Strategy]] = {
+        "pipe": lambda: strategies.pipeline(
+            schedule=how.schedule,
+            micro_batches=how.micro_batches,
+            virtual_stages=how.virtual_stages,
+        ),
+        "data": lambda: strategies.zero(stage=zero) if zero else strategies.data(),
+        "fsdp": strategies.fsdp,
+        "context": lambda: strategies.context(attention=attention or "ring"),
+        "tensor": lambda: strategies.tensor(sequence=True),
+    }
+    return functools.reduce(operator.or_, (made[axis]() for axis in used_axes(sizes)))
 
 
-def written(sizes: Mapping[str, int], zero: int = 0) -> str:
+def written(
+    sizes: Mapping[str, int], zero: int = 0, attention: str = "", stages: Stages | None = None
+) -> str:
     """The same as code."""
-    used = [axis for axis, size in sizes.items() if size > 1] or [next(iter(sizes))]
+    virtual = stages and stages.virtual_stages > 1
+    pipeline = stages and (
+        f"sk.strategies.pipeline(schedule={stages.schedule!r}, "
+        f"micro_batches={stages.micro_batches}"
+        + (f", virtual_stages={stages.virtual_stages})" if virtual else ")")
+    )
     code = {
+        "pipe": pipeline,
         "data": f"sk.strategies.zero(stage={zero})" if zero else "sk.strategies.data()",
         "fsdp": "sk.strategies.fsdp()",
+        "context": f"sk.strategies.context(attention={attention!r})",
         "tensor": "sk.strategies.tensor(sequence=True)",
     }
-    return " | ".join(code[axis] for axis in used)
+    return " | ".join(str(code[axis]) for axis in used_axes(sizes))
 
 
-def _of_axis(axis: str, zero: int) -> Strategy:
-    if axis == "data":
-        return strategies.zero(stage=zero) if zero else strategies.data()
-    return strategies.fsdp() if axis == "fsdp" else strategies.tensor(sequence=True)
+def used_axes(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Axes of more than one device; of one device, one that asks nothing of the model."""
+    plain = next((axis for axis in sizes if axis not in ("pipe", "context")), next(iter(sizes)))
+    return {axis: size for axis, size in sizes.items() if size > 1} or {plain: 1}
 
 
-def code_of(sizes: Mapping[str, int], schedule: Accumulate, remat: str, zero: int) -> str:
+def code_of(sizes: Mapping[str, int], how: How, remat: str, zero: int, attention: str = "") -> str:
     """A layout as code: its mesh, strategy, micro-batches and remat."""
-    used = {a: n for a, n in sizes.items() if n > 1} or dict([*sizes.items()][:1])
+    used = {axis: sizes[axis] for axis in used_axes(sizes)}
     mesh = ", ".join(f"{axis}={n}" for axis, n in used.items())
-    steps = f"sk.Accumulate({schedule.steps}, reduce={schedule.reduce!r})"
+    stages = how if isinstance(how, Stages) else None
+    steps = "1"
+    if isinstance(how, Accumulate) and how.steps > 1:
+        steps = f"sk.Accumulate({how.steps}, reduce={how.reduce!r})"
     return "\n".join(
         [
             f"mesh = sk.MeshSpec({mesh})",
-            f"strategy = {written(sizes, zero)}",
-            f"accumulate = {steps if schedule.steps > 1 else 1}",
+            f"strategy = {written(sizes, zero, attention, stages)}",
+            f"accumulate = {steps}",
             f"remat = {remat!r}",
         ]
     )

@@ -1,5 +1,6 @@
 """A declared loss, differentiated and flat, and how its arguments lie under a strategy."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Container, Mapping
 from typing import Any
@@ -14,9 +15,11 @@ from ..parallel import Strategy
 from ..rules import axes_of
 from ..step import Abstract, Declaration, Layout, abstract_state, objective, resolve_layout
 from ._flow import Dims, named_sizes
+from ._found import MICRO
 from ._laid import Axes, Laid, Terms, of_spec, whole
+from ._marks import Marked, marking
 from ._program import Flat, flatten
-from ._walk import MICRO, Walk
+from ._walk import Walk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +29,12 @@ class Model:
     Attributes:
       declared: loss, optimizer, init, batch, precision.
       abstract: the state's shapes and the parameters' logical axes.
+      programs: what was traced already.
     """
 
     declared: Declaration
     abstract: Abstract
+    programs: dict[tuple[str, bool], Flat] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, declared: Declaration) -> "Model":
@@ -57,7 +62,8 @@ class Model:
         shapes = [[x.shape for x in jax.tree.leaves(b)] for b in (batch, self.declared.batch)]
         if shapes[0] == shapes[1]:
             return None
-        return dataclasses.replace(self, declared=dataclasses.replace(self.declared, batch=batch))
+        declared = dataclasses.replace(self.declared, batch=batch)
+        return dataclasses.replace(self, declared=declared, programs={})
 
     def layout(self, sizes: Mapping[str, int], strategy: Strategy, steps: int = 1) -> Layout:
         """Resolves every rule of a strategy on a mesh of these sizes.
@@ -77,9 +83,25 @@ class Model:
             abstract=self.abstract,
         )
 
-    def program(self, remat: str) -> Flat:
-        """The gradient of the loss under a remat policy, for the whole batch at once."""
-        return flatten(self.jaxpr(remat))
+    def program(self, remat: str, marked: bool = False) -> Flat:
+        """The gradient of the loss under a remat policy, for the whole batch at once.
+
+        Args:
+          remat: the policy.
+          marked: whether attention is one operation, as where its length is split.
+        """
+        if (remat, marked) not in self.programs:
+            with marking() if marked else contextlib.nullcontext():
+                self.programs[remat, marked] = flatten(self.jaxpr(remat))
+        return self.programs[remat, marked]
+
+    def marked(self) -> Marked:
+        """What the loss marks for strategies to carry out."""
+        d, (state, _) = self.declared, self.abstract
+        low = jax.eval_shape(lambda p: cast_floats(p, d.precision.compute), state.params)
+        with marking() as found:
+            jax.eval_shape(objective(d.loss_fn), low, state.extra, d.batch, state.key)
+        return found
 
     def jaxpr(self, remat: str) -> ClosedJaxpr:
         """The same as JAX traces it."""
@@ -124,15 +146,25 @@ class Walked:
     lengths: frozenset[int]
 
 
-def walk_through(flat: Flat, layout: Layout, strategy: Strategy, lanes: int = 1) -> Walked:
-    """Walks through a traced gradient under a strategy, for any size of its axes."""
+def walk_through(
+    flat: Flat, layout: Layout, strategy: Strategy, lanes: int = 1, way: str = ""
+) -> Walked:
+    """Walks through a traced gradient under a strategy, for any size of its axes.
+
+    Args:
+      flat: the program.
+      layout: how its arguments and gradients lie.
+      strategy: names activations' axes.
+      lanes: see `Walk`.
+      way: how attention looks along a split length.
+    """
     state, placed = layout.state, layout.shardings
     ins = _laid(placed.params, state.params, stored=True)
     wanted: list[Dims | None] = [one.dims for one in _laid(layout.gradients, state.params)]
     ins += _laid(placed.extra, state.extra)
     ins += [_in_micro_batches(one) for one in _laid(layout.batch_shardings, layout.batch)]
     ins += [whole(0)]
-    walk = Walk(_resolver(strategy), lanes)
+    walk = Walk(_resolver(strategy), lanes, way)
     wants = [*wanted, *[None] * (len(flat.outputs) - len(wanted))]
     _, alive = walk.run(flat, ins, wants)
     points = [dict(point) for point in {frozenset(p.items()) for p in alive}]

@@ -9,44 +9,16 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+from ._exchanges import attention
 from ._flow import Dims, narrowed, readers, refines, splits_more, wanted_within
+from ._found import MICRO, PARTS, PIPE, Sent, Work
 from ._laid import Axes, Laid, Terms, add, padding, terms, whole, without_repeats
 from ._layouts import MATERIAL, PASSES_SUMS, REDUCTIONS, clash, contracted, passed_on, where_wanted
 from ._lifetimes import Lifetimes
+from ._marks import BACKWARD, FORWARD
 from ._program import Flat, Op
 
-MICRO = "micro"
-"""The axis of micro-batches: it splits rows as a mesh axis does, and is worked off in turn."""
-
 Resolve = Callable[[tuple[str | None, ...], tuple[int, ...]], Dims]
-
-
-@dataclasses.dataclass(frozen=True)
-class Sent:
-    """A collective: `kind` over `axes`, of `payload` bytes (V of the ledger), `trips` times.
-
-    `loops` are the axes that divide the trips; `gradient` says that a parameter's gradient is
-    summed, which happens once per step where micro-batches are reduced together.
-    """
-
-    kind: str
-    axes: frozenset[str]
-    payload: Terms
-    trips: float
-    loops: frozenset[str]
-    gradient: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """A product or a write: FLOPs split over `split`, and bytes moved, `trips` times."""
-
-    name: str
-    flops: float
-    split: frozenset[str]
-    moved: Terms
-    trips: float
-    loops: frozenset[str]
 
 
 @dataclasses.dataclass
@@ -56,14 +28,20 @@ class Walk:
     Attributes:
       resolve: logical names and shape → the mesh axes that split each dim.
       lanes: elements that a device's memory lays side by side: tiles are filled up to that.
+      way: how attention looks along a split length.
       sent: collectives found.
       work: products and writes found.
+      part: where in `PARTS` the walk is; it moves on only where layers are split over stages.
+      message: bytes that go from layer to layer.
     """
 
     resolve: Resolve
     lanes: int = 1
+    way: str = ""
     sent: list[Sent] = dataclasses.field(default_factory=list)
     work: list[Work] = dataclasses.field(default_factory=list)
+    part: int = 0
+    message: Terms = dataclasses.field(default_factory=dict)
 
     def run(
         self,
@@ -111,6 +89,8 @@ class _Body:
             self._constrain(op)
         elif op.name in ("dot_general", "conv_general_dilated"):
             self._product(op)
+        elif op.name in (FORWARD, BACKWARD):
+            self._attention(op)
         else:
             self._other(op)
 
@@ -174,13 +154,13 @@ class _Body:
         return splits_more(self.walk.resolve(ops[0].params["names"], self._shape(number)), target)
 
     def _moved(self, number: int, laid: Laid, target: Dims) -> Laid:
-        laid = self._summed(number, laid, target)
+        stored, laid = laid.stored, self._summed(number, laid, target)
         goal = frozenset(axis for dim in target for axis in dim)
         lost = [(a, i) for i, dim in enumerate(laid.dims) for a in dim if a not in target[i]]
         gone = frozenset(a for a, _ in lost if a not in goal) - {MICRO}
         turned = frozenset(a for a, _ in lost if a in goal) - {MICRO}
         after = Laid(tuple(tuple(a for a in dim if a not in gone) for dim in laid.dims))
-        self._send("all-gather", gone, self._bytes(number, after))
+        self._send("all-gather", gone, self._bytes(number, after), weight=stored)
         self._send("all-to-all", turned, self._bytes(number, after))
         return Laid(without_repeats(target))
 
@@ -199,8 +179,25 @@ class _Body:
         for number, one in ((op.ins[0], left), (op.ins[1], right), (out, laid)):
             add(moved, self._bytes(number, one))
         flops *= math.prod(self._shape(out))
-        self.walk.work.append(Work(op.name, flops, split, moved, self.trips, self.loops))
+        self._work(op.name, flops, split, moved)
         self._made(op, out)
+
+    def _attention(self, op: Op) -> None:
+        """One device's queries on all keys: its results lie as its operands do."""
+        laid, shapes = [self._laid(n) for n in op.ins], [self._shape(n) for n in op.ins[:2]]
+        way, width = self.walk.way, self._width(op.ins[0])
+        found = attention(op.name, op.params["causal"], way, shapes, laid[:2], width)
+        for kind, axes, payload in found.sent:
+            self._send(kind, axes, payload)
+        self._work(op.name, found.flops, laid[0].axes, found.moved)
+        self.lifetimes.read(op)
+        self.lifetimes.pass_through(found.held)
+        lse = Laid(laid[0].dims[:3])
+        for number, one in zip(
+            op.outs, laid if op.name == BACKWARD else (laid[0], lse), strict=False
+        ):
+            self.env[number] = Laid(one.dims)
+            self._bear(number)
 
     def _convolved(
         self, op: Op, left: Laid, right: Laid
@@ -234,7 +231,7 @@ class _Body:
         key = ("gathered", number, frozenset(axes))
         held = self._bytes(number, after)
         if self.lifetimes.use(key, held):
-            self._send("all-gather", frozenset(axes), held)
+            self._send("all-gather", frozenset(axes), held, weight=laid.stored)
         return after
 
     def _loop(self, op: Op, body: Flat) -> None:
@@ -255,11 +252,15 @@ class _Body:
         wants: list[Dims | None] = [self.wants.get(n) for n in op.outs[:carried]]
         stacked = [self.wants.get(n) for n in op.outs[carried:]]
         wants += [want[1:] if want else None for want in stacked]
-        found, _ = Walk(self.walk.resolve, self.walk.lanes).run(body, inside, wants)
+        found, _ = Walk(self.walk.resolve, self.walk.lanes, self.walk.way).run(body, inside, wants)
         for i in range(carried):
             inside[consts + i] = dataclasses.replace(found[i], partial=frozenset())
         trips, loops = self.trips * op.trips, self.loops | steps
+        staged = PIPE in steps
+        if staged:
+            self._enter_layers(op.ins[consts : consts + carried], inside[consts:])
         outs, points = self.walk.run(body, inside, wants, trips, loops, carried)
+        self.walk.part += staged
         self.lifetimes.read(op)
         along = tuple(sorted(steps))
         for i, number in enumerate(op.outs):
@@ -270,6 +271,13 @@ class _Body:
             )
             self._bear(number)
         self.lifetimes.repeat(points)
+
+    def _enter_layers(self, carried: Sequence[int | None], laid: Sequence[Laid]) -> None:
+        """Goes on to the next part; any further loop over layers is of the backward pass."""
+        self.walk.part = min(self.walk.part + 1, PARTS.index("backward"))
+        if PARTS[self.walk.part] == "forward":
+            for number, one in zip(carried, laid, strict=False):
+                add(self.walk.message, self._bytes(number, one))
 
     def _laid(self, number: int | None, keep_sum: bool = False, beside: Op | None = None) -> Laid:
         if number is None:
@@ -312,11 +320,20 @@ class _Body:
         return whole(0) if number is None else self._laid(number)
 
     def _send(
-        self, kind: str, axes: frozenset[str], payload: Terms, gradient: bool = False
+        self,
+        kind: str,
+        axes: frozenset[str],
+        payload: Terms,
+        gradient: bool = False,
+        weight: bool = False,
     ) -> None:
         if axes:
-            one = Sent(kind, frozenset(axes), payload, self.trips, self.loops, gradient)
-            self.walk.sent.append(one)
+            at = self.trips, self.loops, gradient, weight, self.walk.part
+            self.walk.sent.append(Sent(kind, frozenset(axes), payload, *at))
+
+    def _work(self, name: str, flops: float, split: frozenset[str], moved: Terms) -> None:
+        one = Work(name, flops, split, moved, self.trips, self.loops, self.walk.part)
+        self.walk.work.append(one)
 
     def _made(self, op: Op, number: int) -> None:
         """Records a result: written to memory, or part of what reads it."""
@@ -337,7 +354,7 @@ class _Body:
         self._bear(number)
         if op.name != "dot_general":
             moved = self._bytes(number, self.env[number])
-            self.walk.work.append(Work(op.name, 0.0, frozenset(), moved, self.trips, self.loops))
+            self._work(op.name, 0.0, frozenset(), moved)
 
     def _added_to(self, number: int) -> int | None:
         """The value in memory that a product is only added to, which then happens in place."""

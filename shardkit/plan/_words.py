@@ -12,6 +12,21 @@ from ._candidate import Candidate
 from ._estimate import Machine
 from ._search import Found
 
+KINDS = {
+    "pipe": "pipeline",
+    "data": "data and ZeRO",
+    "fsdp": "fsdp",
+    "context": "context",
+    "tensor": "tensor with sequence",
+}
+"""Mesh axis → what is weighed over it."""
+_NOT_WEIGHED = (
+    "expert parallelism",
+    "tensor without sequence",
+    "weights kept from forward to backward (reshard_after_forward=False)",
+    "uneven stages",
+)
+
 
 def refuse(target: Target, found: Found, tight: Sequence[Candidate]) -> NoReturn:
     """Says why nothing is left, and the smallest change that helps.
@@ -39,12 +54,11 @@ def refuse(target: Target, found: Found, tight: Sequence[Candidate]) -> NoReturn
 
 def placed(strategy: Strategy, axes: Sequence[str]) -> str:
     """Which kinds of parallelism were weighed, and which of the declaration's own were not."""
-    text = f"layouts are data, fsdp and tensor+sequence over {', '.join(axes)}; pipelines, context "
-    text += "and expert parallelism, tensor without sequence, and weights kept from forward to "
-    text += "backward (reshard_after_forward=False) are not weighed"
-    known = ("data", "zero", "fsdp", "tensor+sequence")
-    other = [f"{kind} over {axis}" for kind, axis in strategy.kinds if kind not in known]
-    return text + (f", nor is the declared {', '.join(other)}" if other else "")
+    kinds = [KINDS[axis] for axis in axes]
+    left = [kind for axis, kind in KINDS.items() if axis not in axes] + list(_NOT_WEIGHED)
+    known = {"data", "zero", "fsdp", "tensor", "tensor+sequence", "context", "context+all_to_all"}
+    other = [kind for kind, _ in strategy.kinds if kind not in {*known, "pipeline", "expert"}]
+    return f"layouts are {', '.join(kinds)}; not weighed: {', '.join([*left, *other])}"
 
 
 def assumptions(machine: Machine) -> tuple[str, ...]:

@@ -1,0 +1,139 @@
+"""What a model marks for strategies to carry out, as a plan sees it.
+
+Attention over a split length is no array program that a walk could follow by the names of dims: in
+truth blocks travel. So where a length is to be split, `sk.attention` is traced as one operation
+forward and one backward, of which a walk knows the formulae.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Primitive
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+
+from .._regions import Carrier, Surroundings, carried_out
+from ._space import How, Stages
+
+FORWARD, BACKWARD = "shardkit_attention", "shardkit_attention_gradient"
+_forward_p, _backward_p = Primitive(FORWARD), Primitive(BACKWARD)
+_forward_p.multiple_results = _backward_p.multiple_results = True
+
+
+@dataclasses.dataclass
+class Marked:
+    """What a loss marks.
+
+    Attributes:
+      layers: number of layers of each `sk.staged`.
+      attention: (length, heads, key heads) of each `sk.attention`.
+      broken: why it cannot be said.
+    """
+
+    layers: list[int] = dataclasses.field(default_factory=list)
+    attention: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
+    broken: str = ""
+
+    def misses(self, sizes: Mapping[str, int]) -> str:
+        """Why an axis has no part of the model to divide, or divides it unevenly; or nothing."""
+        if self.broken:
+            return self.broken
+        stages, context = sizes.get("pipe", 1), sizes.get("context", 1)
+        if stages > 1 and not self.layers:
+            return "the loss marks no layers with sk.staged, which pipe would divide"
+        if context > 1 and not self.attention:
+            return "the loss has no sk.attention, which context would carry out"
+        uneven = [n for n in self.layers if stages > 1 and n % stages]
+        return f"{uneven[0]} layers do not split evenly into {stages} stages" if uneven else ""
+
+    def misfit(self, sizes: Mapping[str, int], how: How, way: str) -> str:
+        """Why layers cannot be scheduled so, or attention not look so; or nothing."""
+        stages, context = sizes.get("pipe", 1), sizes.get("context", 1)
+        if isinstance(how, Stages):
+            parts = stages * how.virtual_stages
+            if any(n % parts for n in self.layers):
+                return f"{self.layers[0]} layers do not split evenly into {parts} virtual stages"
+            if how.schedule == "interleaved" and how.steps % stages:
+                return f"{how.steps} micro-batches are no multiple of {stages} interleaved stages"
+        tensor = sizes.get("tensor", 1)
+        for length, heads, keys in self.attention if way else ():
+            pieces = context * (2 if way == "ring" else 1)
+            if length % pieces:
+                return f"a length of {length} does not split into {pieces} pieces"
+            if way == "ring" and stages > 1 and context % 2:
+                return f"a ring of {context} inside a stage, whose devices meet in pairs"
+            for number, what in ((heads, "heads"), (keys, "key heads")):
+                if way == "all_to_all" and number % (tensor * context):
+                    return f"{number} {what} do not split over context={context} x tensor={tensor}"
+        return ""
+
+
+@contextmanager
+def marking() -> Iterator[Marked]:
+    """Makes attention one operation while a loss is traced, and notes what is marked."""
+    found = Marked()
+    carriers: Mapping[str, Carrier] = {
+        "staged": _Layers("plan", found),
+        "attention": _Attention("plan", found),
+    }
+    # Carriers are made use of on an axis of several devices alone.
+    mesh: Any = AbstractMesh((2,), ("plan",), axis_types=(AxisType.Auto,))
+    around = Surroundings(mesh, (), lambda names: PartitionSpec())
+    with carried_out(carriers, around):
+        yield found
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class _Layers(Carrier):
+    found: Marked = dataclasses.field(compare=False)
+
+    def __call__(
+        self, around: Surroundings, plain: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        self.found.layers.append(len(jax.tree.leaves(args[4])[0]))
+        return plain(*args, **kwargs)
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class _Attention(Carrier):
+    found: Marked = dataclasses.field(compare=False)
+
+    def __call__(
+        self, around: Surroundings, plain: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        q, k, v, _, causal, _ = args
+        self.found.attention.append((q.shape[1], q.shape[2], k.shape[2]))
+        return _attend(q, k, v, causal)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, causal: bool) -> jax.Array:
+    return _attend_fwd(q_BTNH, k_BSKH, v_BSKH, causal)[0]
+
+
+def _attend_fwd(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> tuple[jax.Array, Any]:
+    # Named as attention across devices names what it keeps.
+    out, lse = checkpoint_name(tuple(_forward_p.bind(q, k, v, causal=causal)), "attn_mix")
+    return out, (q, k, v, out, lse)
+
+
+def _attend_bwd(causal: bool, saved: Any, g: jax.Array) -> Any:
+    return tuple(_backward_p.bind(*saved, g, causal=causal))
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+@_forward_p.def_abstract_eval
+def _forward_avals(q: Any, k: Any, v: Any, *, causal: bool) -> Any:
+    return q.update(weak_type=False), q.update(shape=q.shape[:3], dtype=jnp.dtype("float32"))
+
+
+@_backward_p.def_abstract_eval
+def _backward_avals(q: Any, k: Any, v: Any, out: Any, lse: Any, g: Any, *, causal: bool) -> Any:
+    return q, k, v

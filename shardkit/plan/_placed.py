@@ -1,0 +1,131 @@
+"""Exact bytes of one device: every rule resolved, once for all meshes that it is the same on."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from .._errors import ShardkitError
+from .._tree import nbytes
+from .._types import Accumulate
+from ..step import Layout
+from ._space import layout_of, used_axes
+from ._trace import Model
+
+_LANES_BYTES = 4  # gradients are added up in f32
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """Exact bytes of one device on one mesh.
+
+    Attributes:
+      state: parameters, optimizer state, extra, counter and key.
+      batch: its share of the batch.
+      lane: its gradients in f32, unreduced over rows, as one reduction per step needs them.
+      shard: its gradients in f32 as the parameters lie.
+      ends: of `shard`, what no stage of a pipeline has for itself.
+      refresh: bytes one device sends to gather the weights that ZeRO updated in parts.
+    """
+
+    state: int
+    batch: int
+    lane: int
+    shard: int
+    ends: int
+    refresh: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """The layouts of one model, each resolved when it is first asked for.
+
+    Rules see the axes that split parameters, and `data` where ZeRO splits the update over it. So
+    meshes that differ in other axes share a resolution, and only their rows are counted anew.
+    """
+
+    model: Model
+    made: dict[tuple[Any, ...], Placed | str] = dataclasses.field(default_factory=dict)
+
+    def of(self, sizes: Mapping[str, int], zero: int) -> Placed | str:
+        """Exact bytes of a layout, or why there is none."""
+        batch = self._batch(sizes)
+        if batch is None:
+            return self.resolved(sizes, zero)
+        seen = {a: n for a, n in sizes.items() if a != "context" and (zero or a != "data")}
+        key = (min(zero, 1), *seen.items())
+        if key not in self.made:
+            self.made[key] = self.resolved(seen or dict.fromkeys(sizes, 1), zero)
+        found = self.made[key]
+        return found if isinstance(found, str) else dataclasses.replace(found, batch=batch)
+
+    def resolved(self, sizes: Mapping[str, int], zero: int) -> Placed | str:
+        """The same by resolving everything on this one mesh."""
+        try:
+            return placed_bytes(self.model.layout(used_axes(sizes), layout_of(sizes, zero)))
+        except Exception as error:  # rules are a user's code, and may raise anything
+            return reason(error)
+
+    def _batch(self, sizes: Mapping[str, int]) -> int | None:
+        """Bytes of the batch on one device; None where it does not split."""
+        ways = (row_ways(sizes), sizes.get("context", 1))
+        held = 0
+        for x in jax.tree.leaves(self.model.declared.batch):
+            if any(n % way for n, way in zip(x.shape, ways, strict=False)):
+                return None
+            held += nbytes(x.shape, x.dtype) // math.prod(ways[: len(x.shape)])
+        return held
+
+
+def row_ways(sizes: Mapping[str, int]) -> int:
+    """Parts that the mesh splits rows into."""
+    return sizes.get("data", 1) * sizes.get("fsdp", 1)
+
+
+def placed_bytes(layout: Layout) -> Placed:
+    """Exact bytes from the resolved shardings."""
+    state, where = layout.state, layout.shardings
+    held = sum(_shard_bytes(getattr(where, n), getattr(state, n)) for n in ("params", "opt_state"))
+    held += _shard_bytes(where.extra, state.extra)
+    held += nbytes(state.step.shape, state.step.dtype) + nbytes(state.key.shape, state.key.dtype)
+    rows = set(layout.row_axes)
+    mesh = next(iter(jax.tree.leaves(where.params))).mesh.shape
+    lane = shard = ends = 0
+    refresh = 0.0
+    updated = jax.tree.leaves(layout.update) if layout.update is not None else []
+    for i, (sharding, x) in enumerate(_pairs(where.params, state.params)):
+        own = math.prod(sharding.shard_shape(x.shape))
+        axes = {a for e in sharding.spec for a in ((e,) if isinstance(e, str) else e or ())}
+        shard += own * _LANES_BYTES
+        ends += 0 if "pipe" in axes else own * _LANES_BYTES
+        lane += own * math.prod(mesh[a] for a in axes & rows) * _LANES_BYTES
+        if updated:
+            part = math.prod(updated[i].shard_shape(x.shape))
+            refresh += (own - part) * x.dtype.itemsize
+    batch = _shard_bytes(layout.batch_shardings, layout.batch)
+    return Placed(held, batch, lane, shard, ends, refresh)
+
+
+def kept_bytes(placed: Placed, schedule: Accumulate) -> int:
+    """Bytes of what micro-batches add up in."""
+    if schedule.steps == 1:
+        return 0
+    return placed.lane if schedule.reduce == "once" else placed.shard
+
+
+def reason(error: Exception) -> str:
+    """The first thing that does not fit, without the headline; of a user's code, what it raised."""
+    lines = str(error).splitlines()
+    if not isinstance(error, ShardkitError):
+        return f"{type(error).__name__}: {lines[0] if lines else 'without a message'}"
+    return " ".join(lines[1 if len(lines) > 1 else 0].split())
+
+
+def _pairs(shardings: Any, arrays: Any) -> list[tuple[Any, Any]]:
+    return list(zip(jax.tree.leaves(shardings), jax.tree.leaves(arrays), strict=True))
+
+
+def _shard_bytes(shardings: Any, arrays: Any) -> int:
+    return sum(nbytes(s.shard_shape(x.shape), x.dtype) for s, x in _pairs(shardings, arrays))
