@@ -28,7 +28,7 @@ from shardkit.targets import Source
 ROWS = 16
 TARGET = "tpu:v5p:2x2x2"
 DECODER = DecoderConfig(vocab=256, embed=32, layers=2, heads=4, mlp=64)
-SPACE = Space(remat=("none", "full"), accumulate=(1, 2))
+SPACE = Space(("data", "fsdp", "tensor"), remat=("none", "full"), accumulate=(1, 2))
 
 
 def decoder(rows: int = ROWS) -> sk.Declaration:
@@ -67,7 +67,9 @@ def test_what_is_not_costed_or_not_weighed_is_said(products: Plan) -> None:
     assert products.problems == ()
     (problem,) = with_loss(counting).problems
     assert "a while loop runs an unknown number of times" in problem
-    assert "pipelines, context and expert parallelism are not weighed" in str(products)
+    assert "not weighed: expert parallelism, tensor without sequence" in str(products)
+    why = "the loss marks no layers with sk.staged, which pipe would divide"
+    assert why in products.rejected
 
 
 def test_a_loss_that_raises_is_a_reason_and_no_crash() -> None:
@@ -208,7 +210,7 @@ def test_devices_that_nothing_is_known_of():
         plan(decoder(), "cpu:8")
     with pytest.raises(MeshError, match="Did you mean 'v5p'"):
         plan(decoder(), "tpu:v5q:2x2x2")
-    with pytest.raises(MeshError, match="known: data, fsdp, tensor"):
+    with pytest.raises(MeshError, match="known: pipe, data, fsdp, context, tensor"):
         Space(axes=("fsdpp",))
 
 

@@ -46,6 +46,8 @@ class Work:
 Row = tuple[Work | None, ...]
 # What was done, by which stage → in which tick.
 Times = dict[tuple[Work, int], int]
+# How often a stage did each pass.
+Done = dict[Pass, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,11 +238,7 @@ def _zero_bubble(name: str, p: int, m: int, v: int) -> Schedule:
     of its backward passes as far as 1F1B does, and holds as much as 1F1B's first stage.
     """
 
-    def choices(s: int, times: Times) -> Sequence[Work]:
-        done = {
-            what: sum((Work(what, i), s) in times for i in range(m))
-            for what in (Pass.FORWARD, Pass.INPUT, Pass.WEIGHT)
-        }
+    def choices(s: int, done: Done) -> Sequence[Work]:
         ahead, held = (done[Pass.FORWARD] - done[what] for what in (Pass.INPUT, Pass.WEIGHT))
         wished = [Pass.INPUT, Pass.WEIGHT]
         if ahead < p - s and held < p:
@@ -255,26 +253,30 @@ def _in_order(
 ) -> Schedule:
     """Every stage does its work in the given order, each as soon as it can be done."""
 
-    def choices(s: int, times: Times) -> Sequence[Work]:
-        done = sum(stage == s for _, stage in times)
-        return orders[s][done] if done < len(orders[s]) else ()
+    def choices(s: int, done: Done) -> Sequence[Work]:
+        count = sum(done.values())
+        return orders[s][count] if count < len(orders[s]) else ()
 
     return _played(name, choices, p, m, v)
 
 
 def _played(
-    name: str, choices: Callable[[int, Times], Sequence[Work]], p: int, m: int, v: int
+    name: str, choices: Callable[[int, Done], Sequence[Work]], p: int, m: int, v: int
 ) -> Schedule:
     """Ticks in which every stage does the first of its choices that is ready."""
     times: Times = {}
     rows: list[Row] = []
-    while any(wished := [choices(s, times) for s in range(p)]):
+    done: list[Done] = [dict.fromkeys(Pass, 0) for _ in range(p)]
+    while any(wished := [choices(s, done[s]) for s in range(p)]):
         row = tuple(
             next((w for w in wished[s] if all(n in times for n in _needs(w, s, p, v))), None)
             for s in range(p)
         )
         assert any(row), f"no stage can go on after {len(rows)} ticks"
-        times |= {(work, s): len(rows) for s, work in enumerate(row) if work is not None}
+        for s, work in enumerate(row):
+            if work is not None:
+                times[work, s] = len(rows)
+                done[s][work.what] += 1
         rows.append(row)
     return Schedule(name, p, m, v, tuple(rows))
 

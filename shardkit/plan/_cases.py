@@ -13,6 +13,8 @@ from ._space import How, Stages, code_of
 from ._stages import estimate_stages
 from ._trace import Walked
 
+_ONCE = Accumulate()
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -27,7 +29,7 @@ class Case:
     """
 
     sizes: Mapping[str, int]
-    how: How
+    how: How = _ONCE
     zero: int = 0
     attention: str = ""
     placed: Placed | None = None

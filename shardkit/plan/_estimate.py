@@ -2,12 +2,17 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
+from .._tree import short_dtype
 from .._types import Accumulate
-from ._found import MICRO, PARTS, Sent
-from ._laid import Terms, product
+from ..hardware import Chip
+from ..mesh import Target
+from ._found import PARTS, Sent
+from ._laid import MICRO, Terms, product
 from ._network import WIRE, Network
 from ._trace import Walked
 
@@ -25,6 +30,13 @@ class Machine:
     network: Network
     dtype: str
     overlap: float = 0.0
+
+    @classmethod
+    def of(
+        cls, target: Target, compute: Any, overlap: float = 0.0, more: Iterable[Chip] = ()
+    ) -> "Machine":
+        """The devices of a target that compute in a dtype; `more` are chips of a user's own."""
+        return cls(Network.of(target, more), short_dtype(jnp.dtype(compute)), overlap)
 
     @property
     def efficiency(self) -> float:

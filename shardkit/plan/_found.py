@@ -4,9 +4,6 @@ import dataclasses
 
 from ._laid import Terms
 
-MICRO = "micro"
-"""The axis of micro-batches: it splits rows as a mesh axis does, and is worked off in turn."""
-
 PIPE = "pipe"
 """The axis of the stages of a pipeline: it splits the dim of layers, which a loop works off."""
 PARTS = ("first", "forward", "last", "backward", "begun")

@@ -15,6 +15,9 @@ from ..rules import axes_of
 
 _LEAST = 16  # of smaller dims whole tiles are made in other ways
 
+MICRO = "micro"
+"""The axis of micro-batches: it splits rows as a mesh axis does, and is worked off in turn."""
+
 Axes = tuple[str, ...]
 Terms = dict[frozenset[str], float]
 

@@ -6,15 +6,12 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from .._tree import short_dtype
-from .._types import Accumulate
 from ..mesh import Target
 from ..step import Declaration
 from ._candidate import Candidate
 from ._cases import Case, candidates
 from ._estimate import Machine
 from ._marks import Marked
-from ._network import Network
 from ._placed import Placed, Places, reason, row_ways
 from ._space import Space, layout_of, symbolic
 from ._trace import Model, Walked, walk_through
@@ -92,8 +89,7 @@ class Search:
         hardware: "Sequence[Chip]" = (),
     ) -> "Search":
         """Traces the declaration's state."""
-        dtype = short_dtype(jax.numpy.dtype(declared.precision.compute))
-        machine = Machine(Network.of(target, hardware), dtype, overlap)
+        machine = Machine.of(target, declared.precision.compute, overlap, hardware)
         assert target.n_devices is not None
         return cls(Places(Model.of(declared)), space, machine, target.n_devices)
 
@@ -160,7 +156,7 @@ class Search:
                 placed = self._placed(sizes, zero)
                 if isinstance(placed, str):
                     number = len(ways) * len(hows) * len(self.space.remat)
-                    found.reject(placed, str(Case(sizes, Accumulate(), zero)), number)
+                    found.reject(placed, str(Case(sizes)), number)
                     continue
                 for way in ways:
                     for how in hows:

@@ -15,8 +15,7 @@ from ..parallel import Strategy
 from ..rules import axes_of
 from ..step import Abstract, Declaration, Layout, abstract_state, objective, resolve_layout
 from ._flow import Dims, named_sizes
-from ._found import MICRO
-from ._laid import Axes, Laid, Terms, of_spec, whole
+from ._laid import MICRO, Axes, Laid, Terms, of_spec, whole
 from ._marks import Marked, marking
 from ._program import Flat, flatten
 from ._walk import Walk

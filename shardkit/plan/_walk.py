@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ._exchanges import attention
 from ._flow import Dims, narrowed, readers, refines, splits_more, wanted_within
-from ._found import MICRO, PARTS, PIPE, Sent, Work
-from ._laid import Axes, Laid, Terms, add, padding, terms, whole, without_repeats
+from ._found import PARTS, PIPE, Sent, Work
+from ._laid import MICRO, Axes, Laid, Terms, add, padding, terms, whole, without_repeats
 from ._layouts import MATERIAL, PASSES_SUMS, REDUCTIONS, clash, contracted, passed_on, where_wanted
 from ._lifetimes import Lifetimes
 from ._marks import BACKWARD, FORWARD
