@@ -26,7 +26,7 @@ class Placed:
       batch: its share of the batch.
       lane: its gradients in f32, unreduced over rows, as one reduction per step needs them.
       shard: its gradients in f32 as the parameters lie.
-      ends: of `shard`, what no stage of a pipeline has for itself.
+      ends: of `lane`, what no stage of a pipeline has for itself.
       refresh: bytes one device sends to gather the weights that ZeRO updated in parts.
     """
 
@@ -99,8 +99,9 @@ def placed_bytes(layout: Layout) -> Placed:
         own = math.prod(sharding.shard_shape(x.shape))
         axes = {a for e in sharding.spec for a in ((e,) if isinstance(e, str) else e or ())}
         shard += own * _LANES_BYTES
-        ends += 0 if "pipe" in axes else own * _LANES_BYTES
-        lane += own * math.prod(mesh[a] for a in axes & rows) * _LANES_BYTES
+        whole = own * math.prod(mesh[a] for a in axes & rows) * _LANES_BYTES
+        lane += whole
+        ends += 0 if "pipe" in axes else whole
         if updated:
             part = math.prod(updated[i].shard_shape(x.shape))
             refresh += (own - part) * x.dtype.itemsize

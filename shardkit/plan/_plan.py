@@ -10,7 +10,7 @@ from .._errors import MeshError, Problem, format_problems
 from ..hardware import CHIPS, Chip
 from ..mesh import Target
 from ..step import Declaration
-from ._result import Plan
+from ._result import Plan, front_of
 from ._search import Search
 from ._sensitivity import sensitivity, with_batch, with_memory
 from ._space import Space
@@ -67,7 +67,7 @@ def plan(
     if not rows:
         refuse(wanted, found, tight)
     took = time.monotonic() - start
-    others, none_left = sensitivity(search)
+    others, none_left = sensitivity(search, front_of([*rows, *tight]))
     return Plan(
         target=str(wanted),
         rows=tuple(rows),

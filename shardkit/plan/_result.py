@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from .._tree import format_bytes
@@ -48,11 +48,7 @@ class Plan:
 
         Those that do not fit are among them.
         """
-        front: list[Candidate] = []
-        for one in sorted((*self.rows, *self.tight), key=lambda c: (c.seconds, c.total)):
-            if not front or one.total < front[-1].total:
-                front.append(one)
-        return front
+        return front_of((*self.rows, *self.tight))
 
     def plot(self, path: str | Path) -> Path:
         """Draws memory against time: every layout, the front's by name, and the capacity.
@@ -97,3 +93,12 @@ class Plan:
         lines += [f"  lower bound: {text}" for text in self.problems]
         lines.append(f"Assumed: {'; '.join(self.assumptions)}")
         return "\n".join(lines)
+
+
+def front_of(rows: Iterable[Candidate]) -> list[Candidate]:
+    """Layouts than which none is both faster and smaller, the fastest first."""
+    front: list[Candidate] = []
+    for one in sorted(rows, key=lambda c: (c.seconds, c.total)):
+        if not front or one.total < front[-1].total:
+            front.append(one)
+    return front

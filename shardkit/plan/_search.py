@@ -1,7 +1,7 @@
 """Stage one: every layout of a space, estimated; what cannot be is kept with its reason."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -50,6 +50,11 @@ class Family:
     attention: str
     piped: bool
 
+    @classmethod
+    def of(cls, one: Candidate) -> "Family":
+        """The family of a candidate."""
+        return cls(one.zero, one.attention, one.pipeline is not None)
+
     @property
     def meshes(self) -> tuple[bool, bool]:
         """What tells whose axes are split."""
@@ -70,12 +75,14 @@ class Search:
       space: what is tried.
       machine: the devices.
       devices: their number.
+      only: remat policies and families that are looked at; None for all.
     """
 
     places: Places
     space: Space
     machine: Machine
     devices: int
+    only: frozenset[tuple[str, Family]] | None = None
     walks: dict[tuple[str, Family], Walked | str] = dataclasses.field(default_factory=dict)
     marks: list[Marked] = dataclasses.field(default_factory=list)
 
@@ -104,6 +111,8 @@ class Search:
             alike = [f for f in families if f.meshes == family.meshes]
             sizes = [one.sizes for f in alike for one in families[f]]
             for remat in self.space.remat:
+                if self.only is not None and (remat, family) not in self.only:
+                    continue
                 walked = self._walked(remat, family, symbolic(sizes))
                 if isinstance(walked, str):
                     found.reject(walked, f"{cases[0]}, remat={remat}", len(cases))
@@ -117,8 +126,7 @@ class Search:
 
     def again(self, one: Candidate, batch_scale: float) -> Candidate:
         """A candidate that this search found, as if the batch had so many times its rows."""
-        family = Family(one.zero, one.attention, one.pipeline is not None)
-        walked = self.walks[one.remat, family.walk]
+        walked = self.walks[one.remat, Family.of(one).walk]
         own = self.places.of(one.mesh, one.zero)
         assert isinstance(walked, Walked)
         assert isinstance(own, Placed)
@@ -137,14 +145,20 @@ class Search:
         found = [one.lengths for one in self.walks.values() if isinstance(one, Walked)]
         return frozenset().union(*found)
 
-    def of_length(self, factor: float) -> "Search | None":
-        """The same search for rows of another length; None where the batch has no such dim."""
+    def of_length(self, factor: float, like: Iterable[Candidate]) -> "Search | None":
+        """The same search for rows of another length; None where the batch has no such dim.
+
+        Args:
+          factor: how many times the length.
+          like: candidates whose families are looked at, since each is traced anew.
+        """
         model = self.places.model.of_length(self.lengths, factor)
         if model is None:
             return None
         # No parameter knows the length.
         places = Places(model, self.places.made)
-        return dataclasses.replace(self, places=places, walks={}, marks=[])
+        only = frozenset((one.remat, Family.of(one)) for one in like)
+        return dataclasses.replace(self, places=places, only=only, walks={}, marks=[])
 
     def _legal(self, found: Found) -> Iterator[Case]:
         """Every mesh with everything that is tried on it, but what cannot be."""

@@ -59,14 +59,21 @@ def _amount(rows: float, search: Search) -> str:
     return f"{rows:.3g} rows{tokens}"
 
 
-def sensitivity(search: Search) -> tuple[tuple[tuple[str, str, float], ...], tuple[str, ...]]:
+def sensitivity(
+    search: Search, front: Sequence[Candidate]
+) -> tuple[tuple[tuple[str, str, float], ...], tuple[str, ...]]:
     """Which layout wins with another batch, length or other links.
+
+    Args:
+      search: what was searched.
+      front: layouts than which none is both faster and smaller; at other lengths only what is
+        like one of these is looked at.
 
     Returns:
       (what is other, the layout that then wins, its seconds); and where none is left, why.
     """
     found, none_left = [], []
-    for what, other, scale in _others(search):
+    for what, other, scale in _others(search, front):
         made = other.run(scale)
         fit = [c for c in made.candidates if c.margin >= 0]
         if fit:
@@ -78,12 +85,12 @@ def sensitivity(search: Search) -> tuple[tuple[tuple[str, str, float], ...], tup
     return tuple(found), tuple(none_left)
 
 
-def _others(search: Search) -> Iterator[tuple[str, Search, float]]:
+def _others(search: Search, front: Sequence[Candidate]) -> Iterator[tuple[str, Search, float]]:
     """What is other, the search for it, and how many times the rows."""
     chip = search.machine.network.chip
     for factor in _FACTORS:
         yield f"{factor:g} x rows", search, factor
-        if (longer := search.of_length(factor)) is not None:
+        if (longer := search.of_length(factor, front)) is not None:
             yield f"{factor:g} x length", longer, 1.0
         faster = dataclasses.replace(chip, link=chip.link * factor, network=chip.network * factor)
         network = dataclasses.replace(search.machine.network, chip=faster)

@@ -15,11 +15,14 @@ from .._types import Accumulate
 from ..parallel import Branch, schedule, ticks
 from ._estimate import Estimates, Machine, Parts, each_sent, each_work
 from ._found import PARTS, PIPE
+from ._laid import product
 from ._placed import Placed
 from ._space import Stages
 from ._trace import Walked
 
 Case = tuple[Mapping[str, int], Stages]
+_ROWS = frozenset({"data", "fsdp"})
+_SUMS = ("all-reduce", "reduce-scatter")
 _FIRST, _FORWARD, _LAST, _BACKWARD, _BEGUN = (PARTS.index(name) for name in PARTS)
 
 
@@ -126,9 +129,13 @@ def estimate_stages(
     for one, sent, seconds in each_sent(walked, parts, machine):
         name = tuple(axis for axis in cases[0][0] if axis in one.axes)
         often = one.trips * parts.of([one.loops])[0]
-        if one.gradient or one.weight:
-            # Once per step: gradients stay on their device, and weights are gathered whole.
-            often = often * (one.gradient or PARTS[one.part] in ("first", "forward", "last"))
+        summed = one.gradient or (one.axes <= _ROWS and one.kind in _SUMS)
+        if summed:
+            # Once per step: gradients stay on their device; those of the ends see `_exchanged`.
+            often = often * (PIPE in one.loops)
+        elif one.weight:
+            # Once per step too, whole, and not again for the backward pass.
+            often = often * (PARTS[one.part] in ("first", "forward", "last"))
         else:
             ticking.setdefault(name, nothing.copy())[one.part] += often * seconds
             often = often * mean[one.part]
@@ -171,10 +178,11 @@ def _exchanged(
 ) -> None:
     """Adds what goes over stage boundaries, and the one sum of what every stage has."""
     rate, hop = parts.rate(frozenset({PIPE}), machine.network), machine.network.chip.latency
-    stages = parts.sizes[PIPE]
-    ends = 2 * (stages - 1) / stages * np.array([one.ends * machine.width / 4 for one in placed])
-    sent = np.array([one.messages for one in made]) * message
     exchanges = np.array([one.exchanges for one in made])
-    wire[(PIPE,)] = wire.get((PIPE,), 0.0) + sent + ends
-    seconds = exchanges * (message / rate + hop) + ends / rate
-    spent[(PIPE,)] = spent.get((PIPE,), 0.0) + seconds
+    wire[(PIPE,)] = np.array([one.messages for one in made]) * message
+    spent[(PIPE,)] = exchanges * (message / rate + hop)
+    axes = tuple(axis for axis in cases[0][0] if axis in (*_ROWS, PIPE))
+    n = product(axes, parts.sizes)
+    ends = 2 * (n - 1) / n * np.array([one.ends * machine.width / 4 for one in placed])
+    wire[axes] = wire.get(axes, 0.0) + ends
+    spent[axes] = spent.get(axes, 0.0) + ends / parts.rate(frozenset(axes), machine.network)

@@ -1,0 +1,146 @@
+"""Pipelines and split lengths in a plan: formulae, reasons, and what meshes share."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import shardkit as sk
+from shardkit.data import DataConfig
+from shardkit.mesh import Target
+from shardkit.models import DecoderConfig, attention
+from shardkit.plan import Candidate, Space
+from shardkit.plan._search import Found, Search
+from shardkit.plan._space import Stages, layout_of
+from shardkit.plan._stages import _length, roles
+from shardkit.run import declare_run
+
+TARGET = "tpu:v5p:2x2x2"
+SPACE = Space(remat=("full",), accumulate=(1,))
+B, T, N, H = 8, 16, 4, 8
+
+
+def attending() -> sk.Declaration:
+    """Attention of a row on itself, in f32, and nothing else."""
+
+    def loss(w: jax.Array, batch: jax.Array, key: jax.Array) -> jax.Array:
+        q = sk.constrain((batch @ w).reshape(-1, T, N, H), "batch", "length", "heads", "head_dim")
+        out = attention(q, q * 2, q * 3)
+        return jnp.mean(sk.constrain(out, "batch", "length", "heads", "head_dim") ** 2)
+
+    batch = jax.ShapeDtypeStruct((B, T, 8), "float32")
+    init = lambda key: sk.Named(jnp.zeros((8, N * H)), (None, None))  # noqa: E731
+    return sk.Declaration(
+        loss, optax.sgd(1e-3), init, batch, sk.MeshSpec(data=-1), layout_of({"data": 2})
+    )
+
+
+def decoder(layers: int = 2, rows: int = 16) -> sk.Declaration:
+    sizes = DecoderConfig(vocab=256, embed=32, layers=layers, heads=4, mlp=64)
+    data, mesh = DataConfig(length=32, batch=rows), sk.MeshSpec(data=2)
+    return declare_run(sizes, data, mesh, layout_of({"data": 2}), optax.adamw(1e-3))
+
+
+def search_of(declared: sk.Declaration, space: Space) -> Search:
+    return Search.of(declared, Target.parse(TARGET), space, 0.0)
+
+
+@pytest.fixture(scope="module")
+def search() -> Search:
+    return search_of(decoder(), SPACE)
+
+
+@pytest.fixture(scope="module")
+def found(search: Search) -> Found:
+    return search.run()
+
+
+def on(found: Found, how: Stages | None, attention: str = "", **sizes: int) -> Candidate:
+    return next(
+        c
+        for c in found.candidates
+        if {axis: n for axis, n in c.mesh.items() if n > 1} == sizes
+        and (c.pipeline, c.attention, c.zero) == (how, attention, 0)
+    )
+
+
+@pytest.mark.parametrize(("stages", "micro"), [(2, 4), (4, 8)])
+def test_a_tick_lasts_as_long_as_its_longest_stage(stages, micro):
+    forward, backward, first = 1.0, 2.0, 10.0
+    filled = micro + stages - 1
+    made = roles(Stages("gpipe", micro), stages)
+    # The last stage goes forward within its backward pass alone, so the tick that is all its own
+    # costs nothing.
+    length = (filled - 1) * forward + filled * (forward + backward)
+    assert _length(made, np.array([0.0, forward, 0.0, backward, 0.0])) == length
+    # The first stage embeds each micro-batch twice, while all others wait for it.
+    longer = length + 2 * micro * first
+    assert _length(made, np.array([first, forward, 0.0, backward, 0.0])) == longer
+
+
+def test_zero_bubbles_wait_less_and_interleaving_more_often_sends():
+    busy = np.array([0.0, 1.0, 0.0, 0.0, 0.0])  # every tick costs the same
+    gpipe, one, more = (roles(Stages(n, 8), 4) for n in ("gpipe", "1f1b", "zero_bubble"))
+    apart = roles(Stages("interleaved", 8, 2), 4)
+    waits = [_length(made, busy) - made.mean @ busy for made in (apart, gpipe)]
+    assert waits[0] < waits[1]
+    assert more.slots < gpipe.slots
+    assert one.slots < gpipe.slots
+    assert apart.messages > gpipe.messages == 2 * 8 * 3 / 4
+
+
+def test_a_stage_sends_one_activation_over_each_boundary(found: Found):
+    how = Stages("gpipe", 8)
+    message = 16 / 2 / 8 * 32 * 32 * 4  # one row, in f32
+    assert on(found, how, pipe=2, data=2, tensor=2).wire["pipe"] == 8 * message
+
+
+def test_layers_on_stages_divide_state_and_work(found: Found):
+    one, two = on(found, None, data=8), on(found, Stages("1f1b", 2), pipe=2, data=4)
+    assert two.state < one.state
+    assert two.bubble > 0 == one.bubble
+    assert "1f1b of 2 micro-batches" in str(two)
+
+
+@pytest.mark.parametrize("way", ["ring", "all_to_all"])
+def test_attention_sends_what_its_formula_says(way):
+    n = 4
+    space = Space(("context", "data"), accumulate=(1,), remat=("none",), zero=(0,))
+    made = search_of(attending(), space).run()
+    sent = on(made, None, way, context=n, data=2).wire["context"]
+    q = B / 2 * T / n * N * H * 4
+    keys = 2 * q
+    ring = 3 * (n - 1) * keys + 2 * q + keys
+    assert sent == {"ring": ring, "all_to_all": (n - 1) / n * 2 * (2 * q + keys)}[way]
+
+
+def test_every_layout_that_cannot_be_has_its_reason(found: Found):
+    assert "2 layers do not split evenly into 4 stages" in found.rejected
+    assert "2 layers do not split evenly into 4 virtual stages" in found.rejected
+    assert "4 heads do not split over context=8 x tensor=1" in found.rejected
+    rows = "a batch of 16 rows that does not split into devices x micro-batches"
+    assert "gpipe of 8 micro-batches" in found.rejected[rows][1]
+    left_out = sum(n for n, _ in found.rejected.values())
+    assert found.considered == len(found.candidates) + left_out
+    (why,) = search_of(attending(), dataclasses.replace(SPACE, axes=("pipe",))).run().rejected
+    assert why == "the loss marks no layers with sk.staged, which pipe would divide"
+
+
+def test_meshes_that_share_a_resolution_get_what_each_would_alone(search: Search):
+    places, sizes = search.places, SPACE.meshes(8)
+    layouts = [(one, zero) for one in sizes for zero in (0, 1) if not zero or one["data"] > 1]
+    for layout in layouts:
+        assert places.of(*layout) == places.resolved(*layout)
+    assert len(places.made) < len(layouts)
+
+
+def test_a_pipeline_can_be_pasted(found: Found):
+    for how, way in ((Stages("zero_bubble", 2), "ring"), (Stages("1f1b", 4), "all_to_all")):
+        sizes, made = {"pipe": 2, "data": 2, "context": 2}, {"sk": sk}
+        exec(on(found, how, way, **sizes).declaration, made)
+        assert made["mesh"] == sk.MeshSpec(**sizes)
+        assert made["strategy"] == layout_of(sizes, 0, way, how)
+        assert made["accumulate"] == 1

@@ -1,0 +1,59 @@
+"""Rules of the walk in closed form, on programs of one or two operations."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from shardkit.plan._laid import Laid, whole
+from shardkit.plan._program import flatten
+from shardkit.plan._walk import Walk
+
+F32, BF16 = jnp.float32, jnp.bfloat16
+
+
+def shape(*dims: int, dtype=F32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(dims, dtype)
+
+
+def walked(run, ins: list[Laid], *args: jax.ShapeDtypeStruct, lanes: int = 1):
+    """A walk through a function, and the most bytes that it holds where nothing is split."""
+    flat = flatten(jax.make_jaxpr(run)(*args))
+    walk = Walk(lambda names, shape: ((),) * len(shape), lanes)
+    _, points = walk.run(flat, ins, [None] * len(flat.outputs))
+    return walk, max(sum(point.values()) for point in points)
+
+
+@pytest.mark.parametrize(("before", "width"), [(BF16, 2), (F32, 4)])
+def test_a_sum_is_made_in_the_dtype_before_its_cast(before, width):
+    def run(x, w):
+        return jnp.tanh((x @ w).astype(F32))
+
+    split = [Laid(((), ("tensor",))), Laid((("tensor",), ()))]
+    walk, _ = walked(run, split, shape(8, 16, dtype=before), shape(16, 32, dtype=before))
+    (sent,) = walk.sent
+    assert (sent.kind, sent.axes) == ("all-reduce", {"tensor"})
+    assert sent.payload == {frozenset(): 8 * 32 * width}
+
+
+def test_a_loop_writes_a_stacked_result_when_it_is_made():
+    layers, n = 5, 16
+
+    def run(x, ws):
+        def body(x, w):
+            y = x @ w
+            return w @ x, y
+
+        return jax.lax.scan(body, x, ws)
+
+    _, held = walked(run, [whole(2), whole(3)], shape(n, n), shape(layers, n, n))
+    # The stack, the carry behind the loop, and in it one of the two products at a time.
+    assert held == (layers + 1 + 1) * n * n * 4
+
+
+def test_tiles_are_filled_along_the_dim_that_wastes_least():
+    _, held = walked(lambda x, w: x @ w, [whole(2)] * 2, shape(64, 8), shape(8, 96), lanes=128)
+    assert held == 64 * 128 * 4  # and not 128 x 96
+    split = [Laid(((), ())), Laid(((), ("tensor",)))]
+    walk, held = walked(lambda x, w: x @ w, split, shape(64, 8), shape(8, 96), lanes=128)
+    assert held == 128 * 96 * 4  # a split dim is none that a compiler may choose
+    assert not walk.sent
