@@ -87,7 +87,7 @@ _NUMBERS = ("memory", "memory_bandwidth", "link", "network", "latency")
 _BOOK = "jax-ml.github.io/scaling-book/tpus"
 _CLOUD = "docs.cloud.google.com/tpu/docs/{}"
 _GUESS = "an order of magnitude of ours: makers publish none"
-_MEMORY_SPEC = "openxla/xla: xla/backends/gpu/target_config/specs/{}"
+_MEMORY_SPEC = "openxla/xla: xla/backends/gpu/target_config/specs/{}.txtpb"
 
 
 def _tpu(
@@ -136,6 +136,7 @@ def _gpu(
     bandwidth: float,
     link: float,
     network: float,
+    spec: str,
     sheet: str,
     system: str,
 ) -> Chip:
@@ -154,8 +155,8 @@ def _gpu(
         latency=2e-6,
         sources={
             "flops": f"{sheet}: dense, half of what it gives with sparsity",
-            "memory": _MEMORY_SPEC.format(name),
-            "memory_bandwidth": sheet,
+            "memory": _MEMORY_SPEC.format(spec),
+            "memory_bandwidth": _MEMORY_SPEC.format(spec),
             "link": f"{sheet}: NVLink, half of both ways",
             "domain": system,
             "network": f"{system}: one {round(network * 8)} Gb/s adapter per GPU",
@@ -223,6 +224,7 @@ _TABLE = (
         2039,
         300,
         25,
+        "a100_sxm_80",
         "nvidia.com: A100 80GB SXM data sheet",
         "nvidia.com: DGX A100 data sheet",
     ),
@@ -234,6 +236,7 @@ _TABLE = (
         3352,
         450,
         50,
+        "h100_sxm",
         "nvidia.com: H100 SXM data sheet",
         "nvidia.com: DGX H100 data sheet",
     ),
@@ -245,6 +248,7 @@ _TABLE = (
         4800,
         450,
         50,
+        "h200",
         "nvidia.com: H200 SXM data sheet",
         "nvidia.com: DGX H200 data sheet",
     ),
@@ -256,6 +260,7 @@ _TABLE = (
         7672,
         900,
         50,
+        "b200",
         "nvidia.com: DGX B200 data sheet, per GPU",
         "nvidia.com: DGX B200 data sheet",
     ),
