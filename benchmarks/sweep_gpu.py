@@ -80,7 +80,9 @@ def main() -> None:
     device = jax.devices()[0].device_kind
     rows = [row for size in asked.batches.split(",") for row in swept(asked, int(size))]
     note = f"{asked.model}, {asked.layers} layers, length {asked.length}, {asked.precision}."
-    _harness.write(f"sweep_{jax.devices()[0].platform}", "measured", device, rows, note)
+    platform = jax.devices()[0].platform
+    name = "sweep_gpu" if platform == "gpu" else f"sweep_one_{platform}"
+    _harness.write(name, "measured", device, rows, note)
 
 
 if __name__ == "__main__":

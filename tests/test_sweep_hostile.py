@@ -9,15 +9,21 @@ import pytest
 
 import shardkit as sk
 from shardkit.cli import main
-from shardkit.sweep import Case, Row, Sweep
+from shardkit.mesh import Target
+from shardkit.sweep import Case, ConfigFactory, Row, Sweep, declared
+from shardkit.sweep import _compilers as compilers
 from shardkit.sweep import _sweep as sweep_module
-from shardkit.sweep._attempt import carried_over, estimated, is_done, is_proved
+from shardkit.sweep._attempt import Attempts, carried_over, estimated, is_done, is_proved
+from shardkit.sweep._compilers import Absent
+from shardkit.sweep._factories import source_of
 from shardkit.sweep._files import whole_file
 from shardkit.sweep._journal import Journal
 from shardkit.sweep._plots import source_line
 from shardkit.sweep._result import COMPILED, MEASURED, MODELLED
 from shardkit.sweep._row import FAILED, ILLEGAL, MEMORY, OK, WRONG
 from shardkit.sweep._timing import SIMULATED
+from shardkit.targets import OwnFailure
+from shardkit.targets.__main__ import step_of
 
 from . import _swept
 
@@ -162,6 +168,54 @@ def test_what_is_no_factory_is_refused_before_anything_is_written(factory, messa
     assert message in str(error.value)
     assert "Fix: " in str(error.value)
     assert not (tmp_path / "new").exists()
+
+
+def test_all_that_is_declared_is_compiled_for_a_target():
+    declared = _swept.declared(sk.MeshSpec(data=2, tensor=4), accumulate=1, remat="none")
+    assert declared.on_nonfinite == "stop"
+    made = step_of(declared, Target.parse("cpu:8")).declaration
+    for field in ("on_nonfinite", "mode", "deterministic", "debug", "on_retrace", "strategy"):
+        assert getattr(made, field) == getattr(declared, field)
+
+
+def absent(factory):
+    """Tries one case for a target, with whatever stands where the child would be."""
+    case = Case((("data", 1), ("tensor", 2)))
+    compiler = Absent(factory, lambda case: source_of(factory, case), "cpu:2", 60.0)
+    return Attempts(compiler).try_case(case)[0]
+
+
+def test_what_a_factory_raises_for_a_target_is_its_own_and_starts_no_child(monkeypatch):
+    monkeypatch.setattr(compilers, "compile_for", None)
+    raised = absent(_swept.picky)
+    assert (raised.status, raised.reason) == (FAILED, "KeyError: 'no such head'")
+    none = absent(lambda mesh, **asked: None)
+    assert (none.status, "returned NoneType; a compile elsewhere" in none.reason) == (ILLEGAL, True)
+    deaf = absent(lambda mesh, **asked: _swept.deaf(mesh, accumulate=1, remat="full"))
+    assert "remat was asked to be 'none', the step has 'full'" in deaf.reason
+
+
+def test_what_users_code_raises_in_a_child_is_the_reason_of_its_row(monkeypatch):
+    def fails(source, target, timeout):
+        raise OwnFailure("The code of mine raised an error.\nTraceback", "KeyError: 'mine'")
+
+    monkeypatch.setattr(compilers, "compile_for", fails)
+    found = absent(_swept.declared)
+    assert (found.status, found.reason) == (FAILED, "KeyError: 'mine'")
+    assert "Traceback" in found.error
+
+
+def test_a_config_that_changes_under_a_sweep_changes_no_row(tmp_path):
+    path = tmp_path / "mine.py"
+    text = "import shardkit as sk\ndef config():\n    return sk.Config(name='mine')"
+    path.write_text(text)
+    factory = ConfigFactory(str(path), ("model=nano",))
+    case = Case((("data", 1), ("tensor", 1)))
+    source = source_of(factory, case).to_request()["arguments"]
+    assert declared(**source).mesh == sk.MeshSpec(data=1, tensor=1)
+    path.write_text(text.replace("name=", "strategy=sk.strategies.data(), name="))
+    with pytest.raises(sk.SweepError, match=r"mine\.py  was changed while the sweep ran"):
+        declared(**source)
 
 
 def test_the_command_takes_a_function_by_its_name(tmp_path, monkeypatch, capsys):

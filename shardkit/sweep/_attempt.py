@@ -8,7 +8,7 @@ from typing import Any
 from .._errors import ShardkitError
 from ..plan import Network, modelled
 from ..step import CompiledStep, Declaration
-from ..targets import NotCompiled
+from ..targets import NotCompiled, OwnFailure
 from ._case import Case
 from ._circumstances import circumstances
 from ._compilers import Compiler, Made
@@ -108,9 +108,10 @@ def by_plan(case: Case, declared: Declaration, network: Network | None) -> dict[
 def ended(row: Row, error: Exception) -> Row:
     """The row of a case that an error ended; what was found out before stays in it."""
     text = f"{error}" if isinstance(error, ShardkitError) else f"{type(error).__name__}: {error}"
-    illegal = isinstance(error, ShardkitError) and not isinstance(error, NotCompiled)
+    illegal = isinstance(error, ShardkitError) and not isinstance(error, NotCompiled | OwnFailure)
     status = MEMORY if _NO_MEMORY in text else ILLEGAL if illegal else FAILED
-    return dataclasses.replace(row, status=status, reason=reason(text), error=text)
+    why = reason(error.raised if isinstance(error, OwnFailure) else text)
+    return dataclasses.replace(row, status=status, reason=why, error=text)
 
 
 def reason(message: str) -> str:

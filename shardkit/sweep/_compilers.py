@@ -119,18 +119,34 @@ class Absent:
         return Network.of(target) if target.chip else None
 
     def compile(self, case: Case) -> Made:
-        """Waits for a child.
+        """Declares the case here, where what it raises is seen at once, and waits for a child.
 
         Raises:
           ShardkitError: the case is illegal, or its compiler crashed.
         """
         start = time.perf_counter()
+        declared = declare(self.factory, case)
         report = compile_for(self.source(case), self.target, timeout=self.timeout)
-        seconds = time.perf_counter() - start
-        spec = MeshSpec(dcn=None, **case.sizes)
-        declared = self.factory(spec, accumulate=case.accumulate, remat=case.remat)
-        assert isinstance(declared, Declaration)  # the child has compiled it
-        return Made(report, seconds, declared)
+        return Made(report, time.perf_counter() - start, declared)
+
+
+def declare(factory: Factory, case: Case) -> Declaration:
+    """What a factory declares of a case, for a mesh that another process builds.
+
+    Raises:
+      StepError: it returns no declaration, or another one than it was asked for.
+    """
+    made = factory(MeshSpec(dcn=None, **case.sizes), accumulate=case.accumulate, remat=case.remat)
+    if not isinstance(made, Declaration) or not isinstance(made.mesh, MeshSpec):
+        why = f"returned {type(made).__name__}; a compile elsewhere takes a declaration"
+        if isinstance(made, Declaration):
+            why = f"returned a declaration whose mesh is a {type(made.mesh).__name__}"
+        fix = "return sk.Declaration(loss_fn, optimizer, init, batch, mesh, strategy)"
+        raise StepError(
+            format_problems("There is nothing to compile.", [Problem("factory", why)], fix)
+        )
+    check_asked(made, made.mesh.shape, case)
+    return made
 
 
 def present_devices(wanted: Sequence[int]) -> Sequence[Any]:

@@ -1,7 +1,9 @@
 """Steps by case: from a config file, or from a function that a child process can import."""
 
 import dataclasses
+import functools
 import inspect
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -24,7 +26,7 @@ from ..run import declare_run
 from ..step import Declaration
 from ..targets import Source
 from ._case import Case
-from ._compilers import Factory, check_asked
+from ._compilers import Factory, declare
 
 READY = {
     "data": strategies.data,
@@ -51,9 +53,9 @@ class ConfigFactory:
     name: str = ""
     overrides: tuple[str, ...] = ()
 
-    @property
+    @functools.cached_property
     def config(self) -> Config:
-        """The config, loaded anew."""
+        """The config, loaded once: what becomes of the file while a sweep runs changes no row."""
         return load_config(self.name or None, list(self.overrides))
 
     def __call__(self, mesh: Mesh | MeshSpec, *, accumulate: int, remat: str) -> Declaration:
@@ -124,8 +126,10 @@ def source_of(factory: Factory | ConfigFactory, case: Case) -> Source:
       SweepError: the factory has no name by which another process could import it.
     """
     asked = {"mesh": case.sizes, "accumulate": case.accumulate, "remat": case.remat}
+    of: dict[str, Any]
     if isinstance(factory, ConfigFactory):
         of = {"config": factory.name, "overrides": list(factory.overrides)}
+        of["record"] = factory.record()
     else:
         of = {"function": name_of(factory)}
     return Source("shardkit.sweep:declared", arguments={**of, **asked})
@@ -162,6 +166,7 @@ def declared(
     remat: str,
     config: str = "",
     overrides: Sequence[str] = (),
+    record: Mapping[str, Any] | None = None,
     function: str = "",
 ) -> Declaration:
     """Declares a case in a child process, from plain values.
@@ -172,20 +177,19 @@ def declared(
       remat: name of a checkpoint policy.
       config: path of a config file, "" for the default one.
       overrides: for the config.
+      record: what the config was when the sweep began.
       function: `module:function` in its stead.
 
     Raises:
-      ConfigError: the function returns no declaration.
+      SweepError: the config is no longer what it was.
+      StepError: the function returns no declaration.
     """
     made = _imported(function) if function else ConfigFactory(config, tuple(overrides))
-    declaration = made(MeshSpec(dcn=None, **mesh), accumulate=accumulate, remat=remat)
-    if not isinstance(declaration, Declaration) or not isinstance(declaration.mesh, MeshSpec):
-        why = f"returned {type(declaration).__name__}; a compile elsewhere takes a declaration"
-        fix = "return sk.Declaration(loss_fn, optimizer, init, batch, mesh, strategy)"
-        problem = Problem(function, why, fix)
-        raise ConfigError(format_problems("There is nothing to compile.", [problem]))
-    check_asked(declaration, declaration.mesh.shape, Case(tuple(mesh.items()), accumulate, remat))
-    return declaration
+    if isinstance(made, ConfigFactory) and record != json.loads(json.dumps(made.record())):
+        why = "was changed while the sweep ran; rows of two configs say nothing beside each other"
+        problem = Problem(shown_name(made), why, "the config of before, or another --out")
+        raise SweepError(format_problems("The config is another one.", [problem]))
+    return declare(made, Case(tuple(mesh.items()), accumulate, remat))
 
 
 def factory_of(given: Any) -> Factory | ConfigFactory:

@@ -15,8 +15,8 @@ from typing import Any
 from .._errors import ShardkitError
 from ..hardware import Chip
 from ..inspect import Report
-from ..mesh import Target, settle_devices
-from ..step import compile_step
+from ..mesh import MeshSpec, Target, settle_devices
+from ..step import CompiledStep, Declaration
 from ._devices import build
 from ._source import Source
 
@@ -24,18 +24,13 @@ from ._source import Source
 def report_of(source: Source, target: Target, chip: str | Chip | None = None) -> Report:
     """Compiles a source for a target in this process; its time is modelled for a chip."""
     settle_devices(target.n_devices if target.kind == "cpu" else None)
-    made = source.load()
-    step = compile_step(
-        made.loss_fn,
-        made.optimizer,
-        init=made.init,
-        batch=made.batch,
-        mesh=build(made.mesh, target),
-        strategy=made.strategy,
-        mode=made.mode,
-        compiler_options=made.compiler_options,
-    )
-    return step.report(chip=chip)
+    return step_of(source.load(), target).report(chip=chip)
+
+
+def step_of(made: Declaration, target: Target) -> CompiledStep:
+    """Compiles a declaration, all of it, on the devices of a target."""
+    assert isinstance(made.mesh, MeshSpec)  # a source has looked
+    return CompiledStep(made.replaced(mesh=build(made.mesh, target)))
 
 
 def end_with_parent(folder: Path) -> None:
@@ -87,7 +82,8 @@ def main(request: str, answer: str) -> None:
         trace = traceback.format_exc()
         made = {"kind": type(error).__qualname__, "message": str(error), "trace": trace}
         if (place := users_line(error)) is not None:
-            made = {"kind": "ConfigError", "message": _own_failure(asked["source"], trace, place)}
+            message = _own_failure(asked["source"], trace, place)
+            made = {"message": message, "raised": f"{type(error).__name__}: {error}"}
     whole = Path(answer).with_suffix(".part")
     whole.write_text(json.dumps(made))
     whole.rename(answer)

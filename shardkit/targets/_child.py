@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import _errors
-from .._errors import Problem, StepError, format_problems
+from .._errors import ConfigError, Problem, StepError, format_problems
 from ..hardware import Chip, find_chip
 from ..inspect import Report
 from ..mesh import Target
@@ -28,6 +28,19 @@ from ._source import Source
 
 class NotCompiled(StepError):
     """A compiler did not finish in time, or crashed; nothing is said of the declaration."""
+
+
+class OwnFailure(ConfigError):
+    """The code that declares a step raised an error; the message holds its traceback.
+
+    Attributes:
+      raised: type and text of the error itself.
+    """
+
+    def __init__(self, message: str, raised: str) -> None:
+        """Keeps what was raised beside the message."""
+        super().__init__(message)
+        self.raised = raised
 
 
 # One line about every so often, for whoever waits minutes for a compiler.
@@ -58,6 +71,7 @@ def compile_for(
     Raises:
       MeshError: the target is unknown, or its compiler is not installed.
       ReportError: there is no such chip.
+      OwnFailure: the code that declares the step raised another error; a `ConfigError`.
       ShardkitError: whatever is wrong with the declaration, as if it were compiled here.
       NotCompiled: the child did not finish in time, or its compiler crashed; a `StepError`.
     """
@@ -152,6 +166,8 @@ def _opened(answer: dict[str, Any]) -> Report:
     """The report, or the child's error raised here as what it was."""
     if "report" in answer:
         return Report.from_json(answer["report"])
+    if "raised" in answer:
+        raise OwnFailure(answer["message"], answer["raised"])
     kind = getattr(_errors, answer["kind"], None)
     if kind is None:
         text = f"{answer['kind']}: {answer['message']}"
