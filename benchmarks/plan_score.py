@@ -2,6 +2,7 @@
 
     python benchmarks/plan_score.py FOLDER --rows 80
     python benchmarks/plan_score.py FOLDER --score --write
+    python benchmarks/plan_score.py FOLDER --speed --write
 
 Each row is one compile in a child process; rows that FOLDER/rows.jsonl has already are skipped, so
 a run that was ended goes on. What is compiled is a fixed list, drawn without a look at any figure;
@@ -15,6 +16,7 @@ import json
 import signal
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,10 @@ from _harness import write
 
 from shardkit._types import Accumulate
 from shardkit.inspect import Report
+from shardkit.mesh import Target
 from shardkit.plan import Candidate, Plan, Space, code_of, plan, report_of
+from shardkit.plan._search import Search
+from shardkit.plan._space import AXES
 from shardkit.targets import Source
 
 _WIDE = ("model.embed=1024", "model.heads=8", "model.mlp=2816")
@@ -53,6 +58,8 @@ SKETCH = (
     ("large", "tpu:v5p:2x2x2", 13),
     ("wide", "tpu:v5p:4x4x4", 35),
 )
+SPEED_TARGET = "tpu:v5p:8x8x8"
+SPEED_NOTE = "Other work ran beside it: times are upper bounds."
 Row = dict[str, Any]
 LOOKED_AT = 11
 """The first rows, by which the model was mended and its one efficiency was fitted."""
@@ -288,6 +295,33 @@ def _shown(name: str, c: Candidate, row: Row) -> dict[str, str]:
     }
 
 
+def speed() -> list[dict[str, str]]:
+    """How long a plan for 512 chips takes: tracing, walks and estimates, nothing compiled."""
+    declared = Source("", ("model=llama2-7b", "data.batch=1024", "data.length=2048")).load()
+    table = []
+    for name, axes in (("data, fsdp, tensor", ("data", "fsdp", "tensor")), ("all axes", AXES)):
+        start, busy = time.monotonic(), time.process_time()
+        made = plan(declared, SPEED_TARGET, space=Space(axes=axes))
+        wall, busy = time.monotonic() - start, time.process_time() - busy
+        search = Search.of(declared, Target.parse(SPEED_TARGET), Space(axes=axes), 0.0)
+        search.run()
+        again = time.monotonic()
+        search.run()
+        again = time.monotonic() - again
+        table.append(
+            {
+                "axes": name,
+                "layouts": str(made.considered),
+                "search, s": f"{made.took:.1f}",
+                "layouts/s": f"{made.considered / made.took:.0f}",
+                "layouts/s once traced and resolved": f"{made.considered / again:.0f}",
+                "whole plan with its sensitivity, s": f"{wall:.1f}",
+                "CPU of the whole, s": f"{busy:.1f}",
+            }
+        )
+    return table
+
+
 def compile_missing(path: Path, rows: list[Row], most: int) -> None:
     """Makes the rows that are missing, in order."""
     done = {row["name"] for row in rows}
@@ -304,10 +338,18 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rows", type=int, default=80, help="at most so many in this run")
     parser.add_argument("--score", action="store_true")
+    parser.add_argument("--speed", action="store_true")
     parser.add_argument("--write", action="store_true", help="keep the tables in results/")
     arguments = parser.parse_args()
     # The child dies with whatever ends this process.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if arguments.speed:
+        table = speed()
+        print(*table, sep="\n")
+        if arguments.write:
+            beside = f"llama2-7b on {SPEED_TARGET}, on a shared machine of 2 cores"
+            write("plan_score_speed", "measured", beside, table, SPEED_NOTE)
+        return
     arguments.folder.mkdir(parents=True, exist_ok=True)
     path = arguments.folder / "rows.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -13,7 +13,7 @@ from shardkit.cli import main
 from shardkit.mesh import Target
 from shardkit.plan import Plan, Space, plan
 from shardkit.plan._search import Search
-from shardkit.plan._sensitivity import _turn, with_batch
+from shardkit.plan._sensitivity import _turn, with_batch, with_memory
 from shardkit.plan._space import layout_of
 
 TARGET = "tpu:v5p:2x2x2"
@@ -54,6 +54,21 @@ def test_a_plan_says_from_which_batch_on_links_are_waited_for(waiting: Plan) -> 
     (text,) = waiting.changes
     assert "above" in text
     assert "stops being communication-bound" in text
+
+
+def test_faster_layouts_say_what_memory_they_lack(waiting: Plan) -> None:
+    best = waiting.best
+    near, fast = (
+        dataclasses.replace(best, seconds=best.seconds * share, capacity=int(best.total) - lack)
+        for share, lack in ((0.9, 2**20), (0.5, 2**30))
+    )
+    texts = with_memory(best, [fast, near])
+    assert [text.split(":")[0] for text in texts] == [
+        "with 1.00 MiB more memory",
+        "with 1.00 GiB more memory",
+    ]
+    assert len(with_memory(best, [near])) == 1
+    assert with_memory(near, [best]) == ()
 
 
 def test_other_lengths_are_weighed_beside_rows_and_links(waiting: Plan) -> None:

@@ -18,9 +18,9 @@ def with_memory(best: Candidate, tight: Sequence[Candidate]) -> tuple[str, ...]:
     faster = [c for c in tight if c.seconds < best.seconds]
     if not faster:
         return ()
-    near = max(faster, key=lambda c: c.margin)
-    found = dict.fromkeys((near, min(faster, key=lambda c: c.seconds)))
-    return tuple(f"with {format_bytes(-c.margin)} more memory: {c}" for c in found)
+    found = max(faster, key=lambda c: c.margin), min(faster, key=lambda c: c.seconds)
+    texts = (f"with {format_bytes(-c.margin)} more memory: {c}" for c in found)
+    return tuple(dict.fromkeys(texts))  # one layout may be both
 
 
 def with_batch(search: Search, best: Candidate) -> tuple[str, ...]:
