@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -215,6 +216,12 @@ def test_a_field_of_a_row_that_is_missing_is_named(report):
         Report.from_json(json.dumps(fields))
     with pytest.raises(ReportError, match="not as it was written"):
         Report.from_json(report.to_json().replace('"mesh": [', '"mesh": [7,', 1))
+    del fields["ledger"]["rows"][0]
+    for name, value in (("params", "many"), ("temp", [3]), ("rest", None)):
+        wrong = {**fields, "memory": {**fields["memory"], name: value}}
+        said = re.escape(f"not as it was written: {name!r} of a Memory is {value!r}. Save one")
+        with pytest.raises(ReportError, match=said):
+            Report.from_json(json.dumps(wrong))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from shardkit.inspect import count_flops
+from shardkit.models._attention import attention
+from shardkit.models._cross_entropy import cross_entropy
 
 LAYERS, BATCH, WIDTH, HIDDEN = 3, 4, 8, 16
 PAIR = 2 * 2 * BATCH * WIDTH * HIDDEN  # a column-row pair, forward
@@ -48,6 +50,29 @@ def test_the_backward_pass_is_twice_the_forward():
         ("mlp", "backward"): 2 * LAYERS * PAIR,
         ("mlp", "forward"): LAYERS * PAIR,
     }
+
+
+def test_what_backward_passes_by_hand_compute_again_is_apart():
+    rows, length, embed, vocab, heads, dim = 2, 8, 16, 32, 2, 8
+    targets = jnp.zeros((rows, length), int)
+
+    def nats(hidden, table, chunks):
+        lse, label, _ = cross_entropy(hidden, table, targets, chunks)
+        return jnp.sum(lse - label)
+
+    arrays = jnp.ones((rows, length, embed)), jnp.ones((embed, vocab))
+    logits = 2 * rows * length * embed * vocab
+    for chunks, again in ((1, 0), (4, logits)):
+        flops = flops_of(jax.grad(functools.partial(nats, chunks=chunks), (0, 1)), *arrays)
+        assert (flops.model, flops.recompute) == (3 * logits, again)
+
+    def mixed(q, k, v):
+        return jnp.sum(attention(q, k, v, causal=False, implementation="blocked"))
+
+    scores = 2 * rows * heads * length * length * dim
+    q = jnp.ones((rows, length, heads, dim))
+    flops = flops_of(jax.grad(mixed, (0, 1, 2)), q, q, q)
+    assert (flops.model, flops.recompute) == (3 * 2 * scores, scores)
 
 
 def test_recomputation_is_apart():

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._again import again
+
 Part = tuple[jax.Array, jax.Array]
 Gradients = tuple[jax.Array, jax.Array, jax.Array]
 Ids = tuple[jax.Array, jax.Array] | None
@@ -94,7 +96,8 @@ def attend_backward(
         i, j = pair
         q_tile, g_tile = tiles.rows(q, i), tiles.rows(g, i)
         k_tile, v_tile = tiles.keys(k, j), tiles.keys(v, j)
-        s = _scores(q_tile, k_tile, tiles.ids(ids, i, j), tiles.seen(i, j))
+        with again():
+            s = _scores(q_tile, k_tile, tiles.ids(ids, i, j), tiles.seen(i, j))
         p = jnp.exp(s - tiles.rows(lse, i)[..., None])
         dp = _product("bkgth,bksh->bkgts", g_tile, v_tile)
         ds = (p * (dp - tiles.rows(delta, i)[..., None]) * scale).astype(q.dtype)

@@ -57,6 +57,8 @@ def read(text: str) -> dict[str, Any]:
     fields = _opened(text)
     try:
         return _read(fields)
+    except ReportError:
+        raise
     except KeyError as error:
         raise ReportError(f"This report lacks the field {error.args[0]!r}. {_FIX}") from None
     except (TypeError, ValueError, AttributeError) as error:
@@ -104,9 +106,21 @@ def made(kind: type[Any], fields: Mapping[str, Any]) -> Any:
     """Builds a dataclass from JSON, whose lists were tuples.
 
     Raises:
-      ReportError: a field is missing.
+      ReportError: a field is missing, or a number or a text is none.
     """
     return kind(**{name: _frozen(value) for name, value in _known(kind, fields).items()})
+
+
+_NUMBER = (int, float)
+# Fields that hold one number or text, by how they are annotated.
+_PLAIN: dict[Any, tuple[type, ...]] = {
+    int: _NUMBER,
+    float: _NUMBER,
+    str: (str,),
+    bool: (bool,),
+    int | None: (*_NUMBER, type(None)),
+    float | None: (*_NUMBER, type(None)),
+}
 
 
 def _known(kind: type[Any], fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,6 +130,10 @@ def _known(kind: type[Any], fields: Mapping[str, Any]) -> dict[str, Any]:
         if field.name not in fields and not optional:
             where = "" if kind.__name__ == "Report" else f" of a {kind.__name__}"
             raise ReportError(f"This report lacks the field {field.name!r}{where}. {_FIX}")
+        plain, value = _PLAIN.get(field.type), fields.get(field.name, field.default)
+        if plain and not isinstance(value, plain):
+            what = f"{field.name!r} of a {kind.__name__} is {value!r}"
+            raise ReportError(f"This report is not as it was written: {what}. {_FIX}")
     return {f.name: fields[f.name] for f in dataclasses.fields(kind) if f.name in fields}
 
 

@@ -9,6 +9,7 @@ import itertools
 import re
 from collections import Counter
 
+from .._again import AGAIN
 from .._branches import NAME
 
 PHASES = ("forward", "backward", "recompute", "update", "other")
@@ -98,7 +99,7 @@ def paths_of(op_name: str) -> list[str]:
 
 
 def _phase(path: str) -> str:
-    if "rematted_computation" in path:
+    if AGAIN in path:
         return "recompute"
     if "transpose(" in path:
         return "backward"

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.backend import get_backend
 
+from .._again import again
 from .._regions import region
 
 # Few enough blocks to keep the program small, enough to skip 7/16 of a causal square.
@@ -217,7 +218,8 @@ def _blocked_backward(
     for start, stop in _blocks(q.shape[3]):
         end = stop if causal else k.shape[2]
         block = (slice(None),) * 3 + (slice(start, stop),)
-        s = _scores(q[block], k[:, :, :end], segment_ids, (start, stop), causal)
+        with again():
+            s = _scores(q[block], k[:, :, :end], segment_ids, (start, stop), causal)
         p = jnp.exp(s - lse[block])
         dp = product("bkgth,bksh->bkgts", g[block], v[:, :, :end])
         ds = (p * (dp - delta[block]) * q.shape[-1] ** -0.5).astype(q.dtype)

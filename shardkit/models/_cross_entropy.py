@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .._again import again
 from .._constrain import constrain
 from .._shards import shard_max, shard_start, shard_sum
 from ._dense import weight_gradient
@@ -94,7 +95,9 @@ def _summary_bwd(saved: tuple[Any, ...], grads: Summary) -> tuple[jax.Array, jax
 
     def body(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         index, table_ES = chunk
-        return None, of_logits(_logits(hidden_BTE, table_ES), index)
+        with again():
+            logits = _logits(hidden_BTE, table_ES)
+        return None, of_logits(logits, index)
 
     _, g_CBTS = jax.lax.scan(body, None, (jnp.arange(chunks), table_CES))
     g_hidden = jnp.einsum("cbts,ces->bte", g_CBTS, table_CES)
