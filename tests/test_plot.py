@@ -116,15 +116,19 @@ def test_everything_that_is_no_run_is_named_at_once(tmp_path, run, capsys):
     empty = write(tmp_path / "runs" / "empty", START)
     photos = tmp_path / "runs" / "photos"
     photos.mkdir()
-    words = [str(tmp_path / "runs" / "frist"), str(empty), str(photos), str(run)]
+    (note := tmp_path / "runs" / "note.txt").write_text("not a run")
+    words = [str(tmp_path / "runs" / "frist"), *map(str, (empty, photos, note, run))]
     out = tmp_path / "plot.png"
     assert main(["plot", *words, "--out", str(out)]) == 2
     shown = capsys.readouterr().err
-    assert "3 runs cannot be drawn." in shown
+    assert "4 runs cannot be drawn." in shown
     assert f"there is no such folder. Did you mean '{run}'?" in shown
     assert "has told of no update yet: metrics.jsonl has 1 row." in shown
     assert "holds no metrics.jsonl, so it is no folder of a run." in shown
+    assert "is a file, not the folder of a run." in shown
     assert f"shardkit plot {empty} {run}" in shown
+    # What has told of nothing is not offered in its own place.
+    assert f"shardkit plot {run}" in shown
     assert not out.exists()
 
 

@@ -150,8 +150,11 @@ def test_what_is_no_dump_of_this_model_is_told(steps, tmp_path):
         run()
     with pytest.raises(sk.CheckpointError, match="is a checkpoint, not a dump"):
         sk.replay(tmp_path / "run" / "checkpoints", steps["stop"])
-    with pytest.raises(sk.CheckpointError, match="There is no checkpoint"):
+    with pytest.raises(sk.CheckpointError, match=r"none  is no folder\nFix: RUN/dumps/step-"):
         sk.replay(tmp_path / "none", steps["stop"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(sk.CheckpointError, match="empty  holds no dump"):
+        sk.replay(tmp_path / "empty", steps["stop"])
     other = steps["apply"].replace(init=lambda key: {**init(key), "more": jnp.zeros(3)})
     with pytest.raises(sk.CheckpointError, match=r"state/params/more +is wanted as f32\[3\]"):
         sk.replay(tmp_path / "run", other)

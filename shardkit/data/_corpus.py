@@ -232,5 +232,7 @@ def _read(path: Path) -> bytes:
     except FileNotFoundError:
         problem = Problem(f"data.path={str(path)!r}", "there is no such file or folder.", _USE_TEXT)
     except OSError as error:
-        problem = Problem(str(path), f"{error.strerror}.", f"chmod u+r {str(path)!r}")
+        denied = isinstance(error, PermissionError)
+        fix = f"chmod u+r {str(path)!r}" if denied else _USE_TEXT
+        problem = Problem(str(path), f"{error.strerror}.", fix)
     raise DataError(format_problems("The text cannot be read.", [problem]))

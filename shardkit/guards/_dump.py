@@ -73,12 +73,14 @@ def dump_manifest(folder: Path) -> Manifest:
       CheckpointError: there is no dump.
     """
     root, step = _place(folder)
-    manifest = Checkpointer(root).manifest(step)
-    if not isinstance(manifest.data, dict) or manifest.data.get("kind") != _KIND:
-        why, fix = "is a checkpoint, not a dump", f"RUN/{DUMPS}/step-…, which a stopped run leaves"
-        problem = Problem(str(folder), why, fix)
-        raise CheckpointError(format_problems("There is nothing to replay.", [problem]))
-    return manifest
+    dumps, why = Checkpointer(root), "holds no dump" if folder.is_dir() else "is no folder"
+    if dumps.steps():
+        manifest = dumps.manifest(step)
+        if isinstance(manifest.data, dict) and manifest.data.get("kind") == _KIND:
+            return manifest
+        why = "is a checkpoint, not a dump"
+    problem = Problem(str(folder), why, f"RUN/{DUMPS}/step-…, which a stopped run leaves")
+    raise CheckpointError(format_problems("There is nothing to replay.", [problem]))
 
 
 def read_dump(folder: Path, state: Any, batch: Any, to: Any) -> Dump:

@@ -112,6 +112,8 @@ def read_histories(folders: Sequence[Path]) -> list[History]:
 
 
 def _unusable(run: Path, history: History) -> str | None:
+    if run.is_file():
+        return "is a file, not the folder of a run."
     if not run.is_dir():
         return f"there is no such folder.{did_you_mean(str(run), map(str, _around(run)))}"
     if not (run / METRICS).is_file():
@@ -122,7 +124,7 @@ def _unusable(run: Path, history: History) -> str | None:
 
 
 def _nearest(run: Path) -> str:
-    near = _around(run)
+    near = [path for path in _around(run) if path != run]
     return f"shardkit plot {' '.join(map(str, near[:3]))}" if near else "shardkit train"
 
 
