@@ -245,7 +245,12 @@ class _Body:
             _, points = self.walk.run(body, inside, [None] * len(body.outputs), self.trips)
             self.lifetimes.repeat(points)
             return
-        consts, carried = op.params["num_consts"], op.params["num_carry"]
+        # By shape, as JAX's releases name the counts differently: what is stacked has a dim more.
+        inner = body.inputs[len(body.inputs) - len(op.ins) :]
+        pairs = list(zip(op.outs, body.outputs, strict=True))
+        carried = sum(self._shape(out) == self._shape(one) for out, one in pairs)
+        stacks = sum(self._shape(n) != self._shape(i) for n, i in zip(op.ins, inner, strict=True))
+        consts = len(op.ins) - carried - stacks
         steps = frozenset(a for one in ins[consts + carried :] for a in one.dims[0])
         inside = ins[: consts + carried]
         inside += [one.with_dims(one.dims[1:]) for one in ins[consts + carried :]]
