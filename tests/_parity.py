@@ -186,17 +186,18 @@ CASES = {
         {"data": 0.82, "pipe": 1.14, "context": 1.6},
         f"{BUBBLE}; {SWAP}; {LOOP}; {AGAIN}",
     ),
-    "pipeline data all_to_all": Case(
-        data() | pipeline(micro_batches=2) | context(attention="all_to_all"),
-        {"data": 2, "pipe": 2, "context": 2},
-        {"data": 0.82, "pipe": 1.14, "context": 1.44},
-        f"{BUBBLE}; {LOOP}; {AGAIN}",
+    "pipeline tensor all_to_all": Case(
+        pipeline(micro_batches=2) | context(attention="all_to_all") | tensor(),
+        {"pipe": 2, "context": 2, "tensor": 2},
+        {"pipe": 1.31, "context": 1.77, "tensor": 2.52},
+        f"{BUBBLE}; {EACH}; {LOOP}; {AGAIN}",
+        remat="full",
     ),
-    "pipeline data experts": Case(
-        data() | pipeline(micro_batches=2) | sk.strategies.expert(),
-        {"data": 2, "pipe": 2, "expert": 2},
-        {"data": 0.84, "pipe": 1.16, "expert": 1.3},
-        f"{BUBBLE}; {LANE}; {AGAIN}",
+    "pipeline tensor experts": Case(
+        pipeline(micro_batches=2) | sk.strategies.expert() | tensor(),
+        {"pipe": 2, "expert": 2, "tensor": 2},
+        {"pipe": 1.35, "expert": 1.36, "tensor": 3.15},
+        f"{BUBBLE}; {EACH}; {LANE}; {AGAIN}",
         model=MIXTURE,
     ),
     "ring": Case(context(), {"context": 4}, {"context": 1.16}, SWAP),

@@ -126,10 +126,8 @@ def _first(
     """Largest logit, sum of exponentials below it, and the label's logit or 0, of one chunk."""
     top = logits.max(-1)
     total = jnp.exp(logits - top[..., None]).sum(-1)
-    # A label of another shard is none of these columns.
-    column = jnp.clip(targets_BT // chunks, 0, logits.shape[-1] - 1)
-    label = jnp.take_along_axis(logits, column[..., None], -1)[..., 0]
-    return top, total, jnp.where(targets_BT == column * chunks + index, label, 0)
+    label = jnp.where(_is_label(logits, targets_BT, chunks, index), logits, 0).sum(-1)
+    return top, total, label
 
 
 def _join(a: Summary, b: Summary) -> Summary:
