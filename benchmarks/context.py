@@ -51,8 +51,9 @@ CASES = {
 NOTE = (
     "Full logits are modelled. Beyond the minimum go the exchanges that full remat makes again "
     "and, round the ring, gradients of blocks in f32: 5/3 of it, and the swap into zig-zag order; "
-    "all-to-all 3/2. Before tiles' masks were kept out of the layers' residuals, all-to-all took "
-    "17.0 GiB at 131,072 over 8 chips, and the ring 3.13 at 1,048,576 over 64."
+    "all-to-all 3/2, and 2 where 4 key heads are copied to 16 chips. Before tiles' masks were kept "
+    "out of the layers' residuals, all-to-all took 17.0 GiB at 131,072 over 8 chips, and the ring "
+    "3.13 at 1,048,576 over 64."
 )
 
 
