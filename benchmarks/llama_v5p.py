@@ -68,9 +68,10 @@ NOTE = (
     "gathers and scatters are synchronous operations; only windowed einsum makes part of them "
     "asynchronous, for 57 to 61 M cycles more: synchronous wire of 4.2 GiB is not reached (4.31 "
     "with weights kept, 4.33 with windowed einsum). Whole streams over tensor send the least, as "
-    "saved activations are not gathered again, at 4 times their memory. Whole is the "
-    "child, with imports, tracing and reading; compile is libtpu alone. But for base, seconds are "
-    "of a machine that was busy with other work."
+    "saved activations are not gathered again, at 4 times their memory. Whole is the child, with "
+    "imports, tracing and reading; compile is libtpu alone. MFU counts as recomputation what a "
+    "backward pass by hand computes again (in older rows put right afterwards). But for base, "
+    "seconds are of a machine that was busy with other work."
 )
 
 

@@ -55,7 +55,8 @@ NOTE = (
     "slice is the compiler's own choice to gather weights and scatter gradients by all-reduce, "
     "which sends twice the bytes; over 64 of 6144 chips, with data and tensor beside it, the same "
     "declaration is gathered and scattered at 1.00. read is the time that ledger, memory, findings "
-    "and timeline take to be read out of the compiled program."
+    "and timeline take to be read out of the compiled program. MFU counts as recomputation what a "
+    "backward pass by hand computes again (in older rows put right afterwards)."
 )
 
 
