@@ -65,10 +65,13 @@ LOOKED_AT = 11
 """The first rows, by which the model was mended and its one efficiency was fitted."""
 NOTE = """Rows in the order in which they were compiled; by the first 11 the model was mended, those
 after them are held out. Still wrong, and why: `tensor=8` over the whole of a v5p 2x2x2, where the
-compiler keeps all-reduces that it scatters over fewer dims of the torus (wire -30 %); seconds, as
-one efficiency (fitted to the first 11 rows, none per case) cannot tell products of small pieces
-from large ones; `fsdp=4` on v5p 2x2x2, where gradients are scattered without the
-chains of permutes that v5e and v6e make of it, and the embedding's too.
+compiler keeps all-reduces that it scatters over fewer dims of the torus (wire -30 %); `fsdp` alone
+with two micro-batches and one reduction, where the compiler gathers the head ten times a step, for
+each chunk of the loss (fsdp -20 to -36 %); `data` beside `fsdp` or ZeRO with one reduction, where
+gradients are all-reduced over both axes at once; accumulation, where less is held at once than the
+loop's carries and its body add up to (temporaries to +84 %; without accumulation they are within
+17 %); seconds, as one efficiency (fitted to the first 11 rows, none per case) cannot tell products
+of small pieces from large ones, which is why the order of `large` is wrong.
 The modelled time of the links has a torus without closed rings, the compiled timeline has rings."""
 
 
