@@ -123,7 +123,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     if timed:
         of = f"median of {int(statistics.median(timed))} updates ± half the quartiles' distance"
         notes.append(f"Step: {of}, {measured_where(rows)}.")
-    if any(row.modelled and row.seconds is None for row in rows):
+    if any("step_seconds" in row.modelled and row.seconds is None for row in rows):
         notes.append(
             "Step: modelled (~), from the compiled program and the chip's links and peaks."
         )
@@ -134,10 +134,10 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     if known:
         over = sorted(row.modelled["memory"] / (row.total or 1) for row in known)
         ends = f"{over[0]:.2f} to {over[-1]:.2f}"
-        of = f"of {len(known)} rows, " if len(known) < len(rows) else ""
+        of = f", of {count(len(known), 'row')}" if len(known) < len(rows) else ""
         notes.append(
-            f"Modelled by a plan, memory is {of}{statistics.median(over):.2f} of the compiled one "
-            f"in the median, {ends} at the ends."
+            f"Modelled by a plan, memory is {statistics.median(over):.2f} of the compiled one in "
+            f"the median, {ends} at the ends{of}."
         )
     if unknown := dict.fromkeys(one for row in rows if (one := row.modelled.get("not_modelled"))):
         notes.append(f"Not modelled: {'; '.join(unknown)}.")
