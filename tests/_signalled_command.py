@@ -12,7 +12,10 @@ import time
 from shardkit.cli import main
 from shardkit.data import Text
 
-PROCESS = json.loads(os.environ["SHARDKIT_PROCESS"])["index"]
+
+def process():
+    """Number of this process."""
+    return json.loads(os.environ["SHARDKIT_PROCESS"])["index"]
 
 
 def slowly(what):
@@ -22,7 +25,7 @@ def slowly(what):
     def slow(self, step, *rows):
         time.sleep(0.2)
         made.append(step)
-        if PROCESS == 1 and len(made) == 3:
+        if process() == 1 and len(made) == 3:
             os.kill(os.getppid(), signal.Signals[what])
         return batch(self, step, *rows)
 
@@ -32,7 +35,7 @@ def slowly(what):
 if __name__ == "__main__":
     what, *words = sys.argv[1:]
     if what == "differ":
-        words += ["--set", f"train.seed={PROCESS}"]
+        words += ["--set", f"train.seed={process()}"]
     else:
         slowly(what)
     sys.exit(main(words))

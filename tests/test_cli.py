@@ -29,7 +29,7 @@ OPTIONS = {
     | {"--turns", "--out", "--plots", "--timeout"},
     "checkpoint": {"-h", "--help", "--debug", "--values"},
     "plot": {"-h", "--help", "--debug", "--out"},
-    "plan": SHARED | {"--target", "--global-batch", "--compile", "--overlap", "--json"},
+    "plan": SHARED | {"--target", "--global-batch", "--compile", "--overlap", "--plot", "--json"},
     "explain": SHARED | {"--target", "--chip", "--json", "--html", "--timeout"},
     "hardware": {"-h", "--help", "--debug", "--config", "--measure"},
     "launch": {"-h", "--help", "--debug", "-n", "--devices"},

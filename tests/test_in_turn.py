@@ -10,7 +10,7 @@ from jax.extend import core
 from shardkit._constrain import constrain_gradient, constrain_p
 from shardkit._remat import active, in_turn, policy, remat
 
-W = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 4)), jnp.float32)
+W = np.random.default_rng(0).normal(size=(3, 4, 4))
 
 
 def loss(weights, x):
@@ -30,12 +30,14 @@ def checkpoints(jaxpr):
 
 @pytest.mark.parametrize("name", ["none", "full", "save:part_out", "save:other"])
 def test_a_part_waits_only_where_its_output_is_kept(name):
-    x = jnp.ones((2, 4))
-    plain = jax.grad(loss)(W, x)
-    with active(policy(name)):
-        traced = jax.make_jaxpr(lambda w, x: loss(w, x))(W, x)
-        grads = jax.grad(lambda w, x: loss(w, x))(W, x)
-    assert jnp.abs(grads - plain).max() <= 1e-6 * jnp.abs(plain).max()
+    # In 64 bits: one sum in another order is not what is looked for.
+    with jax.enable_x64(True):
+        x = jnp.ones((2, 4))
+        plain = jax.grad(loss)(W, x)
+        with active(policy(name)):
+            traced = jax.make_jaxpr(lambda w, x: loss(w, x))(W, x)
+            grads = jax.grad(lambda w, x: loss(w, x))(W, x)
+        assert jnp.abs(grads - plain).max() <= 1e-12 * jnp.abs(plain).max()
     assert checkpoints(traced.jaxpr) == {"none": 0, "save:part_out": 2}.get(name, 1)
 
 

@@ -29,6 +29,11 @@ def built(**sizes):
 STEPS, RATE = 2, 0.25
 
 
+# Model FLOPs of a layer and of the head: three products for each one forward.
+TOKENS, WIDTH = ROWS * model.LENGTH, model.WIDTH
+LAYER, HEAD = 3 * 2 * TOKENS * WIDTH * 4 * WIDTH, 3 * 2 * TOKENS * WIDTH * model.VOCAB
+
+
 def on_host(state):
     return jax.tree.map(np.array, dataclasses.replace(state, key=jax.random.key_data(state.key)))
 
@@ -120,6 +125,10 @@ def test_gradients_are_those_of_one_device_and_bubbles_leak_nothing(name):
     layers, strategy, sizes = CASES[name]
     step = model.step(built(**sizes), strategy, layers, ROWS, optimizer=optax.sgd(RATE))
     assert_equal_to_one_device(step, layers)
+    flops = step.report().flops
+    if "zero bubble" not in name:  # whose weight halves compute gradients of inputs again
+        assert flops.model == LAYER * layers + HEAD
+    assert flops.recompute > 0
 
 
 @pytest.mark.usefixtures("polluted")

@@ -159,10 +159,14 @@ def test_what_tells_sweeps_apart_must_be_plain(tmp_path):
         ("tests._swept:unlike", "cannot be called: got an unexpected keyword argument"),
         (_swept.unlike, "tests._swept:unlike  cannot be called: got an unexpected keyword"),
         (7, "7  is no function, but int"),
-        ("tests.data.broken_factory:factory", "its module raised ZeroDivisionError: division"),
+        ("broken_factory:factory", "its module raised ZeroDivisionError: division"),
     ],
 )
-def test_what_is_no_factory_is_refused_before_anything_is_written(factory, message, tmp_path):
+def test_what_is_no_factory_is_refused_before_anything_is_written(
+    factory, message, tmp_path, monkeypatch
+):
+    (tmp_path / "broken_factory.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(sk.ConfigError) as error:
         sk.sweep(factory, out=tmp_path / "new", devices=1)
     assert message in str(error.value)

@@ -169,9 +169,10 @@ def test_the_command_line_replays_what_its_run_left(tmp_path, capsys, monkeypatc
     words += ["data.path=text.txt", "data.held_out=0.3"]
     words += ["data.length=8", "optimizer.name=sgd", "optimizer.lr=1e25", "optimizer.clip=none"]
     words += ["optimizer.warmup=0", "train.steps=6", "train.eval_every=0", "train.baselines=false"]
-    words += ["strategy=data", "mesh.tensor=1", "train.sample=0", "devices=cpu:2"]
+    words += ["strategy=data", "mesh.tensor=1", "train.sample=0", "devices=cpu:8"]
     assert main(["train", *(part for word in words for part in ("--set", word))]) == 2
     said = capsys.readouterr().err
+    assert "shardkit replay" in said, said
     (dump,) = (tmp_path / "runs" / "default" / "dumps").glob("step-*")
     assert f"shardkit replay {dump.relative_to(tmp_path)}" in said.replace("\n", "")
     assert main(["replay", str(dump)]) == 0

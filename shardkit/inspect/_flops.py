@@ -13,6 +13,7 @@ from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from .._again import share_again
 from .._branches import shares
 from ._scope import phase_of, scope_of
 
@@ -60,8 +61,11 @@ def count_flops(jaxpr: Any) -> Flops:
     summed: dict[tuple[str, str], Times] = {}
     for path, flops in _products(jaxpr.jaxpr, "", 1, problems):
         # The last part of a path is the operation's own name, as in the compiled program.
-        key = (scope_of(path), phase_of(path))
-        summed[key] = summed.get(key, 0) + flops
+        scope, phase = scope_of(path), phase_of(path)
+        share = share_again(path) if phase == "recompute" else 1
+        for key, part in (((scope, phase), share), ((scope, "forward"), 1 - share)):
+            if part:
+                summed[key] = summed.get(key, 0) + flops * part
     found = {key: round(flops) for key, flops in summed.items()}
     again, update = (
         sum(flops for (_, phase), flops in found.items() if phase == one)

@@ -22,7 +22,7 @@ _STEP_SCOPES = {
     "update": "update",
 }
 _PLUMBING = frozenset(
-    """while body cond scan closed_call checkpoint remat remat2 rematted_computation eval_jaxpr
+    """while body cond scan closed_call checkpoint remat remat2 eval_jaxpr
     shard_map pjit core_call custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr branch
     custom_lin vmap pmap named_call call""".split()
 )
@@ -115,6 +115,7 @@ def _scope(path: str) -> str:
             part = match.group(1)
         names += [name for name in part.split("/") if name not in _PLUMBING]
     names = [name for name in names if not (_SKIP.search(name) or NAME.fullmatch(name))]
+    names = [name for name in names if not name.startswith(AGAIN)]
     names = names[1:] if names and names[0] in _STEP_SCOPES else names
     # The backward rule of a custom derivative repeats the scope that it was made in.
     return "/".join(name for name, _ in itertools.groupby(names))

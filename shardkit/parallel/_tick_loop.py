@@ -7,6 +7,7 @@ is the slots of the table and the intermediates of one part, whatever the micro-
 stage takes its own branch and pays for no other's work.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._again import again
 from .._branches import taken
 from .._staged import First, Last, Layer, sealed, through
 from .._types import Mean
@@ -143,7 +145,8 @@ class Device:
 
     def _backward(self, now: Running, row: Row) -> tuple[Any, Running]:
         x = _read(now.slots, row["input"])
-        y, pull = jax.vjp(self._part(row), self._own(row), x)
+        with self._again(Branch.BACKWARD):
+            y, pull = jax.vjp(self._part(row), self._own(row), x)
         g, now = self._arrived(Branch.BACKWARD, now, row, y)
         g_weights, g_x = pull(g)
         now = self._with_weights(now, row, g_weights)
@@ -152,7 +155,8 @@ class Device:
     def _input_half(self, now: Running, row: Row) -> tuple[Any, Running]:
         x = _read(now.slots, row["input"])
         part, own = self._part(row), self._own(row)
-        y, pull = jax.vjp(lambda x: part(own, x), x)
+        with self._again(Branch.INPUT):
+            y, pull = jax.vjp(lambda x: part(own, x), x)
         g, now = self._arrived(Branch.INPUT, now, row, y)
         (g_x,) = pull(g)
         now = dataclasses.replace(now, slots=_written(now.slots, g, row["grad"]))
@@ -161,7 +165,8 @@ class Device:
     def _weight_half(self, now: Running, row: Row) -> tuple[Any, Running]:
         x, g = (_read(now.slots, row[name]) for name in ("input", "grad"))
         part = self._part(row)
-        _, pull = jax.vjp(lambda own: part(own, x), self._own(row))
+        with again():
+            _, pull = jax.vjp(lambda own: part(own, x), self._own(row))
         return silence(x), self._with_weights(now, row, *pull(g))
 
     def _arrived(self, within: Branch, now: Running, row: Row, y: Any) -> tuple[Any, Running]:
@@ -190,11 +195,17 @@ class Device:
         rows, (key, _) = self._micro_batch(row), self.keys(row["micro"])
 
         def to_ends() -> Any:
-            _, pull = jax.vjp(lambda ends: self.first(ends, rows, key), self.ends)
+            with again():
+                _, pull = jax.vjp(lambda ends: self.first(ends, rows, key), self.ends)
             return _added(now.ends, *pull(g_x))
 
         ends = self._if("first", within, row, to_ends, lambda: now.ends)
         return dataclasses.replace(now, ends=ends)
+
+    def _again(self, branch: Branch) -> contextlib.AbstractContextManager[None]:
+        """Marks a part's forward pass in a backward tick: the last part has had no other."""
+        ticks = self.plan.columns["branch"]
+        return again(int((ticks == Branch.FORWARD).sum()), int((ticks == branch).sum()))
 
     def _if(
         self, flag: str, within: Branch, row: Row, yes: Callable[[], Any], no: Callable[[], Any]

@@ -55,7 +55,7 @@ def roles(how: Stages, stages: int) -> Roles:
     >>> found.mean.tolist()  # the last stage goes forward within its backward pass alone
     [4.0, 6.0, 2.0, 4.0, 2.0]
     >>> found.slots, found.messages
-    (5, 4.0)
+    (6, 8.0)
     """
     table = schedule(
         how.schedule,
