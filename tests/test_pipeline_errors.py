@@ -129,3 +129,21 @@ def test_a_model_without_stages_is_an_error():
     text = message(DATA | pipeline(micro_batches=2), loss=loss)
     assert "the model marks no staged" in text
     assert re.search(r"sk\.staged", text)
+
+
+def test_a_permute_inside_one_stage_is_refused_before_it_waits_for_ever():
+    def layer(weights, x, batch, key):
+        return x + sk.constrain(jnp.roll(x, 1, 1), "batch", "length", "embed")
+
+    def loss(params, batch, key):
+        ends = {name: params[name] for name in ("table", "scale")}
+        layers = {name: params[name] for name in ("up", "down")}
+        return sk.staged(model.first, layer, model.last, ends, layers, batch)
+
+    names = sk.AxisRules(dict(length="seq", batch=None, embed=None, mlp=None))
+    split = sk.Strategy(params=sk.REPLICATED, activations=names, kinds=(("own", "seq"),))
+    text = message(pipeline(micro_batches=2) | split, loss=loss, pipe=2, seq=4)
+    assert "A stage would wait for the others without end on mesh (pipe=2, seq=4)." in text
+    assert "layers: jit(_roll_static)/" in text
+    assert "moves f32[8,1,8] over 'seq' by a permute, inside one pipeline stage" in text
+    assert 'y = sk.constrain(y, "batch", None, ...), which gathers within the stage' in text

@@ -89,7 +89,8 @@ class Device:
         exchanges = [functools.partial(self._exchange, exchange) for exchange in plan.exchanges]
 
         def tick(now: Running, row: Row) -> tuple[Running, None]:
-            with taken(np.bincount(plan.columns["branch"].flat, minlength=len(branches))):
+            often = np.bincount(plan.columns["branch"].flat, minlength=len(branches))
+            with taken(often, apart=True):
                 out, now = jax.lax.switch(row["branch"], branches, now, row)
             with taken(np.bincount(plan.exchange, minlength=len(exchanges))):
                 slots = jax.lax.switch(row["exchange"], exchanges, now.slots, out, row)

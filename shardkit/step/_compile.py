@@ -21,6 +21,7 @@ from jax.sharding import AbstractMesh, Mesh
 from .._constrain import Resolver, resolving
 from .._errors import Problem, StepError, raise_all
 from .._tree import format_bytes, nbytes
+from ._waits import check_waits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +75,9 @@ def compile_program(
       check: called with the jaxpr before it is lowered; raises what it finds.
       donate: numbers of the arguments whose buffers the results may reuse.
       options: XLA options by name.
+
+    Raises:
+      StepError: what was compiled would wait without end.
     """
     wanted = dict(options) if options else None
 
@@ -101,6 +105,7 @@ def compile_program(
         ):
             compiled = lowered.compile(compiler_options=wanted)
     end = time.perf_counter()
+    check_waits(compiled, jax.tree.leaves(in_shardings)[0].mesh)
 
     def again() -> str:
         # JAX keeps what it made of a function, so this is another one, of the same operations.
