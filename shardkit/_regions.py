@@ -57,6 +57,12 @@ def manual_axes() -> tuple[str, ...]:
     return tuple(jax.sharding.get_abstract_mesh().manual_axes)
 
 
+def partly_manual() -> bool:
+    """Whether a `shard_map` around what is being traced leaves some axes to the partitioner."""
+    around = jax.sharding.get_abstract_mesh()
+    return bool(around.manual_axes and around.auto_axes)
+
+
 def mesh_here(mesh: Mesh) -> Mesh | AbstractMesh:
     """The mesh that shardings name here: inside of a `shard_map` its own, which knows its axes."""
     around = jax.sharding.get_abstract_mesh()

@@ -180,11 +180,12 @@ CASES = {
         f"{BUBBLE}; {EACH}",
         model=MIXTURE,
     ),
-    "pipeline data ring": Case(
-        data() | pipeline(micro_batches=2) | context(),
-        {"data": 2, "pipe": 2, "context": 2},
-        {"data": 0.82, "pipe": 1.14, "context": 1.6},
-        f"{BUBBLE}; {SWAP}; {LOOP}; {AGAIN}",
+    "pipeline ring experts": Case(
+        pipeline(micro_batches=2) | context() | sk.strategies.expert(),
+        {"pipe": 2, "context": 2, "expert": 2},
+        {"pipe": 1.19, "context": 1.55, "expert": 1.92},
+        f"{BUBBLE}; {SWAP}; {LOOP}; {LANE}; {AGAIN}",
+        model=MIXTURE,
     ),
     "pipeline tensor all_to_all": Case(
         pipeline(micro_batches=2) | context(attention="all_to_all") | tensor(),
@@ -193,11 +194,12 @@ CASES = {
         f"{BUBBLE}; {EACH}; {LOOP}; {AGAIN}",
         remat="full",
     ),
-    "pipeline tensor experts": Case(
-        pipeline(micro_batches=2) | sk.strategies.expert() | tensor(),
+    "pipeline experts sequence": Case(
+        pipeline(micro_batches=2) | sk.strategies.expert() | tensor(sequence=True),
         {"pipe": 2, "expert": 2, "tensor": 2},
-        {"pipe": 1.35, "expert": 1.36, "tensor": 3.15},
-        f"{BUBBLE}; {EACH}; {LANE}; {AGAIN}",
+        {"pipe": 0.89, "expert": 1.73, "tensor": 4.92},
+        f"{BUBBLE}; {LANE}; {AGAIN}; {SCATTER}; {EACH}",
+        remat="full",
         model=MIXTURE,
     ),
     "ring": Case(context(), {"context": 4}, {"context": 1.16}, SWAP),

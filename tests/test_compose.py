@@ -16,7 +16,6 @@ from shardkit.testing import simulated_devices
 from . import _staged
 
 data, fsdp, tensor, zero = (getattr(sk.strategies, n) for n in ("data", "fsdp", "tensor", "zero"))
-pipeline, context, expert = (getattr(sk.strategies, n) for n in ("pipeline", "context", "expert"))
 
 
 def text_of(strategy, used=(), **sizes):
@@ -44,15 +43,6 @@ def test_an_axis_that_the_mesh_lacks():
     assert "is used by data; mesh has data=2, tensr=4. Did you mean 'data'?" in text
     assert "is used by tensor; mesh has data=2, tensr=4. Did you mean 'tensr'?" in text
     assert "MeshSpec(..., tensor=2), or strategies.tensor(axis) with one of 'data', 'tensr'" in text
-
-
-def test_experts_and_a_split_length_in_stages():
-    three = pipeline(micro_batches=2) | context() | expert()
-    text = text_of(three, pipe=2, context=2, expert=2)
-    assert "pipeline('pipe') | context('context') | expert('expert')" in text
-    assert "are more than XLA's partitioner takes" in text
-    assert "| data() or | fsdp() over 'expert' keeps experts where their tokens are" in text
-    check_composition(three, {"pipe": 2, "context": 2, "expert": 1})
 
 
 def test_a_mesh_axis_that_no_strategy_uses():

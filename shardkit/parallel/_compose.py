@@ -27,12 +27,10 @@ def check_composition(strategy: Strategy, sizes: Mapping[str, int]) -> None:
       sizes: `{mesh axis: size}`.
 
     Raises:
-      ShardingError: two strategies for one axis, an axis that the mesh lacks, state split by ZeRO
-        over an axis that splits no rows, or three kinds that XLA cannot partition together; all of
-        them in one message.
+      ShardingError: two strategies for one axis, an axis that the mesh lacks, or state split by
+        ZeRO over an axis that splits no rows; all of them in one message.
     """
     problems = [*_shared_axes(strategy), *_absent_axes(strategy, sizes), *_zero(strategy, sizes)]
-    problems += _in_stages(strategy, sizes)
     headline = f"The strategies do not fit together on mesh {format_mesh(sizes)}."
     raise_all(ShardingError, headline, problems)
 
@@ -129,23 +127,6 @@ def _absent_axes(strategy: Strategy, sizes: Mapping[str, int]) -> list[Problem]:
         for kind, axis in strategy.kinds
         if axis not in sizes
     ]
-
-
-def _in_stages(strategy: Strategy, sizes: Mapping[str, int]) -> list[Problem]:
-    """XLA's partitioner ends the process on what these three make of a token's way (jax 0.10)."""
-    axes = {_function(kind): axis for kind, axis in strategy.kinds if sizes.get(axis, 1) > 1}
-    if not axes.keys() >= {"pipeline", "context", "expert"}:
-        return []
-    why = (
-        "tokens that travel to experts from a length that is split, inside a stage of a pipeline, "
-        "are more than XLA's partitioner takes"
-    )
-    fix = (
-        f"leave one of the three out: | data() or | fsdp() over {axes['expert']!r} keeps experts "
-        "where their tokens are"
-    )
-    together = " | ".join(f"{kind}({axes[kind]!r})" for kind in ("pipeline", "context", "expert"))
-    return [Problem(together, why, fix)]
 
 
 def _zero(strategy: Strategy, sizes: Mapping[str, int]) -> list[Problem]:

@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .._errors import Problem, StepError, raise_all
-from .._regions import Carrier, Surroundings, manual_axes, mesh_here
+from .._regions import Carrier, Surroundings, manual_axes, mesh_here, partly_manual
 from .._slots import collect, combine, dispatch, even, in_order, ragged, slots
 from ._names import activations, check_axis, params
 from ._strategy import Strategy
@@ -177,14 +177,15 @@ class _Groups:
         split = x.reshape(*sizes, x.shape[0] // math.prod(sizes), *x.shape[1:])
         moved = jnp.moveaxis(split, at, len(sizes) - 1)
         groups = math.prod(sizes) // sizes[at]
-        return self._placed(moved.reshape(groups, x.shape[0] // groups, *x.shape[1:]), self.axis)
+        rows = moved.reshape(groups, x.shape[0] // groups, *x.shape[1:])
+        return self._placed(rows, self.axis, *self._whole)
 
     def together(self, x: jax.Array) -> jax.Array:
         """The inverse of `apart`."""
         sizes, at = self._sizes()
         moved = [size for number, size in enumerate(sizes) if number != at] + [sizes[at]]
         rows = x.shape[0] * x.shape[1]
-        placed = self._placed(x, self.axis)
+        placed = self._placed(x, self.axis, *self._whole)
         split = placed.reshape(*moved, rows // math.prod(sizes), *x.shape[2:])
         return jnp.moveaxis(split, len(sizes) - 1, at).reshape(rows, *x.shape[2:])
 
@@ -214,6 +215,14 @@ class _Groups:
             one, mesh=mesh, in_specs=tuple(specs), out_specs=specs[0], axis_names=axes
         )
         return place(*args)
+
+    @property
+    def _whole(self) -> tuple[None, ...]:
+        """Rows and length, which is whole inside a stage of a pipeline.
+
+        There XLA aborts on a gather along a split dim if another axis splits a dim beside it.
+        """
+        return (None, None) if partly_manual() else ()
 
     def _sizes(self) -> tuple[list[int], int]:
         """Devices along each axis of the rows, and which of them tokens travel over."""
