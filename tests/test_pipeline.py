@@ -238,7 +238,7 @@ def test_weights_split_over_fsdp_are_gathered_once_per_step():
 
 
 @pytest.mark.slow
-def test_the_decoder_with_dropout_tied_ends_and_segments_is_that_of_one_device():
+def test_segments_over_a_split_length_tied_ends_and_dropout_are_those_of_one_device():
     decoder = DecoderConfig(vocab=32, embed=16, layers=4, heads=2, mlp=24, tied=True, dropout=0.1)
     adapted = sk.from_nnx(lambda rngs: Decoder(decoder, rngs), decoder_loss)
     shape = jax.ShapeDtypeStruct((8, 8), jnp.int32)
@@ -261,7 +261,8 @@ def test_the_decoder_with_dropout_tied_ends_and_segments_is_that_of_one_device()
     tokens["segment_ids"] = np.sort(rng.integers(0, 2, (8, 8)), 1).astype(np.int32)
     tokens["weights"] = rng.integers(0, 2, (8, 8)).astype(np.float32)
     one = compiled(DATA, data=1)
-    many = compiled(DATA | pipeline(micro_batches=2) | TENSOR, data=2, pipe=2, tensor=2)
+    layout = DATA | pipeline(micro_batches=2) | sk.strategies.context()
+    many = compiled(layout, data=2, pipe=2, context=2)
     start = on_host(one.init(jax.random.key(0)))
     want, got = (trained(step, start, tokens) for step in (one, many))
     assert_close(*(jax.tree.map(np.subtract, run[1], start.params) for run in (got, want)))

@@ -8,6 +8,16 @@ Dropless on n devices, every device gets n times the room, because all tokens ma
 device: the padded exchange sends n · R. The rest of the model sees `expert` as one more axis of
 data parallelism; gradients of experts are never reduced over it.
 
+What is used where, on every backend alike: the exchange is an all-to-all of equal parts, bounded
+by capacity or padded to the room, and `jax.lax.ragged_all_to_all` is not used, which XLA's CPU
+backend lacks; the dropless products of a place are `jax.lax.ragged_dot`.
+
+Drops are counted per row of the batch, neither per device nor over the mesh: where routers choose
+alike, one device and every mesh drop the same tokens. Rounding that grows over updates turns a near
+tie of a router in the end, and with a capacity that may push later tokens of the row out of their
+slots. Measured with `nano-moe` at factor 1.25, one device against data × expert × tensor: 32
+updates with losses within 5e-7 and as many drops, then one drop more and losses 4e-4 apart.
+
 Use when a mixture's experts do not fit, and each holds enough tokens to keep a device busy. Do
 not use across slow links, where every layer waits four times for every token.
 """
