@@ -50,7 +50,7 @@ class CompiledStep:
     @property
     def mesh(self) -> Mesh:
         """The device mesh."""
-        return self.declaration.mesh
+        return self.declaration.built_mesh
 
     @property
     def strategy(self) -> Strategy:

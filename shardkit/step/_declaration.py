@@ -62,6 +62,12 @@ class Declaration:
     on_retrace: OnRetrace = "warn"
 
     @property
+    def built_mesh(self) -> Mesh:
+        """The mesh of a step that is compiled in this process."""
+        assert isinstance(self.mesh, Mesh)
+        return self.mesh
+
+    @property
     def precision(self) -> Precision:
         """The dtype policy."""
         return precision(self.strategy.precision)
@@ -74,8 +80,7 @@ class Declaration:
     @property
     def xla_options(self) -> dict[str, Any]:
         """What the compiler is told; a declared option wins over what `deterministic` implies."""
-        assert isinstance(self.mesh, Mesh)
-        platform = self.mesh.devices.flat[0].platform
+        platform = self.built_mesh.devices.flat[0].platform
         # Implies xla_gpu_exclude_nondeterministic_ops and no autotuning, which would time kernels.
         implied = {"xla_gpu_deterministic_ops": True} if platform in ("gpu", "cuda") else {}
         return {**(implied if self.deterministic else {}), **self.compiler_options}
@@ -102,9 +107,9 @@ class Declaration:
             if (named := getattr(self, field)) not in known:
                 why = f"known: {', '.join(known)}.{did_you_mean(str(named), known)}"
                 problems.append(Problem(f"{field}={named!r}", why, f'{field}="{known[0]}"'))
-        assert isinstance(self.mesh, Mesh)
-        problems += self._compression_problems(self.mesh)
-        for name, kind in zip(self.mesh.axis_names, self.mesh.axis_types, strict=True):
+        mesh = self.built_mesh
+        problems += self._compression_problems(mesh)
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True):
             if kind != AxisType.Auto:
                 why = f"is of type {kind.name}; the partitioner needs Auto axes"
                 fix = "MeshSpec(...).build(), or Mesh(..., axis_types=(AxisType.Auto, ...))"
@@ -134,8 +139,7 @@ class Declaration:
 
     def _misfits(self) -> list[Problem]:
         """What the carriers that this mesh needs cannot work with."""
-        assert isinstance(self.mesh, Mesh)
-        sizes = self.mesh.shape
+        sizes = self.built_mesh.shape
         return [
             problem
             for _, carrier in self.strategy.regions

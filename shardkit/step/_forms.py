@@ -44,7 +44,7 @@ class Form:
         """
         d = declaration
         layout = resolve_layout(
-            d.init, d.optimizer, d.batch, d.mesh, d.strategy, d.precision, d.accumulate.steps
+            d.init, d.optimizer, d.batch, d.built_mesh, d.strategy, d.precision, d.accumulate.steps
         )
         return cls(layout, Programs(declaration, layout))
 

@@ -41,7 +41,7 @@ class Functions:
         d, state = self.declaration, self.layout.state
         low = jax.eval_shape(self._low, state.params)
         loss = (
-            objective(d.loss_fn, d.mesh),
+            objective(d.loss_fn, d.built_mesh),
             (low, state.extra, self.layout.batch, state.key),
         )
         return {"init": (d.init, (state.key,)), "loss_fn": loss}
@@ -54,7 +54,7 @@ class Functions:
     def init_model(self) -> Callable[[Any], TrainState]:
         """Builds `key → state` without optimizer state."""
         d = self.declaration
-        return initial_state(d.init, d.precision, compressing(d.strategy, d.mesh))
+        return initial_state(d.init, d.precision, compressing(d.strategy, d.built_mesh))
 
     def init_optimizer(self) -> Callable[[Any], Any]:
         """Builds `params → optimizer state`."""
@@ -83,7 +83,7 @@ class Functions:
     def evaluate(self) -> Callable[[TrainState, Any], Metrics]:
         """Builds `(state, batch) → metrics`."""
         d = self.declaration
-        loss = objective(d.loss_fn, d.mesh, evaluate=True)
+        loss = objective(d.loss_fn, d.built_mesh, evaluate=True)
         if d.mode == "shard_map":
             loss = self._planned(evaluated_on_shards, loss)
         return evaluation_step(loss, self._low)
@@ -125,7 +125,7 @@ def layer_policy(declaration: Declaration, layout: Layout) -> Policy | None:
 
 def _plan(declaration: Declaration, layout: Layout) -> Plan:
     return Plan(
-        mesh=declaration.mesh,
+        mesh=declaration.built_mesh,
         accumulate=declaration.accumulate,
         precision=declaration.precision,
         axes=layout.lane_axes,
@@ -139,7 +139,7 @@ def _plan(declaration: Declaration, layout: Layout) -> Plan:
 
 def _under_policy(declaration: Declaration, args: tuple[Any, ...]) -> Objective:
     """The loss; as a whole under the remat policy where it marks no layer of its own."""
-    loss = objective(declaration.loss_fn, declaration.mesh)
+    loss = objective(declaration.loss_fn, declaration.built_mesh)
     named = policy(declaration.strategy.remat)
     if named is None:
         return loss

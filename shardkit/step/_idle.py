@@ -30,7 +30,7 @@ def idle_rules(
         ("batch", strategy.batch, leaves(layout.batch)),
         ("activations", strategy.activations, [_plain(leaf) for leaf in constrained]),
     ]
-    sizes = dict(declaration.mesh.shape)
+    sizes = dict(declaration.built_mesh.shape)
     return tuple(
         f"{field}: {one}"
         for field, rule, of in asked

@@ -60,8 +60,7 @@ class ManualPlan:
     @property
     def mesh(self) -> Mesh:
         """The device mesh."""
-        assert isinstance(self.declaration.mesh, Mesh)
-        return self.declaration.mesh
+        return self.declaration.built_mesh
 
     @property
     def apart(self) -> bool:

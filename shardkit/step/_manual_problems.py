@@ -61,7 +61,7 @@ def check_declared(declaration: Declaration, layout: Layout) -> None:
 
 
 def refuse(declaration: Declaration, problems: list[Problem]) -> None:
-    where = format_mesh(declaration.mesh.shape)
+    where = format_mesh(declaration.built_mesh.shape)
     raise_all(StepError, f'mode="shard_map" cannot carry this out on mesh {where}.', problems)
 
 
@@ -92,7 +92,7 @@ def _kind_problems(declaration: Declaration) -> Iterator[Problem]:
             why = f"over mesh axis {axis!r} is left to the partitioner; here: {', '.join(KINDS)}"
             yield Problem(f"{kind} parallelism", why, 'mode="auto"')
     for name, carrier in declaration.strategy.regions:
-        if name != "weight" and declaration.mesh.shape.get(carrier.axis, 1) > 1:
+        if name != "weight" and declaration.built_mesh.shape.get(carrier.axis, 1) > 1:
             why = f"{carrier} maps over {carrier.axis!r} itself"
             yield Problem(f"region {name!r}", why, 'mode="auto"')
     if declaration.stateful:

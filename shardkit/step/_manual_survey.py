@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from .._lanes import Draws, draws_of, grown
 from .._shards import varied
@@ -54,9 +54,8 @@ def shard_plan(
     check_declared(declaration, layout)
     args = (low, layout.state.extra, layout.batch, layout.state.key)
     whole = jax.make_jaxpr(objective)(*args)
-    assert isinstance(declaration.mesh, Mesh)
     rules = declaration.strategy.activations
-    Activations(declaration.mesh, rules, layout.row_axes).check(whole)
+    Activations(declaration.built_mesh, rules, layout.row_axes).check(whole)
     plan = plan_of(declaration, layout, whole, accumulate)
     return dataclasses.replace(plan, draws=_shard_draws(objective, plan, args, whole))
 

@@ -31,7 +31,7 @@ class Programs:
         self._functions = Functions(declaration, layout)
         if declaration.debug:
             check_keys(self._functions.given)
-        self._whole = NamedSharding(declaration.mesh, PartitionSpec())
+        self._whole = NamedSharding(declaration.built_mesh, PartitionSpec())
 
     @functools.cached_property
     def train(self) -> Program:
@@ -124,7 +124,7 @@ class Programs:
     def _names(self) -> Activations:
         declaration = self._declaration
         rules = declaration.strategy.activations
-        return Activations(declaration.mesh, rules, self._layout.lane_axes)
+        return Activations(declaration.built_mesh, rules, self._layout.lane_axes)
 
 
 def _check_reached(marks: Marks) -> None:

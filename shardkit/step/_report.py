@@ -34,7 +34,7 @@ def inspected(
       made: the executable.
       retraced: what changed in its batch each time that the step was compiled again.
     """
-    mesh = declaration.mesh
+    mesh = declaration.built_mesh
     device = mesh.devices.flat[0]
     return Program(
         hlo=made.compiled.as_text(),
@@ -110,7 +110,7 @@ def _spelled(rule: Rule | None, of: list[Leaf], declaration: Declaration) -> set
     """Paths of the leaves whose layout a user wrote down by path, or spelled `REPLICATED`."""
     if rule is None:
         return set()
-    sizes = dict(declaration.mesh.shape)
+    sizes = dict(declaration.built_mesh.shape)
     found = {leaf.path: place(rule, leaf, sizes).source for leaf in of}
     return {
         path for path, source in found.items() if source.startswith(("REPLICATED", "PathRules"))
@@ -120,7 +120,7 @@ def _spelled(rule: Rule | None, of: list[Leaf], declaration: Declaration) -> set
 def _declared(declaration: Declaration, layout: Layout, jaxpr: Any) -> Declared:
     strategy, precision = declaration.strategy, declaration.precision
     kinds = {axis: kind for kind, axis in strategy.kinds}
-    activations = Activations(declaration.mesh, strategy.activations, layout.lane_axes)
+    activations = Activations(declaration.built_mesh, strategy.activations, layout.lane_axes)
     named = list(dict.fromkeys(constraints(jaxpr.jaxpr)))
     return Declared(
         explains=explained_by(kinds) if kinds else None,
@@ -143,7 +143,7 @@ def _activation_axes(declaration: Declaration) -> tuple[str, ...]:
     """Mesh axes that the strategy splits some activation over, in mesh order."""
     table = declaration.strategy.activations
     split = {axis for _, axes in table.table for axis in axes} if table else set()
-    return tuple(axis for axis in declaration.mesh.shape if axis in split)
+    return tuple(axis for axis in declaration.built_mesh.shape if axis in split)
 
 
 def _activation_bytes(declaration: Declaration, layout: Layout, jaxpr: Any) -> int | None:
@@ -151,7 +151,7 @@ def _activation_bytes(declaration: Declaration, layout: Layout, jaxpr: Any) -> i
     table = declaration.strategy.activations
     shared = table.mesh_axes("length") if table and "length" in dict(table.table) else ()
     axes = {*layout.row_axes, *shared}
-    ways = math.prod(declaration.mesh.shape.get(axis, 1) for axis in axes)
+    ways = math.prod(declaration.built_mesh.shape.get(axis, 1) for axis in axes)
     for leaf in constraints(jaxpr.jaxpr):
         names = dict(zip(leaf.axes or (), leaf.shape, strict=True))
         if {"batch", "length", "embed"} <= names.keys() <= {"batch", "length", "embed", LANES}:

@@ -22,8 +22,7 @@ def check_room(declaration: Declaration, layout: Layout, made: Executable) -> No
     Raises:
       StepError: with the bytes of each part, and what would make it fit.
     """
-    mesh = declaration.mesh
-    assert isinstance(mesh, Mesh)
+    mesh = declaration.built_mesh
     device = mesh.devices.flat[0]
     program = Program(
         hlo="",
