@@ -13,10 +13,10 @@ by capacity or padded to the room, and `jax.lax.ragged_all_to_all` is not used, 
 backend lacks; the dropless products of a place are `jax.lax.ragged_dot`.
 
 Drops are counted per row of the batch, neither per device nor over the mesh: where routers choose
-alike, one device and every mesh drop the same tokens. Rounding that grows over updates turns a near
-tie of a router in the end, and with a capacity that may push later tokens of the row out of their
-slots. Measured with `nano-moe` at factor 1.25, one device against data × expert × tensor: 32
-updates with losses within 5e-7 and as many drops, then one drop more and losses 4e-4 apart.
+alike, one device and every mesh drop the same tokens. With a capacity, runs on two meshes drift
+apart once rounding that grew over updates turns one router's tie, as the token that moves may push
+later ones of its row out of their slots. `benchmarks/results/expert_tie.md` lists the tokens where
+that first happens, and that one device makes the mesh's loss of the mesh's weights.
 
 Use when a mixture's experts do not fit, and each holds enough tokens to keep a device busy. Do
 not use across slow links, where every layer waits four times for every token.
