@@ -78,7 +78,7 @@ def test_every_target_is_in_the_table():
         assert chip.name == name
         assert chip.kind == ("tpu" if name in TPUS else "gpu")
         assert chip.torus_dims == TPUS.get(name, 0)
-        far = {"torus_dims", "clock"} if chip.torus_dims else {"domain"}
+        far = {"torus_dims", "clock", "tile"} if chip.torus_dims else {"domain"}
         near = {"flops", "memory", "memory_bandwidth", "link", "network", "latency"}
         assert chip.sources.keys() == near | far
 

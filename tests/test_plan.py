@@ -14,11 +14,12 @@ from shardkit.cli import main
 from shardkit.data import DataConfig
 from shardkit.hardware import CHIPS
 from shardkit.inspect import count_flops
+from shardkit.inspect._links import Links
 from shardkit.mesh import Target
 from shardkit.models import DecoderConfig
 from shardkit.plan import Candidate, Plan, Space, compile_best, plan
 from shardkit.plan._laid import reshaped
-from shardkit.plan._network import Network, lines_of
+from shardkit.plan._network import Network
 from shardkit.plan._program import flatten
 from shardkit.plan._space import layout_of
 from shardkit.plan._trace import Model, walk_through
@@ -227,15 +228,13 @@ def test_a_chip_of_a_users_own_is_planned_for(products):
 
 
 def test_axes_ride_the_torus():
-    assert lines_of({"data": 4, "fsdp": 4, "tensor": 4}, (4, 4, 4)) == {
-        "data": 2,
-        "fsdp": 2,
-        "tensor": 2,
-    }
     network = Network.of(Target.parse("tpu:v5p:4x4x4:2"))
     sizes = {"data": 2, "fsdp": 16, "tensor": 4}
     assert network.crossing(sizes) == "data"
     assert network.rates([sizes], ["data"])[0] == network.chip.network
+    links = Links(network.chip, tuple(sizes.items()))
+    for axes in (["tensor"], ["fsdp", "tensor"]):  # a plan and a timeline have one rule
+        assert network.rates([sizes], axes)[0] == links.bandwidth(axes) > network.chip.link
     gpus = Network.of(Target.parse("gpu:h100:2x8"))
     fast, slow = (gpus.rates([{"data": 2, "tensor": 8}], [a])[0] for a in ("tensor", "data"))
     assert (fast, slow) == (gpus.chip.link, gpus.chip.network)

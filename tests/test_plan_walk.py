@@ -1,11 +1,19 @@
 """Rules of the walk in closed form, on programs of one or two operations."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from shardkit._types import Accumulate
+from shardkit.hardware import CHIPS
+from shardkit.plan._estimate import EFFICIENCY, Machine, Parts, each_work
 from shardkit.plan._laid import Laid, whole
+from shardkit.plan._network import Network
 from shardkit.plan._program import flatten
+from shardkit.plan._trace import Walked
 from shardkit.plan._walk import Walk
 
 F32, BF16 = jnp.float32, jnp.bfloat16
@@ -57,3 +65,31 @@ def test_tiles_are_filled_along_the_dim_that_wastes_least():
     walk, held = walked(lambda x, w: x @ w, split, shape(64, 8), shape(8, 96), lanes=128)
     assert held == 128 * 96 * 4  # a split dim is none that a compiler may choose
     assert not walk.sent
+
+
+def test_products_fill_whole_tiles_of_the_unit_that_multiplies():
+    x = jax.ShapeDtypeStruct((512, 2048), jnp.bfloat16)
+    w = jax.ShapeDtypeStruct((2048, 512), jnp.bfloat16)
+    walk = Walk(lambda names, shape: ((),) * len(shape))
+    laid = [Laid(((), ("a",))), Laid((("a",), ()))]
+    walk.run(flatten(jax.make_jaxpr(jnp.dot)(x, w)), laid, [None])
+    sizes = (1, 2, 32)
+    parts = Parts([({"a": n}, Accumulate()) for n in sizes], 1.0)
+    chip = dataclasses.replace(CHIPS["v5p"], memory_bandwidth=1e18)
+    machine = Machine(Network(chip, (32,)), "bf16")
+    compute, _ = each_work(Walked(walk, [], (), frozenset()), parts, machine)
+    ideal = 2.0 * 512 * 512 * 2048 / chip.flops["bf16"] / EFFICIENCY["tpu"]
+    filled = [ideal / 1, ideal / 2, ideal / 32 * 2]  # sums of 64 fill half of a tile
+    np.testing.assert_allclose(compute.sum(axis=0), filled)
+
+
+def test_slices_of_stacks_are_copied():
+    def run(x, ws):
+        return jax.lax.scan(lambda c, w: (c + w, c + w), x, ws)[1]
+
+    x, ws = jax.ShapeDtypeStruct((8,), jnp.float32), jax.ShapeDtypeStruct((3, 8), jnp.float32)
+    walk = Walk(lambda names, shape: ((),) * len(shape))
+    walk.run(flatten(jax.make_jaxpr(run)(x, ws)), [whole(1), whole(2)], [None])
+    (stack,) = [one for one in walk.work if one.name == "stack"]
+    assert stack.trips == 3
+    assert stack.moved == {frozenset(): 2 * (32 + 32)}  # one read from `ws`, one written

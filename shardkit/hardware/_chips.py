@@ -33,7 +33,8 @@ class Chip:
         domain; None for TPUs, whose slices are what was rented.
       network: bytes/s per device of the network between hosts (TPU: between slices).
       latency: seconds of one hop of the fast network, as an order of magnitude.
-      sources: figure → where it is from, by the names above.
+      sources: figure → where it is from, by the names above and below.
+      tile: rows and columns of the unit that multiplies matrices, which products fill up to.
 
     >>> Chip("mine", "gpu", (), {"bf16": -1.0}, 0, 1e12, None, 1e11, 0, 8, 1e10, 1e-6, {})
     Traceback (most recent call last):
@@ -57,6 +58,7 @@ class Chip:
     network: float
     latency: float
     sources: Mapping[str, str]
+    tile: int = 1
 
     def __post_init__(self) -> None:
         """Refuses rates and sizes of nothing, and kinds whose links nobody knows."""
@@ -79,6 +81,16 @@ class Chip:
         fix = "what its data sheet says, in FLOP/s, bytes, bytes/s and seconds"
         raise_all(MeshError, f"Chip {self.name!r} cannot be.", problems, fix)
 
+    def rate(self, axes: int) -> float:
+        """Bytes/s that a device sends over so many mesh axes of the fast network at once.
+
+        On a torus each mesh axis is taken to ride a ring of its own, both ways round.
+
+        >>> CHIPS["v5e"].rate(1) / CHIPS["v5e"].link, CHIPS["h100"].rate(1) / CHIPS["h100"].link
+        (2.0, 1.0)
+        """
+        return self.link * (2 * min(axes, self.torus_dims) if self.torus_dims else 1)
+
 
 KINDS = ("tpu", "gpu", "cpu")
 _NUMBERS = ("memory", "memory_bandwidth", "link", "network", "latency")
@@ -96,12 +108,13 @@ def _tpu(
     teraflops: Mapping[str, float],
     memory: int,
     bandwidth: float,
-    macs_per_cycle: int,
+    mxu: tuple[int, int],
     link: float,
     torus_dims: int,
     per_host: int,
 ) -> Chip:
     flops = {dtype: rate * TERA for dtype, rate in teraflops.items()}
+    number, tile = mxu
     return Chip(
         name=name,
         kind="tpu",
@@ -109,7 +122,7 @@ def _tpu(
         flops=flops,
         memory=memory * GIB,
         memory_bandwidth=bandwidth * GB,
-        clock=flops["bf16"] / (2 * macs_per_cycle),
+        clock=flops["bf16"] / (2 * number * tile**2),
         link=link * GB,
         torus_dims=torus_dims,
         domain=None,
@@ -124,7 +137,9 @@ def _tpu(
             "torus_dims": _CLOUD.format(name),
             "network": f"{_BOOK}: 25 GB/s per host of {per_host} devices",
             "latency": _GUESS,
+            "tile": f"{_BOOK}: size of an MXU",
         },
+        tile=tile,
     )
 
 
@@ -165,18 +180,15 @@ def _gpu(
     )
 
 
-_MXU_128 = 4 * 128 * 128  # four MXUs of a TensorCore
-_MXU_256 = 4 * 256 * 256
-
 _TABLE = (
-    _tpu("v4", ("tpu v4",), {"bf16": 275, "int8": 275}, 32, 1228, 2 * _MXU_128, 45, 3, per_host=4),
+    _tpu("v4", ("tpu v4",), {"bf16": 275, "int8": 275}, 32, 1228, (8, 128), 45, 3, per_host=4),
     _tpu(
         "v5e",
         ("tpu v5 lite", "tpu v5e"),
         {"bf16": 197, "int8": 394},
         16,
         819,
-        _MXU_128,
+        (4, 128),
         50,
         2,
         per_host=8,
@@ -187,7 +199,7 @@ _TABLE = (
         {"bf16": 459, "int8": 918},
         95,
         2765,
-        2 * _MXU_128,
+        (8, 128),
         100,
         3,
         per_host=4,
@@ -198,7 +210,7 @@ _TABLE = (
         {"bf16": 918, "int8": 1836},
         32,
         1640,
-        _MXU_256,
+        (4, 256),
         100,
         2,
         per_host=8,
@@ -211,7 +223,7 @@ _TABLE = (
         {"bf16": 2307 / 2, "fp8": 4614 / 2},
         96,
         7380 / 2,
-        _MXU_256,
+        (4, 256),
         100 / 2,
         3,
         per_host=8,

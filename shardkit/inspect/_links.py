@@ -57,10 +57,7 @@ class Links:
         """
         if self.slow(axes):
             return self.chip.network
-        if not self.chip.torus_dims:
-            return self.chip.link
-        rings = min(len(axes), self.chip.torus_dims)
-        return self.chip.link * (1 if one_way else 2 * rings)
+        return self.chip.link if one_way else self.chip.rate(len(axes))
 
     def slow(self, axes: Sequence[str]) -> bool:
         """Whether mesh axes go over the network between hosts.

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ._laid import Axes, reshaped
+from ._layouts import PASSES_SUMS
 from ._program import Flat, Op
 
 Dims = tuple[Axes, ...]
@@ -68,6 +69,20 @@ def wanted_within(flat: Flat, outputs: Sequence[Dims | None]) -> dict[int, Dims]
             elif op.name == "reshape":
                 found[number] = reshaped(want, shape, before)
     return found
+
+
+def added_to(flat: Flat, read_by: Mapping[int, list[Op]], number: int) -> int | None:
+    """What a product is only added to, where nothing else reads that: it happens in place."""
+    ops = read_by.get(number, [])
+    while len(ops) == 1 and ops[0].name in PASSES_SUMS and len(ops[0].ins) == 1:
+        number = ops[0].outs[0]
+        ops = read_by.get(number, [])
+    if len(ops) != 1 or ops[0].name != "add_any":
+        return None
+    other = next((n for n in ops[0].ins if n is not None and n != number), None)
+    if other is None or flat.avals[other].shape != flat.avals[number].shape:
+        return None
+    return other if len(read_by[other]) == 1 else None
 
 
 def named_sizes(flat: Flat, name: str) -> frozenset[int]:

@@ -1,13 +1,19 @@
 """What a walk finds: collectives, products and writes, and where in a program they are."""
 
 import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
 
-from ._laid import Terms
+from ._laid import Laid, Terms
 
 PIPE = "pipe"
 """The axis of the stages of a pipeline: it splits the dim of layers, which a loop works off."""
 PARTS = ("first", "forward", "last", "backward", "begun")
 """Parts of a program around and inside of its loops over layers, forward and backward."""
+
+TileDims = tuple[tuple[float, frozenset[str]], ...]
+"""Elements of the rows, the columns and the sum of a product, each with the axes that split it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +37,10 @@ class Sent:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """A product or a write: FLOPs split over `split`, and bytes moved, `trips` times in a part."""
+    """A product or a write: FLOPs split over `split`, and bytes moved, `trips` times in a part.
+
+    `dims` are those of a product of matrices.
+    """
 
     name: str
     flops: float
@@ -40,3 +49,16 @@ class Work:
     trips: float
     loops: frozenset[str]
     part: int = 0
+    dims: TileDims = ()
+
+
+def tile_dims(numbers: Any, laid: Sequence[Laid], shapes: Sequence[tuple[int, ...]]) -> TileDims:
+    """Rows, columns and sum of a product with these dimension numbers."""
+    summed, batch = numbers
+
+    def joined(side: int, dims: Sequence[int]) -> tuple[float, frozenset[str]]:
+        axes = (axis for i in dims for axis in laid[side].dims[i])
+        return float(math.prod(shapes[side][i] for i in dims)), frozenset(axes)
+
+    free = [[i for i in range(len(shapes[s])) if i not in (*summed[s], *batch[s])] for s in (0, 1)]
+    return joined(0, free[0]), joined(1, free[1]), joined(0, summed[0])

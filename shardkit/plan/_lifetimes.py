@@ -38,6 +38,15 @@ class Lifetimes:
             for root in self._roots.get(number, ()) if number is not None else ():
                 self._read[root] = self.at
 
+    def read_by(self, op: Op) -> Terms:
+        """Bytes of the values in memory that the operation reads, each once."""
+        numbers = [n for n in op.ins if n is not None]
+        roots = frozenset().union(*(self._roots.get(n, frozenset()) for n in numbers))
+        found: Terms = {}
+        for root in roots:
+            add(found, self._born[root][1])
+        return found
+
     def use(self, key: Hashable, held: Terms) -> bool:
         """A value beside the program's own is read; returns whether it is made now."""
         new = key not in self._born

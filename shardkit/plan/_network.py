@@ -1,12 +1,11 @@
 """Bytes per second and latency of every group of mesh axes, on the topology of a target.
 
-A torus: a mesh axis that is made of whole torus dims has a ring on each of them, both ways round;
-one that shares a torus dim with others has one line. GPUs: a group that leaves an NVLink domain
-goes at network speed. Axes that cross slices go over the network between hosts.
+A torus: each mesh axis rides a ring, as the timeline of a compiled step has it. GPUs: a group that
+leaves an NVLink domain goes at network speed. Axes that cross slices go over the network between
+hosts.
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -62,44 +61,8 @@ class Network:
         if self.crossing(sizes) in used:
             return self.chip.network
         if self.torus:
-            lines = lines_of(sizes, self.torus)
-            most = 2 * self.chip.torus_dims
-            return self.chip.link * min(most, sum(lines[axis] for axis in used))
+            return self.chip.rate(len(used))
         names = list(sizes)
         reach = math.prod(sizes[axis] for axis in names[names.index(used[0]) :])
         within = self.chip.domain is None or reach <= self.chip.domain
         return self.chip.link if within else self.chip.network
-
-
-def lines_of(sizes: Mapping[str, int], torus: Sequence[int]) -> dict[str, int]:
-    """Links that each axis drives at once: two for each ring of its own, one where it shares.
-
-    >>> lines_of({"fsdp": 16, "tensor": 4}, (4, 4, 4))
-    {'fsdp': 4, 'tensor': 2}
-    >>> lines_of({"fsdp": 32, "tensor": 2}, (4, 4, 4))
-    {'fsdp': 1, 'tensor': 1}
-    """
-    free = list(torus)
-    found: dict[str, int] = {}
-    for axis in sorted(sizes, key=lambda axis: sizes[axis]):
-        if sizes[axis] == 1:
-            found[axis] = 0
-            continue
-        taken = _subset(free, sizes[axis])
-        for dim in taken:
-            free.remove(dim)
-        found[axis] = sum(2 if _wraps(dim, len(torus)) else 1 for dim in taken) or 1
-    return {axis: found[axis] for axis in sizes}
-
-
-def _subset(dims: Sequence[int], product: int) -> tuple[int, ...]:
-    for n in range(1, len(dims) + 1):
-        for chosen in itertools.combinations(dims, n):
-            if math.prod(chosen) == product:
-                return chosen
-    return ()
-
-
-def _wraps(dim: int, dims: int) -> bool:
-    """3D tori close their rings from 4 chips on, 2D ones only where all 16 are there."""
-    return dim % 4 == 0 if dims == 3 else dim % 16 == 0

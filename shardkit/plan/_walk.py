@@ -10,8 +10,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from ._exchanges import attention
-from ._flow import Dims, narrowed, readers, refines, splits_more, wanted_within
-from ._found import PARTS, PIPE, Sent, Work
+from ._flow import Dims, added_to, narrowed, readers, refines, splits_more, wanted_within
+from ._found import PARTS, PIPE, Sent, TileDims, Work, tile_dims
 from ._laid import MICRO, Axes, Laid, Terms, add, padding, terms, whole, without_repeats
 from ._layouts import MATERIAL, PASSES_SUMS, REDUCTIONS, clash, contracted, passed_on, where_wanted
 from ._lifetimes import Lifetimes
@@ -125,11 +125,8 @@ class _Body:
         target = self.walk.resolve(op.params["names"], shape)
         finer = op.params["finer"]
         skipped = finer is not None and not refines(self.walk.resolve(finer, shape), target)
-        if (
-            skipped
-            or (number in self.wants and not laid.partial)
-            or (laid.partial and self._summed_later(number, laid, target))
-        ):
+        later = laid.partial and self._summed_later(number, laid, target)
+        if skipped or later or (number in self.wants and not laid.partial):
             self.env[number] = laid
             self.lifetimes.follow(number, op.ins)
             return
@@ -167,11 +164,12 @@ class _Body:
     def _product(self, op: Op) -> None:
         (out,) = op.outs
         left, right = (self._laid(n) for n in op.ins[:2])
+        shapes = [self._shape(n) for n in op.ins[:2]]
         if op.name == "conv_general_dilated":
             left, right, dims, lost, flops = self._convolved(op, left, right)
         else:
             left, right = self._agreed(op, left, right)
-            dims, lost, flops = contracted(op, left, right, self._shape(op.ins[0]))
+            dims, lost, flops = contracted(op, left, right, shapes[0])
         laid = Laid(without_repeats(dims))
         self.env[out] = dataclasses.replace(laid, partial=frozenset(lost) - laid.axes - {MICRO})
         split = laid.axes | frozenset(lost)
@@ -179,7 +177,10 @@ class _Body:
         for number, one in ((op.ins[0], left), (op.ins[1], right), (out, laid)):
             add(moved, self._bytes(number, one))
         flops *= math.prod(self._shape(out))
-        self._work(op.name, flops, split, moved)
+        tiles: TileDims = ()
+        if op.name == "dot_general":
+            tiles = tile_dims(op.params["dimension_numbers"], (left, right), shapes)
+        self._work(op.name, flops, split, moved, tiles)
         self._made(op, out)
 
     def _attention(self, op: Op) -> None:
@@ -265,6 +266,10 @@ class _Body:
         if staged:
             self._enter_layers(op.ins[consts : consts + carried], inside[consts:])
         outs, points = self.walk.run(body, inside, wants, trips, loops, carried)
+        slices = [*inner[consts + carried :], *body.outputs[carried:]]
+        copied = _copied(body, slices, [*inside[consts + carried :], *outs[carried:]])
+        one = Work("stack", 0.0, frozenset(), copied, trips, loops, self.walk.part)
+        self.walk.work.append(one)
         self.walk.part += staged
         self.lifetimes.read(op)
         along = tuple(sorted(steps))
@@ -336,13 +341,16 @@ class _Body:
             at = self.trips, self.loops, gradient, weight, self.walk.part
             self.walk.sent.append(Sent(kind, frozenset(axes), payload, *at))
 
-    def _work(self, name: str, flops: float, split: frozenset[str], moved: Terms) -> None:
-        one = Work(name, flops, split, moved, self.trips, self.loops, self.walk.part)
+    def _work(
+        self, name: str, flops: float, split: frozenset[str], moved: Terms, dims: TileDims = ()
+    ) -> None:
+        one = Work(name, flops, split, moved, self.trips, self.loops, self.walk.part, dims)
         self.walk.work.append(one)
 
     def _made(self, op: Op, number: int) -> None:
         """Records a result: written to memory, or part of what reads it."""
-        if op.name == "dot_general" and (other := self._added_to(number)) is not None:
+        other = added_to(self.flat, self.readers, number) if op.name == "dot_general" else None
+        if other is not None and self.lifetimes.in_memory(other):
             self.lifetimes.read(op)
             self.lifetimes.follow(number, (other,))
             return
@@ -356,24 +364,11 @@ class _Body:
             self.lifetimes.follow(number, op.ins)
             return
         self.lifetimes.read(op)
+        moved = self.lifetimes.read_by(op)
         self._bear(number)
         if op.name != "dot_general":
-            moved = self._bytes(number, self.env[number])
+            add(moved, self._bytes(number, self.env[number]))
             self._work(op.name, 0.0, frozenset(), moved)
-
-    def _added_to(self, number: int) -> int | None:
-        """The value in memory that a product is only added to, which then happens in place."""
-        ops = self.readers.get(number, [])
-        while len(ops) == 1 and ops[0].name in PASSES_SUMS and len(ops[0].ins) == 1:
-            number = ops[0].outs[0]
-            ops = self.readers.get(number, [])
-        if len(ops) != 1 or ops[0].name != "add_any":
-            return None
-        other = next((n for n in ops[0].ins if n is not None and n != number), None)
-        if other is None or self._shape(other) != self._shape(number):
-            return None
-        alone = len(self.readers[other]) == 1
-        return other if alone and self.lifetimes.in_memory(other) else None
 
     def _bear(self, number: int) -> None:
         laid = self.env[number]
@@ -393,3 +388,13 @@ class _Body:
         assert number is not None
         own = getattr(self.flat.avals[number].dtype, "itemsize", 4)
         return self.unsummed.get(number) or self.narrow.get(number) or own
+
+
+def _copied(body: Flat, slices: Sequence[int | None], laid: Sequence[Laid]) -> Terms:
+    """Bytes moved for slices of stacked arrays, each read and written once more."""
+    moved: Terms = {}
+    for number, one in zip(slices, laid, strict=True):
+        if number is not None and not one.stored:
+            aval = body.avals[number]
+            add(moved, terms(aval.shape, aval.dtype.itemsize, one), 2.0)
+    return moved

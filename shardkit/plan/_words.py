@@ -69,7 +69,8 @@ def assumptions(machine: Machine) -> tuple[str, ...]:
         f"{chip.memory_bandwidth / 1e9:.0f} GB/s: the peaks of {chip.name}",
         "operations reach "
         + (
-            f"{machine.efficiency:.0%} of these, as fitted to the compiler's estimates"
+            f"{machine.efficiency:.0%} and {machine.memory_efficiency:.0%} of these, as the "
+            f"compiler's estimates do; products fill tiles of {chip.tile}"
             if machine.efficiency < 1
             else "all of these, as nothing is fitted for this kind of device"
         ),
