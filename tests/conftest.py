@@ -12,6 +12,11 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
     _QUICK += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = " ".join(filter(None, [os.environ.get("XLA_FLAGS"), _QUICK]))
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+# A busy machine may take any time for an example; no test here is about time.
+hypothesis.settings.register_profile("shardkit", deadline=None)
+hypothesis.settings.load_profile("shardkit")

@@ -33,6 +33,8 @@ def folder(tmp_path):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(f"file {i}\n".encode() * 5)
     (tmp_path / ".hidden").write_bytes(b"never read")
+    (tmp_path / "part1" / "__pycache__").mkdir()
+    (tmp_path / "part1" / "__pycache__" / "code.pyc").write_bytes(b"\0 never read")
     return tmp_path
 
 

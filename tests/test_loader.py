@@ -181,7 +181,7 @@ def test_arrays_that_form_no_batches_are_named():
     assert "rows=8    there are 6 examples" in message
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(1, 7),
     st.integers(0, 2**40),

@@ -130,7 +130,7 @@ def test_with_axes_replaces_sizes_and_keeps_order():
 
 
 @given(st.integers(1, 24), st.integers(1, 3))
-@settings(deadline=None, database=None, max_examples=40)
+@settings(database=None, max_examples=40)
 def test_mesh_shapes_are_all_factorizations(n, n_axes):
     found = [tuple(shape.values()) for shape in mesh_shapes(n, ["a", "b", "c"][:n_axes])]
     tried = itertools.product(range(n, 0, -1), repeat=n_axes)
@@ -138,7 +138,7 @@ def test_mesh_shapes_are_all_factorizations(n, n_axes):
 
 
 @given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 64))
-@settings(deadline=None, database=None, max_examples=100)
+@settings(database=None, max_examples=100)
 def test_resolve_uses_every_device_or_says_so(data, tensor, n):
     for spec in (MeshSpec(data=data, tensor=tensor), MeshSpec(data=data, tensor=-1)):
         fits = n == data * tensor if -1 not in spec.axes.values() else n % data == 0

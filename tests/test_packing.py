@@ -30,7 +30,7 @@ def stream_of(sizes, end):
     return Stream((Piece("a test", np.concatenate(parts), ends),), 256, end)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=40), st.sampled_from([None, 0]))
 def test_every_token_with_a_next_one_is_in_one_row_beside_its_own_document(sizes, end):
     packed = Packed(stream_of(sizes, end), LENGTH)

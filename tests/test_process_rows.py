@@ -81,7 +81,7 @@ def layouts(draw):
     return axes, entry, processes, draw(st.integers(1, 3)), draw(st.integers(0, 2**32))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(layouts())
 def test_every_replica_group_reads_every_row_once_an_epoch_whatever_process_holds_its_devices(
     layout,

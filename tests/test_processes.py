@@ -237,6 +237,28 @@ def test_ctrl_c_asks_all_to_end_in_order_and_again_ends_them():
             run.kill()
 
 
+WAITS_FOR_EVER = """
+import ctypes
+from shardkit.run._stop import StopRequest
+mutex, libc = (ctypes.c_byte * 64)(), ctypes.CDLL(None)
+with StopRequest():
+    libc.pthread_mutex_lock(mutex)
+    print("waits", flush=True)
+    libc.pthread_mutex_lock(mutex)  # no signal interrupts it, as none interrupts a device
+"""
+
+
+def test_a_second_ctrl_c_ends_a_process_that_never_comes_back_to_python():
+    run = subprocess.Popen([sys.executable, "-c", WAITS_FOR_EVER], stdout=subprocess.PIPE)
+    with run:
+        assert run.stdout.readline() == b"waits\n"
+        run.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            run.wait(0.3)
+        run.send_signal(signal.SIGINT)
+        assert run.wait(10) == 130
+
+
 def test_half_a_message_waits_for_the_rest():
     ours, theirs = socket.socketpair()
     line = Line(ours)

@@ -31,7 +31,7 @@ from shardkit.rules._path import matches
 
 F32 = np.dtype("float32")
 MESH = {"data": 2, "tensor": 4}
-quick = settings(deadline=None, database=None, max_examples=150)
+quick = settings(database=None, max_examples=150)
 
 
 def leaf(path, *shape, axes=None):

@@ -262,7 +262,7 @@ def test_a_plain_function_names_its_dims(mesh):
     assert isinstance(made.init(jax.random.key(0)).params["up"], jax.Array)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_any_tree_and_chain_is_laid_out_like_its_parameters(mesh, data):
     shapes = st.lists(st.sampled_from([4, 8, 16]), max_size=3).map(tuple)

@@ -19,8 +19,14 @@ from ._files import ARRAYS
 # it holds unless chunks are small. Every chunk is a file, of which there are to be not too many.
 _CHUNK_BYTES, _MOST_CHUNKS = 2**21, 2**14
 _STATE = "state"
-# Orbax warns that a checkpoint without its own container format has no such containers.
-_NOISE = ("Skipping merge of OCDBT checkpoints", "TensorStore data files not found")
+# Orbax warns that a checkpoint without its own container format has no such containers. What fails
+# it logs with its traceback and raises as well; the error that is raised is told, once.
+_NOISE = (
+    "Skipping merge of OCDBT checkpoints",
+    "TensorStore data files not found",
+    "raised an exception",
+    "Future exception was never retrieved",
+)
 
 
 def _quiet(record: logging.LogRecord) -> bool:
@@ -31,9 +37,9 @@ def _orbax() -> Any:
     # Imported by whoever saves or restores: it takes longer to import than all of shardkit.
     import orbax.checkpoint.experimental.v1 as ocp
 
-    logger = logging.getLogger("absl")
-    if _quiet not in logger.filters:
-        logger.addFilter(_quiet)
+    for logger in map(logging.getLogger, ("absl", "asyncio")):
+        if _quiet not in logger.filters:
+            logger.addFilter(_quiet)
     return ocp
 
 

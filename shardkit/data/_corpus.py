@@ -23,7 +23,7 @@ END = b"\0"
 # distribution ships or what newer versions dropped (test suites, IDLE, Tk, distutils, lib2to3,
 # ensurepip), and what a generator wrote (codec tables, pydoc's topics, build configuration).
 SKIPPED = frozenset(
-    "__pycache__ site-packages dist-packages test tests idle_test idlelib tkinter turtledemo "
+    "site-packages dist-packages test tests idle_test idlelib tkinter turtledemo "
     "distutils lib2to3 ensurepip encodings pydoc_data".split()
 )
 _GENERATED = ("_sysconfigdata", "config-")  # files and folders at the top
@@ -100,8 +100,8 @@ def read_corpus(path: str | Path, share: float = 0.05) -> Corpus:
     """Reads a user's text, byte by byte.
 
     Args:
-      path: a folder, whose files (but for hidden ones) are split by path; or one file, whose
-        last `share` of bytes is held out.
+      path: a folder, whose files (but for hidden ones and Python's caches) are split by path;
+        or one file, whose last `share` of bytes is held out.
       share: fraction held out.
 
     Raises:
@@ -187,10 +187,11 @@ def _check_is_text(texts: dict[str, bytes]) -> None:
 
 
 def _relative_names(root: Path, skipped: frozenset[str]) -> list[str]:
-    """Lists the files below `root`, without hidden ones and without entering skipped folders."""
+    """Lists the files below `root`, without hidden ones, caches, and those in skipped folders."""
     names = []
     for folder, folders, files in os.walk(root):
-        folders[:] = [f for f in folders if f not in skipped and not f.startswith(".")]
+        left_out = {*skipped, "__pycache__"}
+        folders[:] = [f for f in folders if f not in left_out and not f.startswith(".")]
         below = Path(folder).relative_to(root)
         names += [(below / f).as_posix() for f in files if not f.startswith(".")]
     return sorted(names)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import sys
 import threading
 from types import FrameType, TracebackType
@@ -19,8 +20,10 @@ class Stopped(Exception):
 class StopRequest:
     """Turns the first SIGINT or SIGTERM into a request that the loop reads.
 
-    The second Ctrl-C ends the process at once: the system's own handler does that also while
-    Python waits for a device.
+    The second Ctrl-C ends the process at once. Python reads a signal between two of its own
+    instructions only, which a program that waits for a device, maybe for ever, does not come to; so
+    a thread counts what the interpreter's C handler hears. Once the first was read, the system's
+    own handler stands for the second.
 
     Attributes:
       signal: the one that came, or None.
@@ -38,6 +41,8 @@ class StopRequest:
         self.signal: signal.Signals | None = None
         self.why: str | None = None
         self._before: dict[signal.Signals, Any] = {}
+        self._heard: tuple[socket.socket, socket.socket] | None = None
+        self._heard_before = -1
 
     def __enter__(self) -> Self:
         """Takes the two signals over; elsewhere than in the main thread they are not Python's."""
@@ -45,6 +50,10 @@ class StopRequest:
             ours = (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM)
             for one in ours:
                 self._before[one] = signal.signal(one, self._note)
+            self._heard = ears, mouth = socket.socketpair()
+            mouth.setblocking(False)
+            self._heard_before = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
+            threading.Thread(target=_end_at_the_second, args=(ears,), daemon=True).start()
         return self
 
     def __exit__(
@@ -57,6 +66,9 @@ class StopRequest:
         for one, handler in self._before.items():
             if one is not self.signal:
                 signal.signal(one, handler)
+        if self._heard is not None:
+            signal.set_wakeup_fd(self._heard_before)
+            self._heard[1].close()  # which ends the thread too
 
     def ask(self, why: str) -> None:
         """Asks for the end as a signal does, but as something that was meant to happen."""
@@ -92,3 +104,15 @@ class StopRequest:
             self.signal = signal.Signals(number)
         if sys.stdout.isatty():
             os.write(1, f"{_SHOW_CURSOR}\nStopping after this step; again ends at once.\n".encode())
+
+
+def _end_at_the_second(ears: socket.socket) -> None:
+    """Ends the process when two Ctrl-C were heard of which Python has not read the first."""
+    left = 2
+    with ears:
+        while heard := ears.recv(64):
+            left -= heard.count(signal.SIGINT)
+            if left <= 0:
+                if sys.stdout.isatty():
+                    os.write(1, _SHOW_CURSOR.encode())
+                os._exit(128 + signal.SIGINT)
