@@ -25,7 +25,7 @@ _NOISE = (
     "Skipping merge of OCDBT checkpoints",
     "TensorStore data files not found",
     "raised an exception",
-    "Future exception was never retrieved",
+    "exception was never retrieved",
 )
 
 
