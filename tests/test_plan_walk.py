@@ -9,7 +9,7 @@ import pytest
 
 from shardkit._types import Accumulate
 from shardkit.hardware import CHIPS
-from shardkit.plan._estimate import EFFICIENCY, Machine, Parts, each_work
+from shardkit.plan._estimate import EFFICIENCY, Machine, Parts, each_work, estimate
 from shardkit.plan._laid import Laid, whole
 from shardkit.plan._network import Network
 from shardkit.plan._program import flatten
@@ -93,3 +93,16 @@ def test_slices_of_stacks_are_copied():
     (stack,) = [one for one in walk.work if one.name == "stack"]
     assert stack.trips == 3
     assert stack.moved == {frozenset(): 2 * (32 + 32)}  # one read from `ws`, one written
+
+
+def test_lanes_are_summed_at_once_where_rows_are_split_by_data():
+    x = jax.ShapeDtypeStruct((8, 16), jnp.float32)
+    walk = Walk(lambda names, shape: ((),) * len(shape))
+    walk.run(flatten(jax.make_jaxpr(lambda x: x @ x.T)(x)), [whole(2)], [None])
+    cases = [
+        ({"data": data, "fsdp": 4}, Accumulate(k, "once")) for data, k in ((2, 2), (1, 2), (2, 1))
+    ]
+    machine = Machine(Network(CHIPS["v5p"], (8,)), "bf16")
+    found = estimate(Walked(walk, [{}], (), frozenset()), cases, machine, lanes=[4096.0] * 3)
+    # 2 · 7/8 of the 1024 gradients, 2 bytes each; `fsdp` alone is left to the walk.
+    np.testing.assert_allclose(found.wire["data", "fsdp"], [2 * 7 / 8 * 2048, 0, 0])

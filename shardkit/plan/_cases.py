@@ -68,7 +68,8 @@ def candidates(
         own = [c.own for c in cases]
         values, bubbles = estimate_stages(walked, staged, own, machine, batch_scale)
     else:
-        values = estimate(walked, plain, machine, batch_scale)
+        lanes = [c.own.lane for c in cases]
+        values = estimate(walked, plain, machine, batch_scale, lanes)
     return list(_made(remat, cases, values, bubbles, machine))
 
 

@@ -77,7 +77,8 @@ def modelled(
     flat, lanes = model.program(declared.strategy.remat), network.lanes if network else 1
     walked = walk_through(flat, layout, declared.strategy, lanes)
     machine = Machine(network or _ANY, short_dtype(jax.numpy.dtype(declared.precision.compute)))
-    values, own = estimate(walked, [(sizes, how)], machine), placed_bytes(layout)
+    own = placed_bytes(layout)
+    values = estimate(walked, [(sizes, how)], machine, lanes=[own.lane])
     wire = {", ".join(name): float(v[0]) for name, v in values.wire.items() if v[0]}
     # What ZeRO updated in parts is gathered again.
     axes = tuple(axis for kind, axis in declared.strategy.kinds if kind == "zero")

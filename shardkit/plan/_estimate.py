@@ -65,6 +65,8 @@ EFFICIENCY = {"tpu": 0.7}
 """By kind of chip, rounded: what the TPU compiler's own estimates of an update (memory) and of the
 forward products of an MLP (products, whole tiles) leave of the peaks, in a compiled step of a
 decoder 1024 wide over `data=8` of a v5p. Nothing is set for other kinds, which count with 1."""
+_ROWS = ("data", "fsdp")
+"""Mesh axes that split rows, and so lanes."""
 _SMALL = 2**16
 """Bytes below which compilers combine collectives over the same axes into one."""
 
@@ -96,7 +98,11 @@ class Estimates:
 
 
 def estimate(
-    walked: Walked, cases: Sequence[Case], machine: Machine, batch_scale: float = 1.0
+    walked: Walked,
+    cases: Sequence[Case],
+    machine: Machine,
+    batch_scale: float = 1.0,
+    lanes: Sequence[float] = (),
 ) -> Estimates:
     """Evaluates a walk on every mesh with its accumulation, all of them at once.
 
@@ -105,9 +111,11 @@ def estimate(
       cases: `{axis: size}` and micro-batches, each.
       machine: the devices.
       batch_scale: as if the batch had so many times its rows.
+      lanes: bytes of each case's gradients in f32, unreduced over rows.
     """
     parts = Parts(cases, batch_scale)
     k = parts.micro_batches
+    at_once = parts.summed_at_once() if lanes else np.zeros(len(cases), bool)
     compute, memory = each_work(walked, parts, machine)
     wire: dict[tuple[str, ...], np.ndarray] = {}
     spent: dict[tuple[str, ...], np.ndarray] = {}
@@ -115,10 +123,18 @@ def estimate(
         name = tuple(axis for axis in cases[0][0] if axis in one.axes)
         # A lane holds whole rows, so what is summed over their length cannot wait.
         waits = one.gradient and "context" not in one.axes
-        repeated = np.where(parts.once, 1.0, k) if waits else k
+        repeated = np.where(at_once, 0.0, np.where(parts.once, 1.0, k)) if waits else k
         repeated = one.trips * repeated * parts.of([one.loops])[0]
         wire[name] = wire.get(name, 0.0) + repeated * sent
         spent[name] = spent.get(name, 0.0) + repeated * seconds
+    if at_once.any():
+        name = tuple(axis for axis in cases[0][0] if axis in _ROWS)
+        n = product(name, parts.sizes)
+        sent = np.array(lanes) * machine.width / 4 * 2 * (n - 1) / n
+        hops = 2 * (n - 1) * machine.network.chip.latency
+        seconds = sent / parts.rate(frozenset(name), machine.network) + hops
+        wire[name] = wire.get(name, 0.0) + np.where(at_once, sent, 0.0)
+        spent[name] = spent.get(name, 0.0) + np.where(at_once, seconds, 0.0)
     return Estimates(
         temp=parts.bytes(walked.points).max(axis=0),
         compute=k * compute.sum(axis=0),
@@ -180,6 +196,16 @@ class Parts:
         self.sizes = {a: np.array([float(m[a]) for m, _ in cases]) for a in cases[0][0]}
         self.sizes[MICRO] = self.micro_batches / batch_scale
         self.rates: dict[frozenset[str], np.ndarray] = {}
+
+    def summed_at_once(self) -> np.ndarray:
+        """Where one all-reduce over all rows' axes sums whole lanes of gradients: bool[cases].
+
+        A lane's gradients are whole over the axes of rows, so that a compiler has nothing to
+        scatter them by but a slice behind the sum; with `fsdp` alone it does, with `data` not.
+        """
+        others = product([a for a in self.sizes if a not in (*_ROWS, "tensor", MICRO)], self.sizes)
+        data = self.sizes.get("data", np.ones(len(self.cases)))
+        return self.once & (self.micro_batches > 1) & (data > 1) & (others == 1)
 
     def of(self, groups: Iterable[frozenset[str]]) -> np.ndarray:
         """1 / parts of each group: f64[groups, cases]."""

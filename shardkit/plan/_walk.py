@@ -177,9 +177,8 @@ class _Body:
         for number, one in ((op.ins[0], left), (op.ins[1], right), (out, laid)):
             add(moved, self._bytes(number, one))
         flops *= math.prod(self._shape(out))
-        tiles: TileDims = ()
-        if op.name == "dot_general":
-            tiles = tile_dims(op.params["dimension_numbers"], (left, right), shapes)
+        numbers = op.params["dimension_numbers"]
+        tiles = tile_dims(numbers, (left, right), shapes) if op.name == "dot_general" else ()
         self._work(op.name, flops, split, moved, tiles)
         self._made(op, out)
 
@@ -193,10 +192,8 @@ class _Body:
         self._work(op.name, found.flops, laid[0].axes, found.moved)
         self.lifetimes.read(op)
         self.lifetimes.pass_through(found.held)
-        lse = Laid(laid[0].dims[:3])
-        for number, one in zip(
-            op.outs, laid if op.name == BACKWARD else (laid[0], lse), strict=False
-        ):
+        made = laid if op.name == BACKWARD else (laid[0], Laid(laid[0].dims[:3]))  # and its lse
+        for number, one in zip(op.outs, made, strict=False):
             self.env[number] = Laid(one.dims)
             self._bear(number)
 
@@ -256,8 +253,7 @@ class _Body:
         inside = ins[: consts + carried]
         inside += [one.with_dims(one.dims[1:]) for one in ins[consts + carried :]]
         wants: list[Dims | None] = [self.wants.get(n) for n in op.outs[:carried]]
-        stacked = [self.wants.get(n) for n in op.outs[carried:]]
-        wants += [want[1:] if want else None for want in stacked]
+        wants += [w[1:] if (w := self.wants.get(n)) else None for n in op.outs[carried:]]
         found, _ = Walk(self.walk.resolve, self.walk.lanes, self.walk.way).run(body, inside, wants)
         for i in range(carried):
             inside[consts + i] = dataclasses.replace(found[i], partial=frozenset())
@@ -268,8 +264,7 @@ class _Body:
         outs, points = self.walk.run(body, inside, wants, trips, loops, carried)
         slices = [*inner[consts + carried :], *body.outputs[carried:]]
         copied = _copied(body, slices, [*inside[consts + carried :], *outs[carried:]])
-        one = Work("stack", 0.0, frozenset(), copied, trips, loops, self.walk.part)
-        self.walk.work.append(one)
+        self.walk.work.append(Work("stack", 0.0, frozenset(), copied, trips, loops, self.walk.part))
         self.walk.part += staged
         self.lifetimes.read(op)
         along = tuple(sorted(steps))
@@ -318,13 +313,18 @@ class _Body:
         )
         after = Laid(without_repeats(dims))
         scattered = after.axes - laid.axes
-        gradient, width = number in self.wants, self.unsummed.get(number)
+        gradient, width = self._is_gradient(number), self.unsummed.get(number)
         sent, left = self._bytes(number, laid, width), self._bytes(number, after, width)
         self._send("reduce-scatter", scattered, sent, gradient)
         self._send("all-reduce", laid.partial - scattered, left, gradient)
         if scattered:
             self.lifetimes.pass_through(self._bytes(number, laid))
         return after
+
+    def _is_gradient(self, number: int) -> bool:
+        """Whether it becomes a result of known layout, as it is or as one slice of a stack."""
+        ops = [op for op in self.readers.get(number, ()) if op.name == "broadcast_in_dim"]
+        return number in self.wants or any(op.outs[0] in self.wants for op in ops)
 
     def result(self, number: int | None) -> Laid:
         return whole(0) if number is None else self._laid(number)
