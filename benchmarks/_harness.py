@@ -62,10 +62,14 @@ def keep_freed_memory() -> None:
 def interleave(
     contestants: Mapping[str, Callable[[], None]], turns: int, warm_up: int = 2
 ) -> dict[str, Timing]:
-    """Runs every contestant `warm_up + turns` times in turn; each call blocks until it is done."""
+    """Runs every contestant `warm_up + turns` times in turn; each call blocks until it is done.
+
+    Who begins changes from turn to turn, so that nobody always follows the same one.
+    """
     seen: dict[str, list[tuple[float, float, int]]] = {name: [] for name in contestants}
+    order = list(contestants.items())
     for turn in range(warm_up + turns):
-        for name, call in contestants.items():
+        for name, call in (*order[turn % len(order) :], *order[: turn % len(order)]):
             used, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
             call()
             wall, now = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)

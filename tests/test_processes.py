@@ -238,12 +238,12 @@ def test_ctrl_c_asks_all_to_end_in_order_and_again_ends_them():
 
 
 WAITS_FOR_EVER = """
-import ctypes
+import ctypes, threading
 from shardkit.run._stop import StopRequest
 mutex, libc = (ctypes.c_byte * 64)(), ctypes.CDLL(None)
 with StopRequest():
     libc.pthread_mutex_lock(mutex)
-    print("waits", flush=True)
+    threading.Timer(0.3, print, ("waits",), {"flush": True}).start()
     libc.pthread_mutex_lock(mutex)  # no signal interrupts it, as none interrupts a device
 """
 
@@ -256,7 +256,9 @@ def test_a_second_ctrl_c_ends_a_process_that_never_comes_back_to_python():
         with pytest.raises(subprocess.TimeoutExpired):
             run.wait(0.3)
         run.send_signal(signal.SIGINT)
-        assert run.wait(10) == 130
+        # A machine that is busy may give Python the time to read the first one: then the system's
+        # own handler stands for the second.
+        assert run.wait(10) in (130, -signal.SIGINT)
 
 
 def test_half_a_message_waits_for_the_rest():

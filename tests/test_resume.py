@@ -153,6 +153,18 @@ def test_metrics_of_steps_that_will_be_made_again_are_cut_off(tmp_path):
         assert len((tmp_path / "metrics.jsonl").read_bytes().splitlines()) == lines
 
 
+def test_a_line_that_is_no_row_costs_no_other(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    steps = [f'{{"kind": "step", "step": {i}}}\n' for i in (1, 2, 3)]
+    path.write_text(steps[0] + "\0\0\0\n" + steps[1] + steps[2] + '{"kind": "step", "step": 2}')
+    file = MetricsFile(tmp_path, 2)
+    assert [row["step"] for row in file.before] == [1, 2]
+    assert [row["step"] for row in file.void] == [3, 2]
+    assert file.broken == [2]
+    # The row without an end of its line is not written on.
+    assert path.read_text() == steps[0] + "\0\0\0\n" + steps[1]
+
+
 # --- choosing
 
 

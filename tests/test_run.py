@@ -1,9 +1,11 @@
 """The loop beside a fake step that can be computed by hand, then a real small run."""
 
+import contextlib
 import io
 import itertools
 import json
 import math
+import resource
 
 import jax
 import jax.numpy as jnp
@@ -30,12 +32,15 @@ from shardkit.run import (
 )
 from shardkit.run._clock import Clock
 from shardkit.run._finite import WatchFinite
-from shardkit.run._folder import MetricsFile, new_folder
+from shardkit.run._folder import MetricsFile, new_folder, read_metrics
 from shardkit.run._loop import Loop
+from shardkit.run._progress import ShowProgress
+from shardkit.run._rate import Rate
+from shardkit.run._rows import noted
 from shardkit.run._stop import StopRequest
 from shardkit.run._table import draw_mesh, layout_rows, total_row
 from shardkit.run._text import spread
-from shardkit.run._watch import Watchers
+from shardkit.run._watch import Numbers, Run, Watchers
 
 TEXT = Text(
     Corpus("a test", bytes(range(97, 123)) * 20, bytes(range(1, 101)), 1, 1),
@@ -214,6 +219,69 @@ def test_each_metric_is_a_whole_line_at_once(tmp_path):
         with pytest.raises(ValueError, match="JSON"):
             file.write("step", loss=float("inf"))
     assert len(file.path.read_text().splitlines()) == 3
+
+
+@contextlib.contextmanager
+def room(size):
+    """Lets no file grow beyond `size` bytes: to who writes, a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_row_without_room_is_an_error_that_leaves_whole_rows(tmp_path):
+    with MetricsFile(tmp_path) as file:
+        file.write("step", step=1)
+        there = file.path.read_bytes()
+        said = r"cannot write its metrics\.\n  .*metrics\.jsonl +File too large; .*\nFix: room and"
+        with room(len(there) + 9), pytest.raises(ConfigError, match=said):
+            file.write("step", step=2)
+        assert file.path.read_bytes() == there
+        # What the run ends for is told, not that it could not be noted.
+        with room(len(there) + 9), pytest.raises(KeyError, match="first"), noted(file):
+            raise KeyError("first")
+
+
+def test_a_run_that_is_to_go_on_without_rows_says_so_once(tmp_path):
+    said = []
+    with MetricsFile(tmp_path, told=said.append) as file:
+        with room(9):
+            file.write("step", step=1)
+            file.write("step", step=2)
+        file.write("step", step=3)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [3]
+    assert len(said) == 1
+
+
+def test_metrics_that_cannot_be_opened_say_so(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl +Is a directory"):
+        MetricsFile(tmp_path, 3)
+
+
+def test_what_is_told_as_saved_is_on_the_disk(tmp_path):
+    out, whole = io.StringIO(), set()
+    shown = ShowProgress(Console(file=out, width=200), 1, lambda values: "", Rate(8, "rows", True))
+    run = Run(
+        tmp_path, FakeStep(), 0, 99, {}, print, print, print, is_saved=lambda step: step in whole
+    )
+    shown.begin(run, None)
+
+    def line(step):
+        shown.read(Numbers(step, {}, 1.0, 0.0, 1.0, 0.0, 99 - step))
+        return out.getvalue().splitlines()[-1]
+
+    shown.saved(2)
+    assert "saved" not in line(3)
+    whole.add(2)
+    assert "saved 2, 0 s ago" in line(3)
+    shown.saved(4)
+    assert "saved 2, 0 s ago" in line(5)
+    whole.add(4)
+    assert "saved 4, 0 s ago" in line(5)
 
 
 # --- tables

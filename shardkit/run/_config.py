@@ -29,8 +29,9 @@ class TrainConfig:
         folder of the run to go on with.
       on_damage: what a resumed run does when its newest checkpoint is damaged: go on from the
         `previous` whole one, which it says, or `stop`.
-      on_save_error: what a run does when a checkpoint cannot be written: `stop`, or `go_on`
-        without it, say so, and end with an error if the last one was lost.
+      on_save_error: what a run does when a checkpoint or a row of metrics cannot be written:
+        `stop`, or `go_on` without it, say so, and end with an error if the last checkpoint was
+        lost.
       sinks: where metrics go besides `metrics.jsonl`: `tensorboard`, `wandb`; each is an extra.
       profile: updates to trace with `jax.profiler`, `10:15`; None for none.
       step_timeout: seconds without an update, an evaluation or a save after which a process

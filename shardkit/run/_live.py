@@ -63,7 +63,9 @@ class Live:
             stop.ask(why)
 
         folder, record = session.folder, self.record
-        run = Run(folder, step, start, config.steps, record, write, session.say, end)
+        run = Run(
+            folder, step, start, config.steps, record, write, session.say, end, session.is_saved
+        )
         loop = Loop(
             step, config, clock, watch, write, rate.columns, stop, self.evaluate, session.saver
         )

@@ -59,7 +59,7 @@ class Unwritten(MetricsFile):
     def __init__(self, folder: Path) -> None:
         """Opens nothing."""
         self.path = folder / METRICS
-        self.before, self.void = [], []
+        self.before, self.void, self.broken = [], [], []
 
     def sync(self) -> None:
         """Does nothing."""
@@ -71,9 +71,11 @@ class Unwritten(MetricsFile):
         """Closes nothing."""
 
 
-def metrics_file(peers: Peers, folder: Path, after: int | None) -> MetricsFile:
+def metrics_file(
+    peers: Peers, folder: Path, after: int | None, told: Callable[[str], None] | None
+) -> MetricsFile:
     """The metrics of a run, which one process writes."""
-    return MetricsFile(folder, after) if peers.index == 0 else Unwritten(folder)
+    return MetricsFile(folder, after, told) if peers.index == 0 else Unwritten(folder)
 
 
 def decided(peers: Peers, choose: Callable[[], Beginning]) -> Beginning:

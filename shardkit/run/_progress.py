@@ -1,7 +1,7 @@
 """How a run is told of: a line that changes on a terminal, plain lines elsewhere."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -42,10 +42,12 @@ class ShowProgress(Watcher):
         self._console, self._log_every = console, log_every
         self._describe, self._rate = describe, rate
         self._lines = _TwoLines(console)
-        self._saved: tuple[int, float] | None = None
+        self._asked: list[tuple[int, float]] = []
+        self._is_saved: Callable[[int], bool] = lambda step: False
 
     def begin(self, run: Run, state: Any) -> None:
         """Starts the line."""
+        self._is_saved = run.is_saved
         self._lines.begin(run.start, run.steps)
 
     def read(self, numbers: Numbers) -> None:
@@ -65,8 +67,8 @@ class ShowProgress(Watcher):
         self._print(f"step {step}: {self._describe(values)}")
 
     def saved(self, step: int) -> None:
-        """Remembers it: the older the last save, the more a kill costs."""
-        self._saved = step, time.monotonic()
+        """Remembers when: the older the state that is on the disk, the more a kill costs."""
+        self._asked.append((step, time.monotonic()))
 
     def finished(self, state: Any) -> None:
         """Leaves the last lines as they are."""
@@ -80,11 +82,16 @@ class ShowProgress(Watcher):
         if numbers.each is None or numbers.data_each is None:
             return ""
         took = f"{duration(numbers.each)}/step (data {duration(numbers.data_each)})"
-        age = ""
-        if self._saved is not None:
-            ago = round(time.monotonic() - self._saved[1])
-            age = f"saved {self._saved[0]}, {duration(ago) if ago > 59 else f'{ago} s'} ago"
-        return "  ".join(filter(None, (self._rate.text(numbers.each), took, age)))
+        return "  ".join(filter(None, (self._rate.text(numbers.each), took, self._age())))
+
+    def _age(self) -> str:
+        """Which step is on the disk, whole; what is still being written does not count."""
+        for i, (step, then) in reversed(list(enumerate(self._asked))):
+            if self._is_saved(step):
+                del self._asked[:i]
+                ago = round(time.monotonic() - then)
+                return f"saved {step}, {duration(ago) if ago > 59 else f'{ago} s'} ago"
+        return ""
 
     def _print(self, line: str) -> None:
         self._console.print(Text(line), soft_wrap=True)

@@ -8,6 +8,7 @@ from typing import Any
 from jax.sharding import Mesh
 from rich.console import Console
 
+from .._errors import ConfigError
 from ._environment import environment
 from ._folder import MetricsFile, read_metrics
 from ._goodput import goodput, interruption
@@ -48,7 +49,7 @@ def noted(file: MetricsFile) -> Iterator[None]:
     except BaseException as error:
         why = {KeyboardInterrupt: "interrupted", Stopped: "told to stop"}
         # On a disk that is full the error counts, not that it could not be noted.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(ConfigError):
             file.write("stopped", why=why.get(type(error), str(error)))
         error.add_note(f"Metrics so far are in {file.path}.")
         raise
@@ -61,6 +62,6 @@ def summed(file: MetricsFile, console: Console) -> Iterator[None]:
         yield
     finally:
         spent = goodput(read_metrics(file.path.parent), time.time())
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(ConfigError):
             file.write("goodput", **spent.row())
         console.print(spent.text(), highlight=False, soft_wrap=True)

@@ -41,6 +41,10 @@ class Saver:
         every = self._loop.checkpoint_every
         return bool(every) and (done % every == 0 or done == self._loop.steps)
 
+    def holds(self, step: int) -> bool:
+        """Whether a step is on the disk, whole."""
+        return step in self._checkpoints.steps()
+
     def save(self, done: int, state: Any, metrics: Mapping[str, float]) -> None:
         """Saves a state in the background, unless it is saved already.
 
@@ -62,7 +66,7 @@ class Saver:
           CheckpointError: the last save was lost.
         """
         self._guarded(self._checkpoints.wait)
-        if self._asked not in self._checkpoints.steps():
+        if not self.holds(self._asked):
             problem = Problem(f"step {self._asked}", f"is not in {self._checkpoints.folder}")
             fix = "room on the disk; the same command then goes on from the newest checkpoint"
             raise CheckpointError(format_problems("The last save was lost.", [problem], fix))

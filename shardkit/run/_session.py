@@ -49,6 +49,10 @@ class Session:
         """Of the run."""
         return self.file.path.parent
 
+    def is_saved(self, step: int) -> bool:
+        """Whether a step is on the disk, whole."""
+        return self.saver is not None and self.saver.holds(step)
+
 
 @dataclasses.dataclass(frozen=True)
 class Opening:
@@ -113,9 +117,12 @@ class Opening:
                 state, start = step.init(jax.random.key(self.config.seed)), 0
             spent = {**seconds, "restore" if resumed else "init": time.perf_counter() - opened}
             after = start if resumed else None
-            file = inside.enter_context(metrics_file(self.peers, folder, after))
-            write_beginning(file, step.mesh, after, self.record, began, spent)
             say = _plainly(self.console)
+            told = say if self.config.on_save_error == "go_on" else None
+            file = inside.enter_context(metrics_file(self.peers, folder, after, told))
+            if file.broken:
+                say(f"{file.path}: {_lines(file.broken)} no rows of a run, and left out")
+            write_beginning(file, step.mesh, after, self.record, began, spent)
             session = Session(file, state, start, say, self.peers)
             if self.config.checkpoint_every:
                 session.saver = Saver(checkpoints, self.config, self.data, file, say, start)
@@ -148,6 +155,12 @@ class Opening:
         told += f"saved {back.manifest.time} on mesh {made}"
         say(Text.assemble(("resumed", "bold"), f" {told}"), soft_wrap=True)
         return back.state, back.step
+
+
+def _lines(numbers: Sequence[int]) -> str:
+    """`line 3 is` or `lines 3, 7 are`, as a subject."""
+    said = ", ".join(map(str, numbers[:4])) + (", …" if len(numbers) > 4 else "")
+    return f"lines {said} are" if len(numbers) > 1 else f"line {said} is"
 
 
 def _plainly(console: Console) -> Callable[[str], None]:

@@ -51,6 +51,7 @@ class Run:
       say: tells the user a line.
       stop: `stop("why")` asks the run to end in order after the next update, with its state
         saved; `Trainer.run` then returns as at the end.
+      is_saved: whether a step that was saved is on the disk, whole.
     """
 
     folder: Path
@@ -61,6 +62,7 @@ class Run:
     write: Callable[..., None]
     say: Callable[[str], None]
     stop: Callable[[str], None]
+    is_saved: Callable[[int], bool] = lambda step: False
 
 
 class Watcher(Protocol):

@@ -34,19 +34,3 @@ def whole_file(path: Path) -> Iterator[Path]:
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
-
-
-def write_whole(file: int, text: str) -> None:
-    """Appends text to an open file, all of it: of what does not fit nothing stays behind.
-
-    Raises:
-      OSError: there is no room.
-    """
-    before, rest = os.fstat(file).st_size, text.encode()
-    try:
-        while rest:
-            rest = rest[os.write(file, rest) :]
-        os.fsync(file)
-    except OSError:
-        os.ftruncate(file, before)
-        raise

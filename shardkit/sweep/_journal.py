@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
+from .._append import append_whole
 from .._errors import Problem, SweepError, format_problems, raise_all
-from ._files import write_whole, writing
+from ._files import writing
 from ._row import Row
 
 FILE = "rows.jsonl"
@@ -94,7 +95,7 @@ class Journal:
 
     def _append(self, line: str) -> None:
         with writing(self._path):
-            write_whole(self._file, f"{line}\n")
+            append_whole(self._file, f"{line}\n", sync=True)
 
 
 def _check_folder(folder: Path) -> None:
