@@ -196,7 +196,8 @@ def main() -> None:
     note = (
         f"{arguments.steps} steps, a checkpoint every {EVERY}, SGD in float32; the metrics "
         "of every run hold each step exactly once. `steps made twice` had metrics and were not "
-        "yet saved. A life that is killed before it has opened the run is no resume. Compared with the run that was left alone: the largest difference of any "
+        "yet saved. A life that is killed before it has opened the run is no resume. Compared with "
+        "the run that was left alone: the largest difference of any "
         "leaf's norm, and of any step's loss."
     )
     rows, first = [], None
