@@ -246,7 +246,7 @@ def _note(found: list[dict[str, float]]) -> str:
     return (
         f"Between updates, the second save of a run: an update of {ROWS} rows takes {step:.2f} s, "
         f"the save makes the caller wait for {blocked:.2f} s ({blocked / step:.0%} of an update), "
-        f"and an update beside the writing takes {beside / step:.2f} x as long, on cores that do both. "
+        f"and an update beside the writing takes {beside / step:.2f} x as long, on the same cores. "
     )
 
 

@@ -92,10 +92,10 @@ def check_executable(compiled: Any, state: Any, shardings: Any, batch: Any, plac
         problems += layout_problems(into, executable.get_parameter_shardings())
         problems += layout_problems(out, executable.get_output_shardings()[: len(out)])
     reused = aliased_arguments(compiled.as_text())
-    kept = [leaf for leaf, _, _ in into[: len(out)]]
+    pairs = [(one[0], other[0]) for one, other in zip(into, out, strict=False)]
     problems += [
-        Problem(name, "is donated, but no result reuses its buffer")
-        for number, name in enumerate(kept)
+        Problem(name, f"is donated, but no result reuses its buffer; {result} should")
+        for number, (name, result) in enumerate(pairs)
         if number not in reused
     ]
     fix = "report this with the declaration: the compiler did not do what it was told"
