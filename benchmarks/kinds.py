@@ -33,6 +33,8 @@ KINDS: dict[str, tuple[str, str]] = {
     "context, all-to-all": ('data|context(attention="all_to_all")', "data=N,context=4"),
     "pipeline, 1F1B": ("data|pipeline(micro_batches=4)", "data=N,pipe=4"),
     "pipeline × tensor": ("data|pipeline(micro_batches=4)|tensor", "data=N,pipe=2,tensor=2"),
+    "pipeline × context": ("data|pipeline(micro_batches=4)|context", "data=N,pipe=2,context=2"),
+    "pipeline × experts": ("data|pipeline(micro_batches=4)|expert", "data=N,pipe=2,expert=2"),
     "ZeRO-2 × tensor": ("zero(stage=2)|tensor(sequence=True)", "data=N,tensor=4"),
     "ZeRO-2 × fsdp": ("zero(stage=2)|fsdp", "data=2,fsdp=N"),
     "fsdp × tensor + sequence": ("fsdp|tensor(sequence=True)", "fsdp=N,tensor=4"),
@@ -52,6 +54,7 @@ MODELS = {
     "experts": BOUNDED,
     "experts, dropless": EXPERTS,
     "fsdp × experts × tensor": BOUNDED,
+    "pipeline × experts": BOUNDED,
 }
 
 # What lies behind a ratio above 1.1 besides the column of what is beyond the minimum: kind →
