@@ -34,7 +34,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "pipeline, 1F1B": ("data|pipeline(micro_batches=4)", "data=N,pipe=4"),
     "pipeline × tensor": ("data|pipeline(micro_batches=4)|tensor", "data=N,pipe=2,tensor=2"),
     "pipeline × context": ("data|pipeline(micro_batches=4)|context", "data=N,pipe=2,context=2"),
-    "pipeline × experts": ("data|pipeline(micro_batches=4)|expert", "data=N,pipe=2,expert=2"),
+    "pipeline × experts": ("data|pipeline(micro_batches=2)|expert", "data=N,pipe=2,expert=2"),
     "ZeRO-2 × tensor": ("zero(stage=2)|tensor(sequence=True)", "data=N,tensor=4"),
     "ZeRO-2 × fsdp": ("zero(stage=2)|fsdp", "data=2,fsdp=N"),
     "fsdp × tensor + sequence": ("fsdp|tensor(sequence=True)", "fsdp=N,tensor=4"),
@@ -63,6 +63,7 @@ MODELS = {
 STORED = "data: gathers weights as they are stored, f32, where the minimum has bf16"
 REDUCED = "gathers and scatters over one axis of all chips are made of all-reduces, twice the bytes"
 TICKS = "pipe: idle ticks send too, and gradients of embedding and head are summed over the stages"
+EVERY_TICK = "every backward tick reduces the gradients of its stage"
 CHOICES = "tensor: sums both choices of a token, where a dense branch has one sum"
 AGAIN = "tensor: attention's input gathered once more for its weights' gradients, 6.0"
 ROOM = "expert: each device has room for all tokens of every other, n times what is sent at least"
@@ -77,6 +78,14 @@ WHY: dict[str, dict[str, str]] = {
     "fsdp × tensor + sequence": {"gpu": AGAIN},
     "pipeline, 1F1B": {"gpu": TICKS, "tpu": TICKS},
     "pipeline × tensor": {"gpu": TICKS},
+    "pipeline × context": {
+        "gpu": f"{TICKS}; context: {EVERY_TICK}, 14.0",
+        "tpu": f"context: {EVERY_TICK}, 14.0",
+    },
+    "pipeline × experts": {
+        "gpu": f"{TICKS}; expert: {EVERY_TICK}, 2.5, and gathers heads and rows of tokens, 4.5",
+        "tpu": f"expert: {EVERY_TICK}, 2.5",
+    },
     "ZeRO-2 × tensor": {
         "gpu": f"{STORED}; {AGAIN}",
         "tpu": f"{STORED}; data: a third of the scatters are chains of permutes, which go home too",
