@@ -199,7 +199,7 @@ def _product(
             given = zip((h, w, sizes), mapped, strict=True)
             full = tuple(x if m else jnp.broadcast_to(x, (size, *x.shape)) for x, m in given)
             return jax.lax.map(lambda args: product(*args), full), True
-        made = product(_merged(h, mapped[0], size), w, _merged(sizes, mapped[2], size))
+        made = product(merged(h, mapped[0], size), w, merged(sizes, mapped[2], size))
         return made.reshape(size, -1, *made.shape[1:]), True
 
     return product(h_GDRE, w_XEF, sizes_GDX)
@@ -214,13 +214,13 @@ def _outer(spread: Spread, h_GDRE: jax.Array, g_GDRF: jax.Array, sizes_GDX: jax.
 
     @outer.def_vmap
     def _(size: int, mapped: Any, *args: Any) -> tuple[jax.Array, bool]:
-        made = outer(*(_merged(x, m, size) for x, m in zip(args, mapped, strict=True)))
+        made = outer(*(merged(x, m, size) for x, m in zip(args, mapped, strict=True)))
         return made.reshape(size, -1, *made.shape[1:]), True
 
     return outer(h_GDRE, g_GDRF, sizes_GDX)
 
 
-def _merged(x: jax.Array, mapped: bool, size: int) -> jax.Array:
+def merged(x: jax.Array, mapped: bool, size: int) -> jax.Array:
     """A mapped dim and the groups behind it as more groups."""
     whole = x if mapped else jnp.broadcast_to(x, (size, *x.shape))
     return whole.reshape(-1, *whole.shape[2:])

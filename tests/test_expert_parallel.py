@@ -4,6 +4,7 @@ The parity of the decoder with experts are rows of `_parity.py`.
 """
 
 import math
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,11 @@ import optax
 import pytest
 
 import shardkit as sk
+from shardkit._slots import at_once
 from shardkit.models import Decoder, DecoderConfig, decoder_loss
 from shardkit.models._experts import mixture
+from shardkit.parallel import _expert
+from shardkit.parallel._ragged import arrived, exchange, way_of
 from shardkit.testing import EXPERT_MUTATIONS, kill_matrix
 
 from . import _parity
@@ -99,6 +103,57 @@ def test_experts_over_a_mesh_axis_give_the_numbers_of_one_device(name):
     assert (metrics["dropped"] > 0.05) == (config.capacity_factor is not None)
     if name == "data x expert":
         check_reductions(step)
+
+
+def exchanged(operand, output, here, sizes, there, arriving, *, axis_name):
+    """What `jax.lax.ragged_all_to_all` documents, for compilers without it."""
+    sent = jax.lax.all_gather(operand, axis_name)
+    here, sizes, there = (jax.lax.all_gather(x, axis_name) for x in (here, sizes, there))
+    me, at = jax.lax.axis_index(axis_name), jnp.arange(len(output))
+    for sender in range(len(sent)):
+        row = at - there[sender, me]
+        inside = (row >= 0) & (row < sizes[sender, me])
+        came = jnp.take(sent[sender], here[sender, me] + row, axis=0, mode="fill", fill_value=0)
+        output = jnp.where(inside[:, None], came, output)
+    return jnp.where((arriving == sizes[:, me]).all(), output, jnp.nan)
+
+
+UNPADDED = {
+    "data x expert": CASES["data x expert"],
+    "fsdp x expert x tensor": (
+        DROPLESS, S.fsdp() | S.tensor() | S.expert(), {"fsdp": 2, "tensor": 2, "expert": 2}, {},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", UNPADDED)
+def test_rows_that_travel_unpadded_give_the_numbers_of_one_device(name, monkeypatch):
+    monkeypatch.setattr(_expert, "PLATFORMS", ("cpu",))
+    stand_in = mock.Mock(side_effect=exchanged)
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", stand_in)
+    config, strategy, sizes, options = UNPADDED[name]
+    check = sk.verify(
+        lambda mesh: layer(config, strategy, mesh, **options),
+        [mesh_of(sizes)],
+        batches=[vectors(0), vectors(1)],
+        steps=2,
+    )
+    check.check()
+    assert stand_in.called
+
+
+def test_rows_of_all_devices_in_one_place():
+    wanted = jnp.array([[[1, 0, 2, 0], [0, 3, 1, 1]]])
+    way = way_of(wanted)
+    x = jnp.arange(1.0, 17.0).reshape(1, 2, 8, 1)
+    came = exchange(at_once, "", 8, x, way)
+    assert came[0, :, :, 0].tolist() == [[1, 9, 10, 11, 0, 0, 0, 0], [2, 3, 12, 13, 0, 0, 0, 0]]
+    assert arrived(wanted, 8).tolist() == [[[0, 1, 1, 1, 2, 2, 2, 2], [0, 0, 0, 1, 2, 2, 2, 2]]]
+    home = exchange(at_once, "", 8, came, way.back)
+    assert home[0, :, :5, 0].tolist() == [[1, 2, 3, 0, 0], [9, 10, 11, 12, 13]]
+    gradient = jax.grad(lambda x: (exchange(at_once, "", 8, x, way) ** 2).sum())(x)
+    assert gradient[0, :, :6, 0].tolist() == [[2, 4, 6, 0, 0, 0], [18, 20, 22, 24, 26, 0]]
 
 
 def check_reductions(step):

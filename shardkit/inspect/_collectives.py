@@ -209,6 +209,8 @@ class _Walk:
             span = self._span(kind, instruction)
             shapes = [s for name in instruction.operands for s in _shapes(here, name)]
             operands = tuple(shape for shape in shapes if shape.dtype != "token")
+            if kind == "ragged-all-to-all":
+                operands = operands[:1]  # then come the room, sizes and offsets
             if strange := [shape for shape in operands if not shape.known]:
                 raise ValueError(f"{strange[0]} has an unknown element type")
         except (ValueError, KeyError) as error:

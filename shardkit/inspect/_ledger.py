@@ -30,7 +30,8 @@ class Row:
         all-gather, what goes into the others, on one device.
       wire_bytes: bytes one device sends per *step* on a ring, all trips together:
         2(n−1)/n·V for all-reduce, (n−1)/n·V for all-gather, reduce-scatter and all-to-all, V for
-        permute. With unknown `trips`, those of one trip; in a branch, the mean over devices.
+        permute; a ragged all-to-all counts as one whose rows go to all devices alike. With
+        unknown `trips`, those of one trip; in a branch, the mean over devices.
       trips: executions per step, through all loops around it, on a device that takes every branch
         to it; None where a loop's count is unknown.
       scope: the model's `named_scope` path.

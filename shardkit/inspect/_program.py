@@ -119,7 +119,7 @@ _EXPLAINED = {
     "tensor": ("all-reduce", "reduce-scatter", "all-gather"),
     "context": ("all-reduce", "all-gather", "collective-permute", "all-to-all"),
     "pipeline": ("all-reduce", "collective-permute", "all-gather", "reduce-scatter"),
-    "expert": ("all-reduce", "all-to-all"),
+    "expert": ("all-reduce", "all-to-all", "ragged-all-to-all"),
 }
 
 

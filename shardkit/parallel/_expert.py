@@ -5,12 +5,13 @@
 Collectives per layer, n devices, R bytes of routed tokens on one device (k choices of each token,
 or the slots of all experts): two all-to-alls forward and two backward, 4(n−1)/n · R per device.
 Dropless on n devices, every device gets n times the room, because all tokens may want one
-device: the padded exchange sends n · R. The rest of the model sees `expert` as one more axis of
-data parallelism; gradients of experts are never reduced over it.
+device; a padded exchange sends all of it, n · R. The rest of the model sees `expert` as one more
+axis of data parallelism; gradients of experts are never reduced over it.
 
-What is used where, on every backend alike: the exchange is an all-to-all of equal parts, bounded
-by capacity or padded to the room, and `jax.lax.ragged_all_to_all` is not used, which XLA's CPU
-backend lacks; the dropless products of a place are `jax.lax.ragged_dot`.
+What is used where: bounded by capacity the exchange is an all-to-all of equal parts. Dropless it is
+`jax.lax.ragged_all_to_all` on TPUs and GPUs, (n−1)/n · R when balanced; XLA's CPU backend lacks it,
+and a stage of a pipeline is manual over its own axis only: there it is padded to the room. The
+dropless products of a place are `jax.lax.ragged_dot` everywhere.
 
 Drops are counted per row of the batch, neither per device nor over the mesh: where routers choose
 alike, one device and every mesh drop the same tokens. With a capacity, runs on two meshes drift
@@ -24,7 +25,7 @@ not use across slow links, where every layer waits four times for every token.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -36,6 +37,7 @@ from .._errors import Problem, StepError, raise_all
 from .._regions import Carrier, Surroundings, manual_axes, mesh_here, partly_manual
 from .._slots import collect, combine, dispatch, even, in_order, ragged, slots
 from ._names import activations, check_axis, params
+from ._ragged import PLATFORMS, arrived, exchange, way_of
 from ._strategy import Strategy
 
 Plain = Callable[..., jax.Array]
@@ -138,13 +140,51 @@ def _dropless(
 ) -> jax.Array:
     """Every device has room for all tokens of every other one, and sorts what came by expert.
 
-    Dims: D devices that send or receive, S slots that one keeps for another.
+    Dims: D devices that send or receive, R rows (choices of tokens) of one of them.
     """
     count, rows, length, chosen = choice_GBTK.shape
-    devices, own = groups.devices, number // groups.devices
-    x = x_GBTE.reshape(count, devices, rows * length // devices, -1)
-    wanted = choice_GBTK.reshape(count, devices, -1)
-    room = wanted.shape[-1]
+    x = x_GBTE.reshape(count, groups.devices, rows * length // groups.devices, -1)
+    wanted = choice_GBTK.reshape(count, groups.devices, -1)
+    through = _unpadded if groups.takes_ragged else _padded
+    y = through(groups, mlp, weights, number, x, wanted)
+    return combine(y.reshape(count, rows, length * chosen, -1), share_GBTK)
+
+
+def _unpadded(
+    groups: "_Groups",
+    mlp: Mlp,
+    weights: Any,
+    number: int,
+    x_GDTE: jax.Array,
+    wanted_GDR: jax.Array,
+) -> jax.Array:
+    """[G, D, R, E]: what experts make of the rows, which alone travel."""
+    rows = wanted_GDR.shape[-1]
+    own, room = number // groups.devices, groups.devices * rows
+    order, at, wanted = in_order(wanted_GDR, number)
+    wanted = groups.everywhere(wanted)
+    way = way_of(wanted)
+    h = dispatch(x_GDTE, order, at, rows // x_GDTE.shape[2])
+    h = checkpoint_name(exchange(groups.on_all, groups.axis, room, h, way), "experts_in")
+    again, back, sizes = in_order(arrived(wanted, room), own)
+    h = dispatch(h, again, back, 1)
+    y = collect(mlp(weights, h, lambda a, w: ragged(a, w, sizes, groups.spread)), again, back)
+    y = exchange(groups.on_all, groups.axis, rows, y, way.back)
+    return collect(checkpoint_name(y, "experts_out"), order, at)
+
+
+def _padded(
+    groups: "_Groups",
+    mlp: Mlp,
+    weights: Any,
+    number: int,
+    x_GDTE: jax.Array,
+    wanted_GDR: jax.Array,
+) -> jax.Array:
+    """[G, D, R, E]: the same through slots that every device keeps for every other one."""
+    count, devices, room = wanted_GDR.shape
+    own, chosen = number // devices, room // x_GDTE.shape[2]
+    x, wanted = x_GDTE, wanted_GDR
     slot, row = slots(wanted // own, devices, room)
     h = dispatch(x, row, slot, chosen).reshape(count, devices, devices, room, -1)
     # An empty slot belongs to no expert: `own` is one past the last.
@@ -155,8 +195,7 @@ def _dropless(
     h = dispatch(h.reshape(count, devices, devices * room, -1), order, at, 1)
     y = collect(mlp(weights, h, lambda a, w: ragged(a, w, sizes, groups.spread)), order, at)
     y = groups.back(y.reshape(count, devices, devices, room, -1).swapaxes(1, 2))
-    y = collect(y.reshape(count, devices, devices * room, -1), row, slot)
-    return combine(y.reshape(count, rows, length * chosen, -1), share_GBTK)
+    return collect(y.reshape(count, devices, devices * room, -1), row, slot)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,20 +248,46 @@ class _Groups:
         sent = self._placed(x, None, self.axis)
         return checkpoint_name(self._placed(sent, self.axis, None), "experts_out")
 
+    def everywhere(self, x: jax.Array) -> jax.Array:
+        """[groups, devices, ...], all of a group's on each of its devices."""
+        return self._placed(x, None)
+
+    @property
+    def takes_ragged(self) -> bool:
+        """Whether rows are exchanged unpadded, which compilers do where every axis is manual."""
+        return self.around.mesh.devices.flat[0].platform in PLATFORMS and not manual_axes()
+
     def spread(self, one: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
         """Computes `one` of arrays [groups or 1, devices, ...] where each group and device is.
 
         Lanes count as groups. Inside of one, while the lanes are not yet seen, all is one place.
         """
+        return self._spread(one, args, {*self._others, self.axis})
+
+    def on_all(self, one: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
+        """The same with no axis left to the partitioner; devices along others repeat the work."""
+        return self._spread(one, args, set(self.around.mesh.axis_names))
+
+    @property
+    def _others(self) -> tuple[str, ...]:
+        """Axes of the groups, those of lanes among them."""
         manual = manual_axes()
-        others = tuple(a for a in self.around.rows if a != self.axis and a not in manual)
-        mesh = mesh_here(self.around.mesh)
+        return tuple(a for a in self.around.rows if a != self.axis and a not in manual)
+
+    def _spread(
+        self, one: Callable[..., jax.Array], args: Sequence[jax.Array], axes: set[str]
+    ) -> jax.Array:
+        others, mesh = self._others, mesh_here(self.around.mesh)
         if args[0].shape[0] % math.prod(mesh.shape[axis] for axis in others):
             return one(*args)
         specs = [PartitionSpec(others if x.shape[0] > 1 else None, self.axis) for x in args]
-        axes = {*others, self.axis}
         place = jax.shard_map(
-            one, mesh=mesh, in_specs=tuple(specs), out_specs=specs[0], axis_names=axes
+            one,
+            mesh=mesh,
+            in_specs=tuple(specs),
+            out_specs=specs[0],
+            axis_names=axes,
+            check_vma=axes == {*others, self.axis},  # over further axes all have the same
         )
         return place(*args)
 
