@@ -40,6 +40,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "fsdp × tensor + sequence": ("fsdp|tensor(sequence=True)", "fsdp=N,tensor=4"),
     "experts": ("data|expert", "data=N,expert=4"),
     "experts, dropless": ("data|expert", "data=N,expert=4"),
+    "fsdp × experts × tensor, dropless": ("fsdp|expert|tensor", "fsdp=N,expert=2,tensor=2"),
     "fsdp × experts × tensor": ("fsdp|expert|tensor", "fsdp=N,expert=2,tensor=2"),
     "shard_map: data": ("data", "data=N"),
     "shard_map: ZeRO-1": ("zero", "data=N"),
@@ -53,6 +54,7 @@ BOUNDED = (*EXPERTS, "model.capacity_factor=1.0")
 MODELS = {
     "experts": BOUNDED,
     "experts, dropless": EXPERTS,
+    "fsdp × experts × tensor, dropless": EXPERTS,
     "fsdp × experts × tensor": BOUNDED,
     "pipeline × experts": BOUNDED,
 }
@@ -66,7 +68,8 @@ TICKS = "pipe: idle ticks send too, and gradients of embedding and head are summ
 EVERY_TICK = "every backward tick reduces the gradients of its stage"
 CHOICES = "tensor: sums both choices of a token, where a dense branch has one sum"
 AGAIN = "tensor: attention's input gathered once more for its weights' gradients, 6.0"
-ROOM = "expert: each device has room for all tokens of every other, n times what is sent at least"
+WIDE = "gradients of experts leave their ragged products as f32"
+ROOM = "tensor: sums the room for all tokens that could come, twice what does"
 WHY: dict[str, dict[str, str]] = {
     "ZeRO-1": {"gpu": STORED, "tpu": f"{STORED}; {REDUCED}"},
     "ZeRO-2": {"gpu": STORED, "tpu": f"{STORED}; {REDUCED}"},
@@ -94,10 +97,8 @@ WHY: dict[str, dict[str, str]] = {
         "gpu": STORED,
         "tpu": f"{STORED}; fsdp: gradients all-reduced over data×fsdp at once, then sliced",
     },
-    "experts, dropless": {
-        "gpu": f"{ROOM}; data: gradients of experts leave their ragged products as f32",
-        "tpu": ROOM,
-    },
+    "experts, dropless": {"gpu": f"data: {WIDE}"},
+    "fsdp × experts × tensor, dropless": {"gpu": f"{ROOM}; fsdp: {WIDE}", "tpu": ROOM},
     "fsdp × experts × tensor": {
         "gpu": f"{CHOICES}; fsdp: some experts' weights gathered twice in the backward pass, 1.5",
         "tpu": CHOICES,

@@ -184,6 +184,24 @@ def test_permutes_all_to_alls_and_both_axes():
     assert ledger.total("data") == ring(2, block) + 2 * ring(8, SCALAR)
 
 
+RAGGED = """HloModule ragged, is_scheduled=true, num_partitions=8
+ENTRY %main (rows: bf16[64,16], room: bf16[512,16], n: s32[8]) -> bf16[64,16] {
+  %rows = bf16[64,16]{1,0} parameter(0)
+  %room = bf16[512,16]{1,0} parameter(1)
+  %n = s32[8]{0} parameter(2)
+  %there = bf16[512,16]{1,0} ragged-all-to-all(%rows, %room, %n, %n, %n, %n), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}
+  ROOT %back = bf16[64,16]{1,0} ragged-all-to-all(%there, %rows, %n, %n, %n, %n), channel_id=2, replica_groups={{0,1,2,3,4,5,6,7}}
+}
+"""  # noqa: E501
+
+
+def test_a_ragged_exchange_sends_its_rows_and_not_the_room_for_them():
+    ledger = read_ledger(RAGGED, [("data", 8)])
+    assert ledger.complete
+    assert [row.payload_bytes for row in ledger] == [2 * 64 * 16] * 2
+    assert ledger.total("data", "ragged-all-to-all") == 2 * ring(8, 2 * 64 * 16)
+
+
 def test_wire_of_one_device_is_nothing():
     assert wire_bytes("all-reduce", 1024, 1) == 0
 

@@ -210,7 +210,9 @@ class _Walk:
             shapes = [s for name in instruction.operands for s in _shapes(here, name)]
             operands = tuple(shape for shape in shapes if shape.dtype != "token")
             if kind == "ragged-all-to-all":
-                operands = operands[:1]  # then come the room, sizes and offsets
+                # Rows and the room for those that come; then sizes and offsets. Of the larger one
+                # a part is empty: as many rows come as go, mean over devices.
+                operands = (min(operands[:2], key=lambda shape: shape.nbytes),)
             if strange := [shape for shape in operands if not shape.known]:
                 raise ValueError(f"{strange[0]} has an unknown element type")
         except (ValueError, KeyError) as error:

@@ -250,7 +250,7 @@ class _Groups:
 
     def everywhere(self, x: jax.Array) -> jax.Array:
         """[groups, devices, ...], all of a group's on each of its devices."""
-        return self._placed(x, None)
+        return self._placed(self._placed(x, self.axis), None)
 
     @property
     def takes_ragged(self) -> bool:
