@@ -13,6 +13,8 @@ from shardkit.data import DataConfig
 from shardkit.mesh import Target
 from shardkit.models import DecoderConfig, attention
 from shardkit.plan import Candidate, Space
+from shardkit.plan._declared import modelled
+from shardkit.plan._network import Network
 from shardkit.plan._search import Found, Search
 from shardkit.plan._space import Stages, layout_of
 from shardkit.plan._stages import _length, roles
@@ -145,3 +147,18 @@ def test_a_pipeline_can_be_pasted(found: Found):
         assert made["mesh"] == sk.MeshSpec(**sizes)
         assert made["strategy"] == layout_of(sizes, 0, way, how)
         assert made["accumulate"] == 1
+
+
+def test_a_step_as_declared_costs_what_the_plan_says():
+    axes = ("pipe", "data", "context")
+    space = Space(axes, accumulate=(1,), remat=("full",), zero=(0,), max_size={"data": 4})
+    found, network = search_of(decoder(), space).run(), Network.of(Target.parse(TARGET))
+    for how in (Stages("zero_bubble", 2), Stages("1f1b", 4), None):
+        sizes = {"pipe": 2, "data": 2, "context": 2} if how else {"data": 4, "context": 2}
+        for way in ("ring", "all_to_all"):
+            planned = on(found, how, way, **sizes)
+            strategy = dataclasses.replace(layout_of(sizes, 0, way, how), remat="full")
+            own = modelled(dataclasses.replace(decoder(), strategy=strategy), sizes, network)
+            assert (own.state, own.batch) == (planned.state, planned.batch)
+            assert own.wire == pytest.approx(planned.wire)
+            assert (own.temp, own.seconds) == pytest.approx((planned.temp, planned.seconds))

@@ -103,11 +103,14 @@ def test_the_model_of_a_plan_stands_beside_what_is_compiled(whole):
 
 
 def test_what_a_plan_cannot_follow_is_said():
-    strategy = sk.strategies.pipeline(micro_batches=2) | sk.strategies.data()
     declared = _swept.declared(sk.MeshSpec(data=1), accumulate=1, remat="none")
-    case = Case((("pipe", 2), ("data", 1)))
-    said = by_plan(case, dataclasses.replace(declared, strategy=strategy), None)
-    assert said == {"not_modelled": "NotImplementedError: pipeline over pipe is not modelled"}
+    uneven = sk.strategies.pipeline(micro_batches=2, layers_per_stage=(2, 1))
+    for axis, strategy, why in (
+        ("expert", sk.strategies.expert(), "expert over expert is not modelled"),
+        ("pipe", uneven, "uneven stages are not modelled"),
+    ):
+        said = by_plan(Case(((axis, 2),)), dataclasses.replace(declared, strategy=strategy), None)
+        assert said == {"not_modelled": f"NotImplementedError: {why}"}
 
 
 def test_the_ranking_is_by_measured_time_and_the_table_fits(whole):

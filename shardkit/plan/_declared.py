@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 
@@ -9,11 +10,17 @@ from .._tree import short_dtype
 from ..hardware import CHIPS
 from ..step import Declaration
 from ._estimate import Machine, estimate
+from ._found import PIPE
 from ._network import Network
 from ._placed import kept_bytes, placed_bytes
+from ._space import Stages
+from ._stages import estimate_stages
 from ._trace import Model, walk_through
 
 _FOLLOWED = ("data", "zero", "fsdp", "tensor", "tensor+sequence")
+# Kinds whose exchanges are formulae, on the axis that these are written for.
+_WAYS = {("context", "context"): "ring", ("context+all_to_all", "context"): "all_to_all"}
+_STAGED = ("pipeline", PIPE)
 # Bytes are the same on every device; one has to be named, and its seconds are not used.
 _ANY = Network(CHIPS["v5e"])
 
@@ -67,18 +74,28 @@ def modelled(
     >>> found.batch, found.wire  # 2 · 3/4 of the gradients and of the loss
     (512, {'data': 24582.0})
     """
-    used = {axis for axis, n in sizes.items() if n > 1}
-    other = [f"{kind} over {axis}" for kind, axis in declared.strategy.kinds if axis in used]
-    other = [text for text in other if text.split(" over ")[0] not in _FOLLOWED]
+    used = [one for one in declared.strategy.kinds if sizes.get(one[1], 1) > 1]
+    way = next((_WAYS[one] for one in used if one in _WAYS), "")
+    how = _stages(declared) if _STAGED in used else declared.accumulate
+    other = [
+        f"{kind} over {axis}"
+        for kind, axis in used
+        if kind not in _FOLLOWED and (kind, axis) not in (*_WAYS, _STAGED)
+    ]
     if other:
         raise NotImplementedError(f"{', '.join(other)} is not modelled")
-    model, how = Model.of(declared), declared.accumulate
-    layout = model.layout(sizes, declared.strategy, how.steps)
-    flat, lanes = model.program(declared.strategy.remat), network.lanes if network else 1
-    walked = walk_through(flat, layout, declared.strategy, lanes)
+    model = Model.of(declared)
+    layout = model.layout(sizes, declared.strategy, declared.accumulate.steps)
+    flat = model.program(declared.strategy.remat, bool(way))
+    walked = walk_through(flat, layout, declared.strategy, network.lanes if network else 1, way)
     machine = Machine(network or _ANY, short_dtype(jax.numpy.dtype(declared.precision.compute)))
     own = placed_bytes(layout)
-    values = estimate(walked, [(sizes, how)], machine, lanes=[own.lane])
+    if isinstance(how, Stages):
+        values, waits = estimate_stages(walked, [(sizes, how)], [own], machine)
+        kept, waiting = 0, float(waits[0])
+    else:
+        values = estimate(walked, [(sizes, how)], machine, lanes=[own.lane])
+        kept, waiting = kept_bytes(own, how), 0.0
     wire = {", ".join(name): float(v[0]) for name, v in values.wire.items() if v[0]}
     # What ZeRO updated in parts is gathered again.
     axes = tuple(axis for kind, axis in declared.strategy.kinds if kind == "zero")
@@ -88,6 +105,20 @@ def modelled(
     if network:
         update = 2 * own.state / network.chip.memory_bandwidth
         refresh = own.refresh / float(network.rates([sizes], axes)[0])
-        seconds = float(values.seconds(0.0)[0]) + update + refresh
-    temp = float(values.temp[0]) + kept_bytes(own, how)
+        seconds = float(values.seconds(0.0)[0]) + waiting + update + refresh
+    temp = float(values.temp[0]) + kept
     return Modelled(own.state, own.batch, temp, wire, seconds, walked.problems)
+
+
+def _stages(declared: Declaration) -> Stages:
+    """The pipeline of a declaration, whose micro-batches are all of its accumulation.
+
+    Raises:
+      NotImplementedError: it has others around them, or stages of different sizes.
+    """
+    carrier: Any = dict(declared.strategy.regions)["staged"]
+    if declared.accumulate.steps > 1:
+        raise NotImplementedError("micro-batches around those of a pipeline are not modelled")
+    if carrier.layers_per_stage is not None:
+        raise NotImplementedError("uneven stages are not modelled")
+    return Stages(carrier.schedule, carrier.micro_batches, carrier.virtual_stages)

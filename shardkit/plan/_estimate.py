@@ -175,14 +175,13 @@ def each_sent(
     walked: Walked, parts: "Parts", machine: Machine
 ) -> Iterator[tuple[Sent, np.ndarray, np.ndarray]]:
     """Every collective with its wire bytes and seconds, of one execution: f64[cases] each."""
-    combined: set[tuple[frozenset[str], float]] = set()
+    combined: dict[tuple[frozenset[str], float], np.ndarray] = {}
     for one in walked.walk.sent:
         sent, hop = _sent(one, parts, machine)
-        small = sent.max() < _SMALL
-        seconds = sent / parts.rate(one.axes, machine.network)
-        if not small or (one.axes, one.trips) not in combined:
-            seconds = seconds + hop
-        combined |= {(one.axes, one.trips)} if small else set()
+        small = sent < _SMALL
+        joins = combined.setdefault((one.axes, one.trips), np.zeros_like(small))
+        seconds = sent / parts.rate(one.axes, machine.network) + np.where(small & joins, 0.0, hop)
+        joins |= small
         yield one, sent, seconds
 
 
