@@ -68,7 +68,9 @@ def test_what_is_not_costed_or_not_weighed_is_said(products: Plan) -> None:
     assert products.problems == ()
     (problem,) = with_loss(counting).problems
     assert "a while loop runs an unknown number of times" in problem
-    assert "not weighed: expert parallelism, tensor without sequence" in str(products)
+    assert "not weighed: bounded experts, dropless experts, tensor without sequence" in str(
+        products
+    )
     why = "the loss marks no layers with sk.staged, which pipe would divide"
     assert why in products.rejected
 
@@ -211,7 +213,7 @@ def test_devices_that_nothing_is_known_of():
         plan(decoder(), "cpu:8")
     with pytest.raises(MeshError, match="Did you mean 'v5p'"):
         plan(decoder(), "tpu:v5q:2x2x2")
-    with pytest.raises(MeshError, match="known: pipe, data, fsdp, context, tensor"):
+    with pytest.raises(MeshError, match="known: pipe, data, fsdp, context, expert, tensor"):
         Space(axes=("fsdpp",))
 
 

@@ -106,7 +106,7 @@ def test_what_a_plan_cannot_follow_is_said():
     declared = _swept.declared(sk.MeshSpec(data=1), accumulate=1, remat="none")
     uneven = sk.strategies.pipeline(micro_batches=2, layers_per_stage=(2, 1))
     for axis, strategy, why in (
-        ("expert", sk.strategies.expert(), "expert over expert is not modelled"),
+        ("x", sk.strategies.expert("x"), "expert over x is not modelled"),
         ("pipe", uneven, "uneven stages are not modelled"),
     ):
         said = by_plan(Case(((axis, 2),)), dataclasses.replace(declared, strategy=strategy), None)

@@ -20,7 +20,7 @@ from ._trace import Model, walk_through
 _FOLLOWED = ("data", "zero", "fsdp", "tensor", "tensor+sequence")
 # Kinds whose exchanges are formulae, on the axis that these are written for.
 _WAYS = {("context", "context"): "ring", ("context+all_to_all", "context"): "all_to_all"}
-_STAGED = ("pipeline", PIPE)
+_STAGED, _EXPERTS = ("pipeline", PIPE), ("expert", "expert")
 # Bytes are the same on every device; one has to be named, and its seconds are not used.
 _ANY = Network(CHIPS["v5e"])
 
@@ -80,11 +80,13 @@ def modelled(
     other = [
         f"{kind} over {axis}"
         for kind, axis in used
-        if kind not in _FOLLOWED and (kind, axis) not in (*_WAYS, _STAGED)
+        if kind not in _FOLLOWED and (kind, axis) not in (*_WAYS, _STAGED, _EXPERTS)
     ]
     if other:
         raise NotImplementedError(f"{', '.join(other)} is not modelled")
     model = Model.of(declared)
+    if _EXPERTS in used and (why := model.marked().beside_experts(sizes, how)):
+        raise NotImplementedError(f"not modelled: {why}")
     layout = model.layout(sizes, declared.strategy, declared.accumulate.steps)
     flat = model.program(declared.strategy.remat, bool(way))
     walked = walk_through(flat, layout, declared.strategy, network.lanes if network else 1, way)

@@ -2,7 +2,8 @@
 
 Attention over a split length is no array program that a walk could follow by the names of dims: in
 truth blocks travel. So where a length is to be split, `sk.attention` is traced as one operation
-forward and one backward, of which a walk knows the formulae.
+forward and one backward, of which a walk knows the formulae. Experts bounded by capacity are
+followed by the names of dims: constraints say where their slots turn from rows to experts and back.
 """
 
 import dataclasses
@@ -17,9 +18,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
+from .._constrain import constrain
 from .._regions import Carrier, Surroundings, carried_out
+from .._types import Accumulate
 from ._space import How, Stages
 
+OTHER_ROWS, OWN_EXPERTS = "plan: rows but for expert", "plan: experts"
+"""Names of the slots' first two dims while each device has those of its own experts."""
+_TURNED = (OTHER_ROWS, OWN_EXPERTS, None, None)
 FORWARD, BACKWARD = "shardkit_attention", "shardkit_attention_gradient"
 _forward_p, _backward_p = Primitive(FORWARD), Primitive(BACKWARD)
 _forward_p.multiple_results = _backward_p.multiple_results = True
@@ -32,11 +38,13 @@ class Marked:
     Attributes:
       layers: number of layers of each `sk.staged`.
       attention: (length, heads, key heads) of each `sk.attention`.
+      experts: (number, whether bounded by capacity) of each `sk.experts`.
       broken: why it cannot be said.
     """
 
     layers: list[int] = dataclasses.field(default_factory=list)
     attention: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
+    experts: list[tuple[int, bool]] = dataclasses.field(default_factory=list)
     broken: str = ""
 
     def misses(self, sizes: Mapping[str, int]) -> str:
@@ -48,8 +56,24 @@ class Marked:
             return "the loss marks no layers with sk.staged, which pipe would divide"
         if context > 1 and not self.attention:
             return "the loss has no sk.attention, which context would carry out"
+        if sizes.get("expert", 1) > 1 and (why := self._no_experts(sizes)):
+            return why
         uneven = [n for n in self.layers if stages > 1 and n % stages]
         return f"{uneven[0]} layers do not split evenly into {stages} stages" if uneven else ""
+
+    def _no_experts(self, sizes: Mapping[str, int]) -> str:
+        if not self.experts:
+            return "the loss has no sk.experts, which expert would divide"
+        if not all(bounded for _, bounded in self.experts):
+            return "dropless experts, whose rows travel in numbers that only routers know"
+        if max(sizes.get("pipe", 1), sizes.get("context", 1)) > 1:
+            return "experts beside a pipeline or a split length"
+        uneven = [n for n, _ in self.experts if n % sizes["expert"]]
+        return f"{uneven[0]} experts do not divide over expert={sizes['expert']}" if uneven else ""
+
+    def beside_experts(self, sizes: Mapping[str, int], how: How) -> str:
+        """Why experts over an axis cannot be followed; or nothing."""
+        return self._no_experts(sizes) or self.misfit(sizes, how, "")
 
     def misfit(self, sizes: Mapping[str, int], how: How, way: str) -> str:
         """Why layers cannot be scheduled so, or attention not look so; or nothing."""
@@ -60,6 +84,9 @@ class Marked:
                 return f"{self.layers[0]} layers do not split evenly into {parts} virtual stages"
             if how.schedule == "interleaved" and how.steps % stages:
                 return f"{how.steps} micro-batches are no multiple of {stages} interleaved stages"
+        if sizes.get("expert", 1) > 1 and isinstance(how, Accumulate):
+            if how.steps > 1 and how.reduce == "once":
+                return "one reduction for all micro-batches beside experts"
         tensor = sizes.get("tensor", 1)
         for length, heads, keys in self.attention if way else ():
             pieces = context * (2 if way == "ring" else 1)
@@ -74,13 +101,17 @@ class Marked:
 
 
 @contextmanager
-def marking() -> Iterator[Marked]:
-    """Makes attention one operation while a loss is traced, and notes what is marked."""
+def marking(attention: bool = True) -> Iterator[Marked]:
+    """Notes what is marked while a loss is traced, and says where slots of experts turn.
+
+    Args:
+      attention: whether attention is made one operation.
+    """
     found = Marked()
-    carriers: Mapping[str, Carrier] = {
-        "staged": _Layers("plan", found),
-        "attention": _Attention("plan", found),
-    }
+    carriers: dict[str, Carrier] = {"experts": _Experts("plan", found)}
+    if attention:
+        carriers["staged"] = _Layers("plan", found)
+        carriers["attention"] = _Attention("plan", found)
     # Carriers are made use of on an axis of several devices alone.
     mesh: Any = AbstractMesh((2,), ("plan",), axis_types=(AxisType.Auto,))
     around = Surroundings(mesh, (), lambda names: PartitionSpec())
@@ -109,6 +140,24 @@ class _Attention(Carrier):
         q, k, v, _, causal, _ = args
         self.found.attention.append((q.shape[1], q.shape[2], k.shape[2]))
         return _attend(q, k, v, causal)
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class _Experts(Carrier):
+    found: Marked = dataclasses.field(compare=False)
+
+    def __call__(
+        self, around: Surroundings, plain: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        x, choice, share, weights, mlp, capacity = args
+        self.found.experts.append((jax.tree.leaves(weights)[0].shape[0], capacity is not None))
+
+        def turned(weights: Any, h: jax.Array, dot: Any) -> jax.Array:
+            h = constrain(constrain(h, "batch", None, None, None), *_TURNED)
+            y = constrain(mlp(weights, h, dot), *_TURNED)
+            return constrain(y, "batch", None, None, None)
+
+        return plain(x, choice, share, weights, mlp if capacity is None else turned, capacity)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -81,7 +81,7 @@ class Places:
 
 def row_ways(sizes: Mapping[str, int]) -> int:
     """Parts that the mesh splits rows into."""
-    return sizes.get("data", 1) * sizes.get("fsdp", 1)
+    return math.prod(sizes.get(axis, 1) for axis in ("data", "fsdp", "expert"))
 
 
 def placed_bytes(layout: Layout) -> Placed:
@@ -90,7 +90,7 @@ def placed_bytes(layout: Layout) -> Placed:
     held = sum(_shard_bytes(getattr(where, n), getattr(state, n)) for n in ("params", "opt_state"))
     held += _shard_bytes(where.extra, state.extra)
     held += nbytes(state.step.shape, state.step.dtype) + nbytes(state.key.shape, state.key.dtype)
-    rows = set(layout.row_axes)
+    rows = set(layout.row_axes) - {"expert"}  # no lane ends along it
     mesh = next(iter(jax.tree.leaves(where.params))).mesh.shape
     lane = shard = ends = 0
     refresh = 0.0

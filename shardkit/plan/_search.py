@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from ..hardware import Chip
 
 
+_MARKED = ("pipe", "context", "expert")
+"""Axes that divide a part which the model has to mark."""
+
+
 @dataclasses.dataclass
 class Found:
     """What a search found, with every reason for what it left out."""
@@ -187,9 +191,14 @@ class Search:
 
     def _unmarked(self, sizes: Mapping[str, int]) -> str:
         """Why an axis has no part of the model to divide; empty where all have."""
-        if max(sizes.get("pipe", 1), sizes.get("context", 1)) == 1:
+        if max(sizes.get(axis, 1) for axis in _MARKED) == 1:
             return ""
         return self._marked().misses(sizes)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether the loss has experts that a mesh axis may divide."""
+        return bool(self._marked().experts)
 
     def _marked(self) -> Marked:
         """What the model marks, found when it is first asked for."""
@@ -204,7 +213,7 @@ class Search:
         ways = row_ways(one.sizes)
         if self.rows % (ways * one.how.steps):
             return f"a batch of {self.rows} rows that does not split into devices x micro-batches"
-        split = max(one.sizes.get("pipe", 1), one.sizes.get("context", 1)) > 1
+        split = max(one.sizes.get(axis, 1) for axis in _MARKED) > 1
         return self._marked().misfit(one.sizes, one.how, one.attention) if split else ""
 
     def _walked(self, remat: str, family: Family, sizes: Mapping[str, int]) -> "Walked | str":

@@ -11,6 +11,8 @@ from ..parallel import Strategy, strategies
 
 AXES = ("pipe", "data", "fsdp", "context", "tensor")
 """Axes of the ready layouts that a plan searches over, in mesh order."""
+MOE_AXES = ("pipe", "data", "fsdp", "context", "expert", "tensor")
+"""Those of a model with experts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +74,9 @@ class Space:
     def __post_init__(self) -> None:
         """Refuses axes that no ready layout has, and numbers that count nothing."""
         problems = [
-            Problem(f"axes: {axis!r}", f"known: {', '.join(AXES)}", f"axes={AXES!r}")
+            Problem(f"axes: {axis!r}", f"known: {', '.join(MOE_AXES)}", f"axes={AXES!r}")
             for axis in self.axes
-            if axis not in AXES
+            if axis not in MOE_AXES
         ]
         problems += [
             Problem(f"accumulate: {k!r}", "is no number of micro-batches", "accumulate=(1, 2, 4)")
@@ -148,6 +150,7 @@ def layout_of(
         "data": lambda: strategies.zero(stage=zero) if zero else strategies.data(),
         "fsdp": strategies.fsdp,
         "context": lambda: strategies.context(attention=attention or "ring"),
+        "expert": strategies.expert,
         "tensor": lambda: strategies.tensor(sequence=True),
     }
     return functools.reduce(operator.or_, (made[axis]() for axis in used_axes(sizes)))
@@ -168,6 +171,7 @@ def written(
         "data": f"sk.strategies.zero(stage={zero})" if zero else "sk.strategies.data()",
         "fsdp": "sk.strategies.fsdp()",
         "context": f"sk.strategies.context(attention={attention!r})",
+        "expert": "sk.strategies.expert()",
         "tensor": "sk.strategies.tensor(sequence=True)",
     }
     return " | ".join(str(code[axis]) for axis in used_axes(sizes))
@@ -175,7 +179,8 @@ def written(
 
 def used_axes(sizes: Mapping[str, int]) -> dict[str, int]:
     """Axes of more than one device; of one device, one that asks nothing of the model."""
-    plain = next((axis for axis in sizes if axis not in ("pipe", "context")), next(iter(sizes)))
+    asking = ("pipe", "context", "expert")
+    plain = next((axis for axis in sizes if axis not in asking), next(iter(sizes)))
     return {axis: size for axis, size in sizes.items() if size > 1} or {plain: 1}
 
 

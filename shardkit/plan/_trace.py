@@ -1,6 +1,5 @@
 """A declared loss, differentiated and flat, and how its arguments lie under a strategy."""
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Container, Mapping
 from typing import Any
@@ -16,7 +15,7 @@ from ..rules import axes_of
 from ..step import Abstract, Declaration, Layout, abstract_state, objective, resolve_layout
 from ._flow import Dims, named_sizes
 from ._laid import MICRO, Axes, Laid, Terms, of_spec, whole
-from ._marks import Marked, marking
+from ._marks import OTHER_ROWS, OWN_EXPERTS, Marked, marking
 from ._program import Flat, flatten
 from ._walk import Walk
 
@@ -90,7 +89,7 @@ class Model:
           marked: whether attention is one operation, as where its length is split.
         """
         if (remat, marked) not in self.programs:
-            with marking() if marked else contextlib.nullcontext():
+            with marking(attention=marked):
                 self.programs[remat, marked] = flatten(self.jaxpr(remat))
         return self.programs[remat, marked]
 
@@ -182,12 +181,18 @@ def _in_micro_batches(laid: Laid) -> Laid:
 
 def _resolver(strategy: Strategy) -> Callable[..., Dims]:
     table = strategy.activations
+    moving = {axis for kind, axis in strategy.kinds if kind == "expert"}
 
     def resolve(names: tuple[str | None, ...], shape: tuple[int, ...]) -> Dims:
         if table is None:
             return ((),) * len(names)
-        spec = table.spec(names)
-        dims: list[Axes] = [axes_of(entry) for entry in spec]
-        return (*dims, *[()] * (len(shape) - len(dims)))
+        known = ({OTHER_ROWS: "batch", OWN_EXPERTS: None}.get(n or "", n) for n in names)
+        dims: list[Axes] = [axes_of(entry) for entry in table.spec(tuple(known))]
+        dims += [()] * (len(shape) - len(dims))
+        if OWN_EXPERTS in names:
+            rows, *rest = dims
+            own = tuple(axis for axis in rows if axis in moving)
+            dims = [tuple(axis for axis in rows if axis not in moving), own, *rest[1:]]
+        return tuple(dims)
 
     return resolve

@@ -17,11 +17,12 @@ KINDS = {
     "data": "data and ZeRO",
     "fsdp": "fsdp",
     "context": "context",
+    "expert": "bounded experts",
     "tensor": "tensor with sequence",
 }
 """Mesh axis → what is weighed over it."""
 _NOT_WEIGHED = (
-    "expert parallelism",
+    "dropless experts",
     "tensor without sequence",
     "weights kept from forward to backward (reshard_after_forward=False)",
     "uneven stages",

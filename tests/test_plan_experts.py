@@ -1,0 +1,97 @@
+"""Experts over a mesh axis in a plan: what travels, what is split, what cannot be followed."""
+
+import dataclasses
+
+import optax
+import pytest
+
+import shardkit as sk
+from shardkit.data import DataConfig
+from shardkit.mesh import Target
+from shardkit.models import DecoderConfig
+from shardkit.plan import Candidate, Space, plan
+from shardkit.plan._declared import modelled
+from shardkit.plan._network import Network
+from shardkit.plan._search import Found, Search
+from shardkit.plan._space import layout_of
+from shardkit.run import declare_run
+
+TARGET = "tpu:v5p:2x2x2"
+ROWS, LENGTH = 16, 32
+SIZES = DecoderConfig(
+    vocab=256, embed=32, layers=2, heads=4, mlp=64, experts=4, expert_mlp=16, capacity_factor=1.0
+)
+SPACE = Space(("data", "expert", "tensor"), accumulate=(1, 2), remat=("none",), zero=(0,))
+
+
+def decoder(sizes: DecoderConfig = SIZES) -> sk.Declaration:
+    data, mesh = DataConfig(length=LENGTH, batch=ROWS), sk.MeshSpec(data=2)
+    return declare_run(sizes, data, mesh, layout_of({"data": 2}), optax.adamw(1e-3))
+
+
+def found_in(declared: sk.Declaration, space: Space = SPACE) -> Found:
+    return Search.of(declared, Target.parse(TARGET), space, 0.0).run()
+
+
+@pytest.fixture(scope="module")
+def found() -> Found:
+    return found_in(decoder())
+
+
+def on(found: Found, **sizes: int) -> Candidate:
+    return next(
+        c
+        for c in found.candidates
+        if {axis: n for axis, n in c.mesh.items() if n > 1} == sizes and c.accumulate.steps == 1
+    )
+
+
+def test_slots_travel_twice_forward_and_twice_backward(found: Found):
+    for sizes in ({"data": 2, "expert": 4}, {"data": 2, "expert": 2, "tensor": 2}):
+        n, rows = sizes["expert"], ROWS // sizes["data"] // sizes["expert"]
+        slots = rows * LENGTH * SIZES.top_k * SIZES.embed * 4
+        assert on(found, **sizes).wire["expert"] == 4 * (n - 1) / n * slots * SIZES.layers
+
+
+def test_experts_divide_their_state_and_are_summed_over_the_other_rows_alone(found: Found):
+    whole, split = on(found, data=8), on(found, data=2, expert=4)
+    experts = 3 * SIZES.layers * SIZES.experts * SIZES.embed * SIZES.expert_mlp * 4
+    assert whole.state - split.state == 3 * experts * 3 / 4  # with both moments of adam
+    assert split.wire["data"] == 2 * 1 / 2 * experts / 4
+
+
+def test_what_cannot_be_followed_has_its_reason(found: Found):
+    assert "4 experts do not divide over expert=8" in found.rejected
+    assert "one reduction for all micro-batches beside experts" in found.rejected
+    for sizes, why in (
+        (dataclasses.replace(SIZES, capacity_factor=None), "dropless experts, whose rows travel"),
+        (
+            dataclasses.replace(SIZES, experts=None, expert_mlp=None, capacity_factor=None),
+            "the loss has no sk.experts",
+        ),
+    ):
+        assert any(text.startswith(why) for text in found_in(decoder(sizes)).rejected)
+    beside = found_in(decoder(), dataclasses.replace(SPACE, axes=("pipe", "expert")))
+    assert "experts beside a pipeline or a split length" in beside.rejected
+
+
+def test_a_plan_looks_over_experts_where_a_model_has_them():
+    made = plan(decoder(), TARGET)
+    sizes = dict(made.rows[0].mesh)
+    assert "expert" in sizes
+    assert "bounded experts, tensor with sequence; not weighed: dropless" in str(made)
+
+
+def test_experts_as_declared_cost_what_the_plan_says(found: Found):
+    sizes, made = {"data": 2, "expert": 2, "tensor": 2}, {"sk": sk}
+    planned, network = on(found, **sizes), Network.of(Target.parse(TARGET))
+    exec(planned.declaration, made)
+    assert (made["mesh"], made["strategy"]) == (sk.MeshSpec(**sizes), layout_of(sizes))
+    declared = dataclasses.replace(decoder(), strategy=made["strategy"])
+    own = modelled(declared, sizes, network)
+    assert (own.state, own.batch) == (planned.state, planned.batch)
+    assert own.wire == pytest.approx(planned.wire)
+    assert (own.temp, own.seconds) == pytest.approx((planned.temp, planned.seconds))
+    dropless = decoder(dataclasses.replace(SIZES, capacity_factor=None))
+    with pytest.raises(NotImplementedError, match="dropless experts"):
+        modelled(dataclasses.replace(dropless, strategy=made["strategy"]), sizes, network)
