@@ -217,6 +217,25 @@ def test_devices_that_nothing_is_known_of():
         Space(axes=("fsdpp",))
 
 
+def test_numbers_that_cannot_be_are_refused_at_once():
+    with pytest.raises(MeshError) as error:
+        plan(decoder(), "tpu:v5p:2x2x2", global_batch=-4, overlap=2)
+    assert "global_batch=-4  is no number of rows" in str(error.value)
+    assert "overlap=2        is no share of communication" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--compile", "-3"], "--compile -3  counts layouts"),
+        (["--json", "/proc/no/plan.json"], "is no folder that this user may write to"),
+    ],
+)
+def test_the_command_refuses_before_anything_is_planned(words, said, capsys):
+    assert main(["plan", "--target", "tpu:v5p:2x2x2", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_a_chip_of_a_users_own_is_planned_for(products):
     slow = dataclasses.replace(CHIPS["v5p"], name="mine", link=1e6)
     space = Space(accumulate=(1,), remat=("none",))

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from ..hardware import Chip, find_chip
 from ..inspect import Report, compare
 from ..targets import Source, compile_for
 from ._command import Command, source_of
+from ._outputs import check_outputs, write_output
 
 _REPORT = ".json"
 
@@ -24,12 +24,12 @@ def _run(arguments: argparse.Namespace) -> int:
         _compiled_already(" and ".join(names), arguments)
         console.print(str(compare(*map(_read, names))))
         return 0
-    _check_outputs(arguments)
+    check_outputs({"--json": arguments.json, "--html": arguments.html})
     report = _report(arguments)
     if arguments.json:
-        _write(Path(arguments.json), report.to_json())
+        write_output(Path(arguments.json), report.to_json())
     if arguments.html:
-        _write(Path(arguments.html), report.to_html())
+        write_output(Path(arguments.html), report.to_html())
     if arguments.json != "-":
         console.print(str(report))
     return 0
@@ -111,35 +111,6 @@ def _read(name: str) -> Report:
         problem = Problem(name, "is no text", "shardkit explain CONFIG --json FILE")
         raise ReportError(format_problems("This is no report.", [problem])) from None
     return Report.from_json(text)
-
-
-def _check_outputs(arguments: argparse.Namespace) -> None:
-    """Refuses files that cannot be written, before minutes of compiling."""
-    given = {"--json": arguments.json, "--html": arguments.html}
-    problems = []
-    for option, name in given.items():
-        if not name or (option, name) == ("--json", "-"):
-            continue
-        path = Path(name).absolute()
-        above = next((parent for parent in path.parents if parent.exists()), path)
-        if path.is_dir():
-            why = "is a folder, not a file"
-        elif not above.is_dir() or not os.access(above, os.W_OK):
-            why = f"cannot be written: {above} is no folder that this user may write to"
-        else:
-            continue
-        problems.append(Problem(f"{option} {name}", why, f"{option} report.{option[2:]}"))
-    raise_all(ConfigError, "The report could not be saved.", problems)
-
-
-def _write(path: Path, text: str) -> None:
-    if str(path) == "-":
-        print(text)
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole = path.with_name(path.name + ".part")
-    whole.write_text(text)
-    whole.rename(path)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:

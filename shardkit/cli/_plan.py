@@ -12,11 +12,16 @@ from ..hardware import CHIPS, Chip
 from ..plan import compile_best, plan
 from ..targets import Source
 from ._command import Command
+from ._outputs import check_outputs, write_output
 
 
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.plot:
         check_picture(Path(arguments.plot), code="--plot {}")
+    check_outputs({"--json": arguments.json}, "plan")
+    if arguments.compile < 0:
+        problem = Problem(f"--compile {arguments.compile}", "counts layouts", "--compile 0")
+        raise ConfigError(format_problems("The layouts cannot be compiled.", [problem]))
     source = Source(arguments.config or "", tuple(arguments.overrides))
     if source.is_function and arguments.compile:
         why = "layouts of a function are estimated, not compiled"
@@ -32,7 +37,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 made, source, arguments.compile, global_batch=rows, progress=status.update
             )
     if arguments.json:
-        Path(arguments.json).write_text(made.to_json())
+        write_output(Path(arguments.json), made.to_json())
     if arguments.plot:
         made.plot(arguments.plot)
     Console(highlight=False, soft_wrap=True).print(str(made), markup=False)

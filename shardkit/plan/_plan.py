@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import jax
 
-from .._errors import MeshError, Problem, format_problems
+from .._errors import MeshError, Problem, format_problems, raise_all
 from ..hardware import CHIPS, Chip
 from ..mesh import Target
 from ..step import Declaration
@@ -45,8 +45,8 @@ def plan(
       The plan. Its figures are modelled.
 
     Raises:
-      MeshError: the target is no known device, no layout is legal, or none fits; with the
-        reason of each that was left out, and the smallest change that fits.
+      MeshError: a number cannot be, the target is no known device, no layout is legal, or none
+        fits; with the reason of each that was left out, and the smallest change that fits.
 
     >>> import jax.numpy as jnp, optax, shardkit as sk
     >>> declared = sk.Declaration(
@@ -58,6 +58,7 @@ def plan(
     {'data': 4}
     """
     start = time.monotonic()
+    _check(global_batch, overlap)
     wanted, declared = _known(target, hardware), _with_rows(declaration, global_batch)
     search = Search.of(declared, wanted, space or Space(), overlap, hardware)
     if space is None and search.has_experts:
@@ -81,6 +82,16 @@ def plan(
         assumptions=(*assumptions(search.machine), placed(declared.strategy, search.space.axes)),
         problems=found.problems,
     )
+
+
+def _check(rows: int | None, overlap: float) -> None:
+    problems = []
+    if rows is not None and rows < 1:
+        problems.append(Problem(f"global_batch={rows}", "is no number of rows", "global_batch=128"))
+    if not 0 <= overlap <= 1:
+        why = "is no share of communication, which is between 0 and 1"
+        problems.append(Problem(f"overlap={overlap:g}", why, "overlap=0.5"))
+    raise_all(MeshError, "The plan cannot be made.", problems)
 
 
 def _known(target: str, hardware: Sequence[Chip]) -> Target:
