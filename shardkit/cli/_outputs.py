@@ -1,10 +1,11 @@
 """Files that commands write: refused before the work, whole or not there behind it."""
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from .._errors import ConfigError, Problem, raise_all
+from .._errors import ConfigError, Problem, format_problems, raise_all
 
 
 def check_outputs(given: Mapping[str, str | None], name: str = "report") -> None:
@@ -34,11 +35,22 @@ def check_outputs(given: Mapping[str, str | None], name: str = "report") -> None
 
 
 def write_output(path: Path, text: str) -> None:
-    """Writes a file, or prints what would be in `-`."""
+    """Writes a file, or prints what would be in `-`.
+
+    Raises:
+      ConfigError: the system refuses, and nothing of the file is there.
+    """
     if str(path) == "-":
         print(text)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     whole = path.with_name(path.name + ".part")
-    whole.write_text(text)
-    whole.rename(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole.write_text(text)
+        whole.rename(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            whole.unlink(missing_ok=True)
+        problem = Problem(str(path), f"{error.strerror}.", "a folder with room and rights")
+        headline = "A file could not be written."
+        raise ConfigError(format_problems(headline, [problem])) from error
