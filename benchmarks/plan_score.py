@@ -28,6 +28,7 @@ from shardkit.inspect import Report
 from shardkit.mesh import Target
 from shardkit.plan import Candidate, Plan, Space, code_of, plan, report_of
 from shardkit.plan._search import Search
+from shardkit.plan._space import AXES
 from shardkit.targets import Source
 
 _WIDE = ("model.embed=1024", "model.heads=8", "model.mlp=2816")
@@ -62,23 +63,24 @@ SKETCH = (
     ("tall", "tpu:v5p:2x2x4", 25),
 )
 SPEED_TARGET = "tpu:v5p:8x8x8"
-SPEED_AXES = (SPACE.axes,)
-SPEED_NOTE = "Other work ran beside it: times are upper bounds."
+SPEED_AXES = (SPACE.axes, AXES)
+SPEED_NOTE = "Layouts are meshes x micro-batches x remat x ZeRO x schedule x way of attention."
 Row = dict[str, Any]
 LOOKED_AT = 61
-"""The first rows, by which the model was mended; those of the last two sweeps came afterwards."""
+"""The first rows, by which the model was mended; the others came afterwards."""
 NOTE = """Rows in the order in which they were compiled. The model was mended by the first 11, its
 two shares of the peaks (products, memory) were read off one of the others, and which rules matter
-was seen on all 61; "held out" are the sweeps compiled after that (mid, tall). Still wrong, and why:
-`tensor=8` over the whole of a v5p 2x2x2, where the compiler keeps all-reduces that it scatters over
-fewer dims of the torus (wire -30 %); `fsdp` alone with two micro-batches and one reduction, where
-the compiler gathers the head ten times a step, for each chunk of the loss, and scatters some sums
-of gradients and not others (fsdp -20 to -46 %); values that fit beside others into a core's own
-memory, 128 MiB of a v5e and a v6e, which the compiler's figure leaves out (temporaries of small
-micro-batches to +84 %: there the f32 logits of the worst row, 64 MiB, lie in it; otherwise within
-17 %); logits that the compiler keeps until the layers' backward pass is over (temporaries of
-`remat=none` on a v5p -9 to -13 %); seconds of `fsdp` over all devices, where products overlap with
-their gathers piece by piece at a cost that the walk does not know (to -40 %)."""
+was seen on the first 61; "held out" are the rows compiled after that. Still wrong, and why:
+`tensor=8` over the whole of a v5p 2x2x2, where the compiler keeps all-reduces that it scatters
+over fewer dims of the torus (wire -30 %); `fsdp` alone with two micro-batches and one reduction,
+where the compiler gathers the head ten times a step, for each chunk of the loss, and scatters
+some sums of gradients and not others (fsdp -20 to -46 %); values that fit beside others into a
+core's own memory, 128 MiB of a v5e and a v6e, which the compiler's figure leaves out (temporaries
+of small micro-batches to +84 %: there the f32 logits of the worst row, 64 MiB, lie in it;
+otherwise within 17 %); logits that the compiler keeps until the layers' backward pass is over
+(temporaries of `remat=none` on a v5p -9 to -13 %); seconds of `fsdp` over all devices, where
+products overlap with their gathers piece by piece at a cost that the walk does not know (to -40
+%)."""
 
 
 @dataclasses.dataclass(frozen=True)
