@@ -123,7 +123,14 @@ def layouts() -> list[Layout]:
     """The fixed list, in turns over the sweeps, so that its beginning has something of each."""
     whole, *parts = map(_sweep, SKETCH)
     turns = itertools.zip_longest(whole[::3], whole[1::3], whole[2::3], *parts)
-    return [one for turn in turns for one in turn if one]
+    return list(dict.fromkeys([*(one for turn in turns for one in turn if one), *_baselines()]))
+
+
+def _baselines() -> Iterator[Layout]:
+    """What somebody without a plan would take: all devices on one axis."""
+    for (model, target, _), axis in itertools.product(SKETCH, ("fsdp", "data")):
+        sizes = dict.fromkeys(SPACE.axes, 1) | {axis: devices_of(target)}
+        yield Layout(model, target, tuple(sizes.items()), Accumulate(), "full", 0)
 
 
 def _sweep(sketch: tuple[str, str, int]) -> list[Layout]:
