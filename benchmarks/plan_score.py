@@ -61,6 +61,8 @@ SKETCH = (
     ("wide", "tpu:v5p:4x4x4", 35),
     ("mid", "tpu:v6e:4x4", 25),
     ("tall", "tpu:v5p:2x2x4", 25),
+    ("slim", "tpu:v5p:2x2x2", 13),
+    ("mid", "tpu:v5p:2x2x2", 13),
 )
 SPEED_TARGET = "tpu:v5p:8x8x8"
 SPEED_AXES = (SPACE.axes, AXES)
