@@ -32,7 +32,7 @@ def named_strategy(text: str) -> Strategy:
     """Reads ready strategies as they stand in Python, with or without parentheses.
 
     >>> named_strategy("data | tensor(sequence=True)").kinds
-    (('data', 'data'), ('tensor+sequence', 'tensor'))
+    (Data(axis='data'), Tensor(axis='tensor', sequence=True))
     """
     try:
         return _strategy(ast.parse(text, mode="eval").body)

@@ -11,7 +11,7 @@ from ._finding import SMALL, Facts, Finding
 from ._hlo import shapes_of
 from ._ledger import Row
 from ._messages import spec_text
-from ._program import Placed, Program, base_kind
+from ._program import Placed, Program
 from ._saved import Saved, saved
 from ._sources import Computed, argument_of
 
@@ -61,7 +61,7 @@ def replicated_activations(facts: Facts) -> Iterator[Finding]:
     axes = facts.rows_over | {
         axis
         for axis in declared.activation_axes
-        if base_kind(declared.kinds.get(axis, "tensor")) in ("tensor", "context")
+        if not (kind := declared.kind_of(axis)) or {"heads", "length"} & kind.splits
     }
     rows = [axis for axis, size in program.mesh if axis in facts.rows_over]
     groups: dict[tuple[str, tuple[str, ...]], list[Saved]] = {}
@@ -105,11 +105,12 @@ def _constraint_of(whole: tuple[int, ...], axes: tuple[str, ...], program: Progr
 
 
 def _fix(facts: Facts, axes: tuple[str, ...]) -> str:
-    kinds = facts.program.declared.kinds
     if set(axes) & facts.rows_over:
         return 'sk.constrain(x, "batch", ...) where it is made, with "batch" on the rows\' axes'
-    if all(kinds.get(axis) == "tensor" for axis in axes):
-        return 'strategies.tensor(sequence=True), or remat="full" to keep less'
+    kinds = [facts.program.declared.kind_of(axis) for axis in axes]
+    fixes = {kind.activation_fix if kind else "" for kind in kinds}
+    if len(fixes) == 1 and any(fixes):
+        return f'{fixes.pop()}, or remat="full" to keep less'
     return 'sk.constrain(x, ...) with a name that activations map there, or remat="full"'
 
 
@@ -148,7 +149,7 @@ def _meets(leaf: Placed, axes: Sequence[str]) -> str:
 def _gathering(facts: Facts) -> set[str]:
     """Axes over which parameters are meant to be gathered: those that split rows as well do."""
     kinds = facts.program.declared.kinds
-    meant = {axis for axis, kind in kinds.items() if base_kind(kind) in ("fsdp", "zero")}
+    meant = {kind.axis for kind in kinds if {"weights", "optimizer_state"} & kind.splits}
     return meant if kinds else facts.rows_over
 
 
@@ -192,7 +193,7 @@ def disagreements(facts: Facts) -> Iterator[Finding]:
                 found.setdefault((*pair, row.axes), []).append(row)
                 break
     for (made, used, axes), rows in found.items():
-        if _sequence(made, axes, facts):
+        if _meant(made, axes, facts):
             continue
         kinds = Counter(row.phase for row in rows)
         phases = ", ".join(f"{n} × {phase}" for phase, n in kinds.items())
@@ -234,12 +235,14 @@ def _of_one_layer(leaf: Placed) -> Placed:
     return dataclasses.replace(leaf, leaf=one, spec=PartitionSpec(*leaf.spec[1:]))
 
 
-def _sequence(made: Placed, axes: tuple[str, ...], facts: Facts) -> bool:
-    """Whether a gather is the one that a residual stream split over length asks for."""
-    kinds = facts.program.declared.kinds
-    named = zip(made.leaf.axes or (), made.dims(), strict=False)
-    split = {axis for name, dim in named if name == "residual_length" for axis in dim}
-    return set(axes) <= split and all(kinds.get(axis) == "tensor+sequence" for axis in axes)
+def _meant(made: Placed, axes: tuple[str, ...], facts: Facts) -> bool:
+    """Whether a gather is the one that a kind which splits activations between uses asks for."""
+    named = list(zip(made.leaf.axes or (), made.dims(), strict=False))
+    kinds = {axis: facts.program.declared.kind_of(axis) for axis in axes}
+    return all(
+        any(kind and name in kind.gathered_activations and axis in dim for name, dim in named)
+        for axis, kind in kinds.items()
+    )
 
 
 def _agree(made: Placed, used: Placed) -> str:
@@ -267,8 +270,8 @@ def resharding(facts: Facts) -> Iterator[Finding]:
     for row in facts.ledger.where(kind="all-to-all"):
         if "all_to_all" in row.op_name or row.payload_bytes <= SMALL or row.by_optimizer:
             continue
-        explains = facts.program.declared.explains or {}
-        if row.axes and all("all-to-all" in explains.get(axis, ()) for axis in row.axes):
+        declared = facts.program.declared
+        if row.axes and all("all-to-all" in declared.explains(axis) for axis in row.axes):
             continue  # the strategy moves tokens by stating where they are to be
         between = _ends(row, facts.program)
         yield Finding(

@@ -1,5 +1,6 @@
 """What a user would want to know about a compiled step: one small function per kind of finding."""
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from ._finding import SMALL, Facts, Finding
 from ._hlo import aliased, dtype_bits
 from ._ledger import Ledger, Row
 from ._messages import Rematerialization, rematerializations, spec_text
-from ._program import Program, base_kind
+from ._program import Program
 from ._reductions import REDUCING, gradient_reductions, reductions_per_step
 from ._scope import scope_of
 
@@ -121,13 +122,14 @@ def _reduction_in_loop(facts: Facts) -> Iterator[Finding]:
 
 
 def _unexplained_collective(facts: Facts) -> Iterator[Finding]:
-    explains = facts.program.declared.explains
-    if explains is None:
+    declared = facts.program.declared
+    if not declared.kinds:
         return
+    explains = functools.cache(declared.explains)
     groups: dict[tuple[str, tuple[str, ...], str], list[Row]] = {}
     for row in facts.ledger:
         known = all(
-            row.kind in explains.get(axis, ()) or _stands_for(row, explains.get(axis, ()), facts)
+            row.kind in explains(axis) or _stands_for(row, explains(axis), facts)
             for axis in row.axes
         )
         if not known and row.payload_bytes > SMALL and not row.by_optimizer:
@@ -142,18 +144,18 @@ def _unexplained_collective(facts: Facts) -> Iterator[Finding]:
             why=f"{len(rows)} × {kind} over {', '.join(axes)} of {', '.join(rows[0].operands[:3])}"
             " that the strategy does not account for",
             fix="sk.constrain(x, ...) what goes into this scope and what comes out of it: two "
-            "specs disagree" + _undeclared(axes, facts),
+            "specs disagree" + _undeclared(axes, kind, facts),
         )
 
 
-def _undeclared(axes: Sequence[str], facts: Facts) -> str:
+def _undeclared(axes: Sequence[str], kind: str, facts: Facts) -> str:
     """How to declare axes of which a strategy says nothing."""
-    said = facts.program.declared.kinds
-    more = [f'("tensor", {axis!r})' for axis in axes if axis not in said]
-    return f"; or Strategy(kinds=(..., {', '.join(more)})) where that is its kind" if more else ""
+    said = facts.program.declared.kind_of
+    more = [f"strategies.own({axis!r}, sends=({kind!r},))" for axis in axes if not said(axis)]
+    return f"; or | {' | '.join(more)} where the model sends it itself" if more else ""
 
 
-def _stands_for(row: Row, kinds: frozenset[str] | tuple[()], facts: Facts) -> bool:
+def _stands_for(row: Row, kinds: frozenset[str], facts: Facts) -> bool:
     """Whether what the compiler wrote does the work of a collective that is accounted for.
 
     A windowed permute does that of a gather or a scatter. An all-reduce between slices is a
@@ -163,7 +165,7 @@ def _stands_for(row: Row, kinds: frozenset[str] | tuple[()], facts: Facts) -> bo
         dict(facts.program.dcn)
     ):
         return "all-reduce" in kinds
-    return row.windowed and bool({"all-gather", "reduce-scatter", "all-reduce"} & set(kinds))
+    return row.windowed and bool({"all-gather", "reduce-scatter", "all-reduce"} & kinds)
 
 
 def _wide_collective(facts: Facts) -> Iterator[Finding]:
@@ -248,7 +250,7 @@ def _optimizer_collective(facts: Facts) -> Iterator[Finding]:
 def _unsplit_state(facts: Facts) -> Iterator[Finding]:
     """Optimizer state that ZeRO would split, had it a dim that divides."""
     declared, sizes = facts.program.declared, facts.program.sizes
-    axes = [axis for axis, kind in declared.kinds.items() if base_kind(kind) == "zero"]
+    axes = [kind.axis for kind in declared.kinds if "optimizer_state" in kind.splits]
     for axis in (axis for axis in axes if sizes.get(axis, 1) > 1):
         for leaf in facts.program.leaves:
             single = math.prod(leaf.leaf.shape) == 1

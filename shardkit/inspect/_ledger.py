@@ -77,6 +77,11 @@ class Row:
     dcn: bool = False
     taken: float = 1.0
 
+    @property
+    def runs(self) -> float:
+        """Executions per step, mean over devices; an unknown number of trips counts as one."""
+        return (1 if self.trips is None else self.trips) * self.taken
+
     def __str__(self) -> str:
         """Returns `all-reduce over data of f32 1.00 KiB ×3 in mlp (backward)`."""
         trips = "×?" if self.trips is None else f"×{self.trips}"

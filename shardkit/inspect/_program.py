@@ -9,6 +9,7 @@ from typing import Any
 from jax.sharding import PartitionSpec
 
 from .._tree import Leaf, nbytes
+from ._axis_kind import AxisKind
 from ._hlo import Module, dtype_bits, parse
 
 PARTS = ("params", "opt_state", "extra", "batch", "rest")
@@ -111,51 +112,16 @@ class CompiledBytes:
         )
 
 
-# What each kind of parallelism sends over its axis, with the all-reduces of losses and norms.
-_EXPLAINED = {
-    "data": ("all-reduce",),
-    "zero": ("all-reduce", "reduce-scatter", "all-gather"),
-    "fsdp": ("all-reduce", "reduce-scatter", "all-gather"),
-    "tensor": ("all-reduce", "reduce-scatter", "all-gather"),
-    "context": ("all-reduce", "all-gather", "collective-permute", "all-to-all"),
-    "pipeline": ("all-reduce", "collective-permute", "all-gather", "reduce-scatter"),
-    "expert": ("all-reduce", "all-to-all", "ragged-all-to-all"),
-}
-
-
-def explained_by(kinds: Mapping[str, str]) -> dict[str, frozenset[str]]:
-    """Collectives that kinds of parallelism account for, per mesh axis.
-
-    Args:
-      kinds: mesh axis → `"data"`, `"zero"`, `"fsdp"`, `"tensor"`, `"context"`, `"pipeline"` or
-        `"expert"`, or one of these with its variant (`"tensor+sequence"`); any other kind
-        accounts for nothing.
-
-    >>> explained_by({"replica": "data"})
-    {'replica': frozenset({'all-reduce'})}
-    """
-    return {axis: frozenset(_EXPLAINED.get(base_kind(kind), ())) for axis, kind in kinds.items()}
-
-
-def base_kind(kind: str) -> str:
-    """Returns the kind of parallelism without its variant.
-
-    >>> base_kind("tensor+sequence")
-    'tensor'
-    """
-    return kind.partition("+")[0]
-
-
 @dataclasses.dataclass(frozen=True)
 class Declared:
     """What the strategy declares, as far as it explains the compiled program.
 
     Attributes:
-      explains: mesh axis → kinds of collectives (`"all-reduce"`, …) that the strategy accounts
-        for on that axis. An axis that is missing is one the strategy says nothing about, and
-        every collective over it becomes a finding. None: nothing is declared, nothing is judged.
-      kinds: mesh axis → the kind of parallelism on it (`"data"`, `"fsdp"`, `"zero"`, `"tensor"`
-        …), which selects the textbook minimum.
+      kinds: the kinds of parallelism, each on its mesh axis. An axis that none is on is one the
+        strategy says nothing about, and every collective over it becomes a finding. Empty: nothing
+        is declared, nothing is judged.
+      by_specs: kinds of further axes that the strategy does not name, as specs alone tell them;
+        they have a minimum, and judge nothing.
       accumulate: micro-batches per step.
       compute_dtype: short name (`bf16`) of the dtype that activations and weights are sent in.
       reduce_dtype: short name of the dtype that gradients are reduced in.
@@ -170,8 +136,8 @@ class Declared:
       activation_axes: mesh axes that the strategy splits activations over.
     """
 
-    explains: Mapping[str, frozenset[str]] | None = None
-    kinds: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    kinds: tuple[AxisKind, ...] = ()
+    by_specs: tuple[AxisKind, ...] = ()
     accumulate: int = 1
     compute_dtype: str | None = None
     reduce_dtype: str | None = None
@@ -181,6 +147,14 @@ class Declared:
     rules: tuple[str, ...] = ()
     constraints: tuple[Placed, ...] = ()
     activation_axes: tuple[str, ...] = ()
+
+    def kind_of(self, axis: str) -> AxisKind | None:
+        """The kind of parallelism on a mesh axis; of several, the one that was joined last."""
+        return next((kind for kind in reversed(self.kinds) if kind.axis == axis), None)
+
+    def explains(self, axis: str) -> frozenset[str]:
+        """Collectives that the kinds on a mesh axis account for."""
+        return frozenset().union(*(kind.explains for kind in self.kinds if kind.axis == axis))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,6 +199,52 @@ class Program:
     def sizes(self) -> dict[str, int]:
         """Mesh axis → number of devices along it."""
         return dict(self.mesh)
+
+    def param_bytes(self, axis: str, dtype: str | None, *, split: bool) -> int:
+        """Bytes of one device's shards of the parameters that an axis splits, or does not split.
+
+        Args:
+          axis: a mesh axis.
+          dtype: XLA's name of a dtype to count them as; None: each in its own.
+          split: which of the two.
+        """
+        sizes = self.sizes
+        return sum(
+            leaf.device_bytes(sizes, dtype)
+            for leaf in self.leaves
+            if leaf.part == "params" and (axis in leaf.axes()) == split
+        )
+
+    @property
+    def layers(self) -> int | None:
+        """Layers that one device works on; None where they are not known."""
+        layers = self.declared.layers
+        return None if layers is None else layers // self._stages
+
+    @property
+    def _stages(self) -> int:
+        """Parts that the layers are cut into, of which a device works on one."""
+        axes = {kind.axis for kind in self.declared.kinds if "layers" in kind.splits}
+        return math.prod(self.sizes.get(axis, 1) for axis in axes)
+
+    def activation_bytes(self, name: str) -> float | None:
+        """Bytes on one device, per step, of the activation that has a length and this dim."""
+        for placed in self.declared.constraints:
+            if {"length", name} <= set(placed.leaf.axes or ()):
+                return placed.device_bytes(self.sizes) * self._times
+        return None
+
+    @property
+    def _times(self) -> float:
+        """How many activations as constraints show them a device computes in a step.
+
+        Inside a pipeline they show one device's rows of one micro-batch.
+        """
+        work, declared = {"batch", "length", "embed"}, self.declared
+        shown = [one for one in declared.constraints if set(one.leaf.axes or ()) == work]
+        if self._stages == 1 or not shown or declared.activation_bytes is None:
+            return declared.accumulate
+        return declared.activation_bytes / shown[0].device_bytes(self.sizes)
 
     @functools.cached_property
     def module(self) -> Module:

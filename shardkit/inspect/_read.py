@@ -1,6 +1,5 @@
 """Reads everything that a report holds out of a compiled step."""
 
-import dataclasses
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -8,10 +7,10 @@ from ._advice import advice
 from ._findings import find_all
 from ._flops import count_flops
 from ._layouts import layouts
-from ._ledger import Ledger, ledger_of
+from ._ledger import ledger_of
 from ._live_peak import peak_of
 from ._memory import read_memory
-from ._minimum import Minimum, beside, kinds_by_specs
+from ._minimum import minima
 from ._reductions import reductions_per_step
 from ._timeline import model_time
 
@@ -37,7 +36,7 @@ def read(program: "Program", chip: "str | Chip | None" = None) -> dict[str, Any]
         "peak": peak,
         "flops": flops,
         "findings": find_all(program, ledger),
-        "minima": _minima(program, ledger),
+        "minima": minima(program, ledger),
         "reductions": {
             axis: reductions_per_step(ledger, axis, program.leaves, sizes)
             for axis in sizes
@@ -50,15 +49,3 @@ def read(program: "Program", chip: "str | Chip | None" = None) -> dict[str, Any]
         "timeline": model_time(program, ledger, flops, chip),
     }
     return fields | {"seconds": {**program.seconds, "read": time.perf_counter() - start}}
-
-
-def _minima(program: "Program", ledger: Ledger) -> tuple[Minimum, ...]:
-    sizes, leaves, declared = program.sizes, program.leaves, program.declared
-    told = kinds_by_specs(sizes, leaves, declared)
-    declared = dataclasses.replace(declared, kinds={**told, **declared.kinds})
-    found = (beside(ledger, axis, sizes, leaves, declared) for axis in declared.kinds)
-    return tuple(
-        dataclasses.replace(one, kind=f"{one.kind} by specs") if one.axis in told else one
-        for one in found
-        if one is not None
-    )

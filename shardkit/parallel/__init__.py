@@ -2,6 +2,15 @@
 
 from . import strategies
 from ._compose import advise, check_composition, check_used
+from ._kind import Choice, DeviceBytes, Kind, StrategyCall
+from ._kinds import (
+    axes_splitting,
+    kinds_by_specs,
+    known_kinds,
+    lane_axes,
+    register_kind,
+    weighed_kinds,
+)
 from ._names import CONVENTIONAL
 from ._schedule import Schedule, schedule
 from ._strategy import Strategy
@@ -10,13 +19,23 @@ from ._ticks import Branch, Ticks, ticks
 __all__ = [
     "CONVENTIONAL",
     "Branch",
+    "Choice",
+    "DeviceBytes",
+    "Kind",
     "Schedule",
     "Strategy",
+    "StrategyCall",
     "Ticks",
     "advise",
+    "axes_splitting",
     "check_composition",
     "check_used",
+    "kinds_by_specs",
+    "known_kinds",
+    "lane_axes",
+    "register_kind",
     "schedule",
     "strategies",
     "ticks",
+    "weighed_kinds",
 ]

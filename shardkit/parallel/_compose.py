@@ -14,10 +14,6 @@ from ..rules import Indivisible, axes_of, format_mesh, ways
 from ._parts import most_even
 from ._strategy import Strategy
 
-# Kinds that split rows over an axis, on which experts may live too: routed tokens change devices.
-_ROWS = frozenset({"data", "fsdp", "zero"})
-_BESIDE_ROWS = frozenset({"expert"})
-
 
 def check_composition(strategy: Strategy, sizes: Mapping[str, int]) -> None:
     """Refuses strategies that do not fit each other or the mesh.
@@ -48,7 +44,7 @@ def check_used(strategy: Strategy, sizes: Mapping[str, int], used: Collection[st
     Raises:
       ShardingError: naming each such axis.
     """
-    named = {axis for _, axis in strategy.kinds} | set(used)
+    named = {kind.axis for kind in strategy.kinds} | set(used)
     named |= {carrier.axis for _, carrier in strategy.regions}
     if strategy.activations:
         named |= {axis for _, axes in strategy.activations.table for axis in axes}
@@ -56,9 +52,9 @@ def check_used(strategy: Strategy, sizes: Mapping[str, int], used: Collection[st
         Problem(
             f"mesh axis {axis!r}",
             f"no strategy uses it: its {size} devices would do the same work "
-            f"(strategies are on {', '.join(repr(axis) for _, axis in strategy.kinds)})",
+            f"(strategies are on {', '.join(repr(kind.axis) for kind in strategy.kinds)})",
             f"| strategies.data({axis!r}), leave {axis!r} out of the MeshSpec, or, where the loss "
-            f'uses it itself, | sk.Strategy(kinds=(("own", {axis!r}),))',
+            f"uses it itself, | strategies.own({axis!r})",
         )
         for axis, size in sizes.items()
         if strategy.kinds and size > 1 and axis not in named
@@ -98,34 +94,26 @@ def _option(problem: Indivisible, sizes: Mapping[str, int]) -> str | None:
 
 def _shared_axes(strategy: Strategy) -> list[Problem]:
     problems = []
-    for (one, axis), (other, again) in itertools.combinations(strategy.kinds, 2):
-        if axis == again and not _together(one, other):
+    for one, other in itertools.combinations(strategy.kinds, 2):
+        shared = one.shares_axis(other) or other.shares_axis(one)
+        if one.axis == other.axis and not shared:
             why = f"is taken by {one} and by {other}; each needs an axis of its own"
-            fix = f"strategies.{_function(other)}(axis) with another axis of the mesh, or only one"
-            problems.append(Problem(f"mesh axis {axis!r}", why, fix))
+            fix = f"strategies.{other.name}(axis) with another axis of the mesh, or only one"
+            problems.append(Problem(f"mesh axis {one.axis!r}", why, fix))
     return problems
-
-
-def _together(one: str, other: str) -> bool:
-    kinds = {_function(one), _function(other)}
-    return bool(kinds & _ROWS) and bool(kinds & _BESIDE_ROWS)
-
-
-def _function(kind: str) -> str:
-    """`tensor` for `tensor+sequence`: the strategy that makes a kind."""
-    return kind.partition("+")[0]
 
 
 def _absent_axes(strategy: Strategy, sizes: Mapping[str, int]) -> list[Problem]:
     return [
         Problem(
-            f"mesh axis {axis!r}",
-            f"is used by {kind}; mesh has {format_mesh(sizes)[1:-1]}.{did_you_mean(axis, sizes)}",
-            f"MeshSpec(..., {axis}=2), or strategies.{_function(kind)}(axis) with one of "
+            f"mesh axis {kind.axis!r}",
+            f"is used by {kind}; mesh has {format_mesh(sizes)[1:-1]}."
+            + did_you_mean(kind.axis, sizes),
+            f"MeshSpec(..., {kind.axis}=2), or strategies.{kind.name}(axis) with one of "
             + ", ".join(map(repr, sizes)),
         )
-        for kind, axis in strategy.kinds
-        if axis not in sizes
+        for kind in strategy.kinds
+        if kind.axis not in sizes
     ]
 
 

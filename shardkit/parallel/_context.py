@@ -34,7 +34,7 @@ heads as heads 10 % at n = 8, 1 % at n = 64.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, final
 
 import jax
 import jax.numpy as jnp
@@ -44,12 +44,88 @@ from .._errors import Problem, ShardingError, StepError, did_you_mean, raise_all
 from .._regions import Carrier, Surroundings, manual_axes
 from .._tree import short_type
 from ..collectives import HeadExchange, Pairs, Ring, Way, across
+from ..inspect import Program
 from ..rules import REPLICATED, axes_of, format_mesh
+from ._kind import Choice, Kind, StrategyCall
 from ._names import activations, check_axis
 from ._strategy import Strategy
 
 _WAYS: dict[str, type[Way]] = {"ring": Ring, "all_to_all": HeadExchange}
 _KV_HEADS = ("split", "replicate")
+
+
+def ring_bytes(n: int, keys_and_values: float, layers: int) -> float:
+    """Blocks of K and V travel round the ring forward; K, V and their gradients backward.
+
+    Args:
+      n: devices in the ring.
+      keys_and_values: bytes of K and V of one device's block of the length.
+      layers: attention layers.
+
+    >>> ring_bytes(4, 1000, 1)
+    9000.0
+    """
+    return 3.0 * (n - 1) * keys_and_values * layers
+
+
+def all_to_all_bytes(n: int, queries: float, keys_and_values: float, layers: int) -> float:
+    """Queries, keys, values and outputs change length for heads and back, in both passes.
+
+    Args:
+      n: devices that share a length.
+      queries: bytes of the queries of one device's block of the length, or of its outputs.
+      keys_and_values: bytes of its K and V.
+      layers: attention layers.
+
+    >>> all_to_all_bytes(4, 1000, 1000, 1)
+    4500.0
+    """
+    return 2 * (n - 1) / n * (2 * queries + keys_and_values) * layers
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Context(Kind):
+    """The length over an axis.
+
+    Attributes:
+      attention: `"ring"` or `"all_to_all"`.
+    """
+
+    name: ClassVar[str] = "context"
+    splits = frozenset({"length"})
+    collectives = frozenset({"all-reduce", "all-gather", "collective-permute", "all-to-all"})
+    region = "attention"
+    weighed = "context"
+    attention: str = "ring"
+
+    @property
+    def variant(self) -> str:
+        """How attention looks across, where it is not the ring."""
+        return "" if self.attention == "ring" else self.attention
+
+    @property
+    def choice(self) -> Choice:
+        """How attention looks across, whose exchanges a planner has formulae for."""
+        return Choice(attention=self.attention)
+
+    def minimum(self, program: Program) -> float | None:
+        """Liu et al. 2023 (ring), Jacobs et al. 2023; and gradients reduced as for `data`."""
+        n, layers = program.sizes[self.axis], program.layers
+        queries, keys = map(program.activation_bytes, ("heads", "kv_heads"))
+        if queries is None or keys is None or layers is None:
+            return None
+        if self.attention == "ring":
+            return self.reduced_bytes(program) + ring_bytes(n, 2 * keys, layers)
+        return self.reduced_bytes(program) + all_to_all_bytes(n, queries, 2 * keys, layers)
+
+    def by_default(self) -> StrategyCall:
+        """The ring, which any number of heads allows."""
+        return StrategyCall(context)
+
+    def tried(self, choice: Choice) -> StrategyCall:
+        """Attention as it is chosen."""
+        return StrategyCall(context, {"attention": choice.attention or "ring"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,12 +256,11 @@ def context(axis: str = "context", attention: str = "ring", *, kv_heads: str = "
         if given not in legal
     ]
     raise_all(StepError, "Context parallelism is declared wrongly.", problems)
-    kind = "context" if attention == "ring" else f"context+{attention}"
     return Strategy(
         params=REPLICATED,
         batch=PartitionSpec(None, axis),
         activations=activations({"length": axis, "residual_length": axis}),
-        kinds=((kind, axis),),
+        kinds=(Context(axis, attention),),
         regions=(("attention", ContextAttention(axis, attention, kv_heads)),),
     )
 

@@ -24,7 +24,7 @@ are slow: it sends least of all kinds. Do not use with few micro-batches per sta
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar, final
 
 import jax
 import jax.numpy as jnp
@@ -33,12 +33,54 @@ from .._errors import Problem, StepError, did_you_mean, raise_all
 from .._regions import Carrier, Surroundings, plainly
 from .._staged import First, Last, Layer
 from .._types import Accumulate
+from ..inspect import Program as Compiled
+from ._kind import Choice, Kind, StrategyCall
 from ._names import activations, check_axis, params
 from ._parts import Parts, part_sizes
 from ._pipeline_program import Loss, Program
 from ._schedule import SCHEDULES, Schedule, forward_only
 from ._schedule import schedule as tick_table
 from ._strategy import Strategy
+
+
+def pipeline_bytes(n: int, activation: float) -> float:
+    """One A over each stage boundary, each way; of two stages each sends one way alone.
+
+    Args:
+      n: stages.
+      activation: bytes of the activations of all micro-batches of one device.
+
+    >>> pipeline_bytes(4, 1000), pipeline_bytes(2, 1000)
+    (2000.0, 1000.0)
+    """
+    return activation * min(n - 1.0, 2.0)
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Pipeline(Kind):
+    """Layers over an axis, in stages."""
+
+    name: ClassVar[str] = "pipeline"
+    splits = frozenset({"layers"})
+    collectives = frozenset({"all-reduce", "collective-permute", "all-gather", "reduce-scatter"})
+    region = "staged"
+    weighed = "pipeline"
+    not_weighed = ("uneven stages",)
+
+    def minimum(self, program: Compiled) -> float | None:
+        """Huang et al. 2019; and gradients of what every stage has, reduced as for `data`."""
+        # Micro-batches together are the rows of one device, so their number does not matter.
+        activation = program.declared.activation_bytes
+        if activation is None:
+            return None
+        n = program.sizes[self.axis]
+        return self.reduced_bytes(program) + pipeline_bytes(n, activation)
+
+    def tried(self, choice: Choice) -> StrategyCall:
+        """The chosen schedule; without one, what any layout of its parameters needs."""
+        one = {"schedule": "1f1b", "micro_batches": 1}
+        return StrategyCall(pipeline, choice.pipeline or one)
 
 
 def pipeline(
@@ -76,7 +118,7 @@ def pipeline(
       StepError: no such schedule, or numbers that it cannot have.
 
     >>> pipeline(micro_batches=4).kinds
-    (('pipeline', 'pipe'),)
+    (Pipeline(axis='pipe'),)
     """
     check_axis("pipeline", axis)
     problems = _option_problems(schedule, micro_batches, virtual_stages, ends)
@@ -88,7 +130,7 @@ def pipeline(
     return Strategy(
         params=params(split),
         activations=activations({}),
-        kinds=(("pipeline", axis),),
+        kinds=(Pipeline(axis),),
         regions=(("staged", carrier),),
     )
 

@@ -13,6 +13,7 @@ from .._regions import Carrier
 from .._types import Accumulate
 from ..optim import Zero
 from ..rules import REPLICATED, AxisRules, Rule, axes_of, chain, flatten, from_axes
+from ._kind import Kind
 
 _WHOLE = PartitionSpec()
 
@@ -34,13 +35,13 @@ class Strategy:
       remat: named checkpoint policy for the layers that a model marks with `sk.remat`.
       precision: `"float32"`, `"bfloat16"`, `"pure_bfloat16"` or `sk.Precision`.
       compression: sums gradients over one mesh axis in 8 bits; None: as `precision` says.
-      kinds: `(kind of parallelism, mesh axis)` of the ready strategies that it was made from.
+      kinds: the kinds of parallelism, each on its mesh axis; see `Kind`.
       regions: `(name, carrier)` of the parts of a model that the strategy carries out itself.
 
     >>> from shardkit.parallel import strategies
     >>> both = strategies.data() | strategies.tensor()
     >>> both.batch, both.kinds
-    (P('data',), (('data', 'data'), ('tensor', 'tensor')))
+    (P('data',), (Data(axis='data'), Tensor(axis='tensor', sequence=False)))
     """
 
     params: Rule = REPLICATED
@@ -53,7 +54,7 @@ class Strategy:
     remat: str = "none"
     precision: str | Precision = "float32"
     compression: Compression | None = None
-    kinds: tuple[tuple[str, str], ...] = ()
+    kinds: tuple[Kind, ...] = ()
     regions: tuple[tuple[str, Carrier], ...] = ()
 
     def __post_init__(self) -> None:
@@ -72,6 +73,13 @@ class Strategy:
         if not isinstance(self.activations, AxisRules | None):
             why = f"{self.activations!r} is no table of logical axes"
             problems.append(Problem("activations", why, 'sk.AxisRules({"batch": "data"})'))
+        problems += [
+            Problem(
+                "kinds", f"{kind!r} is not a kind of parallelism", 'strategies.own("ring").kinds'
+            )
+            for kind in self.kinds
+            if not isinstance(kind, Kind)
+        ]
         raise_all(StepError, "The strategy cannot be read.", problems)
 
     def __or__(self, other: "Strategy") -> "Strategy":

@@ -70,7 +70,7 @@ def candidates(
     else:
         lanes = [c.own.lane for c in cases]
         values = estimate(walked, plain, machine, batch_scale, lanes)
-    return list(_made(remat, cases, values, bubbles, machine))
+    return list(_made(remat, cases, values, bubbles, machine, batch_scale))
 
 
 def _made(
@@ -79,6 +79,7 @@ def _made(
     values: Estimates,
     bubbles: np.ndarray,
     machine: Machine,
+    batch_scale: float,
 ) -> Iterator[Candidate]:
     chip = machine.network.chip
     seconds = values.seconds(machine.overlap) + bubbles
@@ -88,11 +89,12 @@ def _made(
         own, how = one.own, one.how
         wire = {name: v[i] for name, v in wires.items() if v[i]}
         times = {name: v[i] for name, v in links.items() if v[i]}
-        refresh = 0.0
-        if own.refresh:
-            refresh = own.refresh / float(machine.network.rates([one.sizes], ["data"])[0])
-            wire["data"] = wire.get("data", 0.0) + own.refresh
-            times["data"] = times.get("data", 0.0) + refresh
+        beside = 0.0
+        for axis, sent in own.sent_beside(one.sizes, batch_scale):
+            spent = sent / float(machine.network.rates([one.sizes], [axis])[0])
+            wire[axis] = wire.get(axis, 0.0) + sent
+            times[axis] = times.get(axis, 0.0) + spent
+            beside += spent
         update = 2 * own.state / chip.memory_bandwidth
         plain = isinstance(how, Accumulate)
         yield Candidate(
@@ -104,7 +106,7 @@ def _made(
             batch=own.batch,
             temp=float(values.temp[i]) + (kept_bytes(own, how) if plain else 0),
             capacity=chip.memory,
-            seconds=float(seconds[i]) + update + refresh * (1 - machine.overlap),
+            seconds=float(seconds[i]) + update + beside * (1 - machine.overlap),
             compute=float(values.compute[i]),
             memory=float(values.memory[i]) + update,
             communication=times,

@@ -8,19 +8,15 @@ import jax
 
 from .._tree import short_dtype
 from ..hardware import CHIPS
+from ..parallel import known_kinds
 from ..step import Declaration
 from ._estimate import Machine, estimate
-from ._found import PIPE
 from ._network import Network
 from ._placed import kept_bytes, placed_bytes
 from ._space import Stages
 from ._stages import estimate_stages
 from ._trace import Model, walk_through
 
-_FOLLOWED = ("data", "zero", "fsdp", "tensor", "tensor+sequence")
-# Kinds whose exchanges are formulae, on the axis that these are written for.
-_WAYS = {("context", "context"): "ring", ("context+all_to_all", "context"): "all_to_all"}
-_STAGED, _EXPERTS = ("pipeline", PIPE), ("expert", "expert")
 # Bytes are the same on every device; one has to be named, and its seconds are not used.
 _ANY = Network(CHIPS["v5e"])
 
@@ -74,24 +70,28 @@ def modelled(
     >>> found.batch, found.wire  # 2 · 3/4 of the gradients and of the loss
     (512, {'data': 24582.0})
     """
-    used = [one for one in declared.strategy.kinds if sizes.get(one[1], 1) > 1]
-    way = next((_WAYS[one] for one in used if one in _WAYS), "")
-    how = _stages(declared) if _STAGED in used else declared.accumulate
+    used = [kind for kind in declared.strategy.kinds if sizes.get(kind.axis, 1) > 1]
+    way = next((kind.choice.attention for kind in used if kind.choice.attention), "")
+    # What needs a region has formulae, and these are written for one axis.
+    written = {(kind.name, kind.axis) for kind in known_kinds()}
     other = [
-        f"{kind} over {axis}"
-        for kind, axis in used
-        if kind not in _FOLLOWED and (kind, axis) not in (*_WAYS, _STAGED, _EXPERTS)
+        f"{kind} over {kind.axis}"
+        for kind in used
+        if kind.unmodelled or (kind.region and (kind.name, kind.axis) not in written)
     ]
     if other:
         raise NotImplementedError(f"{', '.join(other)} is not modelled")
+    staged = any("layers" in kind.splits for kind in used)
+    how = _stages(declared) if staged else declared.accumulate
     model = Model.of(declared)
-    if _EXPERTS in used and (why := model.marked().beside_experts(sizes, how)):
+    experts = any("experts" in kind.splits for kind in used)
+    if experts and (why := model.marked().beside_experts(sizes, how)):
         raise NotImplementedError(f"not modelled: {why}")
     layout = model.layout(sizes, declared.strategy, declared.accumulate.steps)
     flat = model.program(declared.strategy.remat, bool(way))
     walked = walk_through(flat, layout, declared.strategy, network.lanes if network else 1, way)
     machine = Machine(network or _ANY, short_dtype(jax.numpy.dtype(declared.precision.compute)))
-    own = placed_bytes(layout)
+    own = dataclasses.replace(placed_bytes(layout), kinds=declared.strategy.kinds)
     if isinstance(how, Stages):
         values, waits = estimate_stages(walked, [(sizes, how)], [own], machine)
         kept, waiting = 0, float(waits[0])
@@ -99,15 +99,14 @@ def modelled(
         values = estimate(walked, [(sizes, how)], machine, lanes=[own.lane])
         kept, waiting = kept_bytes(own, how), 0.0
     wire = {", ".join(name): float(v[0]) for name, v in values.wire.items() if v[0]}
-    # What ZeRO updated in parts is gathered again.
-    axes = tuple(axis for kind, axis in declared.strategy.kinds if kind == "zero")
-    if own.refresh:
-        wire[", ".join(axes)] = wire.get(", ".join(axes), 0.0) + own.refresh
+    beside = dict(own.sent_beside(sizes))
+    for axis, sent in beside.items():
+        wire[axis] = wire.get(axis, 0.0) + sent
     seconds = None
     if network:
         update = 2 * own.state / network.chip.memory_bandwidth
-        refresh = own.refresh / float(network.rates([sizes], axes)[0])
-        seconds = float(values.seconds(0.0)[0]) + waiting + update + refresh
+        again = sum(n / float(network.rates([sizes], [axis])[0]) for axis, n in beside.items())
+        seconds = float(values.seconds(0.0)[0]) + waiting + update + again
     temp = float(values.temp[0]) + kept
     return Modelled(own.state, own.batch, temp, wire, seconds, walked.problems)
 

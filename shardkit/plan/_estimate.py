@@ -11,7 +11,8 @@ from .._tree import short_dtype
 from .._types import Accumulate
 from ..hardware import Chip
 from ..mesh import Target
-from ._found import PARTS, Sent, Work
+from ..parallel import axes_splitting, lane_axes
+from ._found import HEADS, LENGTH, PARTS, Sent, Work
 from ._laid import MICRO, Terms, product
 from ._network import WIRE, Network
 from ._trace import Walked
@@ -65,8 +66,6 @@ EFFICIENCY = {"tpu": 0.7}
 """By kind of chip, rounded: what the TPU compiler's own estimates of an update (memory) and of the
 forward products of an MLP (products, whole tiles) leave of the peaks, in a compiled step of a
 decoder 1024 wide over `data=8` of a v5p. Nothing is set for other kinds, which count with 1."""
-_ROWS = ("data", "fsdp")
-"""Mesh axes that split rows, and so lanes."""
 _SMALL = 2**16
 """Bytes below which compilers combine collectives over the same axes into one."""
 
@@ -122,13 +121,13 @@ def estimate(
     for one, sent, seconds in each_sent(walked, parts, machine):
         name = tuple(axis for axis in cases[0][0] if axis in one.axes)
         # A lane holds whole rows, so what is summed over their length cannot wait.
-        waits = one.gradient and "context" not in one.axes
+        waits = one.gradient and LENGTH not in one.axes
         repeated = np.where(at_once, 0.0, np.where(parts.once, 1.0, k)) if waits else k
         repeated = one.trips * repeated * parts.of([one.loops])[0]
         wire[name] = wire.get(name, 0.0) + repeated * sent
         spent[name] = spent.get(name, 0.0) + repeated * seconds
     if at_once.any():
-        name = tuple(axis for axis in cases[0][0] if axis in _ROWS)
+        name = tuple(axis for axis in cases[0][0] if axis in lane_axes())
         n = product(name, parts.sizes)
         sent = np.array(lanes) * machine.width / 4 * 2 * (n - 1) / n
         hops = 2 * (n - 1) * machine.network.chip.latency
@@ -202,8 +201,10 @@ class Parts:
         A lane's gradients are whole over the axes of rows, so that a compiler has nothing to
         scatter them by but a slice behind the sum; with `fsdp` alone it does, with `data` not.
         """
-        others = product([a for a in self.sizes if a not in (*_ROWS, "tensor", MICRO)], self.sizes)
-        data = self.sizes.get("data", np.ones(len(self.cases)))
+        known = {*lane_axes(), HEADS, MICRO}
+        others = product([axis for axis in self.sizes if axis not in known], self.sizes)
+        whole = {*lane_axes()} - {*axes_splitting("rows", "weights")}
+        data = product([axis for axis in self.sizes if axis in whole], self.sizes)
         return self.once & (self.micro_batches > 1) & (data > 1) & (others == 1)
 
     def of(self, groups: Iterable[frozenset[str]]) -> np.ndarray:

@@ -5,10 +5,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from ..parallel import axes_splitting
 from ._laid import Laid, Terms
 
-PIPE = "pipe"
-"""The axis of the stages of a pipeline: it splits the dim of layers, which a loop works off."""
+PIPE, LENGTH, EXPERTS, HEADS = (
+    axes_splitting(part)[0] for part in ("layers", "length", "experts", "heads")
+)
+"""Mesh axes that the formulae for stages, attention, experts and products are written for. The axis
+of stages splits the dim of layers, which a loop works off."""
 PARTS = ("first", "forward", "last", "backward", "begun")
 """Parts of a program around and inside of its loops over layers, forward and backward."""
 

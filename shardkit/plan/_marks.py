@@ -21,6 +21,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from .._constrain import constrain
 from .._regions import Carrier, Surroundings, carried_out
 from .._types import Accumulate
+from ._found import EXPERTS, HEADS, LENGTH, PIPE
 from ._space import How, Stages
 
 OTHER_ROWS, OWN_EXPERTS = "plan: rows but for expert", "plan: experts"
@@ -51,25 +52,26 @@ class Marked:
         """Why an axis has no part of the model to divide, or divides it unevenly; or nothing."""
         if self.broken:
             return self.broken
-        stages, context = sizes.get("pipe", 1), sizes.get("context", 1)
+        stages = sizes.get(PIPE, 1)
         if stages > 1 and not self.layers:
-            return "the loss marks no layers with sk.staged, which pipe would divide"
-        if context > 1 and not self.attention:
-            return "the loss has no sk.attention, which context would carry out"
-        if sizes.get("expert", 1) > 1 and (why := self._no_experts(sizes)):
+            return f"the loss marks no layers with sk.staged, which {PIPE} would divide"
+        if sizes.get(LENGTH, 1) > 1 and not self.attention:
+            return f"the loss has no sk.attention, which {LENGTH} would carry out"
+        if sizes.get(EXPERTS, 1) > 1 and (why := self._no_experts(sizes)):
             return why
         uneven = [n for n in self.layers if stages > 1 and n % stages]
         return f"{uneven[0]} layers do not split evenly into {stages} stages" if uneven else ""
 
     def _no_experts(self, sizes: Mapping[str, int]) -> str:
         if not self.experts:
-            return "the loss has no sk.experts, which expert would divide"
+            return f"the loss has no sk.experts, which {EXPERTS} would divide"
         if not all(bounded for _, bounded in self.experts):
             return "dropless experts, whose rows travel in numbers that only routers know"
-        if max(sizes.get("pipe", 1), sizes.get("context", 1)) > 1:
+        if max(sizes.get(PIPE, 1), sizes.get(LENGTH, 1)) > 1:
             return "experts beside a pipeline or a split length"
-        uneven = [n for n, _ in self.experts if n % sizes["expert"]]
-        return f"{uneven[0]} experts do not divide over expert={sizes['expert']}" if uneven else ""
+        ways = sizes[EXPERTS]
+        uneven = [n for n, _ in self.experts if n % ways]
+        return f"{uneven[0]} experts do not divide over {EXPERTS}={ways}" if uneven else ""
 
     def beside_experts(self, sizes: Mapping[str, int], how: How) -> str:
         """Why experts over an axis cannot be followed; or nothing."""
@@ -77,17 +79,17 @@ class Marked:
 
     def misfit(self, sizes: Mapping[str, int], how: How, way: str) -> str:
         """Why layers cannot be scheduled so, or attention not look so; or nothing."""
-        stages, context = sizes.get("pipe", 1), sizes.get("context", 1)
+        stages, context = sizes.get(PIPE, 1), sizes.get(LENGTH, 1)
         if isinstance(how, Stages):
             parts = stages * how.virtual_stages
             if any(n % parts for n in self.layers):
                 return f"{self.layers[0]} layers do not split evenly into {parts} virtual stages"
             if how.schedule == "interleaved" and how.steps % stages:
                 return f"{how.steps} micro-batches are no multiple of {stages} interleaved stages"
-        if sizes.get("expert", 1) > 1 and isinstance(how, Accumulate):
+        if sizes.get(EXPERTS, 1) > 1 and isinstance(how, Accumulate):
             if how.steps > 1 and how.reduce == "once":
                 return "one reduction for all micro-batches beside experts"
-        tensor = sizes.get("tensor", 1)
+        tensor = sizes.get(HEADS, 1)
         for length, heads, keys in self.attention if way else ():
             pieces = context * (2 if way == "ring" else 1)
             if length % pieces:
@@ -96,7 +98,8 @@ class Marked:
                 return f"a ring of {context} inside a stage, whose devices meet in pairs"
             for number, what in ((heads, "heads"), (keys, "key heads")):
                 if way == "all_to_all" and number % (tensor * context):
-                    return f"{number} {what} do not split over context={context} x tensor={tensor}"
+                    over = f"{LENGTH}={context} x {HEADS}={tensor}"
+                    return f"{number} {what} do not split over {over}"
         return ""
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -10,7 +10,9 @@ import jax
 from .._errors import ShardkitError
 from .._tree import nbytes
 from .._types import Accumulate
+from ..parallel import DeviceBytes, Kind, axes_splitting, weighed_kinds
 from ..step import Layout
+from ._found import EXPERTS, LENGTH, PIPE
 from ._space import layout_of, used_axes
 from ._trace import Model
 
@@ -27,7 +29,8 @@ class Placed:
       lane: its gradients in f32, unreduced over rows, as one reduction per step needs them.
       shard: its gradients in f32 as the parameters lie.
       ends: of `lane`, what no stage of a pipeline has for itself.
-      refresh: bytes one device sends to gather the weights that ZeRO updated in parts.
+      regathered: bytes one device sends to gather the parameters that it updated in parts.
+      kinds: kinds of parallelism that are laid out.
     """
 
     state: int
@@ -35,31 +38,55 @@ class Placed:
     lane: int
     shard: int
     ends: int
-    refresh: float
+    regathered: float
+    kinds: tuple[Kind, ...] = ()
+
+    def sent_beside(
+        self, sizes: Mapping[str, int], batch_scale: float = 1.0
+    ) -> Iterator[tuple[str, float]]:
+        """Mesh axis and bytes that each kind sends beside what a walk finds by names of dims.
+
+        Args:
+          sizes: size of each mesh axis.
+          batch_scale: as if the batch had so many times its rows.
+        """
+        held = DeviceBytes(sizes, self.batch * batch_scale, self.shard, self.regathered)
+        for kind in self.kinds:
+            if sizes.get(kind.axis, 1) > 1 and (sent := kind.sent_beside(held)):
+                yield kind.axis, sent
 
 
 @dataclasses.dataclass(frozen=True)
 class Places:
     """The layouts of one model, each resolved when it is first asked for.
 
-    Rules see the axes that split parameters, and `data` where ZeRO splits the update over it. So
-    meshes that differ in other axes share a resolution, and only their rows are counted anew.
+    Rules see the axes that split more than the batch; where ZeRO splits the update, also those of
+    the rows. So meshes that differ in other axes share a resolution, and only their batch is
+    counted anew.
     """
 
     model: Model
     made: dict[tuple[Any, ...], Placed | str] = dataclasses.field(default_factory=dict)
+    kinds: dict[tuple[Any, ...], tuple[Kind, ...]] = dataclasses.field(default_factory=dict)
 
     def of(self, sizes: Mapping[str, int], zero: int) -> Placed | str:
         """Exact bytes of a layout, or why there is none."""
         batch = self._batch(sizes)
         if batch is None:
             return self.resolved(sizes, zero)
-        seen = {a: n for a, n in sizes.items() if a != "context" and (zero or a != "data")}
+        of_batch = {"length"} if zero else {"rows", "length"}
+        unseen = {k.axis for k in weighed_kinds() if k.splits and k.splits <= of_batch}
+        seen = {axis: n for axis, n in sizes.items() if axis not in unseen}
         key = (min(zero, 1), *seen.items())
         if key not in self.made:
             self.made[key] = self.resolved(seen or dict.fromkeys(sizes, 1), zero)
         found = self.made[key]
-        return found if isinstance(found, str) else dataclasses.replace(found, batch=batch)
+        if isinstance(found, str):
+            return found
+        used = (min(zero, 1), *used_axes(sizes))
+        if used not in self.kinds:
+            self.kinds[used] = layout_of(sizes, zero).kinds
+        return dataclasses.replace(found, batch=batch, kinds=self.kinds[used])
 
     def resolved(self, sizes: Mapping[str, int], zero: int) -> Placed | str:
         """The same by resolving everything on this one mesh."""
@@ -70,7 +97,7 @@ class Places:
 
     def _batch(self, sizes: Mapping[str, int]) -> int | None:
         """Bytes of the batch on one device; None where it does not split."""
-        ways = (row_ways(sizes), sizes.get("context", 1))
+        ways = (row_ways(sizes), sizes.get(LENGTH, 1))
         held = 0
         for x in jax.tree.leaves(self.model.declared.batch):
             if any(n % way for n, way in zip(x.shape, ways, strict=False)):
@@ -81,7 +108,7 @@ class Places:
 
 def row_ways(sizes: Mapping[str, int]) -> int:
     """Parts that the mesh splits rows into."""
-    return math.prod(sizes.get(axis, 1) for axis in ("data", "fsdp", "expert"))
+    return math.prod(sizes.get(axis, 1) for axis in axes_splitting("rows"))
 
 
 def placed_bytes(layout: Layout) -> Placed:
@@ -90,10 +117,10 @@ def placed_bytes(layout: Layout) -> Placed:
     held = sum(_shard_bytes(getattr(where, n), getattr(state, n)) for n in ("params", "opt_state"))
     held += _shard_bytes(where.extra, state.extra)
     held += nbytes(state.step.shape, state.step.dtype) + nbytes(state.key.shape, state.key.dtype)
-    rows = set(layout.row_axes) - {"expert"}  # no lane ends along it
+    rows = set(layout.row_axes) - {EXPERTS}  # no lane ends along it
     mesh = next(iter(jax.tree.leaves(where.params))).mesh.shape
     lane = shard = ends = 0
-    refresh = 0.0
+    regathered = 0.0
     updated = jax.tree.leaves(layout.update) if layout.update is not None else []
     for i, (sharding, x) in enumerate(_pairs(where.params, state.params)):
         own = math.prod(sharding.shard_shape(x.shape))
@@ -101,12 +128,12 @@ def placed_bytes(layout: Layout) -> Placed:
         shard += own * _LANES_BYTES
         whole = own * math.prod(mesh[a] for a in axes & rows) * _LANES_BYTES
         lane += whole
-        ends += 0 if "pipe" in axes else whole
+        ends += 0 if PIPE in axes else whole
         if updated:
             part = math.prod(updated[i].shard_shape(x.shape))
-            refresh += (own - part) * x.dtype.itemsize
+            regathered += (own - part) * x.dtype.itemsize
     batch = _shard_bytes(layout.batch_shardings, layout.batch)
-    return Placed(held, batch, lane, shard, ends, refresh)
+    return Placed(held, batch, lane, shard, ends, regathered)
 
 
 def kept_bytes(placed: Placed, schedule: Accumulate) -> int:

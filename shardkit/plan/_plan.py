@@ -13,7 +13,7 @@ from ..step import Declaration
 from ._result import Plan, front_of
 from ._search import Search
 from ._sensitivity import sensitivity, with_batch, with_memory
-from ._space import MOE_AXES, Space
+from ._space import Space, searched_axes
 from ._words import assumptions, placed, refuse
 
 
@@ -62,7 +62,7 @@ def plan(
     wanted, declared = _known(target, hardware), _with_rows(declaration, global_batch)
     search = Search.of(declared, wanted, space or Space(), overlap, hardware)
     if space is None and search.has_experts:
-        search.space = Space(MOE_AXES)
+        search.space = Space(searched_axes(experts=True))
     found = search.run()
     rows = sorted((c for c in found.candidates if c.margin >= 0), key=lambda c: c.seconds)
     tight = sorted((c for c in found.candidates if c.margin < 0), key=lambda c: c.seconds)

@@ -7,21 +7,19 @@ from typing import TYPE_CHECKING
 import jax
 
 from ..mesh import Target
+from ..parallel import axes_splitting
 from ..step import Declaration
 from ._candidate import Candidate
 from ._cases import Case, candidates
 from ._estimate import Machine
+from ._found import PIPE
 from ._marks import Marked
 from ._placed import Placed, Places, reason, row_ways
-from ._space import Space, layout_of, symbolic
+from ._space import Space, layout_of, marked_axes, symbolic
 from ._trace import Model, Walked, walk_through
 
 if TYPE_CHECKING:
     from ..hardware import Chip
-
-
-_MARKED = ("pipe", "context", "expert")
-"""Axes that divide a part which the model has to mark."""
 
 
 @dataclasses.dataclass
@@ -109,7 +107,7 @@ class Search:
         found = Found()
         families: dict[Family, list[Case]] = {}
         for one in self._legal(found):
-            family = Family(one.zero, one.attention, one.sizes.get("pipe", 1) > 1)
+            family = Family(one.zero, one.attention, one.sizes.get(PIPE, 1) > 1)
             families.setdefault(family, []).append(one)
         for family, cases in families.items():
             alike = [f for f in families if f.meshes == family.meshes]
@@ -166,11 +164,12 @@ class Search:
 
     def _legal(self, found: Found) -> Iterator[Case]:
         """Every mesh with everything that is tried on it, but what cannot be."""
+        updating = axes_splitting("rows", "optimizer_state")
         for zero in self.space.zero:
             for sizes in self.space.meshes(self.devices):
-                if zero and sizes.get("data", 1) == 1:
+                if zero and max(sizes.get(axis, 1) for axis in updating) == 1:
                     continue  # ZeRO means nothing there
-                ways, hows = self.space.ways(sizes), self.space.schedules(sizes.get("pipe", 1))
+                ways, hows = self.space.ways(sizes), self.space.schedules(sizes.get(PIPE, 1))
                 placed = self._placed(sizes, zero)
                 if isinstance(placed, str):
                     number = len(ways) * len(hows) * len(self.space.remat)
@@ -191,7 +190,7 @@ class Search:
 
     def _unmarked(self, sizes: Mapping[str, int]) -> str:
         """Why an axis has no part of the model to divide; empty where all have."""
-        if max(sizes.get(axis, 1) for axis in _MARKED) == 1:
+        if max(sizes.get(axis, 1) for axis in marked_axes()) == 1:
             return ""
         return self._marked().misses(sizes)
 
@@ -213,14 +212,14 @@ class Search:
         ways = row_ways(one.sizes)
         if self.rows % (ways * one.how.steps):
             return f"a batch of {self.rows} rows that does not split into devices x micro-batches"
-        split = max(one.sizes.get(axis, 1) for axis in _MARKED) > 1
+        split = max(one.sizes.get(axis, 1) for axis in marked_axes()) > 1
         return self._marked().misfit(one.sizes, one.how, one.attention) if split else ""
 
     def _walked(self, remat: str, family: Family, sizes: Mapping[str, int]) -> "Walked | str":
         """One walk for all meshes, or why the loss cannot be traced."""
         key = (remat, family.walk)
         if key not in self.walks:
-            stage = family.walk.zero if "data" in sizes else 0
+            stage = family.walk.zero if {*axes_splitting("optimizer_state")} & sizes.keys() else 0
             strategy = layout_of(sizes, stage, family.attention)
             model = self.places.model
             try:

@@ -1,9 +1,11 @@
 """What would change a plan's answer: other memory, batches, lengths and links."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 
 from .._tree import format_bytes
+from ..parallel import lane_axes
 from ._candidate import Candidate
 from ._search import Search
 
@@ -30,7 +32,7 @@ def with_batch(search: Search, best: Candidate) -> tuple[str, ...]:
         return ()
     scale = _turn(search, best, end)
     beyond = search.again(best, scale)
-    rows = search.rows / (best.mesh.get("data", 1) * best.mesh.get("fsdp", 1))
+    rows = search.rows / math.prod(best.mesh.get(axis, 1) for axis in lane_axes())
     where = f"{'above' if end > 1 else 'below'} {_amount(rows * scale, search)}"
     what = "stops being" if end > 1 else "becomes"
     text = f"batch per device {where} {what} communication-bound, now {_amount(rows, search)}"

@@ -3,16 +3,31 @@
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from .._errors import MeshError, Problem, raise_all
 from .._types import Accumulate
-from ..parallel import Strategy, strategies
+from ..parallel import Choice, Kind, Strategy, axes_splitting, weighed_kinds
+from ._found import LENGTH
 
-AXES = ("pipe", "data", "fsdp", "context", "tensor")
-"""Axes of the ready layouts that a plan searches over, in mesh order."""
-MOE_AXES = ("pipe", "data", "fsdp", "context", "expert", "tensor")
-"""Those of a model with experts."""
+
+def searched_axes(experts: bool = False) -> tuple[str, ...]:
+    """Mesh axes that a plan searches over by default, in mesh order.
+
+    Args:
+      experts: whether the model has experts to divide.
+
+    >>> searched_axes()
+    ('pipe', 'data', 'fsdp', 'context', 'tensor')
+    """
+    left = () if experts else axes_splitting("experts")
+    return tuple(kind.axis for kind in weighed_kinds() if kind.axis not in left)
+
+
+def marked_axes() -> tuple[str, ...]:
+    """Axes that divide a part which the model has to mark."""
+    return tuple(kind.axis for kind in weighed_kinds() if kind.region)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +48,12 @@ class Stages:
     def steps(self) -> int:
         """Micro-batches, as an accumulation counts them."""
         return self.micro_batches
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The same as options of `strategies.pipeline`, but for what is its default."""
+        found = {"schedule": self.schedule, "micro_batches": self.micro_batches}
+        return found | ({"virtual_stages": self.virtual_stages} if self.virtual_stages > 1 else {})
 
     def __str__(self) -> str:
         """Returns `1f1b of 8 micro-batches`."""
@@ -60,7 +81,7 @@ class Space:
       attention: ways of attention over a split length.
     """
 
-    axes: tuple[str, ...] = AXES
+    axes: tuple[str, ...] = dataclasses.field(default_factory=searched_axes)
     accumulate: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     reduce: tuple[str, ...] = ("once", "each")
     remat: tuple[str, ...] = ("none", "dots", "full")
@@ -73,10 +94,11 @@ class Space:
 
     def __post_init__(self) -> None:
         """Refuses axes that no ready layout has, and numbers that count nothing."""
+        known = searched_axes(experts=True)
         problems = [
-            Problem(f"axes: {axis!r}", f"known: {', '.join(MOE_AXES)}", f"axes={AXES!r}")
+            Problem(f"axes: {axis!r}", f"known: {', '.join(known)}", f"axes={searched_axes()!r}")
             for axis in self.axes
-            if axis not in MOE_AXES
+            if axis not in known
         ]
         problems += [
             Problem(f"accumulate: {k!r}", "is no number of micro-batches", "accumulate=(1, 2, 4)")
@@ -104,7 +126,7 @@ class Space:
 
     def ways(self, sizes: Mapping[str, int]) -> tuple[str, ...]:
         """Ways of attention on a mesh; `""` where no length is split."""
-        return self.attention if sizes.get("context", 1) > 1 else ("",)
+        return self.attention if sizes.get(LENGTH, 1) > 1 else ("",)
 
     def _stages(self, stages: int) -> list[How]:
         return [
@@ -138,48 +160,29 @@ def layout_of(
     """The ready layout for axes of these sizes; those of one device are left out.
 
     >>> layout_of({"data": 1, "fsdp": 4, "tensor": 2}).kinds
-    (('fsdp', 'fsdp'), ('tensor+sequence', 'tensor'))
+    (Fsdp(axis='fsdp', reshard_after_forward=True), Tensor(axis='tensor', sequence=True))
     """
-    how = stages or Stages("1f1b", 1)
-    made: dict[str, Callable[[], Strategy]] = {
-        "pipe": lambda: strategies.pipeline(
-            schedule=how.schedule,
-            micro_batches=how.micro_batches,
-            virtual_stages=how.virtual_stages,
-        ),
-        "data": lambda: strategies.zero(stage=zero) if zero else strategies.data(),
-        "fsdp": strategies.fsdp,
-        "context": lambda: strategies.context(attention=attention or "ring"),
-        "expert": strategies.expert,
-        "tensor": lambda: strategies.tensor(sequence=True),
-    }
-    return functools.reduce(operator.or_, (made[axis]() for axis in used_axes(sizes)))
+    choice = Choice(zero, attention, stages.options if stages else {})
+    made = (kind.tried(choice)() for kind in _used_kinds(sizes))
+    return functools.reduce(operator.or_, made)
 
 
 def written(
     sizes: Mapping[str, int], zero: int = 0, attention: str = "", stages: Stages | None = None
 ) -> str:
     """The same as code."""
-    virtual = stages and stages.virtual_stages > 1
-    pipeline = stages and (
-        f"sk.strategies.pipeline(schedule={stages.schedule!r}, "
-        f"micro_batches={stages.micro_batches}"
-        + (f", virtual_stages={stages.virtual_stages})" if virtual else ")")
-    )
-    code = {
-        "pipe": pipeline,
-        "data": f"sk.strategies.zero(stage={zero})" if zero else "sk.strategies.data()",
-        "fsdp": "sk.strategies.fsdp()",
-        "context": f"sk.strategies.context(attention={attention!r})",
-        "expert": "sk.strategies.expert()",
-        "tensor": "sk.strategies.tensor(sequence=True)",
-    }
-    return " | ".join(str(code[axis]) for axis in used_axes(sizes))
+    choice = Choice(zero, attention, stages.options if stages else {})
+    return " | ".join(str(kind.tried(choice)) for kind in _used_kinds(sizes))
+
+
+def _used_kinds(sizes: Mapping[str, int]) -> list[Kind]:
+    kinds = {kind.axis: kind for kind in weighed_kinds()}
+    return [kinds[axis] for axis in used_axes(sizes)]
 
 
 def used_axes(sizes: Mapping[str, int]) -> dict[str, int]:
     """Axes of more than one device; of one device, one that asks nothing of the model."""
-    asking = ("pipe", "context", "expert")
+    asking = marked_axes()
     plain = next((axis for axis in sizes if axis not in asking), next(iter(sizes)))
     return {axis: size for axis, size in sizes.items() if size > 1} or {plain: 1}
 

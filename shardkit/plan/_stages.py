@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from .._types import Accumulate
-from ..parallel import Branch, schedule, ticks
+from ..parallel import Branch, lane_axes, schedule, ticks
 from ._estimate import Estimates, Machine, Parts, each_sent, each_work
 from ._found import PARTS, PIPE
 from ._laid import product
@@ -21,7 +21,6 @@ from ._space import Stages
 from ._trace import Walked
 
 Case = tuple[Mapping[str, int], Stages]
-_ROWS = frozenset({"data", "fsdp"})
 _SUMS = ("all-reduce", "reduce-scatter")
 _FIRST, _FORWARD, _LAST, _BACKWARD, _BEGUN = (PARTS.index(name) for name in PARTS)
 
@@ -125,11 +124,11 @@ def estimate_stages(
     ticking: dict[tuple[str, ...], np.ndarray] = {}
     wire: dict[tuple[str, ...], np.ndarray] = {}
     spent: dict[tuple[str, ...], np.ndarray] = {}
-    nothing = np.zeros((len(PARTS), len(cases)))
+    nothing, rows = np.zeros((len(PARTS), len(cases))), frozenset(lane_axes())
     for one, sent, seconds in each_sent(walked, parts, machine):
         name = tuple(axis for axis in cases[0][0] if axis in one.axes)
         often = one.trips * parts.of([one.loops])[0]
-        summed = one.gradient or (one.axes <= _ROWS and one.kind in _SUMS)
+        summed = one.gradient or (one.axes <= rows and one.kind in _SUMS)
         if summed:
             # Once per step: gradients stay on their device; those of the ends see `_exchanged`.
             often = often * (PIPE in one.loops)
@@ -181,7 +180,7 @@ def _exchanged(
     exchanges = np.array([one.exchanges for one in made])
     wire[(PIPE,)] = np.array([one.messages for one in made]) * message
     spent[(PIPE,)] = exchanges * (message / rate + hop)
-    axes = tuple(axis for axis in cases[0][0] if axis in (*_ROWS, PIPE))
+    axes = tuple(axis for axis in cases[0][0] if axis in (*lane_axes(), PIPE))
     n = product(axes, parts.sizes)
     ends = 2 * (n - 1) / n * np.array([one.ends * machine.width / 4 for one in placed])
     wire[axes] = wire.get(axes, 0.0) + ends

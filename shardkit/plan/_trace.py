@@ -181,7 +181,7 @@ def _in_micro_batches(laid: Laid) -> Laid:
 
 def _resolver(strategy: Strategy) -> Callable[..., Dims]:
     table = strategy.activations
-    moving = {axis for kind, axis in strategy.kinds if kind == "expert"}
+    moving = {kind.axis for kind in strategy.kinds if "experts" in kind.splits}
 
     def resolve(names: tuple[str | None, ...], shape: tuple[int, ...]) -> Dims:
         if table is None:

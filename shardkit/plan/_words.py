@@ -7,26 +7,10 @@ from .._errors import MeshError, Problem, format_problems
 from .._tree import format_bytes
 from ..hardware import CHIPS
 from ..mesh import Target
-from ..parallel import Strategy
+from ..parallel import Strategy, weighed_kinds
 from ._candidate import Candidate
 from ._estimate import Machine
 from ._search import Found
-
-KINDS = {
-    "pipe": "pipeline",
-    "data": "data and ZeRO",
-    "fsdp": "fsdp",
-    "context": "context",
-    "expert": "bounded experts",
-    "tensor": "tensor with sequence",
-}
-"""Mesh axis → what is weighed over it."""
-_NOT_WEIGHED = (
-    "dropless experts",
-    "tensor without sequence",
-    "weights kept from forward to backward (reshard_after_forward=False)",
-    "uneven stages",
-)
 
 
 def refuse(target: Target, found: Found, tight: Sequence[Candidate]) -> NoReturn:
@@ -55,11 +39,12 @@ def refuse(target: Target, found: Found, tight: Sequence[Candidate]) -> NoReturn
 
 def placed(strategy: Strategy, axes: Sequence[str]) -> str:
     """Which kinds of parallelism were weighed, and which of the declaration's own were not."""
-    kinds = [KINDS[axis] for axis in axes]
-    left = [kind for axis, kind in KINDS.items() if axis not in axes] + list(_NOT_WEIGHED)
-    known = {"data", "zero", "fsdp", "tensor", "tensor+sequence", "context", "context+all_to_all"}
-    other = [kind for kind, _ in strategy.kinds if kind not in {*known, "pipeline", "expert"}]
-    return f"layouts are {', '.join(kinds)}; not weighed: {', '.join([*left, *other])}"
+    weighed = weighed_kinds()
+    kinds = [kind.weighed for axis in axes for kind in weighed if kind.axis == axis]
+    left = [kind.weighed for kind in weighed if kind.axis not in axes]
+    left += [variant for kind in weighed for variant in kind.not_weighed]
+    left += [str(kind) for kind in strategy.kinds if kind.unmodelled]
+    return f"layouts are {', '.join(kinds)}; not weighed: {', '.join(left)}"
 
 
 def assumptions(machine: Machine) -> tuple[str, ...]:

@@ -136,7 +136,7 @@ def plan_of(declaration: Declaration, layout: Layout, jaxpr: Any, accumulate: Ac
 
 def kept_axes(declaration: Declaration) -> Axes:
     """Mesh axes over which a strategy keeps gathered weights."""
-    return tuple(axis for kind, axis in declaration.strategy.kinds if kind == "fsdp+kept")
+    return tuple(one.axis for name, one in declaration.strategy.regions if name == "weight")
 
 
 def _dims(spec: PartitionSpec, rank: int) -> Dims:

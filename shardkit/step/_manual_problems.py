@@ -11,12 +11,11 @@ from .._constrain import constrain_p
 from .._errors import Problem, StepError, did_you_mean, raise_all
 from .._shards import Axes, Dims, Meaning, Names, PerShard, weight_p
 from .._tree import Leaf, leaves
+from ..parallel import known_kinds
 from ..rules import axes_of, format_mesh
 from ._buckets import Parameter
 from ._declaration import Declaration
 from ._layout import Layout
-
-KINDS = ("data", "fsdp", "fsdp+kept", "zero", "tensor", "tensor+sequence")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +86,11 @@ def leaf_problems(
 
 
 def _kind_problems(declaration: Declaration) -> Iterator[Problem]:
-    for kind, axis in declaration.strategy.kinds:
-        if kind not in KINDS:
-            why = f"over mesh axis {axis!r} is left to the partitioner; here: {', '.join(KINDS)}"
+    carried = dict.fromkeys(kind.name for kind in known_kinds() if kind.in_shard_map)
+    for kind in declaration.strategy.kinds:
+        if not kind.in_shard_map:
+            why = f"over mesh axis {kind.axis!r} is left to the partitioner; here: "
+            why += ", ".join(carried)
             yield Problem(f"{kind} parallelism", why, 'mode="auto"')
     for name, carrier in declaration.strategy.regions:
         if name != "weight" and declaration.built_mesh.shape.get(carrier.axis, 1) > 1:

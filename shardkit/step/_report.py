@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 from .._constrain import LANES
 from .._tree import Leaf, leaves, path_str, short_dtype
-from ..inspect import CompiledBytes, Declared, Placed, Program, explained_by
+from ..inspect import CompiledBytes, Declared, Placed, Program
+from ..parallel import kinds_by_specs
 from ..rules import Rule, place
 from ._activations import Activations, constraints
 from ._compile import Program as Executable
@@ -36,18 +37,19 @@ def inspected(
     """
     mesh = declaration.built_mesh
     device = mesh.devices.flat[0]
+    placed = tuple(arguments(declaration, layout))
     return Program(
         hlo=made.compiled.as_text(),
         mesh=tuple(mesh.shape.items()),
         platform=device.platform,
         device_kind=device.device_kind,
-        leaves=tuple(arguments(declaration, layout)),
+        leaves=placed,
         memory=CompiledBytes.of(made.compiled.memory_analysis()),
         jaxpr=made.jaxpr,
         log=made.messages,
         compiles=1 + len(retraced),
         retraced=tuple(retraced),
-        declared=_declared(declaration, layout, made.jaxpr),
+        declared=_declared(declaration, layout, made.jaxpr, placed),
         dcn=_dcn(mesh),
         seconds=dict(zip(("trace", "lower", "compile"), made.seconds, strict=True)),
     )
@@ -117,14 +119,15 @@ def _spelled(rule: Rule | None, of: list[Leaf], declaration: Declaration) -> set
     }
 
 
-def _declared(declaration: Declaration, layout: Layout, jaxpr: Any) -> Declared:
+def _declared(
+    declaration: Declaration, layout: Layout, jaxpr: Any, placed: Sequence[Placed]
+) -> Declared:
     strategy, precision = declaration.strategy, declaration.precision
-    kinds = {axis: kind for kind, axis in strategy.kinds}
     activations = Activations(declaration.built_mesh, strategy.activations, layout.lane_axes)
     named = list(dict.fromkeys(constraints(jaxpr.jaxpr)))
     return Declared(
-        explains=explained_by(kinds) if kinds else None,
-        kinds=kinds,
+        kinds=strategy.kinds,
+        by_specs=kinds_by_specs(declaration.built_mesh.shape, placed, strategy.kinds),
         accumulate=declaration.accumulate.steps,
         compute_dtype=short_dtype(jnp.dtype(precision.compute)),
         reduce_dtype=short_dtype(jnp.dtype(precision.reduce or precision.compute)),

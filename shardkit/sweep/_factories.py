@@ -21,21 +21,12 @@ from .._errors import (
 )
 from ..config import Config, load_config, to_record
 from ..mesh import MeshSpec
-from ..parallel import Strategy, strategies
+from ..parallel import Strategy, StrategyCall, known_kinds
 from ..run import declare_run
 from ..step import Declaration
 from ..targets import Source
 from ._case import Case
 from ._compilers import Factory, declare
-
-READY = {
-    "data": strategies.data,
-    "fsdp": strategies.fsdp,
-    "tensor": strategies.tensor,
-    "context": strategies.context,
-    "expert": strategies.expert,
-}
-"""The ready strategy that an axis stands for where a config declares none for it."""
 
 # What a sweep itself sets, and what changes no figure of a step.
 _SET = ("name", "mesh", "devices", "train")
@@ -81,7 +72,7 @@ class ConfigFactory:
         """
         config = self.config
         own = tuple(config.mesh.axes)
-        known = tuple(dict.fromkeys((*own, *READY)))
+        known = tuple(dict.fromkeys((*own, *ready())))
         problems = [
             Problem(f"axis {axis!r}", f"is none of {', '.join(known)}.{did_you_mean(axis, known)}")
             for axis in named
@@ -93,7 +84,7 @@ class ConfigFactory:
 
     def idle(self, axes: Sequence[str]) -> tuple[str, ...]:
         """Axes that the config's strategy asks for beside those of a sweep, of size 1 in it."""
-        needed = dict.fromkeys(axis for _, axis in self.config.strategy.kinds)
+        needed = dict.fromkeys(kind.axis for kind in self.config.strategy.kinds)
         return tuple(axis for axis in needed if axis not in axes)
 
     def record(self) -> dict[str, Any]:
@@ -112,11 +103,22 @@ def _with_axes(strategy: Strategy, sizes: Mapping[str, int]) -> Strategy:
     """
     if not strategy.kinds:
         return strategy
-    has = {axis for _, axis in strategy.kinds}
+    has, known = {kind.axis for kind in strategy.kinds}, ready()
     for axis, size in sizes.items():
-        if size > 1 and axis not in has and axis in READY:
-            strategy = strategy | READY[axis]()
+        if size > 1 and axis not in has and axis in known:
+            strategy = strategy | known[axis]()
     return strategy
+
+
+def ready() -> dict[str, StrategyCall]:
+    """The strategy that a mesh axis stands for where a config declares none for it."""
+    return {kind.axis: call for kind in known_kinds() if (call := kind.by_default())}
+
+
+def plain_axes() -> tuple[str, ...]:
+    """Those that lay out any model: they need no mark in it."""
+    asking = {kind.axis for kind in known_kinds() if kind.region}
+    return tuple(axis for axis in ready() if axis not in asking)
 
 
 def source_of(factory: Factory | ConfigFactory, case: Case) -> Source:

@@ -12,7 +12,7 @@ from ..mesh import Target
 from ._attempt import Attempts
 from ._case import Case, cases
 from ._compilers import Absent, Compiler, Factory, Here, present_devices
-from ._factories import ConfigFactory, factory_of, shown_name, source_of
+from ._factories import ConfigFactory, factory_of, plain_axes, shown_name, source_of
 from ._journal import Journal
 from ._result import Sweep
 from ._row import ILLEGAL, Row
@@ -50,7 +50,8 @@ def sweep(
         whose strategy is joined with `sk.strategies.fsdp()` and its like for axes that it has none
         for.
       out: folder, new or of this sweep.
-      axes: mesh axes, in mesh order; those of the config's mesh, or `("data", "fsdp", "tensor")`.
+      axes: mesh axes, in mesh order; those of the config's mesh, or of the strategies
+        that lay out any model: `("data", "fsdp", "tensor")`.
       devices: number of devices, or several; all of the process by default.
       accumulate: micro-batches per step.
       remat: names of checkpoint policies.
@@ -148,7 +149,7 @@ def _cases(
     remat: Sequence[str],
 ) -> list[Case]:
     if not isinstance(of, ConfigFactory):
-        return cases(counts, axes or ("data", "fsdp", "tensor"), accumulate, remat)
+        return cases(counts, axes or plain_axes(), accumulate, remat)
     named = of.axes(axes)
     idle = tuple((axis, 1) for axis in of.idle(named))
     made = cases(counts, named, accumulate, remat)
