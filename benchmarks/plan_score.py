@@ -28,7 +28,7 @@ from shardkit.inspect import Report
 from shardkit.mesh import Target
 from shardkit.plan import Candidate, Plan, Space, code_of, plan, report_of
 from shardkit.plan._search import Search
-from shardkit.plan._space import AXES
+from shardkit.plan._space import searched_axes
 from shardkit.targets import Source
 
 _WIDE = ("model.embed=1024", "model.heads=8", "model.mlp=2816")
@@ -65,7 +65,7 @@ SKETCH = (
     ("mid", "tpu:v5p:2x2x2", 13),
 )
 SPEED_TARGET = "tpu:v5p:8x8x8"
-SPEED_AXES = (SPACE.axes, AXES)
+SPEED_AXES = (SPACE.axes, searched_axes())
 SPEED_NOTE = "Layouts are meshes x micro-batches x remat x ZeRO x schedule x way of attention."
 Row = dict[str, Any]
 LOOKED_AT = 61

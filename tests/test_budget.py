@@ -10,20 +10,21 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from shardkit._errors import BudgetError, ReportError
-from shardkit.inspect import FINDINGS, Budget, Declared, Flops, Program, Report, explained_by
+from shardkit.inspect import FINDINGS, Budget, Declared, Flops, Program, Report
 from shardkit.inspect._findings import FROM_LEDGER
 from shardkit.inspect._reductions import reductions_per_step
+from shardkit.parallel import strategies
 
 from ._programs import BATCH, WEIGHTS, WIDTH, loss, make_mesh, program, recorded, rows, sgd, weights
 
 MESH = {"data": 8}
-KINDS = {"data": "data"}
+KINDS = strategies.data().kinds
 
 
 @pytest.fixture(scope="module")
 def made():
     parts = {"params": weights(), "batch": rows(P("data"))}
-    declared = Declared(explains=explained_by(KINDS), kinds=KINDS)
+    declared = Declared(kinds=KINDS)
     step = program(sgd, make_mesh(**MESH), donate=("params",), whole=("params",), **parts)
     return dataclasses.replace(step, declared=declared)
 

@@ -52,14 +52,14 @@ def test_a_mesh_axis_that_no_strategy_uses():
     assert "no strategy uses it: its 2 devices would do the same work" in text
     assert "(strategies are on 'data', 'tensor')" in text
     assert "| strategies.data('fsdp'), leave 'fsdp' out of the MeshSpec" in text
-    assert "| sk.Strategy(kinds=((\"own\", 'fsdp'),))" in text
+    assert "| strategies.own('fsdp')" in text
 
 
 def test_what_is_no_idle_axis():
     check_used(data(), {"data": 2, "spare": 1}, ())
     check_used(data(), {"data": 2, "width": 2}, ("width",))
     check_used(data().with_names(activations={"mlp": "width"}), {"data": 2, "width": 2}, ())
-    check_used(data() | sk.Strategy(kinds=(("own", "ring"),)), {"data": 2, "ring": 2}, ())
+    check_used(data() | sk.strategies.own("ring"), {"data": 2, "ring": 2}, ())
     check_used(sk.Strategy(batch=P("data")), {"data": 2, "ring": 2}, ())
 
 

@@ -9,8 +9,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from shardkit.inspect import FINDINGS, Declared, Program, Report, explained_by
+from shardkit.inspect import FINDINGS, Declared, Program, Report
 from shardkit.inspect._messages import rematerializations
+from shardkit.parallel import strategies
 
 from ._programs import (
     BATCH,
@@ -45,8 +46,8 @@ def data_parallel():
 
 
 def test_a_sound_step_has_no_findings(data_parallel):
-    kinds = {"data": "data", "tensor": "tensor"}
-    declared = Declared(explains=explained_by(kinds), kinds=kinds, compute_dtype="f32")
+    kinds = (strategies.data() | strategies.tensor()).kinds
+    declared = Declared(kinds=kinds, compute_dtype="f32")
     report = Report.of(dataclasses.replace(data_parallel, declared=declared))
     assert report.findings == ()
     assert report.problems == ()
@@ -140,9 +141,7 @@ def test_a_reduction_in_the_accumulation_loop():
 
 
 def test_collectives_that_the_strategy_does_not_explain(data_parallel):
-    found = findings(
-        data_parallel, "unexplained_collective", explains=explained_by({"data": "data"})
-    )
+    found = findings(data_parallel, "unexplained_collective", kinds=strategies.data().kinds)
     assert {finding.axes for finding in found} == {("tensor",)}
     assert {finding.scope for finding in found} == {"mlp"}
     wire = Report.of(data_parallel).ledger.total("tensor")
@@ -160,11 +159,11 @@ def test_a_parameter_that_is_gathered_whole():
             return x @ whole
 
     made = program(step, mesh, params=split, batch=rows(P("data"), 8, 64))
-    (finding,) = findings(made, "parameter_gather", kinds={"tensor": "tensor"})
+    (finding,) = findings(made, "parameter_gather", kinds=strategies.tensor().kinds)
     assert finding.leaf == "params/w"
     assert finding.bytes == 3 * 4 * 64 * 64 // 4
     assert "w f32[64,64] is split over tensor and gathered whole by 1 × all-gather" in finding.why
-    assert not findings(made, "parameter_gather", kinds={"tensor": "fsdp"})
+    assert not findings(made, "parameter_gather", kinds=strategies.fsdp("tensor").kinds)
 
 
 def test_wide_collectives_under_a_narrow_policy(data_parallel):

@@ -11,8 +11,9 @@ from jax.sharding import PartitionSpec as P
 
 from shardkit._errors import ReportError
 from shardkit._tree import Leaf
-from shardkit.inspect import Declared, Placed, Report, read_ledger, wire_bytes
-from shardkit.inspect._minimum import minimum, wire_over
+from shardkit.inspect import Declared, Placed, Program, Report, read_ledger, wire_bytes
+from shardkit.inspect._minimum import wire_over
+from shardkit.parallel import strategies
 
 from ._programs import (
     BATCH,
@@ -408,30 +409,36 @@ def test_minima_of_explicit_layouts_are_met():
 
     batch = ((BATCH, WIDTH), P(("data", "fsdp")))
     made = program(step, mesh, params=weights(**specs), batch=batch)
-    declared = Declared(kinds={"data": "data", "fsdp": "fsdp"})
+    declared = Declared(kinds=(strategies.data() | strategies.fsdp()).kinds)
     report = Report.of(dataclasses.replace(made, declared=declared))
     assert [(one.axis, one.ratio) for one in report.minima] == [("data", 1.0), ("fsdp", 1.0)]
     assert report.reductions == {"data": 1.0, "fsdp": 1.0}
 
 
 @pytest.mark.parametrize(
-    ("kind", "known", "expected"),
+    ("strategy", "known", "expected"),
     [
-        ("data", {}, 2 * ring(8, WEIGHTS)),
-        ("data", {"reduce_dtype": "bf16"}, ring(8, WEIGHTS)),
-        ("zero", {}, ring(8, 2 * WEIGHTS)),
-        ("tensor+sequence", {"activation_bytes": 800, "layers": 2}, 8 * 2 * ring(8, 800)),
-        ("tensor", {}, None),
-        ("pipeline", {}, None),
+        (strategies.data("a"), {}, 2 * ring(8, WEIGHTS)),
+        (strategies.data("a"), {"reduce_dtype": "bf16"}, ring(8, WEIGHTS)),
+        (strategies.zero("a"), {}, ring(8, 2 * WEIGHTS)),
+        (
+            strategies.tensor("a", sequence=True),
+            {"activation_bytes": 800, "layers": 2},
+            8 * 2 * ring(8, 800),
+        ),
+        (strategies.tensor("a"), {}, None),
+        (strategies.pipeline("a", micro_batches=2), {}, None),
     ],
 )
-def test_minima_by_kind(kind, known, expected):
-    leaves = [
+def test_minima_by_kind(strategy, known, expected):
+    leaves = tuple(
         Placed("params", Leaf(name, shape, np.dtype("float32")), spec)
         for name, (shape, spec) in weights().items()
-    ]
-    declared = Declared(kinds={"a": kind}, **known)
-    assert minimum("a", {"a": 8}, leaves, declared) == expected
+    )
+    declared = Declared(kinds=strategy.kinds, **known)
+    (kind,) = strategy.kinds
+    program = Program("", (("a", 8),), "cpu", leaves=leaves, declared=declared)
+    assert kind.minimum(program) == expected
 
 
 @pytest.mark.parametrize("order", [("fsdp", "data"), ("data", "fsdp")])

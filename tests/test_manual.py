@@ -257,7 +257,9 @@ def test_a_model_that_marks_nothing_cannot_be_split_by_name():
 
 
 def test_what_explicit_collectives_cannot_do_is_said_at_once():
-    strategy = dataclasses.replace(data(), kinds=(("context", "data"),), batch=P("data", "tensor"))
+    strategy = dataclasses.replace(
+        data(), kinds=sk.strategies.context("data").kinds, batch=P("data", "tensor")
+    )
     stateful = sk.Loss(small_loss, small_loss, stateful=True)
     text = message_of(sk.StepError, strategy=strategy, mesh={"data": 2, "tensor": 4}, loss=stateful)
     assert "loss_fn" in text

@@ -141,7 +141,9 @@ def test_a_permute_inside_one_stage_is_refused_before_it_waits_for_ever():
         return sk.staged(model.first, layer, model.last, ends, layers, batch)
 
     names = sk.AxisRules(dict(length="seq", batch=None, embed=None, mlp=None))
-    split = sk.Strategy(params=sk.REPLICATED, activations=names, kinds=(("own", "seq"),))
+    split = sk.Strategy(
+        params=sk.REPLICATED, activations=names, kinds=sk.strategies.own("seq").kinds
+    )
     text = message(pipeline(micro_batches=2) | split, loss=loss, pipe=2, seq=4)
     assert "A stage would wait for the others without end on mesh (pipe=2, seq=4)." in text
     assert "layers: jit(_roll_static)/" in text

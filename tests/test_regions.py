@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 import shardkit as sk
 from shardkit._regions import Carrier, on_own_part, region
 
-DATA = sk.strategies.data() | sk.Strategy(kinds=(("own", "other"),))
+DATA = sk.strategies.data() | sk.strategies.own("other")
 BATCH = {"x": np.arange(32, dtype=np.float32).reshape(8, 4) / 32}
 
 
@@ -91,6 +91,6 @@ def test_parts_inside_a_manual_region_are_those_of_the_other_axes():
         init=lambda key: {"w": jnp.ones((4, 2))},
         batch=BATCH,
         mesh=sk.MeshSpec(data=4, other=2).build(),
-        strategy=sk.strategies.data() | sk.Strategy(kinds=(("own", "other"),)),
+        strategy=sk.strategies.data() | sk.strategies.own("other"),
     )
     assert loss_of(step) == pytest.approx(2 * BATCH["x"].mean())

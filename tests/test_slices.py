@@ -9,7 +9,8 @@ from shardkit._tree import Leaf
 from shardkit.hardware import CHIPS
 from shardkit.inspect import Placed, Program, Report, read_ledger
 from shardkit.inspect._links import Links
-from shardkit.inspect._program import Declared, explained_by
+from shardkit.inspect._program import Declared
+from shardkit.parallel import strategies
 from shardkit.step._report import _dcn
 
 from ._programs import recorded
@@ -92,8 +93,7 @@ def test_the_schedule_waits_where_the_result_arrives(text, ledger):
 
 
 def test_the_parts_of_an_all_reduce_are_explained_by_data_parallelism(text):
-    kinds = {"a": "data", "b": "data"}
-    declared = Declared(explains=explained_by(kinds), kinds=kinds)
+    declared = Declared(kinds=(strategies.data("a") | strategies.data("b")).kinds)
     scopes = {
         one.scope
         for one in reported(text, declared=declared).findings
@@ -162,7 +162,7 @@ ENTRY %main (x: f32[16,64]) -> f32[16,64] {
 def test_inside_of_a_slice_goes_a_part_of_an_axis_that_crosses_slices():
     weight = Placed("params", Leaf("w", (16, 64), np.dtype("float32")), P())
     batch = Placed("batch", Leaf("x", (16, 64), np.dtype("float32")), P("data"))
-    declared = Declared(kinds={"data": "data"}, reduce_dtype="f32")
+    declared = Declared(kinds=strategies.data().kinds, reduce_dtype="f32")
     report = Report.of(
         Program(
             HALVED,

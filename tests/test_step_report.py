@@ -33,7 +33,7 @@ def report():
         params=sk.chain(TABLE, NAMES),
         batch=P("fsdp"),
         activations=sk.AxisRules({"batch": "fsdp", "mlp": None, "btach": "fsdp", "heads": None}),
-        kinds=(("fsdp", "fsdp"),),
+        kinds=sk.strategies.fsdp().kinds,
     )
     return sk.compile_step(
         loss,

@@ -116,7 +116,7 @@ def test_joined_strategies_keep_the_options_of_either():
     joined = dataclasses.replace(data(), accumulate=4) | dataclasses.replace(tensor(), remat="full")
     assert joined.accumulate == 4
     assert joined.remat == "full"
-    assert joined.kinds == (("data", "data"), ("tensor", "tensor"))
+    assert joined.kinds == data().kinds + tensor().kinds
     assert (data() | fsdp()).batch == P(BOTH)
     assert (data() | fsdp()).activations.spec(("batch", "embed")) == P(BOTH)
 

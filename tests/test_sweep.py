@@ -297,7 +297,7 @@ def test_axes_without_a_strategy_get_their_ready_one():
     assert factory.idle(("fsdp",)) == ("data", "tensor")
     spec = sk.MeshSpec(data=1, tensor=1, fsdp=4)
     made = factory(spec, accumulate=2, remat="full")
-    assert ("fsdp", "fsdp") in made.strategy.kinds
+    assert sk.strategies.fsdp().kinds[0] in made.strategy.kinds
     assert (made.accumulate.steps, made.strategy.remat) == (2, "full")
     with pytest.raises(sk.ConfigError, match="Did you mean 'tensor'"):
         factory.axes(("tensr",))

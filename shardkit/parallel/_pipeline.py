@@ -24,7 +24,7 @@ are slow: it sends least of all kinds. Do not use with few micro-batches per sta
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,6 @@ from .._errors import Problem, StepError, did_you_mean, raise_all
 from .._regions import Carrier, Surroundings, plainly
 from .._staged import First, Last, Layer
 from .._types import Accumulate
-from ..inspect import Program as Compiled
 from ._kind import Choice, Kind, StrategyCall
 from ._names import activations, check_axis, params
 from ._parts import Parts, part_sizes
@@ -41,6 +40,9 @@ from ._pipeline_program import Loss, Program
 from ._schedule import SCHEDULES, Schedule, forward_only
 from ._schedule import schedule as tick_table
 from ._strategy import Strategy
+
+if TYPE_CHECKING:
+    from ..inspect import Program as Compiled
 
 
 def pipeline_bytes(n: int, activation: float) -> float:
@@ -68,7 +70,7 @@ class Pipeline(Kind):
     weighed = "pipeline"
     not_weighed = ("uneven stages",)
 
-    def minimum(self, program: Compiled) -> float | None:
+    def minimum(self, program: "Compiled") -> float | None:
         """Huang et al. 2019; and gradients of what every stage has, reduced as for `data`."""
         # Micro-batches together are the rows of one device, so their number does not matter.
         activation = program.declared.activation_bytes

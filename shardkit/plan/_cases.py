@@ -35,6 +35,11 @@ class Case:
     placed: Placed | None = None
 
     @property
+    def staged(self) -> bool:
+        """Whether its layers are in stages."""
+        return isinstance(self.how, Stages)
+
+    @property
     def own(self) -> Placed:
         """Exact bytes of a case that is legal."""
         assert self.placed is not None

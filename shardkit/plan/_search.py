@@ -12,7 +12,6 @@ from ..step import Declaration
 from ._candidate import Candidate
 from ._cases import Case, candidates
 from ._estimate import Machine
-from ._found import PIPE
 from ._marks import Marked
 from ._placed import Placed, Places, reason, row_ways
 from ._space import Space, layout_of, marked_axes, symbolic
@@ -107,7 +106,7 @@ class Search:
         found = Found()
         families: dict[Family, list[Case]] = {}
         for one in self._legal(found):
-            family = Family(one.zero, one.attention, one.sizes.get(PIPE, 1) > 1)
+            family = Family(one.zero, one.attention, one.staged)
             families.setdefault(family, []).append(one)
         for family, cases in families.items():
             alike = [f for f in families if f.meshes == family.meshes]
@@ -169,7 +168,7 @@ class Search:
             for sizes in self.space.meshes(self.devices):
                 if zero and max(sizes.get(axis, 1) for axis in updating) == 1:
                     continue  # ZeRO means nothing there
-                ways, hows = self.space.ways(sizes), self.space.schedules(sizes.get(PIPE, 1))
+                ways, hows = self.space.ways(sizes), self.space.schedules(sizes)
                 placed = self._placed(sizes, zero)
                 if isinstance(placed, str):
                     number = len(ways) * len(hows) * len(self.space.remat)

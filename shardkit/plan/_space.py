@@ -9,7 +9,7 @@ from typing import Any
 from .._errors import MeshError, Problem, raise_all
 from .._types import Accumulate
 from ..parallel import Choice, Kind, Strategy, axes_splitting, weighed_kinds
-from ._found import LENGTH
+from ._found import LENGTH, PIPE
 
 
 def searched_axes(experts: bool = False) -> tuple[str, ...]:
@@ -120,8 +120,9 @@ class Space:
             if all(size <= limit for size, limit in zip(sizes, limits, strict=True))
         ]
 
-    def schedules(self, stages: int = 1) -> Sequence[How]:
-        """Every accumulation; of a pipeline with stages every schedule instead."""
+    def schedules(self, sizes: Mapping[str, int]) -> Sequence[How]:
+        """Every accumulation; of a mesh with stages every schedule of a pipeline instead."""
+        stages = sizes.get(PIPE, 1)
         return self._stages(stages) if stages > 1 else self._accumulations()
 
     def ways(self, sizes: Mapping[str, int]) -> tuple[str, ...]:
