@@ -8,6 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 MESH_AXES = frozenset({"data", "fsdp", "tensor", "context", "pipe", "expert"})
+KINDS = frozenset({"data", "fsdp", "zero", "tensor", "context", "pipeline", "expert"})
+"""Names of the kinds of parallelism; `test_architecture` holds them against the registry."""
+SAME_WORD = {
+    # Where batches come from: a package, a section of configs and records, a cause of lost time,
+    # what a checkpoint saves beside the state.
+    "data": {"shardkit", "config", "run", "checkpoint"},
+}
 FILE_LINES, FUNCTION_LINES, COLUMNS, IMPORTS = 400, 60, 100, 10
 
 # `inspect/` and its like stand beside the floors: they see 0 and 1, and what is above sees them.
@@ -181,6 +188,21 @@ def named_mesh_axes(tree: Tree, part: str = "models") -> list[str]:
         if tree.part(module) == part
         for node in ast.walk(parsed)
         if isinstance(node, ast.Constant) and node.value in MESH_AXES
+    ]
+
+
+def named_kinds(tree: Tree, home: str = "parallel") -> list[str]:
+    """Strings outside of their own package that are a kind of parallelism, with its variant or not.
+
+    What a module has to know of a kind it asks the kind; a name would leave out the next one.
+    """
+    return [
+        f"{tree.where(module, node.lineno)} names the kind of parallelism {node.value!r}"
+        for module, parsed in tree.parsed.items()
+        for node in ast.walk(parsed)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if (name := node.value.partition("+")[0]) in KINDS
+        and tree.part(module) not in {home, *SAME_WORD.get(name, ())}
     ]
 
 

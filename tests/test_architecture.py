@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from shardkit.parallel import known_kinds
+
 from ._architecture import (
+    KINDS,
     Tree,
     cycles,
     floor_violations,
     import_counts,
+    named_kinds,
     named_mesh_axes,
     private_jax,
     probing,
@@ -38,6 +42,7 @@ CHECKS = (
     private_jax,
     probing,
     named_mesh_axes,
+    named_kinds,
     undocumented,
     unannotated,
 )
@@ -95,6 +100,16 @@ VIOLATIONS = [
         named_mesh_axes,
         {"models/_decoder.py": "x = y['tensor']"},
         "models/_decoder.py:1 names the mesh axis 'tensor'",
+    ),
+    (
+        named_kinds,
+        {"cli.py": "x = kind == 'tensor+sequence'"},
+        "cli.py:1 names the kind of parallelism 'tensor+sequence'",
+    ),
+    (
+        named_kinds,
+        {"mesh/_spec.py": "x = kind in ('rows', 'data')"},
+        "mesh/_spec.py:1 names the kind of parallelism 'data'",
     ),
     (
         undocumented,
@@ -155,6 +170,10 @@ def test_a_clean_tree_passes(check, tmp_path):
 def test_a_violation_is_caught(check, files, message, tmp_path):
     found = check(fake_tree(tmp_path, files))
     assert [row.removeprefix("shardkit/") for row in found] == [message]
+
+
+def test_the_kinds_are_those_of_the_registry():
+    assert {kind.name for kind in known_kinds()} == KINDS
 
 
 def test_every_check_is_seen_to_catch_something():

@@ -158,7 +158,7 @@ def test_recomputation_takes_time_and_gives_memory(planned):
 
 def test_every_layout_is_ranked_or_has_a_reason(planned):
     meshes = len(SPACE.meshes(8)) + 2 * len([m for m in SPACE.meshes(8) if m["data"] > 1])
-    layouts = meshes * len(SPACE.remat) * len(SPACE.schedules())
+    layouts = meshes * len(SPACE.remat) * len(SPACE.schedules({}))
     left_out = sum(n for n, _ in planned.rejected.values())
     assert planned.considered == layouts == len(planned.rows) + len(planned.tight) + left_out
     assert any("heads" in why and "tensor=8" in why for why in planned.rejected)

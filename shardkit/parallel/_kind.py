@@ -72,7 +72,9 @@ class StrategyCall:
     def __str__(self) -> str:
         """Returns `sk.strategies.tensor(sequence=True)`."""
         options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
-        return f"sk.strategies.{self.function.__name__}({options})"
+        home = self.function.__module__
+        home = "sk.strategies" if home.startswith("shardkit.") else home
+        return f"{home}.{self.function.__name__}({options})"
 
 
 @dataclasses.dataclass(frozen=True)
