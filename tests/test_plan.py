@@ -68,9 +68,9 @@ def test_what_is_not_costed_or_not_weighed_is_said(products: Plan) -> None:
     assert products.problems == ()
     (problem,) = with_loss(counting).problems
     assert "a while loop runs an unknown number of times" in problem
-    assert "not weighed: bounded experts, dropless experts, tensor without sequence" in str(
-        products
-    )
+    left = str(products).partition("not weighed: bounded experts, ")[2]
+    for variant in ("dropless experts", "tensor without sequence", "uneven stages"):
+        assert variant in left
     why = "the loss marks no layers with sk.staged, which pipe would divide"
     assert why in products.rejected
 

@@ -91,7 +91,7 @@ def modelled(
     flat = model.program(declared.strategy.remat, bool(way))
     walked = walk_through(flat, layout, declared.strategy, network.lanes if network else 1, way)
     machine = Machine(network or _ANY, short_dtype(jax.numpy.dtype(declared.precision.compute)))
-    own = dataclasses.replace(placed_bytes(layout), kinds=declared.strategy.kinds)
+    own = placed_bytes(layout, declared.strategy.kinds)
     if isinstance(how, Stages):
         values, waits = estimate_stages(walked, [(sizes, how)], [own], machine)
         kept, waiting = 0, float(waits[0])

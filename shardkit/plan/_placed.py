@@ -91,7 +91,8 @@ class Places:
     def resolved(self, sizes: Mapping[str, int], zero: int) -> Placed | str:
         """The same by resolving everything on this one mesh."""
         try:
-            return placed_bytes(self.model.layout(used_axes(sizes), layout_of(sizes, zero)))
+            strategy = layout_of(sizes, zero)
+            return placed_bytes(self.model.layout(used_axes(sizes), strategy), strategy.kinds)
         except Exception as error:  # rules are a user's code, and may raise anything
             return reason(error)
 
@@ -111,8 +112,8 @@ def row_ways(sizes: Mapping[str, int]) -> int:
     return math.prod(sizes.get(axis, 1) for axis in axes_splitting("rows"))
 
 
-def placed_bytes(layout: Layout) -> Placed:
-    """Exact bytes from the resolved shardings."""
+def placed_bytes(layout: Layout, kinds: tuple[Kind, ...]) -> Placed:
+    """Exact bytes from the resolved shardings of kinds of parallelism."""
     state, where = layout.state, layout.shardings
     held = sum(_shard_bytes(getattr(where, n), getattr(state, n)) for n in ("params", "opt_state"))
     held += _shard_bytes(where.extra, state.extra)
@@ -133,7 +134,7 @@ def placed_bytes(layout: Layout) -> Placed:
             part = math.prod(updated[i].shard_shape(x.shape))
             regathered += (own - part) * x.dtype.itemsize
     batch = _shard_bytes(layout.batch_shardings, layout.batch)
-    return Placed(held, batch, lane, shard, ends, regathered)
+    return Placed(held, batch, lane, shard, ends, regathered, kinds)
 
 
 def kept_bytes(placed: Placed, schedule: Accumulate) -> int:
