@@ -177,7 +177,7 @@ def test_what_is_no_factory_is_refused_before_anything_is_written(
 def test_all_that_is_declared_is_compiled_for_a_target():
     declared = _swept.declared(sk.MeshSpec(data=2, tensor=4), accumulate=1, remat="none")
     assert declared.on_nonfinite == "stop"
-    made = step_of(declared, Target.parse("cpu:8")).declaration
+    made = step_of(declared, sk.MeshSpec(data=2, tensor=4), Target.parse("cpu:8")).spec
     for field in ("on_nonfinite", "mode", "deterministic", "debug", "on_retrace", "strategy"):
         assert getattr(made, field) == getattr(declared, field)
 

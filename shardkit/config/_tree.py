@@ -9,7 +9,8 @@ from ..hardware import Chip
 from ..mesh import MeshSpec
 from ..models import DecoderConfig
 from ..parallel import Strategy, strategies
-from ..run import TextTrainConfig
+from ..run import TextTrainConfig, declare_run
+from ..step import StepSpec
 from ._compile import CompileConfig
 from ._optimizer import OptimizerConfig
 
@@ -53,6 +54,12 @@ class Config:
     train: TextTrainConfig = dataclasses.field(default_factory=TextTrainConfig)
     compile: CompileConfig = dataclasses.field(default_factory=CompileConfig)
     hardware: tuple[Chip, ...] = ()
+
+    def step_spec(self) -> StepSpec:
+        """The training step of the run; `mesh` and `devices` say what it is compiled for."""
+        optimizer = self.optimizer.build(self.train.steps)
+        compiling = self.compile.arguments
+        return declare_run(self.model, self.data, self.strategy, optimizer, compiling)
 
     def __post_init__(self) -> None:
         """Refuses a model that has no token for some byte, and a name that is no folder's."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import jax
 
 from ..mesh import Target
-from ..step import Declaration
+from ..step import StepSpec
 from ._candidate import Candidate
 from ._cases import Case, candidates
 from ._estimate import Machine
@@ -75,7 +75,7 @@ class Search:
     """A search for one model on one target.
 
     Attributes:
-      places: the traced declaration, and what was resolved of it.
+      places: the traced spec, and what was resolved of it.
       space: what is tried.
       machine: the devices.
       devices: their number.
@@ -93,13 +93,13 @@ class Search:
     @classmethod
     def of(
         cls,
-        declared: Declaration,
+        declared: StepSpec,
         target: Target,
         space: Space,
         overlap: float,
         hardware: "Sequence[Chip]" = (),
     ) -> "Search":
-        """Traces the declaration's state."""
+        """Traces the state of a spec."""
         machine = Machine.of(target, declared.precision.compute, overlap, hardware)
         assert target.n_devices is not None
         return cls(Places(Model.of(declared)), space, machine, target.n_devices)

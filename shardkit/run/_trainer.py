@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
 from rich.console import Console
 
+from .._errors import Problem, StepError, raise_all
 from ..checkpoint import Keep
 from ..processes import Peers
-from ..step import CompiledStep
+from ..step import CompiledStep, StepSpec
 from ._config import TrainConfig
 from ._console import labelled, show_layout, standard_output
 from ._live import Live
@@ -32,14 +34,15 @@ class Trainer:
     the same declaration, in the same process or another one, on the same mesh or another one.
 
     Attributes:
-      step: from `sk.compile_step`; or a function that compiles one, which `run` calls when
-        everything else has been found right.
+      step: from `sk.compile_step`; or an `sk.StepSpec`, or a function that compiles one, which
+        `run` compiles when everything else has been found right.
       data: `i -> batch` for update `i`, counted from 0; or an iterable that gives the same
         batches whenever it is begun, of which a run that goes on drops what it had read; or a
         `Source`, which knows its place. Batches are as `step` takes them.
       folder: of the run. One that exists is never written to, unless its run goes on: a new run
         gets the next free number behind the name.
       config: how long, what is said on the way, and what is kept.
+      mesh: that a spec is compiled for; only with one.
       evaluate: `(step, state) -> metrics` of held-out data, every `config.eval_every` updates.
       watchers: who else is told of the run, in this order.
       record: settings as plain values; they are written to the metrics and the checkpoints.
@@ -54,11 +57,12 @@ class Trainer:
         decides, shows and writes, and none goes on without the others.
     """
 
-    step: CompiledStep | Callable[[], CompiledStep]
+    step: CompiledStep | StepSpec | Callable[[], CompiledStep]
     data: Data
     folder: str | os.PathLike[str]
     config: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     _: dataclasses.KW_ONLY
+    mesh: Mesh | None = None
     evaluate: Evaluate | None = None
     watchers: Sequence[Watcher] = ()
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -70,7 +74,16 @@ class Trainer:
     peers: Peers = dataclasses.field(default_factory=Peers)
 
     def __post_init__(self) -> None:
-        """Silences every process but the first."""
+        """Checks that a spec has its mesh; silences every process but the first.
+
+        Raises:
+          StepError: a spec without a mesh, or a mesh for a step that has its own.
+        """
+        if isinstance(self.step, StepSpec) != (self.mesh is not None):
+            why = "is given beside a step that has its own, or a function that compiles one"
+            why = "is not given, and a StepSpec has none" if self.mesh is None else why
+            fix = "sk.Trainer(spec, data, folder, mesh=mesh), or sk.Trainer(step, data, folder)"
+            raise_all(StepError, "The trainer cannot compile.", [Problem("mesh", why, fix)])
         if self.peers.index:
             config = dataclasses.replace(self.config, sinks=(), profile=None)
             mute: dict[str, Any] = {"console": Console(quiet=True), "config": config}
@@ -104,7 +117,7 @@ class Trainer:
         if isinstance(self.step, CompiledStep):
             return self.step, {}
         began = time.perf_counter()
-        step = self.step()
+        step = self.step.compile(self.mesh) if isinstance(self.step, StepSpec) else self.step()
         seconds = time.perf_counter() - began
         self.console.print(labelled("compiled", f" in {seconds:.1f} s"))
         return step, {"compile": seconds}
