@@ -65,7 +65,7 @@ def simulating() -> Declared:
     return step()
 
 
-def needy(width: int) -> Declaration:
+def needy(width: int) -> Declared:
     """Needs an argument."""
     raise AssertionError(width)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .._errors import ConfigError, Problem, format_problems
 from ..data import BYTES, DataConfig
@@ -10,9 +11,11 @@ from ..mesh import MeshSpec
 from ..models import DecoderConfig
 from ..parallel import Strategy, strategies
 from ..run import TextTrainConfig, declare_run
-from ..step import StepSpec
 from ._compile import CompileConfig
 from ._optimizer import OptimizerConfig
+
+if TYPE_CHECKING:
+    from ..step import StepSpec
 
 
 def _default_model() -> DecoderConfig:
@@ -55,7 +58,7 @@ class Config:
     compile: CompileConfig = dataclasses.field(default_factory=CompileConfig)
     hardware: tuple[Chip, ...] = ()
 
-    def step_spec(self) -> StepSpec:
+    def step_spec(self) -> "StepSpec":
         """The training step of the run; `mesh` and `devices` say what it is compiled for."""
         optimizer = self.optimizer.build(self.train.steps)
         compiling = self.compile.arguments

@@ -45,7 +45,8 @@ def plan(
 
     Raises:
       MeshError: `spec` is no `StepSpec`, a number cannot be, the target is no known device, no
-        layout is legal, or none fits; with the reason of each that was left out, and the smallest change that fits.
+        layout is legal, or none fits; with the reason of each that was left out, and the smallest
+        change that fits.
 
     >>> import jax.numpy as jnp, optax, shardkit as sk
     >>> spec = sk.StepSpec(

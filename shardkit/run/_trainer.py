@@ -10,10 +10,9 @@ from typing import Any
 from jax.sharding import Mesh
 from rich.console import Console
 
-from .._errors import Problem, StepError, raise_all
 from ..checkpoint import Keep
 from ..processes import Peers
-from ..step import CompiledStep, StepSpec
+from ..step import CompiledStep, StepSpec, check_mesh_given
 from ._config import TrainConfig
 from ._console import labelled, show_layout, standard_output
 from ._live import Live
@@ -79,11 +78,7 @@ class Trainer:
         Raises:
           StepError: a spec without a mesh, or a mesh for a step that has its own.
         """
-        if isinstance(self.step, StepSpec) != (self.mesh is not None):
-            why = "is given beside a step that has its own, or a function that compiles one"
-            why = "is not given, and a StepSpec has none" if self.mesh is None else why
-            fix = "sk.Trainer(spec, data, folder, mesh=mesh), or sk.Trainer(step, data, folder)"
-            raise_all(StepError, "The trainer cannot compile.", [Problem("mesh", why, fix)])
+        check_mesh_given(self.step, self.mesh)
         if self.peers.index:
             config = dataclasses.replace(self.config, sinks=(), profile=None)
             mute: dict[str, Any] = {"console": Console(quiet=True), "config": config}

@@ -5,7 +5,7 @@ from ._compiled import CompiledStep
 from ._layout import Abstract, Layout, abstract_state, resolve_layout
 from ._nonfinite import SKIPPED, OnNonfinite, released
 from ._objective import objective
-from ._spec import StepSpec, check_spec
+from ._spec import StepSpec, check_mesh_given, check_spec
 
 __all__ = [
     "SKIPPED",
@@ -15,6 +15,7 @@ __all__ = [
     "OnNonfinite",
     "StepSpec",
     "abstract_state",
+    "check_mesh_given",
     "check_spec",
     "compile_step",
     "objective",

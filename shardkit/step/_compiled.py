@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 from .._errors import Problem, StateError, format_problems
 from .._types import Batch, Key, Params, Scalar
 from ..inspect import Report
-from ..parallel import Strategy
 from ..state import TrainState
 from ._bound_spec import BoundSpec
 from ._compile import Program, no_ambient_mesh
@@ -24,6 +23,7 @@ from ._room import check_room
 
 if TYPE_CHECKING:
     from ..hardware import Chip
+    from ..parallel import Strategy
     from ._spec import StepSpec
 
 Metrics = dict[str, Scalar]
@@ -52,7 +52,7 @@ class CompiledStep:
         self._last: weakref.ref[TrainState] | None = None
 
     @property
-    def strategy(self) -> Strategy:
+    def strategy(self) -> "Strategy":
         """The declared layout."""
         return self.spec.strategy
 

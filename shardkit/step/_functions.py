@@ -6,13 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from .._errors import Problem, StepError, raise_all
 from .._precision import cast_floats
 from .._remat import Policy, active, policy, regathering
-from .._tree import leaves
-from .._types import Params
 from ..state import TrainState
 from ._bound_spec import BoundSpec
 from ._gradients import GradientFn, Plan, gradients, lane_draws
@@ -20,7 +16,14 @@ from ._layout import Layout, compressing, initial_optimizer, initial_state
 from ._manual_plan import kept_axes
 from ._manual_survey import evaluated_on_shards, gradients_on_shards
 from ._objective import Objective, objective
-from ._update import Metrics, check_form, evaluation_step, gradient_step, training_step
+from ._update import (
+    Metrics,
+    check_form,
+    check_params,
+    evaluation_step,
+    gradient_step,
+    training_step,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Functions:
 
     def __post_init__(self) -> None:
         """Refuses parameters that no gradient can be taken of."""
-        _check_params(self.layout.state.params)
+        check_params(self.layout.state.params)
 
     @property
     def given(self) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
@@ -118,21 +121,6 @@ class Functions:
         low = jax.eval_shape(self._low, self.layout.state.params)
         with active(layer_policy(self.bound, self.layout)):
             return on_shards(self.bound, self.layout, loss, low)
-
-
-def _check_params(params: Params) -> None:
-    """Refuses parameters that no gradient can be taken of.
-
-    Raises:
-      StepError: naming each leaf that is not floating-point.
-    """
-    problems = [
-        Problem(str(leaf), "is no floating-point array, so it has no gradient")
-        for leaf in leaves(params)
-        if not jnp.issubdtype(leaf.dtype, jnp.inexact)
-    ]
-    fix = "return sk.Variables(params, extra) from init, with these leaves in extra"
-    raise_all(StepError, "Some parameters cannot be trained.", problems, fix)
 
 
 def layer_policy(bound: BoundSpec, layout: Layout) -> Policy | None:

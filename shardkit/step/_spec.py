@@ -179,8 +179,7 @@ class StepSpec:
     def replace(self, **changes: Any) -> "StepSpec":
         """Returns the spec with some fields changed, checked again.
 
-        A new `strategy` brings its own `accumulate`, `remat` and `precision`, which
-        `dataclasses.replace` would override with those of this spec.
+        A new `strategy` brings its own `accumulate`, `remat` and `precision`.
 
         Args:
           **changes: fields of the spec.
@@ -188,7 +187,7 @@ class StepSpec:
         Raises:
           StepError: there is no such field, or the result does not form a step.
         """
-        known = [field.name for field in dataclasses.fields(self)]
+        known = [*(field.name for field in dataclasses.fields(self)), *_OVERRIDES]
         problems = [
             Problem(name, f"is not a field of StepSpec.{did_you_mean(name, [*known, 'mesh'])}")
             for name in changes
@@ -196,8 +195,13 @@ class StepSpec:
         ]
         fix = f"one of {', '.join(known)}; a mesh is given to step.replace or spec.compile"
         raise_all(StepError, "The spec cannot be changed.", problems, fix)
-        kept = {name: getattr(self, name) for name in known if name not in _OVERRIDES}
-        return StepSpec(**{**kept, **changes})
+        return dataclasses.replace(self, **changes)
+
+
+# An override is no state of a spec: it is in the strategy. As a field, `dataclasses.replace` would
+# pass what the old strategy says on to a new one.
+for _name in _OVERRIDES:
+    del StepSpec.__dataclass_fields__[_name]
 
 
 def check_spec(given: Any, kind: type[ShardkitError], headline: str, other: str = "") -> None:
@@ -220,6 +224,20 @@ def check_spec(given: Any, kind: type[ShardkitError], headline: str, other: str 
         "spec", f"is of type {_type_name(given)}", f"{fix}, or {other}" if other else fix
     )
     raise_all(kind, headline, [problem])
+
+
+def check_mesh_given(step: Any, mesh: Mesh | None) -> None:
+    """Refuses a spec without a mesh, and a mesh beside what has one or compiles itself.
+
+    Raises:
+      StepError: one of these.
+    """
+    if isinstance(step, StepSpec) == (mesh is not None):
+        return
+    why = "is given beside a step that has its own, or a function that compiles one"
+    why = "is not given, and a StepSpec has none" if mesh is None else why
+    fix = "sk.Trainer(spec, data, folder, mesh=mesh), or sk.Trainer(step, data, folder)"
+    raise_all(StepError, "There is not one mesh to compile for.", [Problem("mesh", why, fix)])
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:

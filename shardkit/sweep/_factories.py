@@ -80,8 +80,16 @@ class ConfigFactory:
         return {**kept, "strategy": layout}
 
 
-Steps = Factory | ConfigFactory | SpecFactory
+Declared = ConfigFactory | SpecFactory
+Steps = Factory | Declared
 """What makes the steps of a sweep."""
+
+
+def options_of(factory: Steps) -> tuple[int, str]:
+    """Micro-batches and checkpoint policy of a sweep that names none: a spec's own."""
+    if isinstance(factory, SpecFactory):
+        return factory.spec.accumulate.steps, factory.spec.remat
+    return 1, "none"
 
 
 def source_of(factory: Steps, case: Case) -> Source:

@@ -6,24 +6,25 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._errors import Problem, SweepError, count, format_problems, raise_all
 from ..mesh import Target
-from ..step import StepSpec
 from ._attempt import Attempts
 from ._case import Case, cases
 from ._compilers import Absent, Compiler, Factory, Here, present_devices
-from ._factories import ConfigFactory, Steps, factory_of, shown_name, source_of
+from ._factories import Declared, Steps, factory_of, options_of, shown_name, source_of
 from ._journal import Journal
 from ._result import Sweep
 from ._row import ILLEGAL, Row
 from ._run import OnRow, Run
-from ._spec_factory import SpecFactory
+
+if TYPE_CHECKING:
+    from ..step import StepSpec
 
 
 def sweep(
-    spec: StepSpec | Factory | str | Path,
+    spec: "StepSpec | Factory | str | Path",
     *,
     out: str | Path | None = None,
     axes: Sequence[str] = (),
@@ -101,11 +102,9 @@ def sweep(
     """
     of = factory_of(spec)
     counts = _counts(devices, target)
-    own = of.spec if isinstance(of, SpecFactory) else None
-    if accumulate is None:
-        accumulate = (own.accumulate.steps if own else 1,)
-    if remat is None:
-        remat = (own.remat if own else "none",)
+    micro, policy = options_of(of)
+    accumulate = (micro,) if accumulate is None else accumulate
+    remat = (policy,) if remat is None else remat
     wanted = _cases(of, axes, counts, accumulate, remat)
     _check_asked(target, verify=verify, time=time, turns=turns, updates=updates)
     compiler = _compiler(of, target, counts, wanted, timeout)
@@ -158,7 +157,7 @@ def _cases(
     accumulate: Sequence[int],
     remat: Sequence[str],
 ) -> list[Case]:
-    if not isinstance(of, ConfigFactory | SpecFactory):
+    if not isinstance(of, Declared):
         return cases(counts, axes or ("data", "fsdp", "tensor"), accumulate, remat)
     named = of.axes(axes)
     idle = tuple((axis, 1) for axis in of.idle(named))
@@ -195,9 +194,7 @@ def _compiler(
 
 
 def _identity(of: Steps, compiler: Compiler, record: Mapping[str, Any] | None) -> dict[str, Any]:
-    own = (
-        of.record() if isinstance(of, ConfigFactory | SpecFactory) else {"factory": shown_name(of)}
-    )
+    own = of.record() if isinstance(of, Declared) else {"factory": shown_name(of)}
     try:
         json.dumps(record or {})
     except (TypeError, ValueError) as error:
