@@ -264,7 +264,7 @@ def test_the_short_form_is_the_spec_compiled(step, mesh):
     )
     assert short.spec == step.spec
     assert (short.mesh, step.mesh) == (mesh, mesh)
-    assert short.hlo() == step.hlo()
+    assert str(short.program.jaxpr) == str(step.program.jaxpr)
 
 
 def test_a_step_is_replaced_on_another_mesh_or_with_other_fields(step):
@@ -317,7 +317,7 @@ def test_axes_of_a_sweep_are_those_that_the_strategy_names():
     assert axis_names(ready) == ("fsdp", "tensor")
     assert axis_names(STRATEGY) == ("data", "tensor")
     assert axis_names(sk.Strategy(params=sk.shard_largest("fsdp"))) == ("fsdp",)
-    with pytest.raises(sk.ConfigError, match="axis 'tensr'.*Did you mean 'tensor'"):
+    with pytest.raises(sk.ConfigError, match=r"axis 'tensr'.*Did you mean 'tensor'"):
         sk.sweep(spec_of(strategy=ready), devices=8, axes=["tensr"])
 
 
@@ -348,7 +348,7 @@ def test_a_trainer_compiles_a_spec_for_its_mesh(spec, step, mesh, tmp_path):
         (lambda given: sk.plan(given, "tpu:v5e:2x2"), sk.MeshError),
         (lambda given: sk.sweep(given, devices=8), sk.ConfigError),
         (lambda given: assert_matches_one_device(given, sk.MeshSpec(data=2)), sk.VerificationError),
-        (lambda given: kill_matrix(given, sk.MeshSpec(data=2).build()), sk.VerificationError),
+        (lambda given: kill_matrix(given, sk.MeshSpec(data=8).build()), sk.VerificationError),
     ],
     ids=["verify", "plan", "sweep", "assert_matches_one_device", "kill_matrix"],
 )

@@ -216,7 +216,7 @@ def test_a_config_that_changes_under_a_sweep_changes_no_row(tmp_path):
     factory = ConfigFactory(str(path), ("model=nano",))
     case = Case((("data", 1), ("tensor", 1)))
     source = source_of(factory, case).to_request()["arguments"]
-    assert declared(**source).mesh == sk.MeshSpec(data=1, tensor=1)
+    assert declared(**source)[1] == sk.MeshSpec(data=1, tensor=1)
     path.write_text(text.replace("name=", "strategy=sk.strategies.data(), name="))
     with pytest.raises(sk.SweepError, match=r"mine\.py  was changed while the sweep ran"):
         declared(**source)

@@ -62,7 +62,8 @@ class SpecFactory:
 
     def idle(self, axes: Sequence[str]) -> tuple[str, ...]:
         """Axes that the strategy asks for beside those of a sweep, of size 1 in it."""
-        needed = dict.fromkeys(axis for _, axis in self.spec.strategy.kinds)
+        strategy = self.spec.strategy
+        needed = dict.fromkeys(axis for _, axis in strategy.kinds) or axis_names(strategy)
         return tuple(axis for axis in needed if axis not in axes)
 
     def record(self) -> dict[str, Any]:
