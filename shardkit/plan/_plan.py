@@ -8,7 +8,7 @@ import jax
 from .._errors import MeshError, Problem, format_problems, raise_all
 from ..hardware import CHIPS, Chip
 from ..mesh import Target
-from ..step import StepSpec, check_spec
+from ..step import StepSpec, check_step_spec
 from ._result import Plan, front_of
 from ._search import Search
 from ._sensitivity import sensitivity, with_batch, with_memory
@@ -58,7 +58,7 @@ def plan(
     {'data': 4}
     """
     start = time.monotonic()
-    check_spec(spec, MeshError, "The plan cannot be made.")
+    check_step_spec(spec, MeshError, "The plan cannot be made.")
     _check(global_batch, overlap)
     wanted, declared = _known(target, hardware), _with_rows(spec, global_batch)
     search = Search.of(declared, wanted, space or Space(), overlap, hardware)

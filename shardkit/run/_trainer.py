@@ -112,7 +112,11 @@ class Trainer:
         if isinstance(self.step, CompiledStep):
             return self.step, {}
         began = time.perf_counter()
-        step = self.step.compile(self.mesh) if isinstance(self.step, StepSpec) else self.step()
+        if isinstance(self.step, StepSpec):
+            assert self.mesh is not None, "a spec is given with its mesh"
+            step = self.step.compile(self.mesh)
+        else:
+            step = self.step()
         seconds = time.perf_counter() - began
         self.console.print(labelled("compiled", f" in {seconds:.1f} s"))
         return step, {"compile": seconds}

@@ -5,7 +5,7 @@ from ._compiled import CompiledStep
 from ._layout import Abstract, Layout, abstract_state, resolve_layout
 from ._nonfinite import SKIPPED, OnNonfinite, released
 from ._objective import objective
-from ._spec import StepSpec, check_mesh_given, check_spec
+from ._spec import StepSpec, check_mesh_given, check_step_spec
 
 __all__ = [
     "SKIPPED",
@@ -16,7 +16,7 @@ __all__ = [
     "StepSpec",
     "abstract_state",
     "check_mesh_given",
-    "check_spec",
+    "check_step_spec",
     "compile_step",
     "objective",
     "released",

@@ -204,7 +204,7 @@ for _name in _OVERRIDES:
     del StepSpec.__dataclass_fields__[_name]
 
 
-def check_spec(given: Any, kind: type[ShardkitError], headline: str, other: str = "") -> None:
+def check_step_spec(given: Any, kind: type[ShardkitError], headline: str, other: str = "") -> None:
     """Refuses what is no spec, where one is taken.
 
     Args:

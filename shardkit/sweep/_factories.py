@@ -19,7 +19,7 @@ from .._errors import (
 )
 from ..config import Config, load_config, to_record
 from ..mesh import MeshSpec
-from ..step import CompiledStep, StepSpec, check_spec
+from ..step import CompiledStep, StepSpec, check_step_spec
 from ..targets import Source
 from ._case import Case
 from ._compilers import Factory, declare
@@ -186,7 +186,7 @@ def factory_of(given: Any) -> Steps:
     if isinstance(given, StepSpec):
         return SpecFactory(given)
     if isinstance(given, CompiledStep):
-        check_spec(given, ConfigError, _NO_FACTORY)
+        check_step_spec(given, ConfigError, _NO_FACTORY)
     named = isinstance(given, str | Path)
     if named and not Source(str(given)).is_function:
         return ConfigFactory(str(given))

@@ -12,7 +12,7 @@ from .._errors import Problem, VerificationError, count, format_problems, raise_
 from .._tree import short_dtype
 from ..mesh import MeshSpec
 from ..rules import format_mesh
-from ..step import CompiledStep, StepSpec, check_spec
+from ..step import CompiledStep, StepSpec, check_step_spec
 from ._certificate import Certificate, Row
 from ._compare import Limits, compare
 from ._observe import observe
@@ -144,7 +144,7 @@ def step_factory(given: StepSpec | StepFactory) -> StepFactory:
     """
     if not isinstance(given, StepSpec) and callable(given) and not isinstance(given, CompiledStep):
         return given
-    check_spec(given, VerificationError, _NOTHING, "a function mesh -> CompiledStep")
+    check_step_spec(given, VerificationError, _NOTHING, "a function mesh -> CompiledStep")
     return given.compile
 
 
