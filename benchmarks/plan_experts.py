@@ -6,7 +6,6 @@ A small decoder with eight bounded experts on a v5p 2x2x2, where `jax[tpu]` is i
 layouts that join `expert` with other axes, each compiled in a child process.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,9 +76,8 @@ def row(one: Candidate) -> dict[str, Any]:
 
 def main() -> None:
     """Plans, compiles and writes the result."""
-    declared = SOURCE.load()
-    low = dataclasses.replace(declared.strategy, precision="bfloat16")
-    made = plan(dataclasses.replace(declared, strategy=low), TARGET)
+    spec, _ = SOURCE.load()
+    made = plan(spec.replace(precision="bfloat16"), TARGET)
     chosen = [
         next(
             c

@@ -189,9 +189,8 @@ def read(report: Report) -> Row:
 
 def planned(model: str, target: str) -> Plan:
     """Everything that is predicted of one sweep."""
-    loaded = source_of(model).load()
-    low = dataclasses.replace(loaded.strategy, precision="bfloat16")
-    return plan(dataclasses.replace(loaded, strategy=low), target, space=SPACE)
+    spec, _ = source_of(model).load()
+    return plan(spec.replace(precision="bfloat16"), target, space=SPACE)
 
 
 def predictions() -> Iterator[tuple[str, Candidate]]:
@@ -317,7 +316,7 @@ def _shown(name: str, c: Candidate, row: Row) -> dict[str, str]:
 
 def speed() -> list[dict[str, str]]:
     """How long a plan for 512 chips takes: tracing, walks and estimates, nothing compiled."""
-    declared = Source("", ("model=llama2-7b", "data.batch=1024", "data.length=2048")).load()
+    declared = Source("", ("model=llama2-7b", "data.batch=1024", "data.length=2048")).load()[0]
     table = []
     for axes in SPEED_AXES:
         start, busy = time.monotonic(), time.process_time()

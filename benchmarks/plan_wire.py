@@ -50,8 +50,9 @@ def compare(mode: str, sequence: bool) -> Iterator[tuple[str, dict[str, float]]]
     factory = ConfigFactory("", (*MODEL, f"compile.mode={mode}", f"strategy=data|fsdp|{kind}"))
     for sizes in Space(axes=("data", "fsdp", "tensor")).meshes(8):
         used = {axis: n for axis, n in sizes.items() if n > 1}
-        declared = factory(MeshSpec(**sizes).build(), accumulate=1, remat="none")
-        ledger = sk.CompiledStep(declared).report().ledger
+        mesh = MeshSpec(**sizes).build()
+        declared = factory(mesh, accumulate=1, remat="none")
+        ledger = declared.compile(mesh).report().ledger
         true = {", ".join(axes): float(n) for axes, n in ledger.by_axes().items()}
         wire = modelled(declared, sizes).wire
         name = ", ".join(f"{axis}={n}" for axis, n in used.items())

@@ -41,7 +41,7 @@ from .processes import Peers, distributed
 from .rules import REPLICATED, AxisRules, PathRules, chain, explain, shard_largest
 from .run import TrainConfig, Trainer, Watcher, replay
 from .state import TrainState
-from .step import CompiledStep, Declaration, compile_step, released
+from .step import CompiledStep, StepSpec, compile_step, released
 from .sweep import Sweep, sweep
 from .verify import Certificate, verify
 
@@ -62,7 +62,6 @@ __all__ = [
     "ConfigError",
     "DamageError",
     "DataError",
-    "Declaration",
     "Keep",
     "Loss",
     "Mean",
@@ -85,6 +84,7 @@ __all__ = [
     "Space",
     "StateError",
     "StepError",
+    "StepSpec",
     "Strategy",
     "Sweep",
     "SweepError",

@@ -2,11 +2,26 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 
 from ._errors import Problem, StepError, raise_all
+
+PyTree: TypeAlias = Any
+"""Any tree of JAX: nested containers with arrays, or what stands for arrays, as leaves."""
+
+Params: TypeAlias = PyTree
+"""The parameters of a model: a pytree of floating-point arrays."""
+
+Batch: TypeAlias = PyTree
+"""A batch: a pytree of arrays whose dim 0 counts rows."""
+
+Key: TypeAlias = jax.Array
+"""A typed PRNG key[], as `jax.random.key` makes it."""
+
+Scalar: TypeAlias = jax.Array
+"""An array without dims, such as a loss: f32[]."""
 
 
 @jax.tree_util.register_dataclass

@@ -1,6 +1,5 @@
-"""Declarations of research code, good and bad, as `module:function` for a child process."""
+"""Steps of research code, good and bad, as `module:function` for a child process."""
 
-import dataclasses
 import os
 import time
 from typing import NoReturn
@@ -11,12 +10,14 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
-from shardkit.step import Declaration
 
 WIDTH, BATCH = 256, 128
 
 
-def step(axis: str = "tensor") -> Declaration:
+Declared = tuple[sk.StepSpec, sk.MeshSpec]
+
+
+def step(axis: str = "tensor") -> Declared:
     """A linear model split over `tensor`."""
 
     def init(key):
@@ -25,33 +26,30 @@ def step(axis: str = "tensor") -> Declaration:
     def loss(params, batch, key):
         return jnp.mean((batch["x"] @ params["w"]) ** 2)
 
-    return Declaration(
-        loss,
-        optax.sgd(0.1),
-        init,
-        {"x": jax.ShapeDtypeStruct((BATCH, WIDTH), jnp.float32)},
-        sk.MeshSpec(data=-1, tensor=2),
-        sk.Strategy(params=sk.PathRules({"w": P(None, axis)}), batch=P("data")),
+    spec = sk.StepSpec(
+        loss_fn=loss,
+        optimizer=optax.sgd(0.1),
+        init=init,
+        batch={"x": jax.ShapeDtypeStruct((BATCH, WIDTH), jnp.float32)},
+        strategy=sk.Strategy(params=sk.PathRules({"w": P(None, axis)}), batch=P("data")),
     )
+    return spec, sk.MeshSpec(data=-1, tensor=2)
 
 
-def zero() -> Declaration:
+def zero() -> Declared:
     """The same model whole on every device, its update split by ZeRO-2."""
-    return dataclasses.replace(
-        step(),
-        mesh=sk.MeshSpec(data=-1),
-        optimizer=optax.adam(0.1),
-        strategy=sk.strategies.zero(stage=2),
-    )
+    spec, _ = step()
+    changed = spec.replace(optimizer=optax.adam(0.1), strategy=sk.strategies.zero(stage=2))
+    return changed, sk.MeshSpec(data=-1)
 
 
-def misspelt() -> Declaration:
+def misspelt() -> Declared:
     """Names an axis that the mesh does not have."""
     return step("tensr")
 
 
 def number() -> int:
-    """Returns no declaration."""
+    """Returns no step."""
     return 3
 
 
@@ -61,13 +59,13 @@ def crash() -> NoReturn:
     os.abort()
 
 
-def simulating() -> Declaration:
+def simulating() -> Declared:
     """Asks for devices of its own, as a script does at its top."""
     sk.simulate_devices(3)
     return step()
 
 
-def needy(width: int) -> Declaration:
+def needy(width: int) -> Declared:
     """Needs an argument."""
     raise AssertionError(width)
 

@@ -337,12 +337,12 @@ def alike(case):
 @functools.cache
 def _reference(shared):
     """What one device says, and again with every parameter nudged by one rounding."""
-    declaration = compiled(next(n for n, c in CASES.items() if alike(c) == shared)).declaration
-    reference = Reference(declaration, jax.devices()[0])
+    spec = compiled(next(n for n, c in CASES.items() if alike(c) == shared)).spec
+    reference = Reference(spec, jax.devices()[0])
     start = reference.start(TRIAL.key)
     record = reference.run(TRIAL, start, CLIPPED)
     assert CLIP < float(record[NORM]["grad_norm"]), "the clip does not act"
-    dtype = jnp.dtype(declaration.precision.compute)
+    dtype = jnp.dtype(spec.precision.compute)
     noises = [reference.run(TRIAL, nudged(start, dtype, seed), CLIPPED) for seed in range(2)]
     return record, noises, Limits.of(dtype)
 
@@ -350,7 +350,7 @@ def _reference(shared):
 def observe(step):
     """Runs two steps on the mesh; the first part of the optimizer's state is the gradient."""
     state = step.init(TRIAL.key)
-    specs = declared_specs(step.declaration, state)
+    specs = declared_specs(step.spec, step.mesh, state)
     record = {INIT: _leaves(state)}
     state, first = step(state, TRIAL.batch(0))
     record |= {GRADIENTS: host(state.opt_state[0].trace), SGD: host(state.params)}

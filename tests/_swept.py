@@ -29,7 +29,14 @@ def declared(mesh, *, accumulate, remat):
     )
     batch = {"x": jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32)}
     stops = {"on_nonfinite": "stop"}  # as configs do; then a step has a metric of its own
-    return sk.Declaration(loss, optax.sgd(0.1), init, batch, mesh, strategy, **stops)
+    return sk.StepSpec(
+        loss_fn=loss,
+        optimizer=optax.sgd(0.1),
+        init=init,
+        batch=batch,
+        strategy=strategy,
+        **stops,
+    )
 
 
 def picky(mesh, *, accumulate, remat):

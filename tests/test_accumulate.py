@@ -260,7 +260,7 @@ def test_micro_batches_are_strided_and_cover_every_row():
 
 @pytest.mark.parametrize("precision", [sk.Precision("float32", "bfloat16", "float32")])
 def test_reduction_in_another_dtype_keeps_gradients_apart_without_accumulation(precision):
-    step = dataclasses.replace(compiled("2x4", 1).declaration.strategy, precision=precision)
+    step = dataclasses.replace(compiled("2x4", 1).spec.strategy, precision=precision)
     made = compiled("2x4", 1).replace(strategy=step)
     rows = reductions(made)
     assert {row.dtype for row in rows} == {"f32"}

@@ -264,7 +264,7 @@ def test_a_key_that_is_used_twice_is_an_error_where_asked_for(mesh):
     assert "loss_fn  uses a random key twice: " in text
     assert "already consumed" in text
     assert "first, second = jax.random.split(key)" in text
-    assert not compile_(twice).declaration.debug
+    assert not compile_(twice).spec.debug
 
 
 @pytest.mark.parametrize("collective", [jax.lax.psum, jax.lax.pmean, jax.lax.all_gather])

@@ -70,7 +70,7 @@ def test_a_spec_is_no_rule():
 
 
 def test_an_unknown_field_to_replace(step):
-    with pytest.raises(sk.StepError, match=r"meh  is no part of a declaration.*'mesh'"):
+    with pytest.raises(sk.StepError, match=r"meh  is not a field of StepSpec.*'mesh'"):
         step.replace(meh=3)
 
 

@@ -32,14 +32,13 @@ DECODER = DecoderConfig(vocab=256, embed=32, layers=2, heads=4, mlp=64)
 SPACE = Space(("data", "fsdp", "tensor"), remat=("none", "full"), accumulate=(1, 2))
 
 
-def decoder(rows: int = ROWS) -> sk.Declaration:
+def decoder(rows: int = ROWS) -> sk.StepSpec:
     both = layout_of({"fsdp": 2, "tensor": 2})
-    mesh = sk.MeshSpec(fsdp=2, tensor=2)
     data = DataConfig(length=32, batch=rows)
-    return declare_run(DECODER, data, mesh, both, optax.adamw(1e-3))
+    return declare_run(DECODER, data, both, optax.adamw(1e-3))
 
 
-def two_products() -> sk.Declaration:
+def two_products() -> sk.StepSpec:
     """A user's own model: a column- and a row-split product, in f32."""
 
     def init(key: jax.Array) -> dict[str, sk.Named]:
@@ -50,13 +49,17 @@ def two_products() -> sk.Declaration:
         return jnp.mean((jnp.tanh(batch @ params["up"]) @ params["down"]) ** 2)
 
     batch = jax.ShapeDtypeStruct((ROWS, 32), "float32")
-    return sk.Declaration(
-        loss, optax.adamw(1e-3), init, batch, sk.MeshSpec(data=-1), layout_of({"data": 2})
+    return sk.StepSpec(
+        loss_fn=loss,
+        optimizer=optax.adamw(1e-3),
+        init=init,
+        batch=batch,
+        strategy=layout_of({"data": 2}),
     )
 
 
 def with_loss(loss) -> Plan:
-    declared = dataclasses.replace(two_products(), loss_fn=loss)
+    declared = two_products().replace(loss_fn=loss)
     return plan(declared, TARGET, space=Space(accumulate=(1,), remat=("none",)))
 
 

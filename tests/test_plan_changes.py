@@ -20,7 +20,7 @@ TARGET = "tpu:v5p:2x2x2"
 SPACE = Space(accumulate=(1,), remat=("none",))
 
 
-def model(rows: int, length: int = 4) -> sk.Declaration:
+def model(rows: int, length: int = 4) -> sk.StepSpec:
     """A product whose rows have a length that it names."""
 
     def loss(w: jax.Array, batch: jax.Array, key: jax.Array) -> jax.Array:
@@ -28,8 +28,12 @@ def model(rows: int, length: int = 4) -> sk.Declaration:
 
     batch = jax.ShapeDtypeStruct((rows, length, 512), "float32")
     init = lambda key: sk.Named(jnp.zeros((512, 512)), (None, "embed"))  # noqa: E731
-    return sk.Declaration(
-        loss, optax.sgd(1e-3), init, batch, sk.MeshSpec(data=-1), layout_of({"data": 2})
+    return sk.StepSpec(
+        loss_fn=loss,
+        optimizer=optax.sgd(1e-3),
+        init=init,
+        batch=batch,
+        strategy=layout_of({"data": 2}),
     )
 
 

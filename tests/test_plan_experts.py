@@ -24,12 +24,12 @@ SIZES = DecoderConfig(
 SPACE = Space(("data", "expert", "tensor"), accumulate=(1, 2), remat=("none",), zero=(0,))
 
 
-def decoder(sizes: DecoderConfig = SIZES) -> sk.Declaration:
-    data, mesh = DataConfig(length=LENGTH, batch=ROWS), sk.MeshSpec(data=2)
-    return declare_run(sizes, data, mesh, layout_of({"data": 2}), optax.adamw(1e-3))
+def decoder(sizes: DecoderConfig = SIZES) -> sk.StepSpec:
+    data = DataConfig(length=LENGTH, batch=ROWS)
+    return declare_run(sizes, data, layout_of({"data": 2}), optax.adamw(1e-3))
 
 
-def found_in(declared: sk.Declaration, space: Space = SPACE) -> Found:
+def found_in(declared: sk.StepSpec, space: Space = SPACE) -> Found:
     return Search.of(declared, Target.parse(TARGET), space, 0.0).run()
 
 

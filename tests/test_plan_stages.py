@@ -25,7 +25,7 @@ SPACE = Space(remat=("full",), accumulate=(1,))
 B, T, N, H = 8, 16, 4, 8
 
 
-def attending() -> sk.Declaration:
+def attending() -> sk.StepSpec:
     """Attention of a row on itself, in f32, and nothing else."""
 
     def loss(w: jax.Array, batch: jax.Array, key: jax.Array) -> jax.Array:
@@ -35,18 +35,22 @@ def attending() -> sk.Declaration:
 
     batch = jax.ShapeDtypeStruct((B, T, 8), "float32")
     init = lambda key: sk.Named(jnp.zeros((8, N * H)), (None, None))  # noqa: E731
-    return sk.Declaration(
-        loss, optax.sgd(1e-3), init, batch, sk.MeshSpec(data=-1), layout_of({"data": 2})
+    return sk.StepSpec(
+        loss_fn=loss,
+        optimizer=optax.sgd(1e-3),
+        init=init,
+        batch=batch,
+        strategy=layout_of({"data": 2}),
     )
 
 
-def decoder(layers: int = 2, rows: int = 16) -> sk.Declaration:
+def decoder(layers: int = 2, rows: int = 16) -> sk.StepSpec:
     sizes = DecoderConfig(vocab=256, embed=32, layers=layers, heads=4, mlp=64)
-    data, mesh = DataConfig(length=32, batch=rows), sk.MeshSpec(data=2)
-    return declare_run(sizes, data, mesh, layout_of({"data": 2}), optax.adamw(1e-3))
+    data = DataConfig(length=32, batch=rows)
+    return declare_run(sizes, data, layout_of({"data": 2}), optax.adamw(1e-3))
 
 
-def search_of(declared: sk.Declaration, space: Space) -> Search:
+def search_of(declared: sk.StepSpec, space: Space) -> Search:
     return Search.of(declared, Target.parse(TARGET), space, 0.0)
 
 

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
 from shardkit._remat import active, policy
-from shardkit.step._declaration import declare
+from shardkit.step._bound_spec import BoundSpec
 from shardkit.step._functions import Functions
 from shardkit.step._layout import resolve_layout
 from shardkit.step._readback import aliased_arguments, check_executable
@@ -305,20 +305,18 @@ def traced(mesh, loss=loss_fn, **options):
     """StableHLO of a step that is not compiled."""
     given = {"init": init, "batch": BATCH, "strategy": STRATEGY, **options}
     keys = ("accumulate", "remat", "precision")
-    d = declare(
-        loss,
-        optax.sgd(0.1),
-        given["init"],
-        given["batch"],
-        mesh,
-        given["strategy"],
-        "auto",
+    d = sk.StepSpec(
+        loss_fn=loss,
+        optimizer=optax.sgd(0.1),
+        init=given["init"],
+        batch=given["batch"],
+        strategy=given["strategy"],
         **{key: given[key] for key in keys if key in given},
     )
     layout = resolve_layout(
         d.init, d.optimizer, d.batch, mesh, d.strategy, d.precision, d.accumulate.steps
     )
-    run = Functions(d, layout).train()
+    run = Functions(BoundSpec(d, mesh), layout).train()
     jitted = jax.jit(run, in_shardings=(layout.shardings, layout.batch_shardings))
     with active(policy(d.strategy.remat)):
         return jitted.lower(layout.state, layout.batch).as_text()
@@ -436,7 +434,7 @@ def test_recomputation_reaches_the_executable_and_changes_no_result(mesh):
 
 def test_replaced_options_give_another_step(step):
     other = step.replace(accumulate=2)
-    assert other.declaration.accumulate.steps == 2
-    assert step.declaration.accumulate.steps == 1
+    assert other.spec.accumulate.steps == 2
+    assert step.spec.accumulate.steps == 1
     state, _ = other(other.init(jax.random.key(0)), BATCH)
     assert int(state.step) == 1

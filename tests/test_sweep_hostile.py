@@ -177,7 +177,7 @@ def test_what_is_no_factory_is_refused_before_anything_is_written(
 def test_all_that_is_declared_is_compiled_for_a_target():
     declared = _swept.declared(sk.MeshSpec(data=2, tensor=4), accumulate=1, remat="none")
     assert declared.on_nonfinite == "stop"
-    made = step_of(declared, Target.parse("cpu:8")).declaration
+    made = step_of(declared, sk.MeshSpec(data=2, tensor=4), Target.parse("cpu:8")).spec
     for field in ("on_nonfinite", "mode", "deterministic", "debug", "on_retrace", "strategy"):
         assert getattr(made, field) == getattr(declared, field)
 
@@ -216,7 +216,7 @@ def test_a_config_that_changes_under_a_sweep_changes_no_row(tmp_path):
     factory = ConfigFactory(str(path), ("model=nano",))
     case = Case((("data", 1), ("tensor", 1)))
     source = source_of(factory, case).to_request()["arguments"]
-    assert declared(**source).mesh == sk.MeshSpec(data=1, tensor=1)
+    assert declared(**source)[1] == sk.MeshSpec(data=1, tensor=1)
     path.write_text(text.replace("name=", "strategy=sk.strategies.data(), name="))
     with pytest.raises(sk.SweepError, match=r"mine\.py  was changed while the sweep ran"):
         declared(**source)

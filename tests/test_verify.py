@@ -1,6 +1,5 @@
 """The certificate: that it is right, reads well, and fails where something is wrong."""
 
-import dataclasses
 import functools
 
 import jax
@@ -126,7 +125,7 @@ def test_a_loss_that_depends_on_the_mesh_fails_with_every_row():
 
 def test_the_reference_is_plain_jax():
     one = factory(one_device(MeshSpec(data=2, tensor=4).build()))
-    reference = Reference(one.declaration, jax.devices()[0])
+    reference = Reference(one.spec, jax.devices()[0])
     start = reference.start(jax.random.key(3))
     metrics, grads, _ = reference.gradients(start, batches()[0], 5)
     wanted_params = jax.jit(init)(jax.random.split(jax.random.key(3))[0])
@@ -151,11 +150,11 @@ def test_micro_batches_of_the_reference_make_one_weighted_mean():
     one = factory(
         one_device(MeshSpec(data=1, tensor=1).build(devices=jax.devices()[:1])), loss_fn=quiet
     )
-    d = one.declaration
-    split = dataclasses.replace(d, strategy=dataclasses.replace(d.strategy, accumulate=4))
+    d = one.spec
+    split = d.replace(accumulate=4)
     told = []
-    for declaration in (d, split):
-        reference = Reference(declaration, jax.devices()[0])
+    for spec in (d, split):
+        reference = Reference(spec, jax.devices()[0])
         told.append(reference.gradients(reference.start(jax.random.key(0)), batches()[0], 0))
     (whole, whole_grads, _), (parts, parts_grads, _) = told
     np.testing.assert_allclose(whole["loss"], parts["loss"], rtol=1e-6)
@@ -279,9 +278,7 @@ def test_sgd_is_clipped_and_moves_by_a_tenth():
 
 def test_a_nudge_is_one_rounding():
     state = Reference(
-        factory(
-            one_device(MeshSpec(data=1, tensor=1).build(devices=jax.devices()[:1]))
-        ).declaration,
+        factory(one_device(MeshSpec(data=1, tensor=1).build(devices=jax.devices()[:1]))).spec,
         jax.devices()[0],
     ).start(jax.random.key(0))
     moved = nudged(state, "float32", 0)

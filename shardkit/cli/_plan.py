@@ -28,9 +28,8 @@ def _run(arguments: argparse.Namespace) -> int:
         problem = Problem(f"--compile {arguments.compile}", why, "--compile 0")
         raise ConfigError(format_problems("There is no config to compile.", [problem]))
     rows, own = arguments.global_batch, _own_chips(source, arguments)
-    made = plan(
-        source.load(), arguments.target, global_batch=rows, overlap=arguments.overlap, hardware=own
-    )
+    spec, _ = source.load()
+    made = plan(spec, arguments.target, global_batch=rows, overlap=arguments.overlap, hardware=own)
     if arguments.compile:
         with Console(stderr=True, highlight=False).status("compiling") as status:
             made = compile_best(

@@ -14,8 +14,6 @@ from .._errors import Problem, ShardingError, VerificationError, format_problems
 from .._terminal import literal_console
 from ..config import Config, apply_overrides
 from ..mesh import MeshSpec, mesh_shapes
-from ..run import batch_shapes, decoder_model
-from ..step import CompiledStep, compile_step
 from ..testing import kill_matrix
 from ..verify import verify
 from ._command import Command, config_of
@@ -37,7 +35,7 @@ def _run(arguments: argparse.Namespace) -> int:
         f"Proved in float32, with dropout {config.model.dropout:g} and weights of which one half "
         "of the rows has none.\n"
     )
-    factory = functools.cache(functools.partial(_compiled, config))
+    factory = functools.cache(config.step_spec().compile)
     meshes = [mesh for mesh in _meshes(arguments, config) if _legal(mesh, factory, console)]
     if not meshes:
         problem = Problem("--mesh", "no mesh is legal for this model", _legal_fix(config))
@@ -64,19 +62,6 @@ def _proved(config: Config) -> Config:
     model = dataclasses.replace(config.model, dropout=config.model.dropout or _DROPOUT)
     strategy = dataclasses.replace(config.strategy, precision="float32")
     return dataclasses.replace(config, model=model, strategy=strategy)
-
-
-def _compiled(config: Config, mesh: Mesh) -> CompiledStep:
-    made = decoder_model(config.model)
-    return compile_step(
-        made.loss_fn,
-        config.optimizer.build(config.train.steps),
-        init=made.init,
-        batch=batch_shapes(config.data),
-        mesh=mesh,
-        strategy=config.strategy,
-        **config.compile.arguments,
-    )
 
 
 def ragged_batches(config: Config, n: int = 2) -> list[dict[str, np.ndarray]]:

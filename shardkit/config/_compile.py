@@ -42,7 +42,7 @@ class CompileConfig:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Keywords of `compile_step`."""
+        """Fields of the `StepSpec`."""
         pairs = (one.partition("=") for one in self.options)
         options = {name.strip(): _typed(value.strip()) for name, _, value in pairs}
         rest = ("mode", "on_nonfinite", "deterministic", "debug")

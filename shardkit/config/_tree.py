@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .._errors import ConfigError, Problem, format_problems
 from ..data import BYTES, DataConfig
@@ -9,9 +10,12 @@ from ..hardware import Chip
 from ..mesh import MeshSpec
 from ..models import DecoderConfig
 from ..parallel import Strategy, strategies
-from ..run import TextTrainConfig
+from ..run import TextTrainConfig, declare_run
 from ._compile import CompileConfig
 from ._optimizer import OptimizerConfig
+
+if TYPE_CHECKING:
+    from ..step import StepSpec
 
 
 def _default_model() -> DecoderConfig:
@@ -53,6 +57,12 @@ class Config:
     train: TextTrainConfig = dataclasses.field(default_factory=TextTrainConfig)
     compile: CompileConfig = dataclasses.field(default_factory=CompileConfig)
     hardware: tuple[Chip, ...] = ()
+
+    def step_spec(self) -> "StepSpec":
+        """The training step of the run; `mesh` and `devices` say what it is compiled for."""
+        optimizer = self.optimizer.build(self.train.steps)
+        compiling = self.compile.arguments
+        return declare_run(self.model, self.data, self.strategy, optimizer, compiling)
 
     def __post_init__(self) -> None:
         """Refuses a model that has no token for some byte, and a name that is no folder's."""

@@ -9,7 +9,7 @@ import jax
 from .._tree import short_dtype
 from ..hardware import CHIPS
 from ..parallel import known_kinds
-from ..step import Declaration
+from ..step import StepSpec
 from ._estimate import Machine, estimate
 from ._network import Network
 from ._placed import kept_bytes, placed_bytes
@@ -48,12 +48,12 @@ class Modelled:
 
 
 def modelled(
-    declared: Declaration, sizes: Mapping[str, int], network: Network | None = None
+    declared: StepSpec, sizes: Mapping[str, int], network: Network | None = None
 ) -> Modelled:
     """Estimates one declared step, with its own strategy, accumulation and remat.
 
     Args:
-      declared: a step; its mesh is not looked at.
+      declared: the spec of a step.
       sizes: size of each mesh axis.
       network: links and chip that its time is modelled for.
 
@@ -62,10 +62,10 @@ def modelled(
       ShardingError: the layout is not legal.
 
     >>> import jax.numpy as jnp, optax, shardkit as sk
-    >>> one = sk.Declaration(
+    >>> one = sk.StepSpec(
     ...     loss_fn=lambda w, x, key: jnp.mean((x @ w) ** 2), optimizer=optax.sgd(0.1),
     ...     init=lambda key: jnp.zeros((64, 64)), batch=jax.ShapeDtypeStruct((8, 64), "float32"),
-    ...     mesh=sk.MeshSpec(data=4), strategy=sk.strategies.data())
+    ...     strategy=sk.strategies.data())
     >>> found = modelled(one, {"data": 4})
     >>> found.batch, found.wire  # 2 · 3/4 of the gradients and of the loss
     (512, {'data': 24582.0})
@@ -111,8 +111,8 @@ def modelled(
     return Modelled(own.state, own.batch, temp, wire, seconds, walked.problems)
 
 
-def _stages(declared: Declaration) -> Stages:
-    """The pipeline of a declaration, whose micro-batches are all of its accumulation.
+def _stages(declared: StepSpec) -> Stages:
+    """The pipeline of a spec, whose micro-batches are all of its accumulation.
 
     Raises:
       NotImplementedError: it has others around them, or stages of different sizes.

@@ -1,6 +1,5 @@
 """`sk.plan`: which mesh for this model on these devices?"""
 
-import dataclasses
 import time
 from collections.abc import Sequence
 
@@ -9,7 +8,7 @@ import jax
 from .._errors import MeshError, Problem, format_problems, raise_all
 from ..hardware import CHIPS, Chip
 from ..mesh import Target
-from ..step import Declaration
+from ..step import StepSpec, check_step_spec
 from ._result import Plan, front_of
 from ._search import Search
 from ._sensitivity import sensitivity, with_batch, with_memory
@@ -18,7 +17,7 @@ from ._words import assumptions, placed, refuse
 
 
 def plan(
-    declaration: Declaration,
+    spec: StepSpec,
     target: str,
     *,
     global_batch: int | None = None,
@@ -33,9 +32,9 @@ def plan(
     model whose parameters or activations name them, and for others over `data` and `fsdp`.
 
     Args:
-      declaration: loss, optimizer, init, batch and precision; its mesh and layout are not used.
+      spec: loss, optimizer, init, batch and precision; its layout is not used.
       target: `tpu:v5p:8x8x8`, `gpu:h100:4x8`: devices of the hardware table, or of `hardware`.
-      global_batch: rows of the batch, instead of the declaration's.
+      global_batch: rows of the batch, instead of the spec's.
       space: what is tried; everything by default.
       overlap: share of communication that computing hides. 0, which is what the TPU compiler
         does with all but permutes.
@@ -45,21 +44,23 @@ def plan(
       The plan. Its figures are modelled.
 
     Raises:
-      MeshError: a number cannot be, the target is no known device, no layout is legal, or none
-        fits; with the reason of each that was left out, and the smallest change that fits.
+      MeshError: `spec` is no `StepSpec`, a number cannot be, the target is no known device, no
+        layout is legal, or none fits; with the reason of each that was left out, and the smallest
+        change that fits.
 
     >>> import jax.numpy as jnp, optax, shardkit as sk
-    >>> declared = sk.Declaration(
+    >>> spec = sk.StepSpec(
     ...     loss_fn=lambda w, x, key: jnp.mean((x @ w) ** 2), optimizer=optax.sgd(0.1),
     ...     init=lambda key: jnp.zeros((64, 64)), batch=jax.ShapeDtypeStruct((8, 64), "float32"),
-    ...     mesh=sk.MeshSpec(data=-1), strategy=sk.strategies.data())
-    >>> made = plan(declared, "tpu:v5e:2x2", space=Space(axes=("data",)))
+    ...     strategy=sk.strategies.data())
+    >>> made = plan(spec, "tpu:v5e:2x2", space=Space(axes=("data",)))
     >>> dict(made.best.mesh)
     {'data': 4}
     """
     start = time.monotonic()
+    check_step_spec(spec, MeshError, "The plan cannot be made.")
     _check(global_batch, overlap)
-    wanted, declared = _known(target, hardware), _with_rows(declaration, global_batch)
+    wanted, declared = _known(target, hardware), _with_rows(spec, global_batch)
     search = Search.of(declared, wanted, space or Space(), overlap, hardware)
     if space is None and search.has_experts:
         search.space = Space(searched_axes(experts=True))
@@ -105,11 +106,11 @@ def _known(target: str, hardware: Sequence[Chip]) -> Target:
     return wanted
 
 
-def _with_rows(declared: Declaration, rows: int | None) -> Declaration:
+def _with_rows(spec: StepSpec, rows: int | None) -> StepSpec:
     if rows is None:
-        return declared
+        return spec
     batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]) if x.shape else (), x.dtype),
-        declared.batch,
+        spec.batch,
     )
-    return dataclasses.replace(declared, batch=batch)
+    return spec.replace(batch=batch)

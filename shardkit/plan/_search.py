@@ -8,7 +8,7 @@ import jax
 
 from ..mesh import Target
 from ..parallel import axes_splitting
-from ..step import Declaration
+from ..step import StepSpec
 from ._candidate import Candidate
 from ._cases import Case, candidates
 from ._estimate import Machine
@@ -72,7 +72,7 @@ class Search:
     """A search for one model on one target.
 
     Attributes:
-      places: the traced declaration, and what was resolved of it.
+      places: the traced spec, and what was resolved of it.
       space: what is tried.
       machine: the devices.
       devices: their number.
@@ -90,13 +90,13 @@ class Search:
     @classmethod
     def of(
         cls,
-        declared: Declaration,
+        declared: StepSpec,
         target: Target,
         space: Space,
         overlap: float,
         hardware: "Sequence[Chip]" = (),
     ) -> "Search":
-        """Traces the declaration's state."""
+        """Traces the state of a spec."""
         machine = Machine.of(target, declared.precision.compute, overlap, hardware)
         assert target.n_devices is not None
         return cls(Places(Model.of(declared)), space, machine, target.n_devices)

@@ -12,7 +12,7 @@ from .._precision import cast_floats
 from .._remat import active, policy
 from ..parallel import Strategy
 from ..rules import axes_of
-from ..step import Abstract, Declaration, Layout, abstract_state, objective, resolve_layout
+from ..step import Abstract, Layout, StepSpec, abstract_state, objective, resolve_layout
 from ._flow import Dims, named_sizes
 from ._laid import MICRO, Axes, Laid, Terms, of_spec, whole
 from ._marks import OTHER_ROWS, OWN_EXPERTS, Marked, marking
@@ -22,7 +22,7 @@ from ._walk import Walk
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """What a declaration says without a mesh, traced once.
+    """What a spec says without a mesh, traced once.
 
     Attributes:
       declared: loss, optimizer, init, batch, precision.
@@ -30,12 +30,12 @@ class Model:
       programs: what was traced already.
     """
 
-    declared: Declaration
+    declared: StepSpec
     abstract: Abstract
     programs: dict[tuple[str, bool], Flat] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, declared: Declaration) -> "Model":
+    def of(cls, declared: StepSpec) -> "Model":
         """Traces `init` and the optimizer."""
         return cls(
             declared, abstract_state(declared.init, declared.optimizer, declared.precision, 0)
@@ -60,7 +60,7 @@ class Model:
         shapes = [[x.shape for x in jax.tree.leaves(b)] for b in (batch, self.declared.batch)]
         if shapes[0] == shapes[1]:
             return None
-        declared = dataclasses.replace(self.declared, batch=batch)
+        declared = self.declared.replace(batch=batch)
         return dataclasses.replace(self, declared=declared, programs={})
 
     def layout(self, sizes: Mapping[str, int], strategy: Strategy, steps: int = 1) -> Layout:

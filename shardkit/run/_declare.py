@@ -10,10 +10,9 @@ from jax.sharding import Mesh
 
 from ..adapters import Model, from_nnx
 from ..data import DataConfig
-from ..mesh import MeshSpec
 from ..models import Decoder, DecoderConfig, decoder_loss
 from ..parallel import Strategy
-from ..step import CompiledStep, Declaration, compile_step
+from ..step import CompiledStep, StepSpec
 
 
 def decoder_model(config: DecoderConfig) -> Model:
@@ -38,20 +37,25 @@ def compile_run(
     optimizer: optax.GradientTransformation,
     compiling: Mapping[str, Any] | None = None,
 ) -> tuple[Model, CompiledStep]:
-    """Compiles the step of a run on a mesh that is there, as `compiling` tells `compile_step`."""
-    made = decoder_model(model)
-    declared: dict[str, Any] = {"init": made.init, "batch": batch_shapes(data), "mesh": mesh}
-    declared |= compiling or {}
-    return made, compile_step(made.loss_fn, optimizer, strategy=strategy, **declared)
+    """Compiles the step of a run on a mesh that is there."""
+    spec = declare_run(model, data, strategy, optimizer, compiling)
+    return decoder_model(model), spec.compile(mesh)
 
 
 def declare_run(
     model: DecoderConfig,
     data: DataConfig,
-    mesh: MeshSpec,
     strategy: Strategy,
     optimizer: optax.GradientTransformation,
-) -> Declaration:
-    """The step of a run, for a mesh that is declared and not built."""
+    compiling: Mapping[str, Any] | None = None,
+) -> StepSpec:
+    """The step of a run; `compiling` holds further fields of the spec, such as `mode`."""
     made = decoder_model(model)
-    return Declaration(made.loss_fn, optimizer, made.init, batch_shapes(data), mesh, strategy)
+    return StepSpec(
+        loss_fn=made.loss_fn,
+        optimizer=optimizer,
+        init=made.init,
+        batch=batch_shapes(data),
+        strategy=strategy,
+        **(compiling or {}),
+    )

@@ -67,7 +67,7 @@ class WatchFinite(Watcher):
 
     @property
     def _stops(self) -> bool:
-        return self._run is not None and self._run.step.declaration.on_nonfinite == "stop"
+        return self._run is not None and self._run.step.spec.on_nonfinite == "stop"
 
     def _count(self, numbers: Numbers) -> None:
         assert self._run is not None

@@ -35,7 +35,7 @@ class Rate:
         """Reads a compiled step: counting FLOPs in its jaxpr runs and compiles nothing."""
         count, unit = (step.layout.rows, "rows") if tokens is None else (tokens, "tokens")
         chip = chip_of(step.mesh.devices.flat[0].device_kind)
-        dtype = short_dtype(jnp.dtype(step.declaration.precision.compute))
+        dtype = short_dtype(jnp.dtype(step.spec.precision.compute))
         each = chip.flops.get(dtype) if chip else None
         if each is None:
             return cls(count, unit, is_simulated(step.mesh))

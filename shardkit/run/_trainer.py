@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
 from rich.console import Console
 
 from ..checkpoint import Keep
 from ..processes import Peers
-from ..step import CompiledStep
+from ..step import CompiledStep, StepSpec, check_mesh_given
 from ._config import TrainConfig
 from ._console import labelled, show_layout, standard_output
 from ._live import Live
@@ -32,14 +33,15 @@ class Trainer:
     the same declaration, in the same process or another one, on the same mesh or another one.
 
     Attributes:
-      step: from `sk.compile_step`; or a function that compiles one, which `run` calls when
-        everything else has been found right.
+      step: from `sk.compile_step`; or an `sk.StepSpec`, or a function that compiles one, which
+        `run` compiles when everything else has been found right.
       data: `i -> batch` for update `i`, counted from 0; or an iterable that gives the same
         batches whenever it is begun, of which a run that goes on drops what it had read; or a
         `Source`, which knows its place. Batches are as `step` takes them.
       folder: of the run. One that exists is never written to, unless its run goes on: a new run
         gets the next free number behind the name.
       config: how long, what is said on the way, and what is kept.
+      mesh: that a spec is compiled for; only with one.
       evaluate: `(step, state) -> metrics` of held-out data, every `config.eval_every` updates.
       watchers: who else is told of the run, in this order.
       record: settings as plain values; they are written to the metrics and the checkpoints.
@@ -54,11 +56,12 @@ class Trainer:
         decides, shows and writes, and none goes on without the others.
     """
 
-    step: CompiledStep | Callable[[], CompiledStep]
+    step: CompiledStep | StepSpec | Callable[[], CompiledStep]
     data: Data
     folder: str | os.PathLike[str]
     config: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     _: dataclasses.KW_ONLY
+    mesh: Mesh | None = None
     evaluate: Evaluate | None = None
     watchers: Sequence[Watcher] = ()
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -70,7 +73,12 @@ class Trainer:
     peers: Peers = dataclasses.field(default_factory=Peers)
 
     def __post_init__(self) -> None:
-        """Silences every process but the first."""
+        """Checks that a spec has its mesh; silences every process but the first.
+
+        Raises:
+          StepError: a spec without a mesh, or a mesh for a step that has its own.
+        """
+        check_mesh_given(self.step, self.mesh)
         if self.peers.index:
             config = dataclasses.replace(self.config, sinks=(), profile=None)
             mute: dict[str, Any] = {"console": Console(quiet=True), "config": config}
@@ -104,7 +112,11 @@ class Trainer:
         if isinstance(self.step, CompiledStep):
             return self.step, {}
         began = time.perf_counter()
-        step = self.step()
+        if isinstance(self.step, StepSpec):
+            assert self.mesh is not None, "a spec is given with its mesh"
+            step = self.step.compile(self.mesh)
+        else:
+            step = self.step()
         seconds = time.perf_counter() - began
         self.console.print(labelled("compiled", f" in {seconds:.1f} s"))
         return step, {"compile": seconds}

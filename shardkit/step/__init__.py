@@ -1,20 +1,22 @@
-"""compile_step: a declaration becomes one checked, compiled, read-back training step."""
+"""StepSpec and compile_step: a spec becomes one checked, compiled, read-back training step."""
 
 from ._compile_step import compile_step
 from ._compiled import CompiledStep
-from ._declaration import Declaration
 from ._layout import Abstract, Layout, abstract_state, resolve_layout
 from ._nonfinite import SKIPPED, OnNonfinite, released
 from ._objective import objective
+from ._spec import StepSpec, check_mesh_given, check_step_spec
 
 __all__ = [
     "SKIPPED",
     "Abstract",
     "CompiledStep",
-    "Declaration",
     "Layout",
     "OnNonfinite",
+    "StepSpec",
     "abstract_state",
+    "check_mesh_given",
+    "check_step_spec",
     "compile_step",
     "objective",
     "released",

@@ -1,4 +1,4 @@
-"""`CompiledStep`: the executables of one declaration, and what was proved of them."""
+"""`CompiledStep`: the executables of one spec on one mesh, and what was proved of them."""
 
 import dataclasses
 import functools
@@ -11,11 +11,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from .._errors import Problem, StateError, format_problems
+from .._types import Batch, Key, Params, Scalar
 from ..inspect import Report
-from ..parallel import Strategy
 from ..state import TrainState
+from ._bound_spec import BoundSpec
 from ._compile import Program, no_ambient_mesh
-from ._declaration import Declaration
 from ._forms import Form, Forms
 from ._inputs import check_apart, check_given, check_state, fed_rows, put_batch, put_key
 from ._report import inspected
@@ -23,39 +23,38 @@ from ._room import check_room
 
 if TYPE_CHECKING:
     from ..hardware import Chip
+    from ..parallel import Strategy
+    from ._spec import StepSpec
 
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, Scalar]
 
 
 class CompiledStep:
-    """One training step, compiled for one mesh. Made by `compile_step`.
+    """One training step, compiled for one mesh. Made by `StepSpec.compile` or `compile_step`.
 
     Attributes:
-      declaration: what it was compiled from.
+      spec: the `StepSpec` that it was compiled from.
+      mesh: the device mesh.
       layout: abstract state and batch, and the sharding of every leaf.
       program: the executable of the step, with its jaxpr, compiler messages and compile times.
     """
 
-    def __init__(self, declaration: Declaration) -> None:
-        """Resolves, traces, compiles and reads back; see `compile_step`."""
-        self.declaration = declaration
+    def __init__(self, spec: "StepSpec", mesh: Mesh) -> None:
+        """Resolves, traces, compiles and reads back; see `StepSpec.compile`."""
+        self.spec, self.mesh = spec, mesh
+        self._bound = BoundSpec(spec, mesh)
         # Abstract arrays carry the mesh that they were made under, so this starts with the first.
         with no_ambient_mesh():
-            self._forms = Forms(declaration)
+            self._forms = Forms(self._bound)
             self.layout = self._forms.declared.layout
             self.program: Program = self._forms.declared.programs.train
         # The state made last is known to be sound; any other one is looked at more closely.
         self._last: weakref.ref[TrainState] | None = None
 
     @property
-    def mesh(self) -> Mesh:
-        """The device mesh."""
-        return self.declaration.built_mesh
-
-    @property
-    def strategy(self) -> Strategy:
+    def strategy(self) -> "Strategy":
         """The declared layout."""
-        return self.declaration.strategy
+        return self.spec.strategy
 
     @property
     def abstract_state(self) -> TrainState:
@@ -86,7 +85,7 @@ class CompiledStep:
         """Text of the optimized program that each device runs."""
         return self.program.compiled.as_text()
 
-    def init(self, key: jax.Array) -> TrainState:
+    def init(self, key: Key) -> TrainState:
         """Makes the first state; every leaf is born on its devices, as declared.
 
         Args:
@@ -107,7 +106,7 @@ class CompiledStep:
         made = jax.block_until_ready(model.compiled(on_mesh))
         return dataclasses.replace(made, opt_state=optimizer.compiled(made.params))
 
-    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """Makes one update.
 
         Args:
@@ -130,7 +129,7 @@ class CompiledStep:
         self._last = weakref.ref(made)
         return made, metrics
 
-    def evaluate(self, state: TrainState, batch: Any) -> Metrics:
+    def evaluate(self, state: TrainState, batch: Batch) -> Metrics:
         """Returns the loss and its metrics, f32[] each, without an update; the state stays.
 
         An `sk.Loss` is evaluated by its `evaluate` form. A plain function is called as in
@@ -143,7 +142,7 @@ class CompiledStep:
         check_given(state)
         return self._run(lambda form: form.programs.evaluate, state, batch)
 
-    def gradients(self, state: TrainState, batch: Any) -> tuple[Metrics, Any]:
+    def gradients(self, state: TrainState, batch: Batch) -> tuple[Metrics, Params]:
         """Returns `(metrics, gradients)`: what the next update would be made from.
 
         Gradients have the dtype and the shardings of the parameters; clipping, which is the
@@ -156,7 +155,7 @@ class CompiledStep:
         check_given(state)
         return self._run(lambda form: form.programs.gradients, state, batch)
 
-    def put(self, batch: Any) -> Any:
+    def put(self, batch: Batch) -> Batch:
         """Puts a batch on the mesh as declared, wherever it is, for a later call of the step.
 
         Of several processes each gives `rows` of the global batch; nothing is sent between them.
@@ -179,7 +178,7 @@ class CompiledStep:
         Raises:
           ReportError: there is no such chip.
         """
-        made = inspected(self.declaration, self.layout, self.program, self._forms.changes)
+        made = inspected(self._bound, self.layout, self.program, self._forms.changes)
         return Report.of(made, chip=chip)
 
     def check_room(self) -> None:
@@ -188,15 +187,17 @@ class CompiledStep:
         Raises:
           StepError: with the bytes of each part, and what would make it fit.
         """
-        check_room(self.declaration, self.layout, self.program)
+        check_room(self._bound, self.layout, self.program)
 
-    def replace(self, **changes: Any) -> "CompiledStep":
-        """Compiles the same declaration with some of its fields changed.
+    def replace(self, *, mesh: Mesh | None = None, **changes: Any) -> "CompiledStep":
+        """Compiles the same step for another mesh, or with some fields of its spec changed.
 
         Args:
-          **changes: fields of `Declaration`, and `accumulate`, `remat` or `precision`.
+          mesh: instead of the step's own.
+          **changes: fields of `StepSpec`.
         """
-        return CompiledStep(self.declaration.replaced(**changes))
+        spec = self.spec.replace(**changes)
+        return CompiledStep(spec, self.mesh if mesh is None else mesh)
 
     def _run(self, which: Callable[[Form], Program], state: TrainState, batch: Any) -> Any:
         form = self._forms.of(batch)

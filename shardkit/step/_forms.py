@@ -15,8 +15,8 @@ import numpy as np
 
 from .._errors import Problem, RetraceWarning, ShardingError, format_problems
 from .._tree import path_str, short_type
+from ._bound_spec import BoundSpec
 from ._compile import no_ambient_mesh
-from ._declaration import Declaration
 from ._layout import Layout, resolve_layout
 from ._programs import Programs
 
@@ -25,7 +25,7 @@ Types = tuple[tuple[tuple[int, ...], np.dtype], ...]
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """A declaration for batches of one form, resolved.
+    """A spec for batches of one form, resolved on its mesh.
 
     Attributes:
       layout: abstract state and batch, and the sharding of every leaf.
@@ -36,17 +36,23 @@ class Form:
     programs: Programs
 
     @classmethod
-    def of(cls, declaration: Declaration) -> "Form":
-        """Resolves a declaration.
+    def of(cls, bound: BoundSpec) -> "Form":
+        """Resolves a spec on its mesh.
 
         Raises:
           ShardingError: every leaf that cannot be laid out.
         """
-        d = declaration
+        spec = bound.spec
         layout = resolve_layout(
-            d.init, d.optimizer, d.batch, d.built_mesh, d.strategy, d.precision, d.accumulate.steps
+            init=spec.init,
+            optimizer=spec.optimizer,
+            batch=spec.batch,
+            mesh=bound.mesh,
+            strategy=spec.strategy,
+            precision=spec.precision,
+            steps=spec.accumulate.steps,
         )
-        return cls(layout, Programs(declaration, layout))
+        return cls(layout, Programs(bound, layout))
 
 
 class Forms:
@@ -57,10 +63,10 @@ class Forms:
       changes: what the other forms changed, one text for each.
     """
 
-    def __init__(self, declaration: Declaration) -> None:
+    def __init__(self, bound: BoundSpec) -> None:
         """Resolves the declared form."""
-        self.declared = Form.of(declaration)
-        self._declaration = declaration
+        self.declared = Form.of(bound)
+        self._bound = bound
         self._others: dict[Types, Form] = {}
         self.changes: list[str] = []
 
@@ -80,7 +86,7 @@ class Forms:
             return self._others[types]
         changes = list(_changes(self.declared.layout.batch, types))
         ranks = all(len(shape) == a.ndim for (shape, _), a in zip(types, want, strict=True))
-        allowed = self._declaration.on_retrace == "warn" and jax.process_count() == 1
+        allowed = self._bound.spec.on_retrace == "warn" and jax.process_count() == 1
         if not changes or not ranks or not allowed:
             return self.declared
         return self._made(structure, types, changes)
@@ -89,7 +95,7 @@ class Forms:
         shapes = structure.unflatten([jax.ShapeDtypeStruct(*one) for one in types])
         try:
             with no_ambient_mesh():
-                form = Form.of(self._declaration.replaced(batch=shapes))
+                form = Form.of(BoundSpec(self._bound.spec.replace(batch=shapes), self._bound.mesh))
         except ShardingError:
             return self.declared
         self._others[types] = form

@@ -6,23 +6,21 @@ from collections.abc import Iterator, Sequence
 from .._tree import Leaf, leaves
 from ..parallel import CONVENTIONAL
 from ..rules import AxisRules, Dead, Rule, dead, flatten, place
-from ._declaration import Declaration
+from ._bound_spec import BoundSpec
 from ._layout import Layout
 
 
-def idle_rules(
-    declaration: Declaration, layout: Layout, constrained: Sequence[Leaf]
-) -> tuple[str, ...]:
+def idle_rules(bound: BoundSpec, layout: Layout, constrained: Sequence[Leaf]) -> tuple[str, ...]:
     """Says which entries of a strategy's rules decide nothing.
 
     Not told are logical axes that ready strategies list for any model, and a last `**`.
 
     Args:
-      declaration: what was asked.
+      bound: the spec and its mesh.
       layout: abstract state and batch.
       constrained: what the model constrains, with its logical axes.
     """
-    strategy, state = declaration.strategy, layout.state
+    strategy, state = bound.spec.strategy, layout.state
     asked: list[tuple[str, object, Sequence[Leaf]]] = [
         ("params", strategy.params, leaves(state.params, layout.axes)),
         ("opt_state", strategy.opt_state, leaves(state.opt_state)),
@@ -30,7 +28,7 @@ def idle_rules(
         ("batch", strategy.batch, leaves(layout.batch)),
         ("activations", strategy.activations, [_plain(leaf) for leaf in constrained]),
     ]
-    sizes = dict(declaration.built_mesh.shape)
+    sizes = dict(bound.mesh.shape)
     return tuple(
         f"{field}: {one}"
         for field, rule, of in asked

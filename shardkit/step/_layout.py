@@ -1,4 +1,4 @@
-"""From a declaration to shardings: abstract state, every rule resolved, every failure at once."""
+"""From a spec to shardings: abstract state, every rule resolved, every failure at once."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence

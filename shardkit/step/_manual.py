@@ -72,13 +72,13 @@ def mapped(plan: ManualPlan, local: Callable[..., Any], results: Any) -> Any:
 def _local_gradients(
     objective: Objective, plan: ManualPlan, params: Any, extra: Any, batch: Any, key: Any
 ) -> tuple[Outcome, Any]:
-    low = seen(plan, cast_floats(params, plan.declaration.precision.compute))
+    low = seen(plan, cast_floats(params, plan.bound.spec.precision.compute))
     outcome, totals = _accumulated(objective, plan, low, extra, batch, key)
-    dtype = plan.declaration.precision.reduce or plan.declaration.precision.compute
+    dtype = plan.bound.spec.precision.reduce or plan.bound.spec.precision.compute
     flat, structure = jax.tree.flatten(totals)
     with jax.named_scope("reduce"):
         outcome = reduce_outcome(outcome, plan.rows)
-        summing = Summing(plan.declaration.strategy.compression, extra, outcome.loss.weight)
+        summing = Summing(plan.bound.spec.strategy.compression, extra, outcome.loss.weight)
         flat = reduce_gradients(flat, plan.parameters, dtype, summing)
     outcome = dataclasses.replace(outcome, extra=summing.extra)
     totals = jax.tree.map(lambda g, p: g.astype(p.dtype), structure.unflatten(flat), params)

@@ -17,8 +17,8 @@ from .._shards import Axes, Dims, Meaning, Names, PerShard
 from .._tree import Leaf, leaves
 from .._types import Accumulate
 from ..rules import axes_of
+from ._bound_spec import BoundSpec
 from ._buckets import Parameter, flat
-from ._declaration import Declaration
 from ._layout import Layout
 from ._manual_problems import (
     Marks,
@@ -35,7 +35,7 @@ class ManualPlan:
     """How the loss runs on shards.
 
     Attributes:
-      declaration: mesh, precision and compression.
+      bound: mesh, precision and compression.
       accumulate: micro-batches; `"once"` gathers weights once per step and reduces gradients
         once, `"each"` does both in every micro-batch, layer by layer.
       rows: mesh axes that the rows of the batch are split over.
@@ -47,7 +47,7 @@ class ManualPlan:
       draws: which random draws of the loss grow.
     """
 
-    declaration: Declaration
+    bound: BoundSpec
     accumulate: Accumulate
     rows: Axes
     tokens: Axes
@@ -60,23 +60,23 @@ class ManualPlan:
     @property
     def mesh(self) -> Mesh:
         """The device mesh."""
-        return self.declaration.built_mesh
+        return self.bound.mesh
 
     @property
     def apart(self) -> bool:
         """Whether auto partitioning would keep gradients apart; then keys are of micro-batches."""
-        return self.accumulate.reduce == "once" and self.declaration.precision.reduces_apart
+        return self.accumulate.reduce == "once" and self.bound.spec.precision.reduces_apart
 
     def count(self, axes: Axes) -> int:
         """Number of devices along mesh axes."""
         return math.prod(self.mesh.shape[axis] for axis in axes)
 
 
-def plan_of(declaration: Declaration, layout: Layout, jaxpr: Any, accumulate: Accumulate) -> Any:
+def plan_of(bound: BoundSpec, layout: Layout, jaxpr: Any, accumulate: Accumulate) -> Any:
     """Lays a loss out on shards.
 
     Args:
-      declaration: of the step.
+      bound: the spec and its mesh.
       layout: every sharding.
       jaxpr: the loss, traced on whole arrays.
       accumulate: micro-batches.
@@ -87,8 +87,8 @@ def plan_of(declaration: Declaration, layout: Layout, jaxpr: Any, accumulate: Ac
     Raises:
       StepError: with everything that explicit collectives cannot do.
     """
-    marks, own = Marks.of(jaxpr.jaxpr), isinstance(declaration.loss_fn, PerShard)
-    rules = declaration.strategy.activations
+    marks, own = Marks.of(jaxpr.jaxpr), isinstance(bound.spec.loss_fn, PerShard)
+    rules = bound.spec.strategy.activations
     table = tuple((n, rules.mesh_axes(n)) for n, _ in rules.table) if rules else ()
     meant, rows = Meaning(table), layout.row_axes
     problems: list[Problem] = []
@@ -117,26 +117,26 @@ def plan_of(declaration: Declaration, layout: Layout, jaxpr: Any, accumulate: Ac
         parameters.append(Parameter(stored, whole, scattered, summed))
     problems += name_problems(meant, marks)
     problems += head_problems(meant, marks)
-    problems += compression_problems(declaration, parameters, rows)
-    refuse(declaration, problems)
-    precision = declaration.precision
+    problems += compression_problems(bound, parameters, rows)
+    refuse(bound, problems)
+    precision = bound.spec.precision
     reduce = precision.reduce if precision.reduces_apart else None
     batch = jax.tree.map(lambda s: s.spec, layout.batch_shardings)
     return ManualPlan(
-        declaration,
+        bound,
         accumulate,
         rows,
         tokens,
         tuple(parameters),
-        Meaning(table, tuple(gathered.items()), kept_axes(declaration), reduce),
+        Meaning(table, tuple(gathered.items()), kept_axes(bound), reduce),
         (specs.params, specs.extra, batch),
         updated,
     )
 
 
-def kept_axes(declaration: Declaration) -> Axes:
+def kept_axes(bound: BoundSpec) -> Axes:
     """Mesh axes over which a strategy keeps gathered weights."""
-    return tuple(one.axis for name, one in declaration.strategy.regions if name == "weight")
+    return tuple(one.axis for name, one in bound.spec.strategy.regions if name == "weight")
 
 
 def _dims(spec: PartitionSpec, rank: int) -> Dims:

@@ -13,8 +13,8 @@ from .._shards import Axes, Dims, Meaning, Names, PerShard, weight_p
 from .._tree import Leaf, leaves
 from ..parallel import known_kinds
 from ..rules import axes_of, format_mesh
+from ._bound_spec import BoundSpec
 from ._buckets import Parameter
-from ._declaration import Declaration
 from ._layout import Layout
 
 
@@ -48,19 +48,19 @@ class Marks:
         )
 
 
-def check_declared(declaration: Declaration, layout: Layout) -> None:
+def check_declared(bound: BoundSpec, layout: Layout) -> None:
     """Refuses what explicit collectives cannot carry out, as far as no tracing is needed.
 
     Raises:
       StepError: with everything that is found.
     """
-    own = isinstance(declaration.loss_fn, PerShard)
-    problems = [*_kind_problems(declaration), *_batch_problems(layout, own)]
-    refuse(declaration, problems)
+    own = isinstance(bound.spec.loss_fn, PerShard)
+    problems = [*_kind_problems(bound), *_batch_problems(layout, own)]
+    refuse(bound, problems)
 
 
-def refuse(declaration: Declaration, problems: list[Problem]) -> None:
-    where = format_mesh(declaration.built_mesh.shape)
+def refuse(bound: BoundSpec, problems: list[Problem]) -> None:
+    where = format_mesh(bound.mesh.shape)
     raise_all(StepError, f'mode="shard_map" cannot carry this out on mesh {where}.', problems)
 
 
@@ -85,18 +85,18 @@ def leaf_problems(
             yield Problem(subject, why, fix + "sk.AxisRules({...})")
 
 
-def _kind_problems(declaration: Declaration) -> Iterator[Problem]:
+def _kind_problems(bound: BoundSpec) -> Iterator[Problem]:
     carried = dict.fromkeys(kind.name for kind in known_kinds() if kind.in_shard_map)
-    for kind in declaration.strategy.kinds:
+    for kind in bound.spec.strategy.kinds:
         if not kind.in_shard_map:
             why = f"over mesh axis {kind.axis!r} is left to the partitioner; here: "
             why += ", ".join(carried)
             yield Problem(f"{kind} parallelism", why, 'mode="auto"')
-    for name, carrier in declaration.strategy.regions:
-        if name != "weight" and declaration.built_mesh.shape.get(carrier.axis, 1) > 1:
+    for name, carrier in bound.spec.strategy.regions:
+        if name != "weight" and bound.mesh.shape.get(carrier.axis, 1) > 1:
             why = f"{carrier} maps over {carrier.axis!r} itself"
             yield Problem(f"region {name!r}", why, 'mode="auto"')
-    if declaration.stateful:
+    if bound.spec.stateful:
         why = "carries mutable state, which would be that of one device's rows"
         yield Problem("loss_fn", why, 'mode="auto"')
 
@@ -132,10 +132,10 @@ def head_problems(meant: Meaning, marks: Marks) -> Iterator[Problem]:
 
 
 def compression_problems(
-    declaration: Declaration, parameters: Iterable[Parameter], rows: Axes
+    bound: BoundSpec, parameters: Iterable[Parameter], rows: Axes
 ) -> Iterator[Problem]:
     """Gradients are compressed where they are summed whole."""
-    how = declaration.strategy.compression
+    how = bound.spec.strategy.compression
     if how and not all(how.axis in one.summed for one in parameters):
         why = f"gradients are not summed over {how.axis!r}, they are scattered over it or equal"
         yield Problem("compression", why, f"an axis of the rows ({_listed(rows)}) that splits them")

@@ -11,7 +11,7 @@ from .._lanes import Draws, draws_of, grown
 from .._shards import varied
 from .._types import Accumulate
 from ._activations import Activations
-from ._declaration import Declaration
+from ._bound_spec import BoundSpec
 from ._layout import Layout
 from ._manual import mapped, seen, shard_gradients, shard_objective
 from ._manual_plan import ManualPlan, plan_of
@@ -20,28 +20,28 @@ from ._objective import Objective
 
 
 def gradients_on_shards(
-    declaration: Declaration, layout: Layout, objective: Objective, low: Any
+    bound: BoundSpec, layout: Layout, objective: Objective, low: Any
 ) -> Callable[..., Any]:
-    """The gradients of a loss as the step's declaration has them; see `shard_plan`."""
-    plan = shard_plan(declaration, layout, objective, low, declaration.accumulate)
+    """The gradients of a loss as the step's spec has them; see `shard_plan`."""
+    plan = shard_plan(bound, layout, objective, low, bound.spec.accumulate)
     return shard_gradients(objective, plan)
 
 
 def evaluated_on_shards(
-    declaration: Declaration, layout: Layout, objective: Objective, low: Any
+    bound: BoundSpec, layout: Layout, objective: Objective, low: Any
 ) -> Objective:
     """A loss of the whole batch, without micro-batches or gradients; see `shard_plan`."""
-    plan = shard_plan(declaration, layout, objective, low, Accumulate())
+    plan = shard_plan(bound, layout, objective, low, Accumulate())
     return shard_objective(objective, plan)
 
 
 def shard_plan(
-    declaration: Declaration, layout: Layout, objective: Objective, low: Any, accumulate: Accumulate
+    bound: BoundSpec, layout: Layout, objective: Objective, low: Any, accumulate: Accumulate
 ) -> ManualPlan:
     """Plans how a loss runs on shards.
 
     Args:
-      declaration: of the step.
+      bound: the spec and its mesh.
       layout: every sharding.
       objective: the loss.
       low: abstract parameters as the loss sees them.
@@ -51,12 +51,12 @@ def shard_plan(
       ShardingError: a constraint of the model cannot be met.
       StepError: explicit collectives cannot carry this out.
     """
-    check_declared(declaration, layout)
+    check_declared(bound, layout)
     args = (low, layout.state.extra, layout.batch, layout.state.key)
     whole = jax.make_jaxpr(objective)(*args)
-    rules = declaration.strategy.activations
-    Activations(declaration.built_mesh, rules, layout.row_axes).check(whole)
-    plan = plan_of(declaration, layout, whole, accumulate)
+    rules = bound.spec.strategy.activations
+    Activations(bound.mesh, rules, layout.row_axes).check(whole)
+    plan = plan_of(bound, layout, whole, accumulate)
     return dataclasses.replace(plan, draws=_shard_draws(objective, plan, args, whole))
 
 

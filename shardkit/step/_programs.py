@@ -1,4 +1,4 @@
-"""The executables of one declaration: the step at once, the others when they are first used."""
+"""The executables of one spec on one mesh: the step at once, others when they are first used."""
 
 import dataclasses
 import functools
@@ -10,35 +10,35 @@ from .._errors import Problem, StepError, raise_all
 from .._regions import Marks, Surroundings, carried_out
 from .._remat import active
 from ._activations import Activations
+from ._bound_spec import BoundSpec
 from ._compile import Program, compile_program
 from ._debug import check_keys
-from ._declaration import Declaration
 from ._functions import Functions, layer_policy
 from ._layout import Layout
 from ._readback import check_executable
 
 
 class Programs:
-    """Compiles the functions of a declaration for its mesh, each once."""
+    """Compiles the functions of a spec for its mesh, each once."""
 
-    def __init__(self, declaration: Declaration, layout: Layout) -> None:
+    def __init__(self, bound: BoundSpec, layout: Layout) -> None:
         """Takes what is to be compiled.
 
         Raises:
-          StepError: the declaration does not form a step.
+          StepError: the spec does not form a step.
         """
-        self._declaration, self._layout = declaration, layout
-        self._functions = Functions(declaration, layout)
-        if declaration.debug:
+        self._bound, self._layout = bound, layout
+        self._functions = Functions(bound, layout)
+        if bound.spec.debug:
             check_keys(self._functions.given)
-        self._whole = NamedSharding(declaration.built_mesh, PartitionSpec())
+        self._whole = NamedSharding(bound.mesh, PartitionSpec())
 
     @functools.cached_property
     def train(self) -> Program:
         """`(state, batch) → (state, metrics)`, the state donated, read back.
 
         Raises:
-          StepError: the declaration does not form a step.
+          StepError: the spec does not form a step.
           ShardingError: a constraint of the model cannot be met, or the executable is not what
             was declared.
         """
@@ -96,8 +96,8 @@ class Programs:
             tuple(axis for axis in layout.row_axes if axis not in layout.lane_axes),
         )
         # Explicit collectives carry out what they can themselves, and refuse the rest.
-        manual = self._declaration.mode == "shard_map"
-        regions = {} if manual else dict(self._declaration.strategy.regions)
+        manual = self._bound.spec.mode == "shard_map"
+        regions = {} if manual else dict(self._bound.spec.strategy.regions)
         with carried_out(regions, around) as marks:
             return self._compile(run, args, placed, results, donate, marks)
 
@@ -110,21 +110,20 @@ class Programs:
         donate: tuple[int, ...] = (),
         marks: Marks | None = None,
     ) -> Program:
-        names, options = self._names, self._declaration.xla_options
+        names, options = self._names, self._bound.xla_options
 
         def check(jaxpr: Any) -> None:
             names.check(jaxpr)
             if marks:
                 _check_reached(marks)
 
-        with active(layer_policy(self._declaration, self._layout)):
+        with active(layer_policy(self._bound, self._layout)):
             return compile_program(run, args, placed, results, names, check, donate, options)
 
     @property
     def _names(self) -> Activations:
-        declaration = self._declaration
-        rules = declaration.strategy.activations
-        return Activations(declaration.built_mesh, rules, self._layout.lane_axes)
+        rules = self._bound.spec.strategy.activations
+        return Activations(self._bound.mesh, rules, self._layout.lane_axes)
 
 
 def _check_reached(marks: Marks) -> None:

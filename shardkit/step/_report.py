@@ -15,8 +15,8 @@ from ..inspect import CompiledBytes, Declared, Placed, Program
 from ..parallel import kinds_by_specs
 from ..rules import Rule, place
 from ._activations import Activations, constraints
+from ._bound_spec import BoundSpec
 from ._compile import Program as Executable
-from ._declaration import Declaration
 from ._idle import idle_rules
 from ._layout import Layout
 
@@ -25,19 +25,19 @@ _SMALL = 2**20
 
 
 def inspected(
-    declaration: Declaration, layout: Layout, made: Executable, retraced: Sequence[str]
+    bound: BoundSpec, layout: Layout, made: Executable, retraced: Sequence[str]
 ) -> Program:
-    """Brings an executable and its declaration to the form that `Report.of` reads.
+    """Brings an executable and its spec to the form that `Report.of` reads.
 
     Args:
-      declaration: of the step.
+      bound: the spec and its mesh.
       layout: of its state and batch.
       made: the executable.
       retraced: what changed in its batch each time that the step was compiled again.
     """
-    mesh = declaration.built_mesh
+    mesh = bound.mesh
     device = mesh.devices.flat[0]
-    placed = tuple(arguments(declaration, layout))
+    placed = tuple(arguments(bound, layout))
     return Program(
         hlo=made.compiled.as_text(),
         mesh=tuple(mesh.shape.items()),
@@ -49,7 +49,7 @@ def inspected(
         log=made.messages,
         compiles=1 + len(retraced),
         retraced=tuple(retraced),
-        declared=_declared(declaration, layout, made.jaxpr, placed),
+        declared=_declared(bound, layout, made.jaxpr, placed),
         dcn=_dcn(mesh),
         seconds=dict(zip(("trace", "lower", "compile"), made.seconds, strict=True)),
     )
@@ -68,17 +68,17 @@ def _line(grid: np.ndarray, dim: int) -> np.ndarray:
     return np.moveaxis(grid, dim, 0).reshape(grid.shape[dim], -1)[:, 0]
 
 
-def arguments(declaration: Declaration, layout: Layout) -> Iterator[Placed]:
+def arguments(bound: BoundSpec, layout: Layout) -> Iterator[Placed]:
     """The arguments of `(state, batch)` in the executable's order."""
-    state, shardings, strategy = layout.state, layout.shardings, declaration.strategy
-    spelled = _spelled(strategy.params, leaves(state.params, layout.axes), declaration)
-    moments = _spelled(strategy.opt_state, leaves(state.opt_state), declaration)
+    state, shardings, strategy = layout.state, layout.shardings, bound.spec.strategy
+    spelled = _spelled(strategy.params, leaves(state.params, layout.axes), bound)
+    moments = _spelled(strategy.opt_state, leaves(state.opt_state), bound)
     moments |= {
         leaf.path
         for leaf in leaves(state.opt_state)
         if any(f"/{leaf.path}".endswith(f"/{path}") for path in spelled)
     }
-    extra = _spelled(strategy.extra, leaves(state.extra), declaration)
+    extra = _spelled(strategy.extra, leaves(state.extra), bound)
     parts = (
         ("rest", state.step, shardings.step, set()),
         ("params", state.params, shardings.params, spelled),
@@ -108,53 +108,51 @@ def _names_of_moments(layout: Layout) -> dict[str, tuple[str | None, ...]]:
     }
 
 
-def _spelled(rule: Rule | None, of: list[Leaf], declaration: Declaration) -> set[str]:
+def _spelled(rule: Rule | None, of: list[Leaf], bound: BoundSpec) -> set[str]:
     """Paths of the leaves whose layout a user wrote down by path, or spelled `REPLICATED`."""
     if rule is None:
         return set()
-    sizes = dict(declaration.built_mesh.shape)
+    sizes = dict(bound.mesh.shape)
     found = {leaf.path: place(rule, leaf, sizes).source for leaf in of}
     return {
         path for path, source in found.items() if source.startswith(("REPLICATED", "PathRules"))
     }
 
 
-def _declared(
-    declaration: Declaration, layout: Layout, jaxpr: Any, placed: Sequence[Placed]
-) -> Declared:
-    strategy, precision = declaration.strategy, declaration.precision
-    activations = Activations(declaration.built_mesh, strategy.activations, layout.lane_axes)
+def _declared(bound: BoundSpec, layout: Layout, jaxpr: Any, placed: Sequence[Placed]) -> Declared:
+    strategy, precision = bound.spec.strategy, bound.spec.precision
+    activations = Activations(bound.mesh, strategy.activations, layout.lane_axes)
     named = list(dict.fromkeys(constraints(jaxpr.jaxpr)))
     return Declared(
         kinds=strategy.kinds,
-        by_specs=kinds_by_specs(declaration.built_mesh.shape, placed, strategy.kinds),
-        accumulate=declaration.accumulate.steps,
+        by_specs=kinds_by_specs(bound.mesh.shape, placed, strategy.kinds),
+        accumulate=bound.spec.accumulate.steps,
         compute_dtype=short_dtype(jnp.dtype(precision.compute)),
         reduce_dtype=short_dtype(jnp.dtype(precision.reduce or precision.compute)),
-        activation_bytes=_activation_bytes(declaration, layout, jaxpr),
+        activation_bytes=_activation_bytes(bound, layout, jaxpr),
         layers=_layers(layout),
         choices=_choices(jaxpr),
-        rules=idle_rules(declaration, layout, named),
+        rules=idle_rules(bound, layout, named),
         constraints=tuple(
             Placed("activation", leaf, activations.spec(leaf.axes or ())) for leaf in named
         ),
-        activation_axes=_activation_axes(declaration),
+        activation_axes=_activation_axes(bound),
     )
 
 
-def _activation_axes(declaration: Declaration) -> tuple[str, ...]:
+def _activation_axes(bound: BoundSpec) -> tuple[str, ...]:
     """Mesh axes that the strategy splits some activation over, in mesh order."""
-    table = declaration.strategy.activations
+    table = bound.spec.strategy.activations
     split = {axis for _, axes in table.table for axis in axes} if table else set()
-    return tuple(axis for axis in declaration.built_mesh.shape if axis in split)
+    return tuple(axis for axis in bound.mesh.shape if axis in split)
 
 
-def _activation_bytes(declaration: Declaration, layout: Layout, jaxpr: Any) -> int | None:
+def _activation_bytes(bound: BoundSpec, layout: Layout, jaxpr: Any) -> int | None:
     """Bytes of `[batch, length, embed]` on a device, as a model's constraints show it."""
-    table = declaration.strategy.activations
+    table = bound.spec.strategy.activations
     shared = table.mesh_axes("length") if table and "length" in dict(table.table) else ()
     axes = {*layout.row_axes, *shared}
-    ways = math.prod(declaration.built_mesh.shape.get(axis, 1) for axis in axes)
+    ways = math.prod(bound.mesh.shape.get(axis, 1) for axis in axes)
     for leaf in constraints(jaxpr.jaxpr):
         names = dict(zip(leaf.axes or (), leaf.shape, strict=True))
         if {"batch", "length", "embed"} <= names.keys() <= {"batch", "length", "embed", LANES}:

@@ -8,28 +8,28 @@ from jax.sharding import Mesh
 from .._errors import Problem, StepError, raise_all
 from .._tree import format_bytes
 from ..inspect import CompiledBytes, Memory, Program, advice, read_memory
+from ._bound_spec import BoundSpec
 from ._compile import Program as Executable
-from ._declaration import Declaration
 from ._layout import Layout
 from ._report import arguments
 
 _PARTS = ("params", "opt_state", "extra", "batch", "temp")
 
 
-def check_room(declaration: Declaration, layout: Layout, made: Executable) -> None:
+def check_room(bound: BoundSpec, layout: Layout, made: Executable) -> None:
     """Refuses a step that is larger than its devices, as far as their memory is known.
 
     Raises:
       StepError: with the bytes of each part, and what would make it fit.
     """
-    mesh = declaration.built_mesh
+    mesh = bound.mesh
     device = mesh.devices.flat[0]
     program = Program(
         hlo="",
         mesh=tuple(mesh.shape.items()),
         platform=device.platform,
         device_kind=device.device_kind,
-        leaves=tuple(arguments(declaration, layout)),
+        leaves=tuple(arguments(bound, layout)),
         memory=CompiledBytes.of(made.compiled.memory_analysis()),
     )
     memory = read_memory(program)

@@ -11,7 +11,8 @@ import optax
 from jax.tree_util import tree_leaves_with_path as leaves_with_path
 
 from .._errors import Problem, StepError, raise_all
-from .._tree import path_str, short_type
+from .._tree import leaves, path_str, short_type
+from .._types import Params
 from ..state import TrainState
 from ._gradients import GradientFn
 from ._nonfinite import SKIPPED, OnNonfinite, chosen, is_usable
@@ -131,6 +132,21 @@ def _metrics(outcome: Outcome, grads: Any) -> Metrics:
 
 def _values(outcome: Outcome) -> Metrics:
     return {"loss": value_of(outcome.loss), **{k: value_of(m) for k, m in outcome.metrics.items()}}
+
+
+def check_params(params: Params) -> None:
+    """Refuses parameters that no gradient can be taken of.
+
+    Raises:
+      StepError: naming each leaf that is not floating-point.
+    """
+    problems = [
+        Problem(str(leaf), "is no floating-point array, so it has no gradient")
+        for leaf in leaves(params)
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact)
+    ]
+    fix = "return sk.Variables(params, extra) from init, with these leaves in extra"
+    raise_all(StepError, "Some parameters cannot be trained.", problems, fix)
 
 
 def check_form(before: TrainState, after: TrainState) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from .._errors import ShardkitError
 from ..plan import Network, modelled
-from ..step import CompiledStep, Declaration
+from ..step import CompiledStep, StepSpec
 from ..targets import NotCompiled, OwnFailure
 from ._case import Case
 from ._circumstances import circumstances
@@ -52,7 +52,7 @@ class Attempts:
     def _by_plan(self, case: Case, made: Made) -> dict[str, Any]:
         if self.estimate:
             return estimated(self.estimate, case)
-        return by_plan(case, made.declaration, self.compiler.network)
+        return by_plan(case, made.spec, self.compiler.network)
 
     def try_case(self, case: Case, old: Row | None = None) -> tuple[Row, CompiledStep | None]:
         """Returns the row of a case, and its step where it is legal and was compiled here.
@@ -94,10 +94,10 @@ def estimated(estimate: Callable[[Case], float], case: Case) -> dict[str, Any]:
         return {"not_modelled": reason(f"estimate raised {type(error).__name__}: {error}")}
 
 
-def by_plan(case: Case, declared: Declaration, network: Network | None) -> dict[str, Any]:
+def by_plan(case: Case, spec: StepSpec, network: Network | None) -> dict[str, Any]:
     """What a plan would say of a case, as plain values; or why it says nothing."""
     try:
-        found = modelled(declared, case.sizes, network)
+        found = modelled(spec, case.sizes, network)
     except Exception as error:  # the walk goes through a user's code
         return {"not_modelled": reason(f"{type(error).__name__}: {error}")}
     seconds = {} if found.seconds is None else {"plan_seconds": found.seconds}

@@ -8,7 +8,7 @@ from typing import Any
 
 from .._errors import Problem, StepError, SweepError, raise_all
 from .._remat import policy
-from ..mesh import mesh_shapes
+from ..mesh import MeshSpec, mesh_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,11 @@ class Case:
     def sizes(self) -> dict[str, int]:
         """Mesh axis → size."""
         return dict(self.mesh)
+
+    @property
+    def mesh_spec(self) -> MeshSpec:
+        """The mesh, not built."""
+        return MeshSpec(dcn=None, **self.sizes)
 
     @property
     def devices(self) -> int:

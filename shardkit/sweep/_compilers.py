@@ -11,13 +11,13 @@ from jax.sharding import Mesh
 from .._errors import Problem, StepError, SweepError, count, format_problems, raise_all
 from ..hardware import chip_of
 from ..inspect import Report
-from ..mesh import MeshSpec, Target
+from ..mesh import Target
 from ..plan import Network
-from ..step import CompiledStep, Declaration
+from ..step import CompiledStep, StepSpec
 from ..targets import Source, compile_for
 from ._case import Case
 
-Factory = Callable[..., CompiledStep | Declaration]
+Factory = Callable[..., CompiledStep | StepSpec]
 """`factory(mesh, accumulate=2, remat="full")`; with a target the mesh is a `MeshSpec`."""
 
 
@@ -28,13 +28,13 @@ class Made:
     Attributes:
       report: of the step; its own `seconds` are those of tracing, lowering and compiling.
       seconds: wall time from the call of the factory to the report, a child's start included.
-      declaration: what was compiled.
+      spec: what was compiled.
       step: None where it was compiled in another process.
     """
 
     report: Report
     seconds: float
-    declaration: Declaration
+    spec: StepSpec
     step: CompiledStep | None = None
 
 
@@ -84,11 +84,11 @@ class Here:
         """
         start = time.perf_counter()
         first = None if case.devices == len(self.present) else self.present[: case.devices]
-        mesh = MeshSpec(dcn=None, **case.sizes).build(devices=first)
+        mesh = case.mesh_spec.build(devices=first)
         step = _compiled(self.factory(mesh, accumulate=case.accumulate, remat=case.remat), mesh)
-        check_asked(step.declaration, step.mesh.shape, case)
+        check_asked(step.spec, case, step.mesh.shape)
         report = step.report()
-        return Made(report, time.perf_counter() - start, step.declaration, step)
+        return Made(report, time.perf_counter() - start, step.spec, step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,27 +125,25 @@ class Absent:
           ShardkitError: the case is illegal, or its compiler crashed.
         """
         start = time.perf_counter()
-        declared = declare(self.factory, case)
+        spec = declare(self.factory, case)
         report = compile_for(self.source(case), self.target, timeout=self.timeout)
-        return Made(report, time.perf_counter() - start, declared)
+        return Made(report, time.perf_counter() - start, spec)
 
 
-def declare(factory: Factory, case: Case) -> Declaration:
-    """What a factory declares of a case, for a mesh that another process builds.
+def declare(factory: Factory, case: Case) -> StepSpec:
+    """The spec that a factory makes of a case, for a mesh that another process builds.
 
     Raises:
-      StepError: it returns no declaration, or another one than it was asked for.
+      StepError: it returns no spec, or another one than it was asked for.
     """
-    made = factory(MeshSpec(dcn=None, **case.sizes), accumulate=case.accumulate, remat=case.remat)
-    if not isinstance(made, Declaration) or not isinstance(made.mesh, MeshSpec):
-        why = f"returned {type(made).__name__}; a compile elsewhere takes a declaration"
-        if isinstance(made, Declaration):
-            why = f"returned a declaration whose mesh is a {type(made.mesh).__name__}"
-        fix = "return sk.Declaration(loss_fn, optimizer, init, batch, mesh, strategy)"
+    made = factory(case.mesh_spec, accumulate=case.accumulate, remat=case.remat)
+    if not isinstance(made, StepSpec):
+        why = f"returned {type(made).__name__}; a compile elsewhere takes a StepSpec"
+        fix = "return sk.StepSpec(loss_fn=..., optimizer=..., init=..., batch=..., strategy=...)"
         raise StepError(
             format_problems("There is nothing to compile.", [Problem("factory", why)], fix)
         )
-    check_asked(made, made.mesh.shape, case)
+    check_asked(made, case)
     return made
 
 
@@ -171,8 +169,8 @@ def present_devices(wanted: Sequence[int]) -> Sequence[Any]:
 
 
 def _compiled(made: Any, mesh: Mesh) -> CompiledStep:
-    if isinstance(made, Declaration):
-        return CompiledStep(made.replaced(mesh=mesh))
+    if isinstance(made, StepSpec):
+        return made.compile(mesh)
     if isinstance(made, CompiledStep):
         return made
     problem = Problem("factory", f"returned {type(made).__name__}")
@@ -180,14 +178,19 @@ def _compiled(made: Any, mesh: Mesh) -> CompiledStep:
     raise StepError(format_problems("The factory makes no step.", [problem], fix))
 
 
-def check_asked(made: Declaration, sizes: Mapping[str, int], case: Case) -> None:
+def check_asked(made: StepSpec, case: Case, sizes: Mapping[str, int] | None = None) -> None:
     """Refuses a step that is not the one that was asked for, whose row would be a lie.
+
+    Args:
+      made: the spec of the step.
+      case: what was asked.
+      sizes: of the mesh that it was compiled for; None where it is not yet compiled.
 
     Raises:
       StepError: naming what the factory ignored.
     """
     pairs = {
-        "mesh": (dict(sizes), case.sizes),
+        "mesh": (case.sizes if sizes is None else dict(sizes), case.sizes),
         "accumulate": (made.accumulate.steps, case.accumulate),
         "remat": (made.strategy.remat, case.remat),
     }

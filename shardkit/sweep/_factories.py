@@ -1,4 +1,4 @@
-"""Steps by case: from a config file, or from a function that a child process can import."""
+"""Steps by case: of a config file, of a spec, or of a function."""
 
 import dataclasses
 import functools
@@ -15,21 +15,19 @@ from .._errors import (
     Problem,
     ShardkitError,
     SweepError,
-    did_you_mean,
     format_problems,
-    raise_all,
 )
 from ..config import Config, load_config, to_record
 from ..mesh import MeshSpec
-from ..parallel import Strategy, StrategyCall, known_kinds
-from ..run import declare_run
-from ..step import Declaration
+from ..step import CompiledStep, StepSpec, check_step_spec
 from ..targets import Source
 from ._case import Case
 from ._compilers import Factory, declare
+from ._spec_factory import SpecFactory, check_axes, ready
 
 # What a sweep itself sets, and what changes no figure of a step.
 _SET = ("name", "mesh", "devices", "train")
+_NO_FACTORY = "There is no factory."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,20 +47,14 @@ class ConfigFactory:
         """The config, loaded once: what becomes of the file while a sweep runs changes no row."""
         return load_config(self.name or None, list(self.overrides))
 
-    def __call__(self, mesh: Mesh | MeshSpec, *, accumulate: int, remat: str) -> Declaration:
-        """Declares the step of a case."""
-        config = self.config
-        strategy = _with_axes(config.strategy, mesh.shape)
-        micro = strategy.accumulate
-        if not isinstance(micro, int):
-            micro = dataclasses.replace(micro, steps=accumulate)
-        else:
-            micro = accumulate
-        strategy = dataclasses.replace(strategy, accumulate=micro, remat=remat)
-        optimizer = config.optimizer.build(config.train.steps)
-        spec = mesh if isinstance(mesh, MeshSpec) else MeshSpec(dcn=None, **dict(mesh.shape))
-        made = declare_run(config.model, config.data, spec, strategy, optimizer)
-        return dataclasses.replace(made, mesh=mesh, **config.compile.arguments)
+    @functools.cached_property
+    def steps(self) -> SpecFactory:
+        """The steps of the config's spec."""
+        return SpecFactory(self.config.step_spec())
+
+    def __call__(self, mesh: Mesh | MeshSpec, *, accumulate: int, remat: str) -> StepSpec:
+        """The spec of a case."""
+        return self.steps(mesh, accumulate=accumulate, remat=remat)
 
     def axes(self, named: Sequence[str]) -> tuple[str, ...]:
         """Mesh axes of a sweep: those named, by default those of the config's mesh.
@@ -70,22 +62,14 @@ class ConfigFactory:
         Raises:
           ConfigError: an axis is neither in the config's mesh, nor a kind of parallelism.
         """
-        config = self.config
-        own = tuple(config.mesh.axes)
-        known = tuple(dict.fromkeys((*own, *ready())))
-        problems = [
-            Problem(f"axis {axis!r}", f"is none of {', '.join(known)}.{did_you_mean(axis, known)}")
-            for axis in named
-            if axis not in known
-        ]
+        own = tuple(self.config.mesh.axes)
         fix = f"--axes {','.join(own)}, or a strategy and a mesh with the axis in the config"
-        raise_all(ConfigError, "The sweep names unknown axes.", problems, fix)
+        check_axes(named, (*own, *ready()), fix)
         return tuple(named or own)
 
     def idle(self, axes: Sequence[str]) -> tuple[str, ...]:
         """Axes that the config's strategy asks for beside those of a sweep, of size 1 in it."""
-        needed = dict.fromkeys(kind.axis for kind in self.config.strategy.kinds)
-        return tuple(axis for axis in needed if axis not in axes)
+        return self.steps.idle(axes)
 
     def record(self) -> dict[str, Any]:
         """What decides the step, apart from what a sweep varies, as plain values."""
@@ -96,32 +80,19 @@ class ConfigFactory:
         return {**kept, "strategy": layout}
 
 
-def _with_axes(strategy: Strategy, sizes: Mapping[str, int]) -> Strategy:
-    """Adds ready strategies for the axes of a mesh that split something and have none.
-
-    A strategy that is its author's own says itself what it does on which axis.
-    """
-    if not strategy.kinds:
-        return strategy
-    has, known = {kind.axis for kind in strategy.kinds}, ready()
-    for axis, size in sizes.items():
-        if size > 1 and axis not in has and axis in known:
-            strategy = strategy | known[axis]()
-    return strategy
+Declared = ConfigFactory | SpecFactory
+Steps = Factory | Declared
+"""What makes the steps of a sweep."""
 
 
-def ready() -> dict[str, StrategyCall]:
-    """The strategy that a mesh axis stands for where a config declares none for it."""
-    return {kind.axis: call for kind in known_kinds() if (call := kind.by_default())}
+def options_of(factory: Steps) -> tuple[int, str]:
+    """Micro-batches and checkpoint policy of a sweep that names none: a spec's own."""
+    if isinstance(factory, SpecFactory):
+        return factory.spec.accumulate.steps, factory.spec.remat
+    return 1, "none"
 
 
-def plain_axes() -> tuple[str, ...]:
-    """Those that lay out any model: they need no mark in it."""
-    asking = {kind.axis for kind in known_kinds() if kind.region}
-    return tuple(axis for axis in ready() if axis not in asking)
-
-
-def source_of(factory: Factory | ConfigFactory, case: Case) -> Source:
+def source_of(factory: Steps, case: Case) -> Source:
     """What a child process loads to declare a case.
 
     Raises:
@@ -137,10 +108,12 @@ def source_of(factory: Factory | ConfigFactory, case: Case) -> Source:
     return Source("shardkit.sweep:declared", arguments={**of, **asked})
 
 
-def shown_name(factory: Factory | ConfigFactory) -> str:
+def shown_name(factory: Steps) -> str:
     """A name for people, which also tells one sweep from another."""
     if isinstance(factory, ConfigFactory):
         return Path(factory.name).name or "the default config"
+    if isinstance(factory, SpecFactory):
+        return factory.name
     # What is called need not be a function: a partial has neither name.
     return f"{factory.__module__}:{getattr(factory, '__qualname__', type(factory).__name__)}"
 
@@ -151,12 +124,17 @@ def name_of(factory: Factory) -> str:
     Raises:
       SweepError: it is no function at the top of a module that can be imported.
     """
+    fix = "def factory(mesh, *, accumulate, remat) at the top of a module of its own"
+    if isinstance(factory, SpecFactory):
+        why = "was made in this process; another one compiles it, and needs a name to import"
+        fix += ', which returns the StepSpec; then sk.sweep("MODULE:factory", target=...)'
+        problem = Problem(f"spec of {factory.name}", why, fix)
+        raise SweepError(format_problems("The spec cannot be sent to a target.", [problem]))
     name = shown_name(factory)
     module, _, function = name.partition(":")
     if module != "__main__" and function.isidentifier() and inspect.isfunction(factory):
         return name
     why = "another process compiles it, and cannot import it by a name"
-    fix = "def factory(mesh, *, accumulate, remat) at the top of a module of its own"
     problem = Problem(f"factory {name}", why, fix)
     raise SweepError(format_problems("The factory cannot be sent to a target.", [problem]))
 
@@ -170,7 +148,7 @@ def declared(
     overrides: Sequence[str] = (),
     record: Mapping[str, Any] | None = None,
     function: str = "",
-) -> Declaration:
+) -> tuple[StepSpec, MeshSpec]:
     """Declares a case in a child process, from plain values.
 
     Args:
@@ -184,26 +162,31 @@ def declared(
 
     Raises:
       SweepError: the config is no longer what it was.
-      StepError: the function returns no declaration.
+      StepError: the function returns no spec.
     """
     made = _imported(function) if function else ConfigFactory(config, tuple(overrides))
     if isinstance(made, ConfigFactory) and record != json.loads(json.dumps(made.record())):
         why = "was changed while the sweep ran; rows of two configs say nothing beside each other"
         problem = Problem(shown_name(made), why, "the config of before, or another --out")
         raise SweepError(format_problems("The config is another one.", [problem]))
-    return declare(made, Case(tuple(mesh.items()), accumulate, remat))
+    case = Case(tuple(mesh.items()), accumulate, remat)
+    return declare(made, case), case.mesh_spec
 
 
-def factory_of(given: Any) -> Factory | ConfigFactory:
-    """What makes the steps of a sweep: a function itself or its name, or a config by its path.
+def factory_of(given: Any) -> Steps:
+    """What makes the steps of a sweep: a spec, a function or its name, or a config by its path.
 
     Args:
-      given: a factory, `module:function`, or the path of a config file.
+      given: a spec, a factory, `module:function`, or the path of a config file.
 
     Raises:
       ConfigError: there is no such function, its module cannot be imported, or it cannot be called
         as a factory is.
     """
+    if isinstance(given, StepSpec):
+        return SpecFactory(given)
+    if isinstance(given, CompiledStep):
+        check_step_spec(given, ConfigError, _NO_FACTORY)
     named = isinstance(given, str | Path)
     if named and not Source(str(given)).is_function:
         return ConfigFactory(str(given))
@@ -215,7 +198,7 @@ def factory_of(given: Any) -> Factory | ConfigFactory:
 def _check_callable(factory: Any) -> None:
     if not callable(factory):
         _refuse(repr(factory), f"is no function, but {type(factory).__name__}")
-    if isinstance(factory, ConfigFactory):
+    if isinstance(factory, ConfigFactory | SpecFactory):
         return
     try:
         inspect.signature(factory).bind(None, accumulate=1, remat="none")
@@ -233,5 +216,5 @@ def _imported(name: str) -> Factory:
 
 
 def _refuse(name: str, why: str) -> NoReturn:
-    fix = "def factory(mesh, *, accumulate, remat) -> sk.Declaration, as module:factory"
-    raise ConfigError(format_problems("There is no factory.", [Problem(name, why)], fix))
+    fix = "def factory(mesh, *, accumulate, remat) -> sk.StepSpec, as module:factory"
+    raise ConfigError(format_problems(_NO_FACTORY, [Problem(name, why)], fix))

@@ -48,10 +48,10 @@ class Parity:
         }
 
     def _standard(self, step: CompiledStep) -> Standard:
-        micro = step.declaration.accumulate.steps
+        micro = step.spec.accumulate.steps
         if micro not in self._standards:
             given = made_up(step) if self.batches is None else self.batches
             device = step.mesh.devices.flat[0]
             trial = Trial(given, _STEPS, jax.random.key(0))
-            self._standards[micro] = Standard(step.declaration, device, trial)
+            self._standards[micro] = Standard(step.spec, device, trial)
         return self._standards[micro]

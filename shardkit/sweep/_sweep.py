@@ -3,30 +3,35 @@
 import contextlib
 import dataclasses
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._errors import Problem, SweepError, count, format_problems, raise_all
 from ..mesh import Target
 from ._attempt import Attempts
 from ._case import Case, cases
 from ._compilers import Absent, Compiler, Factory, Here, present_devices
-from ._factories import ConfigFactory, factory_of, plain_axes, shown_name, source_of
+from ._factories import Declared, Steps, factory_of, options_of, shown_name, source_of
 from ._journal import Journal
 from ._result import Sweep
 from ._row import ILLEGAL, Row
+from ._spec_factory import plain_axes
 from ._run import OnRow, Run
+
+if TYPE_CHECKING:
+    from ..step import StepSpec
 
 
 def sweep(
-    factory: Factory | str | Path,
+    spec: "StepSpec | Factory | str | Path",
     *,
-    out: str | Path,
+    out: str | Path | None = None,
     axes: Sequence[str] = (),
     devices: int | Sequence[int] | None = None,
-    accumulate: Sequence[int] = (1,),
-    remat: Sequence[str] = ("none",),
+    accumulate: Sequence[int] | None = None,
+    remat: Sequence[str] | None = None,
     target: str | None = None,
     verify: bool = False,
     time: bool | None = None,
@@ -45,19 +50,21 @@ def sweep(
     tries again what failed.
 
     Args:
-      factory: `factory(mesh, *, accumulate, remat)`, which returns a `CompiledStep` or a
-        `Declaration` of just these, or its name, `"module:function"`; or the path of a config file,
-        whose strategy is joined with `sk.strategies.fsdp()` and its like for axes that it has none
-        for.
-      out: folder, new or of this sweep.
-      axes: mesh axes, in mesh order; those of the config's mesh, or of the strategies
-        that lay out any model: `("data", "fsdp", "tensor")`.
+      spec: the step, or the path of a config file; its strategy, where it is made of ready ones,
+        is joined with `sk.strategies.fsdp()` and its like for axes that it has none for. Or
+        `factory(mesh, *, accumulate, remat)`, which returns a `CompiledStep` or a `StepSpec` of
+        just these, or its name, `"module:function"`.
+      out: folder, new or of this sweep; by default a new one for temporary files. The rows of a
+        spec are told from those of others by the name of its loss, its batch, mode, precision and
+        kinds of parallelism: where anything else changes, say it in `record` or give a new folder.
+      axes: mesh axes, in mesh order; those that the spec's strategy names or of the config's mesh,
+        or those of the ready strategies that lay out any model.
       devices: number of devices, or several; all of the process by default.
-      accumulate: micro-batches per step.
-      remat: names of checkpoint policies.
+      accumulate: micro-batches per step; by default the spec's own, else 1.
+      remat: names of checkpoint policies; by default the spec's own, else `"none"`.
       target: `"tpu:v5p:4x4x4"` and its like: each case is compiled in a child process for
-        devices that need not be here. A factory is then a function at the top of a module, which
-        takes a `MeshSpec` and returns a `Declaration`.
+        devices that need not be here. That takes a config, or a factory at the top of a module,
+        which is given a `MeshSpec` and returns a `StepSpec`.
       verify: also compare every legal case with one device, as `sk.verify` does.
       time: also time the updates, in turns; by default where devices are real. On simulated
         ones the times say so, and are no speed claim.
@@ -65,7 +72,7 @@ def sweep(
       turns: how often each case has its turn.
       updates: timed updates of a turn, behind one that warms up.
       timeout: seconds for one compile in a child process.
-      record: plain values that tell this sweep from others, beside the factory's name: rows of
+      record: plain values that tell this sweep from others, beside its name: rows of
         another one are refused.
       estimate: case → bytes per device by a model of yours, to be drawn beside the compiled ones;
         by default the model of `sk.plan`.
@@ -82,33 +89,36 @@ def sweep(
 
     >>> import jax, jax.numpy as jnp, optax, tempfile
     >>> from shardkit.parallel import strategies
-    >>> from shardkit.step import compile_step
-    >>> def factory(mesh, *, accumulate, remat):
-    ...     return compile_step(
-    ...         lambda params, batch, key: jnp.mean((batch @ params["w"]) ** 2), optax.sgd(0.1),
-    ...         init=lambda key: {"w": jax.random.normal(key, (4, 2))}, batch=jnp.ones((4, 4)),
-    ...         mesh=mesh, strategy=strategies.data(), accumulate=accumulate, remat=remat)
+    >>> from shardkit.step import StepSpec
+    >>> spec = StepSpec(
+    ...     loss_fn=lambda params, batch, key: jnp.mean((batch @ params["w"]) ** 2),
+    ...     optimizer=optax.sgd(0.1), init=lambda key: {"w": jax.random.normal(key, (4, 2))},
+    ...     batch=jnp.ones((4, 4)), strategy=strategies.data())
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     found = sweep(factory, out=folder, axes=["data"], devices=(1, 2), accumulate=(1, 4))
+    ...     found = sweep(spec, out=folder, devices=(1, 2), accumulate=(1, 4))
     >>> [(row.case.key, row.status) for row in found.rows][-1]
     ('data=2 accumulate=4 remat=none', 'illegal')
     >>> found.by, len(found.ranked)
     ('compiled wire bytes', 3)
     """
-    of = factory_of(factory)
+    of = factory_of(spec)
     counts = _counts(devices, target)
+    micro, policy = options_of(of)
+    accumulate = (micro,) if accumulate is None else accumulate
+    remat = (policy,) if remat is None else remat
     wanted = _cases(of, axes, counts, accumulate, remat)
     _check_asked(target, verify=verify, time=time, turns=turns, updates=updates)
     compiler = _compiler(of, target, counts, wanted, timeout)
     timed = target is None and compiler.on["platform"] != "cpu" if time is None else time
     attempts = Attempts(compiler, verify, batches, estimate)
-    with Journal(Path(out), _identity(of, compiler, record)) as journal:
+    folder = Path(tempfile.mkdtemp(prefix="shardkit-sweep-") if out is None else out)
+    with Journal(folder, _identity(of, compiler, record)) as journal:
         run = Run(journal, attempts, wanted, on_row)
         with _goes_on(journal, len(wanted)):
             steps = run.compile(verify=verify, timed=timed)
             run.time(steps, batches, turns, updates)
         rows = tuple(journal.rows[case.key] for case in wanted)
-        found = Sweep(rows, Path(out), _title(of, compiler))
+        found = Sweep(rows, folder, _title(of, compiler))
         found.write_csv()
     _check_some_legal(found)
     return found
@@ -142,13 +152,13 @@ def _counts(devices: int | Sequence[int] | None, target: str | None) -> list[int
 
 
 def _cases(
-    of: Factory | ConfigFactory,
+    of: Steps,
     axes: Sequence[str],
     counts: Sequence[int],
     accumulate: Sequence[int],
     remat: Sequence[str],
 ) -> list[Case]:
-    if not isinstance(of, ConfigFactory):
+    if not isinstance(of, Declared):
         return cases(counts, axes or plain_axes(), accumulate, remat)
     named = of.axes(axes)
     idle = tuple((axis, 1) for axis in of.idle(named))
@@ -172,7 +182,7 @@ def _check_asked(
 
 
 def _compiler(
-    of: Factory | ConfigFactory,
+    of: Steps,
     target: str | None,
     counts: Sequence[int],
     wanted: Sequence[Case],
@@ -184,10 +194,8 @@ def _compiler(
     return Absent(of, lambda case: source_of(of, case), target, timeout)
 
 
-def _identity(
-    of: Factory | ConfigFactory, compiler: Compiler, record: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    own = of.record() if isinstance(of, ConfigFactory) else {"factory": shown_name(of)}
+def _identity(of: Steps, compiler: Compiler, record: Mapping[str, Any] | None) -> dict[str, Any]:
+    own = of.record() if isinstance(of, Declared) else {"factory": shown_name(of)}
     try:
         json.dumps(record or {})
     except (TypeError, ValueError) as error:
@@ -197,7 +205,7 @@ def _identity(
     return {**own, **(record or {}), "on": dict(compiler.on)}
 
 
-def _title(of: Factory | ConfigFactory, compiler: Compiler) -> str:
+def _title(of: Steps, compiler: Compiler) -> str:
     where = compiler.on.get("device_kind") or compiler.on["target"]
     return f"Sweep of {shown_name(of)} on {where}."
 

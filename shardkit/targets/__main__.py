@@ -1,4 +1,4 @@
-"""The child's side: loads a declaration, compiles it for its target, writes the report."""
+"""The child's side: loads a step, compiles it for its target, writes the report."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from .._errors import ShardkitError
 from ..hardware import Chip
 from ..inspect import Report
 from ..mesh import MeshSpec, Target, settle_devices
-from ..step import CompiledStep, Declaration
+from ..step import CompiledStep, StepSpec
 from ._devices import build
 from ._source import Source
 
@@ -24,13 +24,12 @@ from ._source import Source
 def report_of(source: Source, target: Target, chip: str | Chip | None = None) -> Report:
     """Compiles a source for a target in this process; its time is modelled for a chip."""
     settle_devices(target.n_devices if target.kind == "cpu" else None)
-    return step_of(source.load(), target).report(chip=chip)
+    return step_of(*source.load_with_mesh(), target).report(chip=chip)
 
 
-def step_of(made: Declaration, target: Target) -> CompiledStep:
-    """Compiles a declaration, all of it, on the devices of a target."""
-    assert isinstance(made.mesh, MeshSpec)  # a source has looked
-    return CompiledStep(made.replaced(mesh=build(made.mesh, target)))
+def step_of(spec: StepSpec, mesh: MeshSpec, target: Target) -> CompiledStep:
+    """Compiles a spec, all of it, on the devices of a target."""
+    return spec.compile(build(mesh, target))
 
 
 def end_with_parent(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Where a child process finds the declaration that it is to compile."""
+"""Where a child process finds the step that it is to compile."""
 
 import dataclasses
 import difflib
@@ -12,8 +12,9 @@ from typing import Any, NoReturn
 from .._errors import ConfigError, Problem, did_you_mean, format_problems
 from ..config import load_config
 from ..mesh import MeshSpec
-from ..run import declare_run
-from ..step import Declaration
+from ..step import StepSpec
+
+_RETURNS = "return sk.StepSpec(loss_fn=..., ..., strategy=...), sk.MeshSpec(data=-1, tensor=4)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Source:
 
     Attributes:
       name: a path to a config file, `""` for the default config, or `module:function`, where the
-        function returns an `sk.Declaration` whose mesh is a `MeshSpec`.
+        function returns `(sk.StepSpec, sk.MeshSpec)`, or a spec alone for `shardkit plan`.
       overrides: `path.to.field=value`, for config files.
       arguments: what the function is called with by name, plain JSON values; nothing by default.
     """
@@ -49,19 +50,31 @@ class Source:
         """The source that `to_request` described."""
         return cls(request["name"], tuple(request["overrides"]), request["arguments"])
 
-    def load(self) -> Declaration:
+    def load(self) -> tuple[StepSpec, MeshSpec | None]:
         """Loads the config, or imports the function and calls it.
+
+        Returns:
+          The step, and the mesh that it is to be compiled for, if the function gives one.
 
         Raises:
           ConfigError: there is no such file, module or function, or it returns something else.
         """
         return self._call() if self.is_function else self._config()
 
-    def _config(self) -> Declaration:
+    def load_with_mesh(self) -> tuple[StepSpec, MeshSpec]:
+        """The same for a step that is compiled, which takes a mesh.
+
+        Raises:
+          ConfigError: as `load` does, or the function gives no mesh.
+        """
+        spec, mesh = self.load()
+        if mesh is None:
+            _refuse(self.name, "returned a StepSpec and no mesh to compile it for", _RETURNS)
+        return spec, mesh
+
+    def _config(self) -> tuple[StepSpec, MeshSpec]:
         config = load_config(self.name or None, list(self.overrides))
-        optimizer = config.optimizer.build(config.train.steps)
-        made = declare_run(config.model, config.data, config.mesh, config.strategy, optimizer)
-        return dataclasses.replace(made, **config.compile.arguments)
+        return config.step_spec(), config.mesh
 
     def imported(self) -> Callable[..., Any]:
         """Returns the function that is named, imported from the working folder or the path.
@@ -82,25 +95,28 @@ class Source:
         if function not in names:
             why = f"{module_name} has no function {function!r}.{did_you_mean(function, names)}"
             close = difflib.get_close_matches(function, names, n=1, cutoff=0.5)
-            fix = f"{module_name}:{close[0]}" if close else "def NAME() -> sk.Declaration, as NAME"
+            fix = f"{module_name}:{close[0]}" if close else "def NAME() -> sk.StepSpec, as NAME"
             _refuse(self.name, why, fix)
         return getattr(module, function)
 
-    def _call(self) -> Declaration:
+    def _call(self) -> tuple[StepSpec, MeshSpec | None]:
         function, called = self.name.partition(":")[2], self.imported()
         try:
             inspect.signature(called).bind(**self.arguments)
         except TypeError as error:
-            fix = f"give it a default: def {function}(argument=...) -> sk.Declaration"
+            fix = f"give it a default: def {function}(argument=...): ..."
             _refuse(self.name, f"cannot be called: {error}", fix)
         made = called(**self.arguments)
-        if not isinstance(made, Declaration) or not isinstance(made.mesh, MeshSpec):
-            what = type(made).__name__
-            if isinstance(made, Declaration):
-                what = f"a Declaration whose mesh is a {type(made.mesh).__name__}"
-            fix = "return sk.Declaration(loss_fn=..., optimizer=..., init=..., batch=...,"
-            _refuse(self.name, f"returned {what}", f"{fix} mesh=sk.MeshSpec(...), strategy=...)")
-        return made
+        match made:
+            case StepSpec():
+                return made, None
+            case (StepSpec() as spec, MeshSpec() as mesh):
+                return spec, mesh
+            case tuple():
+                what = f"({', '.join(type(one).__name__ for one in made)})"
+            case _:
+                what = type(made).__name__
+        _refuse(self.name, f"returned {what}", _RETURNS)
 
 
 def _refuse(name: str, why: str, fix: str) -> NoReturn:

@@ -9,14 +9,14 @@ from .._errors import BudgetError, Problem, count, raise_all
 from ..inspect import Budget, Ledger, Report, Row
 from ..mesh import MeshSpec
 from ..rules import format_mesh
-from ..step import CompiledStep
+from ..step import CompiledStep, StepSpec
 from ..verify import Certificate, StepFactory, verify
 
 Key = str | tuple[str, str]
 
 
 def assert_matches_one_device(
-    step_factory: StepFactory,
+    spec: StepSpec | StepFactory,
     mesh: Mesh | MeshSpec,
     *,
     batches: Sequence[Any] | None = None,
@@ -25,7 +25,7 @@ def assert_matches_one_device(
     """Asserts that a step gives on a mesh the numbers of one device.
 
     Args:
-      step_factory: compiles the step for a mesh.
+      spec: the step, or a function that compiles it for a mesh.
       mesh: the mesh, or a spec that is built from the first local devices.
       batches: host batches; by default made up, as `sk.verify` says.
       steps: updates with the declared optimizer.
@@ -36,7 +36,7 @@ def assert_matches_one_device(
     Raises:
       VerificationError: with every check that failed and its worst leaf.
     """
-    return verify(step_factory, [mesh], batches=batches, steps=steps).check()
+    return verify(spec, [mesh], batches=batches, steps=steps).check()
 
 
 def assert_collectives(step: CompiledStep | Report, expected: Mapping[Key, int]) -> None:

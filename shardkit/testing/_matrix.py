@@ -9,8 +9,8 @@ from jax.sharding import Mesh
 
 from .._errors import Problem, VerificationError, count, format_problems
 from .._types import Accumulate
-from ..step import CompiledStep
-from ..verify import Certificate, Row, Standard, StepFactory, made_up, one_device
+from ..step import CompiledStep, StepSpec
+from ..verify import Certificate, Row, Standard, StepFactory, made_up, one_device, step_factory
 from ..verify._record import Trial
 from .mutations import MUTATIONS, Mutation
 
@@ -97,7 +97,7 @@ _FIX = "a mesh that splits batch and parameters, unequal weights and dropout in 
 
 
 def kill_matrix(
-    step_factory: StepFactory,
+    spec: StepSpec | StepFactory,
     mesh: Mesh,
     *,
     batches: Sequence[Any] | None = None,
@@ -110,7 +110,8 @@ def kill_matrix(
     are there to be broken; not where a carrier has micro-batches of its own.
 
     Args:
-      step_factory: compiles the step for a mesh, as for `sk.verify`. Its loss has no mutable state.
+      spec: the step, or a function that compiles it for a mesh, as for `sk.verify`. Its loss has
+        no mutable state.
       mesh: splits rows and some parameters; otherwise some mutations change nothing and survive.
       batches: as for `sk.verify`; their rows of unequal weight, and the loss with dropout, or
         the mutations of weights and keys survive.
@@ -118,17 +119,15 @@ def kill_matrix(
       mutations: which to inject. Of the checks that take a compilation of their own, only those
         that must find the bug are made.
     """
-    one = step_factory(one_device(mesh))
+    compiled = step_factory(spec)
+    one = compiled(one_device(mesh))
     trial = Trial(made_up(one) if batches is None else batches, steps, jax.random.key(0))
-    step = step_factory(mesh)
-    carriers = [carrier for _, carrier in step.declaration.strategy.regions]
+    step = compiled(mesh)
+    carriers = [carrier for _, carrier in step.spec.strategy.regions]
     split_already = any(carrier.misfits(Accumulate(2), False) for carrier in carriers)
-    if step.declaration.accumulate.steps == 1 and not split_already:
+    if step.spec.accumulate.steps == 1 and not split_already:
         step = step.replace(accumulate=2)
-    strategy = dataclasses.replace(
-        one.declaration.strategy, accumulate=step.declaration.strategy.accumulate
-    )
-    plain = dataclasses.replace(one.declaration, strategy=strategy)
+    plain = one.spec.replace(accumulate=step.spec.accumulate)
     standard = Standard(plain, one.mesh.devices.flat[0], trial)
     control = Certificate(tuple(standard.rows(step)), standard.title)
     return KillMatrix(control, tuple(_killed(standard, step, mutations)))

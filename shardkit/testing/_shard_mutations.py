@@ -52,10 +52,10 @@ def _clipped_on_shards(train: Any) -> Any:
 
     def wrong(functions: Any) -> Any:
         specs = jax.tree.map(lambda s: s.spec, functions.layout.shardings)
-        chain = functions.declaration.optimizer
+        chain = functions.bound.spec.optimizer
         update = jax.shard_map(
             chain.update,
-            mesh=functions.declaration.mesh,
+            mesh=functions.bound.mesh,
             in_specs=(specs.params, specs.opt_state, specs.params),
             out_specs=(specs.params, specs.opt_state),
             check_vma=False,
@@ -65,8 +65,9 @@ def _clipped_on_shards(train: Any) -> Any:
             return update(updates, state, params)
 
         optimizer = optax.GradientTransformation(chain.init, on_shards)
-        declaration = dataclasses.replace(functions.declaration, optimizer=optimizer)
-        return train(dataclasses.replace(functions, declaration=declaration))
+        spec = functions.bound.spec.replace(optimizer=optimizer)
+        bound = dataclasses.replace(functions.bound, spec=spec)
+        return train(dataclasses.replace(functions, bound=bound))
 
     return wrong
 

@@ -11,25 +11,25 @@ from .._tree import leaves, path_str
 from .._types import Named, Variables
 from ..optim import FollowParams, update_specs
 from ..rules import chain, collect, format_spec
-from ..step import Declaration
+from ..step import StepSpec
 from ._record import to_host
 
 Specs = dict[str, PartitionSpec]
 
 
-def declared_specs(declaration: Declaration, state: Any) -> Specs:
-    """Resolves the rules of a declaration for every leaf of a state and of its batch.
+def declared_specs(spec: StepSpec, mesh: Mesh, state: Any) -> Specs:
+    """Resolves the rules of a spec for every leaf of a state and of its batch.
 
     Args:
-      declaration: rules, mesh and batch.
+      spec: rules and batch.
+      mesh: the device mesh.
       state: the `TrainState`, of which only paths, shapes and dtypes are read.
 
     Returns:
       Specs by `params/…`, `opt_state/…`, `extra/…`, `batch/…`, `step` and `key`.
     """
-    d, sizes = declaration, dict(declaration.mesh.shape)
-    strategy = d.strategy
-    params = leaves(state.params, _axis_names(d))
+    strategy, sizes = spec.strategy, dict(mesh.shape)
+    params = leaves(state.params, _axis_names(spec))
     specs, problems = collect(strategy.params, params, sizes)
     moments = leaves(state.opt_state)
     updated = update_specs(strategy.zero, params, specs, sizes)
@@ -40,25 +40,30 @@ def declared_specs(declaration: Declaration, state: Any) -> Specs:
     extra, rest = collect(strategy.extra, leaves(state.extra), sizes)
     lost = [*problems, *more, *rest]
     assert not lost, "a step was compiled from rules that do not resolve"
-    found = {"params": specs, "opt_state": opt_state, "extra": extra, "batch": _batch_specs(d)}
+    found = {
+        "params": specs,
+        "opt_state": opt_state,
+        "extra": extra,
+        "batch": _batch_specs(spec, sizes),
+    }
     named = {f"{part}/{path}": s for part, by in found.items() for path, s in by.items()}
     return {"step": PartitionSpec(), "key": PartitionSpec(), **named}
 
 
-def _batch_specs(d: Declaration) -> Specs:
-    of, batch = leaves(d.batch), d.strategy.batch
+def _batch_specs(spec: StepSpec, sizes: dict[str, int]) -> Specs:
+    of, batch = leaves(spec.batch), spec.strategy.batch
     if isinstance(batch, PartitionSpec):
         return {leaf.path: PartitionSpec(*tuple(batch)[: len(leaf.shape)]) for leaf in of}
-    return collect(batch, of, dict(d.mesh.shape))[0]
+    return collect(batch, of, sizes)[0]
 
 
-def _axis_names(d: Declaration) -> dict[str, tuple[str | None, ...]]:
+def _axis_names(spec: StepSpec) -> dict[str, tuple[str | None, ...]]:
     """Logical axes that `init` named, by path."""
 
     def named(x: Any) -> bool:
         return isinstance(x, Named)
 
-    made = jax.eval_shape(d.init, jax.eval_shape(lambda: jax.random.key(0)))
+    made = jax.eval_shape(spec.init, jax.eval_shape(lambda: jax.random.key(0)))
     params = made.params if isinstance(made, Variables) else made
     found = jax.tree_util.tree_leaves_with_path(params, is_leaf=named)
     return {path_str(path): x.axes for path, x in found if named(x)}

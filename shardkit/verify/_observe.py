@@ -61,7 +61,7 @@ def observe(
       checks: which of the checks that take a compilation of their own to make; the others always.
     """
     state = step.init(trial.key)
-    specs = declared_specs(step.declaration, state)
+    specs = declared_specs(step.spec, step.mesh, state)
     batch = step.put(trial.batch(0))
     parts = _parts(state)
     wrong = list(misplaced({**parts, "batch": batch}, specs, step.mesh, "at first"))

@@ -1,6 +1,6 @@
 """The reference: the declared loss on one device, in plain JAX and plain arithmetic.
 
-Nothing here is shared with the compiled step but the declaration and the definition of its
+Nothing here is shared with the compiled step but the spec and the definition of its
 randomness: no mesh, no lanes, no constraints, no scan. What both define is:
 
 - the state's key k gives `init` the first half of `split(k)`; step t draws from
@@ -21,7 +21,7 @@ import optax
 from .._lanes import Draws, lane_keys
 from .._precision import cast_floats
 from .._types import Loss, Mean, Named, Variables
-from ..step import SKIPPED, Declaration
+from ..step import SKIPPED, StepSpec
 from ._record import (
     EVALUATE,
     GRADIENTS,
@@ -56,15 +56,14 @@ class State:
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """A declaration, run on one device.
+    """A spec, run on one device.
 
     Attributes:
-      declaration: its loss, init, optimizer, precision and accumulation are used; its mesh and
-        its layout are not.
+      spec: its loss, init, optimizer, precision and accumulation are used; its layout is not.
       device: where.
     """
 
-    declaration: Declaration
+    spec: StepSpec
     device: Any
 
     def start(self, key: jax.Array) -> State:
@@ -99,7 +98,7 @@ class Reference:
 
     def gradients(self, state: State, batch: Any, step: int) -> tuple[dict[str, Any], Any, Any]:
         """Returns metrics, gradients of the mean loss, and the new model state."""
-        accumulate, precision = self.declaration.accumulate, self.declaration.precision
+        accumulate, precision = self.spec.accumulate, self.spec.precision
         n, extra = accumulate.steps, state.extra
         key = jax.random.fold_in(state.key, step)
         by_lanes = accumulate.reduce == "once" and (n > 1 or precision.reduces_apart)
@@ -122,7 +121,7 @@ class Reference:
 
     def _step(self, state: State, batch: Any, step: int) -> tuple[State, dict[str, Any]]:
         metrics, grads, extra = self.gradients(state, batch, step)
-        if self.declaration.on_nonfinite != "apply":
+        if self.spec.on_nonfinite != "apply":
             finite = np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
             metrics[SKIPPED] = np.float32(not finite)
         params, opt_state = self._apply(grads, state.opt_state, state.params, metrics["loss"])
@@ -138,39 +137,39 @@ class Reference:
 
     @functools.cached_property
     def _start(self) -> Any:
-        d = self.declaration
+        spec = self.spec
 
         def run(key: jax.Array) -> tuple[Any, ...]:
             for_init, for_steps = jax.random.split(key)
-            made = d.init(for_init)
+            made = spec.init(for_init)
             made = made if isinstance(made, Variables) else Variables(made, {})
             bare = jax.tree.map(
                 lambda x: x.value if isinstance(x, Named) else x,
                 made.params,
                 is_leaf=lambda x: isinstance(x, Named),
             )
-            params = cast_floats(jax.tree.map(jnp.asarray, bare), d.precision.params)
-            return params, d.optimizer.init(params), made.extra, for_steps
+            params = cast_floats(jax.tree.map(jnp.asarray, bare), spec.precision.params)
+            return params, spec.optimizer.init(params), made.extra, for_steps
 
         return jax.jit(run)
 
     @functools.cached_property
     def _part(self) -> Any:
         """`(params, extra, rows, key) → ((total, (weight, metrics, extra)), gradients)`."""
-        loss = _plain(self.declaration, evaluate=False)
+        loss = _plain(self.spec, evaluate=False)
         differentiated = jax.value_and_grad(loss, has_aux=True)
-        compute = self.declaration.precision.compute
+        compute = self.spec.precision.compute
         return jax.jit(lambda params, *args: differentiated(cast_floats(params, compute), *args))
 
     @functools.cached_property
     def _whole(self) -> Any:
-        loss = _plain(self.declaration, evaluate=True)
-        compute = self.declaration.precision.compute
+        loss = _plain(self.spec, evaluate=True)
+        compute = self.spec.precision.compute
         return jax.jit(lambda params, *args: loss(cast_floats(params, compute), *args))
 
     @functools.cached_property
     def _apply(self) -> Any:
-        return _applier(self.declaration.optimizer)
+        return _applier(self.spec.optimizer)
 
 
 def _applier(optimizer: optax.GradientTransformation) -> Any:
@@ -189,9 +188,9 @@ def _sgd_applier(sgd: optax.GradientTransformation) -> Any:
     return _applier(sgd)
 
 
-def _plain(declaration: Declaration, *, evaluate: bool) -> Any:
+def _plain(spec: StepSpec, *, evaluate: bool) -> Any:
     """The user's loss as `(params, extra, batch, key) → (total, (weight, metrics, extra))`."""
-    loss = declaration.loss_fn
+    loss = spec.loss_fn
     loss = loss if isinstance(loss, Loss) else Loss(loss, loss)
     call = loss.evaluate if evaluate else loss.train
 

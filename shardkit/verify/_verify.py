@@ -12,7 +12,7 @@ from .._errors import Problem, VerificationError, count, format_problems, raise_
 from .._tree import short_dtype
 from ..mesh import MeshSpec
 from ..rules import format_mesh
-from ..step import CompiledStep, Declaration
+from ..step import CompiledStep, StepSpec, check_step_spec
 from ._certificate import Certificate, Row
 from ._compare import Limits, compare
 from ._observe import observe
@@ -22,31 +22,32 @@ from ._reference import Reference, nudged
 StepFactory = Callable[[Mesh], CompiledStep]
 
 _NUDGES = 3
+_NOTHING = "There is nothing to verify."
 
 
 class Standard:
     """What one device says, and how far correct programs may be from it.
 
     Attributes:
-      declaration: of the step.
+      spec: of the step.
       trial: what every mesh is given.
       record: what the reference told.
     """
 
-    def __init__(self, declaration: Declaration, device: Any, trial: Trial) -> None:
+    def __init__(self, spec: StepSpec, device: Any, trial: Trial) -> None:
         """Runs the reference, and again with nudged parameters to measure noise.
 
         Raises:
           VerificationError: the loss or its gradient is not finite, or the gradient is all zero.
         """
-        self.declaration, self.trial = declaration, trial
-        reference = Reference(declaration, device)
+        self.spec, self.trial = spec, trial
+        reference = Reference(spec, device)
         start = reference.start(trial.key)
         metrics, grads, _ = reference.gradients(start, trial.batch(0), 0)
         _check_usable(metrics)
         self._sgd = clipped_sgd(host(start.params), host(grads))
         self.record = reference.run(trial, start, self._sgd)
-        compute = declaration.precision.compute
+        compute = spec.precision.compute
         self._noises = [
             reference.run(trial, nudged(start, compute, seed), self._sgd) for seed in range(_NUDGES)
         ]
@@ -66,15 +67,15 @@ class Standard:
     @property
     def title(self) -> str:
         """What is compared, in one line."""
-        d = self.declaration
-        micro = f", {d.accumulate.steps} micro-batches" if d.accumulate.steps > 1 else ""
-        compute = short_dtype(jnp.dtype(d.precision.compute))
+        n = self.spec.accumulate.steps
+        micro = f", {n} micro-batches" if n > 1 else ""
+        compute = short_dtype(jnp.dtype(self.spec.precision.compute))
         steps = count(self.trial.steps, "step")
         return f"One device against each mesh: {steps}, compute {compute}{micro}."
 
 
 def verify(
-    step_factory: StepFactory,
+    spec: StepSpec | StepFactory,
     meshes: Sequence[Mesh | MeshSpec],
     *,
     batches: Sequence[Any] | None = None,
@@ -84,7 +85,7 @@ def verify(
     """Proves that a step gives on every mesh the numbers of one device.
 
     The reference is a plain `jax.value_and_grad` of the declared loss on one device, with plain
-    loops and plain arithmetic: it shares nothing with the compiled step but the declaration. On
+    loops and plain arithmetic: it shares nothing with the compiled step but the spec. On
     each mesh are compared: where every leaf lives, with the rules resolved anew; the first state,
     bit for bit; loss, metrics, gradient norm and every gradient leaf of step 1; the parameters
     after one clipped SGD update, since Adam would hide a gradient of the wrong scale; losses and
@@ -95,8 +96,8 @@ def verify(
     nudged by one rounding. In f32 it is at most 1e-5 for everything up to the SGD update.
 
     Args:
-      step_factory: compiles the step for a mesh; called once for each of `meshes` and once for
-        one device with the axis names of the first.
+      spec: the step; or a function that compiles it for a mesh, called once for each of `meshes`
+        and once for one device with the axis names of the first.
       meshes: meshes, or specs that are built from the first local devices.
       batches: host batches; step t takes the one at t modulo their number. By default two are
         made up from the declared shapes: floats from the normal distribution, integers
@@ -109,30 +110,42 @@ def verify(
       The certificate; `print` it, ask `.ok`, or `.check()` it.
 
     Raises:
-      VerificationError: nothing can be compared: no mesh or step, a loss that is not finite, a
-        gradient that is all zero.
+      VerificationError: nothing can be compared: no spec, mesh or step, a loss that is not finite,
+        a gradient that is all zero.
 
     >>> import jax, jax.numpy as jnp, optax
     >>> from shardkit.parallel import strategies
-    >>> from shardkit.step import compile_step
+    >>> from shardkit.step import StepSpec
     >>> def loss_fn(params, batch, key):
     ...     return jnp.mean((batch["x"] @ params["w"] - batch["y"]) ** 2)
-    >>> def factory(mesh):
-    ...     return compile_step(
-    ...         loss_fn, optax.adam(0.1), init=lambda key: {"w": jax.random.normal(key, (4, 2))},
-    ...         batch={"x": jnp.ones((8, 4)), "y": jnp.ones((8, 2))}, mesh=mesh,
-    ...         strategy=strategies.data())
-    >>> verify(factory, [MeshSpec(data=2)]).check().ok
+    >>> spec = StepSpec(
+    ...     loss_fn=loss_fn, optimizer=optax.adam(0.1),
+    ...     init=lambda key: {"w": jax.random.normal(key, (4, 2))},
+    ...     batch={"x": jnp.ones((8, 4)), "y": jnp.ones((8, 2))}, strategy=strategies.data())
+    >>> verify(spec, [MeshSpec(data=2)]).check().ok
     True
     """
+    compiled = step_factory(spec)
     _check_arguments(meshes, batches, steps)
     built = [_built(mesh) for mesh in meshes]
-    one = step_factory(one_device(built[0]))
+    one = compiled(one_device(built[0]))
     given = made_up(one) if batches is None else batches
     trial = Trial(given, steps, jax.random.key(0) if key is None else key)
-    standard = Standard(one.declaration, one.mesh.devices.flat[0], trial)
-    rows = [row for mesh in built for row in standard.rows(step_factory(mesh))]
+    standard = Standard(one.spec, one.mesh.devices.flat[0], trial)
+    rows = [row for mesh in built for row in standard.rows(compiled(mesh))]
     return Certificate(tuple(rows), standard.title)
+
+
+def step_factory(given: StepSpec | StepFactory) -> StepFactory:
+    """What compiles a step for a mesh: a spec does, and so may a function.
+
+    Raises:
+      VerificationError: it is neither; a compiled step has its mesh already.
+    """
+    if not isinstance(given, StepSpec) and callable(given) and not isinstance(given, CompiledStep):
+        return given
+    check_step_spec(given, VerificationError, _NOTHING, "a function mesh -> CompiledStep")
+    return given.compile
 
 
 def one_device(mesh: Mesh) -> Mesh:
@@ -152,7 +165,7 @@ def made_up(step: CompiledStep, seed: int = 0) -> list[Any]:
         top = 2 if x.dtype == bool else 8
         return rng.integers(0, top, x.shape).astype(x.dtype)
 
-    return [jax.tree.map(draw, step.declaration.batch) for _ in range(2)]
+    return [jax.tree.map(draw, step.spec.batch) for _ in range(2)]
 
 
 def _built(mesh: Mesh | MeshSpec) -> Mesh:
@@ -170,7 +183,7 @@ def _check_arguments(meshes: Sequence[Any], batches: Sequence[Any] | None, steps
         problems.append(Problem("batches", "is empty", "batches=[batch], or leave it out"))
     if steps < 1:
         problems.append(Problem(f"steps={steps}", "must be at least 1", "steps=3"))
-    raise_all(VerificationError, "There is nothing to verify.", problems)
+    raise_all(VerificationError, _NOTHING, problems)
 
 
 def _check_usable(metrics: Any) -> None:

@@ -1,0 +1,76 @@
+"""`BoundSpec`: a step's spec with the mesh that it is compiled for, checked against each other."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from jax.sharding import AxisType, Mesh
+
+from .._errors import Problem, StepError, did_you_mean, raise_all
+from ..mesh import MeshSpec
+
+if TYPE_CHECKING:
+    from ._spec import StepSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundSpec:
+    """A spec and the device mesh that it is compiled for.
+
+    Attributes:
+      spec: what the user declared.
+      mesh: the device mesh, all axes of type Auto.
+    """
+
+    spec: "StepSpec"
+    mesh: Mesh
+
+    def __post_init__(self) -> None:
+        """Raises every problem that the mesh decides and that needs no tracing.
+
+        Raises:
+          StepError: the mesh is not built, has an Explicit axis, or lacks the axis of the gradient
+            compression; or a part of the strategy does not work with the other options on it.
+        """
+        headline = "The step cannot be compiled for this mesh."
+        raise_all(StepError, headline, _type_problems(self.mesh))
+        problems = [*_axis_problems(self.mesh), *self._compression_problems()]
+        raise_all(StepError, headline, [*problems, *self._misfits()])
+
+    @property
+    def xla_options(self) -> dict[str, Any]:
+        """Options of the compiler; a declared one wins over what `deterministic` implies."""
+        platform = self.mesh.devices.flat[0].platform
+        # Implies xla_gpu_exclude_nondeterministic_ops and no autotuning, which would time kernels.
+        implied = {"xla_gpu_deterministic_ops": True} if platform in ("gpu", "cuda") else {}
+        return {**(implied if self.spec.deterministic else {}), **self.spec.compiler_options}
+
+    def _compression_problems(self) -> Iterator[Problem]:
+        how = self.spec.strategy.compression
+        if how is not None and how.axis not in self.mesh.shape:
+            why = f"mesh axis {how.axis!r} is not in the mesh."
+            why += did_you_mean(how.axis, self.mesh.shape)
+            yield Problem("compression", why, f"sk.Compression({self.mesh.axis_names[0]!r})")
+
+    def _misfits(self) -> Iterator[Problem]:
+        """Options that the carriers on this mesh's axes cannot work with."""
+        for _, carrier in self.spec.strategy.regions:
+            if self.mesh.shape.get(carrier.axis, 1) > 1:
+                yield from carrier.misfits(self.spec.accumulate, self.spec.precision.reduces_apart)
+
+
+def _type_problems(mesh: object) -> list[Problem]:
+    if isinstance(mesh, Mesh):
+        return []
+    if isinstance(mesh, MeshSpec):
+        return [Problem("mesh", "is a MeshSpec, not built yet", f"sk.MeshSpec({mesh}).build()")]
+    fix = "sk.MeshSpec(data=2, tensor=4).build()"
+    return [Problem("mesh", f"is of type {type(mesh).__name__}", fix)]
+
+
+def _axis_problems(mesh: Mesh) -> Iterator[Problem]:
+    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True):
+        if kind != AxisType.Auto:
+            why = f"is of type {kind.name}; the partitioner needs Auto axes"
+            fix = "MeshSpec(...).build(), or Mesh(..., axis_types=(AxisType.Auto, ...))"
+            yield Problem(f"mesh axis {name!r}", why, fix)
