@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from .._precision import cast_floats
-from .._remat import Policy, active, policy, regathering
+from .._remat import Policy, active, apply_policy, policy, regathering
 from ..state import TrainState
 from ._declaration import Declaration
 from ._gradients import GradientFn, Plan, gradients, lane_draws
@@ -140,9 +140,4 @@ def _plan(declaration: Declaration, layout: Layout) -> Plan:
 def _under_policy(declaration: Declaration, args: tuple[Any, ...]) -> Objective:
     """The loss; as a whole under the remat policy where it marks no layer of its own."""
     loss = objective(declaration.loss_fn, declaration.built_mesh)
-    named = policy(declaration.strategy.remat)
-    if named is None:
-        return loss
-    with active(named) as marks:
-        jax.eval_shape(loss, *args)
-    return loss if marks.count else jax.checkpoint(loss, policy=named)
+    return apply_policy(loss, policy(declaration.strategy.remat), *args)
