@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 import shardkit as sk
 from shardkit._constrain import constrain_gradient
 from shardkit._regions import Carrier, on_own_part, region
-from shardkit._remat import active, in_turn, policy, remat
+from shardkit._remat import active, in_turn, policy
 from shardkit._shards import Meaning, meaning
 from shardkit._tracing import TraceContext, equations, record_fact, recorded_facts
 from shardkit.inspect import count_flops
@@ -112,12 +112,12 @@ LAYER = {
     "reductions": reductions,
     "region": own_region,
     "on_own_part": own_part,
-    "remat": lambda w, x: remat(functools.partial(mlp, w))(x),
-    "remat_in_turn": lambda w, x: remat(functools.partial(turned, w))(x),
+    "remat": lambda w, x: sk.remat(functools.partial(mlp, w))(x),
+    "remat_in_turn": lambda w, x: sk.remat(functools.partial(turned, w))(x),
 }
 JITTED = {mark: jax.jit(layer) for mark, layer in LAYER.items()}
 BODY = {mark: lambda x, w, layer=layer: (layer(w, x), None) for mark, layer in LAYER.items()}
-MARKED = {mark: remat(body, scanned=True) for mark, body in BODY.items()}
+MARKED = {mark: sk.remat(body, scanned=True) for mark, body in BODY.items()}
 
 
 def jitted(mark, params, x):
@@ -186,7 +186,7 @@ FIRST = [("jit", "none"), ("scan", "full")]
 MORE = [("scan", "none"), ("jit", "full"), ("remat", "save:mix"), ("remat", "full")]
 
 
-def cases():
+def all_cases():
     for name, (mark, *_) in MARKS.items():
         for form, remat in [*FIRST, *MORE]:
             slow = [] if (form, remat) in FIRST else [pytest.mark.slow]
@@ -196,15 +196,15 @@ def cases():
                 yield pytest.param(name, form, remat, marks=slow)
 
 
-def compiled(name, form, remat, **changes):
+def compiled(name, form, remat, loss=None):
     mark, mode, strategy, sizes = MARKS[name]
     return sk.compile_step(
-        loss_of(mark, form),
+        loss or loss_of(mark, form),
         optax.sgd(0.1),
         init=init,
         batch=BATCH,
         mesh=sk.MeshSpec(**sizes).build(devices=jax.devices()[: np.prod(list(sizes.values()))]),
-        strategy=dataclasses.replace(strategy, remat=remat, **changes),
+        strategy=dataclasses.replace(strategy, remat=remat),
         mode=mode,
     )
 
@@ -214,7 +214,7 @@ def counted(step):
     return flops.model, flops.recompute
 
 
-@pytest.mark.parametrize(("name", "form", "remat"), cases())
+@pytest.mark.parametrize(("name", "form", "remat"), [*all_cases()])
 def test_a_function_that_jax_traced_before_keeps_every_fact(name, form, remat):
     first = compiled(name, form, remat)
     again = first.replace(strategy=first.strategy)
@@ -276,7 +276,7 @@ def test_a_callers_function_is_not_traced_again_after_other_policies_and_strateg
     @jax.jit
     def own(w, x):
         traces.append(x)
-        return remat(functools.partial(attention, w))(x)
+        return sk.remat(functools.partial(attention, w))(x)
 
     w = {name: np.asarray(x.value)[0] for name, x in init(jax.random.key(0)).items()}
     before = own(w, BATCH["x"])
@@ -333,19 +333,18 @@ def test_a_context_is_part_of_the_key_of_traces_and_leaves_nothing_behind():
     assert traces == [(None, None), ("ab", None), ("abc", "c")]
 
 
-def test_the_values_of_equal_declarations_share_traces():
-    one, two = (compiled("attention", "jit", "save:mix") for _ in range(2))
-    traced = []
-    layer = jax.jit(lambda x: traced.append(x) or x)
-    for step in (one, two):
-        loss = lambda params, batch, key: layer(batch["x"]).mean() + attended(params, batch)  # noqa: E731
-        step.replace(loss_fn=loss)
-    assert len(traced) == len(set(map(id, traced)))
-    assert len(traced) <= 2, "once under the carriers of the step, once for its remat policy alone"
+def test_equal_declarations_share_traces():
+    traces = []
 
+    @jax.jit
+    def own(params, x):
+        traces.append(x)
+        return jitted("attention", params, x)
 
-def attended(params, batch):
-    return jitted("attention", params, batch["x"]).mean()
+    for _ in range(2):
+        compiled("attention", "jit", "save:mix", loss=lambda p, b, k: own(p, b["x"]).mean())
+    # Under the policy alone, which says that no layer is marked, and in the step.
+    assert len(traces) == 2
 
 
 def test_meanings_of_names_on_one_mesh_do_not_share_traces():
