@@ -6,9 +6,8 @@ inner `jit`s), and the second mesh or strategy would silently get the first one'
 """
 
 import contextlib
-import contextvars
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ from jax.interpreters import ad, batching, mlir
 
 from ._errors import Problem, StepError, count, format_problems
 from ._shards import carried, on_shards
+from ._tracing import TraceContext
 from ._tree import short_type
 
 # The dim that `jax.vmap` adds when a step maps over lanes, or a user over anything else.
@@ -28,9 +28,7 @@ Resolver = Callable[
     [tuple[str | None, ...], tuple[int, ...], tuple[str, ...]], jax.sharding.NamedSharding | None
 ]
 
-_resolver: contextvars.ContextVar[Resolver | None] = contextvars.ContextVar(
-    "constrain", default=None
-)
+_resolver = TraceContext[Resolver]("constrain")
 
 constrain_p = core.Primitive("shardkit_constrain")
 
@@ -116,14 +114,9 @@ def _constrain_arrived(names: tuple[str | None, ...], _: None, g: jax.Array) -> 
 constrain_gradient.defvjp(_keep, _constrain_arrived)
 
 
-@contextlib.contextmanager
-def resolving(resolver: Resolver) -> Iterator[None]:
+def resolving(resolver: Resolver) -> contextlib.AbstractContextManager[None]:
     """Makes `resolver` turn names into shardings while a step's module is lowered."""
-    token = _resolver.set(resolver)
-    try:
-        yield
-    finally:
-        _resolver.reset(token)
+    return _resolver.use(resolver)
 
 
 def _lower(
@@ -135,7 +128,7 @@ def _lower(
     inside: tuple[str, ...],
     **_: Any,
 ) -> Any:
-    resolver, shape = _resolver.get(), ctx.avals_in[0].shape
+    resolver, shape = _resolver.value, ctx.avals_in[0].shape
     sharding = resolver(names, shape, inside) if resolver else None
     if resolver is None or sharding is None:
         return [x]

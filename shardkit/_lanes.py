@@ -19,6 +19,7 @@ from jax.extend import core
 from jax.extend import random as extend_random
 
 from ._errors import Problem, StepError, raise_all
+from ._tracing import equations
 from ._tree import short_type
 
 Shape = tuple[int, ...]
@@ -142,7 +143,7 @@ def draws_of(jaxpr: core.Jaxpr) -> list[Draw]:
 
 
 def _random_eqns(jaxpr: core.Jaxpr) -> Iterator[Draw]:
-    for eqn in jaxpr.eqns:
+    for eqn in equations(jaxpr):
         name = eqn.primitive.name
         if name == "random_bits":
             yield "bits", tuple(eqn.params["shape"])
@@ -150,8 +151,6 @@ def _random_eqns(jaxpr: core.Jaxpr) -> Iterator[Draw]:
             yield "split", tuple(eqn.params["shape"])
         elif name == "random_fold_in":
             yield "fold_in", tuple(eqn.invars[1].aval.shape)
-        for inner in core.jaxprs_in_params(eqn.params):
-            yield from _random_eqns(inner)
 
 
 @functools.cache

@@ -9,16 +9,17 @@ no mesh axis, and works outside a compiled step as it stands.
 
 import abc
 import contextlib
-import contextvars
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import jax
+from jax.extend import core
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from ._errors import Problem
+from ._tracing import TraceContext, record_fact, recorded_facts
 from ._types import Accumulate
 from .rules import axes_of, from_axes
 
@@ -33,7 +34,8 @@ class Surroundings:
     Attributes:
       mesh: the device mesh.
       rows: mesh axes that the rows of the batch are split over.
-      spec: logical axis names of an activation's dims → its spec, as the region sees them.
+      spec: logical axis names of an activation's dims → its spec, as the region sees them; with a
+        hash, as all of these, since traces are kept by them.
       lanes: those of `rows` that `jax.vmap` over lanes splits already, so that the rows that the
         region sees are not split over them, nor does `spec` name them.
       moving: those of `rows` along which some carrier moves rows between devices.
@@ -102,19 +104,28 @@ class Carrier(abc.ABC):
         return []
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Marks:
-    """The carriers of the step being traced, and the regions that were reached."""
+    """The carriers of the step being traced.
 
-    carriers: Mapping[str, Carrier]
+    Attributes:
+      carriers: (name of a region, its carrier), on mesh axes of several devices alone.
+      around: what they know of the step.
+      plainly: regions run plainly for now.
+    """
+
+    carriers: tuple[tuple[str, Carrier], ...]
     around: Surroundings
-    reached: set[str] = dataclasses.field(default_factory=set)
     plainly: bool = False
 
+    def unreached(self, jaxpr: core.Jaxpr) -> dict[str, Carrier]:
+        """Carriers of the regions that a program does not have."""
+        reached = {name for (name,) in recorded_facts(jaxpr, _REACHED)}
+        return {name: one for name, one in self.carriers if name not in reached}
 
-_active: contextvars.ContextVar[Marks | None] = contextvars.ContextVar("regions", default=None)
-# Under what regions were traced since JAX's caches were last dropped; None is plainly.
-_traced: set[Any] = set()
+
+_active = TraceContext[Marks]("regions")
+_REACHED = "region"
 
 
 def region(name: str, plain: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -133,12 +144,11 @@ def region(name: str, plain: Callable[_P, _R]) -> Callable[_P, _R]:
 
     @functools.wraps(plain)
     def marked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        marks = _active.get()
-        _traced.add(_identity(marks))
-        if marks is None or marks.plainly or name not in marks.carriers:
+        marks = _active.value
+        carrier = dict(marks.carriers).get(name) if marks and not marks.plainly else None
+        if marks is None or carrier is None:
             return plain(*args, **kwargs)
-        marks.reached.add(name)
-        return marks.carriers[name](marks.around, plain, *args, **kwargs)
+        return record_fact(carrier(marks.around, plain, *args, **kwargs), _REACHED, name)
 
     return marked
 
@@ -166,12 +176,10 @@ def on_own_part(
     """
 
     def divided(*args: jax.Array) -> Any:
-        marks = _active.get()
+        marks = _active.value
         if marks is None or marks.around.mesh.size == 1:
-            _traced.add(None)
             return run(*args)
         around = marks.around
-        _traced.add((around.mesh, around.rows))
         taken = manual_axes()
         free = frozenset(around.mesh.axis_names) - frozenset(taken)
         if not free:
@@ -190,44 +198,20 @@ def on_own_part(
 
 @contextlib.contextmanager
 def carried_out(carriers: Mapping[str, Carrier], around: Surroundings) -> Iterator[Marks]:
-    """Makes carriers carry out their regions while a step is traced.
-
-    As with remat policies, JAX keeps the traces of inner functions by identity, and such a trace
-    holds the carrier that it was made under; so where regions were traced under others, JAX's
-    caches are dropped first.
-    """
+    """Makes carriers carry out their regions while a step is traced."""
     sizes = around.mesh.shape
     needed = {name: one for name, one in carriers.items() if sizes.get(one.axis, 1) > 1}
-    marks = Marks(needed, around)
-    if _traced - {_identity(marks)}:
-        jax.clear_caches()
-        _traced.clear()
-    token = _active.set(marks)
-    try:
+    marks = Marks(tuple(sorted(needed.items())), around)
+    with _active.use(marks):
         yield marks
-    finally:
-        _active.reset(token)
 
 
-@contextlib.contextmanager
-def plainly() -> Iterator[None]:
+def plainly() -> contextlib.AbstractContextManager[None]:
     """Makes regions run plainly: what a carrier learns from shapes alone does not depend on it."""
-    marks = _active.get()
-    token = _active.set(marks and dataclasses.replace(marks, plainly=True))
-    try:
-        yield
-    finally:
-        _active.reset(token)
+    marks = _active.value
+    return _active.use(marks and dataclasses.replace(marks, plainly=True))
 
 
 def _over(spec: PartitionSpec, axes: frozenset[str]) -> PartitionSpec:
     """What a spec says of some axes, the others being manual already."""
     return from_axes([axis for axis in axes_of(entry) if axis in axes] for entry in spec)
-
-
-def _identity(marks: Marks | None) -> Any:
-    """What a trace of a region depends on; plain ones are all alike."""
-    if marks is None or not marks.carriers:
-        return None
-    around = marks.around
-    return tuple(sorted(marks.carriers.items())), around.mesh, around.rows, around.lanes

@@ -5,15 +5,15 @@ nothing where no policy is active, so a model can be used outside a compiled ste
 """
 
 import contextlib
-import contextvars
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import jax
 
 from ._errors import Problem, StepError, did_you_mean, format_problems
+from ._tracing import TraceContext, equations
 
 _policies = jax.checkpoint_policies
 _P = ParamSpec("_P")
@@ -35,28 +35,27 @@ _SAVE = "save:"
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """A `jax.checkpoint` policy that remembers the name it was declared by."""
+    """A `jax.checkpoint` policy that remembers the name it was declared by.
+
+    Attributes:
+      name: the declared name; policies of one name are equal.
+      saveable: the policy as JAX takes it.
+      names: of the intermediates that it keeps by name.
+      within_layer: it applies to a part of a layer, not to what `remat` marks.
+    """
 
     name: str
-    saveable: Callable[..., Any]
+    saveable: Callable[..., Any] = dataclasses.field(compare=False)
     names: tuple[str, ...] = ()
+    within_layer: bool = False
 
     def __call__(self, primitive: Any, *avals: Any, **params: Any) -> Any:
         """Says whether the result of one primitive is kept for the backward pass."""
         return self.saveable(primitive, *avals, **params)
 
 
-@dataclasses.dataclass
-class Marks:
-    """The policy of the step being traced, and how many layers asked for it."""
-
-    policy: Policy | None
-    count: int = 0
-
-
-_active: contextvars.ContextVar[Marks | None] = contextvars.ContextVar("remat", default=None)
-# The policies under which marked layers were traced since JAX's caches were last dropped.
-_traced: set[Policy | None] = set()
+# The policy of the step being traced.
+_active = TraceContext[Policy]("remat")
 
 
 @functools.cache
@@ -104,7 +103,8 @@ def regathering(base: Policy | None, axes: tuple[str, ...]) -> Policy:
         return base is None or base(primitive, *avals, **params)
 
     names = base.names if base else ()
-    return Policy(f"{base.name if base else 'none'}, regathering", saveable, names)
+    name = f"{base.name if base else 'none'}, regathering over {', '.join(axes)}"
+    return Policy(name, saveable, names)
 
 
 def remat(layer: Callable[_P, _R], *, scanned: bool = False) -> Callable[_P, _R]:
@@ -121,15 +121,10 @@ def remat(layer: Callable[_P, _R], *, scanned: bool = False) -> Callable[_P, _R]
 
     @functools.wraps(layer)
     def marked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        marks = _active.get()
-        _traced.add(marks.policy if marks else None)
-        if marks is None:
+        named = _active.value
+        if named is None:
             return layer(*args, **kwargs)
-        marks.count += 1
-        if marks.policy is None:
-            return layer(*args, **kwargs)
-        kept = jax.checkpoint(layer, policy=marks.policy, prevent_cse=not scanned)
-        return kept(*args, **kwargs)
+        return jax.checkpoint(layer, policy=named, prevent_cse=not scanned)(*args, **kwargs)
 
     return marked
 
@@ -151,28 +146,36 @@ def in_turn(part: Callable[_P, _R], output: str) -> Callable[_P, _R]:
 
     @functools.wraps(part)
     def marked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        marks = _active.get()
-        if marks is None or marks.policy is None or output not in marks.policy.names:
+        named = _active.value
+        if named is None or output not in named.names:
             return part(*args, **kwargs)
-        return jax.checkpoint(part, policy=marks.policy)(*args, **kwargs)
+        within = dataclasses.replace(named, within_layer=True)
+        return jax.checkpoint(part, policy=within)(*args, **kwargs)
 
     return marked
 
 
-@contextlib.contextmanager
-def active(named: Policy | None) -> Iterator[Marks]:
-    """Makes a policy the one that marked layers follow while a step is traced.
+def active(named: Policy | None) -> contextlib.AbstractContextManager[None]:
+    """Makes a policy the one that marked layers follow while a step is traced."""
+    return _active.use(named)
 
-    JAX keeps the traces of scan bodies and inner `jit`s by function identity, and a trace holds
-    the policy that it was made under. So where marked layers were traced under another one, JAX's
-    caches are dropped first; a program without marks never pays for that.
+
+def apply_policy(
+    function: Callable[_P, _R], named: Policy | None, *args: _P.args, **kwargs: _P.kwargs
+) -> Callable[_P, _R]:
+    """Returns a function under a policy: as a whole, where it marks no layer with `remat`.
+
+    Args:
+      function: a function of arrays, such as a loss.
+      named: the policy that its layers will be traced under; None keeps everything.
+      *args: abstract arguments of the function.
+      **kwargs: the same by keyword.
     """
-    if _traced - {named}:
-        jax.clear_caches()
-        _traced.clear()
-    marks = Marks(named)
-    token = _active.set(marks)
-    try:
-        yield marks
-    finally:
-        _active.reset(token)
+    if named is None:
+        return function
+    with active(named):
+        traced = jax.make_jaxpr(function)(*args, **kwargs)
+    # The policy of a `jax.checkpoint` is a parameter of its equation.
+    if any(eqn.params.get("policy") == named for eqn in equations(traced.jaxpr)):
+        return function
+    return jax.checkpoint(function, policy=named)

@@ -4,15 +4,13 @@ Under auto partitioning, on one device and outside a step these are nothing: arr
 `mode="shard_map"` the model sees the shards of one device, and each of these is the collective
 that its strategy calls for. The model names logical axes only.
 
-What a name means is read while tracing, inside `shard_map`, whose manual mesh is part of the key
-of JAX's trace caches; two steps on one mesh that read names differently drop these caches.
+What a name means is read while tracing, and so it is part of the key of JAX's trace caches.
 """
 
 import contextlib
-import contextvars
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,6 +19,7 @@ from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
 from ._remat import KEPT
+from ._tracing import TraceContext
 
 Axes = tuple[str, ...]
 Dims = tuple[Axes, ...]
@@ -74,28 +73,17 @@ class PerShard:
         return (self.loss if on_shards() else self.plain)(params, batch, key)
 
 
-_active: contextvars.ContextVar[Meaning | None] = contextvars.ContextVar("shards", default=None)
-# Meanings under which names were read since JAX's caches were last dropped.
-_traced: set[Meaning] = set()
+_active = TraceContext[Meaning]("shards")
 
 
-@contextlib.contextmanager
-def meaning(made: Meaning) -> Iterator[None]:
+def meaning(made: Meaning) -> contextlib.AbstractContextManager[None]:
     """Makes names mean this while a function of shards is traced."""
-    if _traced - {made}:
-        jax.clear_caches()
-        _traced.clear()
-    _traced.add(made)
-    token = _active.set(made)
-    try:
-        yield
-    finally:
-        _active.reset(token)
+    return _active.use(made)
 
 
 def use_weight(w: jax.Array, names: Names) -> jax.Array:
     """A weight as its products see it; on shards, what splits it only in storage is gathered."""
-    now = _active.get()
+    now = _active.value
     if now is None:
         return weight_p.bind(w, names=names)
     for dim, axes in enumerate(dict(now.gathered).get(names, ())):
@@ -125,12 +113,12 @@ def shard_start(name: str, size: int) -> Any:
 
 def on_shards() -> bool:
     """Whether a function of shards is being traced."""
-    return _active.get() is not None
+    return _active.value is not None
 
 
 def carried(x: jax.Array, names: Names, source: Names, into: Names, partial: Names) -> jax.Array:
     """Brings a shard from one layout to another; see `constrain`."""
-    now = _active.get()
+    now = _active.value
     assert now is not None
     unsummed = now.axes(*partial)
     for dim, (old, new) in enumerate(zip(source, names, strict=True)):
@@ -184,7 +172,7 @@ _gather_reducing.defvjp(
 
 
 def _axes(*names: str) -> Axes:
-    now = _active.get()
+    now = _active.value
     return now.axes(*names) if now else ()
 
 

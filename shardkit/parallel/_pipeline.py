@@ -215,19 +215,21 @@ class Stages(Carrier):
         with plainly():
             program = Program.of(loss, layers, around, cut, self.micro_batches)
 
+        # Every array is an argument: inside of a user's `jax.jit` or scan, JAX calls `forward` when
+        # the trace that these arrays are of has ended.
         @jax.custom_vjp
-        def run(ends: Any, layers: Any) -> Any:
-            return program.evaluate(self._table(cut, forward_only), ends, layers)
+        def run(*args: Any) -> Any:
+            return program.evaluate(self._table(cut, forward_only), *args)
 
-        def forward(ends: Any, layers: Any) -> tuple[Any, Any]:
-            return program.train(self._table(cut, tick_table), ends, layers)
+        def forward(*args: Any) -> tuple[Any, Any]:
+            return program.train(self._table(cut, tick_table), *args)
 
         def backward(grads: Any, cotangent: Any) -> Any:
             scale = program.scale(cotangent)
-            return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
+            return *jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), None, None
 
         run.defvjp(forward, backward)
-        return run(ends, layers)
+        return run(ends, layers, batch, program.words)
 
     def _table(self, cut: Parts, build: Callable[..., Schedule]) -> Schedule:
         return build(

@@ -94,13 +94,17 @@ class Program:
             totals=jax.eval_shape(functools.partial(totals, loss.last), loss.ends, message, rows),
         )
 
-    def evaluate(self, table: Schedule, ends: Any, layers: Any) -> Any:
-        """Runs a table of forward passes; returns what `last` does."""
-        return self._returned(self._run(table, ends, layers))
+    def evaluate(self, table: Schedule, *args: Any) -> Any:
+        """Runs a table of forward passes on `(ends, layers, batch, words)`.
 
-    def train(self, table: Schedule, ends: Any, layers: Any) -> tuple[Any, Any]:
-        """Runs a whole table; returns what `last` does, and gradients of `(ends, layers)`."""
-        summed, *grads = self._run(table, ends, layers)
+        Returns:
+          What `last` does.
+        """
+        return self._returned(self._run(table, *args))
+
+    def train(self, table: Schedule, *args: Any) -> tuple[Any, Any]:
+        """Runs a whole table on the same; returns it with gradients of `(ends, layers)`."""
+        summed, *grads = self._run(table, *args)
         return self._returned(summed), tuple(grads)
 
     def scale(self, cotangent: Any) -> jax.Array:
@@ -122,14 +126,14 @@ class Program:
             name: one(like, summed[1][name]) for name, like in metrics.items()
         }
 
-    def _run(self, table: Schedule, ends: Any, layers: Any) -> Any:
+    def _run(self, table: Schedule, ends: Any, layers: Any, batch: Any, words: Any) -> Any:
         """The sums over all parts; with gradients of ends and layers where the table trains."""
         axis, rows = self.cut.axis, lane_axes(self.around)
         every = PartitionSpec((axis, *rows))
         own = PartitionSpec(rows or None, axis) if self.cut.stored_apart else every
         stored = PartitionSpec(axis) if self.cut.stored_apart else PartitionSpec()
         placed = jax.tree.map(
-            lambda x: PartitionSpec(rows or None) if x.ndim else PartitionSpec(), self.loss.batch
+            lambda x: PartitionSpec(rows or None) if x.ndim else PartitionSpec(), batch
         )
         apart = jax.shard_map(
             functools.partial(self._on_device, table),
@@ -138,7 +142,7 @@ class Program:
             in_specs=(PartitionSpec(), stored, placed, PartitionSpec()),
             out_specs=(every, every, own) if table.trains else every,
             check_vma=False,  # the loss is anyone's: it need not say what varies
-        )(ends, layers, self.loss.batch, self.words)
+        )(ends, layers, batch, words)
         with jax.named_scope("reduce"):
             return jax.tree.map(_summed, apart)
 

@@ -8,18 +8,19 @@ followed by the names of dims: constraints say where their slots turn from rows 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import Primitive
+from jax.extend.core import Jaxpr, Primitive
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from .._constrain import constrain
 from .._regions import Carrier, Surroundings, carried_out
+from .._tracing import record_fact, recorded_facts
 from .._types import Accumulate
 from ._found import EXPERTS, HEADS, LENGTH, PIPE
 from ._space import How, Stages
@@ -28,25 +29,33 @@ OTHER_ROWS, OWN_EXPERTS = "plan: rows but for expert", "plan: experts"
 """Names of the slots' first two dims while each device has those of its own experts."""
 _TURNED = (OTHER_ROWS, OWN_EXPERTS, None, None)
 FORWARD, BACKWARD = "shardkit_attention", "shardkit_attention_gradient"
+_LAYERS, _ATTENTION, _EXPERTS = "plan: layers", "plan: attention", "plan: number of experts"
 _forward_p, _backward_p = Primitive(FORWARD), Primitive(BACKWARD)
 _forward_p.multiple_results = _backward_p.multiple_results = True
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Marked:
-    """What a loss marks.
+    """What a loss marks, each kind once.
 
     Attributes:
-      layers: number of layers of each `sk.staged`.
-      attention: (length, heads, key heads) of each `sk.attention`.
-      experts: (number, whether bounded by capacity) of each `sk.experts`.
+      layers: number of layers of a `sk.staged`.
+      attention: (length, heads, key heads) of a `sk.attention`.
+      experts: (number, whether bounded by capacity) of a `sk.experts`.
       broken: why it cannot be said.
     """
 
-    layers: list[int] = dataclasses.field(default_factory=list)
-    attention: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
-    experts: list[tuple[int, bool]] = dataclasses.field(default_factory=list)
+    layers: tuple[int, ...] = ()
+    attention: tuple[tuple[int, int, int], ...] = ()
+    experts: tuple[tuple[int, bool], ...] = ()
     broken: str = ""
+
+    @classmethod
+    def of(cls, jaxpr: Jaxpr) -> "Marked":
+        """Reads what a loss recorded that was traced under `marking`."""
+        facts: Any = (recorded_facts(jaxpr, kind) for kind in (_LAYERS, _ATTENTION, _EXPERTS))
+        layers, attention, experts = facts
+        return cls(tuple(n for (n,) in layers), attention, experts)
 
     def misses(self, sizes: Mapping[str, int]) -> str:
         """Why an axis has no part of the model to divide, or divides it unevenly; or nothing."""
@@ -103,64 +112,53 @@ class Marked:
         return ""
 
 
-@contextmanager
-def marking(attention: bool = True) -> Iterator[Marked]:
-    """Notes what is marked while a loss is traced, and says where slots of experts turn.
+def marking(attention: bool = True) -> AbstractContextManager[Any]:
+    """Makes a loss record what it marks while it is traced, and say where slots of experts turn.
 
     Args:
       attention: whether attention is made one operation.
     """
-    found = Marked()
-    carriers: dict[str, Carrier] = {"experts": _Experts("plan", found)}
+    carriers: dict[str, Carrier] = {"experts": _Experts("plan")}
     if attention:
-        carriers["staged"] = _Layers("plan", found)
-        carriers["attention"] = _Attention("plan", found)
+        carriers |= {"staged": _Layers("plan"), "attention": _Attention("plan")}
     # Carriers are made use of on an axis of several devices alone.
     mesh: Any = AbstractMesh((2,), ("plan",), axis_types=(AxisType.Auto,))
-    around = Surroundings(mesh, (), lambda names: PartitionSpec())
-    with carried_out(carriers, around):
-        yield found
+    return carried_out(carriers, Surroundings(mesh, (), _unsplit))
 
 
-@dataclasses.dataclass(frozen=True, order=True)
+def _unsplit(names: Any) -> PartitionSpec:
+    return PartitionSpec()
+
+
 class _Layers(Carrier):
-    found: Marked = dataclasses.field(compare=False)
-
     def __call__(
         self, around: Surroundings, plain: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        self.found.layers.append(len(jax.tree.leaves(args[4])[0]))
-        return plain(*args, **kwargs)
+        return record_fact(plain(*args, **kwargs), _LAYERS, len(jax.tree.leaves(args[4])[0]))
 
 
-@dataclasses.dataclass(frozen=True, order=True)
 class _Attention(Carrier):
-    found: Marked = dataclasses.field(compare=False)
-
     def __call__(
         self, around: Surroundings, plain: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         q, k, v, _, causal, _ = args
-        self.found.attention.append((q.shape[1], q.shape[2], k.shape[2]))
-        return _attend(q, k, v, causal)
+        return record_fact(_attend(q, k, v, causal), _ATTENTION, *q.shape[1:3], k.shape[2])
 
 
-@dataclasses.dataclass(frozen=True, order=True)
 class _Experts(Carrier):
-    found: Marked = dataclasses.field(compare=False)
-
     def __call__(
         self, around: Surroundings, plain: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         x, choice, share, weights, mlp, capacity = args
-        self.found.experts.append((jax.tree.leaves(weights)[0].shape[0], capacity is not None))
 
         def turned(weights: Any, h: jax.Array, dot: Any) -> jax.Array:
             h = constrain(constrain(h, "batch", None, None, None), *_TURNED)
             y = constrain(mlp(weights, h, dot), *_TURNED)
             return constrain(y, "batch", None, None, None)
 
-        return plain(x, choice, share, weights, mlp if capacity is None else turned, capacity)
+        out = plain(x, choice, share, weights, mlp if capacity is None else turned, capacity)
+        number = jax.tree.leaves(weights)[0].shape[0]
+        return record_fact(out, _EXPERTS, number, capacity is not None)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -14,6 +14,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 # The identity, as far as bytes go.
 _SEEN_THROUGH = {
     "name",
+    "shardkit_record",
     "shardkit_weight",
     "stop_gradient",
     "copy",

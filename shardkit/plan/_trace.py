@@ -9,7 +9,7 @@ from jax.extend.core import ClosedJaxpr
 from jax.sharding import AbstractMesh, AxisType
 
 from .._precision import cast_floats
-from .._remat import active, policy
+from .._remat import active, apply_policy, policy
 from ..parallel import Strategy
 from ..rules import axes_of
 from ..step import Abstract, Layout, StepSpec, abstract_state, objective, resolve_layout
@@ -97,9 +97,9 @@ class Model:
         """What the loss marks for strategies to carry out."""
         d, (state, _) = self.declared, self.abstract
         low = jax.eval_shape(lambda p: cast_floats(p, d.precision.compute), state.params)
-        with marking() as found:
-            jax.eval_shape(objective(d.loss_fn), low, state.extra, d.batch, state.key)
-        return found
+        with marking():
+            loss = jax.make_jaxpr(objective(d.loss_fn))(low, state.extra, d.batch, state.key)
+        return Marked.of(loss.jaxpr)
 
     def jaxpr(self, remat: str) -> ClosedJaxpr:
         """The same as JAX traces it."""
@@ -111,12 +111,8 @@ class Model:
             params = cast_floats(params, d.precision.compute)
             return jax.grad(chosen, has_aux=True)(params, extra, batch, key)
 
-        with active(named) as marks:
-            chosen = loss
-            args = (low, state.extra, d.batch, state.key)
-            if named is not None:
-                jax.eval_shape(loss, *args)
-                chosen = loss if marks.count else jax.checkpoint(loss, policy=named)
+        chosen = apply_policy(loss, named, low, state.extra, d.batch, state.key)
+        with active(named):
             return jax.make_jaxpr(run)(state.params, state.extra, d.batch, state.key)
 
 

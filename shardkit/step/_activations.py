@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .._constrain import LANES, MAPPED, constrain_p
 from .._errors import Problem, ShardingError, count, did_you_mean, raise_all
+from .._tracing import equations
 from .._tree import Leaf
 from ..rules import AxisRules, check_spec, format_mesh
 
@@ -67,10 +68,6 @@ class Activations:
                 entries.append(tuple(axis for axis in axes if axis not in inside) or None)
         return PartitionSpec(*entries)
 
-    def spec_in_lane(self, names: Names) -> PartitionSpec:
-        """The same for dims as the loss of one lane sees them."""
-        return PartitionSpec(*tuple(self.spec((LANES, *names)))[1:])
-
     def check(self, jaxpr: Any) -> None:
         """Checks every constraint of a traced step before it is lowered.
 
@@ -110,9 +107,28 @@ class Activations:
         return [dataclasses.replace(problem, fix=fix) for problem in problems]
 
 
+@dataclasses.dataclass(frozen=True)
+class SpecsInLoss:
+    """Specs of named dims as the loss sees them, which may be that of one lane.
+
+    Attributes:
+      activations: resolves names.
+      by_lanes: the loss is that of one lane.
+    """
+
+    activations: Activations
+    by_lanes: bool
+
+    def __call__(self, names: Names) -> PartitionSpec:
+        """Returns the spec of an activation with one logical name per dim."""
+        if not self.by_lanes:
+            return self.activations.spec(names)
+        return PartitionSpec(*tuple(self.activations.spec((LANES, *names)))[1:])
+
+
 def constraints(jaxpr: core.Jaxpr) -> Iterator[Constraint]:
     """Every constraint of a jaxpr and of the jaxprs inside it."""
-    for eqn in jaxpr.eqns:
+    for eqn in equations(jaxpr):
         if eqn.primitive is constrain_p and eqn.params["finer"] is None:
             names = eqn.params["names"]
             written = ", ".join(repr(n) for n in names if n not in (LANES, MAPPED))
@@ -120,5 +136,3 @@ def constraints(jaxpr: core.Jaxpr) -> Iterator[Constraint]:
             inside = eqn.params["inside"]
             shape = tuple(aval.shape)
             yield Constraint(f"constrain({written})", shape, aval.dtype, names, inside)
-        for inner in core.jaxprs_in_params(eqn.params):
-            yield from constraints(inner)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from .._precision import cast_floats
-from .._remat import Policy, active, policy, regathering
+from .._remat import Policy, active, apply_policy, policy, regathering
 from ..state import TrainState
 from ._bound_spec import BoundSpec
 from ._gradients import GradientFn, Plan, gradients, lane_draws
@@ -148,9 +148,4 @@ def _plan(bound: BoundSpec, layout: Layout) -> Plan:
 def _under_policy(bound: BoundSpec, args: tuple[Any, ...]) -> Objective:
     """The loss; as a whole under the remat policy where it marks no layer of its own."""
     loss = objective(bound.spec.loss_fn, bound.mesh)
-    named = policy(bound.spec.strategy.remat)
-    if named is None:
-        return loss
-    with active(named) as marks:
-        jax.eval_shape(loss, *args)
-    return loss if marks.count else jax.checkpoint(loss, policy=named)
+    return apply_policy(loss, policy(bound.spec.strategy.remat), *args)

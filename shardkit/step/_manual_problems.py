@@ -1,8 +1,7 @@
 """What a model marked of its dims, and what explicit collectives cannot carry out."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import jax
 from jax.extend import core
@@ -10,6 +9,7 @@ from jax.extend import core
 from .._constrain import constrain_p
 from .._errors import Problem, StepError, did_you_mean, raise_all
 from .._shards import Axes, Dims, Meaning, Names, PerShard, weight_p
+from .._tracing import equations
 from .._tree import Leaf, leaves
 from ..parallel import known_kinds
 from ..rules import axes_of, format_mesh
@@ -37,7 +37,7 @@ class Marks:
     @classmethod
     def of(cls, jaxpr: core.Jaxpr) -> "Marks":
         """Reads the marks of a traced loss."""
-        found = list(_marks(jaxpr))
+        found = [(eqn.primitive, eqn.params) for eqn in equations(jaxpr)]
         constraints = [params for kind, params in found if kind is constrain_p]
         named = (name for params in constraints for name in params["names"] if name)
         return cls(
@@ -147,11 +147,3 @@ def _listed(axes: Iterable[str]) -> str:
 
 def _code(axes: Axes) -> str:
     return repr(axes if len(axes) != 1 else axes[0])
-
-
-def _marks(jaxpr: core.Jaxpr) -> Iterator[tuple[core.Primitive, Mapping[str, Any]]]:
-    for eqn in jaxpr.eqns:
-        if eqn.primitive in (constrain_p, weight_p):
-            yield eqn.primitive, eqn.params
-        for inner in core.jaxprs_in_params(eqn.params):
-            yield from _marks(inner)

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from .._errors import Problem, StepError, raise_all
 from .._regions import Marks, Surroundings, carried_out
 from .._remat import active
-from ._activations import Activations
+from ._activations import Activations, SpecsInLoss
 from ._bound_spec import BoundSpec
 from ._compile import Program, compile_program
 from ._debug import check_keys
@@ -91,7 +91,7 @@ class Programs:
         around = Surroundings(
             names.mesh,
             layout.row_axes,
-            names.spec_in_lane if by_lanes else names.spec,
+            SpecsInLoss(names, by_lanes),
             names.lane_axes if by_lanes else (),
             tuple(axis for axis in layout.row_axes if axis not in layout.lane_axes),
         )
@@ -115,7 +115,7 @@ class Programs:
         def check(jaxpr: Any) -> None:
             names.check(jaxpr)
             if marks:
-                _check_reached(marks)
+                _check_reached(marks, jaxpr)
 
         with active(layer_policy(self._bound, self._layout)):
             return compile_program(run, args, placed, results, names, check, donate, options)
@@ -126,7 +126,7 @@ class Programs:
         return Activations(self._bound.mesh, rules, self._layout.lane_axes)
 
 
-def _check_reached(marks: Marks) -> None:
+def _check_reached(marks: Marks, jaxpr: Any) -> None:
     """Refuses a step whose model has no part that its strategy was to carry out.
 
     Raises:
@@ -134,7 +134,6 @@ def _check_reached(marks: Marks) -> None:
     """
     problems = [
         Problem(str(carrier), f"the model marks no {name}", f"sk.{name}(...) in the model")
-        for name, carrier in marks.carriers.items()
-        if name not in marks.reached
+        for name, carrier in marks.unreached(jaxpr.jaxpr).items()
     ]
     raise_all(StepError, "The strategy carries out what the model does not mark.", problems)

@@ -17,8 +17,8 @@ from ._factories import Declared, Steps, factory_of, options_of, shown_name, sou
 from ._journal import Journal
 from ._result import Sweep
 from ._row import ILLEGAL, Row
-from ._spec_factory import plain_axes
 from ._run import OnRow, Run
+from ._spec_factory import plain_axes
 
 if TYPE_CHECKING:
     from ..step import StepSpec
