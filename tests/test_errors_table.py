@@ -182,7 +182,12 @@ def test_two_leaves_of_one_buffer_are_named_both(step):
     alias = jax.device_put(state.params["b"], state.params["b"].sharding)
     shared = adam._replace(mu={**adam.mu, "b": alias})
     twice = sk.TrainState(
-        state.step, state.params, (shared, *state.opt_state[1:]), state.extra, state.key
+        state.step,
+        state.params,
+        (shared, *state.opt_state[1:]),
+        state.extra,
+        state.key,
+        state.halted,
     )
     text = text_of(sk.StateError, lambda: step(twice, {"x": X}))
     assert "state/opt_state/0/mu/b" in text
@@ -203,7 +208,12 @@ def test_an_argument_laid_out_otherwise_names_the_leaf_and_both_specs(step, mesh
     state = step.init(jax.random.key(0))
     kernel = jax.device_put(state.params["head"]["kernel"], jax.NamedSharding(mesh, P("data")))
     moved = sk.TrainState(
-        state.step, {**state.params, "head": {"kernel": kernel}}, state.opt_state, {}, state.key
+        state.step,
+        {**state.params, "head": {"kernel": kernel}},
+        state.opt_state,
+        {},
+        state.key,
+        state.halted,
     )
     text = text_of(sk.StateError, lambda: step(moved, {"x": X}))
     assert "state/params/head/kernel" in text

@@ -20,9 +20,9 @@ def _pattern(glob: str) -> re.Pattern[str]:
     parts = []
     for segment in glob.split("/"):
         if segment == "**":
-            parts.append("(?:[^/]+/)*")
+            parts.append("(?:[^/]*/)*")
         elif segment == "*":
-            parts.append("[^/]+/")
+            parts.append("[^/]*/")
         else:
             parts.append("[^/]*".join(map(re.escape, segment.split("*"))) + "/")
     return re.compile("".join(parts))

@@ -4,7 +4,7 @@ from ._compile_step import compile_step
 from ._compiled import CompiledStep
 from ._declaration import Declaration
 from ._layout import Abstract, Layout, abstract_state, resolve_layout
-from ._nonfinite import SKIPPED, OnNonfinite, released
+from ._nonfinite import SKIPPED, OnNonfinite
 from ._objective import objective
 
 __all__ = [
@@ -17,6 +17,5 @@ __all__ = [
     "abstract_state",
     "compile_step",
     "objective",
-    "released",
     "resolve_layout",
 ]

@@ -56,8 +56,8 @@ def compile_step(
         refuses a name that it does not know.
       on_nonfinite: what is done with an update whose loss or gradients are not finite: `"apply"`
         it; `"skip"` it, which leaves all but `state.step` as it was, and set the metric `skipped`
-        to 1; or `"stop"`, which makes neither this nor any later update: `sk.released(state)`
-        is then the state that the step failed on.
+        to 1; or `"stop"`, which makes neither this nor any later update: `state.halted` is true
+        then, and the rest of the state is what the step failed on.
       deterministic: leave the compiler no operation whose result varies from run to run. That
         costs speed on GPUs (`xla_gpu_deterministic_ops`); the compilers for CPUs and TPUs have
         no such operation. The promise: the same program on as many devices of the same kind with

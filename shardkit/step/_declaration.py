@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh
 from .._errors import Problem, StepError, did_you_mean, raise_all
 from .._precision import Precision, precision
 from .._remat import policy
-from .._tree import leaves, path_str
+from .._tree import leaves, leaves_by_path
 from .._types import Accumulate, Loss
 from ..mesh import MeshSpec
 from ..parallel import Strategy
@@ -263,8 +263,8 @@ def _check_kinds(
         Problem(name, f"is {_kind(value)}", fix) for is_wrong, name, value, fix in wrong if is_wrong
     ]
     problems += [
-        Problem(f"batch/{path_str(path)}", f"is {_kind(x)}, not an array", "numpy.asarray(...)")
-        for path, x in jax.tree_util.tree_leaves_with_path(batch)
+        Problem(path, f"is {_kind(x)}, not an array", "numpy.asarray(...)")
+        for path, x in leaves_by_path(batch, "batch").items()
         if not isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
     ]
     raise_all(StepError, _HEADLINE, problems)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from .._errors import Problem, RetraceWarning, ShardingError, format_problems
-from .._tree import path_str, short_type
+from .._tree import leaves_by_path, short_type
 from ._compile import no_ambient_mesh
 from ._declaration import Declaration
 from ._layout import Layout, resolve_layout
@@ -113,7 +113,7 @@ def _type(x: Any) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def _changes(declared: Any, types: Types) -> Iterator[Problem]:
-    named = jax.tree_util.tree_leaves_with_path(declared)
+    named = leaves_by_path(declared, "batch").items()
     for (path, a), (shape, dtype) in zip(named, types, strict=True):
         parts = [
             part
@@ -123,4 +123,4 @@ def _changes(declared: Any, types: Types) -> Iterator[Problem]:
         if parts:
             types_ = short_type(a.shape, a.dtype), short_type(shape, dtype)
             why = f"changed its {' and '.join(parts)}: declared as {types_[0]}, is {types_[1]}"
-            yield Problem(f"batch/{path_str(path)}", why)
+            yield Problem(path, why)

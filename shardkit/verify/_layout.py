@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from .._tree import leaves, path_str
+from .._tree import join_path, leaves, leaves_by_path, path_str
 from .._types import Named, Variables
 from ..optim import FollowParams, update_specs
 from ..rules import chain, collect, format_spec
@@ -25,7 +25,7 @@ def declared_specs(declaration: Declaration, state: Any) -> Specs:
       state: the `TrainState`, of which only paths, shapes and dtypes are read.
 
     Returns:
-      Specs by `params/…`, `opt_state/…`, `extra/…`, `batch/…`, `step` and `key`.
+      Specs by `params/…`, `opt_state/…`, `extra/…`, `batch/…`, `step`, `key` and `halted`.
     """
     d, sizes = declaration, dict(declaration.mesh.shape)
     strategy = d.strategy
@@ -41,8 +41,8 @@ def declared_specs(declaration: Declaration, state: Any) -> Specs:
     lost = [*problems, *more, *rest]
     assert not lost, "a step was compiled from rules that do not resolve"
     found = {"params": specs, "opt_state": opt_state, "extra": extra, "batch": _batch_specs(d)}
-    named = {f"{part}/{path}": s for part, by in found.items() for path, s in by.items()}
-    return {"step": PartitionSpec(), "key": PartitionSpec(), **named}
+    named = {join_path(part, path): s for part, by in found.items() for path, s in by.items()}
+    return {**dict.fromkeys(("step", "key", "halted"), PartitionSpec()), **named}
 
 
 def _batch_specs(d: Declaration) -> Specs:
@@ -73,8 +73,7 @@ def misplaced(tree: Any, specs: Specs, mesh: Mesh, when: str) -> Iterator[tuple[
       mesh: the device mesh.
       when: of what time the arrays are, for the message.
     """
-    for path, x in jax.tree_util.tree_leaves_with_path(tree):
-        name = path_str(path)
+    for name, x in leaves_by_path(tree).items():
         want = NamedSharding(mesh, specs[name]).devices_indices_map(x.shape)
         held = {shard.device: shard for shard in x.addressable_shards}
         if any(
@@ -89,7 +88,7 @@ def misplaced(tree: Any, specs: Specs, mesh: Mesh, when: str) -> Iterator[tuple[
 
 def differing_copies(tree: Any) -> Iterator[tuple[str, str]]:
     """Leaves of which two devices hold the same part with different bits, as (path, why)."""
-    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+    for path, x in leaves_by_path(tree).items():
         first: dict[Any, Any] = {}
         for shard in x.addressable_shards:
             part = _bounds(shard.index, x.shape)
@@ -98,7 +97,7 @@ def differing_copies(tree: Any) -> Iterator[tuple[str, str]]:
             if other[1].tobytes() != mine.tobytes():
                 gap = np.abs(other[1].astype(np.float64) - mine.astype(np.float64)).max()
                 why = f"devices {other[0].id} and {shard.device.id} hold copies {gap:.1e} apart"
-                yield path_str(path), why
+                yield path, why
                 break
 
 
