@@ -154,7 +154,7 @@ def _random_eqns(jaxpr: core.Jaxpr) -> Iterator[Draw]:
             yield from _random_eqns(inner)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _generator(draws: Draws) -> Any:
     """A PRNG implementation with key words (k0, k1, lane, micro-batch, slice)."""
     rows, length = dict(draws.grown), dict(draws.sliced)

@@ -59,7 +59,7 @@ _active: contextvars.ContextVar[Marks | None] = contextvars.ContextVar("remat", 
 _traced: set[Policy | None] = set()
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def policy(name: str) -> Policy | None:
     """Returns the checkpoint policy of a name.
 
@@ -91,7 +91,7 @@ def policy(name: str) -> Policy | None:
     raise StepError(format_problems("No such remat policy.", [problem], 'remat="full"'))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def regathering(base: Policy | None, axes: tuple[str, ...]) -> Policy:
     """The same policy, except that what was gathered over mesh axes is gathered again.
 

@@ -14,7 +14,7 @@ from ._rule import Decided, Decision, Entry, Passed, Replicated
 from ._specs import format_spec
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def _pattern(glob: str) -> re.Pattern[str]:
     """Compiles a glob to a pattern over a path whose every segment ends in `/`."""
     parts = []

@@ -20,6 +20,9 @@ from ._declaration import Declaration
 from ._layout import Layout, resolve_layout
 from ._programs import Programs
 
+# Lengths in buckets are few; each form holds up to three executables, on host and devices.
+KEPT = 8
+
 Types = tuple[tuple[tuple[int, ...], np.dtype], ...]
 
 
@@ -50,24 +53,19 @@ class Form:
 
 
 class Forms:
-    """The declared form of a batch, and the others that were met.
+    """The declared form of a batch, and the others that were met last, `KEPT` at most.
 
     Attributes:
       declared: what the step was compiled for.
-      changes: what the other forms changed, one text for each.
+      changes: what the other forms changed, one text for each that was compiled.
     """
 
     def __init__(self, declaration: Declaration) -> None:
         """Resolves the declared form."""
         self.declared = Form.of(declaration)
         self._declaration = declaration
-        self._others: dict[Types, Form] = {}
+        self._others: dict[Types, Form] = {}  # the one that was used last comes last
         self.changes: list[str] = []
-
-    @property
-    def count(self) -> int:
-        """How many there are."""
-        return 1 + len(self._others)
 
     def of(self, batch: Any) -> Form:
         """Finds the form of a batch; what is no legal one is left to the declared one to refuse."""
@@ -77,6 +75,7 @@ class Forms:
             return self.declared
         types = tuple(map(_type, got))
         if types in self._others:
+            self._others[types] = self._others.pop(types)
             return self._others[types]
         changes = list(_changes(self.declared.layout.batch, types))
         ranks = all(len(shape) == a.ndim for (shape, _), a in zip(types, want, strict=True))
@@ -93,8 +92,11 @@ class Forms:
         except ShardingError:
             return self.declared
         self._others[types] = form
+        if len(self._others) > KEPT:
+            del self._others[next(iter(self._others))]
         self.changes.append(", ".join(f"{one.subject} {one.why}" for one in changes))
-        headline = f"The step is compiled for another form of its batch, which makes {self.count}."
+        made = 1 + len(self.changes)
+        headline = f"The step is compiled for another form of its batch, which makes {made}."
         fix = 'batches of one form: pad them; or compile_step(..., on_retrace="error") to stop here'
         # The caller of the step's own method, which calls `of`, which calls this.
         warnings.warn(format_problems(headline, changes, fix), RetraceWarning, stacklevel=4)
