@@ -21,8 +21,8 @@ KEPT: dict[str, tuple[int | str, str]] = {
     "plan._stages.roles": (256, "schedules × stages of one search; a few KiB each"),
     "rules._path._pattern": (1024, "globs of some models; about 1 KiB each"),
     "verify._reference._sgd_applier": (8, "one for each verification under way"),
-    "cli._verify._run": ("_MOST_MESHES + 1", "one step for each mesh of the command, and one"),
-    "step._forms.KEPT": (8, "forms of a batch: lengths in buckets"),
+    "cli._verify._run": ("meshes of the command, and one device", "gone when the command ends"),
+    "step._forms.KEPT": (8, "forms of a batch that a step keeps: lengths in buckets"),
 }
 
 _MUTABLE = {"dict", "list", "set", "defaultdict", "OrderedDict", "Counter", "deque", "bytearray"}
@@ -53,18 +53,20 @@ def unlisted_state(tree: Tree, listed: dict[str, tuple[int | str, str]] = KEPT) 
 
 def _caches(parsed: ast.Module) -> Iterator[tuple[str, int, int | str | None]]:
     """Functions that keep results: name, line, and bound, None where there is none."""
+    outer = {node.func for node in ast.walk(parsed) if isinstance(node, ast.Call)}
     for owner, node in _owned(parsed):
         if isinstance(node, Function):
             takes = ast.unparse(node.args)
             for one in node.decorator_list:
                 if (bound := _bound(one)) != "no cache" and (takes or bound is not None):
                     yield node.name, node.lineno, bound
-        elif isinstance(node, ast.Call) and _bound(node.func) != "no cache":
-            yield owner, node.lineno, _bound(node.func)
+        elif isinstance(node, ast.Call) and node not in outer:  # not the first call of f(4)(g)
+            if (bound := _bound(node.func)) != "no cache":
+                yield owner, node.lineno, bound
 
 
 def _bound(cache: ast.expr) -> int | str | None:
-    """Bound of `functools.lru_cache(...)`, "no cache" of anything else."""
+    """Bound of `lru_cache(maxsize=...)`, None for none, "no cache" of anything else."""
     call = cache.func if isinstance(cache, ast.Call) else cache
     name = ast.unparse(call).rpartition(".")[2]
     if name == "cache":
@@ -90,15 +92,20 @@ def _owned(parsed: ast.Module) -> Iterator[tuple[str, ast.AST]]:
     return visit(parsed, "")
 
 
-def _globals(parsed: ast.Module) -> Iterator[tuple[str, int, str]]:
-    """Names of a module that a function of it changes or that begin empty, to be filled."""
+def _globals(parsed: ast.Module) -> Iterator[tuple[str, int, int | str]]:
+    """Names of a module that a function of it changes or that begin empty, to be filled.
+
+    `KEPT = 8` is how a module says what each of its objects keeps at most.
+    """
     changed = set(_changed(parsed))
     for node in parsed.body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         value = getattr(node, "value", None)
         for target in targets:
             if isinstance(target, ast.Name) and value is not None:
-                if target.id in changed or _begins_empty(value):
+                if target.id == "KEPT" and isinstance(getattr(value, "value", None), int):
+                    yield target.id, node.lineno, value.value
+                elif target.id in changed or _begins_empty(value):
                     yield target.id, node.lineno, "mutable"
 
 

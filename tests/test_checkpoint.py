@@ -410,5 +410,5 @@ def test_the_negative_counter_of_an_earlier_stopped_step_is_refused(state, tmp_p
 def test_no_other_missing_leaf_is_made_up(state, tmp_path):
     folder = sk.Checkpointer(tmp_path)
     folder.save(3, {k: x for k, x in earlier(state, 3).items() if k != "key"})
-    with pytest.raises(sk.CheckpointError, match="1 leaf .*\n  key"):
+    with pytest.raises(sk.CheckpointError, match=r"1 leaf .*\n  key"):
         folder.restore(ck.abstract(state), ck.shardings(state))

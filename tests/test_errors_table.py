@@ -399,7 +399,7 @@ def test_a_form_that_was_not_used_for_long_compiles_again(mesh, monkeypatch):
     assert forms_compiled(4, 16) == 1  # lets go of 12, which was used before 4
     assert forms_compiled(4, 16) == 0
     assert forms_compiled(12, 4) == 2
-    state, metrics = step(step.init(jax.random.key(0)), {"x": batches[12]})
+    _, metrics = step(step.init(jax.random.key(0)), {"x": batches[12]})
     assert np.isfinite(metrics["loss"])
 
 

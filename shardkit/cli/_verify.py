@@ -37,7 +37,8 @@ def _run(arguments: argparse.Namespace) -> int:
         f"Proved in float32, with dropout {config.model.dropout:g} and weights of which one half "
         "of the rows has none.\n"
     )
-    factory = functools.lru_cache(_MOST_MESHES + 1)(functools.partial(_compiled, config))
+    most = max(_MOST_MESHES, len(arguments.mesh or ()))
+    factory = functools.lru_cache(most + 1)(functools.partial(_compiled, config))
     meshes = [mesh for mesh in _meshes(arguments, config) if _legal(mesh, factory, console)]
     if not meshes:
         problem = Problem("--mesh", "no mesh is legal for this model", _legal_fix(config))

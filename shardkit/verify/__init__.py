@@ -1,6 +1,15 @@
 """Proof that a step gives the numbers of one device on every mesh."""
 
-from ._certificate import Certificate, Row
+from ._certificate import Certificate, Row, format_error
 from ._verify import Standard, StepFactory, made_up, one_device, verify
 
-__all__ = ["Certificate", "Row", "Standard", "StepFactory", "made_up", "one_device", "verify"]
+__all__ = [
+    "Certificate",
+    "Row",
+    "Standard",
+    "StepFactory",
+    "format_error",
+    "made_up",
+    "one_device",
+    "verify",
+]

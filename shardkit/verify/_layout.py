@@ -12,6 +12,7 @@ from .._types import Named, Variables
 from ..optim import FollowParams, update_specs
 from ..rules import chain, collect, format_spec
 from ..step import Declaration
+from ._certificate import format_error
 from ._record import to_host
 
 Specs = dict[str, PartitionSpec]
@@ -96,7 +97,8 @@ def differing_copies(tree: Any) -> Iterator[tuple[str, str]]:
             other = first.setdefault(part, (shard.device, mine))
             if other[1].tobytes() != mine.tobytes():
                 gap = np.abs(other[1].astype(np.float64) - mine.astype(np.float64)).max()
-                why = f"devices {other[0].id} and {shard.device.id} hold copies {gap:.1e} apart"
+                both = f"devices {other[0].id} and {shard.device.id}"
+                why = f"{both} hold copies {format_error(gap)} apart"
                 yield path, why
                 break
 
