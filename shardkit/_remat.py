@@ -13,7 +13,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 
-from ._errors import Problem, StepError, did_you_mean, format_problems
+from ._errors import Problem, StepError, did_you_mean, format_problems, raise_all
+from ._options import option_problems
 
 _policies = jax.checkpoint_policies
 _P = ParamSpec("_P")
@@ -118,6 +119,8 @@ def remat(layer: Callable[_P, _R], *, scanned: bool = False) -> Callable[_P, _R]
     Returns:
       A function that computes the same, under `jax.checkpoint` where a policy is active.
     """
+    problems = option_problems("remat.", scanned=(scanned, bool))
+    raise_all(StepError, "A layer is marked wrongly.", problems)
 
     @functools.wraps(layer)
     def marked(*args: _P.args, **kwargs: _P.kwargs) -> _R:

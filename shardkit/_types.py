@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from ._errors import Problem, StepError, raise_all
+from ._options import option_problems
 
 
 @jax.tree_util.register_dataclass
@@ -73,6 +74,10 @@ class Loss:
     train: Callable[..., Any]
     evaluate: Callable[..., Any]
     stateful: bool = False
+
+    def __post_init__(self) -> None:
+        problems = option_problems("Loss.", stateful=(self.stateful, bool))
+        raise_all(StepError, "The loss is declared wrongly.", problems)
 
     def __call__(self, *args: Any) -> Any:
         """Calls the training form."""

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from .._errors import DataError, Problem, raise_all
+from .._options import option_problems
 from .._tree import leaves_by_path, short_type
 from ._order import places
 
@@ -130,6 +131,9 @@ def arrays(tree: Any, rows: int, seed: int | None = 0) -> Arrays:
     >>> data.batch(1, np.array([3]))
     {'x': array([1]), 'y': array([1])}
     """
+    fix = "arrays with one example per row, as many in each"
+    wrong = option_problems(rows=(rows, int), seed=(seed, int | None))
+    raise_all(DataError, "The arrays form no batches.", wrong, fix)
     tree = jax.tree.map(np.asarray, tree)
     found = leaves_by_path(tree)
     sizes = [x.shape[0] for x in found.values() if x.ndim]
@@ -141,6 +145,5 @@ def arrays(tree: Any, rows: int, seed: int | None = 0) -> Arrays:
     ]
     if not 0 < rows <= most:
         problems.append(Problem(f"rows={rows}", f"there are {most} examples", f"rows={most or 1}"))
-    fix = "arrays with one example per row, as many in each"
     raise_all(DataError, "The arrays form no batches.", problems, fix)
     return Arrays(tree, rows, seed)

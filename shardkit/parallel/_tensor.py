@@ -12,6 +12,7 @@ more `fsdp`. Do not use across slow links: its collectives stand in the way of e
 """
 
 from .._errors import Problem, StepError, did_you_mean, raise_all
+from .._options import option_problems
 from ._names import activations, check_axis, params
 from ._strategy import Strategy
 
@@ -39,6 +40,8 @@ def tensor(axis: str = "tensor", *, sequence: bool = False, kv_heads: str = "spl
     P(None, 'tensor')
     """
     check_axis("tensor", axis)
+    problems = option_problems("tensor.", sequence=(sequence, bool))
+    raise_all(StepError, "A strategy is declared wrongly.", problems)
     if kv_heads not in KV_HEADS:
         why = f"known: {', '.join(KV_HEADS)}.{did_you_mean(str(kv_heads), KV_HEADS)}"
         problem = Problem(f"tensor(kv_heads={kv_heads!r})", why, 'kv_heads="replicate"')

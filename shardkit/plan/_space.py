@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from .._errors import MeshError, Problem, raise_all
+from .._options import check_options
 from .._types import Accumulate
 from ..parallel import Strategy, strategies
 
@@ -73,6 +74,7 @@ class Space:
 
     def __post_init__(self) -> None:
         """Refuses axes that no ready layout has, and numbers that count nothing."""
+        check_options(self, MeshError, "There is no such space to plan in.")
         problems = [
             Problem(f"axes: {axis!r}", f"known: {', '.join(MOE_AXES)}", f"axes={AXES!r}")
             for axis in self.axes

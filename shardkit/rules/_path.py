@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from jax.sharding import PartitionSpec
 
 from .._errors import Problem, ShardingError, raise_all
+from .._options import option_problems
 from .._tree import Leaf
 from ._rule import Decided, Decision, Entry, Passed, Replicated
 from ._specs import format_spec
@@ -109,6 +110,7 @@ class PathRules:
             for glob, spec in table.items()
             if not isinstance(spec, PartitionSpec | Replicated)
         ]
+        problems += option_problems("PathRules.", allow_unmatched=(allow_unmatched, bool))
         raise_all(ShardingError, "PathRules cannot be read.", problems)
         object.__setattr__(self, "table", tuple(table.items()))
         object.__setattr__(self, "allow_unmatched", allow_unmatched)

@@ -11,6 +11,7 @@ import optax
 from jax.sharding import AxisType, Mesh
 
 from .._errors import Problem, StepError, did_you_mean, raise_all
+from .._options import option_problems
 from .._precision import Precision, precision
 from .._remat import policy
 from .._tree import leaves, leaves_by_path
@@ -98,6 +99,8 @@ class Declaration:
             precision or remat policy.
         """
         problems = _option_problems(self.strategy)
+        flags = {name: (getattr(self, name), bool) for name in ("deterministic", "debug")}
+        problems += option_problems(**flags)
         known_of = {
             "mode": MODES,
             "on_nonfinite": ON_NONFINITE,
