@@ -57,7 +57,9 @@ def child(devices: int, size: str, turns: int) -> None:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-        return sk.TrainState(state.step + 1, params, opt_state, {}, state.key), metrics
+        return sk.TrainState(
+            state.step + 1, params, opt_state, {}, state.key, state.halted
+        ), metrics
 
     whole = jax.NamedSharding(step.mesh, jax.P())
     hand_written = jax.jit(

@@ -19,6 +19,7 @@ from ._errors import (
     StateError,
     StepError,
     SweepError,
+    TreeError,
     VerificationError,
 )
 from ._precision import Precision
@@ -41,7 +42,7 @@ from .processes import Peers, distributed
 from .rules import REPLICATED, AxisRules, PathRules, chain, explain, shard_largest
 from .run import TrainConfig, Trainer, Watcher, replay
 from .state import TrainState
-from .step import CompiledStep, StepSpec, compile_step, released
+from .step import CompiledStep, StepSpec, compile_step
 from .sweep import Sweep, sweep
 from .verify import Certificate, verify
 
@@ -91,6 +92,7 @@ __all__ = [
     "TrainConfig",
     "TrainState",
     "Trainer",
+    "TreeError",
     "Variables",
     "VerificationError",
     "Watcher",
@@ -106,7 +108,6 @@ __all__ = [
     "from_linen",
     "from_nnx",
     "plan",
-    "released",
     "remat",
     "replay",
     "route",

@@ -22,6 +22,10 @@ class ShardingError(ShardkitError):
     """Leaves cannot be laid out on a mesh as the rules say."""
 
 
+class TreeError(ShardkitError):
+    """A pytree has leaves that no path tells apart."""
+
+
 class BatchError(ShardkitError):
     """A batch does not have the shape, dtype or rows that the step was compiled for."""
 

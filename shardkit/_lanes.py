@@ -153,7 +153,7 @@ def _random_eqns(jaxpr: core.Jaxpr) -> Iterator[Draw]:
             yield "fold_in", tuple(eqn.invars[1].aval.shape)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _generator(draws: Draws) -> Any:
     """A PRNG implementation with key words (k0, k1, lane, micro-batch, slice)."""
     rows, length = dict(draws.grown), dict(draws.sliced)

@@ -12,7 +12,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 
-from ._errors import Problem, StepError, did_you_mean, format_problems
+from ._errors import Problem, StepError, did_you_mean, format_problems, raise_all
+from ._options import option_problems
 from ._tracing import TraceContext, equations
 
 _policies = jax.checkpoint_policies
@@ -58,7 +59,7 @@ class Policy:
 _active = TraceContext[Policy]("remat")
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def policy(name: str) -> Policy | None:
     """Returns the checkpoint policy of a name.
 
@@ -90,7 +91,7 @@ def policy(name: str) -> Policy | None:
     raise StepError(format_problems("No such remat policy.", [problem], 'remat="full"'))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def regathering(base: Policy | None, axes: tuple[str, ...]) -> Policy:
     """The same policy, except that what was gathered over mesh axes is gathered again.
 
@@ -118,6 +119,8 @@ def remat(layer: Callable[_P, _R], *, scanned: bool = False) -> Callable[_P, _R]
     Returns:
       A function that computes the same, under `jax.checkpoint` where a policy is active.
     """
+    problems = option_problems("remat.", scanned=(scanned, bool))
+    raise_all(StepError, "A layer is marked wrongly.", problems)
 
     @functools.wraps(layer)
     def marked(*args: _P.args, **kwargs: _P.kwargs) -> _R:

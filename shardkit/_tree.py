@@ -1,10 +1,17 @@
-"""Leaves of a pytree by path, with short names for dtypes and sizes in bytes."""
+"""Leaves of a pytree by path, with short names for dtypes and sizes in bytes.
+
+A path is a text, so that rules, checkpoints and messages can name a leaf. Two leaves of a tree
+whose dict keys hold `/` can have the same one; `leaves_by_path` refuses such a tree, and whatever
+keeps leaves by path goes through it.
+"""
 
 import dataclasses
 from typing import Any
 
 import jax
 import numpy as np
+
+from ._errors import Problem, TreeError, raise_all
 
 _SHORT = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "complex": "c"}
 
@@ -30,6 +37,10 @@ class Leaf:
         """Bytes of the whole array, on all devices together and without replicas."""
         return nbytes(self.shape, self.dtype)
 
+    def within(self, tree: str) -> "Leaf":
+        """The same leaf under its path in a tree of trees: `params/decoder/mlp/up/kernel`."""
+        return dataclasses.replace(self, path=join_path(tree, self.path))
+
     def __str__(self) -> str:
         """Returns `decoder/mlp/up/kernel f32[1024,4096]`."""
         return f"{self.path or '(root)'} {short_type(self.shape, self.dtype)}"
@@ -38,11 +49,68 @@ class Leaf:
 def path_str(key_path: tuple[Any, ...]) -> str:
     """Joins a JAX key path with `/`, whatever kind of node each key comes from.
 
+    The empty key is written as two quotes, since the empty path is that of a bare array.
+
     >>> import jax
     >>> [path_str(p) for p, _ in jax.tree_util.tree_leaves_with_path({"a": [1, {"b": 2}]})]
     ['a/0', 'a/1/b']
     """
-    return jax.tree_util.keystr(key_path, simple=True, separator="/")
+    keys = (jax.tree_util.keystr((key,), simple=True) for key in key_path)
+    return "/".join(key or "''" for key in keys)
+
+
+def join_path(tree: str, path: str) -> str:
+    """Returns the path of a leaf in a tree of trees; a bare array is at the tree's own name.
+
+    >>> join_path("params", "up/kernel"), join_path("params", "")
+    ('params/up/kernel', 'params')
+    """
+    return f"{tree}/{path}" if tree and path else tree or path
+
+
+def glob_of(path: str) -> str:
+    """A glob that matches a leaf: its path; `**` for that of a bare array, which is empty.
+
+    >>> glob_of("up/kernel"), glob_of("")
+    ('up/kernel', '**')
+    """
+    return path or "**"
+
+
+def ends_path(path: str, end: str) -> bool:
+    """Whether the last segments of a path are those of another; the empty path ends every one.
+
+    >>> ends_path("0/mu/up", "up"), ends_path("0/mu/warmup", "up"), ends_path("0/mu", "")
+    (True, False, True)
+    """
+    return not end or f"/{path}".endswith(f"/{end}")
+
+
+def leaves_by_path(tree: Any, name: str = "") -> dict[str, Any]:
+    """Returns `{path: leaf}` of a pytree, in JAX's order.
+
+    Args:
+      tree: the pytree.
+      name: of the tree, which every path then begins with.
+
+    Raises:
+      TreeError: two leaves have the same path.
+
+    >>> leaves_by_path({"a": [1, {"b": 2}]}, "params"), leaves_by_path(3, "params")
+    ({'params/a/0': 1, 'params/a/1/b': 2}, {'params': 3})
+    """
+    keyed, found = jax.tree_util.tree_leaves_with_path(tree), {}
+    keys: dict[str, Any] = {}
+    problems = []
+    for key_path, leaf in keyed:
+        path = join_path(name, path_str(key_path))
+        if path in found:
+            both = " and ".join(name + jax.tree_util.keystr(k) for k in (keys[path], key_path))
+            problems.append(Problem(path or "(root)", f"is the path of {both}"))
+        found[path], keys[path] = leaf, key_path
+    fix = "rename one key: keys are joined by '/' to paths, and rules and checkpoints go by path"
+    raise_all(TreeError, "Leaves of a pytree cannot be told apart.", problems, fix)
+    return found
 
 
 def short_dtype(dtype: Any) -> str:
@@ -71,11 +139,14 @@ def leaves(tree: Any, axes: Any = None) -> list[Leaf]:
     Args:
       tree: the pytree.
       axes: `{path: logical axes}` for the leaves whose dims are named.
+
+    Raises:
+      TreeError: two leaves have the same path.
     """
     names = axes or {}
     return [
-        Leaf(path_str(path), tuple(x.shape), x.dtype, names.get(path_str(path)))
-        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+        Leaf(path, tuple(x.shape), x.dtype, names.get(path))
+        for path, x in leaves_by_path(tree).items()
     ]
 
 

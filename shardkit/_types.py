@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 import jax
 
 from ._errors import Problem, StepError, raise_all
+from ._options import option_problems
 
 PyTree: TypeAlias = Any
 """Any tree of JAX: nested containers with arrays, or what stands for arrays, as leaves."""
@@ -88,6 +89,10 @@ class Loss:
     train: Callable[..., Any]
     evaluate: Callable[..., Any]
     stateful: bool = False
+
+    def __post_init__(self) -> None:
+        problems = option_problems("Loss.", stateful=(self.stateful, bool))
+        raise_all(StepError, "The loss is declared wrongly.", problems)
 
     def __call__(self, *args: Any) -> Any:
         """Calls the training form."""

@@ -99,6 +99,7 @@ def outcome(mesh, k, reduce="once", rate=0.0):
         jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state.opt_state),
         {},
         jax.random.key(7),
+        jnp.zeros((), jnp.bool),
     )
     after, metrics = step(jax.device_put(fresh, step.shardings), BATCH)
     return jax.tree.map(np.asarray, (metrics, after.opt_state[0].trace))

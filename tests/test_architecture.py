@@ -23,6 +23,7 @@ from ._architecture import (
     unannotated,
     undocumented,
 )
+from ._kept import unlisted_state
 
 ROOT = Path(__file__).parent.parent
 PAGE = """
@@ -45,6 +46,7 @@ CHECKS = (
     named_kinds,
     undocumented,
     unannotated,
+    unlisted_state,
 )
 
 # check, {file: source}, what the violation must say
@@ -126,6 +128,30 @@ VIOLATIONS = [
         {"cli.py": "class A:\n    def f(self, x, *y: int): ..."},
         "cli.py:2 f does not annotate x, its result",
     ),
+    *[
+        (unlisted_state, {"_errors.py": source}, f"_errors.py:{line} {message}")
+        for source, line, message in (
+            ("@functools.cache\ndef f(x: int) -> int: ...", 2, "f is a cache without bound"),
+            ("@lru_cache(None)\ndef f(x: int) -> int: ...", 2, "f is a cache without bound"),
+            ("def g() -> None:\n    f = cache(print)", 2, "g is a cache without bound"),
+            (
+                "@lru_cache(maxsize=4)\ndef f(x: int) -> int: ...",
+                2,
+                "f outlives its call and is not in KEPT",
+            ),
+            ("_made: dict[str, int] = {}", 1, "_made outlives its call and is not in KEPT"),
+            (
+                "X = {1: 2}\ndef f() -> None:\n    X[3] = 4",
+                1,
+                "X outlives its call and is not in KEPT",
+            ),
+            (
+                "X = 0\ndef f() -> None:\n    global X",
+                1,
+                "X outlives its call and is not in KEPT",
+            ),
+        )
+    ],
 ]
 
 
@@ -178,6 +204,15 @@ def test_the_kinds_are_those_of_the_registry():
 
 def test_every_check_is_seen_to_catch_something():
     assert {check for check, _, _ in VIOLATIONS} == set(CHECKS)
+
+
+def test_a_bound_that_changes_is_changed_in_the_table_and_a_row_goes_with_its_cache(tmp_path):
+    tree = fake_tree(tmp_path, {"_errors.py": "@lru_cache(4)\ndef f(x: int) -> int: ..."})
+    assert unlisted_state(tree, {"_errors.f": (4, "")}) == []
+    (wrong,) = unlisted_state(tree, {"_errors.f": (8, "")})
+    assert wrong == "shardkit/_errors.py:2 f keeps 4, and 8 in KEPT"
+    (left,) = unlisted_state(tree, {"_errors.f": (4, ""), "_errors.g": (4, "")})
+    assert left == "_errors.g is in KEPT and not in the package"
 
 
 def import_in_a_process_without_backend(code: str) -> subprocess.CompletedProcess[str]:

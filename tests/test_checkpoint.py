@@ -363,3 +363,52 @@ def test_a_folder_of_something_else_is_told(tmp_path, state):
         restore(tmp_path, state)
     with pytest.raises(sk.CheckpointError, match="is no folder"):
         restore(tmp_path / "none", state)
+
+
+def earlier(state, step):
+    """The leaves of a state as they were saved before states had `halted`."""
+    return {"step": jnp.int32(step)} | {
+        name: getattr(state, name) for name in ("params", "opt_state", "extra", "key")
+    }
+
+
+@pytest.mark.parametrize("below", ["", "state"])
+def test_a_checkpoint_from_before_the_flag_is_read_as_not_halted(below, state, tmp_path):
+    old, new, to = earlier(state, 3), state, ck.shardings(state)
+    if below:
+        old, new, to = ({below: one} for one in (old, new, to))
+    folder = sk.Checkpointer(tmp_path)
+    folder.save(3, old)
+    back = folder.restore(ck.abstract(new), to).state
+    assert ck.bits(back) == ck.bits(new)
+    halted = (back[below] if below else back).halted
+    assert halted.sharding == ck.shardings(state).halted
+    # A declared source of the leaf is kept to.
+    flagged = dataclasses.replace(state, halted=jnp.bool(True))
+    fresh = {below: flagged} if below else flagged
+    path = f"{below}/halted" if below else "halted"
+    partial = {path: "fresh", "**": "saved"}
+    back = folder.restore(ck.abstract(new), to, partial=partial, fresh=fresh).state
+    assert bool((back[below] if below else back).halted)
+
+
+@pytest.mark.parametrize("halted", [False, True])
+def test_whether_a_state_has_halted_comes_back(halted, state, tmp_path):
+    one = dataclasses.replace(state, halted=jnp.bool(halted))
+    sk.Checkpointer(tmp_path).save(3, one)
+    back = sk.Checkpointer(tmp_path).restore(ck.abstract(one), ck.shardings(one)).state
+    assert bool(back.halted) == halted
+
+
+def test_the_negative_counter_of_an_earlier_stopped_step_is_refused(state, tmp_path):
+    folder = sk.Checkpointer(tmp_path)
+    folder.save(3, earlier(state, ~3))
+    with pytest.raises(sk.CheckpointError, match=r"step .*is -4: .* after 3 updates"):
+        folder.restore(ck.abstract(state), ck.shardings(state))
+
+
+def test_no_other_missing_leaf_is_made_up(state, tmp_path):
+    folder = sk.Checkpointer(tmp_path)
+    folder.save(3, {k: x for k, x in earlier(state, 3).items() if k != "key"})
+    with pytest.raises(sk.CheckpointError, match=r"1 leaf .*\n  key"):
+        folder.restore(ck.abstract(state), ck.shardings(state))

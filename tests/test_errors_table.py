@@ -4,6 +4,7 @@ Rows about meshes and rules alone are in `test_mesh.py` and `test_rules_errors.p
 """
 
 import dataclasses
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -182,7 +183,12 @@ def test_two_leaves_of_one_buffer_are_named_both(step):
     alias = jax.device_put(state.params["b"], state.params["b"].sharding)
     shared = adam._replace(mu={**adam.mu, "b": alias})
     twice = sk.TrainState(
-        state.step, state.params, (shared, *state.opt_state[1:]), state.extra, state.key
+        state.step,
+        state.params,
+        (shared, *state.opt_state[1:]),
+        state.extra,
+        state.key,
+        state.halted,
     )
     text = text_of(sk.StateError, lambda: step(twice, {"x": X}))
     assert "state/opt_state/0/mu/b" in text
@@ -203,7 +209,12 @@ def test_an_argument_laid_out_otherwise_names_the_leaf_and_both_specs(step, mesh
     state = step.init(jax.random.key(0))
     kernel = jax.device_put(state.params["head"]["kernel"], jax.NamedSharding(mesh, P("data")))
     moved = sk.TrainState(
-        state.step, {**state.params, "head": {"kernel": kernel}}, state.opt_state, {}, state.key
+        state.step,
+        {**state.params, "head": {"kernel": kernel}},
+        state.opt_state,
+        {},
+        state.key,
+        state.halted,
     )
     text = text_of(sk.StateError, lambda: step(moved, {"x": X}))
     assert "state/params/head/kernel" in text
@@ -369,6 +380,27 @@ def test_recompile_for_another_form_of_the_batch_warns_once_and_trains_on(lenien
     assert f"the step was compiled {before + 1} times" in found.why
     with pytest.raises(sk.BudgetError, match="compiles"):
         report.check(sk.Budget(compiles=1))
+
+
+def test_a_form_that_was_not_used_for_long_compiles_again(mesh, monkeypatch):
+    monkeypatch.setattr("shardkit.step._forms.KEPT", 2)
+    step = compiled(mesh, GOOD)
+    batches = {n: np.ones((n, 10), np.float32) for n in (4, 12, 16)}
+
+    def forms_compiled(*rows):
+        before = step.report().compiles
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", sk.RetraceWarning)
+            for n in rows:
+                step.put({"x": batches[n]})
+        return step.report().compiles - before
+
+    assert forms_compiled(4, 12, 4, 12) == 2
+    assert forms_compiled(4, 16) == 1  # lets go of 12, which was used before 4
+    assert forms_compiled(4, 16) == 0
+    assert forms_compiled(12, 4) == 2
+    _, metrics = step(step.init(jax.random.key(0)), {"x": batches[12]})
+    assert np.isfinite(metrics["loss"])
 
 
 def test_recompile_by_sharding_names_both_places_and_by_weak_type_does_not_happen(lenient, mesh):

@@ -1,5 +1,6 @@
 """An update that is not finite is not made, on the devices, at no further collective."""
 
+import dataclasses
 import functools
 
 import jax
@@ -75,8 +76,9 @@ def sent(step):
 
 
 def rest(state):
-    """Bits of everything but the counter."""
-    return {path: bits for path, bits in ck.bits(state).items() if path != ".step"}
+    """Bits of everything but the counter and whether it halted."""
+    apart = (".step", ".halted")
+    return {path: bits for path, bits in ck.bits(state).items() if path not in apart}
 
 
 CASES = {
@@ -117,14 +119,18 @@ def test_a_stopped_step_keeps_what_it_failed_on_however_late_that_is_read():
     step = compiled(zero(stage=2), "stop", data=4)
     state, _ = step(step.init(jax.random.key(0)), GOOD)
     before = rest(state)
+    assert not state.halted
     for batch in (BAD, GOOD, GOOD):
         state, metrics = step(state, batch)
         assert (rest(state), float(metrics["skipped"])) == (before, 1.0)
-    state = sk.released(state)
-    assert (rest(state), int(state.step)) == (before, 1)
-    assert int(sk.released(state).step) == 1
+        assert (bool(state.halted), int(state.step)) == (True, 1)
+        assert state.halted.sharding.is_fully_replicated
+    skipping = compiled(zero(stage=2), "skip", data=4)
+    state, metrics = skipping(state, GOOD)
+    assert (rest(state), int(state.step), bool(state.halted)) == (before, 1, True)
+    state = dataclasses.replace(state, halted=state.halted & False)
     state, metrics = step(state, GOOD)
-    assert (int(state.step), float(metrics["skipped"])) == (2, 0.0)
+    assert (int(state.step), float(metrics["skipped"]), bool(state.halted)) == (2, 0.0, False)
 
 
 def test_without_a_declaration_the_update_is_made_and_no_metric_added():

@@ -297,7 +297,12 @@ def test_something_that_is_no_state(step):
 def test_a_state_of_host_arrays_is_placed_as_declared(step):
     made = step.init(jax.random.key(0))
     host = sk.TrainState(
-        np.int32(0), {"w": np.ones((4, 8), np.float32)}, made.opt_state, {}, made.key
+        np.int32(0),
+        {"w": np.ones((4, 8), np.float32)},
+        made.opt_state,
+        {},
+        made.key,
+        np.bool(False),
     )
     after, _ = step(host, {"x": X})
     assert after.params["w"].sharding.spec == P(None, "tensor")
@@ -335,7 +340,7 @@ def test_reuse_and_aliases_never_crash_the_interpreter():
             except sk.StateError as error:
                 print("consumed:", type(error).__name__)
         twice = sk.TrainState(after.step, {"w": after.params["w"], "v": after.params["w"]},
-                              after.opt_state, {}, after.key)
+                              after.opt_state, {}, after.key, after.halted)
         try:
             step(twice, batch)
         except sk.StateError as error:

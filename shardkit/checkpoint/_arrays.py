@@ -7,12 +7,13 @@ module: dtypes, shapes and bits are compared by us, before and after.
 
 import logging
 import urllib.parse
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import jax
 
+from .._errors import CheckpointError, Problem, raise_all
 from ._files import ARRAYS
 
 # A shard is read in whole chunks, and one that cuts across how the leaf was saved reads more than
@@ -58,7 +59,30 @@ def _context(ocp: Any, total_bytes: int) -> Any:
 
 def stored_name(path: str) -> str:
     """The folder of a leaf below the arrays: its path, with what file systems dislike quoted."""
-    return urllib.parse.quote(path, safe="/<>[]=,+") or "%"
+    return "/".join(map(_quoted, path.split("/")))
+
+
+def _quoted(key: str) -> str:
+    if set(key) <= {"."}:  # the folders ".", ".." and "" would be other ones
+        return key.replace(".", "%2E") or "%"
+    return urllib.parse.quote(key, safe="<>[]=,+")
+
+
+def check_folders(leaves: Iterable[str]) -> None:
+    """Refuses leaves of which one would be stored inside the folder of another.
+
+    Raises:
+      CheckpointError: naming both; dict keys that hold `/` can do that.
+    """
+    stored = {stored_name(path): path for path in leaves}
+    problems = [
+        Problem(path, f"would be stored among the files of {stored[above]}")
+        for name, path in stored.items()
+        for above in map(str, PurePosixPath(name).parents)
+        if above in stored
+    ]
+    fix = "rename one key, so that no leaf's path begins with that of another"
+    raise_all(CheckpointError, "The state cannot be saved leaf by leaf.", problems, fix)
 
 
 def leaf_folder(path: str) -> str:

@@ -10,11 +10,12 @@ from typing import Any, Literal, Self
 
 from .._alive import check_alive
 from .._errors import CheckpointError, DamageError, Problem, format_problems
+from .._tree import leaves_by_path
+from ._arrays import check_folders
 from ._as_one import as_one, is_first
 from ._files import is_locked, list_steps, locked, set_aside, step_folder, sweep
 from ._keep import Keep
 from ._manifest import Manifest, read_manifest
-from ._match import by_path
 from ._restore import Request, Restored
 from ._saving import Saving
 
@@ -137,8 +138,11 @@ class Checkpointer:
         Raises:
           CheckpointError: this save cannot start, or the one before was lost.
           StateError: an update has consumed the state.
+          TreeError: two leaves have the same path.
         """
         check_alive(state, "state", "A state that is gone cannot be saved.")
+        leaves = leaves_by_path(state)
+        check_folders(leaves)
         if self._block is None:
             with self:
                 return self.save(step, state, data=data, metrics=metrics)
@@ -148,7 +152,7 @@ class Checkpointer:
                 self._make_room(step)
         self._damaged.clear()
         about = {"data": data, "config": self._config, "metrics": dict(metrics or {})}
-        self._saving = Saving(self.folder, step, by_path(state), about, self._axes, self.keep)
+        self._saving = Saving(self.folder, step, leaves, about, self._axes, self.keep)
         return None
 
     def _make_room(self, step: int) -> None:

@@ -83,7 +83,7 @@ def fingerprints(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     return _program(NamedSharding(meshes[0], PartitionSpec()) if meshes else None)(leaves)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=8)
 def _program(result: NamedSharding | None) -> Callable[..., dict[str, jax.Array]]:
     """Each of several processes is to read the results: they are whole on every device then."""
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from .._errors import CheckpointError, Problem, raise_all
+from .._options import check_options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Keep:
     largest: bool = False
 
     def __post_init__(self) -> None:
+        check_options(self, CheckpointError, "Checkpoints cannot be kept this way.", "Keep.")
         least = {"last": 1, "every": 0, "best_count": 1}
         problems = [
             Problem(f"Keep({name}={value})", f"must be at least {low}", f"Keep({name}={low})")

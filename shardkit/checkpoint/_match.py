@@ -1,13 +1,11 @@
 """A saved state beside the one that is wanted: what comes from where, or every difference."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import jax
-
 from .._errors import CheckpointError, Problem, count, did_you_mean, raise_all
-from .._tree import path_str, short_type
+from .._tree import join_path, short_type
 from ..rules import matches
 from ._fingerprint import is_key
 from ._manifest import SavedLeaf
@@ -23,16 +21,13 @@ class Plan:
       saved: paths read from the checkpoint.
       fresh: paths taken from the state that the caller made.
       cast: paths whose dtype changes on the way, all of them declared.
+      assumed: paths that the checkpoint is too old to hold, whose value is known.
     """
 
     saved: tuple[str, ...]
     fresh: tuple[str, ...]
     cast: tuple[str, ...]
-
-
-def by_path(tree: Any) -> dict[str, Any]:
-    """Returns `{path: leaf}` of a pytree, in JAX's order."""
-    return {path_str(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+    assumed: tuple[str, ...] = ()
 
 
 def dtype_name(dtype: Any) -> str:
@@ -46,6 +41,7 @@ def plan(
     partial: Mapping[str, str] | None,
     cast: Sequence[str],
     where: str,
+    assumed: Collection[str] = (),
 ) -> Plan:
     """Decides for every leaf of both sides, or says everything that does not fit.
 
@@ -55,6 +51,7 @@ def plan(
       partial: `{glob: "saved", "fresh" or "drop"}`, first match wins; None: all are saved.
       cast: globs of leaves that may change their dtype.
       where: names the checkpoint in an error.
+      assumed: paths that need not be in the checkpoint.
 
     Raises:
       CheckpointError: with every leaf that is missing, extra, reshaped or of another dtype, and
@@ -63,7 +60,10 @@ def plan(
     rules = {"**": SAVED} if partial is None else partial
     problems = _rule_problems(rules, cast, {**saved, **wanted}) if partial or cast else []
     source = {path: _source(path, rules) for path in {**wanted, **saved}}
+    left_out = tuple(p for p in assumed if p not in saved and source[p] == SAVED)
     for path, leaf in wanted.items():
+        if path in left_out:
+            continue
         problems += _wanted_problems(path, leaf, source[path], saved, wanted, cast)
     for path in saved:
         if path not in wanted and source[path] in (SAVED, None):
@@ -72,9 +72,9 @@ def plan(
             problems.append(Problem(path, why))
     headline = f"{count(len(problems), 'leaf')} of {where} cannot be restored as asked."
     raise_all(CheckpointError, headline, problems, _fix(problems, saved, wanted))
-    read = tuple(path for path in wanted if source[path] == SAVED)
+    read = tuple(path for path in wanted if source[path] == SAVED and path in saved)
     other = tuple(p for p in read if saved[p].dtype != dtype_name(wanted[p].dtype))
-    return Plan(read, tuple(path for path in wanted if source[path] == FRESH), other)
+    return Plan(read, tuple(path for path in wanted if source[path] == FRESH), other, left_out)
 
 
 def _source(path: str, rules: Mapping[str, str]) -> str | None:
@@ -138,7 +138,7 @@ def _fix(
     bad = {problem.subject.split("/")[0] for problem in problems}
     if not bad & set(trees):
         return 'partial={"params/**": "saved", "**": "fresh"}, fresh=step.init(key)'
-    rules = {f"{tree}/**": _verdict(tree, tree in bad, wanted) for tree in trees}
+    rules = {join_path(tree, "**"): _verdict(tree, tree in bad, wanted) for tree in trees}
     return f"restore(..., partial={rules}, fresh=step.init(key)), or the state it was saved from"
 
 

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._errors import CheckpointError, Problem, format_problems, raise_all
-from .._tree import short_type
+from .._tree import leaves_by_path, short_type
 from ._fingerprint import is_key
 from ._manifest import SavedLeaf
-from ._match import by_path, plan
+from ._match import plan
 from ._restore import Request
 
 _DTYPES = {
@@ -49,7 +49,7 @@ def export_safetensors(
     Raises:
       CheckpointError: the file exists, or a leaf has a dtype that the format lacks.
     """
-    target, leaves = Path(path), by_path(tree)
+    target, leaves = Path(path), leaves_by_path(tree)
     known = set(_DTYPES.values())
     problems = [
         Problem(name, f"{short_type(x.shape, x.dtype)} has no word in the format")
@@ -89,7 +89,7 @@ def import_safetensors(
       CheckpointError: the file cannot be read, or its tensors are not the wanted ones; every
         difference is named.
     """
-    wanted = by_path(abstract)
+    wanted = leaves_by_path(abstract)
     request = Request(abstract, shardings, partial, fresh, cast)
     placed = request.shardings_of(wanted)
     library = _library("safetensors")

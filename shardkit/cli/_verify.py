@@ -35,7 +35,8 @@ def _run(arguments: argparse.Namespace) -> int:
         f"Proved in float32, with dropout {config.model.dropout:g} and weights of which one half "
         "of the rows has none.\n"
     )
-    factory = functools.cache(config.step_spec().compile)
+    most = max(_MOST_MESHES, len(arguments.mesh or ()))
+    factory = functools.lru_cache(most + 1)(config.step_spec().compile)
     meshes = [mesh for mesh in _meshes(arguments, config) if _legal(mesh, factory, console)]
     if not meshes:
         problem = Problem("--mesh", "no mesh is legal for this model", _legal_fix(config))

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, Literal
 
 from .._errors import ConfigError, Problem, raise_all
+from .._options import check_options
 from ._values import BadValue, parse
 
 
@@ -33,6 +34,7 @@ class CompileConfig:
 
     def __post_init__(self) -> None:
         """Refuses an option without a name or a value."""
+        check_options(self, ConfigError, "The step cannot be compiled this way.", "compile.")
         problems = [
             Problem(f"compile.options={one!r}", "is not name=value", "xla_some_option=true")
             for one in self.options

@@ -11,6 +11,7 @@ import optax
 from optax import contrib
 
 from .._errors import ConfigError, Problem, raise_all
+from .._options import check_options
 from .._tree import path_str
 
 Schedule = Callable[[Any], Any]
@@ -43,6 +44,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         """Refuses rates and shares that no schedule has."""
+        check_options(self, ConfigError, "There is no such optimizer.", "optimizer.")
         shares = {"warmup": self.warmup, "final": self.final}
         problems = [
             Problem(

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 from .._errors import DataError, Problem, raise_all
-from .._tree import path_str, short_type
+from .._options import option_problems
+from .._tree import leaves_by_path, short_type
 from ._order import places
 
 
@@ -58,8 +59,8 @@ class Arrays:
     @functools.cached_property
     def _checksum(self) -> str:
         crc = 0
-        for path, x in jax.tree_util.tree_leaves_with_path(self.tree):
-            crc = zlib.crc32(f"{path_str(path)} {short_type(x.shape, x.dtype)}".encode(), crc)
+        for path, x in leaves_by_path(self.tree).items():
+            crc = zlib.crc32(f"{path} {short_type(x.shape, x.dtype)}".encode(), crc)
             crc = zlib.crc32(np.ascontiguousarray(x).view(np.uint8).data, crc)
         return f"{crc:08x}"
 
@@ -130,17 +131,19 @@ def arrays(tree: Any, rows: int, seed: int | None = 0) -> Arrays:
     >>> data.batch(1, np.array([3]))
     {'x': array([1]), 'y': array([1])}
     """
+    fix = "arrays with one example per row, as many in each"
+    wrong = option_problems(rows=(rows, int), seed=(seed, int | None))
+    raise_all(DataError, "The arrays form no batches.", wrong, fix)
     tree = jax.tree.map(np.asarray, tree)
-    found = [(path_str(p), x) for p, x in jax.tree_util.tree_leaves_with_path(tree)]
-    sizes = [x.shape[0] for _, x in found if x.ndim]
+    found = leaves_by_path(tree)
+    sizes = [x.shape[0] for x in found.values() if x.ndim]
     most = max(sizes, key=sizes.count, default=0)
     problems = [
         Problem(f"{name} {short_type(x.shape, x.dtype)}", f"has no leading dim of {most} examples")
-        for name, x in found
+        for name, x in found.items()
         if x.shape[:1] != (most,)
     ]
     if not 0 < rows <= most:
         problems.append(Problem(f"rows={rows}", f"there are {most} examples", f"rows={most or 1}"))
-    fix = "arrays with one example per row, as many in each"
     raise_all(DataError, "The arrays form no batches.", problems, fix)
     return Arrays(tree, rows, seed)

@@ -3,6 +3,7 @@
 import dataclasses
 
 from .._errors import DataError, Problem, raise_all
+from .._options import check_options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Refuses sizes that no text could satisfy."""
+        check_options(self, DataError, "The data cannot be read this way.", "data.")
         checks = {
             f"length={self.length}": (self.length >= 1, "must be at least 1.", "length=256"),
             f"batch={self.batch}": (self.batch >= 1, "must be at least 1.", "batch=8"),

@@ -8,11 +8,10 @@ import contextlib
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
-import jax
 import numpy as np
 
 from .._errors import BatchError, Problem, raise_all
-from .._tree import path_str
+from .._tree import leaves_by_path
 from ._position import Data
 from ._process import place_rows, rows_of_shardings
 
@@ -141,12 +140,9 @@ class _Part:
 
 def _check_leaves(batch: Any, shardings: Any, data: Data) -> None:
     """Refuses data whose batches are another pytree than the step's."""
-    got, want = (
-        {path_str(p) for p, _ in jax.tree_util.tree_leaves_with_path(tree)}
-        for tree in (batch, shardings)
-    )
-    problems = [Problem(f"batch/{p}", f"is declared, and {data} has none") for p in want - got]
-    problems += [Problem(f"batch/{p}", f"comes from {data}, undeclared") for p in got - want]
+    got, want = (leaves_by_path(tree, "batch").keys() for tree in (batch, shardings))
+    problems = [Problem(p, f"is declared, and {data} has none") for p in want - got]
+    problems += [Problem(p, f"comes from {data}, undeclared") for p in got - want]
     fix = f"compile_step(..., batch={{...}}) with leaves {', '.join(sorted(got))}"
     problems.sort(key=lambda one: one.subject)
     raise_all(BatchError, "The data is not what the step was compiled for.", problems, fix)

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .._errors import Problem
-from .._tree import path_str, short_type
+from .._tree import leaves_by_path, short_type
 from ..checkpoint import as_text, fingerprints
 
 
@@ -58,12 +58,14 @@ class Replicas:
         Args:
           state: pytree of arrays, or of `jax.ShapeDtypeStruct` with shardings, on one mesh.
         """
-        named = [(path_str(p), x) for p, x in jax.tree_util.tree_leaves_with_path(state)]
-        self._mesh: jax.sharding.Mesh = named[0][1].sharding.mesh
+        named = leaves_by_path(state)
+        self._leaves = [(path, x) for path, x in named.items() if _copied(x.sharding)]
+        if not self._leaves:
+            return
+        self._mesh: jax.sharding.Mesh = self._leaves[0][1].sharding.mesh
         devices = list(self._mesh.devices.flat)
-        self._leaves = [(path, x) for path, x in named if _copied(x.sharding)]
         self._first = np.array([_first_holders(x, devices) for _, x in self._leaves], np.int64)
-        self._sums = self._program() if self._leaves else None
+        self._sums = self._program()
 
     @property
     def leaves(self) -> tuple[str, ...]:
@@ -76,8 +78,7 @@ class Replicas:
         Returns:
           u32[devices, leaves, 2], for `mismatches`; the state may be donated meanwhile.
         """
-        assert self._sums is not None
-        chosen = {path_str(p): x for p, x in jax.tree_util.tree_leaves_with_path(state)}
+        chosen = leaves_by_path(state)
         return self._sums([chosen[path] for path in self.leaves])
 
     def mismatches(self, sums: jax.Array) -> tuple[Mismatch, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from jax.sharding import PartitionSpec
 
+from .._tree import glob_of
 from ._finding import SMALL, Facts, Finding
 from ._hlo import shapes_of
 from ._ledger import Row
@@ -28,7 +29,7 @@ def replicated_leaves(facts: Facts) -> Iterator[Finding]:
             continue
         yield Finding(
             "replicated",
-            leaf=f"{leaf.part}/{leaf.leaf.path}",
+            leaf=leaf.name,
             scope="",
             axes=axes,
             bytes=leaf.device_bytes(facts.program.sizes),
@@ -40,17 +41,17 @@ def replicated_leaves(facts: Facts) -> Iterator[Finding]:
 
 def _split(leaf: Placed, mesh: Sequence[tuple[str, int]]) -> str:
     """A rule that splits a leaf: its largest dim that the largest axis divides."""
-    shape, part = leaf.leaf.shape, leaf.part
+    shape, part, glob = leaf.leaf.shape, leaf.part, glob_of(leaf.leaf.path)
     for axis, size in sorted(mesh, key=lambda one: -one[1]):
         dims = [dim for dim in range(len(shape)) if shape[dim] % size == 0]
         if size > 1 and dims:
             longest = max(dims, key=lambda dim: shape[dim])
             spec = spec_text([(axis,) if dim == longest else () for dim in range(len(shape))])
-            rule = f'sk.PathRules({{"{leaf.leaf.path}": {spec}}})'
+            rule = f'sk.PathRules({{"{glob}": {spec}}})'
             # What a rule for optimizer state passes follows its parameter.
             own = rule if part == "opt_state" else f"sk.chain({rule}, strategy.{part})"
             return f"{part}={own}, or sk.REPLICATED if meant"
-    return f'{part}=sk.PathRules({{"{leaf.leaf.path}": sk.REPLICATED}}): no mesh axis divides it'
+    return f'{part}=sk.PathRules({{"{glob}": sk.REPLICATED}}): no mesh axis divides it'
 
 
 def replicated_activations(facts: Facts) -> Iterator[Finding]:
@@ -122,12 +123,12 @@ def parameter_gathers(facts: Facts) -> Iterator[Finding]:
             continue
         leaf = _parameter(row, facts.program)
         if leaf and not any(_pairs(row, facts.program)):
-            groups.setdefault((leaf.leaf.path, row.axes), []).append((row, leaf))
+            groups.setdefault((leaf.name, row.axes), []).append((row, leaf))
     for (path, axes), found in groups.items():
         row, leaf = found[0]
         yield Finding(
             "parameter_gather",
-            leaf=f"{leaf.part}/{path}",
+            leaf=path,
             scope=row.scope,
             axes=axes,
             bytes=sum(one.wire_bytes for one, _ in found),
@@ -255,7 +256,7 @@ def _agree(made: Placed, used: Placed) -> str:
     if made.part == "params":
         own, other = spec_text(made.dims()), spec_text(used.dims())
         return (
-            f"constrain it where it is used as {own} too, or give {made.leaf.path} a rule that "
+            f"constrain it where it is used as {own} too, or give {made.name} a rule that "
             f"makes it {other}, where the gather is not what you want"
         )
     table = ", ".join(f"{name!r}: None" for name in names)

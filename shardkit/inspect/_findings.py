@@ -68,7 +68,7 @@ def _unaliased_donation(facts: Facts) -> Iterator[Finding]:
         if leaf.donated and number not in reused:
             yield Finding(
                 "unaliased_donation",
-                leaf=f"{leaf.part}/{leaf.leaf.path}",
+                leaf=leaf.name,
                 scope="",
                 axes=(),
                 bytes=leaf.device_bytes(facts.program.sizes),
@@ -258,7 +258,7 @@ def _unsplit_state(facts: Facts) -> Iterator[Finding]:
                 continue
             yield Finding(
                 "unsplit_state",
-                leaf=f"{leaf.part}/{leaf.leaf.path}",
+                leaf=leaf.name,
                 scope="",
                 axes=(axis,),
                 bytes=leaf.device_bytes(sizes) * (sizes[axis] - 1) // sizes[axis],

@@ -8,7 +8,7 @@ from typing import Any
 
 from jax.sharding import PartitionSpec
 
-from .._tree import Leaf, nbytes
+from .._tree import Leaf, join_path, nbytes
 from ._axis_kind import AxisKind
 from ._hlo import Module, dtype_bits, parse
 
@@ -35,6 +35,11 @@ class Placed:
     spec: PartitionSpec
     donated: bool = False
     meant_whole: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its path with its part: `params/w`; of a bare array, `params`."""
+        return join_path(self.part, self.leaf.path)
 
     def axes(self) -> tuple[str, ...]:
         """Mesh axes that split this array.

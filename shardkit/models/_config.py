@@ -3,6 +3,7 @@
 import dataclasses
 
 from .._errors import ConfigError, Problem, did_you_mean, raise_all
+from .._options import check_options
 
 ATTENTIONS = ("auto", "blocked", "xla", "cudnn", "splash")
 _COUNTS = ("vocab", "embed", "layers", "heads", "mlp", "loss_chunks", "top_k")
@@ -75,6 +76,7 @@ class DecoderConfig:
     router_z_loss: float = 0.001
 
     def __post_init__(self) -> None:
+        check_options(self, ConfigError, "DecoderConfig does not describe a decoder.", "model.")
         headline = "DecoderConfig does not describe a decoder."
         raise_all(ConfigError, headline, _count_problems(self) or _fit_problems(self))
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from jax.sharding import PartitionSpec
 
-from .._tree import Leaf
+from .._tree import Leaf, glob_of
 from ..rules import Decided, Decision, Entry, Passed, axes_of, from_axes
 
 # A coefficient table that no parameter explains (muon's polynomial, a schedule's knots) is
@@ -93,7 +93,7 @@ class FollowParams:
                 return Decided(derived, f"as its parameter {owner.path!r}")
         if math.prod(leaf.shape) <= SMALL:
             return Decided(PartitionSpec(), "a small table", why=f"at most {SMALL} elements")
-        declare = f'Strategy(opt_state=sk.PathRules({{"{leaf.path}": sk.REPLICATED}}))'
+        declare = f'Strategy(opt_state=sk.PathRules({{"{glob_of(leaf.path)}": sk.REPLICATED}}))'
         return Passed(f"no parameter explains it by path and shape; declare it: {declare}")
 
     def entries(self) -> tuple[Entry, ...]:

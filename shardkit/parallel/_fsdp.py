@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec
 
 from .._constrain import constrain
 from .._errors import Problem, StepError, raise_all
+from .._options import option_problems
 from .._regions import Carrier, Surroundings
 from .._remat import KEPT
 from ..inspect import Program, Row
@@ -151,6 +152,8 @@ def fsdp(
             f"fsdp(min_size={min_size!r})", "is no number of elements", "min_size=1024"
         )
         raise_all(StepError, "A strategy is declared wrongly.", [problem])
+    kept = option_problems("fsdp.", reshard_after_forward=(reshard_after_forward, bool))
+    raise_all(StepError, "A strategy is declared wrongly.", kept)
     return Strategy(
         params=chain(params({"embed": axis}), shard_largest(axis, min_size=min_size)),
         batch=PartitionSpec(axis),

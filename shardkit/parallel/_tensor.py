@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import ClassVar, final
 
 from .._errors import Problem, StepError, did_you_mean, raise_all
+from .._options import option_problems
 from ..inspect import Program, Row
 from ._kind import Choice, Kind, StrategyCall
 from ._names import activations, check_axis, params
@@ -126,6 +127,8 @@ def tensor(axis: str = "tensor", *, sequence: bool = False, kv_heads: str = "spl
     P(None, 'tensor')
     """
     check_axis("tensor", axis)
+    problems = option_problems("tensor.", sequence=(sequence, bool))
+    raise_all(StepError, "A strategy is declared wrongly.", problems)
     if kv_heads not in KV_HEADS:
         why = f"known: {', '.join(KV_HEADS)}.{did_you_mean(str(kv_heads), KV_HEADS)}"
         problem = Problem(f"tensor(kv_heads={kv_heads!r})", why, 'kv_heads="replicate"')

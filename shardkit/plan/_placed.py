@@ -117,7 +117,7 @@ def placed_bytes(layout: Layout, kinds: tuple[Kind, ...]) -> Placed:
     state, where = layout.state, layout.shardings
     held = sum(_shard_bytes(getattr(where, n), getattr(state, n)) for n in ("params", "opt_state"))
     held += _shard_bytes(where.extra, state.extra)
-    held += nbytes(state.step.shape, state.step.dtype) + nbytes(state.key.shape, state.key.dtype)
+    held += sum(nbytes(x.shape, x.dtype) for x in (state.step, state.key, state.halted))
     rows = set(layout.row_axes) - {EXPERTS}  # no lane ends along it
     mesh = next(iter(jax.tree.leaves(where.params))).mesh.shape
     lane = shard = ends = 0

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from .._errors import MeshError, Problem, raise_all
+from .._options import check_options
 from .._types import Accumulate
 from ..parallel import Choice, Kind, Strategy, axes_splitting, weighed_kinds
 from ._found import LENGTH, PIPE
@@ -94,6 +95,7 @@ class Space:
 
     def __post_init__(self) -> None:
         """Refuses axes that no ready layout has, and numbers that count nothing."""
+        check_options(self, MeshError, "There is no such space to plan in.")
         known = searched_axes(experts=True)
         problems = [
             Problem(f"axes: {axis!r}", f"known: {', '.join(known)}", f"axes={searched_axes()!r}")

@@ -46,7 +46,7 @@ class Roles:
     slots: int
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def roles(how: Stages, stages: int) -> Roles:
     """Reads a schedule's table.
 

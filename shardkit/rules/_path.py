@@ -9,20 +9,21 @@ from collections.abc import Mapping
 from jax.sharding import PartitionSpec
 
 from .._errors import Problem, ShardingError, raise_all
+from .._options import option_problems
 from .._tree import Leaf
 from ._rule import Decided, Decision, Entry, Passed, Replicated
 from ._specs import format_spec
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def _pattern(glob: str) -> re.Pattern[str]:
     """Compiles a glob to a pattern over a path whose every segment ends in `/`."""
     parts = []
     for segment in glob.split("/"):
         if segment == "**":
-            parts.append("(?:[^/]+/)*")
+            parts.append("(?:[^/]*/)*")
         elif segment == "*":
-            parts.append("[^/]+/")
+            parts.append("[^/]*/")
         else:
             parts.append("[^/]*".join(map(re.escape, segment.split("*"))) + "/")
     return re.compile("".join(parts))
@@ -109,6 +110,7 @@ class PathRules:
             for glob, spec in table.items()
             if not isinstance(spec, PartitionSpec | Replicated)
         ]
+        problems += option_problems("PathRules.", allow_unmatched=(allow_unmatched, bool))
         raise_all(ShardingError, "PathRules cannot be read.", problems)
         object.__setattr__(self, "table", tuple(table.items()))
         object.__setattr__(self, "allow_unmatched", allow_unmatched)

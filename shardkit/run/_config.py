@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from .._errors import ConfigError, Problem, raise_all
+from .._options import check_options
 from ._profile import check_profile
 
 
@@ -64,6 +65,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Refuses counts that no loop has."""
+        check_options(self, ConfigError, "The loop cannot run this way.", "train.")
         raise_all(ConfigError, "The loop cannot run this way.", self._problems())
         check_profile(self.profile, self.steps, 0)
 

@@ -1,12 +1,13 @@
 """What follows when the numbers of an update are not finite."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
 
 from .._errors import CheckpointError, Problem, StepError, format_problems
 from ..guards import write_dump
-from ..step import SKIPPED, released
+from ..step import SKIPPED
 from ._watch import Numbers, Run, Watcher
 
 _LOWER = "a lower learning rate (optimizer.lr=...), or clipping (optimizer.clip=1.0)"
@@ -97,7 +98,8 @@ class WatchFinite(Watcher):
     def _dump(self, numbers: Numbers) -> Path:
         run = self._run
         assert run is not None
-        state, batch = released(self._state), self._batches[numbers.step]
+        state, batch = self._state, self._batches[numbers.step]
+        state = dataclasses.replace(state, halted=state.halted & False)
         dump = write_dump(run.folder, numbers.step, state, batch, numbers.values, run.record)
         run.write("dumped", step=numbers.step, folder=str(dump))
         return dump

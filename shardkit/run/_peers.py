@@ -5,9 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from .._tree import path_str, short_type
+from .._tree import leaves_by_path, short_type
 from ..processes import Peers
 from ..step import CompiledStep
 from ._folder import METRICS, MetricsFile, new_folder
@@ -117,6 +115,6 @@ def agree_on_step(peers: Peers, step: CompiledStep) -> None:
     Raises:
       ProcessError: with each difference.
     """
-    batch = jax.tree_util.tree_leaves_with_path(step.layout.batch)
-    types = {path_str(path): short_type(x.shape, x.dtype) for path, x in batch}
+    batch = leaves_by_path(step.layout.batch)
+    types = {path: short_type(x.shape, x.dtype) for path, x in batch.items()}
     peers.agree("step", batch=types, mesh=dict(step.mesh.shape), program=step.program.digest)

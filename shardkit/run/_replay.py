@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._tree import path_str, short_type
+from .._tree import leaves_by_path, short_type
 from ..guards import Dump, Origin, first_nonfinite, read_dump
 from ..step import CompiledStep
 
@@ -97,8 +97,8 @@ def abstract_batch(leaves: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]
 
 def _bad(tree: Any) -> dict[str, int]:
     counts = {
-        f"{path_str(path)} {short_type(x.shape, x.dtype)}": int(np.sum(~jnp.isfinite(x)))
-        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+        f"{path or '(root)'} {short_type(x.shape, x.dtype)}": int(np.sum(~jnp.isfinite(x)))
+        for path, x in leaves_by_path(tree).items()
         if jnp.issubdtype(x.dtype, jnp.inexact)
     }
     return {leaf: count for leaf, count in counts.items() if count}

@@ -134,7 +134,10 @@ class Opening:
                 file.write("finished", seconds=time.perf_counter() - waiting)
 
     def _checkpointer(self, folder: Path, step: CompiledStep) -> Checkpointer:
-        axes = {f"params/{path}": names for path, names in step.layout.axes.items()}
+        axes = {
+            f"params/{path}" if path else "params": names
+            for path, names in step.layout.axes.items()
+        }
         config, record = self.config, dict(self.record)
         keep = Keep(last=config.keep, every=config.keep_every)
         if config.keep_best:

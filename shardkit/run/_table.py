@@ -5,11 +5,10 @@ import math
 import re
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from .._tree import nbytes, path_str, short_type
+from .._tree import leaves_by_path, nbytes, short_type
 
 _LARGEST_DRAWN = 16
 
@@ -43,8 +42,8 @@ def layout_rows(tree: Any, limit: int = 14) -> list[Row]:
       limit: most rows; the smallest share the last one.
     """
     groups: dict[tuple[str, str, str], list[Row]] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        row = _row(path_str(path), leaf)
+    for path, leaf in leaves_by_path(tree).items():
+        row = _row(path or "(root)", leaf)
         key = (re.sub(r"(?<![^/])\d+(?![^/])", "*", row.path), row.type, row.spec)
         groups.setdefault(key, []).append(row)
     rows = [
@@ -60,8 +59,7 @@ def layout_rows(tree: Any, limit: int = 14) -> list[Row]:
 
 def total_row(name: str, tree: Any) -> Row:
     """Sums a pytree of sharded arrays under one name."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    rows = [_row(path_str(path), leaf) for path, leaf in leaves]
+    rows = [_row(path, leaf) for path, leaf in leaves_by_path(tree).items()]
     return dataclasses.replace(_total(rows, f"{len(rows)} leaves", ""), path=name)
 
 

@@ -18,6 +18,8 @@ class TrainState:
       extra: mutable model state (batch statistics), `{}` for models that have none.
       key: typed PRNG key[], never advanced: the key of step t is `fold_in(key, t)`, so a
         resumed run draws what an uninterrupted one would have drawn.
+      halted: bool[], an update with `on_nonfinite="stop"` was not finite, so neither it nor any
+        later one was made: everything else is what that update began with.
     """
 
     step: Any
@@ -25,3 +27,4 @@ class TrainState:
     opt_state: Any
     extra: Any
     key: Any
+    halted: Any

@@ -3,7 +3,7 @@
 from ._compile_step import compile_step
 from ._compiled import CompiledStep
 from ._layout import Abstract, Layout, abstract_state, resolve_layout
-from ._nonfinite import SKIPPED, OnNonfinite, released
+from ._nonfinite import SKIPPED, OnNonfinite
 from ._objective import objective
 from ._spec import StepSpec, check_mesh_given, check_step_spec
 
@@ -19,6 +19,5 @@ __all__ = [
     "check_step_spec",
     "compile_step",
     "objective",
-    "released",
     "resolve_layout",
 ]

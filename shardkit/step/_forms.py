@@ -14,11 +14,14 @@ import jax
 import numpy as np
 
 from .._errors import Problem, RetraceWarning, ShardingError, format_problems
-from .._tree import path_str, short_type
+from .._tree import leaves_by_path, short_type
 from ._bound_spec import BoundSpec
 from ._compile import no_ambient_mesh
 from ._layout import Layout, resolve_layout
 from ._programs import Programs
+
+# Lengths in buckets are few; each form holds up to three executables, on host and devices.
+KEPT = 8
 
 Types = tuple[tuple[tuple[int, ...], np.dtype], ...]
 
@@ -56,24 +59,19 @@ class Form:
 
 
 class Forms:
-    """The declared form of a batch, and the others that were met.
+    """The declared form of a batch, and the others that were met last, `KEPT` at most.
 
     Attributes:
       declared: what the step was compiled for.
-      changes: what the other forms changed, one text for each.
+      changes: what the other forms changed, one text for each that was compiled.
     """
 
     def __init__(self, bound: BoundSpec) -> None:
         """Resolves the declared form."""
         self.declared = Form.of(bound)
         self._bound = bound
-        self._others: dict[Types, Form] = {}
+        self._others: dict[Types, Form] = {}  # the one that was used last comes last
         self.changes: list[str] = []
-
-    @property
-    def count(self) -> int:
-        """How many there are."""
-        return 1 + len(self._others)
 
     def of(self, batch: Any) -> Form:
         """Finds the form of a batch; what is no legal one is left to the declared one to refuse."""
@@ -83,6 +81,7 @@ class Forms:
             return self.declared
         types = tuple(map(_type, got))
         if types in self._others:
+            self._others[types] = self._others.pop(types)
             return self._others[types]
         changes = list(_changes(self.declared.layout.batch, types))
         ranks = all(len(shape) == a.ndim for (shape, _), a in zip(types, want, strict=True))
@@ -99,8 +98,11 @@ class Forms:
         except ShardingError:
             return self.declared
         self._others[types] = form
+        if len(self._others) > KEPT:
+            del self._others[next(iter(self._others))]
         self.changes.append(", ".join(f"{one.subject} {one.why}" for one in changes))
-        headline = f"The step is compiled for another form of its batch, which makes {self.count}."
+        made = 1 + len(self.changes)
+        headline = f"The step is compiled for another form of its batch, which makes {made}."
         fix = 'batches of one form: pad them; or compile_step(..., on_retrace="error") to stop here'
         # The caller of the step's own method, which calls `of`, which calls this.
         warnings.warn(format_problems(headline, changes, fix), RetraceWarning, stacklevel=4)
@@ -119,7 +121,7 @@ def _type(x: Any) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def _changes(declared: Any, types: Types) -> Iterator[Problem]:
-    named = jax.tree_util.tree_leaves_with_path(declared)
+    named = leaves_by_path(declared, "batch").items()
     for (path, a), (shape, dtype) in zip(named, types, strict=True):
         parts = [
             part
@@ -129,4 +131,4 @@ def _changes(declared: Any, types: Types) -> Iterator[Problem]:
         if parts:
             types_ = short_type(a.shape, a.dtype), short_type(shape, dtype)
             why = f"changed its {' and '.join(parts)}: declared as {types_[0]}, is {types_[1]}"
-            yield Problem(f"batch/{path_str(path)}", why)
+            yield Problem(path, why)

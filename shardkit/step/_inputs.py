@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 
 from .._alive import check_alive
 from .._errors import BatchError, Problem, StateError, raise_all
-from .._tree import path_str, short_type
+from .._tree import leaves_by_path, short_type
 from ..data import place_rows, process_rows, rows_of_shardings
 
 
@@ -35,7 +35,7 @@ def put_batch(batch: Any, abstract: Any, shardings: Any, *, move: bool = False) 
         _raise_structure(batch, abstract)
     placed = jax.tree.leaves(shardings)
     if not all(map(_in_place, got, want, placed)):
-        names = [path_str(path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract)]
+        names = [*leaves_by_path(abstract, "batch")]
         _check_leaves(names, got, want, placed, move)
         got = [
             x if _in_place(x, a, s) else _put(x, a, s)
@@ -93,10 +93,9 @@ def _check_leaves(
     problems = []
     for name, x, abstract, sharding in zip(names, got, want, placed, strict=True):
         shape, dtype = np.shape(x), jax.dtypes.canonicalize_dtype(jax.numpy.result_type(x))
-        subject = f"batch/{name}"
         wanted = _fed_shape(x, abstract, sharding)
         if (shape, dtype) != (wanted, abstract.dtype):
-            problems.append(_misfit(subject, short_type(shape, dtype), shape, wanted, abstract))
+            problems.append(_misfit(name, short_type(shape, dtype), shape, wanted, abstract))
         elif (
             not move
             and isinstance(x, jax.Array)
@@ -104,7 +103,7 @@ def _check_leaves(
             and not _in_place(x, abstract, sharding)
         ):
             why = f"is committed to {_where(x.sharding)}; the step has it as {sharding.spec}"
-            problems.append(Problem(subject, why, "pass host numpy, or step.put(batch)"))
+            problems.append(Problem(name, why, "pass host numpy, or step.put(batch)"))
     raise_all(BatchError, "The batch is not what the step was compiled for.", problems)
 
 
@@ -136,10 +135,9 @@ def _where(sharding: Any) -> str:
 
 
 def _raise_structure(batch: Any, abstract: Any) -> None:
-    got = {path_str(path) for path, _ in jax.tree_util.tree_leaves_with_path(batch)}
-    want = {path_str(path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract)}
-    problems = [Problem(f"batch/{p}", "is declared and was not given") for p in sorted(want - got)]
-    problems += [Problem(f"batch/{p}", "was given and is not declared") for p in sorted(got - want)]
+    got, want = (leaves_by_path(tree, "batch").keys() for tree in (batch, abstract))
+    problems = [Problem(p, "is declared and was not given") for p in sorted(want - got)]
+    problems += [Problem(p, "was given and is not declared") for p in sorted(got - want)]
     problems = problems or [Problem("batch", "has the declared leaves in other containers")]
     fix = f"a batch with leaves {', '.join(sorted(want))}"
     raise_all(BatchError, "The batch is not what the step was compiled for.", problems, fix)
@@ -162,14 +160,13 @@ def check_apart(state: Any) -> None:
     """
     first: dict[tuple[Any, int], str] = {}
     problems = []
-    for path, x in jax.tree_util.tree_leaves_with_path(state):
+    for path, x in leaves_by_path(state, "state").items():
         if isinstance(x, jax.Array) and x.size and not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             piece = x.addressable_data(0)
             place = (piece.device, piece.unsafe_buffer_pointer())
-            other = first.setdefault(place, path_str(path))
-            if other != path_str(path):
-                why = f"is the same buffer as state/{other}"
-                problems.append(Problem(f"state/{path_str(path)}", why))
+            other = first.setdefault(place, path)
+            if other != path:
+                problems.append(Problem(path, f"is the same buffer as {other}"))
     fix = "copy one of each pair with jnp.copy"
     raise_all(StateError, "Leaves of the state share buffers.", problems, fix)
 
@@ -180,20 +177,16 @@ def check_state(state: Any, abstract: Any, shardings: Any) -> None:
     Raises:
       StateError: naming each leaf with both types and specs.
     """
-    got = {path_str(p): x for p, x in jax.tree_util.tree_leaves_with_path(state)}
-    want = {path_str(p): x for p, x in jax.tree_util.tree_leaves_with_path(abstract)}
-    specs = {path_str(p): s for p, s in jax.tree_util.tree_leaves_with_path(shardings)}
-    problems = [Problem(f"state/{p}", "is missing") for p in want if p not in got]
-    problems += [
-        Problem(f"state/{p}", "is not part of this step's state") for p in got if p not in want
-    ]
+    got, want, specs = (leaves_by_path(tree, "state") for tree in (state, abstract, shardings))
+    problems = [Problem(p, "is missing") for p in want if p not in got]
+    problems += [Problem(p, "is not part of this step's state") for p in got if p not in want]
     for path in [p for p in want if p in got]:
         x, a = got[path], want[path]
         if (np.shape(x), jax.numpy.result_type(x)) != (a.shape, a.dtype):
             types = short_type(np.shape(x), jax.numpy.result_type(x)), short_type(a.shape, a.dtype)
-            problems.append(Problem(f"state/{path}", f"is {types[0]}; the step has {types[1]}"))
+            problems.append(Problem(path, f"is {types[0]}; the step has {types[1]}"))
         elif isinstance(x, jax.Array) and not x.sharding.is_equivalent_to(specs[path], x.ndim):
             why = f"is on {_where(x.sharding)}; the step has it as {specs[path].spec}"
-            problems.append(Problem(f"state/{path}", why))
+            problems.append(Problem(path, why))
     fix = "state = step.init(key), or jax.device_put(state, step.shardings)"
     raise_all(StateError, "The state is not what the step was compiled for.", problems, fix)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .._errors import Problem, ShardingError, count, raise_all
 from .._precision import Precision, cast_floats
-from .._tree import Leaf, leaves, path_str
+from .._tree import Leaf, join_path, leaves, path_str
 from .._types import Named, Variables
 from ..optim import FollowParams, update_specs
 from ..parallel import Strategy, advise, check_composition, check_used
@@ -80,9 +80,15 @@ def initial_state(
         made = _as_variables(init(for_init))
         params = _bare(made, precision)
         extra = _with_residuals(made.extra, params, copies)
-        return TrainState(jnp.zeros((), jnp.int32), params, None, extra, for_steps)
+        return _first_state(params, None, extra, for_steps)
 
     return run
+
+
+def _first_state(params: Any, opt_state: Any, extra: Any, key: Any) -> TrainState:
+    return TrainState(
+        jnp.zeros((), jnp.int32), params, opt_state, extra, key, jnp.zeros((), jnp.bool)
+    )
 
 
 def compressing(strategy: Strategy, mesh: Mesh) -> int:
@@ -126,7 +132,7 @@ def abstract_state(
         params = _bare(made, precision)
         opt_state = initial_optimizer(optimizer)(params)
         extra = _with_residuals(made.extra, params, copies)
-        return TrainState(jnp.zeros((), jnp.int32), params, opt_state, extra, key)
+        return _first_state(params, opt_state, extra, key)
 
     return jax.eval_shape(run, jax.eval_shape(lambda: jax.random.key(0))), names
 
@@ -193,6 +199,7 @@ def resolve_layout(
         opt_state=_shardings(state.opt_state, opt_state, mesh),
         extra=_shardings(state.extra, extra, mesh),
         key=scalar,
+        halted=scalar,
     )
     placed = _shardings(batch, batch_specs, mesh)
     split = _shardings(state.params, updated, mesh) if strategy.zero else None
@@ -210,7 +217,8 @@ def _axis_names(params: Any) -> dict[str, tuple[str | None, ...]]:
     ]
     problems = [
         Problem(
-            _path("params", path), f"{len(leaf.axes)} names {leaf.axes} for {leaf.value.ndim} dims"
+            join_path("params", path),
+            f"{len(leaf.axes)} names {leaf.axes} for {leaf.value.ndim} dims",
         )
         for path, leaf in boxed
         if len(leaf.axes) != leaf.value.ndim
@@ -229,12 +237,8 @@ def _resolved(
 
 def _in_tree(tree: str, of: Sequence[Leaf], problems: Sequence[Problem]) -> list[Problem]:
     """Says which tree a leaf is of: a parameter and a batch leaf may have the same path."""
-    full = {str(leaf): str(dataclasses.replace(leaf, path=_path(tree, leaf.path))) for leaf in of}
+    full = {str(leaf): str(leaf.within(tree)) for leaf in of}
     return [dataclasses.replace(p, subject=full.get(p.subject, p.subject)) for p in problems]
-
-
-def _path(tree: str, path: str) -> str:
-    return f"{tree}/{path}" if path else tree
 
 
 def _residual_specs(axis: str, specs: Specs) -> dict[str, PartitionSpec]:
@@ -245,7 +249,7 @@ def _residual_specs(axis: str, specs: Specs) -> dict[str, PartitionSpec]:
         taken = axis in (name for entry in own for name in axes_of(entry))
         return PartitionSpec(axis) if taken else PartitionSpec(axis, *own)
 
-    return {f"{RESIDUALS}/{path}": spec(own) for path, own in specs.items()}
+    return {join_path(RESIDUALS, path): spec(own) for path, own in specs.items()}
 
 
 def _batch_specs(
@@ -272,7 +276,9 @@ def _rows(
     for leaf in with_rows[1:]:
         if leaf.shape[0] != first.shape[0]:
             why = f"has {leaf.shape[0]} rows, {first.path} has {first.shape[0]}"
-            problems.append(Problem(f"batch/{leaf}", why, "dim 0 of every batch leaf counts rows"))
+            problems.append(
+                Problem(str(leaf.within("batch")), why, "dim 0 of every batch leaf counts rows")
+            )
     ways = 1
     for axis in axes:
         ways *= sizes.get(axis, 1)
@@ -281,7 +287,7 @@ def _rows(
         split = " x ".join(f"{axis}={sizes.get(axis, 1)}" for axis in axes) or "1 device"
         why = f"{rows} rows do not split into accumulate={steps} micro-batches over {split}"
         fix = f"a multiple of {steps * ways} rows, such as {_near(rows, steps * ways)}"
-        problems.append(Problem(f"batch/{first}", why, fix))
+        problems.append(Problem(str(first.within("batch")), why, fix))
     return rows, axes
 
 

@@ -69,7 +69,7 @@ def leaf_problems(
 ) -> Iterator[Problem]:
     names = leaf.axes or (None,) * len(stored)
     for dim, (name, axes, more) in enumerate(zip(names, stored, surplus, strict=True)):
-        used, subject = meant.axes(name), f"params/{leaf}"
+        used, subject = meant.axes(name), str(leaf.within("params"))
         if used and axes[: len(used)] != used:
             why = f"dim {dim} ({name!r}) is stored over {_listed(axes)}, computed over "
             fix = f"strategy.with_names(params={{{name!r}: {_code(used)}}})"
@@ -110,7 +110,7 @@ def _batch_problems(layout: Layout, own: bool) -> Iterator[Problem]:
         if split and not own:
             why = f"is split over {_listed(split)} beyond its rows"
             fix = f"batch=P({_code(layout.row_axes)}), or sk.PerShard(loss, plain)"
-            yield Problem(f"batch/{leaf}", why, fix)
+            yield Problem(str(leaf.within("batch")), why, fix)
 
 
 def name_problems(meant: Meaning, marks: Marks) -> Iterator[Problem]:

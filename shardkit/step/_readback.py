@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from .._errors import Problem, ShardingError, raise_all
-from .._tree import path_str
+from .._tree import leaves_by_path
 
 _ALIAS = re.compile(r"\{(\d*)\}: \((\d+), \{\}")
 
@@ -107,6 +107,6 @@ def _declared(
 ) -> Iterator[tuple[str, Any, NamedSharding]]:
     """Name, abstract array and declared sharding of every leaf, in the runtime's order."""
     for part in order:
-        found = jax.tree_util.tree_leaves_with_path(trees[part])
+        found = leaves_by_path(trees[part], part).items()
         for (path, aval), sharding in zip(found, jax.tree.leaves(shardings[part]), strict=True):
-            yield f"{part}/{path_str(path)}", aval, sharding
+            yield path, aval, sharding

@@ -1,7 +1,7 @@
 """What a compiled step hands over to be inspected."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from .._constrain import LANES
-from .._tree import Leaf, leaves, path_str, short_dtype
+from .._tree import Leaf, ends_path, leaves, short_dtype
 from ..inspect import CompiledBytes, Declared, Placed, Program
 from ..parallel import kinds_by_specs
 from ..rules import Rule, place
@@ -76,15 +76,16 @@ def arguments(bound: BoundSpec, layout: Layout) -> Iterator[Placed]:
     moments |= {
         leaf.path
         for leaf in leaves(state.opt_state)
-        if any(f"/{leaf.path}".endswith(f"/{path}") for path in spelled)
+        if any(ends_path(leaf.path, path) for path in spelled)
     }
     extra = _spelled(strategy.extra, leaves(state.extra), bound)
     parts = (
-        ("rest", state.step, shardings.step, set()),
+        ("rest", {"step": state.step}, shardings.step, set()),
         ("params", state.params, shardings.params, spelled),
         ("opt_state", state.opt_state, shardings.opt_state, moments),
         ("extra", state.extra, shardings.extra, extra),
-        ("rest", state.key, shardings.key, set()),
+        ("rest", {"key": state.key}, shardings.key, set()),
+        ("rest", {"halted": state.halted}, shardings.halted, set()),
     )
     names = {"params": layout.axes, "opt_state": _names_of_moments(layout)}
     for part, tree, placed, meant in parts:
@@ -104,7 +105,7 @@ def _names_of_moments(layout: Layout) -> dict[str, tuple[str | None, ...]]:
         leaf.path: own.axes
         for own in sorted(parameters, key=lambda own: len(own.path))
         for leaf in leaves(layout.state.opt_state)
-        if own.axes and own.shape == leaf.shape and leaf.path.endswith(f"/{own.path}")
+        if own.axes and own.shape == leaf.shape and ends_path(leaf.path, own.path)
     }
 
 
@@ -171,10 +172,7 @@ def _choices(jaxpr: Any) -> int | None:
 
 def _layers(layout: Layout) -> int | None:
     """Length of the dim that parameters name `layers`."""
-    shapes: Mapping[str, tuple[int, ...]] = {
-        path_str(path): x.shape
-        for path, x in jax.tree_util.tree_leaves_with_path(layout.state.params)
-    }
+    shapes = {leaf.path: leaf.shape for leaf in leaves(layout.state.params)}
     for path, names in layout.axes.items():
         if "layers" in names:
             return shapes[path][names.index("layers")]

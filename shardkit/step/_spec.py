@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from .._errors import Problem, ShardkitError, StepError, did_you_mean, raise_all
 from .._precision import Precision, precision
 from .._remat import policy
-from .._tree import path_str
+from .._tree import leaves_by_path
 from .._types import Accumulate, Batch, Key, Loss, PyTree
 from ..parallel import Strategy
 from ._compiled import CompiledStep
@@ -275,11 +275,9 @@ def _name_problems(spec: StepSpec) -> Iterator[Problem]:
 
 
 def _batch_problems(batch: Batch) -> Iterator[Problem]:
-    for path, x in jax.tree_util.tree_leaves_with_path(batch):
+    for path, x in leaves_by_path(batch, "batch").items():
         if not isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
-            subject = f"batch/{path_str(path)}".rstrip("/")
-            why = f"is of type {_type_name(x)}, not an array"
-            yield Problem(subject, why, "numpy.asarray(...)")
+            yield Problem(path, f"is of type {_type_name(x)}, not an array", "numpy.asarray(...)")
 
 
 def _strategy_problems(spec: StepSpec) -> list[Problem]:

@@ -8,10 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.tree_util import tree_leaves_with_path as leaves_with_path
 
 from .._errors import Problem, StepError, raise_all
-from .._tree import leaves, path_str, short_type
+from .._tree import leaves_by_path, short_type
 from .._types import Params
 from ..state import TrainState
 from ._gradients import GradientFn
@@ -52,10 +51,16 @@ def training_step(
             updates, opt_state = update(grads, state.opt_state, before, **seen)
             _check_updates(updates, before)
             params = _shards(optax.apply_updates(before, updates), split)
-            after = TrainState(state.step + 1, params, opt_state, outcome.extra, state.key)
+            after = dataclasses.replace(
+                state,
+                step=state.step + 1,
+                params=params,
+                opt_state=opt_state,
+                extra=outcome.extra,
+            )
             if on_nonfinite == "apply":
                 return after, metrics
-            usable = is_usable(state, metrics)
+            usable = is_usable(metrics) & ~state.halted
             metrics[SKIPPED] = 1.0 - usable.astype(jnp.float32)
             kept = dataclasses.replace(state, params=before)
             return chosen(usable, after, kept, on_nonfinite), metrics
@@ -70,12 +75,12 @@ def _check_updates(updates: Any, params: Any) -> None:
       StepError: with every leaf that one of them lacks, or has in another shape.
     """
     got, want = (
-        {path_str(p): short_type(x.shape, x.dtype) for p, x in leaves_with_path(tree)}
+        {p: short_type(x.shape, x.dtype) for p, x in leaves_by_path(tree, "params").items()}
         for tree in (updates, params)
     )
     shapes = {path: short.partition("[")[2] for path, short in got.items()}
     problems = [
-        Problem(f"params/{path}", f"is {want.get(path, 'absent')}; its update {_or(got, path)}")
+        Problem(path, f"is {want.get(path, 'absent')}; its update {_or(got, path)}")
         for path in dict.fromkeys([*want, *got])
         if path not in want or shapes.get(path) != want[path].partition("[")[2]
     ]
@@ -156,16 +161,11 @@ def check_form(before: TrainState, after: TrainState) -> None:
       StepError: with every leaf that changed.
     """
     old, new = (
-        {
-            path_str(p): short_type(x.shape, x.dtype)
-            for p, x in jax.tree_util.tree_leaves_with_path(s)
-        }
-        for s in (before, after)
+        {p: short_type(x.shape, x.dtype) for p, x in leaves_by_path(state, "state").items()}
+        for state in (before, after)
     )
     problems = [
-        Problem(
-            f"state/{path}", f"is {old.get(path, 'absent')} before, {new.get(path, 'absent')} after"
-        )
+        Problem(path, f"is {old.get(path, 'absent')} before, {new.get(path, 'absent')} after")
         for path in dict.fromkeys([*old, *new])
         if old.get(path) != new.get(path)
     ]

@@ -7,7 +7,7 @@ import jax
 
 from .._errors import VerificationError
 from ..step import CompiledStep
-from ..verify import Standard, made_up
+from ..verify import Standard, format_error, made_up
 from ..verify._record import Trial
 
 _STEPS = 2  # the second one shows whether anything compiles anew
@@ -35,7 +35,7 @@ class Parity:
         except VerificationError as error:
             return {"ok": None, "why": str(error)}
         worst = max(rows, key=lambda row: (not row.ok, row.error / (row.threshold or 1.0)))
-        why = worst.why or f"{worst.leaf} is off by {worst.error:.1e}"
+        why = worst.why or f"{worst.leaf} is off by {format_error(worst.error)}"
         return {
             "ok": all(row.ok for row in rows),
             "checks": len(rows),
@@ -44,7 +44,9 @@ class Parity:
             "leaf": worst.leaf,
             "error": worst.error,
             "threshold": worst.threshold,
-            "why": "" if worst.ok else f"{worst.check}: {why}, at most {worst.threshold:.1e}",
+            "why": ""
+            if worst.ok
+            else f"{worst.check}: {why}, at most {format_error(worst.threshold)}",
         }
 
     def _standard(self, step: CompiledStep) -> Standard:

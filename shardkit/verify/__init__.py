@@ -1,6 +1,6 @@
 """Proof that a step gives the numbers of one device on every mesh."""
 
-from ._certificate import Certificate, Row
+from ._certificate import Certificate, Row, format_error
 from ._verify import Standard, StepFactory, made_up, one_device, step_factory, verify
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "Row",
     "Standard",
     "StepFactory",
+    "format_error",
     "made_up",
     "one_device",
     "step_factory",

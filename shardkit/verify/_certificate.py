@@ -1,7 +1,6 @@
 """`Certificate`: what was compared, how far apart it was, and how far apart it may be."""
 
 import dataclasses
-import math
 
 from .._errors import Problem, VerificationError, count, format_problems
 
@@ -40,9 +39,11 @@ class Row:
     def cells(self) -> tuple[str, ...]:
         """The row as text: check, worst leaf, error, noise, threshold, verdict."""
         leaf = self.leaf if len(self.leaf) <= _LEAF else "…" + self.leaf[1 - _LEAF :]
-        noise = "" if self.noise is None else number(self.noise)
         verdict = "ok" if self.ok else "FAILED"
-        return self.check, leaf, number(self.error), noise, number(self.threshold), verdict
+        if self.noise is None:  # leaves or programs at fault are counted
+            return self.check, leaf, f"{self.error:g}", "", f"{self.threshold:g}", verdict
+        numbers = map(format_error, (self.error, self.noise, self.threshold))
+        return self.check, leaf, *numbers, verdict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +100,13 @@ class Certificate:
         return "\n".join(lines)
 
 
-def number(x: float) -> str:
-    """Returns `0`, `3` for small counts, `1.2e-07` for the rest."""
-    if math.isfinite(x) and x == int(x) and x < 1000:
-        return str(int(x))
-    return f"{x:.1e}"
+def format_error(x: float) -> str:
+    """Returns `1.2e-07`, the one form of a relative error; `0` where nothing differs.
+
+    >>> format_error(1.0), format_error(0.99999), format_error(0.0)
+    ('1.0e+00', '1.0e+00', '0')
+    """
+    return f"{x:.1e}" if x else "0"
 
 
 def _aligned(cells: tuple[str, ...], widths: list[int]) -> str:
@@ -115,8 +118,9 @@ def _aligned(cells: tuple[str, ...], widths: list[int]) -> str:
 def _why(row: Row) -> str:
     if row.why:
         return f"{row.leaf}: {row.why}" if row.leaf else row.why
-    noise = "" if row.noise is None else f", {number(row.noise)} between correct runs"
-    return f"{row.leaf} is off by {number(row.error)}; at most {number(row.threshold)}{noise}"
+    noise = "" if row.noise is None else f", {format_error(row.noise)} between correct runs"
+    most = format_error(row.threshold)
+    return f"{row.leaf} is off by {format_error(row.error)}; at most {most}{noise}"
 
 
 _GRADIENTS = "compare step.gradients(state, batch)[1] of the mesh with that of one device"

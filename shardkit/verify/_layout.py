@@ -7,11 +7,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from .._tree import leaves, path_str
+from .._tree import join_path, leaves, leaves_by_path, path_str
 from .._types import Named, Variables
 from ..optim import FollowParams, update_specs
 from ..rules import chain, collect, format_spec
 from ..step import StepSpec
+from ._certificate import format_error
 from ._record import to_host
 
 Specs = dict[str, PartitionSpec]
@@ -26,7 +27,7 @@ def declared_specs(spec: StepSpec, mesh: Mesh, state: Any) -> Specs:
       state: the `TrainState`, of which only paths, shapes and dtypes are read.
 
     Returns:
-      Specs by `params/…`, `opt_state/…`, `extra/…`, `batch/…`, `step` and `key`.
+      Specs by `params/…`, `opt_state/…`, `extra/…`, `batch/…`, `step`, `key` and `halted`.
     """
     strategy, sizes = spec.strategy, dict(mesh.shape)
     params = leaves(state.params, _axis_names(spec))
@@ -46,8 +47,8 @@ def declared_specs(spec: StepSpec, mesh: Mesh, state: Any) -> Specs:
         "extra": extra,
         "batch": _batch_specs(spec, sizes),
     }
-    named = {f"{part}/{path}": s for part, by in found.items() for path, s in by.items()}
-    return {"step": PartitionSpec(), "key": PartitionSpec(), **named}
+    named = {join_path(part, path): s for part, by in found.items() for path, s in by.items()}
+    return {**dict.fromkeys(("step", "key", "halted"), PartitionSpec()), **named}
 
 
 def _batch_specs(spec: StepSpec, sizes: dict[str, int]) -> Specs:
@@ -78,8 +79,7 @@ def misplaced(tree: Any, specs: Specs, mesh: Mesh, when: str) -> Iterator[tuple[
       mesh: the device mesh.
       when: of what time the arrays are, for the message.
     """
-    for path, x in jax.tree_util.tree_leaves_with_path(tree):
-        name = path_str(path)
+    for name, x in leaves_by_path(tree).items():
         want = NamedSharding(mesh, specs[name]).devices_indices_map(x.shape)
         held = {shard.device: shard for shard in x.addressable_shards}
         if any(
@@ -94,7 +94,7 @@ def misplaced(tree: Any, specs: Specs, mesh: Mesh, when: str) -> Iterator[tuple[
 
 def differing_copies(tree: Any) -> Iterator[tuple[str, str]]:
     """Leaves of which two devices hold the same part with different bits, as (path, why)."""
-    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+    for path, x in leaves_by_path(tree).items():
         first: dict[Any, Any] = {}
         for shard in x.addressable_shards:
             part = _bounds(shard.index, x.shape)
@@ -102,8 +102,9 @@ def differing_copies(tree: Any) -> Iterator[tuple[str, str]]:
             other = first.setdefault(part, (shard.device, mine))
             if other[1].tobytes() != mine.tobytes():
                 gap = np.abs(other[1].astype(np.float64) - mine.astype(np.float64)).max()
-                why = f"devices {other[0].id} and {shard.device.id} hold copies {gap:.1e} apart"
-                yield path_str(path), why
+                both = f"devices {other[0].id} and {shard.device.id}"
+                why = f"{both} hold copies {format_error(gap)} apart"
+                yield path, why
                 break
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from .._tree import path_str
+from .._tree import leaves_by_path
 
 Leaves = dict[str, np.ndarray]
 """`{path: array}`, on the host."""
@@ -48,10 +48,7 @@ class Trial:
 
 def host(tree: Any, prefix: str = "") -> Leaves:
     """Copies the leaves of a pytree to the host, a typed key as the words that hold it."""
-    return {
-        "/".join(part for part in (prefix, path_str(path)) if part): to_host(x)
-        for path, x in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    return {path: to_host(x) for path, x in leaves_by_path(tree, prefix).items()}
 
 
 def to_host(x: Any) -> np.ndarray:

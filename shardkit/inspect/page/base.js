@@ -38,6 +38,8 @@ const percent = (part, whole) => (whole ? `${((100 * part) / whole).toFixed(1)} 
 const sum = (list, of) => list.reduce((total, one) => total + of(one), 0);
 const plural = (n, noun, many = `${noun}s`) => `${integer(n)} ${n === 1 ? noun : many}`;
 const joined = (names) => (names.length ? names.join(", ") : "none");
+const named = (leaf) => (leaf.path ? `${leaf.part}/${leaf.path}` : leaf.part);
+
 const type = (leaf) => `${leaf.dtype}[${leaf.shape.join(",")}]`;
 
 const LABELS = {

@@ -18,7 +18,7 @@ function draw_findings() {
 
 function finding(one) {
   const about = [one.leaf || one.scope, one.axes.length ? `over ${one.axes.join(", ")}` : ""];
-  const leaf = report.leaves.find((leaf) => `${leaf.part}/${leaf.path}` === one.leaf);
+  const leaf = report.leaves.find((leaf) => named(leaf) === one.leaf);
   const shows = () => select_leaf(leaf, true);
   return el(
     "li",

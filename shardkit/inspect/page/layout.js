@@ -57,7 +57,7 @@ function draw_layout(leaf) {
     el(
       "h3",
       { class: "path" },
-      `${leaf.part}/${leaf.path} `,
+      `${named(leaf)} `,
       el("span", { class: "quiet" }, type(leaf)),
     ),
     el("p", {}, summary(leaf)),

@@ -49,7 +49,7 @@ function leaf_list(shown) {
     [
       {
         title: "array",
-        value: (leaf) => `${leaf.part}/${leaf.path}`,
+        value: named,
         wide: true,
         show: leaf_button,
       },

@@ -1,0 +1,116 @@
+"""An option of another type is refused where it is declared: `"False"` is true, `"2"` no number."""
+
+import dataclasses
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import shardkit as sk
+from shardkit._options import _fits
+from shardkit.checkpoint import Keep
+from shardkit.config import CompileConfig, OptimizerConfig
+from shardkit.data import DataConfig, arrays
+from shardkit.models import DecoderConfig
+from shardkit.run import TextTrainConfig
+
+S = sk.strategies
+DECODER = {"vocab": 8, "embed": 8, "layers": 1, "heads": 2, "mlp": 8}
+
+# {name: (function of the value, what it takes)}
+CALLS = {
+    "reshard_after_forward": (lambda v: S.fsdp(reshard_after_forward=v), bool),
+    "min_size": (lambda v: S.fsdp(min_size=v), int),
+    "sequence": (lambda v: S.tensor(sequence=v), bool),
+    "stage": (lambda v: S.zero(stage=v), int),
+    "micro_batches": (lambda v: S.pipeline(micro_batches=v), int),
+    "virtual_stages": (
+        lambda v: S.pipeline(micro_batches=4, schedule="interleaved", virtual_stages=v),
+        int,
+    ),
+    "accumulate": (lambda v: sk.Accumulate(v), int),
+    "allow_unmatched": (lambda v: sk.PathRules({"**": sk.REPLICATED}, allow_unmatched=v), bool),
+    "stateful": (lambda v: sk.Loss(print, print, stateful=v), bool),
+    "scanned": (lambda v: sk.remat(print, scanned=v), bool),
+    "block": (lambda v: sk.Compression("data", block=v), int),
+    "data": (lambda v: sk.MeshSpec(data=v), int),
+    "rows": (lambda v: arrays(np.ones((8, 2)), v), int),
+    "seed": (lambda v: arrays(np.ones((8, 2)), 2, seed=v), int),
+    "deterministic": (lambda v: step(deterministic=v), bool),
+    "debug": (lambda v: step(debug=v), bool),
+    "on_retrace": (lambda v: step(on_retrace=v), str),
+    "on_nonfinite": (lambda v: step(on_nonfinite=v), str),
+    "mode": (lambda v: step(mode=v), str),
+}
+DECLARED = {
+    Keep: {},
+    sk.TrainConfig: {},
+    TextTrainConfig: {},
+    sk.Space: {},
+    DataConfig: {},
+    CompileConfig: {},
+    OptimizerConfig: {},
+    DecoderConfig: DECODER,
+}
+FIELDS = [(cls, field.name) for cls in DECLARED for field in dataclasses.fields(cls)]
+WRONG = ("2", "False", 2.5, 2.0, True, None, 1, ("2",), (2.5,), {"data": "2"})
+
+
+def step(**options):
+    return sk.compile_step(
+        lambda params, batch, key: jnp.mean(batch @ params),
+        optax.sgd(0.1),
+        init=lambda key: jnp.ones((4, 4)),
+        batch=np.ones((4, 4), np.float32),
+        mesh=sk.MeshSpec(data=1).build(devices=jax.devices()[:1]),
+        strategy=S.data(),
+        **options,
+    )
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_an_option_of_another_type_is_refused_by_name(name):
+    call, wanted = CALLS[name]
+    wrong = {bool: ("False", "no", 1, 2.0), int: ("2", "no", 2.5, True), str: (1, True, "no")}
+    for value in wrong[wanted]:
+        with pytest.raises(sk.ShardkitError) as caught:
+            call(value)
+        text = str(caught.value)
+        assert name in text
+        assert str(value) in text
+        assert "Fix:" in text
+
+
+@pytest.mark.parametrize(("cls", "name"), FIELDS, ids=lambda one: getattr(one, "__name__", one))
+def test_a_field_of_another_type_is_refused_with_its_own_name_and_type(cls, name):
+    hint, given = typing.get_type_hints(cls)[name], DECLARED[cls]
+    tried = 0
+    for value in WRONG:
+        if not _fits(value, hint):
+            tried += 1
+            with pytest.raises(sk.ShardkitError, match=rf"{name}=.*is of .*, not ") as caught:
+                cls(**{**given, name: value})
+            assert "Fix:" in str(caught.value)
+    assert tried > 1
+
+
+def test_every_wrong_field_is_told_at_once_with_code_that_mends_it():
+    with pytest.raises(sk.ConfigError) as caught:
+        sk.TrainConfig(steps="400", keep="many", profile=3)
+    text = str(caught.value)
+    assert "train.steps='400'" in text
+    assert "is of type str, not int" in text
+    assert "- steps=400" in text
+    assert "- keep=1" in text
+    assert "- profile='3'" in text
+    with pytest.raises(sk.StepError, match="Fix: reshard_after_forward=False"):
+        S.fsdp(reshard_after_forward="False")
+
+
+def test_numbers_of_numpy_and_lists_are_taken():
+    assert Keep(last=np.int64(3)).last == 3
+    assert OptimizerConfig(lr=1).lr == 1
+    assert sk.Space(zero=[0, 1]).zero == [0, 1]
