@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from .._errors import Problem, StepError, raise_all
-from .._tree import leaves_by_path, short_type
+from .._tree import leaves, leaves_by_path, short_type
 from .._types import Params
 from ..state import TrainState
 from ._gradients import GradientFn
