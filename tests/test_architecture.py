@@ -12,6 +12,7 @@ from ._architecture import (
     cycles,
     floor_violations,
     import_counts,
+    lazy_mismatches,
     named_mesh_axes,
     private_jax,
     probing,
@@ -30,6 +31,12 @@ PAGE = """
 | side | `inspect/` | beside |
 | roof | `verify/` `cli` | top |
 """
+LAZY = '''"""A part."""
+if TYPE_CHECKING:
+    from {typed} import g as g
+else:
+    __getattr__, __dir__, __all__ = lazy_names(__name__, {{"g": "{home}"}})
+'''
 CHECKS = (
     floor_violations,
     cycles,
@@ -40,6 +47,7 @@ CHECKS = (
     named_mesh_axes,
     undocumented,
     unannotated,
+    lazy_mismatches,
 )
 
 # check, {file: source}, what the violation must say
@@ -105,6 +113,19 @@ VIOLATIONS = [
         undocumented,
         {"mesh/_spec.py": 'class f:\n    """A."""\n    def g(self) -> None: ...'},
         "mesh/_spec.py:3 f.g has no docstring",
+    ),
+    (
+        undocumented,
+        {
+            "models/__init__.py": LAZY.format(home="._decoder", typed="._decoder"),
+            "models/_decoder.py": "def g() -> None: ...",
+        },
+        "models/_decoder.py:1 g has no docstring",
+    ),
+    (
+        lazy_mismatches,
+        {"models/__init__.py": LAZY.format(home="._decoder:h", typed="._decoder")},
+        "models/__init__.py:1 g is ._decoder:h lazily, ._decoder:g typed",
     ),
     (
         unannotated,
