@@ -67,8 +67,6 @@ class Peers:
         self._answers: dict[str, list[Any]] = {}
         self._heard = threading.Condition()
         self.failure: Failure | None = None
-        # A compile redirects descriptor 2 for as long as it takes; a last word must not go there.
-        self._error_output = os.dup(2) if line is not None else 2
         if line is not None:
             line.send("hello", process=index, token=token)
             atexit.register(self._at_exit)
@@ -248,7 +246,7 @@ class Peers:
         self._say(failure)
         own = failure.process == self.index
         if own:  # alive and stuck: where?
-            faulthandler.dump_traceback(self._error_output)
+            faulthandler.dump_traceback(2)
         if self.index == 0 and not own:
             time.sleep(_COORDINATE)
         os._exit(STUCK if own else PEER_FAILED)
@@ -259,7 +257,7 @@ class Peers:
                 return
             self.failure = failure
             self._heard.notify_all()
-        os.write(self._error_output, f"{failure}\n".encode())
+        os.write(2, f"{failure}\n".encode())
         if self._launcher is not None:
             own = failure.process == self.index
             self._launcher.send("end", process=failure.process, line=str(failure), own=own)
