@@ -10,11 +10,9 @@ from typing import Any, Self
 
 from jax.experimental import multihost_utils
 
+from .._errors import Stopped
+
 _SHOW_CURSOR = "\x1b[?25h"
-
-
-class Stopped(Exception):
-    """A run was told to end (SIGTERM) and did so in order; it can go on later."""
 
 
 class StopRequest:
