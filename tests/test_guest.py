@@ -389,7 +389,7 @@ def trained():
     from rich.console import Console
     with tempfile.TemporaryDirectory() as folder:
         config = sk.TrainConfig(steps=3, log_every=1, checkpoint_every=0)
-        sk.Trainer(step, batch, folder, config=config, console=Console(file=io.StringIO())).fit()
+        sk.Trainer(step, batch, folder, config=config, console=Console(file=io.StringIO())).run()
 
 def stopped():
     from rich.console import Console
@@ -401,7 +401,7 @@ def stopped():
         config = sk.TrainConfig(steps=9, log_every=1, checkpoint_every=0)
         try:
             sk.Trainer(step, stopping, folder, config=config,
-                       console=Console(file=io.StringIO())).fit()
+                       console=Console(file=io.StringIO())).run()
         except KeyboardInterrupt:
             return
     raise AssertionError("not stopped")
