@@ -14,6 +14,10 @@ class ShardkitError(ValueError):
     """Base of every error that a user's declaration, config or data can cause."""
 
 
+class Stopped(Exception):
+    """A run was told to end (SIGTERM) and did so in order; it can go on later."""
+
+
 class MeshError(ShardkitError):
     """A mesh cannot be built: sizes, axis names or devices do not fit."""
 

@@ -244,6 +244,28 @@ def unannotated(tree: Tree) -> list[str]:
     return rows
 
 
+def lazy_mismatches(tree: Tree) -> list[str]:
+    """Names that a lazy `__init__` shows to a type checker otherwise than at run time."""
+    rows = []
+    for module, parsed in tree.parsed.items():
+        homes = _lazy_homes(parsed)
+        typed = {
+            alias.asname or alias.name: f"{'.' * node.level}{node.module or ''}:{alias.name}"
+            for node in _typed_imports(parsed)
+            for alias in node.names
+        }
+        lazy = {
+            name: f".:{name}" if home is None else home if ":" in home else f"{home}:{name}"
+            for name, home in homes.items()
+        }
+        rows += [
+            f"{tree.where(module, 1)} {name} is {lazy.get(name)} lazily, {typed.get(name)} typed"
+            for name in (sorted(typed.keys() | lazy.keys()) if homes else ())
+            if typed.get(name) != lazy.get(name)
+        ]
+    return rows
+
+
 def _type_checking(parsed: ast.Module) -> Iterator[ast.AST]:
     for node in ast.walk(parsed):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
@@ -271,16 +293,29 @@ def _matching_lines(tree: Tree, pattern: re.Pattern[str], what: str) -> list[str
     ]
 
 
+def _lazy_homes(parsed: ast.Module) -> dict[str, str | None]:
+    """The table of a package whose names are imported when they are used."""
+    for node in ast.walk(parsed):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "lazy_names":
+            return dict(ast.literal_eval(node.args[1]))
+    return {}
+
+
+def _typed_imports(parsed: ast.Module) -> list[ast.ImportFrom]:
+    return [node for node in _type_checking(parsed) if isinstance(node, ast.ImportFrom)]
+
+
 def _exported(parsed: ast.Module) -> list[str]:
     for node in parsed.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             return list(ast.literal_eval(node.value))
-    return []
+    return list(_lazy_homes(parsed))
 
 
 def _definitions(tree: Tree, module: str, name: str) -> Iterator[tuple[str, ast.AST]]:
     """Follows re-exports to where a function or class is defined."""
-    for node in tree.parsed[module].body:
+    parsed = tree.parsed[module]
+    for node in (*parsed.body, *(_typed_imports(parsed) if _lazy_homes(parsed) else ())):
         if isinstance(node, Function | ast.ClassDef) and node.name == name:
             yield module, node
         if isinstance(node, ast.ImportFrom):

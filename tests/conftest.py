@@ -12,6 +12,10 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
     _QUICK += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = " ".join(filter(None, [os.environ.get("XLA_FLAGS"), _QUICK]))
 
+from shardkit._libtpu import quiet_libtpu  # noqa: E402
+
+os.environ.update(quiet_libtpu(os.environ))
+
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 

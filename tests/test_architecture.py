@@ -15,6 +15,7 @@ from ._architecture import (
     cycles,
     floor_violations,
     import_counts,
+    lazy_mismatches,
     named_kinds,
     named_mesh_axes,
     private_jax,
@@ -35,6 +36,12 @@ PAGE = """
 | side | `inspect/` | beside |
 | roof | `verify/` `cli` | top |
 """
+LAZY = '''"""A part."""
+if TYPE_CHECKING:
+    from {typed} import g as g
+else:
+    __getattr__, __dir__, __all__ = lazy_names(__name__, {{"g": "{home}"}})
+'''
 CHECKS = (
     floor_violations,
     cycles,
@@ -47,6 +54,7 @@ CHECKS = (
     undocumented,
     unannotated,
     unlisted_state,
+    lazy_mismatches,
 )
 
 # check, {file: source}, what the violation must say
@@ -122,6 +130,19 @@ VIOLATIONS = [
         undocumented,
         {"mesh/_spec.py": 'class f:\n    """A."""\n    def g(self) -> None: ...'},
         "mesh/_spec.py:3 f.g has no docstring",
+    ),
+    (
+        undocumented,
+        {
+            "models/__init__.py": LAZY.format(home="._decoder", typed="._decoder"),
+            "models/_decoder.py": "def g() -> None: ...",
+        },
+        "models/_decoder.py:1 g has no docstring",
+    ),
+    (
+        lazy_mismatches,
+        {"models/__init__.py": LAZY.format(home="._decoder:h", typed="._decoder")},
+        "models/__init__.py:1 g is ._decoder:h lazily, ._decoder:g typed",
     ),
     (
         unannotated,

@@ -10,9 +10,6 @@ from .._errors import CheckpointError, Problem, format_problems
 from .._terminal import literal_console
 from .._tree import format_bytes
 from ..checkpoint import Checkpointer, Manifest, SavedStep
-from ._command import Command
-
-_WAYS = ("inspect", "verify")
 
 
 def saved_steps(folder: Path) -> list[Path]:
@@ -33,7 +30,8 @@ def saved_steps(folder: Path) -> list[Path]:
     raise CheckpointError(format_problems("There is no checkpoint.", [problem]))
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command; returns the exit code."""
     console = literal_console(soft_wrap=True)
     folders = saved_steps(Path(arguments.folder))
     if arguments.way == "verify":
@@ -99,22 +97,3 @@ def _leaves(manifest: Manifest) -> Table:
         axes = ", ".join(name or "-" for name in leaf.axes) if leaf.axes else ""
         table.add_row(path, leaf.type, axes, leaf.fingerprint)
     return table
-
-
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("way", choices=_WAYS, help="show what is saved, or look for damage")
-    parser.add_argument("folder", metavar="DIR", help="a run, its checkpoints, or one step")
-    parser.add_argument(
-        "--values",
-        action="store_true",
-        help="verify: also read every array and compare its fingerprint",
-    )
-
-
-CHECKPOINT = Command(
-    "checkpoint",
-    "show what a run has saved, or look for damage",
-    _run,
-    _add_options,
-    takes_config=False,
-)

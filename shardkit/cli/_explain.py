@@ -11,13 +11,14 @@ from ..config import load_config
 from ..hardware import Chip, find_chip
 from ..inspect import Report, compare
 from ..targets import Source, compile_for
-from ._command import Command, source_of
 from ._outputs import check_outputs, write_output
+from ._source import source_of
 
 _REPORT = ".json"
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command; returns the exit code."""
     console = literal_console(soft_wrap=True)
     if arguments.other:
         names = (arguments.config, arguments.other)
@@ -111,25 +112,3 @@ def _read(name: str) -> Report:
         problem = Problem(name, "is no text", "shardkit explain CONFIG --json FILE")
         raise ReportError(format_problems("This is no report.", [problem])) from None
     return Report.from_json(text)
-
-
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--target", help="cpu:8, tpu:v5p:4x4x4, gpu:h100:1x8, …; none of it need be here"
-    )
-    parser.add_argument(
-        "--chip", help="model the time with the figures of v5p, h100, …, where cpu:N has none"
-    )
-    parser.add_argument(
-        "other", nargs="?", metavar="OTHER.json", help="with A.json as CONFIG: show what changed"
-    )
-    parser.add_argument("--html", metavar="FILE", help="save the report as one page")
-    parser.add_argument("--json", metavar="FILE", help="save the report; - prints it instead")
-    parser.add_argument(
-        "--timeout", type=float, default=1800.0, help="seconds to wait for the compiler"
-    )
-
-
-EXPLAIN = Command(
-    "explain", "what a config, or module:function, becomes on a target", _run, _add_options
-)

@@ -1,16 +1,14 @@
 """Reads the command line, runs one command, and turns what went wrong into one screen."""
 
 import argparse
-import importlib.metadata
+import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
-from rich.console import Console
-
-from .._errors import ShardkitError
-from .._terminal import literal_console
-from ..run import Stopped
+from .._errors import ShardkitError, Stopped
+from .._libtpu import quiet_libtpu
 from ._command import add_shared
 from ._commands import COMMANDS
 
@@ -25,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
         description="Declare a mesh and specs; compile, prove and run one SPMD training step.",
         allow_abbrev=False,
     )
-    root.add_argument("--version", action="version", version=_version())
+    root.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     below = root.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
         sub = below.add_parser(command.name, help=command.help, allow_abbrev=False)
@@ -46,29 +44,33 @@ def main(argv: Sequence[str] | None = None) -> int:
       cannot be used; 75 where SIGTERM ended a run that can go on; 130 after Ctrl-C.
     """
     arguments = parser().parse_args(argv)
-    errors = literal_console(stderr=True, soft_wrap=True)
+    if argv is None:  # the process is ours: what it sets is nobody else's
+        os.environ.update(quiet_libtpu(os.environ))
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt as stop:
-        _say(errors, "yellow", "Interrupted.", stop)
+        _say("yellow", "Interrupted.", stop)
         return _INTERRUPTED
     except Stopped as stop:
-        _say(errors, "yellow", str(stop), stop)
+        _say("yellow", str(stop), stop)
         return _STOPPED
     except ShardkitError as error:
         _trace(arguments.debug)
-        _say(errors, "red", f"{type(error).__name__}: {error}", error)
+        _say("red", f"{type(error).__name__}: {error}", error)
         return _REFUSED
     except Exception as error:
         _trace(arguments.debug)
-        _say(errors, "red", f"shardkit has failed: {type(error).__name__}: {error}", error)
+        _say("red", f"shardkit has failed: {type(error).__name__}: {error}", error)
         if not arguments.debug:
-            errors.print("Add --debug for the traceback; please report it.")
+            _say("", "Add --debug for the traceback; please report it.")
         return _FAILED
 
 
-def _say(console: Console, color: str, message: str, error: BaseException) -> None:
+def _say(color: str, message: str, error: BaseException | None = None) -> None:
+    from .._terminal import literal_console  # here, so that a mistyped command waits for nothing
+
     notes = getattr(error, "__notes__", [])
+    console = literal_console(stderr=True, soft_wrap=True)
     console.print("\n".join([message, *notes]), style=color)
 
 
@@ -77,8 +79,15 @@ def _trace(debug: bool) -> None:
         traceback.print_exc(file=sys.stderr)
 
 
-def _version() -> str:
-    try:
-        return f"shardkit {importlib.metadata.version('shardkit')}"
-    except importlib.metadata.PackageNotFoundError:
-        return "shardkit (from a checkout)"
+class _Version(argparse.Action):
+    """Looks the version up when it is asked for: that alone takes as long as the parser."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        """Prints it and ends."""
+        import importlib.metadata
+
+        try:
+            print(f"shardkit {importlib.metadata.version('shardkit')}")
+        except importlib.metadata.PackageNotFoundError:
+            print("shardkit (from a checkout)")
+        parser.exit()

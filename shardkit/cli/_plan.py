@@ -11,11 +11,11 @@ from ..config import load_config
 from ..hardware import CHIPS, Chip
 from ..plan import compile_best, plan
 from ..targets import Source
-from ._command import Command
 from ._outputs import check_outputs, write_output
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command; returns the exit code."""
     if arguments.plot:
         check_picture(Path(arguments.plot), code="--plot {}")
     check_outputs({"--json": arguments.json}, "plan")
@@ -58,25 +58,3 @@ def _own_chips(source: Source, arguments: argparse.Namespace) -> tuple[Chip, ...
         problem = Problem(f"--compile {arguments.compile}", why, "--compile 0")
         raise ConfigError(format_problems("The layouts cannot be compiled.", [problem]))
     return own
-
-
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--target", required=True, help="tpu:v5p:8x8x8, gpu:h100:4x8, …")
-    parser.add_argument("--global-batch", type=int, help="rows, instead of the config's")
-    parser.add_argument(
-        "--compile",
-        type=int,
-        default=3,
-        metavar="K",
-        help="compile the best K with the target's compiler (minutes each); 0 for none",
-    )
-    parser.add_argument(
-        "--overlap", type=float, default=0.0, help="share of communication that is hidden, 0 to 1"
-    )
-    parser.add_argument("--json", metavar="FILE", help="save all layouts with their figures")
-    parser.add_argument(
-        "--plot", metavar="FILE", help="draw memory against time: .png or .svg (shardkit[plot])"
-    )
-
-
-PLAN = Command("plan", "which mesh for this model on these devices", _run, _add_options)

@@ -17,10 +17,10 @@ from ..mesh import MeshSpec
 from ..parallel import strategies
 from ..run import abstract_batch, decoder_model, replay
 from ..step import CompiledStep, compile_step
-from ._command import Command
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command; returns the exit code."""
     folder = Path(arguments.folder)
     manifest = dump_manifest(folder)
     config = from_record(manifest.config or {}, str(folder))
@@ -51,16 +51,3 @@ def _one_device(config: Config, record: Mapping[str, Any], batch: Any) -> Compil
 
 def _read(kind: type[Any], value: Any) -> Any:
     return kind(**value) if isinstance(value, dict) else value
-
-
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="DUMP", help="RUN/dumps/step-…, or the run")
-
-
-REPLAY = Command(
-    "replay",
-    "make a step again that was not finite, and say where it went wrong",
-    _run,
-    _add_options,
-    takes_config=False,
-)

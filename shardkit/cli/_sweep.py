@@ -13,11 +13,12 @@ from ..config import load_config
 from ..mesh import Target, offer_devices, simulate_devices
 from ..sweep import ConfigFactory, Factory, Row, factory_of, plots, sweep
 from ..targets import Source
-from ._command import Command, source_of
+from ._source import source_of
 from ._verify import ragged_batches
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command; returns the exit code."""
     console = literal_console(soft_wrap=True)
     errors = literal_console(stderr=True, soft_wrap=True)
     _check_plots(arguments)
@@ -108,36 +109,3 @@ def _check_plots(arguments: argparse.Namespace) -> None:
         problem = Problem("--plots", "matplotlib is not installed")
         fix = 'pip install "shardkit[plot]"'
         raise SweepError(format_problems("Nothing can be drawn.", [problem], fix))
-
-
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--devices", metavar="N,…", help="numbers of devices, e.g. 8 or 2,4,8")
-    parser.add_argument(
-        "--axes", metavar="A,…", help="mesh axes, e.g. data,fsdp,tensor; by default the config's"
-    )
-    parser.add_argument("--accumulate", metavar="K,…", default="1", help="micro-batches (1)")
-    parser.add_argument(
-        "--remat",
-        metavar="NAME;…",
-        default="none",
-        help="checkpoint policies between semicolons, e.g. 'none;full;save:attn_out' (none)",
-    )
-    parser.add_argument("--target", help="tpu:v5p:4x4x4, gpu:h100:1x8, …; compiled, never run")
-    parser.add_argument("--verify", action="store_true", help="compare each with one device")
-    parser.add_argument(
-        "--time", action="store_true", help="time the updates on simulated devices too"
-    )
-    parser.add_argument("--turns", type=int, default=5, help="turns of each timed case (5)")
-    parser.add_argument("--out", metavar="FOLDER", help="where rows go (sweeps/NAME)")
-    parser.add_argument("--plots", action="store_true", help="also draw PNG and SVG pictures")
-    parser.add_argument(
-        "--timeout", type=float, default=1800.0, help="seconds to wait for one compile of a target"
-    )
-
-
-SWEEP = Command(
-    "sweep",
-    "try every mesh × accumulation × remat of a config, or module:function, and rank them",
-    _run,
-    _add_options,
-)

@@ -5,10 +5,10 @@ import argparse
 from .._terminal import literal_console
 from .._tree import format_bytes
 from ..data import open_shards, tokenize
-from ._command import Command
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command; returns the exit code."""
     console = literal_console(soft_wrap=True)
     with console.status("tokenizing"):
         made = tokenize(arguments.path, arguments.out, arguments.tokenizer, arguments.tokens)
@@ -23,19 +23,3 @@ def _run(arguments: argparse.Namespace) -> int:
         words += [f"data.tokenizer={arguments.tokenizer}", f"model.vocab={stream.vocabulary}"]
     console.print("shardkit train", *(f"--set {word}" for word in words))
     return 0
-
-
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PATH", help="a folder or a file of text")
-    parser.add_argument("out", metavar="OUT", help="folder for the shards, new or empty")
-    parser.add_argument(
-        "--tokenizer", metavar="FILE", help="JSON file of the tokenizers library; bytes without"
-    )
-    parser.add_argument(
-        "--tokens", type=int, default=2**28, metavar="N", help="tokens of one shard (2^28)"
-    )
-
-
-TOKENIZE = Command(
-    "tokenize", "turn text into token shards, once", _run, _add_options, takes_config=False
-)

@@ -7,10 +7,11 @@ from ..config import to_record
 from ..mesh import Target
 from ..processes import distributed
 from ..run import package_versions, train
-from ._command import Command, config_of
+from ._source import config_of
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command; returns the exit code."""
     if arguments.profile is not None:
         arguments.overrides = [*arguments.overrides, f"train.profile={arguments.profile}"]
     config = config_of(arguments)
@@ -35,14 +36,3 @@ def _run(arguments: argparse.Namespace) -> int:
             peers=peers,
         )
     return 0
-
-
-def _options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--profile",
-        metavar="FIRST:LAST",
-        help="trace these updates with jax.profiler, e.g. 10:15, into the run's folder",
-    )
-
-
-TRAIN = Command("train", "train a decoder on text; without CONFIG the default run", _run, _options)

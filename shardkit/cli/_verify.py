@@ -16,7 +16,7 @@ from ..config import Config, apply_overrides
 from ..mesh import MeshSpec, mesh_shapes
 from ..testing import kill_matrix
 from ..verify import verify
-from ._command import Command, config_of
+from ._source import config_of
 
 # Without CONFIG: a decoder whose heads divide by eight, small enough for two minutes on two cores.
 _SMALL = ("model=nano", "model.heads=8", "model.kv_heads=8", "data.length=32", "data.batch=16")
@@ -24,7 +24,8 @@ _DROPOUT = 0.1
 _MOST_MESHES = 8
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command; returns the exit code."""
     console = literal_console(soft_wrap=True)
     if arguments.config is None:
         shown = " ".join(f"--set {one}" for one in _SMALL)
@@ -106,30 +107,3 @@ def _legal(mesh: Mesh, factory: Any, console: Console) -> bool:
         console.print(f"Skipped: {reason}\n")
         return False
     return True
-
-
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--mesh",
-        action="append",
-        default=[],
-        metavar="AXIS=SIZE,…",
-        help="a mesh to prove, e.g. --mesh data=2,tensor=4; may be repeated; by default every "
-        "shape of the config's axes that uses all devices",
-    )
-    parser.add_argument(
-        "--steps", type=int, default=3, metavar="K", help="updates with the optimizer (3)"
-    )
-    parser.add_argument(
-        "--mutations",
-        action="store_true",
-        help="also inject known bugs, and show which check finds each",
-    )
-
-
-VERIFY = Command(
-    "verify",
-    "prove that the step gives the numbers of one device on every mesh",
-    _run,
-    _add_options,
-)

@@ -66,13 +66,13 @@ class Peers:
         self._left = False
         self._answers: dict[str, list[Any]] = {}
         self._heard = threading.Condition()
+        self._gone = threading.Event()
         self.failure: Failure | None = None
-        # A compile redirects descriptor 2 for as long as it takes; a last word must not go there.
-        self._error_output = os.dup(2) if line is not None else 2
         if line is not None:
             line.send("hello", process=index, token=token)
             atexit.register(self._at_exit)
-            threading.Thread(target=self._watch, name="shardkit-watch", daemon=True).start()
+            self._watcher = threading.Thread(target=self._watch, name="shardkit-watch", daemon=True)
+            self._watcher.start()
 
     def __enter__(self) -> Self:
         """Returns itself."""
@@ -151,6 +151,10 @@ class Peers:
                 line.send("bye")
         if self._hub is not None:
             self._hub.close()
+        if self._line is not None:
+            self._gone.set()
+            self._watcher.join(2 * _TICK)
+            atexit.unregister(self._at_exit)
 
     def fail(self, error: BaseException) -> None:
         """Tells the others that this process cannot go on.
@@ -180,19 +184,19 @@ class Peers:
     # --- the thread
 
     def _watch(self) -> None:
-        selector = selectors.DefaultSelector()
-        for line in (self._line, self._launcher):
-            if line is not None:
-                selector.register(line, selectors.EVENT_READ, line)
-        while True:
-            for key, _ in selector.select(_TICK):
-                try:
-                    for message in key.data.receive():
-                        self._hear(message)
-                except Closed:
-                    selector.unregister(key.data)
-                    self._lost(key.data)
-            self._look()
+        with selectors.DefaultSelector() as selector:
+            for line in (self._line, self._launcher):
+                if line is not None:
+                    selector.register(line, selectors.EVENT_READ, line)
+            while not self._gone.is_set():
+                for key, _ in selector.select(_TICK):
+                    try:
+                        for message in key.data.receive():
+                            self._hear(message)
+                    except Closed:
+                        selector.unregister(key.data)
+                        self._lost(key.data)
+                self._look()
 
     def _hear(self, message: Message) -> None:
         match message.pop("kind"):
@@ -248,7 +252,7 @@ class Peers:
         self._say(failure)
         own = failure.process == self.index
         if own:  # alive and stuck: where?
-            faulthandler.dump_traceback(self._error_output)
+            faulthandler.dump_traceback(2)
         if self.index == 0 and not own:
             time.sleep(_COORDINATE)
         os._exit(STUCK if own else PEER_FAILED)
@@ -259,7 +263,7 @@ class Peers:
                 return
             self.failure = failure
             self._heard.notify_all()
-        os.write(self._error_output, f"{failure}\n".encode())
+        os.write(2, f"{failure}\n".encode())
         if self._launcher is not None:
             own = failure.process == self.index
             self._launcher.send("end", process=failure.process, line=str(failure), own=own)

@@ -4,9 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import os
-import sys
-import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +19,11 @@ from jax.sharding import AbstractMesh, Mesh
 from .._constrain import Resolver, resolving
 from .._errors import Problem, StepError, raise_all
 from .._tree import format_bytes, nbytes
+from ._stderr import copied_stderr
 from ._waits import check_waits
+
+# Two settings of the whole process, each changed and set back by one thread at a time.
+_CACHE_SETTING, _WARNING_FILTERS = threading.Lock(), threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +100,7 @@ def compile_program(
         lowered = first.lower()
         at_lower = time.perf_counter()
         with (
-            captured_stderr() as messages,
+            copied_stderr() as messages,
             _cache_hits() as hits,
             _known_options(wanted),
             _room(args, in_shardings),
@@ -113,12 +115,12 @@ def compile_program(
             results = core.jaxpr_as_fun(first.jaxpr)(*jax.tree.leaves(given))
             return jax.tree.unflatten(jax.tree.structure(first.out_info), results)
 
-        with no_ambient_mesh(), resolving(resolver), _without_cache(), captured_stderr() as said:
+        with no_ambient_mesh(), resolving(resolver), _without_cache(), copied_stderr() as said:
             traced(replay).lower().compile(compiler_options=wanted)
-        return said[0]
+        return said.text
 
     seconds = (at_trace - start, at_lower - at_trace, end - at_lower)
-    said = again if hits else lambda: messages[0]
+    said = again if hits else lambda: messages.text
     # The text of a large program takes as long as lowering it, which one process is spared.
     text = lowered.as_text() if jax.process_count() > 1 else ""
     digest = hashlib.sha256(text.encode()).hexdigest() if text else ""
@@ -177,11 +179,12 @@ def _room(args: tuple[Any, ...], placed: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _cache_hits() -> Iterator[list[str]]:
-    """Collects an entry for each program that JAX takes from its persistent cache."""
+    """Collects an entry for each program that this thread takes from JAX's persistent cache."""
     hits: list[str] = []
+    thread = threading.get_ident()
 
     def listen(event: str, **_: str | int) -> None:
-        if event == "/jax/compilation_cache/cache_hits":
+        if event == "/jax/compilation_cache/cache_hits" and threading.get_ident() == thread:
             hits.append(event)
 
     jax.monitoring.register_event_listener(listen)
@@ -193,15 +196,19 @@ def _cache_hits() -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def _without_cache() -> Iterator[None]:
-    """Turns JAX's persistent cache off; it looks at its setting only after a reset."""
-    before = jax.config.jax_enable_compilation_cache
-    try:
-        jax.config.update("jax_enable_compilation_cache", False)
-        reset_cache()
-        yield
-    finally:
-        jax.config.update("jax_enable_compilation_cache", before)
-        reset_cache()
+    """Turns JAX's persistent cache off; it looks at its setting only after a reset.
+
+    The setting is the whole process's: one thread at a time turns it off and on.
+    """
+    with _CACHE_SETTING:
+        before = jax.config.jax_enable_compilation_cache
+        try:
+            jax.config.update("jax_enable_compilation_cache", False)
+            reset_cache()
+            yield
+        finally:
+            jax.config.update("jax_enable_compilation_cache", before)
+            reset_cache()
 
 
 @contextlib.contextmanager
@@ -209,32 +216,9 @@ def no_ambient_mesh() -> Iterator[None]:
     """Hides `with mesh:` and `jax.set_mesh` of the caller: a step is what was declared."""
     empty = Mesh(np.empty((), object), ())
     with contextlib.ExitStack() as stack:
-        with warnings.catch_warnings():
+        with _WARNING_FILTERS, warnings.catch_warnings():
             # `with mesh:` is deprecated, but where a caller uses it there is no other way out.
             warnings.simplefilter("ignore", DeprecationWarning)
             stack.enter_context(empty)
         stack.enter_context(jax.sharding.use_abstract_mesh(AbstractMesh((), ())))
         yield
-
-
-@contextlib.contextmanager
-def captured_stderr() -> Iterator[list[str]]:
-    """Keeps what is written to file descriptor 2, where XLA's C++ prints its warnings.
-
-    The text is passed on afterwards, so that nothing a user would have seen is lost.
-    """
-    out = [""]
-    sys.stderr.flush()
-    saved = os.dup(2)
-    with tempfile.TemporaryFile() as file:
-        os.dup2(file.fileno(), 2)
-        try:
-            yield out
-        finally:
-            sys.stderr.flush()
-            os.dup2(saved, 2)
-            os.close(saved)
-            file.seek(0)
-            out[0] = file.read().decode(errors="replace")
-            if out[0]:
-                os.write(2, out[0].encode())

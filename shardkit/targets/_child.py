@@ -20,6 +20,7 @@ from typing import Any
 
 from .. import _errors
 from .._errors import ConfigError, Problem, StepError, format_problems
+from .._libtpu import quiet_libtpu
 from ..hardware import Chip, find_chip
 from ..inspect import Report
 from ..mesh import Target
@@ -119,7 +120,7 @@ def _environment() -> dict[str, str]:
         "JAX_ENABLE_COMPILATION_CACHE": "false",
     }
     inherited = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    return {**inherited, **own}
+    return {**inherited, **quiet_libtpu(os.environ), **own}
 
 
 @contextlib.contextmanager

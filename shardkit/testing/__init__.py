@@ -1,28 +1,43 @@
 """For the tests of research code: one device against a mesh, collectives, budgets, mutations."""
 
-from . import mutations
-from ._asserts import assert_collectives, assert_matches_one_device, assert_within
-from ._expert_mutations import EXPERT_MUTATIONS
-from ._matrix import Killed, KillMatrix, kill_matrix
-from ._ring_mutations import CONTEXT_MUTATIONS
-from ._shard_mutations import SHARD_MUTATIONS
-from ._simulated import simulated_devices
-from .mutations import MUTATIONS, PIPELINE_MUTATIONS, ZERO_MUTATIONS, Mutation
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "CONTEXT_MUTATIONS",
-    "EXPERT_MUTATIONS",
-    "MUTATIONS",
-    "PIPELINE_MUTATIONS",
-    "SHARD_MUTATIONS",
-    "ZERO_MUTATIONS",
-    "KillMatrix",
-    "Killed",
-    "Mutation",
-    "assert_collectives",
-    "assert_matches_one_device",
-    "assert_within",
-    "kill_matrix",
-    "mutations",
-    "simulated_devices",
-]
+from .._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from . import mutations as mutations
+    from ._asserts import assert_collectives as assert_collectives
+    from ._asserts import assert_matches_one_device as assert_matches_one_device
+    from ._asserts import assert_within as assert_within
+    from ._expert_mutations import EXPERT_MUTATIONS as EXPERT_MUTATIONS
+    from ._matrix import Killed as Killed
+    from ._matrix import KillMatrix as KillMatrix
+    from ._matrix import kill_matrix as kill_matrix
+    from ._ring_mutations import CONTEXT_MUTATIONS as CONTEXT_MUTATIONS
+    from ._shard_mutations import SHARD_MUTATIONS as SHARD_MUTATIONS
+    from ._simulated import simulated_devices as simulated_devices
+    from .mutations import MUTATIONS as MUTATIONS
+    from .mutations import PIPELINE_MUTATIONS as PIPELINE_MUTATIONS
+    from .mutations import ZERO_MUTATIONS as ZERO_MUTATIONS
+    from .mutations import Mutation as Mutation
+else:
+    __getattr__, __dir__, __all__ = lazy_names(
+        __name__,
+        {
+            "CONTEXT_MUTATIONS": "._ring_mutations",
+            "EXPERT_MUTATIONS": "._expert_mutations",
+            "KillMatrix": "._matrix",
+            "Killed": "._matrix",
+            "MUTATIONS": ".mutations",
+            "Mutation": ".mutations",
+            "PIPELINE_MUTATIONS": ".mutations",
+            "SHARD_MUTATIONS": "._shard_mutations",
+            "ZERO_MUTATIONS": ".mutations",
+            "assert_collectives": "._asserts",
+            "assert_matches_one_device": "._asserts",
+            "assert_within": "._asserts",
+            "kill_matrix": "._matrix",
+            "mutations": None,
+            "simulated_devices": "._simulated",
+        },
+    )
