@@ -6,8 +6,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from .._core.io import make_console
 from .._errors import CheckpointError, Problem, format_problems
-from .._terminal import literal_console
 from .._tree import format_bytes
 from ..checkpoint import Checkpointer, Manifest, SavedStep
 from ._command import Command
@@ -34,7 +34,7 @@ def saved_steps(folder: Path) -> list[Path]:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    console = literal_console(soft_wrap=True)
+    console = make_console(soft_wrap=True)
     folders = saved_steps(Path(arguments.folder))
     if arguments.way == "verify":
         return _verify(folders, arguments.values, console)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from .._core.io import make_console
 from .._errors import ShardkitError
-from .._terminal import literal_console
 from ..run import Stopped
 from ._command import add_shared
 from ._commands import COMMANDS
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       cannot be used; 75 where SIGTERM ended a run that can go on; 130 after Ctrl-C.
     """
     arguments = parser().parse_args(argv)
-    errors = literal_console(stderr=True, soft_wrap=True)
+    errors = make_console(stderr=True, soft_wrap=True)
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt as stop:

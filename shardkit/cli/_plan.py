@@ -5,19 +5,18 @@ from pathlib import Path
 
 from rich.console import Console
 
+from .._core.io import check_figure_path, check_outputs, write_output
 from .._errors import ConfigError, Problem, format_problems
-from .._picture import check_picture
 from ..config import load_config
 from ..hardware import CHIPS, Chip
 from ..plan import compile_best, plan
 from ..targets import Source
 from ._command import Command
-from ._outputs import check_outputs, write_output
 
 
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.plot:
-        check_picture(Path(arguments.plot), code="--plot {}")
+        check_figure_path(Path(arguments.plot), code="--plot {}")
     check_outputs({"--json": arguments.json}, "plan")
     if arguments.compile < 0:
         problem = Problem(f"--compile {arguments.compile}", "counts layouts", "--compile 0")

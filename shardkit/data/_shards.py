@@ -18,16 +18,19 @@ says of itself what a reader must know. All numbers are little-endian:
 | then | u64[documents] | for each document the token behind it, rising; the last is all tokens |
 """
 
+import contextlib
 import dataclasses
-import os
+import functools
 import struct
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from .._core.io import os_errors_as, write_atomic
 from .._errors import DataError, Problem, count, format_problems, raise_all
 from ._stream import Piece, Stream, check_ids
 
@@ -108,7 +111,8 @@ def write_tokens(
       The path.
 
     Raises:
-      DataError: an id outside of the vocabulary, no document at all, or another suffix.
+      DataError: an id outside of the vocabulary, no document at all, another suffix, or the file
+        cannot be written.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "shard.bin"
@@ -121,19 +125,26 @@ def write_tokens(
     if path.suffix != ".bin":
         problem = Problem(str(path), "ends in no .bin", f'write_tokens("{path.stem}.bin", ...)')
         raise DataError(format_problems("The shard has no usable name.", [problem]))
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            if not _write(file, documents, vocabulary, end):
-                problem = Problem(str(path), "no document has a token", "at least one token")
-                raise DataError(format_problems("The shard would be empty.", [problem]))
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    # Not around `documents`: an OSError of the caller's code is not about this file.
+    fix = "a folder with free space, and permission to write there"
+    headline = "The shard cannot be written."
+    refusals = functools.partial(os_errors_as, DataError, headline, path, fix)
+    with contextlib.ExitStack() as opened:
+        with refusals():
+            file = opened.enter_context(open(opened.enter_context(write_atomic(path)), "wb"))
+        if not _write(file, documents, vocabulary, end, refusals):
+            problem = Problem(str(path), "no document has a token", "at least one token")
+            raise DataError(format_problems("The shard would be empty.", [problem]))
     return path
 
 
-def _write(file: BinaryIO, documents: Iterable[Any], vocabulary: int, end: int | None) -> int:
+def _write(
+    file: BinaryIO,
+    documents: Iterable[Any],
+    vocabulary: int,
+    end: int | None,
+    refusals: Callable[[], AbstractContextManager[None]],
+) -> int:
     """Writes the tokens, then the ends, then the header; returns the number of tokens."""
     itemsize = next(size for size in _TYPES if vocabulary <= 2 ** (8 * size))
     tail = np.array([] if end is None else [end], np.int64)
@@ -144,13 +155,16 @@ def _write(file: BinaryIO, documents: Iterable[Any], vocabulary: int, end: int |
             continue
         ids = np.append(np.asarray(document, np.int64), tail)
         check_ids(Piece(f"document {len(ends)}", ids, ids), ids, 0, vocabulary)
-        file.write(ids.astype(_TYPES[itemsize]).tobytes())
+        with refusals():
+            file.write(ids.astype(_TYPES[itemsize]).tobytes())
         total += len(ids)
         ends.append(total)
     header = Header(itemsize, vocabulary, total, len(ends), -1 if end is None else end)
-    file.write(bytes(header.ends_at - file.tell()) + np.asarray(ends, "<u8").tobytes())
-    file.seek(0)
-    file.write(header.pack())
+    with refusals():
+        file.write(bytes(header.ends_at - file.tell()) + np.asarray(ends, "<u8").tobytes())
+        file.seek(0)
+        file.write(header.pack())
+        file.flush()
     return total
 
 

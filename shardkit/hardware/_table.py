@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from .._terminal import literal_console
+from .._core.io import make_console
 from ._chips import GB, GIB, TERA, Chip
 
 _WIDTH = 100
@@ -17,7 +17,7 @@ def hardware_table(chips: Sequence[Chip]) -> str:
     Rates are peaks of dense products, per JAX device; links are one way.
     """
     text = io.StringIO()
-    console = literal_console(text, width=_WIDTH)
+    console = make_console(text, width=_WIDTH)
     dtypes = list(dict.fromkeys(dtype for chip in chips for dtype in chip.flops))
     shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     shown.add_column("chip", no_wrap=True)

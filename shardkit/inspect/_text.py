@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .._terminal import literal_console
+from .._core.io import make_console
 from .._tree import format_bytes
 from ._finding import SMALL
 
@@ -26,7 +26,7 @@ _ROWS, _FINDINGS, _SCOPES, _HELD = 12, 12, 8, 5
 
 def render(report: "Report") -> str:
     """Returns the report as plain text."""
-    console = literal_console(text := io.StringIO(), width=_WIDTH)
+    console = make_console(text := io.StringIO(), width=_WIDTH)
     for part in _parts(report):
         console.print(part)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from .._core.io import make_console
 from .._errors import count
-from .._terminal import literal_console
 from .._tree import format_bytes
 from ._row import Row
 
@@ -25,7 +25,7 @@ def table(title: str, ranked: Sequence[Row], others: Sequence[Row], by: str) -> 
       by: what `ranked` is ranked by.
     """
     text = io.StringIO()
-    console = literal_console(text, width=WIDTH)
+    console = make_console(text, width=WIDTH)
     console.print(title)
     if ranked:
         console.print(f"Ranked by {by}.")
