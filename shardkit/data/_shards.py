@@ -18,13 +18,10 @@ says of itself what a reader must know. All numbers are little-endian:
 | then | u64[documents] | for each document the token behind it, rising; the last is all tokens |
 """
 
-import contextlib
 import dataclasses
-import functools
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -125,26 +122,16 @@ def write_tokens(
     if path.suffix != ".bin":
         problem = Problem(str(path), "ends in no .bin", f'write_tokens("{path.stem}.bin", ...)')
         raise DataError(format_problems("The shard has no usable name.", [problem]))
-    # Not around `documents`: an OSError of the caller's code is not about this file.
     fix = "a folder with free space, and permission to write there"
-    headline = "The shard cannot be written."
-    refusals = functools.partial(os_errors_as, DataError, headline, path, fix)
-    with contextlib.ExitStack() as opened:
-        with refusals():
-            file = opened.enter_context(open(opened.enter_context(write_atomic(path)), "wb"))
-        if not _write(file, documents, vocabulary, end, refusals):
+    refusals = os_errors_as(DataError, "The shard cannot be written.", path, fix)
+    with refusals, write_atomic(path) as part, open(part, "wb") as file:
+        if not _write(file, documents, vocabulary, end):
             problem = Problem(str(path), "no document has a token", "at least one token")
             raise DataError(format_problems("The shard would be empty.", [problem]))
     return path
 
 
-def _write(
-    file: BinaryIO,
-    documents: Iterable[Any],
-    vocabulary: int,
-    end: int | None,
-    refusals: Callable[[], AbstractContextManager[None]],
-) -> int:
+def _write(file: BinaryIO, documents: Iterable[Any], vocabulary: int, end: int | None) -> int:
     """Writes the tokens, then the ends, then the header; returns the number of tokens."""
     itemsize = next(size for size in _TYPES if vocabulary <= 2 ** (8 * size))
     tail = np.array([] if end is None else [end], np.int64)
@@ -155,16 +142,13 @@ def _write(
             continue
         ids = np.append(np.asarray(document, np.int64), tail)
         check_ids(Piece(f"document {len(ends)}", ids, ids), ids, 0, vocabulary)
-        with refusals():
-            file.write(ids.astype(_TYPES[itemsize]).tobytes())
+        file.write(ids.astype(_TYPES[itemsize]).tobytes())
         total += len(ids)
         ends.append(total)
     header = Header(itemsize, vocabulary, total, len(ends), -1 if end is None else end)
-    with refusals():
-        file.write(bytes(header.ends_at - file.tell()) + np.asarray(ends, "<u8").tobytes())
-        file.seek(0)
-        file.write(header.pack())
-        file.flush()
+    file.write(bytes(header.ends_at - file.tell()) + np.asarray(ends, "<u8").tobytes())
+    file.seek(0)
+    file.write(header.pack())
     return total
 
 

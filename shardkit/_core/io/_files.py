@@ -10,6 +10,8 @@ from pathlib import Path
 
 from ..._errors import Problem, ShardkitError, format_problems
 
+_PART = ".part"
+
 
 def append_atomic(file: int, text: str, *, sync: bool = False) -> None:
     """Appends text to an open file: all of it, or nothing if there is no room for all.
@@ -53,7 +55,7 @@ def write_atomic(path: Path, *, sync: bool = False) -> Iterator[Path]:
         yield path
         return
     path = Path(os.path.realpath(path))
-    part = path.with_name(f".{secrets.token_hex(8)}.part")
+    part = path.with_name(f".{secrets.token_hex(8)}{_PART}")
     try:
         # An early refusal: a folder in the place of the file, or a folder without room or rights.
         if path.is_dir():
@@ -144,8 +146,12 @@ def os_errors_as(
     try:
         yield
     except OSError as error:
-        problem = Problem(str(path), f"{error.strerror or error}.", fix)
-        raise kind(format_problems(headline, [problem])) from error
+        why = str(error.strerror or error)
+        # Code of the caller's that runs in the block may have failed on a file of its own.
+        other = Path(error.filename) if isinstance(error.filename, str) else None
+        if other is not None and other.suffix != _PART and other != Path(path):
+            why += f": {other}"
+        raise kind(format_problems(headline, [Problem(str(path), f"{why}.", fix)])) from error
 
 
 def _sync(path: Path) -> None:

@@ -4,9 +4,9 @@ import dataclasses
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 
-_GAP = 2
 # A column is not folded to less than this: every word would be in pieces.
 _NARROWEST = 8
+_CONTINUED = "    "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +33,14 @@ class Table:
       rows: the cells of each row, as many as there are columns or fewer; a text in place of a row
         is a line of its own above the rows that follow.
       indent: columns of space before each row, but not before a line of its own.
+      gap: columns of space between two columns.
       styles: index of a row → `rich` style in which a terminal shows it.
     """
 
     columns: Sequence[Column | str]
     rows: Sequence[Sequence[str] | str]
     indent: int = 0
+    gap: int = 2
     styles: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
     def to_text(self, width: int | None = None) -> str:
@@ -65,14 +67,16 @@ class Table:
         header = [one.name for one in columns]
         rows = [row if isinstance(row, str) else _padded(row, len(columns)) for row in self.rows]
         table = [header, *(row for row in rows if not isinstance(row, str))]
-        widths = _fit(columns, table, None if width is None else width - self.indent)
+        gaps = self.indent + self.gap * (len(columns) - 1)
+        widths = _fit(columns, table, None if width is None else width - gaps)
         for at, row in enumerate([header, *rows] if any(header) else rows, -any(header)):
             style = self.styles.get(at, "") if at >= 0 else "bold"
             if isinstance(row, str):
-                yield style, row
+                lines = row.split("\n") if width is None else fold_text(row, width, _CONTINUED)
+                yield from ((style, line) for line in lines)
                 continue
-            for line in _lay_out(row, columns, widths):
-                yield style, f"{'':{self.indent}}{line}".rstrip()
+            for cells in _lay_out(row, columns, widths):
+                yield style, f"{'':{self.indent}}{(' ' * self.gap).join(cells)}".rstrip()
 
 
 def fold_text(text: str, width: int, indent: str = "") -> list[str]:
@@ -118,16 +122,16 @@ def _padded(row: Sequence[str], n: int) -> list[str]:
     return [*row, *[""] * (n - len(row))]
 
 
-def _fit(columns: Sequence[Column], table: Sequence[Sequence[str]], width: int | None) -> list[int]:
-    """Widths of the columns: those of the longest cells, the widest reduced where they exceed."""
+def _fit(columns: Sequence[Column], table: Sequence[Sequence[str]], room: int | None) -> list[int]:
+    """Widths of the columns: those of the longest cells, the widest reduced to fit into `room`."""
     widths = [
         max(_columns(line) for row in table for line in row[at].split("\n"))
         for at in range(len(columns))
     ]
-    if width is None:
+    if room is None:
         return widths
     widths = [w if c.right else min(w, c.most or w) for c, w in zip(columns, widths, strict=True)]
-    while sum(widths) + _GAP * (len(widths) - 1) > width:
+    while sum(widths) > room:
         folds = [at for at, c in enumerate(columns) if not c.right and widths[at] > _NARROWEST]
         if not folds:
             break
@@ -135,8 +139,10 @@ def _fit(columns: Sequence[Column], table: Sequence[Sequence[str]], width: int |
     return widths
 
 
-def _lay_out(row: Sequence[str], columns: Sequence[Column], widths: Sequence[int]) -> Iterator[str]:
-    """The lines of one row."""
+def _lay_out(
+    row: Sequence[str], columns: Sequence[Column], widths: Sequence[int]
+) -> Iterator[list[str]]:
+    """The padded cells of each line of one row."""
     cells = [
         cell.split("\n") if column.right else fold_text(cell, width)
         for cell, column, width in zip(row, columns, widths, strict=True)
@@ -147,7 +153,7 @@ def _lay_out(row: Sequence[str], columns: Sequence[Column], widths: Sequence[int
         for text, column, width in zip(line, columns, widths, strict=True):
             space = " " * (width - _columns(text))
             padded.append(space + text if column.right else text + space)
-        yield (" " * _GAP).join(padded)
+        yield padded
 
 
 def _columns(text: str) -> int:
