@@ -1,12 +1,14 @@
 """`Certificate`: what was compared, how far apart it was, and how far apart it may be."""
 
 import dataclasses
+import itertools
 import math
 
+from .._core.io import Column, Table
 from .._errors import Problem, VerificationError, count, format_problems
 
-_COLUMNS = ("check", "worst leaf", "error", "noise", "threshold")
-_LEAF = 42
+_WIDTH = 100
+_NUMBERS = [Column(name, right=True) for name in ("error", "noise", "threshold")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +41,9 @@ class Row:
 
     def cells(self) -> tuple[str, ...]:
         """The row as text: check, worst leaf, error, noise, threshold, verdict."""
-        leaf = self.leaf if len(self.leaf) <= _LEAF else "…" + self.leaf[1 - _LEAF :]
         noise = "" if self.noise is None else number(self.noise)
         verdict = "ok" if self.ok else "FAILED"
-        return self.check, leaf, number(self.error), noise, number(self.threshold), verdict
+        return self.check, self.leaf, number(self.error), noise, number(self.threshold), verdict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,13 +87,11 @@ class Certificate:
 
     def __str__(self) -> str:
         """A table of at most 100 columns, one block of rows per mesh."""
-        table = [(*_COLUMNS, ""), *(row.cells() for row in self.rows)]
-        widths = [max(len(cells[i]) for cells in table) for i in range(len(table[0]))]
-        lines = [self.title, "  " + _aligned(table[0], widths)]
-        for at, row in enumerate(self.rows):
-            if at == 0 or row.mesh != self.rows[at - 1].mesh:
-                lines.append(row.mesh)
-            lines.append("  " + _aligned(row.cells(), widths))
+        rows: list[tuple[str, ...] | str] = []
+        for mesh, of_mesh in itertools.groupby(self.rows, key=lambda row: row.mesh):
+            rows += [mesh, *(row.cells() for row in of_mesh)]
+        table = Table(["check", "worst leaf", *_NUMBERS, ""], rows, indent=2)
+        lines = [self.title, table.to_text(_WIDTH)]
         passed = len(self.rows) - len(self.failed)
         verdict = "every mesh equals one device" if self.ok else "NOT equal to one device"
         lines.append(f"{passed} of {len(self.rows)} checks passed: {verdict}.")
@@ -104,12 +103,6 @@ def number(x: float) -> str:
     if math.isfinite(x) and x == int(x) and x < 1000:
         return str(int(x))
     return f"{x:.1e}"
-
-
-def _aligned(cells: tuple[str, ...], widths: list[int]) -> str:
-    texts = [f"{c:<{w}}" for c, w in zip(cells[:2], widths[:2], strict=True)]
-    numbers = [f"{c:>{w}}" for c, w in zip(cells[2:5], widths[2:5], strict=True)]
-    return "  ".join([*texts, *numbers, cells[5]]).rstrip()
 
 
 def _why(row: Row) -> str:
