@@ -16,7 +16,7 @@ class Column:
     Attributes:
       name: header; may have several lines.
       right: whether its cells are numbers: aligned to the right and never folded.
-      most: widest that it may be, where the width of the table is limited; None for any.
+      most: width to which it is folded before any column is folded further; None for any.
     """
 
     name: str
@@ -109,7 +109,7 @@ def _break_at(text: str, width: int) -> int:
     """Number of characters for the first line: all, up to the last good break, or what fits."""
     if _columns(text) <= width:
         return len(text)
-    fits = next(n for n in range(len(text), -1, -1) if _columns(text[:n]) <= width) or 1
+    fits = next(n for n in range(width, -1, -1) if _columns(text[:n]) <= width) or 1
     # A space may stand in the column behind the line, where it is dropped.
     blank = text.rfind(" ", 0, fits + 1)
     if text[:blank].strip() and blank > 0:
@@ -130,9 +130,10 @@ def _fit(columns: Sequence[Column], table: Sequence[Sequence[str]], room: int | 
     ]
     if room is None:
         return widths
-    widths = [w if c.right else min(w, c.most or w) for c, w in zip(columns, widths, strict=True)]
+    texts = [at for at, column in enumerate(columns) if not column.right]
     while sum(widths) > room:
-        folds = [at for at, c in enumerate(columns) if not c.right and widths[at] > _NARROWEST]
+        wide = [at for at in texts if widths[at] > (columns[at].most or widths[at])]
+        folds = wide or [at for at in texts if widths[at] > _NARROWEST]
         if not folds:
             break
         widths[max(folds, key=lambda at: widths[at])] -= 1
