@@ -3,9 +3,7 @@
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-
-from .._core.io import check_figure_path, check_outputs, write_output
+from .._core.io import check_figure_path, check_outputs, make_console, write_output
 from .._errors import ConfigError, Problem, format_problems
 from ..config import load_config
 from ..hardware import CHIPS, Chip
@@ -31,7 +29,7 @@ def _run(arguments: argparse.Namespace) -> int:
         source.load(), arguments.target, global_batch=rows, overlap=arguments.overlap, hardware=own
     )
     if arguments.compile:
-        with Console(stderr=True, highlight=False).status("compiling") as status:
+        with make_console(stderr=True).status("compiling") as status:
             made = compile_best(
                 made, source, arguments.compile, global_batch=rows, progress=status.update
             )
@@ -39,7 +37,7 @@ def _run(arguments: argparse.Namespace) -> int:
         write_output(Path(arguments.json), made.to_json())
     if arguments.plot:
         made.plot(arguments.plot)
-    Console(highlight=False, soft_wrap=True).print(str(made), markup=False)
+    make_console(soft_wrap=True).print(str(made))
     return 0
 
 
