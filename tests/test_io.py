@@ -150,7 +150,7 @@ def test_an_interrupted_block_leaves_the_file_of_before(tmp_path):
 
 
 def test_two_writers_of_one_path_do_not_meet(tmp_path):
-    path, both = tmp_path / "file", threading.Barrier(2)
+    path, both = tmp_path / "file", threading.Barrier(2, timeout=10)
 
     def write(letter):
         with write_atomic(path) as part:
