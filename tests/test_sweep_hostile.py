@@ -16,7 +16,6 @@ from shardkit.sweep import _sweep as sweep_module
 from shardkit.sweep._attempt import Attempts, carried_over, estimated, is_done, is_proved
 from shardkit.sweep._compilers import Absent
 from shardkit.sweep._factories import source_of
-from shardkit.sweep._files import whole_file
 from shardkit.sweep._journal import Journal
 from shardkit.sweep._plots import source_line
 from shardkit.sweep._result import COMPILED, MEASURED, MODELLED
@@ -84,17 +83,16 @@ def test_a_file_that_is_no_text_is_refused_and_left_alone(tmp_path):
     assert (tmp_path / "rows.jsonl").read_bytes() == b"\xff\xfe\n"
 
 
-def test_a_file_is_whole_or_the_one_of_before(tmp_path):
-    path = tmp_path / "rows.csv"
-    path.write_text("before")
-    with pytest.raises(sk.SweepError, match="File too large"):
-        with file_limit(20), whole_file(path) as part:
-            part.write_text("x" * 2000)
-    assert path.read_text() == "before"
+def test_a_full_disk_leaves_the_csv_file_of_before(tmp_path):
+    found = Sweep((row(status=FAILED),) * 20, tmp_path, "one")
+    (tmp_path / "rows.csv").write_text("before")
+    with pytest.raises(sk.SweepError, match=r"rows\.csv  File too large") as error:
+        with file_limit(20):
+            found.write_csv()
+    assert "Fix: " in str(error.value)
+    assert (tmp_path / "rows.csv").read_text() == "before"
     assert [one.name for one in tmp_path.iterdir()] == ["rows.csv"]
-    with whole_file(path) as part:
-        part.write_text("after")
-    assert path.read_text() == "after"
+    assert found.write_csv().read_text() == found.to_csv()
 
 
 def test_ctrl_c_says_what_is_kept_and_the_same_call_goes_on(tmp_path):

@@ -9,11 +9,12 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from .._alive import check_alive
+from .._core.io import is_locked
 from .._errors import CheckpointError, DamageError, Problem, format_problems
 from .._tree import leaves_by_path
 from ._arrays import check_folders
 from ._as_one import as_one, is_first
-from ._files import is_locked, list_steps, locked, set_aside, step_folder, sweep
+from ._files import LOCK, list_steps, locked, set_aside, step_folder, sweep
 from ._keep import Keep
 from ._manifest import Manifest, read_manifest
 from ._restore import Request, Restored
@@ -106,7 +107,7 @@ class Checkpointer:
     @property
     def in_use(self) -> bool:
         """Whether some process, perhaps this one, is inside a `with` block on the folder."""
-        return is_locked(self.folder)
+        return is_locked(self.folder / LOCK)
 
     def manifest(self, step: int | None = None) -> Manifest:
         """Reads what a step, by default the newest, says of itself; needs no device.

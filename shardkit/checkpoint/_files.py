@@ -1,7 +1,6 @@
 """Files of a checkpoint: whole folders appear and vanish at once, and every byte is accounted."""
 
 import contextlib
-import fcntl
 import os
 import re
 import shutil
@@ -10,10 +9,11 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from .._core.io import FileInUseError, file_lock, os_errors_as, sync_folder, write_atomic
 from .._errors import CheckpointError, Problem, format_problems
 from ._manifest import MANIFEST, SavedFile
 
-ARRAYS = "arrays"
+ARRAYS, LOCK = "arrays", ".lock"
 # What is being written or deleted has a name that no listing of steps matches.
 _SAVING, _DELETING, _DAMAGED = ".saving-", ".deleting-", "damaged-"
 _STEP = re.compile(r"step-(\d{8,})")
@@ -46,14 +46,12 @@ def saving_folder(root: Path, step: int) -> Path:
 
 def commit(written: Path, root: Path, step: int, manifest: str) -> None:
     """Gives a written folder its manifest and name: invisible before, complete after."""
-    with (written / MANIFEST).open("w") as file:
-        file.write(manifest)
-        file.flush()
-        os.fsync(file.fileno())
+    with write_atomic(written / MANIFEST, sync=True) as part:
+        part.write_text(manifest, "utf-8")
     for folder, _, _ in os.walk(written, topdown=False):
-        _sync(Path(folder))
+        sync_folder(Path(folder))
     os.rename(written, step_folder(root, step))
-    _sync(root)
+    sync_folder(root)
 
 
 def delete_step(root: Path, step: int) -> None:
@@ -88,36 +86,19 @@ def locked(root: Path) -> Iterator[None]:
     Raises:
       CheckpointError: another process writes there, or nothing can be written there.
     """
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        lock = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        problem = Problem(str(root), f"{error.strerror}")
-        fix = "a folder that can be written"
-        raise CheckpointError(format_problems("Nothing can be saved.", [problem], fix)) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(lock)
-        problem = Problem(str(root), "another process is writing checkpoints there")
-        fix = "wait for it, or another folder"
-        raise CheckpointError(format_problems("The folder is in use.", [problem], fix)) from error
-    try:
-        yield
-    finally:
-        os.close(lock)
-
-
-def is_locked(root: Path) -> bool:
-    """Whether a process writes there now."""
-    if not (root / ".lock").exists():
-        return False
-    with (root / ".lock").open() as lock:
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+            with os_errors_as(
+                CheckpointError, "Nothing can be saved.", root, "a folder that can be written"
+            ):
+                root.mkdir(parents=True, exist_ok=True)
+                held.enter_context(file_lock(root / LOCK))
+        except FileInUseError:
+            problem = Problem(str(root), "another process is writing checkpoints there")
+            fix = "wait for it, or another folder"
+            message = format_problems("The folder is in use.", [problem], fix)
+            raise CheckpointError(message) from None
+        yield
 
 
 def checksums(folder: Path) -> dict[str, SavedFile]:
@@ -202,11 +183,3 @@ def _checksum(path: Path, sync: bool = False) -> SavedFile:
         if sync:
             os.fsync(file.fileno())
     return SavedFile(size, f"{crc:08x}")
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._core.io import os_errors_as, write_atomic
 from .._errors import CheckpointError, Problem, format_problems, raise_all
 from .._tree import leaves_by_path, short_type
 from ._fingerprint import is_key
@@ -47,7 +48,8 @@ def export_safetensors(
       metadata: texts for the file's header.
 
     Raises:
-      CheckpointError: the file exists, or a leaf has a dtype that the format lacks.
+      CheckpointError: the file exists or cannot be written, or a leaf has a dtype that the format
+        lacks.
     """
     target, leaves = Path(path), leaves_by_path(tree)
     known = set(_DTYPES.values())
@@ -61,9 +63,16 @@ def export_safetensors(
     raise_all(CheckpointError, "Nothing was exported.", problems, "export state.params alone")
     # The library writes a transposed array's memory as it lies, which is another array.
     host = {name: np.ascontiguousarray(x).reshape(x.shape) for name, x in leaves.items()}
-    part = target.with_name(target.name + ".part")
-    _library("safetensors.numpy").save_file(host, part, dict(metadata or {}))
-    os.rename(part, target)
+    library, fix = (
+        _library("safetensors"),
+        "a folder with free space, and permission to write there",
+    )
+    refusals = os_errors_as(CheckpointError, "Nothing was exported.", target, fix)
+    with refusals, write_atomic(target) as part:
+        try:
+            _library("safetensors.numpy").save_file(host, part, dict(metadata or {}))
+        except library.SafetensorError as error:  # in which it wraps what the system refuses
+            raise OSError(str(error)) from error
 
 
 def import_safetensors(

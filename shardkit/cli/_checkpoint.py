@@ -4,10 +4,9 @@ import argparse
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
+from .._core.io import Table, make_console, print_table
 from .._errors import CheckpointError, Problem, format_problems
-from .._terminal import literal_console
 from .._tree import format_bytes
 from ..checkpoint import Checkpointer, Manifest, SavedStep
 
@@ -32,15 +31,15 @@ def saved_steps(folder: Path) -> list[Path]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
-    console = literal_console(soft_wrap=True)
+    console = make_console(soft_wrap=True)
     folders = saved_steps(Path(arguments.folder))
     if arguments.way == "verify":
         return _verify(folders, arguments.values, console)
-    console.print(_history(folders))
+    print_table(console, _history(folders))
     newest = SavedStep.open(folders[-1]).manifest
     console.print()
     _facts(newest, console)
-    console.print(_leaves(newest))
+    print_table(console, _leaves(newest))
     return 0
 
 
@@ -64,19 +63,18 @@ def _verify(folders: list[Path], values: bool, console: Console) -> int:
 
 
 def _history(folders: list[Path]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("step", "saved", "mesh", "size", "metrics"):
-        table.add_column(name, no_wrap=True)
+    rows, styles = [], {}
     for folder in folders:
         try:
             manifest = SavedStep.open(folder).manifest
         except CheckpointError:
-            table.add_row(folder.name, "manifest is damaged", style="red")
+            styles[len(rows)] = "red"
+            rows.append((folder.name, "manifest is damaged"))
             continue
         size = format_bytes(sum(one.bytes for one in manifest.files.values()))
         scores = ", ".join(f"{name} {value:.4g}" for name, value in manifest.metrics.items())
-        table.add_row(str(manifest.step), manifest.time, _mesh(manifest), size, scores)
-    return table
+        rows.append((str(manifest.step), manifest.time, _mesh(manifest), size, scores))
+    return Table(("step", "saved", "mesh", "size", "metrics"), rows, styles=styles)
 
 
 def _mesh(manifest: Manifest) -> str:
@@ -90,10 +88,8 @@ def _facts(manifest: Manifest, console: Console) -> None:
 
 
 def _leaves(manifest: Manifest) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("leaf", "type", "logical axes", "fingerprint"):
-        table.add_column(name, no_wrap=True)
+    rows = []
     for path, leaf in manifest.leaves.items():
         axes = ", ".join(name or "-" for name in leaf.axes) if leaf.axes else ""
-        table.add_row(path, leaf.type, axes, leaf.fingerprint)
-    return table
+        rows.append((path, leaf.type, axes, leaf.fingerprint))
+    return Table(("leaf", "type", "logical axes", "fingerprint"), rows)

@@ -5,8 +5,8 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+from .._core.io import check_outputs, make_console, write_output
 from .._errors import ConfigError, Problem, ReportError, format_problems, raise_all
-from .._terminal import literal_console
 from ..config import load_config
 from ..hardware import Chip, find_chip
 from ..inspect import Report, compare
@@ -19,7 +19,7 @@ _REPORT = ".json"
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
-    console = literal_console(soft_wrap=True)
+    console = make_console(soft_wrap=True)
     if arguments.other:
         names = (arguments.config, arguments.other)
         _compiled_already(" and ".join(names), arguments)
@@ -44,7 +44,7 @@ def _report(arguments: argparse.Namespace) -> Report:
     source = source_of(arguments, "--target cpu:8")
     target = arguments.target or _default_target(source)
     chip = _chip(arguments.chip, source)
-    errors = literal_console(stderr=True)
+    errors = make_console(stderr=True)
     what = f"compiling for {target}"
     if not errors.is_terminal:
         errors.print(f"{what} ...")

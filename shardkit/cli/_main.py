@@ -67,10 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _say(color: str, message: str, error: BaseException | None = None) -> None:
-    from .._terminal import literal_console  # here, so that a mistyped command waits for nothing
+    from .._core.io import make_console  # here, so that a mistyped command waits for nothing
 
     notes = getattr(error, "__notes__", [])
-    console = literal_console(stderr=True, soft_wrap=True)
+    console = make_console(stderr=True, soft_wrap=True)
     console.print("\n".join([message, *notes]), style=color)
 
 

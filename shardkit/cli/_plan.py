@@ -3,10 +3,8 @@
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-
+from .._core.io import check_figure_path, check_outputs, make_console, write_output
 from .._errors import ConfigError, Problem, format_problems
-from .._picture import check_picture
 from ..config import load_config
 from ..hardware import CHIPS, Chip
 from ..plan import compile_best, plan
@@ -17,7 +15,7 @@ from ._outputs import check_outputs, write_output
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
     if arguments.plot:
-        check_picture(Path(arguments.plot), code="--plot {}")
+        check_figure_path(Path(arguments.plot), code="--plot {}")
     check_outputs({"--json": arguments.json}, "plan")
     if arguments.compile < 0:
         problem = Problem(f"--compile {arguments.compile}", "counts layouts", "--compile 0")
@@ -31,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     spec, _ = source.load()
     made = plan(spec, arguments.target, global_batch=rows, overlap=arguments.overlap, hardware=own)
     if arguments.compile:
-        with Console(stderr=True, highlight=False).status("compiling") as status:
+        with make_console(stderr=True).status("compiling") as status:
             made = compile_best(
                 made, source, arguments.compile, global_batch=rows, progress=status.update
             )
@@ -39,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
         write_output(Path(arguments.json), made.to_json())
     if arguments.plot:
         made.plot(arguments.plot)
-    Console(highlight=False, soft_wrap=True).print(str(made), markup=False)
+    make_console(soft_wrap=True).print(str(made))
     return 0
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
+from .._core.io import make_console
 from .._precision import Precision
-from .._terminal import literal_console
 from .._types import Accumulate
 from ..config import Config, from_record
 from ..guards import dump_manifest
@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = from_record(manifest.config or {}, str(folder))
     step = _one_device(config, manifest.config or {}, abstract_batch(manifest.leaves))
     found = replay(folder, step)
-    literal_console(soft_wrap=True).print(str(found))
+    make_console(soft_wrap=True).print(str(found))
     return 0 if found.reproduced else 1
 
 

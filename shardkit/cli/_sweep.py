@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .._core.io import make_console
 from .._errors import Problem, SweepError, format_problems, raise_all
-from .._terminal import literal_console
 from ..config import load_config
 from ..mesh import Target, offer_devices, simulate_devices
 from ..sweep import ConfigFactory, Factory, Row, factory_of, plots, sweep
@@ -19,8 +19,8 @@ from ._verify import ragged_batches
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
-    console = literal_console(soft_wrap=True)
-    errors = literal_console(stderr=True, soft_wrap=True)
+    console = make_console(soft_wrap=True)
+    errors = make_console(stderr=True, soft_wrap=True)
     _check_plots(arguments)
     counts = _numbers("--devices", arguments.devices)
     source = source_of(arguments, "--devices 8")

@@ -2,14 +2,14 @@
 
 import argparse
 
-from .._terminal import literal_console
+from .._core.io import make_console
 from .._tree import format_bytes
 from ..data import open_shards, tokenize
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
-    console = literal_console(soft_wrap=True)
+    console = make_console(soft_wrap=True)
     with console.status("tokenizing"):
         made = tokenize(arguments.path, arguments.out, arguments.tokenizer, arguments.tokens)
     stream = open_shards(made)

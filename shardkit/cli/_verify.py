@@ -10,8 +10,8 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
+from .._core.io import make_console
 from .._errors import Problem, ShardingError, VerificationError, format_problems
-from .._terminal import literal_console
 from ..config import Config, apply_overrides
 from ..mesh import MeshSpec, mesh_shapes
 from ..testing import kill_matrix
@@ -26,7 +26,7 @@ _MOST_MESHES = 8
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
-    console = literal_console(soft_wrap=True)
+    console = make_console(soft_wrap=True)
     if arguments.config is None:
         shown = " ".join(f"--set {one}" for one in _SMALL)
         console.print(f"No CONFIG, so a small run: {shown}")

@@ -1,6 +1,7 @@
 """`--set path.to.field=value`: one frozen tree becomes another, or one error says why not."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -8,15 +9,6 @@ from .._errors import ConfigError, Problem, ShardkitError, count, did_you_mean, 
 from ..mesh import MeshSpec
 from ._named import NAMED
 from ._values import BadValue, describe, hints, is_dataclass_type, matches, parse
-
-
-@dataclasses.dataclass(frozen=True)
-class _Wrong:
-    """Everything found so far: texts that cannot be read, and values that a group refused."""
-
-    problems: list[Problem] = dataclasses.field(default_factory=list)
-    refused: list[ShardkitError] = dataclasses.field(default_factory=list)
-
 
 _Tree = TypeVar("_Tree")
 
@@ -42,14 +34,12 @@ def apply_overrides(config: _Tree, assignments: Sequence[str]) -> _Tree:
       ConfigError: an unknown field, a value of another type or a text without `=`; all of
         them in one message.
     """
-    wrong = _Wrong()
-    parsed = [_split(written, wrong.problems) for written in assignments]
-    wanted = [one for one in parsed if one is not None]
-    changed = _set(config, wanted, 0, wrong)
-    n = count(len(wrong.problems), "override")
-    raise_all(ConfigError, f"{n} cannot be applied.", wrong.problems)
-    if wrong.refused:
-        raise wrong.refused[0]
+    overrides = _Overrides()
+    changed = overrides.set_fields(config, overrides.split(assignments), 0)
+    n = count(len(overrides.problems), "override")
+    raise_all(ConfigError, f"{n} cannot be applied.", overrides.problems)
+    if overrides.refused:
+        raise overrides.refused[0]
     return changed
 
 
@@ -66,80 +56,73 @@ def type_problems(config: Any, where: str = "") -> list[Problem]:
     return problems
 
 
-def _split(written: str, problems: list[Problem]) -> _Assignment | None:
-    path, equals, text = written.partition("=")
-    if equals and path.strip():
-        return _Assignment(tuple(path.strip().split(".")), text.strip(), written)
-    why = "is not of the form path.to.field=value."
-    problems.append(Problem(f"--set {written}", why, "--set train.steps=100"))
-    return None
+@dataclasses.dataclass(frozen=True)
+class _Overrides:
+    """Sets fields from text, and collects what is wrong with any of them.
+
+    Attributes:
+      problems: texts that cannot be read.
+      refused: what the checks of groups and named values raised; reported only when every text
+        could be read, since a group without one of its values may be wrong for that alone.
+    """
+
+    problems: list[Problem] = dataclasses.field(default_factory=list)
+    refused: list[ShardkitError] = dataclasses.field(default_factory=list)
+
+    def split(self, assignments: Sequence[str]) -> list[_Assignment]:
+        parts = []
+        for written in assignments:
+            path, equals, text = written.partition("=")
+            if equals and path.strip():
+                parts.append(_Assignment(tuple(path.strip().split(".")), text.strip(), written))
+            else:
+                why = "is not of the form path.to.field=value."
+                self.problems.append(Problem(f"--set {written}", why, "--set train.steps=100"))
+        return parts
+
+    def set_fields(self, node: Any, wanted: list[_Assignment], depth: int) -> Any:
+        """Sets the fields of one group together, so that it checks itself once, at the end."""
+        fields, rebuild = _fields(node)
+        changes: dict[str, Any] = {}
+        deeper: dict[str, list[_Assignment]] = {}
+        for one in wanted:
+            name = one.path[depth]
+            if name not in fields:
+                self.problems.append(_unknown(one, depth, node, list(fields)))
+            elif len(one.path) > depth + 1:
+                deeper.setdefault(name, []).append(one)
+            else:
+                self._read(changes, one, fields[name][0])
+        for name, below in deeper.items():
+            value = changes.get(name, fields[name][1])
+            changes[name] = self.set_fields(value, below, depth + 1)
+        try:
+            return rebuild(**changes)
+        except ShardkitError as error:
+            self.refused.append(error)
+            return node
+
+    def _read(self, changes: dict[str, Any], one: _Assignment, annotation: Any) -> None:
+        try:
+            changes[one.path[-1]] = _parse(annotation, one.text)
+        except BadValue as error:
+            fix = f"--set {'.'.join(one.path)}=VALUE, where VALUE is {describe(annotation)}"
+            self.problems.append(Problem(f"--set {one.written}", str(error), fix))
+        except ShardkitError as error:  # named values are declarations of their own
+            self.refused.append(error)
 
 
-def _set(node: Any, wanted: list[_Assignment], depth: int, wrong: _Wrong) -> Any:
-    """Sets the fields of one dataclass together, so that it checks itself once, at the end."""
-    fields = hints(type(node))
-    changes: dict[str, Any] = {}
-    deeper: dict[str, list[_Assignment]] = {}
-    for one in wanted:
-        name = one.path[depth]
-        if name not in fields:
-            wrong.problems.append(_unknown(one, depth, list(fields)))
-        elif len(one.path) > depth + 1:
-            deeper.setdefault(name, []).append(one)
-        else:
-            _read_into(changes, name, fields[name], one, wrong)
-    for name, below in deeper.items():
-        value = changes.get(name, getattr(node, name))
-        changes[name] = _set_below(value, below, depth + 1, wrong)
-    return _made(lambda: dataclasses.replace(node, **changes), node, wrong)
+def _fields(node: Any) -> tuple[dict[str, tuple[Any, Any]], Callable[..., Any]]:
+    """The fields of a group, each with its type and value, and what makes a changed group."""
+    if isinstance(node, MeshSpec):
+        return {axis: (int, size) for axis, size in node.axes.items()}, node.with_axes
+    if not dataclasses.is_dataclass(node) or isinstance(node, type):
+        return {}, lambda: node
+    fields = {name: (kind, getattr(node, name)) for name, kind in hints(type(node)).items()}
+    return fields, functools.partial(dataclasses.replace, node)
 
 
-def _set_below(value: Any, wanted: list[_Assignment], depth: int, wrong: _Wrong) -> Any:
-    if isinstance(value, MeshSpec):
-        return _set_axes(value, wanted, depth, wrong)
-    if dataclasses.is_dataclass(value):
-        return _set(value, wanted, depth, wrong)
-    for one in wanted:
-        why = f"{'.'.join(one.path[:depth])} is {value!r} and has no fields of its own."
-        fix = f"--set {'.'.join(one.path[:depth])}=VALUE"
-        wrong.problems.append(Problem(f"--set {one.written}", why, fix))
-    return value
-
-
-def _set_axes(spec: MeshSpec, wanted: list[_Assignment], depth: int, wrong: _Wrong) -> MeshSpec:
-    sizes: dict[str, int] = {}
-    for one in wanted:
-        if one.path[depth] not in spec.axes:
-            wrong.problems.append(_unknown(one, depth, list(spec.axes)))
-        elif len(one.path) > depth + 1:
-            wrong.problems.append(_unknown(one, depth + 1, []))
-        else:
-            _read_into(sizes, one.path[depth], int, one, wrong)
-    return _made(lambda: spec.with_axes(**sizes), spec, wrong)
-
-
-def _made(make: Callable[[], Any], before: Any, wrong: _Wrong) -> Any:
-    """What a group checks itself is told only when every text could be read."""
-    try:
-        return make()
-    except ShardkitError as error:
-        wrong.refused.append(error)
-        return before
-
-
-def _read_into(
-    changes: dict[str, Any], name: str, annotation: Any, one: _Assignment, wrong: _Wrong
-) -> None:
-    try:
-        changes[name] = _read(annotation, one.text)
-    except BadValue as error:
-        fix = f"--set {'.'.join(one.path)}=VALUE, where VALUE is {describe(annotation)}"
-        wrong.problems.append(Problem(f"--set {one.written}", str(error), fix))
-    except ShardkitError as error:  # named values are declarations of their own
-        wrong.refused.append(error)
-
-
-def _read(annotation: Any, text: str) -> Any:
+def _parse(annotation: Any, text: str) -> Any:
     named: Callable[[str], Any] | None = NAMED.get(annotation)
     if named is not None:
         return named(text)
@@ -149,9 +132,11 @@ def _read(annotation: Any, text: str) -> Any:
     return parse(annotation, text)
 
 
-def _unknown(one: _Assignment, depth: int, fields: list[str]) -> Problem:
+def _unknown(one: _Assignment, depth: int, node: Any, fields: list[str]) -> Problem:
     place = ".".join(one.path[:depth]) or "the config"
+    subject, name = f"--set {one.written}", one.path[depth]
     if not fields:
-        return Problem(f"--set {one.written}", f"{place} has no fields of its own.")
-    why = f"{place} has no field {one.path[depth]!r}; it has {', '.join(fields)}."
-    return Problem(f"--set {one.written}", why + did_you_mean(one.path[depth], fields))
+        why = f"{place} is {node!r} and has no fields of its own."
+        return Problem(subject, why, f"--set {place}=VALUE")
+    why = f"{place} has no field {name!r}; it has {', '.join(fields)}.{did_you_mean(name, fields)}"
+    return Problem(subject, why)

@@ -4,13 +4,14 @@ Only the types that a config uses are known: int, float, bool, str, None, `Liter
 these, and tuples. A field of any other type is set in a config file, in Python.
 """
 
+import contextlib
 import dataclasses
 import types
 import typing
 from typing import Any, Literal, TypeGuard, Union
 
 _BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-_NONES = ("none", "null")
+_NONES = {"none": None, "null": None}
 
 
 class BadValue(ValueError):
@@ -41,24 +42,10 @@ def parse(annotation: Any, text: str) -> Any:
     >>> parse(int, "1_000"), parse(float | None, "none"), parse(tuple[float, float], "0.9,0.95")
     (1000, None, (0.9, 0.95))
     """
-    origin = typing.get_origin(annotation)
-    if origin in (Union, types.UnionType):
-        return _parse_union(annotation, text)
-    if origin is Literal:
-        return _parse_literal(annotation, text)
-    if origin is tuple:
-        return _parse_tuple(annotation, text)
-    if annotation is types.NoneType and text.strip().lower() in _NONES:
-        return None
-    if annotation is bool and text.strip().lower() in _BOOLS:
-        return _BOOLS[text.strip().lower()]
-    if annotation is str:
-        return text
-    if annotation in (int, float):
-        try:
-            return annotation(text)
-        except ValueError:
-            pass
+    # str takes any text, so it is tried last: `str | None` reads "none" as None.
+    for one in sorted(_members(annotation), key=lambda one: one is str):
+        with contextlib.suppress(ValueError, KeyError):
+            return _parse_one(one, text)
     raise BadValue(f"expected {describe(annotation)}, got {text!r}.")
 
 
@@ -68,13 +55,57 @@ def matches(annotation: Any, value: Any) -> bool:
     >>> matches(int, True), matches(float, 1), matches(str | None, None), matches(int, "1")
     (False, True, True, False)
     """
+    return any(_matches_one(one, value) for one in _members(annotation))
+
+
+def describe(annotation: Any) -> str:
+    """Returns the type as an error names it.
+
+    >>> describe(float | None), describe(tuple[float, ...]), describe(Literal["a", "b"])
+    ('float or none', 'float,float,...', "'a' or 'b'")
+    """
+    return " or ".join(map(_describe_one, _members(annotation)))
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    """The types of a union; any other type alone."""
+    is_union = typing.get_origin(annotation) in (Union, types.UnionType)
+    return typing.get_args(annotation) if is_union else (annotation,)
+
+
+def _items(arguments: tuple[Any, ...], n: int) -> tuple[Any, ...]:
+    """The types of a tuple's `n` items: `tuple[int, ...]` has as many as there are values."""
+    return (arguments[0],) * n if arguments[-1] is Ellipsis else arguments
+
+
+def _parse_one(annotation: Any, text: str) -> Any:
+    """Reads a type that is no union; raises `ValueError` or `KeyError` for a text of another."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (Union, types.UnionType):
-        return any(matches(one, value) for one in arguments)
+    word = text.strip().lower()
+    if origin is Literal:
+        return {str(one): one for one in arguments}[text]
+    if origin is tuple:
+        parts = [part.strip() for part in text.strip("()[] ").split(",") if part.strip()]
+        pairs = zip(_items(arguments, len(parts)), parts, strict=True)
+        return tuple(parse(one, part) for one, part in pairs)
+    if annotation in (bool, types.NoneType):
+        return (_BOOLS if annotation is bool else _NONES)[word]
+    if annotation in (int, float, str):
+        return annotation(text)
+    raise ValueError
+
+
+def _matches_one(annotation: Any, value: Any) -> bool:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Literal:
         return value in arguments
     if origin is tuple:
-        return isinstance(value, tuple) and _items_match(arguments, value)
+        items = _items(arguments, len(value)) if isinstance(value, tuple) else ()
+        return (
+            isinstance(value, tuple)
+            and len(items) == len(value)
+            and all(map(matches, items, value))
+        )
     if annotation in (int, float) and isinstance(value, bool):
         return False
     if annotation is float:
@@ -84,52 +115,12 @@ def matches(annotation: Any, value: Any) -> bool:
     return True
 
 
-def describe(annotation: Any) -> str:
-    """Returns the type as an error names it.
-
-    >>> describe(float | None), describe(tuple[float, ...]), describe(Literal["a", "b"])
-    ('float or none', 'float,float,...', "'a' or 'b'")
-    """
+def _describe_one(annotation: Any) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (Union, types.UnionType):
-        return " or ".join(describe(one) for one in arguments)
     if origin is Literal:
-        return " or ".join(repr(one) for one in arguments)
-    if origin is tuple and arguments[-1] is Ellipsis:
-        return f"{describe(arguments[0])},{describe(arguments[0])},..."
+        return " or ".join(map(repr, arguments))
     if origin is tuple:
-        return ",".join(describe(one) for one in arguments)
+        more = ",..." if arguments[-1] is Ellipsis else ""
+        return ",".join(map(describe, _items(arguments, 2))) + more
     names = {types.NoneType: "none", bool: "true or false"}
     return names.get(annotation) or getattr(annotation, "__name__", str(annotation))
-
-
-def _parse_union(annotation: Any, text: str) -> Any:
-    # str takes any text, so it is tried last: `str | None` reads "none" as None.
-    for member in sorted(typing.get_args(annotation), key=lambda one: one is str):
-        try:
-            return parse(member, text)
-        except BadValue:
-            continue
-    raise BadValue(f"expected {describe(annotation)}, got {text!r}.")
-
-
-def _parse_literal(annotation: Any, text: str) -> Any:
-    for one in typing.get_args(annotation):
-        if str(one) == text:
-            return one
-    raise BadValue(f"expected {describe(annotation)}, got {text!r}.")
-
-
-def _parse_tuple(annotation: Any, text: str) -> tuple[Any, ...]:
-    arguments = typing.get_args(annotation)
-    parts = [part.strip() for part in text.strip("()[] ").split(",") if part.strip()]
-    members = [arguments[0]] * len(parts) if arguments[-1] is Ellipsis else list(arguments)
-    if len(parts) != len(members):
-        raise BadValue(f"expected {describe(annotation)}, got {text!r}.")
-    return tuple(parse(member, part) for member, part in zip(members, parts, strict=True))
-
-
-def _items_match(arguments: tuple[Any, ...], value: tuple[Any, ...]) -> bool:
-    if arguments[-1] is Ellipsis:
-        return all(matches(arguments[0], one) for one in value)
-    return len(arguments) == len(value) and all(map(matches, arguments, value))

@@ -19,7 +19,6 @@ says of itself what a reader must know. All numbers are little-endian:
 """
 
 import dataclasses
-import os
 import struct
 import zlib
 from collections.abc import Iterable, Sequence
@@ -28,6 +27,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from .._core.io import os_errors_as, write_atomic
 from .._errors import DataError, Problem, count, format_problems, raise_all
 from ._stream import Piece, Stream, check_ids
 
@@ -108,7 +108,8 @@ def write_tokens(
       The path.
 
     Raises:
-      DataError: an id outside of the vocabulary, no document at all, or another suffix.
+      DataError: an id outside of the vocabulary, no document at all, another suffix, or the file
+        cannot be written.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "shard.bin"
@@ -121,15 +122,12 @@ def write_tokens(
     if path.suffix != ".bin":
         problem = Problem(str(path), "ends in no .bin", f'write_tokens("{path.stem}.bin", ...)')
         raise DataError(format_problems("The shard has no usable name.", [problem]))
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            if not _write(file, documents, vocabulary, end):
-                problem = Problem(str(path), "no document has a token", "at least one token")
-                raise DataError(format_problems("The shard would be empty.", [problem]))
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    fix = "a folder with free space, and permission to write there"
+    refusals = os_errors_as(DataError, "The shard cannot be written.", path, fix)
+    with refusals, write_atomic(path) as part, open(part, "wb") as file:
+        if not _write(file, documents, vocabulary, end):
+            problem = Problem(str(path), "no document has a token", "at least one token")
+            raise DataError(format_problems("The shard would be empty.", [problem]))
     return path
 
 

@@ -1,11 +1,8 @@
 """The hardware table as text: figures in units that people compare, and where each is from."""
 
-import io
 from collections.abc import Sequence
 
-from rich.table import Table
-
-from .._terminal import literal_console
+from .._core.io import Column, Table, fold_text
 from ._chips import GB, GIB, TERA, Chip
 
 _WIDTH = 100
@@ -16,29 +13,22 @@ def hardware_table(chips: Sequence[Chip]) -> str:
 
     Rates are peaks of dense products, per JAX device; links are one way.
     """
-    text = io.StringIO()
-    console = literal_console(text, width=_WIDTH)
     dtypes = list(dict.fromkeys(dtype for chip in chips for dtype in chip.flops))
-    shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    shown.add_column("chip", no_wrap=True)
-    for dtype in dtypes:
-        shown.add_column(f"{dtype}\nTFLOP/s", justify="right")
-    for head in ("memory\nGiB", "memory\nGB/s", "link\nGB/s"):
-        shown.add_column(head, justify="right")
-    shown.add_column("links join")
-    for head in ("network\nGB/s", "hop\nµs"):
-        shown.add_column(head, justify="right")
+    near = [*(f"{dtype}\nTFLOP/s" for dtype in dtypes), "memory\nGiB", "memory\nGB/s", "link\nGB/s"]
+    columns = ["chip", *(Column(head, right=True) for head in near), "links join"]
+    columns += [Column(head, right=True) for head in ("network\nGB/s", "hop\nµs")]
+    rows = []
     for chip in chips:
         rates = [_short(chip.flops[d] / TERA) if d in chip.flops else "" for d in dtypes]
         sizes = [chip.memory / GIB, chip.memory_bandwidth / GB, chip.link / GB]
         far = [_short(chip.network / GB), _short(1e6 * chip.latency)]
-        shown.add_row(chip.name, *rates, *map(_short, sizes), joined_by(chip), *far)
-    console.print(shown)
+        rows.append([chip.name, *rates, *map(_short, sizes), joined_by(chip), *far])
+    lines = [Table(columns, rows, gap=1).to_text(_WIDTH)]
     for chip in chips:
-        console.print(f"\n{chip.name}")
+        lines.append(f"\n{chip.name}")
         for source, figures in _by_source(chip).items():
-            console.print(f"  {', '.join(figures)}: {source}")
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+            lines += fold_text(f"  {', '.join(figures)}: {source}", _WIDTH, "    ")
+    return "\n".join(lines)
 
 
 def joined_by(chip: Chip) -> str:

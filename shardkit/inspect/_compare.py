@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
 
+from .._core.io import Column, Table, fold_text
 from .._tree import format_bytes
 from ._findings import Finding
 from ._layouts import Layout
@@ -12,7 +13,8 @@ from ._report import Report
 from ._timeline import format_seconds
 
 _PARTS = ("params", "opt_state", "extra", "batch", "rest", "padding", "output", "temp")
-_ROWS, _FINDINGS, _LAYOUTS, _NAME = 12, 12, 12, 60
+_ROWS, _FINDINGS, _LAYOUTS, _WIDTH = 12, 12, 12, 100
+_COLUMNS = ("", Column("before", right=True), Column("after", right=True), "change")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +41,14 @@ class Change:
         return self.after / self.before if self.before and self.after is not None else None
 
     def __str__(self) -> str:
-        """One line of at most 100 columns."""
-        name = self.name if len(self.name) < _NAME else f"{self.name[: _NAME - 2]}…"
-        change = self.note or ("" if self.ratio is None else f"{self.ratio - 1:+.1%}")
-        show = _UNITS[self.unit]
-        return f"{name:<{_NAME}}{show(self.before):>13}{show(self.after):>13}  {change}"[:100]
+        """Returns `sent per step: 1.00 KiB → 2.00 KiB, +100.0%`."""
+        name, before, after, change = self.cells()
+        return f"{name}: {before} → {after}{', ' * bool(change)}{change}"
+
+    def cells(self) -> tuple[str, str, str, str]:
+        """Its name, both sizes, and the change or the note as text."""
+        show, ratio = _UNITS[self.unit], "" if self.ratio is None else f"{self.ratio - 1:+.1%}"
+        return self.name, show(self.before), show(self.after), self.note or ratio
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,24 +85,26 @@ class Comparison:
         """At most 100 columns, the most important first; `Nothing changed.` where so."""
         if not self:
             return "\n".join(["Nothing changed.", *self.caveats])
-        lines = [_cut(f"{what}: {old} → {new}") for what, old, new in self.target]
-        numbers = [*self.headlines, *self.details]
-        if numbers:
-            lines += [f"{'':<{_NAME}}{'before':>13}{'after':>13}  change"]
-        lines += map(str, self.headlines)
-        lines += [_cut(f"new:  {finding}") for finding in self.new[:_FINDINGS]]
-        lines += [_cut(f"gone: {finding}") for finding in self.gone[:_FINDINGS]]
+        lines = [f"{what}: {old} → {new}" for what, old, new in self.target]
+        rows: list[tuple[str, ...] | str] = [one.cells() for one in self.headlines]
+        rows += [f"new:  {finding}" for finding in self.new[:_FINDINGS]]
+        rows += [f"gone: {finding}" for finding in self.gone[:_FINDINGS]]
         left = len(self.new[_FINDINGS:]) + len(self.gone[_FINDINGS:])
-        lines += [f"and {left} more findings new or gone"] if left else []
-        lines += [_cut(f"{leaf}: {old} → {new}") for leaf, old, new in self.layouts[:_LAYOUTS]]
+        rows += [f"and {left} more findings new or gone"] if left else []
+        rows += [f"{leaf}: {old} → {new}" for leaf, old, new in self.layouts[:_LAYOUTS]]
         left = len(self.layouts[_LAYOUTS:])
-        lines += [f"and {left} more arrays that lie otherwise"] if left else []
-        lines += map(str, self.details)
+        rows += [f"and {left} more arrays that lie otherwise"] if left else []
+        rows += [one.cells() for one in self.details]
         if self.rows:
-            lines += ["collectives, sent per step:", *map(str, self.rows[:_ROWS])]
+            rows += ["collectives, sent per step:", *(one.cells() for one in self.rows[:_ROWS])]
         left = len(self.rows[_ROWS:])
-        lines += [f"and {left} more groups of collectives"] if left else []
-        return "\n".join([*lines, *self.caveats])
+        rows += [f"and {left} more groups of collectives"] if left else []
+        table = [Table(_COLUMNS, rows).to_text(_WIDTH)] if rows else []
+        return "\n".join([*_folded(lines), *table, *_folded(self.caveats)])
+
+
+def _folded(texts: Iterable[str]) -> list[str]:
+    return [line for text in texts for line in fold_text(text, _WIDTH, "    ")]
 
 
 def compare(before: Report, after: Report) -> Comparison:
@@ -238,7 +245,7 @@ def _groups(ledger: Ledger) -> dict[str, tuple[int, int]]:
 def _caveats(before: Report, after: Report) -> Iterator[str]:
     for which, report in (("first", before), ("second", after)):
         if report.problems:
-            yield _cut(f"The {which} report is incomplete: {report.problems[0]}")
+            yield f"The {which} report is incomplete: {report.problems[0]}"
 
 
 def _changed(all_of_them: Iterable[Change]) -> tuple[Change, ...]:
@@ -264,10 +271,6 @@ def _identity(finding: Finding) -> tuple[str, str, str, tuple[str, ...]]:
 def _called(identity: tuple[str, str, str, tuple[str, ...]]) -> str:
     kind, leaf, scope, axes = identity
     return " ".join(filter(None, [kind, leaf or scope, f"over {', '.join(axes)}" if axes else ""]))
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 100 else f"{text[:99]}…"
 
 
 def _or_dash(show: Callable[[float], str]) -> Callable[[float | None], str]:

@@ -1,15 +1,9 @@
 """Prints a report as tables of at most 100 columns, the most important first."""
 
-import io
-import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
-
-from .._terminal import literal_console
+from .._core.io import Column, Table, fold_text
 from .._tree import format_bytes
 from ._finding import SMALL
 
@@ -22,71 +16,72 @@ if TYPE_CHECKING:
 _WIDTH = 100
 _NO_TIME = "Time per step: not modelled, {} is not in the hardware table."
 _ROWS, _FINDINGS, _SCOPES, _HELD = 12, 12, 8, 5
+_NUMBERS = {"bytes", "wire", "hidden", "optimizer", "trips", "ratio", "FLOPs", "share"}
 
 
 def render(report: "Report") -> str:
     """Returns the report as plain text."""
-    console = literal_console(text := io.StringIO(), width=_WIDTH)
-    for part in _parts(report):
-        console.print(part)
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+    return "\n".join(
+        part.to_text(_WIDTH)
+        if isinstance(part, Table)
+        else "\n".join(fold_text(part, _WIDTH, "    "))
+        for part in _parts(report)
+    )
 
 
-def _parts(report: "Report") -> Iterator[RenderableType]:
+_Part = str | Table
+
+
+def _parts(report: "Report") -> Iterator[_Part]:
     mesh = ", ".join(f"{name}={size}" for name, size in report.mesh)
     kind = report.device_kind or report.platform
-    yield Text(f"Step compiled for {kind}, mesh ({mesh}). All sizes per device, as compiled.")
+    yield f"Step compiled for {kind}, mesh ({mesh}). All sizes per device, as compiled."
     for problem in report.problems:
-        yield Text(f"INCOMPLETE: {problem}", style="bold red")
+        yield f"INCOMPLETE: {problem}"
     yield from _findings(report)
-    yield Text(f"\n{report.timeline or _NO_TIME.format(kind)}")
-    yield _axes(report)
-    yield _memory(report)
+    yield f"\n{report.timeline or _NO_TIME.format(kind)}"
+    yield from _axes(report)
+    yield from _memory(report)
     yield from _peak(report)
-    yield from (Text(f"To fit: {text}") for text in report.advice)
+    yield from (f"To fit: {text}" for text in report.advice)
     yield from _collectives(report)
     yield from _flops(report)
 
 
-def _findings(report: "Report") -> Iterator[RenderableType]:
+def _findings(report: "Report") -> Iterator[_Part]:
     if not report.messages_complete:
-        yield Text("The compiler's messages are not known: involuntary remats may be missing.")
+        yield "The compiler's messages are not known: involuntary remats may be missing."
     if not report.findings:
-        yield Text("Findings: none.")
+        yield "Findings: none."
         return
-    yield _title(f"Findings ({len(report.findings)})")
-    table = _table(("finding", 28), ("bytes", 9), ("why; fix", 60))
+    yield f"\nFindings ({len(report.findings)})"
+    rows = []
     for finding in report.findings[:_FINDINGS]:
         about = finding.leaf or finding.scope
         end = "" if finding.why.endswith((".", "?")) else "."
-        table.add_row(
-            f"{finding.kind}\n{_several(about)}",
-            format_bytes(finding.bytes),
-            f"{finding.why}{end}\nFix: {finding.fix}",
-        )
-    yield table
+        why = f"{finding.why}{end}\nFix: {finding.fix}"
+        rows.append((f"{finding.kind}\n{_several(about)}", format_bytes(finding.bytes), why))
+    yield _table({"finding": 28, "bytes": 9, "why; fix": 60}, rows)
     if len(report.findings) > _FINDINGS:
-        yield Text(f"and {len(report.findings) - _FINDINGS} more findings")
+        yield f"and {len(report.findings) - _FINDINGS} more findings"
 
 
-def _axes(report: "Report") -> RenderableType:
+def _axes(report: "Report") -> Iterator[_Part]:
     """Wire bytes by axes, beside the minimum of each axis."""
     total = f"{_least(report.ledger)}{format_bytes(report.ledger.total())}"
     columns = {"axes": 20, "wire": 11, "hidden": 9, "optimizer": 9, "axis minimum": 24}
     columns |= {"ratio": 7, "reductions": 10}
     if not any(row.by_optimizer and row.payload_bytes > SMALL for row in report.ledger):
         del columns["optimizer"]
-    table = _table(*columns.items())
-    for axes, wire in report.ledger.by_axes().items():
-        cells = _axes_cells(report, axes, wire)
-        table.add_row(*(cells[name] for name in columns))
-    more = [Text(line) for one in report.minima if one.excess for line in _excess(one)]
+    cells = (_axes_cells(report, *row) for row in report.ledger.by_axes().items())
+    yield f"\nSent per step: {total}"
+    yield _table(columns, [[row[name] for name in columns] for row in cells])
+    yield from (_excess(one) for one in report.minima if one.excess)
     if silent := _without_minimum(report):
         text = "only a ready strategy, and layers that a model marks, say what it would be."
-        more.append(Text(f"No textbook minimum for {', '.join(silent)}: {text}"))
+        yield f"No textbook minimum for {', '.join(silent)}: {text}"
     if report.ledger.upper_bound:
-        more.append(Text("Branches of conditionals count as taken: totals are upper bounds."))
-    return Group(_title(f"Sent per step: {total}"), table, *more)
+        yield "Branches of conditionals count as taken: totals are upper bounds."
 
 
 def _without_minimum(report: "Report") -> list[str]:
@@ -96,11 +91,10 @@ def _without_minimum(report: "Report") -> list[str]:
     return [name for name, size in report.mesh if size > 1 and name in sent - known]
 
 
-def _excess(least: "Minimum") -> list[str]:
+def _excess(least: "Minimum") -> str:
     parts = "; ".join(f"{format_bytes(size)} {what}" for what, size in least.excess)
     over = format_bytes(least.wire - least.bytes)
-    text = f"{least.axis} sends {over} more than its minimum: {parts}."
-    return textwrap.wrap(text, _WIDTH, subsequent_indent="    ")
+    return f"{least.axis} sends {over} more than its minimum: {parts}."
 
 
 def _axes_cells(report: "Report", axes: tuple[str, ...], wire: int) -> dict[str, str]:
@@ -121,7 +115,7 @@ def _axes_cells(report: "Report", axes: tuple[str, ...], wire: int) -> dict[str,
     }
 
 
-def _memory(report: "Report") -> RenderableType:
+def _memory(report: "Report") -> Iterator[_Part]:
     memory = report.memory
     title = "Memory"
     if memory.total is not None:
@@ -130,68 +124,64 @@ def _memory(report: "Report") -> RenderableType:
         fits = "fits" if memory.fits else "DOES NOT FIT"
         title += f" of {format_bytes(memory.capacity)}: {fits}, {format_bytes(memory.margin)} left"
     names = ("params", "opt_state", "extra", "batch", "rest", "padding", "output", "temp")
-    table = _table(*((name, 9) for name in names))
     sizes = [getattr(memory, name) for name in names]
-    table.add_row(*("?" if size is None else format_bytes(size) for size in sizes))
-    return Group(_title(title), table)
+    yield f"\n{title}"
+    cells = ["?" if size is None else format_bytes(size) for size in sizes]
+    yield _table(dict.fromkeys(names, 9), [cells])
 
 
-def _peak(report: "Report") -> Iterator[RenderableType]:
+def _peak(report: "Report") -> Iterator[_Part]:
     """The classes at the peak, and the buffers that make most of it."""
     peak = report.peak
     if peak is None:
-        yield Text("What is alive at the peak is not known: no schedule could be followed.")
+        yield "What is alive at the peak is not known: no schedule could be followed."
         return
-    yield Text("\n".join(textwrap.wrap(str(peak), _WIDTH, subsequent_indent="    ")))
+    yield str(peak)
+    rows = []
     for one in peak.held[:_HELD]:
         where = f"{one.scope or one.name} ({one.phase})" if one.phase else one.scope or one.name
-        size = f"{format_bytes(one.bytes):>9}"
-        line = f"  {size}  {one.kind:<12}{one.shape:<24} {where}"
-        yield Text(line, no_wrap=True, overflow="ellipsis")
+        rows.append((format_bytes(one.bytes), one.kind, one.shape, where))
+    if rows:
+        yield Table([Column("", right=True), "", "", ""], rows, indent=2)
 
 
-def _collectives(report: "Report") -> Iterator[RenderableType]:
+def _collectives(report: "Report") -> Iterator[_Part]:
     rows = sorted(report.ledger, key=lambda row: -row.wire_bytes)
     if not rows:
-        yield Text("Collectives: none.")
+        yield "Collectives: none."
         return
-    yield _title(f"Collectives ({len(rows)})")
-    table = _table(
-        ("kind", 18), ("axes", 12), ("payload", 13), ("trips", 5), ("wire", 9), ("phase", 9),
-        ("scope", 16), ("", 6),
-    )  # fmt: skip
+    yield f"\nCollectives ({len(rows)})"
+    columns = {"kind": 18, "axes": 12, "payload": 13, "trips": 5, "wire": 9, "phase": 9}
+    columns |= {"scope": 16, "": 6}
+    cells = []
     for row in rows[:_ROWS]:
         marks = ["hidden"] * row.overlapped + ["branch"] * row.conditional
         marks += [f"× {row.taken:.0%}"] * (row.taken < 1)
         marks += ["part"] * (not row.whole)
-        table.add_row(
-            row.kind,
-            ", ".join(row.axes) + (" between slices" if row.dcn else ""),
-            f"{row.dtype} {format_bytes(row.payload_bytes)}",
-            "?" if row.trips is None else str(row.trips),
-            format_bytes(row.wire_bytes),
-            row.phase,
-            _several(row.scope),
-            " ".join(marks),
-        )
-    yield table
+        over = ", ".join(row.axes) + (" between slices" if row.dcn else "")
+        payload = f"{row.dtype} {format_bytes(row.payload_bytes)}"
+        trips = "?" if row.trips is None else str(row.trips)
+        sent = format_bytes(row.wire_bytes)
+        scope = _several(row.scope)
+        cells.append((row.kind, over, payload, trips, sent, row.phase, scope, " ".join(marks)))
+    yield _table(columns, cells)
     if len(rows) > _ROWS:
         rest = sum(row.wire_bytes for row in rows[_ROWS:])
-        yield Text(f"and {len(rows) - _ROWS} more collectives, {format_bytes(rest)} together")
+        yield f"and {len(rows) - _ROWS} more collectives, {format_bytes(rest)} together"
 
 
-def _flops(report: "Report") -> Iterator[RenderableType]:
+def _flops(report: "Report") -> Iterator[_Part]:
     flops = report.flops
     if flops is None:
         return
     again = f", {flops.recompute / flops.model:.1%} more recomputed" if flops.model else ""
     again += f", {flops.update:.4g} by the optimizer" if flops.update else ""
-    yield _title(f"FLOPs per step, all devices: {_least(flops)}{flops.model:.4g} model{again}")
-    table = _table(("scope", 48), ("phase", 12), ("FLOPs", 12), ("share", 8))
-    for (scope, phase), number in list(flops.by_scope.items())[:_SCOPES]:
-        share = f"{number / flops.total:.1%}"
-        table.add_row(scope or "(no scope)", phase, f"{number:.4g}", share)
-    yield table
+    yield f"\nFLOPs per step, all devices: {_least(flops)}{flops.model:.4g} model{again}"
+    rows = [
+        (scope or "(no scope)", phase, f"{number:.4g}", f"{number / flops.total:.1%}")
+        for (scope, phase), number in list(flops.by_scope.items())[:_SCOPES]
+    ]
+    yield _table({"scope": 48, "phase": 12, "FLOPs": 12, "share": 8}, rows)
 
 
 def _several(scopes: str) -> str:
@@ -215,14 +205,6 @@ def _least(counted: "Ledger | Flops") -> str:
     return "" if counted.complete else "at least "
 
 
-def _title(text: str) -> Text:
-    return Text(f"\n{text}", style="bold")
-
-
-def _table(*columns: tuple[str, int]) -> Table:
-    table = Table(box=None, padding=(0, 1), pad_edge=False)
-    for name, width in columns:
-        right = name in ("bytes", "wire", "hidden", "optimizer", "trips", "ratio", "FLOPs", "share")
-        justify = "right" if right else "left"
-        table.add_column(name, justify=justify, max_width=width, overflow="fold")
-    return table
+def _table(columns: Mapping[str, int], rows: Sequence[Sequence[str]]) -> Table:
+    """A table of columns by name, each with its largest width."""
+    return Table([Column(name, name in _NUMBERS, most) for name, most in columns.items()], rows)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .._picture import check_picture, unwritable
+from .._core.io import check_figure_path, figure_file
 from ._candidate import Candidate
 
 _GIB = 2**30
@@ -37,11 +37,10 @@ def plot_front(
     Raises:
       ConfigError: nothing can be written there, or matplotlib is missing.
     """
-    check_picture(out, code=_CODE)
-    try:
-        _drawn(rows, tight, front, caption).savefig(out, dpi=140)
-    except OSError as error:
-        raise unwritable(out, error, _CODE) from error
+    check_figure_path(out, code=_CODE)
+    with figure_file(out, _CODE) as part:
+        figure = _drawn(rows, tight, front, caption)
+        figure.savefig(part, format=out.suffix[1:], dpi=140)
     return out
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .._core.io import flatten
 from .._errors import Problem, count, format_problems
 
 _SHOWN = 60
@@ -20,7 +21,7 @@ def differences(said: Sequence[Mapping[str, Any]]) -> str:
       jax   processes 0, 1: 'a'; process 2: nothing
     Fix: the same command, files, environment and packages for every process
     """
-    flat = [_flat(one) for one in said]
+    flat = [flatten(one) for one in said]
     names = dict.fromkeys(name for one in flat for name in one)
     problems = [
         Problem(name, _told([repr(one[name]) if name in one else "nothing" for one in flat]))
@@ -57,11 +58,3 @@ def _cut(value: str, at: int) -> str:
     start = max(0, at - _SHOWN // 3)
     part = value[start : start + _SHOWN]
     return ("…" if start else "") + part + ("…" if start + _SHOWN < len(value) else "")
-
-
-def _flat(tree: Mapping[str, Any], below: str = "") -> dict[str, Any]:
-    rows: dict[str, Any] = {}
-    for name, value in tree.items():
-        inner = isinstance(value, Mapping)
-        rows |= _flat(value, f"{below}{name}.") if inner else {f"{below}{name}": value}
-    return rows

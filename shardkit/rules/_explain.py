@@ -1,12 +1,12 @@
 """Why each leaf got its spec: which rule won, which passed, and which did nothing."""
 
 import dataclasses
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 
+from .._core.io import Column, Table, fold_text
 from .._errors import count
 from .._tree import Leaf, format_bytes, path_str, short_type
 from .._types import Named
@@ -16,7 +16,14 @@ from ._rule import Rule
 from ._specs import HasShape, format_mesh, format_spec, mesh_sizes, shards
 
 _WIDTH = 100
-_CAPS = {"type": 22, "spec": 32}
+_COLUMNS = (
+    "parameter",
+    Column("type", most=22),
+    Column("spec", most=32),
+    Column("per device", right=True),
+    "rule",
+    "passed",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +59,8 @@ class Explanation:
     def __str__(self) -> str:
         rules = list(dict.fromkeys(_reason(row) for row in self.rows if _reason(row)))
         notes = list(dict.fromkeys(why for row in self.rows for why in row.passed))
-        table = [("parameter", "type", "spec", "per device", "rule", "passed")]
-        table += [self._cells(row, rules, notes) for row in self.rows]
-        lines = [self._headline(), *_columns(table)]
+        table = Table(_COLUMNS, [self._cells(row, rules, notes) for row in self.rows])
+        lines = [self._headline(), table.to_text(_WIDTH)]
         lines += _section("Rules", [f"R{n}  {source}" for n, source in enumerate(rules, 1)])
         lines += _section("Passed", [f"P{n}  {why}" for n, why in enumerate(notes, 1)])
         wrong = [f"{p.subject}: {p.why}" for row in self.rows for p in row.problems]
@@ -139,31 +145,6 @@ def named_leaves(tree: Any, axes: Mapping[str, tuple[str | None, ...]] | None = 
     return found
 
 
-def _columns(table: Sequence[tuple[str, ...]]) -> list[str]:
-    """Aligns the table within the width; a long path gives way, shortened in the middle."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for at, name in enumerate(table[0]):
-        widths[at] = min(widths[at], _CAPS.get(name, widths[at]))
-    widths[0] = min(widths[0], _WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1))
-    lines = []
-    for row in table:
-        cells = [_shortened(cell, width) for cell, width in zip(row, widths, strict=True)]
-        padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
-        padded[3] = cells[3].rjust(widths[3])
-        lines.append("  ".join(padded).rstrip())
-    return lines
-
-
-def _shortened(text: str, width: int) -> str:
-    """Returns `decoder/…/kernel`: the text, or its two ends with the middle left out."""
-    if len(text) <= width:
-        return text
-    tail = (width - 1) * 2 // 3
-    return f"{text[: width - 1 - tail]}…{text[len(text) - tail :]}"
-
-
 def _section(title: str, items: Iterable[str]) -> list[str]:
-    lines = [
-        textwrap.fill(item, _WIDTH, initial_indent="  ", subsequent_indent="    ") for item in items
-    ]
+    lines = [line for item in items for line in fold_text(f"  {item}", _WIDTH, "    ")]
     return [f"{title}:", *lines] if lines else []

@@ -5,9 +5,9 @@ from typing import Any
 
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text as Plain
 
+from .._core.io import Column, Table, print_table
 from .._tree import format_bytes
 from ..data import Baselines, Text
 from ._table import Row, draw_mesh, layout_rows, total_row
@@ -50,17 +50,10 @@ def show_layout(console: Console, state: Any) -> None:
     rows = layout_rows(state.params)
     totals = [total_row("all parameters", state.params)]
     totals.append(total_row("optimizer state", state.opt_state))
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("parameter", "type", "spec"):
-        table.add_column(name, no_wrap=True)
-    for name in ("whole", "per device"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*_cells(row))
-    table.add_section()
-    for row in totals:
-        table.add_row(*_cells(row), style="bold")
-    console.print(table)
+    numbers = (Column("whole", right=True), Column("per device", right=True))
+    cells = [_cells(row) for row in (*rows, *totals)]
+    bold = dict.fromkeys(range(len(rows), len(cells)), "bold")
+    print_table(console, Table(("parameter", "type", "spec", *numbers), cells, styles=bold))
 
 
 def show_data(console: Console, text: Text) -> None:
@@ -90,15 +83,12 @@ def show_scores(
             ("xz -9", "the held-out bytes alone", baselines.xz),
             ("xz -9 after train", "what they add to the training text", baselines.xz_after_train),
         ]
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(f"bits per {unit}", justify="right")
-    table.add_column("coder")
-    table.add_column("knows")
-    for name, knows, value in sorted(rows, key=lambda row: row[2]):
-        style = "bold green" if name == "this model" else ""
-        table.add_row(f"{value:.3f}", name, knows, style=style)
+    rows.sort(key=lambda row: row[2])
+    cells = [(f"{value:.3f}", name, knows) for name, knows, value in rows]
+    own = [at for at, row in enumerate(rows) if row[0] == "this model"]
+    columns = (Column(f"bits per {unit}", right=True), "coder", "knows")
     console.print(labelled("\nheld out", f": {scored}, each scored once"))
-    console.print(table)
+    print_table(console, Table(columns, cells, styles=dict.fromkeys(own, "bold green")))
 
 
 def show_sample(console: Console, lines: Sequence[str]) -> None:
@@ -108,6 +98,5 @@ def show_sample(console: Console, lines: Sequence[str]) -> None:
         console.print(Plain(f"  {line}"))
 
 
-def _cells(row: Row) -> list[Plain]:
-    sizes = format_bytes(row.whole), format_bytes(row.per_device)
-    return [Plain(cell) for cell in (row.path, row.type, row.spec, *sizes)]
+def _cells(row: Row) -> tuple[str, ...]:
+    return row.path, row.type, row.spec, format_bytes(row.whole), format_bytes(row.per_device)

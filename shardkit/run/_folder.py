@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from .._append import append_whole
+from .._core.io import append_atomic
 from .._errors import ConfigError, Problem, format_problems
 
 METRICS = "metrics.jsonl"
@@ -106,7 +106,7 @@ class MetricsFile:
         row = {"kind": kind, **values, "time": round(time.time(), 3)}
         line = json.dumps(row, allow_nan=False) + "\n"
         with self._writing():
-            append_whole(self._file, line)
+            append_atomic(self._file, line)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .._picture import check_picture, unwritable
+from .._core.io import check_figure_path, figure_file
 from ._history import Curve, History, read_histories
 
 SUFFIXES = (".png", ".svg", ".html")
@@ -29,16 +29,14 @@ def plot_runs(folders: Sequence[Path], out: Path) -> list[str]:
     Raises:
       ConfigError: nothing can be drawn from a folder, or nothing written to the file.
     """
-    check_picture(out, SUFFIXES)
+    check_figure_path(out, SUFFIXES)
     histories = read_histories(folders)
     figure = _draw(histories)
-    try:
+    with figure_file(out) as part:
         if out.suffix == ".html":
-            out.write_text(_page(figure, histories))
+            part.write_text(_page(figure, histories), "utf-8")
         else:
-            figure.savefig(out, dpi=150)
-    except OSError as error:
-        raise unwritable(out, error) from error
+            figure.savefig(part, format=out.suffix[1:], dpi=150)
     return [history.note for history in histories if history.note]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .._core.io import flatten
 from .._errors import CheckpointError, Problem, count, format_problems, raise_all
 from ..checkpoint import Checkpointer, Manifest
 from ._config import TrainConfig
@@ -33,7 +34,7 @@ class Terms:
 
     def differences(self, saved: Manifest, free: Sequence[str] = ()) -> list[Problem]:
         """Settings that decide the numbers and are not those of a checkpoint."""
-        before, now = _flat(saved.config or {}), _flat(self.record)
+        before, now = flatten(saved.config or {}), flatten(self.record)
         names = [name for name in {**before, **now} if self._decides(name) and name not in free]
         problems = [
             Problem(
@@ -159,14 +160,6 @@ def _unreadable(folder: Path) -> Iterator[str]:
 
 def _finished(folder: Path) -> bool:
     return any(row["kind"] == "finished" for row in read_metrics(folder))
-
-
-def _flat(tree: Mapping[str, Any], below: str = "") -> dict[str, Any]:
-    rows: dict[str, Any] = {}
-    for name, value in tree.items():
-        inner = isinstance(value, Mapping)
-        rows |= _flat(value, f"{below}{name}.") if inner else {f"{below}{name}": value}
-    return rows
 
 
 def _changes(before: Any, now: Any) -> str:

@@ -5,16 +5,15 @@ before. A process that is killed leaves at most one unfinished line, which the n
 file is locked while a sweep writes to it, and a lock ends with its process, however that ends.
 """
 
-import fcntl
+import contextlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
-from .._append import append_whole
+from .._core.io import FileInUseError, append_atomic, file_lock, flatten, os_errors_as
 from .._errors import Problem, SweepError, format_problems, raise_all
-from ._files import writing
 from ._row import Row
 
 FILE = "rows.jsonl"
@@ -43,16 +42,20 @@ class Journal:
         """
         self.folder, self._path = folder, folder / FILE
         header = json.dumps({_FORMAT: _VERSION, "identity": identity}, sort_keys=True)
-        with writing(self._path):
-            _check_folder(folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        try:
-            self._lock()
+        with contextlib.ExitStack() as opened:
+            try:
+                with sweep_file_errors(self._path):
+                    _check_folder(folder)
+                    folder.mkdir(parents=True, exist_ok=True)
+                    self._file = opened.enter_context(file_lock(self._path))
+            except FileInUseError:
+                why = "another sweep is writing to it"
+                fix = "wait until that one has ended; or --out NEW_FOLDER, or out="
+                problem = Problem(str(self._path), why, fix)
+                headline = "The sweep's folder is in use."
+                raise SweepError(format_problems(headline, [problem])) from None
             self.rows = self._taken_over(header)
-        except BaseException:
-            os.close(self._file)
-            raise
+            self._opened = opened.pop_all()
 
     def __enter__(self) -> Self:
         """The journal itself, which the end of the block lets go of."""
@@ -60,21 +63,12 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         """Unlocks the file."""
-        os.close(self._file)
+        self._opened.close()
 
     def add(self, row: Row) -> None:
         """Writes a row."""
         self._append(row.to_line())
         self.rows[row.case.key] = row
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            why = "another sweep is writing to it"
-            fix = "wait until that one has ended; or --out NEW_FOLDER, or out="
-            problem = Problem(str(self._path), why, fix)
-            raise SweepError(format_problems("The sweep's folder is in use.", [problem])) from None
 
     def _taken_over(self, header: str) -> dict[str, Row]:
         """The rows that are there, behind a header that is this sweep's."""
@@ -87,15 +81,22 @@ class Journal:
             _refuse(self._path, "is no file of a sweep")
         rows = _read(self._path, whole.splitlines(), json.loads(header)["identity"])
         if whole != text:
-            with writing(self._path):
+            with sweep_file_errors(self._path):
                 os.truncate(self._path, len(whole.encode()))
         if not whole:
             self._append(header)
         return rows
 
     def _append(self, line: str) -> None:
-        with writing(self._path):
-            append_whole(self._file, f"{line}\n", sync=True)
+        with sweep_file_errors(self._path):
+            append_atomic(self._file, f"{line}\n", sync=True)
+
+
+def sweep_file_errors(path: Path) -> contextlib.AbstractContextManager[None]:
+    """Raises what the system refuses inside the block as a `SweepError` that names the file."""
+    headline = "The sweep cannot write its files; every row before is kept."
+    fix = "free space and permission to write in the folder, then the same call: it resumes there"
+    return os_errors_as(SweepError, headline, path, fix)
 
 
 def _check_folder(folder: Path) -> None:
@@ -141,19 +142,15 @@ def _check_header(path: Path, line: str, identity: Mapping[str, Any]) -> None:
         _refuse(path, "is no file of a sweep")
     if version != _VERSION:
         _refuse(path, f"has version {version} of the format, this is {_VERSION}")
-    before, now = _flat(there), _flat(identity)
+    before, now = flatten(there), flatten(json.loads(json.dumps(identity)))
     problems = [
-        Problem(name, f"was {before.get(name, '—')} there, is {now.get(name, '—')} now")
+        Problem(name, f"was {_shown(name, before)} there, is {_shown(name, now)} now")
         for name in sorted({*before, *now})
-        if before.get(name) != now.get(name)
+        if _shown(name, before) != _shown(name, now)
     ]
     fix = "--out NEW_FOLDER, or the settings of before; nothing was changed"
     raise_all(SweepError, f"{path} holds rows of another sweep.", problems, fix)
 
 
-def _flat(values: Any, where: str = "") -> dict[str, str]:
-    """`{"model.layers": "4"}`: nested settings, each by its path."""
-    if not isinstance(values, Mapping):
-        return {where: json.dumps(values)}
-    below = [_flat(value, f"{where}.{name}" if where else name) for name, value in values.items()]
-    return {name: text for one in below for name, text in one.items()}
+def _shown(name: str, settings: Mapping[str, Any]) -> str:
+    return json.dumps(settings[name]) if name in settings else "—"

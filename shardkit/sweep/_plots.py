@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ._files import whole_file
+from .._core.io import write_atomic
+from ._journal import sweep_file_errors
 from ._result import COMPILED, MEASURED, Sweep, figure
 from ._row import PARTS, Row
 from ._show import measured_where
@@ -75,7 +76,7 @@ def _saved(found: Sweep, name: str, one: _Picture) -> list[Path]:
     made.supxlabel(note, fontsize=7, color="0.4")
     paths = [found.folder / f"{name}.{kind}" for kind in ("png", "svg")]
     for path in paths:
-        with whole_file(path) as part:
+        with sweep_file_errors(path), write_atomic(path) as part:
             made.savefig(part, format=path.suffix[1:], dpi=140)
     return paths
 

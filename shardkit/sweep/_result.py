@@ -6,7 +6,8 @@ import io
 from pathlib import Path
 from typing import Any
 
-from ._files import whole_file
+from .._core.io import write_atomic
+from ._journal import sweep_file_errors
 from ._row import OK, PARTS, Row
 from ._show import table
 
@@ -70,8 +71,8 @@ class Sweep:
           SweepError: it cannot be written.
         """
         path = self.folder / "rows.csv"
-        with whole_file(path) as part:
-            part.write_text(self.to_csv())
+        with sweep_file_errors(path), write_atomic(path) as part:
+            part.write_text(self.to_csv(), "utf-8")
         return path
 
 

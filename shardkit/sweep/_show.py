@@ -1,18 +1,17 @@
 """A sweep in a terminal: ranked rows, and the others with their reasons."""
 
 import collections
-import io
 import statistics
 from collections.abc import Sequence
 
-from rich.table import Table
-
+from .._core.io import Column, Table, fold_text
 from .._errors import count
-from .._terminal import literal_console
 from .._tree import format_bytes
 from ._row import Row
 
 WIDTH = 100
+# Wide enough for three axes; more continue on the next line.
+_MESH = Column("mesh", most=24)
 
 
 def table(title: str, ranked: Sequence[Row], others: Sequence[Row], by: str) -> str:
@@ -24,18 +23,14 @@ def table(title: str, ranked: Sequence[Row], others: Sequence[Row], by: str) -> 
       others: rows that are not.
       by: what `ranked` is ranked by.
     """
-    text = io.StringIO()
-    console = literal_console(text, width=WIDTH)
-    console.print(title)
+    lines = fold_text(title, WIDTH)
     if ranked:
-        console.print(f"Ranked by {by}.")
-        console.print(_ranked(ranked))
-        for note in _notes(ranked):
-            console.print(note)
+        lines += [f"Ranked by {by}.", _ranked(ranked).to_text(WIDTH)]
+        lines += [line for note in _notes(ranked) for line in fold_text(note, WIDTH)]
     if others:
-        console.print(f"\nNot ranked: {len(others)} of {len(ranked) + len(others)}")
-        console.print(_others(others))
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+        lines.append(f"\nNot ranked: {len(others)} of {len(ranked) + len(others)}")
+        lines.append(_others(others).to_text(WIDTH))
+    return "\n".join(lines)
 
 
 def seconds(value: float) -> str:
@@ -48,16 +43,11 @@ def seconds(value: float) -> str:
 
 
 def _ranked(rows: Sequence[Row]) -> Table:
-    shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    shown.add_column("", justify="right", no_wrap=True)
-    shown.add_column("mesh", overflow="fold", width=_mesh_width(rows))
-    for name in ("acc.", "remat"):
-        shown.add_column(name, no_wrap=True)
     timed = any(_time(row) for row in rows)
     numbers = ["step"] * timed + ["memory", "wire", "compile", "finds"]
-    for name in numbers:
-        shown.add_column(name, justify="right", no_wrap=True)
-    shown.add_column("÷ minimum", overflow="fold")
+    columns = [Column("", right=True), _MESH, "acc.", "remat"]
+    columns += [*(Column(name, right=True) for name in numbers), "÷ minimum"]
+    table = []
     for place, row in enumerate(rows, 1):
         compiled = row.compiled or {}
         cells = [str(place), row.case.shown, str(row.case.accumulate), row.case.remat]
@@ -66,13 +56,8 @@ def _ranked(rows: Sequence[Row]) -> Table:
         cells += [format_bytes(row.wire or 0), _compile(row)]
         found = sum(one["count"] for one in compiled.get("findings", {}).values())
         cells += [str(found), _ratios(row)]
-        shown.add_row(*cells)
-    return shown
-
-
-def _mesh_width(rows: Sequence[Row]) -> int:
-    """Room for the longest mesh, up to three axes; longer ones go on in the next line."""
-    return min(24, max(len(row.case.shown) for row in rows))
+        table.append(cells)
+    return Table(columns, table, gap=1)
 
 
 def _time(row: Row) -> str:
@@ -105,15 +90,9 @@ def _ratios(row: Row) -> str:
 
 
 def _others(rows: Sequence[Row]) -> Table:
-    shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    shown.add_column("mesh", overflow="fold", width=_mesh_width(rows))
-    for name in ("acc.", "remat", "status"):
-        shown.add_column(name, no_wrap=True)
-    shown.add_column("why", overflow="fold")
-    for row in rows:
-        case = row.case
-        shown.add_row(case.shown, str(case.accumulate), case.remat, row.status, row.reason)
-    return shown
+    cases = ((row.case, row) for row in rows)
+    table = [(c.shown, str(c.accumulate), c.remat, row.status, row.reason) for c, row in cases]
+    return Table([_MESH, "acc.", "remat", "status", "why"], table, gap=1)
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:

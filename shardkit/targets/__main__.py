@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .._core.io import write_atomic
 from .._errors import ShardkitError
 from ..hardware import Chip
 from ..inspect import Report
@@ -83,9 +84,8 @@ def main(request: str, answer: str) -> None:
         if (place := users_line(error)) is not None:
             message = _own_failure(asked["source"], trace, place)
             made = {"message": message, "raised": f"{type(error).__name__}: {error}"}
-    whole = Path(answer).with_suffix(".part")
-    whole.write_text(json.dumps(made))
-    whole.rename(answer)
+    with write_atomic(Path(answer)) as part:
+        part.write_text(json.dumps(made), "utf-8")
 
 
 if __name__ == "__main__":

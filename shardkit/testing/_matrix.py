@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from .._core.io import Table
 from .._errors import Problem, VerificationError, count, format_problems
 from .._types import Accumulate
 from ..step import CompiledStep, StepSpec
@@ -80,17 +81,16 @@ class KillMatrix:
     def __str__(self) -> str:
         """A table of at most 100 columns."""
         verdict = "passes" if self.control.ok else "FAILS"
-        lines = [f"without a mutation: {verdict}"]
-        width = max((len(row.mutation.name) for row in self.rows), default=0)
+        rows = []
         for row in self.rows:
-            mark = "killed  " if row.ok else "SURVIVES"
             must = row.mutation.killed_by
             others = [check for check in row.checks if check not in must]
             more = f" (also {', '.join(others)})" if others else ""
-            line = f"{row.mutation.name:<{width}}  {mark}  by {', '.join(must)}{more}"
-            lines.append(line if len(line) <= 100 else line[:98] + "…)")
-        killed = sum(row.ok for row in self.rows)
-        return "\n".join([*lines, f"{killed} of {len(self.rows)} mutations killed."])
+            mark = "killed" if row.ok else "SURVIVES"
+            rows.append((row.mutation.name, mark, f"by {', '.join(must)}{more}"))
+        table = Table(("", "", ""), rows).to_text(100)
+        killed = f"{sum(row.ok for row in self.rows)} of {len(self.rows)} mutations killed."
+        return "\n".join([f"without a mutation: {verdict}", table, killed])
 
 
 _FIX = "a mesh that splits batch and parameters, unequal weights and dropout in the batches"

@@ -1,11 +1,13 @@
 """`Certificate`: what was compared, how far apart it was, and how far apart it may be."""
 
 import dataclasses
+import itertools
 
+from .._core.io import Column, Table
 from .._errors import Problem, VerificationError, count, format_problems
 
-_COLUMNS = ("check", "worst leaf", "error", "noise", "threshold")
-_LEAF = 42
+_WIDTH = 100
+_NUMBERS = [Column(name, right=True) for name in ("error", "noise", "threshold")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +40,11 @@ class Row:
 
     def cells(self) -> tuple[str, ...]:
         """The row as text: check, worst leaf, error, noise, threshold, verdict."""
-        leaf = self.leaf if len(self.leaf) <= _LEAF else "…" + self.leaf[1 - _LEAF :]
         verdict = "ok" if self.ok else "FAILED"
         if self.noise is None:  # leaves or programs at fault are counted
-            return self.check, leaf, f"{self.error:g}", "", f"{self.threshold:g}", verdict
+            return self.check, self.leaf, f"{self.error:g}", "", f"{self.threshold:g}", verdict
         numbers = map(format_error, (self.error, self.noise, self.threshold))
-        return self.check, leaf, *numbers, verdict
+        return self.check, self.leaf, *numbers, verdict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +88,11 @@ class Certificate:
 
     def __str__(self) -> str:
         """A table of at most 100 columns, one block of rows per mesh."""
-        table = [(*_COLUMNS, ""), *(row.cells() for row in self.rows)]
-        widths = [max(len(cells[i]) for cells in table) for i in range(len(table[0]))]
-        lines = [self.title, "  " + _aligned(table[0], widths)]
-        for at, row in enumerate(self.rows):
-            if at == 0 or row.mesh != self.rows[at - 1].mesh:
-                lines.append(row.mesh)
-            lines.append("  " + _aligned(row.cells(), widths))
+        rows: list[tuple[str, ...] | str] = []
+        for mesh, of_mesh in itertools.groupby(self.rows, key=lambda row: row.mesh):
+            rows += [mesh, *(row.cells() for row in of_mesh)]
+        table = Table(["check", "worst leaf", *_NUMBERS, ""], rows, indent=2)
+        lines = [self.title, table.to_text(_WIDTH)]
         passed = len(self.rows) - len(self.failed)
         verdict = "every mesh equals one device" if self.ok else "NOT equal to one device"
         lines.append(f"{passed} of {len(self.rows)} checks passed: {verdict}.")
@@ -107,12 +106,6 @@ def format_error(x: float) -> str:
     ('1.0e+00', '1.0e+00', '0')
     """
     return f"{x:.1e}" if x else "0"
-
-
-def _aligned(cells: tuple[str, ...], widths: list[int]) -> str:
-    texts = [f"{c:<{w}}" for c, w in zip(cells[:2], widths[:2], strict=True)]
-    numbers = [f"{c:>{w}}" for c, w in zip(cells[2:5], widths[2:5], strict=True)]
-    return "  ".join([*texts, *numbers, cells[5]]).rstrip()
 
 
 def _why(row: Row) -> str:

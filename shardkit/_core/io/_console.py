@@ -1,0 +1,55 @@
+"""Text on a terminal; `rich` is imported when the first console is made."""
+
+from typing import IO, TYPE_CHECKING
+
+from ._table import Table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def make_console(
+    file: IO[str] | None = None,
+    *,
+    width: int | None = None,
+    stderr: bool = False,
+    soft_wrap: bool = False,
+) -> "Console":
+    """Returns a console that prints users' names as they are, never as markup or emoji.
+
+    Args:
+      file: takes plain text, without colors; by default the output is this process's.
+      width: columns; by default those of the terminal.
+      stderr: whether the output is standard error.
+      soft_wrap: whether the terminal breaks lines.
+
+    >>> make_console(width=40).print("attn[local] [/nope] :fire:")
+    attn[local] [/nope] :fire:
+    """
+    from rich.console import Console
+
+    return Console(
+        file=file,
+        width=width,
+        stderr=stderr,
+        soft_wrap=soft_wrap,
+        markup=False,
+        emoji=False,
+        highlight=False,
+        color_system=None if file else "auto",
+        legacy_windows=False if file else None,
+    )
+
+
+def print_table(console: "Console", table: Table) -> None:
+    """Prints a table: within the columns of a terminal, and with each row in one line elsewhere.
+
+    >>> print_table(make_console(width=10), Table(["leaf", "type"], [["layers/mlp/up", "f32[8]"]]))
+    leaf           type
+    layers/mlp/up  f32[8]
+    """
+    from rich.text import Text
+
+    width = console.width if console.is_terminal else None
+    for style, line in table.to_lines(width):
+        console.print(Text(line, style), soft_wrap=True)
