@@ -11,6 +11,8 @@ import pytest
 from shardkit.models import _attention, attention
 from shardkit.models._attention import _blocks
 
+from ._quick import some_quick
+
 
 def plain(q, k, v, causal, segment_ids):
     group = q.shape[2] // k.shape[2]
@@ -41,7 +43,7 @@ def relative(got, want):
 
 @pytest.mark.parametrize(
     ("heads", "key_heads", "causal", "cut"),
-    [(4, 4, True, False), (4, 2, True, True), (6, 1, False, True)],
+    some_quick([(4, 4, True, False), (4, 2, True, True), (6, 1, False, True)], (4, 2, True, True)),
 )
 def test_blocks_equal_the_library_forward_and_backward(heads, key_heads, causal, cut):
     q, k, v, g = inputs(heads, key_heads)
@@ -97,7 +99,7 @@ def test_blocks_cover_every_query_once(queries):
     assert len(bounds) <= 8
 
 
-@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("segments", some_quick([False, True], True))
 def test_the_tpu_kernel_agrees(segments):
     """The splash kernels, run step by step; their compile for a TPU is benchmarks/llama_v5p.py."""
     from shardkit.models._splash import splash
