@@ -8,7 +8,14 @@ SLOW = pytest.mark.slow
 
 
 def some_quick(table: Iterable[object], *quick: object) -> list[object]:
-    """The rows of a table, for `parametrize` or a fixture, all but the quick ones marked slow."""
+    """The rows of a table, for `parametrize` or a fixture, all but the quick ones marked slow.
+
+    A row that is a tuple holds the values of several names.
+    """
     table = list(table)
     assert set(quick) <= set(table), f"no rows of the table: {set(quick) - set(table)}"
-    return [row if row in quick else pytest.param(row, marks=SLOW) for row in table]
+    params = [row if isinstance(row, tuple) else (row,) for row in table]
+    return [
+        pytest.param(*values, marks=() if row in quick else SLOW)
+        for row, values in zip(table, params, strict=True)
+    ]
