@@ -14,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 import shardkit as sk
 from shardkit.inspect import read_ledger
 
+from ._quick import some_quick
+
 ROWS, LENGTH, EMBED, MLP = 16, 4, 8, 16
 MESHES = {
     "8x1": {"data": 8, "tensor": 1},
@@ -127,7 +129,7 @@ def plain():
     return {"loss": value, "grad_norm": optax.tree.norm(grads), "large": large}, grads
 
 
-@pytest.mark.parametrize("mesh", MESH_NAMES)
+@pytest.mark.parametrize("mesh", some_quick(MESH_NAMES, "8x1", "2x2x2"))
 @pytest.mark.parametrize(("k", "reduce"), [(1, "once"), (2, "once"), (4, "once"), (2, "each")])
 def test_loss_norm_metrics_and_every_gradient_are_those_of_one_device(mesh, k, reduce):
     if ROWS % (k * math.prod(MESHES[mesh][a] for a in MESHES[mesh] if a != "tensor")):

@@ -20,6 +20,7 @@ from shardkit.checkpoint import SavedStep, _saving
 from shardkit.checkpoint._files import list_steps, step_folder
 
 from . import _checkpoints as ck
+from ._quick import some_quick
 
 ROOT = Path(__file__).parent.parent
 
@@ -197,7 +198,9 @@ def start(folder: Path, way: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize(("way", "code"), [("sys.exit", 0), ("raise", 1)])
+@pytest.mark.parametrize(
+    ("way", "code"), some_quick([("sys.exit", 0), ("raise", 1)], ("sys.exit", 0))
+)
 def test_a_process_that_ends_has_saved_what_it_was_asked_to(way, code, tmp_path):
     process = start(tmp_path, way)
     process.communicate()

@@ -74,6 +74,7 @@ def step_of(name):
     return compiled(mesh_of(**sizes), strategy, **options)
 
 
+@pytest.mark.slow
 def test_packed_rows_in_lanes_under_remat_have_the_numbers_of_one_device():
     loss, grads, params = after_one_step(step_of("three axes"))
     wanted = after_one_step(compiled(mesh_of(context=1), context(), accumulate=2))

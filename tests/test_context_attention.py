@@ -12,6 +12,8 @@ from shardkit.collectives import HeadExchange, Pairs, Ring, _blockwise, across, 
 from shardkit.collectives._pairs import tournament
 from shardkit.mesh import MeshSpec
 
+from ._quick import some_quick
+
 B, H = 2, 8
 
 
@@ -64,7 +66,7 @@ def way(kind, n, rows=(), heads=(), **sizes):
 RINGS = {2: (True, True), 3: (False, True), 4: (True, False)}
 
 
-@pytest.mark.parametrize("n", RINGS)
+@pytest.mark.parametrize("n", some_quick(RINGS, 3))
 def test_a_ring_is_full_attention(n):
     assert_is_plain(way(Ring, n), 4, 2, *RINGS[n])
 
@@ -73,7 +75,9 @@ def test_a_ring_of_eight_with_packed_rows():
     assert_is_plain(way(Ring, 8), 4, 1, True, True, length=48)
 
 
-@pytest.mark.parametrize(("n", "causal", "packed"), [(2, False, False), (4, True, True)])
+@pytest.mark.parametrize(
+    ("n", "causal", "packed"), some_quick([(2, False, False), (4, True, True)], (4, True, True))
+)
 def test_blocks_that_are_swapped_in_pairs_give_full_attention(n, causal, packed):
     assert_is_plain(way(Pairs, n), 4, 2, causal, packed)
 
@@ -95,7 +99,7 @@ def test_rows_and_heads_may_be_split_as_well():
     assert_is_plain(split, 4, 2, True, True)
 
 
-@pytest.mark.parametrize("n", [2, 3, 8])
+@pytest.mark.parametrize("n", some_quick([2, 3, 8], 3))
 def test_zigzag_moves_to_the_order_that_is_written_down(n):
     ring, x = way(Ring, n), jnp.arange(B * 48).reshape(B, 48)
     moved = ring.enter(x, True)
@@ -129,7 +133,7 @@ def tiled(q, k, v, ids):
 
 
 @pytest.mark.parametrize("kind", [Ring, HeadExchange])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", some_quick([False, True], True))
 def test_a_scan_over_layers_keeps_no_tile_masks(kind, packed, monkeypatch):
     monkeypatch.setattr(_blockwise, "_WIDEST", 64)
     length, attend = 1024, way(kind, 2)

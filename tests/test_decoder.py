@@ -16,6 +16,8 @@ from shardkit._remat import active, policy
 from shardkit._tracing import equations
 from shardkit.models import SIZES, Decoder, DecoderConfig, decoder_loss, parameter_count
 
+from ._quick import some_quick
+
 CONFIG = DecoderConfig(vocab=48, embed=32, layers=2, heads=4, mlp=40, kv_heads=2)
 
 
@@ -100,9 +102,13 @@ def losses_and_grads(config, batch):
 @pytest.mark.parametrize(
     ("changes", "segments"),
     [
-        ({}, False),
+        pytest.param({}, False, marks=pytest.mark.slow),
         ({"tied": True, "loss_chunks": 4, "z_loss": 1e-2}, True),
-        ({"kv_heads": None, "head_dim": 6, "loss_chunks": 3, "attention": "xla"}, True),
+        pytest.param(
+            {"kv_heads": None, "head_dim": 6, "loss_chunks": 3, "attention": "xla"},
+            True,
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_loss_and_every_gradient_equal_the_plain_decoder(changes, segments):
@@ -213,7 +219,7 @@ def compiled_text(config, mesh):
         return step.lower(params, batch).compile().as_text()
 
 
-@pytest.mark.parametrize("chunks", [1, 4])
+@pytest.mark.parametrize("chunks", some_quick([1, 4], 4))
 def test_sharded_heads_and_vocabulary_gather_nothing(chunks):
     config = DecoderConfig(vocab=64, embed=32, layers=2, heads=8, mlp=48, kv_heads=4)
     config = DecoderConfig(**{**vars(config), "loss_chunks": chunks})

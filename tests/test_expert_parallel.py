@@ -21,6 +21,7 @@ from shardkit.parallel._ragged import arrived, exchange, way_of
 from shardkit.testing import EXPERT_MUTATIONS, kill_matrix
 
 from . import _parity
+from ._quick import some_quick
 
 SIZES = {"vocab": 32, "embed": 8, "layers": 2, "heads": 2, "mlp": 8, "expert_mlp": 4, "experts": 8}
 BOUNDED = DecoderConfig(**SIZES, capacity_factor=1.0)
@@ -86,8 +87,7 @@ def mesh_of(sizes):
     return sk.MeshSpec(**sizes).build(devices=jax.devices()[: math.prod(sizes.values())])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", some_quick(CASES, "bf16"))
 def test_experts_over_a_mesh_axis_give_the_numbers_of_one_device(name):
     config, strategy, sizes, options = CASES[name]
     made = []

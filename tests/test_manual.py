@@ -154,8 +154,8 @@ PER_SHARD = sk.PerShard(sharded_loss, plain_loss)
 @pytest.mark.parametrize(
     ("strategy", "mesh", "loss"),
     [
-        (data(), {"data": 8}, small_loss),
-        (fsdp(min_size=1), {"fsdp": 4}, small_loss),
+        pytest.param(data(), {"data": 8}, small_loss, marks=pytest.mark.slow),
+        pytest.param(fsdp(min_size=1), {"fsdp": 4}, small_loss, marks=pytest.mark.slow),
         (data() | fsdp(min_size=1), {"data": 2, "fsdp": 4}, small_loss),
         (SPLIT, {"data": 2, "tensor": 4}, PER_SHARD),
     ],
@@ -344,6 +344,7 @@ def marked(mesh):
     )
 
 
+@pytest.mark.slow
 def test_every_mutation_of_shards_is_killed():
     matrix = kill_matrix(
         marked,

@@ -91,10 +91,10 @@ def test_this_process_has_eight():
 @pytest.mark.parametrize(
     ("target", "sizes", "dcn"),
     [
-        ("tpu:v5p:4x4x4", {"data": 16, "tensor": 4}, {}),
-        ("tpu:v4:4x4x4", {"data": 16, "tensor": 4}, {}),
+        pytest.param("tpu:v5p:4x4x4", {"data": 16, "tensor": 4}, {}, marks=pytest.mark.slow),
+        pytest.param("tpu:v4:4x4x4", {"data": 16, "tensor": 4}, {}, marks=pytest.mark.slow),
         # 16 x 4 on an 8 x 8 torus splits a physical axis.
-        ("tpu:v6e:8x8", {"data": 16, "tensor": 4}, {}),
+        pytest.param("tpu:v6e:8x8", {"data": 16, "tensor": 4}, {}, marks=pytest.mark.slow),
         ("tpu:tpu7x:2x2x4", {"data": 8, "tensor": 4}, {}),
         ("tpu:v5e:4x4:2", {"data": 4, "tensor": 4}, {"data": 2}),
     ],

@@ -16,6 +16,7 @@ from . import _checkpoints as ck
 from . import _staged
 from . import test_context as cp
 from . import test_expert_parallel as ep
+from ._quick import some_quick
 
 data, fsdp, tensor, zero = (
     getattr(sk.strategies, name) for name in ("data", "fsdp", "tensor", "zero")
@@ -90,7 +91,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", some_quick(CASES, "data", "fsdp, explicit"))
 def test_a_skipped_update_leaves_every_bit_but_the_counter(case):
     strategy, options = CASES[case]
     step, plain = (compiled(strategy, how, **options) for how in ("skip", "apply"))

@@ -14,6 +14,8 @@ import shardkit as sk
 from shardkit.optim import moment_spec
 from shardkit.step._layout import resolve_layout
 
+from ._quick import some_quick
+
 SPECS = {
     "up/kernel": P("data", "tensor"),
     "up/bias": P("tensor"),
@@ -110,7 +112,11 @@ def mesh():
     return sk.MeshSpec(data=2, tensor=4).build()
 
 
-@pytest.fixture(scope="module", params=CHAINS)
+# One of each sort: plain moments, factored ones, sums over steps, orthogonal updates.
+QUICK = ("adamw", "adafactor", "multi_steps", "muon")
+
+
+@pytest.fixture(scope="module", params=some_quick(CHAINS, *QUICK))
 def trained(request, mesh):
     """A step of one chain, its states before and after three updates, and what they cost."""
     optimizer = CHAINS[request.param]

@@ -10,22 +10,17 @@ import shardkit as sk
 from shardkit.verify._record import GRADIENTS
 
 from . import _parity
+from ._quick import some_quick
 
 CASES = _parity.CASES
-QUICK = ("zero2 ×2", "shard_map fsdp")
+# Both modes, on one reference. Of the other kinds of parallelism, smaller models stand beside one
+# device in what README's command runs: in test_accumulate data, in test_zero the split optimizer,
+# in test_pipeline a scalar loss, in test_expert_parallel a layer of experts.
+QUICK = ("shard_map fsdp", "ring fsdp sequence")
 PAGE = Path(__file__).parents[1] / "docs" / "parity.md"
 
 
-def marks(name):
-    """`pytest -n 2 --dist loadgroup` computes the reference of rows alike in one process."""
-    group = pytest.mark.xdist_group(str(_parity.alike(CASES[name])))
-    return group if name in QUICK else (group, pytest.mark.slow)
-
-
-rows = pytest.mark.parametrize("name", [pytest.param(n, marks=marks(n)) for n in CASES])
-
-
-@rows
+@pytest.mark.parametrize("name", some_quick(CASES, *QUICK))
 def test_a_row_equals_one_device_and_sends_what_the_table_says(name):
     case, certificate = CASES[name], _parity.certificate(name)
     certificate.check()

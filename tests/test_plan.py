@@ -108,7 +108,7 @@ def on(made: Plan, zero: int = 0, remat: str = "none", **sizes: int) -> Candidat
 
 @pytest.mark.parametrize(
     ("sizes", "zero"),
-    [({"fsdp": 4, "tensor": 2}, 0), ({"data": 8}, 1)],
+    [({"fsdp": 4, "tensor": 2}, 0), pytest.param({"data": 8}, 1, marks=pytest.mark.slow)],
 )
 def test_state_is_what_the_executable_holds(planned, sizes, zero):
     declared = decoder()

@@ -76,7 +76,7 @@ def test_what_cannot_be_followed_has_its_reason(found: Found):
 
 
 def test_a_plan_looks_over_experts_where_a_model_has_them():
-    made = plan(decoder(), TARGET)
+    made = plan(decoder(), "tpu:v5p:2x1x1")
     sizes = dict(made.rows[0].mesh)
     assert "expert" in sizes
     weighed, _, left = str(made).partition("; not weighed: ")

@@ -343,10 +343,15 @@ def test_weights_are_cast_before_they_are_gathered(mesh):
 @pytest.mark.parametrize(
     ("precision", "params", "rtol"),
     [
-        ("float32", jnp.float32, 1e-6),
+        pytest.param("float32", jnp.float32, 1e-6, marks=pytest.mark.slow),
         ("bfloat16", jnp.float32, 3e-2),
         ("pure_bfloat16", jnp.bfloat16, 3e-2),
-        (sk.Precision("float32", "bfloat16", "float32"), jnp.float32, 3e-2),
+        pytest.param(
+            sk.Precision("float32", "bfloat16", "float32"),
+            jnp.float32,
+            3e-2,
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_precision_says_what_is_kept_and_what_computes(mesh, precision, params, rtol):

@@ -10,6 +10,8 @@ import pytest
 import shardkit as sk
 from shardkit.models import Decoder, DecoderConfig, decoder_loss
 
+from ._quick import some_quick
+
 tensor = sk.strategies.tensor
 VOCAB = 88  # a size that no other dim has
 TOKENS = np.zeros((4, 8), np.int32)
@@ -51,7 +53,9 @@ def test_a_policy_that_there_is_not():
     assert "known: split, replicate. Did you mean 'replicate'?" in str(caught.value)
 
 
-@pytest.mark.parametrize(("sequence", "tied"), [(False, True), (True, False)])
+@pytest.mark.parametrize(
+    ("sequence", "tied"), some_quick([(False, True), (True, False)], (True, False))
+)
 def test_no_device_ever_holds_the_whole_vocabulary(sequence, tied):
     step = compiled(tensor(sequence=sequence, kv_heads="replicate"), kv_heads=2, tied=tied)
     dims = {

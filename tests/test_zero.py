@@ -17,6 +17,7 @@ from shardkit.targets import Source, compile_for
 from shardkit.testing import MUTATIONS, ZERO_MUTATIONS, kill_matrix
 
 from ._declared import WIDTH
+from ._quick import some_quick
 
 zero, tensor, fsdp = sk.strategies.zero, sk.strategies.tensor, sk.strategies.fsdp
 BATCH = {"x": np.random.default_rng(0).standard_normal((8, 16)).astype(np.float32)}
@@ -113,7 +114,7 @@ CHAINS = {
 }
 
 
-@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("name", some_quick(CHAINS, "lion, masked"))
 def test_any_optax_chain_gives_the_numbers_of_one_device(name):
     one = compiled(zero(stage=2), CHAINS[name], data=1)
     many = compiled(zero(stage=2), CHAINS[name], data=4)
