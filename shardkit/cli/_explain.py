@@ -11,7 +11,6 @@ from ..config import load_config
 from ..hardware import Chip, find_chip
 from ..inspect import Report, compare
 from ..targets import Source, compile_for
-from ._outputs import check_outputs, write_output
 from ._source import source_of
 
 _REPORT = ".json"

@@ -9,7 +9,6 @@ from ..config import load_config
 from ..hardware import CHIPS, Chip
 from ..plan import compile_best, plan
 from ..targets import Source
-from ._outputs import check_outputs, write_output
 
 
 def run(arguments: argparse.Namespace) -> int:
