@@ -1,4 +1,4 @@
-"""Where every byte of a state lives, in at most twenty lines of a hundred columns."""
+"""The layout of a state as rows: which leaf is how large, with which spec, on each device."""
 
 import dataclasses
 import math
@@ -15,14 +15,14 @@ _LARGEST_DRAWN = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """Leaves of one shape and one spec whose paths differ in numbers alone.
+class LayoutRow:
+    """Leaves of one type and spec whose paths differ only in numbers, such as layers.
 
     Attributes:
-      path: with `*` for numbers that differ.
-      leaves: how many.
+      path: with `*` for the numbers, `layers/*/w`.
+      leaves: number of leaves.
       type: `f32[4,160,448]`.
-      spec: `P(None, None, 'tensor')`, or "" for a row that sums several specs.
+      spec: `P(None, None, 'tensor')`, or "" for leaves of several specs.
       whole: bytes of one copy of all leaves.
       per_device: bytes that one device holds of them.
     """
@@ -35,38 +35,39 @@ class Row:
     per_device: int
 
 
-def layout_rows(tree: Any, limit: int = 14) -> list[Row]:
-    """Groups a pytree of sharded arrays, largest on each device first.
+def layout_rows(tree: Any, limit: int = 14) -> list[LayoutRow]:
+    """Groups the leaves of a pytree into rows, the most bytes per device first.
 
     Args:
       tree: arrays with shardings (`jax.Array` or `jax.ShapeDtypeStruct`).
-      limit: most rows; the smallest share the last one.
+      limit: maximal number of rows; the smallest leaves share the last one.
     """
-    groups: dict[tuple[str, str, str], list[Row]] = {}
+    groups: dict[tuple[str, str, str], list[LayoutRow]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        row = _row(path_str(path), leaf)
+        row = _make_row(path_str(path), leaf)
         key = (re.sub(r"(?<![^/])\d+(?![^/])", "*", row.path), row.type, row.spec)
         groups.setdefault(key, []).append(row)
     rows = [
-        dataclasses.replace(_total(rows, *key[1:]), path=key[0] if len(rows) > 1 else rows[0].path)
+        dataclasses.replace(_sum_rows(rows, *key[1:]), path=key[0] if len(rows) > 1 else rows[0].path)
         for key, rows in groups.items()
     ]
     rows.sort(key=lambda row: (-row.per_device, row.path))
     if len(rows) <= limit:
         return rows
-    rest = _total(rows[limit - 1 :], "", "")
-    return [*rows[: limit - 1], dataclasses.replace(rest, path=f"{rest.leaves} smaller leaves")]
+    smaller = _sum_rows(rows[limit - 1 :], "", "")
+    path = f"{smaller.leaves} smaller leaves"
+    return [*rows[: limit - 1], dataclasses.replace(smaller, path=path)]
 
 
-def total_row(name: str, tree: Any) -> Row:
-    """Sums a pytree of sharded arrays under one name."""
+def total_row(name: str, tree: Any) -> LayoutRow:
+    """Returns the sum over all leaves of a pytree, as a row of that name."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    rows = [_row(path_str(path), leaf) for path, leaf in leaves]
-    return dataclasses.replace(_total(rows, f"{len(rows)} leaves", ""), path=name)
+    rows = [_make_row(path_str(path), leaf) for path, leaf in leaves]
+    return dataclasses.replace(_sum_rows(rows, f"{len(rows)} leaves", ""), path=name)
 
 
 def draw_mesh(mesh: Mesh) -> list[str]:
-    r"""Draws which device stands where: the last two axes as a grid, one grid for all before.
+    r"""Draws device ids: the last axis as columns, all others as rows. Empty for large meshes.
 
     >>> import jax, numpy as np
     >>> devices = np.array(jax.devices()[:8]).reshape(2, 4)
@@ -92,15 +93,15 @@ def draw_mesh(mesh: Mesh) -> list[str]:
     return [" " * (margin + width - 1) + column, *rows]
 
 
-def _row(path: str, leaf: Any) -> Row:
+def _make_row(path: str, leaf: Any) -> LayoutRow:
     shape, sharding = tuple(leaf.shape), leaf.sharding
     whole = nbytes(shape, leaf.dtype)
     shard = math.prod(sharding.shard_shape(shape))
     spec = re.sub("^PartitionSpec", "P", str(sharding.spec))
     share = whole * shard // math.prod(shape) if whole else 0
-    return Row(path, 1, short_type(shape, leaf.dtype), spec, whole, share)
+    return LayoutRow(path, 1, short_type(shape, leaf.dtype), spec, whole, share)
 
 
-def _total(rows: list[Row], kind: str, spec: str) -> Row:
+def _sum_rows(rows: list[LayoutRow], kind: str, spec: str) -> LayoutRow:
     whole = sum(row.whole for row in rows)
-    return Row("", len(rows), kind, spec, whole, sum(row.per_device for row in rows))
+    return LayoutRow("", len(rows), kind, spec, whole, sum(row.per_device for row in rows))
