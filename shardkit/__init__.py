@@ -28,9 +28,8 @@ from ._staged import staged
 from ._types import Accumulate, Loss, Mean, Named, Variables
 from ._weight import weight
 from .adapters import Model, from_linen, from_nnx
-from .checkpoint import Checkpointer, Keep
+from .checkpoint import Checkpointer, RetentionPolicy
 from .config import Config
-from .guards import Mismatch, check_replicas
 from .hardware import Chip
 from .inspect import Budget, Report
 from .mesh import MeshSpec, simulate_devices
@@ -39,7 +38,8 @@ from .parallel import Strategy, strategies
 from .plan import Plan, Space, plan
 from .processes import Peers, distributed
 from .rules import REPLICATED, AxisRules, PathRules, chain, explain, shard_largest
-from .run import TrainConfig, Trainer, Watcher, replay
+from .run import Callback, TrainConfig, Trainer
+from .run.guards import Mismatch, check_replicas, replay
 from .state import TrainState
 from .step import CompiledStep, Declaration, compile_step, released
 from .sweep import Sweep, sweep
@@ -52,6 +52,7 @@ __all__ = [
     "BatchError",
     "Budget",
     "BudgetError",
+    "Callback",
     "Certificate",
     "CheckpointError",
     "Checkpointer",
@@ -63,7 +64,6 @@ __all__ = [
     "DamageError",
     "DataError",
     "Declaration",
-    "Keep",
     "Loss",
     "Mean",
     "MeshError",
@@ -79,6 +79,7 @@ __all__ = [
     "ProcessError",
     "Report",
     "ReportError",
+    "RetentionPolicy",
     "RetraceWarning",
     "ShardingError",
     "ShardkitError",
@@ -93,7 +94,6 @@ __all__ = [
     "Trainer",
     "Variables",
     "VerificationError",
-    "Watcher",
     "attention",
     "chain",
     "check_replicas",

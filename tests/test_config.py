@@ -337,7 +337,7 @@ def test_what_only_text_needs_is_no_field_of_a_trainer():
 
 
 def test_a_record_gives_its_loop_back_whatever_the_order_of_its_fields():
-    wanted = ("train.sample=7", "train.steps=9", "train.baselines=false", "train.sinks=wandb")
+    wanted = ("train.sample=7", "train.steps=9", "train.baselines=false", "train.loggers=wandb")
     config = apply_overrides(Config(), wanted)
     record = to_record(config)
     record["train"] = dict(reversed(record["train"].items()))

@@ -13,8 +13,8 @@ from rich.console import Console
 from .._errors import Problem, ShardingError, VerificationError, format_problems
 from .._terminal import literal_console
 from ..config import Config, apply_overrides
+from ..lm import batch_shapes, decoder_model
 from ..mesh import MeshSpec, mesh_shapes
-from ..run import batch_shapes, decoder_model
 from ..step import CompiledStep, compile_step
 from ..testing import kill_matrix
 from ..verify import verify

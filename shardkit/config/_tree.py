@@ -6,10 +6,10 @@ from pathlib import Path
 from .._errors import ConfigError, Problem, format_problems
 from ..data import BYTES, DataConfig
 from ..hardware import Chip
+from ..lm import TextTrainConfig
 from ..mesh import MeshSpec
 from ..models import DecoderConfig
 from ..parallel import Strategy, strategies
-from ..run import TextTrainConfig
 from ._compile import CompileConfig
 from ._optimizer import OptimizerConfig
 

@@ -17,12 +17,12 @@ from ..step import CompiledStep, Declaration, compile_step
 
 
 def decoder_model(config: DecoderConfig) -> Model:
-    """The reference decoder as `init`, `loss_fn` and `bind`."""
+    """Returns `init`, `loss_fn` and `bind` of the reference decoder."""
     return from_nnx(lambda rngs: Decoder(config, rngs), decoder_loss)
 
 
 def batch_shapes(data: DataConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Global shapes of a batch of text, [batch, length]: of what `Text.batch` returns."""
+    """Returns the abstract batch of `Text.batch`: arrays [batch, length], all global rows."""
     shape = (data.batch, data.length)
     dtypes: dict[str, Any] = {"inputs": np.int32, "targets": np.int32, "weights": np.float32}
     if data.packing:
@@ -37,12 +37,21 @@ def compile_run(
     strategy: Strategy,
     optimizer: optax.GradientTransformation,
     compiling: Mapping[str, Any] | None = None,
-) -> tuple[Model, CompiledStep]:
-    """Compiles the step of a run on a mesh that is there, as `compiling` tells `compile_step`."""
-    made = decoder_model(model)
-    declared: dict[str, Any] = {"init": made.init, "batch": batch_shapes(data), "mesh": mesh}
+) -> CompiledStep:
+    """Compiles the step of a run on a mesh of real devices.
+
+    Args:
+      model: the decoder.
+      data: shapes of the batch.
+      mesh: of the devices.
+      strategy: what is sharded over which axis.
+      optimizer: an optax chain.
+      compiling: further keywords of `compile_step`.
+    """
+    decoder = decoder_model(model)
+    declared: dict[str, Any] = {"init": decoder.init, "batch": batch_shapes(data), "mesh": mesh}
     declared |= compiling or {}
-    return made, compile_step(made.loss_fn, optimizer, strategy=strategy, **declared)
+    return compile_step(decoder.loss_fn, optimizer, strategy=strategy, **declared)
 
 
 def declare_run(
@@ -52,6 +61,6 @@ def declare_run(
     strategy: Strategy,
     optimizer: optax.GradientTransformation,
 ) -> Declaration:
-    """The step of a run, for a mesh that is declared and not built."""
-    made = decoder_model(model)
-    return Declaration(made.loss_fn, optimizer, made.init, batch_shapes(data), mesh, strategy)
+    """Declares the step of a run on a mesh that need not exist here; compiles nothing."""
+    decoder = decoder_model(model)
+    return Declaration(decoder.loss_fn, optimizer, decoder.init, batch_shapes(data), mesh, strategy)

@@ -1,4 +1,4 @@
-"""One run from a declaration to a score: data, mesh, step, loop, evaluation, sample."""
+"""`shardkit train`: data, mesh, step, loop, evaluation and sample of one run on text."""
 
 import functools
 from collections.abc import Mapping
@@ -8,20 +8,19 @@ from typing import Any
 import optax
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.text import Text as Plain
+from rich.text import Text as ConsoleText
 
 from ..data import DataConfig, Loader, load_text
 from ..models import DecoderConfig
 from ..parallel import Strategy
 from ..processes import Peers
-from . import _console as show
+from ..run import Trainer, label_text, show_mesh, standard_output
+from ._config import TextTrainConfig
 from ._declare import compile_run, decoder_model
-from ._scores import Result, Score
-from ._text import Scores, describe_text, spread
-from ._text_config import TextTrainConfig
-from ._trainer import Trainer
+from ._scores import TextScores, describe_text_metrics, spread_batches
+from ._summary import Summary, TrainResult
 
-# Devices, mesh and layout decide none of the numbers.
+# Settings that must be equal to resume. Devices, mesh and layout do not change the numbers.
 _DECIDES = ("model", "data", "optimizer", "strategy.precision", "train.seed", "train.steps")
 
 
@@ -38,60 +37,61 @@ def train(
     compiling: Mapping[str, Any] | None = None,
     console: Console | None = None,
     peers: Peers | None = None,
-) -> Result:
-    """Trains a decoder on text, scores it on held-out text, and lets it write.
+) -> TrainResult:
+    """Trains a decoder on text, scores it on validation text, and samples from it.
 
-    A run that was ended at any instant is gone on with, from its last whole checkpoint, when it
-    is called again with the same settings; see `TextTrainConfig.resume`.
+    Call it again with the same settings to resume an interrupted run; see
+    `TrainConfig.resume`.
 
     Args:
       name: of the run.
       model: the decoder.
       data: the text.
-      mesh: devices.
-      strategy: what is laid out on which axis.
+      mesh: of the devices.
+      strategy: what is sharded over which axis.
       optimizer: an optax chain for `loop.steps` updates.
-      loop: how long, what is said on the way, what is kept, and what the model writes.
-      record: settings as plain values; the first line of the metrics file, and in checkpoints.
+      loop: how long the run is, what it reports and keeps, and how long the sample is.
+      record: settings as plain values; the first row of the metrics file, and in checkpoints.
       compiling: keywords of `compile_step`: `mode`, `compiler_options`, `on_nonfinite`, ….
       console: where the run is shown; standard output by default.
-      peers: from `distributed`, where several processes run together.
+      peers: from `distributed`, if several processes run together.
 
     Raises:
       ShardkitError: the declaration or the data cannot be used, the loss diverges, or a
         checkpoint cannot be read or written.
-      KeyboardInterrupt: with notes that say what is saved and where the metrics are.
+      KeyboardInterrupt: after Ctrl-C, with notes that say what is saved and where metrics are.
       Stopped: the same after SIGTERM.
     """
     peers = peers or Peers()
-    console = Console(quiet=True) if peers.index else console or show.standard_output()
+    console = Console(quiet=True) if peers.index else console or standard_output()
     text = load_text(data, model.vocab)
-    show.show_mesh(console, mesh)
-    show.show_data(console, text)
+    show_mesh(console, mesh)
+    console.print(label_text("data", f" {text.describe()}"), soft_wrap=True)
 
     @functools.cache
-    def compiled() -> Any:
-        return compile_run(model, data, mesh, strategy, optimizer, compiling)[1]
+    def compile_once() -> Any:
+        return compile_run(model, data, mesh, strategy, optimizer, compiling)
 
     def evaluate(step: Any, state: Any) -> Mapping[str, float]:
-        return Scores.of(step, state, text, spread(text, loop.eval_batches)).metrics
+        batches = spread_batches(text, loop.eval_batches)
+        return TextScores.of(step, state, text, batches).metrics
 
-    score = Score(decoder_model(model), text, loop, console)
+    summary = Summary(decoder_model(model), text, loop, console)
     Trainer(
-        compiled,
-        Loader(text, lambda: compiled().batch_shardings, prefetch=data.prefetch),
+        compile_once,
+        Loader(text, lambda: compile_once().batch_shardings, prefetch=data.prefetch),
         Path(loop.out) if loop.out else Path("runs") / name,
         loop,
         evaluate=evaluate,
-        watchers=[score],
+        callbacks=[summary],
         record=record,
         decides=_DECIDES,
         tokens=data.batch * data.length,
-        describe=functools.partial(describe_text, unit=text.unit),
+        describe=functools.partial(describe_text_metrics, unit=text.unit),
         console=console,
         peers=peers,
     ).run()
-    assert score.result is not None  # only a watcher could have ended the run before
-    where = score.result.folder / "metrics.jsonl"
-    console.print(Plain(f"Metrics: {where}"), soft_wrap=True)
-    return score.result
+    assert summary.result is not None  # only a callback could have ended the run before
+    where = summary.result.folder / "metrics.jsonl"
+    console.print(ConsoleText(f"Metrics: {where}"), soft_wrap=True)
+    return summary.result

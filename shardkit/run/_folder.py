@@ -99,7 +99,7 @@ class RunFolder:
         self._handle_save_error(self.checkpoints.wait)
         if not self.is_saved(self._newest):
             problem = Problem(f"step {self._newest}", f"is not in {self.checkpoints.folder}")
-            fix = "free disk space; then rerun the same command to resume from the newest checkpoint"
+            fix = "free disk space; then rerun the same command to resume"
             raise CheckpointError(format_problems("The last save failed.", [problem], fix))
         return f"Step {self._newest} is saved. Rerun the same command to resume."
 
@@ -151,7 +151,7 @@ def open_run_folder(
     path, resumed = create_shared_folder(peers, decision), decision.resumed
     axes = {f"params/{name}": names for name, names in step.layout.axes.items()}
     checkpoints = Checkpointer(
-        checkpoints_folder(path), retention=retention or config.retention, axes=axes, config=record
+        checkpoints_folder(path), retention=retention or config.retention, axes=axes, config=dict(record)
     )
     opened = time.perf_counter()
     with leave_together(peers), contextlib.ExitStack() as stack:
@@ -181,7 +181,9 @@ def _open_metrics(
     report_error = say if config.on_save_error == "continue" else None
     metrics = MetricsFile(path, after, report_error, enabled=peers.index == 0)
     if metrics.broken_lines:
-        say(f"{metrics.path}: {_describe_lines(metrics.broken_lines)} skipped, not a row of metrics")
+        say(
+            f"{metrics.path}: {_describe_lines(metrics.broken_lines)} skipped, not a row of metrics"
+        )
     return metrics
 
 

@@ -48,8 +48,10 @@ def layout_rows(tree: Any, limit: int = 14) -> list[LayoutRow]:
         key = (re.sub(r"(?<![^/])\d+(?![^/])", "*", row.path), row.type, row.spec)
         groups.setdefault(key, []).append(row)
     rows = [
-        dataclasses.replace(_sum_rows(rows, *key[1:]), path=key[0] if len(rows) > 1 else rows[0].path)
-        for key, rows in groups.items()
+        dataclasses.replace(
+            _sum_rows(group, kind, spec), path=path if len(group) > 1 else group[0].path
+        )
+        for (path, kind, spec), group in groups.items()
     ]
     rows.sort(key=lambda row: (-row.per_device, row.path))
     if len(rows) <= limit:

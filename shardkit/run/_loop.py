@@ -167,7 +167,8 @@ class Loop:
 def _make_row(metrics: StepMetrics) -> dict[str, float | None]:
     """Returns the columns of an update; what is NaN or infinite is None, as JSON requires."""
     if reserved := _RESERVED & metrics.values.keys():
-        problems = [Problem(name, "is already a column of metrics.jsonl") for name in sorted(reserved)]
+        why = "is already a column of metrics.jsonl"
+        problems = [Problem(name, why) for name in sorted(reserved)]
         fix = 'another name in the metrics that the loss returns: {"my_seconds": ...}'
         raise StepError(format_problems("The loss returns reserved names.", problems, fix))
     values = {name: x if math.isfinite(x) else None for name, x in metrics.values.items()}

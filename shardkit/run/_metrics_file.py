@@ -163,12 +163,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def _count_kept_lines(lines: Sequence[bytes], after: int) -> int:
-    """Counts the lines to keep when a run resumes after a step.
+    r"""Counts the lines to keep when a run resumes after a step.
 
     They end behind the last row before the first one that will be written again. For `after=2`:
 
         {"kind": "step", "step": 1}    kept
-        \\0\\0\\0                         kept: broken, but a row follows
+        \0\0\0                            kept: broken, but a row follows
         {"kind": "step", "step": 2}    kept
         {"kind": "step", "step": 3}    cut off, with everything behind it
     """

@@ -93,7 +93,7 @@ def _decide(folder: Path, config: TrainConfig, compare: _Compare) -> ResumeDecis
             notes.append(f"{run} is in use by another process. Starting a new run.")
         elif problems := compare(newest, ()):
             changes = "; ".join(f"{problem.subject} {problem.why}" for problem in problems)
-            notes.append(f"{run} is unfinished, with other settings ({changes}). Starting a new run.")
+            notes.append(f"{run} has other settings ({changes}). Starting a new run.")
         else:
             return ResumeDecision(run, True, newest.step, tuple(notes))
     return ResumeDecision(folder, notes=tuple(notes[:1]))

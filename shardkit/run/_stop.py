@@ -94,7 +94,10 @@ class StopRequest:
         """
         if self.signal is None:
             return
-        stop = KeyboardInterrupt() if self.signal is signal.SIGINT else Stopped("Stopped by SIGTERM.")
+        if self.signal is signal.SIGINT:
+            stop: BaseException = KeyboardInterrupt()
+        else:
+            stop = Stopped("Stopped by SIGTERM.")
         stop.add_note(saved)
         raise stop
 
@@ -105,7 +108,8 @@ class StopRequest:
         else:
             self.signal = signal.Signals(number)
         if sys.stdout.isatty():
-            os.write(1, f"{_SHOW_CURSOR}\nStopping after this step. Press Ctrl-C again to exit at once.\n".encode())
+            text = "Stopping after this step. Press Ctrl-C again to exit at once."
+            os.write(1, f"{_SHOW_CURSOR}\n{text}\n".encode())
 
 
 def _exit_at_second_ctrl_c(reader: socket.socket) -> None:

@@ -89,9 +89,7 @@ class Trainer:
         began, source, config, peers = time.time(), as_source(self.data), self.config, self.peers
         shared: dict[str, Any] = {"record": self.record, "peers": peers}
         peers.agree("run", record=self.record, data=source.position(0))
-        decision = decide_resume(
-            Path(self.folder), config, source, decides=self.decides, **shared
-        )
+        decision = decide_resume(Path(self.folder), config, source, decides=self.decides, **shared)
         for note in decision.notes:
             self.console.print(Text(note), style="yellow", soft_wrap=True)
         check_callbacks(config, decision.step)

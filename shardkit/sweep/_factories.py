@@ -20,9 +20,9 @@ from .._errors import (
     raise_all,
 )
 from ..config import Config, load_config, to_record
+from ..lm import declare_run
 from ..mesh import MeshSpec
 from ..parallel import Strategy, strategies
-from ..run import declare_run
 from ..step import Declaration
 from ..targets import Source
 from ._case import Case

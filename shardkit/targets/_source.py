@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 
 from .._errors import ConfigError, Problem, did_you_mean, format_problems
 from ..config import load_config
+from ..lm import declare_run
 from ..mesh import MeshSpec
-from ..run import declare_run
 from ..step import Declaration
 
 

@@ -81,7 +81,8 @@ class FiniteCheck(Callback):
             dump = self._dump(metrics)
         except CheckpointError as error:
             return f"{values}; its state and batch could not be saved: {error}", _LOWER
-        return f"{values}; its state and batch are in {dump}", f"shardkit replay {dump}, or {_LOWER}"
+        why = f"{values}; its state and batch are in {dump}"
+        return why, f"shardkit replay {dump}, or {_LOWER}"
 
     def _dump(self, metrics: StepMetrics) -> Path:
         run, batch = self._run, self._batches[metrics.step]

@@ -89,7 +89,7 @@ class TensorBoardLogger(_Logger):
 
 
 class WandBLogger(_Logger):
-    """One Weights & Biases run for a run and its resumptions; `WANDB_MODE=offline` needs no network."""
+    """One Weights & Biases run, also when resumed; `WANDB_MODE=offline` needs no network."""
 
     package = "wandb"
 

@@ -142,9 +142,7 @@ def _evaluate(
     return [read(var) for var in jaxpr.outvars], flags
 
 
-def _evaluate_eqn(
-    eqn: Any, operands: Sequence[Any], site: _Site
-) -> tuple[list[Any], list[_Flag]]:
+def _evaluate_eqn(eqn: Any, operands: Sequence[Any], site: _Site) -> tuple[list[Any], list[_Flag]]:
     """Evaluates one operation: follows calls and scans, and flags everything else."""
     name = eqn.primitive.name
     if name in _ONCE and _ONCE[name] in eqn.params:
@@ -158,9 +156,7 @@ def _evaluate_eqn(
     return results, [(eqn, site, ~_is_finite(results) & _is_finite(operands))]
 
 
-def _evaluate_scan(
-    eqn: Any, operands: Sequence[Any], site: _Site
-) -> tuple[list[Any], list[_Flag]]:
+def _evaluate_scan(eqn: Any, operands: Sequence[Any], site: _Site) -> tuple[list[Any], list[_Flag]]:
     """Evaluates a scan whose body also collects the flags, so that each gets a leading dim."""
     p = eqn.params
     fixed, carried = _count_operands(eqn)

@@ -94,7 +94,7 @@ class ReplicaComparison:
         return tuple(rows)
 
     def _compare_leaf(self, leaf: int, sums: np.ndarray) -> list[Mismatch]:
-        """Returns the devices whose copies of a leaf are in the minority; `sums` is [devices, 2]."""
+        """Returns the devices whose copy of a leaf is the odd one; `sums` is u32[devices, 2]."""
         path, x = self._leaves[leaf]
         subject = f"{path} {short_type(x.shape, x.dtype)}"
         groups: dict[int, list[int]] = {}  # devices that hold the same shard

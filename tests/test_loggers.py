@@ -11,9 +11,9 @@ import pytest
 from rich.console import Console
 
 import shardkit as sk
-from shardkit.run import _sinks
-from shardkit.run._folder import read_metrics
-from shardkit.run._profile import check_profile, parse_profile
+from shardkit.run._config import check_profile, parse_profile
+from shardkit.run._metrics_file import read_metrics
+from shardkit.run.callbacks import _loggers
 
 from .test_trainer import STEPS, at_read, batch_of, interrupt, step
 
@@ -21,7 +21,7 @@ __all__ = ["step"]  # the fixture
 ROOT = Path(__file__).parent.parent
 
 
-def run(folder, step, *watchers, out=None, **config):
+def run(folder, step, *callbacks, out=None, **config):
     config = sk.TrainConfig(**{"steps": STEPS, "checkpoint_every": 2, "eval_every": 3} | config)
     sk.Trainer(
         step,
@@ -29,7 +29,7 @@ def run(folder, step, *watchers, out=None, **config):
         folder,
         config,
         evaluate=lambda step, state: step.evaluate(state, batch_of(99)),
-        watchers=watchers,
+        callbacks=callbacks,
         console=Console(file=out or io.StringIO(), width=200),
     ).run()
 
@@ -57,8 +57,8 @@ def scalars(folder):
 def test_tensorboard_holds_every_number_of_both_lives_of_a_run(tmp_path, step):
     folder = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        run(folder, step, at_read(5, interrupt), sinks=("tensorboard",))
-    run(folder, step, sinks=("tensorboard",))
+        run(folder, step, at_read(5, interrupt), loggers=("tensorboard",))
+    run(folder, step, loggers=("tensorboard",))
     rows = read_metrics(folder)
     found = scalars(folder / "tensorboard")
     told = {row["step"]: row for row in rows if row["kind"] == "step"}
@@ -73,16 +73,16 @@ def test_tensorboard_holds_every_number_of_both_lives_of_a_run(tmp_path, step):
 OFFLINE = """
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
-from tests.test_sinks import run
+from tests.test_loggers import run
 from tests.test_trainer import at_read, compiled, interrupt
 from pathlib import Path
 step = compiled()
 folder = Path(__import__("sys").argv[1])
 try:
-    run(folder, step, at_read(5, interrupt), sinks=("wandb",))
+    run(folder, step, at_read(5, interrupt), loggers=("wandb",))
 except KeyboardInterrupt:
     pass
-run(folder, step, sinks=("wandb",))
+run(folder, step, loggers=("wandb",))
 """
 
 
@@ -117,8 +117,8 @@ def test_weights_and_biases_sees_one_run_for_both_lives(tmp_path, step, monkeypa
     fake, folder = FakeWandB(), tmp_path / "run"
     monkeypatch.setitem(sys.modules, "wandb", fake)
     with pytest.raises(KeyboardInterrupt):
-        run(folder, step, at_read(5, interrupt), sinks=("wandb",))
-    run(folder, step, sinks=("wandb",))
+        run(folder, step, at_read(5, interrupt), loggers=("wandb",))
+    run(folder, step, loggers=("wandb",))
     first, second = fake.runs
     assert first.settings["id"] == second.settings["id"] == (folder / "wandb.id").read_text()
     assert (first.settings["resume"], first.settings["dir"]) == ("allow", str(folder))
@@ -141,20 +141,21 @@ def test_weights_and_biases_itself_takes_it_offline(tmp_path):
     assert name == f"run-{(tmp_path / 'run' / 'wandb.id').read_text()}"
 
 
-def test_a_sink_that_is_unknown_or_missing_is_told_before_anything_is_compiled(tmp_path):
+def test_a_logger_that_is_unknown_or_missing_is_told_before_anything_is_compiled(tmp_path):
     real = importlib.util.find_spec
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            _sinks.importlib.util, "find_spec", lambda n: None if n == "wandb" else real(n)
+            _loggers.importlib.util, "find_spec", lambda n: None if n == "wandb" else real(n)
         )
         with pytest.raises(sk.ConfigError) as error:
-            run(tmp_path / "run", lambda: pytest.fail("compiled"), sinks=("tensorbord", "wandb"))
+            run(tmp_path / "run", lambda: pytest.fail("compiled"), loggers=("tensorbord", "wandb"))
     assert str(error.value) == (
-        "Metrics cannot go to 2 sinks.\n"
-        "  train.sinks=tensorbord  is none of tensorboard, wandb. Did you mean 'tensorboard'?\n"
-        "  train.sinks=wandb       needs the package wandb, which is not installed.\n"
+        "Metrics cannot go to 2 loggers.\n"
+        "  train.loggers=tensorbord  is not one of tensorboard, wandb. "
+        "Did you mean 'tensorboard'?\n"
+        "  train.loggers=wandb       needs the package wandb, which is not installed.\n"
         "Fix:\n"
-        "  - --set train.sinks=tensorboard,wandb\n"
+        "  - --set train.loggers=tensorboard,wandb\n"
         "  - pip install 'shardkit[wandb]'\n"
         "  - metrics.jsonl is written in any case"
     )
@@ -167,10 +168,10 @@ def test_a_sink_that_is_unknown_or_missing_is_told_before_anything_is_compiled(t
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("ten", "is no range of updates first:last."),
+        ("ten", "is not a range of updates first:last."),
         ("0:3", "begins before the first update, which is 1."),
         ("5:4", "ends before it begins: 4 < 5."),
-        ("5:61", "ends behind the last update, train.steps=60."),
+        ("5:61", "ends after the last update, train.steps=60."),
     ],
 )
 def test_a_range_that_cannot_be_traced_is_refused(text, why):
@@ -201,9 +202,9 @@ def test_a_trace_of_some_updates_is_in_the_runs_folder(tmp_path, step):
 
 def test_a_range_that_a_run_has_behind_it_is_refused(tmp_path, step):
     check_profile("5:10", 60, 9)
-    with pytest.raises(sk.ConfigError, match="lies behind the run, which goes on from update 10"):
+    with pytest.raises(sk.ConfigError, match="is over: the run resumes from update 10"):
         check_profile("5:10", 60, 10)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "run", step, at_read(6, interrupt))
-    with pytest.raises(sk.ConfigError, match="goes on from update 4"):
+    with pytest.raises(sk.ConfigError, match="resumes from update 4"):
         run(tmp_path / "run", lambda: pytest.fail("compiled"), profile="1:3")

@@ -1,4 +1,4 @@
-"""Runs whose numbers go wrong: skipped and counted, stopped with a dump, copies that differ."""
+"""Runs whose metrics go wrong: skipped and counted, stopped with a dump, copies that differ."""
 
 import io
 import json
@@ -13,8 +13,8 @@ from rich.console import Console
 
 import shardkit as sk
 from shardkit.cli import main
-from shardkit.guards import read_dump
-from shardkit.run import TrainConfig, Watcher
+from shardkit.run import Callback, TrainConfig
+from shardkit.run.guards import read_dump
 
 from . import _checkpoints as ck
 from .test_guards import flipped
@@ -57,7 +57,7 @@ def steps():
     return {how: compiled(how) for how in ("apply", "skip", "stop")}
 
 
-def train(folder, step, data=POISONED, watchers=(), **config):
+def train(folder, step, data=POISONED, callbacks=(), **config):
     out = io.StringIO()
     loop = CONFIG if not config else TrainConfig(**{**vars(CONFIG), **config})
     trainer = sk.Trainer(
@@ -65,7 +65,7 @@ def train(folder, step, data=POISONED, watchers=(), **config):
         lambda i: {"x": data[i]},
         folder,
         loop,
-        watchers=watchers,
+        callbacks=callbacks,
         record={"model": "tanh"},
         console=Console(file=out, width=300),
     )
@@ -103,11 +103,11 @@ def test_a_run_that_only_skips_ends(steps, tmp_path):
 def test_a_run_that_stops_keeps_what_it_failed_on_bit_for_bit(steps, tmp_path):
     kept = {}
 
-    class Keep(Watcher):
-        def dispatched(self, step, state, batch):
+    class KeepBits(Callback):
+        def on_dispatch(self, step, state, batch):
             kept[step] = ck.bits(state)
 
-    run, _ = train(tmp_path / "run", steps["stop"], watchers=[Keep()])
+    run, _ = train(tmp_path / "run", steps["stop"], callbacks=[KeepBits()])
     with pytest.raises(sk.StepError) as error:
         run()
     dump = tmp_path / "run" / "dumps" / "step-00000006"
@@ -135,7 +135,7 @@ def test_a_dump_is_replayed_on_one_device(steps, tmp_path):
         assert found.dump.values["grad_norm"] == str(found.metrics["grad_norm"]) == "nan"
         if name == "batch":
             assert (found.batch, found.origin) == ({"x f32[8,4]": 1}, None)
-            assert "not finite first     in what the step began with" in str(found)
+            assert "not finite first     in the input of the step" in str(found)
         else:
             assert (found.batch, found.params) == ({}, {})
             assert list(found.gradients) == ["w f32[4,4]"]
@@ -150,10 +150,10 @@ def test_what_is_no_dump_of_this_model_is_told(steps, tmp_path):
         run()
     with pytest.raises(sk.CheckpointError, match="is a checkpoint, not a dump"):
         sk.replay(tmp_path / "run" / "checkpoints", steps["stop"])
-    with pytest.raises(sk.CheckpointError, match=r"none  is no folder\nFix: RUN/dumps/step-"):
+    with pytest.raises(sk.CheckpointError, match=r"none  is not a folder\nFix: RUN/dumps/step-"):
         sk.replay(tmp_path / "none", steps["stop"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(sk.CheckpointError, match="empty  holds no dump"):
+    with pytest.raises(sk.CheckpointError, match="empty  contains no dump"):
         sk.replay(tmp_path / "empty", steps["stop"])
     other = steps["apply"].replace(init=lambda key: {**init(key), "more": jnp.zeros(3)})
     with pytest.raises(sk.CheckpointError, match=r"state/params/more +is wanted as f32\[3\]"):
@@ -202,18 +202,18 @@ def test_a_spike_is_a_row_of_the_metrics(steps, tmp_path):
     assert "step 41: loss spikes to" in out.getvalue()
 
 
-class FlipOnce(Watcher):
+class FlipOnce(Callback):
     """Changes a bit of one device's copy, behind the back of the loop."""
 
     def __init__(self, at):
         self.at = at
 
-    def dispatched(self, step, state, batch):
+    def on_dispatch(self, step, state, batch):
         if step == self.at:
             state.params["w"] = flipped(state.params["w"], jax.devices()[5])
 
 
-@pytest.mark.parametrize("then", ["stop", "go_on"])
+@pytest.mark.parametrize("then", ["stop", "continue"])
 def test_a_bit_that_flips_on_one_device_is_found(then, steps, tmp_path):
     run, out = train(
         tmp_path / "run",
@@ -234,7 +234,7 @@ def test_a_bit_that_flips_on_one_device_is_found(then, steps, tmp_path):
     assert "state/params/w f32[4,4]" in text
     assert f"on {jax.devices()[5]} at (data=5) has checksum" in text
     assert "most of 8 copies have" in text
-    assert "a checkpoint not newer than step 4" in text
+    assert "a checkpoint no newer than step 4" in text
     row = rows(tmp_path / "run", "replicas")[0]
     assert row["step"] == 6
     assert {one["place"]["data"] for one in row["differ"]} == {5}
@@ -243,9 +243,9 @@ def test_a_bit_that_flips_on_one_device_is_found(then, steps, tmp_path):
 def test_two_runs_are_equal_bit_for_bit_and_so_is_one_that_was_ended(steps, tmp_path):
     step = steps["apply"].replace(deterministic=True)
 
-    class End(Watcher):
-        def read(self, numbers):
-            if numbers.step == 6:
+    class End(Callback):
+        def on_step(self, metrics):
+            if metrics.step == 6:
                 raise KeyboardInterrupt
 
     whole = [ck.bits(train(tmp_path / name, step, X)[0]()) for name in ("first", "second")]
