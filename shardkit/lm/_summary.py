@@ -68,7 +68,6 @@ class Summary(Callback):
         self._console = console
 
     def on_start(self, run: RunContext, state: Any) -> None:
-        """Starts the timer."""
         self._run, self._seconds, self._mark = run, dict[str, float](), time.perf_counter()
 
     def on_finish(self, state: Any) -> None:

@@ -151,7 +151,10 @@ def open_run_folder(
     path, resumed = create_shared_folder(peers, decision), decision.resumed
     axes = {f"params/{name}": names for name, names in step.layout.axes.items()}
     checkpoints = Checkpointer(
-        checkpoints_folder(path), retention=retention or config.retention, axes=axes, config=dict(record)
+        checkpoints_folder(path),
+        retention=retention or config.retention,
+        axes=axes,
+        config=dict(record),
     )
     opened = time.perf_counter()
     with leave_together(peers), contextlib.ExitStack() as stack:

@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from .._append import append_whole
@@ -110,16 +109,9 @@ class MetricsFile:
         return ConfigError(format_problems("The metrics cannot be written.", [problem], fix))
 
     def __enter__(self) -> Self:
-        """Returns itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Closes the file."""
+    def __exit__(self, *_: object) -> None:
         if self._file is not None:
             os.close(self._file)
 

@@ -5,7 +5,7 @@ import signal
 import socket
 import sys
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Self
 
 from jax.experimental import multihost_utils
@@ -58,12 +58,7 @@ class StopRequest:
             threading.Thread(target=_exit_at_second_ctrl_c, args=(reader,), daemon=True).start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Restores the handlers, except of the signal received: the next one ends the process."""
         for number, handler in self._handlers.items():
             if number is not self.signal:

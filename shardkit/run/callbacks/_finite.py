@@ -28,7 +28,6 @@ class FiniteCheck(Callback):
         self._batches: dict[int, Any] = {}  # by update: the newest two
 
     def on_start(self, run: RunContext, state: Any) -> None:
-        """Reads what the step does when a number is not finite."""
         self._run, self._stops = run, run.step.declaration.on_nonfinite == "stop"
 
     def on_dispatch(self, step: int, state: Any, batch: Any) -> None:
@@ -54,7 +53,6 @@ class FiniteCheck(Callback):
         return None
 
     def on_finish(self, state: Any) -> None:
-        """Reports how many updates were skipped."""
         if self._skipped:
             count = f"{self._skipped} of {self._run.steps - self._run.start} updates"
             self._run.say(f"{count} were skipped: their loss or gradients were not finite.")

@@ -16,23 +16,18 @@ class Heartbeat(Callback):
         self._peers = peers
 
     def on_start(self, run: RunContext, state: Any) -> None:
-        """Starts the step timeout."""
         self._peers.began(run.start)
 
     def on_dispatch(self, step: int, state: Any, batch: Any) -> None:
-        """Reports which update runs."""
         self._peers.began(step)
 
     def on_step(self, metrics: StepMetrics) -> None:
-        """Reports progress."""
         self._peers.moved()
 
     def on_eval(self, step: int, values: Mapping[str, float]) -> None:
-        """Reports progress."""
         self._peers.moved()
 
     def on_save(self, step: int) -> None:
-        """Reports progress."""
         self._peers.moved()
 
     def on_finish(self, state: Any) -> None:

@@ -45,18 +45,15 @@ class _Logger(Callback):
     package: str
 
     def on_start(self, run: RunContext, state: Any) -> None:
-        """Opens the logger."""
         self._throughput = run.throughput
         self._open(run)
 
     def on_step(self, metrics: StepMetrics) -> None:
-        """Logs an update's metrics, its times and its speed."""
         times = {"seconds": metrics.seconds, "data_seconds": metrics.data_seconds}
         values = {**metrics.values, **times, **self._throughput.columns(metrics.seconds)}
         self._log(metrics.step, {f"train/{name}": value for name, value in values.items()})
 
     def on_eval(self, step: int, values: Mapping[str, float]) -> None:
-        """Logs an evaluation's metrics."""
         self._log(step, {f"eval/{name}": value for name, value in values.items()})
 
     @abc.abstractmethod
@@ -64,8 +61,7 @@ class _Logger(Callback):
         """Imports the package and starts, or continues, the log of a run."""
 
     @abc.abstractmethod
-    def _log(self, step: int, values: Mapping[str, float]) -> None:
-        """Logs numbers by name."""
+    def _log(self, step: int, values: Mapping[str, float]) -> None: ...
 
 
 class TensorBoardLogger(_Logger):
@@ -84,7 +80,6 @@ class TensorBoardLogger(_Logger):
             self._writer.add_scalar(name, value, step)
 
     def on_exit(self, error: BaseException | None) -> None:
-        """Flushes and closes the event file."""
         self._writer.close()
 
 

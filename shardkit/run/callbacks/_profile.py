@@ -21,7 +21,6 @@ class ProfileTrace(Callback):
         self._start_or_stop(run.start, state)
 
     def on_dispatch(self, step: int, state: Any, batch: Any) -> None:
-        """Starts or ends the trace between two updates."""
         self._start_or_stop(step, state)
 
     def on_exit(self, error: BaseException | None) -> None:

@@ -42,12 +42,10 @@ class ProgressDisplay(Callback):
         self._saves: list[tuple[int, float]] = []  # (step, monotonic seconds), oldest first
 
     def on_start(self, run: RunContext, state: Any) -> None:
-        """Shows the progress line."""
         self._run = run
         self._lines.begin(run.start, run.steps)
 
     def on_step(self, metrics: StepMetrics) -> None:
-        """Shows an update."""
         done, steps = metrics.step, metrics.step + metrics.remaining
         values, speed, eta = self._describe(metrics.values), self._describe_speed(metrics), ""
         if metrics.mean_seconds is not None:
@@ -59,7 +57,6 @@ class ProgressDisplay(Callback):
             self._print("  ".join(filter(None, texts)))
 
     def on_eval(self, step: int, values: Mapping[str, float]) -> None:
-        """Prints an evaluation."""
         self._print(f"step {step}: {self._describe(values)}")
 
     def on_save(self, step: int) -> None:
@@ -67,11 +64,9 @@ class ProgressDisplay(Callback):
         self._saves.append((step, time.monotonic()))
 
     def on_finish(self, state: Any) -> None:
-        """Leaves the last lines on the terminal."""
         self._lines.stop()
 
     def on_exit(self, error: BaseException | None) -> None:
-        """Leaves the last lines on the terminal."""
         self._lines.stop()
 
     def _describe_speed(self, metrics: StepMetrics) -> str:
@@ -109,12 +104,10 @@ class _TwoLines(Progress):
         self._task = self.add_task("compiled, warming up")
 
     def begin(self, done: int, steps: int) -> None:
-        """Shows where the run starts."""
         self.update(self._task, total=steps, completed=done)
         self.start()
 
     def show_step(self, done: int, description: str, speed: str) -> None:
-        """Shows an update."""
         self._speed = speed
         self.update(self._task, completed=done, description=description)
 

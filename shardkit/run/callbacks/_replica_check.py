@@ -25,7 +25,6 @@ class ReplicaCheck(Callback):
         self._equal_at: int | None = None
 
     def on_start(self, run: RunContext, state: Any) -> None:
-        """Reads how the state is laid out."""
         self._run = run
         comparison = ReplicaComparison(state)
         if comparison.leaves:
@@ -34,7 +33,6 @@ class ReplicaCheck(Callback):
             run.say("train.replica_check_every: no leaf has a second copy, nothing is compared")
 
     def on_dispatch(self, step: int, state: Any, batch: Any) -> None:
-        """Dispatches the checksums of an update that is to be compared."""
         if self._comparison and step % self._every == 0:
             self._checksums[step] = self._comparison.checksums(state)
 

@@ -15,11 +15,9 @@ class SpikeLog(Callback):
         self._detectors = {"loss": SpikeDetector(), "grad_norm": SpikeDetector(ratio=2.0)}
 
     def on_start(self, run: RunContext, state: Any) -> None:
-        """Keeps the context, to write rows."""
         self._run = run
 
     def on_step(self, metrics: StepMetrics) -> None:
-        """Checks both metrics."""
         for name, detector in self._detectors.items():
             value = metrics.values.get(name, math.nan)
             spike = detector.update(value) if math.isfinite(value) else None
