@@ -1,6 +1,5 @@
 """What a run on text declares: the reference decoder, its loss and its batches."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -36,7 +35,7 @@ def compile_run(
     mesh: Mesh,
     strategy: Strategy,
     optimizer: optax.GradientTransformation,
-    compiling: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> CompiledStep:
     """Compiles the step of a run on a mesh of real devices.
 
@@ -46,12 +45,11 @@ def compile_run(
       mesh: of the devices.
       strategy: what is sharded over which axis.
       optimizer: an optax chain.
-      compiling: further keywords of `compile_step`.
+      **options: further keywords of `compile_step`: `mode`, `compiler_options`, ….
     """
     decoder = decoder_model(model)
-    declared: dict[str, Any] = {"init": decoder.init, "batch": batch_shapes(data), "mesh": mesh}
-    declared |= compiling or {}
-    return compile_step(decoder.loss_fn, optimizer, strategy=strategy, **declared)
+    declared = {"init": decoder.init, "batch": batch_shapes(data), **options}
+    return compile_step(decoder.loss_fn, optimizer, mesh=mesh, strategy=strategy, **declared)
 
 
 def declare_run(
@@ -63,4 +61,11 @@ def declare_run(
 ) -> Declaration:
     """Declares the step of a run on a mesh that need not exist here; compiles nothing."""
     decoder = decoder_model(model)
-    return Declaration(decoder.loss_fn, optimizer, decoder.init, batch_shapes(data), mesh, strategy)
+    return Declaration(
+        loss_fn=decoder.loss_fn,
+        optimizer=optimizer,
+        init=decoder.init,
+        batch=batch_shapes(data),
+        mesh=mesh,
+        strategy=strategy,
+    )

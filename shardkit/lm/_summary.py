@@ -98,7 +98,12 @@ class Summary(Callback):
             seconds_by_part=self._seconds,
         )
         self.result = TrainResult(
-            run.folder, scores.bits_per_byte, scores, baselines, sample, self._seconds
+            folder=run.folder,
+            bits_per_byte=scores.bits_per_byte,
+            scores=scores,
+            baselines=baselines,
+            sample=sample,
+            seconds=self._seconds,
         )
 
     def _finish_part(self, part: str) -> float:

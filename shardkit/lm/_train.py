@@ -70,7 +70,7 @@ def train(
 
     @functools.cache
     def compile_once() -> Any:
-        return compile_run(model, data, mesh, strategy, optimizer, compiling)
+        return compile_run(model, data, mesh, strategy, optimizer, **(compiling or {}))
 
     def evaluate(step: Any, state: Any) -> Mapping[str, float]:
         batches = spread_batches(text, loop.eval_batches)

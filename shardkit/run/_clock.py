@@ -44,5 +44,14 @@ class Clock:
         if self._warm:
             self._recent.append((seconds, waited))
         self._warm = True
-        means = tuple(map(statistics.fmean, zip(*self._recent, strict=True))) or (None, None)
-        return StepMetrics(step, values, seconds, waited, *means, remaining=self._steps - step)
+        means = tuple(map(statistics.fmean, zip(*self._recent, strict=True)))
+        mean, mean_waited = means or (None, None)
+        return StepMetrics(
+            step=step,
+            values=values,
+            seconds=seconds,
+            data_seconds=waited,
+            mean_seconds=mean,
+            mean_data_seconds=mean_waited,
+            remaining=self._steps - step,
+        )

@@ -156,6 +156,10 @@ def open_run_folder(
         axes=axes,
         config=dict(record),
     )
+
+    def say(line: str) -> None:
+        console.print(Text(line), soft_wrap=True)
+
     opened = time.perf_counter()
     with leave_together(peers), contextlib.ExitStack() as stack:
         if config.checkpoint_every:
@@ -166,28 +170,30 @@ def open_run_folder(
             state, start = step.init(jax.random.key(config.seed)), 0
         spent = {**seconds, "restore" if resumed else "init": time.perf_counter() - opened}
         after = start if resumed else None
-        metrics = stack.enter_context(_open_metrics(path, after, config, console, peers))
-        write_start(metrics, step.mesh, after, record, began, spent)
-        folder = RunFolder(metrics, config, source, record, _make_say(console), start)
-        folder.checkpoints = checkpoints if config.checkpoint_every else None
+        metrics = MetricsFile(
+            path,
+            after,
+            report_error=say if config.on_save_error == "continue" else None,
+            enabled=peers.index == 0,
+        )
+        stack.enter_context(metrics)
+        if metrics.broken_lines:
+            say(f"{metrics.path}: skipped {_describe_lines(metrics.broken_lines)}: not rows")
+        write_start(metrics, step.mesh, after, record=record, began=began, seconds=spent)
+        folder = RunFolder(
+            metrics=metrics,
+            config=config,
+            source=source,
+            record=record,
+            say=say,
+            start=start,
+            checkpoints=checkpoints if config.checkpoint_every else None,
+        )
         with write_goodput(metrics, console), log_exception(metrics):
             yield folder, state
             waiting = time.perf_counter()
             folder.finish_saving()
             metrics.write("finished", seconds=time.perf_counter() - waiting)
-
-
-def _open_metrics(
-    path: Path, after: int | None, config: TrainConfig, console: Console, peers: Peers
-) -> MetricsFile:
-    say = _make_say(console)
-    report_error = say if config.on_save_error == "continue" else None
-    metrics = MetricsFile(path, after, report_error, enabled=peers.index == 0)
-    if metrics.broken_lines:
-        say(
-            f"{metrics.path}: {_describe_lines(metrics.broken_lines)} skipped, not a row of metrics"
-        )
-    return metrics
 
 
 def _restore(
@@ -212,7 +218,3 @@ def _describe_lines(numbers: Sequence[int]) -> str:
     """Returns `line 3` or `lines 3, 7`; from the fifth on, `…`."""
     text = ", ".join(map(str, numbers[:4])) + (", …" if len(numbers) > 4 else "")
     return f"lines {text}" if len(numbers) > 1 else f"line {text}"
-
-
-def _make_say(console: Console) -> Callable[[str], None]:
-    return lambda line: console.print(Text(line), soft_wrap=True)

@@ -101,9 +101,22 @@ def _make_row(path: str, leaf: Any) -> LayoutRow:
     shard = math.prod(sharding.shard_shape(shape))
     spec = re.sub("^PartitionSpec", "P", str(sharding.spec))
     share = whole * shard // math.prod(shape) if whole else 0
-    return LayoutRow(path, 1, short_type(shape, leaf.dtype), spec, whole, share)
+    return LayoutRow(
+        path=path,
+        leaves=1,
+        type=short_type(shape, leaf.dtype),
+        spec=spec,
+        whole=whole,
+        per_device=share,
+    )
 
 
 def _sum_rows(rows: list[LayoutRow], kind: str, spec: str) -> LayoutRow:
-    whole = sum(row.whole for row in rows)
-    return LayoutRow("", len(rows), kind, spec, whole, sum(row.per_device for row in rows))
+    return LayoutRow(
+        path="",
+        leaves=len(rows),
+        type=kind,
+        spec=spec,
+        whole=sum(row.whole for row in rows),
+        per_device=sum(row.per_device for row in rows),
+    )

@@ -19,6 +19,7 @@ def write_start(
     metrics: MetricsFile,
     mesh: Mesh,
     step: int | None,
+    *,
     record: Mapping[str, Any],
     began: float,
     seconds: Mapping[str, float],

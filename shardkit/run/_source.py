@@ -60,11 +60,9 @@ class IterableSource(_CountedSource):
         return itertools.islice(self.iterable, start, None)
 
 
-# What users pass: data in any of three forms; `(step, state) -> metrics` of validation data;
-# `metrics -> text` for the progress line.
+# What users pass: data in any of three forms, and `(step, state) -> metrics` of validation data.
 Data = DataSource | Callable[[int], Any] | Iterable[Any]
 Evaluate = Callable[[Any, Any], Mapping[str, Any]]
-Describe = Callable[[Mapping[str, float]], str]
 
 
 def as_source(data: Data) -> DataSource:

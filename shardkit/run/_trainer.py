@@ -18,8 +18,8 @@ from ._console import label_text, show_layout, standard_output
 from ._folder import open_run_folder
 from ._loop import Loop
 from ._resume import decide_resume
-from ._source import Data, Describe, Evaluate, as_source
-from .callbacks import Callback, check_callbacks, default_callbacks, describe_metrics
+from ._source import Data, Evaluate, as_source
+from .callbacks import Callback, Describe, check_callbacks, default_callbacks, describe_metrics
 
 
 @dataclasses.dataclass(frozen=True)

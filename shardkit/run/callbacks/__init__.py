@@ -2,10 +2,11 @@
 
 from ._callback import Callback, RunContext, StepMetrics
 from ._defaults import check_callbacks, default_callbacks
-from ._progress import describe_metrics
+from ._progress import Describe, describe_metrics
 
 __all__ = [
     "Callback",
+    "Describe",
     "RunContext",
     "StepMetrics",
     "check_callbacks",

@@ -4,13 +4,12 @@ from rich.console import Console
 
 from ...processes import Peers
 from .._config import TrainConfig, check_profile, parse_profile
-from .._source import Describe
 from ._callback import Callback
 from ._finite import FiniteCheck
 from ._heartbeat import Heartbeat
 from ._loggers import check_loggers, make_loggers
 from ._profile import ProfileTrace
-from ._progress import ProgressDisplay
+from ._progress import Describe, ProgressDisplay
 from ._replica_check import ReplicaCheck
 from ._spikes import SpikeLog
 

@@ -83,8 +83,14 @@ class FiniteCheck(Callback):
         return why, f"shardkit replay {dump}, or {_LOWER}"
 
     def _dump(self, metrics: StepMetrics) -> Path:
-        run, batch = self._run, self._batches[metrics.step]
-        state = released(self._state)
-        dump = write_dump(run.folder, metrics.step, state, batch, metrics.values, run.record)
+        run = self._run
+        dump = write_dump(
+            run.folder,
+            metrics.step,
+            state=released(self._state),
+            batch=self._batches[metrics.step],
+            values=metrics.values,
+            config=run.record,
+        )
         run.write("dumped", step=metrics.step, folder=str(dump))
         return dump

@@ -1,7 +1,7 @@
 """Progress of a run: two lines that change on a terminal, plain lines elsewhere."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -9,8 +9,10 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from .._durations import format_clock, format_duration
-from .._source import Describe
 from ._callback import Callback, RunContext, StepMetrics
+
+# Metrics as text for the progress line.
+Describe = Callable[[Mapping[str, float]], str]
 
 
 def describe_metrics(values: Mapping[str, float]) -> str:

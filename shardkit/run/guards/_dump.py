@@ -39,6 +39,7 @@ class Dump:
 def write_dump(
     run: Path,
     step: int,
+    *,
     state: TrainState,
     batch: Any,
     values: Mapping[str, float],

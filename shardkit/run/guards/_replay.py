@@ -77,12 +77,12 @@ def replay(folder: str | Path, step: CompiledStep) -> Replay:
     metrics, gradients = step.gradients(dump.state, dump.batch)
     args = jax.tree.leaves((dump.state, dump.batch))
     return Replay(
-        dump,
-        {name: float(value) for name, value in metrics.items()},
-        _count_nonfinite(dump.batch),
-        _count_nonfinite(dump.state.params),
-        _count_nonfinite(gradients),
-        first_nonfinite(step.gradient_program.jaxpr, args),
+        dump=dump,
+        metrics={name: float(value) for name, value in metrics.items()},
+        batch=_count_nonfinite(dump.batch),
+        params=_count_nonfinite(dump.state.params),
+        gradients=_count_nonfinite(gradients),
+        origin=first_nonfinite(step.gradient_program.jaxpr, args),
     )
 
 

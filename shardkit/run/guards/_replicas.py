@@ -108,8 +108,16 @@ class ReplicaComparison:
                 if text != expected:
                     index = np.unravel_index(device, self._mesh.devices.shape)
                     place = dict(zip(self._mesh.axis_names, map(int, index), strict=True))
-                    where = self._mesh.devices.flat[device]
-                    rows.append(Mismatch(subject, where, place, text, expected, len(group)))
+                    rows.append(
+                        Mismatch(
+                            leaf=subject,
+                            device=self._mesh.devices.flat[device],
+                            place=place,
+                            checksum=text,
+                            expected=expected,
+                            copies=len(group),
+                        )
+                    )
         return rows
 
     def _build(self) -> Any:
