@@ -22,7 +22,7 @@ import jax
 import shardkit as sk
 from shardkit.config import load_config
 from shardkit.data import load_text
-from shardkit.run import batch_shapes, decoder_model
+from shardkit.lm import batch_shapes, decoder_model
 
 NAME = "curves"
 COMMON = (

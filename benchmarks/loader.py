@@ -89,13 +89,13 @@ def overlap(devices: int, turns: int, folder: Path) -> list[dict[str, Any]]:
     import jax
 
     import shardkit as sk
-    from shardkit.run._declare import compile_run
+    from shardkit.lm import compile_run
 
     config = sk.Config()
     text = sources(TRAINED, folder)["text"]
     mesh = sk.MeshSpec(data=devices, tensor=1).build()
     strategy, optimizer = sk.strategies.data() | sk.strategies.tensor(), config.optimizer
-    _, step = compile_run(config.model, text.config, mesh, strategy, optimizer.build(100))
+    step = compile_run(config.model, text.config, mesh, strategy, optimizer.build(100))
     fixed = step.put(text.batch(0))
     ahead = sk.data.Loader(text, step.batch_shardings)
     at_once = sk.data.Loader(text, step.batch_shardings, prefetch=0)

@@ -44,10 +44,8 @@ if TYPE_CHECKING:
     from .adapters import from_linen as from_linen
     from .adapters import from_nnx as from_nnx
     from .checkpoint import Checkpointer as Checkpointer
-    from .checkpoint import Keep as Keep
+    from .checkpoint import RetentionPolicy as RetentionPolicy
     from .config import Config as Config
-    from .guards import Mismatch as Mismatch
-    from .guards import check_replicas as check_replicas
     from .hardware import Chip as Chip
     from .inspect import Budget as Budget
     from .inspect import Report as Report
@@ -69,10 +67,12 @@ if TYPE_CHECKING:
     from .rules import chain as chain
     from .rules import explain as explain
     from .rules import shard_largest as shard_largest
+    from .run import Callback as Callback
     from .run import TrainConfig as TrainConfig
     from .run import Trainer as Trainer
-    from .run import Watcher as Watcher
-    from .run import replay as replay
+    from .run.guards import Mismatch as Mismatch
+    from .run.guards import check_replicas as check_replicas
+    from .run.guards import replay as replay
     from .state import TrainState as TrainState
     from .step import CompiledStep as CompiledStep
     from .step import StepSpec as StepSpec
@@ -90,6 +90,7 @@ else:
             "BatchError": "._errors",
             "Budget": ".inspect",
             "BudgetError": "._errors",
+            "Callback": ".run",
             "Certificate": ".verify",
             "CheckpointError": "._errors",
             "Checkpointer": ".checkpoint",
@@ -100,12 +101,11 @@ else:
             "ConfigError": "._errors",
             "DamageError": "._errors",
             "DataError": "._errors",
-            "Keep": ".checkpoint",
             "Loss": "._types",
             "Mean": "._types",
             "MeshError": "._errors",
             "MeshSpec": ".mesh",
-            "Mismatch": ".guards",
+            "Mismatch": ".run.guards",
             "Model": ".adapters",
             "Named": "._types",
             "PathRules": ".rules",
@@ -116,6 +116,7 @@ else:
             "ProcessError": "._errors",
             "REPLICATED": ".rules",
             "Report": ".inspect",
+            "RetentionPolicy": ".checkpoint",
             "ReportError": "._errors",
             "RetraceWarning": "._errors",
             "ShardingError": "._errors",
@@ -133,10 +134,9 @@ else:
             "TreeError": "._errors",
             "Variables": "._types",
             "VerificationError": "._errors",
-            "Watcher": ".run",
             "attention": ".models",
             "chain": ".rules",
-            "check_replicas": ".guards",
+            "check_replicas": ".run.guards",
             "compile_step": ".step",
             "constrain": "._constrain",
             "data": None,
@@ -149,7 +149,7 @@ else:
             "nn": None,
             "plan": ".plan",
             "remat": "._remat",
-            "replay": ".run",
+            "replay": ".run.guards",
             "route": ".models",
             "shard_largest": ".rules",
             "shard_max": "._shards",

@@ -30,7 +30,7 @@ def ended(step, tmp_path_factory):
     """The folder of a run that was interrupted behind its checkpoint of step 4."""
     folder = tmp_path_factory.mktemp("ended") / "run"
     with pytest.raises(KeyboardInterrupt):
-        trainer(folder, step, watchers=[at_read(5, interrupt)]).run()
+        trainer(folder, step, callbacks=[at_read(5, interrupt)]).run()
     return folder
 
 
@@ -89,11 +89,11 @@ def test_a_full_disk_ends_the_run_with_its_earlier_saves_whole(
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_an_update(step, refused):
-    watcher = Noting()
-    shown = refused(trainer("/proc/none/run", step, watchers=[watcher]))
+    callback = Noting()
+    shown = refused(trainer("/proc/none/run", step, callbacks=[callback]))
     assert "/proc/none" in shown
     assert "Fix:" in shown
-    assert watcher.told == []
+    assert callback.told == []
 
 
 # The storage library's own threads and event loops raise what they also hand on.
@@ -102,14 +102,14 @@ def test_a_folder_that_cannot_be_written_is_told_before_an_update(step, refused)
 def test_a_folder_that_vanishes_ends_the_run_and_what_was_moved_is_whole(tmp_path, step, refused):
     folder, away = tmp_path / "run" / "checkpoints", tmp_path / "away"
 
-    def vanish(watcher):
+    def vanish(callback):
         while not sk.Checkpointer(folder).steps():
             time.sleep(0.01)
         folder.rename(away)
 
     vanish = at_read(3, vanish)
     config = sk.TrainConfig(steps=12, checkpoint_every=2, eval_every=0)
-    shown = refused(trainer(tmp_path / "run", step, config=config, watchers=[vanish]))
+    shown = refused(trainer(tmp_path / "run", step, config=config, callbacks=[vanish]))
     assert "A save was lost." in shown
     assert str(folder) in shown
     assert sk.Checkpointer(away).steps() == (2,)
@@ -140,12 +140,12 @@ def test_a_newer_format_is_told_and_left_alone(copy, step, refused):
     before = files(copy)
     shown = refused(trainer(copy, step, config=resumed(copy)))
     assert "format version 2; this shardkit reads 1" in shown
-    watcher = Noting()
-    anew = trainer(copy, step, watchers=[watcher])
+    callback = Noting()
+    anew = trainer(copy, step, callbacks=[callback])
     with anew.console.capture() as out:
         anew.run()
-    assert "cannot be gone on with" in out.get().replace("\n", " ")
-    assert watcher.run.folder == copy.with_name("run-2")
+    assert "Cannot resume" in out.get().replace("\n", " ")
+    assert callback.run.folder == copy.with_name("run-2")
     assert files(copy) == before
 
 
@@ -154,9 +154,9 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path, step, refused):
     folder.mkdir()
     (folder / "holiday.jpg").write_bytes(b"sun")
     shown = refused(trainer(folder, step, config=resumed(folder)))
-    assert "holds holiday.jpg and no checkpoint" in shown
-    trainer(folder, step, watchers=[watcher := Noting()]).run()
-    assert watcher.run.folder == tmp_path / "run-2"
+    assert "contains holiday.jpg but no checkpoint" in shown
+    trainer(folder, step, callbacks=[callback := Noting()]).run()
+    assert callback.run.folder == tmp_path / "run-2"
     assert files(folder) == {"holiday.jpg": b"sun"}
     assert jax.tree.leaves(files(tmp_path / "run-2"))
 
@@ -170,8 +170,8 @@ def test_only_the_first_of_several_processes_shows_and_tells_others(tmp_path, st
         def __init__(self):
             pass
 
-    config = sk.TrainConfig(sinks=("tensorboard",), profile="2:3")
+    config = sk.TrainConfig(loggers=("tensorboard",), profile="2:3")
     mute = trainer(tmp_path / "run", step, config=config, peers=Second())
-    assert (mute.console.quiet, mute.config.sinks, mute.config.profile) == (True, (), None)
+    assert (mute.console.quiet, mute.config.loggers, mute.config.profile) == (True, (), None)
     loud = trainer(tmp_path / "run", step, config=config)
     assert (loud.console.quiet, loud.config) == (False, config)

@@ -1,5 +1,6 @@
 """No exit path loses a save with exit code 0, and no failure touches what was saved before."""
 
+import dataclasses
 import os
 import random
 import resource
@@ -37,21 +38,29 @@ def restored(folder, state, **options):
 
 # --- what stays
 
+BEST = sk.RetentionPolicy(max_to_keep=1, best_to_keep=1, best_metric="loss")
+
 
 def test_the_policy_decides_what_stays():
     losses = {10: 3.0, 20: 1.0, 30: 2.0, 40: 1.0, 50: 5.0}
     steps = {step: {"loss": loss} for step, loss in losses.items()} | {60: {}}
-    assert sk.Keep(last=2).kept(steps) == {50, 60}
-    assert sk.Keep(last=1, every=30).kept(steps) == {30, 60}
-    assert sk.Keep(last=1, best="loss").kept(steps) == {40, 60}
-    assert sk.Keep(last=1, best="loss", best_count=2).kept(steps) == {20, 40, 60}
-    assert sk.Keep(last=1, best="loss", largest=True).kept(steps) == {50, 60}
-    with pytest.raises(sk.CheckpointError, match=r"Keep\(last=0\) +must be at least 1"):
-        sk.Keep(last=0)
+    assert sk.RetentionPolicy(max_to_keep=2).select(steps) == {50, 60}
+    assert sk.RetentionPolicy(max_to_keep=1, keep_period=30).select(steps) == {30, 60}
+    assert BEST.select(steps) == {40, 60}
+    assert dataclasses.replace(BEST, best_to_keep=2).select(steps) == {20, 40, 60}
+    assert dataclasses.replace(BEST, best_is_largest=True).select(steps) == {50, 60}
+    with pytest.raises(sk.CheckpointError, match=r"\(max_to_keep=0\) +must be at least 1"):
+        sk.RetentionPolicy(max_to_keep=0)
+
+
+@pytest.mark.parametrize("fields", [{"best_to_keep": 2}, {"best_metric": "loss"}])
+def test_best_steps_need_a_number_and_a_metric(fields):
+    with pytest.raises(sk.CheckpointError, match="needs both a number of steps and the metric"):
+        sk.RetentionPolicy(**fields)
 
 
 def test_the_policy_is_applied_when_a_step_is_complete(tmp_path, state):
-    with sk.Checkpointer(tmp_path, keep=sk.Keep(last=1, best="loss")) as checkpoints:
+    with sk.Checkpointer(tmp_path, retention=BEST) as checkpoints:
         for step, loss in ((1, 2.0), (2, 1.0), (3, 3.0), (4, 4.0)):
             checkpoints.save(step, state, metrics={"loss": loss})
     assert checkpoints.steps() == (2, 4)
@@ -176,7 +185,7 @@ SCRIPT = """
     import os, sys, jax, jax.numpy as jnp
     import shardkit as sk
     folder, way = sys.argv[1:]
-    with sk.Checkpointer(folder, keep=sk.Keep(last=100)) as checkpoints:
+    with sk.Checkpointer(folder, retention=sk.RetentionPolicy(max_to_keep=100)) as checkpoints:
         newest = checkpoints.steps()[-1] if checkpoints.steps() else 0
         state = {"w": jnp.arange(2**16, dtype=jnp.float32).reshape(256, 256) + newest}
         for step in range(newest + 1, newest + (1000 if way == "killed" else 2)):

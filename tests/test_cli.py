@@ -67,11 +67,11 @@ def test_an_option_that_is_not_listed_would_be_seen(monkeypatch):
         (["--set", "devices=tpu:v5p:4x4x4"], "only a compiler knows these devices here"),
         (["--set", "devices=cpu:many"], "No such target."),
         (["--set", "strategy.remat=ful"], "unknown policy"),
-        (["--set", "train.sinks=tensorbord"], "Did you mean 'tensorboard'?"),
-        (["--profile", "390:410"], "ends behind the last update, train.steps=400."),
+        (["--set", "train.loggers=tensorbord"], "Did you mean 'tensorboard'?"),
+        (["--profile", "390:410"], "ends after the last update, train.steps=400."),
         (["--profile", "15:10"], "ends before it begins: 10 < 15."),
         (["--profile", "0:3"], "begins before the first update, which is 1."),
-        (["--profile", "ten"], "is no range of updates first:last."),
+        (["--profile", "ten"], "is not a range of updates first:last."),
     ],
 )
 def test_a_users_mistake_is_one_screen_and_exit_code_2(
@@ -201,7 +201,7 @@ def test_the_smallest_config_is_ended_by_ctrl_c_and_goes_on_to_its_end(tmp_path)
     assert lines[-2]["why"] == "interrupted"
     done = lines[-3]["step"]
     assert errors == (
-        f"Interrupted.\nStep {done} is saved; the same command goes on from it.\n"
+        f"Interrupted.\nStep {done} is saved. Rerun the same command to resume.\n"
         "Metrics so far are in runs/nano/metrics.jsonl.\n"
     )
     assert Checkpointer(tmp_path / "runs" / "nano" / "checkpoints").steps()[-1] == done

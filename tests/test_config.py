@@ -337,7 +337,7 @@ def test_what_only_text_needs_is_no_field_of_a_trainer():
 
 
 def test_a_record_gives_its_loop_back_whatever_the_order_of_its_fields():
-    wanted = ("train.sample=7", "train.steps=9", "train.baselines=false", "train.sinks=wandb")
+    wanted = ("train.sample=7", "train.steps=9", "train.baselines=false", "train.loggers=wandb")
     config = apply_overrides(Config(), wanted)
     record = to_record(config)
     record["train"] = dict(reversed(record["train"].items()))
@@ -349,3 +349,10 @@ def test_compiler_options_reach_the_compiler():
     with pytest.raises(ShardkitError, match="xla_no_such_option"):
         compile_for(Source("", wrong), "cpu:8")
     assert "compile.options='fast'  is not name=value" in refused("compile.options=fast")
+
+
+def test_a_record_with_fields_of_an_older_version_is_refused_not_misread():
+    record = to_record(Config())
+    record["train"]["keep"] = record["train"].pop("max_to_keep")
+    with pytest.raises(ConfigError, match="no field 'keep'.*Did you mean 'max_to_keep'"):
+        from_record(record, "runs/old")

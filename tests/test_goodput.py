@@ -6,8 +6,8 @@ import pytest
 from rich.console import Console
 
 import shardkit as sk
-from shardkit.run._folder import MetricsFile, read_metrics
 from shardkit.run._goodput import goodput, interruption
+from shardkit.run._metrics_file import MetricsFile, read_metrics
 
 from .test_trainer import STEPS, at_read, batch_of, interrupt, step
 
@@ -32,10 +32,10 @@ def test_one_life_adds_up():
     rows += [{"kind": "eval", "step": 5, "seconds": 3.0, "time": 125.25}]
     spent = goodput(rows, now=126.25)
     assert (spent.wall, spent.steps) == (26.25, 7.5)
-    assert {name: s for name, s in spent.rest.items() if s} == {
+    assert {name: s for name, s in spent.overhead.items() if s} == {
         "compile": 10.0, "init": 1.0, "data": 2.5, "evaluate": 3.0, "save": 0.25, "other": 2.0,
     }  # fmt: skip
-    assert spent.steps + sum(spent.rest.values()) == spent.wall
+    assert spent.steps + sum(spent.overhead.values()) == spent.wall
     assert spent.share == pytest.approx(7.5 / 26.25)
     assert spent.text() == (
         "goodput 28.6% of 26 s; compile 38.1%, evaluate 11.4%, data 9.5%, other 7.6%, "
@@ -53,17 +53,21 @@ def test_a_kill_costs_what_it_made_void_and_the_time_until_the_next_life():
     }  # fmt: skip
     spent = goodput([*kept, resumed, *updates(6, 10, 155.0)], now=165.0)
     assert spent.steps == 15.0
-    assert (spent.rest["lost"], spent.rest["idle"], spent.rest["restore"]) == (6.0, 21.75, 3.0)
-    assert spent.rest["compile"] == 12.0
-    assert spent.steps + sum(spent.rest.values()) == spent.wall == 65.0
+    assert (spent.overhead["lost"], spent.overhead["idle"], spent.overhead["restore"]) == (
+        6.0,
+        21.75,
+        3.0,
+    )
+    assert spent.overhead["compile"] == 12.0
+    assert spent.steps + sum(spent.overhead.values()) == spent.wall == 65.0
     assert interruption(kept, [], began=130.0) == {"lost": 0.0, "idle": 7.75}
 
 
-def run(folder, step, *watchers):
+def run(folder, step, *callbacks):
     out = io.StringIO()
     config = sk.TrainConfig(steps=STEPS, checkpoint_every=2, eval_every=0)
     sk.Trainer(
-        step, batch_of, folder, config, watchers=watchers, console=Console(file=out, width=200)
+        step, batch_of, folder, config, callbacks=callbacks, console=Console(file=out, width=200)
     ).run()
     return out.getvalue()
 

@@ -10,8 +10,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
-from shardkit.guards import Replicas, Spikes, check_replicas, first_nonfinite
 from shardkit.inspect import read_ledger
+from shardkit.run.guards import (
+    ReplicaComparison,
+    SpikeDetector,
+    check_replicas,
+    first_nonfinite,
+)
 
 from . import _checkpoints as ck
 
@@ -19,8 +24,8 @@ from . import _checkpoints as ck
 
 
 def spikes(curve):
-    watch = Spikes()
-    return [step for step, value in enumerate(curve) if watch.look(value)]
+    watch = SpikeDetector()
+    return [step for step, value in enumerate(curve) if watch.update(value)]
 
 
 def noisy(curve, noise=0.02, seed=0):
@@ -49,8 +54,8 @@ def test_a_jump_is_told_once_and_what_is_expected_with_it(seed):
     for step in (100, 101, 102, 250):
         curve[step] *= 3
     assert spikes(curve) == [100, 250]
-    watch = Spikes()
-    found = [spike for value in curve if (spike := watch.look(value))]
+    watch = SpikeDetector()
+    found = [spike for value in curve if (spike := watch.update(value))]
     assert found[0].value == curve[100]
     assert found[0].expected == pytest.approx(np.median(curve[36:100]))
     assert found[0].expected < found[0].limit < found[0].value
@@ -86,7 +91,7 @@ def placed():
 
 def test_equal_copies_are_equal_and_only_copies_are_compared(placed):
     assert check_replicas(placed) == ()
-    assert set(Replicas(placed).leaves) == {"w", "b", "key"}
+    assert set(ReplicaComparison(placed).leaves) == {"w", "b", "key"}
 
 
 def test_a_flipped_bit_is_found_and_named_by_leaf_device_and_both_checksums(placed):
@@ -104,8 +109,8 @@ def test_a_flipped_bit_is_found_and_named_by_leaf_device_and_both_checksums(plac
 
 
 def test_nothing_but_checksums_travels(placed):
-    replicas = Replicas(placed)
-    program = replicas._sums.lower([placed[name] for name in replicas.leaves]).compile()
+    replicas = ReplicaComparison(placed)
+    program = replicas._checksums.lower([placed[name] for name in replicas.leaves]).compile()
     ledger = read_ledger(program.as_text(), [("data", 4), ("tensor", 2)])
     assert ledger.complete
     # u32[2] for each of 3 leaves on 8 devices

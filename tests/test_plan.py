@@ -15,6 +15,7 @@ from shardkit.data import DataConfig
 from shardkit.hardware import CHIPS
 from shardkit.inspect import count_flops
 from shardkit.inspect._links import Links
+from shardkit.lm import declare_run
 from shardkit.mesh import Target
 from shardkit.models import DecoderConfig
 from shardkit.plan import Candidate, Plan, Space, compile_best, plan
@@ -23,7 +24,6 @@ from shardkit.plan._network import Network
 from shardkit.plan._program import flatten
 from shardkit.plan._space import layout_of
 from shardkit.plan._trace import Model, walk_through
-from shardkit.run import declare_run
 from shardkit.targets import Source
 
 ROWS = 16

@@ -7,6 +7,7 @@ import pytest
 
 import shardkit as sk
 from shardkit.data import DataConfig
+from shardkit.lm import declare_run
 from shardkit.mesh import Target
 from shardkit.models import DecoderConfig
 from shardkit.plan import Candidate, Space, plan
@@ -14,7 +15,6 @@ from shardkit.plan._declared import modelled
 from shardkit.plan._network import Network
 from shardkit.plan._search import Found, Search
 from shardkit.plan._space import layout_of
-from shardkit.run import declare_run
 
 TARGET = "tpu:v5p:2x2x2"
 ROWS, LENGTH = 16, 32

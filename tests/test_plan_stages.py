@@ -10,6 +10,7 @@ import pytest
 
 import shardkit as sk
 from shardkit.data import DataConfig
+from shardkit.lm import declare_run
 from shardkit.mesh import Target
 from shardkit.models import DecoderConfig, attention
 from shardkit.plan import Candidate, Space
@@ -18,7 +19,6 @@ from shardkit.plan._network import Network
 from shardkit.plan._search import Found, Search
 from shardkit.plan._space import Stages, layout_of
 from shardkit.plan._stages import _length, roles
-from shardkit.run import declare_run
 
 TARGET = "tpu:v5p:2x2x2"
 SPACE = Space(remat=("full",), accumulate=(1,))

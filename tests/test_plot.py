@@ -52,7 +52,7 @@ def test_all_lives_of_a_run_are_one_curve(run):
     assert (history.unit, history.resumed, history.simulated) == ("tokens", [4], True)
     # Updates 1 and 5 warm a process up.
     assert history.speed == Curve([2, 3, 4, 6, 7, 8], [102.0, 103.0, 104.0, 106.0, 107.0, 108.0])
-    assert history.note == "first: 1 broken line left out (14)"
+    assert history.note == "first: 1 broken line skipped (14)"
     assert read_histories([run / "metrics.jsonl"]) == [history]
 
 
@@ -79,7 +79,7 @@ def texts(figure):
 
 def test_the_picture_names_runs_units_and_marks(tmp_path, run):
     many = write(tmp_path / "runs" / "many", START, *rows(1, 200, unit="rows"))
-    figure = _plot._draw(read_histories([run, many]))
+    figure = _plot._draw_figure(read_histories([run, many]))
     assert texts(figure) == (
         ["first", "many", "held out", "resumed"],
         "loss (nats)",
@@ -89,14 +89,14 @@ def test_the_picture_names_runs_units_and_marks(tmp_path, run):
     # Many updates: each faintly, and their running median.
     drawn = [line for line in figure.axes[0].lines if line.get_color() == "C1"]
     assert [line.get_alpha() for line in drawn if len(line.get_xdata()) == 200] == [0.25, None]
-    alone = _plot._draw(read_histories([many]))
+    alone = _plot._draw_figure(read_histories([many]))
     assert texts(alone)[0] == ["many"]
 
 
 def test_the_median_is_not_bent_by_one_outlier_and_leaves_a_gap_where_there_is_no_number():
-    assert list(_plot._median([1.0] * 30 + [50.0] + [1.0] * 30)) == [1.0] * 61
-    assert list(_plot._median([1.0] * 60 + [50.0])) == [1.0] * 61
-    assert np.isnan(_plot._median([1.0] * 30 + [math.nan] + [1.0] * 30)).sum() == 5
+    assert list(_plot._running_median([1.0] * 30 + [50.0] + [1.0] * 30)) == [1.0] * 61
+    assert list(_plot._running_median([1.0] * 60 + [50.0])) == [1.0] * 61
+    assert np.isnan(_plot._running_median([1.0] * 30 + [math.nan] + [1.0] * 30)).sum() == 5
 
 
 def test_every_kind_of_file_is_written(tmp_path, run, capsys):
@@ -105,10 +105,10 @@ def test_every_kind_of_file_is_written(tmp_path, run, capsys):
         out = tmp_path / f"plot{suffix}"
         assert main(["plot", str(run), "--out", str(out)]) == 0
         assert out.read_bytes().startswith(start)
-        assert capsys.readouterr().out == (f"first: 1 broken line left out (14)\n{out}: 1 run\n")
+        assert capsys.readouterr().out == (f"first: 1 broken line skipped (14)\n{out}: 1 run\n")
     page = (tmp_path / "plot.html").read_text()
     assert page.count("<svg") == 1
-    assert "1 broken line left out" in page
+    assert "1 broken line skipped" in page
     assert "http" not in page.split("</h1>")[0]
 
 
@@ -121,10 +121,10 @@ def test_everything_that_is_no_run_is_named_at_once(tmp_path, run, capsys):
     out = tmp_path / "plot.png"
     assert main(["plot", *words, "--out", str(out)]) == 2
     shown = capsys.readouterr().err
-    assert "4 runs cannot be drawn." in shown
-    assert f"there is no such folder. Did you mean '{run}'?" in shown
-    assert "has told of no update yet: metrics.jsonl has 1 row." in shown
-    assert "holds no metrics.jsonl, so it is no folder of a run." in shown
+    assert "4 runs cannot be plotted." in shown
+    assert f"does not exist. Did you mean '{run}'?" in shown
+    assert "has finished no update yet: metrics.jsonl has 1 row." in shown
+    assert "has no metrics.jsonl, so it is not a run folder." in shown
     assert "is a file, not the folder of a run." in shown
     assert f"shardkit plot {empty} {run}" in shown
     # What has told of nothing is not offered in its own place.

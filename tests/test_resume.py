@@ -12,13 +12,13 @@ from rich.console import Console
 import shardkit as sk
 from shardkit.checkpoint import _saving
 from shardkit.data import Corpus, DataConfig, Text
+from shardkit.lm import compile_run
 from shardkit.mesh import MeshSpec
 from shardkit.models import DecoderConfig
 from shardkit.parallel import strategies
-from shardkit.run import Stopped, TrainConfig, Watcher
-from shardkit.run._declare import compile_run
-from shardkit.run._folder import MetricsFile, read_metrics
-from shardkit.run._resume import Terms, choose_beginning
+from shardkit.run import Callback, Stopped, TrainConfig
+from shardkit.run._metrics_file import MetricsFile, read_metrics
+from shardkit.run._resume import decide_resume
 
 from . import _checkpoints as ck
 
@@ -32,7 +32,7 @@ LOOP = TrainConfig(steps=7, eval_every=0, checkpoint_every=2, log_every=1, resum
 def compiled(**axes):
     strategy = strategies.data() | strategies.tensor()
     mesh = MeshSpec(**axes).build("cpu:8")
-    return compile_run(MODEL, DATA, mesh, strategy, optax.sgd(0.5, momentum=0.9))[1]
+    return compile_run(MODEL, DATA, mesh, strategy, optax.sgd(0.5, momentum=0.9))
 
 
 @pytest.fixture(scope="module")
@@ -45,34 +45,34 @@ def other_mesh():
     return compiled(data=8, tensor=1)
 
 
-class At(Watcher):
-    """Calls something when the numbers of one step are told."""
+class At(Callback):
+    """Calls something when the metrics of one step are told."""
 
     def __init__(self, step, do):
         self.step, self.do = step, do
 
-    def begin(self, run, state):
+    def on_start(self, run, state):
         self.run = run
 
-    def read(self, numbers):
-        if numbers.step == self.step:
+    def on_step(self, metrics):
+        if metrics.step == self.step:
             self.do()
 
 
 def run(folder, step, loop=LOOP, at=None, do=None, text=TEXT, record=RECORD):
     """Trains to the end; `do` is called when step `at` is told."""
-    out, watcher = io.StringIO(), At(at, do)
+    out, callback = io.StringIO(), At(at, do)
     trainer = sk.Trainer(
         step,
         sk.data.Loader(text, step.batch_shardings),
         folder,
         loop,
-        watchers=[watcher],
+        callbacks=[callback],
         record=record,
         decides=("model", "train"),
         console=Console(file=out, width=400),
     )
-    return ck.bits(trainer.run()), out.getvalue(), watcher.run.folder
+    return ck.bits(trainer.run()), out.getvalue(), callback.run.folder
 
 
 def interrupt():
@@ -132,7 +132,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_its_steps_made_again(tmp_path, 
         run(tmp_path / "run", step, stop)
     bits, shown, folder = run(tmp_path / "run", step)
     assert "is gone" in shown
-    assert "Going on from the step before it." in shown
+    assert "Resuming from the step before it." in shown
     assert "at step 2 of 7" in shown
     assert (bits, losses(folder)) == whole
     assert (folder / "checkpoints" / "damaged-step-00000004").is_dir()
@@ -158,9 +158,9 @@ def test_a_line_that_is_no_row_costs_no_other(tmp_path):
     steps = [f'{{"kind": "step", "step": {i}}}\n' for i in (1, 2, 3)]
     path.write_text(steps[0] + "\0\0\0\n" + steps[1] + steps[2] + '{"kind": "step", "step": 2}')
     file = MetricsFile(tmp_path, 2)
-    assert [row["step"] for row in file.before] == [1, 2]
-    assert [row["step"] for row in file.void] == [3, 2]
-    assert file.broken == [2]
+    assert [row["step"] for row in file.kept_rows] == [1, 2]
+    assert [row["step"] for row in file.dropped_rows] == [3, 2]
+    assert file.broken_lines == [2]
     # The row without an end of its line is not written on.
     assert path.read_text() == steps[0] + "\0\0\0\n" + steps[1]
 
@@ -169,8 +169,14 @@ def test_a_line_that_is_no_row_costs_no_other(tmp_path):
 
 
 def begin(folder, text=TEXT, record=RECORD, **loop):
-    terms = Terms(record, ("model", "train"), sk.data.Loader(text, {}))
-    return choose_beginning(folder / "run", dataclasses.replace(LOOP, **loop), terms)
+    return decide_resume(
+        folder / "run",
+        dataclasses.replace(LOOP, **loop),
+        sk.data.Loader(text, {}),
+        record=record,
+        decides=("model", "train"),
+        peers=sk.Peers(),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +187,7 @@ def unfinished(step, tmp_path_factory):
     return folder
 
 
-def test_settings_that_decide_numbers_must_be_the_same(unfinished):
+def test_settings_that_decide_metrics_must_be_the_same(unfinished):
     assert begin(unfinished).resumed
     assert begin(unfinished, record={**RECORD, "mesh": "another"}).resumed
     assert not begin(unfinished, resume="never").resumed
@@ -190,12 +196,11 @@ def test_settings_that_decide_numbers_must_be_the_same(unfinished):
     anew = begin(unfinished, record=other)
     assert not anew.resumed
     assert anew.notes == (
-        f"{unfinished}/run is unfinished with other settings (model.embed was 16, is 32); "
-        "a new run begins.",
+        f"{unfinished}/run has other settings (model.embed was 16, is 32). Starting a new run.",
     )
     with pytest.raises(sk.CheckpointError) as error:
         begin(unfinished, record=other, resume=str(unfinished / "run"))
-    assert "1 setting of" in str(error.value)
+    assert "with 1 changed setting." in str(error.value)
     assert "model.embed  was 16, is 32" in str(error.value)
     assert "--set model.embed=16" in str(error.value)
 
@@ -205,14 +210,15 @@ def test_a_run_asked_for_by_name_may_be_longer(unfinished):
     assert not begin(unfinished, record=longer).resumed
     for name in ("run", "run/checkpoints"):
         named = begin(unfinished, record=longer, resume=str(unfinished / name))
-        assert (named.resumed, named.wanted) == (True, unfinished / "run")
+        assert (named.resumed, named.folder) == (True, unfinished / "run")
 
 
 def test_another_text_is_another_run(unfinished):
     text = Text(dataclasses.replace(TEXT.corpus, train=TEXT.corpus.train[::-1]), DATA)
     assert not begin(unfinished, text=text).resumed
     with pytest.raises(
-        sk.CheckpointError, match=r"a test +is not what the run read: crc32 was '[0-9a-f]{8}', is"
+        sk.CheckpointError,
+        match=r"a test +is not the data that the run read: crc32 was '[0-9a-f]{8}', is",
     ):
         begin(unfinished, text=text, resume=str(unfinished / "run"))
 
@@ -221,14 +227,14 @@ def test_a_run_that_is_under_way_is_not_joined(unfinished):
     with sk.Checkpointer(unfinished / "run" / "checkpoints"):
         anew = begin(unfinished)
     assert not anew.resumed
-    assert "is being trained by another process" in anew.notes[0]
+    assert "is in use by another process" in anew.notes[0]
 
 
 def test_what_is_no_run_is_told(tmp_path):
     (tmp_path / "photos").mkdir()
-    with pytest.raises(sk.CheckpointError, match="holds photos and no checkpoint"):
+    with pytest.raises(sk.CheckpointError, match="contains photos but no checkpoint"):
         begin(tmp_path, resume=str(tmp_path))
-    with pytest.raises(sk.CheckpointError, match="is no folder of a run"):
+    with pytest.raises(sk.CheckpointError, match="is not a run folder"):
         begin(tmp_path, resume=str(tmp_path / "none"))
 
 
@@ -254,7 +260,7 @@ def test_a_signal_ends_the_run_with_its_state_saved(which, kind, tmp_path, step,
     # Step 3 is shown while step 4 is under way, after which the loop looks; 5 is the next.
     done = max(losses(tmp_path / "run"))
     assert stop.value.__notes__ == [
-        f"Step {done} is saved; the same command goes on from it.",
+        f"Step {done} is saved. Rerun the same command to resume.",
         f"Metrics so far are in {tmp_path}/run/metrics.jsonl.",
     ]
     assert sk.Checkpointer(tmp_path / "run" / "checkpoints").steps()[-1] == done
@@ -283,10 +289,10 @@ def test_a_run_whose_save_is_lost_stops_or_goes_on_as_declared(tmp_path, step, m
     assert read_metrics(tmp_path / "stops")[-2]["kind"] == "stopped"
     assert max(losses(tmp_path / "stops")) == 6
 
-    go_on = dataclasses.replace(LOOP, on_save_error="go_on")
-    _, shown, folder = run(tmp_path / "goes", step, go_on)
+    continuing = dataclasses.replace(LOOP, on_save_error="continue")
+    _, shown, folder = run(tmp_path / "goes", step, continuing)
     assert "No space left on device" in shown
-    assert "The run goes on" in shown
+    assert "Training continues" in shown
     lost = [row for row in read_metrics(folder) if row["kind"] == "save_failed"]
     assert len(lost) == 1
     assert sk.Checkpointer(folder / "checkpoints").steps() == (6, 7)
@@ -294,7 +300,7 @@ def test_a_run_whose_save_is_lost_stops_or_goes_on_as_declared(tmp_path, step, m
 
 def test_a_run_whose_last_save_is_lost_ends_with_an_error(tmp_path, step, monkeypatch):
     failing(monkeypatch, {7})
-    go_on = dataclasses.replace(LOOP, on_save_error="go_on")
-    with pytest.raises(sk.CheckpointError, match=r"The last save was lost\.\n  step 7"):
-        run(tmp_path / "run", step, go_on)
+    continuing = dataclasses.replace(LOOP, on_save_error="continue")
+    with pytest.raises(sk.CheckpointError, match=r"The last save failed\.\n  step 7"):
+        run(tmp_path / "run", step, continuing)
     assert sk.Checkpointer(tmp_path / "run" / "checkpoints").steps() == (4, 6)

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import resource
+import types
 
 import jax
 import jax.numpy as jnp
@@ -18,29 +19,29 @@ from rich.console import Console
 
 from shardkit._errors import ConfigError, DataError, StepError
 from shardkit.data import Corpus, DataConfig, Text
-from shardkit.mesh import MeshSpec
-from shardkit.models import SIZES
-from shardkit.parallel import strategies
-from shardkit.run import (
+from shardkit.lm import (
     TextTrainConfig,
-    Watcher,
-    _clock,
-    held_out_bits,
+    measure_bits_per_token,
     printable,
     sample_tokens,
     train,
 )
+from shardkit.lm._scores import spread_batches
+from shardkit.mesh import MeshSpec
+from shardkit.models import SIZES
+from shardkit.parallel import strategies
+from shardkit.run import Callback, RunContext, StepMetrics, _clock
 from shardkit.run._clock import Clock
-from shardkit.run._finite import WatchFinite
-from shardkit.run._folder import MetricsFile, new_folder, read_metrics
+from shardkit.run._folder import RunFolder
+from shardkit.run._layout_table import draw_mesh, layout_rows, total_row
 from shardkit.run._loop import Loop
-from shardkit.run._progress import ShowProgress
-from shardkit.run._rate import Rate
-from shardkit.run._rows import noted
-from shardkit.run._stop import StopRequest
-from shardkit.run._table import draw_mesh, layout_rows, total_row
-from shardkit.run._text import spread
-from shardkit.run._watch import Numbers, Run, Watchers
+from shardkit.run._metrics_file import MetricsFile, read_metrics
+from shardkit.run._metrics_rows import log_exception
+from shardkit.run._processes import create_folder
+from shardkit.run._source import as_source
+from shardkit.run._throughput import Throughput
+from shardkit.run.callbacks._finite import FiniteCheck
+from shardkit.run.callbacks._progress import ProgressDisplay
 
 TEXT = Text(
     Corpus("a test", bytes(range(97, 123)) * 20, bytes(range(1, 101)), 1, 1),
@@ -56,6 +57,8 @@ class FakeStep:
         self.bad_at = bad_at
 
     rows = slice(None)
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    declaration = types.SimpleNamespace(on_nonfinite="apply")
 
     def put(self, batch):
         return batch
@@ -82,34 +85,31 @@ class Late:
         return self.value
 
 
-class Noting(Watcher):
+class Noting(Callback):
     def __init__(self) -> None:
         self.told: list[tuple] = []
 
-    def read(self, numbers):
-        self.told.append((numbers.step, numbers.values["loss"], numbers.left))
+    def on_step(self, metrics):
+        self.told.append((metrics.step, metrics.values["loss"], metrics.remaining))
 
-    def evaluated(self, step, values):
+    def on_eval(self, step, values):
         self.told.append((step, *values))
 
 
-def run(tmp_path, step, watchers=(), batches=None, **config):
+def run(tmp_path, step, batches=None, **config):
     noting, config = Noting(), TextTrainConfig(**config)
 
     def evaluate(step, state):
-        bits, scored = held_out_bits(step, state, TEXT, spread(TEXT, config.eval_batches))
+        bits, scored = measure_bits_per_token(
+            step, state, TEXT, spread_batches(TEXT, config.eval_batches)
+        )
         return {"bits_per_byte": bits, "bytes": scored}
 
     with MetricsFile(tmp_path) as file:
-        watch = Watchers([WatchFinite(1), noting, *watchers])
-        clock, stop = Clock(config.steps), StopRequest()
-        loop = Loop(step, config, clock, watch, file.write, rates, stop, evaluate)
+        folder = RunFolder(file, config, as_source(TEXT.batch), {}, print)
+        loop = Loop(step, folder, [FiniteCheck(1), noting], evaluate=evaluate, tokens=24)
         state = loop.run(0, batches or map(TEXT.batch, itertools.count()))
     return state, noting.told, rows(tmp_path)
-
-
-def rates(seconds):
-    return {"tokens_per_second": 24 / seconds}
 
 
 def rows(folder):
@@ -153,9 +153,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
 
 
 def test_data_that_ends_before_the_run_says_when(tmp_path):
-    with pytest.raises(DataError, match=r"the data +gave 2 batches, and .* 5 updates") as error:
+    with pytest.raises(
+        DataError, match=r"the data +gave 2 batches for a run of 5 updates"
+    ) as error:
         run(tmp_path, FakeStep(), batches=iter([TEXT.batch(0)] * 2), steps=5)
-    assert "Fix: TrainConfig(steps=2), or data that begins anew" in str(error.value)
+    assert "Fix: TrainConfig(steps=2), or data that repeats" in str(error.value)
     assert [row["step"] for row in rows(tmp_path)] == [1]
 
 
@@ -164,12 +166,12 @@ def test_metrics_of_the_loss_may_not_be_columns_of_the_file(tmp_path):
         def __call__(self, state, batch):
             return state + 1, {"loss": 1.0, "seconds": 2.0}
 
-    with pytest.raises(StepError, match=r"seconds +is a column of metrics\.jsonl already"):
+    with pytest.raises(StepError, match=r"seconds +is already a column of metrics\.jsonl"):
         run(tmp_path, Clashing(), steps=2)
 
 
 def test_held_out_bits_weigh_every_byte_alike():
-    bits, scored = held_out_bits(FakeStep(), 0, TEXT, range(TEXT.held_out_steps))
+    bits, scored = measure_bits_per_token(FakeStep(), 0, TEXT, range(TEXT.held_out_steps))
     assert scored == TEXT.held_out_bytes == 100
     # 100 bytes in batches of 3 x 6: a mean of the batches' means would be another number.
     assert bits == pytest.approx(np.mean(np.arange(1, 101)) / math.log(2))
@@ -181,17 +183,23 @@ def test_the_clock_tells_updates_from_waiting_and_from_what_is_no_update(monkeyp
     now = iter([100.0, 100.5, 101.5, 104.0, 106.0, 107.0, 117.0, 121.0])
     monkeypatch.setattr(_clock.time, "perf_counter", lambda: next(now))
     clock = Clock(steps=11)
-    with clock.waiting():
+    with clock.time_data():
         pass
-    first = clock.tick(1, {})
-    assert (first.seconds, first.data_seconds, first.each, first.left) == (4.0, 1.0, None, 10)
-    second = clock.tick(2, {})
-    assert (second.seconds, second.data_seconds, second.each) == (2.0, 0.0, 2.0)
-    with clock.apart() as spent:
+    first = clock.finish_step(1, {})
+    assert (first.seconds, first.data_seconds, first.mean_seconds, first.remaining) == (
+        4.0,
+        1.0,
+        None,
+        10,
+    )
+    second = clock.finish_step(2, {})
+    assert (second.seconds, second.data_seconds, second.mean_seconds) == (2.0, 0.0, 2.0)
+    with clock.exclude() as spent:
         pass
     assert spent == {"seconds": 10.0}
-    third = clock.tick(3, {})
-    assert (third.seconds, third.each, third.data_each, third.left) == (5.0, 3.5, 0.0, 8)
+    third = clock.finish_step(3, {})
+    assert (third.seconds, third.mean_seconds) == (5.0, 3.5)
+    assert (third.mean_data_seconds, third.remaining) == (0.0, 8)
 
 
 # --- files
@@ -199,13 +207,13 @@ def test_the_clock_tells_updates_from_waiting_and_from_what_is_no_update(monkeyp
 
 def test_a_folder_that_exists_is_never_written_to(tmp_path):
     wanted = tmp_path / "runs" / "mine"
-    assert [new_folder(wanted).name for _ in range(3)] == ["mine", "mine-2", "mine-3"]
+    assert [create_folder(wanted).name for _ in range(3)] == ["mine", "mine-2", "mine-3"]
 
 
 def test_a_folder_that_cannot_be_made_says_why(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"nowhere to write\.\n.*\nFix: --set train\.out=FOLDER"):
-        new_folder(tmp_path / "file" / "run")
+    with pytest.raises(ConfigError, match=r"cannot be created\.\n.*\nFix: --set train\.out=FOLDER"):
+        create_folder(tmp_path / "file" / "run")
 
 
 def test_each_metric_is_a_whole_line_at_once(tmp_path):
@@ -236,18 +244,18 @@ def test_a_row_without_room_is_an_error_that_leaves_whole_rows(tmp_path):
     with MetricsFile(tmp_path) as file:
         file.write("step", step=1)
         there = file.path.read_bytes()
-        said = r"cannot write its metrics\.\n  .*metrics\.jsonl +File too large; .*\nFix: room and"
+        said = r"cannot be written\.\n  .*metrics\.jsonl +File too large; .*\nFix: free space and"
         with room(len(there) + 9), pytest.raises(ConfigError, match=said):
             file.write("step", step=2)
         assert file.path.read_bytes() == there
         # What the run ends for is told, not that it could not be noted.
-        with room(len(there) + 9), pytest.raises(KeyError, match="first"), noted(file):
+        with room(len(there) + 9), pytest.raises(KeyError, match="first"), log_exception(file):
             raise KeyError("first")
 
 
-def test_a_run_that_is_to_go_on_without_rows_says_so_once(tmp_path):
+def test_a_run_that_continues_without_rows_warns_once(tmp_path):
     said = []
-    with MetricsFile(tmp_path, told=said.append) as file:
+    with MetricsFile(tmp_path, report_error=said.append) as file:
         with room(9):
             file.write("step", step=1)
             file.write("step", step=2)
@@ -262,23 +270,32 @@ def test_metrics_that_cannot_be_opened_say_so(tmp_path):
         MetricsFile(tmp_path, 3)
 
 
-def test_what_is_told_as_saved_is_on_the_disk(tmp_path):
+def test_the_save_that_is_shown_is_on_the_disk(tmp_path):
     out, whole = io.StringIO(), set()
-    shown = ShowProgress(Console(file=out, width=200), 1, lambda values: "", Rate(8, "rows", True))
-    run = Run(
-        tmp_path, FakeStep(), 0, 99, {}, print, print, print, is_saved=lambda step: step in whole
+    shown = ProgressDisplay(Console(file=out, width=200), 1, lambda values: "")
+    run = RunContext(
+        folder=tmp_path,
+        step=FakeStep(),
+        throughput=Throughput(8, "rows", True),
+        start=0,
+        steps=99,
+        record={},
+        write=print,
+        say=print,
+        stop=print,
+        is_saved=lambda step: step in whole,
     )
-    shown.begin(run, None)
+    shown.on_start(run, None)
 
     def line(step):
-        shown.read(Numbers(step, {}, 1.0, 0.0, 1.0, 0.0, 99 - step))
+        shown.on_step(StepMetrics(step, {}, 1.0, 0.0, 1.0, 0.0, 99 - step))
         return out.getvalue().splitlines()[-1]
 
-    shown.saved(2)
+    shown.on_save(2)
     assert "saved" not in line(3)
     whole.add(2)
     assert "saved 2, 0 s ago" in line(3)
-    shown.saved(4)
+    shown.on_save(4)
     assert "saved 2, 0 s ago" in line(5)
     whole.add(4)
     assert "saved 4, 0 s ago" in line(5)

@@ -219,7 +219,7 @@ def test_signals_end_all_after_one_update_and_the_same_command_goes_on(tmp_path,
         assert code == expected, "\n".join(errors)
         ends.append(max(losses(out)))
         assert saved(out)[-1] == ends[-1]
-        said = f"Step {ends[-1]} is saved; the same command goes on from it."
+        said = f"Step {ends[-1]} is saved. Rerun the same command to resume."
         assert sum(line.endswith(said) for line in errors) >= 1, errors
     assert 1 <= ends[0] < ends[1] < 50
     assert sorted(losses(out)) == list(range(1, ends[1] + 1))

@@ -12,8 +12,8 @@ from rich.console import Console
 import shardkit as sk
 from shardkit.cli import main
 from shardkit.data import DataConfig, load_text, open_shards, tokenize
-from shardkit.run import Run, TextTrainConfig
-from shardkit.run._scores import Score
+from shardkit.lm import TextTrainConfig
+from shardkit.lm._summary import Summary
 
 from .test_run import FakeStep
 
@@ -139,11 +139,13 @@ def written(text, **loop):
     out, said = io.StringIO(), []
     config = TextTrainConfig(steps=1, baselines=False, **loop)
     adapter = SimpleNamespace(bind=lambda params: Alphabet())
-    score = Score(adapter, text, config, Console(file=out, width=200))
-    run = Run(None, FakeStep(), 0, 1, {}, lambda kind, **row: None, said.append, said.append)
-    score.begin(run, None)
-    score.finished(SimpleNamespace(params=None))
-    return score.result.sample, said, out.getvalue()
+    summary = Summary(adapter, text, config, Console(file=out, width=200))
+    run = SimpleNamespace(
+        folder=None, step=FakeStep(), write=lambda kind, **row: None, say=said.append
+    )
+    summary.on_start(run, None)
+    summary.on_finish(SimpleNamespace(params=None))
+    return summary.result.sample, said, out.getvalue()
 
 
 def test_a_sample_of_tokens_is_text_where_their_tokenizer_is_known(folder, tokenizer, tmp_path):
@@ -160,7 +162,7 @@ def test_shards_without_their_tokenizer_have_no_sample_and_say_so(folder, tokeni
     sample, said, shown = written(text)
     assert (sample, "a sample" in shown) == (b"", False)
     assert said == [
-        "no sample: tokens of shards have no text without the tokenizer that made them "
+        "no sample: decoding the tokens needs the tokenizer that made the shards "
         "(--set data.tokenizer=tokenizer.json)"
     ]
     assert written(text, sample=0)[1] == []

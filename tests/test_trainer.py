@@ -1,4 +1,4 @@
-"""`Trainer` in research code: an own model, own data, own watchers."""
+"""`Trainer` in research code: an own model, own data, own callbacks."""
 
 import io
 import json
@@ -14,8 +14,8 @@ from rich.console import Console
 
 import shardkit as sk
 from shardkit.hardware import CHIPS
-from shardkit.run import _rate
-from shardkit.run._folder import read_metrics
+from shardkit.run import _throughput
+from shardkit.run._metrics_file import read_metrics
 
 STEPS = 6
 
@@ -72,7 +72,7 @@ def by_hand(step):
     return seen, np.asarray(state.params["w"])
 
 
-class Noting(sk.Watcher):
+class Noting(sk.Callback):
     """Notes every event; may act at one of them."""
 
     def __init__(self, at=None, do=None):
@@ -83,62 +83,62 @@ class Noting(sk.Watcher):
         if event == self.at:
             self.do(self)
 
-    def begin(self, run, state):
+    def on_start(self, run, state):
         self.run = run
-        self._note("begin", int(state.step))
+        self._note("on_start", int(state.step))
 
-    def dispatched(self, step, state, batch):
+    def on_dispatch(self, step, state, batch):
         assert int(state.step) == step
         assert batch["x"].sharding.spec == P("data")
-        self._note("dispatched", step)
+        self._note("on_dispatch", step)
 
-    def read(self, numbers):
-        self._note("read", numbers.step)
+    def on_step(self, metrics):
+        self._note("on_step", metrics.step)
 
-    def evaluated(self, step, values):
-        self._note("evaluated", step)
+    def on_eval(self, step, values):
+        self._note("on_eval", step)
 
-    def saved(self, step):
-        self._note("saved", step)
+    def on_save(self, step):
+        self._note("on_save", step)
 
-    def finished(self, state):
-        self._note("finished", int(state.step))
+    def on_finish(self, state):
+        self._note("on_finish", int(state.step))
 
-    def end(self, error):
-        self._note("end", type(error))
+    def on_exit(self, error):
+        self._note("on_exit", type(error))
 
 
-def interrupt(watcher):
+def interrupt(callback):
     raise KeyboardInterrupt
 
 
 def at_read(step, do):
-    """Acts when the numbers of a step are told."""
-    return Noting(("read", step), do)
+    """Acts when the metrics of a step are told."""
+    return Noting(("on_step", step), do)
 
 
 def test_a_run_is_the_loop_by_hand_with_everything_around_it(tmp_path, step, by_hand):
-    watcher, out = Noting(), io.StringIO()
+    callback, out = Noting(), io.StringIO()
     state = trainer(
         tmp_path / "run",
         step,
         out=out,
         evaluate=lambda step, state: step.evaluate(state, batch_of(99)),
-        watchers=[watcher],
+        callbacks=[callback],
     ).run()
     np.testing.assert_array_equal(np.asarray(state.params["w"]), by_hand[1])
     assert losses(tmp_path / "run") == by_hand[0]
     assert sk.Checkpointer(tmp_path / "run" / "checkpoints").steps() == (4, 6)
-    assert watcher.told == [
-        ("begin", 0),
-        ("dispatched", 1),
-        ("dispatched", 2), ("read", 1), ("read", 2), ("saved", 2),
-        ("dispatched", 3), ("read", 3), ("evaluated", 3),
-        ("dispatched", 4), ("read", 4), ("saved", 4),
-        ("dispatched", 5),
-        ("dispatched", 6), ("read", 5), ("read", 6), ("saved", 6),
-        ("finished", 6),
-        ("end", type(None)),
+    assert callback.told == [
+        ("on_start", 0),
+        ("on_dispatch", 1),
+        ("on_dispatch", 2), ("on_step", 1), ("on_step", 2), ("on_save", 2),
+        ("on_dispatch", 3), ("on_step", 3), ("on_eval", 3),
+        ("on_dispatch", 4), ("on_step", 4), ("on_save", 4),
+        ("on_dispatch", 5),
+        ("on_dispatch", 6), ("on_step", 5), ("on_step", 6), ("on_save", 6),
+        ("on_finish", 6),
+        ("on_exit", type(None)),
     ]  # fmt: skip
     shown = out.getvalue()
     assert "f32[8,4]  P(None, 'tensor')" in shown
@@ -170,7 +170,7 @@ def test_data_in_any_form_is_taken_up_where_the_run_was_killed(form, tmp_path, s
         "source": Own(),
     }[form]
     with pytest.raises(KeyboardInterrupt):
-        trainer(tmp_path / "run", step, data, watchers=[at_read(5, interrupt)]).run()
+        trainer(tmp_path / "run", step, data, callbacks=[at_read(5, interrupt)]).run()
     state = trainer(tmp_path / "run", step, data).run()
     assert losses(tmp_path / "run") == by_hand[0]
     np.testing.assert_array_equal(np.asarray(state.params["w"]), by_hand[1])
@@ -185,7 +185,7 @@ def test_a_step_may_be_compiled_once_everything_else_is_right(tmp_path, step):
         return step
 
     config = sk.TrainConfig(steps=STEPS, resume=str(tmp_path / "nowhere"))
-    with pytest.raises(sk.CheckpointError, match="is no folder of a run"):
+    with pytest.raises(sk.CheckpointError, match="is not a run folder"):
         trainer(tmp_path / "run", compiling, config=config).run()
     assert compiled == []
     out = io.StringIO()
@@ -198,42 +198,42 @@ def test_a_step_may_be_compiled_once_everything_else_is_right(tmp_path, step):
 def test_a_record_that_changed_begins_a_new_run_and_is_named(tmp_path, step):
     stop = at_read(5, interrupt)
     with pytest.raises(KeyboardInterrupt):
-        trainer(tmp_path / "run", step, record={"lr": 0.01, "mesh": "a"}, watchers=[stop]).run()
-    again = Noting(("begin", 4), interrupt)
+        trainer(tmp_path / "run", step, record={"lr": 0.01, "mesh": "a"}, callbacks=[stop]).run()
+    again = Noting(("on_start", 4), interrupt)
     with pytest.raises(KeyboardInterrupt):
         trainer(
             tmp_path / "run",
             step,
             record={"lr": 0.01, "mesh": "b"},
             decides=("lr",),
-            watchers=[again],
+            callbacks=[again],
         ).run()
     assert again.run.folder == tmp_path / "run"
     anew, out = Noting(), io.StringIO()
-    trainer(tmp_path / "run", step, record={"lr": 0.02}, out=out, watchers=[anew]).run()
+    trainer(tmp_path / "run", step, record={"lr": 0.02}, out=out, callbacks=[anew]).run()
     assert anew.run.folder == tmp_path / "run-2"
     assert "lr was 0.01, is 0.02; mesh was 'a', is None" in out.getvalue().replace("\n", " ")
 
 
-def test_a_watcher_may_end_the_run_in_order(tmp_path, step, by_hand):
+def test_a_callback_may_end_the_run_in_order(tmp_path, step, by_hand):
     early = at_read(3, lambda self: self.run.stop("good enough"))
-    state = trainer(tmp_path / "run", step, watchers=[early]).run()
+    state = trainer(tmp_path / "run", step, callbacks=[early]).run()
     assert int(state.step) == 4  # 3 is read while 4 is under way
-    assert early.told[-3:] == [("saved", 4), ("finished", 4), ("end", type(None))]
+    assert early.told[-3:] == [("on_save", 4), ("on_finish", 4), ("on_exit", type(None))]
     assert sk.Checkpointer(tmp_path / "run" / "checkpoints").steps()[-1] == 4
     ended = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "ended"]
     assert [row["why"] for row in ended] == ["good enough"]
 
 
-def test_what_a_watcher_raises_ends_the_run_and_every_watcher_is_told(tmp_path, step):
+def test_what_a_callback_raises_ends_the_run_and_every_callback_is_told(tmp_path, step):
     def fail(self):
         self.run.write("mine", step=2, why="because")
         raise RuntimeError("I do not like it")
 
     first, second = Noting(), at_read(2, fail)
     with pytest.raises(RuntimeError, match="I do not like it") as error:
-        trainer(tmp_path / "run", step, watchers=[first, second]).run()
-    assert first.told[-1] == second.told[-1] == ("end", RuntimeError)
+        trainer(tmp_path / "run", step, callbacks=[first, second]).run()
+    assert first.told[-1] == second.told[-1] == ("on_exit", RuntimeError)
     rows = read_metrics(tmp_path / "run")
     assert [row["kind"] for row in rows[-3:]] == ["mine", "stopped", "goodput"]
     assert rows[-2]["why"] == "I do not like it"
@@ -241,7 +241,7 @@ def test_what_a_watcher_raises_ends_the_run_and_every_watcher_is_told(tmp_path, 
 
 
 def test_mfu_is_told_where_the_devices_are_in_a_table(tmp_path, step, monkeypatch):
-    monkeypatch.setattr(_rate, "chip_of", lambda kind: CHIPS["h100"])
+    monkeypatch.setattr(_throughput, "chip_of", lambda kind: CHIPS["h100"])
     out = io.StringIO()
     trainer(tmp_path / "run", step, out=out).run()
     told = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "step"]

@@ -2,17 +2,17 @@
 
 from ._checkpointer import Checkpointer
 from ._fingerprint import as_text, fingerprints
-from ._keep import Keep
 from ._manifest import Manifest, SavedFile, SavedLeaf
 from ._restore import Restored
+from ._retention import RetentionPolicy
 from ._safetensors import export_safetensors, import_safetensors
 from ._step import SavedStep
 
 __all__ = [
     "Checkpointer",
-    "Keep",
     "Manifest",
     "Restored",
+    "RetentionPolicy",
     "SavedFile",
     "SavedLeaf",
     "SavedStep",

@@ -15,9 +15,9 @@ from .._tree import leaves_by_path
 from ._arrays import check_folders
 from ._as_one import as_one, is_first
 from ._files import LOCK, list_steps, locked, set_aside, step_folder, sweep
-from ._keep import Keep
 from ._manifest import Manifest, read_manifest
 from ._restore import Request, Restored
+from ._retention import RetentionPolicy
 from ._saving import Saving
 
 
@@ -31,7 +31,8 @@ class Checkpointer:
     the last save is on the disk or
     has raised. Outside of one, `save` itself waits.
 
-        with sk.Checkpointer("runs/first/checkpoints", keep=sk.Keep(last=3)) as checkpoints:
+        policy = sk.RetentionPolicy(max_to_keep=3)
+        with sk.Checkpointer("runs/first/checkpoints", retention=policy) as checkpoints:
             for i in range(start, steps):
                 state, metrics = step(state, batch(i))
                 if (i + 1) % 100 == 0:
@@ -39,14 +40,14 @@ class Checkpointer:
 
     Attributes:
       folder: holds one folder for each step.
-      keep: which steps stay.
+      retention: which steps stay.
     """
 
     def __init__(
         self,
         folder: str | os.PathLike[str],
         *,
-        keep: Keep | None = None,
+        retention: RetentionPolicy | None = None,
         axes: Mapping[str, tuple[str | None, ...]] | None = None,
         config: Any = None,
     ) -> None:
@@ -54,11 +55,11 @@ class Checkpointer:
 
         Args:
           folder: made by the first save.
-          keep: which steps stay; by default the last two.
+          retention: which steps stay; by default the last two.
           axes: `{path: logical axes}` of leaves whose dims are named, for the manifest.
           config: plain JSON values that describe the run, for the manifest.
         """
-        self.folder, self.keep = Path(folder), keep or Keep()
+        self.folder, self.retention = Path(folder), retention or RetentionPolicy()
         self._axes, self._config = dict(axes or {}), config
         self._block: contextlib.ExitStack | None = None
         self._saving: Saving | None = None
@@ -134,7 +135,7 @@ class Checkpointer:
           step: updates made; each is saved once.
           state: pytree of arrays, typed PRNG keys among them.
           data: state of the data iterator, plain JSON values.
-          metrics: numbers by which `Keep(best=...)` ranks the step.
+          metrics: numbers by which `RetentionPolicy(best_metric=...)` ranks the step.
 
         Raises:
           CheckpointError: this save cannot start, or the one before was lost.
@@ -153,7 +154,7 @@ class Checkpointer:
                 self._make_room(step)
         self._damaged.clear()
         about = {"data": data, "config": self._config, "metrics": dict(metrics or {})}
-        self._saving = Saving(self.folder, step, leaves, about, self._axes, self.keep)
+        self._saving = Saving(self.folder, step, leaves, about, self._axes, self.retention)
         return None
 
     def _make_room(self, step: int) -> None:

@@ -17,10 +17,9 @@ from ._arrays import start_writing
 from ._as_one import as_one, is_first
 from ._files import ARRAYS, being_saved, checksums, commit, saving_folder
 from ._fingerprint import as_text, bare, fingerprints, is_key
-from ._keep import Keep
 from ._manifest import Manifest, SavedLeaf
 from ._match import dtype_name
-from ._retain import retain
+from ._retention import RetentionPolicy, delete_old_steps
 
 _PACKAGES = ("shardkit", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -35,7 +34,7 @@ class Saving:
         leaves: Mapping[str, jax.Array],
         about: Mapping[str, Any],
         axes: Mapping[str, tuple[str | None, ...]],
-        keep: Keep,
+        retention: RetentionPolicy,
     ) -> None:
         """Copies the arrays and starts the thread.
 
@@ -45,12 +44,12 @@ class Saving:
           leaves: `{path: array}`.
           about: the manifest's `data`, `config` and `metrics`.
           axes: `{path: logical axes}`.
-          keep: applied once the step is complete.
+          retention: applied once the step is complete.
 
         Raises:
           CheckpointError: nothing can be written there.
         """
-        self._root, self._step, self._keep = root, step, keep
+        self._root, self._step, self._retention = root, step, retention
         self._leaves = {path: _describe(x, axes.get(path)) for path, x in leaves.items()}
         self._about = {**about, "mesh": _mesh(leaves)}
         self._error: Exception | None = None
@@ -108,7 +107,7 @@ class Saving:
                 **self._about,
             )
             commit(self._folder, self._root, self._step, manifest.to_text())
-            retain(self._root, self._keep)
+            delete_old_steps(self._root, self._retention)
         except Exception as error:
             self._error = error
 

@@ -12,10 +12,10 @@ from .._core.io import make_console
 from .._precision import Precision
 from .._types import Accumulate
 from ..config import Config, from_record
-from ..guards import dump_manifest
+from ..lm import decoder_model
 from ..mesh import MeshSpec
 from ..parallel import strategies
-from ..run import abstract_batch, decoder_model, replay
+from ..run.guards import abstract_batch, dump_manifest, replay
 from ..step import CompiledStep, compile_step
 
 

@@ -4,9 +4,10 @@ import argparse
 
 from .._errors import MeshError, Problem, format_problems
 from ..config import to_record
+from ..lm import train
 from ..mesh import Target
 from ..processes import distributed
-from ..run import package_versions, train
+from ..run import package_versions
 from ._source import config_of
 
 

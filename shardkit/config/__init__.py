@@ -1,7 +1,7 @@
 """One frozen tree per run, config files, and typed overrides from the command line."""
 
 from ..data import DataConfig
-from ..run import TextTrainConfig
+from ..lm import TextTrainConfig
 from ._compile import CompileConfig
 from ._load import load_config
 from ._optimizer import OptimizerConfig

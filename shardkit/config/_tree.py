@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from .._errors import ConfigError, Problem, format_problems
 from ..data import BYTES, DataConfig
 from ..hardware import Chip
+from ..lm import TextTrainConfig, declare_run
 from ..mesh import MeshSpec
 from ..models import DecoderConfig
 from ..parallel import Strategy, strategies
-from ..run import TextTrainConfig, declare_run
 from ._compile import CompileConfig
 from ._optimizer import OptimizerConfig
 
@@ -62,7 +62,7 @@ class Config:
         """The training step of the run; `mesh` and `devices` say what it is compiled for."""
         optimizer = self.optimizer.build(self.train.steps)
         compiling = self.compile.arguments
-        return declare_run(self.model, self.data, self.strategy, optimizer, compiling)
+        return declare_run(self.model, self.data, self.strategy, optimizer, **compiling)
 
     def __post_init__(self) -> None:
         """Refuses a model that has no token for some byte, and a name that is no folder's."""

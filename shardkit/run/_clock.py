@@ -1,4 +1,4 @@
-"""The wall time of a loop: updates, the wait for their batches, and what is no update."""
+"""Wall time of the loop: per update, waiting for batches, and everything that is not an update."""
 
 import collections
 import contextlib
@@ -6,13 +6,13 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping
 
-from ._watch import Numbers
+from .callbacks import StepMetrics
 
 _RECENT = 20
 
 
 class Clock:
-    """Counts updates. The first one is timed, but says nothing of those to come: it warms up."""
+    """Times updates. The first one includes warm-up and is left out of the means."""
 
     def __init__(self, steps: int) -> None:
         """Starts now; `steps` is the number of the last update."""
@@ -21,28 +21,37 @@ class Clock:
         self._recent: collections.deque[tuple[float, float]] = collections.deque(maxlen=_RECENT)
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """The loop waits for a batch."""
+    def time_data(self) -> Iterator[None]:
+        """Counts the block as waiting for a batch."""
         began = time.perf_counter()
         yield
         self._waited += time.perf_counter() - began
 
     @contextlib.contextmanager
-    def apart(self) -> Iterator[dict[str, float]]:
-        """Something else than updates goes on; `{"seconds": ...}` is filled in at its end."""
+    def exclude(self) -> Iterator[dict[str, float]]:
+        """Leaves the block out of update times; `{"seconds": ...}` is filled in at its end."""
         spent: dict[str, float] = {}
         began = time.perf_counter()
         yield spent
         spent["seconds"] = time.perf_counter() - began
         self._mark += spent["seconds"]
 
-    def tick(self, step: int, values: Mapping[str, float]) -> Numbers:
-        """Tells what one more finished update took."""
+    def finish_step(self, step: int, values: Mapping[str, float]) -> StepMetrics:
+        """Returns the metrics and the times of an update whose values were just read."""
         now = time.perf_counter()
         seconds, waited = now - self._mark, self._waited
         self._mark, self._waited = now, 0.0
         if self._warm:
             self._recent.append((seconds, waited))
         self._warm = True
-        each = tuple(map(statistics.fmean, zip(*self._recent, strict=True))) or (None, None)
-        return Numbers(step, values, seconds, waited, *each, left=self._steps - step)
+        means = tuple(map(statistics.fmean, zip(*self._recent, strict=True)))
+        mean, mean_waited = means or (None, None)
+        return StepMetrics(
+            step=step,
+            values=values,
+            seconds=seconds,
+            data_seconds=waited,
+            mean_seconds=mean,
+            mean_data_seconds=mean_waited,
+            remaining=self._steps - step,
+        )

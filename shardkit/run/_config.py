@@ -1,48 +1,48 @@
-"""How long a run is, what it says on the way, and what it keeps."""
+"""`TrainConfig`: how long a run is, what it reports, and which checkpoints it keeps."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Literal
 
-from .._errors import ConfigError, Problem, raise_all
+from .._errors import ConfigError, Problem, format_problems, raise_all
 from .._options import check_options
-from ._profile import check_profile
+from ..checkpoint import RetentionPolicy
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """The loop.
+    """The training loop.
 
     Attributes:
-      steps: updates.
-      seed: of the parameters and of dropout; the order of the data has its own.
-      eval_every: updates between evaluations on the way, where there is something to evaluate;
+      steps: number of updates.
+      seed: of the parameters and of dropout; the order of the data has its own seed.
+      eval_every: updates between evaluations during training, if there is something to evaluate;
         0 for none.
-      log_every: updates between two printed lines where the output is no terminal.
-      checkpoint_every: updates between checkpoints, of which one is always made at the end; 0
-        for none at all.
-      keep: how many of the newest checkpoints stay.
-      keep_every: also every checkpoint of a step that this divides; 0 for none.
-      keep_best: also so many with the fewest held-out bits per byte; an evaluation must fall on
-        their step.
-      resume: `auto` goes on with the newest unfinished run of that name and the same settings,
-        and begins a new one where there is none; `never` begins a new one; anything else is the
-        folder of the run to go on with.
-      on_damage: what a resumed run does when its newest checkpoint is damaged: go on from the
-        `previous` whole one, which it says, or `stop`.
-      on_save_error: what a run does when a checkpoint or a row of metrics cannot be written:
-        `stop`, or `go_on` without it, say so, and end with an error if the last checkpoint was
-        lost.
-      sinks: where metrics go besides `metrics.jsonl`: `tensorboard`, `wandb`; each is an extra.
-      profile: updates to trace with `jax.profiler`, `10:15`; None for none.
+      log_every: updates between printed lines when the output is not a terminal.
+      checkpoint_every: updates between checkpoints; one more is always made at the end. 0 for no
+        checkpoints at all.
+      max_to_keep: how many of the newest checkpoints to keep.
+      keep_period: also keep each checkpoint whose step is a multiple of this; 0 for none.
+      best_to_keep: also keep this many checkpoints with the lowest validation bits per byte; an
+        evaluation must fall on their step.
+      resume: `auto` resumes the newest unfinished run of that name with the same settings, or
+        starts a new one; `never` starts a new one; anything else is the folder of the run to
+        resume.
+      on_damage: what a resumed run does when its newest checkpoint is damaged: warn and take the
+        `previous` intact one, or `stop`.
+      on_save_error: what to do when a checkpoint or a row of metrics cannot be written: `stop`,
+        or warn and `continue`, and fail at the end if the last checkpoint is missing.
+      loggers: where metrics go besides `metrics.jsonl`: `tensorboard`, `wandb`; each is an extra.
+      profile: updates to trace with `jax.profiler`, as `first:last`, e.g. `10:15`; None for none.
       step_timeout: seconds without an update, an evaluation or a save after which a process
-        counts as stuck: it and all others end, and say which; 0 for no limit. The longest
-        evaluation, its compile included, has to fit.
+        counts as stuck; then all processes end and say which one it was. 0 for no limit. The
+        longest evaluation, with its compilation, must fit.
       skip_limit: updates in a row that may be skipped because their loss or gradients are not
-        finite (`compile.on_nonfinite=skip`); then the run ends with an error.
-      replica_check_every: updates between two comparisons of the copies of the state that
-        devices hold, by checksum; 0 for none.
-      on_replica_mismatch: what a run does when copies differ: `stop`, or `go_on` and say so.
+        finite (`compile.on_nonfinite=skip`) before the run ends with an error.
+      replica_check_every: updates between checksum comparisons of the copies of the state on
+        different devices; 0 for none.
+      on_replica_mismatch: what to do when copies differ: `stop`, or warn and `continue`.
     """
 
     steps: int = 400
@@ -50,37 +50,48 @@ class TrainConfig:
     eval_every: int = 100
     log_every: int = 20
     checkpoint_every: int = 100
-    keep: int = 2
-    keep_every: int = 0
-    keep_best: int = 0
+    max_to_keep: int = 2
+    keep_period: int = 0
+    best_to_keep: int = 0
     resume: str = "auto"
     on_damage: Literal["previous", "stop"] = "previous"
-    on_save_error: Literal["stop", "go_on"] = "stop"
-    sinks: tuple[str, ...] = ()
+    on_save_error: Literal["stop", "continue"] = "stop"
+    loggers: tuple[str, ...] = ()
     profile: str | None = None
     step_timeout: float = 0.0
     skip_limit: int = 20
     replica_check_every: int = 0
-    on_replica_mismatch: Literal["stop", "go_on"] = "stop"
+    on_replica_mismatch: Literal["stop", "continue"] = "stop"
 
     def __post_init__(self) -> None:
-        """Refuses counts that no loop has."""
-        check_options(self, ConfigError, "The loop cannot run this way.", "train.")
-        raise_all(ConfigError, "The loop cannot run this way.", self._problems())
+        """Raises one ConfigError with every field that is out of range."""
+        headline = "The training loop cannot run with these values."
+        check_options(self, ConfigError, headline, "train.")
+        raise_all(ConfigError, headline, self._problems())
         check_profile(self.profile, self.steps, 0)
 
+    @property
+    def retention(self) -> RetentionPolicy:
+        """Which checkpoints stay, as the three fields declare."""
+        return RetentionPolicy(
+            max_to_keep=self.max_to_keep,
+            keep_period=self.keep_period,
+            best_to_keep=self.best_to_keep,
+            best_metric="bits_per_byte" if self.best_to_keep else None,
+        )
+
     def _problems(self) -> list[Problem]:
-        """What is wrong with the fields, a subclass's own among them."""
+        """Fields that are out of range; a subclass adds its own."""
         least = {"steps": 1, "eval_every": 0, "log_every": 1, "checkpoint_every": 0}
-        least |= {"keep": 1, "keep_every": 0, "keep_best": 0}
+        least |= {"max_to_keep": 1, "keep_period": 0, "best_to_keep": 0}
         least |= {"skip_limit": 1, "replica_check_every": 0}
-        problems = self._too_small(least)
+        problems = self._check_least(least)
         if self.step_timeout < 0:
             why, fix = "must be 0 or more seconds.", "--set train.step_timeout=600"
             problems.append(Problem(f"train.step_timeout={self.step_timeout:g}", why, fix))
         return problems
 
-    def _too_small(self, least: Mapping[str, int]) -> list[Problem]:
+    def _check_least(self, least: Mapping[str, int]) -> list[Problem]:
         return [
             Problem(
                 f"train.{name}={value}", f"must be at least {low}.", f"--set train.{name}={low}"
@@ -88,3 +99,54 @@ class TrainConfig:
             for name, low in least.items()
             if (value := getattr(self, name)) < low
         ]
+
+
+def parse_profile(text: str, steps: int) -> tuple[int, int]:
+    """Parses `first:last`, the first and the last update to trace, counted from 1.
+
+    Raises:
+      ConfigError: the text is not a range, or the run of `steps` updates does not make them all.
+
+    >>> parse_profile("10:15", 400)
+    (10, 15)
+    """
+    match = re.fullmatch(r"(\d+):(\d+)", text.strip())
+    first, last = (int(match[1]), int(match[2])) if match else (0, 0)
+    why = None
+    if match is None:
+        why = "is not a range of updates first:last."
+    elif first < 1:
+        why = "begins before the first update, which is 1."
+    elif last < first:
+        why = f"ends before it begins: {last} < {first}."
+    elif last > steps:
+        why = f"ends after the last update, train.steps={steps}."
+    if why is not None:
+        raise _profile_error(text, why, f"--profile {_example_range(0, steps)}")
+    return first, last
+
+
+def check_profile(text: str | None, steps: int, start: int) -> None:
+    """Refuses a range of updates that a resumed run has already made.
+
+    Args:
+      text: `first:last`, or None for no trace.
+      steps: updates of the whole run.
+      start: updates that the run has made already.
+
+    Raises:
+      ConfigError: naming the update from which the run resumes.
+    """
+    if text is not None and parse_profile(text, steps)[1] <= start:
+        why = f"is over: the run resumes from update {start}."
+        fix = f"--profile {_example_range(start, steps)}, or train.resume=never"
+        raise _profile_error(text, why, fix)
+
+
+def _example_range(start: int, steps: int) -> str:
+    return f"{min(start + 10, steps)}:{min(start + 15, steps)}"
+
+
+def _profile_error(text: str, why: str, fix: str) -> ConfigError:
+    problem = Problem(f"profile={text}", why, fix)
+    return ConfigError(format_problems("These updates cannot be traced.", [problem]))

@@ -1,4 +1,4 @@
-"""Where the numbers of a run come from."""
+"""Mesh, device and versions behind the numbers of a run."""
 
 import importlib.metadata
 import platform
@@ -11,7 +11,7 @@ from ._console import is_simulated
 
 
 def environment(mesh: Mesh) -> dict[str, Any]:
-    """What a reader of the numbers has to know of where they come from."""
+    """Returns mesh, device, versions and UTC time, for the first row of the metrics."""
     device = mesh.devices.flat[0]
     return {
         "mesh": dict(mesh.shape),
@@ -27,12 +27,12 @@ def environment(mesh: Mesh) -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of what decides the numbers of a run."""
+    """Returns the versions of Python and of the packages that determine the numbers of a run."""
     names = ("shardkit", "jax", "jaxlib", "flax", "optax", "numpy")
-    found = {name: importlib.metadata.version(name) for name in names if _installed(name)}
-    return {"python": platform.python_version(), **found}
+    versions = {name: importlib.metadata.version(name) for name in names if _is_installed(name)}
+    return {"python": platform.python_version(), **versions}
 
 
-def _installed(name: str) -> bool:
-    """Whether a distribution is known; shardkit itself is not where it runs from a checkout."""
+def _is_installed(name: str) -> bool:
+    """Whether a distribution is installed; shardkit is not when it runs from a checkout."""
     return any(True for _ in importlib.metadata.distributions(name=name))

@@ -1,192 +1,221 @@
-"""A run's folder and its metrics file: nothing is overwritten, no line is half-written."""
+"""`RunFolder`: the open folder of a run, with its metrics, its checkpoints and its first state."""
 
 import contextlib
 import dataclasses
-import itertools
-import json
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from .._core.io import append_atomic
-from .._errors import ConfigError, Problem, format_problems
+import jax
+from rich.console import Console
+from rich.text import Text
 
-METRICS = "metrics.jsonl"
-
-
-def new_folder(wanted: Path) -> Path:
-    """Makes a folder that did not exist: `wanted`, or `wanted-2`, `wanted-3`, ….
-
-    `mkdir` is atomic, so two runs that start together never share one.
-
-    Raises:
-      ConfigError: the folder cannot be made there.
-    """
-    try:
-        wanted.parent.mkdir(parents=True, exist_ok=True)
-        for number in itertools.count(1):
-            folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
-            try:
-                folder.mkdir()
-            except FileExistsError:
-                continue
-            return folder
-    except OSError as error:
-        problem = Problem(str(wanted), f"{error.strerror}.", "--set train.out=FOLDER")
-        raise ConfigError(format_problems("The run has nowhere to write.", [problem])) from error
-    raise AssertionError("unreachable")
+from .._errors import CheckpointError, Problem, format_problems
+from .._tree import join_path
+from ..checkpoint import Checkpointer, RetentionPolicy
+from ..processes import Peers
+from ..step import CompiledStep
+from ._config import TrainConfig
+from ._metrics_file import MetricsFile
+from ._metrics_rows import log_exception, write_goodput, write_start
+from ._processes import agree_on_step, create_shared_folder, leave_together
+from ._resume import ResumeDecision, checkpoints_folder
+from ._source import DataSource
 
 
-class MetricsFile:
-    """JSON lines, one `write` each: whoever reads the file sees whole lines only.
+@dataclasses.dataclass
+class RunFolder:
+    """Metrics and checkpoints of a run that is under way.
 
     Attributes:
-      path: `metrics.jsonl` in the run's folder.
-      before: rows that the run had written, of a run that goes on.
-      void: rows that it had written behind them, of updates that will be made again.
-      broken: numbers of the lines, counted from 1, that were no rows.
+      metrics: the metrics file.
+      config: when to save, and what to do when a save fails.
+      source: batches; their position goes into each checkpoint.
+      record: settings as plain values.
+      say: prints one line for the user.
+      start: updates already made; 0 for a new run.
+      checkpoints: inside its `with` block; None for a run that makes no checkpoints.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        after: int | None = None,
-        told: Callable[[str], None] | None = None,
-    ) -> None:
-        """Opens the file of a new run, or that of a run which goes on.
+    metrics: MetricsFile
+    config: TrainConfig
+    source: DataSource
+    record: Mapping[str, Any]
+    say: Callable[[str], None]
+    start: int = 0
+    checkpoints: Checkpointer | None = None
+
+    def __post_init__(self) -> None:
+        """The state that a run starts from needs no save."""
+        self._newest = self.start
+
+    @property
+    def path(self) -> Path:
+        """The folder itself."""
+        return self.metrics.path.parent
+
+    def is_saved(self, step: int) -> bool:
+        """Whether the checkpoint of a step is complete on the disk."""
+        return self.checkpoints is not None and step in self.checkpoints.steps()
+
+    @property
+    def can_save(self) -> bool:
+        """Whether the run makes checkpoints."""
+        return self.checkpoints is not None
+
+    def is_save_due(self, done: int) -> bool:
+        """Whether to save after `done` updates: every `checkpoint_every`, and after the last."""
+        every = self.config.checkpoint_every
+        return self.can_save and (done % every == 0 or done == self.config.steps)
+
+    def save(self, done: int, state: Any, scores: Mapping[str, float]) -> None:
+        """Starts saving a state in the background, unless it is saved already.
 
         Args:
-          folder: of the run.
-          after: the step at which the run goes on; what it had written of later ones, which will
-            be made again, is cut off.
-          told: is given a word on the first row that cannot be written, and the run goes on
-            without it and any later one (`train.on_save_error=go_on`); by default it is an error.
+          done: updates made.
+          state: to save.
+          scores: metrics of its evaluation, by which the best checkpoints are kept.
 
         Raises:
-          ConfigError: the file cannot be opened, or read.
+          CheckpointError: this save or the one before fails, and `on_save_error` is `stop`.
         """
-        self.path, self._told, self._deaf = folder / METRICS, told, False
-        self.before: list[dict[str, Any]] = []
-        self.void: list[dict[str, Any]] = []
-        self.broken: list[int] = []
-        new = os.O_EXCL if after is None else 0
+        checkpoints = self.checkpoints
+        if checkpoints is None or done == self._newest:
+            return
+        self.metrics.sync()
+        self._handle_save_error(checkpoints.wait)
+        self._newest, data = done, self.source.position(done)
+        self._handle_save_error(lambda: checkpoints.save(done, state, data=data, metrics=scores))
+
+    def finish_saving(self) -> str:
+        """Waits for the last save; returns a message about what is on the disk.
+
+        Raises:
+          CheckpointError: the last save failed.
+        """
+        if self.checkpoints is None:
+            return "No checkpoint was saved."
+        self._handle_save_error(self.checkpoints.wait)
+        if not self.is_saved(self._newest):
+            problem = Problem(f"step {self._newest}", f"is not in {self.checkpoints.folder}")
+            fix = "free disk space; then rerun the same command to resume"
+            raise CheckpointError(format_problems("The last save failed.", [problem], fix))
+        return f"Step {self._newest} is saved. Rerun the same command to resume."
+
+    def _handle_save_error(self, call: Callable[[], None]) -> None:
         try:
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | new | os.O_APPEND, 0o644)
-            if after is not None:
-                self._go_on(after)
-        except OSError as error:
-            raise self._lost(error) from error
-
-    def _go_on(self, after: int) -> None:
-        lines = self.path.read_bytes().splitlines(keepends=True)
-        kept = _kept_lines(lines, after)
-        os.ftruncate(self._file, sum(map(len, lines[:kept])))
-        self.before, self.void = parse_rows(lines[:kept]).rows, parse_rows(lines[kept:]).rows
-        self.broken = parse_rows(lines).broken
-
-    def sync(self) -> None:
-        """Puts what was written on the disk, before a checkpoint that relies on it.
-
-        Raises:
-          ConfigError: it cannot be put there.
-        """
-        with self._writing():
-            os.fsync(self._file)
-
-    def write(self, kind: str, **values: Any) -> None:
-        """Appends `{"kind": kind, ..., "time": seconds since 1970}` as one line.
-
-        Raises:
-          ConfigError: the row cannot be written, and nothing of it was.
-          ValueError: a value is not finite; JSON has no word for it.
-        """
-        row = {"kind": kind, **values, "time": round(time.time(), 3)}
-        line = json.dumps(row, allow_nan=False) + "\n"
-        with self._writing():
-            append_atomic(self._file, line)
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if self._told is None:
-                raise self._lost(error) from error
-            if not self._deaf:
-                self._told(f"{self._lost(error)}\nThe run goes on (train.on_save_error=go_on).")
-            self._deaf = True
-
-    def _lost(self, error: OSError) -> ConfigError:
-        problem = Problem(str(self.path), f"{error.strerror}; what is in it stays.")
-        fix = "room and rights for the folder; the same command then goes on from the last save"
-        return ConfigError(format_problems("The run cannot write its metrics.", [problem], fix))
-
-    def __enter__(self) -> Self:
-        """Returns itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Closes the file."""
-        os.close(self._file)
+            call()
+        except CheckpointError as error:
+            if self.config.on_save_error == "stop":
+                raise
+            self.metrics.write("save_failed", why=str(error))
+            self.say(f"{error}\nTraining continues (train.on_save_error=continue).")
 
 
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """Rows of a metrics file, and the numbers of the lines that are none, counted from 1."""
+@contextlib.contextmanager
+def open_run_folder(
+    decision: ResumeDecision,
+    step: CompiledStep,
+    *,
+    config: TrainConfig,
+    retention: RetentionPolicy | None,
+    record: Mapping[str, Any],
+    source: DataSource,
+    console: Console,
+    peers: Peers,
+    began: float,
+    seconds: Mapping[str, float],
+) -> Iterator[tuple[RunFolder, Any]]:
+    """Opens the folder of a run and yields it with the state that the run starts from.
 
-    rows: list[dict[str, Any]]
-    broken: list[int]
+    An exception of the body is logged in the metrics, behind which goodput is written in any case.
 
+    Args:
+      decision: whether the run resumes, and from where.
+      step: the compiled step, the same in all processes.
+      config: of the run.
+      retention: which checkpoints to keep; None for what the config says.
+      record: settings as plain values, for the metrics and the checkpoints.
+      source: batches.
+      console: where messages go.
+      peers: this process among those that run together.
+      began: when this process started the run, in seconds since 1970.
+      seconds: what the time since then was spent on.
 
-def parse_rows(lines: Sequence[bytes]) -> Rows:
-    """Reads lines; what a machine that went down left half-written is no row.
-
-    >>> parse_rows([b'{"kind": "start"}', b'{"kind": "st'])
-    Rows(rows=[{'kind': 'start'}], broken=[2])
+    Raises:
+      CheckpointError: no usable checkpoint to resume from, or the last save failed.
+      ProcessError: other processes compiled another program.
     """
-    found = Rows([], [])
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict) and "kind" in row:
-            found.rows.append(row)
+    agree_on_step(peers, step)
+    path, resumed = create_shared_folder(peers, decision), decision.resumed
+    axes = {join_path("params", name): names for name, names in step.layout.axes.items()}
+    checkpoints = Checkpointer(
+        checkpoints_folder(path),
+        retention=retention or config.retention,
+        axes=axes,
+        config=dict(record),
+    )
+
+    def say(line: str) -> None:
+        console.print(Text(line), soft_wrap=True)
+
+    opened = time.perf_counter()
+    with leave_together(peers), contextlib.ExitStack() as stack:
+        if config.checkpoint_every:
+            stack.enter_context(checkpoints)
+        if resumed:
+            state, start = _restore(checkpoints, step, config, console)
         else:
-            found.broken.append(number)
-    return found
+            state, start = step.init(jax.random.key(config.seed)), 0
+        spent = {**seconds, "restore" if resumed else "init": time.perf_counter() - opened}
+        after = start if resumed else None
+        metrics = MetricsFile(
+            path,
+            after,
+            report_error=say if config.on_save_error == "continue" else None,
+            enabled=peers.index == 0,
+        )
+        stack.enter_context(metrics)
+        if metrics.broken_lines:
+            say(f"{metrics.path}: skipped {_describe_lines(metrics.broken_lines)}: not rows")
+        write_start(metrics, step.mesh, after, record=record, began=began, seconds=spent)
+        folder = RunFolder(
+            metrics=metrics,
+            config=config,
+            source=source,
+            record=record,
+            say=say,
+            start=start,
+            checkpoints=checkpoints if config.checkpoint_every else None,
+        )
+        with write_goodput(metrics, console), log_exception(metrics):
+            yield folder, state
+            waiting = time.perf_counter()
+            folder.finish_saving()
+            metrics.write("finished", seconds=time.perf_counter() - waiting)
 
 
-def read_rows(folder: Path) -> Rows:
-    """Reads the metrics of a run; none where there is no such file."""
-    path = folder / METRICS
-    return parse_rows(path.read_bytes().splitlines() if path.is_file() else [])
+def _restore(
+    checkpoints: Checkpointer, step: CompiledStep, config: TrainConfig, console: Console
+) -> tuple[Any, int]:
+    """Returns the newest usable state, and its step."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a damaged step is reported on the console instead
+        restored = checkpoints.restore(
+            step.abstract_state, step.shardings, on_damage=config.on_damage
+        )
+    for why in restored.damaged.values():
+        console.print(Text(f"{why}\nResuming from the step before it."), style="yellow")
+    mesh = " × ".join(f"{axis}={size}" for axis, size in restored.manifest.mesh.items())
+    where = f"{checkpoints.folder.parent} at step {restored.step} of {config.steps}"
+    where += f", saved {restored.manifest.time} on mesh {mesh}"
+    console.print(Text.assemble(("resumed", "bold"), f" {where}"), soft_wrap=True)
+    return restored.state, restored.step
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Reads the whole rows of a run's metrics file; none where there is no such file."""
-    return read_rows(folder).rows
-
-
-def _kept_lines(lines: Sequence[bytes], after: int) -> int:
-    """Number of lines up to the last row that a run which goes on after a step does not repeat."""
-    kept = 0
-    for number, line in enumerate(lines, 1):
-        rows = parse_rows([line]).rows if line.endswith(b"\n") else []
-        if rows and _again(rows[0], after):
-            break
-        kept = number if rows else kept
-    return kept
-
-
-def _again(row: dict[str, Any], after: int) -> bool:
-    ends = row["kind"] == "finished" or row.get("part") == "all"
-    return ends or row.get("step", 0) > after
+def _describe_lines(numbers: Sequence[int]) -> str:
+    """Returns `line 3` or `lines 3, 7`; from the fifth on, `…`."""
+    text = ", ".join(map(str, numbers[:4])) + (", …" if len(numbers) > 4 else "")
+    return f"lines {text}" if len(numbers) > 1 else f"line {text}"

@@ -1,94 +1,100 @@
-"""Goodput: how much of a run's wall time made updates that count, and where the rest went.
+"""Goodput: the share of a run's wall time spent on updates that count, and where the rest went.
 
-Everything is read from the rows of `metrics.jsonl`, over all lives of a run: a killed process
-leaves no summary behind, but its rows, each with its time.
+Everything is computed from the rows of `metrics.jsonl`, over all processes that a run had one
+after another: a killed process leaves no summary, but its rows have their times.
 """
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ._units import duration
+from ._durations import format_duration
 
 _Row = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Goodput:
-    """Wall time of a run by what it went into.
+    """Wall time of a run by what it was spent on.
 
     Attributes:
-      wall: seconds from the beginning of the first life to the last row.
-      steps: seconds of updates that count, without the wait for their batches.
-      rest: seconds by cause: `compile`, `init`, `restore`, `data` (waited for), `evaluate`,
-        `save` (what a save kept updates waiting), `lost` (updates that a kill made void), `idle`
-        (between lives) and `other`.
+      wall: seconds from the start of the first process to now.
+      steps: seconds of updates that count, without waiting for their batches.
+      overhead: seconds by cause: `compile`, `init`, `restore`, `data` (waiting for batches),
+        `evaluate`, `save` (blocking updates), `lost` (updates that had to be made again), `idle`
+        (between two processes) and `other`.
     """
 
     wall: float
     steps: float
-    rest: Mapping[str, float]
+    overhead: Mapping[str, float]
 
     @property
     def share(self) -> float:
-        """Useful step time over wall time."""
+        """`steps` over `wall`, from 0 to 1."""
         return self.steps / self.wall if self.wall else 0.0
 
     def text(self) -> str:
-        """Returns one line for people, causes by size.
+        """Returns one line, causes by size.
 
         >>> print(Goodput(200.0, 150.0, {"compile": 30.0, "other": 20.0, "idle": 0.0}).text())
         goodput 75.0% of 3 min 20 s; compile 15.0%, other 10.0%
         """
-        causes = sorted(self.rest.items(), key=lambda item: -item[1])
-        told = [f"{name} {spent / self.wall:.1%}" for name, spent in causes if spent > 0]
-        behind = f"; {', '.join(told)}" if told else ""
-        return f"goodput {self.share:.1%} of {duration(self.wall)}{behind}"
+        causes = sorted(self.overhead.items(), key=lambda item: -item[1])
+        shares = [f"{name} {spent / self.wall:.1%}" for name, spent in causes if spent > 0]
+        suffix = f"; {', '.join(shares)}" if shares else ""
+        return f"goodput {self.share:.1%} of {format_duration(self.wall)}{suffix}"
 
     def row(self) -> dict[str, Any]:
-        """Returns what the metrics say of it, in seconds."""
-        return {"goodput": self.share, "wall": self.wall, "useful": self.steps, **self.rest}
+        """Returns the columns of its metrics row: `goodput` is a share, all others seconds."""
+        return {"goodput": self.share, "wall": self.wall, "useful": self.steps, **self.overhead}
 
 
 _CAUSES = ("compile", "init", "restore", "data", "evaluate", "save", "lost", "idle")
 
 
 def goodput(rows: Iterable[_Row], now: float) -> Goodput:
-    """Adds up the rows of a run's metrics.
+    """Adds up the rows of a metrics file.
 
     Args:
-      rows: in the order of the file, the first of them a `start`.
+      rows: in the order of the file; the first one is a `start`.
       now: seconds since 1970.
     """
-    rest, steps, began = dict.fromkeys(_CAUSES, 0.0), 0.0, None
+    overhead, steps, began = dict.fromkeys(_CAUSES, 0.0), 0.0, None
     for row in rows:
         kind = row["kind"]
         if kind in ("start", "resumed"):
             began = row["began"] if began is None else began
             for cause, spent in row["seconds"].items():
-                rest[cause] += spent
+                overhead[cause] += spent
         elif kind == "step":
-            rest["data"] += row["data_seconds"]
+            overhead["data"] += row["data_seconds"]
             steps += row["seconds"] - row["data_seconds"]
         elif kind in ("eval", "save", "finished"):
-            rest["evaluate" if kind == "eval" else "save"] += row["seconds"]
+            overhead["evaluate" if kind == "eval" else "save"] += row["seconds"]
     wall = now - (now if began is None else began)
-    return Goodput(wall, steps, {**rest, "other": max(0.0, wall - steps - sum(rest.values()))})
+    other = max(0.0, wall - steps - sum(overhead.values()))
+    return Goodput(wall, steps, {**overhead, "other": other})
 
 
-def interruption(kept: Sequence[_Row], cut: Sequence[_Row], began: float) -> dict[str, float]:
-    """Seconds that a kill cost a run which goes on.
+def interruption(kept: Sequence[_Row], dropped: Sequence[_Row], began: float) -> dict[str, float]:
+    """Returns the seconds that an interruption cost a run that resumes.
+
+        kept rows        | dropped rows     | no process       | new process
+        … step 4  save 4 | step 5    step 6 |                  | resumed  step 5 …
+                         |<----- lost ----->|<----- idle ----->|
+                                                             began
 
     Args:
-      kept: rows that stay.
-      cut: rows of updates that will be made again.
-      began: when the new life began, in seconds since 1970.
+      kept: rows that stay in the metrics file.
+      dropped: rows of updates that will be made again.
+      began: when the new process started, in seconds since 1970.
 
     Returns:
-      `lost`: from the last row that stays to the last one that was written; `idle`: from there on.
+      `lost` and `idle`; empty for a run without kept rows.
     """
     if not kept:
         return {}
-    stays = kept[-1]["time"]
-    last = cut[-1]["time"] if cut else stays
-    return {"lost": last - stays, "idle": max(0.0, began - last)}
+    last_kept = kept[-1]["time"]
+    last = dropped[-1]["time"] if dropped else last_kept
+    return {"lost": last - last_kept, "idle": max(0.0, began - last)}

@@ -1,4 +1,4 @@
-"""What a run has written, as curves: all its lives as one."""
+"""Metrics of a run as curves, over all processes that it had one after another."""
 
 import dataclasses
 import math
@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from .._errors import ConfigError, Problem, count, did_you_mean, raise_all
-from ._folder import METRICS, read_rows
+from ._metrics_file import METRICS, read_rows
 
 _SPEED, _NATS = "_per_second", math.log(2)
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """Numbers by update; NaN where one was not finite."""
+    """Values by update; NaN for one that was not finite."""
 
     steps: Sequence[int]
     values: Sequence[float]
@@ -25,9 +25,9 @@ class History:
     """The rows of one run.
 
     Attributes:
-      name: tells it from the runs beside it.
-      rows: of its metrics, in order.
-      broken: lines of the file that are no whole rows.
+      name: unique among the runs that are read together.
+      rows: of its metrics file, in order.
+      broken: numbers of the lines of the file that are not rows.
     """
 
     name: str
@@ -35,22 +35,22 @@ class History:
     broken: Sequence[int] = ()
 
     def column(self, name: str) -> Curve:
-        """A number of every update; of an update that was made twice, the later one."""
-        found = {row["step"]: row[name] for row in self._of("step") if name in row}
-        values = [math.nan if found[step] is None else found[step] for step in sorted(found)]
-        return Curve(sorted(found), values)
+        """Returns a metric of every update; of an update made twice, the later value."""
+        column = {row["step"]: row[name] for row in self._rows_of("step") if name in row}
+        values = [math.nan if column[step] is None else column[step] for step in sorted(column)]
+        return Curve(sorted(column), values)
 
     @property
     def evaluations(self) -> Curve:
-        """Held-out losses in nats, where an evaluation tells them, be it in bits."""
-        known = {row["step"]: _nats(row) for row in self._of("eval")}
-        found = {step: value for step, value in known.items() if value is not None}
-        return Curve(list(found), list(found.values()))
+        """Validation losses in nats, of the evaluations that report a loss or bits."""
+        losses = {row["step"]: _loss_in_nats(row) for row in self._rows_of("eval")}
+        known = {step: value for step, value in losses.items() if value is not None}
+        return Curve(list(known), list(known.values()))
 
     @property
     def unit(self) -> str:
-        """What its speed counts: `tokens` or `rows`."""
-        for row in self._of("step"):
+        """What the speed counts: `tokens` or `rows`."""
+        for row in self._rows_of("step"):
             for name in row:
                 if name.endswith(_SPEED):
                     return name.removesuffix(_SPEED)
@@ -58,7 +58,7 @@ class History:
 
     @property
     def speed(self) -> Curve:
-        """Tokens or rows per second, without the updates with which a life warms up."""
+        """Tokens or rows per second, without the first update of each process, which warms up."""
         curve = self.column(f"{self.unit}{_SPEED}")
         warming = {step + 1 for step in (0, *self.resumed)}
         kept = [i for i, step in enumerate(curve.steps) if step not in warming]
@@ -66,76 +66,76 @@ class History:
 
     @property
     def resumed(self) -> list[int]:
-        """Updates from which it went on."""
-        return [row["step"] for row in self._of("resumed")]
+        """Updates from which the run resumed."""
+        return [row["step"] for row in self._rows_of("resumed")]
 
     @property
     def simulated(self) -> bool:
-        """Whether its devices were threads of one CPU."""
-        return any(row["device"]["simulated"] for row in self._of("start"))
+        """Whether the devices were threads of one CPU."""
+        return any(row["device"]["simulated"] for row in self._rows_of("start"))
 
     @property
     def note(self) -> str:
-        """What the user should know of the file, or nothing."""
+        """A warning about broken lines of the file, or ""."""
         if not self.broken:
             return ""
         lines = ", ".join(map(str, self.broken[:5]))
-        return f"{self.name}: {count(len(self.broken), 'broken line')} left out ({lines})"
+        return f"{self.name}: {count(len(self.broken), 'broken line')} skipped ({lines})"
 
-    def _of(self, kind: str) -> Iterable[dict[str, Any]]:
+    def _rows_of(self, kind: str) -> Iterable[dict[str, Any]]:
         return (row for row in self.rows if row["kind"] == kind)
 
 
 def read_histories(folders: Sequence[Path]) -> list[History]:
-    """Reads several runs.
+    """Reads the metrics of several runs.
 
     Args:
       folders: of runs, or their metrics files.
 
     Raises:
-      ConfigError: naming every one that is no run, or has made no update yet.
+      ConfigError: naming every one that is not a run, or has finished no update yet.
     """
     runs = [path.parent if path.name == METRICS else path for path in folders]
     unique = len({run.name for run in runs}) == len(runs)
-    found, problems = [], []
+    histories, problems = [], []
     for run in dict.fromkeys(runs):
-        read = read_rows(run)
-        history = History(run.name if unique else str(run), read.rows, read.broken)
-        why = _unusable(run, history)
+        parsed = read_rows(run)
+        history = History(run.name if unique else str(run), parsed.rows, parsed.broken)
+        why = _explain_unusable(run, history)
         if why is None:
-            found.append(history)
+            histories.append(history)
         else:
-            problems.append(Problem(str(run), why, _nearest(run)))
-    headline = f"{count(len(problems), 'run')} cannot be drawn."
+            problems.append(Problem(str(run), why, _suggest_command(run)))
+    headline = f"{count(len(problems), 'run')} cannot be plotted."
     raise_all(ConfigError, headline, problems)
-    return found
+    return histories
 
 
-def _unusable(run: Path, history: History) -> str | None:
+def _explain_unusable(run: Path, history: History) -> str | None:
     if run.is_file():
         return "is a file, not the folder of a run."
     if not run.is_dir():
-        return f"there is no such folder.{did_you_mean(str(run), map(str, _around(run)))}"
+        return f"does not exist.{did_you_mean(str(run), map(str, _list_nearby(run)))}"
     if not (run / METRICS).is_file():
-        return f"holds no {METRICS}, so it is no folder of a run."
+        return f"has no {METRICS}, so it is not a run folder."
     if not history.column("loss").steps:
-        return f"has told of no update yet: {METRICS} has {count(len(history.rows), 'row')}."
+        return f"has finished no update yet: {METRICS} has {count(len(history.rows), 'row')}."
     return None
 
 
-def _nearest(run: Path) -> str:
-    near = [path for path in _around(run) if path != run]
+def _suggest_command(run: Path) -> str:
+    near = [path for path in _list_nearby(run) if path != run]
     return f"shardkit plot {' '.join(map(str, near[:3]))}" if near else "shardkit train"
 
 
-def _around(run: Path) -> list[Path]:
-    """Runs beside a folder or in it."""
-    places = (run, run.parent, Path("runs"))
-    return sorted({path.parent for place in places for path in place.glob(f"*/{METRICS}")})
+def _list_nearby(run: Path) -> list[Path]:
+    """Returns the folders of runs in a folder, beside it, and in `runs`."""
+    parents = (run, run.parent, Path("runs"))
+    return sorted({path.parent for parent in parents for path in parent.glob(f"*/{METRICS}")})
 
 
-def _nats(row: dict[str, Any]) -> float | None:
-    # Bits per token come first: where tokens have several bytes, the loss is one of tokens.
+def _loss_in_nats(row: dict[str, Any]) -> float | None:
+    # Bits per token come before bits per byte: the loss of an update is one of tokens.
     for name, factor in (("loss", 1.0), ("bits_per_token", _NATS), ("bits_per_byte", _NATS)):
         if name in row:
             return row[name] * factor

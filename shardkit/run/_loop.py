@@ -1,168 +1,185 @@
-"""The loop itself: dispatch an update, then read the numbers of the one before."""
+"""The loop itself: dispatch an update, then read the metrics of the one before."""
 
-import dataclasses
+import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import Any
 
 from .._errors import DataError, Problem, StepError, format_problems
+from ..step import CompiledStep
 from ._clock import Clock
-from ._config import TrainConfig
+from ._folder import RunFolder
 from ._source import Evaluate
-from ._watch import Numbers, Watchers
+from ._stop import StopRequest
+from ._throughput import Throughput
+from .callbacks import Callback, RunContext, StepMetrics
 
-# What a row of metrics holds beside the step's own.
-_TAKEN = frozenset({"kind", "step", "time", "seconds", "data_seconds", "mfu"})
-
-
-class Step(Protocol):
-    """What the loop needs of a compiled step."""
-
-    @property
-    def rows(self) -> Any:
-        """Rows of a global batch that this process feeds, as an index of its arrays."""
-        ...
-
-    def put(self, batch: Any) -> Any:
-        """Lays a host batch out on the mesh."""
-        ...
-
-    def __call__(self, state: Any, batch: Any) -> tuple[Any, Mapping[str, Any]]:
-        """Consumes a state; returns the next one and scalar metrics."""
-        ...
-
-    def evaluate(self, state: Any, batch: Any) -> Mapping[str, Any]:
-        """Returns scalar metrics and changes nothing."""
-        ...
+# Columns of a metrics row that are not metrics of the step.
+_RESERVED = frozenset({"kind", "step", "time", "seconds", "data_seconds", "mfu"})
 
 
-class Saver(Protocol):
-    """Who keeps states for a run that is to go on."""
-
-    def due(self, done: int) -> bool:
-        """Whether the state after `done` updates is to be kept."""
-        ...
-
-    def save(self, done: int, state: Any, metrics: Mapping[str, float]) -> None:
-        """Keeps it, with the metrics of its evaluation, if it was evaluated."""
-        ...
-
-    def finish(self) -> str:
-        """Waits until what was asked for is kept, and says what that is."""
-        ...
-
-
-class Stop(Protocol):
-    """Who may ask a run to end."""
-
-    def asked(self, done: int) -> bool:
-        """Whether the run is to end after `done` updates."""
-        ...
-
-    def raise_if_told(self, saved: str) -> None:
-        """Ends the run, with a word about what is saved, unless a watcher asked for the end."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
 class Loop:
-    """What a loop is made of.
+    """Makes the updates of a run, and calls its callbacks."""
 
-    Attributes:
-      step: the update.
-      config: how many, and when to evaluate.
-      clock: times them.
-      watch: who is told.
-      write: appends a row to the metrics.
-      rates: what a row says of the speed, from the seconds of an update.
-      stop: may ask for the end.
-      evaluate: scores a state; None for never.
-      saver: keeps states; None where none is kept.
-    """
+    def __init__(
+        self,
+        step: CompiledStep,
+        folder: RunFolder,
+        callbacks: Sequence[Callback],
+        *,
+        evaluate: Evaluate | None = None,
+        tokens: int | None = None,
+        several: bool = False,
+    ) -> None:
+        """Starts the clock of the first update.
 
-    step: Step
-    config: TrainConfig
-    clock: Clock
-    watch: Watchers
-    write: Callable[..., None]
-    rates: Callable[[float], Mapping[str, float]]
-    stop: Stop
-    evaluate: Evaluate | None = None
-    saver: Saver | None = None
-
-    def run(self, state: Any, batches: Iterator[Any], start: int = 0) -> Any:
-        """Makes updates `start + 1` to `config.steps` and returns the last state.
-
-        The numbers of an update are read when the next one is under way, so devices never wait
-        for the host. An evaluation and a save wait: the metrics are to hold every update of a
-        checkpoint.
+        Args:
+          step: the update.
+          folder: metrics and checkpoints, with the config of the loop.
+          callbacks: called in this order.
+          evaluate: `(step, state) -> metrics` of validation data; None for no evaluation.
+          tokens: of one batch, for the speed; None to count rows.
+          several: whether several processes make the updates together.
         """
-        late: tuple[int, Mapping[str, Any]] | None = None
-        for done in range(start + 1, self.config.steps + 1):
-            with self.clock.waiting():
-                batch = self.step.put(self._next(batches, done))
-            state, metrics = self.step(state, batch)
-            self.watch.dispatched(done, state, batch)
-            if late is not None:
-                self._tell(*late)
-            late = (done, metrics)
-            leaving = self.stop.asked(done)
-            if not (self._to_evaluate(done) or self._to_save(done, leaving) or leaving):
-                continue
-            self._tell(*late)
-            late = None
-            scores = self._evaluate(done, state) if self._to_evaluate(done) else {}
-            if self._to_save(done, leaving):
-                self._save(done, state, scores)
-            if leaving:
-                self.stop.raise_if_told(self.saver.finish() if self.saver else "Nothing is saved.")
-                return state
-        if late is not None:
-            self._tell(*late)
+        self._step, self._folder, self._callbacks = step, folder, callbacks
+        self._config, self._write = folder.config, folder.metrics.write
+        self._evaluate_state = evaluate
+        self._throughput = Throughput.of(step, tokens)
+        self._clock, self._stop = Clock(self._config.steps), StopRequest(several)
+
+    def run(self, state: Any, batches: Iterator[Any]) -> Any:
+        """Makes all updates that are left, between the first and the last event of the callbacks.
+
+        Args:
+          state: after `folder.start` updates.
+          batches: of the updates that follow; a generator is closed at the end.
+
+        Returns:
+          The last state.
+        """
+        with contextlib.ExitStack() as stack:
+            for callback in self._callbacks:
+                callback.on_start(self._context, state)
+                # Only callbacks that were started are told of the end, the last one first.
+                stack.push(lambda kind, error, trace, call=callback.on_exit: call(error))
+            with self._stop, _close_generator(batches):
+                state = self._make_updates(state, batches)
+            for callback in self._callbacks:
+                callback.on_finish(state)
         return state
 
-    def _to_evaluate(self, done: int) -> bool:
-        every = self.config.eval_every if self.evaluate else 0
-        return bool(every) and done % every == 0 and done < self.config.steps
+    @property
+    def _context(self) -> RunContext:
+        folder = self._folder
 
-    def _to_save(self, done: int, leaving: bool) -> bool:
-        return self.saver is not None and (leaving or self.saver.due(done))
+        def stop(why: str) -> None:
+            self._write("ended", why=why)
+            self._stop.request(why)
 
-    def _next(self, batches: Iterator[Any], done: int) -> Any:
+        return RunContext(
+            folder=folder.path,
+            step=self._step,
+            throughput=self._throughput,
+            start=folder.start,
+            steps=self._config.steps,
+            record=folder.record,
+            write=self._write,
+            say=folder.say,
+            stop=stop,
+            is_saved=folder.is_saved,
+        )
+
+    def _make_updates(self, state: Any, batches: Iterator[Any]) -> Any:
+        """Makes updates `start + 1` to `config.steps` and returns the last state.
+
+        The metrics of an update are read when the next one has been dispatched, so that devices
+        never wait for the host:
+
+            dispatch 1 · dispatch 2, read 1 · dispatch 3, read 2, read 3, evaluate, save · …
+
+        An evaluation and a save wait for their update, since the metrics file must hold every
+        update of a checkpoint.
+        """
+        pending: tuple[int, Mapping[str, Any]] | None = None
+        for done in range(self._folder.start + 1, self._config.steps + 1):
+            with self._clock.time_data():
+                batch = self._step.put(self._next_batch(batches, done))
+            state, metrics = self._step(state, batch)
+            for callback in self._callbacks:
+                callback.on_dispatch(done, state, batch)
+            if pending is not None:
+                self._report_step(*pending)
+            pending = (done, metrics)
+            stopping = self._stop.is_requested(done)
+            saving = self._folder.is_save_due(done) or (stopping and self._folder.can_save)
+            if not (self._is_eval_due(done) or saving or stopping):
+                continue
+            self._report_step(*pending)
+            pending = None
+            scores = self._evaluate(done, state) if self._is_eval_due(done) else {}
+            if saving:
+                self._save(done, state, scores)
+            if stopping:
+                self._stop.raise_for_signal(self._folder.finish_saving())
+                return state
+        if pending is not None:
+            self._report_step(*pending)
+        return state
+
+    def _is_eval_due(self, done: int) -> bool:
+        every = self._config.eval_every if self._evaluate_state else 0
+        return bool(every) and done % every == 0 and done < self._config.steps
+
+    def _next_batch(self, batches: Iterator[Any], done: int) -> Any:
         try:
             return next(batches)
         except StopIteration:
-            why = f"gave {done - 1} batches, and the run is to make {self.config.steps} updates"
-            fix = f"TrainConfig(steps={done - 1}), or data that begins anew"
+            why = f"gave {done - 1} batches for a run of {self._config.steps} updates"
+            fix = f"TrainConfig(steps={done - 1}), or data that repeats"
             problem = Problem("the data", why, fix)
-            raise DataError(format_problems("The data has come to its end.", [problem])) from None
+            raise DataError(format_problems("The data ended too early.", [problem])) from None
 
-    def _tell(self, done: int, metrics: Mapping[str, Any]) -> None:
-        numbers = self.clock.tick(done, {name: float(x) for name, x in metrics.items()})
-        self.write("step", step=done, **_row(numbers), **self.rates(numbers.seconds))
-        self.watch.read(numbers)
+    def _report_step(self, done: int, metrics: Mapping[str, Any]) -> None:
+        finished = self._clock.finish_step(done, {name: float(x) for name, x in metrics.items()})
+        speed = self._throughput.columns(finished.seconds)
+        self._write("step", step=done, **_make_row(finished), **speed)
+        for callback in self._callbacks:
+            callback.on_step(finished)
 
     def _evaluate(self, done: int, state: Any) -> Mapping[str, float]:
-        assert self.evaluate is not None
-        with self.clock.apart() as spent:
-            values = {name: float(x) for name, x in self.evaluate(self.step, state).items()}
-        self.write("eval", step=done, **values, **spent)
-        self.watch.evaluated(done, values)
+        assert self._evaluate_state is not None
+        with self._clock.exclude() as spent:
+            scores = self._evaluate_state(self._step, state)
+            values = {name: float(x) for name, x in scores.items()}
+        self._write("eval", step=done, **values, **spent)
+        for callback in self._callbacks:
+            callback.on_eval(done, values)
         return values
 
     def _save(self, done: int, state: Any, scores: Mapping[str, float]) -> None:
-        assert self.saver is not None
-        with self.clock.apart() as spent:
-            self.saver.save(done, state, scores)
-        self.write("save", step=done, **spent)
-        self.watch.saved(done)
+        with self._clock.exclude() as spent:
+            self._folder.save(done, state, scores)
+        self._write("save", step=done, **spent)
+        for callback in self._callbacks:
+            callback.on_save(done)
 
 
-def _row(numbers: Numbers) -> dict[str, float | None]:
-    """Values as JSON has them, where what is not finite has no number."""
-    if taken := _TAKEN & numbers.values.keys():
-        problems = [Problem(name, "is a column of metrics.jsonl already") for name in sorted(taken)]
+def _make_row(metrics: StepMetrics) -> dict[str, float | None]:
+    """Returns the columns of an update; what is NaN or infinite is None, as JSON requires."""
+    if reserved := _RESERVED & metrics.values.keys():
+        why = "is already a column of metrics.jsonl"
+        problems = [Problem(name, why) for name in sorted(reserved)]
         fix = 'another name in the metrics that the loss returns: {"my_seconds": ...}'
-        raise StepError(format_problems("Metrics of the loss need other names.", problems, fix))
-    values = {name: x if math.isfinite(x) else None for name, x in numbers.values.items()}
-    return {**values, "seconds": numbers.seconds, "data_seconds": numbers.data_seconds}
+        raise StepError(format_problems("The loss returns reserved names.", problems, fix))
+    values = {name: x if math.isfinite(x) else None for name, x in metrics.values.items()}
+    return {**values, "seconds": metrics.seconds, "data_seconds": metrics.data_seconds}
+
+
+@contextlib.contextmanager
+def _close_generator(batches: Iterator[Any]) -> Iterator[None]:
+    """Closes a generator behind the block, and with it what it holds, such as a thread."""
+    try:
+        yield
+    finally:
+        if isinstance(batches, Generator):
+            batches.close()

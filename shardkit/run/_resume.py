@@ -1,144 +1,169 @@
-"""Whether a run is new or goes on, decided from files alone, before any device is touched."""
+"""Whether a run is new or resumes, decided from files alone, before any device is touched."""
 
 import dataclasses
+import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .._core.io import flatten
 from .._errors import CheckpointError, Problem, count, format_problems, raise_all
 from ..checkpoint import Checkpointer, Manifest
+from ..processes import Peers
 from ._config import TrainConfig
-from ._folder import read_metrics
-from ._source import Source
+from ._metrics_file import read_metrics
+from ._source import DataSource
 
-# Asked for by name, a run may also be made longer or shorter.
+# A run that is named explicitly may also be made longer or shorter.
 _FREE_BY_NAME = ("train.steps",)
+# Settings and data of a manifest that differ from this run's, except for the names in the tuple.
+_Compare = Callable[[Manifest, tuple[str, ...]], list[Problem]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Terms:
-    """What a run is made of, as it is compared with an unfinished one.
+class ResumeDecision:
+    """Whether a run resumes, and from where.
 
     Attributes:
-      record: settings as plain values.
-      decides: names or groups of the record (`model`, `train.seed`) that decide the numbers of
-        a run, and so may not change on its way; None for all of them.
-      data: whose position must be where the checkpoint says.
+      folder: of the run that resumes; of a new run, the folder that it would like.
+      resumed: whether it resumes.
+      step: updates already made, if the newest checkpoint is intact; 0 for a new run.
+      notes: messages for the user about the choice.
     """
 
-    record: Mapping[str, Any]
-    decides: Sequence[str] | None
-    data: Source
-
-    def differences(self, saved: Manifest, free: Sequence[str] = ()) -> list[Problem]:
-        """Settings that decide the numbers and are not those of a checkpoint."""
-        before, now = flatten(saved.config or {}), flatten(self.record)
-        names = [name for name in {**before, **now} if self._decides(name) and name not in free]
-        problems = [
-            Problem(
-                name,
-                f"was {before.get(name)!r}, is {now.get(name)!r}",
-                f"--set {name}={before.get(name)}",
-            )
-            for name in names
-            if before.get(name) != now.get(name)
-        ]
-        position = self.data.position(saved.step)
-        # Another way to cut the text is told above, by its setting.
-        if not problems and saved.data != position:
-            why = f"is not what the run read: {_changes(saved.data, position)}"
-            problems.append(Problem(str(self.data), why, "the data as it was"))
-        return problems
-
-    def _decides(self, name: str) -> bool:
-        return self.decides is None or any(
-            name == one or name.startswith(f"{one}.") for one in self.decides
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Beginning:
-    """How a run begins.
-
-    Attributes:
-      wanted: folder that a new run would like, or the folder of the run that goes on.
-      resumed: whether it goes on.
-      step: updates that it has behind it, if its newest checkpoint is whole.
-      notes: what the user should know about the choice.
-    """
-
-    wanted: Path
+    folder: Path
     resumed: bool = False
     step: int = 0
     notes: tuple[str, ...] = ()
 
 
-def checkpoints_of(folder: Path) -> Path:
-    """Where a run keeps its checkpoints."""
+def checkpoints_folder(folder: Path) -> Path:
+    """Returns the folder of the checkpoints of a run."""
     return folder / "checkpoints"
 
 
-def choose_beginning(wanted: Path, loop: TrainConfig, terms: Terms) -> Beginning:
-    """Finds the run that is to go on, if any: one of the folders that `wanted` is the first of.
+def decide_resume(
+    folder: Path,
+    config: TrainConfig,
+    source: DataSource,
+    *,
+    record: Mapping[str, Any],
+    decides: Sequence[str] | None = None,
+    peers: Peers,
+) -> ResumeDecision:
+    """Finds the run to resume, if any. Process 0 decides for all.
+
+    Args:
+      folder: of the run; `folder-2`, `folder-3`, … are looked at too, the newest first.
+      config: whether to resume.
+      source: batches; their position must be the one in the checkpoint.
+      record: settings as plain values.
+      decides: names or groups of the record (`model`, `train.seed`) that determine the numbers
+        of a run and so must not change when it resumes; None for all of them.
+      peers: this process among those that run together.
 
     Raises:
-      CheckpointError: `train.resume` names a run that cannot go on with these settings.
+      CheckpointError: `train.resume` names a run that these settings cannot resume. Only process
+        0 raises; the others learn of its end.
     """
-    if loop.resume == "never" or (loop.resume == "auto" and not loop.checkpoint_every):
-        return Beginning(wanted)
-    if loop.resume != "auto":
-        return _named(Path(loop.resume), terms)
+    compare = functools.partial(_find_differences, record, decides, source)
+    values: dict[str, Any] | None = None
+    if peers.index == 0:
+        decision = _decide(folder, config, compare)
+        values = {**dataclasses.asdict(decision), "folder": str(decision.folder)}
+    first = peers.gather("resume", values)[0]
+    return ResumeDecision(
+        Path(first["folder"]), first["resumed"], first["step"], tuple(first["notes"])
+    )
+
+
+def _decide(folder: Path, config: TrainConfig, compare: _Compare) -> ResumeDecision:
+    if config.resume == "never" or (config.resume == "auto" and not config.checkpoint_every):
+        return ResumeDecision(folder)
+    if config.resume != "auto":
+        return _decide_named(Path(config.resume), compare)
     notes = []
-    for folder in _runs(wanted):
-        newest = _newest(folder)
+    for run in _list_runs(folder):
+        newest = _read_newest_manifest(run)
         if newest is None:
-            notes += _unreadable(folder)
-        if newest is None or _finished(folder):
+            notes += _explain_unreadable(run)
+        if newest is None or _is_finished(run):
             continue
-        if Checkpointer(checkpoints_of(folder)).in_use:
-            notes.append(f"{folder} is being trained by another process; a new run begins.")
-        elif changed := terms.differences(newest):
-            said = "; ".join(f"{one.subject} {one.why}" for one in changed)
-            notes.append(f"{folder} is unfinished with other settings ({said}); a new run begins.")
+        if Checkpointer(checkpoints_folder(run)).in_use:
+            notes.append(f"{run} is in use by another process. Starting a new run.")
+        elif problems := compare(newest, ()):
+            changes = "; ".join(f"{problem.subject} {problem.why}" for problem in problems)
+            notes.append(f"{run} has other settings ({changes}). Starting a new run.")
         else:
-            return Beginning(folder, True, newest.step, tuple(notes))
-    return Beginning(wanted, notes=tuple(notes[:1]))
+            return ResumeDecision(run, True, newest.step, tuple(notes))
+    return ResumeDecision(folder, notes=tuple(notes[:1]))
 
 
-def _named(folder: Path, terms: Terms) -> Beginning:
+def _decide_named(folder: Path, compare: _Compare) -> ResumeDecision:
     folder = folder.parent if folder.name == "checkpoints" else folder
-    newest, checkpoints = _newest(folder), Checkpointer(checkpoints_of(folder))
+    newest, checkpoints = _read_newest_manifest(folder), Checkpointer(checkpoints_folder(folder))
     if newest is None and checkpoints.steps():
         checkpoints.manifest()  # raises why it cannot be read
     if newest is None:
-        there = sorted(path.name for path in folder.glob("*"))[:4]
-        why = f"holds {', '.join(there)} and no checkpoint" if there else "is no folder of a run"
-        near = [str(run) for run in sorted(Path("runs").glob("*")) if _newest(run)]
-        fix = f"--set train.resume={near[0]}" if near else "--set train.resume=auto"
+        names = sorted(path.name for path in folder.glob("*"))[:4]
+        why = f"contains {', '.join(names)} but no checkpoint" if names else "is not a run folder"
+        runs = [str(run) for run in sorted(Path("runs").glob("*")) if _read_newest_manifest(run)]
+        fix = f"--set train.resume={runs[0]}" if runs else "--set train.resume=auto"
         problem = Problem(f"train.resume={folder}", why, fix)
-        raise CheckpointError(format_problems("There is nothing to go on with.", [problem]))
-    problems = terms.differences(newest, _FREE_BY_NAME)
-    headline = f"{count(len(problems), 'setting')} of {folder} cannot change on the way."
+        raise CheckpointError(format_problems("No checkpoint to resume from.", [problem]))
+    problems = compare(newest, _FREE_BY_NAME)
+    headline = f"Cannot resume {folder} with {count(len(problems), 'changed setting')}."
     raise_all(CheckpointError, headline, problems, "--set train.resume=never for a new run")
-    return Beginning(folder, True, newest.step)
+    return ResumeDecision(folder, True, newest.step)
 
 
-def _runs(wanted: Path) -> Iterator[Path]:
-    """Folders that runs of this name have made, the newest first."""
-    pattern = re.compile(re.escape(wanted.name) + r"(?:-(\d+))?")
-    found = {
+def _find_differences(
+    record: Mapping[str, Any],
+    decides: Sequence[str] | None,
+    source: DataSource,
+    saved: Manifest,
+    free: tuple[str, ...],
+) -> list[Problem]:
+    """Settings that determine the numbers, and data, that are not those of a checkpoint."""
+
+    def must_agree(name: str) -> bool:
+        return name not in free and (
+            decides is None or any(name == d or name.startswith(f"{d}.") for d in decides)
+        )
+
+    before, now = flatten(saved.config or {}), flatten(record)
+    problems = [
+        Problem(
+            name,
+            f"was {before.get(name)!r}, is {now.get(name)!r}",
+            f"--set {name}={before.get(name)}",
+        )
+        for name in {**before, **now}
+        if before.get(name) != now.get(name) and must_agree(name)
+    ]
+    position = source.position(saved.step)
+    # Another setting of the data changes its position too, and is reported above by its name.
+    if not problems and saved.data != position:
+        why = f"is not the data that the run read: {_describe_changes(saved.data, position)}"
+        problems.append(Problem(str(source), why, "the same data as before"))
+    return problems
+
+
+def _list_runs(folder: Path) -> Iterator[Path]:
+    """Yields the folders of runs of this name, the newest first: `mine-3`, `mine-2`, `mine`."""
+    pattern = re.compile(re.escape(folder.name) + r"(?:-(\d+))?")
+    runs = {
         int(match[1] or 1): path
-        for path in (wanted.parent.iterdir() if wanted.parent.is_dir() else ())
+        for path in (folder.parent.iterdir() if folder.parent.is_dir() else ())
         if (match := pattern.fullmatch(path.name)) and path.is_dir()
     }
-    return (found[number] for number in sorted(found, reverse=True))
+    return (runs[number] for number in sorted(runs, reverse=True))
 
 
-def _newest(folder: Path) -> Manifest | None:
-    """The newest manifest of a run that can be read; damage is judged when it is restored."""
-    checkpoints = Checkpointer(checkpoints_of(folder))
+def _read_newest_manifest(folder: Path) -> Manifest | None:
+    """Reads the newest readable manifest of a run; arrays are checked when they are restored."""
+    checkpoints = Checkpointer(checkpoints_folder(folder))
     for step in reversed(checkpoints.steps()):
         try:
             return checkpoints.manifest(step)
@@ -147,22 +172,22 @@ def _newest(folder: Path) -> Manifest | None:
     return None
 
 
-def _unreadable(folder: Path) -> Iterator[str]:
-    """Says why a run that has checkpoints cannot go on with any of them."""
-    checkpoints = Checkpointer(checkpoints_of(folder))
+def _explain_unreadable(folder: Path) -> Iterator[str]:
+    """Yields why a run that has checkpoints cannot resume from any of them."""
+    checkpoints = Checkpointer(checkpoints_folder(folder))
     if checkpoints.steps():
         try:
             checkpoints.manifest()
         except CheckpointError as error:
             _, row, *_ = str(error).splitlines()
-            yield f"{folder} cannot be gone on with ({row.strip()}); a new run begins."
+            yield f"Cannot resume {folder} ({row.strip()}). Starting a new run."
 
 
-def _finished(folder: Path) -> bool:
+def _is_finished(folder: Path) -> bool:
     return any(row["kind"] == "finished" for row in read_metrics(folder))
 
 
-def _changes(before: Any, now: Any) -> str:
+def _describe_changes(before: Any, now: Any) -> str:
     if not isinstance(before, Mapping) or not isinstance(now, Mapping):
         return f"{before}, now {now}"
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]

@@ -1,4 +1,4 @@
-"""Where the batches of a run come from, whatever form a user has them in."""
+"""Where batches come from: a function of the step, an iterable, or a source that can seek."""
 
 import dataclasses
 import itertools
@@ -7,11 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 
 
 @runtime_checkable
-class Source(Protocol):
-    """Batches that can be taken up again at any update.
-
-    Its `str` names it in errors.
-    """
+class DataSource(Protocol):
+    """Batches that can be read from any update on. Its `str` names it in errors."""
 
     def batches(self, start: int) -> Iterator[Any]:
         """Yields the batches of updates `start`, `start + 1`, …, counted from 0.
@@ -22,60 +19,54 @@ class Source(Protocol):
         ...
 
     def position(self, step: int) -> Any:
-        """What a checkpoint says of the data after `step` updates, as plain JSON values.
+        """Returns what a checkpoint stores of the data after `step` updates, as plain JSON values.
 
-        It has to tell this data from other data: a run goes on only where it is the same.
+        It must distinguish this data from other data: a run resumes only if it is equal.
         """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
-class ByStep:
-    """Batch `i` is a function of `i`, which is its whole position."""
-
-    batch: Callable[[int], Any]
-
-    def batches(self, start: int) -> Iterator[Any]:
-        """Asks for one after the other."""
-        return map(self.batch, itertools.count(start))
+class _CountedSource:
+    """Data whose whole position is the number of the next batch."""
 
     def position(self, step: int) -> Any:
-        """Returns the number of the next batch."""
+        """Returns the number of the next batch, counted from 0."""
         return {"batch": step}
 
     def __str__(self) -> str:
-        """Says what it is."""
         return "the data"
 
 
 @dataclasses.dataclass(frozen=True)
-class InTurn:
-    """An iterable that gives the same batches whenever it is begun."""
+class FunctionSource(_CountedSource):
+    """Batches from a function `i -> batch`."""
 
-    of: Iterable[Any]
+    batch: Callable[[int], Any]
 
     def batches(self, start: int) -> Iterator[Any]:
-        """Draws and drops what was read before."""
-        return itertools.islice(self.of, start, None)
-
-    def position(self, step: int) -> Any:
-        """Returns the number of the next batch."""
-        return {"batch": step}
-
-    def __str__(self) -> str:
-        """Says what it is."""
-        return "the data"
+        """Calls the function for `start`, `start + 1`, …."""
+        return map(self.batch, itertools.count(start))
 
 
-# What a user hands over: the data in any of three forms, `(step, state) -> metrics` of held-out
-# data, and `(metrics) -> text` for people.
-Data = Source | Callable[[int], Any] | Iterable[Any]
+@dataclasses.dataclass(frozen=True)
+class IterableSource(_CountedSource):
+    """Batches from an iterable that yields the same ones each time it is iterated."""
+
+    iterable: Iterable[Any]
+
+    def batches(self, start: int) -> Iterator[Any]:
+        """Iterates from the beginning and drops the first `start` batches."""
+        return itertools.islice(self.iterable, start, None)
+
+
+# What users pass: data in any of three forms, and `(step, state) -> metrics` of validation data.
+Data = DataSource | Callable[[int], Any] | Iterable[Any]
 Evaluate = Callable[[Any, Any], Mapping[str, Any]]
-Describe = Callable[[Mapping[str, float]], str]
 
 
-def as_source(data: Data) -> Source:
-    """Takes data in any of its three forms."""
-    if isinstance(data, Source):
+def as_source(data: Data) -> DataSource:
+    """Wraps a function or an iterable; a source is returned as it is."""
+    if isinstance(data, DataSource):
         return data
-    return ByStep(data) if callable(data) else InTurn(data)
+    return FunctionSource(data) if callable(data) else IterableSource(data)

@@ -1,4 +1,4 @@
-"""`Trainer`: a compiled step and its data become a run that nothing breaks."""
+"""`Trainer`: a compiled step and its data as a run that can be interrupted at any time."""
 
 import dataclasses
 import os
@@ -9,51 +9,50 @@ from typing import Any
 
 from jax.sharding import Mesh
 from rich.console import Console
+from rich.text import Text
 
-from ..checkpoint import Keep
+from ..checkpoint import RetentionPolicy
 from ..processes import Peers
 from ..step import CompiledStep, StepSpec, check_mesh_given
 from ._config import TrainConfig
-from ._console import labelled, show_layout, standard_output
-from ._live import Live
-from ._progress import describe_metrics
-from ._session import Opening
-from ._source import Data, Describe, Evaluate, Source, as_source
-from ._watch import Watcher
+from ._console import label_text, show_layout, standard_output
+from ._folder import open_run_folder
+from ._loop import Loop
+from ._resume import decide_resume
+from ._source import Data, Evaluate, as_source
+from .callbacks import Callback, Describe, check_callbacks, default_callbacks, describe_metrics
 
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """One training run: it resumes, saves, evaluates, tells, and ends in order.
+    """One training run: it trains, evaluates, reports, saves and resumes.
 
         trainer = sk.Trainer(step, batch_of, folder="runs/mine", config=sk.TrainConfig(steps=500))
         state = trainer.run()
 
-    A run that was ended, at any instant and by anything, goes on when `run` is called again with
-    the same declaration, in the same process or another one, on the same mesh or another one.
+    Run the same program again to resume an interrupted run, on the same mesh or on another one.
 
     Attributes:
-      step: from `sk.compile_step`; or an `sk.StepSpec`, or a function that compiles one, which
-        `run` compiles when everything else has been found right.
-      data: `i -> batch` for update `i`, counted from 0; or an iterable that gives the same
-        batches whenever it is begun, of which a run that goes on drops what it had read; or a
-        `Source`, which knows its place. Batches are as `step` takes them.
-      folder: of the run. One that exists is never written to, unless its run goes on: a new run
-        gets the next free number behind the name.
-      config: how long, what is said on the way, and what is kept.
+      step: from `sk.compile_step`; or an `sk.StepSpec`, or a function that compiles one, compiled
+        once everything else has been checked.
+      data: `i -> batch` for update `i`, counted from 0; or an iterable that yields the same
+        batches each time, of which a resumed run skips the first ones; or a `DataSource`, which
+        can start anywhere. Batches are as `step` takes them.
+      folder: of the run. An existing folder is never written to unless its run resumes: a new
+        run gets `folder-2`, `folder-3`, ….
+      config: how long the run is, what it reports, and what it keeps.
       mesh: that a spec is compiled for; only with one.
-      evaluate: `(step, state) -> metrics` of held-out data, every `config.eval_every` updates.
-      watchers: who else is told of the run, in this order.
-      record: settings as plain values; they are written to the metrics and the checkpoints.
-      decides: names or groups of the record that must be the same when a run goes on; None for
-        all of them.
-      keep: which checkpoints stay; by default as `config` says, the best ones by their
+      evaluate: `(step, state) -> metrics` of validation data, every `config.eval_every` updates.
+      callbacks: called in this order, after those that every run has.
+      record: settings as plain values, written to the metrics and the checkpoints.
+      decides: names or groups of the record that must be the same to resume; None for all.
+      retention: which checkpoints to keep; by default as `config` says, the best ones by
         `bits_per_byte`.
-      tokens: of one batch, for the speed; None to count its rows instead.
-      describe: says what metrics are, for the progress line.
+      tokens: of one batch, for the speed; None to count rows instead.
+      describe: formats metrics for the progress line.
       console: where the run is shown; standard output by default.
-      peers: from `sk.distributed`, where several processes make the updates together: process 0
-        decides, shows and writes, and none goes on without the others.
+      peers: from `sk.distributed`, if several processes make the updates together: process 0
+        decides, shows and writes, and all processes end together.
     """
 
     step: CompiledStep | StepSpec | Callable[[], CompiledStep]
@@ -63,10 +62,10 @@ class Trainer:
     _: dataclasses.KW_ONLY
     mesh: Mesh | None = None
     evaluate: Evaluate | None = None
-    watchers: Sequence[Watcher] = ()
+    callbacks: Sequence[Callback] = ()
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     decides: Sequence[str] | None = None
-    keep: Keep | None = None
+    retention: RetentionPolicy | None = None
     tokens: int | None = None
     describe: Describe = describe_metrics
     console: Console = dataclasses.field(default_factory=standard_output)
@@ -80,35 +79,57 @@ class Trainer:
         """
         check_mesh_given(self.step, self.mesh)
         if self.peers.index:
-            config = dataclasses.replace(self.config, sinks=(), profile=None)
+            config = dataclasses.replace(self.config, loggers=(), profile=None)
             mute: dict[str, Any] = {"console": Console(quiet=True), "config": config}
             for name, value in mute.items():
                 object.__setattr__(self, name, value)
 
     def run(self) -> Any:
-        """Trains from wherever the run is to its end; returns the last state.
+        """Trains from the start, or from the newest checkpoint, and returns the last state.
 
         Raises:
           ShardkitError: the declaration or the data cannot be used, the loss diverges, or a
             checkpoint cannot be read or written.
-          KeyboardInterrupt: with notes that say what is saved and where the metrics are.
+          KeyboardInterrupt: after Ctrl-C, with notes that say what is saved and where metrics are.
           Stopped: the same after SIGTERM.
-          ProcessError: the processes do not run one and the same program.
+          ProcessError: the processes do not run the same program.
         """
-        began, source = time.time(), as_source(self.data)
-        self.peers.agree("run", record=self.record, data=source.position(0))
-        opening, live = self._opening(source), self._live(source)
-        beginning = opening.choose(Path(self.folder))
-        live.check(beginning.step)
-        step, seconds = self._compiled()
+        began, source, config, peers = time.time(), as_source(self.data), self.config, self.peers
+        shared: dict[str, Any] = {"record": self.record, "peers": peers}
+        peers.agree("run", record=self.record, data=source.position(0))
+        decision = decide_resume(Path(self.folder), config, source, decides=self.decides, **shared)
+        for note in decision.notes:
+            self.console.print(Text(note), style="yellow", soft_wrap=True)
+        check_callbacks(config, decision.step)
+        step, seconds = self._compile()
         step.check_room()
-        with opening.open(beginning, step, began, seconds) as session:
-            show_layout(self.console, session.state)
-            where = labelled("metrics", f" {session.file.path}\n")
-            self.console.print(where, soft_wrap=True)
-            return live.run(session, step)
+        with open_run_folder(
+            decision,
+            step,
+            config=config,
+            retention=self.retention,
+            source=source,
+            console=self.console,
+            began=began,
+            seconds=seconds,
+            **shared,
+        ) as (folder, state):
+            show_layout(self.console, state)
+            path = label_text("metrics", f" {folder.metrics.path}\n")
+            self.console.print(path, soft_wrap=True)
+            callbacks = default_callbacks(config, self.describe, self.console, peers)
+            loop = Loop(
+                step,
+                folder,
+                [*callbacks, *self.callbacks],
+                evaluate=self.evaluate,
+                tokens=self.tokens,
+                several=peers.count > 1,
+            )
+            return loop.run(state, source.batches(folder.start))
 
-    def _compiled(self) -> tuple[CompiledStep, dict[str, float]]:
+    def _compile(self) -> tuple[CompiledStep, dict[str, float]]:
+        """Returns the step, and the seconds that compiling it took by cause."""
         if isinstance(self.step, CompiledStep):
             return self.step, {}
         began = time.perf_counter()
@@ -118,22 +139,5 @@ class Trainer:
         else:
             step = self.step()
         seconds = time.perf_counter() - began
-        self.console.print(labelled("compiled", f" in {seconds:.1f} s"))
+        self.console.print(label_text("compiled", f" in {seconds:.1f} s"))
         return step, {"compile": seconds}
-
-    def _opening(self, source: Source) -> Opening:
-        return Opening(
-            self.config, self.keep, self.record, self.decides, source, self.console, self.peers
-        )
-
-    def _live(self, source: Source) -> Live:
-        return Live(
-            self.config,
-            self.record,
-            source,
-            self.evaluate,
-            self.watchers,
-            self.tokens,
-            self.describe,
-            self.console,
-        )

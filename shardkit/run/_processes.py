@@ -1,0 +1,67 @@
+"""What several processes of one run do together: agree, share a folder, and leave."""
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+from .._errors import ConfigError, Problem, format_problems
+from .._tree import leaves_by_path, short_type
+from ..processes import Peers
+from ..step import CompiledStep
+from ._resume import ResumeDecision
+from ._stop import Stopped
+
+
+def agree_on_step(peers: Peers, step: CompiledStep) -> None:
+    """Raises in all processes, before the first update, unless they compiled the same program.
+
+    Raises:
+      ProcessError: with each difference.
+    """
+    batch = leaves_by_path(step.layout.batch)
+    types = {path: short_type(x.shape, x.dtype) for path, x in batch.items()}
+    peers.agree("step", batch=types, mesh=dict(step.mesh.shape), program=step.program.digest)
+
+
+def create_shared_folder(peers: Peers, decision: ResumeDecision) -> Path:
+    """Returns the folder of the run; process 0 creates that of a new one."""
+    path = None
+    if peers.index == 0:
+        path = str(decision.folder if decision.resumed else create_folder(decision.folder))
+    return Path(peers.gather("folder", path)[0])
+
+
+@contextlib.contextmanager
+def leave_together(peers: Peers) -> Iterator[None]:
+    """Ends a block that all processes leave after the same update, because of a signal."""
+    try:
+        yield
+    except Stopped:
+        peers.leave()
+        raise
+
+
+def create_folder(folder: Path) -> Path:
+    """Creates a folder that did not exist: `folder`, or `folder-2`, `folder-3`, ….
+
+    `mkdir` is atomic, so two runs that start together never share one.
+
+    Raises:
+      ConfigError: no folder can be created there.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            path = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+            try:
+                path.mkdir()
+            except FileExistsError:
+                continue
+            return path
+    except OSError as error:
+        problem = Problem(str(folder), f"{error.strerror}.", "--set train.out=FOLDER")
+        raise ConfigError(
+            format_problems("The run folder cannot be created.", [problem])
+        ) from error
+    raise AssertionError("unreachable")

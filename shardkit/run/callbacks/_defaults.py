@@ -1,0 +1,41 @@
+"""The callbacks that every run has, in the order in which they are called."""
+
+from rich.console import Console
+
+from ...processes import Peers
+from .._config import TrainConfig, check_profile, parse_profile
+from ._callback import Callback
+from ._finite import FiniteCheck
+from ._heartbeat import Heartbeat
+from ._loggers import check_loggers, make_loggers
+from ._profile import ProfileTrace
+from ._progress import Describe, ProgressDisplay
+from ._replica_check import ReplicaCheck
+from ._spikes import SpikeLog
+
+
+def check_callbacks(config: TrainConfig, start: int) -> None:
+    """Raises, before anything is compiled, if a callback cannot do what the config asks.
+
+    Args:
+      config: of the run.
+      start: updates already made.
+
+    Raises:
+      ConfigError: a logger is unknown or not installed, or the updates to trace are over.
+    """
+    check_loggers(config.loggers)
+    check_profile(config.profile, config.steps, start)
+
+
+def default_callbacks(
+    config: TrainConfig, describe: Describe, console: Console, peers: Peers
+) -> list[Callback]:
+    """Returns the callbacks of a config: those that may end the run first, the progress last."""
+    callbacks: list[Callback] = [Heartbeat(peers), FiniteCheck(config.skip_limit)]
+    if config.replica_check_every:
+        callbacks.append(ReplicaCheck(config.replica_check_every, config.on_replica_mismatch))
+    callbacks += [SpikeLog(), *make_loggers(config.loggers)]
+    if config.profile is not None:
+        callbacks.append(ProfileTrace(*parse_profile(config.profile, config.steps)))
+    return [*callbacks, ProgressDisplay(console, config.log_every, describe)]

@@ -1,0 +1,115 @@
+"""Metrics to TensorBoard and Weights & Biases, besides `metrics.jsonl`.
+
+Each logger imports its package when the run starts, and is an extra of that name.
+"""
+
+import abc
+import importlib
+import importlib.util
+import math
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..._errors import ConfigError, Problem, count, did_you_mean, raise_all
+from ._callback import Callback, RunContext, StepMetrics
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """Raises, before anything is compiled, for loggers that are unknown or not installed.
+
+    Raises:
+      ConfigError: naming each, with the command that installs it.
+    """
+    problems = []
+    for name in names:
+        subject = f"train.loggers={name}"
+        if name not in LOGGERS:
+            why = f"is not one of {', '.join(LOGGERS)}.{did_you_mean(name, LOGGERS)}"
+            problems.append(Problem(subject, why, f"--set train.loggers={','.join(LOGGERS)}"))
+        elif importlib.util.find_spec(LOGGERS[name].package) is None:
+            why = f"needs the package {LOGGERS[name].package}, which is not installed."
+            problems.append(Problem(subject, why, f"pip install 'shardkit[{name}]'"))
+    headline = f"Metrics cannot go to {count(len(problems), 'logger')}."
+    raise_all(ConfigError, headline, problems, "metrics.jsonl is written in any case")
+
+
+def make_loggers(names: Sequence[str]) -> list[Callback]:
+    """Returns the callbacks of loggers that `check_loggers` accepted."""
+    return [LOGGERS[name]() for name in names]
+
+
+class _Logger(Callback):
+    """Logs every number of an update as `train/NAME`, and of an evaluation as `eval/NAME`."""
+
+    package: str
+
+    def on_start(self, run: RunContext, state: Any) -> None:
+        self._throughput = run.throughput
+        self._open(run)
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        times = {"seconds": metrics.seconds, "data_seconds": metrics.data_seconds}
+        values = {**metrics.values, **times, **self._throughput.columns(metrics.seconds)}
+        self._log(metrics.step, {f"train/{name}": value for name, value in values.items()})
+
+    def on_eval(self, step: int, values: Mapping[str, float]) -> None:
+        self._log(step, {f"eval/{name}": value for name, value in values.items()})
+
+    @abc.abstractmethod
+    def _open(self, run: RunContext) -> None:
+        """Imports the package and starts, or continues, the log of a run."""
+
+    @abc.abstractmethod
+    def _log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+
+class TensorBoardLogger(_Logger):
+    """Event files in `tensorboard` in the run's folder."""
+
+    package = "tensorboardX"
+
+    def _open(self, run: RunContext) -> None:
+        module = importlib.import_module(self.package)
+        folder = str(run.folder / "tensorboard")
+        # Events of later updates, which a resumed run makes again, are no longer shown.
+        self._writer = module.SummaryWriter(folder, purge_step=run.start + 1)
+
+    def _log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def on_exit(self, error: BaseException | None) -> None:
+        self._writer.close()
+
+
+class WandBLogger(_Logger):
+    """One Weights & Biases run, also when resumed; `WANDB_MODE=offline` needs no network."""
+
+    package = "wandb"
+
+    def _open(self, run: RunContext) -> None:
+        wandb = importlib.import_module(self.package)
+        id_file = run.folder / "wandb.id"
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex[:8])
+        self._run = wandb.init(
+            id=id_file.read_text(),
+            resume="allow",
+            name=run.folder.name,
+            dir=str(run.folder),
+            settings=wandb.Settings(console="off"),  # the terminal shows the progress line
+        )
+        # A resumed run makes some updates again, so the step is a metric like others here.
+        self._run.define_metric("*", step_metric="step")
+
+    def _log(self, step: int, values: Mapping[str, float]) -> None:
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        self._run.log({"step": step, **finite})
+
+    def on_exit(self, error: BaseException | None) -> None:
+        """Finishes the run there too, as failed after an error."""
+        self._run.finish(exit_code=0 if error is None else 1)
+
+
+LOGGERS: Mapping[str, type[_Logger]] = {"tensorboard": TensorBoardLogger, "wandb": WandBLogger}

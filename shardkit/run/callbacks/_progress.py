@@ -1,0 +1,120 @@
+"""Progress of a run: two lines that change on a terminal, plain lines elsewhere."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
+
+from .._durations import format_clock, format_duration
+from ._callback import Callback, RunContext, StepMetrics
+
+# Metrics as text for the progress line.
+Describe = Callable[[Mapping[str, float]], str]
+
+
+def describe_metrics(values: Mapping[str, float]) -> str:
+    """Formats the loss, or every number of an evaluation that has none.
+
+    >>> describe_metrics({"loss": 1.5, "grad_norm": 0.1})
+    'loss 1.500'
+    >>> describe_metrics({"accuracy": 0.25, "examples": 64.0})
+    'accuracy 0.25  examples 64'
+    """
+    if "loss" in values:
+        return f"loss {values['loss']:.3f}"
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+class ProgressDisplay(Callback):
+    """Shows the user how far the run is and how fast it is."""
+
+    def __init__(self, console: Console, log_every: int, describe: Describe) -> None:
+        """Declares what is shown; nothing is shown before the run starts.
+
+        Args:
+          console: where.
+          log_every: updates between two lines when the output is not a terminal.
+          describe: formats the metrics of an update or an evaluation.
+        """
+        self._console, self._log_every, self._describe = console, log_every, describe
+        self._lines = _TwoLines(console)
+        self._saves: list[tuple[int, float]] = []  # (step, monotonic seconds), oldest first
+
+    def on_start(self, run: RunContext, state: Any) -> None:
+        self._run = run
+        self._lines.begin(run.start, run.steps)
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        done, steps = metrics.step, metrics.step + metrics.remaining
+        values, speed, eta = self._describe(metrics.values), self._describe_speed(metrics), ""
+        if metrics.mean_seconds is not None:
+            eta = f"ETA {format_clock(metrics.mean_seconds * metrics.remaining)}"
+        self._lines.show_step(done, f"{values}  {eta}", speed)
+        is_due = done == 1 or done % self._log_every == 0 or done == steps
+        if is_due and not self._console.is_terminal:
+            texts = (f"step {done:>{len(str(steps))}}/{steps}", values, speed, eta)
+            self._print("  ".join(filter(None, texts)))
+
+    def on_eval(self, step: int, values: Mapping[str, float]) -> None:
+        self._print(f"step {step}: {self._describe(values)}")
+
+    def on_save(self, step: int) -> None:
+        """Remembers when the save started, to show how much a crash would lose."""
+        self._saves.append((step, time.monotonic()))
+
+    def on_finish(self, state: Any) -> None:
+        self._lines.stop()
+
+    def on_exit(self, error: BaseException | None) -> None:
+        self._lines.stop()
+
+    def _describe_speed(self, metrics: StepMetrics) -> str:
+        if metrics.mean_seconds is None or metrics.mean_data_seconds is None:
+            return ""
+        each, data = map(format_duration, (metrics.mean_seconds, metrics.mean_data_seconds))
+        speed = self._run.throughput.text(metrics.mean_seconds)
+        return "  ".join(filter(None, (speed, f"{each}/step (data {data})", self._describe_save())))
+
+    def _describe_save(self) -> str:
+        """Returns the newest complete checkpoint and its age; unfinished saves do not count."""
+        for i, (step, then) in reversed(list(enumerate(self._saves))):
+            if self._run.is_saved(step):
+                del self._saves[:i]
+                age = round(time.monotonic() - then)
+                return f"saved {step}, {format_duration(age) if age > 59 else f'{age} s'} ago"
+        return ""
+
+    def _print(self, line: str) -> None:
+        self._console.print(Text(line), soft_wrap=True)
+
+
+class _TwoLines(Progress):
+    """Position and metrics on the first line, speed on the second; nothing without a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self._speed = ""
+        super().__init__(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=16),
+            TextColumn("{task.description}", markup=False),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self.add_task("compiled, warming up")
+
+    def begin(self, done: int, steps: int) -> None:
+        self.update(self._task, total=steps, completed=done)
+        self.start()
+
+    def show_step(self, done: int, description: str, speed: str) -> None:
+        self._speed = speed
+        self.update(self._task, completed=done, description=description)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Yields both lines; the second one never wraps."""
+        yield from super().get_renderables()
+        if self._speed:
+            yield Text(f"  {self._speed}", no_wrap=True, overflow="ellipsis", style="dim")

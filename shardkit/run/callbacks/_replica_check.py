@@ -1,0 +1,72 @@
+"""Every so many updates: do all devices hold the same copy of the state?"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+
+from ..._errors import StateError, format_problems
+from ..guards import Mismatch, ReplicaComparison
+from ._callback import Callback, RunContext, StepMetrics
+
+
+class ReplicaCheck(Callback):
+    """Compares checksums of the copies of each leaf, and stops or warns when they differ.
+
+    The checksums are dispatched behind an update and read together with its metrics, so that
+    nothing waits for them.
+    """
+
+    def __init__(self, every: int, on_mismatch: Literal["stop", "continue"]) -> None:
+        """Takes the updates between two comparisons, and what to do when copies differ."""
+        self._every, self._on_mismatch = every, on_mismatch
+        self._comparison: ReplicaComparison | None = None
+        self._checksums: dict[int, jax.Array] = {}
+        self._equal_at: int | None = None
+
+    def on_start(self, run: RunContext, state: Any) -> None:
+        self._run = run
+        comparison = ReplicaComparison(state)
+        if comparison.leaves:
+            self._comparison = comparison
+        else:
+            run.say("train.replica_check_every: no leaf has a second copy, nothing is compared")
+
+    def on_dispatch(self, step: int, state: Any, batch: Any) -> None:
+        if self._comparison and step % self._every == 0:
+            self._checksums[step] = self._comparison.checksums(state)
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        """Reads the checksums of an update.
+
+        Raises:
+          StateError: copies differ, and `on_mismatch` is `stop`.
+        """
+        checksums = self._checksums.pop(metrics.step, None)
+        if checksums is None or self._comparison is None:
+            return
+        if mismatches := self._comparison.mismatches(checksums):
+            self._report(metrics.step, mismatches)
+        else:
+            self._equal_at = metrics.step
+
+    def _report(self, step: int, mismatches: Sequence[Mismatch]) -> None:
+        rows = [
+            {
+                "leaf": mismatch.leaf,
+                "device": str(mismatch.device),
+                "place": dict(mismatch.place),
+                "checksum": mismatch.checksum,
+                "expected": mismatch.expected,
+            }
+            for mismatch in mismatches
+        ]
+        self._run.write("replicas", step=step, differ=rows)
+        agreed = f"after step {self._equal_at}" if self._equal_at else "at the start"
+        newest = self._equal_at or self._run.start
+        fix = f"resume from a checkpoint no newer than step {newest}"
+        headline = f"Copies of the state differ at step {step}; they agreed {agreed}."
+        text = format_problems(headline, [mismatch.problem for mismatch in mismatches], fix)
+        if self._on_mismatch == "stop":
+            raise StateError(text)
+        self._run.say(f"{text}\nTraining continues (train.on_replica_mismatch=continue).")
