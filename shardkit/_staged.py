@@ -24,6 +24,7 @@ def staged(
     `first` and `last` run where the first and the last layer are.
 
     The functions must take every parameter as an argument: what they close over gets no gradient.
+    In a `jax.jit` or scan of your own they must take every traced array as an argument.
     Gradients flow through the loss (the `total` of a `Mean`) alone, not through weight or metrics.
 
     Args:

@@ -182,14 +182,17 @@ MARKS = {
     "remat on shards": ("remat", "shard_map", S.data() | S.tensor(), MESH),
     "in_turn on shards": ("remat_in_turn", "shard_map", S.data(), {"data": 2}),
 }
-FIRST = [("jit", "none"), ("scan", "full")]
-MORE = [("scan", "none"), ("jit", "full"), ("remat", "save:mix"), ("remat", "full")]
+FORMS_OF_ONE = [(form, remat) for form in ("jit", "scan") for remat in ("none", "full")]
+FORMS_OF_ONE += [("remat", "save:mix"), ("remat", "full")]
+# The others take as long as they are many, and find no more.
+QUICK = {(name, "jit", "none") for name in MARKS}
+QUICK |= {(name, "scan", "full") for name in ("all_to_all", "weight", "remat", "remat on shards")}
 
 
 def all_cases():
     for name, (mark, *_) in MARKS.items():
-        for form, remat in [*FIRST, *MORE]:
-            slow = [] if (form, remat) in FIRST else [pytest.mark.slow]
+        for form, remat in FORMS_OF_ONE:
+            slow = [] if (name, form, remat) in QUICK else [pytest.mark.slow]
             whole = mark == "staged" and form != "jit"  # is no layer, and cannot be scanned over
             twice = mark.startswith("remat") and form == "remat"
             if not whole and not twice:
