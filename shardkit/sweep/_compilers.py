@@ -125,12 +125,12 @@ class Absent:
           ShardkitError: the case is illegal, or its compiler crashed.
         """
         start = time.perf_counter()
-        spec = declare(self.factory, case)
+        spec = spec_of_case(self.factory, case)
         report = compile_for(self.source(case), self.target, timeout=self.timeout)
         return Made(report, time.perf_counter() - start, spec)
 
 
-def declare(factory: Factory, case: Case) -> StepSpec:
+def spec_of_case(factory: Factory, case: Case) -> StepSpec:
     """The spec that a factory makes of a case, for a mesh that another process builds.
 
     Raises:

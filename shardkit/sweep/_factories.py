@@ -22,7 +22,7 @@ from ..mesh import MeshSpec
 from ..step import CompiledStep, StepSpec, check_step_spec
 from ..targets import Source
 from ._case import Case
-from ._compilers import Factory, declare
+from ._compilers import Factory, spec_of_case
 from ._spec_factory import SpecFactory, check_axes, ready
 
 # What a sweep itself sets, and what changes no figure of a step.
@@ -170,7 +170,7 @@ def declared(
         problem = Problem(shown_name(made), why, "the config of before, or another --out")
         raise SweepError(format_problems("The config is another one.", [problem]))
     case = Case(tuple(mesh.items()), accumulate, remat)
-    return declare(made, case), case.mesh_spec
+    return spec_of_case(made, case), case.mesh_spec
 
 
 def factory_of(given: Any) -> Steps:
