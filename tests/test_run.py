@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import itertools
 import json
 import math
 import resource
@@ -106,9 +105,9 @@ def run(tmp_path, step, batches=None, **config):
         return {"bits_per_byte": bits, "bytes": scored}
 
     with MetricsFile(tmp_path) as file:
-        folder = RunFolder(file, config, as_source(TEXT.batch), {}, print)
+        folder = RunFolder(file, config, as_source(batches or TEXT.batch), {}, print)
         loop = Loop(step, folder, [FiniteCheck(1), noting], evaluate=evaluate, tokens=24)
-        state = loop.run(0, batches or map(TEXT.batch, itertools.count()))
+        state = loop.run(0)
     return state, noting.told, rows(tmp_path)
 
 

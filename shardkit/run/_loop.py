@@ -47,29 +47,28 @@ class Loop:
         self._throughput = Throughput.of(step, tokens)
         self._clock, self._stop = Clock(self._config.steps), StopRequest(several)
 
-    def run(self, state: Any, batches: Iterator[Any]) -> Any:
+    def run(self, state: Any) -> Any:
         """Makes all updates that are left, between the first and the last event of the callbacks.
 
         Args:
           state: after `folder.start` updates.
-          batches: of the updates that follow; a generator is closed at the end.
 
         Returns:
           The last state.
         """
+        folder, context = self._folder, self._make_context()
         with contextlib.ExitStack() as stack:
             for callback in self._callbacks:
-                callback.on_start(self._context, state)
+                callback.on_start(context, state)
                 # Only callbacks that were started are told of the end, the last one first.
                 stack.push(lambda kind, error, trace, call=callback.on_exit: call(error))
-            with self._stop, _close_generator(batches):
+            with self._stop, _close_generator(folder.source.batches(folder.start)) as batches:
                 state = self._make_updates(state, batches)
             for callback in self._callbacks:
                 callback.on_finish(state)
         return state
 
-    @property
-    def _context(self) -> RunContext:
+    def _make_context(self) -> RunContext:
         folder = self._folder
 
         def stop(why: str) -> None:
@@ -176,10 +175,10 @@ def _make_row(metrics: StepMetrics) -> dict[str, float | None]:
 
 
 @contextlib.contextmanager
-def _close_generator(batches: Iterator[Any]) -> Iterator[None]:
+def _close_generator(batches: Iterator[Any]) -> Iterator[Iterator[Any]]:
     """Closes a generator behind the block, and with it what it holds, such as a thread."""
     try:
-        yield
+        yield batches
     finally:
         if isinstance(batches, Generator):
             batches.close()

@@ -126,7 +126,7 @@ class Trainer:
                 tokens=self.tokens,
                 several=peers.count > 1,
             )
-            return loop.run(state, source.batches(folder.start))
+            return loop.run(state)
 
     def _compile(self) -> tuple[CompiledStep, dict[str, float]]:
         """Returns the step, and the seconds that compiling it took by cause."""

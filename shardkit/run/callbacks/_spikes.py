@@ -8,7 +8,11 @@ from ._callback import Callback, RunContext, StepMetrics
 
 
 class SpikeLog(Callback):
-    """Writes a row when the loss or the gradient norm jumps above its expected range."""
+    """Writes a row when the loss or the gradient norm jumps above its expected range.
+
+    {"kind": "spike", "step": 41, "of": "loss", "expected": 2.1, "limit": 2.6,
+     "loss": 7.0, "grad_norm": 3.0, ...}
+    """
 
     def __init__(self) -> None:
         """Gradient norms scatter more than losses do, so they must triple to count."""
