@@ -98,7 +98,10 @@ def test_a_users_mistake_is_one_screen_and_exit_code_2(
         (["--target", "tpu:v9:2x2"], "unknown chip 'v9'; known: v4, v5e, v5p, v6e, tpu7x."),
         (["a.json", "--target", "cpu:8"], "a.json: opened, not compiled."),
         (["mine:step", "--target", "cpu:2", "--json", "/"], "--json /  is a folder, not a file"),
-        (["mine:step", "--html", "/dev/null/x.html"], "cannot be written: /dev/null is no folder"),
+        (
+            ["mine:step", "--html", "/dev/null/x.html"],
+            "cannot be written: /dev/null is not a folder",
+        ),
         (["a.json", "--set", "a=1"], "--set a=1  a saved report is what was compiled"),
     ],
 )

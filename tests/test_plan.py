@@ -231,7 +231,7 @@ def test_numbers_that_cannot_be_are_refused_at_once():
     ("words", "said"),
     [
         (["--compile", "-3"], "--compile -3  counts layouts"),
-        (["--json", f"{__file__}/plan.json"], "is no folder that this user may write to"),
+        (["--json", f"{__file__}/plan.json"], "is not a folder that this user may write to"),
     ],
 )
 def test_the_command_refuses_before_anything_is_planned(words, said, capsys):
