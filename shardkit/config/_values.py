@@ -9,6 +9,8 @@ import types
 import typing
 from typing import Any, Literal, TypeGuard, Union
 
+from .._options import describe
+
 _BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _NONES = ("none", "null")
 
@@ -62,47 +64,6 @@ def parse(annotation: Any, text: str) -> Any:
     raise BadValue(f"expected {describe(annotation)}, got {text!r}.")
 
 
-def matches(annotation: Any, value: Any) -> bool:
-    """Whether a value is of an annotated type; types that `parse` does not know all match.
-
-    >>> matches(int, True), matches(float, 1), matches(str | None, None), matches(int, "1")
-    (False, True, True, False)
-    """
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (Union, types.UnionType):
-        return any(matches(one, value) for one in arguments)
-    if origin is Literal:
-        return value in arguments
-    if origin is tuple:
-        return isinstance(value, tuple) and _items_match(arguments, value)
-    if annotation in (int, float) and isinstance(value, bool):
-        return False
-    if annotation is float:
-        return isinstance(value, int | float)
-    if annotation in (int, str, bool, types.NoneType) or is_dataclass_type(annotation):
-        return isinstance(value, annotation)
-    return True
-
-
-def describe(annotation: Any) -> str:
-    """Returns the type as an error names it.
-
-    >>> describe(float | None), describe(tuple[float, ...]), describe(Literal["a", "b"])
-    ('float or none', 'float,float,...', "'a' or 'b'")
-    """
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (Union, types.UnionType):
-        return " or ".join(describe(one) for one in arguments)
-    if origin is Literal:
-        return " or ".join(repr(one) for one in arguments)
-    if origin is tuple and arguments[-1] is Ellipsis:
-        return f"{describe(arguments[0])},{describe(arguments[0])},..."
-    if origin is tuple:
-        return ",".join(describe(one) for one in arguments)
-    names = {types.NoneType: "none", bool: "true or false"}
-    return names.get(annotation) or getattr(annotation, "__name__", str(annotation))
-
-
 def _parse_union(annotation: Any, text: str) -> Any:
     # str takes any text, so it is tried last: `str | None` reads "none" as None.
     for member in sorted(typing.get_args(annotation), key=lambda one: one is str):
@@ -127,9 +88,3 @@ def _parse_tuple(annotation: Any, text: str) -> tuple[Any, ...]:
     if len(parts) != len(members):
         raise BadValue(f"expected {describe(annotation)}, got {text!r}.")
     return tuple(parse(member, part) for member, part in zip(members, parts, strict=True))
-
-
-def _items_match(arguments: tuple[Any, ...], value: tuple[Any, ...]) -> bool:
-    if arguments[-1] is Ellipsis:
-        return all(matches(arguments[0], one) for one in value)
-    return len(arguments) == len(value) and all(map(matches, arguments, value))
