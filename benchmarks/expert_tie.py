@@ -61,7 +61,7 @@ def choices(model: Any, params: Any, batch: Any) -> tuple[float, list[tuple[Any,
 def dropped(config: Any, choice: Any) -> Any:
     """Which choices find their expert full, bool[batch, length, k]."""
     from shardkit._slots import places
-    from shardkit.models._experts import expert_capacity
+    from shardkit.models._mixture import expert_capacity
 
     rows, length, _ = choice.shape
     place = places(choice.reshape(rows, -1), config.experts).reshape(choice.shape)

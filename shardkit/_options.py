@@ -23,16 +23,16 @@ def option_problems(prefix: str = "", **options: tuple[Any, Any]) -> list[Proble
       **options: `name=(value, annotation)`.
 
     >>> option_problems(sequence=("no", bool), stage=(1, int))
-    [Problem(subject="sequence='no'", why='is of type str, not bool', fix='sequence=False')]
+    [Problem(subject='sequence', why="expected true or false, got 'no'.", fix='sequence=False')]
     """
     return [
         Problem(
-            f"{prefix}{name}={value!r}",
-            f"is {_kind(value)}, not {_said(wanted)}",
+            f"{prefix}{name}",
+            f"expected {describe(wanted)}, got {value!r}.",
             f"{name}={_nearest(value, wanted)}",
         )
         for name, (value, wanted) in options.items()
-        if not _fits(value, wanted)
+        if not matches(wanted, tuple(value) if isinstance(value, list) else value)
     ]
 
 
@@ -55,46 +55,54 @@ def check_options(
     raise_all(kind, headline, option_problems(prefix, **given))
 
 
-def _fits(value: Any, wanted: Any) -> bool:
-    origin, of = typing.get_origin(wanted), typing.get_args(wanted)
+def matches(annotation: Any, value: Any) -> bool:
+    """Whether a value is of an annotated type; annotations of other things all match.
+
+    >>> matches(int, True), matches(float, 1), matches(str | None, None), matches(int, "1")
+    (False, True, True, False)
+    """
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, one) for one in of)
+        return any(matches(one, value) for one in arguments)
     if origin is Literal:
-        return any(type(value) is type(one) and value == one for one in of)
+        return any(type(value) is type(one) and value == one for one in arguments)
     if origin is tuple:
-        if not isinstance(value, tuple | list):
-            return False
-        each = [of[0]] * len(value) if of[-1] is Ellipsis else of
-        return len(each) == len(value) and all(map(_fits, value, each))
-    if origin is Mapping or origin is dict:
+        return isinstance(value, tuple) and _items_match(arguments, value)
+    if origin is Mapping:
         return isinstance(value, Mapping) and all(
-            _fits(key, of[0]) and _fits(one, of[1]) for key, one in value.items()
+            all(map(matches, arguments, item)) for item in value.items()
         )
-    if wanted in (int, float):
-        number = numbers.Integral if wanted is int else numbers.Real
+    if annotation in (int, float):
+        number = numbers.Integral if annotation is int else numbers.Real
         return isinstance(value, number) and not isinstance(value, bool)
-    return not isinstance(wanted, type) or isinstance(value, wanted)
+    return not isinstance(annotation, type) or isinstance(value, annotation)
 
 
-def _kind(value: Any) -> str:
-    if isinstance(value, tuple | list) and value:
-        return f"of {', '.join(dict.fromkeys(type(one).__name__ for one in value))}"
-    return f"of type {type(value).__name__}"
+def _items_match(arguments: tuple[Any, ...], value: tuple[Any, ...]) -> bool:
+    if arguments[-1] is Ellipsis:
+        return all(matches(arguments[0], one) for one in value)
+    return len(arguments) == len(value) and all(map(matches, arguments, value))
 
 
-def _said(wanted: Any) -> str:
-    """`bool`, `int or None`, `'once' or 'each'`, `tuple of int`."""
-    origin, of = typing.get_origin(wanted), typing.get_args(wanted)
+def describe(annotation: Any) -> str:
+    """Returns the type as an error names it.
+
+    >>> describe(float | None), describe(tuple[float, ...]), describe(Literal["a", "b"])
+    ('float or none', 'float,float,...', "'a' or 'b'")
+    """
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(map(_said, of))
+        return " or ".join(describe(one) for one in arguments)
     if origin is Literal:
-        return " or ".join(map(repr, of))
+        return " or ".join(repr(one) for one in arguments)
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return f"{describe(arguments[0])},{describe(arguments[0])},..."
     if origin is tuple:
-        inner = of[:1] if of[-1] is Ellipsis else of
-        return f"a tuple of {', '.join(map(_said, inner))}"
-    if origin is Mapping or origin is dict:
-        return f"a mapping of {_said(of[0])} to {_said(of[1])}"
-    return "None" if wanted is type(None) else getattr(wanted, "__name__", str(wanted))
+        return ",".join(describe(one) for one in arguments)
+    if origin is Mapping:
+        return f"mapping of {describe(arguments[0])} to {describe(arguments[1])}"
+    names = {types.NoneType: "none", bool: "true or false"}
+    return names.get(annotation) or getattr(annotation, "__name__", str(annotation))
 
 
 def _nearest(value: Any, wanted: Any) -> str:

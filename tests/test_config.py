@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from shardkit._errors import ConfigError, DataError, MeshError, ShardkitError
+from shardkit._options import matches
 from shardkit.config import (
     Config,
     DataConfig,
@@ -21,7 +22,7 @@ from shardkit.config import (
     load_config,
     to_record,
 )
-from shardkit.config._values import BadValue, matches, parse
+from shardkit.config._values import BadValue, parse
 from shardkit.mesh import MeshSpec, Target
 from shardkit.models import SIZES
 from shardkit.run import TrainConfig
@@ -242,11 +243,8 @@ def test_a_missing_file_names_the_nearest(tmp_path):
             "it has steps, seed, ",
         ),
         ("def config():\n    return Config(dat=5)", "Did you mean 'data'?"),
-        ("def config():\n    return Config(train=TextTrainConfig(seed='x'))", "train.seed"),
-        (
-            "def config():\n    return Config(train=TextTrainConfig(seed='x'))",
-            "expected int, got 'x'.",
-        ),
+        ("def config():\n    return Config(devices=8)", "devices"),
+        ("def config():\n    return Config(devices=8)", "expected str, got 8."),
         ("def config():\n    return Config(data=5)", "expected DataConfig, got 5."),
         (
             "from shardkit import *\ndef config():\n    return Config(train=TrainConfig(steps=7))",
@@ -260,6 +258,13 @@ def test_a_broken_file_is_told_in_one_line_with_its_place(tmp_path, body, messag
         load_config(path)
     assert str(path) in str(error.value)
     assert message in str(error.value)
+
+
+def test_a_field_of_another_type_says_its_name_its_type_and_where_it_stands(tmp_path):
+    path = written(tmp_path, "def config():\n    return Config(train=TextTrainConfig(seed='x'))")
+    with pytest.raises(ConfigError, match=r"train.seed +expected int, got 'x'") as error:
+        load_config(path)
+    assert error.value.__notes__ == [f"(in {path}:3)"]
 
 
 def test_an_error_of_the_declaration_says_where_it_stands(tmp_path):

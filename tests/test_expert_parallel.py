@@ -15,7 +15,7 @@ import pytest
 import shardkit as sk
 from shardkit._slots import at_once
 from shardkit.models import Decoder, DecoderConfig, decoder_loss
-from shardkit.models._experts import mixture
+from shardkit.models._mixture import mixture
 from shardkit.parallel import _expert
 from shardkit.parallel._ragged import arrived, exchange, way_of
 from shardkit.testing import EXPERT_MUTATIONS, kill_matrix

@@ -376,8 +376,8 @@ def test_a_compiler_that_finds_no_room_is_a_step_that_does_not_fit(mesh, monkeyp
         declared(mesh, strategy=strategy)
     head, row, fix = str(caught.value).splitlines()
     assert head == "The program does not fit on its devices."
-    # w, the step counter and the key, and four rows of x.
-    assert row == f"  each of 8 x cpu  {said} State and batch take 108 B beside that."
+    # w, the step counter, the key and whether it halted, and four rows of x.
+    assert row == f"  each of 8 x cpu  {said} State and batch take 109 B beside that."
     assert fix.startswith('Fix: accumulate=2 for half the rows at a time, remat="full"')
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -10,6 +10,8 @@ import types
 import typing
 from typing import Any, Literal, TypeGuard, Union
 
+from .._options import describe
+
 _BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _NONES = {"none": None, "null": None}
 
@@ -49,24 +51,6 @@ def parse(annotation: Any, text: str) -> Any:
     raise BadValue(f"expected {describe(annotation)}, got {text!r}.")
 
 
-def matches(annotation: Any, value: Any) -> bool:
-    """Whether a value is of an annotated type; types that `parse` does not know all match.
-
-    >>> matches(int, True), matches(float, 1), matches(str | None, None), matches(int, "1")
-    (False, True, True, False)
-    """
-    return any(_matches_one(one, value) for one in _members(annotation))
-
-
-def describe(annotation: Any) -> str:
-    """Returns the type as an error names it.
-
-    >>> describe(float | None), describe(tuple[float, ...]), describe(Literal["a", "b"])
-    ('float or none', 'float,float,...', "'a' or 'b'")
-    """
-    return " or ".join(map(_describe_one, _members(annotation)))
-
-
 def _members(annotation: Any) -> tuple[Any, ...]:
     """The types of a union; any other type alone."""
     is_union = typing.get_origin(annotation) in (Union, types.UnionType)
@@ -93,34 +77,3 @@ def _parse_one(annotation: Any, text: str) -> Any:
     if annotation in (int, float, str):
         return annotation(text)
     raise ValueError
-
-
-def _matches_one(annotation: Any, value: Any) -> bool:
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Literal:
-        return value in arguments
-    if origin is tuple:
-        items = _items(arguments, len(value)) if isinstance(value, tuple) else ()
-        return (
-            isinstance(value, tuple)
-            and len(items) == len(value)
-            and all(map(matches, items, value))
-        )
-    if annotation in (int, float) and isinstance(value, bool):
-        return False
-    if annotation is float:
-        return isinstance(value, int | float)
-    if annotation in (int, str, bool, types.NoneType) or is_dataclass_type(annotation):
-        return isinstance(value, annotation)
-    return True
-
-
-def _describe_one(annotation: Any) -> str:
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Literal:
-        return " or ".join(map(repr, arguments))
-    if origin is tuple:
-        more = ",..." if arguments[-1] is Ellipsis else ""
-        return ",".join(map(describe, _items(arguments, 2))) + more
-    names = {types.NoneType: "none", bool: "true or false"}
-    return names.get(annotation) or getattr(annotation, "__name__", str(annotation))

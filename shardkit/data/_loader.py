@@ -143,6 +143,6 @@ def _check_leaves(batch: Any, shardings: Any, data: Data) -> None:
     got, want = (leaves_by_path(tree, "batch").keys() for tree in (batch, shardings))
     problems = [Problem(p, f"is declared, and {data} has none") for p in want - got]
     problems += [Problem(p, f"comes from {data}, undeclared") for p in got - want]
-    fix = f"compile_step(..., batch={{...}}) with leaves {', '.join(sorted(got))}"
+    fix = f"compile_step(..., batch={{...}}) with leaves {', '.join(leaves_by_path(batch))}"
     problems.sort(key=lambda one: one.subject)
     raise_all(BatchError, "The data is not what the step was compiled for.", problems, fix)

@@ -5,8 +5,9 @@ from ._block import block, rms_norm, rotate, rotation
 from ._config import DecoderConfig
 from ._cross_entropy import cross_entropy
 from ._decoder import Decoder, parameter_count
-from ._experts import expert_capacity, experts, route, router_statistics, swiglu
+from ._experts import experts, route
 from ._loss import decoder_loss
+from ._mixture import expert_capacity, router_statistics, swiglu
 from ._sizes import SIZES
 
 __all__ = [

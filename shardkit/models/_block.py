@@ -27,7 +27,7 @@ from .._weight import weight
 from ._attention import attention
 from ._config import DecoderConfig
 from ._dense import dense
-from ._experts import mixture
+from ._mixture import mixture
 
 Rotation = tuple[jax.Array, jax.Array]
 

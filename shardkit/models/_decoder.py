@@ -20,7 +20,7 @@ from .._staged import Layer, layer_keys, through
 from .._weight import weight
 from ._block import STREAM, WORK, block, rms_norm, rotation
 from ._config import DecoderConfig
-from ._experts import STATISTICS
+from ._mixture import STATISTICS
 
 _TRUNCATED_STD = 0.87962566103423978  # of a standard normal cut at two deviations
 

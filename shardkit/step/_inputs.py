@@ -139,7 +139,7 @@ def _raise_structure(batch: Any, abstract: Any) -> None:
     problems = [Problem(p, "is declared and was not given") for p in sorted(want - got)]
     problems += [Problem(p, "was given and is not declared") for p in sorted(got - want)]
     problems = problems or [Problem("batch", "has the declared leaves in other containers")]
-    fix = f"a batch with leaves {', '.join(sorted(want))}"
+    fix = f"a batch with leaves {', '.join(leaves_by_path(abstract))}"
     raise_all(BatchError, "The batch is not what the step was compiled for.", problems, fix)
 
 

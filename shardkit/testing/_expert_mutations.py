@@ -38,6 +38,6 @@ EXPERT_MUTATIONS: tuple[Mutation, ...] = (
         "router losses not weighted",
         "tokens that do not count route into the losses",
         ("loss", "metrics"),
-        (("shardkit.models._experts.router_statistics", _all_counted),),
+        (("shardkit.models._mixture.router_statistics", _all_counted),),
     ),
 )
