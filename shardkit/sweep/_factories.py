@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -21,7 +21,7 @@ from .._errors import (
 )
 from ..config import Config, load_config, to_record
 from ..mesh import MeshSpec
-from ..parallel import Strategy, StrategyCall, known_kinds
+from ..parallel import Strategy, known_kinds
 from ..run import declare_run
 from ..step import Declaration
 from ..targets import Source
@@ -110,9 +110,9 @@ def _with_axes(strategy: Strategy, sizes: Mapping[str, int]) -> Strategy:
     return strategy
 
 
-def ready() -> dict[str, StrategyCall]:
+def ready() -> dict[str, Callable[[], Strategy]]:
     """The strategy that a mesh axis stands for where a config declares none for it."""
-    return {kind.axis: call for kind in known_kinds() if (call := kind.by_default())}
+    return {kind.axis: kind.make for kind in known_kinds() if kind.by_default}
 
 
 def plain_axes() -> tuple[str, ...]:
