@@ -12,10 +12,8 @@ import pytest
 import shardkit as sk
 from shardkit.inspect import Program, Report, Row
 from shardkit.parallel import (
-    Choice,
     DeviceBytes,
     Kind,
-    StrategyCall,
     check_composition,
     register_kind,
     strategies,
@@ -46,6 +44,7 @@ class Columns(Kind):
     splits = frozenset({"heads"})
     collectives = frozenset({"all-reduce"})
     weighed = "columns of pairs"
+    make = staticmethod(columns)
 
     def minimum(self, program: Program) -> float | None:
         """The result of one pair, reduced once."""
@@ -62,12 +61,6 @@ class Columns(Kind):
         """Results of pairs that were not added up before they were reduced."""
         arrays = sum(len(one.operands) for one in rows)
         yield APART, 1 - 1 / arrays
-
-    def by_default(self) -> StrategyCall:
-        return StrategyCall(columns)
-
-    def tried(self, choice: Choice) -> StrategyCall:
-        return StrategyCall(columns)
 
     def sent_beside(self, held: DeviceBytes) -> float:
         """What its models send under a `shard_map` of their own."""

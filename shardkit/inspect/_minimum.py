@@ -19,6 +19,7 @@ from ._program import Placed, Program
 _SPARE = 1.1
 # Parts of the excess below this share of the minimum are left out.
 _WORTH = 0.01
+_AGAIN = "sent again by recomputation", 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,17 +83,12 @@ def _excess(
     program: Program, ledger: Ledger, kind: AxisKind, least: float
 ) -> tuple[tuple[str, int], ...]:
     """(what, bytes) of what goes beyond a minimum, the most first; each byte in one at most."""
-    rows, share = (
-        _counted(ledger, kind.axis),
-        _shares(kind.axis, program.sizes, program.leaves),
-    )
+    rows = _counted(ledger, kind.axis)
+    share = _shares(kind.axis, program.sizes, program.leaves)
     found: dict[str, float] = {}
     for row in rows:
         again = row.phase == "recompute"
-        reasons = (
-            [("sent again by recomputation", 1.0)] if again else kind.excess(row, rows, program)
-        )
-        for what, part in reasons:
+        for what, part in [_AGAIN] if again else kind.excess(row, rows, program):
             found[what] = found.get(what, 0.0) + part * share(row)
     worth = {what: size for what, size in found.items() if size > _WORTH * least}
     return tuple((what, round(size)) for what, size in sorted(worth.items(), key=lambda x: -x[1]))

@@ -2,7 +2,7 @@
 
 from . import strategies
 from ._compose import advise, check_composition, check_used
-from ._kind import Choice, DeviceBytes, Kind, StrategyCall
+from ._kind import Choice, DeviceBytes, Kind, format_call
 from ._kinds import (
     axes_splitting,
     kinds_by_specs,
@@ -24,12 +24,12 @@ __all__ = [
     "Kind",
     "Schedule",
     "Strategy",
-    "StrategyCall",
     "Ticks",
     "advise",
     "axes_splitting",
     "check_composition",
     "check_used",
+    "format_call",
     "kinds_by_specs",
     "known_kinds",
     "lane_axes",

@@ -46,7 +46,7 @@ from .._tree import short_type
 from ..collectives import HeadExchange, Pairs, Ring, Way, across
 from ..inspect import Program
 from ..rules import REPLICATED, axes_of, format_mesh
-from ._kind import Choice, Kind, StrategyCall
+from ._kind import Choice, Kind
 from ._names import activations, check_axis
 from ._strategy import Strategy
 
@@ -81,51 +81,6 @@ def all_to_all_bytes(n: int, queries: float, keys_and_values: float, layers: int
     4500.0
     """
     return 2 * (n - 1) / n * (2 * queries + keys_and_values) * layers
-
-
-@final
-@dataclasses.dataclass(frozen=True)
-class Context(Kind):
-    """The length over an axis.
-
-    Attributes:
-      attention: `"ring"` or `"all_to_all"`.
-    """
-
-    name: ClassVar[str] = "context"
-    splits = frozenset({"length"})
-    collectives = frozenset({"all-reduce", "all-gather", "collective-permute", "all-to-all"})
-    region = "attention"
-    weighed = "context"
-    attention: str = "ring"
-
-    @property
-    def variant(self) -> str:
-        """How attention looks across, where it is not the ring."""
-        return "" if self.attention == "ring" else self.attention
-
-    @property
-    def choice(self) -> Choice:
-        """How attention looks across, whose exchanges a planner has formulae for."""
-        return Choice(attention=self.attention)
-
-    def minimum(self, program: Program) -> float | None:
-        """Liu et al. 2023 (ring), Jacobs et al. 2023; and gradients reduced as for `data`."""
-        n, layers = program.sizes[self.axis], program.layers
-        queries, keys = map(program.activation_bytes, ("heads", "kv_heads"))
-        if queries is None or keys is None or layers is None:
-            return None
-        if self.attention == "ring":
-            return self.reduced_bytes(program) + ring_bytes(n, 2 * keys, layers)
-        return self.reduced_bytes(program) + all_to_all_bytes(n, queries, 2 * keys, layers)
-
-    def by_default(self) -> StrategyCall:
-        """The ring, which any number of heads allows."""
-        return StrategyCall(context)
-
-    def tried(self, choice: Choice) -> StrategyCall:
-        """Attention as it is chosen."""
-        return StrategyCall(context, {"attention": choice.attention or "ring"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,6 +218,48 @@ def context(axis: str = "context", attention: str = "ring", *, kv_heads: str = "
         kinds=(Context(axis, attention),),
         regions=(("attention", ContextAttention(axis, attention, kv_heads)),),
     )
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Context(Kind):
+    """The length over an axis.
+
+    Attributes:
+      attention: `"ring"` or `"all_to_all"`.
+    """
+
+    name: ClassVar[str] = "context"
+    splits = frozenset({"length"})
+    collectives = frozenset({"all-reduce", "all-gather", "collective-permute", "all-to-all"})
+    region = "attention"
+    weighed = "context"
+    make = staticmethod(context)
+    attention: str = "ring"
+
+    @property
+    def variant(self) -> str:
+        """How attention looks across, where it is not the ring."""
+        return "" if self.attention == "ring" else self.attention
+
+    @property
+    def choice(self) -> Choice:
+        """How attention looks across, whose exchanges a planner has formulae for."""
+        return Choice(attention=self.attention)
+
+    def minimum(self, program: Program) -> float | None:
+        """Liu et al. 2023 (ring), Jacobs et al. 2023; and gradients reduced as for `data`."""
+        n, layers = program.sizes[self.axis], program.layers
+        queries, keys = map(program.activation_bytes, ("heads", "kv_heads"))
+        if queries is None or keys is None or layers is None:
+            return None
+        if self.attention == "ring":
+            return self.reduced_bytes(program) + ring_bytes(n, 2 * keys, layers)
+        return self.reduced_bytes(program) + all_to_all_bytes(n, queries, 2 * keys, layers)
+
+    def options(self, choice: Choice) -> dict[str, Any]:
+        """Attention as it is chosen."""
+        return {"attention": choice.attention or "ring"}
 
 
 def _split(around: Surroundings, name: str) -> tuple[str, ...]:

@@ -10,53 +10,18 @@ don't (`fsdp`), or when a device's share of the batch is too small to hide the a
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence, Set
+import functools
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, final
 
 from jax.sharding import PartitionSpec
 
 from ..inspect import Program, Row
 from ..rules import REPLICATED
-from ._kind import Choice, Kind, StrategyCall
+from ._kind import Choice, Kind
 from ._names import activations, check_axis
 from ._strategy import Strategy
 from ._zero import zero
-
-
-@final
-@dataclasses.dataclass(frozen=True)
-class Data(Kind):
-    """Rows over an axis, parameters whole; a planner also tries ZeRO there."""
-
-    name: ClassVar[str] = "data"
-    splits = frozenset({"rows"})
-    collectives = frozenset({"all-reduce"})
-    in_shard_map = True
-    weighed = "data and ZeRO"
-
-    def is_told_by(self, split: Set[str]) -> bool:
-        """Parameters and what updates them are whole."""
-        return "batch" in split and not split & {"params", "opt_state"}
-
-    def minimum(self, program: Program) -> float:
-        """One all-reduce of the gradients per step, whatever the accumulation."""
-        return self.reduced_bytes(program)
-
-    def excess(
-        self, row: Row, rows: Sequence[Row], program: Program
-    ) -> Iterator[tuple[str, float]]:
-        """Between slices, the parts inside of a slice."""
-        if row.kind == "all-reduce" and not (row.whole or row.dcn):
-            what = "of gradients all-reduced inside of each slice, where a reduce-scatter would do"
-            yield what, 0.5
-
-    def by_default(self) -> StrategyCall:
-        """Without ZeRO."""
-        return StrategyCall(data)
-
-    def tried(self, choice: Choice) -> StrategyCall:
-        """ZeRO of the chosen stage, or none."""
-        return StrategyCall(zero, {"stage": choice.zero}) if choice.zero else StrategyCall(data)
 
 
 def data(axis: str = "data") -> Strategy:
@@ -78,3 +43,33 @@ def data(axis: str = "data") -> Strategy:
         activations=activations({"batch": axis}),
         kinds=(Data(axis),),
     )
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Data(Kind):
+    """Rows over an axis, parameters whole; a planner also tries ZeRO there."""
+
+    name: ClassVar[str] = "data"
+    splits = frozenset({"rows"})
+    collectives = frozenset({"all-reduce"})
+    in_shard_map = True
+    weighed = "data and ZeRO"
+    told_by = frozenset({"batch"})
+    make = staticmethod(data)
+
+    def minimum(self, program: Program) -> float:
+        """One all-reduce of the gradients per step, whatever the accumulation."""
+        return self.reduced_bytes(program)
+
+    def excess(
+        self, row: Row, rows: Sequence[Row], program: Program
+    ) -> Iterator[tuple[str, float]]:
+        """Between slices, the parts inside of a slice."""
+        if row.kind == "all-reduce" and not (row.whole or row.dcn):
+            what = "of gradients all-reduced inside of each slice, where a reduce-scatter would do"
+            yield what, 0.5
+
+    def tried(self, choice: Choice) -> "functools.partial[Strategy]":
+        """ZeRO of the chosen stage, or none."""
+        return functools.partial(zero, stage=choice.zero) if choice.zero else super().tried(choice)

@@ -37,7 +37,7 @@ from .._errors import Problem, StepError, raise_all
 from .._regions import Carrier, Surroundings, manual_axes, mesh_here, partly_manual
 from .._slots import collect, combine, dispatch, even, in_order, ragged, slots
 from ..inspect import Program
-from ._kind import Choice, Kind, StrategyCall
+from ._kind import Kind
 from ._names import activations, check_axis, params
 from ._ragged import PLATFORMS, arrived, exchange, way_of
 from ._strategy import Strategy
@@ -53,40 +53,6 @@ def expert_bytes(n: int, routed: float, layers: int) -> float:
     3000.0
     """
     return 4 * (n - 1) / n * routed * layers
-
-
-@final
-@dataclasses.dataclass(frozen=True)
-class Expert(Kind):
-    """Experts and rows over an axis."""
-
-    name: ClassVar[str] = "expert"
-    splits = frozenset({"rows", "experts"})
-    collectives = frozenset({"all-reduce", "all-to-all", "ragged-all-to-all"})
-    region = "experts"
-    weighed = "bounded experts"
-    not_weighed = ("dropless experts",)
-
-    def shares_axis(self, other: Kind) -> bool:
-        """Experts may live where rows are split: routed tokens change devices there."""
-        return "rows" in other.splits and "experts" not in other.splits
-
-    def minimum(self, program: Program) -> float | None:
-        """Lepikhin et al. 2020; and gradients of what is no expert, reduced as for `data`."""
-        activation, choices = program.declared.activation_bytes, program.declared.choices
-        if activation is None or choices is None or program.layers is None:
-            return None
-        n = program.sizes[self.axis]
-        routed = expert_bytes(n, activation * choices, program.layers)
-        return self.reduced_bytes(program) + routed
-
-    def by_default(self) -> StrategyCall:
-        """Has no options."""
-        return StrategyCall(expert)
-
-    def tried(self, choice: Choice) -> StrategyCall:
-        """The same."""
-        return StrategyCall(expert)
 
 
 def expert(axis: str = "expert") -> Strategy:
@@ -111,6 +77,33 @@ def expert(axis: str = "expert") -> Strategy:
         kinds=(Expert(axis),),
         regions=(("experts", AllToAll(axis)),),
     )
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Expert(Kind):
+    """Experts and rows over an axis."""
+
+    name: ClassVar[str] = "expert"
+    splits = frozenset({"rows", "experts"})
+    collectives = frozenset({"all-reduce", "all-to-all", "ragged-all-to-all"})
+    region = "experts"
+    weighed = "bounded experts"
+    not_weighed = ("dropless experts",)
+    make = staticmethod(expert)
+
+    def shares_axis(self, other: Kind) -> bool:
+        """Experts may live where rows are split: routed tokens change devices there."""
+        return "rows" in other.splits and "experts" not in other.splits
+
+    def minimum(self, program: Program) -> float | None:
+        """Lepikhin et al. 2020; and gradients of what is no expert, reduced as for `data`."""
+        activation, choices = program.declared.activation_bytes, program.declared.choices
+        if activation is None or choices is None or program.layers is None:
+            return None
+        n = program.sizes[self.axis]
+        routed = expert_bytes(n, activation * choices, program.layers)
+        return self.reduced_bytes(program) + routed
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ batches per device (`data` across them, `fsdp` inside).
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable
 from typing import Any, ClassVar, final
 
 import jax
@@ -26,9 +26,9 @@ from .._errors import Problem, StepError, raise_all
 from .._options import option_problems
 from .._regions import Carrier, Surroundings
 from .._remat import KEPT
-from ..inspect import Program, Row
+from ..inspect import Program
 from ..rules import chain, shard_largest
-from ._kind import Choice, Kind, StrategyCall, scatter_excess
+from ._kind import Kind
 from ._names import activations, check_axis, params
 from ._strategy import Strategy
 
@@ -40,62 +40,6 @@ def fsdp_bytes(n: int, weights: float, gradients: float, gathers: int = 2) -> fl
     (2250.0, 1500.0)
     """
     return (n - 1) / n * (gathers * weights + gradients)
-
-
-@final
-@dataclasses.dataclass(frozen=True)
-class Fsdp(Kind):
-    """Rows and parameters over an axis.
-
-    Attributes:
-      reshard_after_forward: False keeps gathered weights from forward to backward.
-    """
-
-    name: ClassVar[str] = "fsdp"
-    splits = frozenset({"rows", "weights"})
-    collectives = frozenset({"all-reduce", "reduce-scatter", "all-gather"})
-    in_shard_map = True
-    weighed = "fsdp"
-    not_weighed = ("weights kept from forward to backward (reshard_after_forward=False)",)
-    reshard_after_forward: bool = True
-
-    @property
-    def variant(self) -> str:
-        """Whether weights are kept."""
-        return "" if self.reshard_after_forward else "kept"
-
-    def is_told_by(self, split: Set[str]) -> bool:
-        """Parameters are split over an axis of the rows."""
-        return {"batch", "params"} <= split
-
-    def minimum(self, program: Program) -> float:
-        """Rajbhandari et al. 2020 (ZeRO-3); what is not split is reduced as for `data`."""
-        n, declared = program.sizes[self.axis], program.declared
-        weights, gradients = (
-            n * program.param_bytes(self.axis, dtype, split=True)
-            for dtype in (declared.compute_dtype, declared.reduce_dtype)
-        )
-        gathers = 2 if self.reshard_after_forward else 1
-        return self.reduced_bytes(program) + fsdp_bytes(n, weights, gradients, gathers)
-
-    def excess(
-        self, row: Row, rows: Sequence[Row], program: Program
-    ) -> Iterator[tuple[str, float]]:
-        """Gradients that are not scattered, weights that are gathered again."""
-        yield from scatter_excess(row, program)
-
-    def by_default(self) -> StrategyCall:
-        """Weights gathered twice."""
-        return StrategyCall(fsdp)
-
-    def tried(self, choice: Choice) -> StrategyCall:
-        """The same."""
-        return StrategyCall(fsdp)
-
-    @property
-    def unmodelled(self) -> str:
-        """What is kept lives longer than a walk by names sees."""
-        return "" if self.reshard_after_forward else "weights are kept"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,3 +105,43 @@ def fsdp(
         kinds=(Fsdp(axis, reshard_after_forward),),
         regions=() if reshard_after_forward else (("weight", KeptWeights(axis)),),
     )
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Fsdp(Kind):
+    """Rows and parameters over an axis.
+
+    Attributes:
+      reshard_after_forward: False keeps gathered weights from forward to backward.
+    """
+
+    name: ClassVar[str] = "fsdp"
+    splits = frozenset({"rows", "weights"})
+    collectives = frozenset({"all-reduce", "reduce-scatter", "all-gather"})
+    in_shard_map = True
+    weighed = "fsdp"
+    not_weighed = ("weights kept from forward to backward (reshard_after_forward=False)",)
+    told_by = frozenset({"batch", "params"})
+    make = staticmethod(fsdp)
+    reshard_after_forward: bool = True
+
+    @property
+    def variant(self) -> str:
+        """Whether weights are kept."""
+        return "" if self.reshard_after_forward else "kept"
+
+    def minimum(self, program: Program) -> float:
+        """Rajbhandari et al. 2020 (ZeRO-3); what is not split is reduced as for `data`."""
+        n, declared = program.sizes[self.axis], program.declared
+        weights, gradients = (
+            n * program.param_bytes(self.axis, dtype, split=True)
+            for dtype in (declared.compute_dtype, declared.reduce_dtype)
+        )
+        gathers = 2 if self.reshard_after_forward else 1
+        return self.reduced_bytes(program) + fsdp_bytes(n, weights, gradients, gathers)
+
+    @property
+    def unmodelled(self) -> str:
+        """What is kept lives longer than a walk by names sees."""
+        return "" if self.reshard_after_forward else "weights are kept"

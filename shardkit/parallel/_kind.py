@@ -6,7 +6,8 @@ so a new kind is one file: a function that makes its strategy, and its final sub
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Set
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..inspect import AxisKind, Program, Row
@@ -24,20 +25,6 @@ def all_reduce_bytes(n: int, size: float) -> float:
     return 2 * (n - 1) / n * size
 
 
-def scatter_excess(row: Row, program: Program) -> Iterator[tuple[str, float]]:
-    """What goes beyond gradients that are scattered and weights that are gathered once.
-
-    Args:
-      row: a collective over the axis.
-      program: declares how many micro-batches there are.
-    """
-    k = program.declared.accumulate
-    if row.kind == "all-reduce" and row.phase != "forward":
-        yield "of gradients all-reduced, where a reduce-scatter would do", 0.5
-    elif row.kind == "all-gather" and k > 1:
-        yield f"of weights gathered again in each of {k} micro-batches", 1 - 1 / k
-
-
 @dataclasses.dataclass(frozen=True)
 class Choice:
     """What a planner varies beside the sizes of axes; each kind reads what concerns it.
@@ -53,28 +40,16 @@ class Choice:
     pipeline: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-@dataclasses.dataclass(frozen=True)
-class StrategyCall:
-    """A call of a function of `sk.strategies`; `str` gives it as code.
+def format_call(call: "functools.partial[Strategy]") -> str:
+    """The call of a function that makes a strategy, as code.
 
-    Attributes:
-      function: makes the strategy.
-      options: its keyword arguments.
+    >>> from shardkit.parallel import strategies
+    >>> format_call(functools.partial(strategies.tensor, sequence=True))
+    'sk.strategies.tensor(sequence=True)'
     """
-
-    function: "Callable[..., Strategy]"
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def __call__(self) -> "Strategy":
-        """Makes the strategy."""
-        return self.function(**self.options)
-
-    def __str__(self) -> str:
-        """Returns `sk.strategies.tensor(sequence=True)`."""
-        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
-        home = self.function.__module__
-        home = "sk.strategies" if home.startswith("shardkit.") else home
-        return f"{home}.{self.function.__name__}({options})"
+    home, options = call.func.__module__, [f"{name}={v!r}" for name, v in call.keywords.items()]
+    home = "sk.strategies" if home.startswith("shardkit.") else home
+    return f"{home}.{call.func.__name__}({', '.join(options)})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,12 +79,19 @@ class Kind(AxisKind, abc.ABC):
       in_shard_map: whether `mode="shard_map"` carries it out.
       weighed: what a planner tries over the axis, in words; empty if it tries nothing there.
       not_weighed: its variants that a planner does not try, in words.
+      told_by: what an axis splits of `"batch"`, `"params"` and `"opt_state"` where specs alone tell
+        the kind; empty where they do not.
+      make: the function that makes its strategy.
+      by_default: whether a sweep may call it without options, for an axis that none is on.
     """
 
     region: ClassVar[str] = ""
     in_shard_map: ClassVar[bool] = False
     weighed: ClassVar[str] = ""
     not_weighed: ClassVar[tuple[str, ...]] = ()
+    told_by: ClassVar[frozenset[str]] = frozenset()
+    make: "ClassVar[Callable[..., Strategy]]"
+    by_default: ClassVar[bool] = True
 
     @property
     def variant(self) -> str:
@@ -125,28 +107,32 @@ class Kind(AxisKind, abc.ABC):
         del other
         return False
 
-    def is_told_by(self, split: Set[str]) -> bool:
-        """Whether specs alone tell it.
-
-        Args:
-          split: what the axis splits of `"batch"`, `"params"` and `"opt_state"`.
-        """
-        del split
-        return False
-
     def reduced_bytes(self, program: Program) -> float:
         """The one all-reduce per step of gradients of parameters that the axis does not split."""
         dtype = program.declared.reduce_dtype
         whole = program.param_bytes(self.axis, dtype, split=False)
         return all_reduce_bytes(program.sizes[self.axis], whole)
 
-    def by_default(self) -> "StrategyCall | None":
-        """What a sweep lays out an axis of this name by; None where options have to be given."""
-        return None
+    def excess(
+        self, row: Row, rows: Sequence[Row], program: Program
+    ) -> Iterator[tuple[str, float]]:
+        """Gradients that are not scattered, weights gathered again, where it splits them."""
+        k = program.declared.accumulate
+        if not self.splits & {"weights", "optimizer_state"}:
+            return
+        if row.kind == "all-reduce" and row.phase != "forward":
+            yield "of gradients all-reduced, where a reduce-scatter would do", 0.5
+        elif row.kind == "all-gather" and k > 1:
+            yield f"of weights gathered again in each of {k} micro-batches", 1 - 1 / k
 
-    def tried(self, choice: Choice) -> StrategyCall:
-        """What a planner tries over the axis; a kind that is `weighed` has to say it."""
-        raise NotImplementedError(f"{self} is not tried by a planner")
+    def tried(self, choice: Choice) -> "functools.partial[Strategy]":
+        """The strategy that a planner tries over the axis."""
+        return functools.partial(self.make, **self.options(choice))
+
+    def options(self, choice: Choice) -> Mapping[str, Any]:
+        """Those of the strategy that a planner tries."""
+        del choice
+        return {}
 
     @property
     def choice(self) -> Choice:

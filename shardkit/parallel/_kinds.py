@@ -91,6 +91,7 @@ def kinds_by_specs(
     found = []
     for axis in sorted(axis for axis, size in sizes.items() if size > 1 and axis not in named):
         split = {leaf.part for leaf in leaves if axis in leaf.axes()}
-        told = (kind for kind in known_kinds() if kind.is_told_by(split))
-        found += [dataclasses.replace(kind, axis=axis) for kind in told][:1]
+        # Those that split more come later in the registry.
+        told = [kind for kind in known_kinds() if kind.told_by and kind.told_by <= split]
+        found += [dataclasses.replace(kind, axis=axis) for kind in told[-1:]]
     return tuple(found)

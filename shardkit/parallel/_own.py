@@ -24,6 +24,7 @@ class Own(Kind):
     """
 
     name: ClassVar[str] = "own"
+    by_default = False
     sends: tuple[str, ...] = ()
 
     @property

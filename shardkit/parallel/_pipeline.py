@@ -23,7 +23,7 @@ are slow: it sends least of all kinds. Do not use with few micro-batches per sta
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import jax
@@ -33,7 +33,7 @@ from .._errors import Problem, StepError, did_you_mean, raise_all
 from .._regions import Carrier, Surroundings, plainly
 from .._staged import First, Last, Layer
 from .._types import Accumulate
-from ._kind import Choice, Kind, StrategyCall
+from ._kind import Choice, Kind
 from ._names import activations, check_axis, params
 from ._parts import Parts, part_sizes
 from ._pipeline_program import Loss, Program
@@ -56,33 +56,6 @@ def pipeline_bytes(n: int, activation: float) -> float:
     (2000.0, 1000.0)
     """
     return activation * min(n - 1.0, 2.0)
-
-
-@final
-@dataclasses.dataclass(frozen=True)
-class Pipeline(Kind):
-    """Layers over an axis, in stages."""
-
-    name: ClassVar[str] = "pipeline"
-    splits = frozenset({"layers"})
-    collectives = frozenset({"all-reduce", "collective-permute", "all-gather", "reduce-scatter"})
-    region = "staged"
-    weighed = "pipeline"
-    not_weighed = ("uneven stages",)
-
-    def minimum(self, program: "Compiled") -> float | None:
-        """Huang et al. 2019; and gradients of what every stage has, reduced as for `data`."""
-        # Micro-batches together are the rows of one device, so their number does not matter.
-        activation = program.declared.activation_bytes
-        if activation is None:
-            return None
-        n = program.sizes[self.axis]
-        return self.reduced_bytes(program) + pipeline_bytes(n, activation)
-
-    def tried(self, choice: Choice) -> StrategyCall:
-        """The chosen schedule; without one, what any layout of its parameters needs."""
-        one = {"schedule": "1f1b", "micro_batches": 1}
-        return StrategyCall(pipeline, choice.pipeline or one)
 
 
 def pipeline(
@@ -135,6 +108,34 @@ def pipeline(
         kinds=(Pipeline(axis),),
         regions=(("staged", carrier),),
     )
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Pipeline(Kind):
+    """Layers over an axis, in stages."""
+
+    name: ClassVar[str] = "pipeline"
+    splits = frozenset({"layers"})
+    collectives = frozenset({"all-reduce", "collective-permute", "all-gather", "reduce-scatter"})
+    region = "staged"
+    weighed = "pipeline"
+    not_weighed = ("uneven stages",)
+    make = staticmethod(pipeline)
+    by_default = False
+
+    def minimum(self, program: "Compiled") -> float | None:
+        """Huang et al. 2019; and gradients of what every stage has, reduced as for `data`."""
+        # Micro-batches together are the rows of one device, so their number does not matter.
+        activation = program.declared.activation_bytes
+        if activation is None:
+            return None
+        n = program.sizes[self.axis]
+        return self.reduced_bytes(program) + pipeline_bytes(n, activation)
+
+    def options(self, choice: Choice) -> Mapping[str, Any]:
+        """The chosen schedule; without one, what any layout of its parameters needs."""
+        return choice.pipeline or {"schedule": "1f1b", "micro_batches": 1}
 
 
 def _option_problems(name: Any, micro: Any, virtual: Any, ends: Any) -> list[Problem]:

@@ -13,12 +13,12 @@ more `fsdp`. Do not use across slow links: its collectives stand in the way of e
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 from .._errors import Problem, StepError, did_you_mean, raise_all
 from .._options import option_problems
 from ..inspect import Program, Row
-from ._kind import Choice, Kind, StrategyCall
+from ._kind import Choice, Kind
 from ._names import activations, check_axis, params
 from ._strategy import Strategy
 
@@ -39,6 +39,43 @@ def tensor_bytes(n: int, activation: float, layers: int) -> float:
     return 8 * (n - 1) / n * activation * layers
 
 
+def tensor(axis: str = "tensor", *, sequence: bool = False, kv_heads: str = "split") -> Strategy:
+    """Splits heads, MLP width and vocabulary over a mesh axis.
+
+    Args:
+      axis: name of the mesh axis.
+      sequence: split the residual stream between blocks over length on the same axis.
+      kv_heads: `"split"` splits key and value heads as query heads, whose number must then be a
+        multiple of the axis; `"replicate"` has every device make all key and value heads and use
+        those of its own queries, for grouped queries with fewer groups than devices; in
+        `mode="auto"` alone.
+
+    Returns:
+      A strategy for models that carry the conventional logical names.
+
+    Raises:
+      StepError: `kv_heads` is neither.
+
+    >>> tensor(sequence=True).activations.spec(("batch", "residual_length", "embed"))
+    P(None, 'tensor')
+    """
+    check_axis("tensor", axis)
+    problems = option_problems("tensor.", sequence=(sequence, bool))
+    raise_all(StepError, "A strategy is declared wrongly.", problems)
+    if kv_heads not in KV_HEADS:
+        why = f"known: {', '.join(KV_HEADS)}.{did_you_mean(str(kv_heads), KV_HEADS)}"
+        problem = Problem(f"tensor(kv_heads={kv_heads!r})", why, 'kv_heads="replicate"')
+        raise_all(StepError, "There is no such policy for key and value heads.", [problem])
+    split = dict.fromkeys(("heads", "mlp", "expert_mlp", "vocab"), axis)
+    split |= {"kv_heads": axis} if kv_heads == "split" else {}
+    stream = {"residual_length": axis} if sequence else {}
+    return Strategy(
+        params=params(split),
+        activations=activations({**split, **stream}),
+        kinds=(Tensor(axis, sequence),),
+    )
+
+
 @final
 @dataclasses.dataclass(frozen=True)
 class Tensor(Kind):
@@ -54,6 +91,7 @@ class Tensor(Kind):
     in_shard_map = True
     weighed = "tensor with sequence"
     not_weighed = ("tensor without sequence",)
+    make = staticmethod(tensor)
     sequence: bool = False
 
     @property
@@ -97,47 +135,6 @@ class Tensor(Kind):
         if row.kind == "all-reduce" and self.sequence:
             yield "all-reduced, where a reduce-scatter would do", left / 2
 
-    def by_default(self) -> StrategyCall:
-        """The stream whole, so that any model that names its dims is laid out."""
-        return StrategyCall(tensor)
-
-    def tried(self, choice: Choice) -> StrategyCall:
+    def options(self, choice: Choice) -> dict[str, Any]:
         """The stream split."""
-        return StrategyCall(tensor, {"sequence": True})
-
-
-def tensor(axis: str = "tensor", *, sequence: bool = False, kv_heads: str = "split") -> Strategy:
-    """Splits heads, MLP width and vocabulary over a mesh axis.
-
-    Args:
-      axis: name of the mesh axis.
-      sequence: split the residual stream between blocks over length on the same axis.
-      kv_heads: `"split"` splits key and value heads as query heads, whose number must then be a
-        multiple of the axis; `"replicate"` has every device make all key and value heads and use
-        those of its own queries, for grouped queries with fewer groups than devices; in
-        `mode="auto"` alone.
-
-    Returns:
-      A strategy for models that carry the conventional logical names.
-
-    Raises:
-      StepError: `kv_heads` is neither.
-
-    >>> tensor(sequence=True).activations.spec(("batch", "residual_length", "embed"))
-    P(None, 'tensor')
-    """
-    check_axis("tensor", axis)
-    problems = option_problems("tensor.", sequence=(sequence, bool))
-    raise_all(StepError, "A strategy is declared wrongly.", problems)
-    if kv_heads not in KV_HEADS:
-        why = f"known: {', '.join(KV_HEADS)}.{did_you_mean(str(kv_heads), KV_HEADS)}"
-        problem = Problem(f"tensor(kv_heads={kv_heads!r})", why, 'kv_heads="replicate"')
-        raise_all(StepError, "There is no such policy for key and value heads.", [problem])
-    split = dict.fromkeys(("heads", "mlp", "expert_mlp", "vocab"), axis)
-    split |= {"kv_heads": axis} if kv_heads == "split" else {}
-    stream = {"residual_length": axis} if sequence else {}
-    return Strategy(
-        params=params(split),
-        activations=activations({**split, **stream}),
-        kinds=(Tensor(axis, sequence),),
-    )
+        return {"sequence": True}

@@ -16,15 +16,14 @@ XLA's CPU backend makes no reduce-scatter: it reduces whole gradients and slices
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence, Set
 from typing import ClassVar, final
 
 from jax.sharding import PartitionSpec
 
-from ..inspect import Program, Row
+from ..inspect import Program
 from ..optim import Zero
 from ..rules import REPLICATED
-from ._kind import DeviceBytes, Kind, scatter_excess
+from ._kind import DeviceBytes, Kind
 from ._names import activations, check_axis
 from ._strategy import Strategy
 
@@ -36,40 +35,6 @@ def zero_bytes(n: int, weights: float, gradients: float) -> float:
     1500.0
     """
     return (n - 1) / n * (weights + gradients)
-
-
-@final
-@dataclasses.dataclass(frozen=True)
-class ZeroUpdate(Kind):
-    """Rows over an axis, and the update of parameters that are whole over it."""
-
-    name: ClassVar[str] = "zero"
-    splits = frozenset({"rows", "optimizer_state"})
-    collectives = frozenset({"all-reduce", "reduce-scatter", "all-gather"})
-    in_shard_map = True
-
-    def is_told_by(self, split: Set[str]) -> bool:
-        """Parameters are whole, and what updates them is not."""
-        return {"batch", "opt_state"} <= split and "params" not in split
-
-    def minimum(self, program: Program) -> float:
-        """Rajbhandari et al. 2020."""
-        declared = program.declared
-        sent, reduced = (
-            program.param_bytes(self.axis, dtype, split=False)
-            for dtype in (declared.compute_dtype, declared.reduce_dtype)
-        )
-        return zero_bytes(program.sizes[self.axis], sent, reduced)
-
-    def excess(
-        self, row: Row, rows: Sequence[Row], program: Program
-    ) -> Iterator[tuple[str, float]]:
-        """Gradients that are not scattered, weights that are gathered again."""
-        yield from scatter_excess(row, program)
-
-    def sent_beside(self, held: DeviceBytes) -> float:
-        """What was updated in parts is gathered again."""
-        return held.regathered
 
 
 def zero(axis: str = "data", *, stage: int = 1) -> Strategy:
@@ -100,3 +65,30 @@ def zero(axis: str = "data", *, stage: int = 1) -> Strategy:
         zero=Zero(axis, stage),
         kinds=(ZeroUpdate(axis),),
     )
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class ZeroUpdate(Kind):
+    """Rows over an axis, and the update of parameters that are whole over it."""
+
+    name: ClassVar[str] = "zero"
+    splits = frozenset({"rows", "optimizer_state"})
+    collectives = frozenset({"all-reduce", "reduce-scatter", "all-gather"})
+    in_shard_map = True
+    told_by = frozenset({"batch", "opt_state"})
+    make = staticmethod(zero)
+    by_default = False
+
+    def minimum(self, program: Program) -> float:
+        """Rajbhandari et al. 2020."""
+        declared = program.declared
+        sent, reduced = (
+            program.param_bytes(self.axis, dtype, split=False)
+            for dtype in (declared.compute_dtype, declared.reduce_dtype)
+        )
+        return zero_bytes(program.sizes[self.axis], sent, reduced)
+
+    def sent_beside(self, held: DeviceBytes) -> float:
+        """What was updated in parts is gathered again."""
+        return held.regathered

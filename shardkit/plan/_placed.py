@@ -67,7 +67,6 @@ class Places:
 
     model: Model
     made: dict[tuple[Any, ...], Placed | str] = dataclasses.field(default_factory=dict)
-    kinds: dict[tuple[Any, ...], tuple[Kind, ...]] = dataclasses.field(default_factory=dict)
 
     def of(self, sizes: Mapping[str, int], zero: int) -> Placed | str:
         """Exact bytes of a layout, or why there is none."""
@@ -83,10 +82,7 @@ class Places:
         found = self.made[key]
         if isinstance(found, str):
             return found
-        used = (min(zero, 1), *used_axes(sizes))
-        if used not in self.kinds:
-            self.kinds[used] = layout_of(sizes, zero).kinds
-        return dataclasses.replace(found, batch=batch, kinds=self.kinds[used])
+        return dataclasses.replace(found, batch=batch, kinds=layout_of(sizes, zero).kinds)
 
     def resolved(self, sizes: Mapping[str, int], zero: int) -> Placed | str:
         """The same by resolving everything on this one mesh."""

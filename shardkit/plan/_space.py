@@ -9,7 +9,7 @@ from typing import Any
 from .._errors import MeshError, Problem, raise_all
 from .._options import check_options
 from .._types import Accumulate
-from ..parallel import Choice, Kind, Strategy, axes_splitting, weighed_kinds
+from ..parallel import Choice, Strategy, axes_splitting, format_call, weighed_kinds
 from ._found import LENGTH, PIPE
 
 
@@ -165,22 +165,17 @@ def layout_of(
     >>> layout_of({"data": 1, "fsdp": 4, "tensor": 2}).kinds
     (Fsdp(axis='fsdp', reshard_after_forward=True), Tensor(axis='tensor', sequence=True))
     """
-    choice = Choice(zero, attention, stages.options if stages else {})
-    made = (kind.tried(choice)() for kind in _used_kinds(sizes))
-    return functools.reduce(operator.or_, made)
+    return functools.reduce(
+        operator.or_, (call() for call in _calls(sizes, zero, attention, stages))
+    )
 
 
-def written(
-    sizes: Mapping[str, int], zero: int = 0, attention: str = "", stages: Stages | None = None
-) -> str:
-    """The same as code."""
-    choice = Choice(zero, attention, stages.options if stages else {})
-    return " | ".join(str(kind.tried(choice)) for kind in _used_kinds(sizes))
-
-
-def _used_kinds(sizes: Mapping[str, int]) -> list[Kind]:
+def _calls(
+    sizes: Mapping[str, int], zero: int, attention: str, stages: Stages | None
+) -> list[functools.partial[Strategy]]:
     kinds = {kind.axis: kind for kind in weighed_kinds()}
-    return [kinds[axis] for axis in used_axes(sizes)]
+    choice = Choice(zero, attention, stages.options if stages else {})
+    return [kinds[axis].tried(choice) for axis in used_axes(sizes)]
 
 
 def used_axes(sizes: Mapping[str, int]) -> dict[str, int]:
@@ -195,13 +190,14 @@ def code_of(sizes: Mapping[str, int], how: How, remat: str, zero: int, attention
     used = {axis: sizes[axis] for axis in used_axes(sizes)}
     mesh = ", ".join(f"{axis}={n}" for axis, n in used.items())
     stages = how if isinstance(how, Stages) else None
+    calls = _calls(sizes, zero, attention, stages)
     steps = "1"
     if isinstance(how, Accumulate) and how.steps > 1:
         steps = f"sk.Accumulate({how.steps}, reduce={how.reduce!r})"
     return "\n".join(
         [
             f"mesh = sk.MeshSpec({mesh})",
-            f"strategy = {written(sizes, zero, attention, stages)}",
+            f"strategy = {' | '.join(map(format_call, calls))}",
             f"accumulate = {steps}",
             f"remat = {remat!r}",
         ]

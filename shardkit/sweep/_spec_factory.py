@@ -1,7 +1,7 @@
 """The step of a spec on any mesh of a sweep."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Mesh, PartitionSpec
@@ -10,7 +10,7 @@ from .._errors import ConfigError, Problem, did_you_mean, raise_all
 from .._tree import leaves
 from .._types import Loss
 from ..mesh import MeshSpec
-from ..parallel import Strategy, StrategyCall, known_kinds
+from ..parallel import Strategy, known_kinds
 from ..rules import AxisRules, PathRules, Rule, ShardLargest, axes_of, flatten
 from ..step import StepSpec
 
@@ -130,9 +130,9 @@ def _with_axes(strategy: Strategy, sizes: Mapping[str, int]) -> Strategy:
     return strategy
 
 
-def ready() -> dict[str, StrategyCall]:
+def ready() -> dict[str, Callable[[], Strategy]]:
     """The ready strategy that an axis stands for where a spec's strategy has none for it."""
-    return {kind.axis: call for kind in known_kinds() if (call := kind.by_default())}
+    return {kind.axis: kind.make for kind in known_kinds() if kind.by_default}
 
 
 def plain_axes() -> tuple[str, ...]:
