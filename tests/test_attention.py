@@ -38,7 +38,8 @@ def segments(length=150):
 
 
 def relative(got, want):
-    return float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
+    got, want = (np.asarray(x, np.float64) for x in (got, want))
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def test_ci_reads_the_test_command_from_the_readme():
     marker = "<!-- the test command -->"
     assert README.count(marker) == 1
     behind = README.split(marker)[1]
-    assert "pytest" in blocks(behind, "sh")[0]
+    assert 'pytest -n 2 --dist loadfile -m "not slow"' in blocks(behind, "sh")[0]
     script = (ROOT / ".ci" / "run").read_text()
     assert marker in script
     assert blocks(behind, "sh")[0].strip() not in script

@@ -75,8 +75,9 @@ def test_what_cannot_be_followed_has_its_reason(found: Found):
     assert "experts beside a pipeline or a split length" in beside.rejected
 
 
+@pytest.mark.slow
 def test_a_plan_looks_over_experts_where_a_model_has_them():
-    made = plan(decoder(), "tpu:v5p:2x1x1")
+    made = plan(decoder(), TARGET)
     sizes = dict(made.rows[0].mesh)
     assert "expert" in sizes
     weighed, _, left = str(made).partition("; not weighed: ")
