@@ -167,8 +167,18 @@ def test_the_command_line_replays_what_its_run_left(tmp_path, capsys, monkeypatc
     sizes = {"embed": 8, "layers": 1, "heads": 2, "mlp": 16, "kv_heads": 2}
     words = [f"model.{name}={size}" for name, size in sizes.items()]
     words += ["data.path=text.txt", "data.held_out=0.3"]
-    words += ["data.length=8", "optimizer.name=sgd", "optimizer.lr=1e25", "optimizer.clip=none"]
-    words += ["optimizer.warmup=0", "train.steps=6", "train.eval_every=0", "train.baselines=false"]
+    words += [
+        "data.seq_len=8",
+        "optimizer.name=sgd",
+        "optimizer.lr=1e25",
+        "optimizer.grad_clip_norm=none",
+    ]
+    words += [
+        "optimizer.warmup_fraction=0",
+        "train.steps=6",
+        "train.eval_every=0",
+        "train.baselines=false",
+    ]
     words += ["strategy=data", "mesh.tensor=1", "train.sample=0", "devices=cpu:8"]
     assert main(["train", *(part for word in words for part in ("--set", word))]) == 2
     said = capsys.readouterr().err

@@ -137,7 +137,7 @@ def asked_without_answers() -> dict[str, str]:
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            ["train", "--set=model=nano", "--set=mesh.tensor=1", "--set=data.batch=8"],
+            ["train", "--set=model=nano", "--set=mesh.tensor=1", "--set=data.batch_size=8"],
             "step",
             marks=pytest.mark.slow,
         ),
@@ -147,7 +147,7 @@ def asked_without_answers() -> dict[str, str]:
 )
 def test_commands_show_no_complaint_of_libtpu(words, shown, tmp_path):
     if words[0] == "train":
-        words = [*words, "--set=data.length=32", "--set=train.steps=2", "--set=devices=local"]
+        words = [*words, "--set=data.seq_len=32", "--set=train.steps=2", "--set=devices=local"]
         words += ["--set=train.sample=0", "--set=train.baselines=false"]
     command = [sys.executable, "-m", "shardkit.cli", *words]
     done = subprocess.run(

@@ -45,8 +45,8 @@ def attending() -> sk.StepSpec:
 
 
 def decoder(layers: int = 2, rows: int = 16) -> sk.StepSpec:
-    sizes = DecoderConfig(vocab=256, embed=32, layers=layers, heads=4, mlp=64)
-    data = DataConfig(length=32, batch=rows)
+    sizes = DecoderConfig(vocab=256, embed_dim=32, num_layers=layers, num_heads=4, mlp_dim=64)
+    data = DataConfig(seq_len=32, batch_size=rows)
     return declare_run(sizes, data, layout_of({"data": 2}), optax.adamw(1e-3))
 
 

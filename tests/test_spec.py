@@ -370,4 +370,4 @@ def test_a_config_becomes_a_spec_in_one_place():
     assert (made.mode, made.deterministic, made.on_nonfinite) == ("shard_map", True, "stop")
     assert made.compiler_options == {"xla_first": True}
     assert made.strategy == config.strategy
-    assert made.batch["inputs"].shape == (config.data.batch, config.data.length)
+    assert made.batch["inputs"].shape == (config.data.batch_size, config.data.seq_len)

@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
         verify=arguments.verify,
         time=True if arguments.time else None,
         batches=swept.batches,
-        turns=arguments.turns,
+        repeats=arguments.repeats,
         timeout=arguments.timeout,
         on_row=lambda row, done, total: errors.print(_told(row, done, total)),
     )

@@ -21,7 +21,7 @@ def decoder_model(config: DecoderConfig) -> Model:
 
 def batch_shapes(data: DataConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the abstract batch of `Text.batch`: arrays [batch, length], all global rows."""
-    shape = (data.batch, data.length)
+    shape = (data.batch_size, data.seq_len)
     dtypes: dict[str, Any] = {"inputs": np.int32, "targets": np.int32, "weights": np.float32}
     if data.packing:
         dtypes["segment_ids"] = np.int32

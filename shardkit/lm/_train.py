@@ -86,7 +86,7 @@ def train(
         callbacks=[summary],
         record=record,
         decides=_DECIDES,
-        tokens=data.batch * data.length,
+        tokens=data.batch_size * data.seq_len,
         describe=functools.partial(describe_text_metrics, unit=text.unit),
         console=console,
         peers=peers,

@@ -10,7 +10,7 @@ from ...step import SKIPPED
 from ..guards import write_dump
 from ._callback import Callback, RunContext, StepMetrics
 
-_LOWER = "a lower learning rate (optimizer.lr=...), or clipping (optimizer.clip=1.0)"
+_LOWER = "a lower learning rate (optimizer.lr=...), or clipping (optimizer.grad_clip_norm=1.0)"
 
 
 class FiniteCheck(Callback):
