@@ -51,17 +51,26 @@ def loss(w: Weights, batch: dict[str, jax.Array]) -> jax.Array:
 
 def init(config: DecoderConfig, key: jax.Array) -> Weights:
     """Random weights in the layout that `Decoder` has too."""
-    c, n = config, config.layers
-    wide = (n, c.embed, c.heads, c.head_size)
-    shapes = {"query": wide, "key": wide, "value": wide, "out": (n, c.heads, c.head_size, c.embed)}
-    shapes |= {"gate": (n, c.embed, c.mlp), "up": (n, c.embed, c.mlp), "down": (n, c.mlp, c.embed)}
+    c, n = config, config.num_layers
+    wide = (n, c.embed_dim, c.num_heads, c.head_size)
+    shapes = {
+        "query": wide,
+        "key": wide,
+        "value": wide,
+        "out": (n, c.num_heads, c.head_size, c.embed_dim),
+    }
+    shapes |= {
+        "gate": (n, c.embed_dim, c.mlp_dim),
+        "up": (n, c.embed_dim, c.mlp_dim),
+        "down": (n, c.mlp_dim, c.embed_dim),
+    }
     keys = iter(jax.random.split(key, len(shapes) + 2))
-    scale = c.embed**-0.5
+    scale = c.embed_dim**-0.5
     layers = {name: scale * jax.random.normal(next(keys), s) for name, s in shapes.items()}
-    layers |= {"attn_norm": jnp.ones((n, c.embed)), "mlp_norm": jnp.ones((n, c.embed))}
+    layers |= {"attn_norm": jnp.ones((n, c.embed_dim)), "mlp_norm": jnp.ones((n, c.embed_dim))}
     return {
-        "embedding": scale * jax.random.normal(next(keys), (c.vocab, c.embed)),
+        "embedding": scale * jax.random.normal(next(keys), (c.vocab, c.embed_dim)),
         "layers": layers,
-        "norm": jnp.ones((c.embed,)),
-        "head": scale * jax.random.normal(next(keys), (c.embed, c.vocab)),
+        "norm": jnp.ones((c.embed_dim,)),
+        "head": scale * jax.random.normal(next(keys), (c.embed_dim, c.vocab)),
     }

@@ -29,16 +29,16 @@ class Decoder(torch.nn.Module):
             return torch.nn.Parameter(torch.from_numpy(np.array(x)))
 
         def flat(name: str, x: Any) -> Any:
-            width = config.heads * config.head_size
-            shapes = {"out": (width, config.embed)}
-            shapes |= dict.fromkeys(("query", "key", "value"), (config.embed, width))
+            width = config.num_heads * config.head_size
+            shapes = {"out": (width, config.embed_dim)}
+            shapes |= dict.fromkeys(("query", "key", "value"), (config.embed_dim, width))
             return np.asarray(x).reshape(shapes.get(name, x.shape))
 
         self.layers = torch.nn.ModuleList(
             torch.nn.ParameterDict(
                 {name: own(flat(name, x[i])) for name, x in weights["layers"].items()}
             )
-            for i in range(config.layers)
+            for i in range(config.num_layers)
         )
         self.embedding, self.head = own(weights["embedding"]), own(weights["head"])
         self.norm = own(weights["norm"])
@@ -55,17 +55,17 @@ class Decoder(torch.nn.Module):
         rows, length, _ = x.shape
         cos, sin = self.cos[:length], self.sin[:length]
         for w in self.layers:
-            h = F.rms_norm(x, (c.embed,), w["attn_norm"], c.norm_eps)
+            h = F.rms_norm(x, (c.embed_dim,), w["attn_norm"], c.norm_eps)
             q, k, v = (
-                (h @ w[name]).view(rows, length, c.heads, c.head_size).transpose(1, 2)
+                (h @ w[name]).view(rows, length, c.num_heads, c.head_size).transpose(1, 2)
                 for name in ("query", "key", "value")
             )
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             x = x + mixed.transpose(1, 2).reshape(rows, length, -1) @ w["out"]
-            h = F.rms_norm(x, (c.embed,), w["mlp_norm"], c.norm_eps)
+            h = F.rms_norm(x, (c.embed_dim,), w["mlp_norm"], c.norm_eps)
             x = x + (F.silu(h @ w["gate"]) * (h @ w["up"])) @ w["down"]
-        logits = F.rms_norm(x, (c.embed,), self.norm, c.norm_eps) @ self.head
+        logits = F.rms_norm(x, (c.embed_dim,), self.norm, c.norm_eps) @ self.head
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 

@@ -30,7 +30,7 @@ def step_of(kinds: str, compression: Any) -> Any:
     import shardkit as sk
     from shardkit.models import Decoder, DecoderConfig, decoder_loss
 
-    config = DecoderConfig(vocab=256, embed=32, layers=2, heads=4, mlp=96)
+    config = DecoderConfig(vocab=256, embed_dim=32, num_layers=2, num_heads=4, mlp_dim=96)
     model = sk.from_nnx(lambda rngs: Decoder(config, rngs), decoder_loss)
     tokens = np.zeros((ROWS, LENGTH), np.int32)
     made = (getattr(sk.strategies, kind)() for kind in kinds.split("|"))
@@ -50,7 +50,7 @@ def batches(steps: int) -> list[Any]:
     """The first batches of the default corpus."""
     from shardkit.data import DataConfig, load_text
 
-    text = load_text(DataConfig(length=LENGTH, batch=ROWS))
+    text = load_text(DataConfig(seq_len=LENGTH, batch_size=ROWS))
     return [text.batch(step) for step in range(steps)]
 
 

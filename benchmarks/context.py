@@ -22,12 +22,12 @@ import _harness
 TARGETS, CHIPS = {"tpu:v5p:4x4x4": "context", "cpu:64": "context_cpu"}, 64
 LAYERS, EMBED, HEADS, KEY_HEADS, WIDTH = 2, 1024, 16, 4, 128
 MODEL = (
-    f"model.layers={LAYERS}",
-    f"model.embed={EMBED}",
-    f"model.heads={HEADS}",
+    f"model.num_layers={LAYERS}",
+    f"model.embed_dim={EMBED}",
+    f"model.num_heads={HEADS}",
     f"model.kv_heads={KEY_HEADS}",
     f"model.head_dim={WIDTH}",
-    "model.mlp=4096",
+    "model.mlp_dim=4096",
     "strategy.remat=full",
     "strategy.precision=bfloat16",
 )
@@ -67,8 +67,8 @@ def measure(target: str, way: str, own: int, n: int) -> dict[str, Any]:
         *MODEL[:-2],
         f"strategy={strategy}",
         *MODEL[-2:],
-        f"data.length={length}",
-        f"data.batch={CHIPS // n}",
+        f"data.seq_len={length}",
+        f"data.batch_size={CHIPS // n}",
         f"mesh=data={CHIPS // n},context={n}" if way in WAYS else f"mesh=data={CHIPS}",
     )
     start = time.perf_counter()

@@ -28,8 +28,8 @@ NAME = "curves"
 COMMON = (
     "model=nano",
     "model.kv_heads=4",
-    "data.length=64",
-    "data.batch=16",
+    "data.seq_len=64",
+    "data.batch_size=16",
     "optimizer.name=adamw",
     "optimizer.lr=3e-3",
 )

@@ -23,7 +23,7 @@ def compile_once(layers: int) -> tuple[float, float, int]:
     import shardkit as sk
     from shardkit.models import SIZES, Decoder, decoder_loss
 
-    config = dataclasses.replace(SIZES["nano"], layers=layers)
+    config = dataclasses.replace(SIZES["nano"], num_layers=layers)
     tokens = np.zeros((8, 128), np.int32)
     batch = {"inputs": tokens, "targets": tokens, "weights": np.ones((8, 128), np.float32)}
     model = sk.from_nnx(lambda rngs: Decoder(config, rngs), decoder_loss)

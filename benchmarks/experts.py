@@ -97,7 +97,7 @@ def main() -> None:
     if arguments.mesh:
         sk.simulate_devices(math.prod(MESH.values()))
         name, where = "experts_mesh", "CPU, 1 and 8 simulated devices"
-    text = load_text(DataConfig(length=128, batch=8, held_out=0.01))
+    text = load_text(DataConfig(seq_len=128, batch_size=8, held_out=0.01))
     rows = (
         [one for factor in (1.25, None) for one in beside(factor, steps, text)]
         if arguments.mesh

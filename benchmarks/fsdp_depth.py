@@ -24,7 +24,12 @@ def measure(target: str, name: str) -> dict[str, Any]:
 
     def temp(layers: int) -> int:
         mesh = f"fsdp={TARGETS[target]}"
-        overrides = (f"strategy={VARIANTS[name]}", f"mesh={mesh}", *SIZES, f"model.layers={layers}")
+        overrides = (
+            f"strategy={VARIANTS[name]}",
+            f"mesh={mesh}",
+            *SIZES,
+            f"model.num_layers={layers}",
+        )
         return compile_for(Source("", overrides), target, timeout=1800).memory.temp or 0
 
     shallow, deep = map(temp, DEPTHS)

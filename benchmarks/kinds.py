@@ -107,12 +107,12 @@ WHY: dict[str, dict[str, str]] = {
 
 SIZES = (
     "model.vocab=1024",
-    "model.embed=256",
-    "model.heads=4",
+    "model.embed_dim=256",
+    "model.num_heads=4",
     "model.kv_heads=4",
-    "model.mlp=768",
-    "data.length=128",
-    "data.batch=64",
+    "model.mlp_dim=768",
+    "data.seq_len=128",
+    "data.batch_size=64",
     "optimizer.name=adamw",
     "strategy.precision=bfloat16",
     "strategy.remat=full",
@@ -136,7 +136,7 @@ def measure(name: str, target: str, layers: int) -> dict[str, Any]:
     strategy, mesh = KINDS[name][0], mesh_of(KINDS[name][1], TARGETS[target])
     mode = "shard_map" if name.startswith("shard_map") else "auto"
     overrides = (f"strategy={strategy}", f"mesh={mesh}", *SIZES, *MODELS.get(name, ()))
-    overrides = (*overrides, f"model.layers={layers}", f"compile.mode={mode}")
+    overrides = (*overrides, f"model.num_layers={layers}", f"compile.mode={mode}")
     start = time.perf_counter()
     report = compile_for(Source("", overrides), target, timeout=1800)
     seconds = time.perf_counter() - start

@@ -80,7 +80,7 @@ def measure(name: str, layers: int) -> dict[str, Any]:
     from shardkit.hardware import CHIPS
     from shardkit.targets import Source, compile_for
 
-    fields = {**BASE, "model.layers": str(layers), **LEVERS[name]}
+    fields = {**BASE, "model.num_layers": str(layers), **LEVERS[name]}
     # A strategy is replaced as a whole, so it comes before its own fields.
     ordered = sorted(fields, key=lambda field: field.count("."))
     start = time.perf_counter()

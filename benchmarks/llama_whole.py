@@ -42,7 +42,7 @@ MACHINES: Mapping[str, tuple[str, Mapping[str, str]]] = {
             **V5P,
             "strategy": "data|fsdp|tensor(sequence=True)",
             "mesh": "data=24,fsdp=64,tensor=4",
-            "data.batch": "3072",
+            "data.batch_size": "3072",
         },
     ),
 }
@@ -78,7 +78,7 @@ def measure(name: str) -> dict[str, Any]:
     return {
         "machine": target,
         "mesh": fields.get("mesh", "fsdp=16,tensor=4"),
-        "batch": int(fields.get("data.batch", "128")),
+        "batch": int(fields.get("data.batch_size", "128")),
         "peak (GiB)": round(memory.total / 2**30, 2),
         "capacity (GiB)": round(memory.capacity / 2**30, 1),
         "fits": memory.total <= memory.capacity,

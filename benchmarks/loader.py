@@ -29,12 +29,12 @@ def sources(size: tuple[int, int], folder: Path) -> dict[str, Any]:
     from shardkit.data import DataConfig, load_text, write_tokens
 
     rows, length = size
-    text = load_text(DataConfig(length=length, batch=rows))
+    text = load_text(DataConfig(seq_len=length, batch_size=rows))
     if not (folder / "a.bin").exists():
         documents = text.corpus.train.split(b"\0")
         coded = (np.frombuffer(one, np.uint8) for one in documents)
         write_tokens(folder / "a.bin", coded, 2**16, 0)
-    shards = DataConfig(path=str(folder), length=length, batch=rows)
+    shards = DataConfig(path=str(folder), seq_len=length, batch_size=rows)
     stream = np.frombuffer(text.corpus.train, np.uint8).astype(np.int32)
     cut = stream[: len(stream) // (length + 1) * (length + 1)].reshape(-1, length + 1)
     tree = {
@@ -45,7 +45,7 @@ def sources(size: tuple[int, int], folder: Path) -> dict[str, Any]:
     return {
         "text": text,
         "shards": load_text(shards),
-        "packed": load_text(DataConfig(length=length, batch=rows, packing=True)),
+        "packed": load_text(DataConfig(seq_len=length, batch_size=rows, packing=True)),
         "arrays": sk.data.arrays(tree, rows),
     }
 

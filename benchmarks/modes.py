@@ -27,7 +27,7 @@ def compiled(strategy: Any, sizes: dict[str, int], mode: str) -> Any:
     import shardkit as sk
     from shardkit.models import Decoder, DecoderConfig, decoder_loss
 
-    config = DecoderConfig(vocab=64, embed=32, layers=LAYERS, heads=4, mlp=96)
+    config = DecoderConfig(vocab=64, embed_dim=32, num_layers=LAYERS, num_heads=4, mlp_dim=96)
     model = sk.from_nnx(lambda rngs: Decoder(config, rngs), decoder_loss)
     tokens = np.zeros((ROWS, LENGTH), np.int32)
     batch = {"inputs": tokens, "targets": tokens, "weights": np.ones((ROWS, LENGTH), np.float32)}

@@ -31,21 +31,31 @@ from shardkit.plan._search import Search
 from shardkit.plan._space import AXES
 from shardkit.targets import Source
 
-_WIDE = ("model.embed=1024", "model.heads=8", "model.mlp=2816")
-_SLIM = ("model.embed=512", "model.heads=8", "model.mlp=1408")
+_WIDE = ("model.embed_dim=1024", "model.num_heads=8", "model.mlp_dim=2816")
+_SLIM = ("model.embed_dim=512", "model.num_heads=8", "model.mlp_dim=1408")
 MODELS: Mapping[str, tuple[str, ...]] = {
     "wide": (*_WIDE, "model.vocab=8192"),
     "slim": (*_SLIM, "model.vocab=8192"),
-    "long": (*_SLIM, "data.length=512", "data.batch=64"),
+    "long": (*_SLIM, "data.seq_len=512", "data.batch_size=64"),
     "vocab": (*_SLIM, "model.vocab=65536"),
-    "large": ("model.embed=2048", "model.heads=16", "model.mlp=5632", "model.vocab=32768"),
-    "mid": ("model.embed=768", "model.heads=6", "model.mlp=2048", "model.vocab=16384"),
-    "tall": ("model.embed=1536", "model.heads=12", "model.mlp=4096", "model.layers=8"),
+    "large": (
+        "model.embed_dim=2048",
+        "model.num_heads=16",
+        "model.mlp_dim=5632",
+        "model.vocab=32768",
+    ),
+    "mid": ("model.embed_dim=768", "model.num_heads=6", "model.mlp_dim=2048", "model.vocab=16384"),
+    "tall": (
+        "model.embed_dim=1536",
+        "model.num_heads=12",
+        "model.mlp_dim=4096",
+        "model.num_layers=8",
+    ),
 }
 COMMON = {
-    "model.layers": "4",
-    "data.batch": "256",
-    "data.length": "128",
+    "model.num_layers": "4",
+    "data.batch_size": "256",
+    "data.seq_len": "128",
     "optimizer.name": "adamw",
 }
 SPACE = Space(
@@ -317,7 +327,7 @@ def _shown(name: str, c: Candidate, row: Row) -> dict[str, str]:
 
 def speed() -> list[dict[str, str]]:
     """How long a plan for 512 chips takes: tracing, walks and estimates, nothing compiled."""
-    declared = Source("", ("model=llama2-7b", "data.batch=1024", "data.length=2048")).load()
+    declared = Source("", ("model=llama2-7b", "data.batch_size=1024", "data.seq_len=2048")).load()
     table = []
     for axes in SPEED_AXES:
         start, busy = time.monotonic(), time.process_time()

@@ -19,14 +19,14 @@ from shardkit.plan._declared import modelled
 from shardkit.sweep import ConfigFactory
 
 MODEL = (
-    "model.layers=4",
-    "model.embed=64",
-    "model.heads=8",
+    "model.num_layers=4",
+    "model.embed_dim=64",
+    "model.num_heads=8",
     "model.kv_heads=8",
-    "model.mlp=128",
+    "model.mlp_dim=128",
     "model.vocab=256",
-    "data.length=32",
-    "data.batch=32",
+    "data.seq_len=32",
+    "data.batch_size=32",
     "optimizer.name=adamw",
 )
 NOTE = """Relative errors of the modelled bytes against the compiled ledger, per mesh axis with

@@ -30,13 +30,13 @@ from shardkit.cli import main as shardkit
 CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "nano.py"
 MESHES = ("data=8,tensor=1", "data=4,tensor=2", "data=2,tensor=4")
 MODEL = (
-    "model.layers=1",
-    "model.embed=32",
-    "model.mlp=32",
-    "model.heads=4",
+    "model.num_layers=1",
+    "model.embed_dim=32",
+    "model.mlp_dim=32",
+    "model.num_heads=4",
     "model.kv_heads=4",
-    "data.batch=8",
-    "data.length=16",
+    "data.batch_size=8",
+    "data.seq_len=16",
 )
 EVERY = 3
 

@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from shardkit.sweep import ConfigFactory, Row, Sweep
 
 CUT = (
-    "model.layers=2",
-    "model.embed=128",
-    "model.heads=4",
+    "model.num_layers=2",
+    "model.embed_dim=128",
+    "model.num_heads=4",
     "model.kv_heads=4",
-    "model.mlp=256",
+    "model.mlp_dim=256",
     "model.vocab=256",
-    "data.length=64",
-    "data.batch=16",
+    "data.seq_len=64",
+    "data.batch_size=16",
     "optimizer.name=adamw",
 )
 
@@ -48,7 +48,7 @@ def swept(folder: Path, factory: "ConfigFactory") -> "Sweep":
         devices=(1, 2, 4, 8),
         verify=True,
         time=True,
-        turns=4,
+        repeats=4,
         batches=ragged_batches(factory.config),
         on_row=lambda row, done, total: print(f"[{done}/{total}] {row.case.key} {row.status}"),
     )

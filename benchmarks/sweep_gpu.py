@@ -37,9 +37,9 @@ def swept(asked: argparse.Namespace, batch: int) -> list[dict[str, Any]]:
 
     overrides = (
         f"model={asked.model}",
-        f"model.layers={asked.layers}",
-        f"data.length={asked.length}",
-        f"data.batch={batch}",
+        f"model.num_layers={asked.layers}",
+        f"data.seq_len={asked.length}",
+        f"data.batch_size={batch}",
         f"strategy.precision={asked.precision}",
         "optimizer.name=adamw",
     )

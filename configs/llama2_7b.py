@@ -20,7 +20,7 @@ def config() -> Config:
     return Config(
         name="llama2_7b",
         model=SIZES["llama2-7b"],
-        data=DataConfig(length=2048, batch=128),
+        data=DataConfig(seq_len=2048, batch_size=128),
         devices="tpu:v5p:4x4x4",
         mesh=MeshSpec(fsdp=16, tensor=4),
         strategy=dataclasses.replace(both, remat="full", precision="bfloat16"),

@@ -20,7 +20,7 @@ def config() -> Config:
     return Config(
         name="llama3_8b",
         model=SIZES["llama3-8b"],
-        data=DataConfig(length=8192, batch=64),
+        data=DataConfig(seq_len=8192, batch_size=64),
         devices="gpu:h100:1x8x8",
         mesh=MeshSpec(fsdp=8, tensor=8),
         strategy=dataclasses.replace(both, remat="full", precision="bfloat16"),

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 import shardkit as sk
 from shardkit.data import Corpus, DataConfig, Text
 
-DATA = DataConfig(length=16, batch=8)
+DATA = DataConfig(seq_len=16, batch_size=8)
 TEXT = Text(Corpus("a test", bytes(range(97, 123)) * 60, bytes(range(1, 101)), 1, 1), DATA)
 WIDTH, INNER = 16, 32
 STEPS, HALF = 4, 2

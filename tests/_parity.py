@@ -40,7 +40,9 @@ pipeline = sk.strategies.pipeline
 context = sk.strategies.context
 
 ROWS, LENGTH, VOCAB = 16, 8, 40
-SIZES = DecoderConfig(vocab=VOCAB, embed=16, layers=2, heads=4, mlp=24, dropout=0.1, z_loss=1e-3)
+SIZES = DecoderConfig(
+    vocab=VOCAB, embed_dim=16, num_layers=2, num_heads=4, mlp_dim=24, dropout=0.1, z_loss=1e-3
+)
 # Below the gradient's norm, so that the clip acts and needs the norm over all devices.
 CLIP = 0.5
 CLIPPED = optax.chain(optax.clip_by_global_norm(CLIP), optax.sgd(1.0))
@@ -85,16 +87,16 @@ MICRO = "gathers weights for each micro-batch"
 BUBBLE = "sends over all boundaries of an exchange, wanted in that tick or not"
 AGAIN = "computes a stage's forward pass, and what it sends, again in the backward pass"
 # Fewer key heads than devices, biases, one table for embedding and head.
-SHARED = {"kv_heads": 2, "bias": True, "tied": True}
+SHARED = {"kv_heads": 2, "bias": True, "tie_embeddings": True}
 # A mixture of experts that drops a third of its choices, and one that drops none.
 MIXTURE = {"experts": 8, "expert_mlp": 8, "capacity_factor": 1.0}
 DROPLESS = {"experts": 8, "expert_mlp": 8, "shared_experts": 1}
 LANE = "sums what is no expert's over `expert` in each micro-batch"
 ROOM = "pads what goes to each device to the room for all tokens, and sums each choice's part"
 # So many layers that what embedding and loss send beside them does not show.
-DEEP = {"layers": 16}
+DEEP = {"num_layers": 16}
 ENDS = "sends two activations more for embedding and loss, beside only two layers"
-TIED = {"tied": True, "bias": True, "loss_chunks": 2}
+TIED = {"tie_embeddings": True, "bias": True, "loss_chunks": 2}
 EACH_OF_2 = sk.Accumulate(2, "each")
 MANUAL = {"mode": "shard_map"}
 KEPT = fsdp(reshard_after_forward=False)

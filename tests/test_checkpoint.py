@@ -19,7 +19,7 @@ from shardkit.checkpoint._files import step_folder
 
 from . import _checkpoints as ck
 
-CONFIG = {"model": {"embed": 16}}
+CONFIG = {"model": {"embed_dim": 16}}
 
 
 @pytest.fixture(scope="module")

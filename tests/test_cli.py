@@ -26,7 +26,7 @@ OPTIONS = {
     "replay": {"-h", "--help", "--debug"},
     "sweep": SHARED
     | {"--devices", "--axes", "--accumulate", "--remat", "--target", "--verify", "--time"}
-    | {"--turns", "--out", "--plots", "--timeout"},
+    | {"--repeats", "--out", "--plots", "--timeout"},
     "checkpoint": {"-h", "--help", "--debug", "--values"},
     "plot": {"-h", "--help", "--debug", "--out"},
     "plan": SHARED | {"--target", "--global-batch", "--compile", "--overlap", "--plot", "--json"},
@@ -62,7 +62,7 @@ def test_an_option_that_is_not_listed_would_be_seen(monkeypatch):
         (["--set", "train.seed=abc"], "expected int, got 'abc'."),
         (["no/such.py"], "There is no such config."),
         (["--set", "data.path=/no/such"], "there is no such file or folder."),
-        (["--set", "data.length=100000000"], "is longer than all its"),
+        (["--set", "data.seq_len=100000000"], "is longer than all its"),
         (["--set", "mesh.tensor=3"], "The mesh does not fit 8 devices."),
         (["--set", "devices=tpu:v5p:4x4x4"], "only a compiler knows these devices here"),
         (["--set", "devices=cpu:many"], "No such target."),

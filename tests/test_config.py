@@ -93,23 +93,25 @@ def test_each_field_can_be_set_and_nothing_else_changes():
         Config(),
         [
             "name=mine",
-            "model.layers=2",
+            "model.num_layers=2",
             "data.path=/some/text",
             "devices=cpu:4",
             "mesh.tensor=2",
             "strategy.accumulate=2",
             "strategy.remat=full",
-            "optimizer.clip=none",
+            "optimizer.grad_clip_norm=none",
             "optimizer.betas=0.8,0.9",
             "train.baselines=false",
         ],
     )
-    assert config.model == dataclasses.replace(Config().model, layers=2)
+    assert config.model == dataclasses.replace(Config().model, num_layers=2)
     assert config.data == DataConfig(path="/some/text")
     assert (config.name, config.devices) == ("mine", "cpu:4")
     assert config.mesh == MeshSpec(data=-1, tensor=2)
     assert config.strategy == dataclasses.replace(Config().strategy, accumulate=2, remat="full")
-    assert config.optimizer == dataclasses.replace(Config().optimizer, clip=None, betas=(0.8, 0.9))
+    assert config.optimizer == dataclasses.replace(
+        Config().optimizer, grad_clip_norm=None, betas=(0.8, 0.9)
+    )
     assert config.train == dataclasses.replace(Config().train, baselines=False)
 
 
@@ -118,21 +120,21 @@ def test_whole_subtrees_have_names_and_short_forms():
         Config(),
         [
             "model=llama2-7b",
-            "model.layers=4",
+            "model.num_layers=4",
             "strategy=fsdp | tensor(sequence=True)",
             "strategy.accumulate=2",
             "mesh=fsdp=4,tensor=2",
         ],
     )
-    assert config.model == dataclasses.replace(SIZES["llama2-7b"], layers=4)
+    assert config.model == dataclasses.replace(SIZES["llama2-7b"], num_layers=4)
     assert config.strategy.kinds == (("fsdp", "fsdp"), ("tensor+sequence", "tensor"))
     assert config.strategy.accumulate == 2
     assert config.mesh == MeshSpec(fsdp=4, tensor=2)
 
 
 def test_fields_of_one_group_are_checked_together():
-    config = apply_overrides(Config(), ["data.overlap=300", "data.length=512"])
-    assert (config.data.length, config.data.overlap) == (512, 300)
+    config = apply_overrides(Config(), ["data.overlap=300", "data.seq_len=512"])
+    assert (config.data.seq_len, config.data.overlap) == (512, 300)
 
 
 def test_the_later_of_two_wins():
@@ -140,10 +142,12 @@ def test_the_later_of_two_wins():
 
 
 def test_an_unknown_field_lists_the_legal_ones_and_the_nearest():
-    message = refused("model.layer=2")
-    assert message.startswith("1 override cannot be applied.\n  --set model.layer=2  ")
-    assert "model has no field 'layer'; it has vocab, embed, layers, heads," in message
-    assert message.endswith("Did you mean 'layers'?")
+    message = refused("model.num_layer=2")
+    assert message.startswith("1 override cannot be applied.\n  --set model.num_layer=2  ")
+    assert (
+        "model has no field 'num_layer'; it has vocab, embed_dim, num_layers, num_heads," in message
+    )
+    assert message.endswith("Did you mean 'num_layers'?")
 
 
 def test_every_bad_override_is_in_one_message():
@@ -162,10 +166,10 @@ def test_every_bad_override_is_in_one_message():
 
 
 def test_what_cannot_be_read_is_told_before_what_a_group_refuses():
-    message = refused("data.length=0", "mesh.tensor=0", "train.seed=x", "modle=1")
+    message = refused("data.seq_len=0", "mesh.tensor=0", "train.seed=x", "modle=1")
     assert message.startswith("2 overrides cannot be applied.")
-    with pytest.raises(DataError, match=r"data\.length=0"):
-        apply_overrides(Config(), ["data.length=0", "mesh.tensor=0"])
+    with pytest.raises(DataError, match=r"data\.seq_len=0"):
+        apply_overrides(Config(), ["data.seq_len=0", "mesh.tensor=0"])
 
 
 @pytest.mark.parametrize(
@@ -183,7 +187,7 @@ def test_what_cannot_be_read_is_told_before_what_a_group_refuses():
         ("train.seed=abc", "expected int, got 'abc'."),
         ("optimizer.name=adam", "expected 'adamw' or 'lion' or 'muon' or 'sgd', got 'adam'."),
         ("model.vocab=100", "text is read by the byte, which takes 256 tokens."),
-        ("optimizer.warmup=2", "optimizer.warmup=2"),
+        ("optimizer.warmup_fraction=2", "optimizer.warmup_fraction=2"),
         ("train.steps=0", "train.steps=0"),
     ],
 )
@@ -283,7 +287,7 @@ PARAMS = {
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "muon", "sgd"])
 def test_an_optimizer_moves_every_leaf_and_decays_no_norm(name):
-    optimizer = OptimizerConfig(name=name, warmup=0.0).build(10)
+    optimizer = OptimizerConfig(name=name, warmup_fraction=0.0).build(10)
     zero = jax.tree.map(jnp.zeros_like, PARAMS)
     for gradients, still in ((PARAMS, set()), (zero, {"attn_norm"})):
         updates, _ = optimizer.update(gradients, optimizer.init(PARAMS), PARAMS)
@@ -294,7 +298,9 @@ def test_an_optimizer_moves_every_leaf_and_decays_no_norm(name):
 def test_muon_makes_the_update_of_each_layer_orthogonal():
     key = jax.random.key(0)
     gradients = jax.tree.map(lambda x: jax.random.normal(key, x.shape), PARAMS)
-    config = OptimizerConfig(name="muon", warmup=0.0, weight_decay=0.0, muon_lr=1.0, clip=None)
+    config = OptimizerConfig(
+        name="muon", warmup_fraction=0.0, weight_decay=0.0, muon_lr=1.0, grad_clip_norm=None
+    )
     optimizer = config.build(10)
     updates, _ = optimizer.update(gradients, optimizer.init(PARAMS), PARAMS)
     for matrix in [
@@ -306,13 +312,15 @@ def test_muon_makes_the_update_of_each_layer_orthogonal():
 
 
 def test_the_schedule_warms_up_and_falls_to_its_last_share():
-    rate = OptimizerConfig(lr=1.0, warmup=0.1, final=0.2).schedule(100, 1.0)
+    rate = OptimizerConfig(lr=1.0, warmup_fraction=0.1, final_lr_fraction=0.2).schedule(100, 1.0)
     assert [float(rate(i)) for i in (0, 5, 10)] == pytest.approx([0.0, 0.5, 1.0])
     assert float(rate(100)) == pytest.approx(0.2)
 
 
 def test_a_large_gradient_is_clipped_to_the_declared_norm():
-    config = OptimizerConfig(name="sgd", lr=1.0, warmup=0.0, clip=0.5, weight_decay=0.0)
+    config = OptimizerConfig(
+        name="sgd", lr=1.0, warmup_fraction=0.0, grad_clip_norm=0.5, weight_decay=0.0
+    )
     optimizer = config.build(10)
     updates, _ = optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS)
     assert float(optax.tree.norm(updates)) == pytest.approx(0.5)

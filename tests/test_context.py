@@ -16,7 +16,14 @@ from shardkit.testing import CONTEXT_MUTATIONS, kill_matrix
 
 context, fsdp, tensor = sk.strategies.context, sk.strategies.fsdp, sk.strategies.tensor
 CONFIG = DecoderConfig(
-    vocab=32, embed=16, layers=2, heads=8, mlp=24, kv_heads=4, head_dim=4, dropout=0.1
+    vocab=32,
+    embed_dim=16,
+    num_layers=2,
+    num_heads=8,
+    mlp_dim=24,
+    kv_heads=4,
+    head_dim=4,
+    dropout=0.1,
 )
 MODEL = sk.from_nnx(lambda rngs: Decoder(CONFIG, rngs), decoder_loss)
 ROWS, LENGTH = 8, 16

@@ -80,7 +80,7 @@ def test_one_file_holds_out_its_tail(tmp_path):
 
 
 def test_a_batch_predicts_each_byte_from_those_before():
-    batch = text_of(ALPHABET * 20, length=8, batch=4).batch(3)
+    batch = text_of(ALPHABET * 20, seq_len=8, batch_size=4).batch(3)
     assert {k: (v.shape, v.dtype.name) for k, v in batch.items()} == {
         "inputs": ((4, 8), "int32"),
         "targets": ((4, 8), "int32"),
@@ -93,9 +93,9 @@ def test_a_batch_predicts_each_byte_from_those_before():
 
 
 def test_any_step_can_be_asked_for_in_any_order_and_in_parts():
-    text = text_of(ALPHABET * 20, length=8, batch=6)
+    text = text_of(ALPHABET * 20, seq_len=8, batch_size=6)
     late, early = text.batch(50), text.batch(1)
-    again = text_of(ALPHABET * 20, length=8, batch=6)
+    again = text_of(ALPHABET * 20, seq_len=8, batch_size=6)
     np.testing.assert_array_equal(early["inputs"], again.batch(1)["inputs"])
     np.testing.assert_array_equal(late["inputs"], again.batch(50)["inputs"])
     parts = [again.batch(50, slice(lo, lo + 2))["targets"] for lo in (0, 2, 4)]
@@ -103,7 +103,7 @@ def test_any_step_can_be_asked_for_in_any_order_and_in_parts():
 
 
 def test_the_order_of_rows_is_the_one_that_runs_were_made_with():
-    text, crc = text_of(ALPHABET * 20, bytes(range(1, 101)), length=8, batch=3, overlap=2), 0
+    text, crc = text_of(ALPHABET * 20, bytes(range(1, 101)), seq_len=8, batch_size=3, overlap=2), 0
     for batch in [*map(text.batch, range(60)), *map(text.held_out_batch, range(6))]:
         for name in ("inputs", "targets", "weights"):
             crc = zlib.crc32(batch[name].tobytes(), crc)
@@ -111,8 +111,8 @@ def test_the_order_of_rows_is_the_one_that_runs_were_made_with():
 
 
 def test_global_rows_do_not_depend_on_the_batch_size():
-    small = text_of(ALPHABET * 20, length=8, batch=2)
-    large = text_of(ALPHABET * 20, length=8, batch=6)
+    small = text_of(ALPHABET * 20, seq_len=8, batch_size=2)
+    large = text_of(ALPHABET * 20, seq_len=8, batch_size=6)
     rows = np.concatenate([small.batch(i)["inputs"] for i in range(30)])
     np.testing.assert_array_equal(
         rows, np.concatenate([large.batch(i)["inputs"] for i in range(10)])
@@ -121,7 +121,7 @@ def test_global_rows_do_not_depend_on_the_batch_size():
 
 def test_an_epoch_reads_no_byte_twice_and_nearly_all_of_them():
     numbered = bytes(range(1, 256))
-    text = text_of(numbered, length=10, batch=1)
+    text = text_of(numbered, seq_len=10, batch_size=1)
     for epoch in range(3):
         steps = range(epoch * text.rows_per_epoch, (epoch + 1) * text.rows_per_epoch)
         targets = np.concatenate([text.batch(i)["targets"].ravel() for i in steps])
@@ -129,8 +129,8 @@ def test_an_epoch_reads_no_byte_twice_and_nearly_all_of_them():
 
 
 def test_epochs_and_seeds_differ_in_order_and_in_where_rows_begin():
-    text = text_of(ALPHABET * 20, length=8, batch=1)
-    other = text_of(ALPHABET * 20, length=8, batch=1, seed=1)
+    text = text_of(ALPHABET * 20, seq_len=8, batch_size=1)
+    other = text_of(ALPHABET * 20, seq_len=8, batch_size=1, seed=1)
     n = text.rows_per_epoch
     first = [text.batch(i)["inputs"].tobytes() for i in range(n)]
     second = [text.batch(n + i)["inputs"].tobytes() for i in range(n)]
@@ -145,7 +145,7 @@ def test_epochs_and_seeds_differ_in_order_and_in_where_rows_begin():
 @pytest.mark.parametrize("size", [8, 9, 64, 65, 100])
 def test_each_held_out_byte_is_predicted_exactly_once(size, overlap):
     held_out = np.random.default_rng(0).integers(1, 256, size).astype(np.uint8).tobytes()
-    text = text_of(ALPHABET * 4, held_out, length=8, batch=3, overlap=overlap)
+    text = text_of(ALPHABET * 4, held_out, seq_len=8, batch_size=3, overlap=overlap)
     batches = [text.held_out_batch(i) for i in range(text.held_out_steps)]
     picked = [batch["targets"][batch["weights"] == 1] for batch in batches]
     assert np.concatenate(picked).astype(np.uint8).tobytes() == held_out
@@ -155,7 +155,7 @@ def test_each_held_out_byte_is_predicted_exactly_once(size, overlap):
 @pytest.mark.parametrize("overlap", [0, 5])
 def test_held_out_rows_give_at_least_the_overlap_as_context(overlap):
     held_out = bytes(range(1, 101))
-    text = text_of(ALPHABET * 4, held_out, length=8, batch=2, overlap=overlap)
+    text = text_of(ALPHABET * 4, held_out, seq_len=8, batch_size=2, overlap=overlap)
     for i in range(text.held_out_steps):
         batch = text.held_out_batch(i)
         for inputs, targets, weights in zip(*batch.values(), strict=True):
@@ -233,22 +233,22 @@ def test_an_unreadable_path_gives_the_reason(tmp_path):
 
 def test_rows_longer_than_the_text_name_both_lengths():
     with pytest.raises(DataError) as error:
-        text_of(ALPHABET, b"0123", length=100, batch=1)
+        text_of(ALPHABET, b"0123", seq_len=100, batch_size=1)
     message = str(error.value)
-    assert "data.length=100 is longer than all its 26 bytes" in message
-    assert "data.length=100 is longer than all its 4 bytes" in message
-    assert "Fix: --set data.length=2" in message
+    assert "data.seq_len=100 is longer than all its 26 bytes" in message
+    assert "data.seq_len=100 is longer than all its 4 bytes" in message
+    assert "Fix: --set data.seq_len=2" in message
 
 
 def test_a_batch_of_more_rows_than_an_epoch_names_both():
     with pytest.raises(DataError) as error:
-        text_of(ALPHABET * 2, length=8, batch=16)
-    assert "data.batch=16, but an epoch has 5 rows of 8." in str(error.value)
-    assert "--set data.batch=5" in str(error.value)
+        text_of(ALPHABET * 2, seq_len=8, batch_size=16)
+    assert "data.batch_size=16, but an epoch has 5 rows of 8." in str(error.value)
+    assert "--set data.batch_size=5" in str(error.value)
 
 
 def test_impossible_sizes_are_all_reported_together():
     with pytest.raises(DataError) as error:
-        DataConfig(length=0, batch=-1, held_out=1.5, overlap=-2)
-    for part in ("data.length=0", "data.batch=-1", "data.held_out=1.5", "data.overlap=-2"):
+        DataConfig(seq_len=0, batch_size=-1, held_out=1.5, overlap=-2)
+    for part in ("data.seq_len=0", "data.batch_size=-1", "data.held_out=1.5", "data.overlap=-2"):
         assert part in str(error.value)

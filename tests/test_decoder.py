@@ -15,7 +15,7 @@ from shardkit._errors import ConfigError
 from shardkit._remat import active, policy
 from shardkit.models import SIZES, Decoder, DecoderConfig, decoder_loss, parameter_count
 
-CONFIG = DecoderConfig(vocab=48, embed=32, layers=2, heads=4, mlp=40, kv_heads=2)
+CONFIG = DecoderConfig(vocab=48, embed_dim=32, num_layers=2, num_heads=4, mlp_dim=40, kv_heads=2)
 
 
 def make_batch(config, rows=2, length=12, seed=0, segments=False):
@@ -50,7 +50,7 @@ def plain_loss(w, batch, config):
     if "segment_ids" in batch:
         ids = batch["segment_ids"]
         seen = seen & (ids[:, :, None] == ids[:, None, :])[:, None]
-    for i in range(config.layers):
+    for i in range(config.num_layers):
         n = {name: value[i] for name, value in w["layers"].items()}
         h = plain_norm(x, n["attn_norm"])
         q = plain_rotate(jnp.tensordot(h, n["query"], 1))
@@ -61,7 +61,7 @@ def plain_loss(w, batch, config):
         x = x + jnp.tensordot(jnp.einsum("bnts,bsnh->btnh", p, v), n["out"], 2)
         h = plain_norm(x, n["mlp_norm"])
         x = x + (jax.nn.silu(h @ n["gate"]) * (h @ n["up"])) @ n["down"]
-    head = w["embedding"].T if config.tied else w["head"]
+    head = w["embedding"].T if config.tie_embeddings else w["head"]
     log_p = jax.nn.log_softmax(plain_norm(x, w["norm"]) @ head)
     lse = jax.nn.logsumexp(plain_norm(x, w["norm"]) @ head, -1)
     nll = -jnp.take_along_axis(log_p, batch["targets"][..., None], -1)[..., 0]
@@ -100,7 +100,7 @@ def losses_and_grads(config, batch):
     ("changes", "segments"),
     [
         ({}, False),
-        ({"tied": True, "loss_chunks": 4, "z_loss": 1e-2}, True),
+        ({"tie_embeddings": True, "loss_chunks": 4, "z_loss": 1e-2}, True),
         ({"kv_heads": None, "head_dim": 6, "loss_chunks": 3, "attention": "xla"}, True),
     ],
 )
@@ -139,7 +139,7 @@ def test_each_layer_starts_from_a_draw_of_its_own():
 
 def test_depth_changes_the_shapes_of_the_program_and_nothing_else():
     def sizes(layers):
-        config = DecoderConfig(**{**vars(CONFIG), "layers": layers})
+        config = DecoderConfig(**{**vars(CONFIG), "num_layers": layers})
         graph, params = nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))), nnx.Param)
         batch = jax.eval_shape(lambda: make_batch(config))
         step = jax.grad(lambda p, b: mean_loss(graph, p, b))
@@ -212,7 +212,9 @@ def compiled_text(config, mesh):
 
 @pytest.mark.parametrize("chunks", [1, 4])
 def test_sharded_heads_and_vocabulary_gather_nothing(chunks):
-    config = DecoderConfig(vocab=64, embed=32, layers=2, heads=8, mlp=48, kv_heads=4)
+    config = DecoderConfig(
+        vocab=64, embed_dim=32, num_layers=2, num_heads=8, mlp_dim=48, kv_heads=4
+    )
     config = DecoderConfig(**{**vars(config), "loss_chunks": chunks})
     mesh = jax.make_mesh((2, 4), ("data", "tensor"), (jax.sharding.AxisType.Auto,) * 2)
     text = compiled_text(config, mesh)
@@ -223,19 +225,19 @@ def test_sharded_heads_and_vocabulary_gather_nothing(chunks):
 def test_sizes_that_do_not_fit_are_one_error():
     with pytest.raises(ConfigError) as caught:
         DecoderConfig(
-            vocab=100, embed=64, layers=2, heads=6, mlp=8, kv_heads=4, loss_chunks=3,
-            dropout=1.0, attention="cudn",
+            vocab=100, embed_dim=64, num_layers=2, num_heads=6, mlp_dim=8, kv_heads=4,
+            loss_chunks=3, dropout=1.0, attention="cudn",
         )  # fmt: skip
     text = str(caught.value)
-    assert "embed=64 is not divisible by heads=6" in text
-    assert "heads=4, or head_dim=64" in text
+    assert "embed_dim=64 is not divisible by num_heads=6" in text
+    assert "num_heads=4, or head_dim=64" in text
     assert "kv_heads=4" in text
-    assert "does not divide heads=6" in text
+    assert "does not divide num_heads=6" in text
     assert "loss_chunks=2" in text
     assert "dropout=1.0" in text
     assert "Did you mean 'cudnn'?" in text
 
 
 def test_sizes_that_are_no_counts_are_named_with_their_values():
-    with pytest.raises(ConfigError, match=r"layers=0 .*at least 1(.|\n)*heads=2.5"):
-        DecoderConfig(vocab=16, embed=8, layers=0, heads=2.5, mlp=8)
+    with pytest.raises(ConfigError, match=r"num_layers=0 .*at least 1(.|\n)*num_heads=2.5"):
+        DecoderConfig(vocab=16, embed_dim=8, num_layers=0, num_heads=2.5, mlp_dim=8)

@@ -22,7 +22,15 @@ from shardkit.testing import EXPERT_MUTATIONS, kill_matrix
 
 from . import _parity
 
-SIZES = {"vocab": 32, "embed": 8, "layers": 2, "heads": 2, "mlp": 8, "expert_mlp": 4, "experts": 8}
+SIZES = {
+    "vocab": 32,
+    "embed_dim": 8,
+    "num_layers": 2,
+    "num_heads": 2,
+    "mlp_dim": 8,
+    "expert_mlp": 4,
+    "experts": 8,
+}
 BOUNDED = DecoderConfig(**SIZES, capacity_factor=1.0)
 DROPLESS = DecoderConfig(**SIZES, shared_experts=1)
 ROWS, LENGTH = 16, 8
@@ -42,7 +50,7 @@ COUNTED = (np.arange(ROWS * LENGTH).reshape(ROWS, LENGTH) > 11).astype(np.float3
 
 def layer_init(key):
     """One mixture without the decoder around it: programs of a fourth of the size."""
-    number, width, inner = SIZES["experts"], SIZES["embed"], SIZES["expert_mlp"]
+    number, width, inner = SIZES["experts"], SIZES["embed_dim"], SIZES["expert_mlp"]
     wide, tall = ("experts", "embed", "expert_mlp"), ("experts", "expert_mlp", "embed")
     gate, up, down, router = jax.random.split(key, 4)
     return {
@@ -66,7 +74,7 @@ def layer_loss(config):
 
 
 def vectors(seed=0):
-    x = np.random.default_rng(seed).standard_normal((ROWS, LENGTH, SIZES["embed"]), np.float32)
+    x = np.random.default_rng(seed).standard_normal((ROWS, LENGTH, SIZES["embed_dim"]), np.float32)
     return {"x": x, "weights": COUNTED}
 
 
@@ -159,8 +167,8 @@ def test_rows_of_all_devices_in_one_place():
 def check_reductions(step):
     """Experts are reduced over the other axes alone, the rest over all that split rows."""
     reduced = [row for row in step.report().ledger if row.kind == "all-reduce"]
-    own = 4 * 3 * (8 // 4) * SIZES["embed"] * SIZES["expert_mlp"]  # 2 of 8 experts on a device
-    router = 4 * SIZES["embed"] * SIZES["experts"]
+    own = 4 * 3 * (8 // 4) * SIZES["embed_dim"] * SIZES["expert_mlp"]  # 2 of 8 experts on a device
+    router = 4 * SIZES["embed_dim"] * SIZES["experts"]
     over = {axis: [r for r in reduced if r.axes == (axis,)] for axis in ("data", "expert")}
     assert sum(r.payload_bytes * r.trips for r in over["data"]) in range(own + router, own + 400)
     assert max(r.payload_bytes for r in over["expert"]) in range(router, router + 100)
@@ -236,7 +244,7 @@ def test_own_experts_that_the_axis_does_not_divide():
 
 
 def test_a_model_without_experts():
-    dense = DecoderConfig(vocab=32, embed=8, layers=2, heads=2, mlp=8)
+    dense = DecoderConfig(vocab=32, embed_dim=8, num_layers=2, num_heads=2, mlp_dim=8)
     with pytest.raises(sk.StepError) as raised:
         decoder(dense, S.expert(), {"expert": 2})
     assert "AllToAll(axis='expert')  the model marks no experts" in str(raised.value)

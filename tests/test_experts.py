@@ -23,7 +23,14 @@ from shardkit.models import (
 
 B, T, E, X, F, K = 3, 10, 8, 4, 6, 2
 CONFIG = DecoderConfig(
-    vocab=32, embed=E, layers=2, heads=2, mlp=12, experts=X, expert_mlp=F, capacity_factor=0.7
+    vocab=32,
+    embed_dim=E,
+    num_layers=2,
+    num_heads=2,
+    mlp_dim=12,
+    experts=X,
+    expert_mlp=F,
+    capacity_factor=0.7,
 )
 
 
@@ -189,19 +196,23 @@ def test_tokens_that_do_not_count_leave_loss_and_metrics_alone():
 
 def test_router_losses_belong_to_training():
     (training, metrics), grads, evaluation = decoder()(batch_of())
-    least = CONFIG.layers * CONFIG.balance_loss * float(metrics["balance"])
+    least = CONFIG.num_layers * CONFIG.balance_loss * float(metrics["balance"])
     assert float(training - evaluation) > 0.99 * least
     assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(grads))
 
 
 def test_shared_experts_are_one_dense_branch():
-    alone = DecoderConfig(vocab=32, embed=E, layers=2, heads=2, mlp=12, experts=X, expert_mlp=F)
+    alone = DecoderConfig(
+        vocab=32, embed_dim=E, num_layers=2, num_heads=2, mlp_dim=12, experts=X, expert_mlp=F
+    )
     both = dataclasses.replace(alone, shared_experts=2)
     assert parameter_count(both) - parameter_count(alone) == 2 * 3 * E * 2 * F
 
 
 def test_biases_are_those_of_the_dense_branch():
-    plain = DecoderConfig(vocab=32, embed=E, layers=2, heads=2, mlp=12, experts=X, expert_mlp=F)
+    plain = DecoderConfig(
+        vocab=32, embed_dim=E, num_layers=2, num_heads=2, mlp_dim=12, experts=X, expert_mlp=F
+    )
     attention = 2 * (4 * E)  # of query, key, value and out, in 2 layers
     more = parameter_count(dataclasses.replace(plain, bias=True)) - parameter_count(plain)
     assert more == attention
@@ -231,7 +242,7 @@ MISTAKES = {
 def test_sizes_that_do_not_fit_are_named_with_a_fix(name):
     changes, why, fix = MISTAKES[name]
     with pytest.raises(sk.ConfigError) as raised:
-        DecoderConfig(vocab=32, embed=8, layers=1, heads=2, mlp=8, **changes)
+        DecoderConfig(vocab=32, embed_dim=8, num_layers=1, num_heads=2, mlp_dim=8, **changes)
     assert why in str(raised.value)
     assert f"Fix: {fix}" in str(raised.value)
 

@@ -14,7 +14,7 @@ from shardkit.models import Decoder, DecoderConfig, decoder_loss
 
 fsdp = sk.strategies.fsdp
 KEPT = fsdp(reshard_after_forward=False)
-SIZES = DecoderConfig(vocab=32, embed=32, layers=4, heads=2, mlp=64)
+SIZES = DecoderConfig(vocab=32, embed_dim=32, num_layers=4, num_heads=2, mlp_dim=64)
 TOKENS = np.zeros((4, 8), np.int32)
 BATCH = {"inputs": TOKENS, "targets": TOKENS, "weights": np.ones((4, 8), np.float32)}
 # Elements of one layer's products: query, key, value, out; gate, up, down.
@@ -23,7 +23,7 @@ LAYER = 4 * 32 * 32 + 3 * 32 * 64
 
 @functools.cache
 def report(strategy, layers=4, remat="none"):
-    config = dataclasses.replace(SIZES, layers=layers)
+    config = dataclasses.replace(SIZES, num_layers=layers)
     model = sk.from_nnx(lambda rngs: Decoder(config, rngs), decoder_loss)
     return sk.compile_step(
         model.loss_fn,

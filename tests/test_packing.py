@@ -19,7 +19,7 @@ LENGTH = 16
 
 def text_of(sizes, **changes):
     documents = [bytes(range(1, 1 + n)) + b"\0" for n in sizes]
-    config = DataConfig(**{"length": LENGTH, "batch": 4, "packing": True} | changes)
+    config = DataConfig(**{"seq_len": LENGTH, "batch_size": 4, "packing": True} | changes)
     return Text(Corpus("a test", b"".join(documents), bytes(range(1, 40)) + b"\0", 1, 1), config)
 
 
@@ -73,7 +73,7 @@ def test_best_fit_leaves_little_room():
 
 
 def test_rows_are_shuffled_by_epoch_and_any_step_can_be_asked_for_in_parts():
-    text = text_of([5, 9, 14, 3, 30, 7, 8, 2, 11, 6, 13, 4], batch=2)
+    text = text_of([5, 9, 14, 3, 30, 7, 8, 2, 11, 6, 13, 4], batch_size=2)
     n = text.rows_per_epoch
     assert n % 2 == 0
     rows = [row.tobytes() for i in range(n) for row in text.batch(i)["inputs"]]
@@ -102,7 +102,7 @@ def test_held_out_rows_are_windows_that_know_their_documents(tmp_path):
 # --- the decoder
 
 
-MODEL = decoder_model(DecoderConfig(vocab=48, embed=16, layers=2, heads=4, mlp=24))
+MODEL = decoder_model(DecoderConfig(vocab=48, embed_dim=16, num_layers=2, num_heads=4, mlp_dim=24))
 TEXT = text_of([5, 9, 14, 3, 30, 7, 8, 2, 11, 6, 13, 4, 9, 9])
 
 

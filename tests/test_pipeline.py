@@ -239,7 +239,15 @@ def test_weights_split_over_fsdp_are_gathered_once_per_step():
 
 @pytest.mark.slow
 def test_segments_over_a_split_length_tied_ends_and_dropout_are_those_of_one_device():
-    decoder = DecoderConfig(vocab=32, embed=16, layers=4, heads=2, mlp=24, tied=True, dropout=0.1)
+    decoder = DecoderConfig(
+        vocab=32,
+        embed_dim=16,
+        num_layers=4,
+        num_heads=2,
+        mlp_dim=24,
+        tie_embeddings=True,
+        dropout=0.1,
+    )
     adapted = sk.from_nnx(lambda rngs: Decoder(decoder, rngs), decoder_loss)
     shape = jax.ShapeDtypeStruct((8, 8), jnp.int32)
     batch = dict.fromkeys(("inputs", "targets", "segment_ids"), shape)

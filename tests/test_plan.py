@@ -28,14 +28,14 @@ from shardkit.targets import Source
 
 ROWS = 16
 TARGET = "tpu:v5p:2x2x2"
-DECODER = DecoderConfig(vocab=256, embed=32, layers=2, heads=4, mlp=64)
+DECODER = DecoderConfig(vocab=256, embed_dim=32, num_layers=2, num_heads=4, mlp_dim=64)
 SPACE = Space(("data", "fsdp", "tensor"), remat=("none", "full"), accumulate=(1, 2))
 
 
 def decoder(rows: int = ROWS) -> sk.Declaration:
     both = layout_of({"fsdp": 2, "tensor": 2})
     mesh = sk.MeshSpec(fsdp=2, tensor=2)
-    data = DataConfig(length=32, batch=rows)
+    data = DataConfig(seq_len=32, batch_size=rows)
     return declare_run(DECODER, data, mesh, both, optax.adamw(1e-3))
 
 

@@ -19,13 +19,20 @@ from shardkit.run import declare_run
 TARGET = "tpu:v5p:2x2x2"
 ROWS, LENGTH = 16, 32
 SIZES = DecoderConfig(
-    vocab=256, embed=32, layers=2, heads=4, mlp=64, experts=4, expert_mlp=16, capacity_factor=1.0
+    vocab=256,
+    embed_dim=32,
+    num_layers=2,
+    num_heads=4,
+    mlp_dim=64,
+    experts=4,
+    expert_mlp=16,
+    capacity_factor=1.0,
 )
 SPACE = Space(("data", "expert", "tensor"), accumulate=(1, 2), remat=("none",), zero=(0,))
 
 
 def decoder(sizes: DecoderConfig = SIZES) -> sk.Declaration:
-    data, mesh = DataConfig(length=LENGTH, batch=ROWS), sk.MeshSpec(data=2)
+    data, mesh = DataConfig(seq_len=LENGTH, batch_size=ROWS), sk.MeshSpec(data=2)
     return declare_run(sizes, data, mesh, layout_of({"data": 2}), optax.adamw(1e-3))
 
 
@@ -49,13 +56,13 @@ def on(found: Found, **sizes: int) -> Candidate:
 def test_slots_travel_twice_forward_and_twice_backward(found: Found):
     for sizes in ({"data": 2, "expert": 4}, {"data": 2, "expert": 2, "tensor": 2}):
         n, rows = sizes["expert"], ROWS // sizes["data"] // sizes["expert"]
-        slots = rows * LENGTH * SIZES.top_k * SIZES.embed * 4
-        assert on(found, **sizes).wire["expert"] == 4 * (n - 1) / n * slots * SIZES.layers
+        slots = rows * LENGTH * SIZES.top_k * SIZES.embed_dim * 4
+        assert on(found, **sizes).wire["expert"] == 4 * (n - 1) / n * slots * SIZES.num_layers
 
 
 def test_experts_divide_their_state_and_are_summed_over_the_other_rows_alone(found: Found):
     whole, split = on(found, data=8), on(found, data=2, expert=4)
-    experts = 3 * SIZES.layers * SIZES.experts * SIZES.embed * SIZES.expert_mlp * 4
+    experts = 3 * SIZES.num_layers * SIZES.experts * SIZES.embed_dim * SIZES.expert_mlp * 4
     assert whole.state - split.state == 3 * experts * 3 / 4  # with both moments of adam
     assert split.wire["data"] == 2 * 1 / 2 * experts / 4
 

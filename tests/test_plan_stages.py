@@ -41,8 +41,8 @@ def attending() -> sk.Declaration:
 
 
 def decoder(layers: int = 2, rows: int = 16) -> sk.Declaration:
-    sizes = DecoderConfig(vocab=256, embed=32, layers=layers, heads=4, mlp=64)
-    data, mesh = DataConfig(length=32, batch=rows), sk.MeshSpec(data=2)
+    sizes = DecoderConfig(vocab=256, embed_dim=32, num_layers=layers, num_heads=4, mlp_dim=64)
+    data, mesh = DataConfig(seq_len=32, batch_size=rows), sk.MeshSpec(data=2)
     return declare_run(sizes, data, mesh, layout_of({"data": 2}), optax.adamw(1e-3))
 
 

@@ -22,10 +22,12 @@ from shardkit.run._resume import Terms, choose_beginning
 
 from . import _checkpoints as ck
 
-DATA = DataConfig(length=16, batch=8)
+DATA = DataConfig(seq_len=16, batch_size=8)
 TEXT = Text(Corpus("a test", bytes(range(97, 123)) * 60, bytes(range(1, 101)), 1, 1), DATA)
-MODEL = DecoderConfig(vocab=256, embed=16, layers=2, heads=2, kv_heads=2, head_dim=8, mlp=32)
-RECORD = {"model": {"embed": 16}, "train": {"seed": 0, "steps": 7}, "mesh": "any"}
+MODEL = DecoderConfig(
+    vocab=256, embed_dim=16, num_layers=2, num_heads=2, kv_heads=2, head_dim=8, mlp_dim=32
+)
+RECORD = {"model": {"embed_dim": 16}, "train": {"seed": 0, "steps": 7}, "mesh": "any"}
 LOOP = TrainConfig(steps=7, eval_every=0, checkpoint_every=2, log_every=1, resume="auto")
 
 
@@ -186,18 +188,18 @@ def test_settings_that_decide_numbers_must_be_the_same(unfinished):
     assert begin(unfinished, record={**RECORD, "mesh": "another"}).resumed
     assert not begin(unfinished, resume="never").resumed
     assert not begin(unfinished, checkpoint_every=0).resumed
-    other = {**RECORD, "model": {"embed": 32}}
+    other = {**RECORD, "model": {"embed_dim": 32}}
     anew = begin(unfinished, record=other)
     assert not anew.resumed
     assert anew.notes == (
-        f"{unfinished}/run is unfinished with other settings (model.embed was 16, is 32); "
+        f"{unfinished}/run is unfinished with other settings (model.embed_dim was 16, is 32); "
         "a new run begins.",
     )
     with pytest.raises(sk.CheckpointError) as error:
         begin(unfinished, record=other, resume=str(unfinished / "run"))
     assert "1 setting of" in str(error.value)
-    assert "model.embed  was 16, is 32" in str(error.value)
-    assert "--set model.embed=16" in str(error.value)
+    assert "model.embed_dim  was 16, is 32" in str(error.value)
+    assert "--set model.embed_dim=16" in str(error.value)
 
 
 def test_a_run_asked_for_by_name_may_be_longer(unfinished):

@@ -44,7 +44,7 @@ from shardkit.run._watch import Numbers, Run, Watchers
 
 TEXT = Text(
     Corpus("a test", bytes(range(97, 123)) * 20, bytes(range(1, 101)), 1, 1),
-    DataConfig(length=8, batch=3, overlap=2),
+    DataConfig(seq_len=8, batch_size=3, overlap=2),
 )
 
 
@@ -385,7 +385,7 @@ def test_a_small_run_shows_and_writes_everything(tmp_path, mesh):
     result = train(
         name="test",
         model=SIZES["nano"],
-        data=DataConfig(path=str(tmp_path), length=32, batch=4, held_out=0.1),
+        data=DataConfig(path=str(tmp_path), seq_len=32, batch_size=4, held_out=0.1),
         mesh=MeshSpec(data=4, tensor=2).build("cpu:8"),
         strategy=strategies.data() | strategies.tensor(),
         optimizer=optax.adamw(1e-2),
@@ -441,7 +441,9 @@ def test_ctrl_c_leaves_whole_metrics_and_says_where(tmp_path, mesh):
         train(
             name="test",
             model=SIZES["nano"],
-            data=DataConfig(path=str(tmp_path / "text.txt"), length=16, batch=8, held_out=0.2),
+            data=DataConfig(
+                path=str(tmp_path / "text.txt"), seq_len=16, batch_size=8, held_out=0.2
+            ),
             mesh=mesh,
             strategy=strategies.data() | strategies.data("tensor"),
             optimizer=optax.sgd(1e-2),

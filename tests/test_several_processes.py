@@ -196,8 +196,9 @@ def test_what_a_step_failed_on_is_dumped_once_and_replayed_on_one_device(broken,
 # --- the command line in two processes
 
 FIELDS = (
-    "model.layers=1", "model.embed=8", "model.mlp=8", "model.heads=2", "model.kv_heads=2",
-    "data.batch=8", "data.length=8", "data.held_out=0.3", "data.prefetch=0",
+    "model.num_layers=1", "model.embed_dim=8", "model.mlp_dim=8", "model.num_heads=2",
+    "model.kv_heads=2",
+    "data.batch_size=8", "data.seq_len=8", "data.held_out=0.3", "data.prefetch=0",
     "optimizer.name=sgd", "train.steps=60", "train.eval_every=0", "train.sample=0",
     "train.baselines=false", "train.checkpoint_every=50", "train.log_every=1",
     "train.step_timeout=20", "strategy=data", "mesh.data=8", "mesh.tensor=1",

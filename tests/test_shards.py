@@ -76,7 +76,7 @@ def test_the_last_share_is_held_out_at_the_nearest_document(tmp_path, shard):
 
 def test_a_folder_of_shards_is_trained_on(tmp_path, shard):
     write_tokens(tmp_path / "b.bin", [np.arange(40) + i for i in range(20)], 300)
-    config = DataConfig(path=str(tmp_path), length=8, batch=4, held_out=0.1)
+    config = DataConfig(path=str(tmp_path), seq_len=8, batch_size=4, held_out=0.1)
     text = load_text(config, 512)
     batch = text.batch(3)
     np.testing.assert_array_equal(batch["inputs"][:, 1:], batch["targets"][:, :-1])

@@ -13,7 +13,7 @@ import shardkit as sk
 from shardkit.models import Decoder, DecoderConfig, decoder_loss
 from shardkit.step._layout import resolve_layout
 
-CONFIG = DecoderConfig(vocab=32, embed=16, layers=2, heads=4, mlp=24, kv_heads=4)
+CONFIG = DecoderConfig(vocab=32, embed_dim=16, num_layers=2, num_heads=4, mlp_dim=24, kv_heads=4)
 MODEL = sk.from_nnx(lambda rngs: Decoder(CONFIG, rngs), decoder_loss)
 ROWS, LENGTH = 8, 8
 BATCH = {

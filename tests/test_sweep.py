@@ -20,7 +20,7 @@ from shardkit.sweep._timing import SIMULATED
 from . import _swept
 
 AXES = ("data", "tensor")
-TWO = {"axes": AXES, "devices": 2, "turns": 2, "updates": 1}
+TWO = {"axes": AXES, "devices": 2, "repeats": 2, "steps_per_repeat": 1}
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +36,8 @@ def whole(tmp_path_factory):
         accumulate=(2,),
         verify=True,
         time=True,
-        turns=2,
-        updates=2,
+        repeats=2,
+        steps_per_repeat=2,
         on_row=lambda row, done, total: seen.append((row.case.key, done, total)),
     )
     return found, seen
@@ -159,8 +159,8 @@ def test_a_killed_sweep_goes_on_and_a_half_line_is_dropped(whole, tmp_path):
         devices=(1, 4),
         accumulate=(2,),
         time=True,
-        turns=1,
-        updates=2,
+        repeats=1,
+        steps_per_repeat=2,
         on_row=lambda row, done, total: seen.append(row.case.key),
     )
     assert len(set(seen)) == 3  # what was illegal may be mended
@@ -215,7 +215,7 @@ def test_no_legal_mesh_is_one_error_and_the_rows_are_kept(tmp_path):
         ({"devices": 64}, "this process has 8 devices"),
         ({"accumulate": ()}, "accumulate=[]  is empty"),
         ({"remat": ["ful"]}, "unknown policy"),
-        ({"turns": 1, "updates": 1}, "two timed updates at least"),
+        ({"repeats": 1, "steps_per_repeat": 1}, "two timed updates at least"),
         ({"target": "cpu:4", "devices": None, "time": True}, "needs devices that run"),
         ({"target": "cpu:4"}, "target cpu:4 has 4 devices"),
         ({"target": "tpu:v5z:4x4"}, "unknown chip 'v5z'"),
@@ -254,12 +254,12 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):
 
 
 def test_rows_of_another_config_are_refused_with_every_difference(tmp_path):
-    with Journal(tmp_path, {"model": {"layers": 4, "embed": 8}}) as journal:
+    with Journal(tmp_path, {"model": {"num_layers": 4, "embed_dim": 8}}) as journal:
         journal.add(Row(Case((("data", 1),)), OK, {}))
     before = (tmp_path / "rows.jsonl").read_text()
     with pytest.raises(sk.SweepError, match="holds rows of another sweep") as error:
-        Journal(tmp_path, {"model": {"layers": 2, "embed": 8}, "data": 3})
-    assert "model.layers  was 4 there, is 2 now" in str(error.value)
+        Journal(tmp_path, {"model": {"num_layers": 2, "embed_dim": 8}, "data": 3})
+    assert "model.num_layers  was 4 there, is 2 now" in str(error.value)
     assert "embed" not in str(error.value)
     assert "--out NEW_FOLDER" in str(error.value)
     assert (tmp_path / "rows.jsonl").read_text() == before
@@ -308,7 +308,7 @@ def test_axes_without_a_strategy_get_their_ready_one():
 def test_what_a_sweep_varies_does_not_tell_it_from_another():
     one = ConfigFactory("", ("model=nano", "mesh.tensor=2", "strategy.accumulate=4"))
     assert one.record() == ConfigFactory("", ("model=nano", "name=other")).record()
-    assert one.record() != ConfigFactory("", ("model=nano", "model.layers=1")).record()
+    assert one.record() != ConfigFactory("", ("model=nano", "model.num_layers=1")).record()
 
 
 def test_a_target_is_compiled_in_a_child(tmp_path, monkeypatch):

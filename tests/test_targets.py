@@ -98,7 +98,7 @@ def test_an_argument_that_is_missing_is_named():
 
 
 def test_a_source_survives_the_way_to_the_child():
-    one = Source("configs/nano.py", ("model.layers=1",))
+    one = Source("configs/nano.py", ("model.num_layers=1",))
     assert Source.from_request(one.to_request()) == one
     assert not one.is_function
     assert source("step").is_function

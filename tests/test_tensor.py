@@ -17,7 +17,14 @@ BATCH = {"inputs": TOKENS, "targets": TOKENS, "weights": np.ones((4, 8), np.floa
 
 
 def compiled(strategy, **changes):
-    sizes = {"vocab": VOCAB, "embed": 32, "layers": 2, "heads": 4, "mlp": 48, **changes}
+    sizes = {
+        "vocab": VOCAB,
+        "embed_dim": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "mlp_dim": 48,
+        **changes,
+    }
     config = DecoderConfig(**sizes)
     model = sk.from_nnx(lambda rngs: Decoder(config, rngs), decoder_loss)
     return sk.compile_step(
@@ -53,7 +60,9 @@ def test_a_policy_that_there_is_not():
 
 @pytest.mark.parametrize(("sequence", "tied"), [(False, True), (True, False)])
 def test_no_device_ever_holds_the_whole_vocabulary(sequence, tied):
-    step = compiled(tensor(sequence=sequence, kv_heads="replicate"), kv_heads=2, tied=tied)
+    step = compiled(
+        tensor(sequence=sequence, kv_heads="replicate"), kv_heads=2, tie_embeddings=tied
+    )
     dims = {
         int(n) for shape in re.findall(r"\w+\[([\d,]+)\]", step.hlo()) for n in shape.split(",")
     }

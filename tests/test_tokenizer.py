@@ -40,7 +40,7 @@ def folder(tmp_path):
 
 
 def config(folder, tokenizer, **changes):
-    sizes = {"length": 4, "batch": 2, "held_out": 0.2} | changes
+    sizes = {"seq_len": 4, "batch_size": 2, "held_out": 0.2} | changes
     return DataConfig(path=str(folder), tokenizer=str(tokenizer), **sizes)
 
 
@@ -73,7 +73,7 @@ def test_text_is_tokenized_once_into_shards_that_hold_the_same(folder, tokenizer
     assert stream.vocabulary == 8
     train, held_out = (getattr(load_text(config(folder, tokenizer)), s) for s in SIDES)
     assert train.size + held_out.size == stream.size
-    again = load_text(DataConfig(path=str(out), length=4, batch=2), 8)
+    again = load_text(DataConfig(path=str(out), seq_len=4, batch_size=2), 8)
     assert again.train.size + again.held_out.size == stream.size
     with pytest.raises(sk.DataError, match=r"out +holds tokens-00000\.bin; nothing is written"):
         tokenize(folder, out)
@@ -156,7 +156,7 @@ def test_a_sample_of_tokens_is_text_where_their_tokenizer_is_known(folder, token
 
 def test_shards_without_their_tokenizer_have_no_sample_and_say_so(folder, tokenizer, tmp_path):
     tokenize(folder, tmp_path / "out", str(tokenizer))
-    text = load_text(DataConfig(path=str(tmp_path / "out"), length=4, batch=2), 12)
+    text = load_text(DataConfig(path=str(tmp_path / "out"), seq_len=4, batch_size=2), 12)
     sample, said, shown = written(text)
     assert (sample, "a sample" in shown) == (b"", False)
     assert said == [

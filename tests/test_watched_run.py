@@ -164,11 +164,21 @@ def test_what_is_no_dump_of_this_model_is_told(steps, tmp_path):
 def test_the_command_line_replays_what_its_run_left(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_bytes(bytes(range(97, 123)) * 60)
-    sizes = {"embed": 8, "layers": 1, "heads": 2, "mlp": 16, "kv_heads": 2}
+    sizes = {"embed_dim": 8, "num_layers": 1, "num_heads": 2, "mlp_dim": 16, "kv_heads": 2}
     words = [f"model.{name}={size}" for name, size in sizes.items()]
     words += ["data.path=text.txt", "data.held_out=0.3"]
-    words += ["data.length=8", "optimizer.name=sgd", "optimizer.lr=1e25", "optimizer.clip=none"]
-    words += ["optimizer.warmup=0", "train.steps=6", "train.eval_every=0", "train.baselines=false"]
+    words += [
+        "data.seq_len=8",
+        "optimizer.name=sgd",
+        "optimizer.lr=1e25",
+        "optimizer.grad_clip_norm=none",
+    ]
+    words += [
+        "optimizer.warmup_fraction=0",
+        "train.steps=6",
+        "train.eval_every=0",
+        "train.baselines=false",
+    ]
     words += ["strategy=data", "mesh.tensor=1", "train.sample=0", "devices=cpu:8"]
     assert main(["train", *(part for word in words for part in ("--set", word))]) == 2
     said = capsys.readouterr().err

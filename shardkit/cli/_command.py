@@ -42,7 +42,8 @@ def add_shared(parser: argparse.ArgumentParser, takes_config: bool = True) -> No
             default=[],
             metavar="PATH.TO.FIELD=VALUE",
             dest="overrides",
-            help="change one field, e.g. --set model.layers=2 --set mesh.tensor=2; may be repeated",
+            help="change one field, e.g. --set model.num_layers=2 --set mesh.tensor=2; "
+            "may be repeated",
         )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 

@@ -35,7 +35,7 @@ def _run(arguments: argparse.Namespace) -> int:
         verify=arguments.verify,
         time=True if arguments.time else None,
         batches=swept.batches,
-        turns=arguments.turns,
+        repeats=arguments.repeats,
         timeout=arguments.timeout,
         on_row=lambda row, done, total: errors.print(_told(row, done, total)),
     )
@@ -127,7 +127,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--time", action="store_true", help="time the updates on simulated devices too"
     )
-    parser.add_argument("--turns", type=int, default=5, help="turns of each timed case (5)")
+    parser.add_argument("--repeats", type=int, default=5, help="repeats of each timed case (5)")
     parser.add_argument("--out", metavar="FOLDER", help="where rows go (sweeps/NAME)")
     parser.add_argument("--plots", action="store_true", help="also draw PNG and SVG pictures")
     parser.add_argument(

@@ -21,7 +21,13 @@ from ..verify import verify
 from ._command import Command, config_of
 
 # Without CONFIG: a decoder whose heads divide by eight, small enough for two minutes on two cores.
-_SMALL = ("model=nano", "model.heads=8", "model.kv_heads=8", "data.length=32", "data.batch=16")
+_SMALL = (
+    "model=nano",
+    "model.num_heads=8",
+    "model.kv_heads=8",
+    "data.seq_len=32",
+    "data.batch_size=16",
+)
 _DROPOUT = 0.1
 _MOST_MESHES = 8
 
@@ -82,7 +88,7 @@ def _compiled(config: Config, mesh: Mesh) -> CompiledStep:
 def ragged_batches(config: Config, n: int = 2) -> list[dict[str, np.ndarray]]:
     """Random tokens; the first half of the rows has no valid one, the rest valid ones at random."""
     rng = np.random.default_rng(config.data.seed)
-    shape = (config.data.batch, config.data.length)
+    shape = (config.data.batch_size, config.data.seq_len)
 
     def one() -> dict[str, np.ndarray]:
         tokens = rng.integers(0, config.model.vocab, (2, *shape), np.int32)

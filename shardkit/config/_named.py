@@ -19,7 +19,7 @@ _READY: dict[str, Callable[..., Strategy]] = {
 def named_size(text: str) -> DecoderConfig:
     """Returns a decoder by the name of its size.
 
-    >>> named_size("nano").embed
+    >>> named_size("nano").embed_dim
     64
     """
     if text in SIZES:

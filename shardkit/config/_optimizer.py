@@ -23,9 +23,9 @@ class OptimizerConfig:
     Attributes:
       name: the update rule.
       lr: the highest learning rate.
-      warmup: share of the steps over which the rate rises from 0.
-      final: the last rate, as a share of `lr`; it falls there along a cosine.
-      clip: largest global norm of a gradient; None does not clip.
+      warmup_fraction: share of the steps over which the rate rises from 0.
+      final_lr_fraction: the last rate, as a share of `lr`; it falls there along a cosine.
+      grad_clip_norm: largest global norm of a gradient; None does not clip.
       weight_decay: decoupled decay of matrices; norms are not decayed.
       betas: decay rates of the two moments (sgd uses the first as momentum).
       muon_lr: learning rate of the hidden matrices under `muon`, whose updates have a
@@ -34,16 +34,19 @@ class OptimizerConfig:
 
     name: Literal["adamw", "lion", "muon", "sgd"] = "adamw"
     lr: float = 3e-3
-    warmup: float = 0.05
-    final: float = 0.1
-    clip: float | None = 1.0
+    warmup_fraction: float = 0.05
+    final_lr_fraction: float = 0.1
+    grad_clip_norm: float | None = 1.0
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     muon_lr: float = 0.02
 
     def __post_init__(self) -> None:
         """Refuses rates and shares that no schedule has."""
-        shares = {"warmup": self.warmup, "final": self.final}
+        shares = {
+            "warmup_fraction": self.warmup_fraction,
+            "final_lr_fraction": self.final_lr_fraction,
+        }
         problems = [
             Problem(
                 f"optimizer.{name}={value:g}", "is a share of 1.", f"--set optimizer.{name}=0.1"
@@ -51,7 +54,7 @@ class OptimizerConfig:
             for name, value in shares.items()
             if not 0 <= value <= 1
         ]
-        rates = {"lr": self.lr, "muon_lr": self.muon_lr, "clip": self.clip}
+        rates = {"lr": self.lr, "muon_lr": self.muon_lr, "grad_clip_norm": self.grad_clip_norm}
         problems += [
             Problem(
                 f"optimizer.{name}={value:g}",
@@ -69,18 +72,20 @@ class OptimizerConfig:
 
     def schedule(self, steps: int, peak: float) -> Schedule:
         """Returns the learning rate as a function of the step: warm up, then a cosine."""
-        warmup = round(self.warmup * steps)
+        warmup = round(self.warmup_fraction * steps)
         return optax.warmup_cosine_decay_schedule(
             init_value=peak if warmup == 0 else 0.0,
             peak_value=peak,
             warmup_steps=warmup,
             decay_steps=max(steps, warmup + 1),
-            end_value=self.final * peak,
+            end_value=self.final_lr_fraction * peak,
         )
 
     def build(self, steps: int) -> optax.GradientTransformation:
         """Returns the chain for a run of `steps` updates."""
-        clip = [] if self.clip is None else [optax.clip_by_global_norm(self.clip)]
+        clip = (
+            [] if self.grad_clip_norm is None else [optax.clip_by_global_norm(self.grad_clip_norm)]
+        )
         return optax.chain(*clip, self._update(steps))
 
     def _update(self, steps: int) -> optax.GradientTransformation:

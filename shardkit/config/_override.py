@@ -15,7 +15,7 @@ _Tree = TypeVar("_Tree")
 
 @dataclasses.dataclass(frozen=True)
 class _Assignment:
-    """`model.layers=2` as `("model", "layers")` and `"2"`, and as it was written."""
+    """`model.num_layers=2` as `("model", "num_layers")` and `"2"`, and as it was written."""
 
     path: tuple[str, ...]
     text: str

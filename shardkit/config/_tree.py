@@ -15,7 +15,7 @@ from ._optimizer import OptimizerConfig
 
 
 def _default_model() -> DecoderConfig:
-    return DecoderConfig(vocab=BYTES, embed=128, layers=4, heads=4, mlp=384)
+    return DecoderConfig(vocab=BYTES, embed_dim=128, num_layers=4, num_heads=4, mlp_dim=384)
 
 
 def _default_optimizer() -> OptimizerConfig:

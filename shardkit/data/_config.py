@@ -12,8 +12,8 @@ class DataConfig:
     Attributes:
       path: a folder or a file of text; a folder or a file of token shards (`.bin`, `.npy`, see
         `sk.data.write_tokens`); None for the Python standard library's source.
-      length: tokens in one row; a token is a byte where there is no tokenizer.
-      batch: rows in one step, over all devices.
+      seq_len: tokens in one row; a token is a byte where there is no tokenizer.
+      batch_size: rows in one step, over all devices.
       seed: of the order of rows.
       held_out: expected fraction of files that are only scored; of one file, and of token
         shards, the last part.
@@ -28,8 +28,8 @@ class DataConfig:
     """
 
     path: str | None = None
-    length: int = 256
-    batch: int = 8
+    seq_len: int = 256
+    batch_size: int = 8
     seed: int = 0
     held_out: float = 0.05
     overlap: int = 0
@@ -40,16 +40,20 @@ class DataConfig:
     def __post_init__(self) -> None:
         """Refuses sizes that no text could satisfy."""
         checks = {
-            f"length={self.length}": (self.length >= 1, "must be at least 1.", "length=256"),
-            f"batch={self.batch}": (self.batch >= 1, "must be at least 1.", "batch=8"),
+            f"seq_len={self.seq_len}": (self.seq_len >= 1, "must be at least 1.", "seq_len=256"),
+            f"batch_size={self.batch_size}": (
+                self.batch_size >= 1,
+                "must be at least 1.",
+                "batch_size=8",
+            ),
             f"held_out={self.held_out:g}": (
                 0 < self.held_out < 1,
                 "is a share of the files: more than 0, less than 1.",
                 "held_out=0.05",
             ),
             f"overlap={self.overlap}": (
-                0 <= self.overlap < max(self.length, 1),
-                f"must be at least 0 and less than data.length={self.length}.",
+                0 <= self.overlap < max(self.seq_len, 1),
+                f"must be at least 0 and less than data.seq_len={self.seq_len}.",
                 "overlap=0",
             ),
             f"prefetch={self.prefetch}": (self.prefetch >= 0, "must be at least 0.", "prefetch=2"),

@@ -40,17 +40,19 @@ class Text:
 
     def __post_init__(self) -> None:
         """Refuses rows longer than the text, and batches of more rows than it holds."""
-        length, batch = self.config.length, self.config.batch
+        length, batch = self.config.seq_len, self.config.batch_size
         problems = []
         sizes = {"train": self.train.size, "held_out": self.held_out_tokens}
-        fix = f"--set data.length={max(1, min(sizes.values()) // 2)}"
+        fix = f"--set data.seq_len={max(1, min(sizes.values()) // 2)}"
         for side, size in sizes.items():
             if length > size:
-                why = f"data.length={length} is longer than all its {size:,} {self.unit}s."
+                why = f"data.seq_len={length} is longer than all its {size:,} {self.unit}s."
                 problems.append(Problem(f"{self.corpus.source} ({side})", why, fix))
         if not problems and batch > self.rows_per_epoch:
-            why = f"data.batch={batch}, but an epoch has {self.rows_per_epoch} rows of {length}."
-            fix = f"--set data.batch={self.rows_per_epoch}, or a smaller data.length"
+            why = (
+                f"data.batch_size={batch}, but an epoch has {self.rows_per_epoch} rows of {length}."
+            )
+            fix = f"--set data.batch_size={self.rows_per_epoch}, or a smaller data.seq_len"
             problems.append(Problem(self.corpus.source, why, fix))
         raise_all(DataError, "There is too little text for these rows.", problems)
 
@@ -67,7 +69,7 @@ class Text:
     @property
     def rows(self) -> int:
         """Rows of a batch, over all devices."""
-        return self.config.batch
+        return self.config.batch_size
 
     @property
     def rows_per_epoch(self) -> int:
@@ -114,7 +116,7 @@ class Text:
     def held_out_steps(self) -> int:
         """Number of batches that cover the held-out tokens."""
         rows = -(-self.held_out_tokens // self._stride)
-        return -(-rows // self.config.batch)
+        return -(-rows // self.config.batch_size)
 
     def batch(self, step: int, rows: slice | np.ndarray = slice(None)) -> Batch:
         """Returns the training batch of a step, or some of its rows.
@@ -128,7 +130,7 @@ class Text:
           i32[n, length]; `weights` f32[n, length], 0 where a target does not count; with
           `packing` also `segment_ids` i32[n, length], from 1, and 0 on padding.
         """
-        batch = self.config.batch
+        batch = self.config.batch_size
         return self._rows.make(np.arange(step * batch, (step + 1) * batch)[rows], self.config.seed)
 
     def held_out_batch(self, step: int, rows: slice | np.ndarray = slice(None)) -> Batch:
@@ -139,7 +141,7 @@ class Text:
         rows are windows all the same, in which no document sees another.
         """
         starts, masks = self._held_out_rows(step, rows)
-        tokens = self.held_out.read(starts, self.config.length + 1)
+        tokens = self.held_out.read(starts, self.config.seq_len + 1)
         return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], **masks}
 
     def held_out_weight(self, step: int) -> int:
@@ -148,7 +150,7 @@ class Text:
 
     def _held_out_rows(self, step: int, rows: slice | np.ndarray) -> tuple[np.ndarray, Batch]:
         """Where held-out rows begin, and what says which of their tokens count."""
-        batch, length, stride = self.config.batch, self.config.length, self._stride
+        batch, length, stride = self.config.batch_size, self.config.seq_len, self._stride
         ends = (np.arange(step * batch, (step + 1) * batch)[rows] + 1) * stride
         starts = np.maximum(ends - length, 0)
         target = starts[:, None] + np.arange(length)
@@ -166,7 +168,7 @@ class Text:
         """
         config = self.config
         tokens = "shards" if self._bytes is None else self.coder.name
-        known = {"rows": config.batch, "length": config.length, "packing": config.packing}
+        known = {"rows": config.batch_size, "length": config.seq_len, "packing": config.packing}
         known |= {"rows_per_epoch": self.rows_per_epoch, "seed": config.seed}
         return {"batch": step, **known, "tokens": tokens, "crc32": self._checksum}
 
@@ -185,12 +187,12 @@ class Text:
 
     @property
     def _stride(self) -> int:
-        return self.config.length - self.config.overlap
+        return self.config.seq_len - self.config.overlap
 
     @functools.cached_property
     def _rows(self) -> Rows:
         kind = Packed if self.config.packing else Windows
-        return kind(self.train, self.config.length)
+        return kind(self.train, self.config.seq_len)
 
     def _stream(self, side: str) -> Stream:
         if isinstance(self.corpus, TokenCorpus):

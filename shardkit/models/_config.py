@@ -5,7 +5,7 @@ import dataclasses
 from .._errors import ConfigError, Problem, did_you_mean, raise_all
 
 ATTENTIONS = ("auto", "blocked", "xla", "cudnn", "splash")
-_COUNTS = ("vocab", "embed", "layers", "heads", "mlp", "loss_chunks", "top_k")
+_COUNTS = ("vocab", "embed_dim", "num_layers", "num_heads", "mlp_dim", "loss_chunks", "top_k")
 _OPTIONAL = ("kv_heads", "head_dim", "experts", "expert_mlp")
 
 
@@ -17,13 +17,13 @@ class DecoderConfig:
 
     Attributes:
       vocab: number of tokens.
-      embed: width of the residual stream.
-      layers: number of blocks; they are stacked and scanned, so compile time ignores it.
-      heads: query heads.
-      mlp: width inside the feed-forward branch.
-      kv_heads: key and value heads, a divisor of `heads`; None: as many as `heads`.
-      head_dim: width of one head, even; None: `embed // heads`.
-      tied: whether the output head is the embedding table.
+      embed_dim: width of the residual stream.
+      num_layers: number of blocks; they are stacked and scanned, so compile time ignores it.
+      num_heads: query heads.
+      mlp_dim: width inside the feed-forward branch.
+      kv_heads: key and value heads, a divisor of `num_heads`; None: as many as `num_heads`.
+      head_dim: width of one head, even; None: `embed_dim // num_heads`.
+      tie_embeddings: whether the output head is the embedding table.
       bias: whether every product but the output head adds a bias.
       rope_theta: base of the rotary frequencies.
       norm_eps: added to the mean square inside every norm.
@@ -39,26 +39,28 @@ class DecoderConfig:
         the first of the row; later ones are dropped. None: dropless, every choice is served.
       shared_experts: experts that every token goes through besides, as one dense branch of
         `shared_experts` times the width.
-      expert_mlp: width inside one expert; None: `mlp`.
+      expert_mlp: width inside one expert; None: `mlp_dim`.
       balance_loss: weight of the load-balancing loss of every block, in training alone.
       router_z_loss: weight of `logsumexp(router logits) ** 2` of every block, in training alone.
 
     Raises:
       ConfigError: sizes that do not fit together, all of them in one message.
 
-    >>> config = DecoderConfig(vocab=256, embed=64, layers=2, heads=4, mlp=176, kv_heads=2)
+    >>> config = DecoderConfig(
+    ...     vocab=256, embed_dim=64, num_layers=2, num_heads=4, mlp_dim=176, kv_heads=2
+    ... )
     >>> config.head_size, config.group
     (16, 2)
     """
 
     vocab: int
-    embed: int
-    layers: int
-    heads: int
-    mlp: int
+    embed_dim: int
+    num_layers: int
+    num_heads: int
+    mlp_dim: int
     kv_heads: int | None = None
     head_dim: int | None = None
-    tied: bool = False
+    tie_embeddings: bool = False
     bias: bool = False
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
@@ -80,28 +82,28 @@ class DecoderConfig:
 
     @property
     def key_heads(self) -> int:
-        """Key and value heads: `kv_heads`, or `heads` where that is None."""
-        return self.heads if self.kv_heads is None else self.kv_heads
+        """Key and value heads: `kv_heads`, or `num_heads` where that is None."""
+        return self.num_heads if self.kv_heads is None else self.kv_heads
 
     @property
     def head_size(self) -> int:
-        """Width of one head: `head_dim`, or `embed // heads` where that is None."""
-        return self.embed // self.heads if self.head_dim is None else self.head_dim
+        """Width of one head: `head_dim`, or `embed_dim // num_heads` where that is None."""
+        return self.embed_dim // self.num_heads if self.head_dim is None else self.head_dim
 
     @property
     def group(self) -> int:
         """Query heads that share one key and value head."""
-        return self.heads // self.key_heads
+        return self.num_heads // self.key_heads
 
     @property
     def expert_width(self) -> int:
-        """Width inside one expert: `expert_mlp`, or `mlp` where that is None."""
-        return self.mlp if self.expert_mlp is None else self.expert_mlp
+        """Width inside one expert: `expert_mlp`, or `mlp_dim` where that is None."""
+        return self.mlp_dim if self.expert_mlp is None else self.expert_mlp
 
     @property
     def dense_width(self) -> int:
         """Width of the branch that every token goes through; 0 where there is none."""
-        return self.mlp if self.experts is None else self.shared_experts * self.expert_width
+        return self.mlp_dim if self.experts is None else self.shared_experts * self.expert_width
 
 
 def _count_problems(c: DecoderConfig) -> list[Problem]:
@@ -116,17 +118,18 @@ def _count_problems(c: DecoderConfig) -> list[Problem]:
 
 def _fit_problems(c: DecoderConfig) -> list[Problem]:
     rows = []
-    if c.head_dim is None and c.embed % c.heads:
-        why = f"embed={c.embed} is not divisible by heads={c.heads}, and head_dim is None"
-        near = _nearest_divisor(c.embed, c.heads)
-        rows.append(Problem(f"heads={c.heads}", why, f"heads={near}, or head_dim=64"))
+    if c.head_dim is None and c.embed_dim % c.num_heads:
+        why = f"embed_dim={c.embed_dim} is not divisible by num_heads={c.num_heads}, "
+        why += "and head_dim is None"
+        near = _nearest_divisor(c.embed_dim, c.num_heads)
+        rows.append(Problem(f"num_heads={c.num_heads}", why, f"num_heads={near}, or head_dim=64"))
     if c.head_size % 2:
-        why = f"rotary embedding turns pairs, so head_dim must be even (embed={c.embed})"
+        why = f"rotary embedding turns pairs, so head_dim must be even (embed_dim={c.embed_dim})"
         fix = f"head_dim={c.head_size + 1}"
         rows.append(Problem(f"head_dim={c.head_size}", why, fix))
-    if c.heads % c.key_heads:
-        near = _nearest_divisor(c.heads, c.key_heads)
-        why = f"does not divide heads={c.heads}"
+    if c.num_heads % c.key_heads:
+        near = _nearest_divisor(c.num_heads, c.key_heads)
+        why = f"does not divide num_heads={c.num_heads}"
         rows.append(Problem(f"kv_heads={c.key_heads}", why, f"kv_heads={near}"))
     if c.vocab % c.loss_chunks:
         near = _nearest_divisor(c.vocab, c.loss_chunks)

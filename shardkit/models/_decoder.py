@@ -58,45 +58,61 @@ class Layers(nnx.Module):
     """
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
-        c, width = config, config.heads * config.head_size
-        thin = 2 * c.layers
+        c, width = config, config.num_heads * config.head_size
+        thin = 2 * c.num_layers
 
         def stacked(shape: tuple[int, ...], fan_in: int, *axes: str | None) -> nnx.Param:
-            keys = jax.random.split(rngs.params(), c.layers)
+            keys = jax.random.split(rngs.params(), c.num_layers)
             value = jax.vmap(lambda key: _normal(key, shape, fan_in))(keys)
             return _param(value, "layers", *axes)
 
-        kv_shape, kv_axes = (c.embed, c.key_heads, c.head_size), ("embed", "kv_heads", "head_dim")
-        self.query = stacked((c.embed, c.heads, c.head_size), c.embed, "embed", "heads", "head_dim")
-        self.key = stacked(kv_shape, c.embed, *kv_axes)
-        self.value = stacked(kv_shape, c.embed, *kv_axes)
+        kv_shape, kv_axes = (
+            (c.embed_dim, c.key_heads, c.head_size),
+            ("embed", "kv_heads", "head_dim"),
+        )
+        self.query = stacked(
+            (c.embed_dim, c.num_heads, c.head_size), c.embed_dim, "embed", "heads", "head_dim"
+        )
+        self.key = stacked(kv_shape, c.embed_dim, *kv_axes)
+        self.value = stacked(kv_shape, c.embed_dim, *kv_axes)
         self.out = stacked(
-            (c.heads, c.head_size, c.embed), width * thin, "heads", "head_dim", "embed"
+            (c.num_heads, c.head_size, c.embed_dim), width * thin, "heads", "head_dim", "embed"
         )
         if width := c.dense_width:
-            self.gate = stacked((c.embed, width), c.embed, "embed", "mlp")
-            self.up = stacked((c.embed, width), c.embed, "embed", "mlp")
-            self.down = stacked((width, c.embed), width * thin, "mlp", "embed")
+            self.gate = stacked((c.embed_dim, width), c.embed_dim, "embed", "mlp")
+            self.up = stacked((c.embed_dim, width), c.embed_dim, "embed", "mlp")
+            self.down = stacked((width, c.embed_dim), width * thin, "mlp", "embed")
         if c.experts is not None:
-            wide, axes = (c.experts, c.embed, c.expert_width), ("experts", "embed", "expert_mlp")
-            tall, back = (c.experts, c.expert_width, c.embed), ("experts", "expert_mlp", "embed")
-            self.router = stacked((c.embed, c.experts), c.embed, "embed", None)
-            self.expert_gate = stacked(wide, c.embed, *axes)
-            self.expert_up = stacked(wide, c.embed, *axes)
+            wide, axes = (
+                (c.experts, c.embed_dim, c.expert_width),
+                ("experts", "embed", "expert_mlp"),
+            )
+            tall, back = (
+                (c.experts, c.expert_width, c.embed_dim),
+                ("experts", "expert_mlp", "embed"),
+            )
+            self.router = stacked((c.embed_dim, c.experts), c.embed_dim, "embed", None)
+            self.expert_gate = stacked(wide, c.embed_dim, *axes)
+            self.expert_up = stacked(wide, c.embed_dim, *axes)
             self.expert_down = stacked(tall, c.expert_width * thin, *back)
-        self.attn_norm = _param(jnp.ones((c.layers, c.embed)), "layers", "norm")
-        self.mlp_norm = _param(jnp.ones((c.layers, c.embed)), "layers", "norm")
+        self.attn_norm = _param(jnp.ones((c.num_layers, c.embed_dim)), "layers", "norm")
+        self.mlp_norm = _param(jnp.ones((c.num_layers, c.embed_dim)), "layers", "norm")
         if c.bias:
             self._add_biases(c)
 
     def _add_biases(self, c: DecoderConfig) -> None:
         """A bias whose product splits its inputs is added once, after the sum: it is `norm`."""
         heads = {"query": "heads", "key": "kv_heads", "value": "kv_heads"}
-        sizes = {"heads": c.heads, "kv_heads": c.key_heads, "mlp": c.dense_width, "norm": c.embed}
+        sizes = {
+            "heads": c.num_heads,
+            "kv_heads": c.key_heads,
+            "mlp": c.dense_width,
+            "norm": c.embed_dim,
+        }
         dense = {"gate": "mlp", "up": "mlp", "down": "norm"} if c.dense_width else {}
         for name, axis in (heads | {"out": "norm"} | dense).items():
             inner = ((c.head_size, "head_dim"),) if name in heads else ()
-            shape = (c.layers, sizes[axis], *(size for size, _ in inner))
+            shape = (c.num_layers, sizes[axis], *(size for size, _ in inner))
             bias = _param(
                 jnp.zeros(shape), "layers", axis, *(inner_axis for _, inner_axis in inner)
             )
@@ -118,12 +134,12 @@ class Decoder(nnx.Module):
       embedding: f32[vocab, embed], drawn with deviation 1/√embed.
       layers: the stacked blocks.
       norm: f32[embed], scale of the last norm.
-      head: f32[embed, vocab]; None where `config.tied`.
+      head: f32[embed, vocab]; None where `config.tie_embeddings`.
       deterministic: whether dropout is off; `model.eval()` and `model.train()` set it.
 
     >>> from flax import nnx
     >>> import jax, jax.numpy as jnp
-    >>> config = DecoderConfig(vocab=16, embed=8, layers=2, heads=2, mlp=16)
+    >>> config = DecoderConfig(vocab=16, embed_dim=8, num_layers=2, num_heads=2, mlp_dim=16)
     >>> model = Decoder(config, nnx.Rngs(0))
     >>> hidden = model(jnp.zeros((1, 4), jnp.int32))
     >>> hidden.shape, model.logits(hidden).shape
@@ -132,18 +148,18 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
         c = self.config = config
-        table = _normal(rngs.params(), (c.vocab, c.embed), c.embed)
+        table = _normal(rngs.params(), (c.vocab, c.embed_dim), c.embed_dim)
         self.embedding = _param(table, "vocab", "embed")
         self.layers = Layers(c, rngs)
-        self.norm = _param(jnp.ones((c.embed,)), "norm")
+        self.norm = _param(jnp.ones((c.embed_dim,)), "norm")
         self.head = self._untied_head(rngs)
         self.deterministic = False
 
     def _untied_head(self, rngs: nnx.Rngs) -> nnx.Param | None:
-        if self.config.tied:
+        if self.config.tie_embeddings:
             return None
-        shape = (self.config.embed, self.config.vocab)
-        return _param(_normal(rngs.params(), shape, self.config.embed), "embed", "vocab")
+        shape = (self.config.embed_dim, self.config.vocab)
+        return _param(_normal(rngs.params(), shape, self.config.embed_dim), "embed", "vocab")
 
     def __call__(
         self,
@@ -163,7 +179,7 @@ class Decoder(nnx.Module):
         """
         batch = {"inputs": inputs, "segment_ids": segment_ids}
         ends, weights = self.ends(), self.layers.weights()
-        _, keys = layer_keys(self.dropout_key(key), self.config.layers)
+        _, keys = layer_keys(self.dropout_key(key), self.config.num_layers)
         x = through(self.layer(inputs.shape[1]), self.first(ends, batch), weights, batch, keys)
         return self.hidden(ends, self.parts(x)[0])
 
@@ -259,7 +275,7 @@ def _rows(table: jax.Array, inputs: jax.Array) -> jax.Array:
 def parameter_count(config: DecoderConfig) -> int:
     """Number of parameters of a decoder, without building it.
 
-    >>> parameter_count(DecoderConfig(vocab=16, embed=8, layers=2, heads=2, mlp=16))
+    >>> parameter_count(DecoderConfig(vocab=16, embed_dim=8, num_layers=2, num_heads=2, mlp_dim=16))
     1576
     """
     abstract = jax.eval_shape(lambda: nnx.state(Decoder(config, nnx.Rngs(0)), nnx.Param))

@@ -123,7 +123,8 @@ def route(logits_BTX: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
 def expert_capacity(config: DecoderConfig, length: int) -> int | None:
     """Slots of each expert for one row: capacity_factor · length · top_k / experts, rounded up.
 
-    >>> sizes = dict(vocab=16, embed=8, layers=1, heads=1, mlp=8, experts=4, top_k=2)
+    >>> sizes = dict(vocab=16, embed_dim=8, num_layers=1, num_heads=1, mlp_dim=8)
+    >>> sizes |= dict(experts=4, top_k=2)
     >>> expert_capacity(DecoderConfig(**sizes, capacity_factor=1.25), 10)
     7
     """

@@ -63,4 +63,4 @@ def _routers(
     of = {name: rows.sum() for name, rows in sums.items()}
     total = config.balance_loss * of["balance"] + config.router_z_loss * of["z"]
     shown = ("balance", "entropy", "max_load", "dropped")
-    return total, {name: Mean(of[name] / config.layers, weight) for name in shown}
+    return total, {name: Mean(of[name] / config.num_layers, weight) for name in shown}

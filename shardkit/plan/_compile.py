@@ -29,7 +29,7 @@ def config() -> Config:
         remat=remat,
         precision={precision!r} or base.strategy.precision,
     )
-    data = dataclasses.replace(base.data, batch={rows} or base.data.batch)
+    data = dataclasses.replace(base.data, batch_size={rows} or base.data.batch_size)
     return dataclasses.replace(base, mesh=mesh, strategy=strategy, data=data)
 '''
 

@@ -23,7 +23,7 @@ def decoder_model(config: DecoderConfig) -> Model:
 
 def batch_shapes(data: DataConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Global shapes of a batch of text, [batch, length]: of what `Text.batch` returns."""
-    shape = (data.batch, data.length)
+    shape = (data.batch_size, data.seq_len)
     dtypes: dict[str, Any] = {"inputs": np.int32, "targets": np.int32, "weights": np.float32}
     if data.packing:
         dtypes["segment_ids"] = np.int32

@@ -9,7 +9,7 @@ from ..guards import write_dump
 from ..step import SKIPPED, released
 from ._watch import Numbers, Run, Watcher
 
-_LOWER = "a lower learning rate (optimizer.lr=...), or clipping (optimizer.clip=1.0)"
+_LOWER = "a lower learning rate (optimizer.lr=...), or clipping (optimizer.grad_clip_norm=1.0)"
 
 
 class WatchFinite(Watcher):

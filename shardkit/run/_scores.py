@@ -131,7 +131,7 @@ def _sample(adapter: Model, params: Any, text: Text, loop: TextTrainConfig) -> b
         params,
         [text.train.end or 0],
         count=loop.sample,
-        window=text.config.length,
+        window=text.config.seq_len,
         vocabulary=coder.vocabulary,
         temperature=loop.temperature,
         key=jax.random.fold_in(jax.random.key(loop.seed), loop.steps),

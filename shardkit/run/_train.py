@@ -86,7 +86,7 @@ def train(
         watchers=[score],
         record=record,
         decides=_DECIDES,
-        tokens=data.batch * data.length,
+        tokens=data.batch_size * data.seq_len,
         describe=functools.partial(describe_text, unit=text.unit),
         console=console,
         peers=peers,

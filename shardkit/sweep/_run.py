@@ -39,11 +39,11 @@ class Run:
         self,
         steps: Mapping[str, CompiledStep],
         batches: Sequence[Any] | None,
-        turns: int,
-        updates: int,
+        repeats: int,
+        steps_per_repeat: int,
     ) -> None:
         """Times steps in turns."""
         rows = {key: self.journal.rows[key] for key in steps}
-        for done, row in enumerate(time_all(rows, steps, batches, turns, updates), 1):
+        for done, row in enumerate(time_all(rows, steps, batches, repeats, steps_per_repeat), 1):
             self.journal.add(row)
             self.on_row(row, done, len(steps))

@@ -31,8 +31,8 @@ def sweep(
     verify: bool = False,
     time: bool | None = None,
     batches: Sequence[Any] | None = None,
-    turns: int = 5,
-    updates: int = 3,
+    repeats: int = 5,
+    steps_per_repeat: int = 3,
     timeout: float = 1800.0,
     record: Mapping[str, Any] | None = None,
     estimate: Callable[[Case], float] | None = None,
@@ -61,8 +61,8 @@ def sweep(
       time: also time the updates, in turns; by default where devices are real. On simulated
         ones the times say so, and are no speed claim.
       batches: host batches for proof and timing; made up from the declared shapes by default.
-      turns: how often each case has its turn.
-      updates: timed updates of a turn, behind one that warms up.
+      repeats: how often each case has its turn.
+      steps_per_repeat: timed updates of a turn, behind one that warms up.
       timeout: seconds for one compile in a child process.
       record: plain values that tell this sweep from others, beside the factory's name: rows of
         another one are refused.
@@ -97,7 +97,9 @@ def sweep(
     of = factory_of(factory)
     counts = _counts(devices, target)
     wanted = _cases(of, axes, counts, accumulate, remat)
-    _check_asked(target, verify=verify, time=time, turns=turns, updates=updates)
+    _check_asked(
+        target, verify=verify, time=time, repeats=repeats, steps_per_repeat=steps_per_repeat
+    )
     compiler = _compiler(of, target, counts, wanted, timeout)
     timed = target is None and compiler.on["platform"] != "cpu" if time is None else time
     attempts = Attempts(compiler, verify, batches, estimate)
@@ -105,7 +107,7 @@ def sweep(
         run = Run(journal, attempts, wanted, on_row)
         with _goes_on(journal, len(wanted)):
             steps = run.compile(verify=verify, timed=timed)
-            run.time(steps, batches, turns, updates)
+            run.time(steps, batches, repeats, steps_per_repeat)
         rows = tuple(journal.rows[case.key] for case in wanted)
         found = Sweep(rows, Path(out), _title(of, compiler))
         found.write_csv()
@@ -156,7 +158,7 @@ def _cases(
 
 
 def _check_asked(
-    target: str | None, *, verify: bool, time: bool | None, turns: int, updates: int
+    target: str | None, *, verify: bool, time: bool | None, repeats: int, steps_per_repeat: int
 ) -> None:
     problems = []
     if target is not None:
@@ -164,9 +166,15 @@ def _check_asked(
         fix = "leave it out, or run on the target's own machine without target="
         asked = {"verify": verify, "time": bool(time)}
         problems += [Problem(name, why, fix) for name, is_asked in asked.items() if is_asked]
-    if min(turns, updates) < 1 or turns * updates < 2:
+    if min(repeats, steps_per_repeat) < 1 or repeats * steps_per_repeat < 2:
         why = "a median and its spread need two timed updates at least"
-        problems.append(Problem(f"turns={turns}, updates={updates}", why, "turns=5, updates=3"))
+        problems.append(
+            Problem(
+                f"repeats={repeats}, steps_per_repeat={steps_per_repeat}",
+                why,
+                "repeats=5, steps_per_repeat=3",
+            )
+        )
     raise_all(SweepError, "The sweep cannot do what it is asked.", problems)
 
 

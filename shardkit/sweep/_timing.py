@@ -39,29 +39,33 @@ class Seen:
 
 
 def in_turns(
-    steps: Mapping[str, CompiledStep], batches: Mapping[str, Any], turns: int, updates: int
+    steps: Mapping[str, CompiledStep],
+    batches: Mapping[str, Any],
+    repeats: int,
+    steps_per_repeat: int,
 ) -> dict[str, Seen]:
     """Times steps in turns A B C A B C …, with one state alive at a time.
 
     Args:
       steps: what is timed, by name.
       batches: host batch of each.
-      turns: how often each has its turn.
-      updates: timed updates of one turn, behind one that warms up; with `turns` at least 2 in all.
+      repeats: how often each has its turn.
+      steps_per_repeat: timed updates of one turn, after one that warms up; with `repeats` at
+        least 2 in all.
     """
     seen = {name: Seen() for name in steps}
-    for _ in range(turns):
+    for _ in range(repeats):
         for name, step in steps.items():
             if seen[name].failed is None:
-                _turn(step, batches[name], updates, seen[name])
+                _turn(step, batches[name], steps_per_repeat, seen[name])
     return seen
 
 
-def _turn(step: CompiledStep, batch: Any, updates: int, seen: Seen) -> None:
+def _turn(step: CompiledStep, batch: Any, steps_per_repeat: int, seen: Seen) -> None:
     """One turn. A step that runs out of memory is a row, so its error is kept, not raised."""
     try:
         state, placed = step.init(jax.random.key(0)), step.put(batch)
-        for update in range(1 + updates):
+        for update in range(1 + steps_per_repeat):
             start = time.perf_counter()
             state, metrics = step(state, placed)
             jax.block_until_ready((state, metrics))
@@ -75,8 +79,8 @@ def time_all(
     rows: Mapping[str, Row],
     steps: Mapping[str, CompiledStep],
     batches: Sequence[Any] | None,
-    turns: int,
-    updates: int,
+    repeats: int,
+    steps_per_repeat: int,
 ) -> list[Row]:
     """Times every step that was compiled and gives the rows back, with times or the error.
 
@@ -84,11 +88,11 @@ def time_all(
       rows: key of a case → its row.
       steps: those to time.
       batches: host batches, of which the first is used; None for made-up ones.
-      turns: see `in_turns`.
-      updates: see `in_turns`.
+      repeats: see `in_turns`.
+      steps_per_repeat: see `in_turns`.
     """
     given = {key: (batches or made_up(step))[0] for key, step in steps.items()}
-    found = in_turns(steps, given, turns, updates)
+    found = in_turns(steps, given, repeats, steps_per_repeat)
     return [_timed(rows[key], steps[key], seen) for key, seen in found.items()]
 
 

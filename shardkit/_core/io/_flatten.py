@@ -18,7 +18,7 @@ def flatten(tree: Mapping[str, Any], separator: str = ".", prefix: str = "") -> 
       Path → value.
 
     >>> flatten({"model": {"layers": 4, "rope": {}}, "seed": 0})
-    {'model.layers': 4, 'model.rope': {}, 'seed': 0}
+    {'model.num_layers': 4, 'model.rope': {}, 'seed': 0}
     >>> flatten({"decoder": {"up": 1}}, separator="/")
     {'decoder/up': 1}
     """
