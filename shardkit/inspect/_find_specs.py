@@ -256,7 +256,7 @@ def _agree(made: Placed, used: Placed) -> str:
     if made.part == "params":
         own, other = spec_text(made.dims()), spec_text(used.dims())
         return (
-            f"constrain it where it is used as {own} too, or give {made.name} a rule that "
+            f"constrain it where it is used as {own} too, or give {made.leaf.path or made.part} a rule that "
             f"makes it {other}, where the gather is not what you want"
         )
     table = ", ".join(f"{name!r}: None" for name in names)
