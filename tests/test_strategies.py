@@ -121,6 +121,11 @@ def test_joined_strategies_keep_the_options_of_either():
     assert (data() | fsdp()).activations.spec(("batch", "embed")) == P(BOTH)
 
 
+def test_a_kind_is_an_object_not_a_name():
+    with pytest.raises(sk.StepError, match="'own' is not a kind of parallelism"):
+        sk.Strategy(kinds=("own",))
+
+
 def test_options_that_differ_do_not_join_all_of_them_named():
     one = dataclasses.replace(data(), accumulate=4, remat="full")
     other = dataclasses.replace(tensor(), accumulate=2, remat="dots")
