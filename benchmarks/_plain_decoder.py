@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from shardkit.models import DecoderConfig
+from shardkit.lm import DecoderConfig
 
 Weights = dict
 

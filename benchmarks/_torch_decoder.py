@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from shardkit.models import DecoderConfig
+from shardkit.lm import DecoderConfig
 
 Weights = dict[str, torch.Tensor]
 

@@ -28,7 +28,7 @@ def step_of(kinds: str, compression: Any) -> Any:
     import optax
 
     import shardkit as sk
-    from shardkit.models import Decoder, DecoderConfig, decoder_loss
+    from shardkit.lm import Decoder, DecoderConfig, decoder_loss
 
     config = DecoderConfig(vocab=256, embed_dim=32, num_layers=2, num_heads=4, mlp_dim=96)
     model = sk.from_nnx(lambda rngs: Decoder(config, rngs), decoder_loss)

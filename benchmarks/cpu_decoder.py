@@ -38,7 +38,7 @@ def shardkit_step(config: Any, batch: Any, devices: list[Any]) -> tuple[Step, An
     import optax
 
     import shardkit as sk
-    from shardkit.models import Decoder, decoder_loss
+    from shardkit.lm import Decoder, decoder_loss
 
     many = len(devices) > 1
     mesh = sk.MeshSpec(data=2, tensor=4) if many else sk.MeshSpec(data=1)
@@ -105,7 +105,7 @@ def contestants() -> dict[str, Step]:
     """Every step that can run here, compiled and started from the same weights."""
     import jax
 
-    from shardkit.models import SIZES
+    from shardkit.lm import SIZES
 
     config = SIZES["tiny"]
     batch, devices = make_batch(config.vocab), jax.devices()

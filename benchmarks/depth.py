@@ -21,7 +21,7 @@ def compile_once(layers: int) -> tuple[float, float, int]:
     import optax
 
     import shardkit as sk
-    from shardkit.models import SIZES, Decoder, decoder_loss
+    from shardkit.lm import SIZES, Decoder, decoder_loss
 
     config = dataclasses.replace(SIZES["nano"], num_layers=layers)
     tokens = np.zeros((8, 128), np.int32)

@@ -44,7 +44,7 @@ def choices(model: Any, params: Any, batch: Any) -> tuple[float, list[tuple[Any,
     import jax
     import numpy as np
 
-    from shardkit.models import _experts
+    from shardkit.nn import _experts
 
     seen, route = [], _experts.route
 
@@ -60,8 +60,8 @@ def choices(model: Any, params: Any, batch: Any) -> tuple[float, list[tuple[Any,
 
 def dropped(config: Any, choice: Any) -> Any:
     """Which choices find their expert full, bool[batch, length, k]."""
-    from shardkit._slots import places
-    from shardkit.models._mixture import expert_capacity
+    from shardkit.lm._mixture import expert_capacity
+    from shardkit.nn._expert_dispatch import places
 
     rows, length, _ = choice.shape
     place = places(choice.reshape(rows, -1), config.experts).reshape(choice.shape)
@@ -104,7 +104,7 @@ def main() -> None:
 
     import shardkit as sk
     from shardkit.data import DataConfig, load_text
-    from shardkit.models import SIZES, Decoder, decoder_loss
+    from shardkit.lm import SIZES, Decoder, decoder_loss
 
     sk.simulate_devices(math.prod(MESH.values()))
     text = load_text(DataConfig(seq_len=128, batch_size=8, held_out=0.01))

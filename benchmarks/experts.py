@@ -29,7 +29,7 @@ def train(
     import optax
 
     import shardkit as sk
-    from shardkit.models import SIZES, Decoder, decoder_loss
+    from shardkit.lm import SIZES, Decoder, decoder_loss
 
     weight = SIZES["nano-moe"].balance_loss if balanced else 0.0
     config = dataclasses.replace(SIZES["nano-moe"], capacity_factor=factor, balance_loss=weight)
@@ -51,7 +51,7 @@ def train(
 
 def row(factor: float | None, balanced: bool, seen: Any, held_out: float) -> dict[str, Any]:
     """Means over the first and last steps of a run."""
-    from shardkit.models import SIZES
+    from shardkit.lm import SIZES
 
     first, last = seen[:LAST], seen[-LAST:]
     return {

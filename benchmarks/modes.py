@@ -25,7 +25,7 @@ def compiled(strategy: Any, sizes: dict[str, int], mode: str) -> Any:
     import optax
 
     import shardkit as sk
-    from shardkit.models import Decoder, DecoderConfig, decoder_loss
+    from shardkit.lm import Decoder, DecoderConfig, decoder_loss
 
     config = DecoderConfig(vocab=64, embed_dim=32, num_layers=LAYERS, num_heads=4, mlp_dim=96)
     model = sk.from_nnx(lambda rngs: Decoder(config, rngs), decoder_loss)

@@ -11,7 +11,7 @@ from typing import Any
 
 from _harness import write
 
-from shardkit.plan import Candidate, plan, report_of
+from shardkit.planner import Candidate, plan, report_of
 from shardkit.targets import Source
 
 TARGET = "tpu:v5p:2x2x2"

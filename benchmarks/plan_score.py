@@ -23,12 +23,19 @@ from typing import Any
 
 from _harness import write
 
-from shardkit._types import Accumulate
-from shardkit.inspect import Report
+from shardkit._core.types import Accumulate
 from shardkit.mesh import Target
-from shardkit.plan import Candidate, Plan, Space, code_of, plan, report_of
-from shardkit.plan._search import Search
-from shardkit.plan._space import searched_axes
+from shardkit.planner import (
+    Candidate,
+    Plan,
+    Space,
+    code_of,
+    plan,
+    report_of,
+)
+from shardkit.planner._search import Search
+from shardkit.planner._space import searched_axes
+from shardkit.report import Report
 from shardkit.targets import Source
 
 _WIDE = ("model.embed_dim=1024", "model.num_heads=8", "model.mlp_dim=2816")

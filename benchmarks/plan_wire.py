@@ -14,9 +14,9 @@ from _harness import write
 
 import shardkit as sk
 from shardkit.mesh import MeshSpec
-from shardkit.plan import Space
-from shardkit.plan._declared import modelled
-from shardkit.sweep import ConfigFactory
+from shardkit.planner import Space
+from shardkit.planner._declared_step import modelled
+from shardkit.sweeps import ConfigFactory
 
 MODEL = (
     "model.num_layers=4",

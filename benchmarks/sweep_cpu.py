@@ -22,7 +22,7 @@ import shardkit as sk
 
 if TYPE_CHECKING:
     from shardkit.hardware import Chip
-    from shardkit.sweep import ConfigFactory, Row, Sweep
+    from shardkit.sweeps import ConfigFactory, Row, Sweep
 
 CUT = (
     "model.num_layers=2",
@@ -56,7 +56,7 @@ def swept(folder: Path, factory: "ConfigFactory") -> "Sweep":
 
 def as_they_stand(folder: Path) -> "Sweep":
     """The rows of a folder, whatever version of the code has written them."""
-    from shardkit.sweep import Row, Sweep
+    from shardkit.sweeps import Row, Sweep
 
     rows = map(Row.from_line, (folder / "rows.jsonl").read_text().splitlines()[1:])
     newest = {row.case.key: row for row in rows}
@@ -65,7 +65,7 @@ def as_they_stand(folder: Path) -> "Sweep":
 
 def planned(rows: Sequence["Row"], factory: "ConfigFactory", chip: "Chip") -> dict[str, float]:
     """Key of a row → seconds of its step by a plan's model."""
-    from shardkit.plan import Network, modelled
+    from shardkit.planner import Network, modelled
 
     found = {}
     for row in rows:
@@ -169,7 +169,7 @@ def main() -> None:
     asked = parser.parse_args()
     sk.simulate_devices(8)
     from shardkit.hardware import measure_cpu
-    from shardkit.sweep import ConfigFactory, plots
+    from shardkit.sweeps import ConfigFactory, plots
 
     factory = ConfigFactory(str(_harness.RESULTS.parents[1] / "configs" / "nano.py"), CUT)
     found = as_they_stand(asked.out) if asked.rows_as_they_stand else swept(asked.out, factory)

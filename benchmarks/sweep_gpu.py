@@ -33,7 +33,7 @@ def arguments() -> argparse.Namespace:
 def swept(asked: argparse.Namespace, batch: int) -> list[dict[str, Any]]:
     """Sweeps one batch size and returns its rows for the result."""
     from shardkit.cli._verify import ragged_batches
-    from shardkit.sweep import ConfigFactory
+    from shardkit.sweeps import ConfigFactory
 
     overrides = (
         f"model={asked.model}",

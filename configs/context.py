@@ -7,9 +7,10 @@ attention passes keys and values round, and nothing else looks across the cut. O
 laptop can simulate this is slower than not splitting; it is for rows that fit on no device.
 """
 
-from shardkit.config import Config, DataConfig, TextTrainConfig
+from shardkit.config import Config
+from shardkit.data import DataConfig
+from shardkit.lm import SIZES, TextTrainConfig
 from shardkit.mesh import MeshSpec
-from shardkit.models import SIZES
 from shardkit.parallel import strategies
 
 

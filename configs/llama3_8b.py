@@ -8,9 +8,10 @@ byte. Anywhere else `shardkit train` says that the GPUs are not there.
 
 import dataclasses
 
-from shardkit.config import Config, DataConfig, OptimizerConfig, TextTrainConfig
+from shardkit.config import Config, OptimizerConfig
+from shardkit.data import DataConfig
+from shardkit.lm import SIZES, TextTrainConfig
 from shardkit.mesh import MeshSpec
-from shardkit.models import SIZES
 from shardkit.parallel import strategies
 
 

@@ -5,9 +5,10 @@
 Expect half a minute on 2 cores, most of it compiling, and text that looks like code from afar.
 """
 
-from shardkit.config import Config, DataConfig, TextTrainConfig
+from shardkit.config import Config
+from shardkit.data import DataConfig
+from shardkit.lm import SIZES, TextTrainConfig
 from shardkit.mesh import MeshSpec
-from shardkit.models import SIZES
 
 
 def config() -> Config:

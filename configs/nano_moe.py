@@ -8,9 +8,10 @@ all-to-alls over `expert` forward and two backward per layer. `dropped` is the s
 that found their expert full, `balance` is 1 where all experts are used alike.
 """
 
-from shardkit.config import Config, DataConfig, TextTrainConfig
+from shardkit.config import Config
+from shardkit.data import DataConfig
+from shardkit.lm import SIZES, TextTrainConfig
 from shardkit.mesh import MeshSpec
-from shardkit.models import SIZES
 from shardkit.parallel import strategies
 
 

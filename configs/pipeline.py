@@ -7,9 +7,10 @@ order. Expect the loss of `configs/nano.py` at every step, since the data and th
 same. On simulated devices it says nothing about speed.
 """
 
-from shardkit.config import Config, DataConfig, TextTrainConfig
+from shardkit.config import Config
+from shardkit.data import DataConfig
+from shardkit.lm import SIZES, TextTrainConfig
 from shardkit.mesh import MeshSpec
-from shardkit.models import SIZES
 from shardkit.parallel import strategies
 
 

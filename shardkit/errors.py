@@ -1,6 +1,6 @@
 """Every error that a user's declaration, config or data can cause, and the warnings."""
 
-from ._errors import (
+from ._core.errors import (
     BatchError,
     BudgetError,
     CheckpointError,

@@ -11,8 +11,8 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from shardkit._core.train_state import TrainState
 from shardkit.mesh import MeshSpec
-from shardkit.state import TrainState
 
 MESHES = {
     "data=2 x tensor=4": (dict(data=2, tensor=4), P("data", "tensor")),

@@ -19,11 +19,11 @@ import numpy as np
 import optax
 
 import shardkit as sk
-from shardkit.models import Decoder, DecoderConfig, decoder_loss
-from shardkit.verify._compare import Limits, compare
-from shardkit.verify._layout import declared_specs, differing_copies, misplaced
-from shardkit.verify._observe import Observed, counted_compiles
-from shardkit.verify._record import (
+from shardkit.lm import Decoder, DecoderConfig, decoder_loss
+from shardkit.parity._compare import Limits, compare
+from shardkit.parity._layout import declared_specs, differing_copies, misplaced
+from shardkit.parity._observe import Observed, counted_compiles
+from shardkit.parity._record import (
     GRADIENTS,
     INIT,
     LATER_STATE,
@@ -33,7 +33,7 @@ from shardkit.verify._record import (
     host,
     of_steps,
 )
-from shardkit.verify._reference import Reference, nudged
+from shardkit.parity._reference import Reference, nudged
 
 data, fsdp, tensor, zero = (getattr(sk.strategies, n) for n in ("data", "fsdp", "tensor", "zero"))
 pipeline = sk.strategies.pipeline

@@ -9,8 +9,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from shardkit._tree import leaves
-from shardkit.inspect import CompiledBytes, Placed, Program
+from shardkit._core.tree import leaves
+from shardkit.report import CompiledBytes, Placed, Program
 
 LAYERS, BATCH, WIDTH, HIDDEN = 3, 16, 8, 32
 WEIGHTS = 4 * 2 * LAYERS * WIDTH * HIDDEN  # bytes, f32

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
-from shardkit.inspect import read_ledger
+from shardkit.report import read_ledger
 
 from ._quick import some_quick
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shardkit.models import _attention, attention
-from shardkit.models._attention import _blocks
+from shardkit.nn import _attention
+from shardkit.nn._attention import _blocks, attention
 
 from ._quick import some_quick
 
@@ -103,7 +103,7 @@ def test_blocks_cover_every_query_once(queries):
 @pytest.mark.parametrize("segments", some_quick([False, True], True))
 def test_the_tpu_kernel_agrees(segments):
     """The splash kernels, run step by step; their compile for a TPU is benchmarks/llama_v5p.py."""
-    from shardkit.models._splash import splash
+    from shardkit.nn._splash import splash
 
     draw = np.random.default_rng(0).normal
     q, k, v = (jnp.asarray(draw(size=(1, 256, heads, 128)), jnp.float32) for heads in (2, 1, 1))

@@ -11,7 +11,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
-from shardkit.checkpoint import SavedStep, _saving
+from shardkit.checkpoint import SavedStep
+from shardkit.checkpoint import _pending_save as _saving
 from shardkit.checkpoint._files import step_folder
 from shardkit.cli import _main as entry
 from shardkit.cli import main

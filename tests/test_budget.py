@@ -9,11 +9,18 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from shardkit._errors import BudgetError, ReportError
-from shardkit.inspect import FINDINGS, Budget, Declared, Flops, Program, Report
-from shardkit.inspect._findings import FROM_LEDGER
-from shardkit.inspect._reductions import reductions_per_step
+from shardkit._core.errors import BudgetError, ReportError
 from shardkit.parallel import strategies
+from shardkit.report import (
+    FINDINGS,
+    Budget,
+    Declared,
+    Flops,
+    Program,
+    Report,
+)
+from shardkit.report.communication._reductions import reductions_per_step
+from shardkit.report.findings._findings import FROM_LEDGER
 
 from ._programs import BATCH, WEIGHTS, WIDTH, loss, make_mesh, program, recorded, rows, sgd, weights
 

@@ -13,7 +13,8 @@ from rich.console import Console
 
 import shardkit as sk
 from shardkit.cli import main
-from shardkit.run import Callback, TrainConfig
+from shardkit.run import TrainConfig
+from shardkit.run.callbacks import Callback
 from shardkit.run.guards import read_dump
 
 from . import _checkpoints as ck

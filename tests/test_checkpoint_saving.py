@@ -17,7 +17,8 @@ import jax
 import pytest
 
 import shardkit as sk
-from shardkit.checkpoint import SavedStep, _saving
+from shardkit.checkpoint import SavedStep
+from shardkit.checkpoint import _pending_save as _saving
 from shardkit.checkpoint._files import list_steps, step_folder
 
 from . import _checkpoints as ck

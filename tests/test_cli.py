@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from shardkit._errors import StepError
+from shardkit._core.errors import StepError
 from shardkit.checkpoint import Checkpointer
 from shardkit.cli import _explain, main
 from shardkit.cli import _main as entry

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from shardkit.cli import main
-from shardkit.inspect import Finding, Program, Report, compare
+from shardkit.report import Finding, Program, Report, compare
 
 from ._programs import LAYERS, make_mesh, program, recorded, rows, sgd, weights
 

@@ -10,21 +10,20 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from shardkit._errors import ConfigError, DataError, MeshError, ShardkitError
-from shardkit._options import matches
+from shardkit._core.errors import ConfigError, DataError, MeshError, ShardkitError
+from shardkit._core.options import matches
 from shardkit.config import (
     Config,
-    DataConfig,
     OptimizerConfig,
-    TextTrainConfig,
     apply_overrides,
     from_record,
     load_config,
     to_record,
 )
 from shardkit.config._values import BadValue, parse
+from shardkit.data import DataConfig
+from shardkit.lm import SIZES, TextTrainConfig
 from shardkit.mesh import MeshSpec, Target
-from shardkit.models import SIZES
 from shardkit.run import TrainConfig
 from shardkit.targets import Source, compile_for
 

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
-from shardkit._constrain import resolving
+from shardkit.nn._constrain import resolving
 from shardkit.step._activations import Activations, constraints
 from shardkit.step._compile import no_ambient_mesh
 

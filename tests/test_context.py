@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
-from shardkit._regions import Surroundings
-from shardkit.models import Decoder, DecoderConfig, decoder_loss
+from shardkit.lm import Decoder, DecoderConfig, decoder_loss
+from shardkit.nn._overridable import Surroundings
 from shardkit.testing import CONTEXT_MUTATIONS, kill_matrix
 
 context, fsdp, tensor = sk.strategies.context, sk.strategies.fsdp, sk.strategies.tensor

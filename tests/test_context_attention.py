@@ -8,9 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shardkit.collectives import HeadExchange, Pairs, Ring, _blockwise, across, zigzag_order
-from shardkit.collectives._pairs import tournament
 from shardkit.mesh import MeshSpec
+from shardkit.parallel import (
+    HeadExchange,
+    Pairs,
+    Ring,
+    across,
+    zigzag_order,
+)
+from shardkit.parallel.context import _blockwise
+from shardkit.parallel.context._pairwise import tournament
 
 from ._quick import some_quick
 

@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 import pytest
 
-from shardkit._errors import DataError
+from shardkit._core.errors import DataError
 from shardkit.data import (
     Corpus,
     DataConfig,

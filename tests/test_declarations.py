@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
-from shardkit._compression import compressed_sum
+from shardkit.parallel._compression import compressed_sum
 
 made = sk.strategies
 

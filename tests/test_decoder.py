@@ -10,11 +10,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from shardkit._constrain import resolving
-from shardkit._errors import ConfigError
-from shardkit._remat import active, policy
-from shardkit._tracing import equations
-from shardkit.models import SIZES, Decoder, DecoderConfig, decoder_loss, parameter_count
+from shardkit._core.errors import ConfigError
+from shardkit._core.tracing import equations
+from shardkit.lm import (
+    SIZES,
+    Decoder,
+    DecoderConfig,
+    decoder_loss,
+    parameter_count,
+)
+from shardkit.nn._constrain import resolving
+from shardkit.nn._remat import active, policy
 
 from ._quick import some_quick
 

@@ -16,8 +16,8 @@ from rich.console import Console
 
 import shardkit as sk
 from shardkit.hardware import CHIPS
-from shardkit.inspect import _memory
-from shardkit.verify._observe import counted_compiles
+from shardkit.parity._observe import counted_compiles
+from shardkit.report.memory import _memory
 
 X = np.ones((8, 10), np.float32)
 ROWS = P("data")
@@ -383,7 +383,7 @@ def test_recompile_for_another_form_of_the_batch_warns_once_and_trains_on(lenien
 
 
 def test_a_form_that_was_not_used_for_long_compiles_again(mesh, monkeypatch):
-    monkeypatch.setattr("shardkit.step._forms.KEPT", 2)
+    monkeypatch.setattr("shardkit.step._batch_variants.KEPT", 2)
     step = compiled(mesh, GOOD)
     batches = {n: np.ones((n, 10), np.float32) for n in (4, 12, 16)}
 

@@ -13,11 +13,11 @@ import optax
 import pytest
 
 import shardkit as sk
-from shardkit._slots import at_once
-from shardkit.models import Decoder, DecoderConfig, decoder_loss
-from shardkit.models._mixture import mixture
-from shardkit.parallel import _expert
-from shardkit.parallel._ragged import arrived, exchange, way_of
+from shardkit.lm import Decoder, DecoderConfig, decoder_loss
+from shardkit.lm._mixture import mixture
+from shardkit.nn._expert_dispatch import at_once
+from shardkit.parallel.expert import _expert
+from shardkit.parallel.expert._ragged import arrived, exchange, way_of
 from shardkit.testing import EXPERT_MUTATIONS, kill_matrix
 
 from . import _parity

@@ -10,8 +10,7 @@ import pytest
 from flax import nnx
 
 import shardkit as sk
-from shardkit._slots import in_order, slots
-from shardkit.models import (
+from shardkit.lm import (
     SIZES,
     Decoder,
     DecoderConfig,
@@ -20,6 +19,7 @@ from shardkit.models import (
     router_statistics,
     swiglu,
 )
+from shardkit.nn._expert_dispatch import in_order, slots
 
 B, T, E, X, F, K = 3, 10, 8, 4, 6, 2
 CONFIG = DecoderConfig(

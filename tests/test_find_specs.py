@@ -10,8 +10,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
-from shardkit.inspect import Report
 from shardkit.parallel import strategies
+from shardkit.report import Report
 
 from ._programs import make_mesh, program
 

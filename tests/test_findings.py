@@ -9,9 +9,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from shardkit.inspect import FINDINGS, Declared, Program, Report
-from shardkit.inspect._messages import rematerializations
 from shardkit.parallel import strategies
+from shardkit.report import FINDINGS, Declared, Program, Report
+from shardkit.report.findings._messages import rematerializations
 
 from ._programs import (
     BATCH,
@@ -147,6 +147,9 @@ def test_collectives_that_the_strategy_does_not_explain(data_parallel):
     wire = Report.of(data_parallel).ledger.total("tensor")
     assert sum(finding.bytes for finding in found) == wire
     assert not findings(data_parallel, "unexplained_collective")
+    assert "| strategies.own('tensor', sends=('all-reduce',))" in found[0].fix
+    own = strategies.data() | strategies.own("tensor", sends=("all-reduce",))
+    assert not findings(data_parallel, "unexplained_collective", kinds=own.kinds)
 
 
 def test_a_parameter_that_is_gathered_whole():

@@ -10,9 +10,9 @@ from jax.experimental import pallas as pl
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from shardkit.inspect import count_flops
-from shardkit.models._attention import attention
-from shardkit.models._cross_entropy import cross_entropy
+from shardkit.lm._cross_entropy import cross_entropy
+from shardkit.nn._attention import attention
+from shardkit.report import count_flops
 
 LAYERS, BATCH, WIDTH, HIDDEN = 3, 4, 8, 16
 PAIR = 2 * 2 * BATCH * WIDTH * HIDDEN  # a column-row pair, forward

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import shardkit as sk
-from shardkit.models import Decoder, DecoderConfig, decoder_loss
+from shardkit.lm import Decoder, DecoderConfig, decoder_loss
 
 from ._quick import some_quick
 

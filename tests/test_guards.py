@@ -10,13 +10,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
-from shardkit.inspect import read_ledger
-from shardkit.run.guards import (
-    ReplicaComparison,
-    SpikeDetector,
-    check_replicas,
-    first_nonfinite,
-)
+from shardkit.report import read_ledger
+from shardkit.run.guards import ReplicaComparison, SpikeDetector, check_replicas, first_nonfinite
 
 from . import _checkpoints as ck
 

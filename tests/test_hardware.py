@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from shardkit._errors import MeshError, ReportError
+from shardkit._core.errors import MeshError, ReportError
 from shardkit.cli import main
 from shardkit.hardware import (
     CHIPS,

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardkit.inspect import read_ledger
-from shardkit.inspect._groups import read_groups, read_pairs, span_of_groups, span_of_pairs
-from shardkit.inspect._hlo import parse, shapes_of
-from shardkit.inspect._scope import phase_of, scope_of
-from shardkit.inspect._trips import Loops
+from shardkit.report import read_ledger
+from shardkit.report.hlo._groups import read_groups, read_pairs, span_of_groups, span_of_pairs
+from shardkit.report.hlo._hlo import parse, shapes_of
+from shardkit.report.hlo._scope import phase_of, scope_of
+from shardkit.report.hlo._trips import Loops
 
 DATA = pathlib.Path(__file__).parent / "data"
 

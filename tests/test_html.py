@@ -12,10 +12,19 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from shardkit._tree import Leaf
-from shardkit.inspect import Finding, Flops, Ledger, Memory, Placed, Program, Report, Row
-from shardkit.inspect._layouts import Layout, layouts
-from shardkit.inspect._timeline import Segment, Timeline
+from shardkit._core.tree import Leaf
+from shardkit.report import (
+    Finding,
+    Flops,
+    Ledger,
+    Memory,
+    Placed,
+    Program,
+    Report,
+    Row,
+)
+from shardkit.report.memory._layouts import Layout, layouts
+from shardkit.report.time._timeline import Segment, Timeline
 
 from ._programs import make_mesh
 

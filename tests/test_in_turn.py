@@ -7,8 +7,8 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
-from shardkit._constrain import constrain_gradient, constrain_p
-from shardkit._remat import active, in_turn, policy, remat
+from shardkit.nn._constrain import constrain_gradient, constrain_p
+from shardkit.nn._remat import active, in_turn, policy, remat
 
 from ._quick import some_quick
 

@@ -33,7 +33,7 @@ from shardkit._core.io import (
 )
 from shardkit.checkpoint import export_safetensors
 from shardkit.data import write_tokens
-from shardkit.sweep._journal import sweep_file_errors
+from shardkit.sweeps._journal import sweep_file_errors
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shardkit._lanes import Draws, find_draws, global_index, part_keys
+from shardkit._core.split_rng import Draws, find_draws, global_index, part_keys
 
 from ._quick import some_quick
 

@@ -9,11 +9,18 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from shardkit._errors import ReportError
-from shardkit._tree import Leaf
-from shardkit.inspect import Declared, Placed, Program, Report, read_ledger, wire_bytes
-from shardkit.inspect._minimum import wire_over
+from shardkit._core.errors import ReportError
+from shardkit._core.tree import Leaf
 from shardkit.parallel import strategies
+from shardkit.report import (
+    Declared,
+    Placed,
+    Program,
+    Report,
+    read_ledger,
+    wire_bytes,
+)
+from shardkit.report.communication._minimum import wire_over
 
 from ._programs import (
     BATCH,

@@ -11,12 +11,19 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
-from shardkit._branches import shares, taken
-from shardkit.inspect import Finding, Flops, Ledger, Memory, Report, count_flops
+from shardkit._core.branch_counts import shares, taken
+from shardkit.report import (
+    Finding,
+    Flops,
+    Ledger,
+    Memory,
+    Report,
+    count_flops,
+)
 from shardkit.run._console import show_layout, show_mesh
-from shardkit.sweep._case import Case
-from shardkit.sweep._row import FAILED, Row
-from shardkit.sweep._show import table
+from shardkit.sweeps._case import Case
+from shardkit.sweeps._row import FAILED, Row
+from shardkit.sweeps._show import table
 
 ODD = ["attn[local]", "[/nope]", "[bold]x[/]", ":fire:"]
 

@@ -6,13 +6,13 @@ import json
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from shardkit.inspect import Program, Report
-from shardkit.inspect._advice import advice
-from shardkit.inspect._hlo import parse
-from shardkit.inspect._live import Lives
-from shardkit.inspect._live_peak import Peak, peak_of
-from shardkit.inspect._live_sizes import sized
-from shardkit.inspect._memory import read_memory
+from shardkit.report import Program, Report
+from shardkit.report.hlo._hlo import parse
+from shardkit.report.memory._buffer_sizes import sized
+from shardkit.report.memory._liveness import Lives
+from shardkit.report.memory._memory import read_memory
+from shardkit.report.memory._peak import Peak, peak_of
+from shardkit.report.memory._suggestions import advice
 
 from ._programs import LAYERS, WIDTH, make_mesh, program, recorded, rows, sgd, weights
 

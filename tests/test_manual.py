@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
-from shardkit._lanes import Draws, part_keys
+from shardkit._core.split_rng import Draws, part_keys
 from shardkit.testing import SHARD_MUTATIONS, kill_matrix
 
 from . import _parity

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from shardkit._tree import Leaf
+from shardkit._core.tree import Leaf
 from shardkit.hardware import CHIPS
-from shardkit.inspect import CompiledBytes, Placed, Program, Report
-from shardkit.inspect._advice import advice
-from shardkit.inspect._memory import read_memory
+from shardkit.report import CompiledBytes, Placed, Program, Report
+from shardkit.report.memory._memory import read_memory
+from shardkit.report.memory._suggestions import advice
 
 from ._programs import BATCH, HIDDEN, LAYERS, WIDTH, loss, make_mesh, program, rows, sgd, weights
 

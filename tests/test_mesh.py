@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
 
-from shardkit._errors import MeshError
+from shardkit._core.errors import MeshError
 from shardkit.mesh import MeshSpec, Target, mesh_shapes, target_devices
 from shardkit.mesh._build import arrange
 

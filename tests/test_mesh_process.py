@@ -8,7 +8,7 @@ import sys
 import jax
 import pytest
 
-from shardkit._errors import MeshError
+from shardkit._core.errors import MeshError
 from shardkit.mesh import simulate_devices
 
 FLAG = "--xla_force_host_platform_device_count"

@@ -9,11 +9,12 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from shardkit._errors import BudgetError, VerificationError
-from shardkit._types import Mean
-from shardkit.inspect import Budget
+from shardkit._core.errors import BudgetError, VerificationError
+from shardkit._core.types import Mean
 from shardkit.mesh import MeshSpec
 from shardkit.parallel import Strategy
+from shardkit.parity import Certificate, Row
+from shardkit.report import Budget
 from shardkit.rules import PathRules
 from shardkit.step import compile_step
 from shardkit.testing import (
@@ -25,7 +26,6 @@ from shardkit.testing import (
     kill_matrix,
 )
 from shardkit.testing._matrix import Killed
-from shardkit.verify import Certificate, Row
 
 MESH = MeshSpec(data=2, tensor=2)
 BY_NAME = {mutation.name: mutation for mutation in MUTATIONS}

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import shardkit as sk
-from shardkit.inspect import read_ledger
+from shardkit.report import read_ledger
 
 from . import _checkpoints as ck
 from . import _staged

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
-from shardkit.optim import moment_spec
+from shardkit.step import moment_spec
 from shardkit.step._layout import resolve_layout
 
 from ._quick import some_quick

@@ -10,11 +10,11 @@ import optax
 import pytest
 
 import shardkit as sk
-from shardkit._options import matches
+from shardkit._core.options import matches
 from shardkit.checkpoint import Keep
 from shardkit.config import CompileConfig, OptimizerConfig
 from shardkit.data import DataConfig, arrays
-from shardkit.models import DecoderConfig
+from shardkit.lm import DecoderConfig
 from shardkit.run import TextTrainConfig
 
 S = sk.strategies

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 import shardkit as sk
-from shardkit.verify._record import GRADIENTS
+from shardkit.parity._record import GRADIENTS
 
 from . import _parity
 from ._quick import some_quick

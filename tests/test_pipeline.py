@@ -10,9 +10,10 @@ import optax
 import pytest
 
 import shardkit as sk
-from shardkit.models import Decoder, DecoderConfig, decoder_loss
-from shardkit.parallel import _tick_loop, schedule
-from shardkit.parallel._ticks import ticks
+from shardkit.lm import Decoder, DecoderConfig, decoder_loss
+from shardkit.parallel import schedule
+from shardkit.parallel.pipeline import _executor as _tick_loop
+from shardkit.parallel.pipeline._tick_program import ticks
 from shardkit.testing import PIPELINE_MUTATIONS, kill_matrix
 
 from . import _staged as model

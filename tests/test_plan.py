@@ -9,21 +9,26 @@ import optax
 import pytest
 
 import shardkit as sk
-from shardkit._errors import MeshError
+from shardkit._core.errors import MeshError
 from shardkit.cli import main
 from shardkit.data import DataConfig
 from shardkit.hardware import CHIPS
-from shardkit.inspect import count_flops
-from shardkit.inspect._links import Links
-from shardkit.lm import declare_run
+from shardkit.lm import DecoderConfig, declare_run
 from shardkit.mesh import Target
-from shardkit.models import DecoderConfig
-from shardkit.plan import Candidate, Plan, Space, compile_best, plan
-from shardkit.plan._laid import reshaped
-from shardkit.plan._network import Network
-from shardkit.plan._program import flatten
-from shardkit.plan._space import layout_of
-from shardkit.plan._trace import Model, walk_through
+from shardkit.planner import (
+    Candidate,
+    Plan,
+    Space,
+    compile_best,
+    plan,
+)
+from shardkit.planner._network import Network
+from shardkit.planner._program import flatten
+from shardkit.planner._space import layout_of
+from shardkit.planner._symbolic_sharding import reshaped
+from shardkit.planner._trace import Model, walk_through
+from shardkit.report import count_flops
+from shardkit.report.communication._links import Links
 from shardkit.targets import Source
 
 ROWS = 16

@@ -11,10 +11,10 @@ import pytest
 import shardkit as sk
 from shardkit.cli import main
 from shardkit.mesh import Target
-from shardkit.plan import Plan, Space, plan
-from shardkit.plan._search import Search
-from shardkit.plan._sensitivity import _turn, with_batch, with_memory
-from shardkit.plan._space import layout_of
+from shardkit.planner import Plan, Space, plan
+from shardkit.planner._search import Search
+from shardkit.planner._sensitivity import _turn, with_batch, with_memory
+from shardkit.planner._space import layout_of
 
 TARGET = "tpu:v5p:2x2x2"
 SPACE = Space(accumulate=(1,), remat=("none",))

@@ -7,14 +7,13 @@ import pytest
 
 import shardkit as sk
 from shardkit.data import DataConfig
-from shardkit.lm import declare_run
+from shardkit.lm import DecoderConfig, declare_run
 from shardkit.mesh import Target
-from shardkit.models import DecoderConfig
-from shardkit.plan import Candidate, Space, plan
-from shardkit.plan._declared import modelled
-from shardkit.plan._network import Network
-from shardkit.plan._search import Found, Search
-from shardkit.plan._space import layout_of
+from shardkit.planner import Candidate, Space, plan
+from shardkit.planner._declared_step import modelled
+from shardkit.planner._network import Network
+from shardkit.planner._search import Found, Search
+from shardkit.planner._space import layout_of
 
 TARGET = "tpu:v5p:2x2x2"
 ROWS, LENGTH = 16, 32

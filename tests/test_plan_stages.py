@@ -10,15 +10,15 @@ import pytest
 
 import shardkit as sk
 from shardkit.data import DataConfig
-from shardkit.lm import declare_run
+from shardkit.lm import DecoderConfig, declare_run
 from shardkit.mesh import Target
-from shardkit.models import DecoderConfig, attention
-from shardkit.plan import Candidate, Space
-from shardkit.plan._declared import modelled
-from shardkit.plan._network import Network
-from shardkit.plan._search import Found, Search
-from shardkit.plan._space import Stages, layout_of
-from shardkit.plan._stages import _length, roles
+from shardkit.nn._attention import attention
+from shardkit.planner import Candidate, Space
+from shardkit.planner._declared_step import modelled
+from shardkit.planner._network import Network
+from shardkit.planner._search import Found, Search
+from shardkit.planner._space import Stages, layout_of
+from shardkit.planner._stages import _length, roles
 
 TARGET = "tpu:v5p:2x2x2"
 SPACE = Space(remat=("full",), accumulate=(1,))

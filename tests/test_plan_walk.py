@@ -7,14 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shardkit._types import Accumulate
+from shardkit._core.types import Accumulate
 from shardkit.hardware import CHIPS
-from shardkit.plan._estimate import EFFICIENCY, Machine, Parts, each_work, estimate
-from shardkit.plan._laid import Laid, whole
-from shardkit.plan._network import Network
-from shardkit.plan._program import flatten
-from shardkit.plan._trace import Walked
-from shardkit.plan._walk import Walk
+from shardkit.planner._estimate import (
+    EFFICIENCY,
+    Machine,
+    Parts,
+    each_work,
+    estimate,
+)
+from shardkit.planner._network import Network
+from shardkit.planner._program import flatten
+from shardkit.planner._propagator import Walk
+from shardkit.planner._symbolic_sharding import Laid, whole
+from shardkit.planner._trace import Walked
 
 F32, BF16 = jnp.float32, jnp.bfloat16
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from shardkit._errors import MeshError
+from shardkit._core.errors import MeshError
 from shardkit.testing import simulated_devices
 
 pytest_plugins = ["pytester"]

@@ -11,9 +11,15 @@ import pytest
 import shardkit as sk
 from shardkit.cli import main
 from shardkit.processes import launch
-from shardkit.processes._hub import Hub
-from shardkit.processes._line import Closed, Line, address_of, connect, listen
+from shardkit.processes._coordinator import Hub
 from shardkit.processes._membership import detected_cluster, membership, process_count
+from shardkit.processes._message_stream import (
+    Closed,
+    Line,
+    address_of,
+    connect,
+    listen,
+)
 
 # --- where several processes come from
 

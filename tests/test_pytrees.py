@@ -12,14 +12,14 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
+from shardkit.guards import write_dump
 
 import shardkit as sk
 from shardkit import testing
-from shardkit._tree import leaves_by_path
+from shardkit._core.tree import leaves_by_path
 from shardkit.checkpoint import export_safetensors, import_safetensors
-from shardkit.guards import write_dump
-from shardkit.inspect import compare
-from shardkit.verify._layout import declared_specs, misplaced
+from shardkit.parity._layout import declared_specs, misplaced
+from shardkit.report import compare
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((8, 4)).astype(np.float32)

@@ -6,10 +6,10 @@ from collections import Counter
 
 import pytest
 
-from shardkit.inspect import Program, model_time, read_ledger
-from shardkit.inspect._collectives import SPELLED, find
-from shardkit.inspect._hlo import parse
-from shardkit.inspect._slices import Slices
+from shardkit.report import Program, model_time, read_ledger
+from shardkit.report.communication._collectives import SPELLED, find
+from shardkit.report.hlo._hlo import parse
+from shardkit.report.hlo._slices import Slices
 
 from ._programs import recorded, ring
 

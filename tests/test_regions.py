@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
-from shardkit._regions import Carrier, on_own_part, region
+from shardkit.nn._overridable import Carrier, on_own_part, region
 
 DATA = sk.strategies.data() | sk.strategies.own("other")
 BATCH = {"x": np.arange(32, dtype=np.float32).reshape(8, 4) / 32}

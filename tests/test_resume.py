@@ -10,15 +10,15 @@ import pytest
 from rich.console import Console
 
 import shardkit as sk
-from shardkit.checkpoint import _saving
+from shardkit.checkpoint import _pending_save as _saving
 from shardkit.data import Corpus, DataConfig, Text
-from shardkit.lm import compile_run
+from shardkit.lm import DecoderConfig, compile_run
 from shardkit.mesh import MeshSpec
-from shardkit.models import DecoderConfig
 from shardkit.parallel import strategies
-from shardkit.run import Callback, Stopped, TrainConfig
+from shardkit.run import Stopped, TrainConfig
 from shardkit.run._metrics_file import MetricsFile, read_metrics
 from shardkit.run._resume import decide_resume
+from shardkit.run.callbacks import Callback
 
 from . import _checkpoints as ck
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from shardkit._errors import ShardingError
-from shardkit._tree import Leaf
+from shardkit._core.errors import ShardingError
+from shardkit._core.tree import Leaf
 from shardkit.mesh import MeshSpec
 from shardkit.rules import (
     REPLICATED,

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from shardkit._errors import ShardingError
-from shardkit._tree import Leaf
+from shardkit._core.errors import ShardingError
+from shardkit._core.tree import Leaf
 from shardkit.rules import (
     REPLICATED,
     AxisRules,

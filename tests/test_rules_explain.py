@@ -6,9 +6,16 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from shardkit._types import Named
+from shardkit._core.types import Named
 from shardkit.mesh import MeshSpec
-from shardkit.rules import REPLICATED, AxisRules, PathRules, chain, explain, shard_largest
+from shardkit.rules import (
+    REPLICATED,
+    AxisRules,
+    PathRules,
+    chain,
+    explain,
+    shard_largest,
+)
 
 
 def array(*shape, dtype="float32"):

@@ -16,9 +16,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
-from shardkit._errors import ConfigError, DataError, StepError
+from shardkit._core.errors import ConfigError, DataError, StepError
 from shardkit.data import Corpus, DataConfig, Text
 from shardkit.lm import (
+    SIZES,
     TextTrainConfig,
     measure_bits_per_token,
     printable,
@@ -27,9 +28,8 @@ from shardkit.lm import (
 )
 from shardkit.lm._scores import spread_batches
 from shardkit.mesh import MeshSpec
-from shardkit.models import SIZES
 from shardkit.parallel import strategies
-from shardkit.run import Callback, RunContext, StepMetrics, _clock
+from shardkit.run import _clock
 from shardkit.run._clock import Clock
 from shardkit.run._folder import RunFolder
 from shardkit.run._layout_table import draw_mesh, layout_rows, total_row
@@ -39,6 +39,7 @@ from shardkit.run._metrics_rows import log_exception
 from shardkit.run._processes import create_folder
 from shardkit.run._source import as_source
 from shardkit.run._throughput import Throughput
+from shardkit.run.callbacks import Callback, RunContext, StepMetrics
 from shardkit.run.callbacks._finite import FiniteCheck
 from shardkit.run.callbacks._progress import ProgressDisplay
 

@@ -5,8 +5,15 @@ import fractions
 
 import pytest
 
-from shardkit.parallel._schedule import SCHEDULES, Pass, Schedule, Work, forward_only, schedule
-from shardkit.parallel._ticks import ticks
+from shardkit.parallel.pipeline._schedule import (
+    SCHEDULES,
+    Pass,
+    Schedule,
+    Work,
+    forward_only,
+    schedule,
+)
+from shardkit.parallel.pipeline._tick_program import ticks
 
 SIZES = [(2, 2), (2, 8), (3, 6), (4, 4), (4, 16), (8, 16)]
 TABLES = {

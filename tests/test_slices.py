@@ -5,12 +5,12 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
-from shardkit._tree import Leaf
+from shardkit._core.tree import Leaf
 from shardkit.hardware import CHIPS
-from shardkit.inspect import Placed, Program, Report, read_ledger
-from shardkit.inspect._links import Links
-from shardkit.inspect._program import Declared
 from shardkit.parallel import strategies
+from shardkit.report import Placed, Program, Report, read_ledger
+from shardkit.report._program import Declared
+from shardkit.report.communication._links import Links
 from shardkit.step._report import _dcn
 
 from ._programs import recorded

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 import shardkit as sk
 from shardkit.config import CompileConfig
 from shardkit.step import compile_step
-from shardkit.sweep._spec_factory import axis_names
+from shardkit.sweeps._spec_factory import axis_names
 from shardkit.testing import assert_matches_one_device, kill_matrix
 
 X = np.linspace(-1, 1, 32, dtype=np.float32).reshape(8, 4)

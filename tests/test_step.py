@@ -16,11 +16,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
-from shardkit._remat import active, policy
+from shardkit.nn._remat import active, policy
 from shardkit.step._bound_spec import BoundSpec
-from shardkit.step._functions import Functions
 from shardkit.step._layout import resolve_layout
 from shardkit.step._readback import aliased_arguments, check_executable
+from shardkit.step._step_functions import Functions
 
 X = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
 BATCH = {"x": X, "y": X[:, :1].copy()}

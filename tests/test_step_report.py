@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 from optax import contrib
 
 import shardkit as sk
-from shardkit.inspect import Report
+from shardkit.report import Report
 
 ROWS, EMBED, MLP = 256, 32, 64
 TABLE = sk.PathRules({"up": P(None, "fsdp"), "u*": P("fsdp"), "gate": P()}, allow_unmatched=True)

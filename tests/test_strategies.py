@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
-from shardkit.models import Decoder, DecoderConfig, decoder_loss
+from shardkit.lm import Decoder, DecoderConfig, decoder_loss
 from shardkit.step._layout import resolve_layout
 
 CONFIG = DecoderConfig(vocab=32, embed_dim=16, num_layers=2, num_heads=4, mlp_dim=24, kv_heads=4)
@@ -119,6 +119,11 @@ def test_joined_strategies_keep_the_options_of_either():
     assert joined.kinds == data().kinds + tensor().kinds
     assert (data() | fsdp()).batch == P(BOTH)
     assert (data() | fsdp()).activations.spec(("batch", "embed")) == P(BOTH)
+
+
+def test_a_kind_is_an_object_not_a_name():
+    with pytest.raises(sk.StepError, match="'own' is not a kind of parallelism"):
+        sk.Strategy(kinds=("own",))
 
 
 def test_options_that_differ_do_not_join_all_of_them_named():

@@ -9,13 +9,13 @@ import pytest
 
 import shardkit as sk
 from shardkit.cli import main
-from shardkit.sweep import Case, ConfigFactory, Row, plots
-from shardkit.sweep import _sweep as sweep_module
-from shardkit.sweep._attempt import by_plan, is_done
-from shardkit.sweep._journal import Journal
-from shardkit.sweep._parity import Parity
-from shardkit.sweep._row import MEMORY, OK, WRONG
-from shardkit.sweep._timing import SIMULATED
+from shardkit.sweeps import Case, ConfigFactory, Row, plots
+from shardkit.sweeps import _sweep as sweep_module
+from shardkit.sweeps._attempt import by_plan, is_done
+from shardkit.sweeps._journal import Journal
+from shardkit.sweeps._parity import Parity
+from shardkit.sweeps._row import MEMORY, OK, WRONG
+from shardkit.sweeps._timing import SIMULATED
 
 from . import _swept
 

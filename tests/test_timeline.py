@@ -5,13 +5,19 @@ import re
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from shardkit._errors import ReportError
+from shardkit._core.errors import ReportError
 from shardkit.hardware import CHIPS
-from shardkit.inspect import Program, Report, count_flops, model_time, read_ledger
-from shardkit.inspect._hlo import parse
-from shardkit.inspect._links import Links
-from shardkit.inspect._traffic import moved
-from shardkit.inspect._trips import Loops
+from shardkit.report import (
+    Program,
+    Report,
+    count_flops,
+    model_time,
+    read_ledger,
+)
+from shardkit.report.communication._links import Links
+from shardkit.report.hlo._hlo import parse
+from shardkit.report.hlo._trips import Loops
+from shardkit.report.time._traffic import moved
 
 from ._programs import BATCH, HIDDEN, WIDTH, make_mesh, program, recorded, rows, sgd, weights
 

@@ -10,7 +10,6 @@ import optax
 import pytest
 
 import shardkit as sk
-from shardkit.inspect import Program, Report, Row
 from shardkit.parallel import (
     DeviceBytes,
     Kind,
@@ -18,8 +17,9 @@ from shardkit.parallel import (
     register_kind,
     strategies,
 )
-from shardkit.plan import Space, modelled, plan
-from shardkit.sweep import ConfigFactory
+from shardkit.planner import Space, modelled, plan
+from shardkit.report import Program, Report, Row
+from shardkit.sweeps import ConfigFactory
 
 ROWS, EMBED, MLP, PROBE = 64, 128, 256, 4096
 ALL_REDUCED = 2 * 3 * ROWS * EMBED  # bytes that one of 4 devices sends of f32[ROWS, EMBED]

@@ -17,13 +17,13 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 
 import shardkit as sk
-from shardkit._constrain import constrain_gradient
-from shardkit._regions import Carrier, on_own_part, region
-from shardkit._remat import active, in_turn, policy
-from shardkit._shards import Meaning, meaning
-from shardkit._tracing import TraceContext, equations, record_fact, recorded_facts
-from shardkit.inspect import count_flops
-from shardkit.plan._trace import Model
+from shardkit._core.tracing import TraceContext, equations, record_fact, recorded_facts
+from shardkit.nn._constrain import constrain_gradient
+from shardkit.nn._manual_axis_rules import Meaning, meaning
+from shardkit.nn._overridable import Carrier, on_own_part, region
+from shardkit.nn._remat import active, in_turn, policy
+from shardkit.planner._trace import Model
+from shardkit.report import count_flops
 
 S = sk.strategies
 LAYERS, ROWS, LENGTH, WIDTH, HEADS = 2, 8, 8, 8, 2

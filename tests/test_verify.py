@@ -9,18 +9,24 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from shardkit._errors import VerificationError
-from shardkit._types import Accumulate, Loss, Mean, Variables
+from shardkit._core.errors import VerificationError
+from shardkit._core.types import Accumulate, Loss, Mean, Variables
 from shardkit.mesh import MeshSpec
 from shardkit.parallel import Strategy
+from shardkit.parity import (
+    Certificate,
+    Row,
+    made_up,
+    one_device,
+    verify,
+)
+from shardkit.parity._compare import Limits, errors, unequal, worst
+from shardkit.parity._layout import differing_copies, misplaced
+from shardkit.parity._observe import counted_compiles
+from shardkit.parity._record import Trial, clipped_sgd
+from shardkit.parity._reference import Reference, nudged
 from shardkit.rules import PathRules
 from shardkit.step import compile_step
-from shardkit.verify import Certificate, Row, made_up, one_device, verify
-from shardkit.verify._compare import Limits, errors, unequal, worst
-from shardkit.verify._layout import differing_copies, misplaced
-from shardkit.verify._observe import counted_compiles
-from shardkit.verify._record import Trial, clipped_sgd
-from shardkit.verify._reference import Reference, nudged
 
 ROWS, WIDTH = 8, 4
 STRATEGY = Strategy(

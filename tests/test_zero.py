@@ -11,8 +11,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
-from shardkit._tree import Leaf
-from shardkit.optim import Zero
+from shardkit._core.tree import Leaf
+from shardkit.parallel import Zero
 from shardkit.targets import Source, compile_for
 from shardkit.testing import MUTATIONS, ZERO_MUTATIONS, kill_matrix
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta, unfreeze
 
-from .._types import Loss, Named, Variables
+from .._core.types import Loss, Named, Variables
 from ._model import Model, split_outcome, taking_key
 
 # Collections that a forward pass writes for its caller, and that no next pass reads.

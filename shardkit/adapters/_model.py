@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from .._types import Loss
+from .._core.types import Loss
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from .._types import Loss, Named, Variables
+from .._core.types import Loss, Named, Variables
 from ._model import Model, split_outcome, taking_key
 
 Flat = list[tuple[tuple[Any, ...], nnx.Variable]]

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from .._errors import CheckpointError, Problem, raise_all
+from .._core.errors import CheckpointError, Problem, raise_all
 from ._files import ARRAYS
 
 # A shard is read in whole chunks, and one that cuts across how the leaf was saved reads more than

@@ -8,17 +8,24 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from .._alive import check_alive
-from .._core.io import is_locked
-from .._errors import CheckpointError, DamageError, Problem, format_problems
-from .._tree import leaves_by_path
+from .._core.donation import check_alive
+from .._core.errors import CheckpointError, DamageError, Problem, format_problems
+from .._core.io._files import is_locked
+from .._core.tree import leaves_by_path
 from ._arrays import check_folders
-from ._as_one import as_one, is_first
-from ._files import LOCK, list_steps, locked, set_aside, step_folder, sweep
+from ._collective_errors import as_one, is_first
+from ._files import (
+    LOCK,
+    list_steps,
+    locked,
+    set_aside,
+    step_folder,
+    sweep,
+)
 from ._manifest import Manifest, read_manifest
+from ._pending_save import Saving
 from ._restore import Request, Restored
 from ._retention import RetentionPolicy
-from ._saving import Saving
 
 
 class Checkpointer:

@@ -9,8 +9,14 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from .._core.io import FileInUseError, file_lock, os_errors_as, sync_folder, write_atomic
-from .._errors import CheckpointError, Problem, format_problems
+from .._core.errors import CheckpointError, Problem, format_problems
+from .._core.io._files import (
+    FileInUseError,
+    file_lock,
+    os_errors_as,
+    sync_folder,
+    write_atomic,
+)
 from ._manifest import MANIFEST, SavedFile
 
 ARRAYS, LOCK = "arrays", ".lock"

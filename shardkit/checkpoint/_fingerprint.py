@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ._as_one import several
+from ._collective_errors import several
 
 # Odd constants of MurmurHash3's finalizer and of the golden ratio.
 _WORD, _INDEX, _HIGH = 0xCC9E2D51, 0x9E3779B1, 0x85EBCA6B

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .._errors import CheckpointError, DamageError, Problem, format_problems
-from .._tree import short_dtype
+from .._core.errors import CheckpointError, DamageError, Problem, format_problems
+from .._core.tree import short_dtype
 
 FORMAT, VERSION = "shardkit checkpoint", 1
 MANIFEST = "manifest.json"

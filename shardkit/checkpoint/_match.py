@@ -4,8 +4,14 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from .._errors import CheckpointError, Problem, count, did_you_mean, raise_all
-from .._tree import join_path, short_type
+from .._core.errors import (
+    CheckpointError,
+    Problem,
+    count,
+    did_you_mean,
+    raise_all,
+)
+from .._core.tree import join_path, short_type
 from ..rules import matches
 from ._fingerprint import is_key
 from ._manifest import SavedLeaf

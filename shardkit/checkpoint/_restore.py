@@ -9,10 +9,10 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from .._errors import CheckpointError, Problem, raise_all
-from .._tree import join_path, leaves_by_path, path_str
-from ..state import TrainState
-from ._as_one import as_one
+from .._core.errors import CheckpointError, Problem, raise_all
+from .._core.train_state import TrainState
+from .._core.tree import join_path, leaves_by_path, path_str
+from ._collective_errors import as_one
 from ._manifest import Manifest
 from ._match import plan
 from ._step import SavedStep

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from .._errors import CheckpointError, Problem, raise_all
-from .._options import check_options
+from .._core.errors import CheckpointError, Problem, raise_all
+from .._core.options import check_options
 from ._files import delete_step, list_steps, step_folder
 from ._manifest import read_manifest
 

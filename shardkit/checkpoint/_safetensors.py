@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._core.io import os_errors_as, write_atomic
-from .._errors import CheckpointError, Problem, format_problems, raise_all
-from .._tree import leaves_by_path, short_type
+from .._core.errors import CheckpointError, Problem, format_problems, raise_all
+from .._core.io._files import os_errors_as, write_atomic
+from .._core.tree import leaves_by_path, short_type
 from ._fingerprint import is_key
 from ._manifest import SavedLeaf
 from ._match import plan

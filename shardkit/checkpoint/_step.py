@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from .._errors import DamageError, Problem, count, raise_all
+from .._core.errors import DamageError, Problem, count, raise_all
 from ._arrays import leaf_folder, leaf_of_file
-from ._as_one import as_one
 from ._chunks import read
+from ._collective_errors import as_one
 from ._files import content_problems, listing_problems
 from ._fingerprint import as_text, bare, fingerprints
 from ._manifest import Manifest, SavedFile, SavedLeaf, read_manifest

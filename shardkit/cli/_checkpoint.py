@@ -5,9 +5,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from .._core.io import Table, make_console, print_table
-from .._errors import CheckpointError, Problem, format_problems
-from .._tree import format_bytes
+from .._core.errors import CheckpointError, Problem, format_problems
+from .._core.io._console import make_console, print_table
+from .._core.io._table import Table
+from .._core.tree import format_bytes
 from ..checkpoint import Checkpointer, Manifest, SavedStep
 
 

@@ -5,11 +5,18 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from .._core.io import check_outputs, make_console, write_output
-from .._errors import ConfigError, Problem, ReportError, format_problems, raise_all
+from .._core.errors import (
+    ConfigError,
+    Problem,
+    ReportError,
+    format_problems,
+    raise_all,
+)
+from .._core.io._console import make_console
+from .._core.io._outputs import check_outputs, write_output
 from ..config import load_config
 from ..hardware import Chip, find_chip
-from ..inspect import Report, compare
+from ..report import Report, compare
 from ..targets import Source, compile_for
 from ._source import source_of
 

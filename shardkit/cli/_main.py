@@ -7,8 +7,8 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from .._errors import ShardkitError, Stopped
-from .._libtpu import quiet_libtpu
+from .._core.errors import ShardkitError, Stopped
+from .._core.libtpu import quiet_libtpu
 from ._command import add_shared
 from ._commands import COMMANDS
 
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _say(color: str, message: str, error: BaseException | None = None) -> None:
-    from .._core.io import make_console  # here, so that a mistyped command waits for nothing
+    from .._core.io._console import make_console
 
     notes = getattr(error, "__notes__", [])
     console = make_console(stderr=True, soft_wrap=True)

@@ -3,11 +3,12 @@
 import argparse
 from pathlib import Path
 
-from .._core.io import check_figure_path, check_outputs, make_console, write_output
-from .._errors import ConfigError, Problem, format_problems
+from .._core.errors import ConfigError, Problem, format_problems
+from .._core.io._console import make_console
+from .._core.io._outputs import check_figure_path, check_outputs, write_output
 from ..config import load_config
 from ..hardware import CHIPS, Chip
-from ..plan import compile_best, plan
+from ..planner import compile_best, plan
 from ..targets import Source
 
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .._errors import count
+from .._core.errors import count
 from ..run import plot_runs
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 
-from .._core.io import make_console
-from .._precision import Precision
-from .._types import Accumulate
+from .._core.io._console import make_console
+from .._core.precision import Precision
+from .._core.types import Accumulate
 from ..config import Config, from_record
 from ..lm import decoder_model
 from ..mesh import MeshSpec

@@ -2,7 +2,7 @@
 
 import argparse
 
-from .._errors import ConfigError, MeshError, Problem, format_problems
+from .._core.errors import ConfigError, MeshError, Problem, format_problems
 from ..config import Config, load_config
 from ..mesh import Target, simulate_devices
 from ..processes import membership, process_count

@@ -7,11 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .._core.io import make_console
-from .._errors import Problem, SweepError, format_problems, raise_all
+from .._core.errors import Problem, SweepError, format_problems, raise_all
+from .._core.io._console import make_console
 from ..config import load_config
 from ..mesh import Target, offer_devices, simulate_devices
-from ..sweep import ConfigFactory, Factory, Row, factory_of, plots, sweep
+from ..sweeps import (
+    ConfigFactory,
+    Factory,
+    Row,
+    factory_of,
+    plots,
+    sweep,
+)
 from ..targets import Source
 from ._source import source_of
 from ._verify import ragged_batches

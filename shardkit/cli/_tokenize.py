@@ -2,8 +2,8 @@
 
 import argparse
 
-from .._core.io import make_console
-from .._tree import format_bytes
+from .._core.io._console import make_console
+from .._core.tree import format_bytes
 from ..data import open_shards, tokenize
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from .._errors import MeshError, Problem, format_problems
+from .._core.errors import MeshError, Problem, format_problems
 from ..config import to_record
 from ..lm import train
 from ..mesh import Target

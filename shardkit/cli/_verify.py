@@ -10,12 +10,12 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from .._core.io import make_console
-from .._errors import Problem, ShardingError, VerificationError, format_problems
+from .._core.errors import Problem, ShardingError, VerificationError, format_problems
+from .._core.io._console import make_console
 from ..config import Config, apply_overrides
 from ..mesh import MeshSpec, mesh_shapes
+from ..parity import verify
 from ..testing import kill_matrix
-from ..verify import verify
 from ._source import config_of
 
 # Without CONFIG: a decoder whose heads divide by eight, small enough for two minutes on two cores.

@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Any, Literal
 
-from .._errors import ConfigError, Problem, raise_all
-from .._options import check_options
+from .._core.errors import ConfigError, Problem, raise_all
+from .._core.options import check_options
 from ._values import BadValue, parse
 
 

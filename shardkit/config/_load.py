@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .._errors import (
+from .._core.errors import (
     ConfigError,
     Problem,
     ShardkitError,

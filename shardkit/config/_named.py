@@ -5,9 +5,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from .._errors import did_you_mean
+from .._core.errors import did_you_mean
+from ..lm import SIZES, DecoderConfig
 from ..mesh import MeshSpec
-from ..models import SIZES, DecoderConfig
 from ..parallel import Strategy, strategies
 from ._values import BadValue
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
-from .._errors import ConfigError, Problem, raise_all
-from .._options import check_options
-from .._tree import path_str
+from .._core.errors import ConfigError, Problem, raise_all
+from .._core.options import check_options
+from .._core.tree import path_str
 
 Schedule = Callable[[Any], Any]
 

@@ -5,8 +5,15 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from .._errors import ConfigError, Problem, ShardkitError, count, did_you_mean, raise_all
-from .._options import describe, matches
+from .._core.errors import (
+    ConfigError,
+    Problem,
+    ShardkitError,
+    count,
+    did_you_mean,
+    raise_all,
+)
+from .._core.options import describe, matches
 from ..mesh import MeshSpec
 from ._named import NAMED
 from ._values import BadValue, hints, is_dataclass_type, parse

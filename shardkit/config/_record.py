@@ -6,7 +6,7 @@ from typing import Any
 
 from jax.sharding import PartitionSpec
 
-from .._errors import ConfigError, Problem, format_problems
+from .._core.errors import ConfigError, Problem, format_problems
 from ._override import apply_overrides
 from ._tree import Config
 from ._values import is_dataclass_type

@@ -4,12 +4,11 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .._errors import ConfigError, Problem, format_problems
+from .._core.errors import ConfigError, Problem, format_problems
 from ..data import BYTES, DataConfig
 from ..hardware import Chip
-from ..lm import TextTrainConfig, declare_run
+from ..lm import DecoderConfig, TextTrainConfig, declare_run
 from ..mesh import MeshSpec
-from ..models import DecoderConfig
 from ..parallel import Strategy, strategies
 from ._compile import CompileConfig
 from ._optimizer import OptimizerConfig

@@ -10,7 +10,7 @@ import types
 import typing
 from typing import Any, Literal, TypeGuard, Union
 
-from .._options import describe
+from .._core.options import describe
 
 _BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _NONES = {"none": None, "null": None}

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from .._errors import DataError, Problem, raise_all
-from .._options import option_problems
-from .._tree import leaves_by_path, short_type
-from ._order import places
+from .._core.errors import DataError, Problem, raise_all
+from .._core.options import option_problems
+from .._core.tree import leaves_by_path, short_type
+from ._shuffled_index import places
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from .._errors import DataError, Problem, raise_all
-from .._options import check_options
+from .._core.errors import DataError, Problem, raise_all
+from .._core.options import check_options
 
 
 @dataclasses.dataclass(frozen=True)

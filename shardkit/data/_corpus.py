@@ -12,7 +12,13 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from .._errors import DataError, Problem, count, format_problems, raise_all
+from .._core.errors import (
+    DataError,
+    Problem,
+    count,
+    format_problems,
+    raise_all,
+)
 from ._shards import SUFFIXES
 from ._stream import Stream
 

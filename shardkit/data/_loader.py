@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from .._errors import BatchError, Problem, raise_all
-from .._tree import leaves_by_path
-from ._position import Data
+from .._core.errors import BatchError, Problem, raise_all
+from .._core.tree import leaves_by_path
+from ._batch_source import Data
 from ._process import place_rows, rows_of_shardings
 
 # Grain wants to know where a dataset ends; a run does.

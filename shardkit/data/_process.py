@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from .._errors import DataError, Problem, format_problems
+from .._core.errors import DataError, Problem, format_problems
 from ..rules import axes_of, format_mesh, ways
 
 

@@ -27,8 +27,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from .._core.io import os_errors_as, write_atomic
-from .._errors import DataError, Problem, count, format_problems, raise_all
+from .._core.errors import (
+    DataError,
+    Problem,
+    count,
+    format_problems,
+    raise_all,
+)
+from .._core.io._files import os_errors_as, write_atomic
 from ._stream import Piece, Stream, check_ids
 
 MAGIC, VERSION, HEADER = b"SHARDTOK", 1, 64

@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 
-from .._errors import DataError, Problem, format_problems
+from .._core.errors import DataError, Problem, format_problems
 
 # Of larger files a checksum reads this many blocks, evenly over the file.
 _WHOLE, _BLOCKS, _BLOCK = 2**26, 64, 2**16

@@ -12,13 +12,26 @@ from typing import Any
 
 import numpy as np
 
-from .._errors import DataError, Problem, count, raise_all
-from ._coder import ByteCoder, Coder, coder_of
+from .._core.errors import DataError, Problem, count, raise_all
 from ._config import DataConfig
-from ._corpus import END, Corpus, TokenCorpus, read_corpus, shard_paths, standard_library
-from ._rows import Batch, Packed, Rows, Windows, segments
+from ._corpus import (
+    END,
+    Corpus,
+    TokenCorpus,
+    read_corpus,
+    shard_paths,
+    standard_library,
+)
+from ._sequences import (
+    Batch,
+    Packed,
+    Rows,
+    Windows,
+    segments,
+)
 from ._shards import open_shards
 from ._stream import Piece, Stream
+from ._tokenizer import ByteCoder, Coder, coder_of
 
 # Tokens of each shard that a tokenizer is held against: another one's are soon past its ids.
 _LOOKED_AT = 2**20

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .._errors import DataError, Problem, format_problems
-from ._coder import Coder, coder_of
+from .._core.errors import DataError, Problem, format_problems
 from ._corpus import documents
 from ._shards import write_tokens
+from ._tokenizer import Coder, coder_of
 
 # Documents that a tokenizer gets at once: it uses every core.
 _AT_ONCE = 256

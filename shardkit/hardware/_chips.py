@@ -7,7 +7,14 @@ way: a ring over an axis of a TPU torus uses both directions, so it moves twice 
 import dataclasses
 from collections.abc import Iterable, Mapping
 
-from .._errors import MeshError, Problem, ReportError, did_you_mean, format_problems, raise_all
+from .._core.errors import (
+    MeshError,
+    Problem,
+    ReportError,
+    did_you_mean,
+    format_problems,
+    raise_all,
+)
 
 GIB = 2**30
 GB = 10**9
@@ -39,7 +46,7 @@ class Chip:
     >>> Chip("mine", "gpu", (), {"bf16": -1.0}, 0, 1e12, None, 1e11, 0, 8, 1e10, 1e-6, {})
     Traceback (most recent call last):
       ...
-    shardkit._errors.MeshError: Chip 'mine' cannot be.
+    shardkit._core.errors.MeshError: Chip 'mine' cannot be.
       flops['bf16']  -1.0 is not above 0
       memory         0 is not above 0
     Fix: what its data sheet says, in FLOP/s, bytes, bytes/s and seconds

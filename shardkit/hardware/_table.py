@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from .._core.io import Column, Table, fold_text
+from .._core.io._table import Column, Table, fold_text
 from ._chips import GB, GIB, TERA, Chip
 
 _WIDTH = 100

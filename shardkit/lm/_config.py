@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from .._errors import Problem
+from .._core.errors import Problem
 from ..run import TrainConfig
 
 

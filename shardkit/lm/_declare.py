@@ -9,9 +9,11 @@ from jax.sharding import Mesh
 
 from ..adapters import Model, from_nnx
 from ..data import DataConfig
-from ..models import Decoder, DecoderConfig, decoder_loss
 from ..parallel import Strategy
 from ..step import CompiledStep, StepSpec
+from ._decoder import Decoder
+from ._decoder_config import DecoderConfig
+from ._loss import decoder_loss
 
 
 def decoder_model(config: DecoderConfig) -> Model:

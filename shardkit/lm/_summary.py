@@ -10,10 +10,12 @@ import jax
 from rich.console import Console
 from rich.text import Text as ConsoleText
 
-from .._core.io import Column, Table, print_table
+from .._core.io._console import print_table
+from .._core.io._table import Column, Table
 from ..adapters import Model
 from ..data import Baselines, Corpus, Text, measure_baselines
-from ..run import Callback, RunContext, label_text
+from ..run import label_text
+from ..run.callbacks import Callback, RunContext
 from ._config import TextTrainConfig
 from ._sample import printable, sample_tokens
 from ._scores import TextScores

@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.text import Text as ConsoleText
 
 from ..data import DataConfig, Loader, load_text
-from ..models import DecoderConfig
 from ..parallel import Strategy
 from ..processes import Peers
 from ..run import Trainer, label_text, show_mesh, standard_output
 from ._config import TextTrainConfig
 from ._declare import compile_run, decoder_model
+from ._decoder_config import DecoderConfig
 from ._scores import TextScores, describe_text_metrics, spread_batches
 from ._summary import Summary, TrainResult
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh
 
-from .._errors import MeshError, Problem, count, format_problems
+from .._core.errors import MeshError, Problem, count, format_problems
 from ._target import Target, example
 
 

@@ -6,7 +6,7 @@ from typing import NoReturn
 
 import jax
 
-from .._errors import MeshError, Problem, count, format_problems
+from .._core.errors import MeshError, Problem, count, format_problems
 
 # Whether this process compiles for another target than its program asks for.
 _settled = False

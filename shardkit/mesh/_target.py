@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Mapping
 
-from .._errors import MeshError, Problem, did_you_mean, format_problems
+from .._core.errors import MeshError, Problem, did_you_mean, format_problems
 
 TPUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}
 """Known TPU generations, with the number of dims of their torus or mesh of chips."""

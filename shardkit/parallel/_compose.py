@@ -9,10 +9,16 @@ from collections.abc import Collection, Mapping, Sequence
 
 from jax.sharding import PartitionSpec
 
-from .._errors import Problem, ShardingError, count, did_you_mean, raise_all
+from .._core.errors import (
+    Problem,
+    ShardingError,
+    count,
+    did_you_mean,
+    raise_all,
+)
 from ..rules import Indivisible, axes_of, format_mesh, ways
-from ._parts import most_even
 from ._strategy import Strategy
+from .pipeline._stage_layout import most_even
 
 
 def check_composition(strategy: Strategy, sizes: Mapping[str, int]) -> None:

@@ -16,7 +16,7 @@ from typing import ClassVar, final
 
 from jax.sharding import PartitionSpec
 
-from ..inspect import Program, Row
+from ..report import Program, Row
 from ..rules import REPLICATED
 from ._kind import Choice, Kind
 from ._names import activations, check_axis

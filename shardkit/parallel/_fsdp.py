@@ -21,12 +21,12 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from .._constrain import constrain
-from .._errors import Problem, StepError, raise_all
-from .._options import option_problems
-from .._regions import Carrier, Surroundings
-from .._remat import KEPT
-from ..inspect import Program
+from .._core.errors import Problem, StepError, raise_all
+from .._core.options import option_problems
+from ..nn._constrain import constrain
+from ..nn._overridable import Carrier, Surroundings
+from ..nn._remat import KEPT
+from ..report import Program
 from ..rules import chain, shard_largest
 from ._kind import Kind
 from ._names import activations, check_axis, params

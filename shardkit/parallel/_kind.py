@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..inspect import AxisKind, Program, Row
+from ..report import AxisKind, Program, Row
 
 if TYPE_CHECKING:
     from ._strategy import Strategy

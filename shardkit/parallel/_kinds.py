@@ -5,15 +5,15 @@ import contextvars
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
-from ..inspect import Part, Placed
-from ._context import Context
+from ..report import Part, Placed
 from ._data import Data
-from ._expert import Expert
 from ._fsdp import Fsdp
 from ._kind import Kind
-from ._pipeline import Pipeline
 from ._tensor import Tensor
 from ._zero import ZeroUpdate
+from .context._context import Context
+from .expert._expert import Expert
+from .pipeline._pipeline import Pipeline
 
 # Each as it is tried, on the axis that its strategy takes by default; in mesh order.
 _SHIPPED = (

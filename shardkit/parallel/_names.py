@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from .._errors import Problem, StepError, raise_all
+from .._core.errors import Problem, StepError, raise_all
 from ..rules import AxisRules
 
 Axes = str | tuple[str, ...] | None

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar, final
 
-from ..inspect import Program
+from ..report import Program
 from ._kind import Kind
 from ._names import check_axis
 from ._strategy import Strategy

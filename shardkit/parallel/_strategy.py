@@ -6,14 +6,22 @@ from typing import Any
 
 from jax.sharding import PartitionSpec
 
-from .._compression import Compression
-from .._errors import Problem, StepError, format_problems, raise_all
-from .._precision import Precision
-from .._regions import Carrier
-from .._types import Accumulate
-from ..optim import Zero
-from ..rules import REPLICATED, AxisRules, Rule, axes_of, chain, flatten, from_axes
+from .._core.errors import Problem, StepError, format_problems, raise_all
+from .._core.precision import Precision
+from .._core.types import Accumulate
+from ..nn._overridable import Carrier
+from ..rules import (
+    REPLICATED,
+    AxisRules,
+    Rule,
+    axes_of,
+    chain,
+    flatten,
+    from_axes,
+)
+from ._compression import Compression
 from ._kind import Kind
+from ._zero_update import Zero
 
 _WHOLE = PartitionSpec()
 

@@ -15,9 +15,9 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, final
 
-from .._errors import Problem, StepError, did_you_mean, raise_all
-from .._options import option_problems
-from ..inspect import Program, Row
+from .._core.errors import Problem, StepError, did_you_mean, raise_all
+from .._core.options import option_problems
+from ..report import Program, Row
 from ._kind import Choice, Kind
 from ._names import activations, check_axis, params
 from ._strategy import Strategy

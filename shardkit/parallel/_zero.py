@@ -20,12 +20,12 @@ from typing import ClassVar, final
 
 from jax.sharding import PartitionSpec
 
-from ..inspect import Program
-from ..optim import Zero
+from ..report import Program
 from ..rules import REPLICATED
 from ._kind import DeviceBytes, Kind
 from ._names import activations, check_axis
 from ._strategy import Strategy
+from ._zero_update import Zero
 
 
 def zero_bytes(n: int, weights: float, gradients: float) -> float:

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .._core.io import flatten
-from .._errors import Problem, count, format_problems
+from .._core.errors import Problem, count, format_problems
+from .._core.io._flatten import flatten
 
 _SHOWN = 60
 

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from .._errors import Problem, ProcessError, format_problems
-from ._hub import Hub
-from ._line import Line, address_of, connect, listen
+from .._core.errors import Problem, ProcessError, format_problems
+from ._coordinator import Hub
 from ._membership import Membership, detected_cluster, membership
-from ._peers import Peers
+from ._message_stream import Line, address_of, connect, listen
+from ._process_group import Peers
 
 # Which of its addresses process 0 is to be reached at; its host name by default.
 HOST = "SHARDKIT_HUB_HOST"

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from .._errors import ShardkitError
+from .._core.errors import ShardkitError
 
 # Codes of processes that end themselves, from sysexits: what they need is gone, they are at fault
 # themselves, or they were told to end, have saved, and can go on another time.

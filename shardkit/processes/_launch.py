@@ -14,10 +14,10 @@ import time
 from collections.abc import Iterator, Sequence
 from types import FrameType
 
-from .._errors import Problem, ProcessError, raise_all
+from .._core.errors import Problem, ProcessError, raise_all
 from ._failure import STOPPED, Failure
-from ._line import Closed, Line, address_of, listen
 from ._membership import VARIABLE, Membership
+from ._message_stream import Closed, Line, address_of, listen
 
 _TICK = 0.05
 # The processes themselves say within this time at which step the first one failed, and what.

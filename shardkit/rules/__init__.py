@@ -1,11 +1,30 @@
 """Rules that give every leaf of a pytree its spec, checked all at once."""
 
-from ._axes import AxisRules
-from ._check import Indivisible, check_batch, check_spec
-from ._dead import Dead, dead
-from ._explain import Explanation, explain, named_leaves
-from ._path import PathRules, matches
-from ._resolve import Placement, check, collect, headline, place, resolve
+from ._axes import (
+    AxisRules,
+)
+from ._check import (
+    Indivisible,
+    check_batch,
+    check_spec,
+)
+from ._explain import (
+    Explanation,
+    explain,
+    named_leaves,
+)
+from ._path import (
+    PathRules,
+    matches,
+)
+from ._resolve import (
+    Placement,
+    check,
+    collect,
+    headline,
+    place,
+    resolve,
+)
 from ._rule import (
     REPLICATED,
     Chain,
@@ -18,7 +37,10 @@ from ._rule import (
     chain,
     flatten,
 )
-from ._shape import ShardLargest, shard_largest
+from ._shape import (
+    ShardLargest,
+    shard_largest,
+)
 from ._specs import (
     axes_of,
     format_mesh,
@@ -28,6 +50,10 @@ from ._specs import (
     normalise,
     shards,
     ways,
+)
+from ._unused import (
+    Dead,
+    dead,
 )
 
 __all__ = [

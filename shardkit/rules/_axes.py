@@ -6,9 +6,21 @@ from collections.abc import Mapping, Sequence
 
 from jax.sharding import PartitionSpec
 
-from .._errors import Problem, ShardingError, count, did_you_mean, raise_all
-from .._tree import Leaf
-from ._rule import Decided, Decision, Entry, Passed, Refused
+from .._core.errors import (
+    Problem,
+    ShardingError,
+    count,
+    did_you_mean,
+    raise_all,
+)
+from .._core.tree import Leaf
+from ._rule import (
+    Decided,
+    Decision,
+    Entry,
+    Passed,
+    Refused,
+)
 from ._specs import Axes, axes_of, from_axes
 
 

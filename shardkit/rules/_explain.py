@@ -6,14 +6,20 @@ from typing import Any
 
 import jax
 
-from .._core.io import Column, Table, fold_text
-from .._errors import count
-from .._tree import Leaf, format_bytes, path_str, short_type
-from .._types import Named
-from ._dead import dead
+from .._core.errors import count
+from .._core.io._table import Column, Table, fold_text
+from .._core.tree import Leaf, format_bytes, path_str, short_type
+from .._core.types import Named
 from ._resolve import Placement, place
 from ._rule import Rule
-from ._specs import HasShape, format_mesh, format_spec, mesh_sizes, shards
+from ._specs import (
+    HasShape,
+    format_mesh,
+    format_spec,
+    mesh_sizes,
+    shards,
+)
+from ._unused import dead
 
 _WIDTH = 100
 _COLUMNS = (

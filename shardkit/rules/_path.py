@@ -8,10 +8,16 @@ from collections.abc import Mapping
 
 from jax.sharding import PartitionSpec
 
-from .._errors import Problem, ShardingError, raise_all
-from .._options import option_problems
-from .._tree import Leaf
-from ._rule import Decided, Decision, Entry, Passed, Replicated
+from .._core.errors import Problem, ShardingError, raise_all
+from .._core.options import option_problems
+from .._core.tree import Leaf
+from ._rule import (
+    Decided,
+    Decision,
+    Entry,
+    Passed,
+    Replicated,
+)
 from ._specs import format_spec
 
 

@@ -5,10 +5,17 @@ from collections.abc import Mapping, Sequence
 
 from jax.sharding import PartitionSpec
 
-from .._errors import Problem, ShardingError, count, raise_all
-from .._tree import Leaf
+from .._core.errors import Problem, ShardingError, count, raise_all
+from .._core.tree import Leaf
 from ._check import check_spec, share_fixes
-from ._rule import Decided, Entry, Passed, Refused, Rule, flatten
+from ._rule import (
+    Decided,
+    Entry,
+    Passed,
+    Refused,
+    Rule,
+    flatten,
+)
 from ._specs import HasShape, format_mesh, mesh_sizes, normalise
 
 

@@ -6,8 +6,8 @@ from typing import Protocol, runtime_checkable
 
 from jax.sharding import PartitionSpec
 
-from .._errors import Problem
-from .._tree import Leaf
+from .._core.errors import Problem
+from .._core.tree import Leaf
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from jax.sharding import PartitionSpec
 
-from .._tree import Leaf
+from .._core.tree import Leaf
 from ._rule import Decided, Decision, Entry, Passed
 from ._specs import Axes, axes_of, from_axes, ways
 

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping
 
-from .callbacks import StepMetrics
+from .callbacks._callback import StepMetrics
 
 _RECENT = 20
 

@@ -5,8 +5,8 @@ import re
 from collections.abc import Mapping
 from typing import Literal
 
-from .._errors import ConfigError, Problem, format_problems, raise_all
-from .._options import check_options
+from .._core.errors import ConfigError, Problem, format_problems, raise_all
+from .._core.options import check_options
 from ..checkpoint import RetentionPolicy
 
 

@@ -6,8 +6,9 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.text import Text
 
-from .._core.io import Column, Table, print_table
-from .._tree import format_bytes
+from .._core.io._console import print_table
+from .._core.io._table import Column, Table
+from .._core.tree import format_bytes
 from ._layout_table import LayoutRow, draw_mesh, layout_rows, total_row
 
 SIMULATED = "simulated CPU devices, not a speed claim"

@@ -12,8 +12,8 @@ import jax
 from rich.console import Console
 from rich.text import Text
 
-from .._errors import CheckpointError, Problem, format_problems
-from .._tree import join_path
+from .._core.errors import CheckpointError, Problem, format_problems
+from .._core.tree import join_path
 from ..checkpoint import Checkpointer, RetentionPolicy
 from ..processes import Peers
 from ..step import CompiledStep

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from .._tree import leaves_by_path, nbytes, short_type
+from .._core.tree import leaves_by_path, nbytes, short_type
 
 _LARGEST_DRAWN = 16
 

@@ -5,14 +5,14 @@ import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
-from .._errors import DataError, Problem, StepError, format_problems
+from .._core.errors import DataError, Problem, StepError, format_problems
 from ..step import CompiledStep
 from ._clock import Clock
 from ._folder import RunFolder
 from ._source import Evaluate
 from ._stop import StopRequest
 from ._throughput import Throughput
-from .callbacks import Callback, RunContext, StepMetrics
+from .callbacks._callback import Callback, RunContext, StepMetrics
 
 # Columns of a metrics row that are not metrics of the step.
 _RESERVED = frozenset({"kind", "step", "time", "seconds", "data_seconds", "mfu"})

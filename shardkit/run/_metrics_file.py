@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from .._core.io import append_atomic
-from .._errors import ConfigError, Problem, format_problems
+from .._core.errors import ConfigError, Problem, format_problems
+from .._core.io._files import append_atomic
 
 METRICS = "metrics.jsonl"
 

@@ -8,7 +8,7 @@ from typing import Any
 from jax.sharding import Mesh
 from rich.console import Console
 
-from .._errors import ConfigError
+from .._core.errors import ConfigError
 from ._environment import environment
 from ._goodput import goodput, interruption
 from ._metrics_file import MetricsFile, read_metrics

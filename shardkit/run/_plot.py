@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .._core.io import check_figure_path, figure_file
+from .._core.io._outputs import check_figure_path, figure_file
 from ._history import Curve, History, read_histories
 
 SUFFIXES = (".png", ".svg", ".html")

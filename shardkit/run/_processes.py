@@ -5,8 +5,8 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
-from .._errors import ConfigError, Problem, format_problems
-from .._tree import leaves_by_path, short_type
+from .._core.errors import ConfigError, Problem, format_problems
+from .._core.tree import leaves_by_path, short_type
 from ..processes import Peers
 from ..step import CompiledStep
 from ._resume import ResumeDecision

@@ -7,8 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .._core.io import flatten
-from .._errors import CheckpointError, Problem, count, format_problems, raise_all
+from .._core.errors import (
+    CheckpointError,
+    Problem,
+    count,
+    format_problems,
+    raise_all,
+)
+from .._core.io._flatten import flatten
 from ..checkpoint import Checkpointer, Manifest
 from ..processes import Peers
 from ._config import TrainConfig

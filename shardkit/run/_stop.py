@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from jax.experimental import multihost_utils
 
-from .._errors import Stopped
+from .._core.errors import Stopped
 
 _SHOW_CURSOR = "\x1b[?25h"
 

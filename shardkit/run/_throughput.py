@@ -4,9 +4,9 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from .._tree import short_dtype
+from .._core.tree import short_dtype
 from ..hardware import chip_of
-from ..inspect import count_flops
+from ..report import count_flops
 from ..step import CompiledStep
 from ._console import is_simulated
 

@@ -7,10 +7,16 @@ from typing import Any
 from jax.extend import core
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from .._constrain import LANES, MAPPED, constrain_p
-from .._errors import Problem, ShardingError, count, did_you_mean, raise_all
-from .._tracing import equations
-from .._tree import Leaf
+from .._core.errors import (
+    Problem,
+    ShardingError,
+    count,
+    did_you_mean,
+    raise_all,
+)
+from .._core.tracing import equations
+from .._core.tree import Leaf
+from ..nn._constrain import LANES, MAPPED, constrain_p
 from ..rules import AxisRules, check_spec, format_mesh
 
 Names = tuple[str | None, ...]

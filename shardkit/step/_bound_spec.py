@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from jax.sharding import AxisType, Mesh
 
-from .._errors import Problem, StepError, did_you_mean, raise_all
+from .._core.errors import Problem, StepError, did_you_mean, raise_all
 from ..mesh import MeshSpec
 
 if TYPE_CHECKING:

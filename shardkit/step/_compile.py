@@ -16,11 +16,11 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.extend import core
 from jax.sharding import AbstractMesh, Mesh
 
-from .._constrain import Resolver, resolving
-from .._errors import Problem, StepError, raise_all
-from .._tree import format_bytes, nbytes
+from .._core.errors import Problem, StepError, raise_all
+from .._core.tree import format_bytes, nbytes
+from ..nn._constrain import Resolver, resolving
+from ._deadlocks import check_waits
 from ._stderr import copied_stderr
-from ._waits import check_waits
 
 # Two settings of the whole process, each changed and set back by one thread at a time.
 _CACHE_SETTING, _WARNING_FILTERS = threading.Lock(), threading.Lock()

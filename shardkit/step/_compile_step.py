@@ -7,8 +7,8 @@ from typing import Any
 import optax
 from jax.sharding import Mesh
 
-from .._precision import Precision
-from .._types import Accumulate, Batch, Key, PyTree
+from .._core.precision import Precision
+from .._core.types import Accumulate, Batch, Key, PyTree
 from ..parallel import Strategy
 from ._compiled import CompiledStep
 from ._nonfinite import OnNonfinite

@@ -10,16 +10,23 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from .._errors import Problem, StateError, format_problems
-from .._types import Batch, Key, Params, Scalar
-from ..inspect import Report
-from ..state import TrainState
+from .._core.errors import Problem, StateError, format_problems
+from .._core.train_state import TrainState
+from .._core.types import Batch, Key, Params, Scalar
+from ..report import Report
+from ._batch_variants import Form, Forms
 from ._bound_spec import BoundSpec
 from ._compile import Program, no_ambient_mesh
-from ._forms import Form, Forms
-from ._inputs import check_apart, check_given, check_state, fed_rows, put_batch, put_key
+from ._inputs import (
+    check_apart,
+    check_given,
+    check_state,
+    fed_rows,
+    put_batch,
+    put_key,
+)
+from ._memory_check import check_room
 from ._report import inspected
-from ._room import check_room
 
 if TYPE_CHECKING:
     from ..hardware import Chip

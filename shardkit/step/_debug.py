@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from .._errors import Problem, StepError, raise_all
+from .._core.errors import Problem, StepError, raise_all
 
 
 def check_keys(functions: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]) -> None:

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from .._constrain import LANES
-from .._lanes import Draws, find_draws, lane_keys
-from .._precision import Precision, cast_floats
-from .._types import Accumulate
+from .._core.precision import Precision, cast_floats
+from .._core.split_rng import Draws, find_draws, lane_keys
+from .._core.types import Accumulate
+from ..nn._constrain import LANES
 from ..rules import axes_of
 from ._objective import Objective, Outcome, inverse
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from .._alive import check_alive
-from .._errors import BatchError, Problem, StateError, raise_all
-from .._tree import leaves_by_path, short_type
+from .._core.donation import check_alive
+from .._core.errors import BatchError, Problem, StateError, raise_all
+from .._core.tree import leaves_by_path, short_type
 from ..data import place_rows, process_rows, rows_of_shardings
 
 

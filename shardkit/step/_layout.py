@@ -9,14 +9,21 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from .._errors import Problem, ShardingError, count, raise_all
-from .._precision import Precision, cast_floats
-from .._tree import Leaf, join_path, leaves, path_str
-from .._types import Named, Variables
-from ..optim import FollowParams, update_specs
-from ..parallel import Strategy, advise, check_composition, check_used
-from ..rules import Rule, axes_of, chain, check_batch, collect, format_mesh
-from ..state import TrainState
+from .._core.errors import Problem, ShardingError, count, raise_all
+from .._core.precision import Precision, cast_floats
+from .._core.train_state import TrainState
+from .._core.tree import Leaf, join_path, leaves, path_str
+from .._core.types import Named, Variables
+from ..parallel import Strategy, advise, check_composition, check_used, update_specs
+from ..rules import (
+    Rule,
+    axes_of,
+    chain,
+    check_batch,
+    collect,
+    format_mesh,
+)
+from .optim._follow import FollowParams
 
 # Where `state.extra` keeps what compression left out, one copy of each parameter per device.
 RESIDUALS = "compression"

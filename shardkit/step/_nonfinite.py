@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from ..state import TrainState
+from .._core.train_state import TrainState
 
 OnNonfinite = Literal["apply", "skip", "stop"]
 ON_NONFINITE: tuple[OnNonfinite, ...] = ("apply", "skip", "stop")

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from .._errors import Problem, StepError, format_problems, raise_all
-from .._tree import short_type
-from .._types import Loss, Mean
-from ._axis_names import naming_axes
+from .._core.errors import Problem, StepError, format_problems, raise_all
+from .._core.tree import short_type
+from .._core.types import Loss, Mean
+from ._unbound_axes import naming_axes
 
 RESERVED = ("loss", "grad_norm", "skipped")
 _NUMBERS = (jax.Array, np.ndarray, np.generic, int, float, complex)

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from .._errors import Problem, ShardingError, raise_all
-from .._tree import leaves_by_path
+from .._core.errors import Problem, ShardingError, raise_all
+from .._core.tree import leaves_by_path
 
 _ALIAS = re.compile(r"\{(\d*)\}: \((\d+), \{\}")
 

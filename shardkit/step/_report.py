@@ -9,16 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from .._constrain import LANES
-from .._tree import Leaf, ends_path, leaves, short_dtype
-from ..inspect import CompiledBytes, Declared, Placed, Program
+from .._core.tree import Leaf, ends_path, leaves, short_dtype
+from ..nn._constrain import LANES
 from ..parallel import kinds_by_specs
+from ..report import CompiledBytes, Declared, Placed, Program
 from ..rules import Rule, place
 from ._activations import Activations, constraints
 from ._bound_spec import BoundSpec
 from ._compile import Program as Executable
-from ._idle import idle_rules
 from ._layout import Layout
+from ._unused_rules import idle_rules
 
 # A leaf that names alone leave whole is worth a finding from this many bytes on.
 _SMALL = 2**20

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._errors import Problem, StepError, raise_all
-from .._tree import leaves, leaves_by_path, short_type
-from .._types import Params
-from ..state import TrainState
+from .._core.errors import Problem, StepError, raise_all
+from .._core.train_state import TrainState
+from .._core.tree import leaves, leaves_by_path, short_type
+from .._core.types import Params
 from ._gradients import GradientFn
 from ._nonfinite import SKIPPED, OnNonfinite, chosen, is_usable
 from ._objective import Objective, Outcome, value_of

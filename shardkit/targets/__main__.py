@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .._core.io import write_atomic
-from .._errors import ShardkitError
+from .._core.errors import ShardkitError
+from .._core.io._files import write_atomic
 from ..hardware import Chip
-from ..inspect import Report
 from ..mesh import MeshSpec, Target, settle_devices
+from ..report import Report
 from ..step import CompiledStep, StepSpec
 from ._devices import build
 from ._source import Source

@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .. import _errors
-from .._errors import ConfigError, Problem, StepError, format_problems
-from .._libtpu import quiet_libtpu
+from .._core import errors as _errors
+from .._core.errors import ConfigError, Problem, StepError, format_problems
+from .._core.libtpu import quiet_libtpu
 from ..hardware import Chip, find_chip
-from ..inspect import Report
 from ..mesh import Target
+from ..report import Report
 from ._source import Source
 
 

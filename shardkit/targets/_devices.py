@@ -7,7 +7,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from .._errors import MeshError, Problem, format_problems
+from .._core.errors import MeshError, Problem, format_problems
 from ..hardware import gpu_target_config
 from ..mesh import MeshSpec, Target
 

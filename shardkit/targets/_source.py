@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .._errors import ConfigError, Problem, did_you_mean, format_problems
+from .._core.errors import ConfigError, Problem, did_you_mean, format_problems
 from ..config import load_config
 from ..mesh import MeshSpec
 from ..step import StepSpec

@@ -5,12 +5,12 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from .._errors import BudgetError, Problem, count, raise_all
-from ..inspect import Budget, Ledger, Report, Row
+from .._core.errors import BudgetError, Problem, count, raise_all
 from ..mesh import MeshSpec
+from ..parity import Certificate, StepFactory, verify
+from ..report import Budget, Ledger, Report, Row
 from ..rules import format_mesh
 from ..step import CompiledStep, StepSpec
-from ..verify import Certificate, StepFactory, verify
 
 Key = str | tuple[str, str]
 

@@ -19,7 +19,7 @@ def _all_counted(router_statistics: Any) -> Any:
     return lambda logits, choice, capacity, counted: router_statistics(logits, choice, capacity)
 
 
-_CARRIER = "shardkit.parallel._expert."
+_CARRIER = "shardkit.parallel.expert._expert."
 
 EXPERT_MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
@@ -38,6 +38,6 @@ EXPERT_MUTATIONS: tuple[Mutation, ...] = (
         "router losses not weighted",
         "tokens that do not count route into the losses",
         ("loss", "metrics"),
-        (("shardkit.models._mixture.router_statistics", _all_counted),),
+        (("shardkit.lm._mixture.router_statistics", _all_counted),),
     ),
 )

@@ -7,12 +7,20 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from .._core.io import Table
-from .._errors import Problem, VerificationError, count, format_problems
-from .._types import Accumulate
+from .._core.errors import Problem, VerificationError, count, format_problems
+from .._core.io._table import Table
+from .._core.types import Accumulate
+from ..parity import (
+    Certificate,
+    Row,
+    Standard,
+    StepFactory,
+    Trial,
+    made_up,
+    one_device,
+    step_factory,
+)
 from ..step import CompiledStep, StepSpec
-from ..verify import Certificate, Row, Standard, StepFactory, made_up, one_device, step_factory
-from ..verify._record import Trial
 from .mutations import MUTATIONS, Mutation
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from ..collectives import attend_backward
+from ..parallel import attend_backward
 from .mutations import Mutation
 
 
@@ -34,7 +34,7 @@ def _left_behind(part_backward: Any) -> Any:
     return wrong
 
 
-_RING = "shardkit.collectives._ring."
+_RING = "shardkit.parallel.context._ring."
 
 CONTEXT_MUTATIONS: tuple[Mutation, ...] = (
     Mutation(

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from .._errors import MeshError, Problem, format_problems
+from .._core.errors import MeshError, Problem, format_problems
 from ..mesh import simulate_devices
 
 

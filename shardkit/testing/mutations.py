@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from .._types import Mean
+from .._core.types import Mean
 from ..step import _gradients
 
 Seam = tuple[str, Callable[[Any], Any]]
@@ -300,7 +300,7 @@ def _to_the_wrong_neighbour(ticks: Any) -> Any:
     return wrong
 
 
-_TICKS = "shardkit.parallel._pipeline_program.ticks"
+_TICKS = "shardkit.parallel.pipeline._spmd_program.ticks"
 
 PIPELINE_MUTATIONS: tuple[Mutation, ...] = (
     Mutation(

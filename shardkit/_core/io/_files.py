@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..._errors import Problem, ShardkitError, format_problems
+from ..errors import Problem, ShardkitError, format_problems
 
 _PART = ".part"
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ..._errors import ConfigError, Problem, did_you_mean, raise_all
+from ..errors import ConfigError, Problem, did_you_mean, raise_all
 from ._files import os_errors_as, write_atomic
 
 _FIGURE = "The picture cannot be made."

@@ -5,9 +5,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..._errors import CheckpointError, Problem, StepError, format_problems
+from ..._core.errors import CheckpointError, Problem, StepError, format_problems
 from ...step import SKIPPED
-from ..guards import write_dump
+from ..guards._dump import write_dump
 from ._callback import Callback, RunContext, StepMetrics
 
 _LOWER = "a lower learning rate (optimizer.lr=...), or clipping (optimizer.grad_clip_norm=1.0)"

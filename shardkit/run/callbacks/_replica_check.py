@@ -5,8 +5,8 @@ from typing import Any, Literal
 
 import jax
 
-from ..._errors import StateError, format_problems
-from ..guards import Mismatch, ReplicaComparison
+from ..._core.errors import StateError, format_problems
+from ..guards._replicas import Mismatch, ReplicaComparison
 from ._callback import Callback, RunContext, StepMetrics
 
 

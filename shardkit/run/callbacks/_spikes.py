@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from ..guards import SpikeDetector
+from ..guards._spikes import SpikeDetector
 from ._callback import Callback, RunContext, StepMetrics
 
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..._errors import CheckpointError, Problem, format_problems
+from ..._core.errors import CheckpointError, Problem, format_problems
+from ..._core.train_state import TrainState
 from ...checkpoint import Checkpointer, Manifest, RetentionPolicy
-from ...state import TrainState
 
 DUMPS = "dumps"
 # Stored in manifests; do not change.

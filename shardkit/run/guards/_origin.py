@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
-from ...inspect._scope import scope_of
+from ...report import scope_of
 
 _PACKAGE = str(Path(__file__).parents[2])
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..._tree import leaves_by_path, short_type
+from ..._core.tree import leaves_by_path, short_type
 from ...step import CompiledStep
 from ._dump import Dump, read_dump
 from ._origin import Origin, first_nonfinite

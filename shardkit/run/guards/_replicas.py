@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ..._errors import Problem
-from ..._tree import leaves_by_path, short_type
+from ..._core.errors import Problem
+from ..._core.tree import leaves_by_path, short_type
 from ...checkpoint import as_text, fingerprints
 
 

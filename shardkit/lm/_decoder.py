@@ -1,0 +1,288 @@
+"""The reference model: a decoder whose layers are stacked arrays and one scanned body.
+
+Logical axes of parameters: `vocab`, `embed`, `layers`, `heads`, `kv_heads`, `head_dim`, `mlp`,
+`experts` and `expert_mlp` of a mixture, and `norm` for the scales of norms. A scale has the width
+of `embed`, but it is a few kilobytes that every device multiplies with: it has a name of its own
+so that splitting `embed` does not split it, and costs no gather.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ..nn._constrain import constrain
+from ..nn._layer_stack import Layer, layer_keys, through
+from ..nn._manual_axis_rules import shard_start
+from ..nn._use_param import weight
+from ._block import (
+    STREAM,
+    WORK,
+    block,
+    rms_norm,
+    rotation,
+)
+from ._decoder_config import DecoderConfig
+from ._mixture import STATISTICS
+
+_TRUNCATED_STD = 0.87962566103423978  # of a standard normal cut at two deviations
+
+
+def _param(value: jax.Array, *axes: str | None) -> nnx.Param:
+    """A parameter with its logical axes, outside any mesh: flax would look for one at once."""
+    return nnx.Param(value, out_sharding=axes, eager_sharding=False)
+
+
+def _normal(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
+    """f32 draws of deviation 1/√fan_in, none beyond two deviations."""
+    scale = fan_in**-0.5 / _TRUNCATED_STD
+    return scale * jax.random.truncated_normal(key, -2.0, 2.0, shape, jnp.float32)
+
+
+class Layers(nnx.Module):
+    """The weights of all blocks, each stacked over a leading `layers` dim, f32.
+
+    Products start as truncated normals of deviation 1/√fan_in; those whose result is added to the
+    residual stream are divided by √(2 · layers) on top, so that its size does not grow with
+    depth. Every layer draws from a key of its own.
+
+    Attributes:
+      query: [layers, embed, heads, head_dim]; key, value: the same with kv_heads.
+      out: [layers, heads, head_dim, embed].
+      gate, up: [layers, embed, mlp]; down: [layers, mlp, embed]. With experts mlp is the width of
+        the shared ones, and without these there are none.
+      router: [layers, embed, experts], with experts; its `experts` dim has no name, for every
+        device chooses among all of them.
+      expert_gate, expert_up: [layers, experts, embed, expert_mlp].
+      expert_down: [layers, experts, expert_mlp, embed].
+      attn_norm, mlp_norm: [layers, embed].
+      query_bias, …: [layers, *outputs of the product], zero at first; only where `config.bias`,
+        and none in the chosen experts.
+    """
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
+        c, width = config, config.num_heads * config.head_size
+        thin = 2 * c.num_layers
+
+        def stacked(shape: tuple[int, ...], fan_in: int, *axes: str | None) -> nnx.Param:
+            keys = jax.random.split(rngs.params(), c.num_layers)
+            value = jax.vmap(lambda key: _normal(key, shape, fan_in))(keys)
+            return _param(value, "layers", *axes)
+
+        kv_shape, kv_axes = (
+            (c.embed_dim, c.key_heads, c.head_size),
+            ("embed", "kv_heads", "head_dim"),
+        )
+        self.query = stacked(
+            (c.embed_dim, c.num_heads, c.head_size), c.embed_dim, "embed", "heads", "head_dim"
+        )
+        self.key = stacked(kv_shape, c.embed_dim, *kv_axes)
+        self.value = stacked(kv_shape, c.embed_dim, *kv_axes)
+        self.out = stacked(
+            (c.num_heads, c.head_size, c.embed_dim), width * thin, "heads", "head_dim", "embed"
+        )
+        if width := c.dense_width:
+            self.gate = stacked((c.embed_dim, width), c.embed_dim, "embed", "mlp")
+            self.up = stacked((c.embed_dim, width), c.embed_dim, "embed", "mlp")
+            self.down = stacked((width, c.embed_dim), width * thin, "mlp", "embed")
+        if c.experts is not None:
+            wide, axes = (
+                (c.experts, c.embed_dim, c.expert_width),
+                ("experts", "embed", "expert_mlp"),
+            )
+            tall, back = (
+                (c.experts, c.expert_width, c.embed_dim),
+                ("experts", "expert_mlp", "embed"),
+            )
+            self.router = stacked((c.embed_dim, c.experts), c.embed_dim, "embed", None)
+            self.expert_gate = stacked(wide, c.embed_dim, *axes)
+            self.expert_up = stacked(wide, c.embed_dim, *axes)
+            self.expert_down = stacked(tall, c.expert_width * thin, *back)
+        self.attn_norm = _param(jnp.ones((c.num_layers, c.embed_dim)), "layers", "norm")
+        self.mlp_norm = _param(jnp.ones((c.num_layers, c.embed_dim)), "layers", "norm")
+        if c.bias:
+            self._add_biases(c)
+
+    def _add_biases(self, c: DecoderConfig) -> None:
+        """A bias whose product splits its inputs is added once, after the sum: it is `norm`."""
+        heads = {"query": "heads", "key": "kv_heads", "value": "kv_heads"}
+        sizes = {
+            "heads": c.num_heads,
+            "kv_heads": c.key_heads,
+            "mlp": c.dense_width,
+            "norm": c.embed_dim,
+        }
+        dense = {"gate": "mlp", "up": "mlp", "down": "norm"} if c.dense_width else {}
+        for name, axis in (heads | {"out": "norm"} | dense).items():
+            inner = ((c.head_size, "head_dim"),) if name in heads else ()
+            shape = (c.num_layers, sizes[axis], *(size for size, _ in inner))
+            bias = _param(
+                jnp.zeros(shape), "layers", axis, *(inner_axis for _, inner_axis in inner)
+            )
+            setattr(self, f"{name}_bias", bias)
+
+    def weights(self) -> dict[str, jax.Array]:
+        """The arrays by name, each with its leading `layers` dim."""
+        return {name: x[...] for name, x in vars(self).items() if isinstance(x, nnx.Param)}
+
+
+class Decoder(nnx.Module):
+    """A Llama-family decoder in flax nnx, from token ids to logits.
+
+    It names logical axes alone: no line of it changes with the parallelism. Outside a compiled
+    step the names do nothing, and the model is an ordinary nnx module.
+
+    Attributes:
+      config: the sizes.
+      embedding: f32[vocab, embed], drawn with deviation 1/√embed.
+      layers: the stacked blocks.
+      norm: f32[embed], scale of the last norm.
+      head: f32[embed, vocab]; None where `config.tie_embeddings`.
+      deterministic: whether dropout is off; `model.eval()` and `model.train()` set it.
+
+    >>> from flax import nnx
+    >>> import jax, jax.numpy as jnp
+    >>> config = DecoderConfig(vocab=16, embed_dim=8, num_layers=2, num_heads=2, mlp_dim=16)
+    >>> model = Decoder(config, nnx.Rngs(0))
+    >>> hidden = model(jnp.zeros((1, 4), jnp.int32))
+    >>> hidden.shape, model.logits(hidden).shape
+    ((1, 4, 8), (1, 4, 16))
+    """
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
+        c = self.config = config
+        table = _normal(rngs.params(), (c.vocab, c.embed_dim), c.embed_dim)
+        self.embedding = _param(table, "vocab", "embed")
+        self.layers = Layers(c, rngs)
+        self.norm = _param(jnp.ones((c.embed_dim,)), "norm")
+        self.head = self._untied_head(rngs)
+        self.deterministic = False
+
+    def _untied_head(self, rngs: nnx.Rngs) -> nnx.Param | None:
+        if self.config.tie_embeddings:
+            return None
+        shape = (self.config.embed_dim, self.config.vocab)
+        return _param(_normal(rngs.params(), shape, self.config.embed_dim), "embed", "vocab")
+
+    def __call__(
+        self,
+        inputs: jax.Array,
+        segment_ids: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns the last norm's output, from which `logits` and the loss are computed.
+
+        Args:
+          inputs: i32[batch, length], token ids.
+          segment_ids: i32[batch, length]; tokens see only their own segment. None: one each row.
+          key: draws dropout; without it, or when `deterministic`, nothing is dropped.
+
+        Returns:
+          [batch, length, embed] in the dtype of the parameters.
+        """
+        batch = {"inputs": inputs, "segment_ids": segment_ids}
+        ends, weights = self.ends(), self.layers.weights()
+        _, keys = layer_keys(self.dropout_key(key), self.config.num_layers)
+        x = through(self.layer(inputs.shape[1]), self.first(ends, batch), weights, batch, keys)
+        return self.hidden(ends, self.parts(x)[0])
+
+    def ends(self) -> dict[str, jax.Array]:
+        """The parameters outside the layers, by name."""
+        named = {"embedding": self.embedding, "norm": self.norm, "head": self.head}
+        return {name: x[...] for name, x in named.items() if x is not None}
+
+    def dropout_key(self, key: jax.Array | None) -> jax.Array | None:
+        """The key, where there is something to drop."""
+        return key if self.config.dropout > 0 and not self.deterministic else None
+
+    @staticmethod
+    def embed(
+        ends: Mapping[str, jax.Array], batch: Mapping[str, Any], _key: jax.Array | None = None
+    ) -> jax.Array:
+        """Looks up `batch["inputs"]`: the residual stream before the first block."""
+        with jax.named_scope("embedding"):
+            # Rows are looked up in a table that is whole along `embed`. Left to itself the
+            # partitioner moves activations between dims instead, in one program even whole.
+            table = constrain(_table(ends), "vocab", "embed")
+            # Whole along `length` first, so that the table's gradient is summed where its rows are.
+            x = constrain(_rows(table, batch["inputs"]), *WORK)
+            return constrain(x, *STREAM, source=WORK, partial=("vocab",))
+
+    def first(
+        self, ends: Mapping[str, jax.Array], batch: Mapping[str, Any], _key: jax.Array | None = None
+    ) -> Any:
+        """What the first layer takes: the stream, with experts beside sums that are still 0."""
+        x = self.embed(ends, batch)
+        if self.config.experts is None:
+            return x
+        none = jnp.zeros_like(x[:, 0, 0], jnp.float32)
+        return x, dict.fromkeys(STATISTICS, none)
+
+    def layer(self, length: int) -> Layer:
+        """The block as a function `(weights, x, batch, key) -> x`, for sequences of one length.
+
+        With experts `x` is the stream and what `router_statistics` summed so far, per row, over
+        tokens by `batch["weights"]`.
+        """
+        c = self.config
+        by = rotation(length, c.head_size, c.rope_theta)
+
+        def run(weights: Any, x: Any, batch: Any, key: jax.Array | None) -> Any:
+            stream, sums = self.parts(x)
+            counted = batch.get("weights")
+            stream, more = block(c, weights, stream, by, batch.get("segment_ids"), key, counted)
+            return (stream, jax.tree.map(jnp.add, sums, more)) if c.experts else stream
+
+        return run
+
+    def parts(self, x: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The stream that a layer returned, and the sums beside it, if any."""
+        return (x, {}) if self.config.experts is None else x
+
+    def hidden(self, ends: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
+        """The last norm of what the last block returned."""
+        hidden = rms_norm(x, ends["norm"], self.config.norm_eps)
+        return constrain(hidden, *WORK, source=STREAM, into=("vocab",))
+
+    @staticmethod
+    def output_table(ends: Mapping[str, jax.Array]) -> jax.Array:
+        """[embed, vocab]: the head, or the embedding turned over where it is tied."""
+        return weight(ends["head"], "embed", "vocab") if "head" in ends else _table(ends).T
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Returns f32[..., vocab] of any part of what `__call__` returned, [..., embed].
+
+        One position's logits cost one row: `model.logits(hidden[:, -1])` is what sampling needs.
+        """
+        return jnp.matmul(
+            hidden, self.output_table(self.ends()), preferred_element_type=jnp.float32
+        )
+
+
+def _table(ends: Mapping[str, jax.Array]) -> jax.Array:
+    return weight(ends["embedding"], "vocab", "embed")
+
+
+def _rows(table: jax.Array, inputs: jax.Array) -> jax.Array:
+    """Rows of a table by token; those of another shard's tokens are 0."""
+    rows = table.shape[0]
+    start = shard_start("vocab", rows)
+    if isinstance(start, int):
+        return jnp.take(table, inputs, axis=0)
+    own = inputs - start
+    inside = (own >= 0) & (own < rows)
+    found = jnp.take(table, jnp.clip(own, 0, rows - 1), axis=0)
+    return jnp.where(inside[..., None], found, 0)
+
+
+def parameter_count(config: DecoderConfig) -> int:
+    """Number of parameters of a decoder, without building it.
+
+    >>> parameter_count(DecoderConfig(vocab=16, embed_dim=8, num_layers=2, num_heads=2, mlp_dim=16))
+    1576
+    """
+    abstract = jax.eval_shape(lambda: nnx.state(Decoder(config, nnx.Rngs(0)), nnx.Param))
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(abstract))

@@ -1,0 +1,75 @@
+"""Attention by JAX's splash kernel for TPUs: blocks that the mask hides are never computed.
+
+Dims: B batch, T length, N query heads, K key heads, H head width.
+
+A Pallas kernel is opaque to the partitioner, so each device runs it on its own rows and heads.
+"""
+
+import jax
+from jax.experimental.pallas.ops.tpu import splash_attention as kernels
+
+from ._overridable import on_own_part
+
+# Larger tiles do not fit the vector memory of a v5e core in the backward kernels.
+_LARGEST_BLOCK = 512
+_LANES = 128  # of a TPU's vector unit; blocks are whole multiples
+
+_QUERIES = ("batch", "length", "heads", "head_dim")
+_KEYS = ("batch", "length", "kv_heads", "head_dim")
+_ROWS = ("batch", "length")
+
+
+def splash(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segment_ids: jax.Array | None,
+    causal: bool,
+    interpret: bool = False,
+) -> jax.Array:
+    """Returns attention as `attention` defines it, computed by TPU kernels.
+
+    Args:
+      q_BTNH: queries; `length` is a multiple of 128.
+      k_BTKH: keys.
+      v_BTKH: values.
+      segment_ids: i32[batch, length] or None.
+      causal: whether a query sees only keys at its own position and before.
+      interpret: run the kernels step by step on any backend, for tests.
+    """
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, *segments: jax.Array) -> jax.Array:
+        kernel = _kernel(q.shape[2], q.shape[1], causal, interpret)
+        heads_first = [x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v)]
+        if not segments:
+            return jax.vmap(kernel)(*heads_first).swapaxes(1, 2)
+        ids = kernels.SegmentIds(segments[0], segments[0])
+        return jax.vmap(kernel)(*heads_first, ids).swapaxes(1, 2)
+
+    segments = () if segment_ids is None else (segment_ids,)
+    names = (_QUERIES, _KEYS, _KEYS, *(_ROWS for _ in segments))
+    return on_own_part(local, names, _QUERIES)(q_BTNH, k_BTKH, v_BTKH, *segments)
+
+
+def _kernel(heads: int, length: int, causal: bool, interpret: bool) -> jax.typing.ArrayLike:
+    kind = kernels.CausalMask if causal else kernels.FullMask
+    block = next(size for size in (_LARGEST_BLOCK, 256, _LANES) if length % size == 0)
+    sizes = kernels.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+    # Under the name of the output, so that a policy which keeps one keeps both.
+    return kernels.make_splash_mha(
+        kernels.MultiHeadMask([kind((length, length)) for _ in range(heads)]),
+        head_shards=1,
+        q_seq_shards=1,
+        block_sizes=sizes,
+        residual_checkpoint_name="attn_mix",
+        interpret=interpret,
+    )

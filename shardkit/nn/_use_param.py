@@ -1,0 +1,31 @@
+"""`sk.weight`: a weight where it is used, so that a strategy may say when it is gathered."""
+
+import jax
+
+from ._manual_axis_rules import on_shards, use_weight
+from ._overridable import region
+
+
+def weight(x: jax.Array, *names: str | None) -> jax.Array:
+    """Marks a weight at its use, inside the layer that uses it.
+
+    By default a weight that is split over an axis like `fsdp` is gathered for the forward pass,
+    dropped, and gathered again for the backward pass; the mark changes nothing. Under
+    `strategies.fsdp(reshard_after_forward=False)` it is gathered once and kept in between.
+
+    In `mode="shard_map"` the mark is the gather, and a weight without one is gathered before the
+    loss: mark inside the layer, so that one layer's weights are whole at a time.
+
+    Args:
+      x: the weight, any shape and dtype; one layer's, where layers are stacked and scanned.
+      *names: one logical axis name per dim, as a strategy's table of activations lists them, None
+        for a dim that stays whole: `sk.weight(w, "embed", "mlp")`.
+
+    Returns:
+      `x`, unchanged in value.
+
+    >>> import jax.numpy as jnp
+    >>> weight(jnp.ones((2, 3)), "embed", "mlp").shape
+    (2, 3)
+    """
+    return (use_weight if on_shards() else region("weight", use_weight))(x, names)

@@ -1,0 +1,1 @@
+"""Context parallelism: the length of every row split over a mesh axis."""

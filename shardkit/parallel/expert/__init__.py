@@ -1,0 +1,1 @@
+"""Expert parallelism: experts split over a mesh axis, tokens exchanged."""

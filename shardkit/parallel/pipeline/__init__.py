@@ -1,0 +1,1 @@
+"""Pipeline parallelism: layers in stages, worked through by a tick table."""

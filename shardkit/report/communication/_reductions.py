@@ -1,0 +1,95 @@
+"""How often each gradient byte is reduced over a mesh axis in one step."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from .._program import Placed
+from ..hlo._hlo import shapes_of
+from ._ledger import Ledger, Row
+
+_TILE = 8 * 128
+REDUCING = ("all-reduce", "reduce-scatter")
+
+
+def gradient_reductions(
+    ledger: Ledger, axis: str, leaves: Sequence[Placed], sizes: Mapping[str, int]
+) -> list[tuple[Row, float]]:
+    """Rows that reduce gradients over an axis, each with the elements it reduces per step.
+
+    These are all-reduces and reduce-scatters of arrays in the backward pass and the step's own
+    reduction; in the forward pass, where some losses make their gradients, only those of arrays
+    the size of a parameter's gradient. What the update reduces is the optimizer's own arithmetic.
+
+    Args:
+      ledger: the collectives.
+      axis: a mesh axis.
+      leaves: the arguments of the step, its parameters among them.
+      sizes: mesh axis → size.
+
+    Returns:
+      Rows with elements on one device, as if other axes that split parameters had been reduced
+      over before.
+    """
+    params = [leaf for leaf in leaves if leaf.part == "params"]
+    splitting = {name for leaf in params for name in leaf.axes()}
+    gradients = {_gradient(leaf, axis, sizes) for leaf in params}
+    found = []
+    for row in ledger.where(axis):
+        # Between slices goes the rest of what each reduced inside, unless there was nothing to.
+        if row.kind not in REDUCING or (row.dcn and not row.whole):
+            continue
+        trips = 1 if row.trips is None else row.trips
+        scale = trips / _ways(splitting & set(row.axes), axis, sizes)
+        arrays = [
+            count * scale
+            for count, phase in _elements(row)
+            if phase in ("backward", "other") or (phase == "forward" and count * scale in gradients)
+        ]
+        if arrays:
+            found.append((row, sum(arrays)))
+    return found
+
+
+def reductions_per_step(
+    ledger: Ledger, axis: str, leaves: Sequence[Placed], sizes: Mapping[str, int]
+) -> float:
+    """Elements reduced over an axis per step, in units of one device's gradient.
+
+    1.0 says that every gradient is reduced once, in one collective or in many, whole or layer by
+    layer in a loop; with accumulation of k inside of the loop it is k. One parameter out of
+    several that is reduced twice shows as a fraction above 1. Dtypes do not matter, scalars
+    (losses, norms) do not count. It means something for axes that split the rows of the batch;
+    over others the backward pass also reduces activations.
+
+    A device's gradient is what it holds before the reduction: split over the axes that split the
+    parameter, other than `axis` itself.
+
+    Args:
+      ledger: the collectives.
+      axis: a mesh axis.
+      leaves: the arguments of the step, its parameters among them.
+      sizes: mesh axis → size.
+    """
+    params = [leaf for leaf in leaves if leaf.part == "params"]
+    gradient = sum(_gradient(leaf, axis, sizes) for leaf in params)
+    rows = gradient_reductions(ledger, axis, leaves, sizes)
+    reduced = sum(n for _, n in rows)
+    if any(row.dcn for row, _ in rows):
+        # What goes between slices is packed, each array padded to whole tiles, with the loss.
+        reduced -= min(max(0, reduced - gradient), _TILE * (len(params) + 1))
+    return reduced / gradient if gradient else 0.0
+
+
+def _gradient(leaf: Placed, axis: str, sizes: Mapping[str, int]) -> float:
+    """Elements of a parameter's gradient on one device, before it is reduced over `axis`."""
+    return math.prod(leaf.leaf.shape) / _ways(leaf.axes(), axis, sizes)
+
+
+def _ways(axes: Sequence[str] | set[str], axis: str, sizes: Mapping[str, int]) -> int:
+    return math.prod(sizes[name] for name in axes if name != axis)
+
+
+def _elements(row: Row) -> list[tuple[int, str]]:
+    """Elements and phase of each array of a row; scalars are left out."""
+    counts = [math.prod(shape.dims) for text in row.operands for shape in shapes_of(text)]
+    return [(n, phase) for n, phase in zip(counts, row.phases, strict=True) if n > 1]

@@ -1,0 +1,1 @@
+"""What a user would want to know about a compiled step."""

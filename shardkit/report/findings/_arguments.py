@@ -1,0 +1,59 @@
+"""Which argument of the program an array is another form of: copied, cast, transposed, gathered."""
+
+from ..hlo._hlo import Computation, Instruction, Module
+
+_FORMS = frozenset(
+    """copy copy-start copy-done bitcast convert transpose reshape opt-barrier
+    get-tuple-element""".split()
+)
+_GATHERS = frozenset("all-gather all-gather-start all-gather-done".split())
+_INSIDE = _FORMS | {"parameter", "constant", "tuple"}
+
+
+class Computed(Exception):
+    """An array holds something else than an argument does."""
+
+
+def argument_of(module: Module, here: Computation, name: str) -> int | None:
+    """The argument of the program that an array is another form of.
+
+    Args:
+      module: the compiled program.
+      here: the computation that the array is made in.
+      name: of the instruction that makes it.
+
+    Returns:
+      The argument's number; None where the text does not tell, as for what a loop carries.
+
+    Raises:
+      Computed: it is a result of arithmetic.
+    """
+    one = here.instructions.get(name)
+    while one is not None:
+        if one.opcode == "parameter":
+            return int(one.arguments) if here.name == module.entry else None
+        if one.opcode == "while":
+            return None
+        arrays = [o for o in one.operands if not _is_constant(here, o)]
+        several = len(arrays) != 1
+        if several and one.opcode in ("tuple", "fusion", *_GATHERS):
+            return None
+        if several or not _keeps(module, one):
+            raise Computed
+        one = here.instructions.get(arrays[0])
+    return None
+
+
+def _is_constant(here: Computation, name: str) -> bool:
+    one = here.instructions.get(name)
+    return one is not None and one.opcode == "constant"
+
+
+def _keeps(module: Module, one: Instruction) -> bool:
+    """Whether an instruction with one operand only changes its form."""
+    if one.opcode != "fusion":
+        return one.opcode in _FORMS | _GATHERS
+    inner = [
+        module.computations[callee] for _, callee in one.calls if callee in module.computations
+    ]
+    return all(i.opcode in _INSIDE for c in inner for i in c.instructions.values())

@@ -1,0 +1,147 @@
+"""Reads what XLA prints to file descriptor 2 while it compiles."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ..hlo._groups import read_groups, span_of_groups
+from ..hlo._hlo import shapes_of
+from ..hlo._scope import scope_of
+
+_REMAT = re.compile(
+    r"Involuntary full rematerialization\.[^\n]*?from sharding (?P<source>\{.*?\}) to "
+    r"(?P<target>\{.*?\}) (?:efficiently|without)[^\n]*?HLO operation:? (?P<hlo>[^\n]*)"
+)
+_TILES = re.compile(r"devices=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?(?P<rest>.*)")
+_NAMED = re.compile(r"mesh\[(?P<sizes>[^\]]*)\].*?, \[(?P<dims>.*)\]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rematerialization:
+    """One involuntary full rematerialization.
+
+    Attributes:
+      scope: the model's scope.
+      shape: `f32[8,16,32]`, whole.
+      source: the spec it has, `P('data', None)`, or XLA's own text where that is no spec.
+      target: the spec it is to get.
+      axes: mesh axes in either.
+      nbytes: bytes of the whole array, which every device holds for a moment.
+      between: mesh axes per dim of a spec that is one axis away from the source, and nearer to the
+        target; () where there is none.
+    """
+
+    scope: str
+    shape: str
+    source: str
+    target: str
+    axes: tuple[str, ...]
+    nbytes: int
+    between: tuple[tuple[str, ...], ...] = ()
+
+
+def rematerializations(log: str, mesh: Sequence[tuple[str, int]]) -> list[Rematerialization]:
+    """Finds XLA's warnings about involuntary full rematerialization, each once."""
+    found = {}
+    for match in _REMAT.finditer(log):
+        found[match["source"], match["target"], match["hlo"]] = _read(match, mesh)
+    return list(found.values())
+
+
+def _read(match: re.Match[str], mesh: Sequence[tuple[str, int]]) -> Rematerialization:
+    source, target = (spec_axes(match[end], mesh) for end in ("source", "target"))
+    op_name = re.search(r'op_name="([^"]*)"', match["hlo"])
+    local = shapes_of(match["hlo"])[0]
+    sizes = dict(mesh)
+    # The message names one device's shard, as it is under the source sharding.
+    ways = [math.prod(sizes[axis] for axis in dim) for dim in source or ()]
+    ways += [1] * (len(local.dims) - len(ways))
+    whole = dataclasses.replace(
+        local, dims=tuple(size * n for size, n in zip(local.dims, ways, strict=False))
+    )
+    named = {axis for spec in (source, target) for dim in spec or () for axis in dim}
+    return Rematerialization(
+        scope=scope_of(op_name.group(1)) if op_name else "",
+        shape=str(whole),
+        source=match["source"] if source is None else spec_text(source),
+        target=match["target"] if target is None else spec_text(target),
+        axes=tuple(axis for axis in sizes if axis in named),
+        nbytes=whole.nbytes,
+        between=_between(source or (), target or (), whole.dims, sizes),
+    )
+
+
+def _between(
+    source: Sequence[tuple[str, ...]],
+    target: Sequence[tuple[str, ...]],
+    whole: Sequence[int],
+    sizes: Mapping[str, int],
+) -> tuple[tuple[str, ...], ...]:
+    """The source with the first axis moved that is on another dim of the target.
+
+    >>> _between([("data",), (), ("tensor",)], [(), ("data", "tensor"), ()], (8, 32, 64),
+    ...          {"data": 2, "tensor": 4})
+    ((), ('data',), ('tensor',))
+    """
+    place = {axis: dim for dim, axes in enumerate(target) for axis in axes}
+    for dim, axes in enumerate(source):
+        for axis in axes:
+            to = place.get(axis, dim)
+            if to == dim or len(source) != len(target):
+                continue
+            moved = [tuple(a for a in one if a != axis) for one in source]
+            moved[to] = (*moved[to], axis)
+            ways = math.prod(sizes[a] for a in moved[to])
+            if whole[to] % ways == 0 and tuple(moved) != tuple(target):
+                return tuple(moved)
+    return ()
+
+
+def spec_axes(text: str, mesh: Sequence[tuple[str, int]]) -> tuple[tuple[str, ...], ...] | None:
+    """Reads a sharding as XLA prints it: mesh axes per dim; None for other forms.
+
+    >>> mesh = [("data", 2), ("tensor", 4)]
+    >>> spec_axes("{devices=[1,8,1]<=[2,4]T(1,0)}", mesh)
+    ((), ('data', 'tensor'), ())
+    >>> spec_axes("{mesh['data'=2,'tensor'=4], [{'data'}, {}]}", mesh)
+    (('data',), ())
+    """
+    if match := _NAMED.search(text):
+        dims = re.findall(r"\{([^}]*)\}", match["dims"])
+        named = tuple(tuple(re.findall(r"'([^']+)'", dim)) for dim in dims)
+        known = {name for name, _ in mesh}
+        return named if all(axis in known for dim in named for axis in dim) else None
+    if "replicated}" in text and "devices" not in text:
+        return ()
+    if match := _TILES.search(text):
+        return _tiled(match, mesh)
+    return None
+
+
+def _tiled(
+    match: re.Match[str], mesh: Sequence[tuple[str, int]]
+) -> tuple[tuple[str, ...], ...] | None:
+    """Axes of each dim of `devices=[2,1,4]<=[8]`: those that vary along it, if wholly."""
+    tiles = [int(n) for n in match[1].split(",")]
+    order = f"T({match[3]})" if match[3] else ""
+    (ids,) = read_groups(f"[1,{math.prod(tiles)}]<=[{match[2]}]{order}", math.prod(tiles))
+    grid = ids.reshape(tiles)
+    dims = len(tiles) - ("last_tile_dim" in match["rest"])
+    spans = [
+        span_of_groups(list(np.moveaxis(grid, d, -1).reshape(-1, tiles[d])), mesh)
+        for d in range(dims)
+    ]
+    return tuple(span.axes for span in spans) if all(span.whole for span in spans) else None
+
+
+def spec_text(dims: Sequence[Sequence[str]]) -> str:
+    """Writes axes per dim as a spec.
+
+    >>> spec_text([("data",), (), ("fsdp", "tensor")])
+    "P('data', None, ('fsdp', 'tensor'))"
+    """
+    entries = [repr(tuple(d)) if len(d) > 1 else repr(d[0]) if d else "None" for d in dims]
+    return f"P({', '.join(entries)})"

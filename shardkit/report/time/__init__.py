@@ -1,0 +1,1 @@
+"""FLOPs, memory traffic and a modelled timeline of a compiled step."""

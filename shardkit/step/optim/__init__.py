@@ -1,0 +1,1 @@
+"""Where the state of an optax chain is laid out."""

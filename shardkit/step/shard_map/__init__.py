@@ -1,0 +1,1 @@
+"""`mode="shard_map"`: loss and gradients with explicit collectives."""

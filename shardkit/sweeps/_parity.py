@@ -1,0 +1,58 @@
+"""Whether the step of a case gives the numbers of one device."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from .._core.errors import VerificationError
+from ..parity import Standard, Trial, format_error, made_up
+from ..step import CompiledStep
+
+_STEPS = 2  # the second one shows whether anything compiles anew
+
+
+class Parity:
+    """Certificates of many steps; cases with the same micro-batches share one reference.
+
+    Attributes:
+      batches: host batches; None for made-up ones.
+    """
+
+    def __init__(self, batches: Sequence[Any] | None) -> None:
+        """Makes no reference yet."""
+        self.batches = batches
+        self._standards: dict[int, Standard] = {}
+
+    def verdict(self, step: CompiledStep) -> dict[str, Any]:
+        """Compares a step with one device; plain values, `ok` and the check nearest to its limit.
+
+        Where nothing can be compared, `ok` is None and `why` says it.
+        """
+        try:
+            rows = self._standard(step).rows(step)
+        except VerificationError as error:
+            return {"ok": None, "why": str(error)}
+        worst = max(rows, key=lambda row: (not row.ok, row.error / (row.threshold or 1.0)))
+        why = worst.why or f"{worst.leaf} is off by {format_error(worst.error)}"
+        return {
+            "ok": all(row.ok for row in rows),
+            "checks": len(rows),
+            "failed": [row.check for row in rows if not row.ok],
+            "check": worst.check,
+            "leaf": worst.leaf,
+            "error": worst.error,
+            "threshold": worst.threshold,
+            "why": ""
+            if worst.ok
+            else f"{worst.check}: {why}, at most {format_error(worst.threshold)}",
+        }
+
+    def _standard(self, step: CompiledStep) -> Standard:
+        micro = step.spec.accumulate.steps
+        if micro not in self._standards:
+            given = made_up(step) if self.batches is None else self.batches
+            device = step.mesh.devices.flat[0]
+            trial = Trial(given, _STEPS, jax.random.key(0))
+            self._standards[micro] = Standard(step.spec, device, trial)
+        return self._standards[micro]
