@@ -1,6 +1,7 @@
 """Files are complete or absent, whatever the system refuses; tables keep every character."""
 
 import contextlib
+import io
 import os
 import resource
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 from matplotlib.figure import Figure
+from rich.console import Console
 
 import shardkit as sk
 from shardkit._core.io import (
@@ -270,7 +272,9 @@ def test_a_table_keeps_every_character_and_its_numbers_whole(width):
 def test_numbers_are_never_cut_even_where_there_is_no_room():
     rows = [["layers/attention/query", "1,234,567,890 B"]]
     text = Table(["leaf", Column("bytes", right=True)], rows).to_text(5)
-    assert text.splitlines()[1] == "layers/   1,234,567,890 B"
+    header, first, *_ = text.splitlines()
+    assert first == "layers/   1,234,567,890 B"
+    assert len(header) == len(first)
 
 
 def test_columns_are_aligned_whatever_the_characters():
@@ -300,6 +304,16 @@ def test_a_terminal_folds_and_a_pipe_does_not(terminal, capsys):
     out = capsys.readouterr().out
     assert "[/nope] :fire:" in out
     assert len(out.splitlines()) == (5 if terminal else 3)
+
+
+def test_a_terminal_shows_the_styles_of_rows_and_names_as_they_are():
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, color_system="standard", width=40)
+    print_table(console, Table(["name"], [["[/nope]"], [":fire:"]], styles={1: "red"}))
+    header, plain, red = out.getvalue().splitlines()
+    assert header == "\x1b[1mname\x1b[0m"
+    assert plain == "[/nope]"
+    assert red == "\x1b[31m:fire:\x1b[0m"
 
 
 @pytest.mark.parametrize("width", range(1, 30))

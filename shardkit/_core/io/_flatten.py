@@ -17,8 +17,8 @@ def flatten(tree: Mapping[str, Any], separator: str = ".", prefix: str = "") -> 
     Returns:
       Path → value.
 
-    >>> flatten({"model": {"layers": 4, "rope": {}}, "seed": 0})
-    {'model.num_layers': 4, 'model.rope': {}, 'seed': 0}
+    >>> flatten({"train": {"steps": 4, "profile": {}}, "name": "nano"})
+    {'train.steps': 4, 'train.profile': {}, 'name': 'nano'}
     >>> flatten({"decoder": {"up": 1}}, separator="/")
     {'decoder/up': 1}
     """
