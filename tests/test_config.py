@@ -354,5 +354,5 @@ def test_compiler_options_reach_the_compiler():
 def test_a_record_with_fields_of_an_older_version_is_refused_not_misread():
     record = to_record(Config())
     record["train"]["keep"] = record["train"].pop("max_to_keep")
-    with pytest.raises(ConfigError, match="no field 'keep'.*Did you mean 'max_to_keep'"):
+    with pytest.raises(ConfigError, match=r"no field 'keep'.*Did you mean 'max_to_keep'"):
         from_record(record, "runs/old")
