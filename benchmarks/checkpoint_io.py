@@ -106,7 +106,7 @@ def save(work: pathlib.Path, gigabytes: float) -> dict[str, float]:
         blocked = time.perf_counter() - start
         checkpoints.wait()
         total = time.perf_counter() - start
-    return {"seconds": total, "blocked": blocked, "extra": memory.highest - memory.before}
+    return {"seconds": total, "blocked": blocked, "model_state": memory.highest - memory.before}
 
 
 def save_in_training(work: pathlib.Path, gigabytes: float) -> dict[str, float]:
@@ -122,7 +122,7 @@ def save_in_training(work: pathlib.Path, gigabytes: float) -> dict[str, float]:
         mesh=sk.MeshSpec(**axes).build(),
         strategy=sk.Strategy(params=sk.PathRules({"**": spec}), batch=PartitionSpec("fsdp")),
     )
-    batch = step.put({"x": np.ones((ROWS, 4096), np.float32)})
+    batch = step.shard_batch({"x": np.ones((ROWS, 4096), np.float32)})
     state = step.init(jax.random.key(0))
 
     def update(state: Any) -> tuple[Any, float]:
@@ -151,7 +151,7 @@ def save_in_training(work: pathlib.Path, gigabytes: float) -> dict[str, float]:
     return {
         "seconds": total,
         "blocked": blocked,
-        "extra": memory.highest - memory.before,
+        "model_state": memory.highest - memory.before,
         "step": each,
         "beside": statistics.median(disturbed),
     }
@@ -166,7 +166,7 @@ def restore(work: pathlib.Path, gigabytes: float, layout: str) -> dict[str, floa
         start = time.perf_counter()
         jax.block_until_ready(sk.Checkpointer(work / "steps").restore(like, to).state)
         seconds = time.perf_counter() - start
-    return {"seconds": seconds, "blocked": seconds, "extra": memory.highest - memory.before}
+    return {"seconds": seconds, "blocked": seconds, "model_state": memory.highest - memory.before}
 
 
 def dd(work: pathlib.Path, gigabytes: float, reading: bool) -> dict[str, float]:
@@ -182,7 +182,7 @@ def dd(work: pathlib.Path, gigabytes: float, reading: bool) -> dict[str, float]:
     start = time.perf_counter()
     subprocess.run(["dd", "bs=1M", *words], check=True, stderr=subprocess.DEVNULL)
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "blocked": seconds, "extra": 0.0}
+    return {"seconds": seconds, "blocked": seconds, "model_state": 0.0}
 
 
 def contestants(work: pathlib.Path, size: float) -> dict[str, Any]:
@@ -258,7 +258,7 @@ def _row(name: str, found: list[dict[str, float]], gigabytes: float) -> dict[str
         "seconds": f"{middle['seconds']:.2f} ({min(spread):.2f}-{max(spread):.2f})",
         "GB/s": f"{gigabytes / middle['seconds']:.2f}",
         "caller waits, s": f"{middle['blocked']:.2f}",
-        "memory above before, GB": f"{middle['extra']:.2f}",
+        "memory above before, GB": f"{middle['model_state']:.2f}",
     }
 
 

@@ -69,7 +69,7 @@ def compared(kinds: str, steps: int, given: list[Any]) -> tuple[list[dict[str, A
     """Trains both on one mesh; returns the means of each tenth of the run, and a sentence."""
     import shardkit as sk
 
-    made = [step_of(kinds, how) for how in (None, sk.Compression("data"))]
+    made = [step_of(kinds, how) for how in (None, sk.GradientCompression("data"))]
     sent = [step.report().ledger.total("data") for step in made]
     curves = [curve(step, given) for step in made]
     name = kinds.replace("|", " × ")

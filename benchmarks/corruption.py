@@ -106,7 +106,7 @@ def found(root: pathlib.Path) -> bool:
     """Whether the look before a restore reports damage."""
     try:
         SavedStep.open(root).check_files()
-    except sk.DamageError:
+    except sk.errors.CheckpointCorruptedError:
         return True
     return False
 

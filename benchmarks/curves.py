@@ -86,7 +86,7 @@ def curve(name: str, steps: int) -> list[float]:
     )
     state, losses = step.init(jax.random.key(config.train.seed)), []
     for i in range(steps):
-        state, metrics = step(state, step.put(text.batch(i)))
+        state, metrics = step(state, step.shard_batch(text.batch(i)))
         losses.append(float(metrics["loss"]))
     return losses
 

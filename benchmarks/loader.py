@@ -96,7 +96,7 @@ def overlap(devices: int, turns: int, folder: Path) -> list[dict[str, Any]]:
     mesh = sk.MeshSpec(data=devices, tensor=1).build()
     strategy, optimizer = sk.strategies.data() | sk.strategies.tensor(), config.optimizer
     step = compile_run(config.model, text.config, mesh, strategy, optimizer.build(100))
-    fixed = step.put(text.batch(0))
+    fixed = step.shard_batch(text.batch(0))
     ahead = sk.data.Loader(text, step.batch_shardings)
     at_once = sk.data.Loader(text, step.batch_shardings, prefetch=0)
     contestants = {

@@ -68,7 +68,7 @@ def child(devices: int, size: str, turns: int) -> None:
         out_shardings=(step.shardings, whole),
         donate_argnums=0,
     )
-    placed = step.put(batch)
+    placed = step.shard_batch(batch)
     states = {"jit": step.init(jax.random.key(0)), "step": step.init(jax.random.key(0))}
 
     def run(name, call):

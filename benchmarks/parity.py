@@ -42,7 +42,11 @@ def line(name: str) -> str:
     sent = ", ".join(f"{axis} {ratio:.2f}" for axis, ratio in ratios.items())
     title = f"{name} (deep)" if case.model == _parity.DEEP else name
     accumulate = case.accumulate
-    micro = accumulate if isinstance(accumulate, int) else f"{accumulate.steps}, reduced in each"
+    micro = (
+        accumulate
+        if isinstance(accumulate, int)
+        else f"{accumulate.micro_batches}, reduced in each"
+    )
     cells = [title, mesh, str(micro), case.precision, case.remat, worst.leaf]
     cells += [f"{worst.error:.1e}", f"{worst.noise:.1e}", sent]
     cells.append(case.why if any(ratio > 1.1 for ratio in ratios.values()) else "")

@@ -27,7 +27,7 @@ KINDS = (("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zero_bubble", 1))
 
 def loss(params, batch, key):
     """A residual stack whose activations are made from a few bytes of batch."""
-    return sk.staged(
+    return sk.nn.layer_stack(
         lambda ends, batch, key: batch["x"][:, None, None] * ends,
         lambda w, x, batch, key: x + jnp.tanh(x @ w),
         lambda ends, x, batch: (x**2).mean(),
@@ -40,8 +40,8 @@ def loss(params, batch, key):
 def init(key):
     """Weights of `LAYERS` layers."""
     return {
-        "start": sk.Named(jnp.ones((LENGTH, WIDTH)), (None, "embed")),
-        "w": sk.Named(jnp.ones((LAYERS, WIDTH, WIDTH)) / WIDTH, ("layers", "embed", "mlp")),
+        "start": sk.WithAxes(jnp.ones((LENGTH, WIDTH)), (None, "embed")),
+        "w": sk.WithAxes(jnp.ones((LAYERS, WIDTH, WIDTH)) / WIDTH, ("layers", "embed", "mlp")),
     }
 
 

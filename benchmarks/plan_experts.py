@@ -59,7 +59,7 @@ def row(one: Candidate) -> dict[str, Any]:
     memory, timeline = report.memory, report.timeline
     assert memory.total is not None
     assert timeline is not None
-    state = memory.params + memory.opt_state + memory.extra + memory.rest
+    state = memory.params + memory.opt_state + memory.model_state + memory.rest
     temp = memory.total - state - memory.batch
     wire = {", ".join(axes): float(n) for axes, n in report.ledger.by_axes().items()}
     pairs = {
@@ -83,7 +83,7 @@ def main() -> None:
             c
             for c in made.rows
             if {axis: n for axis, n in c.mesh.items() if n > 1} == sizes
-            and (c.zero, c.remat, c.accumulate.steps) == (zero, remat, 1)
+            and (c.zero, c.remat, c.accumulate.micro_batches) == (zero, remat, 1)
         )
         for sizes, zero, remat in LAYOUTS
     ]

@@ -28,7 +28,7 @@ from shardkit.mesh import Target
 from shardkit.planner import (
     Candidate,
     Plan,
-    Space,
+    SearchSpace,
     code_of,
     plan,
     report_of,
@@ -65,7 +65,7 @@ COMMON = {
     "data.seq_len": "128",
     "optimizer.name": "adamw",
 }
-SPACE = Space(
+SPACE = SearchSpace(
     axes=("data", "fsdp", "tensor"), accumulate=(1, 2), zero=(0, 1), max_size={"tensor": 8}
 )
 # (model, target, every n-th of its layouts); the first is a whole sweep without accumulation.
@@ -122,7 +122,7 @@ class Layout:
     def name(self) -> str:
         """Tells the row from all others."""
         sizes = ", ".join(f"{axis}={n}" for axis, n in self.mesh)
-        how = f"accumulate={self.accumulate.steps} ({self.accumulate.reduce})"
+        how = f"accumulate={self.accumulate.micro_batches} ({self.accumulate.reduce})"
         return f"{self.sweep}: {sizes}, {how}, remat={self.remat}, zero={self.zero}"
 
 
@@ -182,7 +182,7 @@ def read(report: Report) -> Row:
     memory, timeline = report.memory, report.timeline
     assert memory.total is not None
     assert timeline is not None
-    state = memory.params + memory.opt_state + memory.extra + memory.rest
+    state = memory.params + memory.opt_state + memory.model_state + memory.rest
     sent: dict[tuple[str, ...], float] = {}
     for row in report.ledger:
         key = (", ".join(row.axes), row.kind, row.dtype, row.phase, row.scope)
@@ -307,7 +307,7 @@ def ranking(pairs: Mapping[str, Pair]) -> list[dict[str, str]]:
 
 
 def _naive(c: Candidate, axis: str) -> bool:
-    plain = (c.zero, c.accumulate.steps) == (0, 1)
+    plain = (c.zero, c.accumulate.micro_batches) == (0, 1)
     return plain and {a for a, n in c.mesh.items() if n > 1} == {axis}
 
 
@@ -339,9 +339,9 @@ def speed() -> list[dict[str, str]]:
     table = []
     for axes in SPEED_AXES:
         start, busy = time.monotonic(), time.process_time()
-        made = plan(declared, SPEED_TARGET, space=Space(axes=axes))
+        made = plan(declared, SPEED_TARGET, space=SearchSpace(axes=axes))
         wall, busy = time.monotonic() - start, time.process_time() - busy
-        search = Search.of(declared, Target.parse(SPEED_TARGET), Space(axes=axes), 0.0)
+        search = Search.of(declared, Target.parse(SPEED_TARGET), SearchSpace(axes=axes), 0.0)
         search.run()
         again = time.monotonic()
         search.run()

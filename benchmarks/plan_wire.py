@@ -14,7 +14,7 @@ from _harness import write
 
 import shardkit as sk
 from shardkit.mesh import MeshSpec
-from shardkit.planner import Space
+from shardkit.planner import SearchSpace
 from shardkit.planner._declared_step import modelled
 from shardkit.sweeps import ConfigFactory
 
@@ -48,7 +48,7 @@ def compare(mode: str, sequence: bool) -> Iterator[tuple[str, dict[str, float]]]
     """Each mesh with its errors by axis."""
     kind = f"tensor(sequence={sequence})"
     factory = ConfigFactory("", (*MODEL, f"compile.mode={mode}", f"strategy=data|fsdp|{kind}"))
-    for sizes in Space(axes=("data", "fsdp", "tensor")).meshes(8):
+    for sizes in SearchSpace(axes=("data", "fsdp", "tensor")).meshes(8):
         used = {axis: n for axis, n in sizes.items() if n > 1}
         mesh = MeshSpec(**sizes).build()
         declared = factory(mesh, accumulate=1, remat="none")

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from ._core.types import Accumulate as Accumulate
     from ._core.types import Loss as Loss
     from ._core.types import Mean as Mean
-    from ._core.types import Named as WithAxes  # noqa: F401
     from ._core.types import Variables as Variables
+    from ._core.types import WithAxes as WithAxes
     from .adapters import Model as Model
     from .adapters import from_linen as from_linen
     from .adapters import from_nnx as from_nnx
@@ -26,24 +26,24 @@ if TYPE_CHECKING:
     from .hardware import Chip as Chip
     from .mesh import MeshSpec as MeshSpec
     from .mesh import simulate_devices as simulate_devices
-    from .nn._manual_axis_rules import PerShard as ShardMapLoss  # noqa: F401
-    from .parallel import Compression as GradientCompression  # noqa: F401
+    from .nn._manual_axis_rules import ShardMapLoss as ShardMapLoss
+    from .parallel import GradientCompression as GradientCompression
     from .parallel import Strategy as Strategy
     from .parallel import strategies as strategies
-    from .parity import Certificate as ParityReport  # noqa: F401
+    from .parity import ParityReport as ParityReport
     from .parity import verify as verify
     from .planner import Plan as Plan
-    from .planner import Space as SearchSpace  # noqa: F401
+    from .planner import SearchSpace as SearchSpace
     from .planner import plan as plan
-    from .processes import Peers as ProcessGroup  # noqa: F401
+    from .processes import ProcessGroup as ProcessGroup
     from .processes import distributed as distributed
     from .report import Budget as Budget
     from .report import Report as Report
     from .rules import REPLICATED as REPLICATED
     from .rules import AxisRules as AxisRules
     from .rules import PathRules as PathRules
-    from .rules import chain as first_match  # noqa: F401
-    from .rules import explain as explain_rules  # noqa: F401
+    from .rules import explain_rules as explain_rules
+    from .rules import first_match as first_match
     from .rules import shard_largest as shard_largest
     from .run import Callback as Callback
     from .run import TrainConfig as TrainConfig
@@ -68,23 +68,23 @@ else:
             "Chip": ".hardware",
             "CompiledStep": ".step",
             "Config": ".config",
-            "GradientCompression": ".parallel:Compression",
+            "GradientCompression": ".parallel",
             "Loss": "._core.types",
             "Mean": "._core.types",
             "MeshSpec": ".mesh",
             "Mismatch": ".run.guards",
             "Model": ".adapters",
-            "ParityReport": ".parity:Certificate",
+            "ParityReport": ".parity",
             "PathRules": ".rules",
             "Plan": ".planner",
             "Precision": "._core.precision",
-            "ProcessGroup": ".processes:Peers",
+            "ProcessGroup": ".processes",
             "REPLICATED": ".rules",
             "Report": ".report",
             "RetentionPolicy": ".checkpoint",
             "RetraceWarning": "._core.errors",
-            "SearchSpace": ".planner:Space",
-            "ShardMapLoss": ".nn._manual_axis_rules:PerShard",
+            "SearchSpace": ".planner",
+            "ShardMapLoss": ".nn._manual_axis_rules",
             "ShardkitError": "._core.errors",
             "StepSpec": ".step",
             "Strategy": ".parallel",
@@ -93,14 +93,14 @@ else:
             "TrainState": "._core.train_state",
             "Trainer": ".run",
             "Variables": "._core.types",
-            "WithAxes": "._core.types:Named",
+            "WithAxes": "._core.types",
             "check_replicas": ".run.guards",
             "compile_step": ".step",
             "data": None,
             "distributed": ".processes",
             "errors": None,
-            "explain_rules": ".rules:explain",
-            "first_match": ".rules:chain",
+            "explain_rules": ".rules",
+            "first_match": ".rules",
             "from_linen": ".adapters",
             "from_nnx": ".adapters",
             "nn": None,

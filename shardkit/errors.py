@@ -3,9 +3,9 @@
 from ._core.errors import (
     BatchError,
     BudgetError,
+    CheckpointCorruptedError,
     CheckpointError,
     ConfigError,
-    DamageError,
     DataError,
     MeshError,
     ProcessError,
@@ -23,9 +23,9 @@ from ._core.errors import (
 __all__ = [
     "BatchError",
     "BudgetError",
+    "CheckpointCorruptedError",
     "CheckpointError",
     "ConfigError",
-    "DamageError",
     "DataError",
     "MeshError",
     "ProcessError",

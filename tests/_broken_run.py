@@ -57,10 +57,10 @@ def broken(how, process, i):
 
 def train(folder, step, how="", peers=None):
     """Trains to the end, or to what breaks it; goes on with what is there."""
-    peers = peers or sk.Peers()
+    peers = peers or sk.ProcessGroup()
 
     def data(i):
-        return {name: x[step.rows] for name, x in broken(how, peers.index, i).items()}
+        return {name: x[step.local_rows] for name, x in broken(how, peers.index, i).items()}
 
     return sk.Trainer(step, data, folder, CONFIG, record={"model": "tanh"}, peers=peers).run()
 

@@ -31,8 +31,8 @@ def make_state(seed: int = 0, step: int = 3) -> TrainState:
         "none": jnp.zeros((0, 4)),
     }
     opt_state = optax.adam(1e-3).init(params)
-    extra = {"seen": jnp.arange(8, dtype=jnp.int32), "on": jnp.array([True, False])}
-    return TrainState(jnp.int32(step), params, opt_state, extra, keys[2], jnp.bool(False))
+    model_state = {"seen": jnp.arange(8, dtype=jnp.int32), "on": jnp.array([True, False])}
+    return TrainState(jnp.int32(step), params, opt_state, model_state, keys[2], jnp.bool(False))
 
 
 def shardings(state: TrainState, mesh: str = "data=2 x tensor=4") -> TrainState:

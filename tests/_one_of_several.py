@@ -73,7 +73,7 @@ class Read:
 
 def fed(step, batch):
     """The rows of a batch that this process has to give."""
-    return {name: x[step.rows] for name, x in batch.items()}
+    return {name: x[step.local_rows] for name, x in batch.items()}
 
 
 def train(step, state, start, stop, text=TEXT):
@@ -89,8 +89,8 @@ def train(step, state, start, stop, text=TEXT):
 def refused(step):
     """What a process is told that feeds other rows than its own."""
     try:
-        step.put({name: x[:3] for name, x in TEXT.batch(0).items()})
-    except sk.BatchError as error:
+        step.shard_batch({name: x[:3] for name, x in TEXT.batch(0).items()})
+    except sk.errors.BatchError as error:
         return str(error)
     return "nothing"
 
@@ -118,7 +118,7 @@ def main(folder: Path) -> None:
         read = Read()
         state, losses = train(step, step.init(jax.random.key(0)), 0, STEPS, read)
         gradients = whole(step.gradients(state, fed(step, TEXT.batch(0)))[1])
-        score = step.evaluate(state, step.put(fed(step, TEXT.held_out_batch(0))))["loss"]
+        score = step.evaluate(state, step.shard_batch(fed(step, TEXT.held_out_batch(0))))["loss"]
         told = {
             "losses": losses,
             "read": read.asked,

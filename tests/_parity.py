@@ -97,7 +97,7 @@ ROOM = "pads what goes to each device to the room for all tokens, and sums each 
 DEEP = {"num_layers": 16}
 ENDS = "sends two activations more for embedding and loss, beside only two layers"
 TIED = {"tie_embeddings": True, "bias": True, "loss_chunks": 2}
-EACH_OF_2 = sk.Accumulate(2, "each")
+EACH_OF_2 = sk.Accumulate(2, "every")
 MANUAL = {"mode": "shard_map"}
 KEPT = fsdp(reshard_after_forward=False)
 GROUPS = functools.partial(tensor, kv_heads="replicate")
@@ -344,7 +344,7 @@ def _reference(shared):
     start = reference.start(TRIAL.key)
     record = reference.run(TRIAL, start, CLIPPED)
     assert CLIP < float(record[NORM]["grad_norm"]), "the clip does not act"
-    dtype = jnp.dtype(spec.precision.compute)
+    dtype = jnp.dtype(spec.precision.compute_dtype)
     noises = [reference.run(TRIAL, nudged(start, dtype, seed), CLIPPED) for seed in range(2)]
     return record, noises, Limits.of(dtype)
 
@@ -357,7 +357,7 @@ def observe(step):
     state, first = step(state, TRIAL.batch(0))
     record |= {GRADIENTS: host(state.opt_state[0].trace), SGD: host(state.params)}
     with counted_compiles() as count:
-        placed = step.put(TRIAL.batch(1))
+        placed = step.shard_batch(TRIAL.batch(1))
         state, second = step(state, placed)
     parts = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     wrong = misplaced(parts, specs, step.mesh, "after two steps")
@@ -367,7 +367,7 @@ def observe(step):
 
 def _leaves(state):
     found = {}
-    for part in ("params", "opt_state", "extra"):
+    for part in ("params", "opt_state", "model_state"):
         found |= host(getattr(state, part), part)
     return found
 
@@ -381,7 +381,7 @@ def certificate(name, found=None):
     """The rows of `sk.verify` for a case, from the one step; or for `found` in place of it."""
     reference, noises, limits = _reference(alike(CASES[name]))
     rows = compare(name, found or observed(name), reference, noises, limits)
-    return sk.Certificate(tuple(rows), name)
+    return sk.ParityReport(tuple(rows), name)
 
 
 def ratios(name):

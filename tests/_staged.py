@@ -13,12 +13,12 @@ VOCAB, WIDTH, LENGTH = 16, 8, 4
 def init(key, layers=4):
     table, up, down = jax.random.split(key, 3)
     return {
-        "table": sk.Named(jax.random.normal(table, (VOCAB, WIDTH)), ("vocab", "embed")),
-        "scale": sk.Named(jnp.ones((WIDTH,)), ("norm",)),
-        "up": sk.Named(
+        "table": sk.WithAxes(jax.random.normal(table, (VOCAB, WIDTH)), ("vocab", "embed")),
+        "scale": sk.WithAxes(jnp.ones((WIDTH,)), ("norm",)),
+        "up": sk.WithAxes(
             jax.random.normal(up, (layers, WIDTH, 2 * WIDTH)) / 3, ("layers", "embed", "mlp")
         ),
-        "down": sk.Named(
+        "down": sk.WithAxes(
             jax.random.normal(down, (layers, 2 * WIDTH, WIDTH)) / 4, ("layers", "mlp", "embed")
         ),
     }
@@ -26,12 +26,12 @@ def init(key, layers=4):
 
 def first(ends, batch, key):
     x = jnp.take(ends["table"], batch["tokens"], axis=0)
-    return sk.constrain(drop(x, key), "batch", "length", "embed")
+    return sk.nn.constrain(drop(x, key), "batch", "length", "embed")
 
 
 def layer(weights, x, batch, key):
-    h = sk.constrain(jnp.tanh(x @ weights["up"]), "batch", "length", "mlp")
-    y = sk.constrain(drop(h @ weights["down"], key), "batch", "length", "embed")
+    h = sk.nn.constrain(jnp.tanh(x @ weights["up"]), "batch", "length", "mlp")
+    y = sk.nn.constrain(drop(h @ weights["down"], key), "batch", "length", "embed")
     return x + y * batch["gate"][:, None, None]
 
 
@@ -52,7 +52,7 @@ def drop(x, key, rate=0.25):
 def loss(params, batch, key, last=last):
     ends = {name: params[name] for name in ("table", "scale")}
     layers = {name: params[name] for name in ("up", "down")}
-    return sk.staged(first, layer, last, ends, layers, batch, key)
+    return sk.nn.layer_stack(first, layer, last, ends, layers, batch, key)
 
 
 def make_batch(rows=16, seed=0):

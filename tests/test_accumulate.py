@@ -42,17 +42,17 @@ BATCH = ragged_batch()
 def init(key):
     up, down = (jax.random.normal(k, (EMBED, MLP)) / 3 for k in jax.random.split(key))
     return {
-        "up": sk.Named(up, ("embed", "mlp")),
-        "down": sk.Named(down.T, ("mlp", "embed")),
-        "bias": sk.Named(jnp.full(MLP, 0.1), ("mlp",)),
+        "up": sk.WithAxes(up, ("embed", "mlp")),
+        "down": sk.WithAxes(down.T, ("mlp", "embed")),
+        "bias": sk.WithAxes(jnp.full(MLP, 0.1), ("mlp",)),
     }
 
 
 def token_losses(params, batch, key, rate):
-    h = sk.constrain(batch["x"] @ params["up"] + params["bias"], "batch", "length", "mlp")
+    h = sk.nn.constrain(batch["x"] @ params["up"] + params["bias"], "batch", "length", "mlp")
     if rate:
         h = h * jax.random.bernoulli(key, 1 - rate, h.shape) / (1 - rate)
-    y = sk.constrain(jnp.tanh(h) @ params["down"], "batch", "length", "embed")
+    y = sk.nn.constrain(jnp.tanh(h) @ params["down"], "batch", "length", "embed")
     return ((y - batch["x"]) ** 2).mean(-1)
 
 
@@ -73,7 +73,7 @@ def strategy_on(name):
 
 
 @functools.cache
-def compiled(mesh, k, reduce="once", rate=0.0):
+def compiled(mesh, k, reduce="end", rate=0.0):
     return sk.compile_step(
         functools.partial(loss_fn, rate=rate),
         KEEP,
@@ -91,7 +91,7 @@ def start():
 
 
 @functools.cache
-def outcome(mesh, k, reduce="once", rate=0.0):
+def outcome(mesh, k, reduce="end", rate=0.0):
     """Metrics and gradients of one step, on the host."""
     step = compiled(mesh, k, reduce, rate)
     state = step.abstract_state
@@ -130,7 +130,7 @@ def plain():
 
 
 @pytest.mark.parametrize("mesh", some_quick(MESH_NAMES, "8x1", "2x2x2"))
-@pytest.mark.parametrize(("k", "reduce"), [(1, "once"), (2, "once"), (4, "once"), (2, "each")])
+@pytest.mark.parametrize(("k", "reduce"), [(1, "end"), (2, "end"), (4, "end"), (2, "every")])
 def test_loss_norm_metrics_and_every_gradient_are_those_of_one_device(mesh, k, reduce):
     if ROWS % (k * math.prod(MESHES[mesh][a] for a in MESHES[mesh] if a != "tensor")):
         pytest.skip("16 rows do not split so far")
@@ -172,12 +172,12 @@ def test_gradients_are_reduced_once_and_outside_the_loop(mesh):
 
 
 def test_reduced_after_each_micro_batch_the_reduction_is_in_the_loop():
-    assert 2 in {row.trips for row in reductions(compiled("2x4", 2, "each"))}
+    assert 2 in {row.trips for row in reductions(compiled("2x4", 2, "every"))}
 
 
 @pytest.mark.parametrize(
     ("k", "reduce"),
-    [(1, "once"), (2, "once"), pytest.param(2, "each", marks=pytest.mark.slow)],
+    [(1, "end"), (2, "end"), pytest.param(2, "every", marks=pytest.mark.slow)],
 )
 def test_dropout_is_the_same_on_every_mesh(k, reduce):
     first = outcome("8x1", k, reduce, 0.5)
@@ -232,14 +232,14 @@ def counted(params, batch, key):
 
 
 def test_numbers_folded_in_over_the_rows_are_an_error_that_names_the_way_out():
-    with pytest.raises(sk.StepError) as caught:
+    with pytest.raises(sk.errors.StepError) as caught:
         lane_step(counted)
     text = str(caught.value)
     assert "Randomness of the loss cannot be split by lane." in text
     assert "fold_in" in text
     assert "folds in numbers counted over the rows of the batch" in text
-    assert 'sk.Accumulate(k, reduce="each")' in text
-    lane_step(counted, k=sk.Accumulate(2, "each"))
+    assert 'sk.Accumulate(k, reduce="every")' in text
+    lane_step(counted, k=sk.Accumulate(2, "every"))
 
 
 def flattened(params, batch, key):
@@ -248,7 +248,9 @@ def flattened(params, batch, key):
 
 
 def test_a_draw_that_grows_in_no_whole_ratio_is_an_error():
-    with pytest.raises(sk.StepError, match=r"bits u32\[17\] +is \(33,\) for 2 times the rows"):
+    with pytest.raises(
+        sk.errors.StepError, match=r"bits u32\[17\] +is \(33,\) for 2 times the rows"
+    ):
         lane_step(flattened)
 
 
@@ -271,29 +273,29 @@ def test_reduction_in_another_dtype_keeps_gradients_apart_without_accumulation(p
 
 
 def test_statistics_per_lane_are_refused():
-    def train(params, batch, key, extra):
-        return jnp.mean(batch["x"] * params["w"]), {}, extra
+    def train(params, batch, key, model_state):
+        return jnp.mean(batch["x"] * params["w"]), {}, model_state
 
-    with pytest.raises(sk.StepError) as caught:
+    with pytest.raises(sk.errors.StepError) as caught:
         lane_step(sk.Loss(train, train, stateful=True))
     text = str(caught.value)
     assert "would give every lane of the batch its own statistics" in text
-    assert 'accumulate=sk.Accumulate(k, reduce="each")' in text
+    assert 'accumulate=sk.Accumulate(k, reduce="every")' in text
 
 
 @pytest.mark.parametrize("bad", [0, -1, 1.5, True, "2"])
 def test_a_number_of_micro_batches_that_is_none(bad):
-    with pytest.raises(sk.StepError, match="is not a positive int"):
+    with pytest.raises(sk.errors.StepError, match="is not a positive int"):
         sk.Accumulate(bad)
 
 
 def test_an_unknown_time_to_reduce():
-    with pytest.raises(sk.StepError, match="'twice' is not 'once' or 'each'"):
+    with pytest.raises(sk.errors.StepError, match="'twice' is not 'once' or 'each'"):
         sk.Accumulate(2, "twice")
 
 
 def test_rows_that_do_not_split_into_micro_batches():
-    with pytest.raises(sk.ShardingError) as caught:
+    with pytest.raises(sk.errors.ShardingError) as caught:
         lane_step(per_example, "8x1", k=4)
     text = str(caught.value)
     assert "16 rows do not split into accumulate=4 micro-batches over data=8" in text

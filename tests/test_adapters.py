@@ -63,7 +63,8 @@ def linen_model(rate=0.5):
 
 # A plain layer carries no names: what the tables do not decide is replicated.
 LINEN = sk.Strategy(
-    params=sk.chain(sk.AxisRules({"embed": None, "mlp": "tensor"}), sk.REPLICATED), batch=P("data")
+    params=sk.first_match(sk.AxisRules({"embed": None, "mlp": "tensor"}), sk.REPLICATED),
+    batch=P("data"),
 )
 
 
@@ -78,7 +79,7 @@ def test_a_linen_model_trains_as_flax_trains_it(mesh):
     def copy(tree):
         return jax.tree.map(lambda x: np.asarray(jnp.copy(x)), tree)
 
-    params, stats = copy(state.params), copy(state.extra)
+    params, stats = copy(state.params), copy(state.model_state)
 
     @jax.jit
     def plain(params, stats):
@@ -95,12 +96,12 @@ def test_a_linen_model_trains_as_flax_trains_it(mesh):
     after, metrics = step(state, BATCH)
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
     assert 0 <= float(metrics["accuracy"]) <= 1
-    for got, want in ((after.params, updated), (after.extra, changed)):
+    for got, want in ((after.params, updated), (after.model_state, changed)):
         assert jax.tree.structure(got) == jax.tree.structure(want)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, want)
     evaluated = step.evaluate(after, BATCH)
     own = LinenNet(0.0).apply(
-        {"params": copy(after.params), **copy(after.extra)}, BATCH["x"], train=False
+        {"params": copy(after.params), **copy(after.model_state)}, BATCH["x"], train=False
     )
     np.testing.assert_allclose(evaluated["loss"], cross_entropy(own, BATCH)[0], rtol=1e-5)
 
@@ -114,7 +115,7 @@ def test_dropout_of_a_linen_model_is_on_in_training_alone(mesh):
 
 
 def test_a_linen_layer_without_names_is_an_error_under_tables_alone(mesh):
-    with pytest.raises(sk.ShardingError) as caught:
+    with pytest.raises(sk.errors.ShardingError) as caught:
         compiled(linen_model(), mesh)
     text = str(caught.value)
     assert "params/Dense_1/kernel f32[16,4]" in text
@@ -123,9 +124,11 @@ def test_a_linen_layer_without_names_is_an_error_under_tables_alone(mesh):
 
 
 def test_statistics_of_the_batch_do_not_go_by_lanes(mesh):
-    with pytest.raises(sk.StepError, match="would give every lane of the batch its own statistics"):
+    with pytest.raises(
+        sk.errors.StepError, match="would give every lane of the batch its own statistics"
+    ):
         compiled(linen_model(), mesh, LINEN, accumulate=2)
-    compiled(linen_model(), mesh, LINEN, accumulate=sk.Accumulate(2, "each"))
+    compiled(linen_model(), mesh, LINEN, accumulate=sk.Accumulate(2, "every"))
 
 
 def test_inputs_are_picked_from_the_batch():
@@ -174,8 +177,10 @@ def test_an_nnx_model_trains_as_flax_trains_it(mesh):
     state = step.init(jax.random.key(0))
     assert state.params["first"]["kernel"].sharding.spec == P(None, "tensor")
     assert set(state.params["layers"]) == {"0", "1"}
-    assert set(state.extra["norm"]) == {"mean", "var"}
-    host = jax.tree.map(lambda x: jnp.asarray(np.asarray(jnp.copy(x))), (state.params, state.extra))
+    assert set(state.model_state["norm"]) == {"mean", "var"}
+    host = jax.tree.map(
+        lambda x: jnp.asarray(np.asarray(jnp.copy(x))), (state.params, state.model_state)
+    )
     net = model.bind(*host)
     net.train()
     optimizer = nnx.Optimizer(net, optax.sgd(0.1, momentum=0.9), wrt=nnx.Param)
@@ -188,8 +193,8 @@ def test_an_nnx_model_trains_as_flax_trains_it(mesh):
         (after.params["first"]["kernel"], net.first.kernel),
         (after.params["layers"]["1"]["bias"], net.layers[1].bias),
         (after.params["norm"]["scale"], net.norm.scale),
-        (after.extra["norm"]["mean"], net.norm.mean),
-        (after.extra["norm"]["var"], net.norm.var),
+        (after.model_state["norm"]["mean"], net.norm.mean),
+        (after.model_state["norm"]["var"], net.norm.var),
     ]
     for got, want in pairs:
         np.testing.assert_allclose(got, want[...], rtol=1e-4, atol=1e-6)
@@ -207,11 +212,11 @@ def test_the_bound_module_is_the_model_in_evaluation_mode(mesh):
     model = nnx_model()
     made = model.init(jax.random.key(0))
     params = jax.tree.map(
-        lambda x: x.value if isinstance(x, sk.Named) else x,
+        lambda x: x.value if isinstance(x, sk.WithAxes) else x,
         made.params,
-        is_leaf=lambda x: isinstance(x, sk.Named),
+        is_leaf=lambda x: isinstance(x, sk.WithAxes),
     )
-    net = model.bind(params, made.extra)
+    net = model.bind(params, made.model_state)
     np.testing.assert_array_equal(net(BATCH["x"]), net(BATCH["x"]))
 
 

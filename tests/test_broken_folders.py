@@ -163,7 +163,7 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path, step, refused):
 
 
 def test_only_the_first_of_several_processes_shows_and_tells_others(tmp_path, step):
-    class Second(sk.Peers):
+    class Second(sk.ProcessGroup):
         """One that is made up; nothing is asked of the others."""
 
         index, count = 1, 2

@@ -105,7 +105,7 @@ def test_all_of_a_budget_is_checked_at_once(naive):
     assert "params/down 3.00 KiB" in text
     assert "reductions_per_step['data']    at most 1, found 4" in text
     assert "×12 in mlp (backward)" in text
-    assert """  - sk.Accumulate(steps, reduce="once")""" in text
+    assert """  - sk.Accumulate(k, reduce="end")""" in text
 
 
 def test_one_parameter_too_many_is_found(report):

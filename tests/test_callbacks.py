@@ -95,7 +95,7 @@ def test_a_run_that_only_skips_ends(steps, tmp_path):
     data = X.copy()
     data[BAD_AT:, 0] = np.nan
     run, _ = train(tmp_path / "run", steps["skip"], data, skip_limit=3)
-    with pytest.raises(sk.StepError) as error:
+    with pytest.raises(sk.errors.StepError) as error:
         run()
     assert "step 8  and the 2 updates before it were not finite, and skipped" in str(error.value)
     assert "learning rate" in str(error.value)
@@ -109,7 +109,7 @@ def test_a_run_that_stops_keeps_what_it_failed_on_bit_for_bit(steps, tmp_path):
             kept[step] = ck.bits(state)
 
     run, _ = train(tmp_path / "run", steps["stop"], callbacks=[KeepBits()])
-    with pytest.raises(sk.StepError) as error:
+    with pytest.raises(sk.errors.StepError) as error:
         run()
     dump = tmp_path / "run" / "dumps" / "step-00000006"
     assert f"its state and batch are in {dump}" in str(error.value)
@@ -129,7 +129,7 @@ def test_a_dump_is_replayed_on_one_device(steps, tmp_path):
     one = compiled("apply", devices=1)
     for name, which in (("batch", POISONED), ("step", data)):
         run, _ = train(tmp_path / name, steps["stop"], which)
-        with pytest.raises(sk.StepError):
+        with pytest.raises(sk.errors.StepError):
             run()
         found = sk.replay(tmp_path / name, one)
         assert found.reproduced
@@ -147,17 +147,21 @@ def test_a_dump_is_replayed_on_one_device(steps, tmp_path):
 
 def test_what_is_no_dump_of_this_model_is_told(steps, tmp_path):
     run, _ = train(tmp_path / "run", steps["stop"])
-    with pytest.raises(sk.StepError):
+    with pytest.raises(sk.errors.StepError):
         run()
-    with pytest.raises(sk.CheckpointError, match="is a checkpoint, not a dump"):
+    with pytest.raises(sk.errors.CheckpointError, match="is a checkpoint, not a dump"):
         sk.replay(tmp_path / "run" / "checkpoints", steps["stop"])
-    with pytest.raises(sk.CheckpointError, match=r"none  is not a folder\nFix: RUN/dumps/step-"):
+    with pytest.raises(
+        sk.errors.CheckpointError, match=r"none  is not a folder\nFix: RUN/dumps/step-"
+    ):
         sk.replay(tmp_path / "none", steps["stop"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(sk.CheckpointError, match="empty  contains no dump"):
+    with pytest.raises(sk.errors.CheckpointError, match="empty  contains no dump"):
         sk.replay(tmp_path / "empty", steps["stop"])
     other = steps["apply"].replace(init=lambda key: {**init(key), "more": jnp.zeros(3)})
-    with pytest.raises(sk.CheckpointError, match=r"state/params/more +is wanted as f32\[3\]"):
+    with pytest.raises(
+        sk.errors.CheckpointError, match=r"state/params/more +is wanted as f32\[3\]"
+    ):
         sk.replay(tmp_path / "run", other)
 
 
@@ -195,7 +199,9 @@ def test_the_command_line_replays_what_its_run_left(tmp_path, capsys, monkeypatc
 
 def test_the_error_of_a_step_that_applies_says_how_to_keep_more(steps, tmp_path):
     run, _ = train(tmp_path / "run", steps["apply"])
-    with pytest.raises(sk.StepError, match=r'step 6[\s\S]*compile_step\(on_nonfinite="stop"\)'):
+    with pytest.raises(
+        sk.errors.StepError, match=r'step 6[\s\S]*compile_step\(on_nonfinite="stop"\)'
+    ):
         run()
     assert not (tmp_path / "run" / "dumps").exists()
 
@@ -235,7 +241,7 @@ def test_a_bit_that_flips_on_one_device_is_found(then, steps, tmp_path):
         on_replica_mismatch=then,
     )
     if then == "stop":
-        with pytest.raises(sk.StateError) as error:
+        with pytest.raises(sk.errors.StateError) as error:
             run()
         text = str(error.value)
     else:

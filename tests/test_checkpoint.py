@@ -149,24 +149,24 @@ def test_the_manifest_is_readable_and_knows_no_device(saved, state):
 def test_every_leaf_that_does_not_fit_is_named_at_once(saved):
     other = ck.make_state()
     params = {"w": jnp.zeros((16, 64)), "bias": other.params["b"], "none": other.params["none"]}
-    extra = {**other.extra, "seen": jnp.zeros(8, jnp.float32)}
-    other = dataclasses.replace(other, params=params, extra=extra)
-    with pytest.raises(sk.CheckpointError) as error:
+    model_state = {**other.model_state, "seen": jnp.zeros(8, jnp.float32)}
+    other = dataclasses.replace(other, params=params, model_state=model_state)
+    with pytest.raises(sk.errors.CheckpointError) as error:
         restore(saved, other)
     said = str(error.value)
     assert "4 leaves of" in said
     assert re.search(r"params/w +is saved as f32\[16,32\] and wanted as f32\[16,64\]", said)
     assert re.search(r"params/bias +is wanted as bf16\[32\] and not in the checkpoint", said)
     assert re.search(r"params/b +is saved as bf16\[32\]; the state has no such leaf", said)
-    assert "extra/seen" in said
+    assert "model_state/seen" in said
     assert "dtypes change only where cast says so" in said
-    assert 'restore(..., cast=["extra/seen"])' in said
+    assert 'restore(..., cast=["model_state/seen"])' in said
     assert "partial={'step/**': 'saved', 'params/**': 'fresh'" in said
 
 
 def test_another_optimizer_takes_the_weights_as_the_error_says(saved, state):
     fresh = dataclasses.replace(state, opt_state=optax.sgd(1e-2, momentum=0.9).init(state.params))
-    with pytest.raises(sk.CheckpointError, match=r"opt_state/0/trace/w +is wanted"):
+    with pytest.raises(sk.errors.CheckpointError, match=r"opt_state/0/trace/w +is wanted"):
         restore(saved, fresh)
     partial = {"opt_state/**": "fresh", "**": "saved"}
     back = restore(saved, fresh, partial=partial, fresh=fresh).state
@@ -175,13 +175,18 @@ def test_another_optimizer_takes_the_weights_as_the_error_says(saved, state):
 
 def test_partial_rules_take_each_leaf_from_where_they_say(saved, state):
     fresh = ck.make_state(seed=1)
-    partial = {"params/w": "fresh", "opt_state/**": "fresh", "extra/on": "drop", "**": "saved"}
-    wanted = dataclasses.replace(fresh, extra={"seen": fresh.extra["seen"]})
+    partial = {
+        "params/w": "fresh",
+        "opt_state/**": "fresh",
+        "model_state/on": "drop",
+        "**": "saved",
+    }
+    wanted = dataclasses.replace(fresh, model_state={"seen": fresh.model_state["seen"]})
     back = restore(saved, wanted, partial=partial, fresh=lambda: fresh).state
     got, old, new = ck.bits(back), ck.bits(state), ck.bits(fresh)
     assert got[".params['w']"] == new[".params['w']"] != old[".params['w']"]
     assert got[".params['b']"] == old[".params['b']"] != new[".params['b']"]
-    assert ".extra['on']" not in got
+    assert ".model_state['on']" not in got
 
 
 @pytest.mark.parametrize(
@@ -198,7 +203,7 @@ def test_partial_rules_take_each_leaf_from_where_they_say(saved, state):
     ids=range(7),
 )
 def test_a_request_that_cannot_be_met_says_why(options, message, saved, state):
-    with pytest.raises(sk.CheckpointError, match=message):
+    with pytest.raises(sk.errors.CheckpointError, match=message):
         restore(saved, state, **options)
 
 
@@ -237,14 +242,14 @@ def test_shards_that_are_gathered_one_after_the_other_are_the_same(saved, state,
 
 def test_every_damage_in_what_is_read_is_told_at_once(saved, state, tmp_path):
     arrays = damaged_copy(saved, tmp_path) / "arrays" / "state"
-    for chunk in (arrays / "params" / "w" / "0.0", arrays / "extra" / "seen" / "0"):
+    for chunk in (arrays / "params" / "w" / "0.0", arrays / "model_state" / "seen" / "0"):
         ck.flip_bit(chunk, random.Random(0))
-    with pytest.raises(sk.DamageError) as error:
+    with pytest.raises(sk.errors.CheckpointCorruptedError) as error:
         restore(tmp_path / "copy", state)
     said = str(error.value)
     assert "2 findings" in said
     assert re.search(r"params/w f32\[16,32\] +arrays/state/params/w/0\.0 has CRC-32", said)
-    assert re.search(r"extra/seen i32\[8\] +arrays/state/extra/seen/0 has CRC-32", said)
+    assert re.search(r"model_state/seen i32\[8\] +arrays/state/model_state/seen/0 has CRC-32", said)
     # What is not asked for is not read; `shardkit checkpoint verify` reads everything.
     some = {"params/b": "saved", "**": "fresh"}
     back = restore(tmp_path / "copy", state, partial=some, fresh=state)
@@ -273,7 +278,7 @@ def test_damage_to_any_file_is_found_and_named_by_leaf(damage, saved, tmp_path):
         if path.is_file() and path.read_bytes() == before:  # zeros were zeros
             continue
         name = str(path.relative_to(folder))
-        with pytest.raises(sk.DamageError) as error:
+        with pytest.raises(sk.errors.CheckpointCorruptedError) as error:
             SavedStep.open(folder).check_files()
         leaf = re.search(r"arrays/state/(.*)/[^/]*$", name)
         assert (leaf[1] if leaf else path.name).replace("%20", " ") in str(error.value)
@@ -286,15 +291,19 @@ def test_a_manifest_that_still_reads_is_found_to_be_changed(saved, tmp_path):
     text = path.read_text()
     for changed in (text.replace('"loss": 0.5', '"loss": 0.6'), text.replace("{", "{ ", 1)):
         path.write_text(changed)
-        with pytest.raises(sk.DamageError, match="it was changed after it was written"):
+        with pytest.raises(
+            sk.errors.CheckpointCorruptedError, match="it was changed after it was written"
+        ):
             SavedStep.open(path.parent)
 
 
 def test_a_file_that_was_cut_short_says_by_how_much(saved, tmp_path):
     folder = damaged_copy(saved, tmp_path)
-    chunk = folder / "arrays" / "state" / "extra" / "seen" / "0"
+    chunk = folder / "arrays" / "state" / "model_state" / "seen" / "0"
     chunk.write_bytes(chunk.read_bytes()[:7])
-    with pytest.raises(sk.DamageError, match=r"extra/seen/0 has 7 bytes, 32 were written"):
+    with pytest.raises(
+        sk.errors.CheckpointCorruptedError, match=r"model_state/seen/0 has 7 bytes, 32 were written"
+    ):
         SavedStep.open(folder).check_files()
 
 
@@ -302,13 +311,13 @@ def test_swapped_and_added_files_are_found(saved, tmp_path):
     folder = damaged_copy(saved, tmp_path)
     arrays = folder / "arrays" / "state"
     ck.swap(arrays / "params" / "w" / "0.0", arrays / "params" / "w" / "1.1")
-    (arrays / "extra" / "seen" / "new").write_text("")
-    with pytest.raises(sk.DamageError) as error:
+    (arrays / "model_state" / "seen" / "new").write_text("")
+    with pytest.raises(sk.errors.CheckpointCorruptedError) as error:
         SavedStep.open(folder).check_files()
     said = str(error.value)
     assert "3 findings" in said
     assert said.count("params/w f32[16,32]") == 2
-    assert "extra/seen i32[8]" in said
+    assert "model_state/seen i32[8]" in said
     assert "was not written by this save" in said
 
 
@@ -326,7 +335,9 @@ def test_values_that_changed_before_they_reached_the_disk_are_found(saved, state
         ),
     }
     (folder / "manifest.json").write_text(dataclasses.replace(manifest, files=files).to_text())
-    with pytest.raises(sk.DamageError, match=r"params/w f32\[16,32\] +has fingerprint"):
+    with pytest.raises(
+        sk.errors.CheckpointCorruptedError, match=r"params/w f32\[16,32\] +has fingerprint"
+    ):
         restore(tmp_path / "copy", state)
 
 
@@ -335,7 +346,7 @@ def test_the_step_before_a_damaged_one_is_offered_or_taken(state, saved, tmp_pat
     older.save(1, state)
     older.save(2, state)
     (tmp_path / "step-00000002" / "arrays" / "state" / "step" / "0").unlink()
-    with pytest.raises(sk.DamageError) as error:
+    with pytest.raises(sk.errors.CheckpointCorruptedError) as error:
         restore(tmp_path, state)
     assert "arrays/state/step/0 is gone" in str(error.value)
     assert 'Fix: restore(..., step=1), or on_damage="previous"' in str(error.value)
@@ -357,24 +368,24 @@ def test_a_newer_format_is_no_damage(saved, state, tmp_path):
     text = text.replace('"version": 1', '"version": 2')
     crc = f',\n "crc32": "{zlib.crc32(text.encode()):08x}"\n}}\n'
     path.write_text(text.removesuffix("\n}\n") + crc)
-    with pytest.raises(sk.CheckpointError, match="format version 2; this shardkit reads 1"):
+    with pytest.raises(sk.errors.CheckpointError, match="format version 2; this shardkit reads 1"):
         restore(tmp_path / "copy", state, on_damage="previous")
 
 
 def test_a_folder_of_something_else_is_told(tmp_path, state):
-    with pytest.raises(sk.CheckpointError, match="is empty"):
+    with pytest.raises(sk.errors.CheckpointError, match="is empty"):
         restore(tmp_path, state)
     (tmp_path / "photos").mkdir()
-    with pytest.raises(sk.CheckpointError, match="no complete step, but photos"):
+    with pytest.raises(sk.errors.CheckpointError, match="no complete step, but photos"):
         restore(tmp_path, state)
-    with pytest.raises(sk.CheckpointError, match="is no folder"):
+    with pytest.raises(sk.errors.CheckpointError, match="is no folder"):
         restore(tmp_path / "none", state)
 
 
 def earlier(state, step):
     """The leaves of a state as they were saved before states had `halted`."""
     return {"step": jnp.int32(step)} | {
-        name: getattr(state, name) for name in ("params", "opt_state", "extra", "key")
+        name: getattr(state, name) for name in ("params", "opt_state", "model_state", "key")
     }
 
 
@@ -409,12 +420,12 @@ def test_whether_a_state_has_halted_comes_back(halted, state, tmp_path):
 def test_the_negative_counter_of_an_earlier_stopped_step_is_refused(state, tmp_path):
     folder = sk.Checkpointer(tmp_path)
     folder.save(3, earlier(state, ~3))
-    with pytest.raises(sk.CheckpointError, match=r"step .*is -4: .* after 3 updates"):
+    with pytest.raises(sk.errors.CheckpointError, match=r"step .*is -4: .* after 3 updates"):
         folder.restore(ck.abstract(state), ck.shardings(state))
 
 
 def test_no_other_missing_leaf_is_made_up(state, tmp_path):
     folder = sk.Checkpointer(tmp_path)
     folder.save(3, {k: x for k, x in earlier(state, 3).items() if k != "key"})
-    with pytest.raises(sk.CheckpointError, match=r"1 leaf .*\n  key"):
+    with pytest.raises(sk.errors.CheckpointError, match=r"1 leaf .*\n  key"):
         folder.restore(ck.abstract(state), ck.shardings(state))

@@ -50,13 +50,15 @@ def test_the_policy_decides_what_stays():
     assert BEST.select(steps) == {40, 60}
     assert dataclasses.replace(BEST, best_to_keep=2).select(steps) == {20, 40, 60}
     assert dataclasses.replace(BEST, best_is_largest=True).select(steps) == {50, 60}
-    with pytest.raises(sk.CheckpointError, match=r"\(max_to_keep=0\) +must be at least 1"):
+    with pytest.raises(sk.errors.CheckpointError, match=r"\(max_to_keep=0\) +must be at least 1"):
         sk.RetentionPolicy(max_to_keep=0)
 
 
 @pytest.mark.parametrize("fields", [{"best_to_keep": 2}, {"best_metric": "loss"}])
 def test_best_steps_need_a_number_and_a_metric(fields):
-    with pytest.raises(sk.CheckpointError, match="needs both a number of steps and the metric"):
+    with pytest.raises(
+        sk.errors.CheckpointError, match="needs both a number of steps and the metric"
+    ):
         sk.RetentionPolicy(**fields)
 
 
@@ -72,9 +74,9 @@ def test_the_policy_is_applied_when_a_step_is_complete(tmp_path, state):
 def test_a_step_is_saved_once_and_a_folder_has_one_writer(tmp_path, state):
     with sk.Checkpointer(tmp_path) as checkpoints:
         checkpoints.save(1, state)
-        with pytest.raises(sk.CheckpointError, match=r"Nothing is overwritten\.\n  step 1 "):
+        with pytest.raises(sk.errors.CheckpointError, match=r"Nothing is overwritten\.\n  step 1 "):
             checkpoints.save(1, state)
-        with pytest.raises(sk.CheckpointError, match="another process is writing"):
+        with pytest.raises(sk.errors.CheckpointError, match="another process is writing"):
             sk.Checkpointer(tmp_path).save(2, state)
     sk.Checkpointer(tmp_path).save(2, state)
     assert sk.Checkpointer(tmp_path).steps() == (1, 2)
@@ -128,12 +130,12 @@ def test_a_lost_save_ends_the_block_with_an_error(tmp_path, state, monkeypatch):
     slow = Slow(monkeypatch, OSError(28, "No space left on device"))
     slow.go.set()
     lost = r"A save was lost\.\n  step 2 +could not be written to .*No space left on device"
-    with pytest.raises(sk.CheckpointError, match=lost):
+    with pytest.raises(sk.errors.CheckpointError, match=lost):
         saving(tmp_path, state)
-    with pytest.raises(sk.CheckpointError, match=lost):
+    with pytest.raises(sk.errors.CheckpointError, match=lost):
         saving(tmp_path, state, lambda checkpoints: checkpoints.save(3, state))
     # Code 0 would hide it, so SystemExit gives way; any other error carries it as a note.
-    with pytest.raises(sk.CheckpointError, match=lost):
+    with pytest.raises(sk.errors.CheckpointError, match=lost):
         saving(tmp_path, state, lambda _: sys.exit(0))
     with pytest.raises(ZeroDivisionError) as error:
         saving(tmp_path, state, lambda _: 1 // 0)
@@ -153,7 +155,9 @@ def test_a_full_disk_loses_the_new_save_and_no_other(tmp_path):
     # The kernel refuses a file of more than 64 KiB, as a full disk would.
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
     try:
-        with pytest.raises(sk.CheckpointError, match=r"A save was lost(.|\n)*room on the disk"):
+        with pytest.raises(
+            sk.errors.CheckpointError, match=r"A save was lost(.|\n)*room on the disk"
+        ):
             saving(tmp_path, big)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -162,7 +166,7 @@ def test_a_full_disk_loses_the_new_save_and_no_other(tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_anything_is_done(state):
-    with pytest.raises(sk.CheckpointError, match=r"Nothing can be saved\.\n  /proc/none"):
+    with pytest.raises(sk.errors.CheckpointError, match=r"Nothing can be saved\.\n  /proc/none"):
         with sk.Checkpointer("/proc/none"):
             pass
 
@@ -176,7 +180,7 @@ def test_a_folder_that_vanishes_is_told(tmp_path, state, monkeypatch):
         shutil.rmtree(folder)
         slow.go.set()
 
-    with pytest.raises(sk.CheckpointError, match="No such file or directory"):
+    with pytest.raises(sk.errors.CheckpointError, match="No such file or directory"):
         saving(folder, state, vanish)
 
 

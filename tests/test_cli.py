@@ -49,8 +49,8 @@ def test_the_command_line_is_closed():
 
 
 def test_an_option_that_is_not_listed_would_be_seen(monkeypatch):
-    extra = Command("extra", "one more", lambda arguments: 0)
-    monkeypatch.setattr(entry, "COMMANDS", (*entry.COMMANDS, extra))
+    model_state = Command("model_state", "one more", lambda arguments: 0)
+    monkeypatch.setattr(entry, "COMMANDS", (*entry.COMMANDS, model_state))
     with pytest.raises(AssertionError):
         test_the_command_line_is_closed()
 

@@ -23,7 +23,7 @@ def text_of(strategy, used=(), **sizes):
         check_composition(strategy, sizes)
         check_used(strategy, sizes, used)
 
-    with pytest.raises(sk.ShardingError) as caught:
+    with pytest.raises(sk.errors.ShardingError) as caught:
         check()
     return str(caught.value)
 
@@ -84,14 +84,14 @@ def test_a_step_refuses_them_before_it_looks_at_leaves():
             strategy=strategy,
         )
 
-    with pytest.raises(sk.ShardingError, match="do not fit together"):
+    with pytest.raises(sk.errors.ShardingError, match="do not fit together"):
         compiled(data() | zero(), data=4)
-    with pytest.raises(sk.ShardingError, match="would be idle"):
+    with pytest.raises(sk.errors.ShardingError, match="would be idle"):
         compiled(data(), data=2, ring=2)
 
 
 def test_micro_batches_lanes_and_zero_fit_together():
-    for reduce in ("once", "each"):
+    for reduce in ("end", "every"):
         both = zero(stage=2) | sk.Strategy(accumulate=sk.Accumulate(2, reduce))
         check_composition(both, {"data": 4})
 

@@ -1,4 +1,4 @@
-"""`sk.constrain`: never dropped, never baked into a cached jaxpr, nothing outside a step."""
+"""`sk.nn.constrain`: never dropped, never baked into a cached jaxpr, nothing outside a step."""
 
 import functools
 import re
@@ -41,20 +41,20 @@ def scanned(body, x):
 
 
 def body(carry, _):
-    return sk.constrain(jnp.sin(carry), "batch", "mlp"), None
+    return sk.nn.constrain(jnp.sin(carry), "batch", "mlp"), None
 
 
 @jax.jit
 def inner(x):
-    return sk.constrain(x * 2, "batch", "mlp")
+    return sk.nn.constrain(x * 2, "batch", "mlp")
 
 
 @jax.custom_vjp
 def clipped(x):
-    return sk.constrain(x, "batch", "mlp")
+    return sk.nn.constrain(x, "batch", "mlp")
 
 
-clipped.defvjp(lambda x: (clipped(x), None), lambda _, g: (sk.constrain(g, "batch", None),))
+clipped.defvjp(lambda x: (clipped(x), None), lambda _, g: (sk.nn.constrain(g, "batch", None),))
 
 
 def test_each_mesh_and_strategy_gets_its_own_constraints_from_one_cached_body(meshes):
@@ -87,7 +87,7 @@ def test_a_source_is_stated_where_a_dim_is_split_finer(meshes, length, expected)
     rules = sk.AxisRules({"length": length, "stream": ("data", "tensor"), "embed": None})
 
     def cut(x):
-        return sk.constrain(x * 2, "stream", "embed", source=("length", "embed"))
+        return sk.nn.constrain(x * 2, "stream", "embed", source=("length", "embed"))
 
     assert placed(lowered(cut, meshes["2x4"], X, rules=rules)) == expected
     mapped = lowered(jax.vmap(cut), meshes["2x4"], jnp.ones((3, *X.shape)), rules=rules)
@@ -98,7 +98,7 @@ def test_a_gradient_passes_a_stated_source_the_other_way_round(meshes):
     rules = sk.AxisRules({"length": "data", "stream": ("data", "tensor"), "embed": None})
 
     def loss(x):
-        return (sk.constrain(x, "stream", "embed", source=("length", "embed")) ** 2).sum()
+        return (sk.nn.constrain(x, "stream", "embed", source=("length", "embed")) ** 2).sum()
 
     finer, coarser = '[{"data", "tensor"}, {}]', '[{"data"}, {}]'
     steps = placed(lowered(jax.grad(loss), meshes["2x4"], X, rules=rules))
@@ -112,14 +112,14 @@ def count_of(fn, *args):
 @pytest.mark.parametrize(
     ("fn", "expected"),
     [
-        (lambda x: sk.constrain(x, "batch", "mlp").sum(), 1),
-        (jax.grad(lambda x: (sk.constrain(x, "batch", "mlp") ** 2).sum()), 2),
+        (lambda x: sk.nn.constrain(x, "batch", "mlp").sum(), 1),
+        (jax.grad(lambda x: (sk.nn.constrain(x, "batch", "mlp") ** 2).sum()), 2),
         (jax.grad(lambda x: (scanned(body, x) ** 2).sum()), 2),
         (jax.grad(lambda x: (jax.checkpoint(inner)(x) ** 2).sum()), 2),
         (jax.grad(lambda x: (clipped(x) ** 2).sum()), 2),
         (lambda x: jax.lax.cond(x.sum() > 0, inner, lambda y: y, x), 1),
         (lambda x: jax.lax.while_loop(lambda c: c.sum() > 9, lambda c: body(c, 0)[0], x), 1),
-        (lambda x: jax.vmap(lambda row: sk.constrain(row, "mlp"))(x), 1),
+        (lambda x: jax.vmap(lambda row: sk.nn.constrain(row, "mlp"))(x), 1),
         (lambda x: jax.jvp(inner, (x,), (x,)), 2),
     ],
     ids=["plain", "grad", "scan", "remat", "custom_vjp", "cond", "while", "vmap", "jvp"],
@@ -131,7 +131,7 @@ def test_the_program_holds_as_many_constraints_as_the_jaxpr(fn, expected, meshes
 
 def test_a_dim_that_vmap_adds_is_left_to_the_compiler(meshes):
     def rows(x):
-        return jax.vmap(lambda row: sk.constrain(row, "mlp"), in_axes=1, out_axes=1)(x)
+        return jax.vmap(lambda row: sk.nn.constrain(row, "mlp"), in_axes=1, out_axes=1)(x)
 
     assert placed(lowered(rows, meshes["2x4"], jax.ShapeDtypeStruct((16, 8), jnp.float32))) == [
         '[{"tensor"}, {?}]'
@@ -140,7 +140,7 @@ def test_a_dim_that_vmap_adds_is_left_to_the_compiler(meshes):
 
 def test_inside_a_lane_the_axes_of_the_lanes_split_nothing_else(meshes):
     def model(x):
-        return jax.vmap(lambda rows: sk.constrain(rows, "batch", "mlp"), axis_name="(lanes)")(x)
+        return jax.vmap(lambda rows: sk.nn.constrain(rows, "batch", "mlp"), axis_name="(lanes)")(x)
 
     text = lowered(
         model, meshes["2x4"], jax.ShapeDtypeStruct((2, 4, 16), jnp.float32), lane_axes=("data",)
@@ -150,10 +150,10 @@ def test_inside_a_lane_the_axes_of_the_lanes_split_nothing_else(meshes):
 
 def test_outside_a_step_it_is_the_identity_under_every_transformation():
     x = jnp.arange(128.0).reshape(8, 16)
-    constrained = functools.partial(lambda y: sk.constrain(y, "any", "name"))
+    constrained = functools.partial(lambda y: sk.nn.constrain(y, "any", "name"))
     np.testing.assert_array_equal(constrained(x), x)
     np.testing.assert_array_equal(jax.jit(constrained)(x), x)
-    np.testing.assert_array_equal(jax.vmap(lambda r: sk.constrain(r, "name"))(x), x)
+    np.testing.assert_array_equal(jax.vmap(lambda r: sk.nn.constrain(r, "name"))(x), x)
     np.testing.assert_array_equal(jax.grad(lambda y: (constrained(y) ** 2).sum())(x), 2 * x)
     np.testing.assert_array_equal(jax.grad(lambda y: (clipped(y) ** 2).sum())(x), 2 * x)
     np.testing.assert_array_equal(scanned(body, x), jnp.sin(jnp.sin(x)))
@@ -163,20 +163,20 @@ def test_outside_a_step_it_is_the_identity_under_every_transformation():
 
 def test_outside_a_step_an_ambient_mesh_changes_nothing(meshes):
     with jax.set_mesh(meshes["2x4"]):
-        text = jax.jit(lambda x: sk.constrain(x, "batch", "mlp")).lower(X).as_text()
+        text = jax.jit(lambda x: sk.nn.constrain(x, "batch", "mlp")).lower(X).as_text()
     assert not placed(text)
 
 
 def test_the_number_of_names_is_the_rank():
     with pytest.raises(
-        sk.StepError, match=r"constrain\('batch'\) +1 name for 2 dims of f32\[8,16\]"
+        sk.errors.StepError, match=r"constrain\('batch'\) +1 name for 2 dims of f32\[8,16\]"
     ):
-        sk.constrain(jnp.ones((8, 16)), "batch")
+        sk.nn.constrain(jnp.ones((8, 16)), "batch")
 
 
 def compiled(mesh, *names, activations=TABLE, width=16):
     def loss_fn(params, batch, key):
-        return jnp.mean(sk.constrain(batch["x"] @ params["w"], *names) ** 2)
+        return jnp.mean(sk.nn.constrain(batch["x"] @ params["w"], *names) ** 2)
 
     return sk.compile_step(
         loss_fn,
@@ -189,7 +189,7 @@ def compiled(mesh, *names, activations=TABLE, width=16):
 
 
 def test_an_unknown_name_is_an_error_with_the_nearest_one(meshes):
-    with pytest.raises(sk.ShardingError) as caught:
+    with pytest.raises(sk.errors.ShardingError) as caught:
         compiled(meshes["2x4"], "batch", "mpl")
     text = str(caught.value)
     assert "1 constraint cannot be met on mesh (data=2, tensor=4)." in text
@@ -199,7 +199,7 @@ def test_an_unknown_name_is_an_error_with_the_nearest_one(meshes):
 
 
 def test_a_dim_that_does_not_divide_is_an_error(meshes):
-    with pytest.raises(sk.ShardingError) as caught:
+    with pytest.raises(sk.errors.ShardingError) as caught:
         compiled(meshes["2x4"], "batch", "mlp", width=6)
     text = str(caught.value)
     assert "constrain('batch', 'mlp') f32[8,6]" in text
@@ -207,7 +207,7 @@ def test_a_dim_that_does_not_divide_is_an_error(meshes):
 
 
 def test_constraints_without_a_table_are_an_error_that_prints_one(meshes):
-    with pytest.raises(sk.ShardingError) as caught:
+    with pytest.raises(sk.errors.ShardingError) as caught:
         compiled(meshes["2x4"], "batch", "mlp", activations=None)
     text = str(caught.value)
     assert "the strategy has no table of activations" in text
@@ -218,7 +218,7 @@ def test_on_one_device_no_constraint_remains_but_names_are_still_checked():
     one = sk.MeshSpec(data=1, tensor=1).build(devices=jax.devices()[:1])
     assert not placed(lowered(inner, one, X))
     assert compiled(one, "batch", "mlp").mesh.size == 1
-    with pytest.raises(sk.ShardingError, match="Did you mean 'mlp'"):
+    with pytest.raises(sk.errors.ShardingError, match="Did you mean 'mlp'"):
         compiled(one, "batch", "mpl")
 
 
@@ -242,7 +242,7 @@ def test_axes_that_are_manual_split_nothing(meshes):
     mesh = meshes["2x4"]
 
     def fn(x):
-        return sk.constrain(jnp.sin(x), "batch", "mlp")
+        return sk.nn.constrain(jnp.sin(x), "batch", "mlp")
 
     def over(*axes):
         specs = {"in_specs": P(axes), "out_specs": P(axes)}

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
 from shardkit.lm import Decoder, DecoderConfig, decoder_loss
-from shardkit.nn._overridable import Surroundings
+from shardkit.nn._overridable import StepContext
 from shardkit.testing import CONTEXT_MUTATIONS, kill_matrix
 
 context, fsdp, tensor = sk.strategies.context, sk.strategies.fsdp, sk.strategies.tensor
@@ -136,7 +136,7 @@ def own_loss(params, batch, key):
     """A model of one's own, without a logical name: attention is all that looks across."""
     x, w = batch["x"], batch["w"]
     q, k, v = (jnp.einsum("bte,enh->btnh", x, params[name]) for name in "qkv")
-    y = jnp.einsum("btnh,nhe->bte", sk.attention(q, k, v), params["o"])
+    y = jnp.einsum("btnh,nhe->bte", sk.nn.attention(q, k, v), params["o"])
     return sk.Mean((w[..., None] * (y - x) ** 2).sum(), w.sum())
 
 
@@ -158,7 +158,7 @@ def test_an_own_model_passes_every_check_and_bugs_of_the_ring_are_found():
 
 def test_key_heads_are_repeated_where_that_is_declared():
     table = (tensor() | context()).activations
-    around = Surroundings(mesh_of(tensor=2, context=4), (), table.spec)
+    around = StepContext(mesh_of(tensor=2, context=4), (), table.spec)
     ((_, one),) = context(attention="all_to_all", kv_heads="replicate").regions
     keys = jax.random.split(jax.random.key(0), 3)
     q, k, v = (jax.random.normal(x, (2, 8, n, 4)) for x, n in zip(keys, (8, 2, 2), strict=True))
@@ -168,7 +168,7 @@ def test_key_heads_are_repeated_where_that_is_declared():
         return jax.grad(lambda *x: (attend(*x) ** 2).sum(), (0, 1, 2))(q, k, v)
 
     got = gradients(lambda q, k, v: one(around, None, q, k, v, None, True, "auto"), q, k, v)
-    for x, y in zip(got, gradients(sk.attention, q, k, v), strict=True):
+    for x, y in zip(got, gradients(sk.nn.attention, q, k, v), strict=True):
         assert jnp.linalg.norm(x - y) <= 1e-6 * jnp.linalg.norm(y)
 
 
@@ -180,9 +180,9 @@ def refusal(carrier, length=16, heads=8, key_heads=4, keys=None, ids=None, **siz
         return jax.ShapeDtypeStruct((2, t, n, 4), jnp.float32)
 
     q, k = shapes(length, heads), shapes(keys or length, key_heads)
-    around = Surroundings(mesh_of(**sizes), (), table.spec)
+    around = StepContext(mesh_of(**sizes), (), table.spec)
     ((_, one),) = carrier.regions
-    with pytest.raises(sk.ShardingError) as caught:
+    with pytest.raises(sk.errors.ShardingError) as caught:
         jax.eval_shape(lambda q, k, v: one(around, None, q, k, v, ids, True, "auto"), q, k, k)
     return str(caught.value)
 
@@ -232,7 +232,7 @@ def test_heads_that_do_not_split_are_errors_with_the_sizes_that_do():
 
 def test_a_batch_whose_length_does_not_split_is_an_error_before_tracing():
     odd = {name: x[:, :15] for name, x in BATCH.items()}
-    with pytest.raises(sk.ShardingError, match=r"batch/inputs i32\[8,15\](.|\n)*context=4"):
+    with pytest.raises(sk.errors.ShardingError, match=r"batch/inputs i32\[8,15\](.|\n)*context=4"):
         sk.compile_step(
             MODEL.loss_fn,
             optax.sgd(0.1),
@@ -244,7 +244,7 @@ def test_a_batch_whose_length_does_not_split_is_an_error_before_tracing():
 
 
 def test_options_that_do_not_exist_are_errors_all_of_them():
-    with pytest.raises(sk.StepError) as caught:
+    with pytest.raises(sk.errors.StepError) as caught:
         context(attention="rings", kv_heads="repeat")
     text = str(caught.value)
     assert "attention='rings'  known: 'ring', 'all_to_all'. Did you mean 'ring'?" in text

@@ -28,14 +28,14 @@ WRONG = {
     "no axis": (lambda: made.expert(axis=""), "expert(axis='')"),
     "stage": (lambda: made.zero(stage=True), "zero(stage=True)"),
     "size": (lambda: made.fsdp(min_size="x"), "fsdp(min_size='x')"),
-    "block": (lambda: sk.Compression("data", block=True), "True is no positive number"),
+    "block": (lambda: sk.GradientCompression("data", block=True), "True is no positive number"),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_what_cannot_be_is_refused_where_it_is_declared(name):
     call, text = WRONG[name]
-    with pytest.raises(sk.StepError) as raised:
+    with pytest.raises(sk.errors.StepError) as raised:
         call()
     assert text in str(raised.value)
     assert "Fix: " in str(raised.value)
@@ -51,7 +51,7 @@ def test_stages_may_be_any_sequence():
 def test_nothing_is_rounded_where_nothing_travels():
     mesh = sk.MeshSpec(data=1).build(devices=jax.devices()[:1])
     x = jnp.linspace(-1, 1, 37)
-    how = sk.Compression("data", block=8)
+    how = sk.GradientCompression("data", block=8)
     total, left = jax.shard_map(
         lambda x, e: compressed_sum(x, e, how),
         mesh=mesh,
@@ -63,7 +63,7 @@ def test_nothing_is_rounded_where_nothing_travels():
 
 
 def test_multi_steps_is_told_its_transformation():
-    with pytest.raises(sk.StepError, match=r"MultiSteps\(\.\.\.\)\.gradient_transformation"):
+    with pytest.raises(sk.errors.StepError, match=r"MultiSteps\(\.\.\.\)\.gradient_transformation"):
         sk.compile_step(
             lambda params, batch, key: params.sum(),
             optax.MultiSteps(optax.sgd(1.0), 2),  # pyright: ignore

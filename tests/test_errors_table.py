@@ -107,7 +107,7 @@ DECLARATIONS = {
 @pytest.mark.parametrize("row", DECLARATIONS)
 def test_a_declaration_that_does_not_fit(mesh, row):
     given, expected = DECLARATIONS[row]
-    text = text_of(sk.ShardingError, lambda: compiled(mesh, **given))
+    text = text_of(sk.errors.ShardingError, lambda: compiled(mesh, **given))
     for part in expected:
         assert part in text, (part, text)
     assert "Fix:" in text
@@ -115,12 +115,12 @@ def test_a_declaration_that_does_not_fit(mesh, row):
 
 def test_a_constraint_that_does_not_divide_is_not_replicated_silently(mesh):
     def constrained(params, batch, key):
-        x = sk.constrain(batch["x"], "batch", "embed")
+        x = sk.nn.constrain(batch["x"], "batch", "embed")
         return jnp.mean(x @ params["head"]["kernel"]) + params["b"].sum()
 
     table = sk.AxisRules({"batch": "data", "embed": "model"})
     text = text_of(
-        sk.ShardingError, lambda: compiled(mesh, GOOD, loss=constrained, activations=table)
+        sk.errors.ShardingError, lambda: compiled(mesh, GOOD, loss=constrained, activations=table)
     )
     assert "constrain('batch', 'embed') f32[8,10]" in text
     assert "dim 1 (10) is not divisible by model=4" in text
@@ -149,7 +149,7 @@ def lenient(mesh):
 def test_donated_state_used_again_names_a_leaf_and_the_right_line(step):
     state = step.init(jax.random.key(0))
     step(state, {"x": X})
-    text = text_of(sk.StateError, lambda: step(state, {"x": X}))
+    text = text_of(sk.errors.StateError, lambda: step(state, {"x": X}))
     assert "params/b" in text
     assert "consumed (donated) by an earlier step" in text
     assert "state, metrics = step(state, batch)" in text
@@ -157,17 +157,19 @@ def test_donated_state_used_again_names_a_leaf_and_the_right_line(step):
 
 def test_donated_array_read_later_is_named_wherever_the_toolkit_sees_it(step, tmp_path):
     state = step.init(jax.random.key(0))
-    fed = step.put({"x": X})
+    fed = step.shard_batch({"x": X})
     after, _ = step(state, fed)
     for call in (step.evaluate, step.gradients):
-        text = text_of(sk.StateError, lambda call=call: call(state, fed))
+        text = text_of(sk.errors.StateError, lambda call=call: call(state, fed))
         assert "step, params/b, params/head/kernel" in text
     # What a step has consumed, fed as part of a batch.
-    for call in (lambda batch: step(after, batch), step.put):
-        text = text_of(sk.StateError, lambda call=call: call({"x": state.params["head"]["kernel"]}))
+    for call in (lambda batch: step(after, batch), step.shard_batch):
+        text = text_of(
+            sk.errors.StateError, lambda call=call: call({"x": state.params["head"]["kernel"]})
+        )
         assert "The step got a batch that is gone." in text
         assert "batch  x: consumed (donated) by an earlier step" in text
-    text = text_of(sk.StateError, lambda: sk.Checkpointer(tmp_path / "run").save(1, state))
+    text = text_of(sk.errors.StateError, lambda: sk.Checkpointer(tmp_path / "run").save(1, state))
     assert "A state that is gone cannot be saved." in text
     assert "step, params/b, params/head/kernel" in text
     assert not (tmp_path / "run").exists()
@@ -186,11 +188,11 @@ def test_two_leaves_of_one_buffer_are_named_both(step):
         state.step,
         state.params,
         (shared, *state.opt_state[1:]),
-        state.extra,
+        state.model_state,
         state.key,
         state.halted,
     )
-    text = text_of(sk.StateError, lambda: step(twice, {"x": X}))
+    text = text_of(sk.errors.StateError, lambda: step(twice, {"x": X}))
     assert "state/opt_state/0/mu/b" in text
     assert "is the same buffer as state/params/b" in text
     assert "jnp.copy" in text
@@ -199,7 +201,7 @@ def test_two_leaves_of_one_buffer_are_named_both(step):
 def test_a_batch_on_other_devices_names_the_leaf_and_both_places(step):
     state = step.init(jax.random.key(0))
     away = jax.device_put(X, jax.devices()[1])
-    text = text_of(sk.BatchError, lambda: step(state, {"x": away}))
+    text = text_of(sk.errors.BatchError, lambda: step(state, {"x": away}))
     assert "batch/x" in text
     assert "is committed to 1 device; the step has it as P('data'" in text
     assert "pass host numpy, or step.put(batch)" in text
@@ -216,14 +218,14 @@ def test_an_argument_laid_out_otherwise_names_the_leaf_and_both_specs(step, mesh
         state.key,
         state.halted,
     )
-    text = text_of(sk.StateError, lambda: step(moved, {"x": X}))
+    text = text_of(sk.errors.StateError, lambda: step(moved, {"x": X}))
     assert "state/params/head/kernel" in text
     assert "on 8 devices as P('data',); the step has it as P(None, 'model')" in text
 
 
 def test_explicit_collectives_name_the_leaf_too(mesh):
     text = text_of(
-        sk.ShardingError,
+        sk.errors.ShardingError,
         lambda: sk.compile_step(
             loss_fn,
             optax.adam(1e-3),
@@ -246,7 +248,7 @@ def test_an_update_of_another_form_names_its_leaves(mesh):
         return grads, state
 
     text = text_of(
-        sk.StepError,
+        sk.errors.StepError,
         lambda: sk.compile_step(
             loss_fn,
             optax.GradientTransformation(plain.init, update),
@@ -271,7 +273,7 @@ def test_a_key_that_is_used_twice_is_an_error_where_asked_for(mesh):
         options = {"init": init, "batch": {"x": X}, "mesh": mesh, "strategy": strategy}
         return sk.compile_step(loss, optax.sgd(0.1), **options, **given)
 
-    text = text_of(sk.StepError, lambda: compile_(twice, debug=True))
+    text = text_of(sk.errors.StepError, lambda: compile_(twice, debug=True))
     assert "loss_fn  uses a random key twice: " in text
     assert "already consumed" in text
     assert "first, second = jax.random.split(key)" in text
@@ -284,8 +286,8 @@ def test_axis_typo_of_a_collective_in_a_loss_on_shards(mesh, collective):
         return jnp.sum(collective(jnp.mean(batch["x"]) * params["b"].sum(), "dat"))
 
     rules = {"**": sk.REPLICATED}
-    loss = sk.PerShard(misspelt, loss_fn)
-    text = text_of(sk.StepError, lambda: compiled(mesh, rules, loss=loss, mode="shard_map"))
+    loss = sk.ShardMapLoss(misspelt, loss_fn)
+    text = text_of(sk.errors.StepError, lambda: compiled(mesh, rules, loss=loss, mode="shard_map"))
     assert "The loss names a mesh axis that is not there." in text
     assert f"{collective.__name__}(..., 'dat')" in text
     assert "the mesh has data=2, model=4. Did you mean 'data'?" in text
@@ -312,7 +314,9 @@ def test_axis_typo_in_a_shard_map_of_the_users_own(mesh, row):
         mapped = jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=P())
         return mapped(batch["x"]) + params["b"].sum()
 
-    text = text_of(sk.StepError, lambda: compiled(mesh, {"**": sk.REPLICATED}, loss=misspelt))
+    text = text_of(
+        sk.errors.StepError, lambda: compiled(mesh, {"**": sk.REPLICATED}, loss=misspelt)
+    )
     assert "The loss names a mesh axis that is not there." in text
     assert f"{call}  the mesh has data=2, model=4. Did you mean 'data'?" in text
 
@@ -335,7 +339,7 @@ def test_out_of_memory_is_foreseen_before_anything_is_put_on_a_device(step, tmp_
     made = []
     monkeypatch.setattr(type(step), "init", lambda *args: made.append(args))
     run = sk.Trainer(step, lambda i: {"x": X}, tmp_path / "run", console=Console(quiet=True))
-    text = text_of(sk.StepError, run.run)
+    text = text_of(sk.errors.StepError, run.run)
     assert "The step does not fit on its devices." in text
     assert "each of 8 x cpu  needs " in text
     # The kernel over `model` (160 B) and b; twice that for Adam's moments, and its count.
@@ -344,7 +348,7 @@ def test_out_of_memory_is_foreseen_before_anything_is_put_on_a_device(step, tmp_
     assert not made
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(_memory, "chip_of", lambda kind: CHIPS["h100"])
-    step.check_room()
+    step.check_memory()
 
 
 CAUSES = {
@@ -378,7 +382,7 @@ def test_recompile_for_another_form_of_the_batch_warns_once_and_trains_on(lenien
     assert report.compiles == before + 1
     (found,) = [one for one in report.findings if one.kind == "second_compile"]
     assert f"the step was compiled {before + 1} times" in found.why
-    with pytest.raises(sk.BudgetError, match="compiles"):
+    with pytest.raises(sk.errors.BudgetError, match="compiles"):
         report.check(sk.Budget(compiles=1))
 
 
@@ -392,7 +396,7 @@ def test_a_form_that_was_not_used_for_long_compiles_again(mesh, monkeypatch):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", sk.RetraceWarning)
             for n in rows:
-                step.put({"x": batches[n]})
+                step.shard_batch({"x": batches[n]})
         return step.report().compiles - before
 
     assert forms_compiled(4, 12, 4, 12) == 2
@@ -406,7 +410,7 @@ def test_a_form_that_was_not_used_for_long_compiles_again(mesh, monkeypatch):
 def test_recompile_by_sharding_names_both_places_and_by_weak_type_does_not_happen(lenient, mesh):
     state = lenient.init(jax.random.key(0))
     turned = jax.device_put(X, jax.NamedSharding(mesh, P("model")))
-    text = text_of(sk.BatchError, lambda: lenient(state, {"x": turned}))
+    text = text_of(sk.errors.BatchError, lambda: lenient(state, {"x": turned}))
     assert "is committed to 8 devices as P('model',); the step has it as P('data',)" in text
     weak = jnp.broadcast_to(jnp.asarray(1.0), (8, 10))
     weak_b = jnp.broadcast_to(jnp.asarray(0.0), (3,))
@@ -426,11 +430,11 @@ def test_recompile_by_sharding_names_both_places_and_by_weak_type_does_not_happe
 def test_recompile_that_is_no_legal_batch_is_an_error(lenient):
     state = lenient.init(jax.random.key(0))
     for wrong in (X[:7], X[0], X[None]):
-        text = text_of(sk.BatchError, lambda wrong=wrong: lenient(state, {"x": wrong}))
+        text = text_of(sk.errors.BatchError, lambda wrong=wrong: lenient(state, {"x": wrong}))
         assert "; the step was compiled for f32[8,10]" in text
     longer = {**state.params, "b": jnp.zeros(4)}
     text = text_of(
-        sk.StateError, lambda: lenient(dataclasses.replace(state, params=longer), {"x": X})
+        sk.errors.StateError, lambda: lenient(dataclasses.replace(state, params=longer), {"x": X})
     )
     assert "state/params/b" in text
     assert "is f32[4]; the step has f32[3]" in text
@@ -438,18 +442,20 @@ def test_recompile_that_is_no_legal_batch_is_an_error(lenient):
 
 def test_what_would_be_a_second_trace_names_the_leaf_or_compiles_nothing(step):
     state = step.init(jax.random.key(0))
-    text = text_of(sk.BatchError, lambda: step(state, {"x": X.astype(np.int32)}))
+    text = text_of(sk.errors.BatchError, lambda: step(state, {"x": X.astype(np.int32)}))
     assert "batch/x" in text
     assert "is i32[8,10]; the step was compiled for f32[8,10]" in text
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.params)
-    text = text_of(sk.StateError, lambda: step(dataclasses.replace(state, params=half), {"x": X}))
+    text = text_of(
+        sk.errors.StateError, lambda: step(dataclasses.replace(state, params=half), {"x": X})
+    )
     assert "state/params/b" in text
     assert "is bf16[3]; the step has f32[3]" in text
     # Uncommitted, weakly typed or wider than the step's: none of them is another program.
     weak = jnp.broadcast_to(jnp.asarray(1.0), (8, 10))
     assert weak.weak_type
     # Moving an array is a program of its own, which `put` has made.
-    placed = [step.put({"x": x}) for x in (jnp.asarray(X), X.astype(np.float64), weak)]
+    placed = [step.shard_batch({"x": x}) for x in (jnp.asarray(X), X.astype(np.float64), weak)]
     with counted_compiles() as compiled_since:
         for batch in placed:
             state, _ = step(state, batch)
@@ -458,14 +464,14 @@ def test_what_would_be_a_second_trace_names_the_leaf_or_compiles_nothing(step):
 
 def test_another_shape_is_an_error_where_that_is_declared(step):
     state = step.init(jax.random.key(0))
-    text = text_of(sk.BatchError, lambda: step(state, {"x": X[:4]}))
+    text = text_of(sk.errors.BatchError, lambda: step(state, {"x": X[:4]}))
     assert "is f32[4,10]; the step was compiled for f32[8,10]" in text
     assert "feed the declared shapes, or compile_step again" in text
 
 
 @pytest.mark.parametrize("key", [0, np.uint32([0, 0])])
 def test_an_int_or_raw_words_as_key(step, key):
-    text = text_of(sk.StateError, lambda: step.init(key))
+    text = text_of(sk.errors.StateError, lambda: step.init(key))
     assert "one typed key" in text
     assert "step.init(jax.random.key(0))" in text
 

@@ -55,17 +55,17 @@ def layer_init(key):
     wide, tall = ("experts", "embed", "expert_mlp"), ("experts", "expert_mlp", "embed")
     gate, up, down, router = jax.random.split(key, 4)
     return {
-        "router": sk.Named(jax.random.normal(router, (width, number)), ("embed", None)),
-        "expert_gate": sk.Named(jax.random.normal(gate, (number, width, inner)), wide),
-        "expert_up": sk.Named(jax.random.normal(up, (number, width, inner)), wide),
-        "expert_down": sk.Named(jax.random.normal(down, (number, inner, width)), tall),
+        "router": sk.WithAxes(jax.random.normal(router, (width, number)), ("embed", None)),
+        "expert_gate": sk.WithAxes(jax.random.normal(gate, (number, width, inner)), wide),
+        "expert_up": sk.WithAxes(jax.random.normal(up, (number, width, inner)), wide),
+        "expert_down": sk.WithAxes(jax.random.normal(down, (number, inner, width)), tall),
     }
 
 
 def layer_loss(config):
     def loss(params, batch, key):
-        x = sk.constrain(batch["x"], "batch", "length", "embed")
-        y, sums = sk.remat(lambda w, h: mixture(config, w, h, batch["weights"]))(params, x)
+        x = sk.nn.constrain(batch["x"], "batch", "length", "embed")
+        y, sums = sk.nn.remat(lambda w, h: mixture(config, w, h, batch["weights"]))(params, x)
         counted = batch["weights"].sum()
         errors = ((y - jnp.tanh(2 * x)) ** 2).mean(-1)
         total = (batch["weights"] * errors).sum() + 0.1 * (sums["balance"] + sums["z"]).sum()
@@ -215,7 +215,7 @@ def test_mutations_are_killed():
 
 def test_experts_that_the_axis_does_not_divide():
     config = DecoderConfig(**{**SIZES, "experts": 6})
-    with pytest.raises(sk.ShardingError) as raised:
+    with pytest.raises(sk.errors.ShardingError) as raised:
         decoder(config, S.expert(), {"expert": 4})
     message = str(raised.value)
     assert "3 leaves cannot be laid out on mesh (expert=4)" in message
@@ -226,11 +226,11 @@ def test_experts_that_the_axis_does_not_divide():
 
 def test_own_experts_that_the_axis_does_not_divide():
     def loss(params, batch, key):
-        choice, share = sk.route(batch["x"] @ params["router"], 1)
+        choice, share = sk.nn.route(batch["x"] @ params["router"], 1)
         mlp = lambda w, rows, dot: dot(rows, w)  # noqa: E731
-        return sk.experts(batch["x"], choice, share, params["w"], mlp, 4).mean()
+        return sk.nn.experts(batch["x"], choice, share, params["w"], mlp, 4).mean()
 
-    with pytest.raises(sk.StepError) as raised:
+    with pytest.raises(sk.errors.StepError) as raised:
         sk.compile_step(
             loss,
             optax.sgd(0.1),
@@ -245,7 +245,7 @@ def test_own_experts_that_the_axis_does_not_divide():
 
 def test_a_model_without_experts():
     dense = DecoderConfig(vocab=32, embed_dim=8, num_layers=2, num_heads=2, mlp_dim=8)
-    with pytest.raises(sk.StepError) as raised:
+    with pytest.raises(sk.errors.StepError) as raised:
         decoder(dense, S.expert(), {"expert": 2})
     assert "AllToAll(axis='expert')  the model marks no experts" in str(raised.value)
-    assert "Fix: sk.experts(...) in the model" in str(raised.value)
+    assert "Fix: sk.nn.experts(...) in the model" in str(raised.value)

@@ -38,7 +38,7 @@ def inputs(seed=0):
     keys = jax.random.split(jax.random.key(seed), 5)
     shapes = {"gate": (X, E, F), "up": (X, E, F), "down": (X, F, E)}
     weights = {n: jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items(), strict=False)}
-    choice, share = sk.route(2 * jax.random.normal(keys[3], (B, T, X)), K)
+    choice, share = sk.nn.route(2 * jax.random.normal(keys[3], (B, T, X)), K)
     return jax.random.normal(keys[4], (B, T, E)), choice, share, weights
 
 
@@ -70,7 +70,7 @@ def test_outputs_and_gradients_equal_those_of_every_expert_on_every_token(capaci
     def loss(of):
         return lambda x, share, weights: (of(x, choice, share, weights) ** 2).sum()
 
-    plain = loss(lambda x, c, s, w: sk.experts(x, c, s, w, swiglu, capacity))
+    plain = loss(lambda x, c, s, w: sk.nn.experts(x, c, s, w, swiglu, capacity))
     full = loss(lambda x, c, s, w: naive(x, c, s, w, found))
     arguments = (x, share, weights)
     both = jax.jit(lambda *a: [jax.value_and_grad(of, (0, 1, 2))(*a) for of in (plain, full)])
@@ -86,7 +86,7 @@ def test_mapping_over_lanes_and_over_weights_changes_nothing():
     x, choice, share, weights = inputs()
 
     def loss(weights, x, choice, share):
-        return (sk.experts(x[None], choice[None], share[None], weights, swiglu) ** 2).sum()
+        return (sk.nn.experts(x[None], choice[None], share[None], weights, swiglu) ** 2).sum()
 
     one, copies = jax.value_and_grad(loss), jax.tree.map(lambda w: jnp.stack([w] * B), weights)
 
@@ -111,25 +111,25 @@ def test_rows_without_a_bin_come_last():
 
 def test_a_token_depends_on_no_later_one():
     x, choice, share, weights = inputs()
-    whole = sk.experts(x, choice, share, weights, swiglu, 3)
+    whole = sk.nn.experts(x, choice, share, weights, swiglu, 3)
     other = choice.at[:, 6:].set((choice[:, 6:] + 1) % X)
-    changed = sk.experts(x, other, share, weights, swiglu, 3)
+    changed = sk.nn.experts(x, other, share, weights, swiglu, 3)
     np.testing.assert_array_equal(whole[:, :6], changed[:, :6])
     assert not np.array_equal(whole[:, 6:], changed[:, 6:])
 
 
 def test_one_choice_keeps_its_probability():
     logits = jax.random.normal(jax.random.key(0), (5, X))
-    choice, share = sk.route(logits, 1)
+    choice, share = sk.nn.route(logits, 1)
     np.testing.assert_allclose(share[:, 0], jax.nn.softmax(logits).max(-1), rtol=1e-6)
     assert choice[:, 0].tolist() == logits.argmax(-1).tolist()
-    grads = jax.grad(lambda z: sk.route(z, 1)[1].sum())(logits)
+    grads = jax.grad(lambda z: sk.nn.route(z, 1)[1].sum())(logits)
     assert float(jnp.abs(grads).max()) > 0.01
 
 
 def test_the_best_experts_are_chosen_best_first():
     logits = jax.random.normal(jax.random.key(1), (50, X))
-    choice, share = sk.route(logits.astype(jnp.bfloat16), 3)
+    choice, share = sk.nn.route(logits.astype(jnp.bfloat16), 3)
     best, _ = jax.lax.top_k(logits.astype(jnp.bfloat16).astype(jnp.float32), 3)
     picked = jnp.take_along_axis(logits.astype(jnp.bfloat16).astype(jnp.float32), choice, -1)
     np.testing.assert_array_equal(picked, best)
@@ -241,7 +241,7 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_sizes_that_do_not_fit_are_named_with_a_fix(name):
     changes, why, fix = MISTAKES[name]
-    with pytest.raises(sk.ConfigError) as raised:
+    with pytest.raises(sk.errors.ConfigError) as raised:
         DecoderConfig(vocab=32, embed_dim=8, num_layers=1, num_heads=2, mlp_dim=8, **changes)
     assert why in str(raised.value)
     assert f"Fix: {fix}" in str(raised.value)
@@ -249,8 +249,8 @@ def test_sizes_that_do_not_fit_are_named_with_a_fix(name):
 
 def test_arrays_that_do_not_fit_are_named_all_at_once():
     x, choice, share, weights = inputs()
-    with pytest.raises(sk.StepError) as raised:
-        sk.experts(x, choice, share[:1], {**weights, "bias": jnp.ones((3, 2))}, swiglu, 0)
+    with pytest.raises(sk.errors.StepError) as raised:
+        sk.nn.experts(x, choice, share[:1], {**weights, "bias": jnp.ones((3, 2))}, swiglu, 0)
     message = str(raised.value)
     assert "choice (3, 10, 2), share (1, 10, 2)" in message
     assert "leaves have [(3,), (4,)] experts in dim 0" in message

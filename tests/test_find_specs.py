@@ -22,7 +22,7 @@ KEPT = 4 * DEPTH * ROWS * EMBED // 2  # bytes of f32[3,1024,256] that data=2 spl
 def init(key):
     def named(*dims):
         sizes = {"layers": DEPTH, "embed": EMBED, "mlp": MLP}
-        return sk.Named(jax.random.normal(key, tuple(sizes[d] for d in dims)), dims)
+        return sk.WithAxes(jax.random.normal(key, tuple(sizes[d] for d in dims)), dims)
 
     return {"up": named("layers", "embed", "mlp"), "down": named("layers", "mlp", "embed")}
 
@@ -30,10 +30,10 @@ def init(key):
 def loss(params, batch, key):
     def layer(x, w):
         with jax.named_scope("mlp"):
-            x = sk.constrain(x, "batch", "embed")
-            hidden = sk.constrain(jnp.tanh(x @ w["up"]), "batch", "mlp")
+            x = sk.nn.constrain(x, "batch", "embed")
+            hidden = sk.nn.constrain(jnp.tanh(x @ w["up"]), "batch", "mlp")
             # Its own spec for the hidden units, where `mlp` would do.
-            other = sk.constrain(jnp.sin(hidden), "batch", "hidden")
+            other = sk.nn.constrain(jnp.sin(hidden), "batch", "hidden")
             return jnp.tanh(other @ w["down"]), None
 
     return jnp.mean(jax.lax.scan(layer, batch["x"], params)[0] ** 2)
@@ -123,8 +123,8 @@ def test_a_gather_between_a_parameter_and_a_constraint_names_both():
     def gathering(params, batch, key):
         def layer(x, w):
             # Split over `mlp` as a parameter, and whole where it is used.
-            up = sk.constrain(w["up"], "embed", "whole")
-            hidden = sk.constrain(jnp.tanh(x @ up), "batch", "whole")
+            up = sk.nn.constrain(w["up"], "embed", "whole")
+            hidden = sk.nn.constrain(jnp.tanh(x @ up), "batch", "whole")
             return jnp.tanh(hidden @ w["down"]), None
 
         return jnp.mean(jax.lax.scan(layer, batch["x"], params)[0] ** 2)
@@ -149,16 +149,16 @@ def test_a_residual_stream_split_over_length_is_no_disagreement():
     length, embed = 64, 32
 
     def rows(params, batch, key):
-        x = sk.constrain(batch["x"] * params["scale"], "batch", "residual_length", "embed")
-        x = sk.constrain(jnp.sin(x), "batch", "length", "embed")
+        x = sk.nn.constrain(batch["x"] * params["scale"], "batch", "residual_length", "embed")
+        x = sk.nn.constrain(jnp.sin(x), "batch", "length", "embed")
         return jnp.mean(jnp.tanh(x.reshape(-1, length * embed) @ params["w"]) ** 2)
 
     step = sk.compile_step(
         rows,
         optax.sgd(0.1),
         init=lambda key: {
-            "scale": sk.Named(jnp.ones((embed,)), (None,)),
-            "w": sk.Named(jnp.ones((length * embed, 8)), (None, "mlp")),
+            "scale": sk.WithAxes(jnp.ones((embed,)), (None,)),
+            "w": sk.WithAxes(jnp.ones((length * embed, 8)), (None, "mlp")),
         },
         batch={"x": jax.ShapeDtypeStruct((8, length, embed), jnp.float32)},
         mesh=sk.MeshSpec(data=2, tensor=4).build(),

@@ -51,26 +51,26 @@ def step(mesh):
     ],
 )
 def test_arguments_of_the_wrong_kind(mesh, changes, subject, fix):
-    with pytest.raises(sk.StepError, match=rf"{subject}[\s\S]*Fix: .*{fix}"):
+    with pytest.raises(sk.errors.StepError, match=rf"{subject}[\s\S]*Fix: .*{fix}"):
         compiled(mesh, **changes)
 
 
 def test_several_wrong_options_are_one_error(mesh):
-    with pytest.raises(sk.StepError) as raised:
+    with pytest.raises(sk.errors.StepError) as raised:
         compiled(mesh, remat="ful", precision="fp8", accumulate=0)
     text = str(raised.value)
     assert all(part in text for part in ("remat='ful'", "precision='fp8'", "accumulate")), text
 
 
 def test_a_spec_is_no_rule():
-    with pytest.raises(sk.StepError, match=r"params  P\('data',\) is no rule"):
+    with pytest.raises(sk.errors.StepError, match=r"params  P\('data',\) is no rule"):
         sk.Strategy(params=P("data"))
-    with pytest.raises(sk.StepError, match=r"batch   'data' is no rule[\s\S]*P\(\"data\"\)"):
+    with pytest.raises(sk.errors.StepError, match=r"batch   'data' is no rule[\s\S]*P\(\"data\"\)"):
         sk.Strategy(params={"w": P()}, batch="data")
 
 
 def test_an_unknown_field_to_replace(step):
-    with pytest.raises(sk.StepError, match=r"meh  is not a field of StepSpec.*'mesh'"):
+    with pytest.raises(sk.errors.StepError, match=r"meh  is not a field of StepSpec.*'mesh'"):
         step.replace(meh=3)
 
 
@@ -85,8 +85,10 @@ def test_an_explicit_mesh_of_the_caller_changes_nothing(step, mesh):
 
 def test_put_takes_a_batch_from_anywhere(step, mesh):
     elsewhere = {"x": jax.device_put(BATCH["x"], jax.devices()[3])}
-    assert step.put(elsewhere)["x"].sharding.spec == P("data")
-    with pytest.raises(sk.BatchError, match=r"committed to 1 device[\s\S]*step\.put\(batch\)"):
+    assert step.shard_batch(elsewhere)["x"].sharding.spec == P("data")
+    with pytest.raises(
+        sk.errors.BatchError, match=r"committed to 1 device[\s\S]*step\.put\(batch\)"
+    ):
         step(step.init(jax.random.key(0)), elsewhere)
 
 
@@ -104,11 +106,11 @@ def test_an_optimizer_that_does_not_want_the_loss(mesh):
 
 @pytest.mark.parametrize("rate", [float("nan"), float("inf"), 0.0, -1.0])
 def test_a_rate_that_is_no_positive_number(rate):
-    with pytest.raises(sk.ConfigError, match="must be positive and finite"):
+    with pytest.raises(sk.errors.ConfigError, match="must be positive and finite"):
         OptimizerConfig(lr=rate)
 
 
 def test_a_run_name_stays_below_runs():
     for name in ("", "../../x"):
-        with pytest.raises(sk.ConfigError, match="one word without slashes"):
+        with pytest.raises(sk.errors.ConfigError, match="one word without slashes"):
             sk.Config(name=name)

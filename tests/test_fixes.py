@@ -20,15 +20,15 @@ HAND = sk.Strategy(
 
 def init(key):
     return {
-        "up": sk.Named(jax.random.normal(key, (EMBED, MLP)), ("embed", "mlp")),
-        "down": sk.Named(jax.random.normal(key, (MLP, EMBED)), ("mlp", "embed")),
+        "up": sk.WithAxes(jax.random.normal(key, (EMBED, MLP)), ("embed", "mlp")),
+        "down": sk.WithAxes(jax.random.normal(key, (MLP, EMBED)), ("mlp", "embed")),
     }
 
 
 def loss_with(*names):
     def loss(params, batch, key):
         with jax.named_scope("mlp"):
-            hidden = sk.constrain(jnp.tanh(batch["x"] @ params["up"]), *names)
+            hidden = sk.nn.constrain(jnp.tanh(batch["x"] @ params["up"]), *names)
             return jnp.mean((hidden @ params["down"]) ** 2)
 
     return loss
@@ -55,7 +55,7 @@ def test_an_activation_that_is_constrained_gathers_no_parameter():
     (gather,) = found(step, "parameter_gather")
     assert gather.leaf == "params/down"
     code, *_ = gather.fix.partition(" on the activation")
-    assert code == "sk.constrain(x, ..., 'mlp')"
+    assert code == "sk.nn.constrain(x, ..., 'mlp')"
     assert {one.axes for one in found(step, "replicated_activation")} == {("tensor",)}
     assert not found(compiled(loss_with("batch", "mlp")), "parameter_gather")
 
@@ -74,7 +74,10 @@ def test_a_rule_of_a_finding_splits_the_leaf():
         one.leaf: one for one in found(compiled(loss_with("batch", None), strategy), "replicated")
     }
     code, _, meant = names["params/up"].fix.partition(", or sk.REPLICATED")
-    assert code == """params=sk.chain(sk.PathRules({"up": P(None, 'tensor')}), strategy.params)"""
+    assert (
+        code
+        == """params=sk.first_match(sk.PathRules({"up": P(None, 'tensor')}), strategy.params)"""
+    )
     assert meant == " if meant"
     own, *_ = names["opt_state/0/mu/down"].fix.partition(", or")
     assert own == """opt_state=sk.PathRules({"0/mu/down": P('tensor', None)})"""
@@ -93,11 +96,11 @@ def test_a_constraint_in_between_spares_the_rematerialization():
     def loss_by(between):
         def loss(params, batch, key):
             with jax.named_scope("twist"):
-                x = sk.constrain(
+                x = sk.nn.constrain(
                     jnp.sin(batch["x"][:, :, None] * params["up"]), "batch", None, "mlp"
                 )
                 x = between(x)
-                return jnp.mean(jnp.cos(sk.constrain(x, None, "both", None))) + params["down"]
+                return jnp.mean(jnp.cos(sk.nn.constrain(x, None, "both", None))) + params["down"]
 
         return loss
 

@@ -82,14 +82,16 @@ def own_model(marked):
     """A model of the user's own: two scanned layers over a dict of stacked arrays."""
 
     def init(key):
-        return {"w": sk.Named(jax.random.normal(key, (2, 32, 32)) / 6, ("layers", "embed", None))}
+        return {
+            "w": sk.WithAxes(jax.random.normal(key, (2, 32, 32)) / 6, ("layers", "embed", None))
+        }
 
     def loss(params, batch, key):
         def layer(x, w):
-            w = sk.weight(w, "embed", None) if marked else w
-            return jnp.tanh(sk.constrain(x @ w, "batch", "embed")), None
+            w = sk.nn.use_param(w, "embed", None) if marked else w
+            return jnp.tanh(sk.nn.constrain(x @ w, "batch", "embed")), None
 
-        x, _ = jax.lax.scan(sk.remat(layer, scanned=True), batch, params["w"])
+        x, _ = jax.lax.scan(sk.nn.remat(layer, scanned=True), batch, params["w"])
         return (x**2).mean()
 
     return loss, init
@@ -120,5 +122,5 @@ def test_a_model_of_ones_own_marks_its_weights():
 
 
 def test_a_model_without_marks_cannot_keep_them():
-    with pytest.raises(sk.StepError, match=r"the model marks no weight(.|\n)*sk\.weight"):
+    with pytest.raises(sk.errors.StepError, match=r"the model marks no weight(.|\n)*sk\.weight"):
         own_step(KEPT, marked=False)

@@ -221,7 +221,7 @@ def test_one_process_holds_a_lock_at_a_time(tmp_path):
 def test_files_of_options_are_checked_together(tmp_path):
     (tmp_path / "file").write_text("")
     given = {"--json": str(tmp_path), "--html": str(tmp_path / "file" / "x"), "--csv": None}
-    with pytest.raises(sk.ConfigError) as error:
+    with pytest.raises(sk.errors.ConfigError) as error:
         check_outputs(given, "plan")
     assert f"--json {tmp_path}" in str(error.value)
     assert "is a folder, not a file" in str(error.value)
@@ -234,7 +234,7 @@ def test_a_file_of_the_callers_own_code_is_named(tmp_path):
         yield [1]
         yield (tmp_path / "their.txt").read_text()
 
-    with pytest.raises(sk.DataError) as error:
+    with pytest.raises(sk.errors.DataError) as error:
         write_tokens(tmp_path / "x.bin", documents(), vocabulary=300)
     assert f"No such file or directory: {tmp_path / 'their.txt'}." in str(error.value)
     assert content(tmp_path) == {}

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shardkit._core.split_rng import Draws, find_draws, global_index, part_keys
+from shardkit._core.split_rng import RandomDraws, global_index, match_draws, part_keys
 
 from ._quick import some_quick
 
@@ -31,8 +31,8 @@ def test_parts_draw_their_rows_of_the_whole(lanes, micro_batches):
     x = jnp.zeros((ROWS, WIDTH))
     whole = jax.jit(draw)(x, KEY)
     rows, parts = ROWS // (lanes * micro_batches), lanes * micro_batches
-    found = find_draws(draw, parts, (x[:rows], KEY), (x, KEY))
-    draws = Draws(lanes, found.grown, micro_batches)
+    found = match_draws(draw, parts, (x[:rows], KEY), (x, KEY))
+    draws = RandomDraws(lanes, found.grown, micro_batches)
 
     @jax.jit
     def part(lane, micro):
@@ -46,7 +46,7 @@ def test_parts_draw_their_rows_of_the_whole(lanes, micro_batches):
 
 
 def test_arrays_beyond_a_word_have_indices_of_two():
-    draws = Draws(2**20, (), 2**8)
+    draws = RandomDraws(2**20, (), 2**8)
     shape, lane, micro = (2, 3, 2**10), 2**20 - 3, 200
     high, low = global_index(draws, 1, shape, jnp.uint32(lane), jnp.uint32(micro))
     at = (np.arange(3) + lane * 3) * 2**8 + micro

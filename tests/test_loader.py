@@ -135,7 +135,7 @@ def test_an_error_is_raised_for_its_own_batch_and_the_batch_is_read_again(shardi
 
 def test_data_with_other_leaves_than_the_step_is_refused(shardings):
     data = arrays({"x": TREE["x"], "label": TREE["y"]}, rows=4)
-    with pytest.raises(sk.BatchError) as error:
+    with pytest.raises(sk.errors.BatchError) as error:
         next(Loader(data, shardings))
     assert "batch/label  comes from the arrays, undeclared" in str(error.value)
     assert "batch/y      is declared, and the arrays has none" in str(error.value)
@@ -161,19 +161,19 @@ def test_other_data_is_no_place_to_go_on(shardings):
     saved = arrays(TREE, rows=4).position(7)
     assert resume_step(saved, arrays(TREE, rows=4)) == 7
     changed = {**TREE, "y": TREE["y"] + 1}
-    with pytest.raises(sk.DataError) as error:
+    with pytest.raises(sk.errors.DataError) as error:
         resume_step(saved, arrays(changed, rows=5, seed=1))
     message = str(error.value)
     assert message.startswith("The data is not what the checkpoint was made with: 3 values changed")
     assert "the arrays: rows   was 4, is 5" in message
     assert "the arrays: seed   was 0, is 1" in message
     assert "the arrays: crc32  was '" in message
-    with pytest.raises(sk.DataError, match=r"batch +was None, is 0"):
+    with pytest.raises(sk.errors.DataError, match=r"batch +was None, is 0"):
         resume_step({}, arrays(TREE, rows=4))
 
 
 def test_arrays_that_form_no_batches_are_named():
-    with pytest.raises(sk.DataError) as error:
+    with pytest.raises(sk.errors.DataError) as error:
         arrays({"x": np.zeros((6, 2)), "y": np.zeros(6), "z": np.zeros(5), "n": 3}, rows=8)
     message = str(error.value)
     assert "z f64[5]  has no leading dim of 6 examples" in message

@@ -147,7 +147,7 @@ def test_a_logger_that_is_unknown_or_missing_is_told_before_anything_is_compiled
         patch.setattr(
             _loggers.importlib.util, "find_spec", lambda n: None if n == "wandb" else real(n)
         )
-        with pytest.raises(sk.ConfigError) as error:
+        with pytest.raises(sk.errors.ConfigError) as error:
             run(tmp_path / "run", lambda: pytest.fail("compiled"), loggers=("tensorbord", "wandb"))
     assert str(error.value) == (
         "Metrics cannot go to 2 loggers.\n"
@@ -175,7 +175,7 @@ def test_a_logger_that_is_unknown_or_missing_is_told_before_anything_is_compiled
     ],
 )
 def test_a_range_that_cannot_be_traced_is_refused(text, why):
-    with pytest.raises(sk.ConfigError) as error:
+    with pytest.raises(sk.errors.ConfigError) as error:
         sk.TrainConfig(steps=60, profile=text)
     assert f"profile={text}  {why}" in str(error.value)
     assert "Fix: --profile 10:15" in str(error.value)
@@ -202,9 +202,9 @@ def test_a_trace_of_some_updates_is_in_the_runs_folder(tmp_path, step):
 
 def test_a_range_that_a_run_has_behind_it_is_refused(tmp_path, step):
     check_profile("5:10", 60, 9)
-    with pytest.raises(sk.ConfigError, match="is over: the run resumes from update 10"):
+    with pytest.raises(sk.errors.ConfigError, match="is over: the run resumes from update 10"):
         check_profile("5:10", 60, 10)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "run", step, at_read(6, interrupt))
-    with pytest.raises(sk.ConfigError, match="resumes from update 4"):
+    with pytest.raises(sk.errors.ConfigError, match="resumes from update 4"):
         run(tmp_path / "run", lambda: pytest.fail("compiled"), profile="1:3")

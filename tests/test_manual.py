@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
-from shardkit._core.split_rng import Draws, part_keys
+from shardkit._core.split_rng import RandomDraws, part_keys
 from shardkit.testing import SHARD_MUTATIONS, kill_matrix
 
 from . import _parity
@@ -92,7 +92,9 @@ def test_both_modes_agree_in_noise_and_in_numbers():
 
 
 def test_bf16_is_reduced_in_the_dtype_that_is_asked_for():
-    step = small(loss=plain_loss, precision=sk.Precision(compute="bfloat16", reduce="float32"))
+    step = small(
+        loss=plain_loss, precision=sk.Precision(compute_dtype="bfloat16", reduce_dtype="float32")
+    )
     (row,) = [r for r in step.report().ledger.where("data", "all-reduce") if r.payload_bytes > 64]
     assert row.dtype == "f32"
     state = step.init(jax.random.key(0))
@@ -148,7 +150,7 @@ def plain_loss(params, batch, key):
     return jnp.mean((jnp.tanh(x @ params["up"]) @ params["down"] - x) ** 2)
 
 
-PER_SHARD = sk.PerShard(sharded_loss, plain_loss)
+PER_SHARD = sk.ShardMapLoss(sharded_loss, plain_loss)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +182,7 @@ def test_a_reduction_of_ones_own_over_the_rows_is_taken_as_it_is():
     def loss(params, batch, key):
         return jax.lax.pmean(sharded_loss(params, batch, key), "data")
 
-    step = small(SPLIT, {"data": 2, "tensor": 4}, sk.PerShard(loss, plain_loss))
+    step = small(SPLIT, {"data": 2, "tensor": 4}, sk.ShardMapLoss(loss, plain_loss))
     state = step.init(jax.random.key(0))
     wanted = jax.jit(jax.grad(plain_loss))(jax.device_get(state.params), SMALL, None)
     assert_close(step.gradients(state, SMALL)[1], jax.device_get(wanted))
@@ -197,8 +199,8 @@ def test_a_forgotten_psum_names_the_axis():
         h = jnp.tanh(batch["x"] @ params["up"])
         return jnp.mean((h @ params["down"] - batch["x"]) ** 2)
 
-    loss = sk.PerShard(forgotten, plain_loss)
-    text = message_of(sk.StepError, strategy=SPLIT, mesh={"data": 2, "tensor": 4}, loss=loss)
+    loss = sk.ShardMapLoss(forgotten, plain_loss)
+    text = message_of(sk.errors.StepError, strategy=SPLIT, mesh={"data": 2, "tensor": 4}, loss=loss)
     assert "output 'loss'  differs per 'tensor' shard: add psum/pmean over 'tensor'" in text
     assert "Fix: jax.lax.psum(x, 'tensor') or pmean before it is returned" in text
 
@@ -207,8 +209,8 @@ def test_a_misspelt_axis_of_a_collective_is_named():
     def misspelt(params, batch, key):
         return jax.lax.psum(sharded_loss(params, batch, key), "tensr")
 
-    loss = sk.PerShard(misspelt, plain_loss)
-    text = message_of(sk.StepError, strategy=SPLIT, mesh={"data": 2, "tensor": 4}, loss=loss)
+    loss = sk.ShardMapLoss(misspelt, plain_loss)
+    text = message_of(sk.errors.StepError, strategy=SPLIT, mesh={"data": 2, "tensor": 4}, loss=loss)
     assert "psum(..., 'tensr')  the mesh has data=2, tensor=4. Did you mean 'tensor'?" in text
     assert "Fix: one of 'data', 'tensor'" in text
 
@@ -218,29 +220,29 @@ def test_a_weight_that_is_not_summed_beside_a_total_that_is():
         total = jax.lax.psum(jnp.sum(sharded_loss(params, batch, key)), "data")
         return sk.Mean(total, jnp.sum(batch["x"] ** 2))
 
-    loss = sk.PerShard(uneven, plain_loss)
-    text = message_of(sk.StepError, strategy=SPLIT, mesh={"data": 2, "tensor": 4}, loss=loss)
+    loss = sk.ShardMapLoss(uneven, plain_loss)
+    text = message_of(sk.errors.StepError, strategy=SPLIT, mesh={"data": 2, "tensor": 4}, loss=loss)
     assert "its weight differs per 'data' shard, its total does not: add psum over 'data'" in text
 
 
 def test_an_ordinary_loss_cannot_have_its_weights_split_over_what_splits_no_rows():
-    text = message_of(sk.StepError, strategy=SPLIT, mesh={"data": 2, "tensor": 4})
+    text = message_of(sk.errors.StepError, strategy=SPLIT, mesh={"data": 2, "tensor": 4})
     assert 'mode="shard_map" cannot carry this out on mesh (data=2, tensor=4).' in text
     assert "params/down f32[16,8]" in text
     assert "params/up f32[8,16]" in text
     assert "dim 1 is split over 'tensor', which splits neither rows nor products" in text
-    assert "Fix: sk.PerShard(loss, plain)" in text
+    assert "Fix: sk.ShardMapLoss(loss, plain)" in text
 
 
 def test_a_model_that_marks_nothing_cannot_be_split_by_name():
     def init(key):
-        return jax.tree.map(lambda x: sk.Named(x, ("embed", "mlp")), small_init(key))
+        return jax.tree.map(lambda x: sk.WithAxes(x, ("embed", "mlp")), small_init(key))
 
     def loss(params, batch, key):
-        h = sk.constrain(batch["x"] @ params["up"], "batch", "mlp")
+        h = sk.nn.constrain(batch["x"] @ params["up"], "batch", "mlp")
         return jnp.mean(h**2) + jnp.mean(params["down"] ** 2)
 
-    with pytest.raises(sk.StepError) as raised:
+    with pytest.raises(sk.errors.StepError) as raised:
         sk.compile_step(
             loss,
             OPTIMIZER,
@@ -253,7 +255,7 @@ def test_a_model_that_marks_nothing_cannot_be_split_by_name():
     text = str(raised.value)
     assert "params/up f32[8,16]" in text
     assert "dim 1 ('mlp') is split over 'tensor', and the model never marks what goes into" in text
-    assert "h = sk.constrain(h, ..., into=('mlp',))" in text
+    assert "h = sk.nn.constrain(h, ..., into=('mlp',))" in text
 
 
 def test_what_explicit_collectives_cannot_do_is_said_at_once():
@@ -261,7 +263,9 @@ def test_what_explicit_collectives_cannot_do_is_said_at_once():
         data(), kinds=sk.strategies.context("data").kinds, batch=P("data", "tensor")
     )
     stateful = sk.Loss(small_loss, small_loss, stateful=True)
-    text = message_of(sk.StepError, strategy=strategy, mesh={"data": 2, "tensor": 4}, loss=stateful)
+    text = message_of(
+        sk.errors.StepError, strategy=strategy, mesh={"data": 2, "tensor": 4}, loss=stateful
+    )
     assert "loss_fn" in text
     assert "carries mutable state, which would be that of one device's rows" in text
     assert "context parallelism  over mesh axis 'data' is left to the partitioner" in text
@@ -272,11 +276,11 @@ def test_what_explicit_collectives_cannot_do_is_said_at_once():
 
 def test_a_misspelt_mark_is_named():
     def loss(params, batch, key):
-        x = sk.constrain(batch["x"], "batch", "embed", into=("mlp",))
+        x = sk.nn.constrain(batch["x"], "batch", "embed", into=("mlp",))
         y = jnp.tanh(x @ params["up"]) @ params["down"]
-        return jnp.mean(sk.constrain(y, "batch", "embed", partial=("mpl",)) ** 2)
+        return jnp.mean(sk.nn.constrain(y, "batch", "embed", partial=("mpl",)) ** 2)
 
-    text = message_of(sk.StepError, strategy=data(), loss=loss)
+    text = message_of(sk.errors.StepError, strategy=data(), loss=loss)
     assert "activations do not list logical axis 'mpl'. Did you mean 'mlp'?" in text
 
 
@@ -285,7 +289,7 @@ def test_keys_that_are_split_otherwise_than_queries():
         params={"kv_heads": None}, activations={"kv_heads": None}
     )
     made = _parity.model_of(())
-    with pytest.raises(sk.StepError) as raised:
+    with pytest.raises(sk.errors.StepError) as raised:
         sk.compile_step(
             made.loss_fn,
             OPTIMIZER,
@@ -302,7 +306,7 @@ def test_keys_that_are_split_otherwise_than_queries():
 
 
 def test_a_mode_that_is_not_there():
-    with pytest.raises(sk.StepError, match="Did you mean 'shard_map'"):
+    with pytest.raises(sk.errors.StepError, match="Did you mean 'shard_map'"):
         small().replace(mode="shardmap")
 
 
@@ -310,17 +314,19 @@ def test_a_mode_that_is_not_there():
 def marked_init(key):
     up, down = jax.random.split(key)
     return {
-        "up": sk.Named(jax.random.normal(up, (4, 8)), ("embed", "mlp")),
-        "down": sk.Named(jax.random.normal(down, (8, 4)), ("mlp", "embed")),
-        "scale": sk.Named(jnp.ones(4), ("norm",)),
+        "up": sk.WithAxes(jax.random.normal(up, (4, 8)), ("embed", "mlp")),
+        "down": sk.WithAxes(jax.random.normal(down, (8, 4)), ("mlp", "embed")),
+        "scale": sk.WithAxes(jnp.ones(4), ("norm",)),
     }
 
 
 def marked_loss(params, batch, key):
-    x = sk.constrain(batch["x"] * params["scale"], "batch", "embed", into=("mlp",))
-    h = sk.constrain(jax.nn.relu(x @ sk.weight(params["up"], "embed", "mlp")), "batch", "mlp")
-    y = h @ sk.weight(params["down"], "mlp", "embed")
-    y = sk.constrain(y, "batch", "embed", partial=("mlp",))
+    x = sk.nn.constrain(batch["x"] * params["scale"], "batch", "embed", into=("mlp",))
+    h = sk.nn.constrain(
+        jax.nn.relu(x @ sk.nn.use_param(params["up"], "embed", "mlp")), "batch", "mlp"
+    )
+    y = h @ sk.nn.use_param(params["down"], "mlp", "embed")
+    y = sk.nn.constrain(y, "batch", "embed", partial=("mlp",))
     y = jnp.where(jax.random.bernoulli(key, 0.8, y.shape), y, 0)
     weight = batch["w"].sum()
     total = jnp.sum(batch["w"] * jnp.mean((y - batch["x"]) ** 2, axis=-1))
@@ -364,7 +370,7 @@ def test_a_certificate_on_an_asymmetric_mesh():
 
 def compressed(**options):
     return small(
-        dataclasses.replace(data(), compression=sk.Compression("data", block=32)), **options
+        dataclasses.replace(data(), compression=sk.GradientCompression("data", block=32)), **options
     )
 
 
@@ -375,13 +381,13 @@ def test_compressed_gradients_travel_as_bytes_and_what_is_left_out_is_kept():
     assert sizes["f32"] == 256 // 32 * 4
     assert not [r for r in step.report().ledger.where("data", "all-reduce") if r.payload_bytes > 64]
     state = step.init(jax.random.key(0))
-    left = state.extra["compression"]["up"]
+    left = state.model_state["compression"]["up"]
     assert left.shape == (8, 8, 16)
     assert left.sharding.spec[0] == "data"
-    wanted = jax.tree.leaves(exact.gradients(dataclasses.replace(state, extra={}), SMALL)[1])
+    wanted = jax.tree.leaves(exact.gradients(dataclasses.replace(state, model_state={}), SMALL)[1])
     state, _ = step(state, SMALL)
     found = jax.tree.leaves(state.opt_state[0].trace)
-    kept = jax.tree.leaves(state.extra["compression"])
+    kept = jax.tree.leaves(state.model_state["compression"])
     for got, want, rest in zip(found, wanted, kept, strict=True):
         assert 1e-4 < np.abs(got - want).max() / np.abs(want).max() < 2e-2
         # Nothing is lost: what arrived and what was left out are what was to be sent.
@@ -390,7 +396,7 @@ def test_compressed_gradients_travel_as_bytes_and_what_is_left_out_is_kept():
 
 def test_gradients_scattered_over_one_axis_are_compressed_over_a_slow_one():
     strategy = dataclasses.replace(
-        data() | fsdp(min_size=1), compression=sk.Compression("data", block=8)
+        data() | fsdp(min_size=1), compression=sk.GradientCompression("data", block=8)
     )
     step = small(strategy, {"data": 2, "fsdp": 4}, plain_loss)
     sent = step.report().ledger
@@ -400,7 +406,7 @@ def test_gradients_scattered_over_one_axis_are_compressed_over_a_slow_one():
     exact = dataclasses.replace(strategy, compression=None)
     state = step.init(jax.random.key(0))
     wanted = small(exact, {"data": 2, "fsdp": 4}, plain_loss).gradients(
-        dataclasses.replace(state, extra={}), SMALL
+        dataclasses.replace(state, model_state={}), SMALL
     )[1]
     state, _ = step(state, SMALL)
     for got, want in zip(
@@ -410,23 +416,25 @@ def test_gradients_scattered_over_one_axis_are_compressed_over_a_slow_one():
 
 
 def test_compression_is_refused_where_it_cannot_be():
-    with pytest.raises(sk.StepError) as raised:
+    with pytest.raises(sk.errors.StepError) as raised:
         compressed().replace(mode="auto")
     assert "sums gradients over 'data' itself, which the partitioner does here" in str(raised.value)
     text = message_of(
-        sk.StepError,
-        strategy=dataclasses.replace(data(), compression=sk.Compression("dat")),
+        sk.errors.StepError,
+        strategy=dataclasses.replace(data(), compression=sk.GradientCompression("dat")),
     )
     assert "mesh axis 'dat' is not in the mesh. Did you mean 'data'?" in text
-    strategy = dataclasses.replace(fsdp(min_size=1), compression=sk.Compression("fsdp"))
-    text = message_of(sk.StepError, strategy=strategy, mesh={"fsdp": 8})
+    strategy = dataclasses.replace(fsdp(min_size=1), compression=sk.GradientCompression("fsdp"))
+    text = message_of(sk.errors.StepError, strategy=strategy, mesh={"fsdp": 8})
     assert "gradients are not summed over 'fsdp', they are scattered over it or equal" in text
-    with pytest.raises(sk.StepError, match="'int4' is not 'int8'"):
-        sk.Compression("data", dtype="int4")
+    with pytest.raises(sk.errors.StepError, match="'int4' is not 'int8'"):
+        sk.GradientCompression("data", dtype="int4")
 
 
 def test_a_slice_of_the_length_draws_its_part():
-    draws = Draws(2, ((("bits", (2, 3, 3)), 0),), slices=2, sliced=((("bits", (2, 3, 3)), 1),))
+    draws = RandomDraws(
+        2, ((("bits", (2, 3, 3)), 0),), slices=2, sliced=((("bits", (2, 3, 3)), 1),)
+    )
     key, whole = jax.random.key(3), jax.random.bits(jax.random.key(3), (4, 6, 3))
     for lane, cut in np.ndindex(2, 2):
         own = part_keys(jax.random.key_data(key), draws, lane, 0, cut)

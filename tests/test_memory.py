@@ -35,7 +35,7 @@ def test_parts_are_exact_and_make_the_executables_arguments():
     assert memory.params == matrix // 4 + matrix // 8
     assert memory.opt_state == 2 * matrix
     assert memory.batch == 4 * BATCH * WIDTH // 2
-    assert memory.extra == memory.rest == 0
+    assert memory.model_state == memory.rest == 0
     assert memory.padding == 0
     assert memory.arguments == made.memory.argument
     assert memory.problems == ()

@@ -16,8 +16,8 @@ def rematerializing():
     rules = sk.AxisRules({"rows": "data", "split": "tensor", "both": ("data", "tensor")})
 
     def loss(params, batch, key):
-        x = sk.constrain(jnp.sin(batch["x"][:, None] * params["w"]), "rows", None, "split")
-        return jnp.mean(jnp.cos(sk.constrain(x, None, "both", None)) ** 2)
+        x = sk.nn.constrain(jnp.sin(batch["x"][:, None] * params["w"]), "rows", None, "split")
+        return jnp.mean(jnp.cos(sk.nn.constrain(x, None, "both", None)) ** 2)
 
     return sk.compile_step(
         loss,

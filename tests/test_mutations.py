@@ -13,7 +13,7 @@ from shardkit._core.errors import BudgetError, VerificationError
 from shardkit._core.types import Mean
 from shardkit.mesh import MeshSpec
 from shardkit.parallel import Strategy
-from shardkit.parity import Certificate, Row
+from shardkit.parity import ParityReport, Row
 from shardkit.report import Budget
 from shardkit.rules import PathRules
 from shardkit.step import compile_step
@@ -118,7 +118,7 @@ def test_seams_exist_and_are_restored(mutation):
 
 
 def test_a_survivor_is_an_error():
-    passed = Certificate((Row("m", "loss", "loss", 0.0, 0.0, 1.0),), "")
+    passed = ParityReport((Row("m", "loss", "loss", 0.0, 0.0, 1.0),), "")
     found = (Row("m", "loss", "loss", 2.0, 0.0, 1.0),)
     matrix = KillMatrix(passed, (Killed(BY_NAME["wrong spec"], found),))
     assert "wrong spec  SURVIVES  by layout (also loss)" in str(matrix)
@@ -131,7 +131,7 @@ def test_a_survivor_is_an_error():
 
 
 def test_a_step_that_fails_without_a_mutation_proves_nothing():
-    failed = Certificate((Row("m", "loss", "loss", 2.0, 0.0, 1.0),), "")
+    failed = ParityReport((Row("m", "loss", "loss", 2.0, 0.0, 1.0),), "")
     matrix = KillMatrix(failed, ())
     assert not matrix.ok
     with pytest.raises(VerificationError, match="1 check failed on 1 of 1 meshes"):

@@ -31,18 +31,18 @@ BAD = {"x": np.where(np.arange(128).reshape(8, 16) == 77, np.inf, GOOD["x"])}
 def init(key):
     up, down = jax.random.split(key)
     params = {
-        "up": sk.Named(jax.random.normal(up, (16, 32)) / 4, ("embed", "mlp")),
-        "down": sk.Named(jax.random.normal(down, (32, 16)) / 4, ("mlp", "embed")),
+        "up": sk.WithAxes(jax.random.normal(up, (16, 32)) / 4, ("embed", "mlp")),
+        "down": sk.WithAxes(jax.random.normal(down, (32, 16)) / 4, ("mlp", "embed")),
     }
     return sk.Variables(params, {"seen": jnp.zeros(()), "draws": jax.random.key(7)})
 
 
-def loss(params, batch, key, extra=None):
-    up, down = (sk.weight(params[name], *axes) for name, axes in AXES.items())
-    h = jax.nn.relu(sk.constrain(batch["x"], "batch", "embed", into=("mlp",)) @ up)
-    y = sk.constrain(h, "batch", "mlp") @ down
-    value = jnp.sqrt(jnp.square(sk.constrain(y, "batch", "embed", partial=("mlp",))).mean())
-    return value, {}, extra and {**extra, "seen": extra["seen"] + 1}
+def loss(params, batch, key, model_state=None):
+    up, down = (sk.nn.use_param(params[name], *axes) for name, axes in AXES.items())
+    h = jax.nn.relu(sk.nn.constrain(batch["x"], "batch", "embed", into=("mlp",)) @ up)
+    y = sk.nn.constrain(h, "batch", "mlp") @ down
+    value = jnp.sqrt(jnp.square(sk.nn.constrain(y, "batch", "embed", partial=("mlp",))).mean())
+    return value, {}, model_state and {**model_state, "seen": model_state["seen"] + 1}
 
 
 AXES = {"up": ("embed", "mlp"), "down": ("mlp", "embed")}
@@ -60,7 +60,7 @@ def compiled(strategy, on_nonfinite, mode="auto", accumulate=1, **sizes):
         mesh=sk.MeshSpec(**sizes).build(devices=jax.devices()[: np.prod(list(sizes.values()))]),
         strategy=strategy,
         mode=mode,
-        accumulate=sk.Accumulate(accumulate, "each"),
+        accumulate=sk.Accumulate(accumulate, "every"),
         on_nonfinite=on_nonfinite,
     )
 
@@ -113,7 +113,7 @@ def test_a_skipped_update_leaves_every_bit_but_the_counter(case):
         np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-6)
     got, want = jax.tree.leaves(state.params), jax.tree.leaves(other.params)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), got, want)
-    assert state.extra.get("seen") == other.extra.get("seen")
+    assert state.model_state.get("seen") == other.model_state.get("seen")
 
 
 def test_a_stopped_step_keeps_what_it_failed_on_however_late_that_is_read():

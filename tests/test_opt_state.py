@@ -247,7 +247,7 @@ def flat(sizes):
 
 
 def test_a_leaf_that_no_parameter_explains_is_an_error_that_names_the_declaration(mesh):
-    with pytest.raises(sk.ShardingError) as caught:
+    with pytest.raises(sk.errors.ShardingError) as caught:
         layout_of(flat(1024), mesh)
     text = str(caught.value)
     assert "1 leaf cannot be laid out on mesh (data=2, tensor=4)" in text

@@ -34,8 +34,8 @@ CALLS = {
     "accumulate": (lambda v: sk.Accumulate(v), int),
     "allow_unmatched": (lambda v: sk.PathRules({"**": sk.REPLICATED}, allow_unmatched=v), bool),
     "stateful": (lambda v: sk.Loss(print, print, stateful=v), bool),
-    "scanned": (lambda v: sk.remat(print, scanned=v), bool),
-    "block": (lambda v: sk.Compression("data", block=v), int),
+    "scanned": (lambda v: sk.nn.remat(print, scanned=v), bool),
+    "block": (lambda v: sk.GradientCompression("data", block=v), int),
     "data": (lambda v: sk.MeshSpec(data=v), int),
     "rows": (lambda v: arrays(np.ones((8, 2)), v), int),
     "seed": (lambda v: arrays(np.ones((8, 2)), 2, seed=v), int),
@@ -49,7 +49,7 @@ DECLARED = {
     Keep: {},
     sk.TrainConfig: {},
     TextTrainConfig: {},
-    sk.Space: {},
+    sk.SearchSpace: {},
     DataConfig: {},
     CompileConfig: {},
     OptimizerConfig: {},
@@ -98,18 +98,18 @@ def test_a_field_of_another_type_is_refused_with_its_own_name_and_type(cls, name
 
 
 def test_every_wrong_field_is_told_at_once_with_code_that_mends_it():
-    with pytest.raises(sk.ConfigError) as caught:
+    with pytest.raises(sk.errors.ConfigError) as caught:
         sk.TrainConfig(steps="400", keep="many", profile=3)
     text = str(caught.value)
     assert "train.steps    expected int, got '400'." in text
     assert "- steps=400" in text
     assert "- keep=1" in text
     assert "- profile='3'" in text
-    with pytest.raises(sk.StepError, match="Fix: reshard_after_forward=False"):
+    with pytest.raises(sk.errors.StepError, match="Fix: reshard_after_forward=False"):
         S.fsdp(reshard_after_forward="False")
 
 
 def test_numbers_of_numpy_and_lists_are_taken():
     assert Keep(last=np.int64(3)).last == 3
     assert OptimizerConfig(lr=1).lr == 1
-    assert sk.Space(zero=[0, 1]).zero == [0, 1]
+    assert sk.SearchSpace(zero=[0, 1]).zero == [0, 1]

@@ -123,7 +123,7 @@ def total(params, batch):
 
 
 def test_a_packed_row_costs_what_its_documents_cost_alone(params):
-    params = jax.tree.map(lambda x: x.value, params, is_leaf=lambda x: isinstance(x, sk.Named))
+    params = jax.tree.map(lambda x: x.value, params, is_leaf=lambda x: isinstance(x, sk.WithAxes))
     batch = TEXT.batch(0)
     alone = {name: np.zeros_like(x) for name, x in batch.items()}
     sums = np.zeros(2)

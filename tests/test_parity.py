@@ -38,7 +38,7 @@ def test_a_gradient_that_is_off_by_1e_4_fails():
     gradients = dict(found.record[GRADIENTS])
     gradients["layers/up"] = gradients["layers/up"] * (1 + 1e-4)
     wrong = dataclasses.replace(found, record={**found.record, GRADIENTS: gradients})
-    with pytest.raises(sk.VerificationError, match=r"layers/up is off by 1\.0e-04"):
+    with pytest.raises(sk.errors.VerificationError, match=r"layers/up is off by 1\.0e-04"):
         _parity.certificate(QUICK[0], wrong).check()
 
 

@@ -162,7 +162,7 @@ def test_a_scalar_loss_is_the_mean_over_equal_parts():
 
 def wide(params, batch, key):
     """Activations of 32 KiB a micro-batch of 4 rows, from a batch of a few bytes."""
-    return sk.staged(
+    return sk.nn.layer_stack(
         lambda ends, batch, key: batch["x"][:, None, None] * ends,
         lambda w, x, batch, key: x + jnp.tanh(x @ w),
         lambda ends, x, batch: (x**2).mean(),
@@ -178,8 +178,8 @@ def temporary(name, micro_batches):
         wide,
         optax.sgd(0.1),
         init=lambda key: {
-            "start": sk.Named(jnp.ones((64, 32)), ("length", "embed")),
-            "w": sk.Named(jnp.ones((4, 32, 32)), ("layers", "embed", "mlp")),
+            "start": sk.WithAxes(jnp.ones((64, 32)), ("length", "embed")),
+            "w": sk.WithAxes(jnp.ones((4, 32, 32)), ("layers", "embed", "mlp")),
         },
         batch={"x": np.ones(4 * micro_batches, np.float32)},
         mesh=built(pipe=4),

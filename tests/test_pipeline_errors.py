@@ -18,13 +18,13 @@ DATA = sk.strategies.data()
 def message(strategy, layers=4, rows=16, loss=model.loss, **sizes):
     sizes = sizes or {"data": 2, "pipe": 4}
     mesh = sk.MeshSpec(**sizes).build()
-    with pytest.raises(sk.StepError) as raised:
+    with pytest.raises(sk.errors.StepError) as raised:
         model.step(mesh, strategy, layers, rows, loss=loss)
     return str(raised.value)
 
 
 def test_options_are_refused_together():
-    with pytest.raises(sk.StepError) as raised:
+    with pytest.raises(sk.errors.StepError) as raised:
         pipeline(schedule="1f1", micro_batches=0, virtual_stages=2, ends="splitt")
     text = str(raised.value)
     assert "schedule='1f1'" in text
@@ -32,7 +32,7 @@ def test_options_are_refused_together():
     assert "micro_batches=0" in text
     assert "interleaving, and nothing else, needs at least 2 virtual stages" in text
     assert "Did you mean 'split'?" in text
-    with pytest.raises(sk.StepError, match="at least 2 virtual stages"):
+    with pytest.raises(sk.errors.StepError, match="at least 2 virtual stages"):
         pipeline(schedule="interleaved", micro_batches=4)
 
 
@@ -68,7 +68,7 @@ def test_uneven_layers_are_never_guessed():
 
 
 def test_layers_that_stages_do_not_divide_are_refused_with_the_numbers_to_declare():
-    with pytest.raises(sk.ShardingError) as raised:
+    with pytest.raises(sk.errors.ShardingError) as raised:
         model.step(sk.MeshSpec(data=2, pipe=4).build(), DATA | pipeline(micro_batches=2), 5)
     text = str(raised.value)
     assert "dim 0 (5) is not divisible by pipe=4" in text
@@ -83,8 +83,8 @@ def test_accumulation_inside_the_pipeline_is_its_own():
     text = message(both)
     assert "the pipeline's own micro-batches are accumulated, with one reduction" in text
     assert "pipeline(micro_batches=8)" in text
-    assert 'sk.Accumulate(2, reduce="each")' in text
-    apart = sk.Strategy(precision=sk.Precision(compute="bfloat16", reduce="float32"))
+    assert 'sk.Accumulate(2, reduce="every")' in text
+    apart = sk.Strategy(precision=sk.Precision(compute_dtype="bfloat16", reduce_dtype="float32"))
     text = message(DATA | pipeline(micro_batches=4) | apart)
     assert "a pipeline reduces its gradients in the compute dtype" in text
 
@@ -98,7 +98,7 @@ def test_rows_are_not_split_over_stages():
 
 def test_integers_do_not_travel():
     def loss(params, batch, key):
-        return sk.staged(
+        return sk.nn.layer_stack(
             lambda ends, batch, key: (batch["tokens"], ends["table"][batch["tokens"]]),
             lambda w, x, batch, key: x,
             lambda ends, x, batch: x[1].mean(),
@@ -133,12 +133,12 @@ def test_a_model_without_stages_is_an_error():
 
 def test_a_permute_inside_one_stage_is_refused_before_it_waits_for_ever():
     def layer(weights, x, batch, key):
-        return x + sk.constrain(jnp.roll(x, 1, 1), "batch", "length", "embed")
+        return x + sk.nn.constrain(jnp.roll(x, 1, 1), "batch", "length", "embed")
 
     def loss(params, batch, key):
         ends = {name: params[name] for name in ("table", "scale")}
         layers = {name: params[name] for name in ("up", "down")}
-        return sk.staged(model.first, layer, model.last, ends, layers, batch)
+        return sk.nn.layer_stack(model.first, layer, model.last, ends, layers, batch)
 
     names = sk.AxisRules(dict(length="seq", batch=None, embed=None, mlp=None))
     split = sk.Strategy(
@@ -148,4 +148,4 @@ def test_a_permute_inside_one_stage_is_refused_before_it_waits_for_ever():
     assert "A stage would wait for the others without end on mesh (pipe=2, seq=4)." in text
     assert "layers: jit(_roll_static)/" in text
     assert "moves f32[8,1,8] over 'seq' by a permute, inside one pipeline stage" in text
-    assert 'y = sk.constrain(y, "batch", None, ...), which gathers within the stage' in text
+    assert 'y = sk.nn.constrain(y, "batch", None, ...), which gathers within the stage' in text

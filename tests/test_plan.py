@@ -18,7 +18,7 @@ from shardkit.mesh import Target
 from shardkit.planner import (
     Candidate,
     Plan,
-    Space,
+    SearchSpace,
     compile_best,
     plan,
 )
@@ -34,7 +34,7 @@ from shardkit.targets import Source
 ROWS = 16
 TARGET = "tpu:v5p:2x2x2"
 DECODER = DecoderConfig(vocab=256, embed_dim=32, num_layers=2, num_heads=4, mlp_dim=64)
-SPACE = Space(("data", "fsdp", "tensor"), remat=("none", "full"), accumulate=(1, 2))
+SPACE = SearchSpace(("data", "fsdp", "tensor"), remat=("none", "full"), accumulate=(1, 2))
 
 
 def decoder(rows: int = ROWS) -> sk.StepSpec:
@@ -46,9 +46,12 @@ def decoder(rows: int = ROWS) -> sk.StepSpec:
 def two_products() -> sk.StepSpec:
     """A user's own model: a column- and a row-split product, in f32."""
 
-    def init(key: jax.Array) -> dict[str, sk.Named]:
+    def init(key: jax.Array) -> dict[str, sk.WithAxes]:
         up, down = jnp.zeros((32, 64)), jnp.zeros((64, 32))
-        return {"up": sk.Named(up, ("embed", "mlp")), "down": sk.Named(down, ("mlp", "embed"))}
+        return {
+            "up": sk.WithAxes(up, ("embed", "mlp")),
+            "down": sk.WithAxes(down, ("mlp", "embed")),
+        }
 
     def loss(params: dict[str, jax.Array], batch: jax.Array, key: jax.Array) -> jax.Array:
         return jnp.mean((jnp.tanh(batch @ params["up"]) @ params["down"]) ** 2)
@@ -65,7 +68,7 @@ def two_products() -> sk.StepSpec:
 
 def with_loss(loss) -> Plan:
     declared = two_products().replace(loss_fn=loss)
-    return plan(declared, TARGET, space=Space(accumulate=(1,), remat=("none",)))
+    return plan(declared, TARGET, space=SearchSpace(accumulate=(1,), remat=("none",)))
 
 
 def test_what_is_not_costed_or_not_weighed_is_said(products: Plan) -> None:
@@ -79,7 +82,7 @@ def test_what_is_not_costed_or_not_weighed_is_said(products: Plan) -> None:
     left = str(products).partition("not weighed: bounded experts, ")[2]
     for variant in ("dropless experts", "tensor without sequence", "uneven stages"):
         assert variant in left
-    why = "the loss marks no layers with sk.staged, which pipe would divide"
+    why = "the loss marks no layers with sk.nn.layer_stack, which pipe would divide"
     assert why in products.rejected
 
 
@@ -98,7 +101,7 @@ def planned() -> Plan:
 
 @pytest.fixture(scope="module")
 def products() -> Plan:
-    return plan(two_products(), TARGET, space=Space(accumulate=(1,), remat=("none",)))
+    return plan(two_products(), TARGET, space=SearchSpace(accumulate=(1,), remat=("none",)))
 
 
 def on(made: Plan, zero: int = 0, remat: str = "none", **sizes: int) -> Candidate:
@@ -107,7 +110,7 @@ def on(made: Plan, zero: int = 0, remat: str = "none", **sizes: int) -> Candidat
         c
         for c in (*made.rows, *made.tight)
         if {axis: n for axis, n in c.mesh.items() if n > 1} == sizes
-        and (c.zero, c.remat, c.accumulate.steps) == (zero, remat, 1)
+        and (c.zero, c.remat, c.accumulate.micro_batches) == (zero, remat, 1)
     )
 
 
@@ -128,7 +131,7 @@ def test_state_is_what_the_executable_holds(planned, sizes, zero):
     )
     memory = step.report().memory
     found = on(planned, zero, **sizes)
-    assert found.state == memory.params + memory.opt_state + memory.extra + memory.rest
+    assert found.state == memory.params + memory.opt_state + memory.model_state + memory.rest
     assert found.batch == memory.batch
 
 
@@ -201,7 +204,9 @@ def test_a_plan_says_why_and_what_would_change_it(planned):
 
 def test_a_batch_that_nothing_divides():
     with pytest.raises(MeshError, match="global batch 13 must be a multiple of 8") as caught:
-        plan(decoder(13), TARGET, space=Space(axes=("fsdp",), accumulate=(1,), remat=("none",)))
+        plan(
+            decoder(13), TARGET, space=SearchSpace(axes=("fsdp",), accumulate=(1,), remat=("none",))
+        )
     assert "or a global batch that they divide" in str(caught.value)
 
 
@@ -209,7 +214,7 @@ def test_a_model_that_fits_nowhere(monkeypatch):
     small = dataclasses.replace(Network.of(Target.parse(TARGET)).chip, memory=1000)
     monkeypatch.setitem(CHIPS, "v5p", small)
     with pytest.raises(MeshError) as caught:
-        plan(two_products(), TARGET, space=Space(accumulate=(1,), remat=("full",)))
+        plan(two_products(), TARGET, space=SearchSpace(accumulate=(1,), remat=("full",)))
     text = str(caught.value)
     assert "No layout fits on tpu:v5p:2x2x2" in text
     assert "are missing" in text
@@ -222,7 +227,7 @@ def test_devices_that_nothing_is_known_of():
     with pytest.raises(MeshError, match="Did you mean 'v5p'"):
         plan(decoder(), "tpu:v5q:2x2x2")
     with pytest.raises(MeshError, match="known: pipe, data, fsdp, context, expert, tensor"):
-        Space(axes=("fsdpp",))
+        SearchSpace(axes=("fsdpp",))
 
 
 def test_numbers_that_cannot_be_are_refused_at_once():
@@ -246,7 +251,7 @@ def test_the_command_refuses_before_anything_is_planned(words, said, capsys):
 
 def test_a_chip_of_a_users_own_is_planned_for(products):
     slow = dataclasses.replace(CHIPS["v5p"], name="mine", link=1e6)
-    space = Space(accumulate=(1,), remat=("none",))
+    space = SearchSpace(accumulate=(1,), remat=("none",))
     made = plan(two_products(), "tpu:mine:2x2x2", space=space, hardware=[slow])
     sizes = {"fsdp": 8}
     links = [on(one, **sizes).communication["fsdp"] for one in (made, products)]

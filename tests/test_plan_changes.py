@@ -11,23 +11,23 @@ import pytest
 import shardkit as sk
 from shardkit.cli import main
 from shardkit.mesh import Target
-from shardkit.planner import Plan, Space, plan
+from shardkit.planner import Plan, SearchSpace, plan
 from shardkit.planner._search import Search
 from shardkit.planner._sensitivity import _turn, with_batch, with_memory
 from shardkit.planner._space import layout_of
 
 TARGET = "tpu:v5p:2x2x2"
-SPACE = Space(accumulate=(1,), remat=("none",))
+SPACE = SearchSpace(accumulate=(1,), remat=("none",))
 
 
 def model(rows: int, length: int = 4) -> sk.StepSpec:
     """A product whose rows have a length that it names."""
 
     def loss(w: jax.Array, batch: jax.Array, key: jax.Array) -> jax.Array:
-        return jnp.mean(sk.constrain(jnp.tanh(batch @ w), "batch", "length", "embed") ** 2)
+        return jnp.mean(sk.nn.constrain(jnp.tanh(batch @ w), "batch", "length", "embed") ** 2)
 
     batch = jax.ShapeDtypeStruct((rows, length, 512), "float32")
-    init = lambda key: sk.Named(jnp.zeros((512, 512)), (None, "embed"))  # noqa: E731
+    init = lambda key: sk.WithAxes(jnp.zeros((512, 512)), (None, "embed"))  # noqa: E731
     return sk.StepSpec(
         loss_fn=loss,
         optimizer=optax.sgd(1e-3),

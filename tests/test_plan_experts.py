@@ -9,7 +9,7 @@ import shardkit as sk
 from shardkit.data import DataConfig
 from shardkit.lm import DecoderConfig, declare_run
 from shardkit.mesh import Target
-from shardkit.planner import Candidate, Space, plan
+from shardkit.planner import Candidate, SearchSpace, plan
 from shardkit.planner._declared_step import modelled
 from shardkit.planner._network import Network
 from shardkit.planner._search import Found, Search
@@ -27,7 +27,7 @@ SIZES = DecoderConfig(
     expert_mlp=16,
     capacity_factor=1.0,
 )
-SPACE = Space(("data", "expert", "tensor"), accumulate=(1, 2), remat=("none",), zero=(0,))
+SPACE = SearchSpace(("data", "expert", "tensor"), accumulate=(1, 2), remat=("none",), zero=(0,))
 
 
 def decoder(sizes: DecoderConfig = SIZES) -> sk.StepSpec:
@@ -35,7 +35,7 @@ def decoder(sizes: DecoderConfig = SIZES) -> sk.StepSpec:
     return declare_run(sizes, data, layout_of({"data": 2}), optax.adamw(1e-3))
 
 
-def found_in(declared: sk.StepSpec, space: Space = SPACE) -> Found:
+def found_in(declared: sk.StepSpec, space: SearchSpace = SPACE) -> Found:
     return Search.of(declared, Target.parse(TARGET), space, 0.0).run()
 
 
@@ -48,7 +48,8 @@ def on(found: Found, **sizes: int) -> Candidate:
     return next(
         c
         for c in found.candidates
-        if {axis: n for axis, n in c.mesh.items() if n > 1} == sizes and c.accumulate.steps == 1
+        if {axis: n for axis, n in c.mesh.items() if n > 1} == sizes
+        and c.accumulate.micro_batches == 1
     )
 
 
@@ -73,7 +74,7 @@ def test_what_cannot_be_followed_has_its_reason(found: Found):
         (dataclasses.replace(SIZES, capacity_factor=None), "dropless experts, whose rows travel"),
         (
             dataclasses.replace(SIZES, experts=None, expert_mlp=None, capacity_factor=None),
-            "the loss has no sk.experts",
+            "the loss has no sk.nn.experts",
         ),
     ):
         assert any(text.startswith(why) for text in found_in(decoder(sizes)).rejected)

@@ -13,7 +13,7 @@ from shardkit.data import DataConfig
 from shardkit.lm import DecoderConfig, declare_run
 from shardkit.mesh import Target
 from shardkit.nn._attention import attention
-from shardkit.planner import Candidate, Space
+from shardkit.planner import Candidate, SearchSpace
 from shardkit.planner._declared_step import modelled
 from shardkit.planner._network import Network
 from shardkit.planner._search import Found, Search
@@ -21,7 +21,7 @@ from shardkit.planner._space import Stages, layout_of
 from shardkit.planner._stages import _length, roles
 
 TARGET = "tpu:v5p:2x2x2"
-SPACE = Space(remat=("full",), accumulate=(1,))
+SPACE = SearchSpace(remat=("full",), accumulate=(1,))
 B, T, N, H = 8, 16, 4, 8
 
 
@@ -29,12 +29,14 @@ def attending() -> sk.StepSpec:
     """Attention of a row on itself, in f32, and nothing else."""
 
     def loss(w: jax.Array, batch: jax.Array, key: jax.Array) -> jax.Array:
-        q = sk.constrain((batch @ w).reshape(-1, T, N, H), "batch", "length", "heads", "head_dim")
+        q = sk.nn.constrain(
+            (batch @ w).reshape(-1, T, N, H), "batch", "length", "heads", "head_dim"
+        )
         out = attention(q, q * 2, q * 3)
-        return jnp.mean(sk.constrain(out, "batch", "length", "heads", "head_dim") ** 2)
+        return jnp.mean(sk.nn.constrain(out, "batch", "length", "heads", "head_dim") ** 2)
 
     batch = jax.ShapeDtypeStruct((B, T, 8), "float32")
-    init = lambda key: sk.Named(jnp.zeros((8, N * H)), (None, None))  # noqa: E731
+    init = lambda key: sk.WithAxes(jnp.zeros((8, N * H)), (None, None))  # noqa: E731
     return sk.StepSpec(
         loss_fn=loss,
         optimizer=optax.sgd(1e-3),
@@ -50,7 +52,7 @@ def decoder(layers: int = 2, rows: int = 16) -> sk.StepSpec:
     return declare_run(sizes, data, layout_of({"data": 2}), optax.adamw(1e-3))
 
 
-def search_of(declared: sk.StepSpec, space: Space) -> Search:
+def search_of(declared: sk.StepSpec, space: SearchSpace) -> Search:
     return Search.of(declared, Target.parse(TARGET), space, 0.0)
 
 
@@ -115,7 +117,7 @@ def test_layers_on_stages_divide_state_and_work(found: Found):
 @pytest.mark.parametrize("way", ["ring", "all_to_all"])
 def test_attention_sends_what_its_formula_says(way):
     n = 4
-    space = Space(("context", "data"), accumulate=(1,), remat=("none",), zero=(0,))
+    space = SearchSpace(("context", "data"), accumulate=(1,), remat=("none",), zero=(0,))
     made = search_of(attending(), space).run()
     sent = on(made, None, way, context=n, data=2).wire["context"]
     q = B / 2 * T / n * N * H * 4
@@ -133,7 +135,7 @@ def test_every_layout_that_cannot_be_has_its_reason(found: Found):
     left_out = sum(n for n, _ in found.rejected.values())
     assert found.considered == len(found.candidates) + left_out
     (why,) = search_of(attending(), dataclasses.replace(SPACE, axes=("pipe",))).run().rejected
-    assert why == "the loss marks no layers with sk.staged, which pipe would divide"
+    assert why == "the loss marks no layers with sk.nn.layer_stack, which pipe would divide"
 
 
 def test_meshes_that_share_a_resolution_get_what_each_would_alone(search: Search):
@@ -155,7 +157,7 @@ def test_a_pipeline_can_be_pasted(found: Found):
 
 def test_a_step_as_declared_costs_what_the_plan_says():
     axes = ("pipe", "data", "context")
-    space = Space(axes, accumulate=(1,), remat=("full",), zero=(0,), max_size={"data": 4})
+    space = SearchSpace(axes, accumulate=(1,), remat=("full",), zero=(0,), max_size={"data": 4})
     found, network = search_of(decoder(), space).run(), Network.of(Target.parse(TARGET))
     for how in (Stages("zero_bubble", 2), Stages("1f1b", 4), None):
         sizes = {"pipe": 2, "data": 2, "context": 2} if how else {"data": 4, "context": 2}

@@ -106,7 +106,7 @@ def test_lanes_are_summed_at_once_where_rows_are_split_by_data():
     walk = Walk(lambda names, shape: ((),) * len(shape))
     walk.run(flatten(jax.make_jaxpr(lambda x: x @ x.T)(x)), [whole(2)], [None])
     cases = [
-        ({"data": data, "fsdp": 4}, Accumulate(k, "once")) for data, k in ((2, 2), (1, 2), (2, 1))
+        ({"data": data, "fsdp": 4}, Accumulate(k, "end")) for data, k in ((2, 2), (1, 2), (2, 1))
     ]
     machine = Machine(Network(CHIPS["v5p"], (8,)), "bf16")
     found = estimate(Walked(walk, [{}], (), frozenset()), cases, machine, lanes=[4096.0] * 3)

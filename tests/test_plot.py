@@ -141,7 +141,7 @@ def test_everything_that_is_no_run_is_named_at_once(tmp_path, run, capsys):
     ],
 )
 def test_a_picture_that_cannot_be_written_says_why(name, why, fix, tmp_path, run):
-    with pytest.raises(sk.ConfigError) as error:
+    with pytest.raises(sk.errors.ConfigError) as error:
         plot_runs([run], tmp_path / name)
     assert str(error.value).startswith(f"The picture cannot be made.\n  {tmp_path / name}  {why}")
     assert "Fix: --out " in str(error.value)
@@ -150,5 +150,5 @@ def test_a_picture_that_cannot_be_written_says_why(name, why, fix, tmp_path, run
 
 def test_a_missing_package_is_named_with_its_command(tmp_path, run, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(sk.ConfigError, match=r"Fix: pip install 'shardkit\[plot\]'"):
+    with pytest.raises(sk.errors.ConfigError, match=r"Fix: pip install 'shardkit\[plot\]'"):
         plot_runs([run], tmp_path / "plot.png")

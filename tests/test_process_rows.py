@@ -47,12 +47,14 @@ def test_rows_over_an_axis_across_processes_need_not_be_neighbours():
 
 def test_what_cannot_be_given_to_processes_says_why():
     mesh = mesh_of(data=4, tensor=2)
-    with pytest.raises(sk.DataError) as error:
+    with pytest.raises(sk.errors.DataError) as error:
         process_rows(mesh, P("data"), 6, 0, by_eight(2))
     assert "batch of 6 rows" in str(error.value)
     assert "do not split 4 ways, over ('data',) of mesh (data=4, tensor=2)" in str(error.value)
     assert "Fix: batch=8" in str(error.value)
-    with pytest.raises(sk.DataError, match=r"process 7 +has no device .* processes \[0, 1\] have"):
+    with pytest.raises(
+        sk.errors.DataError, match=r"process 7 +has no device .* processes \[0, 1\] have"
+    ):
         process_rows(mesh, P("data"), 8, 7, by_eight(2))
 
 

@@ -11,11 +11,11 @@ import pytest
 import shardkit as sk
 from shardkit.cli import main
 from shardkit.processes import launch
-from shardkit.processes._coordinator import Hub
+from shardkit.processes._coordinator import Coordinator
 from shardkit.processes._membership import detected_cluster, membership, process_count
 from shardkit.processes._message_stream import (
     Closed,
-    Line,
+    MessageStream,
     address_of,
     connect,
     listen,
@@ -68,7 +68,7 @@ def test_a_process_alone_agrees_with_itself():
 def joined():
     """A hub of three, and the lines of its members."""
     listener = listen("127.0.0.1")
-    hub = Hub(listener, 3, "token", patience=0.5)
+    hub = Coordinator(listener, 3, "token", patience=0.5)
     lines = [hub.line, *(connect(address_of(listener), 5) for _ in range(2))]
     for process, line in enumerate(lines):
         line._socket.settimeout(5)
@@ -218,7 +218,7 @@ def test_what_cannot_be_started_is_said(capsys):
     assert "-n 0         must be at least 1" in err
     assert "--devices 0  must be at least 1" in err
     assert "shardkit launch -n 2 -- shardkit train CONFIG" in err
-    with pytest.raises(sk.ProcessError, match=r"nosuchword  is no command here"):
+    with pytest.raises(sk.errors.ProcessError, match=r"nosuchword  is no command here"):
         launch(["nosuchword"], 2)
 
 
@@ -269,7 +269,7 @@ def test_a_second_ctrl_c_ends_a_process_that_never_comes_back_to_python():
 
 def test_half_a_message_waits_for_the_rest():
     ours, theirs = socket.socketpair()
-    line = Line(ours)
+    line = MessageStream(ours)
     theirs.sendall(b'{"kind": "at"}\n{"kind"')
     assert line.receive() == [{"kind": "at"}]
     theirs.sendall(b': "bye"}\n')

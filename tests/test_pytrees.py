@@ -67,9 +67,9 @@ def loss(params, batch, key):
     return sum(jnp.mean(jnp.square(rows @ w - 1)) for w in jax.tree.leaves(params))
 
 
-def stateful(params, batch, key, extra):
-    value = loss(params, batch, key) + sum(jnp.sum(x) for x in jax.tree.leaves(extra))
-    return value, {}, jax.tree.map(lambda x: x * 0.5, extra)
+def stateful(params, batch, key, model_state):
+    value = loss(params, batch, key) + sum(jnp.sum(x) for x in jax.tree.leaves(model_state))
+    return value, {}, jax.tree.map(lambda x: x * 0.5, model_state)
 
 
 def compiled(made, mesh, *, where="params", optimizer=None, **options):
@@ -78,12 +78,16 @@ def compiled(made, mesh, *, where="params", optimizer=None, **options):
     def init(key):
         a, b = (jax.random.normal(k, (4, 8)) for k in jax.random.split(key))
         params = made(a, b) if where == "params" else {"w": a}
-        return sk.Variables(params, made(jnp.ones(3), jnp.ones(()))) if where == "extra" else params
+        return (
+            sk.Variables(params, made(jnp.ones(3), jnp.ones(())))
+            if where == "model_state"
+            else params
+        )
 
     split = sk.Strategy(params=sk.PathRules({"**": P("fsdp")}), batch=P("fsdp"))
     options.setdefault("strategy", split)
     return sk.compile_step(
-        sk.Loss(stateful, stateful, stateful=True) if where == "extra" else loss,
+        sk.Loss(stateful, stateful, stateful=True) if where == "model_state" else loss,
         optimizer or optax.adamw(0.1),
         init=init,
         batch=batch_of(made) if where == "batch" else {"x": X},
@@ -104,7 +108,7 @@ PLACES = [(name, "params") for name in TREES]
 PLACES += [
     (name, where)
     for name in ("bare array", "named tuple", "None leaves", "empty keys")
-    for where in ("batch", "extra")
+    for where in ("batch", "model_state")
 ]
 
 
@@ -133,7 +137,7 @@ def test_a_step_updates_gives_gradients_and_evaluates(case):
     state = step.init(jax.random.key(0))
     metrics, gradients = step.gradients(state, batch)
     assert jax.tree.structure(gradients) == jax.tree.structure(state.params)
-    scores = step.evaluate(state, step.put(batch))
+    scores = step.evaluate(state, step.shard_batch(batch))
     np.testing.assert_allclose(scores["loss"], metrics["loss"], rtol=1e-6)
     assert sk.check_replicas(state) == ()
     after, _ = step(state, batch)
@@ -155,8 +159,8 @@ def test_a_report_names_every_leaf_of_its_own(case):
 def test_explain_lists_every_leaf(case):
     step, batch = case
     state = step.abstract_state
-    for tree in (state.params, state.opt_state, state.extra, batch):
-        found = sk.explain(sk.REPLICATED, tree, step.mesh)
+    for tree in (state.params, state.opt_state, state.model_state, batch):
+        found = sk.explain_rules(sk.REPLICATED, tree, step.mesh)
         assert len({row.leaf.path for row in found.rows}) == len(jax.tree.leaves(tree))
         assert str(found)
 
@@ -173,7 +177,7 @@ def test_a_checkpoint_gives_back_every_leaf(case, tmp_path):
 
 def test_safetensors_give_back_every_leaf(case, tmp_path):
     step, batch = case
-    trees = {"params": step.init(jax.random.key(0)).params, "batch": step.put(batch)}
+    trees = {"params": step.init(jax.random.key(0)).params, "batch": step.shard_batch(batch)}
     for name, tree in trees.items():
         export_safetensors(tmp_path / name, tree)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
@@ -184,7 +188,7 @@ def test_safetensors_give_back_every_leaf(case, tmp_path):
 def test_a_dump_is_replayed(case, tmp_path):
     step, batch = case
     state = step.init(jax.random.key(0))
-    bad = step.put(jax.tree.map(lambda x: np.full_like(x, np.inf), batch))
+    bad = step.shard_batch(jax.tree.map(lambda x: np.full_like(x, np.inf), batch))
     write_dump(tmp_path, 1, state, bad, {"loss": float("inf")}, {})
     found = sk.replay(tmp_path, step)
     assert found.reproduced
@@ -248,7 +252,7 @@ def test_moments_of_a_bare_array_have_its_names_and_its_rule():
     step = sk.compile_step(
         lambda params, batch, key: jnp.mean(batch @ params),
         optax.adam(0.1),
-        init=lambda key: sk.Named(w, ("embed", "mlp")),
+        init=lambda key: sk.WithAxes(w, ("embed", "mlp")),
         batch=np.ones((8, 1024), np.float32),
         mesh=mesh_of(),
         strategy=sk.Strategy(params=sk.REPLICATED, batch=P("fsdp")),
@@ -265,7 +269,7 @@ def test_a_finding_about_a_bare_array_names_it_and_gives_a_rule_that_works():
         return sk.compile_step(
             lambda params, batch, key: jnp.mean(batch @ params),
             optax.sgd(0.1),
-            init=lambda key: sk.Named(jnp.ones((1024, 512)), ("embed", "mlp")),
+            init=lambda key: sk.WithAxes(jnp.ones((1024, 512)), ("embed", "mlp")),
             batch=np.ones((8, 1024), np.float32),
             mesh=mesh_of(),
             strategy=sk.Strategy(params=rules, batch=P("fsdp")),
@@ -276,7 +280,7 @@ def test_a_finding_about_a_bare_array_names_it_and_gives_a_rule_that_works():
 
     (found,) = replicated(step(sk.AxisRules({"embed": None, "mlp": None})))
     assert found.leaf == "params"
-    rule = found.fix.removeprefix("params=sk.chain(").partition(", strategy")[0]
+    rule = found.fix.removeprefix("params=sk.first_match(").partition(", strategy")[0]
     assert replicated(step(eval(rule, {"sk": sk, "P": P}))) == []
 
 
@@ -288,7 +292,7 @@ SAME = {
 
 
 @pytest.mark.parametrize("name", SAME)
-@pytest.mark.parametrize("where", ["params", "batch", "extra"])
+@pytest.mark.parametrize("where", ["params", "batch", "model_state"])
 def test_two_leaves_of_one_path_are_refused_with_both_their_names(name, where, tmp_path):
     """One of them was lost by every save."""
     tree = SAME[name]
@@ -297,7 +301,7 @@ def test_two_leaves_of_one_path_are_refused_with_both_their_names(name, where, t
         return jax.tree.unflatten(jax.tree.structure(tree), [a, b])
 
     keyed = [jax.tree_util.keystr(k) for k, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    with pytest.raises(sk.TreeError) as caught:
+    with pytest.raises(sk.errors.TreeError) as caught:
         compiled(made, mesh_of(), where=where)
     assert all(one in str(caught.value) for one in keyed)
     arrays = jax.tree.map(jnp.asarray, tree)
@@ -305,7 +309,7 @@ def test_two_leaves_of_one_path_are_refused_with_both_their_names(name, where, t
         lambda: sk.Checkpointer(tmp_path / "steps").save(1, arrays),
         lambda: export_safetensors(tmp_path / "file", arrays),
     ):
-        with pytest.raises(sk.TreeError) as caught:
+        with pytest.raises(sk.errors.TreeError) as caught:
             save()
         assert all(one in str(caught.value) for one in keyed)
     assert not (tmp_path / "file").exists()
@@ -314,7 +318,7 @@ def test_two_leaves_of_one_path_are_refused_with_both_their_names(name, where, t
 def test_a_leaf_inside_the_folder_of_another_is_not_saved(tmp_path):
     """`a/0` is the first file of an array `a`."""
     tree = {"a": jnp.ones(4), "a/0": jnp.zeros(4)}
-    with pytest.raises(sk.CheckpointError, match=r"a/0 .* files of a"):
+    with pytest.raises(sk.errors.CheckpointError, match=r"a/0 .* files of a"):
         sk.Checkpointer(tmp_path).save(1, tree)
     assert sk.Checkpointer(tmp_path).steps() == ()
     export_safetensors(tmp_path / "file", tree)

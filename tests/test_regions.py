@@ -10,14 +10,14 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
-from shardkit.nn._overridable import Carrier, on_own_part, region
+from shardkit.nn._overridable import Override, overridable, shard_mapped
 
 DATA = sk.strategies.data() | sk.strategies.own("other")
 BATCH = {"x": np.arange(32, dtype=np.float32).reshape(8, 4) / 32}
 
 
 @dataclasses.dataclass(frozen=True)
-class Scaled(Carrier):
+class Scaled(Override):
     """Computes the plain function and scales it, so that a test can see who ran."""
 
     by: float = 1.0
@@ -30,7 +30,7 @@ class Scaled(Carrier):
 
 def step_with(*carriers, mesh=None):
     def loss(params, batch, key):
-        return region("product", product)(batch["x"], params["w"]).mean()
+        return overridable("product", product)(batch["x"], params["w"]).mean()
 
     regions = tuple(("product", one) for one in carriers)
     return sk.compile_step(
@@ -64,13 +64,15 @@ def test_two_carriers_of_one_region_do_not_join():
         dataclasses.replace(sk.strategies.data(axis), regions=(("product", Scaled(axis)),))
         for axis in ("data", "other")
     )
-    with pytest.raises(sk.StepError, match="would both carry out the model's product"):
+    with pytest.raises(sk.errors.StepError, match="would both carry out the model's product"):
         one | other
 
 
 def test_a_region_that_the_model_lacks_is_an_error():
     strategy = dataclasses.replace(DATA, regions=(("attention", Scaled("data")),))
-    with pytest.raises(sk.StepError, match=r"the model marks no attention(.|\n)*sk.attention"):
+    with pytest.raises(
+        sk.errors.StepError, match=r"the model marks no attention(.|\n)*sk.nn.attention"
+    ):
         step_with().replace(strategy=strategy)
 
 
@@ -78,7 +80,7 @@ def test_parts_inside_a_manual_region_are_those_of_the_other_axes():
     def loss(params, batch, key):
         def rows(x):
             assert x.shape == (2, 4)  # 8 rows over data=4, and no more over what is manual
-            own = on_own_part(lambda x: 2 * x, (("batch", None),), ("batch", None))
+            own = shard_mapped(lambda x: 2 * x, (("batch", None),), ("batch", None))
             return own(x)
 
         over = {"in_specs": P("data"), "out_specs": P("data"), "axis_names": {"data"}}

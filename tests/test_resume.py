@@ -130,7 +130,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_its_steps_made_again(tmp_path, 
     newest = tmp_path / "run" / "checkpoints" / "step-00000004"
     next((newest / "arrays" / "state" / "params").rglob("0.0*")).unlink()
     stop = dataclasses.replace(LOOP, on_damage="stop")
-    with pytest.raises(sk.DamageError, match="is gone"):
+    with pytest.raises(sk.errors.CheckpointCorruptedError, match="is gone"):
         run(tmp_path / "run", step, stop)
     bits, shown, folder = run(tmp_path / "run", step)
     assert "is gone" in shown
@@ -177,7 +177,7 @@ def begin(folder, text=TEXT, record=RECORD, **loop):
         sk.data.Loader(text, {}),
         record=record,
         decides=("model", "train"),
-        peers=sk.Peers(),
+        peers=sk.ProcessGroup(),
     )
 
 
@@ -200,7 +200,7 @@ def test_settings_that_decide_metrics_must_be_the_same(unfinished):
     assert anew.notes == (
         f"{unfinished}/run has other settings (model.embed_dim was 16, is 32). Starting a new run.",
     )
-    with pytest.raises(sk.CheckpointError) as error:
+    with pytest.raises(sk.errors.CheckpointError) as error:
         begin(unfinished, record=other, resume=str(unfinished / "run"))
     assert "with 1 changed setting." in str(error.value)
     assert "model.embed_dim  was 16, is 32" in str(error.value)
@@ -219,7 +219,7 @@ def test_another_text_is_another_run(unfinished):
     text = Text(dataclasses.replace(TEXT.corpus, train=TEXT.corpus.train[::-1]), DATA)
     assert not begin(unfinished, text=text).resumed
     with pytest.raises(
-        sk.CheckpointError,
+        sk.errors.CheckpointError,
         match=r"a test +is not the data that the run read: crc32 was '[0-9a-f]{8}', is",
     ):
         begin(unfinished, text=text, resume=str(unfinished / "run"))
@@ -234,9 +234,9 @@ def test_a_run_that_is_under_way_is_not_joined(unfinished):
 
 def test_what_is_no_run_is_told(tmp_path):
     (tmp_path / "photos").mkdir()
-    with pytest.raises(sk.CheckpointError, match="contains photos but no checkpoint"):
+    with pytest.raises(sk.errors.CheckpointError, match="contains photos but no checkpoint"):
         begin(tmp_path, resume=str(tmp_path))
-    with pytest.raises(sk.CheckpointError, match="is not a run folder"):
+    with pytest.raises(sk.errors.CheckpointError, match="is not a run folder"):
         begin(tmp_path, resume=str(tmp_path / "none"))
 
 
@@ -286,7 +286,7 @@ def failing(monkeypatch, steps):
 
 def test_a_run_whose_save_is_lost_stops_or_goes_on_as_declared(tmp_path, step, monkeypatch):
     failing(monkeypatch, {4})
-    with pytest.raises(sk.CheckpointError, match=r"step 4 +could not be written"):
+    with pytest.raises(sk.errors.CheckpointError, match=r"step 4 +could not be written"):
         run(tmp_path / "stops", step)
     assert read_metrics(tmp_path / "stops")[-2]["kind"] == "stopped"
     assert max(losses(tmp_path / "stops")) == 6
@@ -303,6 +303,6 @@ def test_a_run_whose_save_is_lost_stops_or_goes_on_as_declared(tmp_path, step, m
 def test_a_run_whose_last_save_is_lost_ends_with_an_error(tmp_path, step, monkeypatch):
     failing(monkeypatch, {7})
     continuing = dataclasses.replace(LOOP, on_save_error="continue")
-    with pytest.raises(sk.CheckpointError, match=r"The last save failed\.\n  step 7"):
+    with pytest.raises(sk.errors.CheckpointError, match=r"The last save failed\.\n  step 7"):
         run(tmp_path / "run", step, continuing)
     assert sk.Checkpointer(tmp_path / "run" / "checkpoints").steps() == (4, 6)

@@ -19,8 +19,8 @@ from shardkit.rules import (
     AxisRules,
     Passed,
     PathRules,
-    chain,
     collect,
+    first_match,
     mesh_sizes,
     normalise,
     resolve,
@@ -147,7 +147,7 @@ def test_shard_largest_takes_the_largest_dim_that_divides(shape, expected):
 
 
 def test_shard_largest_over_two_axes_needs_their_product():
-    rule = chain(shard_largest(("data", "tensor")), shard_largest("data"), REPLICATED)
+    rule = first_match(shard_largest(("data", "tensor")), shard_largest("data"), REPLICATED)
     leaves = [leaf("a", 12, 8), leaf("b", 12, 6), leaf("c", 3)]
     assert resolve(rule, leaves, MESH) == {
         "a": P(None, ("data", "tensor")),
@@ -178,7 +178,7 @@ def test_a_mesh_may_be_a_mesh_a_spec_or_sizes():
 
 def test_rules_are_values():
     def make():
-        return chain(
+        return first_match(
             PathRules({"a": P("data"), "b": REPLICATED}),
             AxisRules({"embed": ("data", "tensor"), "mlp": None}),
             shard_largest("data", min_size=3),
@@ -211,7 +211,11 @@ some_leaves = st.builds(
 @given(atoms, atoms, atoms, some_leaves)
 @quick
 def test_chain_is_associative(a, b, c, one):
-    left, right, flat = chain(chain(a, b), c), chain(a, chain(b, c)), chain(a, b, c)
+    left, right, flat = (
+        first_match(first_match(a, b), c),
+        first_match(a, first_match(b, c)),
+        first_match(a, b, c),
+    )
     assert left == right == flat
     asked = [rule.decide(one, MESH) for rule in (a, b, c)]
     first = next((d for d in asked if not isinstance(d, Passed)), None)

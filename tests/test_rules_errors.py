@@ -10,10 +10,10 @@ from shardkit.rules import (
     REPLICATED,
     AxisRules,
     PathRules,
-    chain,
     check,
     check_batch,
     check_spec,
+    first_match,
     resolve,
     shard_largest,
 )
@@ -32,7 +32,7 @@ def message(rule, leaves, **mesh):
 
 
 def test_indivisible_dims_share_one_fix():
-    rules = chain(
+    rules = first_match(
         PathRules({"**/up/kernel": P(None, "tensor")}),
         AxisRules({"embed": None, "heads": "tensor", "head_dim": None}),
     )
@@ -85,7 +85,7 @@ def test_unknown_mesh_axis_of_a_shape_rule():
 
 
 def test_unknown_logical_axis():
-    rules = chain(AxisRules({"heads": "tensor", "embed": None}), REPLICATED)
+    rules = first_match(AxisRules({"heads": "tensor", "embed": None}), REPLICATED)
     text = message(rules, [leaf("q", 4, 8, axes=("embd", "heads"))], tensor=4)
     assert "q f32[4,8]  AxisRules does not list logical axis 'embd'. Did you mean 'embed'?" in text
     assert "Fix: AxisRules({..., 'embd': None}), or a mesh axis" in text
@@ -97,7 +97,7 @@ def test_names_that_do_not_count_the_dims():
 
 
 def test_undecided_leaf_says_what_was_tried():
-    rules = chain(
+    rules = first_match(
         PathRules({"**/up/kernel": P("tensor")}),
         AxisRules({"embed": None}),
         shard_largest("tensor"),
@@ -113,7 +113,7 @@ def test_undecided_leaf_says_what_was_tried():
 
 
 def test_an_empty_chain_decides_nothing():
-    assert "there is no rule" in message(chain(), [leaf("x", 8)], data=2)
+    assert "there is no rule" in message(first_match(), [leaf("x", 8)], data=2)
 
 
 def test_rule_that_matches_nothing():
@@ -128,7 +128,7 @@ def test_rule_that_matches_nothing():
 
 
 def test_entries_of_axis_rules_may_match_nothing():
-    rules = chain(AxisRules({"vocab": "data"}), REPLICATED)
+    rules = first_match(AxisRules({"vocab": "data"}), REPLICATED)
     assert resolve(rules, [leaf("bias", 8)], {"data": 2}) == {"bias": P()}
 
 
@@ -165,7 +165,7 @@ def test_unreduced():
 
 
 def test_everything_wrong_is_in_one_error():
-    rules = chain(
+    rules = first_match(
         PathRules({"a": P("data", None), "b": P("tensor"), "typo": REPLICATED}),
         AxisRules({"embed": "dta"}),
     )

@@ -1,4 +1,4 @@
-"""`explain`: who won, who passed and why, what did nothing, and bytes."""
+"""`explain_rules`: who won, who passed and why, what did nothing, and bytes."""
 
 import jax
 import numpy as np
@@ -6,14 +6,14 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from shardkit._core.types import Named
+from shardkit._core.types import WithAxes
 from shardkit.mesh import MeshSpec
 from shardkit.rules import (
     REPLICATED,
     AxisRules,
     PathRules,
-    chain,
-    explain,
+    explain_rules,
+    first_match,
     shard_largest,
 )
 
@@ -24,12 +24,12 @@ def array(*shape, dtype="float32"):
 
 PARAMS = {
     "decoder": {
-        "attention": {"query": Named(array(64, 8, 4), ("embed", "heads", "head_dim"))},
+        "attention": {"query": WithAxes(array(64, 8, 4), ("embed", "heads", "head_dim"))},
         "mlp": [{"up": {"kernel": array(64, 256)}}, {"bias": array(7)}],
     },
     "scale": array(),
 }
-RULES = chain(
+RULES = first_match(
     PathRules({"**/up/kernel": P(None, "tensor"), "**/upp": P("data")}),
     AxisRules({"embed": "data", "heads": "tensor", "head_dim": None, "vocab": "tensor"}),
     shard_largest("data", min_size=16),
@@ -43,7 +43,7 @@ def rows(explanation):
 
 
 def test_each_leaf_says_who_won_and_who_passed():
-    found = rows(explain(RULES, PARAMS, SPEC))
+    found = rows(explain_rules(RULES, PARAMS, SPEC))
     assert {path: row.spec for path, row in found.items()} == {
         "decoder/attention/query": P("data", "tensor"),
         "decoder/mlp/0/up/kernel": P(None, "tensor"),
@@ -63,19 +63,19 @@ def test_each_leaf_says_who_won_and_who_passed():
 
 
 def test_entries_that_did_nothing():
-    found = explain(RULES, PARAMS, SPEC)
+    found = explain_rules(RULES, PARAMS, SPEC)
     assert found.unmatched == ('PathRules["**/upp"]', "AxisRules['vocab' → 'tensor']")
     assert found.shadowed == ('PathRules["**/kernel"]',)
 
 
 def test_the_same_glob_may_win_in_one_rule_and_be_shadowed_in_the_next():
-    twice = chain(PathRules({"**": P()}), PathRules({"**": P("data")}))
-    assert explain(twice, {"x": array(8)}, SPEC).shadowed == ('PathRules["**"]',)
+    twice = first_match(PathRules({"**": P()}), PathRules({"**": P("data")}))
+    assert explain_rules(twice, {"x": array(8)}, SPEC).shadowed == ('PathRules["**"]',)
 
 
 def test_bytes_are_those_of_the_shards():
     mesh = SPEC.build()
-    found = explain(RULES, PARAMS, mesh)
+    found = explain_rules(RULES, PARAMS, mesh)
     for row in found.rows:
         shard = NamedSharding(mesh, row.spec).shard_shape(row.leaf.shape)
         assert found.bytes_per_device(row) == 4 * int(np.prod(shard))
@@ -84,7 +84,9 @@ def test_bytes_are_those_of_the_shards():
 
 
 def test_a_leaf_that_cannot_be_laid_out_is_a_row():
-    found = explain(PathRules({"x": P("tensor")}), {"x": array(6), "y": array(8)}, {"tensor": 4})
+    found = explain_rules(
+        PathRules({"x": P("tensor")}), {"x": array(6), "y": array(8)}, {"tensor": 4}
+    )
     assert [row.spec for row in found.rows] == [None, None]
     assert found.total_bytes_per_device == 0
     text = str(found)
@@ -94,12 +96,12 @@ def test_a_leaf_that_cannot_be_laid_out_is_a_row():
 
 
 def test_logical_axes_may_come_apart_from_the_arrays():
-    found = explain(RULES, {"w": array(64, 8)}, SPEC, axes={"w": ("embed", "heads")})
+    found = explain_rules(RULES, {"w": array(64, 8)}, SPEC, axes={"w": ("embed", "heads")})
     assert found.rows[0].spec == P("data", "tensor")
 
 
 def test_the_table():
-    assert str(explain(RULES, PARAMS, SPEC)) == (
+    assert str(explain_rules(RULES, PARAMS, SPEC)) == (
         "4 leaves on mesh (data=2, tensor=4): 72.03 KiB whole, 17.03 KiB per device.\n"
         "parameter                type         spec                 per device  rule  passed\n"
         "decoder/attention/query  f32[64,8,4]  P('data', 'tensor')    1.00 KiB  R1    P1\n"
@@ -128,7 +130,7 @@ def test_the_table_fits_100_columns(depth):
     for level in range(depth):
         tree = {f"a_rather_long_name_{level}": tree}
     wide = PathRules({"**": P(None, ("data", "tensor"))})
-    text = str(explain(wide, tree, {"data": 1, "tensor": 2}))
+    text = str(explain_rules(wide, tree, {"data": 1, "tensor": 2}))
     assert max(map(len, text.splitlines())) <= 100
     # A long path goes on in the next lines; nothing of it is cut.
     lines = text.partition("Rules:")[0].splitlines()[2:]

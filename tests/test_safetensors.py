@@ -39,7 +39,7 @@ def test_other_tools_see_the_names_and_values(params, tmp_path):
 
 def test_differences_are_named_as_for_a_checkpoint(params, tmp_path):
     save_file({"w": np.zeros((16, 8), np.float32), "head": np.zeros(3, np.float32)}, tmp_path / "a")
-    with pytest.raises(sk.CheckpointError) as error:
+    with pytest.raises(sk.errors.CheckpointError) as error:
         import_safetensors(tmp_path / "a", ck.abstract(params), ck.shardings(params))
     said = str(error.value)
     assert "4 leaves of" in said
@@ -65,12 +65,14 @@ def test_a_part_is_imported_and_cast_where_that_is_declared(params, tmp_path):
 
 def test_nothing_is_overwritten_and_no_dtype_is_guessed(params, tmp_path):
     (tmp_path / "a").write_text("mine")
-    with pytest.raises(sk.CheckpointError) as error:
+    with pytest.raises(sk.errors.CheckpointError) as error:
         export_safetensors(tmp_path / "a", {"key": jax.random.key(0), "i4": jnp.zeros(2, "int4")})
     assert "exists already" in str(error.value)
     assert "i4[2] has no word in the format" in str(error.value)
     assert (tmp_path / "a").read_text() == "mine"
-    with pytest.raises(sk.CheckpointError, match=r"Nothing was imported\.\n.* cannot be read"):
+    with pytest.raises(
+        sk.errors.CheckpointError, match=r"Nothing was imported\.\n.* cannot be read"
+    ):
         import_safetensors(tmp_path / "a", params)
 
 
@@ -79,5 +81,5 @@ def test_a_missing_package_is_told(params, monkeypatch, tmp_path):
         raise ModuleNotFoundError(name)
 
     monkeypatch.setattr(_safetensors.importlib, "import_module", missing)
-    with pytest.raises(sk.CheckpointError, match=r"pip install 'shardkit\[safetensors\]'"):
+    with pytest.raises(sk.errors.CheckpointError, match=r"pip install 'shardkit\[safetensors\]'"):
         export_safetensors(tmp_path / "a", params)

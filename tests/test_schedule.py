@@ -122,8 +122,8 @@ def test_illegal_tables_are_named():
         "B0 of stage 1 is missing"
         in dataclasses.replace(table, ticks=tuple(map(tuple, rows))).violations()
     )
-    extra = Schedule("1f1b", 2, 1, 1, ((Work(Pass.FORWARD, 3), None), *table.ticks))
-    assert "F3 of stage 0 is unknown" in extra.violations()
+    model_state = Schedule("1f1b", 2, 1, 1, ((Work(Pass.FORWARD, 3), None), *table.ticks))
+    assert "F3 of stage 0 is unknown" in model_state.violations()
     twice = dataclasses.replace(table, ticks=(*table.ticks, table.ticks[0]))
     assert twice.violations()[0] == "1 passes are made twice"
 

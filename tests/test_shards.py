@@ -25,7 +25,7 @@ def shard(tmp_path):
 
 
 def refused(paths, vocabulary=None):
-    with pytest.raises(sk.DataError) as error:
+    with pytest.raises(sk.errors.DataError) as error:
         open_shards(paths, vocabulary)
     return str(error.value)
 
@@ -144,7 +144,7 @@ def test_an_id_past_the_vocabulary_is_named_with_its_place(tmp_path, monkeypatch
     monkeypatch.setattr(_shards, "_AT_ONCE", 50)
     _, held_out = open_shards([tmp_path / "t.npy"], 64).split(0.5)
     held_out.read(np.array([0]), 30)
-    with pytest.raises(sk.DataError, match="token 137 is id 77"):
+    with pytest.raises(sk.errors.DataError, match="token 137 is id 77"):
         held_out.read(np.array([0, 30]), 30)
 
 
@@ -160,17 +160,17 @@ def test_a_shard_for_a_larger_vocabulary_or_with_other_ends_is_refused(tmp_path,
 
 def test_what_cannot_be_written_leaves_nothing(tmp_path):
     for documents, why in (([[1], [300]], "document 1 +token 0 is id 300"), ([[], []], "empty")):
-        with pytest.raises(sk.DataError, match=why):
+        with pytest.raises(sk.errors.DataError, match=why):
             write_tokens(tmp_path / "x.bin", documents, 300)
         assert not list(tmp_path.glob("*"))
-    with pytest.raises(sk.DataError, match=r"Fix: write_tokens\(\"x\.bin\""):
+    with pytest.raises(sk.errors.DataError, match=r"Fix: write_tokens\(\"x\.bin\""):
         write_tokens(tmp_path / "x.tokens", DOCUMENTS, 300)
 
 
 def test_a_folder_of_shards_and_other_files_is_refused(tmp_path, shard):
     for name in ("a.txt", "b.txt", "c.txt", "d.txt"):
         (tmp_path / name).write_text("text")
-    with pytest.raises(sk.DataError) as error:
+    with pytest.raises(sk.errors.DataError) as error:
         load_text(DataConfig(path=str(tmp_path)))
     assert "holds 1 token shard (.bin, .npy) and 4 other files (a.txt, b.txt, c.txt, …)." in str(
         error.value
@@ -180,10 +180,12 @@ def test_a_folder_of_shards_and_other_files_is_refused(tmp_path, shard):
 def test_the_folder_of_a_run_and_files_that_are_no_text_are_refused(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("{}")
-    with pytest.raises(sk.DataError, match=r"holds metrics\.jsonl: it is a run or its checkp"):
+    with pytest.raises(
+        sk.errors.DataError, match=r"holds metrics\.jsonl: it is a run or its checkp"
+    ):
         load_text(DataConfig(path=str(tmp_path / "run")))
     (tmp_path / "image.png").write_bytes(b"\x89PNG\0\0")
-    with pytest.raises(sk.DataError) as error:
+    with pytest.raises(sk.errors.DataError) as error:
         load_text(DataConfig(path=str(tmp_path / "image.png")))
     assert "image.png  has a zero byte at byte 4, which no text has." in str(error.value)
     assert "Fix: text alone in data.path, or tokens made of it: sk.data.write_tokens" in str(

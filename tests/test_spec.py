@@ -87,7 +87,7 @@ def test_options_given_beside_a_strategy_are_the_strategys():
     assert beside == spec_of(optimizer=optimizer, strategy=strategy)
     assert beside.strategy == strategy
     assert (beside.accumulate, beside.remat) == (sk.Accumulate(2), "full")
-    assert beside.precision == sk.Precision(compute="bfloat16")
+    assert beside.precision == sk.Precision(compute_dtype="bfloat16")
     assert copy.copy(beside) == beside
     assert beside != spec_of(optimizer=optimizer)
 
@@ -96,19 +96,25 @@ def test_options_given_beside_a_strategy_are_the_strategys():
 def test_a_new_strategy_is_not_overridden_by_what_the_old_one_said(replace):
     old = spec_of(accumulate=2, remat="full", precision="bfloat16")
     new = replace(old, strategy=dataclasses.replace(STRATEGY, accumulate=4))
-    assert (new.accumulate.steps, new.remat, new.precision) == (4, "none", sk.Precision())
-    assert replace(old, accumulate=4).accumulate.steps == 4
+    assert (new.accumulate.micro_batches, new.remat, new.precision) == (4, "none", sk.Precision())
+    assert replace(old, accumulate=4).accumulate.micro_batches == 4
     assert replace(old, mode="shard_map").strategy == old.strategy
     both = replace(old, strategy=STRATEGY, remat="dots")
-    assert (both.accumulate.steps, both.remat) == (1, "dots")
+    assert (both.accumulate.micro_batches, both.remat) == (1, "dots")
 
 
 def test_an_unknown_field_is_named_with_the_nearest_one(spec, step):
-    with pytest.raises(sk.StepError, match=r"optimiser  is not a field.*Did you mean 'optimizer'"):
+    with pytest.raises(
+        sk.errors.StepError, match=r"optimiser  is not a field.*Did you mean 'optimizer'"
+    ):
         spec.replace(optimiser=optax.sgd(1.0))
-    with pytest.raises(sk.StepError, match=r"acumulate  is not a field.*Did you mean 'accumulate'"):
+    with pytest.raises(
+        sk.errors.StepError, match=r"acumulate  is not a field.*Did you mean 'accumulate'"
+    ):
         step.replace(acumulate=2)
-    with pytest.raises(sk.StepError, match=r"a mesh is given to step\.replace or spec\.compile"):
+    with pytest.raises(
+        sk.errors.StepError, match=r"a mesh is given to step\.replace or spec\.compile"
+    ):
         spec.replace(mesh=step.mesh)
 
 
@@ -149,7 +155,7 @@ def test_dtypes_of_a_batch_are_those_that_jax_makes_of_them():
 
 
 def test_everything_that_needs_no_mesh_is_one_error():
-    with pytest.raises(sk.StepError) as raised:
+    with pytest.raises(sk.errors.StepError) as raised:
         spec_of(
             loss_fn=3,
             optimizer=optax.adamw,
@@ -164,7 +170,7 @@ def test_everything_that_needs_no_mesh_is_one_error():
             deterministic="yes",
             debug=1,
             on_retrace="eror",
-            strategy=dataclasses.replace(STRATEGY, compression=sk.Compression("data")),
+            strategy=dataclasses.replace(STRATEGY, compression=sk.GradientCompression("data")),
         )
     text = str(raised.value)
     for row in (
@@ -190,9 +196,11 @@ def test_everything_that_needs_no_mesh_is_one_error():
         'mode="shard_map"',
     ):
         assert row in text, (row, text)
-    with pytest.raises(sk.StepError, match=r"strategy  is of type dict[\s\S]*sk\.Strategy\("):
+    with pytest.raises(
+        sk.errors.StepError, match=r"strategy  is of type dict[\s\S]*sk\.Strategy\("
+    ):
         spec_of(strategy={"w": P()}, remat="ful")
-    with pytest.raises(sk.StepError, match=r"batch  is of type float"):
+    with pytest.raises(sk.errors.StepError, match=r"batch  is of type float"):
         spec_of(batch=1.0)
 
 
@@ -209,7 +217,7 @@ def test_everything_that_needs_no_mesh_is_one_error():
     ],
 )
 def test_an_option_that_cannot_be(changes, row):
-    with pytest.raises(sk.StepError) as raised:
+    with pytest.raises(sk.errors.StepError) as raised:
         spec_of(**changes)
     text = str(raised.value)
     assert row in text
@@ -219,9 +227,9 @@ def test_an_option_that_cannot_be(changes, row):
 def test_what_only_a_mesh_decides_is_one_error_of_compile():
     explicit = (AxisType.Explicit, AxisType.Auto)
     wrong = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "tensor"), axis_types=explicit)
-    compressed = dataclasses.replace(STRATEGY, compression=sk.Compression("dat"))
+    compressed = dataclasses.replace(STRATEGY, compression=sk.GradientCompression("dat"))
     spec = spec_of(strategy=compressed, mode="shard_map")
-    with pytest.raises(sk.StepError) as raised:
+    with pytest.raises(sk.errors.StepError) as raised:
         spec.compile(wrong)
     assert "mesh axis 'data'  is of type Explicit" in str(raised.value)
     assert "Did you mean 'data'?" in str(raised.value)
@@ -229,7 +237,7 @@ def test_what_only_a_mesh_decides_is_one_error_of_compile():
         (sk.MeshSpec(data=2), r"is a MeshSpec, not built yet\nFix: sk.MeshSpec\(.*\).build\(\)"),
         (None, "is of type NoneType"),
     ):
-        with pytest.raises(sk.StepError, match=why):
+        with pytest.raises(sk.errors.StepError, match=why):
             spec.compile(mesh)
 
 
@@ -269,9 +277,12 @@ def test_the_short_form_is_the_spec_compiled(step, mesh):
 
 def test_a_step_is_replaced_on_another_mesh_or_with_other_fields(step):
     other = step.replace(mesh=sk.MeshSpec(data=4, tensor=2).build(), accumulate=2)
-    assert (dict(other.mesh.shape), other.spec.accumulate.steps) == ({"data": 4, "tensor": 2}, 2)
+    assert (dict(other.mesh.shape), other.spec.accumulate.micro_batches) == (
+        {"data": 4, "tensor": 2},
+        2,
+    )
     assert other.spec == step.spec.replace(accumulate=2)
-    assert step.spec.accumulate.steps == 1
+    assert step.spec.accumulate.micro_batches == 1
 
 
 # Everything takes it
@@ -288,17 +299,17 @@ def test_the_contract(spec, mesh, tmp_path):
     report.check(sk.Budget(reductions_per_step={"data": 1}, involuntary_remat=0))
     certificate = sk.verify(spec, meshes=[mesh], steps=2).check()
     assert certificate.ok
-    planned = sk.plan(spec, "tpu:v5e:2x2", space=sk.Space(axes=("data",), remat=("none",)))
+    planned = sk.plan(spec, "tpu:v5e:2x2", space=sk.SearchSpace(axes=("data",), remat=("none",)))
     assert dict(planned.best.mesh) == {"data": 4}
     swept = sk.sweep(spec, devices=8, out=tmp_path / "swept")
     assert {"data=2,tensor=4", "data=8,tensor=1"} <= {r.case.key.split()[0] for r in swept.rows}
     assert swept.ranked
-    assert sk.explain(STRATEGY.params, jax.eval_shape(init, jax.random.key(0)), mesh)
+    assert sk.explain_rules(STRATEGY.params, jax.eval_shape(init, jax.random.key(0)), mesh)
 
 
 def test_a_sweep_without_a_folder_has_its_own_and_the_options_of_the_spec(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    own = spec_of(accumulate=sk.Accumulate(2, reduce="each"), remat="full")
+    own = spec_of(accumulate=sk.Accumulate(2, reduce="every"), remat="full")
     found = sk.sweep(own, devices=1, axes=["data"])
     assert found.folder.parent == tmp_path
     (row,) = found.rows
@@ -308,7 +319,7 @@ def test_a_sweep_without_a_folder_has_its_own_and_the_options_of_the_spec(monkey
 
 def test_a_sweep_of_another_spec_is_refused_in_the_same_folder(tmp_path):
     sk.sweep(spec_of(), devices=1, out=tmp_path)
-    with pytest.raises(sk.SweepError, match="another"):
+    with pytest.raises(sk.errors.SweepError, match="another"):
         sk.sweep(spec_of(precision="bfloat16"), devices=1, out=tmp_path)
 
 
@@ -317,12 +328,12 @@ def test_axes_of_a_sweep_are_those_that_the_strategy_names():
     assert axis_names(ready) == ("fsdp", "tensor")
     assert axis_names(STRATEGY) == ("data", "tensor")
     assert axis_names(sk.Strategy(params=sk.shard_largest("fsdp"))) == ("fsdp",)
-    with pytest.raises(sk.ConfigError, match=r"axis 'tensr'.*Did you mean 'tensor'"):
+    with pytest.raises(sk.errors.ConfigError, match=r"axis 'tensr'.*Did you mean 'tensor'"):
         sk.sweep(spec_of(strategy=ready), devices=8, axes=["tensr"])
 
 
 def test_a_spec_of_this_process_is_not_sent_to_a_target(spec, tmp_path):
-    with pytest.raises(sk.SweepError) as raised:
+    with pytest.raises(sk.errors.SweepError) as raised:
         sk.sweep(spec, target="tpu:v5e:2x4", out=tmp_path / "new")
     text = str(raised.value)
     assert f"{__name__}:loss_fn" in text
@@ -337,18 +348,24 @@ def test_a_trainer_compiles_a_spec_for_its_mesh(spec, step, mesh, tmp_path):
     state = sk.Trainer(spec, batches, tmp_path / "run", config, mesh=mesh).run()
     assert int(state.step) == 2
     for what, given in ((spec, {}), (step, {"mesh": mesh}), (lambda: step, {"mesh": mesh})):
-        with pytest.raises(sk.StepError, match=r"mesh  is[\s\S]*Fix: sk\.Trainer\(spec, "):
+        with pytest.raises(sk.errors.StepError, match=r"mesh  is[\s\S]*Fix: sk\.Trainer\(spec, "):
             sk.Trainer(what, batches, tmp_path / "other", config, **given)
 
 
 @pytest.mark.parametrize(
     ("call", "kind"),
     [
-        (lambda given: sk.verify(given, [sk.MeshSpec(data=2)]), sk.VerificationError),
-        (lambda given: sk.plan(given, "tpu:v5e:2x2"), sk.MeshError),
-        (lambda given: sk.sweep(given, devices=8), sk.ConfigError),
-        (lambda given: assert_matches_one_device(given, sk.MeshSpec(data=2)), sk.VerificationError),
-        (lambda given: kill_matrix(given, sk.MeshSpec(data=8).build()), sk.VerificationError),
+        (lambda given: sk.verify(given, [sk.MeshSpec(data=2)]), sk.errors.VerificationError),
+        (lambda given: sk.plan(given, "tpu:v5e:2x2"), sk.errors.MeshError),
+        (lambda given: sk.sweep(given, devices=8), sk.errors.ConfigError),
+        (
+            lambda given: assert_matches_one_device(given, sk.MeshSpec(data=2)),
+            sk.errors.VerificationError,
+        ),
+        (
+            lambda given: kill_matrix(given, sk.MeshSpec(data=8).build()),
+            sk.errors.VerificationError,
+        ),
     ],
     ids=["verify", "plan", "sweep", "assert_matches_one_device", "kill_matrix"],
 )

@@ -20,7 +20,7 @@ from shardkit.nn._remat import active, policy
 from shardkit.step._bound_spec import BoundSpec
 from shardkit.step._layout import resolve_layout
 from shardkit.step._readback import aliased_arguments, check_executable
-from shardkit.step._step_functions import Functions
+from shardkit.step._step_functions import StepFunctions
 
 X = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
 BATCH = {"x": X, "y": X[:, :1].copy()}
@@ -135,7 +135,7 @@ def test_an_executable_with_other_layouts_is_reported_by_leaf(step, mesh):
         strategy=dataclasses.replace(STRATEGY, params=sk.REPLICATED),
     )
     checked(step.program, step)
-    with pytest.raises(sk.ShardingError) as caught:
+    with pytest.raises(sk.errors.ShardingError) as caught:
         checked(replicated.program, step)
     text = str(caught.value)
     for leaf in ("state/params/up", "state/opt_state/0/trace/down", "new state/params/up"):
@@ -150,7 +150,9 @@ def test_an_executable_with_the_batch_elsewhere_is_reported(step, mesh):
         optimizer=optax.sgd(0.1, momentum=0.9),
         strategy=dataclasses.replace(STRATEGY, batch=P("tensor")),
     )
-    with pytest.raises(sk.ShardingError, match=r"batch/x +declared P\('data'.*\), compiled as"):
+    with pytest.raises(
+        sk.errors.ShardingError, match=r"batch/x +declared P\('data'.*\), compiled as"
+    ):
         checked(other.program, step)
 
 
@@ -162,7 +164,7 @@ def test_a_leaf_that_is_not_donated_is_reported(step):
         keep_unused=True,
     )
     program = run.lower(step.abstract_state, step.layout.batch).compile()
-    with pytest.raises(sk.ShardingError) as caught:
+    with pytest.raises(sk.errors.ShardingError) as caught:
         checked(dataclasses.replace(step.program, compiled=program), step)
     text = str(caught.value)
     assert re.search(
@@ -255,8 +257,8 @@ def test_a_plain_function_names_its_dims(mesh):
     made = declared(
         mesh,
         init=lambda key: {
-            "up": sk.Named(jnp.ones((4, 8)), ("embed", "mlp")),
-            "down": sk.Named(jnp.ones((8, 1)), ("mlp", None)),
+            "up": sk.WithAxes(jnp.ones((4, 8)), ("embed", "mlp")),
+            "down": sk.WithAxes(jnp.ones((8, 1)), ("mlp", None)),
         },
         strategy=sk.strategies.data() | sk.strategies.tensor(),
     )
@@ -314,9 +316,9 @@ def traced(mesh, loss=loss_fn, **options):
         **{key: given[key] for key in keys if key in given},
     )
     layout = resolve_layout(
-        d.init, d.optimizer, d.batch, mesh, d.strategy, d.precision, d.accumulate.steps
+        d.init, d.optimizer, d.batch, mesh, d.strategy, d.precision, d.accumulate.micro_batches
     )
-    run = Functions(BoundSpec(d, mesh), layout).train()
+    run = StepFunctions(BoundSpec(d, mesh), layout).train()
     jitted = jax.jit(run, in_shardings=(layout.shardings, layout.batch_shardings))
     with active(policy(d.strategy.remat)):
         return jitted.lower(layout.state, layout.batch).as_text()
@@ -370,7 +372,7 @@ def declared_params(state):
 
 
 def deep_loss(params, batch, key):
-    @sk.remat
+    @sk.nn.remat
     def layer(x):
         return jnp.sin(checkpoint_name(x @ params["up"], "hidden")) @ params["up"].T
 
@@ -397,7 +399,7 @@ def test_marked_layers_follow_the_policy_of_the_step(mesh):
     assert sines(named) > sines(plain)
 
 
-@sk.remat
+@sk.nn.remat
 def shared_layer(x, _):
     return jnp.sin(x), None
 
@@ -419,7 +421,7 @@ def test_a_loss_without_marks_is_recomputed_as_a_whole(mesh):
 
 def test_recomputation_reaches_the_executable_and_changes_no_result(mesh):
     def scanned(params, batch, key):
-        @lambda f: sk.remat(f, scanned=True)
+        @lambda f: sk.nn.remat(f, scanned=True)
         def layer(x, _):
             return jnp.sin(x @ params["up"]) @ params["up"].T, None
 
@@ -439,7 +441,7 @@ def test_recomputation_reaches_the_executable_and_changes_no_result(mesh):
 
 def test_replaced_options_give_another_step(step):
     other = step.replace(accumulate=2)
-    assert other.spec.accumulate.steps == 2
-    assert step.spec.accumulate.steps == 1
+    assert other.spec.accumulate.micro_batches == 2
+    assert step.spec.accumulate.micro_batches == 1
     state, _ = other(other.init(jax.random.key(0)), BATCH)
     assert int(state.step) == 1

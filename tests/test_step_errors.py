@@ -68,10 +68,10 @@ def test_everything_wrong_with_a_declaration_is_in_one_error(mesh):
     strategy = sk.Strategy(
         params=sk.PathRules({"up/kernel": P(None, "tensor"), "down": P("data"), "dwn": P("modle")}),
         batch=P("data"),
-        extra=sk.PathRules({"stats": P("tensor")}),
+        model_state=sk.PathRules({"stats": P("tensor")}),
     )
     text = message(
-        sk.ShardingError,
+        sk.errors.ShardingError,
         lambda: declared(
             mesh,
             init=made,
@@ -89,7 +89,7 @@ def test_everything_wrong_with_a_declaration_is_in_one_error(mesh):
         "uses axis 'modle'; mesh has data=2, tensor=4.",
         "params/free f32[4,4]",
         "no rule decides it",
-        "extra/stats f32[6]",
+        "model_state/stats f32[6]",
         "opt_state f32[5000]",
         "Strategy(opt_state=sk.PathRules(",
         "batch/x f32[7,4]",
@@ -101,7 +101,7 @@ def test_everything_wrong_with_a_declaration_is_in_one_error(mesh):
 def test_leaves_of_one_path_in_different_trees_are_told_apart(mesh):
     both = sk.Strategy(params=sk.PathRules({"x": P("tensor")}), batch=P(("data", "tensor")))
     text = message(
-        sk.ShardingError,
+        sk.errors.ShardingError,
         lambda: declared(
             mesh,
             init=lambda key: {"x": jnp.ones((6, 4))},
@@ -125,21 +125,23 @@ def test_leaves_of_one_path_in_different_trees_are_told_apart(mesh):
     ],
 )
 def test_unknown_options(mesh, options, expected):
-    text = message(sk.StepError, lambda: declared(mesh, **options))
+    text = message(sk.errors.StepError, lambda: declared(mesh, **options))
     assert all(part in text for part in expected), text
 
 
 def test_a_precision_that_is_no_dtype():
-    text = message(sk.StepError, lambda: sk.Precision(params="float31", compute="int8"))
-    assert "precision.params" in text
+    text = message(
+        sk.errors.StepError, lambda: sk.Precision(param_dtype="float31", compute_dtype="int8")
+    )
+    assert "precision.param_dtype" in text
     assert "Did you mean 'float32'?" in text
-    assert "precision.compute" in text
+    assert "precision.compute_dtype" in text
 
 
 def test_an_explicit_mesh():
     devices = np.array(jax.devices()).reshape(2, 4)
     explicit = Mesh(devices, ("data", "tensor"), axis_types=(AxisType.Explicit, AxisType.Auto))
-    text = message(sk.StepError, lambda: declared(explicit))
+    text = message(sk.errors.StepError, lambda: declared(explicit))
     assert "mesh axis 'data'" in text
     assert "is of type Explicit; the partitioner needs Auto axes" in text
     assert "MeshSpec(...).build()" in text
@@ -162,7 +164,7 @@ def test_an_explicit_mesh():
     ids=["vector", "int", "mean", "pair", "loss", "norm", "metric", "none", "dict", "list"],
 )
 def test_a_loss_that_returns_what_no_step_can_use(mesh, loss, expected):
-    with pytest.raises(sk.StepError, match=expected) as caught:
+    with pytest.raises(sk.errors.StepError, match=expected) as caught:
         declared(mesh, loss)
     assert "Fix: return loss" in str(caught.value)
 
@@ -172,16 +174,16 @@ def test_parameters_that_have_no_gradient(mesh):
         return {"w": jnp.ones((4, 8)), "count": jnp.zeros((2,), jnp.int32)}
 
     rules = sk.Strategy(batch=P("data"))
-    text = message(sk.StepError, lambda: declared(mesh, init=made, strategy=rules))
+    text = message(sk.errors.StepError, lambda: declared(mesh, init=made, strategy=rules))
     assert "count i32[2]" in text
     assert "is no floating-point array, so it has no gradient" in text
-    assert "sk.Variables(params, extra)" in text
+    assert "sk.Variables(params, model_state)" in text
 
 
 def test_names_that_are_not_one_per_dim(mesh):
     text = message(
-        sk.ShardingError,
-        lambda: declared(mesh, init=lambda key: {"w": sk.Named(jnp.ones((4, 8)), ("embed",))}),
+        sk.errors.ShardingError,
+        lambda: declared(mesh, init=lambda key: {"w": sk.WithAxes(jnp.ones((4, 8)), ("embed",))}),
     )
     assert "w" in text
     assert "1 names ('embed',) for 2 dims" in text
@@ -192,14 +194,14 @@ def test_a_state_that_would_change_its_form(mesh):
         lambda params: {"n": jnp.zeros((), jnp.int32)},
         lambda grads, state, params=None: (grads, {"n": state["n"] + 0.5}),
     )
-    text = message(sk.StepError, lambda: declared(mesh, optimizer=grows))
+    text = message(sk.errors.StepError, lambda: declared(mesh, optimizer=grows))
     assert "state/opt_state/n" in text
     assert "is i32[] before, f32[] after" in text
 
 
 def test_batch_leaves_with_other_numbers_of_rows(mesh):
     text = message(
-        sk.ShardingError,
+        sk.errors.ShardingError,
         lambda: declared(mesh, batch={"x": X, "y": np.ones((4, 4), np.float32)}),
     )
     assert "batch/y f32[4,4]" in text
@@ -219,7 +221,7 @@ def test_batch_leaves_with_other_numbers_of_rows(mesh):
 )
 def test_a_batch_that_is_not_the_declared_one(step, batch, expected):
     state = step.init(jax.random.key(0))
-    text = message(sk.BatchError, lambda: step(state, batch))
+    text = message(sk.errors.BatchError, lambda: step(state, batch))
     assert "The batch is not what the step was compiled for." in text
     assert all(part in text for part in expected), text
     assert not state.params["w"].is_deleted()
@@ -228,20 +230,20 @@ def test_a_batch_that_is_not_the_declared_one(step, batch, expected):
 def test_a_batch_committed_elsewhere(step, mesh):
     state = step.init(jax.random.key(0))
     away = jax.device_put(X, jax.devices()[3])
-    text = message(sk.BatchError, lambda: step(state, {"x": away}))
+    text = message(sk.errors.BatchError, lambda: step(state, {"x": away}))
     assert "batch/x" in text
     assert "is committed to 1 device; the step has it as P('data'" in text
     assert "pass host numpy, or step.put(batch)" in text
     turned = jax.device_put(X, jax.NamedSharding(mesh, P("tensor")))
-    text = message(sk.BatchError, lambda: step(state, {"x": turned}))
+    text = message(sk.errors.BatchError, lambda: step(state, {"x": turned}))
     assert "is committed to 8 devices as P('tensor'" in text
 
 
 def test_batches_that_are_right_in_any_place(step):
-    placed = step.put({"x": X})
+    placed = step.shard_batch({"x": X})
     for batch in ({"x": X}, {"x": jnp.asarray(X)}, placed):
         assert step.evaluate(step.init(jax.random.key(0)), batch)["loss"] > 0
-    assert step.put(placed)["x"] is placed["x"]
+    assert step.shard_batch(placed)["x"] is placed["x"]
 
 
 @pytest.mark.parametrize(
@@ -256,7 +258,7 @@ def test_batches_that_are_right_in_any_place(step):
     ids=["int", "numpy", "raw", "keys", "rbg"],
 )
 def test_keys_that_are_none(step, key, expected):
-    text = message(sk.StateError, lambda: step.init(key() if callable(key) else key))
+    text = message(sk.errors.StateError, lambda: step.init(key() if callable(key) else key))
     assert expected in text
     assert "Fix: step.init(jax.random.key(0))" in text
 
@@ -272,7 +274,7 @@ def test_a_state_of_another_step(step, mesh):
         strategy=sk.Strategy(batch=P("data")),
     )
     state = other.init(jax.random.key(0))
-    text = message(sk.StateError, lambda: step(state, {"x": X}))
+    text = message(sk.errors.StateError, lambda: step(state, {"x": X}))
     assert "state/params/w" in text
     assert "is f32[4,16]; the step has f32[4,8]" in text
     assert "state/params/b" in text
@@ -283,13 +285,13 @@ def test_a_state_of_another_step(step, mesh):
 def test_a_state_laid_out_otherwise(step, mesh):
     replicated = declared(mesh, strategy=sk.Strategy(batch=P("data")))
     state = replicated.init(jax.random.key(0))
-    text = message(sk.StateError, lambda: step(state, {"x": X}))
+    text = message(sk.errors.StateError, lambda: step(state, {"x": X}))
     assert "state/params/w" in text
     assert "is on 8 devices as P(); the step has it as P(None, 'tensor')" in text
 
 
 def test_something_that_is_no_state(step):
-    text = message(sk.StateError, lambda: step({"w": jnp.ones((4, 8))}, {"x": X}))
+    text = message(sk.errors.StateError, lambda: step({"w": jnp.ones((4, 8))}, {"x": X}))
     assert "state/params/w" in text
     assert "is missing" in text
 
@@ -312,7 +314,7 @@ def test_a_consumed_state_is_an_error_and_not_a_crash(step):
     state = step.init(jax.random.key(0))
     after, _ = step(state, {"x": X})
     for call in (step, step.evaluate, step.gradients):
-        text = message(sk.StateError, lambda call=call: call(state, {"x": X}))
+        text = message(sk.errors.StateError, lambda call=call: call(state, {"x": X}))
         assert "The step got a state that is gone." in text
         assert "step, params/w, key" in text
         assert "state, metrics = step(state, batch)" in text
@@ -337,13 +339,13 @@ def test_reuse_and_aliases_never_crash_the_interpreter():
         for _ in range(3):
             try:
                 step(state, batch)
-            except sk.StateError as error:
+            except sk.errors.StateError as error:
                 print("consumed:", type(error).__name__)
         twice = sk.TrainState(after.step, {"w": after.params["w"], "v": after.params["w"]},
                               after.opt_state, {}, after.key, after.halted)
         try:
             step(twice, batch)
-        except sk.StateError as error:
+        except sk.errors.StateError as error:
             print(error)
         print("alive", float(step.evaluate(after, batch)["loss"]) != 0)
     """
@@ -372,7 +374,7 @@ def test_a_compiler_that_finds_no_room_is_a_step_that_does_not_fit(mesh, monkeyp
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", compile)
     strategy = sk.Strategy(params=sk.PathRules({"w": P(None, "tensor")}), batch=P("data"))
-    with pytest.raises(sk.StepError) as caught:
+    with pytest.raises(sk.errors.StepError) as caught:
         declared(mesh, strategy=strategy)
     head, row, fix = str(caught.value).splitlines()
     assert head == "The program does not fit on its devices."

@@ -17,20 +17,20 @@ NAMES = sk.AxisRules({"embed": "fsdp", "mlp": None, "mpl": None, "vocab": "tenso
 
 def init(key):
     return {
-        "up": sk.Named(jax.random.normal(key, (EMBED, MLP)), ("embed", "mlp")),
-        "down": sk.Named(jax.random.normal(key, (MLP, EMBED)), ("mlp", "embed")),
+        "up": sk.WithAxes(jax.random.normal(key, (EMBED, MLP)), ("embed", "mlp")),
+        "down": sk.WithAxes(jax.random.normal(key, (MLP, EMBED)), ("mlp", "embed")),
     }
 
 
 def loss(params, batch, key):
-    hidden = sk.constrain(jnp.tanh(batch["x"] @ params["up"]), "batch", "mlp")
+    hidden = sk.nn.constrain(jnp.tanh(batch["x"] @ params["up"]), "batch", "mlp")
     return jnp.mean((hidden @ params["down"]) ** 2)
 
 
 @pytest.fixture(scope="module")
 def report():
     strategy = sk.Strategy(
-        params=sk.chain(TABLE, NAMES),
+        params=sk.first_match(TABLE, NAMES),
         batch=P("fsdp"),
         activations=sk.AxisRules({"batch": "fsdp", "mlp": None, "btach": "fsdp", "heads": None}),
         kinds=sk.strategies.fsdp().kinds,
@@ -98,15 +98,15 @@ def test_what_goes_beyond_the_minimum_is_explained():
 
     def init(key):
         def one(*names):
-            return sk.Named(jax.random.normal(key, tuple(shape[n] for n in names)), names)
+            return sk.WithAxes(jax.random.normal(key, tuple(shape[n] for n in names)), names)
 
         column, row = ("layers", "embed", "mlp"), ("layers", "mlp", "embed")
         return [{"up": one(*column), "gate": one(*column), "down": one(*row)} for _ in range(2)]
 
     def pair(x, w):
-        x = sk.constrain(x, "batch", "length", "embed")
-        hidden = sk.constrain(jnp.tanh(x @ w["up"]) * (x @ w["gate"]), "batch", "length", "mlp")
-        return sk.constrain(x + hidden @ w["down"], "batch", "length", "embed")
+        x = sk.nn.constrain(x, "batch", "length", "embed")
+        hidden = sk.nn.constrain(jnp.tanh(x @ w["up"]) * (x @ w["gate"]), "batch", "length", "mlp")
+        return sk.nn.constrain(x + hidden @ w["down"], "batch", "length", "embed")
 
     def loss(params, batch, key):
         def layer(x, w):
@@ -126,10 +126,12 @@ def test_what_goes_beyond_the_minimum_is_explained():
     activation = 4 * rows // 2 * length * embed
     assert least.bytes == layers * 8 * 3 / 4 * activation
     # Two pairs a layer, each with one all-reduce too many.
-    (apart, extra), *others = least.excess
+    (apart, model_state), *others = least.excess
     assert apart == "of gradients reduced apart for each product that shares an input"
-    assert extra == layers * 2 * 2 * 3 / 4 * activation
-    assert least.wire - least.bytes == pytest.approx(extra + sum(n for _, n in others), rel=0.01)
+    assert model_state == layers * 2 * 2 * 3 / 4 * activation
+    assert least.wire - least.bytes == pytest.approx(
+        model_state + sum(n for _, n in others), rel=0.01
+    )
     (line,) = [one for one in str(report).splitlines() if one.startswith("tensor sends")]
     assert "more than its minimum: " in line
     assert Report.from_json(report.to_json()) == report

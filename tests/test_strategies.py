@@ -122,14 +122,14 @@ def test_joined_strategies_keep_the_options_of_either():
 
 
 def test_a_kind_is_an_object_not_a_name():
-    with pytest.raises(sk.StepError, match="'own' is not a kind of parallelism"):
+    with pytest.raises(sk.errors.StepError, match="'own' is not a kind of parallelism"):
         sk.Strategy(kinds=("own",))
 
 
 def test_options_that_differ_do_not_join_all_of_them_named():
     one = dataclasses.replace(data(), accumulate=4, remat="full")
     other = dataclasses.replace(tensor(), accumulate=2, remat="dots")
-    with pytest.raises(sk.StepError) as caught:
+    with pytest.raises(sk.errors.StepError) as caught:
         one | other
     text = str(caught.value)
     assert "Two strategies do not join." in text
@@ -140,14 +140,14 @@ def test_options_that_differ_do_not_join_all_of_them_named():
 
 def test_two_rules_for_the_same_parameters_do_not_join():
     own = sk.Strategy(params=sk.PathRules({"**": P("data")}))
-    with pytest.raises(sk.StepError, match="both decide the parameters"):
+    with pytest.raises(sk.errors.StepError, match="both decide the parameters"):
         own | sk.Strategy(params=sk.PathRules({"**": P("tensor")}))
     assert (own | data()).params == own.params
 
 
 def test_two_rules_for_the_batch_do_not_join():
     rule = sk.Strategy(batch=sk.PathRules({"**": P("data")}))
-    with pytest.raises(sk.StepError, match="both decide the batch"):
+    with pytest.raises(sk.errors.StepError, match="both decide the batch"):
         rule | data()
 
 
@@ -159,7 +159,7 @@ def test_own_names_are_added_to_a_ready_strategy():
 
 
 def test_names_fit_only_a_strategy_with_a_table():
-    with pytest.raises(sk.StepError, match="no table of logical names to add to"):
+    with pytest.raises(sk.errors.StepError, match="no table of logical names to add to"):
         sk.Strategy().with_names(params={"filters": "tensor"})
-    with pytest.raises(sk.StepError, match="no table of logical names to add to"):
+    with pytest.raises(sk.errors.StepError, match="no table of logical names to add to"):
         sk.Strategy().with_names(activations={"pixels": None})

@@ -93,7 +93,9 @@ def test_the_model_of_a_plan_stands_beside_what_is_compiled(whole):
     found, _ = whole
     for row in found.ranked:
         memory = row.compiled["memory"]
-        exact = sum(memory[part] for part in ("params", "opt_state", "extra", "batch", "rest"))
+        exact = sum(
+            memory[part] for part in ("params", "opt_state", "model_state", "batch", "rest")
+        )
         assert exact < row.modelled["memory"] < 2 * row.total
         assert row.modelled["problems"] == []
     split = by_key(found)["data=2,tensor=2 accumulate=2 remat=none"]
@@ -193,13 +195,13 @@ def test_a_step_with_wrong_numbers_is_not_ranked(tmp_path, monkeypatch):
 
 
 def test_a_factory_that_ignores_what_it_is_asked_makes_no_row_that_lies(tmp_path):
-    with pytest.raises(sk.SweepError, match="None of 1 case is legal") as error:
+    with pytest.raises(sk.errors.SweepError, match="None of 1 case is legal") as error:
         sk.sweep(_swept.deaf, out=tmp_path, axes=AXES, devices=1, accumulate=(2,))
     assert "accumulate was asked to be 2, the step has 1" in str(error.value)
 
 
 def test_no_legal_mesh_is_one_error_and_the_rows_are_kept(tmp_path):
-    with pytest.raises(sk.SweepError, match=r"None of 2 cases is legal; see .*") as error:
+    with pytest.raises(sk.errors.SweepError, match=r"None of 2 cases is legal; see .*") as error:
         sk.sweep(_swept.declared, out=tmp_path, axes=AXES, devices=7)
     assert "is not divisible by" in str(error.value)
     assert "Fix" in str(error.value)
@@ -229,26 +231,26 @@ def test_what_cannot_be_swept_is_refused_before_anything_is_written(asked, messa
 
 
 def test_all_that_is_wrong_is_in_one_message(tmp_path):
-    with pytest.raises(sk.SweepError) as error:
+    with pytest.raises(sk.errors.SweepError) as error:
         sk.sweep(_swept.declared, out=tmp_path, axes=["a", "a"], devices=0, remat=["ful"])
     for word in ("'a'", "devices=0", "remat='ful'"):
         assert word in str(error.value)
 
 
 def test_a_lambda_cannot_be_sent_to_a_target(tmp_path):
-    with pytest.raises(sk.SweepError, match="at the top of a module of its own"):
+    with pytest.raises(sk.errors.SweepError, match="at the top of a module of its own"):
         sk.sweep(lambda mesh, **asked: None, out=tmp_path, target="cpu:4")
 
 
 def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("years")
-    with pytest.raises(sk.SweepError, match=r"holds thesis\.tex, and no rows\.jsonl"):
+    with pytest.raises(sk.errors.SweepError, match=r"holds thesis\.tex, and no rows\.jsonl"):
         Journal(tmp_path, {})
     (tmp_path / "rows.jsonl").write_text("a file of mine")
-    with pytest.raises(sk.SweepError, match="is no file of a sweep"):
+    with pytest.raises(sk.errors.SweepError, match="is no file of a sweep"):
         Journal(tmp_path, {})
     assert (tmp_path / "rows.jsonl").read_text() == "a file of mine"
-    with pytest.raises(sk.SweepError, match="is a file"):
+    with pytest.raises(sk.errors.SweepError, match="is a file"):
         Journal(tmp_path / "thesis.tex", {})
     assert sorted(os.listdir(tmp_path)) == ["rows.jsonl", "thesis.tex"]
 
@@ -257,7 +259,7 @@ def test_rows_of_another_config_are_refused_with_every_difference(tmp_path):
     with Journal(tmp_path, {"model": {"num_layers": 4, "embed_dim": 8}}) as journal:
         journal.add(Row(Case((("data", 1),)), OK, {}))
     before = (tmp_path / "rows.jsonl").read_text()
-    with pytest.raises(sk.SweepError, match="holds rows of another sweep") as error:
+    with pytest.raises(sk.errors.SweepError, match="holds rows of another sweep") as error:
         Journal(tmp_path, {"model": {"num_layers": 2, "embed_dim": 8}, "data": 3})
     assert "model.num_layers  was 4 there, is 2 now" in str(error.value)
     assert "embed" not in str(error.value)
@@ -266,7 +268,7 @@ def test_rows_of_another_config_are_refused_with_every_difference(tmp_path):
 
 
 def test_two_sweeps_into_one_folder_are_one_too_many(tmp_path):
-    with Journal(tmp_path, {}), pytest.raises(sk.SweepError, match="in use") as error:
+    with Journal(tmp_path, {}), pytest.raises(sk.errors.SweepError, match="in use") as error:
         Journal(tmp_path, {})
     assert "rows.jsonl  another sweep is writing to it" in str(error.value)
     assert "Fix: wait until that one has ended" in str(error.value)
@@ -279,7 +281,7 @@ def test_a_damaged_line_is_named(tmp_path):
         pass
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write("no json\n")
-    with pytest.raises(sk.SweepError, match=r"rows\.jsonl:2"):
+    with pytest.raises(sk.errors.SweepError, match=r"rows\.jsonl:2"):
         Journal(tmp_path, {})
 
 
@@ -298,10 +300,10 @@ def test_axes_without_a_strategy_get_their_ready_one():
     spec = sk.MeshSpec(data=1, tensor=1, fsdp=4)
     made = factory(spec, accumulate=2, remat="full")
     assert sk.strategies.fsdp().kinds[0] in made.strategy.kinds
-    assert (made.accumulate.steps, made.strategy.remat) == (2, "full")
-    with pytest.raises(sk.ConfigError, match="Did you mean 'tensor'"):
+    assert (made.accumulate.micro_batches, made.strategy.remat) == (2, "full")
+    with pytest.raises(sk.errors.ConfigError, match="Did you mean 'tensor'"):
         factory.axes(("tensr",))
-    with pytest.raises(sk.ConfigError, match="axis 'pipe'  is none of"):
+    with pytest.raises(sk.errors.ConfigError, match="axis 'pipe'  is none of"):
         factory.axes(("pipe",))  # how many micro-batches is for the config to say
 
 

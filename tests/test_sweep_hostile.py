@@ -77,7 +77,7 @@ def test_a_full_disk_costs_the_row_that_it_has_no_room_for(tmp_path):
         before = (tmp_path / "rows.jsonl").read_bytes()
         with (
             file_limit(len(before) + 40),
-            pytest.raises(sk.SweepError, match="every row before is kept") as error,
+            pytest.raises(sk.errors.SweepError, match="every row before is kept") as error,
         ):
             journal.add(other)
         assert "rows.jsonl  File too large" in str(error.value)
@@ -90,13 +90,13 @@ def test_a_full_disk_costs_the_row_that_it_has_no_room_for(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_told_before_anything_is_compiled(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(sk.SweepError, match=r"rows\.jsonl  Not a directory"):
+    with pytest.raises(sk.errors.SweepError, match=r"rows\.jsonl  Not a directory"):
         sk.sweep(_swept.picky, out=tmp_path / "file" / "new", axes=["data", "tensor"], devices=2)
 
 
 def test_a_file_that_is_no_text_is_refused_and_left_alone(tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(b"\xff\xfe\n")
-    with pytest.raises(sk.SweepError, match=r"rows\.jsonl  is no text"):
+    with pytest.raises(sk.errors.SweepError, match=r"rows\.jsonl  is no text"):
         Journal(tmp_path, {})
     assert (tmp_path / "rows.jsonl").read_bytes() == b"\xff\xfe\n"
 
@@ -104,7 +104,7 @@ def test_a_file_that_is_no_text_is_refused_and_left_alone(tmp_path):
 def test_a_full_disk_leaves_the_csv_file_of_before(tmp_path):
     found = Sweep((row(status=FAILED),) * 20, tmp_path, "one")
     (tmp_path / "rows.csv").write_text("before")
-    with pytest.raises(sk.SweepError, match=r"rows\.csv  File too large") as error:
+    with pytest.raises(sk.errors.SweepError, match=r"rows\.csv  File too large") as error:
         with file_limit(20):
             found.write_csv()
     assert "Fix: " in str(error.value)
@@ -161,7 +161,7 @@ def test_a_model_of_the_user_that_fails_costs_no_row():
 
 
 def test_what_tells_sweeps_apart_must_be_plain(tmp_path):
-    with pytest.raises(sk.SweepError, match="must be plain values") as error:
+    with pytest.raises(sk.errors.SweepError, match="must be plain values") as error:
         sk.sweep(_swept.declared, out=tmp_path / "new", devices=1, record={"data": {1, 2}})
     assert "set is not JSON serializable" in str(error.value)
     assert not (tmp_path / "new").exists()
@@ -183,7 +183,7 @@ def test_what_is_no_factory_is_refused_before_anything_is_written(
 ):
     (tmp_path / "broken_factory.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(sk.ConfigError) as error:
+    with pytest.raises(sk.errors.ConfigError) as error:
         sk.sweep(factory, out=tmp_path / "new", devices=1)
     assert message in str(error.value)
     assert "Fix: " in str(error.value)
@@ -234,7 +234,7 @@ def test_a_config_that_changes_under_a_sweep_changes_no_row(tmp_path):
     source = source_of(factory, case).to_request()["arguments"]
     assert declared(**source)[1] == sk.MeshSpec(data=1, tensor=1)
     path.write_text(text.replace("name=", "strategy=sk.strategies.data(), name="))
-    with pytest.raises(sk.SweepError, match=r"mine\.py  was changed while the sweep ran"):
+    with pytest.raises(sk.errors.SweepError, match=r"mine\.py  was changed while the sweep ran"):
         declared(**source)
 
 

@@ -40,7 +40,7 @@ def compiled(strategy, **changes):
 
 
 def test_fewer_key_heads_than_devices_is_an_error_that_names_sizes_and_policy():
-    with pytest.raises(sk.ShardingError) as caught:
+    with pytest.raises(sk.errors.ShardingError) as caught:
         compiled(tensor(), kv_heads=2)
     text = str(caught.value)
     assert "params/layers/key f32[2,32,2,8]" in text
@@ -54,7 +54,7 @@ def test_fewer_key_heads_than_devices_is_an_error_that_names_sizes_and_policy():
 
 
 def test_a_policy_that_there_is_not():
-    with pytest.raises(sk.StepError) as caught:
+    with pytest.raises(sk.errors.StepError) as caught:
         tensor(kv_heads="replicated")
     assert "tensor(kv_heads='replicated')" in str(caught.value)
     assert "known: split, replicate. Did you mean 'replicate'?" in str(caught.value)

@@ -75,37 +75,43 @@ def test_text_is_tokenized_once_into_shards_that_hold_the_same(folder, tokenizer
     assert train.size + held_out.size == stream.size
     again = load_text(DataConfig(path=str(out), seq_len=4, batch_size=2), 8)
     assert again.train.size + again.held_out.size == stream.size
-    with pytest.raises(sk.DataError, match=r"out +holds tokens-00000\.bin; nothing is written"):
+    with pytest.raises(
+        sk.errors.DataError, match=r"out +holds tokens-00000\.bin; nothing is written"
+    ):
         tokenize(folder, out)
     (tmp_path / "none").mkdir()
-    with pytest.raises(sk.DataError, match=r"none +holds no text"):
+    with pytest.raises(sk.errors.DataError, match=r"none +holds no text"):
         tokenize(tmp_path / "none", tmp_path / "out2")
     assert not (tmp_path / "out2").exists()
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(folder, tokenizer):
-    with pytest.raises(sk.DataError) as error:
+    with pytest.raises(sk.errors.DataError) as error:
         load_text(config(folder, tokenizer), 4)
     message = str(error.value)
     assert "The tokens do not fit the model." in message
     assert f"data.tokenizer={tokenizer}  it has 8 ids; the model has model.vocab=4." in message
     assert "Fix: --set model.vocab=8" in message
-    with pytest.raises(sk.DataError, match="by the byte, which takes 256 ids; the model has"):
+    with pytest.raises(
+        sk.errors.DataError, match="by the byte, which takes 256 ids; the model has"
+    ):
         load_text(DataConfig(path=str(folder)), 255)
 
 
 def test_what_is_no_tokenizer_says_why(folder, tmp_path):
-    with pytest.raises(sk.DataError, match=r"data\.tokenizer=.*none.*No such file or directory"):
+    with pytest.raises(
+        sk.errors.DataError, match=r"data\.tokenizer=.*none.*No such file or directory"
+    ):
         load_text(config(folder, tmp_path / "none.json"))
     (tmp_path / "config.json").write_text('{"vocab": 3}')
-    with pytest.raises(sk.DataError, match="is no file of a tokenizer: "):
+    with pytest.raises(sk.errors.DataError, match="is no file of a tokenizer: "):
         load_text(config(folder, tmp_path / "config.json"))
 
 
 def test_text_that_is_not_utf8_shows_where(folder, tokenizer):
     for i in range(20):
         (folder / f"{i}.txt").write_bytes(b"a b \xff\xfe c")
-    with pytest.raises(sk.DataError) as error:
+    with pytest.raises(sk.errors.DataError) as error:
         load_text(config(folder, tokenizer))
     assert r"b'a b \xff\xfe c' is not UTF-8" in str(error.value)
 
@@ -115,7 +121,7 @@ def test_another_tokenizer_is_other_data(folder, tokenizer):
     position = text.position(9)
     assert sk.data.resume_step(position, text) == 9
     tokenizer.write_text(tokenizer.read_text().replace('"c"', '"d"'))
-    with pytest.raises(sk.DataError, match=r"tokens +was 'tokenizer\.json"):
+    with pytest.raises(sk.errors.DataError, match=r"tokens +was 'tokenizer\.json"):
         sk.data.resume_step(position, load_text(config(folder, tokenizer)))
 
 
@@ -170,7 +176,7 @@ def test_shards_without_their_tokenizer_have_no_sample_and_say_so(folder, tokeni
 
 def test_a_tokenizer_that_cannot_be_that_of_the_shards_is_refused(folder, tokenizer, tmp_path):
     shard = sk.data.write_tokens(tmp_path / "a.bin", [[5, 6], [11, 7]], vocabulary=12)
-    with pytest.raises(sk.DataError) as error:
+    with pytest.raises(sk.errors.DataError) as error:
         load_text(config(shard, tokenizer), 12)
     message = str(error.value)
     assert "The tokenizer is not that of the shards." in message

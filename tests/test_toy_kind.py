@@ -17,7 +17,7 @@ from shardkit.parallel import (
     register_kind,
     strategies,
 )
-from shardkit.planner import Space, modelled, plan
+from shardkit.planner import SearchSpace, modelled, plan
 from shardkit.report import Program, Report, Row
 from shardkit.sweeps import ConfigFactory
 
@@ -70,15 +70,15 @@ class Columns(Kind):
 def init(key):
     def named(*dims):
         sizes = {"embed": EMBED, "mlp": MLP}
-        return sk.Named(jax.random.normal(key, tuple(sizes[d] for d in dims)), dims)
+        return sk.WithAxes(jax.random.normal(key, tuple(sizes[d] for d in dims)), dims)
 
     return {"up": named("embed", "mlp"), "down": named("mlp", "embed")}
 
 
 def pair(params, x, *names):
-    hidden = sk.constrain(jnp.tanh(x @ params["up"]), "batch", "mlp")
-    hidden = sk.constrain(jnp.sin(hidden), *names) if names else hidden
-    return sk.constrain(jnp.tanh(hidden) @ params["down"], "batch", "embed")
+    hidden = sk.nn.constrain(jnp.tanh(x @ params["up"]), "batch", "mlp")
+    hidden = sk.nn.constrain(jnp.sin(hidden), *names) if names else hidden
+    return sk.nn.constrain(jnp.tanh(hidden) @ params["down"], "batch", "embed")
 
 
 def once(params, batch, key):
@@ -158,20 +158,20 @@ def test_what_exceeds_its_minimum_is_said_in_its_words():
 
 def test_it_composes_as_it_says():
     check_composition(strategies.data() | columns(), {"data": 2, "columns": 4})
-    with pytest.raises(sk.ShardingError, match="is taken by columns and by tensor"):
+    with pytest.raises(sk.errors.ShardingError, match="is taken by columns and by tensor"):
         check_composition(columns() | strategies.tensor("columns"), {"columns": 4})
     text = "columns parallelism +over mesh axis .columns. is left to the partitioner"
-    with pytest.raises(sk.StepError, match=text):
+    with pytest.raises(sk.errors.StepError, match=text):
         compiled(once, mode="shard_map")
 
 
 def test_a_plan_tries_names_and_estimates_it():
     known = {"accumulate": (1,), "remat": ("none",), "zero": (0,)}
-    with pytest.raises(sk.MeshError, match="columns"):
-        Space(axes=("data", "columns"), **known)
+    with pytest.raises(sk.errors.MeshError, match="columns"):
+        SearchSpace(axes=("data", "columns"), **known)
     with register_kind(Columns("columns")):
-        assert Space().axes[-1] == "columns"
-        made = plan(declared(once), "tpu:v5e:2x2", space=Space(("data", "columns"), **known))
+        assert SearchSpace().axes[-1] == "columns"
+        made = plan(declared(once), "tpu:v5e:2x2", space=SearchSpace(("data", "columns"), **known))
     assert made.assumptions[-1].startswith("layouts are data and ZeRO, columns of pairs; not")
     (found,) = [c for c in made.rows if c.mesh == {"data": 1, "columns": 4}]
     assert f"strategy = {__name__}.columns()" in found.declaration
@@ -186,7 +186,7 @@ def test_one_declared_step_is_modelled_with_it():
 
 def test_a_sweep_lays_out_its_axis(tmp_path):
     factory = ConfigFactory("", ("model=nano", "data.seq_len=32", "data.batch_size=4"))
-    with pytest.raises(sk.ConfigError, match="columns"):
+    with pytest.raises(sk.errors.ConfigError, match="columns"):
         factory.axes(("columns",))
     with register_kind(Columns("columns")):
         found = sk.sweep(factory, out=tmp_path, axes=("columns",), devices=2)

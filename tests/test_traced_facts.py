@@ -19,8 +19,8 @@ from jax.ad_checkpoint import checkpoint_name
 import shardkit as sk
 from shardkit._core.tracing import TraceContext, equations, record_fact, recorded_facts
 from shardkit.nn._constrain import constrain_gradient
-from shardkit.nn._manual_axis_rules import Meaning, meaning
-from shardkit.nn._overridable import Carrier, on_own_part, region
+from shardkit.nn._manual_axis_rules import ManualAxisRules, manual_axis_rules
+from shardkit.nn._overridable import Override, overridable, shard_mapped
 from shardkit.nn._remat import active, in_turn, policy
 from shardkit.planner._trace import Model
 from shardkit.report import count_flops
@@ -37,7 +37,7 @@ DIMS = ("batch", "length", "embed")
 def init(key):
     def one(seed, *names, sizes):
         shape = tuple(sizes[name] for name in names)
-        return sk.Named(jax.random.normal(jax.random.fold_in(key, seed), shape) / 3, names)
+        return sk.WithAxes(jax.random.normal(jax.random.fold_in(key, seed), shape) / 3, names)
 
     sizes = {"layers": LAYERS, "embed": WIDTH, "mlp": 2 * WIDTH, "experts": 4}
     return {
@@ -48,23 +48,25 @@ def init(key):
 
 
 def mlp(w, x):
-    h = sk.constrain(x, *DIMS, into=("mlp",)) @ w["up"]
-    return x + sk.constrain(jnp.tanh(h) @ w["down"], *DIMS, partial=("mlp",))
+    h = sk.nn.constrain(x, *DIMS, into=("mlp",)) @ w["up"]
+    return x + sk.nn.constrain(jnp.tanh(h) @ w["down"], *DIMS, partial=("mlp",))
 
 
 def attention(w, x):
     q, k = jnp.split((mlp(w, x) @ w["up"]).reshape(*x.shape[:2], 2 * HEADS, -1), 2, 2)
-    return x + sk.attention(q, k, k).reshape(x.shape)
+    return x + sk.nn.attention(q, k, k).reshape(x.shape)
 
 
 def experts(w, x):
-    choice, share = sk.route(x @ w["up"][:, :4], 2)
+    choice, share = sk.nn.route(x @ w["up"][:, :4], 2)
     own = {"up": w["expert"], "down": w["expert"].swapaxes(1, 2)}
-    return x + sk.experts(x, choice, share, own, lambda w, h, dot: dot(dot(h, w["up"]), w["down"]))
+    return x + sk.nn.experts(
+        x, choice, share, own, lambda w, h, dot: dot(dot(h, w["up"]), w["down"])
+    )
 
 
 def weight(w, x):
-    up, down = sk.weight(w["up"], "embed", "mlp"), sk.weight(w["down"], "mlp", "embed")
+    up, down = sk.nn.use_param(w["up"], "embed", "mlp"), sk.nn.use_param(w["down"], "mlp", "embed")
     return mlp({"up": up, "down": down}, x)
 
 
@@ -78,28 +80,28 @@ def gradient(w, x):
 
 
 def reductions(w, x):
-    h = sk.constrain(x, *DIMS, into=("mlp",)) @ w["up"]
-    start = sk.shard_start("mlp", h.shape[-1])
+    h = sk.nn.constrain(x, *DIMS, into=("mlp",)) @ w["up"]
+    start = sk.nn.shard_offset("mlp", h.shape[-1])
     place = (start + jnp.arange(h.shape[-1])) / 10
-    top = sk.shard_max(jax.lax.stop_gradient(h).max(-1), "mlp")
-    share = sk.shard_sum((jnp.exp(h - top[..., None]) * place).sum(-1), "mlp")
+    top = sk.nn.pmax(jax.lax.stop_gradient(h).max(-1), "mlp")
+    share = sk.nn.psum((jnp.exp(h - top[..., None]) * place).sum(-1), "mlp")
     return x * share[..., None] / 10
 
 
 def own_region(w, x):
-    return x + region("square", lambda x: x**2)(mlp(w, x)) / 10
+    return x + overridable("square", lambda x: x**2)(mlp(w, x)) / 10
 
 
 def own_part(w, x):
-    return on_own_part(jnp.tanh, (DIMS,), DIMS)(mlp(w, x))
+    return shard_mapped(jnp.tanh, (DIMS,), DIMS)(mlp(w, x))
 
 
 @dataclasses.dataclass(frozen=True)
-class Squared(Carrier):
+class Squared(Override):
     """Computes a square as a product."""
 
     def __call__(self, around, plain, x):
-        return sk.constrain(x * x, *DIMS)
+        return sk.nn.constrain(x * x, *DIMS)
 
 
 LAYER = {
@@ -112,12 +114,12 @@ LAYER = {
     "reductions": reductions,
     "region": own_region,
     "on_own_part": own_part,
-    "remat": lambda w, x: sk.remat(functools.partial(mlp, w))(x),
-    "remat_in_turn": lambda w, x: sk.remat(functools.partial(turned, w))(x),
+    "remat": lambda w, x: sk.nn.remat(functools.partial(mlp, w))(x),
+    "remat_in_turn": lambda w, x: sk.nn.remat(functools.partial(turned, w))(x),
 }
 JITTED = {mark: jax.jit(layer) for mark, layer in LAYER.items()}
 BODY = {mark: lambda x, w, layer=layer: (layer(w, x), None) for mark, layer in LAYER.items()}
-MARKED = {mark: sk.remat(body, scanned=True) for mark, body in BODY.items()}
+MARKED = {mark: sk.nn.remat(body, scanned=True) for mark, body in BODY.items()}
 
 
 def jitted(mark, params, x):
@@ -147,7 +149,9 @@ def staged_layer(w, x, batch, key):
 
 @jax.jit
 def staged(params, batch):
-    return sk.staged(lambda ends, batch, key: batch["x"], staged_layer, last, {}, params, batch)
+    return sk.nn.layer_stack(
+        lambda ends, batch, key: batch["x"], staged_layer, last, {}, params, batch
+    )
 
 
 def loss_of(mark, form):
@@ -269,7 +273,7 @@ def test_a_region_that_a_jitted_model_lacks_is_still_an_error(remat):
     step = compiled("constrain", "jit", remat)
     mesh = sk.MeshSpec(context=2).build(devices=jax.devices()[:2])
     for _ in range(2):
-        with pytest.raises(sk.StepError, match=r"marks no attention(.|\n)*sk.attention"):
+        with pytest.raises(sk.errors.StepError, match=r"marks no attention(.|\n)*sk.nn.attention"):
             step.replace(strategy=strategy, mesh=mesh)
 
 
@@ -279,7 +283,7 @@ def test_a_callers_function_is_not_traced_again_after_other_policies_and_strateg
     @jax.jit
     def own(w, x):
         traces.append(x)
-        return sk.remat(functools.partial(attention, w))(x)
+        return sk.nn.remat(functools.partial(attention, w))(x)
 
     w = {name: np.asarray(x.value)[0] for name, x in init(jax.random.key(0)).items()}
     before = own(w, BATCH["x"])
@@ -352,11 +356,11 @@ def test_equal_declarations_share_traces():
 
 def test_meanings_of_names_on_one_mesh_do_not_share_traces():
     mesh = sk.MeshSpec(data=2, tensor=2).build(devices=jax.devices()[:4])
-    sums = jax.jit(lambda x: sk.shard_sum(x, "mlp"))
+    sums = jax.jit(lambda x: sk.nn.psum(x, "mlp"))
 
     def over(*axes):
         def run(x):
-            with meaning(Meaning((("mlp", axes),))):
+            with manual_axis_rules(ManualAxisRules((("mlp", axes),))):
                 return sums(x)
 
         specs = jax.sharding.PartitionSpec(axes)

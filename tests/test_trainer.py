@@ -185,7 +185,7 @@ def test_a_step_may_be_compiled_once_everything_else_is_right(tmp_path, step):
         return step
 
     config = sk.TrainConfig(steps=STEPS, resume=str(tmp_path / "nowhere"))
-    with pytest.raises(sk.CheckpointError, match="is not a run folder"):
+    with pytest.raises(sk.errors.CheckpointError, match="is not a run folder"):
         trainer(tmp_path / "run", compiling, config=config).run()
     assert compiled == []
     out = io.StringIO()

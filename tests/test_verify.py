@@ -14,7 +14,7 @@ from shardkit._core.types import Accumulate, Loss, Mean, Variables
 from shardkit.mesh import MeshSpec
 from shardkit.parallel import Strategy
 from shardkit.parity import (
-    Certificate,
+    ParityReport,
     Row,
     made_up,
     one_device,
@@ -169,9 +169,9 @@ def test_micro_batches_of_the_reference_make_one_weighted_mean():
 
 @pytest.mark.slow
 def test_bf16_accumulation_and_model_state():
-    def counted(params, batch, key, extra):
+    def counted(params, batch, key, model_state):
         mean, metrics = loss_fn(params, batch, key)
-        return mean, metrics, {"mean": 0.9 * extra["mean"] + batch["x"].mean(0)}
+        return mean, metrics, {"mean": 0.9 * model_state["mean"] + batch["x"].mean(0)}
 
     stateful = Loss(counted, counted, stateful=True)
     found = verify(
@@ -179,7 +179,7 @@ def test_bf16_accumulation_and_model_state():
             factory,
             loss_fn=stateful,
             init=lambda key: Variables(init(key), {"mean": jnp.zeros(WIDTH)}),
-            accumulate=Accumulate(2, reduce="each"),
+            accumulate=Accumulate(2, reduce="every"),
             precision="bfloat16",
         ),
         [MeshSpec(data=2, tensor=2)],
@@ -299,5 +299,5 @@ def test_batches_of_a_trial_take_turns():
 
 
 def test_a_certificate_without_rows_proves_nothing():
-    assert not Certificate((), "nothing").ok
+    assert not ParityReport((), "nothing").ok
     assert not Row("m", "loss", "loss", float("nan"), 0.0, 1.0).ok

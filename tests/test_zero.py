@@ -26,14 +26,14 @@ BATCH = {"x": np.random.default_rng(0).standard_normal((8, 16)).astype(np.float3
 def init(key):
     up, down = jax.random.split(key)
     return {
-        "up": sk.Named(jax.random.normal(up, (16, 32)) / 4, ("embed", "mlp")),
-        "down": sk.Named(jax.random.normal(down, (32, 16)) / 4, ("mlp", "embed")),
-        "odd": sk.Named(jnp.ones((3, 5)), (None, None)),
+        "up": sk.WithAxes(jax.random.normal(up, (16, 32)) / 4, ("embed", "mlp")),
+        "down": sk.WithAxes(jax.random.normal(down, (32, 16)) / 4, ("mlp", "embed")),
+        "odd": sk.WithAxes(jnp.ones((3, 5)), (None, None)),
     }
 
 
 def loss_fn(params, batch, key):
-    h = sk.constrain(jax.nn.relu(batch["x"] @ params["up"]), "batch", "mlp")
+    h = sk.nn.constrain(jax.nn.relu(batch["x"] @ params["up"]), "batch", "mlp")
     return jnp.mean((h @ params["down"] - batch["x"]) ** 2) * params["odd"].mean()
 
 
@@ -142,7 +142,7 @@ def test_the_tpu_compiler_scatters_gradients_and_gathers_weights():
 
 
 def test_a_stage_that_there_is_not():
-    with pytest.raises(sk.StepError) as caught:
+    with pytest.raises(sk.errors.StepError) as caught:
         zero(stage=3)
     assert "zero(stage=3)" in str(caught.value)
     assert "stage 1 splits optimizer state, stage 2 gradients too, stage 3 is fsdp" in str(

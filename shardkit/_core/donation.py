@@ -8,7 +8,7 @@ from .errors import Problem, StateError, raise_all
 from .tree import path_str
 
 
-def check_alive(given: Any, what: str, headline: str) -> None:
+def check_not_donated(given: Any, what: str, headline: str) -> None:
     """Refuses arrays whose buffers an earlier step consumed, which would crash the interpreter.
 
     Args:

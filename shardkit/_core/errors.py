@@ -58,7 +58,7 @@ class CheckpointError(ShardkitError):
     """A checkpoint cannot be written, found, or fitted to the state that is asked for."""
 
 
-class DamageError(CheckpointError):
+class CheckpointCorruptedError(CheckpointError):
     """A checkpoint's files are not what was written."""
 
 

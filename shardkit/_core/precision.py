@@ -16,17 +16,17 @@ class Precision:
     """A dtype policy. Only floating-point leaves are ever cast; the batch is never touched.
 
     Attributes:
-      params: dtype of `state.params` and of what the optimizer keeps.
-      compute: dtype in which the loss sees the parameters. Feed inputs in this dtype, or cast
+      param_dtype: dtype of `state.params` and of what the optimizer keeps.
+      compute_dtype: dtype in which the loss sees the parameters. Feed inputs in this dtype, or cast
         them in the loss: an f32 input times a bf16 weight is an f32 product in JAX.
-      reduce: dtype in which gradients are summed over the batch axes. None leaves it to the
-        partitioner, which sums in `compute`; any other choice keeps gradients apart by lane
+      reduce_dtype: dtype in which gradients are summed over the batch axes. None leaves it to the
+        partitioner, which sums in `compute_dtype`; any other choice keeps gradients apart by lane
         until one reduction (see `docs/architecture.md`).
     """
 
-    params: str = "float32"
-    compute: str = "float32"
-    reduce: str | None = None
+    param_dtype: str = "float32"
+    compute_dtype: str = "float32"
+    reduce_dtype: str | None = None
 
     def __post_init__(self) -> None:
         bad = [
@@ -36,25 +36,25 @@ class Precision:
                 + did_you_mean(str(value), _FLOATS),
             )
             for name, value in dataclasses.asdict(self).items()
-            if value not in _FLOATS and not (name == "reduce" and value is None)
+            if value not in _FLOATS and not (name == "reduce_dtype" and value is None)
         ]
         raise_all(
             StepError,
             "Precision names floating-point dtypes.",
             bad,
-            'sk.Precision(params="float32", compute="bfloat16")',
+            'sk.Precision(param_dtype="float32", compute_dtype="bfloat16")',
         )
 
     @property
     def reduces_apart(self) -> bool:
         """Whether the reduction dtype differs from what the partitioner would use."""
-        return self.reduce is not None and self.reduce != self.compute
+        return self.reduce_dtype is not None and self.reduce_dtype != self.compute_dtype
 
 
 _NAMED = {
     "float32": Precision(),
-    "bfloat16": Precision(compute="bfloat16"),
-    "pure_bfloat16": Precision(params="bfloat16", compute="bfloat16"),
+    "bfloat16": Precision(compute_dtype="bfloat16"),
+    "pure_bfloat16": Precision(param_dtype="bfloat16", compute_dtype="bfloat16"),
 }
 
 
@@ -62,7 +62,7 @@ def precision(named: "str | Precision") -> Precision:
     """Returns a policy by name: `float32`, `bfloat16` (f32 master weights), `pure_bfloat16`.
 
     >>> precision("bfloat16")
-    Precision(params='float32', compute='bfloat16', reduce=None)
+    Precision(param_dtype='float32', compute_dtype='bfloat16', reduce_dtype=None)
     """
     if isinstance(named, Precision):
         return named

@@ -2,7 +2,8 @@
 
 The loss of some rows draws noise of their shape, `[rows of the part, …]`. To be the same on every
 mesh, that draw must be the part's slice of what one device would draw for all rows,
-`[rows, …]`. `lane_keys` and `part_keys` give each part a key whose generator does exactly this:
+`[rows, …]`. `per_shard_keys` and `part_keys` give each part a key whose generator does exactly
+this:
 bits are threefry of the *global* row-major index of each element, as `jax.random` itself has them
 for its default keys, and which dim of a draw grows with the rows is not guessed: the loss is
 traced for one part and for all rows, and the draws are compared.
@@ -27,7 +28,7 @@ Draw = tuple[str, Shape]
 
 
 @dataclasses.dataclass(frozen=True)
-class Draws:
+class RandomDraws:
     """Which draws of a loss grow with the rows it is given.
 
     Attributes:
@@ -45,9 +46,9 @@ class Draws:
     sliced: tuple[tuple[Draw, int], ...] = ()
 
 
-def find_draws(
+def match_draws(
     loss: Callable[..., Any], lanes: int, lane_args: tuple[Any, ...], all_args: tuple[Any, ...]
-) -> Draws:
+) -> RandomDraws:
     """Compares the random draws of a loss on one lane's rows with those on all rows.
 
     Args:
@@ -60,9 +61,9 @@ def find_draws(
       StepError: a draw depends on the number of rows in a way that cannot be sliced by lane.
     """
     if lanes == 1:
-        return Draws(1)
+        return RandomDraws(1)
     lane, whole = (draws_of(jax.make_jaxpr(loss)(*args).jaxpr) for args in (lane_args, all_args))
-    return Draws(lanes, grown(lane, whole, lanes))
+    return RandomDraws(lanes, grown(lane, whole, lanes))
 
 
 def grown(part: list[Draw], whole: list[Draw], parts: int) -> tuple[tuple[Draw, int], ...]:
@@ -93,19 +94,21 @@ def grown(part: list[Draw], whole: list[Draw], parts: int) -> tuple[tuple[Draw, 
             problems.append(
                 Problem(subject, "is drawn once for the rows and once for something else")
             )
-    fix = 'sk.Accumulate(k, reduce="each"), whose draws are those of the whole micro-batch'
+    fix = 'sk.Accumulate(k, reduce="every"), whose draws are those of the whole micro-batch'
     raise_all(StepError, "Randomness of the loss cannot be split by lane.", problems, fix)
     return tuple((key, dim) for key, dim in dims.items() if dim is not None)
 
 
-def lane_keys(key: jax.Array, draws: Draws) -> jax.Array:
+def per_shard_keys(key: jax.Array, draws: RandomDraws) -> jax.Array:
     """Returns typed PRNG keys, one per lane: key[lanes]."""
     words = threefry_words(key)
     lane = jnp.arange(draws.lanes, dtype=jnp.uint32)
     return jax.vmap(lambda number: part_keys(words, draws, number, jnp.uint32(0)))(lane)
 
 
-def part_keys(words: jax.Array, draws: Draws, lane: Any, micro: Any, cut: Any = 0) -> jax.Array:
+def part_keys(
+    words: jax.Array, draws: RandomDraws, lane: Any, micro: Any, cut: Any = 0
+) -> jax.Array:
     """Returns typed PRNG keys for one part of the rows: key[...].
 
     Args:
@@ -154,7 +157,7 @@ def _random_eqns(jaxpr: core.Jaxpr) -> Iterator[Draw]:
 
 
 @functools.lru_cache(maxsize=64)
-def _generator(draws: Draws) -> Any:
+def _generator(draws: RandomDraws) -> Any:
     """A PRNG implementation with key words (k0, k1, lane, micro-batch, slice)."""
     rows, length = dict(draws.grown), dict(draws.sliced)
 
@@ -201,7 +204,7 @@ def _generator(draws: Draws) -> Any:
 
 
 def global_index(
-    draws: Draws,
+    draws: RandomDraws,
     grown: int | None,
     shape: Shape,
     lane: jax.Array,

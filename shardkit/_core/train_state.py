@@ -15,7 +15,7 @@ class TrainState:
       step: i32[], number of updates made.
       params: pytree of arrays in the precision's parameter dtype.
       opt_state: state of the optax chain.
-      extra: mutable model state (batch statistics), `{}` for models that have none.
+      model_state: mutable model state (batch statistics), `{}` for models that have none.
       key: typed PRNG key[], never advanced: the key of step t is `fold_in(key, t)`, so a
         resumed run draws what an uninterrupted one would have drawn.
       halted: bool[], an update with `on_nonfinite="stop"` was not finite, so neither it nor any
@@ -25,6 +25,6 @@ class TrainState:
     step: Any
     params: Any
     opt_state: Any
-    extra: Any
+    model_state: Any
     key: Any
     halted: Any

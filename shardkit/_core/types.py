@@ -45,12 +45,12 @@ class Mean:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Named:
+class WithAxes:
     """An array with the logical axis names of its dims, as `init` may return it.
 
     `compile_step` reads the names and hands the bare array to the loss, so that a plain
     function over dicts can name its dims as flax modules do:
-    `{"kernel": sk.Named(kernel, ("embed", "mlp"))}`.
+    `{"kernel": sk.WithAxes(kernel, ("embed", "mlp"))}`.
 
     Attributes:
       value: the array.
@@ -68,11 +68,11 @@ class Variables:
 
     Attributes:
       params: pytree that the optimizer updates.
-      extra: pytree that the loss replaces each step (batch statistics, counters).
+      model_state: pytree that the loss replaces each step (batch statistics, counters).
     """
 
     params: Any
-    extra: Any
+    model_state: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +81,9 @@ class Loss:
 
     Attributes:
       train: `(params, batch, key) -> loss`, or with state
-        `(params, batch, key, extra) -> (loss, metrics, extra)`.
+        `(params, batch, key, model_state) -> (loss, metrics, model_state)`.
       evaluate: the same signature, without dropout and with frozen statistics.
-      stateful: whether both take and return `extra`.
+      stateful: whether both take and return `model_state`.
     """
 
     train: Callable[..., Any]
@@ -104,20 +104,24 @@ class Accumulate:
     """How a step splits its batch into micro-batches, and when it reduces their gradients.
 
     Attributes:
-      steps: number of micro-batches; micro-batch i holds rows i, i+steps, i+2·steps, ….
-      reduce: `"once"` keeps each device's gradients apart until one reduction after the last
-        micro-batch (costs one unreduced copy of the gradients on each device); `"each"` reduces
+      micro_batches: number of micro-batches; micro-batch i holds rows i, i+steps, i+2·steps, ….
+      reduce: `"end"` keeps each device's gradients apart until one reduction after the last
+        micro-batch (costs one unreduced copy of the gradients on each device); `"every"` reduces
         after every micro-batch (gradients stay as sharded as the parameters, and statistics of
         a batch norm are those of the whole micro-batch).
     """
 
-    steps: int = 1
-    reduce: str = "once"
+    micro_batches: int = 1
+    reduce: str = "end"
 
     def __post_init__(self) -> None:
         bad = []
-        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
-            bad.append(Problem("accumulate", f"{self.steps!r} is not a positive int"))
-        if self.reduce not in ("once", "each"):
+        if (
+            not isinstance(self.micro_batches, int)
+            or isinstance(self.micro_batches, bool)
+            or self.micro_batches < 1
+        ):
+            bad.append(Problem("accumulate", f"{self.micro_batches!r} is not a positive int"))
+        if self.reduce not in ("end", "every"):
             bad.append(Problem("reduce", f"{self.reduce!r} is not 'once' or 'each'"))
         raise_all(StepError, "Accumulation is declared wrongly.", bad, "accumulate=4")

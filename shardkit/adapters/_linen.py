@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta, unfreeze
 
-from .._core.types import Loss, Named, Variables
+from .._core.types import Loss, Variables, WithAxes
 from ._model import Model, split_outcome, taking_key
 
 # Collections that a forward pass writes for its caller, and that no next pass reads.
@@ -42,7 +42,7 @@ def from_linen(
     Returns:
       A `Model`. Logical axes are read from `nn.with_partitioning` and
       `nn.with_logical_partitioning`. Every collection but `params` (batch statistics) is carried
-      as `state.extra`.
+      as `state.model_state`.
 
     >>> import jax, flax.linen as nn
     >>> batch = {"x": jax.numpy.ones((8, 4))}
@@ -58,15 +58,15 @@ def from_linen(
         streams = dict(zip(("params", *rngs), jax.random.split(key, 1 + len(rngs)), strict=True))
         made = unfreeze(module.init(streams, *zeros, **(train or {})))
         params = jax.tree.map(_with_axes, made.pop("params", {}), is_leaf=_boxed)
-        extra = {name: made[name] for name in made if name not in _OUTPUTS}
-        return Variables(params, meta.unbox(extra)) if extra else params
+        model_state = {name: made[name] for name in made if name not in _OUTPUTS}
+        return Variables(params, meta.unbox(model_state)) if model_state else params
 
     stateful = isinstance(
         jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0))), Variables
     )
 
-    def run(options: Mapping[str, Any], params: Any, batch: Any, key: Any, extra: Any) -> Any:
-        collections = extra or {}
+    def run(options: Mapping[str, Any], params: Any, batch: Any, key: Any, model_state: Any) -> Any:
+        collections = model_state or {}
         for_module, for_loss = jax.random.split(key)
         streams = dict(zip(rngs, jax.random.split(for_module, len(rngs)), strict=True))
         outputs, changed = module.apply(
@@ -79,15 +79,15 @@ def from_linen(
         value, metrics = split_outcome(call(outputs, batch, for_loss))
         return (value, metrics, unfreeze(changed)) if stateful else (value, metrics)
 
-    def run_train(params: Any, batch: Any, key: Any, extra: Any = None) -> Any:
-        return run(train or {}, params, batch, key, extra)
+    def run_train(params: Any, batch: Any, key: Any, model_state: Any = None) -> Any:
+        return run(train or {}, params, batch, key, model_state)
 
-    def run_evaluate(params: Any, batch: Any, key: Any, extra: Any = None) -> Any:
-        return run(evaluate or {}, params, batch, key, extra)
+    def run_evaluate(params: Any, batch: Any, key: Any, model_state: Any = None) -> Any:
+        return run(evaluate or {}, params, batch, key, model_state)
 
-    def bind(params: Any, extra: Any = None) -> Callable[..., Any]:
+    def bind(params: Any, model_state: Any = None) -> Callable[..., Any]:
         return lambda *args: module.apply(
-            {"params": params, **(extra or {})}, *args, **(evaluate or {})
+            {"params": params, **(model_state or {})}, *args, **(evaluate or {})
         )
 
     return Model(init, Loss(run_train, run_evaluate, stateful), bind)
@@ -113,4 +113,4 @@ def _boxed(x: Any) -> bool:
 
 
 def _with_axes(x: Any) -> Any:
-    return Named(x.value, tuple(x.names)) if isinstance(x, nn.Partitioned) else x
+    return WithAxes(x.value, tuple(x.names)) if isinstance(x, nn.Partitioned) else x

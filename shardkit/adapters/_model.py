@@ -15,7 +15,8 @@ class Model:
     Attributes:
       init: `key -> params` or `key -> sk.Variables`, with the logical axes that the module names.
       loss_fn: the loss in its training and evaluation forms.
-      bind: `(params, extra={}) -> ` the module itself with these arrays, in evaluation mode: an
+      bind: `(params, model_state={}) -> ` the module itself with these arrays, in evaluation
+        mode: an
         nnx module, or for linen a function of the module's inputs.
     """
 

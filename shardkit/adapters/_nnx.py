@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from .._core.types import Loss, Named, Variables
+from .._core.types import Loss, Variables, WithAxes
 from ._model import Model, split_outcome, taking_key
 
 Flat = list[tuple[tuple[Any, ...], nnx.Variable]]
@@ -33,7 +33,7 @@ def from_nnx(
         it. The module is in training mode (`module.train()`) in steps and in evaluation mode
         (`module.eval()`) in `step.evaluate`; layers with dropout need no key passed to them.
       trainable: nnx filter of the variables that the optimizer updates. Every other variable,
-        batch statistics for one, is carried as `state.extra`.
+        batch statistics for one, is carried as `state.model_state`.
 
     Returns:
       A `Model`. Logical axes are read from the variables' sharding metadata
@@ -51,30 +51,30 @@ def from_nnx(
     template = _template(make_model, trainable)
 
     def init(key: jax.Array) -> Any:
-        params, _, extra = _parts(_build(make_model, key), trainable)
+        params, _, model_state = _parts(_build(make_model, key), trainable)
         named = _nested([(path, _with_axes(variable)) for path, variable in params])
-        return Variables(named, _values(extra)) if extra else named
+        return Variables(named, _values(model_state)) if model_state else named
 
-    def run(training: bool, params: Any, batch: Any, key: Any, extra: Any) -> Any:
-        module = template.merge(params, extra, key)
+    def run(training: bool, params: Any, batch: Any, key: Any, model_state: Any) -> Any:
+        module = template.merge(params, model_state, key)
         module.train() if training else module.eval()
         value, metrics = split_outcome(call(module, batch, key))
-        if not template.extra:
+        if not template.model_state:
             return value, metrics
         return value, metrics, _values(_parts(module, trainable)[2])
 
-    def train(params: Any, batch: Any, key: Any, extra: Any = None) -> Any:
-        return run(True, params, batch, key, extra)
+    def train(params: Any, batch: Any, key: Any, model_state: Any = None) -> Any:
+        return run(True, params, batch, key, model_state)
 
-    def evaluate(params: Any, batch: Any, key: Any, extra: Any = None) -> Any:
-        return run(False, params, batch, key, extra)
+    def evaluate(params: Any, batch: Any, key: Any, model_state: Any = None) -> Any:
+        return run(False, params, batch, key, model_state)
 
-    def bind(params: Any, extra: Any = None) -> nnx.Module:
-        module = template.merge(params, extra, jax.random.key(0))
+    def bind(params: Any, model_state: Any = None) -> nnx.Module:
+        module = template.merge(params, model_state, jax.random.key(0))
         module.eval()
         return module
 
-    return Model(init, Loss(train, evaluate, stateful=bool(template.extra)), bind)
+    return Model(init, Loss(train, evaluate, stateful=bool(template.model_state)), bind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,11 +84,11 @@ class _Template:
     graph: nnx.GraphDef
     params: Flat
     streams: Flat
-    extra: Flat
+    model_state: Flat
 
-    def merge(self, params: Any, extra: Any, key: Any) -> Any:
+    def merge(self, params: Any, model_state: Any, key: Any) -> Any:
         """The module with these arrays, its random streams seeded from `key`."""
-        flat = [*_filled(self.params, params), *_filled(self.extra, extra)]
+        flat = [*_filled(self.params, params), *_filled(self.model_state, model_state)]
         for number, (path, variable) in enumerate(self.streams):
             flat.append((path, variable.replace(_seed(variable, key, number))))
         return nnx.merge(self.graph, nnx.from_flat_state(flat))
@@ -108,15 +108,15 @@ def _build(make_model: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> nnx.
 def _parts(module: nnx.Module, trainable: Any) -> tuple[Flat, Flat, Flat]:
     """Variables by path: trainable ones, random streams, and the rest."""
     filters = (trainable, nnx.RngState, nnx.Intermediate, ...)
-    params, streams, _, extra = nnx.state(module, *filters)
-    return tuple(list(nnx.to_flat_state(part)) for part in (params, streams, extra))
+    params, streams, _, model_state = nnx.state(module, *filters)
+    return tuple(list(nnx.to_flat_state(part)) for part in (params, streams, model_state))
 
 
 def _with_axes(variable: nnx.Variable) -> Any:
     metadata = variable.get_metadata()
     # One name across flax versions: `sharding` and `sharding_names` are kept as `out_sharding`.
     axes = metadata.get("out_sharding")
-    return Named(variable[...], tuple(axes)) if axes else variable[...]
+    return WithAxes(variable[...], tuple(axes)) if axes else variable[...]
 
 
 def _seed(variable: nnx.Variable, key: jax.Array, number: int) -> jax.Array:

@@ -8,8 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from .._core.donation import check_alive
-from .._core.errors import CheckpointError, DamageError, Problem, format_problems
+from .._core.donation import check_not_donated
+from .._core.errors import CheckpointCorruptedError, CheckpointError, Problem, format_problems
 from .._core.io._files import is_locked
 from .._core.tree import leaves_by_path
 from ._arrays import check_folders
@@ -122,7 +122,7 @@ class Checkpointer:
 
         Raises:
           CheckpointError: there is no such step, or it is of a newer format.
-          DamageError: its manifest is damaged.
+          CheckpointCorruptedError: its manifest is damaged.
         """
         return read_manifest(step_folder(self.folder, self._candidates(step)[0]))
 
@@ -149,7 +149,7 @@ class Checkpointer:
           StateError: an update has consumed the state.
           TreeError: two leaves have the same path.
         """
-        check_alive(state, "state", "A state that is gone cannot be saved.")
+        check_not_donated(state, "state", "A state that is gone cannot be saved.")
         leaves = leaves_by_path(state)
         check_folders(leaves)
         if self._block is None:
@@ -214,7 +214,8 @@ class Checkpointer:
         Raises:
           CheckpointError: there is no such step, or leaves are missing, extra, reshaped or of
             another dtype, all of them named; nothing was put on a device.
-          DamageError: a file or leaf is not what was saved, and no step may or can replace it.
+          CheckpointCorruptedError: a file or leaf is not what was saved, and no step may or can
+          replace it.
         """
         request = Request(abstract, shardings, partial, fresh, cast)
         damaged: dict[int, str] = {}
@@ -222,11 +223,13 @@ class Checkpointer:
         for one in candidates:
             try:
                 return request.restore(step_folder(self.folder, one), damaged)
-            except DamageError as error:
+            except CheckpointCorruptedError as error:
                 damaged[one] = str(error)
                 last = step is not None or one == candidates[-1]
                 if last or on_damage == "stop":
-                    raise DamageError("\n".join([*damaged.values(), self._offer(one)])) from error
+                    raise CheckpointCorruptedError(
+                        "\n".join([*damaged.values(), self._offer(one)])
+                    ) from error
                 warnings.warn(
                     f"{error}\nTaking the step before it.", category=RuntimeWarning, stacklevel=2
                 )

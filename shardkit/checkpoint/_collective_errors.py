@@ -7,10 +7,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from .._core.errors import CheckpointError, DamageError
+from .._core.errors import CheckpointCorruptedError, CheckpointError
 
 _KINDS: dict[str, type[CheckpointError]] = {
-    one.__name__: one for one in (CheckpointError, DamageError)
+    one.__name__: one for one in (CheckpointError, CheckpointCorruptedError)
 }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .._core.errors import CheckpointError, DamageError, Problem, format_problems
+from .._core.errors import CheckpointCorruptedError, CheckpointError, Problem, format_problems
 from .._core.tree import short_dtype
 
 FORMAT, VERSION = "shardkit checkpoint", 1
@@ -82,7 +82,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Reads the manifest of a step's folder.
 
     Raises:
-      DamageError: it is missing, cut short or changed.
+      CheckpointCorruptedError: it is missing, cut short or changed.
       CheckpointError: it is whole, and of a newer format or of something else.
     """
     path = folder / MANIFEST
@@ -127,5 +127,7 @@ def _cause(error: OSError | ValueError) -> str:
     return f"{error.strerror}" if isinstance(error, OSError) else f"is no JSON: {error}"
 
 
-def _damaged(path: Path, why: str) -> DamageError:
-    return DamageError(format_problems("The checkpoint is damaged.", [Problem(str(path), why)]))
+def _damaged(path: Path, why: str) -> CheckpointCorruptedError:
+    return CheckpointCorruptedError(
+        format_problems("The checkpoint is damaged.", [Problem(str(path), why)])
+    )

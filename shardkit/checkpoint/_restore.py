@@ -52,7 +52,7 @@ class Request:
 
         Raises:
           CheckpointError: leaves do not fit; nothing was put on a device.
-          DamageError: files or leaves are not what was saved.
+          CheckpointCorruptedError: files or leaves are not what was saved.
         """
         wanted = leaves_by_path(self.abstract)
         with as_one():

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from .._core.errors import DamageError, Problem, count, raise_all
+from .._core.errors import CheckpointCorruptedError, Problem, count, raise_all
 from ._arrays import leaf_folder, leaf_of_file
 from ._chunks import read
 from ._collective_errors import as_one
@@ -40,7 +40,7 @@ class SavedStep:
         """Reads the manifest of a step's folder.
 
         Raises:
-          DamageError: it is missing or damaged.
+          CheckpointCorruptedError: it is missing or damaged.
           CheckpointError: it is of a newer format.
         """
         return cls(folder, read_manifest(folder))
@@ -49,7 +49,8 @@ class SavedStep:
         """Compares size and CRC-32 of every file with the manifest; needs no device.
 
         Raises:
-          DamageError: with every file that is damaged, gone or strange, and the leaf it holds.
+          CheckpointCorruptedError: with every file that is damaged, gone or strange, and the leaf
+          it holds.
         """
         wrong = content_problems(self.folder, self.manifest.files)
         self._raise_damage(self._of_files(wrong | listing_problems(*self._listed)))
@@ -58,7 +59,7 @@ class SavedStep:
         """Compares what costs no reading of arrays: names, sizes, and files about the whole.
 
         Raises:
-          DamageError: as `check_files`.
+          CheckpointCorruptedError: as `check_files`.
         """
         files, leaves = self.manifest.files, self.manifest.leaves
         about = {name: file for name, file in files.items() if leaf_of_file(name, leaves) is None}
@@ -78,8 +79,9 @@ class SavedStep:
           wanted: `{path: abstract array}`.
           shardings: `{path: sharding}` of the same leaves.
 
-        Raises:
-          DamageError: a file that a leaf needs is not what was written, or the leaf's fingerprint
+       
+          Raises:
+          CheckpointCorruptedError: a file that a leaf needs is not what was written, or the leaf's fingerprint
             is not the saved one.
         """
         saved = self.manifest.leaves
@@ -98,7 +100,7 @@ class SavedStep:
         """Reads every leaf onto one device, leaf by leaf, and compares its fingerprint.
 
         Raises:
-          DamageError: with every leaf that cannot be read or is not what was saved.
+          CheckpointCorruptedError: with every leaf that cannot be read or is not what was saved.
         """
         where = SingleDeviceSharding(jax.devices()[0])
         problems = []
@@ -152,7 +154,7 @@ class SavedStep:
 
     def _raise_damage(self, problems: Sequence[Problem]) -> None:
         headline = f"{self.folder} is damaged: {count(len(problems), 'finding')}."
-        raise_all(DamageError, headline, problems)
+        raise_all(CheckpointCorruptedError, headline, problems)
 
 
 def _together(arrays: Mapping[str, jax.Array]) -> Iterator[list[str]]:

@@ -25,7 +25,7 @@ from ..nn._attention import attention
 from ..nn._constrain import constrain, constrain_gradient
 from ..nn._dot import dense
 from ..nn._remat import in_turn
-from ..nn._use_param import weight
+from ..nn._use_param import use_param
 from ._decoder_config import DecoderConfig
 from ._mixture import mixture
 
@@ -152,7 +152,7 @@ def _product(
     h_BTE: jax.Array, weights: Mapping[str, jax.Array], name: str, *outputs: str
 ) -> jax.Array:
     """A product that widens, with its bias if it has one; `outputs` name the dims it makes."""
-    y = dense(h_BTE, weight(weights[name], "embed", *outputs))
+    y = dense(h_BTE, use_param(weights[name], "embed", *outputs))
     bias = weights.get(f"{name}_bias")
     return y if bias is None else y + bias
 
@@ -175,7 +175,7 @@ def _attend(
         q, k, v, causal=True, segment_ids=segment_ids, implementation=config.attention
     )
     mixed = constrain(mixed, "batch", "length", "heads", "head_dim")
-    out = weight(weights["out"], "heads", "head_dim", "embed")
+    out = use_param(weights["out"], "heads", "head_dim", "embed")
     return constrain_gradient(dense(mixed, out, 2), WORK)
 
 
@@ -198,7 +198,7 @@ def _dense_branch(weights: Mapping[str, jax.Array], h_BTE: jax.Array) -> jax.Arr
     gate = constrain(_product(h_BTE, weights, "gate", "mlp"), "batch", "length", "mlp")
     up = constrain(_product(h_BTE, weights, "up", "mlp"), "batch", "length", "mlp")
     gate, up = checkpoint_name((gate, up), "mlp_hidden")
-    down = weight(weights["down"], "mlp", "embed")
+    down = use_param(weights["down"], "mlp", "embed")
     return constrain_gradient(_narrow(gate, up, down), WORK)
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from .._core.recomputation import again
 from ..nn._constrain import constrain
 from ..nn._dot import weight_gradient
-from ..nn._manual_axis_rules import shard_max, shard_start, shard_sum
+from ..nn._manual_axis_rules import pmax, psum, shard_offset
 
 Summary = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -41,7 +41,7 @@ def cross_entropy(
     """
     E, V = table_EV.shape
     table_CES = table_EV.reshape(E, V // chunks, chunks).transpose(2, 0, 1)
-    own_BT = targets_BT - shard_start("vocab", V)
+    own_BT = targets_BT - shard_offset("vocab", V)
     return _summary(hidden_BTE, constrain(table_CES, None, "embed", "vocab"), own_BT)
 
 
@@ -139,6 +139,6 @@ def _join(a: Summary, b: Summary) -> Summary:
 
 def _whole(top: jax.Array, total: jax.Array, label: jax.Array) -> Summary:
     """The summary of the whole vocabulary from those of its shards."""
-    largest = shard_max(top, "vocab")
+    largest = pmax(top, "vocab")
     scaled = total * jnp.exp(top - largest)
-    return largest, shard_sum(scaled, "vocab"), shard_sum(label, "vocab")
+    return largest, psum(scaled, "vocab"), psum(label, "vocab")

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..nn._constrain import constrain
-from ..nn._layer_stack import Layer, layer_keys, through
-from ..nn._manual_axis_rules import shard_start
-from ..nn._use_param import weight
+from ..nn._layer_stack import Layer, layer_keys, scan_layers
+from ..nn._manual_axis_rules import shard_offset
+from ..nn._use_param import use_param
 from ._block import (
     STREAM,
     WORK,
@@ -186,7 +186,7 @@ class Decoder(nnx.Module):
         batch = {"inputs": inputs, "segment_ids": segment_ids}
         ends, weights = self.ends(), self.layers.weights()
         _, keys = layer_keys(self.dropout_key(key), self.config.num_layers)
-        x = through(self.layer(inputs.shape[1]), self.first(ends, batch), weights, batch, keys)
+        x = scan_layers(self.layer(inputs.shape[1]), self.first(ends, batch), weights, batch, keys)
         return self.hidden(ends, self.parts(x)[0])
 
     def ends(self) -> dict[str, jax.Array]:
@@ -250,7 +250,7 @@ class Decoder(nnx.Module):
     @staticmethod
     def output_table(ends: Mapping[str, jax.Array]) -> jax.Array:
         """[embed, vocab]: the head, or the embedding turned over where it is tied."""
-        return weight(ends["head"], "embed", "vocab") if "head" in ends else _table(ends).T
+        return use_param(ends["head"], "embed", "vocab") if "head" in ends else _table(ends).T
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Returns f32[..., vocab] of any part of what `__call__` returned, [..., embed].
@@ -263,13 +263,13 @@ class Decoder(nnx.Module):
 
 
 def _table(ends: Mapping[str, jax.Array]) -> jax.Array:
-    return weight(ends["embedding"], "vocab", "embed")
+    return use_param(ends["embedding"], "vocab", "embed")
 
 
 def _rows(table: jax.Array, inputs: jax.Array) -> jax.Array:
     """Rows of a table by token; those of another shard's tokens are 0."""
     rows = table.shape[0]
-    start = shard_start("vocab", rows)
+    start = shard_offset("vocab", rows)
     if isinstance(start, int):
         return jnp.take(table, inputs, axis=0)
     own = inputs - start

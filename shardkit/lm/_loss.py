@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from .._core.types import Mean
-from ..nn._layer_stack import staged
+from ..nn._layer_stack import layer_stack
 from ._cross_entropy import cross_entropy
 from ._decoder import Decoder
 from ._decoder_config import DecoderConfig
@@ -53,7 +53,7 @@ def decoder_loss(
 
     layer = model.layer(batch["inputs"].shape[1])
     ends, weights = model.ends(), model.layers.weights()
-    return staged(model.first, layer, last, ends, weights, batch, model.dropout_key(key))
+    return layer_stack(model.first, layer, last, ends, weights, batch, model.dropout_key(key))
 
 
 def _routers(

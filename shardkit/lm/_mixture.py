@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from ..nn._constrain import constrain
 from ..nn._expert_dispatch import places
 from ..nn._experts import Dot, experts, route
-from ..nn._use_param import weight
+from ..nn._use_param import use_param
 from ._decoder_config import DecoderConfig
 
 
@@ -48,7 +48,7 @@ def mixture(
     """
     assert config.experts is not None
     with jax.named_scope("router"):
-        router = weight(weights["router"], "embed", None).astype(jnp.float32)
+        router = use_param(weights["router"], "embed", None).astype(jnp.float32)
         logits = jnp.matmul(h_BTE.astype(jnp.float32), router, precision="highest")
         logits = constrain(logits, "batch", "length", None)
         choice, share = route(logits, config.top_k)
@@ -59,8 +59,8 @@ def mixture(
     rows = constrain(h_BTE, "batch", "length", "embed", into=("expert_mlp",))
     share = constrain(share, "batch", "length", "choices", into=("expert_mlp",))
     wide, tall = ("experts", "embed", "expert_mlp"), ("experts", "expert_mlp", "embed")
-    own = {name: weight(weights[f"expert_{name}"], *wide) for name in ("gate", "up")}
-    own["down"] = weight(weights["expert_down"], *tall)
+    own = {name: use_param(weights[f"expert_{name}"], *wide) for name in ("gate", "up")}
+    own["down"] = use_param(weights["expert_down"], *tall)
     with jax.named_scope("experts"):
         return experts(rows, choice, share, own, swiglu, capacity), sums
 

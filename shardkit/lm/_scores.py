@@ -86,7 +86,9 @@ def measure_bits_per_token(
     """
     scores: list[tuple[Any, int]] = []
     for i in batches:
-        loss = step.evaluate(state, step.put(text.held_out_batch(i, step.rows)))["loss"]
+        loss = step.evaluate(state, step.shard_batch(text.held_out_batch(i, step.local_rows)))[
+            "loss"
+        ]
         scores.append((loss, text.held_out_weight(i)))
         if len(scores) > 1:
             float(scores[-2][0])  # wait, so that one batch is in flight and not the whole text

@@ -12,7 +12,7 @@ from rich.text import Text as ConsoleText
 
 from ..data import DataConfig, Loader, load_text
 from ..parallel import Strategy
-from ..processes import Peers
+from ..processes import ProcessGroup
 from ..run import Trainer, label_text, show_mesh, standard_output
 from ._config import TextTrainConfig
 from ._declare import compile_run, decoder_model
@@ -36,7 +36,7 @@ def train(
     record: Mapping[str, Any],
     compiling: Mapping[str, Any] | None = None,
     console: Console | None = None,
-    peers: Peers | None = None,
+    peers: ProcessGroup | None = None,
 ) -> TrainResult:
     """Trains a decoder on text, scores it on validation text, and samples from it.
 
@@ -62,7 +62,7 @@ def train(
       KeyboardInterrupt: after Ctrl-C, with notes that say what is saved and where metrics are.
       Stopped: the same after SIGTERM.
     """
-    peers = peers or Peers()
+    peers = peers or ProcessGroup()
     console = Console(quiet=True) if peers.index else console or standard_output()
     text = load_text(data, model.vocab)
     show_mesh(console, mesh)

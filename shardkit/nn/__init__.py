@@ -9,13 +9,13 @@ if TYPE_CHECKING:
     from ._constrain import constrain as constrain
     from ._experts import experts as experts
     from ._experts import route as route
-    from ._layer_stack import staged as layer_stack  # noqa: F401
-    from ._manual_axis_rules import shard_max as pmax  # noqa: F401
-    from ._manual_axis_rules import shard_start as shard_offset  # noqa: F401
-    from ._manual_axis_rules import shard_sum as psum  # noqa: F401
-    from ._overridable import region as overridable  # noqa: F401
+    from ._layer_stack import layer_stack as layer_stack
+    from ._manual_axis_rules import pmax as pmax
+    from ._manual_axis_rules import psum as psum
+    from ._manual_axis_rules import shard_offset as shard_offset
+    from ._overridable import overridable as overridable
     from ._remat import remat as remat
-    from ._use_param import weight as use_param  # noqa: F401
+    from ._use_param import use_param as use_param
 else:
     __getattr__, __dir__, __all__ = lazy_names(
         __name__,
@@ -23,13 +23,13 @@ else:
             "attention": "._attention",
             "constrain": "._constrain",
             "experts": "._experts",
-            "layer_stack": "._layer_stack:staged",
-            "overridable": "._overridable:region",
-            "pmax": "._manual_axis_rules:shard_max",
-            "psum": "._manual_axis_rules:shard_sum",
+            "layer_stack": "._layer_stack",
+            "overridable": "._overridable",
+            "pmax": "._manual_axis_rules",
+            "psum": "._manual_axis_rules",
             "remat": "._remat",
             "route": "._experts",
-            "shard_offset": "._manual_axis_rules:shard_start",
-            "use_param": "._use_param:weight",
+            "shard_offset": "._manual_axis_rules",
+            "use_param": "._use_param",
         },
     )

@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.backend import get_backend
 
 from .._core.recomputation import again
-from ._overridable import region
+from ._overridable import overridable
 
 # Few enough blocks to keep the program small, enough to skip 7/16 of a causal square.
 _MAX_BLOCKS = 8
@@ -52,7 +52,7 @@ def attention(
 
     It is the region `"attention"`: a strategy that splits the length carries it out itself.
     """
-    carried = region("attention", _attention)
+    carried = overridable("attention", _attention)
     return carried(q_BTNH, k_BSKH, v_BSKH, segment_ids, causal, implementation)
 
 

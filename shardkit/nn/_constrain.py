@@ -1,4 +1,4 @@
-"""`sk.constrain`: logical names on an activation, resolved when a step is lowered.
+"""`sk.nn.constrain`: logical names on an activation, resolved when a step is lowered.
 
 The names travel as parameters of a primitive, so no jaxpr ever holds a mesh. A context read
 while tracing would be baked into jaxprs that JAX caches by function identity (scan bodies,
@@ -17,7 +17,7 @@ from jax.interpreters import ad, batching, mlir
 from .._core.errors import Problem, StepError, count, format_problems
 from .._core.tracing import TraceContext
 from .._core.tree import short_type
-from ._manual_axis_rules import carried, on_shards
+from ._manual_axis_rules import on_shards, reshard
 
 # The dim that `jax.vmap` adds when a step maps over lanes, or a user over anything else.
 LANES = "(lanes)"
@@ -79,7 +79,7 @@ def constrain(
         fix = "name every dim, None for one that stays whole"
         raise StepError(format_problems("A constraint does not fit.", [Problem(subject, why)], fix))
     if on_shards():
-        x = carried(x, names, source or names, into, partial)
+        x = reshard(x, names, source or names, into, partial)
     # Part of the context by which JAX keeps traces, so no trace is used where it does not hold.
     inside = tuple(sorted(jax.sharding.get_abstract_mesh().manual_axes))
     also = tuple(name for name in (*(source or ()), *partial) if name)

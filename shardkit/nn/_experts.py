@@ -23,7 +23,7 @@ from ._expert_dispatch import (
     ragged,
     slots,
 )
-from ._overridable import region
+from ._overridable import overridable
 
 Dot = Callable[[jax.Array, jax.Array], jax.Array]
 Mlp = Callable[[Any, jax.Array, Dot], jax.Array]
@@ -70,7 +70,7 @@ def experts(
     [[10.0, 200.0, 0.0]]
     """
     _check(x_BTE, choice_BTK, share_BTK, weights, capacity)
-    return region("experts", _experts)(x_BTE, choice_BTK, share_BTK, weights, mlp, capacity)
+    return overridable("experts", _experts)(x_BTE, choice_BTK, share_BTK, weights, mlp, capacity)
 
 
 def _experts(
@@ -137,4 +137,4 @@ def _check(
         problems.append(Problem("weights", why, "the same number of experts in every leaf"))
     if capacity is not None and capacity < 1:
         problems.append(Problem(f"capacity={capacity}", "must be at least 1", "capacity=None"))
-    raise_all(StepError, "sk.experts cannot be carried out.", problems)
+    raise_all(StepError, "sk.nn.experts cannot be carried out.", problems)

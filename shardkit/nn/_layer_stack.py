@@ -1,4 +1,6 @@
-"""`sk.staged`: a loss as first → layers → last, so that a pipeline can carry it out in stages."""
+"""`sk.nn.layer_stack`: a loss as first → layers → last, so that a pipeline can carry it out in
+stages.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +8,7 @@ from typing import Any
 import jax
 
 from .._core.types import Mean
-from ._overridable import region
+from ._overridable import overridable
 from ._remat import remat
 
 First = Callable[[Any, Any, Any], Any]
@@ -14,12 +16,12 @@ Layer = Callable[[Any, Any, Any, Any], Any]
 Last = Callable[[Any, Any, Any], Any]
 
 
-def staged(
+def layer_stack(
     first: First, layer: Layer, last: Last, ends: Any, layers: Any, batch: Any, key: Any = None
 ) -> Any:
     """Computes a loss in three parts: what comes before the layers, the layers, what comes after.
 
-    Plainly it is `first`, a `jax.lax.scan` of `layer` under `sk.remat`, and `last`. It is the
+    Plainly it is `first`, a `jax.lax.scan` of `layer` under `sk.nn.remat`, and `last`. It is the
     region `"staged"`: with `sk.strategies.pipeline` each device works on layers of its own, and
     `first` and `last` run where the first and the last layer are.
 
@@ -50,7 +52,7 @@ def staged(
     ...     weights, weights["layers"], jnp.ones((2, 3))))  # doctest: +ELLIPSIS
     0.759...
     """
-    return region("staged", _plainly)(first, layer, last, ends, layers, batch, key)
+    return overridable("staged", _plainly)(first, layer, last, ends, layers, batch, key)
 
 
 def layer_keys(key: Any, layers: int) -> tuple[Any, Any]:
@@ -60,7 +62,7 @@ def layer_keys(key: Any, layers: int) -> tuple[Any, Any]:
     return jax.random.fold_in(key, layers), jax.random.split(key, layers)
 
 
-def through(layer: Layer, x: Any, layers: Any, batch: Any, keys: Any) -> Any:
+def scan_layers(layer: Layer, x: Any, layers: Any, batch: Any, keys: Any) -> Any:
     """Returns what layers, stacked along dim 0 of `layers` and `keys`, make of `x` in turn."""
 
     def body(x: Any, one: tuple[Any, Any]) -> tuple[Any, None]:
@@ -72,7 +74,7 @@ def through(layer: Layer, x: Any, layers: Any, batch: Any, keys: Any) -> Any:
     return x
 
 
-def sealed(out: Any) -> Any:
+def stop_aux_gradients(out: Any) -> Any:
     """What `last` returned, with no gradient through anything but the loss."""
     loss, *metrics = out if isinstance(out, tuple) else (out,)
     if isinstance(loss, Mean):
@@ -84,5 +86,5 @@ def _plainly(
     first: First, layer: Layer, last: Last, ends: Any, layers: Any, batch: Any, key: Any
 ) -> Any:
     for_first, keys = layer_keys(key, len(jax.tree.leaves(layers)[0]))
-    x = through(layer, first(ends, batch, for_first), layers, batch, keys)
-    return sealed(last(ends, x, batch))
+    x = scan_layers(layer, first(ends, batch, for_first), layers, batch, keys)
+    return stop_aux_gradients(last(ends, x, batch))

@@ -29,7 +29,7 @@ weight_p = core.Primitive("shardkit_weight")
 
 
 @dataclasses.dataclass(frozen=True)
-class Meaning:
+class ManualAxisRules:
     """What logical names mean on the shards of one step.
 
     Attributes:
@@ -51,37 +51,37 @@ class Meaning:
 
 
 @dataclasses.dataclass(frozen=True)
-class PerShard:
+class ShardMapLoss:
     """A loss that is written for shards, with the same loss written for whole arrays.
 
-    In `mode="shard_map"` the step calls `loss` inside of `shard_map` over the whole mesh: it sees
+    In `mode="shard_map"` the step calls `local` inside of `shard_map` over the whole mesh: it sees
     one device's shards of parameters and batch, and reduces with `jax.lax` collectives by
     the names of mesh axes. What it returns may differ over the axes that split the rows, as one
     device's rows do; over every other axis it must be reduced, or the step says so. Everywhere
-    else `plain` is called, on one device above all, so that `sk.verify` compares the two.
+    else `reference` is called, on one device above all, so that `sk.verify` compares the two.
 
     Attributes:
-      loss: `(params, batch, key) -> loss` of one device's shards.
-      plain: the same of whole arrays.
+      local: `(params, batch, key) -> loss` of one device's shards.
+      reference: the same of whole arrays.
     """
 
-    loss: Callable[..., Any]
-    plain: Callable[..., Any]
+    local: Callable[..., Any]
+    reference: Callable[..., Any]
 
     def __call__(self, params: Any, batch: Any, key: Any) -> Any:
         """Calls the one that fits where it is traced."""
-        return (self.loss if on_shards() else self.plain)(params, batch, key)
+        return (self.local if on_shards() else self.reference)(params, batch, key)
 
 
-_active = TraceContext[Meaning]("shards")
+_active = TraceContext[ManualAxisRules]("shards")
 
 
-def meaning(made: Meaning) -> contextlib.AbstractContextManager[None]:
+def manual_axis_rules(made: ManualAxisRules) -> contextlib.AbstractContextManager[None]:
     """Makes names mean this while a function of shards is traced."""
     return _active.use(made)
 
 
-def use_weight(w: jax.Array, names: Names) -> jax.Array:
+def gather_param(w: jax.Array, names: Names) -> jax.Array:
     """A weight as its products see it; on shards, what splits it only in storage is gathered."""
     now = _active.value
     if now is None:
@@ -93,19 +93,19 @@ def use_weight(w: jax.Array, names: Names) -> jax.Array:
     return w
 
 
-def shard_sum(x: jax.Array, *names: str) -> jax.Array:
+def psum(x: jax.Array, *names: str) -> jax.Array:
     """Sums over the shards of dims that were reduced on each shard: `vocab` after `x.sum(-1)`."""
     axes = _axes(*names)
     return jax.lax.psum(x, axes) if axes else x
 
 
-def shard_max(x: jax.Array, *names: str) -> jax.Array:
-    """The largest over the shards of dims, as `shard_sum`. It has no gradient."""
+def pmax(x: jax.Array, *names: str) -> jax.Array:
+    """The largest over the shards of dims, as `psum`. It has no gradient."""
     axes = _axes(*names)
     return jax.lax.pmax(x, axes) if axes else x
 
 
-def shard_start(name: str, size: int) -> Any:
+def shard_offset(name: str, size: int) -> Any:
     """Index in the whole dim of the first of a shard's `size` elements: 0 where it is whole."""
     axes = _axes(name)
     return jax.lax.axis_index(axes) * size if axes else 0
@@ -116,7 +116,7 @@ def on_shards() -> bool:
     return _active.value is not None
 
 
-def carried(x: jax.Array, names: Names, source: Names, into: Names, partial: Names) -> jax.Array:
+def reshard(x: jax.Array, names: Names, source: Names, into: Names, partial: Names) -> jax.Array:
     """Brings a shard from one layout to another; see `constrain`."""
     now = _active.value
     assert now is not None
@@ -134,7 +134,7 @@ def carried(x: jax.Array, names: Names, source: Names, into: Names, partial: Nam
             x = _part(x, entering, dim)
     if unsummed:
         x = jax.lax.psum(x, unsummed)
-    return varied(x, now.axes(*into))
+    return pvary(x, now.axes(*into))
 
 
 def varying(x: Any) -> frozenset[str]:
@@ -142,7 +142,7 @@ def varying(x: Any) -> frozenset[str]:
     return frozenset(jax.typeof(x).mat.varying)
 
 
-def varied(x: jax.Array, axes: Axes) -> jax.Array:
+def pvary(x: jax.Array, axes: Axes) -> jax.Array:
     """Types a value as differing over more axes, so that its gradient is summed over them here."""
     more = tuple(axis for axis in axes if axis not in varying(x))
     return jax.lax.pcast(x, more, to="varying") if more else x

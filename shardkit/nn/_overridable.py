@@ -1,6 +1,6 @@
 """Regions: parts of a model that a strategy may carry out itself.
 
-A model marks a part with `region("attention", plain)(...)`: what is to be computed, as a plain
+A model marks a part with `overridable("attention", plain)(...)`: what is to be computed, as a plain
 function of arrays on one device. Where the strategy of the step declares a carrier for that name,
 the carrier computes the same by other means (attention round a ring of devices, layers in a
 pipeline, experts by all-to-all); everywhere else the plain function runs. So the model still names
@@ -28,7 +28,7 @@ _R = TypeVar("_R")
 
 
 @dataclasses.dataclass(frozen=True)
-class Surroundings:
+class StepContext:
     """What a carrier knows of the step that it works in.
 
     Attributes:
@@ -72,7 +72,7 @@ def mesh_here(mesh: Mesh) -> Mesh | AbstractMesh:
 
 
 @dataclasses.dataclass(frozen=True)
-class Carrier(abc.ABC):
+class Override(abc.ABC):
     """One way to carry out a region, over one mesh axis.
 
     Attributes:
@@ -89,7 +89,7 @@ class Carrier(abc.ABC):
 
     @abc.abstractmethod
     def __call__(
-        self, around: Surroundings, plain: Callable[..., Any], *args: Any, **kwargs: Any
+        self, around: StepContext, plain: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         """Returns what `plain(*args, **kwargs)` would."""
 
@@ -105,7 +105,7 @@ class Carrier(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True)
-class Marks:
+class ActiveOverrides:
     """The carriers of the step being traced.
 
     Attributes:
@@ -114,21 +114,21 @@ class Marks:
       plainly: regions run plainly for now.
     """
 
-    carriers: tuple[tuple[str, Carrier], ...]
-    around: Surroundings
+    carriers: tuple[tuple[str, Override], ...]
+    around: StepContext
     plainly: bool = False
 
-    def unreached(self, jaxpr: core.Jaxpr) -> dict[str, Carrier]:
+    def unreached(self, jaxpr: core.Jaxpr) -> dict[str, Override]:
         """Carriers of the regions that a program does not have."""
         reached = {name for (name,) in recorded_facts(jaxpr, _REACHED)}
         return {name: one for name, one in self.carriers if name not in reached}
 
 
-_active = TraceContext[Marks]("regions")
+_active = TraceContext[ActiveOverrides]("regions")
 _REACHED = "region"
 
 
-def region(name: str, plain: Callable[_P, _R]) -> Callable[_P, _R]:
+def overridable(name: str, plain: Callable[_P, _R]) -> Callable[_P, _R]:
     """Marks a part of a model that a strategy may carry out itself.
 
     Args:
@@ -156,7 +156,7 @@ def region(name: str, plain: Callable[_P, _R]) -> Callable[_P, _R]:
 Names = tuple[str | None, ...]
 
 
-def on_own_part(
+def shard_mapped(
     run: Callable[..., Any], inputs: tuple[Names, ...], output: Names
 ) -> Callable[..., Any]:
     """Lets each device run a function on its own part of the arrays, whatever the strategy.
@@ -171,7 +171,7 @@ def on_own_part(
     Returns:
       A function of the whole arrays; outside a compiled step, and on one device, `run` itself.
 
-    >>> on_own_part(lambda q: q + 1, (("batch",),), ("batch",))(1)
+    >>> shard_mapped(lambda q: q + 1, (("batch",),), ("batch",))(1)
     2
     """
 
@@ -197,16 +197,18 @@ def on_own_part(
 
 
 @contextlib.contextmanager
-def carried_out(carriers: Mapping[str, Carrier], around: Surroundings) -> Iterator[Marks]:
+def use_overrides(
+    carriers: Mapping[str, Override], around: StepContext
+) -> Iterator[ActiveOverrides]:
     """Makes carriers carry out their regions while a step is traced."""
     sizes = around.mesh.shape
     needed = {name: one for name, one in carriers.items() if sizes.get(one.axis, 1) > 1}
-    marks = Marks(tuple(sorted(needed.items())), around)
+    marks = ActiveOverrides(tuple(sorted(needed.items())), around)
     with _active.use(marks):
         yield marks
 
 
-def plainly() -> contextlib.AbstractContextManager[None]:
+def without_overrides() -> contextlib.AbstractContextManager[None]:
     """Makes regions run plainly: what a carrier learns from shapes alone does not depend on it."""
     marks = _active.value
     return _active.use(marks and dataclasses.replace(marks, plainly=True))

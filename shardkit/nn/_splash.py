@@ -8,7 +8,7 @@ A Pallas kernel is opaque to the partitioner, so each device runs it on its own 
 import jax
 from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
-from ._overridable import on_own_part
+from ._overridable import shard_mapped
 
 # Larger tiles do not fit the vector memory of a v5e core in the backward kernels.
 _LARGEST_BLOCK = 512
@@ -48,7 +48,7 @@ def splash(
 
     segments = () if segment_ids is None else (segment_ids,)
     names = (_QUERIES, _KEYS, _KEYS, *(_ROWS for _ in segments))
-    return on_own_part(local, names, _QUERIES)(q_BTNH, k_BTKH, v_BTKH, *segments)
+    return shard_mapped(local, names, _QUERIES)(q_BTNH, k_BTKH, v_BTKH, *segments)
 
 
 def _kernel(heads: int, length: int, causal: bool, interpret: bool) -> jax.typing.ArrayLike:

@@ -1,12 +1,12 @@
-"""`sk.weight`: a weight where it is used, so that a strategy may say when it is gathered."""
+"""`sk.nn.use_param`: a weight where it is used, so that a strategy may say when it is gathered."""
 
 import jax
 
-from ._manual_axis_rules import on_shards, use_weight
-from ._overridable import region
+from ._manual_axis_rules import gather_param, on_shards
+from ._overridable import overridable
 
 
-def weight(x: jax.Array, *names: str | None) -> jax.Array:
+def use_param(x: jax.Array, *names: str | None) -> jax.Array:
     """Marks a weight at its use, inside the layer that uses it.
 
     By default a weight that is split over an axis like `fsdp` is gathered for the forward pass,
@@ -19,7 +19,7 @@ def weight(x: jax.Array, *names: str | None) -> jax.Array:
     Args:
       x: the weight, any shape and dtype; one layer's, where layers are stacked and scanned.
       *names: one logical axis name per dim, as a strategy's table of activations lists them, None
-        for a dim that stays whole: `sk.weight(w, "embed", "mlp")`.
+        for a dim that stays whole: `sk.nn.use_param(w, "embed", "mlp")`.
 
     Returns:
       `x`, unchanged in value.
@@ -28,4 +28,4 @@ def weight(x: jax.Array, *names: str | None) -> jax.Array:
     >>> weight(jnp.ones((2, 3)), "embed", "mlp").shape
     (2, 3)
     """
-    return (use_weight if on_shards() else region("weight", use_weight))(x, names)
+    return (gather_param if on_shards() else overridable("weight", gather_param))(x, names)

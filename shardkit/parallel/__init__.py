@@ -7,7 +7,7 @@ from ._compose import (
     check_used,
 )
 from ._compression import (
-    Compression,
+    GradientCompression,
     compressed_sum,
 )
 from ._kind import (
@@ -66,8 +66,8 @@ __all__ = [
     "CONVENTIONAL",
     "Branch",
     "Choice",
-    "Compression",
     "DeviceBytes",
+    "GradientCompression",
     "HeadExchange",
     "Kind",
     "Pairs",

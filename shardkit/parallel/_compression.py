@@ -18,12 +18,12 @@ _LEVELS = 127.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Compression:
+class GradientCompression:
     """Declares that gradients are summed over one mesh axis in 8 bits; for `mode="shard_map"`.
 
     A device sends 2(n−1)/n · N · (1 + 4/block) bytes for N elements instead of 2(n−1)/n · 4N. What
     rounding leaves out takes one f32 copy of the gradients on each device, as
-    `state.extra["compression"]`. The updates are no longer those of one device: use it across
+    `state.model_state["compression"]`. The updates are no longer those of one device: use it across
     slow links (`dcn`), and look at the loss curve.
 
     Attributes:
@@ -47,7 +47,9 @@ class Compression:
         raise_all(StepError, "Compression is declared wrongly.", bad)
 
 
-def compressed_sum(x: jax.Array, error: jax.Array, how: Compression) -> tuple[jax.Array, jax.Array]:
+def compressed_sum(
+    x: jax.Array, error: jax.Array, how: GradientCompression
+) -> tuple[jax.Array, jax.Array]:
     """Sums over a mesh axis, inside `shard_map`.
 
     Args:

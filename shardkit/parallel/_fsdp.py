@@ -24,10 +24,10 @@ from jax.sharding import PartitionSpec
 from .._core.errors import Problem, StepError, raise_all
 from .._core.options import option_problems
 from ..nn._constrain import constrain
-from ..nn._overridable import Carrier, Surroundings
+from ..nn._overridable import Override, StepContext
 from ..nn._remat import KEPT
 from ..report import Program
-from ..rules import chain, shard_largest
+from ..rules import first_match, shard_largest
 from ._kind import Kind
 from ._names import activations, check_axis, params
 from ._strategy import Strategy
@@ -43,11 +43,13 @@ def fsdp_bytes(n: int, weights: float, gradients: float, gathers: int = 2) -> fl
 
 
 @dataclasses.dataclass(frozen=True)
-class KeptWeights(Carrier):
-    """Gathers a weight where `sk.weight` marks it, under a name that every remat policy keeps."""
+class KeptWeights(Override):
+    """Gathers a weight where `sk.nn.use_param` marks it, under a name that every remat policy
+    keeps.
+    """
 
     def __call__(
-        self, around: Surroundings, plain: Callable[..., Any], *args: Any, **kwargs: Any
+        self, around: StepContext, plain: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         """Returns the weight, whole over the axis."""
         x, names = args
@@ -76,9 +78,10 @@ def fsdp(
     divides.
 
     Args:
-      axis: name of the mesh axis.
+      axis: name of the mesh
+      axis.
       min_size: parameters of models without names that have fewer elements are replicated.
-      reshard_after_forward: False keeps the weights that the model marks with `sk.weight` gathered
+      reshard_after_forward: False keeps the weights that the model marks with `sk.nn.use_param` gathered
         from forward to backward, whatever the remat policy: one gather less, more memory.
 
     Returns:
@@ -99,7 +102,7 @@ def fsdp(
     kept = option_problems("fsdp.", reshard_after_forward=(reshard_after_forward, bool))
     raise_all(StepError, "A strategy is declared wrongly.", kept)
     return Strategy(
-        params=chain(params({"embed": axis}), shard_largest(axis, min_size=min_size)),
+        params=first_match(params({"embed": axis}), shard_largest(axis, min_size=min_size)),
         batch=PartitionSpec(axis),
         activations=activations({"batch": axis}),
         kinds=(Fsdp(axis, reshard_after_forward),),

@@ -9,17 +9,17 @@ from jax.sharding import PartitionSpec
 from .._core.errors import Problem, StepError, format_problems, raise_all
 from .._core.precision import Precision
 from .._core.types import Accumulate
-from ..nn._overridable import Carrier
+from ..nn._overridable import Override
 from ..rules import (
     REPLICATED,
     AxisRules,
     Rule,
     axes_of,
-    chain,
+    first_match,
     flatten,
     from_axes,
 )
-from ._compression import Compression
+from ._compression import GradientCompression
 from ._kind import Kind
 from ._zero_update import Zero
 
@@ -34,13 +34,13 @@ class Strategy:
       params: rule that decides every parameter.
       batch: spec of every batch leaf (a leaf of lower rank takes its first entries), or a rule
         over the leaves. Dim 0 of every leaf that is no scalar counts rows.
-      activations: logical axis names to mesh axes for `sk.constrain`; None for models without.
+      activations: logical axis names to mesh axes for `sk.nn.constrain`; None for models without.
       opt_state: rule for optimizer leaves that no parameter explains, or that are to live
         elsewhere than their parameter; leaves that it passes follow their parameter.
       zero: splits the update, and so the optimizer's state, further than the parameters.
-      extra: rule for mutable model state.
+      model_state: rule for mutable model state.
       accumulate: micro-batches per step, an int or `sk.Accumulate`.
-      remat: named checkpoint policy for the layers that a model marks with `sk.remat`.
+      remat: named checkpoint policy for the layers that a model marks with `sk.nn.remat`.
       precision: `"float32"`, `"bfloat16"`, `"pure_bfloat16"` or `sk.Precision`.
       compression: sums gradients over one mesh axis in 8 bits; None: as `precision` says.
       kinds: the kinds of parallelism, each on its mesh axis; see `Kind`.
@@ -57,17 +57,17 @@ class Strategy:
     activations: AxisRules | None = None
     opt_state: Rule | None = None
     zero: Zero | None = None
-    extra: Rule = REPLICATED
+    model_state: Rule = REPLICATED
     accumulate: int | Accumulate = 1
     remat: str = "none"
     precision: str | Precision = "float32"
-    compression: Compression | None = None
+    compression: GradientCompression | None = None
     kinds: tuple[Kind, ...] = ()
-    regions: tuple[tuple[str, Carrier], ...] = ()
+    regions: tuple[tuple[str, Override], ...] = ()
 
     def __post_init__(self) -> None:
         """Refuses a spec or a dict where a rule is wanted."""
-        rules = {"params": self.params, "extra": self.extra}
+        rules = {"params": self.params, "model_state": self.model_state}
         if self.opt_state is not None:
             rules["opt_state"] = self.opt_state
         if not isinstance(self.batch, PartitionSpec):
@@ -166,7 +166,7 @@ def _join_rules(one: Rule, other: Rule, problems: list[Problem]) -> Rule:
 
 
 def _chained(table: AxisRules, rest: Sequence[Rule]) -> Rule:
-    return chain(table, *rest) if rest else table
+    return first_match(table, *rest) if rest else table
 
 
 def _join_tables(one: AxisRules | None, other: AxisRules | None) -> AxisRules | None:
@@ -185,10 +185,10 @@ def _join_tables(one: AxisRules | None, other: AxisRules | None) -> AxisRules | 
 
 
 def _join_regions(
-    one: tuple[tuple[str, Carrier], ...],
-    other: tuple[tuple[str, Carrier], ...],
+    one: tuple[tuple[str, Override], ...],
+    other: tuple[tuple[str, Override], ...],
     problems: list[Problem],
-) -> tuple[tuple[str, Carrier], ...]:
+) -> tuple[tuple[str, Override], ...]:
     taken = dict(one)
     for name, carrier in other:
         if taken.setdefault(name, carrier) != carrier:

@@ -1,7 +1,7 @@
 """Proof that a step gives the numbers of one device on every mesh."""
 
 from ._parity_report import (
-    Certificate,
+    ParityReport,
     Row,
     format_error,
 )
@@ -18,7 +18,7 @@ from ._verify import (
 )
 
 __all__ = [
-    "Certificate",
+    "ParityReport",
     "Row",
     "Standard",
     "StepFactory",

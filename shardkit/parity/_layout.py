@@ -8,9 +8,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .._core.tree import join_path, leaves, leaves_by_path, path_str
-from .._core.types import Named, Variables
+from .._core.types import Variables, WithAxes
 from ..parallel import update_specs
-from ..rules import chain, collect, format_spec
+from ..rules import collect, first_match, format_spec
 from ..step import FollowParams, StepSpec
 from ._parity_report import format_error
 from ._record import to_host
@@ -27,7 +27,7 @@ def declared_specs(spec: StepSpec, mesh: Mesh, state: Any) -> Specs:
       state: the `TrainState`, of which only paths, shapes and dtypes are read.
 
     Returns:
-      Specs by `params/…`, `opt_state/…`, `extra/…`, `batch/…`, `step`, `key` and `halted`.
+      Specs by `params/…`, `opt_state/…`, `model_state/…`, `batch/…`, `step`, `key` and `halted`.
     """
     strategy, sizes = spec.strategy, dict(mesh.shape)
     params = leaves(state.params, _axis_names(spec))
@@ -36,15 +36,15 @@ def declared_specs(spec: StepSpec, mesh: Mesh, state: Any) -> Specs:
     updated = update_specs(strategy.zero, params, specs, sizes)
     pairs = tuple((leaf, updated[leaf.path]) for leaf in params)
     follow = FollowParams(pairs, frozenset(leaf.path for leaf in moments))
-    rule = chain(strategy.opt_state, follow) if strategy.opt_state else follow
+    rule = first_match(strategy.opt_state, follow) if strategy.opt_state else follow
     opt_state, more = collect(rule, moments, sizes)
-    extra, rest = collect(strategy.extra, leaves(state.extra), sizes)
+    model_state, rest = collect(strategy.model_state, leaves(state.model_state), sizes)
     lost = [*problems, *more, *rest]
     assert not lost, "a step was compiled from rules that do not resolve"
     found = {
         "params": specs,
         "opt_state": opt_state,
-        "extra": extra,
+        "model_state": model_state,
         "batch": _batch_specs(spec, sizes),
     }
     named = {join_path(part, path): s for part, by in found.items() for path, s in by.items()}
@@ -62,7 +62,7 @@ def _axis_names(spec: StepSpec) -> dict[str, tuple[str | None, ...]]:
     """Logical axes that `init` named, by path."""
 
     def named(x: Any) -> bool:
-        return isinstance(x, Named)
+        return isinstance(x, WithAxes)
 
     made = jax.eval_shape(spec.init, jax.eval_shape(lambda: jax.random.key(0)))
     params = made.params if isinstance(made, Variables) else made

@@ -63,7 +63,7 @@ def observe(
     """
     state = step.init(trial.key)
     specs = declared_specs(step.spec, step.mesh, state)
-    batch = step.put(trial.batch(0))
+    batch = step.shard_batch(trial.batch(0))
     parts = _parts(state)
     wrong = list(misplaced({**parts, "batch": batch}, specs, step.mesh, "at first"))
     record: Record = {INIT: _leaves(state)}
@@ -94,7 +94,7 @@ def _steps(step: CompiledStep, state: Any, trial: Trial) -> tuple[Any, list[Any]
     """Makes all updates; returns also what they told and what the later ones compiled."""
     told, compiled = [], 0
     for t in range(trial.steps):
-        placed = step.put(trial.batch(t))
+        placed = step.shard_batch(trial.batch(t))
         with counted_compiles() as count:
             state, metrics = step(state, placed)
         compiled += count[0] if t else 0
@@ -125,6 +125,6 @@ def _leaves(state: Any) -> Leaves:
     """Leaves of a `TrainState` that the reference has too."""
     return {
         path: x
-        for part in ("params", "opt_state", "extra")
+        for part in ("params", "opt_state", "model_state")
         for path, x in host(getattr(state, part), part).items()
     }

@@ -1,4 +1,4 @@
-"""`Certificate`: what was compared, how far apart it was, and how far apart it may be."""
+"""`ParityReport`: what was compared, how far apart it was, and how far apart it may be."""
 
 import dataclasses
 import itertools
@@ -48,7 +48,7 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Certificate:
+class ParityReport:
     """The result of `sk.verify`.
 
     Attributes:
@@ -69,7 +69,7 @@ class Certificate:
         """The rows that did not pass."""
         return tuple(row for row in self.rows if not row.ok)
 
-    def check(self) -> "Certificate":
+    def check(self) -> "ParityReport":
         """Returns the certificate itself if it is ok.
 
         Raises:
@@ -118,7 +118,7 @@ def _why(row: Row) -> str:
 
 _GRADIENTS = "compare step.gradients(state, batch)[1] of the mesh with that of one device"
 _FIXES = {
-    "layout": "print(sk.explain(strategy.params, step.abstract_state.params, mesh))",
+    "layout": "print(sk.explain_rules(strategy.params, step.abstract_state.params, mesh))",
     "copies": "no shard_map(check_vma=False) in the loss, or a psum over each axis it splits",
     "init": "draw every parameter from init's key alone: no device count, no axis_index",
     "loss": "return sk.Mean(total, weight) where rows weigh differently",

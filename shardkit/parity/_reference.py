@@ -19,8 +19,8 @@ import numpy as np
 import optax
 
 from .._core.precision import cast_floats
-from .._core.split_rng import Draws, lane_keys
-from .._core.types import Loss, Mean, Named, Variables
+from .._core.split_rng import RandomDraws, per_shard_keys
+from .._core.types import Loss, Mean, Variables, WithAxes
 from ..step import SKIPPED, StepSpec
 from ._record import (
     EVALUATE,
@@ -45,12 +45,16 @@ class State:
 
     params: Any
     opt_state: Any
-    extra: Any
+    model_state: Any
     key: jax.Array
 
     def leaves(self) -> Leaves:
         """Leaves on the host, named as those of a `TrainState`."""
-        parts = {"params": self.params, "opt_state": self.opt_state, "extra": self.extra}
+        parts = {
+            "params": self.params,
+            "opt_state": self.opt_state,
+            "model_state": self.model_state,
+        }
         return {path: x for name, part in parts.items() for path, x in host(part, name).items()}
 
 
@@ -99,15 +103,17 @@ class Reference:
     def gradients(self, state: State, batch: Any, step: int) -> tuple[dict[str, Any], Any, Any]:
         """Returns metrics, gradients of the mean loss, and the new model state."""
         accumulate, precision = self.spec.accumulate, self.spec.precision
-        n, extra = accumulate.steps, state.extra
+        n, model_state = accumulate.micro_batches, state.model_state
         key = jax.random.fold_in(state.key, step)
-        by_lanes = accumulate.reduce == "once" and (n > 1 or precision.reduces_apart)
+        by_lanes = accumulate.reduce == "end" and (n > 1 or precision.reduces_apart)
         total, weight, sums, grads = 0.0, 0.0, {}, None
         for i in range(n):
             at = jax.random.fold_in(key, i) if by_lanes or n > 1 else key
-            at = lane_keys(at, Draws(1))[0] if by_lanes else at
+            at = per_shard_keys(at, RandomDraws(1))[0] if by_lanes else at
             rows = jax.tree.map(lambda x, i=i: x[i::n] if np.ndim(x) else x, batch)
-            (part, (w, named, extra)), g = self._part(state.params, extra, self._put(rows), at)
+            (part, (w, named, model_state)), g = self._part(
+                state.params, model_state, self._put(rows), at
+            )
             total, weight = total + float(part), weight + float(w)
             for name, (t, w) in named.items():
                 so_far = sums.get(name, (0.0, 0.0))
@@ -117,19 +123,21 @@ class Reference:
         scale = 1 / weight if weight else 0.0
         grads = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), grads, state.params)
         metrics = {name: _ratio(*pair) for name, pair in {"loss": (total, weight), **sums}.items()}
-        return {**metrics, "grad_norm": np.asarray(norm(host(grads)))}, grads, extra
+        return {**metrics, "grad_norm": np.asarray(norm(host(grads)))}, grads, model_state
 
     def _step(self, state: State, batch: Any, step: int) -> tuple[State, dict[str, Any]]:
-        metrics, grads, extra = self.gradients(state, batch, step)
+        metrics, grads, model_state = self.gradients(state, batch, step)
         if self.spec.on_nonfinite != "apply":
             finite = np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
             metrics[SKIPPED] = np.float32(not finite)
         params, opt_state = self._apply(grads, state.opt_state, state.params, metrics["loss"])
-        return State(params, opt_state, extra, state.key), metrics
+        return State(params, opt_state, model_state, state.key), metrics
 
     def _evaluated(self, state: State, batch: Any) -> dict[str, Any]:
         key = jax.random.fold_in(state.key, _EVALUATION)
-        total, (weight, named, _) = self._whole(state.params, state.extra, self._put(batch), key)
+        total, (weight, named, _) = self._whole(
+            state.params, state.model_state, self._put(batch), key
+        )
         return {n: _ratio(*pair) for n, pair in {"loss": (total, weight), **named}.items()}
 
     def _put(self, rows: Any) -> Any:
@@ -144,27 +152,29 @@ class Reference:
             made = spec.init(for_init)
             made = made if isinstance(made, Variables) else Variables(made, {})
             bare = jax.tree.map(
-                lambda x: x.value if isinstance(x, Named) else x,
+                lambda x: x.value if isinstance(x, WithAxes) else x,
                 made.params,
-                is_leaf=lambda x: isinstance(x, Named),
+                is_leaf=lambda x: isinstance(x, WithAxes),
             )
-            params = cast_floats(jax.tree.map(jnp.asarray, bare), spec.precision.params)
-            return params, spec.optimizer.init(params), made.extra, for_steps
+            params = cast_floats(jax.tree.map(jnp.asarray, bare), spec.precision.param_dtype)
+            return params, spec.optimizer.init(params), made.model_state, for_steps
 
         return jax.jit(run)
 
     @functools.cached_property
     def _part(self) -> Any:
-        """`(params, extra, rows, key) → ((total, (weight, metrics, extra)), gradients)`."""
+        """`(params, model_state, rows, key) → ((total, (weight, metrics, model_state)),
+        gradients)`.
+        """
         loss = _plain(self.spec, evaluate=False)
         differentiated = jax.value_and_grad(loss, has_aux=True)
-        compute = self.spec.precision.compute
+        compute = self.spec.precision.compute_dtype
         return jax.jit(lambda params, *args: differentiated(cast_floats(params, compute), *args))
 
     @functools.cached_property
     def _whole(self) -> Any:
         loss = _plain(self.spec, evaluate=True)
-        compute = self.spec.precision.compute
+        compute = self.spec.precision.compute_dtype
         return jax.jit(lambda params, *args: loss(cast_floats(params, compute), *args))
 
     @functools.cached_property
@@ -188,20 +198,21 @@ def _sgd_applier(sgd: optax.GradientTransformation) -> Any:
     return _applier(sgd)
 
 
+
 def _plain(spec: StepSpec, *, evaluate: bool) -> Any:
-    """The user's loss as `(params, extra, batch, key) → (total, (weight, metrics, extra))`."""
+    """The user's loss as `(params, model_state, batch, key) → (total, (weight, metrics, model_state))`."""
     loss = spec.loss_fn
     loss = loss if isinstance(loss, Loss) else Loss(loss, loss)
     call = loss.evaluate if evaluate else loss.train
 
-    def run(params: Any, extra: Any, batch: Any, key: Any) -> tuple[Any, Any]:
+    def run(params: Any, model_state: Any, batch: Any, key: Any) -> tuple[Any, Any]:
         if loss.stateful:
-            value, metrics, extra = call(params, batch, key, extra)
+            value, metrics, model_state = call(params, batch, key, model_state)
         else:
             value = call(params, batch, key)
             value, metrics = value if isinstance(value, tuple) else (value, {})
         total, weight = _pair(value)
-        return total, (weight, {name: _pair(m) for name, m in metrics.items()}, extra)
+        return total, (weight, {name: _pair(m) for name, m in metrics.items()}, model_state)
 
     return run
 

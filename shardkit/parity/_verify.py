@@ -21,7 +21,7 @@ from ..rules import format_mesh
 from ..step import CompiledStep, StepSpec, check_step_spec
 from ._compare import Limits, compare
 from ._observe import observe
-from ._parity_report import Certificate, Row
+from ._parity_report import ParityReport, Row
 from ._record import OWN_PROGRAM, Trial, clipped_sgd, host
 from ._reference import Reference, nudged
 
@@ -53,7 +53,7 @@ class Standard:
         _check_usable(metrics)
         self._sgd = clipped_sgd(host(start.params), host(grads))
         self.record = reference.run(trial, start, self._sgd)
-        compute = spec.precision.compute
+        compute = spec.precision.compute_dtype
         self._noises = [
             reference.run(trial, nudged(start, compute, seed), self._sgd) for seed in range(_NUDGES)
         ]
@@ -73,9 +73,9 @@ class Standard:
     @property
     def title(self) -> str:
         """What is compared, in one line."""
-        n = self.spec.accumulate.steps
+        n = self.spec.accumulate.micro_batches
         micro = f", {n} micro-batches" if n > 1 else ""
-        compute = short_dtype(jnp.dtype(self.spec.precision.compute))
+        compute = short_dtype(jnp.dtype(self.spec.precision.compute_dtype))
         steps = count(self.trial.steps, "step")
         return f"One device against each mesh: {steps}, compute {compute}{micro}."
 
@@ -87,7 +87,7 @@ def verify(
     batches: Sequence[Any] | None = None,
     steps: int = 3,
     key: jax.Array | None = None,
-) -> Certificate:
+) -> ParityReport:
     """Proves that a step gives on every mesh the numbers of one device.
 
     The reference is a plain `jax.value_and_grad` of the declared loss on one device, with plain
@@ -139,7 +139,7 @@ def verify(
     trial = Trial(given, steps, jax.random.key(0) if key is None else key)
     standard = Standard(one.spec, one.mesh.devices.flat[0], trial)
     rows = [row for mesh in built for row in standard.rows(compiled(mesh))]
-    return Certificate(tuple(rows), standard.title)
+    return ParityReport(tuple(rows), standard.title)
 
 
 def step_factory(given: StepSpec | StepFactory) -> StepFactory:

@@ -22,7 +22,7 @@ from ._result import (
     Plan,
 )
 from ._space import (
-    Space,
+    SearchSpace,
     code_of,
 )
 
@@ -31,7 +31,7 @@ __all__ = [
     "Modelled",
     "Network",
     "Plan",
-    "Space",
+    "SearchSpace",
     "code_of",
     "compile_best",
     "compiled",

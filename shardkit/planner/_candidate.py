@@ -18,7 +18,7 @@ class Candidate:
       accumulate: micro-batches; those of a pipeline are its own.
       remat: checkpoint policy.
       zero: ZeRO stage over `data`; 0 for none.
-      state: bytes of parameters, optimizer state, extra, counter and key; exact.
+      state: bytes of parameters, optimizer state, model_state, counter and key; exact.
       batch: bytes of its share of the batch; exact.
       temp: bytes of activations, gradients and scratch.
       capacity: bytes of the device.
@@ -81,8 +81,12 @@ class Candidate:
     def layout(self) -> str:
         """The layout in words: `fsdp=16, tensor=4, remat=full`."""
         sizes = ", ".join(f"{axis}={n}" for axis, n in self.mesh.items() if n > 1) or "one device"
-        how = f", accumulate={self.accumulate.steps}" if self.accumulate.steps > 1 else ""
-        how += f" ({self.accumulate.reduce})" if self.accumulate.steps > 1 else ""
+        how = (
+            f", accumulate={self.accumulate.micro_batches}"
+            if self.accumulate.micro_batches > 1
+            else ""
+        )
+        how += f" ({self.accumulate.reduce})" if self.accumulate.micro_batches > 1 else ""
         how += f", {self.pipeline}" if self.pipeline else ""
         how += f", {self.attention} attention" if self.attention else ""
         how += f", zero={self.zero}" if self.zero else ""

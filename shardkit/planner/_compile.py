@@ -138,7 +138,7 @@ def _summary(report: Report) -> dict[str, Any]:
         wire[axes] = wire.get(axes, 0) + row.wire_bytes
     return {
         "total": memory.total or 0,
-        "state": memory.params + memory.opt_state + memory.extra + memory.rest,
+        "state": memory.params + memory.opt_state + memory.model_state + memory.rest,
         "temp": memory.temp or 0,
         "margin": memory.margin or 0,
         "seconds": timeline.high if timeline else 0.0,

@@ -25,7 +25,7 @@ class Sent:
     """A collective: `kind` over `axes`, of `payload` bytes (V of the ledger), `trips` times.
 
     `loops` are the axes that divide the trips; `gradient` says that a parameter's gradient is
-    summed, which happens once per step where micro-batches are reduced together; `weight` that a
+    summed, which happens once per step where micro-batches are reduced together; `use_param` that a
     parameter is gathered; `part` where in a pipeline it is, one of `PARTS`.
     """
 

@@ -86,7 +86,7 @@ def added_to(flat: Flat, read_by: Mapping[int, list[Op]], number: int) -> int | 
 
 
 def named_sizes(flat: Flat, name: str) -> frozenset[int]:
-    """Sizes of the dims to which `sk.constrain` gives a name, also in the bodies of loops."""
+    """Sizes of the dims to which `sk.nn.constrain` gives a name, also in the bodies of loops."""
     found: set[int] = set()
     for op in flat.ops:
         if op.body is not None:

@@ -26,7 +26,7 @@ class Modelled:
     """Figures of one device and step, modelled.
 
     Attributes:
-      state: bytes of parameters, optimizer state, extra, counter and key; exact.
+      state: bytes of parameters, optimizer state, model_state, counter and key; exact.
       batch: bytes of its share of the batch; exact.
       temp: bytes of activations, gradients and scratch.
       wire: mesh axes, joined by commas → bytes sent.
@@ -87,10 +87,12 @@ def modelled(
     experts = any("experts" in kind.splits for kind in used)
     if experts and (why := model.marked().beside_experts(sizes, how)):
         raise NotImplementedError(f"not modelled: {why}")
-    layout = model.layout(sizes, declared.strategy, declared.accumulate.steps)
+    layout = model.layout(sizes, declared.strategy, declared.accumulate.micro_batches)
     flat = model.program(declared.strategy.remat, bool(way))
     walked = walk_through(flat, layout, declared.strategy, network.lanes if network else 1, way)
-    machine = Machine(network or _ANY, short_dtype(jax.numpy.dtype(declared.precision.compute)))
+    machine = Machine(
+        network or _ANY, short_dtype(jax.numpy.dtype(declared.precision.compute_dtype))
+    )
     own = placed_bytes(layout, declared.strategy.kinds)
     if isinstance(how, Stages):
         values, waits = estimate_stages(walked, [(sizes, how)], [own], machine)
@@ -118,7 +120,7 @@ def _stages(declared: StepSpec) -> Stages:
       NotImplementedError: it has others around them, or stages of different sizes.
     """
     carrier: Any = dict(declared.strategy.regions)["staged"]
-    if declared.accumulate.steps > 1:
+    if declared.accumulate.micro_batches > 1:
         raise NotImplementedError("micro-batches around those of a pipeline are not modelled")
     if carrier.layers_per_stage is not None:
         raise NotImplementedError("uneven stages are not modelled")

@@ -195,8 +195,8 @@ class Parts:
 
     def __init__(self, cases: Sequence[Case], batch_scale: float) -> None:
         self.cases = cases
-        self.micro_batches = np.array([float(how.steps) for _, how in cases])
-        self.once = np.array([how.reduce == "once" for _, how in cases])
+        self.micro_batches = np.array([float(how.micro_batches) for _, how in cases])
+        self.once = np.array([how.reduce == "end" for _, how in cases])
         self.sizes = {a: np.array([float(m[a]) for m, _ in cases]) for a in cases[0][0]}
         self.sizes[MICRO] = self.micro_batches / batch_scale
         self.rates: dict[frozenset[str], np.ndarray] = {}

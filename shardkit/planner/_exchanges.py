@@ -15,7 +15,7 @@ _TILE = 512  # the widest tile of logits, as attention across devices cuts them
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """One `sk.attention`, forward or backward.
+    """One `sk.nn.attention`, forward or backward.
 
     Attributes:
       sent: kind, mesh axes and payload of its exchanges.

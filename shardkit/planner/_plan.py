@@ -13,7 +13,7 @@ from ._messages import assumptions, placed, refuse
 from ._result import Plan, front_of
 from ._search import Search
 from ._sensitivity import sensitivity, with_batch, with_memory
-from ._space import Space, searched_axes
+from ._space import SearchSpace, searched_axes
 
 
 def plan(
@@ -21,7 +21,7 @@ def plan(
     target: str,
     *,
     global_batch: int | None = None,
-    space: Space | None = None,
+    space: SearchSpace | None = None,
     overlap: float = 0.0,
     hardware: Sequence[Chip] = (),
 ) -> Plan:
@@ -61,9 +61,9 @@ def plan(
     check_step_spec(spec, MeshError, "The plan cannot be made.")
     _check(global_batch, overlap)
     wanted, declared = _known(target, hardware), _with_rows(spec, global_batch)
-    search = Search.of(declared, wanted, space or Space(), overlap, hardware)
+    search = Search.of(declared, wanted, space or SearchSpace(), overlap, hardware)
     if space is None and search.has_experts:
-        search.space = Space(searched_axes(experts=True))
+        search.space = SearchSpace(searched_axes(experts=True))
     found = search.run()
     rows = sorted((c for c in found.candidates if c.margin >= 0), key=lambda c: c.seconds)
     tight = sorted((c for c in found.candidates if c.margin < 0), key=lambda c: c.seconds)

@@ -1,7 +1,7 @@
 """What a model marks for strategies to carry out, as a plan sees it.
 
 Attention over a split length is no array program that a walk could follow by the names of dims: in
-truth blocks travel. So where a length is to be split, `sk.attention` is traced as one operation
+truth blocks travel. So where a length is to be split, `sk.nn.attention` is traced as one operation
 forward and one backward, of which a walk knows the formulae. Experts bounded by capacity are
 followed by the names of dims: constraints say where their slots turn from rows to experts and back.
 """
@@ -21,7 +21,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from .._core.tracing import record_fact, recorded_facts
 from .._core.types import Accumulate
 from ..nn._constrain import constrain
-from ..nn._overridable import Carrier, Surroundings, carried_out
+from ..nn._overridable import Override, StepContext, use_overrides
 from ._costs import EXPERTS, HEADS, LENGTH, PIPE
 from ._space import How, Stages
 
@@ -39,9 +39,9 @@ class Marked:
     """What a loss marks, each kind once.
 
     Attributes:
-      layers: number of layers of a `sk.staged`.
-      attention: (length, heads, key heads) of a `sk.attention`.
-      experts: (number, whether bounded by capacity) of a `sk.experts`.
+      layers: number of layers of a `sk.nn.layer_stack`.
+      attention: (length, heads, key heads) of a `sk.nn.attention`.
+      experts: (number, whether bounded by capacity) of a `sk.nn.experts`.
       broken: why it cannot be said.
     """
 
@@ -63,9 +63,9 @@ class Marked:
             return self.broken
         stages = sizes.get(PIPE, 1)
         if stages > 1 and not self.layers:
-            return f"the loss marks no layers with sk.staged, which {PIPE} would divide"
+            return f"the loss marks no layers with sk.nn.layer_stack, which {PIPE} would divide"
         if sizes.get(LENGTH, 1) > 1 and not self.attention:
-            return f"the loss has no sk.attention, which {LENGTH} would carry out"
+            return f"the loss has no sk.nn.attention, which {LENGTH} would carry out"
         if sizes.get(EXPERTS, 1) > 1 and (why := self._no_experts(sizes)):
             return why
         uneven = [n for n in self.layers if stages > 1 and n % stages]
@@ -73,7 +73,7 @@ class Marked:
 
     def _no_experts(self, sizes: Mapping[str, int]) -> str:
         if not self.experts:
-            return f"the loss has no sk.experts, which {EXPERTS} would divide"
+            return f"the loss has no sk.nn.experts, which {EXPERTS} would divide"
         if not all(bounded for _, bounded in self.experts):
             return "dropless experts, whose rows travel in numbers that only routers know"
         if max(sizes.get(PIPE, 1), sizes.get(LENGTH, 1)) > 1:
@@ -93,10 +93,10 @@ class Marked:
             parts = stages * how.virtual_stages
             if any(n % parts for n in self.layers):
                 return f"{self.layers[0]} layers do not split evenly into {parts} virtual stages"
-            if how.schedule == "interleaved" and how.steps % stages:
-                return f"{how.steps} micro-batches are no multiple of {stages} interleaved stages"
+            if how.schedule == "interleaved" and how.micro_batches % stages:
+                return f"{how.micro_batches} micro-batches are no multiple of {stages} interleaved stages"
         if sizes.get(EXPERTS, 1) > 1 and isinstance(how, Accumulate):
-            if how.steps > 1 and how.reduce == "once":
+            if how.micro_batches > 1 and how.reduce == "end":
                 return "one reduction for all micro-batches beside experts"
         tensor = sizes.get(HEADS, 1)
         for length, heads, keys in self.attention if way else ():
@@ -118,36 +118,36 @@ def marking(attention: bool = True) -> AbstractContextManager[Any]:
     Args:
       attention: whether attention is made one operation.
     """
-    carriers: dict[str, Carrier] = {"experts": _Experts("plan")}
+    carriers: dict[str, Override] = {"experts": _Experts("plan")}
     if attention:
         carriers |= {"staged": _Layers("plan"), "attention": _Attention("plan")}
     # Carriers are made use of on an axis of several devices alone.
     mesh: Any = AbstractMesh((2,), ("plan",), axis_types=(AxisType.Auto,))
-    return carried_out(carriers, Surroundings(mesh, (), _unsplit))
+    return use_overrides(carriers, StepContext(mesh, (), _unsplit))
 
 
 def _unsplit(names: Any) -> PartitionSpec:
     return PartitionSpec()
 
 
-class _Layers(Carrier):
+class _Layers(Override):
     def __call__(
-        self, around: Surroundings, plain: Callable[..., Any], *args: Any, **kwargs: Any
+        self, around: StepContext, plain: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         return record_fact(plain(*args, **kwargs), _LAYERS, len(jax.tree.leaves(args[4])[0]))
 
 
-class _Attention(Carrier):
+class _Attention(Override):
     def __call__(
-        self, around: Surroundings, plain: Callable[..., Any], *args: Any, **kwargs: Any
+        self, around: StepContext, plain: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         q, k, v, _, causal, _ = args
         return record_fact(_attend(q, k, v, causal), _ATTENTION, *q.shape[1:3], k.shape[2])
 
 
-class _Experts(Carrier):
+class _Experts(Override):
     def __call__(
-        self, around: Surroundings, plain: Callable[..., Any], *args: Any, **kwargs: Any
+        self, around: StepContext, plain: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         x, choice, share, weights, mlp, capacity = args
 

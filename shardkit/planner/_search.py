@@ -13,7 +13,7 @@ from ._candidate import Candidate
 from ._cases import Case, candidates
 from ._estimate import Machine
 from ._region_probe import Marked
-from ._space import Space, layout_of, marked_axes, symbolic
+from ._space import SearchSpace, layout_of, marked_axes, symbolic
 from ._state_bytes import Placed, Places, reason, row_ways
 from ._trace import Model, Walked, walk_through
 
@@ -80,7 +80,7 @@ class Search:
     """
 
     places: Places
-    space: Space
+    space: SearchSpace
     machine: Machine
     devices: int
     only: frozenset[tuple[str, Family]] | None = None
@@ -92,12 +92,12 @@ class Search:
         cls,
         declared: StepSpec,
         target: Target,
-        space: Space,
+        space: SearchSpace,
         overlap: float,
         hardware: "Sequence[Chip]" = (),
     ) -> "Search":
         """Traces the state of a spec."""
-        machine = Machine.of(target, declared.precision.compute, overlap, hardware)
+        machine = Machine.of(target, declared.precision.compute_dtype, overlap, hardware)
         assert target.n_devices is not None
         return cls(Places(Model.of(declared)), space, machine, target.n_devices)
 

@@ -72,7 +72,7 @@ How = Accumulate | Stages
 
 
 @dataclasses.dataclass(frozen=True)
-class Space:
+class SearchSpace:
     """Everything that is tried, all of it with all of it.
 
     Attributes:
@@ -90,7 +90,7 @@ class Space:
 
     axes: tuple[str, ...] = dataclasses.field(default_factory=searched_axes)
     accumulate: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    reduce: tuple[str, ...] = ("once", "each")
+    reduce: tuple[str, ...] = ("end", "every")
     remat: tuple[str, ...] = ("none", "dots", "full")
     zero: tuple[int, ...] = (0, 1, 2)
     max_size: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -198,8 +198,8 @@ def code_of(sizes: Mapping[str, int], how: How, remat: str, zero: int, attention
     stages = how if isinstance(how, Stages) else None
     calls = _calls(sizes, zero, attention, stages)
     steps = "1"
-    if isinstance(how, Accumulate) and how.steps > 1:
-        steps = f"sk.Accumulate({how.steps}, reduce={how.reduce!r})"
+    if isinstance(how, Accumulate) and how.micro_batches > 1:
+        steps = f"sk.Accumulate({how.micro_batches}, reduce={how.reduce!r})"
     return "\n".join(
         [
             f"mesh = sk.MeshSpec({mesh})",

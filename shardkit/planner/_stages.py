@@ -123,7 +123,7 @@ def estimate_stages(
     Returns:
       The estimates, and the seconds in which a stage waits for others.
     """
-    parts = Parts([(m, Accumulate(how.steps)) for m, how in cases], batch_scale)
+    parts = Parts([(m, Accumulate(how.micro_batches)) for m, how in cases], batch_scale)
     made = [roles(how, sizes[PIPE]) for sizes, how in cases]
     mean = np.array([one.mean for one in made]).T  # [parts, cases]
     compute, memory = each_work(walked, parts, machine)

@@ -24,7 +24,7 @@ class Placed:
     """Exact bytes of one device on one mesh.
 
     Attributes:
-      state: parameters, optimizer state, extra, counter and key.
+      state: parameters, optimizer state, model_state, counter and key.
       batch: its share of the batch.
       lane: its gradients in f32, unreduced over rows, as one reduction per step needs them.
       shard: its gradients in f32 as the parameters lie.
@@ -112,7 +112,7 @@ def placed_bytes(layout: Layout, kinds: tuple[Kind, ...]) -> Placed:
     """Exact bytes from the resolved shardings of kinds of parallelism."""
     state, where = layout.state, layout.shardings
     held = sum(_shard_bytes(getattr(where, n), getattr(state, n)) for n in ("params", "opt_state"))
-    held += _shard_bytes(where.extra, state.extra)
+    held += _shard_bytes(where.model_state, state.model_state)
     held += sum(nbytes(x.shape, x.dtype) for x in (state.step, state.key, state.halted))
     rows = set(layout.row_axes) - {EXPERTS}  # no lane ends along it
     mesh = next(iter(jax.tree.leaves(where.params))).mesh.shape
@@ -137,7 +137,7 @@ def kept_bytes(placed: Placed, schedule: Accumulate) -> int:
     """Bytes of what micro-batches add up in."""
     if schedule.steps == 1:
         return 0
-    return placed.lane if schedule.reduce == "once" else placed.shard
+    return placed.lane if schedule.reduce == "end" else placed.shard
 
 
 def reason(error: Exception) -> str:

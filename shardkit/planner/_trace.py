@@ -110,24 +110,24 @@ class Model:
     def marked(self) -> Marked:
         """What the loss marks for strategies to carry out."""
         d, (state, _) = self.declared, self.abstract
-        low = jax.eval_shape(lambda p: cast_floats(p, d.precision.compute), state.params)
+        low = jax.eval_shape(lambda p: cast_floats(p, d.precision.compute_dtype), state.params)
         with marking():
-            loss = jax.make_jaxpr(objective(d.loss_fn))(low, state.extra, d.batch, state.key)
+            loss = jax.make_jaxpr(objective(d.loss_fn))(low, state.model_state, d.batch, state.key)
         return Marked.of(loss.jaxpr)
 
     def jaxpr(self, remat: str) -> ClosedJaxpr:
         """The same as JAX traces it."""
         d, (state, _) = self.declared, self.abstract
         loss, named = objective(d.loss_fn), policy(remat)
-        low = jax.eval_shape(lambda p: cast_floats(p, d.precision.compute), state.params)
+        low = jax.eval_shape(lambda p: cast_floats(p, d.precision.compute_dtype), state.params)
 
-        def run(params: Any, extra: Any, batch: Any, key: Any) -> Any:
-            params = cast_floats(params, d.precision.compute)
-            return jax.grad(chosen, has_aux=True)(params, extra, batch, key)
+        def run(params: Any, model_state: Any, batch: Any, key: Any) -> Any:
+            params = cast_floats(params, d.precision.compute_dtype)
+            return jax.grad(chosen, has_aux=True)(params, model_state, batch, key)
 
-        chosen = apply_policy(loss, named, low, state.extra, d.batch, state.key)
+        chosen = apply_policy(loss, named, low, state.model_state, d.batch, state.key)
         with active(named):
-            return jax.make_jaxpr(run)(state.params, state.extra, d.batch, state.key)
+            return jax.make_jaxpr(run)(state.params, state.model_state, d.batch, state.key)
 
 
 def abstract_mesh(sizes: Mapping[str, int]) -> Any:
@@ -169,7 +169,7 @@ def walk_through(
     state, placed = layout.state, layout.shardings
     ins = _laid(placed.params, state.params, stored=True)
     wanted: list[Dims | None] = [one.dims for one in _laid(layout.gradients, state.params)]
-    ins += _laid(placed.extra, state.extra)
+    ins += _laid(placed.model_state, state.model_state)
     ins += [_in_micro_batches(one) for one in _laid(layout.batch_shardings, layout.batch)]
     ins += [whole(0)]
     walk = Walk(_resolver(strategy), lanes, way)

@@ -17,14 +17,14 @@ from ._membership import (
     process_count,
 )
 from ._process_group import (
-    Peers,
+    ProcessGroup,
 )
 
 __all__ = [
     "PEER_FAILED",
     "STUCK",
     "Failure",
-    "Peers",
+    "ProcessGroup",
     "detected_cluster",
     "distributed",
     "launch",

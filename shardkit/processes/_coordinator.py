@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from ._failure import Failure
-from ._message_stream import Closed, Line, Message
+from ._message_stream import Closed, Message, MessageStream
 
 _TICK = 0.1
 # A process that hangs keeps the others from going on too: the last one to say so has said so by
@@ -27,12 +27,12 @@ class _Member:
       events: of its loop, counted; every process has the same ones in the same order.
     """
 
-    line: Line
+    line: MessageStream
     step: int = 0
     events: int = 0
 
 
-class Hub:
+class Coordinator:
     """Collects what processes say, and tells all of them when one cannot go on.
 
     Attributes:
@@ -62,8 +62,8 @@ class Hub:
         self._ended: Failure | None = None
         self._closing = False
         own, theirs = socket.socketpair()
-        self._admit(Line(own))
-        self.line = Line(theirs)
+        self._admit(MessageStream(own))
+        self.line = MessageStream(theirs)
         self._thread = threading.Thread(target=self._run, name="shardkit-hub", daemon=True)
         self._thread.start()
 
@@ -75,10 +75,10 @@ class Hub:
     def _run(self) -> None:
         while not (self._closing and not self._members):
             for key, _ in self._selector.select(_TICK):
-                if isinstance(key.data, Line):
+                if isinstance(key.data, MessageStream):
                     self._read(key.data)
                 else:
-                    self._admit(Line(key.data.accept()[0]))
+                    self._admit(MessageStream(key.data.accept()[0]))
             if self._ended is None:
                 self._look()
         for key in list(self._selector.get_map().values()):
@@ -86,10 +86,10 @@ class Hub:
             key.data.close()
         self._selector.close()
 
-    def _admit(self, line: Line) -> None:
+    def _admit(self, line: MessageStream) -> None:
         self._selector.register(line, selectors.EVENT_READ, line)
 
-    def _read(self, line: Line) -> None:
+    def _read(self, line: MessageStream) -> None:
         process = next((p for p, one in self._members.items() if one.line is line), None)
         try:
             for message in line.receive():
@@ -102,7 +102,7 @@ class Hub:
                 self._end(process, _LOST)
                 del self._members[process]
 
-    def _greet(self, line: Line, message: Message) -> int:
+    def _greet(self, line: MessageStream, message: Message) -> int:
         """Makes a connection a member; whoever does not know the token is a stranger."""
         if message["kind"] != "hello" or message["token"] != self._token:
             raise Closed

@@ -9,17 +9,17 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from .._core.errors import Problem, ProcessError, format_problems
-from ._coordinator import Hub
+from ._coordinator import Coordinator
 from ._membership import Membership, detected_cluster, membership
-from ._message_stream import Line, address_of, connect, listen
-from ._process_group import Peers
+from ._message_stream import MessageStream, address_of, connect, listen
+from ._process_group import ProcessGroup
 
 # Which of its addresses process 0 is to be reached at; its host name by default.
 HOST = "SHARDKIT_HUB_HOST"
 _ADDRESS_BYTES = 256
 
 
-def distributed(*, step_timeout: float = 0.0, start_timeout: float = 300.0) -> Peers:
+def distributed(*, step_timeout: float = 0.0, start_timeout: float = 300.0) -> ProcessGroup:
     """Joins the processes that run this program together, if there are others.
 
     Call it before JAX starts a backend. Where `shardkit launch` or a cluster (SLURM, Open MPI,
@@ -56,24 +56,24 @@ def distributed(*, step_timeout: float = 0.0, start_timeout: float = 300.0) -> P
         _initialize(f"of {cluster}", initialization_timeout=round(start_timeout))
         return _among_initialized(step_timeout, start_timeout)
     if not step_timeout:
-        return Peers()
+        return ProcessGroup()
     return _alone(step_timeout, start_timeout)
 
 
-def _alone(step_timeout: float, start_timeout: float) -> Peers:
+def _alone(step_timeout: float, start_timeout: float) -> ProcessGroup:
     token = secrets.token_hex()
-    hub = Hub(None, 1, token, start_timeout)
-    return Peers(0, 1, hub.line, hub, token, step_timeout=step_timeout)
+    hub = Coordinator(None, 1, token, start_timeout)
+    return ProcessGroup(0, 1, hub.line, hub, token, step_timeout=step_timeout)
 
 
-def _launched(place: Membership, step_timeout: float, start_timeout: float) -> Peers:
+def _launched(place: Membership, step_timeout: float, start_timeout: float) -> ProcessGroup:
     hub = None
     if place.listener is not None:
         listener = socket.socket(fileno=place.listener)
-        hub = Hub(listener, place.count, place.token, start_timeout)
+        hub = Coordinator(listener, place.count, place.token, start_timeout)
     line = hub.line if hub else _connect(place.hub, start_timeout)
-    launcher = Line(socket.socket(fileno=place.control))
-    peers = Peers(place.index, place.count, line, hub, place.token, launcher, step_timeout)
+    launcher = MessageStream(socket.socket(fileno=place.control))
+    peers = ProcessGroup(place.index, place.count, line, hub, place.token, launcher, step_timeout)
     try:
         _initialize(
             "that the launcher has started",
@@ -89,25 +89,25 @@ def _launched(place: Membership, step_timeout: float, start_timeout: float) -> P
     return peers
 
 
-def _among_initialized(step_timeout: float, start_timeout: float) -> Peers:
+def _among_initialized(step_timeout: float, start_timeout: float) -> ProcessGroup:
     """Process 0 tells the others where to connect, over the devices that they share already."""
     index, count = jax.process_index(), jax.process_count()
     if count == 1:
-        return _alone(step_timeout, start_timeout) if step_timeout else Peers()
+        return _alone(step_timeout, start_timeout) if step_timeout else ProcessGroup()
     hub, told = None, ""
     if index == 0:
         listener = listen(os.environ.get(HOST, socket.gethostname()))
         token = secrets.token_hex()
-        hub = Hub(listener, count, token, start_timeout)
+        hub = Coordinator(listener, count, token, start_timeout)
         told = f"{token} {address_of(listener)}"
     words = np.frombuffer(told.ljust(_ADDRESS_BYTES).encode(), np.uint8)
     words = np.asarray(multihost_utils.broadcast_one_to_all(words), np.uint8)
     token, address = words.tobytes().decode().split()
     line = hub.line if hub else _connect(address, start_timeout)
-    return Peers(index, count, line, hub, token, step_timeout=step_timeout)
+    return ProcessGroup(index, count, line, hub, token, step_timeout=step_timeout)
 
 
-def _connect(address: str, timeout: float) -> Line:
+def _connect(address: str, timeout: float) -> MessageStream:
     try:
         return connect(address, timeout)
     except OSError as error:

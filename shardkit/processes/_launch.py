@@ -17,7 +17,7 @@ from types import FrameType
 from .._core.errors import Problem, ProcessError, raise_all
 from ._failure import STOPPED, Failure
 from ._membership import VARIABLE, Membership
-from ._message_stream import Closed, Line, address_of, listen
+from ._message_stream import Closed, MessageStream, address_of, listen
 
 _TICK = 0.05
 # The processes themselves say within this time at which step the first one failed, and what.
@@ -78,7 +78,7 @@ class _Child:
 
     index: int
     process: subprocess.Popen[bytes]
-    control: Line
+    control: MessageStream
     step: int = 0
     held: list[tuple[float, bytes]] = dataclasses.field(default_factory=list)
 
@@ -111,7 +111,7 @@ def _start(command: Sequence[str], count: int, devices: int | None) -> Iterator[
             kept = (theirs.fileno(), *((listener.fileno(),) if index == 0 else ()))
             with theirs:
                 process = _popen(command, place, kept)
-            yield _Child(index, process, Line(ours))
+            yield _Child(index, process, MessageStream(ours))
 
 
 def _popen(

@@ -12,7 +12,7 @@ class Closed(Exception):
     """The other side is gone, or speaks something else."""
 
 
-class Line:
+class MessageStream:
     """One end of a connection; any thread may send, one thread receives."""
 
     def __init__(self, end: socket.socket) -> None:
@@ -52,7 +52,7 @@ class Line:
         self._socket.close()
 
 
-def connect(address: str, timeout: float) -> Line:
+def connect(address: str, timeout: float) -> MessageStream:
     """Connects to `host:port`.
 
     Raises:
@@ -63,7 +63,7 @@ def connect(address: str, timeout: float) -> Line:
     end.settimeout(None)
     # A message is a few bytes that somebody waits for.
     end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return Line(end)
+    return MessageStream(end)
 
 
 def listen(host: str) -> socket.socket:

@@ -1,4 +1,6 @@
-"""`Peers`: a process among several that know within moments when one of them cannot go on."""
+"""`ProcessGroup`: a process among several that know within moments when one of them cannot go
+on.
+"""
 
 import atexit
 import faulthandler
@@ -13,9 +15,9 @@ import jax
 
 from .._core.errors import ProcessError
 from ._agree import differences
-from ._coordinator import Hub
+from ._coordinator import Coordinator
 from ._failure import PEER_FAILED, STUCK, Failure, code_of
-from ._message_stream import Closed, Line, Message
+from ._message_stream import Closed, Message, MessageStream
 
 _TICK = 0.1
 _LEAVE = "leave"
@@ -29,7 +31,7 @@ _COORDINATE = 0.6
 _ANSWER = 1.5
 
 
-class Peers:
+class ProcessGroup:
     """This process among those that run one program together. Made by `sk.distributed`.
 
     Every process is connected to process 0. When one of them dies, raises or hangs, each of the
@@ -45,10 +47,10 @@ class Peers:
         self,
         index: int = 0,
         count: int = 1,
-        line: Line | None = None,
-        hub: Hub | None = None,
+        line: MessageStream | None = None,
+        hub: Coordinator | None = None,
         token: str = "",
-        launcher: Line | None = None,
+        launcher: MessageStream | None = None,
         step_timeout: float = 0.0,
     ) -> None:
         """See `sk.distributed`; without a line there is nobody to watch."""
@@ -210,7 +212,7 @@ class Peers:
             case "end":
                 self._end(Failure(**message))
 
-    def _lost(self, line: Line) -> None:
+    def _lost(self, line: MessageStream) -> None:
         if self._left or self.failure:
             return
         if line is self._launcher:

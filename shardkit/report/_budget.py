@@ -156,7 +156,7 @@ def _reductions(report: "Report", budget: Budget) -> Iterator[Problem]:
             most if found > most + _SLACK else None,
             found,
             _lines(rows),
-            'sk.Accumulate(steps, reduce="once")',
+            'sk.Accumulate(k, reduce="end")',
             lambda number: f"{number:.4g}",
         )
         yield from _incomplete(report, f"reductions_per_step[{axis!r}]")

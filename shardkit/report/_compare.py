@@ -12,7 +12,7 @@ from .findings._findings import Finding
 from .memory._layouts import Layout
 from .time._timeline import format_seconds
 
-_PARTS = ("params", "opt_state", "extra", "batch", "rest", "padding", "output", "temp")
+_PARTS = ("params", "opt_state", "model_state", "batch", "rest", "padding", "output", "temp")
 _ROWS, _FINDINGS, _LAYOUTS, _WIDTH = 12, 12, 12, 100
 _COLUMNS = ("", Column("before", right=True), Column("after", right=True), "change")
 

@@ -12,7 +12,7 @@ from .._core.tree import Leaf, join_path, nbytes
 from ._axis_kind import AxisKind
 from .hlo._hlo import Module, dtype_bits, parse
 
-PARTS = ("params", "opt_state", "extra", "batch", "rest")
+PARTS = ("params", "opt_state", "model_state", "batch", "rest")
 
 
 @dataclasses.dataclass(frozen=True)

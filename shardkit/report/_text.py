@@ -123,7 +123,7 @@ def _memory(report: "Report") -> Iterator[_Part]:
     if memory.capacity is not None and memory.margin is not None:
         fits = "fits" if memory.fits else "DOES NOT FIT"
         title += f" of {format_bytes(memory.capacity)}: {fits}, {format_bytes(memory.margin)} left"
-    names = ("params", "opt_state", "extra", "batch", "rest", "padding", "output", "temp")
+    names = ("params", "opt_state", "model_state", "batch", "rest", "padding", "output", "temp")
     sizes = [getattr(memory, name) for name in names]
     yield f"\n{title}"
     cells = ["?" if size is None else format_bytes(size) for size in sizes]

@@ -10,7 +10,7 @@ from ._check import (
 )
 from ._explain import (
     Explanation,
-    explain,
+    explain_rules,
     named_leaves,
 )
 from ._path import (
@@ -34,7 +34,7 @@ from ._rule import (
     Passed,
     Refused,
     Rule,
-    chain,
+    first_match,
     flatten,
 )
 from ._shape import (
@@ -73,13 +73,13 @@ __all__ = [
     "Rule",
     "ShardLargest",
     "axes_of",
-    "chain",
     "check",
     "check_batch",
     "check_spec",
     "collect",
     "dead",
-    "explain",
+    "explain_rules",
+    "first_match",
     "flatten",
     "format_mesh",
     "format_spec",

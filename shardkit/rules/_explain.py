@@ -9,7 +9,7 @@ import jax
 from .._core.errors import count
 from .._core.io._table import Column, Table, fold_text
 from .._core.tree import Leaf, format_bytes, path_str, short_type
-from .._core.types import Named
+from .._core.types import WithAxes
 from ._resolve import Placement, place
 from ._rule import Rule
 from ._specs import (
@@ -93,7 +93,7 @@ def _reason(row: Placement) -> str:
     return f"{row.source}: {row.why}" if row.why else row.source
 
 
-def explain(
+def explain_rules(
     rules: Rule,
     abstract_params: Any,
     mesh: Mapping[str, int] | HasShape,
@@ -105,9 +105,9 @@ def explain(
 
     Args:
       rules: the rule, such as a chain.
-      abstract_params: pytree of arrays or `jax.ShapeDtypeStruct`, or of `Named` ones.
+      abstract_params: pytree of arrays or `jax.ShapeDtypeStruct`, or of `WithAxes` ones.
       mesh: a mesh, a `MeshSpec` without -1, or `{axis: size}`.
-      axes: logical axes by path, for leaves that are not `Named`.
+      axes: logical axes by path, for leaves that are not `WithAxes`.
 
     Returns:
       The explanation; print it.
@@ -136,17 +136,17 @@ def explain(
 
 
 def named_leaves(tree: Any, axes: Mapping[str, tuple[str | None, ...]] | None = None) -> list[Leaf]:
-    """Lists a pytree's leaves with the logical axes that `Named` boxes or `axes` give them.
+    """Lists a pytree's leaves with the logical axes that `WithAxes` boxes or `axes` give them.
 
     Args:
-      tree: pytree of arrays, `jax.ShapeDtypeStruct`, or `Named` ones.
-      axes: logical axes by path, for leaves that are not `Named`.
+      tree: pytree of arrays, `jax.ShapeDtypeStruct`, or `WithAxes` ones.
+      axes: logical axes by path, for leaves that are not `WithAxes`.
     """
-    paired = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, Named))
+    paired = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, WithAxes))
     found = []
     for key_path, x in paired:
         path = path_str(key_path)
-        value, names = (x.value, x.axes) if isinstance(x, Named) else (x, (axes or {}).get(path))
+        value, names = (x.value, x.axes) if isinstance(x, WithAxes) else (x, (axes or {}).get(path))
         found.append(Leaf(path, tuple(value.shape), value.dtype, names))
     return found
 

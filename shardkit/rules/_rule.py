@@ -16,7 +16,7 @@ class Decided:
 
     Attributes:
       spec: the spec as declared; `resolve` checks it against the leaf and the mesh.
-      source: what an error or `explain` names: `PathRules["**/up/kernel"]`.
+      source: what an error or `explain_rules` names: `PathRules["**/up/kernel"]`.
       entries: the keys of the rule's `Entry`s that decided; none where the rule is one whole.
       dims: the source of each dim of the spec, where they differ: `AxisRules['mlp' → 'tensor']`.
       why: a reason worth showing, such as "fewer elements than min_size".
@@ -59,7 +59,7 @@ class Entry:
     Attributes:
       key: what a user wrote: a glob, a logical axis.
       source: how errors name it: `PathRules["**/up/kernel"]`.
-      required: matching no leaf at all is an error, not merely worth a line in `explain`.
+      required: matching no leaf at all is an error, not merely worth a line in `explain_rules`.
       matches: whether it applies to a leaf, whatever comes before it.
       nearest: given every leaf, the text of a did-you-mean, or "".
     """
@@ -75,7 +75,7 @@ class Entry:
 class Rule(Protocol):
     """Maps a leaf (path, shape, dtype, logical axes) to a spec, or passes.
 
-    Rules are frozen data, combined with `chain`. One more kind of rule is one more frozen
+    Rules are frozen data, combined with `first_match`. One more kind of rule is one more frozen
     dataclass with these two methods.
     """
 
@@ -109,7 +109,7 @@ REPLICATED = Replicated()
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """Rules in order: the first that does not pass decides. Made by `chain`."""
+    """Rules in order: the first that does not pass decides. Made by `first_match`."""
 
     rules: tuple[Rule, ...]
 
@@ -137,10 +137,10 @@ def flatten(rule: Rule) -> tuple[Rule, ...]:
     return rule.rules if isinstance(rule, Chain) else (rule,)
 
 
-def chain(*rules: Rule) -> Rule:
+def first_match(*rules: Rule) -> Rule:
     """Combines rules: for each leaf, the first that does not pass decides.
 
-    Chains of chains are flat, so `chain(a, chain(b, c)) == chain(a, b, c)`.
+    Chains of chains are flat, so `first_match(a, chain(b, c)) == chain(a, b, c)`.
 
     Args:
       *rules: any number of rules, most specific first. End with `REPLICATED` to replicate

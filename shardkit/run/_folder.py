@@ -15,7 +15,7 @@ from rich.text import Text
 from .._core.errors import CheckpointError, Problem, format_problems
 from .._core.tree import join_path
 from ..checkpoint import Checkpointer, RetentionPolicy
-from ..processes import Peers
+from ..processes import ProcessGroup
 from ..step import CompiledStep
 from ._config import TrainConfig
 from ._metrics_file import MetricsFile
@@ -124,7 +124,7 @@ def open_run_folder(
     record: Mapping[str, Any],
     source: DataSource,
     console: Console,
-    peers: Peers,
+    peers: ProcessGroup,
     began: float,
     seconds: Mapping[str, float],
 ) -> Iterator[tuple[RunFolder, Any]]:

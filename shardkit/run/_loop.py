@@ -102,7 +102,7 @@ class Loop:
         pending: tuple[int, Mapping[str, Any]] | None = None
         for done in range(self._folder.start + 1, self._config.steps + 1):
             with self._clock.time_data():
-                batch = self._step.put(self._next_batch(batches, done))
+                batch = self._step.shard_batch(self._next_batch(batches, done))
             state, metrics = self._step(state, batch)
             for callback in self._callbacks:
                 callback.on_dispatch(done, state, batch)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from .._core.errors import ConfigError, Problem, format_problems
 from .._core.tree import leaves_by_path, short_type
-from ..processes import Peers
+from ..processes import ProcessGroup
 from ..step import CompiledStep
 from ._resume import ResumeDecision
 from ._stop import Stopped
 
 
-def agree_on_step(peers: Peers, step: CompiledStep) -> None:
+def agree_on_step(peers: ProcessGroup, step: CompiledStep) -> None:
     """Raises in all processes, before the first update, unless they compiled the same program.
 
     Raises:
@@ -24,7 +24,7 @@ def agree_on_step(peers: Peers, step: CompiledStep) -> None:
     peers.agree("step", batch=types, mesh=dict(step.mesh.shape), program=step.program.digest)
 
 
-def create_shared_folder(peers: Peers, decision: ResumeDecision) -> Path:
+def create_shared_folder(peers: ProcessGroup, decision: ResumeDecision) -> Path:
     """Returns the folder of the run; process 0 creates that of a new one."""
     path = None
     if peers.index == 0:
@@ -33,7 +33,7 @@ def create_shared_folder(peers: Peers, decision: ResumeDecision) -> Path:
 
 
 @contextlib.contextmanager
-def leave_together(peers: Peers) -> Iterator[None]:
+def leave_together(peers: ProcessGroup) -> Iterator[None]:
     """Ends a block that all processes leave after the same update, because of a signal."""
     try:
         yield

@@ -16,7 +16,7 @@ from .._core.errors import (
 )
 from .._core.io._flatten import flatten
 from ..checkpoint import Checkpointer, Manifest
-from ..processes import Peers
+from ..processes import ProcessGroup
 from ._config import TrainConfig
 from ._metrics_file import read_metrics
 from ._source import DataSource
@@ -56,7 +56,7 @@ def decide_resume(
     *,
     record: Mapping[str, Any],
     decides: Sequence[str] | None = None,
-    peers: Peers,
+    peers: ProcessGroup,
 ) -> ResumeDecision:
     """Finds the run to resume, if any. Process 0 decides for all.
 

@@ -43,7 +43,7 @@ class Throughput:
         chip = chip_of(step.mesh.devices.flat[0].device_kind)
         if chip is None:
             return cls(count, unit, simulated)
-        dtype = short_dtype(jnp.dtype(step.spec.precision.compute))
+        dtype = short_dtype(jnp.dtype(step.spec.precision.compute_dtype))
         if dtype not in chip.flops:
             return cls(count, unit, simulated)
         flops = count_flops(step.program.jaxpr).model

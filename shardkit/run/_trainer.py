@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ..checkpoint import RetentionPolicy
-from ..processes import Peers
+from ..processes import ProcessGroup
 from ..step import CompiledStep, StepSpec, check_mesh_given
 from ._config import TrainConfig
 from ._console import label_text, show_layout, standard_output
@@ -71,7 +71,7 @@ class Trainer:
     tokens: int | None = None
     describe: Describe = describe_metrics
     console: Console = dataclasses.field(default_factory=standard_output)
-    peers: Peers = dataclasses.field(default_factory=Peers)
+    peers: ProcessGroup = dataclasses.field(default_factory=ProcessGroup)
 
     def __post_init__(self) -> None:
         """Checks that a spec has its mesh; silences every process but the first.
@@ -104,7 +104,7 @@ class Trainer:
             self.console.print(Text(note), style="yellow", soft_wrap=True)
         check_callbacks(config, decision.step)
         step, seconds = self._compile()
-        step.check_room()
+        step.check_memory()
         with open_run_folder(
             decision,
             step,

@@ -24,7 +24,7 @@ Names = tuple[str | None, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Constraint(Leaf):
-    """What `sk.constrain` named, as a leaf named as it was written.
+    """What `sk.nn.constrain` named, as a leaf named as it was written.
 
     Attributes:
       inside: mesh axes that are manual where it stands; the shape is one device's along them.
@@ -35,7 +35,7 @@ class Constraint(Leaf):
 
 @dataclasses.dataclass(frozen=True)
 class Activations:
-    """Resolves what `sk.constrain` named, for one step.
+    """Resolves what `sk.nn.constrain` named, for one step.
 
     Attributes:
       mesh: the device mesh.

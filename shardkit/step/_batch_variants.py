@@ -17,7 +17,7 @@ from .._core.errors import Problem, RetraceWarning, ShardingError, format_proble
 from .._core.tree import leaves_by_path, short_type
 from ._bound_spec import BoundSpec
 from ._compile import no_ambient_mesh
-from ._compiled_functions import Programs
+from ._compiled_functions import CompiledFunctions
 from ._layout import Layout, resolve_layout
 
 # Lengths in buckets are few; each form holds up to three executables, on host and devices.
@@ -27,7 +27,7 @@ Types = tuple[tuple[tuple[int, ...], np.dtype], ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Form:
+class BatchVariant:
     """A spec for batches of one form, resolved on its mesh.
 
     Attributes:
@@ -36,10 +36,10 @@ class Form:
     """
 
     layout: Layout
-    programs: Programs
+    programs: CompiledFunctions
 
     @classmethod
-    def of(cls, bound: BoundSpec) -> "Form":
+    def of(cls, bound: BoundSpec) -> "BatchVariant":
         """Resolves a spec on its mesh.
 
         Raises:
@@ -53,12 +53,12 @@ class Form:
             mesh=bound.mesh,
             strategy=spec.strategy,
             precision=spec.precision,
-            steps=spec.accumulate.steps,
+            steps=spec.accumulate.micro_batches,
         )
-        return cls(layout, Programs(bound, layout))
+        return cls(layout, CompiledFunctions(bound, layout))
 
 
-class Forms:
+class BatchVariants:
     """The declared form of a batch, and the others that were met last, `KEPT` at most.
 
     Attributes:
@@ -68,12 +68,12 @@ class Forms:
 
     def __init__(self, bound: BoundSpec) -> None:
         """Resolves the declared form."""
-        self.declared = Form.of(bound)
+        self.declared = BatchVariant.of(bound)
         self._bound = bound
-        self._others: dict[Types, Form] = {}  # the one that was used last comes last
+        self._others: dict[Types, BatchVariant] = {}  # the one that was used last comes last
         self.changes: list[str] = []
 
-    def of(self, batch: Any) -> Form:
+    def of(self, batch: Any) -> BatchVariant:
         """Finds the form of a batch; what is no legal one is left to the declared one to refuse."""
         got, structure = jax.tree.flatten(batch)
         want, declared = jax.tree.flatten(self.declared.layout.batch)
@@ -90,11 +90,13 @@ class Forms:
             return self.declared
         return self._made(structure, types, changes)
 
-    def _made(self, structure: Any, types: Types, changes: list[Problem]) -> Form:
+    def _made(self, structure: Any, types: Types, changes: list[Problem]) -> BatchVariant:
         shapes = structure.unflatten([jax.ShapeDtypeStruct(*one) for one in types])
         try:
             with no_ambient_mesh():
-                form = Form.of(BoundSpec(self._bound.spec.replace(batch=shapes), self._bound.mesh))
+                form = BatchVariant.of(
+                    BoundSpec(self._bound.spec.replace(batch=shapes), self._bound.mesh)
+                )
         except ShardingError:
             return self.declared
         self._others[types] = form

@@ -50,7 +50,9 @@ class BoundSpec:
         if how is not None and how.axis not in self.mesh.shape:
             why = f"mesh axis {how.axis!r} is not in the mesh."
             why += did_you_mean(how.axis, self.mesh.shape)
-            yield Problem("compression", why, f"sk.Compression({self.mesh.axis_names[0]!r})")
+            yield Problem(
+                "compression", why, f"sk.GradientCompression({self.mesh.axis_names[0]!r})"
+            )
 
     def _misfits(self) -> Iterator[Problem]:
         """Options that the carriers on this mesh's axes cannot work with."""

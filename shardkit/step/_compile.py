@@ -27,7 +27,7 @@ _CACHE_SETTING, _WARNING_FILTERS = threading.Lock(), threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class CompiledProgram:
     """A compiled function with what its making told.
 
     Attributes:
@@ -65,7 +65,7 @@ def compile_program(
     check: Callable[[Any], None],
     donate: tuple[int, ...] = (),
     options: Mapping[str, Any] | None = None,
-) -> Program:
+) -> CompiledProgram:
     """Traces, checks, lowers and compiles a function for abstract arguments.
 
     Args:
@@ -124,7 +124,7 @@ def compile_program(
     # The text of a large program takes as long as lowering it, which one process is spared.
     text = lowered.as_text() if jax.process_count() > 1 else ""
     digest = hashlib.sha256(text.encode()).hexdigest() if text else ""
-    return Program(compiled, first.jaxpr, bool(hits), seconds, digest, said)
+    return CompiledProgram(compiled, first.jaxpr, bool(hits), seconds, digest, said)
 
 
 @contextlib.contextmanager

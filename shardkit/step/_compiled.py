@@ -14,9 +14,9 @@ from .._core.errors import Problem, StateError, format_problems
 from .._core.train_state import TrainState
 from .._core.types import Batch, Key, Params, Scalar
 from ..report import Report
-from ._batch_variants import Form, Forms
+from ._batch_variants import BatchVariant, BatchVariants
 from ._bound_spec import BoundSpec
-from ._compile import Program, no_ambient_mesh
+from ._compile import CompiledProgram, no_ambient_mesh
 from ._inputs import (
     check_apart,
     check_given,
@@ -25,7 +25,7 @@ from ._inputs import (
     put_batch,
     put_key,
 )
-from ._memory_check import check_room
+from ._memory_check import check_memory
 from ._report import inspected
 
 if TYPE_CHECKING:
@@ -52,9 +52,9 @@ class CompiledStep:
         self._bound = BoundSpec(spec, mesh)
         # Abstract arrays carry the mesh that they were made under, so this starts with the first.
         with no_ambient_mesh():
-            self._forms = Forms(self._bound)
+            self._forms = BatchVariants(self._bound)
             self.layout = self._forms.declared.layout
-            self.program: Program = self._forms.declared.programs.train
+            self.program: CompiledProgram = self._forms.declared.programs.train
         # The state made last is known to be sound; any other one is looked at more closely.
         self._last: weakref.ref[TrainState] | None = None
 
@@ -79,12 +79,12 @@ class CompiledStep:
         return self.layout.batch_shardings
 
     @functools.cached_property
-    def rows(self) -> np.ndarray:
+    def local_rows(self) -> np.ndarray:
         """Rows of a global batch that this process feeds, i64[n]: those of its devices."""
         return fed_rows(self.batch_shardings, self.layout.rows)
 
     @property
-    def gradient_program(self) -> Program:
+    def gradient_program(self) -> CompiledProgram:
         """The executable of `gradients`, which is compiled when it is first asked for."""
         return self._forms.declared.programs.gradients
 
@@ -162,7 +162,7 @@ class CompiledStep:
         check_given(state)
         return self._run(lambda form: form.programs.gradients, state, batch)
 
-    def put(self, batch: Batch) -> Batch:
+    def shard_batch(self, batch: Batch) -> Batch:
         """Puts a batch on the mesh as declared, wherever it is, for a later call of the step.
 
         Of several processes each gives `rows` of the global batch; nothing is sent between them.
@@ -188,13 +188,13 @@ class CompiledStep:
         made = inspected(self._bound, self.layout, self.program, self._forms.changes)
         return Report.of(made, chip=chip)
 
-    def check_room(self) -> None:
+    def check_memory(self) -> None:
         """Refuses a step that is larger than its devices, as far as their memory is known.
 
         Raises:
           StepError: with the bytes of each part, and what would make it fit.
         """
-        check_room(self._bound, self.layout, self.program)
+        check_memory(self._bound, self.layout, self.program)
 
     def replace(self, *, mesh: Mesh | None = None, **changes: Any) -> "CompiledStep":
         """Compiles the same step for another mesh, or with some fields of its spec changed.
@@ -206,7 +206,9 @@ class CompiledStep:
         spec = self.spec.replace(**changes)
         return CompiledStep(spec, self.mesh if mesh is None else mesh)
 
-    def _run(self, which: Callable[[Form], Program], state: TrainState, batch: Any) -> Any:
+    def _run(
+        self, which: Callable[[BatchVariant], CompiledProgram], state: TrainState, batch: Any
+    ) -> Any:
         form = self._forms.of(batch)
         placed = put_batch(batch, form.layout.batch, form.layout.batch_shardings)
         program = which(form)

@@ -7,18 +7,18 @@ from typing import Any
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .._core.errors import Problem, StepError, raise_all
-from ..nn._overridable import Marks, Surroundings, carried_out
+from ..nn._overridable import ActiveOverrides, StepContext, use_overrides
 from ..nn._remat import active
 from ._activations import Activations, SpecsInLoss
 from ._bound_spec import BoundSpec
-from ._compile import Program, compile_program
+from ._compile import CompiledProgram, compile_program
 from ._debug import check_keys
 from ._layout import Layout
 from ._readback import check_executable
-from ._step_functions import Functions, layer_policy
+from ._step_functions import StepFunctions, layer_policy
 
 
-class Programs:
+class CompiledFunctions:
     """Compiles the functions of a spec for its mesh, each once."""
 
     def __init__(self, bound: BoundSpec, layout: Layout) -> None:
@@ -28,13 +28,13 @@ class Programs:
           StepError: the spec does not form a step.
         """
         self._bound, self._layout = bound, layout
-        self._functions = Functions(bound, layout)
+        self._functions = StepFunctions(bound, layout)
         if bound.spec.debug:
             check_keys(self._functions.given)
         self._whole = NamedSharding(bound.mesh, PartitionSpec())
 
     @functools.cached_property
-    def train(self) -> Program:
+    def train(self) -> CompiledProgram:
         """`(state, batch) → (state, metrics)`, the state donated, read back.
 
         Raises:
@@ -57,7 +57,7 @@ class Programs:
         return made
 
     @functools.cached_property
-    def init(self) -> tuple[Program, Program]:
+    def init(self) -> tuple[CompiledProgram, CompiledProgram]:
         """The model, then the optimizer: what is drawn needs room that the moments take later."""
         state, placed = self._layout.state, self._layout.shardings
         model = self._compile(
@@ -72,12 +72,12 @@ class Programs:
         return model, optimizer
 
     @functools.cached_property
-    def evaluate(self) -> Program:
+    def evaluate(self) -> CompiledProgram:
         """`(state, batch) → metrics`."""
         return self._on_state_and_batch(self._functions.evaluate(), self._whole, by_lanes=False)
 
     @functools.cached_property
-    def gradients(self) -> Program:
+    def gradients(self) -> CompiledProgram:
         """`(state, batch) → (metrics, gradients)`."""
         results = (self._whole, self._layout.shardings.params)
         by_lanes = self._functions.by_lanes
@@ -85,10 +85,10 @@ class Programs:
 
     def _on_state_and_batch(
         self, run: Any, results: Any, by_lanes: bool, donate: tuple[int, ...] = ()
-    ) -> Program:
+    ) -> CompiledProgram:
         layout, names = self._layout, self._names
         args, placed = (layout.state, layout.batch), (layout.shardings, layout.batch_shardings)
-        around = Surroundings(
+        around = StepContext(
             names.mesh,
             layout.row_axes,
             SpecsInLoss(names, by_lanes),
@@ -98,7 +98,7 @@ class Programs:
         # Explicit collectives carry out what they can themselves, and refuse the rest.
         manual = self._bound.spec.mode == "shard_map"
         regions = {} if manual else dict(self._bound.spec.strategy.regions)
-        with carried_out(regions, around) as marks:
+        with use_overrides(regions, around) as marks:
             return self._compile(run, args, placed, results, donate, marks)
 
     def _compile(
@@ -108,8 +108,8 @@ class Programs:
         placed: Any,
         results: Any,
         donate: tuple[int, ...] = (),
-        marks: Marks | None = None,
-    ) -> Program:
+        marks: ActiveOverrides | None = None,
+    ) -> CompiledProgram:
         names, options = self._names, self._bound.xla_options
 
         def check(jaxpr: Any) -> None:
@@ -126,7 +126,7 @@ class Programs:
         return Activations(self._bound.mesh, rules, self._layout.lane_axes)
 
 
-def _check_reached(marks: Marks, jaxpr: Any) -> None:
+def _check_reached(marks: ActiveOverrides, jaxpr: Any) -> None:
     """Refuses a step whose model has no part that its strategy was to carry out.
 
     Raises:

@@ -33,7 +33,7 @@ def check_waits(compiled: Any, mesh: Mesh) -> None:
     headline = f"A stage would wait for the others without end on mesh {format_mesh(mesh.shape)}."
     fix = (
         "make the dim whole that the operation looks along, before it and behind it: "
-        'y = f(sk.constrain(x, "batch", None, ...)); y = sk.constrain(y, "batch", None, ...), '
+        'y = f(sk.nn.constrain(x, "batch", None, ...)); y = sk.nn.constrain(y, "batch", None, ...), '
         "which gathers within the stage; or leave the dim unsplit"
     )
     raise_all(StepError, headline, problems, fix)

@@ -16,17 +16,17 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .._core.precision import Precision, cast_floats
-from .._core.split_rng import Draws, find_draws, lane_keys
+from .._core.split_rng import RandomDraws, match_draws, per_shard_keys
 from .._core.types import Accumulate
 from ..nn._constrain import LANES
 from ..rules import axes_of
-from ._objective import Objective, Outcome, inverse
+from ._objective import LossOutput, Objective, inverse
 
-GradientFn = Callable[[Any, Any, Any, Any], tuple[Outcome, Any]]
+GradientFn = Callable[[Any, Any, Any, Any], tuple[LossOutput, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class GradientPlan:
     """How the gradients of a step are split and reduced.
 
     Attributes:
@@ -50,14 +50,14 @@ class Plan:
     gradients: Any
     batch: Any
     rows: int
-    draws: Draws = dataclasses.field(default_factory=lambda: Draws(1))
+    draws: RandomDraws = dataclasses.field(default_factory=lambda: RandomDraws(1))
     inner: tuple[str, ...] = ()
 
     @property
     def by_lanes(self) -> bool:
         """Whether gradients are kept apart by lane until one reduction."""
-        apart = self.accumulate.steps > 1 or self.precision.reduces_apart
-        return apart and self.accumulate.reduce == "once"
+        apart = self.accumulate.micro_batches > 1 or self.precision.reduces_apart
+        return apart and self.accumulate.reduce == "end"
 
     @property
     def lanes(self) -> int:
@@ -65,42 +65,44 @@ class Plan:
         return math.prod(self.mesh.shape[axis] for axis in self.axes)
 
 
-def gradients(objective: Objective, plan: Plan) -> GradientFn:
-    """Builds `(params, extra, batch, key) -> (Outcome, gradients of the mean loss)`.
+def gradients(objective: Objective, plan: GradientPlan) -> GradientFn:
+    """Builds `(params, model_state, batch, key) -> (Outcome, gradients of the mean loss)`.
 
     Gradients come in the dtype of the parameters, laid out as `plan.gradients` says.
     """
     collect = _by_lanes if plan.by_lanes else _by_micro_batch
 
-    def run(params: Any, extra: Any, batch: Any, key: Any) -> tuple[Outcome, Any]:
+    def run(params: Any, model_state: Any, batch: Any, key: Any) -> tuple[LossOutput, Any]:
         # Cast before the gather that the use of a sharded parameter causes, not after it.
-        low = _place(cast_floats(params, plan.precision.compute), plan.params)
-        outcome, totals = collect(objective, plan, low, extra, batch, key)
+        low = _place(cast_floats(params, plan.precision.compute_dtype), plan.params)
+        outcome, totals = collect(objective, plan, low, model_state, batch, key)
         totals = jax.tree.map(lambda g, p: g.astype(p.dtype), totals, params)
         return outcome, _place(per_weight(totals, outcome.loss.weight), plan.gradients)
 
     return run
 
 
-def lane_draws(objective: Objective, plan: Plan, params: Any, extra: Any, batch: Any) -> Draws:
+def lane_draws(
+    objective: Objective, plan: GradientPlan, params: Any, model_state: Any, batch: Any
+) -> RandomDraws:
     """Finds which draws of a loss grow with its rows, from abstract arguments.
 
     Raises:
       StepError: the randomness of the loss cannot be split by lane.
     """
-    rows = plan.rows // plan.accumulate.steps
+    rows = plan.rows // plan.accumulate.micro_batches
     key = jax.eval_shape(lambda: jax.random.key(0))
 
     def of(rows: int) -> tuple[Any, ...]:
         def cut(x: Any) -> Any:
             return jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) if x.shape else x
 
-        return params, extra, jax.tree.map(cut, batch), key
+        return params, model_state, jax.tree.map(cut, batch), key
 
-    return find_draws(objective, plan.lanes, of(rows // plan.lanes), of(rows))
+    return match_draws(objective, plan.lanes, of(rows // plan.lanes), of(rows))
 
 
-def micro_batch(batch: Any, steps: int, index: jax.Array, plan: Plan) -> Any:
+def micro_batch(batch: Any, steps: int, index: jax.Array, plan: GradientPlan) -> Any:
     """Rows `index, index+steps, …` of every leaf: local to each device, on any mesh the same."""
 
     def take(x: jax.Array, sharding: NamedSharding) -> jax.Array:
@@ -116,7 +118,7 @@ def micro_batch(batch: Any, steps: int, index: jax.Array, plan: Plan) -> Any:
     return jax.tree.map(take, batch, plan.batch)
 
 
-def split_lanes(rows: Any, plan: Plan) -> Any:
+def split_lanes(rows: Any, plan: GradientPlan) -> Any:
     """`[rows, …] → [lanes, rows/lanes, …]`, dim 0 over the batch axes."""
 
     def split(x: jax.Array, sharding: NamedSharding) -> jax.Array:
@@ -148,40 +150,42 @@ def per_weight(totals: Any, weight: jax.Array) -> Any:
 
 
 def _by_micro_batch(
-    objective: Objective, plan: Plan, params: Any, extra: Any, batch: Any, key: Any
-) -> tuple[Outcome, Any]:
+    objective: Objective, plan: GradientPlan, params: Any, model_state: Any, batch: Any, key: Any
+) -> tuple[LossOutput, Any]:
     """Whole micro-batches, one after another; the partitioner places the reductions."""
-    steps = plan.accumulate.steps
+    steps = plan.accumulate.micro_batches
     value_and_grad = jax.value_and_grad(objective, has_aux=True)
     if steps == 1:
-        (_, outcome), totals = value_and_grad(params, extra, batch, key)
+        (_, outcome), totals = value_and_grad(params, model_state, batch, key)
         return outcome, totals
 
-    def one(extra: Any, index: jax.Array) -> tuple[Outcome, Any]:
+    def one(model_state: Any, index: jax.Array) -> tuple[LossOutput, Any]:
         rows = micro_batch(batch, steps, index, plan)
         at = jax.random.fold_in(key, index)
-        (_, outcome), totals = value_and_grad(params, extra, rows, at)
+        (_, outcome), totals = value_and_grad(params, model_state, rows, at)
         return outcome, _place(_wide(totals), plan.gradients)
 
-    def body(carry: tuple[Outcome, Any], index: jax.Array) -> tuple[tuple[Outcome, Any], None]:
-        return _add(carry, one(carry[0].extra, index)), None
+    def body(
+        carry: tuple[LossOutput, Any], index: jax.Array
+    ) -> tuple[tuple[LossOutput, Any], None]:
+        return _add(carry, one(carry[0].model_state, index)), None
 
-    outcome, totals = _zeros(one, extra)
-    start = Outcome(outcome.loss, outcome.metrics, extra), _place(totals, plan.gradients)
+    outcome, totals = _zeros(one, model_state)
+    start = LossOutput(outcome.loss, outcome.metrics, model_state), _place(totals, plan.gradients)
     total, _ = jax.lax.scan(body, start, jnp.arange(steps))
     return total
 
 
 def _by_lanes(
-    objective: Objective, plan: Plan, params: Any, extra: Any, batch: Any, key: Any
-) -> tuple[Outcome, Any]:
+    objective: Objective, plan: GradientPlan, params: Any, model_state: Any, batch: Any, key: Any
+) -> tuple[LossOutput, Any]:
     """Every lane's gradients apart, over all micro-batches, then one reduction."""
-    steps = plan.accumulate.steps
+    steps = plan.accumulate.micro_batches
     value_and_grad = jax.value_and_grad(objective, has_aux=True)
 
-    def one(index: jax.Array) -> tuple[Outcome, Any]:
+    def one(index: jax.Array) -> tuple[LossOutput, Any]:
         rows = split_lanes(micro_batch(batch, steps, index, plan), plan)
-        keys = lane_keys(jax.random.fold_in(key, index), plan.draws)
+        keys = per_shard_keys(jax.random.fold_in(key, index), plan.draws)
         over = jax.tree.map(lambda x: 0 if x.ndim else None, rows)
         mapped = jax.vmap(
             value_and_grad,
@@ -189,7 +193,7 @@ def _by_lanes(
             axis_name=LANES,
             spmd_axis_name=plan.axes or None,
         )
-        (_, outcome), totals = mapped(params, extra, rows, keys)
+        (_, outcome), totals = mapped(params, model_state, rows, keys)
         return outcome, _place_lanes(_wide(totals), plan)
 
     def body(carry: Any, index: jax.Array) -> tuple[Any, None]:
@@ -201,16 +205,16 @@ def _by_lanes(
         outcome, totals = _zeros(one)
         start = outcome, _place_lanes(totals, plan)
         (outcome, totals), _ = jax.lax.scan(body, start, jnp.arange(steps))
-    dtype = plan.precision.reduce or plan.precision.compute
+    dtype = plan.precision.reduce_dtype or plan.precision.compute_dtype
     with jax.named_scope("reduce"):
         return jax.tree.map(lambda x: x.sum(0), outcome), reduce_lanes(totals, dtype)
 
 
-def _add(carry: tuple[Outcome, Any], new: tuple[Outcome, Any]) -> tuple[Outcome, Any]:
+def _add(carry: tuple[LossOutput, Any], new: tuple[LossOutput, Any]) -> tuple[LossOutput, Any]:
     """Adds losses, metrics and gradients; the model state is the newest."""
     (old, old_totals), (outcome, totals) = carry, new
     summed = jax.tree.map(jnp.add, (old.loss, old.metrics), (outcome.loss, outcome.metrics))
-    return Outcome(*summed, outcome.extra), jax.tree.map(jnp.add, old_totals, totals)
+    return LossOutput(*summed, outcome.model_state), jax.tree.map(jnp.add, old_totals, totals)
 
 
 def _zeros(one: Callable[..., Any], *args: Any) -> Any:
@@ -232,12 +236,12 @@ def _place(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(jax.lax.with_sharding_constraint, tree, shardings)
 
 
-def _place_one(x: jax.Array, plan: Plan, entries: tuple[Any, ...]) -> jax.Array:
+def _place_one(x: jax.Array, plan: GradientPlan, entries: tuple[Any, ...]) -> jax.Array:
     sharding = NamedSharding(plan.mesh, PartitionSpec(*entries))
     return jax.lax.with_sharding_constraint(x, sharding)
 
 
-def _place_lanes(totals: Any, plan: Plan) -> Any:
+def _place_lanes(totals: Any, plan: GradientPlan) -> Any:
     """`[lanes, *param]`: lanes over the batch axes, the rest as the parameter over the others."""
 
     def place(x: jax.Array, sharding: NamedSharding) -> jax.Array:

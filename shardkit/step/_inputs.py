@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from .._core.donation import check_alive
+from .._core.donation import check_not_donated
 from .._core.errors import BatchError, Problem, StateError, raise_all
 from .._core.tree import leaves_by_path, short_type
 from ..data import place_rows, process_rows, rows_of_shardings
@@ -28,7 +28,7 @@ def put_batch(batch: Any, abstract: Any, shardings: Any, *, move: bool = False) 
       BatchError: the structure, a shape, a dtype or, unless they may move, the devices of a leaf
         are not the declared.
     """
-    check_alive(batch, "batch", "The step got a batch that is gone.")
+    check_not_donated(batch, "batch", "The step got a batch that is gone.")
     got, structure = jax.tree_util.tree_flatten(batch)
     want, declared = jax.tree_util.tree_flatten(abstract)
     if structure != declared:
@@ -149,7 +149,7 @@ def check_given(state: Any) -> None:
     Raises:
       StateError: naming the leaves that are gone.
     """
-    check_alive(state, "state", "The step got a state that is gone.")
+    check_not_donated(state, "state", "The step got a state that is gone.")
 
 
 def check_apart(state: Any) -> None:

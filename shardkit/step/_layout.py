@@ -13,19 +13,19 @@ from .._core.errors import Problem, ShardingError, count, raise_all
 from .._core.precision import Precision, cast_floats
 from .._core.train_state import TrainState
 from .._core.tree import Leaf, join_path, leaves, path_str
-from .._core.types import Named, Variables
+from .._core.types import Variables, WithAxes
 from ..parallel import Strategy, advise, check_composition, check_used, update_specs
 from ..rules import (
     Rule,
     axes_of,
-    chain,
     check_batch,
     collect,
+    first_match,
     format_mesh,
 )
 from .optim._follow import FollowParams
 
-# Where `state.extra` keeps what compression left out, one copy of each parameter per device.
+# Where `state.model_state` keeps what compression left out, one copy of each parameter per device.
 RESIDUALS = "compression"
 
 Specs = Mapping[str, PartitionSpec]
@@ -86,15 +86,15 @@ def initial_state(
         for_init, for_steps = jax.random.split(key)
         made = _as_variables(init(for_init))
         params = _bare(made, precision)
-        extra = _with_residuals(made.extra, params, copies)
-        return _first_state(params, None, extra, for_steps)
+        model_state = _with_residuals(made.model_state, params, copies)
+        return _first_state(params, None, model_state, for_steps)
 
     return run
 
 
-def _first_state(params: Any, opt_state: Any, extra: Any, key: Any) -> TrainState:
+def _first_state(params: Any, opt_state: Any, model_state: Any, key: Any) -> TrainState:
     return TrainState(
-        jnp.zeros((), jnp.int32), params, opt_state, extra, key, jnp.zeros((), jnp.bool)
+        jnp.zeros((), jnp.int32), params, opt_state, model_state, key, jnp.zeros((), jnp.bool)
     )
 
 
@@ -103,11 +103,11 @@ def compressing(strategy: Strategy, mesh: Mesh) -> int:
     return mesh.shape.get(strategy.compression.axis, 0) if strategy.compression else 0
 
 
-def _with_residuals(extra: Any, params: Any, copies: int) -> Any:
+def _with_residuals(model_state: Any, params: Any, copies: int) -> Any:
     if not copies:
-        return extra
+        return model_state
     zeros = jax.tree.map(lambda p: jnp.zeros((copies, *p.shape), jnp.float32), params)
-    return {**extra, RESIDUALS: zeros}
+    return {**model_state, RESIDUALS: zeros}
 
 
 def initial_optimizer(optimizer: optax.GradientTransformation) -> Callable[[Any], Any]:
@@ -121,7 +121,7 @@ def initial_optimizer(optimizer: optax.GradientTransformation) -> Callable[[Any]
 
 def _bare(made: Variables, precision: Precision) -> Any:
     bare = jax.tree.map(lambda x: x.value if _named(x) else x, made.params, is_leaf=_named)
-    return cast_floats(jax.tree.map(jnp.asarray, bare), precision.params)
+    return cast_floats(jax.tree.map(jnp.asarray, bare), precision.param_dtype)
 
 
 def abstract_state(
@@ -138,8 +138,8 @@ def abstract_state(
         names.update(_axis_names(made.params))
         params = _bare(made, precision)
         opt_state = initial_optimizer(optimizer)(params)
-        extra = _with_residuals(made.extra, params, copies)
-        return _first_state(params, opt_state, extra, key)
+        model_state = _with_residuals(made.model_state, params, copies)
+        return _first_state(params, opt_state, model_state, key)
 
     return jax.eval_shape(run, jax.eval_shape(lambda: jax.random.key(0))), names
 
@@ -168,7 +168,7 @@ def resolve_layout(
 
     Raises:
       ShardingError: the strategies fit neither each other nor the mesh; or with every leaf of
-        parameters, optimizer state, extra and batch that cannot be laid out.
+        parameters, optimizer state, model_state and batch that cannot be laid out.
     """
     sizes = dict(mesh.shape)
     check_composition(strategy, sizes)
@@ -178,10 +178,14 @@ def resolve_layout(
     problems: list[Problem] = []
     params = leaves(state.params, names)
     specs = _resolved(strategy.params, params, sizes, "params", problems)
-    models = {k: x for k, x in state.extra.items() if k != RESIDUALS} if copies else state.extra
-    extra = _resolved(strategy.extra, leaves(models), sizes, "extra", problems)
+    models = (
+        {k: x for k, x in state.model_state.items() if k != RESIDUALS}
+        if copies
+        else state.model_state
+    )
+    model_state = _resolved(strategy.model_state, leaves(models), sizes, "model_state", problems)
     if strategy.compression:
-        extra |= _residual_specs(strategy.compression.axis, specs)
+        model_state |= _residual_specs(strategy.compression.axis, specs)
     # A parameter that could not be laid out is reported once, not again for its moments.
     moments = leaves(state.opt_state)
     updated = update_specs(strategy.zero, params, specs, sizes)
@@ -189,14 +193,19 @@ def resolve_layout(
         tuple((p, updated.get(p.path, PartitionSpec())) for p in params),
         frozenset(leaf.path for leaf in moments),
     )
-    rule = chain(strategy.opt_state, follow) if strategy.opt_state else follow
+    rule = first_match(strategy.opt_state, follow) if strategy.opt_state else follow
     opt_state = _resolved(rule, moments, sizes, "opt_state", problems)
     batch_leaves = leaves(batch)
     batch_specs = _batch_specs(strategy, batch_leaves, sizes, problems)
     rows, row_axes = _rows(batch_leaves, batch_specs, sizes, steps, problems)
     lost = count(len({problem.subject for problem in problems}), "leaf")
     raise_all(ShardingError, f"{lost} cannot be laid out on mesh {format_mesh(sizes)}.", problems)
-    placements = [*specs.values(), *extra.values(), *opt_state.values(), *batch_specs.values()]
+    placements = [
+        *specs.values(),
+        *model_state.values(),
+        *opt_state.values(),
+        *batch_specs.values(),
+    ]
     check_used(strategy, sizes, {axis for spec in placements for e in spec for axis in axes_of(e)})
 
     scalar = NamedSharding(mesh, PartitionSpec())
@@ -204,7 +213,7 @@ def resolve_layout(
         step=scalar,
         params=_shardings(state.params, specs, mesh),
         opt_state=_shardings(state.opt_state, opt_state, mesh),
-        extra=_shardings(state.extra, extra, mesh),
+        model_state=_shardings(state.model_state, model_state, mesh),
         key=scalar,
         halted=scalar,
     )
@@ -313,4 +322,4 @@ def _as_variables(made: Any) -> Variables:
 
 
 def _named(x: Any) -> bool:
-    return isinstance(x, Named)
+    return isinstance(x, WithAxes)

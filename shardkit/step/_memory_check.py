@@ -15,14 +15,14 @@ from ..report import (
     read_memory,
 )
 from ._bound_spec import BoundSpec
-from ._compile import Program as Executable
+from ._compile import CompiledProgram as Executable
 from ._layout import Layout
 from ._report import arguments
 
-_PARTS = ("params", "opt_state", "extra", "batch", "temp")
+_PARTS = ("params", "opt_state", "model_state", "batch", "temp")
 
 
-def check_room(bound: BoundSpec, layout: Layout, made: Executable) -> None:
+def check_memory(bound: BoundSpec, layout: Layout, made: Executable) -> None:
     """Refuses a step that is larger than its devices, as far as their memory is known.
 
     Raises:

@@ -44,7 +44,7 @@ def chosen(
         select(after.step, before.step, ~halted),
         select(after.params, before.params),
         select(after.opt_state, before.opt_state),
-        select(after.extra, before.extra),
+        select(after.model_state, before.model_state),
         after.key,
         halted,
     )

@@ -1,7 +1,7 @@
 """What a loss may return, brought to one form.
 
-A loss returns a scalar or `Mean`, alone or with a dict of metrics, and with the new `extra`
-when it is stateful. Inside the step all of them are an `Outcome`.
+A loss returns a scalar or `Mean`, alone or with a dict of metrics, and with the new `model_state`
+when it is stateful. Inside the step all of them are an `LossOutput`.
 """
 
 import dataclasses
@@ -24,27 +24,27 @@ _NUMBERS = (jax.Array, np.ndarray, np.generic, int, float, complex)
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Outcome:
+class LossOutput:
     """One evaluation of a loss on some rows of a batch.
 
     Attributes:
       loss: `Mean`, f32[] each; a plain scalar loss has weight 1.
       metrics: `{name: Mean}`.
-      extra: mutable model state after the evaluation.
+      model_state: mutable model state after the evaluation.
     """
 
     loss: Mean
     metrics: dict[str, Mean]
-    extra: Any
+    model_state: Any
 
 
-Objective = Callable[[Any, Any, Any, Any], tuple[jax.Array, Outcome]]
+Objective = Callable[[Any, Any, Any, Any], tuple[jax.Array, LossOutput]]
 
 
 def objective(
     loss_fn: Callable[..., Any], mesh: Mesh | None = None, *, evaluate: bool = False
 ) -> Objective:
-    """Wraps a user's loss as `(params, extra, batch, key) -> (total, Outcome)`.
+    """Wraps a user's loss as `(params, model_state, batch, key) -> (total, Outcome)`.
 
     `total` is what gradients are taken of; dividing them by the summed weight afterwards gives
     the gradient of the mean, whatever the rows were split into.
@@ -57,16 +57,16 @@ def objective(
     loss = loss_fn if isinstance(loss_fn, Loss) else Loss(loss_fn, loss_fn)
     call = loss.evaluate if evaluate else loss.train
 
-    def run(params: Any, extra: Any, batch: Any, key: Any) -> tuple[jax.Array, Outcome]:
+    def run(params: Any, model_state: Any, batch: Any, key: Any) -> tuple[jax.Array, LossOutput]:
         with jax.named_scope("loss"), naming_axes(mesh):
             if loss.stateful:
-                value, metrics, extra = _three(call(params, batch, key, extra))
+                value, metrics, model_state = _three(call(params, batch, key, model_state))
             else:
                 value, metrics = _two(call(params, batch, key))
         _check(value, metrics)
         mean = as_mean(value)
         named = {name: as_mean(metric) for name, metric in metrics.items()}
-        return mean.total, Outcome(mean, named, extra)
+        return mean.total, LossOutput(mean, named, model_state)
 
     return run
 
@@ -130,7 +130,7 @@ def _two(out: Any) -> tuple[Any, Mapping[str, Any]]:
 def _three(out: Any) -> tuple[Any, Mapping[str, Any], Any]:
     if isinstance(out, tuple) and len(out) == 3 and isinstance(out[1], Mapping):
         return out
-    raise StepError(_form(out, "(loss, metrics dict, extra)"))
+    raise StepError(_form(out, "(loss, metrics dict, model_state)"))
 
 
 def _form(out: Any, wanted: str) -> str:

@@ -16,7 +16,7 @@ from ..report import CompiledBytes, Declared, Placed, Program
 from ..rules import Rule, place
 from ._activations import Activations, constraints
 from ._bound_spec import BoundSpec
-from ._compile import Program as Executable
+from ._compile import CompiledProgram as Executable
 from ._layout import Layout
 from ._unused_rules import idle_rules
 
@@ -78,12 +78,12 @@ def arguments(bound: BoundSpec, layout: Layout) -> Iterator[Placed]:
         for leaf in leaves(state.opt_state)
         if any(ends_path(leaf.path, path) for path in spelled)
     }
-    extra = _spelled(strategy.extra, leaves(state.extra), bound)
+    model_state = _spelled(strategy.model_state, leaves(state.model_state), bound)
     parts = (
         ("rest", {"step": state.step}, shardings.step, set()),
         ("params", state.params, shardings.params, spelled),
         ("opt_state", state.opt_state, shardings.opt_state, moments),
-        ("extra", state.extra, shardings.extra, extra),
+        ("model_state", state.model_state, shardings.model_state, model_state),
         ("rest", {"key": state.key}, shardings.key, set()),
         ("rest", {"halted": state.halted}, shardings.halted, set()),
     )
@@ -127,9 +127,9 @@ def _declared(bound: BoundSpec, layout: Layout, jaxpr: Any, placed: Sequence[Pla
     return Declared(
         kinds=strategy.kinds,
         by_specs=kinds_by_specs(bound.mesh.shape, placed, strategy.kinds),
-        accumulate=bound.spec.accumulate.steps,
-        compute_dtype=short_dtype(jnp.dtype(precision.compute)),
-        reduce_dtype=short_dtype(jnp.dtype(precision.reduce or precision.compute)),
+        accumulate=bound.spec.accumulate.micro_batches,
+        compute_dtype=short_dtype(jnp.dtype(precision.compute_dtype)),
+        reduce_dtype=short_dtype(jnp.dtype(precision.reduce_dtype or precision.compute_dtype)),
         activation_bytes=_activation_bytes(bound, layout, jaxpr),
         layers=_layers(layout),
         choices=_choices(jaxpr),

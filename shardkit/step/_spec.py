@@ -93,14 +93,15 @@ class StepSpec:
         micro-batches; use an `sk.Mean` for a sum or a count. A model with mutable state is an
         `sk.Loss`.
       optimizer: any optax chain.
-      init: `key -> params`, any pytree of floating-point arrays, some of them perhaps `sk.Named`;
-        or `key -> sk.Variables(params, extra)`.
+      init: `key -> params`, any pytree of floating-point arrays, some of them perhaps
+        `sk.WithAxes`;
+        or `key -> sk.Variables(params, model_state)`.
       batch: any pytree of arrays, numpy scalars or `jax.ShapeDtypeStruct`, global shapes; dim 0 of
         every leaf counts rows. The spec keeps `jax.ShapeDtypeStruct`s.
       strategy: the layout; by default everything is replicated.
       mode: `"auto"`: the partitioner places the collectives. `"shard_map"`: the loss and its
         gradients run on shards with explicit ones, for data, fsdp and tensor parallelism; the loss
-        sees one device's rows, whole arrays otherwise, or is an `sk.PerShard`.
+        sees one device's rows, whole arrays otherwise, or is an `sk.ShardMapLoss`.
       accumulate: overrides `strategy.accumulate`; reads as `sk.Accumulate`.
       remat: overrides `strategy.remat`.
       precision: overrides `strategy.precision`; reads as `sk.Precision`.
@@ -303,12 +304,12 @@ def _strategy_problems(spec: StepSpec) -> list[Problem]:
     if how is not None and spec.mode != "shard_map":
         why = f"sums gradients over {how.axis!r} itself, which the partitioner does here"
         problems.append(Problem("compression", why, 'mode="shard_map"'))
-    if problems or not spec.stateful or spec.accumulate.reduce != "once":
+    if problems or not spec.stateful or spec.accumulate.reduce != "end":
         return problems
-    if spec.accumulate.steps > 1 or spec.precision.reduces_apart:
+    if spec.accumulate.micro_batches > 1 or spec.precision.reduces_apart:
         why = "would give every lane of the batch its own statistics, other ones on every mesh"
-        fix = 'accumulate=sk.Accumulate(k, reduce="each"), precision.reduce=None'
-        problems.append(Problem("accumulate, precision.reduce", why, fix))
+        fix = 'accumulate=sk.Accumulate(k, reduce="every"), precision.reduce_dtype=None'
+        problems.append(Problem("accumulate, precision.reduce_dtype", why, fix))
     return problems
 
 

@@ -17,7 +17,7 @@ from ..nn._remat import (
     regathering,
 )
 from ._bound_spec import BoundSpec
-from ._gradients import GradientFn, Plan, gradients, lane_draws
+from ._gradients import GradientFn, GradientPlan, gradients, lane_draws
 from ._layout import Layout, compressing, initial_optimizer, initial_state
 from ._objective import Objective, objective
 from ._update import (
@@ -33,7 +33,7 @@ from .shard_map._survey import evaluated_on_shards, gradients_on_shards
 
 
 @dataclasses.dataclass(frozen=True)
-class Functions:
+class StepFunctions:
     """The functions of one spec on one mesh. Each call builds a new one, as JAX caches by identity.
 
     Attributes:
@@ -55,7 +55,7 @@ class Functions:
         low = jax.eval_shape(self._low, state.params)
         loss = (
             objective(spec.loss_fn, self.bound.mesh),
-            (low, state.extra, self.layout.batch, state.key),
+            (low, state.model_state, self.layout.batch, state.key),
         )
         return {"init": (spec.init, (state.key,)), "loss_fn": loss}
 
@@ -103,7 +103,7 @@ class Functions:
         return evaluation_step(loss, self._low)
 
     def _low(self, params: Any) -> Any:
-        return cast_floats(params, self.bound.spec.precision.compute)
+        return cast_floats(params, self.bound.spec.precision.compute_dtype)
 
     @functools.cached_property
     def _gradient(self) -> GradientFn:
@@ -115,12 +115,14 @@ class Functions:
         """
         state, batch = self.layout.state, self.layout.batch
         low = jax.eval_shape(self._low, state.params)
-        loss = _under_policy(self.bound, (low, state.extra, batch, state.key))
+        loss = _under_policy(self.bound, (low, state.model_state, batch, state.key))
         if self.bound.spec.mode == "shard_map":
             return self._planned(gradients_on_shards, loss)
         plan = _plan(self.bound, self.layout)
         if plan.by_lanes:
-            plan = dataclasses.replace(plan, draws=lane_draws(loss, plan, low, state.extra, batch))
+            plan = dataclasses.replace(
+                plan, draws=lane_draws(loss, plan, low, state.model_state, batch)
+            )
         return gradients(loss, plan)
 
     def _planned(self, on_shards: Callable[..., Any], loss: Objective) -> Any:
@@ -137,8 +139,8 @@ def layer_policy(bound: BoundSpec, layout: Layout) -> Policy | None:
     return regathering(named, over) if bound.spec.mode == "shard_map" and over else named
 
 
-def _plan(bound: BoundSpec, layout: Layout) -> Plan:
-    return Plan(
+def _plan(bound: BoundSpec, layout: Layout) -> GradientPlan:
+    return GradientPlan(
         mesh=bound.mesh,
         accumulate=bound.spec.accumulate,
         precision=bound.spec.precision,

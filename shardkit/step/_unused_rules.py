@@ -31,7 +31,7 @@ def idle_rules(bound: BoundSpec, layout: Layout, constrained: Sequence[Leaf]) ->
     asked: list[tuple[str, object, Sequence[Leaf]]] = [
         ("params", strategy.params, leaves(state.params, layout.axes)),
         ("opt_state", strategy.opt_state, leaves(state.opt_state)),
-        ("extra", strategy.extra, leaves(state.extra)),
+        ("model_state", strategy.model_state, leaves(state.model_state)),
         ("batch", strategy.batch, leaves(layout.batch)),
         ("activations", strategy.activations, [_plain(leaf) for leaf in constrained]),
     ]

@@ -15,7 +15,7 @@ from .._core.tree import leaves, leaves_by_path, short_type
 from .._core.types import Params
 from ._gradients import GradientFn
 from ._nonfinite import SKIPPED, OnNonfinite, chosen, is_usable
-from ._objective import Objective, Outcome, value_of
+from ._objective import LossOutput, Objective, value_of
 
 Metrics = dict[str, jax.Array]
 
@@ -43,7 +43,7 @@ def training_step(
     sees_loss = _takes(update, "value")
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        outcome, grads = gradients(state.params, state.extra, batch, step_key(state))
+        outcome, grads = gradients(state.params, state.model_state, batch, step_key(state))
         metrics = _metrics(outcome, grads)
         with jax.named_scope("update"):
             seen = {"value": metrics["loss"]} if sees_loss else {}
@@ -56,7 +56,7 @@ def training_step(
                 step=state.step + 1,
                 params=params,
                 opt_state=opt_state,
-                extra=outcome.extra,
+                model_state=outcome.model_state,
             )
             if on_nonfinite == "apply":
                 return after, metrics
@@ -107,7 +107,7 @@ def gradient_step(gradients: GradientFn) -> Callable[[TrainState, Any], tuple[Me
     """Builds `(state, batch) → (metrics, gradients)`: what the update would be made from."""
 
     def step(state: TrainState, batch: Any) -> tuple[Metrics, Any]:
-        outcome, grads = gradients(state.params, state.extra, batch, step_key(state))
+        outcome, grads = gradients(state.params, state.model_state, batch, step_key(state))
         return _metrics(outcome, grads), grads
 
     return step
@@ -118,7 +118,7 @@ def evaluation_step(objective: Objective, compute: Callable[[Any], Any]) -> Call
 
     def step(state: TrainState, batch: Any) -> Metrics:
         key = jax.random.fold_in(state.key, jnp.uint32(_EVALUATE))
-        _, outcome = objective(compute(state.params), state.extra, batch, key)
+        _, outcome = objective(compute(state.params), state.model_state, batch, key)
         return _values(outcome)
 
     return step
@@ -129,13 +129,13 @@ def step_key(state: TrainState) -> jax.Array:
     return jax.random.fold_in(state.key, state.step)
 
 
-def _metrics(outcome: Outcome, grads: Any) -> Metrics:
+def _metrics(outcome: LossOutput, grads: Any) -> Metrics:
     with jax.named_scope("grad_norm"):
         norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
     return {**_values(outcome), "grad_norm": norm}
 
 
-def _values(outcome: Outcome) -> Metrics:
+def _values(outcome: LossOutput) -> Metrics:
     return {"loss": value_of(outcome.loss), **{k: value_of(m) for k, m in outcome.metrics.items()}}
 
 
@@ -150,7 +150,7 @@ def check_params(params: Params) -> None:
         for leaf in leaves(params)
         if not jnp.issubdtype(leaf.dtype, jnp.inexact)
     ]
-    fix = "return sk.Variables(params, extra) from init, with these leaves in extra"
+    fix = "return sk.Variables(params, model_state) from init, with these leaves in model_state"
     raise_all(StepError, "Some parameters cannot be trained.", problems, fix)
 
 

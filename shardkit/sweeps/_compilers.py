@@ -198,7 +198,7 @@ def check_asked(made: StepSpec, case: Case, sizes: Mapping[str, int] | None = No
     """
     pairs = {
         "mesh": (case.sizes if sizes is None else dict(sizes), case.sizes),
-        "accumulate": (made.accumulate.steps, case.accumulate),
+        "accumulate": (made.accumulate.micro_batches, case.accumulate),
         "remat": (made.strategy.remat, case.remat),
     }
     problems = [

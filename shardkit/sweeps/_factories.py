@@ -88,7 +88,7 @@ Steps = Factory | Declared
 def options_of(factory: Steps) -> tuple[int, str]:
     """Micro-batches and checkpoint policy of a sweep that names none: a spec's own."""
     if isinstance(factory, SpecFactory):
-        return factory.spec.accumulate.steps, factory.spec.remat
+        return factory.spec.accumulate.micro_batches, factory.spec.remat
     return 1, "none"
 
 

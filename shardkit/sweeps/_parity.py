@@ -49,7 +49,7 @@ class Parity:
         }
 
     def _standard(self, step: CompiledStep) -> Standard:
-        micro = step.spec.accumulate.steps
+        micro = step.spec.accumulate.micro_batches
         if micro not in self._standards:
             given = made_up(step) if self.batches is None else self.batches
             device = step.mesh.devices.flat[0]

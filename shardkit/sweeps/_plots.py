@@ -15,7 +15,7 @@ from ._row import PARTS, Row
 from ._show import measured_where
 
 _MOST = 24
-_SHOWN = ("params", "opt_state", "extra", "batch", "output", "temp")
+_SHOWN = ("params", "opt_state", "model_state", "batch", "output", "temp")
 _MIB = 2**20
 
 

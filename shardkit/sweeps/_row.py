@@ -14,7 +14,7 @@ MEMORY, WRONG = "out of memory", "wrong numbers"
 STATUSES = (OK, WRONG, MEMORY, ILLEGAL, FAILED)
 """What may become of a case; only `ok` is ranked."""
 
-PARTS = ("params", "opt_state", "extra", "batch", "rest", "padding", "output", "temp")
+PARTS = ("params", "opt_state", "model_state", "batch", "rest", "padding", "output", "temp")
 """Classes of bytes per device, in the order in which they are shown."""
 
 

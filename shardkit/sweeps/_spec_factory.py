@@ -35,7 +35,7 @@ class SpecFactory:
     def __call__(self, mesh: Mesh | MeshSpec, *, accumulate: int, remat: str) -> StepSpec:
         """The spec of a case."""
         strategy = _with_axes(self.spec.strategy, mesh.shape)
-        micro = dataclasses.replace(self.spec.accumulate, steps=accumulate)
+        micro = dataclasses.replace(self.spec.accumulate, micro_batches=accumulate)
         return self.spec.replace(strategy=strategy, accumulate=micro, remat=remat)
 
     @property
@@ -98,7 +98,7 @@ def axis_names(strategy: Strategy) -> tuple[str, ...]:
     batch = strategy.batch
     found = [kind.axis for kind in strategy.kinds]
     found += _of_spec(batch) if isinstance(batch, PartitionSpec) else _of_rule(batch)
-    for rule in (strategy.params, strategy.activations, strategy.opt_state, strategy.extra):
+    for rule in (strategy.params, strategy.activations, strategy.opt_state, strategy.model_state):
         found += _of_rule(rule) if rule is not None else []
     found += [carrier.axis for _, carrier in strategy.regions]
     return tuple(dict.fromkeys(found))

@@ -64,7 +64,7 @@ def in_turns(
 def _turn(step: CompiledStep, batch: Any, steps_per_repeat: int, seen: Seen) -> None:
     """One turn. A step that runs out of memory is a row, so its error is kept, not raised."""
     try:
-        state, placed = step.init(jax.random.key(0)), step.put(batch)
+        state, placed = step.init(jax.random.key(0)), step.shard_batch(batch)
         for update in range(1 + steps_per_repeat):
             start = time.perf_counter()
             state, metrics = step(state, placed)

@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from .._core.errors import BudgetError, Problem, count, raise_all
 from ..mesh import MeshSpec
-from ..parity import Certificate, StepFactory, verify
+from ..parity import ParityReport, StepFactory, verify
 from ..report import Budget, Ledger, Report, Row
 from ..rules import format_mesh
 from ..step import CompiledStep, StepSpec
@@ -21,7 +21,7 @@ def assert_matches_one_device(
     *,
     batches: Sequence[Any] | None = None,
     steps: int = 3,
-) -> Certificate:
+) -> ParityReport:
     """Asserts that a step gives on a mesh the numbers of one device.
 
     Args:

@@ -11,7 +11,7 @@ from .._core.errors import Problem, VerificationError, count, format_problems
 from .._core.io._table import Table
 from .._core.types import Accumulate
 from ..parity import (
-    Certificate,
+    ParityReport,
     Row,
     Standard,
     StepFactory,
@@ -61,7 +61,7 @@ class KillMatrix:
       rows: one per mutation.
     """
 
-    control: Certificate
+    control: ParityReport
     rows: tuple[Killed, ...]
 
     @property
@@ -133,11 +133,11 @@ def kill_matrix(
     step = compiled(mesh)
     carriers = [carrier for _, carrier in step.spec.strategy.regions]
     split_already = any(carrier.misfits(Accumulate(2), False) for carrier in carriers)
-    if step.spec.accumulate.steps == 1 and not split_already:
+    if step.spec.accumulate.micro_batches == 1 and not split_already:
         step = step.replace(accumulate=2)
     plain = one.spec.replace(accumulate=step.spec.accumulate)
     standard = Standard(plain, one.mesh.devices.flat[0], trial)
-    control = Certificate(tuple(standard.rows(step)), standard.title)
+    control = ParityReport(tuple(standard.rows(step)), standard.title)
     return KillMatrix(control, tuple(_killed(standard, step, mutations)))
 
 

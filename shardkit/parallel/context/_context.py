@@ -48,7 +48,7 @@ from ..._core.errors import (
     raise_all,
 )
 from ..._core.tree import short_type
-from ...nn._overridable import Carrier, Surroundings, manual_axes
+from ...nn._overridable import Override, StepContext, manual_axes
 from ...report import Program
 from ...rules import REPLICATED, axes_of, format_mesh
 from .._kind import Choice, Kind
@@ -94,7 +94,7 @@ def all_to_all_bytes(n: int, queries: float, keys_and_values: float, layers: int
 
 
 @dataclasses.dataclass(frozen=True)
-class ContextAttention(Carrier):
+class ContextAttention(Override):
     """Attention over a length that `axis` splits.
 
     Attributes:
@@ -106,14 +106,14 @@ class ContextAttention(Carrier):
     kv_heads: str = "split"
 
     def __call__(
-        self, around: Surroundings, plain: Callable[..., Any], *args: Any, **kwargs: Any
+        self, around: StepContext, plain: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> jax.Array:
-        """Returns what `plain` would, which is `sk.attention` of one device."""
+        """Returns what `plain` would, which is `sk.nn.attention` of one device."""
         return self._attend(around, *args, **kwargs)
 
     def _attend(
         self,
-        around: Surroundings,
+        around: StepContext,
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
@@ -143,7 +143,7 @@ class ContextAttention(Carrier):
 
     def _length_problems(
         self,
-        around: Surroundings,
+        around: StepContext,
         q: jax.Array,
         k: jax.Array,
         segment_ids: jax.Array | None,
@@ -197,7 +197,7 @@ def context(axis: str = "context", attention: str = "ring", *, kv_heads: str = "
         makes an error of those that do not divide.
 
     Returns:
-      A strategy for models whose attention is `sk.attention`, or that mark their own as the
+      A strategy for models whose attention is `sk.nn.attention`, or that mark their own as the
       region `"attention"`. Dim 1 of every batch leaf that has one is the length. A model with
       logical names calls it `length`, and `residual_length` between blocks.
 
@@ -272,7 +272,7 @@ class Context(Kind):
         return {"attention": choice.attention or "ring"}
 
 
-def _split(around: Surroundings, name: str) -> tuple[str, ...]:
+def _split(around: StepContext, name: str) -> tuple[str, ...]:
     """Mesh axes that split a dim of activations; one that the mesh lacks is reported elsewhere."""
     axes = axes_of(around.spec((name,))[0])
     return tuple(axis for axis in axes if axis in around.mesh.shape)

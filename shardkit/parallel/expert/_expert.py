@@ -44,8 +44,8 @@ from ...nn._expert_dispatch import (
     slots,
 )
 from ...nn._overridable import (
-    Carrier,
-    Surroundings,
+    Override,
+    StepContext,
     manual_axes,
     mesh_here,
     partly_manual,
@@ -77,7 +77,7 @@ def expert(axis: str = "expert") -> Strategy:
 
     Returns:
       A strategy for models whose parameters name an `experts` dim, and which compute with them
-      by `sk.experts`. Joined with others it should come last, so that the rows of one lane lie
+      by `sk.nn.experts`. Joined with others it should come last, so that the rows of one lane lie
       side by side.
 
     >>> expert().params.spec(("layers", "experts", "embed", "expert_mlp"))
@@ -121,8 +121,8 @@ class Expert(Kind):
 
 
 @dataclasses.dataclass(frozen=True)
-class AllToAll(Carrier):
-    """Carries out `sk.experts`: every device sends tokens to the devices that hold their experts.
+class AllToAll(Override):
+    """Carries out `sk.nn.experts`: every device sends tokens to the devices that hold their experts.
 
     What moves is stated by two constraints, split by sender before and by receiver behind, which
     the partitioner meets by an all-to-all. A `shard_map` over this axis alone would not do: XLA
@@ -134,7 +134,7 @@ class AllToAll(Carrier):
         """Tokens leave their device."""
         return True
 
-    def __call__(self, around: Surroundings, plain: Plain, *args: Any, **kwargs: Any) -> jax.Array:
+    def __call__(self, around: StepContext, plain: Plain, *args: Any, **kwargs: Any) -> jax.Array:
         """Returns what `plain(x, choice, share, weights, mlp, capacity)` would.
 
         Raises:
@@ -259,7 +259,7 @@ class _Groups:
       axis: the one that tokens travel over.
     """
 
-    around: Surroundings
+    around: StepContext
     axis: str
 
     @property
@@ -369,4 +369,4 @@ def _check(axis: str, devices: int, number: int) -> None:
         near = math.gcd(number, devices)
         why = f"{number} experts do not divide over {axis}={devices}"
         fix = f"{axis}={near}, or {-(-number // devices) * devices} experts"
-        raise_all(StepError, "Experts cannot be split.", [Problem("sk.experts", why, fix)])
+        raise_all(StepError, "Experts cannot be split.", [Problem("sk.nn.experts", why, fix)])

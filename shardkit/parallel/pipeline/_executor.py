@@ -24,8 +24,8 @@ from ...nn._layer_stack import (
     First,
     Last,
     Layer,
-    sealed,
-    through,
+    scan_layers,
+    stop_aux_gradients,
 )
 from ._tick_program import Branch, Exchange, Ticks
 
@@ -232,7 +232,7 @@ class Device:
         rows, (_, keys) = self._micro_batch(row), self.keys(row["micro"])
         keys = None if keys is None else keys[row["chunk"]]
         if self.used is None:
-            return lambda weights, x: through(self.layer, x, weights, rows, keys)
+            return lambda weights, x: scan_layers(self.layer, x, weights, rows, keys)
 
         def layer(weights: Any, x: Any, rows: Any, key: Any) -> Any:
             weights, used = weights
@@ -241,7 +241,7 @@ class Device:
                 return jax.lax.cond(used, mine, _open(lambda: x))
 
         used = self.used[row["chunk"]]
-        return lambda weights, x: through(layer, x, (weights, used), rows, keys)
+        return lambda weights, x: scan_layers(layer, x, (weights, used), rows, keys)
 
     def _own(self, row: Row) -> Any:
         return _read(self.weights, row["chunk"])
@@ -263,7 +263,7 @@ class Device:
 
 def totals(last: Last, ends: Any, x: Any, rows: Any) -> tuple[Mean, dict[str, Mean]]:
     """What `last` returns, each scalar as a `Mean` of f32."""
-    out = sealed(last(ends, x, rows))
+    out = stop_aux_gradients(last(ends, x, rows))
     loss, metrics = out if isinstance(out, tuple) else (out, {})
     return _as_mean(loss), {name: _as_mean(one) for name, one in metrics.items()}
 

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from ..._core.errors import Problem, StepError, did_you_mean, raise_all
 from ..._core.types import Accumulate
 from ...nn._layer_stack import First, Last, Layer
-from ...nn._overridable import Carrier, Surroundings, plainly
+from ...nn._overridable import Override, StepContext, without_overrides
 from .._kind import Choice, Kind
 from .._names import activations, check_axis, params
 from .._strategy import Strategy
@@ -69,7 +69,8 @@ def pipeline(
 ) -> Strategy:
     """Splits the layers into stages over a mesh axis.
 
-    The model marks its layers with `sk.staged`. Its rows are split into strided micro-batches
+    The model marks its layers with `sk.nn.layer_stack`. Its rows are split into strided
+    micro-batches
     (row i of every `micro_batches`), which are this strategy's accumulation: their gradients are
     reduced once. Every random draw is what one device draws for the whole batch, so dropout
     is the same for any number of stages and micro-batches.
@@ -86,8 +87,9 @@ def pipeline(
       ends: `"replicated"` stores the parameters outside the layers on every stage, `"split"` splits
         those with a `vocab` dim over the stages and gathers them once per step.
 
-    Returns:
-      A strategy for models that call `sk.staged` and name the leading dim of layers `layers`.
+   
+      Returns:
+      A strategy for models that call `sk.nn.layer_stack` and name the leading dim of layers `layers`.
 
     Raises:
       StepError: no such schedule, or numbers that it cannot have.
@@ -167,8 +169,8 @@ def _stage_problems(sizes: Any) -> list[Problem]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stages(Carrier):
-    """Carries out `sk.staged` as a pipeline.
+class Stages(Override):
+    """Carries out `sk.nn.layer_stack` as a pipeline.
 
     Attributes:
       schedule: name of the schedule.
@@ -185,19 +187,21 @@ class Stages(Carrier):
     def misfits(self, accumulate: Accumulate, apart: bool) -> list[Problem]:
         """Refuses a second loop over micro-batches inside which gradients are kept apart."""
         problems = []
-        if accumulate.reduce == "once" and accumulate.steps > 1:
+        if accumulate.reduce == "end" and accumulate.micro_batches > 1:
             why = "the pipeline's own micro-batches are accumulated, with one reduction"
-            fix = f"pipeline(micro_batches={self.micro_batches * accumulate.steps})"
-            fix += f', or sk.Accumulate({accumulate.steps}, reduce="each") to fill it anew for each'
-            problems.append(Problem(f"accumulate={accumulate.steps}", why, fix))
+            fix = f"pipeline(micro_batches={self.micro_batches * accumulate.micro_batches})"
+            fix += f', or sk.Accumulate({accumulate.micro_batches}, reduce="every") to fill it anew for each'
+            problems.append(Problem(f"accumulate={accumulate.micro_batches}", why, fix))
         elif apart:
             why = "a pipeline reduces its gradients in the compute dtype"
-            problems.append(Problem("precision.reduce", why, "sk.Precision(..., reduce=None)"))
+            problems.append(
+                Problem("precision.reduce_dtype", why, "sk.Precision(..., reduce_dtype=None)")
+            )
         return problems
 
     def __call__(
         self,
-        around: Surroundings,
+        around: StepContext,
         plain: Callable[..., Any],
         first: First,
         layer: Layer,
@@ -207,13 +211,13 @@ class Stages(Carrier):
         batch: Any,
         key: Any,
     ) -> Any:
-        """Returns what `sk.staged` does; the gradients are computed with the loss."""
+        """Returns what `sk.nn.layer_stack` does; the gradients are computed with the loss."""
         problems = self._problems(around, layers, batch, key)
         raise_all(StepError, "The pipeline cannot be laid out.", problems)
         sizes, _ = self._sizes(around, layers)
         cut = Parts(self.axis, around.mesh.shape[self.axis], sizes)
         loss = Loss(first, layer, last, ends, batch, key)
-        with plainly():
+        with without_overrides():
             program = Program.of(loss, layers, around, cut, self.micro_batches)
 
         # Every array is an argument: inside of a user's `jax.jit` or scan, JAX calls `forward` when
@@ -240,11 +244,11 @@ class Stages(Carrier):
             virtual_stages=self.virtual_stages,
         )
 
-    def _sizes(self, around: Surroundings, layers: Any) -> tuple[tuple[int, ...], list[Problem]]:
+    def _sizes(self, around: StepContext, layers: Any) -> tuple[tuple[int, ...], list[Problem]]:
         depth, stages = len(jax.tree.leaves(layers)[0]), around.mesh.shape[self.axis]
         return part_sizes(depth, stages, self.virtual_stages, self.layers_per_stage)
 
-    def _problems(self, around: Surroundings, layers: Any, batch: Any, key: Any) -> list[Problem]:
+    def _problems(self, around: StepContext, layers: Any, batch: Any, key: Any) -> list[Problem]:
         """What mesh, layers, rows and key do not allow, all of it."""
         sizes, m = dict(around.mesh.shape), self.micro_batches
         _, problems = self._sizes(around, layers)

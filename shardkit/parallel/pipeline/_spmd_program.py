@@ -16,10 +16,10 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from ..._core.errors import Problem, StepError, raise_all
-from ..._core.split_rng import Draws, find_draws, part_keys
+from ..._core.split_rng import RandomDraws, match_draws, part_keys
 from ..._core.types import Mean
 from ...nn._layer_stack import First, Last, Layer, layer_keys
-from ...nn._overridable import Surroundings
+from ...nn._overridable import StepContext
 from ._executor import Device, totals
 from ._schedule import Schedule
 from ._stage_layout import Parts
@@ -28,7 +28,7 @@ from ._tick_program import ticks
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """The arguments of `sk.staged` but the layers."""
+    """The arguments of `sk.nn.layer_stack` but the layers."""
 
     first: First
     layer: Layer
@@ -40,7 +40,7 @@ class Loss:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One `sk.staged` call on one mesh.
+    """One `sk.nn.layer_stack` call on one mesh.
 
     Attributes:
       loss: what was called.
@@ -54,9 +54,9 @@ class Program:
     """
 
     loss: Loss
-    around: Surroundings
+    around: StepContext
     cut: Parts
-    draws: Draws
+    draws: RandomDraws
     words: jax.Array | None
     message: Any
     returned: Any
@@ -64,7 +64,7 @@ class Program:
 
     @classmethod
     def of(
-        cls, loss: Loss, layers: Any, around: Surroundings, cut: Parts, micro_batches: int
+        cls, loss: Loss, layers: Any, around: StepContext, cut: Parts, micro_batches: int
     ) -> "Program":
         """Looks at the loss with the rows of one part.
 
@@ -87,7 +87,7 @@ class Program:
             loss=loss,
             around=around,
             cut=cut,
-            draws=Draws(lanes, grown, micro_batches),
+            draws=RandomDraws(lanes, grown, micro_batches),
             words=words,
             message=message,
             returned=jax.eval_shape(loss.last, loss.ends, message, rows),
@@ -179,7 +179,7 @@ class Program:
         return _stacked((done.outcome, _as(done.ends, ends), g_layers))
 
 
-def lane_axes(around: Surroundings) -> tuple[str, ...]:
+def lane_axes(around: StepContext) -> tuple[str, ...]:
     """Axes whose devices keep gradients apart; rows that move stay the partitioner's."""
     return tuple(axis for axis in around.rows if axis not in around.moving)
 
@@ -205,7 +205,7 @@ def _grown(loss: Loss, layers: Any, parts: int, keys: tuple[Any, Any]) -> Any:
         jax.eval_shape(lambda *args: args, loss.ends, weights, _rows(loss.batch, n), *keys)
         for n in (parts, 1)
     )
-    return find_draws(draws, parts, part, whole).grown
+    return match_draws(draws, parts, part, whole).grown
 
 
 def _check_message(message: Any) -> None:

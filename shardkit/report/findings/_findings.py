@@ -58,7 +58,7 @@ def _in_between(one: Rematerialization, facts: Facts) -> str:
     code = f"jax.lax.with_sharding_constraint(x, NamedSharding(mesh, {spec_text(one.between)}))"
     if all(axes in names for axes in one.between if axes):
         dims = ", ".join(repr(names[axes]) if axes else "None" for axes in one.between)
-        code = f"sk.constrain(x, {dims})"
+        code = f"sk.nn.constrain(x, {dims})"
     return f"{code} in between, so that one mesh axis moves at a time"
 
 
@@ -104,12 +104,12 @@ def _reduction_in_loop(facts: Facts) -> Iterator[Finding]:
         steps = facts.program.declared.accumulate
         if steps > 1:
             beside = f", with {steps} micro-batches"
-            fix = f'accumulate=sk.Accumulate({steps}, reduce="once")'
+            fix = f'accumulate=sk.Accumulate({steps}, reduce="end")'
         else:
             beside = " without accumulation: something reduces arrays of their size again, or "
             beside += "whole ones of which the device keeps a shard"
             fix = "use each parameter once, or add what its uses give before it is reduced; "
-            fix += "where it is used, sk.constrain(w, ...) as its rule splits it"
+            fix += "where it is used, sk.nn.constrain(w, ...) as its rule splits it"
         yield Finding(
             "reduction_in_loop",
             leaf="",
@@ -143,7 +143,7 @@ def _unexplained_collective(facts: Facts) -> Iterator[Finding]:
             bytes=sum(row.wire_bytes for row in rows),
             why=f"{len(rows)} × {kind} over {', '.join(axes)} of {', '.join(rows[0].operands[:3])}"
             " that the strategy does not account for",
-            fix="sk.constrain(x, ...) what goes into this scope and what comes out of it: two "
+            fix="sk.nn.constrain(x, ...) what goes into this scope and what comes out of it: two "
             "specs disagree" + _undeclared(axes, kind, facts),
         )
 
@@ -202,7 +202,7 @@ def _wide_collective(facts: Facts) -> Iterator[Finding]:
         kinds = Counter(row.kind for row in rows)
         meant = ""
         if facts.rows_over & set(axes) and set(REDUCING) & kinds.keys():
-            meant = f'; precision=sk.Precision(compute="{name}", reduce="float32") '
+            meant = f'; precision=sk.Precision(compute_dtype="{name}", reduce_dtype="float32") '
             meant += "where wide sums of gradients are meant"
         yield Finding(
             "wide_collective",
@@ -282,7 +282,7 @@ def _large_constants(facts: Facts) -> Iterator[Finding]:
                     bytes=size,
                     why=f"{one.shapes[0]} is a constant of the program: every device holds it, "
                     "whole where it was closed over, beside what the memory table counts",
-                    fix="pass it as a parameter, as extra or in the batch instead of closing over "
+                    fix="pass it as a parameter, as model_state or in the batch instead of closing over "
                     "it, and lay it out by a rule",
                 )
 

@@ -24,7 +24,7 @@ def replicated_leaves(facts: Facts) -> Iterator[Finding]:
     """State that every device holds whole, and no rule says so."""
     axes = tuple(name for name, size in facts.program.mesh if size > 1)
     for leaf in facts.program.leaves:
-        state = leaf.part in ("params", "opt_state", "extra")
+        state = leaf.part in ("params", "opt_state", "model_state")
         if not axes or not state or leaf.meant_whole or leaf.axes() or not leaf.leaf.shape:
             continue
         yield Finding(
@@ -49,7 +49,7 @@ def _split(leaf: Placed, mesh: Sequence[tuple[str, int]]) -> str:
             spec = spec_text([(axis,) if dim == longest else () for dim in range(len(shape))])
             rule = f'sk.PathRules({{"{glob}": {spec}}})'
             # What a rule for optimizer state passes follows its parameter.
-            own = rule if part == "opt_state" else f"sk.chain({rule}, strategy.{part})"
+            own = rule if part == "opt_state" else f"sk.first_match({rule}, strategy.{part})"
             return f"{part}={own}, or sk.REPLICATED if meant"
     return f'{part}=sk.PathRules({{"{glob}": sk.REPLICATED}}): no mesh axis divides it'
 
@@ -107,12 +107,12 @@ def _constraint_of(whole: tuple[int, ...], axes: tuple[str, ...], program: Progr
 
 def _fix(facts: Facts, axes: tuple[str, ...]) -> str:
     if set(axes) & facts.rows_over:
-        return 'sk.constrain(x, "batch", ...) where it is made, with "batch" on the rows\' axes'
+        return 'sk.nn.constrain(x, "batch", ...) where it is made, with "batch" on the rows\' axes'
     kinds = [facts.program.declared.kind_of(axis) for axis in axes]
     fixes = {kind.activation_fix if kind else "" for kind in kinds}
     if len(fixes) == 1 and any(fixes):
         return f'{fixes.pop()}, or remat="full" to keep less'
-    return 'sk.constrain(x, ...) with a name that activations map there, or remat="full"'
+    return 'sk.nn.constrain(x, ...) with a name that activations map there, or remat="full"'
 
 
 def parameter_gathers(facts: Facts) -> Iterator[Finding]:
@@ -144,7 +144,7 @@ def _meets(leaf: Placed, axes: Sequence[str]) -> str:
     names = [repr(name) for name, dim in named if name and set(dim) & set(axes)]
     name = names[0] if names else f"a name that activations map to {', '.join(axes)}"
     why = "on the activation that meets it, so that the product stays split"
-    return f"sk.constrain(x, ..., {name}) {why}"
+    return f"sk.nn.constrain(x, ..., {name}) {why}"
 
 
 def _gathering(facts: Facts) -> set[str]:
@@ -256,8 +256,8 @@ def _agree(made: Placed, used: Placed) -> str:
     if made.part == "params":
         own, other = spec_text(made.dims()), spec_text(used.dims())
         return (
-            f"constrain it where it is used as {own} too, or give {made.leaf.path or made.part} a rule that "
-            f"makes it {other}, where the gather is not what you want"
+            f"constrain it where it is used as {own} too, or give {made.leaf.path or made.part} a "
+            f"rule that makes it {other}, where the gather is not what you want"
         )
     table = ", ".join(f"{name!r}: None" for name in names)
     return (
@@ -283,7 +283,7 @@ def resharding(facts: Facts) -> Iterator[Finding]:
             bytes=row.wire_bytes,
             why=f"{row.operands[0]} is moved from one dim to another over {', '.join(row.axes)}: "
             + (between or "what makes it and what uses it are split differently"),
-            fix="constrain both to one spec: sk.constrain(x, ...) right after it is made",
+            fix="constrain both to one spec: sk.nn.constrain(x, ...) right after it is made",
         )
 
 

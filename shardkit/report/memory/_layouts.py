@@ -11,7 +11,7 @@ class Layout:
     """One array of the step's input and the part of it that a device holds.
 
     Attributes:
-      part: which part of the input it belongs to: `params`, `opt_state`, `extra`, `batch` or
+      part: which part of the input it belongs to: `params`, `opt_state`, `model_state`, `batch` or
         `rest`.
       path: its path in that part: `decoder/mlp/up/kernel`.
       shape: global shape.

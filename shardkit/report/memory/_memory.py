@@ -15,7 +15,7 @@ class Memory:
     Attributes:
       params: parameters.
       opt_state: optimizer state.
-      extra: mutable model state.
+      model_state: mutable model state.
       batch: one global batch's share.
       rest: step counter and random key.
       padding: what the compiler adds to the arguments for its tiled layouts.
@@ -28,7 +28,7 @@ class Memory:
 
     params: int
     opt_state: int
-    extra: int
+    model_state: int
     batch: int
     rest: int
     padding: int | None
@@ -41,7 +41,7 @@ class Memory:
     @property
     def arguments(self) -> int:
         """Bytes of all inputs, from the shardings."""
-        return self.params + self.opt_state + self.extra + self.batch + self.rest
+        return self.params + self.opt_state + self.model_state + self.batch + self.rest
 
     @property
     def margin(self) -> int | None:

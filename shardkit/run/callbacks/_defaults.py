@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from ...processes import Peers
+from ...processes import ProcessGroup
 from .._config import TrainConfig, check_profile, parse_profile
 from ._callback import Callback
 from ._finite import FiniteCheck
@@ -29,7 +29,7 @@ def check_callbacks(config: TrainConfig, start: int) -> None:
 
 
 def default_callbacks(
-    config: TrainConfig, describe: Describe, console: Console, peers: Peers
+    config: TrainConfig, describe: Describe, console: Console, peers: ProcessGroup
 ) -> list[Callback]:
     """Returns the callbacks of a config: those that may end the run first, the progress last."""
     callbacks: list[Callback] = [Heartbeat(peers), FiniteCheck(config.skip_limit)]

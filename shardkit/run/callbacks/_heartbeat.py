@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ...processes import Peers
+from ...processes import ProcessGroup
 from .._stop import Stopped
 from ._callback import Callback, RunContext, StepMetrics
 
@@ -11,7 +11,7 @@ from ._callback import Callback, RunContext, StepMetrics
 class Heartbeat(Callback):
     """Reports the events of a run to the watchdog that processes keep over each other."""
 
-    def __init__(self, peers: Peers) -> None:
+    def __init__(self, peers: ProcessGroup) -> None:
         """Takes this process among the others."""
         self._peers = peers
 

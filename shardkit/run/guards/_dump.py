@@ -97,7 +97,7 @@ def read_dump(folder: Path, state: Any, batch: Any, to: Any) -> Dump:
 
     Raises:
       CheckpointError: the folder has no dump, or the dump is of another model.
-      DamageError: the dump is damaged.
+      CheckpointCorruptedError: the dump is damaged.
     """
     manifest = dump_manifest(folder)
     dumps = Checkpointer(_locate(folder)[0])

@@ -21,9 +21,9 @@ from jax.sharding import PartitionSpec
 
 from ..._core.precision import cast_floats
 from ..._core.split_rng import part_keys, threefry_words
-from ...nn._manual_axis_rules import gather, meaning, varied
+from ...nn._manual_axis_rules import gather, manual_axis_rules, pvary
 from .._gradients import GradientFn, per_weight
-from .._objective import Objective, Outcome
+from .._objective import LossOutput, Objective
 from ._buckets import reduce_gradients
 from ._compressed import Summing
 from ._outcome import reduce_outcome
@@ -31,7 +31,7 @@ from ._plan import ManualPlan
 
 
 def shard_gradients(objective: Objective, plan: ManualPlan) -> GradientFn:
-    """Builds `(params, extra, batch, key) -> (Outcome, gradients of the mean loss)`.
+    """Builds `(params, model_state, batch, key) -> (Outcome, gradients of the mean loss)`.
 
     Gradients come in the dtype of the parameters, laid out as the parameters are.
     """
@@ -42,9 +42,9 @@ def shard_gradients(objective: Objective, plan: ManualPlan) -> GradientFn:
 def shard_objective(objective: Objective, plan: ManualPlan) -> Objective:
     """Builds the loss on shards as a loss on whole arrays, without its gradient."""
 
-    def local(params: Any, extra: Any, batch: Any, key: Any) -> tuple[jax.Array, Outcome]:
+    def local(params: Any, model_state: Any, batch: Any, key: Any) -> tuple[jax.Array, LossOutput]:
         low = seen(plan, params)
-        _, outcome = objective(low, extra, batch, _own_key(plan, key))
+        _, outcome = objective(low, model_state, batch, _own_key(plan, key))
         outcome = reduce_outcome(outcome, plan.rows)
         return outcome.loss.total, outcome
 
@@ -52,16 +52,16 @@ def shard_objective(objective: Objective, plan: ManualPlan) -> Objective:
 
 
 def _of_outcome(plan: ManualPlan) -> Any:
-    """Specs of an `Outcome`."""
+    """Specs of an `LossOutput`."""
     whole: Any = PartitionSpec()
-    return Outcome(whole, whole, plan.specs[1])
+    return LossOutput(whole, whole, plan.specs[1])
 
 
 def mapped(plan: ManualPlan, local: Callable[..., Any], results: Any) -> Any:
-    """A function of shards as one of whole arrays `(params, extra, batch, key)`."""
+    """A function of shards as one of whole arrays `(params, model_state, batch, key)`."""
 
     def run(*args: Any) -> Any:
-        with meaning(plan.meaning):
+        with manual_axis_rules(plan.meaning):
             return local(*args)
 
     whole = PartitionSpec()
@@ -70,30 +70,30 @@ def mapped(plan: ManualPlan, local: Callable[..., Any], results: Any) -> Any:
 
 
 def _local_gradients(
-    objective: Objective, plan: ManualPlan, params: Any, extra: Any, batch: Any, key: Any
-) -> tuple[Outcome, Any]:
-    low = seen(plan, cast_floats(params, plan.bound.spec.precision.compute))
-    outcome, totals = _accumulated(objective, plan, low, extra, batch, key)
-    dtype = plan.bound.spec.precision.reduce or plan.bound.spec.precision.compute
+    objective: Objective, plan: ManualPlan, params: Any, model_state: Any, batch: Any, key: Any
+) -> tuple[LossOutput, Any]:
+    low = seen(plan, cast_floats(params, plan.bound.spec.precision.compute_dtype))
+    outcome, totals = _accumulated(objective, plan, low, model_state, batch, key)
+    dtype = plan.bound.spec.precision.reduce_dtype or plan.bound.spec.precision.compute_dtype
     flat, structure = jax.tree.flatten(totals)
     with jax.named_scope("reduce"):
         outcome = reduce_outcome(outcome, plan.rows)
-        summing = Summing(plan.bound.spec.strategy.compression, extra, outcome.loss.weight)
+        summing = Summing(plan.bound.spec.strategy.compression, model_state, outcome.loss.weight)
         flat = reduce_gradients(flat, plan.parameters, dtype, summing)
-    outcome = dataclasses.replace(outcome, extra=summing.extra)
+    outcome = dataclasses.replace(outcome, model_state=summing.model_state)
     totals = jax.tree.map(lambda g, p: g.astype(p.dtype), structure.unflatten(flat), params)
     return outcome, per_weight(totals, outcome.loss.weight)
 
 
 def _accumulated(
-    objective: Objective, plan: ManualPlan, params: Any, extra: Any, batch: Any, key: Any
-) -> tuple[Outcome, Any]:
+    objective: Objective, plan: ManualPlan, params: Any, model_state: Any, batch: Any, key: Any
+) -> tuple[LossOutput, Any]:
     """Loss and gradients of this device's rows, over all micro-batches, not reduced."""
-    steps = plan.accumulate.steps
+    steps = plan.accumulate.micro_batches
 
-    def one(rows: Any, at: Any) -> tuple[Outcome, Any]:
+    def one(rows: Any, at: Any) -> tuple[LossOutput, Any]:
         run = jax.value_and_grad(objective, has_aux=True)
-        (_, outcome), totals = run(params, extra, rows, _own_key(plan, at))
+        (_, outcome), totals = run(params, model_state, rows, _own_key(plan, at))
         return outcome, totals
 
     if steps == 1:
@@ -114,14 +114,14 @@ def _accumulated(
         return jax.tree.map(jnp.add, carry, part(index)), None
 
     (loss, metrics, totals), _ = jax.lax.scan(body, _zeros(part), jnp.arange(steps))
-    return Outcome(loss, metrics, extra), totals
+    return LossOutput(loss, metrics, model_state), totals
 
 
 def _zeros(part: Callable[[jax.Array], Any]) -> Any:
     """Zeros of what one micro-batch gives, differing over the mesh axes that it differs over."""
     traced, shapes = jax.make_jaxpr(part, return_shape=True)(jnp.zeros((), jnp.int32))
     zeros = [
-        varied(jnp.zeros(a.shape, a.dtype), tuple(sorted(a.mat.varying))) for a in traced.out_avals
+        pvary(jnp.zeros(a.shape, a.dtype), tuple(sorted(a.mat.varying))) for a in traced.out_avals
     ]
     return jax.tree.unflatten(jax.tree.structure(shapes), zeros)
 
@@ -133,7 +133,7 @@ def seen(plan: ManualPlan, params: Any) -> Any:
     for x, one in zip(flat, plan.parameters, strict=True):
         for dim, axes in enumerate(one.whole):
             x = gather(x, axes, dim) if axes else x
-        made.append(varied(x, one.differing))
+        made.append(pvary(x, one.differing))
     return structure.unflatten(made)
 
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 
 from ..._core.errors import Problem, StepError, raise_all
 from ..._core.types import Mean
-from ...nn._manual_axis_rules import Axes, varied, varying
-from .._objective import Outcome
+from ...nn._manual_axis_rules import Axes, pvary, varying
+from .._objective import LossOutput
 
 
-def reduce_outcome(outcome: Outcome, rows: Axes) -> Outcome:
+def reduce_outcome(outcome: LossOutput, rows: Axes) -> LossOutput:
     """Sums what each device found on its own rows; what is equal on all of them stays.
 
     Raises:
@@ -29,11 +29,11 @@ def reduce_outcome(outcome: Outcome, rows: Axes) -> Outcome:
     summed: dict[str, Mean] = {}
     for axes, names in over.items():
         pairs = [means[name] for name in names]
-        flat = jnp.stack([varied(x, axes) for mean in pairs for x in (mean.total, mean.weight)])
+        flat = jnp.stack([pvary(x, axes) for mean in pairs for x in (mean.total, mean.weight)])
         flat = jax.lax.psum(flat, axes) if axes else flat
         summed |= {name: Mean(flat[2 * i], flat[2 * i + 1]) for i, name in enumerate(names)}
     metrics = {name: summed[name] for name in outcome.metrics}
-    return Outcome(summed["loss"], metrics, outcome.extra)
+    return LossOutput(summed["loss"], metrics, outcome.model_state)
 
 
 def _differing(name: str, mean: Mean, rows: Axes) -> Iterator[Problem]:

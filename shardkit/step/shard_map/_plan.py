@@ -1,6 +1,6 @@
 """How a step with explicit collectives is laid out on shards, and what it cannot do.
 
-The model is traced once on whole arrays: what it marks (`weight`, `constrain`) decides for each
+The model is traced once on whole arrays: what it marks (`use_param`, `constrain`) decides for each
 parameter whether its layers gather it, and every problem is found before anything is compiled.
 """
 
@@ -12,15 +12,15 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 
 from ..._core.errors import Problem
-from ..._core.split_rng import Draws
+from ..._core.split_rng import RandomDraws
 from ..._core.tree import Leaf, leaves
 from ..._core.types import Accumulate
 from ...nn._manual_axis_rules import (
     Axes,
     Dims,
-    Meaning,
+    ManualAxisRules,
     Names,
-    PerShard,
+    ShardMapLoss,
 )
 from ...rules import axes_of
 from .._bound_spec import BoundSpec
@@ -42,13 +42,13 @@ class ManualPlan:
 
     Attributes:
       bound: mesh, precision and compression.
-      accumulate: micro-batches; `"once"` gathers weights once per step and reduces gradients
-        once, `"each"` does both in every micro-batch, layer by layer.
+      accumulate: micro-batches; `"end"` gathers weights once per step and reduces gradients
+        once, `"every"` does both in every micro-batch, layer by layer.
       rows: mesh axes that the rows of the batch are split over.
       tokens: mesh axes that split activations along dims that no parameter has, beside `rows`.
       parameters: of each leaf of the parameters, in order.
       meaning: what logical names mean on shards.
-      specs: of `(params, extra, batch)`.
+      specs: of `(params, model_state, batch)`.
       gradients: specs of the gradients, as the update takes them.
       draws: which random draws of the loss grow.
     """
@@ -58,10 +58,10 @@ class ManualPlan:
     rows: Axes
     tokens: Axes
     parameters: tuple[Parameter, ...]
-    meaning: Meaning
+    meaning: ManualAxisRules
     specs: tuple[Any, Any, Any]
     gradients: Any
-    draws: Draws = dataclasses.field(default_factory=lambda: Draws(1))
+    draws: RandomDraws = dataclasses.field(default_factory=lambda: RandomDraws(1))
 
     @property
     def mesh(self) -> Mesh:
@@ -71,7 +71,7 @@ class ManualPlan:
     @property
     def apart(self) -> bool:
         """Whether auto partitioning would keep gradients apart; then keys are of micro-batches."""
-        return self.accumulate.reduce == "once" and self.bound.spec.precision.reduces_apart
+        return self.accumulate.reduce == "end" and self.bound.spec.precision.reduces_apart
 
     def count(self, axes: Axes) -> int:
         """Number of devices along mesh axes."""
@@ -93,10 +93,10 @@ def plan_of(bound: BoundSpec, layout: Layout, jaxpr: Any, accumulate: Accumulate
     Raises:
       StepError: with everything that explicit collectives cannot do.
     """
-    marks, own = Marks.of(jaxpr.jaxpr), isinstance(bound.spec.loss_fn, PerShard)
+    marks, own = Marks.of(jaxpr.jaxpr), isinstance(bound.spec.loss_fn, ShardMapLoss)
     rules = bound.spec.strategy.activations
     table = tuple((n, rules.mesh_axes(n)) for n, _ in rules.table) if rules else ()
-    meant, rows = Meaning(table), layout.row_axes
+    meant, rows = ManualAxisRules(table), layout.row_axes
     problems: list[Problem] = []
     found = leaves(layout.state.params, layout.axes)
     specs = jax.tree.map(lambda s: s.spec, layout.shardings)
@@ -104,7 +104,7 @@ def plan_of(bound: BoundSpec, layout: Layout, jaxpr: Any, accumulate: Accumulate
     named_dims = {name for leaf in found for name in leaf.axes or ()}
     split = meant.axes(*(n for n in marks.activations if n not in named_dims))
     tokens = () if own else tuple(axis for axis in split if axis not in rows)
-    keep = accumulate.steps > 1 and accumulate.reduce == "once"
+    keep = accumulate.micro_batches > 1 and accumulate.reduce == "end"
     parameters, gathered = [], {}
     pairs = zip(jax.tree.leaves(specs.params), jax.tree.leaves(updated), strict=True)
     for leaf, (spec, finer) in zip(found, pairs, strict=True):
@@ -126,7 +126,7 @@ def plan_of(bound: BoundSpec, layout: Layout, jaxpr: Any, accumulate: Accumulate
     problems += compression_problems(bound, parameters, rows)
     refuse(bound, problems)
     precision = bound.spec.precision
-    reduce = precision.reduce if precision.reduces_apart else None
+    reduce = precision.reduce_dtype if precision.reduces_apart else None
     batch = jax.tree.map(lambda s: s.spec, layout.batch_shardings)
     return ManualPlan(
         bound,
@@ -134,8 +134,8 @@ def plan_of(bound: BoundSpec, layout: Layout, jaxpr: Any, accumulate: Accumulate
         rows,
         tokens,
         tuple(parameters),
-        Meaning(table, tuple(gathered.items()), kept_axes(bound), reduce),
-        (specs.params, specs.extra, batch),
+        ManualAxisRules(table, tuple(gathered.items()), kept_axes(bound), reduce),
+        (specs.params, specs.model_state, batch),
         updated,
     )
 
@@ -157,7 +157,7 @@ def _mark(leaf: Leaf, surplus: Dims, marks: Marks) -> Names | None:
     return None
 
 
-def _surplus(leaf: Leaf, stored: Dims, meant: Meaning) -> Dims:
+def _surplus(leaf: Leaf, stored: Dims, meant: ManualAxisRules) -> Dims:
     """Mesh axes per dim that split a parameter in storage and not in its products."""
     names = leaf.axes or (None,) * len(stored)
     return tuple(

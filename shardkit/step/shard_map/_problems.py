@@ -13,9 +13,9 @@ from ...nn._constrain import constrain_p
 from ...nn._manual_axis_rules import (
     Axes,
     Dims,
-    Meaning,
+    ManualAxisRules,
     Names,
-    PerShard,
+    ShardMapLoss,
     weight_p,
 )
 from ...parallel import known_kinds
@@ -61,7 +61,7 @@ def check_declared(bound: BoundSpec, layout: Layout) -> None:
     Raises:
       StepError: with everything that is found.
     """
-    own = isinstance(bound.spec.loss_fn, PerShard)
+    own = isinstance(bound.spec.loss_fn, ShardMapLoss)
     problems = [*_kind_problems(bound), *_batch_problems(layout, own)]
     refuse(bound, problems)
 
@@ -72,7 +72,7 @@ def refuse(bound: BoundSpec, problems: list[Problem]) -> None:
 
 
 def leaf_problems(
-    leaf: Leaf, stored: Dims, surplus: Dims, meant: Meaning, marks: Marks, rows: Axes
+    leaf: Leaf, stored: Dims, surplus: Dims, meant: ManualAxisRules, marks: Marks, rows: Axes
 ) -> Iterator[Problem]:
     names = leaf.axes or (None,) * len(stored)
     for dim, (name, axes, more) in enumerate(zip(names, stored, surplus, strict=True)):
@@ -84,11 +84,11 @@ def leaf_problems(
         elif used and name not in marks.into:
             why = f"dim {dim} ({name!r}) is split over {_listed(used)}, and the model never marks "
             why += f"what goes into products over {name!r}"
-            fix = f'h = sk.constrain(h, ..., into=({name!r},)); mode="auto" needs no marks'
+            fix = f'h = sk.nn.constrain(h, ..., into=({name!r},)); mode="auto" needs no marks'
             yield Problem(subject, why, fix)
         elif lost := [axis for axis in more if axis not in rows]:
             why = f"dim {dim} is split over {_listed(lost)}, which splits neither rows nor products"
-            fix = "sk.PerShard(loss, plain), whose loss sees the shards; or names, and activations="
+            fix = "sk.ShardMapLoss(loss, plain), whose loss sees the shards; or names, and activations="
             yield Problem(subject, why, fix + "sk.AxisRules({...})")
 
 
@@ -116,11 +116,11 @@ def _batch_problems(layout: Layout, own: bool) -> Iterator[Problem]:
         split = [axis for entry in tuple(sharding.spec)[1:] for axis in axes_of(entry)]
         if split and not own:
             why = f"is split over {_listed(split)} beyond its rows"
-            fix = f"batch=P({_code(layout.row_axes)}), or sk.PerShard(loss, plain)"
+            fix = f"batch=P({_code(layout.row_axes)}), or sk.ShardMapLoss(loss, plain)"
             yield Problem(str(leaf.within("batch")), why, fix)
 
 
-def name_problems(meant: Meaning, marks: Marks) -> Iterator[Problem]:
+def name_problems(meant: ManualAxisRules, marks: Marks) -> Iterator[Problem]:
     """A misspelt mark would be a collective that is missing."""
     known = [name for name, _ in meant.used]
     for name in marks.stated:
@@ -129,7 +129,7 @@ def name_problems(meant: Meaning, marks: Marks) -> Iterator[Problem]:
             yield Problem("constrain(source=, into=, partial=)", why, "a logical axis of the model")
 
 
-def head_problems(meant: Meaning, marks: Marks) -> Iterator[Problem]:
+def head_problems(meant: ManualAxisRules, marks: Marks) -> Iterator[Problem]:
     """Queries find the keys of their group only where both are split alike."""
     heads, keys = meant.axes("heads"), meant.axes("kv_heads")
     if {"heads", "kv_heads"} <= set(marks.activations) and heads != keys:

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from ..._core.split_rng import Draws, draws_of, grown
+from ..._core.split_rng import RandomDraws, draws_of, grown
 from ..._core.types import Accumulate
-from ...nn._manual_axis_rules import varied
+from ...nn._manual_axis_rules import pvary
 from .._activations import Activations
 from .._bound_spec import BoundSpec
 from .._layout import Layout
@@ -52,7 +52,7 @@ def shard_plan(
       StepError: explicit collectives cannot carry this out.
     """
     check_declared(bound, layout)
-    args = (low, layout.state.extra, layout.batch, layout.state.key)
+    args = (low, layout.state.model_state, layout.batch, layout.state.key)
     whole = jax.make_jaxpr(objective)(*args)
     rules = bound.spec.strategy.activations
     Activations(bound.mesh, rules, layout.row_axes).check(whole)
@@ -62,8 +62,8 @@ def shard_plan(
 
 def _shard_draws(
     objective: Objective, plan: ManualPlan, args: tuple[Any, ...], whole: Any
-) -> Draws:
-    """Finds which draws of a loss grow, from abstract `(params, extra, batch, key)`.
+) -> RandomDraws:
+    """Finds which draws of a loss grow, from abstract `(params, model_state, batch, key)`.
 
     The loss on shards is traced on a micro-batch and on one whose every device has all of its
     rows; and, where a device also holds a slice of the length, on whole arrays.
@@ -79,8 +79,8 @@ def _shard_draws(
     """
     lanes, slices = plan.count(plan.rows), plan.count(plan.tokens)
     if not draws_of(whole.jaxpr):
-        return Draws(lanes, slices=slices)
-    params, extra, batch, key = args
+        return RandomDraws(lanes, slices=slices)
+    params, model_state, batch, key = args
 
     def rows(times: int, over: int) -> Any:
         def cut(x: Any) -> Any:
@@ -89,18 +89,22 @@ def _shard_draws(
 
         return jax.tree.map(cut, batch)
 
-    def local(params: Any, extra: Any, batch: Any, key: Any) -> jax.Array:
-        total, _ = objective(seen(plan, params), extra, batch, key)
-        return varied(total, plan.mesh.axis_names)[None]
+    def local(params: Any, model_state: Any, batch: Any, key: Any) -> jax.Array:
+        total, _ = objective(seen(plan, params), model_state, batch, key)
+        return pvary(total, plan.mesh.axis_names)[None]
 
-    steps = plan.accumulate.steps
+    steps = plan.accumulate.micro_batches
     on_shards = mapped(plan, local, PartitionSpec(plan.mesh.axis_names))
-    part = draws_of(jax.make_jaxpr(on_shards)(params, extra, rows(1, steps), key).jaxpr)
-    draws = Draws(lanes, slices=slices)
+    part = draws_of(jax.make_jaxpr(on_shards)(params, model_state, rows(1, steps), key).jaxpr)
+    draws = RandomDraws(lanes, slices=slices)
     if lanes > 1:
-        more = draws_of(jax.make_jaxpr(on_shards)(params, extra, rows(lanes, steps), key).jaxpr)
+        more = draws_of(
+            jax.make_jaxpr(on_shards)(params, model_state, rows(lanes, steps), key).jaxpr
+        )
         draws = dataclasses.replace(draws, grown=grown(part, more, lanes))
     if slices > 1:
-        one = draws_of(jax.make_jaxpr(objective)(params, extra, rows(1, steps * lanes), key).jaxpr)
+        one = draws_of(
+            jax.make_jaxpr(objective)(params, model_state, rows(1, steps * lanes), key).jaxpr
+        )
         draws = dataclasses.replace(draws, sliced=grown(part, one, slices))
     return draws
