@@ -79,7 +79,7 @@ class SavedStep:
           wanted: `{path: abstract array}`.
           shardings: `{path: sharding}` of the same leaves.
 
-       
+
           Raises:
           CheckpointCorruptedError: a file that a leaf needs is not what was written, or the leaf's fingerprint
             is not the saved one.

@@ -198,7 +198,6 @@ def _sgd_applier(sgd: optax.GradientTransformation) -> Any:
     return _applier(sgd)
 
 
-
 def _plain(spec: StepSpec, *, evaluate: bool) -> Any:
     """The user's loss as `(params, model_state, batch, key) → (total, (weight, metrics, model_state))`."""
     loss = spec.loss_fn

@@ -87,7 +87,7 @@ def pipeline(
       ends: `"replicated"` stores the parameters outside the layers on every stage, `"split"` splits
         those with a `vocab` dim over the stages and gathers them once per step.
 
-   
+
       Returns:
       A strategy for models that call `sk.nn.layer_stack` and name the leading dim of layers `layers`.
 

@@ -255,9 +255,10 @@ def _agree(made: Placed, used: Placed) -> str:
     }
     if made.part == "params":
         own, other = spec_text(made.dims()), spec_text(used.dims())
+        leaf = made.leaf.path or made.part
         return (
-            f"constrain it where it is used as {own} too, or give {made.leaf.path or made.part} a "
-            f"rule that makes it {other}, where the gather is not what you want"
+            f"constrain it where it is used as {own} too, or give {leaf} a rule that "
+            f"makes it {other}, where the gather is not what you want"
         )
     table = ", ".join(f"{name!r}: None" for name in names)
     return (
