@@ -13,7 +13,7 @@ KINDS = frozenset({"data", "fsdp", "zero", "tensor", "context", "pipeline", "exp
 SAME_WORD = {
     # Where batches come from: a package, a section of configs and records, a cause of lost time,
     # what a checkpoint saves beside the state.
-    "data": {"shardkit", "config", "run", "checkpoint"},
+    "data": {"shardkit", "config", "run", "checkpoint", "lm"},
 }
 FILE_LINES, FUNCTION_LINES, COLUMNS, IMPORTS = 400, 60, 100, 10
 
@@ -134,11 +134,15 @@ def cycles(tree: Tree) -> list[str]:
 
 
 def import_counts(tree: Tree) -> list[str]:
-    """Modules that know too many others; an `__init__` that re-exports may know all of its own."""
+    """Modules that know too many others; an `__init__` that re-exports may know all of its own.
+
+    What all share, `_core`, is not counted.
+    """
+    shared = f"{tree.package}._core"
     return [
         f"{tree.where(module, 1)} imports {len(others)} modules of the package, not {IMPORTS}"
         for module, imported in tree.imports.items()
-        if (others := set(imported) - {module})
+        if (others := {m for m in imported if m != module and not m.startswith(shared)})
         and len(others) > IMPORTS
         and tree.modules[module].name != "__init__.py"
     ]
@@ -180,12 +184,12 @@ def probing(tree: Tree) -> list[str]:
     ]
 
 
-def named_mesh_axes(tree: Tree, part: str = "models") -> list[str]:
-    """Strings in the models that are the name of a mesh axis."""
+def named_mesh_axes(tree: Tree, part: str = "lm") -> list[str]:
+    """Strings in the reference model that are the name of a mesh axis."""
     return [
         f"{tree.where(module, node.lineno)} names the mesh axis {node.value!r}"
         for module, parsed in tree.parsed.items()
-        if tree.part(module) == part
+        if tree.part(module) == part and not module.endswith("._train")  # whose "data" is a section
         for node in ast.walk(parsed)
         if isinstance(node, ast.Constant) and node.value in MESH_AXES
     ]

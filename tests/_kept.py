@@ -9,20 +9,17 @@ from ._architecture import Function, Tree
 # does not grow. Caches of one instance (`functools.cached_property`) and `ContextVar`s, which a
 # `with` block sets back, do not outlive their owners and are not listed.
 KEPT: dict[str, tuple[int | str, str]] = {
-    "_lanes._generator": (64, "one for each set of draws; a step has one or two"),
-    "_remat.policy": (64, "one for each name; `save:` takes any list of names"),
-    "_remat.regathering": (64, "policies × sets of axes that are gathered"),
-    "_remat._traced": ("policies", "emptied whenever JAX's caches are"),
-    "_regions._traced": ("declared carriers", "emptied whenever JAX's caches are"),
-    "_shards._traced": ("declared layouts", "emptied whenever JAX's caches are"),
+    "_core.split_rng._generator": (64, "one for each set of draws; a step has one or two"),
+    "nn._remat.policy": (64, "one for each name; `save:` takes any list of names"),
+    "nn._remat.regathering": (64, "policies × sets of axes that are gathered"),
     "checkpoint._fingerprint._program": (8, "meshes in use; each holds compiled programs"),
-    "data._order.epoch_order": (2, "this epoch and the next; each up to 128 MiB"),
+    "data._shuffled_index.epoch_order": (2, "this epoch and the next; each up to 128 MiB"),
     "mesh._simulate._settled": ("one number", "devices of the process, settled once"),
-    "plan._stages.roles": (256, "schedules × stages of one search; a few KiB each"),
+    "planner._stages.roles": (256, "schedules × stages of one search; a few KiB each"),
     "rules._path._pattern": (1024, "globs of some models; about 1 KiB each"),
-    "verify._reference._sgd_applier": (8, "one for each verification under way"),
-    "cli._verify._run": ("meshes of the command, and one device", "gone when the command ends"),
-    "step._forms.KEPT": (8, "forms of a batch that a step keeps: lengths in buckets"),
+    "parity._reference._sgd_applier": (8, "one for each verification under way"),
+    "cli._verify.run": ("meshes of the command, and one device", "gone when the command ends"),
+    "step._batch_variants.KEPT": (8, "forms of a batch that a step keeps: lengths in buckets"),
 }
 
 _MUTABLE = {"dict", "list", "set", "defaultdict", "OrderedDict", "Counter", "deque", "bytearray"}

@@ -34,6 +34,7 @@ PAGE = """
 | 0 | `_errors`, `_tree` | low |
 | 1 | `mesh/` | middle |
 | 4 | `models/` | high |
+| 4 | `lm/` | high |
 | side | `inspect/` | beside |
 | roof | `verify/` `cli` | top |
 """
@@ -63,17 +64,17 @@ VIOLATIONS = [
     (
         floor_violations,
         {"mesh/_spec.py": "from ..models import _decoder", "models/_decoder.py": ""},
-        "mesh/_spec.py:1 imports shardkit.lm._decoder, which is not below it",
+        "mesh/_spec.py:1 imports shardkit.models._decoder, which is not below it",
     ),
     (
         floor_violations,
         {"mesh/_spec.py": "def f() -> None:\n    from ..models._decoder import x"},
-        "mesh/_spec.py:2 imports shardkit.lm._decoder, which is not below it",
+        "mesh/_spec.py:2 imports shardkit.models._decoder, which is not below it",
     ),
     (
         floor_violations,
-        {"inspect/_hlo.py": "import shardkit.lm.decoder_gone"},
-        "inspect/_hlo.py:1 imports shardkit.lm.decoder_gone, which is not below it",
+        {"inspect/_hlo.py": "import shardkit.models"},
+        "inspect/_hlo.py:1 imports shardkit.models, which is not below it",
     ),
     (
         floor_violations,
@@ -109,8 +110,8 @@ VIOLATIONS = [
     (probing, {"cli.py": "x = hasattr(1, 'a')"}, "cli.py:1 probes with hasattr"),
     (
         named_mesh_axes,
-        {"models/_decoder.py": "x = y['tensor']"},
-        "models/_decoder.py:1 names the mesh axis 'tensor'",
+        {"lm/_decoder.py": "x = y['tensor']"},
+        "lm/_decoder.py:1 names the mesh axis 'tensor'",
     ),
     (
         named_kinds,
@@ -232,7 +233,7 @@ def test_a_bound_that_changes_is_changed_in_the_table_and_a_row_goes_with_its_ca
     tree = fake_tree(tmp_path, {"_errors.py": "@lru_cache(4)\ndef f(x: int) -> int: ..."})
     assert unlisted_state(tree, {"_errors.f": (4, "")}) == []
     (wrong,) = unlisted_state(tree, {"_errors.f": (8, "")})
-    assert wrong == "shardkit/_core/errors.py:2 f keeps 4, and 8 in KEPT"
+    assert wrong == "shardkit/_errors.py:2 f keeps 4, and 8 in KEPT"
     (left,) = unlisted_state(tree, {"_errors.f": (4, ""), "_errors.g": (4, "")})
     assert left == "_errors.g is in KEPT and not in the package"
 

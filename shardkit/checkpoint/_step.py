@@ -80,7 +80,7 @@ class SavedStep:
           shardings: `{path: sharding}` of the same leaves.
 
 
-          Raises:
+        Raises:
           CheckpointCorruptedError: a file that a leaf needs is not what was written, or the leaf's fingerprint
             is not the saved one.
         """

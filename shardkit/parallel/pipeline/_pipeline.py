@@ -88,7 +88,7 @@ def pipeline(
         those with a `vocab` dim over the stages and gathers them once per step.
 
 
-      Returns:
+    Returns:
       A strategy for models that call `sk.nn.layer_stack` and name the leading dim of layers `layers`.
 
     Raises:

@@ -1,6 +1,5 @@
 """What a user would want to know about a compiled step: one small function per kind of finding."""
 
-import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -125,11 +124,12 @@ def _unexplained_collective(facts: Facts) -> Iterator[Finding]:
     declared = facts.program.declared
     if not declared.kinds:
         return
-    explains = functools.cache(declared.explains)
+    axes = {axis for row in facts.ledger for axis in row.axes}
+    explained = {axis: declared.explains(axis) for axis in axes}
     groups: dict[tuple[str, tuple[str, ...], str], list[Row]] = {}
     for row in facts.ledger:
         known = all(
-            row.kind in explains(axis) or _stands_for(row, explains(axis), facts)
+            row.kind in explained[axis] or _stands_for(row, explained[axis], facts)
             for axis in row.axes
         )
         if not known and row.payload_bytes > SMALL and not row.by_optimizer:
