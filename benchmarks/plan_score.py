@@ -25,14 +25,7 @@ from _harness import write
 
 from shardkit._core.types import Accumulate
 from shardkit.mesh import Target
-from shardkit.planner import (
-    Candidate,
-    Plan,
-    SearchSpace,
-    code_of,
-    plan,
-    report_of,
-)
+from shardkit.planner import Candidate, Plan, SearchSpace, code_of, plan, report_of
 from shardkit.planner._search import Search
 from shardkit.planner._space import searched_axes
 from shardkit.report import Report

@@ -23,16 +23,7 @@ from shardkit.lm import Decoder, DecoderConfig, decoder_loss
 from shardkit.parity._compare import Limits, compare
 from shardkit.parity._layout import declared_specs, differing_copies, misplaced
 from shardkit.parity._observe import Observed, counted_compiles
-from shardkit.parity._record import (
-    GRADIENTS,
-    INIT,
-    LATER_STATE,
-    NORM,
-    SGD,
-    Trial,
-    host,
-    of_steps,
-)
+from shardkit.parity._record import GRADIENTS, INIT, LATER_STATE, NORM, SGD, Trial, host, of_steps
 from shardkit.parity._reference import Reference, nudged
 
 data, fsdp, tensor, zero = (getattr(sk.strategies, n) for n in ("data", "fsdp", "tensor", "zero"))

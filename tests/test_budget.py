@@ -11,14 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from shardkit._core.errors import BudgetError, ReportError
 from shardkit.parallel import strategies
-from shardkit.report import (
-    FINDINGS,
-    Budget,
-    Declared,
-    Flops,
-    Program,
-    Report,
-)
+from shardkit.report import FINDINGS, Budget, Declared, Flops, Program, Report
 from shardkit.report.communication._reductions import reductions_per_step
 from shardkit.report.findings._findings import FROM_LEDGER
 

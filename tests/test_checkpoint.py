@@ -14,13 +14,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 import shardkit as sk
-from shardkit.checkpoint import (
-    SavedStep,
-    _chunks,
-    _files,
-    as_text,
-    fingerprints,
-)
+from shardkit.checkpoint import SavedStep, _chunks, _files, as_text, fingerprints
 from shardkit.checkpoint._files import step_folder
 
 from . import _checkpoints as ck

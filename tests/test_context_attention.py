@@ -9,13 +9,7 @@ import numpy as np
 import pytest
 
 from shardkit.mesh import MeshSpec
-from shardkit.parallel import (
-    HeadExchange,
-    Pairs,
-    Ring,
-    across,
-    zigzag_order,
-)
+from shardkit.parallel import HeadExchange, Pairs, Ring, across, zigzag_order
 from shardkit.parallel.context import _blockwise
 from shardkit.parallel.context._pairwise import tournament
 

@@ -12,13 +12,7 @@ from flax import nnx
 
 from shardkit._core.errors import ConfigError
 from shardkit._core.tracing import equations
-from shardkit.lm import (
-    SIZES,
-    Decoder,
-    DecoderConfig,
-    decoder_loss,
-    parameter_count,
-)
+from shardkit.lm import SIZES, Decoder, DecoderConfig, decoder_loss, parameter_count
 from shardkit.nn._constrain import resolving
 from shardkit.nn._remat import active, policy
 

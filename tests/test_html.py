@@ -13,16 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from shardkit._core.tree import Leaf
-from shardkit.report import (
-    Finding,
-    Flops,
-    Ledger,
-    Memory,
-    Placed,
-    Program,
-    Report,
-    Row,
-)
+from shardkit.report import Finding, Flops, Ledger, Memory, Placed, Program, Report, Row
 from shardkit.report.memory._layouts import Layout, layouts
 from shardkit.report.time._timeline import Segment, Timeline
 

@@ -12,14 +12,7 @@ from jax.sharding import PartitionSpec as P
 from shardkit._core.errors import ReportError
 from shardkit._core.tree import Leaf
 from shardkit.parallel import strategies
-from shardkit.report import (
-    Declared,
-    Placed,
-    Program,
-    Report,
-    read_ledger,
-    wire_bytes,
-)
+from shardkit.report import Declared, Placed, Program, Report, read_ledger, wire_bytes
 from shardkit.report.communication._minimum import wire_over
 
 from ._programs import (

@@ -12,14 +12,7 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
 from shardkit._core.branch_counts import shares, taken
-from shardkit.report import (
-    Finding,
-    Flops,
-    Ledger,
-    Memory,
-    Report,
-    count_flops,
-)
+from shardkit.report import Finding, Flops, Ledger, Memory, Report, count_flops
 from shardkit.run._console import show_layout, show_mesh
 from shardkit.sweeps._case import Case
 from shardkit.sweeps._row import FAILED, Row

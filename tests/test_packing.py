@@ -8,13 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shardkit as sk
-from shardkit.data import (
-    Corpus,
-    DataConfig,
-    Text,
-    open_shards,
-    write_tokens,
-)
+from shardkit.data import Corpus, DataConfig, Text, open_shards, write_tokens
 from shardkit.data._sequences import Packed, best_fit, segments
 from shardkit.data._stream import Piece, Stream
 from shardkit.lm import DecoderConfig, batch_shapes, decoder_model

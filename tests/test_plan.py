@@ -15,13 +15,7 @@ from shardkit.data import DataConfig
 from shardkit.hardware import CHIPS
 from shardkit.lm import DecoderConfig, declare_run
 from shardkit.mesh import Target
-from shardkit.planner import (
-    Candidate,
-    Plan,
-    SearchSpace,
-    compile_best,
-    plan,
-)
+from shardkit.planner import Candidate, Plan, SearchSpace, compile_best, plan
 from shardkit.planner._network import Network
 from shardkit.planner._program import flatten
 from shardkit.planner._space import layout_of

@@ -9,13 +9,7 @@ import pytest
 
 from shardkit._core.types import Accumulate
 from shardkit.hardware import CHIPS
-from shardkit.planner._estimate import (
-    EFFICIENCY,
-    Machine,
-    Parts,
-    each_work,
-    estimate,
-)
+from shardkit.planner._estimate import EFFICIENCY, Machine, Parts, each_work, estimate
 from shardkit.planner._network import Network
 from shardkit.planner._program import flatten
 from shardkit.planner._propagator import Walk

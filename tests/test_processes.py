@@ -13,13 +13,7 @@ from shardkit.cli import main
 from shardkit.processes import launch
 from shardkit.processes._coordinator import Coordinator
 from shardkit.processes._membership import detected_cluster, membership, process_count
-from shardkit.processes._message_stream import (
-    Closed,
-    MessageStream,
-    address_of,
-    connect,
-    listen,
-)
+from shardkit.processes._message_stream import Closed, MessageStream, address_of, connect, listen
 
 # --- where several processes come from
 

@@ -7,13 +7,7 @@ import pytest
 
 import shardkit as sk
 from shardkit.cli import main
-from shardkit.data import (
-    DataConfig,
-    _shards,
-    load_text,
-    open_shards,
-    write_tokens,
-)
+from shardkit.data import DataConfig, _shards, load_text, open_shards, write_tokens
 from shardkit.lm import _train
 
 DOCUMENTS = [[5, 6, 7], [8], list(range(10, 30)), [299, 0, 1]]

@@ -10,34 +10,16 @@ import pytest
 import shardkit as sk
 from shardkit.cli import main
 from shardkit.mesh import Target
-from shardkit.sweeps import (
-    Case,
-    ConfigFactory,
-    Row,
-    Sweep,
-    declared,
-)
+from shardkit.sweeps import Case, ConfigFactory, Row, Sweep, declared
 from shardkit.sweeps import _compilers as compilers
 from shardkit.sweeps import _sweep as sweep_module
-from shardkit.sweeps._attempt import (
-    Attempts,
-    carried_over,
-    estimated,
-    is_done,
-    is_proved,
-)
+from shardkit.sweeps._attempt import Attempts, carried_over, estimated, is_done, is_proved
 from shardkit.sweeps._compilers import Absent
 from shardkit.sweeps._factories import source_of
 from shardkit.sweeps._journal import Journal
 from shardkit.sweeps._plots import source_line
 from shardkit.sweeps._result import COMPILED, MEASURED, MODELLED
-from shardkit.sweeps._row import (
-    FAILED,
-    ILLEGAL,
-    MEMORY,
-    OK,
-    WRONG,
-)
+from shardkit.sweeps._row import FAILED, ILLEGAL, MEMORY, OK, WRONG
 from shardkit.sweeps._timing import SIMULATED
 from shardkit.targets import OwnFailure
 from shardkit.targets.__main__ import step_of

@@ -12,13 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from shardkit._core.errors import (
-    ConfigError,
-    MeshError,
-    ReportError,
-    ShardingError,
-    StepError,
-)
+from shardkit._core.errors import ConfigError, MeshError, ReportError, ShardingError, StepError
 from shardkit.mesh import Target
 from shardkit.targets import Source, compile_for
 from shardkit.targets.__main__ import users_line

@@ -7,13 +7,7 @@ from jax.sharding import PartitionSpec as P
 
 from shardkit._core.errors import ReportError
 from shardkit.hardware import CHIPS
-from shardkit.report import (
-    Program,
-    Report,
-    count_flops,
-    model_time,
-    read_ledger,
-)
+from shardkit.report import Program, Report, count_flops, model_time, read_ledger
 from shardkit.report.communication._links import Links
 from shardkit.report.hlo._hlo import parse
 from shardkit.report.hlo._trips import Loops

@@ -10,13 +10,7 @@ import optax
 import pytest
 
 import shardkit as sk
-from shardkit.parallel import (
-    DeviceBytes,
-    Kind,
-    check_composition,
-    register_kind,
-    strategies,
-)
+from shardkit.parallel import DeviceBytes, Kind, check_composition, register_kind, strategies
 from shardkit.planner import SearchSpace, modelled, plan
 from shardkit.report import Program, Report, Row
 from shardkit.sweeps import ConfigFactory

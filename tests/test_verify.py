@@ -13,13 +13,7 @@ from shardkit._core.errors import VerificationError
 from shardkit._core.types import Accumulate, Loss, Mean, Variables
 from shardkit.mesh import MeshSpec
 from shardkit.parallel import Strategy
-from shardkit.parity import (
-    ParityReport,
-    Row,
-    made_up,
-    one_device,
-    verify,
-)
+from shardkit.parity import ParityReport, Row, made_up, one_device, verify
 from shardkit.parity._compare import Limits, errors, unequal, worst
 from shardkit.parity._layout import differing_copies, misplaced
 from shardkit.parity._observe import counted_compiles

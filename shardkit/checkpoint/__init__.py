@@ -1,30 +1,12 @@
 """Checkpoints: whole or absent, proved bit by bit, and restored onto any mesh."""
 
-from ._checkpointer import (
-    Checkpointer,
-)
-from ._fingerprint import (
-    as_text,
-    fingerprints,
-)
-from ._manifest import (
-    Manifest,
-    SavedFile,
-    SavedLeaf,
-)
-from ._restore import (
-    Restored,
-)
-from ._retention import (
-    RetentionPolicy,
-)
-from ._safetensors import (
-    export_safetensors,
-    import_safetensors,
-)
-from ._step import (
-    SavedStep,
-)
+from ._checkpointer import Checkpointer
+from ._fingerprint import as_text, fingerprints
+from ._manifest import Manifest, SavedFile, SavedLeaf
+from ._restore import Restored
+from ._retention import RetentionPolicy
+from ._safetensors import export_safetensors, import_safetensors
+from ._step import SavedStep
 
 __all__ = [
     "Checkpointer",

@@ -14,14 +14,7 @@ from .._core.io._files import is_locked
 from .._core.tree import leaves_by_path
 from ._arrays import check_folders
 from ._collective_errors import as_one, is_first
-from ._files import (
-    LOCK,
-    list_steps,
-    locked,
-    set_aside,
-    step_folder,
-    sweep,
-)
+from ._files import LOCK, list_steps, locked, set_aside, step_folder, sweep
 from ._manifest import Manifest, read_manifest
 from ._pending_save import Saving
 from ._restore import Request, Restored

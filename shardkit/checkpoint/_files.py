@@ -10,13 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .._core.errors import CheckpointError, Problem, format_problems
-from .._core.io._files import (
-    FileInUseError,
-    file_lock,
-    os_errors_as,
-    sync_folder,
-    write_atomic,
-)
+from .._core.io._files import FileInUseError, file_lock, os_errors_as, sync_folder, write_atomic
 from ._manifest import MANIFEST, SavedFile
 
 ARRAYS, LOCK = "arrays", ".lock"

@@ -4,13 +4,7 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from .._core.errors import (
-    CheckpointError,
-    Problem,
-    count,
-    did_you_mean,
-    raise_all,
-)
+from .._core.errors import CheckpointError, Problem, count, did_you_mean, raise_all
 from .._core.tree import join_path, short_type
 from ..rules import matches
 from ._fingerprint import is_key

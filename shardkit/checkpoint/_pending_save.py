@@ -15,13 +15,7 @@ from jax.sharding import NamedSharding
 from .._core.errors import CheckpointError, Problem, format_problems
 from ._arrays import start_writing
 from ._collective_errors import as_one, is_first
-from ._files import (
-    ARRAYS,
-    being_saved,
-    checksums,
-    commit,
-    saving_folder,
-)
+from ._files import ARRAYS, being_saved, checksums, commit, saving_folder
 from ._fingerprint import as_text, bare, fingerprints, is_key
 from ._manifest import Manifest, SavedLeaf
 from ._match import dtype_name

@@ -1,8 +1,6 @@
 """The command line: `shardkit COMMAND [CONFIG] [--set path.to.field=value]`."""
 
-from ._main import (
-    main,
-)
+from ._main import main
 
 __all__ = [
     "main",

@@ -5,13 +5,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from .._core.errors import (
-    ConfigError,
-    Problem,
-    ReportError,
-    format_problems,
-    raise_all,
-)
+from .._core.errors import ConfigError, Problem, ReportError, format_problems, raise_all
 from .._core.io._console import make_console
 from .._core.io._outputs import check_outputs, write_output
 from ..config import load_config

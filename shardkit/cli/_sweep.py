@@ -11,14 +11,7 @@ from .._core.errors import Problem, SweepError, format_problems, raise_all
 from .._core.io._console import make_console
 from ..config import load_config
 from ..mesh import Target, offer_devices, simulate_devices
-from ..sweeps import (
-    ConfigFactory,
-    Factory,
-    Row,
-    factory_of,
-    plots,
-    sweep,
-)
+from ..sweeps import ConfigFactory, Factory, Row, factory_of, plots, sweep
 from ..targets import Source
 from ._source import source_of
 from ._verify import ragged_batches

@@ -5,14 +5,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from .._core.errors import (
-    ConfigError,
-    Problem,
-    ShardkitError,
-    count,
-    did_you_mean,
-    raise_all,
-)
+from .._core.errors import ConfigError, Problem, ShardkitError, count, did_you_mean, raise_all
 from .._core.options import describe, matches
 from ..mesh import MeshSpec
 from ._named import NAMED

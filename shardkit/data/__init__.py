@@ -1,55 +1,18 @@
 """Data as a function of the step: text, token shards, arrays; packed, shuffled, read ahead."""
 
-from ._arrays import (
-    Arrays,
-    Dataset,
-    arrays,
-)
-from ._baselines import (
-    Baselines,
-    measure_baselines,
-)
-from ._batch_source import (
-    Data,
-    resume_step,
-)
-from ._config import (
-    DataConfig,
-)
-from ._corpus import (
-    Corpus,
-    read_corpus,
-    standard_library,
-)
-from ._loader import (
-    Loader,
-)
-from ._process import (
-    place_rows,
-    process_rows,
-    rows_of_shardings,
-)
-from ._sequences import (
-    Batch,
-    segment_positions,
-)
-from ._shards import (
-    open_shards,
-    write_tokens,
-)
-from ._stream import (
-    Stream,
-)
-from ._text import (
-    Text,
-    load_text,
-)
-from ._tokenize import (
-    tokenize,
-)
-from ._tokenizer import (
-    BYTES,
-)
+from ._arrays import Arrays, Dataset, arrays
+from ._baselines import Baselines, measure_baselines
+from ._batch_source import Data, resume_step
+from ._config import DataConfig
+from ._corpus import Corpus, read_corpus, standard_library
+from ._loader import Loader
+from ._process import place_rows, process_rows, rows_of_shardings
+from ._sequences import Batch, segment_positions
+from ._shards import open_shards, write_tokens
+from ._stream import Stream
+from ._text import Text, load_text
+from ._tokenize import tokenize
+from ._tokenizer import BYTES
 
 __all__ = [
     "BYTES",

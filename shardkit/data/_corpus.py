@@ -12,13 +12,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from .._core.errors import (
-    DataError,
-    Problem,
-    count,
-    format_problems,
-    raise_all,
-)
+from .._core.errors import DataError, Problem, count, format_problems, raise_all
 from ._shards import SUFFIXES
 from ._stream import Stream
 

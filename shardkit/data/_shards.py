@@ -27,13 +27,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from .._core.errors import (
-    DataError,
-    Problem,
-    count,
-    format_problems,
-    raise_all,
-)
+from .._core.errors import DataError, Problem, count, format_problems, raise_all
 from .._core.io._files import os_errors_as, write_atomic
 from ._stream import Piece, Stream, check_ids
 

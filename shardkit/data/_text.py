@@ -14,21 +14,8 @@ import numpy as np
 
 from .._core.errors import DataError, Problem, count, raise_all
 from ._config import DataConfig
-from ._corpus import (
-    END,
-    Corpus,
-    TokenCorpus,
-    read_corpus,
-    shard_paths,
-    standard_library,
-)
-from ._sequences import (
-    Batch,
-    Packed,
-    Rows,
-    Windows,
-    segments,
-)
+from ._corpus import END, Corpus, TokenCorpus, read_corpus, shard_paths, standard_library
+from ._sequences import Batch, Packed, Rows, Windows, segments
 from ._shards import open_shards
 from ._stream import Piece, Stream
 from ._tokenizer import ByteCoder, Coder, coder_of

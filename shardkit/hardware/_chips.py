@@ -7,14 +7,7 @@ way: a ring over an axis of a TPU torus uses both directions, so it moves twice 
 import dataclasses
 from collections.abc import Iterable, Mapping
 
-from .._core.errors import (
-    MeshError,
-    Problem,
-    ReportError,
-    did_you_mean,
-    format_problems,
-    raise_all,
-)
+from .._core.errors import MeshError, Problem, ReportError, did_you_mean, format_problems, raise_all
 
 GIB = 2**30
 GB = 10**9

@@ -1,44 +1,16 @@
 """Language models on text: the reference decoder trained, scored and sampled with `Trainer`."""
 
-from ._config import (
-    TextTrainConfig,
-)
-from ._declare import (
-    batch_shapes,
-    compile_run,
-    declare_run,
-    decoder_model,
-)
-from ._decoder import (
-    Decoder,
-    parameter_count,
-)
-from ._decoder_config import (
-    DecoderConfig,
-)
-from ._loss import (
-    decoder_loss,
-)
-from ._mixture import (
-    router_statistics,
-    swiglu,
-)
-from ._sample import (
-    printable,
-    sample_tokens,
-)
-from ._scores import (
-    measure_bits_per_token,
-)
-from ._sizes import (
-    SIZES,
-)
-from ._summary import (
-    TrainResult,
-)
-from ._train import (
-    train,
-)
+from ._config import TextTrainConfig
+from ._declare import batch_shapes, compile_run, declare_run, decoder_model
+from ._decoder import Decoder, parameter_count
+from ._decoder_config import DecoderConfig
+from ._loss import decoder_loss
+from ._mixture import router_statistics, swiglu
+from ._sample import printable, sample_tokens
+from ._scores import measure_bits_per_token
+from ._sizes import SIZES
+from ._summary import TrainResult
+from ._train import train
 
 __all__ = [
     "SIZES",

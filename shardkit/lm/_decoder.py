@@ -18,13 +18,7 @@ from ..nn._constrain import constrain
 from ..nn._layer_stack import Layer, layer_keys, scan_layers
 from ..nn._manual_axis_rules import shard_offset
 from ..nn._use_param import use_param
-from ._block import (
-    STREAM,
-    WORK,
-    block,
-    rms_norm,
-    rotation,
-)
+from ._block import STREAM, WORK, block, rms_norm, rotation
 from ._decoder_config import DecoderConfig
 from ._mixture import STATISTICS
 

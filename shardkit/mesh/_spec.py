@@ -8,14 +8,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from .._core.errors import (
-    MeshError,
-    Problem,
-    count,
-    did_you_mean,
-    format_problems,
-    raise_all,
-)
+from .._core.errors import MeshError, Problem, count, did_you_mean, format_problems, raise_all
 from ._build import arrange, target_devices
 from ._shapes import shapes_that_fit
 from ._target import Target

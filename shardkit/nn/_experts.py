@@ -14,15 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from .._core.errors import Problem, StepError, raise_all
-from ._expert_dispatch import (
-    collect,
-    combine,
-    dispatch,
-    even,
-    in_order,
-    ragged,
-    slots,
-)
+from ._expert_dispatch import collect, combine, dispatch, even, in_order, ragged, slots
 from ._overridable import overridable
 
 Dot = Callable[[jax.Array, jax.Array], jax.Array]

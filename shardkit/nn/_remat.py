@@ -12,13 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 
-from .._core.errors import (
-    Problem,
-    StepError,
-    did_you_mean,
-    format_problems,
-    raise_all,
-)
+from .._core.errors import Problem, StepError, did_you_mean, format_problems, raise_all
 from .._core.options import option_problems
 from .._core.tracing import TraceContext, equations
 

@@ -9,13 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from jax.sharding import PartitionSpec
 
-from .._core.errors import (
-    Problem,
-    ShardingError,
-    count,
-    did_you_mean,
-    raise_all,
-)
+from .._core.errors import Problem, ShardingError, count, did_you_mean, raise_all
 from ..rules import Indivisible, axes_of, format_mesh, ways
 from ._strategy import Strategy
 from .pipeline._stage_layout import most_even

@@ -10,15 +10,7 @@ from .._core.errors import Problem, StepError, format_problems, raise_all
 from .._core.precision import Precision
 from .._core.types import Accumulate
 from ..nn._overridable import Override
-from ..rules import (
-    REPLICATED,
-    AxisRules,
-    Rule,
-    axes_of,
-    first_match,
-    flatten,
-    from_axes,
-)
+from ..rules import REPLICATED, AxisRules, Rule, axes_of, first_match, flatten, from_axes
 from ._compression import GradientCompression
 from ._kind import Kind
 from ._zero_update import Zero

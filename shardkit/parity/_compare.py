@@ -14,14 +14,7 @@ import numpy as np
 
 from ._observe import Observed
 from ._parity_report import Row
-from ._record import (
-    INIT,
-    LATER_LOSS,
-    LATER_STATE,
-    NUMBERS,
-    Leaves,
-    Record,
-)
+from ._record import INIT, LATER_LOSS, LATER_STATE, NUMBERS, Leaves, Record
 
 # Measured on the reference decoder: correct meshes stay within 2 times the noise of a nudge.
 MARGIN = 8

@@ -8,13 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from .._core.errors import (
-    Problem,
-    VerificationError,
-    count,
-    format_problems,
-    raise_all,
-)
+from .._core.errors import Problem, VerificationError, count, format_problems, raise_all
 from .._core.tree import short_dtype
 from ..mesh import MeshSpec
 from ..rules import format_mesh

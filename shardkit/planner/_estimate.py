@@ -12,13 +12,7 @@ from .._core.types import Accumulate
 from ..hardware import Chip
 from ..mesh import Target
 from ..parallel import axes_splitting, lane_axes
-from ._costs import (
-    HEADS,
-    LENGTH,
-    PARTS,
-    Sent,
-    Work,
-)
+from ._costs import HEADS, LENGTH, PARTS, Sent, Work
 from ._network import WIRE, Network
 from ._symbolic_sharding import MICRO, Terms, product
 from ._trace import Walked

@@ -4,13 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ._symbolic_sharding import (
-    Axes,
-    Laid,
-    reshaped,
-    whole,
-    without_repeats,
-)
+from ._symbolic_sharding import Axes, Laid, reshaped, whole, without_repeats
 
 Shapes = Sequence[tuple[int, ...]]
 Rule = Callable[[Any, Sequence[Laid], Shapes, Sequence[int]], Laid]

@@ -10,23 +10,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from ._buffer_lifetimes import Lifetimes
-from ._costs import (
-    PARTS,
-    PIPE,
-    Sent,
-    TileDims,
-    Work,
-    tile_dims,
-)
-from ._dataflow import (
-    Dims,
-    added_to,
-    narrowed,
-    readers,
-    refines,
-    splits_more,
-    wanted_within,
-)
+from ._costs import PARTS, PIPE, Sent, TileDims, Work, tile_dims
+from ._dataflow import Dims, added_to, narrowed, readers, refines, splits_more, wanted_within
 from ._exchanges import attention
 from ._program import Flat, Op
 from ._propagation import (

@@ -9,13 +9,7 @@ from typing import Any
 from .._core.errors import MeshError, Problem, raise_all
 from .._core.options import check_options
 from .._core.types import Accumulate
-from ..parallel import (
-    Choice,
-    Strategy,
-    axes_splitting,
-    format_call,
-    weighed_kinds,
-)
+from ..parallel import Choice, Strategy, axes_splitting, format_call, weighed_kinds
 from ._costs import LENGTH, PIPE
 
 

@@ -14,13 +14,7 @@ import numpy as np
 from .._core.types import Accumulate
 from ..parallel import Branch, lane_axes, schedule, ticks
 from ._costs import PARTS, PIPE
-from ._estimate import (
-    Estimates,
-    Machine,
-    Parts,
-    each_sent,
-    each_work,
-)
+from ._estimate import Estimates, Machine, Parts, each_sent, each_work
 from ._space import Stages
 from ._state_bytes import Placed
 from ._symbolic_sharding import product

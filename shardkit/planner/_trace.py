@@ -12,26 +12,12 @@ from .._core.precision import cast_floats
 from ..nn._remat import active, apply_policy, policy
 from ..parallel import Strategy
 from ..rules import axes_of
-from ..step import (
-    Abstract,
-    Layout,
-    StepSpec,
-    abstract_state,
-    objective,
-    resolve_layout,
-)
+from ..step import Abstract, Layout, StepSpec, abstract_state, objective, resolve_layout
 from ._dataflow import Dims, named_sizes
 from ._program import Flat, flatten
 from ._propagator import Walk
 from ._region_probe import OTHER_ROWS, OWN_EXPERTS, Marked, marking
-from ._symbolic_sharding import (
-    MICRO,
-    Axes,
-    Laid,
-    Terms,
-    of_spec,
-    whole,
-)
+from ._symbolic_sharding import MICRO, Axes, Laid, Terms, of_spec, whole
 
 
 @dataclasses.dataclass(frozen=True)

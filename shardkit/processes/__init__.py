@@ -1,24 +1,10 @@
 """Several processes as one: joined, agreed, watched, and started on this machine for tests."""
 
-from ._distributed import (
-    distributed,
-)
-from ._failure import (
-    PEER_FAILED,
-    STUCK,
-    Failure,
-)
-from ._launch import (
-    launch,
-)
-from ._membership import (
-    detected_cluster,
-    membership,
-    process_count,
-)
-from ._process_group import (
-    ProcessGroup,
-)
+from ._distributed import distributed
+from ._failure import PEER_FAILED, STUCK, Failure
+from ._launch import launch
+from ._membership import detected_cluster, membership, process_count
+from ._process_group import ProcessGroup
 
 __all__ = [
     "PEER_FAILED",

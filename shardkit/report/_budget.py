@@ -6,14 +6,7 @@ import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .._core.errors import (
-    BudgetError,
-    Problem,
-    ReportError,
-    count,
-    did_you_mean,
-    raise_all,
-)
+from .._core.errors import BudgetError, Problem, ReportError, count, did_you_mean, raise_all
 from .._core.tree import format_bytes
 from .communication._collectives import KINDS
 from .communication._ledger import Row

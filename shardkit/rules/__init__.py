@@ -1,30 +1,10 @@
 """Rules that give every leaf of a pytree its spec, checked all at once."""
 
-from ._axes import (
-    AxisRules,
-)
-from ._check import (
-    Indivisible,
-    check_batch,
-    check_spec,
-)
-from ._explain import (
-    Explanation,
-    explain_rules,
-    named_leaves,
-)
-from ._path import (
-    PathRules,
-    matches,
-)
-from ._resolve import (
-    Placement,
-    check,
-    collect,
-    headline,
-    place,
-    resolve,
-)
+from ._axes import AxisRules
+from ._check import Indivisible, check_batch, check_spec
+from ._explain import Explanation, explain_rules, named_leaves
+from ._path import PathRules, matches
+from ._resolve import Placement, check, collect, headline, place, resolve
 from ._rule import (
     REPLICATED,
     Chain,
@@ -37,10 +17,7 @@ from ._rule import (
     first_match,
     flatten,
 )
-from ._shape import (
-    ShardLargest,
-    shard_largest,
-)
+from ._shape import ShardLargest, shard_largest
 from ._specs import (
     axes_of,
     format_mesh,
@@ -51,10 +28,7 @@ from ._specs import (
     shards,
     ways,
 )
-from ._unused import (
-    Dead,
-    dead,
-)
+from ._unused import Dead, dead
 
 __all__ = [
     "REPLICATED",

@@ -6,21 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from jax.sharding import PartitionSpec
 
-from .._core.errors import (
-    Problem,
-    ShardingError,
-    count,
-    did_you_mean,
-    raise_all,
-)
+from .._core.errors import Problem, ShardingError, count, did_you_mean, raise_all
 from .._core.tree import Leaf
-from ._rule import (
-    Decided,
-    Decision,
-    Entry,
-    Passed,
-    Refused,
-)
+from ._rule import Decided, Decision, Entry, Passed, Refused
 from ._specs import Axes, axes_of, from_axes
 
 

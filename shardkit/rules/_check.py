@@ -9,15 +9,7 @@ from jax.sharding import PartitionSpec
 
 from .._core.errors import Problem, did_you_mean
 from .._core.tree import Leaf
-from ._specs import (
-    HasShape,
-    axes_of,
-    format_mesh,
-    format_spec,
-    from_axes,
-    mesh_sizes,
-    ways,
-)
+from ._specs import HasShape, axes_of, format_mesh, format_spec, from_axes, mesh_sizes, ways
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,13 +12,7 @@ from .._core.tree import Leaf, format_bytes, path_str, short_type
 from .._core.types import WithAxes
 from ._resolve import Placement, place
 from ._rule import Rule
-from ._specs import (
-    HasShape,
-    format_mesh,
-    format_spec,
-    mesh_sizes,
-    shards,
-)
+from ._specs import HasShape, format_mesh, format_spec, mesh_sizes, shards
 from ._unused import dead
 
 _WIDTH = 100

@@ -11,13 +11,7 @@ from jax.sharding import PartitionSpec
 from .._core.errors import Problem, ShardingError, raise_all
 from .._core.options import option_problems
 from .._core.tree import Leaf
-from ._rule import (
-    Decided,
-    Decision,
-    Entry,
-    Passed,
-    Replicated,
-)
+from ._rule import Decided, Decision, Entry, Passed, Replicated
 from ._specs import format_spec
 
 

@@ -8,14 +8,7 @@ from jax.sharding import PartitionSpec
 from .._core.errors import Problem, ShardingError, count, raise_all
 from .._core.tree import Leaf
 from ._check import check_spec, share_fixes
-from ._rule import (
-    Decided,
-    Entry,
-    Passed,
-    Refused,
-    Rule,
-    flatten,
-)
+from ._rule import Decided, Entry, Passed, Refused, Rule, flatten
 from ._specs import HasShape, format_mesh, mesh_sizes, normalise
 
 

@@ -6,13 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .._core.errors import (
-    ConfigError,
-    Problem,
-    count,
-    did_you_mean,
-    raise_all,
-)
+from .._core.errors import ConfigError, Problem, count, did_you_mean, raise_all
 from ._metrics_file import METRICS, read_rows
 
 _SPEED, _NATS = "_per_second", math.log(2)

@@ -7,13 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .._core.errors import (
-    CheckpointError,
-    Problem,
-    count,
-    format_problems,
-    raise_all,
-)
+from .._core.errors import CheckpointError, Problem, count, format_problems, raise_all
 from .._core.io._flatten import flatten
 from ..checkpoint import Checkpointer, Manifest
 from ..processes import ProcessGroup

@@ -1,33 +1,12 @@
 """StepSpec and compile_step: a spec becomes one checked, compiled, read-back training step."""
 
-from ._compile_step import (
-    compile_step,
-)
-from ._compiled import (
-    CompiledStep,
-)
-from ._layout import (
-    Abstract,
-    Layout,
-    abstract_state,
-    resolve_layout,
-)
-from ._nonfinite import (
-    SKIPPED,
-    OnNonfinite,
-)
-from ._objective import (
-    objective,
-)
-from ._spec import (
-    StepSpec,
-    check_mesh_given,
-    check_step_spec,
-)
-from .optim._follow import (
-    FollowParams,
-    moment_spec,
-)
+from ._compile_step import compile_step
+from ._compiled import CompiledStep
+from ._layout import Abstract, Layout, abstract_state, resolve_layout
+from ._nonfinite import SKIPPED, OnNonfinite
+from ._objective import objective
+from ._spec import StepSpec, check_mesh_given, check_step_spec
+from .optim._follow import FollowParams, moment_spec
 
 __all__ = [
     "SKIPPED",

@@ -7,13 +7,7 @@ from typing import Any
 from jax.extend import core
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from .._core.errors import (
-    Problem,
-    ShardingError,
-    count,
-    did_you_mean,
-    raise_all,
-)
+from .._core.errors import Problem, ShardingError, count, did_you_mean, raise_all
 from .._core.tracing import equations
 from .._core.tree import Leaf
 from ..nn._constrain import LANES, MAPPED, constrain_p

@@ -17,14 +17,7 @@ from ..report import Report
 from ._batch_variants import BatchVariant, BatchVariants
 from ._bound_spec import BoundSpec
 from ._compile import CompiledProgram, no_ambient_mesh
-from ._inputs import (
-    check_apart,
-    check_given,
-    check_state,
-    fed_rows,
-    put_batch,
-    put_key,
-)
+from ._inputs import check_apart, check_given, check_state, fed_rows, put_batch, put_key
 from ._memory_check import check_memory
 from ._report import inspected
 

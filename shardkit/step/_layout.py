@@ -15,14 +15,7 @@ from .._core.train_state import TrainState
 from .._core.tree import Leaf, join_path, leaves, path_str
 from .._core.types import Variables, WithAxes
 from ..parallel import Strategy, advise, check_composition, check_used, update_specs
-from ..rules import (
-    Rule,
-    axes_of,
-    check_batch,
-    collect,
-    first_match,
-    format_mesh,
-)
+from ..rules import Rule, axes_of, check_batch, collect, first_match, format_mesh
 from .optim._follow import FollowParams
 
 # Where `state.model_state` keeps what compression left out, one copy of each parameter per device.

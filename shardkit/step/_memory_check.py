@@ -7,13 +7,7 @@ from jax.sharding import Mesh
 
 from .._core.errors import Problem, StepError, raise_all
 from .._core.tree import format_bytes
-from ..report import (
-    CompiledBytes,
-    Memory,
-    Program,
-    advice,
-    read_memory,
-)
+from ..report import CompiledBytes, Memory, Program, advice, read_memory
 from ._bound_spec import BoundSpec
 from ._compile import CompiledProgram as Executable
 from ._layout import Layout

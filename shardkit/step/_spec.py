@@ -9,22 +9,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from .._core.errors import (
-    Problem,
-    ShardkitError,
-    StepError,
-    did_you_mean,
-    raise_all,
-)
+from .._core.errors import Problem, ShardkitError, StepError, did_you_mean, raise_all
 from .._core.precision import Precision, precision
 from .._core.tree import leaves_by_path
-from .._core.types import (
-    Accumulate,
-    Batch,
-    Key,
-    Loss,
-    PyTree,
-)
+from .._core.types import Accumulate, Batch, Key, Loss, PyTree
 from ..nn._remat import policy
 from ..parallel import Strategy
 from ._compiled import CompiledStep

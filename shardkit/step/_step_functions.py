@@ -9,13 +9,7 @@ import jax
 
 from .._core.precision import cast_floats
 from .._core.train_state import TrainState
-from ..nn._remat import (
-    Policy,
-    active,
-    apply_policy,
-    policy,
-    regathering,
-)
+from ..nn._remat import Policy, active, apply_policy, policy, regathering
 from ._bound_spec import BoundSpec
 from ._gradients import GradientFn, GradientPlan, gradients, lane_draws
 from ._layout import Layout, compressing, initial_optimizer, initial_state

@@ -5,14 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from .._core.tree import Leaf, leaves
 from ..parallel import CONVENTIONAL
-from ..rules import (
-    AxisRules,
-    Dead,
-    Rule,
-    dead,
-    flatten,
-    place,
-)
+from ..rules import AxisRules, Dead, Rule, dead, flatten, place
 from ._bound_spec import BoundSpec
 from ._layout import Layout
 

@@ -8,14 +8,7 @@ from typing import Any, Protocol
 import jax
 from jax.sharding import Mesh
 
-from .._core.errors import (
-    Problem,
-    StepError,
-    SweepError,
-    count,
-    format_problems,
-    raise_all,
-)
+from .._core.errors import Problem, StepError, SweepError, count, format_problems, raise_all
 from ..hardware import chip_of
 from ..mesh import Target
 from ..planner import Network

@@ -10,13 +10,7 @@ from typing import Any, NoReturn, cast
 
 from jax.sharding import Mesh
 
-from .._core.errors import (
-    ConfigError,
-    Problem,
-    ShardkitError,
-    SweepError,
-    format_problems,
-)
+from .._core.errors import ConfigError, Problem, ShardkitError, SweepError, format_problems
 from ..config import Config, load_config, to_record
 from ..mesh import MeshSpec
 from ..step import CompiledStep, StepSpec, check_step_spec

@@ -11,14 +11,7 @@ from .._core.tree import leaves
 from .._core.types import Loss
 from ..mesh import MeshSpec
 from ..parallel import Strategy, known_kinds
-from ..rules import (
-    AxisRules,
-    PathRules,
-    Rule,
-    ShardLargest,
-    axes_of,
-    flatten,
-)
+from ..rules import AxisRules, PathRules, Rule, ShardLargest, axes_of, flatten
 from ..step import StepSpec
 
 

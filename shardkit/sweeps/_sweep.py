@@ -8,31 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._core.errors import (
-    Problem,
-    SweepError,
-    count,
-    format_problems,
-    raise_all,
-)
+from .._core.errors import Problem, SweepError, count, format_problems, raise_all
 from ..mesh import Target
 from ._attempt import Attempts
 from ._case import Case, cases
-from ._compilers import (
-    Absent,
-    Compiler,
-    Factory,
-    Here,
-    present_devices,
-)
-from ._factories import (
-    Declared,
-    Steps,
-    factory_of,
-    options_of,
-    shown_name,
-    source_of,
-)
+from ._compilers import Absent, Compiler, Factory, Here, present_devices
+from ._factories import Declared, Steps, factory_of, options_of, shown_name, source_of
 from ._journal import Journal
 from ._result import Sweep
 from ._row import ILLEGAL, Row

@@ -40,13 +40,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from ..._core.errors import (
-    Problem,
-    ShardingError,
-    StepError,
-    did_you_mean,
-    raise_all,
-)
+from ..._core.errors import Problem, ShardingError, StepError, did_you_mean, raise_all
 from ..._core.tree import short_type
 from ...nn._overridable import Override, StepContext, manual_axes
 from ...report import Program

@@ -16,13 +16,7 @@ import numpy as np
 
 from ..._core.branch_counts import taken
 from ._blockwise import Part, attend, attend_backward
-from ._ring import (
-    Ring,
-    Trip,
-    absorbed,
-    absorbed_backward,
-    paired,
-)
+from ._ring import Ring, Trip, absorbed, absorbed_backward, paired
 from ._zigzag import Partners, from_zigzag, to_zigzag
 
 

@@ -34,22 +34,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ..._core.errors import Problem, StepError, raise_all
-from ...nn._expert_dispatch import (
-    collect,
-    combine,
-    dispatch,
-    even,
-    in_order,
-    ragged,
-    slots,
-)
-from ...nn._overridable import (
-    Override,
-    StepContext,
-    manual_axes,
-    mesh_here,
-    partly_manual,
-)
+from ...nn._expert_dispatch import collect, combine, dispatch, even, in_order, ragged, slots
+from ...nn._overridable import Override, StepContext, manual_axes, mesh_here, partly_manual
 from ...report import Program
 from .._kind import Kind
 from .._names import activations, check_axis, params

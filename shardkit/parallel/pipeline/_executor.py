@@ -20,13 +20,7 @@ import numpy as np
 from ..._core.branch_counts import taken
 from ..._core.recomputation import again
 from ..._core.types import Mean
-from ...nn._layer_stack import (
-    First,
-    Last,
-    Layer,
-    scan_layers,
-    stop_aux_gradients,
-)
+from ...nn._layer_stack import First, Last, Layer, scan_layers, stop_aux_gradients
 from ._tick_program import Branch, Exchange, Ticks
 
 Row = dict[str, jax.Array]

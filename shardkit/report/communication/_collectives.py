@@ -7,13 +7,7 @@ import re
 from collections.abc import Iterator
 
 from ..._core.branch_counts import shares
-from ..hlo._groups import (
-    Span,
-    read_groups,
-    read_pairs,
-    span_of_groups,
-    span_of_pairs,
-)
+from ..hlo._groups import Span, read_groups, read_pairs, span_of_groups, span_of_pairs
 from ..hlo._hlo import Computation, Instruction, Module, Shape
 from ..hlo._op_paths import Origins
 from ..hlo._scope import scope_of

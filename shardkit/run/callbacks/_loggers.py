@@ -11,13 +11,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..._core.errors import (
-    ConfigError,
-    Problem,
-    count,
-    did_you_mean,
-    raise_all,
-)
+from ..._core.errors import ConfigError, Problem, count, did_you_mean, raise_all
 from ._callback import Callback, RunContext, StepMetrics
 
 

@@ -14,14 +14,7 @@ from collections.abc import Mapping
 from jax.sharding import PartitionSpec
 
 from ..._core.tree import Leaf, glob_of
-from ...rules import (
-    Decided,
-    Decision,
-    Entry,
-    Passed,
-    axes_of,
-    from_axes,
-)
+from ...rules import Decided, Decision, Entry, Passed, axes_of, from_axes
 
 # A coefficient table that no parameter explains (muon's polynomial, a schedule's knots) is
 # replicated up to this many elements. Anything larger must be declared.

@@ -15,13 +15,7 @@ from ..._core.errors import Problem
 from ..._core.split_rng import RandomDraws
 from ..._core.tree import Leaf, leaves
 from ..._core.types import Accumulate
-from ...nn._manual_axis_rules import (
-    Axes,
-    Dims,
-    ManualAxisRules,
-    Names,
-    ShardMapLoss,
-)
+from ...nn._manual_axis_rules import Axes, Dims, ManualAxisRules, Names, ShardMapLoss
 from ...rules import axes_of
 from .._bound_spec import BoundSpec
 from .._layout import Layout

@@ -10,14 +10,7 @@ from ..._core.errors import Problem, StepError, did_you_mean, raise_all
 from ..._core.tracing import equations
 from ..._core.tree import Leaf, leaves
 from ...nn._constrain import constrain_p
-from ...nn._manual_axis_rules import (
-    Axes,
-    Dims,
-    ManualAxisRules,
-    Names,
-    ShardMapLoss,
-    weight_p,
-)
+from ...nn._manual_axis_rules import Axes, Dims, ManualAxisRules, Names, ShardMapLoss, weight_p
 from ...parallel import known_kinds
 from ...rules import axes_of, format_mesh
 from .._bound_spec import BoundSpec
