@@ -153,7 +153,7 @@ def _sweep(sketch: tuple[str, str, int]) -> list[Layout]:
     ):
         if zero and mesh["data"] == 1:
             continue
-        if stride == 1 and (zero or schedule.steps > 1 or remat == "dots"):
+        if stride == 1 and (zero or schedule.micro_batches > 1 or remat == "dots"):
             continue
         found.append(Layout(model, target, tuple(mesh.items()), schedule, remat, zero))
     return found[stride // 2 :: stride]

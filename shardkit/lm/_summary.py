@@ -153,7 +153,7 @@ def _draw_sample(adapter: Model, params: Any, text: Text, config: TextTrainConfi
         params,
         [text.train.end or 0],
         count=config.sample,
-        window=text.config.length,
+        window=text.config.seq_len,
         vocabulary=tokenizer.vocabulary,
         temperature=config.temperature,
         key=jax.random.fold_in(jax.random.key(config.seed), config.steps),

@@ -50,8 +50,8 @@ class Case:
         shown = ", ".join(f"{axis}={n}" for axis, n in self.sizes.items())
         shown += f", {self.how}" if isinstance(self.how, Stages) else ""
         shown += f", {self.attention} attention" if self.attention else ""
-        accumulated = isinstance(self.how, Accumulate) and self.how.steps > 1
-        return shown + (f", accumulate={self.how.steps}" if accumulated else "")
+        accumulated = isinstance(self.how, Accumulate) and self.how.micro_batches > 1
+        return shown + (f", accumulate={self.how.micro_batches}" if accumulated else "")
 
 
 def candidates(

@@ -209,7 +209,7 @@ class Search:
 
     def _misfit(self, one: Case) -> str:
         ways = row_ways(one.sizes)
-        if self.rows % (ways * one.how.steps):
+        if self.rows % (ways * one.how.micro_batches):
             return f"a batch of {self.rows} rows that does not split into devices x micro-batches"
         split = max(one.sizes.get(axis, 1) for axis in marked_axes()) > 1
         return self._marked().misfit(one.sizes, one.how, one.attention) if split else ""

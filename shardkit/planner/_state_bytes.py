@@ -135,7 +135,7 @@ def placed_bytes(layout: Layout, kinds: tuple[Kind, ...]) -> Placed:
 
 def kept_bytes(placed: Placed, schedule: Accumulate) -> int:
     """Bytes of what micro-batches add up in."""
-    if schedule.steps == 1:
+    if schedule.micro_batches == 1:
         return 0
     return placed.lane if schedule.reduce == "end" else placed.shard
 

@@ -117,7 +117,7 @@ class StepSpec:
     ...     accumulate=2)
     >>> spec.batch, spec.accumulate
     (ShapeDtypeStruct(shape=(8, 4), dtype=float32), Accumulate(steps=2, reduce='once'))
-    >>> spec.replace(accumulate=4).accumulate.steps
+    >>> spec.replace(accumulate=4).accumulate.micro_batches
     4
     """
 
