@@ -247,13 +247,10 @@ def test_a_signal_ends_the_run_with_its_state_saved(which, kind, tmp_path, step,
         # The system's own handler stands already for a second one, which ends the process.
         seen.append(signal.getsignal(which))
 
-    try:
-        with pytest.raises(kind) as stop:
-            run(tmp_path / "run", step, at=3, do=send)
-    finally:
-        signal.signal(signal.SIGINT, before[0])
-        signal.signal(signal.SIGTERM, before[1])
+    with pytest.raises(kind) as stop:
+        run(tmp_path / "run", step, at=3, do=send)
     assert seen == [signal.SIG_DFL]
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     # Step 3 is shown while step 4 is under way, after which the loop looks; 5 is the next.
     done = max(losses(tmp_path / "run"))
     assert stop.value.__notes__ == [

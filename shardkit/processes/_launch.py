@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 
 from .._errors import Problem, ProcessError, raise_all
-from .._libtpu import quiet_libtpu
 from ._failure import STOPPED, Failure
 from ._line import Closed, Line, address_of, listen
 from ._membership import VARIABLE, Membership
@@ -131,13 +130,12 @@ def _popen(
 
 
 def _environment(devices: int | None) -> dict[str, str]:
-    inherited = {**os.environ, **quiet_libtpu(os.environ)}
     if devices is None:
-        return inherited
+        return dict(os.environ)
     flags = os.environ.get("XLA_FLAGS", "")
     kept = re.sub(r"--xla_force_host_platform_device_count=\d+", "", flags)
     simulated = {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": kept}
-    return {**inherited, **simulated}
+    return {**os.environ, **simulated}
 
 
 class _Group:

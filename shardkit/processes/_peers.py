@@ -66,11 +66,13 @@ class Peers:
         self._left = False
         self._answers: dict[str, list[Any]] = {}
         self._heard = threading.Condition()
+        self._gone = threading.Event()
         self.failure: Failure | None = None
         if line is not None:
             line.send("hello", process=index, token=token)
             atexit.register(self._at_exit)
-            threading.Thread(target=self._watch, name="shardkit-watch", daemon=True).start()
+            self._watcher = threading.Thread(target=self._watch, name="shardkit-watch", daemon=True)
+            self._watcher.start()
 
     def __enter__(self) -> Self:
         """Returns itself."""
@@ -149,6 +151,10 @@ class Peers:
                 line.send("bye")
         if self._hub is not None:
             self._hub.close()
+        if self._line is not None:
+            self._gone.set()
+            self._watcher.join(2 * _TICK)
+            atexit.unregister(self._at_exit)
 
     def fail(self, error: BaseException) -> None:
         """Tells the others that this process cannot go on.
@@ -178,19 +184,19 @@ class Peers:
     # --- the thread
 
     def _watch(self) -> None:
-        selector = selectors.DefaultSelector()
-        for line in (self._line, self._launcher):
-            if line is not None:
-                selector.register(line, selectors.EVENT_READ, line)
-        while True:
-            for key, _ in selector.select(_TICK):
-                try:
-                    for message in key.data.receive():
-                        self._hear(message)
-                except Closed:
-                    selector.unregister(key.data)
-                    self._lost(key.data)
-            self._look()
+        with selectors.DefaultSelector() as selector:
+            for line in (self._line, self._launcher):
+                if line is not None:
+                    selector.register(line, selectors.EVENT_READ, line)
+            while not self._gone.is_set():
+                for key, _ in selector.select(_TICK):
+                    try:
+                        for message in key.data.receive():
+                            self._hear(message)
+                    except Closed:
+                        selector.unregister(key.data)
+                        self._lost(key.data)
+                self._look()
 
     def _hear(self, message: Message) -> None:
         match message.pop("kind"):

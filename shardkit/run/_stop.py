@@ -51,7 +51,8 @@ class StopRequest:
             self._heard = ears, mouth = socket.socketpair()
             mouth.setblocking(False)
             self._heard_before = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
-            threading.Thread(target=_end_at_the_second, args=(ears,), daemon=True).start()
+            self._listener = threading.Thread(target=_end_at_the_second, args=(ears,), daemon=True)
+            self._listener.start()
         return self
 
     def __exit__(
@@ -60,13 +61,13 @@ class StopRequest:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Gives the signals back, but for a Ctrl-C that came: the next is to end the process."""
+        """Gives the signals back to whoever had them, and ends the thread."""
         for one, handler in self._before.items():
-            if one is not self.signal:
-                signal.signal(one, handler)
+            signal.signal(one, handler)
         if self._heard is not None:
             signal.set_wakeup_fd(self._heard_before)
-            self._heard[1].close()  # which ends the thread too
+            self._heard[1].close()  # which the thread reads as the end
+            self._listener.join()
 
     def ask(self, why: str) -> None:
         """Asks for the end as a signal does, but as something that was meant to happen."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -103,11 +104,11 @@ def _steps(step: CompiledStep, state: Any, trial: Trial) -> tuple[Any, list[Any]
 
 @contextlib.contextmanager
 def counted_compiles() -> Iterator[list[int]]:
-    """Counts the programs that JAX lowers within the block, also those a cache then supplies."""
-    count = [0]
+    """Counts the programs that this thread lowers in the block, also where a cache has them."""
+    count, thread = [0], threading.get_ident()
 
     def listen(event: str, duration_secs: float, **_: Any) -> None:
-        count[0] += event == _COMPILES
+        count[0] += event == _COMPILES and threading.get_ident() == thread
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
