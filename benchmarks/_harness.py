@@ -38,6 +38,7 @@ class Timing:
       high: the same from above.
       cpu: median of user and system seconds of all threads.
       faults: median number of page faults.
+      walls: wall-clock seconds of every turn, in order.
     """
 
     median: float
@@ -45,6 +46,7 @@ class Timing:
     high: float
     cpu: float
     faults: int
+    walls: tuple[float, ...]
 
 
 def keep_freed_memory() -> None:
@@ -82,7 +84,9 @@ def interleave(
 def _timing(rows: list[tuple[float, float, int]]) -> Timing:
     walls, cpus, faults = (list(column) for column in zip(*rows, strict=True))
     low, median, high = statistics.quantiles(walls, n=4)
-    return Timing(median, low, high, statistics.median(cpus), int(statistics.median(faults)))
+    return Timing(
+        median, low, high, statistics.median(cpus), int(statistics.median(faults)), tuple(walls)
+    )
 
 
 def circumstances(devices: str) -> dict[str, Any]:
