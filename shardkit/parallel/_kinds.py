@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 
 from ..report import Part, Placed
@@ -49,7 +50,13 @@ def known_kinds() -> tuple[Kind, ...]:
 
 def weighed_kinds() -> tuple[Kind, ...]:
     """Those that a planner tries."""
-    return tuple(kind for kind in known_kinds() if kind.weighed)
+    return _weighed(_further.get())
+
+
+# A plan asks for each of a hundred thousand layouts.
+@functools.lru_cache(maxsize=8)
+def _weighed(further: tuple[Kind, ...]) -> tuple[Kind, ...]:
+    return tuple(kind for kind in (*_SHIPPED, *further) if kind.weighed)
 
 
 def axes_splitting(*parts: Part) -> tuple[str, ...]:

@@ -67,6 +67,7 @@ class Places:
 
     model: Model
     made: dict[tuple[Any, ...], Placed | str] = dataclasses.field(default_factory=dict)
+    kinds: dict[tuple[Any, ...], tuple[Kind, ...]] = dataclasses.field(default_factory=dict)
 
     def of(self, sizes: Mapping[str, int], zero: int) -> Placed | str:
         """Exact bytes of a layout, or why there is none."""
@@ -82,7 +83,10 @@ class Places:
         found = self.made[key]
         if isinstance(found, str):
             return found
-        return dataclasses.replace(found, batch=batch, kinds=layout_of(sizes, zero).kinds)
+        used = (min(zero, 1), *used_axes(sizes))
+        if used not in self.kinds:
+            self.kinds[used] = layout_of(sizes, zero).kinds
+        return dataclasses.replace(found, batch=batch, kinds=self.kinds[used])
 
     def resolved(self, sizes: Mapping[str, int], zero: int) -> Placed | str:
         """The same by resolving everything on this one mesh."""
