@@ -1,7 +1,7 @@
 """The ledgers of both modes side by side, per strategy, compiled for 8 simulated devices.
 
 `python benchmarks/modes.py` writes `benchmarks/results/modes.{json,md}` and the table of
-`docs/modes.md`. Nothing is run, and no time is claimed: a ledger is what was compiled.
+`docs/modes.md`. It compiles and runs nothing, so it claims no times.
 """
 
 import math
@@ -43,7 +43,7 @@ def compiled(strategy: Any, sizes: dict[str, int], mode: str) -> Any:
 
 
 def rows_of(name: str, mode: str, report: Any) -> list[dict[str, Any]]:
-    """One row per mesh axis: what is sent over it, beside the least that its kind needs."""
+    """One row per mesh axis: what is sent over it, beside the minimum of its kind."""
     found = []
     for least in report.minima:
         own = [r for r in report.ledger.where(least.axis) if r.payload_bytes >= SCALARS]

@@ -1,10 +1,10 @@
-"""Rows split over three axes: the length over context, in a ring, besides fsdp and tensor.
+"""Rows split over three axes: length over context, in a ring, besides fsdp and tensor.
 
     shardkit train configs/context.py
 
-Expect the loss of `configs/nano.py` at every step, from devices that hold half of every row:
-attention passes keys and values round, and nothing else looks across the cut. On a mesh that a
-laptop can simulate this is slower than not splitting; it is for rows that fit on no device.
+Expect the loss of `configs/nano.py` at every step, although each device holds half of every row:
+ring attention passes keys and values between devices, and nothing else looks across the split. On
+simulated devices this is slower than not splitting; use it for rows that do not fit on a device.
 """
 
 from shardkit.config import Config

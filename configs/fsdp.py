@@ -1,9 +1,9 @@
-"""The default model with its weights and optimizer state split over all devices.
+"""The default model with weights and optimizer state split over all devices.
 
     shardkit train configs/fsdp.py
 
 Expect the loss of the default run at every step, and an eighth of its weights on each device.
-On simulated devices it says nothing about speed.
+Simulated devices say nothing about speed.
 """
 
 import dataclasses

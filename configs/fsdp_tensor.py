@@ -1,9 +1,9 @@
-"""Two kinds of parallelism at once: weights over fsdp, products and the stream over tensor.
+"""Two kinds of parallelism: weights over fsdp, products and the residual stream over tensor.
 
     shardkit train configs/fsdp_tensor.py --set train.steps=50
 
-Expect the loss of the default run at every step. This is the layout of the large configs, on a
-mesh that a laptop can simulate; four micro-batches are accumulated with one reduction per step.
+Expect the loss of the default run at every step. The large configs use this layout, here on a mesh
+that a laptop can simulate. Four micro-batches are accumulated with one reduction per step.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from shardkit.parallel import strategies
 
 
 def config() -> Config:
-    """Returns the default run as fsdp=2, tensor=4, with sequence splitting."""
+    """Returns the default run as fsdp=2, tensor=4, with the residual stream split over length."""
     both = strategies.fsdp() | strategies.tensor(sequence=True)
     return dataclasses.replace(
         Config(),

@@ -1,9 +1,9 @@
-"""Llama-2-7B on 64 TPU v5p chips: nobody trains this on a laptop, but it can be declared there.
+"""Llama-2-7B on 64 TPU v5p chips: declare, compile and plan it on a laptop, train it elsewhere.
 
     shardkit train configs/llama2_7b.py --set devices=local
 
-trains it on a machine that has the chips; `data.path` is then a text of your own, read by the
-byte. Anywhere else `shardkit train` says that the chips are not there.
+trains it on a machine that has the chips; set `data.path` to your own text, which is read as
+bytes. On any other machine `shardkit train` reports that the chips are not available.
 """
 
 import dataclasses

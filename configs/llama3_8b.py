@@ -1,9 +1,9 @@
-"""Llama-3-8B on 64 H100 GPUs, 8 hosts of 8: to be declared on a laptop, trained elsewhere.
+"""Llama-3-8B on 64 H100 GPUs, 8 hosts of 8: declare and plan it on a laptop, train it elsewhere.
 
     shardkit train configs/llama3_8b.py --set devices=local
 
-trains it on a machine that has the GPUs; `data.path` is then a text of your own, read by the
-byte. Anywhere else `shardkit train` says that the GPUs are not there.
+trains it on a machine that has the GPUs; set `data.path` to your own text, which is read as bytes.
+On any other machine `shardkit train` reports that the GPUs are not available.
 """
 
 import dataclasses

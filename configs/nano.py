@@ -2,7 +2,7 @@
 
     shardkit train configs/nano.py
 
-Expect half a minute on 2 cores, most of it compiling, and text that looks like code from afar.
+Expect half a minute on 2 cores, most of it compiling, and text that roughly resembles code.
 """
 
 from shardkit.config import Config

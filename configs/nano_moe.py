@@ -2,10 +2,10 @@
 
     shardkit train configs/nano_moe.py
 
-Expect a minute or two on 2 cores, most of it compiling. Each token chooses 2 of 8 experts, which
-live on 2 devices; their way there and back stands in `shardkit explain` as two
-all-to-alls over `expert` forward and two backward per layer. `dropped` is the share of choices
-that found their expert full, `balance` is 1 where all experts are used alike.
+Expect a minute or two on 2 cores, most of it compiling. Each token is routed to 2 of 8 experts,
+which are split over 2 devices. `shardkit report` shows its way there and back as two all-to-alls
+over `expert` forward and two backward per layer. The metric `dropped` is the share of choices whose
+expert was full; `balance` is 1 if all experts are used equally.
 """
 
 from shardkit.config import Config

@@ -1,10 +1,10 @@
-"""Three kinds of parallelism at once: rows over data, layers over pipe, products over tensor.
+"""Three kinds of parallelism: rows over data, layers over pipe, products over tensor.
 
     shardkit train configs/pipeline.py
 
-The smallest decoder on 8 simulated devices, its layers in two stages, four micro-batches in 1F1B
-order. Expect the loss of `configs/nano.py` at every step, since the data and the seed are the
-same. On simulated devices it says nothing about speed.
+The smallest decoder on 8 simulated devices, with its layers in two stages and four micro-batches
+in 1F1B order. Expect the loss of `configs/nano.py` at every step, since data and seed are the
+same. Simulated devices say nothing about speed.
 """
 
 from shardkit.config import Config
