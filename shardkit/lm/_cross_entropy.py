@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._core.recomputation import again
+from .._core.scope_markers import recomputed
 from ..nn._constrain import constrain
 from ..nn._dot import weight_gradient
 from ..nn._manual_axis_rules import pmax, psum, shard_offset
@@ -95,7 +95,7 @@ def _summary_bwd(saved: tuple[Any, ...], grads: Summary) -> tuple[jax.Array, jax
 
     def body(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         index, table_ES = chunk
-        with again():
+        with recomputed():
             logits = _logits(hidden_BTE, table_ES)
         return None, of_logits(logits, index)
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.backend import get_backend
 
-from .._core.recomputation import again
+from .._core.scope_markers import recomputed
 from ._overridable import overridable
 
 # Few enough blocks to keep the program small, enough to skip 7/16 of a causal square.
@@ -218,7 +218,7 @@ def _blocked_backward(
     for start, stop in _blocks(q.shape[3]):
         end = stop if causal else k.shape[2]
         block = (slice(None),) * 3 + (slice(start, stop),)
-        with again():
+        with recomputed():
             s = _scores(q[block], k[:, :, :end], segment_ids, (start, stop), causal)
         p = jnp.exp(s - lse[block])
         dp = product("bkgth,bksh->bkgts", g[block], v[:, :, :end])

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..._core.recomputation import again
+from ..._core.scope_markers import recomputed
 
 Part = tuple[jax.Array, jax.Array]
 Gradients = tuple[jax.Array, jax.Array, jax.Array]
@@ -96,7 +96,7 @@ def attend_backward(
         i, j = pair
         q_tile, g_tile = tiles.rows(q, i), tiles.rows(g, i)
         k_tile, v_tile = tiles.keys(k, j), tiles.keys(v, j)
-        with again():
+        with recomputed():
             s = _scores(q_tile, k_tile, tiles.ids(ids, i, j), tiles.seen(i, j))
         p = jnp.exp(s - tiles.rows(lse, i)[..., None])
         dp = _product("bkgth,bksh->bkgts", g_tile, v_tile)
