@@ -110,7 +110,7 @@ class Program:
     def scale(self, cotangent: Any) -> jax.Array:
         """What the gradients of the summed loss are multiplied with, from that of the result."""
         loss = cotangent[0] if isinstance(cotangent, tuple) else cotangent
-        parts = self.draws.lanes * self.draws.micro_batches
+        parts = self.draws.gradient_shards * self.draws.micro_batches
         return loss.total if isinstance(loss, Mean) else loss / parts
 
     def _returned(self, summed: tuple[Mean, dict[str, Mean]]) -> Any:
@@ -205,7 +205,7 @@ def _grown(loss: Loss, layers: Any, parts: int, keys: tuple[Any, Any]) -> Any:
         jax.eval_shape(lambda *args: args, loss.ends, weights, _rows(loss.batch, n), *keys)
         for n in (parts, 1)
     )
-    return match_draws(draws, parts, part, whole).grown
+    return match_draws(draws, parts, part, whole).row_dims
 
 
 def _check_message(message: Any) -> None:
