@@ -92,7 +92,7 @@ def _owned(parsed: ast.Module) -> Iterator[tuple[str, ast.AST]]:
 def _globals(parsed: ast.Module) -> Iterator[tuple[str, int, int | str]]:
     """Names of a module that a function of it changes or that begin empty, to be filled.
 
-    `KEPT = 8` is how a module says what each of its objects keeps at most.
+    `KEPT_PARAM = 8` is how a module says what each of its objects keeps at most.
     """
     changed = set(_changed(parsed))
     for node in parsed.body:

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
-from shardkit.nn._constrain import resolving
+from shardkit.nn._constrain import use_resolver
 from shardkit.step._activations import Activations, constraints
 from shardkit.step._compile import no_ambient_mesh
 
@@ -28,7 +28,7 @@ def meshes():
 def lowered(fn, mesh, *args, rules=TABLE, lane_axes=()):
     """StableHLO of a fresh function, its names resolved as a step does."""
     names = Activations(mesh, rules, lane_axes)
-    with no_ambient_mesh(), resolving(names):
+    with no_ambient_mesh(), use_resolver(names):
         return jax.jit(lambda *xs: fn(*xs)).lower(*args).as_text()
 
 

@@ -335,7 +335,7 @@ def test_what_a_loss_itself_asserts_is_told_as_it_is(mesh):
 
 def test_out_of_memory_is_foreseen_before_anything_is_put_on_a_device(step, tmp_path, monkeypatch):
     small = dataclasses.replace(CHIPS["h100"], memory=512)
-    monkeypatch.setattr(_memory, "chip_of", lambda kind: small)
+    monkeypatch.setattr(_memory, "identify_chip", lambda kind: small)
     made = []
     monkeypatch.setattr(type(step), "init", lambda *args: made.append(args))
     run = sk.Trainer(step, lambda i: {"x": X}, tmp_path / "run", console=Console(quiet=True))
@@ -347,7 +347,7 @@ def test_out_of_memory_is_foreseen_before_anything_is_put_on_a_device(step, tmp_
     assert "split opt_state over 'data' too: " in text
     assert not made
     assert not (tmp_path / "run").exists()
-    monkeypatch.setattr(_memory, "chip_of", lambda kind: CHIPS["h100"])
+    monkeypatch.setattr(_memory, "identify_chip", lambda kind: CHIPS["h100"])
     step.check_memory()
 
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import shardkit as sk
-from shardkit._core.options import matches
+from shardkit._core.options import matches_annotation
 from shardkit.checkpoint import Keep
 from shardkit.config import CompileConfig, OptimizerConfig
 from shardkit.data import DataConfig, arrays
@@ -89,7 +89,7 @@ def test_a_field_of_another_type_is_refused_with_its_own_name_and_type(cls, name
     hint, given = typing.get_type_hints(cls)[name], DECLARED[cls]
     tried = 0
     for value in WRONG:
-        if not matches(hint, value):
+        if not matches_annotation(hint, value):
             tried += 1
             with pytest.raises(sk.ShardkitError, match=rf"{name} +expected .*, got ") as caught:
                 cls(**{**given, name: value})

@@ -19,13 +19,13 @@ from shardkit.rules import (
     AxisRules,
     Passed,
     PathRules,
-    collect,
+    count_shards,
     first_match,
     mesh_sizes,
-    normalise,
+    normalize_spec,
     resolve,
+    resolve_all,
     shard_largest,
-    shards,
 )
 from shardkit.rules._path import matches
 
@@ -233,7 +233,7 @@ axes_entries = st.sampled_from([None, "data", "tensor", ("data", "tensor"), ("te
 )
 @settings(quick, max_examples=400)
 def test_resolved_specs_divide_and_only_they_resolve(shape, entries, mesh):
-    specs, problems = collect(PathRules({"x": P(*entries)}), [leaf("x", *shape)], mesh)
+    specs, problems = resolve_all(PathRules({"x": P(*entries)}), [leaf("x", *shape)], mesh)
     flat = [a for e in entries if e for a in ((e,) if isinstance(e, str) else e)]
     parts = [math.prod(mesh[a] for a in ((e,) if isinstance(e, str) else e or ())) for e in entries]
     legal = (
@@ -244,18 +244,18 @@ def test_resolved_specs_divide_and_only_they_resolve(shape, entries, mesh):
     assert (not problems) == legal
     assert bool(specs) == legal
     if legal:
-        assert specs["x"] == normalise(P(*entries))
-        assert shards(specs["x"], mesh) == math.prod(parts)
+        assert specs["x"] == normalize_spec(P(*entries))
+        assert count_shards(specs["x"], mesh) == math.prod(parts)
 
 
 def test_shards_are_what_jax_makes_of_the_spec():
     mesh = MeshSpec(data=2, tensor=4).build()
     shape = (8, 16, 3)
     for entries in itertools.product([None, "data", "tensor", ("data", "tensor")], repeat=2):
-        specs, problems = collect(PathRules({"x": P(*entries)}), [leaf("x", *shape)], mesh)
+        specs, problems = resolve_all(PathRules({"x": P(*entries)}), [leaf("x", *shape)], mesh)
         if not problems:
             shard = NamedSharding(mesh, specs["x"]).shard_shape(shape)
-            assert math.prod(shape) // math.prod(shard) == shards(specs["x"], mesh.shape)
+            assert math.prod(shape) // math.prod(shard) == count_shards(specs["x"], mesh.shape)
 
 
 def test_nothing_to_lay_out_is_no_error():

@@ -10,10 +10,10 @@ from shardkit.rules import (
     REPLICATED,
     AxisRules,
     PathRules,
-    check,
     check_batch,
     check_spec,
     first_match,
+    list_problems,
     resolve,
     shard_largest,
 )
@@ -179,7 +179,7 @@ def test_everything_wrong_is_in_one_error():
 
 
 def test_check_names_what_the_leaves_are():
-    problems = check(PathRules({"x": P()}), [leaf("y", 8)], {"data": 2}, what="moments")
+    problems = list_problems(PathRules({"x": P()}), [leaf("y", 8)], {"data": 2}, what="moments")
     assert "matches none of the 1 moments" in problems[-1].why
 
 

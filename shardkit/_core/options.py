@@ -28,11 +28,11 @@ def option_problems(prefix: str = "", **options: tuple[Any, Any]) -> list[Proble
     return [
         Problem(
             f"{prefix}{name}",
-            f"expected {describe(wanted)}, got {value!r}.",
+            f"expected {describe_annotation(wanted)}, got {value!r}.",
             f"{name}={_nearest(value, wanted)}",
         )
         for name, (value, wanted) in options.items()
-        if not matches(wanted, tuple(value) if isinstance(value, list) else value)
+        if not matches_annotation(wanted, tuple(value) if isinstance(value, list) else value)
     ]
 
 
@@ -55,7 +55,7 @@ def check_options(
     raise_all(kind, headline, option_problems(prefix, **given))
 
 
-def matches(annotation: Any, value: Any) -> bool:
+def matches_annotation(annotation: Any, value: Any) -> bool:
     """Whether a value is of an annotated type; annotations of other things all match.
 
     >>> matches(int, True), matches(float, 1), matches(str | None, None), matches(int, "1")
@@ -63,14 +63,14 @@ def matches(annotation: Any, value: Any) -> bool:
     """
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        return any(matches(one, value) for one in arguments)
+        return any(matches_annotation(one, value) for one in arguments)
     if origin is Literal:
         return any(type(value) is type(one) and value == one for one in arguments)
     if origin is tuple:
         return isinstance(value, tuple) and _items_match(arguments, value)
     if origin is Mapping:
         return isinstance(value, Mapping) and all(
-            all(map(matches, arguments, item)) for item in value.items()
+            all(map(matches_annotation, arguments, item)) for item in value.items()
         )
     if annotation in (int, float):
         number = numbers.Integral if annotation is int else numbers.Real
@@ -80,11 +80,11 @@ def matches(annotation: Any, value: Any) -> bool:
 
 def _items_match(arguments: tuple[Any, ...], value: tuple[Any, ...]) -> bool:
     if arguments[-1] is Ellipsis:
-        return all(matches(arguments[0], one) for one in value)
-    return len(arguments) == len(value) and all(map(matches, arguments, value))
+        return all(matches_annotation(arguments[0], one) for one in value)
+    return len(arguments) == len(value) and all(map(matches_annotation, arguments, value))
 
 
-def describe(annotation: Any) -> str:
+def describe_annotation(annotation: Any) -> str:
     """Returns the type as an error names it.
 
     >>> describe(float | None), describe(tuple[float, ...]), describe(Literal["a", "b"])
@@ -92,15 +92,17 @@ def describe(annotation: Any) -> str:
     """
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(describe(one) for one in arguments)
+        return " or ".join(describe_annotation(one) for one in arguments)
     if origin is Literal:
         return " or ".join(repr(one) for one in arguments)
     if origin is tuple and arguments[-1] is Ellipsis:
-        return f"{describe(arguments[0])},{describe(arguments[0])},..."
+        return f"{describe_annotation(arguments[0])},{describe_annotation(arguments[0])},..."
     if origin is tuple:
-        return ",".join(describe(one) for one in arguments)
+        return ",".join(describe_annotation(one) for one in arguments)
     if origin is Mapping:
-        return f"mapping of {describe(arguments[0])} to {describe(arguments[1])}"
+        return (
+            f"mapping of {describe_annotation(arguments[0])} to {describe_annotation(arguments[1])}"
+        )
     names = {types.NoneType: "none", bool: "true or false"}
     return names.get(annotation) or getattr(annotation, "__name__", str(annotation))
 

@@ -132,7 +132,7 @@ def part_keys(
 
 
 def threefry_words(key: Key) -> jax.Array:
-    """Returns u32[2], the data of a threefry key: that of `key` if it is one, else drawn from it."""
+    """Returns u32[2], the data of `key` if it is a threefry key, else of one drawn from it."""
     if str(jax.random.key_impl(key)) == "threefry2x32":
         return jax.random.key_data(key)
     return jax.random.bits(key, (2,), jnp.uint32)
@@ -260,8 +260,8 @@ def global_index(
             at = (at + shard * jnp.uint32(n)) * jnp.uint32(draws.micro_batches) + micro_batch
             n *= draws.gradient_shards * draws.micro_batches
         elements *= n
-        # Two words, (high, low) · n + at, as on paper: low · n overflows into `carry`, and its sum
-        # with `at` overflows where it comes out smaller than low · n. Arrays of up to 2³² elements have no carry.
+        # (high, low) · n + at in two words, as on paper: low · n overflows into `carry` (never in
+        # arrays of up to 2³² elements), and its sum with `at` overflows if it is less than low · n.
         carry = _multiply_high(low, n) if elements > 2**32 else jnp.uint32(0)
         scaled = low * jnp.uint32(n)
         low = scaled + at

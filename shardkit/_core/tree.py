@@ -68,10 +68,10 @@ def join_path(tree: str, path: str) -> str:
     return f"{tree}/{path}" if tree and path else tree or path
 
 
-def glob_of(path: str) -> str:
+def path_to_glob(path: str) -> str:
     """A glob that matches a leaf: its path; `**` for that of a bare array, which is empty.
 
-    >>> glob_of("up/kernel"), glob_of("")
+    >>> path_to_glob("up/kernel"), path_to_glob("")
     ('up/kernel', '**')
     """
     return path or "**"
@@ -133,7 +133,7 @@ def nbytes(shape: tuple[int, ...], dtype: Any) -> int:
     return int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
 
 
-def leaves(tree: Any, axes: Any = None) -> list[Leaf]:
+def list_leaves(tree: Any, axes: Any = None) -> list[Leaf]:
     """Lists a pytree of arrays or `jax.ShapeDtypeStruct` as `Leaf`s, in JAX's order.
 
     Args:

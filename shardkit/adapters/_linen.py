@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax.core import meta, unfreeze
 
 from .._core.types import Loss, Variables, WithAxes
-from ._model import Model, split_outcome, taking_key
+from ._model import Model, accept_key, split_loss_output
 
 # Collections that a forward pass writes for its caller, and that no next pass reads.
 _OUTPUTS = ("intermediates", "losses", "perturbations")
@@ -50,14 +50,14 @@ def from_linen(
     >>> sorted(jax.eval_shape(model.init, jax.random.key(0)))
     ['bias', 'kernel']
     """
-    call = taking_key(loss)
+    call = accept_key(loss)
     arguments = _arguments(inputs)
 
     def init(key: jax.Array) -> Any:
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), arguments(batch))
         streams = dict(zip(("params", *rngs), jax.random.split(key, 1 + len(rngs)), strict=True))
         made = unfreeze(module.init(streams, *zeros, **(train or {})))
-        params = jax.tree.map(_with_axes, made.pop("params", {}), is_leaf=_boxed)
+        params = jax.tree.map(_with_axes, made.pop("params", {}), is_leaf=_is_boxed)
         model_state = {name: made[name] for name in made if name not in _OUTPUTS}
         return Variables(params, meta.unbox(model_state)) if model_state else params
 
@@ -76,7 +76,7 @@ def from_linen(
             mutable=list(collections),
             **options,
         )
-        value, metrics = split_outcome(call(outputs, batch, for_loss))
+        value, metrics = split_loss_output(call(outputs, batch, for_loss))
         return (value, metrics, unfreeze(changed)) if stateful else (value, metrics)
 
     def run_train(params: Any, batch: Any, key: Any, model_state: Any = None) -> Any:
@@ -108,7 +108,7 @@ def _arguments(
     return pick
 
 
-def _boxed(x: Any) -> bool:
+def _is_boxed(x: Any) -> bool:
     return isinstance(x, meta.AxisMetadata)
 
 

@@ -25,7 +25,7 @@ class Model:
     bind: Callable[..., Any]
 
 
-def taking_key(loss: Callable[..., Any]) -> Callable[[Any, Any, Any], Any]:
+def accept_key(loss: Callable[..., Any]) -> Callable[[Any, Any, Any], Any]:
     """Lets a loss of two arguments be called with three: the key is the last one."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     names = [p for p in inspect.signature(loss).parameters.values() if p.kind in kinds]
@@ -33,6 +33,6 @@ def taking_key(loss: Callable[..., Any]) -> Callable[[Any, Any, Any], Any]:
     return loss if wants_key else lambda subject, batch, key: loss(subject, batch)
 
 
-def split_outcome(out: Any) -> tuple[Any, dict[str, Any]]:
+def split_loss_output(out: Any) -> tuple[Any, dict[str, Any]]:
     """`loss` or `(loss, metrics)` as a pair."""
     return out if isinstance(out, tuple) else (out, {})

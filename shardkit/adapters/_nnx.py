@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from .._core.types import Loss, Variables, WithAxes
-from ._model import Model, split_outcome, taking_key
+from ._model import Model, accept_key, split_loss_output
 
 Flat = list[tuple[tuple[Any, ...], nnx.Variable]]
 
@@ -47,21 +47,21 @@ def from_nnx(
     >>> sorted(params)
     ['bias', 'kernel']
     """
-    call = taking_key(loss)
-    template = _template(make_model, trainable)
+    call = accept_key(loss)
+    template = _make_template(make_model, trainable)
 
     def init(key: jax.Array) -> Any:
-        params, _, model_state = _parts(_build(make_model, key), trainable)
-        named = _nested([(path, _with_axes(variable)) for path, variable in params])
-        return Variables(named, _values(model_state)) if model_state else named
+        params, _, model_state = _split_variables(_build(make_model, key), trainable)
+        named = _nest([(path, _with_axes(variable)) for path, variable in params])
+        return Variables(named, _read_values(model_state)) if model_state else named
 
     def run(training: bool, params: Any, batch: Any, key: Any, model_state: Any) -> Any:
         module = template.merge(params, model_state, key)
         module.train() if training else module.eval()
-        value, metrics = split_outcome(call(module, batch, key))
+        value, metrics = split_loss_output(call(module, batch, key))
         if not template.model_state:
             return value, metrics
-        return value, metrics, _values(_parts(module, trainable)[2])
+        return value, metrics, _read_values(_split_variables(module, trainable)[2])
 
     def train(params: Any, batch: Any, key: Any, model_state: Any = None) -> Any:
         return run(True, params, batch, key, model_state)
@@ -88,15 +88,15 @@ class _Template:
 
     def merge(self, params: Any, model_state: Any, key: Any) -> Any:
         """The module with these arrays, its random streams seeded from `key`."""
-        flat = [*_filled(self.params, params), *_filled(self.model_state, model_state)]
+        flat = [*_fill(self.params, params), *_fill(self.model_state, model_state)]
         for number, (path, variable) in enumerate(self.streams):
             flat.append((path, variable.replace(_seed(variable, key, number))))
         return nnx.merge(self.graph, nnx.from_flat_state(flat))
 
 
-def _template(make_model: Callable[[nnx.Rngs], nnx.Module], trainable: Any) -> _Template:
+def _make_template(make_model: Callable[[nnx.Rngs], nnx.Module], trainable: Any) -> _Template:
     module = nnx.eval_shape(lambda: _build(make_model, jax.random.key(0)))
-    return _Template(nnx.graphdef(module), *_parts(module, trainable))
+    return _Template(nnx.graphdef(module), *_split_variables(module, trainable))
 
 
 def _build(make_model: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> nnx.Module:
@@ -105,7 +105,7 @@ def _build(make_model: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> nnx.
         return make_model(nnx.Rngs(key))
 
 
-def _parts(module: nnx.Module, trainable: Any) -> tuple[Flat, Flat, Flat]:
+def _split_variables(module: nnx.Module, trainable: Any) -> tuple[Flat, Flat, Flat]:
     """Variables by path: trainable ones, random streams, and the rest."""
     filters = (trainable, nnx.RngState, nnx.Intermediate, ...)
     params, streams, _, model_state = nnx.state(module, *filters)
@@ -127,11 +127,11 @@ def _seed(variable: nnx.Variable, key: jax.Array, number: int) -> jax.Array:
     return jnp.zeros(variable.shape, variable.dtype)
 
 
-def _values(flat: Flat) -> Any:
-    return _nested([(path, variable[...]) for path, variable in flat])
+def _read_values(flat: Flat) -> Any:
+    return _nest([(path, variable[...]) for path, variable in flat])
 
 
-def _nested(flat: list[tuple[tuple[Any, ...], Any]]) -> dict[str, Any]:
+def _nest(flat: list[tuple[tuple[Any, ...], Any]]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for path, value in flat:
         node = tree
@@ -141,7 +141,7 @@ def _nested(flat: list[tuple[tuple[Any, ...], Any]]) -> dict[str, Any]:
     return tree
 
 
-def _filled(flat: Flat, values: Any) -> Flat:
+def _fill(flat: Flat, values: Any) -> Flat:
     filled = []
     for path, variable in flat:
         node = values

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 from .._core.errors import Problem, ShardingError, count, did_you_mean, raise_all
 from .._core.tree import Leaf
 from ._rule import Decided, Decision, Entry, Passed, Refused
-from ._specs import Axes, axes_of, from_axes
+from ._specs import Axes, axes_of, spec_from_axes
 
 
 @dataclasses.dataclass(frozen=True, init=False, repr=False)
@@ -69,7 +69,7 @@ class AxisRules:
           ShardingError: a name is not in the table.
         """
         raise_all(ShardingError, "Logical axes are unknown.", self._unknown(repr(names), names))
-        return from_axes(map(self.mesh_axes, names))
+        return spec_from_axes(map(self.mesh_axes, names))
 
     def decide(self, leaf: Leaf, mesh: Mapping[str, int]) -> Decision:
         """Gives a spec from the leaf's logical axes; passes when it has none."""
@@ -85,7 +85,7 @@ class AxisRules:
         used = tuple(name for name in dict.fromkeys(names) if name is not None)
         split = [name for name in used if self.mesh_axes(name)] or used
         source = f"AxisRules[{', '.join(map(self._row, split))}]"
-        return Decided(from_axes(map(self.mesh_axes, names)), source, entries=used, dims=dims)
+        return Decided(spec_from_axes(map(self.mesh_axes, names)), source, entries=used, dims=dims)
 
     def entries(self) -> tuple[Entry, ...]:
         """Lists the logical axes, which a model need not name."""

@@ -9,7 +9,15 @@ from jax.sharding import PartitionSpec
 
 from .._core.errors import Problem, did_you_mean
 from .._core.tree import Leaf
-from ._specs import HasShape, axes_of, format_mesh, format_spec, from_axes, mesh_sizes, ways
+from ._specs import (
+    HasShape,
+    axes_of,
+    format_mesh,
+    format_spec,
+    mesh_sizes,
+    shard_count,
+    spec_from_axes,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +64,12 @@ def check_spec(
     if len(entries) > len(leaf.shape):
         why = f"{source} → {shown} has {len(entries)} entries for {len(leaf.shape)} dims"
         entries = entries[: len(leaf.shape)]
-        short = format_spec(from_axes(entries))
+        short = format_spec(spec_from_axes(entries))
         problems = [Problem(subject, why, f"at most one entry per dim, such as {short}")]
     problems += _unknown_axes(subject, f"{source} → {shown}", entries, sizes)
     problems += _repeated_axes(leaf, f"{source} → {shown}", entries, dims)
     for dim, axes in enumerate(entries):
-        if set(axes) <= set(sizes) and leaf.shape[dim] % ways(axes, sizes):
+        if set(axes) <= set(sizes) and leaf.shape[dim] % shard_count(axes, sizes):
             problems.append(_indivisible(leaf, dim, entries, sizes, source, dims))
     return problems
 
@@ -98,19 +106,19 @@ def _repeated_axes(
         if len(names) > 1:
             fix = f"map {' or '.join(sorted(names))} to another mesh axis or None"
         else:
-            fix = f"use each mesh axis once, such as {format_spec(_once(entries))}"
+            fix = f"use each mesh axis once, such as {format_spec(_drop_repeats(entries))}"
         problems.append(Problem(str(leaf), why, fix))
     return problems
 
 
-def _once(entries: list[tuple[str, ...]]) -> PartitionSpec:
+def _drop_repeats(entries: list[tuple[str, ...]]) -> PartitionSpec:
     """Keeps the first use of each mesh axis."""
     seen: set[str] = set()
     kept: list[list[str]] = []
     for axes in entries:
         kept.append([axis for axis in dict.fromkeys(axes) if axis not in seen])
         seen.update(axes)
-    return from_axes(kept)
+    return spec_from_axes(kept)
 
 
 def _indivisible(
@@ -122,13 +130,13 @@ def _indivisible(
     dims: Sequence[str],
 ) -> Indivisible:
     size, axes = leaf.shape[dim], entries[dim]
-    origin = dims[dim] if dims else f"{source} → {format_spec(from_axes(entries))}"
-    why = f"{origin}: dim {dim} ({size}) is not divisible by {_product(axes, mesh)}"
-    whole = from_axes(() if at == dim else other for at, other in enumerate(entries))
+    origin = dims[dim] if dims else f"{source} → {format_spec(spec_from_axes(entries))}"
+    why = f"{origin}: dim {dim} ({size}) is not divisible by {_format_total(axes, mesh)}"
+    whole = spec_from_axes(() if at == dim else other for at, other in enumerate(entries))
     logical = (leaf.axes or ())[dim] if dims else None
     return Indivisible(
         subject=str(leaf),
-        why=f"{why} ({_either(nearest_multiples(size, ways(axes, mesh)))} would be)",
+        why=f"{why} ({_join_or(nearest_multiples(size, shard_count(axes, mesh)))} would be)",
         fix=f"{source} → {format_spec(whole)}",
         dim=dim,
         size=size,
@@ -163,13 +171,13 @@ def _shared_fix(
 def _other_sizes(axes: tuple[str, ...], size: int, mesh: Mapping[str, int]) -> str:
     """Returns `MeshSpec(tensor=2), 4, 8 or 16`: sizes of one axis that divide `size`."""
     for axis in axes:
-        others = ways((a for a in axes if a != axis), mesh)
+        others = shard_count((a for a in axes if a != axis), mesh)
         if size % others == 0:
             room = size // others
             legal = [n for n in range(2, room + 1) if room % n == 0] or [1]
             near = sorted(legal, key=lambda n: abs(math.log(n / mesh[axis])))[:4]
             first, *rest = sorted(near)
-            return _either([f"MeshSpec({axis}={first})", *rest])
+            return _join_or([f"MeshSpec({axis}={first})", *rest])
     return ""
 
 
@@ -200,31 +208,31 @@ def check_batch(
     """
     sizes = mesh_sizes(mesh)
     problems = [p for leaf in leaves for p in check_spec(leaf, specs[leaf.path], sizes, "batch")]
-    return share_fixes([_in_rows(p, sizes) for p in problems], sizes)
+    return share_fixes([_count_rows(p, sizes) for p in problems], sizes)
 
 
-def _in_rows(problem: Problem, mesh: Mapping[str, int]) -> Problem:
+def _count_rows(problem: Problem, mesh: Mapping[str, int]) -> Problem:
     """Says of a batch dim that does not divide how many rows would."""
     if not isinstance(problem, Indivisible) or problem.dim:
         return problem
-    parts = ways(problem.axes, mesh)
+    parts = shard_count(problem.axes, mesh)
     why = f"global batch {problem.size} must be a multiple of {parts}"
     return Problem(
         problem.subject,
-        f"{why} ({_times(problem.axes, mesh)} shard the batch dim)",
-        f"a global batch of {_either(nearest_multiples(problem.size, parts))}",
+        f"{why} ({_format_product(problem.axes, mesh)} shard the batch dim)",
+        f"a global batch of {_join_or(nearest_multiples(problem.size, parts))}",
     )
 
 
-def _times(axes: tuple[str, ...], mesh: Mapping[str, int]) -> str:
+def _format_product(axes: tuple[str, ...], mesh: Mapping[str, int]) -> str:
     return " x ".join(f"{axis}={mesh[axis]}" for axis in axes)
 
 
-def _product(axes: tuple[str, ...], mesh: Mapping[str, int]) -> str:
-    total = f" = {ways(axes, mesh)}" if len(axes) > 1 else ""
-    return _times(axes, mesh) + total
+def _format_total(axes: tuple[str, ...], mesh: Mapping[str, int]) -> str:
+    total = f" = {shard_count(axes, mesh)}" if len(axes) > 1 else ""
+    return _format_product(axes, mesh) + total
 
 
-def _either(options: Iterable[object]) -> str:
+def _join_or(options: Iterable[object]) -> str:
     *most, last = map(str, options)
     return f"{', '.join(most)} or {last}" if most else last

@@ -10,10 +10,10 @@ from .._core.errors import count
 from .._core.io._table import Column, Table, fold_text
 from .._core.tree import Leaf, format_bytes, path_str, short_type
 from .._core.types import WithAxes
-from ._resolve import Placement, place
+from ._resolve import Placement, place_leaf
 from ._rule import Rule
-from ._specs import HasShape, format_mesh, format_spec, mesh_sizes, shards
-from ._unused import dead
+from ._specs import HasShape, count_shards, format_mesh, format_spec, mesh_sizes
+from ._unused import find_dead_entries
 
 _WIDTH = 100
 _COLUMNS = (
@@ -44,7 +44,7 @@ class Explanation:
 
     def bytes_per_device(self, row: Placement) -> int:
         """Bytes of one row on each device; a leaf that cannot be laid out counts nothing."""
-        return 0 if row.spec is None else row.leaf.nbytes // shards(row.spec, self.mesh)
+        return 0 if row.spec is None else row.leaf.nbytes // count_shards(row.spec, self.mesh)
 
     @property
     def total_bytes(self) -> int:
@@ -122,14 +122,16 @@ def explain_rules(
     Matched nothing:
       PathRules["down"]
     """
-    sizes, leaves = mesh_sizes(mesh), named_leaves(abstract_params, axes)
-    rows = tuple(place(rules, leaf, sizes) for leaf in leaves)
-    found = dead(rules, rows)
+    sizes, leaves = mesh_sizes(mesh), list_named_leaves(abstract_params, axes)
+    rows = tuple(place_leaf(rules, leaf, sizes) for leaf in leaves)
+    found = find_dead_entries(rules, rows)
     idle = tuple(one.entry.source for one in found if not one.matched)
     return Explanation(rows, sizes, idle, tuple(one.entry.source for one in found if one.matched))
 
 
-def named_leaves(tree: Any, axes: Mapping[str, tuple[str | None, ...]] | None = None) -> list[Leaf]:
+def list_named_leaves(
+    tree: Any, axes: Mapping[str, tuple[str | None, ...]] | None = None
+) -> list[Leaf]:
     """Lists a pytree's leaves with the logical axes that `WithAxes` boxes or `axes` give them.
 
     Args:

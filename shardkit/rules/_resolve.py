@@ -8,8 +8,8 @@ from jax.sharding import PartitionSpec
 from .._core.errors import Problem, ShardingError, count, raise_all
 from .._core.tree import Leaf
 from ._check import check_spec, share_fixes
-from ._rule import Decided, Entry, Passed, Refused, Rule, flatten
-from ._specs import HasShape, format_mesh, mesh_sizes, normalise
+from ._rule import Decided, Entry, Passed, Refused, Rule, list_rules
+from ._specs import HasShape, format_mesh, mesh_sizes, normalize_spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,23 +40,23 @@ class Placement:
     problems: tuple[Problem, ...] = ()
 
 
-def place(rule: Rule, leaf: Leaf, mesh: Mapping[str, int]) -> Placement:
+def place_leaf(rule: Rule, leaf: Leaf, mesh: Mapping[str, int]) -> Placement:
     """Asks a rule for the spec of one leaf and checks it. A scalar is whole without asking."""
     if not leaf.shape:
         return Placement(leaf, PartitionSpec(), "a scalar is replicated")
     passed: list[Passed] = []
-    for position, one in enumerate(flatten(rule)):
+    for position, one in enumerate(list_rules(rule)):
         decision = one.decide(leaf, mesh)
         reasons = tuple(p.why for p in passed)
         if isinstance(decision, Refused):
             return Placement(leaf, None, passed=reasons, problems=decision.problems)
         if isinstance(decision, Decided):
-            return _checked(leaf, decision, mesh, position, reasons)
+            return _check_decision(leaf, decision, mesh, position, reasons)
         passed.append(decision)
-    return _undecided(leaf, passed)
+    return _refuse_undecided(leaf, passed)
 
 
-def _undecided(leaf: Leaf, passed: Sequence[Passed]) -> Placement:
+def _refuse_undecided(leaf: Leaf, passed: Sequence[Passed]) -> Placement:
     tried = [f"{p.why}, {p.nearest}" if p.nearest else p.why for p in passed]
     why = f"no rule decides it ({'; '.join(tried)})" if tried else "there is no rule"
     fix = "chain(rules, REPLICATED) replicates what no rule decides, or add a rule for each"
@@ -64,13 +64,13 @@ def _undecided(leaf: Leaf, passed: Sequence[Passed]) -> Placement:
     return Placement(leaf, None, passed=reasons, problems=(Problem(str(leaf), why, fix),))
 
 
-def _checked(
+def _check_decision(
     leaf: Leaf, decided: Decided, mesh: Mapping[str, int], position: int, passed: tuple[str, ...]
 ) -> Placement:
     problems = check_spec(leaf, decided.spec, mesh, decided.source, dims=decided.dims)
     return Placement(
         leaf,
-        None if problems else normalise(decided.spec),
+        None if problems else normalize_spec(decided.spec),
         decided.source,
         (position, decided.entries),
         passed,
@@ -79,12 +79,12 @@ def _checked(
     )
 
 
-def unmatched(rule: Rule, leaves: Sequence[Leaf]) -> list[Entry]:
+def find_unmatched(rule: Rule, leaves: Sequence[Leaf]) -> list[Entry]:
     """Lists the entries of a rule that match no leaf, required or not."""
     return [e for e in rule.entries() if not any(map(e.matches, leaves))]
 
 
-def collect(
+def resolve_all(
     rule: Rule,
     leaves: Sequence[Leaf],
     mesh: Mapping[str, int] | HasShape,
@@ -103,7 +103,7 @@ def collect(
       Specs in normal form by path, of the leaves without a problem, and the problems.
     """
     sizes = mesh_sizes(mesh)
-    placements = [place(rule, leaf, sizes) for leaf in leaves]
+    placements = [place_leaf(rule, leaf, sizes) for leaf in leaves]
     problems = [problem for placed in placements for problem in placed.problems]
     if leaves:
         problems += [
@@ -112,22 +112,22 @@ def collect(
                 f"matches none of the {len(leaves)} {what}.{entry.nearest(list(leaves))}",
                 "mend or remove it, or PathRules(..., allow_unmatched=True)",
             )
-            for entry in unmatched(rule, leaves)
+            for entry in find_unmatched(rule, leaves)
             if entry.required
         ]
     specs = {p.leaf.path: p.spec for p in placements if p.spec is not None}
     return specs, share_fixes(problems, sizes)
 
 
-def check(
+def list_problems(
     rule: Rule,
     leaves: Sequence[Leaf],
     mesh: Mapping[str, int] | HasShape,
     *,
     what: str = "parameters",
 ) -> list[Problem]:
-    """Lists everything that keeps `leaves` from being laid out; see `collect`."""
-    return collect(rule, leaves, mesh, what=what)[1]
+    """Lists everything that keeps `list_leaves` from being laid out; see `gather_from_slots`."""
+    return resolve_all(rule, leaves, mesh, what=what)[1]
 
 
 def resolve(
@@ -158,12 +158,12 @@ def resolve(
     >>> resolve(PathRules({"**/kernel": P(None, "tensor")}), [leaf], {"data": 2, "tensor": 4})
     {'up/kernel': P(None, 'tensor')}
     """
-    specs, problems = collect(rule, leaves, mesh, what=what)
-    raise_all(ShardingError, headline(problems, mesh, what), problems)
+    specs, problems = resolve_all(rule, leaves, mesh, what=what)
+    raise_all(ShardingError, format_headline(problems, mesh, what), problems)
     return specs
 
 
-def headline(
+def format_headline(
     problems: Sequence[Problem], mesh: Mapping[str, int] | HasShape, what: str = "parameters"
 ) -> str:
     """Says how many leaves cannot be laid out on the mesh, and how many rules match nothing."""

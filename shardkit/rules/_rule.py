@@ -132,7 +132,7 @@ class Chain:
         return f"chain({', '.join(map(repr, self.rules))})"
 
 
-def flatten(rule: Rule) -> tuple[Rule, ...]:
+def list_rules(rule: Rule) -> tuple[Rule, ...]:
     """Lists the rules that are asked in turn: a chain's, or the rule alone."""
     return rule.rules if isinstance(rule, Chain) else (rule,)
 
@@ -152,4 +152,4 @@ def first_match(*rules: Rule) -> Rule:
     >>> chain(REPLICATED, chain(REPLICATED))
     chain(REPLICATED, REPLICATED)
     """
-    return Chain(tuple(one for rule in rules for one in flatten(rule)))
+    return Chain(tuple(one for rule in rules for one in list_rules(rule)))

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 
 from .._core.tree import Leaf
 from ._rule import Decided, Decision, Entry, Passed
-from ._specs import Axes, axes_of, from_axes, ways
+from ._specs import Axes, axes_of, shard_count, spec_from_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +25,13 @@ class ShardLargest:
             return Decided(PartitionSpec(), repr(self), why="fewer elements than min_size")
         if not set(self.axes) <= set(mesh):
             # The spec's own check says which axis the mesh lacks.
-            return Decided(from_axes([self.axes]), repr(self))
-        parts = ways(self.axes, mesh)
+            return Decided(spec_from_axes([self.axes]), repr(self))
+        parts = shard_count(self.axes, mesh)
         fitting = [dim for dim, size in enumerate(leaf.shape) if size % parts == 0]
         if not fitting:
             return Passed(f"{self!r}: no dim of {list(leaf.shape)} is a multiple of {parts}")
         largest = max(fitting, key=lambda dim: leaf.shape[dim])
-        return Decided(from_axes([()] * largest + [self.axes]), repr(self))
+        return Decided(spec_from_axes([()] * largest + [self.axes]), repr(self))
 
     def entries(self) -> tuple[Entry, ...]:
         """Nothing: the rule speaks of every leaf."""

@@ -34,10 +34,10 @@ def axes_of(entry: Axes) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def from_axes(entries: Iterable[Iterable[str]]) -> PartitionSpec:
+def spec_from_axes(entries: Iterable[Iterable[str]]) -> PartitionSpec:
     """Makes the normal form of a spec from the mesh axes of each dim.
 
-    >>> from_axes([("data", "fsdp"), (), ("tensor",), ()])
+    >>> spec_from_axes([("data", "fsdp"), (), ("tensor",), ()])
     P(('data', 'fsdp'), None, 'tensor')
     """
     dims: list[Axes] = []
@@ -48,23 +48,23 @@ def from_axes(entries: Iterable[Iterable[str]]) -> PartitionSpec:
     return PartitionSpec(*dims)
 
 
-def normalise(spec: PartitionSpec) -> PartitionSpec:
+def normalize_spec(spec: PartitionSpec) -> PartitionSpec:
     """Drops trailing Nones and unwraps tuples of one, so that equal layouts compare equal.
 
     >>> normalise(PartitionSpec(("data",), None))
     P('data',)
     """
-    return from_axes(map(axes_of, spec))
+    return spec_from_axes(map(axes_of, spec))
 
 
-def ways(axes: Iterable[str], mesh: Mapping[str, int]) -> int:
+def shard_count(axes: Iterable[str], mesh: Mapping[str, int]) -> int:
     """Returns into how many parts mesh axes cut a dim together: their product."""
     return math.prod(mesh[axis] for axis in axes)
 
 
-def shards(spec: PartitionSpec, mesh: Mapping[str, int]) -> int:
+def count_shards(spec: PartitionSpec, mesh: Mapping[str, int]) -> int:
     """Returns into how many different shards a spec cuts an array."""
-    return math.prod(ways(axes_of(entry), mesh) for entry in spec)
+    return math.prod(shard_count(axes_of(entry), mesh) for entry in spec)
 
 
 def format_spec(spec: PartitionSpec) -> str:

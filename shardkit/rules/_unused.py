@@ -4,12 +4,12 @@ import dataclasses
 from collections.abc import Sequence
 
 from .._core.errors import count
-from ._resolve import Placement, unmatched
-from ._rule import Entry, Rule, flatten
+from ._resolve import Placement, find_unmatched
+from ._rule import Entry, Rule, list_rules
 
 
 @dataclasses.dataclass(frozen=True)
-class Dead:
+class DeadEntry:
     """An entry that decides nothing.
 
     Attributes:
@@ -35,12 +35,12 @@ class Dead:
         return f"{' and '.join(self.by)} {'come' if len(self.by) > 1 else 'comes'}"
 
 
-def dead(rule: Rule, rows: Sequence[Placement]) -> list[Dead]:
+def find_dead_entries(rule: Rule, rows: Sequence[Placement]) -> list[DeadEntry]:
     """Lists the entries of a rule that decide none of the leaves that it was asked for.
 
     Args:
       rule: the rule, such as a chain.
-      rows: how it placed every leaf; see `place`.
+      rows: how it placed every leaf; see `place_leaf`.
 
     >>> import numpy as np
     >>> from jax.sharding import PartitionSpec as P
@@ -54,13 +54,13 @@ def dead(rule: Rule, rows: Sequence[Placement]) -> list[Dead]:
     leaves = [row.leaf for row in rows]
     won = {(row.won[0], key) for row in rows if row.won for key in row.won[1]}
     found = []
-    for position, one in enumerate(flatten(rule)):
-        idle = {entry.key for entry in unmatched(one, leaves)}
+    for position, one in enumerate(list_rules(rule)):
+        idle = {entry.key for entry in find_unmatched(one, leaves)}
         for entry in one.entries():
             if entry.key in idle:
-                found.append(Dead(entry, 0, nearest=entry.nearest(leaves)))
+                found.append(DeadEntry(entry, 0, nearest=entry.nearest(leaves)))
             elif (position, entry.key) not in won:
                 meant = [row for row in rows if entry.matches(row.leaf)]
                 by = tuple(dict.fromkeys(row.source for row in meant if row.source))
-                found.append(Dead(entry, len(meant), by))
+                found.append(DeadEntry(entry, len(meant), by))
     return found

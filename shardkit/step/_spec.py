@@ -13,7 +13,7 @@ from .._core.errors import Problem, ShardkitError, StepError, did_you_mean, rais
 from .._core.precision import Precision, precision
 from .._core.tree import leaves_by_path
 from .._core.types import Accumulate, Batch, Key, Loss, PyTree
-from ..nn._remat import policy
+from ..nn._remat import parse_policy
 from ..parallel import Strategy
 from ._compiled import CompiledStep
 from ._nonfinite import ON_NONFINITE, OnNonfinite
@@ -64,7 +64,7 @@ def _policy_name(declared: str) -> str:
     return declared
 
 
-_OVERRIDES = {"accumulate": full_accumulate, "remat": policy, "precision": precision}
+_OVERRIDES = {"accumulate": full_accumulate, "remat": parse_policy, "precision": precision}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

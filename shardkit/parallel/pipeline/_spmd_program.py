@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from ..._core.errors import Problem, StepError, raise_all
 from ..._core.split_rng import RandomDraws, match_draws, part_keys
 from ..._core.types import Mean
-from ...nn._layer_stack import First, Last, Layer, layer_keys
+from ...nn._layer_stack import First, Last, Layer, split_layer_keys
 from ...nn._overridable import StepContext
 from ._executor import Device, totals
 from ._schedule import Schedule
@@ -74,7 +74,7 @@ class Program:
         """
         lanes = math.prod(around.mesh.shape[axis] for axis in lane_axes(around))
         parts = lanes * micro_batches
-        of_first, of_layers = layer_keys(loss.key, cut.layers)
+        of_first, of_layers = split_layer_keys(loss.key, cut.layers)
         rows = _rows(loss.batch, parts)
         message = jax.eval_shape(loss.first, loss.ends, rows, of_first)
         _check_message(message)
@@ -181,7 +181,7 @@ class Program:
 
 def lane_axes(around: StepContext) -> tuple[str, ...]:
     """Axes whose devices keep gradients apart; rows that move stay the partitioner's."""
-    return tuple(axis for axis in around.rows if axis not in around.moving)
+    return tuple(axis for axis in around.row_axes if axis not in around.moving_row_axes)
 
 
 def _rows(batch: Any, parts: int) -> Any:
