@@ -133,7 +133,7 @@ def _check_reached(marks: ActiveOverrides, jaxpr: Any) -> None:
       StepError: naming each carrier that nothing was left to.
     """
     problems = [
-        Problem(str(carrier), f"the model marks no {name}", f"sk.{name}(...) in the model")
+        Problem(str(carrier), f"the model marks no {name}", f"sk.nn.{name}(...) in the model")
         for name, carrier in marks.find_unreached(jaxpr.jaxpr).items()
     ]
     raise_all(StepError, "The strategy carries out what the model does not mark.", problems)
