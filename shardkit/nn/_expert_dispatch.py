@@ -232,7 +232,7 @@ def _outer(run: Runner, h_GDRE: jax.Array, g_GDRF: jax.Array, sizes_GDX: jax.Arr
 
 
 def merge_mapped_dim(x: jax.Array, mapped: bool, size: int) -> jax.Array:
-    """Merges a dim that `vmap` maps with the dim of groups behind it: [size, G, …] to [size · G, …]."""
+    """Merges a dim that `vmap` maps with that of groups: [size, G, …] to [size · G, …]."""
     full = x if mapped else jnp.broadcast_to(x, (size, *x.shape))
     return full.reshape(-1, *full.shape[2:])
 

@@ -217,7 +217,7 @@ def use_overrides(
 
 
 def without_overrides() -> contextlib.AbstractContextManager[None]:
-    """Makes overridable parts run their reference functions: enough to learn shapes, and cheaper."""
+    """Makes overridable parts run their reference functions, which is enough to learn shapes."""
     active = _active.value
     return _active.use(active and dataclasses.replace(active, disabled=True))
 

@@ -1,4 +1,4 @@
-"""`sk.nn.use_param`: marks where a weight is used, so that a strategy can choose when to gather it."""
+"""`sk.nn.use_param`: marks where a weight is used, so that a strategy can gather it there."""
 
 import jax
 
