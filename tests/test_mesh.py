@@ -99,7 +99,7 @@ def test_dcn_that_disagrees_with_the_slices_is_an_error():
 def test_slices_that_no_axis_crosses_are_an_error():
     devices = [FakeDevice(i, platform="tpu", slice_index=i // 4) for i in range(8)]
     text = message(lambda: arrange_devices(devices, {"data": 4, "tensor": 2}, {}, as_given=False))
-    assert "2 slices  no axis of the mesh is said to cross them" in text
+    assert "2 slices  dcn names no axis that crosses them" in text
     assert "Fix: MeshSpec(data=2, tensor=2, dcn={'data': 2})" in text
 
 

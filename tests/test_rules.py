@@ -270,3 +270,24 @@ def test_typed_keys_are_leaves_too():
 def test_unknown_logical_axis_in_spec():
     with pytest.raises(ShardingError, match=r"does not list logical axis 'hed'\. Did you mean"):
         AxisRules({"heads": "tensor"}).spec(("hed",))
+
+
+def test_renamed_rules_keep_their_order_and_axes():
+    rules = AxisRules({"embed": "fsdp", "mlp": ("tensor", "expert"), "norm": None})
+    renamed = rules.renamed({"embed": "hidden", "norm": "scale"})
+    assert renamed == AxisRules({"hidden": "fsdp", "mlp": ("tensor", "expert"), "scale": None})
+    assert [name for name, _ in renamed.table] == ["hidden", "mlp", "scale"]
+    assert rules.renamed({"embed": "mlp", "mlp": "embed"}).spec(("mlp", "embed")) == P(
+        "fsdp", ("tensor", "expert")
+    )
+    assert rules.renamed({}) == rules
+
+
+def test_renaming_names_every_unknown_axis_and_every_collision():
+    rules = AxisRules({"embed": "fsdp", "mlp": "tensor", "vocab": "tensor"})
+    with pytest.raises(ShardingError) as raised:
+        rules.renamed({"embedd": "hidden", "mlp": "vocab"})
+    text = str(raised.value)
+    assert "does not list logical axis 'embedd'. Did you mean 'embed'?" in text
+    assert "one of 'embed', 'mlp', 'vocab'" in text
+    assert "'mlp' and 'vocab' would both be 'vocab'" in text

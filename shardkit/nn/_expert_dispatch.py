@@ -38,7 +38,7 @@ def position_in_expert(bin_R: jax.Array, bins: int) -> jax.Array:
       bin_R: i32[..., R], the bin of each row, below `bins`.
       bins: number of bins.
 
-    >>> places(jnp.array([1, 0, 1, 1]), 2).tolist()
+    >>> position_in_expert(jnp.array([1, 0, 1, 1]), 2).tolist()
     [0, 0, 1, 2]
     """
     one_hot = jax.nn.one_hot(bin_R, bins, dtype=jnp.int32)
@@ -58,7 +58,7 @@ def assign_slots(bin_R: jax.Array, bins: int, capacity: int) -> tuple[jax.Array,
       i32[..., R], the slot of each row, S = bins · capacity where it has none; and
       i32[..., S], the row in each slot, R where there is none.
 
-    >>> slot, row = slots(jnp.array([1, 0, 1, 1]), 2, 2)
+    >>> slot, row = assign_slots(jnp.array([1, 0, 1, 1]), 2, 2)
     >>> slot.tolist(), row.tolist()
     ([2, 0, 3, 4], [1, 4, 0, 2])
     """

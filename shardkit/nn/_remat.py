@@ -71,7 +71,7 @@ def parse_policy(name: str) -> Policy | None:
     Raises:
       StepError: the name is none of these.
 
-    >>> policy("none"), policy("full").name
+    >>> parse_policy("none"), parse_policy("full").name
     (None, 'full')
     """
     if name == "none":

@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from .._core.errors import Problem, ShardkitError, StepError, did_you_mean, raise_all
+from .._core.options import option_problems
 from .._core.precision import Precision, precision
 from .._core.tree import leaves_by_path
 from .._core.types import Accumulate, Batch, Key, Loss, PyTree
@@ -254,12 +255,12 @@ def _type_problems(spec: StepSpec) -> Iterator[Problem]:
         ("init", callable(spec.init), "def init(key): return params"),
         ("strategy", isinstance(spec.strategy, Strategy), "sk.Strategy(params=...)"),
         ("compiler_options", isinstance(spec.compiler_options, Mapping), '{"xla_option": True}'),
-        ("deterministic", isinstance(spec.deterministic, bool), "deterministic=True"),
-        ("debug", isinstance(spec.debug, bool), "debug=True"),
     )
     for name, is_right, fix in rows:
         if not is_right:
             yield Problem(name, f"is of type {_type_name(getattr(spec, name))}", fix)
+    flags = {"deterministic": (spec.deterministic, bool), "debug": (spec.debug, bool)}
+    yield from option_problems(**flags)
 
 
 def _optimizer_fix(optimizer: Any) -> str:
