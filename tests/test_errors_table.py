@@ -151,7 +151,7 @@ def test_donated_state_used_again_names_a_leaf_and_the_right_line(step):
     step(state, {"x": X})
     text = text_of(sk.errors.StateError, lambda: step(state, {"x": X}))
     assert "params/b" in text
-    assert "consumed (donated) by an earlier step" in text
+    assert "donated to an earlier step" in text
     assert "state, metrics = step(state, batch)" in text
 
 
@@ -168,7 +168,7 @@ def test_donated_array_read_later_is_named_wherever_the_toolkit_sees_it(step, tm
             sk.errors.StateError, lambda call=call: call({"x": state.params["head"]["kernel"]})
         )
         assert "The step got a batch that is gone." in text
-        assert "batch  x: consumed (donated) by an earlier step" in text
+        assert "batch  x: donated to an earlier step" in text
     text = text_of(sk.errors.StateError, lambda: sk.Checkpointer(tmp_path / "run").save(1, state))
     assert "A state that is gone cannot be saved." in text
     assert "step, params/b, params/head/kernel" in text

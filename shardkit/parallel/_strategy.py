@@ -34,7 +34,7 @@ class Strategy:
       accumulate: micro-batches per step, an int or `sk.Accumulate`.
       remat: named checkpoint policy for the layers that a model marks with `sk.nn.remat`.
       precision: `"float32"`, `"bfloat16"`, `"pure_bfloat16"` or `sk.Precision`.
-      compression: sums gradients over one mesh axis in 8 bits; None: as `precision` says.
+      compression: sums gradients over one mesh axis in 8 bits; None: as `parse_precision` says.
       kinds: the kinds of parallelism, each on its mesh axis; see `Kind`.
       regions: `(name, carrier)` of the parts of a model that the strategy carries out itself.
 

@@ -59,7 +59,7 @@ class BoundSpec:
         for _, carrier in self.spec.strategy.regions:
             if self.mesh.shape.get(carrier.axis, 1) > 1:
                 yield from carrier.incompatibilities(
-                    self.spec.accumulate, self.spec.precision.reduces_apart
+                    self.spec.accumulate, self.spec.precision.reduces_separately
                 )
 
 

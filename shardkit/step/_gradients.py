@@ -56,7 +56,7 @@ class GradientPlan:
     @property
     def by_lanes(self) -> bool:
         """Whether gradients are kept apart by lane until one reduction."""
-        apart = self.accumulate.micro_batches > 1 or self.precision.reduces_apart
+        apart = self.accumulate.micro_batches > 1 or self.precision.reduces_separately
         return apart and self.accumulate.reduce == "end"
 
     @property

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from .._core.errors import Problem, ShardkitError, StepError, did_you_mean, raise_all
 from .._core.options import option_problems
-from .._core.precision import Precision, precision
+from .._core.precision import Precision, parse_precision
 from .._core.tree import leaves_by_path
 from .._core.types import Accumulate, Batch, Key, Loss, PyTree
 from ..nn._remat import parse_policy
@@ -65,7 +65,7 @@ def _policy_name(declared: str) -> str:
     return declared
 
 
-_OVERRIDES = {"accumulate": full_accumulate, "remat": parse_policy, "precision": precision}
+_OVERRIDES = {"accumulate": full_accumulate, "remat": parse_policy, "precision": parse_precision}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,7 +130,7 @@ class StepSpec:
     mode: Mode = "auto"
     accumulate: Override[int | Accumulate, Accumulate] = Override(full_accumulate)
     remat: Override[str, str] = Override(_policy_name)
-    precision: Override[str | Precision, Precision] = Override(precision)
+    precision: Override[str | Precision, Precision] = Override(parse_precision)
     compiler_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     on_nonfinite: OnNonfinite = "apply"
     deterministic: bool = False
@@ -181,7 +181,7 @@ class StepSpec:
     def replace(self, **changes: Any) -> "StepSpec":
         """Returns the spec with some fields changed, checked again.
 
-        A new `strategy` brings its own `accumulate`, `remat` and `precision`.
+        A new `strategy` brings its own `accumulate`, `remat` and `parse_precision`.
 
         Args:
           **changes: fields of the spec.
@@ -295,7 +295,7 @@ def _strategy_problems(spec: StepSpec) -> list[Problem]:
         problems.append(Problem("compression", why, 'mode="shard_map"'))
     if problems or not spec.stateful or spec.accumulate.reduce != "end":
         return problems
-    if spec.accumulate.micro_batches > 1 or spec.precision.reduces_apart:
+    if spec.accumulate.micro_batches > 1 or spec.precision.reduces_separately:
         why = "would give every lane of the batch its own statistics, other ones on every mesh"
         fix = 'accumulate=sk.Accumulate(k, reduce="every"), precision.reduce_dtype=None'
         problems.append(Problem("accumulate, precision.reduce_dtype", why, fix))

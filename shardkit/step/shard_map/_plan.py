@@ -65,7 +65,7 @@ class ManualPlan:
     @property
     def apart(self) -> bool:
         """Whether auto partitioning would keep gradients apart; then keys are of micro-batches."""
-        return self.accumulate.reduce == "end" and self.bound.spec.precision.reduces_apart
+        return self.accumulate.reduce == "end" and self.bound.spec.precision.reduces_separately
 
     def count(self, axes: Axes) -> int:
         """Number of devices along mesh axes."""
@@ -120,7 +120,7 @@ def plan_of(bound: BoundSpec, layout: Layout, jaxpr: Any, accumulate: Accumulate
     problems += compression_problems(bound, parameters, rows)
     refuse(bound, problems)
     precision = bound.spec.precision
-    reduce = precision.reduce_dtype if precision.reduces_apart else None
+    reduce = precision.reduce_dtype if precision.reduces_separately else None
     batch = jax.tree.map(lambda s: s.spec, layout.batch_shardings)
     return ManualPlan(
         bound,
