@@ -1,4 +1,4 @@
-"""What a model may say of its arrays and parts; a strategy may carry it out in its own way."""
+"""`sk.nn`: what a model can state about its arrays and its parts, for strategies to act on."""
 
 from typing import TYPE_CHECKING
 

@@ -21,7 +21,7 @@ from ..rules import axes_of
 from ._manual_axis_rules import on_shards, reshard
 
 # Names of the dim that `jax.vmap` adds: over gradient shards by a step, over anything by a user.
-GRADIENT_SHARDS = "(lanes)"
+GRADIENT_SHARDS = "(gradient shards)"
 MAPPED = "(mapped)"
 
 # (names and shape of an activation, mesh axes that are manual around it) -> its sharding.
