@@ -9,6 +9,7 @@ import contextlib
 import fractions
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 
@@ -21,7 +22,7 @@ _PREFIX = "shardkit_taken"  # unlike the name of any user's scope
 BRANCH_COUNTS = re.compile(rf"\b{_PREFIX}(_apart)?((?:_\d+)+)\b")
 
 
-def recomputed(times: int = 1, of: int = 1) -> contextlib.AbstractContextManager[None]:
+def recomputed(times: int = 1, of: int = 1) -> contextlib.AbstractContextManager[Any]:
     """Marks operations traced in the block as recomputation, as `jax.checkpoint` marks its own.
 
     Args:
@@ -51,7 +52,7 @@ def recomputed_share(path: str) -> fractions.Fraction:
 
 def annotate_branch_counts(
     counts: Iterable[int], divergent: bool = False
-) -> contextlib.AbstractContextManager[None]:
+) -> contextlib.AbstractContextManager[Any]:
     """Annotates the conditional traced in the block with how often each of its branches runs.
 
     Args:

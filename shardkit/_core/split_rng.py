@@ -157,7 +157,8 @@ def list_draws(jaxpr: core.Jaxpr) -> list[Draw]:
         elif name == "random_split":
             draws.append(("split", tuple(eqn.params["shape"])))
         elif name == "random_fold_in":
-            draws.append(("fold_in", tuple(eqn.invars[1].aval.shape)))
+            folded: Any = eqn.invars[1].aval
+            draws.append(("fold_in", tuple(folded.shape)))
     return draws
 
 

@@ -134,9 +134,8 @@ def _lower(
     inside: tuple[str, ...],
     **_: Any,
 ) -> Any:
-    resolver, aval = _resolver.value, ctx.avals_in[0]
-    assert isinstance(aval, jax.core.ShapedArray)
-    shape = aval.shape
+    aval: Any = ctx.avals_in[0]
+    resolver, shape = _resolver.value, aval.shape
     sharding = resolver(names, shape, inside) if resolver else None
     if resolver is None or sharding is None:
         return [x]

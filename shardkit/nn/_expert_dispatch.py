@@ -239,19 +239,22 @@ def merge_mapped_dim(x: jax.Array, mapped: bool, size: int) -> jax.Array:
 
 def _multiply_groups(h_GDRE: jax.Array, w_1DXEF: jax.Array, sizes_GDX: jax.Array) -> jax.Array:
     w = jnp.broadcast_to(w_1DXEF, (h_GDRE.shape[0], *w_1DXEF.shape[1:]))
-    return _map_groups(lambda *args: ragged_dot_general(*args, _ROWS), h_GDRE, w, sizes_GDX)
+    return _map_groups(_ROWS, h_GDRE, w, sizes_GDX)
 
 
 def _sum_groups(h_GDRE: jax.Array, g_GDRF: jax.Array, sizes_GDX: jax.Array) -> jax.Array:
-    return _map_groups(
-        lambda *args: ragged_dot_general(*args, _SUM_OF_ROWS), h_GDRE, g_GDRF, sizes_GDX
-    )
+    return _map_groups(_SUM_OF_ROWS, h_GDRE, g_GDRF, sizes_GDX)
 
 
-def _map_groups(product: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
+def _map_groups(numbers: Any, *args: jax.Array) -> jax.Array:
     """Maps over both leading dims at once: JAX lowers one mapped dim of a ragged product."""
+
+    def product(a: jax.Array, b: jax.Array, sizes: jax.Array) -> jax.Array:
+        return ragged_dot_general(a, b, sizes, numbers)
+
     groups, devices = args[0].shape[:2]
     if groups == devices == 1:
-        return product(*(x[0, 0] for x in args))[None, None]
+        a, b, sizes = (x[0, 0] for x in args)
+        return product(a, b, sizes)[None, None]
     out = jax.vmap(product)(*(x.reshape(-1, *x.shape[2:]) for x in args))
     return out.reshape(groups, devices, *out.shape[1:])

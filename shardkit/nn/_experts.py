@@ -88,13 +88,16 @@ def _experts(
     num_experts = jax.tree.leaves(weights)[0].shape[0]
     if capacity is not None:
         slot, row = assign_slots(choice_BTK.reshape(batch, -1), num_experts, capacity)
-        h = dispatch(x_BTE, row, slot, top_k).reshape(batch, num_experts, capacity, -1)
+        h: Any = dispatch(x_BTE, row, slot, top_k)
+        h = h.reshape(batch, num_experts, capacity, -1)
         y = mlp(weights, h, batched_matmul).reshape(batch, num_experts * capacity, -1)
-        return combine(gather_from_slots(y, row, slot), share_BTK)
+        chosen: Any = gather_from_slots(y, row, slot)
+        return combine(chosen, share_BTK)
     row, slot, sizes = sort_by_expert(choice_BTK.reshape(1, 1, -1), num_experts)
     h = dispatch(x_BTE.reshape(1, 1, batch * length, -1), row, slot, top_k)
-    y = gather_from_slots(mlp(weights, h, lambda a, w: ragged_matmul(a, w, sizes)), row, slot)
-    return combine(y.reshape(batch, length * top_k, -1), share_BTK)
+    y = mlp(weights, h, lambda rows, w: ragged_matmul(rows, w, sizes))
+    chosen: Any = gather_from_slots(y, row, slot)
+    return combine(chosen.reshape(batch, length * top_k, -1), share_BTK)
 
 
 def route(logits: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
