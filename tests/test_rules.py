@@ -126,7 +126,6 @@ def test_axis_rules_join():
     assert one.merged(two) == AxisRules(
         {"embed": "fsdp", "mlp": ("fsdp", "tensor"), "norm": "tensor", "heads": "tensor"}
     )
-    assert one.conflicts(two) == ("mlp",)
     assert one.merged(one) == one
     assert one.replaced({"mlp": None, "x": "y"}).mesh_axes("mlp") == ()
 

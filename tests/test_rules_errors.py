@@ -13,8 +13,8 @@ from shardkit.rules import (
     check_batch,
     check_spec,
     first_match,
-    list_problems,
     resolve,
+    resolve_all,
     shard_largest,
 )
 
@@ -179,7 +179,7 @@ def test_everything_wrong_is_in_one_error():
 
 
 def test_check_names_what_the_leaves_are():
-    problems = list_problems(PathRules({"x": P()}), [leaf("y", 8)], {"data": 2}, what="moments")
+    problems = resolve_all(PathRules({"x": P()}), [leaf("y", 8)], {"data": 2}, what="moments")[1]
     assert "matches none of the 1 moments" in problems[-1].why
 
 

@@ -4,7 +4,7 @@ from ._axes import AxisRules
 from ._check import Indivisible, check_batch, check_spec
 from ._explain import Explanation, explain_rules, list_named_leaves
 from ._path import PathRules, matches
-from ._resolve import Placement, format_headline, list_problems, place_leaf, resolve, resolve_all
+from ._resolve import Placement, format_headline, place_leaf, resolve, resolve_all
 from ._rule import (
     REPLICATED,
     Chain,
@@ -57,7 +57,6 @@ __all__ = [
     "format_mesh",
     "format_spec",
     "list_named_leaves",
-    "list_problems",
     "list_rules",
     "matches",
     "mesh_sizes",

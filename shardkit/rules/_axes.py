@@ -142,8 +142,6 @@ class AxisRules:
     def merged(self, other: "AxisRules") -> "AxisRules":
         """Joins two tables: a logical axis gets the mesh axes of both, those of `self` first.
 
-        `conflicts` lists the logical axes that both split, for callers that refuse this.
-
         >>> AxisRules({"mlp": "fsdp"}).merged(AxisRules({"mlp": "tensor", "norm": None}))
         AxisRules({'mlp': ('fsdp', 'tensor'), 'norm': None})
         """
@@ -151,11 +149,6 @@ class AxisRules:
         for name, axes in other.table:
             table[name] = tuple(dict.fromkeys((*table.get(name, ()), *axes)))
         return AxisRules(table)
-
-    def conflicts(self, other: "AxisRules") -> tuple[str, ...]:
-        """Lists the logical axes that both tables split, over different mesh axes."""
-        mine = dict(self.table)
-        return tuple(n for n, axes in other.table if axes and mine.get(n) and mine[n] != axes)
 
     def _find_unknown(self, subject: str, names: Sequence[str | None]) -> list[Problem]:
         known = [name for name, _ in self.table]

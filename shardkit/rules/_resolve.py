@@ -119,17 +119,6 @@ def resolve_all(
     return specs, share_fixes(problems, sizes)
 
 
-def list_problems(
-    rule: Rule,
-    leaves: Sequence[Leaf],
-    mesh: Mapping[str, int] | HasShape,
-    *,
-    what: str = "parameters",
-) -> list[Problem]:
-    """Lists everything that keeps `list_leaves` from being laid out; see `gather_from_slots`."""
-    return resolve_all(rule, leaves, mesh, what=what)[1]
-
-
 def resolve(
     rule: Rule,
     leaves: Sequence[Leaf],

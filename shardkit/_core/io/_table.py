@@ -1,8 +1,9 @@
-"""Tables of aligned columns, which fold long cells and do not truncate them."""
+"""Tables of aligned columns, which fold long cells; nested mappings as their rows."""
 
 import dataclasses
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 # Columns are not folded to less than this, since every word would be broken.
 _NARROWEST = 8
@@ -165,3 +166,28 @@ def _count_columns(text: str) -> int:
         return len(text)
     wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
     return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
+
+
+def flatten(tree: Mapping[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
+    """Returns the values of nested mappings by path, in order.
+
+    An empty mapping is itself a value, so that a group without entries is not lost.
+
+    Args:
+      tree: nested mappings; anything else, such as a list, is a value.
+      separator: between the names of a path.
+      prefix: before every path.
+
+    >>> flatten({"train": {"steps": 4, "profile": {}}, "name": "nano"})
+    {'train.steps': 4, 'train.profile': {}, 'name': 'nano'}
+    >>> flatten({"decoder": {"up": 1}}, separator="/")
+    {'decoder/up': 1}
+    """
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, separator, f"{path}{separator}")
+        else:
+            flat[path] = value
+    return flat
