@@ -363,7 +363,7 @@ def test_recompile_for_another_form_of_the_batch_warns_once_and_trains_on(lenien
     x, expected = CAUSES[cause]
     state, before = lenient.init(jax.random.key(0)), lenient.report().compiles
     with pytest.warns(sk.RetraceWarning) as told:
-        placed = lenient.put({"x": x})
+        placed = lenient.shard_batch({"x": x})
     text = str(told[0].message)
     assert text.startswith(
         f"The step is compiled for another form of its batch, which makes {before + 1}.\n"
@@ -417,7 +417,7 @@ def test_recompile_by_sharding_names_both_places_and_by_weak_type_does_not_happe
     assert weak.weak_type
     assert weak_b.weak_type
     # Moving an array is a program of its own.
-    placed = lenient.put({"x": weak}), lenient.put({"x": X})
+    placed = lenient.shard_batch({"x": weak}), lenient.shard_batch({"x": X})
     weak_b = jax.device_put(weak_b, jax.NamedSharding(mesh, P()))
     with counted_compiles() as compiled_since:
         state, _ = lenient(state, placed[0])
