@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import shardkit as sk
-from shardkit._core.libtpu import quiet_libtpu
+from shardkit._core.startup import quiet_libtpu
 
 ROOT = Path(__file__).parent.parent
 
@@ -93,8 +93,8 @@ def test_a_test_that_uses_nothing_waits_for_nothing(tmp_path, options):
 
 
 def test_a_public_name_is_what_it_says_whatever_was_imported_before():
-    code = "import shardkit.planner, shardkit.sweeps, shardkit.parity as v, shardkit as sk"
-    assert loaded_by(f"{code}; assert all(map(callable, [sk.plan, sk.sweep, sk.verify, v]))") == []
+    code = "import shardkit.planner, shardkit.sweeps, shardkit.parity, shardkit as sk"
+    assert loaded_by(f"{code}; assert all(map(callable, [sk.plan, sk.sweep, sk.verify]))") == []
     assert set(sk.__all__) <= set(dir(sk))
     for room in (sk, sk.nn, sk.testing, sk.errors):
         assert all(getattr(room, name) is not None for name in room.__all__)
@@ -170,9 +170,9 @@ def test_libtpu_is_left_alone_where_somebody_has_answered_or_a_tpu_may_be(monkey
     assert quiet_libtpu({"TPU_WORKER_HOSTNAMES": "a,b"}) == {}
     for device in ("/dev/accel0", "/dev/vfio/0"):
         there = lambda pattern, device=device: [device] * device.startswith(pattern[:9])  # noqa: E731
-        monkeypatch.setattr("shardkit._core.libtpu.glob.glob", there)
+        monkeypatch.setattr("shardkit._core.startup.glob.glob", there)
         assert quiet_libtpu({}) == {}
-    monkeypatch.setattr("shardkit._core.libtpu.glob.glob", lambda pattern: [])
+    monkeypatch.setattr("shardkit._core.startup.glob.glob", lambda pattern: [])
     assert quiet_libtpu({}).keys() == {"TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES"}
 
 
@@ -388,10 +388,11 @@ def called():
     jax.block_until_ready(state)
 
 def planned():
-    from shardkit.planner import Space
-    declared = sk.Declaration(loss, optax.adam(1e-2), init, batch(0), sk.MeshSpec(data=-1),
-                              sk.strategies.data())
-    sk.plan(declared, "tpu:v5p:2x2x1", space=Space(("data",), remat=("none",), accumulate=(1,)))
+    from shardkit.planner import SearchSpace
+    spec = sk.StepSpec(loss_fn=loss, optimizer=optax.adam(1e-2), init=init, batch=batch(0),
+                       strategy=sk.strategies.data())
+    space = SearchSpace(("data",), remat=("none",), accumulate=(1,))
+    sk.plan(spec, "tpu:v5p:2x2x1", space=space)
 
 def trained():
     from rich.console import Console

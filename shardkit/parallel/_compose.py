@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from jax.sharding import PartitionSpec
 
 from .._core.errors import Problem, ShardingError, count, did_you_mean, raise_all
-from ..rules import Indivisible, axes_of, format_mesh, ways
+from ..rules import Indivisible, axes_of, format_mesh, shard_count
 from ._strategy import Strategy
 from .pipeline._stage_layout import most_even
 
@@ -85,7 +85,7 @@ def _option(problem: Indivisible, sizes: Mapping[str, int]) -> str | None:
         how = 'strategies.tensor(kv_heads="replicate") in mode="auto"'
         return f"{how} for fewer groups than devices"
     if problem.logical == "layers":
-        stages = most_even(problem.size, ways(problem.axes, sizes))
+        stages = most_even(problem.size, shard_count(problem.axes, sizes))
         how = f"strategies.pipeline(..., layers_per_stage={stages})"
         whole = '.with_names(params={"layers": None}), which stores all layers on every stage'
         return how + whole

@@ -25,7 +25,7 @@ from .._core.errors import Problem, StepError, raise_all
 from .._core.options import option_problems
 from ..nn._constrain import constrain
 from ..nn._overridable import Override, StepContext
-from ..nn._remat import KEPT
+from ..nn._remat import KEPT_PARAM
 from ..report import Program
 from ..rules import first_match, shard_largest
 from ._kind import Kind
@@ -53,7 +53,7 @@ class KeptWeights(Override):
     ) -> Any:
         """Returns the weight, whole over the axis."""
         x, names = args
-        return checkpoint_name(_gathered(x, names), KEPT)
+        return checkpoint_name(_gathered(x, names), KEPT_PARAM)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -106,7 +106,7 @@ def fsdp(
         batch=PartitionSpec(axis),
         activations=activations({"batch": axis}),
         kinds=(Fsdp(axis, reshard_after_forward),),
-        regions=() if reshard_after_forward else (("weight", KeptWeights(axis)),),
+        regions=() if reshard_after_forward else (("use_param", KeptWeights(axis)),),
     )
 
 

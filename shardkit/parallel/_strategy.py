@@ -10,7 +10,7 @@ from .._core.errors import Problem, StepError, format_problems, raise_all
 from .._core.precision import Precision
 from .._core.types import Accumulate
 from ..nn._overridable import Override
-from ..rules import REPLICATED, AxisRules, Rule, axes_of, first_match, flatten, from_axes
+from ..rules import REPLICATED, AxisRules, Rule, axes_of, first_match, list_rules, spec_from_axes
 from ._compression import GradientCompression
 from ._kind import Kind
 from ._zero_update import Zero
@@ -34,7 +34,7 @@ class Strategy:
       accumulate: micro-batches per step, an int or `sk.Accumulate`.
       remat: named checkpoint policy for the layers that a model marks with `sk.nn.remat`.
       precision: `"float32"`, `"bfloat16"`, `"pure_bfloat16"` or `sk.Precision`.
-      compression: sums gradients over one mesh axis in 8 bits; None: as `precision` says.
+      compression: sums gradients over one mesh axis in 8 bits; None: as `parse_precision` says.
       kinds: the kinds of parallelism, each on its mesh axis; see `Kind`.
       regions: `(name, carrier)` of the parts of a model that the strategy carries out itself.
 
@@ -126,7 +126,7 @@ class Strategy:
         >>> own.params.spec(("embed", "filters"))
         P(None, 'tensor')
         """
-        head, *rest = flatten(self.params)
+        head, *rest = list_rules(self.params)
         if (params and not isinstance(head, AxisRules)) or (activations and not self.activations):
             problem = Problem("with_names", "this strategy has no table of logical names to add to")
             raise StepError(format_problems("Names do not fit.", [problem], "AxisRules({...})"))
@@ -148,7 +148,7 @@ def _join_rules(one: Rule, other: Rule, problems: list[Problem]) -> Rule:
     if other == REPLICATED:
         return one
     tables, rest = [], []
-    for rule in (*flatten(one), *flatten(other)):
+    for rule in (*list_rules(one), *list_rules(other)):
         (tables if isinstance(rule, AxisRules) else rest).append(rule)
     if len(tables) != 2:
         problems.append(Problem("params", f"{one} and {other} both decide the parameters"))
@@ -195,7 +195,7 @@ def _join_batch(one: Any, other: Any, problems: list[Problem]) -> Any:
         rank = max(len(one), len(other))
         rows = [[*spec, *[None] * (rank - len(spec))] for spec in (one, other)]
         pairs = zip(*rows, strict=True)
-        return from_axes(dict.fromkeys((*axes_of(a), *axes_of(b))) for a, b in pairs)
+        return spec_from_axes(dict.fromkeys((*axes_of(a), *axes_of(b))) for a, b in pairs)
     if one == PartitionSpec() or other == PartitionSpec():
         return other if one == PartitionSpec() else one
     problems.append(Problem("batch", f"{one} and {other} both decide the batch"))

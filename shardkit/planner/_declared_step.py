@@ -119,7 +119,7 @@ def _stages(declared: StepSpec) -> Stages:
     Raises:
       NotImplementedError: it has others around them, or stages of different sizes.
     """
-    carrier: Any = dict(declared.strategy.regions)["staged"]
+    carrier: Any = dict(declared.strategy.regions)["layer_stack"]
     if declared.accumulate.micro_batches > 1:
         raise NotImplementedError("micro-batches around those of a pipeline are not modelled")
     if carrier.layers_per_stage is not None:

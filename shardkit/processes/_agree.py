@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .._core.errors import Problem, count, format_problems
-from .._core.io._flatten import flatten
+from .._core.io._table import flatten
 
 _SHOWN = 60
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .._core.errors import CheckpointError, Problem, count, format_problems, raise_all
-from .._core.io._flatten import flatten
+from .._core.io._table import flatten
 from ..checkpoint import Checkpointer, Manifest
 from ..processes import ProcessGroup
 from ._config import TrainConfig

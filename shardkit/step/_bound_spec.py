@@ -58,7 +58,9 @@ class BoundSpec:
         """Options that the carriers on this mesh's axes cannot work with."""
         for _, carrier in self.spec.strategy.regions:
             if self.mesh.shape.get(carrier.axis, 1) > 1:
-                yield from carrier.misfits(self.spec.accumulate, self.spec.precision.reduces_apart)
+                yield from carrier.incompatibilities(
+                    self.spec.accumulate, self.spec.precision.reduces_separately
+                )
 
 
 def _type_problems(mesh: object) -> list[Problem]:

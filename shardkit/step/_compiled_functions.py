@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from .._core.errors import Problem, StepError, raise_all
 from ..nn._overridable import ActiveOverrides, StepContext, use_overrides
-from ..nn._remat import active
+from ..nn._remat import use_policy
 from ._activations import Activations, SpecsInLoss
 from ._bound_spec import BoundSpec
 from ._compile import CompiledProgram, compile_program
@@ -117,7 +117,7 @@ class CompiledFunctions:
             if marks:
                 _check_reached(marks, jaxpr)
 
-        with active(layer_policy(self._bound, self._layout)):
+        with use_policy(layer_policy(self._bound, self._layout)):
             return compile_program(run, args, placed, results, names, check, donate, options)
 
     @property
@@ -133,7 +133,7 @@ def _check_reached(marks: ActiveOverrides, jaxpr: Any) -> None:
       StepError: naming each carrier that nothing was left to.
     """
     problems = [
-        Problem(str(carrier), f"the model marks no {name}", f"sk.{name}(...) in the model")
-        for name, carrier in marks.unreached(jaxpr.jaxpr).items()
+        Problem(str(carrier), f"the model marks no {name}", f"sk.nn.{name}(...) in the model")
+        for name, carrier in marks.find_unreached(jaxpr.jaxpr).items()
     ]
     raise_all(StepError, "The strategy carries out what the model does not mark.", problems)

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, Self
 
 from .._core.errors import Problem, SweepError, format_problems, raise_all
 from .._core.io._files import FileInUseError, append_atomic, file_lock, os_errors_as
-from .._core.io._flatten import flatten
+from .._core.io._table import flatten
 from ._row import Row
 
 FILE = "rows.jsonl"

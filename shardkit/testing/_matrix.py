@@ -132,7 +132,7 @@ def kill_matrix(
     trial = Trial(made_up(one) if batches is None else batches, steps, jax.random.key(0))
     step = compiled(mesh)
     carriers = [carrier for _, carrier in step.spec.strategy.regions]
-    split_already = any(carrier.misfits(Accumulate(2), False) for carrier in carriers)
+    split_already = any(carrier.incompatibilities(Accumulate(2), False) for carrier in carriers)
     if step.spec.accumulate.micro_batches == 1 and not split_already:
         step = step.replace(accumulate=2)
     plain = one.spec.replace(accumulate=step.spec.accumulate)

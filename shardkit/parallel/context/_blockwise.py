@@ -8,13 +8,11 @@ into tiles, and only the pairs of tiles that a causal mask leaves are visited, o
 no array grows with the product of the lengths, and what is hidden costs nothing.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..._core.recomputation import again
+from ...nn._blockwise import attend_block, backward_block
 
 Part = tuple[jax.Array, jax.Array]
 Gradients = tuple[jax.Array, jax.Array, jax.Array]
@@ -22,9 +20,6 @@ Ids = tuple[jax.Array, jax.Array] | None
 
 # A tile's logits are f32[B, K, G, 512, 512]: 1 MiB a head, and wide enough for a matrix unit.
 _WIDEST, _NARROWEST = 512, 64
-_MASKED = -1e30  # finite: a tile may hide every key of a query, and a later one show some
-
-_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, ids: Ids, causal: bool) -> Part:
@@ -46,14 +41,10 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, ids: Ids, causal: bool) -> 
     def visit(part: Part, pair: jax.Array) -> tuple[Part, None]:
         i, j = pair
         q_tile, k_tile, v_tile = tiles.rows(q, i), tiles.keys(k, j), tiles.keys(v, j)
-        s = _scores(q_tile, k_tile, tiles.ids(ids, i, j), tiles.seen(i, j))
-        top = s.max(-1)
-        p = jnp.exp(s - top[..., None])
-        total = p.sum(-1)
-        mixed = _product("bkgts,bksh->bkgth", p.astype(v.dtype), v_tile) / total[..., None]
+        tile = attend_block(q_tile, k_tile, v_tile, tiles.ids(ids, i, j), tiles.seen(i, j))
         out, lse = part
         so_far = tiles.rows(out, i), tiles.rows(lse, i)
-        new_out, new_lse = merge(so_far, (mixed, top + jnp.log(total)))
+        new_out, new_lse = merge(so_far, tile)
         return (tiles.put(out, i, new_out), tiles.put(lse, i, new_lse)), None
 
     nothing = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], -jnp.inf, jnp.float32)
@@ -89,22 +80,19 @@ def attend_backward(
       delta: f32[B, K, G, T], sum over H of output times its cotangent.
       g: [B, K, G, T, H], cotangent of the output over all keys.
     """
-    tiles, scale = _Tiles(q.shape[3], k.shape[2], causal), q.shape[-1] ** -0.5
+    tiles = _Tiles(q.shape[3], k.shape[2], causal)
     q, ids, pairs = _held(q, ids, tiles.pairs)
 
     def visit(sums: Gradients, pair: jax.Array) -> tuple[Gradients, None]:
         i, j = pair
         q_tile, g_tile = tiles.rows(q, i), tiles.rows(g, i)
         k_tile, v_tile = tiles.keys(k, j), tiles.keys(v, j)
-        with again():
-            s = _scores(q_tile, k_tile, tiles.ids(ids, i, j), tiles.seen(i, j))
-        p = jnp.exp(s - tiles.rows(lse, i)[..., None])
-        dp = _product("bkgth,bksh->bkgts", g_tile, v_tile)
-        ds = (p * (dp - tiles.rows(delta, i)[..., None]) * scale).astype(q.dtype)
+        masks = tiles.ids(ids, i, j), tiles.seen(i, j)
+        rows = {"lse": tiles.rows(lse, i), "delta": tiles.rows(delta, i), "g": g_tile}
+        d_q, d_k, d_v = backward_block(q_tile, k_tile, v_tile, *masks, **rows)
         dq, dk, dv = sums
-        dq = tiles.put(dq, i, tiles.rows(dq, i) + _product("bkgts,bksh->bkgth", ds, k_tile))
-        dk = tiles.put_keys(dk, j, _product("bkgts,bkgth->bksh", ds, q_tile))
-        dv = tiles.put_keys(dv, j, _product("bkgts,bkgth->bksh", p.astype(g.dtype), g_tile))
+        dq = tiles.put(dq, i, tiles.rows(dq, i) + d_q)
+        dk, dv = tiles.put_keys(dk, j, d_k), tiles.put_keys(dv, j, d_v)
         return (dq, dk, dv), None
 
     dq, dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
@@ -160,14 +148,3 @@ def _tile(length: int) -> int:
     """The largest divisor that a tile may have, or the whole length where there is none."""
     fits = (size for size in range(_WIDEST, _NARROWEST - 1, -1) if length % size == 0)
     return length if length <= _WIDEST else next(fits, length)
-
-
-def _scores(q: jax.Array, k: jax.Array, ids: Ids, seen: jax.Array | None) -> jax.Array:
-    """f32[B, K, G, t, s]: masked logits."""
-    s = _product("bkgth,bksh->bkgts", q, k) * q.shape[-1] ** -0.5
-    if seen is not None:
-        s = jnp.where(seen, s, _MASKED)
-    if ids is not None:
-        same = ids[0][:, :, None] == ids[1][:, None, :]
-        s = jnp.where(same[:, None, None], s, _MASKED)
-    return s

@@ -127,7 +127,9 @@ class ContextAttention(Override):
         raise_all(ShardingError, headline, problems)
         if repeats := math.lcm(k.shape[2], ways) // k.shape[2] - 1:
             k, v = (jnp.repeat(x, repeats + 1, axis=2) for x in (k, v))
-        way = self._way(around.mesh, self.axis, around.free_rows, heads, around.lanes)
+        way = self._way(
+            around.mesh, self.axis, around.free_row_axes, heads, around.gradient_shard_axes
+        )
         return across(q, k, v, segment_ids, causal, way)
 
     @property

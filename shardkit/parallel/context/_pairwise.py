@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..._core.branch_counts import taken
+from ..._core.scope_markers import annotate_branch_counts
 from ._blockwise import Part, attend, attend_backward
 from ._ring import Ring, Trip, absorbed, absorbed_backward, paired
 from ._zigzag import Partners, from_zigzag, to_zigzag
@@ -104,5 +104,5 @@ class Pairs(Ring):
             return jax.tree.map(lambda x: swapped(x, self.axis, partners), block)
 
         rounds = [list(enumerate(row)) for row in tournament(self.size).tolist()]
-        with taken(np.ones(len(rounds), np.int64)):
+        with annotate_branch_counts(np.ones(len(rounds), np.int64)):
             return jax.lax.switch(round_, [functools.partial(one, r) for r in rounds], block)

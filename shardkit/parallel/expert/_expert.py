@@ -34,8 +34,16 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ..._core.errors import Problem, StepError, raise_all
-from ...nn._expert_dispatch import collect, combine, dispatch, even, in_order, ragged, slots
-from ...nn._overridable import Override, StepContext, manual_axes, mesh_here, partly_manual
+from ...nn._expert_dispatch import (
+    assign_slots,
+    batched_matmul,
+    combine,
+    dispatch,
+    gather_from_slots,
+    ragged_matmul,
+    sort_by_expert,
+)
+from ...nn._overridable import Override, StepContext, current_mesh, is_partly_manual, manual_axes
 from ...report import Program
 from .._kind import Kind
 from .._names import activations, check_axis, params
@@ -160,11 +168,11 @@ def _bounded(
 ) -> jax.Array:
     """Every row sends the slots of its experts, full or not."""
     count, rows, length, chosen = choice_GBTK.shape
-    slot, row = slots(choice_GBTK.reshape(count, rows, length * chosen), number, capacity)
+    slot, row = assign_slots(choice_GBTK.reshape(count, rows, length * chosen), number, capacity)
     h = dispatch(x_GBTE, row, slot, chosen).reshape(count, rows, number, capacity, -1)
-    y = groups.back(mlp(weights, groups.forth(h), even))
+    y = groups.back(mlp(weights, groups.forth(h), batched_matmul))
     y = y.reshape(count, rows, number * capacity, -1)
-    return combine(collect(y, row, slot), share_GBTK)
+    return combine(gather_from_slots(y, row, slot), share_GBTK)
 
 
 def _dropless(
@@ -199,16 +207,18 @@ def _unpadded(
     """[G, D, R, E]: what experts make of the rows, which alone travel."""
     rows = wanted_GDR.shape[-1]
     own, room = number // groups.devices, groups.devices * rows
-    order, at, wanted = in_order(wanted_GDR, number)
+    order, at, wanted = sort_by_expert(wanted_GDR, number)
     wanted = groups.everywhere(wanted)
     way = way_of(wanted)
     h = dispatch(x_GDTE, order, at, rows // x_GDTE.shape[2])
     h = checkpoint_name(exchange(groups.on_all, groups.axis, room, h, way), "experts_in")
-    again, back, sizes = in_order(arrived(wanted, room), own)
+    again, back, sizes = sort_by_expert(arrived(wanted, room), own)
     h = dispatch(h, again, back, 1)
-    y = collect(mlp(weights, h, lambda a, w: ragged(a, w, sizes, groups.spread)), again, back)
+    y = gather_from_slots(
+        mlp(weights, h, lambda a, w: ragged_matmul(a, w, sizes, groups.spread)), again, back
+    )
     y = exchange(groups.on_all, groups.axis, rows, y, way.back)
-    return collect(checkpoint_name(y, "experts_out"), order, at)
+    return gather_from_slots(checkpoint_name(y, "experts_out"), order, at)
 
 
 def _padded(
@@ -223,17 +233,19 @@ def _padded(
     count, devices, room = wanted_GDR.shape
     own, chosen = number // devices, room // x_GDTE.shape[2]
     x, wanted = x_GDTE, wanted_GDR
-    slot, row = slots(wanted // own, devices, room)
+    slot, row = assign_slots(wanted // own, devices, room)
     h = dispatch(x, row, slot, chosen).reshape(count, devices, devices, room, -1)
     # An empty slot belongs to no expert: `own` is one past the last.
     which = jnp.take_along_axis(wanted % own, row, -1, mode="fill", fill_value=own)
     h, which = groups.forth(h), groups.forth(which.reshape(count, devices, devices, room))
     h, which = h.swapaxes(1, 2), which.swapaxes(1, 2).reshape(count, devices, -1)
-    order, at, sizes = in_order(which, own)
+    order, at, sizes = sort_by_expert(which, own)
     h = dispatch(h.reshape(count, devices, devices * room, -1), order, at, 1)
-    y = collect(mlp(weights, h, lambda a, w: ragged(a, w, sizes, groups.spread)), order, at)
+    y = gather_from_slots(
+        mlp(weights, h, lambda a, w: ragged_matmul(a, w, sizes, groups.spread)), order, at
+    )
     y = groups.back(y.reshape(count, devices, devices, room, -1).swapaxes(1, 2))
-    return collect(y.reshape(count, devices, devices * room, -1), row, slot)
+    return gather_from_slots(y.reshape(count, devices, devices * room, -1), row, slot)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,7 +263,7 @@ class _Groups:
     @property
     def _rows(self) -> tuple[str, ...]:
         """Axes that split the rows; tokens of one lane stay in it."""
-        return self.around.free_rows
+        return self.around.free_row_axes
 
     @property
     def devices(self) -> int:
@@ -310,12 +322,12 @@ class _Groups:
     def _others(self) -> tuple[str, ...]:
         """Axes of the groups, those of lanes among them."""
         manual = manual_axes()
-        return tuple(a for a in self.around.rows if a != self.axis and a not in manual)
+        return tuple(a for a in self.around.row_axes if a != self.axis and a not in manual)
 
     def _spread(
         self, one: Callable[..., jax.Array], args: Sequence[jax.Array], axes: set[str]
     ) -> jax.Array:
-        others, mesh = self._others, mesh_here(self.around.mesh)
+        others, mesh = self._others, current_mesh(self.around.mesh)
         if args[0].shape[0] % math.prod(mesh.shape[axis] for axis in others):
             return one(*args)
         specs = [PartitionSpec(others if x.shape[0] > 1 else None, self.axis) for x in args]
@@ -335,7 +347,7 @@ class _Groups:
 
         There XLA aborts on a gather along a split dim if another axis splits a dim beside it.
         """
-        return (None, None) if partly_manual() else ()
+        return (None, None) if is_partly_manual() else ()
 
     def _sizes(self) -> tuple[list[int], int]:
         """Devices along each axis of the rows, and which of them tokens travel over."""
@@ -347,7 +359,9 @@ class _Groups:
         others = tuple(axis for axis in self._rows if axis != self.axis) or None
         rest = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1 - len(split))
         spec = PartitionSpec(others, *split, *rest)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh_here(self.around.mesh), spec))
+        return jax.lax.with_sharding_constraint(
+            x, NamedSharding(current_mesh(self.around.mesh), spec)
+        )
 
 
 def _check(axis: str, devices: int, number: int) -> None:

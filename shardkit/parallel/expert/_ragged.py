@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
-from ...nn._expert_dispatch import merged
+from ...nn._expert_dispatch import merge_mapped_dim
 
 PLATFORMS = ("tpu", "gpu")
 """Platforms whose compilers carry `ragged_all_to_all` out; XLA's for CPUs refuses it."""
@@ -120,7 +120,7 @@ def _moved(spread: Spread, axis: str, room: int, x_GDRE: jax.Array, way: Way) ->
 
     @moved.def_vmap
     def _(size: int, mapped: Any, *args: Any) -> tuple[jax.Array, bool]:
-        made = moved(*(merged(x, m, size) for x, m in zip(args, mapped, strict=True)))
+        made = moved(*(merge_mapped_dim(x, m, size) for x, m in zip(args, mapped, strict=True)))
         return made.reshape(size, -1, *made.shape[1:]), True
 
     return moved(x_GDRE, way.sizes, way.back.sizes, way.here, way.there)

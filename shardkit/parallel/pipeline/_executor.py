@@ -17,8 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..._core.branch_counts import taken
-from ..._core.recomputation import again
+from ..._core.scope_markers import annotate_branch_counts, recomputed
 from ..._core.types import Mean
 from ...nn._layer_stack import First, Last, Layer, scan_layers, stop_aux_gradients
 from ._tick_program import Branch, Exchange, Ticks
@@ -90,9 +89,9 @@ class Device:
 
         def tick(now: Running, row: Row) -> tuple[Running, None]:
             often = np.bincount(plan.columns["branch"].flat, minlength=len(branches))
-            with taken(often, apart=True):
+            with annotate_branch_counts(often, divergent=True):
                 out, now = jax.lax.switch(row["branch"], branches, now, row)
-            with taken(np.bincount(plan.exchange, minlength=len(exchanges))):
+            with annotate_branch_counts(np.bincount(plan.exchange, minlength=len(exchanges))):
                 slots = jax.lax.switch(row["exchange"], exchanges, now.slots, out, row)
             return dataclasses.replace(now, slots=slots), None
 
@@ -166,7 +165,7 @@ class Device:
     def _weight_half(self, now: Running, row: Row) -> tuple[Any, Running]:
         x, g = (_read(now.slots, row[name]) for name in ("input", "grad"))
         part = self._part(row)
-        with again():
+        with recomputed():
             _, pull = jax.vjp(lambda own: part(own, x), self._own(row))
         return silence(x), self._with_weights(now, row, *pull(g))
 
@@ -196,7 +195,7 @@ class Device:
         rows, (key, _) = self._micro_batch(row), self.keys(row["micro"])
 
         def to_ends() -> Any:
-            with again():
+            with recomputed():
                 _, pull = jax.vjp(lambda ends: self.first(ends, rows, key), self.ends)
             return _added(now.ends, *pull(g_x))
 
@@ -206,13 +205,13 @@ class Device:
     def _again(self, branch: Branch) -> contextlib.AbstractContextManager[None]:
         """Marks a part's forward pass in a backward tick: the last part has had no other."""
         ticks = self.plan.columns["branch"]
-        return again(int((ticks == Branch.FORWARD).sum()), int((ticks == branch).sum()))
+        return recomputed(int((ticks == Branch.FORWARD).sum()), int((ticks == branch).sum()))
 
     def _if(
         self, flag: str, within: Branch, row: Row, yes: Callable[[], Any], no: Callable[[], Any]
     ) -> Any:
         """`yes()` in the ticks of a branch that have a flag, `no()` in the others."""
-        with taken(self.plan.often(flag, within)):
+        with annotate_branch_counts(self.plan.often(flag, within)):
             return jax.lax.cond(row[flag] == 1, _open(yes), _open(no))
 
     def _with_weights(self, now: Running, row: Row, grads: Any) -> Running:
@@ -230,7 +229,7 @@ class Device:
 
         def layer(weights: Any, x: Any, rows: Any, key: Any) -> Any:
             weights, used = weights
-            with taken(self.filled):
+            with annotate_branch_counts(self.filled):
                 mine = _open(lambda: self.layer(weights, x, rows, key))
                 return jax.lax.cond(used, mine, _open(lambda: x))
 

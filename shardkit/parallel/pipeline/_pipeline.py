@@ -108,7 +108,7 @@ def pipeline(
         params=params(split),
         activations=activations({}),
         kinds=(Pipeline(axis),),
-        regions=(("staged", carrier),),
+        regions=(("layer_stack", carrier),),
     )
 
 
@@ -120,7 +120,7 @@ class Pipeline(Kind):
     name: ClassVar[str] = "pipeline"
     splits = frozenset({"layers"})
     collectives = frozenset({"all-reduce", "collective-permute", "all-gather", "reduce-scatter"})
-    region = "staged"
+    region = "layer_stack"
     weighed = "pipeline"
     not_weighed = ("uneven stages",)
     make = staticmethod(pipeline)
@@ -184,7 +184,7 @@ class Stages(Override):
     virtual_stages: int = 1
     layers_per_stage: tuple[int, ...] | None = None
 
-    def misfits(self, accumulate: Accumulate, apart: bool) -> list[Problem]:
+    def incompatibilities(self, accumulate: Accumulate, apart: bool) -> list[Problem]:
         """Refuses a second loop over micro-batches inside which gradients are kept apart."""
         problems = []
         if accumulate.reduce == "end" and accumulate.micro_batches > 1:
@@ -206,7 +206,7 @@ class Stages(Override):
         first: First,
         layer: Layer,
         last: Last,
-        ends: Any,
+        outer_params: Any,
         layers: Any,
         batch: Any,
         key: Any,
@@ -216,7 +216,7 @@ class Stages(Override):
         raise_all(StepError, "The pipeline cannot be laid out.", problems)
         sizes, _ = self._sizes(around, layers)
         cut = Parts(self.axis, around.mesh.shape[self.axis], sizes)
-        loss = Loss(first, layer, last, ends, batch, key)
+        loss = Loss(first, layer, last, outer_params, batch, key)
         with without_overrides():
             program = Program.of(loss, layers, around, cut, self.micro_batches)
 
@@ -234,7 +234,7 @@ class Stages(Override):
             return *jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), None, None
 
         run.defvjp(forward, backward)
-        return run(ends, layers, batch, program.words)
+        return run(outer_params, layers, batch, program.words)
 
     def _table(self, cut: Parts, build: Callable[..., Schedule]) -> Schedule:
         return build(
@@ -257,13 +257,13 @@ class Stages(Override):
             why = f"interleaving sends micro-batches in groups of {self.axis}={p}"
             fix = f"micro_batches={max(p, round(m / p) * p)}"
             problems.append(Problem(f"micro_batches={m}", why, fix))
-        if self.axis in around.rows:
+        if self.axis in around.row_axes:
             why = "splits the rows of the batch, but every stage sees all of them"
             problems.append(Problem(f"mesh axis {self.axis!r}", why, "batch over another axis"))
-        unit = m * math.prod(sizes[axis] for axis in around.rows)
+        unit = m * math.prod(sizes[axis] for axis in around.row_axes)
         rows = {len(x) for x in jax.tree.leaves(batch) if jnp.ndim(x)}
         for n in sorted(n for n in rows if n % unit):
-            split = "".join(f" x {axis}={sizes[axis]}" for axis in around.rows)
+            split = "".join(f" x {axis}={sizes[axis]}" for axis in around.row_axes)
             why = f"{n} rows do not split into micro_batches={m}{split}"
             near = f"a multiple of {unit} rows, such as {max(unit, round(n / unit) * unit)}"
             problems.append(Problem("batch", why, near))

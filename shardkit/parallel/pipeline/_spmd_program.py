@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from ..._core.errors import Problem, StepError, raise_all
 from ..._core.split_rng import RandomDraws, match_draws, part_keys
 from ..._core.types import Mean
-from ...nn._layer_stack import First, Last, Layer, layer_keys
+from ...nn._layer_stack import First, Last, Layer, split_layer_keys
 from ...nn._overridable import StepContext
 from ._executor import Device, totals
 from ._schedule import Schedule
@@ -74,7 +74,7 @@ class Program:
         """
         lanes = math.prod(around.mesh.shape[axis] for axis in lane_axes(around))
         parts = lanes * micro_batches
-        of_first, of_layers = layer_keys(loss.key, cut.layers)
+        of_first, of_layers = split_layer_keys(loss.key, cut.layers)
         rows = _rows(loss.batch, parts)
         message = jax.eval_shape(loss.first, loss.ends, rows, of_first)
         _check_message(message)
@@ -110,7 +110,7 @@ class Program:
     def scale(self, cotangent: Any) -> jax.Array:
         """What the gradients of the summed loss are multiplied with, from that of the result."""
         loss = cotangent[0] if isinstance(cotangent, tuple) else cotangent
-        parts = self.draws.lanes * self.draws.micro_batches
+        parts = self.draws.gradient_shards * self.draws.micro_batches
         return loss.total if isinstance(loss, Mean) else loss / parts
 
     def _returned(self, summed: tuple[Mean, dict[str, Mean]]) -> Any:
@@ -181,7 +181,7 @@ class Program:
 
 def lane_axes(around: StepContext) -> tuple[str, ...]:
     """Axes whose devices keep gradients apart; rows that move stay the partitioner's."""
-    return tuple(axis for axis in around.rows if axis not in around.moving)
+    return tuple(axis for axis in around.row_axes if axis not in around.moving_row_axes)
 
 
 def _rows(batch: Any, parts: int) -> Any:
@@ -205,7 +205,7 @@ def _grown(loss: Loss, layers: Any, parts: int, keys: tuple[Any, Any]) -> Any:
         jax.eval_shape(lambda *args: args, loss.ends, weights, _rows(loss.batch, n), *keys)
         for n in (parts, 1)
     )
-    return match_draws(draws, parts, part, whole).grown
+    return match_draws(draws, parts, part, whole).row_dims
 
 
 def _check_message(message: Any) -> None:

@@ -23,16 +23,16 @@ class Scaled(Override):
     by: float = 1.0
 
     def __call__(self, around, plain, *args, **kwargs):
-        assert around.rows == ("data",)
+        assert around.row_axes == ("data",)
         assert around.spec(("batch",)) == P(("data",))
         return plain(*args, **kwargs) * self.by
 
 
-def step_with(*carriers, mesh=None):
+def step_with(*overrides, mesh=None):
     def loss(params, batch, key):
         return overridable("product", product)(batch["x"], params["w"]).mean()
 
-    regions = tuple(("product", one) for one in carriers)
+    regions = tuple(("product", one) for one in overrides)
     return sk.compile_step(
         loss,
         optax.sgd(0.1),
@@ -52,14 +52,14 @@ def loss_of(step):
     return float(step.evaluate(step.init(jax.random.key(0)), BATCH)["loss"])
 
 
-def test_a_carrier_runs_where_its_axis_divides_the_work():
+def test_an_override_runs_where_its_axis_divides_the_work():
     plain = loss_of(step_with())
     assert loss_of(step_with(Scaled("other", 3.0))) == pytest.approx(3 * plain)
     assert loss_of(step_with(Scaled("absent", 3.0))) == plain
     assert loss_of(step_with()) == plain  # and leaves nothing behind in JAX's caches
 
 
-def test_two_carriers_of_one_region_do_not_join():
+def test_two_overrides_of_one_part_do_not_join():
     one, other = (
         dataclasses.replace(sk.strategies.data(axis), regions=(("product", Scaled(axis)),))
         for axis in ("data", "other")
@@ -68,7 +68,7 @@ def test_two_carriers_of_one_region_do_not_join():
         one | other
 
 
-def test_a_region_that_the_model_lacks_is_an_error():
+def test_a_part_that_the_model_lacks_is_an_error():
     strategy = dataclasses.replace(DATA, regions=(("attention", Scaled("data")),))
     with pytest.raises(
         sk.errors.StepError, match=r"the model marks no attention(.|\n)*sk.nn.attention"
