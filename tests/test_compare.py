@@ -37,7 +37,7 @@ def named(changes):
 
 def test_a_report_does_not_differ_from_itself_reopened(data, tpu):
     for report in (data, tpu):
-        comparison = compare(report, Report.from_json(report.to_json()))
+        comparison = report.compare(Report.from_json(report.to_json()))
         assert not comparison
         assert str(comparison) == "Nothing changed."
 

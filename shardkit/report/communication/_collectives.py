@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from ..._core.branch_counts import shares
 from ..hlo._groups import Span, read_groups, read_pairs, span_of_groups, span_of_pairs
 from ..hlo._hlo import Computation, Instruction, Module, Shape
-from ..hlo._op_paths import Origins
+from ..hlo._op_paths import OpPaths
 from ..hlo._scope import scope_of
-from ..hlo._slices import Slices, arrival, crosses, kind_between
-from ..hlo._trips import Loops
+from ..hlo._slices import Slices, crosses_slices, find_recv, kind_of_transfer
+from ..hlo._trips import TripCounts
 
 KINDS = (
     "all-reduce",
@@ -46,8 +46,8 @@ _COMBINERS = frozenset(
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """A collective and how the program reaches it; see `Row` for the words.
+class CollectiveSite:
+    """A collective and how the program reaches it; see `LedgerRow` for the words.
 
     Attributes:
       dcn: it goes between slices.
@@ -80,7 +80,7 @@ class Found:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Path:
+class _CallPath:
     """How the walk came to a computation."""
 
     trips: int | None = 1
@@ -90,84 +90,89 @@ class _Path:
     op_name: str = ""
 
 
-def find(module: Module, slices: Slices) -> tuple[list[Found], list[str]]:
+def find_collectives(module: Module, slices: Slices) -> tuple[list[CollectiveSite], list[str]]:
     """Finds the collectives of a program, and what of it could not be read."""
-    walk = _Walk(module, slices)
-    walk.problems += _other_devices(module, slices)
-    found = list(walk.computation(module.entry, _Path())) if module.entry else []
+    walk = _CallWalk(module, slices)
+    walk.problems += _check_device_count(module, slices)
+    found = list(walk.visit(module.entry, _CallPath())) if module.entry else []
     reached = {place for one in found for place in one.places} | walk.unread
     for computation in module.computations.values():
         for instruction in computation.instructions.values():
             known = (computation.name, instruction.name) in reached
-            if not known and kind_of(instruction):
+            if not known and collective_kind(instruction):
                 walk.problems.append(f"nothing runs {instruction.name} of {computation.name}")
     return found, [*module.problems, *walk.problems]
 
 
-def _other_devices(module: Module, slices: Slices) -> Iterator[str]:
+def _check_device_count(module: Module, slices: Slices) -> Iterator[str]:
     """Whether the program is one for this mesh, as far as its header says."""
     whole = math.prod(size for _, size in slices.mesh)
-    inside = math.prod(size for _, size in slices.inside)
+    inside = math.prod(size for _, size in slices.slice_mesh)
     if "num_partitions=" in module.header and module.num_partitions not in (whole, inside):
         yield f"the program is one for {module.num_partitions} devices, the mesh has {whole}"
 
 
-def kind_of(instruction: Instruction) -> str | None:
+def collective_kind(instruction: Instruction) -> str | None:
     """The collective that an instruction starts; None if it is none, or only ends one."""
-    if crosses(instruction):
-        return kind_between(instruction)
+    if crosses_slices(instruction):
+        return kind_of_transfer(instruction)
     base = instruction.opcode.removesuffix("-start")
     return base if base in KINDS else None
 
 
-class _Walk:
+class _CallWalk:
     """Follows calls through one module, multiplying trips on the way."""
 
     def __init__(self, module: Module, slices: Slices) -> None:
         self._module = module
         self._slices = slices
         # The program of several slices is that of one, and numbers only its devices.
-        devices = math.prod(size for _, size in slices.inside)
+        devices = math.prod(size for _, size in slices.slice_mesh)
         self._of_slice = bool(slices.dcn) and module.num_partitions == devices
-        self._mesh = slices.inside if self._of_slice else slices.mesh
-        self._loops = Loops(module)
-        self._origins = Origins(module)
+        self._mesh = slices.slice_mesh if self._of_slice else slices.mesh
+        self._loops = TripCounts(module)
+        self._origins = OpPaths(module)
         self.problems: list[str] = []
         self.unread: set[tuple[str, str]] = set()
 
-    def computation(self, name: str, path: _Path) -> Iterator[Found]:
+    def visit(self, name: str, path: _CallPath) -> Iterator[CollectiveSite]:
         """Collectives of a computation and of everything it calls."""
         here = self._module.computations.get(name)
         if here is None:
             self.problems.append(f"computation {name} is called but not in the text")
             return
-        chains: dict[str, list[Found]] = {}
+        chains: dict[str, list[CollectiveSite]] = {}
         for instruction in here.instructions.values():
-            if kind := kind_of(instruction):
-                found = self._collective(kind, instruction, here, path)
+            if kind := collective_kind(instruction):
+                found = self._read_site(kind, instruction, here, path)
                 yield from [found] if found else []
-            elif self._unknown(instruction):
+            elif self._is_unknown_collective(instruction):
                 where = f"{instruction.opcode} {instruction.name}"
                 self.problems.append(f"{where}: an unknown kind of collective")
             elif instruction.calls:
-                for found in self._called(instruction, here, path):
-                    if instruction.opcode == "fusion" and (channel := _chain(found)):
+                for found in self._visit_calls(instruction, here, path):
+                    if instruction.opcode == "fusion" and (channel := _chain_channel(found)):
                         chains.setdefault(channel, []).append(found)
                     else:
                         yield found
-        yield from map(_joined, chains.values())
+        yield from map(_merge_chain, chains.values())
 
-    def _unknown(self, instruction: Instruction) -> bool:
+    def _is_unknown_collective(self, instruction: Instruction) -> bool:
         """Whether something that is not known moves data between devices."""
         if instruction.opcode.endswith(("-done", "-update")) or instruction.opcode == "recv":
             return False
         if instruction.opcode == "custom-call":
             return bool(_LIBRARY.search(instruction.rest))
         if instruction.opcode == "send":
-            return crosses(instruction) or "_xla_send_recv_source_target_pairs" in instruction.rest
+            return (
+                crosses_slices(instruction)
+                or "_xla_send_recv_source_target_pairs" in instruction.rest
+            )
         return any(name in instruction.rest for name in _BETWEEN_DEVICES)
 
-    def _called(self, call: Instruction, here: Computation, path: _Path) -> Iterator[Found]:
+    def _visit_calls(
+        self, call: Instruction, here: Computation, path: _CallPath
+    ) -> Iterator[CollectiveSite]:
         """Collectives of the computations that an instruction runs."""
         if call.opcode in _COMBINERS or call.opcode.endswith(("-update", "-done")):
             return
@@ -176,16 +181,16 @@ class _Walk:
             path,
             op_name=call.op_name or self._origins.of(call, here) or path.op_name,
             conditional=path.conditional or call.opcode == "conditional",
-            overlapped=path.overlapped or self._overlapped(call, here),
+            overlapped=path.overlapped or self._is_overlapped(call, here),
         )
-        often = _often(call)
+        often = _branch_shares(call)
         for at, (key, callee) in enumerate(call.calls):
             after = inner
             if call.opcode == "while":
-                after = dataclasses.replace(inner, trips=self._trips(call, here, path, key))
+                after = dataclasses.replace(inner, trips=self._loop_trips(call, here, path, key))
             elif often:
                 after = dataclasses.replace(inner, taken=path.taken * often[at])
-            found = list(self.computation(callee, after))
+            found = list(self.visit(callee, after))
             if found and not known:
                 self.problems.append(f"{call.opcode} {call.name} runs collectives: unknown trips")
             if found and after.trips is None and path.trips is not None:
@@ -195,19 +200,21 @@ class _Walk:
                 )
             yield from found
 
-    def _trips(self, loop: Instruction, here: Computation, path: _Path, key: str) -> int | None:
+    def _loop_trips(
+        self, loop: Instruction, here: Computation, path: _CallPath, key: str
+    ) -> int | None:
         """Executions per step of a loop's body or condition."""
         trips = self._loops.trips(here.name, loop.name)
         if trips is None or path.trips is None:
             return None
         return path.trips * (trips + 1 if key == "condition" else trips)
 
-    def _collective(
-        self, kind: str, instruction: Instruction, here: Computation, path: _Path
-    ) -> Found | None:
+    def _read_site(
+        self, kind: str, instruction: Instruction, here: Computation, path: _CallPath
+    ) -> CollectiveSite | None:
         try:
-            span = self._span(kind, instruction)
-            shapes = [s for name in instruction.operands for s in _shapes(here, name)]
+            span = self._read_span(kind, instruction)
+            shapes = [s for name in instruction.operands for s in _operand_shapes(here, name)]
             operands = tuple(shape for shape in shapes if shape.dtype != "token")
             if kind == "ragged-all-to-all":
                 # Rows and the room for those that come; then sizes and offsets. Of the larger one
@@ -223,7 +230,7 @@ class _Walk:
         # The TPU compiler spells a reduce-scatter as a fusion of an all-reduce and a slice.
         if kind == "all-reduce" and here.name.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"
-        return Found(
+        return CollectiveSite(
             kind=kind,
             instruction=instruction,
             computation=here.name,
@@ -232,19 +239,19 @@ class _Walk:
             trips=path.trips,
             conditional=path.conditional,
             taken=path.taken,
-            overlapped=path.overlapped or self._overlapped(instruction, here),
+            overlapped=path.overlapped or self._is_overlapped(instruction, here),
             op_name=instruction.op_name or self._origins.of(instruction, here) or path.op_name,
-            dcn=crosses(instruction),
+            dcn=crosses_slices(instruction),
         )
 
-    def _span(self, kind: str, instruction: Instruction) -> Span:
+    def _read_span(self, kind: str, instruction: Instruction) -> Span:
         """Mesh axes of a collective."""
-        if crosses(instruction):
-            return self._slices.between(instruction)
-        found = self._span_of_devices(kind, instruction)
-        return self._slices.within(found) if self._of_slice else found
+        if crosses_slices(instruction):
+            return self._slices.read_span(instruction)
+        found = self._read_device_span(kind, instruction)
+        return self._slices.to_mesh_span(found) if self._of_slice else found
 
-    def _span_of_devices(self, kind: str, instruction: Instruction) -> Span:
+    def _read_device_span(self, kind: str, instruction: Instruction) -> Span:
         attrs = instruction.attrs
         if kind == "collective-permute":
             pairs = read_pairs(attrs["source_target_pairs"])
@@ -259,9 +266,9 @@ class _Walk:
             groups = attrs.get("replica_groups", "{}")
         return span_of_groups(read_groups(groups, devices), self._mesh)
 
-    def _overlapped(self, start: Instruction, here: Computation) -> bool:
+    def _is_overlapped(self, start: Instruction, here: Computation) -> bool:
         """Whether the schedule runs compute between a `-start` and its `-done`."""
-        sent = arrival(start, here) if crosses(start) else None
+        sent = find_recv(start, here) if crosses_slices(start) else None
         if not (self._module.scheduled and (sent or start.opcode.endswith("-start"))):
             return False
         names = list(here.instructions)
@@ -273,20 +280,20 @@ class _Walk:
                 if instruction.opcode.endswith("-done"):
                     return between
                 pending.add(name)
-            elif instruction.opcode in _COMPUTE and not self._only_moves(instruction):
+            elif instruction.opcode in _COMPUTE and not self._holds_collective(instruction):
                 between = True
         return False
 
-    def _only_moves(self, instruction: Instruction) -> bool:
+    def _holds_collective(self, instruction: Instruction) -> bool:
         """Whether a fusion is itself a collective."""
         for _, callee in instruction.calls:
             called = self._module.computations.get(callee)
-            if called and any(kind_of(inner) for inner in called.instructions.values()):
+            if called and any(collective_kind(inner) for inner in called.instructions.values()):
                 return instruction.opcode == "fusion"
         return False
 
 
-def _often(call: Instruction) -> tuple[fractions.Fraction, ...] | None:
+def _branch_shares(call: Instruction) -> tuple[fractions.Fraction, ...] | None:
     """Shares in which a conditional runs each of its `calls`; None where nothing is known."""
     found = shares(call.op_name, len(call.calls)) if call.opcode == "conditional" else None
     if found is None:
@@ -295,13 +302,13 @@ def _often(call: Instruction) -> tuple[fractions.Fraction, ...] | None:
     return found[::-1] if call.calls[0][0] == "true_computation" else found
 
 
-def _chain(found: Found) -> str:
+def _chain_channel(found: CollectiveSite) -> str:
     """The channel of a collective that a chain of fusions moves on; "" for any other."""
     chained = "async_collective_fusion_config" in found.instruction.rest
     return found.instruction.attrs.get("channel_id", "") if chained else ""
 
 
-def _joined(steps: list[Found]) -> Found:
+def _merge_chain(steps: list[CollectiveSite]) -> CollectiveSite:
     """The one collective that the copies in a chain of fusions are.
 
     Between the first and the last, which only start and end it, stands the compute that hides it.
@@ -314,7 +321,7 @@ def _joined(steps: list[Found]) -> Found:
     )
 
 
-def _shapes(here: Computation, name: str) -> tuple[Shape, ...]:
+def _operand_shapes(here: Computation, name: str) -> tuple[Shape, ...]:
     """Arrays of an operand."""
     if name not in here.instructions:
         raise ValueError(f"operand {name} is not in the text")

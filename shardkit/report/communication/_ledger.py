@@ -8,15 +8,15 @@ from typing import overload
 from ..._core.errors import ReportError, did_you_mean
 from ..._core.tree import format_bytes
 from ..hlo._hlo import Module, parse
-from ..hlo._scope import combines, of_product, paths_of, phase_of
+from ..hlo._scope import combines_elements, is_windowable, phase_of, split_op_name
 from ..hlo._slices import Slices
-from ._collectives import KINDS, SPELLED, Found, find
+from ._collectives import KINDS, SPELLED, CollectiveSite, find_collectives
 
 Axes = tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class LedgerRow:
     """One collective of the compiled program.
 
     A tuple collective is one row per dtype. A loop's collective is one row with its trips.
@@ -92,7 +92,7 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ledger(Sequence[Row]):
+class Ledger(Sequence[LedgerRow]):
     """The rows of one program, in the order of their HLO.
 
     Attributes:
@@ -101,7 +101,7 @@ class Ledger(Sequence[Row]):
       problems: what could not be read. With any, totals are lower bounds; see `complete`.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[LedgerRow, ...]
     mesh: tuple[tuple[str, int], ...]
     problems: tuple[str, ...] = ()
 
@@ -122,10 +122,10 @@ class Ledger(Sequence[Row]):
         return any(row.conditional and row.taken == 1 for row in self.rows)
 
     @overload
-    def __getitem__(self, index: int) -> Row: ...
+    def __getitem__(self, index: int) -> LedgerRow: ...
     @overload
-    def __getitem__(self, index: slice) -> tuple[Row, ...]: ...
-    def __getitem__(self, index: int | slice) -> Row | tuple[Row, ...]:
+    def __getitem__(self, index: slice) -> tuple[LedgerRow, ...]: ...
+    def __getitem__(self, index: int | slice) -> LedgerRow | tuple[LedgerRow, ...]:
         """Returns the row, or the rows of a slice."""
         return self.rows[index]
 
@@ -133,7 +133,7 @@ class Ledger(Sequence[Row]):
         """Number of rows."""
         return len(self.rows)
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[LedgerRow]:
         """Iterates over the rows."""
         return iter(self.rows)
 
@@ -142,7 +142,7 @@ class Ledger(Sequence[Row]):
         axis: str | Axes | None = None,
         kind: str | None = None,
         phase: str | None = None,
-    ) -> list[Row]:
+    ) -> list[LedgerRow]:
         """Rows of an axis, a kind, a phase.
 
         Args:
@@ -156,14 +156,14 @@ class Ledger(Sequence[Row]):
           ReportError: the mesh has no such axis, or there is no such kind.
         """
         asked = (axis,) if isinstance(axis, str) else axis or ()
-        self._known(asked, kind)
+        self._check_names(asked, kind)
         kind = kind.replace("_", "-") if kind else None
         return [
             row
             for row in self.rows
             if (kind is None or row.kind == kind)
             and (phase is None or row.phase == phase)
-            and (axis is None or _spans(row, axis))
+            and (axis is None or _row_spans(row, axis))
         ]
 
     def total(self, axis: str | Axes | None = None, kind: str | None = None) -> int:
@@ -180,7 +180,7 @@ class Ledger(Sequence[Row]):
             found[row.axes] = found.get(row.axes, 0) + row.wire_bytes
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
-    def _known(self, axes: Axes, kind: str | None) -> None:
+    def _check_names(self, axes: Axes, kind: str | None) -> None:
         names = [name for name, _ in self.mesh]
         for axis in axes:
             if axis not in names:
@@ -190,7 +190,7 @@ class Ledger(Sequence[Row]):
             raise ReportError(f"no collective is called {kind!r}.{did_you_mean(kind, KINDS)}")
 
 
-def _spans(row: Row, axis: str | Axes) -> bool:
+def _row_spans(row: LedgerRow, axis: str | Axes) -> bool:
     return axis in row.axes if isinstance(axis, str) else set(axis) == set(row.axes)
 
 
@@ -225,19 +225,19 @@ def read_ledger(
       mesh: names and sizes of the mesh axes, in the mesh's order.
       dcn: names of the axes that cross slices, and how many slices lie along each.
     """
-    return ledger_of(parse(hlo), hlo, mesh, dcn)
+    return build_ledger(parse(hlo), hlo, mesh, dcn)
 
 
-def ledger_of(
+def build_ledger(
     module: Module,
     hlo: str,
     mesh: Sequence[tuple[str, int]],
     dcn: Sequence[tuple[str, int]] = (),
 ) -> Ledger:
     """Reads the collectives of a program that is parsed already; see `read_ledger`."""
-    found, problems = find(module, Slices(tuple(mesh), dict(dcn)))
-    rows = tuple(row for one in found for row in _rows(one))
-    spelled = len(SPELLED.findall(_without_strings(hlo)))
+    found, problems = find_collectives(module, Slices(tuple(mesh), dict(dcn)))
+    rows = tuple(row for one in found for row in _split_by_dtype(one))
+    spelled = len(SPELLED.findall(_blank_strings(hlo)))
     # What goes between slices is spelled as a transfer to the host.
     distinct = len({place for one in found if not one.dcn for place in one.places})
     if spelled > distinct:
@@ -246,14 +246,14 @@ def ledger_of(
     return Ledger(rows, tuple(mesh), tuple(dict.fromkeys(problems)))
 
 
-def _without_strings(hlo: str) -> str:
+def _blank_strings(hlo: str) -> str:
     """The text with the contents of quotes left out, where anything may stand."""
     return re.sub(r'"(?:[^"\\]|\\.)*"', '""', hlo)
 
 
-def _rows(found: Found) -> Iterator[Row]:
+def _split_by_dtype(found: CollectiveSite) -> Iterator[LedgerRow]:
     """One row per dtype that a collective sends."""
-    paths = paths_of(found.op_name)
+    paths = split_op_name(found.op_name)
     # What the compiler combined keeps the path of each operand.
     if len(paths) != len(found.operands):
         paths = [found.op_name] * len(found.operands)
@@ -267,7 +267,7 @@ def _rows(found: Found) -> Iterator[Row]:
         if found.kind == "all-gather":
             payload *= found.span.size
         times = (1 if found.trips is None else found.trips) * found.taken
-        yield Row(
+        yield LedgerRow(
             kind=found.kind,
             axes=found.span.axes,
             dtype=dtype,
@@ -280,13 +280,15 @@ def _rows(found: Found) -> Iterator[Row]:
             group=found.span.size,
             whole=found.span.whole,
             operands=tuple(map(str, shapes)),
-            windowed=found.kind == "collective-permute" and not found.dcn and of_product(heaviest),
+            windowed=found.kind == "collective-permute"
+            and not found.dcn
+            and is_windowable(heaviest),
             conditional=found.conditional,
             computation=found.computation,
             name=found.instruction.name,
             op_name=found.op_name,
             phases=tuple(phase_of(path) for _, path in sent),
-            by_optimizer=phase == "update" and combines(heaviest),
+            by_optimizer=phase == "update" and combines_elements(heaviest),
             dcn=found.dcn,
             taken=float(found.taken),
         )

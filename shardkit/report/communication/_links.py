@@ -3,7 +3,7 @@
 All-reduce 2(n−1)α + 2(n−1)/n·V/B, all-gather and reduce-scatter (n−1)α + (n−1)/n·V/B, a permute
 α + V/B. An all-to-all crosses n/4 links of a ring on average: (n−1)α + n/4·V/B on a torus
 (jax-ml.github.io/scaling-book/sharding), (n−1)/n·V/B through a switch. On which dims of a torus
-a mesh axis lies is not in the program: see `ASSUMPTION`.
+a mesh axis lies is not in the program: see `ASSUMPTIONS`.
 """
 
 import dataclasses
@@ -11,9 +11,9 @@ import math
 from collections.abc import Sequence
 
 from ...hardware import Chip
-from ._ledger import Row, wire_bytes
+from ._ledger import LedgerRow, wire_bytes
 
-ASSUMPTION = {
+ASSUMPTIONS = {
     "tpu": "each mesh axis rides one torus axis, both ways round its ring, one way for a permute",
     "gpu": "GPUs are numbered host by host; what leaves an NVLink domain goes at network speed",
     "cpu": "devices are threads of one machine, and each has all of its memory's speed",
@@ -34,12 +34,12 @@ class Links:
     mesh: tuple[tuple[str, int], ...]
     dcn: tuple[str, ...] = ()
 
-    def seconds(self, row: Row) -> float:
+    def seconds(self, row: LedgerRow) -> float:
         """Time of one execution of a collective."""
         if row.group < 2:
             return 0.0
         sent = wire_bytes(row.kind, row.payload_bytes, row.group)
-        slow = row.dcn or self.slow(row.axes)
+        slow = row.dcn or self.uses_network(row.axes)
         if row.kind.endswith("all-to-all") and self.chip.torus_dims and not slow:
             sent = row.group / 4 * row.payload_bytes
         hops = {"all-reduce": 2 * (row.group - 1), "collective-permute": 1}
@@ -55,11 +55,11 @@ class Links:
           axes: the mesh axes, all at once.
           one_way: round one direction of the ring alone, as one permute goes.
         """
-        if self.slow(axes):
+        if self.uses_network(axes):
             return self.chip.network
         return self.chip.link if one_way else self.chip.rate(len(axes))
 
-    def slow(self, axes: Sequence[str]) -> bool:
+    def uses_network(self, axes: Sequence[str]) -> bool:
         """Whether mesh axes go over the network between hosts.
 
         TPUs keep what goes between slices apart from what stays in each: see `Row.dcn`.
@@ -68,9 +68,9 @@ class Links:
             return False
         if set(axes) & set(self.dcn):
             return True
-        return self.chip.domain is not None and self._reach(axes) > self.chip.domain
+        return self.chip.domain is not None and self._device_extent(axes) > self.chip.domain
 
-    def _reach(self, axes: Sequence[str]) -> int:
+    def _device_extent(self, axes: Sequence[str]) -> int:
         """Devices in a row of which a group's devices are some: size x stride of its first axis."""
         names = [name for name, _ in self.mesh]
         first = min((names.index(axis) for axis in axes), default=len(names))

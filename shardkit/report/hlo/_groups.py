@@ -66,24 +66,24 @@ def read_groups(text: str, devices: int) -> list[np.ndarray]:
     >>> [list(map(int, g)) for g in read_groups("mesh['a'=2,'b'=4] {'b':(1)2}", 8)]
     [[0, 2], [1, 3], [4, 6], [5, 7]]
     """
-    groups = _read(text.strip(), devices)
+    groups = _parse_groups(text.strip(), devices)
     if not np.array_equal(np.sort(np.concatenate(groups)), np.arange(devices)):
         why = f"replica_groups do not hold each of {devices} devices once"
         raise ValueError(f"{why}: {text.strip()[:80]!r}")
     return groups
 
 
-def _read(text: str, devices: int) -> list[np.ndarray]:
+def _parse_groups(text: str, devices: int) -> list[np.ndarray]:
     """Groups in any printed form, whatever they hold."""
     if text in ("{}", "{{}}"):
         return [np.arange(devices)]
     if text.startswith("{{"):
         if re.search(r"\{\s*\}", text):
             raise ValueError(f"replica_groups with an empty group: {text[:80]!r}")
-        return [np.array(_ints(group)) for group in re.findall(r"\{([\d,\s]+)\}", text)]
+        return [np.array(_parse_ints(group)) for group in re.findall(r"\{([\d,\s]+)\}", text)]
     if match := _IOTA.match(text):
         shape, dims, order = match.groups()
-        return list(_iota(_ints(dims), order).reshape(_ints(shape)))
+        return list(_transpose_iota(_parse_ints(dims), order).reshape(_parse_ints(shape)))
     if match := _MESH.match(text):
         return _mesh_groups(match["sizes"], match["ids"], match["axes"])
     raise ValueError(f"replica_groups in an unknown form: {text[:80]!r}")
@@ -109,7 +109,7 @@ def span_of_groups(groups: Sequence[np.ndarray], mesh: Mesh) -> Span:
     Span(axes=('tensor',), size=2, whole=True)
     """
     sizes = dict(mesh)
-    varying = {axis for group in groups for axis in _varying(group, mesh)}
+    varying = {axis for group in groups for axis in _varying_axes(group, mesh)}
     axes = tuple(axis for axis in sizes if axis in varying)
     full = math.prod(sizes[axis] for axis in axes)
     largest = max(len(group) for group in groups)
@@ -123,12 +123,12 @@ def span_of_pairs(pairs: np.ndarray, mesh: Mesh) -> Span:
     Span(axes=('tensor',), size=2, whole=True)
     """
     sizes = dict(mesh)
-    varying = {axis for pair in pairs for axis in _varying(pair, mesh)}
+    varying = {axis for pair in pairs for axis in _varying_axes(pair, mesh)}
     axes = tuple(axis for axis in sizes if axis in varying)
     return Span(axes, math.prod(sizes[axis] for axis in axes))
 
 
-def _varying(group: np.ndarray, mesh: Mesh) -> list[str]:
+def _varying_axes(group: np.ndarray, mesh: Mesh) -> list[str]:
     """Names of the axes whose coordinate is not the same for all positions."""
     shape = [size for _, size in mesh]
     if group.max() >= math.prod(shape):
@@ -137,20 +137,20 @@ def _varying(group: np.ndarray, mesh: Mesh) -> list[str]:
     return [name for (name, _), c in zip(mesh, coordinates, strict=True) if c.min() != c.max()]
 
 
-def _ints(text: str) -> list[int]:
+def _parse_ints(text: str) -> list[int]:
     return [int(piece) for piece in text.split(",") if piece.strip()]
 
 
-def _iota(dims: list[int], order: str | None) -> np.ndarray:
+def _transpose_iota(dims: list[int], order: str | None) -> np.ndarray:
     """Positions reshaped to `dims` and transposed."""
     grid = np.arange(math.prod(dims)).reshape(dims)
-    return grid.transpose(_ints(order)) if order else grid
+    return grid.transpose(_parse_ints(order)) if order else grid
 
 
 def _mesh_groups(sizes_text: str, ids_text: str | None, axes_text: str) -> list[np.ndarray]:
     """Groups along some axes, or parts of axes, of a mesh that XLA printed."""
     sizes = {name: int(size) for name, size in _SIZE.findall(sizes_text)}
-    positions = _positions(ids_text, math.prod(sizes.values()))
+    positions = _parse_device_order(ids_text, math.prod(sizes.values()))
     parts: dict[str, set[tuple[int, int]]] = {name: set() for name in sizes}
     for name, before, size in _AXIS.findall(axes_text):
         if name not in sizes:
@@ -170,10 +170,10 @@ def _mesh_groups(sizes_text: str, ids_text: str | None, axes_text: str) -> list[
     return list(grid.reshape(-1, math.prod(dims[d] for d in inside)))
 
 
-def _positions(ids_text: str | None, devices: int) -> np.ndarray:
+def _parse_device_order(ids_text: str | None, devices: int) -> np.ndarray:
     """Order in which positions fill a printed mesh."""
     if ids_text is None:
         return np.arange(devices)
     if match := _IDS.match(ids_text):
-        return _iota(_ints(match[1]), match[2]).reshape(-1)
-    return np.array(_ints(ids_text))
+        return _transpose_iota(_parse_ints(match[1]), match[2]).reshape(-1)
+    return np.array(_parse_ints(ids_text))

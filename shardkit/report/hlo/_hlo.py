@@ -132,6 +132,13 @@ class Computation:
         """The instruction whose value the computation returns."""
         return next((i for i in self.instructions.values() if i.root), None)
 
+    @property
+    def results(self) -> list[Instruction]:
+        """The root, or what it puts into a tuple."""
+        if self.root is None or self.root.opcode != "tuple":
+            return [self.root] if self.root else []
+        return [self.instructions[name] for name in self.root.operands]
+
     @functools.cached_property
     def parameters(self) -> dict[int, Instruction]:
         """Parameter number → instruction."""
@@ -166,7 +173,7 @@ class Module:
         return int(match.group(1)) if match else 1
 
 
-def aliased(text: str) -> frozenset[int]:
+def aliased_parameters(text: str) -> frozenset[int]:
     """Numbers of the entry parameters whose buffer an output reuses.
 
     >>> sorted(aliased("HloModule m, input_output_alias={ {0}: (2, {}, may-alias) }, x={}"))
@@ -202,7 +209,7 @@ def parse(text: str) -> Module:
         elif line.rstrip() == "}":
             computations[current.name] = current
             current = None
-        elif (instruction := _instruction(line)) is not None:
+        elif (instruction := _parse_instruction(line)) is not None:
             current.instructions[instruction.name] = instruction
         elif line.strip():
             problems.append(f"computation {current.name}: cannot read {line.strip()[:60]!r}")
@@ -213,11 +220,11 @@ def parse(text: str) -> Module:
         problems.append("the text has no HloModule line")
     if not entry:
         problems.append("the text has no ENTRY computation")
-    problems += [problem for one in computations.values() for problem in _gaps(one)]
+    problems += [problem for one in computations.values() for problem in _find_gaps(one)]
     return Module(header, computations, entry, tuple(problems))
 
 
-def _gaps(computation: Computation) -> Iterator[str]:
+def _find_gaps(computation: Computation) -> Iterator[str]:
     """Says which lines of a computation are missing, as what is left of it shows."""
     where, known = f"computation {computation.name}", computation.instructions
     if computation.root is None:
@@ -234,7 +241,7 @@ def _logical_lines(text: str, problems: list[str]) -> Iterator[str]:
     for line in text.split("\n"):
         whole = f"{pending}\n{line}" if pending else line
         opens = pending or _START.match(line)
-        if opens and not _closed(whole):
+        if opens and not _is_closed(whole):
             pending = whole
             continue
         pending = ""
@@ -243,7 +250,7 @@ def _logical_lines(text: str, problems: list[str]) -> Iterator[str]:
         problems.append(f"the text ends inside {pending.strip()[:60]!r}")
 
 
-def _closed(text: str) -> bool:
+def _is_closed(text: str) -> bool:
     """Whether all brackets and quotes of the text close."""
     if not (text.count('"') - text.count('\\"')) % 2 and all(
         text.count(a) == text.count(b) for a, b in ("()", "{}", "[]")
@@ -261,7 +268,7 @@ def _closed(text: str) -> bool:
     return depth == 0
 
 
-def _close(text: str, start: int) -> int:
+def _closing_index(text: str, start: int) -> int:
     """Index just behind the bracket that closes the one at `start`; -1 if none does."""
     depth = 0
     for match in _TOKEN.finditer(text, start):
@@ -290,41 +297,41 @@ def split_commas(text: str) -> list[str]:
     return [piece for piece in [*pieces, text[start:]] if piece.strip()]
 
 
-def _instruction(line: str) -> Instruction | None:
+def _parse_instruction(line: str) -> Instruction | None:
     """Reads one instruction; None if the text is none."""
     start = _START.match(line)
     if start is None:
         return None
     at = start.end()
-    end = _close(line, at) if line.startswith("(", at) else line.find(" ", at)
+    end = _closing_index(line, at) if line.startswith("(", at) else line.find(" ", at)
     opcode = _OPCODE.match(line, end) if end > 0 else None
     if opcode is None:
         return None
-    close = _close(line, opcode.end() - 1)
+    close = _closing_index(line, opcode.end() - 1)
     if close < 0:
         return None
     arguments = line[opcode.end() : close - 1]
     return Instruction(
         name=start.group(2),
         opcode=opcode.group(1),
-        shapes=shapes_of(line[at:end]),
+        shapes=parse_shapes(line[at:end]),
         type=line[at:end],
-        operands=tuple(_operand(piece) for piece in split_commas(arguments)),
+        operands=tuple(_operand_name(piece) for piece in split_commas(arguments)),
         arguments=arguments,
         rest=line[close:].lstrip(", "),
         root=bool(start.group(1)),
     )
 
 
-def _operand(piece: str) -> str:
+def _operand_name(piece: str) -> str:
     """Name of an operand, which may be printed with its type before it."""
     return piece.split()[-1].rpartition("*/")[2].lstrip("%")
 
 
-def shapes_of(text: str) -> tuple[Shape, ...]:
+def parse_shapes(text: str) -> tuple[Shape, ...]:
     """Reads every array type in a text; bounds of dynamic dims (`<=8`) count as the size.
 
-    >>> [str(shape) for shape in shapes_of("(f32[4,16]{1,0:T(8,128)}, /*index=1*/s32[])")]
+    >>> [str(shape) for shape in parse_shapes("(f32[4,16]{1,0:T(8,128)}, /*index=1*/s32[])")]
     ['f32[4,16]', 's32[]']
     """
     return tuple(

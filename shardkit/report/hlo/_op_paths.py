@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterable
 
 from ._hlo import Computation, Instruction, Module
 from ._scope import phase_of
-from ._slices import departure
+from ._slices import sent_operands
 
 _FAR = 64
 _NEUTRAL = frozenset({"parameter", "constant", "after-all", "partition-id", "replica-id", "iota"})
 _Onward = Callable[[Instruction], Iterable[str]]
 
 
-class Origins:
+class OpPaths:
     """Finds the paths of instructions that have none."""
 
     def __init__(self, module: Module) -> None:
@@ -37,11 +37,11 @@ class Origins:
           found.
         """
         operands = [name for name in instruction.operands if self._is_array(name, here)]
-        made = [self._nearest([name], here, _operands(here)) for name in operands]
+        made = [self._nearest_path([name], here, _producers(here)) for name in operands]
         paths = [path for path in made if path]
         if not paths:
-            users = _users(here)
-            return self._nearest(users(instruction), here, users)
+            users = _consumers(here)
+            return self._nearest_path(users(instruction), here, users)
         if len(paths) < len(made) or len(set(paths)) == 1:
             return paths[0]
         return ";".join(paths)
@@ -49,14 +49,14 @@ class Origins:
     def _is_array(self, name: str, here: Computation) -> bool:
         return name in here.instructions and here.instructions[name].opcode not in _NEUTRAL
 
-    def _nearest(self, names: Iterable[str], here: Computation, onward: _Onward) -> str:
+    def _nearest_path(self, names: Iterable[str], here: Computation, onward: _Onward) -> str:
         """The path of the nearest instructions that have one, along every way to them."""
         level, seen = list(names), set[str]()
         paths: list[str] = []
         while level and len(seen) < _FAR:
             found = [here.instructions[name] for name in level if self._is_array(name, here)]
             seen.update(one.name for one in found)
-            told = {one.name: path for one in found if (path := self._path(one))}
+            told = {one.name: path for one in found if (path := self._direct_path(one))}
             paths += told.values()
             further = [one for one in found if one.name not in told]
             names = (name for one in further for name in onward(one))
@@ -66,28 +66,28 @@ class Origins:
         (phase, _), *_ = Counter(map(phase_of, paths)).most_common(1)
         return next(path for path in paths if phase_of(path) == phase)
 
-    def _path(self, instruction: Instruction) -> str:
+    def _direct_path(self, instruction: Instruction) -> str:
         """Its own path, or that of the result of a fusion without one."""
         if instruction.op_name or instruction.opcode != "fusion":
             return instruction.op_name
         for _, callee in instruction.calls:
             inner = self._module.computations.get(callee)
             roots = [one.name for one in inner.instructions.values() if one.root] if inner else []
-            if inner and (path := self._nearest(roots, inner, _operands(inner))):
+            if inner and (path := self._nearest_path(roots, inner, _producers(inner))):
                 return path
         return ""
 
 
-def _operands(here: Computation) -> _Onward:
+def _producers(here: Computation) -> _Onward:
     """What made an instruction's operands; for what comes from another slice, what was sent."""
 
     def operands(of: Instruction) -> Iterable[str]:
-        return departure(of, here) if of.opcode == "recv" else of.operands
+        return sent_operands(of, here) if of.opcode == "recv" else of.operands
 
     return operands
 
 
-def _users(here: Computation) -> _Onward:
+def _consumers(here: Computation) -> _Onward:
     def users(of: Instruction) -> list[str]:
         return [one.name for one in here.instructions.values() if of.name in one.operands]
 

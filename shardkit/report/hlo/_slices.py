@@ -31,28 +31,28 @@ _KINDS = {
 _SLICE = 100_000
 
 
-def crosses(instruction: Instruction) -> bool:
+def crosses_slices(instruction: Instruction) -> bool:
     """Whether an instruction hands something over to the runtime between slices."""
     return instruction.opcode == "send" and "_xla_megascale_" in instruction.rest
 
 
-def kind_between(instruction: Instruction) -> str | None:
+def kind_of_transfer(instruction: Instruction) -> str | None:
     """The collective that a `send` between slices stands for; None where it is not known."""
     found = _TYPE.search(instruction.rest)
     return _KINDS.get(found.group(1)) if found else None
 
 
-def arrival(send: Instruction, here: Computation) -> str | None:
+def find_recv(send: Instruction, here: Computation) -> str | None:
     """Name of the `recv` whose end brings what a `send` between slices asked for."""
-    return next((one.name for one in _partners(send, here, "recv")), None)
+    return next((one.name for one in _matching_transfers(send, here, "recv")), None)
 
 
-def departure(recv: Instruction, here: Computation) -> tuple[str, ...]:
+def sent_operands(recv: Instruction, here: Computation) -> tuple[str, ...]:
     """Names of the operands of the `send` that a `recv` brings the result of."""
-    return next((one.operands for one in _partners(recv, here, "send")), ())
+    return next((one.operands for one in _matching_transfers(recv, here, "send")), ())
 
 
-def _partners(one: Instruction, here: Computation, opcode: str) -> Iterator[Instruction]:
+def _matching_transfers(one: Instruction, here: Computation, opcode: str) -> Iterator[Instruction]:
     meeting = _MEETING.search(one.rest)
     for other in here.instructions.values():
         found = _MEETING.search(other.rest) if other.opcode == opcode else None
@@ -74,16 +74,16 @@ class Slices:
     dcn: Mapping[str, int]
 
     @property
-    def inside(self) -> tuple[tuple[str, int], ...]:
+    def slice_mesh(self) -> tuple[tuple[str, int], ...]:
         """The part of the mesh that lies in one slice."""
         return tuple((axis, size // self.dcn.get(axis, 1)) for axis, size in self.mesh)
 
-    def within(self, span: Span) -> Span:
+    def to_mesh_span(self, span: Span) -> Span:
         """A span inside of a slice as one of the whole mesh."""
         whole = span.whole and not set(span.axes) & set(self.dcn)
         return dataclasses.replace(span, whole=whole)
 
-    def between(self, send: Instruction) -> Span:
+    def read_span(self, send: Instruction) -> Span:
         """The mesh axes that a `send` between slices goes over.
 
         Raises:
@@ -91,7 +91,7 @@ class Slices:
         """
         grid = [(axis, self.dcn[axis]) for axis, _ in self.mesh if axis in self.dcn]
         span = span_of_groups(_groups(send), grid)
-        inner = dict(self.inside)
+        inner = dict(self.slice_mesh)
         return dataclasses.replace(span, whole=all(inner[axis] == 1 for axis in span.axes))
 
 

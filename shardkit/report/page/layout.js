@@ -5,9 +5,9 @@ const whole = (leaf) => shards(leaf) === 1 && devices > 1;
 // As the findings count it: a declared copy and a scalar are meant.
 const warns = (leaf) =>
   whole(leaf) &&
-  !leaf.meant_whole &&
+  !leaf.declared_replicated &&
   leaf.shape.length > 0 &&
-  ["params", "opt_state", "extra"].includes(leaf.part);
+  ["params", "opt_state", "model_state"].includes(leaf.part);
 
 // Which block of each dim a device holds; the first axis of a dim counts slowest.
 const block_of = (leaf, place) =>
@@ -77,7 +77,7 @@ function summary(leaf) {
         `${each}.`,
     );
   if (whole(leaf))
-    return `Every device holds the whole of it${leaf.meant_whole ? ", as declared" : ""}: ${each}.`;
+    return `Every device holds the whole of it${leaf.declared_replicated ? ", as declared" : ""}: ${each}.`;
   const unused = report.mesh
     .filter(([axis, size]) => size > 1 && !leaf.spec.flat().includes(axis))
     .map(([axis]) => axis);

@@ -86,21 +86,23 @@ def _products(
         name = eqn.primitive.name
         if name in _COUNTED:
             yield f"{here}/{name}", times * _COUNTED[name](eqn)
-        elif name == "cond" and (often := _often(eqn, here)):
+        elif name == "cond" and (often := _branch_shares(eqn, here)):
             for branch, share in zip(eqn.params["branches"], often, strict=True):
                 yield from _products(branch.jaxpr, here, times * share, problems)
         elif name == "cond":
-            yield from _largest(eqn, here, times, problems)
+            yield from _largest_branch(eqn, here, times, problems)
         else:
-            for inner, trips in _inner(eqn, here, problems):
+            for inner, trips in _inner_jaxprs(eqn, here, problems):
                 yield from _products(inner, here, times * trips, problems)
 
 
-def _often(eqn: Any, path: str) -> tuple[fractions.Fraction, ...] | None:
+def _branch_shares(eqn: Any, path: str) -> tuple[fractions.Fraction, ...] | None:
     return shares(f"{path}/{eqn.primitive.name}", len(eqn.params["branches"]))
 
 
-def _largest(eqn: Any, path: str, times: Times, problems: list[str]) -> list[tuple[str, Times]]:
+def _largest_branch(
+    eqn: Any, path: str, times: Times, problems: list[str]
+) -> list[tuple[str, Times]]:
     """Products of the branch with the most."""
     branches = [
         list(_products(branch.jaxpr, path, times, problems)) for branch in eqn.params["branches"]
@@ -108,7 +110,7 @@ def _largest(eqn: Any, path: str, times: Times, problems: list[str]) -> list[tup
     return max(branches, key=lambda found: sum(flops for _, flops in found))
 
 
-def _inner(eqn: Any, path: str, problems: list[str]) -> Iterator[tuple[Any, int]]:
+def _inner_jaxprs(eqn: Any, path: str, problems: list[str]) -> Iterator[tuple[Any, int]]:
     """Jaxprs that an equation runs, and how often."""
     name, params = eqn.primitive.name, eqn.params
     if name == "while":
@@ -137,13 +139,13 @@ def _inner(eqn: Any, path: str, problems: list[str]) -> Iterator[tuple[Any, int]
             yield value, times
 
 
-def _dot(eqn: Any) -> int:
+def _dot_flops(eqn: Any) -> int:
     (contract, _), _ = eqn.params["dimension_numbers"]
     left = eqn.invars[0].aval.shape
     return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(left[d] for d in contract)
 
 
-def _convolution(eqn: Any) -> int:
+def _convolution_flops(eqn: Any) -> int:
     """Every output element is a product over the kernel's window and its input channels.
 
     Zeros that a dilated input (the backward pass of a stride) is filled up with do not count.
@@ -154,7 +156,7 @@ def _convolution(eqn: Any) -> int:
     return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // features // zeros
 
 
-def _ragged(eqn: Any) -> int:
+def _ragged_flops(eqn: Any) -> int:
     """Every row meets one group's matrix."""
     rows, width = eqn.invars[0].aval.shape[-2:]
     return 2 * rows * width * eqn.outvars[0].aval.shape[-1]
@@ -164,8 +166,8 @@ def _ragged(eqn: Any) -> int:
 _OPAQUE = ("pallas_call", "ffi_call", "dot_product_attention")
 
 _COUNTED = {
-    "dot_general": _dot,
-    "conv_general_dilated": _convolution,
-    "ragged_dot": _ragged,
-    "ragged_dot_general": _ragged,
+    "dot_general": _dot_flops,
+    "conv_general_dilated": _convolution_flops,
+    "ragged_dot": _ragged_flops,
+    "ragged_dot_general": _ragged_flops,
 }

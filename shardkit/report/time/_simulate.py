@@ -10,14 +10,14 @@ import re
 from collections.abc import Iterator
 
 from ..._core.errors import count
-from ..communication._collectives import kind_of
-from ..communication._ledger import Axes, Ledger, Row
+from ..communication._collectives import collective_kind
+from ..communication._ledger import Axes, Ledger, LedgerRow
 from ..communication._links import Links
 from ..hlo._hlo import Computation, Instruction, Module
 from ..hlo._scope import phase_of, scope_of
-from ..hlo._slices import arrival, crosses
-from ..hlo._trips import Loops
-from ._traffic import traffic
+from ..hlo._slices import crosses_slices, find_recv
+from ..hlo._trips import TripCounts
+from ._traffic import instruction_traffic
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _NESTED = ("call", "conditional", "async-start")
@@ -28,7 +28,7 @@ Key = tuple[str, str, str, Axes]
 
 
 @dataclasses.dataclass
-class Played:
+class Simulated:
     """What one execution of a computation takes.
 
     Attributes:
@@ -51,7 +51,7 @@ class Played:
         part[0] += seconds
         part[1] += exposed
 
-    def include(self, other: "Played", trips: int = 1) -> None:
+    def include(self, other: "Simulated", trips: int = 1) -> None:
         """Adds what a loop, branch or call takes."""
         self.seconds += trips * other.seconds
         for key, (seconds, exposed) in other.parts.items():
@@ -63,19 +63,19 @@ class Played:
 
 
 @dataclasses.dataclass
-class _Wires:
+class _Transfers:
     """What is under way in one execution of a computation.
 
     Each set of mesh axes has two lanes, the directions of its ring: a permute takes the one that
     is free first, everything else takes both.
     """
 
-    lanes: dict[Axes, list[float]] = dataclasses.field(default_factory=dict)
+    directions: dict[Axes, list[float]] = dataclasses.field(default_factory=dict)
     ends: dict[str, tuple[float, Key]] = dataclasses.field(default_factory=dict)
 
-    def send(self, now: float, row: Row, seconds: float) -> float:
+    def send(self, now: float, row: LedgerRow, seconds: float) -> float:
         """Puts a collective on its lanes; returns when it ends."""
-        lanes = self.lanes.setdefault(row.axes, [0.0, 0.0])
+        lanes = self.directions.setdefault(row.axes, [0.0, 0.0])
         if row.kind == "collective-permute":
             lane = lanes.index(min(lanes))
             lanes[lane] = end = max(now, lanes[lane]) + seconds
@@ -85,40 +85,40 @@ class _Wires:
         return end
 
 
-class Schedule:
+class ScheduleSimulator:
     """A scheduled program on the links of a mesh."""
 
     def __init__(self, module: Module, ledger: Ledger, links: Links) -> None:
         self._module = module
         self._links = links
-        self._loops = Loops(module)
-        self._rows: dict[tuple[str, str], dict[str, Row]] = {}
+        self._loops = TripCounts(module)
+        self._rows: dict[tuple[str, str], dict[str, LedgerRow]] = {}
         for row in ledger:
             self._rows.setdefault((row.computation, row.name), {})[row.dtype] = row
-        self._seen: set[tuple[str, str]] = set()
+        self._visited: set[tuple[str, str]] = set()
         self.problems: list[str] = []
 
-    def play(self) -> Played:
+    def simulate(self) -> Simulated:
         """Plays a whole step."""
-        played = self._computation(self._module.entry)
-        if missed := len(self._rows.keys() - self._seen):
+        played = self._simulate_computation(self._module.entry)
+        if missed := len(self._rows.keys() - self._visited):
             self.problems.append(
                 f"{count(missed, 'collective')} in no schedule: their time is missing"
             )
         return played
 
-    def _computation(self, name: str) -> Played:
-        here, played, wires = self._module.computations[name], Played(), _Wires()
+    def _simulate_computation(self, name: str) -> Simulated:
+        here, played, wires = self._module.computations[name], Simulated(), _Transfers()
         for instruction in here.instructions.values():
             if rows := list(self._collectives(here, instruction)):
                 self._send(played, wires, here, instruction, rows)
             elif instruction.operands and instruction.operands[0] in wires.ends:
                 self._receive(played, wires, here, instruction)
             elif instruction.opcode == "while":
-                body = self._computation(dict(instruction.calls)["body"])
+                body = self._simulate_computation(dict(instruction.calls)["body"])
                 played.include(body, self._trips(here, instruction))
             elif instruction.opcode in _NESTED:
-                branches = [self._computation(callee) for _, callee in instruction.calls]
+                branches = [self._simulate_computation(callee) for _, callee in instruction.calls]
                 if branches:
                     played.include(max(branches, key=lambda branch: branch.seconds))
             else:
@@ -131,11 +131,11 @@ class Schedule:
             self.problems.append(f"loop {loop.name} runs an unknown number of times; counted once")
         return 1 if trips is None else trips
 
-    def _collectives(self, here: Computation, instruction: Instruction) -> Iterator[Row]:
+    def _collectives(self, here: Computation, instruction: Instruction) -> Iterator[LedgerRow]:
         """Collectives that an instruction is, or that a fusion or an asynchronous call holds."""
         key = (here.name, instruction.name)
-        self._seen.add(key)
-        if kind_of(instruction):
+        self._visited.add(key)
+        if collective_kind(instruction):
             yield from self._rows.get(key, {}).values()
         elif instruction.opcode == "fusion" or instruction.opcode.endswith("-start"):
             for _, callee in instruction.calls:
@@ -145,11 +145,11 @@ class Schedule:
 
     def _send(
         self,
-        played: Played,
-        wires: _Wires,
+        played: Simulated,
+        wires: _Transfers,
         here: Computation,
         instruction: Instruction,
-        rows: list[Row],
+        rows: list[LedgerRow],
     ) -> None:
         start = played.seconds
         key = (rows[0].phase, rows[0].scope, "communication", rows[0].axes)
@@ -161,8 +161,8 @@ class Schedule:
         if instruction.opcode.endswith("-start"):
             wires.ends[instruction.name] = (end, key)
             return
-        if crosses(instruction):
-            wires.ends[arrival(instruction, here) or instruction.name] = (end, key)
+        if crosses_slices(instruction):
+            wires.ends[find_recv(instruction, here) or instruction.name] = (end, key)
             return
         self._compute(played, here, instruction)
         # An overlapped fusion starts a chain that goes on behind the compute of its other steps.
@@ -172,7 +172,7 @@ class Schedule:
             self._wait(played, end, key)
 
     def _receive(
-        self, played: Played, wires: _Wires, here: Computation, instruction: Instruction
+        self, played: Simulated, wires: _Transfers, here: Computation, instruction: Instruction
     ) -> None:
         end, key = wires.ends[instruction.operands[0]]
         if instruction.opcode == "fusion":
@@ -182,19 +182,19 @@ class Schedule:
         else:
             wires.ends[instruction.name] = (end, key)
 
-    def _wait(self, played: Played, end: float, key: Key) -> None:
+    def _wait(self, played: Simulated, end: float, key: Key) -> None:
         exposed = max(0.0, end - played.seconds)
         played.add(key, 0.0, exposed)
         played.seconds += exposed
 
-    def _compute(self, played: Played, here: Computation, instruction: Instruction) -> None:
+    def _compute(self, played: Simulated, here: Computation, instruction: Instruction) -> None:
         if cycles := _CYCLES.search(instruction.rest):
             assert self._links.chip.clock is not None
             seconds = int(cycles.group(1)) / self._links.chip.clock
             played.estimated += 1
         else:
             # Copies between memories run behind the compute that does not need them yet.
-            moved = traffic(self._module, here, instruction)
+            moved = instruction_traffic(self._module, here, instruction)
             if moved <= _SMALL or instruction.opcode == "copy-start":
                 return
             seconds = moved / self._links.chip.memory_bandwidth

@@ -14,12 +14,12 @@ from ..._core.errors import count
 from ...hardware import Chip, chip_of, find_chip
 from .._program import Program
 from ..communication._ledger import Ledger
-from ..communication._links import ASSUMPTION, Links
+from ..communication._links import ASSUMPTIONS, Links
 from ..hlo._hlo import Module
-from ..hlo._trips import Loops
+from ..hlo._trips import TripCounts
 from ._flops import Flops
-from ._simulate import Played, Schedule
-from ._traffic import moved
+from ._simulate import ScheduleSimulator, Simulated
+from ._traffic import step_traffic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,15 +81,6 @@ class Timeline:
     assumptions: tuple[str, ...]
     problems: tuple[str, ...] = ()
     label: str = "modelled"
-
-    @classmethod
-    def from_plain(cls, fields: Mapping[str, Any]) -> "Timeline":
-        """Reads what `dataclasses.asdict` and JSON made of a timeline."""
-        segments = tuple(
-            Segment(**one | {"axes": tuple(one["axes"])}) for one in fields["segments"]
-        )
-        texts = {name: tuple(fields[name]) for name in ("assumptions", "problems")}
-        return cls(**{**fields, **texts, "segments": segments})
 
     def exposed_by_axes(self) -> dict[str, float]:
         """Mesh axes, joined by commas → exposed seconds, the most first."""
@@ -165,13 +156,13 @@ def model_time(
         return None
     links = Links(device, program.mesh, tuple(dict(program.dcn)))
     n = max(1, module.num_partitions)
-    rate, at = _peak(device, program.declared.compute_dtype)
+    rate, at = _peak_rate(device, program.declared.compute_dtype)
     products = flops.total / n / rate if flops else None
-    assumptions = (at, f"{ASSUMPTION[device.kind]}; one hop {device.latency * 1e6:.0f} µs")
+    assumptions = (at, f"{ASSUMPTIONS[device.kind]}; one hop {device.latency * 1e6:.0f} µs")
     if program.platform == "tpu" and device.clock and module.scheduled:
-        made = _scheduled(module, ledger, links)
+        made = _model_schedule(module, ledger, links)
     else:
-        made = _roofline(module, ledger, links, flops, products)
+        made = _model_roofline(module, ledger, links, flops, products)
     made["problems"] = tuple(dict.fromkeys([*ledger.problems, *made["problems"]]))
     made["assumptions"] = (*assumptions, *made["assumptions"])
     done = flops.model / n / rate if flops else None
@@ -184,60 +175,60 @@ def model_time(
     )
 
 
-def _peak(chip: Chip, dtype: str | None) -> tuple[float, str]:
+def _peak_rate(chip: Chip, dtype: str | None) -> tuple[float, str]:
     """FLOP/s of products of a dtype, and how to say it."""
     name = dtype if dtype and dtype in chip.flops else "bf16"
     rate = chip.flops[name]
     return rate, f"products at {rate / 1e12:.4g} TFLOP/s, the peak for {name}"
 
 
-def _scheduled(module: Module, ledger: Ledger, links: Links) -> dict[str, Any]:
-    schedule = Schedule(module, ledger, links)
-    played = schedule.play()
+def _model_schedule(module: Module, ledger: Ledger, links: Links) -> dict[str, Any]:
+    schedule = ScheduleSimulator(module, ledger, links)
+    played = schedule.simulate()
     segments = [Segment(*key, *times) for key, times in played.parts.items()]
     return {
         "source": "schedule",
         "compute": sum(s.seconds for s in segments if s.kind == "compute"),
         "memory": None,
-        "communication": _by_axes(segments),
+        "communication": _seconds_by_axes(segments),
         "exposed": sum(s.exposed for s in segments if s.kind == "communication"),
         "low": played.seconds,
         "high": played.seconds,
         "segments": tuple(segments),
-        "assumptions": _guesses(played),
-        "problems": (*schedule.problems, *_unknown(played)),
+        "assumptions": _describe_guesses(played),
+        "problems": (*schedule.problems, *_describe_gaps(played)),
     }
 
 
-def _guesses(played: Played) -> tuple[str, ...]:
+def _describe_guesses(played: Simulated) -> tuple[str, ...]:
     if not played.guessed:
         return ()
-    number, names = sum(played.guessed.values()), _named(played.guessed)
+    number, names = sum(played.guessed.values()), _format_counts(played.guessed)
     return (
         f"{number} of {number + played.estimated} operations are without an estimate ({names}) and "
         "count as their memory traffic",
     )
 
 
-def _unknown(played: Played) -> tuple[str, ...]:
+def _describe_gaps(played: Simulated) -> tuple[str, ...]:
     if not played.estimated:
         return ("the compiler gives no estimates: only traffic with the memory counts",)
     if not played.kernels:
         return ()
-    kernels, names = count(sum(played.kernels.values()), "kernel"), _named(played.kernels)
+    kernels, names = count(sum(played.kernels.values()), "kernel"), _format_counts(played.kernels)
     return (f"{kernels} without an estimate ({names}): only their memory traffic counts",)
 
 
-def _named(numbers: Mapping[str, int]) -> str:
+def _format_counts(numbers: Mapping[str, int]) -> str:
     """Returns `sort, gather_fusion ×2`, the first few."""
     texts = [name if n == 1 else f"{name} ×{n}" for name, n in numbers.items()]
     return ", ".join([*texts[:4], *(["…"] if len(texts) > 4 else [])])
 
 
-def _roofline(
+def _model_roofline(
     module: Module, ledger: Ledger, links: Links, flops: Flops | None, products: float | None
 ) -> dict[str, Any]:
-    traffic, loops = moved(module, Loops(module))
+    traffic, loops = step_traffic(module, TripCounts(module))
     memory = traffic / links.chip.memory_bandwidth
     found: dict[tuple[str, str, str, tuple[str, ...]], float] = {}
     if flops and products is not None:
@@ -248,7 +239,7 @@ def _roofline(
         times = (1 if row.trips is None else row.trips) * row.taken
         found[key] = found.get(key, 0.0) + links.seconds(row) * times
     segments = tuple(Segment(*key, seconds, seconds) for key, seconds in found.items())
-    wire, compute = _by_axes(segments), products or 0.0
+    wire, compute = _seconds_by_axes(segments), products or 0.0
     exposed = sum(wire.values())
     problems = [f"loop {name} runs an unknown number of times; counted once" for name in loops]
     problems += [] if flops else ["FLOPs are not known"]
@@ -266,7 +257,7 @@ def _roofline(
     }
 
 
-def _by_axes(segments: Iterable[Segment]) -> dict[str, float]:
+def _seconds_by_axes(segments: Iterable[Segment]) -> dict[str, float]:
     found: dict[str, float] = {}
     for one in segments:
         if one.kind == "communication":

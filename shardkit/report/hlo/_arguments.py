@@ -1,6 +1,6 @@
 """Which argument of the program an array is another form of: copied, cast, transposed, gathered."""
 
-from ..hlo._hlo import Computation, Instruction, Module
+from ._hlo import Computation, Instruction, Module
 
 _FORMS = frozenset(
     """copy copy-start copy-done bitcast convert transpose reshape opt-barrier
@@ -10,11 +10,11 @@ _GATHERS = frozenset("all-gather all-gather-start all-gather-done".split())
 _INSIDE = _FORMS | {"parameter", "constant", "tuple"}
 
 
-class Computed(Exception):
+class ComputedError(Exception):
     """An array holds something else than an argument does."""
 
 
-def argument_of(module: Module, here: Computation, name: str) -> int | None:
+def find_argument(module: Module, here: Computation, name: str) -> int | None:
     """The argument of the program that an array is another form of.
 
     Args:
@@ -38,8 +38,8 @@ def argument_of(module: Module, here: Computation, name: str) -> int | None:
         several = len(arrays) != 1
         if several and one.opcode in ("tuple", "fusion", *_GATHERS):
             return None
-        if several or not _keeps(module, one):
-            raise Computed
+        if several or not _keeps_values(module, one):
+            raise ComputedError
         one = here.instructions.get(arrays[0])
     return None
 
@@ -49,7 +49,7 @@ def _is_constant(here: Computation, name: str) -> bool:
     return one is not None and one.opcode == "constant"
 
 
-def _keeps(module: Module, one: Instruction) -> bool:
+def _keeps_values(module: Module, one: Instruction) -> bool:
     """Whether an instruction with one operand only changes its form."""
     if one.opcode != "fusion":
         return one.opcode in _FORMS | _GATHERS
