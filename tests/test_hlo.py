@@ -133,7 +133,7 @@ def test_meshes_with_their_own_device_order():
     assert read_groups("{}", 4)[0].tolist() == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="unknown form: 'sparse"):
         read_groups("sparse<0,1>", 2)
-    with pytest.raises(ValueError, match="device 9 lies outside of mesh"):
+    with pytest.raises(ValueError, match="device 9 is outside of mesh"):
         span_of_groups([np.array([0, 9])], MESH)
 
 
@@ -261,5 +261,5 @@ def test_what_cannot_be_read_is_a_problem_and_no_crash(rest, problem):
 def test_a_program_for_another_mesh_or_without_its_first_line_is_told():
     whole = "  ROOT %y = f32[4] all-reduce(%x), replica_groups={}, channel_id=1\n}\n"
     assert not damaged(whole)
-    assert damaged(whole, mesh=(("a", 4),)) == ("the program is one for 2 devices, the mesh has 4",)
+    assert damaged(whole, mesh=(("a", 4),)) == ("the program is for 2 devices, the mesh has 4",)
     assert "the text has no HloModule line" in damaged(whole, header="")

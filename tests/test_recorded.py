@@ -88,7 +88,7 @@ def test_every_collective_of_the_text_is_visited(name, texts):
     found, problems = find_collectives(module, Slices(MESHES[name], {}))
     assert problems == []
     unquoted = re.sub(r'"(?:[^"\\]|\\.)*"', '""', texts[name])
-    places = {place for one in found for place in one.places}
+    places = {place for one in found for place in one.locations}
     assert len(places) == len(SPELLED.findall(unquoted)) > 0
 
 

@@ -62,7 +62,7 @@ def test_without_the_slices_the_text_is_not_understood(text):
     ("old", "new", "problem"),
     [
         ("ALL_TO_ALL", "SHUFFLE", "send send.3: an unknown kind of collective"),
-        ("_xla_megascale_target", "_xla_goal", "it does not say which slices it goes between"),
+        ("_xla_megascale_target", "_xla_goal", "its slices are not in a known form"),
     ],
 )
 def test_what_cannot_be_read_makes_the_totals_lower_bounds(text, old, new, problem):

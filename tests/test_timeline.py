@@ -144,7 +144,7 @@ def test_an_operation_without_an_estimate_counts_as_its_traffic_and_is_named():
     timeline = played(text)
     traffic = 2 * 4 * PIECE / V5P.memory_bandwidth
     assert timeline.compute == pytest.approx(seconds(1000) + traffic)
-    assert "1 of 2 operations are without an estimate (tail)" in " ".join(timeline.assumptions)
+    assert "1 of 2 operations have no estimate (tail)" in " ".join(timeline.assumptions)
     kernel = f'  %splash.1 = {X} custom-call(%a), custom_call_target="tpu_custom_call"\n'
     timeline = played(main(work("a", "x", 1000), kernel))
     assert timeline.problems == (

@@ -258,8 +258,8 @@ def _replicated_optimizer_state(program: Program) -> Iterator[Finding]:
                 scope="",
                 axes=(axis,),
                 bytes=leaf.device_bytes(sizes) * (sizes[axis] - 1) // sizes[axis],
-                why=f"no dim of {leaf.leaf}, in shards of the other axes, is a multiple of "
-                f"{axis}={sizes[axis]}: all {sizes[axis]} devices hold and update the same state",
+                why=f"no dim of {leaf.leaf} is a multiple of {axis}={sizes[axis]} in shards of the "
+                f"other axes: all {sizes[axis]} devices hold and update the same state",
                 fix=f"sizes that divide, or another size of {axis!r}; a small leaf costs little",
             )
 

@@ -1,4 +1,4 @@
-"""Which argument of the program an array is another form of: copied, cast, transposed, gathered."""
+"""Traces an array back to the argument that it is a copy, cast, transpose or gather of."""
 
 from ._hlo import Computation, Instruction, Module
 
@@ -11,22 +11,22 @@ _INSIDE = _FORMS | {"parameter", "constant", "tuple"}
 
 
 class ComputedError(Exception):
-    """An array holds something else than an argument does."""
+    """An array is the result of arithmetic, not another form of an argument."""
 
 
 def find_argument(module: Module, here: Computation, name: str) -> int | None:
-    """The argument of the program that an array is another form of.
+    """Finds the argument of the program that an array is another form of.
 
     Args:
       module: the compiled program.
-      here: the computation that the array is made in.
-      name: of the instruction that makes it.
+      here: the computation of the array.
+      name: of the instruction that produces it.
 
     Returns:
-      The argument's number; None where the text does not tell, as for what a loop carries.
+      The argument's number; None if it is unknown, as for the state of a loop.
 
     Raises:
-      Computed: it is a result of arithmetic.
+      Computed: the array is a result of arithmetic.
     """
     one = here.instructions.get(name)
     while one is not None:
@@ -50,7 +50,7 @@ def _is_constant(here: Computation, name: str) -> bool:
 
 
 def _keeps_values(module: Module, one: Instruction) -> bool:
-    """Whether an instruction with one operand only changes its form."""
+    """Whether an instruction with one operand changes its form alone, not its values."""
     if one.opcode != "fusion":
         return one.opcode in _FORMS | _GATHERS
     inner = [

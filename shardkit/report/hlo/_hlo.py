@@ -1,10 +1,10 @@
 """Reads the text of a compiled XLA program: computations, instructions, and who calls whom.
 
-The text is meant for people and has traps: an instruction may span lines (kernel metadata holds
-newlines), a line such as `}}, metadata={…` then looks like the end of a computation, operands
-may or may not repeat their types, and layouts hold brackets of their own. So instructions are
-read to the point where their brackets and quotes close, and whatever could not be read is kept
-in `Module.problems`: a reader that loses text silently loses bytes silently.
+The text is meant for people and has traps: an instruction can span several lines (kernel metadata
+has newlines), so that a line such as `}}, metadata={…` looks like the end of a computation;
+operands may repeat their types; layouts have brackets too. So an instruction is read up to the
+point where all its brackets and quotes close, and what cannot be read is listed in
+`Module.problems`: a reader that loses text silently also loses bytes silently.
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|"|[(){}\[\],]', re.DOTALL)
 _BITS = {"pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "f4e2m1fn": 4, "token": 0, "opaque": 0}
 _DTYPE = re.compile(r"(?:[su](8|16|32|64)|f(16|32|64)|bf(16)|c(64|128)|f(4|8)e\dm\d\w*)$")
 _CALLS = ("calls", "to_apply", "body", "condition", "true_computation", "false_computation")
-_LITERAL = frozenset({"constant", "parameter"})  # these print values between their parentheses
+_LITERAL = frozenset({"constant", "parameter"})  # a value in their parentheses, no operands
 _CALL_LISTS = ("branch_computations", "called_computations", "async_execution_thread_calls")
 
 
 def dtype_bits(dtype: str) -> int:
-    """Bits of one element of an XLA dtype; 0 for one that is not known.
+    """Bits of one element of an XLA dtype; 0 for an unknown one.
 
     >>> dtype_bits("bf16"), dtype_bits("pred"), dtype_bits("f8e4m3fn"), dtype_bits("c64")
     (16, 8, 8, 64)
@@ -47,7 +47,7 @@ class Shape:
 
     @property
     def known(self) -> bool:
-        """The element type is one whose size is known."""
+        """The size of the element type is known."""
         return self.dtype in _BITS or bool(dtype_bits(self.dtype))
 
     @property
@@ -68,12 +68,12 @@ class Instruction:
       name: without the `%`.
       opcode: `all-reduce`, `fusion`, `while` …
       shapes: result arrays; a tuple is flattened.
-      type: text of the result's type, with its tuples and layouts.
+      type: text of the result's type, with tuples and layouts.
       operands: names of its operands.
       arguments: text between its parentheses: the value of a `constant`, the number of a
         `parameter`.
-      rest: text of its attributes, unread; see `attrs`.
-      root: it is the result of its computation.
+      rest: text of its attributes, not parsed; see `attrs`.
+      root: its value is the result of the computation.
     """
 
     name: str
@@ -88,36 +88,36 @@ class Instruction:
     @functools.cached_property
     def attrs(self) -> dict[str, str]:
         """Attributes by name, each as its text."""
-        found: dict[str, str] = {}
+        attrs: dict[str, str] = {}
         last = ""
         for piece in split_commas(self.rest):
             key, equals, value = piece.partition("=")
-            if not equals or key.strip() == "device_ids":  # goes on with a mesh's replica groups
-                found[last] = found.get(last, "") + ", " + piece.strip()
+            if not equals or key.strip() == "device_ids":  # belongs to a mesh's replica groups
+                attrs[last] = attrs.get(last, "") + ", " + piece.strip()
                 continue
             last = key.strip()
-            found[last] = value
-        return found
+            attrs[last] = value
+        return attrs
 
     @property
     def op_name(self) -> str:
-        """The path of JAX scopes and transformations that this instruction came from."""
+        """The path of JAX scopes and transformations that this instruction comes from."""
         match = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attrs.get("metadata", ""))
         return match.group(1) if match else ""
 
     @functools.cached_property
     def calls(self) -> tuple[tuple[str, str], ...]:
-        """Pairs (attribute, name of the computation it names)."""
+        """Pairs (attribute, name of the computation that it calls)."""
         if "=" not in self.rest:
             return ()
-        found = []
+        calls = []
         for key in _CALLS:
             if f"{key}=" in self.rest and key in self.attrs:
-                found += [(key, self.attrs[key].strip().lstrip("%"))]
+                calls += [(key, self.attrs[key].strip().lstrip("%"))]
         for key in _CALL_LISTS:
             if f"{key}=" in self.rest and key in self.attrs:
-                found += [(key, name) for name in _NAME.findall(self.attrs[key])]
-        return tuple(found)
+                calls += [(key, name) for name in _NAME.findall(self.attrs[key])]
+        return tuple(calls)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +153,7 @@ class Module:
       header: the `HloModule` line.
       computations: by name.
       entry: name of the computation that runs first; "" if the text has none.
-      problems: what of the text could not be read.
+      problems: parts of the text that could not be read.
     """
 
     header: str
@@ -163,7 +163,7 @@ class Module:
 
     @property
     def scheduled(self) -> bool:
-        """The order of instructions is the order they run in."""
+        """Instructions are printed in the order in which they run."""
         return "is_scheduled=true" in self.header
 
     @property
@@ -174,7 +174,7 @@ class Module:
 
 
 def aliased_parameters(text: str) -> frozenset[int]:
-    """Numbers of the entry parameters whose buffer an output reuses.
+    """Numbers of the entry parameters whose buffers outputs reuse.
 
     >>> sorted(aliased("HloModule m, input_output_alias={ {0}: (2, {}, may-alias) }, x={}"))
     [2]
@@ -225,7 +225,7 @@ def parse(text: str) -> Module:
 
 
 def _find_gaps(computation: Computation) -> Iterator[str]:
-    """Says which lines of a computation are missing, as what is left of it shows."""
+    """Reports missing lines of a computation: its root, or operands without an instruction."""
     where, known = f"computation {computation.name}", computation.instructions
     if computation.root is None:
         yield f"{where} has no ROOT"
@@ -236,7 +236,7 @@ def _find_gaps(computation: Computation) -> Iterator[str]:
 
 
 def _logical_lines(text: str, problems: list[str]) -> Iterator[str]:
-    """Yields lines, with the lines of one instruction or header joined."""
+    """Yields lines; those of one instruction or header are joined."""
     pending = ""
     for line in text.split("\n"):
         whole = f"{pending}\n{line}" if pending else line
@@ -269,7 +269,7 @@ def _is_closed(text: str) -> bool:
 
 
 def _closing_index(text: str, start: int) -> int:
-    """Index just behind the bracket that closes the one at `start`; -1 if none does."""
+    """Index after the bracket that closes the one at `start`; -1 if none does."""
     depth = 0
     for match in _TOKEN.finditer(text, start):
         token = match.group()
@@ -283,7 +283,7 @@ def _closing_index(text: str, start: int) -> int:
 
 
 def split_commas(text: str) -> list[str]:
-    """Splits at the commas that stand outside of brackets and quotes."""
+    """Splits at the commas outside of brackets and quotes."""
     pieces, depth, start = [], 0, 0
     for match in _TOKEN.finditer(text):
         token = match.group()
@@ -298,7 +298,7 @@ def split_commas(text: str) -> list[str]:
 
 
 def _parse_instruction(line: str) -> Instruction | None:
-    """Reads one instruction; None if the text is none."""
+    """Reads one instruction; None if the line is something else."""
     start = _START.match(line)
     if start is None:
         return None
@@ -324,7 +324,7 @@ def _parse_instruction(line: str) -> Instruction | None:
 
 
 def _operand_name(piece: str) -> str:
-    """Name of an operand, which may be printed with its type before it."""
+    """Name of an operand, which may be printed with its type in front."""
     return piece.split()[-1].rpartition("*/")[2].lstrip("%")
 
 

@@ -1,8 +1,10 @@
-"""How often a loop of a compiled program runs.
+"""Trip counts of the loops of a compiled program.
 
-CPU and GPU programs print `known_trip_count`. TPU programs do not: there the count follows from
-the loop's condition (`i < 12`), the first value of `i`, and the step by which the body moves it
-(windowed einsum moves by 2), each of which may hide behind fusions, copies and tuples.
+CPU and GPU programs print `known_trip_count`. In TPU programs the count follows from the loop's
+condition (`i < 12`), the initial value of `i`, and the step that the body adds (2 for a windowed
+einsum), each of which can be behind fusions, copies and tuples:
+
+    state (i, x) = (0, x0);  condition i < 7;  body (i + 2, f(x))   →  4 trips: i = 0, 2, 4, 6
 """
 
 import dataclasses
@@ -19,7 +21,11 @@ _MIRROR = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE", "NE": "NE", "EQ": "EQ
 
 @dataclasses.dataclass(frozen=True)
 class _Affine:
-    """A scalar: `offset`, plus element `slot` of a loop's state unless `slot` is None."""
+    """A scalar: `offset`, plus element `slot` of a loop's state unless `slot` is None.
+
+    With a state (i, n): `i + 2` is `_Affine(0, 2)`, `n` is `_Affine(1, 0)`, and the constant 12 is
+    `_Affine(None, 12)`.
+    """
 
     slot: int | None
     offset: int
@@ -37,7 +43,7 @@ class TripCounts:
                     self._callers.setdefault(callee, []).append((computation, instruction))
 
     def trips(self, computation: str, loop: str) -> int | None:
-        """Number of times a `while` runs its body; None if the text does not tell."""
+        """Number of times that a `while` runs its body; None if unknown."""
         here = self._module.computations[computation]
         instruction = here.instructions[loop]
         if known := _KNOWN.search(instruction.rest):
@@ -56,7 +62,7 @@ class TripCounts:
         )
 
     def _find_compare(self, condition: Computation) -> tuple[Computation, Instruction] | None:
-        """The `compare` that a condition returns, through fusions and copies."""
+        """The `compare` whose result a condition returns, through fusions and copies."""
         where, result = condition, condition.root
         while result is not None and result.opcode != "compare":
             if result.opcode in _SAME:
@@ -91,7 +97,7 @@ class TripCounts:
         return _count_steps(start, bound, moved.offset, direction)
 
     def _initial_value(self, here: Computation, loop: Instruction, value: _Affine) -> int | None:
-        """What a value of the condition is before the first trip."""
+        """Value of a condition's scalar before the first trip."""
         if value.slot is None:
             return value.offset
         state = here.instructions.get(loop.operands[0])
@@ -99,7 +105,7 @@ class TripCounts:
         return first.offset + value.offset if first is not None and first.slot is None else None
 
     def _is_invariant(self, loop: Instruction, slot: int) -> bool:
-        """Whether a loop hands element `slot` of its state on unchanged."""
+        """Whether a loop leaves element `slot` of its state unchanged."""
         body = self._module.computations.get(dict(loop.calls).get("body", ""))
         if body is None:
             return False

@@ -1,8 +1,8 @@
-"""`Timeline`: a modelled step time, and what of it is compute, communication and waiting.
+"""`Timeline`: a modelled step time, split into compute, communication and waiting.
 
-Nothing here is measured. For a TPU the compiler's own schedule is played: its estimated cycles,
-with each collective on the links that the hardware table gives. For other devices the compilers
-give no cycles; there a roofline has two ends, everything overlapped and nothing overlapped.
+Nothing here is measured. For a TPU the compiler's schedule is simulated: its estimated cycles,
+and each collective on the links of the hardware table. Other compilers estimate no cycles; there a
+roofline gives two bounds: all communication overlapped, and none.
 """
 
 import dataclasses
@@ -24,15 +24,15 @@ from ._traffic import step_traffic
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """One block of a timeline, for drawing; a loop's trips are added up.
+    """One block of a timeline, for drawing; the trips of a loop are summed.
 
     Attributes:
       phase: `forward`, `backward`, `recompute`, `update` or `other`.
       scope: the model's scope.
       kind: `"compute"` or `"communication"`.
       axes: mesh axes of communication.
-      seconds: how long it takes.
-      exposed: seconds of it that nothing hides.
+      seconds: its duration.
+      exposed: seconds of it that no compute hides.
     """
 
     phase: str
@@ -50,20 +50,20 @@ class Timeline:
     Attributes:
       label: `"modelled"`.
       chip: the chip of the hardware table.
-      source: `"schedule"`, the compiler's own with its estimated cycles, or `"roofline"`.
-      compute: seconds of compute: by estimated cycles, or of the products at peak.
+      source: `"schedule"` (the compiler's, with its estimated cycles) or `"roofline"`.
+      compute: seconds of compute: by estimated cycles, or of the products at peak FLOP/s.
       products: seconds of the products alone at the chip's peak; None without FLOPs.
-      memory: seconds of the traffic with the device's memory; None for a schedule, whose
-        estimates hold it.
+      memory: seconds of traffic with the device's memory; None for a schedule, whose estimates
+        include it.
       communication: mesh axes, joined by commas → seconds on the links, hidden or not.
-      exposed: seconds of communication that nothing hides; all of it for a roofline.
+      exposed: seconds of communication that no compute hides; all of it for a roofline.
       low: the shortest modelled step; the step itself for a schedule.
       high: the longest.
       mfu: model FLOPs ÷ (`high` × peak × devices); None without FLOPs.
       best_mfu: the same for `low`.
-      segments: blocks in the order in which they begin.
-      assumptions: what the model takes for granted.
-      problems: what it lacks; with any, the times are lower bounds.
+      segments: blocks in the order of their start.
+      assumptions: assumptions of the model.
+      problems: missing inputs; with any, the times are lower bounds.
     """
 
     chip: str
@@ -107,7 +107,7 @@ class Timeline:
         yield f"Time per step on {self.chip}, modelled from the schedule: {show(self.high)}{mfu}"
         yield (
             f"  compute {show(self.compute)} ({self._products()}), communication "
-            f"{show(sum(self.communication.values()))}, of which exposed {show(self.exposed)}"
+            f"{show(sum(self.communication.values()))}, {show(self.exposed)} of it exposed"
         )
         exposed = [f"{axes} {show(s)}" for axes, s in self.exposed_by_axes().items() if s]
         if exposed:
@@ -140,10 +140,10 @@ def model_time(
       program: the compiled step.
       ledger: its collectives.
       flops: its FLOPs, if they are known.
-      chip: of the hardware table, by name, or another; by default that of the program's device.
+      chip: a name in the hardware table, or a chip; by default that of the program's device.
 
     Returns:
-      The timeline; None for devices of which nothing is known, as simulated ones.
+      The timeline; None for devices outside of the hardware table, such as simulated ones.
 
     Raises:
       ReportError: the hardware table has no such chip, or the program cannot be read.
@@ -176,7 +176,7 @@ def model_time(
 
 
 def _peak_rate(chip: Chip, dtype: str | None) -> tuple[float, str]:
-    """FLOP/s of products of a dtype, and how to say it."""
+    """Peak FLOP/s for a dtype, and its description."""
     name = dtype if dtype and dtype in chip.flops else "bf16"
     rate = chip.flops[name]
     return rate, f"products at {rate / 1e12:.4g} TFLOP/s, the peak for {name}"
@@ -184,38 +184,41 @@ def _peak_rate(chip: Chip, dtype: str | None) -> tuple[float, str]:
 
 def _model_schedule(module: Module, ledger: Ledger, links: Links) -> dict[str, Any]:
     schedule = ScheduleSimulator(module, ledger, links)
-    played = schedule.simulate()
-    segments = [Segment(*key, *times) for key, times in played.parts.items()]
+    simulated = schedule.simulate()
+    segments = [Segment(*key, *times) for key, times in simulated.parts.items()]
     return {
         "source": "schedule",
         "compute": sum(s.seconds for s in segments if s.kind == "compute"),
         "memory": None,
         "communication": _seconds_by_axes(segments),
         "exposed": sum(s.exposed for s in segments if s.kind == "communication"),
-        "low": played.seconds,
-        "high": played.seconds,
+        "low": simulated.seconds,
+        "high": simulated.seconds,
         "segments": tuple(segments),
-        "assumptions": _describe_guesses(played),
-        "problems": (*schedule.problems, *_describe_gaps(played)),
+        "assumptions": _describe_guesses(simulated),
+        "problems": (*schedule.problems, *_describe_gaps(simulated)),
     }
 
 
-def _describe_guesses(played: Simulated) -> tuple[str, ...]:
-    if not played.guessed:
+def _describe_guesses(simulated: Simulated) -> tuple[str, ...]:
+    if not simulated.guessed:
         return ()
-    number, names = sum(played.guessed.values()), _format_counts(played.guessed)
+    guessed, names = sum(simulated.guessed.values()), _format_counts(simulated.guessed)
     return (
-        f"{number} of {number + played.estimated} operations are without an estimate ({names}) and "
+        f"{guessed} of {guessed + simulated.estimated} operations have no estimate ({names}) and "
         "count as their memory traffic",
     )
 
 
-def _describe_gaps(played: Simulated) -> tuple[str, ...]:
-    if not played.estimated:
-        return ("the compiler gives no estimates: only traffic with the memory counts",)
-    if not played.kernels:
+def _describe_gaps(simulated: Simulated) -> tuple[str, ...]:
+    if not simulated.estimated:
+        return ("the compiler has no estimates: only traffic with the memory counts",)
+    if not simulated.kernels:
         return ()
-    kernels, names = count(sum(played.kernels.values()), "kernel"), _format_counts(played.kernels)
+    kernels, names = (
+        count(sum(simulated.kernels.values()), "kernel"),
+        _format_counts(simulated.kernels),
+    )
     return (f"{kernels} without an estimate ({names}): only their memory traffic counts",)
 
 

@@ -1,7 +1,7 @@
 """Bytes of device memory that a compiled program reads and writes, for rooflines.
 
-Every instruction of a schedule reads its operands and writes its results once; a fusion keeps
-what is between in registers. Reading a slice of an array, or writing one, moves the slice.
+Every instruction of a schedule reads its operands and writes its results once; values inside a
+fusion stay in registers. Reading or writing a slice of an array moves the bytes of the slice.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from ..communication._collectives import collective_kind
 from ..hlo._hlo import Computation, Instruction, Module
 from ..hlo._trips import TripCounts
 
-# These name, group or bound values; none of them moves one.
+# These name or group values, or call; none of them moves bytes itself.
 _FREE = frozenset(
     """parameter constant tuple get-tuple-element bitcast while conditional call after-all
     partition-id replica-id opt-barrier domain add-dependency async-start async-update
@@ -21,7 +21,7 @@ _UPDATE = "dynamic-update-slice"
 
 
 def step_traffic(module: Module, loops: TripCounts) -> tuple[int, tuple[str, ...]]:
-    """Bytes that one step reads and writes, and the loops of unknown length, counted once."""
+    """Bytes that a step reads and writes, and the loops of unknown length, which count once."""
     unknown: list[str] = []
     total = sum(
         times * instruction_traffic(module, here, instruction)
@@ -35,7 +35,7 @@ def step_traffic(module: Module, loops: TripCounts) -> tuple[int, tuple[str, ...
 def instruction_traffic(module: Module, here: Computation, instruction: Instruction) -> int:
     """Bytes that one execution of an instruction reads and writes; 0 for a collective.
 
-    A loop, branch or call moves nothing itself: what it runs does.
+    A loop, branch or call counts 0; the instructions that it runs count.
     """
     op = instruction.opcode
     if op in _FREE or op.endswith("-done") or collective_kind(instruction):
@@ -56,7 +56,7 @@ def instruction_traffic(module: Module, here: Computation, instruction: Instruct
 def _executed_instructions(
     module: Module, loops: TripCounts, name: str, times: int, unknown: list[str]
 ) -> Iterator[tuple[Computation, Instruction, int]]:
-    """Every instruction that runs on its own, and how often per step; all branches count."""
+    """Every instruction outside of fusions, with its executions per step; all branches count."""
     here = module.computations[name]
     for instruction in here.instructions.values():
         yield here, instruction, times
@@ -87,7 +87,7 @@ def _fusion_traffic(module: Module, here: Computation, fusion: Instruction) -> i
 
 
 def _value_users(inner: Computation, name: str) -> Iterator[tuple[Instruction, str]]:
-    """Instructions that read a value, and the name by which they do; bitcasts are seen through."""
+    """(instruction, operand name) of those that read a value, directly or through bitcasts."""
     for instruction in inner.instructions.values():
         if name in instruction.operands:
             if instruction.opcode == "bitcast":
@@ -97,7 +97,7 @@ def _value_users(inner: Computation, name: str) -> Iterator[tuple[Instruction, s
 
 
 def _touches_slice(user: Instruction, name: str) -> bool:
-    """Whether an instruction touches only a slice of an operand."""
+    """Whether an instruction reads or writes only a slice of an operand."""
     return user.opcode in _SLICES | {_UPDATE} and user.operands[0] == name
 
 
