@@ -99,7 +99,14 @@ def test_rows_are_sorted_by_what_changed_most(data, tensor):
 
 
 def test_findings_come_and_go_whatever_their_bytes(data):
-    finding = Finding("replicated", "params/w", "", ("data",), 64, "all 8 hold it", "split it")
+    finding = Finding(
+        "replicated",
+        leaf="params/w",
+        axes=("data",),
+        bytes=64,
+        why="all 8 hold it",
+        fix="split it",
+    )
     one = dataclasses.replace(data, findings=(finding,))
     larger = dataclasses.replace(data, findings=(dataclasses.replace(finding, bytes=128),))
     assert compare(data, one).new == compare(one, data).gone == (finding,)

@@ -44,7 +44,14 @@ def report(rows=None, **changes):
         "params", "up", (8, 32), "f32", ("embed", "mlp"), ((), ("tensor",)), (8, 8), 256, False
     )
     copied = LeafLayout("params", EVIL, (8, 4), "f32", None, ((), ()), (8, 4), 128, False)
-    finding = Finding("replicated", f"params/{EVIL}", "", ("data",), 128, f"why {EVIL}", "fix()")
+    finding = Finding(
+        "replicated",
+        leaf=f"params/{EVIL}",
+        axes=("data",),
+        bytes=128,
+        why=f"why {EVIL}",
+        fix="fix()",
+    )
     plain = {
         "mesh": mesh, "platform": "cpu", "device_kind": "cpu", "ledger": Ledger(tuple(rows), mesh),
         "memory": Memory(384, 768, 0, 64, 12, 0, 4, 2048, 3280, None),

@@ -119,7 +119,7 @@ def check(report: ReportData, budget: Budget) -> None:
     if not isinstance(budget, Budget):
         what = f"report.check takes a Budget, not a {type(budget).__name__}."
         raise ReportError(f"{what}\nFix: report.check(sk.Budget(memory_bytes=16 * 2**30))")
-    problems = [problem for part in _PARTS for problem in part(report, budget)]
+    problems = [problem for find in _CHECKS for problem in find(report, budget)]
     over = count(len(problems), "budget")
     raise_all(
         BudgetError,
@@ -129,67 +129,49 @@ def check(report: ReportData, budget: Budget) -> None:
 
 
 def _check_replicated(report: ReportData, budget: Budget) -> Iterator[Problem]:
-    found = [finding for finding in report.findings if finding.kind == "replicated"]
+    findings = [finding for finding in report.findings if finding.kind == "replicated"]
     yield from _check_at_most(
         "replicated_bytes",
         budget.replicated_bytes,
-        sum(finding.bytes for finding in found),
-        [f"{finding.leaf} {format_bytes(finding.bytes)}" for finding in found],
-        found[0].fix if found else "",
-        format_bytes,
+        sum(finding.bytes for finding in findings),
+        responsible=[f"{finding.leaf} {format_bytes(finding.bytes)}" for finding in findings],
+        fix=findings[0].fix if findings else "",
+        show=format_bytes,
     )
 
 
 def _check_reductions(report: ReportData, budget: Budget) -> Iterator[Problem]:
-    for axis, most in budget.reductions_per_step.items():
+    for axis, limit in budget.reductions_per_step.items():
+        subject = f"reductions_per_step[{axis!r}]"
         if axis not in report.reductions:
-            why = f"at most {most}, but the batch is not split over it"
-            yield Problem(f"reductions_per_step[{axis!r}]", why, f"budget {_batch_axes(report)}")
+            axes = " or ".join(map(repr, report.reductions)) or "no axis"
+            why = f"at most {limit}, but the batch is not split over it"
+            yield Problem(subject, why, f"budget {axes}")
             continue
-        found = report.reductions[axis]
+        times = report.reductions[axis]
         rows = [row for kind in REDUCING for row in report.ledger.where(axis, kind)]
         yield from _check_at_most(
-            f"reductions_per_step[{axis!r}]",
-            most if found > most + _SLACK else None,
-            found,
-            _describe_rows(rows),
-            'sk.Accumulate(k, reduce="end")',
-            lambda number: f"{number:.4g}",
+            subject,
+            limit if times > limit + _SLACK else None,
+            times,
+            responsible=_describe_rows(rows),
+            fix='sk.Accumulate(k, reduce="end")',
+            show="{:.4g}".format,
         )
-        yield from _check_complete(report, f"reductions_per_step[{axis!r}]")
-
-
-def _batch_axes(report: ReportData) -> str:
-    return " or ".join(map(repr, report.reductions)) or "no axis"
-
-
-def _check_remats(report: ReportData, budget: Budget) -> Iterator[Problem]:
-    if budget.involuntary_remat is None:
-        return
-    if not report.messages_complete:
-        yield _unknown_messages("involuntary_remat")
-        return
-    found = [finding for finding in report.findings if finding.kind == "involuntary_remat"]
-    lines = [f"{finding.scope or 'the step'}: {finding.why}" for finding in found]
-    fix = found[0].fix if found else ""
-    yield from _check_at_most("involuntary_remat", budget.involuntary_remat, len(found), lines, fix)
-
-
-def _check_wire(report: ReportData, budget: Budget) -> Iterator[Problem]:
-    for key, most in budget.wire_bytes.items():
-        rows = _select_rows(report, key)
-        total = sum(row.wire_bytes for row in rows)
-        subject = f"wire_bytes[{key!r}]"
-        yield from _check_at_most(subject, most, total, _describe_rows(rows), "", format_bytes)
         yield from _check_complete(report, subject)
 
 
-def _check_collectives(report: ReportData, budget: Budget) -> Iterator[Problem]:
-    for key, most in budget.collectives.items():
-        rows = _select_rows(report, key)
-        total = sum(1 if row.trips is None else row.trips for row in rows)
-        yield from _check_at_most(f"collectives[{key!r}]", most, total, _describe_rows(rows))
-        yield from _check_complete(report, f"collectives[{key!r}]")
+def _check_rows(report: ReportData, budget: Budget) -> Iterator[Problem]:
+    for key, limit in budget.wire_bytes.items():
+        rows, subject = _select_rows(report, key), f"wire_bytes[{key!r}]"
+        total, lines = sum(row.wire_bytes for row in rows), _describe_rows(rows)
+        yield from _check_at_most(subject, limit, total, responsible=lines, show=format_bytes)
+        yield from _check_complete(report, subject)
+    for key, limit in budget.collectives.items():
+        rows, subject = _select_rows(report, key), f"collectives[{key!r}]"
+        total = sum(row.counted_trips for row in rows)
+        yield from _check_at_most(subject, limit, total, responsible=_describe_rows(rows))
+        yield from _check_complete(report, subject)
 
 
 def _check_memory(report: ReportData, budget: Budget) -> Iterator[Problem]:
@@ -200,38 +182,43 @@ def _check_memory(report: ReportData, budget: Budget) -> Iterator[Problem]:
         why = "the compiler does not report the peak"
         yield Problem("memory_bytes", why, "leave memory_bytes out for this target")
         return
-    parts = {name: getattr(memory, name) for name in ("params", "opt_state", "batch", "temp")}
-    lines = [f"{name} {format_bytes(size or 0)}" for name, size in parts.items()]
-    fix = "shard a class over more axes, accumulate, or use a remat policy"
+    classes = {name: getattr(memory, name) for name in ("params", "opt_state", "batch", "temp")}
     yield from _check_at_most(
-        "memory_bytes", budget.memory_bytes, memory.total, lines, fix, format_bytes
+        "memory_bytes",
+        budget.memory_bytes,
+        memory.total,
+        responsible=[f"{name} {format_bytes(size or 0)}" for name, size in classes.items()],
+        fix="shard a class over more axes, accumulate, or use a remat policy",
+        show=format_bytes,
     )
 
 
 def _check_compiles(report: ReportData, budget: Budget) -> Iterator[Problem]:
     fix = "keep shapes, dtypes and shardings of state and batch the same"
-    yield from _check_at_most("compiles", budget.compiles, report.compiles, [], fix)
+    yield from _check_at_most("compiles", budget.compiles, report.compiles, fix=fix)
 
 
 def _check_findings(report: ReportData, budget: Budget) -> Iterator[Problem]:
-    for kind, most in budget.findings.items():
+    limits = {f"findings[{kind!r}]": (kind, limit) for kind, limit in budget.findings.items()}
+    if budget.involuntary_remat is not None:
+        limits["involuntary_remat"] = ("involuntary_remat", budget.involuntary_remat)
+    for subject, (kind, limit) in limits.items():
         if kind not in FINDINGS:
             raise ReportError(f"There is no finding {kind!r}.{did_you_mean(kind, FINDINGS)}")
-        found = [finding for finding in report.findings if finding.kind == kind]
-        fix, subject = found[0].fix if found else "", f"findings[{kind!r}]"
-        yield from _check_at_most(subject, most, len(found), [str(f) for f in found], fix)
+        findings = [finding for finding in report.findings if finding.kind == kind]
+        fix, lines = findings[0].fix if findings else "", list(map(str, findings))
+        yield from _check_at_most(subject, limit, len(findings), responsible=lines, fix=fix)
         if kind in FROM_MESSAGES and not report.messages_complete:
-            yield _unknown_messages(subject)
+            why = "unknown: the program came from the compilation cache, without messages"
+            yield Problem(subject, why, "compile with the persistent cache off")
         if kind in FROM_LEDGER:
             yield from _check_complete(report, subject)
 
 
-_PARTS = (
+_CHECKS = (
     _check_replicated,
     _check_reductions,
-    _check_remats,
-    _check_wire,
-    _check_collectives,
+    _check_rows,
     _check_memory,
     _check_compiles,
     _check_findings,
@@ -268,11 +255,6 @@ def _check_complete(report: ReportData, subject: str) -> Iterator[Problem]:
     if not report.ledger.complete:
         first = report.ledger.problems[0]
         yield Problem(subject, f"unknown, since the ledger is incomplete: {first}", "")
-
-
-def _unknown_messages(subject: str) -> Problem:
-    why = "unknown: the program came from the compilation cache, without the compiler's messages"
-    return Problem(subject, why, "compile with the persistent cache off")
 
 
 def _describe_rows(rows: Sequence[LedgerRow]) -> list[str]:

@@ -247,7 +247,7 @@ def _group_rows(ledger: Ledger) -> dict[str, tuple[int, int]]:
         axes = ", ".join(row.axes) or "no axis"
         name = f"{row.kind} of {row.dtype} over {axes}{where} ({row.phase})"
         sent, times = groups.get(name, (0, 0))
-        groups[name] = (sent + row.wire_bytes, times + (1 if row.trips is None else row.trips))
+        groups[name] = (sent + row.wire_bytes, times + row.counted_trips)
     return groups
 
 

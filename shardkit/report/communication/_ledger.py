@@ -78,9 +78,14 @@ class LedgerRow:
     taken: float = 1.0
 
     @property
+    def counted_trips(self) -> int:
+        """`trips`; 1 if unknown."""
+        return 1 if self.trips is None else self.trips
+
+    @property
     def runs(self) -> float:
         """Executions per step, mean over devices; an unknown number of trips counts as one."""
-        return (1 if self.trips is None else self.trips) * self.taken
+        return self.counted_trips * self.taken
 
     def __str__(self) -> str:
         """Returns `all-reduce over data of f32 1.00 KiB ×3 in mlp (backward)`."""

@@ -39,7 +39,7 @@ def gradient_reductions(
         # the axis is not split within a slice (`whole`).
         if row.kind not in REDUCING or (row.dcn and not row.whole):
             continue
-        trips = 1 if row.trips is None else row.trips
+        trips = row.counted_trips
         scale = trips / _shard_count(splitting & set(row.axes), axis, sizes)
         arrays = [
             count * scale

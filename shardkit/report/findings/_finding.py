@@ -23,10 +23,11 @@ class Finding:
     """
 
     kind: str
-    leaf: str
-    scope: str
-    axes: tuple[str, ...]
-    bytes: int
+    _: dataclasses.KW_ONLY
+    leaf: str = ""
+    scope: str = ""
+    axes: tuple[str, ...] = ()
+    bytes: int = 0
     why: str
     fix: str
 

@@ -33,7 +33,6 @@ def _involuntary_remat(program: Program) -> Iterator[Finding]:
     for one in find_involuntary_remats(program.log, program.mesh):
         yield Finding(
             "involuntary_remat",
-            leaf="",
             scope=one.scope,
             axes=one.axes,
             bytes=one.nbytes,
@@ -68,8 +67,6 @@ def _unaliased_donation(program: Program) -> Iterator[Finding]:
             yield Finding(
                 "unaliased_donation",
                 leaf=leaf.name,
-                scope="",
-                axes=(),
                 bytes=leaf.device_bytes(program.sizes),
                 why=f"{leaf.leaf} is donated, but no output reuses its buffer",
                 fix="return it with the shape, dtype and spec of the argument",
@@ -81,9 +78,6 @@ def _second_compile(program: Program) -> Iterator[Finding]:
         yield Finding(
             "second_compile",
             leaf=program.retraced[0].partition(" ")[0] if program.retraced else "",
-            scope="",
-            axes=(),
-            bytes=0,
             why="; ".join([f"the step was compiled {program.compiles} times", *program.retraced]),
             fix='pad batches to one shape and dtype; compile_step(..., on_retrace="error") shows '
             "where another one comes from",
@@ -109,7 +103,6 @@ def _reduction_in_loop(program: Program) -> Iterator[Finding]:
             fix += "where it is used, sk.nn.constrain(w, ...) to the spec of its rule"
         yield Finding(
             "reduction_in_loop",
-            leaf="",
             scope=max(rows, key=lambda row: row.wire_bytes).scope,
             axes=(axis,),
             bytes=round(wire * (1 - 1 / times)),
@@ -135,7 +128,6 @@ def _unexplained_collective(program: Program) -> Iterator[Finding]:
     for (kind, axes, scope), rows in groups.items():
         yield Finding(
             "unexplained_collective",
-            leaf="",
             scope=scope,
             axes=axes,
             bytes=sum(row.wire_bytes for row in rows),
@@ -202,7 +194,6 @@ def _upcast_collective(program: Program) -> Iterator[Finding]:
             intended += "if wide sums of gradients are intended"
         yield Finding(
             "upcast_collective",
-            leaf="",
             scope=", ".join(dict.fromkeys(row.scope for row in rows if row.scope)),
             axes=axes,
             bytes=saving,
@@ -231,7 +222,6 @@ def _optimizer_collective(program: Program) -> Iterator[Finding]:
         names = ", ".join(axes)
         yield Finding(
             "optimizer_collective",
-            leaf="",
             scope="update",
             axes=axes,
             bytes=sum(row.wire_bytes for row in rows),
@@ -255,7 +245,6 @@ def _replicated_optimizer_state(program: Program) -> Iterator[Finding]:
             yield Finding(
                 "replicated_optimizer_state",
                 leaf=leaf.name,
-                scope="",
                 axes=(axis,),
                 bytes=leaf.device_bytes(sizes) * (sizes[axis] - 1) // sizes[axis],
                 why=f"no dim of {leaf.leaf} is a multiple of {axis}={sizes[axis]} in shards of the "
@@ -272,9 +261,7 @@ def _large_constants(program: Program) -> Iterator[Finding]:
             if one.opcode == "constant" and size >= _LARGE_CONSTANT:
                 yield Finding(
                     "large_constant",
-                    leaf="",
                     scope=scope_of(one.op_name),
-                    axes=(),
                     bytes=size,
                     why=f"{one.shapes[0]} is a constant of the program: every device holds it, in "
                     "full if a function closes over it, in addition to the memory table",
@@ -291,10 +278,7 @@ def _idle_axis(program: Program) -> Iterator[Finding]:
             continue
         yield Finding(
             "idle_axis",
-            leaf="",
-            scope="",
             axes=(axis,),
-            bytes=0,
             why=f"mesh axis {axis!r} splits no array: its {size} devices do the same work",
             fix=f"name {axis!r} in the batch, a rule or the strategy, or leave it out of the mesh",
         )
@@ -304,10 +288,6 @@ def _unused_rules(program: Program) -> Iterator[Finding]:
     for text in program.declared.rules:
         yield Finding(
             "unused_rule",
-            leaf="",
-            scope="",
-            axes=(),
-            bytes=0,
             why=text,
             fix="correct it, remove it, or move it before the rule that decides",
         )

@@ -30,7 +30,6 @@ def replicated_leaves(program: Program) -> Iterator[Finding]:
         yield Finding(
             "replicated",
             leaf=leaf.name,
-            scope="",
             axes=axes,
             bytes=leaf.device_bytes(program.sizes),
             why=f"all {math.prod(program.sizes.values())} devices hold the whole of "
@@ -92,7 +91,6 @@ def _replicated_finding(
     constraint = _constraint_of(largest.global_shape, axes, program)
     return Finding(
         "replicated_activation",
-        leaf="",
         scope=scope,
         axes=axes,
         bytes=sum(one.shape.nbytes for one in saved),
@@ -208,7 +206,6 @@ def spec_mismatches(program: Program) -> Iterator[Finding]:
         phases = ", ".join(f"{n} × {phase}" for phase, n in kinds.items())
         yield Finding(
             "spec_mismatch",
-            leaf="",
             scope=rows[0].scope,
             axes=axes,
             bytes=sum(row.wire_bytes for row in rows),
@@ -288,7 +285,6 @@ def resharding(program: Program) -> Iterator[Finding]:
         specs = _resharded_constraints(row, program)
         yield Finding(
             "resharding",
-            leaf="",
             scope=row.scope,
             axes=row.axes,
             bytes=row.wire_bytes,

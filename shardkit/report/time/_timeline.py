@@ -239,7 +239,7 @@ def _model_roofline(
             found[phase, scope, "compute", ()] = products * number / flops.total
     for row in ledger:
         key = (row.phase, row.scope, "communication", row.axes)
-        times = (1 if row.trips is None else row.trips) * row.taken
+        times = row.runs
         found[key] = found.get(key, 0.0) + links.seconds(row) * times
     segments = tuple(Segment(*key, seconds, seconds) for key, seconds in found.items())
     wire, compute = _seconds_by_axes(segments), products or 0.0
