@@ -261,7 +261,7 @@ def timeline(**changes):
 def test_a_schedule_shows_what_nothing_hides():
     text = shown(report(timeline=timeline()))
     assert "2.25 ms| on v5p, from the compiler's schedule: 2 ms of compute" in text
-    assert "250 µs of communication that nothing hides; MFU 40.0 %" in text
+    assert "250 µs of communication that no compute hides; MFU 40.0 %" in text
     assert "Communication over: data 1 ms (250 µs exposed)" in text
     assert f"assumed {EVIL}" in text
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
+from jax.extend.core import ClosedJaxpr
 from jax.sharding import PartitionSpec
 
 from .._core.tree import Leaf, join_path, nbytes, short_dtype
@@ -298,7 +299,7 @@ class Program:
     device_kind: str = ""
     leaves: tuple[PlacedLeaf, ...] = ()
     memory: CompiledBytes = CompiledBytes()
-    jaxpr: Any = None
+    jaxpr: ClosedJaxpr | None = None
     log: str = ""
     log_complete: bool = True
     compiles: int = 1

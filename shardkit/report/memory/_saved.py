@@ -12,9 +12,8 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
 
-from jax.extend.core import Literal, jaxprs_in_params
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxprs_in_params
 
 from ..hlo._arguments import ComputedError, find_argument
 from ..hlo._hlo import Computation, Instruction, Module, Shape
@@ -44,7 +43,7 @@ class SavedActivation:
 
 def find_saved_activations(
     module: Module,
-    jaxpr: Any,
+    jaxpr: ClosedJaxpr,
     mesh: Mapping[str, int],
     first: Sequence[str],
     parameters: Collection[int] = (),
@@ -159,9 +158,9 @@ def _forward_producers(here: Computation, name: str) -> Iterator[Instruction]:
         yield one
 
 
-def _traced_shapes(jaxpr: Any, path: str) -> Iterator[tuple[tuple[int, ...], str]]:
+def _traced_shapes(jaxpr: Jaxpr, path: str) -> Iterator[tuple[tuple[int, ...], str]]:
     """(global shape, scope) of values that forward equations write and backward ones read."""
-    scopes: dict[Any, str] = {}
+    scopes: dict[Var, str] = {}
     for eqn in jaxpr.eqns:
         stack = str(eqn.source_info.name_stack)
         here = f"{path}/{stack}" if path and stack else path or stack
@@ -169,7 +168,8 @@ def _traced_shapes(jaxpr: Any, path: str) -> Iterator[tuple[tuple[int, ...], str
         if phase in _BACKWARD:
             for value in eqn.invars:
                 if not isinstance(value, Literal) and value in scopes:
-                    yield value.aval.shape, scopes[value]
+                    aval: Any = value.aval
+                    yield aval.shape, scopes[value]
         elif phase == "forward":
             scopes |= {
                 value: _result_scope(eqn, number, here) for number, value in enumerate(eqn.outvars)
@@ -178,7 +178,7 @@ def _traced_shapes(jaxpr: Any, path: str) -> Iterator[tuple[tuple[int, ...], str
             yield from _traced_shapes(inner, here)
 
 
-def _result_scope(eqn: Any, number: int, path: str) -> str:
+def _result_scope(eqn: JaxprEqn, number: int, path: str) -> str:
     """Scope of one result of an equation; for a scan, of the body's equation that computes it."""
     if eqn.primitive.name == "scan":
         body = eqn.params["jaxpr"].jaxpr

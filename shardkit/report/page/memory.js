@@ -67,11 +67,11 @@ function at_peak(peak) {
   const { classes, compiler_bytes, problems } = peak;
   const share = compiler_bytes ? peak.bytes / compiler_bytes : null;
   const close = share !== null && Math.abs(share - 1) <= STATED && !problems.length;
-  const beside =
+  const agreement =
     share === null
       ? "the compiler reports no figure"
       : `${percent(peak.bytes, compiler_bytes)} of the compiler's ${bytes(compiler_bytes)}`;
-  const rough = close ? "" : "Rough: read the shares, not the sizes. ";
+  const rough = close ? "" : "Rough: trust the shares, not the sizes. ";
   const rows = Object.entries(classes)
     .filter(([, n]) => n)
     .map(([name, n]) =>
@@ -86,8 +86,8 @@ function at_peak(peak) {
     );
   const when = [peak.phase, peak.scope].filter(Boolean).join(", ");
   const text =
-    `At the peak (${when}) the schedule holds ${bytes(peak.bytes)} beside the arguments, ` +
-    `${beside}.`;
+    `At the peak (${when}) the schedule holds ${bytes(peak.bytes)} besides the arguments, ` +
+    `${agreement}.`;
   return el(
     "div",
     {},
@@ -102,7 +102,7 @@ function at_peak(peak) {
 function buffers({ largest, scopes }) {
   const size = { title: "bytes", value: (one) => one.bytes, number: true };
   size.show = (one) => bytes(one.bytes);
-  const made = table(
+  const rows = table(
     [
       size,
       { title: "class", value: (one) => one.kind },
@@ -113,9 +113,9 @@ function buffers({ largest, scopes }) {
     ],
     { caption: "Largest buffers at the peak", sort: size },
   );
-  made.fill(largest);
+  rows.fill(largest);
   const parts = Object.entries(scopes).map(([name, n]) => `${name || "(no scope)"} ${bytes(n)}`);
-  return el("div", {}, made.node, el("p", { class: "quiet" }, `By scope: ${parts.join("; ")}.`));
+  return el("div", {}, rows.node, el("p", { class: "quiet" }, `By scope: ${parts.join("; ")}.`));
 }
 
 function against_capacity(memory) {

@@ -10,9 +10,8 @@ import fractions
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any
 
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from ..._core.branch_counts import shares as branch_shares
 from ..._core.recomputation import share_again
@@ -51,7 +50,7 @@ class Flops:
         return not self.problems
 
 
-def count_flops(jaxpr: Any) -> Flops:
+def count_flops(jaxpr: ClosedJaxpr) -> Flops:
     """Counts the products of a closed jaxpr.
 
     >>> import jax, jax.numpy as jnp
@@ -82,7 +81,7 @@ def count_flops(jaxpr: Any) -> Flops:
 
 
 def _products(
-    jaxpr: Any, path: str, times: Times, problems: list[str]
+    jaxpr: Jaxpr, path: str, times: Times, problems: list[str]
 ) -> Iterator[tuple[str, Times]]:
     """Yields (path, FLOPs) of every product, inner jaxprs included."""
     for eqn in jaxpr.eqns:
@@ -101,12 +100,12 @@ def _products(
                 yield from _products(inner, here, times * trips, problems)
 
 
-def _branch_shares(eqn: Any, path: str) -> tuple[fractions.Fraction, ...] | None:
+def _branch_shares(eqn: JaxprEqn, path: str) -> tuple[fractions.Fraction, ...] | None:
     return branch_shares(f"{path}/{eqn.primitive.name}", len(eqn.params["branches"]))
 
 
 def _largest_branch(
-    eqn: Any, path: str, times: Times, problems: list[str]
+    eqn: JaxprEqn, path: str, times: Times, problems: list[str]
 ) -> list[tuple[str, Times]]:
     """Products of the branch that has the most FLOPs."""
     branches = [
@@ -115,7 +114,7 @@ def _largest_branch(
     return max(branches, key=lambda products: sum(flops for _, flops in products))
 
 
-def _inner_jaxprs(eqn: Any, path: str, problems: list[str]) -> Iterator[tuple[Any, int]]:
+def _inner_jaxprs(eqn: JaxprEqn, path: str, problems: list[str]) -> Iterator[tuple[Jaxpr, int]]:
     """Jaxprs that an equation runs, with their trips."""
     name, params = eqn.primitive.name, eqn.params
     if name == "while":
@@ -144,27 +143,31 @@ def _inner_jaxprs(eqn: Any, path: str, problems: list[str]) -> Iterator[tuple[An
             yield value, times
 
 
-def _dot_flops(eqn: Any) -> int:
+def _shape(value: Any) -> tuple[int, ...]:
+    return value.aval.shape
+
+
+def _dot_flops(eqn: JaxprEqn) -> int:
     (contract, _), _ = eqn.params["dimension_numbers"]
-    left = eqn.invars[0].aval.shape
-    return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(left[d] for d in contract)
+    left = _shape(eqn.invars[0])
+    return 2 * math.prod(_shape(eqn.outvars[0])) * math.prod(left[d] for d in contract)
 
 
-def _convolution_flops(eqn: Any) -> int:
+def _convolution_flops(eqn: JaxprEqn) -> int:
     """FLOPs of a convolution: each output element sums over the window and the input channels.
 
     The zeros in a dilated input (the backward pass of a stride) do not count.
     """
-    kernel = eqn.invars[1].aval.shape
+    kernel = _shape(eqn.invars[1])
     features = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
     zeros = math.prod(eqn.params["lhs_dilation"])
-    return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // features // zeros
+    return 2 * math.prod(_shape(eqn.outvars[0])) * math.prod(kernel) // features // zeros
 
 
-def _ragged_flops(eqn: Any) -> int:
+def _ragged_flops(eqn: JaxprEqn) -> int:
     """FLOPs of a ragged dot: each row is multiplied with the matrix of one group."""
-    rows, width = eqn.invars[0].aval.shape[-2:]
-    return 2 * rows * width * eqn.outvars[0].aval.shape[-1]
+    rows, width = _shape(eqn.invars[0])[-2:]
+    return 2 * rows * width * _shape(eqn.outvars[0])[-1]
 
 
 # Kernels whose products are not in the jaxpr.

@@ -7,8 +7,8 @@ roofline gives two bounds: all communication overlapped, and none.
 
 import dataclasses
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from ..._core.errors import count
 from ...hardware import Chip, chip_of, find_chip
@@ -69,27 +69,22 @@ class Timeline:
     chip: str
     source: str
     compute: float
-    products: float | None
     memory: float | None
     communication: Mapping[str, float]
     exposed: float
     low: float
     high: float
-    mfu: float | None
-    best_mfu: float | None
     segments: tuple[Segment, ...]
     assumptions: tuple[str, ...]
     problems: tuple[str, ...] = ()
+    products: float | None = None
+    mfu: float | None = None
+    best_mfu: float | None = None
     label: str = "modelled"
 
     def exposed_by_axes(self) -> dict[str, float]:
         """Mesh axes, joined by commas → exposed seconds, the most first."""
-        found: dict[str, float] = {}
-        for one in self.segments:
-            if one.kind == "communication":
-                name = ", ".join(one.axes)
-                found[name] = found.get(name, 0.0) + one.exposed
-        return dict(sorted(found.items(), key=lambda item: -item[1]))
+        return dict(Counter(_by_axes(self.segments, "exposed")).most_common())
 
     def __str__(self) -> str:
         """A few lines of at most 100 columns, the step time first."""
@@ -156,22 +151,21 @@ def model_time(
         return None
     links = Links(device, program.mesh, tuple(dict(program.dcn)))
     n = max(1, module.num_partitions)
-    rate, at = _peak_rate(device, program.declared.compute_dtype)
+    rate, rate_text = _peak_rate(device, program.declared.compute_dtype)
     products = flops.total / n / rate if flops else None
-    assumptions = (at, f"{ASSUMPTIONS[device.kind]}; one hop {device.latency * 1e6:.0f} µs")
     if program.platform == "tpu" and device.clock and module.scheduled:
-        made = _model_schedule(module, ledger, links)
+        timeline = _model_schedule(module, ledger, links)
     else:
-        made = _model_roofline(module, ledger, links, flops, products)
-    made["problems"] = tuple(dict.fromkeys([*ledger.problems, *made["problems"]]))
-    made["assumptions"] = (*assumptions, *made["assumptions"])
-    done = flops.model / n / rate if flops else None
-    return Timeline(
-        chip=device.name,
+        timeline = _model_roofline(module, ledger, links, flops, products)
+    useful = flops.model / n / rate if flops else None
+    hop = f"{ASSUMPTIONS[device.kind]}; one hop {device.latency * 1e6:.0f} µs"
+    return dataclasses.replace(
+        timeline,
         products=products,
-        mfu=done / made["high"] if done and made["high"] else None,
-        best_mfu=done / made["low"] if done and made["low"] else None,
-        **made,
+        mfu=useful / timeline.high if useful and timeline.high else None,
+        best_mfu=useful / timeline.low if useful and timeline.low else None,
+        problems=tuple(dict.fromkeys([*ledger.problems, *timeline.problems])),
+        assumptions=(rate_text, hop, *timeline.assumptions),
     )
 
 
@@ -182,22 +176,23 @@ def _peak_rate(chip: Chip, dtype: str | None) -> tuple[float, str]:
     return rate, f"products at {rate / 1e12:.4g} TFLOP/s, the peak for {name}"
 
 
-def _model_schedule(module: Module, ledger: Ledger, links: Links) -> dict[str, Any]:
+def _model_schedule(module: Module, ledger: Ledger, links: Links) -> Timeline:
     schedule = ScheduleSimulator(module, ledger, links)
     simulated = schedule.simulate()
     segments = [Segment(*key, *times) for key, times in simulated.parts.items()]
-    return {
-        "source": "schedule",
-        "compute": sum(s.seconds for s in segments if s.kind == "compute"),
-        "memory": None,
-        "communication": _seconds_by_axes(segments),
-        "exposed": sum(s.exposed for s in segments if s.kind == "communication"),
-        "low": simulated.seconds,
-        "high": simulated.seconds,
-        "segments": tuple(segments),
-        "assumptions": _describe_guesses(simulated),
-        "problems": (*schedule.problems, *_describe_gaps(simulated)),
-    }
+    return Timeline(
+        chip=links.chip.name,
+        source="schedule",
+        compute=sum(s.seconds for s in segments if s.kind == "compute"),
+        memory=None,
+        communication=_by_axes(segments, "seconds"),
+        exposed=sum(s.exposed for s in segments if s.kind == "communication"),
+        low=simulated.seconds,
+        high=simulated.seconds,
+        segments=tuple(segments),
+        assumptions=_describe_guesses(simulated),
+        problems=(*schedule.problems, *_describe_gaps(simulated)),
+    )
 
 
 def _describe_guesses(simulated: Simulated) -> tuple[str, ...]:
@@ -215,10 +210,8 @@ def _describe_gaps(simulated: Simulated) -> tuple[str, ...]:
         return ("the compiler has no estimates: only traffic with the memory counts",)
     if not simulated.kernels:
         return ()
-    kernels, names = (
-        count(sum(simulated.kernels.values()), "kernel"),
-        _format_counts(simulated.kernels),
-    )
+    kernels = count(sum(simulated.kernels.values()), "kernel")
+    names = _format_counts(simulated.kernels)
     return (f"{kernels} without an estimate ({names}): only their memory traffic counts",)
 
 
@@ -230,43 +223,44 @@ def _format_counts(numbers: Mapping[str, int]) -> str:
 
 def _model_roofline(
     module: Module, ledger: Ledger, links: Links, flops: Flops | None, products: float | None
-) -> dict[str, Any]:
+) -> Timeline:
     traffic, loops = step_traffic(module, TripCounts(module))
     memory = traffic / links.chip.memory_bandwidth
-    found: dict[tuple[str, str, str, tuple[str, ...]], float] = {}
+    parts: dict[tuple[str, str, str, tuple[str, ...]], float] = {}
     if flops and products is not None:
         for (scope, phase), number in flops.by_scope.items():
-            found[phase, scope, "compute", ()] = products * number / flops.total
+            parts[phase, scope, "compute", ()] = products * number / flops.total
     for row in ledger:
         key = (row.phase, row.scope, "communication", row.axes)
-        times = row.runs
-        found[key] = found.get(key, 0.0) + links.seconds(row) * times
-    segments = tuple(Segment(*key, seconds, seconds) for key, seconds in found.items())
-    wire, compute = _seconds_by_axes(segments), products or 0.0
+        parts[key] = parts.get(key, 0.0) + links.seconds(row) * row.runs
+    segments = tuple(Segment(*key, seconds, seconds) for key, seconds in parts.items())
+    wire, compute = _by_axes(segments, "seconds"), products or 0.0
     exposed = sum(wire.values())
     problems = [f"loop {name} runs an unknown number of times; counted once" for name in loops]
     problems += [] if flops else ["FLOPs are not known"]
-    return {
-        "source": "roofline",
-        "compute": compute,
-        "memory": memory,
-        "communication": wire,
-        "exposed": exposed,
-        "low": max(compute, memory, exposed),
-        "high": compute + memory + exposed,
-        "segments": segments,
-        "assumptions": ("each operation reads its operands and writes its results once",),
-        "problems": (*problems, *(flops.problems if flops else ())),
-    }
+    return Timeline(
+        chip=links.chip.name,
+        source="roofline",
+        compute=compute,
+        memory=memory,
+        communication=wire,
+        exposed=exposed,
+        low=max(compute, memory, exposed),
+        high=compute + memory + exposed,
+        segments=segments,
+        assumptions=("each operation reads its operands and writes its results once",),
+        problems=(*problems, *(flops.problems if flops else ())),
+    )
 
 
-def _seconds_by_axes(segments: Iterable[Segment]) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for one in segments:
-        if one.kind == "communication":
-            name = ", ".join(one.axes)
-            found[name] = found.get(name, 0.0) + one.seconds
-    return found
+def _by_axes(segments: Iterable[Segment], field: str) -> dict[str, float]:
+    """Mesh axes, joined by commas → sum of a field of their communication."""
+    sums: dict[str, float] = {}
+    for segment in segments:
+        if segment.kind == "communication":
+            name = ", ".join(segment.axes)
+            sums[name] = sums.get(name, 0.0) + getattr(segment, field)
+    return sums
 
 
 def format_seconds(seconds: float) -> str:
