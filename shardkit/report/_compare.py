@@ -86,7 +86,7 @@ class Comparison:
         if not self:
             return "\n".join(["Nothing changed.", *self.caveats])
         lines = [f"{what}: {old} → {new}" for what, old, new in self.target]
-        rows: list[tuple[str, ...] | str] = [one.cells() for one in self.headlines]
+        rows: list[tuple[str, ...] | str] = [change.cells() for change in self.headlines]
         rows += [f"new:  {finding}" for finding in self.new[:_FINDINGS]]
         rows += [f"gone: {finding}" for finding in self.gone[:_FINDINGS]]
         left = len(self.new[_FINDINGS:]) + len(self.gone[_FINDINGS:])
@@ -94,9 +94,12 @@ class Comparison:
         rows += [f"{leaf}: {old} → {new}" for leaf, old, new in self.layouts[:_LAYOUTS]]
         left = len(self.layouts[_LAYOUTS:])
         rows += [f"and {left} more arrays with another layout"] if left else []
-        rows += [one.cells() for one in self.details]
+        rows += [change.cells() for change in self.details]
         if self.rows:
-            rows += ["collectives, sent per step:", *(one.cells() for one in self.rows[:_ROWS])]
+            rows += [
+                "collectives, sent per step:",
+                *(change.cells() for change in self.rows[:_ROWS]),
+            ]
         left = len(self.rows[_ROWS:])
         rows += [f"and {left} more groups of collectives"] if left else []
         table = [Table(_COLUMNS, rows).to_text(_WIDTH)] if rows else []
@@ -144,10 +147,11 @@ def _compare_layouts(before: ReportData, after: ReportData) -> tuple[tuple[str, 
     """Arrays whose type or spec differs: the cause of most other changes."""
     if not (before.leaves and after.leaves):  # A report of a program's text alone has none.
         return ()
-    old, new = ({(one.part, one.path): one for one in report.leaves} for report in (before, after))
+    sides = [{(leaf.part, leaf.path): leaf for leaf in one.leaves} for one in (before, after)]
+    old, new = sides
     leaves = sorted(
         dict.fromkeys([*old, *new]),
-        key=lambda leaf: -max(one[leaf].device_bytes for one in (old, new) if leaf in one),
+        key=lambda leaf: -max(side[leaf].device_bytes for side in sides if leaf in side),
     )
     shown = (
         (leaf, _format_layout(old.get(leaf)), _format_layout(new.get(leaf))) for leaf in leaves
@@ -233,7 +237,9 @@ def _compare_rows(before: Ledger, after: Ledger) -> tuple[Change, ...]:
         note = f"×{old_times} → ×{new_times}" if old_times and new_times != old_times else ""
         note = "added" if name not in old else "removed" if name not in new else note
         changes.append(Change(name, old_bytes, new_bytes, "bytes", note))
-    return tuple(sorted(changes, key=lambda one: -abs((one.after or 0) - (one.before or 0))))
+    return tuple(
+        sorted(changes, key=lambda change: -abs((change.after or 0) - (change.before or 0)))
+    )
 
 
 _ABSENT = (None, 0)
@@ -260,17 +266,19 @@ def _find_caveats(before: ReportData, after: ReportData) -> Iterator[str]:
 def _drop_equal(changes: Iterable[Change]) -> tuple[Change, ...]:
     """Changes that exceed the rounding of a sum."""
     return tuple(
-        one
-        for one in changes
-        if one.before is None or one.after is None or not math.isclose(one.before, one.after)
-        if one.before != one.after
+        change
+        for change in changes
+        if change.before is None
+        or change.after is None
+        or not math.isclose(change.before, change.after)
+        if change.before != change.after
     )
 
 
-def _findings_only_in(one: ReportData, other: ReportData) -> tuple[Finding, ...]:
+def _findings_only_in(report: ReportData, other: ReportData) -> tuple[Finding, ...]:
     """Findings of one report that the other lacks; their bytes do not matter."""
     known = {_finding_identity(finding) for finding in other.findings}
-    return tuple(finding for finding in one.findings if _finding_identity(finding) not in known)
+    return tuple(finding for finding in report.findings if _finding_identity(finding) not in known)
 
 
 def _finding_identity(finding: Finding) -> tuple[str, str, str, tuple[str, ...]]:

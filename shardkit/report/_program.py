@@ -354,7 +354,7 @@ class Program:
         Inside a pipeline that shape holds one device's rows of one micro-batch.
         """
         work, declared = {"batch", "length", "embed"}, self.declared
-        shown = [one for one in declared.constraints if set(one.leaf.axes or ()) == work]
+        shown = [leaf for leaf in declared.constraints if set(leaf.leaf.axes or ()) == work]
         if self._stages == 1 or not shown or declared.activation_bytes is None:
             return declared.accumulate
         return declared.activation_bytes / shown[0].device_bytes(self.sizes)

@@ -74,7 +74,7 @@ def _axis_parts(report: ReportData) -> Iterator[_Part]:
     cells = (_axes_cells(report, *row) for row in report.ledger.by_axes().items())
     yield f"\nSent per step: {total}"
     yield _build_table(columns, [[row[name] for name in columns] for row in cells])
-    yield from (_format_excess(one) for one in report.minima if one.excess)
+    yield from (_format_excess(minimum) for minimum in report.minima if minimum.excess)
     if axes := _axes_without_minimum(report):
         needs = "it takes a strategy that has one, and a model that marks its layers."
         yield f"No textbook minimum for {', '.join(axes)}: {needs}"
@@ -84,7 +84,7 @@ def _axis_parts(report: ReportData) -> Iterator[_Part]:
 
 def _axes_without_minimum(report: ReportData) -> list[str]:
     """Axes with traffic and without a known minimum."""
-    known = {one.axis for one in report.minima}
+    known = {minimum.axis for minimum in report.minima}
     sent = {name for axes in report.ledger.by_axes() for name in axes}
     return [name for name, size in report.mesh if size > 1 and name in sent - known]
 
@@ -98,7 +98,7 @@ def _format_excess(least: Minimum) -> str:
 def _axes_cells(report: ReportData, axes: tuple[str, ...], wire: int) -> dict[str, str]:
     rows = report.ledger.where(axes)
     alone = axes[0] if len(axes) == 1 else ""
-    least = next((one for one in report.minima if one.axis == alone), None)
+    least = next((minimum for minimum in report.minima if minimum.axis == alone), None)
     ratio = least.ratio if least else None
     times = report.reductions.get(alone)
     mark = "" if report.ledger.complete else "≥ "
@@ -136,9 +136,10 @@ def _peak_parts(report: ReportData) -> Iterator[_Part]:
         return
     yield str(peak)
     rows = []
-    for one in peak.largest[:_BUFFERS]:
-        where = f"{one.scope or one.name} ({one.phase})" if one.phase else one.scope or one.name
-        rows.append((format_bytes(one.bytes), one.kind, one.shape, where))
+    for buffer in peak.largest[:_BUFFERS]:
+        where = buffer.scope or buffer.name
+        where += f" ({buffer.phase})" if buffer.phase else ""
+        rows.append((format_bytes(buffer.bytes), buffer.kind, buffer.shape, where))
     if rows:
         yield Table([Column("", right=True), "", "", ""], rows, indent=2)
 

@@ -318,7 +318,7 @@ def _merge_chain(chain: list[CollectiveSite]) -> CollectiveSite:
     return dataclasses.replace(
         first,
         overlapped=first.overlapped or len(chain) > 2,
-        copies=tuple((one.computation, one.instruction.name) for one in others),
+        copies=tuple((site.computation, site.instruction.name) for site in others),
     )
 
 

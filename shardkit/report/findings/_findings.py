@@ -30,22 +30,22 @@ def find_findings(program: Program) -> tuple[Finding, ...]:
 
 
 def _involuntary_remat(program: Program) -> Iterator[Finding]:
-    for one in find_involuntary_remats(program.log, program.mesh):
+    for remat in find_involuntary_remats(program.log, program.mesh):
         yield Finding(
             "involuntary_remat",
-            scope=one.scope,
-            axes=one.axes,
-            bytes=one.nbytes,
-            why=f"{one.shape} goes from {one.source} to {one.target}; XLA gathers it whole on "
-            "every device first, since it has no direct path",
-            fix=f"{_suggest_constraint_between(one, program)}; then measure: removing it is not "
+            scope=remat.scope,
+            axes=remat.axes,
+            bytes=remat.nbytes,
+            why=f"{remat.shape} goes from {remat.source} to {remat.target}; XLA gathers it whole "
+            "on every device first, since it has no direct path",
+            fix=f"{_suggest_constraint_between(remat, program)}; then measure: removing it is not "
             "always faster",
         )
 
 
-def _suggest_constraint_between(one: InvoluntaryRemat, program: Program) -> str:
+def _suggest_constraint_between(remat: InvoluntaryRemat, program: Program) -> str:
     """A constraint that lets one mesh axis move at a time, in logical axis names if possible."""
-    if not one.between:
+    if not remat.between:
         return "constrain producer and consumer to specs that differ in one dim"
     names = {
         axes: name
@@ -53,9 +53,9 @@ def _suggest_constraint_between(one: InvoluntaryRemat, program: Program) -> str:
         for name, axes in zip(leaf.leaf.axes or (), leaf.dims(), strict=False)
         if axes and name
     }
-    code = f"jax.lax.with_sharding_constraint(x, NamedSharding(mesh, {format_spec(one.between)}))"
-    if all(axes in names for axes in one.between if axes):
-        dims = ", ".join(repr(names[axes]) if axes else "None" for axes in one.between)
+    code = f"jax.lax.with_sharding_constraint(x, NamedSharding(mesh, {format_spec(remat.between)}))"
+    if all(axes in names for axes in remat.between if axes):
+        dims = ", ".join(repr(names[axes]) if axes else "None" for axes in remat.between)
         code = f"sk.nn.constrain(x, {dims})"
     return f"{code} in between, so that one mesh axis moves at a time"
 
@@ -256,15 +256,15 @@ def _replicated_optimizer_state(program: Program) -> Iterator[Finding]:
 def _large_constants(program: Program) -> Iterator[Finding]:
     """Large arrays that are part of the program, outside of memory classes and rules."""
     for computation in program.module.computations.values():
-        for one in computation.instructions.values():
-            size = sum(shape.nbytes for shape in one.shapes)
-            if one.opcode == "constant" and size >= _LARGE_CONSTANT:
+        for instruction in computation.instructions.values():
+            size = sum(shape.nbytes for shape in instruction.shapes)
+            if instruction.opcode == "constant" and size >= _LARGE_CONSTANT:
                 yield Finding(
                     "large_constant",
-                    scope=scope_of(one.op_name),
+                    scope=scope_of(instruction.op_name),
                     bytes=size,
-                    why=f"{one.shapes[0]} is a constant of the program: every device holds it, in "
-                    "full if a function closes over it, in addition to the memory table",
+                    why=f"{instruction.shapes[0]} is a constant of the program: every device "
+                    "holds it, in full if a function closes over it, outside of the memory table",
                     fix="do not close over it: pass it as a parameter, as model_state or in the "
                     "batch, and give it a rule",
                 )

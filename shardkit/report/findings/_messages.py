@@ -92,7 +92,7 @@ def _intermediate_spec(
             to = place.get(axis, dim)
             if to == dim or len(source) != len(target):
                 continue
-            moved = [tuple(a for a in one if a != axis) for one in source]
+            moved = [tuple(a for a in dim if a != axis) for dim in source]
             moved[to] = (*moved[to], axis)
             ways = math.prod(sizes[a] for a in moved[to])
             if whole[to] % ways == 0 and tuple(moved) != tuple(target):

@@ -66,14 +66,15 @@ def replicated_activations(program: Program) -> Iterator[Finding]:
     rows = [axis for axis, size in program.mesh if axis in program.batch_axes]
     groups: dict[tuple[str, tuple[str, ...]], list[SavedActivation]] = {}
     parameters = {n for n, leaf in enumerate(program.leaves) if leaf.part == "params"}
-    for one in find_saved_activations(
+    for activation in find_saved_activations(
         program.module, program.jaxpr, program.sizes, rows, parameters
     ):
-        missing = tuple(a for a, n in program.mesh if n > 1 and a in axes and a not in one.axes)
+        apart = axes - set(activation.axes)
+        missing = tuple(axis for axis, size in program.mesh if size > 1 and axis in apart)
         if missing:
-            groups.setdefault((one.scope, missing), []).append(one)
+            groups.setdefault((activation.scope, missing), []).append(activation)
     for (scope, missing), activations in groups.items():
-        if sum(one.shape.nbytes for one in activations) >= _LARGE:
+        if sum(activation.shape.nbytes for activation in activations) >= _LARGE:
             yield _replicated_finding(program, scope, missing, activations)
 
 
@@ -84,7 +85,7 @@ def _replicated_finding(
     saved: list[SavedActivation],
 ) -> Finding:
     names = ", ".join(axes)
-    largest = max(saved, key=lambda one: one.shape.nbytes)
+    largest = max(saved, key=lambda activation: activation.shape.nbytes)
     whole = dataclasses.replace(largest.shape, dims=largest.global_shape)
     others = f" and {len(saved) - 1} more of this scope are" if len(saved) > 1 else " is"
     devices = math.prod(program.sizes[axis] for axis in axes)
@@ -93,7 +94,7 @@ def _replicated_finding(
         "replicated_activation",
         scope=scope,
         axes=axes,
-        bytes=sum(one.shape.nbytes for one in saved),
+        bytes=sum(activation.shape.nbytes for activation in saved),
         why=f"{whole}{others} kept for the backward pass, the same on all {devices} devices "
         f"of {names}" + (f"; {constraint}" if constraint else ""),
         fix=_suggest_constraint(program, axes),
@@ -102,9 +103,11 @@ def _replicated_finding(
 
 def _constraint_of(whole: tuple[int, ...], axes: tuple[str, ...], program: Program) -> str:
     """The spec of the model's constraint of this shape, or of one layer of it; "" if none."""
-    stated = [one for one in program.declared.constraints if not set(axes) & set(one.axes())]
-    of_shape = [one for shape in (whole, whole[1:]) for one in stated if one.leaf.shape == shape]
-    return _format_leaf(of_shape[0]) if of_shape else ""
+    for shape in (whole, whole[1:]):
+        for constraint in program.declared.constraints:
+            if constraint.leaf.shape == shape and not set(axes) & set(constraint.axes()):
+                return _format_leaf(constraint)
+    return ""
 
 
 def _suggest_constraint(program: Program, axes: tuple[str, ...]) -> str:
@@ -137,7 +140,7 @@ def parameter_gathers(program: Program) -> Iterator[Finding]:
             leaf=path,
             scope=row.scope,
             axes=axes,
-            bytes=sum(one.wire_bytes for one, _ in gathers),
+            bytes=sum(gather.wire_bytes for gather, _ in gathers),
             why=f"{leaf.leaf} is split over {', '.join(axes)} and gathered whole "
             f"by {len(gathers)} × all-gather",
             fix=_suggest_operand_constraint(leaf, axes),
@@ -242,8 +245,8 @@ def _mismatched_specs(row: LedgerRow, program: Program) -> Iterator[tuple[Placed
 
 def _unstack_leaf(leaf: PlacedLeaf) -> PlacedLeaf:
     """One layer of a stacked parameter, as a loop over the first dim slices it."""
-    one = dataclasses.replace(leaf.leaf, shape=leaf.leaf.shape[1:])
-    return dataclasses.replace(leaf, leaf=one, spec=PartitionSpec(*leaf.spec[1:]))
+    layer = dataclasses.replace(leaf.leaf, shape=leaf.leaf.shape[1:])
+    return dataclasses.replace(leaf, leaf=layer, spec=PartitionSpec(*leaf.spec[1:]))
 
 
 def _is_intended(source: PlacedLeaf, axes: tuple[str, ...], program: Program) -> bool:
@@ -308,9 +311,9 @@ def _resharded_constraints(row: LedgerRow, program: Program) -> str:
     return ""
 
 
-def _format_leaf(one: PlacedLeaf) -> str:
+def _format_leaf(leaf: PlacedLeaf) -> str:
     """Returns `constrain('batch', 'embed') f32[8,16] as P('data', None)`, or a parameter's."""
-    return f"{one.leaf} as {format_spec(one.dims())}"
+    return f"{leaf.leaf} as {format_spec(leaf.dims())}"
 
 
 def _sorted_sizes(dims: Sequence[int]) -> list[int]:

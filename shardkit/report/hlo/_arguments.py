@@ -28,32 +28,34 @@ def find_argument(module: Module, here: Computation, name: str) -> int | None:
     Raises:
       Computed: the array is a result of arithmetic.
     """
-    one = here.instructions.get(name)
-    while one is not None:
-        if one.opcode == "parameter":
-            return int(one.arguments) if here.name == module.entry else None
-        if one.opcode == "while":
+    instruction = here.instructions.get(name)
+    while instruction is not None:
+        if instruction.opcode == "parameter":
+            return int(instruction.arguments) if here.name == module.entry else None
+        if instruction.opcode == "while":
             return None
-        arrays = [o for o in one.operands if not _is_constant(here, o)]
+        arrays = [o for o in instruction.operands if not _is_constant(here, o)]
         several = len(arrays) != 1
-        if several and one.opcode in ("tuple", "fusion", *_GATHERS):
+        if several and instruction.opcode in ("tuple", "fusion", *_GATHERS):
             return None
-        if several or not _keeps_values(module, one):
+        if several or not _keeps_values(module, instruction):
             raise ComputedError
-        one = here.instructions.get(arrays[0])
+        instruction = here.instructions.get(arrays[0])
     return None
 
 
 def _is_constant(here: Computation, name: str) -> bool:
-    one = here.instructions.get(name)
-    return one is not None and one.opcode == "constant"
+    instruction = here.instructions.get(name)
+    return instruction is not None and instruction.opcode == "constant"
 
 
-def _keeps_values(module: Module, one: Instruction) -> bool:
+def _keeps_values(module: Module, instruction: Instruction) -> bool:
     """Whether an instruction with one operand changes its form alone, not its values."""
-    if one.opcode != "fusion":
-        return one.opcode in _FORMS | _GATHERS
+    if instruction.opcode != "fusion":
+        return instruction.opcode in _FORMS | _GATHERS
     inner = [
-        module.computations[callee] for _, callee in one.calls if callee in module.computations
+        module.computations[callee]
+        for _, callee in instruction.calls
+        if callee in module.computations
     ]
     return all(i.opcode in _INSIDE for c in inner for i in c.instructions.values())

@@ -220,7 +220,9 @@ def parse(text: str) -> Module:
         problems.append("the text has no HloModule line")
     if not entry:
         problems.append("the text has no ENTRY computation")
-    problems += [problem for one in computations.values() for problem in _find_gaps(one)]
+    problems += [
+        problem for computation in computations.values() for problem in _find_gaps(computation)
+    ]
     return Module(header, computations, entry, tuple(problems))
 
 

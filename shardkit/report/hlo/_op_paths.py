@@ -53,12 +53,14 @@ class OpPaths:
         paths: list[str] = []
         while level and len(visited) < _MOST_VISITED:
             found = [here.instructions[name] for name in level if self._is_array(name, here)]
-            visited.update(one.name for one in found)
-            known = {one.name: path for one in found if (path := self._direct_path(one))}
-            paths += known.values()
-            further = [one for one in found if one.name not in known]
-            names = (name for one in further for name in onward(one))
-            level = [name for name in dict.fromkeys(names) if name not in visited]
+            visited.update(instruction.name for instruction in found)
+            onward_names: list[str] = []
+            for instruction in found:
+                if path := self._direct_path(instruction):
+                    paths.append(path)
+                else:
+                    onward_names += onward(instruction)
+            level = [name for name in dict.fromkeys(onward_names) if name not in visited]
         if not paths:
             return ""
         (phase, _), *_ = Counter(map(phase_of, paths)).most_common(1)
@@ -70,9 +72,9 @@ class OpPaths:
             return instruction.op_name
         for _, callee in instruction.calls:
             inner = self._module.computations.get(callee)
-            roots = [one.name for one in inner.instructions.values() if one.root] if inner else []
-            if inner and (path := self._nearest_path(roots, inner, _producers(inner))):
-                return path
+            if inner and inner.root:
+                if path := self._nearest_path([inner.root.name], inner, _producers(inner)):
+                    return path
         return ""
 
 
@@ -87,6 +89,6 @@ def _producers(here: Computation) -> _Onward:
 
 def _consumers(here: Computation) -> _Onward:
     def users(of: Instruction) -> list[str]:
-        return [one.name for one in here.instructions.values() if of.name in one.operands]
+        return [user.name for user in here.instructions.values() if of.name in user.operands]
 
     return users

@@ -89,14 +89,14 @@ def split_op_name(op_name: str) -> list[str]:
     ['jit(f)/a/b', 'jit(f)/c', 'jit(f)/d']
     """
     found = []
-    for one in op_name.split(";"):
-        *head, last = _split_outside_parentheses(one, "/")
+    for path in op_name.split(";"):
+        *head, last = _split_outside_parentheses(path, "/")
         if last.startswith("(") and last.endswith(")"):
             found += [
                 "/".join([*head, inner]) for inner in _split_outside_parentheses(last[1:-1], ":")
             ]
         else:
-            found.append(one)
+            found.append(path)
     return found
 
 

@@ -44,19 +44,21 @@ def kind_of_transfer(instruction: Instruction) -> str | None:
 
 def find_recv(send: Instruction, here: Computation) -> str | None:
     """Name of the `recv` that receives the result of a `send` between slices."""
-    return next((one.name for one in _matching_transfers(send, here, "recv")), None)
+    return next((recv.name for recv in _matching_transfers(send, here, "recv")), None)
 
 
 def sent_operands(recv: Instruction, here: Computation) -> tuple[str, ...]:
     """Names of the operands of the `send` whose result a `recv` receives."""
-    return next((one.operands for one in _matching_transfers(recv, here, "send")), ())
+    return next((send.operands for send in _matching_transfers(recv, here, "send")), ())
 
 
-def _matching_transfers(one: Instruction, here: Computation, opcode: str) -> Iterator[Instruction]:
-    meeting = _MEETING.search(one.rest)
+def _matching_transfers(
+    transfer: Instruction, here: Computation, opcode: str
+) -> Iterator[Instruction]:
+    rendezvous = _MEETING.search(transfer.rest)
     for other in here.instructions.values():
         found = _MEETING.search(other.rest) if other.opcode == opcode else None
-        if meeting and found and found.group(1) == meeting.group(1):
+        if rendezvous and found and found.group(1) == rendezvous.group(1):
             yield other
 
 
@@ -101,7 +103,7 @@ def _groups(send: Instruction) -> Sequence[np.ndarray]:
     if found is None:
         raise ValueError("its slices are not in a known form")
     if found.group(1):
-        return [np.array([int(one) - 1 for one in found.group(1).split(",")])]
+        return [np.array([int(number) - 1 for number in found.group(1).split(",")])]
     groups = re.findall(r"\{([\d,>\-]+)\}", found.group(2))
-    ids = [[int(one) for one in re.findall(r"\d+", group)] for group in groups]
+    ids = [[int(number) for number in re.findall(r"\d+", group)] for group in groups]
     return [np.array(group) // _SLICE - 1 for group in ids]

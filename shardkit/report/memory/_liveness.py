@@ -106,7 +106,7 @@ class Buffer:
             mine.name, mine.op_name = theirs.name, theirs.op_name or mine.op_name
         mine.argument = theirs.argument if mine.argument is None else mine.argument
         mine.output |= theirs.output
-        mine.params_only = all(one.params_only or one.constant_only for one in (mine, theirs))
+        mine.params_only = all(x.params_only or x.constant_only for x in (mine, theirs))
         mine.constant_only &= theirs.constant_only
 
 
@@ -140,7 +140,7 @@ class Liveness:
 
     def buffers(self) -> list[Buffer]:
         """The alias roots that take memory."""
-        return [one for one in self._buffers if one._alias_of is None and one.bytes]
+        return [buffer for buffer in self._buffers if buffer._alias_of is None and buffer.bytes]
 
     def _walk_entry(self, weights: frozenset[int]) -> None:
         here = self._module.computations[self._module.entry]
@@ -160,47 +160,50 @@ class Liveness:
     def _walk(self, here: Computation, arguments: list[Value]) -> Value:
         """Walks a computation in the order of its schedule and returns the value of its root."""
         values: dict[str, Value] = {}
-        for one in here.instructions.values():
-            if one.opcode == "parameter":
-                values[one.name] = arguments[int(one.arguments)]
-            elif one.opcode == "constant":
-                values[one.name] = self._constant_buffer(one)
+        for instruction in here.instructions.values():
+            if instruction.opcode == "parameter":
+                values[instruction.name] = arguments[int(instruction.arguments)]
+            elif instruction.opcode == "constant":
+                values[instruction.name] = self._constant_buffer(instruction)
             else:
-                values[one.name] = self._evaluate(here, one, [values[n] for n in one.operands])
+                operands = [values[name] for name in instruction.operands]
+                values[instruction.name] = self._evaluate(here, instruction, operands)
         assert here.root is not None
         return values[here.root.name]
 
-    def _evaluate(self, here: Computation, one: Instruction, operands: list[Value]) -> Value:
-        if one.opcode == "tuple":
+    def _evaluate(
+        self, here: Computation, instruction: Instruction, operands: list[Value]
+    ) -> Value:
+        if instruction.opcode == "tuple":
             return operands
-        if one.opcode in _SAME:
+        if instruction.opcode in _SAME:
             return operands[0]
-        if one.opcode == "get-tuple-element":
-            return _index_value(operands[0], one.attrs["index"])
-        if one.opcode == "while":
-            return self._walk_loop(one, operands[0])
-        if one.opcode == "conditional":
-            return self._walk_branches(one, operands)
-        self.moments.append(one)
-        self._mark_read(operands, phase_of(one.op_name) if one.op_name else "")
-        if one.opcode == "call":
-            return self._walk(self._called(one), operands)
-        if one.opcode == "async-start":
-            return [operands, self._walk(self._called(one), operands)]
-        if one.opcode.endswith("-done"):
-            return _done_value(here.instructions[one.operands[0]], one, operands[0])
-        result = self._allocate(one, operands)
-        if one.opcode.endswith("-start"):
-            result = _start_value(one, result, operands)
-        self._alias_in_place(one, result, operands)
+        if instruction.opcode == "get-tuple-element":
+            return _index_value(operands[0], instruction.attrs["index"])
+        if instruction.opcode == "while":
+            return self._walk_loop(instruction, operands[0])
+        if instruction.opcode == "conditional":
+            return self._walk_branches(instruction, operands)
+        self.moments.append(instruction)
+        self._mark_read(operands, phase_of(instruction.op_name) if instruction.op_name else "")
+        if instruction.opcode == "call":
+            return self._walk(self._called(instruction), operands)
+        if instruction.opcode == "async-start":
+            return [operands, self._walk(self._called(instruction), operands)]
+        if instruction.opcode.endswith("-done"):
+            return _done_value(here.instructions[instruction.operands[0]], instruction, operands[0])
+        result = self._allocate(instruction, operands)
+        if instruction.opcode.endswith("-start"):
+            result = _start_value(instruction, result, operands)
+        self._alias_in_place(instruction, result, operands)
         return result
 
-    def _called(self, one: Instruction) -> Computation:
-        return self._module.computations[one.calls[0][1]]
+    def _called(self, instruction: Instruction) -> Computation:
+        return self._module.computations[instruction.calls[0][1]]
 
-    def _walk_loop(self, one: Instruction, state: Value) -> Value:
-        called = dict(one.calls)
-        self.moments.append(one)
+    def _walk_loop(self, instruction: Instruction, state: Value) -> Value:
+        called = dict(instruction.calls)
+        self.moments.append(instruction)
         self._walk(self._module.computations[called["condition"]], [state])
         # One walk of the body stands for every trip: each updates the same buffers.
         after = self._walk(self._module.computations[called["body"]], [state])
@@ -208,9 +211,9 @@ class Liveness:
         self._mark_read([state], "")
         return state
 
-    def _walk_branches(self, one: Instruction, operands: list[Value]) -> Value:
-        self.moments.append(one)
-        branches = [self._module.computations[name] for _, name in one.calls]
+    def _walk_branches(self, instruction: Instruction, operands: list[Value]) -> Value:
+        self.moments.append(instruction)
+        branches = [self._module.computations[name] for _, name in instruction.calls]
         results = [
             self._walk(branch, [argument])
             for branch, argument in zip(branches, operands[1:], strict=True)
@@ -221,43 +224,43 @@ class Liveness:
         self._mark_read(operands, "")
         return results[0]
 
-    def _constant_buffer(self, one: Instruction) -> Buffer:
+    def _constant_buffer(self, instruction: Instruction) -> Buffer:
         """A constant is part of the program and takes no bytes of its allocation."""
         now = len(self.moments)
         return Buffer(
-            shape=one.shapes[0],
+            shape=instruction.shapes[0],
             bytes=0,
             start=now,
             end=now,
-            name=one.name,
+            name=instruction.name,
             op_name="",
             phases=set(),
             constant_only=True,
         )
 
-    def _allocate(self, one: Instruction, operands: list[Value]) -> Value:
+    def _allocate(self, instruction: Instruction, operands: list[Value]) -> Value:
         """Allocates the buffers of an instruction's result."""
         distinct = dict.fromkeys(leaf.alias_root for leaf in _flatten(operands))
         sources = sorted(distinct, key=lambda leaf: -leaf.bytes)
-        path = one.op_name or next((leaf.op_name for leaf in sources if leaf.op_name), "")
+        path = instruction.op_name or next((leaf.op_name for leaf in sources if leaf.op_name), "")
         # Scalars and constants (a scale, a mask value) do not decide what the result is made of.
         arrays = [leaf for leaf in sources if not leaf.constant_only and leaf.shape.dims]
-        constant_only = one.opcode in _CONSTANT or (bool(sources) and not arrays)
+        constant_only = instruction.opcode in _CONSTANT or (bool(sources) and not arrays)
         params_only = bool(arrays) and all(leaf.params_only for leaf in arrays)
-        from_collective = collective_kind(one) is not None
+        from_collective = collective_kind(instruction) is not None
         now = len(self.moments)
 
         def allocate(of: SizedType) -> Value:
             if not isinstance(of, SizedArray):
                 return [allocate(element) for element in of]
             if not of.shape.known:
-                self.problems.append(f"{one.name} has the unknown type {of.shape}")
+                self.problems.append(f"{instruction.name} has the unknown type {of.shape}")
             buffer = Buffer(
                 shape=of.shape,
                 bytes=of.bytes,
                 start=now,
                 end=now,
-                name=one.name,
+                name=instruction.name,
                 op_name=path,
                 phases={phase_of(path)} if path else set(),
                 from_collective=from_collective,
@@ -267,7 +270,7 @@ class Liveness:
             self._buffers.append(buffer)
             return buffer
 
-        return allocate(parse_sized_type(one.type, self._platform))
+        return allocate(parse_sized_type(instruction.type, self._platform))
 
     def _mark_read(self, values: Iterable[Value], phase: str) -> None:
         for leaf in _flatten(list(values)):
@@ -276,17 +279,19 @@ class Liveness:
             if phase:
                 root.readers.add(phase)
 
-    def _alias_in_place(self, one: Instruction, result: Value, operands: list[Value]) -> None:
+    def _alias_in_place(
+        self, instruction: Instruction, result: Value, operands: list[Value]
+    ) -> None:
         """Aliases results to the operands that they are written into; records those to reuse."""
-        aliasing = one.attrs.get("output_to_operand_aliasing", "")
+        aliasing = instruction.attrs.get("output_to_operand_aliasing", "")
         for index, number, inner in _IN_PLACE.findall(aliasing):
             _alias_all(_index_value(operands[int(number)], inner), _index_value(result, index))
-        if one.opcode in _INTO:
+        if instruction.opcode in _INTO:
             _alias_written(result, operands[0])
-        elif one.opcode in _ELEMENTWISE:
+        elif instruction.opcode in _ELEMENTWISE:
             self._record_reuse(result, operands)
-        elif one.opcode == "fusion" and one.calls:
-            inner = self._called(one)
+        elif instruction.opcode == "fusion" and instruction.calls:
+            inner = self._called(instruction)
             parts = result if isinstance(result, list) else [result]
             for part, root in zip(parts, inner.results, strict=False):
                 number = _written_parameter(inner, root)
@@ -313,7 +318,7 @@ def _reuse_operand(moment: int, result: Buffer, operands: list[Buffer]) -> None:
     """
     if result.start != moment:
         return
-    for operand in (one.alias_root for one in operands):
+    for operand in (buffer.alias_root for buffer in operands):
         dies = operand.end == moment and operand.start < moment and operand is not result
         if dies and operand.bytes == result.bytes and operand.argument is None:
             operand.end = moment - 1
@@ -328,14 +333,14 @@ def _alias_written(result: Value, target: Value) -> None:
             target.alias(result)
 
 
-def _start_value(one: Instruction, result: Value, operands: list[Value]) -> Value:
+def _start_value(start: Instruction, result: Value, operands: list[Value]) -> Value:
     """The value of an asynchronous start: its operands, then its results.
 
     `(f32[8], f32[32]) all-gather-start(x)` repeats the type of `x`, and allocates only `f32[32]`.
     """
     if not isinstance(result, list) or len(result) < 2:
         return result
-    if one.opcode == "copy-start":
+    if start.opcode == "copy-start":
         return [result[0], operands[0], *result[2:]]
     shapes = [str(leaf.shape) for leaf in _flatten(operands)]
     if [str(leaf.shape) for leaf in _flatten(result[0])] != shapes:
@@ -355,7 +360,7 @@ def _done_value(start: Instruction, done: Instruction, started: Value) -> Value:
         return started[0]
     if start.opcode.endswith("-start") and len(started) > 1:
         # A start with as many arrays as its end has no operands in it: a tuple's all-reduce-start.
-        counts = [_count_arrays(parse_sized_type(one.type, "")) for one in (start, done)]
+        counts = [_count_arrays(parse_sized_type(x.type, "")) for x in (start, done)]
         return started if counts[0] == counts[1] else started[1]
     return started
 
@@ -372,11 +377,11 @@ def _written_parameter(inner: Computation, root: Instruction) -> int | None:
 def _is_elementwise(inner: Computation, number: int) -> bool:
     """Whether a fusion uses a parameter in element-wise operations only."""
     reached = {inner.parameters[number].name}
-    for one in inner.instructions.values():
-        if reached & set(one.operands):
-            if one.opcode not in _ELEMENTWISE | _SAME | {"tuple"}:
+    for instruction in inner.instructions.values():
+        if reached & set(instruction.operands):
+            if instruction.opcode not in _ELEMENTWISE | _SAME | {"tuple"}:
                 return False
-            reached.add(one.name)
+            reached.add(instruction.name)
     return True
 
 
@@ -384,8 +389,8 @@ def _flatten(value: Value) -> Iterator[Buffer]:
     if isinstance(value, Buffer):
         yield value
     else:
-        for one in value:
-            yield from _flatten(one)
+        for element in value:
+            yield from _flatten(element)
 
 
 def _count_arrays(of: SizedType) -> int:

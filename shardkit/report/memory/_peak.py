@@ -124,22 +124,22 @@ def find_peak(program: Program, memory: Memory) -> Peak | None:
     except (LookupError, TypeError, ValueError):
         # Text of a compiler that is not known yet costs the peak, not the whole report.
         return None
-    temporary = [one for one in liveness.buffers() if one.argument is None]
+    temporary = [buffer for buffer in liveness.buffers() if buffer.argument is None]
     moment = _fullest_moment(temporary, len(liveness.moments))
     alive = sorted((b for b in temporary if b.start <= moment <= b.end), key=lambda b: -b.bytes)
-    shapes = {
-        _drop_unit_dims(leaf.shard(program.sizes)) for leaf in leaves if leaf.part == "params"
-    }
-    buffers = [_describe_buffer(one, shapes | {shape[1:] for shape in shapes}) for one in alive]
+    params = [leaf for leaf in leaves if leaf.part == "params"]
+    shards = {_drop_unit_dims(leaf.shard(program.sizes)) for leaf in params}
+    gradients = shards | {shape[1:] for shape in shards}  # All layers of a stack, or one of them.
+    buffers = [_describe_buffer(buffer, gradients) for buffer in alive]
     at = next((p for p in reversed(liveness.moments[:moment]) if p.op_name), None)
-    classes = _sum_by_key((one.kind, one.bytes) for one in buffers)
+    classes = _sum_by_key((buffer.kind, buffer.bytes) for buffer in buffers)
     return Peak(
-        bytes=sum(one.bytes for one in buffers),
+        bytes=sum(buffer.bytes for buffer in buffers),
         compiler_bytes=_compiler_bytes(program, memory),
         phase=_phase_at(liveness, moment),
         scope=scope_of(at.op_name) if at else "",
         classes={name: classes.get(name, 0) for name in CLASSES},
-        scopes=_sum_by_key((one.scope, one.bytes) for one in buffers),
+        scopes=_sum_by_key((buffer.scope, buffer.bytes) for buffer in buffers),
         largest=tuple(buffers[:_LARGEST]),
         problems=tuple(liveness.problems),
     )
@@ -153,43 +153,43 @@ def _compiler_bytes(program: Program, memory: Memory) -> int | None:
 
 def _phase_at(liveness: Liveness, moment: int) -> str:
     """Phase of the last instruction up to a moment that has one."""
-    phases = (phase_of(one.op_name) for one in reversed(liveness.moments[:moment]))
+    phases = (phase_of(instruction.op_name) for instruction in reversed(liveness.moments[:moment]))
     return next((phase for phase in phases if phase != "other"), "other")
 
 
 def _fullest_moment(buffers: Iterable[Buffer], moments: int) -> int:
     change = [0] * (moments + 2)
-    for one in buffers:
-        change[one.start] += one.bytes
-        change[one.end + 1] -= one.bytes
+    for buffer in buffers:
+        change[buffer.start] += buffer.bytes
+        change[buffer.end + 1] -= buffer.bytes
     alive = list(itertools.accumulate(change))
     return max(range(len(alive)), key=alive.__getitem__)
 
 
-def _describe_buffer(one: Buffer, gradients: set[tuple[int, ...]]) -> LiveBuffer:
-    phases = sorted(one.phases - {"other"})
+def _describe_buffer(buffer: Buffer, gradients: set[tuple[int, ...]]) -> LiveBuffer:
+    phases = sorted(buffer.phases - {"other"})
     return LiveBuffer(
-        kind=_classify_buffer(one, gradients),
-        shape=str(one.shape),
-        bytes=one.bytes,
-        scope=scope_of(one.op_name),
+        kind=_classify_buffer(buffer, gradients),
+        shape=str(buffer.shape),
+        bytes=buffer.bytes,
+        scope=scope_of(buffer.op_name),
         phase=", ".join(phases),
-        name=one.name,
-        op_name=one.op_name,
+        name=buffer.name,
+        op_name=buffer.op_name,
     )
 
 
-def _classify_buffer(one: Buffer, gradients: set[tuple[int, ...]]) -> str:
-    if one.output:
+def _classify_buffer(buffer: Buffer, gradients: set[tuple[int, ...]]) -> str:
+    if buffer.output:
         return "outputs"
-    if one.params_only:
+    if buffer.params_only:
         return "weights"
-    written, read = one.phases & _BACKWARD, one.readers & _BACKWARD
-    if written and ("update" in one.readers or _drop_unit_dims(one.shape.dims) in gradients):
+    written, read = buffer.phases & _BACKWARD, buffer.readers & _BACKWARD
+    if written and ("update" in buffer.readers or _drop_unit_dims(buffer.shape.dims) in gradients):
         return "gradients"
-    if "forward" in one.phases and read and not written:
+    if "forward" in buffer.phases and read and not written:
         return "activations"
-    return "collectives" if one.from_collective else "temporaries"
+    return "collectives" if buffer.from_collective else "temporaries"
 
 
 def _drop_unit_dims(dims: Iterable[int]) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxprs_in_params
 
@@ -73,7 +74,7 @@ def find_saved_activations(
         ]
         if matches:
             # If several global shapes fit, the largest: it has the most axes that split it.
-            saved.append(max(matches, key=lambda one: math.prod(one.global_shape)))
+            saved.append(max(matches, key=lambda match: math.prod(match.global_shape)))
     return saved
 
 
@@ -112,18 +113,18 @@ def _compiled_shapes(module: Module, parameters: Collection[int]) -> Iterator[Sh
     fused = {
         callee
         for computation in module.computations.values()
-        for one in computation.instructions.values()
-        if one.opcode == "fusion"
-        for _, callee in one.calls
+        for instruction in computation.instructions.values()
+        if instruction.opcode == "fusion"
+        for _, callee in instruction.calls
     }
     for here in module.computations.values():
         if here.name in fused:
             continue
         read = {
             saved.name: saved.shapes[0]
-            for one in here.instructions.values()
-            if one.opcode not in _NO_BUFFER and phase_of(one.op_name) in _BACKWARD
-            for name in one.operands
+            for instruction in here.instructions.values()
+            if instruction.opcode not in _NO_BUFFER and phase_of(instruction.op_name) in _BACKWARD
+            for name in instruction.operands
             for saved in _forward_producers(here, name)
             if not _is_parameter(module, here, saved.name, parameters)
         }
@@ -141,21 +142,21 @@ def _is_parameter(
 
 def _forward_producers(here: Computation, name: str) -> Iterator[Instruction]:
     """The forward instructions that compute an operand, through tuples and copies."""
-    one = here.instructions.get(name)
-    if one is None or one.opcode in _NO_BUFFER:
+    instruction = here.instructions.get(name)
+    if instruction is None or instruction.opcode in _NO_BUFFER:
         return
-    if one.opcode in _THROUGH:
-        for inner in one.operands:
+    if instruction.opcode in _THROUGH:
+        for inner in instruction.operands:
             yield from _forward_producers(here, inner)
         return
-    source = one
-    if one.opcode == "get-tuple-element":
-        source = here.instructions.get(one.operands[0])
+    source = instruction
+    if instruction.opcode == "get-tuple-element":
+        source = here.instructions.get(instruction.operands[0])
         if source is not None and source.opcode in _THROUGH:
             yield from _forward_producers(here, source.name)
             return
-    if source is not None and phase_of(source.op_name) == "forward" and len(one.shapes) == 1:
-        yield one
+    if source and phase_of(source.op_name) == "forward" and len(instruction.shapes) == 1:
+        yield instruction
 
 
 def _traced_shapes(jaxpr: Jaxpr, path: str) -> Iterator[tuple[tuple[int, ...], str]]:
@@ -183,7 +184,7 @@ def _result_scope(eqn: JaxprEqn, number: int, path: str) -> str:
     if eqn.primitive.name == "scan":
         body = eqn.params["jaxpr"].jaxpr
         value = body.outvars[number]
-        inner = next((one for one in body.eqns if value in one.outvars), None)
+        inner = next((equation for equation in body.eqns if value in equation.outvars), None)
         if inner is not None:
             return scope_of(f"{path}/{inner.source_info.name_stack}/{inner.primitive.name}")
     return scope_of(f"{path}/{eqn.primitive.name}")

@@ -10,6 +10,7 @@ import fractions
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 

@@ -148,8 +148,8 @@ class ScheduleSimulator:
         elif instruction.opcode == "fusion" or instruction.opcode.endswith("-start"):
             for _, callee in instruction.calls:
                 inner = self._module.computations[callee]
-                for one in inner.instructions.values():
-                    yield from self._collectives(inner, one)
+                for member in inner.instructions.values():
+                    yield from self._collectives(inner, member)
 
     def _send(
         self,

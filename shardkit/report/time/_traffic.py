@@ -74,7 +74,7 @@ def _executed_instructions(
 
 def _fusion_traffic(module: Module, here: Computation, fusion: Instruction) -> int:
     inner = module.computations[fusion.calls[0][1]]
-    if any(collective_kind(one) for one in inner.instructions.values()):
+    if any(collective_kind(instruction) for instruction in inner.instructions.values()):
         return 0
     read = 0
     for number, parameter in inner.parameters.items():
@@ -83,7 +83,7 @@ def _fusion_traffic(module: Module, here: Computation, fusion: Instruction) -> i
             read += sum(_result_bytes(user) for user, _ in users if user.opcode in _SLICES)
         else:
             read += _operand_bytes(here, fusion.operands[number])
-    return read + sum(_written_bytes(inner, one) for one in inner.results)
+    return read + sum(_written_bytes(inner, instruction) for instruction in inner.results)
 
 
 def _value_users(inner: Computation, name: str) -> Iterator[tuple[Instruction, str]]:
