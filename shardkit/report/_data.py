@@ -15,10 +15,7 @@ from .time._timeline import Timeline
 
 @dataclasses.dataclass(frozen=True)
 class ReportData:
-    """What a compiled step is; `Report` adds the methods that print, save and check it.
-
-    Bytes and counts are *compiled*: read from the program that the compiler made for this
-    platform. Nothing here is measured by running it.
+    """The fields of a `Report`, which adds the methods that print, save and check it.
 
     Attributes:
       mesh: names and sizes of the mesh axes.

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 
 class Report(ReportData):
-    __doc__ = ReportData.__doc__
+    """What a compiled step is; see `ReportData` for its fields.
+
+    Bytes and counts are *compiled*: read from the program that the compiler made for this
+    platform. Nothing here is measured by running it.
+    """
 
     @classmethod
     def of(cls, program: "Program", *, chip: "str | Chip | None" = None) -> "Report":

@@ -65,8 +65,8 @@ class Buffer:
     start: int
     end: int
     name: str
-    op_name: str
-    phases: set[str]
+    op_name: str = ""
+    phases: set[str] = dataclasses.field(default_factory=set)
     from_collective: bool = False
     readers: set[str] = dataclasses.field(default_factory=set)
     argument: int | None = None
@@ -226,17 +226,8 @@ class Liveness:
 
     def _constant_buffer(self, instruction: Instruction) -> Buffer:
         """A constant is part of the program and takes no bytes of its allocation."""
-        now = len(self.moments)
-        return Buffer(
-            shape=instruction.shapes[0],
-            bytes=0,
-            start=now,
-            end=now,
-            name=instruction.name,
-            op_name="",
-            phases=set(),
-            constant_only=True,
-        )
+        now, shape = len(self.moments), instruction.shapes[0]
+        return Buffer(shape, 0, now, now, instruction.name, constant_only=True)
 
     def _allocate(self, instruction: Instruction, operands: list[Value]) -> Value:
         """Allocates the buffers of an instruction's result."""
