@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from shardkit._core.tree import list_leaves
-from shardkit.report import CompiledBytes, Placed, Program
+from shardkit.report import CompiledBytes, PlacedLeaf, Program
 
 LAYERS, BATCH, WIDTH, HIDDEN = 3, 16, 8, 32
 WEIGHTS = 4 * 2 * LAYERS * WIDTH * HIDDEN  # bytes, f32
@@ -77,7 +77,7 @@ def program(step, mesh, donate=(), whole=(), log="", out=None, **parts):
         )
         args.append(arrays)
         placed += [
-            Placed(part, leaf, spec, part in donate, part in whole)
+            PlacedLeaf(part, leaf, spec, part in donate, part in whole)
             for leaf, spec in zip(list_leaves(arrays), specs, strict=True)
         ]
     numbers = tuple(i for i, part in enumerate(parts) if part in donate)

@@ -22,7 +22,9 @@ ODD = ["attn[local]", "[/nope]", "[bold]x[/]", ":fire:"]
 
 
 def report(name: str) -> Report:
-    finding = Finding("replicated", f"params/{name}", "", ("[/x]",), 64, name, name)
+    finding = Finding(
+        "replicated", leaf=f"params/{name}", axes=("[/x]",), bytes=64, why=name, fix=name
+    )
     memory = Memory(0, 0, 0, 0, 0, None, None, None, None, None)
     flops = Flops(8, 0, {(name, "forward"): 8})
     mesh = ((name, 2),)

@@ -73,7 +73,7 @@ def stateful(params, batch, key, model_state):
 
 
 def compiled(made, mesh, *, where="params", optimizer=None, **options):
-    """A step one of whose trees is `made`."""
+    """A step one of whose trees is `build_dataclass`."""
 
     def init(key):
         a, b = (jax.random.normal(k, (4, 8)) for k in jax.random.split(key))
@@ -260,7 +260,7 @@ def test_moments_of_a_bare_array_have_its_names_and_its_rule():
     report = step.report()
     moments = [leaf for leaf in report.leaves if leaf.path in ("0/mu", "0/nu")]
     assert [leaf.names for leaf in moments] == [("embed", "mlp")] * 2
-    assert all(leaf.meant_whole for leaf in moments)
+    assert all(leaf.declared_replicated for leaf in moments)
     assert not [one for one in report.findings if one.kind == "replicated"]
 
 

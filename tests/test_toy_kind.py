@@ -12,7 +12,7 @@ import pytest
 import shardkit as sk
 from shardkit.parallel import DeviceBytes, Kind, check_composition, register_kind, strategies
 from shardkit.planner import SearchSpace, modelled, plan
-from shardkit.report import Program, Report, Row
+from shardkit.report import LedgerRow, Program, Report
 from shardkit.sweeps import ConfigFactory
 
 ROWS, EMBED, MLP, PROBE = 64, 128, 256, 4096
@@ -50,7 +50,7 @@ class Columns(Kind):
         return 2 * (n - 1) / n * of_pair[0].device_bytes(program.sizes)
 
     def excess(
-        self, row: Row, rows: Sequence[Row], program: Program
+        self, row: LedgerRow, rows: Sequence[LedgerRow], program: Program
     ) -> Iterator[tuple[str, float]]:
         """Results of pairs that were not added up before they were reduced."""
         arrays = sum(len(one.operands) for one in rows)
@@ -88,14 +88,14 @@ def gathered(params, batch, key):
     return jnp.mean(pair(params, batch["x"], "batch", "embed") ** 2)
 
 
-def declared(loss, strategy=None, **mesh):
-    return sk.Declaration(
+def declared(loss, strategy=None, mode="auto"):
+    return sk.StepSpec(
         loss_fn=loss,
         optimizer=optax.sgd(0.1),
         init=init,
         batch={"x": jax.ShapeDtypeStruct((ROWS, EMBED), jnp.float32)},
-        mesh=sk.MeshSpec(**(mesh or {"data": 2, "columns": 4})),
         strategy=strategy or strategies.data() | columns(),
+        mode=mode,
     )
 
 
@@ -104,16 +104,8 @@ def reported(loss, strategy=None):
 
 
 def compiled(loss, strategy=None, mode="auto"):
-    made = declared(loss, strategy)
-    return sk.compile_step(
-        loss,
-        made.optimizer,
-        init=init,
-        batch=made.batch,
-        mesh=made.mesh.build(),
-        strategy=made.strategy,
-        mode=mode,
-    )
+    mesh = sk.MeshSpec(data=2, columns=4).build()
+    return declared(loss, strategy, mode).compile(mesh)
 
 
 def over_columns(report):
@@ -174,7 +166,7 @@ def test_a_plan_tries_names_and_estimates_it():
 
 
 def test_one_declared_step_is_modelled_with_it():
-    sent = modelled(declared(once, columns(), columns=4), {"columns": 4}).wire
+    sent = modelled(declared(once, columns()), {"columns": 4}).wire
     assert sent["columns"] == ALL_REDUCED + 3 * PROBE
 
 

@@ -71,7 +71,11 @@ def test_state_of_leaves_that_divide_takes_one_nth(stage):
 
 
 def test_a_leaf_that_no_dim_divides_stays_whole_and_is_said_so():
-    findings = [f for f in compiled(zero(), data=4).report().findings if f.kind == "unsplit_state"]
+    findings = [
+        f
+        for f in compiled(zero(), data=4).report().findings
+        if f.kind == "replicated_optimizer_state"
+    ]
     assert {f.leaf for f in findings} == {"opt_state/1/0/mu/odd", "opt_state/1/0/nu/odd"}
     assert "no dim of 1/0/mu/odd f32[3,5] is a multiple of data=4" in findings[0].why
     assert "all 4 devices hold and update the same state" in findings[0].why

@@ -16,7 +16,7 @@ from typing import ClassVar, final
 
 from jax.sharding import PartitionSpec
 
-from ..report import Program, Row
+from ..report import LedgerRow, Program
 from ..rules import REPLICATED
 from ._kind import Choice, Kind
 from ._names import activations, check_axis
@@ -63,7 +63,7 @@ class Data(Kind):
         return self.reduced_bytes(program)
 
     def excess(
-        self, row: Row, rows: Sequence[Row], program: Program
+        self, row: LedgerRow, rows: Sequence[LedgerRow], program: Program
     ) -> Iterator[tuple[str, float]]:
         """Between slices, the parts inside of a slice."""
         if row.kind == "all-reduce" and not (row.whole or row.dcn):

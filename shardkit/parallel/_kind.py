@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..report import AxisKind, Program, Row
+from ..report import AxisKind, LedgerRow, Program
 
 if TYPE_CHECKING:
     from ._strategy import Strategy
@@ -114,7 +114,7 @@ class Kind(AxisKind, abc.ABC):
         return all_reduce_bytes(program.sizes[self.axis], whole)
 
     def excess(
-        self, row: Row, rows: Sequence[Row], program: Program
+        self, row: LedgerRow, rows: Sequence[LedgerRow], program: Program
     ) -> Iterator[tuple[str, float]]:
         """Gradients that are not scattered, weights gathered again, where it splits them."""
         k = program.declared.accumulate

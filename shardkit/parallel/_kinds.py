@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 
-from ..report import Part, Placed
+from ..report import PlacedLeaf, SplitPart
 from ._data import Data
 from ._fsdp import Fsdp
 from ._kind import Kind
@@ -59,7 +59,7 @@ def _weighed(further: tuple[Kind, ...]) -> tuple[Kind, ...]:
     return tuple(kind for kind in (*_SHIPPED, *further) if kind.weighed)
 
 
-def axes_splitting(*parts: Part) -> tuple[str, ...]:
+def axes_splitting(*parts: SplitPart) -> tuple[str, ...]:
     """Conventional mesh axes of the kinds that split all of these parts.
 
     >>> axes_splitting("rows"), axes_splitting("rows", "experts")
@@ -80,7 +80,7 @@ def lane_axes() -> tuple[str, ...]:
 
 
 def kinds_by_specs(
-    sizes: Mapping[str, int], leaves: Sequence[Placed], kinds: Sequence[Kind]
+    sizes: Mapping[str, int], leaves: Sequence[PlacedLeaf], kinds: Sequence[Kind]
 ) -> tuple[Kind, ...]:
     """Kinds of the axes for which a strategy names none, as far as specs alone tell.
 

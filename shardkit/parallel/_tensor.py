@@ -17,7 +17,7 @@ from typing import Any, ClassVar, final
 
 from .._core.errors import Problem, StepError, did_you_mean, raise_all
 from .._core.options import option_problems
-from ..report import Program, Row
+from ..report import LedgerRow, Program
 from ._kind import Choice, Kind
 from ._names import activations, check_axis, params
 from ._strategy import Strategy
@@ -117,7 +117,7 @@ class Tensor(Kind):
         return tensor_bytes(program.sizes[self.axis], activation, layers)
 
     def excess(
-        self, row: Row, rows: Sequence[Row], program: Program
+        self, row: LedgerRow, rows: Sequence[LedgerRow], program: Program
     ) -> Iterator[tuple[str, float]]:
         """What is outside of the layers, and products whose gradients are not summed first."""
         # One that runs less often than there are layers stands outside of their loop.

@@ -1,7 +1,10 @@
-"""Puts a report into one page that shows it without a network: its data, style and scripts."""
+"""Writes a report as one HTML page that holds its data, style and scripts, for use offline."""
 
 import re
 from importlib.resources import files
+
+from ._data import ReportData
+from ._json import to_json
 
 # Later scripts use what earlier ones define.
 _SCRIPTS = tuple(
@@ -9,21 +12,17 @@ _SCRIPTS = tuple(
 )
 
 
-def page(json: str) -> str:
-    """Returns the page of a report.
-
-    Args:
-      json: the report as JSON.
-    """
-    # In JSON `<` stands only inside strings. Spelled so, no name can end the script that holds it.
-    data = json.replace("<", "\\u003c")
+def to_html(report: ReportData) -> str:
+    """Returns the page of a report, as text of a `.html` file."""
+    # JSON has `<` in strings only. Escaped, no name such as `</script>` ends the script element.
+    data = to_json(report, indent=None).replace("<", "\\u003c")
     parts = {
-        "style": _part("page.css"),
+        "style": _read_asset("page.css"),
         "report": data,
-        "script": "".join(_part(f"{name}.js") for name in _SCRIPTS),
+        "script": "".join(_read_asset(f"{name}.js") for name in _SCRIPTS),
     }
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _part("page.html"))
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _read_asset("page.html"))
 
 
-def _part(name: str) -> str:
+def _read_asset(name: str) -> str:
     return files("shardkit.report").joinpath("page", name).read_text("utf-8")

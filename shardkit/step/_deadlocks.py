@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from .._core.errors import Problem, StepError, raise_all
 from .._core.scope_markers import is_divergent
-from ..report import Row, read_ledger
+from ..report import LedgerRow, read_ledger
 from ..rules import format_mesh
 
 
@@ -39,7 +39,7 @@ def check_waits(compiled: Any, mesh: Mesh) -> None:
     raise_all(StepError, headline, problems, fix)
 
 
-def _problem(row: Row) -> Problem:
+def _problem(row: LedgerRow) -> Problem:
     operation = "/".join(row.op_name.split("/")[-2:])
     over = ", ".join(map(repr, row.axes))
     why = (

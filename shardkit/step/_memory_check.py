@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from .._core.errors import Problem, StepError, raise_all
 from .._core.tree import format_bytes
-from ..report import CompiledBytes, Memory, Program, advice, read_memory
+from ..report import CompiledBytes, Memory, Program, read_memory, suggest_memory_savings
 from ._bound_spec import BoundSpec
 from ._compile import CompiledProgram as Executable
 from ._layout import Layout
@@ -41,7 +41,7 @@ def check_memory(bound: BoundSpec, layout: Layout, made: Executable) -> None:
     )
     why = f"needs {format_bytes(memory.total)} of {format_bytes(room)}: {parts}"
     problem = Problem(f"each of {mesh.size} x {device.device_kind}", why)
-    savings = advice(memory, program.leaves, program.sizes, room=room)
+    savings = suggest_memory_savings(memory, program.leaves, program.sizes, room=room)
     fix = "; or ".join(savings[:3]) or "more devices"
     raise_all(StepError, "The step does not fit on its devices.", [problem], fix)
 

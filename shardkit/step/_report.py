@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from .._core.tree import Leaf, ends_path, list_leaves, short_dtype
 from ..nn._constrain import GRADIENT_SHARDS
 from ..parallel import kinds_by_specs
-from ..report import CompiledBytes, Declared, Placed, Program
+from ..report import CompiledBytes, Declarations, PlacedLeaf, Program
 from ..rules import Rule, place_leaf
 from ._activations import Activations, constraints
 from ._bound_spec import BoundSpec
@@ -68,7 +68,7 @@ def _line(grid: np.ndarray, dim: int) -> np.ndarray:
     return np.moveaxis(grid, dim, 0).reshape(grid.shape[dim], -1)[:, 0]
 
 
-def arguments(bound: BoundSpec, layout: Layout) -> Iterator[Placed]:
+def arguments(bound: BoundSpec, layout: Layout) -> Iterator[PlacedLeaf]:
     """The arguments of `(state, batch)` in the executable's order."""
     state, shardings, strategy = layout.state, layout.shardings, bound.spec.strategy
     spelled = _spelled(strategy.params, list_leaves(state.params, layout.axes), bound)
@@ -92,10 +92,10 @@ def arguments(bound: BoundSpec, layout: Layout) -> Iterator[Placed]:
         named = names.get(part)
         for leaf, sharding in zip(list_leaves(tree, named), jax.tree.leaves(placed), strict=True):
             whole = leaf.path in meant or leaf.nbytes < _SMALL
-            yield Placed(part, leaf, sharding.spec, donated=True, meant_whole=whole)
+            yield PlacedLeaf(part, leaf, sharding.spec, donated=True, declared_replicated=whole)
     placed = jax.tree.leaves(layout.batch_shardings)
     for leaf, sharding in zip(list_leaves(layout.batch), placed, strict=True):
-        yield Placed("batch", leaf, sharding.spec)
+        yield PlacedLeaf("batch", leaf, sharding.spec)
 
 
 def _names_of_moments(layout: Layout) -> dict[str, tuple[str | None, ...]]:
@@ -120,11 +120,13 @@ def _spelled(rule: Rule | None, of: list[Leaf], bound: BoundSpec) -> set[str]:
     }
 
 
-def _declared(bound: BoundSpec, layout: Layout, jaxpr: Any, placed: Sequence[Placed]) -> Declared:
+def _declared(
+    bound: BoundSpec, layout: Layout, jaxpr: Any, placed: Sequence[PlacedLeaf]
+) -> Declarations:
     strategy, precision = bound.spec.strategy, bound.spec.precision
     activations = Activations(bound.mesh, strategy.activations, layout.lane_axes)
     named = list(dict.fromkeys(constraints(jaxpr.jaxpr)))
-    return Declared(
+    return Declarations(
         kinds=strategy.kinds,
         by_specs=kinds_by_specs(bound.mesh.shape, placed, strategy.kinds),
         accumulate=bound.spec.accumulate.micro_batches,
@@ -135,7 +137,7 @@ def _declared(bound: BoundSpec, layout: Layout, jaxpr: Any, placed: Sequence[Pla
         choices=_choices(jaxpr),
         rules=idle_rules(bound, layout, named),
         constraints=tuple(
-            Placed("activation", leaf, activations.spec(leaf.axes or ())) for leaf in named
+            PlacedLeaf("activation", leaf, activations.spec(leaf.axes or ())) for leaf in named
         ),
         activation_axes=_activation_axes(bound),
     )

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from .._core.errors import BudgetError, Problem, count, raise_all
 from ..mesh import MeshSpec
 from ..parity import ParityReport, StepFactory, verify
-from ..report import Budget, Ledger, Report, Row
+from ..report import Budget, Ledger, LedgerRow, Report
 from ..rules import format_mesh
 from ..step import CompiledStep, StepSpec
 
@@ -84,7 +84,7 @@ def assert_within(step: CompiledStep | Report, budget: Budget) -> None:
     (step if isinstance(step, Report) else step.report()).check(budget)
 
 
-def _rows(ledger: Ledger, key: Key) -> list[Row]:
+def _rows(ledger: Ledger, key: Key) -> list[LedgerRow]:
     if isinstance(key, tuple):
         return ledger.where(*key)
     axes = [name for name, _ in ledger.mesh]

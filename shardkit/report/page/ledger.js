@@ -86,7 +86,7 @@ function draw_ledger() {
   redraw();
 }
 
-// The scopes of one instruction; of many that a compiler joined, the first and how many more.
+// Up to two scopes of one instruction; of more, the first and the number of the others.
 function several(scopes) {
   const [first, ...more] = scopes.split(", ");
   return more.length < 2 ? scopes : `${first} and ${integer(more.length)} more`;
