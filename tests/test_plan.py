@@ -17,13 +17,13 @@ from shardkit.lm import DecoderConfig, declare_run
 from shardkit.mesh import Target
 from shardkit.planner import Candidate, Plan, SearchSpace, compile_best, plan
 from shardkit.planner._network import Network
-from shardkit.planner._program import flatten
-from shardkit.planner._space import layout_of
-from shardkit.planner._symbolic_sharding import reshaped
-from shardkit.planner._trace import Model, walk_through
+from shardkit.planner._program import flatten_jaxpr
+from shardkit.planner._space import make_strategy
+from shardkit.planner._symbolic_sharding import reshape_dims
+from shardkit.planner._trace import TracedModel, propagate_step
 from shardkit.report import count_flops
 from shardkit.report.communication._links import Links
-from shardkit.targets import Source
+from shardkit.targets import StepSource
 
 ROWS = 16
 TARGET = "tpu:v5p:2x2x2"
@@ -32,7 +32,7 @@ SPACE = SearchSpace(("data", "fsdp", "tensor"), remat=("none", "full"), accumula
 
 
 def decoder(rows: int = ROWS) -> sk.StepSpec:
-    both = layout_of({"fsdp": 2, "tensor": 2})
+    both = make_strategy({"fsdp": 2, "tensor": 2})
     data = DataConfig(seq_len=32, batch_size=rows)
     return declare_run(DECODER, data, both, optax.adamw(1e-3))
 
@@ -56,7 +56,7 @@ def two_products() -> sk.StepSpec:
         optimizer=optax.adamw(1e-3),
         init=init,
         batch=batch,
-        strategy=layout_of({"data": 2}),
+        strategy=make_strategy({"data": 2}),
     )
 
 
@@ -114,7 +114,7 @@ def on(made: Plan, zero: int = 0, remat: str = "none", **sizes: int) -> Candidat
 )
 def test_state_is_what_the_executable_holds(planned, sizes, zero):
     declared = decoder()
-    layout = layout_of(sizes, zero)
+    layout = make_strategy(sizes, zero)
     step = sk.compile_step(
         declared.loss_fn,
         declared.optimizer,
@@ -130,9 +130,9 @@ def test_state_is_what_the_executable_holds(planned, sizes, zero):
 
 
 def test_flat_programs_have_the_flops_of_the_jaxpr():
-    model, sizes = Model.of(decoder()), {"data": 2, "fsdp": 2, "tensor": 2}
-    layout = layout_of(sizes)
-    found = walk_through(model.program("full"), model.layout(sizes, layout), layout)
+    model, sizes = TracedModel.of(decoder()), {"data": 2, "fsdp": 2, "tensor": 2}
+    layout = make_strategy(sizes)
+    found = propagate_step(model.program("full"), model.layout(sizes, layout), layout)
     mine = sum(work.flops * work.trips for work in found.walk.work)
     assert mine == count_flops(model.jaxpr("full")).total
 
@@ -176,7 +176,7 @@ def test_a_declaration_can_be_pasted(planned):
     exec(planned.best.declaration, made)
     used = {axis: n for axis, n in planned.best.mesh.items() if n > 1}
     assert made["mesh"] == sk.MeshSpec(**used)
-    assert made["strategy"] == layout_of(planned.best.mesh, planned.best.zero)
+    assert made["strategy"] == make_strategy(planned.best.mesh, planned.best.zero)
 
 
 def test_the_front_is_faster_or_smaller(planned):
@@ -269,19 +269,19 @@ def test_axes_ride_the_torus():
 
 
 def test_reshapes_keep_the_axes_of_a_group():
-    assert reshaped([("a",), ("b",)], (4, 8), (32,)) == (("a", "b"),)
-    assert reshaped([("a",)], (32,), (4, 8)) == (("a",), ())
-    assert reshaped([(), ("a",), ()], (1, 8, 2), (8, 2)) == (("a",), ())
+    assert reshape_dims([("a",), ("b",)], (4, 8), (32,)) == (("a", "b"),)
+    assert reshape_dims([("a",)], (32,), (4, 8)) == (("a",), ())
+    assert reshape_dims([(), ("a",), ()], (1, 8, 2), (8, 2)) == (("a",), ())
 
 
 def test_what_no_result_needs_is_left_out():
-    flat = flatten(jax.make_jaxpr(lambda x: (jnp.sin(x), x + 1)[1])(1.0))
+    flat = flatten_jaxpr(jax.make_jaxpr(lambda x: (jnp.sin(x), x + 1)[1])(1.0))
     assert [op.name for op in flat.ops] == ["add"]
 
 
 def test_the_best_are_compiled_and_what_fails_is_a_row(tmp_path, planned):
     """Without the target's compiler every compile fails: a reason each, and the plan stands."""
-    source = Source(str(tmp_path / "missing.py"))
+    source = StepSource(str(tmp_path / "missing.py"))
     made = compile_best(planned, source, 1)
     (failed,) = [c for c in made.rows if c.failed]
     assert "missing.py" in failed.failed

@@ -9,11 +9,11 @@ import pytest
 
 import shardkit as sk
 from shardkit.cli import main
-from shardkit.sweeps import Case, ConfigFactory, Row, plots
+from shardkit.sweeps import ConfigFactory, SweepCase, SweepRow, draw_plots
 from shardkit.sweeps import _sweep as sweep_module
-from shardkit.sweeps._attempt import by_plan, is_done
+from shardkit.sweeps._attempt import is_done, plan_figures
 from shardkit.sweeps._journal import Journal
-from shardkit.sweeps._parity import Parity
+from shardkit.sweeps._parity import ParityChecker
 from shardkit.sweeps._row import MEMORY, OK, WRONG
 from shardkit.sweeps._timing import SIMULATED
 
@@ -111,7 +111,9 @@ def test_what_a_plan_cannot_follow_is_said():
         ("x", sk.strategies.expert("x"), "expert over x is not modelled"),
         ("pipe", uneven, "uneven stages are not modelled"),
     ):
-        said = by_plan(Case(((axis, 2),)), dataclasses.replace(declared, strategy=strategy), None)
+        said = plan_figures(
+            SweepCase(((axis, 2),)), dataclasses.replace(declared, strategy=strategy), None
+        )
         assert said == {"not_modelled": f"NotImplementedError: {why}"}
 
 
@@ -141,7 +143,7 @@ def test_csv_has_a_line_for_each_row(whole):
 
 def test_plots_are_drawn_twice_each(whole):
     found, _ = whole
-    drawn = plots(found)
+    drawn = draw_plots(found)
     names = {"memory", "communication", "time", "scaling", "model"}
     assert {path.name for path in drawn} == {f"{n}.{k}" for n in names for k in ("png", "svg")}
     assert all(path.stat().st_size > 2000 for path in drawn)
@@ -187,7 +189,7 @@ def test_what_fails_or_runs_out_of_memory_is_a_row(tmp_path):
 
 def test_a_step_with_wrong_numbers_is_not_ranked(tmp_path, monkeypatch):
     verdict = {"ok": False, "why": "gradients: w is off by 1.0e+00, at most 1.0e-05"}
-    monkeypatch.setattr(Parity, "verdict", lambda self, step: verdict)
+    monkeypatch.setattr(ParityChecker, "verdict", lambda self, step: verdict)
     found = sk.sweep(_swept.declared, out=tmp_path, axes=["data", "tensor"], devices=1, verify=True)
     assert not found.ranked
     assert found.rows[0].status == WRONG
@@ -257,7 +259,7 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):
 
 def test_rows_of_another_config_are_refused_with_every_difference(tmp_path):
     with Journal(tmp_path, {"model": {"num_layers": 4, "embed_dim": 8}}) as journal:
-        journal.add(Row(Case((("data", 1),)), OK, {}))
+        journal.add(SweepRow(SweepCase((("data", 1),)), OK, {}))
     before = (tmp_path / "rows.jsonl").read_text()
     with pytest.raises(sk.errors.SweepError, match="holds rows of another sweep") as error:
         Journal(tmp_path, {"model": {"num_layers": 2, "embed_dim": 8}, "data": 3})
@@ -340,7 +342,7 @@ def test_the_command_refuses_on_one_screen(words, message, tmp_path, capsys):
 
 def test_the_command_hands_over_what_it_is_told(tmp_path, monkeypatch, capsys):
     given = {}
-    result = sweep_module.Sweep((Row(Case((("data", 8),)), MEMORY, {}),), tmp_path, "one")
+    result = sweep_module.Sweep((SweepRow(SweepCase((("data", 8),)), MEMORY, {}),), tmp_path, "one")
 
     def record(factory, **asked):
         given.update(asked, factory=factory)

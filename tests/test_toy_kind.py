@@ -11,7 +11,7 @@ import pytest
 
 import shardkit as sk
 from shardkit.parallel import DeviceBytes, Kind, check_composition, register_kind, strategies
-from shardkit.planner import SearchSpace, modelled, plan
+from shardkit.planner import SearchSpace, estimate_step, plan
 from shardkit.report import Program, Report, Row
 from shardkit.sweeps import ConfigFactory
 
@@ -174,7 +174,7 @@ def test_a_plan_tries_names_and_estimates_it():
 
 
 def test_one_declared_step_is_modelled_with_it():
-    sent = modelled(declared(once, columns(), columns=4), {"columns": 4}).wire
+    sent = estimate_step(declared(once, columns(), columns=4), {"columns": 4}).wire
     assert sent["columns"] == ALL_REDUCED + 3 * PROBE
 
 

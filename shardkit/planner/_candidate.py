@@ -6,7 +6,7 @@ from typing import Any
 
 from .._core.tree import format_bytes
 from .._core.types import Accumulate
-from ._space import Stages
+from ._space import PipelineOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Candidate:
     communication: Mapping[str, float]
     wire: Mapping[str, float]
     declaration: str
-    pipeline: Stages | None = None
+    pipeline: PipelineOptions | None = None
     attention: str = ""
     bubble: float = 0.0
     compiled: Mapping[str, Any] | None = None

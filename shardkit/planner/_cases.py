@@ -8,16 +8,16 @@ import numpy as np
 from .._core.types import Accumulate
 from ._candidate import Candidate
 from ._estimate import Estimates, Machine, estimate
-from ._space import How, Stages, code_of
+from ._space import Batching, PipelineOptions, format_layout
 from ._stages import estimate_stages
-from ._state_bytes import Placed, kept_bytes
-from ._trace import Walked
+from ._state_bytes import StateBytes, accumulator_bytes
+from ._trace import StepCosts
 
 _ONCE = Accumulate()
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class PlannedCase:
     """One legal layout, but for its remat policy.
 
     Attributes:
@@ -29,18 +29,18 @@ class Case:
     """
 
     sizes: Mapping[str, int]
-    how: How = _ONCE
+    how: Batching = _ONCE
     zero: int = 0
     attention: str = ""
-    placed: Placed | None = None
+    placed: StateBytes | None = None
 
     @property
     def staged(self) -> bool:
         """Whether its layers are in stages."""
-        return isinstance(self.how, Stages)
+        return isinstance(self.how, PipelineOptions)
 
     @property
-    def own(self) -> Placed:
+    def own(self) -> StateBytes:
         """Exact bytes of a case that is legal."""
         assert self.placed is not None
         return self.placed
@@ -48,14 +48,18 @@ class Case:
     def __str__(self) -> str:
         """Returns `data=2, fsdp=4, accumulate=2`."""
         shown = ", ".join(f"{axis}={n}" for axis, n in self.sizes.items())
-        shown += f", {self.how}" if isinstance(self.how, Stages) else ""
+        shown += f", {self.how}" if isinstance(self.how, PipelineOptions) else ""
         shown += f", {self.attention} attention" if self.attention else ""
         accumulated = isinstance(self.how, Accumulate) and self.how.micro_batches > 1
         return shown + (f", accumulate={self.how.micro_batches}" if accumulated else "")
 
 
-def candidates(
-    walked: Walked, remat: str, cases: Sequence[Case], machine: Machine, batch_scale: float = 1.0
+def estimate_cases(
+    walked: StepCosts,
+    remat: str,
+    cases: Sequence[PlannedCase],
+    machine: Machine,
+    batch_scale: float = 1.0,
 ) -> list[Candidate]:
     """Estimates layouts that one walk serves.
 
@@ -67,7 +71,7 @@ def candidates(
       batch_scale: as if the batch had so many times its rows.
     """
     bubbles = np.zeros(len(cases))
-    staged = [(c.sizes, c.how) for c in cases if isinstance(c.how, Stages)]
+    staged = [(c.sizes, c.how) for c in cases if isinstance(c.how, PipelineOptions)]
     plain = [(c.sizes, c.how) for c in cases if isinstance(c.how, Accumulate)]
     if staged:
         own = [c.own for c in cases]
@@ -75,12 +79,12 @@ def candidates(
     else:
         lanes = [c.own.lane for c in cases]
         values = estimate(walked, plain, machine, batch_scale, lanes)
-    return list(_made(remat, cases, values, bubbles, machine, batch_scale))
+    return list(_build_candidates(remat, cases, values, bubbles, machine, batch_scale))
 
 
-def _made(
+def _build_candidates(
     remat: str,
-    cases: Sequence[Case],
+    cases: Sequence[PlannedCase],
     values: Estimates,
     bubbles: np.ndarray,
     machine: Machine,
@@ -109,14 +113,14 @@ def _made(
             zero=one.zero,
             state=own.state,
             batch=own.batch,
-            temp=float(values.temp[i]) + (kept_bytes(own, how) if plain else 0),
+            temp=float(values.temp[i]) + (accumulator_bytes(own, how) if plain else 0),
             capacity=chip.memory,
             seconds=float(seconds[i]) + update + beside * (1 - machine.overlap),
             compute=float(values.compute[i]),
             memory=float(values.memory[i]) + update,
             communication=times,
             wire=wire,
-            declaration=code_of(one.sizes, how, remat, one.zero, one.attention),
+            declaration=format_layout(one.sizes, how, remat, one.zero, one.attention),
             pipeline=None if plain else how,
             attention=one.attention,
             bubble=float(bubbles[i]),

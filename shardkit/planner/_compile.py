@@ -8,7 +8,7 @@ from typing import Any
 
 from .._core.errors import ShardkitError
 from ..report import Report
-from ..targets import Source, compile_for
+from ..targets import StepSource, compile_for
 from ._candidate import Candidate
 from ._result import Plan
 
@@ -36,7 +36,7 @@ def config() -> Config:
 
 def compile_best(
     plan: Plan,
-    source: Source,
+    source: StepSource,
     number: int,
     *,
     global_batch: int | None = None,
@@ -60,7 +60,7 @@ def compile_best(
     done = []
     for one in plan.rows[:number]:
         progress(f"compiling {one}")
-        done.append(compiled(one, source, plan.target, global_batch, timeout))
+        done.append(compile_candidate(one, source, plan.target, global_batch, timeout))
     fit = [c for c in done if c.compiled and c.compiled["margin"] >= 0]
     failed = [c for c in done if c.failed]
     over = [c for c in done if c.compiled and c.compiled["margin"] < 0]
@@ -69,9 +69,9 @@ def compile_best(
     return dataclasses.replace(plan, rows=(*fit, *rest, *failed), tight=(*over, *plan.tight))
 
 
-def compiled(
+def compile_candidate(
     one: Candidate,
-    source: Source,
+    source: StepSource,
     target: str,
     global_batch: int | None,
     timeout: float = 1800.0,
@@ -88,22 +88,22 @@ def compiled(
       precision: named dtype policy, if it is not the config's.
     """
     try:
-        report = report_of(one.declaration, source, target, global_batch, timeout, precision)
+        report = compile_layout(one.declaration, source, target, global_batch, timeout, precision)
     except (ShardkitError, RuntimeError) as error:
         lines = str(error).splitlines()
         return dataclasses.replace(one, failed=" ".join(lines[:2]))
     return dataclasses.replace(one, compiled=_summary(report))
 
 
-def report_of(
+def compile_layout(
     code: str,
-    source: Source,
+    source: StepSource,
     target: str,
     global_batch: int | None = None,
     timeout: float = 1800.0,
     precision: str = "",
 ) -> Report:
-    """What the target's compiler makes of a config under a layout; the rest as `compiled`.
+    """What the target's compiler makes of a config under a layout; the rest as `compile_candidate`.
 
     Args:
       code: `Candidate.declaration`.
@@ -127,7 +127,7 @@ def report_of(
     with tempfile.TemporaryDirectory(prefix="shardkit-plan-") as folder:
         path = Path(folder, "layout.py")
         path.write_text(text)
-        return compile_for(Source(str(path)), target, timeout=timeout)
+        return compile_for(StepSource(str(path)), target, timeout=timeout)
 
 
 def _summary(report: Report) -> dict[str, Any]:

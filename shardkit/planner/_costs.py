@@ -6,32 +6,32 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..parallel import axes_splitting
-from ._symbolic_sharding import Laid, Terms
+from ._symbolic_sharding import SymbolicBytes, SymbolicSharding
 
 PIPE, LENGTH, EXPERTS, HEADS = (
     axes_splitting(part)[0] for part in ("layers", "length", "experts", "heads")
 )
 """Mesh axes that the formulae for stages, attention, experts and products are written for. The axis
 of stages splits the dim of layers, which a loop works off."""
-PARTS = ("first", "forward", "last", "backward", "begun")
+PHASES = ("first", "forward", "last", "backward", "begun")
 """Parts of a program around and inside of its loops over layers, forward and backward."""
 
-TileDims = tuple[tuple[float, frozenset[str]], ...]
+MatmulDims = tuple[tuple[float, frozenset[str]], ...]
 """Elements of the rows, the columns and the sum of a product, each with the axes that split it."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Sent:
+class Collective:
     """A collective: `kind` over `axes`, of `payload` bytes (V of the ledger), `trips` times.
 
     `loops` are the axes that divide the trips; `gradient` says that a parameter's gradient is
     summed, which happens once per step where micro-batches are reduced together; `use_param` that a
-    parameter is gathered; `part` where in a pipeline it is, one of `PARTS`.
+    parameter is gathered; `part` where in a pipeline it is, one of `PHASES`.
     """
 
     kind: str
     axes: frozenset[str]
-    payload: Terms
+    payload: SymbolicBytes
     trips: float
     loops: frozenset[str]
     gradient: bool = False
@@ -40,7 +40,7 @@ class Sent:
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class Compute:
     """A product or a write: FLOPs split over `split`, and bytes moved, `trips` times in a part.
 
     `dims` are those of a product of matrices.
@@ -49,14 +49,16 @@ class Work:
     name: str
     flops: float
     split: frozenset[str]
-    moved: Terms
+    moved: SymbolicBytes
     trips: float
     loops: frozenset[str]
     part: int = 0
-    dims: TileDims = ()
+    dims: MatmulDims = ()
 
 
-def tile_dims(numbers: Any, laid: Sequence[Laid], shapes: Sequence[tuple[int, ...]]) -> TileDims:
+def matmul_dims(
+    numbers: Any, laid: Sequence[SymbolicSharding], shapes: Sequence[tuple[int, ...]]
+) -> MatmulDims:
     """Rows, columns and sum of a product with these dimension numbers."""
     summed, batch = numbers
 

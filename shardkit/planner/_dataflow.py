@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ._program import Flat, Op
-from ._propagation import PASSES_SUMS
-from ._symbolic_sharding import Axes, reshaped
+from ._program import FlatProgram, Op
+from ._propagation import KEEPS_PARTIAL
+from ._symbolic_sharding import Axes, reshape_dims
 
 Dims = tuple[Axes, ...]
 
@@ -26,7 +26,7 @@ def splits_more(finer: Dims, coarser: Dims) -> bool:
     return all(set(b) <= set(a) for a, b in pairs) and any(set(b) < set(a) for a, b in pairs)
 
 
-def readers(flat: Flat) -> dict[int, list[Op]]:
+def find_readers(flat: FlatProgram) -> dict[int, list[Op]]:
     """Operations that read each value."""
     found: dict[int, list[Op]] = {}
     for op in flat.ops:
@@ -36,7 +36,7 @@ def readers(flat: Flat) -> dict[int, list[Op]]:
     return found
 
 
-def narrowed(flat: Flat, read_by: Mapping[int, list[Op]]) -> dict[int, int]:
+def find_narrowed(flat: FlatProgram, read_by: Mapping[int, list[Op]]) -> dict[int, int]:
     """Bytes per element of values that are read once, by a cast to a narrower type."""
     found = {}
     for number, ops in read_by.items():
@@ -47,7 +47,7 @@ def narrowed(flat: Flat, read_by: Mapping[int, list[Op]]) -> dict[int, int]:
     return found
 
 
-def wanted_within(flat: Flat, outputs: Sequence[Dims | None]) -> dict[int, Dims]:
+def propagate_backward(flat: FlatProgram, outputs: Sequence[Dims | None]) -> dict[int, Dims]:
     """The layout that results must have, carried back through operations that keep their form."""
     found: dict[int, Dims] = {
         n: want for n, want in zip(flat.outputs, outputs, strict=True) if n is not None and want
@@ -67,14 +67,14 @@ def wanted_within(flat: Flat, outputs: Sequence[Dims | None]) -> dict[int, Dims]
                 order = op.params["permutation"]
                 found[number] = tuple(want[order.index(i)] for i in range(len(order)))
             elif op.name == "reshape":
-                found[number] = reshaped(want, shape, before)
+                found[number] = reshape_dims(want, shape, before)
     return found
 
 
-def added_to(flat: Flat, read_by: Mapping[int, list[Op]], number: int) -> int | None:
+def find_accumulator(flat: FlatProgram, read_by: Mapping[int, list[Op]], number: int) -> int | None:
     """What a product is only added to, where nothing else reads that: it happens in place."""
     ops = read_by.get(number, [])
-    while len(ops) == 1 and ops[0].name in PASSES_SUMS and len(ops[0].ins) == 1:
+    while len(ops) == 1 and ops[0].name in KEEPS_PARTIAL and len(ops[0].ins) == 1:
         number = ops[0].outs[0]
         ops = read_by.get(number, [])
     if len(ops) != 1 or ops[0].name != "add_any":
@@ -85,12 +85,12 @@ def added_to(flat: Flat, read_by: Mapping[int, list[Op]], number: int) -> int | 
     return other if len(read_by[other]) == 1 else None
 
 
-def named_sizes(flat: Flat, name: str) -> frozenset[int]:
+def find_dim_sizes(flat: FlatProgram, name: str) -> frozenset[int]:
     """Sizes of the dims to which `sk.nn.constrain` gives a name, also in the bodies of loops."""
     found: set[int] = set()
     for op in flat.ops:
         if op.body is not None:
-            found |= named_sizes(op.body, name)
+            found |= find_dim_sizes(op.body, name)
         elif op.name == "shardkit_constrain":
             shape = flat.avals[op.outs[0]].shape
             found |= {n for one, n in zip(op.params["names"], shape, strict=True) if one == name}

@@ -12,17 +12,17 @@ from ..parallel import known_kinds
 from ..step import StepSpec
 from ._estimate import Machine, estimate
 from ._network import Network
-from ._space import Stages
+from ._space import PipelineOptions
 from ._stages import estimate_stages
-from ._state_bytes import kept_bytes, placed_bytes
-from ._trace import Model, walk_through
+from ._state_bytes import accumulator_bytes, count_state_bytes
+from ._trace import TracedModel, propagate_step
 
 # Bytes are the same on every device; one has to be named, and its seconds are not used.
 _ANY = Network(CHIPS["v5e"])
 
 
 @dataclasses.dataclass(frozen=True)
-class Modelled:
+class StepEstimate:
     """Figures of one device and step, modelled.
 
     Attributes:
@@ -47,9 +47,9 @@ class Modelled:
         return self.state + self.batch + self.temp
 
 
-def modelled(
+def estimate_step(
     declared: StepSpec, sizes: Mapping[str, int], network: Network | None = None
-) -> Modelled:
+) -> StepEstimate:
     """Estimates one declared step, with its own strategy, accumulation and remat.
 
     Args:
@@ -83,23 +83,23 @@ def modelled(
         raise NotImplementedError(f"{', '.join(other)} is not modelled")
     staged = any("layers" in kind.splits for kind in used)
     how = _stages(declared) if staged else declared.accumulate
-    model = Model.of(declared)
+    model = TracedModel.of(declared)
     experts = any("experts" in kind.splits for kind in used)
     if experts and (why := model.marked().beside_experts(sizes, how)):
         raise NotImplementedError(f"not modelled: {why}")
     layout = model.layout(sizes, declared.strategy, declared.accumulate.micro_batches)
     flat = model.program(declared.strategy.remat, bool(way))
-    walked = walk_through(flat, layout, declared.strategy, network.lanes if network else 1, way)
+    walked = propagate_step(flat, layout, declared.strategy, network.lanes if network else 1, way)
     machine = Machine(
         network or _ANY, short_dtype(jax.numpy.dtype(declared.precision.compute_dtype))
     )
-    own = placed_bytes(layout, declared.strategy.kinds)
-    if isinstance(how, Stages):
+    own = count_state_bytes(layout, declared.strategy.kinds)
+    if isinstance(how, PipelineOptions):
         values, waits = estimate_stages(walked, [(sizes, how)], [own], machine)
         kept, waiting = 0, float(waits[0])
     else:
         values = estimate(walked, [(sizes, how)], machine, lanes=[own.lane])
-        kept, waiting = kept_bytes(own, how), 0.0
+        kept, waiting = accumulator_bytes(own, how), 0.0
     wire = {", ".join(name): float(v[0]) for name, v in values.wire.items() if v[0]}
     beside = dict(own.sent_beside(sizes))
     for axis, sent in beside.items():
@@ -110,10 +110,10 @@ def modelled(
         again = sum(n / float(network.rates([sizes], [axis])[0]) for axis, n in beside.items())
         seconds = float(values.seconds(0.0)[0]) + waiting + update + again
     temp = float(values.temp[0]) + kept
-    return Modelled(own.state, own.batch, temp, wire, seconds, walked.problems)
+    return StepEstimate(own.state, own.batch, temp, wire, seconds, walked.problems)
 
 
-def _stages(declared: StepSpec) -> Stages:
+def _stages(declared: StepSpec) -> PipelineOptions:
     """The pipeline of a spec, whose micro-batches are all of its accumulation.
 
     Raises:
@@ -124,4 +124,4 @@ def _stages(declared: StepSpec) -> Stages:
         raise NotImplementedError("micro-batches around those of a pipeline are not modelled")
     if carrier.layers_per_stage is not None:
         raise NotImplementedError("uneven stages are not modelled")
-    return Stages(carrier.schedule, carrier.micro_batches, carrier.virtual_stages)
+    return PipelineOptions(carrier.schedule, carrier.micro_batches, carrier.virtual_stages)

@@ -12,10 +12,10 @@ from .._core.types import Accumulate
 from ..hardware import Chip
 from ..mesh import Target
 from ..parallel import axes_splitting, lane_axes
-from ._costs import HEADS, LENGTH, PARTS, Sent, Work
+from ._costs import HEADS, LENGTH, PHASES, Collective, Compute
 from ._network import WIRE, Network
-from ._symbolic_sharding import MICRO, Terms, product
-from ._trace import Walked
+from ._symbolic_sharding import MICRO, SymbolicBytes, count_shards
+from ._trace import StepCosts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Estimates:
 
 
 def estimate(
-    walked: Walked,
+    walked: StepCosts,
     cases: Sequence[Case],
     machine: Machine,
     batch_scale: float = 1.0,
@@ -112,13 +112,13 @@ def estimate(
       batch_scale: as if the batch had so many times its rows.
       lanes: bytes of each case's gradients in f32, unreduced over rows.
     """
-    parts = Parts(cases, batch_scale)
+    parts = ShardCounts(cases, batch_scale)
     k = parts.micro_batches
     at_once = parts.summed_at_once() if lanes else np.zeros(len(cases), bool)
-    compute, memory = each_work(walked, parts, machine)
+    compute, memory = compute_seconds(walked, parts, machine)
     wire: dict[tuple[str, ...], np.ndarray] = {}
     spent: dict[tuple[str, ...], np.ndarray] = {}
-    for one, sent, seconds in each_sent(walked, parts, machine):
+    for one, sent, seconds in cost_collectives(walked, parts, machine):
         name = tuple(axis for axis in cases[0][0] if axis in one.axes)
         # A lane holds whole rows, so what is summed over their length cannot wait.
         waits = one.gradient and LENGTH not in one.axes
@@ -128,7 +128,7 @@ def estimate(
         spent[name] = spent.get(name, 0.0) + repeated * seconds
     if at_once.any():
         name = tuple(axis for axis in cases[0][0] if axis in lane_axes())
-        n = product(name, parts.sizes)
+        n = count_shards(name, parts.sizes)
         sent = np.array(lanes) * machine.width / 4 * 2 * (n - 1) / n
         hops = 2 * (n - 1) * machine.network.chip.latency
         seconds = sent / parts.rate(frozenset(name), machine.network) + hops
@@ -143,24 +143,26 @@ def estimate(
     )
 
 
-def each_work(walked: Walked, parts: "Parts", machine: Machine) -> tuple[np.ndarray, np.ndarray]:
+def compute_seconds(
+    walked: StepCosts, parts: "Parts", machine: Machine
+) -> tuple[np.ndarray, np.ndarray]:
     """Seconds of products and of other writes of one micro-batch: f64[parts, cases] each."""
     work = walked.walk.work
     times = np.array([w.trips for w in work])[:, None] * parts.of(w.loops for w in work)
     moved = parts.bytes([w.moved for w in work]) / machine.network.chip.memory_bandwidth
     flops = np.array([w.flops for w in work])[:, None] * parts.of(w.split for w in work)
-    filled = np.array([_filled(w, parts, machine.network.chip.tile) for w in work])
+    filled = np.array([_tile_overhead(w, parts, machine.network.chip.tile) for w in work])
     products = flops * filled / machine.peak / machine.efficiency
     each = np.maximum(products, moved / machine.memory_efficiency) * times
     product = np.array([bool(w.flops) for w in work])[:, None]
-    found = np.zeros((2, len(PARTS), each.shape[1]))
+    found = np.zeros((2, len(PHASES), each.shape[1]))
     where = np.array([w.part for w in work])
     np.add.at(found[0], where, np.where(product, each, 0.0))
     np.add.at(found[1], where, np.where(product, 0.0, each))
     return found[0], found[1]
 
 
-def _filled(one: Work, parts: "Parts", tile: int) -> np.ndarray:
+def _tile_overhead(one: Compute, parts: "Parts", tile: int) -> np.ndarray:
     """FLOPs that whole tiles take for each one of a product: f64[cases]."""
     if not one.dims or tile == 1:
         return np.ones(len(parts.cases))
@@ -170,13 +172,13 @@ def _filled(one: Work, parts: "Parts", tile: int) -> np.ndarray:
     return summed * np.minimum(rows, columns)
 
 
-def each_sent(
-    walked: Walked, parts: "Parts", machine: Machine
-) -> Iterator[tuple[Sent, np.ndarray, np.ndarray]]:
+def cost_collectives(
+    walked: StepCosts, parts: "Parts", machine: Machine
+) -> Iterator[tuple[Collective, np.ndarray, np.ndarray]]:
     """Every collective with its wire bytes and seconds, of one execution: f64[cases] each."""
     combined: dict[tuple[frozenset[str], float], np.ndarray] = {}
     for one in walked.walk.sent:
-        sent, hop = _sent(one, parts, machine)
+        sent, hop = _wire_and_latency(one, parts, machine)
         small = sent < _SMALL
         joins = combined.setdefault((one.axes, one.trips), np.zeros_like(small))
         seconds = sent / parts.rate(one.axes, machine.network) + np.where(small & joins, 0.0, hop)
@@ -184,7 +186,7 @@ def each_sent(
         yield one, sent, seconds
 
 
-class Parts:
+class ShardCounts:
     """Into how many parts groups of axes split a value, for every case."""
 
     def __init__(self, cases: Sequence[Case], batch_scale: float) -> None:
@@ -202,18 +204,18 @@ class Parts:
         scatter them by but a slice behind the sum; with `fsdp` alone it does, with `data` not.
         """
         known = {*lane_axes(), HEADS, MICRO}
-        others = product([axis for axis in self.sizes if axis not in known], self.sizes)
+        others = count_shards([axis for axis in self.sizes if axis not in known], self.sizes)
         whole = {*lane_axes()} - {*axes_splitting("rows", "weights")}
-        data = product([axis for axis in self.sizes if axis in whole], self.sizes)
+        data = count_shards([axis for axis in self.sizes if axis in whole], self.sizes)
         return self.once & (self.micro_batches > 1) & (data > 1) & (others == 1)
 
     def of(self, groups: Iterable[frozenset[str]]) -> np.ndarray:
         """1 / parts of each group: f64[groups, cases]."""
         listed = list(groups)
-        found = {axes: 1 / product(axes, self.sizes) for axes in set(listed)}
+        found = {axes: 1 / count_shards(axes, self.sizes) for axes in set(listed)}
         return np.array([found[axes] for axes in listed])
 
-    def bytes(self, of: Sequence[Terms]) -> np.ndarray:
+    def bytes(self, of: Sequence[SymbolicBytes]) -> np.ndarray:
         """Bytes on one device: f64[len(of), cases]."""
         groups = sorted({axes for one in of for axes in one}, key=sorted)
         held = np.array([[one.get(axes, 0.0) for axes in groups] for one in of])
@@ -229,9 +231,11 @@ class Parts:
         return self.rates[axes]
 
 
-def _sent(one: Sent, parts: Parts, machine: Machine) -> tuple[np.ndarray, np.ndarray]:
+def _wire_and_latency(
+    one: Collective, parts: ShardCounts, machine: Machine
+) -> tuple[np.ndarray, np.ndarray]:
     """Wire bytes and seconds of latency of one execution, as `inspect`'s links have them."""
-    n = product(one.axes, parts.sizes)
+    n = count_shards(one.axes, parts.sizes)
     share = np.where(n > 1, 1.0, 0.0) if one.kind == "swap" else WIRE[one.kind] * (n - 1) / n
     if one.gradient and one.kind == "reduce-scatter" and one.trips > 1 and machine.network.torus:
         # TPU compilers make it a chain of permutes behind its product, and the last goes home.

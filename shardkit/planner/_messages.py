@@ -10,10 +10,10 @@ from ..mesh import Target
 from ..parallel import Strategy, weighed_kinds
 from ._candidate import Candidate
 from ._estimate import Machine
-from ._search import Found
+from ._search import SearchResult
 
 
-def refuse(target: Target, found: Found, tight: Sequence[Candidate]) -> NoReturn:
+def raise_no_layout(target: Target, found: SearchResult, tight: Sequence[Candidate]) -> NoReturn:
     """Says why nothing is left, and the smallest change that helps.
 
     Raises:
@@ -37,7 +37,7 @@ def refuse(target: Target, found: Found, tight: Sequence[Candidate]) -> NoReturn
     raise MeshError(format_problems(headline, problems, fix))
 
 
-def placed(strategy: Strategy, axes: Sequence[str]) -> str:
+def describe_kinds(strategy: Strategy, axes: Sequence[str]) -> str:
     """Which kinds of parallelism were weighed, and which of the declaration's own were not."""
     weighed = weighed_kinds()
     kinds = [kind.weighed for axis in axes for kind in weighed if kind.axis == axis]
@@ -47,7 +47,7 @@ def placed(strategy: Strategy, axes: Sequence[str]) -> str:
     return f"layouts are {', '.join(kinds)}; not weighed: {', '.join(left)}"
 
 
-def assumptions(machine: Machine) -> tuple[str, ...]:
+def describe_machine(machine: Machine) -> tuple[str, ...]:
     """What estimates take for granted of the devices."""
     chip = machine.network.chip
     return (

@@ -9,10 +9,10 @@ from .._core.errors import MeshError, Problem, format_problems, raise_all
 from ..hardware import CHIPS, Chip
 from ..mesh import Target
 from ..step import StepSpec, check_step_spec
-from ._messages import assumptions, placed, refuse
-from ._result import Plan, front_of
+from ._messages import describe_kinds, describe_machine, raise_no_layout
+from ._result import Plan, pareto_front
 from ._search import Search
-from ._sensitivity import sensitivity, with_batch, with_memory
+from ._sensitivity import describe_batch_crossover, describe_more_memory, find_sensitivity
 from ._space import SearchSpace, searched_axes
 
 
@@ -59,8 +59,8 @@ def plan(
     """
     start = time.monotonic()
     check_step_spec(spec, MeshError, "The plan cannot be made.")
-    _check(global_batch, overlap)
-    wanted, declared = _known(target, hardware), _with_rows(spec, global_batch)
+    _check_numbers(global_batch, overlap)
+    wanted, declared = _parse_target(target, hardware), _with_rows(spec, global_batch)
     search = Search.of(declared, wanted, space or SearchSpace(), overlap, hardware)
     if space is None and search.has_experts:
         search.space = SearchSpace(searched_axes(experts=True))
@@ -68,9 +68,9 @@ def plan(
     rows = sorted((c for c in found.candidates if c.margin >= 0), key=lambda c: c.seconds)
     tight = sorted((c for c in found.candidates if c.margin < 0), key=lambda c: c.seconds)
     if not rows:
-        refuse(wanted, found, tight)
+        raise_no_layout(wanted, found, tight)
     took = time.monotonic() - start
-    others, none_left = sensitivity(search, front_of([*rows, *tight]))
+    others, none_left = find_sensitivity(search, pareto_front([*rows, *tight]))
     return Plan(
         target=str(wanted),
         rows=tuple(rows),
@@ -78,14 +78,21 @@ def plan(
         rejected=found.rejected,
         considered=found.considered,
         took=took,
-        changes=(*with_memory(rows[0], tight), *with_batch(search, rows[0]), *none_left),
+        changes=(
+            *describe_more_memory(rows[0], tight),
+            *describe_batch_crossover(search, rows[0]),
+            *none_left,
+        ),
         sensitivity=others,
-        assumptions=(*assumptions(search.machine), placed(declared.strategy, search.space.axes)),
+        assumptions=(
+            *describe_machine(search.machine),
+            describe_kinds(declared.strategy, search.space.axes),
+        ),
         problems=found.problems,
     )
 
 
-def _check(rows: int | None, overlap: float) -> None:
+def _check_numbers(rows: int | None, overlap: float) -> None:
     problems = []
     if rows is not None and rows < 1:
         problems.append(Problem(f"global_batch={rows}", "is no number of rows", "global_batch=128"))
@@ -95,7 +102,7 @@ def _check(rows: int | None, overlap: float) -> None:
     raise_all(MeshError, "The plan cannot be made.", problems)
 
 
-def _known(target: str, hardware: Sequence[Chip]) -> Target:
+def _parse_target(target: str, hardware: Sequence[Chip]) -> Target:
     wanted = Target.parse(target, {chip.name: chip.torus_dims for chip in hardware})
     if not wanted.chip:
         why = "nothing is known of the speed of these devices"

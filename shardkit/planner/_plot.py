@@ -12,9 +12,9 @@ from ._candidate import Candidate
 
 _GIB = 2**30
 _CODE = 'plan.plot("{}")'
-_MOST = 40
+_MAX_LABELS = 40
 """Rows of the front that there is room to name."""
-_DECADE = 8
+_LOG_RATIO = 8
 """From such a ratio on an axis is logarithmic."""
 
 
@@ -39,12 +39,12 @@ def plot_front(
     """
     check_figure_path(out, code=_CODE)
     with figure_file(out, _CODE) as part:
-        figure = _drawn(rows, tight, front, caption)
+        figure = _draw(rows, tight, front, caption)
         figure.savefig(part, format=out.suffix[1:], dpi=140)
     return out
 
 
-def _drawn(
+def _draw(
     rows: Sequence[Candidate],
     tight: Sequence[Candidate],
     front: Sequence[Candidate],
@@ -53,23 +53,23 @@ def _drawn(
     # No pyplot: nothing global, no display.
     from matplotlib.figure import Figure
 
-    named = _spread(front)
+    named = _pick_labelled(front)
     made = Figure(figsize=(12, max(5.0, 1.8 + 0.19 * len(named))), layout="constrained")
     axes = made.subplots()
     # Thousands of marks would each be an element of an SVG file.
     marks = {"linestyle": "", "markersize": 4, "rasterized": True}
     if tight:
-        axes.plot(*_places(tight), "x", color="0.75", label="does not fit", **marks)
-    axes.plot(*_places(rows), ".", color="C0", alpha=0.5, label="fits", **marks)
-    axes.plot(*_places(front), "o-", color="C1", drawstyle="steps-post", label="front")
+        axes.plot(*_points(tight), "x", color="0.75", label="does not fit", **marks)
+    axes.plot(*_points(rows), ".", color="C0", alpha=0.5, label="fits", **marks)
+    axes.plot(*_points(front), "o-", color="C1", drawstyle="steps-post", label="front")
     stages = [c.compiled for c in rows if c.compiled]
     if stages:
         spots = [c["seconds"] * 1e3 for c in stages], [c["total"] / _GIB for c in stages]
         axes.plot(*spots, "*", color="C3", markersize=11, label="the same, compiled")
     capacity = front[0].capacity / _GIB
     axes.axhline(capacity, color="0.3", linestyle="--", label=f"capacity, {capacity:.4g} GiB")
-    _scales(axes, [*rows, *tight], capacity)
-    _names(axes, named)
+    _set_scales(axes, [*rows, *tight], capacity)
+    _label_front(axes, named)
     axes.set_title("Memory against time, modelled")
     axes.legend(fontsize=8)
     text = f"{caption}; stars by the target's compiler" if stages else caption
@@ -78,26 +78,26 @@ def _drawn(
     return made
 
 
-def _places(of: Iterable[Candidate]) -> tuple[list[float], list[float]]:
+def _points(of: Iterable[Candidate]) -> tuple[list[float], list[float]]:
     """Milliseconds and GiB."""
     listed = list(of)
     return [c.seconds * 1e3 for c in listed], [c.total / _GIB for c in listed]
 
 
-def _spread(front: Sequence[Candidate]) -> list[Candidate]:
+def _pick_labelled(front: Sequence[Candidate]) -> list[Candidate]:
     """As many rows as there is room for, the first and the last among them."""
-    if len(front) <= _MOST:
+    if len(front) <= _MAX_LABELS:
         return list(front)
-    steps = (len(front) - 1) / (_MOST - 1)
-    return [front[round(i * steps)] for i in range(_MOST)]
+    steps = (len(front) - 1) / (_MAX_LABELS - 1)
+    return [front[round(i * steps)] for i in range(_MAX_LABELS)]
 
 
-def _scales(axes: Any, of: Sequence[Candidate], capacity: float) -> None:
+def _set_scales(axes: Any, of: Sequence[Candidate], capacity: float) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    times, sizes = _places(of)
+    times, sizes = _points(of)
     for which, values in (("x", times), ("y", [*sizes, capacity])):
-        if max(values) > _DECADE * min(values):
+        if max(values) > _LOG_RATIO * min(values):
             getattr(axes, f"set_{which}scale")("log")
             axis = getattr(axes, f"{which}axis")
             axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -110,7 +110,7 @@ def _scales(axes: Any, of: Sequence[Candidate], capacity: float) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _names(axes: Any, named: Sequence[Candidate]) -> None:
+def _label_front(axes: Any, named: Sequence[Candidate]) -> None:
     """Names in a column beside the picture, from top to bottom as memory goes down the front."""
     for i, one in enumerate(named):
         height = 1 - (i + 0.5) / len(named)

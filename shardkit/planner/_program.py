@@ -51,7 +51,7 @@ class Op:
 
 
 @dataclasses.dataclass(frozen=True)
-class Flat:
+class FlatProgram:
     """Operations in order.
 
     Attributes:
@@ -69,13 +69,13 @@ class Flat:
     problems: tuple[str, ...] = ()
 
 
-def flatten(closed: ClosedJaxpr) -> Flat:
+def flatten_jaxpr(closed: ClosedJaxpr) -> FlatProgram:
     """Flattens a closed jaxpr."""
-    reader = _Reader()
+    reader = _Flattener()
     return reader.flat(closed.jaxpr)
 
 
-class _Reader:
+class _Flattener:
     """Gives every value a number, also across inner jaxprs."""
 
     def __init__(self) -> None:
@@ -83,16 +83,16 @@ class _Reader:
         self.avals: dict[int, Any] = {}
         self.problems: list[str] = []
 
-    def flat(self, jaxpr: Jaxpr) -> Flat:
+    def flat(self, jaxpr: Jaxpr) -> FlatProgram:
         env: dict[Any, int | None] = {}
         for var in (*jaxpr.constvars, *jaxpr.invars):
             env[var] = self._new(var.aval)
-        inputs = tuple(_number(env, v) for v in (*jaxpr.constvars, *jaxpr.invars))
+        inputs = tuple(_number_of(env, v) for v in (*jaxpr.constvars, *jaxpr.invars))
         ops = list(self._ops(jaxpr, env))
-        outputs = tuple(_number(env, v) for v in jaxpr.outvars)
+        outputs = tuple(_number_of(env, v) for v in jaxpr.outvars)
         made = [number for number in inputs if number is not None]
-        alive = _needed(ops, outputs)
-        return Flat(tuple(alive), tuple(made), outputs, self.avals, tuple(self.problems))
+        alive = _drop_unused(ops, outputs)
+        return FlatProgram(tuple(alive), tuple(made), outputs, self.avals, tuple(self.problems))
 
     def _new(self, aval: Any) -> int:
         number = next(self.numbers)
@@ -101,11 +101,11 @@ class _Reader:
 
     def _ops(self, jaxpr: Jaxpr, env: dict[Any, int | None]) -> Iterator[Op]:
         for eqn in jaxpr.eqns:
-            name, ins = eqn.primitive.name, tuple(_number(env, v) for v in eqn.invars)
+            name, ins = eqn.primitive.name, tuple(_number_of(env, v) for v in eqn.invars)
             if name in _SEEN_THROUGH and len(ins) == len(eqn.outvars):
                 env.update(zip(eqn.outvars, ins, strict=True))
                 continue
-            inner = [] if name in _LOOPS | _CLOSED else list(_called(eqn.params))
+            inner = [] if name in _LOOPS | _CLOSED else list(_inner_jaxprs(eqn.params))
             if name == "cond":
                 inner = [max(eqn.params["branches"], key=lambda b: len(b.jaxpr.eqns)).jaxpr]
             if inner and len(inner[0].invars) == len(ins) - (name == "cond"):
@@ -121,7 +121,7 @@ class _Reader:
         inside: dict[Any, int | None] = {v: self._new(v.aval) for v in jaxpr.constvars}
         inside.update(zip(jaxpr.invars, ins, strict=True))
         yield from self._ops(jaxpr, inside)
-        env.update(zip(eqn.outvars, (_number(inside, v) for v in jaxpr.outvars), strict=True))
+        env.update(zip(eqn.outvars, (_number_of(inside, v) for v in jaxpr.outvars), strict=True))
 
     def _op(self, eqn: Any, ins: tuple[int | None, ...], outs: tuple[int, ...]) -> Op:
         name, params = eqn.primitive.name, eqn.params
@@ -130,17 +130,17 @@ class _Reader:
         if name == "while":
             self.problems.append("a while loop runs an unknown number of times; counted once")
             return Op(name, params, ins, outs, self.flat(params["body_jaxpr"].jaxpr), 1)
-        if name in _CLOSED or any(True for _ in _called(params)):
+        if name in _CLOSED or any(True for _ in _inner_jaxprs(params)):
             why = "is not looked into; its products, memory and collectives are not counted"
             self.problems.append(f"{name} {why}")
         return Op(name, params, ins, outs)
 
 
-def _number(env: Mapping[Any, int | None], var: Any) -> int | None:
+def _number_of(env: Mapping[Any, int | None], var: Any) -> int | None:
     return None if isinstance(var, Literal) else env[var]
 
 
-def _called(params: Mapping[str, Any]) -> Iterator[Jaxpr]:
+def _inner_jaxprs(params: Mapping[str, Any]) -> Iterator[Jaxpr]:
     for key, value in params.items():
         if key in _RULES:
             continue
@@ -150,7 +150,7 @@ def _called(params: Mapping[str, Any]) -> Iterator[Jaxpr]:
             yield value
 
 
-def _needed(ops: list[Op], outputs: tuple[int | None, ...]) -> list[Op]:
+def _drop_unused(ops: list[Op], outputs: tuple[int | None, ...]) -> list[Op]:
     wanted, kept = set(outputs), []
     for op in reversed(ops):
         if wanted.intersection(op.outs):

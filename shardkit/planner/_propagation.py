@@ -4,12 +4,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ._symbolic_sharding import Axes, Laid, reshaped, whole, without_repeats
+from ._symbolic_sharding import Axes, SymbolicSharding, drop_repeated_axes, replicated, reshape_dims
 
 Shapes = Sequence[tuple[int, ...]]
-Rule = Callable[[Any, Sequence[Laid], Shapes, Sequence[int]], Laid]
+Rule = Callable[[Any, Sequence[SymbolicSharding], Shapes, Sequence[int]], SymbolicSharding]
 
-MATERIAL = frozenset(
+MATERIALIZED = frozenset(
     {
         "dot_general",
         "conv_general_dilated",
@@ -28,7 +28,7 @@ MATERIAL = frozenset(
 )
 """Operations whose results are written to memory; the others are fused into their readers."""
 
-PASSES_SUMS = frozenset(
+KEEPS_PARTIAL = frozenset(
     {"convert_element_type", "transpose", "reshape", "squeeze", "expand_dims", "neg", "select_n"}
 )
 """Operations that a sum may be made behind."""
@@ -36,35 +36,47 @@ PASSES_SUMS = frozenset(
 REDUCTIONS = ("reduce_", "argm")
 
 
-def _broadcast(op: Any, ins: Sequence[Laid], shapes: Shapes, out: Sequence[int]) -> Laid:
+def _broadcast(
+    op: Any, ins: Sequence[SymbolicSharding], shapes: Shapes, out: Sequence[int]
+) -> SymbolicSharding:
     dims: list[Axes] = [()] * len(out)
     if ins:
         for i, target in enumerate(op.params["broadcast_dimensions"]):
             dims[target] = ins[0].dims[i] if shapes[0][i] == out[target] else ()
-    return Laid(tuple(dims), stored=bool(ins) and ins[0].stored)
+    return SymbolicSharding(tuple(dims), stored=bool(ins) and ins[0].stored)
 
 
-def _transpose(op: Any, ins: Sequence[Laid], shapes: Shapes, out: Sequence[int]) -> Laid:
+def _transpose(
+    op: Any, ins: Sequence[SymbolicSharding], shapes: Shapes, out: Sequence[int]
+) -> SymbolicSharding:
     return ins[0].with_dims(ins[0].dims[i] for i in op.params["permutation"])
 
 
-def _reshape(op: Any, ins: Sequence[Laid], shapes: Shapes, out: Sequence[int]) -> Laid:
-    return ins[0].with_dims(reshaped(ins[0].dims, shapes[0], out))
+def _reshape(
+    op: Any, ins: Sequence[SymbolicSharding], shapes: Shapes, out: Sequence[int]
+) -> SymbolicSharding:
+    return ins[0].with_dims(reshape_dims(ins[0].dims, shapes[0], out))
 
 
-def _squeeze(op: Any, ins: Sequence[Laid], shapes: Shapes, out: Sequence[int]) -> Laid:
+def _squeeze(
+    op: Any, ins: Sequence[SymbolicSharding], shapes: Shapes, out: Sequence[int]
+) -> SymbolicSharding:
     gone = {d % len(shapes[0]) for d in op.params["dimensions"]}
     return ins[0].with_dims(dim for i, dim in enumerate(ins[0].dims) if i not in gone)
 
 
-def _reduce(op: Any, ins: Sequence[Laid], shapes: Shapes, out: Sequence[int]) -> Laid:
+def _reduce(
+    op: Any, ins: Sequence[SymbolicSharding], shapes: Shapes, out: Sequence[int]
+) -> SymbolicSharding:
     gone = set(op.params["axes"])
     lost = frozenset(a for i, dim in enumerate(ins[0].dims) if i in gone for a in dim)
     dims = (dim for i, dim in enumerate(ins[0].dims) if i not in gone)
-    return Laid(tuple(dims), ins[0].partial | lost)
+    return SymbolicSharding(tuple(dims), ins[0].partial | lost)
 
 
-def _gather(op: Any, ins: Sequence[Laid], shapes: Shapes, out: Sequence[int]) -> Laid:
+def _gather(
+    op: Any, ins: Sequence[SymbolicSharding], shapes: Shapes, out: Sequence[int]
+) -> SymbolicSharding:
     """Rows of a table: dims of the indices, then those of the slices; a split table gives sums."""
     numbers, table, places = op.params["dimension_numbers"], ins[0], ins[1]
     offsets = set(numbers.offset_dims)
@@ -79,10 +91,12 @@ def _gather(op: Any, ins: Sequence[Laid], shapes: Shapes, out: Sequence[int]) ->
         for i, dim in enumerate(dims)
     ]
     lost = {a for i in numbers.collapsed_slice_dims for a in table.dims[i]} - taken
-    return Laid(without_repeats(dims), frozenset(lost))
+    return SymbolicSharding(drop_repeated_axes(dims), frozenset(lost))
 
 
-def _scatter(op: Any, ins: Sequence[Laid], shapes: Shapes, out: Sequence[int]) -> Laid:
+def _scatter(
+    op: Any, ins: Sequence[SymbolicSharding], shapes: Shapes, out: Sequence[int]
+) -> SymbolicSharding:
     numbers, updates = op.params["dimension_numbers"], ins[2]
     windows = list(numbers.update_window_dims)
     gone = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
@@ -94,10 +108,10 @@ def _scatter(op: Any, ins: Sequence[Laid], shapes: Shapes, out: Sequence[int]) -
     ):
         dims[batch] = ins[1].dims[index]
         lost -= set(dims[batch])
-    return Laid(without_repeats(dims), frozenset(lost) - {"micro"})
+    return SymbolicSharding(drop_repeated_axes(dims), frozenset(lost) - {"micro"})
 
 
-def where_wanted(op: Any, laid: Laid, want: Sequence[Axes]) -> Laid:
+def shard_scatter(op: Any, laid: SymbolicSharding, want: Sequence[Axes]) -> SymbolicSharding:
     """The sum that a scatter adds up, of which each device makes the rows that it wants."""
     taken = laid.axes | laid.partial
     inserted = op.params["dimension_numbers"].inserted_window_dims
@@ -107,7 +121,9 @@ def where_wanted(op: Any, laid: Laid, want: Sequence[Axes]) -> Laid:
     )
 
 
-def _same(op: Any, ins: Sequence[Laid], shapes: Shapes, out: Sequence[int]) -> Laid:
+def _elementwise(
+    op: Any, ins: Sequence[SymbolicSharding], shapes: Shapes, out: Sequence[int]
+) -> SymbolicSharding:
     """Elementwise, or anything like it: each dim as the operand that splits it most."""
     dims: list[Axes] = [()] * len(out)
     fit = [one for one, shape in zip(ins, shapes, strict=True) if len(shape) == len(out)]
@@ -119,11 +135,13 @@ def _same(op: Any, ins: Sequence[Laid], shapes: Shapes, out: Sequence[int]) -> L
                 dims[i] = dim
     partial = frozenset().union(*(one.partial for one in fit)) if fit else frozenset()
     stored = bool(fit) and all(one.stored for one in fit)
-    return Laid(without_repeats(dims), partial, stored)
+    return SymbolicSharding(drop_repeated_axes(dims), partial, stored)
 
 
-def _nothing(op: Any, ins: Sequence[Laid], shapes: Shapes, out: Sequence[int]) -> Laid:
-    return whole(len(out))
+def _replicate(
+    op: Any, ins: Sequence[SymbolicSharding], shapes: Shapes, out: Sequence[int]
+) -> SymbolicSharding:
+    return replicated(len(out))
 
 
 _RULES: dict[str, Rule] = {
@@ -134,20 +152,24 @@ _RULES: dict[str, Rule] = {
     "gather": _gather,
     "scatter-add": _scatter,
     "scatter": _scatter,
-    "iota": _nothing,
+    "iota": _replicate,
 }
 
 
-def passed_on(op: Any, ins: Sequence[Laid], shapes: Shapes, out: Sequence[int]) -> Laid:
+def propagate(
+    op: Any, ins: Sequence[SymbolicSharding], shapes: Shapes, out: Sequence[int]
+) -> SymbolicSharding:
     """Layout of an operation's result from those of its operands."""
     rule = _RULES.get(op.name)
     if rule is None:
         reduces = op.name.startswith(REDUCTIONS) and "axes" in op.params
-        rule = _reduce if reduces else _same
+        rule = _reduce if reduces else _elementwise
     return rule(op, ins, shapes, out)
 
 
-def clash(own: Laid, other: Laid, pairs: Mapping[int, int]) -> set[str]:
+def conflicting_axes(
+    own: SymbolicSharding, other: SymbolicSharding, pairs: Mapping[int, int]
+) -> set[str]:
     """Axes of one operand that the other has on a dim that is not the same one."""
     found = set()
     for i, dim in enumerate(own.dims):
@@ -156,8 +178,8 @@ def clash(own: Laid, other: Laid, pairs: Mapping[int, int]) -> set[str]:
     return found
 
 
-def contracted(
-    op: Any, left: Laid, right: Laid, shape: Sequence[int]
+def contract(
+    op: Any, left: SymbolicSharding, right: SymbolicSharding, shape: Sequence[int]
 ) -> tuple[list[Axes], list[str], float]:
     """Dims of a product's result, axes that its sum runs over, FLOPs per element of it."""
     (lc, rc), (lb, rb) = op.params["dimension_numbers"]

@@ -23,19 +23,19 @@ from .._core.types import Accumulate
 from ..nn._constrain import constrain
 from ..nn._overridable import Override, StepContext, use_overrides
 from ._costs import EXPERTS, HEADS, LENGTH, PIPE
-from ._space import How, Stages
+from ._space import Batching, PipelineOptions
 
-OTHER_ROWS, OWN_EXPERTS = "plan: rows but for expert", "plan: experts"
+ROWS_WITHOUT_EXPERT, LOCAL_EXPERTS = "plan: rows but for expert", "plan: experts"
 """Names of the slots' first two dims while each device has those of its own experts."""
-_TURNED = (OTHER_ROWS, OWN_EXPERTS, None, None)
-FORWARD, BACKWARD = "shardkit_attention", "shardkit_attention_gradient"
+_EXPERT_SLOTS = (ROWS_WITHOUT_EXPERT, LOCAL_EXPERTS, None, None)
+ATTENTION_FORWARD, ATTENTION_BACKWARD = "shardkit_attention", "shardkit_attention_gradient"
 _LAYERS, _ATTENTION, _EXPERTS = "plan: layers", "plan: attention", "plan: number of experts"
-_forward_p, _backward_p = Primitive(FORWARD), Primitive(BACKWARD)
+_forward_p, _backward_p = Primitive(ATTENTION_FORWARD), Primitive(ATTENTION_BACKWARD)
 _forward_p.multiple_results = _backward_p.multiple_results = True
 
 
 @dataclasses.dataclass(frozen=True)
-class Marked:
+class MarkedRegions:
     """What a loss marks, each kind once.
 
     Attributes:
@@ -52,7 +52,7 @@ class Marked:
 
     @classmethod
     def of(cls, jaxpr: Jaxpr) -> "Marked":
-        """Reads what a loss recorded that was traced under `marking`."""
+        """Reads what a loss recorded that was traced under `probe_regions`."""
         facts: Any = (recorded_facts(jaxpr, kind) for kind in (_LAYERS, _ATTENTION, _EXPERTS))
         layers, attention, experts = facts
         return cls(tuple(n for (n,) in layers), attention, experts)
@@ -82,14 +82,14 @@ class Marked:
         uneven = [n for n, _ in self.experts if n % ways]
         return f"{uneven[0]} experts do not divide over {EXPERTS}={ways}" if uneven else ""
 
-    def beside_experts(self, sizes: Mapping[str, int], how: How) -> str:
+    def beside_experts(self, sizes: Mapping[str, int], how: Batching) -> str:
         """Why experts over an axis cannot be followed; or nothing."""
         return self._no_experts(sizes) or self.misfit(sizes, how, "")
 
-    def misfit(self, sizes: Mapping[str, int], how: How, way: str) -> str:
+    def misfit(self, sizes: Mapping[str, int], how: Batching, way: str) -> str:
         """Why layers cannot be scheduled so, or attention not look so; or nothing."""
         stages, context = sizes.get(PIPE, 1), sizes.get(LENGTH, 1)
-        if isinstance(how, Stages):
+        if isinstance(how, PipelineOptions):
             parts = stages * how.virtual_stages
             if any(n % parts for n in self.layers):
                 return f"{self.layers[0]} layers do not split evenly into {parts} virtual stages"
@@ -112,15 +112,15 @@ class Marked:
         return ""
 
 
-def marking(attention: bool = True) -> AbstractContextManager[Any]:
+def probe_regions(attention: bool = True) -> AbstractContextManager[Any]:
     """Makes a loss record what it marks while it is traced, and say where slots of experts turn.
 
     Args:
       attention: whether attention is made one operation.
     """
-    carriers: dict[str, Override] = {"experts": _Experts("plan")}
+    carriers: dict[str, Override] = {"experts": _ExpertProbe("plan")}
     if attention:
-        carriers |= {"staged": _Layers("plan"), "attention": _Attention("plan")}
+        carriers |= {"staged": _LayerProbe("plan"), "attention": _AttentionProbe("plan")}
     # Carriers are made use of on an axis of several devices alone.
     mesh: Any = AbstractMesh((2,), ("plan",), axis_types=(AxisType.Auto,))
     return use_overrides(carriers, StepContext(mesh, (), _unsplit))
@@ -130,14 +130,14 @@ def _unsplit(names: Any) -> PartitionSpec:
     return PartitionSpec()
 
 
-class _Layers(Override):
+class _LayerProbe(Override):
     def __call__(
         self, around: StepContext, plain: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         return record_fact(plain(*args, **kwargs), _LAYERS, len(jax.tree.leaves(args[4])[0]))
 
 
-class _Attention(Override):
+class _AttentionProbe(Override):
     def __call__(
         self, around: StepContext, plain: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
@@ -145,15 +145,15 @@ class _Attention(Override):
         return record_fact(_attend(q, k, v, causal), _ATTENTION, *q.shape[1:3], k.shape[2])
 
 
-class _Experts(Override):
+class _ExpertProbe(Override):
     def __call__(
         self, around: StepContext, plain: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         x, choice, share, weights, mlp, capacity = args
 
         def turned(weights: Any, h: jax.Array, dot: Any) -> jax.Array:
-            h = constrain(constrain(h, "batch", None, None, None), *_TURNED)
-            y = constrain(mlp(weights, h, dot), *_TURNED)
+            h = constrain(constrain(h, "batch", None, None, None), *_EXPERT_SLOTS)
+            y = constrain(mlp(weights, h, dot), *_EXPERT_SLOTS)
             return constrain(y, "batch", None, None, None)
 
         out = plain(x, choice, share, weights, mlp if capacity is None else turned, capacity)

@@ -48,7 +48,7 @@ class Plan:
 
         Those that do not fit are among them.
         """
-        return front_of((*self.rows, *self.tight))
+        return pareto_front((*self.rows, *self.tight))
 
     def plot(self, path: str | Path) -> Path:
         """Draws memory against time: every layout, the front's by name, and the capacity.
@@ -95,7 +95,7 @@ class Plan:
         return "\n".join(lines)
 
 
-def front_of(rows: Iterable[Candidate]) -> list[Candidate]:
+def pareto_front(rows: Iterable[Candidate]) -> list[Candidate]:
     """Layouts than which none is both faster and smaller, the fastest first."""
     front: list[Candidate] = []
     for one in sorted(rows, key=lambda c: (c.seconds, c.total)):

@@ -10,19 +10,19 @@ from ..mesh import Target
 from ..parallel import axes_splitting
 from ..step import StepSpec
 from ._candidate import Candidate
-from ._cases import Case, candidates
+from ._cases import PlannedCase, estimate_cases
 from ._estimate import Machine
-from ._region_probe import Marked
-from ._space import SearchSpace, layout_of, marked_axes, symbolic
-from ._state_bytes import Placed, Places, reason, row_ways
-from ._trace import Model, Walked, walk_through
+from ._region_probe import MarkedRegions
+from ._space import SearchSpace, make_strategy, region_axes, smallest_split_mesh
+from ._state_bytes import StateBytes, StateBytesResolver, count_row_shards, first_reason
+from ._trace import StepCosts, TracedModel, propagate_step
 
 if TYPE_CHECKING:
     from ..hardware import Chip
 
 
 @dataclasses.dataclass
-class Found:
+class SearchResult:
     """What a search found, with every reason for what it left out."""
 
     candidates: list[Candidate] = dataclasses.field(default_factory=list)
@@ -79,13 +79,13 @@ class Search:
       only: remat policies and families that are looked at; None for all.
     """
 
-    places: Places
+    places: StateBytesResolver
     space: SearchSpace
     machine: Machine
     devices: int
     only: frozenset[tuple[str, Family]] | None = None
-    walks: dict[tuple[str, Family], Walked | str] = dataclasses.field(default_factory=dict)
-    marks: list[Marked] = dataclasses.field(default_factory=list)
+    walks: dict[tuple[str, Family], StepCosts | str] = dataclasses.field(default_factory=dict)
+    marks: list[MarkedRegions] = dataclasses.field(default_factory=list)
 
     @classmethod
     def of(
@@ -99,12 +99,12 @@ class Search:
         """Traces the state of a spec."""
         machine = Machine.of(target, declared.precision.compute_dtype, overlap, hardware)
         assert target.n_devices is not None
-        return cls(Places(Model.of(declared)), space, machine, target.n_devices)
+        return cls(StateBytesResolver(TracedModel.of(declared)), space, machine, target.n_devices)
 
-    def run(self, batch_scale: float = 1.0) -> Found:
+    def run(self, batch_scale: float = 1.0) -> SearchResult:
         """Estimates everything."""
-        found = Found()
-        families: dict[Family, list[Case]] = {}
+        found = SearchResult()
+        families: dict[Family, list[PlannedCase]] = {}
         for one in self._legal(found):
             family = Family(one.zero, one.attention, one.staged)
             families.setdefault(family, []).append(one)
@@ -114,14 +114,14 @@ class Search:
             for remat in self.space.remat:
                 if self.only is not None and (remat, family) not in self.only:
                     continue
-                walked = self._walked(remat, family, symbolic(sizes))
+                walked = self._walked(remat, family, smallest_split_mesh(sizes))
                 if isinstance(walked, str):
                     found.reject(walked, f"{cases[0]}, remat={remat}", len(cases))
                 else:
-                    made = candidates(walked, remat, cases, self.machine, batch_scale)
+                    made = estimate_cases(walked, remat, cases, self.machine, batch_scale)
                     found.candidates += made
                     found.considered += len(made)
-        walks = [one for one in self.walks.values() if isinstance(one, Walked)]
+        walks = [one for one in self.walks.values() if isinstance(one, StepCosts)]
         found.problems = tuple(dict.fromkeys(text for one in walks for text in one.problems))
         return found
 
@@ -129,10 +129,10 @@ class Search:
         """A candidate that this search found, as if the batch had so many times its rows."""
         walked = self.walks[one.remat, Family.of(one).walk]
         own = self.places.of(one.mesh, one.zero)
-        assert isinstance(walked, Walked)
-        assert isinstance(own, Placed)
-        case = Case(one.mesh, one.pipeline or one.accumulate, one.zero, one.attention, own)
-        return candidates(walked, one.remat, [case], self.machine, batch_scale)[0]
+        assert isinstance(walked, StepCosts)
+        assert isinstance(own, StateBytes)
+        case = PlannedCase(one.mesh, one.pipeline or one.accumulate, one.zero, one.attention, own)
+        return estimate_cases(walked, one.remat, [case], self.machine, batch_scale)[0]
 
     @property
     def rows(self) -> int:
@@ -143,7 +143,7 @@ class Search:
     @property
     def lengths(self) -> frozenset[int]:
         """Sizes of the dims that the model names `length`, once it was walked through."""
-        found = [one.lengths for one in self.walks.values() if isinstance(one, Walked)]
+        found = [one.lengths for one in self.walks.values() if isinstance(one, StepCosts)]
         return frozenset().union(*found)
 
     def of_length(self, factor: float, like: Iterable[Candidate]) -> "Search | None":
@@ -157,11 +157,11 @@ class Search:
         if model is None:
             return None
         # No parameter knows the length.
-        places = Places(model, self.places.made)
+        places = StateBytesResolver(model, self.places.made)
         only = frozenset((one.remat, Family.of(one)) for one in like)
         return dataclasses.replace(self, places=places, only=only, walks={}, marks=[])
 
-    def _legal(self, found: Found) -> Iterator[Case]:
+    def _legal(self, found: SearchResult) -> Iterator[PlannedCase]:
         """Every mesh with everything that is tried on it, but what cannot be."""
         updating = axes_splitting("rows", "optimizer_state")
         for zero in self.space.zero:
@@ -172,24 +172,24 @@ class Search:
                 placed = self._placed(sizes, zero)
                 if isinstance(placed, str):
                     number = len(ways) * len(hows) * len(self.space.remat)
-                    found.reject(placed, str(Case(sizes)), number)
+                    found.reject(placed, str(PlannedCase(sizes)), number)
                     continue
                 for way in ways:
                     for how in hows:
-                        one = Case(sizes, how, zero, way, placed)
+                        one = PlannedCase(sizes, how, zero, way, placed)
                         if why := self._misfit(one):
                             found.reject(why, str(one), len(self.space.remat))
                         else:
                             yield one
 
-    def _placed(self, sizes: Mapping[str, int], zero: int) -> Placed | str:
+    def _placed(self, sizes: Mapping[str, int], zero: int) -> StateBytes | str:
         if self.machine.network.crossing(sizes) == "":
             return f"no axis is a multiple of the {self.machine.network.slices} slices"
         return self._unmarked(sizes) or self.places.of(sizes, zero)
 
     def _unmarked(self, sizes: Mapping[str, int]) -> str:
         """Why an axis has no part of the model to divide; empty where all have."""
-        if max(sizes.get(axis, 1) for axis in marked_axes()) == 1:
+        if max(sizes.get(axis, 1) for axis in region_axes()) == 1:
             return ""
         return self._marked().misses(sizes)
 
@@ -198,20 +198,20 @@ class Search:
         """Whether the loss has experts that a mesh axis may divide."""
         return bool(self._marked().experts)
 
-    def _marked(self) -> Marked:
+    def _marked(self) -> MarkedRegions:
         """What the model marks, found when it is first asked for."""
         if not self.marks:
             try:
                 self.marks.append(self.places.model.marked())
             except Exception as error:  # the loss is a user's code
-                self.marks.append(Marked(broken=reason(error)))
+                self.marks.append(MarkedRegions(broken=first_reason(error)))
         return self.marks[0]
 
-    def _misfit(self, one: Case) -> str:
-        ways = row_ways(one.sizes)
+    def _misfit(self, one: PlannedCase) -> str:
+        ways = count_row_shards(one.sizes)
         if self.rows % (ways * one.how.micro_batches):
             return f"a batch of {self.rows} rows that does not split into devices x micro-batches"
-        split = max(one.sizes.get(axis, 1) for axis in marked_axes()) > 1
+        split = max(one.sizes.get(axis, 1) for axis in region_axes()) > 1
         return self._marked().misfit(one.sizes, one.how, one.attention) if split else ""
 
     def _walked(self, remat: str, family: Family, sizes: Mapping[str, int]) -> "Walked | str":
@@ -219,14 +219,14 @@ class Search:
         key = (remat, family.walk)
         if key not in self.walks:
             stage = family.walk.zero if {*axes_splitting("optimizer_state")} & sizes.keys() else 0
-            strategy = layout_of(sizes, stage, family.attention)
+            strategy = make_strategy(sizes, stage, family.attention)
             model = self.places.model
             try:
                 flat = model.program(remat, bool(family.attention))
                 layout = model.layout(sizes, strategy)
             except Exception as error:  # the loss is a user's code
-                self.walks[key] = reason(error)
+                self.walks[key] = first_reason(error)
             else:
                 lanes = self.machine.network.lanes
-                self.walks[key] = walk_through(flat, layout, strategy, lanes, family.attention)
+                self.walks[key] = propagate_step(flat, layout, strategy, lanes, family.attention)
         return self.walks[key]

@@ -15,7 +15,7 @@ _REACH = 2.0**12
 _HALVINGS = 14
 
 
-def with_memory(best: Candidate, tight: Sequence[Candidate]) -> tuple[str, ...]:
+def describe_more_memory(best: Candidate, tight: Sequence[Candidate]) -> tuple[str, ...]:
     """Faster layouts that lack memory."""
     faster = [c for c in tight if c.seconds < best.seconds]
     if not faster:
@@ -25,21 +25,21 @@ def with_memory(best: Candidate, tight: Sequence[Candidate]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(texts))  # one layout may be both
 
 
-def with_batch(search: Search, best: Candidate) -> tuple[str, ...]:
+def describe_batch_crossover(search: Search, best: Candidate) -> tuple[str, ...]:
     """From which batch on the best layout waits for its links most, or does so no more."""
     end = _REACH if best.communication_bound else 1 / _REACH
     if search.again(best, end).communication_bound == best.communication_bound:
         return ()
-    scale = _turn(search, best, end)
+    scale = _find_crossover(search, best, end)
     beyond = search.again(best, scale)
     rows = search.rows / math.prod(best.mesh.get(axis, 1) for axis in lane_axes())
-    where = f"{'above' if end > 1 else 'below'} {_amount(rows * scale, search)}"
+    where = f"{'above' if end > 1 else 'below'} {_format_batch(rows * scale, search)}"
     what = "stops being" if end > 1 else "becomes"
-    text = f"batch per device {where} {what} communication-bound, now {_amount(rows, search)}"
+    text = f"batch per device {where} {what} communication-bound, now {_format_batch(rows, search)}"
     return (f"{text}: {best.layout}, then bound by {beyond.bound}",)
 
 
-def _turn(search: Search, best: Candidate, end: float) -> float:
+def _find_crossover(search: Search, best: Candidate, end: float) -> float:
     """The scale of the batch, on the far side, where a layout begins to be bound by other things.
 
     Bisection, of the logarithm: links wait for weights, which no batch makes smaller.
@@ -54,14 +54,14 @@ def _turn(search: Search, best: Candidate, end: float) -> float:
     return there
 
 
-def _amount(rows: float, search: Search) -> str:
+def _format_batch(rows: float, search: Search) -> str:
     """Rows, and their tokens where one length is known."""
     lengths = search.lengths
     tokens = f" ({rows * max(lengths):,.0f} tokens)" if len(lengths) == 1 else ""
     return f"{rows:.3g} rows{tokens}"
 
 
-def sensitivity(
+def find_sensitivity(
     search: Search, front: Sequence[Candidate]
 ) -> tuple[tuple[tuple[str, str, float], ...], tuple[str, ...]]:
     """Which layout wins with another batch, length or other links.
@@ -75,7 +75,7 @@ def sensitivity(
       (what is other, the layout that then wins, its seconds); and where none is left, why.
     """
     found, none_left = [], []
-    for what, other, scale in _others(search, front):
+    for what, other, scale in _variations(search, front):
         made = other.run(scale)
         fit = [c for c in made.candidates if c.margin >= 0]
         if fit:
@@ -87,7 +87,7 @@ def sensitivity(
     return tuple(found), tuple(none_left)
 
 
-def _others(search: Search, front: Sequence[Candidate]) -> Iterator[tuple[str, Search, float]]:
+def _variations(search: Search, front: Sequence[Candidate]) -> Iterator[tuple[str, Search, float]]:
     """What is other, the search for it, and how many times the rows."""
     chip = search.machine.network.chip
     for factor in _FACTORS:

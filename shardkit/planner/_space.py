@@ -26,13 +26,13 @@ def searched_axes(experts: bool = False) -> tuple[str, ...]:
     return tuple(kind.axis for kind in weighed_kinds() if kind.axis not in left)
 
 
-def marked_axes() -> tuple[str, ...]:
+def region_axes() -> tuple[str, ...]:
     """Axes that divide a part which the model has to mark."""
     return tuple(kind.axis for kind in weighed_kinds() if kind.region)
 
 
 @dataclasses.dataclass(frozen=True)
-class Stages:
+class PipelineOptions:
     """How a pipeline is worked off; its micro-batches are the step's accumulation.
 
     Attributes:
@@ -62,7 +62,7 @@ class Stages:
         return f"{self.schedule} of {self.micro_batches} micro-batches{more}"
 
 
-How = Accumulate | Stages
+Batching = Accumulate | PipelineOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +122,7 @@ class SearchSpace:
             if all(size <= limit for size, limit in zip(sizes, limits, strict=True))
         ]
 
-    def schedules(self, sizes: Mapping[str, int]) -> Sequence[How]:
+    def schedules(self, sizes: Mapping[str, int]) -> Sequence[Batching]:
         """Every accumulation; of a mesh with stages every schedule of a pipeline instead."""
         stages = sizes.get(PIPE, 1)
         return self._stages(stages) if stages > 1 else self._accumulations()
@@ -131,17 +131,17 @@ class SearchSpace:
         """Ways of attention on a mesh; `""` where no length is split."""
         return self.attention if sizes.get(LENGTH, 1) > 1 else ("",)
 
-    def _stages(self, stages: int) -> list[How]:
+    def _stages(self, stages: int) -> list[Batching]:
         return [
-            Stages(name, stages * each, virtual)
+            PipelineOptions(name, stages * each, virtual)
             for name in self.pipelines
             for each in self.per_stage
             for virtual in (self.virtual_stages if name == "interleaved" else (1,))
         ]
 
-    def _accumulations(self) -> list[How]:
+    def _accumulations(self) -> list[Batching]:
         """One micro-batch is reduced in one way."""
-        many: list[How] = [
+        many: list[Batching] = [
             Accumulate(k, how) for k in self.accumulate if k > 1 for how in self.reduce
         ]
         return ([Accumulate()] if 1 in self.accumulate else []) + many
@@ -157,12 +157,15 @@ def _factorizations(n: int, parts: int) -> Iterator[tuple[int, ...]]:
                 yield (first, *rest)
 
 
-def layout_of(
-    sizes: Mapping[str, int], zero: int = 0, attention: str = "", stages: Stages | None = None
+def make_strategy(
+    sizes: Mapping[str, int],
+    zero: int = 0,
+    attention: str = "",
+    stages: PipelineOptions | None = None,
 ) -> Strategy:
     """The ready layout for axes of these sizes; those of one device are left out.
 
-    >>> layout_of({"data": 1, "fsdp": 4, "tensor": 2}).kinds
+    >>> make_strategy({"data": 1, "fsdp": 4, "tensor": 2}).kinds
     (Fsdp(axis='fsdp', reshard_after_forward=True), Tensor(axis='tensor', sequence=True))
     """
     return functools.reduce(
@@ -171,25 +174,27 @@ def layout_of(
 
 
 def _calls(
-    sizes: Mapping[str, int], zero: int, attention: str, stages: Stages | None
+    sizes: Mapping[str, int], zero: int, attention: str, stages: PipelineOptions | None
 ) -> list[functools.partial[Strategy]]:
     kinds = {kind.axis: kind for kind in weighed_kinds()}
     choice = Choice(zero, attention, stages.options if stages else {})
-    return [kinds[axis].tried(choice) for axis in used_axes(sizes)]
+    return [kinds[axis].tried(choice) for axis in split_axes(sizes)]
 
 
-def used_axes(sizes: Mapping[str, int]) -> dict[str, int]:
+def split_axes(sizes: Mapping[str, int]) -> dict[str, int]:
     """Axes of more than one device; of one device, one that asks nothing of the model."""
-    asking = marked_axes()
+    asking = region_axes()
     plain = next((axis for axis in sizes if axis not in asking), next(iter(sizes)))
     return {axis: size for axis, size in sizes.items() if size > 1} or {plain: 1}
 
 
-def code_of(sizes: Mapping[str, int], how: How, remat: str, zero: int, attention: str = "") -> str:
+def format_layout(
+    sizes: Mapping[str, int], how: Batching, remat: str, zero: int, attention: str = ""
+) -> str:
     """A layout as code: its mesh, strategy, micro-batches and remat."""
-    used = {axis: sizes[axis] for axis in used_axes(sizes)}
+    used = {axis: sizes[axis] for axis in split_axes(sizes)}
     mesh = ", ".join(f"{axis}={n}" for axis, n in used.items())
-    stages = how if isinstance(how, Stages) else None
+    stages = how if isinstance(how, PipelineOptions) else None
     calls = _calls(sizes, zero, attention, stages)
     steps = "1"
     if isinstance(how, Accumulate) and how.micro_batches > 1:
@@ -204,7 +209,7 @@ def code_of(sizes: Mapping[str, int], how: How, remat: str, zero: int, attention
     )
 
 
-def symbolic(meshes: Sequence[Mapping[str, int]]) -> dict[str, int]:
+def smallest_split_mesh(meshes: Sequence[Mapping[str, int]]) -> dict[str, int]:
     """A mesh in which every axis that any of these splits does split, as little as it can.
 
     >>> symbolic([{"data": 1, "fsdp": 6}, {"data": 1, "fsdp": 3}])

@@ -13,20 +13,20 @@ import numpy as np
 
 from .._core.types import Accumulate
 from ..parallel import Branch, lane_axes, schedule, ticks
-from ._costs import PARTS, PIPE
-from ._estimate import Estimates, Machine, Parts, each_sent, each_work
-from ._space import Stages
-from ._state_bytes import Placed
-from ._symbolic_sharding import product
-from ._trace import Walked
+from ._costs import PHASES, PIPE
+from ._estimate import Estimates, Machine, ShardCounts, compute_seconds, cost_collectives
+from ._space import PipelineOptions
+from ._state_bytes import StateBytes
+from ._symbolic_sharding import count_shards
+from ._trace import StepCosts
 
-Case = tuple[Mapping[str, int], Stages]
+Case = tuple[Mapping[str, int], PipelineOptions]
 _SUMS = ("all-reduce", "reduce-scatter")
-_FIRST, _FORWARD, _LAST, _BACKWARD, _BEGUN = (PARTS.index(name) for name in PARTS)
+_FIRST, _FORWARD, _LAST, _BACKWARD, _BEGUN = (PHASES.index(name) for name in PHASES)
 
 
 @dataclasses.dataclass(frozen=True)
-class Roles:
+class TickRoles:
     """A tick table as what stages do at once.
 
     Attributes:
@@ -47,7 +47,7 @@ class Roles:
 
 
 @functools.lru_cache(maxsize=256)
-def roles(how: Stages, stages: int) -> Roles:
+def read_tick_roles(how: PipelineOptions, stages: int) -> TickRoles:
     """Reads a schedule's table.
 
     >>> found = roles(Stages("gpipe", 4), 2)
@@ -66,13 +66,13 @@ def roles(how: Stages, stages: int) -> Roles:
     rows = np.stack([plan.columns[name] for name in ("branch", "first", "last")], -1)
     kinds, which = np.unique(rows.reshape(-1, 3), axis=0, return_inverse=True)
     which = which.reshape(rows.shape[:2])
-    shares = np.array([_shares(*kind, how.virtual_stages) for kind in kinds.tolist()])
+    shares = np.array([_phase_shares(*kind, how.virtual_stages) for kind in kinds.tolist()])
     at_once: dict[frozenset[int], int] = {}
     for tick in which.tolist():
         at_once[frozenset(tick)] = at_once.get(frozenset(tick), 0) + 1
     often = np.bincount(which.ravel(), minlength=len(kinds)) / stages
     sizes = [sum(map(len, exchange)) for exchange in plan.exchanges]
-    return Roles(
+    return TickRoles(
         shares=shares,
         at_once=at_once,
         mean=often @ shares,
@@ -82,9 +82,9 @@ def roles(how: Stages, stages: int) -> Roles:
     )
 
 
-def _shares(branch: int, first: int, last: int, virtual: int) -> list[float]:
+def _phase_shares(branch: int, first: int, last: int, virtual: int) -> list[float]:
     """How much of each part of the program a stage's layers and ends are in one tick."""
-    share = [0.0] * len(PARTS)
+    share = [0.0] * len(PHASES)
     if branch == Branch.IDLE:
         return share
     share[_FORWARD] = 1 / virtual  # a backward pass computes its part again
@@ -99,9 +99,9 @@ def _shares(branch: int, first: int, last: int, virtual: int) -> list[float]:
 
 
 def estimate_stages(
-    walked: Walked,
+    walked: StepCosts,
     cases: Sequence[Case],
-    placed: Sequence[Placed],
+    placed: Sequence[StateBytes],
     machine: Machine,
     batch_scale: float = 1.0,
 ) -> tuple[Estimates, np.ndarray]:
@@ -117,24 +117,24 @@ def estimate_stages(
     Returns:
       The estimates, and the seconds in which a stage waits for others.
     """
-    parts = Parts([(m, Accumulate(how.micro_batches)) for m, how in cases], batch_scale)
-    made = [roles(how, sizes[PIPE]) for sizes, how in cases]
+    parts = ShardCounts([(m, Accumulate(how.micro_batches)) for m, how in cases], batch_scale)
+    made = [read_tick_roles(how, sizes[PIPE]) for sizes, how in cases]
     mean = np.array([one.mean for one in made]).T  # [parts, cases]
-    compute, memory = each_work(walked, parts, machine)
+    compute, memory = compute_seconds(walked, parts, machine)
     ticking: dict[tuple[str, ...], np.ndarray] = {}
     wire: dict[tuple[str, ...], np.ndarray] = {}
     spent: dict[tuple[str, ...], np.ndarray] = {}
-    nothing, rows = np.zeros((len(PARTS), len(cases))), frozenset(lane_axes())
-    for one, sent, seconds in each_sent(walked, parts, machine):
+    nothing, rows = np.zeros((len(PHASES), len(cases))), frozenset(lane_axes())
+    for one, sent, seconds in cost_collectives(walked, parts, machine):
         name = tuple(axis for axis in cases[0][0] if axis in one.axes)
         often = one.trips * parts.of([one.loops])[0]
         summed = one.gradient or (one.axes <= rows and one.kind in _SUMS)
         if summed:
-            # Once per step: gradients stay on their device; those of the ends see `_exchanged`.
+            # Once per step: gradients stay on their device; those of the ends see `_add_exchanges`.
             often = often * (PIPE in one.loops)
         elif one.weight:
             # Once per step too, whole, and not again for the backward pass.
-            often = often * (PARTS[one.part] in ("first", "forward", "last"))
+            often = often * (PHASES[one.part] in ("first", "forward", "last"))
         else:
             ticking.setdefault(name, nothing.copy())[one.part] += often * seconds
             often = often * mean[one.part]
@@ -142,35 +142,35 @@ def estimate_stages(
         spent[name] = spent.get(name, 0.0) + often * seconds
     busy = compute + memory + (1 - machine.overlap) * sum(ticking.values(), nothing)
     waits = np.array(
-        [_length(one, busy[:, i]) - one.mean @ busy[:, i] for i, one in enumerate(made)]
+        [_schedule_seconds(one, busy[:, i]) - one.mean @ busy[:, i] for i, one in enumerate(made)]
     )
     message = parts.bytes([walked.walk.message])[0]
-    _exchanged(cases, placed, made, message, parts, machine, wire, spent)
+    _add_exchanges(cases, placed, made, message, parts, machine, wire, spent)
     temp = parts.bytes(walked.points).max(axis=0)
     temp = temp + np.array([one.slots for one in made]) * message
-    temp = temp + np.array([_kept(one, machine.width) for one in placed])
+    temp = temp + np.array([_accumulated_bytes(one, machine.width) for one in placed])
     estimates = Estimates(temp, (mean * compute).sum(0), (mean * memory).sum(0), wire, spent)
     return estimates, waits
 
 
-def _length(one: Roles, busy: np.ndarray) -> float:
+def _schedule_seconds(one: TickRoles, busy: np.ndarray) -> float:
     """Seconds of all ticks."""
     each = one.shares @ busy
     return sum(count * max(each[role] for role in at) for at, count in one.at_once.items())
 
 
-def _kept(placed: Placed, width: int) -> float:
+def _accumulated_bytes(placed: StateBytes, width: int) -> float:
     """Gradients in f32 while they add up, and weights that were gathered for the whole step."""
     gathered = placed.lane if placed.lane > placed.shard else 0
     return placed.lane + gathered * width / 4
 
 
-def _exchanged(
+def _add_exchanges(
     cases: Sequence[Case],
-    placed: Sequence[Placed],
-    made: Sequence[Roles],
+    placed: Sequence[StateBytes],
+    made: Sequence[TickRoles],
     message: np.ndarray,
-    parts: Parts,
+    parts: ShardCounts,
     machine: Machine,
     wire: dict[tuple[str, ...], np.ndarray],
     spent: dict[tuple[str, ...], np.ndarray],
@@ -181,7 +181,7 @@ def _exchanged(
     wire[(PIPE,)] = np.array([one.messages for one in made]) * message
     spent[(PIPE,)] = exchanges * (message / rate + hop)
     axes = tuple(axis for axis in cases[0][0] if axis in (*lane_axes(), PIPE))
-    n = product(axes, parts.sizes)
+    n = count_shards(axes, parts.sizes)
     ends = 2 * (n - 1) / n * np.array([one.ends * machine.width / 4 for one in placed])
     wire[axes] = wire.get(axes, 0.0) + ends
     spent[axes] = spent.get(axes, 0.0) + ends / parts.rate(frozenset(axes), machine.network)

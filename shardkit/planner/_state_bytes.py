@@ -13,14 +13,14 @@ from .._core.types import Accumulate
 from ..parallel import DeviceBytes, Kind, axes_splitting, weighed_kinds
 from ..step import Layout
 from ._costs import EXPERTS, LENGTH, PIPE
-from ._space import layout_of, used_axes
-from ._trace import Model
+from ._space import make_strategy, split_axes
+from ._trace import TracedModel
 
 _LANES_BYTES = 4  # gradients are added up in f32
 
 
 @dataclasses.dataclass(frozen=True)
-class Placed:
+class StateBytes:
     """Exact bytes of one device on one mesh.
 
     Attributes:
@@ -57,7 +57,7 @@ class Placed:
 
 
 @dataclasses.dataclass(frozen=True)
-class Places:
+class StateBytesResolver:
     """The layouts of one model, each resolved when it is first asked for.
 
     Rules see the axes that split more than the batch; where ZeRO splits the update, also those of
@@ -65,10 +65,10 @@ class Places:
     counted anew.
     """
 
-    model: Model
-    made: dict[tuple[Any, ...], Placed | str] = dataclasses.field(default_factory=dict)
+    model: TracedModel
+    made: dict[tuple[Any, ...], StateBytes | str] = dataclasses.field(default_factory=dict)
 
-    def of(self, sizes: Mapping[str, int], zero: int) -> Placed | str:
+    def of(self, sizes: Mapping[str, int], zero: int) -> StateBytes | str:
         """Exact bytes of a layout, or why there is none."""
         batch = self._batch(sizes)
         if batch is None:
@@ -82,19 +82,19 @@ class Places:
         found = self.made[key]
         if isinstance(found, str):
             return found
-        return dataclasses.replace(found, batch=batch, kinds=layout_of(sizes, zero).kinds)
+        return dataclasses.replace(found, batch=batch, kinds=make_strategy(sizes, zero).kinds)
 
-    def resolved(self, sizes: Mapping[str, int], zero: int) -> Placed | str:
+    def resolved(self, sizes: Mapping[str, int], zero: int) -> StateBytes | str:
         """The same by resolving everything on this one mesh."""
         try:
-            strategy = layout_of(sizes, zero)
-            return placed_bytes(self.model.layout(used_axes(sizes), strategy), strategy.kinds)
+            strategy = make_strategy(sizes, zero)
+            return count_state_bytes(self.model.layout(split_axes(sizes), strategy), strategy.kinds)
         except Exception as error:  # rules are a user's code, and may raise anything
-            return reason(error)
+            return first_reason(error)
 
     def _batch(self, sizes: Mapping[str, int]) -> int | None:
         """Bytes of the batch on one device; None where it does not split."""
-        ways = (row_ways(sizes), sizes.get(LENGTH, 1))
+        ways = (count_row_shards(sizes), sizes.get(LENGTH, 1))
         held = 0
         for x in jax.tree.leaves(self.model.declared.batch):
             if any(n % way for n, way in zip(x.shape, ways, strict=False)):
@@ -103,12 +103,12 @@ class Places:
         return held
 
 
-def row_ways(sizes: Mapping[str, int]) -> int:
+def count_row_shards(sizes: Mapping[str, int]) -> int:
     """Parts that the mesh splits rows into."""
     return math.prod(sizes.get(axis, 1) for axis in axes_splitting("rows"))
 
 
-def placed_bytes(layout: Layout, kinds: tuple[Kind, ...]) -> Placed:
+def count_state_bytes(layout: Layout, kinds: tuple[Kind, ...]) -> StateBytes:
     """Exact bytes from the resolved shardings of kinds of parallelism."""
     state, where = layout.state, layout.shardings
     held = sum(_shard_bytes(getattr(where, n), getattr(state, n)) for n in ("params", "opt_state"))
@@ -130,17 +130,17 @@ def placed_bytes(layout: Layout, kinds: tuple[Kind, ...]) -> Placed:
             part = math.prod(updated[i].shard_shape(x.shape))
             regathered += (own - part) * x.dtype.itemsize
     batch = _shard_bytes(layout.batch_shardings, layout.batch)
-    return Placed(held, batch, lane, shard, ends, regathered, kinds)
+    return StateBytes(held, batch, lane, shard, ends, regathered, kinds)
 
 
-def kept_bytes(placed: Placed, schedule: Accumulate) -> int:
+def accumulator_bytes(placed: StateBytes, schedule: Accumulate) -> int:
     """Bytes of what micro-batches add up in."""
     if schedule.micro_batches == 1:
         return 0
     return placed.lane if schedule.reduce == "end" else placed.shard
 
 
-def reason(error: Exception) -> str:
+def first_reason(error: Exception) -> str:
     """The first thing that does not fit, without the headline; of a user's code, what it raised."""
     lines = str(error).splitlines()
     if not isinstance(error, ShardkitError):

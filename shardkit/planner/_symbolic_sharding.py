@@ -19,11 +19,11 @@ MICRO = "micro"
 """The axis of micro-batches: it splits rows as a mesh axis does, and is worked off in turn."""
 
 Axes = tuple[str, ...]
-Terms = dict[frozenset[str], float]
+SymbolicBytes = dict[frozenset[str], float]
 
 
 @dataclasses.dataclass(frozen=True)
-class Laid:
+class SymbolicSharding:
     """Layout of one value.
 
     Attributes:
@@ -46,22 +46,22 @@ class Laid:
         return dataclasses.replace(self, dims=tuple(dims))
 
 
-def whole(rank: int) -> Laid:
+def replicated(rank: int) -> SymbolicSharding:
     """A value that every device has."""
-    return Laid(((),) * rank)
+    return SymbolicSharding(((),) * rank)
 
 
-def of_spec(spec: PartitionSpec, rank: int, *, stored: bool = False) -> Laid:
+def sharding_of_spec(spec: PartitionSpec, rank: int, *, stored: bool = False) -> SymbolicSharding:
     """The layout that a spec says.
 
-    >>> of_spec(PartitionSpec(None, ("a", "b")), 3).dims
+    >>> sharding_of_spec(PartitionSpec(None, ("a", "b")), 3).dims
     ((), ('a', 'b'), ())
     """
     dims = [axes_of(entry) for entry in spec]
-    return Laid((*dims, *[()] * (rank - len(dims))), stored=stored)
+    return SymbolicSharding((*dims, *[()] * (rank - len(dims))), stored=stored)
 
 
-def without_repeats(dims: Iterable[Axes]) -> tuple[Axes, ...]:
+def drop_repeated_axes(dims: Iterable[Axes]) -> tuple[Axes, ...]:
     """Each axis only where it comes first: it can split a value once."""
     seen: set[str] = set()
     out = []
@@ -71,7 +71,7 @@ def without_repeats(dims: Iterable[Axes]) -> tuple[Axes, ...]:
     return tuple(out)
 
 
-def reshaped(dims: Sequence[Axes], old: Sequence[int], new: Sequence[int]) -> tuple[Axes, ...]:
+def reshape_dims(dims: Sequence[Axes], old: Sequence[int], new: Sequence[int]) -> tuple[Axes, ...]:
     """Axes of a reshaped value: those of a group of dims go to its first dim that is no 1.
 
     >>> reshaped([("data",), (), ("tensor",), ()], (8, 16, 4, 2), (8, 16, 8))
@@ -98,12 +98,14 @@ def reshaped(dims: Sequence[Axes], old: Sequence[int], new: Sequence[int]) -> tu
     return tuple(out[: len(new)])
 
 
-def terms(aval_shape: Sequence[int], itemsize: float, laid: Laid) -> Terms:
+def symbolic_bytes(
+    aval_shape: Sequence[int], itemsize: float, laid: SymbolicSharding
+) -> SymbolicBytes:
     """Bytes of one value on a device."""
     return {laid.axes: math.prod(aval_shape) * itemsize}
 
 
-def padding(shape: Sequence[int], laid: Laid, lanes: int) -> float:
+def padding_factor(shape: Sequence[int], laid: SymbolicSharding, lanes: int) -> float:
     """Bytes in memory for each byte of a value, where one dim fills tiles of so many elements.
 
     Compilers choose that dim; of those that are whole, the one that wastes least is taken.
@@ -115,13 +117,13 @@ def padding(shape: Sequence[int], laid: Laid, lanes: int) -> float:
     return min((-(-n // lanes) * lanes / n for n in sizes), default=1.0)
 
 
-def add(into: Terms, more: Mapping[frozenset[str], float], sign: float = 1.0) -> None:
+def add_bytes(into: SymbolicBytes, more: Mapping[frozenset[str], float], sign: float = 1.0) -> None:
     """Adds terms to terms."""
     for axes, size in more.items():
         into[axes] = into.get(axes, 0.0) + sign * size
 
 
-def product(axes: Iterable[str], sizes: Mapping[str, np.ndarray]) -> np.ndarray:
+def count_shards(axes: Iterable[str], sizes: Mapping[str, np.ndarray]) -> np.ndarray:
     """Number of parts that axes make: f64[meshes]."""
     parts = np.ones(len(next(iter(sizes.values()))))
     for axis in axes:

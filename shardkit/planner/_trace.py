@@ -13,15 +13,22 @@ from ..nn._remat import active, apply_policy, policy
 from ..parallel import Strategy
 from ..rules import axes_of
 from ..step import Abstract, Layout, StepSpec, abstract_state, objective, resolve_layout
-from ._dataflow import Dims, named_sizes
-from ._program import Flat, flatten
-from ._propagator import Walk
-from ._region_probe import OTHER_ROWS, OWN_EXPERTS, Marked, marking
-from ._symbolic_sharding import MICRO, Axes, Laid, Terms, of_spec, whole
+from ._dataflow import Dims, find_dim_sizes
+from ._program import FlatProgram, flatten_jaxpr
+from ._propagator import Propagator
+from ._region_probe import LOCAL_EXPERTS, ROWS_WITHOUT_EXPERT, MarkedRegions, probe_regions
+from ._symbolic_sharding import (
+    MICRO,
+    Axes,
+    SymbolicBytes,
+    SymbolicSharding,
+    replicated,
+    sharding_of_spec,
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
+class TracedModel:
     """What a spec says without a mesh, traced once.
 
     Attributes:
@@ -32,7 +39,7 @@ class Model:
 
     declared: StepSpec
     abstract: Abstract
-    programs: dict[tuple[str, bool], Flat] = dataclasses.field(default_factory=dict)
+    programs: dict[tuple[str, bool], FlatProgram] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, declared: StepSpec) -> "Model":
@@ -81,7 +88,7 @@ class Model:
             abstract=self.abstract,
         )
 
-    def program(self, remat: str, marked: bool = False) -> Flat:
+    def program(self, remat: str, marked: bool = False) -> FlatProgram:
         """The gradient of the loss under a remat policy, for the whole batch at once.
 
         Args:
@@ -89,17 +96,17 @@ class Model:
           marked: whether attention is one operation, as where its length is split.
         """
         if (remat, marked) not in self.programs:
-            with marking(attention=marked):
-                self.programs[remat, marked] = flatten(self.jaxpr(remat))
+            with probe_regions(attention=marked):
+                self.programs[remat, marked] = flatten_jaxpr(self.jaxpr(remat))
         return self.programs[remat, marked]
 
-    def marked(self) -> Marked:
+    def marked(self) -> MarkedRegions:
         """What the loss marks for strategies to carry out."""
         d, (state, _) = self.declared, self.abstract
         low = jax.eval_shape(lambda p: cast_floats(p, d.precision.compute_dtype), state.params)
-        with marking():
+        with probe_regions():
             loss = jax.make_jaxpr(objective(d.loss_fn))(low, state.model_state, d.batch, state.key)
-        return Marked.of(loss.jaxpr)
+        return MarkedRegions.of(loss.jaxpr)
 
     def jaxpr(self, remat: str) -> ClosedJaxpr:
         """The same as JAX traces it."""
@@ -124,32 +131,32 @@ def abstract_mesh(sizes: Mapping[str, int]) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Walked:
+class StepCosts:
     """What a walk found.
 
     Attributes:
-      walk: see `Walk`.
+      walk: see `Propagator`.
       points: the different sums of bytes alive at an operation.
       problems: what could not be costed.
       lengths: sizes of the dims that the model names `length`.
     """
 
-    walk: Walk
-    points: list[Terms]
+    walk: Propagator
+    points: list[SymbolicBytes]
     problems: tuple[str, ...]
     lengths: frozenset[int]
 
 
-def walk_through(
-    flat: Flat, layout: Layout, strategy: Strategy, lanes: int = 1, way: str = ""
-) -> Walked:
+def propagate_step(
+    flat: FlatProgram, layout: Layout, strategy: Strategy, lanes: int = 1, way: str = ""
+) -> StepCosts:
     """Walks through a traced gradient under a strategy, for any size of its axes.
 
     Args:
       flat: the program.
       layout: how its arguments and gradients lie.
       strategy: names activations' axes.
-      lanes: see `Walk`.
+      lanes: see `Propagator`.
       way: how attention looks along a split length.
     """
     state, placed = layout.state, layout.shardings
@@ -157,20 +164,20 @@ def walk_through(
     wanted: list[Dims | None] = [one.dims for one in _laid(layout.gradients, state.params)]
     ins += _laid(placed.model_state, state.model_state)
     ins += [_in_micro_batches(one) for one in _laid(layout.batch_shardings, layout.batch)]
-    ins += [whole(0)]
-    walk = Walk(_resolver(strategy), lanes, way)
+    ins += [replicated(0)]
+    walk = Propagator(_resolver(strategy), lanes, way)
     wants = [*wanted, *[None] * (len(flat.outputs) - len(wanted))]
     _, alive = walk.run(flat, ins, wants)
     points = [dict(point) for point in {frozenset(p.items()) for p in alive}]
-    return Walked(walk, points, flat.problems, named_sizes(flat, "length"))
+    return StepCosts(walk, points, flat.problems, find_dim_sizes(flat, "length"))
 
 
-def _laid(shardings: Any, arrays: Any, stored: bool = False) -> list[Laid]:
+def _laid(shardings: Any, arrays: Any, stored: bool = False) -> list[SymbolicSharding]:
     pairs = zip(jax.tree.leaves(shardings), jax.tree.leaves(arrays), strict=True)
-    return [of_spec(sharding.spec, len(x.shape), stored=stored) for sharding, x in pairs]
+    return [sharding_of_spec(sharding.spec, len(x.shape), stored=stored) for sharding, x in pairs]
 
 
-def _in_micro_batches(laid: Laid) -> Laid:
+def _in_micro_batches(laid: SymbolicSharding) -> SymbolicSharding:
     """Rows are split into micro-batches first."""
     return laid.with_dims(((MICRO, *laid.dims[0]), *laid.dims[1:]) if laid.dims else ())
 
@@ -182,10 +189,10 @@ def _resolver(strategy: Strategy) -> Callable[..., Dims]:
     def resolve(names: tuple[str | None, ...], shape: tuple[int, ...]) -> Dims:
         if table is None:
             return ((),) * len(names)
-        known = ({OTHER_ROWS: "batch", OWN_EXPERTS: None}.get(n or "", n) for n in names)
+        known = ({ROWS_WITHOUT_EXPERT: "batch", LOCAL_EXPERTS: None}.get(n or "", n) for n in names)
         dims: list[Axes] = [axes_of(entry) for entry in table.spec(tuple(known))]
         dims += [()] * (len(shape) - len(dims))
-        if OWN_EXPERTS in names:
+        if LOCAL_EXPERTS in names:
             rows, *rest = dims
             own = tuple(axis for axis in rows if axis in moving)
             dims = [tuple(axis for axis in rows if axis not in moving), own, *rest[1:]]

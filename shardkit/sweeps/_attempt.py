@@ -6,22 +6,22 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .._core.errors import ShardkitError
-from ..planner import Network, modelled
+from ..planner import Network, estimate_step
 from ..step import CompiledStep, StepSpec
-from ..targets import NotCompiled, OwnFailure
-from ._case import Case
-from ._circumstances import circumstances
-from ._compilers import Compiler, Made
-from ._parity import Parity
+from ..targets import TargetCompileError, UserCodeError
+from ._case import SweepCase
+from ._circumstances import read_provenance
+from ._compilers import CaseCompiler, CompiledCase
+from ._parity import ParityChecker
 from ._row import (
     FAILED,
     ILLEGAL,
     MEMORY,
     OK,
     WRONG,
-    Row,
+    SweepRow,
     compiled_figures,
-    misfit,
+    describe_shortage,
     modelled_figures,
 )
 
@@ -30,7 +30,7 @@ _NO_MEMORY = "RESOURCE_EXHAUSTED"
 
 
 @dataclasses.dataclass(frozen=True)
-class Attempts:
+class CaseRunner:
     """Tries one case after the other; whatever goes wrong is a row.
 
     Attributes:
@@ -40,32 +40,34 @@ class Attempts:
       estimate: case → modelled bytes per device; None for those of a plan's model.
     """
 
-    compiler: Compiler
+    compiler: CaseCompiler
     verify: bool = False
     batches: Sequence[Any] | None = None
-    estimate: Callable[[Case], float] | None = None
+    estimate: Callable[[SweepCase], float] | None = None
 
     @functools.cached_property
-    def _parity(self) -> Parity:
-        return Parity(self.batches)
+    def _parity(self) -> ParityChecker:
+        return ParityChecker(self.batches)
 
-    def _by_plan(self, case: Case, made: Made) -> dict[str, Any]:
+    def _by_plan(self, case: SweepCase, made: CompiledCase) -> dict[str, Any]:
         if self.estimate:
-            return estimated(self.estimate, case)
-        return by_plan(case, made.spec, self.compiler.network)
+            return user_figures(self.estimate, case)
+        return plan_figures(case, made.spec, self.compiler.network)
 
-    def try_case(self, case: Case, old: Row | None = None) -> tuple[Row, CompiledStep | None]:
+    def try_case(
+        self, case: SweepCase, old: SweepRow | None = None
+    ) -> tuple[SweepRow, CompiledStep | None]:
         """Returns the row of a case, and its step where it is legal and was compiled here.
 
         Args:
           case: what is tried.
           old: its row of before, whose proof holds where it is one of the same code.
         """
-        blank = Row(case, FAILED, self.compiler.on, circumstances=circumstances())
+        blank = SweepRow(case, FAILED, self.compiler.on, circumstances=read_provenance())
         try:
             made = self.compiler.compile(case)
         except Exception as error:
-            return ended(blank, error), None
+            return fail_row(blank, error), None
         report = made.report
         row = dataclasses.replace(
             blank,
@@ -75,46 +77,48 @@ class Attempts:
             measured={"compile_seconds": {"whole": made.seconds, **report.seconds}},
             modelled=modelled_figures(report) | self._by_plan(case, made),
         )
-        if why := misfit(report):
+        if why := describe_shortage(report):
             return dataclasses.replace(row, status=MEMORY, reason=why), None
-        row = carried_over(row, old)
-        if not self.verify or made.step is None or is_proved(old, row.circumstances):
+        row = keep_measurements(row, old)
+        if not self.verify or made.step is None or is_verified(old, row.circumstances):
             return row, made.step
         try:
-            return _proved(row, self._parity.verdict(made.step)), made.step
+            return _add_verdict(row, self._parity.verdict(made.step)), made.step
         except Exception as error:
-            return ended(row, error), None
+            return fail_row(row, error), None
 
 
-def estimated(estimate: Callable[[Case], float], case: Case) -> dict[str, Any]:
+def user_figures(estimate: Callable[[SweepCase], float], case: SweepCase) -> dict[str, Any]:
     """What a user's own model says of a case; or how it failed, which costs no row."""
     try:
         return {"memory": float(estimate(case))}
     except Exception as error:
-        return {"not_modelled": reason(f"estimate raised {type(error).__name__}: {error}")}
+        return {"not_modelled": summarize_error(f"estimate raised {type(error).__name__}: {error}")}
 
 
-def by_plan(case: Case, spec: StepSpec, network: Network | None) -> dict[str, Any]:
+def plan_figures(case: SweepCase, spec: StepSpec, network: Network | None) -> dict[str, Any]:
     """What a plan would say of a case, as plain values; or why it says nothing."""
     try:
-        found = modelled(spec, case.sizes, network)
+        found = estimate_step(spec, case.sizes, network)
     except Exception as error:  # the walk goes through a user's code
-        return {"not_modelled": reason(f"{type(error).__name__}: {error}")}
+        return {"not_modelled": summarize_error(f"{type(error).__name__}: {error}")}
     seconds = {} if found.seconds is None else {"plan_seconds": found.seconds}
     figures = {"memory": found.total, "wire": sum(found.wire.values()), "axes": dict(found.wire)}
     return {**figures, **seconds, "problems": list(found.problems)}
 
 
-def ended(row: Row, error: Exception) -> Row:
+def fail_row(row: SweepRow, error: Exception) -> SweepRow:
     """The row of a case that an error ended; what was found out before stays in it."""
     text = f"{error}" if isinstance(error, ShardkitError) else f"{type(error).__name__}: {error}"
-    illegal = isinstance(error, ShardkitError) and not isinstance(error, NotCompiled | OwnFailure)
+    illegal = isinstance(error, ShardkitError) and not isinstance(
+        error, TargetCompileError | UserCodeError
+    )
     status = MEMORY if _NO_MEMORY in text else ILLEGAL if illegal else FAILED
-    why = reason(error.raised if isinstance(error, OwnFailure) else text)
+    why = summarize_error(error.raised if isinstance(error, UserCodeError) else text)
     return dataclasses.replace(row, status=status, reason=why, error=text)
 
 
-def reason(message: str) -> str:
+def summarize_error(message: str) -> str:
     r"""The first line of a message, and the first leaf or axis at fault behind it.
 
     >>> reason("1 leaf cannot be laid out.\n  w f32[3]   dim 0 (3)\nFix: tensor=1")
@@ -126,7 +130,7 @@ def reason(message: str) -> str:
     return f"{head.rstrip('.:')}: {' '.join(rest[0].split())}"
 
 
-def carried_over(new: Row, old: Row | None) -> Row:
+def keep_measurements(new: SweepRow, old: SweepRow | None) -> SweepRow:
     """A row that was made again, with what was only measured or proved the time before.
 
     Of other code or versions nothing is taken over: it would stand under the wrong commit.
@@ -140,7 +144,7 @@ def carried_over(new: Row, old: Row | None) -> Row:
     )
 
 
-def is_done(row: Row | None, *, prove: bool, timed: bool) -> bool:
+def is_done(row: SweepRow | None, *, prove: bool, timed: bool) -> bool:
     """Whether a row of a file holds all that is asked now.
 
     What failed or was refused is tried again, and so are wrong numbers where they can be seen: the
@@ -153,7 +157,7 @@ def is_done(row: Row | None, *, prove: bool, timed: bool) -> bool:
     return (row.verified is not None or not prove) and (row.seconds is not None or not timed)
 
 
-def is_proved(old: Row | None, now: Mapping[str, Any]) -> bool:
+def is_verified(old: SweepRow | None, now: Mapping[str, Any]) -> bool:
     """Whether a row tells that just this code gives one device's numbers.
 
     Args:
@@ -163,18 +167,22 @@ def is_proved(old: Row | None, now: Mapping[str, Any]) -> bool:
     if old is None or old.status != OK or not (old.verified or {}).get("ok"):
         return False
     commit = now["commit"]
-    return bool(commit) and not commit.endswith("-dirty") and _code(old.circumstances) == _code(now)
+    return (
+        bool(commit)
+        and not commit.endswith("-dirty")
+        and _code_version(old.circumstances) == _code_version(now)
+    )
 
 
-def _same_code(one: Row, other: Row) -> bool:
-    return _code(one.circumstances) == _code(other.circumstances)
+def _same_code(one: SweepRow, other: SweepRow) -> bool:
+    return _code_version(one.circumstances) == _code_version(other.circumstances)
 
 
-def _code(said: Mapping[str, Any]) -> tuple[Any, Any]:
+def _code_version(said: Mapping[str, Any]) -> tuple[Any, Any]:
     return said.get("commit"), said.get("versions")
 
 
-def _proved(row: Row, verdict: dict[str, Any]) -> Row:
+def _add_verdict(row: SweepRow, verdict: dict[str, Any]) -> SweepRow:
     wrong = verdict["ok"] is False
     why: Sequence[str] = verdict["why"].splitlines() or [""]
     status = WRONG if wrong else row.status

@@ -12,7 +12,7 @@ from ..nn._remat import policy
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class SweepCase:
     """One step to try.
 
     Attributes:
@@ -57,9 +57,9 @@ class Case:
         return ",".join(split) or "one device"
 
 
-def cases(
+def enumerate_cases(
     devices: Sequence[int], axes: Sequence[str], accumulate: Sequence[int], remat: Sequence[str]
-) -> list[Case]:
+) -> list[SweepCase]:
     """Enumerates a sweep; meshes outermost, so that one mesh's rows stand together.
 
     Args:
@@ -75,7 +75,7 @@ def cases(
     problems += [*_number_problems("accumulate", accumulate), *_remat_problems(remat)]
     raise_all(SweepError, "There is nothing to sweep over.", problems)
     return [
-        Case(tuple(shape.items()), k, name)
+        SweepCase(tuple(shape.items()), k, name)
         for n in devices
         for shape in mesh_shapes(n, axes)
         for k, name in itertools.product(accumulate, remat)

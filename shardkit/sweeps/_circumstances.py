@@ -7,13 +7,13 @@ from typing import Any
 from ..run import package_versions
 
 
-def circumstances() -> dict[str, Any]:
+def read_provenance() -> dict[str, Any]:
     """Commit of the working folder (None outside of a checkout), date and versions."""
     date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return {"commit": _commit(), "date": date, "versions": package_versions()}
+    return {"commit": _git_commit(), "date": date, "versions": package_versions()}
 
 
-def _commit() -> str | None:
+def _git_commit() -> str | None:
     """Short hash of what is checked out, `-dirty` behind it where files were changed."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
     try:

@@ -14,19 +14,19 @@ from ..mesh import Target
 from ..planner import Network
 from ..report import Report
 from ..step import CompiledStep, StepSpec
-from ..targets import Source, compile_for
-from ._case import Case
+from ..targets import StepSource, compile_for
+from ._case import SweepCase
 
 Factory = Callable[..., CompiledStep | StepSpec]
 """`factory(mesh, accumulate=2, remat="full")`; with a target the mesh is a `MeshSpec`."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Made:
+class CompiledCase:
     """A compiled case.
 
     Attributes:
-      report: of the step; its own `seconds` are those of tracing, lowering and compiling.
+      report: of the step; its own `format_seconds` are those of tracing, lowering and compiling.
       seconds: wall time from the call of the factory to the report, a child's start included.
       spec: what was compiled.
       step: None where it was compiled in another process.
@@ -38,7 +38,7 @@ class Made:
     step: CompiledStep | None = None
 
 
-class Compiler(Protocol):
+class CaseCompiler(Protocol):
     """Compiles one case after the other."""
 
     @property
@@ -51,13 +51,13 @@ class Compiler(Protocol):
         """Links and chip of the devices; None where the hardware table has no such device."""
         ...
 
-    def compile(self, case: Case) -> Made:
+    def compile(self, case: SweepCase) -> CompiledCase:
         """Compiles a case; raises whatever is wrong with it."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Here:
+class LocalCompiler:
     """Compiles in this process for its own devices, the first ones of them."""
 
     factory: Factory
@@ -76,7 +76,7 @@ class Here:
         chip = chip_of(self.present[0].device_kind)
         return Network(chip) if chip else None
 
-    def compile(self, case: Case) -> Made:
+    def compile(self, case: SweepCase) -> CompiledCase:
         """Builds the mesh, calls the factory and reads what it made.
 
         Raises:
@@ -85,14 +85,14 @@ class Here:
         start = time.perf_counter()
         first = None if case.devices == len(self.present) else self.present[: case.devices]
         mesh = case.mesh_spec.build(devices=first)
-        step = _compiled(self.factory(mesh, accumulate=case.accumulate, remat=case.remat), mesh)
-        check_asked(step.spec, case, step.mesh.shape)
+        step = _compile_made(self.factory(mesh, accumulate=case.accumulate, remat=case.remat), mesh)
+        check_factory_result(step.spec, case, step.mesh.shape)
         report = step.report()
-        return Made(report, time.perf_counter() - start, step.spec, step)
+        return CompiledCase(report, time.perf_counter() - start, step.spec, step)
 
 
 @dataclasses.dataclass(frozen=True)
-class Absent:
+class TargetCompiler:
     """Compiles for devices that only their compiler knows, each case in a child process.
 
     Attributes:
@@ -103,7 +103,7 @@ class Absent:
     """
 
     factory: Factory
-    source: Callable[[Case], Source]
+    source: Callable[[SweepCase], StepSource]
     target: str
     timeout: float
 
@@ -118,7 +118,7 @@ class Absent:
         target = Target.parse(self.target)
         return Network.of(target) if target.chip else None
 
-    def compile(self, case: Case) -> Made:
+    def compile(self, case: SweepCase) -> CompiledCase:
         """Declares the case here, where what it raises is seen at once, and waits for a child.
 
         Raises:
@@ -127,10 +127,10 @@ class Absent:
         start = time.perf_counter()
         spec = spec_of_case(self.factory, case)
         report = compile_for(self.source(case), self.target, timeout=self.timeout)
-        return Made(report, time.perf_counter() - start, spec)
+        return CompiledCase(report, time.perf_counter() - start, spec)
 
 
-def spec_of_case(factory: Factory, case: Case) -> StepSpec:
+def spec_of_case(factory: Factory, case: SweepCase) -> StepSpec:
     """The spec that a factory makes of a case, for a mesh that another process builds.
 
     Raises:
@@ -143,7 +143,7 @@ def spec_of_case(factory: Factory, case: Case) -> StepSpec:
         raise StepError(
             format_problems("There is nothing to compile.", [Problem("factory", why)], fix)
         )
-    check_asked(made, case)
+    check_factory_result(made, case)
     return made
 
 
@@ -168,7 +168,7 @@ def present_devices(wanted: Sequence[int]) -> Sequence[Any]:
     return devices
 
 
-def _compiled(made: Any, mesh: Mesh) -> CompiledStep:
+def _compile_made(made: Any, mesh: Mesh) -> CompiledStep:
     if isinstance(made, StepSpec):
         return made.compile(mesh)
     if isinstance(made, CompiledStep):
@@ -178,7 +178,9 @@ def _compiled(made: Any, mesh: Mesh) -> CompiledStep:
     raise StepError(format_problems("The factory makes no step.", [problem], fix))
 
 
-def check_asked(made: StepSpec, case: Case, sizes: Mapping[str, int] | None = None) -> None:
+def check_factory_result(
+    made: StepSpec, case: SweepCase, sizes: Mapping[str, int] | None = None
+) -> None:
     """Refuses a step that is not the one that was asked for, whose row would be a lie.
 
     Args:

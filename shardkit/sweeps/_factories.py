@@ -14,10 +14,10 @@ from .._core.errors import ConfigError, Problem, ShardkitError, SweepError, form
 from ..config import Config, load_config, to_record
 from ..mesh import MeshSpec
 from ..step import CompiledStep, StepSpec, check_step_spec
-from ..targets import Source
-from ._case import Case
+from ..targets import StepSource
+from ._case import SweepCase
 from ._compilers import Factory, spec_of_case
-from ._spec_factory import SpecFactory, check_axes, ready
+from ._spec_factory import SpecFactory, check_axes, ready_strategies
 
 # What a sweep itself sets, and what changes no figure of a step.
 _SET = ("name", "mesh", "devices", "train")
@@ -58,7 +58,7 @@ class ConfigFactory:
         """
         own = tuple(self.config.mesh.axes)
         fix = f"--axes {','.join(own)}, or a strategy and a mesh with the axis in the config"
-        check_axes(named, (*own, *ready()), fix)
+        check_axes(named, (*own, *ready_strategies()), fix)
         return tuple(named or own)
 
     def idle(self, axes: Sequence[str]) -> tuple[str, ...]:
@@ -79,14 +79,14 @@ Steps = Factory | Declared
 """What makes the steps of a sweep."""
 
 
-def options_of(factory: Steps) -> tuple[int, str]:
+def default_options(factory: Steps) -> tuple[int, str]:
     """Micro-batches and checkpoint policy of a sweep that names none: a spec's own."""
     if isinstance(factory, SpecFactory):
         return factory.spec.accumulate.micro_batches, factory.spec.remat
     return 1, "none"
 
 
-def source_of(factory: Steps, case: Case) -> Source:
+def make_child_source(factory: Steps, case: SweepCase) -> StepSource:
     """What a child process loads to declare a case.
 
     Raises:
@@ -98,11 +98,11 @@ def source_of(factory: Steps, case: Case) -> Source:
         of = {"config": factory.name, "overrides": list(factory.overrides)}
         of["record"] = factory.record()
     else:
-        of = {"function": name_of(factory)}
-    return Source("shardkit.sweeps:declared", arguments={**of, **asked})
+        of = {"function": importable_name(factory)}
+    return StepSource("shardkit.sweeps:declared", arguments={**of, **asked})
 
 
-def shown_name(factory: Steps) -> str:
+def display_name(factory: Steps) -> str:
     """A name for people, which also tells one sweep from another."""
     if isinstance(factory, ConfigFactory):
         return Path(factory.name).name or "the default config"
@@ -112,7 +112,7 @@ def shown_name(factory: Steps) -> str:
     return f"{factory.__module__}:{getattr(factory, '__qualname__', type(factory).__name__)}"
 
 
-def name_of(factory: Factory) -> str:
+def importable_name(factory: Factory) -> str:
     """Returns `module:function`.
 
     Raises:
@@ -124,7 +124,7 @@ def name_of(factory: Factory) -> str:
         fix += ', which returns the StepSpec; then sk.sweep("MODULE:factory", target=...)'
         problem = Problem(f"spec of {factory.name}", why, fix)
         raise SweepError(format_problems("The spec cannot be sent to a target.", [problem]))
-    name = shown_name(factory)
+    name = display_name(factory)
     module, _, function = name.partition(":")
     if module != "__main__" and function.isidentifier() and inspect.isfunction(factory):
         return name
@@ -133,7 +133,7 @@ def name_of(factory: Factory) -> str:
     raise SweepError(format_problems("The factory cannot be sent to a target.", [problem]))
 
 
-def declared(
+def declare_case(
     *,
     mesh: Mapping[str, int],
     accumulate: int,
@@ -158,16 +158,16 @@ def declared(
       SweepError: the config is no longer what it was.
       StepError: the function returns no spec.
     """
-    made = _imported(function) if function else ConfigFactory(config, tuple(overrides))
+    made = _import_factory(function) if function else ConfigFactory(config, tuple(overrides))
     if isinstance(made, ConfigFactory) and record != json.loads(json.dumps(made.record())):
         why = "was changed while the sweep ran; rows of two configs say nothing beside each other"
-        problem = Problem(shown_name(made), why, "the config of before, or another --out")
+        problem = Problem(display_name(made), why, "the config of before, or another --out")
         raise SweepError(format_problems("The config is another one.", [problem]))
-    case = Case(tuple(mesh.items()), accumulate, remat)
+    case = SweepCase(tuple(mesh.items()), accumulate, remat)
     return spec_of_case(made, case), case.mesh_spec
 
 
-def factory_of(given: Any) -> Steps:
+def make_factory(given: Any) -> Steps:
     """What makes the steps of a sweep: a spec, a function or its name, or a config by its path.
 
     Args:
@@ -182,9 +182,9 @@ def factory_of(given: Any) -> Steps:
     if isinstance(given, CompiledStep):
         check_step_spec(given, ConfigError, _NO_FACTORY)
     named = isinstance(given, str | Path)
-    if named and not Source(str(given)).is_function:
+    if named and not StepSource(str(given)).is_function:
         return ConfigFactory(str(given))
-    factory: Any = _imported(str(given)) if named else given
+    factory: Any = _import_factory(str(given)) if named else given
     _check_callable(factory)
     return factory
 
@@ -197,12 +197,12 @@ def _check_callable(factory: Any) -> None:
     try:
         inspect.signature(factory).bind(None, accumulate=1, remat="none")
     except TypeError as error:
-        _refuse(shown_name(cast(Factory, factory)), f"cannot be called: {error}")
+        _refuse(display_name(cast(Factory, factory)), f"cannot be called: {error}")
 
 
-def _imported(name: str) -> Factory:
+def _import_factory(name: str) -> Factory:
     try:
-        return Source(name).imported()
+        return StepSource(name).imported()
     except ShardkitError:
         raise
     except Exception as error:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, Self
 from .._core.errors import Problem, SweepError, format_problems, raise_all
 from .._core.io._files import FileInUseError, append_atomic, file_lock, os_errors_as
 from .._core.io._flatten import flatten
-from ._row import Row
+from ._row import SweepRow
 
 FILE = "rows.jsonl"
 _FORMAT = "shardkit_sweep"
@@ -66,12 +66,12 @@ class Journal:
         """Unlocks the file."""
         self._opened.close()
 
-    def add(self, row: Row) -> None:
+    def add(self, row: SweepRow) -> None:
         """Writes a row."""
         self._append(row.to_line())
         self.rows[row.case.key] = row
 
-    def _taken_over(self, header: str) -> dict[str, Row]:
+    def _taken_over(self, header: str) -> dict[str, SweepRow]:
         """The rows that are there, behind a header that is this sweep's."""
         try:
             text = self._path.read_text("utf-8")
@@ -80,7 +80,7 @@ class Journal:
         whole = text[: text.rfind("\n") + 1]
         if not whole and not header.startswith(text):
             _refuse(self._path, "is no file of a sweep")
-        rows = _read(self._path, whole.splitlines(), json.loads(header)["identity"])
+        rows = _read_rows(self._path, whole.splitlines(), json.loads(header)["identity"])
         if whole != text:
             with sweep_file_errors(self._path):
                 os.truncate(self._path, len(whole.encode()))
@@ -117,14 +117,14 @@ def _refuse(path: Path, why: str) -> NoReturn:
     )
 
 
-def _read(path: Path, lines: list[str], identity: Mapping[str, Any]) -> dict[str, Row]:
+def _read_rows(path: Path, lines: list[str], identity: Mapping[str, Any]) -> dict[str, SweepRow]:
     if not lines:
         return {}
     _check_header(path, lines[0], identity)
     rows = {}
     for number, line in enumerate(lines[1:], 2):
         try:
-            row = Row.from_line(line)
+            row = SweepRow.from_line(line)
         except (ValueError, TypeError, KeyError) as error:
             problem = Problem(f"{path}:{number}", f"is no row: {type(error).__name__}: {error}")
             fix = "take the line out, and its case is tried again; nothing was changed"
@@ -145,13 +145,15 @@ def _check_header(path: Path, line: str, identity: Mapping[str, Any]) -> None:
         _refuse(path, f"has version {version} of the format, this is {_VERSION}")
     before, now = flatten(there), flatten(json.loads(json.dumps(identity)))
     problems = [
-        Problem(name, f"was {_shown(name, before)} there, is {_shown(name, now)} now")
+        Problem(
+            name, f"was {_format_setting(name, before)} there, is {_format_setting(name, now)} now"
+        )
         for name in sorted({*before, *now})
-        if _shown(name, before) != _shown(name, now)
+        if _format_setting(name, before) != _format_setting(name, now)
     ]
     fix = "--out NEW_FOLDER, or the settings of before; nothing was changed"
     raise_all(SweepError, f"{path} holds rows of another sweep.", problems, fix)
 
 
-def _shown(name: str, settings: Mapping[str, Any]) -> str:
+def _format_setting(name: str, settings: Mapping[str, Any]) -> str:
     return json.dumps(settings[name]) if name in settings else "—"

@@ -12,7 +12,7 @@ from ..step import CompiledStep
 _STEPS = 2  # the second one shows whether anything compiles anew
 
 
-class Parity:
+class ParityChecker:
     """Certificates of many steps; cases with the same micro-batches share one reference.
 
     Attributes:

@@ -10,16 +10,16 @@ from typing import Any
 
 from .._core.io._files import write_atomic
 from ._journal import sweep_file_errors
-from ._result import COMPILED, MEASURED, Sweep, figure
-from ._row import PARTS, Row
-from ._show import measured_where
+from ._result import COMPILED, MEASURED, Sweep, rank_value
+from ._row import MEMORY_CLASSES, SweepRow
+from ._show import describe_measurement
 
-_MOST = 24
-_SHOWN = ("params", "opt_state", "model_state", "batch", "output", "temp")
+_MAX_ROWS = 24
+_MEMORY_CLASSES = ("params", "opt_state", "model_state", "batch", "output", "temp")
 _MIB = 2**20
 
 
-def plots(found: Sweep) -> list[Path]:
+def draw_plots(found: Sweep) -> list[Path]:
     """Draws what the rows hold, into the sweep's folder, each as PNG and as SVG.
 
     `memory` and `communication` of the best rows; `time`, where rows have one; `scaling`, where
@@ -36,32 +36,37 @@ def plots(found: Sweep) -> list[Path]:
     """
     if not found.ranked:
         return []
-    rows = found.ranked[:_MOST]
-    drawn = {"memory": _Picture(_memory, rows), "communication": _Picture(_communication, rows)}
+    rows = found.ranked[:_MAX_ROWS]
+    drawn = {
+        "memory": _Picture(_draw_memory, rows),
+        "communication": _Picture(_draw_communication, rows),
+    }
     if found.by != COMPILED:
-        drawn["time"] = _Picture(lambda axes, rows: _time(axes, rows, found.by), rows, found.by)
+        drawn["time"] = _Picture(
+            lambda axes, rows: _draw_time(axes, rows, found.by), rows, found.by
+        )
     best = _best_by_devices(found.ranked)
     if len(best) > 1:
         drawn["scaling"] = _Picture(
-            lambda axes, rows: _scaling(axes, rows, found.by), best, found.by, bars=False
+            lambda axes, rows: _draw_scaling(axes, rows, found.by), best, found.by, bars=False
         )
     estimated = [row for row in found.ranked if "memory" in row.modelled]
     if estimated:
-        drawn["model"] = _Picture(_model, estimated, bars=False)
-    return [path for name, one in drawn.items() for path in _saved(found, name, one)]
+        drawn["model"] = _Picture(_draw_model, estimated, bars=False)
+    return [path for name, one in drawn.items() for path in _save(found, name, one)]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Picture:
     """One picture: who draws it, of which rows, from which kind of figure, and in which form."""
 
-    draw: Callable[[Any, Sequence[Row]], None]
-    rows: Sequence[Row]
+    draw: Callable[[Any, Sequence[SweepRow]], None]
+    rows: Sequence[SweepRow]
     by: str = COMPILED
     bars: bool = True
 
 
-def _saved(found: Sweep, name: str, one: _Picture) -> list[Path]:
+def _save(found: Sweep, name: str, one: _Picture) -> list[Path]:
     # No pyplot: nothing global, no display.
     from matplotlib.figure import Figure
 
@@ -70,7 +75,7 @@ def _saved(found: Sweep, name: str, one: _Picture) -> list[Path]:
     axes = made.subplots()
     one.draw(axes, one.rows)
     axes.spines[["top", "right"]].set_visible(False)
-    note = source_line(one.rows, one.by)
+    note = describe_sources(one.rows, one.by)
     if one.bars and len(one.rows) < len(found.ranked):
         note += f"; the best {len(one.rows)} of {len(found.ranked)}"
     made.supxlabel(note, fontsize=7, color="0.4")
@@ -81,7 +86,7 @@ def _saved(found: Sweep, name: str, one: _Picture) -> list[Path]:
     return paths
 
 
-def source_line(rows: Sequence[Row], by: str) -> str:
+def describe_sources(rows: Sequence[SweepRow], by: str) -> str:
     """Where the figures of a picture are from, for one that travels without its page.
 
     Args:
@@ -89,52 +94,56 @@ def source_line(rows: Sequence[Row], by: str) -> str:
       by: the kind of figure that is drawn.
     """
     said = [row.circumstances for row in rows]
-    where = measured_where(rows) if by == MEASURED else f"{by.split()[0]} for {_kinds(rows)}"
+    where = (
+        describe_measurement(rows)
+        if by == MEASURED
+        else f"{by.split()[0]} for {_describe_devices(rows)}"
+    )
     versions = {f"jax {one.get('versions', {}).get('jax')}": None for one in said}
     commits = dict.fromkeys(str(one.get("commit")) for one in said)
     last = max(one.get("date", "")[:10] for one in said)
     return f"{where}; {', '.join(versions)}, commit {', '.join(commits)}, {last}"
 
 
-def _kinds(rows: Sequence[Row]) -> str:
+def _describe_devices(rows: Sequence[SweepRow]) -> str:
     kinds = dict.fromkeys(str(row.on.get("device_kind") or row.on.get("target")) for row in rows)
     simulated = any(row.on.get("platform") == "cpu" and row.case.devices > 1 for row in rows)
     return f"{', '.join(kinds)}{' devices, simulated' if simulated else ''}"
 
 
-def _label(row: Row) -> str:
+def _format_case(row: SweepRow) -> str:
     case = row.case
     micro = f" ×{case.accumulate}" if case.accumulate > 1 else ""
     return f"{case.shown}{micro}{'' if case.remat == 'none' else f' {case.remat}'}"
 
 
-def _bars(axes: Any, rows: Sequence[Row], parts: dict[str, list[float]]) -> None:
+def _draw_bars(axes: Any, rows: Sequence[SweepRow], parts: dict[str, list[float]]) -> None:
     """Stacked horizontal bars, one per row, the best at the top."""
     places, left = list(range(len(rows))), [0.0] * len(rows)
     for name, widths in parts.items():
         axes.barh(places, widths, left=left, label=name, height=0.7)
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    axes.set_yticks(places, [_label(row) for row in rows])
+    axes.set_yticks(places, [_format_case(row) for row in rows])
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
 
 
-def _memory(axes: Any, rows: Sequence[Row]) -> None:
-    assert set(_SHOWN) <= set(PARTS)
+def _draw_memory(axes: Any, rows: Sequence[SweepRow]) -> None:
+    assert set(_MEMORY_CLASSES) <= set(MEMORY_CLASSES)
     of = [row.compiled["memory"] for row in rows if row.compiled]
-    parts = {part: [(one[part] or 0) / _MIB for one in of] for part in _SHOWN}
-    _bars(axes, rows, {part: sizes for part, sizes in parts.items() if any(sizes)})
+    parts = {part: [(one[part] or 0) / _MIB for one in of] for part in _MEMORY_CLASSES}
+    _draw_bars(axes, rows, {part: sizes for part, sizes in parts.items() if any(sizes)})
     axes.set_xlabel("compiled MiB per device")
     axes.set_title("Memory by mesh, the best rows first")
     axes.legend(fontsize=8)
 
 
-def _communication(axes: Any, rows: Sequence[Row]) -> None:
+def _draw_communication(axes: Any, rows: Sequence[SweepRow]) -> None:
     names = list(dict.fromkeys(axis for row in rows for axis in row.case.sizes))
     sent = [row.compiled["axes"] for row in rows if row.compiled]
     parts = {name: [one.get(name, {}).get("wire", 0) / _MIB for one in sent] for name in names}
-    _bars(axes, rows, {name: sizes for name, sizes in parts.items() if any(sizes)})
+    _draw_bars(axes, rows, {name: sizes for name, sizes in parts.items() if any(sizes)})
     least = [sum(over["minimum"] or 0 for over in one.values()) / _MIB for one in sent]
     if any(least):
         axes.plot(least, range(len(rows)), "k|", markersize=12, label="textbook minima")
@@ -143,9 +152,9 @@ def _communication(axes: Any, rows: Sequence[Row]) -> None:
     axes.legend(fontsize=8)
 
 
-def _time(axes: Any, rows: Sequence[Row], by: str) -> None:
-    values = [1e3 * figure(row, by) for row in rows]
-    _bars(axes, rows, {by: values})
+def _draw_time(axes: Any, rows: Sequence[SweepRow], by: str) -> None:
+    values = [1e3 * rank_value(row, by) for row in rows]
+    _draw_bars(axes, rows, {by: values})
     if by == MEASURED:
         spans = [row.measured["step_seconds"] for row in rows]
         below = [v - 1e3 * one["low"] for v, one in zip(values, spans, strict=True)]
@@ -155,25 +164,25 @@ def _time(axes: Any, rows: Sequence[Row], by: str) -> None:
     axes.set_title("Step time by mesh")
 
 
-def _best_by_devices(ranked: Sequence[Row]) -> list[Row]:
+def _best_by_devices(ranked: Sequence[SweepRow]) -> list[SweepRow]:
     """The best row of each number of devices, by that number."""
-    best: dict[int, Row] = {}
+    best: dict[int, SweepRow] = {}
     for row in ranked:
         best.setdefault(row.case.devices, row)
     return [best[n] for n in sorted(best)]
 
 
-def _scaling(axes: Any, rows: Sequence[Row], by: str) -> None:
+def _draw_scaling(axes: Any, rows: Sequence[SweepRow], by: str) -> None:
     """The best row of each number of devices, and what a perfect split of the first would be."""
     counts = [row.case.devices for row in rows]
     timed = by != COMPILED
     scale = 1e3 if timed else 1 / _MIB
-    values = [scale * figure(row, by) for row in rows]
+    values = [scale * rank_value(row, by) for row in rows]
     axes.plot(counts, values, "o-", label="the best mesh of each size")
     for row, n, value in zip(rows, counts, values, strict=True):
         above = {"textcoords": "offset points", "xytext": (0, 9), "ha": "center", "fontsize": 8}
         ground = {"boxstyle": "round,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.8}
-        axes.annotate(_label(row), (n, value), bbox=ground, **above)
+        axes.annotate(_format_case(row), (n, value), bbox=ground, **above)
     if timed:
         ideal = [values[0] * counts[0] / n for n in counts]
         axes.plot(counts, ideal, "--", color="0.6", label="the first, split evenly")
@@ -187,7 +196,7 @@ def _scaling(axes: Any, rows: Sequence[Row], by: str) -> None:
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.1), ncol=2)  # off the points
 
 
-def _model(axes: Any, rows: Sequence[Row]) -> None:
+def _draw_model(axes: Any, rows: Sequence[SweepRow]) -> None:
     modelled = [row.modelled["memory"] / _MIB for row in rows]
     compiled = [(row.total or 0) / _MIB for row in rows]
     most = max(*modelled, *compiled)

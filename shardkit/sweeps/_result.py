@@ -8,8 +8,8 @@ from typing import Any
 
 from .._core.io._files import write_atomic
 from ._journal import sweep_file_errors
-from ._row import OK, PARTS, Row
-from ._show import table
+from ._row import MEMORY_CLASSES, OK, SweepRow
+from ._show import format_sweep
 
 MEASURED, MODELLED, COMPILED = "measured step time", "modelled step time", "compiled wire bytes"
 """What rows are ranked by: the first of them that every row that is ok has."""
@@ -25,7 +25,7 @@ class Sweep:
       title: what was swept, in one line.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[SweepRow, ...]
     folder: Path
     title: str
 
@@ -40,24 +40,24 @@ class Sweep:
         return COMPILED
 
     @property
-    def ranked(self) -> tuple[Row, ...]:
+    def ranked(self) -> tuple[SweepRow, ...]:
         """The rows that are ok, the best first; of equals the one with the least memory."""
         done = [row for row in self.rows if row.status == OK]
-        return tuple(sorted(done, key=lambda row: (figure(row, self.by), row.total or 0)))
+        return tuple(sorted(done, key=lambda row: (rank_value(row, self.by), row.total or 0)))
 
     @property
-    def others(self) -> tuple[Row, ...]:
+    def others(self) -> tuple[SweepRow, ...]:
         """The rows that are not ok, each with its reason."""
         return tuple(row for row in self.rows if row.status != OK)
 
     def __str__(self) -> str:
         """Tables of at most 100 columns: the ranked rows, and the others with their reasons."""
-        return table(self.title, self.ranked, self.others, self.by)
+        return format_sweep(self.title, self.ranked, self.others, self.by)
 
     def to_csv(self) -> str:
         """Returns one line per row, ranked, the figures of a row each in a column."""
         text = io.StringIO()
-        rows = [flat(row) for row in (*self.ranked, *self.others)]
+        rows = [flatten_row(row) for row in (*self.ranked, *self.others)]
         columns = list(dict.fromkeys(name for row in rows for name in row))
         writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
         writer.writeheader()
@@ -76,7 +76,7 @@ class Sweep:
         return path
 
 
-def figure(row: Row, by: str) -> float:
+def rank_value(row: SweepRow, by: str) -> float:
     """The number that a row is ranked by, the smallest best."""
     found = {MEASURED: row.seconds, COMPILED: row.wire}
     value = row.modelled.get("step_seconds") if by == MODELLED else found[by]
@@ -84,7 +84,7 @@ def figure(row: Row, by: str) -> float:
     return value
 
 
-def flat(row: Row) -> dict[str, Any]:
+def flatten_row(row: SweepRow) -> dict[str, Any]:
     """A row as the cells of a table, with the word that says where a figure is from before it."""
     case, compiled = row.case, row.compiled or {}
     timed = row.measured.get("step_seconds", {})
@@ -104,7 +104,7 @@ def flat(row: Row) -> dict[str, Any]:
         "modelled plan seconds": row.modelled.get("plan_seconds", ""),
         "modelled bytes total": row.modelled.get("memory", ""),
         "modelled wire bytes": row.modelled.get("wire", ""),
-        **{f"compiled bytes {part}": memory.get(part, "") for part in (*PARTS, "total")},
+        **{f"compiled bytes {part}": memory.get(part, "") for part in (*MEMORY_CLASSES, "total")},
         "compiled wire bytes": compiled.get("wire", ""),
     }
     for axis, sent in compiled.get("axes", {}).items():

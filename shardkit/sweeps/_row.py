@@ -7,19 +7,28 @@ from typing import Any
 
 from .._core.tree import format_bytes
 from ..report import Report
-from ._case import Case
+from ._case import SweepCase
 
 OK, ILLEGAL, FAILED = "ok", "illegal", "failed"
 MEMORY, WRONG = "out of memory", "wrong numbers"
 STATUSES = (OK, WRONG, MEMORY, ILLEGAL, FAILED)
 """What may become of a case; only `ok` is ranked."""
 
-PARTS = ("params", "opt_state", "model_state", "batch", "rest", "padding", "output", "temp")
+MEMORY_CLASSES = (
+    "params",
+    "opt_state",
+    "model_state",
+    "batch",
+    "rest",
+    "padding",
+    "output",
+    "temp",
+)
 """Classes of bytes per device, in the order in which they are shown."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class SweepRow:
     """What became of one case. Figures stand under the word that says where they are from.
 
     Attributes:
@@ -40,7 +49,7 @@ class Row:
       circumstances: commit, date and versions.
     """
 
-    case: Case
+    case: SweepCase
     status: str
     on: Mapping[str, Any]
     reason: str = ""
@@ -78,7 +87,7 @@ class Row:
         del fields["key"]
         case = fields.pop("case")
         mesh = tuple((axis, size) for axis, size in case.pop("mesh"))
-        return cls(case=Case(mesh, **case), **fields)
+        return cls(case=SweepCase(mesh, **case), **fields)
 
 
 def compiled_figures(report: Report) -> dict[str, Any]:
@@ -86,8 +95,8 @@ def compiled_figures(report: Report) -> dict[str, Any]:
     memory, flops = report.memory, report.flops
     kinds = dict.fromkeys(one.kind for one in report.findings)
     return {
-        "memory": {name: getattr(memory, name) for name in (*PARTS, "total", "capacity")},
-        "axes": {axis: _over(report, axis) for axis, _ in report.mesh},
+        "memory": {name: getattr(memory, name) for name in (*MEMORY_CLASSES, "total", "capacity")},
+        "axes": {axis: _axis_figures(report, axis) for axis, _ in report.mesh},
         "wire": report.ledger.total(),
         "flops": flops
         and {"model": flops.model, "recompute": flops.recompute, "update": flops.update},
@@ -102,7 +111,7 @@ def compiled_figures(report: Report) -> dict[str, Any]:
     }
 
 
-def _over(report: Report, axis: str) -> dict[str, Any]:
+def _axis_figures(report: Report, axis: str) -> dict[str, Any]:
     """What is sent over an axis: its share of collectives over several, where a minimum is known.
 
     Without one the whole bytes of every collective that spans the axis.
@@ -122,7 +131,7 @@ def modelled_figures(report: Report) -> dict[str, Any]:
     return {"step_seconds": line.high, "low_seconds": line.low, "source": line.source}
 
 
-def misfit(report: Report) -> str:
+def describe_shortage(report: Report) -> str:
     """What is missing where a step does not fit its device; "" where it fits or nobody knows."""
     memory = report.memory
     if memory.fits is not False or memory.total is None or memory.capacity is None:

@@ -5,22 +5,22 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..step import CompiledStep
-from ._attempt import Attempts, is_done
-from ._case import Case
+from ._attempt import CaseRunner, is_done
+from ._case import SweepCase
 from ._journal import Journal
-from ._row import OK, Row
-from ._timing import time_all
+from ._row import OK, SweepRow
+from ._timing import time_rows
 
-OnRow = Callable[[Row, int, int], None]
+OnRow = Callable[[SweepRow, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class SweepRun:
     """A sweep under way: what it tries, and where it writes."""
 
     journal: Journal
-    attempts: Attempts
-    wanted: Sequence[Case]
+    attempts: CaseRunner
+    wanted: Sequence[SweepCase]
     on_row: OnRow
 
     def compile(self, *, verify: bool, timed: bool) -> dict[str, CompiledStep]:
@@ -44,6 +44,6 @@ class Run:
     ) -> None:
         """Times steps in turns."""
         rows = {key: self.journal.rows[key] for key in steps}
-        for done, row in enumerate(time_all(rows, steps, batches, repeats, steps_per_repeat), 1):
+        for done, row in enumerate(time_rows(rows, steps, batches, repeats, steps_per_repeat), 1):
             self.journal.add(row)
             self.on_row(row, done, len(steps))

@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from .._core.errors import count
 from .._core.io._table import Column, Table, fold_text
 from .._core.tree import format_bytes
-from ._row import Row
+from ._row import SweepRow
 
 WIDTH = 100
 # Wide enough for three axes; more continue on the next line.
 _MESH = Column("mesh", most=24)
 
 
-def table(title: str, ranked: Sequence[Row], others: Sequence[Row], by: str) -> str:
+def format_sweep(
+    title: str, ranked: Sequence[SweepRow], others: Sequence[SweepRow], by: str
+) -> str:
     """Lays a sweep out as text of at most 100 columns.
 
     Args:
@@ -25,15 +27,15 @@ def table(title: str, ranked: Sequence[Row], others: Sequence[Row], by: str) -> 
     """
     lines = fold_text(title, WIDTH)
     if ranked:
-        lines += [f"Ranked by {by}.", _ranked(ranked).to_text(WIDTH)]
-        lines += [line for note in _notes(ranked) for line in fold_text(note, WIDTH)]
+        lines += [f"Ranked by {by}.", _ranked_table(ranked).to_text(WIDTH)]
+        lines += [line for note in _write_notes(ranked) for line in fold_text(note, WIDTH)]
     if others:
         lines.append(f"\nNot ranked: {len(others)} of {len(ranked) + len(others)}")
-        lines.append(_others(others).to_text(WIDTH))
+        lines.append(_unranked_table(others).to_text(WIDTH))
     return "\n".join(lines)
 
 
-def seconds(value: float) -> str:
+def format_seconds(value: float) -> str:
     """Returns `12.3 ms`, or `2.10 s`.
 
     >>> seconds(0.01234), seconds(2.1)
@@ -42,8 +44,8 @@ def seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.3g} ms"
 
 
-def _ranked(rows: Sequence[Row]) -> Table:
-    timed = any(_time(row) for row in rows)
+def _ranked_table(rows: Sequence[SweepRow]) -> Table:
+    timed = any(_format_time(row) for row in rows)
     numbers = ["step"] * timed + ["memory", "wire", "compile", "finds"]
     columns = [Column("", right=True), _MESH, "acc.", "remat"]
     columns += [*(Column(name, right=True) for name in numbers), "÷ minimum"]
@@ -51,25 +53,25 @@ def _ranked(rows: Sequence[Row]) -> Table:
     for place, row in enumerate(rows, 1):
         compiled = row.compiled or {}
         cells = [str(place), row.case.shown, str(row.case.accumulate), row.case.remat]
-        cells += [_time(row)] * timed
+        cells += [_format_time(row)] * timed
         cells += [format_bytes(row.total) if row.total is not None else "?"]
-        cells += [format_bytes(row.wire or 0), _compile(row)]
+        cells += [format_bytes(row.wire or 0), _format_compile_time(row)]
         found = sum(one["count"] for one in compiled.get("findings", {}).values())
-        cells += [str(found), _ratios(row)]
+        cells += [str(found), _format_ratios(row)]
         table.append(cells)
     return Table(columns, table, gap=1)
 
 
-def _time(row: Row) -> str:
+def _format_time(row: SweepRow) -> str:
     """`12.3 ms ±1.2`, half the distance of the quartiles behind it; `~` before a modelled one."""
     if timed := row.measured.get("step_seconds"):
         spread = 1e3 * (timed["high"] - timed["low"]) / 2
-        return f"{seconds(timed['median'])} ±{spread:.2g}"
+        return f"{format_seconds(timed['median'])} ±{spread:.2g}"
     modelled = row.modelled.get("step_seconds")
-    return "" if modelled is None else f"~{seconds(modelled)}"
+    return "" if modelled is None else f"~{format_seconds(modelled)}"
 
 
-def measured_where(rows: Sequence[Row]) -> str:
+def describe_measurement(rows: Sequence[SweepRow]) -> str:
     """What the times of rows were measured on, with the numbers of rows where that differs."""
     wheres = collections.Counter(row.measured["where"] for row in rows if "where" in row.measured)
     if len(wheres) < 2:
@@ -77,11 +79,11 @@ def measured_where(rows: Sequence[Row]) -> str:
     return "; ".join(f"{where} ({count(n, 'row')})" for where, n in wheres.items())
 
 
-def _compile(row: Row) -> str:
+def _format_compile_time(row: SweepRow) -> str:
     return f"{row.measured['compile_seconds']['whole']:.1f} s"
 
 
-def _ratios(row: Row) -> str:
+def _format_ratios(row: SweepRow) -> str:
     axes = (row.compiled or {}).get("axes", {})
     known = {axis: sent["ratio"] for axis, sent in axes.items() if sent["ratio"] is not None}
     return " ".join(
@@ -89,19 +91,19 @@ def _ratios(row: Row) -> str:
     )
 
 
-def _others(rows: Sequence[Row]) -> Table:
+def _unranked_table(rows: Sequence[SweepRow]) -> Table:
     cases = ((row.case, row) for row in rows)
     table = [(c.shown, str(c.accumulate), c.remat, row.status, row.reason) for c, row in cases]
     return Table([_MESH, "acc.", "remat", "status", "why"], table, gap=1)
 
 
-def _notes(rows: Sequence[Row]) -> list[str]:
+def _write_notes(rows: Sequence[SweepRow]) -> list[str]:
     """What a reader must know of the figures: where they are from, and what came together."""
     notes = ["Memory and wire are compiled, bytes per device and step; compile seconds measured."]
     timed = [row.measured["step_seconds"]["samples"] for row in rows if row.seconds is not None]
     if timed:
         of = f"median of {int(statistics.median(timed))} updates ± half the quartiles' distance"
-        notes.append(f"Step: {of}, {measured_where(rows)}.")
+        notes.append(f"Step: {of}, {describe_measurement(rows)}.")
     if any("step_seconds" in row.modelled and row.seconds is None for row in rows):
         notes.append(
             "Step: modelled (~), from the compiled program and the chip's links and peaks."

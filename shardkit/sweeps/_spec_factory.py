@@ -27,7 +27,7 @@ class SpecFactory:
 
     def __call__(self, mesh: Mesh | MeshSpec, *, accumulate: int, remat: str) -> StepSpec:
         """The spec of a case."""
-        strategy = _with_axes(self.spec.strategy, mesh.shape)
+        strategy = _add_ready_strategies(self.spec.strategy, mesh.shape)
         micro = dataclasses.replace(self.spec.accumulate, micro_batches=accumulate)
         return self.spec.replace(strategy=strategy, accumulate=micro, remat=remat)
 
@@ -45,7 +45,7 @@ class SpecFactory:
           ConfigError: the strategy is made of ready ones, and an axis is none that they know.
         """
         strategy, own = self.spec.strategy, axis_names(self.spec.strategy)
-        known = (*own, *ready()) if strategy.kinds else named
+        known = (*own, *ready_strategies()) if strategy.kinds else named
         check_axes(named, known, "| strategies.data(AXIS), or a name of these")
         return tuple(named) or own or plain_axes()
 
@@ -116,21 +116,21 @@ def _of_spec(spec: Iterable[Any]) -> list[str]:
     return [axis for entry in spec for axis in axes_of(entry)]
 
 
-def _with_axes(strategy: Strategy, sizes: Mapping[str, int]) -> Strategy:
+def _add_ready_strategies(strategy: Strategy, sizes: Mapping[str, int]) -> Strategy:
     """Adds ready strategies for the axes of a mesh that split something and have none.
 
     A strategy that is its author's own says itself what it does on which axis.
     """
     if not strategy.kinds:
         return strategy
-    has, known = {kind.axis for kind in strategy.kinds}, ready()
+    has, known = {kind.axis for kind in strategy.kinds}, ready_strategies()
     for axis, size in sizes.items():
         if size > 1 and axis not in has and axis in known:
             strategy = strategy | known[axis]()
     return strategy
 
 
-def ready() -> dict[str, Callable[[], Strategy]]:
+def ready_strategies() -> dict[str, Callable[[], Strategy]]:
     """The ready strategy that an axis stands for where a spec's strategy has none for it."""
     return {kind.axis: kind.make for kind in known_kinds() if kind.by_default}
 
@@ -138,4 +138,4 @@ def ready() -> dict[str, Callable[[], Strategy]]:
 def plain_axes() -> tuple[str, ...]:
     """Mesh axes whose ready strategies lay out any model: they need no mark in it."""
     marked = {kind.axis for kind in known_kinds() if kind.region}
-    return tuple(axis for axis in ready() if axis not in marked)
+    return tuple(axis for axis in ready_strategies() if axis not in marked)

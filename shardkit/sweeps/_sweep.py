@@ -10,14 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 from .._core.errors import Problem, SweepError, count, format_problems, raise_all
 from ..mesh import Target
-from ._attempt import Attempts
-from ._case import Case, cases
-from ._compilers import Absent, Compiler, Factory, Here, present_devices
-from ._factories import Declared, Steps, factory_of, options_of, shown_name, source_of
+from ._attempt import CaseRunner
+from ._case import SweepCase, enumerate_cases
+from ._compilers import CaseCompiler, Factory, LocalCompiler, TargetCompiler, present_devices
+from ._factories import (
+    Declared,
+    Steps,
+    default_options,
+    display_name,
+    make_child_source,
+    make_factory,
+)
 from ._journal import Journal
 from ._result import Sweep
-from ._row import ILLEGAL, Row
-from ._run import OnRow, Run
+from ._row import ILLEGAL, SweepRow
+from ._run import OnRow, SweepRun
 from ._spec_factory import plain_axes
 
 if TYPE_CHECKING:
@@ -40,7 +47,7 @@ def sweep(
     steps_per_repeat: int = 3,
     timeout: float = 1800.0,
     record: Mapping[str, Any] | None = None,
-    estimate: Callable[[Case], float] | None = None,
+    estimate: Callable[[SweepCase], float] | None = None,
     on_row: OnRow = lambda row, done, total: None,
 ) -> Sweep:
     """Tries every mesh of some axes × accumulation × remat, and writes down what becomes of each.
@@ -101,22 +108,22 @@ def sweep(
     >>> found.by, len(found.ranked)
     ('compiled wire bytes', 3)
     """
-    of = factory_of(spec)
-    counts = _counts(devices, target)
-    micro, policy = options_of(of)
+    of = make_factory(spec)
+    counts = _device_counts(devices, target)
+    micro, policy = default_options(of)
     accumulate = (micro,) if accumulate is None else accumulate
     remat = (policy,) if remat is None else remat
-    wanted = _cases(of, axes, counts, accumulate, remat)
-    _check_asked(
+    wanted = _enumerate(of, axes, counts, accumulate, remat)
+    _check_request(
         target, verify=verify, time=time, repeats=repeats, steps_per_repeat=steps_per_repeat
     )
-    compiler = _compiler(of, target, counts, wanted, timeout)
+    compiler = _make_compiler(of, target, counts, wanted, timeout)
     timed = target is None and compiler.on["platform"] != "cpu" if time is None else time
-    attempts = Attempts(compiler, verify, batches, estimate)
+    attempts = CaseRunner(compiler, verify, batches, estimate)
     folder = Path(tempfile.mkdtemp(prefix="shardkit-sweep-") if out is None else out)
     with Journal(folder, _identity(of, compiler, record)) as journal:
-        run = Run(journal, attempts, wanted, on_row)
-        with _goes_on(journal, len(wanted)):
+        run = SweepRun(journal, attempts, wanted, on_row)
+        with _note_resume(journal, len(wanted)):
             steps = run.compile(verify=verify, timed=timed)
             run.time(steps, batches, repeats, steps_per_repeat)
         rows = tuple(journal.rows[case.key] for case in wanted)
@@ -127,7 +134,7 @@ def sweep(
 
 
 @contextlib.contextmanager
-def _goes_on(journal: Journal, wanted: int) -> Iterator[None]:
+def _note_resume(journal: Journal, wanted: int) -> Iterator[None]:
     """Says of a sweep that the user ends what is kept of it."""
     try:
         yield
@@ -139,7 +146,7 @@ def _goes_on(journal: Journal, wanted: int) -> Iterator[None]:
         raise
 
 
-def _counts(devices: int | Sequence[int] | None, target: str | None) -> list[int]:
+def _device_counts(devices: int | Sequence[int] | None, target: str | None) -> list[int]:
     """Numbers of devices: those asked for, or all that the target or the process has."""
     there = Target.parse(target).n_devices if target else None
     if devices is None:
@@ -153,22 +160,22 @@ def _counts(devices: int | Sequence[int] | None, target: str | None) -> list[int
     return counts
 
 
-def _cases(
+def _enumerate(
     of: Steps,
     axes: Sequence[str],
     counts: Sequence[int],
     accumulate: Sequence[int],
     remat: Sequence[str],
-) -> list[Case]:
+) -> list[SweepCase]:
     if not isinstance(of, Declared):
-        return cases(counts, axes or plain_axes(), accumulate, remat)
+        return enumerate_cases(counts, axes or plain_axes(), accumulate, remat)
     named = of.axes(axes)
     idle = tuple((axis, 1) for axis in of.idle(named))
-    made = cases(counts, named, accumulate, remat)
+    made = enumerate_cases(counts, named, accumulate, remat)
     return [dataclasses.replace(case, mesh=idle + case.mesh) for case in made]
 
 
-def _check_asked(
+def _check_request(
     target: str | None, *, verify: bool, time: bool | None, repeats: int, steps_per_repeat: int
 ) -> None:
     problems = []
@@ -189,21 +196,25 @@ def _check_asked(
     raise_all(SweepError, "The sweep cannot do what it is asked.", problems)
 
 
-def _compiler(
+def _make_compiler(
     of: Steps,
     target: str | None,
     counts: Sequence[int],
-    wanted: Sequence[Case],
+    wanted: Sequence[SweepCase],
     timeout: float,
-) -> Compiler:
+) -> CaseCompiler:
     if target is None:
-        return Here(of, present_devices(counts))
-    source_of(of, wanted[0])  # a factory without a name is refused before anything is written
-    return Absent(of, lambda case: source_of(of, case), target, timeout)
+        return LocalCompiler(of, present_devices(counts))
+    make_child_source(
+        of, wanted[0]
+    )  # a factory without a name is refused before anything is written
+    return TargetCompiler(of, lambda case: make_child_source(of, case), target, timeout)
 
 
-def _identity(of: Steps, compiler: Compiler, record: Mapping[str, Any] | None) -> dict[str, Any]:
-    own = of.record() if isinstance(of, Declared) else {"factory": shown_name(of)}
+def _identity(
+    of: Steps, compiler: CaseCompiler, record: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    own = of.record() if isinstance(of, Declared) else {"factory": display_name(of)}
     try:
         json.dumps(record or {})
     except (TypeError, ValueError) as error:
@@ -213,9 +224,9 @@ def _identity(of: Steps, compiler: Compiler, record: Mapping[str, Any] | None) -
     return {**own, **(record or {}), "on": dict(compiler.on)}
 
 
-def _title(of: Steps, compiler: Compiler) -> str:
+def _title(of: Steps, compiler: CaseCompiler) -> str:
     where = compiler.on.get("device_kind") or compiler.on["target"]
-    return f"Sweep of {shown_name(of)} on {where}."
+    return f"Sweep of {display_name(of)} on {where}."
 
 
 def _check_some_legal(found: Sweep) -> None:
@@ -226,15 +237,17 @@ def _check_some_legal(found: Sweep) -> None:
     """
     if any(row.status != ILLEGAL for row in found.rows):
         return
-    first: dict[str, Row] = {}
+    first: dict[str, SweepRow] = {}
     for row in found.rows:
         first.setdefault(row.reason, row)
-    problems = [Problem(row.case.key, why, _fix(row.error)) for why, row in list(first.items())[:8]]
+    problems = [
+        Problem(row.case.key, why, _first_fix(row.error)) for why, row in list(first.items())[:8]
+    ]
     headline = f"None of {count(len(found.rows), 'case')} is legal; see {found.folder}."
     raise SweepError(format_problems(headline, problems))
 
 
-def _fix(message: str) -> str:
+def _first_fix(message: str) -> str:
     """The first fix that a message names."""
     _, _, fixes = message.partition("\nFix:")
     return fixes.strip().removeprefix("- ").partition("\n")[0]

@@ -11,14 +11,14 @@ import jax
 
 from ..parity import made_up
 from ..step import CompiledStep
-from ._attempt import ended
-from ._row import Row
+from ._attempt import fail_row
+from ._row import SweepRow
 
 SIMULATED = "measured on simulated devices, not a speed claim"
 
 
 @dataclasses.dataclass
-class Seen:
+class StepTimes:
     """What was measured of one step so far.
 
     Attributes:
@@ -38,12 +38,12 @@ class Seen:
         return {"step_seconds": spread, "warm_up_seconds": statistics.median(self.warm_up)}
 
 
-def in_turns(
+def time_interleaved(
     steps: Mapping[str, CompiledStep],
     batches: Mapping[str, Any],
     repeats: int,
     steps_per_repeat: int,
-) -> dict[str, Seen]:
+) -> dict[str, StepTimes]:
     """Times steps in turns A B C A B C …, with one state alive at a time.
 
     Args:
@@ -53,15 +53,15 @@ def in_turns(
       steps_per_repeat: timed updates of one turn, after one that warms up; with `repeats` at
         least 2 in all.
     """
-    seen = {name: Seen() for name in steps}
+    seen = {name: StepTimes() for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
             if seen[name].failed is None:
-                _turn(step, batches[name], steps_per_repeat, seen[name])
+                _time_once(step, batches[name], steps_per_repeat, seen[name])
     return seen
 
 
-def _turn(step: CompiledStep, batch: Any, steps_per_repeat: int, seen: Seen) -> None:
+def _time_once(step: CompiledStep, batch: Any, steps_per_repeat: int, seen: StepTimes) -> None:
     """One turn. A step that runs out of memory is a row, so its error is kept, not raised."""
     try:
         state, placed = step.init(jax.random.key(0)), step.shard_batch(batch)
@@ -75,30 +75,30 @@ def _turn(step: CompiledStep, batch: Any, steps_per_repeat: int, seen: Seen) -> 
         seen.failed = error
 
 
-def time_all(
-    rows: Mapping[str, Row],
+def time_rows(
+    rows: Mapping[str, SweepRow],
     steps: Mapping[str, CompiledStep],
     batches: Sequence[Any] | None,
     repeats: int,
     steps_per_repeat: int,
-) -> list[Row]:
+) -> list[SweepRow]:
     """Times every step that was compiled and gives the rows back, with times or the error.
 
     Args:
       rows: key of a case → its row.
       steps: those to time.
       batches: host batches, of which the first is used; None for made-up ones.
-      repeats: see `in_turns`.
-      steps_per_repeat: see `in_turns`.
+      repeats: see `time_interleaved`.
+      steps_per_repeat: see `time_interleaved`.
     """
     given = {key: (batches or made_up(step))[0] for key, step in steps.items()}
-    found = in_turns(steps, given, repeats, steps_per_repeat)
-    return [_timed(rows[key], steps[key], seen) for key, seen in found.items()]
+    found = time_interleaved(steps, given, repeats, steps_per_repeat)
+    return [_add_times(rows[key], steps[key], seen) for key, seen in found.items()]
 
 
-def _timed(row: Row, step: CompiledStep, seen: Seen) -> Row:
+def _add_times(row: SweepRow, step: CompiledStep, seen: StepTimes) -> SweepRow:
     if seen.failed is not None:
-        return ended(row, seen.failed)
+        return fail_row(row, seen.failed)
     device = step.mesh.devices.flat[0]
     simulated = step.mesh.size > 1 and device.platform == "cpu"
     where = SIMULATED if simulated else f"measured on {device.device_kind}"

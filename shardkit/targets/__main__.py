@@ -18,19 +18,19 @@ from ..hardware import Chip
 from ..mesh import MeshSpec, Target, settle_devices
 from ..report import Report
 from ..step import CompiledStep, StepSpec
-from ._devices import build
-from ._source import Source
+from ._devices import build_target_mesh
+from ._source import StepSource
 
 
-def report_of(source: Source, target: Target, chip: str | Chip | None = None) -> Report:
+def compile_report(source: StepSource, target: Target, chip: str | Chip | None = None) -> Report:
     """Compiles a source for a target in this process; its time is modelled for a chip."""
     settle_devices(target.n_devices if target.kind == "cpu" else None)
-    return step_of(*source.load_with_mesh(), target).report(chip=chip)
+    return compile_for_devices(*source.load_with_mesh(), target).report(chip=chip)
 
 
-def step_of(spec: StepSpec, mesh: MeshSpec, target: Target) -> CompiledStep:
+def compile_for_devices(spec: StepSpec, mesh: MeshSpec, target: Target) -> CompiledStep:
     """Compiles a spec, all of it, on the devices of a target."""
-    return spec.compile(build(mesh, target))
+    return spec.compile(build_target_mesh(mesh, target))
 
 
 def end_with_parent(folder: Path) -> None:
@@ -47,7 +47,7 @@ def end_with_parent(folder: Path) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def users_line(error: BaseException) -> str | None:
+def find_user_line(error: BaseException) -> str | None:
     """Where the code of a user raised an error, `FILE:LINE`; None where it is not theirs.
 
     The innermost frame decides that is of no library: this package's frames make it ours.
@@ -64,7 +64,7 @@ def users_line(error: BaseException) -> str | None:
     return None
 
 
-def _own_failure(source: Mapping[str, Any], trace: str, place: str) -> str:
+def _format_user_error(source: Mapping[str, Any], trace: str, place: str) -> str:
     name = source["name"] or "the default config"
     return f"The code of {name} raised an error.\n{trace.strip()}\nFix: {place}"
 
@@ -73,16 +73,16 @@ def main(request: str, answer: str) -> None:
     """Reads a request, writes an answer: a report, or what went wrong."""
     asked = json.loads(Path(request).read_text())
     try:
-        source, target = Source.from_request(asked["source"]), Target.parse(asked["target"])
+        source, target = StepSource.from_request(asked["source"]), Target.parse(asked["target"])
         chip = Chip(**asked["chip"]) if asked["chip"] else None
-        made: dict[str, Any] = {"report": report_of(source, target, chip).to_json()}
+        made: dict[str, Any] = {"report": compile_report(source, target, chip).to_json()}
     except ShardkitError as error:
         made = {"kind": type(error).__name__, "message": str(error)}
     except Exception as error:
         trace = traceback.format_exc()
         made = {"kind": type(error).__qualname__, "message": str(error), "trace": trace}
-        if (place := users_line(error)) is not None:
-            message = _own_failure(asked["source"], trace, place)
+        if (place := find_user_line(error)) is not None:
+            message = _format_user_error(asked["source"], trace, place)
             made = {"message": message, "raised": f"{type(error).__name__}: {error}"}
     with write_atomic(Path(answer)) as part:
         part.write_text(json.dumps(made), "utf-8")

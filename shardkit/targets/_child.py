@@ -24,14 +24,14 @@ from .._core.libtpu import quiet_libtpu
 from ..hardware import Chip, find_chip
 from ..mesh import Target
 from ..report import Report
-from ._source import Source
+from ._source import StepSource
 
 
-class NotCompiled(StepError):
+class TargetCompileError(StepError):
     """A compiler did not finish in time, or crashed; nothing is said of the declaration."""
 
 
-class OwnFailure(ConfigError):
+class UserCodeError(ConfigError):
     """The code that declares a step raised an error; the message holds its traceback.
 
     Attributes:
@@ -49,7 +49,7 @@ _POLL = 0.2
 
 
 def compile_for(
-    source: Source,
+    source: StepSource,
     target: str,
     *,
     chip: str | Chip | None = None,
@@ -72,9 +72,9 @@ def compile_for(
     Raises:
       MeshError: the target is unknown, or its compiler is not installed.
       ReportError: there is no such chip.
-      OwnFailure: the code that declares the step raised another error; a `ConfigError`.
+      UserCodeError: the code that declares the step raised another error; a `ConfigError`.
       ShardkitError: whatever is wrong with the declaration, as if it were compiled here.
-      NotCompiled: the child did not finish in time, or its compiler crashed; a `StepError`.
+      TargetCompileError: the child did not finish in time, or its compiler crashed; a `StepError`.
     """
     wanted = Target.parse(target)
     figures = find_chip(chip) if isinstance(chip, str) else chip
@@ -90,23 +90,23 @@ def compile_for(
             command = [sys.executable, "-m", "shardkit.targets", str(request), str(answer)]
             child = subprocess.Popen(
                 command,
-                env=_environment(),
+                env=_child_environment(),
                 # Nothing is ever written: that it closes tells the child that nobody waits for it.
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
-            with _ended(child):
+            with _kill_on_exit(child):
                 _wait(child, wanted, timeout, progress or (lambda seconds: None))
             log.seek(0)
             said = log.read().decode(errors="replace")
         if not answer.exists():
-            _crashed(child, wanted, said)
-        return _opened(json.loads(answer.read_text()))
+            _raise_crash(child, wanted, said)
+        return _read_answer(json.loads(answer.read_text()))
 
 
-def _environment() -> dict[str, str]:
+def _child_environment() -> dict[str, str]:
     """The caller's environment, with which only the CPU backend is ever started."""
     package = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
@@ -124,7 +124,7 @@ def _environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _ended(child: subprocess.Popen[bytes]) -> Iterator[None]:
+def _kill_on_exit(child: subprocess.Popen[bytes]) -> Iterator[None]:
     try:
         yield
     finally:
@@ -153,7 +153,7 @@ def _wait(
             child.wait(_POLL)
 
 
-def _crashed(child: subprocess.Popen[bytes], target: Target, said: str) -> None:
+def _raise_crash(child: subprocess.Popen[bytes], target: Target, said: str) -> None:
     code = child.returncode
     how = f"was ended by signal {-code}" if code < 0 else f"left with exit code {code}"
     tail = "\n".join(said.strip().splitlines()[-12:])
@@ -163,12 +163,12 @@ def _crashed(child: subprocess.Popen[bytes], target: Target, said: str) -> None:
     _refuse(target, f"the compiling process {how}; its last lines:\n{tail}", "see above")
 
 
-def _opened(answer: dict[str, Any]) -> Report:
+def _read_answer(answer: dict[str, Any]) -> Report:
     """The report, or the child's error raised here as what it was."""
     if "report" in answer:
         return Report.from_json(answer["report"])
     if "raised" in answer:
-        raise OwnFailure(answer["message"], answer["raised"])
+        raise UserCodeError(answer["message"], answer["raised"])
     kind = getattr(_errors, answer["kind"], None)
     if kind is None:
         text = f"{answer['kind']}: {answer['message']}"
@@ -178,4 +178,4 @@ def _opened(answer: dict[str, Any]) -> Report:
 
 def _refuse(target: Target, why: str, fix: str) -> None:
     problem = Problem(str(target), why)
-    raise NotCompiled(format_problems("The step was not compiled.", [problem], fix))
+    raise TargetCompileError(format_problems("The step was not compiled.", [problem], fix))

@@ -12,7 +12,7 @@ from ..hardware import gpu_target_config
 from ..mesh import MeshSpec, Target
 
 
-def build(mesh: MeshSpec, target: Target) -> Mesh:
+def build_target_mesh(mesh: MeshSpec, target: Target) -> Mesh:
     """Builds a mesh on the devices of a target: present, simulated, or known to a compiler alone.
 
     Args:
@@ -26,10 +26,10 @@ def build(mesh: MeshSpec, target: Target) -> Mesh:
     """
     if target.kind != "gpu":
         return mesh.build(str(target))
-    return mesh.build(devices=_gpus(target))
+    return mesh.build(devices=_gpu_devices(target))
 
 
-def _gpus(target: Target) -> list[Any]:
+def _gpu_devices(target: Target) -> list[Any]:
     # Asked for a module of a package that is not there, find_spec raises.
     packages = ("jax_plugins", "jax_plugins.xla_cuda13")
     if not all(importlib.util.find_spec(package) for package in packages):

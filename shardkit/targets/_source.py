@@ -18,7 +18,7 @@ _RETURNS = "return sk.StepSpec(loss_fn=..., ..., strategy=...), sk.MeshSpec(data
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class StepSource:
     """A config file, or a function of research code, that declares a step.
 
     Attributes:

@@ -7,14 +7,14 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from ._region_probe import BACKWARD
-from ._symbolic_sharding import Laid, Terms, add, terms
+from ._region_probe import ATTENTION_BACKWARD
+from ._symbolic_sharding import SymbolicBytes, SymbolicSharding, add_bytes, symbolic_bytes
 
 _TILE = 512  # the widest tile of logits, as attention across devices cuts them
 
 
 @dataclasses.dataclass(frozen=True)
-class Attention:
+class AttentionCosts:
     """One `sk.nn.attention`, forward or backward.
 
     Attributes:
@@ -24,20 +24,20 @@ class Attention:
       held: bytes that it holds while it runs.
     """
 
-    sent: tuple[tuple[str, frozenset[str], Terms], ...]
+    sent: tuple[tuple[str, frozenset[str], SymbolicBytes], ...]
     flops: float
-    moved: Terms
-    held: Terms
+    moved: SymbolicBytes
+    held: SymbolicBytes
 
 
-def attention(
+def attention_costs(
     name: str,
     causal: bool,
     way: str,
     shapes: Sequence[tuple[int, ...]],
-    laid: Sequence[Laid],
+    laid: Sequence[SymbolicSharding],
     width: float,
-) -> Attention:
+) -> AttentionCosts:
     """Costs an attention whose operands begin with q, k and v.
 
     Args:
@@ -49,7 +49,7 @@ def attention(
       width: bytes of an element.
     """
     (q_BTNH, k_BSKH), (q, k) = shapes, laid
-    backward, axes = name == BACKWARD, frozenset(q.dims[1])
+    backward, axes = name == ATTENTION_BACKWARD, frozenset(q.dims[1])
     rows, queries, heads, head = q_BTNH
     keys = k_BSKH[1]
     tile = min(_TILE, queries)
@@ -58,28 +58,28 @@ def attention(
     # Forward a product writes logits in f32 and another reads them narrow; backward there are
     # two of the first kind and three of the second.
     moved = {q.axes: logits * (8 + 3 * width if backward else 4 + width)}
-    held: Terms = {}
+    held: SymbolicBytes = {}
     tiles = rows * heads * tile * min(_TILE, keys) * 4.0 * (3 if backward else 1)
-    add(held, {q.axes - axes: tiles})
-    add(held, terms(q_BTNH, 4, q))  # what is added up is in f32
-    add(held, terms(k_BSKH, 4, k), 4.0 if backward else 0.0)
-    add(held, terms(k_BSKH, width, k), 4.0)  # one block worked on, one on its way
-    sent = _sent(backward, causal, way, (q_BTNH, k_BSKH), (q, k), width) if axes else ()
-    return Attention(sent, (10.0 if backward else 4.0) * logits * head, moved, held)
+    add_bytes(held, {q.axes - axes: tiles})
+    add_bytes(held, symbolic_bytes(q_BTNH, 4, q))  # what is added up is in f32
+    add_bytes(held, symbolic_bytes(k_BSKH, 4, k), 4.0 if backward else 0.0)
+    add_bytes(held, symbolic_bytes(k_BSKH, width, k), 4.0)  # one block worked on, one on its way
+    sent = _exchanges(backward, causal, way, (q_BTNH, k_BSKH), (q, k), width) if axes else ()
+    return AttentionCosts(sent, (10.0 if backward else 4.0) * logits * head, moved, held)
 
 
-def _sent(
+def _exchanges(
     backward: bool,
     causal: bool,
     way: str,
     shapes: Sequence[tuple[int, ...]],
-    laid: Sequence[Laid],
+    laid: Sequence[SymbolicSharding],
     width: float,
-) -> tuple[tuple[str, frozenset[str], Terms], ...]:
+) -> tuple[tuple[str, frozenset[str], SymbolicBytes], ...]:
     axes = frozenset(laid[0].dims[1])
-    own: Terms = {}  # q, k, v and what comes out, or their gradients
+    own: SymbolicBytes = {}  # q, k, v and what comes out, or their gradients
     for shape, one in zip(shapes, laid, strict=True):
-        add(own, terms(shape, width, one), 2.0)
+        add_bytes(own, symbolic_bytes(shape, width, one), 2.0)
     if way == "all_to_all":
         return (("all-to-all", axes, own),)
     # The n − 1 blocks that a device sends on are what a gather of all of them sends.
