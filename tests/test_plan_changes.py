@@ -56,9 +56,9 @@ def test_a_plan_says_from_which_batch_on_links_are_waited_for(waiting: Plan) -> 
     assert "becomes communication-bound, now " in text
     assert " tokens): " in text
     scale = _find_crossover(many, best, 2.0**-12)
-    assert many.again(best, scale).communication_bound
-    assert not many.again(best, 1.01 * scale).communication_bound
-    assert many.again(best, 1.0) == best
+    assert many.estimate_again(best, scale).communication_bound
+    assert not many.estimate_again(best, 1.01 * scale).communication_bound
+    assert many.estimate_again(best, 1.0) == best
     (text,) = waiting.changes
     assert "above" in text
     assert "stops being communication-bound" in text

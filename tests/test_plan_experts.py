@@ -71,7 +71,10 @@ def test_what_cannot_be_followed_has_its_reason(found: SearchResult):
     assert "4 experts do not divide over expert=8" in found.rejected
     assert "one reduction for all micro-batches beside experts" in found.rejected
     for sizes, why in (
-        (dataclasses.replace(SIZES, capacity_factor=None), "dropless experts, whose rows travel"),
+        (
+            dataclasses.replace(SIZES, capacity_factor=None),
+            "dropless experts, whose number of rows",
+        ),
         (
             dataclasses.replace(SIZES, experts=None, expert_mlp=None, capacity_factor=None),
             "the loss has no sk.nn.experts",

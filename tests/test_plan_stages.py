@@ -143,11 +143,11 @@ def test_every_layout_that_cannot_be_has_its_reason(found: SearchResult):
 
 
 def test_meshes_that_share_a_resolution_get_what_each_would_alone(search: Search):
-    places, sizes = search.places, SPACE.meshes(8)
+    resolver, sizes = search.resolver, SPACE.meshes(8)
     layouts = [(one, zero) for one in sizes for zero in (0, 1) if not zero or one["data"] > 1]
     for layout in layouts:
-        assert places.of(*layout) == places.resolved(*layout)
-    assert len(places.made) < len(layouts)
+        assert resolver.resolve(*layout) == resolver.resolve_alone(*layout)
+    assert len(resolver.cache) < len(layouts)
 
 
 def test_a_pipeline_can_be_pasted(found: SearchResult):

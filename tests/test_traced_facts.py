@@ -263,7 +263,7 @@ def test_a_plan_sees_the_marks_of_a_model_that_was_traced_before(mark, kind, fac
     declared = compiled("constrain", "jit", "none").declaration
     model = TracedModel.of(dataclasses.replace(declared, loss_fn=loss_of(mark, "jit")))
     for _ in range(2):
-        assert getattr(model.marked(), kind) == facts
+        assert getattr(model.regions(), kind) == facts
     assert not any("shardkit_record" in op.name for op in model.program("full", True).ops)
 
 

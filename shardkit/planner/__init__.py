@@ -1,7 +1,7 @@
-"""Which mesh for this model on these devices: every layout estimated, the fitting ones ranked."""
+"""Which mesh for this model on these devices: every layout estimated, those that fit ranked."""
 
 from ._candidate import Candidate
-from ._compile import compile_best, compile_candidate, compile_layout
+from ._compile import compile_best, compile_layout
 from ._declared_step import StepEstimate, estimate_step
 from ._network import Network
 from ._plan import plan
@@ -15,7 +15,6 @@ __all__ = [
     "SearchSpace",
     "StepEstimate",
     "compile_best",
-    "compile_candidate",
     "compile_layout",
     "estimate_step",
     "format_layout",
