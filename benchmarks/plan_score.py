@@ -149,7 +149,7 @@ def _sweep(sketch: tuple[str, str, int]) -> list[Layout]:
     model, target, stride = sketch
     found = []
     for mesh, schedule, remat, zero in itertools.product(
-        SPACE.meshes(devices_of(target)), SPACE.schedules({}), SPACE.remat, SPACE.zero
+        SPACE.meshes(devices_of(target)), SPACE.batchings({}), SPACE.remat, SPACE.zero
     ):
         if zero and mesh["data"] == 1:
             continue

@@ -63,7 +63,7 @@ def as_they_stand(folder: Path) -> "Sweep":
     return Sweep(tuple(newest.values()), folder, "Sweep of nano.py on cpu.")
 
 
-def planned(rows: Sequence["Row"], factory: "ConfigFactory", chip: "Chip") -> dict[str, float]:
+def planned(rows: Sequence["SweepRow"], factory: "ConfigFactory", chip: "Chip") -> dict[str, float]:
     """Key of a row → seconds of its step by a plan's model."""
     from shardkit.planner import Network, estimate_step
 
@@ -88,7 +88,7 @@ def shared(chip: "Chip", devices: int) -> "Chip":
     )
 
 
-def ranking(rows: Sequence["Row"], seconds: Mapping[str, float]) -> list[dict[str, str]]:
+def ranking(rows: Sequence["SweepRow"], seconds: Mapping[str, float]) -> list[dict[str, str]]:
     """How a plan orders the rows of each number of devices, beside the naive choices."""
     table = []
     for n in sorted({row.case.devices for row in rows} - {1}):
@@ -109,16 +109,16 @@ def ranking(rows: Sequence["Row"], seconds: Mapping[str, float]) -> list[dict[st
     return table
 
 
-def _measured(row: "Row") -> float:
+def _measured(row: "SweepRow") -> float:
     assert row.seconds is not None  # what is ok was timed
     return row.seconds
 
 
-def _regret(row: "Row", own: Sequence["Row"]) -> str:
+def _regret(row: "SweepRow", own: Sequence["SweepRow"]) -> str:
     return f"{_measured(row) / _measured(own[0]) - 1:+.0%}"
 
 
-def _naive(own: Sequence["Row"], axis: str) -> str:
+def _naive(own: Sequence["SweepRow"], axis: str) -> str:
     return next(_regret(row, own) for row in own if row.case.sizes[axis] == row.case.devices)
 
 
@@ -154,7 +154,7 @@ devices. The model has the figures of this machine as they were when the table w
 ({figures}), an equal share for each device."""
 
 
-def _spread(row: "Row") -> float:
+def _spread(row: "SweepRow") -> float:
     timed = row.measured["step_seconds"]
     return (timed["high"] - timed["low"]) / 2 / timed["median"]
 

@@ -11,7 +11,7 @@ import shardkit as sk
 from shardkit.cli import main
 from shardkit.sweeps import ConfigFactory, SweepCase, SweepRow, draw_plots
 from shardkit.sweeps import _sweep as sweep_module
-from shardkit.sweeps._attempt import is_done, plan_figures
+from shardkit.sweeps._case_runner import is_done, plan_figures
 from shardkit.sweeps._journal import Journal
 from shardkit.sweeps._parity import ParityChecker
 from shardkit.sweeps._row import MEMORY, OK, WRONG
@@ -58,7 +58,7 @@ def test_every_factorization_is_a_row_and_none_is_dropped(whole):
     assert [count for _, *count in seen] == [[n, 4] for n in (1, 2, 3, 4)] + [
         [n, 3] for n in (1, 2, 3)
     ]
-    others = {row.case.key: row for row in found.others}
+    others = {row.case.key: row for row in found.unranked}
     assert list(others) == ["data=4,tensor=1 accumulate=2 remat=none"]
     (row,) = others.values()
     assert row.status == "illegal"
@@ -85,8 +85,8 @@ def test_a_row_has_its_figures_under_the_word_that_says_where_they_are_from(whol
     assert {"whole", "trace", "lower", "compile"} <= row.measured["compile_seconds"].keys()
     assert row.verified["ok"] is True
     assert row.on["device_kind"] == "cpu"
-    assert row.circumstances["versions"]["jax"]
-    assert row.circumstances["date"].endswith("Z")
+    assert row.provenance["versions"]["jax"]
+    assert row.provenance["date"].endswith("Z")
 
 
 def test_the_model_of_a_plan_stands_beside_what_is_compiled(whole):
@@ -119,7 +119,7 @@ def test_what_a_plan_cannot_follow_is_said():
 
 def test_the_ranking_is_by_measured_time_and_the_table_fits(whole):
     found, _ = whole
-    assert found.by == "measured step time"
+    assert found.ranked_by == "measured step time"
     times = [row.seconds for row in found.ranked]
     assert times == sorted(times)
     text = str(found)
@@ -199,7 +199,7 @@ def test_a_step_with_wrong_numbers_is_not_ranked(tmp_path, monkeypatch):
 def test_a_factory_that_ignores_what_it_is_asked_makes_no_row_that_lies(tmp_path):
     with pytest.raises(sk.errors.SweepError, match="None of 1 case is legal") as error:
         sk.sweep(_swept.deaf, out=tmp_path, axes=AXES, devices=1, accumulate=(2,))
-    assert "accumulate was asked to be 2, the step has 1" in str(error.value)
+    assert "accumulate  is 2 in the case, the step has 1" in str(error.value)
 
 
 def test_no_legal_mesh_is_one_error_and_the_rows_are_kept(tmp_path):
@@ -219,7 +219,7 @@ def test_no_legal_mesh_is_one_error_and_the_rows_are_kept(tmp_path):
         ({"devices": 64}, "this process has 8 devices"),
         ({"accumulate": ()}, "accumulate=[]  is empty"),
         ({"remat": ["ful"]}, "unknown policy"),
-        ({"repeats": 1, "steps_per_repeat": 1}, "two timed updates at least"),
+        ({"repeats": 1, "steps_per_repeat": 1}, "at least two timed updates"),
         ({"target": "cpu:4", "devices": None, "time": True}, "needs devices that run"),
         ({"target": "cpu:4"}, "target cpu:4 has 4 devices"),
         ({"target": "tpu:v5z:4x4"}, "unknown chip 'v5z'"),
@@ -249,7 +249,7 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):
     with pytest.raises(sk.errors.SweepError, match=r"holds thesis\.tex, and no rows\.jsonl"):
         Journal(tmp_path, {})
     (tmp_path / "rows.jsonl").write_text("a file of mine")
-    with pytest.raises(sk.errors.SweepError, match="is no file of a sweep"):
+    with pytest.raises(sk.errors.SweepError, match="is not the file of a sweep"):
         Journal(tmp_path, {})
     assert (tmp_path / "rows.jsonl").read_text() == "a file of mine"
     with pytest.raises(sk.errors.SweepError, match="is a file"):
@@ -272,8 +272,8 @@ def test_rows_of_another_config_are_refused_with_every_difference(tmp_path):
 def test_two_sweeps_into_one_folder_are_one_too_many(tmp_path):
     with Journal(tmp_path, {}), pytest.raises(sk.errors.SweepError, match="in use") as error:
         Journal(tmp_path, {})
-    assert "rows.jsonl  another sweep is writing to it" in str(error.value)
-    assert "Fix: wait until that one has ended" in str(error.value)
+    assert "rows.jsonl  another sweep writes to it" in str(error.value)
+    assert "Fix: wait until it has ended" in str(error.value)
     with Journal(tmp_path, {}) as journal:  # the end of a block lets go
         assert journal.rows == {}
 
@@ -297,16 +297,16 @@ def test_a_header_that_was_cut_is_written_again(tmp_path):
 
 def test_axes_without_a_strategy_get_their_ready_one():
     factory = ConfigFactory("", ("model=nano",))
-    assert factory.axes(()) == ("data", "tensor")
-    assert factory.idle(("fsdp",)) == ("data", "tensor")
+    assert factory.select_axes(()) == ("data", "tensor")
+    assert factory.unit_axes(("fsdp",)) == ("data", "tensor")
     spec = sk.MeshSpec(data=1, tensor=1, fsdp=4)
     made = factory(spec, accumulate=2, remat="full")
     assert sk.strategies.fsdp().kinds[0] in made.strategy.kinds
     assert (made.accumulate.micro_batches, made.strategy.remat) == (2, "full")
     with pytest.raises(sk.errors.ConfigError, match="Did you mean 'tensor'"):
-        factory.axes(("tensr",))
-    with pytest.raises(sk.errors.ConfigError, match="axis 'pipe'  is none of"):
-        factory.axes(("pipe",))  # how many micro-batches is for the config to say
+        factory.select_axes(("tensr",))
+    with pytest.raises(sk.errors.ConfigError, match="axis 'pipe'  is not one of"):
+        factory.select_axes(("pipe",))  # how many micro-batches is for the config to say
 
 
 def test_what_a_sweep_varies_does_not_tell_it_from_another():

@@ -13,7 +13,7 @@ from shardkit.mesh import Target
 from shardkit.sweeps import ConfigFactory, Sweep, SweepCase, SweepRow, declare_case
 from shardkit.sweeps import _compilers as compilers
 from shardkit.sweeps import _sweep as sweep_module
-from shardkit.sweeps._attempt import (
+from shardkit.sweeps._case_runner import (
     CaseRunner,
     is_done,
     is_verified,
@@ -65,7 +65,7 @@ def test_a_full_disk_costs_the_row_that_it_has_no_room_for(tmp_path):
         before = (tmp_path / "rows.jsonl").read_bytes()
         with (
             file_limit(len(before) + 40),
-            pytest.raises(sk.errors.SweepError, match="every row before is kept") as error,
+            pytest.raises(sk.errors.SweepError, match="earlier rows are kept") as error,
         ):
             journal.add(other)
         assert "rows.jsonl  File too large" in str(error.value)
@@ -84,7 +84,7 @@ def test_a_folder_that_cannot_be_made_is_told_before_anything_is_compiled(tmp_pa
 
 def test_a_file_that_is_no_text_is_refused_and_left_alone(tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(b"\xff\xfe\n")
-    with pytest.raises(sk.errors.SweepError, match=r"rows\.jsonl  is no text"):
+    with pytest.raises(sk.errors.SweepError, match=r"rows\.jsonl  is not UTF-8 text"):
         Journal(tmp_path, {})
     assert (tmp_path / "rows.jsonl").read_bytes() == b"\xff\xfe\n"
 
@@ -109,7 +109,7 @@ def test_ctrl_c_says_what_is_kept_and_the_same_call_goes_on(tmp_path):
     with pytest.raises(KeyboardInterrupt) as stopped:
         sk.sweep(_swept.picky, **asked, on_row=stop)
     (note,) = stopped.value.__notes__
-    assert note == f"1 row of 3 in {tmp_path}; called again, it goes on from there."
+    assert note == f"1 row of 3 in {tmp_path}; the same call resumes the sweep."
     seen = []
     sk.sweep(_swept.picky, **asked, on_row=lambda row, done, total: seen.append((done, total)))
     assert seen[-1] == (3, 3)
@@ -126,18 +126,18 @@ def test_what_code_may_have_mended_is_tried_again():
 
 
 def test_a_proof_holds_for_the_code_that_it_was_made_with():
-    proved = row(verified={"ok": True}, circumstances=CODE, measured={"warm_up_seconds": 1.0})
+    proved = row(verified={"ok": True}, provenance=CODE, measured={"warm_up_seconds": 1.0})
     assert is_verified(proved, CODE)
     assert not is_verified(dataclasses.replace(proved, verified={"ok": None}), CODE)
     assert not is_verified(proved, CODE | {"commit": "other"})
     for unknown in ("0123456789-dirty", None):
         said = CODE | {"commit": unknown}
-        assert not is_verified(dataclasses.replace(proved, circumstances=said), said)
-    new = row(circumstances=CODE)
+        assert not is_verified(dataclasses.replace(proved, provenance=said), said)
+    new = row(provenance=CODE)
     assert keep_measurements(new, proved).verified == {"ok": True}
     assert keep_measurements(new, proved).measured == {"warm_up_seconds": 1.0}
     assert keep_measurements(new, dataclasses.replace(proved, status=WRONG)) == new
-    other = row(circumstances=CODE | {"versions": {"jax": "0.12"}})
+    other = row(provenance=CODE | {"versions": {"jax": "0.12"}})
     assert keep_measurements(other, proved) == other
 
 
@@ -162,7 +162,7 @@ def test_what_tells_sweeps_apart_must_be_plain(tmp_path):
         ("tests._swept:declard", "has no function 'declard'. Did you mean 'declared'?"),
         ("tests._swept:unlike", "cannot be called: got an unexpected keyword argument"),
         (_swept.unlike, "tests._swept:unlike  cannot be called: got an unexpected keyword"),
-        (7, "7  is no function, but int"),
+        (7, "7  is not a function, but int"),
         ("broken_factory:factory", "its module raised ZeroDivisionError: division"),
     ],
 )
@@ -190,7 +190,7 @@ def absent(factory):
     """Tries one case for a target, with whatever stands where the child would be."""
     case = SweepCase((("data", 1), ("tensor", 2)))
     compiler = TargetCompiler(factory, lambda case: make_child_source(factory, case), "cpu:2", 60.0)
-    return CaseRunner(compiler).try_case(case)[0]
+    return CaseRunner(compiler).run_case(case)[0]
 
 
 def test_what_a_factory_raises_for_a_target_is_its_own_and_starts_no_child(monkeypatch):
@@ -200,7 +200,7 @@ def test_what_a_factory_raises_for_a_target_is_its_own_and_starts_no_child(monke
     none = absent(lambda mesh, **asked: None)
     assert (none.status, "returned NoneType; a compile elsewhere" in none.reason) == (ILLEGAL, True)
     deaf = absent(lambda mesh, **asked: _swept.deaf(mesh, accumulate=1, remat="full"))
-    assert "remat was asked to be 'none', the step has 'full'" in deaf.reason
+    assert "remat  is 'none' in the case, the step has 'full'" in deaf.reason
 
 
 def test_what_users_code_raises_in_a_child_is_the_reason_of_its_row(monkeypatch):

@@ -181,7 +181,7 @@ def test_one_declared_step_is_modelled_with_it():
 def test_a_sweep_lays_out_its_axis(tmp_path):
     factory = ConfigFactory("", ("model=nano", "data.seq_len=32", "data.batch_size=4"))
     with pytest.raises(sk.errors.ConfigError, match="columns"):
-        factory.axes(("columns",))
+        factory.select_axes(("columns",))
     with register_kind(Columns("columns")):
         found = sk.sweep(factory, out=tmp_path, axes=("columns",), devices=2)
     (row,) = found.rows

@@ -1,4 +1,4 @@
-"""Every mesh × accumulation × remat of a step, tried, ranked and written down as it goes."""
+"""Which mesh for this step: every mesh × accumulation × remat compiled, ranked and recorded."""
 
 from ._case import SweepCase
 from ._compilers import Factory
