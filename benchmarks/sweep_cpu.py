@@ -22,7 +22,7 @@ import shardkit as sk
 
 if TYPE_CHECKING:
     from shardkit.hardware import Chip
-    from shardkit.sweeps import ConfigFactory, Sweep
+    from shardkit.sweeps import ConfigFactory, Sweep, SweepRow
 
 CUT = (
     "model.num_layers=2",
@@ -55,7 +55,7 @@ def swept(folder: Path, factory: "ConfigFactory") -> "Sweep":
 
 
 def as_they_stand(folder: Path) -> "Sweep":
-    """The rows of a folder, whatever version of the code has written them."""
+    """The rows of a folder, whatever commit they are of."""
     from shardkit.sweeps import Sweep, SweepRow
 
     rows = map(SweepRow.from_line, (folder / "rows.jsonl").read_text().splitlines()[1:])

@@ -199,7 +199,7 @@ def test_a_step_with_wrong_numbers_is_not_ranked(tmp_path, monkeypatch):
 def test_a_factory_that_ignores_what_it_is_asked_makes_no_row_that_lies(tmp_path):
     with pytest.raises(sk.errors.SweepError, match="None of 1 case is legal") as error:
         sk.sweep(_swept.deaf, out=tmp_path, axes=AXES, devices=1, accumulate=(2,))
-    assert "accumulate  is 2 in the case, the step has 1" in str(error.value)
+    assert "is 2 in the case, the step has 1" in str(error.value)
 
 
 def test_no_legal_mesh_is_one_error_and_the_rows_are_kept(tmp_path):
@@ -255,6 +255,15 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):
     with pytest.raises(sk.errors.SweepError, match="is a file"):
         Journal(tmp_path / "thesis.tex", {})
     assert sorted(os.listdir(tmp_path)) == ["rows.jsonl", "thesis.tex"]
+
+
+def test_a_file_of_another_format_version_is_refused_and_left_alone(tmp_path):
+    before = '{"identity": {}, "shardkit_sweep": 1}\n'
+    (tmp_path / "rows.jsonl").write_text(before)
+    with pytest.raises(sk.errors.SweepError, match="has format version 1") as error:
+        Journal(tmp_path, {})
+    assert "--out NEW_FOLDER" in str(error.value)
+    assert (tmp_path / "rows.jsonl").read_text() == before
 
 
 def test_rows_of_another_config_are_refused_with_every_difference(tmp_path):

@@ -200,7 +200,7 @@ def test_what_a_factory_raises_for_a_target_is_its_own_and_starts_no_child(monke
     none = absent(lambda mesh, **asked: None)
     assert (none.status, "returned NoneType; a compile elsewhere" in none.reason) == (ILLEGAL, True)
     deaf = absent(lambda mesh, **asked: _swept.deaf(mesh, accumulate=1, remat="full"))
-    assert "remat  is 'none' in the case, the step has 'full'" in deaf.reason
+    assert "is 'none' in the case, the step has 'full'" in deaf.reason
 
 
 def test_what_users_code_raises_in_a_child_is_the_reason_of_its_row(monkeypatch):

@@ -148,8 +148,8 @@ def test_a_timeout_ends_the_child_and_what_it_started():
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 def test_a_killed_caller_leaves_no_child_and_no_folder(tmp_path):
-    asked = "compile_for(Source('tests._declared:forever'), 'cpu:2')"
-    program = f"from shardkit.targets import Source, compile_for; {asked}"
+    asked = "compile_for(StepSource('tests._declared:forever'), 'cpu:2')"
+    program = f"from shardkit.targets import StepSource, compile_for; {asked}"
     here = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     caller = subprocess.Popen([sys.executable, "-c", program], env=here, cwd=ROOT)
     listed = Path(f"/proc/{caller.pid}/task/{caller.pid}/children")

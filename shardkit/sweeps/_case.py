@@ -20,7 +20,7 @@ class SweepCase:
       accumulate: micro-batches per step.
       remat: name of a checkpoint policy.
 
-    >>> case = Case((("data", 4), ("tensor", 1)), accumulate=2)
+    >>> case = SweepCase((("data", 4), ("tensor", 1)), accumulate=2)
     >>> case.key, case.shown
     ('data=4,tensor=1 accumulate=2 remat=none', 'data=4')
     """

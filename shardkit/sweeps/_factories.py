@@ -201,7 +201,7 @@ def _check_callable(factory: Any) -> None:
 
 def _import_factory(name: str) -> Factory:
     try:
-        return StepSource(name).imported()
+        return StepSource(name).import_function()
     except ShardkitError:
         raise
     except Exception as error:

@@ -32,7 +32,7 @@ def draw_plots(swept: Sweep) -> list[Path]:
     Returns:
       The files.
 
-    >>> plots(Sweep((), Path("nowhere"), "nothing"))
+    >>> draw_plots(Sweep((), Path("nowhere"), "nothing"))
     []
     """
     if not swept.ranked:

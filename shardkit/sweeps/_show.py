@@ -38,7 +38,7 @@ def format_sweep(
 def format_seconds(value: float) -> str:
     """Returns `12.3 ms`, or `2.10 s`.
 
-    >>> seconds(0.01234), seconds(2.1)
+    >>> format_seconds(0.01234), format_seconds(2.1)
     ('12.3 ms', '2.10 s')
     """
     return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.3g} ms"

@@ -1,4 +1,4 @@
-"""Compiling for devices that are not here, in a child process of its own."""
+"""Compiles steps for absent devices, each in a child process."""
 
 from ._child import TargetCompileError, UserCodeError, compile_for
 from ._devices import build_target_mesh
