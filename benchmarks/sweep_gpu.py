@@ -68,7 +68,7 @@ def swept(asked: argparse.Namespace, batch: int) -> list[dict[str, Any]]:
             "compile s": round(row.measured.get("compile_seconds", {}).get("whole", 0), 1),
             "why": row.reason,
         }
-        for row in (*found.ranked, *found.others)
+        for row in (*found.ranked, *found.unranked)
     ]
 
 

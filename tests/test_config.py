@@ -25,7 +25,7 @@ from shardkit.data import DataConfig
 from shardkit.lm import SIZES, TextTrainConfig
 from shardkit.mesh import MeshSpec, Target
 from shardkit.run import TrainConfig
-from shardkit.targets import Source, compile_for
+from shardkit.targets import StepSource, compile_for
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -359,7 +359,7 @@ def test_a_record_gives_its_loop_back_whatever_the_order_of_its_fields():
 def test_compiler_options_reach_the_compiler():
     wrong = ("compile.options=xla_no_such_option=1", "model=nano", "mesh=data=4,tensor=2")
     with pytest.raises(ShardkitError, match="xla_no_such_option"):
-        compile_for(Source("", wrong), "cpu:8")
+        compile_for(StepSource("", wrong), "cpu:8")
     assert "compile.options='fast'  is not name=value" in refused("compile.options=fast")
 
 

@@ -14,9 +14,9 @@ from rich.console import Console
 from shardkit._core.scope_markers import annotate_branch_counts, branch_shares
 from shardkit.report import Finding, Flops, Ledger, Memory, Report, count_flops
 from shardkit.run._console import show_layout, show_mesh
-from shardkit.sweeps._case import Case
-from shardkit.sweeps._row import FAILED, Row
-from shardkit.sweeps._show import table
+from shardkit.sweeps._case import SweepCase
+from shardkit.sweeps._row import FAILED, SweepRow
+from shardkit.sweeps._show import format_sweep
 
 ODD = ["attn[local]", "[/nope]", "[bold]x[/]", ":fire:"]
 
@@ -44,8 +44,8 @@ def test_a_report_prints_odd_names_as_they_are(name):
 
 @pytest.mark.parametrize("name", ODD)
 def test_a_sweep_prints_odd_names_as_they_are(name):
-    case = Case(((name, 2),), remat=name)
-    text = table(name, [], [Row(case, FAILED, {}, f"why {name}")], "memory")
+    case = SweepCase(((name, 2),), remat=name)
+    text = format_sweep(name, [], [SweepRow(case, FAILED, {}, f"why {name}")], "memory")
     assert f"why {name}" in text
     assert f" {name} " in text
 

@@ -11,7 +11,7 @@ import pytest
 
 import shardkit as sk
 from shardkit.parallel import DeviceBytes, Kind, check_composition, register_kind, strategies
-from shardkit.planner import SearchSpace, modelled, plan
+from shardkit.planner import SearchSpace, estimate_step, plan
 from shardkit.report import LedgerRow, Program, Report
 from shardkit.sweeps import ConfigFactory
 
@@ -166,14 +166,14 @@ def test_a_plan_tries_names_and_estimates_it():
 
 
 def test_one_declared_step_is_modelled_with_it():
-    sent = modelled(declared(once, columns()), {"columns": 4}).wire
+    sent = estimate_step(declared(once, columns()), {"columns": 4}).wire
     assert sent["columns"] == ALL_REDUCED + 3 * PROBE
 
 
 def test_a_sweep_lays_out_its_axis(tmp_path):
     factory = ConfigFactory("", ("model=nano", "data.seq_len=32", "data.batch_size=4"))
     with pytest.raises(sk.errors.ConfigError, match="columns"):
-        factory.axes(("columns",))
+        factory.select_axes(("columns",))
     with register_kind(Columns("columns")):
         found = sk.sweep(factory, out=tmp_path, axes=("columns",), devices=2)
     (row,) = found.rows

@@ -22,7 +22,7 @@ from shardkit.nn._constrain import constrain_gradient
 from shardkit.nn._manual_axis_rules import ManualAxisRules, use_manual_axis_rules
 from shardkit.nn._overridable import Override, overridable, shard_mapped
 from shardkit.nn._remat import defer_remat, parse_policy, use_policy
-from shardkit.planner._trace import Model
+from shardkit.planner._trace import TracedModel
 from shardkit.report import count_flops
 
 S = sk.strategies
@@ -261,9 +261,9 @@ def test_a_jitted_model_is_verified():
 )
 def test_a_plan_sees_the_marks_of_a_model_that_was_traced_before(mark, kind, facts):
     declared = compiled("constrain", "jit", "none").spec
-    model = Model.of(dataclasses.replace(declared, loss_fn=loss_of(mark, "jit")))
+    model = TracedModel.of(dataclasses.replace(declared, loss_fn=loss_of(mark, "jit")))
     for _ in range(2):
-        assert getattr(model.marked(), kind) == facts
+        assert getattr(model.regions(), kind) == facts
     assert not any("shardkit_record" in op.name for op in model.program("full", True).ops)
 
 

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 import shardkit as sk
 from shardkit._core.tree import Leaf
 from shardkit.parallel import Zero
-from shardkit.targets import Source, compile_for
+from shardkit.targets import StepSource, compile_for
 from shardkit.testing import MUTATIONS, ZERO_MUTATIONS, kill_matrix
 
 from ._declared import WIDTH
@@ -137,7 +137,7 @@ def test_micro_batches_are_reduced_once():
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra [tpu]")
 def test_the_tpu_compiler_scatters_gradients_and_gathers_weights():
-    report = compile_for(Source("tests._declared:zero"), "tpu:v5e:2x4")
+    report = compile_for(StepSource("tests._declared:zero"), "tpu:v5e:2x4")
     weights = 4 * WIDTH * WIDTH
     assert report.memory.opt_state == 2 * weights // 8 + 4
     rows = [row for row in report.ledger.where("data") if row.payload_bytes > 1024]

@@ -11,7 +11,7 @@ from .._core.io._outputs import check_outputs, write_output
 from ..config import load_config
 from ..hardware import Chip, find_chip
 from ..report import Report, compare
-from ..targets import Source, compile_for
+from ..targets import StepSource, compile_for
 from ._source import source_of
 
 _REPORT = ".json"
@@ -84,7 +84,7 @@ def _compiled_already(name: str, arguments: argparse.Namespace) -> None:
     raise_all(ConfigError, f"{name}: opened, not compiled.", problems, fix)
 
 
-def _chip(name: str | None, source: Source) -> Chip | None:
+def _chip(name: str | None, source: StepSource) -> Chip | None:
     """A chip of the hardware table, or of the config."""
     if name is None:
         return None
@@ -94,7 +94,7 @@ def _chip(name: str | None, source: Source) -> Chip | None:
     return find_chip(name, own)
 
 
-def _default_target(source: Source) -> str:
+def _default_target(source: StepSource) -> str:
     if source.is_function:
         why = "a function declares no devices"
         problem = Problem(source.name, why, f"shardkit explain {source.name} --target cpu:8")

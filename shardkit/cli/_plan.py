@@ -9,7 +9,7 @@ from .._core.io._outputs import check_figure_path, check_outputs, write_output
 from ..config import load_config
 from ..hardware import CHIPS, Chip
 from ..planner import compile_best, plan
-from ..targets import Source
+from ..targets import StepSource
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -20,7 +20,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.compile < 0:
         problem = Problem(f"--compile {arguments.compile}", "counts layouts", "--compile 0")
         raise ConfigError(format_problems("The layouts cannot be compiled.", [problem]))
-    source = Source(arguments.config or "", tuple(arguments.overrides))
+    source = StepSource(arguments.config or "", tuple(arguments.overrides))
     if source.is_function and arguments.compile:
         why = "layouts of a function are estimated, not compiled"
         problem = Problem(f"--compile {arguments.compile}", why, "--compile 0")
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _own_chips(source: Source, arguments: argparse.Namespace) -> tuple[Chip, ...]:
+def _own_chips(source: StepSource, arguments: argparse.Namespace) -> tuple[Chip, ...]:
     """Chips that the config adds to the hardware table; what no compiler knows is not compiled.
 
     Raises:

@@ -6,10 +6,10 @@ from .._core.errors import ConfigError, MeshError, Problem, format_problems
 from ..config import Config, load_config
 from ..mesh import Target, simulate_devices
 from ..processes import membership, process_count
-from ..targets import Source
+from ..targets import StepSource
 
 
-def source_of(arguments: argparse.Namespace, example: str) -> Source:
+def source_of(arguments: argparse.Namespace, example: str) -> StepSource:
     """What `CONFIG` names: a config file with its overrides, or a function, which has none.
 
     Args:
@@ -19,7 +19,7 @@ def source_of(arguments: argparse.Namespace, example: str) -> Source:
     Raises:
       ConfigError: something of a function is to be set.
     """
-    source = Source(arguments.config or "", tuple(arguments.overrides))
+    source = StepSource(arguments.config or "", tuple(arguments.overrides))
     if source.is_function and source.overrides:
         why = f"{source.name} is a function, not a config"
         problem = Problem(f"--set {source.overrides[0]}", why)

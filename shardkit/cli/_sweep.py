@@ -11,8 +11,8 @@ from .._core.errors import Problem, SweepError, format_problems, raise_all
 from .._core.io._console import make_console
 from ..config import load_config
 from ..mesh import Target, offer_devices, simulate_devices
-from ..sweeps import ConfigFactory, Factory, Row, factory_of, plots, sweep
-from ..targets import Source
+from ..sweeps import ConfigFactory, Factory, SweepRow, draw_plots, make_factory, sweep
+from ..targets import StepSource
 from ._source import source_of
 from ._verify import ragged_batches
 
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
         on_row=lambda row, done, total: errors.print(_told(row, done, total)),
     )
     console.print(str(found))
-    drawn = plots(found) if arguments.plots else ()
+    drawn = draw_plots(found) if arguments.plots else ()
     names = ", ".join(["rows.jsonl", "rows.csv", *(path.name for path in drawn)])
     console.print(f"\n{found.folder}: {names}")
     return 0 if found.ranked else 1
@@ -57,7 +57,7 @@ class _Swept:
     batches: Sequence[Any] | None
 
 
-def _config(source: Source, target: str | None, counts: list[int]) -> _Swept:
+def _config(source: StepSource, target: str | None, counts: list[int]) -> _Swept:
     config = load_config(source.name or None, source.overrides)
     target = target or _absent(config.devices)
     if target is None:
@@ -66,14 +66,14 @@ def _config(source: Source, target: str | None, counts: list[int]) -> _Swept:
     return _Swept(factory, config.name, target, ragged_batches(config))
 
 
-def _function(source: Source, target: str | None, counts: list[int]) -> _Swept:
+def _function(source: StepSource, target: str | None, counts: list[int]) -> _Swept:
     """A function declares no devices: they are the process's, on a CPU as many as are asked for."""
     if target is None and counts:
         offer_devices(max(counts))
-    return _Swept(factory_of(source.name), source.name.partition(":")[2], target, None)
+    return _Swept(make_factory(source.name), source.name.partition(":")[2], target, None)
 
 
-def _told(row: Row, done: int, total: int) -> str:
+def _told(row: SweepRow, done: int, total: int) -> str:
     """One line of progress."""
     timed = "" if row.seconds is None else f", {1e3 * row.seconds:.3g} ms a step"
     more = f": {row.reason}" if row.reason else timed
