@@ -279,7 +279,7 @@ def test_statistics_per_lane_are_refused():
     with pytest.raises(sk.errors.StepError) as caught:
         lane_step(sk.Loss(train, train, stateful=True))
     text = str(caught.value)
-    assert "would give every lane of the batch its own statistics" in text
+    assert "would give every gradient shard its own statistics" in text
     assert 'accumulate=sk.Accumulate(k, reduce="every")' in text
 
 

@@ -125,7 +125,7 @@ def test_a_linen_layer_without_names_is_an_error_under_tables_alone(mesh):
 
 def test_statistics_of_the_batch_do_not_go_by_lanes(mesh):
     with pytest.raises(
-        sk.errors.StepError, match="would give every lane of the batch its own statistics"
+        sk.errors.StepError, match="would give every gradient shard its own statistics"
     ):
         compiled(linen_model(), mesh, LINEN, accumulate=2)
     compiled(linen_model(), mesh, LINEN, accumulate=sk.Accumulate(2, "every"))

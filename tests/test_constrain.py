@@ -25,9 +25,9 @@ def meshes():
     return {name: sk.MeshSpec(**sizes).build() for name, sizes in MESHES.items()}
 
 
-def lowered(fn, mesh, *args, rules=TABLE, lane_axes=()):
+def lowered(fn, mesh, *args, rules=TABLE, shard_axes=()):
     """StableHLO of a fresh function, its names resolved as a step does."""
-    names = Activations(mesh, rules, lane_axes)
+    names = Activations(mesh, rules, shard_axes)
     with no_ambient_mesh(), resolving(names):
         return jax.jit(lambda *xs: fn(*xs)).lower(*args).as_text()
 
@@ -143,7 +143,7 @@ def test_inside_a_lane_the_axes_of_the_lanes_split_nothing_else(meshes):
         return jax.vmap(lambda rows: sk.nn.constrain(rows, "batch", "mlp"), axis_name="(lanes)")(x)
 
     text = lowered(
-        model, meshes["2x4"], jax.ShapeDtypeStruct((2, 4, 16), jnp.float32), lane_axes=("data",)
+        model, meshes["2x4"], jax.ShapeDtypeStruct((2, 4, 16), jnp.float32), shard_axes=("data",)
     )
     assert placed(text) == ['[{"data"}, {}, {"tensor"}]']
 

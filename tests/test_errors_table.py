@@ -167,7 +167,7 @@ def test_donated_array_read_later_is_named_wherever_the_toolkit_sees_it(step, tm
         text = text_of(
             sk.errors.StateError, lambda call=call: call({"x": state.params["head"]["kernel"]})
         )
-        assert "The step got a batch that is gone." in text
+        assert "The batch was donated." in text
         assert "batch  x: consumed (donated) by an earlier step" in text
     text = text_of(sk.errors.StateError, lambda: sk.Checkpointer(tmp_path / "run").save(1, state))
     assert "A state that is gone cannot be saved." in text
@@ -204,7 +204,7 @@ def test_a_batch_on_other_devices_names_the_leaf_and_both_places(step):
     text = text_of(sk.errors.BatchError, lambda: step(state, {"x": away}))
     assert "batch/x" in text
     assert "is committed to 1 device; the step has it as P('data'" in text
-    assert "pass host numpy, or step.put(batch)" in text
+    assert "pass host numpy, or step.shard_batch(batch)" in text
 
 
 def test_an_argument_laid_out_otherwise_names_the_leaf_and_both_specs(step, mesh):
@@ -363,11 +363,11 @@ def test_recompile_for_another_form_of_the_batch_warns_once_and_trains_on(lenien
     x, expected = CAUSES[cause]
     state, before = lenient.init(jax.random.key(0)), lenient.report().compiles
     with pytest.warns(sk.RetraceWarning) as told:
-        placed = lenient.put({"x": x})
+        placed = lenient.shard_batch({"x": x})
     text = str(told[0].message)
     assert text.startswith(
-        f"The step is compiled for another form of its batch, which makes {before + 1}.\n"
-        f"  batch/x  changed its {expected}\nFix: batches of one form: pad them"
+        f"The step compiles another batch variant; it now has {before + 1}.\n"
+        f"  batch/x  changed its {expected}\nFix: pad all batches alike"
     )
     assert told[0].filename == __file__
     state, metrics = lenient(state, placed)
@@ -417,7 +417,7 @@ def test_recompile_by_sharding_names_both_places_and_by_weak_type_does_not_happe
     assert weak.weak_type
     assert weak_b.weak_type
     # Moving an array is a program of its own.
-    placed = lenient.put({"x": weak}), lenient.put({"x": X})
+    placed = lenient.shard_batch({"x": weak}), lenient.shard_batch({"x": X})
     weak_b = jax.device_put(weak_b, jax.NamedSharding(mesh, P()))
     with counted_compiles() as compiled_since:
         state, _ = lenient(state, placed[0])
@@ -466,7 +466,7 @@ def test_another_shape_is_an_error_where_that_is_declared(step):
     state = step.init(jax.random.key(0))
     text = text_of(sk.errors.BatchError, lambda: step(state, {"x": X[:4]}))
     assert "is f32[4,10]; the step was compiled for f32[8,10]" in text
-    assert "feed the declared shapes, or compile_step again" in text
+    assert "pass the declared shapes, or compile_step again" in text
 
 
 @pytest.mark.parametrize("key", [0, np.uint32([0, 0])])

@@ -418,7 +418,7 @@ def test_gradients_scattered_over_one_axis_are_compressed_over_a_slow_one():
 def test_compression_is_refused_where_it_cannot_be():
     with pytest.raises(sk.errors.StepError) as raised:
         compressed().replace(mode="auto")
-    assert "sums gradients over 'data' itself, which the partitioner does here" in str(raised.value)
+    assert "sums gradients over 'data' itself; here the partitioner sums them" in str(raised.value)
     text = message_of(
         sk.errors.StepError,
         strategy=dataclasses.replace(data(), compression=sk.GradientCompression("dat")),

@@ -279,13 +279,13 @@ def test_any_tree_and_chain_is_laid_out_like_its_parameters(mesh, data):
     chained = optax.chain(*data.draw(st.lists(links, min_size=1, max_size=3)))
     params = jax.tree.map(lambda s: jnp.zeros(s.dims), tree)
     layout = resolve_layout(
-        lambda key: params,
-        chained,
-        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), BATCH),
-        mesh,
-        sk.Strategy(params=sk.shard_largest("tensor", min_size=1), batch=P("data")),
-        sk.Precision(),
-        1,
+        init=lambda key: params,
+        optimizer=chained,
+        batch=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), BATCH),
+        mesh=mesh,
+        strategy=sk.Strategy(params=sk.shard_largest("tensor", min_size=1), batch=P("data")),
+        precision=sk.Precision(),
+        micro_batches=1,
     )
     assert jax.tree.structure(layout.state) == jax.tree.structure(layout.shardings)
     for part in jax.tree.leaves(layout.shardings.opt_state, is_leaf=lambda x: x is None):
@@ -316,7 +316,13 @@ def traced(mesh, loss=loss_fn, **options):
         **{key: given[key] for key in keys if key in given},
     )
     layout = resolve_layout(
-        d.init, d.optimizer, d.batch, mesh, d.strategy, d.precision, d.accumulate.micro_batches
+        init=d.init,
+        optimizer=d.optimizer,
+        batch=d.batch,
+        mesh=mesh,
+        strategy=d.strategy,
+        precision=d.precision,
+        micro_batches=d.accumulate.micro_batches,
     )
     run = StepFunctions(BoundSpec(d, mesh), layout).train()
     jitted = jax.jit(run, in_shardings=(layout.shardings, layout.batch_shardings))

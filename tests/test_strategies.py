@@ -90,7 +90,15 @@ def test_every_leaf_has_the_documented_spec(name):
     strategy, sizes = CASES[name]
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), BATCH)
     mesh = mesh_of(sizes)
-    layout = resolve_layout(MODEL.init, optax.sgd(0.1), batch, mesh, strategy, sk.Precision(), 1)
+    layout = resolve_layout(
+        init=MODEL.init,
+        optimizer=optax.sgd(0.1),
+        batch=batch,
+        mesh=mesh,
+        strategy=strategy,
+        precision=sk.Precision(),
+        micro_batches=1,
+    )
     found = {path: s.spec for path, s in by_path(layout.shardings.params).items()}
     assert found.keys() == SPECS[name].keys()
     assert not {path: spec for path, spec in found.items() if not same(spec, SPECS[name][path])}

@@ -11,7 +11,7 @@ from .._core.errors import ShardkitError
 from .._core.tree import nbytes
 from .._core.types import Accumulate
 from ..parallel import DeviceBytes, Kind, axes_splitting, weighed_kinds
-from ..step import Layout
+from ..step import StepLayout
 from ._costs import EXPERTS, LENGTH, PIPE
 from ._space import layout_of, used_axes
 from ._trace import Model
@@ -108,7 +108,7 @@ def row_ways(sizes: Mapping[str, int]) -> int:
     return math.prod(sizes.get(axis, 1) for axis in axes_splitting("rows"))
 
 
-def placed_bytes(layout: Layout, kinds: tuple[Kind, ...]) -> Placed:
+def placed_bytes(layout: StepLayout, kinds: tuple[Kind, ...]) -> Placed:
     """Exact bytes from the resolved shardings of kinds of parallelism."""
     state, where = layout.state, layout.shardings
     held = sum(_shard_bytes(getattr(where, n), getattr(state, n)) for n in ("params", "opt_state"))

@@ -12,7 +12,7 @@ from .._core.precision import cast_floats
 from ..nn._remat import active, apply_policy, policy
 from ..parallel import Strategy
 from ..rules import axes_of
-from ..step import Abstract, Layout, StepSpec, abstract_state, objective, resolve_layout
+from ..step import AbstractState, StepLayout, StepSpec, abstract_state, build_objective, resolve_layout
 from ._dataflow import Dims, named_sizes
 from ._program import Flat, flatten
 from ._propagator import Walk
@@ -31,7 +31,7 @@ class Model:
     """
 
     declared: StepSpec
-    abstract: Abstract
+    abstract: AbstractState
     programs: dict[tuple[str, bool], Flat] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -63,7 +63,7 @@ class Model:
         declared = self.declared.replace(batch=batch)
         return dataclasses.replace(self, declared=declared, programs={})
 
-    def layout(self, sizes: Mapping[str, int], strategy: Strategy, steps: int = 1) -> Layout:
+    def layout(self, sizes: Mapping[str, int], strategy: Strategy, steps: int = 1) -> StepLayout:
         """Resolves every rule of a strategy on a mesh of these sizes.
 
         Raises:
@@ -98,13 +98,13 @@ class Model:
         d, (state, _) = self.declared, self.abstract
         low = jax.eval_shape(lambda p: cast_floats(p, d.precision.compute_dtype), state.params)
         with marking():
-            loss = jax.make_jaxpr(objective(d.loss_fn))(low, state.model_state, d.batch, state.key)
+            loss = jax.make_jaxpr(build_objective(d.loss_fn))(low, state.model_state, d.batch, state.key)
         return Marked.of(loss.jaxpr)
 
     def jaxpr(self, remat: str) -> ClosedJaxpr:
         """The same as JAX traces it."""
         d, (state, _) = self.declared, self.abstract
-        loss, named = objective(d.loss_fn), policy(remat)
+        loss, named = build_objective(d.loss_fn), policy(remat)
         low = jax.eval_shape(lambda p: cast_floats(p, d.precision.compute_dtype), state.params)
 
         def run(params: Any, model_state: Any, batch: Any, key: Any) -> Any:
@@ -141,7 +141,7 @@ class Walked:
 
 
 def walk_through(
-    flat: Flat, layout: Layout, strategy: Strategy, lanes: int = 1, way: str = ""
+    flat: Flat, layout: StepLayout, strategy: Strategy, lanes: int = 1, way: str = ""
 ) -> Walked:
     """Walks through a traced gradient under a strategy, for any size of its axes.
 

@@ -34,12 +34,12 @@ class Activations:
     Attributes:
       mesh: the device mesh.
       rules: logical axes to mesh axes, None when the strategy has no such table.
-      lane_axes: mesh axes that lanes are split over; inside a lane they split nothing else.
+      shard_axes: mesh axes that lanes are split over; inside a lane they split nothing else.
     """
 
     mesh: Mesh
     rules: AxisRules | None
-    lane_axes: tuple[str, ...]
+    shard_axes: tuple[str, ...]
 
     def __call__(
         self, names: Names, shape: tuple[int, ...], inside: tuple[str, ...] = ()
@@ -56,13 +56,13 @@ class Activations:
           names: one logical name per dim.
           inside: mesh axes that are manual there, and so split nothing.
         """
-        inside = (*inside, *self.lane_axes) if LANES in names else inside
+        inside = (*inside, *self.shard_axes) if LANES in names else inside
         entries: list[Any] = []
         for name in names:
             if name == MAPPED:
                 entries.append(PartitionSpec.UNCONSTRAINED)
             elif name == LANES:
-                entries.append(self.lane_axes)
+                entries.append(self.shard_axes)
             else:
                 axes = self.rules.mesh_axes(name) if self.rules else ()
                 entries.append(tuple(axis for axis in axes if axis not in inside) or None)
@@ -113,15 +113,15 @@ class SpecsInLoss:
 
     Attributes:
       activations: resolves names.
-      by_lanes: the loss is that of one lane.
+      per_shard_accumulation: the loss is that of one lane.
     """
 
     activations: Activations
-    by_lanes: bool
+    per_shard_accumulation: bool
 
     def __call__(self, names: Names) -> PartitionSpec:
         """Returns the spec of an activation with one logical name per dim."""
-        if not self.by_lanes:
+        if not self.per_shard_accumulation:
             return self.activations.spec(names)
         return PartitionSpec(*tuple(self.activations.spec((LANES, *names)))[1:])
 

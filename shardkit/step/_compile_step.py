@@ -1,4 +1,4 @@
-"""`compile_step`: the short form of a spec that is compiled at once."""
+"""`compile_step`: `StepSpec(...).compile(mesh)` in one call."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -35,13 +35,13 @@ def compile_step(
     debug: bool = False,
     on_retrace: OnRetrace = "warn",
 ) -> CompiledStep:
-    """Compiles one training step: exactly `StepSpec(...).compile(mesh)`, in one call.
+    """Compiles one training step; the same as `StepSpec(...).compile(mesh)`.
 
-    Every argument but `mesh` is a field of `sk.StepSpec`, which documents it; `mesh` comes from
-    `MeshSpec.build`, all axes of type Auto.
+    `mesh` comes from `MeshSpec.build`, all axes of type Auto. Every other argument is a field of
+    `sk.StepSpec` and documented there.
 
     Returns:
-      The step; `step.spec` and `step.mesh` are what it was compiled from.
+      The compiled step.
 
     Raises:
       ShardingError, StepError: as `StepSpec` and its `compile` raise them.
@@ -60,5 +60,5 @@ def compile_step(
     >>> int(state.step), sorted(metrics)
     (1, ['grad_norm', 'loss'])
     """
-    options = locals()  # the options by name: their list is above and in StepSpec, nowhere else
+    options = locals()
     return StepSpec(**{k: v for k, v in options.items() if k != "mesh"}).compile(mesh)

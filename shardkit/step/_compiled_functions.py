@@ -12,8 +12,8 @@ from ..nn._remat import active
 from ._activations import Activations, SpecsInLoss
 from ._bound_spec import BoundSpec
 from ._compile import CompiledProgram, compile_program
-from ._debug import check_keys
-from ._layout import Layout
+from ._debug import check_key_reuse
+from ._layout import StepLayout
 from ._readback import check_executable
 from ._step_functions import StepFunctions, layer_policy
 
@@ -21,7 +21,7 @@ from ._step_functions import StepFunctions, layer_policy
 class CompiledFunctions:
     """Compiles the functions of a spec for its mesh, each once."""
 
-    def __init__(self, bound: BoundSpec, layout: Layout) -> None:
+    def __init__(self, bound: BoundSpec, layout: StepLayout) -> None:
         """Takes what is to be compiled.
 
         Raises:
@@ -30,7 +30,7 @@ class CompiledFunctions:
         self._bound, self._layout = bound, layout
         self._functions = StepFunctions(bound, layout)
         if bound.spec.debug:
-            check_keys(self._functions.given)
+            check_key_reuse(self._functions.user_functions)
         self._whole = NamedSharding(bound.mesh, PartitionSpec())
 
     @functools.cached_property
@@ -45,7 +45,7 @@ class CompiledFunctions:
         layout = self._layout
         results = (layout.shardings, self._whole)
         made = self._on_state_and_batch(
-            self._functions.train(), results, self._functions.by_lanes, donate=(0,)
+            self._functions.train(), results, self._functions.per_shard_accumulation, donate=(0,)
         )
         check_executable(
             made.compiled,
@@ -74,26 +74,30 @@ class CompiledFunctions:
     @functools.cached_property
     def evaluate(self) -> CompiledProgram:
         """`(state, batch) → metrics`."""
-        return self._on_state_and_batch(self._functions.evaluate(), self._whole, by_lanes=False)
+        return self._on_state_and_batch(
+            self._functions.evaluate(), self._whole, per_shard_accumulation=False
+        )
 
     @functools.cached_property
     def gradients(self) -> CompiledProgram:
         """`(state, batch) → (metrics, gradients)`."""
         results = (self._whole, self._layout.shardings.params)
-        by_lanes = self._functions.by_lanes
-        return self._on_state_and_batch(self._functions.gradients(), results, by_lanes)
+        per_shard_accumulation = self._functions.per_shard_accumulation
+        return self._on_state_and_batch(
+            self._functions.gradients(), results, per_shard_accumulation
+        )
 
     def _on_state_and_batch(
-        self, run: Any, results: Any, by_lanes: bool, donate: tuple[int, ...] = ()
+        self, run: Any, results: Any, per_shard_accumulation: bool, donate: tuple[int, ...] = ()
     ) -> CompiledProgram:
         layout, names = self._layout, self._names
         args, placed = (layout.state, layout.batch), (layout.shardings, layout.batch_shardings)
         around = StepContext(
             names.mesh,
             layout.row_axes,
-            SpecsInLoss(names, by_lanes),
-            names.lane_axes if by_lanes else (),
-            tuple(axis for axis in layout.row_axes if axis not in layout.lane_axes),
+            SpecsInLoss(names, per_shard_accumulation),
+            names.shard_axes if per_shard_accumulation else (),
+            tuple(axis for axis in layout.row_axes if axis not in layout.shard_axes),
         )
         # Explicit collectives carry out what they can themselves, and refuse the rest.
         manual = self._bound.spec.mode == "shard_map"
@@ -115,7 +119,7 @@ class CompiledFunctions:
         def check(jaxpr: Any) -> None:
             names.check(jaxpr)
             if marks:
-                _check_reached(marks, jaxpr)
+                _check_overrides_used(marks, jaxpr)
 
         with active(layer_policy(self._bound, self._layout)):
             return compile_program(run, args, placed, results, names, check, donate, options)
@@ -123,17 +127,17 @@ class CompiledFunctions:
     @property
     def _names(self) -> Activations:
         rules = self._bound.spec.strategy.activations
-        return Activations(self._bound.mesh, rules, self._layout.lane_axes)
+        return Activations(self._bound.mesh, rules, self._layout.shard_axes)
 
 
-def _check_reached(marks: ActiveOverrides, jaxpr: Any) -> None:
+def _check_overrides_used(marks: ActiveOverrides, jaxpr: Any) -> None:
     """Refuses a step whose model has no part that its strategy was to carry out.
 
     Raises:
-      StepError: naming each carrier that nothing was left to.
+      StepError: naming each override that nothing was left to.
     """
     problems = [
-        Problem(str(carrier), f"the model marks no {name}", f"sk.{name}(...) in the model")
-        for name, carrier in marks.unreached(jaxpr.jaxpr).items()
+        Problem(str(override), f"the model marks no {name}", f"sk.{name}(...) in the model")
+        for name, override in marks.unreached(jaxpr.jaxpr).items()
     ]
     raise_all(StepError, "The strategy carries out what the model does not mark.", problems)

@@ -10,13 +10,13 @@ from .._core.tree import format_bytes
 from ..report import CompiledBytes, Memory, Program, advice, read_memory
 from ._bound_spec import BoundSpec
 from ._compile import CompiledProgram as Executable
-from ._layout import Layout
-from ._report import arguments
+from ._layout import StepLayout
+from ._report import list_arguments
 
 _PARTS = ("params", "opt_state", "model_state", "batch", "temp")
 
 
-def check_memory(bound: BoundSpec, layout: Layout, made: Executable) -> None:
+def check_memory(bound: BoundSpec, layout: StepLayout, made: Executable) -> None:
     """Refuses a step that is larger than its devices, as far as their memory is known.
 
     Raises:
@@ -29,11 +29,11 @@ def check_memory(bound: BoundSpec, layout: Layout, made: Executable) -> None:
         mesh=tuple(mesh.shape.items()),
         platform=device.platform,
         device_kind=device.device_kind,
-        leaves=tuple(arguments(bound, layout)),
+        leaves=tuple(list_arguments(bound, layout)),
         memory=CompiledBytes.of(made.compiled.memory_analysis()),
     )
     memory = read_memory(program)
-    room = min(_capacities(memory, mesh), default=None)
+    room = min(_memory_limits(memory, mesh), default=None)
     if room is None or memory.total is None or memory.total <= room:
         return
     parts = ", ".join(
@@ -46,7 +46,7 @@ def check_memory(bound: BoundSpec, layout: Layout, made: Executable) -> None:
     raise_all(StepError, "The step does not fit on its devices.", [problem], fix)
 
 
-def _capacities(memory: Memory, mesh: Mesh) -> Iterator[int]:
+def _memory_limits(memory: Memory, mesh: Mesh) -> Iterator[int]:
     """Bytes that a device has by the hardware table, and that its runtime gives out."""
     if memory.capacity is not None:
         yield memory.capacity

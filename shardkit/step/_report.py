@@ -17,15 +17,15 @@ from ..rules import Rule, place
 from ._activations import Activations, constraints
 from ._bound_spec import BoundSpec
 from ._compile import CompiledProgram as Executable
-from ._layout import Layout
-from ._unused_rules import idle_rules
+from ._layout import StepLayout
+from ._unused_rules import find_unused_rules
 
 # A leaf that names alone leave whole is worth a finding from this many bytes on.
 _SMALL = 2**20
 
 
-def inspected(
-    bound: BoundSpec, layout: Layout, made: Executable, retraced: Sequence[str]
+def build_program(
+    bound: BoundSpec, layout: StepLayout, made: Executable, retraced: Sequence[str]
 ) -> Program:
     """Brings an executable and its spec to the form that `Report.of` reads.
 
@@ -37,7 +37,7 @@ def inspected(
     """
     mesh = bound.mesh
     device = mesh.devices.flat[0]
-    placed = tuple(arguments(bound, layout))
+    placed = tuple(list_arguments(bound, layout))
     return Program(
         hlo=made.compiled.as_text(),
         mesh=tuple(mesh.shape.items()),
@@ -49,36 +49,36 @@ def inspected(
         log=made.messages,
         compiles=1 + len(retraced),
         retraced=tuple(retraced),
-        declared=_declared(bound, layout, made.jaxpr, placed),
-        dcn=_dcn(mesh),
+        declared=_build_declared(bound, layout, made.jaxpr, placed),
+        dcn=_dcn_axes(mesh),
         seconds=dict(zip(("trace", "lower", "compile"), made.seconds, strict=True)),
     )
 
 
-def _dcn(mesh: Mesh) -> tuple[tuple[str, int], ...]:
+def _dcn_axes(mesh: Mesh) -> tuple[tuple[str, int], ...]:
     """Mesh axes along which the slice changes, and slices along each."""
     # `slice_index` exists only on devices that know of slices.
     slices = np.vectorize(lambda device: getattr(device, "slice_index", 0))(mesh.devices)
-    along = [len(np.unique(_line(slices, dim))) for dim in range(slices.ndim)]
+    along = [len(np.unique(_first_line_along(slices, dim))) for dim in range(slices.ndim)]
     return tuple((axis, n) for axis, n in zip(mesh.axis_names, along, strict=True) if n > 1)
 
 
-def _line(grid: np.ndarray, dim: int) -> np.ndarray:
+def _first_line_along(grid: np.ndarray, dim: int) -> np.ndarray:
     """The first line of a grid along one dim."""
     return np.moveaxis(grid, dim, 0).reshape(grid.shape[dim], -1)[:, 0]
 
 
-def arguments(bound: BoundSpec, layout: Layout) -> Iterator[Placed]:
+def list_arguments(bound: BoundSpec, layout: StepLayout) -> Iterator[Placed]:
     """The arguments of `(state, batch)` in the executable's order."""
     state, shardings, strategy = layout.state, layout.shardings, bound.spec.strategy
-    spelled = _spelled(strategy.params, leaves(state.params, layout.axes), bound)
-    moments = _spelled(strategy.opt_state, leaves(state.opt_state), bound)
+    spelled = _explicit_paths(strategy.params, leaves(state.params, layout.axes), bound)
+    moments = _explicit_paths(strategy.opt_state, leaves(state.opt_state), bound)
     moments |= {
         leaf.path
         for leaf in leaves(state.opt_state)
         if any(ends_path(leaf.path, path) for path in spelled)
     }
-    model_state = _spelled(strategy.model_state, leaves(state.model_state), bound)
+    model_state = _explicit_paths(strategy.model_state, leaves(state.model_state), bound)
     parts = (
         ("rest", {"step": state.step}, shardings.step, set()),
         ("params", state.params, shardings.params, spelled),
@@ -87,7 +87,7 @@ def arguments(bound: BoundSpec, layout: Layout) -> Iterator[Placed]:
         ("rest", {"key": state.key}, shardings.key, set()),
         ("rest", {"halted": state.halted}, shardings.halted, set()),
     )
-    names = {"params": layout.axes, "opt_state": _names_of_moments(layout)}
+    names = {"params": layout.axes, "opt_state": _moment_axes(layout)}
     for part, tree, placed, meant in parts:
         named = names.get(part)
         for leaf, sharding in zip(leaves(tree, named), jax.tree.leaves(placed), strict=True):
@@ -98,7 +98,7 @@ def arguments(bound: BoundSpec, layout: Layout) -> Iterator[Placed]:
         yield Placed("batch", leaf, sharding.spec)
 
 
-def _names_of_moments(layout: Layout) -> dict[str, tuple[str | None, ...]]:
+def _moment_axes(layout: StepLayout) -> dict[str, tuple[str | None, ...]]:
     """Logical axes of the state that has a parameter's shape below a path that ends as its own."""
     parameters = leaves(layout.state.params, layout.axes)
     return {
@@ -109,7 +109,7 @@ def _names_of_moments(layout: Layout) -> dict[str, tuple[str | None, ...]]:
     }
 
 
-def _spelled(rule: Rule | None, of: list[Leaf], bound: BoundSpec) -> set[str]:
+def _explicit_paths(rule: Rule | None, of: list[Leaf], bound: BoundSpec) -> set[str]:
     """Paths of the leaves whose layout a user wrote down by path, or spelled `REPLICATED`."""
     if rule is None:
         return set()
@@ -120,9 +120,11 @@ def _spelled(rule: Rule | None, of: list[Leaf], bound: BoundSpec) -> set[str]:
     }
 
 
-def _declared(bound: BoundSpec, layout: Layout, jaxpr: Any, placed: Sequence[Placed]) -> Declared:
+def _build_declared(
+    bound: BoundSpec, layout: StepLayout, jaxpr: Any, placed: Sequence[Placed]
+) -> Declared:
     strategy, precision = bound.spec.strategy, bound.spec.precision
-    activations = Activations(bound.mesh, strategy.activations, layout.lane_axes)
+    activations = Activations(bound.mesh, strategy.activations, layout.shard_axes)
     named = list(dict.fromkeys(constraints(jaxpr.jaxpr)))
     return Declared(
         kinds=strategy.kinds,
@@ -133,7 +135,7 @@ def _declared(bound: BoundSpec, layout: Layout, jaxpr: Any, placed: Sequence[Pla
         activation_bytes=_activation_bytes(bound, layout, jaxpr),
         layers=_layers(layout),
         choices=_choices(jaxpr),
-        rules=idle_rules(bound, layout, named),
+        rules=find_unused_rules(bound, layout, named),
         constraints=tuple(
             Placed("activation", leaf, activations.spec(leaf.axes or ())) for leaf in named
         ),
@@ -148,7 +150,7 @@ def _activation_axes(bound: BoundSpec) -> tuple[str, ...]:
     return tuple(axis for axis in bound.mesh.shape if axis in split)
 
 
-def _activation_bytes(bound: BoundSpec, layout: Layout, jaxpr: Any) -> int | None:
+def _activation_bytes(bound: BoundSpec, layout: StepLayout, jaxpr: Any) -> int | None:
     """Bytes of `[batch, length, embed]` on a device, as a model's constraints show it."""
     table = bound.spec.strategy.activations
     shared = table.mesh_axes("length") if table and "length" in dict(table.table) else ()
@@ -170,7 +172,7 @@ def _choices(jaxpr: Any) -> int | None:
     return None
 
 
-def _layers(layout: Layout) -> int | None:
+def _layers(layout: StepLayout) -> int | None:
     """Length of the dim that parameters name `layers`."""
     shapes = {leaf.path: leaf.shape for leaf in leaves(layout.state.params)}
     for path, names in layout.axes.items():

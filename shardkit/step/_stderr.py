@@ -112,24 +112,24 @@ class _Descriptor2:
         """Reads what is printed during the block."""
         one = Messages(threading.get_native_id())
         with self._lock:
-            file = None if self._pipe else _readable()
+            file = None if self._pipe else _open_stderr_file()
             if file is None:
                 self._enter(one)
             for other in self._all:
                 other.others |= {one.thread} - {other.thread}
                 one.others |= {other.thread} - {one.thread}
             self._all.append(one)
-        start = _position(2) if file is not None else 0
+        start = _write_position(2) if file is not None else 0
         try:
             yield one
         finally:
-            _flush()
+            _flush_stderr()
             with self._lock:
                 self._all.remove(one)
                 if file is None:
                     self._leave(one)
                 else:
-                    one.printed.append(_between(file, start, _position(2)))
+                    one.printed.append(_read_between(file, start, _write_position(2)))
 
     def _enter(self, one: Messages) -> None:
         own = self._own if self._piped else os.dup(2)
@@ -154,7 +154,7 @@ class _Descriptor2:
 
     def _pass_to(self, pipe: _Pipe | None, readers: list[Messages]) -> None:
         """Puts a pipe in the place of descriptor 2, or for none what it was; empties the last."""
-        _flush()
+        _flush_stderr()
         before, self._pipe = self._pipe, pipe
         os.dup2(pipe.entry if pipe else self._own, 2)
         if before is not None:
@@ -166,12 +166,12 @@ class _Descriptor2:
         self._piped = readers
 
 
-def _flush() -> None:
+def _flush_stderr() -> None:
     if sys.stderr is not None:
         sys.stderr.flush()
 
 
-def _readable() -> int | None:
+def _open_stderr_file() -> int | None:
     """Opens the file that descriptor 2 is; None where it is none, or may not be read."""
     if not stat.S_ISREG(os.fstat(2).st_mode):
         return None
@@ -181,14 +181,14 @@ def _readable() -> int | None:
         return None
 
 
-def _position(descriptor: int) -> int:
+def _write_position(descriptor: int) -> int:
     """Where the next byte that is written to a file goes."""
     if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_APPEND:
         return os.fstat(descriptor).st_size
     return os.lseek(descriptor, 0, os.SEEK_CUR)
 
 
-def _between(file: int, start: int, end: int) -> str:
+def _read_between(file: int, start: int, end: int) -> str:
     """Reads a part of a file and closes it; from its beginning where it was cut meanwhile."""
     start = start if start <= end else 0
     with open(file, "rb") as opened:

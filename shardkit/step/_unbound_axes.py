@@ -17,7 +17,7 @@ _IN_SPECS = re.compile(r"((?:in|out)_specs) refers to '(\w+)'")
 
 
 @contextlib.contextmanager
-def naming_axes(mesh: Mesh | None) -> Iterator[None]:
+def explain_unbound_axes(mesh: Mesh | None) -> Iterator[None]:
     """Says which mesh axis of a loss's own collectives does not exist, while it is traced.
 
     Raises:
@@ -26,13 +26,13 @@ def naming_axes(mesh: Mesh | None) -> Iterator[None]:
     try:
         yield
     except (AssertionError, NameError, ValueError) as error:
-        for call, name in _asked(error) if mesh is not None else ():
+        for call, name in _find_axis_uses(error) if mesh is not None else ():
             if name not in mesh.axis_names:
-                raise StepError(_text(call, name, mesh)) from error
+                raise StepError(_format_unbound(call, name, mesh)) from error
         raise
 
 
-def _asked(error: Exception) -> Iterator[tuple[str, str]]:
+def _find_axis_uses(error: Exception) -> Iterator[tuple[str, str]]:
     """Calls in the words of their author, with the axes that they name."""
     if found := _IN_SPECS.search(str(error)):
         yield f"shard_map({found[1]}=... {found[2]!r} ...)", found[2]
@@ -41,19 +41,19 @@ def _asked(error: Exception) -> Iterator[tuple[str, str]]:
     # Without a word, and not of the loss itself.
     silent = not str(error) and frames[-1].f_globals["__name__"].startswith("jax.")
     if unbound or (silent and isinstance(error, AssertionError)):
-        named = [(frame.f_code.co_name, name) for frame in frames for name in _names(frame)]
+        named = [(frame.f_code.co_name, name) for frame in frames for name in _axis_names_of(frame)]
         name = unbound[1] if unbound else next((name for _, name in reversed(named)), "")
         # What the loss called is the outermost of JAX's functions that were handed the name.
         yield from ((f"{call}(..., {name!r})", name) for call, one in named if one == name)
 
 
-def _names(frame: FrameType) -> list[str]:
+def _axis_names_of(frame: FrameType) -> list[str]:
     asked = frame.f_locals.get("axis_name")
     every = asked if isinstance(asked, tuple | list) else (asked,)
     return [name for name in every if isinstance(name, str)]
 
 
-def _text(call: str, name: str, mesh: Mesh) -> str:
+def _format_unbound(call: str, name: str, mesh: Mesh) -> str:
     known = ", ".join(f"{a}={n}" for a, n in mesh.shape.items())
     problem = Problem(call, f"the mesh has {known}.{did_you_mean(name, mesh.axis_names)}")
     fix = f"one of {', '.join(map(repr, mesh.axis_names))}"

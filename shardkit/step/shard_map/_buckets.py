@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from ...nn._manual_axis_rules import Axes, Dims
 
 # A buffer, mesh axes, and the numbers of the leaves in the buffer → the sum over the axes.
-Summed = Callable[[jax.Array, Axes, Sequence[int]], jax.Array]
+SumBuffer = Callable[[jax.Array, Axes, Sequence[int]], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Parameter:
+class ParamPlan:
     """How one parameter is stored, and what becomes of its gradient on each device.
 
     Attributes:
@@ -38,16 +38,18 @@ class Parameter:
     @property
     def differing(self) -> Axes:
         """Mesh axes along which gradients differ before they are reduced."""
-        return tuple(dict.fromkeys((*flat(self.stored), *flat(self.scattered), *self.summed)))
+        return tuple(
+            dict.fromkeys((*flatten_dims(self.stored), *flatten_dims(self.scattered), *self.summed))
+        )
 
 
-def flat(dims: Dims) -> Axes:
+def flatten_dims(dims: Dims) -> Axes:
     """Mesh axes of all dims, in their order."""
     return tuple(axis for axes in dims for axis in axes)
 
 
 def reduce_gradients(
-    grads: Sequence[jax.Array], parameters: Sequence[Parameter], dtype: str, summed: Summed
+    grads: Sequence[jax.Array], parameters: Sequence[ParamPlan], dtype: str, summed: SumBuffer
 ) -> list[jax.Array]:
     """Sums the gradients that every device made of its own rows.
 
@@ -55,7 +57,7 @@ def reduce_gradients(
       grads: as the loss saw the parameters, on each device.
       parameters: of the same leaves.
       dtype: in which they are summed.
-      summed: sums a buffer; see `Summed`.
+      summed: sums a buffer; see `SumBuffer`.
 
     Returns:
       Gradients of each device's shards, in `dtype`.
@@ -63,7 +65,7 @@ def reduce_gradients(
     groups: dict[tuple[Axes, Axes, frozenset[str]], list[int]] = {}
     for number, one in enumerate(parameters):
         # In one buffer with a leaf that differs over more axes, a leaf would seem to do so too.
-        alike = flat(one.scattered), one.summed, frozenset(one.differing)
+        alike = flatten_dims(one.scattered), one.summed, frozenset(one.differing)
         groups.setdefault(alike, []).append(number)
     reduced: dict[int, jax.Array] = {}
     for (scattered, over, _), numbers in groups.items():
@@ -72,35 +74,37 @@ def reduce_gradients(
         if not scattered and not over:
             reduced |= dict(zip(numbers, leaves, strict=True))
             continue
-        buffer = jnp.concatenate([_rows(x, dims) for x, dims in zip(leaves, parts, strict=True)], 1)
+        buffer = jnp.concatenate(
+            [_pack_shards(x, dims) for x, dims in zip(leaves, parts, strict=True)], 1
+        )
         if scattered:
             buffer = jax.lax.psum_scatter(buffer, scattered, scatter_dimension=0, tiled=True)
         if over:
             buffer = summed(buffer, over, numbers)
-        reduced |= _unpacked(buffer[0], numbers, leaves, parts)
+        reduced |= _unpack_shards(buffer[0], numbers, leaves, parts)
     return [reduced[n] for n in range(len(grads))]
 
 
-def _unpacked(
+def _unpack_shards(
     row: jax.Array, numbers: Sequence[int], leaves: Sequence[jax.Array], parts: Sequence[Dims]
 ) -> dict[int, jax.Array]:
     """Cuts a row of a buffer into the shards that it was made of."""
     out, start = {}, 0
     for number, x, dims in zip(numbers, leaves, parts, strict=True):
-        shape = tuple(n // _ways(axes) for n, axes in zip(x.shape, dims, strict=True))
+        shape = tuple(n // _axis_size(axes) for n, axes in zip(x.shape, dims, strict=True))
         end = start + math.prod(shape)
         out[number] = row[start:end].reshape(shape)
         start = end
     return out
 
 
-def _rows(x: jax.Array, dims: Dims) -> jax.Array:
+def _pack_shards(x: jax.Array, dims: Dims) -> jax.Array:
     """[shards, elements of a shard]: the parts of an array in the order of its mesh axes."""
-    ways = [_ways(axes) for axes in dims]
+    ways = [_axis_size(axes) for axes in dims]
     apart = x.reshape([n for size, w in zip(x.shape, ways, strict=True) for n in (w, size // w)])
     order = [*range(0, 2 * x.ndim, 2), *range(1, 2 * x.ndim, 2)]
     return apart.transpose(order).reshape(math.prod(ways), -1)
 
 
-def _ways(axes: Axes) -> int:
+def _axis_size(axes: Axes) -> int:
     return jax.lax.axis_size(axes) if axes else 1

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from ...nn._manual_axis_rules import Axes
 from ...parallel import GradientCompression, compressed_sum
 from .._layout import RESIDUALS
-from .._objective import inverse
+from .._objective import inverse_weight
 
 
-class Summing:
+class GradientSum:
     """Sums buffers over mesh axes, and keeps what compression leaves out of them.
 
     Attributes:
@@ -40,7 +40,7 @@ class Summing:
         buffer = jax.lax.psum(buffer, fast) if fast else buffer
         flat, structure = jax.tree.flatten(self.model_state[RESIDUALS])
         error = jnp.concatenate([flat[n].reshape(-1) for n in numbers])
-        mean = buffer[0].astype(jnp.float32) * inverse(self._weight)
+        mean = buffer[0].astype(jnp.float32) * inverse_weight(self._weight)
         total, error = compressed_sum(mean, error, self._how)
         start = 0
         for n in numbers:

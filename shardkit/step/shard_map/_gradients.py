@@ -22,42 +22,42 @@ from jax.sharding import PartitionSpec
 from ..._core.precision import cast_floats
 from ..._core.split_rng import part_keys, threefry_words
 from ...nn._manual_axis_rules import gather, manual_axis_rules, pvary
-from .._gradients import GradientFn, per_weight
+from .._gradients import GradientFn, divide_by_weight
 from .._objective import LossOutput, Objective
 from ._buckets import reduce_gradients
-from ._compressed import Summing
-from ._outcome import reduce_outcome
-from ._plan import ManualPlan
+from ._compressed import GradientSum
+from ._loss_output import reduce_output
+from ._plan import ShardMapPlan
 
 
-def shard_gradients(objective: Objective, plan: ManualPlan) -> GradientFn:
-    """Builds `(params, model_state, batch, key) -> (Outcome, gradients of the mean loss)`.
+def build_local_gradients(objective: Objective, plan: ShardMapPlan) -> GradientFn:
+    """Builds `(params, model_state, batch, key) -> (LossOutput, gradients of the mean loss)`.
 
     Gradients come in the dtype of the parameters, laid out as the parameters are.
     """
-    results = (_of_outcome(plan), plan.gradients)
-    return mapped(plan, functools.partial(_local_gradients, objective, plan), results)
+    results = (_output_specs(plan), plan.gradients)
+    return map_shards(plan, functools.partial(_local_gradients, objective, plan), results)
 
 
-def shard_objective(objective: Objective, plan: ManualPlan) -> Objective:
+def build_local_objective(objective: Objective, plan: ShardMapPlan) -> Objective:
     """Builds the loss on shards as a loss on whole arrays, without its gradient."""
 
     def local(params: Any, model_state: Any, batch: Any, key: Any) -> tuple[jax.Array, LossOutput]:
-        low = seen(plan, params)
-        _, outcome = objective(low, model_state, batch, _own_key(plan, key))
-        outcome = reduce_outcome(outcome, plan.rows)
-        return outcome.loss.total, outcome
+        compute_params = gather_params(plan, params)
+        _, output = objective(compute_params, model_state, batch, _device_key(plan, key))
+        output = reduce_output(output, plan.rows)
+        return output.loss.total, output
 
-    return mapped(plan, local, (PartitionSpec(), _of_outcome(plan)))
+    return map_shards(plan, local, (PartitionSpec(), _output_specs(plan)))
 
 
-def _of_outcome(plan: ManualPlan) -> Any:
+def _output_specs(plan: ShardMapPlan) -> Any:
     """Specs of an `LossOutput`."""
     whole: Any = PartitionSpec()
     return LossOutput(whole, whole, plan.specs[1])
 
 
-def mapped(plan: ManualPlan, local: Callable[..., Any], results: Any) -> Any:
+def map_shards(plan: ShardMapPlan, local: Callable[..., Any], results: Any) -> Any:
     """A function of shards as one of whole arrays `(params, model_state, batch, key)`."""
 
     def run(*args: Any) -> Any:
@@ -70,31 +70,33 @@ def mapped(plan: ManualPlan, local: Callable[..., Any], results: Any) -> Any:
 
 
 def _local_gradients(
-    objective: Objective, plan: ManualPlan, params: Any, model_state: Any, batch: Any, key: Any
+    objective: Objective, plan: ShardMapPlan, params: Any, model_state: Any, batch: Any, key: Any
 ) -> tuple[LossOutput, Any]:
-    low = seen(plan, cast_floats(params, plan.bound.spec.precision.compute_dtype))
-    outcome, totals = _accumulated(objective, plan, low, model_state, batch, key)
+    compute_params = gather_params(
+        plan, cast_floats(params, plan.bound.spec.precision.compute_dtype)
+    )
+    output, totals = _accumulate(objective, plan, compute_params, model_state, batch, key)
     dtype = plan.bound.spec.precision.reduce_dtype or plan.bound.spec.precision.compute_dtype
     flat, structure = jax.tree.flatten(totals)
     with jax.named_scope("reduce"):
-        outcome = reduce_outcome(outcome, plan.rows)
-        summing = Summing(plan.bound.spec.strategy.compression, model_state, outcome.loss.weight)
+        output = reduce_output(output, plan.rows)
+        summing = GradientSum(plan.bound.spec.strategy.compression, model_state, output.loss.weight)
         flat = reduce_gradients(flat, plan.parameters, dtype, summing)
-    outcome = dataclasses.replace(outcome, model_state=summing.model_state)
+    output = dataclasses.replace(output, model_state=summing.model_state)
     totals = jax.tree.map(lambda g, p: g.astype(p.dtype), structure.unflatten(flat), params)
-    return outcome, per_weight(totals, outcome.loss.weight)
+    return output, divide_by_weight(totals, output.loss.weight)
 
 
-def _accumulated(
-    objective: Objective, plan: ManualPlan, params: Any, model_state: Any, batch: Any, key: Any
+def _accumulate(
+    objective: Objective, plan: ShardMapPlan, params: Any, model_state: Any, batch: Any, key: Any
 ) -> tuple[LossOutput, Any]:
     """Loss and gradients of this device's rows, over all micro-batches, not reduced."""
     steps = plan.accumulate.micro_batches
 
     def one(rows: Any, at: Any) -> tuple[LossOutput, Any]:
         run = jax.value_and_grad(objective, has_aux=True)
-        (_, outcome), totals = run(params, model_state, rows, _own_key(plan, at))
-        return outcome, totals
+        (_, output), totals = run(params, model_state, rows, _device_key(plan, at))
+        return output, totals
 
     if steps == 1:
         return one(batch, jax.random.fold_in(key, 0) if plan.apart else key)
@@ -106,18 +108,18 @@ def _accumulated(
             ),
             batch,
         )
-        outcome, totals = one(rows, jax.random.fold_in(key, index))
+        output, totals = one(rows, jax.random.fold_in(key, index))
         wide = jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), totals)
-        return outcome.loss, outcome.metrics, wide
+        return output.loss, output.metrics, wide
 
     def body(carry: Any, index: jax.Array) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, carry, part(index)), None
 
-    (loss, metrics, totals), _ = jax.lax.scan(body, _zeros(part), jnp.arange(steps))
+    (loss, metrics, totals), _ = jax.lax.scan(body, _zeros_of_micro_batch(part), jnp.arange(steps))
     return LossOutput(loss, metrics, model_state), totals
 
 
-def _zeros(part: Callable[[jax.Array], Any]) -> Any:
+def _zeros_of_micro_batch(part: Callable[[jax.Array], Any]) -> Any:
     """Zeros of what one micro-batch gives, differing over the mesh axes that it differs over."""
     traced, shapes = jax.make_jaxpr(part, return_shape=True)(jnp.zeros((), jnp.int32))
     zeros = [
@@ -126,7 +128,7 @@ def _zeros(part: Callable[[jax.Array], Any]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(shapes), zeros)
 
 
-def seen(plan: ManualPlan, params: Any) -> Any:
+def gather_params(plan: ShardMapPlan, params: Any) -> Any:
     """The parameters as the loss sees them: whole where layers do not gather them themselves."""
     flat, structure = jax.tree.flatten(params)
     made = []
@@ -137,7 +139,7 @@ def seen(plan: ManualPlan, params: Any) -> Any:
     return structure.unflatten(made)
 
 
-def _own_key(plan: ManualPlan, key: jax.Array) -> jax.Array:
+def _device_key(plan: ShardMapPlan, key: jax.Array) -> jax.Array:
     """A key whose draws are this device's parts of those of the whole."""
     lane, cut = (jax.lax.axis_index(a) if a else 0 for a in (plan.rows, plan.tokens))
     return part_keys(threefry_words(key), plan.draws, lane, jnp.uint32(0), cut)

@@ -18,20 +18,20 @@ from ..._core.types import Accumulate
 from ...nn._manual_axis_rules import Axes, Dims, ManualAxisRules, Names, ShardMapLoss
 from ...rules import axes_of
 from .._bound_spec import BoundSpec
-from .._layout import Layout
-from ._buckets import Parameter, flat
+from .._layout import StepLayout
+from ._buckets import ParamPlan, flatten_dims
 from ._problems import (
-    Marks,
+    MarkedAxes,
     compression_problems,
     head_problems,
     leaf_problems,
     name_problems,
-    refuse,
+    raise_problems,
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class ManualPlan:
+class ShardMapPlan:
     """How the loss runs on shards.
 
     Attributes:
@@ -51,7 +51,7 @@ class ManualPlan:
     accumulate: Accumulate
     rows: Axes
     tokens: Axes
-    parameters: tuple[Parameter, ...]
+    parameters: tuple[ParamPlan, ...]
     meaning: ManualAxisRules
     specs: tuple[Any, Any, Any]
     gradients: Any
@@ -72,7 +72,7 @@ class ManualPlan:
         return math.prod(self.mesh.shape[axis] for axis in axes)
 
 
-def plan_of(bound: BoundSpec, layout: Layout, jaxpr: Any, accumulate: Accumulate) -> Any:
+def build_plan(bound: BoundSpec, layout: StepLayout, jaxpr: Any, accumulate: Accumulate) -> Any:
     """Lays a loss out on shards.
 
     Args:
@@ -82,12 +82,12 @@ def plan_of(bound: BoundSpec, layout: Layout, jaxpr: Any, accumulate: Accumulate
       accumulate: micro-batches.
 
     Returns:
-      A `ManualPlan`, as yet without its draws.
+      A `ShardMapPlan`, as yet without its draws.
 
     Raises:
       StepError: with everything that explicit collectives cannot do.
     """
-    marks, own = Marks.of(jaxpr.jaxpr), isinstance(bound.spec.loss_fn, ShardMapLoss)
+    marks, own = MarkedAxes.of(jaxpr.jaxpr), isinstance(bound.spec.loss_fn, ShardMapLoss)
     rules = bound.spec.strategy.activations
     table = tuple((n, rules.mesh_axes(n)) for n, _ in rules.table) if rules else ()
     meant, rows = ManualAxisRules(table), layout.row_axes
@@ -102,27 +102,27 @@ def plan_of(bound: BoundSpec, layout: Layout, jaxpr: Any, accumulate: Accumulate
     parameters, gathered = [], {}
     pairs = zip(jax.tree.leaves(specs.params), jax.tree.leaves(updated), strict=True)
     for leaf, (spec, finer) in zip(found, pairs, strict=True):
-        stored, update = (_dims(one, len(leaf.shape)) for one in (spec, finer))
-        surplus = ((),) * len(stored) if own else _surplus(leaf, stored, meant)
+        stored, update = (_spec_dims(one, len(leaf.shape)) for one in (spec, finer))
+        surplus = ((),) * len(stored) if own else _storage_only_dims(leaf, stored, meant)
         if not own:
             problems += leaf_problems(leaf, stored, surplus, meant, marks, rows)
-        mark = None if keep or own else _mark(leaf, surplus, marks)
+        mark = None if keep or own else _find_marked_names(leaf, surplus, marks)
         if mark and any(surplus):
             gathered[mark] = surplus[-len(mark) :]
         whole = ((),) * len(stored) if mark else surplus
         more = tuple(b[len(a) :] for a, b in zip(stored, update, strict=True))
         scattered = tuple(a + b for a, b in zip(whole, more, strict=True))
-        taken = {*flat(stored), *flat(more)}
+        taken = {*flatten_dims(stored), *flatten_dims(more)}
         summed = tuple(axis for axis in (*rows, *tokens) if axis not in taken)
-        parameters.append(Parameter(stored, whole, scattered, summed))
+        parameters.append(ParamPlan(stored, whole, scattered, summed))
     problems += name_problems(meant, marks)
     problems += head_problems(meant, marks)
     problems += compression_problems(bound, parameters, rows)
-    refuse(bound, problems)
+    raise_problems(bound, problems)
     precision = bound.spec.precision
     reduce = precision.reduce_dtype if precision.reduces_apart else None
     batch = jax.tree.map(lambda s: s.spec, layout.batch_shardings)
-    return ManualPlan(
+    return ShardMapPlan(
         bound,
         accumulate,
         rows,
@@ -139,11 +139,11 @@ def kept_axes(bound: BoundSpec) -> Axes:
     return tuple(one.axis for name, one in bound.spec.strategy.regions if name == "weight")
 
 
-def _dims(spec: PartitionSpec, rank: int) -> Dims:
+def _spec_dims(spec: PartitionSpec, rank: int) -> Dims:
     return tuple(axes_of(entry) for entry in (*spec, *[None] * (rank - len(spec))))
 
 
-def _mark(leaf: Leaf, surplus: Dims, marks: Marks) -> Names | None:
+def _find_marked_names(leaf: Leaf, surplus: Dims, marks: MarkedAxes) -> Names | None:
     """The names by which a model marks a leaf, perhaps after a scan took its first dim off."""
     for names in (leaf.axes, leaf.axes[1:] if leaf.axes and not surplus[0] else None):
         if names in marks.weights:
@@ -151,7 +151,7 @@ def _mark(leaf: Leaf, surplus: Dims, marks: Marks) -> Names | None:
     return None
 
 
-def _surplus(leaf: Leaf, stored: Dims, meant: ManualAxisRules) -> Dims:
+def _storage_only_dims(leaf: Leaf, stored: Dims, meant: ManualAxisRules) -> Dims:
     """Mesh axes per dim that split a parameter in storage and not in its products."""
     names = leaf.axes or (None,) * len(stored)
     return tuple(

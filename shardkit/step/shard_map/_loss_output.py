@@ -11,17 +11,17 @@ from ...nn._manual_axis_rules import Axes, pvary, varying
 from .._objective import LossOutput
 
 
-def reduce_outcome(outcome: LossOutput, rows: Axes) -> LossOutput:
+def reduce_output(output: LossOutput, rows: Axes) -> LossOutput:
     """Sums what each device found on its own rows; what is equal on all of them stays.
 
     Raises:
       StepError: a result differs between devices that hold the same rows.
     """
-    means = {"loss": outcome.loss, **outcome.metrics}
+    means = {"loss": output.loss, **output.metrics}
     raise_all(
         StepError,
         "The loss on shards does not return what is equal on all of them.",
-        [p for name, mean in means.items() for p in _differing(name, mean, rows)],
+        [p for name, mean in means.items() for p in _varying_problems(name, mean, rows)],
     )
     over: dict[Axes, list[str]] = {}
     for name, mean in means.items():
@@ -32,11 +32,11 @@ def reduce_outcome(outcome: LossOutput, rows: Axes) -> LossOutput:
         flat = jnp.stack([pvary(x, axes) for mean in pairs for x in (mean.total, mean.weight)])
         flat = jax.lax.psum(flat, axes) if axes else flat
         summed |= {name: Mean(flat[2 * i], flat[2 * i + 1]) for i, name in enumerate(names)}
-    metrics = {name: summed[name] for name in outcome.metrics}
-    return LossOutput(summed["loss"], metrics, outcome.model_state)
+    metrics = {name: summed[name] for name in output.metrics}
+    return LossOutput(summed["loss"], metrics, output.model_state)
 
 
-def _differing(name: str, mean: Mean, rows: Axes) -> Iterator[Problem]:
+def _varying_problems(name: str, mean: Mean, rows: Axes) -> Iterator[Problem]:
     for axis in sorted((varying(mean.total) | varying(mean.weight)) - set(rows)):
         fix = f"jax.lax.psum(x, {axis!r}) or pmean before it is returned"
         yield Problem(

@@ -12,56 +12,60 @@ from ..._core.types import Accumulate
 from ...nn._manual_axis_rules import pvary
 from .._activations import Activations
 from .._bound_spec import BoundSpec
-from .._layout import Layout
+from .._layout import StepLayout
 from .._objective import Objective
-from ._gradients import mapped, seen, shard_gradients, shard_objective
-from ._plan import ManualPlan, plan_of
-from ._problems import check_declared
+from ._gradients import build_local_gradients, build_local_objective, gather_params, map_shards
+from ._plan import ShardMapPlan, build_plan
+from ._problems import check_supported
 
 
-def gradients_on_shards(
-    bound: BoundSpec, layout: Layout, objective: Objective, low: Any
+def build_shard_gradients(
+    bound: BoundSpec, layout: StepLayout, objective: Objective, compute_params: Any
 ) -> Callable[..., Any]:
-    """The gradients of a loss as the step's spec has them; see `shard_plan`."""
-    plan = shard_plan(bound, layout, objective, low, bound.spec.accumulate)
-    return shard_gradients(objective, plan)
+    """The gradients of a loss as the step's spec has them; see `plan_shards`."""
+    plan = plan_shards(bound, layout, objective, compute_params, bound.spec.accumulate)
+    return build_local_gradients(objective, plan)
 
 
-def evaluated_on_shards(
-    bound: BoundSpec, layout: Layout, objective: Objective, low: Any
+def build_shard_objective(
+    bound: BoundSpec, layout: StepLayout, objective: Objective, compute_params: Any
 ) -> Objective:
-    """A loss of the whole batch, without micro-batches or gradients; see `shard_plan`."""
-    plan = shard_plan(bound, layout, objective, low, Accumulate())
-    return shard_objective(objective, plan)
+    """A loss of the whole batch, without micro-batches or gradients; see `plan_shards`."""
+    plan = plan_shards(bound, layout, objective, compute_params, Accumulate())
+    return build_local_objective(objective, plan)
 
 
-def shard_plan(
-    bound: BoundSpec, layout: Layout, objective: Objective, low: Any, accumulate: Accumulate
-) -> ManualPlan:
+def plan_shards(
+    bound: BoundSpec,
+    layout: StepLayout,
+    objective: Objective,
+    compute_params: Any,
+    accumulate: Accumulate,
+) -> ShardMapPlan:
     """Plans how a loss runs on shards.
 
     Args:
       bound: the spec and its mesh.
       layout: every sharding.
       objective: the loss.
-      low: abstract parameters as the loss sees them.
+      compute_params: abstract parameters as the loss sees them.
       accumulate: micro-batches.
 
     Raises:
       ShardingError: a constraint of the model cannot be met.
       StepError: explicit collectives cannot carry this out.
     """
-    check_declared(bound, layout)
-    args = (low, layout.state.model_state, layout.batch, layout.state.key)
+    check_supported(bound, layout)
+    args = (compute_params, layout.state.model_state, layout.batch, layout.state.key)
     whole = jax.make_jaxpr(objective)(*args)
     rules = bound.spec.strategy.activations
     Activations(bound.mesh, rules, layout.row_axes).check(whole)
-    plan = plan_of(bound, layout, whole, accumulate)
-    return dataclasses.replace(plan, draws=_shard_draws(objective, plan, args, whole))
+    plan = build_plan(bound, layout, whole, accumulate)
+    return dataclasses.replace(plan, draws=_match_draws(objective, plan, args, whole))
 
 
-def _shard_draws(
-    objective: Objective, plan: ManualPlan, args: tuple[Any, ...], whole: Any
+def _match_draws(
+    objective: Objective, plan: ShardMapPlan, args: tuple[Any, ...], whole: Any
 ) -> RandomDraws:
     """Finds which draws of a loss grow, from abstract `(params, model_state, batch, key)`.
 
@@ -90,11 +94,11 @@ def _shard_draws(
         return jax.tree.map(cut, batch)
 
     def local(params: Any, model_state: Any, batch: Any, key: Any) -> jax.Array:
-        total, _ = objective(seen(plan, params), model_state, batch, key)
+        total, _ = objective(gather_params(plan, params), model_state, batch, key)
         return pvary(total, plan.mesh.axis_names)[None]
 
     steps = plan.accumulate.micro_batches
-    on_shards = mapped(plan, local, PartitionSpec(plan.mesh.axis_names))
+    on_shards = map_shards(plan, local, PartitionSpec(plan.mesh.axis_names))
     part = draws_of(jax.make_jaxpr(on_shards)(params, model_state, rows(1, steps), key).jaxpr)
     draws = RandomDraws(lanes, slices=slices)
     if lanes > 1:
