@@ -288,7 +288,7 @@ def test_axis_typo_of_a_collective_in_a_loss_on_shards(mesh, collective):
     rules = {"**": sk.REPLICATED}
     loss = sk.ShardMapLoss(misspelt, loss_fn)
     text = text_of(sk.errors.StepError, lambda: compiled(mesh, rules, loss=loss, mode="shard_map"))
-    assert "The loss names a mesh axis that is not there." in text
+    assert "The loss names a mesh axis that does not exist." in text
     assert f"{collective.__name__}(..., 'dat')" in text
     assert "the mesh has data=2, model=4. Did you mean 'data'?" in text
     assert "Fix: one of 'data', 'model'" in text
@@ -317,7 +317,7 @@ def test_axis_typo_in_a_shard_map_of_the_users_own(mesh, row):
     text = text_of(
         sk.errors.StepError, lambda: compiled(mesh, {"**": sk.REPLICATED}, loss=misspelt)
     )
-    assert "The loss names a mesh axis that is not there." in text
+    assert "The loss names a mesh axis that does not exist." in text
     assert f"{call}  the mesh has data=2, model=4. Did you mean 'data'?" in text
 
 

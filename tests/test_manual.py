@@ -227,11 +227,11 @@ def test_a_weight_that_is_not_summed_beside_a_total_that_is():
 
 def test_an_ordinary_loss_cannot_have_its_weights_split_over_what_splits_no_rows():
     text = message_of(sk.errors.StepError, strategy=SPLIT, mesh={"data": 2, "tensor": 4})
-    assert 'mode="shard_map" cannot carry this out on mesh (data=2, tensor=4).' in text
+    assert 'mode="shard_map" does not support this step on mesh (data=2, tensor=4).' in text
     assert "params/down f32[16,8]" in text
     assert "params/up f32[8,16]" in text
     assert "dim 1 is split over 'tensor', which splits neither rows nor products" in text
-    assert "Fix: sk.ShardMapLoss(loss, plain)" in text
+    assert "Fix: sk.ShardMapLoss(local, reference)" in text
 
 
 def test_a_model_that_marks_nothing_cannot_be_split_by_name():
@@ -267,7 +267,7 @@ def test_what_explicit_collectives_cannot_do_is_said_at_once():
         sk.errors.StepError, strategy=strategy, mesh={"data": 2, "tensor": 4}, loss=stateful
     )
     assert "loss_fn" in text
-    assert "carries mutable state, which would be that of one device's rows" in text
+    assert "has mutable state, which would depend on one device's rows alone" in text
     assert "context parallelism  over mesh axis 'data' is left to the partitioner" in text
     assert "batch/x f32[16,8]" in text
     assert "is split over 'tensor' beyond its rows" in text

@@ -121,11 +121,8 @@ def test_a_fresh_draw_every_step_and_the_same_one_on_a_second_run(mesh):
 # What is read back from the executable
 
 
-def checked(program, step, strategy=None):
-    layout = step.layout
-    check_executable(
-        program.compiled, layout.state, step.shardings, layout.batch, step.batch_shardings
-    )
+def checked(program, step):
+    check_executable(program.compiled, step.layout)
 
 
 def test_an_executable_with_other_layouts_is_reported_by_leaf(step, mesh):

@@ -97,7 +97,7 @@ class BatchVariants:
         return self._add(structure, types, changes)
 
     def _add(
-        self, structure: jax.tree_util.PyTreeDef, types: LeafTypes, changes: list[Problem]
+        self, structure: Any, types: LeafTypes, changes: list[Problem]
     ) -> BatchVariant:
         batch = structure.unflatten([jax.ShapeDtypeStruct(*leaf_type) for leaf_type in types])
         bound = BoundSpec(self._bound.spec.replace(batch=batch), self._bound.mesh)

@@ -174,7 +174,7 @@ def _accumulate_whole(
         rows = micro_batch(batch, steps, index, plan)
         micro_key = jax.random.fold_in(key, index)
         (_, output), totals = value_and_grad(params, model_state, rows, micro_key)
-        return output, _constrain_tree(_to_f32(totals), plan.gradients)
+        return output, _constrain_tree(to_f32(totals), plan.gradients)
 
     def body(
         carry: tuple[LossOutput, Params], index: jax.Array
@@ -212,7 +212,7 @@ def _accumulate_per_shard(
             spmd_axis_name=plan.shard_axes or None,
         )
         (_, output), totals = run_shards(params, model_state, rows, keys)
-        return output, _constrain_shards(_to_f32(totals), plan)
+        return output, _constrain_shards(to_f32(totals), plan)
 
     def body(carry: Any, index: jax.Array) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, carry, run_micro_batch(index)), None
@@ -247,7 +247,7 @@ def _zeros_of_micro_batch(run_micro_batch: Callable[..., PyTree], *args: PyTree)
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), results)
 
 
-def _to_f32(totals: PyTree) -> PyTree:
+def to_f32(totals: PyTree) -> PyTree:
     """Casts gradients to f32, in which micro-batches are summed; f64 stays f64."""
     return jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), totals)
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from .._core.donation import check_not_donated
 from .._core.errors import BatchError, Problem, StateError, raise_all
@@ -70,6 +70,7 @@ def _is_global(x: Any) -> bool:
 
 
 def _process_rows(abstract: Abstract, sharding: NamedSharding) -> np.ndarray:
+    assert isinstance(sharding.mesh, Mesh)
     return process_rows(sharding.mesh, sharding.spec, abstract.shape[0])
 
 

@@ -20,8 +20,8 @@ from ._nonfinite import ON_NONFINITE, OnNonfinite
 
 Mode = Literal["auto", "shard_map"]
 OnRetrace = Literal["warn", "error"]
-Declared = TypeVar("Given")
-Full = TypeVar("Read")
+Declared = TypeVar("Declared")
+Full = TypeVar("Full")
 
 EVERYTHING_REPLICATED = Strategy()
 _HEADLINE = "The step is declared wrongly."

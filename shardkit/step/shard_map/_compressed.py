@@ -1,12 +1,12 @@
-"""How a buffer of gradients is summed: as it is, or compressed over one axis."""
+"""Sums a buffer of gradients, compressed over one mesh axis if the strategy says so."""
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from ..._core.types import PyTree, Scalar
 from ...nn._manual_axis_rules import Axes
 from ...parallel import GradientCompression, compressed_sum
 from .._layout import RESIDUALS
@@ -14,38 +14,39 @@ from .._objective import inverse_weight
 
 
 class GradientSum:
-    """Sums buffers over mesh axes, and keeps what compression leaves out of them.
+    """Sums buffers over mesh axes, and keeps the residuals that compression leaves.
 
     Attributes:
-      model_state: model state with the residuals as the buffers summed so far left them.
+      model_state: model state of one device, its residuals updated by every sum.
     """
 
     def __init__(
-        self, how: GradientCompression | None, model_state: Any, weight: jax.Array
+        self, compression: GradientCompression | None, model_state: PyTree, weight: Scalar
     ) -> None:
-        """Takes the residuals out of the model state.
+        """Takes the residuals of the last step.
 
         Args:
-          how: None sums as it is.
+          compression: None sums without compression.
           model_state: model state of one device.
-          weight: what gradients will be divided by, so that residuals of steps are alike.
+          weight: the divisor of the gradients, so that residuals are those of a mean and steps of
+            different weight can share them.
         """
-        self.model_state, self._how, self._weight = model_state, how, weight
+        self.model_state, self._compression, self._weight = model_state, compression, weight
 
-    def __call__(self, buffer: jax.Array, axes: Axes, numbers: Sequence[int]) -> jax.Array:
-        """Sums a buffer [1, N] of some leaves."""
-        if self._how is None:
+    def __call__(self, buffer: jax.Array, axes: Axes, indices: Sequence[int]) -> jax.Array:
+        """Sums a buffer [1, n] of the leaves with these indices."""
+        if self._compression is None:
             return jax.lax.psum(buffer, axes)
-        fast = tuple(axis for axis in axes if axis != self._how.axis)
-        buffer = jax.lax.psum(buffer, fast) if fast else buffer
-        flat, structure = jax.tree.flatten(self.model_state[RESIDUALS])
-        error = jnp.concatenate([flat[n].reshape(-1) for n in numbers])
+        fast_axes = tuple(axis for axis in axes if axis != self._compression.axis)
+        buffer = jax.lax.psum(buffer, fast_axes) if fast_axes else buffer
+        residuals, structure = jax.tree.flatten(self.model_state[RESIDUALS])
+        error = jnp.concatenate([residuals[n].reshape(-1) for n in indices])
         mean = buffer[0].astype(jnp.float32) * inverse_weight(self._weight)
-        total, error = compressed_sum(mean, error, self._how)
+        total, error = compressed_sum(mean, error, self._compression)
         start = 0
-        for n in numbers:
-            end = start + math.prod(flat[n].shape)
-            flat[n] = error[start:end].reshape(flat[n].shape)
+        for n in indices:
+            end = start + math.prod(residuals[n].shape)
+            residuals[n] = error[start:end].reshape(residuals[n].shape)
             start = end
-        self.model_state = {**self.model_state, RESIDUALS: structure.unflatten(flat)}
+        self.model_state = {**self.model_state, RESIDUALS: structure.unflatten(residuals)}
         return (total * self._weight).astype(buffer.dtype)[None]

@@ -1,4 +1,4 @@
-"""What the loss found on one device's shards, made equal on all of them, or refused."""
+"""Reduces the loss and metrics of one device's shards to equal values on all devices."""
 
 from collections.abc import Iterator
 
@@ -12,24 +12,26 @@ from .._objective import LossOutput
 
 
 def reduce_output(output: LossOutput, rows: Axes) -> LossOutput:
-    """Sums what each device found on its own rows; what is equal on all of them stays.
+    """Sums loss and metrics over the devices of the rows; values equal on all devices stay.
 
     Raises:
-      StepError: a result differs between devices that hold the same rows.
+      StepError: a result varies over an axis that does not split the rows, and needs a psum there.
     """
     means = {"loss": output.loss, **output.metrics}
     raise_all(
         StepError,
-        "The loss on shards does not return what is equal on all of them.",
+        "The loss on shards returns values that differ between devices with the same rows.",
         [p for name, mean in means.items() for p in _varying_problems(name, mean, rows)],
     )
-    over: dict[Axes, list[str]] = {}
+    names_by_axes: dict[Axes, list[str]] = {}
     for name, mean in means.items():
-        over.setdefault(tuple(a for a in rows if a in varying(mean.total)), []).append(name)
+        axes = tuple(axis for axis in rows if axis in varying(mean.total))
+        names_by_axes.setdefault(axes, []).append(name)
     summed: dict[str, Mean] = {}
-    for axes, names in over.items():
-        pairs = [means[name] for name in names]
-        flat = jnp.stack([pvary(x, axes) for mean in pairs for x in (mean.total, mean.weight)])
+    for axes, names in names_by_axes.items():
+        # One collective for [total, weight, total, weight, …].
+        scalars = [x for name in names for x in (means[name].total, means[name].weight)]
+        flat = jnp.stack([pvary(x, axes) for x in scalars])
         flat = jax.lax.psum(flat, axes) if axes else flat
         summed |= {name: Mean(flat[2 * i], flat[2 * i + 1]) for i, name in enumerate(names)}
     metrics = {name: summed[name] for name in output.metrics}
