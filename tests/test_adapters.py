@@ -123,7 +123,7 @@ def test_a_linen_layer_without_names_is_an_error_under_tables_alone(mesh):
     assert "chain(rules, REPLICATED)" in text
 
 
-def test_statistics_of_the_batch_do_not_go_by_lanes(mesh):
+def test_batch_statistics_are_refused_per_gradient_shard(mesh):
     with pytest.raises(
         sk.errors.StepError, match="would give every gradient shard its own statistics"
     ):

@@ -138,7 +138,7 @@ def test_a_dim_that_vmap_adds_is_left_to_the_compiler(meshes):
     ]
 
 
-def test_inside_a_lane_the_axes_of_the_lanes_split_nothing_else(meshes):
+def test_inside_a_gradient_shard_its_axes_split_nothing_else(meshes):
     def model(x):
         return jax.vmap(lambda rows: sk.nn.constrain(rows, "batch", "mlp"), axis_name="(lanes)")(x)
 

@@ -436,10 +436,10 @@ def test_a_slice_of_the_length_draws_its_part():
         2, ((("bits", (2, 3, 3)), 0),), slices=2, sliced=((("bits", (2, 3, 3)), 1),)
     )
     key, whole = jax.random.key(3), jax.random.bits(jax.random.key(3), (4, 6, 3))
-    for lane, cut in np.ndindex(2, 2):
-        own = part_keys(jax.random.key_data(key), draws, lane, 0, cut)
+    for shard, cut in np.ndindex(2, 2):
+        own = part_keys(jax.random.key_data(key), draws, shard, 0, cut)
         found = jax.random.bits(own, (2, 3, 3))
-        wanted = whole[2 * lane : 2 * lane + 2, 3 * cut : 3 * cut + 3]
+        wanted = whole[2 * shard : 2 * shard + 2, 3 * cut : 3 * cut + 3]
         np.testing.assert_array_equal(found, wanted)
 
 

@@ -275,15 +275,14 @@ def test_any_tree_and_chain_is_laid_out_like_its_parameters(mesh, data):
     links = st.sampled_from([optax.scale_by_adam(), optax.trace(0.9), optax.clip(1.0)])
     chained = optax.chain(*data.draw(st.lists(links, min_size=1, max_size=3)))
     params = jax.tree.map(lambda s: jnp.zeros(s.dims), tree)
-    layout = resolve_layout(
-        init=lambda key: params,
+    spec = sk.StepSpec(
+        loss_fn=loss_fn,
         optimizer=chained,
-        batch=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), BATCH),
-        mesh=mesh,
+        init=lambda key: params,
+        batch=BATCH,
         strategy=sk.Strategy(params=sk.shard_largest("tensor", min_size=1), batch=P("data")),
-        precision=sk.Precision(),
-        micro_batches=1,
     )
+    layout = resolve_layout(spec, mesh)
     assert jax.tree.structure(layout.state) == jax.tree.structure(layout.shardings)
     for part in jax.tree.leaves(layout.shardings.opt_state, is_leaf=lambda x: x is None):
         assert isinstance(part, NamedSharding)
@@ -312,15 +311,7 @@ def traced(mesh, loss=loss_fn, **options):
         strategy=given["strategy"],
         **{key: given[key] for key in keys if key in given},
     )
-    layout = resolve_layout(
-        init=d.init,
-        optimizer=d.optimizer,
-        batch=d.batch,
-        mesh=mesh,
-        strategy=d.strategy,
-        precision=d.precision,
-        micro_batches=d.accumulate.micro_batches,
-    )
+    layout = resolve_layout(d, mesh)
     run = StepFunctions(BoundSpec(d, mesh), layout).train()
     jitted = jax.jit(run, in_shardings=(layout.shardings, layout.batch_shardings))
     with active(policy(d.strategy.remat)):

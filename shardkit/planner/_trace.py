@@ -12,7 +12,14 @@ from .._core.precision import cast_floats
 from ..nn._remat import active, apply_policy, policy
 from ..parallel import Strategy
 from ..rules import axes_of
-from ..step import AbstractState, StepLayout, StepSpec, abstract_state, build_objective, resolve_layout
+from ..step import (
+    AbstractState,
+    StepLayout,
+    StepSpec,
+    abstract_state,
+    build_objective,
+    resolve_layout,
+)
 from ._dataflow import Dims, named_sizes
 from ._program import Flat, flatten
 from ._propagator import Walk
@@ -37,9 +44,7 @@ class Model:
     @classmethod
     def of(cls, declared: StepSpec) -> "Model":
         """Traces `init` and the optimizer."""
-        return cls(
-            declared, abstract_state(declared.init, declared.optimizer, declared.precision, 0)
-        )
+        return cls(declared, abstract_state(declared))
 
     def of_length(self, lengths: Container[int], factor: float) -> "Model | None":
         """The same model for rows of another length.
@@ -69,15 +74,11 @@ class Model:
         Raises:
           ShardingError: with everything that does not fit.
         """
-        d = self.declared
         return resolve_layout(
-            d.init,
-            d.optimizer,
-            d.batch,
+            self.declared,
             abstract_mesh(sizes),
-            strategy,
-            d.precision,
-            steps,
+            strategy=strategy,
+            micro_batches=steps,
             abstract=self.abstract,
         )
 
@@ -98,7 +99,9 @@ class Model:
         d, (state, _) = self.declared, self.abstract
         low = jax.eval_shape(lambda p: cast_floats(p, d.precision.compute_dtype), state.params)
         with marking():
-            loss = jax.make_jaxpr(build_objective(d.loss_fn))(low, state.model_state, d.batch, state.key)
+            loss = jax.make_jaxpr(build_objective(d.loss_fn))(
+                low, state.model_state, d.batch, state.key
+            )
         return Marked.of(loss.jaxpr)
 
     def jaxpr(self, remat: str) -> ClosedJaxpr:

@@ -46,16 +46,7 @@ class BatchVariant:
         Raises:
           ShardingError: every leaf that cannot be laid out.
         """
-        spec = bound.spec
-        layout = resolve_layout(
-            init=spec.init,
-            optimizer=spec.optimizer,
-            batch=spec.batch,
-            mesh=bound.mesh,
-            strategy=spec.strategy,
-            precision=spec.precision,
-            micro_batches=spec.accumulate.micro_batches,
-        )
+        layout = resolve_layout(bound.spec, bound.mesh)
         return cls(layout, CompiledFunctions(bound, layout))
 
 
@@ -96,9 +87,7 @@ class BatchVariants:
             return self.declared
         return self._add(structure, types, changes)
 
-    def _add(
-        self, structure: Any, types: LeafTypes, changes: list[Problem]
-    ) -> BatchVariant:
+    def _add(self, structure: Any, types: LeafTypes, changes: list[Problem]) -> BatchVariant:
         batch = structure.unflatten([jax.ShapeDtypeStruct(*leaf_type) for leaf_type in types])
         bound = BoundSpec(self._bound.spec.replace(batch=batch), self._bound.mesh)
         try:

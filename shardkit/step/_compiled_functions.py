@@ -14,7 +14,6 @@ from ..nn._remat import active
 from ._activations import Activations, SpecsInLoss
 from ._bound_spec import BoundSpec
 from ._compile import CompiledProgram, compile_program
-from ._debug import check_key_reuse
 from ._layout import StepLayout
 from ._readback import check_executable
 from ._step_functions import StepFunctions, layer_policy
@@ -32,7 +31,7 @@ class CompiledFunctions:
         self._bound, self._layout = bound, layout
         self._functions = StepFunctions(bound, layout)
         if bound.spec.debug:
-            check_key_reuse(self._functions.user_functions)
+            self._functions.check_key_reuse()
         self._replicated = NamedSharding(bound.mesh, PartitionSpec())
 
     @functools.cached_property

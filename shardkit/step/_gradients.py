@@ -26,8 +26,9 @@ from ..nn._constrain import LANES
 from ..rules import axes_of
 from ._objective import LossOutput, Objective, inverse_weight
 
-# `(params, model_state, batch, key) -> (output, gradients)`.
-GradientFn = Callable[[Params, PyTree, Batch, Key], tuple[LossOutput, Params]]
+LossArgs = tuple[Params, PyTree, Batch, Key]  # params, model_state, batch, key
+LossAndGradients = tuple[LossOutput, Params]
+GradientFn = Callable[[Params, PyTree, Batch, Key], LossAndGradients]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,13 +78,11 @@ def build_gradients(objective: Objective, plan: GradientPlan) -> GradientFn:
     """
     accumulate = _accumulate_per_shard if plan.per_shard_accumulation else _accumulate_whole
 
-    def run(
-        params: Params, model_state: PyTree, batch: Batch, key: Key
-    ) -> tuple[LossOutput, Params]:
+    def run(params: Params, model_state: PyTree, batch: Batch, key: Key) -> LossAndGradients:
         # Constrain the cast parameters, so that a gather for their use moves the compute dtype.
         compute_params = cast_floats(params, plan.precision.compute_dtype)
         compute_params = _constrain_tree(compute_params, plan.params)
-        output, totals = accumulate(objective, plan, compute_params, model_state, (batch, key))
+        output, totals = accumulate(objective, plan, (compute_params, model_state, batch, key))
         totals = jax.tree.map(lambda g, p: g.astype(p.dtype), totals, params)
         return output, _constrain_tree(divide_by_weight(totals, output.loss.weight), plan.gradients)
 
@@ -155,30 +154,22 @@ def divide_by_weight(totals: Params, weight: Scalar) -> Params:
     return jax.tree.map(lambda g: g * scale.astype(g.dtype), totals)
 
 
-def _accumulate_whole(
-    objective: Objective,
-    plan: GradientPlan,
-    params: Params,
-    model_state: PyTree,
-    batch_and_key: tuple[Batch, Key],
-) -> tuple[LossOutput, Params]:
+def _accumulate_whole(objective: Objective, plan: GradientPlan, args: LossArgs) -> LossAndGradients:
     """Sums over whole micro-batches; the partitioner places the reductions."""
-    batch, key = batch_and_key
+    params, model_state, batch, key = args
     steps = plan.accumulate.micro_batches
     value_and_grad = jax.value_and_grad(objective, has_aux=True)
     if steps == 1:
         (_, output), totals = value_and_grad(params, model_state, batch, key)
         return output, totals
 
-    def run_micro_batch(model_state: PyTree, index: jax.Array) -> tuple[LossOutput, Params]:
+    def run_micro_batch(model_state: PyTree, index: jax.Array) -> LossAndGradients:
         rows = micro_batch(batch, steps, index, plan)
         micro_key = jax.random.fold_in(key, index)
         (_, output), totals = value_and_grad(params, model_state, rows, micro_key)
         return output, _constrain_tree(to_f32(totals), plan.gradients)
 
-    def body(
-        carry: tuple[LossOutput, Params], index: jax.Array
-    ) -> tuple[tuple[LossOutput, Params], None]:
+    def body(carry: LossAndGradients, index: jax.Array) -> tuple[LossAndGradients, None]:
         return _add_micro_batch(carry, run_micro_batch(carry[0].model_state, index)), None
 
     output, totals = _zeros_of_micro_batch(run_micro_batch, model_state)
@@ -191,14 +182,10 @@ def _accumulate_whole(
 
 
 def _accumulate_per_shard(
-    objective: Objective,
-    plan: GradientPlan,
-    params: Params,
-    model_state: PyTree,
-    batch_and_key: tuple[Batch, Key],
-) -> tuple[LossOutput, Params]:
+    objective: Objective, plan: GradientPlan, args: LossArgs
+) -> LossAndGradients:
     """Sums each gradient shard over all micro-batches, then reduces over the shards once."""
-    batch, key = batch_and_key
+    params, model_state, batch, key = args
     steps = plan.accumulate.micro_batches
     value_and_grad = jax.value_and_grad(objective, has_aux=True)
 
@@ -228,9 +215,7 @@ def _accumulate_per_shard(
         return jax.tree.map(lambda x: x.sum(0), output), reduce_shards(totals, dtype)
 
 
-def _add_micro_batch(
-    carry: tuple[LossOutput, Params], new: tuple[LossOutput, Params]
-) -> tuple[LossOutput, Params]:
+def _add_micro_batch(carry: LossAndGradients, new: LossAndGradients) -> LossAndGradients:
     """Adds losses, metrics and gradients; keeps the newer model state."""
     (old, old_totals), (output, totals) = carry, new
     loss, metrics = jax.tree.map(jnp.add, (old.loss, old.metrics), (output.loss, output.metrics))

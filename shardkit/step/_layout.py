@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,9 @@ from .._core.types import Batch, Key, Params, PyTree, Variables, WithAxes
 from ..parallel import Strategy, advise, check_composition, check_used, update_specs
 from ..rules import Rule, axes_of, check_batch, collect, first_match, format_mesh
 from .optim._follow import FollowParams
+
+if TYPE_CHECKING:
+    from ._spec import StepSpec
 
 # Key of `state.model_state` for what compression left out of the gradients (error feedback):
 # f32[devices, *param] per parameter.
@@ -125,53 +128,43 @@ def build_optimizer_init(optimizer: optax.GradientTransformation) -> Callable[[P
     return run
 
 
-def abstract_state(
-    init: Callable[[Key], PyTree],
-    optimizer: optax.GradientTransformation,
-    precision: Precision,
-    residual_copies: int,
-) -> AbstractState:
+def abstract_state(spec: "StepSpec", residual_copies: int = 0) -> AbstractState:
     """The shapes of the state, and the logical axes that `init` names, from one trace."""
     names: dict[str, tuple[str | None, ...]] = {}
 
     def run(key: Key) -> TrainState:
-        initial = init(key)
+        initial = spec.init(key)
         names.update(_collect_axes(_to_variables(initial).params))
-        return _assemble_state(initial, optimizer, key, precision, residual_copies)
+        return _assemble_state(initial, spec.optimizer, key, spec.precision, residual_copies)
 
     return jax.eval_shape(run, jax.eval_shape(lambda: jax.random.key(0))), names
 
 
 def resolve_layout(
-    init: Callable[[Key], PyTree],
-    optimizer: optax.GradientTransformation,
-    batch: Batch,
+    spec: "StepSpec",
     mesh: Mesh,
-    strategy: Strategy,
-    precision: Precision,
-    micro_batches: int,
+    *,
+    strategy: Strategy | None = None,
+    micro_batches: int | None = None,
     abstract: AbstractState | None = None,
 ) -> StepLayout:
     """Resolves every rule of a strategy on a mesh.
 
     Args:
-      init: `key → params` or `key → Variables`.
-      optimizer: any optax chain.
-      batch: pytree of abstract arrays.
+      spec: the step.
       mesh: the device mesh.
-      strategy: the declared layout.
-      precision: dtype of the parameters.
-      micro_batches: number per step, which must divide the rows.
+      strategy: replaces that of the spec.
+      micro_batches: replaces that of the spec; it must divide the rows.
       abstract: result of `abstract_state`, to resolve many meshes from one trace of `init`.
 
     Raises:
       ShardingError: the strategies do not fit each other or the mesh; or with every leaf of
         parameters, optimizer state, model_state and batch that cannot be laid out.
     """
-    sizes = dict(mesh.shape)
+    strategy, batch, sizes = strategy or spec.strategy, spec.batch, dict(mesh.shape)
+    micro_batches = micro_batches or spec.accumulate.micro_batches
     check_composition(strategy, sizes)
-    copies = count_residual_copies(strategy, mesh)
-    state, names = abstract or abstract_state(init, optimizer, precision, copies)
+    state, names = abstract or abstract_state(spec, count_residual_copies(strategy, mesh))
     problems: list[Problem] = []
     specs = _resolve_specs(strategy, (state, names), batch, sizes, problems)
     rows, row_axes = _resolve_rows(leaves(batch), specs.batch, sizes, micro_batches, problems)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from .._core.errors import Problem, StepError, raise_all
 from .._core.precision import cast_floats
 from .._core.train_state import TrainState
 from .._core.types import Batch, Key, Params, PyTree
@@ -43,16 +44,27 @@ class StepFunctions:
         """Checks that every parameter can be differentiated."""
         check_params(self.layout.state.params)
 
-    @property
-    def user_functions(self) -> dict[str, tuple[Callable[..., Any], tuple[PyTree, ...]]]:
-        """The user's functions with abstract arguments: `{name: (function, arguments)}`."""
+    def check_key_reuse(self) -> None:
+        """Traces `init` and the loss under JAX's key-reuse checker.
+
+        Raises:
+          StepError: naming each function that uses a key twice, which draws equal numbers.
+        """
         spec, state = self.bound.spec, self.layout.state
         compute_params = jax.eval_shape(self._to_compute_params, state.params)
-        loss = (
-            build_objective(spec.loss_fn, self.bound.mesh),
-            (compute_params, state.model_state, self.layout.batch, state.key),
-        )
-        return {"init": (spec.init, (state.key,)), "loss_fn": loss}
+        loss_args = (compute_params, state.model_state, self.layout.batch, state.key)
+        loss = build_objective(spec.loss_fn, self.bound.mesh)
+        problems = []
+        for name, run, args in (("init", spec.init, (state.key,)), ("loss_fn", loss, loss_args)):
+            try:
+                with jax.debug_key_reuse(True):
+                    # The checker runs only on what is traced for a jit, which caches by identity.
+                    jax.jit(lambda *args, run=run: run(*args)).trace(*args)
+            except jax.errors.KeyReuseError as error:
+                why = f"uses a random key twice: {str(error).splitlines()[0]}"
+                problems.append(Problem(name, why))
+        fix = "first, second = jax.random.split(key)"
+        raise_all(StepError, "Random numbers would repeat.", problems, fix)
 
     @property
     def per_shard_accumulation(self) -> bool:

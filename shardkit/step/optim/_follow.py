@@ -108,6 +108,6 @@ class FollowParams:
         return [by_path[suffix] for suffix in suffixes if suffix in by_path]
 
     def _siblings(self, path: str, owner: Leaf) -> int:
-        """Number of parameters that have a leaf in the tree where `path` would be that of `owner`."""
+        """Number of parameters with a leaf in the same tree, if `path` is that of `owner`."""
         prefix = path.removesuffix(owner.path)
         return sum(prefix + leaf.path in self.state for leaf, _ in self.params)

@@ -21,7 +21,7 @@ from ..._core.precision import cast_floats
 from ..._core.split_rng import part_keys, threefry_words
 from ..._core.types import Batch, Key, Params, PyTree, Scalar
 from ...nn._manual_axis_rules import gather, manual_axis_rules, pvary
-from .._gradients import GradientFn, divide_by_weight, to_f32
+from .._gradients import GradientFn, LossAndGradients, LossArgs, divide_by_weight, to_f32
 from .._objective import LossOutput, Objective
 from ._buckets import reduce_gradients
 from ._compressed import GradientSum
@@ -37,11 +37,9 @@ def build_local_gradients(objective: Objective, plan: ShardMapPlan) -> GradientF
     precision = plan.bound.spec.precision
     reduce_dtype = precision.reduce_dtype or precision.compute_dtype
 
-    def local(
-        params: Params, model_state: PyTree, batch: Batch, key: Key
-    ) -> tuple[LossOutput, Params]:
+    def local(params: Params, model_state: PyTree, batch: Batch, key: Key) -> LossAndGradients:
         compute_params = gather_params(plan, cast_floats(params, precision.compute_dtype))
-        output, totals = _accumulate(objective, plan, compute_params, model_state, (batch, key))
+        output, totals = _accumulate(objective, plan, (compute_params, model_state, batch, key))
         flat, structure = jax.tree.flatten(totals)
         with jax.named_scope("reduce"):
             output = reduce_output(output, plan.row_axes)
@@ -86,18 +84,12 @@ def map_shards(plan: ShardMapPlan, local: Callable[..., Any], out_specs: PyTree)
     return jax.shard_map(run, mesh=plan.mesh, in_specs=in_specs, out_specs=out_specs)
 
 
-def _accumulate(
-    objective: Objective,
-    plan: ShardMapPlan,
-    params: Params,
-    model_state: PyTree,
-    batch_and_key: tuple[Batch, Key],
-) -> tuple[LossOutput, Params]:
+def _accumulate(objective: Objective, plan: ShardMapPlan, args: LossArgs) -> LossAndGradients:
     """Loss and gradients of this device's rows over all micro-batches, not reduced."""
-    batch, key = batch_and_key
+    params, model_state, batch, key = args
     steps = plan.accumulate.micro_batches
 
-    def value_and_grad(rows: Batch, key: Key) -> tuple[LossOutput, Params]:
+    def value_and_grad(rows: Batch, key: Key) -> LossAndGradients:
         run = jax.value_and_grad(objective, has_aux=True)
         (_, output), totals = run(params, model_state, rows, _device_key(plan, key))
         return output, totals
