@@ -5,7 +5,6 @@ values run the same program, arrays on other devices or in other layouts raise a
 state keeps its shapes and dtypes. The fourth, another shape or dtype of a batch leaf, is a variant.
 """
 
-import dataclasses
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -19,35 +18,11 @@ from .._core.types import Batch
 from ._bound_spec import BoundSpec
 from ._compile import no_ambient_mesh
 from ._compiled_functions import CompiledFunctions
-from ._layout import StepLayout, resolve_layout
 
 # Batch variants that a step keeps: enough for lengths in buckets, each with up to 3 executables.
 KEPT = 8
 
 LeafTypes = tuple[tuple[tuple[int, ...], np.dtype], ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchVariant:
-    """The layout and programs for batches of certain shapes and dtypes.
-
-    Attributes:
-      layout: abstract state and batch, and the sharding of every leaf.
-      functions: each compiled on first use.
-    """
-
-    layout: StepLayout
-    functions: CompiledFunctions
-
-    @classmethod
-    def of(cls, bound: BoundSpec) -> "BatchVariant":
-        """Resolves the layout of a spec on its mesh.
-
-        Raises:
-          ShardingError: every leaf that cannot be laid out.
-        """
-        layout = resolve_layout(bound.spec, bound.mesh)
-        return cls(layout, CompiledFunctions(bound, layout))
 
 
 class BatchVariants:
@@ -60,12 +35,12 @@ class BatchVariants:
 
     def __init__(self, bound: BoundSpec) -> None:
         """Resolves the declared variant."""
-        self.declared = BatchVariant.of(bound)
+        self.declared = CompiledFunctions(bound)
         self._bound = bound
-        self._others: dict[LeafTypes, BatchVariant] = {}  # least recently used first
+        self._others: dict[LeafTypes, CompiledFunctions] = {}  # least recently used first
         self.changes: list[str] = []
 
-    def find(self, batch: Batch) -> BatchVariant:
+    def find(self, batch: Batch) -> CompiledFunctions:
         """Returns the variant of a batch, compiled on first use.
 
         For an invalid batch that is the declared one, whose checks raise the error.
@@ -87,12 +62,12 @@ class BatchVariants:
             return self.declared
         return self._add(structure, types, changes)
 
-    def _add(self, structure: Any, types: LeafTypes, changes: list[Problem]) -> BatchVariant:
+    def _add(self, structure: Any, types: LeafTypes, changes: list[Problem]) -> CompiledFunctions:
         batch = structure.unflatten([jax.ShapeDtypeStruct(*leaf_type) for leaf_type in types])
         bound = BoundSpec(self._bound.spec.replace(batch=batch), self._bound.mesh)
         try:
             with no_ambient_mesh():
-                variant = BatchVariant.of(bound)
+                variant = CompiledFunctions(bound)
         except ShardingError:
             return self.declared
         self._others[types] = variant

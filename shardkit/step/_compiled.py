@@ -26,7 +26,6 @@ from ._update import Metrics
 
 if TYPE_CHECKING:
     from ..hardware import Chip
-    from ..parallel import Strategy
     from ._spec import StepSpec
 
 
@@ -48,14 +47,9 @@ class CompiledStep:
         with no_ambient_mesh():
             self._variants = BatchVariants(self._bound)
             self.layout = self._variants.declared.layout
-            self.program: CompiledProgram = self._variants.declared.functions.train
+            self.program: CompiledProgram = self._variants.declared.train
         # No leaf shares a buffer in the state that was returned last; check any other state.
         self._last_state: weakref.ref[TrainState] | None = None
-
-    @property
-    def strategy(self) -> "Strategy":
-        """The declared layout."""
-        return self.spec.strategy
 
     @property
     def abstract_state(self) -> TrainState:
@@ -80,7 +74,7 @@ class CompiledStep:
     @property
     def gradient_program(self) -> CompiledProgram:
         """The executable of `build_gradients`, which is compiled when it is first asked for."""
-        return self._variants.declared.functions.gradients
+        return self._variants.declared.gradients
 
     def hlo(self) -> str:
         """Text of the optimized HLO that each device runs."""
@@ -102,7 +96,7 @@ class CompiledStep:
             problem = Problem("key", f"is {what}; the step takes one typed key, {expected}[]")
             fix = "step.init(jax.random.key(0))"
             raise StateError(format_problems("The state needs a random key.", [problem], fix))
-        init_model, init_optimizer = self._variants.declared.functions.init
+        init_model, init_optimizer = self._variants.declared.init
         key = put_key(key, self.shardings.key)
         state = jax.block_until_ready(init_model.compiled(key))
         return dataclasses.replace(state, opt_state=init_optimizer.compiled(state.params))
@@ -208,7 +202,7 @@ class CompiledStep:
     ) -> Any:
         variant = self._variants.find(batch)
         batch = put_batch(batch, variant.layout.batch, variant.layout.batch_shardings)
-        program = choose(variant.functions)
+        program = choose(variant)
         try:
             return program.compiled(state, batch)
         except (TypeError, ValueError):

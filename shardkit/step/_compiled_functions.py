@@ -14,22 +14,32 @@ from ..nn._remat import active
 from ._activations import Activations, SpecsInLoss
 from ._bound_spec import BoundSpec
 from ._compile import CompiledProgram, compile_program
-from ._layout import StepLayout
+from ._layout import (
+    build_model_init,
+    build_optimizer_init,
+    count_residual_copies,
+    resolve_layout,
+)
 from ._readback import check_executable
 from ._step_functions import StepFunctions, layer_policy
 
 
 class CompiledFunctions:
-    """The executables of a spec on its mesh, each compiled on first use."""
+    """The executables of a spec on its mesh, each compiled on first use.
 
-    def __init__(self, bound: BoundSpec, layout: StepLayout) -> None:
-        """Builds the functions.
+    Attributes:
+      layout: abstract state and batch, and the sharding of every leaf.
+    """
+
+    def __init__(self, bound: BoundSpec) -> None:
+        """Resolves the layout.
 
         Raises:
+          ShardingError: every leaf that cannot be laid out.
           StepError: the spec does not form a step.
         """
-        self._bound, self._layout = bound, layout
-        self._functions = StepFunctions(bound, layout)
+        self._bound, self.layout = bound, resolve_layout(bound.spec, bound.mesh)
+        self._functions = StepFunctions(bound, self.layout)
         if bound.spec.debug:
             self._functions.check_key_reuse()
         self._replicated = NamedSharding(bound.mesh, PartitionSpec())
@@ -45,11 +55,11 @@ class CompiledFunctions:
         """
         program = self._compile_on_batch(
             self._functions.train(),
-            (self._layout.shardings, self._replicated),
+            (self.layout.shardings, self._replicated),
             self._functions.per_shard_accumulation,
             donate=(0,),
         )
-        check_executable(program.compiled, self._layout)
+        check_executable(program.compiled, self.layout)
         return program
 
     @functools.cached_property
@@ -58,15 +68,16 @@ class CompiledFunctions:
 
         Two programs, so that random draws and moments do not need memory at the same time.
         """
-        state, shardings = self._layout.state, self._layout.shardings
+        spec, state, shardings = self._bound.spec, self.layout.state, self.layout.shardings
+        residual_copies = count_residual_copies(spec.strategy, self._bound.mesh)
         model = self._compile(
-            self._functions.init_model(),
+            build_model_init(spec.init, spec.precision, residual_copies),
             args=(state.key,),
             in_shardings=(shardings.key,),
             out_shardings=dataclasses.replace(shardings, opt_state=None),
         )
         optimizer = self._compile(
-            self._functions.init_optimizer(),
+            build_optimizer_init(spec.optimizer),
             args=(state.params,),
             in_shardings=(shardings.params,),
             out_shardings=shardings.opt_state,
@@ -81,7 +92,7 @@ class CompiledFunctions:
     @functools.cached_property
     def gradients(self) -> CompiledProgram:
         """`(state, batch) → (metrics, gradients)`."""
-        results = (self._replicated, self._layout.shardings.params)
+        results = (self._replicated, self.layout.shardings.params)
         per_shard = self._functions.per_shard_accumulation
         return self._compile_on_batch(self._functions.gradients(), results, per_shard)
 
@@ -93,13 +104,13 @@ class CompiledFunctions:
         donate: tuple[int, ...] = (),
     ) -> CompiledProgram:
         """Compiles a function of `(state, batch)`; `per_shard`: its loss sees gradient shards."""
-        layout, names = self._layout, self._names
+        layout, names = self.layout, self._names
         around = StepContext(
             names.mesh,
             layout.row_axes,
             SpecsInLoss(names, per_shard),
             names.shard_axes if per_shard else (),
-            tuple(axis for axis in layout.row_axes if axis not in layout.shard_axes),
+            layout.inner_axes,
         )
         # In `shard_map` mode the model's own collectives do the work of overrides.
         manual = self._bound.spec.mode == "shard_map"
@@ -131,7 +142,7 @@ class CompiledFunctions:
             if marks:
                 _check_overrides_used(marks, jaxpr)
 
-        with active(layer_policy(self._bound, self._layout)):
+        with active(layer_policy(self._bound, self.layout)):
             return compile_program(
                 run,
                 args,
@@ -146,7 +157,7 @@ class CompiledFunctions:
     @property
     def _names(self) -> Activations:
         rules = self._bound.spec.strategy.activations
-        return Activations(self._bound.mesh, rules, self._layout.shard_axes)
+        return Activations(self._bound.mesh, rules, self.layout.shard_axes)
 
 
 def _check_overrides_used(marks: ActiveOverrides, jaxpr: core.ClosedJaxpr) -> None:

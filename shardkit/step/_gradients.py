@@ -17,13 +17,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from .._core.precision import Precision, cast_floats
 from .._core.split_rng import RandomDraws, match_draws, per_shard_keys
-from .._core.types import Accumulate, Batch, Key, Params, PyTree, Scalar
+from .._core.types import Batch, Key, Params, PyTree, Scalar
 from ..nn._constrain import LANES
 from ..rules import axes_of
+from ._bound_spec import BoundSpec
+from ._layout import StepLayout
 from ._objective import LossOutput, Objective, inverse_weight
 
 LossArgs = tuple[Params, PyTree, Batch, Key]  # params, model_state, batch, key
@@ -36,75 +38,72 @@ class GradientPlan:
     """How the gradients of a step are split and reduced.
 
     Attributes:
-      mesh: the device mesh.
-      accumulate: micro-batches, and when their gradients are reduced.
-      precision: compute and reduction dtypes.
-      shard_axes: mesh axes that separate gradient shards.
-      params: pytree of `NamedSharding` of the parameters.
-      gradients: pytree of `NamedSharding` of the gradients that the update receives.
-      batch: pytree of `NamedSharding` of the batch.
-      rows: number of rows of the global batch.
+      bound: the spec and its mesh.
+      layout: shardings of state, batch and gradients.
       draws: which random draws of the loss grow with its rows.
-      inner_axes: mesh axes that split the rows of one gradient shard.
     """
 
-    mesh: Mesh
-    accumulate: Accumulate
-    precision: Precision
-    shard_axes: tuple[str, ...]
-    params: PyTree
-    gradients: PyTree
-    batch: PyTree
-    rows: int
+    bound: BoundSpec
+    layout: StepLayout
     draws: RandomDraws = dataclasses.field(default_factory=lambda: RandomDraws(1))
-    inner_axes: tuple[str, ...] = ()
+
+    @property
+    def micro_batches(self) -> int:
+        """Number of micro-batches per step."""
+        return self.bound.spec.accumulate.micro_batches
+
+    @property
+    def precision(self) -> Precision:
+        """Compute and reduction dtypes."""
+        return self.bound.spec.precision
 
     @property
     def per_shard_accumulation(self) -> bool:
         """Whether gradients are kept apart by gradient shard until one reduction."""
-        reduce_separately = self.accumulate.micro_batches > 1 or self.precision.reduces_apart
-        return reduce_separately and self.accumulate.reduce == "end"
+        reduce_separately = self.micro_batches > 1 or self.precision.reduces_apart
+        return reduce_separately and self.bound.spec.accumulate.reduce == "end"
 
     @property
     def num_shards(self) -> int:
         """Number of gradient shards of a micro-batch: devices along `shard_axes`."""
-        return math.prod(self.mesh.shape[axis] for axis in self.shard_axes)
+        return math.prod(self.bound.mesh.shape[axis] for axis in self.layout.shard_axes)
 
 
 def build_gradients(objective: Objective, plan: GradientPlan) -> GradientFn:
     """Builds `(params, model_state, batch, key) -> (LossOutput, gradients of the mean loss)`.
 
-    Gradients have the dtype of the parameters and the shardings `plan.gradients`.
+    Gradients have the dtype of the parameters and the shardings `plan.layout.gradients`.
     """
     accumulate = _accumulate_per_shard if plan.per_shard_accumulation else _accumulate_whole
 
     def run(params: Params, model_state: PyTree, batch: Batch, key: Key) -> LossAndGradients:
         # Constrain the cast parameters, so that a gather for their use moves the compute dtype.
         compute_params = cast_floats(params, plan.precision.compute_dtype)
-        compute_params = _constrain_tree(compute_params, plan.params)
+        compute_params = _constrain_tree(compute_params, plan.layout.shardings.params)
         output, totals = accumulate(objective, plan, (compute_params, model_state, batch, key))
         totals = jax.tree.map(lambda g, p: g.astype(p.dtype), totals, params)
-        return output, _constrain_tree(divide_by_weight(totals, output.loss.weight), plan.gradients)
+        grads = divide_by_weight(totals, output.loss.weight)
+        return output, _constrain_tree(grads, plan.layout.gradients)
 
     return run
 
 
 def match_shard_draws(
-    objective: Objective, plan: GradientPlan, params: Params, model_state: PyTree, batch: Batch
+    objective: Objective, plan: GradientPlan, compute_params: Params
 ) -> RandomDraws:
-    """Finds which draws of a loss grow with its rows, from abstract arguments.
+    """Finds which draws of a loss grow with its rows, from abstract parameters.
 
     Raises:
       StepError: the randomness of the loss cannot be split by gradient shard.
     """
-    rows = plan.rows // plan.accumulate.micro_batches
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    rows = plan.layout.rows // plan.micro_batches
+    state, batch = plan.layout.state, plan.layout.batch
 
     def args_with(rows: int) -> tuple[PyTree, ...]:
         def cut(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) if x.shape else x
 
-        return params, model_state, jax.tree.map(cut, batch), key
+        return compute_params, state.model_state, jax.tree.map(cut, batch), state.key
 
     n = plan.num_shards
     return match_draws(objective, n, args_with(rows // n), args_with(rows))
@@ -122,20 +121,20 @@ def micro_batch(batch: Batch, steps: int, index: jax.Array, plan: GradientPlan) 
         strided = _constrain_array(strided, plan, (entries[0], None, *entries[1:]))
         return jax.lax.dynamic_index_in_dim(strided, index, 1, keepdims=False)
 
-    return jax.tree.map(take, batch, plan.batch)
+    return jax.tree.map(take, batch, plan.layout.batch_shardings)
 
 
 def split_shards(batch: Batch, plan: GradientPlan) -> Batch:
     """`[rows, …] → [num_shards, rows/num_shards, …]`, dim 0 over `shard_axes`."""
+    dims = plan.layout.shard_axes, plan.layout.inner_axes or None
 
     def split(x: jax.Array, sharding: NamedSharding) -> jax.Array:
         if x.ndim == 0:
             return x
         shards = x.reshape(plan.num_shards, x.shape[0] // plan.num_shards, *x.shape[1:])
-        rest = _full_spec(sharding, x.ndim)[1:]
-        return _constrain_array(shards, plan, (plan.shard_axes, plan.inner_axes or None, *rest))
+        return _constrain_array(shards, plan, (*dims, *_full_spec(sharding, x.ndim)[1:]))
 
-    return jax.tree.map(split, batch, plan.batch)
+    return jax.tree.map(split, batch, plan.layout.batch_shardings)
 
 
 def reduce_shards(totals: PyTree, dtype: str) -> Params:
@@ -157,7 +156,7 @@ def divide_by_weight(totals: Params, weight: Scalar) -> Params:
 def _accumulate_whole(objective: Objective, plan: GradientPlan, args: LossArgs) -> LossAndGradients:
     """Sums over whole micro-batches; the partitioner places the reductions."""
     params, model_state, batch, key = args
-    steps = plan.accumulate.micro_batches
+    steps = plan.micro_batches
     value_and_grad = jax.value_and_grad(objective, has_aux=True)
     if steps == 1:
         (_, output), totals = value_and_grad(params, model_state, batch, key)
@@ -167,7 +166,7 @@ def _accumulate_whole(objective: Objective, plan: GradientPlan, args: LossArgs) 
         rows = micro_batch(batch, steps, index, plan)
         micro_key = jax.random.fold_in(key, index)
         (_, output), totals = value_and_grad(params, model_state, rows, micro_key)
-        return output, _constrain_tree(to_f32(totals), plan.gradients)
+        return output, _constrain_tree(to_f32(totals), plan.layout.gradients)
 
     def body(carry: LossAndGradients, index: jax.Array) -> tuple[LossAndGradients, None]:
         return _add_micro_batch(carry, run_micro_batch(carry[0].model_state, index)), None
@@ -175,7 +174,7 @@ def _accumulate_whole(objective: Objective, plan: GradientPlan, args: LossArgs) 
     output, totals = _zeros_of_micro_batch(run_micro_batch, model_state)
     start = (
         LossOutput(output.loss, output.metrics, model_state),
-        _constrain_tree(totals, plan.gradients),
+        _constrain_tree(totals, plan.layout.gradients),
     )
     total, _ = jax.lax.scan(body, start, jnp.arange(steps))
     return total
@@ -186,7 +185,7 @@ def _accumulate_per_shard(
 ) -> LossAndGradients:
     """Sums each gradient shard over all micro-batches, then reduces over the shards once."""
     params, model_state, batch, key = args
-    steps = plan.accumulate.micro_batches
+    steps = plan.micro_batches
     value_and_grad = jax.value_and_grad(objective, has_aux=True)
 
     def run_micro_batch(index: jax.Array) -> tuple[LossOutput, PyTree]:
@@ -196,7 +195,7 @@ def _accumulate_per_shard(
             value_and_grad,
             in_axes=(None, None, jax.tree.map(lambda x: 0 if x.ndim else None, rows), 0),
             axis_name=LANES,
-            spmd_axis_name=plan.shard_axes or None,
+            spmd_axis_name=plan.layout.shard_axes or None,
         )
         (_, output), totals = run_shards(params, model_state, rows, keys)
         return output, _constrain_shards(to_f32(totals), plan)
@@ -246,18 +245,17 @@ def _constrain_tree(tree: PyTree, shardings: PyTree) -> PyTree:
 
 
 def _constrain_array(x: jax.Array, plan: GradientPlan, entries: tuple[Any, ...]) -> jax.Array:
-    sharding = NamedSharding(plan.mesh, PartitionSpec(*entries))
+    sharding = NamedSharding(plan.bound.mesh, PartitionSpec(*entries))
     return jax.lax.with_sharding_constraint(x, sharding)
 
 
 def _constrain_shards(totals: PyTree, plan: GradientPlan) -> PyTree:
     """`[num_shards, *param]`: dim 0 over `shard_axes`, the others as the parameter."""
+    shard_axes = plan.layout.shard_axes
 
-    def place(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+    def constrain(x: jax.Array, sharding: NamedSharding) -> jax.Array:
         dims = [axes_of(entry) for entry in _full_spec(sharding, x.ndim - 1)]
-        rest = [
-            tuple(axis for axis in axes if axis not in plan.shard_axes) or None for axes in dims
-        ]
-        return _constrain_array(x, plan, (plan.shard_axes, *rest))
+        rest = [tuple(axis for axis in axes if axis not in shard_axes) or None for axes in dims]
+        return _constrain_array(x, plan, (shard_axes, *rest))
 
-    return jax.tree.map(place, totals, plan.params)
+    return jax.tree.map(constrain, totals, plan.layout.shardings.params)

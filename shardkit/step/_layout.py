@@ -62,6 +62,11 @@ class StepLayout:
     update: PyTree | None
 
     @property
+    def inner_axes(self) -> tuple[str, ...]:
+        """Mesh axes that split the rows inside of a gradient shard."""
+        return tuple(axis for axis in self.row_axes if axis not in self.shard_axes)
+
+    @property
     def storage_axes(self) -> tuple[str, ...]:
         """Mesh axes that split both the rows and some parameter."""
         specs = [s.spec for s in jax.tree.leaves(self.shardings.params)]

@@ -1,7 +1,7 @@
 """Builds the `Program` of a compiled step, from which a report is compiled."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -131,9 +131,9 @@ def _build_declared(
         accumulate=bound.spec.accumulate.micro_batches,
         compute_dtype=short_dtype(jnp.dtype(precision.compute_dtype)),
         reduce_dtype=short_dtype(jnp.dtype(precision.reduce_dtype or precision.compute_dtype)),
-        activation_bytes=_activation_bytes(bound, layout, jaxpr),
-        layers=_layers(layout),
-        choices=_choices(jaxpr),
+        activation_bytes=_activation_bytes(bound, layout, constrained),
+        layers=_dim_size("layers", leaves(layout.state.params, layout.axes)),
+        choices=_dim_size("choices", constrained),
         rules=find_unused_rules(bound, layout, constrained),
         constraints=tuple(
             Placed("activation", leaf, activations.spec(leaf.axes or ())) for leaf in constrained
@@ -149,13 +149,15 @@ def _activation_axes(bound: BoundSpec) -> tuple[str, ...]:
     return tuple(axis for axis in bound.mesh.shape if axis in split)
 
 
-def _activation_bytes(bound: BoundSpec, layout: StepLayout, jaxpr: core.ClosedJaxpr) -> int | None:
+def _activation_bytes(
+    bound: BoundSpec, layout: StepLayout, constrained: Sequence[Leaf]
+) -> int | None:
     """Bytes per device of `[batch, length, embed]`, from a constraint with these names."""
     table = bound.spec.strategy.activations
     shared = table.mesh_axes("length") if table and "length" in dict(table.table) else ()
     axes = {*layout.row_axes, *shared}
     devices = math.prod(bound.mesh.shape.get(axis, 1) for axis in axes)
-    for leaf in constraints(jaxpr.jaxpr):
+    for leaf in constrained:
         names = dict(zip(leaf.axes or (), leaf.shape, strict=True))
         if {"batch", "length", "embed"} <= names.keys() <= {"batch", "length", "embed", LANES}:
             row = names["length"] * names["embed"] * jnp.dtype(leaf.dtype).itemsize
@@ -163,18 +165,9 @@ def _activation_bytes(bound: BoundSpec, layout: StepLayout, jaxpr: core.ClosedJa
     return None
 
 
-def _choices(jaxpr: core.ClosedJaxpr) -> int | None:
-    """Size of the dim that a constraint of the model names `choices`."""
-    for leaf in constraints(jaxpr.jaxpr):
-        if leaf.axes and "choices" in leaf.axes:
-            return leaf.shape[leaf.axes.index("choices")]
-    return None
-
-
-def _layers(layout: StepLayout) -> int | None:
-    """Size of the dim that parameters name `layers`."""
-    shapes = {leaf.path: leaf.shape for leaf in leaves(layout.state.params)}
-    for path, names in layout.axes.items():
-        if "layers" in names:
-            return shapes[path][names.index("layers")]
+def _dim_size(name: str, of: Iterable[Leaf]) -> int | None:
+    """Size of the first dim with this logical axis."""
+    for leaf in of:
+        if leaf.axes and name in leaf.axes:
+            return leaf.shape[leaf.axes.index(name)]
     return None

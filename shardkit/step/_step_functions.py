@@ -10,11 +10,11 @@ import jax
 from .._core.errors import Problem, StepError, raise_all
 from .._core.precision import cast_floats
 from .._core.train_state import TrainState
-from .._core.types import Batch, Key, Params, PyTree
+from .._core.types import Batch, Params, PyTree
 from ..nn._remat import Policy, active, apply_policy, policy, regathering
 from ._bound_spec import BoundSpec
 from ._gradients import GradientFn, GradientPlan, build_gradients, match_shard_draws
-from ._layout import StepLayout, build_model_init, build_optimizer_init, count_residual_copies
+from ._layout import StepLayout
 from ._objective import Objective, build_objective
 from ._update import (
     Metrics,
@@ -69,17 +69,7 @@ class StepFunctions:
     @property
     def per_shard_accumulation(self) -> bool:
         """Whether gradients are kept apart by gradient shard."""
-        return _build_gradient_plan(self.bound, self.layout).per_shard_accumulation
-
-    def init_model(self) -> Callable[[Key], TrainState]:
-        """Builds `key → state` with `opt_state=None`."""
-        spec = self.bound.spec
-        copies = count_residual_copies(spec.strategy, self.bound.mesh)
-        return build_model_init(spec.init, spec.precision, copies)
-
-    def init_optimizer(self) -> Callable[[Params], PyTree]:
-        """Builds `params → opt_state`."""
-        return build_optimizer_init(self.bound.spec.optimizer)
+        return GradientPlan(self.bound, self.layout).per_shard_accumulation
 
     def train(self) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
         """Builds `(state, batch) → (state, metrics)`.
@@ -128,11 +118,10 @@ class StepFunctions:
         )
         if self.bound.spec.mode == "shard_map":
             return self._build_on_shards(build_shard_gradients, loss)
-        plan = _build_gradient_plan(self.bound, self.layout)
+        plan = GradientPlan(self.bound, self.layout)
         if plan.per_shard_accumulation:
-            plan = dataclasses.replace(
-                plan, draws=match_shard_draws(loss, plan, compute_params, state.model_state, batch)
-            )
+            draws = match_shard_draws(loss, plan, compute_params)
+            plan = dataclasses.replace(plan, draws=draws)
         return build_gradients(loss, plan)
 
     def _build_on_shards(self, build: Callable[..., Any], loss: Objective) -> Any:
@@ -149,20 +138,6 @@ def layer_policy(bound: BoundSpec, layout: StepLayout) -> Policy | None:
     if bound.spec.mode == "shard_map" and regathered:
         return regathering(remat_policy, regathered)
     return remat_policy
-
-
-def _build_gradient_plan(bound: BoundSpec, layout: StepLayout) -> GradientPlan:
-    return GradientPlan(
-        mesh=bound.mesh,
-        accumulate=bound.spec.accumulate,
-        precision=bound.spec.precision,
-        shard_axes=layout.shard_axes,
-        inner_axes=tuple(axis for axis in layout.row_axes if axis not in layout.shard_axes),
-        params=layout.shardings.params,
-        gradients=layout.gradients,
-        batch=layout.batch_shardings,
-        rows=layout.rows,
-    )
 
 
 def _build_objective_with_remat(bound: BoundSpec, args: tuple[PyTree, ...]) -> Objective:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -76,22 +76,15 @@ def _check_updates(updates: PyTree, params: Params) -> None:
     Raises:
       StepError: with every leaf that one of them lacks, or has in another shape.
     """
-    got, want = (
-        {p: short_type(x.shape, x.dtype) for p, x in leaves_by_path(tree, "params").items()}
-        for tree in (updates, params)
-    )
+    got, want = _leaf_types(updates, "params"), _leaf_types(params, "params")
     shapes = {path: short.partition("[")[2] for path, short in got.items()}
     problems = [
-        Problem(path, f"is {want.get(path, 'absent')}; its update {_describe_update(got, path)}")
+        Problem(path, f"is {want.get(path, 'absent')}; its update is {got.get(path, 'absent')}")
         for path in dict.fromkeys([*want, *got])
         if path not in want or shapes.get(path) != want[path].partition("[")[2]
     ]
     fix = "an optimizer whose update returns a tree like the parameters"
     raise_all(StepError, "The updates do not match the parameters.", problems, fix)
-
-
-def _describe_update(types: Mapping[str, str], path: str) -> str:
-    return f"is {types[path]}" if path in types else "is absent"
 
 
 def _constrain_update(tree: Params, shardings: PyTree | None) -> Params:
@@ -171,10 +164,7 @@ def check_state_types(before: TrainState, after: TrainState) -> None:
     Raises:
       StepError: with every leaf that changed.
     """
-    old, new = (
-        {p: short_type(x.shape, x.dtype) for p, x in leaves_by_path(state, "state").items()}
-        for state in (before, after)
-    )
+    old, new = _leaf_types(before, "state"), _leaf_types(after, "state")
     problems = [
         Problem(path, f"is {old.get(path, 'absent')} before, {new.get(path, 'absent')} after")
         for path in dict.fromkeys([*old, *new])
@@ -182,3 +172,8 @@ def check_state_types(before: TrainState, after: TrainState) -> None:
     ]
     fix = "make init and the update return the same types, or the next step would compile again"
     raise_all(StepError, "The step changes the types of the state.", problems, fix)
+
+
+def _leaf_types(tree: PyTree, name: str) -> dict[str, str]:
+    """`{path: "f32[4,8]"}` of every leaf."""
+    return {p: short_type(x.shape, x.dtype) for p, x in leaves_by_path(tree, name).items()}

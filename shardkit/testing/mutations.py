@@ -66,8 +66,8 @@ def _psum_dropped(by_lanes: Any) -> Any:
     def dropped(objective: Any, plan: Any, *args: Any) -> Any:
         own = jax.shard_map(
             lambda lanes: lanes[0],
-            mesh=plan.mesh,
-            in_specs=PartitionSpec(plan.shard_axes),
+            mesh=plan.bound.mesh,
+            in_specs=PartitionSpec(plan.layout.shard_axes),
             out_specs=PartitionSpec(),
             check_vma=False,
         )

@@ -23,8 +23,7 @@ from ..._core.types import Batch, Key, Params, PyTree, Scalar
 from ...nn._manual_axis_rules import gather, manual_axis_rules, pvary
 from .._gradients import GradientFn, LossAndGradients, LossArgs, divide_by_weight, to_f32
 from .._objective import LossOutput, Objective
-from ._buckets import reduce_gradients
-from ._compressed import GradientSum
+from ._buckets import GradientSum, reduce_gradients
 from ._loss_output import reduce_output
 from ._plan import ShardMapPlan
 
