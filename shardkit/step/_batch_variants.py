@@ -82,7 +82,7 @@ class BatchVariants:
         return variant
 
 
-def _has_type(x: Any, abstract: Any) -> bool:
+def _has_type(x: Any, abstract: jax.ShapeDtypeStruct) -> bool:
     return isinstance(x, jax.Array | np.ndarray) and (x.shape, x.dtype) == (
         abstract.shape,
         abstract.dtype,

@@ -41,7 +41,7 @@ class CompiledProgram:
     """
 
     compiled: jax.stages.Compiled
-    jaxpr: Any
+    jaxpr: core.ClosedJaxpr
     from_cache: bool
     seconds: tuple[float, float, float]
     digest: str
@@ -66,7 +66,7 @@ class CompiledProgram:
 
 def compile_program(
     run: Callable[..., Any],
-    args: tuple[Any, ...],
+    args: tuple[PyTree, ...],
     in_shardings: PyTree,
     out_shardings: PyTree,
     resolver: Resolver,
@@ -212,7 +212,8 @@ def _record_cache_hits() -> Iterator[list[str]]:
 def _disable_cache() -> Iterator[None]:
     """Turns JAX's persistent cache off in this process; it reads its setting after a reset."""
     with _CACHE_SETTING:
-        before = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
+        config: Any = jax.config  # its stubs do not list every setting
+        before = config.jax_enable_compilation_cache
         try:
             jax.config.update("jax_enable_compilation_cache", False)
             reset_cache()

@@ -200,7 +200,7 @@ def _accumulate_per_shard(
         (_, output), totals = run_shards(params, model_state, rows, keys)
         return output, _constrain_shards(to_f32(totals), plan)
 
-    def body(carry: Any, index: jax.Array) -> tuple[Any, None]:
+    def body(carry: PyTree, index: jax.Array) -> tuple[PyTree, None]:
         return jax.tree.map(jnp.add, carry, run_micro_batch(index)), None
 
     if steps == 1:

@@ -242,7 +242,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "init by device count",
         "the first state depends on the number of devices",
         ("init",),
-        ((_STEP + "_step_functions.build_model_init", _other_key),),
+        ((_STEP + "_compiled_functions.build_model_init", _other_key),),
     ),
     Mutation(
         "half an evaluation",

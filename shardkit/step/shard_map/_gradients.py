@@ -66,7 +66,7 @@ def build_local_objective(objective: Objective, plan: ShardMapPlan) -> Objective
     return map_shards(plan, local, (PartitionSpec(), _output_specs(plan)))
 
 
-def _output_specs(plan: ShardMapPlan) -> Any:
+def _output_specs(plan: ShardMapPlan) -> PyTree:
     """Specs of a `LossOutput`."""
     replicated: Any = PartitionSpec()
     return LossOutput(replicated, replicated, plan.specs[1])
@@ -106,7 +106,7 @@ def _accumulate(objective: Objective, plan: ShardMapPlan, args: LossArgs) -> Los
         output, totals = value_and_grad(rows, jax.random.fold_in(key, index))
         return output.loss, output.metrics, to_f32(totals)
 
-    def body(carry: Any, index: jax.Array) -> tuple[Any, None]:
+    def body(carry: PyTree, index: jax.Array) -> tuple[PyTree, None]:
         return jax.tree.map(jnp.add, carry, run_micro_batch(index)), None
 
     start = _zeros_of_micro_batch(run_micro_batch)
