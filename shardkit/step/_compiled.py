@@ -26,6 +26,7 @@ from ._update import Metrics
 
 if TYPE_CHECKING:
     from ..hardware import Chip
+    from ..parallel import Strategy
     from ._spec import StepSpec
 
 
@@ -50,6 +51,11 @@ class CompiledStep:
             self.program: CompiledProgram = self._variants.declared.train
         # No leaf shares a buffer in the state that was returned last; check any other state.
         self._last_state: weakref.ref[TrainState] | None = None
+
+    @property
+    def strategy(self) -> "Strategy":
+        """The strategy of the spec."""
+        return self.spec.strategy
 
     @property
     def abstract_state(self) -> TrainState:

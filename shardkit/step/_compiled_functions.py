@@ -71,7 +71,7 @@ class CompiledFunctions:
         spec, state, shardings = self._bound.spec, self.layout.state, self.layout.shardings
         residual_copies = count_residual_copies(spec.strategy, self._bound.mesh)
         model = self._compile(
-            build_model_init(spec.init, spec.precision, residual_copies),
+            build_model_init(spec, residual_copies),
             args=(state.key,),
             in_shardings=(shardings.key,),
             out_shardings=dataclasses.replace(shardings, opt_state=None),

@@ -88,24 +88,21 @@ def build_gradients(objective: Objective, plan: GradientPlan) -> GradientFn:
     return run
 
 
-def match_shard_draws(
-    objective: Objective, plan: GradientPlan, compute_params: Params
-) -> RandomDraws:
-    """Finds which draws of a loss grow with its rows, from abstract parameters.
+def match_shard_draws(objective: Objective, plan: GradientPlan, args: LossArgs) -> RandomDraws:
+    """Finds which draws of a loss grow with its rows, from abstract arguments.
 
     Raises:
       StepError: the randomness of the loss cannot be split by gradient shard.
     """
-    rows = plan.layout.rows // plan.micro_batches
-    state, batch = plan.layout.state, plan.layout.batch
+    params, model_state, batch, key = args
 
-    def args_with(rows: int) -> tuple[PyTree, ...]:
+    def args_with(rows: int) -> LossArgs:
         def cut(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) if x.shape else x
 
-        return compute_params, state.model_state, jax.tree.map(cut, batch), state.key
+        return params, model_state, jax.tree.map(cut, batch), key
 
-    n = plan.num_shards
+    rows, n = plan.layout.rows // plan.micro_batches, plan.num_shards
     return match_draws(objective, n, args_with(rows // n), args_with(rows))
 
 

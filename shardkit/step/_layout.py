@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .._core.errors import Problem, ShardingError, count, raise_all
-from .._core.precision import Precision, cast_floats
+from .._core.precision import cast_floats
 from .._core.train_state import TrainState
 from .._core.tree import Leaf, join_path, leaves, path_str
 from .._core.types import Batch, Key, Params, PyTree, Variables, WithAxes
@@ -74,37 +74,30 @@ class StepLayout:
         return tuple(axis for axis in self.row_axes if axis in split)
 
 
-def build_model_init(
-    init: Callable[[Key], PyTree], precision: Precision, residual_copies: int = 0
-) -> Callable[[Key], TrainState]:
+def build_model_init(spec: "StepSpec", residual_copies: int = 0) -> Callable[[Key], TrainState]:
     """Builds `key → TrainState` with `opt_state=None`.
 
     Args:
-      init: `key → params` or `key → Variables`.
-      precision: dtype of the parameters.
+      spec: the step.
       residual_copies: devices that keep residuals of gradient compression; 0 for none.
     """
 
     def run(key: Key) -> TrainState:
         init_key, step_key = jax.random.split(key)
-        return _assemble_state(init(init_key), None, step_key, precision, residual_copies)
+        return _assemble_state(spec, spec.init(init_key), step_key, residual_copies)
 
     return run
 
 
 def _assemble_state(
-    initial: PyTree,
-    optimizer: optax.GradientTransformation | None,
-    key: Key,
-    precision: Precision,
-    residual_copies: int,
+    spec: "StepSpec", initial: PyTree, key: Key, residual_copies: int
 ) -> TrainState:
-    """The first state of what `init` returned; without an optimizer, with `opt_state=None`."""
+    """The state, as yet without `opt_state`, of what `init` returned."""
     variables = _to_variables(initial)
     bare = jax.tree.map(
         lambda x: x.value if _has_axes(x) else x, variables.params, is_leaf=_has_axes
     )
-    params = cast_floats(jax.tree.map(jnp.asarray, bare), precision.param_dtype)
+    params = cast_floats(jax.tree.map(jnp.asarray, bare), spec.precision.param_dtype)
     model_state = variables.model_state
     if residual_copies:
         zeros = jax.tree.map(lambda p: jnp.zeros((residual_copies, *p.shape), jnp.float32), params)
@@ -112,7 +105,7 @@ def _assemble_state(
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=build_optimizer_init(optimizer)(params) if optimizer is not None else None,
+        opt_state=None,
         model_state=model_state,
         key=key,
         halted=jnp.zeros((), jnp.bool),
@@ -140,7 +133,9 @@ def abstract_state(spec: "StepSpec", residual_copies: int = 0) -> AbstractState:
     def run(key: Key) -> TrainState:
         initial = spec.init(key)
         names.update(_collect_axes(_to_variables(initial).params))
-        return _assemble_state(initial, spec.optimizer, key, spec.precision, residual_copies)
+        state = _assemble_state(spec, initial, key, residual_copies)
+        opt_state = build_optimizer_init(spec.optimizer)(state.params)
+        return dataclasses.replace(state, opt_state=opt_state)
 
     return jax.eval_shape(run, jax.eval_shape(lambda: jax.random.key(0))), names
 

@@ -10,10 +10,10 @@ import jax
 from .._core.errors import Problem, StepError, raise_all
 from .._core.precision import cast_floats
 from .._core.train_state import TrainState
-from .._core.types import Batch, Params, PyTree
+from .._core.types import Batch, Params
 from ..nn._remat import Policy, active, apply_policy, policy, regathering
 from ._bound_spec import BoundSpec
-from ._gradients import GradientFn, GradientPlan, build_gradients, match_shard_draws
+from ._gradients import GradientFn, GradientPlan, LossArgs, build_gradients, match_shard_draws
 from ._layout import StepLayout
 from ._objective import Objective, build_objective
 from ._update import (
@@ -50,12 +50,13 @@ class StepFunctions:
         Raises:
           StepError: naming each function that uses a key twice, which draws equal numbers.
         """
-        spec, state = self.bound.spec, self.layout.state
-        compute_params = jax.eval_shape(self._to_compute_params, state.params)
-        loss_args = (compute_params, state.model_state, self.layout.batch, state.key)
-        loss = build_objective(spec.loss_fn, self.bound.mesh)
+        loss = build_objective(self.bound.spec.loss_fn, self.bound.mesh)
+        functions = (
+            ("init", self.bound.spec.init, (self.layout.state.key,)),
+            ("loss_fn", loss, self._loss_args),
+        )
         problems = []
-        for name, run, args in (("init", spec.init, (state.key,)), ("loss_fn", loss, loss_args)):
+        for name, run, args in functions:
             try:
                 with jax.debug_key_reuse(True):
                     # The checker runs only on what is traced for a jit, which caches by identity.
@@ -111,23 +112,26 @@ class StepFunctions:
           StepError: the loss does not return what a step can use, or draws randomness that
             cannot be split by gradient shard.
         """
-        state, batch = self.layout.state, self.layout.batch
-        compute_params = jax.eval_shape(self._to_compute_params, state.params)
-        loss = _build_objective_with_remat(
-            self.bound, (compute_params, state.model_state, batch, state.key)
-        )
+        loss = build_objective(self.bound.spec.loss_fn, self.bound.mesh)
+        # Checkpoints the loss as a whole if it marks no layers with `sk.remat`.
+        loss = apply_policy(loss, policy(self.bound.spec.strategy.remat), *self._loss_args)
         if self.bound.spec.mode == "shard_map":
             return self._build_on_shards(build_shard_gradients, loss)
         plan = GradientPlan(self.bound, self.layout)
         if plan.per_shard_accumulation:
-            draws = match_shard_draws(loss, plan, compute_params)
-            plan = dataclasses.replace(plan, draws=draws)
+            plan = dataclasses.replace(plan, draws=match_shard_draws(loss, plan, self._loss_args))
         return build_gradients(loss, plan)
 
     def _build_on_shards(self, build: Callable[..., Any], loss: Objective) -> Any:
-        compute_params = jax.eval_shape(self._to_compute_params, self.layout.state.params)
         with active(layer_policy(self.bound, self.layout)):
-            return build(self.bound, self.layout, loss, compute_params)
+            return build(self.bound, self.layout, loss, self._loss_args)
+
+    @functools.cached_property
+    def _loss_args(self) -> LossArgs:
+        """Abstract arguments of the loss, with the rows of the global batch."""
+        state = self.layout.state
+        compute_params = jax.eval_shape(self._to_compute_params, state.params)
+        return compute_params, state.model_state, self.layout.batch, state.key
 
 
 def layer_policy(bound: BoundSpec, layout: StepLayout) -> Policy | None:
@@ -138,9 +142,3 @@ def layer_policy(bound: BoundSpec, layout: StepLayout) -> Policy | None:
     if bound.spec.mode == "shard_map" and regathered:
         return regathering(remat_policy, regathered)
     return remat_policy
-
-
-def _build_objective_with_remat(bound: BoundSpec, args: tuple[PyTree, ...]) -> Objective:
-    """The loss; checkpointed as a whole if it marks no layers with `sk.remat`."""
-    loss = build_objective(bound.spec.loss_fn, bound.mesh)
-    return apply_policy(loss, policy(bound.spec.strategy.remat), *args)

@@ -12,7 +12,7 @@ from ..._core.types import Accumulate, Batch, Key, Params, PyTree
 from ...nn._manual_axis_rules import pvary
 from .._activations import Activations
 from .._bound_spec import BoundSpec
-from .._gradients import GradientFn
+from .._gradients import GradientFn, LossArgs
 from .._layout import StepLayout
 from .._objective import Objective
 from ._gradients import build_local_gradients, build_local_objective, gather_params, map_shards
@@ -21,18 +21,18 @@ from ._problems import check_supported
 
 
 def build_shard_gradients(
-    bound: BoundSpec, layout: StepLayout, objective: Objective, compute_params: Params
+    bound: BoundSpec, layout: StepLayout, objective: Objective, args: LossArgs
 ) -> GradientFn:
     """Builds the gradients of a loss; see `plan_shards`."""
-    plan = plan_shards(bound, layout, objective, compute_params, bound.spec.accumulate)
+    plan = plan_shards(bound, layout, objective, args, bound.spec.accumulate)
     return build_local_gradients(objective, plan)
 
 
 def build_shard_objective(
-    bound: BoundSpec, layout: StepLayout, objective: Objective, compute_params: Params
+    bound: BoundSpec, layout: StepLayout, objective: Objective, args: LossArgs
 ) -> Objective:
     """Builds a loss of the whole batch, without micro-batches or gradients; see `plan_shards`."""
-    plan = plan_shards(bound, layout, objective, compute_params, Accumulate())
+    plan = plan_shards(bound, layout, objective, args, Accumulate())
     return build_local_objective(objective, plan)
 
 
@@ -40,7 +40,7 @@ def plan_shards(
     bound: BoundSpec,
     layout: StepLayout,
     objective: Objective,
-    compute_params: Params,
+    args: LossArgs,
     accumulate: Accumulate,
 ) -> ShardMapPlan:
     """Plans how a loss runs on shards.
@@ -49,7 +49,7 @@ def plan_shards(
       bound: the spec and its mesh.
       layout: every sharding.
       objective: the loss.
-      compute_params: abstract parameters in the compute dtype.
+      args: abstract arguments of the loss, with the rows of the global batch.
       accumulate: micro-batches.
 
     Raises:
@@ -57,7 +57,6 @@ def plan_shards(
       StepError: `shard_map` mode does not support the spec or the model.
     """
     check_supported(bound, layout)
-    args = (compute_params, layout.state.model_state, layout.batch, layout.state.key)
     whole = jax.make_jaxpr(objective)(*args)
     rules = bound.spec.strategy.activations
     Activations(bound.mesh, rules, layout.row_axes).check(whole)
@@ -66,7 +65,7 @@ def plan_shards(
 
 
 def _match_draws(
-    objective: Objective, plan: ShardMapPlan, args: tuple[PyTree, ...], whole: core.ClosedJaxpr
+    objective: Objective, plan: ShardMapPlan, args: LossArgs, whole: core.ClosedJaxpr
 ) -> RandomDraws:
     """Finds which draws of a loss grow with its rows and with their length.
 
@@ -79,7 +78,7 @@ def _match_draws(
     Args:
       objective: the loss.
       plan: without draws.
-      args: abstract `(params, model_state, batch, key)`, with the rows of the global batch.
+      args: abstract arguments, with the rows of the global batch.
       whole: the loss traced on whole arrays; one without draws is not traced again.
 
     Raises:
