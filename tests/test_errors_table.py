@@ -167,7 +167,7 @@ def test_donated_array_read_later_is_named_wherever_the_toolkit_sees_it(step, tm
         text = text_of(
             sk.errors.StateError, lambda call=call: call({"x": state.params["head"]["kernel"]})
         )
-        assert "The step got a batch that is gone." in text
+        assert "The batch was donated." in text
         assert "batch  x: donated to an earlier step" in text
     text = text_of(sk.errors.StateError, lambda: sk.Checkpointer(tmp_path / "run").save(1, state))
     assert "A state that is gone cannot be saved." in text
@@ -204,7 +204,7 @@ def test_a_batch_on_other_devices_names_the_leaf_and_both_places(step):
     text = text_of(sk.errors.BatchError, lambda: step(state, {"x": away}))
     assert "batch/x" in text
     assert "is committed to 1 device; the step has it as P('data'" in text
-    assert "pass host numpy, or step.put(batch)" in text
+    assert "pass host numpy, or step.shard_batch(batch)" in text
 
 
 def test_an_argument_laid_out_otherwise_names_the_leaf_and_both_specs(step, mesh):
@@ -288,7 +288,7 @@ def test_axis_typo_of_a_collective_in_a_loss_on_shards(mesh, collective):
     rules = {"**": sk.REPLICATED}
     loss = sk.ShardMapLoss(misspelt, loss_fn)
     text = text_of(sk.errors.StepError, lambda: compiled(mesh, rules, loss=loss, mode="shard_map"))
-    assert "The loss names a mesh axis that is not there." in text
+    assert "The loss names a mesh axis that does not exist." in text
     assert f"{collective.__name__}(..., 'dat')" in text
     assert "the mesh has data=2, model=4. Did you mean 'data'?" in text
     assert "Fix: one of 'data', 'model'" in text
@@ -317,7 +317,7 @@ def test_axis_typo_in_a_shard_map_of_the_users_own(mesh, row):
     text = text_of(
         sk.errors.StepError, lambda: compiled(mesh, {"**": sk.REPLICATED}, loss=misspelt)
     )
-    assert "The loss names a mesh axis that is not there." in text
+    assert "The loss names a mesh axis that does not exist." in text
     assert f"{call}  the mesh has data=2, model=4. Did you mean 'data'?" in text
 
 
@@ -366,8 +366,8 @@ def test_recompile_for_another_form_of_the_batch_warns_once_and_trains_on(lenien
         placed = lenient.shard_batch({"x": x})
     text = str(told[0].message)
     assert text.startswith(
-        f"The step is compiled for another form of its batch, which makes {before + 1}.\n"
-        f"  batch/x  changed its {expected}\nFix: batches of one form: pad them"
+        f"The step compiles another batch variant; it now has {before + 1}.\n"
+        f"  batch/x  changed its {expected}\nFix: pad all batches alike"
     )
     assert told[0].filename == __file__
     state, metrics = lenient(state, placed)
@@ -466,7 +466,7 @@ def test_another_shape_is_an_error_where_that_is_declared(step):
     state = step.init(jax.random.key(0))
     text = text_of(sk.errors.BatchError, lambda: step(state, {"x": X[:4]}))
     assert "is f32[4,10]; the step was compiled for f32[8,10]" in text
-    assert "feed the declared shapes, or compile_step again" in text
+    assert "pass the declared shapes, or compile_step again" in text
 
 
 @pytest.mark.parametrize("key", [0, np.uint32([0, 0])])

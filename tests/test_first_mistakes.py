@@ -87,7 +87,7 @@ def test_put_takes_a_batch_from_anywhere(step, mesh):
     elsewhere = {"x": jax.device_put(BATCH["x"], jax.devices()[3])}
     assert step.shard_batch(elsewhere)["x"].sharding.spec == P("data")
     with pytest.raises(
-        sk.errors.BatchError, match=r"committed to 1 device[\s\S]*step\.put\(batch\)"
+        sk.errors.BatchError, match=r"committed to 1 device[\s\S]*step\.shard_batch\(batch\)"
     ):
         step(step.init(jax.random.key(0)), elsewhere)
 

@@ -243,7 +243,7 @@ except KeyError:
 check()
 """
 INHERITED = """
-_stderr._PATIENCE = 0.2
+_stderr._DRAIN_TIMEOUT = 0.2
 with copied_stderr() as said:
     print_to_2("a")
     heir = subprocess.Popen(["sh", "-c", "sleep 1; echo later >&2"], stdout=subprocess.DEVNULL)

@@ -227,11 +227,11 @@ def test_a_weight_that_is_not_summed_beside_a_total_that_is():
 
 def test_an_ordinary_loss_cannot_have_its_weights_split_over_what_splits_no_rows():
     text = message_of(sk.errors.StepError, strategy=SPLIT, mesh={"data": 2, "tensor": 4})
-    assert 'mode="shard_map" cannot carry this out on mesh (data=2, tensor=4).' in text
+    assert 'mode="shard_map" does not support this step on mesh (data=2, tensor=4).' in text
     assert "params/down f32[16,8]" in text
     assert "params/up f32[8,16]" in text
     assert "dim 1 is split over 'tensor', which splits neither rows nor products" in text
-    assert "Fix: sk.ShardMapLoss(loss, plain)" in text
+    assert "Fix: sk.ShardMapLoss(local, reference)" in text
 
 
 def test_a_model_that_marks_nothing_cannot_be_split_by_name():
@@ -267,7 +267,7 @@ def test_what_explicit_collectives_cannot_do_is_said_at_once():
         sk.errors.StepError, strategy=strategy, mesh={"data": 2, "tensor": 4}, loss=stateful
     )
     assert "loss_fn" in text
-    assert "carries mutable state, which would be that of one device's rows" in text
+    assert "has mutable state, which would depend on one device's rows alone" in text
     assert "context parallelism  over mesh axis 'data' is left to the partitioner" in text
     assert "batch/x f32[16,8]" in text
     assert "is split over 'tensor' beyond its rows" in text
@@ -418,7 +418,7 @@ def test_gradients_scattered_over_one_axis_are_compressed_over_a_slow_one():
 def test_compression_is_refused_where_it_cannot_be():
     with pytest.raises(sk.errors.StepError) as raised:
         compressed().replace(mode="auto")
-    assert "sums gradients over 'data' itself, which the partitioner does here" in str(raised.value)
+    assert "sums gradients over 'data' itself; here the partitioner sums them" in str(raised.value)
     text = message_of(
         sk.errors.StepError,
         strategy=dataclasses.replace(data(), compression=sk.GradientCompression("dat")),
@@ -436,10 +436,10 @@ def test_a_slice_of_the_length_draws_its_part():
         2, ((("bits", (2, 3, 3)), 0),), length_shards=2, length_dims=((("bits", (2, 3, 3)), 1),)
     )
     key, whole = jax.random.key(3), jax.random.bits(jax.random.key(3), (4, 6, 3))
-    for lane, cut in np.ndindex(2, 2):
-        own = part_keys(jax.random.key_data(key), draws, lane, 0, cut)
+    for shard, cut in np.ndindex(2, 2):
+        own = part_keys(jax.random.key_data(key), draws, shard, 0, cut)
         found = jax.random.bits(own, (2, 3, 3))
-        wanted = whole[2 * lane : 2 * lane + 2, 3 * cut : 3 * cut + 3]
+        wanted = whole[2 * shard : 2 * shard + 2, 3 * cut : 3 * cut + 3]
         np.testing.assert_array_equal(found, wanted)
 
 

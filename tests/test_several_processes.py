@@ -93,7 +93,7 @@ def test_two_processes_compute_save_and_restore_what_one_does(alone, launched):
 
     # Who feeds other rows than its own is told which.
     for process in range(2):
-        share = f"process {process} must feed 4 rows (8 global / 2), got 3"
+        share = f"process {process} must pass 4 rows (8 global / 2), got 3"
         assert f"batch/inputs   {share}" in told[process]["refused"]
 
 

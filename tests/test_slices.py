@@ -11,7 +11,7 @@ from shardkit.parallel import strategies
 from shardkit.report import PlacedLeaf, Program, Report, read_ledger
 from shardkit.report._program import Declarations
 from shardkit.report.communication._links import Links
-from shardkit.step._report import _dcn
+from shardkit.step._report import _dcn_axes
 
 from ._programs import recorded
 
@@ -197,4 +197,4 @@ def test_slices_are_counted_along_each_axis():
     class Grid:
         devices, axis_names = grid, ("x", "y")
 
-    assert _dcn(Grid) == (("x", 2), ("y", 2))
+    assert _dcn_axes(Grid) == (("x", 2), ("y", 2))

@@ -1,4 +1,4 @@
-"""What a step tells of its own declaration: names, dead rules, and the optimizer's arithmetic."""
+"""What the report of a step says about its declaration: names, unused rules, moments."""
 
 import jax
 import jax.numpy as jnp

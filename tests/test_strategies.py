@@ -90,7 +90,14 @@ def test_every_leaf_has_the_documented_spec(name):
     strategy, sizes = CASES[name]
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), BATCH)
     mesh = mesh_of(sizes)
-    layout = resolve_layout(MODEL.init, optax.sgd(0.1), batch, mesh, strategy, sk.Precision(), 1)
+    spec = sk.StepSpec(
+        loss_fn=MODEL.loss_fn,
+        optimizer=optax.sgd(0.1),
+        init=MODEL.init,
+        batch=batch,
+        strategy=strategy,
+    )
+    layout = resolve_layout(spec, mesh)
     found = {path: s.spec for path, s in by_path(layout.shardings.params).items()}
     assert found.keys() == SPECS[name].keys()
     assert not {path: spec for path, spec in found.items() if not same(spec, SPECS[name][path])}

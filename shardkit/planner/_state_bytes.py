@@ -12,7 +12,7 @@ from .._core.tree import nbytes
 from .._core.types import Accumulate, PyTree
 from ..parallel import DeviceBytes, Kind, axes_splitting, weighed_kinds
 from ..rules import axes_of
-from ..step import Layout
+from ..step import StepLayout
 from ._costs import EXPERTS, LENGTH, PIPE
 from ._space import make_strategy, split_axes
 from ._trace import TracedModel
@@ -116,7 +116,7 @@ def count_row_shards(sizes: Mapping[str, int]) -> int:
     return math.prod(sizes.get(axis, 1) for axis in axes_splitting("rows"))
 
 
-def count_state_bytes(layout: Layout, kinds: tuple[Kind, ...]) -> StateBytes:
+def count_state_bytes(layout: StepLayout, kinds: tuple[Kind, ...]) -> StateBytes:
     """Exact bytes from the resolved shardings of a layout."""
     arrays, shardings = layout.state, layout.shardings
     names = ("params", "opt_state", "model_state")

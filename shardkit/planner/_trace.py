@@ -13,7 +13,14 @@ from .._core.types import Batch, Key, Params, PyTree
 from ..nn._remat import apply_policy, parse_policy, use_policy
 from ..parallel import Strategy
 from ..rules import axes_of
-from ..step import Abstract, Layout, StepSpec, abstract_state, objective, resolve_layout
+from ..step import (
+    AbstractState,
+    StepLayout,
+    StepSpec,
+    abstract_state,
+    build_objective,
+    resolve_layout,
+)
 from ._costs import CostLog
 from ._dataflow import Dims, find_dim_sizes
 from ._program import FlatProgram, flatten_jaxpr
@@ -40,13 +47,13 @@ class TracedModel:
     """
 
     spec: StepSpec
-    abstract: Abstract
+    abstract: AbstractState
     programs: dict[tuple[str, bool], FlatProgram] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, spec: StepSpec) -> "TracedModel":
         """Traces `init` and the optimizer."""
-        return cls(spec, abstract_state(spec.init, spec.optimizer, spec.precision, 0))
+        return cls(spec, abstract_state(spec))
 
     def with_length(self, lengths: Container[int], factor: float) -> "TracedModel | None":
         """The same model for rows of another length.
@@ -69,21 +76,17 @@ class TracedModel:
             return None
         return dataclasses.replace(self, spec=self.spec.replace(batch=batch), programs={})
 
-    def layout(self, sizes: Mapping[str, int], strategy: Strategy, steps: int = 1) -> Layout:
+    def layout(self, sizes: Mapping[str, int], strategy: Strategy, steps: int = 1) -> StepLayout:
         """Resolves every rule of a strategy on a mesh of these sizes.
 
         Raises:
           ShardingError: with everything that does not fit.
         """
-        spec = self.spec
         return resolve_layout(
-            init=spec.init,
-            optimizer=spec.optimizer,
-            batch=spec.batch,
-            mesh=abstract_mesh(sizes),
+            self.spec,
+            abstract_mesh(sizes),
             strategy=strategy,
-            precision=spec.precision,
-            steps=steps,
+            micro_batches=steps,
             abstract=self.abstract,
         )
 
@@ -103,7 +106,7 @@ class TracedModel:
         """The regions that the loss marks."""
         spec, (state, _) = self.spec, self.abstract
         with probe_regions():
-            loss = jax.make_jaxpr(objective(spec.loss_fn))(
+            loss = jax.make_jaxpr(build_objective(spec.loss_fn))(
                 self._compute_params(), state.model_state, spec.batch, state.key
             )
         return MarkedRegions.of(loss.jaxpr)
@@ -111,7 +114,7 @@ class TracedModel:
     def gradient_jaxpr(self, remat: str) -> ClosedJaxpr:
         """The gradient of the loss under a remat policy, as JAX traces it."""
         spec, (state, _) = self.spec, self.abstract
-        loss, named = objective(spec.loss_fn), parse_policy(remat)
+        loss, named = build_objective(spec.loss_fn), parse_policy(remat)
 
         def run(params: Params, model_state: PyTree, batch: Batch, key: Key) -> PyTree:
             params = cast_floats(params, spec.precision.compute_dtype)
@@ -154,7 +157,7 @@ class StepCosts:
 
 def propagate_step(
     flat: FlatProgram,
-    layout: Layout,
+    layout: StepLayout,
     strategy: Strategy,
     *,
     tile_width: int = 1,

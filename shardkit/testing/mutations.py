@@ -66,19 +66,19 @@ def _psum_dropped(by_lanes: Any) -> Any:
     def dropped(objective: Any, plan: Any, *args: Any) -> Any:
         own = jax.shard_map(
             lambda lanes: lanes[0],
-            mesh=plan.mesh,
-            in_specs=PartitionSpec(plan.axes),
+            mesh=plan.bound.mesh,
+            in_specs=PartitionSpec(plan.layout.shard_axes),
             out_specs=PartitionSpec(),
             check_vma=False,
         )
-        reduce_lanes = _gradients.reduce_lanes
+        reduce_shards = _gradients.reduce_shards
 
         def reduce(totals: Any, dtype: Any) -> Any:
             leaves, structure = jax.tree.flatten(totals)
-            reduced = structure.flatten_up_to(reduce_lanes(totals, dtype))
+            reduced = structure.flatten_up_to(reduce_shards(totals, dtype))
             return structure.unflatten([own(leaves[0].astype(dtype)), *reduced[1:]])
 
-        with mock.patch.object(_gradients, "reduce_lanes", reduce):
+        with mock.patch.object(_gradients, "reduce_shards", reduce):
             return by_lanes(objective, plan, *args)
 
     return dropped
@@ -166,7 +166,7 @@ def _compiling(put_batch: Any) -> Any:
 
 
 _STEP = "shardkit.step."
-_PER_WEIGHT, _MEAN = _STEP + "_gradients.per_weight", _STEP + "_objective.as_mean"
+_PER_WEIGHT, _MEAN = _STEP + "_gradients.divide_by_weight", _STEP + "_objective.to_mean"
 
 MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
@@ -182,7 +182,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "psum dropped",
         "devices keep their own gradient of the first leaf",
         ("gradients", "copies"),
-        ((_STEP + "_gradients._by_lanes", _psum_dropped),),
+        ((_STEP + "_gradients._accumulate_per_shard", _psum_dropped),),
     ),
     Mutation(
         "weights ignored",
@@ -206,7 +206,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "norm of a shard",
         "the gradient norm misses half of each leaf",
         ("grad_norm",),
-        ((_STEP + "_update._metrics", _norm_of_a_shard),),
+        ((_STEP + "_update._collect_metrics", _norm_of_a_shard),),
     ),
     Mutation(
         "key not folded",
@@ -218,7 +218,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "one mask",
         "every lane draws the first lane's noise",
         ("gradients",),
-        ((_STEP + "_gradients.lane_keys", _first_lane_only),),
+        ((_STEP + "_gradients.per_shard_keys", _first_lane_only),),
     ),
     Mutation(
         "moments replicated",
@@ -242,13 +242,13 @@ MUTATIONS: tuple[Mutation, ...] = (
         "init by device count",
         "the first state depends on the number of devices",
         ("init",),
-        ((_STEP + "_functions.initial_state", _other_key),),
+        ((_STEP + "_compiled_functions.build_model_init", _other_key),),
     ),
     Mutation(
         "half an evaluation",
         "an evaluation sees half of the rows",
         ("evaluate",),
-        ((_STEP + "_functions.evaluation_step", _half_the_rows),),
+        ((_STEP + "_step_functions.build_eval_step", _half_the_rows),),
     ),
     Mutation(
         "compiles again",
