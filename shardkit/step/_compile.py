@@ -124,7 +124,12 @@ def compile_program(
             results = core.jaxpr_as_fun(traced.jaxpr)(*jax.tree.leaves(args))
             return jax.tree.unflatten(jax.tree.structure(traced.out_info), results)
 
-        with no_ambient_mesh(), use_resolver(resolver), _disable_cache(), copied_stderr() as printed:
+        with (
+            no_ambient_mesh(),
+            use_resolver(resolver),
+            _disable_cache(),
+            copied_stderr() as printed,
+        ):
             trace(replay).lower().compile(compiler_options=compiler_options)
         return printed.text
 

@@ -272,7 +272,7 @@ def _collect_axes(params: PyTree) -> dict[str, tuple[str | None, ...]]:
 def _resolve_rule(
     rule: Rule, of: Sequence[Leaf], sizes: Mapping[str, int], tree: str, problems: list[Problem]
 ) -> dict[str, PartitionSpec]:
-    specs, failures = collect(rule, of, sizes, what=f"leaves of {tree}")
+    specs, failures = resolve_all(rule, of, sizes, what=f"leaves of {tree}")
     problems += _name_tree(tree, of, advise(failures, sizes))
     return specs
 

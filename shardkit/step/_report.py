@@ -68,17 +68,19 @@ def _first_line_along(grid: np.ndarray, dim: int) -> np.ndarray:
     return np.moveaxis(grid, dim, 0).reshape(grid.shape[dim], -1)[:, 0]
 
 
-def list_arguments(bound: BoundSpec, layout: StepLayout) -> Iterator[Placed]:
+def list_arguments(bound: BoundSpec, layout: StepLayout) -> Iterator[PlacedLeaf]:
     """The arguments of `(state, batch)` in the executable's order."""
     state, shardings, strategy = layout.state, layout.shardings, bound.spec.strategy
-    explicit_params = _explicit_paths(strategy.params, leaves(state.params, layout.axes), bound)
-    moments = _explicit_paths(strategy.opt_state, leaves(state.opt_state), bound)
+    explicit_params = _explicit_paths(
+        strategy.params, list_leaves(state.params, layout.axes), bound
+    )
+    moments = _explicit_paths(strategy.opt_state, list_leaves(state.opt_state), bound)
     moments |= {
         leaf.path
-        for leaf in leaves(state.opt_state)
+        for leaf in list_leaves(state.opt_state)
         if any(ends_path(leaf.path, path) for path in explicit_params)
     }
-    model_state = _explicit_paths(strategy.model_state, leaves(state.model_state), bound)
+    model_state = _explicit_paths(strategy.model_state, list_leaves(state.model_state), bound)
     parts = (
         ("rest", {"step": state.step}, shardings.step, set()),
         ("params", state.params, shardings.params, explicit_params),
@@ -90,9 +92,9 @@ def list_arguments(bound: BoundSpec, layout: StepLayout) -> Iterator[Placed]:
     names = {"params": layout.axes, "opt_state": _moment_axes(layout)}
     for part, tree, placed, explicit in parts:
         named = names.get(part)
-        for leaf, sharding in zip(leaves(tree, named), jax.tree.leaves(placed), strict=True):
+        for leaf, sharding in zip(list_leaves(tree, named), jax.tree.leaves(placed), strict=True):
             whole = leaf.path in explicit or leaf.nbytes < _SMALL
-            yield Placed(part, leaf, sharding.spec, donated=True, meant_whole=whole)
+            yield PlacedLeaf(part, leaf, sharding.spec, donated=True, declared_replicated=whole)
     placed = jax.tree.leaves(layout.batch_shardings)
     for leaf, sharding in zip(list_leaves(layout.batch), placed, strict=True):
         yield PlacedLeaf("batch", leaf, sharding.spec)
@@ -100,7 +102,7 @@ def list_arguments(bound: BoundSpec, layout: StepLayout) -> Iterator[Placed]:
 
 def _moment_axes(layout: StepLayout) -> dict[str, tuple[str | None, ...]]:
     """Logical axes of optimizer state: those of the parameter with its shape and path suffix."""
-    parameters = leaves(layout.state.params, layout.axes)
+    parameters = list_leaves(layout.state.params, layout.axes)
     return {
         leaf.path: own.axes
         for own in sorted(parameters, key=lambda own: len(own.path))
@@ -114,29 +116,30 @@ def _explicit_paths(rule: Rule | None, of: list[Leaf], bound: BoundSpec) -> set[
     if rule is None:
         return set()
     sizes = dict(bound.mesh.shape)
-    sources = {leaf.path: place(rule, leaf, sizes).source for leaf in of}
+    sources = {leaf.path: place_leaf(rule, leaf, sizes).source for leaf in of}
     explicit = ("REPLICATED", "PathRules")
     return {path for path, source in sources.items() if source.startswith(explicit)}
 
 
 def _build_declared(
-    bound: BoundSpec, layout: StepLayout, jaxpr: core.ClosedJaxpr, placed: Sequence[Placed]
-) -> Declared:
+    bound: BoundSpec, layout: StepLayout, jaxpr: core.ClosedJaxpr, placed: Sequence[PlacedLeaf]
+) -> Declarations:
     strategy, precision = bound.spec.strategy, bound.spec.precision
     activations = Activations(bound.mesh, strategy.activations, layout.shard_axes)
     constrained = list(dict.fromkeys(constraints(jaxpr.jaxpr)))
-    return Declared(
+    return Declarations(
         kinds=strategy.kinds,
         by_specs=kinds_by_specs(bound.mesh.shape, placed, strategy.kinds),
         accumulate=bound.spec.accumulate.micro_batches,
         compute_dtype=short_dtype(jnp.dtype(precision.compute_dtype)),
         reduce_dtype=short_dtype(jnp.dtype(precision.reduce_dtype or precision.compute_dtype)),
         activation_bytes=_activation_bytes(bound, layout, constrained),
-        layers=_dim_size("layers", leaves(layout.state.params, layout.axes)),
+        layers=_dim_size("layers", list_leaves(layout.state.params, layout.axes)),
         choices=_dim_size("choices", constrained),
         rules=find_unused_rules(bound, layout, constrained),
         constraints=tuple(
-            Placed("activation", leaf, activations.spec(leaf.axes or ())) for leaf in constrained
+            PlacedLeaf("activation", leaf, activations.spec(leaf.axes or ()))
+            for leaf in constrained
         ),
         activation_axes=_activation_axes(bound),
     )

@@ -63,7 +63,11 @@ def full_accumulate(declared: int | Accumulate) -> Accumulate:
     return declared if isinstance(declared, Accumulate) else Accumulate(declared)
 
 
-_STRATEGY_FIELDS = {"accumulate": full_accumulate, "remat": parse_policy, "precision": parse_precision}
+_STRATEGY_FIELDS = {
+    "accumulate": full_accumulate,
+    "remat": parse_policy,
+    "precision": parse_precision,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
