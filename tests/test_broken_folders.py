@@ -172,7 +172,7 @@ def test_only_the_first_of_several_processes_shows_and_tells_others(tmp_path, st
             pass
 
     config = sk.TrainConfig(loggers=("tensorboard",), profile="2:3")
-    mute = trainer(tmp_path / "run", step, config=config, peers=Second())
+    mute = trainer(tmp_path / "run", step, config=config, process_group=Second())
     assert (mute.console.quiet, mute.config.loggers, mute.config.profile) == (True, (), None)
     loud = trainer(tmp_path / "run", step, config=config)
     assert (loud.console.quiet, loud.config) == (False, config)

@@ -171,7 +171,7 @@ def test_the_command_line_replays_what_its_run_left(tmp_path, capsys, monkeypatc
     (tmp_path / "text.txt").write_bytes(bytes(range(97, 123)) * 60)
     sizes = {"embed": 8, "layers": 1, "heads": 2, "mlp": 16, "kv_heads": 2}
     words = [f"model.{name}={size}" for name, size in sizes.items()]
-    words += ["data.path=text.txt", "data.held_out=0.3"]
+    words += ["data.path=text.txt", "data.validation_fraction=0.3"]
     words += [
         "data.seq_len=8",
         "optimizer.name=sgd",

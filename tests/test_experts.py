@@ -234,7 +234,7 @@ MISTAKES = {
     ),
     "none": ({"capacity_factor": 1.0}, "the decoder has no experts", "experts=8"),
     "shared": ({"experts": 4, "shared_experts": -1}, "at least 0", "shared_experts=0"),
-    "experts": ({"experts": 0}, "experts=0  must be an integer of at least 1", "experts=1"),
+    "experts": ({"experts": 0}, "experts=0  must be at least 1", "experts=1"),
 }
 
 

@@ -21,9 +21,9 @@ def run(arguments: argparse.Namespace) -> int:
         fix = "--set devices=local on their machine, or --set devices=cpu:8 with a small mesh"
         problem = Problem(f"devices={config.devices}", why, fix)
         raise MeshError(format_problems("There is nothing to train on.", [problem]))
-    with distributed(step_timeout=config.train.step_timeout) as peers:
+    with distributed(step_timeout=config.train.step_timeout) as process_group:
         record = to_record(config)
-        peers.agree("config", config=record, versions=package_versions())
+        process_group.agree("config", config=record, versions=package_versions())
         train(
             name=config.name,
             model=config.model,
@@ -34,6 +34,6 @@ def run(arguments: argparse.Namespace) -> int:
             loop=config.train,
             record=record,
             compiling=config.compile.arguments,
-            peers=peers,
+            process_group=process_group,
         )
     return 0
