@@ -3,7 +3,7 @@
     shardkit train configs/nano_moe.py
 
 Expect a minute or two on 2 cores, most of it compiling. Each token chooses 2 of 8 experts, which
-live on 2 devices; their way there and back stands in `shardkit explain` as two
+live on 2 devices; `shardkit report` shows their way there and back as two
 all-to-alls over `expert` forward and two backward per layer. `dropped` is the share of choices
 that found their expert full, `balance` is 1 where all experts are used alike.
 """

@@ -160,7 +160,7 @@ def test_what_is_no_dump_of_this_model_is_told(steps, tmp_path):
         sk.replay(tmp_path / "empty", steps["stop"])
     other = steps["apply"].replace(init=lambda key: {**init(key), "more": jnp.zeros(3)})
     with pytest.raises(
-        sk.errors.CheckpointError, match=r"state/params/more +is wanted as f32\[3\]"
+        sk.errors.CheckpointError, match=r"state/params/more +is f32\[3\] in the state"
     ):
         sk.replay(tmp_path / "run", other)
 

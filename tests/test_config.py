@@ -38,7 +38,8 @@ def refused(*assignments: str) -> str:
 
 def written(tmp_path: Path, body: str) -> Path:
     path = tmp_path / "mine.py"
-    path.write_text("from shardkit.config import *\n" + body)
+    imports = "from shardkit.config import *\nfrom shardkit.lm import TextTrainConfig; "
+    path.write_text(imports + body)
     return path
 
 

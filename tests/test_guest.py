@@ -93,8 +93,11 @@ def test_a_test_that_uses_nothing_waits_for_nothing(tmp_path, options):
 
 
 def test_a_public_name_is_what_it_says_whatever_was_imported_before():
-    code = "import shardkit.planner, shardkit.sweeps, shardkit.parity as v, shardkit as sk"
-    assert loaded_by(f"{code}; assert all(map(callable, [sk.plan, sk.sweep, sk.verify, v]))") == []
+    code = "import shardkit.planner, shardkit.sweeps, shardkit.parity as p, shardkit as sk"
+    assert (
+        loaded_by(f"{code}; assert all(map(callable, [sk.plan, sk.sweep, sk.verify])); p.verify")
+        == []
+    )
     assert set(sk.__all__) <= set(dir(sk))
     for room in (sk, sk.nn, sk.testing, sk.errors):
         assert all(getattr(room, name) is not None for name in room.__all__)
@@ -388,10 +391,10 @@ def called():
     jax.block_until_ready(state)
 
 def planned():
-    from shardkit.planner import Space
+    from shardkit.planner import SearchSpace
     declared = sk.Declaration(loss, optax.adam(1e-2), init, batch(0), sk.MeshSpec(data=-1),
                               sk.strategies.data())
-    sk.plan(declared, "tpu:v5p:2x2x1", space=Space(("data",), remat=("none",), accumulate=(1,)))
+    sk.plan(declared, "tpu:v5p:2x2x1", space=SearchSpace(("data",), remat=("none",), accumulate=(1,)))
 
 def trained():
     from rich.console import Console

@@ -35,7 +35,7 @@ def target_devices(target: Target) -> list[Any]:
     if target.kind == "tpu":
         return _tpu_devices(target)
     why = "GPUs that are not here are compiled for in a child process"
-    _refuse(target, why, f"shardkit explain CONFIG --target {target}, or build() on their machine")
+    _refuse(target, why, f"shardkit report CONFIG --target {target}, or build() on their machine")
 
 
 def _cpu_devices(target: Target) -> list[Any]:
