@@ -39,7 +39,7 @@ def test_verify_names_the_damaged_leaf_and_goes_on_to_the_next_step(run_folder, 
     assert main(["checkpoint", "verify", str(copy)]) == 1
     shown = capsys.readouterr().out
     assert "params/b bf16[32]  arrays/state/params/b/0 is gone" in shown
-    assert "step-00000200: whole" in shown
+    assert "step-00000200: intact" in shown
 
 
 def test_a_folder_without_checkpoints_is_told(tmp_path, capsys):

@@ -392,9 +392,10 @@ def called():
 
 def planned():
     from shardkit.planner import SearchSpace
-    declared = sk.Declaration(loss, optax.adam(1e-2), init, batch(0), sk.MeshSpec(data=-1),
-                              sk.strategies.data())
-    sk.plan(declared, "tpu:v5p:2x2x1", space=SearchSpace(("data",), remat=("none",), accumulate=(1,)))
+    spec = sk.StepSpec(loss_fn=loss, optimizer=optax.adam(1e-2), init=init, batch=batch(0),
+                       strategy=sk.strategies.data())
+    space = SearchSpace(("data",), remat=("none",), accumulate=(1,))
+    sk.plan(spec, "tpu:v5p:2x2x1", space=space)
 
 def trained():
     from rich.console import Console

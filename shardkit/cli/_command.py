@@ -28,7 +28,10 @@ def add_shared_options(parser: argparse.ArgumentParser, takes_config: bool = Tru
     """Adds `--debug`, and for commands about a config `CONFIG` and `--set`."""
     if takes_config:
         parser.add_argument(
-            "config", nargs="?", metavar="CONFIG", help="Python file with def config() -> sk.Config"
+            "config",
+            nargs="?",
+            metavar="CONFIG",
+            help="Python file with def config() -> sk.Config, or the name of a shipped one: nano",
         )
         parser.add_argument(
             "--set",

@@ -3,7 +3,7 @@
 import dataclasses
 
 from .._core.errors import ConfigError, Problem, did_you_mean, raise_all
-from .._core.options import check_options
+from .._core.options import check_options, matches, option_problems
 
 ATTENTIONS = ("auto", "blocked", "xla", "cudnn", "splash")
 _COUNTS = ("vocab", "embed_dim", "num_layers", "num_heads", "mlp_dim", "loss_chunks", "top_k")
@@ -79,8 +79,8 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         headline = "DecoderConfig does not describe a decoder."
-        check_options(self, ConfigError, headline, "model.")
         raise_all(ConfigError, headline, _count_problems(self))
+        check_options(self, ConfigError, headline, "model.")
         raise_all(ConfigError, headline, _fit_problems(self))
 
     @property
@@ -110,12 +110,14 @@ class DecoderConfig:
 
 
 def _count_problems(c: DecoderConfig) -> list[Problem]:
-    """Sizes below 1, which the other checks divide by."""
-    optional = [name for name in _OPTIONAL if getattr(c, name) is not None]
-    return [
-        Problem(f"{name}={getattr(c, name)}", "must be at least 1", f"{name}=1")
-        for name in (*_COUNTS, *optional)
-        if getattr(c, name) < 1
+    """Sizes that are not integers of at least 1; the other checks divide by them."""
+    sizes = {name: getattr(c, name) for name in (*_COUNTS, *_OPTIONAL)}
+    given = {n: size for n, size in sizes.items() if n in _COUNTS or size is not None}
+    wrong = {n: (size, int) for n, size in given.items() if not matches(int, size)}
+    return option_problems("model.", **wrong) + [
+        Problem(f"{name}={size}", "must be at least 1", f"{name}=1")
+        for name, size in given.items()
+        if name not in wrong and size < 1
     ]
 
 
