@@ -381,3 +381,11 @@ def test_a_record_with_fields_of_an_older_version_is_refused_not_misread():
     record["train"]["keep"] = record["train"].pop("max_to_keep")
     with pytest.raises(ConfigError, match=r"no field 'keep'.*Did you mean 'max_to_keep'"):
         from_record(record, "runs/old")
+
+
+def test_a_record_of_an_older_version_is_refused_by_the_name_of_its_field():
+    record = to_record(Config())
+    assert from_record(record, "runs/a").data == Config().data
+    record["data"]["held_out"] = record["data"].pop("validation_fraction")
+    with pytest.raises(ConfigError, match=r"data has no field 'held_out'; it has path, "):
+        from_record(record, "runs/a")

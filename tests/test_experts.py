@@ -226,7 +226,7 @@ def test_published_sizes():
 
 
 MISTAKES = {
-    "top_k": ({"experts": 4, "top_k": 5}, "no token can choose more than experts=4", "top_k=4"),
+    "top_k": ({"experts": 4, "top_k": 5}, "a token cannot choose more than experts=4", "top_k=4"),
     "capacity": (
         {"experts": 4, "capacity_factor": 0.0},
         "capacity_factor=0.0  an expert would take no token; None drops none",

@@ -117,7 +117,7 @@ def test_all_bad_shards_are_named_together(tmp_path, shard):
         "empty.bin  begins with b'', not with b'SHARDTOK'",
         "ends.bin  has document ends that do not ascend to its number of tokens.",
         "cut.npy  is truncated, or not a .npy file of numbers:",
-        "float.npy  is float32[4,4], not a row of integers.",
+        "float.npy  is float32[4,4], not one-dimensional integers.",
         "none.bin  No such file or directory.",
         "Fix: write it again with sk.data.write_tokens",
     ):

@@ -121,7 +121,7 @@ def import_safetensors(
 
 
 def _saved_leaf(tensor: Any) -> SavedLeaf:
-    dtype = tensor.get_dtype()
+    dtype = str(tensor.get_dtype())
     return SavedLeaf(tuple(tensor.get_shape()), _DTYPES.get(dtype, dtype.lower()), "")
 
 

@@ -143,9 +143,9 @@ class SavedStep:
     def _value_problems(self, got: Mapping[str, jax.Array]) -> list[Problem]:
         problems = []
         for group in _group_by_size(got):
-            found = jax.device_get(compute_fingerprints({path: got[path] for path in group}))
+            computed = jax.device_get(compute_fingerprints({path: got[path] for path in group}))
             for path in group:
-                leaf, now = self.manifest.leaves[path], format_fingerprint(found[path])
+                leaf, now = self.manifest.leaves[path], format_fingerprint(computed[path])
                 if now != leaf.fingerprint:
                     why = f"has fingerprint {now}, {leaf.fingerprint} was saved"
                     problems.append(Problem(f"{path} {leaf.type}", why))

@@ -82,15 +82,15 @@ class Corpus:
         """What a token is: `byte` or `token`."""
         return "byte" if isinstance(self.tokenizer, ByteTokenizer) else "token"
 
-    @functools.cached_property
+    @property
     def train_tokens(self) -> Stream:
         """The training files, encoded."""
-        return self._encode(self.train, "train")
+        return self._streams[0]
 
-    @functools.cached_property
+    @property
     def validation_tokens(self) -> Stream:
         """The validation files, encoded."""
-        return self._encode(self.validation, "validation")
+        return self._streams[1]
 
     @property
     def validation_bytes(self) -> int:
@@ -109,6 +109,10 @@ class Corpus:
     def identify(self) -> dict[str, str]:
         """Returns the tokenizer's name, and the CRC-32 of the training bytes."""
         return {"tokens": self.tokenizer.name, "crc32": f"{zlib.crc32(self.train):08x}"}
+
+    @functools.cached_property
+    def _streams(self) -> tuple[Stream, Stream]:
+        return self._encode(self.train, "train"), self._encode(self.validation, "validation")
 
     def _encode(self, text: bytes, part: str) -> Stream:
         if self.unit == "byte":
@@ -154,8 +158,4 @@ class TokenCorpus:
 
     def identify(self) -> dict[str, str]:
         """Returns that these are shards, and a checksum of the training tokens."""
-        return {"tokens": "shards", "crc32": self._checksum}
-
-    @functools.cached_property
-    def _checksum(self) -> str:
-        return self.train_tokens.checksum()
+        return {"tokens": "shards", "crc32": self.train_tokens.checksum()}

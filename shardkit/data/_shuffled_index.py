@@ -1,7 +1,7 @@
 """The order of an epoch: a permutation that every process computes from seed and epoch."""
 
 import functools
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 
@@ -9,14 +9,8 @@ import numpy as np
 _MAX_IN_MEMORY = 2**24
 
 
-class Permutation(Protocol):
-    """The new index of each row."""
-
-    def __getitem__(self, index: int, /) -> int: ...  # noqa: D105
-
-
 @functools.lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, rows: int, length: int = 1) -> tuple[Permutation, int]:
+def epoch_order(seed: int, epoch: int, rows: int, length: int = 1) -> tuple[Any, int]:
     """Returns the permutation of an epoch's rows, and the token at which its first row starts.
 
     Each epoch starts at another token below `length`, so that epochs cut a text at different
@@ -34,7 +28,7 @@ def epoch_order(seed: int, epoch: int, rows: int, length: int = 1) -> tuple[Perm
     return _shuffle_lazily(rows, int(random.integers(2**32))), int(random.integers(length))
 
 
-def _shuffle_lazily(rows: int, seed: int) -> Permutation:
+def _shuffle_lazily(rows: int, seed: int) -> Any:
     """Grain's permutation, which takes no memory."""
     import grain
 
