@@ -20,9 +20,13 @@ from ._folder import open_run_folder
 from ._loop import Loop
 from ._resume import decide_resume
 from ._source import Data, Evaluate, as_source
-from .callbacks._callback import Callback
-from .callbacks._defaults import check_callbacks, default_callbacks
-from .callbacks._progress import Describe, describe_metrics
+from .callbacks import (
+    Callback,
+    Describe,
+    check_callbacks,
+    default_callbacks,
+    describe_metrics,
+)
 
 
 @dataclasses.dataclass(frozen=True)
