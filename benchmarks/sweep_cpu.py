@@ -39,7 +39,7 @@ CUT = (
 
 def swept(folder: Path, factory: "ConfigFactory") -> "Sweep":
     """Sweeps, or goes on with what is there."""
-    from shardkit.cli._verify import ragged_batches
+    from shardkit.cli._verify import make_ragged_batches
 
     return sk.sweep(
         factory,
@@ -49,7 +49,7 @@ def swept(folder: Path, factory: "ConfigFactory") -> "Sweep":
         verify=True,
         time=True,
         repeats=4,
-        batches=ragged_batches(factory.config),
+        batches=make_ragged_batches(factory.config),
         on_row=lambda row, done, total: print(f"[{done}/{total}] {row.case.key} {row.status}"),
     )
 

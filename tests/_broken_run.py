@@ -55,23 +55,25 @@ def broken(how, process, i):
     return batch
 
 
-def train(folder, step, how="", peers=None):
+def train(folder, step, how="", process_group=None):
     """Trains to the end, or to what breaks it; goes on with what is there."""
-    peers = peers or sk.ProcessGroup()
+    process_group = process_group or sk.ProcessGroup()
 
     def data(i):
-        return {name: x[step.local_rows] for name, x in broken(how, peers.index, i).items()}
+        return {name: x[step.local_rows] for name, x in broken(how, process_group.index, i).items()}
 
-    return sk.Trainer(step, data, folder, CONFIG, record={"model": "tanh"}, peers=peers).run()
+    return sk.Trainer(
+        step, data, folder, CONFIG, record={"model": "tanh"}, process_group=process_group
+    ).run()
 
 
 def main(folder: Path, runs: list[str]) -> None:
     """Makes the runs one after the other."""
-    with sk.distributed(step_timeout=4) as peers:
-        step = compiled(rows=16 if runs == ["run:differs"] and peers.index else 8)
+    with sk.distributed(step_timeout=4) as process_group:
+        step = compiled(rows=16 if runs == ["run:differs"] and process_group.index else 8)
         for run in runs:
             name, _, how = run.partition(":")
-            train(folder / name, step, how, peers)
+            train(folder / name, step, how, process_group)
 
 
 if __name__ == "__main__":

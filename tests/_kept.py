@@ -12,7 +12,10 @@ KEPT: dict[str, tuple[int | str, str]] = {
     "_core.split_rng._generator": (64, "one for each set of draws; a step has one or two"),
     "nn._remat.parse_policy": (64, "one for each name; `save:` takes any list of names"),
     "nn._remat.regathering_policy": (64, "policies × sets of axes that are gathered"),
-    "checkpoint._fingerprint._program": (8, "meshes in use; each holds compiled programs"),
+    "checkpoint._fingerprint._compile_fingerprints": (
+        8,
+        "meshes in use; each holds compiled programs",
+    ),
     "data._shuffled_index.epoch_order": (2, "this epoch and the next; each up to 128 MiB"),
     "mesh._simulate._settled": ("one number", "devices of the process, settled once"),
     "planner._stages.read_tick_roles": (256, "schedules × stages of one search; a few KiB each"),

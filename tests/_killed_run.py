@@ -12,7 +12,7 @@ import shardkit as sk
 
 STEPS = 60
 CONFIG = sk.TrainConfig(steps=STEPS, eval_every=0, checkpoint_every=5, log_every=1)
-ROWS = sk.data.arrays({"x": np.random.default_rng(0).normal(size=(40, 8)).astype("f")}, rows=8)
+ROWS = sk.data.Arrays({"x": np.random.default_rng(0).normal(size=(40, 8)).astype("f")}, rows=8)
 
 
 def loss_fn(params, batch, key):

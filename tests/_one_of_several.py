@@ -63,7 +63,7 @@ class Read:
 
     asked: list[tuple[int, list[int]]] = dataclasses.field(default_factory=list)
     rows = TEXT.rows
-    position = TEXT.position
+    state = TEXT.state
 
     def batch(self, step, rows=slice(None)):
         if len(held := np.arange(self.rows)[rows]):
@@ -112,13 +112,13 @@ def whole(state):
 
 def main(folder: Path) -> None:
     """Trains from the start, then from a state that one process has saved; saves for one."""
-    with sk.distributed(step_timeout=120) as peers:
+    with sk.distributed(step_timeout=120) as process_group:
         step = compiled()
-        peers.agree("step", program=step.program.digest)
+        process_group.agree("step", program=step.program.digest)
         read = Read()
         state, losses = train(step, step.init(jax.random.key(0)), 0, STEPS, read)
         gradients = whole(step.gradients(state, fed(step, TEXT.batch(0)))[1])
-        score = step.evaluate(state, step.shard_batch(fed(step, TEXT.held_out_batch(0))))["loss"]
+        score = step.evaluate(state, step.shard_batch(fed(step, TEXT.validation_batch(0))))["loss"]
         told = {
             "losses": losses,
             "read": read.asked,
@@ -131,10 +131,10 @@ def main(folder: Path) -> None:
         with sk.Checkpointer(folder / "by several") as checkpoints:
             checkpoints.save(STEPS, state)
         final = whole(state)
-        if peers.index == 0:
+        if process_group.index == 0:
             np.savez(folder / "final.npz", **final)
             np.savez(folder / "gradients.npz", **gradients)
-        said = folder / f"said-{peers.index}.json"
+        said = folder / f"said-{process_group.index}.json"
         said.write_text(json.dumps(told))
 
 

@@ -136,7 +136,7 @@ def test_the_command_line_compares_two_files(data, tensor, tmp_path, capsys):
     for name, report in zip(names, (data, tensor), strict=True):
         with open(name, "w") as file:
             file.write(report.to_json())
-    assert main(["explain", *names]) == 0
+    assert main(["report", *names]) == 0
     assert capsys.readouterr().out.strip() == str(compare(data, tensor))
-    assert main(["explain", names[0], names[0]]) == 0
+    assert main(["report", names[0], names[0]]) == 0
     assert capsys.readouterr().out == "Nothing changed.\n"

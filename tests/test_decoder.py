@@ -248,5 +248,7 @@ def test_sizes_that_do_not_fit_are_one_error():
 
 
 def test_sizes_that_are_no_counts_are_named_with_their_values():
-    with pytest.raises(ConfigError, match=r"num_layers=0 .*at least 1(.|\n)*num_heads=2.5"):
+    with pytest.raises(
+        ConfigError, match=r"num_heads +expected int, got 2.5(.|\n)*=0 .*at least 1"
+    ):
         DecoderConfig(vocab=16, embed_dim=8, num_layers=0, num_heads=2.5, mlp_dim=8)

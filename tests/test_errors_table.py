@@ -170,7 +170,7 @@ def test_donated_array_read_later_is_named_wherever_the_toolkit_sees_it(step, tm
         assert "The batch was donated." in text
         assert "batch  x: donated to an earlier step" in text
     text = text_of(sk.errors.StateError, lambda: sk.Checkpointer(tmp_path / "run").save(1, state))
-    assert "A state that is gone cannot be saved." in text
+    assert "A donated state cannot be saved." in text
     assert "step, params/b, params/head/kernel" in text
     assert not (tmp_path / "run").exists()
     # Read by hand it is JAX that answers, with an error and no crash.

@@ -226,7 +226,7 @@ def test_published_sizes():
 
 
 MISTAKES = {
-    "top_k": ({"experts": 4, "top_k": 5}, "no token can choose more than experts=4", "top_k=4"),
+    "top_k": ({"experts": 4, "top_k": 5}, "a token cannot choose more than experts=4", "top_k=4"),
     "capacity": (
         {"experts": 4, "capacity_factor": 0.0},
         "capacity_factor=0.0  an expert would take no token; None drops none",
@@ -234,7 +234,7 @@ MISTAKES = {
     ),
     "none": ({"capacity_factor": 1.0}, "the decoder has no experts", "experts=8"),
     "shared": ({"experts": 4, "shared_experts": -1}, "at least 0", "shared_experts=0"),
-    "experts": ({"experts": 0}, "experts=0  must be an integer of at least 1", "experts=1"),
+    "experts": ({"experts": 0}, "experts=0  must be at least 1", "experts=1"),
 }
 
 

@@ -191,7 +191,7 @@ def test_commands_know_the_chips_of_a_config(tmp_path, capsys):
     assert "Did you mean 'v5e'?" in capsys.readouterr().err
     assert main(["plan", str(path), "--target", "tpu:mine:2x4"]) == 2
     assert "mine is the config's own chip, which no compiler knows" in capsys.readouterr().err
-    assert main(["explain", str(path), "--chip", "min"]) == 2
+    assert main(["report", str(path), "--chip", "min"]) == 2
     assert "'min'  is not in the hardware table" in capsys.readouterr().err
 
 

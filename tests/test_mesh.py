@@ -274,7 +274,7 @@ def test_more_cpu_devices_than_there_are():
 
 def test_absent_gpus_name_the_command():
     text = message(lambda: target_devices(Target.parse("gpu:h100:1x8")))
-    assert "shardkit explain CONFIG --target gpu:h100:1x8" in text
+    assert "shardkit report CONFIG --target gpu:h100:1x8" in text
 
 
 def test_absent_tpu_compiler_names_the_extra(monkeypatch):

@@ -13,7 +13,7 @@ import shardkit as sk
 from shardkit._core.options import matches_annotation
 from shardkit.checkpoint import RetentionPolicy
 from shardkit.config import CompileConfig, OptimizerConfig
-from shardkit.data import DataConfig, arrays
+from shardkit.data import Arrays, DataConfig
 from shardkit.lm import DecoderConfig, TextTrainConfig
 
 S = sk.strategies
@@ -36,8 +36,8 @@ CALLS = {
     "scanned": (lambda v: sk.nn.remat(print, scanned=v), bool),
     "block": (lambda v: sk.GradientCompression("data", block=v), int),
     "data": (lambda v: sk.MeshSpec(data=v), int),
-    "rows": (lambda v: arrays(np.ones((8, 2)), v), int),
-    "seed": (lambda v: arrays(np.ones((8, 2)), 2, seed=v), int),
+    "rows": (lambda v: Arrays(np.ones((8, 2)), v), int),
+    "seed": (lambda v: Arrays(np.ones((8, 2)), 2, seed=v), int),
     "deterministic": (lambda v: step(deterministic=v), bool),
     "debug": (lambda v: step(debug=v), bool),
     "on_retrace": (lambda v: step(on_retrace=v), str),

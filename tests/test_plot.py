@@ -33,11 +33,11 @@ def write(folder, *rows, tail=""):
 @pytest.fixture
 def run(tmp_path):
     """Killed after update 6 and gone on with from 4; its evaluation in bits, one loss infinite."""
-    held_out = {"kind": "eval", "step": 4, "bits_per_byte": 2.0, "bytes": 10}
+    validation = {"kind": "eval", "step": 4, "bits_per_byte": 2.0, "bytes": 10}
     later = rows(5, 8, lambda i: None if i == 7 else 1.0 / i)
     return write(
         tmp_path / "runs" / "first",
-        START, *rows(1, 4), held_out, *rows(5, 6), {"kind": "resumed", "step": 4}, *later,
+        START, *rows(1, 4), validation, *rows(5, 6), {"kind": "resumed", "step": 4}, *later,
         tail='{"kind": "step", "st',
     )  # fmt: skip
 
@@ -81,7 +81,7 @@ def test_the_picture_names_runs_units_and_marks(tmp_path, run):
     many = write(tmp_path / "runs" / "many", START, *rows(1, 200, unit="rows"))
     figure = _plot._draw_figure(read_histories([run, many]))
     assert texts(figure) == (
-        ["first", "many", "held out", "resumed"],
+        ["first", "many", "validation", "resumed"],
         "loss (nats)",
         "tokens/s or rows/s\n(simulated CPU devices)",
         "step",

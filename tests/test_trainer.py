@@ -161,7 +161,7 @@ def test_data_in_any_form_is_taken_up_where_the_run_was_killed(form, tmp_path, s
             finally:
                 Own.closed += 1
 
-        def position(self, step):
+        def state(self, step):
             return {"next": step, "of": "mine"}
 
     data = {

@@ -39,7 +39,7 @@ def target_devices(target: Target) -> list[Any]:
     _refuse(
         target,
         why,
-        f"shardkit explain CONFIG --target {target}, or build() on a machine that has them",
+        f"shardkit report CONFIG --target {target}, or build() on a machine that has them",
     )
 
 

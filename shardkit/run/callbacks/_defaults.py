@@ -29,10 +29,10 @@ def check_callbacks(config: TrainConfig, start: int) -> None:
 
 
 def default_callbacks(
-    config: TrainConfig, describe: Describe, console: Console, peers: ProcessGroup
+    config: TrainConfig, describe: Describe, console: Console, process_group: ProcessGroup
 ) -> list[Callback]:
     """Returns the callbacks of a config: those that may end the run first, the progress last."""
-    callbacks: list[Callback] = [Heartbeat(peers), FiniteCheck(config.skip_limit)]
+    callbacks: list[Callback] = [Heartbeat(process_group), FiniteCheck(config.skip_limit)]
     if config.replica_check_every:
         callbacks.append(ReplicaCheck(config.replica_check_every, config.on_replica_mismatch))
     callbacks += [SpikeLog(), *make_loggers(config.loggers)]
