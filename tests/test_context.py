@@ -159,7 +159,7 @@ def test_an_own_model_passes_every_check_and_bugs_of_the_ring_are_found():
 def test_key_heads_are_repeated_where_that_is_declared():
     table = (tensor() | context()).activations
     around = StepContext(mesh_of(tensor=2, context=4), (), table.spec)
-    ((_, one),) = context(attention="all_to_all", kv_heads="replicate").regions
+    ((_, one),) = context(attention="all_to_all", kv_heads="replicate").overrides
     keys = jax.random.split(jax.random.key(0), 3)
     q, k, v = (jax.random.normal(x, (2, 8, n, 4)) for x, n in zip(keys, (8, 2, 2), strict=True))
 
@@ -172,8 +172,8 @@ def test_key_heads_are_repeated_where_that_is_declared():
         assert jnp.linalg.norm(x - y) <= 1e-6 * jnp.linalg.norm(y)
 
 
-def refusal(carrier, length=16, heads=8, key_heads=4, keys=None, ids=None, **sizes):
-    """What a carrier says of attention that it cannot carry out."""
+def refusal(override, length=16, heads=8, key_heads=4, keys=None, ids=None, **sizes):
+    """What an override says of attention that it cannot carry out."""
     table = (sk.strategies.tensor() | context()).activations
 
     def shapes(t, n):
@@ -181,7 +181,7 @@ def refusal(carrier, length=16, heads=8, key_heads=4, keys=None, ids=None, **siz
 
     q, k = shapes(length, heads), shapes(keys or length, key_heads)
     around = StepContext(mesh_of(**sizes), (), table.spec)
-    ((_, one),) = carrier.regions
+    ((_, one),) = override.overrides
     with pytest.raises(sk.errors.ShardingError) as caught:
         jax.eval_shape(lambda q, k, v: one(around, None, q, k, v, ids, True, "auto"), q, k, k)
     return str(caught.value)
@@ -258,4 +258,4 @@ def test_options_that_do_not_exist_are_errors_all_of_them():
 def test_the_stream_is_a_finer_split_of_the_length(joined):
     assert joined.activations.spec(("length",)) == P("context")
     assert joined.activations.spec(("residual_length",)) == P(("context", "tensor"))
-    assert dict(joined.regions)["attention"].axis == "context"
+    assert dict(joined.overrides)["attention"].axis == "context"

@@ -45,7 +45,7 @@ def test_stages_may_be_any_sequence():
     lists, tuples = (
         made.pipeline(micro_batches=3, layers_per_stage=kind([3, 1, 2])) for kind in (list, tuple)
     )
-    assert hash(lists.regions) == hash(tuples.regions)
+    assert hash(lists.overrides) == hash(tuples.overrides)
 
 
 def test_nothing_is_rounded_where_nothing_travels():

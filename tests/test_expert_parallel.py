@@ -237,7 +237,7 @@ def test_own_experts_that_the_axis_does_not_divide():
             init=lambda key: {"w": jnp.ones((6, 4, 4)), "router": jnp.ones((4, 6))},
             batch={"x": jax.ShapeDtypeStruct((8, 4, 4), np.float32)},
             mesh=mesh_of({"expert": 4}),
-            strategy=sk.Strategy(batch=S.expert().batch, regions=S.expert().regions),
+            strategy=sk.Strategy(batch=S.expert().batch, overrides=S.expert().overrides),
         )
     assert "6 experts do not divide over expert=4" in str(raised.value)
     assert "Fix: expert=2, or 8 experts" in str(raised.value)
@@ -247,5 +247,5 @@ def test_a_model_without_experts():
     dense = DecoderConfig(vocab=32, embed_dim=8, num_layers=2, num_heads=2, mlp_dim=8)
     with pytest.raises(sk.errors.StepError) as raised:
         decoder(dense, S.expert(), {"expert": 2})
-    assert "AllToAll(axis='expert')  the model marks no experts" in str(raised.value)
+    assert "needs `sk.nn.experts`, but the model never calls it" in str(raised.value)
     assert "Fix: sk.nn.experts(...) in the model" in str(raised.value)

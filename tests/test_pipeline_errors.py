@@ -127,7 +127,9 @@ def test_a_model_without_stages_is_an_error():
         return jnp.mean(params["table"] ** 2)
 
     text = message(DATA | pipeline(micro_batches=2), loss=loss)
-    assert "the model marks no staged" in text
+    assert (
+        "`strategies.pipeline()`  needs `sk.nn.layer_stack`, but the model never calls it" in text
+    )
     assert re.search(r"sk\.staged", text)
 
 

@@ -22,7 +22,7 @@ def layer_stack(
     """Computes a loss in three parts: what comes before the layers, the layers, what comes after.
 
     Plainly it is `first`, a `jax.lax.scan` of `layer` under `sk.nn.remat`, and `last`. It is the
-    region `"staged"`: with `sk.strategies.pipeline` each device works on layers of its own, and
+    overridable part `"layer_stack"`: with `sk.strategies.pipeline` each device works on layers of its own, and
     `first` and `last` run where the first and the last layer are.
 
     The functions must take every parameter as an argument: what they close over gets no gradient.
@@ -45,14 +45,14 @@ def layer_stack(
 
     >>> import jax, jax.numpy as jnp
     >>> weights = {"first": jnp.ones((3, 4)), "layers": jnp.ones((2, 4, 4)) / 4}
-    >>> float(staged(
+    >>> float(layer_stack(
     ...     lambda ends, batch, key: batch @ ends["first"],
     ...     lambda w, x, batch, key: jnp.tanh(x @ w),
     ...     lambda ends, x, batch: x.mean(),
     ...     weights, weights["layers"], jnp.ones((2, 3))))  # doctest: +ELLIPSIS
     0.759...
     """
-    return overridable("staged", _plainly)(first, layer, last, ends, layers, batch, key)
+    return overridable("layer_stack", _plainly)(first, layer, last, ends, layers, batch, key)
 
 
 def layer_keys(key: Any, layers: int) -> tuple[Any, Any]:

@@ -93,7 +93,7 @@ class Override(abc.ABC):
     ) -> Any:
         """Returns what `plain(*args, **kwargs)` would."""
 
-    def misfits(self, accumulate: Accumulate, apart: bool) -> list[Problem]:
+    def incompatibilities(self, accumulate: Accumulate, apart: bool) -> list[Problem]:
         """What of the rest of a declaration this carrier cannot work with; nothing by default.
 
         Args:

@@ -25,7 +25,7 @@ def use_param(x: jax.Array, *names: str | None) -> jax.Array:
       `x`, unchanged in value.
 
     >>> import jax.numpy as jnp
-    >>> weight(jnp.ones((2, 3)), "embed", "mlp").shape
+    >>> use_param(jnp.ones((2, 3)), "embed", "mlp").shape
     (2, 3)
     """
-    return (gather_param if on_shards() else overridable("weight", gather_param))(x, names)
+    return (gather_param if on_shards() else overridable("use_param", gather_param))(x, names)

@@ -45,7 +45,7 @@ def check_used(strategy: Strategy, sizes: Mapping[str, int], used: Collection[st
       ShardingError: naming each such axis.
     """
     named = {kind.axis for kind in strategy.kinds} | set(used)
-    named |= {carrier.axis for _, carrier in strategy.regions}
+    named |= {override.axis for _, override in strategy.overrides}
     if strategy.activations:
         named |= {axis for _, axes in strategy.activations.table for axis in axes}
     problems = [

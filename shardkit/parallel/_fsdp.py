@@ -106,7 +106,7 @@ def fsdp(
         batch=PartitionSpec(axis),
         activations=activations({"batch": axis}),
         kinds=(Fsdp(axis, reshard_after_forward),),
-        regions=() if reshard_after_forward else (("weight", KeptWeights(axis)),),
+        overrides=() if reshard_after_forward else (("use_param", KeptWeights(axis)),),
     )
 
 

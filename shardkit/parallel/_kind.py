@@ -74,7 +74,7 @@ class Kind(AxisKind, abc.ABC):
     """One kind of parallelism over one mesh axis.
 
     Attributes:
-      region: the part of a model that its strategy carries out and that the model has to mark;
+      override: the part of a model that its strategy carries out and that the model has to mark;
         empty where it needs no mark.
       in_shard_map: whether `mode="shard_map"` carries it out.
       weighed: what a planner tries over the axis, in words; empty if it tries nothing there.
@@ -85,7 +85,7 @@ class Kind(AxisKind, abc.ABC):
       by_default: whether a sweep may call it without options, for an axis that none is on.
     """
 
-    region: ClassVar[str] = ""
+    override: ClassVar[str] = ""
     in_shard_map: ClassVar[bool] = False
     weighed: ClassVar[str] = ""
     not_weighed: ClassVar[tuple[str, ...]] = ()

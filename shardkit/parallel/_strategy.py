@@ -36,7 +36,7 @@ class Strategy:
       precision: `"float32"`, `"bfloat16"`, `"pure_bfloat16"` or `sk.Precision`.
       compression: sums gradients over one mesh axis in 8 bits; None: as `precision` says.
       kinds: the kinds of parallelism, each on its mesh axis; see `Kind`.
-      regions: `(name, carrier)` of the parts of a model that the strategy carries out itself.
+      overrides: `(name, override)` of the parts of a model that the strategy carries out itself.
 
     >>> from shardkit.parallel import strategies
     >>> both = strategies.data() | strategies.tensor()
@@ -55,7 +55,7 @@ class Strategy:
     precision: str | Precision = "float32"
     compression: GradientCompression | None = None
     kinds: tuple[Kind, ...] = ()
-    regions: tuple[tuple[str, Override], ...] = ()
+    overrides: tuple[tuple[str, Override], ...] = ()
 
     def __post_init__(self) -> None:
         """Refuses a spec or a dict where a rule is wanted."""
@@ -98,7 +98,7 @@ class Strategy:
             "batch": _join_batch(self.batch, other.batch, problems),
             "activations": _join_tables(self.activations, other.activations),
             "kinds": self.kinds + other.kinds,
-            "regions": _join_regions(self.regions, other.regions, problems),
+            "overrides": _join_overrides(self.overrides, other.overrides, problems),
         }
         plain = _defaults()
         for name in [name for name in plain if name not in joined]:
@@ -176,16 +176,16 @@ def _join_tables(one: AxisRules | None, other: AxisRules | None) -> AxisRules | 
     return merged.replaced({"residual_length": tuple(finer)})
 
 
-def _join_regions(
+def _join_overrides(
     one: tuple[tuple[str, Override], ...],
     other: tuple[tuple[str, Override], ...],
     problems: list[Problem],
 ) -> tuple[tuple[str, Override], ...]:
     taken = dict(one)
-    for name, carrier in other:
-        if taken.setdefault(name, carrier) != carrier:
-            why = f"{taken[name]} and {carrier} would both carry out the model's {name}"
-            problems.append(Problem("regions", why))
+    for name, override in other:
+        if taken.setdefault(name, override) != override:
+            why = f"{taken[name]} and {override} both override the model's {name}"
+            problems.append(Problem("overrides", why))
     return tuple(taken.items())
 
 

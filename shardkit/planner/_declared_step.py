@@ -77,7 +77,7 @@ def modelled(
     other = [
         f"{kind} over {kind.axis}"
         for kind in used
-        if kind.unmodelled or (kind.region and (kind.name, kind.axis) not in written)
+        if kind.unmodelled or (kind.override and (kind.name, kind.axis) not in written)
     ]
     if other:
         raise NotImplementedError(f"{', '.join(other)} is not modelled")
@@ -119,9 +119,9 @@ def _stages(declared: StepSpec) -> Stages:
     Raises:
       NotImplementedError: it has others around them, or stages of different sizes.
     """
-    carrier: Any = dict(declared.strategy.regions)["staged"]
+    override: Any = dict(declared.strategy.overrides)["layer_stack"]
     if declared.accumulate.micro_batches > 1:
         raise NotImplementedError("micro-batches around those of a pipeline are not modelled")
-    if carrier.layers_per_stage is not None:
+    if override.layers_per_stage is not None:
         raise NotImplementedError("uneven stages are not modelled")
-    return Stages(carrier.schedule, carrier.micro_batches, carrier.virtual_stages)
+    return Stages(override.schedule, override.micro_batches, override.virtual_stages)

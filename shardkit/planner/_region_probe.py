@@ -118,12 +118,12 @@ def marking(attention: bool = True) -> AbstractContextManager[Any]:
     Args:
       attention: whether attention is made one operation.
     """
-    carriers: dict[str, Override] = {"experts": _Experts("plan")}
+    overrides: dict[str, Override] = {"experts": _Experts("plan")}
     if attention:
-        carriers |= {"staged": _Layers("plan"), "attention": _Attention("plan")}
+        overrides |= {"layer_stack": _Layers("plan"), "attention": _Attention("plan")}
     # Carriers are made use of on an axis of several devices alone.
     mesh: Any = AbstractMesh((2,), ("plan",), axis_types=(AxisType.Auto,))
-    return use_overrides(carriers, StepContext(mesh, (), _unsplit))
+    return use_overrides(overrides, StepContext(mesh, (), _unsplit))
 
 
 def _unsplit(names: Any) -> PartitionSpec:

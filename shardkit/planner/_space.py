@@ -28,7 +28,7 @@ def searched_axes(experts: bool = False) -> tuple[str, ...]:
 
 def marked_axes() -> tuple[str, ...]:
     """Axes that divide a part which the model has to mark."""
-    return tuple(kind.axis for kind in weighed_kinds() if kind.region)
+    return tuple(kind.axis for kind in weighed_kinds() if kind.override)
 
 
 @dataclasses.dataclass(frozen=True)

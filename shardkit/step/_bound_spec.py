@@ -35,7 +35,7 @@ class BoundSpec:
         headline = "The step cannot be compiled for this mesh."
         raise_all(StepError, headline, _type_problems(self.mesh))
         problems = [*_axis_problems(self.mesh), *self._compression_problems()]
-        raise_all(StepError, headline, [*problems, *self._misfits()])
+        raise_all(StepError, headline, [*problems, *self._incompatibilities()])
 
     @property
     def xla_options(self) -> dict[str, Any]:
@@ -54,11 +54,13 @@ class BoundSpec:
                 "compression", why, f"sk.GradientCompression({self.mesh.axis_names[0]!r})"
             )
 
-    def _misfits(self) -> Iterator[Problem]:
-        """Options that the carriers on this mesh's axes cannot work with."""
-        for _, carrier in self.spec.strategy.regions:
-            if self.mesh.shape.get(carrier.axis, 1) > 1:
-                yield from carrier.misfits(self.spec.accumulate, self.spec.precision.reduces_apart)
+    def _incompatibilities(self) -> Iterator[Problem]:
+        """Options that the overrides on this mesh's axes cannot work with."""
+        for _, override in self.spec.strategy.overrides:
+            if self.mesh.shape.get(override.axis, 1) > 1:
+                yield from override.incompatibilities(
+                    self.spec.accumulate, self.spec.precision.reduces_apart
+                )
 
 
 def _type_problems(mesh: object) -> list[Problem]:

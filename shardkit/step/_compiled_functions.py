@@ -6,9 +6,11 @@ from typing import Any
 
 from jax.sharding import NamedSharding, PartitionSpec
 
+from .. import nn
 from .._core.errors import Problem, StepError, raise_all
 from ..nn._overridable import ActiveOverrides, StepContext, use_overrides
 from ..nn._remat import active
+from ..parallel import Strategy
 from ._activations import Activations, SpecsInLoss
 from ._bound_spec import BoundSpec
 from ._compile import CompiledProgram, compile_program
@@ -97,8 +99,8 @@ class CompiledFunctions:
         )
         # Explicit collectives carry out what they can themselves, and refuse the rest.
         manual = self._bound.spec.mode == "shard_map"
-        regions = {} if manual else dict(self._bound.spec.strategy.regions)
-        with use_overrides(regions, around) as marks:
+        overrides = {} if manual else dict(self._bound.spec.strategy.overrides)
+        with use_overrides(overrides, around) as marks:
             return self._compile(run, args, placed, results, donate, marks)
 
     def _compile(
@@ -115,7 +117,7 @@ class CompiledFunctions:
         def check(jaxpr: Any) -> None:
             names.check(jaxpr)
             if marks:
-                _check_reached(marks, jaxpr)
+                _check_overrides_used(self._bound.spec.strategy, marks, jaxpr)
 
         with active(layer_policy(self._bound, self._layout)):
             return compile_program(run, args, placed, results, names, check, donate, options)
@@ -126,14 +128,19 @@ class CompiledFunctions:
         return Activations(self._bound.mesh, rules, self._layout.lane_axes)
 
 
-def _check_reached(marks: ActiveOverrides, jaxpr: Any) -> None:
-    """Refuses a step whose model has no part that its strategy was to carry out.
+def _check_overrides_used(strategy: Strategy, marks: ActiveOverrides, jaxpr: Any) -> None:
+    """Refuses a step whose model never calls a part that its strategy overrides.
 
     Raises:
-      StepError: naming each carrier that nothing was left to.
+      StepError: naming each such strategy and the call that the model lacks.
     """
-    problems = [
-        Problem(str(carrier), f"the model marks no {name}", f"sk.{name}(...) in the model")
-        for name, carrier in marks.unreached(jaxpr.jaxpr).items()
-    ]
-    raise_all(StepError, "The strategy carries out what the model does not mark.", problems)
+    problems = []
+    for name, override in marks.unreached(jaxpr.jaxpr).items():
+        kinds = (kind for kind in strategy.kinds if kind.axis == override.axis)
+        user = next((f"`strategies.{kind.name}()`" for kind in kinds), str(override))
+        ready = name in nn.__all__
+        part = f"sk.nn.{name}" if ready else f"sk.nn.overridable({name!r}, ...)"
+        why = f"needs `{part}`, but the model never calls it"
+        fix = f"{part}(...) in the model" if ready else f"{part} in the model"
+        problems.append(Problem(user, why, fix))
+    raise_all(StepError, "The model lacks a part that the strategy overrides.", problems)

@@ -213,7 +213,7 @@ def resolve_layout(
     placed = _shardings(batch, batch_specs, mesh)
     split = _shardings(state.params, updated, mesh) if strategy.zero else None
     left = split if strategy.zero and strategy.zero.stage == 2 else shardings.params
-    carried = {carrier.axis for _, carrier in strategy.regions if carrier.moves_rows}
+    carried = {override.axis for _, override in strategy.overrides if override.moves_rows}
     lanes = tuple(axis for axis in row_axes if axis not in carried)
     return Layout(state, shardings, batch, placed, rows, row_axes, lanes, names, left, split)
 

@@ -93,7 +93,7 @@ def axis_names(strategy: Strategy) -> tuple[str, ...]:
     found += _of_spec(batch) if isinstance(batch, PartitionSpec) else _of_rule(batch)
     for rule in (strategy.params, strategy.activations, strategy.opt_state, strategy.model_state):
         found += _of_rule(rule) if rule is not None else []
-    found += [carrier.axis for _, carrier in strategy.regions]
+    found += [override.axis for _, override in strategy.overrides]
     return tuple(dict.fromkeys(found))
 
 
@@ -137,5 +137,5 @@ def ready() -> dict[str, Callable[[], Strategy]]:
 
 def plain_axes() -> tuple[str, ...]:
     """Mesh axes whose ready strategies lay out any model: they need no mark in it."""
-    marked = {kind.axis for kind in known_kinds() if kind.region}
+    marked = {kind.axis for kind in known_kinds() if kind.override}
     return tuple(axis for axis in ready() if axis not in marked)

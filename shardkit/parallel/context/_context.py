@@ -24,7 +24,7 @@ Inside a stage of a pipeline, where devices of other stages do something else, a
 of them would wait for ever on some backends: there the ring's blocks are swapped in pairs of
 devices (`collectives/_pairs`), with the same bytes and an even number of devices.
 
-The swap stands in the carrier, layer by layer, and not in the batch, once. A batch whose tokens
+The swap stands in the override, layer by layer, and not in the batch, once. A batch whose tokens
 are in zig-zag order would move nothing but 12 bytes a token, but every model would then have to ask
 for its positions, draw its dropout elsewhere and never look at its neighbours along the length;
 one that does not would be silently wrong. The swap is 2Q + KV of 3(n−1) · KV: with as many key
@@ -220,7 +220,7 @@ def context(axis: str = "context", attention: str = "ring", *, kv_heads: str = "
         batch=PartitionSpec(None, axis),
         activations=activations({"length": axis, "residual_length": axis}),
         kinds=(Context(axis, attention),),
-        regions=(("attention", ContextAttention(axis, attention, kv_heads)),),
+        overrides=(("attention", ContextAttention(axis, attention, kv_heads)),),
     )
 
 
@@ -236,7 +236,7 @@ class Context(Kind):
     name: ClassVar[str] = "context"
     splits = frozenset({"length"})
     collectives = frozenset({"all-reduce", "all-gather", "collective-permute", "all-to-all"})
-    region = "attention"
+    override = "attention"
     weighed = "context"
     make = staticmethod(context)
     attention: str = "ring"

@@ -75,7 +75,7 @@ def expert(axis: str = "expert") -> Strategy:
         batch=PartitionSpec(axis),
         activations=activations({"batch": axis}),
         kinds=(Expert(axis),),
-        regions=(("experts", AllToAll(axis)),),
+        overrides=(("experts", AllToAll(axis)),),
     )
 
 
@@ -87,7 +87,7 @@ class Expert(Kind):
     name: ClassVar[str] = "expert"
     splits = frozenset({"rows", "experts"})
     collectives = frozenset({"all-reduce", "all-to-all", "ragged-all-to-all"})
-    region = "experts"
+    override = "experts"
     weighed = "bounded experts"
     not_weighed = ("dropless experts",)
     make = staticmethod(expert)

@@ -103,12 +103,12 @@ def pipeline(
     raise_all(StepError, "The pipeline is declared wrongly.", problems)
     split = {"layers": axis, "vocab": axis} if ends == "split" else {"layers": axis}
     sizes = None if layers_per_stage is None else tuple(layers_per_stage)
-    carrier = Stages(axis, schedule, micro_batches, virtual_stages, sizes)
+    override = Stages(axis, schedule, micro_batches, virtual_stages, sizes)
     return Strategy(
         params=params(split),
         activations=activations({}),
         kinds=(Pipeline(axis),),
-        regions=(("staged", carrier),),
+        overrides=(("layer_stack", override),),
     )
 
 
@@ -120,7 +120,7 @@ class Pipeline(Kind):
     name: ClassVar[str] = "pipeline"
     splits = frozenset({"layers"})
     collectives = frozenset({"all-reduce", "collective-permute", "all-gather", "reduce-scatter"})
-    region = "staged"
+    override = "layer_stack"
     weighed = "pipeline"
     not_weighed = ("uneven stages",)
     make = staticmethod(pipeline)
@@ -184,7 +184,7 @@ class Stages(Override):
     virtual_stages: int = 1
     layers_per_stage: tuple[int, ...] | None = None
 
-    def misfits(self, accumulate: Accumulate, apart: bool) -> list[Problem]:
+    def incompatibilities(self, accumulate: Accumulate, apart: bool) -> list[Problem]:
         """Refuses a second loop over micro-batches inside which gradients are kept apart."""
         problems = []
         if accumulate.reduce == "end" and accumulate.micro_batches > 1:

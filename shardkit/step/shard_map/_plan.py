@@ -136,7 +136,7 @@ def plan_of(bound: BoundSpec, layout: Layout, jaxpr: Any, accumulate: Accumulate
 
 def kept_axes(bound: BoundSpec) -> Axes:
     """Mesh axes over which a strategy keeps gathered weights."""
-    return tuple(one.axis for name, one in bound.spec.strategy.regions if name == "weight")
+    return tuple(one.axis for name, one in bound.spec.strategy.overrides if name == "use_param")
 
 
 def _dims(spec: PartitionSpec, rank: int) -> Dims:

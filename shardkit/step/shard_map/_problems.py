@@ -92,9 +92,9 @@ def _kind_problems(bound: BoundSpec) -> Iterator[Problem]:
             why = f"over mesh axis {kind.axis!r} is left to the partitioner; here: "
             why += ", ".join(carried)
             yield Problem(f"{kind} parallelism", why, 'mode="auto"')
-    for name, carrier in bound.spec.strategy.regions:
-        if name != "weight" and bound.mesh.shape.get(carrier.axis, 1) > 1:
-            why = f"{carrier} maps over {carrier.axis!r} itself"
+    for name, override in bound.spec.strategy.overrides:
+        if name != "use_param" and bound.mesh.shape.get(override.axis, 1) > 1:
+            why = f"{override} maps over {override.axis!r} itself"
             yield Problem(f"region {name!r}", why, 'mode="auto"')
     if bound.spec.stateful:
         why = "carries mutable state, which would be that of one device's rows"
