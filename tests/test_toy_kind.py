@@ -88,14 +88,14 @@ def gathered(params, batch, key):
     return jnp.mean(pair(params, batch["x"], "batch", "embed") ** 2)
 
 
-def declared(loss, strategy=None, **mesh):
-    return sk.Declaration(
+def spec_of(loss, strategy=None, mode="auto"):
+    return sk.StepSpec(
         loss_fn=loss,
         optimizer=optax.sgd(0.1),
         init=init,
         batch={"x": jax.ShapeDtypeStruct((ROWS, EMBED), jnp.float32)},
-        mesh=sk.MeshSpec(**(mesh or {"data": 2, "columns": 4})),
         strategy=strategy or strategies.data() | columns(),
+        mode=mode,
     )
 
 
@@ -104,16 +104,7 @@ def reported(loss, strategy=None):
 
 
 def compiled(loss, strategy=None, mode="auto"):
-    made = declared(loss, strategy)
-    return sk.compile_step(
-        loss,
-        made.optimizer,
-        init=init,
-        batch=made.batch,
-        mesh=made.mesh.build(),
-        strategy=made.strategy,
-        mode=mode,
-    )
+    return spec_of(loss, strategy, mode).compile(sk.MeshSpec(data=2, columns=4).build())
 
 
 def over_columns(report):
@@ -165,7 +156,7 @@ def test_a_plan_tries_names_and_estimates_it():
         SearchSpace(axes=("data", "columns"), **known)
     with register_kind(Columns("columns")):
         assert SearchSpace().axes[-1] == "columns"
-        made = plan(declared(once), "tpu:v5e:2x2", space=SearchSpace(("data", "columns"), **known))
+        made = plan(spec_of(once), "tpu:v5e:2x2", space=SearchSpace(("data", "columns"), **known))
     assert made.assumptions[-1].startswith("layouts are data and ZeRO, columns of pairs; not")
     (found,) = [c for c in made.rows if c.mesh == {"data": 1, "columns": 4}]
     assert f"strategy = {__name__}.columns()" in found.declaration
@@ -174,7 +165,7 @@ def test_a_plan_tries_names_and_estimates_it():
 
 
 def test_one_declared_step_is_modelled_with_it():
-    sent = modelled(declared(once, columns(), columns=4), {"columns": 4}).wire
+    sent = modelled(spec_of(once, columns()), {"columns": 4}).wire
     assert sent["columns"] == ALL_REDUCED + 3 * PROBE
 
 
