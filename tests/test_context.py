@@ -190,7 +190,7 @@ def refusal(override, length=16, heads=8, key_heads=4, keys=None, ids=None, **si
 def test_lengths_that_do_not_split_are_errors():
     assert refusal(context(), 20, context=8) == (
         "Attention cannot be split on mesh (context=8).\n"
-        "  queries f32[2,20,8,4]  length 20 does not split into 16 pieces, two a device "
+        "  queries f32[2,20,8,4]  length 20 does not split into 16 pieces, two per device "
         "(context=8)\n"
         "Fix: a length of 16"
     )
@@ -198,7 +198,7 @@ def test_lengths_that_do_not_split_are_errors():
         context(attention="all_to_all"), 10, context=4
     )
     text = refusal(context(), keys=32, ids=jnp.zeros((2, 8), jnp.int32), context=2)
-    assert "32 keys for 16 queries; a split length is one and the same" in text
+    assert "32 keys for 16 queries; a split length must be equal for both" in text
     assert "segment_ids i32[2,8]  not one id per token of f32[2,16,8,4]" in text
     assert "  - segment_ids of shape (2, 16)" in text
 
@@ -216,7 +216,7 @@ def test_a_ring_of_an_odd_number_inside_a_stage_is_an_error():
         ),
         jnp.zeros(2),
     )
-    assert "a ring of context=3 inside a stage: its devices meet in pairs" in text[0]
+    assert "a ring of context=3 inside a pipeline stage exchanges in pairs" in text[0]
     assert "Fix: context=4, or strategies.context(attention='all_to_all')" in text[0]
 
 

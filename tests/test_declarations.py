@@ -28,7 +28,7 @@ WRONG = {
     "no axis": (lambda: made.expert(axis=""), "expert(axis='')"),
     "stage": (lambda: made.zero(stage=True), "zero(stage=True)"),
     "size": (lambda: made.fsdp(min_size="x"), "fsdp(min_size='x')"),
-    "block": (lambda: sk.GradientCompression("data", block=True), "True is no positive number"),
+    "block": (lambda: sk.GradientCompression("data", block=True), "True is not a positive number"),
 }
 
 

@@ -17,7 +17,7 @@ from shardkit.lm import Decoder, DecoderConfig, decoder_loss
 from shardkit.lm._mixture import mixture
 from shardkit.nn._expert_dispatch import at_once
 from shardkit.parallel.expert import _expert
-from shardkit.parallel.expert._ragged import arrived, exchange, way_of
+from shardkit.parallel.expert._ragged import RaggedExchange, exchange, received_experts
 from shardkit.testing import EXPERT_MUTATIONS, kill_matrix
 
 from . import _parity
@@ -152,15 +152,15 @@ def test_rows_that_travel_unpadded_give_the_numbers_of_one_device(name, monkeypa
 
 
 def test_rows_of_all_devices_in_one_place():
-    wanted = jnp.array([[[1, 0, 2, 0], [0, 3, 1, 1]]])
-    way = way_of(wanted)
+    counts = jnp.array([[[1, 0, 2, 0], [0, 3, 1, 1]]])
+    plan = RaggedExchange.of(counts)
     x = jnp.arange(1.0, 17.0).reshape(1, 2, 8, 1)
-    came = exchange(at_once, "", 8, x, way)
+    came = exchange(at_once, "", 8, x, plan)
     assert came[0, :, :, 0].tolist() == [[1, 9, 10, 11, 0, 0, 0, 0], [2, 3, 12, 13, 0, 0, 0, 0]]
-    assert arrived(wanted, 8).tolist() == [[[0, 1, 1, 1, 2, 2, 2, 2], [0, 0, 0, 1, 2, 2, 2, 2]]]
-    home = exchange(at_once, "", 8, came, way.back)
+    assert received_experts(counts, 8).tolist() == [[[0, 1, 1, 1, 2, 2, 2, 2], [0, 0, 0, 1, 2, 2, 2, 2]]]
+    home = exchange(at_once, "", 8, came, plan.inverse)
     assert home[0, :, :5, 0].tolist() == [[1, 2, 3, 0, 0], [9, 10, 11, 12, 13]]
-    gradient = jax.grad(lambda x: (exchange(at_once, "", 8, x, way) ** 2).sum())(x)
+    gradient = jax.grad(lambda x: (exchange(at_once, "", 8, x, plan) ** 2).sum())(x)
     assert gradient[0, :, :6, 0].tolist() == [[2, 4, 6, 0, 0, 0], [18, 20, 22, 24, 26, 0]]
 
 

@@ -37,8 +37,8 @@ class Columns(Kind):
     name: ClassVar[str] = "columns"
     splits = frozenset({"heads"})
     collectives = frozenset({"all-reduce"})
-    weighed = "columns of pairs"
-    make = staticmethod(columns)
+    planned = "columns of pairs"
+    factory = staticmethod(columns)
 
     def minimum(self, program: Program) -> float | None:
         """The result of one pair, reduced once."""
@@ -56,7 +56,7 @@ class Columns(Kind):
         arrays = sum(len(one.operands) for one in rows)
         yield APART, 1 - 1 / arrays
 
-    def sent_beside(self, held: DeviceBytes) -> float:
+    def extra_bytes(self, held: DeviceBytes) -> float:
         """What its models send under a `shard_map` of their own."""
         return PROBE * (held.sizes[self.axis] - 1)
 

@@ -71,13 +71,13 @@ def modelled(
     (512, {'data': 24582.0})
     """
     used = [kind for kind in declared.strategy.kinds if sizes.get(kind.axis, 1) > 1]
-    way = next((kind.choice.attention for kind in used if kind.choice.attention), "")
+    way = next((kind.plan_choice.attention for kind in used if kind.plan_choice.attention), "")
     # What needs a region has formulae, and these are written for one axis.
     written = {(kind.name, kind.axis) for kind in known_kinds()}
     other = [
         f"{kind} over {kind.axis}"
         for kind in used
-        if kind.unmodelled or (kind.override and (kind.name, kind.axis) not in written)
+        if kind.unmodelled_reason or (kind.override and (kind.name, kind.axis) not in written)
     ]
     if other:
         raise NotImplementedError(f"{', '.join(other)} is not modelled")

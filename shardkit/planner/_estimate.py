@@ -11,7 +11,7 @@ from .._core.tree import short_dtype
 from .._core.types import Accumulate
 from ..hardware import Chip
 from ..mesh import Target
-from ..parallel import axes_splitting, lane_axes
+from ..parallel import axes_splitting, gradient_shard_axes
 from ._costs import HEADS, LENGTH, PARTS, Sent, Work
 from ._network import WIRE, Network
 from ._symbolic_sharding import MICRO, Terms, product
@@ -127,7 +127,7 @@ def estimate(
         wire[name] = wire.get(name, 0.0) + repeated * sent
         spent[name] = spent.get(name, 0.0) + repeated * seconds
     if at_once.any():
-        name = tuple(axis for axis in cases[0][0] if axis in lane_axes())
+        name = tuple(axis for axis in cases[0][0] if axis in gradient_shard_axes())
         n = product(name, parts.sizes)
         sent = np.array(lanes) * machine.width / 4 * 2 * (n - 1) / n
         hops = 2 * (n - 1) * machine.network.chip.latency
@@ -201,9 +201,9 @@ class Parts:
         A lane's gradients are whole over the axes of rows, so that a compiler has nothing to
         scatter them by but a slice behind the sum; with `fsdp` alone it does, with `data` not.
         """
-        known = {*lane_axes(), HEADS, MICRO}
+        known = {*gradient_shard_axes(), HEADS, MICRO}
         others = product([axis for axis in self.sizes if axis not in known], self.sizes)
-        whole = {*lane_axes()} - {*axes_splitting("rows", "weights")}
+        whole = {*gradient_shard_axes()} - {*axes_splitting("rows", "weights")}
         data = product([axis for axis in self.sizes if axis in whole], self.sizes)
         return self.once & (self.micro_batches > 1) & (data > 1) & (others == 1)
 

@@ -7,7 +7,7 @@ from .._core.errors import MeshError, Problem, format_problems
 from .._core.tree import format_bytes
 from ..hardware import CHIPS
 from ..mesh import Target
-from ..parallel import Strategy, weighed_kinds
+from ..parallel import Strategy, planned_kinds
 from ._candidate import Candidate
 from ._estimate import Machine
 from ._search import Found
@@ -39,11 +39,11 @@ def refuse(target: Target, found: Found, tight: Sequence[Candidate]) -> NoReturn
 
 def placed(strategy: Strategy, axes: Sequence[str]) -> str:
     """Which kinds of parallelism were weighed, and which of the declaration's own were not."""
-    weighed = weighed_kinds()
-    kinds = [kind.weighed for axis in axes for kind in weighed if kind.axis == axis]
-    left = [kind.weighed for kind in weighed if kind.axis not in axes]
-    left += [variant for kind in weighed for variant in kind.not_weighed]
-    left += [str(kind) for kind in strategy.kinds if kind.unmodelled]
+    weighed = planned_kinds()
+    kinds = [kind.planned for axis in axes for kind in weighed if kind.axis == axis]
+    left = [kind.planned for kind in weighed if kind.axis not in axes]
+    left += [variant for kind in weighed for variant in kind.not_planned]
+    left += [str(kind) for kind in strategy.kinds if kind.unmodelled_reason]
     return f"layouts are {', '.join(kinds)}; not weighed: {', '.join(left)}"
 
 

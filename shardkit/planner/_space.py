@@ -9,7 +9,7 @@ from typing import Any
 from .._core.errors import MeshError, Problem, raise_all
 from .._core.options import check_options
 from .._core.types import Accumulate
-from ..parallel import Choice, Strategy, axes_splitting, format_call, weighed_kinds
+from ..parallel import PlanChoice, Strategy, axes_splitting, format_call, planned_kinds
 from ._costs import LENGTH, PIPE
 
 
@@ -23,12 +23,12 @@ def searched_axes(experts: bool = False) -> tuple[str, ...]:
     ('pipe', 'data', 'fsdp', 'context', 'tensor')
     """
     left = () if experts else axes_splitting("experts")
-    return tuple(kind.axis for kind in weighed_kinds() if kind.axis not in left)
+    return tuple(kind.axis for kind in planned_kinds() if kind.axis not in left)
 
 
 def marked_axes() -> tuple[str, ...]:
     """Axes that divide a part which the model has to mark."""
-    return tuple(kind.axis for kind in weighed_kinds() if kind.override)
+    return tuple(kind.axis for kind in planned_kinds() if kind.override)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,9 +173,9 @@ def layout_of(
 def _calls(
     sizes: Mapping[str, int], zero: int, attention: str, stages: Stages | None
 ) -> list[functools.partial[Strategy]]:
-    kinds = {kind.axis: kind for kind in weighed_kinds()}
-    choice = Choice(zero, attention, stages.options if stages else {})
-    return [kinds[axis].tried(choice) for axis in used_axes(sizes)]
+    kinds = {kind.axis: kind for kind in planned_kinds()}
+    choice = PlanChoice(zero, attention, stages.options if stages else {})
+    return [kinds[axis].planned_strategy(choice) for axis in used_axes(sizes)]
 
 
 def used_axes(sizes: Mapping[str, int]) -> dict[str, int]:

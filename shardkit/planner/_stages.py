@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from .._core.types import Accumulate
-from ..parallel import Branch, lane_axes, schedule, ticks
+from ..parallel import Branch, gradient_shard_axes, schedule, tick_program
 from ._costs import PARTS, PIPE
 from ._estimate import Estimates, Machine, Parts, each_sent, each_work
 from ._space import Stages
@@ -62,7 +62,7 @@ def roles(how: Stages, stages: int) -> Roles:
         micro_batches=how.micro_batches,
         virtual_stages=how.virtual_stages,
     )
-    plan = ticks(table)
+    plan = tick_program(table)
     rows = np.stack([plan.columns[name] for name in ("branch", "first", "last")], -1)
     kinds, which = np.unique(rows.reshape(-1, 3), axis=0, return_inverse=True)
     which = which.reshape(rows.shape[:2])
@@ -124,7 +124,7 @@ def estimate_stages(
     ticking: dict[tuple[str, ...], np.ndarray] = {}
     wire: dict[tuple[str, ...], np.ndarray] = {}
     spent: dict[tuple[str, ...], np.ndarray] = {}
-    nothing, rows = np.zeros((len(PARTS), len(cases))), frozenset(lane_axes())
+    nothing, rows = np.zeros((len(PARTS), len(cases))), frozenset(gradient_shard_axes())
     for one, sent, seconds in each_sent(walked, parts, machine):
         name = tuple(axis for axis in cases[0][0] if axis in one.axes)
         often = one.trips * parts.of([one.loops])[0]
@@ -180,7 +180,7 @@ def _exchanged(
     exchanges = np.array([one.exchanges for one in made])
     wire[(PIPE,)] = np.array([one.messages for one in made]) * message
     spent[(PIPE,)] = exchanges * (message / rate + hop)
-    axes = tuple(axis for axis in cases[0][0] if axis in (*lane_axes(), PIPE))
+    axes = tuple(axis for axis in cases[0][0] if axis in (*gradient_shard_axes(), PIPE))
     n = product(axes, parts.sizes)
     ends = 2 * (n - 1) / n * np.array([one.ends * machine.width / 4 for one in placed])
     wire[axes] = wire.get(axes, 0.0) + ends

@@ -10,7 +10,7 @@ import jax
 from .._core.errors import ShardkitError
 from .._core.tree import nbytes
 from .._core.types import Accumulate
-from ..parallel import DeviceBytes, Kind, axes_splitting, weighed_kinds
+from ..parallel import DeviceBytes, Kind, axes_splitting, planned_kinds
 from ..step import Layout
 from ._costs import EXPERTS, LENGTH, PIPE
 from ._space import layout_of, used_axes
@@ -52,7 +52,7 @@ class Placed:
         """
         held = DeviceBytes(sizes, self.batch * batch_scale, self.shard, self.regathered)
         for kind in self.kinds:
-            if sizes.get(kind.axis, 1) > 1 and (sent := kind.sent_beside(held)):
+            if sizes.get(kind.axis, 1) > 1 and (sent := kind.extra_bytes(held)):
                 yield kind.axis, sent
 
 
@@ -75,7 +75,7 @@ class Places:
         if batch is None:
             return self.resolved(sizes, zero)
         of_batch = {"length"} if zero else {"rows", "length"}
-        unseen = {k.axis for k in weighed_kinds() if k.splits and k.splits <= of_batch}
+        unseen = {k.axis for k in planned_kinds() if k.splits and k.splits <= of_batch}
         seen = {axis: n for axis, n in sizes.items() if axis not in unseen}
         key = (min(zero, 1), *seen.items())
         if key not in self.made:

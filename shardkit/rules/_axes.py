@@ -104,6 +104,14 @@ class AxisRules:
         """Returns a copy in which some logical axes map elsewhere, or are added."""
         return AxisRules({**dict(self.table), **table})
 
+    def renamed(self, names: Mapping[str, str]) -> "AxisRules":
+        """Returns a copy in which some logical axes have other names.
+
+        >>> AxisRules({"embed": "fsdp", "norm": None}).renamed({"embed": "hidden"})
+        AxisRules({'hidden': 'fsdp', 'norm': None})
+        """
+        return AxisRules({names.get(name, name): axes for name, axes in self.table})
+
     def merged(self, other: "AxisRules") -> "AxisRules":
         """Joins two tables: a logical axis gets the mesh axes of both, these first.
 

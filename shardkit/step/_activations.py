@@ -34,7 +34,7 @@ class Activations:
     Attributes:
       mesh: the device mesh.
       rules: logical axes to mesh axes, None when the strategy has no such table.
-      lane_axes: mesh axes that lanes are split over; inside a lane they split nothing else.
+      manual_row_axes: mesh axes that lanes are split over; inside a lane they split nothing else.
     """
 
     mesh: Mesh
@@ -114,13 +114,17 @@ class SpecsInLoss:
     Attributes:
       activations: resolves names.
       by_lanes: the loss is that of one lane.
+      renamed: `(conventional, the model's)` logical names, as `Strategy.names`.
     """
 
     activations: Activations
     by_lanes: bool
+    renamed: tuple[tuple[str, str], ...] = ()
 
     def __call__(self, names: Names) -> PartitionSpec:
-        """Returns the spec of an activation with one logical name per dim."""
+        """Returns the spec of an activation with one logical name per dim, conventional or not."""
+        model_names = dict(self.renamed)
+        names = tuple(model_names.get(name, name) if name else None for name in names)
         if not self.by_lanes:
             return self.activations.spec(names)
         return PartitionSpec(*tuple(self.activations.spec((LANES, *names)))[1:])

@@ -93,7 +93,7 @@ class CompiledFunctions:
         around = StepContext(
             names.mesh,
             layout.row_axes,
-            SpecsInLoss(names, by_lanes),
+            SpecsInLoss(names, by_lanes, self._bound.spec.strategy.names),
             names.lane_axes if by_lanes else (),
             tuple(axis for axis in layout.row_axes if axis not in layout.lane_axes),
         )

@@ -14,7 +14,7 @@ from .._core.precision import Precision, cast_floats
 from .._core.train_state import TrainState
 from .._core.tree import Leaf, join_path, leaves, path_str
 from .._core.types import Variables, WithAxes
-from ..parallel import Strategy, advise, check_composition, check_used, update_specs
+from ..parallel import Strategy, suggest_options, check_composition, check_axes_used, update_specs
 from ..rules import Rule, axes_of, check_batch, collect, first_match, format_mesh
 from .optim._follow import FollowParams
 
@@ -37,7 +37,7 @@ class Layout:
       batch_shardings: pytree of `NamedSharding`.
       rows: number of rows of the global batch; 0 where no leaf has a dim.
       row_axes: mesh axes that the rows are split over.
-      lane_axes: those of them that lanes may be split over: where rows leave their device inside
+      manual_row_axes: those of them that lanes may be split over: where rows leave their device inside
         the loss (tokens for experts), no lane can end at the device's border.
       axes: `{path: logical axes}` of the parameters.
       gradients: pytree of `NamedSharding`, how gradients are left for the update.
@@ -199,7 +199,7 @@ def resolve_layout(
         *opt_state.values(),
         *batch_specs.values(),
     ]
-    check_used(strategy, sizes, {axis for spec in placements for e in spec for axis in axes_of(e)})
+    check_axes_used(strategy, sizes, {axis for spec in placements for e in spec for axis in axes_of(e)})
 
     scalar = NamedSharding(mesh, PartitionSpec())
     shardings = TrainState(
@@ -240,7 +240,7 @@ def _resolved(
     rule: Rule, of: Sequence[Leaf], sizes: Mapping[str, int], tree: str, problems: list[Problem]
 ) -> dict[str, PartitionSpec]:
     specs, found = collect(rule, of, sizes, what=f"leaves of {tree}")
-    problems += _in_tree(tree, of, advise(found, sizes))
+    problems += _in_tree(tree, of, suggest_options(found, sizes))
     return specs
 
 

@@ -1,7 +1,8 @@
 """What a compiled step hands over to be inspected."""
 
+import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,10 +12,10 @@ from jax.sharding import Mesh
 
 from .._core.tree import Leaf, ends_path, leaves, short_dtype
 from ..nn._constrain import LANES
-from ..parallel import kinds_by_specs
+from ..parallel import Strategy, infer_kinds
 from ..report import CompiledBytes, Declared, Placed, Program
 from ..rules import Rule, place
-from ._activations import Activations, constraints
+from ._activations import Activations, Constraint, constraints
 from ._bound_spec import BoundSpec
 from ._compile import CompiledProgram as Executable
 from ._layout import Layout
@@ -126,16 +127,17 @@ def _declared(bound: BoundSpec, layout: Layout, jaxpr: Any, placed: Sequence[Pla
     named = list(dict.fromkeys(constraints(jaxpr.jaxpr)))
     return Declared(
         kinds=strategy.kinds,
-        by_specs=kinds_by_specs(bound.mesh.shape, placed, strategy.kinds),
+        by_specs=infer_kinds(bound.mesh.shape, placed, strategy.kinds),
         accumulate=bound.spec.accumulate.micro_batches,
         compute_dtype=short_dtype(jnp.dtype(precision.compute_dtype)),
         reduce_dtype=short_dtype(jnp.dtype(precision.reduce_dtype or precision.compute_dtype)),
         activation_bytes=_activation_bytes(bound, layout, jaxpr),
-        layers=_layers(layout),
-        choices=_choices(jaxpr),
+        layers=_layers(strategy, layout),
+        choices=_choices(strategy, jaxpr),
         rules=idle_rules(bound, layout, named),
         constraints=tuple(
-            Placed("activation", leaf, activations.spec(leaf.axes or ())) for leaf in named
+            Placed("activation", conventional, activations.spec(leaf.axes or ()))
+            for leaf, conventional in zip(named, _conventional(strategy, named), strict=True)
         ),
         activation_axes=_activation_axes(bound),
     )
@@ -150,11 +152,11 @@ def _activation_axes(bound: BoundSpec) -> tuple[str, ...]:
 
 def _activation_bytes(bound: BoundSpec, layout: Layout, jaxpr: Any) -> int | None:
     """Bytes of `[batch, length, embed]` on a device, as a model's constraints show it."""
-    table = bound.spec.strategy.activations
-    shared = table.mesh_axes("length") if table and "length" in dict(table.table) else ()
-    axes = {*layout.row_axes, *shared}
+    strategy = bound.spec.strategy
+    table = dict(strategy.activations.table) if strategy.activations else {}
+    axes = {*layout.row_axes, *table.get(dict(strategy.names).get("length", "length"), ())}
     ways = math.prod(bound.mesh.shape.get(axis, 1) for axis in axes)
-    for leaf in constraints(jaxpr.jaxpr):
+    for leaf in _conventional(strategy, constraints(jaxpr.jaxpr)):
         names = dict(zip(leaf.axes or (), leaf.shape, strict=True))
         if {"batch", "length", "embed"} <= names.keys() <= {"batch", "length", "embed", LANES}:
             row = names["length"] * names["embed"] * jnp.dtype(leaf.dtype).itemsize
@@ -162,18 +164,24 @@ def _activation_bytes(bound: BoundSpec, layout: Layout, jaxpr: Any) -> int | Non
     return None
 
 
-def _choices(jaxpr: Any) -> int | None:
+def _conventional(strategy: Strategy, named: Iterable[Constraint]) -> list[Constraint]:
+    """Constraints with the conventional names of their dims, where the strategy renames them."""
+    return [dataclasses.replace(x, axes=strategy.conventional_names(x.axes)) for x in named]
+
+
+def _choices(strategy: Strategy, jaxpr: Any) -> int | None:
     """Length of the dim that a model's constraints name `choices`."""
-    for leaf in constraints(jaxpr.jaxpr):
-        if "choices" in (leaf.axes or ()):
+    for leaf in _conventional(strategy, constraints(jaxpr.jaxpr)):
+        if leaf.axes and "choices" in leaf.axes:
             return leaf.shape[leaf.axes.index("choices")]
     return None
 
 
-def _layers(layout: Layout) -> int | None:
+def _layers(strategy: Strategy, layout: Layout) -> int | None:
     """Length of the dim that parameters name `layers`."""
     shapes = {leaf.path: leaf.shape for leaf in leaves(layout.state.params)}
     for path, names in layout.axes.items():
+        names = strategy.conventional_names(names)
         if "layers" in names:
             return shapes[path][names.index("layers")]
     return None

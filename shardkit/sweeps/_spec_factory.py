@@ -132,7 +132,7 @@ def _with_axes(strategy: Strategy, sizes: Mapping[str, int]) -> Strategy:
 
 def ready() -> dict[str, Callable[[], Strategy]]:
     """The ready strategy that an axis stands for where a spec's strategy has none for it."""
-    return {kind.axis: kind.make for kind in known_kinds() if kind.by_default}
+    return {kind.axis: kind.factory for kind in known_kinds() if kind.sweep_by_default}
 
 
 def plain_axes() -> tuple[str, ...]:
