@@ -216,7 +216,7 @@ def test_a_ring_of_an_odd_number_inside_a_stage_is_an_error():
         ),
         jnp.zeros(2),
     )
-    assert "a ring of context=3 inside a pipeline stage exchanges in pairs" in text[0]
+    assert "a ring of context=3 in a pipeline stage exchanges in pairs" in text[0]
     assert "Fix: context=4, or strategies.context(attention='all_to_all')" in text[0]
 
 
@@ -249,7 +249,7 @@ def test_options_that_do_not_exist_are_errors_all_of_them():
     text = str(caught.value)
     assert "attention='rings'  known: 'ring', 'all_to_all'. Did you mean 'ring'?" in text
     assert "kv_heads='repeat'  known: 'split', 'replicate'." in text
-    assert "context(attention='ring')" in text
+    assert "Fix:\n  - attention='ring'\n  - kv_heads='replicate'" in text
 
 
 @pytest.mark.parametrize(

@@ -80,5 +80,7 @@ def choice_problems(**options: tuple[object, Iterable[str]]) -> list[Problem]:
         known = tuple(choices)
         if value not in known:
             why = f"known: {', '.join(map(repr, known))}.{did_you_mean(str(value), known)}"
-            problems.append(Problem(f"{name}={value!r}", why, f"{name}={known[0]!r}"))
+            close = [choice for choice in known if did_you_mean(str(value), (choice,))]
+            fix = f"{name}={(close or known)[0]!r}"
+            problems.append(Problem(f"{name}={value!r}", why, fix))
     return problems

@@ -63,7 +63,7 @@ def _attention_fwd(  # one argument for each of `context_parallel_attention`
     layout: AttentionLayout,
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     inputs = layout.to_compute_layout((query, key, value, ids), causal)
-    out, lse = layout.attend(*inputs, causal)
+    out, lse = layout.attend(inputs, causal)
     out = layout.from_compute_layout(out, causal)
     # One name for both, so that a policy that keeps the output keeps the logarithms as well.
     out, lse = checkpoint_name((out, lse), "attn_mix")
@@ -161,7 +161,9 @@ class ContextAttention(Override):
             near = max(pieces, round(length / pieces) * pieces)
             problems.append(Problem(f"queries {_type(query)}", why, f"a length of {near}"))
         if self._layout is PairwiseExchange and n % 2:
-            why = f"a ring of {self.axis}={n} inside a pipeline stage exchanges in pairs: it must be even"
+            why = (
+                f"a ring of {self.axis}={n} in a pipeline stage exchanges in pairs: n must be even"
+            )
             fix = f"{self.axis}={n + 1}, or strategies.context(attention='all_to_all')"
             problems.append(Problem("attention='ring'", why, fix))
         if key.shape[1] != length:

@@ -21,6 +21,8 @@ from ..._core.types import PyTree
 from ._blockwise import Cotangents, Gradients, Keys, Partial, Queries
 
 Axes = tuple[str, ...]
+# q [B, T, N, H], k and v [B, S, K, H], and segments i32[B, T] or None.
+Inputs = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
 SpecOfRank = Callable[[int], PartitionSpec]
 
 
@@ -57,42 +59,38 @@ class AttentionLayout(abc.ABC):
             self.move_from_compute, arrays, causal, self.compute_spec, self.input_spec
         )
 
-    def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None, causal: bool
-    ) -> tuple[jax.Array, jax.Array]:
+    def attend(self, inputs: Inputs, causal: bool) -> tuple[jax.Array, jax.Array]:
         """Returns [B, T, N, H] in the dtype of q, and f32[B, T, N], logarithms of softmax sums.
 
-        All arrays are in the compute layout.
+        Args:
+          inputs: q, k, v and segments, in the compute layout.
+          causal: whether a query sees its own position and earlier ones alone.
         """
 
-        def body(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None) -> Any:
-            queries, keys = _group_heads(q, k, v, ids)
+        def body(inputs: Inputs) -> tuple[jax.Array, jax.Array]:
+            queries, keys = _group_heads(inputs)
             out, lse = self.attend_shard(queries, keys, causal)
-            return _ungroup(out).astype(q.dtype), _ungroup(lse)
+            return _ungroup(out).astype(inputs[0].dtype), _ungroup(lse)
 
-        return self._run(body, (q, k, v, ids), self.compute_spec, self.compute_spec(3))
+        return self._run(body, (inputs,), self.compute_spec, self.compute_spec(3))
 
     def attend_backward(
-        self,
-        inputs: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None],
-        cotangents: Cotangents,
-        causal: bool,
+        self, inputs: Inputs, cotangents: Cotangents, causal: bool
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns the gradients of q, k and v in their dtypes; the softmax is computed again.
 
         Args:
-          inputs: q, k, v and segments as `attend` takes them.
+          inputs: as for `attend`.
           cotangents: lse and delta f32[B, T, N], g [B, T, N, H].
           causal: as for `attend`.
         """
 
-        def body(inputs: Any, cotangents: Cotangents) -> Any:
-            q, k, v, ids = inputs
-            queries, keys = _group_heads(q, k, v, ids)
-            grouped = Cotangents(*(_group(x, k.shape[2]) for x in cotangents))
+        def body(inputs: Inputs, cotangents: Cotangents) -> Any:
+            queries, keys = _group_heads(inputs)
+            grouped = Cotangents(*(_group(x, keys.k.shape[1]) for x in cotangents))
             dq, dk, dv = self.attend_shard_backward(queries, keys, grouped, causal)
             grads = _ungroup(dq), _swap_length_and_heads(dk), _swap_length_and_heads(dv)
-            return tuple(g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True))
+            return tuple(g.astype(x.dtype) for g, x in zip(grads, inputs[:3], strict=True))
 
         return self._run(body, (inputs, cotangents), self.compute_spec, self.compute_spec(3))
 
@@ -158,9 +156,8 @@ class AttentionLayout(abc.ABC):
         return run(*args)
 
 
-def _group_heads(
-    q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None
-) -> tuple[Queries, Keys]:
+def _group_heads(inputs: Inputs) -> tuple[Queries, Keys]:
+    q, k, v, ids = inputs
     keys = Keys(_swap_length_and_heads(k), _swap_length_and_heads(v), ids)
     return Queries(_group(q, k.shape[2]), ids), keys
 
