@@ -61,10 +61,10 @@ def choices(model: Any, params: Any, batch: Any) -> tuple[float, list[tuple[Any,
 def dropped(config: Any, choice: Any) -> Any:
     """Which choices find their expert full, bool[batch, length, k]."""
     from shardkit.lm._mixture import expert_capacity
-    from shardkit.nn._expert_dispatch import places
+    from shardkit.nn._expert_dispatch import position_in_expert
 
     rows, length, _ = choice.shape
-    place = places(choice.reshape(rows, -1), config.experts).reshape(choice.shape)
+    place = position_in_expert(choice.reshape(rows, -1), config.experts).reshape(choice.shape)
     return place >= expert_capacity(config, length)
 
 

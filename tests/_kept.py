@@ -10,14 +10,14 @@ from ._architecture import Function, Tree
 # `with` block sets back, do not outlive their owners and are not listed.
 KEPT: dict[str, tuple[int | str, str]] = {
     "_core.split_rng._generator": (64, "one for each set of draws; a step has one or two"),
-    "nn._remat.policy": (64, "one for each name; `save:` takes any list of names"),
-    "nn._remat.regathering": (64, "policies × sets of axes that are gathered"),
+    "nn._remat.parse_policy": (64, "one for each name; `save:` takes any list of names"),
+    "nn._remat.regathering_policy": (64, "policies × sets of axes that are gathered"),
     "checkpoint._fingerprint._program": (8, "meshes in use; each holds compiled programs"),
     "data._shuffled_index.epoch_order": (2, "this epoch and the next; each up to 128 MiB"),
     "mesh._simulate._settled": ("one number", "devices of the process, settled once"),
     "parallel._kinds._planned": (8, "sets of registered kinds; more than one only in tests"),
     "planner._stages.roles": (256, "schedules × stages of one search; a few KiB each"),
-    "rules._path._pattern": (1024, "globs of some models; about 1 KiB each"),
+    "rules._path._compile_glob": (1024, "globs of some models; about 1 KiB each"),
     "parity._reference._sgd_applier": (8, "one for each verification under way"),
     "cli._verify.run": ("meshes of the command, and one device", "gone when the command ends"),
     "step._batch_variants.KEPT": (8, "forms of a batch that a step keeps: lengths in buckets"),
@@ -93,7 +93,7 @@ def _owned(parsed: ast.Module) -> Iterator[tuple[str, ast.AST]]:
 def _globals(parsed: ast.Module) -> Iterator[tuple[str, int, int | str]]:
     """Names of a module that a function of it changes or that begin empty, to be filled.
 
-    `KEPT = 8` is how a module says what each of its objects keeps at most.
+    `KEPT_PARAM = 8` is how a module says what each of its objects keeps at most.
     """
     changed = set(_changed(parsed))
     for node in parsed.body:

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from shardkit._core.tree import leaves
+from shardkit._core.tree import list_leaves
 from shardkit.report import CompiledBytes, Placed, Program
 
 LAYERS, BATCH, WIDTH, HIDDEN = 3, 16, 8, 32
@@ -78,7 +78,7 @@ def program(step, mesh, donate=(), whole=(), log="", out=None, **parts):
         args.append(arrays)
         placed += [
             Placed(part, leaf, spec, part in donate, part in whole)
-            for leaf, spec in zip(leaves(arrays), specs, strict=True)
+            for leaf, spec in zip(list_leaves(arrays), specs, strict=True)
         ]
     numbers = tuple(i for i, part in enumerate(parts) if part in donate)
     placing = {}

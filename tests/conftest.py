@@ -15,7 +15,7 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
     _QUICK += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = " ".join(filter(None, [os.environ.get("XLA_FLAGS"), _QUICK]))
 
-from shardkit._core.libtpu import quiet_libtpu  # noqa: E402
+from shardkit._core.startup import quiet_libtpu  # noqa: E402
 
 os.environ.update(quiet_libtpu(os.environ))
 

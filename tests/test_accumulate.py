@@ -235,7 +235,7 @@ def test_numbers_folded_in_over_the_rows_are_an_error_that_names_the_way_out():
     with pytest.raises(sk.errors.StepError) as caught:
         lane_step(counted)
     text = str(caught.value)
-    assert "Randomness of the loss cannot be split by lane." in text
+    assert "The random draws of the loss cannot be split over gradient shards." in text
     assert "fold_in" in text
     assert "folds in numbers counted over the rows of the batch" in text
     assert 'sk.Accumulate(k, reduce="every")' in text
@@ -290,7 +290,7 @@ def test_a_number_of_micro_batches_that_is_none(bad):
 
 
 def test_an_unknown_time_to_reduce():
-    with pytest.raises(sk.errors.StepError, match="'twice' is not 'once' or 'each'"):
+    with pytest.raises(sk.errors.StepError, match="'twice' is not 'end' or 'every'"):
         sk.Accumulate(2, "twice")
 
 

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from shardkit._core.errors import ConfigError, DataError, MeshError, ShardkitError
-from shardkit._core.options import matches
+from shardkit._core.options import matches_annotation
 from shardkit.config import (
     Config,
     OptimizerConfig,
@@ -65,7 +65,7 @@ def test_text_is_read_by_annotation(annotation, text, value):
     found = parse(annotation, text)
     assert found == value
     assert type(found) is type(value)
-    assert matches(annotation, found)
+    assert matches_annotation(annotation, found)
 
 
 @pytest.mark.parametrize(

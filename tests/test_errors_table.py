@@ -87,7 +87,7 @@ DECLARATIONS = {
     ),
     "specs tree lacks a key": (
         {"rules": {"head/kernel": P(None, "model")}},
-        ["params/b f32[3]", "no rule decides it", "chain(rules, REPLICATED)"],
+        ["params/b f32[3]", "no rule decides it", "first_match(rules, REPLICATED)"],
     ),
     "batch of 7 over data=2": (
         {"rules": GOOD, "batch": {"x": np.ones((7, 10), np.float32)}},
@@ -151,7 +151,7 @@ def test_donated_state_used_again_names_a_leaf_and_the_right_line(step):
     step(state, {"x": X})
     text = text_of(sk.errors.StateError, lambda: step(state, {"x": X}))
     assert "params/b" in text
-    assert "consumed (donated) by an earlier step" in text
+    assert "donated to an earlier step" in text
     assert "state, metrics = step(state, batch)" in text
 
 
@@ -168,7 +168,7 @@ def test_donated_array_read_later_is_named_wherever_the_toolkit_sees_it(step, tm
             sk.errors.StateError, lambda call=call: call({"x": state.params["head"]["kernel"]})
         )
         assert "The step got a batch that is gone." in text
-        assert "batch  x: consumed (donated) by an earlier step" in text
+        assert "batch  x: donated to an earlier step" in text
     text = text_of(sk.errors.StateError, lambda: sk.Checkpointer(tmp_path / "run").save(1, state))
     assert "A state that is gone cannot be saved." in text
     assert "step, params/b, params/head/kernel" in text
@@ -335,7 +335,7 @@ def test_what_a_loss_itself_asserts_is_told_as_it_is(mesh):
 
 def test_out_of_memory_is_foreseen_before_anything_is_put_on_a_device(step, tmp_path, monkeypatch):
     small = dataclasses.replace(CHIPS["h100"], memory=512)
-    monkeypatch.setattr(_memory, "chip_of", lambda kind: small)
+    monkeypatch.setattr(_memory, "identify_chip", lambda kind: small)
     made = []
     monkeypatch.setattr(type(step), "init", lambda *args: made.append(args))
     run = sk.Trainer(step, lambda i: {"x": X}, tmp_path / "run", console=Console(quiet=True))
@@ -347,7 +347,7 @@ def test_out_of_memory_is_foreseen_before_anything_is_put_on_a_device(step, tmp_
     assert "split opt_state over 'data' too: " in text
     assert not made
     assert not (tmp_path / "run").exists()
-    monkeypatch.setattr(_memory, "chip_of", lambda kind: CHIPS["h100"])
+    monkeypatch.setattr(_memory, "identify_chip", lambda kind: CHIPS["h100"])
     step.check_memory()
 
 

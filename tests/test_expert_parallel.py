@@ -15,7 +15,7 @@ import pytest
 import shardkit as sk
 from shardkit.lm import Decoder, DecoderConfig, decoder_loss
 from shardkit.lm._mixture import mixture
-from shardkit.nn._expert_dispatch import at_once
+from shardkit.nn._expert_dispatch import run_locally
 from shardkit.parallel.expert import _expert
 from shardkit.parallel.expert._ragged import RaggedExchange, exchange, received_experts
 from shardkit.testing import EXPERT_MUTATIONS, kill_matrix
@@ -155,12 +155,13 @@ def test_rows_of_all_devices_in_one_place():
     counts = jnp.array([[[1, 0, 2, 0], [0, 3, 1, 1]]])
     plan = RaggedExchange.of(counts)
     x = jnp.arange(1.0, 17.0).reshape(1, 2, 8, 1)
-    came = exchange(at_once, "", 8, x, plan)
+    came = exchange(run_locally, "", 8, x, plan)
     assert came[0, :, :, 0].tolist() == [[1, 9, 10, 11, 0, 0, 0, 0], [2, 3, 12, 13, 0, 0, 0, 0]]
-    assert received_experts(counts, 8).tolist() == [[[0, 1, 1, 1, 2, 2, 2, 2], [0, 0, 0, 1, 2, 2, 2, 2]]]
-    home = exchange(at_once, "", 8, came, plan.inverse)
+    experts = [[0, 1, 1, 1, 2, 2, 2, 2], [0, 0, 0, 1, 2, 2, 2, 2]]
+    assert received_experts(counts, 8).tolist() == [experts]
+    home = exchange(run_locally, "", 8, came, plan.inverse)
     assert home[0, :, :5, 0].tolist() == [[1, 2, 3, 0, 0], [9, 10, 11, 12, 13]]
-    gradient = jax.grad(lambda x: (exchange(at_once, "", 8, x, plan) ** 2).sum())(x)
+    gradient = jax.grad(lambda x: (exchange(run_locally, "", 8, x, plan) ** 2).sum())(x)
     assert gradient[0, :, :6, 0].tolist() == [[2, 4, 6, 0, 0, 0], [18, 20, 22, 24, 26, 0]]
 
 
@@ -228,7 +229,7 @@ def test_own_experts_that_the_axis_does_not_divide():
     def loss(params, batch, key):
         choice, share = sk.nn.route(batch["x"] @ params["router"], 1)
         mlp = lambda w, rows, dot: dot(rows, w)  # noqa: E731
-        return sk.nn.experts(batch["x"], choice, share, params["w"], mlp, 4).mean()
+        return sk.nn.experts(batch["x"], choice, share, params["w"], mlp, capacity=4).mean()
 
     with pytest.raises(sk.errors.StepError) as raised:
         sk.compile_step(

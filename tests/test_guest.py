@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import shardkit as sk
-from shardkit._core.libtpu import quiet_libtpu
+from shardkit._core.startup import quiet_libtpu
 
 ROOT = Path(__file__).parent.parent
 
@@ -170,9 +170,9 @@ def test_libtpu_is_left_alone_where_somebody_has_answered_or_a_tpu_may_be(monkey
     assert quiet_libtpu({"TPU_WORKER_HOSTNAMES": "a,b"}) == {}
     for device in ("/dev/accel0", "/dev/vfio/0"):
         there = lambda pattern, device=device: [device] * device.startswith(pattern[:9])  # noqa: E731
-        monkeypatch.setattr("shardkit._core.libtpu.glob.glob", there)
+        monkeypatch.setattr("shardkit._core.startup.glob.glob", there)
         assert quiet_libtpu({}) == {}
-    monkeypatch.setattr("shardkit._core.libtpu.glob.glob", lambda pattern: [])
+    monkeypatch.setattr("shardkit._core.startup.glob.glob", lambda pattern: [])
     assert quiet_libtpu({}).keys() == {"TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES"}
 
 

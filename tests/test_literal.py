@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
-from shardkit._core.branch_counts import shares, taken
+from shardkit._core.scope_markers import annotate_branch_counts, branch_shares
 from shardkit.report import Finding, Flops, Ledger, Memory, Report, count_flops
 from shardkit.run._console import show_layout, show_mesh
 from shardkit.sweeps._case import Case
@@ -68,10 +68,10 @@ def test_a_scope_of_a_users_says_nothing_of_branches():
     x = jnp.ones((4, 4))
     for scope in ("taken_2", "taken_1_3", "shardkit_taken_2"):
         assert count_flops(jax.make_jaxpr(f, static_argnums=0)(scope, x)).model == 2 * 4**3
-    assert shares("jit(step)/taken_1_3/cond", 2) is None
+    assert branch_shares("jit(step)/taken_1_3/cond", 2) is None
 
     def told(x):
-        with taken([1, 3]):
+        with annotate_branch_counts([1, 3]):
             return jax.lax.cond(x[0, 0] > 0, lambda: x, lambda: x @ x)
 
     assert (

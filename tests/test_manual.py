@@ -433,7 +433,7 @@ def test_compression_is_refused_where_it_cannot_be():
 
 def test_a_slice_of_the_length_draws_its_part():
     draws = RandomDraws(
-        2, ((("bits", (2, 3, 3)), 0),), slices=2, sliced=((("bits", (2, 3, 3)), 1),)
+        2, ((("bits", (2, 3, 3)), 0),), length_shards=2, length_dims=((("bits", (2, 3, 3)), 1),)
     )
     key, whole = jax.random.key(3), jax.random.bits(jax.random.key(3), (4, 6, 3))
     for lane, cut in np.ndindex(2, 2):

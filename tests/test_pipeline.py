@@ -98,7 +98,7 @@ CASES = {
         DATA | pipeline(micro_batches=4) | TENSOR,
         {"data": 2, "pipe": 2, "tensor": 2},
     ),
-    "fsdp": (4, FSDP | pipeline(micro_batches=2, ends="split"), {"fsdp": 4, "pipe": 2}),
+    "fsdp": (4, FSDP | pipeline(micro_batches=2, outer_params="split"), {"fsdp": 4, "pipe": 2}),
     "zero bubble, fsdp, tensor": (
         4,
         FSDP | pipeline(schedule="zero_bubble", micro_batches=4) | TENSOR,

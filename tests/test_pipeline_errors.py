@@ -24,7 +24,7 @@ def message(strategy, layers=4, rows=16, loss=model.loss, **sizes):
 
 def test_options_are_refused_together():
     with pytest.raises(sk.errors.StepError) as raised:
-        pipeline(schedule="1f1", micro_batches=0, virtual_stages=2, ends="splitt")
+        pipeline(schedule="1f1", micro_batches=0, virtual_stages=2, outer_params="splitt")
     text = str(raised.value)
     assert "schedule='1f1'" in text
     assert "Did you mean '1f1b'?" in text

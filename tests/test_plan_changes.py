@@ -99,10 +99,10 @@ def test_a_picture_is_refused_before_anything_is_searched(capsys, tmp_path, monk
     words = ["plan", "--target", "no:such:target", "--compile", "0", "--plot"]
     assert main([*words, str(out)]) == 2
     shown = capsys.readouterr().err
-    assert f"The picture cannot be made.\n  {out}  has the suffix '.jpg'" in shown
+    assert f"The figure cannot be saved.\n  {out}  has the suffix '.jpg'" in shown
     assert f"Fix: --plot {out.with_suffix('.png')}" in shown
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main([*words, str(tmp_path / "no" / "front.jpg")]) == 2
     shown = capsys.readouterr().err
-    assert "There is no folder" in shown
+    assert "there is no folder" in shown
     assert "pip install 'shardkit[plot]'" in shown

@@ -143,7 +143,7 @@ def test_everything_that_is_no_run_is_named_at_once(tmp_path, run, capsys):
 def test_a_picture_that_cannot_be_written_says_why(name, why, fix, tmp_path, run):
     with pytest.raises(sk.errors.ConfigError) as error:
         plot_runs([run], tmp_path / name)
-    assert str(error.value).startswith(f"The picture cannot be made.\n  {tmp_path / name}  {why}")
+    assert str(error.value).startswith(f"The figure cannot be saved.\n  {tmp_path / name}  {why}")
     assert "Fix: --out " in str(error.value)
     assert str(error.value).endswith(fix)
 

@@ -221,7 +221,7 @@ def test_verify_proves_every_leaf(name, where):
 def test_the_layout_that_verify_resolves_is_compared_at_every_leaf(name):
     step = step_of(name)
     state = step.init(jax.random.key(0))
-    specs = declared_specs(step.declaration, state)
+    specs = declared_specs(step.spec, state)
     assert specs.keys() >= leaves_by_path(state).keys()
     moved = {path: P() for path in specs}
     parts = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
@@ -232,7 +232,7 @@ def test_the_layout_that_verify_resolves_is_compared_at_every_leaf(name):
 
 @pytest.mark.parametrize("name", TREES)
 def test_a_plan_takes_it(name):
-    found = sk.plan(step_of(name).declaration, "tpu:v5e:2x2")
+    found = sk.plan(step_of(name).spec, "tpu:v5e:2x2")
     assert found.rows
     assert str(found)
 

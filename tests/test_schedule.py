@@ -9,7 +9,6 @@ from shardkit.parallel.pipeline._schedule import (
     SCHEDULES,
     Action,
     PassType,
-    PipelineSchedule,
     forward_only,
     schedule,
 )

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
-from shardkit.nn._remat import active, policy
+from shardkit.nn._remat import parse_policy, use_policy
 from shardkit.step._bound_spec import BoundSpec
 from shardkit.step._layout import resolve_layout
 from shardkit.step._readback import aliased_arguments, check_executable
@@ -320,7 +320,7 @@ def traced(mesh, loss=loss_fn, **options):
     )
     run = StepFunctions(BoundSpec(d, mesh), layout).train()
     jitted = jax.jit(run, in_shardings=(layout.shardings, layout.batch_shardings))
-    with active(policy(d.strategy.remat)):
+    with use_policy(parse_policy(d.strategy.remat)):
         return jitted.lower(layout.state, layout.batch).as_text()
 
 

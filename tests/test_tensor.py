@@ -57,7 +57,7 @@ def test_a_policy_that_there_is_not():
     with pytest.raises(sk.errors.StepError) as caught:
         tensor(kv_heads="replicated")
     assert "Fix: kv_heads='replicate'" in str(caught.value)
-    assert "kv_heads='replicated'  known: 'split', 'replicate'. Did you mean 'replicate'?" in str(caught.value)
+    assert "known: 'split', 'replicate'. Did you mean 'replicate'?" in str(caught.value)
 
 
 @pytest.mark.parametrize(

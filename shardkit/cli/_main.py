@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .._core.errors import ShardkitError, Stopped
-from .._core.libtpu import quiet_libtpu
+from .._core.startup import quiet_libtpu
 from ._command import add_shared
 from ._commands import COMMANDS
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from .._core.errors import ConfigError, Problem, ShardkitError, count, did_you_mean, raise_all
-from .._core.options import describe, matches
+from .._core.options import describe_annotation, matches_annotation
 from ..mesh import MeshSpec
 from ._named import NAMED
 from ._values import BadValue, hints, is_dataclass_type, parse
@@ -49,9 +49,11 @@ def type_problems(config: Any, where: str = "") -> list[Problem]:
     problems = []
     for name, annotation in hints(type(config)).items():
         value, field = getattr(config, name), f"{where}{name}"
-        if not matches(annotation, value):
-            why = f"expected {describe(annotation)}, got {value!r}."
-            problems.append(Problem(field, why, f"{field} of type {describe(annotation)}"))
+        if not matches_annotation(annotation, value):
+            why = f"expected {describe_annotation(annotation)}, got {value!r}."
+            problems.append(
+                Problem(field, why, f"{field} of type {describe_annotation(annotation)}")
+            )
         elif dataclasses.is_dataclass(value) and is_dataclass_type(annotation):
             problems += type_problems(value, f"{field}.")
     return problems
@@ -107,7 +109,8 @@ class _Overrides:
         try:
             changes[one.path[-1]] = _parse(annotation, one.text)
         except BadValue as error:
-            fix = f"--set {'.'.join(one.path)}=VALUE, where VALUE is {describe(annotation)}"
+            kind = describe_annotation(annotation)
+            fix = f"--set {'.'.join(one.path)}=VALUE, where VALUE is {kind}"
             self.problems.append(Problem(f"--set {one.written}", str(error), fix))
         except ShardkitError as error:  # named values are declarations of their own
             self.refused.append(error)

@@ -10,7 +10,7 @@ import types
 import typing
 from typing import Any, Literal, TypeGuard, Union
 
-from .._core.options import describe
+from .._core.options import describe_annotation
 
 _BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _NONES = {"none": None, "null": None}
@@ -48,7 +48,7 @@ def parse(annotation: Any, text: str) -> Any:
     for one in sorted(_members(annotation), key=lambda one: one is str):
         with contextlib.suppress(ValueError, KeyError):
             return _parse_one(one, text)
-    raise BadValue(f"expected {describe(annotation)}, got {text!r}.")
+    raise BadValue(f"expected {describe_annotation(annotation)}, got {text!r}.")
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .._core.errors import DataError, Problem, format_problems
-from ..rules import axes_of, format_mesh, ways
+from ..rules import axes_of, format_mesh, shard_count
 
 
 def process_of_device(device: Any) -> int:
@@ -51,7 +51,7 @@ def process_rows(
     """
     own = jax.process_index() if process_index is None else process_index
     first = spec[0] if len(spec) else None
-    parts = ways(axes_of(first), mesh.shape)
+    parts = shard_count(axes_of(first), mesh.shape)
     if rows % parts:
         why = f"do not split {parts} ways, over {axes_of(first)} of mesh {format_mesh(mesh.shape)}"
         fix = f"batch={max(1, round(rows / parts)) * parts}"

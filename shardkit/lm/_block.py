@@ -23,8 +23,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ..nn._attention import attention
 from ..nn._constrain import constrain, constrain_gradient
-from ..nn._dot import dense
-from ..nn._remat import in_turn
+from ..nn._dot import project
+from ..nn._remat import defer_remat
 from ..nn._use_param import use_param
 from ._decoder_config import DecoderConfig
 from ._mixture import mixture
@@ -91,7 +91,7 @@ def block(
     """
     keys = (None, None) if key is None else tuple(jax.random.split(key))
     with jax.named_scope("attention"):
-        mixed = in_turn(functools.partial(_mix, config), "attn_out")
+        mixed = defer_remat(functools.partial(_mix, config), "attn_out")
         y = mixed(weights, x_BTE, by, segment_ids)
         x_BTE = x_BTE + _branch_output(
             config, weights, "attn_out", y, ("heads", "head_dim"), keys[0]
@@ -152,7 +152,7 @@ def _product(
     h_BTE: jax.Array, weights: Mapping[str, jax.Array], name: str, *outputs: str
 ) -> jax.Array:
     """A product that widens, with its bias if it has one; `outputs` name the dims it makes."""
-    y = dense(h_BTE, use_param(weights[name], "embed", *outputs))
+    y = project(h_BTE, use_param(weights[name], "embed", *outputs))
     bias = weights.get(f"{name}_bias")
     return y if bias is None else y + bias
 
@@ -176,7 +176,7 @@ def _attend(
     )
     mixed = constrain(mixed, "batch", "length", "heads", "head_dim")
     out = use_param(weights["out"], "heads", "head_dim", "embed")
-    return constrain_gradient(dense(mixed, out, 2), WORK)
+    return constrain_gradient(project(mixed, out, 2), WORK)
 
 
 def _feed_forward(
@@ -205,4 +205,4 @@ def _dense_branch(weights: Mapping[str, jax.Array], h_BTE: jax.Array) -> jax.Arr
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def _narrow(gate_BTF: jax.Array, up_BTF: jax.Array, down: jax.Array) -> jax.Array:
     """SwiGLU and the product after it; what lies between is cheap, wide, and computed again."""
-    return dense(jax.nn.silu(gate_BTF) * up_BTF, down)
+    return project(jax.nn.silu(gate_BTF) * up_BTF, down)

@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._core.recomputation import again
+from .._core.scope_markers import recomputed
 from ..nn._constrain import constrain
-from ..nn._dot import weight_gradient
+from ..nn._dot import einsum, matmul, weight_gradient
 from ..nn._manual_axis_rules import pmax, psum, shard_offset
 
 Summary = tuple[jax.Array, jax.Array, jax.Array]
@@ -90,18 +90,18 @@ def _summary_bwd(saved: tuple[Any, ...], grads: Summary) -> tuple[jax.Array, jax
 
     if chunks == 1:
         g_BTS = of_logits(kept, 0)
-        g_hidden = jnp.einsum("bts,es->bte", g_BTS, table_CES[0])
+        g_hidden = einsum("bts,es->bte", g_BTS, table_CES[0])
         return g_hidden, weight_gradient(hidden_BTE, g_BTS)[None], None
 
     def body(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         index, table_ES = chunk
-        with again():
+        with recomputed():
             logits = _logits(hidden_BTE, table_ES)
         return None, of_logits(logits, index)
 
     _, g_CBTS = jax.lax.scan(body, None, (jnp.arange(chunks), table_CES))
-    g_hidden = jnp.einsum("cbts,ces->bte", g_CBTS, table_CES)
-    g_table = jnp.einsum("bte,cbts->ces", hidden_BTE, g_CBTS)
+    g_hidden = einsum("cbts,ces->bte", g_CBTS, table_CES)
+    g_table = einsum("bte,cbts->ces", hidden_BTE, g_CBTS)
     return g_hidden, g_table, None
 
 
@@ -109,7 +109,7 @@ _summary.defvjp(_summary_fwd, _summary_bwd)
 
 
 def _logits(hidden_BTE: jax.Array, table_ES: jax.Array) -> jax.Array:
-    logits = jnp.matmul(hidden_BTE, table_ES, preferred_element_type=jnp.float32)
+    logits = matmul(hidden_BTE, table_ES, jnp.float32)
     return constrain(logits, "batch", "length", "vocab")
 
 

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..nn._constrain import constrain
-from ..nn._layer_stack import Layer, layer_keys, scan_layers
+from ..nn._dot import matmul
+from ..nn._layer_stack import Layer, scan_layers, split_layer_keys
 from ..nn._manual_axis_rules import shard_offset
 from ..nn._use_param import use_param
 from ._block import STREAM, WORK, block, rms_norm, rotation
@@ -179,7 +180,7 @@ class Decoder(nnx.Module):
         """
         batch = {"inputs": inputs, "segment_ids": segment_ids}
         ends, weights = self.ends(), self.layers.weights()
-        _, keys = layer_keys(self.dropout_key(key), self.config.num_layers)
+        _, keys = split_layer_keys(self.dropout_key(key), self.config.num_layers)
         x = scan_layers(self.layer(inputs.shape[1]), self.first(ends, batch), weights, batch, keys)
         return self.hidden(ends, self.parts(x)[0])
 
@@ -251,9 +252,7 @@ class Decoder(nnx.Module):
 
         One position's logits cost one row: `model.logits(hidden[:, -1])` is what sampling needs.
         """
-        return jnp.matmul(
-            hidden, self.output_table(self.ends()), preferred_element_type=jnp.float32
-        )
+        return matmul(hidden, self.output_table(self.ends()), jnp.float32)
 
 
 def _table(ends: Mapping[str, jax.Array]) -> jax.Array:

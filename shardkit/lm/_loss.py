@@ -53,7 +53,8 @@ def decoder_loss(
 
     layer = model.layer(batch["inputs"].shape[1])
     ends, weights = model.ends(), model.layers.weights()
-    return layer_stack(model.first, layer, last, ends, weights, batch, model.dropout_key(key))
+    arrays = {"outer_params": ends, "layers": weights, "batch": batch}
+    return layer_stack(model.first, layer, last, **arrays, key=model.dropout_key(key))
 
 
 def _routers(

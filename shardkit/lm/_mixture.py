@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from ..nn._constrain import constrain
-from ..nn._expert_dispatch import places
+from ..nn._dot import einsum, matmul
+from ..nn._expert_dispatch import position_in_expert
 from ..nn._experts import Dot, experts, route
 from ..nn._use_param import use_param
 from ._decoder_config import DecoderConfig
@@ -49,7 +50,7 @@ def mixture(
     assert config.experts is not None
     with jax.named_scope("router"):
         router = use_param(weights["router"], "embed", None).astype(jnp.float32)
-        logits = jnp.matmul(h_BTE.astype(jnp.float32), router, precision="highest")
+        logits = matmul(h_BTE.astype(jnp.float32), router, precision="highest")
         logits = constrain(logits, "batch", "length", None)
         choice, share = route(logits, config.top_k)
         choice = constrain(choice, "batch", "length", "choices")
@@ -62,7 +63,7 @@ def mixture(
     own = {name: use_param(weights[f"expert_{name}"], *wide) for name in ("gate", "up")}
     own["down"] = use_param(weights["expert_down"], *tall)
     with jax.named_scope("experts"):
-        return experts(rows, choice, share, own, swiglu, capacity), sums
+        return experts(rows, choice, share, own, swiglu, capacity=capacity), sums
 
 
 def swiglu(weights: Mapping[str, jax.Array], rows: jax.Array, dot: Dot) -> jax.Array:
@@ -105,12 +106,12 @@ def router_statistics(
     log_p = jax.nn.log_softmax(logits)
     p = jnp.exp(log_p)
     took = jax.nn.one_hot(choice_BTK, number).sum(2) / chosen
-    took_BX = jnp.einsum("bt,btx->bx", counted, took)
-    p_BX = jnp.einsum("bt,btx->bx", counted, p)
+    took_BX = einsum("bt,btx->bx", counted, took)
+    p_BX = einsum("bt,btx->bx", counted, p)
     tokens = counted.sum(1)
     lost = jnp.zeros((batch, length))
     if capacity is not None:
-        place = places(choice_BTK.reshape(batch, -1), number).reshape(choice_BTK.shape)
+        place = position_in_expert(choice_BTK.reshape(batch, -1), number).reshape(choice_BTK.shape)
         lost = (place >= capacity).mean(-1)
     pairs = (took_BX * p_BX).sum(1) / jnp.where(tokens == 0, 1, tokens)
     return {

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from jax.sharding import PartitionSpec
 
 from .._core.errors import Problem, ShardingError, count, did_you_mean, raise_all
-from ..rules import Indivisible, axes_of, format_mesh, ways
+from ..rules import Indivisible, axes_of, format_mesh, shard_count
 from ._strategy import Strategy
 from .pipeline._stage_layout import balanced_sizes
 
@@ -89,7 +89,7 @@ def _find_option(problem: Indivisible, sizes: Mapping[str, int]) -> str | None:
         call = 'strategies.tensor(kv_heads="replicate")'
         return f'{call} in mode="auto" for fewer groups than devices'
     if problem.logical == "layers":
-        stages = balanced_sizes(problem.size, ways(problem.axes, sizes))
+        stages = balanced_sizes(problem.size, shard_count(problem.axes, sizes))
         call = f"strategies.pipeline(..., layers_per_stage={stages})"
         unsplit = '.with_names(params={"layers": None})'
         return f"{call}{unsplit}, which stores all layers on every stage"

@@ -25,7 +25,7 @@ from .._core.errors import Problem
 from .._core.options import option_problems
 from ..nn._constrain import constrain
 from ..nn._overridable import Override, StepContext
-from ..nn._remat import KEPT
+from ..nn._remat import KEPT_PARAM
 from ..report import Program
 from ..rules import first_match, shard_largest
 from ._kind import Kind
@@ -51,7 +51,7 @@ class KeptParams(Override):
     ) -> Any:
         """Returns the parameter, whole over the axis."""
         x, names = args
-        return checkpoint_name(_gather(x, names), KEPT)
+        return checkpoint_name(_gather(x, names), KEPT_PARAM)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -11,7 +11,7 @@ from .._core.errors import Problem, StepError, did_you_mean, format_problems, ra
 from .._core.precision import Precision
 from .._core.types import Accumulate
 from ..nn._overridable import Override
-from ..rules import REPLICATED, AxisRules, Rule, axes_of, first_match, flatten, from_axes
+from ..rules import REPLICATED, AxisRules, Rule, axes_of, first_match, list_rules, spec_from_axes
 from ._compression import GradientCompression
 from ._kind import Kind
 from ._zero_update import Zero
@@ -35,7 +35,7 @@ class Strategy:
       accumulate: micro-batches per step, an int or `sk.Accumulate`.
       remat: named checkpoint policy for the layers that a model marks with `sk.nn.remat`.
       precision: `"float32"`, `"bfloat16"`, `"pure_bfloat16"` or `sk.Precision`.
-      compression: sums gradients over one mesh axis in 8 bits; None: as `precision` says.
+      compression: sums gradients over one mesh axis in 8 bits; None: as `parse_precision` says.
       kinds: the kinds of parallelism, each on its mesh axis; see `Kind`.
       overrides: `(name, override)` of each part of a model that the strategy computes itself:
         `"attention"` for `sk.nn.attention`.
@@ -131,7 +131,7 @@ class Strategy:
         >>> own.params.spec(("embed", "filters"))
         P(None, 'tensor')
         """
-        first, *others = flatten(self.params)
+        first, *others = list_rules(self.params)
         changes: dict[str, Any] = {}
         if params and isinstance(first, AxisRules):
             changes["params"] = _chain(first.replaced(params), others)
@@ -161,7 +161,7 @@ class Strategy:
         >>> both.rename({"embed": "hidden", "mlp": "ffn"}).params.rules[0].spec(("hidden", "ffn"))
         P('fsdp', 'tensor')
         """
-        rules = flatten(self.params)
+        rules = list_rules(self.params)
         tables = [rule for rule in (*rules, self.activations) if isinstance(rule, AxisRules)]
         listed = dict.fromkeys(name for table in tables for name, _ in table.table)
         problems = [
@@ -184,7 +184,7 @@ class Strategy:
             if taken.count(new) > 1
         ]
         raise_all(StepError, "Logical axes cannot be renamed.", problems)
-        params = [rule.renamed(names) if isinstance(rule, AxisRules) else rule for rule in rules]
+        params = [_rename(rule, names) if isinstance(rule, AxisRules) else rule for rule in rules]
         known = {original: names.get(name, name) for original, name in self.names}
         renamed_before = set(dict(self.names).values())
         known |= {old: new for old, new in names.items() if old not in renamed_before}
@@ -194,7 +194,7 @@ class Strategy:
         return dataclasses.replace(
             self,
             params=_chain(params[0], params[1:]),
-            activations=self.activations and self.activations.renamed(names),
+            activations=self.activations and _rename(self.activations, names),
             zero=zero,
             names=tuple(known.items()),
         )
@@ -213,7 +213,7 @@ def _join_rules(first: Rule, second: Rule, problems: list[Problem]) -> Rule:
         return first
     tables: list[AxisRules] = []
     others: list[Rule] = []
-    for rule in (*flatten(first), *flatten(second)):
+    for rule in (*list_rules(first), *list_rules(second)):
         if isinstance(rule, AxisRules):
             tables.append(rule)
         else:
@@ -222,6 +222,10 @@ def _join_rules(first: Rule, second: Rule, problems: list[Problem]) -> Rule:
         problems.append(Problem("params", f"{first} and {second} both decide the parameters"))
         return first
     return _chain(tables[0].merged(tables[1]), others)
+
+
+def _rename(table: AxisRules, names: Mapping[str, str]) -> AxisRules:
+    return table.renamed({old: new for old, new in names.items() if old in dict(table.table)})
 
 
 def _chain(first: Rule, others: Sequence[Rule]) -> Rule:
@@ -263,7 +267,7 @@ def _join_batch(
     """Specs are merged dim by dim; an unsplit batch yields to a rule."""
     if isinstance(first, PartitionSpec) and isinstance(second, PartitionSpec):
         pairs = itertools.zip_longest(first, second)
-        return from_axes(dict.fromkeys((*axes_of(a), *axes_of(b))) for a, b in pairs)
+        return spec_from_axes(dict.fromkeys((*axes_of(a), *axes_of(b))) for a, b in pairs)
     if _UNSPLIT in (first, second):
         return second if first == _UNSPLIT else first
     problems.append(Problem("batch", f"{first} and {second} both decide the batch"))

@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec
 
 from .._core.errors import Problem, StepError, raise_all
 from .._core.tree import Leaf
-from ..rules import axes_of, from_axes, ways
+from ..rules import axes_of, shard_count, spec_from_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +52,13 @@ class Zero:
         """
         dims = [axes_of(entry) for entry in (*spec, *[None] * (len(leaf.shape) - len(spec)))]
         names = leaf.axes or (None,) * len(dims)
-        local = [n // ways(axes, sizes) for n, axes in zip(leaf.shape, dims, strict=True)]
+        local = [n // shard_count(axes, sizes) for n, axes in zip(leaf.shape, dims, strict=True)]
         divisible = [dim for dim, n in enumerate(local) if n and n % sizes[self.axis] == 0]
         if not divisible or any(self.axis in axes for axes in dims):
             return spec
         best = max(divisible, key=lambda d: (names[d] not in self.last, bool(dims[d]), local[d]))
         dims[best] = (*dims[best], self.axis)
-        return from_axes(dims)
+        return spec_from_axes(dims)
 
 
 def update_specs(

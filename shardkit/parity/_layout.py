@@ -7,10 +7,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from .._core.tree import join_path, leaves, leaves_by_path, path_str
+from .._core.tree import join_path, leaves_by_path, list_leaves, path_str
 from .._core.types import Variables, WithAxes
 from ..parallel import update_specs
-from ..rules import collect, first_match, format_spec
+from ..rules import first_match, format_spec, resolve_all
 from ..step import FollowParams, StepSpec
 from ._parity_report import format_error
 from ._record import to_host
@@ -30,15 +30,15 @@ def declared_specs(spec: StepSpec, mesh: Mesh, state: Any) -> Specs:
       Specs by `params/…`, `opt_state/…`, `model_state/…`, `batch/…`, `step`, `key` and `halted`.
     """
     strategy, sizes = spec.strategy, dict(mesh.shape)
-    params = leaves(state.params, _axis_names(spec))
-    specs, problems = collect(strategy.params, params, sizes)
-    moments = leaves(state.opt_state)
+    params = list_leaves(state.params, _axis_names(spec))
+    specs, problems = resolve_all(strategy.params, params, sizes)
+    moments = list_leaves(state.opt_state)
     updated = update_specs(strategy.zero, params, specs, sizes)
     pairs = tuple((leaf, updated[leaf.path]) for leaf in params)
     follow = FollowParams(pairs, frozenset(leaf.path for leaf in moments))
     rule = first_match(strategy.opt_state, follow) if strategy.opt_state else follow
-    opt_state, more = collect(rule, moments, sizes)
-    model_state, rest = collect(strategy.model_state, leaves(state.model_state), sizes)
+    opt_state, more = resolve_all(rule, moments, sizes)
+    model_state, rest = resolve_all(strategy.model_state, list_leaves(state.model_state), sizes)
     lost = [*problems, *more, *rest]
     assert not lost, "a step was compiled from rules that do not resolve"
     found = {
@@ -52,10 +52,10 @@ def declared_specs(spec: StepSpec, mesh: Mesh, state: Any) -> Specs:
 
 
 def _batch_specs(spec: StepSpec, sizes: dict[str, int]) -> Specs:
-    of, batch = leaves(spec.batch), spec.strategy.batch
+    of, batch = list_leaves(spec.batch), spec.strategy.batch
     if isinstance(batch, PartitionSpec):
         return {leaf.path: PartitionSpec(*tuple(batch)[: len(leaf.shape)]) for leaf in of}
-    return collect(batch, of, sizes)[0]
+    return resolve_all(batch, of, sizes)[0]
 
 
 def _axis_names(spec: StepSpec) -> dict[str, tuple[str | None, ...]]:

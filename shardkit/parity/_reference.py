@@ -105,7 +105,7 @@ class Reference:
         accumulate, precision = self.spec.accumulate, self.spec.precision
         n, model_state = accumulate.micro_batches, state.model_state
         key = jax.random.fold_in(state.key, step)
-        by_lanes = accumulate.reduce == "end" and (n > 1 or precision.reduces_apart)
+        by_lanes = accumulate.reduce == "end" and (n > 1 or precision.reduces_separately)
         total, weight, sums, grads = 0.0, 0.0, {}, None
         for i in range(n):
             at = jax.random.fold_in(key, i) if by_lanes or n > 1 else key

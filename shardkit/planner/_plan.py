@@ -96,7 +96,7 @@ def _check(rows: int | None, overlap: float) -> None:
 
 
 def _known(target: str, hardware: Sequence[Chip]) -> Target:
-    wanted = Target.parse(target, {chip.name: chip.torus_dims for chip in hardware})
+    wanted = Target.parse(target, hardware)
     if not wanted.chip:
         why = "nothing is known of the speed of these devices"
         fix = f"one of {', '.join(CHIPS)}: tpu:v5p:4x4x4, gpu:h100:1x8"

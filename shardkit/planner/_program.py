@@ -15,7 +15,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 _SEEN_THROUGH = {
     "name",
     "shardkit_record",
-    "shardkit_weight",
+    "shardkit_use_param",
     "stop_gradient",
     "copy",
     "copy_p",

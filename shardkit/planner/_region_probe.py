@@ -134,29 +134,35 @@ class _Layers(Override):
     def __call__(
         self, around: StepContext, plain: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        return record_fact(plain(*args, **kwargs), _LAYERS, len(jax.tree.leaves(args[4])[0]))
+        return record_fact(
+            plain(*args, **kwargs), _LAYERS, len(jax.tree.leaves(kwargs["layers"])[0])
+        )
 
 
 class _Attention(Override):
     def __call__(
         self, around: StepContext, plain: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        q, k, v, _, causal, _ = args
-        return record_fact(_attend(q, k, v, causal), _ATTENTION, *q.shape[1:3], k.shape[2])
+        q, k, v = args
+        return record_fact(
+            _attend(q, k, v, kwargs["causal"]), _ATTENTION, *q.shape[1:3], k.shape[2]
+        )
 
 
 class _Experts(Override):
     def __call__(
         self, around: StepContext, plain: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        x, choice, share, weights, mlp, capacity = args
+        (x, choice, share, weights, mlp), capacity = args, kwargs["capacity"]
 
         def turned(weights: Any, h: jax.Array, dot: Any) -> jax.Array:
             h = constrain(constrain(h, "batch", None, None, None), *_TURNED)
             y = constrain(mlp(weights, h, dot), *_TURNED)
             return constrain(y, "batch", None, None, None)
 
-        out = plain(x, choice, share, weights, mlp if capacity is None else turned, capacity)
+        out = plain(
+            x, choice, share, weights, mlp if capacity is None else turned, capacity=capacity
+        )
         number = jax.tree.leaves(weights)[0].shape[0]
         return record_fact(out, _EXPERTS, number, capacity is not None)
 

@@ -31,7 +31,7 @@ class Roles:
 
     Attributes:
       shares: f64[roles, parts], how much of each part of the program a role is.
-      at_once: the roles of a tick, and in how many ticks they are.
+      run_locally: the roles of a tick, and in how many ticks they are.
       mean: f64[parts], how often a stage does each part, on the average.
       exchanges: ticks behind which something is sent.
       messages: how often one stage sends, on the average.

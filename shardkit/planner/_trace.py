@@ -9,7 +9,7 @@ from jax.extend.core import ClosedJaxpr
 from jax.sharding import AbstractMesh, AxisType
 
 from .._core.precision import cast_floats
-from ..nn._remat import active, apply_policy, policy
+from ..nn._remat import apply_policy, parse_policy, use_policy
 from ..parallel import Strategy
 from ..rules import axes_of
 from ..step import Abstract, Layout, StepSpec, abstract_state, objective, resolve_layout
@@ -104,7 +104,7 @@ class Model:
     def jaxpr(self, remat: str) -> ClosedJaxpr:
         """The same as JAX traces it."""
         d, (state, _) = self.declared, self.abstract
-        loss, named = objective(d.loss_fn), policy(remat)
+        loss, named = objective(d.loss_fn), parse_policy(remat)
         low = jax.eval_shape(lambda p: cast_floats(p, d.precision.compute_dtype), state.params)
 
         def run(params: Any, model_state: Any, batch: Any, key: Any) -> Any:
@@ -112,7 +112,7 @@ class Model:
             return jax.grad(chosen, has_aux=True)(params, model_state, batch, key)
 
         chosen = apply_policy(loss, named, low, state.model_state, d.batch, state.key)
-        with active(named):
+        with use_policy(named):
             return jax.make_jaxpr(run)(state.params, state.model_state, d.batch, state.key)
 
 

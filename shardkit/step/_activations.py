@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from .._core.errors import Problem, ShardingError, count, did_you_mean, raise_all
 from .._core.tracing import equations
 from .._core.tree import Leaf
-from ..nn._constrain import LANES, MAPPED, constrain_p
+from ..nn._constrain import GRADIENT_SHARDS, MAPPED, constrain_p
 from ..rules import AxisRules, check_spec, format_mesh
 
 Names = tuple[str | None, ...]
@@ -56,12 +56,12 @@ class Activations:
           names: one logical name per dim.
           inside: mesh axes that are manual there, and so split nothing.
         """
-        inside = (*inside, *self.lane_axes) if LANES in names else inside
+        inside = (*inside, *self.lane_axes) if GRADIENT_SHARDS in names else inside
         entries: list[Any] = []
         for name in names:
             if name == MAPPED:
                 entries.append(PartitionSpec.UNCONSTRAINED)
-            elif name == LANES:
+            elif name == GRADIENT_SHARDS:
                 entries.append(self.lane_axes)
             else:
                 axes = self.rules.mesh_axes(name) if self.rules else ()
@@ -82,7 +82,7 @@ class Activations:
 
     def _problems(self, leaf: Constraint) -> list[Problem]:
         assert leaf.axes is not None
-        names = [name for name in leaf.axes if name not in (None, LANES, MAPPED)]
+        names = [name for name in leaf.axes if name not in (None, GRADIENT_SHARDS, MAPPED)]
         known = [name for name, _ in self.rules.table] if self.rules else []
         unknown = [name for name in names if name not in known]
         if unknown and self.rules is None:
@@ -127,7 +127,7 @@ class SpecsInLoss:
         names = tuple(model_names.get(name, name) if name else None for name in names)
         if not self.by_lanes:
             return self.activations.spec(names)
-        return PartitionSpec(*tuple(self.activations.spec((LANES, *names)))[1:])
+        return PartitionSpec(*tuple(self.activations.spec((GRADIENT_SHARDS, *names)))[1:])
 
 
 def constraints(jaxpr: core.Jaxpr) -> Iterator[Constraint]:
@@ -135,7 +135,7 @@ def constraints(jaxpr: core.Jaxpr) -> Iterator[Constraint]:
     for eqn in equations(jaxpr):
         if eqn.primitive is constrain_p and eqn.params["finer"] is None:
             names = eqn.params["names"]
-            written = ", ".join(repr(n) for n in names if n not in (LANES, MAPPED))
+            written = ", ".join(repr(n) for n in names if n not in (GRADIENT_SHARDS, MAPPED))
             aval = eqn.invars[0].aval
             inside = eqn.params["inside"]
             shape = tuple(aval.shape)

@@ -59,7 +59,7 @@ class BatchVariant:
 
 
 class BatchVariants:
-    """The declared form of a batch, and the others that were met last, `KEPT` at most.
+    """The declared form of a batch, and the others that were met last, `KEPT_PARAM` at most.
 
     Attributes:
       declared: what the step was compiled for.

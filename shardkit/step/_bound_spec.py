@@ -59,7 +59,7 @@ class BoundSpec:
         for _, override in self.spec.strategy.overrides:
             if self.mesh.shape.get(override.axis, 1) > 1:
                 yield from override.incompatibilities(
-                    self.spec.accumulate, self.spec.precision.reduces_apart
+                    self.spec.accumulate, self.spec.precision.reduces_separately
                 )
 
 

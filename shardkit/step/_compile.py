@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from .._core.errors import Problem, StepError, raise_all
 from .._core.tree import format_bytes, nbytes
-from ..nn._constrain import Resolver, resolving
+from ..nn._constrain import Resolver, use_resolver
 from ._deadlocks import check_waits
 from ._stderr import copied_stderr
 
@@ -93,7 +93,7 @@ def compile_program(
         ).trace(*args)
 
     start = time.perf_counter()
-    with no_ambient_mesh(), resolving(resolver):
+    with no_ambient_mesh(), use_resolver(resolver):
         first = traced(run)
         check(first.jaxpr)
         at_trace = time.perf_counter()
@@ -115,7 +115,7 @@ def compile_program(
             results = core.jaxpr_as_fun(first.jaxpr)(*jax.tree.leaves(given))
             return jax.tree.unflatten(jax.tree.structure(first.out_info), results)
 
-        with no_ambient_mesh(), resolving(resolver), _without_cache(), copied_stderr() as said:
+        with no_ambient_mesh(), use_resolver(resolver), _without_cache(), copied_stderr() as said:
             traced(replay).lower().compile(compiler_options=wanted)
         return said.text
 

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from .. import nn
 from .._core.errors import Problem, StepError, raise_all
 from ..nn._overridable import ActiveOverrides, StepContext, use_overrides
-from ..nn._remat import active
+from ..nn._remat import use_policy
 from ..parallel import Strategy
 from ._activations import Activations, SpecsInLoss
 from ._bound_spec import BoundSpec
@@ -119,7 +119,7 @@ class CompiledFunctions:
             if marks:
                 _check_overrides_used(self._bound.spec.strategy, marks, jaxpr)
 
-        with active(layer_policy(self._bound, self._layout)):
+        with use_policy(layer_policy(self._bound, self._layout)):
             return compile_program(run, args, placed, results, names, check, donate, options)
 
     @property
@@ -135,10 +135,10 @@ def _check_overrides_used(strategy: Strategy, marks: ActiveOverrides, jaxpr: Any
       StepError: naming each such strategy and the call that the model lacks.
     """
     problems = []
-    for name, override in marks.unreached(jaxpr.jaxpr).items():
+    for name, override in marks.find_unreached(jaxpr.jaxpr).items():
         kinds = (kind for kind in strategy.kinds if kind.axis == override.axis)
         user = next((f"`strategies.{kind.name}()`" for kind in kinds), str(override))
-        ready = name in nn.__all__
+        ready = name in dir(nn)
         part = f"sk.nn.{name}" if ready else f"sk.nn.overridable({name!r}, ...)"
         why = f"needs `{part}`, but the model never calls it"
         fix = f"{part}(...) in the model" if ready else f"{part} in the model"

@@ -9,8 +9,8 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from .._core.branch_counts import apart
 from .._core.errors import Problem, StepError, raise_all
+from .._core.scope_markers import is_divergent
 from ..report import Row, read_ledger
 from ..rules import format_mesh
 
@@ -25,10 +25,10 @@ def check_waits(compiled: Any, mesh: Mesh) -> None:
     Raises:
       StepError: naming the scope and the operation of each such permute.
     """
-    if mesh.devices.flat[0].platform != "cpu" or not apart(text := compiled.as_text()):
+    if mesh.devices.flat[0].platform != "cpu" or not is_divergent(text := compiled.as_text()):
         return
     ledger = read_ledger(text, tuple(mesh.shape.items()))
-    stuck = [row for row in ledger.where(kind="collective-permute") if apart(row.op_name)]
+    stuck = [row for row in ledger.where(kind="collective-permute") if is_divergent(row.op_name)]
     problems = list(dict.fromkeys(map(_problem, stuck)))
     headline = f"A stage would wait for the others without end on mesh {format_mesh(mesh.shape)}."
     fix = (

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from .._core.precision import Precision, cast_floats
 from .._core.split_rng import RandomDraws, match_draws, per_shard_keys
 from .._core.types import Accumulate
-from ..nn._constrain import LANES
+from ..nn._constrain import GRADIENT_SHARDS
 from ..rules import axes_of
 from ._objective import LossOutput, Objective, inverse
 
@@ -56,7 +56,7 @@ class GradientPlan:
     @property
     def by_lanes(self) -> bool:
         """Whether gradients are kept apart by lane until one reduction."""
-        apart = self.accumulate.micro_batches > 1 or self.precision.reduces_apart
+        apart = self.accumulate.micro_batches > 1 or self.precision.reduces_separately
         return apart and self.accumulate.reduce == "end"
 
     @property
@@ -190,7 +190,7 @@ def _by_lanes(
         mapped = jax.vmap(
             value_and_grad,
             in_axes=(None, None, over, 0),
-            axis_name=LANES,
+            axis_name=GRADIENT_SHARDS,
             spmd_axis_name=plan.axes or None,
         )
         (_, outcome), totals = mapped(params, model_state, rows, keys)

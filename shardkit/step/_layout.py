@@ -12,10 +12,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from .._core.errors import Problem, ShardingError, count, raise_all
 from .._core.precision import Precision, cast_floats
 from .._core.train_state import TrainState
-from .._core.tree import Leaf, join_path, leaves, path_str
+from .._core.tree import Leaf, join_path, list_leaves, path_str
 from .._core.types import Variables, WithAxes
-from ..parallel import Strategy, suggest_options, check_composition, check_axes_used, update_specs
-from ..rules import Rule, axes_of, check_batch, collect, first_match, format_mesh
+from ..parallel import Strategy, check_axes_used, check_composition, suggest_options, update_specs
+from ..rules import Rule, axes_of, check_batch, first_match, format_mesh, resolve_all
 from .optim._follow import FollowParams
 
 # Where `state.model_state` keeps what compression left out, one copy of each parameter per device.
@@ -169,18 +169,20 @@ def resolve_layout(
     state, names = abstract or abstract_state(init, optimizer, precision, copies)
 
     problems: list[Problem] = []
-    params = leaves(state.params, names)
+    params = list_leaves(state.params, names)
     specs = _resolved(strategy.params, params, sizes, "params", problems)
     models = (
         {k: x for k, x in state.model_state.items() if k != RESIDUALS}
         if copies
         else state.model_state
     )
-    model_state = _resolved(strategy.model_state, leaves(models), sizes, "model_state", problems)
+    model_state = _resolved(
+        strategy.model_state, list_leaves(models), sizes, "model_state", problems
+    )
     if strategy.compression:
         model_state |= _residual_specs(strategy.compression.axis, specs)
     # A parameter that could not be laid out is reported once, not again for its moments.
-    moments = leaves(state.opt_state)
+    moments = list_leaves(state.opt_state)
     updated = update_specs(strategy.zero, params, specs, sizes)
     follow = FollowParams(
         tuple((p, updated.get(p.path, PartitionSpec())) for p in params),
@@ -188,7 +190,7 @@ def resolve_layout(
     )
     rule = first_match(strategy.opt_state, follow) if strategy.opt_state else follow
     opt_state = _resolved(rule, moments, sizes, "opt_state", problems)
-    batch_leaves = leaves(batch)
+    batch_leaves = list_leaves(batch)
     batch_specs = _batch_specs(strategy, batch_leaves, sizes, problems)
     rows, row_axes = _rows(batch_leaves, batch_specs, sizes, steps, problems)
     lost = count(len({problem.subject for problem in problems}), "leaf")
@@ -239,7 +241,7 @@ def _axis_names(params: Any) -> dict[str, tuple[str | None, ...]]:
 def _resolved(
     rule: Rule, of: Sequence[Leaf], sizes: Mapping[str, int], tree: str, problems: list[Problem]
 ) -> dict[str, PartitionSpec]:
-    specs, found = collect(rule, of, sizes, what=f"leaves of {tree}")
+    specs, found = resolve_all(rule, of, sizes, what=f"leaves of {tree}")
     problems += _in_tree(tree, of, suggest_options(found, sizes))
     return specs
 

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from .._core.tree import Leaf, ends_path, leaves, short_dtype
-from ..nn._constrain import LANES
+from .._core.tree import Leaf, ends_path, list_leaves, short_dtype
+from ..nn._constrain import GRADIENT_SHARDS
 from ..parallel import Strategy, infer_kinds
 from ..report import CompiledBytes, Declared, Placed, Program
-from ..rules import Rule, place
+from ..rules import Rule, place_leaf
 from ._activations import Activations, Constraint, constraints
 from ._bound_spec import BoundSpec
 from ._compile import CompiledProgram as Executable
@@ -72,14 +72,14 @@ def _line(grid: np.ndarray, dim: int) -> np.ndarray:
 def arguments(bound: BoundSpec, layout: Layout) -> Iterator[Placed]:
     """The arguments of `(state, batch)` in the executable's order."""
     state, shardings, strategy = layout.state, layout.shardings, bound.spec.strategy
-    spelled = _spelled(strategy.params, leaves(state.params, layout.axes), bound)
-    moments = _spelled(strategy.opt_state, leaves(state.opt_state), bound)
+    spelled = _spelled(strategy.params, list_leaves(state.params, layout.axes), bound)
+    moments = _spelled(strategy.opt_state, list_leaves(state.opt_state), bound)
     moments |= {
         leaf.path
-        for leaf in leaves(state.opt_state)
+        for leaf in list_leaves(state.opt_state)
         if any(ends_path(leaf.path, path) for path in spelled)
     }
-    model_state = _spelled(strategy.model_state, leaves(state.model_state), bound)
+    model_state = _spelled(strategy.model_state, list_leaves(state.model_state), bound)
     parts = (
         ("rest", {"step": state.step}, shardings.step, set()),
         ("params", state.params, shardings.params, spelled),
@@ -91,21 +91,21 @@ def arguments(bound: BoundSpec, layout: Layout) -> Iterator[Placed]:
     names = {"params": layout.axes, "opt_state": _names_of_moments(layout)}
     for part, tree, placed, meant in parts:
         named = names.get(part)
-        for leaf, sharding in zip(leaves(tree, named), jax.tree.leaves(placed), strict=True):
+        for leaf, sharding in zip(list_leaves(tree, named), jax.tree.leaves(placed), strict=True):
             whole = leaf.path in meant or leaf.nbytes < _SMALL
             yield Placed(part, leaf, sharding.spec, donated=True, meant_whole=whole)
     placed = jax.tree.leaves(layout.batch_shardings)
-    for leaf, sharding in zip(leaves(layout.batch), placed, strict=True):
+    for leaf, sharding in zip(list_leaves(layout.batch), placed, strict=True):
         yield Placed("batch", leaf, sharding.spec)
 
 
 def _names_of_moments(layout: Layout) -> dict[str, tuple[str | None, ...]]:
     """Logical axes of the state that has a parameter's shape below a path that ends as its own."""
-    parameters = leaves(layout.state.params, layout.axes)
+    parameters = list_leaves(layout.state.params, layout.axes)
     return {
         leaf.path: own.axes
         for own in sorted(parameters, key=lambda own: len(own.path))
-        for leaf in leaves(layout.state.opt_state)
+        for leaf in list_leaves(layout.state.opt_state)
         if own.axes and own.shape == leaf.shape and ends_path(leaf.path, own.path)
     }
 
@@ -115,7 +115,7 @@ def _spelled(rule: Rule | None, of: list[Leaf], bound: BoundSpec) -> set[str]:
     if rule is None:
         return set()
     sizes = dict(bound.mesh.shape)
-    found = {leaf.path: place(rule, leaf, sizes).source for leaf in of}
+    found = {leaf.path: place_leaf(rule, leaf, sizes).source for leaf in of}
     return {
         path for path, source in found.items() if source.startswith(("REPLICATED", "PathRules"))
     }
@@ -158,7 +158,11 @@ def _activation_bytes(bound: BoundSpec, layout: Layout, jaxpr: Any) -> int | Non
     ways = math.prod(bound.mesh.shape.get(axis, 1) for axis in axes)
     for leaf in _conventional(strategy, constraints(jaxpr.jaxpr)):
         names = dict(zip(leaf.axes or (), leaf.shape, strict=True))
-        if {"batch", "length", "embed"} <= names.keys() <= {"batch", "length", "embed", LANES}:
+        if (
+            {"batch", "length", "embed"}
+            <= names.keys()
+            <= {"batch", "length", "embed", GRADIENT_SHARDS}
+        ):
             row = names["length"] * names["embed"] * jnp.dtype(leaf.dtype).itemsize
             return layout.rows * row // ways
     return None
@@ -179,7 +183,7 @@ def _choices(strategy: Strategy, jaxpr: Any) -> int | None:
 
 def _layers(strategy: Strategy, layout: Layout) -> int | None:
     """Length of the dim that parameters name `layers`."""
-    shapes = {leaf.path: leaf.shape for leaf in leaves(layout.state.params)}
+    shapes = {leaf.path: leaf.shape for leaf in list_leaves(layout.state.params)}
     for path, names in layout.axes.items():
         names = strategy.conventional_names(names)
         if "layers" in names:

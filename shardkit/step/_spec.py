@@ -10,10 +10,11 @@ import optax
 from jax.sharding import Mesh
 
 from .._core.errors import Problem, ShardkitError, StepError, did_you_mean, raise_all
-from .._core.precision import Precision, precision
+from .._core.options import option_problems
+from .._core.precision import Precision, parse_precision
 from .._core.tree import leaves_by_path
 from .._core.types import Accumulate, Batch, Key, Loss, PyTree
-from ..nn._remat import policy
+from ..nn._remat import parse_policy
 from ..parallel import Strategy
 from ._compiled import CompiledStep
 from ._nonfinite import ON_NONFINITE, OnNonfinite
@@ -64,7 +65,7 @@ def _policy_name(declared: str) -> str:
     return declared
 
 
-_OVERRIDES = {"accumulate": full_accumulate, "remat": policy, "precision": precision}
+_OVERRIDES = {"accumulate": full_accumulate, "remat": parse_policy, "precision": parse_precision}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,7 +130,7 @@ class StepSpec:
     mode: Mode = "auto"
     accumulate: Override[int | Accumulate, Accumulate] = Override(full_accumulate)
     remat: Override[str, str] = Override(_policy_name)
-    precision: Override[str | Precision, Precision] = Override(precision)
+    precision: Override[str | Precision, Precision] = Override(parse_precision)
     compiler_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     on_nonfinite: OnNonfinite = "apply"
     deterministic: bool = False
@@ -180,7 +181,7 @@ class StepSpec:
     def replace(self, **changes: Any) -> "StepSpec":
         """Returns the spec with some fields changed, checked again.
 
-        A new `strategy` brings its own `accumulate`, `remat` and `precision`.
+        A new `strategy` brings its own `accumulate`, `remat` and `parse_precision`.
 
         Args:
           **changes: fields of the spec.
@@ -254,12 +255,12 @@ def _type_problems(spec: StepSpec) -> Iterator[Problem]:
         ("init", callable(spec.init), "def init(key): return params"),
         ("strategy", isinstance(spec.strategy, Strategy), "sk.Strategy(params=...)"),
         ("compiler_options", isinstance(spec.compiler_options, Mapping), '{"xla_option": True}'),
-        ("deterministic", isinstance(spec.deterministic, bool), "deterministic=True"),
-        ("debug", isinstance(spec.debug, bool), "debug=True"),
     )
     for name, is_right, fix in rows:
         if not is_right:
             yield Problem(name, f"is of type {_type_name(getattr(spec, name))}", fix)
+    flags = {"deterministic": (spec.deterministic, bool), "debug": (spec.debug, bool)}
+    yield from option_problems(**flags)
 
 
 def _optimizer_fix(optimizer: Any) -> str:
@@ -294,7 +295,7 @@ def _strategy_problems(spec: StepSpec) -> list[Problem]:
         problems.append(Problem("compression", why, 'mode="shard_map"'))
     if problems or not spec.stateful or spec.accumulate.reduce != "end":
         return problems
-    if spec.accumulate.micro_batches > 1 or spec.precision.reduces_apart:
+    if spec.accumulate.micro_batches > 1 or spec.precision.reduces_separately:
         why = "would give every lane of the batch its own statistics, other ones on every mesh"
         fix = 'accumulate=sk.Accumulate(k, reduce="every"), precision.reduce_dtype=None'
         problems.append(Problem("accumulate, precision.reduce_dtype", why, fix))

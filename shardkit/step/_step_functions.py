@@ -9,7 +9,7 @@ import jax
 
 from .._core.precision import cast_floats
 from .._core.train_state import TrainState
-from ..nn._remat import Policy, active, apply_policy, policy, regathering
+from ..nn._remat import Policy, apply_policy, parse_policy, regathering_policy, use_policy
 from ._bound_spec import BoundSpec
 from ._gradients import GradientFn, GradientPlan, gradients, lane_draws
 from ._layout import Layout, compressing, initial_optimizer, initial_state
@@ -121,16 +121,16 @@ class StepFunctions:
 
     def _planned(self, on_shards: Callable[..., Any], loss: Objective) -> Any:
         low = jax.eval_shape(self._low, self.layout.state.params)
-        with active(layer_policy(self.bound, self.layout)):
+        with use_policy(layer_policy(self.bound, self.layout)):
             return on_shards(self.bound, self.layout, loss, low)
 
 
 def layer_policy(bound: BoundSpec, layout: Layout) -> Policy | None:
     """The remat policy that marked layers follow."""
-    named = policy(bound.spec.strategy.remat)
+    named = parse_policy(bound.spec.strategy.remat)
     kept = kept_axes(bound)
     over = tuple(axis for axis in layout.storing if axis not in kept)
-    return regathering(named, over) if bound.spec.mode == "shard_map" and over else named
+    return regathering_policy(named, over) if bound.spec.mode == "shard_map" and over else named
 
 
 def _plan(bound: BoundSpec, layout: Layout) -> GradientPlan:
@@ -150,4 +150,4 @@ def _plan(bound: BoundSpec, layout: Layout) -> GradientPlan:
 def _under_policy(bound: BoundSpec, args: tuple[Any, ...]) -> Objective:
     """The loss; as a whole under the remat policy where it marks no layer of its own."""
     loss = objective(bound.spec.loss_fn, bound.mesh)
-    return apply_policy(loss, policy(bound.spec.strategy.remat), *args)
+    return apply_policy(loss, parse_policy(bound.spec.strategy.remat), *args)

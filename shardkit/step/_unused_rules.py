@@ -3,9 +3,9 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from .._core.tree import Leaf, leaves
+from .._core.tree import Leaf, list_leaves
 from ..parallel import CONVENTIONAL
-from ..rules import AxisRules, Dead, Rule, dead, flatten, place
+from ..rules import AxisRules, DeadEntry, Rule, find_dead_entries, list_rules, place_leaf
 from ._bound_spec import BoundSpec
 from ._layout import Layout
 
@@ -22,10 +22,10 @@ def idle_rules(bound: BoundSpec, layout: Layout, constrained: Sequence[Leaf]) ->
     """
     strategy, state = bound.spec.strategy, layout.state
     asked: list[tuple[str, object, Sequence[Leaf]]] = [
-        ("params", strategy.params, leaves(state.params, layout.axes)),
-        ("opt_state", strategy.opt_state, leaves(state.opt_state)),
-        ("model_state", strategy.model_state, leaves(state.model_state)),
-        ("batch", strategy.batch, leaves(layout.batch)),
+        ("params", strategy.params, list_leaves(state.params, layout.axes)),
+        ("opt_state", strategy.opt_state, list_leaves(state.opt_state)),
+        ("model_state", strategy.model_state, list_leaves(state.model_state)),
+        ("batch", strategy.batch, list_leaves(layout.batch)),
         ("activations", strategy.activations, [_plain(leaf) for leaf in constrained]),
     ]
     sizes = dict(bound.mesh.shape)
@@ -33,7 +33,9 @@ def idle_rules(bound: BoundSpec, layout: Layout, constrained: Sequence[Leaf]) ->
         f"{field}: {one}"
         for field, rule, of in asked
         if isinstance(rule, Rule) and of
-        for one in dead(rule, [place(rule, leaf, sizes) for leaf in of if leaf.shape])
+        for one in find_dead_entries(
+            rule, [place_leaf(rule, leaf, sizes) for leaf in of if leaf.shape]
+        )
         if not _meant(one, rule)
     )
 
@@ -44,7 +46,7 @@ def _plain(leaf: Leaf) -> Leaf:
     return dataclasses.replace(leaf, axes=names)
 
 
-def _meant(one: Dead, rule: Rule) -> bool:
+def _meant(one: DeadEntry, rule: Rule) -> bool:
     """Whether an entry may well do nothing."""
     if one.entry.key == "**":
         return True
@@ -55,6 +57,6 @@ def _meant(one: Dead, rule: Rule) -> bool:
 
 def _split(rule: Rule) -> Iterator[str]:
     """Logical axes that tables in a rule map to a mesh axis."""
-    for one in flatten(rule):
+    for one in list_rules(rule):
         if isinstance(one, AxisRules):
             yield from (name for name, axes in one.table if axes)

@@ -11,7 +11,7 @@ import optax
 
 from .._core.errors import Problem, StepError, raise_all
 from .._core.train_state import TrainState
-from .._core.tree import leaves, leaves_by_path, short_type
+from .._core.tree import leaves_by_path, list_leaves, short_type
 from .._core.types import Params
 from ._gradients import GradientFn
 from ._nonfinite import SKIPPED, OnNonfinite, chosen, is_usable
@@ -147,7 +147,7 @@ def check_params(params: Params) -> None:
     """
     problems = [
         Problem(str(leaf), "is no floating-point array, so it has no gradient")
-        for leaf in leaves(params)
+        for leaf in list_leaves(params)
         if not jnp.issubdtype(leaf.dtype, jnp.inexact)
     ]
     fix = "return sk.Variables(params, model_state) from init, with these leaves in model_state"

@@ -8,7 +8,7 @@ from typing import Any
 
 from .._core.errors import Problem, StepError, SweepError, raise_all
 from ..mesh import MeshSpec, mesh_shapes
-from ..nn._remat import policy
+from ..nn._remat import parse_policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _remat_problems(names: Sequence[str]) -> list[Problem]:
     problems = []
     for name in names:
         try:
-            policy(name)
+            parse_policy(name)
         except StepError as error:
             problems.append(Problem(f"remat={name!r}", str(error).splitlines()[1].strip(), fix))
     return problems

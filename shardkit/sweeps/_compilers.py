@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from .._core.errors import Problem, StepError, SweepError, count, format_problems, raise_all
-from ..hardware import chip_of
+from ..hardware import identify_chip
 from ..mesh import Target
 from ..planner import Network
 from ..report import Report
@@ -73,7 +73,7 @@ class Here:
     @property
     def network(self) -> Network | None:
         """Links of the devices' own kind."""
-        chip = chip_of(self.present[0].device_kind)
+        chip = identify_chip(self.present[0].device_kind)
         return Network(chip) if chip else None
 
     def compile(self, case: Case) -> Made:

@@ -7,11 +7,11 @@ from typing import Any
 from jax.sharding import Mesh, PartitionSpec
 
 from .._core.errors import ConfigError, Problem, did_you_mean, raise_all
-from .._core.tree import leaves
+from .._core.tree import list_leaves
 from .._core.types import Loss
 from ..mesh import MeshSpec
 from ..parallel import Strategy, known_kinds
-from ..rules import AxisRules, PathRules, Rule, ShardLargest, axes_of, flatten
+from ..rules import AxisRules, PathRules, Rule, ShardLargest, axes_of, list_rules
 from ..step import StepSpec
 
 
@@ -59,7 +59,7 @@ class SpecFactory:
         """What tells the spec from others and can be said in plain values."""
         return {
             "spec": self.name,
-            "batch": [str(leaf) for leaf in leaves(self.spec.batch)],
+            "batch": [str(leaf) for leaf in list_leaves(self.spec.batch)],
             "mode": self.spec.mode,
             "precision": dataclasses.asdict(self.spec.precision),
             "kinds": [[kind.name, kind.axis] for kind in self.spec.strategy.kinds],
@@ -100,7 +100,7 @@ def axis_names(strategy: Strategy) -> tuple[str, ...]:
 def _of_rule(rule: Rule) -> list[str]:
     """Mesh axes in the table of a rule; a user's own kind of rule says none."""
     found: list[str] = []
-    for one in flatten(rule):
+    for one in list_rules(rule):
         match one:
             case PathRules():
                 specs = (spec for _, spec in one.table if isinstance(spec, PartitionSpec))

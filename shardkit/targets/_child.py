@@ -20,7 +20,7 @@ from typing import Any
 
 from .._core import errors as _errors
 from .._core.errors import ConfigError, Problem, StepError, format_problems
-from .._core.libtpu import quiet_libtpu
+from .._core.startup import quiet_libtpu
 from ..hardware import Chip, find_chip
 from ..mesh import Target
 from ..report import Report

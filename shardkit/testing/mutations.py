@@ -117,7 +117,7 @@ def _never_folded(step_key: Any) -> Any:
 
 
 def _first_lane_only(lane_keys: Any) -> Any:
-    return lambda key, draws: lane_keys(key, draws)[jnp.zeros(draws.lanes, jnp.int32)]
+    return lambda key, draws: lane_keys(key, draws)[jnp.zeros(draws.gradient_shards, jnp.int32)]
 
 
 def _moments_replicated(follow_params: Any) -> Any:

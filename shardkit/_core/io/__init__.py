@@ -1,4 +1,4 @@
-"""Files that are complete or absent, locks, and text for terminals and files."""
+"""Atomic files, locks, tables, and text for terminals and files."""
 
 from ._console import make_console, print_table
 from ._files import (

@@ -1,21 +1,18 @@
-"""Nested mappings, such as settings of a run, as one mapping of paths to values."""
+"""Nested mappings, such as the config of a run, as one mapping from paths to values."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 def flatten(tree: Mapping[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
-    """Lists the values of nested mappings by path, in their order.
+    """Returns the values of nested mappings by path, in order.
 
-    An empty mapping is a value of its own: a group without entries is not the same as no group.
+    An empty mapping is itself a value, so that a group without entries is not lost.
 
     Args:
-      tree: nested mappings; everything else, lists included, is a value.
+      tree: nested mappings; anything else, such as a list, is a value.
       separator: between the names of a path.
       prefix: before every path.
-
-    Returns:
-      Path → value.
 
     >>> flatten({"train": {"steps": 4, "profile": {}}, "name": "nano"})
     {'train.steps': 4, 'train.profile': {}, 'name': 'nano'}

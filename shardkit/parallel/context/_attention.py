@@ -129,9 +129,9 @@ class ContextAttention(Override):
         layout = self._layout(
             mesh=around.mesh,
             axis=self.axis,
-            row_axes=around.free_rows,
+            row_axes=around.free_row_axes,
             head_axes=head_axes,
-            vmapped_axes=around.lanes,
+            vmapped_axes=around.gradient_shard_axes,
         )
         return context_parallel_attention(query, key, value, segment_ids, causal, layout)
 

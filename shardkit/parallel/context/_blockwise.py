@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..._core.recomputation import again
+from ..._core.scope_markers import recomputed
 
 Partial = tuple[jax.Array, jax.Array]
 Gradients = tuple[jax.Array, jax.Array, jax.Array]
@@ -114,7 +114,7 @@ def attend_backward(
         i, j = pair
         query, key = tiles.queries(queries, i), tiles.keys(keys, j)
         lse, delta, g = tiles.queries(cotangents, i)
-        with again():
+        with recomputed():
             s = _scores(query, key, tiles.visible(i, j))
         p = jnp.exp(s - lse[..., None])
         dp = _einsum_f32("bkgth,bksh->bkgts", g, key.v)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..._core.branch_counts import taken
+from ..._core.scope_markers import annotate_branch_counts
 from ..._core.types import PyTree
 from ._blockwise import Cotangents, Gradients, Keys, Partial, Queries, attend, attend_backward
 from ._ring import (
@@ -97,5 +97,5 @@ class PairwiseExchange(ZigzagAttention):
             return jax.tree.map(lambda x: self.exchange_pairs(x, pairs), tree)
 
         rounds = [list(enumerate(row)) for row in tournament(self.size).tolist()]
-        with taken(np.ones(len(rounds), np.int64)):
+        with annotate_branch_counts(np.ones(len(rounds), np.int64)):
             return jax.lax.switch(round_, [functools.partial(exchange, r) for r in rounds], tree)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ...nn._overridable import StepContext, manual_axes, mesh_here, partly_manual
+from ...nn._overridable import StepContext, current_mesh, is_partly_manual, manual_axes
 
 Mlp = Callable[..., jax.Array]
 RunMlp = Callable[[jax.Array, Callable[..., jax.Array]], jax.Array]
@@ -101,12 +101,12 @@ class ExpertGroups:
     def _group_axes(self) -> tuple[str, ...]:
         """Axes that number the groups, those of gradient shards among them."""
         manual = manual_axes()
-        return tuple(a for a in self.around.rows if a != self.axis and a not in manual)
+        return tuple(a for a in self.around.row_axes if a != self.axis and a not in manual)
 
     def _run(
         self, run: Callable[..., jax.Array], args: Sequence[jax.Array], axes: set[str]
     ) -> jax.Array:
-        group_axes, mesh = self._group_axes, mesh_here(self.around.mesh)
+        group_axes, mesh = self._group_axes, current_mesh(self.around.mesh)
         if args[0].shape[0] % math.prod(mesh.shape[axis] for axis in group_axes):
             return run(*args)
         specs = [PartitionSpec(group_axes if x.shape[0] > 1 else None, self.axis) for x in args]
@@ -127,17 +127,19 @@ class ExpertGroups:
 
         There XLA aborts on a gather along a split dim if another axis splits a dim beside it.
         """
-        return (None, None) if partly_manual() else ()
+        return (None, None) if is_partly_manual() else ()
 
     def _row_sizes(self) -> tuple[list[int], int]:
         """Devices along each axis that splits rows, and the position of `axis` among them."""
-        rows = self.around.free_rows
+        rows = self.around.free_row_axes
         axes = rows if self.axis in rows else (*rows, self.axis)
         return [self.around.mesh.shape[axis] for axis in axes], axes.index(self.axis)
 
     def _constrain(self, x: jax.Array, *split: str | None) -> jax.Array:
         """Splits groups over their axes and the next dims as given; the rest is unconstrained."""
-        groups = tuple(axis for axis in self.around.free_rows if axis != self.axis) or None
+        groups = tuple(axis for axis in self.around.free_row_axes if axis != self.axis) or None
         others = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1 - len(split))
         spec = PartitionSpec(groups, *split, *others)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh_here(self.around.mesh), spec))
+        return jax.lax.with_sharding_constraint(
+            x, NamedSharding(current_mesh(self.around.mesh), spec)
+        )

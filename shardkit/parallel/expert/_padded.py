@@ -7,7 +7,14 @@ or receive, R rows (choices of tokens) of one of them; E width.
 import jax
 import jax.numpy as jnp
 
-from ...nn._expert_dispatch import collect, dispatch, even, in_order, ragged, slots
+from ...nn._expert_dispatch import (
+    assign_slots,
+    batched_matmul,
+    dispatch,
+    gather_from_slots,
+    ragged_matmul,
+    sort_by_expert,
+)
 from ._dispatch import ExpertGroups, RunMlp
 
 
@@ -21,10 +28,10 @@ def run_with_capacity(
 ) -> jax.Array:
     """[G, B, T · K, E]: every row of the batch sends the slots of all experts, full or not."""
     G, B, T, K = choice_GBTK.shape
-    slot, row = slots(choice_GBTK.reshape(G, B, T * K), number, capacity)
+    slot, row = assign_slots(choice_GBTK.reshape(G, B, T * K), number, capacity)
     h = dispatch(x_GBTE, row, slot, K).reshape(G, B, number, capacity, -1)
-    y = groups.from_experts(run_mlp(groups.to_experts(h), even))
-    return collect(y.reshape(G, B, number * capacity, -1), row, slot)
+    y = groups.from_experts(run_mlp(groups.to_experts(h), batched_matmul))
+    return gather_from_slots(y.reshape(G, B, number * capacity, -1), row, slot)
 
 
 def run_dropless_padded(
@@ -39,16 +46,19 @@ def run_dropless_padded(
     #   row in each slot       [0 2 .]  to device 0,  [1 . .]  to device 1
     #   its expert there       [1 0 2]                [0 2 2]    (2: an empty slot, past the last)
     # Device 1 then holds the slots of both senders, [0 2 2 | ...], and sorts them by expert, empty
-    # ones last, which `ragged` leaves out; `order`, `place` and the slots undo it on the way back.
+    # ones last, which `ragged_matmul` leaves out. `order` and `place` undo the sort, `row` and
+    # `slot` the slots.
     G, D, R = expert_GDR.shape
     own, choices = number // D, R // x_GDTE.shape[2]
-    slot, row = slots(expert_GDR // own, D, R)
+    slot, row = assign_slots(expert_GDR // own, D, R)
     h = dispatch(x_GDTE, row, slot, choices).reshape(G, D, D, R, -1)
     expert = jnp.take_along_axis(expert_GDR % own, row, -1, mode="fill", fill_value=own)
     h, expert = groups.to_experts(h), groups.to_experts(expert.reshape(G, D, D, R))
     h, expert = h.swapaxes(1, 2), expert.swapaxes(1, 2)  # [G, receiver, sender, R, ...]
-    order, place, sizes = in_order(expert.reshape(G, D, D * R), own)
+    order, place, sizes = sort_by_expert(expert.reshape(G, D, D * R), own)
     h = dispatch(h.reshape(G, D, D * R, -1), order, place, 1)
-    y = collect(run_mlp(h, lambda a, w: ragged(a, w, sizes, groups.run_per_device)), order, place)
+    y = gather_from_slots(
+        run_mlp(h, lambda a, w: ragged_matmul(a, w, sizes, groups.run_per_device)), order, place
+    )
     y = groups.from_experts(y.reshape(G, D, D, R, -1).swapaxes(1, 2))
-    return collect(y.reshape(G, D, D * R, -1), row, slot)
+    return gather_from_slots(y.reshape(G, D, D * R, -1), row, slot)

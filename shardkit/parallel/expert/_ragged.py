@@ -17,7 +17,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 
-from ...nn._expert_dispatch import collect, dispatch, in_order, merged, ragged
+from ...nn._expert_dispatch import (
+    dispatch,
+    gather_from_slots,
+    merge_mapped_dim,
+    ragged_matmul,
+    sort_by_expert,
+)
 from ._dispatch import ExpertGroups, RunMlp
 
 PLATFORMS = ("tpu", "gpu")
@@ -96,20 +102,19 @@ def run_dropless_ragged(
     """[G, D, R, E]: each device sends its rows, sorted by expert, and nothing else."""
     rows = expert_GDR.shape[-1]
     own, capacity = number // groups.devices, groups.devices * rows
-    order, place, counts = in_order(expert_GDR, number)
+    order, place, counts = sort_by_expert(expert_GDR, number)
     counts = groups.gather(counts)
     plan = RaggedExchange.of(counts)
     h = dispatch(x_GDTE, order, place, rows // x_GDTE.shape[2])
     h = exchange(groups.run_manual, groups.axis, capacity, h, plan)
     h = checkpoint_name(h, "experts_in")
     # Received rows are sorted by sender first; the products take them by expert.
-    by_expert, by_sender, sizes = in_order(received_experts(counts, capacity), own)
+    by_expert, by_sender, sizes = sort_by_expert(received_experts(counts, capacity), own)
     h = dispatch(h, by_expert, by_sender, 1)
-    y = collect(
-        run_mlp(h, lambda a, w: ragged(a, w, sizes, groups.run_per_device)), by_expert, by_sender
-    )
+    y = run_mlp(h, lambda a, w: ragged_matmul(a, w, sizes, groups.run_per_device))
+    y = gather_from_slots(y, by_expert, by_sender)
     y = exchange(groups.run_manual, groups.axis, rows, y, plan.inverse)
-    return collect(checkpoint_name(y, "experts_out"), order, place)
+    return gather_from_slots(checkpoint_name(y, "experts_out"), order, place)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -134,7 +139,7 @@ def exchange(
 
     @send.def_vmap
     def _(size: int, mapped: Any, *args: Any) -> tuple[jax.Array, bool]:
-        out = send(*(merged(x, m, size) for x, m in zip(args, mapped, strict=True)))
+        out = send(*(merge_mapped_dim(x, m, size) for x, m in zip(args, mapped, strict=True)))
         return out.reshape(size, -1, *out.shape[1:]), True
 
     offsets = plan.input_offsets, plan.output_offsets

@@ -17,8 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..._core.branch_counts import taken
-from ..._core.recomputation import again
+from ..._core.scope_markers import annotate_branch_counts, recomputed
 from ..._core.types import Mean, Params, PyTree
 from ...nn._layer_stack import First, Last, Layer, scan_layers, stop_aux_gradients
 from ._tick_program import Branch, Exchange, TickProgram
@@ -36,13 +35,13 @@ class StageState:
       slots: `[slots + 1, ...]` for each array of a message.
       layer_grads: gradients of its layers, [chunks, depth, ...], f32 at least; None in an
         evaluation.
-      ends_grads: gradients of the parameters outside the layers; None in an evaluation.
+      outer_grads: gradients of the parameters outside the layers; None in an evaluation.
       outputs: what `last` returned, summed, each scalar as a `Mean`.
     """
 
     slots: PyTree
     layer_grads: PyTree
-    ends_grads: PyTree
+    outer_grads: PyTree
     outputs: PyTree
 
 
@@ -55,7 +54,7 @@ class StageExecutor:
       first: the function before the layers.
       layer: one layer.
       last: the function after them.
-      ends: parameters of `first` and `last`.
+      outer_params: parameters of `first` and `last`.
       weights: `[chunks, depth, ...]`, parameters of this stage's layers.
       is_layer: bool[chunks, depth], false for padding; None where there is none.
       layer_counts: places that are padding, and that are layers, on all stages.
@@ -68,7 +67,7 @@ class StageExecutor:
     first: First
     layer: Layer
     last: Last
-    ends: Params
+    outer_params: Params
     weights: Params
     is_layer: jax.Array | None
     layer_counts: tuple[int, int]
@@ -99,16 +98,16 @@ class StageExecutor:
         exchange_counts = np.bincount(program.exchange, minlength=len(exchanges))
 
         def tick(state: StageState, row: TickRow) -> tuple[StageState, None]:
-            with taken(branch_counts, apart=True):
+            with annotate_branch_counts(branch_counts, divergent=True):
                 sent, state = jax.lax.switch(row["branch"], branches, state, row)
-            with taken(exchange_counts):
+            with annotate_branch_counts(exchange_counts):
                 slots = jax.lax.switch(row["exchange"], exchanges, state.slots, sent, row)
             return dataclasses.replace(state, slots=slots), None
 
         start = StageState(
             slots=empty_slots(message, program.slots + 1),
             layer_grads=_zeros_f32(self.weights) if train else None,
-            ends_grads=_zeros_f32(self.ends) if train else None,
+            outer_grads=_zeros_f32(self.outer_params) if train else None,
             outputs=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs),
         )
         rows = columns | {"exchange": jnp.asarray(program.exchange)}
@@ -135,17 +134,18 @@ class StageExecutor:
             "first",
             Branch.FORWARD,
             row,
-            lambda: self.first(self.ends, self._micro_batch(row), first_key),
+            lambda: self.first(self.outer_params, self._micro_batch(row), first_key),
             lambda: _read_slot(state.slots, row["input"]),
         )
         y = self._part(row)(self._weights(row), x)
-        if state.ends_grads is None:
+        if state.outer_grads is None:
             outputs = self._cond(
                 "last",
                 Branch.FORWARD,
                 row,
                 lambda: _add(
-                    state.outputs, last_outputs(self.last, self.ends, y, self._micro_batch(row))
+                    state.outputs,
+                    last_outputs(self.last, self.outer_params, y, self._micro_batch(row)),
                 ),
                 lambda: state.outputs,
             )
@@ -174,7 +174,7 @@ class StageExecutor:
     def _weight_half(self, state: StageState, row: TickRow) -> tuple[PyTree, StageState]:
         x, g = (_read_slot(state.slots, row[name]) for name in ("input", "grad"))
         part = self._part(row)
-        with again():
+        with recomputed():
             _, pull = jax.vjp(lambda weights: part(weights, x), self._weights(row))
         return zero_message(x), self._add_layer_gradient(state, row, *pull(g))
 
@@ -185,21 +185,21 @@ class StageExecutor:
         rows = self._micro_batch(row)
 
         def of_loss() -> tuple[Any, Any, Any]:
-            def total(ends: Any, y: Any) -> tuple[jax.Array, Any]:
-                outputs = last_outputs(self.last, ends, y, rows)
+            def total(outer_params: Any, y: Any) -> tuple[jax.Array, Any]:
+                outputs = last_outputs(self.last, outer_params, y, rows)
                 return outputs[0].total, outputs
 
-            (g_ends, g), outputs = jax.grad(total, (0, 1), has_aux=True)(self.ends, y)
-            return g, _add(state.ends_grads, g_ends), _add(state.outputs, outputs)
+            (g_outer, g), outputs = jax.grad(total, (0, 1), has_aux=True)(self.outer_params, y)
+            return g, _add(state.outer_grads, g_outer), _add(state.outputs, outputs)
 
-        g, ends, outputs = self._cond(
+        g, outer_grads, outputs = self._cond(
             "last",
             within,
             row,
             of_loss,
-            lambda: (_read_slot(state.slots, row["grad"]), state.ends_grads, state.outputs),
+            lambda: (_read_slot(state.slots, row["grad"]), state.outer_grads, state.outputs),
         )
-        return g, dataclasses.replace(state, ends_grads=ends, outputs=outputs)
+        return g, dataclasses.replace(state, outer_grads=outer_grads, outputs=outputs)
 
     def _add_first_gradient(
         self, within: Branch, state: StageState, row: TickRow, g_x: Any
@@ -207,24 +207,24 @@ class StageExecutor:
         """Adds the gradient of `first`, from that of the first part's input."""
         rows, (key, _) = self._micro_batch(row), self.keys(row["micro"])
 
-        def to_ends() -> Any:
-            with again():
-                _, pull = jax.vjp(lambda ends: self.first(ends, rows, key), self.ends)
-            return _add(state.ends_grads, *pull(g_x))
+        def first_gradient() -> Any:
+            with recomputed():
+                _, pull = jax.vjp(lambda p: self.first(p, rows, key), self.outer_params)
+            return _add(state.outer_grads, *pull(g_x))
 
-        ends = self._cond("first", within, row, to_ends, lambda: state.ends_grads)
-        return dataclasses.replace(state, ends_grads=ends)
+        outer_grads = self._cond("first", within, row, first_gradient, lambda: state.outer_grads)
+        return dataclasses.replace(state, outer_grads=outer_grads)
 
     def _recomputed(self, branch: Branch) -> contextlib.AbstractContextManager[None]:
         """Marks a backward tick's forward pass as recomputed; the last part has no other one."""
         ticks = self.program.columns["branch"]
-        return again(int((ticks == Branch.FORWARD).sum()), int((ticks == branch).sum()))
+        return recomputed(int((ticks == Branch.FORWARD).sum()), int((ticks == branch).sum()))
 
     def _cond(
         self, flag: str, within: Branch, row: TickRow, yes: Callable[[], Any], no: Callable[[], Any]
     ) -> Any:
         """`yes()` in the ticks of a branch that have a flag, `no()` in its others."""
-        with taken(self.program.flag_counts(flag, within)):
+        with annotate_branch_counts(self.program.flag_counts(flag, within)):
             return jax.lax.cond(row[flag] == 1, _without_layout(yes), _without_layout(no))
 
     def _add_layer_gradient(self, state: StageState, row: TickRow, grads: Any) -> StageState:
@@ -243,7 +243,7 @@ class StageExecutor:
         def layer(weights: Any, x: Any, rows: Any, key: Any) -> Any:
             weights, is_layer = weights
             compute = _without_layout(lambda: self.layer(weights, x, rows, key))
-            with taken(self.layer_counts):
+            with annotate_branch_counts(self.layer_counts):
                 return jax.lax.cond(is_layer, compute, _without_layout(lambda: x))
 
         is_layer = self.is_layer[row["chunk"]]
@@ -267,9 +267,9 @@ class StageExecutor:
         return slots
 
 
-def last_outputs(last: Last, ends: Any, x: Any, rows: Any) -> tuple[Mean, dict[str, Mean]]:
+def last_outputs(last: Last, outer_params: Any, x: Any, rows: Any) -> tuple[Mean, dict[str, Mean]]:
     """What `last` returns, each scalar as a `Mean` of f32."""
-    out = stop_aux_gradients(last(ends, x, rows))
+    out = stop_aux_gradients(last(outer_params, x, rows))
     loss, metrics = out if isinstance(out, tuple) else (out, {})
     return _as_mean(loss), {name: _as_mean(value) for name, value in metrics.items()}
 

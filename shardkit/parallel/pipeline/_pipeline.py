@@ -5,9 +5,9 @@
 Collectives per step, A bytes of one device's rows as a `[batch, length, embed]` activation: one A
 over each stage boundary forward and one backward, in micro-batches; each tick of a schedule's
 bubble sends one micro-batch more. Parameters outside the layers are stored on every stage (or
-split, `ends="split"`) and used on the first and last stage alone; their gradients are summed over
-the stages once per step. Layers that are also split over `fsdp` are gathered once per step, not
-once per micro-batch, and their gradients are reduced once.
+split, `outer_params="split"`) and used on the first and last stage alone; their gradients are
+summed over the stages once per step. Layers that are also split over `fsdp` are gathered once per
+step, not once per micro-batch, and their gradients are reduced once.
 
 Bubble: (p−1)/(m+p−1) of the time with GPipe and 1F1B, (p−1)/(vm+p−1) interleaved, (p−1)/(3m+p−1)
 with a zero-bubble schedule; see `_schedule` for their tables. A stage's backward pass recomputes
@@ -65,7 +65,7 @@ def pipeline(
     micro_batches: int,
     virtual_stages: int = 1,
     layers_per_stage: Sequence[int] | None = None,
-    ends: str = "replicated",
+    outer_params: str = "replicated",
 ) -> Strategy:
     """Splits the layers into stages over a mesh axis.
 
@@ -83,8 +83,8 @@ def pipeline(
         with virtual stages one entry for each of these. Layers are stored evenly: if the number of
         stages does not divide theirs, add `.with_names(params={"layers": None})`, which stores all
         layers on every stage.
-      ends: `"replicated"` stores the parameters outside the layers on every stage, `"split"` splits
-        those with a `vocab` dim over the stages and gathers them once per step.
+      outer_params: `"replicated"` stores the parameters outside the layers on every stage,
+        `"split"` splits those with a `vocab` dim over the stages and gathers them once per step.
 
     Returns:
       A strategy for models that call `sk.nn.layer_stack` and name the leading dim of their layers
@@ -96,10 +96,12 @@ def pipeline(
     >>> pipeline(micro_batches=4).kinds
     (Pipeline(axis='pipe'),)
     """
-    problems = choice_problems(schedule=(schedule, SCHEDULES), ends=(ends, ("replicated", "split")))
+    problems = choice_problems(
+        schedule=(schedule, SCHEDULES), outer_params=(outer_params, ("replicated", "split"))
+    )
     problems += _number_problems(schedule, micro_batches, virtual_stages, layers_per_stage)
     check_strategy("pipeline", axis, problems)
-    split = {"layers": axis, "vocab": axis} if ends == "split" else {"layers": axis}
+    split = {"layers": axis, "vocab": axis} if outer_params == "split" else {"layers": axis}
     override = PipelinedLayers(
         axis=axis,
         schedule=schedule,
@@ -199,7 +201,7 @@ class PipelinedLayers(Override):
         first: First,
         layer: Layer,
         last: Last,
-        ends: Any,
+        outer_params: Any,
         layers: Any,
         batch: Any,
         key: Any,
@@ -211,7 +213,9 @@ class PipelinedLayers(Override):
         )
         sizes, _ = self._sizes(around, layers)
         layout = StageLayout(self.axis, around.mesh.shape[self.axis], sizes)
-        call = LayerStackCall(first=first, layer=layer, last=last, ends=ends, batch=batch, key=key)
+        call = LayerStackCall(
+            first=first, layer=layer, last=last, outer_params=outer_params, batch=batch, key=key
+        )
         with without_overrides():  # shapes do not depend on them
             program = PipelineProgram.of(call, layers, around, layout, self.micro_batches)
 
@@ -229,7 +233,7 @@ class PipelinedLayers(Override):
             return *jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), None, None
 
         run.defvjp(forward, backward)
-        return run(ends, layers, batch, program.words)
+        return run(outer_params, layers, batch, program.words)
 
     def _schedule(
         self, layout: StageLayout, build: Callable[..., PipelineSchedule]
@@ -254,13 +258,13 @@ class PipelinedLayers(Override):
             why = f"interleaving sends micro-batches in groups of {self.axis}={p}"
             fix = f"micro_batches={max(p, round(m / p) * p)}"
             problems.append(Problem(f"micro_batches={m}", why, fix))
-        if self.axis in around.rows:
+        if self.axis in around.row_axes:
             why = "splits the rows of the batch, but every stage needs all of them"
             problems.append(Problem(f"mesh axis {self.axis!r}", why, "batch over another axis"))
-        unit = m * math.prod(sizes[axis] for axis in around.rows)
+        unit = m * math.prod(sizes[axis] for axis in around.row_axes)
         rows = {len(x) for x in jax.tree.leaves(batch) if jnp.ndim(x)}
         for n in sorted(n for n in rows if n % unit):
-            split = "".join(f" x {axis}={sizes[axis]}" for axis in around.rows)
+            split = "".join(f" x {axis}={sizes[axis]}" for axis in around.row_axes)
             why = f"{n} rows do not divide by micro_batches={m}{split}"
             near = f"a multiple of {unit} rows, such as {max(unit, round(n / unit) * unit)}"
             problems.append(Problem("batch", why, near))

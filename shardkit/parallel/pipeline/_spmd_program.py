@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from ..._core.errors import Problem, StepError, raise_all
 from ..._core.split_rng import RandomDraws, match_draws, part_keys
 from ..._core.types import Batch, Key, Mean, Params, PyTree
-from ...nn._layer_stack import First, Last, Layer, layer_keys
+from ...nn._layer_stack import First, Last, Layer, split_layer_keys
 from ...nn._overridable import StepContext
 from ._executor import StageExecutor, last_outputs
 from ._schedule import PipelineSchedule
@@ -33,7 +33,7 @@ class LayerStackCall:
     first: First
     layer: Layer
     last: Last
-    ends: Params
+    outer_params: Params
     batch: Batch
     key: Key | None
 
@@ -79,9 +79,9 @@ class PipelineProgram:
         """
         devices = math.prod(around.mesh.shape[axis] for axis in manual_row_axes(around))
         parts = devices * micro_batches
-        first_key, keys_of_layers = layer_keys(call.key, layout.layers)
+        first_key, keys_of_layers = split_layer_keys(call.key, layout.layers)
         rows = _abstract_rows(call.batch, parts)
-        message = jax.eval_shape(call.first, call.ends, rows, first_key)
+        message = jax.eval_shape(call.first, call.outer_params, rows, first_key)
         _check_message(message)
         words = None
         grown = ()
@@ -95,14 +95,14 @@ class PipelineProgram:
             draws=RandomDraws(devices, grown, micro_batches),
             words=words,
             message=message,
-            returned=jax.eval_shape(call.last, call.ends, message, rows),
+            returned=jax.eval_shape(call.last, call.outer_params, message, rows),
             outputs=jax.eval_shape(
-                functools.partial(last_outputs, call.last), call.ends, message, rows
+                functools.partial(last_outputs, call.last), call.outer_params, message, rows
             ),
         )
 
     def evaluate(self, table: PipelineSchedule, *args: Any) -> Any:
-        """Runs a table of forward passes on `(ends, layers, batch, words)`.
+        """Runs a table of forward passes on `(outer_params, layers, batch, words)`.
 
         Returns:
           What `last` does.
@@ -110,14 +110,14 @@ class PipelineProgram:
         return self._format(self._run(table, *args))
 
     def train(self, table: PipelineSchedule, *args: Any) -> tuple[Any, Any]:
-        """Runs a training table on the same; also returns the gradients of `(ends, layers)`."""
+        """Runs a training table on the same; returns the gradients of both parameters as well."""
         sums, *grads = self._run(table, *args)
         return self._format(sums), tuple(grads)
 
     def scale(self, cotangent: Any) -> jax.Array:
         """The factor of the gradients of the summed loss, from the cotangent of the result."""
         loss = cotangent[0] if isinstance(cotangent, tuple) else cotangent
-        parts = self.draws.lanes * self.draws.micro_batches
+        parts = self.draws.gradient_shards * self.draws.micro_batches
         return loss.total if isinstance(loss, Mean) else loss / parts
 
     def _format(self, sums: tuple[Mean, dict[str, Mean]]) -> Any:
@@ -133,9 +133,14 @@ class PipelineProgram:
         return format_one(loss, sums[0]), formatted
 
     def _run(
-        self, table: PipelineSchedule, ends: Params, layers: Params, batch: Batch, words: Any
+        self,
+        table: PipelineSchedule,
+        outer_params: Params,
+        layers: Params,
+        batch: Batch,
+        words: Any,
     ) -> Any:
-        """The sums over all parts; with gradients of ends and layers if the table trains."""
+        """The sums over all parts; with the gradients of all parameters if the table trains."""
         axis, rows = self.stage_layout.axis, manual_row_axes(self.around)
         unsplit, by_rows = PartitionSpec(), PartitionSpec(rows or None)
         # Each device's result gets a leading dim, over which it is then summed. Gradients of layers
@@ -157,12 +162,17 @@ class PipelineProgram:
             out_specs=(every_device, every_device, layer_grads) if table.trains else every_device,
             check_vma=False,  # the user's loss does not say what varies over the axes
         )
-        results = run(ends, layers, batch, words)
+        results = run(outer_params, layers, batch, words)
         with jax.named_scope("reduce"):
             return jax.tree.map(_sum, results)
 
     def _run_on_device(
-        self, table: PipelineSchedule, ends: Params, layers: Params, batch: Batch, words: Any
+        self,
+        table: PipelineSchedule,
+        outer_params: Params,
+        layers: Params,
+        batch: Batch,
+        words: Any,
     ) -> Any:
         """One device's share, with the leading dim that the sum is over."""
         layout, m = self.stage_layout, self.draws.micro_batches
@@ -184,7 +194,7 @@ class PipelineProgram:
             first=self.call.first,
             layer=self.call.layer,
             last=self.call.last,
-            ends=ends,
+            outer_params=outer_params,
             weights=layout.gather_stage_layers(layers, stage),
             is_layer=None if layout.is_even else numbers < layout.layers,
             layer_counts=(np.size(layout.numbers) - layout.layers, layout.layers),
@@ -196,12 +206,14 @@ class PipelineProgram:
         if not table.trains:
             return _add_leading_dim(state.outputs)
         g_layers = layout.scatter_stage_grads(_cast_like(state.layer_grads, layers), stage)
-        return _add_leading_dim((state.outputs, _cast_like(state.ends_grads, ends), g_layers))
+        return _add_leading_dim(
+            (state.outputs, _cast_like(state.outer_grads, outer_params), g_layers)
+        )
 
 
 def manual_row_axes(around: StepContext) -> tuple[str, ...]:
     """Axes of rows that are manual here; the partitioner splits those along which rows move."""
-    return tuple(axis for axis in around.rows if axis not in around.moving)
+    return tuple(axis for axis in around.row_axes if axis not in around.moving_row_axes)
 
 
 def _abstract_rows(batch: Any, parts: int) -> Any:
@@ -217,15 +229,17 @@ def _abstract_rows(batch: Any, parts: int) -> Any:
 def _find_grown_draws(call: LayerStackCall, layers: Any, parts: int, keys: tuple[Any, Any]) -> Any:
     """Finds the random draws of `first` and a layer whose shapes grow with the number of rows."""
 
-    def draws(ends: Any, weights: Any, rows: Any, first_key: Any, layer_key: Any) -> Any:
-        return call.layer(weights, call.first(ends, rows, first_key), rows, layer_key)
+    def draws(outer_params: Any, weights: Any, rows: Any, first_key: Any, layer_key: Any) -> Any:
+        return call.layer(weights, call.first(outer_params, rows, first_key), rows, layer_key)
 
     weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), layers)
     part, whole = (
-        jax.eval_shape(lambda *args: args, call.ends, weights, _abstract_rows(call.batch, n), *keys)
+        jax.eval_shape(
+            lambda *args: args, call.outer_params, weights, _abstract_rows(call.batch, n), *keys
+        )
         for n in (parts, 1)
     )
-    return match_draws(draws, parts, part, whole).grown
+    return match_draws(draws, parts, part, whole).row_dims
 
 
 def _check_message(message: Any) -> None:

@@ -151,7 +151,7 @@ def _list_values(table: PipelineSchedule) -> Iterator[_StoredValue]:
 def _assign_slots(values: Iterable[_StoredValue]) -> dict[tuple[int, _Key], int]:
     """`(stage, key) → slot`: the lowest slot that is free on the stage (a linear scan)."""
     slot: dict[tuple[int, _Key], int] = {}
-    last_use: dict[int, list[int]] = {}  # stage → for each slot, when its value ends
+    last_use: dict[int, list[int]] = {}  # stage → for each slot, when its value outer_params
     for value in sorted(values, key=lambda v: (v.stage, v.start, v.key)):
         stops = last_use.setdefault(value.stage, [])
         number = next((n for n, stop in enumerate(stops) if stop < value.start), len(stops))

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator
 
-from ..._core.branch_counts import shares
+from ..._core.scope_markers import branch_shares
 from ..hlo._groups import Span, read_groups, read_pairs, span_of_groups, span_of_pairs
 from ..hlo._hlo import Computation, Instruction, Module, Shape
 from ..hlo._op_paths import Origins
@@ -288,7 +288,7 @@ class _Walk:
 
 def _often(call: Instruction) -> tuple[fractions.Fraction, ...] | None:
     """Shares in which a conditional runs each of its `calls`; None where nothing is known."""
-    found = shares(call.op_name, len(call.calls)) if call.opcode == "conditional" else None
+    found = branch_shares(call.op_name, len(call.calls)) if call.opcode == "conditional" else None
     if found is None:
         return None
     # Branch 1 of two comes first where a truth value decides.

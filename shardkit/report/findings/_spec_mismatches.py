@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from jax.sharding import PartitionSpec
 
-from ..._core.tree import glob_of
+from ..._core.tree import path_to_glob
 from .._program import Placed, Program
 from ..communication._ledger import Row
 from ..hlo._hlo import shapes_of
@@ -41,7 +41,7 @@ def replicated_leaves(facts: Facts) -> Iterator[Finding]:
 
 def _split(leaf: Placed, mesh: Sequence[tuple[str, int]]) -> str:
     """A rule that splits a leaf: its largest dim that the largest axis divides."""
-    shape, part, glob = leaf.leaf.shape, leaf.part, glob_of(leaf.leaf.path)
+    shape, part, glob = leaf.leaf.shape, leaf.part, path_to_glob(leaf.leaf.path)
     for axis, size in sorted(mesh, key=lambda one: -one[1]):
         dims = [dim for dim in range(len(shape)) if shape[dim] % size == 0]
         if size > 1 and dims:

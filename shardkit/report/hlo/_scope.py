@@ -9,8 +9,7 @@ import itertools
 import re
 from collections import Counter
 
-from ..._core.branch_counts import NAME
-from ..._core.recomputation import AGAIN
+from ..._core.scope_markers import BRANCH_COUNTS, RECOMPUTED
 
 PHASES = ("forward", "backward", "recompute", "update", "other")
 
@@ -99,7 +98,7 @@ def paths_of(op_name: str) -> list[str]:
 
 
 def _phase(path: str) -> str:
-    if AGAIN in path:
+    if RECOMPUTED in path:
         return "recompute"
     if "transpose(" in path:
         return "backward"
@@ -114,8 +113,8 @@ def _scope(path: str) -> str:
         while match := _WRAPPER.match(part):
             part = match.group(1)
         names += [name for name in part.split("/") if name not in _PLUMBING]
-    names = [name for name in names if not (_SKIP.search(name) or NAME.fullmatch(name))]
-    names = [name for name in names if not name.startswith(AGAIN)]
+    names = [name for name in names if not (_SKIP.search(name) or BRANCH_COUNTS.fullmatch(name))]
+    names = [name for name in names if not name.startswith(RECOMPUTED)]
     names = names[1:] if names and names[0] in _STEP_SCOPES else names
     # The backward rule of a custom derivative repeats the scope that it was made in.
     return "/".join(name for name, _ in itertools.groupby(names))

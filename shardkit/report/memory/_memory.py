@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from ...hardware import chip_of
+from ...hardware import identify_chip
 from .._program import PARTS, CompiledBytes, Program
 
 
@@ -58,7 +58,7 @@ class Memory:
 
 def read_memory(program: Program) -> Memory:
     """Adds up a step's bytes per device."""
-    sizes, chip = program.sizes, chip_of(program.device_kind)
+    sizes, chip = program.sizes, identify_chip(program.device_kind)
     parts = {
         part: sum(leaf.device_bytes(sizes) for leaf in program.leaves if leaf.part == part)
         for part in PARTS

@@ -13,8 +13,7 @@ from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from ..._core.branch_counts import shares
-from ..._core.recomputation import share_again
+from ..._core.scope_markers import branch_shares, recomputed_share
 from ..hlo._scope import phase_of, scope_of
 
 # A branch's share of executions is a fraction, so that the sum of branches is exact.
@@ -62,7 +61,7 @@ def count_flops(jaxpr: Any) -> Flops:
     for path, flops in _products(jaxpr.jaxpr, "", 1, problems):
         # The last part of a path is the operation's own name, as in the compiled program.
         scope, phase = scope_of(path), phase_of(path)
-        share = share_again(path) if phase == "recompute" else 1
+        share = recomputed_share(path) if phase == "recompute" else 1
         for key, part in (((scope, phase), share), ((scope, "forward"), 1 - share)):
             if part:
                 summed[key] = summed.get(key, 0) + flops * part
@@ -97,7 +96,7 @@ def _products(
 
 
 def _often(eqn: Any, path: str) -> tuple[fractions.Fraction, ...] | None:
-    return shares(f"{path}/{eqn.primitive.name}", len(eqn.params["branches"]))
+    return branch_shares(f"{path}/{eqn.primitive.name}", len(eqn.params["branches"]))
 
 
 def _largest(eqn: Any, path: str, times: Times, problems: list[str]) -> list[tuple[str, Times]]:

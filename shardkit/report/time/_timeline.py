@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..._core.errors import count
-from ...hardware import Chip, chip_of, find_chip
+from ...hardware import Chip, find_chip, identify_chip
 from .._program import Program
 from ..communication._ledger import Ledger
 from ..communication._links import ASSUMPTION, Links
@@ -159,7 +159,7 @@ def model_time(
     """
     if isinstance(chip, str):
         chip = find_chip(chip)
-    device = chip or chip_of(program.device_kind)
+    device = chip or identify_chip(program.device_kind)
     module = program.module
     if device is None or not module.entry:
         return None

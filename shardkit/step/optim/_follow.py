@@ -13,8 +13,8 @@ from collections.abc import Mapping
 
 from jax.sharding import PartitionSpec
 
-from ..._core.tree import Leaf, glob_of
-from ...rules import Decided, Decision, Entry, Passed, axes_of, from_axes
+from ..._core.tree import Leaf, path_to_glob
+from ...rules import Decided, Decision, Entry, Passed, axes_of, spec_from_axes
 
 # A coefficient table that no parameter explains (muon's polynomial, a schedule's knots) is
 # replicated up to this many elements. Anything larger must be declared.
@@ -49,7 +49,7 @@ def moment_spec(
         if any(n not in (1, whole) for n, whole in pairs):
             return None
         kept = [e if n == whole else None for e, (n, whole) in zip(entries, pairs, strict=True)]
-        return from_axes(map(axes_of, kept))
+        return spec_from_axes(map(axes_of, kept))
     if all(size == 1 for size in shape):
         return PartitionSpec()
     choices = [
@@ -93,7 +93,9 @@ class FollowParams:
                 return Decided(derived, f"as its parameter {owner.path!r}")
         if math.prod(leaf.shape) <= SMALL:
             return Decided(PartitionSpec(), "a small table", why=f"at most {SMALL} elements")
-        declare = f'Strategy(opt_state=sk.PathRules({{"{glob_of(leaf.path)}": sk.REPLICATED}}))'
+        declare = (
+            f'Strategy(opt_state=sk.PathRules({{"{path_to_glob(leaf.path)}": sk.REPLICATED}}))'
+        )
         return Passed(f"no parameter explains it by path and shape; declare it: {declare}")
 
     def entries(self) -> tuple[Entry, ...]:

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 
 from ..._core.precision import cast_floats
 from ..._core.split_rng import part_keys, threefry_words
-from ...nn._manual_axis_rules import gather, manual_axis_rules, pvary
+from ...nn._manual_axis_rules import gather_dim, pvary, use_manual_axis_rules
 from .._gradients import GradientFn, per_weight
 from .._objective import LossOutput, Objective
 from ._buckets import reduce_gradients
@@ -61,7 +61,7 @@ def mapped(plan: ManualPlan, local: Callable[..., Any], results: Any) -> Any:
     """A function of shards as one of whole arrays `(params, model_state, batch, key)`."""
 
     def run(*args: Any) -> Any:
-        with manual_axis_rules(plan.meaning):
+        with use_manual_axis_rules(plan.meaning):
             return local(*args)
 
     whole = PartitionSpec()
@@ -132,7 +132,7 @@ def seen(plan: ManualPlan, params: Any) -> Any:
     made = []
     for x, one in zip(flat, plan.parameters, strict=True):
         for dim, axes in enumerate(one.whole):
-            x = gather(x, axes, dim) if axes else x
+            x = gather_dim(x, axes, dim) if axes else x
         made.append(pvary(x, one.differing))
     return structure.unflatten(made)
 

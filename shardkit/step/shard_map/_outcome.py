@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from ..._core.errors import Problem, StepError, raise_all
 from ..._core.types import Mean
-from ...nn._manual_axis_rules import Axes, pvary, varying
+from ...nn._manual_axis_rules import Axes, pvary, varying_axes
 from .._objective import LossOutput
 
 
@@ -25,7 +25,7 @@ def reduce_outcome(outcome: LossOutput, rows: Axes) -> LossOutput:
     )
     over: dict[Axes, list[str]] = {}
     for name, mean in means.items():
-        over.setdefault(tuple(a for a in rows if a in varying(mean.total)), []).append(name)
+        over.setdefault(tuple(a for a in rows if a in varying_axes(mean.total)), []).append(name)
     summed: dict[str, Mean] = {}
     for axes, names in over.items():
         pairs = [means[name] for name in names]
@@ -37,11 +37,11 @@ def reduce_outcome(outcome: LossOutput, rows: Axes) -> LossOutput:
 
 
 def _differing(name: str, mean: Mean, rows: Axes) -> Iterator[Problem]:
-    for axis in sorted((varying(mean.total) | varying(mean.weight)) - set(rows)):
+    for axis in sorted((varying_axes(mean.total) | varying_axes(mean.weight)) - set(rows)):
         fix = f"jax.lax.psum(x, {axis!r}) or pmean before it is returned"
         yield Problem(
             f"output {name!r}", f"differs per {axis!r} shard: add psum/pmean over {axis!r}", fix
         )
-    for axis in sorted((varying(mean.weight) - varying(mean.total)) & set(rows)):
+    for axis in sorted((varying_axes(mean.weight) - varying_axes(mean.total)) & set(rows)):
         why = f"its weight differs per {axis!r} shard, its total does not: add psum over {axis!r}"
         yield Problem(f"output {name!r}", why, f"sk.Mean(total, jax.lax.psum(weight, {axis!r}))")

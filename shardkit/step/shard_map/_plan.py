@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from ..._core.errors import Problem
 from ..._core.split_rng import RandomDraws
-from ..._core.tree import Leaf, leaves
+from ..._core.tree import Leaf, list_leaves
 from ..._core.types import Accumulate
 from ...nn._manual_axis_rules import Axes, Dims, ManualAxisRules, Names, ShardMapLoss
 from ...rules import axes_of
@@ -65,7 +65,7 @@ class ManualPlan:
     @property
     def apart(self) -> bool:
         """Whether auto partitioning would keep gradients apart; then keys are of micro-batches."""
-        return self.accumulate.reduce == "end" and self.bound.spec.precision.reduces_apart
+        return self.accumulate.reduce == "end" and self.bound.spec.precision.reduces_separately
 
     def count(self, axes: Axes) -> int:
         """Number of devices along mesh axes."""
@@ -92,7 +92,7 @@ def plan_of(bound: BoundSpec, layout: Layout, jaxpr: Any, accumulate: Accumulate
     table = tuple((n, rules.mesh_axes(n)) for n, _ in rules.table) if rules else ()
     meant, rows = ManualAxisRules(table), layout.row_axes
     problems: list[Problem] = []
-    found = leaves(layout.state.params, layout.axes)
+    found = list_leaves(layout.state.params, layout.axes)
     specs = jax.tree.map(lambda s: s.spec, layout.shardings)
     updated = jax.tree.map(lambda s: s.spec, layout.update or layout.shardings.params)
     named_dims = {name for leaf in found for name in leaf.axes or ()}
@@ -120,7 +120,7 @@ def plan_of(bound: BoundSpec, layout: Layout, jaxpr: Any, accumulate: Accumulate
     problems += compression_problems(bound, parameters, rows)
     refuse(bound, problems)
     precision = bound.spec.precision
-    reduce = precision.reduce_dtype if precision.reduces_apart else None
+    reduce = precision.reduce_dtype if precision.reduces_separately else None
     batch = jax.tree.map(lambda s: s.spec, layout.batch_shardings)
     return ManualPlan(
         bound,

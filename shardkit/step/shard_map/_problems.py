@@ -8,9 +8,9 @@ from jax.extend import core
 
 from ..._core.errors import Problem, StepError, did_you_mean, raise_all
 from ..._core.tracing import equations
-from ..._core.tree import Leaf, leaves
+from ..._core.tree import Leaf, list_leaves
 from ...nn._constrain import constrain_p
-from ...nn._manual_axis_rules import Axes, Dims, ManualAxisRules, Names, ShardMapLoss, weight_p
+from ...nn._manual_axis_rules import Axes, Dims, ManualAxisRules, Names, ShardMapLoss, use_param_p
 from ...parallel import known_kinds
 from ...rules import axes_of, format_mesh
 from .._bound_spec import BoundSpec
@@ -41,7 +41,7 @@ class Marks:
         constraints = [params for kind, params in found if kind is constrain_p]
         named = (name for params in constraints for name in params["names"] if name)
         return cls(
-            frozenset(params["names"] for kind, params in found if kind is weight_p),
+            frozenset(params["names"] for kind, params in found if kind is use_param_p),
             frozenset(name for params in constraints for name in params["into"]),
             tuple(dict.fromkeys(named)),
             tuple(dict.fromkeys(n for p in constraints for n in (*p["into"], *p["also"]))),
@@ -104,7 +104,7 @@ def _kind_problems(bound: BoundSpec) -> Iterator[Problem]:
 def _batch_problems(layout: Layout, own: bool) -> Iterator[Problem]:
     """An ordinary loss sees whole rows; one of shards may be given parts of them."""
     for leaf, sharding in zip(
-        leaves(layout.batch), jax.tree.leaves(layout.batch_shardings), strict=True
+        list_leaves(layout.batch), jax.tree.leaves(layout.batch_shardings), strict=True
     ):
         split = [axis for entry in tuple(sharding.spec)[1:] for axis in axes_of(entry)]
         if split and not own:
@@ -115,7 +115,7 @@ def _batch_problems(layout: Layout, own: bool) -> Iterator[Problem]:
 
 def name_problems(meant: ManualAxisRules, marks: Marks) -> Iterator[Problem]:
     """A misspelt mark would be a collective that is missing."""
-    known = [name for name, _ in meant.used]
+    known = [name for name, _ in meant.axes_by_name]
     for name in marks.stated:
         if known and name not in known:
             why = f"activations do not list logical axis {name!r}.{did_you_mean(name, known)}"

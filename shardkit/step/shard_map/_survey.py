@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from ..._core.split_rng import RandomDraws, draws_of, grown
+from ..._core.split_rng import RandomDraws, list_draws, match_dims
 from ..._core.types import Accumulate
 from ...nn._manual_axis_rules import pvary
 from .._activations import Activations
@@ -78,8 +78,8 @@ def _shard_draws(
       StepError: the randomness of the loss cannot be split.
     """
     lanes, slices = plan.count(plan.rows), plan.count(plan.tokens)
-    if not draws_of(whole.jaxpr):
-        return RandomDraws(lanes, slices=slices)
+    if not list_draws(whole.jaxpr):
+        return RandomDraws(lanes, length_shards=slices)
     params, model_state, batch, key = args
 
     def rows(times: int, over: int) -> Any:
@@ -95,16 +95,16 @@ def _shard_draws(
 
     steps = plan.accumulate.micro_batches
     on_shards = mapped(plan, local, PartitionSpec(plan.mesh.axis_names))
-    part = draws_of(jax.make_jaxpr(on_shards)(params, model_state, rows(1, steps), key).jaxpr)
-    draws = RandomDraws(lanes, slices=slices)
+    part = list_draws(jax.make_jaxpr(on_shards)(params, model_state, rows(1, steps), key).jaxpr)
+    draws = RandomDraws(lanes, length_shards=slices)
     if lanes > 1:
-        more = draws_of(
+        more = list_draws(
             jax.make_jaxpr(on_shards)(params, model_state, rows(lanes, steps), key).jaxpr
         )
-        draws = dataclasses.replace(draws, grown=grown(part, more, lanes))
+        draws = dataclasses.replace(draws, row_dims=match_dims(part, more, lanes))
     if slices > 1:
-        one = draws_of(
+        one = list_draws(
             jax.make_jaxpr(objective)(params, model_state, rows(1, steps * lanes), key).jaxpr
         )
-        draws = dataclasses.replace(draws, sliced=grown(part, one, slices))
+        draws = dataclasses.replace(draws, length_dims=match_dims(part, one, slices))
     return draws

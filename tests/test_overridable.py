@@ -23,7 +23,7 @@ class Scaled(Override):
     by: float = 1.0
 
     def __call__(self, around, plain, *args, **kwargs):
-        assert around.rows == ("data",)
+        assert around.row_axes == ("data",)
         assert around.spec(("batch",)) == P(("data",))
         return plain(*args, **kwargs) * self.by
 
