@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from jax.sharding import PartitionSpec
@@ -164,30 +164,11 @@ class Strategy:
         rules = list_rules(self.params)
         tables = [rule for rule in (*rules, self.activations) if isinstance(rule, AxisRules)]
         listed = dict.fromkeys(name for table in tables for name, _ in table.table)
-        problems = [
-            Problem(
-                f"rename({{{old!r}: {new!r}}})",
-                f"the strategy lists no {old!r}.{did_you_mean(old, listed)}",
-                f"one of {', '.join(listed)}",
-            )
-            for old, new in names.items()
-            if old not in listed
-        ]
-        taken = [names.get(name, name) for name in listed]
-        problems += [
-            Problem(
-                f"rename({{{old!r}: {new!r}}})",
-                f"two logical axes would be called {new!r}",
-                f"rename({{..., {new!r}: another name}}) as well",
-            )
-            for old, new in names.items()
-            if taken.count(new) > 1
-        ]
-        raise_all(StepError, "Logical axes cannot be renamed.", problems)
+        raise_all(StepError, "Logical axes cannot be renamed.", _rename_problems(names, listed))
         params = [_rename(rule, names) if isinstance(rule, AxisRules) else rule for rule in rules]
-        known = {original: names.get(name, name) for original, name in self.names}
-        renamed_before = set(dict(self.names).values())
-        known |= {old: new for old, new in names.items() if old not in renamed_before}
+        # Names that were renamed before keep their conventional name: embed → hidden → width.
+        conventional = {current: original for original, current in self.names}
+        renamed = {conventional.get(old, old): new for old, new in names.items()}
         zero = self.zero
         if zero:
             zero = dataclasses.replace(zero, last=tuple(names.get(n, n) for n in zero.last))
@@ -196,7 +177,7 @@ class Strategy:
             params=_chain(params[0], params[1:]),
             activations=self.activations and _rename(self.activations, names),
             zero=zero,
-            names=tuple(known.items()),
+            names=tuple({**dict(self.names), **renamed}.items()),
         )
 
     def conventional_names(self, axes: Sequence[str | None] | None) -> tuple[str | None, ...]:
@@ -222,6 +203,21 @@ def _join_rules(first: Rule, second: Rule, problems: list[Problem]) -> Rule:
         problems.append(Problem("params", f"{first} and {second} both decide the parameters"))
         return first
     return _chain(tables[0].merged(tables[1]), others)
+
+
+def _rename_problems(names: Mapping[str, str], listed: Collection[str]) -> list[Problem]:
+    problems = []
+    renamed = [names.get(name, name) for name in listed]
+    for old, new in names.items():
+        subject = f"rename({{{old!r}: {new!r}}})"
+        if old not in listed:
+            why = f"the strategy lists no {old!r}.{did_you_mean(old, listed)}"
+            problems.append(Problem(subject, why, f"one of {', '.join(listed)}"))
+        if renamed.count(new) > 1:
+            why = f"two logical axes would be called {new!r}"
+            fix = f"rename({{..., {new!r}: another name}}) as well"
+            problems.append(Problem(subject, why, fix))
+    return problems
 
 
 def _rename(table: AxisRules, names: Mapping[str, str]) -> AxisRules:

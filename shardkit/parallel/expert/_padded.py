@@ -4,6 +4,8 @@ Dims: G groups; B rows of the batch, T tokens of each, K choices of each token; 
 or receive, R rows (choices of tokens) of one of them; E width.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -29,8 +31,9 @@ def run_with_capacity(
     """[G, B, T · K, E]: every row of the batch sends the slots of all experts, full or not."""
     G, B, T, K = choice_GBTK.shape
     slot, row = assign_slots(choice_GBTK.reshape(G, B, T * K), number, capacity)
-    h = dispatch(x_GBTE, row, slot, K).reshape(G, B, number, capacity, -1)
-    y = groups.from_experts(run_mlp(groups.to_experts(h), batched_matmul))
+    h: Any = dispatch(x_GBTE, row, slot, K)
+    h = groups.to_experts(h.reshape(G, B, number, capacity, -1))
+    y = groups.from_experts(run_mlp(h, batched_matmul))
     return gather_from_slots(y.reshape(G, B, number * capacity, -1), row, slot)
 
 
@@ -51,7 +54,8 @@ def run_dropless_padded(
     G, D, R = expert_GDR.shape
     own, choices = number // D, R // x_GDTE.shape[2]
     slot, row = assign_slots(expert_GDR // own, D, R)
-    h = dispatch(x_GDTE, row, slot, choices).reshape(G, D, D, R, -1)
+    h: Any = dispatch(x_GDTE, row, slot, choices)
+    h = h.reshape(G, D, D, R, -1)
     expert = jnp.take_along_axis(expert_GDR % own, row, -1, mode="fill", fill_value=own)
     h, expert = groups.to_experts(h), groups.to_experts(expert.reshape(G, D, D, R))
     h, expert = h.swapaxes(1, 2), expert.swapaxes(1, 2)  # [G, receiver, sender, R, ...]

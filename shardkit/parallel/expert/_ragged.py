@@ -105,7 +105,7 @@ def run_dropless_ragged(
     order, place, counts = sort_by_expert(expert_GDR, number)
     counts = groups.gather(counts)
     plan = RaggedExchange.of(counts)
-    h = dispatch(x_GDTE, order, place, rows // x_GDTE.shape[2])
+    h: Any = dispatch(x_GDTE, order, place, rows // x_GDTE.shape[2])
     h = exchange(groups.run_manual, groups.axis, capacity, h, plan)
     h = checkpoint_name(h, "experts_in")
     # Received rows are sorted by sender first; the products take them by expert.

@@ -84,12 +84,17 @@ class StageExecutor:
           outputs: the same for what `last_outputs` returns.
           train: whether to compute gradients.
         """
-        # Of the table of 1F1B on 2 stages this device scans its own column; each tick is one
-        # `switch` over what to compute and one over whom to send to (see `_tick_program`):
+        # A tick is one `switch` over what to compute and one over what to exchange. 1F1B with 2
+        # stages and 2 micro-batches (the last stage's F0 and F1 are part of its B0 and B1):
         #
-        #   tick      0     1     2     3     4     5
-        #   stage 0   F0    idle  F1    B0    idle  B1     exchanges: 0 → 1 after ticks 0, 2, 4,
-        #   stage 1   idle  F0    B0    F1    B1    idle              1 → 0 after ticks 1, 3
+        #   tick                0     1     2     3     4     5
+        #   stage 0 computes    F0    .     F1    B0    .     B1
+        #   stage 1 computes    .     .     B0    .     B1    .
+        #   and they exchange   0⇄1   .     0⇄1   .     0⇄1   .
+        #
+        # After tick 2 stage 0 sends the output of F1 and receives the gradient for B0, into the
+        # slot `arrival0` of tick 2, which is the slot `grad` of tick 3. What it receives after
+        # tick 0 goes into the slot behind the last, which is never read.
         program = self.program
         columns = {name: jnp.asarray(table)[:, stage] for name, table in program.columns.items()}
         branches = self._branches(message)

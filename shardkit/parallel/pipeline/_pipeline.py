@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from ..._core.errors import Problem, StepError, raise_all
-from ..._core.types import Accumulate
+from ..._core.types import Accumulate, Batch, Key, Params
 from ...nn._layer_stack import First, Last, Layer
 from ...nn._overridable import Override, StepContext, without_overrides
 from .._kind import Kind, PlanChoice
@@ -178,7 +178,7 @@ class PipelinedLayers(Override):
     virtual_stages: int = 1
     layers_per_stage: tuple[int, ...] | None = None
 
-    def incompatibilities(self, accumulate: Accumulate, apart: bool) -> list[Problem]:
+    def incompatibilities(self, accumulate: Accumulate, reduce_separately: bool) -> list[Problem]:
         """Refuses another accumulation with one reduction, and a separate reduction dtype."""
         problems = []
         if accumulate.reduce == "end" and accumulate.micro_batches > 1:
@@ -187,7 +187,7 @@ class PipelinedLayers(Override):
             fix = f"pipeline(micro_batches={self.micro_batches * k}), or "
             fix += f'sk.Accumulate({k}, reduce="every"), which runs the pipeline {k} times'
             problems.append(Problem(f"accumulate={k}", why, fix))
-        elif apart:
+        elif reduce_separately:
             why = "a pipeline reduces its gradients in the compute dtype"
             problems.append(
                 Problem("precision.reduce_dtype", why, "sk.Precision(..., reduce_dtype=None)")
@@ -201,10 +201,10 @@ class PipelinedLayers(Override):
         first: First,
         layer: Layer,
         last: Last,
-        outer_params: Any,
-        layers: Any,
-        batch: Any,
-        key: Any,
+        outer_params: Params,
+        layers: Params,
+        batch: Batch,
+        key: Key | None,
     ) -> Any:
         """Returns what `sk.nn.layer_stack` does; gradients are computed together with the loss."""
         problems = self._problems(around, layers, batch, key)

@@ -85,7 +85,7 @@ class PipelineProgram:
         _check_message(message)
         words = None
         grown = ()
-        if call.key is not None:
+        if first_key is not None and keys_of_layers is not None:
             words = jax.random.key_data(jnp.concatenate([keys_of_layers, first_key[None]]))
             grown = _find_grown_draws(call, layers, parts, (first_key, keys_of_layers[0]))
         return cls(
@@ -261,5 +261,5 @@ def _add_leading_dim(tree: Any) -> Any:
 
 
 def _sum(x: jax.Array) -> jax.Array:
-    # `jnp.sum` would widen bf16 to f32, and with it what travels.
+    # `jnp.sum` would widen bf16 to f32, and so double the bytes that are sent.
     return jax.lax.reduce(x, jnp.zeros((), x.dtype), jax.lax.add, (0,))
