@@ -18,6 +18,7 @@ KEPT: dict[str, tuple[int | str, str]] = {
     ),
     "data._shuffled_index.epoch_order": (2, "this epoch and the next; each up to 128 MiB"),
     "mesh._simulate._settled": ("one number", "devices of the process, settled once"),
+    "parallel._kinds._planned": (8, "sets of registered kinds; more than one only in tests"),
     "planner._stages.read_tick_roles": (256, "schedules × stages of one search; a few KiB each"),
     "rules._path._compile_glob": (1024, "globs of some models; about 1 KiB each"),
     "parity._reference._sgd_applier": (8, "one for each verification under way"),

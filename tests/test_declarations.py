@@ -28,7 +28,7 @@ WRONG = {
     "no axis": (lambda: made.expert(axis=""), "expert(axis='')"),
     "stage": (lambda: made.zero(stage=True), "zero(stage=True)"),
     "size": (lambda: made.fsdp(min_size="x"), "fsdp(min_size='x')"),
-    "block": (lambda: sk.GradientCompression("data", block=True), "True is no positive number"),
+    "block": (lambda: sk.GradientCompression("data", block=True), "True is not a positive number"),
 }
 
 
@@ -45,7 +45,7 @@ def test_stages_may_be_any_sequence():
     lists, tuples = (
         made.pipeline(micro_batches=3, layers_per_stage=kind([3, 1, 2])) for kind in (list, tuple)
     )
-    assert hash(lists.regions) == hash(tuples.regions)
+    assert hash(lists.overrides) == hash(tuples.overrides)
 
 
 def test_nothing_is_rounded_where_nothing_travels():

@@ -1,4 +1,4 @@
-"""Regions: a strategy carries out what a model marks, and nothing else changes."""
+"""Overrides: a strategy computes a part of the model in its own way; nothing else changes."""
 
 import dataclasses
 
@@ -32,14 +32,13 @@ def step_with(*overrides, mesh=None):
     def loss(params, batch, key):
         return overridable("product", product)(batch["x"], params["w"]).mean()
 
-    regions = tuple(("product", one) for one in overrides)
     return sk.compile_step(
         loss,
         optax.sgd(0.1),
         init=lambda key: {"w": jnp.ones((4, 2))},
         batch=BATCH,
         mesh=mesh or sk.MeshSpec(data=4, other=2).build(),
-        strategy=dataclasses.replace(DATA, regions=regions),
+        strategy=dataclasses.replace(DATA, overrides=tuple(("product", one) for one in overrides)),
     )
 
 
@@ -61,17 +60,17 @@ def test_an_override_runs_where_its_axis_divides_the_work():
 
 def test_two_overrides_of_one_part_do_not_join():
     one, other = (
-        dataclasses.replace(sk.strategies.data(axis), regions=(("product", Scaled(axis)),))
+        dataclasses.replace(sk.strategies.data(axis), overrides=(("product", Scaled(axis)),))
         for axis in ("data", "other")
     )
-    with pytest.raises(sk.errors.StepError, match="would both carry out the model's product"):
+    with pytest.raises(sk.errors.StepError, match="both override the model's product"):
         one | other
 
 
 def test_a_part_that_the_model_lacks_is_an_error():
-    strategy = dataclasses.replace(DATA, regions=(("attention", Scaled("data")),))
+    strategy = dataclasses.replace(DATA, overrides=(("attention", Scaled("data")),))
     with pytest.raises(
-        sk.errors.StepError, match=r"the model marks no attention(.|\n)*sk.nn.attention"
+        sk.errors.StepError, match=r"needs `sk.nn.attention`, but the model never calls it"
     ):
         step_with().replace(strategy=strategy)
 

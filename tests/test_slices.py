@@ -181,7 +181,7 @@ def test_inside_of_a_slice_goes_a_part_of_an_axis_that_crosses_slices():
     (least,) = report.minima
     assert least.wire == 2 * size
     assert least.bytes == 2 * 3 / 4 * size
-    inside = "of gradients all-reduced inside of each slice, where a reduce-scatter would do"
+    inside = "of gradients all-reduced inside each slice, where a reduce-scatter would do"
     assert least.excess == ((inside, size // 2),)
     # The gradient is reduced once, by both parts together.
     assert report.reductions == {"data": 1.0}

@@ -127,7 +127,7 @@ def test_what_goes_beyond_the_minimum_is_explained():
     assert least.bytes == layers * 8 * 3 / 4 * activation
     # Two pairs a layer, each with one all-reduce too many.
     (apart, model_state), *others = least.excess
-    assert apart == "of gradients reduced apart for each product that shares an input"
+    assert apart == "of gradients reduced separately for each product that shares an input"
     assert model_state == layers * 2 * 2 * 3 / 4 * activation
     assert least.wire - least.bytes == pytest.approx(
         model_state + sum(n for _, n in others), rel=0.01

@@ -139,10 +139,10 @@ def test_options_that_differ_do_not_join_all_of_them_named():
     with pytest.raises(sk.errors.StepError) as caught:
         one | other
     text = str(caught.value)
-    assert "Two strategies do not join." in text
-    assert "4 in one, 2 in the other" in text
-    assert "'full' in one, 'dots' in the other" in text
-    assert "dataclasses.replace(one, ...)" in text
+    assert "Two strategies cannot be combined." in text
+    assert "4 in the first, 2 in the second" in text
+    assert "'full' in the first, 'dots' in the second" in text
+    assert "dataclasses.replace(strategy, ...)" in text
 
 
 def test_two_rules_for_the_same_parameters_do_not_join():

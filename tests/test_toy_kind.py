@@ -37,8 +37,8 @@ class Columns(Kind):
     name: ClassVar[str] = "columns"
     splits = frozenset({"heads"})
     collectives = frozenset({"all-reduce"})
-    weighed = "columns of pairs"
-    make = staticmethod(columns)
+    planned = "columns of pairs"
+    factory = staticmethod(columns)
 
     def minimum(self, program: Program) -> float | None:
         """The result of one pair, reduced once."""
@@ -56,7 +56,7 @@ class Columns(Kind):
         arrays = sum(len(one.operands) for one in rows)
         yield APART, 1 - 1 / arrays
 
-    def sent_beside(self, held: DeviceBytes) -> float:
+    def extra_bytes(self, held: DeviceBytes) -> float:
         """What its models send under a `shard_map` of their own."""
         return PROBE * (held.sizes[self.axis] - 1)
 
@@ -88,7 +88,7 @@ def gathered(params, batch, key):
     return jnp.mean(pair(params, batch["x"], "batch", "embed") ** 2)
 
 
-def declared(loss, strategy=None, mode="auto"):
+def spec_of(loss, strategy=None, mode="auto"):
     return sk.StepSpec(
         loss_fn=loss,
         optimizer=optax.sgd(0.1),
@@ -105,7 +105,7 @@ def reported(loss, strategy=None):
 
 def compiled(loss, strategy=None, mode="auto"):
     mesh = sk.MeshSpec(data=2, columns=4).build()
-    return declared(loss, strategy, mode).compile(mesh)
+    return spec_of(loss, strategy, mode).compile(mesh)
 
 
 def over_columns(report):
@@ -157,7 +157,7 @@ def test_a_plan_tries_names_and_estimates_it():
         SearchSpace(axes=("data", "columns"), **known)
     with register_kind(Columns("columns")):
         assert SearchSpace().axes[-1] == "columns"
-        made = plan(declared(once), "tpu:v5e:2x2", space=SearchSpace(("data", "columns"), **known))
+        made = plan(spec_of(once), "tpu:v5e:2x2", space=SearchSpace(("data", "columns"), **known))
     assert made.assumptions[-1].startswith("layouts are data and ZeRO, columns of pairs; not")
     (found,) = [c for c in made.rows if c.mesh == {"data": 1, "columns": 4}]
     assert f"strategy = {__name__}.columns()" in found.declaration
@@ -166,7 +166,7 @@ def test_a_plan_tries_names_and_estimates_it():
 
 
 def test_one_declared_step_is_modelled_with_it():
-    sent = estimate_step(declared(once, columns()), {"columns": 4}).wire
+    sent = estimate_step(spec_of(once, columns()), {"columns": 4}).wire
     assert sent["columns"] == ALL_REDUCED + 3 * PROBE
 
 

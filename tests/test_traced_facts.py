@@ -161,7 +161,7 @@ def loss_of(mark, form):
     return lambda params, batch, key: last({}, forward(params, batch["x"]), batch)
 
 
-SQUARE = dataclasses.replace(S.data() | S.tensor(), regions=(("square", Squared("data")),))
+SQUARE = dataclasses.replace(S.data() | S.tensor(), overrides=(("square", Squared("data")),))
 KEPT = S.fsdp(reshard_after_forward=False, min_size=1)
 MESH = {"data": 2, "tensor": 2}
 # Mark, mode, strategy, sizes of the mesh.
@@ -273,7 +273,7 @@ def test_a_region_that_a_jitted_model_lacks_is_still_an_error(remat):
     step = compiled("constrain", "jit", remat)
     mesh = sk.MeshSpec(context=2).build(devices=jax.devices()[:2])
     for _ in range(2):
-        with pytest.raises(sk.errors.StepError, match=r"marks no attention(.|\n)*sk.nn.attention"):
+        with pytest.raises(sk.errors.StepError, match=r"needs `sk.nn.attention`, but"):
             step.replace(strategy=strategy, mesh=mesh)
 
 

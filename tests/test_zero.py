@@ -148,7 +148,7 @@ def test_the_tpu_compiler_scatters_gradients_and_gathers_weights():
 def test_a_stage_that_there_is_not():
     with pytest.raises(sk.errors.StepError) as caught:
         zero(stage=3)
-    assert "zero(stage=3)" in str(caught.value)
+    assert "stage=3" in str(caught.value)
     assert "stage 1 splits optimizer state, stage 2 gradients too, stage 3 is fsdp" in str(
         caught.value
     )

@@ -1,4 +1,4 @@
-"""Ready strategies for models that carry the conventional logical names; join them with `|`."""
+"""Ready strategies for models with the conventional logical names; combine them with `|`."""
 
 from ._data import data
 from ._fsdp import fsdp

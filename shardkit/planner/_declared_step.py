@@ -71,7 +71,9 @@ def estimate_step(
     (512, {'data': 24582.0})
     """
     kinds = [kind for kind in spec.strategy.kinds if sizes.get(kind.axis, 1) > 1]
-    attention = next((kind.choice.attention for kind in kinds if kind.choice.attention), "")
+    attention = next(
+        (kind.plan_choice.attention for kind in kinds if kind.plan_choice.attention), ""
+    )
     model = TracedModel.of(spec)
     batching = _check_modelled(spec, model, kinds, sizes)
     layout = model.layout(sizes, spec.strategy, spec.accumulate.micro_batches)
@@ -141,7 +143,7 @@ def _pipeline_of(spec: StepSpec) -> PipelineOptions:
     Raises:
       NotImplementedError: micro-batches around those of the pipeline, or uneven stages.
     """
-    override: Any = dict(spec.strategy.regions)["layer_stack"]
+    override: Any = dict(spec.strategy.overrides)["layer_stack"]
     if spec.accumulate.micro_batches > 1:
         raise NotImplementedError("micro-batches around those of a pipeline are not modelled")
     if override.layers_per_stage is not None:

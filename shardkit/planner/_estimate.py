@@ -11,7 +11,7 @@ from .._core.tree import short_dtype
 from .._core.types import Accumulate
 from ..hardware import Chip
 from ..mesh import Target
-from ..parallel import axes_splitting, lane_axes
+from ..parallel import axes_splitting, gradient_shard_axes
 from ._costs import HEADS, LENGTH, PHASES, Collective, Compute
 from ._network import WIRE, Network
 from ._symbolic_sharding import MICRO, SymbolicBytes, count_shards
@@ -131,7 +131,7 @@ def estimate(
         wire[name] = wire.get(name, 0.0) + times * sent
         links[name] = links.get(name, 0.0) + times * seconds
     if at_end.any():
-        name = tuple(axis for axis in cases[0][0] if axis in lane_axes())
+        name = tuple(axis for axis in cases[0][0] if axis in gradient_shard_axes())
         n = count_shards(name, shards.sizes)
         sent = np.array(unreduced) * machine.width / 4 * 2 * (n - 1) / n
         hops = 2 * (n - 1) * machine.network.chip.latency
@@ -220,9 +220,9 @@ class ShardCounts:
         Unreduced gradients are replicated over the row axes, so that a compiler could scatter the
         sum only by a slice behind it; with `fsdp` alone it does, with `data` it does not.
         """
-        known = {*lane_axes(), HEADS, MICRO}
+        known = {*gradient_shard_axes(), HEADS, MICRO}
         others = count_shards([axis for axis in self.sizes if axis not in known], self.sizes)
-        unsharding = {*lane_axes()} - {*axes_splitting("rows", "weights")}
+        unsharding = {*gradient_shard_axes()} - {*axes_splitting("rows", "weights")}
         data = count_shards([axis for axis in self.sizes if axis in unsharding], self.sizes)
         return self.reduces_once & (self.micro_batches > 1) & (data > 1) & (others == 1)
 

@@ -7,7 +7,7 @@ from .._core.errors import MeshError, Problem, format_problems
 from .._core.tree import format_bytes
 from ..hardware import CHIPS
 from ..mesh import Target
-from ..parallel import Strategy, weighed_kinds
+from ..parallel import Strategy, planned_kinds
 from ._candidate import Candidate
 from ._estimate import Machine
 from ._search import SearchResult
@@ -41,11 +41,11 @@ def raise_no_layout(target: Target, result: SearchResult, tight: Sequence[Candid
 
 def describe_kinds(strategy: Strategy, axes: Sequence[str]) -> str:
     """The kinds of parallelism that were weighed, and those of the spec that were not."""
-    weighed = weighed_kinds()
-    kinds = [kind.weighed for axis in axes for kind in weighed if kind.axis == axis]
-    others = [kind.weighed for kind in weighed if kind.axis not in axes]
-    others += [variant for kind in weighed for variant in kind.not_weighed]
-    others += [str(kind) for kind in strategy.kinds if kind.unmodelled]
+    weighed = planned_kinds()
+    kinds = [kind.planned for axis in axes for kind in weighed if kind.axis == axis]
+    others = [kind.planned for kind in weighed if kind.axis not in axes]
+    others += [variant for kind in weighed for variant in kind.not_planned]
+    others += [str(kind) for kind in strategy.kinds if kind.unmodelled_reason]
     return f"layouts are {', '.join(kinds)}; not weighed: {', '.join(others)}"
 
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from .._core.tree import format_bytes
-from ..parallel import lane_axes
+from ..parallel import gradient_shard_axes
 from ._candidate import Candidate
 from ._search import Search
 
@@ -32,7 +32,7 @@ def describe_batch_crossover(search: Search, best: Candidate) -> tuple[str, ...]
         return ()
     scale = _find_crossover(search, best, end)
     beyond = search.estimate_again(best, scale)
-    rows = search.rows / math.prod(best.mesh.get(axis, 1) for axis in lane_axes())
+    rows = search.rows / math.prod(best.mesh.get(axis, 1) for axis in gradient_shard_axes())
     where = f"{'above' if end > 1 else 'below'} {_format_batch(rows * scale, search)}"
     what = "stops being" if end > 1 else "becomes"
     text = f"batch per device {where} {what} communication-bound, now {_format_batch(rows, search)}"

@@ -9,7 +9,7 @@ from typing import Any
 from .._core.errors import MeshError, Problem, raise_all
 from .._core.options import check_options
 from .._core.types import Accumulate
-from ..parallel import Choice, Strategy, axes_splitting, format_call, weighed_kinds
+from ..parallel import PlanChoice, Strategy, axes_splitting, format_call, planned_kinds
 from ._costs import LENGTH, PIPE
 
 
@@ -23,12 +23,12 @@ def searched_axes(experts: bool = False) -> tuple[str, ...]:
     ('pipe', 'data', 'fsdp', 'context', 'tensor')
     """
     excluded = () if experts else axes_splitting("experts")
-    return tuple(kind.axis for kind in weighed_kinds() if kind.axis not in excluded)
+    return tuple(kind.axis for kind in planned_kinds() if kind.axis not in excluded)
 
 
 def region_axes() -> tuple[str, ...]:
     """Axes that divide a region which the model has to mark."""
-    return tuple(kind.axis for kind in weighed_kinds() if kind.region)
+    return tuple(kind.axis for kind in planned_kinds() if kind.override)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,9 +170,9 @@ def make_strategy(
 def _strategy_calls(
     sizes: Mapping[str, int], zero: int, attention: str, pipeline: PipelineOptions | None
 ) -> list[functools.partial[Strategy]]:
-    kinds = {kind.axis: kind for kind in weighed_kinds()}
-    choice = Choice(zero, attention, pipeline.options if pipeline else {})
-    return [kinds[axis].tried(choice) for axis in split_axes(sizes)]
+    kinds = {kind.axis: kind for kind in planned_kinds()}
+    choice = PlanChoice(zero, attention, pipeline.options if pipeline else {})
+    return [kinds[axis].planned_strategy(choice) for axis in split_axes(sizes)]
 
 
 def split_axes(sizes: Mapping[str, int]) -> dict[str, int]:

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from .._core.types import Accumulate
-from ..parallel import Branch, Ticks, lane_axes, schedule, ticks
+from ..parallel import Branch, TickProgram, gradient_shard_axes, schedule, tick_program
 from ._costs import PHASES, PIPE, Collective
 from ._estimate import Estimates, Machine, ShardCounts, compute_seconds, cost_collectives
 from ._space import PipelineOptions
@@ -68,7 +68,7 @@ def read_tick_roles(pipeline: PipelineOptions, stages: int) -> TickRoles:
         micro_batches=pipeline.micro_batches,
         virtual_stages=pipeline.virtual_stages,
     )
-    plan: Ticks = ticks(table)
+    plan: TickProgram = tick_program(table)
     branches = np.stack([plan.columns[name] for name in ("branch", "first", "last")], -1)
     distinct, inverse = np.unique(branches.reshape(-1, 3), axis=0, return_inverse=True)
     roles = inverse.reshape(branches.shape[:2])  # i64[ticks, stages], rows of `distinct`
@@ -185,7 +185,7 @@ def _cost_collectives(
 
 
 def _sums_gradients(collective: Collective) -> bool:
-    over_rows = collective.axes <= frozenset(lane_axes()) and collective.kind in _SUMS
+    over_rows = collective.axes <= frozenset(gradient_shard_axes()) and collective.kind in _SUMS
     return collective.is_gradient or over_rows
 
 
@@ -226,7 +226,7 @@ def _add_shared_gradients(
     links: _BY_AXES,
 ) -> None:
     """Adds the one all-reduce of the gradients of embedding and head, which every stage holds."""
-    axes = tuple(axis for axis in shards.cases[0][0] if axis in (*lane_axes(), PIPE))
+    axes = tuple(axis for axis in shards.cases[0][0] if axis in (*gradient_shard_axes(), PIPE))
     n = count_shards(axes, shards.sizes)
     sent = 2 * (n - 1) / n * np.array([e.outside_stages * machine.width / 4 for e in exact])
     wire[axes] = wire.get(axes, 0.0) + sent

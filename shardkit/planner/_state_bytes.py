@@ -10,7 +10,7 @@ import jax
 from .._core.errors import ShardkitError
 from .._core.tree import nbytes
 from .._core.types import Accumulate, PyTree
-from ..parallel import DeviceBytes, Kind, axes_splitting, weighed_kinds
+from ..parallel import DeviceBytes, Kind, axes_splitting, planned_kinds
 from ..rules import axes_of
 from ..step import StepLayout
 from ._costs import EXPERTS, LENGTH, PIPE
@@ -53,7 +53,7 @@ class StateBytes:
         """
         device = DeviceBytes(sizes, self.batch * batch_scale, self.reduced, self.update_gather)
         for kind in self.kinds:
-            if sizes.get(kind.axis, 1) > 1 and (sent := kind.sent_beside(device)):
+            if sizes.get(kind.axis, 1) > 1 and (sent := kind.extra_bytes(device)):
                 yield kind.axis, sent
 
 
@@ -79,7 +79,7 @@ class StateBytesResolver:
         if batch is None:
             return self.resolve_alone(sizes, zero)
         of_batch = {"length"} if zero else {"rows", "length"}
-        ignored = {k.axis for k in weighed_kinds() if k.splits and k.splits <= of_batch}
+        ignored = {k.axis for k in planned_kinds() if k.splits and k.splits <= of_batch}
         relevant = {axis: n for axis, n in sizes.items() if axis not in ignored}
         key = (min(zero, 1), *relevant.items())
         if key not in self.cache:

@@ -114,13 +114,17 @@ class SpecsInLoss:
     Attributes:
       activations: resolves names.
       per_shard: whether the loss sees one gradient shard, without the dim over the shards.
+      renamed: `(conventional, the model's)` logical names, as `Strategy.names`.
     """
 
     activations: Activations
     per_shard: bool
+    renamed: tuple[tuple[str, str], ...] = ()
 
     def __call__(self, names: Names) -> PartitionSpec:
-        """Returns the spec of an activation with one logical name per dim."""
+        """Returns the spec of an activation with one logical name per dim, conventional or not."""
+        model_names = dict(self.renamed)
+        names = tuple(model_names.get(name, name) if name else None for name in names)
         if not self.per_shard:
             return self.activations.spec(names)
         return PartitionSpec(*tuple(self.activations.spec((GRADIENT_SHARDS, *names)))[1:])

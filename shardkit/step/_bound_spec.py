@@ -35,7 +35,7 @@ class BoundSpec:
         headline = "The step cannot be compiled for this mesh."
         raise_all(StepError, headline, _type_problems(self.mesh))
         problems = [*_axis_problems(self.mesh), *self._compression_problems()]
-        raise_all(StepError, headline, [*problems, *self._misfits()])
+        raise_all(StepError, headline, [*problems, *self._incompatibilities()])
 
     @property
     def xla_options(self) -> dict[str, Any]:
@@ -56,7 +56,7 @@ class BoundSpec:
 
     def _misfits(self) -> Iterator[Problem]:
         """Options that the strategy's overrides on this mesh cannot work with."""
-        for _, override in self.spec.strategy.regions:
+        for _, override in self.spec.strategy.overrides:
             if self.mesh.shape.get(override.axis, 1) > 1:
                 yield from override.incompatibilities(
                     self.spec.accumulate, self.spec.precision.reduces_separately

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec
 
+from .. import nn
 from .._core.errors import Problem, StepError, raise_all
 from .._core.types import PyTree
 from ..nn._overridable import ActiveOverrides, StepContext, use_overrides
 from ..nn._remat import use_policy
+from ..parallel import Strategy
 from ._activations import Activations, SpecsInLoss
 from ._bound_spec import BoundSpec
 from ._compile import CompiledProgram, compile_program
@@ -108,14 +110,14 @@ class CompiledFunctions:
         around = StepContext(
             names.mesh,
             layout.row_axes,
-            SpecsInLoss(names, per_shard),
+            SpecsInLoss(names, per_shard, self._bound.spec.strategy.names),
             names.shard_axes if per_shard else (),
             layout.inner_axes,
         )
         # In `shard_map` mode the model's own collectives do the work of overrides.
         manual = self._bound.spec.mode == "shard_map"
-        regions = {} if manual else dict(self._bound.spec.strategy.regions)
-        with use_overrides(regions, around) as marks:
+        overrides = {} if manual else dict(self._bound.spec.strategy.overrides)
+        with use_overrides(overrides, around) as marks:
             return self._compile(
                 run,
                 args=(layout.state, layout.batch),
@@ -140,7 +142,7 @@ class CompiledFunctions:
         def check(jaxpr: core.ClosedJaxpr) -> None:
             names.check(jaxpr)
             if marks:
-                _check_overrides_used(marks, jaxpr)
+                _check_overrides_used(self._bound.spec.strategy, marks, jaxpr)
 
         with use_policy(layer_policy(self._bound, self.layout)):
             return compile_program(
@@ -160,14 +162,21 @@ class CompiledFunctions:
         return Activations(self._bound.mesh, rules, self.layout.shard_axes)
 
 
-def _check_overrides_used(marks: ActiveOverrides, jaxpr: core.ClosedJaxpr) -> None:
-    """Refuses a step whose model has no part that its strategy was to carry out.
+def _check_overrides_used(
+    strategy: Strategy, marks: ActiveOverrides, jaxpr: core.ClosedJaxpr
+) -> None:
+    """Refuses a step whose model never calls a part that its strategy overrides.
 
     Raises:
-      StepError: naming each override that nothing was left to.
+      StepError: naming each such strategy and the call that the model lacks.
     """
-    problems = [
-        Problem(str(override), f"the model marks no {name}", f"sk.nn.{name}(...) in the model")
-        for name, override in marks.find_unreached(jaxpr.jaxpr).items()
-    ]
-    raise_all(StepError, "The strategy carries out what the model does not mark.", problems)
+    problems = []
+    for name, override in marks.find_unreached(jaxpr.jaxpr).items():
+        kinds = (kind for kind in strategy.kinds if kind.axis == override.axis)
+        user = next((f"`strategies.{kind.name}()`" for kind in kinds), str(override))
+        ready = name in dir(nn)
+        part = f"sk.nn.{name}" if ready else f"sk.nn.overridable({name!r}, ...)"
+        why = f"needs `{part}`, but the model never calls it"
+        fix = f"{part}(...) in the model" if ready else f"{part} in the model"
+        problems.append(Problem(user, why, fix))
+    raise_all(StepError, "The model lacks a part that the strategy overrides.", problems)

@@ -13,9 +13,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from .._core.errors import Problem, ShardingError, count, raise_all
 from .._core.precision import cast_floats
 from .._core.train_state import TrainState
-from .._core.tree import Leaf, join_path, leaves, path_str
+from .._core.tree import Leaf, join_path, list_leaves, path_str
 from .._core.types import Batch, Key, Params, PyTree, Variables, WithAxes
-from ..parallel import Strategy, advise, check_composition, check_used, update_specs
+from ..parallel import Strategy, check_axes_used, check_composition, suggest_options, update_specs
 from ..rules import Rule, axes_of, check_batch, first_match, format_mesh, resolve_all
 from .optim._follow import FollowParams
 
@@ -167,10 +167,10 @@ def resolve_layout(
     state, names = abstract or abstract_state(spec, count_residual_copies(strategy, mesh))
     problems: list[Problem] = []
     specs = _resolve_specs(strategy, (state, names), batch, sizes, problems)
-    rows, row_axes = _resolve_rows(leaves(batch), specs.batch, sizes, micro_batches, problems)
+    rows, row_axes = _resolve_rows(list_leaves(batch), specs.batch, sizes, micro_batches, problems)
     failed = count(len({problem.subject for problem in problems}), "leaf")
     raise_all(ShardingError, f"{failed} cannot be laid out on mesh {format_mesh(sizes)}.", problems)
-    check_used(strategy, sizes, specs.mesh_axes)
+    check_axes_used(strategy, sizes, specs.mesh_axes)
 
     replicated = NamedSharding(mesh, PartitionSpec())
     shardings = TrainState(
@@ -183,7 +183,7 @@ def resolve_layout(
     )
     update = _build_shardings(state.params, specs.update, mesh) if strategy.zero else None
     scatters_gradients = strategy.zero is not None and strategy.zero.stage == 2
-    moves_rows = {override.axis for _, override in strategy.regions if override.moves_rows}
+    moves_rows = {override.axis for _, override in strategy.overrides if override.moves_rows}
     return StepLayout(
         state=state,
         shardings=shardings,
@@ -224,17 +224,17 @@ def _resolve_specs(
     problems: list[Problem],
 ) -> _Specs:
     state, names = abstract
-    params = leaves(state.params, names)
+    params = list_leaves(state.params, names)
     specs = _resolve_rule(strategy.params, params, sizes, "params", problems)
     model_state = state.model_state
     residuals: Specs = {}
     if strategy.compression:
         model_state = {k: x for k, x in model_state.items() if k != RESIDUALS}
         residuals = _residual_specs(strategy.compression.axis, specs)
-    model_leaves = leaves(model_state)
+    model_leaves = list_leaves(model_state)
     model_specs = _resolve_rule(strategy.model_state, model_leaves, sizes, "model_state", problems)
     update = update_specs(strategy.zero, params, specs, sizes)
-    moments = leaves(state.opt_state)
+    moments = list_leaves(state.opt_state)
     # `specs` lacks a parameter that cannot be laid out. Its moments pass as replicated, so that the
     # error names the parameter once and not once more for mu and nu.
     follow = FollowParams(
@@ -247,7 +247,7 @@ def _resolve_specs(
         update=update,
         opt_state=_resolve_rule(rule, moments, sizes, "opt_state", problems),
         model_state={**model_specs, **residuals},
-        batch=_batch_specs(strategy, leaves(batch), sizes, problems),
+        batch=_batch_specs(strategy, list_leaves(batch), sizes, problems),
     )
 
 
@@ -273,7 +273,7 @@ def _resolve_rule(
     rule: Rule, of: Sequence[Leaf], sizes: Mapping[str, int], tree: str, problems: list[Problem]
 ) -> dict[str, PartitionSpec]:
     specs, failures = resolve_all(rule, of, sizes, what=f"leaves of {tree}")
-    problems += _name_tree(tree, of, advise(failures, sizes))
+    problems += _name_tree(tree, of, suggest_options(failures, sizes))
     return specs
 
 

@@ -1,5 +1,6 @@
 """Builds the `Program` of a compiled step, from which a report is compiled."""
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -11,7 +12,7 @@ from jax.sharding import Mesh
 
 from .._core.tree import Leaf, ends_path, list_leaves, short_dtype
 from ..nn._constrain import GRADIENT_SHARDS
-from ..parallel import kinds_by_specs
+from ..parallel import Strategy, infer_kinds
 from ..report import CompiledBytes, Declarations, PlacedLeaf, Program
 from ..rules import Rule, place_leaf
 from ._activations import Activations, constraints
@@ -129,16 +130,18 @@ def _build_declared(
     constrained = list(dict.fromkeys(constraints(jaxpr.jaxpr)))
     return Declarations(
         kinds=strategy.kinds,
-        by_specs=kinds_by_specs(bound.mesh.shape, placed, strategy.kinds),
+        by_specs=infer_kinds(bound.mesh.shape, placed, strategy.kinds),
         accumulate=bound.spec.accumulate.micro_batches,
         compute_dtype=short_dtype(jnp.dtype(precision.compute_dtype)),
         reduce_dtype=short_dtype(jnp.dtype(precision.reduce_dtype or precision.compute_dtype)),
         activation_bytes=_activation_bytes(bound, layout, constrained),
-        layers=_dim_size("layers", list_leaves(layout.state.params, layout.axes)),
-        choices=_dim_size("choices", constrained),
+        layers=_dim_size("layers", list_leaves(layout.state.params, layout.axes), strategy),
+        choices=_dim_size("choices", constrained, strategy),
         rules=find_unused_rules(bound, layout, constrained),
         constraints=tuple(
-            PlacedLeaf("activation", leaf, activations.spec(leaf.axes or ()))
+            PlacedLeaf(
+                "activation", _conventional(leaf, strategy), activations.spec(leaf.axes or ())
+            )
             for leaf in constrained
         ),
         activation_axes=_activation_axes(bound),
@@ -156,11 +159,11 @@ def _activation_bytes(
     bound: BoundSpec, layout: StepLayout, constrained: Sequence[Leaf]
 ) -> int | None:
     """Bytes per device of `[batch, length, embed]`, from a constraint with these names."""
-    table = bound.spec.strategy.activations
-    shared = table.mesh_axes("length") if table and "length" in dict(table.table) else ()
-    axes = {*layout.row_axes, *shared}
+    strategy = bound.spec.strategy
+    table = dict(strategy.activations.table) if strategy.activations else {}
+    axes = {*layout.row_axes, *table.get(dict(strategy.names).get("length", "length"), ())}
     devices = math.prod(bound.mesh.shape.get(axis, 1) for axis in axes)
-    for leaf in constrained:
+    for leaf in (_conventional(leaf, strategy) for leaf in constrained):
         names = dict(zip(leaf.axes or (), leaf.shape, strict=True))
         if (
             {"batch", "length", "embed"}
@@ -172,9 +175,16 @@ def _activation_bytes(
     return None
 
 
-def _dim_size(name: str, of: Iterable[Leaf]) -> int | None:
-    """Size of the first dim with this logical axis."""
-    for leaf in of:
+def _conventional(leaf: Leaf, strategy: Strategy) -> Leaf:
+    """The leaf with the conventional names of its dims, where the strategy renames them."""
+    if leaf.axes is None:
+        return leaf
+    return dataclasses.replace(leaf, axes=strategy.conventional_names(leaf.axes))
+
+
+def _dim_size(name: str, of: Iterable[Leaf], strategy: Strategy) -> int | None:
+    """Size of the first dim with this logical axis, by its conventional name."""
+    for leaf in (_conventional(leaf, strategy) for leaf in of):
         if leaf.axes and name in leaf.axes:
             return leaf.shape[leaf.axes.index(name)]
     return None

@@ -93,7 +93,7 @@ def axis_names(strategy: Strategy) -> tuple[str, ...]:
     axes += _axes_of_spec(batch) if isinstance(batch, PartitionSpec) else _axes_of_rule(batch)
     for rule in (strategy.params, strategy.activations, strategy.opt_state, strategy.model_state):
         axes += _axes_of_rule(rule) if rule is not None else []
-    axes += [override.axis for _, override in strategy.regions]
+    axes += [override.axis for _, override in strategy.overrides]
     return tuple(dict.fromkeys(axes))
 
 
@@ -132,10 +132,10 @@ def _add_ready_strategies(strategy: Strategy, sizes: Mapping[str, int]) -> Strat
 
 def ready_strategies() -> dict[str, Callable[[], Strategy]]:
     """Mesh axis → the built-in strategy that a sweep adds for it."""
-    return {kind.axis: kind.make for kind in known_kinds() if kind.by_default}
+    return {kind.axis: kind.factory for kind in known_kinds() if kind.sweep_by_default}
 
 
 def plain_axes() -> tuple[str, ...]:
     """Mesh axes whose built-in strategies work with any model: they need no marked region."""
-    marked = {kind.axis for kind in known_kinds() if kind.region}
+    marked = {kind.axis for kind in known_kinds() if kind.override}
     return tuple(axis for axis in ready_strategies() if axis not in marked)

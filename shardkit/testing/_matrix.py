@@ -115,7 +115,7 @@ def kill_matrix(
     """Injects each mutation into the step and says which checks of the certificate find it.
 
     The step is compiled with two micro-batches if it has one, so that lanes and their reduction
-    are there to be broken; not where a carrier has micro-batches of its own.
+    are there to be broken; not where an override has micro-batches of its own.
 
     Args:
       spec: the step, or a function that compiles it for a mesh, as for `sk.verify`. Its loss has
@@ -131,8 +131,8 @@ def kill_matrix(
     one = compiled(one_device(mesh))
     trial = Trial(made_up(one) if batches is None else batches, steps, jax.random.key(0))
     step = compiled(mesh)
-    carriers = [carrier for _, carrier in step.spec.strategy.regions]
-    split_already = any(carrier.incompatibilities(Accumulate(2), False) for carrier in carriers)
+    overrides = [override for _, override in step.spec.strategy.overrides]
+    split_already = any(override.incompatibilities(Accumulate(2), False) for override in overrides)
     if step.spec.accumulate.micro_batches == 1 and not split_already:
         step = step.replace(accumulate=2)
     plain = one.spec.replace(accumulate=step.spec.accumulate)

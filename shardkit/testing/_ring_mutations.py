@@ -22,14 +22,12 @@ def _not_rescaled(merge: Any) -> Any:
     return wrong
 
 
-def _left_behind(part_backward: Any) -> Any:
+def _left_behind(attend_shard_backward: Any) -> Any:
     """Each device keeps the gradients of its keys and values that it found itself."""
 
-    def wrong(self: Any, q: Any, k: Any, v: Any, ids: Any, *rest: Any) -> Any:
-        dq, _, _ = part_backward(self, q, k, v, ids, *rest)
-        *found, causal = rest
-        both = None if ids is None else (ids, ids)
-        return dq, *attend_backward(q, k, v, both, causal, *found)[1:]
+    def wrong(self: Any, queries: Any, keys: Any, cotangents: Any, causal: bool) -> Any:
+        dq, _, _ = attend_shard_backward(self, queries, keys, cotangents, causal)
+        return dq, *attend_backward(queries, keys, cotangents, causal)[1:]
 
     return wrong
 
@@ -53,6 +51,6 @@ CONTEXT_MUTATIONS: tuple[Mutation, ...] = (
         "gradient left behind",
         "what other devices add to the gradients of keys and values does not come home",
         ("grad_norm",),
-        ((_RING + "Ring.part_backward", _left_behind),),
+        ((_RING + "RingAttention.attend_shard_backward", _left_behind),),
     ),
 )

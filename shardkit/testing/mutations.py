@@ -300,7 +300,7 @@ def _to_the_wrong_neighbour(ticks: Any) -> Any:
     return wrong
 
 
-_TICKS = "shardkit.parallel.pipeline._spmd_program.ticks"
+_TICKS = "shardkit.parallel.pipeline._spmd_program.tick_program"
 
 PIPELINE_MUTATIONS: tuple[Mutation, ...] = (
     Mutation(

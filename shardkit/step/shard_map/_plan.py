@@ -177,7 +177,7 @@ def _token_axes(layout: StepLayout, axis_rules: ManualAxisRules, marked: MarkedA
 
 def kept_axes(bound: BoundSpec) -> Axes:
     """Mesh axes over which gathered weights are kept from forward to backward."""
-    overrides = bound.spec.strategy.regions
+    overrides = bound.spec.strategy.overrides
     return tuple(override.axis for name, override in overrides if name == "use_param")
 
 

@@ -109,7 +109,7 @@ def _kind_problems(bound: BoundSpec) -> Iterator[Problem]:
             why = f"over mesh axis {kind.axis!r} is left to the partitioner; supported here: "
             why += ", ".join(supported)
             yield Problem(f"{kind} parallelism", why, 'mode="auto"')
-    for name, override in bound.spec.strategy.regions:
+    for name, override in bound.spec.strategy.overrides:
         if name != "use_param" and bound.mesh.shape.get(override.axis, 1) > 1:
             why = f"{override} maps over {override.axis!r} itself"
             yield Problem(f"region {name!r}", why, 'mode="auto"')
