@@ -218,7 +218,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "one mask",
         "every lane draws the first lane's noise",
         ("gradients",),
-        ((_STEP + "_gradients.lane_keys", _first_lane_only),),
+        ((_STEP + "_gradients.per_shard_keys", _first_lane_only),),
     ),
     Mutation(
         "moments replicated",
@@ -242,13 +242,13 @@ MUTATIONS: tuple[Mutation, ...] = (
         "init by device count",
         "the first state depends on the number of devices",
         ("init",),
-        ((_STEP + "_functions.initial_state", _other_key),),
+        ((_STEP + "_step_functions.initial_state", _other_key),),
     ),
     Mutation(
         "half an evaluation",
         "an evaluation sees half of the rows",
         ("evaluate",),
-        ((_STEP + "_functions.evaluation_step", _half_the_rows),),
+        ((_STEP + "_step_functions.evaluation_step", _half_the_rows),),
     ),
     Mutation(
         "compiles again",
