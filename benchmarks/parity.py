@@ -15,10 +15,10 @@ ROOT = Path(__file__).parents[1]
 HEAD = """# Parity: every strategy against one device and the textbook
 
 Eight simulated CPU devices, jax {jax}; the reference decoder with dropout, two layers, 16 rows of 8
-tokens of which half of the rows have no valid one. Each row passed the certificate: first state
-bit for bit, loss, gradient norm, every gradient leaf, parameters after one clipped SGD update and
-after two, one compilation. *Error* is the worst gradient leaf's, relative; *noise* what it changes
-by when every parameter is nudged by one rounding. *Ratio* is wire bytes over the textbook minimum,
+tokens; half of the rows have no valid token. Each row passed every check: first state bit for bit,
+loss, gradient norm, every gradient leaf, parameters after one clipped SGD update and after two, one
+compilation. *Error* is the relative error of the worst gradient leaf; *noise* is its change when
+every parameter is nudged by one rounding. *Ratio* is wire bytes over the textbook minimum,
 compiled, mean over devices where a schedule's branches differ between them. The minimum of a tensor
 axis counts layers alone, so rows marked deep have 16. Rows of `shard_map` are compiled in that
 mode; with `accumulate` they keep the weights that they gathered, and send less than the minimum.
@@ -35,8 +35,8 @@ def line(name: str) -> str:
     import _parity
 
     case = _parity.CASES[name]
-    certificate = _parity.certificate(name).check()
-    worst = next(row for row in certificate.rows if row.check == "gradients")
+    report = _parity.parity_report(name).check()
+    worst = next(row for row in report.rows if row.check == "gradients")
     ratios = _parity.ratios(name)
     mesh = " × ".join(f"{axis}={size}" for axis, size in case.mesh.items())
     sent = ", ".join(f"{axis} {ratio:.2f}" for axis, ratio in ratios.items())

@@ -17,7 +17,7 @@ KEPT: dict[str, tuple[int | str, str]] = {
     "mesh._simulate._settled": ("one number", "devices of the process, settled once"),
     "planner._stages.roles": (256, "schedules × stages of one search; a few KiB each"),
     "rules._path._pattern": (1024, "globs of some models; about 1 KiB each"),
-    "parity._reference._sgd_applier": (8, "one for each verification under way"),
+    "parity._reference._jit_sgd_update": (8, "one for each verification under way"),
     "cli._verify.run": ("meshes of the command, and one device", "gone when the command ends"),
     "step._batch_variants.KEPT": (8, "forms of a batch that a step keeps: lengths in buckets"),
 }

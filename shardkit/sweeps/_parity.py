@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from .._core.errors import VerificationError
-from ..parity import Standard, Trial, format_error, made_up
+from ..parity import ParityInputs, ReferenceResults, format_error, make_random_batches
 from ..step import CompiledStep
 
 _STEPS = 2  # the second one shows whether anything compiles anew
@@ -22,7 +22,7 @@ class Parity:
     def __init__(self, batches: Sequence[Any] | None) -> None:
         """Makes no reference yet."""
         self.batches = batches
-        self._standards: dict[int, Standard] = {}
+        self._standards: dict[int, ReferenceResults] = {}
 
     def verdict(self, step: CompiledStep) -> dict[str, Any]:
         """Compares a step with one device; plain values, `ok` and the check nearest to its limit.
@@ -30,7 +30,7 @@ class Parity:
         Where nothing can be compared, `ok` is None and `why` says it.
         """
         try:
-            rows = self._standard(step).rows(step)
+            rows = self._standard(step).compare(step)
         except VerificationError as error:
             return {"ok": None, "why": str(error)}
         worst = max(rows, key=lambda row: (not row.ok, row.error / (row.threshold or 1.0)))
@@ -48,11 +48,11 @@ class Parity:
             else f"{worst.check}: {why}, at most {format_error(worst.threshold)}",
         }
 
-    def _standard(self, step: CompiledStep) -> Standard:
+    def _standard(self, step: CompiledStep) -> ReferenceResults:
         micro = step.spec.accumulate.micro_batches
         if micro not in self._standards:
-            given = made_up(step) if self.batches is None else self.batches
+            given = make_random_batches(step) if self.batches is None else self.batches
             device = step.mesh.devices.flat[0]
-            trial = Trial(given, _STEPS, jax.random.key(0))
-            self._standards[micro] = Standard(step.spec, device, trial)
+            trial = ParityInputs(given, _STEPS, jax.random.key(0))
+            self._standards[micro] = ReferenceResults(step.spec, device, trial)
         return self._standards[micro]

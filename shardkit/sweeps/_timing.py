@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from ..parity import made_up
+from ..parity import make_random_batches
 from ..step import CompiledStep
 from ._attempt import ended
 from ._row import Row
@@ -91,7 +91,7 @@ def time_all(
       repeats: see `in_turns`.
       steps_per_repeat: see `in_turns`.
     """
-    given = {key: (batches or made_up(step))[0] for key, step in steps.items()}
+    given = {key: (batches or make_random_batches(step))[0] for key, step in steps.items()}
     found = in_turns(steps, given, repeats, steps_per_repeat)
     return [_timed(rows[key], steps[key], seen) for key, seen in found.items()]
 

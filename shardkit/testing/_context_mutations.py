@@ -1,4 +1,4 @@
-"""Bugs of ring attention, for steps of `strategies.context()`."""
+"""Bugs to inject into ring attention, for steps of `strategies.context()`."""
 
 from typing import Any
 
@@ -8,12 +8,12 @@ from ..parallel import attend_backward
 from .mutations import Mutation
 
 
-def _shifted(neighbours: Any) -> Any:
+def _shift_ring(neighbours: Any) -> Any:
     return lambda n: [(i, (j + 1) % n) for i, j in neighbours(n)]
 
 
-def _not_rescaled(merge: Any) -> Any:
-    """What was found so far keeps the weight that it had before more keys came."""
+def _skip_rescaling(merge: Any) -> Any:
+    """Adds the partial output of earlier keys without rescaling it by the new log-sum-exp."""
 
     def wrong(one: Any, other: Any) -> Any:
         out, lse = merge(one, other)
@@ -22,14 +22,14 @@ def _not_rescaled(merge: Any) -> Any:
     return wrong
 
 
-def _left_behind(part_backward: Any) -> Any:
-    """Each device keeps the gradients of its keys and values that it found itself."""
+def _keep_local_gradients(part_backward: Any) -> Any:
+    """Each device keeps only the local part of the gradients of its keys and values."""
 
     def wrong(self: Any, q: Any, k: Any, v: Any, ids: Any, *rest: Any) -> Any:
         dq, _, _ = part_backward(self, q, k, v, ids, *rest)
-        *found, causal = rest
+        *saved, causal = rest
         both = None if ids is None else (ids, ids)
-        return dq, *attend_backward(q, k, v, both, causal, *found)[1:]
+        return dq, *attend_backward(q, k, v, both, causal, *saved)[1:]
 
     return wrong
 
@@ -39,20 +39,20 @@ _RING = "shardkit.parallel.context._ring."
 CONTEXT_MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "ring shifted",
-        "blocks go to the device after the next one",
+        "blocks are sent one device too far",
         ("loss",),
-        ((_RING + "neighbours", _shifted),),
+        ((_RING + "neighbours", _shift_ring),),
     ),
     Mutation(
         "softmax not rescaled",
-        "parts of attention are added without the weight of the ones before",
+        "partial outputs are added without rescaling",
         ("loss",),
-        ((_RING + "merge", _not_rescaled),),
+        ((_RING + "merge", _skip_rescaling),),
     ),
     Mutation(
         "gradient left behind",
-        "what other devices add to the gradients of keys and values does not come home",
+        "gradients of keys and values lose the contributions of other devices",
         ("grad_norm",),
-        ((_RING + "Ring.part_backward", _left_behind),),
+        ((_RING + "Ring.part_backward", _keep_local_gradients),),
     ),
 )
