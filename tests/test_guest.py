@@ -42,7 +42,7 @@ LATER = (
     "matplotlib",
     "tensorstore",
     "shardkit.run",
-    "shardkit.lm.decoder_gone",
+    "shardkit.lm",
 )
 COMPILE = """
 import jax, optax, shardkit as sk
@@ -99,7 +99,7 @@ def test_a_public_name_is_what_it_says_whatever_was_imported_before():
     for room in (sk, sk.nn, sk.testing, sk.errors):
         assert all(getattr(room, name) is not None for name in room.__all__)
     with pytest.raises(AttributeError, match="module 'shardkit' has no attribute 'compil_step'"):
-        _ = sk.compil_step
+        getattr(sk, "compil_step")  # noqa: B009
 
 
 # --- the command line
@@ -388,10 +388,10 @@ def called():
     jax.block_until_ready(state)
 
 def planned():
-    from shardkit.planner import Space
-    declared = sk.Declaration(loss, optax.adam(1e-2), init, batch(0), sk.MeshSpec(data=-1),
-                              sk.strategies.data())
-    sk.plan(declared, "tpu:v5p:2x2x1", space=Space(("data",), remat=("none",), accumulate=(1,)))
+    spec = sk.StepSpec(loss_fn=loss, optimizer=optax.adam(1e-2), init=init, batch=batch(0),
+                       strategy=sk.strategies.data())
+    space = sk.SearchSpace(("data",), remat=("none",), accumulate=(1,))
+    sk.plan(spec, "tpu:v5p:2x2x1", space=space)
 
 def trained():
     from rich.console import Console
