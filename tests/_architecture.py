@@ -16,6 +16,11 @@ SAME_WORD = {
     "data": {"shardkit", "config", "run", "checkpoint", "lm"},
 }
 FILE_LINES, FUNCTION_LINES, COLUMNS, IMPORTS = 400, 60, 100, 10
+SMALL_FILE_LINES, POSITIONAL = 30, 5
+POSITIONAL_ONLY = {
+    # Functions that do not take these operands by keyword.
+    "jax.lax.ragged_all_to_all": "a primitive of six operands, whose order JAX fixes",
+}
 
 # `inspect/` and its like stand beside the floors: they see 0 and 1, and what is above sees them.
 _SIDE, _ROOF = 1.5, 100.0
@@ -164,6 +169,71 @@ def size_violations(tree: Tree) -> list[str]:
                     f"{tree.where(module, node.lineno)} {node.name} has {size} lines, "
                     f"not {FUNCTION_LINES}"
                 )
+    return rows
+
+
+def small_files(tree: Tree) -> list[str]:
+    """Files too small to be a module; an `__init__` or `__main__` is an entrance and can be."""
+    return [
+        f"{tree.where(module, 1)} has {lines} lines, fewer than {SMALL_FILE_LINES}"
+        for module, path in tree.modules.items()
+        if path.stem not in ("__init__", "__main__")
+        and (lines := len(path.read_text().splitlines())) < SMALL_FILE_LINES
+    ]
+
+
+def same_names(tree: Tree) -> list[str]:
+    """Module-level classes that share a name: neither a reader nor an import tells them apart."""
+    places: dict[str, list[str]] = {}
+    for module, parsed in tree.parsed.items():
+        for node in parsed.body:
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(tree.where(module, node.lineno))
+    return [
+        f"{' and '.join(where)} define a class {name} each"
+        for name, where in sorted(places.items())
+        if len(where) > 1
+    ]
+
+
+def positional_calls(tree: Tree) -> list[str]:
+    """Calls with so many positional arguments that two can be swapped without being noticed."""
+    rows = []
+    for module, parsed in tree.parsed.items():
+        for node in ast.walk(parsed):
+            if not isinstance(node, ast.Call):
+                continue
+            number = sum(not isinstance(argument, ast.Starred) for argument in node.args)
+            function = ast.unparse(node.func)
+            if number > POSITIONAL and function not in POSITIONAL_ONLY:
+                where = tree.where(module, node.lineno)
+                rows.append(f"{where} calls {function} with {number} positional arguments")
+    return rows
+
+
+def hidden_modules(tree: Tree) -> list[str]:
+    """Modules that a public function or class of their package hides.
+
+    `import shardkit.plan` would give a module, and `shardkit.plan` a function.
+    """
+    rows = []
+    for module, parsed in tree.parsed.items():
+        if tree.modules[module].name != "__init__.py":
+            continue
+        homes = _lazy_homes(parsed)
+        exported = {name for name in _exported(parsed) if homes.get(name, name) is not None}
+        imported = [node for node in parsed.body if isinstance(node, ast.ImportFrom)]
+        submodules = {
+            alias.name
+            for node in imported
+            if tree._base(module, node) == module
+            for alias in node.names
+        }
+        rows += [
+            f"{tree.where(module, 1)} hides its module {name} behind a name"
+            for name in sorted(exported - submodules)
+            if f"{module}.{name}" in tree.modules
+        ]
     return rows
 
 

@@ -15,6 +15,7 @@ KEPT: dict[str, tuple[int | str, str]] = {
     "checkpoint._fingerprint._program": (8, "meshes in use; each holds compiled programs"),
     "data._shuffled_index.epoch_order": (2, "this epoch and the next; each up to 128 MiB"),
     "mesh._simulate._settled": ("one number", "devices of the process, settled once"),
+    "parallel._kinds._weighed": (8, "sets of kinds: the shipped ones, and those of a `with` block"),
     "planner._stages.roles": (256, "schedules × stages of one search; a few KiB each"),
     "rules._path._pattern": (1024, "globs of some models; about 1 KiB each"),
     "parity._reference._jit_sgd_update": (8, "one for each verification under way"),

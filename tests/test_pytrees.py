@@ -189,7 +189,7 @@ def test_a_dump_is_replayed(case, tmp_path):
     step, batch = case
     state = step.init(jax.random.key(0))
     bad = step.shard_batch(jax.tree.map(lambda x: np.full_like(x, np.inf), batch))
-    write_dump(tmp_path, 1, state, bad, {"loss": float("inf")}, {})
+    write_dump(tmp_path, 1, state=state, batch=bad, values={"loss": float("inf")}, config={})
     found = sk.replay(tmp_path, step)
     assert found.reproduced
     assert len(found.batch) == len(jax.tree.leaves(batch))
