@@ -360,7 +360,7 @@ def test_every_mutation_of_shards_is_killed():
         mutations=SHARD_MUTATIONS,
     )
     matrix.check()
-    assert [row.mutation for row in matrix.results] == list(SHARD_MUTATIONS)
+    assert [row.mutation for row in matrix.rows] == list(SHARD_MUTATIONS)
 
 
 @pytest.mark.slow

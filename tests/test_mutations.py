@@ -83,7 +83,7 @@ def test_the_step_itself_passes(matrix):
 
 @pytest.mark.parametrize("at", range(len(FAST)), ids=FAST)
 def test_bugs_are_found_by_their_check(matrix, at):
-    killed = matrix.results[at]
+    killed = matrix.rows[at]
     assert killed.missed_checks == ()
     assert killed.ok
 
@@ -100,7 +100,7 @@ def test_the_matrix_reads_well(matrix):
 @pytest.mark.slow
 def test_every_mutation_is_killed():
     matrix = kill_matrix(factory, mesh(), batches=batches()).check()
-    assert [row.mutation for row in matrix.results] == list(MUTATIONS)
+    assert [row.mutation for row in matrix.rows] == list(MUTATIONS)
 
 
 def test_every_check_has_a_mutation_that_only_a_working_check_kills(matrix):

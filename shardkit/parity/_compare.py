@@ -66,11 +66,7 @@ def compute_errors(leaves: Leaves, reference: Leaves) -> dict[str, float]:
     errors = {path: np.inf for path in leaves.keys() - reference.keys()}
     for path, expected in reference.items():
         actual = leaves.get(path)
-        if (
-            actual is None
-            or actual.shape != expected.shape
-            or not np.isfinite(_to_f64(actual)).all()
-        ):
+        if actual is None or actual.shape != expected.shape or not _is_finite(actual):
             errors[path] = np.inf
         elif expected.size:
             gap = _max_abs(_to_f64(actual) - _to_f64(expected))
@@ -129,17 +125,8 @@ def compare_with_reference(
     if observed.later_calls:
         programs = observed.later_compiles
         why = f"{count(observed.later_calls, 'later call')} compiled {count(programs, 'program')}"
-        rows.append(
-            ParityRow(
-                mesh,
-                "compiles once",
-                leaf="",
-                error=programs,
-                noise=None,
-                threshold=0,
-                why=why if programs else "",
-            )
-        )
+        why = why if programs else ""
+        rows.append(ParityRow(mesh, "compiles once", leaf="", error=programs, why=why))
     return rows
 
 
@@ -147,13 +134,15 @@ def _count_row(mesh: str, check: str, failures: Sequence[tuple[str, str]]) -> Pa
     """The row of a check that counts leaves at fault, given as (path, why)."""
     leaf, why = failures[0] if failures else ("", "")
     others = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
-    return ParityRow(
-        mesh, check, leaf, error=len(failures), noise=None, threshold=0, why=why + others
-    )
+    return ParityRow(mesh, check, leaf, error=len(failures), why=why + others)
 
 
 def _to_f64(x: np.ndarray) -> np.ndarray:
     return x.astype(np.float64)
+
+
+def _is_finite(x: np.ndarray) -> bool:
+    return bool(np.isfinite(_to_f64(x)).all())
 
 
 def _max_abs(x: np.ndarray) -> float:

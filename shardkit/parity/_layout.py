@@ -102,7 +102,7 @@ def find_misplaced_leaves(
 def find_differing_copies(tree: PyTree) -> Iterator[tuple[str, str]]:
     """Yields (path, why) of each leaf of which two devices hold one shard with different bits."""
     for path, x in leaves_by_path(tree).items():
-        first_copies: dict[Any, tuple[jax.Device, np.ndarray]] = {}
+        first_copies: dict[Any, tuple[Any, np.ndarray]] = {}
         for shard in x.addressable_shards:
             copy = copy_leaf_to_host(shard.data)
             bounds = _index_bounds(shard.index, x.shape)

@@ -20,7 +20,7 @@ class ParityRow:
       leaf: path of the worst leaf; "" if no leaf is at fault.
       error: of that leaf: its largest difference over its largest magnitude. For `layout`, `init`,
         `copies` and `compiles once`: the number of leaves or programs at fault.
-      noise: the same measure between two correct runs; None if none is allowed.
+      noise: the same measure between two correct runs; None for checks that count.
       threshold: largest error that passes.
       why: what is wrong, for checks that count.
     """
@@ -29,8 +29,8 @@ class ParityRow:
     check: str
     leaf: str
     error: float
-    noise: float | None
-    threshold: float
+    noise: float | None = None
+    threshold: float = 0.0
     why: str = ""
 
     @property

@@ -64,7 +64,7 @@ class Reference:
     """
 
     spec: StepSpec
-    device: jax.Device
+    device: Any
 
     def init(self, key: Key) -> ReferenceState:
         """Makes the first state."""
@@ -124,11 +124,8 @@ class Reference:
         scale = 1 / weight if weight else 0.0
         grads = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), grads, state.params)
         means = {name: _divide(total, weight) for name, (total, weight) in sums.items()}
-        return (
-            {**means, "grad_norm": np.asarray(global_norm(copy_to_host(grads)))},
-            grads,
-            model_state,
-        )
+        means["grad_norm"] = np.asarray(global_norm(copy_to_host(grads)))
+        return means, grads, model_state
 
     def _step(
         self, state: ReferenceState, batch: Batch, step: int

@@ -57,16 +57,16 @@ class KillMatrix:
 
     Attributes:
       control: report of the step without a mutation, which must be ok.
-      results: one per mutation, in order.
+      rows: one per mutation, in order.
     """
 
     control: ParityReport
-    results: tuple[MutationResult, ...]
+    rows: tuple[MutationResult, ...]
 
     @property
     def ok(self) -> bool:
         """Whether the step itself passes and every mutation fails its checks."""
-        return self.control.ok and all(row.ok for row in self.results)
+        return self.control.ok and all(row.ok for row in self.rows)
 
     def check(self) -> "KillMatrix":
         """Returns the matrix itself if it is ok.
@@ -77,11 +77,11 @@ class KillMatrix:
         self.control.check()
         problems = [
             Problem(row.mutation.name, f"{row.mutation.what}: {_explain_survival(row)}", _FIX)
-            for row in self.results
+            for row in self.rows
             if not row.ok
         ]
         if problems:
-            headline = f"{count(len(problems), 'mutation')} of {len(self.results)} not killed."
+            headline = f"{count(len(problems), 'mutation')} of {len(self.rows)} not killed."
             raise VerificationError(format_problems(headline, problems))
         return self
 
@@ -89,14 +89,14 @@ class KillMatrix:
         """A table of at most 100 columns."""
         verdict = "passes" if self.control.ok else "FAILS"
         rows = []
-        for row in self.results:
+        for row in self.rows:
             required = row.mutation.killed_by
             others = [check for check in row.failed_checks if check not in required]
             also = f" (also {', '.join(others)})" if others else ""
             status = "killed" if row.ok else "SURVIVES"
             rows.append((row.mutation.name, status, f"by {', '.join(required)}{also}"))
         table = Table(("", "", ""), rows).to_text(100)
-        killed = f"{sum(row.ok for row in self.results)} of {len(self.results)} mutations killed."
+        killed = f"{sum(row.ok for row in self.rows)} of {len(self.rows)} mutations killed."
         return "\n".join([f"without a mutation: {verdict}", table, killed])
 
 
