@@ -9,15 +9,9 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from shardkit import testing
-from shardkit._core.errors import BudgetError, VerificationError
-from shardkit._core.types import Mean
-from shardkit.mesh import MeshSpec
-from shardkit.parallel import Strategy
+from shardkit import Budget, Mean, MeshSpec, PathRules, Strategy, compile_step, testing
+from shardkit.errors import BudgetError, VerificationError
 from shardkit.parity import ParityReport, ParityRow
-from shardkit.report import Budget
-from shardkit.rules import PathRules
-from shardkit.step import compile_step
 from shardkit.testing import (
     MUTATIONS,
     KillMatrix,

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from shardkit._core.errors import MeshError
+from shardkit.errors import MeshError
 from shardkit.testing import run_on_simulated_devices
 
 pytest_plugins = ["pytester"]

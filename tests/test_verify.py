@@ -9,10 +9,8 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from shardkit._core.errors import VerificationError
-from shardkit._core.types import Accumulate, Loss, Mean, Variables
-from shardkit.mesh import MeshSpec
-from shardkit.parallel import Strategy
+from shardkit import Accumulate, Loss, Mean, MeshSpec, PathRules, Strategy, Variables, compile_step
+from shardkit.errors import VerificationError
 from shardkit.parity import (
     ParityReport,
     ParityRow,
@@ -30,8 +28,6 @@ from shardkit.parity._layout import find_differing_copies, find_misplaced_leaves
 from shardkit.parity._observe import count_compiles
 from shardkit.parity._record import ParityInputs, clipped_sgd
 from shardkit.parity._reference import Reference, nudge_params
-from shardkit.rules import PathRules
-from shardkit.step import compile_step
 
 ROWS, WIDTH = 8, 4
 STRATEGY = Strategy(

@@ -15,9 +15,10 @@ def _shift_ring(neighbours: Any) -> Any:
 def _skip_rescaling(merge: Any) -> Any:
     """Adds the partial output of earlier keys without rescaling it by the new log-sum-exp."""
 
-    def wrong(one: Any, other: Any) -> Any:
-        out, lse = merge(one, other)
-        return out + one[0] * (1 - jnp.exp(one[1] - lse)[..., None]), lse
+    def wrong(earlier: Any, later: Any) -> Any:
+        # merge gives out = earlier * exp(earlier_lse - lse) + later * exp(later_lse - lse).
+        out, lse = merge(earlier, later)
+        return out + earlier[0] * (1 - jnp.exp(earlier[1] - lse)[..., None]), lse
 
     return wrong
 
