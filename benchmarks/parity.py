@@ -2,7 +2,7 @@
 
 python benchmarks/parity.py [NAME …]
 
-With names only these rows are made anew, and the rest of the page is kept.
+With names, only these rows run; the others are kept as they are.
 """
 
 import os
@@ -14,24 +14,29 @@ import jax
 ROOT = Path(__file__).parents[1]
 HEAD = """# Parity: every strategy against one device and the textbook
 
-Eight simulated CPU devices, jax {jax}; the reference decoder with dropout, two layers, 16 rows of 8
-tokens; half of the rows have no valid token. Each row passed every check: first state bit for bit,
-loss, gradient norm, every gradient leaf, parameters after one clipped SGD update and after two, one
-compilation. *Error* is the relative error of the worst gradient leaf; *noise* is its change when
-every parameter is nudged by one rounding. *Ratio* is wire bytes over the textbook minimum,
-compiled, mean over devices where a schedule's branches differ between them. The minimum of a tensor
-axis counts layers alone, so rows marked deep have 16. Rows of `shard_map` are compiled in that
-mode; with `accumulate` they keep the weights that they gathered, and send less than the minimum.
-f32 rows of `shard_map` with one reduction per step are at most 1.05. Two others are not: *tied
-each* reduces each micro-batch, as declared, and *all bf16* is sent as f32 by the CPU backend.
-Written by `benchmarks/parity.py` from `tests/_parity.py`, where a new row is one line.
+Eight simulated CPU devices, jax {jax}. The model is the reference decoder with dropout, two layers,
+and 16 rows of 8 tokens; half of the rows have no valid token. Each row passed all checks: layout of
+every leaf, first state bit for bit, loss, gradient norm, every gradient leaf, parameters after one
+and two clipped SGD updates, and one compilation.
+
+- *Error* is the relative error of the worst gradient leaf; *noise* is how much that leaf changes if
+  every parameter is nudged by one rounding.
+- *Ratio* is compiled wire bytes over the textbook minimum, as a mean over devices if the branches
+  of a schedule differ between them. The minimum of a tensor axis counts only layers, so rows marked
+  deep have 16 of them.
+- `shard_map` rows are compiled in that mode. With `accumulate` they keep the weights that they
+  gathered, and send less than the minimum. f32 rows with one reduction per step are at most 1.05.
+  Two other rows are above: *tied each* reduces each micro-batch, as declared, and the CPU backend
+  sends *all bf16* as f32.
+
+`benchmarks/parity.py` writes this page from `tests/_parity.py`, where a new row is one line.
 
 """
 COLUMNS = ("row", "mesh", "micro-batches", "precision", "remat", "worst leaf", "error", "noise")
 
 
 def line(name: str) -> str:
-    """One row of the page; raises where the row does not hold."""
+    """One row of the page; raises if the row fails."""
     import _parity
 
     case = _parity.CASES[name]
