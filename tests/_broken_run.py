@@ -1,4 +1,4 @@
-"""What each of several processes runs in tests/test_several_processes.py: runs that break.
+"""Runs that fail in one of several processes, started by tests/test_several_processes.py.
 
 python -m tests._broken_run FOLDER NAME[:HOW]...
 """
@@ -22,7 +22,7 @@ CONFIG = sk.TrainConfig(steps=STEPS, eval_every=0, checkpoint_every=2, log_every
 
 
 def compiled(devices=None, rows=8):
-    """A step with weights split over an axis inside of each process; rows span both."""
+    """A step whose weights are split inside each process, and whose rows span both."""
     axes = {"data": 4, "tensor": 2} if devices is None else {"data": 1, "tensor": 1}
     return sk.compile_step(
         lambda params, batch, key: jnp.mean(jnp.tanh(batch["x"] @ params["w"]) ** 2),
@@ -41,7 +41,7 @@ def batch_of(i):
 
 
 def broken(how, process, i):
-    """A batch, or what is in its place."""
+    """A batch, or the failure `how` in its place, in process 1."""
     batch = batch_of(i)
     if how and i >= BREAKS_AT and process == 1:
         if how == "killed":
@@ -56,7 +56,7 @@ def broken(how, process, i):
 
 
 def train(folder, step, how="", process_group=None):
-    """Trains to the end, or to what breaks it; goes on with what is there."""
+    """Trains to the end or to the failure, resuming from the checkpoints in the folder."""
     process_group = process_group or sk.ProcessGroup()
 
     def data(i):
@@ -68,7 +68,7 @@ def train(folder, step, how="", process_group=None):
 
 
 def main(folder: Path, runs: list[str]) -> None:
-    """Makes the runs one after the other."""
+    """Runs the runs, one after the other."""
     with sk.distributed(step_timeout=4) as process_group:
         step = compiled(rows=16 if runs == ["run:differs"] and process_group.index else 8)
         for run in runs:

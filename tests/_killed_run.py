@@ -1,4 +1,4 @@
-"""What tests/test_kills.py starts, and kills: python -m tests._killed_run FOLDER."""
+"""A run that tests/test_kills.py starts and kills: python -m tests._killed_run FOLDER."""
 
 import sys
 from pathlib import Path
@@ -21,7 +21,7 @@ def loss_fn(params, batch, key):
 
 
 def run(folder: Path) -> None:
-    """Trains to the end, from where the folder is."""
+    """Trains to the end, resuming from the checkpoints in the folder."""
     step = sk.compile_step(
         loss_fn,
         optax.sgd(0.5, momentum=0.9),

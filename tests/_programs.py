@@ -1,4 +1,4 @@
-"""Small compiled programs, as a step would hand them over to be inspected."""
+"""Small compiled programs, in the form that a step passes to a report."""
 
 import gzip
 import pathlib
@@ -65,7 +65,8 @@ def _leaf(x):
 def program(step, mesh, donate=(), whole=(), log="", out=None, **parts):
     """Compiles `step(*parts.values())`, whose parts are pytrees of `(shape, spec)`.
 
-    `donate` and `whole` name parts; `out` are the specs of the results.
+    `donate` and `whole` name parts that are donated, or declared replicated; `out` are the specs of
+    the results.
     """
     placed, args = [], []
     for part, tree in parts.items():

@@ -16,7 +16,7 @@ from rich.console import Console
 
 import shardkit as sk
 from shardkit.hardware import CHIPS
-from shardkit.parity._observe import counted_compiles
+from shardkit.parity._observe import count_compiles
 from shardkit.report.memory import _memory
 
 X = np.ones((8, 10), np.float32)
@@ -371,7 +371,7 @@ def test_recompile_for_another_form_of_the_batch_warns_once_and_trains_on(lenien
     )
     assert told[0].filename == __file__
     state, metrics = lenient(state, placed)
-    with counted_compiles() as compiled_since:
+    with count_compiles() as compiled_since:
         state, _ = lenient(state, {"x": x})
         state, _ = lenient(state, {"x": X})
     assert compiled_since == [0]
@@ -419,7 +419,7 @@ def test_recompile_by_sharding_names_both_places_and_by_weak_type_does_not_happe
     # Moving an array is a program of its own.
     placed = lenient.shard_batch({"x": weak}), lenient.shard_batch({"x": X})
     weak_b = jax.device_put(weak_b, jax.NamedSharding(mesh, P()))
-    with counted_compiles() as compiled_since:
+    with count_compiles() as compiled_since:
         state, _ = lenient(state, placed[0])
         params = {**state.params, "b": weak_b}
         state, _ = lenient(dataclasses.replace(state, params=params), placed[1])
@@ -456,7 +456,7 @@ def test_what_would_be_a_second_trace_names_the_leaf_or_compiles_nothing(step):
     assert weak.weak_type
     # Moving an array is a program of its own, which `put` has made.
     placed = [step.shard_batch({"x": x}) for x in (jnp.asarray(X), X.astype(np.float64), weak)]
-    with counted_compiles() as compiled_since:
+    with count_compiles() as compiled_since:
         for batch in placed:
             state, _ = step(state, batch)
     assert compiled_since == [0]

@@ -190,7 +190,7 @@ def decoder(config, strategy, sizes):
 
 @pytest.mark.slow
 def test_two_exchanges_forward_and_two_backward_at_the_textbook_minimum():
-    report = _parity.compiled("experts").report()
+    report = _parity.compile_case("experts").report()
     moved = [row for row in report.ledger if row.kind == "all-to-all"]
     assert sorted(row.phase for row in moved) == ["backward"] * 2 + ["forward"] * 2
     assert {row.trips for row in moved} == {2}

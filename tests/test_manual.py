@@ -41,7 +41,7 @@ def assert_close(found, wanted):
 
 def rows(name, axis, kind):
     """Collectives of arrays in a row of the parity table, without those of a few scalars."""
-    ledger = _parity.compiled(name).report().ledger
+    ledger = _parity.compile_case(name).report().ledger
     return [row for row in ledger.where(axis, kind) if row.payload_bytes > 64]
 
 
@@ -68,15 +68,15 @@ def test_kept_weights_are_gathered_once_whatever_the_remat_policy():
 @pytest.mark.slow
 def test_the_head_and_the_stream_are_never_gathered_whole():
     assert not rows("shard_map fsdp sequence ×2", "tensor", "all-to-all")
-    hlo = _parity.compiled("shard_map fsdp sequence ×2").hlo()
+    hlo = _parity.compile_case("shard_map fsdp sequence ×2").hlo()
     assert f"f32[2,{_parity.LENGTH},{_parity.VOCAB // 2}]" in hlo
     assert f"f32[2,{_parity.LENGTH},{_parity.VOCAB}]" not in hlo
 
 
 def test_evaluation_is_that_of_one_device():
-    step, batch = _parity.compiled("shard_map fsdp"), _parity.TRIAL.batch(0)
+    step, batch = _parity.compile_case("shard_map fsdp"), _parity.INPUTS.batch(0)
     state = step.init(jax.random.key(0))
-    loss_fn = _parity.model_of(()).loss_fn
+    loss_fn = _parity.build_model(()).loss_fn
     mean, metrics = jax.jit(loss_fn.evaluate)(jax.device_get(state.params), batch, None)
     accuracy = metrics["accuracy"]
     wanted = {"accuracy": accuracy.total / accuracy.weight, "loss": mean.total / mean.weight}
@@ -288,13 +288,13 @@ def test_keys_that_are_split_otherwise_than_queries():
     strategy = (data() | tensor()).with_names(
         params={"kv_heads": None}, activations={"kv_heads": None}
     )
-    made = _parity.model_of(())
+    made = _parity.build_model(())
     with pytest.raises(sk.errors.StepError) as raised:
         sk.compile_step(
             made.loss_fn,
             OPTIMIZER,
             init=made.init,
-            batch=_parity.TRIAL.batch(0),
+            batch=_parity.INPUTS.batch(0),
             mesh=mesh_of({"data": 2, "tensor": 4}),
             strategy=strategy,
             mode="shard_map",
@@ -445,19 +445,19 @@ def test_a_slice_of_the_length_draws_its_part():
 
 @pytest.mark.slow
 def test_the_decoder_has_its_certificate_in_this_mode():
-    model = _parity.model_of(())
+    model = _parity.build_model(())
 
     def factory(mesh):
         return sk.compile_step(
             model.loss_fn,
             optax.adamw(1e-2),
             init=model.init,
-            batch=_parity.TRIAL.batches[0],
+            batch=_parity.INPUTS.batches[0],
             mesh=mesh,
             strategy=fsdp() | tensor(sequence=True),
             mode="shard_map",
         )
 
     mesh = sk.MeshSpec(fsdp=2, tensor=2)
-    found = sk.verify(factory, [mesh], batches=_parity.TRIAL.batches, steps=2).check()
+    found = sk.verify(factory, [mesh], batches=_parity.INPUTS.batches, steps=2).check()
     assert len(found.rows) == 12

@@ -9,8 +9,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from shardkit._core.errors import MeshError
-from shardkit.testing import simulated_devices
+from shardkit.errors import MeshError
+from shardkit.testing import run_on_simulated_devices
 
 pytest_plugins = ["pytester"]
 
@@ -78,11 +78,11 @@ def test_marked_tests_are_skipped_on_request_with_a_reason(project):
     assert "needs 9 devices, this process has 8 (--shardkit-devices=child runs it" in text
 
 
-def test_a_conftest_that_insists_on_other_devices_is_told(project, pytester):
+def test_a_conftest_that_sets_other_devices_is_an_error(project, pytester):
     (pytester.path / "conftest.py").write_text(textwrap.dedent(_INSISTS))
     code, text = project("-k", "test_child and not fails")
     assert code == 1
-    assert "needs 9 devices, this process has 2, though started to have 9" in text
+    assert "needs 9 devices, this process has 2, although started with 9" in text
 
 
 def test_the_marker_takes_one_number(project, pytester):
@@ -114,19 +114,19 @@ def raising():
 
 
 def test_a_function_runs_in_a_child_with_its_own_devices():
-    assert simulated_devices(3, devices_of, "child", more=0) == 3
+    assert run_on_simulated_devices(3, devices_of, "child", more=0) == 3
     assert len(jax.devices()) == 8
 
 
 def test_what_the_child_raises_comes_back():
     with pytest.raises(KeyError, match="from the child"):
-        simulated_devices(1, raising)
+        run_on_simulated_devices(1, raising)
 
 
 def test_a_function_without_a_name_is_refused():
     with pytest.raises(MeshError) as raised:
-        simulated_devices(2, lambda: None)
+        run_on_simulated_devices(2, lambda: None)
     message = str(raised.value)
-    assert message.startswith("simulated_devices(2) cannot call this.")
+    assert message.startswith("run_on_simulated_devices(2) cannot call this function.")
     assert "test_a_function_without_a_name_is_refused.<locals>.<lambda>" in message
     assert "Fix: define it at the top level of a module" in message

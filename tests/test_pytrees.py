@@ -12,14 +12,14 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
-from shardkit.guards import write_dump
 
 import shardkit as sk
 from shardkit import testing
 from shardkit._core.tree import leaves_by_path
 from shardkit.checkpoint import export_safetensors, import_safetensors
-from shardkit.parity._layout import declared_specs, misplaced
+from shardkit.parity._layout import find_misplaced_leaves, resolve_declared_specs
 from shardkit.report import compare
+from shardkit.run.guards import write_dump
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((8, 4)).astype(np.float32)
@@ -189,7 +189,7 @@ def test_a_dump_is_replayed(case, tmp_path):
     step, batch = case
     state = step.init(jax.random.key(0))
     bad = step.shard_batch(jax.tree.map(lambda x: np.full_like(x, np.inf), batch))
-    write_dump(tmp_path, 1, state, bad, {"loss": float("inf")}, {})
+    write_dump(tmp_path, 1, state=state, batch=bad, values={"loss": float("inf")}, config={})
     found = sk.replay(tmp_path, step)
     assert found.reproduced
     assert len(found.batch) == len(jax.tree.leaves(batch))
@@ -221,11 +221,11 @@ def test_verify_proves_every_leaf(name, where):
 def test_the_layout_that_verify_resolves_is_compared_at_every_leaf(name):
     step = step_of(name)
     state = step.init(jax.random.key(0))
-    specs = declared_specs(step.spec, state)
+    specs = resolve_declared_specs(step.spec, step.mesh, state)
     assert specs.keys() >= leaves_by_path(state).keys()
     moved = {path: P() for path in specs}
     parts = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    wrong = dict(misplaced(parts, moved, step.mesh, "now"))
+    wrong = dict(find_misplaced_leaves(parts, moved, step.mesh, "now"))
     split = {p for p, s in leaves_by_path(step.shardings).items() if any(s.spec)}
     assert wrong.keys() == split != set()
 

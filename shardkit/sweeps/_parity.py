@@ -7,7 +7,7 @@ import jax
 
 from .._core.errors import VerificationError
 from .._core.types import Batch
-from ..parity import Standard, Trial, format_error, made_up
+from ..parity import ParityInputs, ReferenceResults, format_error, make_random_batches
 from ..step import CompiledStep
 
 _STEPS = 2  # the second one shows whether anything recompiles
@@ -23,7 +23,7 @@ class ParityChecker:
     def __init__(self, batches: Sequence[Batch] | None) -> None:
         """Computes no reference yet."""
         self.batches = batches
-        self._standards: dict[int, Standard] = {}
+        self._standards: dict[int, ReferenceResults] = {}
 
     def verdict(self, step: CompiledStep) -> dict[str, Any]:
         """Compares a step with one device: `ok`, and the check nearest to its limit.
@@ -31,7 +31,7 @@ class ParityChecker:
         If the step cannot be compared, `ok` is None and `why` has the reason.
         """
         try:
-            rows = self._standard(step).rows(step)
+            rows = self._standard(step).compare(step)
         except VerificationError as error:
             return {"ok": None, "why": str(error)}
         worst = max(rows, key=lambda row: (not row.ok, row.error / (row.threshold or 1.0)))
@@ -48,11 +48,11 @@ class ParityChecker:
             "why": "" if worst.ok else f"{worst.check}: {why}, {limit}",
         }
 
-    def _standard(self, step: CompiledStep) -> Standard:
+    def _standard(self, step: CompiledStep) -> ReferenceResults:
         micro = step.spec.accumulate.micro_batches
         if micro not in self._standards:
-            batches = made_up(step) if self.batches is None else self.batches
+            batches = make_random_batches(step) if self.batches is None else self.batches
             device = step.mesh.devices.flat[0]
-            trial = Trial(batches, _STEPS, jax.random.key(0))
-            self._standards[micro] = Standard(step.spec, device, trial)
+            trial = ParityInputs(batches, _STEPS, jax.random.key(0))
+            self._standards[micro] = ReferenceResults(step.spec, device, trial)
         return self._standards[micro]

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from .._core.types import Batch
-from ..parity import made_up
+from ..parity import make_random_batches
 from ..step import CompiledStep
 from ._case_runner import fail_row
 from ._row import SweepRow
@@ -92,7 +92,7 @@ def time_rows(
       repeats: see `time_interleaved`.
       steps_per_repeat: see `time_interleaved`.
     """
-    first = {key: (batches or made_up(step))[0] for key, step in steps.items()}
+    first = {key: (batches or make_random_batches(step))[0] for key, step in steps.items()}
     times = time_interleaved(steps, first, repeats, steps_per_repeat)
     return [_add_times(rows[key], steps[key], times[key]) for key in times]
 
