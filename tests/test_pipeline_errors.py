@@ -127,7 +127,7 @@ def test_a_model_without_stages_is_an_error():
         return jnp.mean(params["table"] ** 2)
 
     text = message(DATA | pipeline(micro_batches=2), loss=loss)
-    assert "the model marks no staged" in text
+    assert "the model marks no layer_stack" in text
     assert re.search(r"sk\.staged", text)
 
 
