@@ -122,5 +122,7 @@ def test_a_model_of_ones_own_marks_its_weights():
 
 
 def test_a_model_without_marks_cannot_keep_them():
-    with pytest.raises(sk.errors.StepError, match=r"the model marks no use_param(.|\n)*sk\.nn\.use_param"):
+    with pytest.raises(
+        sk.errors.StepError, match=r"the model marks no use_param(.|\n)*sk\.nn\.use_param"
+    ):
         own_step(KEPT, marked=False)
