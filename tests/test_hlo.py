@@ -111,7 +111,7 @@ def test_three_forms_of_groups_agree(case):
         assert [g.tolist() for g in groups] == grid.tolist()
         assert span_of_groups(groups, mesh).axes == expected
         assert span_of_groups(groups, mesh).size == group
-        assert span_of_groups(groups, mesh).whole
+        assert span_of_groups(groups, mesh).full_axes
 
 
 MESH = [("data", 2), ("tensor", 4)]
@@ -120,9 +120,9 @@ MESH = [("data", 2), ("tensor", 4)]
 def test_groups_of_part_of_an_axis_are_not_whole():
     for form in ("{{0,1},{2,3},{4,5},{6,7}}", "mesh['x'=2,'y'=4] {'y':(2)2}"):
         span = span_of_groups(read_groups(form, 8), MESH)
-        assert (span.axes, span.size, span.whole) == (("tensor",), 2, False)
+        assert (span.axes, span.size, span.full_axes) == (("tensor",), 2, False)
     # Four devices that are no product of axes: a diagonal.
-    assert not span_of_groups([np.array([0, 5]), np.array([1, 4])], MESH).whole
+    assert not span_of_groups([np.array([0, 5]), np.array([1, 4])], MESH).full_axes
 
 
 def test_meshes_with_their_own_device_order():

@@ -30,7 +30,7 @@ def row(**changes):
     plain = {
         "kind": "all-reduce", "axes": ("data",), "dtype": "f32", "payload_bytes": 1024,
         "wire_bytes": 1024, "trips": 1, "scope": "mlp", "phase": "backward", "overlapped": False,
-        "group": 2, "whole": True, "operands": ("f32[256]",), "windowed": False,
+        "group": 2, "full_axes": True, "operands": ("f32[256]",), "windowed": False,
         "conditional": False, "computation": "main", "name": "all-reduce.1",
         "op_name": "jit(f)/mlp",
     }  # fmt: skip

@@ -175,7 +175,7 @@ def test_inside_of_a_slice_goes_a_part_of_an_axis_that_crosses_slices():
         )
     )
     size = 4 * 16 * 64
-    found = [(row.axes, row.whole, row.dcn, row.wire_bytes) for row in report.ledger]
+    found = [(row.axes, row.full_axes, row.dcn, row.wire_bytes) for row in report.ledger]
     assert found == [(("data",), False, False, size), (("data",), False, True, size)]
     # Each of the two parts counts for what it sends, not for a whole reduction over the axis.
     (least,) = report.minima

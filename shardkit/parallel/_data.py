@@ -66,7 +66,7 @@ class Data(Kind):
         self, row: LedgerRow, rows: Sequence[LedgerRow], program: Program
     ) -> Iterator[tuple[str, float]]:
         """With several slices, the part of an all-reduce that is inside a slice."""
-        if row.kind == "all-reduce" and not (row.whole or row.dcn):
+        if row.kind == "all-reduce" and not (row.full_axes or row.dcn):
             what = "of gradients all-reduced inside each slice, where a reduce-scatter would do"
             yield what, 0.5
 

@@ -156,7 +156,7 @@ def _collective_parts(report: ReportData) -> Iterator[_Part]:
     for row in rows[:_ROWS]:
         marks = ["hidden"] * row.overlapped + ["branch"] * row.conditional
         marks += [f"× {row.taken:.0%}"] * (row.taken < 1)
-        marks += ["part"] * (not row.whole)
+        marks += ["part"] * (not row.full_axes)
         over = ", ".join(row.axes) + (" between slices" if row.dcn else "")
         payload = f"{row.dtype} {format_bytes(row.payload_bytes)}"
         trips = "?" if row.trips is None else str(row.trips)
@@ -186,8 +186,8 @@ def _flops_parts(report: ReportData) -> Iterator[_Part]:
 def _abbreviate_scopes(scopes: str) -> str:
     """Up to two scopes of one instruction; of more, the first and the number of the others.
 
-    >>> _several("layers/mlp, embedding"), _several("a, b, c, d")
-    ('layers/mlp, embedding', 'a and 3 more')
+    >>> _abbreviate_scopes("mlp, embedding"), _abbreviate_scopes("a, b, c, d")
+    ('mlp, embedding', 'a and 3 more')
     """
     first, *others = scopes.split(", ")
     return scopes if len(others) < 2 else f"{first} and {len(others)} more"

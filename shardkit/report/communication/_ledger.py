@@ -38,7 +38,7 @@ class LedgerRow:
       phase: `forward`, `backward`, `recompute`, `update` or `other`.
       overlapped: asynchronous, with compute scheduled between its start and its end.
       group: devices n that exchange data with each other.
-      whole: each group has all devices along `axes`; False if only some.
+      full_axes: each group has all devices along `axes`; False if only some.
       operands: the arrays, `("f32[16,8]", "f32[8,16]")`, as one device holds them.
       windowed: a permute into which the compiler turned a gather or a scatter, to hide it behind
         pieces of the product that needs it (windowed einsum).
@@ -65,7 +65,7 @@ class LedgerRow:
     phase: str
     overlapped: bool
     group: int
-    whole: bool
+    full_axes: bool
     operands: tuple[str, ...]
     windowed: bool
     conditional: bool
@@ -282,7 +282,7 @@ def _split_by_dtype(site: CollectiveSite) -> Iterator[LedgerRow]:
             phase=phase,
             overlapped=site.overlapped,
             group=site.span.size,
-            whole=site.span.whole,
+            full_axes=site.span.full_axes,
             operands=tuple(map(str, shapes)),
             windowed=site.kind == "collective-permute"
             and not site.dcn

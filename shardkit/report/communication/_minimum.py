@@ -104,7 +104,7 @@ def _axis_shares(
 
 
 def _axis_share(row: LedgerRow, axis: str, sizes: Mapping[str, int], splitting: set[str]) -> float:
-    if row.kind not in ("all-reduce", "all-gather", "reduce-scatter") or not row.whole:
+    if row.kind not in ("all-reduce", "all-gather", "reduce-scatter") or not row.full_axes:
         return row.wire_bytes
     ordered = sorted(row.axes, key=lambda name: name not in splitting)
     before = math.prod(sizes[name] for name in ordered[: ordered.index(axis)])

@@ -36,8 +36,8 @@ def gradient_reductions(
     found = []
     for row in ledger.where(axis):
         # A reduction over slices continues one within each slice, which is counted already, unless
-        # the axis is not split within a slice (`whole`).
-        if row.kind not in REDUCING or (row.dcn and not row.whole):
+        # the axis is not split within a slice (`full_axes`).
+        if row.kind not in REDUCING or (row.dcn and not row.full_axes):
             continue
         trips = row.counted_trips
         scale = trips / _shard_count(splitting & set(row.axes), axis, sizes)

@@ -82,8 +82,8 @@ def _intermediate_spec(
 ) -> tuple[tuple[str, ...], ...]:
     """The source with one axis moved: the first that is on another dim of the target.
 
-    >>> _between([("data",), (), ("tensor",)], [(), ("data", "tensor"), ()], (8, 32, 64),
-    ...          {"data": 2, "tensor": 4})
+    >>> source, target = [("data",), (), ("tensor",)], [(), ("data", "tensor"), ()]
+    >>> _intermediate_spec(source, target, (8, 32, 64), {"data": 2, "tensor": 4})
     ((), ('data',), ('tensor',))
     """
     place = {axis: dim for dim, axes in enumerate(target) for axis in axes}
@@ -134,7 +134,7 @@ def _tiled(
         span_of_groups(list(np.moveaxis(grid, d, -1).reshape(-1, tiles[d])), mesh)
         for d in range(dims)
     ]
-    return tuple(span.axes for span in spans) if all(span.whole for span in spans) else None
+    return tuple(span.axes for span in spans) if all(span.full_axes for span in spans) else None
 
 
 def format_spec(dims: Sequence[Sequence[str]]) -> str:

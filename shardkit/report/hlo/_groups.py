@@ -39,12 +39,12 @@ class Span:
     Attributes:
       axes: mesh axes along which members of one group differ, in mesh order.
       size: devices in a group; for a permutation, positions along `axes`.
-      whole: each group has all devices along `axes`; False if only some, as for half of an axis.
+      full_axes: each group has all devices along `axes`; False for a part, such as half of one.
     """
 
     axes: tuple[str, ...]
     size: int
-    whole: bool = True
+    full_axes: bool = True
 
 
 def read_groups(text: str, devices: int) -> list[np.ndarray]:
@@ -105,7 +105,7 @@ def span_of_groups(groups: Sequence[np.ndarray], mesh: Mesh) -> Span:
       ValueError: a position is outside of the mesh.
 
     >>> span_of_groups([np.array([0, 1]), np.array([2, 3])], [("data", 2), ("tensor", 2)])
-    Span(axes=('tensor',), size=2, whole=True)
+    Span(axes=('tensor',), size=2, full_axes=True)
     """
     sizes = dict(mesh)
     varying = {axis for group in groups for axis in _varying_axes(group, mesh)}
@@ -119,7 +119,7 @@ def span_of_pairs(pairs: np.ndarray, mesh: Mesh) -> Span:
     """Finds the mesh axes along which a permutation moves data.
 
     >>> span_of_pairs(np.array([[0, 1], [1, 0], [2, 3], [3, 2]]), [("data", 2), ("tensor", 2)])
-    Span(axes=('tensor',), size=2, whole=True)
+    Span(axes=('tensor',), size=2, full_axes=True)
     """
     sizes = dict(mesh)
     varying = {axis for pair in pairs for axis in _varying_axes(pair, mesh)}

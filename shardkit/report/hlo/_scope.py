@@ -65,7 +65,7 @@ def scope_of(op_name: str) -> str:
 def combines_elements(op_name: str) -> bool:
     """Whether an instruction comes from an operation that combines several elements per result.
 
-    >>> combines("jit(f)/update/vmap()/dot_general"), combines("jit(f)/update/add")
+    >>> combines_elements("jit(f)/vmap()/dot_general"), combines_elements("jit(f)/update/add")
     (True, False)
     """
     name = split_op_name(op_name)[0].rpartition("/")[2]

@@ -82,8 +82,8 @@ class Slices:
 
     def to_mesh_span(self, span: Span) -> Span:
         """Converts a span within a slice to one of the whole mesh."""
-        whole = span.whole and not set(span.axes) & set(self.dcn)
-        return dataclasses.replace(span, whole=whole)
+        full_axes = span.full_axes and not set(span.axes) & set(self.dcn)
+        return dataclasses.replace(span, full_axes=full_axes)
 
     def read_span(self, send: Instruction) -> Span:
         """Reads the mesh axes that a `send` between slices goes over.
@@ -94,7 +94,7 @@ class Slices:
         grid = [(axis, self.dcn[axis]) for axis, _ in self.mesh if axis in self.dcn]
         span = span_of_groups(_groups(send), grid)
         inner = dict(self.slice_mesh)
-        return dataclasses.replace(span, whole=all(inner[axis] == 1 for axis in span.axes))
+        return dataclasses.replace(span, full_axes=all(inner[axis] == 1 for axis in span.axes))
 
 
 def _groups(send: Instruction) -> Sequence[np.ndarray]:

@@ -203,8 +203,10 @@ def _add(left: _Affine | None, right: _Affine | None, sign: int) -> _Affine | No
 def _count_steps(start: int, bound: int, step: int, direction: str) -> int | None:
     """Counts `i = start; while i <direction> bound: i += step`.
 
-    >>> _steps(0, 12, 1, "LT"), _steps(0, 7, 2, "LT"), _steps(3, 0, -1, "GE"), _steps(0, 4, 1, "GT")
-    (12, 4, 4, 0)
+    >>> _count_steps(0, 12, 1, "LT"), _count_steps(0, 7, 2, "LT")
+    (12, 4)
+    >>> _count_steps(3, 0, -1, "GE"), _count_steps(0, 4, 1, "GT")
+    (4, 0)
     """
     if direction in ("LE", "GE"):
         bound += 1 if direction == "LE" else -1

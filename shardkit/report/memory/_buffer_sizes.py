@@ -30,9 +30,10 @@ SizedType = SizedArray | list["SizedType"]
 def parse_sized_type(text: str, platform: str) -> SizedType:
     """Reads a result type: an array, or a list for a tuple.
 
-    >>> sized("f32[3,100]{1,0:T(8,128)}", "tpu").bytes == 4 * 8 * 128
+    >>> parse_sized_type("f32[3,100]{1,0:T(8,128)}", "tpu").bytes == 4 * 8 * 128
     True
-    >>> [one.bytes for one in sized("(bf16[4,8]{1,0:T(8,128)(2,1)S(1)}, s32[2]{0})", "tpu")]
+    >>> text = "(bf16[4,8]{1,0:T(8,128)(2,1)S(1)}, s32[2]{0})"
+    >>> [array.bytes for array in parse_sized_type(text, "tpu")]
     [0, 8]
     """
     text = _COMMENT.sub("", text).strip()

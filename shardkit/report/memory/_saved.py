@@ -90,9 +90,9 @@ def splitting_axes(
       ordered: the axes in the order in which they are tried.
 
     >>> mesh = {"data": 2, "tensor": 4}
-    >>> splitting((3, 4, 2), (3, 8, 8), mesh, ["data", "tensor"])
+    >>> splitting_axes((3, 4, 2), (3, 8, 8), mesh, ["data", "tensor"])
     ('data', 'tensor')
-    >>> splitting((3, 8), (3, 24), mesh, ["data", "tensor"]) is None
+    >>> splitting_axes((3, 8), (3, 24), mesh, ["data", "tensor"]) is None
     True
     """
     used: list[str] = []

@@ -108,7 +108,7 @@ function marks(row) {
     row.overlapped && "hidden",
     row.conditional && (row.taken < 1 ? `branch × ${Math.round(100 * row.taken)} %` : "branch"),
     row.windowed && "windowed",
-    !row.whole && "part of axes",
+    !row.full_axes && "part of axes",
   ]
     .filter(Boolean)
     .join(", ");
