@@ -133,7 +133,7 @@ def test_flat_programs_have_the_flops_of_the_jaxpr():
     model, sizes = TracedModel.of(decoder()), {"data": 2, "fsdp": 2, "tensor": 2}
     layout = make_strategy(sizes)
     found = propagate_step(model.program("full"), model.layout(sizes, layout), layout)
-    mine = sum(work.flops * work.trips for work in found.log.compute)
+    mine = sum(work.flops * work.site.trips for work in found.log.compute)
     assert mine == count_flops(model.gradient_jaxpr("full")).total
 
 

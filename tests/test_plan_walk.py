@@ -97,7 +97,7 @@ def test_slices_of_stacks_are_copied():
         flatten_jaxpr(jax.make_jaxpr(run)(x, ws)), [replicated(1), replicated(2)], [None]
     )
     (stack,) = [one for one in propagator.costs.compute if one.name == "stack"]
-    assert stack.trips == 3
+    assert stack.site.trips == 3
     assert stack.bytes_moved == {frozenset(): 2 * (32 + 32)}  # one read from `ws`, one written
 
 

@@ -48,7 +48,7 @@ class BufferLifetimes:
         return total
 
     def read_temporary(self, key: Hashable, size: SymbolicBytes) -> bool:
-        """Reads a buffer that is no value of the program; returns whether it is written now."""
+        """Reads a buffer that is not a value of the program; returns whether it is written now."""
         new = key not in self._written
         if new:
             self._written[key] = (self.at, size)

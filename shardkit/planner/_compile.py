@@ -60,7 +60,8 @@ def compile_best(
     done = []
     for candidate in plan.rows[:number]:
         progress(f"compiling {candidate}")
-        done.append(compile_candidate(candidate, source, plan.target, global_batch, timeout))
+        options = {"global_batch": global_batch, "timeout": timeout}
+        done.append(_compile_candidate(candidate, source, plan.target, **options))
     figures = [(c, c.compiled) for c in done if c.compiled]
     fit = sorted((pair for pair in figures if pair[1]["margin"] >= 0), key=_compiled_seconds)
     over = [c for c, compiled in figures if compiled["margin"] < 0]
@@ -73,25 +74,12 @@ def _compiled_seconds(pair: tuple[Candidate, Mapping[str, Any]]) -> float:
     return pair[1]["seconds"]
 
 
-def compile_candidate(
-    candidate: Candidate,
-    source: StepSource,
-    target: str,
-    global_batch: int | None,
-    timeout: float = 1800.0,
+def _compile_candidate(
+    candidate: Candidate, source: StepSource, target: str, **options: Any
 ) -> Candidate:
-    """A layout with the figures of the target's compiler, or the reason why it has none.
-
-    Args:
-      candidate: the layout.
-      source: the config file that it was planned for.
-      target: the devices.
-      global_batch: rows, if they are not the config's.
-      timeout: seconds.
-    """
-    code = candidate.declaration
+    """A layout with the figures of the target's compiler, or the reason why it has none."""
     try:
-        report = compile_layout(code, source, target, global_batch=global_batch, timeout=timeout)
+        report = compile_layout(candidate.declaration, source, target, **options)
     except (ShardkitError, RuntimeError) as error:
         lines = str(error).splitlines()
         return dataclasses.replace(candidate, failed=" ".join(lines[:2]))

@@ -22,6 +22,15 @@ MatmulDims = tuple[tuple[float, frozenset[str]], ...]
 
 
 @dataclasses.dataclass(frozen=True)
+class ProgramSite:
+    """Where an operation runs: times per micro-batch, axes that divide them, index in `PHASES`."""
+
+    trips: float
+    loops: frozenset[str]
+    phase: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Collective:
     """A collective.
 
@@ -29,36 +38,30 @@ class Collective:
       kind: `all-gather`, `all-reduce`, `reduce-scatter`, `all-to-all` or `swap`.
       axes: mesh axes that it runs over.
       payload: bytes (V of the ledger).
-      trips: executions per micro-batch.
-      loops: axes that divide the trips.
+      site: where it runs.
       is_gradient: whether it reduces the gradient of a parameter, which happens once per step
         where micro-batches are reduced together.
       is_param: whether it gathers a parameter.
-      phase: index into `PHASES`.
     """
 
     kind: str
     axes: frozenset[str]
     payload: SymbolicBytes
-    trips: float
-    loops: frozenset[str]
+    site: ProgramSite
     is_gradient: bool = False
     is_param: bool = False
-    phase: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """A product or a write.
+    """A product, or a write of 0 FLOPs.
 
     Attributes:
       name: of the operation.
-      flops: on all devices; 0 for a write.
+      flops: on all devices.
       split: axes that divide the FLOPs.
       bytes_moved: bytes read and written.
-      trips: executions per micro-batch.
-      loops: axes that divide the trips.
-      phase: index into `PHASES`.
+      site: where it runs.
       dims: those of a product of matrices.
     """
 
@@ -66,9 +69,7 @@ class Compute:
     flops: float
     split: frozenset[str]
     bytes_moved: SymbolicBytes
-    trips: float
-    loops: frozenset[str]
-    phase: int = 0
+    site: ProgramSite
     dims: MatmulDims = ()
 
 

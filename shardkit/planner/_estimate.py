@@ -127,7 +127,7 @@ def estimate(
         # all-reduce at the end replaces it, 1 with reduce="end", k with reduce="every".
         waits = collective.is_gradient and LENGTH not in collective.axes
         times = np.where(at_end, 0.0, np.where(shards.reduces_once, 1.0, k)) if waits else k
-        times = collective.trips * times * shards.shares([collective.loops])[0]
+        times = collective.site.trips * times * shards.shares([collective.site.loops])[0]
         wire[name] = wire.get(name, 0.0) + times * sent
         links[name] = links.get(name, 0.0) + times * seconds
     if at_end.any():
@@ -152,7 +152,8 @@ def compute_seconds(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Seconds of products and of other writes of one micro-batch: f64[phases, cases] each."""
     work, chip = costs.log.compute, machine.network.chip
-    times = np.array([w.trips for w in work])[:, None] * shards.shares(w.loops for w in work)
+    sites = [w.site for w in work]
+    times = np.array([s.trips for s in sites])[:, None] * shards.shares(s.loops for s in sites)
     moved = shards.bytes_of([w.bytes_moved for w in work]) / chip.memory_bandwidth
     flops = np.array([w.flops for w in work])[:, None] * shards.shares(w.split for w in work)
     padded = np.array([_tile_overhead(w, shards, chip.tile) for w in work])
@@ -160,7 +161,7 @@ def compute_seconds(
     seconds = np.maximum(products, moved / machine.memory_efficiency) * times
     is_product = np.array([bool(w.flops) for w in work])[:, None]
     by_phase = np.zeros((2, len(PHASES), seconds.shape[1]))
-    phase = np.array([w.phase for w in work])
+    phase = np.array([s.phase for s in sites])
     np.add.at(by_phase[0], phase, np.where(is_product, seconds, 0.0))
     np.add.at(by_phase[1], phase, np.where(is_product, 0.0, seconds))
     return by_phase[0], by_phase[1]
@@ -189,7 +190,8 @@ def cost_collectives(
         sent, latency = _wire_and_latency(collective, shards, machine)
         small = sent < _SMALL
         # A small one after another over the same axes is combined with it: no further latency.
-        combined = has_small.setdefault((collective.axes, collective.trips), np.zeros_like(small))
+        key = (collective.axes, collective.site.trips)
+        combined = has_small.setdefault(key, np.zeros_like(small))
         rate = shards.rate(collective.axes, machine.network)
         seconds = sent / rate + np.where(small & combined, 0.0, latency)
         combined |= small
@@ -255,7 +257,7 @@ def _wire_and_latency(
     n, kind = count_shards(collective.axes, shards.sizes), collective.kind
     share = np.where(n > 1, 1.0, 0.0) if kind == "swap" else WIRE[kind] * (n - 1) / n
     scatters = collective.is_gradient and kind == "reduce-scatter"
-    if scatters and collective.trips > 1 and machine.network.torus:
+    if scatters and collective.site.trips > 1 and machine.network.torus:
         # TPU compilers make it a chain of permutes behind its product, and the last goes home.
         share = np.where(n > 2, 1.0, share)
     sent = share * shards.bytes_of([collective.payload])[0]

@@ -113,7 +113,6 @@ def _with_rows(spec: StepSpec, rows: int | None) -> StepSpec:
     if rows is None:
         return spec
     batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]) if x.shape else (), x.dtype),
-        spec.batch,
+        lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]) if x.shape else (), x.dtype), spec.batch
     )
     return spec.replace(batch=batch)

@@ -45,10 +45,7 @@ def plot_front(
 
 
 def _draw(
-    rows: Sequence[Candidate],
-    tight: Sequence[Candidate],
-    front: Sequence[Candidate],
-    caption: str,
+    rows: Sequence[Candidate], tight: Sequence[Candidate], front: Sequence[Candidate], caption: str
 ) -> Any:
     # pyplot would have global state and ask for a display.
     from matplotlib.figure import Figure

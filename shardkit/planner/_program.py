@@ -129,12 +129,11 @@ class _Flattener:
     def _op(self, eqn: Any, ins: tuple[int | None, ...], outs: tuple[int, ...]) -> Op:
         name, params = eqn.primitive.name, eqn.params
         if name == "scan":
-            return Op(
-                name, params, ins, outs, self.flatten(params["jaxpr"].jaxpr), params["length"]
-            )
+            body, trips = self.flatten(params["jaxpr"].jaxpr), params["length"]
+            return Op(name, params, ins, outs, body=body, trips=trips)
         if name == "while":
             self.problems.append("a while loop runs an unknown number of times; counted once")
-            return Op(name, params, ins, outs, self.flatten(params["body_jaxpr"].jaxpr), 1)
+            return Op(name, params, ins, outs, body=self.flatten(params["body_jaxpr"].jaxpr))
         if name in _OPAQUE or any(True for _ in _inner_jaxprs(params)):
             why = "is opaque; its products, memory and collectives are not counted"
             self.problems.append(f"{name} {why}")

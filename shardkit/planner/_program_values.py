@@ -3,7 +3,7 @@
 from collections.abc import Container, Mapping
 
 from ._buffer_lifetimes import BufferLifetimes
-from ._costs import Collective, Compute, CostLog, MatmulDims
+from ._costs import Collective, Compute, CostLog, ProgramSite
 from ._dataflow import Dims, find_accumulator, find_narrowed, find_readers
 from ._program import FlatProgram, Op
 from ._propagation import is_materialized, propagate
@@ -140,54 +140,15 @@ class ProgramValues:
             self.send("all-gather", over, size, is_param=sharding.is_param)
         return after
 
-    def send(
-        self,
-        kind: str,
-        axes: frozenset[str],
-        payload: SymbolicBytes,
-        *,
-        is_gradient: bool = False,
-        is_param: bool = False,
-    ) -> None:
-        """Logs a collective; over no axes nothing is sent."""
+    @property
+    def site(self) -> ProgramSite:
+        """Where the program's operations run now."""
+        return ProgramSite(self._trips, self._loops, self.costs.phase)
+
+    def send(self, kind: str, axes: frozenset[str], payload: SymbolicBytes, **reason: bool) -> None:
+        """Logs a collective, if there are axes; `reason` is `is_gradient` or `is_param`."""
         if axes:
-            collective = Collective(
-                kind,
-                axes,
-                payload,
-                trips=self._trips,
-                loops=self._loops,
-                is_gradient=is_gradient,
-                is_param=is_param,
-                phase=self.costs.phase,
-            )
-            self.costs.collectives.append(collective)
-
-    def log_compute(
-        self,
-        name: str,
-        flops: float,
-        split: frozenset[str],
-        bytes_moved: SymbolicBytes,
-        dims: MatmulDims = (),
-    ) -> None:
-        """Logs a product or a write."""
-        compute = Compute(
-            name,
-            flops,
-            split,
-            bytes_moved,
-            trips=self._trips,
-            loops=self._loops,
-            phase=self.costs.phase,
-            dims=dims,
-        )
-        self.costs.compute.append(compute)
-
-    def set_output(self, op: Op, number: int, sharding: SymbolicSharding) -> None:
-        """Sets the sharding of a result and records it."""
-        self.shardings[number] = sharding
-        self.record_output(op, number)
+            self.costs.collectives.append(Collective(kind, axes, payload, self.site, **reason))
 
     def record_output(self, op: Op, number: int) -> None:
         """Records a result: written to memory, or fused into what reads it."""
@@ -211,7 +172,7 @@ class ProgramValues:
         self.allocate(number)
         if op.name != "dot_general":
             add_bytes(moved, self.bytes_of(number, self.shardings[number]))
-            self.log_compute(op.name, 0.0, frozenset(), moved)
+            self.costs.compute.append(Compute(op.name, 0.0, frozenset(), moved, self.site))
 
     def allocate(self, number: int) -> None:
         """Gives a value a buffer, its tiles filled."""

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from ._attention_costs import attention_costs
-from ._costs import PHASES, PIPE, Compute, CostLog, matmul_dims
+from ._costs import PHASES, PIPE, Compute, CostLog, ProgramSite, matmul_dims
 from ._dataflow import Dims, propagate_backward, refines, splits_more
 from ._program import FlatProgram, Op
 from ._program_values import ProgramValues
@@ -116,7 +116,7 @@ class _OpPropagator:
             self._by_rule(op)
 
     def _by_rule(self, op: Op) -> None:
-        """Any other operation: its rule says how the result is sharded, and what is summed."""
+        """Any other operation: its rule gives the sharding of the result and its partial sums."""
         values = self.values
         keep_partial = op.name in KEEPS_PARTIAL or op.name == "add_any"
         shapes = [values.shape(n) for n in op.ins]
@@ -130,14 +130,15 @@ class _OpPropagator:
             if op.name == "scatter-add" and number in values.required:
                 sharding = shard_scatter(op, sharding, values.required[number])
             if sharding.partial and op.name == "convert_element_type":
-                # bf16 → f32 of a partial sum: what is reduced later has 2 bytes, not 4.
+                # bf16 → f32 of a partial sum: the later reduction sends 2 bytes an element, not 4.
                 values.cast_partial(number, op.ins[0])
             if op.name not in STAYS_PARTIAL:
                 # The sum of f32[8, 64] over a dim that tensor splits: f32[8], all-reduced at once.
                 summed = sharding.partial - {MICRO}
                 sharding = dataclasses.replace(sharding, partial=frozenset())
                 values.send("all-reduce", summed, values.bytes_of(number, sharding))
-            values.set_output(op, number, sharding)
+            values.shardings[number] = sharding
+            values.record_output(op, number)
 
     def _constrain(self, op: Op) -> None:
         (source,), (number,) = op.ins, op.outs
@@ -171,7 +172,7 @@ class _OpPropagator:
             z  = constrain(y', "batch", "residual")         ((data,), (tensor,)), the one reader
 
         An all-reduce for y' and a slice for z are one reduce-scatter for z, so y' stays partial.
-        A cast as the one reader may stand between; it too is passed where y' moves no data.
+        The one reader can also be a cast; then y' stays partial if it has the sharding of y.
         """
         ops = self.values.readers.get(number, [])
         if len(ops) != 1:
@@ -202,7 +203,8 @@ class _OpPropagator:
         flops *= math.prod(values.shape(out))
         is_dot = op.name == "dot_general"
         tiles = matmul_dims(op.params["dimension_numbers"], (left, right), shapes) if is_dot else ()
-        values.log_compute(op.name, flops, sharding.axes | frozenset(summed), moved, tiles)
+        split = sharding.axes | frozenset(summed)
+        values.costs.compute.append(Compute(op.name, flops, split, moved, values.site, dims=tiles))
         values.record_output(op, out)
 
     def _convolve(
@@ -245,7 +247,8 @@ class _OpPropagator:
         )
         for kind, axes, payload in costs.exchanges:
             values.send(kind, axes, payload)
-        values.log_compute(op.name, costs.flops, shardings[0].axes, costs.bytes_moved)
+        split, moved = shardings[0].axes, costs.bytes_moved
+        values.costs.compute.append(Compute(op.name, costs.flops, split, moved, values.site))
         values.lifetimes.read(op)
         values.lifetimes.add_scratch(costs.scratch)
         outs = shardings  # gradients of q, k and v; forward the output and its f32[B, T, N] lse
@@ -304,10 +307,8 @@ class _OpPropagator:
         sliced = [*slices[first:], *body.outputs[carried:]]
         copied = _slice_bytes(body, sliced, [*inside[first:], *outs[carried:]])
         costs = propagator.costs
-        copies = Compute(
-            "stack", 0.0, frozenset(), copied, trips=trips, loops=loops, phase=costs.phase
-        )
-        costs.compute.append(copies)
+        site = ProgramSite(trips, loops, costs.phase)
+        costs.compute.append(Compute("stack", 0.0, frozenset(), copied, site))
         costs.phase += staged
         values.lifetimes.read(op)
         along = tuple(sorted(layer_axes))
@@ -322,7 +323,7 @@ class _OpPropagator:
     ) -> tuple[int, int]:
         """Numbers of constants and carries of a scan.
 
-        By shape, since JAX's releases name the counts differently: what is stacked has one dim
+        By shape, since JAX's releases name the counts differently: a stacked array has one dim
         more outside of the body than inside.
         """
         shape = self.values.shape

@@ -143,8 +143,7 @@ def estimate_stages(
         [_schedule_seconds(r, busy[:, i]) - r.mean @ busy[:, i] for i, r in enumerate(roles)]
     )
     message = shards.bytes_of([costs.log.message])[0]
-    _add_boundaries(roles, message, shards, machine, wire=wire, links=links)
-    _add_shared_gradients(exact, shards, machine, wire=wire, links=links)
+    _add_exchanges(roles, exact, message, shards, machine, wire=wire, links=links)
     temp = shards.bytes_of(costs.live_bytes).max(axis=0)
     temp = temp + np.array([r.slots for r in roles]) * message
     temp = temp + np.array([_accumulated_bytes(e, machine.width) for e in exact])
@@ -168,17 +167,18 @@ def _cost_collectives(
     none = np.zeros(mean.shape)
     for collective, sent, seconds in cost_collectives(costs, shards, machine):
         name = tuple(axis for axis in shards.cases[0][0] if axis in collective.axes)
-        times = collective.trips * shards.shares([collective.loops])[0]
+        site = collective.site
+        times = site.trips * shards.shares([site.loops])[0]
         if _sums_gradients(collective):
             # Once per step: gradients of layers accumulate on their stage; those outside of the
-            # stages are `_add_shared_gradients`.
-            times = times * (PIPE in collective.loops)
+            # stages are in `_add_exchanges`.
+            times = times * (PIPE in site.loops)
         elif collective.is_param:
             # Once per step too: gathered before the ticks, and not again for the backward pass.
-            times = times * (collective.phase in (_PROLOGUE, _FORWARD, _EPILOGUE))
+            times = times * (site.phase in (_PROLOGUE, _FORWARD, _EPILOGUE))
         else:
-            in_ticks.setdefault(name, none.copy())[collective.phase] += times * seconds
-            times = times * mean[collective.phase]
+            in_ticks.setdefault(name, none.copy())[site.phase] += times * seconds
+            times = times * mean[site.phase]
         wire[name] = wire.get(name, 0.0) + times * sent
         links[name] = links.get(name, 0.0) + times * seconds
     return sum(in_ticks.values(), none), wire, links
@@ -201,33 +201,23 @@ def _accumulated_bytes(exact: StateBytes, width: int) -> float:
     return exact.unreduced + gathered * width / 4
 
 
-def _add_boundaries(
+def _add_exchanges(
     roles: Sequence[TickRoles],
+    exact: Sequence[StateBytes],
     message: np.ndarray,
     shards: ShardCounts,
     machine: Machine,
-    *,
     wire: _BY_AXES,
     links: _BY_AXES,
 ) -> None:
-    """Adds the messages over stage boundaries."""
-    rate, latency = shards.rate(frozenset({PIPE}), machine.network), machine.network.chip.latency
-    exchanges = np.array([r.exchanges for r in roles])
+    """Adds the messages over stage boundaries, and the all-reduce of what every stage holds."""
+    network = machine.network
+    seconds = message / shards.rate(frozenset({PIPE}), network) + network.chip.latency
     wire[(PIPE,)] = np.array([r.messages for r in roles]) * message
-    links[(PIPE,)] = exchanges * (message / rate + latency)
-
-
-def _add_shared_gradients(
-    exact: Sequence[StateBytes],
-    shards: ShardCounts,
-    machine: Machine,
-    *,
-    wire: _BY_AXES,
-    links: _BY_AXES,
-) -> None:
-    """Adds the one all-reduce of the gradients of embedding and head, which every stage holds."""
+    links[(PIPE,)] = np.array([r.exchanges for r in roles]) * seconds
+    # Every stage has gradients of embedding and head, summed once per step in `machine.dtype`.
     axes = tuple(axis for axis in shards.cases[0][0] if axis in (*gradient_shard_axes(), PIPE))
     n = count_shards(axes, shards.sizes)
     sent = 2 * (n - 1) / n * np.array([e.outside_stages * machine.width / 4 for e in exact])
     wire[axes] = wire.get(axes, 0.0) + sent
-    links[axes] = links.get(axes, 0.0) + sent / shards.rate(frozenset(axes), machine.network)
+    links[axes] = links.get(axes, 0.0) + sent / shards.rate(frozenset(axes), network)
