@@ -260,7 +260,7 @@ def test_a_jitted_model_is_verified():
     ],
 )
 def test_a_plan_sees_the_marks_of_a_model_that_was_traced_before(mark, kind, facts):
-    declared = compiled("constrain", "jit", "none").declaration
+    declared = compiled("constrain", "jit", "none").spec
     model = Model.of(dataclasses.replace(declared, loss_fn=loss_of(mark, "jit")))
     for _ in range(2):
         assert getattr(model.marked(), kind) == facts
