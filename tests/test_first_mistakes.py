@@ -41,7 +41,7 @@ def step(mesh):
 @pytest.mark.parametrize(
     ("changes", "subject", "fix"),
     [
-        ({"mesh": sk.MeshSpec(data=2, tensor=4)}, "mesh  is a MeshSpec, not built", r"\.build\(\)"),
+        ({"mesh": sk.MeshSpec(data=2, tensor=4)}, "mesh  is a MeshSpec that is not built", r"\.build\(\)"),
         ({"mesh": None}, "mesh  is of type NoneType", r"sk\.MeshSpec\("),
         ({"batch": {"x": 3}}, "batch/x  is of type int, not an array", r"numpy\.asarray"),
         ({"strategy": {"w": P()}}, "strategy  is of type dict", r"sk\.Strategy\("),
@@ -83,7 +83,7 @@ def test_an_explicit_mesh_of_the_caller_changes_nothing(step, mesh):
     assert metrics["loss"] == expected["loss"]
 
 
-def test_put_takes_a_batch_from_anywhere(step, mesh):
+def test_shard_batch_takes_a_batch_from_anywhere(step, mesh):
     elsewhere = {"x": jax.device_put(BATCH["x"], jax.devices()[3])}
     assert step.shard_batch(elsewhere)["x"].sharding.spec == P("data")
     with pytest.raises(
