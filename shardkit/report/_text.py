@@ -165,17 +165,17 @@ def _collective_parts(report: ReportData) -> Iterator[_Part]:
         cells.append((row.kind, over, payload, trips, sent, row.phase, scope, " ".join(marks)))
     yield _build_table(columns, cells)
     if len(rows) > _ROWS:
-        rest = sum(row.wire_bytes for row in rows[_ROWS:])
-        yield f"and {len(rows) - _ROWS} more collectives, {format_bytes(rest)} together"
+        others = sum(row.wire_bytes for row in rows[_ROWS:])
+        yield f"and {len(rows) - _ROWS} more collectives, {format_bytes(others)} together"
 
 
 def _flops_parts(report: ReportData) -> Iterator[_Part]:
     flops = report.flops
     if flops is None:
         return
-    again = f", {flops.recompute / flops.model:.1%} more recomputed" if flops.model else ""
-    again += f", {flops.update:.4g} by the optimizer" if flops.update else ""
-    yield f"\nFLOPs per step, all devices: {_lower_bound_mark(flops)}{flops.model:.4g} model{again}"
+    extra = f", {flops.recompute / flops.model:.1%} more recomputed" if flops.model else ""
+    extra += f", {flops.update:.4g} by the optimizer" if flops.update else ""
+    yield f"\nFLOPs per step, all devices: {_lower_bound_mark(flops)}{flops.model:.4g} model{extra}"
     rows = [
         (scope or "(no scope)", phase, f"{number:.4g}", f"{number / flops.total:.1%}")
         for (scope, phase), number in list(flops.by_scope.items())[:_SCOPES]

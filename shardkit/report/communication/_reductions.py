@@ -33,7 +33,7 @@ def gradient_reductions(
     params = [leaf for leaf in leaves if leaf.part == "params"]
     splitting = {name for leaf in params for name in leaf.axes()}
     gradients = {_gradient_size(leaf, axis, sizes) for leaf in params}
-    found = []
+    reductions = []
     for row in ledger.where(axis):
         # A reduction over slices continues one within each slice, which is counted already, unless
         # the axis is not split within a slice (`full_axes`).
@@ -47,8 +47,8 @@ def gradient_reductions(
             if phase in ("backward", "other") or (phase == "forward" and count * scale in gradients)
         ]
         if arrays:
-            found.append((row, sum(arrays)))
-    return found
+            reductions.append((row, sum(arrays)))
+    return reductions
 
 
 def reductions_per_step(

@@ -182,11 +182,11 @@ def _upcast_collective(program: Program) -> Iterator[Finding]:
         fix += (
             "; XLA's CPU backend itself widens bf16: check with --target tpu:... or gpu:... first"
         )
-    for axes, found in groups.items():
-        saving = sum(bytes for bytes, _ in found)
+    for axes, wide in groups.items():
+        saving = sum(bytes for bytes, _ in wide)
         if _is_negligible(saving, axes, program):
             continue
-        rows = [row for _, row in sorted(found, key=lambda one: -one[0])]
+        rows = [row for _, row in sorted(wide, key=lambda one: -one[0])]
         kinds = Counter(row.kind for row in rows)
         intended = ""
         if program.batch_axes & set(axes) and set(REDUCING) & kinds.keys():

@@ -45,10 +45,10 @@ class InvoluntaryRemat:
 
 def find_involuntary_remats(log: str, mesh: Sequence[tuple[str, int]]) -> list[InvoluntaryRemat]:
     """Finds XLA's warnings about involuntary full rematerialization, each once."""
-    found = {}
+    remats = {}
     for match in _REMAT.finditer(log):
-        found[match["source"], match["target"], match["hlo"]] = _parse_message(match, mesh)
-    return list(found.values())
+        remats[match["source"], match["target"], match["hlo"]] = _parse_message(match, mesh)
+    return list(remats.values())
 
 
 def _parse_message(match: re.Match[str], mesh: Sequence[tuple[str, int]]) -> InvoluntaryRemat:

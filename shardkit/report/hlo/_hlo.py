@@ -176,7 +176,8 @@ class Module:
 def aliased_parameters(text: str) -> frozenset[int]:
     """Numbers of the entry parameters whose buffers outputs reuse.
 
-    >>> sorted(aliased_parameters("HloModule m, input_output_alias={ {0}: (2, {}, may-alias) }, x={}"))
+    >>> header = "HloModule m, input_output_alias={ {0}: (2, {}, may-alias) }, x={}"
+    >>> sorted(aliased_parameters(header))
     [2]
     """
     match = re.search(r"input_output_alias=\{(.*?\))\s*\}", text.partition("\n")[0])

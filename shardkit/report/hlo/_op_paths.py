@@ -35,12 +35,12 @@ class OpPaths:
           One path for all operands, or one for each, joined by ";" as in XLA; "" if there is none.
         """
         operands = [name for name in instruction.operands if self._is_array(name, here)]
-        found = [self._nearest_path([name], here, _producers(here)) for name in operands]
-        paths = [path for path in found if path]
+        nearest = [self._nearest_path([name], here, _producers(here)) for name in operands]
+        paths = [path for path in nearest if path]
         if not paths:
             users = _consumers(here)
             return self._nearest_path(users(instruction), here, users)
-        if len(paths) < len(found) or len(set(paths)) == 1:
+        if len(paths) < len(nearest) or len(set(paths)) == 1:
             return paths[0]
         return ";".join(paths)
 
@@ -52,10 +52,10 @@ class OpPaths:
         level, visited = list(names), set[str]()
         paths: list[str] = []
         while level and len(visited) < _MOST_VISITED:
-            found = [here.instructions[name] for name in level if self._is_array(name, here)]
-            visited.update(instruction.name for instruction in found)
+            arrays = [here.instructions[name] for name in level if self._is_array(name, here)]
+            visited.update(instruction.name for instruction in arrays)
             onward_names: list[str] = []
-            for instruction in found:
+            for instruction in arrays:
                 if path := self._direct_path(instruction):
                     paths.append(path)
                 else:

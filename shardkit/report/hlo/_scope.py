@@ -87,16 +87,16 @@ def split_op_name(op_name: str) -> list[str]:
     >>> split_op_name("jit(f)/(a/b:c);jit(f)/d")
     ['jit(f)/a/b', 'jit(f)/c', 'jit(f)/d']
     """
-    found = []
+    paths = []
     for path in op_name.split(";"):
         *head, last = _split_outside_parentheses(path, "/")
         if last.startswith("(") and last.endswith(")"):
-            found += [
+            paths += [
                 "/".join([*head, inner]) for inner in _split_outside_parentheses(last[1:-1], ":")
             ]
         else:
-            found.append(path)
-    return found
+            paths.append(path)
+    return paths
 
 
 def _phase_of_path(path: str) -> str:

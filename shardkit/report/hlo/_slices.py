@@ -38,8 +38,8 @@ def crosses_slices(instruction: Instruction) -> bool:
 
 def kind_of_transfer(instruction: Instruction) -> str | None:
     """The collective that a `send` between slices implements; None if unknown."""
-    found = _TYPE.search(instruction.rest)
-    return _KINDS.get(found.group(1)) if found else None
+    match = _TYPE.search(instruction.rest)
+    return _KINDS.get(match.group(1)) if match else None
 
 
 def find_recv(send: Instruction, here: Computation) -> str | None:
@@ -57,8 +57,8 @@ def _matching_transfers(
 ) -> Iterator[Instruction]:
     rendezvous = _MEETING.search(transfer.rest)
     for other in here.instructions.values():
-        found = _MEETING.search(other.rest) if other.opcode == opcode else None
-        if rendezvous and found and found.group(1) == rendezvous.group(1):
+        match = _MEETING.search(other.rest) if other.opcode == opcode else None
+        if rendezvous and match and match.group(1) == rendezvous.group(1):
             yield other
 
 
@@ -99,11 +99,11 @@ class Slices:
 
 def _groups(send: Instruction) -> Sequence[np.ndarray]:
     """Slices that exchange data with each other, counted from 0."""
-    found = _TARGET.search(send.rest)
-    if found is None:
+    match = _TARGET.search(send.rest)
+    if match is None:
         raise ValueError("its slices are not in a known form")
-    if found.group(1):
-        return [np.array([int(number) - 1 for number in found.group(1).split(",")])]
-    groups = re.findall(r"\{([\d,>\-]+)\}", found.group(2))
+    if match.group(1):
+        return [np.array([int(number) - 1 for number in match.group(1).split(",")])]
+    groups = re.findall(r"\{([\d,>\-]+)\}", match.group(2))
     ids = [[int(number) for number in re.findall(r"\d+", group)] for group in groups]
     return [np.array(group) // _SLICE - 1 for group in ids]
