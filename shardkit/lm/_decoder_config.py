@@ -3,7 +3,7 @@
 import dataclasses
 
 from .._core.errors import ConfigError, Problem, did_you_mean, raise_all
-from .._core.options import check_options, matches, option_problems
+from .._core.options import check_options, matches_annotation, option_problems
 
 ATTENTIONS = ("auto", "blocked", "xla", "cudnn", "splash")
 _COUNTS = ("vocab", "embed_dim", "num_layers", "num_heads", "mlp_dim", "loss_chunks", "top_k")
@@ -113,7 +113,7 @@ def _count_problems(c: DecoderConfig) -> list[Problem]:
     """Sizes that are not integers of at least 1; the other checks divide by them."""
     sizes = {name: getattr(c, name) for name in (*_COUNTS, *_OPTIONAL)}
     given = {n: size for n, size in sizes.items() if n in _COUNTS or size is not None}
-    wrong = {n: (size, int) for n, size in given.items() if not matches(int, size)}
+    wrong = {n: (size, int) for n, size in given.items() if not matches_annotation(int, size)}
     return option_problems("model.", **wrong) + [
         Problem(f"{name}={size}", "must be at least 1", f"{name}=1")
         for name, size in given.items()

@@ -1,7 +1,12 @@
 """Strategies: how a step is laid out, one file per kind of parallelism."""
 
 from . import strategies
-from ._compose import check_axes_used, check_composition, suggest_options
+from ._compose import (
+    check_axes_used,
+    check_composition,
+    check_overrides_called,
+    suggest_options,
+)
 from ._compression import GradientCompression, compressed_sum
 from ._kind import DeviceBytes, Kind, PlanChoice, format_call
 from ._kinds import (
@@ -34,6 +39,7 @@ __all__ = [
     "axes_splitting",
     "check_axes_used",
     "check_composition",
+    "check_overrides_called",
     "compressed_sum",
     "format_call",
     "gradient_shard_axes",

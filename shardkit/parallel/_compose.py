@@ -9,7 +9,9 @@ from collections.abc import Collection, Mapping, Sequence
 
 from jax.sharding import PartitionSpec
 
-from .._core.errors import Problem, ShardingError, count, did_you_mean, raise_all
+from .. import nn
+from .._core.errors import Problem, ShardingError, StepError, count, did_you_mean, raise_all
+from ..nn._overridable import Override
 from ..rules import Indivisible, axes_of, format_mesh, shard_count
 from ._strategy import Strategy
 from .pipeline._stage_layout import balanced_sizes
@@ -65,6 +67,26 @@ def check_axes_used(strategy: Strategy, sizes: Mapping[str, int], used: Collecti
     ]
     headline = f"{count(len(problems), 'axis')} of mesh {format_mesh(sizes)} would be idle."
     raise_all(ShardingError, headline, problems)
+
+
+def check_overrides_called(strategy: Strategy, unreached: Mapping[str, Override]) -> None:
+    """Refuses a model that never calls a part that its strategy overrides.
+
+    Args:
+      strategy: the combined strategies.
+      unreached: name → override of each part that a trace of the model lacks.
+
+    Raises:
+      StepError: naming each such strategy and the call that it needs.
+    """
+    problems = []
+    for name, override in unreached.items():
+        kinds = (kind for kind in strategy.kinds if kind.axis == override.axis)
+        user = next((f"`strategies.{kind.name}()`" for kind in kinds), str(override))
+        call = f"sk.nn.{name}" if name in dir(nn) else f"sk.nn.overridable({name!r}, ...)"
+        why = f"needs `{call}`, but the model never calls it"
+        problems.append(Problem(user, why, call if "(" in call else f"{call}(...) in the model"))
+    raise_all(StepError, "The model lacks a part that the strategy overrides.", problems)
 
 
 def suggest_options(problems: Sequence[Problem], sizes: Mapping[str, int]) -> list[Problem]:

@@ -79,8 +79,8 @@ def choice_problems(**options: tuple[object, Iterable[str]]) -> list[Problem]:
     for name, (value, choices) in options.items():
         known = tuple(choices)
         if value not in known:
-            why = f"known: {', '.join(map(repr, known))}.{did_you_mean(str(value), known)}"
-            close = [choice for choice in known if did_you_mean(str(value), (choice,))]
-            fix = f"{name}={(close or known)[0]!r}"
+            hint = did_you_mean(str(value), known)
+            close = next((choice for choice in known if repr(choice) in hint), known[0])
+            why, fix = f"known: {', '.join(map(repr, known))}.{hint}", f"{name}={close!r}"
             problems.append(Problem(f"{name}={value!r}", why, fix))
     return problems

@@ -125,7 +125,7 @@ def _check_modelled(
     other = [
         f"{kind} over {kind.axis}"
         for kind in kinds
-        if kind.unmodelled or (kind.region and (kind.name, kind.axis) not in covered)
+        if kind.unmodelled_reason or (kind.override and (kind.name, kind.axis) not in covered)
     ]
     if other:
         raise NotImplementedError(f"{', '.join(other)} is not modelled")

@@ -54,7 +54,7 @@ class BoundSpec:
                 "compression", why, f"sk.GradientCompression({self.mesh.axis_names[0]!r})"
             )
 
-    def _misfits(self) -> Iterator[Problem]:
+    def _incompatibilities(self) -> Iterator[Problem]:
         """Options that the strategy's overrides on this mesh cannot work with."""
         for _, override in self.spec.strategy.overrides:
             if self.mesh.shape.get(override.axis, 1) > 1:

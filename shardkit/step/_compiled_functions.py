@@ -7,12 +7,10 @@ from collections.abc import Callable
 from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec
 
-from .. import nn
-from .._core.errors import Problem, StepError, raise_all
 from .._core.types import PyTree
 from ..nn._overridable import ActiveOverrides, StepContext, use_overrides
 from ..nn._remat import use_policy
-from ..parallel import Strategy
+from ..parallel import check_overrides_called
 from ._activations import Activations, SpecsInLoss
 from ._bound_spec import BoundSpec
 from ._compile import CompiledProgram, compile_program
@@ -142,7 +140,7 @@ class CompiledFunctions:
         def check(jaxpr: core.ClosedJaxpr) -> None:
             names.check(jaxpr)
             if marks:
-                _check_overrides_used(self._bound.spec.strategy, marks, jaxpr)
+                check_overrides_called(self._bound.spec.strategy, marks.find_unreached(jaxpr.jaxpr))
 
         with use_policy(layer_policy(self._bound, self.layout)):
             return compile_program(
@@ -160,23 +158,3 @@ class CompiledFunctions:
     def _names(self) -> Activations:
         rules = self._bound.spec.strategy.activations
         return Activations(self._bound.mesh, rules, self.layout.shard_axes)
-
-
-def _check_overrides_used(
-    strategy: Strategy, marks: ActiveOverrides, jaxpr: core.ClosedJaxpr
-) -> None:
-    """Refuses a step whose model never calls a part that its strategy overrides.
-
-    Raises:
-      StepError: naming each such strategy and the call that the model lacks.
-    """
-    problems = []
-    for name, override in marks.find_unreached(jaxpr.jaxpr).items():
-        kinds = (kind for kind in strategy.kinds if kind.axis == override.axis)
-        user = next((f"`strategies.{kind.name}()`" for kind in kinds), str(override))
-        ready = name in dir(nn)
-        part = f"sk.nn.{name}" if ready else f"sk.nn.overridable({name!r}, ...)"
-        why = f"needs `{part}`, but the model never calls it"
-        fix = f"{part}(...) in the model" if ready else f"{part} in the model"
-        problems.append(Problem(user, why, fix))
-    raise_all(StepError, "The model lacks a part that the strategy overrides.", problems)

@@ -11,7 +11,7 @@ from .._core.errors import Problem, StepError, raise_all
 from .._core.precision import cast_floats
 from .._core.train_state import TrainState
 from .._core.types import Batch, Params
-from ..nn._remat import Policy, active, apply_policy, policy, regathering
+from ..nn._remat import Policy, use_policy, apply_policy, parse_policy, regathering_policy
 from ._bound_spec import BoundSpec
 from ._gradients import GradientFn, GradientPlan, LossArgs, build_gradients, match_shard_draws
 from ._layout import StepLayout
@@ -114,7 +114,7 @@ class StepFunctions:
         """
         loss = build_objective(self.bound.spec.loss_fn, self.bound.mesh)
         # Checkpoints the loss as a whole if it marks no layers with `sk.remat`.
-        loss = apply_policy(loss, policy(self.bound.spec.strategy.remat), *self._loss_args)
+        loss = apply_policy(loss, parse_policy(self.bound.spec.strategy.remat), *self._loss_args)
         if self.bound.spec.mode == "shard_map":
             return self._build_on_shards(build_shard_gradients, loss)
         plan = GradientPlan(self.bound, self.layout)
@@ -123,7 +123,7 @@ class StepFunctions:
         return build_gradients(loss, plan)
 
     def _build_on_shards(self, build: Callable[..., Any], loss: Objective) -> Any:
-        with active(layer_policy(self.bound, self.layout)):
+        with use_policy(layer_policy(self.bound, self.layout)):
             return build(self.bound, self.layout, loss, self._loss_args)
 
     @functools.cached_property
@@ -136,9 +136,9 @@ class StepFunctions:
 
 def layer_policy(bound: BoundSpec, layout: StepLayout) -> Policy | None:
     """The remat policy of marked layers; in `shard_map` mode it also gathers weights again."""
-    remat_policy = policy(bound.spec.strategy.remat)
+    remat_policy = parse_policy(bound.spec.strategy.remat)
     kept = kept_axes(bound)
     regathered = tuple(axis for axis in layout.storage_axes if axis not in kept)
     if bound.spec.mode == "shard_map" and regathered:
-        return regathering(remat_policy, regathered)
+        return regathering_policy(remat_policy, regathered)
     return remat_policy

@@ -23,14 +23,12 @@ def _skip_rescaling(merge: Any) -> Any:
     return wrong
 
 
-def _keep_local_gradients(part_backward: Any) -> Any:
+def _keep_local_gradients(attend_shard_backward: Any) -> Any:
     """Each device keeps only the local part of the gradients of its keys and values."""
 
-    def wrong(self: Any, q: Any, k: Any, v: Any, ids: Any, *rest: Any) -> Any:
-        dq, _, _ = part_backward(self, q, k, v, ids, *rest)
-        *saved, causal = rest
-        both = None if ids is None else (ids, ids)
-        return dq, *attend_backward(q, k, v, both, causal, *saved)[1:]
+    def wrong(self: Any, queries: Any, keys: Any, cotangents: Any, causal: bool) -> Any:
+        dq, _, _ = attend_shard_backward(self, queries, keys, cotangents, causal)
+        return dq, *attend_backward(queries, keys, cotangents, causal)[1:]
 
     return wrong
 
@@ -54,6 +52,6 @@ CONTEXT_MUTATIONS: tuple[Mutation, ...] = (
         "gradient left behind",
         "gradients of keys and values lose the contributions of other devices",
         ("grad_norm",),
-        ((_RING + "Ring.part_backward", _keep_local_gradients),),
+        ((_RING + "RingAttention.attend_shard_backward", _keep_local_gradients),),
     ),
 )

@@ -7,7 +7,7 @@ import jax
 from jax.extend import core
 from jax.sharding import PartitionSpec
 
-from ..._core.split_rng import Draw, RandomDraws, draws_of, grown
+from ..._core.split_rng import Draw, RandomDraws, list_draws, match_dims
 from ..._core.types import Accumulate, Batch, Key, Params, PyTree
 from ...nn._manual_axis_rules import pvary
 from .._activations import Activations
@@ -85,8 +85,8 @@ def _match_draws(
       StepError: the randomness of the loss cannot be split.
     """
     shards, slices = plan.count(plan.row_axes), plan.count(plan.token_axes)
-    draws = RandomDraws(shards, slices=slices)
-    if not draws_of(whole.jaxpr):
+    draws = RandomDraws(shards, length_shards=slices)
+    if not list_draws(whole.jaxpr):
         return draws
     params, model_state, batch, key = args
 
@@ -102,15 +102,15 @@ def _match_draws(
             return jax.ShapeDtypeStruct(shape, x.dtype)
 
         resized = jax.tree.map(resize, batch)
-        return draws_of(jax.make_jaxpr(run)(params, model_state, resized, key).jaxpr)
+        return list_draws(jax.make_jaxpr(run)(params, model_state, resized, key).jaxpr)
 
     steps = plan.accumulate.micro_batches
     on_shards = map_shards(plan, local, PartitionSpec(plan.mesh.axis_names))
     of_device = trace_draws(on_shards, 1, steps)
     if shards > 1:
         of_all_rows = trace_draws(on_shards, shards, steps)
-        draws = dataclasses.replace(draws, grown=grown(of_device, of_all_rows, shards))
+        draws = dataclasses.replace(draws, row_dims=match_dims(of_device, of_all_rows, shards))
     if slices > 1:
         of_whole_length = trace_draws(objective, 1, steps * shards)
-        draws = dataclasses.replace(draws, sliced=grown(of_device, of_whole_length, slices))
+        draws = dataclasses.replace(draws, length_dims=match_dims(of_device, of_whole_length, slices))
     return draws

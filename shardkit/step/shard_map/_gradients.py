@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 from ..._core.precision import cast_floats
 from ..._core.split_rng import part_keys, threefry_words
 from ..._core.types import Batch, Key, Params, PyTree, Scalar
-from ...nn._manual_axis_rules import gather, manual_axis_rules, pvary
+from ...nn._manual_axis_rules import gather_dim, use_manual_axis_rules, pvary
 from .._gradients import GradientFn, LossAndGradients, LossArgs, divide_by_weight, to_f32
 from .._objective import LossOutput, Objective
 from ._buckets import GradientSum, reduce_gradients
@@ -76,7 +76,7 @@ def map_shards(plan: ShardMapPlan, local: Callable[..., Any], out_specs: PyTree)
     """Turns a function of shards into one of whole arrays `(params, model_state, batch, key)`."""
 
     def run(*args: PyTree) -> PyTree:
-        with manual_axis_rules(plan.axis_rules):
+        with use_manual_axis_rules(plan.axis_rules):
             return local(*args)
 
     in_specs = (*plan.specs, PartitionSpec())
@@ -129,7 +129,7 @@ def gather_params(plan: ShardMapPlan, params: Params) -> Params:
     gathered = []
     for x, param in zip(flat, plan.parameters, strict=True):
         for dim, axes in enumerate(param.gathered):
-            x = gather(x, axes, dim) if axes else x
+            x = gather_dim(x, axes, dim) if axes else x
         gathered.append(pvary(x, param.varying))
     return structure.unflatten(gathered)
 

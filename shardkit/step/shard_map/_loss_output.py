@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from ..._core.errors import Problem, StepError, raise_all
 from ..._core.types import Mean
-from ...nn._manual_axis_rules import Axes, pvary, varying
+from ...nn._manual_axis_rules import Axes, pvary, varying_axes
 from .._objective import LossOutput
 
 
@@ -25,7 +25,7 @@ def reduce_output(output: LossOutput, rows: Axes) -> LossOutput:
     )
     names_by_axes: dict[Axes, list[str]] = {}
     for name, mean in means.items():
-        axes = tuple(axis for axis in rows if axis in varying(mean.total))
+        axes = tuple(axis for axis in rows if axis in varying_axes(mean.total))
         names_by_axes.setdefault(axes, []).append(name)
     summed: dict[str, Mean] = {}
     for axes, names in names_by_axes.items():
@@ -39,11 +39,11 @@ def reduce_output(output: LossOutput, rows: Axes) -> LossOutput:
 
 
 def _varying_problems(name: str, mean: Mean, rows: Axes) -> Iterator[Problem]:
-    for axis in sorted((varying(mean.total) | varying(mean.weight)) - set(rows)):
+    for axis in sorted((varying_axes(mean.total) | varying_axes(mean.weight)) - set(rows)):
         fix = f"jax.lax.psum(x, {axis!r}) or pmean before it is returned"
         yield Problem(
             f"output {name!r}", f"differs per {axis!r} shard: add psum/pmean over {axis!r}", fix
         )
-    for axis in sorted((varying(mean.weight) - varying(mean.total)) & set(rows)):
+    for axis in sorted((varying_axes(mean.weight) - varying_axes(mean.total)) & set(rows)):
         why = f"its weight differs per {axis!r} shard, its total does not: add psum over {axis!r}"
         yield Problem(f"output {name!r}", why, f"sk.Mean(total, jax.lax.psum(weight, {axis!r}))")
