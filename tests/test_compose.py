@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
 from shardkit.parallel import check_axes_used, check_composition
-from shardkit.testing import run_on_simulated_devices
+from shardkit.testing import simulated_devices
 
 from . import _staged
 
@@ -99,6 +99,6 @@ def test_micro_batches_lanes_and_zero_fit_together():
 def test_four_axes_at_once_equal_one_device():
     sizes = {"data": 2, "fsdp": 2, "pipe": 2, "tensor": 2}
     all_four = data() | fsdp() | sk.strategies.pipeline(micro_batches=2) | tensor()
-    certificate = run_on_simulated_devices(16, _staged.verified, sizes, all_four)
+    certificate = simulated_devices(16, _staged.verified, sizes, all_four)
     assert certificate.ok
     assert {row.mesh for row in certificate.rows} == {"(data=2, fsdp=2, pipe=2, tensor=2)"}

@@ -41,7 +41,11 @@ def step(mesh):
 @pytest.mark.parametrize(
     ("changes", "subject", "fix"),
     [
-        ({"mesh": sk.MeshSpec(data=2, tensor=4)}, "mesh  is a MeshSpec that is not built", r"\.build\(\)"),
+        (
+            {"mesh": sk.MeshSpec(data=2, tensor=4)},
+            "mesh  is a MeshSpec that is not built",
+            r"\.build\(\)",
+        ),
         ({"mesh": None}, "mesh  is of type NoneType", r"sk\.MeshSpec\("),
         ({"batch": {"x": 3}}, "batch/x  is of type int, not an array", r"numpy\.asarray"),
         ({"strategy": {"w": P()}}, "strategy  is of type dict", r"sk\.Strategy\("),

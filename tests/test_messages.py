@@ -7,7 +7,7 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
-from shardkit.testing import run_on_simulated_devices
+from shardkit.testing import simulated_devices
 
 
 def rematerializing():
@@ -48,5 +48,5 @@ def found_with_a_cache(folder):
 
 
 def test_remats_are_found_whatever_the_persistent_cache_holds(tmp_path):
-    run_on_simulated_devices(8, found_with_a_cache, str(tmp_path / "cache"))
+    simulated_devices(8, found_with_a_cache, str(tmp_path / "cache"))
     assert any((tmp_path / "cache").iterdir())

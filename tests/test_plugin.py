@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from shardkit.errors import MeshError
-from shardkit.testing import run_on_simulated_devices
+from shardkit.testing import simulated_devices
 
 pytest_plugins = ["pytester"]
 
@@ -114,19 +114,19 @@ def raising():
 
 
 def test_a_function_runs_in_a_child_with_its_own_devices():
-    assert run_on_simulated_devices(3, devices_of, "child", more=0) == 3
+    assert simulated_devices(3, devices_of, "child", more=0) == 3
     assert len(jax.devices()) == 8
 
 
 def test_what_the_child_raises_comes_back():
     with pytest.raises(KeyError, match="from the child"):
-        run_on_simulated_devices(1, raising)
+        simulated_devices(1, raising)
 
 
 def test_a_function_without_a_name_is_refused():
     with pytest.raises(MeshError) as raised:
-        run_on_simulated_devices(2, lambda: None)
+        simulated_devices(2, lambda: None)
     message = str(raised.value)
-    assert message.startswith("run_on_simulated_devices(2) cannot call this function.")
+    assert message.startswith("simulated_devices(2) cannot call this function.")
     assert "test_a_function_without_a_name_is_refused.<locals>.<lambda>" in message
     assert "Fix: define it at the top level of a module" in message

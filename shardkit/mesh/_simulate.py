@@ -89,7 +89,7 @@ def _check_started(n: int) -> None:
             f"JAX has started with {count(present, 'CPU device')}",
             f"call sk.simulate_devices({n}) right after the imports, before the first array, key "
             f"or jax.devices(); or set XLA_FLAGS={_FLAG}={n} in the environment; or use a child "
-            f"process: shardkit.testing.run_on_simulated_devices({n})",
+            f"process: shardkit.testing.simulated_devices({n})",
         )
 
 

@@ -308,9 +308,7 @@ def _type_problems(spec: StepSpec) -> Iterator[Problem]:
     for name, is_right, fix in rows:
         if not is_right:
             yield Problem(name, f"is of type {_type_name(getattr(spec, name))}", fix)
-    yield from option_problems(
-        deterministic=(spec.deterministic, bool), debug=(spec.debug, bool)
-    )
+    yield from option_problems(deterministic=(spec.deterministic, bool), debug=(spec.debug, bool))
 
 
 def _optimizer_fix(optimizer: Any) -> str:

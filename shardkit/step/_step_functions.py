@@ -11,7 +11,7 @@ from .._core.errors import Problem, StepError, raise_all
 from .._core.precision import cast_floats
 from .._core.train_state import TrainState
 from .._core.types import Batch, Params
-from ..nn._remat import Policy, use_policy, apply_policy, parse_policy, regathering_policy
+from ..nn._remat import Policy, apply_policy, parse_policy, regathering_policy, use_policy
 from ._bound_spec import BoundSpec
 from ._gradients import GradientFn, GradientPlan, LossArgs, build_gradients, match_shard_draws
 from ._layout import StepLayout

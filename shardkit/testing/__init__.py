@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ._kill_matrix import MutationResult as MutationResult
     from ._kill_matrix import kill_matrix as kill_matrix
     from ._shard_mutations import SHARD_MUTATIONS as SHARD_MUTATIONS
-    from ._simulated_process import run_on_simulated_devices as run_on_simulated_devices
+    from ._simulated_process import simulated_devices as simulated_devices
     from .mutations import MUTATIONS as MUTATIONS
     from .mutations import PIPELINE_MUTATIONS as PIPELINE_MUTATIONS
     from .mutations import ZERO_MUTATIONS as ZERO_MUTATIONS
@@ -38,6 +38,6 @@ else:
             "assert_within": "._asserts",
             "kill_matrix": "._kill_matrix",
             "mutations": None,
-            "run_on_simulated_devices": "._simulated_process",
+            "simulated_devices": "._simulated_process",
         },
     )

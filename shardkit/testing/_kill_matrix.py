@@ -131,7 +131,9 @@ def kill_matrix(
     plain = compile_for(build_one_device_mesh(mesh))
     step = compile_for(mesh)
     overrides = [override for _, override in step.spec.strategy.overrides]
-    has_micro_batches = any(override.incompatibilities(Accumulate(2), False) for override in overrides)
+    has_micro_batches = any(
+        override.incompatibilities(Accumulate(2), False) for override in overrides
+    )
     if step.spec.accumulate.micro_batches == 1 and not has_micro_batches:
         step = step.replace(accumulate=2)
     inputs = ParityInputs(

@@ -17,9 +17,7 @@ from .._core.errors import MeshError, Problem, format_problems
 from ..mesh import simulate_devices
 
 
-def run_on_simulated_devices(
-    n: int, function: Callable[..., Any], /, *args: Any, **kwargs: Any
-) -> Any:
+def simulated_devices(n: int, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """Calls a function in a child process that has `n` simulated CPU devices.
 
     The JAX of the calling process is unchanged, whether or not it has started a backend.
@@ -44,7 +42,7 @@ def run_on_simulated_devices(
         why = "is not a function that a child process can import by name"
         problem = Problem(f"{function.__module__}.{function.__qualname__}", why)
         fix = "define it at the top level of a module, and pass its data as arguments"
-        headline = f"run_on_simulated_devices({n}) cannot call this function."
+        headline = f"simulated_devices({n}) cannot call this function."
         raise MeshError(format_problems(headline, [problem], fix))
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(

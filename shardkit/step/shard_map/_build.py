@@ -112,5 +112,7 @@ def _match_draws(
         draws = dataclasses.replace(draws, row_dims=match_dims(of_device, of_all_rows, shards))
     if slices > 1:
         of_whole_length = trace_draws(objective, 1, steps * shards)
-        draws = dataclasses.replace(draws, length_dims=match_dims(of_device, of_whole_length, slices))
+        draws = dataclasses.replace(
+            draws, length_dims=match_dims(of_device, of_whole_length, slices)
+        )
     return draws

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 from ..._core.precision import cast_floats
 from ..._core.split_rng import part_keys, threefry_words
 from ..._core.types import Batch, Key, Params, PyTree, Scalar
-from ...nn._manual_axis_rules import gather_dim, use_manual_axis_rules, pvary
+from ...nn._manual_axis_rules import gather_dim, pvary, use_manual_axis_rules
 from .._gradients import GradientFn, LossAndGradients, LossArgs, divide_by_weight, to_f32
 from .._objective import LossOutput, Objective
 from ._buckets import GradientSum, reduce_gradients
