@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 
-from .types import Key, Params, PyTree, Scalar
+from .types import Params, PyTree
 
 
 @jax.tree_util.register_dataclass
@@ -23,9 +23,10 @@ class TrainState:
         all later ones are skipped: the other fields are those before it.
     """
 
-    step: Scalar
+    # A tree of shardings or of shapes has the same form, so the leaves are not typed as arrays.
+    step: PyTree
     params: Params
     opt_state: PyTree
     model_state: PyTree
-    key: Key
-    halted: Scalar
+    key: PyTree
+    halted: PyTree

@@ -64,7 +64,7 @@ def plan_restore(
     for path, leaf in wanted.items():
         if path in absent:
             continue
-        problems += _leaf_problems(path, leaf, source[path], saved, wanted, cast)
+        problems += _leaf_problems(path, leaf, source[path], saved=saved, wanted=wanted, cast=cast)
     for path in saved:
         if path not in wanted and source[path] in (SAVED, None):
             why = f"is saved as {saved[path].type}; the state has no such leaf."
@@ -108,6 +108,7 @@ def _leaf_problems(
     path: str,
     leaf: Any,
     source: str | None,
+    *,
     saved: Mapping[str, SavedLeaf],
     wanted: Mapping[str, Any],
     cast: Sequence[str],

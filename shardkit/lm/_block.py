@@ -16,6 +16,7 @@ the stream, reduced if its products are split).
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,14 +95,14 @@ def block(
         mixed = defer_remat(functools.partial(_mix, config), "attn_out")
         y = mixed(weights, x_BTE, angles, segment_ids)
         x_BTE = x_BTE + _branch_output(
-            config, weights, "attn_out", y, ("heads", "head_dim"), keys[0]
+            config, weights, "attn_out", y, partial=("heads", "head_dim"), key=keys[0]
         )
     with jax.named_scope("mlp"):
         inner = _inner(config)
         into = () if config.experts else inner
         h = _branch_input(config, x_BTE, weights["mlp_norm"], "mlp_in", into)
         y, sums = _feed_forward(config, weights, h, token_weights)
-        x_BTE = x_BTE + _branch_output(config, weights, "mlp_out", y, inner, keys[1])
+        x_BTE = x_BTE + _branch_output(config, weights, "mlp_out", y, partial=inner, key=keys[1])
     return constrain(x_BTE, *STREAM), sums
 
 
@@ -136,6 +137,7 @@ def _branch_output(
     weights: Mapping[str, jax.Array],
     name: str,
     y_BTE: jax.Array,
+    *,
     partial: tuple[str, ...],
     key: jax.Array | None,
 ) -> jax.Array:
@@ -152,7 +154,7 @@ def _product(
     h_BTE: jax.Array, weights: Mapping[str, jax.Array], name: str, *outputs: str
 ) -> jax.Array:
     """Multiplies with a weight [embed, *outputs], and adds its bias if it has one."""
-    y = project(h_BTE, use_param(weights[name], "embed", *outputs))
+    y: Any = project(h_BTE, use_param(weights[name], "embed", *outputs))
     bias = weights.get(f"{name}_bias")
     return y if bias is None else y + bias
 

@@ -79,7 +79,7 @@ class Plan:
                 lines.append(f"     compiled: {milliseconds:.4g} ms by its schedule, {total}")
             if candidate.failed:
                 lines.append(f"     not compiled: {candidate.failed}")
-        lines += ["Declaration of the first:", *self.best.declaration.splitlines()]
+        lines += ["Code of the first:", *self.best.declaration.splitlines()]
         if self.changes:
             lines += ["What would change the answer:", *(f"  {text}" for text in self.changes)]
         lines += [f"  {what}: {row}" for what, row, _ in self.sensitivity]

@@ -121,7 +121,8 @@ class TracedModel:
             return jax.grad(checkpointed, has_aux=True)(params, model_state, batch, key)
 
         low = self._compute_params()
-        checkpointed = apply_policy(loss, named, low, state.model_state, spec.batch, state.key)
+        args = (low, state.model_state, spec.batch, state.key)
+        checkpointed = apply_policy(loss, named, *args)
         with use_policy(named):
             return jax.make_jaxpr(run)(state.params, state.model_state, spec.batch, state.key)
 

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 from ._budget import Budget, check
 from ._compare import Comparison, compare
 from ._data import ReportData
-from ._html import to_html
 from ._json import from_json, to_json
 from ._read import read_program
 from ._text import to_text
+from .page import to_html
 
 if TYPE_CHECKING:
     from ..hardware import Chip

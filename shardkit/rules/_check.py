@@ -70,7 +70,9 @@ def check_spec(
     problems += _find_repeated_axes(leaf, f"{source} → {shown}", entries, dims)
     for dim, axes in enumerate(entries):
         if set(axes) <= set(sizes) and leaf.shape[dim] % shard_count(axes, sizes):
-            problems.append(_describe_indivisible(leaf, dim, entries, sizes, source, dims))
+            problems.append(
+                _describe_indivisible(leaf, dim, entries, sizes, source=source, dims=dims)
+            )
     return problems
 
 
@@ -126,6 +128,7 @@ def _describe_indivisible(
     dim: int,
     entries: list[tuple[str, ...]],
     mesh: Mapping[str, int],
+    *,
     source: str,
     dims: Sequence[str],
 ) -> Indivisible:

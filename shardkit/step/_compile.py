@@ -124,12 +124,8 @@ def compile_program(
             results = core.jaxpr_as_fun(traced.jaxpr)(*jax.tree.leaves(args))
             return jax.tree.unflatten(jax.tree.structure(traced.out_info), results)
 
-        with (
-            no_ambient_mesh(),
-            use_resolver(resolver),
-            _disable_cache(),
-            copied_stderr() as printed,
-        ):
+        ambient = no_ambient_mesh(), use_resolver(resolver), _disable_cache()
+        with ambient[0], ambient[1], ambient[2], copied_stderr() as printed:
             trace(replay).lower().compile(compiler_options=compiler_options)
         return printed.text
 

@@ -113,7 +113,7 @@ class StepFunctions:
             cannot be split by gradient shard.
         """
         loss = build_objective(self.bound.spec.loss_fn, self.bound.mesh)
-        # Checkpoints the loss as a whole if it marks no layers with `sk.remat`.
+        # Checkpoints the loss as a whole if it marks no layers with `sk.nn.remat`.
         loss = apply_policy(loss, parse_policy(self.bound.spec.strategy.remat), *self._loss_args)
         if self.bound.spec.mode == "shard_map":
             return self._build_on_shards(build_shard_gradients, loss)

@@ -51,7 +51,9 @@ def context_parallel_attention(
     Returns:
       [batch, length, heads, head_dim] in the dtype of the queries.
     """
-    return _attention_fwd(query, key, value, segment_ids, causal, layout)[0]
+    # By position: a `custom_vjp` hands all six on so.
+    arguments = (query, key, value, segment_ids, causal, layout)
+    return _attention_fwd(*arguments)[0]
 
 
 def _attention_fwd(  # one argument for each of `context_parallel_attention`
@@ -133,7 +135,8 @@ class ContextAttention(Override):
             head_axes=head_axes,
             vmapped_axes=around.gradient_shard_axes,
         )
-        return context_parallel_attention(query, key, value, segment_ids, causal, layout)
+        arguments = (query, key, value, segment_ids, causal, layout)
+        return context_parallel_attention(*arguments)
 
     @property
     def _layout(self) -> type[AttentionLayout]:

@@ -143,7 +143,9 @@ def _run_experts(
         return mlp(weights, rows, dot)
 
     if capacity is not None:
-        y = run_with_capacity(groups, run_mlp, x_GBTE, choice_GBTK, number, capacity)
+        y = run_with_capacity(
+            groups, run_mlp, x_GBTE, choice_GBTK, number=number, capacity=capacity
+        )
         return groups.merge_groups(combine(y, share_GBTK))
     # A device's rows side by side: the dropless exchange does not need rows of the batch.
     G, B, T, K = choice_GBTK.shape

@@ -25,6 +25,7 @@ def run_with_capacity(
     run_mlp: RunMlp,
     x_GBTE: jax.Array,
     choice_GBTK: jax.Array,
+    *,
     number: int,
     capacity: int,
 ) -> jax.Array:

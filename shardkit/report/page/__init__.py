@@ -3,8 +3,8 @@
 import re
 from importlib.resources import files
 
-from ._data import ReportData
-from ._json import to_json
+from .._data import ReportData
+from .._json import to_json
 
 # Later scripts use what earlier ones define.
 _SCRIPTS = tuple(
@@ -25,4 +25,4 @@ def to_html(report: ReportData) -> str:
 
 
 def _read_asset(name: str) -> str:
-    return files("shardkit.report").joinpath("page", name).read_text("utf-8")
+    return files(__name__).joinpath(name).read_text("utf-8")
