@@ -13,7 +13,7 @@ from shardkit.parallel._compression import compressed_sum
 made = sk.strategies
 
 WRONG = {
-    "kv_heads": (lambda: made.tensor(kv_heads=2), "tensor(kv_heads=2)"),
+    "kv_heads": (lambda: made.tensor(kv_heads=2), "kv_heads=2"),
     "schedule": (lambda: made.pipeline(schedule=["x"], micro_batches=2), "schedule=['x']"),
     "stages": (
         lambda: made.pipeline(micro_batches=2, layers_per_stage=[3, -1]),
@@ -24,10 +24,10 @@ WRONG = {
         "layers_per_stage=3",
     ),
     "join": (lambda: made.fsdp() | "data", "| 'data'"),
-    "axis": (lambda: made.fsdp(3), "fsdp(axis=3)"),
-    "no axis": (lambda: made.expert(axis=""), "expert(axis='')"),
-    "stage": (lambda: made.zero(stage=True), "zero(stage=True)"),
-    "size": (lambda: made.fsdp(min_size="x"), "fsdp(min_size='x')"),
+    "axis": (lambda: made.fsdp(3), "axis=3"),
+    "no axis": (lambda: made.expert(axis=""), "axis=''"),
+    "stage": (lambda: made.zero(stage=True), "stage=True"),
+    "size": (lambda: made.fsdp(min_size="x"), "min_size='x'"),
     "block": (lambda: sk.GradientCompression("data", block=True), "True is not a positive number"),
 }
 

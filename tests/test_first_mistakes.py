@@ -67,9 +67,11 @@ def test_several_wrong_options_are_one_error(mesh):
 
 
 def test_a_spec_is_no_rule():
-    with pytest.raises(sk.errors.StepError, match=r"params  P\('data',\) is no rule"):
+    with pytest.raises(sk.errors.StepError, match=r"params  P\('data',\) is not a rule"):
         sk.Strategy(params=P("data"))
-    with pytest.raises(sk.errors.StepError, match=r"batch   'data' is no rule[\s\S]*P\(\"data\"\)"):
+    with pytest.raises(
+        sk.errors.StepError, match=r"batch   'data' is not a rule[\s\S]*P\(\"data\"\)"
+    ):
         sk.Strategy(params={"w": P()}, batch="data")
 
 
@@ -116,5 +118,5 @@ def test_a_rate_that_is_no_positive_number(rate):
 
 def test_a_run_name_stays_below_runs():
     for name in ("", "../../x"):
-        with pytest.raises(sk.errors.ConfigError, match="one word without slashes"):
+        with pytest.raises(sk.errors.ConfigError, match="cannot have slashes"):
             sk.Config(name=name)

@@ -148,4 +148,4 @@ def test_a_permute_inside_one_stage_is_refused_before_it_waits_for_ever():
     assert "A pipeline stage would deadlock on mesh (pipe=2, seq=4)." in text
     assert "layers: jit(_roll_static)/" in text
     assert "moves f32[8,1,8] over 'seq' by a permute, inside one pipeline stage" in text
-    assert 'y = sk.nn.constrain(y, "batch", None, ...), which gathers within the stage' in text
+    assert 'y = sk.nn.constrain(y, "batch", None, ...)' in text

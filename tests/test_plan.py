@@ -234,7 +234,7 @@ def test_numbers_that_cannot_be_are_refused_at_once():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--compile", "-3"], "--compile -3  counts layouts"),
+        (["--compile", "-3"], "--compile -3  must be at least 0"),
         (["--json", f"{__file__}/plan.json"], "is not a folder that this user may write to"),
     ],
 )

@@ -137,7 +137,7 @@ def test_everything_that_is_no_run_is_named_at_once(tmp_path, run, capsys):
     [
         ("plot.jpg", "has the suffix '.jpg'; known: .png, .svg, .html.", "plot.png"),
         ("plot", "has no suffix; known: .png, .svg, .html.", "plot.png"),
-        ("no/such/plot.svg", "No such file or directory.", "plot.png"),
+        ("no/such/plot.svg", "No such file or directory: there is no folder", "plot.png"),
     ],
 )
 def test_a_picture_that_cannot_be_written_says_why(name, why, fix, tmp_path, run):

@@ -214,7 +214,7 @@ def test_no_legal_mesh_is_one_error_and_the_rows_are_kept(tmp_path):
     ("asked", "message"),
     [
         ({"axes": ["data", "data"]}, "axis 'data'  is named twice"),
-        ({"axes": ["da ta"]}, "the name of an axis must be a Python identifier"),
+        ({"axes": ["da ta"]}, "axis 'da ta'"),
         ({"devices": 0}, "devices=0  is not a positive int"),
         ({"devices": 64}, "this process has 8 devices"),
         ({"accumulate": ()}, "accumulate=[]  is empty"),

@@ -91,7 +91,7 @@ SHARD_MUTATIONS: tuple[Mutation, ...] = (
         "types of shards not checked",
         "sums within layers are summed again in the backward pass",
         ("gradients", "grad_norm"),
-        ((_STEP + "shard_map._gradients.mapped", _skip_vma_check),),
+        ((_STEP + "shard_map._gradients.map_shards", _skip_vma_check),),
     ),
     Mutation(
         "one mask on all shards",
@@ -103,7 +103,7 @@ SHARD_MUTATIONS: tuple[Mutation, ...] = (
         "weight of shards missing",
         "gradients of the weighted sum are used as those of the mean",
         ("gradients", "grad_norm"),
-        ((_STEP + "shard_map._gradients.per_weight", _skip_division),),
+        ((_STEP + "shard_map._gradients.divide_by_weight", _skip_division),),
     ),
     Mutation(
         "clipped by the norm of a shard",

@@ -233,7 +233,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "wrong spec",
         "the first split leaf is replicated",
         ("layout",),
-        ((_STEP + "_layout.collect", _replicate_first_split),),
+        ((_STEP + "_layout.resolve_all", _replicate_first_split),),
     ),
     Mutation(
         "update made twice",
