@@ -1,0 +1,99 @@
+"""One equation of a program, seen with two numbers of rows at once."""
+
+import dataclasses
+import math
+from typing import Any
+
+from jax.extend import core
+
+from ._states import Cause, Constant, Degree, Mixed, PerRow, State
+
+
+@dataclasses.dataclass(frozen=True)
+class Equation:
+    """The same equation in a trace on `n` rows and in one on `2n`.
+
+    Which dims hold rows, and which numbers count them, is what differs between the two: in
+    `jnp.mean(x)` of `f32[8]` the literal 8.0 is 16.0 in the other trace.
+
+    Attributes:
+      few: the equation in the trace on `n` rows.
+      many: in the trace on `2n`.
+      n: rows of the first.
+    """
+
+    few: core.JaxprEqn
+    many: core.JaxprEqn
+    n: int
+
+    @property
+    def name(self) -> str:
+        """The primitive's name."""
+        return self.few.primitive.name
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Its parameters, in the trace on `n` rows."""
+        return self.few.params
+
+    def shape(self, index: int) -> tuple[int, ...]:
+        """Shape of an operand, on `n` rows."""
+        return tuple(self.few.invars[index].aval.shape)
+
+    def out_shape(self, index: int = 0) -> tuple[int, ...]:
+        """Shape of a result, on `n` rows."""
+        return tuple(self.few.outvars[index].aval.shape)
+
+    def growing(self, index: int) -> tuple[int, ...]:
+        """Dims of an operand whose size follows the number of rows."""
+        return _differing(self.few.invars[index], self.many.invars[index])
+
+    def out_growing(self, index: int = 0) -> tuple[int, ...]:
+        """Dims of a result whose size follows the number of rows."""
+        return _differing(self.few.outvars[index], self.many.outvars[index])
+
+    def mixed(self, why: str, *, ratio: bool = False) -> Mixed:
+        """The state of what mixes rows here, with the user's line."""
+        return Mixed(Cause(self.name, why, user_line(self.few), ratio))
+
+    def grown(self, state: PerRow, shape: tuple[int, ...]) -> int:
+        """Elements that a dim with rows has in all: `outer · n · inner`."""
+        assert shape[state.dim] == state.outer * self.n * state.inner
+        return shape[state.dim]
+
+
+def user_line(equation: core.JaxprEqn) -> str:
+    """`file:line in function` of the innermost frame that is neither JAX nor a library on it."""
+    traceback = equation.source_info.traceback
+    for frame in traceback.frames if traceback else ():
+        if not any(f"/{package}/" in frame.file_name for package in _LIBRARIES):
+            return f"{frame.file_name.rpartition('/')[2]}:{frame.line_num} in {frame.function_name}"
+    return ""
+
+
+_LIBRARIES = ("jax", "flax", "optax", "shardkit", "equinox", "haiku", "contextlib.py", "functools.py")
+
+
+def literal_degree(few: Any, many: Any) -> Degree:
+    """How a number of the program grows when the rows are doubled.
+
+    >>> literal_degree(8.0, 16.0), literal_degree(0.125, 0.0625), literal_degree(3, 3)
+    (1, -1, 0)
+    """
+    if few == many or few != few:
+        return 0
+    for degree in (1, -1, 2, -2):
+        if few and math.isclose(many / few, 2.0**degree, rel_tol=1e-6):
+            return degree
+    return None
+
+
+def constant_from(equation: Equation, degree: Degree, index: int = 0) -> State:
+    """A result that no row decides: alike for every row, as its dims that grow are uniform."""
+    del equation, index
+    return Constant(degree)
+
+
+def _differing(few: Any, many: Any) -> tuple[int, ...]:
+    pairs = zip(few.aval.shape, many.aval.shape, strict=True)
+    return tuple(dim for dim, (a, b) in enumerate(pairs) if a != b)

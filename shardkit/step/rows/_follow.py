@@ -1,0 +1,169 @@
+"""Follows the rows of a batch through a traced function."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.extend import core
+
+from . import _indexing  # noqa: F401  registers its rules
+from ._equation import Equation, literal_degree
+from ._rules import RULES, first_mixed, join, unfollowed
+from ._states import Cause, Constant, Mixed, PerRow, RowSum, State, Zero
+
+_INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+
+
+def follow_rows(
+    few: core.ClosedJaxpr, many: core.ClosedJaxpr, inputs: Sequence[State], rows: int
+) -> list[State]:
+    """Says what each result of a function has to do with the rows of its batch.
+
+    Args:
+      few: the function, traced on a batch of `rows` rows.
+      many: the same, traced on twice as many.
+      inputs: state of each argument: `Constant()`, or `PerRow(dim)` of a batch leaf.
+      rows: at least 2.
+
+    Returns:
+      One state for each result.
+    """
+    consts = [
+        _literal_state(a, b) for a, b in zip(few.consts, many.consts, strict=True)
+    ] if len(few.consts) == len(many.consts) else None
+    if consts is None:
+        return [_CHANGES] * len(few.jaxpr.outvars)
+    return _follow(few.jaxpr, many.jaxpr, [*consts, *inputs], rows)
+
+
+_CHANGES = Mixed(Cause("the program", "changes with the number of rows in more than its sizes"))
+
+
+def _literal_state(few: Any, many: Any) -> State:
+    if jax.numpy.shape(few) != jax.numpy.shape(many):
+        return Mixed(Cause("a constant", "has a size of its own for every number of rows"))
+    if jax.numpy.shape(few) != () or not jax.numpy.issubdtype(jax.numpy.result_type(few), jax.numpy.number):
+        return Constant()
+    return _number_state(few, many)
+
+
+def _number_state(few: Any, many: Any) -> State:
+    if few == 0 and many == 0:
+        return Zero()
+    return Constant(literal_degree(complex(few).real, complex(many).real))
+
+
+def _follow(few: Any, many: Any, inputs: Sequence[State], rows: int) -> list[State]:
+    if len(few.eqns) != len(many.eqns):
+        return [_CHANGES] * len(few.outvars)
+    states: dict[Any, State] = {}
+    states.update(zip([*few.constvars, *few.invars], inputs, strict=True))
+
+    def read(a: Any, b: Any) -> State:
+        if isinstance(a, core.Literal):
+            return _literal_state(a.val, b.val) if isinstance(b, core.Literal) else _CHANGES
+        return states[a]
+
+    for one, other in zip(few.eqns, many.eqns, strict=True):
+        if one.primitive is not other.primitive:
+            return [_CHANGES] * len(few.outvars)
+        operands = [read(a, b) for a, b in zip(one.invars, other.invars, strict=True)]
+        results = _follow_equation(Equation(one, other, rows), operands)
+        states.update(zip(one.outvars, results, strict=True))
+    return [read(a, b) for a, b in zip(few.outvars, many.outvars, strict=True)]
+
+
+def _follow_equation(equation: Equation, states: Sequence[State]) -> Sequence[State]:
+    special: dict[str, Callable[..., Sequence[State]]] = {
+        "scan": _scan,
+        "while": _while,
+        "cond": _cond,
+    }
+    if equation.name in special:
+        return special[equation.name](equation, states)
+    if equation.name in RULES:
+        return RULES[equation.name](equation, states)
+    for name in _INNER:
+        if name in equation.params and equation.name != "shard_map":
+            pair = (_body(e.params[name]) for e in (equation.few, equation.many))
+            return _follow_pair(*pair, states, equation.n)
+    return unfollowed(equation, states)
+
+
+def _follow_pair(few: Any, many: Any, states: Sequence[State], rows: int) -> list[State]:
+    (few, few_consts), (many, many_consts) = few, many
+    consts = [_literal_state(a, b) for a, b in zip(few_consts, many_consts, strict=True)]
+    return _follow(few, many, [*consts, *states], rows)
+
+
+def _body(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, core.ClosedJaxpr) else (jaxpr, ())
+
+
+def _scan(equation: Equation, states: Sequence[State]) -> Sequence[State]:
+    params = equation.params
+    outs = len(equation.few.outvars)
+    if params["length"] != equation.many.params["length"]:
+        return [equation.mixed("loops over the rows of the batch")] * outs
+    consts, carried = params["num_consts"], params["num_carry"]
+    fixed, carry = list(states[:consts]), list(states[consts : consts + carried])
+    slices = [_at(s, -1) for s in states[consts + carried :]]
+    if any(isinstance(s, PerRow) and s.dim < 0 for s in slices):
+        return [equation.mixed("loops over the rows of the batch")] * outs
+    pair = [_body(e.params["jaxpr"]) for e in (equation.few, equation.many)]
+
+    def body(carry: Sequence[State]) -> tuple[list[State], list[State]]:
+        results = _follow_pair(*pair, [*fixed, *carry, *slices], equation.n)
+        return results[:carried], results[carried:]
+
+    carry, ys = _fixpoint(equation, body, carry)
+    return [*carry, *(_at(y, 1) for y in ys)]
+
+
+def _at(state: State, by: int) -> State:
+    """A state with the dims of its array moved: a scan takes slices along dim 0, and stacks them."""
+    if isinstance(state, PerRow):
+        return PerRow(state.dim + by, state.outer, state.inner, state.degree, state.role)
+    return state
+
+
+def _fixpoint(equation: Equation, body: Callable[..., Any], carry: list[State]) -> tuple[Any, Any]:
+    """What a carry is after any number of turns: states only get worse, so this ends."""
+    while True:
+        after, ys = body(carry)
+        joined = [join(equation, pair) for pair in zip(carry, after, strict=True)]
+        if joined == carry or all(isinstance(state, Mixed) for state in joined):
+            return joined, ys
+        # A mixed carry keeps the cause that it got first.
+        carry = [old if isinstance(old, Mixed) else new for old, new in zip(carry, joined, strict=True)]
+
+
+def _while(equation: Equation, states: Sequence[State]) -> Sequence[State]:
+    params = equation.params
+    n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
+    for_cond, for_body = states[:n_cond], states[n_cond : n_cond + n_body]
+    pairs = {
+        name: [_body(e.params[f"{name}_jaxpr"]) for e in (equation.few, equation.many)]
+        for name in ("cond", "body")
+    }
+
+    def body(carry: Sequence[State]) -> tuple[list[State], None]:
+        return _follow_pair(*pairs["body"], [*for_body, *carry], equation.n), None
+
+    carry, _ = _fixpoint(equation, body, list(states[n_cond + n_body :]))
+    (ends,) = _follow_pair(*pairs["cond"], [*for_cond, *carry], equation.n)
+    if isinstance(ends, Constant | Zero):
+        return carry
+    return [equation.mixed("ends when rows say so, all of them together")] * len(carry)
+
+
+def _cond(equation: Equation, states: Sequence[State]) -> Sequence[State]:
+    which, *operands = states
+    pairs = zip(equation.params["branches"], equation.many.params["branches"], strict=True)
+    results = [_follow_pair(_body(a), _body(b), operands, equation.n) for a, b in pairs]
+    if not isinstance(which, Constant | Zero):
+        return [equation.mixed("takes a branch by what rows say together")] * len(results[0])
+    return [join(equation, outs) for outs in zip(*results, strict=True)]
+
+
+__all__ = ["RowSum", "first_mixed", "follow_rows"]

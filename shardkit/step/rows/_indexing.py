@@ -1,0 +1,154 @@
+"""Gathers and scatters: rows that are looked up, look something up, or are found by their number."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ._equation import Equation
+from ._rules import first_mixed, join, rule
+from ._states import Columns, Constant, PerRow, RowSum, State, Zero, add_degrees
+
+_PICKS = "picks rows of the batch by an index"
+
+
+@rule("gather")
+def _gather(equation: Equation, states: Sequence[State]) -> Sequence[State]:
+    """Looks up slices of `operand` at `indices [*places, columns]`.
+
+    Right for rows in three forms: each row looks up a table (an embedding), the same columns of
+    every row are taken (`x[:, 0]`), or each row is looked up in itself, by a shared batching dim
+    or by its own number (`logits[jnp.arange(n), labels]`).
+    """
+    if mixed := first_mixed(states):
+        return [mixed]
+    operand, indices = states[:2]
+    numbers = equation.params["dimension_numbers"]
+    if isinstance(indices, RowSum) or (isinstance(operand, RowSum) and not _fixed(indices)):
+        return [equation.mixed("looks up what a sum over rows says")]
+    if isinstance(operand, Columns) or (isinstance(operand, PerRow) and operand.role != "data"):
+        return [equation.mixed(_PICKS)]
+    place = _rows_of_indices(indices, numbers.start_index_map)
+    if isinstance(operand, PerRow):
+        return [_look_up_in_rows(equation, operand, indices, place)]
+    if place is None:
+        if isinstance(indices, PerRow | Columns):
+            return [equation.mixed(_PICKS)]
+        cut = [d for d in equation.growing(0) if equation.params["slice_sizes"][d] != equation.shape(0)[d]]
+        return [equation.mixed(_PICKS) if cut else operand]
+    if isinstance(operand, Zero):
+        return [operand]
+    rows, index = place
+    if index is not None or not isinstance(operand, Constant):
+        return [equation.mixed("looks up a table by a row's place in the batch")]
+    return [PerRow(_place_dim(equation, rows.dim), rows.outer, rows.inner, operand.degree)]
+
+
+def _look_up_in_rows(
+    equation: Equation, operand: PerRow, indices: State, place: tuple[PerRow, int | None] | None
+) -> State:
+    numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
+    if operand.dim in numbers.operand_batching_dims:
+        which = numbers.operand_batching_dims.index(operand.dim)
+        dim = numbers.start_indices_batching_dims[which]
+        if isinstance(indices, PerRow) and (indices.dim, indices.role) != (dim, "data"):
+            return equation.mixed(_PICKS)
+        return PerRow(_place_dim(equation, dim), operand.outer, operand.inner, operand.degree)
+    if operand.dim in numbers.start_index_map:
+        column = numbers.start_index_map.index(operand.dim)
+        if place and place[1] == column and place[0].layout[1:] == operand.layout[1:]:
+            return PerRow(_place_dim(equation, place[0].dim), degree=operand.degree)
+    whole = sizes[operand.dim] == equation.shape(0)[operand.dim]
+    if place is None and _fixed(indices) and whole and operand.dim not in numbers.collapsed_slice_dims:
+        return PerRow(_offset_dim(numbers, operand.dim), operand.outer, operand.inner, operand.degree)
+    return equation.mixed(_PICKS)
+
+
+def _fixed(indices: State) -> bool:
+    if isinstance(indices, Columns):
+        return all(isinstance(part, Constant | Zero) for part in indices.parts)
+    return isinstance(indices, Constant | Zero)
+
+
+def _rows_of_indices(indices: State, columns: Sequence[int]) -> tuple[PerRow, int | None] | None:
+    """The rows that indices hold, and which of their columns is the row's own number."""
+    parts = indices.parts if isinstance(indices, Columns) else (indices,)
+    rows = [part for part in parts if isinstance(part, PerRow)]
+    if not rows or len({part.layout for part in rows}) > 1:
+        return None
+    if any(part.role not in ("data", "index") for part in rows):
+        return None
+    own = [i for i, part in enumerate(parts) if isinstance(part, PerRow) and part.role == "index"]
+    if len(own) > 1 or (own and own[0] >= len(columns)):
+        return None
+    return rows[0], own[0] if own else None
+
+
+def _place_dim(equation: Equation, dim: int) -> int:
+    """Dim of a gather's result that comes from dim `dim` of its indices."""
+    numbers, rank = equation.params["dimension_numbers"], len(equation.out_shape())
+    return [d for d in range(rank) if d not in numbers.offset_dims][dim]
+
+
+def _offset_dim(numbers: Any, dim: int) -> int:
+    """Dim of a gather's result that comes from dim `dim` of its operand."""
+    gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+    return numbers.offset_dims[dim - sum(d < dim for d in gone)]
+
+
+@rule("scatter-add", "scatter", "scatter_mul", "scatter_min", "scatter_max", "scatter_sub", "scatter_add")
+def _scatter(equation: Equation, states: Sequence[State]) -> Sequence[State]:
+    """Puts `updates` into `operand` at `indices`; the transposed forms of `_gather`."""
+    if mixed := first_mixed(states):
+        return [mixed]
+    operand, indices, updates = states
+    adds = equation.name in ("scatter-add", "scatter_add", "scatter_sub")
+    numbers = equation.params["dimension_numbers"]
+    place = _rows_of_indices(indices, numbers.scatter_dims_to_operand_dims)
+    if isinstance(indices, RowSum) or (isinstance(updates, Columns) or isinstance(operand, Columns)):
+        return [equation.mixed(_PICKS)]
+    if _fixed(indices):
+        return [_scatter_fixed(equation, operand, updates, adds)]
+    if place is None:
+        return [equation.mixed(_PICKS)]
+    rows, own = place
+    kept = _batched_dim(equation, rows.dim) if own is None else numbers.scatter_dims_to_operand_dims[own]
+    degree = updates.degree if isinstance(updates, Constant | PerRow | RowSum) else 0
+    if isinstance(updates, RowSum):
+        return [equation.mixed("puts a sum over rows into single rows")]
+    if isinstance(updates, PerRow) and updates.dim != _update_dim(equation, rows.dim):
+        return [equation.mixed(_PICKS)]
+    if kept is not None:
+        out = PerRow(kept, rows.outer, rows.inner, degree)
+        return [join(equation, [operand, Zero() if isinstance(updates, Zero) else out])]
+    if isinstance(updates, Zero):
+        return [operand]
+    if not adds:
+        return [equation.mixed("lets rows overwrite one another")]
+    return [join(equation, [operand, RowSum(add_degrees(degree, 1))])]
+
+
+def _scatter_fixed(equation: Equation, operand: State, updates: State, adds: bool) -> State:
+    if not isinstance(updates, PerRow):
+        return join(equation, [operand, updates])
+    numbers = equation.params["dimension_numbers"]
+    gone = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
+    if updates.dim in numbers.update_window_dims:
+        own = [d for d in range(len(equation.shape(0))) if d not in gone]
+        dim = own[numbers.update_window_dims.index(updates.dim)]
+        if equation.shape(0)[dim] == equation.shape(2)[updates.dim]:
+            moved = PerRow(dim, updates.outer, updates.inner, updates.degree, updates.role)
+            return join(equation, [operand, moved])
+    return equation.mixed(_PICKS if not adds else "adds rows at fixed places")
+
+
+def _batched_dim(equation: Equation, dim: int) -> int | None:
+    """Dim of the operand that shares a batching dim with dim `dim` of the indices."""
+    numbers = equation.params["dimension_numbers"]
+    if dim not in numbers.scatter_indices_batching_dims:
+        return None
+    return numbers.operand_batching_dims[numbers.scatter_indices_batching_dims.index(dim)]
+
+
+def _update_dim(equation: Equation, dim: int) -> int:
+    """Dim of the updates that goes with dim `dim` of the indices."""
+    numbers, rank = equation.params["dimension_numbers"], len(equation.shape(2))
+    return [d for d in range(rank) if d not in numbers.update_window_dims][dim]
