@@ -3,4 +3,15 @@
 from ._follow import follow_rows
 from ._states import Cause, Columns, Constant, Mixed, PerRow, RowSum, State, Zero, describe
 
-__all__ = ["Cause", "Columns", "Constant", "Mixed", "PerRow", "RowSum", "State", "Zero", "describe", "follow_rows"]
+__all__ = [
+    "Cause",
+    "Columns",
+    "Constant",
+    "Mixed",
+    "PerRow",
+    "RowSum",
+    "State",
+    "Zero",
+    "describe",
+    "follow_rows",
+]

@@ -71,7 +71,16 @@ def user_line(equation: core.JaxprEqn) -> str:
     return ""
 
 
-_LIBRARIES = ("jax", "flax", "optax", "shardkit", "equinox", "haiku", "contextlib.py", "functools.py")
+_LIBRARIES = (
+    "jax",
+    "flax",
+    "optax",
+    "shardkit",
+    "equinox",
+    "haiku",
+    "contextlib.py",
+    "functools.py",
+)
 
 
 def literal_degree(few: Any, many: Any) -> Degree:

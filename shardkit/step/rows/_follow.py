@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from . import _indexing  # noqa: F401  registers its rules
+from . import _indexing, _products, _shapes  # noqa: F401  they register their rules
 from ._equation import Equation, literal_degree
 from ._rules import RULES, first_mixed, join, unfollowed
 from ._states import Cause, Constant, Mixed, PerRow, RowSum, State, Zero
@@ -28,9 +28,11 @@ def follow_rows(
     Returns:
       One state for each result.
     """
-    consts = [
-        _literal_state(a, b) for a, b in zip(few.consts, many.consts, strict=True)
-    ] if len(few.consts) == len(many.consts) else None
+    consts = (
+        [_literal_state(a, b) for a, b in zip(few.consts, many.consts, strict=True)]
+        if len(few.consts) == len(many.consts)
+        else None
+    )
     if consts is None:
         return [_CHANGES] * len(few.jaxpr.outvars)
     return _follow(few.jaxpr, many.jaxpr, [*consts, *inputs], rows)
@@ -42,7 +44,9 @@ _CHANGES = Mixed(Cause("the program", "changes with the number of rows in more t
 def _literal_state(few: Any, many: Any) -> State:
     if jax.numpy.shape(few) != jax.numpy.shape(many):
         return Mixed(Cause("a constant", "has a size of its own for every number of rows"))
-    if jax.numpy.shape(few) != () or not jax.numpy.issubdtype(jax.numpy.result_type(few), jax.numpy.number):
+    if jax.numpy.shape(few) != () or not jax.numpy.issubdtype(
+        jax.numpy.result_type(few), jax.numpy.number
+    ):
         return Constant()
     return _number_state(few, many)
 
@@ -135,7 +139,9 @@ def _fixpoint(equation: Equation, body: Callable[..., Any], carry: list[State]) 
         if joined == carry or all(isinstance(state, Mixed) for state in joined):
             return joined, ys
         # A mixed carry keeps the cause that it got first.
-        carry = [old if isinstance(old, Mixed) else new for old, new in zip(carry, joined, strict=True)]
+        carry = [
+            old if isinstance(old, Mixed) else new for old, new in zip(carry, joined, strict=True)
+        ]
 
 
 def _while(equation: Equation, states: Sequence[State]) -> Sequence[State]:

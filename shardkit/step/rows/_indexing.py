@@ -32,7 +32,11 @@ def _gather(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     if place is None:
         if isinstance(indices, PerRow | Columns):
             return [equation.mixed(_PICKS)]
-        cut = [d for d in equation.growing(0) if equation.params["slice_sizes"][d] != equation.shape(0)[d]]
+        cut = [
+            d
+            for d in equation.growing(0)
+            if equation.params["slice_sizes"][d] != equation.shape(0)[d]
+        ]
         return [equation.mixed(_PICKS) if cut else operand]
     if isinstance(operand, Zero):
         return [operand]
@@ -57,8 +61,15 @@ def _look_up_in_rows(
         if place and place[1] == column and place[0].layout[1:] == operand.layout[1:]:
             return PerRow(_place_dim(equation, place[0].dim), degree=operand.degree)
     whole = sizes[operand.dim] == equation.shape(0)[operand.dim]
-    if place is None and _fixed(indices) and whole and operand.dim not in numbers.collapsed_slice_dims:
-        return PerRow(_offset_dim(numbers, operand.dim), operand.outer, operand.inner, operand.degree)
+    if (
+        place is None
+        and _fixed(indices)
+        and whole
+        and operand.dim not in numbers.collapsed_slice_dims
+    ):
+        return PerRow(
+            _offset_dim(numbers, operand.dim), operand.outer, operand.inner, operand.degree
+        )
     return equation.mixed(_PICKS)
 
 
@@ -94,7 +105,15 @@ def _offset_dim(numbers: Any, dim: int) -> int:
     return numbers.offset_dims[dim - sum(d < dim for d in gone)]
 
 
-@rule("scatter-add", "scatter", "scatter_mul", "scatter_min", "scatter_max", "scatter_sub", "scatter_add")
+@rule(
+    "scatter-add",
+    "scatter",
+    "scatter_mul",
+    "scatter_min",
+    "scatter_max",
+    "scatter_sub",
+    "scatter_add",
+)
 def _scatter(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     """Puts `updates` into `operand` at `indices`; the transposed forms of `_gather`."""
     if mixed := first_mixed(states):
@@ -103,14 +122,20 @@ def _scatter(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     adds = equation.name in ("scatter-add", "scatter_add", "scatter_sub")
     numbers = equation.params["dimension_numbers"]
     place = _rows_of_indices(indices, numbers.scatter_dims_to_operand_dims)
-    if isinstance(indices, RowSum) or (isinstance(updates, Columns) or isinstance(operand, Columns)):
+    if isinstance(indices, RowSum) or (
+        isinstance(updates, Columns) or isinstance(operand, Columns)
+    ):
         return [equation.mixed(_PICKS)]
     if _fixed(indices):
         return [_scatter_fixed(equation, operand, updates, adds)]
     if place is None:
         return [equation.mixed(_PICKS)]
     rows, own = place
-    kept = _batched_dim(equation, rows.dim) if own is None else numbers.scatter_dims_to_operand_dims[own]
+    kept = (
+        _batched_dim(equation, rows.dim)
+        if own is None
+        else numbers.scatter_dims_to_operand_dims[own]
+    )
     degree = updates.degree if isinstance(updates, Constant | PerRow | RowSum) else 0
     if isinstance(updates, RowSum):
         return [equation.mixed("puts a sum over rows into single rows")]

@@ -16,7 +16,7 @@ number. A `RowSum(1)` is the same where the shards are added up.
 
 import dataclasses
 
-from ..._errors import count
+from ..._core.errors import count
 
 Degree = int | None
 """The power of the number of rows that a value grows with; None: it depends on it otherwise."""

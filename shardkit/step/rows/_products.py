@@ -1,0 +1,144 @@
+"""Rules for products, convolutions, windows, factorizations and random draws."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ._equation import Equation
+from ._rules import PICKS, elementwise, first_mixed, moved, product, rule
+from ._states import (
+    Columns,
+    Constant,
+    Mixed,
+    PerRow,
+    RowSum,
+    State,
+    Zero,
+    add_degrees,
+)
+
+
+@rule("dot_general")
+def _dot(equation: Equation, states: Sequence[State]) -> Sequence[State]:
+    if mixed := first_mixed(states):
+        return [mixed]
+    if any(isinstance(state, Zero) for state in states):
+        return [Zero()]
+    left, right = states
+    if any(isinstance(s, Columns) or (isinstance(s, PerRow) and s.role != "data") for s in states):
+        return [equation.mixed(PICKS)]
+    contracted, batched = equation.params["dimension_numbers"]
+    summed = sum(dim in equation.growing(0) for dim in contracted[0])
+    assert isinstance(left, PerRow | Constant | RowSum)
+    assert isinstance(right, PerRow | Constant | RowSum)
+    degree = add_degrees(left.degree, right.degree, summed)
+    if isinstance(left, RowSum) or isinstance(right, RowSum):
+        other = right if isinstance(left, RowSum) else left
+        if isinstance(other, Constant):
+            return [RowSum(degree)]
+        return [equation.mixed("multiplies a sum over rows with what rows decide")]
+    rows = [(side, s) for side, s in enumerate((left, right)) if isinstance(s, PerRow)]
+    if not rows:
+        return [Constant(degree)]
+    if len(rows) == 2 and not _paired(left, right, contracted, batched):
+        return [equation.mixed("multiplies rows with one another")]
+    side, state = rows[0]
+    if state.dim in contracted[side]:
+        return [RowSum(degree)]
+    return [moved(state, _output_dim(equation, side, state.dim), degree)]
+
+
+def _paired(left: Any, right: Any, contracted: Any, batched: Any) -> bool:
+    """Whether both operands' rows meet in one dim of the product: row by row."""
+    if left.layout[1:] != right.layout[1:]:
+        return False
+    pairs = [*zip(*contracted, strict=True), *zip(*batched, strict=True)]
+    return (left.dim, right.dim) in pairs
+
+
+def _output_dim(equation: Equation, side: int, dim: int) -> int:
+    """Dims of a product: those that both share, then the left operand's own, then the right's."""
+    contracted, batched = equation.params["dimension_numbers"]
+    if dim in batched[side]:
+        return batched[side].index(dim)
+    own = [
+        [d for d in range(len(equation.shape(i))) if d not in (*contracted[i], *batched[i])]
+        for i in (0, 1)
+    ]
+    return len(batched[0]) + (len(own[0]) if side else 0) + own[side].index(dim)
+
+
+@rule("conv_general_dilated")
+def _convolution(equation: Equation, states: Sequence[State]) -> Sequence[State]:
+    """Rows are the batch dim of the input, or, in a weight's gradient, what both are summed over."""
+    if mixed := first_mixed(states):
+        return [mixed]
+    if any(isinstance(state, Zero) for state in states):
+        return [Zero()]
+    image, kernel = states
+    numbers = equation.params["dimension_numbers"]
+    if isinstance(image, PerRow) and isinstance(kernel, PerRow):
+        met = image.dim == numbers.lhs_spec[1] and kernel.dim == numbers.rhs_spec[1]
+        if not met or image.layout[1:] != kernel.layout[1:]:
+            return [equation.mixed("convolves rows with one another")]
+        return [RowSum(add_degrees(image.degree, kernel.degree, 1))]
+    if isinstance(image, PerRow) and isinstance(kernel, Constant):
+        if image.dim != numbers.lhs_spec[0] or equation.params["batch_group_count"] != 1:
+            return [equation.mixed("convolves along the rows of the batch")]
+        degree = add_degrees(image.degree, kernel.degree)
+        return [moved(image, numbers.out_spec[0], degree)]
+    if isinstance(image, Constant) and isinstance(kernel, Constant):
+        return [Constant(add_degrees(image.degree, kernel.degree))]
+    return [equation.mixed("convolves what rows decide with a sum over them, or as a kernel")]
+
+
+@rule("reduce_window_sum", "reduce_window_max", "reduce_window_min", "reduce_window")
+def _window(equation: Equation, states: Sequence[State]) -> Sequence[State]:
+    state, params = states[0], equation.params
+    if isinstance(state, PerRow) and params["window_dimensions"][state.dim] != 1:
+        return [equation.mixed("goes along the rows")] * len(equation.few.outvars)
+    if equation.name == "reduce_window_sum":
+        return list(states)
+    return elementwise(equation, states)
+
+
+@rule("select_and_scatter_add")
+def _select_scatter(equation: Equation, states: Sequence[State]) -> Sequence[State]:
+    source, operand, *_ = states
+    if (
+        isinstance(source, PerRow)
+        and source.dim
+        and equation.params["window_dimensions"][source.dim] != 1
+    ):
+        return [equation.mixed("goes along the rows")]
+    return (
+        [product(equation, [source, operand])] if not first_mixed(states) else [first_mixed(states)]
+    )
+
+
+@rule("random_bits", "random_seed", "random_wrap", "random_unwrap", "random_split")
+def _draw(equation: Equation, states: Sequence[State]) -> Sequence[State]:
+    """Draws for every row, from one key or from a key of each row."""
+    (state,) = states
+    if isinstance(state, Mixed | PerRow):
+        return [state]
+    if isinstance(state, RowSum | Columns):
+        return [equation.mixed("draws from what all rows say")]
+    grown = equation.out_growing()
+    if not grown:
+        return [Constant(0)]
+    if len(grown) > 1:
+        return [equation.mixed("draws something for each pair of rows")]
+    size = equation.out_shape()[grown[0]]
+    return [PerRow(grown[0], inner=size // equation.n)]
+
+
+@rule("cholesky", "qr", "eigh", "svd", "lu", "triangular_solve", "householder_product", "eig")
+def _matrices(equation: Equation, states: Sequence[State]) -> Sequence[State]:
+    """Matrix factorizations: rows may be a dim before the last two."""
+    outs = elementwise(equation, states)
+    for index, state in enumerate(states):
+        if isinstance(state, PerRow) and state.dim >= len(equation.shape(index)) - 2:
+            return [equation.mixed("factors a matrix whose lines are rows of the batch")] * len(
+                outs
+            )
+    return outs

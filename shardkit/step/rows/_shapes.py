@@ -1,0 +1,259 @@
+"""Rules for operations that move elements or sum over dims: where the rows are afterwards."""
+
+import math
+from collections.abc import Sequence
+
+from ._equation import Equation
+from ._rules import PICKS, elementwise, first_mixed, join, moved, rule
+from ._states import (
+    Columns,
+    Constant,
+    Mixed,
+    PerRow,
+    RowSum,
+    State,
+    Zero,
+    add_degrees,
+    same_degree,
+)
+
+
+@rule("reduce_sum")
+def _reduce_sum(equation: Equation, states: Sequence[State]) -> Sequence[State]:
+    (state,), axes = states, equation.params["axes"]
+    if isinstance(state, Mixed | Zero):
+        return [state]
+    if isinstance(state, Columns) or (isinstance(state, PerRow) and state.role != "data"):
+        return [equation.mixed(PICKS)]
+    times = len(set(axes) & set(equation.growing(0)))
+    degree = add_degrees(state.degree, times)
+    if isinstance(state, PerRow) and state.dim not in axes:
+        return [moved(state, state.dim - sum(axis < state.dim for axis in axes), degree)]
+    if isinstance(state, Constant):
+        return [Constant(degree)]
+    return [RowSum(degree)]
+
+
+_REDUCTIONS = (
+    "reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin reduce"
+)
+
+
+@rule(*_REDUCTIONS.split())
+def _reduce(equation: Equation, states: Sequence[State]) -> Sequence[State]:
+    outs = elementwise(equation, states)
+    axes = equation.params.get("axes", equation.params.get("dimensions", ()))
+    state = outs[0]
+    if not isinstance(state, PerRow):
+        return outs
+    if state.role != "data":
+        return [equation.mixed(PICKS)] * len(outs)
+    if state.dim in axes:
+        return [equation.mixed("reduces over rows, but not by a sum")] * len(outs)
+    return [moved(state, state.dim - sum(axis < state.dim for axis in axes))] * len(outs)
+
+
+@rule("cumsum", "cumlogsumexp", "cummax", "cummin", "cumprod", "sort", "rev", "fft", "top_k")
+def _along(equation: Equation, states: Sequence[State]) -> Sequence[State]:
+    """What works along some dims: exact for rows where these hold no rows."""
+    params, outs = equation.params, len(equation.few.outvars)
+    rank = len(equation.shape(0))
+    if equation.name == "fft":
+        dims: tuple[int, ...] = tuple(range(rank - len(params["fft_lengths"]), rank))
+    elif equation.name == "top_k":
+        dims = (params.get("axis", rank - 1) % rank,)
+    else:
+        dims = (params["axis"],) if "axis" in params else params.get("dimensions", ())
+        dims = (params["dimension"],) if "dimension" in params else dims
+    linear = equation.name in ("cumsum", "rev", "fft")
+    if any(isinstance(s, PerRow) and s.dim in dims for s in states) and not first_mixed(states):
+        verb = {"sort": "sorts rows", "rev": "turns the order of rows round"}
+        return [equation.mixed(verb.get(equation.name, "goes along the rows"))] * outs
+    if linear and len(states) == 1:
+        return list(states)
+    return elementwise(equation, states)
+
+
+@rule("transpose")
+def _transpose(equation: Equation, states: Sequence[State]) -> Sequence[State]:
+    (state,) = states
+    if isinstance(state, PerRow):
+        return [moved(state, equation.params["permutation"].index(state.dim))]
+    return [state]
+
+
+@rule("broadcast_in_dim")
+def _broadcast(equation: Equation, states: Sequence[State]) -> Sequence[State]:
+    state = states[0]
+    if isinstance(state, PerRow):
+        return [moved(state, equation.params["broadcast_dimensions"][state.dim])]
+    return [state]
+
+
+@rule("squeeze", "expand_dims")
+def _squeeze(equation: Equation, states: Sequence[State]) -> Sequence[State]:
+    (state,), dims = states, equation.params["dimensions"]
+    if not isinstance(state, PerRow):
+        return [state]
+    if equation.name == "squeeze":
+        return [moved(state, state.dim - sum(dim < state.dim for dim in dims))]
+    kept = [d for d in range(len(equation.out_shape())) if d not in dims]
+    return [moved(state, kept[state.dim])]
+
+
+@rule("reshape")
+def _reshape(equation: Equation, states: Sequence[State]) -> Sequence[State]:
+    """Rows folded into a neighbouring dim, or unfolded: elements keep their order.
+
+    `[batch, length]` to `[batch · length]`: one element before the rows, `length` behind each.
+    """
+    state = states[0]
+    if not isinstance(state, PerRow):
+        return [state]
+    old, new = equation.shape(0), equation.out_shape()
+    before = math.prod(old[: state.dim]) * state.outer
+    behind = state.inner * math.prod(old[state.dim + 1 :])
+    for dim in range(len(new)):
+        outer, rest = divmod(before, math.prod(new[:dim]))
+        inner, left = divmod(behind, math.prod(new[dim + 1 :]))
+        if not rest and not left and new[dim] == outer * equation.n * inner:
+            return [PerRow(dim, outer, inner, state.degree, state.role)]
+    return [equation.mixed("splits rows up, or folds several into one")]
+
+
+@rule("concatenate")
+def _concatenate(equation: Equation, states: Sequence[State]) -> Sequence[State]:
+    if mixed := first_mixed(states):
+        return [mixed]
+    dim, rank = equation.params["dimension"], len(equation.out_shape())
+    places = any(isinstance(s, PerRow) and s.role != "data" for s in states)
+    if dim == rank - 1 and (places or any(isinstance(s, Columns) for s in states)):
+        if all(equation.shape(i)[-1] == 1 for i in range(len(states))):
+            return [Columns(tuple(states))]
+        return [equation.mixed(PICKS)]
+    if dim not in equation.out_growing():
+        return [join(equation, states)]
+    return [_stacked_blocks(equation, states, dim)]
+
+
+def _stacked_blocks(equation: Equation, states: Sequence[State], dim: int) -> State:
+    """All rows, and then all rows again: two views of a batch."""
+    blocks, degrees, inner = 0, [], None
+    for index, state in enumerate(states):
+        size = equation.shape(index)[dim]
+        if isinstance(state, PerRow):
+            if state.dim != dim or state.role != "data" or inner not in (None, state.inner):
+                return equation.mixed("puts rows behind one another")
+            inner = state.inner
+        elif dim not in equation.growing(index) or isinstance(state, RowSum):
+            return equation.mixed("puts something else beside the rows of the batch")
+        if not isinstance(state, Zero):
+            assert isinstance(state, PerRow | Constant)
+            degrees.append(state.degree)
+        blocks += size
+    outer, rest = divmod(blocks, equation.n * (inner or 1))
+    if rest:
+        return equation.mixed("puts something else beside the rows of the batch")
+    return PerRow(dim, outer, inner or 1, same_degree(*degrees) if degrees else 0)
+
+
+@rule("slice")
+def _slice(equation: Equation, states: Sequence[State]) -> Sequence[State]:
+    (state,), params = states, equation.params
+    if not isinstance(state, PerRow):
+        uneven = any(_is_cut(equation, dim) for dim in equation.growing(0))
+        return [equation.mixed(PICKS) if uneven and isinstance(state, Constant) else state]
+    if not _is_cut(equation, state.dim):
+        return [state]
+    start, stop = params["start_indices"][state.dim], params["limit_indices"][state.dim]
+    block = equation.n * state.inner
+    strides = params["strides"]
+    if start % block or stop % block or (strides and strides[state.dim] != 1):
+        return [equation.mixed("takes some rows of the batch and leaves others")]
+    return [PerRow(state.dim, (stop - start) // block, state.inner, state.degree, state.role)]
+
+
+def _is_cut(equation: Equation, dim: int) -> bool:
+    return equation.shape(0)[dim] != equation.out_shape()[dim]
+
+
+@rule("dynamic_slice")
+def _dynamic_slice(equation: Equation, states: Sequence[State]) -> Sequence[State]:
+    if mixed := first_mixed(states):
+        return [mixed]
+    state, *starts = states
+    if any(not isinstance(start, Constant | Zero) for start in starts):
+        return [equation.mixed("starts where rows say")]
+    if isinstance(state, PerRow) and _is_cut(equation, state.dim):
+        return [equation.mixed("takes some rows of the batch and leaves others")]
+    return [state]
+
+
+@rule("dynamic_update_slice")
+def _update_slice(equation: Equation, states: Sequence[State]) -> Sequence[State]:
+    if mixed := first_mixed(states):
+        return [mixed]
+    operand, update, *starts = states
+    if any(not isinstance(start, Constant | Zero) for start in starts):
+        return [equation.mixed("starts where rows say")]
+    rows = [state for state in (operand, update) if isinstance(state, PerRow)]
+    if any(equation.shape(0)[s.dim] != equation.shape(1)[s.dim] for s in rows):
+        return [equation.mixed("overwrites some rows of the batch")]
+    return [join(equation, [operand, update])]
+
+
+@rule("pad")
+def _pad(equation: Equation, states: Sequence[State]) -> Sequence[State]:
+    """Padding beside rows is allowed by whole blocks of rows: the gradient of taking one of two views."""
+    state, filler = states
+    config = equation.params["padding_config"]
+    if not isinstance(state, PerRow) or not any(config[state.dim]):
+        uneven = any(any(config[dim]) for dim in equation.growing(0))
+        return [
+            equation.mixed(PICKS)
+            if uneven and isinstance(state, Constant)
+            else join(equation, states)
+        ]
+    low, high, inner = config[state.dim]
+    block = equation.n * state.inner
+    if low % block or high % block or inner:
+        return [equation.mixed("pads the rows of the batch")]
+    outer = state.outer + (low + high) // block
+    padded = PerRow(state.dim, outer, state.inner, state.degree, state.role)
+    return [join(equation, [padded, filler])]
+
+
+@rule("split")
+def _split(equation: Equation, states: Sequence[State]) -> Sequence[State]:
+    (state,), axis, sizes = states, equation.params["axis"], equation.params["sizes"]
+    if not isinstance(state, PerRow) or state.dim != axis:
+        if isinstance(state, Constant) and axis in equation.growing(0):
+            return [equation.mixed(PICKS)] * len(sizes)
+        return [state] * len(sizes)
+    block = equation.n * state.inner
+    if any(size % block for size in sizes):
+        return [equation.mixed("takes some rows of the batch and leaves others")] * len(sizes)
+    return [PerRow(axis, size // block, state.inner, state.degree, state.role) for size in sizes]
+
+
+@rule("unstack", "stack")
+def _stack(equation: Equation, states: Sequence[State]) -> Sequence[State]:
+    axis, outs = equation.params["axis"], len(equation.few.outvars)
+    by = 1 if equation.name == "stack" else -1
+    if by == -1 and any(isinstance(s, PerRow) and s.dim == axis for s in states):
+        return [equation.mixed("takes the rows apart")] * outs
+    shifted = [
+        moved(s, s.dim + by * (s.dim >= axis)) if isinstance(s, PerRow) else s for s in states
+    ]
+    return [join(equation, shifted)] * outs
+
+
+@rule("iota")
+def _iota(equation: Equation, states: Sequence[State]) -> Sequence[State]:
+    dim = equation.params["dimension"]
+    if dim not in equation.out_growing():
+        return [Constant(0)]
+    outer, rest = divmod(equation.out_shape()[dim], equation.n)
+    if rest or outer != 1:
+        return [equation.mixed("counts rows")]
+    return [PerRow(dim, role="index")]
