@@ -125,7 +125,7 @@ def _scan(equation: Equation, states: Sequence[State]) -> Sequence[State]:
 
 
 def _at(state: State, by: int) -> State:
-    """A state with the dims of its array moved: a scan takes slices along dim 0, and stacks them."""
+    """A state with its dims moved: a scan takes slices along dim 0, and stacks them again."""
     if isinstance(state, PerRow):
         return PerRow(state.dim + by, state.outer, state.inner, state.degree, state.role)
     return state

@@ -1,4 +1,4 @@
-"""Gathers and scatters: rows that are looked up, look something up, or are found by their number."""
+"""Rules for gathers and scatters: rows look something up, or are found by their own number."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -69,7 +69,7 @@ def _output_dim(equation: Equation, side: int, dim: int) -> int:
 
 @rule("conv_general_dilated")
 def _convolution(equation: Equation, states: Sequence[State]) -> Sequence[State]:
-    """Rows are the batch dim of the input, or, in a weight's gradient, what both are summed over."""
+    """Rows are the input's batch dim; in a weight's gradient, the dim that both are summed over."""
     if mixed := first_mixed(states):
         return [mixed]
     if any(isinstance(state, Zero) for state in states):

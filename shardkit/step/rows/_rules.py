@@ -185,7 +185,7 @@ def _same(equation: Equation, states: Sequence[State]) -> Sequence[State]:
 
 
 def _is_linear_cast(equation: Equation) -> bool:
-    """A cast to an integer or a bool rounds; one between floats rounds too, and is taken as exact."""
+    """A cast to an integer or a bool is a step; one between floats is taken as exact."""
     kinds = [v.aval.dtype.kind for v in (equation.few.invars[0], equation.few.outvars[0])]
     return kinds[1] in "fcV" or kinds[0] == kinds[1] or (kinds[0] in "iub" and kinds[1] in "iu")
 
@@ -231,7 +231,7 @@ def _elementwise(equation: Equation, states: Sequence[State]) -> Sequence[State]
 def elementwise(
     equation: Equation, states: Sequence[State], keep_places: bool = False
 ) -> Sequence[State]:
-    """Any function of elements at one place: exact for rows, and for nothing that sums over them."""
+    """Any function of elements at one place: right for single rows, wrong for sums over them."""
     outs = len(equation.few.outvars)
     if mixed := first_mixed(states):
         return [mixed] * outs

@@ -204,7 +204,7 @@ def _update_slice(equation: Equation, states: Sequence[State]) -> Sequence[State
 
 @rule("pad")
 def _pad(equation: Equation, states: Sequence[State]) -> Sequence[State]:
-    """Padding beside rows is allowed by whole blocks of rows: the gradient of taking one of two views."""
+    """Pads rows by whole blocks of them alone: the gradient of taking one of two views."""
     state, filler = states
     config = equation.params["padding_config"]
     if not isinstance(state, PerRow) or not any(config[state.dim]):
