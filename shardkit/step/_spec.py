@@ -109,6 +109,10 @@ class StepSpec:
         `"warn"` names the leaf and the change (`sk.RetraceWarning`) and compiles a program for it,
         once per batch variant; `"error"` raises. With several processes it is always an error,
         since each process knows only its own batch.
+      independent_rows: whether to take it that the loss is a mean of independent rows, or an
+        `sk.Mean` of two sums over rows, without reading it from the program. Where the step splits
+        rows, any other loss is an error; set this for one whose rows are independent in a way that
+        cannot be seen.
 
     >>> import jax.numpy as jnp, optax
     >>> spec = StepSpec(
@@ -135,6 +139,7 @@ class StepSpec:
     deterministic: bool = False
     debug: bool = False
     on_retrace: OnRetrace = "warn"
+    independent_rows: bool = False
 
     def __post_init__(self) -> None:
         """Folds the overrides into the strategy and the batch into shapes; checks all fields.
@@ -225,6 +230,7 @@ def compile_step(
     deterministic: bool = False,
     debug: bool = False,
     on_retrace: OnRetrace = "warn",
+    independent_rows: bool = False,
 ) -> CompiledStep:
     """Compiles one training step; the same as `StepSpec(...).compile(mesh)`.
 
@@ -308,7 +314,11 @@ def _type_problems(spec: StepSpec) -> Iterator[Problem]:
     for name, is_right, fix in rows:
         if not is_right:
             yield Problem(name, f"is of type {_type_name(getattr(spec, name))}", fix)
-    yield from option_problems(deterministic=(spec.deterministic, bool), debug=(spec.debug, bool))
+    yield from option_problems(
+        deterministic=(spec.deterministic, bool),
+        debug=(spec.debug, bool),
+        independent_rows=(spec.independent_rows, bool),
+    )
 
 
 def _optimizer_fix(optimizer: Any) -> str:

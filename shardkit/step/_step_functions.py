@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from .._core.errors import Problem, StepError, raise_all
 from .._core.precision import cast_floats
 from .._core.train_state import TrainState
 from .._core.types import Batch, Params
+from ..nn._manual_axis_rules import ShardMapLoss
 from ..nn._remat import Policy, apply_policy, parse_policy, regathering_policy, use_policy
 from ._bound_spec import BoundSpec
 from ._gradients import GradientFn, GradientPlan, LossArgs, build_gradients, match_shard_draws
@@ -24,6 +25,7 @@ from ._update import (
     check_params,
     check_state_types,
 )
+from .rows import check_rows
 from .shard_map._build import build_shard_gradients, build_shard_objective
 from .shard_map._plan import kept_axes
 
@@ -98,6 +100,7 @@ class StepFunctions:
         spec = self.bound.spec
         loss = build_objective(spec.loss_fn, self.bound.mesh, evaluate=True)
         if spec.mode == "shard_map":
+            self._check_rows(loss, gradients=False)
             loss = self._build_on_shards(build_shard_objective, loss)
         return build_eval_step(loss, self._to_compute_params)
 
@@ -115,12 +118,37 @@ class StepFunctions:
         loss = build_objective(self.bound.spec.loss_fn, self.bound.mesh)
         # Checkpoints the loss as a whole if it marks no layers with `sk.nn.remat`.
         loss = apply_policy(loss, parse_policy(self.bound.spec.strategy.remat), *self._loss_args)
+        self._check_rows(loss, gradients=True)
         if self.bound.spec.mode == "shard_map":
             return self._build_on_shards(build_shard_gradients, loss)
         plan = GradientPlan(self.bound, self.layout)
         if plan.per_shard_accumulation:
             plan = dataclasses.replace(plan, draws=match_shard_draws(loss, plan, self._loss_args))
         return build_gradients(loss, plan)
+
+    def _check_rows(self, loss: Objective, *, gradients: bool) -> None:
+        """Refuses a loss that depends on rows together, where the step splits them."""
+        spec = self.bound.spec
+        splits = next(iter(self._row_splits(gradients)), None)
+        # Statistics of the batch are declared by mutable state, and on shards by `ShardMapLoss`.
+        declared = spec.stateful or isinstance(spec.loss_fn, ShardMapLoss)
+        if splits and not spec.independent_rows and not declared:
+            check_rows(loss, self._loss_args, splits, gradients=gradients)
+
+    def _row_splits(self, gradients: bool) -> Iterator[str]:
+        """What makes the step compute the loss on parts of the rows, as code."""
+        spec, sizes = self.bound.spec, self.bound.mesh.shape
+        if spec.mode == "shard_map" and any(sizes[axis] > 1 for axis in self.layout.row_axes):
+            yield 'mode="shard_map"'
+        if not gradients:
+            return
+        if spec.accumulate.micro_batches > 1:
+            yield f"accumulate={spec.accumulate.micro_batches}"
+        if spec.precision.reduces_separately and self.layout.shard_axes:
+            yield f"precision.reduce_dtype={spec.precision.reduce_dtype!r}"
+        for kind in spec.strategy.kinds:
+            if "layers" in kind.splits and sizes.get(kind.axis, 1) > 1:
+                yield f"strategies.{kind.name}()"
 
     def _build_on_shards(self, build: Callable[..., Any], loss: Objective) -> Any:
         with use_policy(layer_policy(self.bound, self.layout)):

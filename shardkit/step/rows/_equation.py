@@ -1,6 +1,7 @@
 """One equation of a program, seen with two numbers of rows at once."""
 
 import dataclasses
+import linecache
 import math
 from typing import Any
 
@@ -54,7 +55,7 @@ class Equation:
 
     def mixed(self, why: str, *, ratio: bool = False) -> Mixed:
         """The state of what mixes rows here, with the user's line."""
-        return Mixed(Cause(self.name, why, user_line(self.few), ratio))
+        return Mixed(Cause(self.name, why, *user_line(self.few), ratio=ratio))
 
     def grown(self, state: PerRow, shape: tuple[int, ...]) -> int:
         """Elements that a dim with rows has in all: `outer · n · inner`."""
@@ -62,13 +63,19 @@ class Equation:
         return shape[state.dim]
 
 
-def user_line(equation: core.JaxprEqn) -> str:
-    """`file:line in function` of the innermost frame that is neither JAX nor a library on it."""
+def user_line(equation: core.JaxprEqn) -> tuple[str, str]:
+    """The innermost frame that is neither JAX nor a library on it.
+
+    Returns:
+      `file:line in function`, and the text of the line; "" for both where there is none.
+    """
     traceback = equation.source_info.traceback
     for frame in traceback.frames if traceback else ():
         if not any(f"/{package}/" in frame.file_name for package in _LIBRARIES):
-            return f"{frame.file_name.rpartition('/')[2]}:{frame.line_num} in {frame.function_name}"
-    return ""
+            name = frame.file_name.rpartition("/")[2]
+            code = linecache.getline(frame.file_name, frame.line_num).strip()
+            return f"{name}:{frame.line_num} in {frame.function_name}", code
+    return "", ""
 
 
 _LIBRARIES = (

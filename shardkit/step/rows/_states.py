@@ -7,7 +7,7 @@ Every value is in one of these states; `n` is the number of rows:
 | `Zero()` | zero, neutral in sums | a gradient's first accumulator |
 | `Constant(d)` | no row decides it; it grows as `n**d` | a weight, `0`; `1 / n`, `-1` |
 | `PerRow(dim, ...)` | along `dim`, each row's part depends on that row alone | `x @ w` |
-| `RowSum(d)` | a sum over rows, times a constant; it grows as `n**d` | `x.sum()`, `1`; `x.mean()`, `0` |
+| `RowSum(d)` | a sum over rows, times a constant; grows as `n**d` | `x.sum()`: 1, `x.mean()`: 0 |
 | `Mixed(cause)` | rows decide it together in another way | `(x - x.mean(0)) ** 2` |
 
 A mean of rows is a `RowSum(0)`: computed on equal shards of the rows and averaged, it is the same
@@ -30,12 +30,14 @@ class Cause:
       operation: the primitive's name.
       why: what it does with rows, as the end of a sentence.
       where: the user's `file:line in function`, or "" where none is known.
+      code: the statement on that line, or "".
       ratio: a sum over rows was divided by another one, as in a mean over valid tokens.
     """
 
     operation: str
     why: str
     where: str = ""
+    code: str = ""
     ratio: bool = False
 
     def __str__(self) -> str:

@@ -1,0 +1,164 @@
+"""Refuses a loss that is no mean of independent rows where a step splits its rows."""
+
+import ast
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+
+from ..._core.errors import Problem, StepError, raise_all
+from ..._core.tree import leaves_by_path
+from ..._core.types import Batch, Key, Params, PyTree
+from ...nn._overridable import Override, StepContext, use_overrides
+from .._objective import LossOutput, Objective
+from ._follow import follow_rows
+from ._states import Cause, Constant, Degree, Mixed, PerRow, RowSum, State, Zero, describe
+
+LossArgs = tuple[Params, PyTree, Batch, Key]
+
+_ESCAPE = "StepSpec(..., independent_rows=True) if you know that rows are independent all the same"
+_WHOLE = 'the whole batch at once: mode="auto", accumulate=1, no reduce_dtype'
+
+
+def check_rows(objective: Objective, args: LossArgs, splits: str, *, gradients: bool) -> None:
+    """Refuses a loss whose value on parts of the rows is not its value on all of them.
+
+    A step that splits rows computes the loss of each part and adds up totals and weights. That is
+    the loss of the whole batch where total and weight are both sums over rows, or both means of
+    them; see `_states` for what is told apart. The gradients are followed as well, since a
+    derivative rule of the user's own may mix rows where the loss does not.
+
+    Args:
+      objective: the loss, on whole arrays.
+      args: its abstract arguments, with the rows of the global batch.
+      splits: what splits the rows, for the error: `"accumulate=4"`.
+      gradients: whether gradients are split too, and not the loss alone.
+
+    Raises:
+      StepError: what mixes rows, with the operation, its line, and what to write instead.
+    """
+    params, model_state, batch, key = args
+    rows = {x.shape[0] for x in jax.tree.leaves(batch) if x.shape}
+    if len(rows) != 1 or (count := rows.pop()) < 2:
+        return
+    doubled = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((2 * x.shape[0], *x.shape[1:]), x.dtype) if x.shape else x,
+        batch,
+    )
+
+    def run(*args: Any) -> tuple[LossOutput, PyTree]:
+        if not gradients:
+            return objective(*args)[1], {}
+        grads, output = jax.grad(objective, has_aux=True)(*args)
+        return output, grads
+
+    with _row_by_row():
+        few, output = jax.make_jaxpr(run, return_shape=True)(params, model_state, batch, key)
+        try:
+            many = jax.make_jaxpr(run)(params, model_state, doubled, key)
+        except Exception as error:  # a user's code
+            reason = str(error).strip().splitlines()[0]
+            why = (
+                f"fails on {2 * count} ({type(error).__name__}: {reason}), and {splits} splits them"
+            )
+            fix = "sizes from the batch (len(batch[...])), no number of rows written out"
+            problem = Problem("loss_fn", f"is written for {count} rows: {why}", fix)
+            raise_all(StepError, _HEADLINE, [problem])
+    inputs: list[State] = [
+        *[Constant()] * len(jax.tree.leaves((params, model_state))),
+        *[PerRow(0) if x.shape else Constant() for x in jax.tree.leaves(batch)],
+        Constant(),
+    ]
+    states = follow_rows(few, many, inputs, count)
+    problems = list(_problems(jax.tree.unflatten(jax.tree.structure(output), states), splits))
+    raise_all(StepError, _HEADLINE, problems, _ESCAPE)
+
+
+_HEADLINE = "The rows of the batch cannot be split."
+
+
+def _problems(states: tuple[LossOutput, PyTree], splits: str) -> Iterator[Problem]:
+    output, grads = states
+    if problem := _mean_problem("loss", output.loss, splits):
+        yield problem
+        return
+    for name, metric in output.metrics.items():
+        if problem := _mean_problem(f"metrics[{name!r}]", metric, splits):
+            yield problem
+    wanted = _degree(output.loss.total)
+    for path, state in leaves_by_path(grads, "gradient").items():
+        if isinstance(state, Mixed):
+            yield _mixed_problem(path, state.cause, splits)
+            return
+        if _degree(state) not in (wanted, "zero") and wanted != "zero":
+            yield Problem(path, f"is {describe(state)}, unlike the loss", _WHOLE)
+            return
+
+
+def _mean_problem(name: str, mean: Any, splits: str) -> Problem | None:
+    for part in (mean.total, mean.weight):
+        if isinstance(part, Mixed):
+            return _mixed_problem(name, part.cause, splits)
+    total, weight = _degree(mean.total), _degree(mean.weight)
+    if total == "zero" or total == weight:
+        return None
+    why = f"is {describe(mean.total)}, which would be averaged over the parts that {splits} makes"
+    if weight == 0 and total == 1:
+        fix = "jnp.mean(...), or sk.Mean(total, weight) with the number of rows as weight"
+        return Problem(name, why, fix)
+    why = f"total is {describe(mean.total)}, weight {describe(mean.weight)}"
+    return Problem(name, why, "sk.Mean(total, weight) of two sums over rows")
+
+
+def _mixed_problem(name: str, cause: Cause, splits: str) -> Problem:
+    why = f"{cause}, and {splits} splits the rows"
+    if cause.ratio:
+        return Problem(name, why, _as_mean(cause.code))
+    return Problem(name, why, _WHOLE)
+
+
+def _as_mean(code: str) -> str:
+    """`sk.Mean` of the two sides of a division, in the user's own words where they can be read.
+
+    >>> _as_mean("return jnp.sum(e * m) / jnp.sum(m)")
+    'sk.Mean(jnp.sum(e * m), jnp.sum(m))'
+    """
+    try:
+        tree = ast.parse(code)
+    except SyntaxError:
+        tree = ast.Module([], [])
+    for node in ast.walk(tree):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+            return f"sk.Mean({ast.unparse(node.left)}, {ast.unparse(node.right)})"
+    return "sk.Mean(total, weight) with the two sums over rows, undivided"
+
+
+def _degree(state: State) -> Degree | str:
+    """How a value grows with the rows; "zero" for what fits everywhere, "none" for what never."""
+    match state:
+        case Zero():
+            return "zero"
+        case Constant(degree) | RowSum(degree):
+            return "none" if degree is None else degree
+    return "none"
+
+
+def _row_by_row() -> Any:
+    """Makes dropless experts keep rows apart while a loss is traced to be followed.
+
+    They sort the tokens of all rows together, which cannot be followed; each expert having room for
+    all tokens of a row computes the same.
+    """
+    mesh: Any = AbstractMesh((2,), ("rows",), axis_types=(AxisType.Auto,))
+    context = StepContext(mesh, (), lambda names: PartitionSpec())
+    return use_overrides({"experts": _RoomForAll("rows")}, context)
+
+
+class _RoomForAll(Override):
+    def __call__(
+        self, around: StepContext, plain: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        tokens: jax.Array = args[0]
+        room = kwargs.get("capacity") or tokens.shape[1]
+        return plain(*args, **{**kwargs, "capacity": room})
