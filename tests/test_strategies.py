@@ -22,7 +22,7 @@ BATCH = {
     "weights": (np.arange(ROWS * LENGTH).reshape(ROWS, LENGTH) > 20).astype(np.float32),
 }
 data, fsdp, tensor = sk.strategies.data, sk.strategies.fsdp, sk.strategies.tensor
-BOTH = ("data", "fsdp")
+BOTH = ("fsdp", "data")  # the axis that stores weights is the outer one
 
 CASES = {
     "data": (data(), {"data": 8}),

@@ -2,13 +2,16 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from jax.extend import core
 
 from .._core.errors import Problem, StepError, raise_all
 from .._core.precision import cast_floats
+from .._core.tracing import equations
 from .._core.train_state import TrainState
 from .._core.types import Batch, Params
 from ..nn._manual_axis_rules import ShardMapLoss
@@ -123,6 +126,7 @@ class StepFunctions:
             return self._build_on_shards(build_shard_gradients, loss)
         plan = GradientPlan(self.bound, self.layout)
         if plan.per_shard_accumulation:
+            self._check_convolutions(loss, plan)
             plan = dataclasses.replace(plan, draws=match_shard_draws(loss, plan, self._loss_args))
         return build_gradients(loss, plan)
 
@@ -134,6 +138,33 @@ class StepFunctions:
         declared = spec.stateful or isinstance(spec.loss_fn, ShardMapLoss)
         if splits and not spec.independent_rows and not declared:
             check_rows(loss, self._loss_args, splits, gradients=gradients)
+
+    def _check_convolutions(self, loss: Objective, plan: GradientPlan) -> None:
+        """Refuses convolutions whose gradient per shard XLA computes wrongly on CPU devices.
+
+        The gradient of a weight for each gradient shard is a grouped convolution, split over its
+        groups. XLA's CPU partitioner gets it wrong for kernels of 1 x 1, and for any kernel where a
+        shard has one row (benchmarks/xla_faults.py); programs for TPUs keep it local.
+
+        Raises:
+          StepError: with the first such convolution.
+        """
+        device = self.bound.mesh.devices.flat[0]
+        if plan.num_shards == 1 or device.platform != "cpu":
+            return
+        one_row = self.layout.rows // plan.micro_batches == plan.num_shards
+        for equation in equations(jax.make_jaxpr(loss)(*self._loss_args).jaxpr):
+            if equation.primitive.name != "conv_general_dilated":
+                continue
+            kernel = [equation.invars[1].aval.shape[d] for d in _kernel_dims(equation)]
+            if one_row or math.prod(kernel) == 1:
+                size = " x ".join(map(str, kernel))
+                why = f"has a {size} convolution, whose gradient per shard XLA miscompiles on CPUs"
+                fix = (
+                    f'accumulate=sk.Accumulate({plan.micro_batches}, "every"), or mode="shard_map"'
+                )
+                problem = Problem("loss_fn", why, fix)
+                raise_all(StepError, "The gradient would be wrong.", [problem])
 
     def _row_splits(self, gradients: bool) -> Iterator[str]:
         """What makes the step compute the loss on parts of the rows, as code."""
@@ -160,6 +191,11 @@ class StepFunctions:
         state = self.layout.state
         compute_params = jax.eval_shape(self._to_compute_params, state.params)
         return compute_params, state.model_state, self.layout.batch, state.key
+
+
+def _kernel_dims(equation: core.JaxprEqn) -> tuple[int, ...]:
+    """Dims of a convolution's kernel that slide over its input."""
+    return equation.params["dimension_numbers"].rhs_spec[2:]
 
 
 def layer_policy(bound: BoundSpec, layout: StepLayout) -> Policy | None:

@@ -1,0 +1,80 @@
+"""Faults of XLA's partitioner in plain JAX: right and wrong layouts side by side.
+
+    python benchmarks/xla_faults.py
+
+Each row is one program on 8 simulated CPU devices: the largest error of a gradient, relative to the
+gradient on one device. Rows of one fault differ in one thing only.
+"""
+
+import os
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+RNG = np.random.default_rng(0)
+WIDTH = 64
+
+
+def two_products(batch, sizes=(2, 2, 2), rows=WIDTH):
+    """Two square products, weights over (fsdp, tensor), rows over `batch`."""
+    devices = np.array(jax.devices()[: np.prod(sizes)]).reshape(sizes)
+    mesh = Mesh(devices, ("data", "fsdp", "tensor"))
+    x, y = (RNG.normal(size=(rows, WIDTH)).astype("f") for _ in range(2))
+    params = {k: RNG.normal(size=(WIDTH, WIDTH)).astype("f") / 8 for k in "ab"}
+
+    def loss(params, x, y):
+        return jnp.mean((jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"]) - y) ** 2)
+
+    weights = dict.fromkeys(params, NamedSharding(mesh, P("fsdp", "tensor")))
+    rows_over = NamedSharding(mesh, P(batch))
+    gradient = jax.jit(
+        jax.grad(loss), in_shardings=(weights, rows_over, rows_over), out_shardings=weights
+    )
+    return error(gradient(params, x, y), jax.grad(loss)(params, x, y))
+
+
+def vmapped_convolution(kernel, devices=8):
+    """The weight's gradient of a convolution, one for each part of the rows by `jax.vmap`."""
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
+    x = RNG.normal(size=(32, 8, 8, 4)).astype("f")
+    w = RNG.normal(size=(kernel, kernel, 4, 8)).astype("f") / 3
+
+    def loss(w, x):
+        dims = ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=dims)
+        return jnp.mean(jnp.tanh(y) ** 2)
+
+    parts = x.reshape(8, 4, *x.shape[1:])
+    over = NamedSharding(mesh, P("data"))
+    each = jax.vmap(jax.grad(loss), in_axes=(None, 0))
+    gradient = jax.jit(each, in_shardings=(None, over), out_shardings=over)
+    return error(gradient(w, parts), each(w, parts))
+
+
+def error(seen, true):
+    """The largest error of any leaf, relative to that leaf's largest value."""
+    pairs = zip(jax.tree.leaves(seen), jax.tree.leaves(true), strict=True)
+    return max(float(np.abs(np.asarray(a) - b).max() / np.abs(b).max()) for a, b in pairs)
+
+
+def main():
+    """Prints a row for each program."""
+    print(f"jax {jax.__version__}, {jax.default_backend()}")
+    for batch in (("data", "fsdp"), ("fsdp", "data")):
+        print(f"two products, 2 x 2 x 2, rows over {batch}: {two_products(batch):.1e}")
+    for sizes in ((2, 2, 1), (1, 2, 4)):
+        off = two_products(("data", "fsdp"), sizes)
+        print(f"two products, {sizes}, rows over (data, fsdp): {off:.1e}")
+    for kernel in (1, 3):
+        for devices in (1, 8):
+            found = vmapped_convolution(kernel, devices)
+            print(f"vmapped {kernel} x {kernel} convolution on {devices} devices: {found:.1e}")
+
+
+if __name__ == "__main__":
+    main()
