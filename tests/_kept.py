@@ -26,6 +26,7 @@ KEPT: dict[str, tuple[int | str, str]] = {
         "meshes of the command, and one device",
         "steps, until the command ends",
     ),
+    "step.rows._rules.RULES": ("one rule a primitive", "filled while the package loads"),
     "step._batch_variants.KEPT": (8, "variants of a batch, such as lengths in buckets"),
 }
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from shardkit.step.rows import Constant, Mixed, PerRow, RowSum, Zero, follow_rows
+from shardkit.step.rows import AlwaysZero, Constant, Mixed, PerRow, RowSum, follow_rows
 
 ROWS = 16
 X = jax.ShapeDtypeStruct((ROWS, 4), jnp.float32)
@@ -216,7 +216,7 @@ def test_a_ratio_of_sums_is_known_as_one():
         (lambda p, x, k: jnp.sum(mlp(p, x)) / ROWS, RowSum(1)),
         (lambda p, x, k: jnp.mean(mlp(p, x)) / len(x), RowSum(-1)),
         (lambda p, x, k: jnp.float32(len(x)), Constant(1)),
-        (lambda p, x, k: jnp.zeros(()), Zero()),
+        (lambda p, x, k: jnp.zeros(()), AlwaysZero()),
         (lambda p, x, k: p["w"].sum(), Constant(0)),
     ],
 )

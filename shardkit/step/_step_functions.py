@@ -156,7 +156,7 @@ class StepFunctions:
         for equation in equations(jax.make_jaxpr(loss)(*self._loss_args).jaxpr):
             if equation.primitive.name != "conv_general_dilated":
                 continue
-            kernel = [equation.invars[1].aval.shape[d] for d in _kernel_dims(equation)]
+            kernel = _kernel_size(equation)
             if one_row or math.prod(kernel) == 1:
                 size = " x ".join(map(str, kernel))
                 why = f"has a {size} convolution, whose gradient per shard XLA miscompiles on CPUs"
@@ -193,9 +193,10 @@ class StepFunctions:
         return compute_params, state.model_state, self.layout.batch, state.key
 
 
-def _kernel_dims(equation: core.JaxprEqn) -> tuple[int, ...]:
-    """Dims of a convolution's kernel that slide over its input."""
-    return equation.params["dimension_numbers"].rhs_spec[2:]
+def _kernel_size(convolution: core.JaxprEqn) -> tuple[int, ...]:
+    """Sizes of the dims of a convolution's kernel that slide over its input."""
+    kernel: Any = convolution.invars[1].aval
+    return tuple(kernel.shape[dim] for dim in convolution.params["dimension_numbers"].rhs_spec[2:])
 
 
 def layer_policy(bound: BoundSpec, layout: StepLayout) -> Policy | None:

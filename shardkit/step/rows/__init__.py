@@ -2,9 +2,10 @@
 
 from ._check import check_rows
 from ._follow import follow_rows
-from ._states import Cause, Columns, Constant, Mixed, PerRow, RowSum, State, Zero, describe
+from ._states import AlwaysZero, Cause, Columns, Constant, Mixed, PerRow, RowSum, State, describe
 
 __all__ = [
+    "AlwaysZero",
     "Cause",
     "Columns",
     "Constant",
@@ -12,7 +13,6 @@ __all__ = [
     "PerRow",
     "RowSum",
     "State",
-    "Zero",
     "check_rows",
     "describe",
     "follow_rows",

@@ -13,7 +13,7 @@ from ..._core.types import Batch, Key, Params, PyTree
 from ...nn._overridable import Override, StepContext, use_overrides
 from .._objective import LossOutput, Objective
 from ._follow import follow_rows
-from ._states import Cause, Constant, Degree, Mixed, PerRow, RowSum, State, Zero, describe
+from ._states import AlwaysZero, Cause, Constant, Degree, Mixed, PerRow, RowSum, State, describe
 
 LossArgs = tuple[Params, PyTree, Batch, Key]
 
@@ -78,7 +78,7 @@ def check_rows(objective: Objective, args: LossArgs, splits: str, *, gradients: 
 _HEADLINE = "The rows of the batch cannot be split."
 
 
-def _problems(states: tuple[LossOutput, PyTree], splits: str) -> Iterator[Problem]:
+def _problems(states: tuple[Any, PyTree], splits: str) -> Iterator[Problem]:
     output, grads = states
     if problem := _mean_problem("loss", output.loss, splits):
         yield problem
@@ -91,7 +91,7 @@ def _problems(states: tuple[LossOutput, PyTree], splits: str) -> Iterator[Proble
         if isinstance(state, Mixed):
             yield _mixed_problem(path, state.cause, splits)
             return
-        if _degree(state) not in (wanted, "zero") and wanted != "zero":
+        if _degree(state) not in (wanted, "anything") and wanted != "anything":
             yield Problem(path, f"is {describe(state)}, unlike the loss", _WHOLE)
             return
 
@@ -101,7 +101,7 @@ def _mean_problem(name: str, mean: Any, splits: str) -> Problem | None:
         if isinstance(part, Mixed):
             return _mixed_problem(name, part.cause, splits)
     total, weight = _degree(mean.total), _degree(mean.weight)
-    if total == "zero" or total == weight:
+    if total == "anything" or total == weight:
         return None
     why = f"is {describe(mean.total)}, which would be averaged over the parts that {splits} makes"
     if weight == 0 and total == 1:
@@ -135,10 +135,10 @@ def _as_mean(code: str) -> str:
 
 
 def _degree(state: State) -> Degree | str:
-    """How a value grows with the rows; "zero" for what fits everywhere, "none" for what never."""
+    """How a value grows with the rows; "anything" for zero, "none" if by no power."""
     match state:
-        case Zero():
-            return "zero"
+        case AlwaysZero():
+            return "anything"
         case Constant(degree) | RowSum(degree):
             return "none" if degree is None else degree
     return "none"

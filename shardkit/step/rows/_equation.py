@@ -5,6 +5,7 @@ import linecache
 import math
 from typing import Any
 
+import numpy as np
 from jax.extend import core
 
 from ._states import Cause, Constant, Degree, Mixed, PerRow, State
@@ -39,11 +40,11 @@ class Equation:
 
     def shape(self, index: int) -> tuple[int, ...]:
         """Shape of an operand, on `n` rows."""
-        return tuple(self.few.invars[index].aval.shape)
+        return shape_of(self.few.invars[index])
 
     def out_shape(self, index: int = 0) -> tuple[int, ...]:
         """Shape of a result, on `n` rows."""
-        return tuple(self.few.outvars[index].aval.shape)
+        return shape_of(self.few.outvars[index])
 
     def growing(self, index: int) -> tuple[int, ...]:
         """Dims of an operand whose size follows the number of rows."""
@@ -61,6 +62,16 @@ class Equation:
         """Elements that a dim with rows has in all: `outer · n · inner`."""
         assert shape[state.dim] == state.outer * self.n * state.inner
         return shape[state.dim]
+
+
+def shape_of(variable: Any) -> tuple[int, ...]:
+    """Shape of a variable or literal of a program."""
+    return tuple(variable.aval.shape)
+
+
+def dtype_of(variable: Any) -> np.dtype:
+    """Dtype of a variable or literal of a program."""
+    return variable.aval.dtype
 
 
 def user_line(equation: core.JaxprEqn) -> tuple[str, str]:
@@ -111,5 +122,5 @@ def constant_from(equation: Equation, degree: Degree, index: int = 0) -> State:
 
 
 def _differing(few: Any, many: Any) -> tuple[int, ...]:
-    pairs = zip(few.aval.shape, many.aval.shape, strict=True)
+    pairs = zip(shape_of(few), shape_of(many), strict=True)
     return tuple(dim for dim, (a, b) in enumerate(pairs) if a != b)

@@ -9,7 +9,7 @@ from jax.extend import core
 from . import _indexing, _products, _shapes  # noqa: F401  they register their rules
 from ._equation import Equation, literal_degree
 from ._rules import RULES, first_mixed, join, unfollowed
-from ._states import Cause, Constant, Mixed, PerRow, RowSum, State, Zero
+from ._states import AlwaysZero, Cause, Constant, Mixed, PerRow, RowSum, State
 
 _INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
@@ -53,7 +53,7 @@ def _literal_state(few: Any, many: Any) -> State:
 
 def _number_state(few: Any, many: Any) -> State:
     if few == 0 and many == 0:
-        return Zero()
+        return AlwaysZero()
     return Constant(literal_degree(complex(few).real, complex(many).real))
 
 
@@ -89,8 +89,8 @@ def _follow_equation(equation: Equation, states: Sequence[State]) -> Sequence[St
         return RULES[equation.name](equation, states)
     for name in _INNER:
         if name in equation.params and equation.name != "shard_map":
-            pair = (_body(e.params[name]) for e in (equation.few, equation.many))
-            return _follow_pair(*pair, states, equation.n)
+            few, many = (_body(e.params[name]) for e in (equation.few, equation.many))
+            return _follow_pair(few, many, states, equation.n)
     return unfollowed(equation, states)
 
 
@@ -114,10 +114,10 @@ def _scan(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     slices = [_at(s, -1) for s in states[consts + carried :]]
     if any(isinstance(s, PerRow) and s.dim < 0 for s in slices):
         return [equation.mixed("loops over the rows of the batch")] * outs
-    pair = [_body(e.params["jaxpr"]) for e in (equation.few, equation.many)]
+    few, many = (_body(e.params["jaxpr"]) for e in (equation.few, equation.many))
 
     def body(carry: Sequence[State]) -> tuple[list[State], list[State]]:
-        results = _follow_pair(*pair, [*fixed, *carry, *slices], equation.n)
+        results = _follow_pair(few, many, [*fixed, *carry, *slices], equation.n)
         return results[:carried], results[carried:]
 
     carry, ys = _fixpoint(equation, body, carry)
@@ -148,17 +148,17 @@ def _while(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     params = equation.params
     n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
     for_cond, for_body = states[:n_cond], states[n_cond : n_cond + n_body]
-    pairs = {
-        name: [_body(e.params[f"{name}_jaxpr"]) for e in (equation.few, equation.many)]
-        for name in ("cond", "body")
-    }
+
+    def follow(part: str, operands: list[State]) -> list[State]:
+        few, many = (_body(e.params[part]) for e in (equation.few, equation.many))
+        return _follow_pair(few, many, operands, equation.n)
 
     def body(carry: Sequence[State]) -> tuple[list[State], None]:
-        return _follow_pair(*pairs["body"], [*for_body, *carry], equation.n), None
+        return follow("body_jaxpr", [*for_body, *carry]), None
 
     carry, _ = _fixpoint(equation, body, list(states[n_cond + n_body :]))
-    (ends,) = _follow_pair(*pairs["cond"], [*for_cond, *carry], equation.n)
-    if isinstance(ends, Constant | Zero):
+    (ends,) = follow("cond_jaxpr", [*for_cond, *carry])
+    if isinstance(ends, Constant | AlwaysZero):
         return carry
     return [equation.mixed("ends when rows say so, all of them together")] * len(carry)
 
@@ -167,7 +167,7 @@ def _cond(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     which, *operands = states
     pairs = zip(equation.params["branches"], equation.many.params["branches"], strict=True)
     results = [_follow_pair(_body(a), _body(b), operands, equation.n) for a, b in pairs]
-    if not isinstance(which, Constant | Zero):
+    if not isinstance(which, Constant | AlwaysZero):
         return [equation.mixed("takes a branch by what rows say together")] * len(results[0])
     return [join(equation, outs) for outs in zip(*results, strict=True)]
 

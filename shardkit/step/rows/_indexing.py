@@ -5,7 +5,7 @@ from typing import Any
 
 from ._equation import Equation
 from ._rules import first_mixed, join, rule
-from ._states import Columns, Constant, PerRow, RowSum, State, Zero, add_degrees
+from ._states import AlwaysZero, Columns, Constant, PerRow, RowSum, State, add_degrees
 
 _PICKS = "picks rows of the batch by an index"
 
@@ -24,7 +24,7 @@ def _gather(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     numbers = equation.params["dimension_numbers"]
     if isinstance(indices, RowSum) or (isinstance(operand, RowSum) and not _fixed(indices)):
         return [equation.mixed("looks up what a sum over rows says")]
-    if isinstance(operand, Columns) or (isinstance(operand, PerRow) and operand.role != "data"):
+    if isinstance(operand, Columns) or (isinstance(operand, PerRow) and operand.role != "values"):
         return [equation.mixed(_PICKS)]
     place = _rows_of_indices(indices, numbers.start_index_map)
     if isinstance(operand, PerRow):
@@ -38,7 +38,7 @@ def _gather(equation: Equation, states: Sequence[State]) -> Sequence[State]:
             if equation.params["slice_sizes"][d] != equation.shape(0)[d]
         ]
         return [equation.mixed(_PICKS) if cut else operand]
-    if isinstance(operand, Zero):
+    if isinstance(operand, AlwaysZero):
         return [operand]
     rows, index = place
     if index is not None or not isinstance(operand, Constant):
@@ -53,7 +53,7 @@ def _look_up_in_rows(
     if operand.dim in numbers.operand_batching_dims:
         which = numbers.operand_batching_dims.index(operand.dim)
         dim = numbers.start_indices_batching_dims[which]
-        if isinstance(indices, PerRow) and (indices.dim, indices.role) != (dim, "data"):
+        if isinstance(indices, PerRow) and (indices.dim, indices.role) != (dim, "values"):
             return equation.mixed(_PICKS)
         return PerRow(_place_dim(equation, dim), operand.outer, operand.inner, operand.degree)
     if operand.dim in numbers.start_index_map:
@@ -75,8 +75,8 @@ def _look_up_in_rows(
 
 def _fixed(indices: State) -> bool:
     if isinstance(indices, Columns):
-        return all(isinstance(part, Constant | Zero) for part in indices.parts)
-    return isinstance(indices, Constant | Zero)
+        return all(isinstance(part, Constant | AlwaysZero) for part in indices.parts)
+    return isinstance(indices, Constant | AlwaysZero)
 
 
 def _rows_of_indices(indices: State, columns: Sequence[int]) -> tuple[PerRow, int | None] | None:
@@ -85,7 +85,7 @@ def _rows_of_indices(indices: State, columns: Sequence[int]) -> tuple[PerRow, in
     rows = [part for part in parts if isinstance(part, PerRow)]
     if not rows or len({part.layout for part in rows}) > 1:
         return None
-    if any(part.role not in ("data", "index") for part in rows):
+    if any(part.role not in ("values", "index") for part in rows):
         return None
     own = [i for i, part in enumerate(parts) if isinstance(part, PerRow) and part.role == "index"]
     if len(own) > 1 or (own and own[0] >= len(columns)):
@@ -105,15 +105,7 @@ def _offset_dim(numbers: Any, dim: int) -> int:
     return numbers.offset_dims[dim - sum(d < dim for d in gone)]
 
 
-@rule(
-    "scatter-add",
-    "scatter",
-    "scatter_mul",
-    "scatter_min",
-    "scatter_max",
-    "scatter_sub",
-    "scatter_add",
-)
+@rule("scatter-add scatter scatter_mul scatter_min scatter_max scatter_sub scatter_add")
 def _scatter(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     """Puts `updates` into `operand` at `indices`; the transposed forms of `_gather`."""
     if mixed := first_mixed(states):
@@ -143,8 +135,8 @@ def _scatter(equation: Equation, states: Sequence[State]) -> Sequence[State]:
         return [equation.mixed(_PICKS)]
     if kept is not None:
         out = PerRow(kept, rows.outer, rows.inner, degree)
-        return [join(equation, [operand, Zero() if isinstance(updates, Zero) else out])]
-    if isinstance(updates, Zero):
+        return [join(equation, [operand, AlwaysZero() if isinstance(updates, AlwaysZero) else out])]
+    if isinstance(updates, AlwaysZero):
         return [operand]
     if not adds:
         return [equation.mixed("lets rows overwrite one another")]

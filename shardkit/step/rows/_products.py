@@ -6,13 +6,13 @@ from typing import Any
 from ._equation import Equation
 from ._rules import PICKS, elementwise, first_mixed, moved, product, rule
 from ._states import (
+    AlwaysZero,
     Columns,
     Constant,
     Mixed,
     PerRow,
     RowSum,
     State,
-    Zero,
     add_degrees,
 )
 
@@ -21,10 +21,12 @@ from ._states import (
 def _dot(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     if mixed := first_mixed(states):
         return [mixed]
-    if any(isinstance(state, Zero) for state in states):
-        return [Zero()]
+    if any(isinstance(state, AlwaysZero) for state in states):
+        return [AlwaysZero()]
     left, right = states
-    if any(isinstance(s, Columns) or (isinstance(s, PerRow) and s.role != "data") for s in states):
+    if any(
+        isinstance(s, Columns) or (isinstance(s, PerRow) and s.role != "values") for s in states
+    ):
         return [equation.mixed(PICKS)]
     contracted, batched = equation.params["dimension_numbers"]
     summed = sum(dim in equation.growing(0) for dim in contracted[0])
@@ -72,8 +74,8 @@ def _convolution(equation: Equation, states: Sequence[State]) -> Sequence[State]
     """Rows are the input's batch dim; in a weight's gradient, the dim that both are summed over."""
     if mixed := first_mixed(states):
         return [mixed]
-    if any(isinstance(state, Zero) for state in states):
-        return [Zero()]
+    if any(isinstance(state, AlwaysZero) for state in states):
+        return [AlwaysZero()]
     image, kernel = states
     numbers = equation.params["dimension_numbers"]
     if isinstance(image, PerRow) and isinstance(kernel, PerRow):
@@ -91,7 +93,7 @@ def _convolution(equation: Equation, states: Sequence[State]) -> Sequence[State]
     return [equation.mixed("convolves what rows decide with a sum over them, or as a kernel")]
 
 
-@rule("reduce_window_sum", "reduce_window_max", "reduce_window_min", "reduce_window")
+@rule("reduce_window_sum reduce_window_max reduce_window_min reduce_window")
 def _window(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     state, params = states[0], equation.params
     if isinstance(state, PerRow) and params["window_dimensions"][state.dim] != 1:
@@ -110,12 +112,12 @@ def _select_scatter(equation: Equation, states: Sequence[State]) -> Sequence[Sta
         and equation.params["window_dimensions"][source.dim] != 1
     ):
         return [equation.mixed("goes along the rows")]
-    return (
-        [product(equation, [source, operand])] if not first_mixed(states) else [first_mixed(states)]
-    )
+    if mixed := first_mixed(states):
+        return [mixed]
+    return [product(equation, [source, operand])]
 
 
-@rule("random_bits", "random_seed", "random_wrap", "random_unwrap", "random_split")
+@rule("random_bits random_seed random_wrap random_unwrap random_split")
 def _draw(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     """Draws for every row, from one key or from a key of each row."""
     (state,) = states
@@ -128,11 +130,11 @@ def _draw(equation: Equation, states: Sequence[State]) -> Sequence[State]:
         return [Constant(0)]
     if len(grown) > 1:
         return [equation.mixed("draws something for each pair of rows")]
-    size = equation.out_shape()[grown[0]]
-    return [PerRow(grown[0], inner=size // equation.n)]
+    (dim,) = grown
+    return [PerRow(dim, inner=equation.out_shape()[dim] // equation.n)]
 
 
-@rule("cholesky", "qr", "eigh", "svd", "lu", "triangular_solve", "householder_product", "eig")
+@rule("cholesky qr eigh svd lu triangular_solve householder_product eig")
 def _matrices(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     """Matrix factorizations: rows may be a dim before the last two."""
     outs = elementwise(equation, states)

@@ -6,15 +6,15 @@ A rule takes an `Equation` and the states of its operands, and returns those of 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ._equation import Equation
+from ._equation import Equation, dtype_of
 from ._states import (
+    AlwaysZero,
     Columns,
     Constant,
     Mixed,
     PerRow,
     RowSum,
     State,
-    Zero,
     add_degrees,
     same_degree,
 )
@@ -27,11 +27,11 @@ PICKS = "picks rows by their place in the batch"
 NONLINEAR = "is not linear in a sum over rows"
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Registers a rule for primitives of these names."""
+def rule(names: str) -> Callable[[Rule], Rule]:
+    """Registers a rule for the primitives of these names, in one string."""
 
     def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(names, function))
+        RULES.update(dict.fromkeys(names.split(), function))
         return function
 
     return register
@@ -42,7 +42,7 @@ def unfollowed(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     outs = len(equation.few.outvars)
     if mixed := first_mixed(states):
         return [mixed] * outs
-    if all(isinstance(state, Constant | Zero) for state in states):
+    if all(isinstance(state, Constant | AlwaysZero) for state in states):
         return [_made_of_constants(equation, states, i) for i in range(outs)]
     return [equation.mixed("does something with rows that cannot be followed")] * outs
 
@@ -64,9 +64,9 @@ def join(equation: Equation, states: Sequence[State]) -> State:
     """What a value is that is one of several, or their sum: all must scale alike."""
     if mixed := first_mixed(states):
         return mixed
-    states = [state for state in states if not isinstance(state, Zero)]
+    states = [state for state in states if not isinstance(state, AlwaysZero | Mixed)]
     if not states:
-        return Zero()
+        return AlwaysZero()
     if any(isinstance(state, Columns) for state in states):
         return states[0] if len(set(states)) == 1 else equation.mixed(PICKS)
     rows = [state for state in states if isinstance(state, PerRow)]
@@ -85,18 +85,18 @@ def join(equation: Equation, states: Sequence[State]) -> State:
     roles = {state.role for state in states if isinstance(state, PerRow)}
     if roles == {"index", "shifted"}:
         return rows[0] if rows[0].role == "index" else rows[1]
-    if len(roles) > 1 or (roles != {"data"} and len(rows) < len(states)):
+    if len(roles) > 1 or (roles != {"values"} and len(rows) < len(states)):
         return equation.mixed(PICKS)
     first = rows[0]
     return PerRow(first.dim, first.outer, first.inner, degree, first.role)
 
 
-@rule("add", "sub", "add_any", "or", "select_and_gather_add")
+@rule("add sub add_any or select_and_gather_add")
 def _add(equation: Equation, states: Sequence[State]) -> Sequence[State]:
-    placed = [state for state in states if isinstance(state, PerRow) and state.role != "data"]
+    placed = [state for state in states if isinstance(state, PerRow) and state.role != "values"]
     if placed and len(placed) < len(states) and not first_mixed(states):
         index, (other,) = placed[0], [state for state in states if state not in placed] or [None]
-        if index.role == "index" and isinstance(other, Constant | Zero):
+        if index.role == "index" and isinstance(other, Constant | AlwaysZero):
             return [PerRow(*index.layout, None, "shifted")]
         return [equation.mixed(PICKS)]
     if equation.name == "or" and not first_mixed(states):
@@ -108,17 +108,19 @@ def _add(equation: Equation, states: Sequence[State]) -> Sequence[State]:
 def _mul(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     if mixed := first_mixed(states):
         return [mixed]
-    if any(isinstance(state, Zero) for state in states):
-        return [Zero()]
+    if any(isinstance(state, AlwaysZero) for state in states):
+        return [AlwaysZero()]
     return [product(equation, states)]
 
 
 def product(equation: Equation, states: Sequence[State]) -> State:
     rows = [state for state in states if isinstance(state, PerRow)]
     sums = [state for state in states if isinstance(state, RowSum)]
-    if any(state.role != "data" for state in rows) or any(isinstance(s, Columns) for s in states):
+    if any(state.role != "values" for state in rows) or any(isinstance(s, Columns) for s in states):
         return equation.mixed(PICKS)
-    degree = add_degrees(*(s.degree for s in states if not isinstance(s, Zero | Mixed | Columns)))
+    degree = add_degrees(
+        *(s.degree for s in states if not isinstance(s, AlwaysZero | Mixed | Columns))
+    )
     if sums and rows:
         return equation.mixed("multiplies single rows with a sum over rows")
     if len(sums) > 1:
@@ -138,11 +140,11 @@ def _div(equation: Equation, states: Sequence[State]) -> Sequence[State]:
         return [mixed]
     top, bottom = states
     if isinstance(bottom, RowSum):
-        ratio = isinstance(top, RowSum | Constant | Zero)
+        ratio = isinstance(top, RowSum | Constant | AlwaysZero)
         return [equation.mixed("divides by a sum over rows", ratio=ratio)]
-    if isinstance(top, Zero):
-        return [Zero()]
-    if isinstance(bottom, Zero):
+    if isinstance(top, AlwaysZero):
+        return [AlwaysZero()]
+    if isinstance(bottom, AlwaysZero):
         bottom = Constant(0)
     inverse = _negated(bottom)
     return [product(equation, [top, inverse])]
@@ -158,13 +160,15 @@ def _negated(state: State) -> State:
     return PerRow(*state.layout, degree, state.role)
 
 
-@rule("square", "integer_pow")
+@rule("square integer_pow")
 def _power(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     power = equation.params.get("y", 2)
     (state,) = states
-    if isinstance(state, Mixed | Zero):
+    if isinstance(state, Mixed | AlwaysZero):
         return [state]
-    if isinstance(state, RowSum | Columns) or (isinstance(state, PerRow) and state.role != "data"):
+    if isinstance(state, RowSum | Columns) or (
+        isinstance(state, PerRow) and state.role != "values"
+    ):
         return [equation.mixed(NONLINEAR)]
     degree = None if state.degree is None else state.degree * power
     return [Constant(degree) if isinstance(state, Constant) else PerRow(*state.layout, degree)]
@@ -177,7 +181,7 @@ _SAME = (
 )
 
 
-@rule(*_SAME.split())
+@rule(_SAME)
 def _same(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     if equation.name == "convert_element_type" and not _is_linear_cast(equation):
         return elementwise(equation, states, keep_places=True)
@@ -186,7 +190,7 @@ def _same(equation: Equation, states: Sequence[State]) -> Sequence[State]:
 
 def _is_linear_cast(equation: Equation) -> bool:
     """A cast to an integer or a bool is a step; one between floats is taken as exact."""
-    kinds = [v.aval.dtype.kind for v in (equation.few.invars[0], equation.few.outvars[0])]
+    kinds = [dtype_of(v).kind for v in (equation.few.invars[0], equation.few.outvars[0])]
     return kinds[1] in "fcV" or kinds[0] == kinds[1] or (kinds[0] in "iub" and kinds[1] in "iu")
 
 
@@ -202,14 +206,14 @@ def _select(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     out = join(equation, cases)
     if not isinstance(which, PerRow) or isinstance(out, Mixed):
         return [out]
-    if which.role != "data":
+    if which.role != "values":
         return [equation.mixed(PICKS)]
     if isinstance(out, RowSum):
         return [equation.mixed("puts a sum over rows into single rows")]
     if isinstance(out, PerRow):
         return [out if out.layout == which.layout else equation.mixed(TOGETHER)]
     degree = out.degree if isinstance(out, Constant) else 0
-    return [Zero() if isinstance(out, Zero) else PerRow(*which.layout, degree)]
+    return [AlwaysZero() if isinstance(out, AlwaysZero) else PerRow(*which.layout, degree)]
 
 
 _ELEMENTWISE = (
@@ -223,7 +227,7 @@ _ELEMENTWISE = (
 )
 
 
-@rule(*_ELEMENTWISE.split())
+@rule(_ELEMENTWISE)
 def _elementwise(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     return elementwise(equation, states)
 
@@ -240,7 +244,7 @@ def elementwise(
     rows = [state for state in states if isinstance(state, PerRow)]
     if any(isinstance(state, Columns) for state in states):
         return [equation.mixed(PICKS)] * outs
-    placed = [state for state in rows if state.role != "data"]
+    placed = [state for state in rows if state.role != "values"]
     if placed:
         if keep_places and len(states) == 1:
             return [placed[0]] * outs

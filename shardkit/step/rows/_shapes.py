@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from ._equation import Equation
 from ._rules import PICKS, elementwise, first_mixed, join, moved, rule
 from ._states import (
+    AlwaysZero,
     Columns,
     Constant,
     Mixed,
     PerRow,
     RowSum,
     State,
-    Zero,
     add_degrees,
     same_degree,
 )
@@ -21,9 +21,9 @@ from ._states import (
 @rule("reduce_sum")
 def _reduce_sum(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     (state,), axes = states, equation.params["axes"]
-    if isinstance(state, Mixed | Zero):
+    if isinstance(state, Mixed | AlwaysZero):
         return [state]
-    if isinstance(state, Columns) or (isinstance(state, PerRow) and state.role != "data"):
+    if isinstance(state, Columns) or (isinstance(state, PerRow) and state.role != "values"):
         return [equation.mixed(PICKS)]
     times = len(set(axes) & set(equation.growing(0)))
     degree = add_degrees(state.degree, times)
@@ -39,21 +39,21 @@ _REDUCTIONS = (
 )
 
 
-@rule(*_REDUCTIONS.split())
+@rule(_REDUCTIONS)
 def _reduce(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     outs = elementwise(equation, states)
     axes = equation.params.get("axes", equation.params.get("dimensions", ()))
     state = outs[0]
     if not isinstance(state, PerRow):
         return outs
-    if state.role != "data":
+    if state.role != "values":
         return [equation.mixed(PICKS)] * len(outs)
     if state.dim in axes:
         return [equation.mixed("reduces over rows, but not by a sum")] * len(outs)
     return [moved(state, state.dim - sum(axis < state.dim for axis in axes))] * len(outs)
 
 
-@rule("cumsum", "cumlogsumexp", "cummax", "cummin", "cumprod", "sort", "rev", "fft", "top_k")
+@rule("cumsum cumlogsumexp cummax cummin cumprod sort rev fft top_k")
 def _along(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     """What works along some dims: exact for rows where these hold no rows."""
     params, outs = equation.params, len(equation.few.outvars)
@@ -90,7 +90,7 @@ def _broadcast(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     return [state]
 
 
-@rule("squeeze", "expand_dims")
+@rule("squeeze expand_dims")
 def _squeeze(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     (state,), dims = states, equation.params["dimensions"]
     if not isinstance(state, PerRow):
@@ -126,7 +126,7 @@ def _concatenate(equation: Equation, states: Sequence[State]) -> Sequence[State]
     if mixed := first_mixed(states):
         return [mixed]
     dim, rank = equation.params["dimension"], len(equation.out_shape())
-    places = any(isinstance(s, PerRow) and s.role != "data" for s in states)
+    places = any(isinstance(s, PerRow) and s.role != "values" for s in states)
     if dim == rank - 1 and (places or any(isinstance(s, Columns) for s in states)):
         if all(equation.shape(i)[-1] == 1 for i in range(len(states))):
             return [Columns(tuple(states))]
@@ -142,12 +142,12 @@ def _stacked_blocks(equation: Equation, states: Sequence[State], dim: int) -> St
     for index, state in enumerate(states):
         size = equation.shape(index)[dim]
         if isinstance(state, PerRow):
-            if state.dim != dim or state.role != "data" or inner not in (None, state.inner):
+            if state.dim != dim or state.role != "values" or inner not in (None, state.inner):
                 return equation.mixed("puts rows behind one another")
             inner = state.inner
         elif dim not in equation.growing(index) or isinstance(state, RowSum):
             return equation.mixed("puts something else beside the rows of the batch")
-        if not isinstance(state, Zero):
+        if not isinstance(state, AlwaysZero):
             assert isinstance(state, PerRow | Constant)
             degrees.append(state.degree)
         blocks += size
@@ -182,7 +182,7 @@ def _dynamic_slice(equation: Equation, states: Sequence[State]) -> Sequence[Stat
     if mixed := first_mixed(states):
         return [mixed]
     state, *starts = states
-    if any(not isinstance(start, Constant | Zero) for start in starts):
+    if any(not isinstance(start, Constant | AlwaysZero) for start in starts):
         return [equation.mixed("starts where rows say")]
     if isinstance(state, PerRow) and _is_cut(equation, state.dim):
         return [equation.mixed("takes some rows of the batch and leaves others")]
@@ -194,7 +194,7 @@ def _update_slice(equation: Equation, states: Sequence[State]) -> Sequence[State
     if mixed := first_mixed(states):
         return [mixed]
     operand, update, *starts = states
-    if any(not isinstance(start, Constant | Zero) for start in starts):
+    if any(not isinstance(start, Constant | AlwaysZero) for start in starts):
         return [equation.mixed("starts where rows say")]
     rows = [state for state in (operand, update) if isinstance(state, PerRow)]
     if any(equation.shape(0)[s.dim] != equation.shape(1)[s.dim] for s in rows):
@@ -236,7 +236,7 @@ def _split(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     return [PerRow(axis, size // block, state.inner, state.degree, state.role) for size in sizes]
 
 
-@rule("unstack", "stack")
+@rule("unstack stack")
 def _stack(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     axis, outs = equation.params["axis"], len(equation.few.outvars)
     by = 1 if equation.name == "stack" else -1

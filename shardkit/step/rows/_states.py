@@ -4,7 +4,7 @@ Every value is in one of these states; `n` is the number of rows:
 
 | state | the value | example |
 |---|---|---|
-| `Zero()` | zero, neutral in sums | a gradient's first accumulator |
+| `AlwaysZero()` | zero, neutral in sums | a gradient's first accumulator |
 | `Constant(d)` | no row decides it; it grows as `n**d` | a weight, `0`; `1 / n`, `-1` |
 | `PerRow(dim, ...)` | along `dim`, each row's part depends on that row alone | `x @ w` |
 | `RowSum(d)` | a sum over rows, times a constant; grows as `n**d` | `x.sum()`: 1, `x.mean()`: 0 |
@@ -45,8 +45,8 @@ class Cause:
 
 
 @dataclasses.dataclass(frozen=True)
-class Zero:
-    """Zero, whatever the rows are."""
+class AlwaysZero:
+    """AlwaysZero, whatever the rows are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +68,8 @@ class PerRow:
       outer: blocks of all rows.
       inner: elements of each row, side by side.
       degree: each row's part grows as `n**degree`.
-      role: `"data"`; or, of an `iota` over rows, `"index"`: the row's own number, `"shifted"`: that
-        plus a constant, `"test"`: whether it is negative. JAX's indexing makes these three of
+      role: `"values"`; or, of an `iota` over rows, `"index"`: the row's own number, `"shifted"`:
+        that plus a constant, `"test"`: whether it is negative. JAX's indexing makes these three of
         `x[jnp.arange(n), labels]`; as data they would depend on a row's place in the batch.
     """
 
@@ -77,7 +77,7 @@ class PerRow:
     outer: int = 1
     inner: int = 1
     degree: Degree = 0
-    role: str = "data"
+    role: str = "values"
 
     @property
     def layout(self) -> tuple[int, int, int]:
@@ -110,7 +110,7 @@ class Mixed:
     cause: Cause
 
 
-State = Zero | Constant | PerRow | Columns | RowSum | Mixed
+State = AlwaysZero | Constant | PerRow | Columns | RowSum | Mixed
 
 
 def add_degrees(*degrees: Degree) -> Degree:
@@ -142,6 +142,6 @@ def describe(state: State) -> str:
             return "one value a row"
         case Mixed(cause):
             return str(cause)
-        case Constant(0) | Zero():
+        case Constant(0) | AlwaysZero():
             return "the same for any rows"
     return "a number that depends on how many rows there are"
