@@ -20,6 +20,7 @@ from ._compile import CompiledProgram, no_ambient_mesh
 from ._inputs import check_apart, check_given, check_state, fed_rows, put_batch, put_key
 from ._memory_check import check_memory
 from ._report import inspected
+from .self_check import SelfCheck, run_self_check
 
 if TYPE_CHECKING:
     from ..hardware import Chip
@@ -154,6 +155,28 @@ class CompiledStep:
         """
         check_given(state)
         return self._run(lambda form: form.programs.gradients, state, batch)
+
+    def self_check(self, state: TrainState, batch: Batch) -> SelfCheck:
+        """Holds the compiled gradient to the loss of the same mesh, at any scale.
+
+        No single device is needed: the gradient is compared with difference quotients of the
+        loss, the loss with that of its rows on other devices, copies with each other, and one
+        update with the optimizer's. It takes six evaluations, a gradient and an update of a copy
+        of the state; the state stays. See `docs/self_check.md` for what it can miss.
+
+        Args:
+          state: as the next update would get it.
+          batch: host arrays, or arrays that `shard_batch` placed.
+
+        Raises:
+          StateError: the state was consumed already, or belongs to another step.
+          BatchError: the batch is not what the step was compiled for.
+        """
+        check_given(state)
+        form = self._forms.of(batch)
+        placed = put_batch(batch, form.layout.batch, form.layout.batch_shardings)
+        check_state(state, self.layout.state, self.layout.shardings)
+        return run_self_check(self._bound, form.programs, state, placed)
 
     def shard_batch(self, batch: Batch) -> Batch:
         """Puts a batch on the mesh as declared, wherever it is, for a later call of the step.

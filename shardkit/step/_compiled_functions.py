@@ -16,6 +16,7 @@ from ._debug import check_keys
 from ._layout import Layout
 from ._readback import check_executable
 from ._step_functions import StepFunctions, layer_policy
+from .self_check._probes import Probes
 
 
 class CompiledFunctions:
@@ -82,6 +83,17 @@ class CompiledFunctions:
         results = (self._whole, self._layout.shardings.params)
         by_lanes = self._functions.by_lanes
         return self._on_state_and_batch(self._functions.gradients(), results, by_lanes)
+
+    @functools.cached_property
+    def training_loss(self) -> CompiledProgram:
+        """`(state, batch) → (total, weight)` of the training loss, for `self_check`."""
+        run = self._functions.training_loss()
+        return self._on_state_and_batch(run, self._whole, by_lanes=False)
+
+    @functools.cached_property
+    def probes(self) -> Probes:
+        """What `self_check` does to parameters and gradients beside running the loss."""
+        return Probes(self._bound.spec, self._layout)
 
     def _on_state_and_batch(
         self, run: Any, results: Any, by_lanes: bool, donate: tuple[int, ...] = ()

@@ -22,8 +22,9 @@ from ._update import (
     gradient_step,
     training_step,
 )
+from .self_check._training_loss import plain_objective, training_loss
 from .shard_map._plan import kept_axes
-from .shard_map._survey import evaluated_on_shards, gradients_on_shards
+from .shard_map._survey import evaluated_on_shards, gradients_on_shards, training_on_shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +96,20 @@ class StepFunctions:
         if spec.mode == "shard_map":
             loss = self._planned(evaluated_on_shards, loss)
         return evaluation_step(loss, self._low)
+
+    def training_loss(self) -> Callable[[TrainState, Any], Any]:
+        """Builds `(state, batch) → (total, weight)` of the training loss, without its gradient."""
+        spec, loss = self.bound.spec, plain_objective(self.bound.spec.loss_fn)
+        on_shards, precision = spec.mode == "shard_map", spec.precision
+        apart = spec.accumulate.micro_batches > 1 or precision.reduces_apart
+        return training_loss(
+            self._planned(training_on_shards, loss) if on_shards else loss,
+            self._low,
+            self.layout.batch_shardings,
+            spec.accumulate.micro_batches,
+            always_folds=apart and spec.accumulate.reduce == "end",
+            own_keys=on_shards,
+        )
 
     def _low(self, params: Any) -> Any:
         return cast_floats(params, self.bound.spec.precision.compute_dtype)

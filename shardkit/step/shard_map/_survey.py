@@ -35,6 +35,14 @@ def evaluated_on_shards(
     return shard_objective(objective, plan)
 
 
+def training_on_shards(
+    bound: BoundSpec, layout: Layout, objective: Objective, low: Any
+) -> Objective:
+    """A loss of one micro-batch, with the draws of its gradient; see `shard_plan`."""
+    plan = shard_plan(bound, layout, objective, low, bound.spec.accumulate)
+    return shard_objective(objective, plan)
+
+
 def shard_plan(
     bound: BoundSpec, layout: Layout, objective: Objective, low: Any, accumulate: Accumulate
 ) -> ManualPlan:

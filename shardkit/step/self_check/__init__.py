@@ -1,0 +1,8 @@
+"""`CompiledStep.self_check`: the compiled gradient held to the loss of the same mesh."""
+
+from ._check import run_self_check
+from ._probes import Probes
+from ._result import Check, SelfCheck
+from ._training_loss import training_loss
+
+__all__ = ["Check", "Probes", "SelfCheck", "run_self_check", "training_loss"]
