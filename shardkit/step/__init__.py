@@ -7,6 +7,7 @@ from ._nonfinite import SKIPPED, OnNonfinite
 from ._objective import objective
 from ._spec import StepSpec, check_mesh_given, check_step_spec
 from .optim._follow import FollowParams, moment_spec
+from .self_check import SelfCheck
 
 __all__ = [
     "SKIPPED",
@@ -15,6 +16,7 @@ __all__ = [
     "FollowParams",
     "Layout",
     "OnNonfinite",
+    "SelfCheck",
     "StepSpec",
     "abstract_state",
     "check_mesh_given",

@@ -16,7 +16,7 @@ from ._debug import check_keys
 from ._layout import Layout
 from ._readback import check_executable
 from ._step_functions import StepFunctions, layer_policy
-from .self_check._probes import Probes
+from .self_check import LossProgram, Probes
 
 
 class CompiledFunctions:
@@ -85,15 +85,19 @@ class CompiledFunctions:
         return self._on_state_and_batch(self._functions.gradients(), results, by_lanes)
 
     @functools.cached_property
-    def training_loss(self) -> CompiledProgram:
+    def training_loss(self) -> LossProgram:
         """`(state, batch) → (total, weight)` of the training loss, for `self_check`."""
-        run = self._functions.training_loss()
-        return self._on_state_and_batch(run, self._whole, by_lanes=False)
+
+        def compiled(dtype: str) -> CompiledProgram:
+            run = self._functions.training_loss(dtype)
+            return self._on_state_and_batch(run, self._whole, by_lanes=False)
+
+        return LossProgram.of(compiled, self._bound.spec.precision.compute_dtype)
 
     @functools.cached_property
     def probes(self) -> Probes:
         """What `self_check` does to parameters and gradients beside running the loss."""
-        return Probes(self._bound.spec, self._layout)
+        return Probes(self._bound.spec, self._layout, self.training_loss.dtype)
 
     def _on_state_and_batch(
         self, run: Any, results: Any, by_lanes: bool, donate: tuple[int, ...] = ()

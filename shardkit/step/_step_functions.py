@@ -97,14 +97,14 @@ class StepFunctions:
             loss = self._planned(evaluated_on_shards, loss)
         return evaluation_step(loss, self._low)
 
-    def training_loss(self) -> Callable[[TrainState, Any], Any]:
-        """Builds `(state, batch) → (total, weight)` of the training loss, without its gradient."""
+    def training_loss(self, dtype: str) -> Callable[[TrainState, Any], Any]:
+        """Builds `(state, batch) → (total, weight)` of the training loss, computed in `dtype`."""
         spec, loss = self.bound.spec, plain_objective(self.bound.spec.loss_fn)
         on_shards, precision = spec.mode == "shard_map", spec.precision
         apart = spec.accumulate.micro_batches > 1 or precision.reduces_apart
         return training_loss(
             self._planned(training_on_shards, loss) if on_shards else loss,
-            self._low,
+            lambda params: cast_floats(params, dtype),
             self.layout.batch_shardings,
             spec.accumulate.micro_batches,
             always_folds=apart and spec.accumulate.reduce == "end",

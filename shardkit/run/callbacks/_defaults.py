@@ -10,8 +10,7 @@ from ._heartbeat import Heartbeat
 from ._loggers import check_loggers, make_loggers
 from ._profile import ProfileTrace
 from ._progress import Describe, ProgressDisplay
-from ._replica_check import ReplicaCheck
-from ._self_check import SelfCheckCallback
+from ._replica_check import ReplicaCheck, SelfCheckCallback
 from ._spikes import SpikeLog
 
 

@@ -3,6 +3,6 @@
 from ._check import run_self_check
 from ._probes import Probes
 from ._result import Check, SelfCheck
-from ._training_loss import training_loss
+from ._training_loss import LossProgram
 
-__all__ = ["Check", "Probes", "SelfCheck", "run_self_check", "training_loss"]
+__all__ = ["Check", "LossProgram", "Probes", "SelfCheck", "run_self_check"]

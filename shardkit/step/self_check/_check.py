@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -59,11 +59,13 @@ class _Run:
         self._spec, self._programs, self._probes = bound.spec, programs, programs.probes
         self._state, self._batch, self.evaluations = state, batch, 0
         lossy = bound.spec.strategy.compression is not None
-        self._limits = Limits.of(bound.spec.precision.compute_dtype, lossy=lossy)
         words = np.asarray(jax.random.key_data(state.key)).ravel()
         self._rng = np.random.default_rng([int(x) for x in (*words, state.step)])
         known = {name for name in ("gradients", "training_loss") if name in vars(programs)}
-        self._gradient_program, self._loss_program = programs.gradients, programs.training_loss
+        self._gradient_program, loss = programs.gradients, programs.training_loss
+        self._loss_program, loss_dtype = loss.program, loss.dtype
+        compute_dtype = bound.spec.precision.compute_dtype
+        self._limits = Limits.of(compute_dtype, loss_dtype, lossy=lossy)
         compiled = {"gradients": self._gradient_program, "training_loss": self._loss_program}
         self.compile_seconds = sum(
             sum(program.seconds) for name, program in compiled.items() if name not in known
@@ -84,6 +86,20 @@ class _Run:
         total, weight = self._loss_program.compiled(state, batch)
         return float(total), float(weight)
 
+    def _probe(self, name: str) -> Callable[..., Any]:
+        """A probe; the time of the first call of each is that of compiling it."""
+        is_new, probe = name not in vars(self._probes), getattr(self._probes, name)
+        if not is_new:
+            return probe
+
+        def timed(*args: Any) -> Any:
+            began = time.perf_counter()
+            result = jax.block_until_ready(probe(*args))
+            self.compile_seconds += time.perf_counter() - began
+            return result
+
+        return timed
+
     def _check_losses(self, loss: float) -> Iterator[Check]:
         """The gradient's loss against the loss program's: of its rows, and of rearranged ones."""
         reason = self._order_matters()
@@ -100,7 +116,7 @@ class _Run:
         parts = [order]
         if splits and rows % 2 == 0:  # each half twice: no other batch shape is compiled
             parts = [np.tile(half, 2) for half in np.split(order, 2)]
-        rearranged = [self._probes.rearrange(self._batch, part) for part in parts]
+        rearranged = [self._probe("rearrange")(self._batch, part) for part in parts]
         yield self._compare_loss("rows", loss, [self._totals(self._state, b) for b in rearranged])
 
     def _compare_loss(self, name: str, loss: float, pairs: list[tuple[float, float]]) -> Check:
@@ -146,20 +162,20 @@ class _Run:
         state, probes = self._state, self._probes
 
         def measure(seeds: np.ndarray) -> np.ndarray:
-            return np.asarray(probes.measure(state.params, grads, seeds))
+            return np.asarray(self._probe("measure")(state.params, grads, seeds))
 
         direction = choose_direction(measure, self._rng, len(probes.paths))
         self._norms = direction.norms
 
         def evaluate(amounts: np.ndarray) -> float:
-            params = probes.move(state.params, direction.seeds, amounts)
+            params = self._probe("move")(state.params, direction.seeds, amounts)
             total, _ = self._totals(dataclasses.replace(state, params=params), self._batch)
             return total / self._weight if self._weight else 0.0
 
         def predict(amounts: np.ndarray) -> np.ndarray:
             if probes.is_exact:  # one program fewer to compile
                 return 2 * amounts * direction.slopes
-            return np.asarray(probes.predict(state.params, grads, direction.seeds, amounts))
+            return np.asarray(self._probe("predict")(state.params, grads, direction.seeds, amounts))
 
         test = GradientTest(direction, evaluate, predict, self._limits, abs(loss))
         check, step = test.run()
@@ -168,10 +184,19 @@ class _Run:
         index, gap = test.worst_leaf(step, check.threshold)
         if index is None:
             why = "the gradient differs from the loss, in no one leaf alone"
-            return dataclasses.replace(check, why=why)
+            return dataclasses.replace(check, why=why + self._surrogates())
         leaf = str(leaves({"params": state.params})[index])
-        why = f"its gradient is off by {gap:.1e} of its size"
+        why = f"its gradient is off by {gap:.1e} of its size{self._surrogates()}"
         return dataclasses.replace(check, leaf=leaf, why=why)
+
+    def _surrogates(self) -> str:
+        """Where the gradient may rightly differ from the loss: it is not its derivative there."""
+        names = [eqn.primitive.name for eqn in equations(self._loss_program.jaxpr.jaxpr)]
+        stops = sum(name == "stop_gradient" for name in names)
+        own = sum(name.startswith(("custom_vjp", "custom_jvp")) for name in names)
+        if not (stops or own):
+            return ""
+        return f" (the loss stops gradients {stops} times and has {own} derivatives of its own)"
 
     def _check_norm(self, norm: float) -> Check:
         own = float(np.sqrt(np.sum(np.square(self._norms))))
@@ -180,7 +205,7 @@ class _Run:
         return Check.of("grad_norm", gap, max(1e-4, self._limits.loss), why=why)
 
     def _check_copies(self, grads: Params) -> Check:
-        differing = np.asarray(self._probes.copies_differ(self._state, grads))
+        differing = np.asarray(self._probe("copies_differ")(self._state, grads))
         at_fault = np.flatnonzero(differing)
         leaf = self._probes.copied_paths[at_fault[0]] if len(at_fault) else ""
         why = f"{int(differing.max(initial=0))} devices hold another copy than the others"
@@ -199,7 +224,7 @@ class _Run:
                 gap = abs(got - want) / abs(want) if want else np.inf
                 return Check.of("update", gap, max(1e-4, limits.loss), why=why)
         gaps, sizes = np.asarray(
-            self._probes.update_gaps(
+            self._probe("update_gaps")(
                 self._state, grads, metrics["loss"], after, jnp.float32(limits.least)
             )
         )

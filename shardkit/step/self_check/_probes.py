@@ -37,9 +37,9 @@ class Probes:
       paths: path and type of each parameter, in JAX's order: L of them.
     """
 
-    def __init__(self, spec: "StepSpec", layout: Layout) -> None:
-        """Takes the dtype of the loss, the optimizer, and every sharding."""
-        self._spec, self._layout = spec, layout
+    def __init__(self, spec: "StepSpec", layout: Layout, dtype: str) -> None:
+        """Takes the optimizer, every sharding, and the dtype in which the loss sees parameters."""
+        self._spec, self._layout, self._dtype = spec, layout, dtype
         self._mesh = jax.tree.leaves(layout.shardings)[0].mesh
         self._whole = NamedSharding(self._mesh, PartitionSpec())
         self.paths = tuple(leaves_by_path(layout.state.params, "params"))
@@ -70,7 +70,7 @@ class Probes:
     @property
     def is_exact(self) -> bool:
         """Whether no element's move is lost in the rounding of parameters or of the loss."""
-        dtypes = {self._spec.precision.compute_dtype}
+        dtypes = {jnp.dtype(self._dtype)}
         dtypes |= {x.dtype for x in jax.tree.leaves(self._layout.state.params)}
         return all(jnp.finfo(dtype).eps < 1e-6 for dtype in dtypes)
 
@@ -81,7 +81,7 @@ class Probes:
         The difference is that of the rounded parameters, as the loss sees them: in bf16 an element
         moves by a multiple of its rounding, and by nothing where the move is smaller.
         """
-        dtype = self._spec.precision.compute_dtype
+        dtype = self._dtype
 
         def run(params: Params, grads: Params, seeds: jax.Array, amounts: jax.Array) -> jax.Array:
             rows = []
