@@ -202,6 +202,14 @@ def test_right_steps_of_other_forms_pass(options):
     assert result["gradient"].verdict == "ok"
 
 
+def test_a_loss_that_is_not_finite_is_left_to_what_the_step_declares(plain):
+    broken = {**batch(), "x": np.full((16, 4), np.nan, np.float32)}
+    result = plain.self_check(plain.init(jax.random.key(0)), broken)
+    assert result.ok
+    assert "loss is nan" in result["gradient"].why
+    assert "nan" not in result.line
+
+
 def test_model_state_and_any_pytree():
     def train(params, batch, key, model_state):
         mean = mean_loss(dict(zip(("up", "scale", "down"), params, strict=True)), batch, key)

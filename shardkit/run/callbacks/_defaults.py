@@ -36,7 +36,7 @@ def default_callbacks(
     if config.replica_check_every:
         callbacks.append(ReplicaCheck(config.replica_check_every, config.on_replica_mismatch))
     if every := parse_check(config.check):
-        callbacks.append(SelfCheckCallback(every))
+        callbacks.append(SelfCheckCallback(every, peers))
     callbacks += [SpikeLog(), *make_loggers(config.loggers)]
     if config.profile is not None:
         callbacks.append(ProfileTrace(*parse_profile(config.profile, config.steps)))

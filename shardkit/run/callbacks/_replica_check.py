@@ -7,6 +7,7 @@ from typing import Any, Literal
 import jax
 
 from ..._core.errors import StateError, format_problems
+from ...processes import ProcessGroup
 from ..guards._replicas import Mismatch, ReplicaComparison
 from ._callback import Callback, RunContext, StepMetrics
 
@@ -80,9 +81,9 @@ class SelfCheckCallback(Callback):
     `check`, and goodput counts it apart.
     """
 
-    def __init__(self, every: float) -> None:
-        """Takes the updates between two checks, infinite for the first update alone."""
-        self._every = every
+    def __init__(self, every: float, peers: ProcessGroup) -> None:
+        """Takes the updates between two checks, infinite for the first alone, and the processes."""
+        self._every, self._peers = every, peers
 
     def on_start(self, run: RunContext, state: Any) -> None:
         self._run = run
@@ -95,7 +96,9 @@ class SelfCheckCallback(Callback):
         """
         if (step - 1 - self._run.start) % self._every:
             return
+        self._peers.rest()  # the first check compiles, which no step timeout should count
         result = self._run.step.self_check(state, batch)
+        self._peers.began(step - 1)
         self._run.write(
             "check",
             step=step - 1,

@@ -74,6 +74,12 @@ class _Run:
     def checks(self) -> Iterator[Check]:
         """The checks, in order."""
         metrics, grads = self._gradient_program.compiled(self._state, self._batch)
+        values = {name: float(metrics[name]) for name in ("loss", "grad_norm")}
+        if not np.isfinite([*values.values()]).all():
+            # What becomes of such an update is declared: `on_nonfinite`.
+            text = ", ".join(f"{name} is {value}" for name, value in values.items())
+            yield Check.skipped("gradient", f"nothing is finite to compare: {text}")
+            return
         yield from self._check_losses(float(metrics["loss"]))
         yield self._check_gradient(float(metrics["loss"]), grads)
         yield self._check_norm(float(metrics["grad_norm"]))

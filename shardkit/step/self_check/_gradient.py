@@ -195,7 +195,7 @@ class GradientTest:
         near, far = self._residual(step), self._residual(2 * step) / 2
         rounding = 4 * self.limits.rounding * self.level
         noise = abs(near - far) / 3
-        scale = self.direction.scale(step) or max(abs(near), rounding)
+        scale = self.direction.scale(step) or abs(near) or rounding or 1.0
         # r is free of the truncation that n measures; what is left of it is h² times smaller.
         needed = max(self.limits.floor, (noise / 4 + rounding) / scale)
         error = (4 * near - far) / 3 / scale

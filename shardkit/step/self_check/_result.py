@@ -128,7 +128,7 @@ class SelfCheck:
         gradient = next((c for c in self.checks if c.name == "gradient"), None)
         parts = (
             [f"gradient gap {gradient.gap:.1e} (at most {gradient.threshold:.1e})"]
-            if gradient
+            if gradient and gradient.verdict != "not checked"
             else []
         )
         for verdict in ("FAILED", "too noisy", "not checked"):
