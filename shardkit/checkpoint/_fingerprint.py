@@ -78,7 +78,9 @@ def fingerprints(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     Returns:
       `{path: u32[2]}`; the same for the same values, whatever mesh and spec they have.
     """
-    shardings = [x.sharding for x in leaves.values()] if several() else []
+    # Within a traced function (a shard_map over copies) the caller decides where results go.
+    here = [x for x in leaves.values() if not isinstance(x, jax.core.Tracer)]
+    shardings = [x.sharding for x in here] if several() else []
     meshes = [one.mesh for one in shardings if isinstance(one, NamedSharding)]
     return _program(NamedSharding(meshes[0], PartitionSpec()) if meshes else None)(leaves)
 
