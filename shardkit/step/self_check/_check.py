@@ -222,7 +222,7 @@ class _Run:
         if bool(self._state.halted):
             return Check.skipped("update", "the state is halted")
         limits, paths = self._limits, self._probes.updated_paths
-        after, told = self._programs.train.compiled(self._probes.copy(self._state), self._batch)
+        after, told = self._programs.train.compiled(self._probe("copy")(self._state), self._batch)
         for name in ("loss", "grad_norm"):
             got, want = float(told[name]), float(metrics[name])
             if not abs(got - want) <= max(1e-4, limits.loss) * abs(want):

@@ -102,9 +102,20 @@ class Probes:
 
         return jax.jit(run, out_shardings=self._layout.batch_shardings)
 
-    def copy(self, state: TrainState) -> TrainState:
-        """The same state in buffers of its own, which a step may consume."""
-        return jax.device_put(state, self._layout.shardings, may_alias=False)
+    @functools.cached_property
+    def copy(self) -> Any:
+        """`state → state` in buffers of its own, which a step may consume."""
+
+        def fresh(x: jax.Array) -> jax.Array:
+            if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+                impl = jax.random.key_impl(x)
+                return jax.random.wrap_key_data(jnp.copy(jax.random.key_data(x)), impl=impl)
+            return jnp.copy(x)
+
+        def run(state: TrainState) -> TrainState:
+            return jax.tree.map(fresh, state)
+
+        return jax.jit(run, out_shardings=self._layout.shardings)
 
     @functools.cached_property
     def copies_differ(self) -> Any:
