@@ -59,7 +59,7 @@ NOTE = (
 
 def measure(target: str, way: str, own: int, n: int) -> dict[str, Any]:
     """Compiles one case and returns its row."""
-    from shardkit.targets import Source, compile_for
+    from shardkit.targets import StepSource, compile_for
 
     length = own * n
     strategy = f"data | {WAYS[way]}" if way in WAYS else "data"
@@ -72,7 +72,7 @@ def measure(target: str, way: str, own: int, n: int) -> dict[str, Any]:
         f"mesh=data={CHIPS // n},context={n}" if way in WAYS else f"mesh=data={CHIPS}",
     )
     start = time.perf_counter()
-    report = compile_for(Source("", overrides), target, timeout=3600)
+    report = compile_for(StepSource("", overrides), target, timeout=3600)
     ledger = report.ledger
     ratios = {one.axis: one.ratio for one in report.minima}
     return {

@@ -61,10 +61,10 @@ def choices(model: Any, params: Any, batch: Any) -> tuple[float, list[tuple[Any,
 def dropped(config: Any, choice: Any) -> Any:
     """Which choices find their expert full, bool[batch, length, k]."""
     from shardkit.lm._mixture import expert_capacity
-    from shardkit.nn._expert_dispatch import places
+    from shardkit.nn._expert_dispatch import position_in_expert
 
     rows, length, _ = choice.shape
-    place = places(choice.reshape(rows, -1), config.experts).reshape(choice.shape)
+    place = position_in_expert(choice.reshape(rows, -1), config.experts).reshape(choice.shape)
     return place >= expert_capacity(config, length)
 
 
@@ -107,7 +107,7 @@ def main() -> None:
     from shardkit.lm import SIZES, Decoder, decoder_loss
 
     sk.simulate_devices(math.prod(MESH.values()))
-    text = load_text(DataConfig(seq_len=128, batch_size=8, held_out=0.01))
+    text = load_text(DataConfig(seq_len=128, batch_size=8, validation_fraction=0.01))
     config = dataclasses.replace(SIZES["nano-moe"], capacity_factor=FACTOR)
     model = sk.from_nnx(lambda rngs: Decoder(config, rngs), decoder_loss)
     run = [compiled(model, text.batch(0), sizes) for sizes in ({"data": 1}, MESH)]

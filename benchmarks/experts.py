@@ -46,7 +46,7 @@ def train(
     for number in range(steps):
         state, metrics = step(state, text.batch(number))
         seen.append({name: float(x) for name, x in metrics.items()})
-    return seen, float(step.evaluate(state, text.held_out_batch(0))["loss"])
+    return seen, float(step.evaluate(state, text.validation_batch(0))["loss"])
 
 
 def row(factor: float | None, balanced: bool, seen: Any, held_out: float) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def main() -> None:
     if arguments.mesh:
         sk.simulate_devices(math.prod(MESH.values()))
         name, where = "experts_mesh", "CPU, 1 and 8 simulated devices"
-    text = load_text(DataConfig(seq_len=128, batch_size=8, held_out=0.01))
+    text = load_text(DataConfig(seq_len=128, batch_size=8, validation_fraction=0.01))
     rows = (
         [one for factor in (1.25, None) for one in beside(factor, steps, text)]
         if arguments.mesh

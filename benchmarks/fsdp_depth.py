@@ -20,7 +20,7 @@ LAYER = 4 * 256 * 256 + 3 * 256 * 768
 
 def measure(target: str, name: str) -> dict[str, Any]:
     """Compiles both depths of one variant and returns its row."""
-    from shardkit.targets import Source, compile_for
+    from shardkit.targets import StepSource, compile_for
 
     def temp(layers: int) -> int:
         mesh = f"fsdp={TARGETS[target]}"
@@ -30,7 +30,7 @@ def measure(target: str, name: str) -> dict[str, Any]:
             *SIZES,
             f"model.num_layers={layers}",
         )
-        return compile_for(Source("", overrides), target, timeout=1800).memory.temp or 0
+        return compile_for(StepSource("", overrides), target, timeout=1800).memory.temp or 0
 
     shallow, deep = map(temp, DEPTHS)
     added = (deep - shallow) / (DEPTHS[1] - DEPTHS[0])

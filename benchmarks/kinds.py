@@ -131,14 +131,14 @@ def _pairs(text: str) -> list[list[str]]:
 
 def measure(name: str, target: str, layers: int) -> dict[str, Any]:
     """Compiles one kind and returns its row."""
-    from shardkit.targets import Source, compile_for
+    from shardkit.targets import StepSource, compile_for
 
     strategy, mesh = KINDS[name][0], mesh_of(KINDS[name][1], TARGETS[target])
     mode = "shard_map" if name.startswith("shard_map") else "auto"
     overrides = (f"strategy={strategy}", f"mesh={mesh}", *SIZES, *MODELS.get(name, ()))
     overrides = (*overrides, f"model.num_layers={layers}", f"compile.mode={mode}")
     start = time.perf_counter()
-    report = compile_for(Source("", overrides), target, timeout=1800)
+    report = compile_for(StepSource("", overrides), target, timeout=1800)
     seconds = time.perf_counter() - start
     by_kind: dict[str, float] = {}
     for row in report.ledger:

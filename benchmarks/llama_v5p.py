@@ -78,14 +78,16 @@ NOTE = (
 def measure(name: str, layers: int) -> dict[str, Any]:
     """Compiles one variant and returns its row."""
     from shardkit.hardware import CHIPS
-    from shardkit.targets import Source, compile_for
+    from shardkit.targets import StepSource, compile_for
 
     fields = {**BASE, "model.num_layers": str(layers), **LEVERS[name]}
     # A strategy is replaced as a whole, so it comes before its own fields.
     ordered = sorted(fields, key=lambda field: field.count("."))
     start = time.perf_counter()
     report = compile_for(
-        Source(CONFIG, tuple(f"{field}={fields[field]}" for field in ordered)), TARGET, timeout=3600
+        StepSource(CONFIG, tuple(f"{field}={fields[field]}" for field in ordered)),
+        TARGET,
+        timeout=3600,
     )
     seconds = time.perf_counter() - start
     ledger, timeline = report.ledger, report.timeline

@@ -62,13 +62,15 @@ NOTE = (
 
 def measure(name: str) -> dict[str, Any]:
     """Compiles for one machine and returns its row."""
-    from shardkit.targets import Source, compile_for
+    from shardkit.targets import StepSource, compile_for
 
     target, fields = MACHINES[name]
     ordered = sorted(fields, key=lambda field: field.count("."))
     start = time.perf_counter()
     report = compile_for(
-        Source(CONFIG, tuple(f"{field}={fields[field]}" for field in ordered)), target, timeout=3600
+        StepSource(CONFIG, tuple(f"{field}={fields[field]}" for field in ordered)),
+        target,
+        timeout=3600,
     )
     seconds = time.perf_counter() - start
     host = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20

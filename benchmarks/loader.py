@@ -46,7 +46,7 @@ def sources(size: tuple[int, int], folder: Path) -> dict[str, Any]:
         "text": text,
         "shards": load_text(shards),
         "packed": load_text(DataConfig(seq_len=length, batch_size=rows, packing=True)),
-        "arrays": sk.data.arrays(tree, rows),
+        "arrays": sk.data.Arrays(tree, rows),
     }
 
 

@@ -40,8 +40,8 @@ def line(name: str) -> str:
     import _parity
 
     case = _parity.CASES[name]
-    certificate = _parity.certificate(name).check()
-    worst = next(row for row in certificate.rows if row.check == "gradients")
+    report = _parity.parity_report(name).check()
+    worst = next(row for row in report.rows if row.check == "gradients")
     ratios = _parity.ratios(name)
     mesh = " × ".join(f"{axis}={size}" for axis, size in case.mesh.items())
     sent = ", ".join(f"{axis} {ratio:.2f}" for axis, ratio in ratios.items())

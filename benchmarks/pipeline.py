@@ -18,7 +18,7 @@ import optax
 from _harness import write
 
 import shardkit as sk
-from shardkit.parallel import Schedule, schedule
+from shardkit.parallel import PipelineSchedule, schedule
 
 STAGES, ROWS, LENGTH, WIDTH, LAYERS = 4, 4, 64, 32, 8
 ACTIVATION = ROWS * LENGTH * WIDTH * 4
@@ -59,7 +59,7 @@ def temporary(name, micro_batches, virtual_stages):
     return step.report().memory.temp / 1024
 
 
-def formulae(table: Schedule) -> tuple[fractions.Fraction, int]:
+def formulae(table: PipelineSchedule) -> tuple[fractions.Fraction, int]:
     """Bubble and activations of the first stage, as the papers have them."""
     p, m, v = table.stages, table.micro_batches, table.virtual_stages
     return {

@@ -11,11 +11,11 @@ from typing import Any
 
 from _harness import write
 
-from shardkit.planner import Candidate, plan, report_of
-from shardkit.targets import Source
+from shardkit.planner import Candidate, compile_layout, plan
+from shardkit.targets import StepSource
 
 TARGET = "tpu:v5p:2x2x2"
-SOURCE = Source(
+SOURCE = StepSource(
     "",
     (
         "model.vocab=1024",
@@ -55,7 +55,7 @@ def over(wire: Mapping[str, float], axis: str) -> float:
 
 def row(one: Candidate) -> dict[str, Any]:
     """One compile beside its estimate."""
-    report = report_of(one.declaration, SOURCE, TARGET, precision="bfloat16")
+    report = compile_layout(one.declaration, SOURCE, TARGET, precision="bfloat16")
     memory, timeline = report.memory, report.timeline
     assert memory.total is not None
     assert timeline is not None

@@ -25,11 +25,11 @@ from _harness import write
 
 from shardkit._core.types import Accumulate
 from shardkit.mesh import Target
-from shardkit.planner import Candidate, Plan, SearchSpace, code_of, plan, report_of
+from shardkit.planner import Candidate, Plan, SearchSpace, compile_layout, format_layout, plan
 from shardkit.planner._search import Search
 from shardkit.planner._space import searched_axes
 from shardkit.report import Report
-from shardkit.targets import Source
+from shardkit.targets import StepSource
 
 _WIDE = ("model.embed_dim=1024", "model.num_heads=8", "model.mlp_dim=2816")
 _SLIM = ("model.embed_dim=512", "model.num_heads=8", "model.mlp_dim=1408")
@@ -119,10 +119,10 @@ class Layout:
         return f"{self.sweep}: {sizes}, {how}, remat={self.remat}, zero={self.zero}"
 
 
-def source_of(model: str) -> Source:
+def source_of(model: str) -> StepSource:
     """The config of a model."""
     fields = COMMON | dict(one.split("=", 1) for one in MODELS[model])
-    return Source("", tuple(f"{field}={value}" for field, value in fields.items()))
+    return StepSource("", tuple(f"{field}={value}" for field, value in fields.items()))
 
 
 def devices_of(target: str) -> int:
@@ -149,7 +149,7 @@ def _sweep(sketch: tuple[str, str, int]) -> list[Layout]:
     model, target, stride = sketch
     found = []
     for mesh, schedule, remat, zero in itertools.product(
-        SPACE.meshes(devices_of(target)), SPACE.schedules({}), SPACE.remat, SPACE.zero
+        SPACE.meshes(devices_of(target)), SPACE.batchings({}), SPACE.remat, SPACE.zero
     ):
         if zero and mesh["data"] == 1:
             continue
@@ -162,9 +162,9 @@ def _sweep(sketch: tuple[str, str, int]) -> list[Layout]:
 def measure(one: Layout) -> Row:
     """One compile."""
     row: Row = {"name": one.name, "compiled": None, "failed": ""}
-    code = code_of(dict(one.mesh), one.accumulate, one.remat, one.zero)
+    code = format_layout(dict(one.mesh), one.accumulate, one.remat, one.zero)
     try:
-        report = report_of(code, source_of(one.model), one.target, precision="bfloat16")
+        report = compile_layout(code, source_of(one.model), one.target, precision="bfloat16")
     except (ValueError, RuntimeError) as error:
         return row | {"failed": " ".join(str(error).split())[:300]}
     return row | {"compiled": read(report)}
@@ -326,9 +326,9 @@ def _shown(name: str, c: Candidate, row: Row) -> dict[str, str]:
 
 def speed() -> list[dict[str, str]]:
     """How long a plan for 512 chips takes: tracing, walks and estimates, nothing compiled."""
-    declared = Source("", ("model=llama2-7b", "data.batch_size=1024", "data.seq_len=2048")).load()[
-        0
-    ]
+    declared = StepSource(
+        "", ("model=llama2-7b", "data.batch_size=1024", "data.seq_len=2048")
+    ).load()[0]
     table = []
     for axes in SPEED_AXES:
         start, busy = time.monotonic(), time.process_time()

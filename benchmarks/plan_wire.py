@@ -15,7 +15,7 @@ from _harness import write
 import shardkit as sk
 from shardkit.mesh import MeshSpec
 from shardkit.planner import SearchSpace
-from shardkit.planner._declared_step import modelled
+from shardkit.planner._declared_step import estimate_step
 from shardkit.sweeps import ConfigFactory
 
 MODEL = (
@@ -54,7 +54,7 @@ def compare(mode: str, sequence: bool) -> Iterator[tuple[str, dict[str, float]]]
         declared = factory(mesh, accumulate=1, remat="none")
         ledger = declared.compile(mesh).report().ledger
         true = {", ".join(axes): float(n) for axes, n in ledger.by_axes().items()}
-        wire = modelled(declared, sizes).wire
+        wire = estimate_step(declared, sizes).wire
         name = ", ".join(f"{axis}={n}" for axis, n in used.items())
         yield name, {axis: over(wire, axis) / over(true, axis) - 1 for axis in used}
 

@@ -30,23 +30,23 @@ PROGRAM = """
 import os, sys, time, pathlib
 import jax, numpy as np
 import shardkit as sk
-note = lambda: pathlib.Path(f"{{sys.argv[1]}}-{{peers.index}}").write_text(str(time.time()))
-with sk.distributed(step_timeout={timeout}) as peers:
+note = lambda: pathlib.Path(f"{{sys.argv[1]}}-{{process_group.index}}").write_text(str(time.time()))
+with sk.distributed(step_timeout={timeout}) as process_group:
     if {way!r} == "disagrees":
         note()
         try:
-            peers.agree("step", lr=0.1, seed=peers.index)
+            process_group.agree("step", lr=0.1, seed=process_group.index)
         finally:
-            pathlib.Path(f"{{sys.argv[1]}}-stopped-{{peers.index}}").write_text(str(time.time()))
+            pathlib.Path(f"{{sys.argv[1]}}-stopped-{{process_group.index}}").write_text(str(time.time()))
     split = jax.NamedSharding(sk.MeshSpec(data=8).build(), jax.P("data"))
     step = jax.jit(lambda x: x + x.mean(), out_shardings=split)
     x = jax.make_array_from_callback((8,), split, lambda index: np.arange(8.0)[index])
     for i in range(1000):
-        if i == 20 and peers.index == 1:
+        if i == 20 and process_group.index == 1:
             note()
             {how}
         x = step(x)
-        peers.began(i + 1)
+        process_group.report_step(i + 1)
         x.block_until_ready()
 """
 

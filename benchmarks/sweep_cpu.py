@@ -22,7 +22,7 @@ import shardkit as sk
 
 if TYPE_CHECKING:
     from shardkit.hardware import Chip
-    from shardkit.sweeps import ConfigFactory, Row, Sweep
+    from shardkit.sweeps import ConfigFactory, Sweep, SweepRow
 
 CUT = (
     "model.num_layers=2",
@@ -39,7 +39,7 @@ CUT = (
 
 def swept(folder: Path, factory: "ConfigFactory") -> "Sweep":
     """Sweeps, or goes on with what is there."""
-    from shardkit.cli._verify import ragged_batches
+    from shardkit.cli._verify import make_ragged_batches
 
     return sk.sweep(
         factory,
@@ -49,23 +49,23 @@ def swept(folder: Path, factory: "ConfigFactory") -> "Sweep":
         verify=True,
         time=True,
         repeats=4,
-        batches=ragged_batches(factory.config),
+        batches=make_ragged_batches(factory.config),
         on_row=lambda row, done, total: print(f"[{done}/{total}] {row.case.key} {row.status}"),
     )
 
 
 def as_they_stand(folder: Path) -> "Sweep":
-    """The rows of a folder, whatever version of the code has written them."""
-    from shardkit.sweeps import Row, Sweep
+    """The rows of a folder, whatever commit they are of."""
+    from shardkit.sweeps import Sweep, SweepRow
 
-    rows = map(Row.from_line, (folder / "rows.jsonl").read_text().splitlines()[1:])
+    rows = map(SweepRow.from_line, (folder / "rows.jsonl").read_text().splitlines()[1:])
     newest = {row.case.key: row for row in rows}
     return Sweep(tuple(newest.values()), folder, "Sweep of nano.py on cpu.")
 
 
-def planned(rows: Sequence["Row"], factory: "ConfigFactory", chip: "Chip") -> dict[str, float]:
+def planned(rows: Sequence["SweepRow"], factory: "ConfigFactory", chip: "Chip") -> dict[str, float]:
     """Key of a row → seconds of its step by a plan's model."""
-    from shardkit.planner import Network, modelled
+    from shardkit.planner import Network, estimate_step
 
     found = {}
     for row in rows:
@@ -73,7 +73,7 @@ def planned(rows: Sequence["Row"], factory: "ConfigFactory", chip: "Chip") -> di
         spec = sk.MeshSpec(dcn=None, **case.sizes)
         declared = factory(spec, accumulate=case.accumulate, remat=case.remat)
         network = Network(shared(chip, case.devices))
-        found[case.key] = modelled(declared, case.sizes, network).seconds
+        found[case.key] = estimate_step(declared, case.sizes, network).seconds
     return found
 
 
@@ -88,7 +88,7 @@ def shared(chip: "Chip", devices: int) -> "Chip":
     )
 
 
-def ranking(rows: Sequence["Row"], seconds: Mapping[str, float]) -> list[dict[str, str]]:
+def ranking(rows: Sequence["SweepRow"], seconds: Mapping[str, float]) -> list[dict[str, str]]:
     """How a plan orders the rows of each number of devices, beside the naive choices."""
     table = []
     for n in sorted({row.case.devices for row in rows} - {1}):
@@ -109,16 +109,16 @@ def ranking(rows: Sequence["Row"], seconds: Mapping[str, float]) -> list[dict[st
     return table
 
 
-def _measured(row: "Row") -> float:
+def _measured(row: "SweepRow") -> float:
     assert row.seconds is not None  # what is ok was timed
     return row.seconds
 
 
-def _regret(row: "Row", own: Sequence["Row"]) -> str:
+def _regret(row: "SweepRow", own: Sequence["SweepRow"]) -> str:
     return f"{_measured(row) / _measured(own[0]) - 1:+.0%}"
 
 
-def _naive(own: Sequence["Row"], axis: str) -> str:
+def _naive(own: Sequence["SweepRow"], axis: str) -> str:
     return next(_regret(row, own) for row in own if row.case.sizes[axis] == row.case.devices)
 
 
@@ -154,7 +154,7 @@ devices. The model has the figures of this machine as they were when the table w
 ({figures}), an equal share for each device."""
 
 
-def _spread(row: "Row") -> float:
+def _spread(row: "SweepRow") -> float:
     timed = row.measured["step_seconds"]
     return (timed["high"] - timed["low"]) / 2 / timed["median"]
 
@@ -169,13 +169,13 @@ def main() -> None:
     asked = parser.parse_args()
     sk.simulate_devices(8)
     from shardkit.hardware import measure_cpu
-    from shardkit.sweeps import ConfigFactory, plots
+    from shardkit.sweeps import ConfigFactory, draw_plots
 
     factory = ConfigFactory(str(_harness.RESULTS.parents[1] / "configs" / "nano.py"), CUT)
     found = as_they_stand(asked.out) if asked.rows_as_they_stand else swept(asked.out, factory)
     chip = measure_cpu()
     table = ranking(found.ranked, planned(found.ranked, factory, chip))
-    plots(found)
+    draw_plots(found)
     text = page(found, table, chip)
     (asked.out / "README.md").write_text(text)
     print(text)

@@ -32,7 +32,7 @@ def arguments() -> argparse.Namespace:
 
 def swept(asked: argparse.Namespace, batch: int) -> list[dict[str, Any]]:
     """Sweeps one batch size and returns its rows for the result."""
-    from shardkit.cli._verify import ragged_batches
+    from shardkit.cli._verify import make_ragged_batches
     from shardkit.sweeps import ConfigFactory
 
     overrides = (
@@ -51,7 +51,7 @@ def swept(asked: argparse.Namespace, batch: int) -> list[dict[str, Any]]:
         accumulate=[int(k) for k in asked.accumulate.split(",")],
         remat=asked.remat.split(","),
         time=True,
-        batches=ragged_batches(factory.config),
+        batches=make_ragged_batches(factory.config),
         on_row=lambda row, done, total: print(f"[{done}/{total}] {row.case.key} {row.status}"),
     )
     print(found)
@@ -68,7 +68,7 @@ def swept(asked: argparse.Namespace, batch: int) -> list[dict[str, Any]]:
             "compile s": round(row.measured.get("compile_seconds", {}).get("whole", 0), 1),
             "why": row.reason,
         }
-        for row in (*found.ranked, *found.others)
+        for row in (*found.ranked, *found.unranked)
     ]
 
 

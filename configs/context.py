@@ -19,7 +19,7 @@ def config() -> Config:
     return Config(
         name="context",
         model=SIZES["nano"],
-        data=DataConfig(seq_len=128, batch_size=8, held_out=0.01),
+        data=DataConfig(seq_len=128, batch_size=8, validation_fraction=0.01),
         mesh=MeshSpec(fsdp=2, context=2, tensor=2),
         strategy=strategies.fsdp() | strategies.context() | strategies.tensor(sequence=True),
         train=TextTrainConfig(steps=60, eval_every=0, sample=120),

@@ -16,7 +16,7 @@ def config() -> Config:
     return Config(
         name="nano",
         model=SIZES["nano"],
-        data=DataConfig(seq_len=128, batch_size=8, held_out=0.01),
+        data=DataConfig(seq_len=128, batch_size=8, validation_fraction=0.01),
         mesh=MeshSpec(data=4, tensor=2),
         train=TextTrainConfig(steps=60, eval_every=0, sample=120),
     )

@@ -20,7 +20,7 @@ def config() -> Config:
     return Config(
         name="nano_moe",
         model=SIZES["nano-moe"],
-        data=DataConfig(seq_len=128, batch_size=8, held_out=0.01),
+        data=DataConfig(seq_len=128, batch_size=8, validation_fraction=0.01),
         mesh=MeshSpec(data=2, expert=2, tensor=2),
         strategy=strategies.data() | strategies.expert() | strategies.tensor(),
         train=TextTrainConfig(steps=60, eval_every=0, sample=120),

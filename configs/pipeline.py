@@ -20,7 +20,7 @@ def config() -> Config:
     return Config(
         name="pipeline",
         model=SIZES["nano"],
-        data=DataConfig(seq_len=128, batch_size=8, held_out=0.01),
+        data=DataConfig(seq_len=128, batch_size=8, validation_fraction=0.01),
         mesh=MeshSpec(data=2, pipe=2, tensor=2),
         strategy=strategies.data() | stages | strategies.tensor(),
         train=TextTrainConfig(steps=60, eval_every=0, sample=120),

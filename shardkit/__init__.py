@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from ._core.lazy import lazy_names
+from ._core.startup import lazy_names
 
 if TYPE_CHECKING:
     from . import data as data

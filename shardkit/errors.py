@@ -1,4 +1,4 @@
-"""Every error that a user's declaration, config or data can cause, and the warnings."""
+"""`sk.errors`: every error that a declaration, a config or data can cause, and the warnings."""
 
 from ._core.errors import (
     BatchError,

@@ -1,4 +1,4 @@
-"""The rules of the house as functions of a source tree, so that a fake tree can break them."""
+"""The rules of the house as functions of a source tree, so that a fake tree can violate them."""
 
 import ast
 import dataclasses
@@ -9,15 +9,20 @@ from pathlib import Path
 
 MESH_AXES = frozenset({"data", "fsdp", "tensor", "context", "pipe", "expert"})
 KINDS = frozenset({"data", "fsdp", "zero", "tensor", "context", "pipeline", "expert"})
-"""Names of the kinds of parallelism; `test_architecture` holds them against the registry."""
+"""Names of the kinds of parallelism; `test_architecture` compares them with the registry."""
 SAME_WORD = {
-    # Where batches come from: a package, a section of configs and records, a cause of lost time,
-    # what a checkpoint saves beside the state.
+    # The input data: a package, a section of configs and records, a cause of lost time, an item of
+    # a checkpoint.
     "data": {"shardkit", "config", "run", "checkpoint", "lm"},
 }
 FILE_LINES, FUNCTION_LINES, COLUMNS, IMPORTS = 400, 60, 100, 10
+SMALL_FILE_LINES, POSITIONAL = 30, 5
+POSITIONAL_ONLY = {
+    # Functions that do not take these operands by keyword.
+    "jax.lax.ragged_all_to_all": "a primitive of six operands, whose order JAX fixes",
+}
 
-# `inspect/` and its like stand beside the floors: they see 0 and 1, and what is above sees them.
+# A side room imports floors 0 and 1, and is imported by those above 1.
 _SIDE, _ROOF = 1.5, 100.0
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -25,7 +30,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
-    """A package on disk and the page that says which floor its parts stand on."""
+    """A package on disk, and the page with the table of its floors."""
 
     root: Path
     page: Path
@@ -34,11 +39,11 @@ class Tree:
     @functools.cached_property
     def modules(self) -> dict[str, Path]:
         """`{"shardkit.mesh._spec": path}`; a package stands for its `__init__.py`."""
-        found = {}
+        modules = {}
         for path in sorted((self.root / self.package).rglob("*.py")):
             parts = path.relative_to(self.root).with_suffix("").parts
-            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-        return found
+            modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+        return modules
 
     @functools.cached_property
     def parsed(self) -> dict[str, ast.Module]:
@@ -46,38 +51,40 @@ class Tree:
 
     @functools.cached_property
     def imports(self) -> dict[str, dict[str, int]]:
-        """Modules of the package that each module imports, with the line."""
-        return {name: dict(self._imports_of(name)) for name in self.modules}
+        """`{module: {module of the package that it imports: line}}`."""
+        return {name: dict(self._find_imports(name)) for name in self.modules}
 
-    def _imports_of(self, name: str) -> Iterator[tuple[str, int]]:
+    def _find_imports(self, name: str) -> Iterator[tuple[str, int]]:
         skipped = {id(inner) for inner in _type_checking(self.parsed[name])}
         for node in ast.walk(self.parsed[name]):
             if id(node) in skipped:
                 continue
             if isinstance(node, ast.Import):
                 for alias in node.names:
-                    yield from self._known(alias.name, node.lineno)
+                    yield from self._in_package(alias.name, node.lineno)
             if isinstance(node, ast.ImportFrom):
-                base = self._base(name, node)
+                base = self._resolve_base(name, node)
                 for alias in node.names:
                     inner = f"{base}.{alias.name}"
-                    yield from self._known(inner if inner in self.modules else base, node.lineno)
+                    yield from self._in_package(
+                        inner if inner in self.modules else base, node.lineno
+                    )
 
-    def _base(self, name: str, node: ast.ImportFrom) -> str:
+    def _resolve_base(self, name: str, node: ast.ImportFrom) -> str:
         if node.level == 0:
             return node.module or ""
         is_package = self.modules[name].name == "__init__.py"
         parts = name.split(".")
-        kept = parts[: len(parts) - node.level + is_package]
-        return ".".join([*kept, *([node.module] if node.module else [])])
+        base = parts[: len(parts) - node.level + is_package]
+        return ".".join([*base, *([node.module] if node.module else [])])
 
-    def _known(self, name: str, line: int) -> Iterator[tuple[str, int]]:
+    def _in_package(self, name: str, line: int) -> Iterator[tuple[str, int]]:
         if name in self.modules:
             yield name, line
 
     @functools.cached_property
     def floors(self) -> dict[str, float]:
-        """`{"mesh": 1.0, "inspect": 1.5, "cli": 100.0}` from the page's table."""
+        """`{"mesh": 1.0, "report": 1.5, "cli": 100.0}` from the page's table."""
         named = {"side": _SIDE, "roof": _ROOF}
         floors = {}
         for line in self.page.read_text().splitlines():
@@ -87,7 +94,7 @@ class Tree:
         return floors
 
     def part(self, module: str) -> str:
-        """The row of the table that a module belongs to: `mesh` for `shardkit.mesh._spec`."""
+        """The name of a module in the table: `mesh` for `shardkit.mesh._spec`."""
         return module.removeprefix(f"{self.package}.").split(".")[0]
 
     def where(self, module: str, line: int) -> str:
@@ -95,13 +102,13 @@ class Tree:
 
 
 def floor_violations(tree: Tree) -> list[str]:
-    """Imports that do not go down, and parts that the page does not know."""
+    """Imports that do not go down, and packages that are not in the table."""
     unknown = sorted({tree.part(m) for m in tree.modules} - set(tree.floors) - {tree.package})
     rows = [f"{part} is not in the table of {tree.page.name}" for part in unknown]
     for module, imported in tree.imports.items():
         own = tree.part(module)
         if own not in tree.floors:
-            continue  # the package's own __init__, or reported above
+            continue  # the package's own `__init__`, or reported above
         for other, line in imported.items():
             part = tree.part(other)
             if part == own or part not in tree.floors:
@@ -109,15 +116,13 @@ def floor_violations(tree: Tree) -> list[str]:
                     rows.append(f"{tree.where(module, line)} imports {tree.package} itself")
                 continue
             down = tree.floors[part] < tree.floors[own] or tree.floors[own] == _ROOF
-            # Two single modules on floor 0 to 2 may build on each other; cycles are caught apart.
-            beside = tree.floors[part] == tree.floors[own] and part.startswith("_")
-            if not down and not beside:
+            if not down:
                 rows.append(f"{tree.where(module, line)} imports {other}, which is not below it")
     return rows
 
 
 def cycles(tree: Tree) -> list[str]:
-    """Modules that import each other, in a ring."""
+    """Cycles of imports."""
     rows, done = [], set[str]()
 
     def visit(module: str, path: tuple[str, ...]) -> None:
@@ -134,10 +139,7 @@ def cycles(tree: Tree) -> list[str]:
 
 
 def import_counts(tree: Tree) -> list[str]:
-    """Modules that know too many others; an `__init__` that re-exports may know all of its own.
-
-    What all share, `_core`, is not counted.
-    """
+    """Modules that import too many others, not counting `_core`; an `__init__` can import all."""
     shared = f"{tree.package}._core"
     return [
         f"{tree.where(module, 1)} imports {len(others)} modules of the package, not {IMPORTS}"
@@ -149,7 +151,7 @@ def import_counts(tree: Tree) -> list[str]:
 
 
 def size_violations(tree: Tree) -> list[str]:
-    """Files, functions and lines that are too long; a docstring is no part of its function."""
+    """Files, functions and lines that are too long; functions without their docstring."""
     rows = []
     for module, path in tree.modules.items():
         lines = path.read_text().splitlines()
@@ -167,13 +169,78 @@ def size_violations(tree: Tree) -> list[str]:
     return rows
 
 
+def small_files(tree: Tree) -> list[str]:
+    """Files too small to be a module; an `__init__` or `__main__` is an entrance and can be."""
+    return [
+        f"{tree.where(module, 1)} has {lines} lines, fewer than {SMALL_FILE_LINES}"
+        for module, path in tree.modules.items()
+        if path.stem not in ("__init__", "__main__")
+        and (lines := len(path.read_text().splitlines())) < SMALL_FILE_LINES
+    ]
+
+
+def same_names(tree: Tree) -> list[str]:
+    """Module-level classes that share a name: neither a reader nor an import tells them apart."""
+    places: dict[str, list[str]] = {}
+    for module, parsed in tree.parsed.items():
+        for node in parsed.body:
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(tree.where(module, node.lineno))
+    return [
+        f"{' and '.join(where)} define a class {name} each"
+        for name, where in sorted(places.items())
+        if len(where) > 1
+    ]
+
+
+def positional_calls(tree: Tree) -> list[str]:
+    """Calls with so many positional arguments that two can be swapped without being noticed."""
+    rows = []
+    for module, parsed in tree.parsed.items():
+        for node in ast.walk(parsed):
+            if not isinstance(node, ast.Call):
+                continue
+            number = sum(not isinstance(argument, ast.Starred) for argument in node.args)
+            function = ast.unparse(node.func)
+            if number > POSITIONAL and function not in POSITIONAL_ONLY:
+                where = tree.where(module, node.lineno)
+                rows.append(f"{where} calls {function} with {number} positional arguments")
+    return rows
+
+
+def hidden_modules(tree: Tree) -> list[str]:
+    """Modules that a public function or class of their package hides.
+
+    `import shardkit.plan` would give a module, and `shardkit.plan` a function.
+    """
+    rows = []
+    for module, parsed in tree.parsed.items():
+        if tree.modules[module].name != "__init__.py":
+            continue
+        homes = _lazy_homes(parsed)
+        exported = {name for name in _exported(parsed) if homes.get(name, name) is not None}
+        imported = [node for node in parsed.body if isinstance(node, ast.ImportFrom)]
+        submodules = {
+            alias.name
+            for node in imported
+            if tree._resolve_base(module, node) == module
+            for alias in node.names
+        }
+        rows += [
+            f"{tree.where(module, 1)} hides its module {name} behind a name"
+            for name in sorted(exported - submodules)
+            if f"{module}.{name}" in tree.modules
+        ]
+    return rows
+
+
 def private_jax(tree: Tree) -> list[str]:
-    """Uses of JAX's private modules, in whatever form."""
+    """Uses of JAX's private modules, in code or text."""
     return _matching_lines(tree, re.compile(r"jax\._src"), "uses jax._src")
 
 
 def probing(tree: Tree) -> list[str]:
-    """Calls of `hasattr`: what an object is should be known, not probed."""
+    """Calls of `hasattr`: the type of an object is known, not probed."""
     return [
         f"{tree.where(module, node.lineno)} probes with hasattr"
         for module, parsed in tree.parsed.items()
@@ -185,20 +252,20 @@ def probing(tree: Tree) -> list[str]:
 
 
 def named_mesh_axes(tree: Tree, part: str = "lm") -> list[str]:
-    """Strings in the reference model that are the name of a mesh axis."""
+    """Strings in the reference model that name a mesh axis."""
     return [
         f"{tree.where(module, node.lineno)} names the mesh axis {node.value!r}"
         for module, parsed in tree.parsed.items()
-        if tree.part(module) == part and not module.endswith("._train")  # whose "data" is a section
+        if tree.part(module) == part and not module.endswith("._train")  # has a section "data"
         for node in ast.walk(parsed)
         if isinstance(node, ast.Constant) and node.value in MESH_AXES
     ]
 
 
 def named_kinds(tree: Tree, home: str = "parallel") -> list[str]:
-    """Strings outside of their own package that are a kind of parallelism, with its variant or not.
+    """Strings outside `parallel/` that name a kind of parallelism, with or without a variant.
 
-    What a module has to know of a kind it asks the kind; a name would leave out the next one.
+    Modules ask the registered kinds instead: a name omits the next kind.
     """
     return [
         f"{tree.where(module, node.lineno)} names the kind of parallelism {node.value!r}"
@@ -211,10 +278,10 @@ def named_kinds(tree: Tree, home: str = "parallel") -> list[str]:
 
 
 def undocumented(tree: Tree) -> list[str]:
-    """Public functions and classes, and public methods of these, without a docstring.
+    """Public functions, classes and their public methods without a docstring.
 
-    What is public is what an `__init__.py` re-exports through `__all__`, and so lives in private
-    modules that ruff's rules do not look into.
+    Public is what an `__init__.py` exports in `__all__`; it is defined in private modules, which
+    ruff's rules for docstrings skip.
     """
     rows = []
     for module, parsed in tree.parsed.items():
@@ -225,20 +292,20 @@ def undocumented(tree: Tree) -> list[str]:
         for name in _exported(parsed):
             for home, node in _definitions(tree, module, name):
                 rows += [
-                    f"{tree.where(home, one.lineno)} {label} has no docstring"
-                    for label, one in _documented_nodes(node)
-                    if not ast.get_docstring(one)
+                    f"{tree.where(home, inner.lineno)} {label} has no docstring"
+                    for label, inner in _documented_nodes(node)
+                    if not ast.get_docstring(inner)
                 ]
     return sorted(set(rows))
 
 
 def unannotated(tree: Tree) -> list[str]:
-    """Functions with a parameter or a result that has no annotation."""
+    """Functions with a parameter or a result without annotation."""
     rows = []
     for module, parsed in tree.parsed.items():
         for node in _functions(parsed):
             arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-            arguments += [one for one in (node.args.vararg, node.args.kwarg) if one]
+            arguments += [star for star in (node.args.vararg, node.args.kwarg) if star]
             bare = [a.arg for a in arguments if not a.annotation and a.arg not in ("self", "cls")]
             if not node.returns:
                 bare.append("its result")
@@ -249,7 +316,7 @@ def unannotated(tree: Tree) -> list[str]:
 
 
 def lazy_mismatches(tree: Tree) -> list[str]:
-    """Names that a lazy `__init__` shows to a type checker otherwise than at run time."""
+    """Names of a lazy `__init__` whose type-checking import differs from the one at run time."""
     rows = []
     for module, parsed in tree.parsed.items():
         homes = _lazy_homes(parsed)
@@ -282,10 +349,10 @@ def _functions(parsed: ast.Module) -> Iterator[Function]:
 
 
 def _code_lines(node: Function) -> int:
-    whole = (node.end_lineno or node.lineno) - node.lineno + 1
+    lines = (node.end_lineno or node.lineno) - node.lineno + 1
     first = node.body[0]
     is_doc = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
-    return whole - ((first.end_lineno or 0) - first.lineno + 1 if is_doc else 0)
+    return lines - ((first.end_lineno or 0) - first.lineno + 1 if is_doc else 0)
 
 
 def _matching_lines(tree: Tree, pattern: re.Pattern[str], what: str) -> list[str]:
@@ -298,7 +365,7 @@ def _matching_lines(tree: Tree, pattern: re.Pattern[str], what: str) -> list[str
 
 
 def _lazy_homes(parsed: ast.Module) -> dict[str, str | None]:
-    """The table of a package whose names are imported when they are used."""
+    """The table of a package that imports its names lazily: `{name: module, or None}`."""
     for node in ast.walk(parsed):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "lazy_names":
             return dict(ast.literal_eval(node.args[1]))
@@ -317,13 +384,13 @@ def _exported(parsed: ast.Module) -> list[str]:
 
 
 def _definitions(tree: Tree, module: str, name: str) -> Iterator[tuple[str, ast.AST]]:
-    """Follows re-exports to where a function or class is defined."""
+    """Follows re-exports to the definition of a function or class: `(module, node)`."""
     parsed = tree.parsed[module]
     for node in (*parsed.body, *(_typed_imports(parsed) if _lazy_homes(parsed) else ())):
         if isinstance(node, Function | ast.ClassDef) and node.name == name:
             yield module, node
         if isinstance(node, ast.ImportFrom):
-            base = tree._base(module, node)
+            base = tree._resolve_base(module, node)
             for alias in node.names:
                 if (alias.asname or alias.name) == name and base in tree.modules:
                     if f"{base}.{alias.name}" not in tree.modules:

@@ -1,4 +1,4 @@
-"""What each of several processes runs in tests/test_several_processes.py: runs that break.
+"""Runs that fail in one of several processes, started by tests/test_several_processes.py.
 
 python -m tests._broken_run FOLDER NAME[:HOW]...
 """
@@ -22,7 +22,7 @@ CONFIG = sk.TrainConfig(steps=STEPS, eval_every=0, checkpoint_every=2, log_every
 
 
 def compiled(devices=None, rows=8):
-    """A step with weights split over an axis inside of each process; rows span both."""
+    """A step whose weights are split inside each process, and whose rows span both."""
     axes = {"data": 4, "tensor": 2} if devices is None else {"data": 1, "tensor": 1}
     return sk.compile_step(
         lambda params, batch, key: jnp.mean(jnp.tanh(batch["x"] @ params["w"]) ** 2),
@@ -41,7 +41,7 @@ def batch_of(i):
 
 
 def broken(how, process, i):
-    """A batch, or what is in its place."""
+    """A batch, or the failure `how` in its place, in process 1."""
     batch = batch_of(i)
     if how and i >= BREAKS_AT and process == 1:
         if how == "killed":
@@ -55,23 +55,25 @@ def broken(how, process, i):
     return batch
 
 
-def train(folder, step, how="", peers=None):
-    """Trains to the end, or to what breaks it; goes on with what is there."""
-    peers = peers or sk.ProcessGroup()
+def train(folder, step, how="", process_group=None):
+    """Trains to the end or to the failure, resuming from the checkpoints in the folder."""
+    process_group = process_group or sk.ProcessGroup()
 
     def data(i):
-        return {name: x[step.local_rows] for name, x in broken(how, peers.index, i).items()}
+        return {name: x[step.local_rows] for name, x in broken(how, process_group.index, i).items()}
 
-    return sk.Trainer(step, data, folder, CONFIG, record={"model": "tanh"}, peers=peers).run()
+    return sk.Trainer(
+        step, data, folder, CONFIG, record={"model": "tanh"}, process_group=process_group
+    ).run()
 
 
 def main(folder: Path, runs: list[str]) -> None:
-    """Makes the runs one after the other."""
-    with sk.distributed(step_timeout=4) as peers:
-        step = compiled(rows=16 if runs == ["run:differs"] and peers.index else 8)
+    """Runs the runs, one after the other."""
+    with sk.distributed(step_timeout=4) as process_group:
+        step = compiled(rows=16 if runs == ["run:differs"] and process_group.index else 8)
         for run in runs:
             name, _, how = run.partition(":")
-            train(folder / name, step, how, peers)
+            train(folder / name, step, how, process_group)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A small state with every kind of leaf, and ways to damage a checkpoint of it."""
+"""A small state with every kind of leaf, and functions that damage a checkpoint of it."""
 
 import random
 import shutil
@@ -23,7 +23,7 @@ AXES = {"params/w": ("embed", "mlp"), "params/b": ("mlp",)}
 
 
 def make_state(seed: int = 0, step: int = 3) -> TrainState:
-    """Float, bfloat16, integer, bool, empty and key leaves; on one device, not committed."""
+    """Float, bfloat16, integer, bool, empty and key leaves, on one device, uncommitted."""
     keys = jax.random.split(jax.random.key(seed), 3)
     params = {
         "w": jax.random.normal(keys[0], (16, 32)),

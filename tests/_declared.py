@@ -13,7 +13,6 @@ import shardkit as sk
 
 WIDTH, BATCH = 256, 128
 
-
 Declared = tuple[sk.StepSpec, sk.MeshSpec]
 
 
@@ -49,34 +48,34 @@ def misspelt() -> Declared:
 
 
 def number() -> int:
-    """Returns no step."""
+    """Does not return a step."""
     return 3
 
 
 def crash() -> NoReturn:
-    """Ends the process as a compiler's segfault would."""
+    """Aborts the process, as a segfault of the compiler does."""
     print("before the crash", flush=True)
     os.abort()
 
 
 def simulating() -> Declared:
-    """Asks for devices of its own, as a script does at its top."""
+    """Sets its own number of devices, as a script does at its top."""
     sk.simulate_devices(3)
     return step()
 
 
 def needy(width: int) -> Declared:
-    """Needs an argument."""
+    """Has a required argument."""
     raise AssertionError(width)
 
 
 def bug() -> NoReturn:
-    """Has a bug of its own."""
+    """Raises an exception of its own."""
     raise KeyError("mine")
 
 
 def forever() -> NoReturn:
-    """Never returns, with a process of its own."""
+    """Never returns, and neither does its child process."""
     if os.fork() == 0:
         time.sleep(600)
         os._exit(0)

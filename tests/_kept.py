@@ -1,25 +1,32 @@
-"""What the package keeps from one call to the next: every cache and every mutable global."""
+"""State that outlives a call: every cache and every mutable global of the package."""
 
 import ast
 from collections.abc import Iterator
 
 from ._architecture import Function, Tree
 
-# {where: (bound, why that bound)}. `bound` is the number of entries; of what is no cache, why it
-# does not grow. Caches of one instance (`functools.cached_property`) and `ContextVar`s, which a
-# `with` block sets back, do not outlive their owners and are not listed.
+# {where: (bound, what is kept)}. `bound` is the number of entries of a cache; of other state, the
+# reason why it does not grow. Caches of an instance (`functools.cached_property`) and `ContextVar`s
+# that a `with` block resets do not outlive their owners and are not listed.
 KEPT: dict[str, tuple[int | str, str]] = {
-    "_core.split_rng._generator": (64, "one for each set of draws; a step has one or two"),
-    "nn._remat.policy": (64, "one for each name; `save:` takes any list of names"),
-    "nn._remat.regathering": (64, "policies × sets of axes that are gathered"),
-    "checkpoint._fingerprint._program": (8, "meshes in use; each holds compiled programs"),
+    "_core.split_rng._generator": (64, "sets of draws; a step has one or two"),
+    "nn._remat.parse_policy": (64, "names of policies; `save:` takes any list of names"),
+    "nn._remat.regathering_policy": (64, "policies × sets of axes that are gathered"),
+    "checkpoint._fingerprint._compile_fingerprints": (
+        8,
+        "meshes in use; each holds compiled programs",
+    ),
     "data._shuffled_index.epoch_order": (2, "this epoch and the next; each up to 128 MiB"),
-    "mesh._simulate._settled": ("one number", "devices of the process, settled once"),
-    "planner._stages.roles": (256, "schedules × stages of one search; a few KiB each"),
-    "rules._path._pattern": (1024, "globs of some models; about 1 KiB each"),
-    "parity._reference._sgd_applier": (8, "one for each verification under way"),
-    "cli._verify.run": ("meshes of the command, and one device", "gone when the command ends"),
-    "step._batch_variants.KEPT": (8, "forms of a batch that a step keeps: lengths in buckets"),
+    "mesh._simulate._settled": ("one number", "devices of the process, set once"),
+    "parallel._kinds._planned": (8, "sets of kinds: the shipped ones, and those of a `with` block"),
+    "planner._stages.read_tick_roles": (256, "schedules × stages of one search; a few KiB each"),
+    "rules._path._compile_glob": (1024, "globs of some models; about 1 KiB each"),
+    "parity._reference._jit_sgd_update": (8, "verifications in progress"),
+    "cli._verify.run": (
+        "meshes of the command, and one device",
+        "steps, until the command ends",
+    ),
+    "step._batch_variants.KEPT": (8, "variants of a batch, such as lengths in buckets"),
 }
 
 _MUTABLE = {"dict", "list", "set", "defaultdict", "OrderedDict", "Counter", "deque", "bytearray"}
@@ -29,7 +36,7 @@ _CHANGES |= {"clear", "remove", "discard", "appendleft"}
 
 
 def unlisted_state(tree: Tree, listed: dict[str, tuple[int | str, str]] = KEPT) -> list[str]:
-    """Caches and mutable globals that the table does not know, or knows with another bound."""
+    """Caches and mutable globals that the table omits, or lists with another bound."""
     rows, seen = [], set[str]()
     for module, parsed in tree.parsed.items():
         short = module.removeprefix(f"{tree.package}.")
@@ -49,13 +56,14 @@ def unlisted_state(tree: Tree, listed: dict[str, tuple[int | str, str]] = KEPT) 
 
 
 def _caches(parsed: ast.Module) -> Iterator[tuple[str, int, int | str | None]]:
-    """Functions that keep results: name, line, and bound, None where there is none."""
+    """Functions with a cache: name, line, and bound; None for no bound."""
     outer = {node.func for node in ast.walk(parsed) if isinstance(node, ast.Call)}
-    for owner, node in _owned(parsed):
+    for owner, node in _nodes_by_function(parsed):
         if isinstance(node, Function):
-            takes = ast.unparse(node.args)
-            for one in node.decorator_list:
-                if (bound := _bound(one)) != "no cache" and (takes or bound is not None):
+            arguments = ast.unparse(node.args)
+            for decorator in node.decorator_list:
+                # A function without arguments has one result.
+                if (bound := _bound(decorator)) != "no cache" and (arguments or bound is not None):
                     yield node.name, node.lineno, bound
         elif isinstance(node, ast.Call) and node not in outer:  # not the first call of f(4)(g)
             if (bound := _bound(node.func)) != "no cache":
@@ -63,21 +71,22 @@ def _caches(parsed: ast.Module) -> Iterator[tuple[str, int, int | str | None]]:
 
 
 def _bound(cache: ast.expr) -> int | str | None:
-    """Bound of `lru_cache(maxsize=...)`, None for none, "no cache" of anything else."""
+    """Bound of `lru_cache(maxsize=...)`; None for no bound; "no cache" for other decorators."""
     call = cache.func if isinstance(cache, ast.Call) else cache
     name = ast.unparse(call).rpartition(".")[2]
     if name == "cache":
         return None
     if name != "lru_cache":
         return "no cache"
-    given = [*cache.args, *[k.value for k in cache.keywords]] if isinstance(cache, ast.Call) else []
-    if not given:
+    is_call = isinstance(cache, ast.Call)
+    sizes = [*cache.args, *[k.value for k in cache.keywords]] if is_call else []
+    if not sizes:
         return 128
-    return given[0].value if isinstance(given[0], ast.Constant) else ast.unparse(given[0])
+    return sizes[0].value if isinstance(sizes[0], ast.Constant) else ast.unparse(sizes[0])
 
 
-def _owned(parsed: ast.Module) -> Iterator[tuple[str, ast.AST]]:
-    """Every node, with the name of the function that it is in; decorators are not in theirs."""
+def _nodes_by_function(parsed: ast.Module) -> Iterator[tuple[str, ast.AST]]:
+    """`(function that contains the node, node)`; a decorator is outside its function."""
 
     def visit(node: ast.AST, owner: str) -> Iterator[tuple[str, ast.AST]]:
         for child in ast.iter_child_nodes(node):
@@ -90,9 +99,9 @@ def _owned(parsed: ast.Module) -> Iterator[tuple[str, ast.AST]]:
 
 
 def _globals(parsed: ast.Module) -> Iterator[tuple[str, int, int | str]]:
-    """Names of a module that a function of it changes or that begin empty, to be filled.
+    """Names of a module that one of its functions changes, or that are empty at first.
 
-    `KEPT = 8` is how a module says what each of its objects keeps at most.
+    A module whose objects have a cache of their own states its bound as `KEPT = 8`.
     """
     changed = set(_changed(parsed))
     for node in parsed.body:
@@ -102,11 +111,11 @@ def _globals(parsed: ast.Module) -> Iterator[tuple[str, int, int | str]]:
             if isinstance(target, ast.Name) and value is not None:
                 if target.id == "KEPT" and isinstance(getattr(value, "value", None), int):
                     yield target.id, node.lineno, value.value
-                elif target.id in changed or _begins_empty(value):
+                elif target.id in changed or _is_empty(value):
                     yield target.id, node.lineno, "mutable"
 
 
-def _begins_empty(value: ast.expr) -> bool:
+def _is_empty(value: ast.expr) -> bool:
     if isinstance(value, ast.Dict | ast.List):
         return not (value.keys if isinstance(value, ast.Dict) else value.elts)
     if isinstance(value, ast.Call):
@@ -116,7 +125,7 @@ def _begins_empty(value: ast.expr) -> bool:
 
 
 def _changed(parsed: ast.Module) -> Iterator[str]:
-    """Names that a function declares global or changes in place, where it has no such local."""
+    """Names that a function declares global, or changes in place without a local of that name."""
     for function in (node for node in ast.walk(parsed) if isinstance(node, Function)):
         local = {
             node.id
@@ -126,10 +135,10 @@ def _changed(parsed: ast.Module) -> Iterator[str]:
         for node in ast.walk(function):
             if isinstance(node, ast.Global):
                 yield from node.names
-            held = None
+            target = None
             if isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load):
-                held = node.value
+                target = node.value
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-                held = node.func.value if node.func.attr in _CHANGES else None
-            if isinstance(held, ast.Name) and held.id not in local:
-                yield held.id
+                target = node.func.value if node.func.attr in _CHANGES else None
+            if isinstance(target, ast.Name) and target.id not in local:
+                yield target.id

@@ -1,4 +1,4 @@
-"""What tests/test_kills.py starts, and kills: python -m tests._killed_run FOLDER."""
+"""A run that tests/test_kills.py starts and kills: python -m tests._killed_run FOLDER."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ import shardkit as sk
 
 STEPS = 60
 CONFIG = sk.TrainConfig(steps=STEPS, eval_every=0, checkpoint_every=5, log_every=1)
-ROWS = sk.data.arrays({"x": np.random.default_rng(0).normal(size=(40, 8)).astype("f")}, rows=8)
+ROWS = sk.data.Arrays({"x": np.random.default_rng(0).normal(size=(40, 8)).astype("f")}, rows=8)
 
 
 def loss_fn(params, batch, key):
@@ -21,7 +21,7 @@ def loss_fn(params, batch, key):
 
 
 def run(folder: Path) -> None:
-    """Trains to the end, from where the folder is."""
+    """Trains to the end, resuming from the checkpoints in the folder."""
     step = sk.compile_step(
         loss_fn,
         optax.sgd(0.5, momentum=0.9),

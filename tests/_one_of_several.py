@@ -1,4 +1,4 @@
-"""What each of several processes runs in tests/test_several_processes.py: python FILE FOLDER."""
+"""The program of each process in tests/test_several_processes.py: python FILE FOLDER."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ def loss_fn(params, batch, key):
 
 
 def compiled():
-    """A step with parameters split over both axes, one of which spans the processes."""
+    """A step with parameters split over two axes, one of which spans the processes."""
     mesh = sk.MeshSpec(fsdp=4, tensor=2).build("cpu:8")
     split = {"table": P("fsdp"), "up": P("fsdp", "tensor"), "down": P("tensor", "fsdp")}
     return sk.compile_step(
@@ -59,11 +59,11 @@ def compiled():
 
 @dataclasses.dataclass
 class Read:
-    """The text, and a note of which rows of which batch were asked for."""
+    """The text, which records the rows of each batch that were read."""
 
     asked: list[tuple[int, list[int]]] = dataclasses.field(default_factory=list)
     rows = TEXT.rows
-    position = TEXT.position
+    state = TEXT.state
 
     def batch(self, step, rows=slice(None)):
         if len(held := np.arange(self.rows)[rows]):
@@ -72,12 +72,12 @@ class Read:
 
 
 def fed(step, batch):
-    """The rows of a batch that this process has to give."""
+    """The rows of a batch that this process loads."""
     return {name: x[step.local_rows] for name, x in batch.items()}
 
 
 def train(step, state, start, stop, text=TEXT):
-    """Makes updates and returns the last state and the losses."""
+    """Trains, and returns the last state and the losses."""
     losses = []
     with sk.data.Loader(text, step.batch_shardings, start=start, stop=stop) as batches:
         for batch in batches:
@@ -87,7 +87,7 @@ def train(step, state, start, stop, text=TEXT):
 
 
 def refused(step):
-    """What a process is told that feeds other rows than its own."""
+    """The error of a process that passes other rows than its own."""
     try:
         step.shard_batch({name: x[:3] for name, x in TEXT.batch(0).items()})
     except sk.errors.BatchError as error:
@@ -111,14 +111,14 @@ def whole(state):
 
 
 def main(folder: Path) -> None:
-    """Trains from the start, then from a state that one process has saved; saves for one."""
-    with sk.distributed(step_timeout=120) as peers:
+    """Trains from the start, then from a state that one process saved; saves for one process."""
+    with sk.distributed(step_timeout=120) as process_group:
         step = compiled()
-        peers.agree("step", program=step.program.digest)
+        process_group.agree("step", program=step.program.digest)
         read = Read()
         state, losses = train(step, step.init(jax.random.key(0)), 0, STEPS, read)
         gradients = whole(step.gradients(state, fed(step, TEXT.batch(0)))[1])
-        score = step.evaluate(state, step.shard_batch(fed(step, TEXT.held_out_batch(0))))["loss"]
+        score = step.evaluate(state, step.shard_batch(fed(step, TEXT.validation_batch(0))))["loss"]
         told = {
             "losses": losses,
             "read": read.asked,
@@ -131,10 +131,10 @@ def main(folder: Path) -> None:
         with sk.Checkpointer(folder / "by several") as checkpoints:
             checkpoints.save(STEPS, state)
         final = whole(state)
-        if peers.index == 0:
+        if process_group.index == 0:
             np.savez(folder / "final.npz", **final)
             np.savez(folder / "gradients.npz", **gradients)
-        said = folder / f"said-{peers.index}.json"
+        said = folder / f"said-{process_group.index}.json"
         said.write_text(json.dumps(told))
 
 

@@ -1,6 +1,6 @@
-"""The parity table: every strategy, on a mesh, held to one device and to the textbook.
+"""The parity table: every strategy on a mesh, compared with one device and with the textbook.
 
-A row is one line of `CASES`. What a row proves, at the cost of one compiled step: the first state
+A row is one entry of `CASES`. It proves, at the cost of one compiled step: the first state
 bit for bit; loss, metrics, gradient norm and every gradient leaf of step 1; the parameters after
 one clipped SGD update and after two; that later steps compile nothing; the layout of every leaf;
 and the wire bytes of each mesh axis against the textbook minimum.
@@ -20,11 +20,25 @@ import optax
 
 import shardkit as sk
 from shardkit.lm import Decoder, DecoderConfig, decoder_loss
-from shardkit.parity._compare import Limits, compare
-from shardkit.parity._layout import declared_specs, differing_copies, misplaced
-from shardkit.parity._observe import Observed, counted_compiles
-from shardkit.parity._record import GRADIENTS, INIT, LATER_STATE, NORM, SGD, Trial, host, of_steps
-from shardkit.parity._reference import Reference, nudged
+from shardkit.parity._compare import ErrorLimits, compare_with_reference
+from shardkit.parity._layout import (
+    find_differing_copies,
+    find_misplaced_leaves,
+    resolve_declared_specs,
+)
+from shardkit.parity._observe import Observation, count_compiles, state_fields
+from shardkit.parity._record import (
+    GRADIENTS,
+    INIT,
+    LATER_STATE,
+    NORM,
+    SGD,
+    ParityInputs,
+    copy_state_to_host,
+    copy_to_host,
+    group_metrics_by_check,
+)
+from shardkit.parity._reference import Reference, nudge_params
 
 data, fsdp, tensor, zero = (getattr(sk.strategies, n) for n in ("data", "fsdp", "tensor", "zero"))
 pipeline = sk.strategies.pipeline
@@ -34,10 +48,10 @@ ROWS, LENGTH, VOCAB = 16, 8, 40
 SIZES = DecoderConfig(
     vocab=VOCAB, embed_dim=16, num_layers=2, num_heads=4, mlp_dim=24, dropout=0.1, z_loss=1e-3
 )
-# Below the gradient's norm, so that the clip acts and needs the norm over all devices.
+# Less than the gradient's norm, so that the clip is active and needs the norm over all devices.
 CLIP = 0.5
 CLIPPED = optax.chain(optax.clip_by_global_norm(CLIP), optax.sgd(1.0))
-# Keeps the gradients as its state, so that the one compiled step shows them.
+# Its state is the gradients, so that one compiled step shows them.
 OPTIMIZER = optax.chain(optax.trace(0.0), CLIPPED)
 
 
@@ -49,7 +63,7 @@ class Case:
       strategy: the layout.
       mesh: sizes of the axes.
       ratios: wire bytes over the textbook minimum, by axis, as the CPU compiler makes them.
-      why: reason of each ratio above 1.1.
+      why: the reason for each ratio above 1.1.
       accumulate, remat, precision, mode: as for `compile_step`.
       model: changes to `SIZES`.
     """
@@ -82,9 +96,9 @@ SHARED = {"kv_heads": 2, "bias": True, "tie_embeddings": True}
 # A mixture of experts that drops a third of its choices, and one that drops none.
 MIXTURE = {"experts": 8, "expert_mlp": 8, "capacity_factor": 1.0}
 DROPLESS = {"experts": 8, "expert_mlp": 8, "shared_experts": 1}
-LANE = "sums what is no expert's over `expert` in each micro-batch"
+OTHERS = "sums the gradients of other weights over `expert` in each micro-batch"
 ROOM = "pads what goes to each device to the room for all tokens, and sums each choice's part"
-# So many layers that what embedding and loss send beside them does not show.
+# Enough layers that the bytes of embedding and loss do not show.
 DEEP = {"num_layers": 16}
 ENDS = "sends two activations more for embedding and loss, beside only two layers"
 TIED = {"tie_embeddings": True, "bias": True, "loss_chunks": 2}
@@ -177,7 +191,7 @@ CASES = {
         pipeline(micro_batches=2) | context() | sk.strategies.expert(),
         {"pipe": 2, "context": 2, "expert": 2},
         {"pipe": 1.19, "context": 1.55, "expert": 1.92},
-        f"{BUBBLE}; {SWAP}; {LOOP}; {LANE}; {AGAIN}",
+        f"{BUBBLE}; {SWAP}; {LOOP}; {OTHERS}; {AGAIN}",
         model=MIXTURE,
     ),
     "pipeline tensor all_to_all": Case(
@@ -191,7 +205,7 @@ CASES = {
         pipeline(micro_batches=2) | sk.strategies.expert() | tensor(sequence=True),
         {"pipe": 2, "expert": 2, "tensor": 2},
         {"pipe": 0.89, "expert": 1.73, "tensor": 4.92},
-        f"{BUBBLE}; {LANE}; {AGAIN}; {SCATTER}; {EACH}",
+        f"{BUBBLE}; {OTHERS}; {AGAIN}; {SCATTER}; {EACH}",
         remat="full",
         model=MIXTURE,
     ),
@@ -215,7 +229,7 @@ CASES = {
         fsdp() | sk.strategies.expert(),
         {"fsdp": 2, "expert": 4},
         {"fsdp": 1.74, "expert": 2.4},
-        f"{SCATTER}; {MICRO}; {LANE}",
+        f"{SCATTER}; {MICRO}; {OTHERS}",
         accumulate=2,
         model=MIXTURE,
     ),
@@ -273,109 +287,106 @@ CASES = {
         **MANUAL,
     ),
 }
-# Largest error of a bf16 gradient leaf that was measured between correct meshes.
+# Largest error of a bf16 gradient leaf measured between correct meshes.
 BF16_NOISE = 6.5e-2
 
 
 def batches():
-    """Two batches; half of the rows have no valid token, the others each a number of their own."""
+    """Two batches. Half of the rows have no valid token; the others have different numbers."""
     rng = np.random.default_rng(0)
-    made = []
+    out = []
     for _ in range(2):
         tokens = rng.integers(0, VOCAB, (ROWS, LENGTH + 1)).astype(np.int32)
         weights = rng.integers(0, 2, (ROWS, LENGTH)).astype(np.float32)
         weights[: ROWS // 2] = 0
-        made.append({"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights})
-    return made
+        out.append({"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights})
+    return out
 
 
-TRIAL = Trial(batches(), 2, jax.random.key(0))
+INPUTS = ParityInputs(batches(), 2, jax.random.key(0))
 
 
 @functools.cache
-def model_of(changes):
+def build_model(changes):
     config = dataclasses.replace(SIZES, **dict(changes))
     return sk.from_nnx(lambda rngs: Decoder(config, rngs), decoder_loss)
 
 
-def _options(case):
-    return {name: getattr(case, name) for name in ("accumulate", "remat", "precision", "mode")}
-
-
-def mesh_of(sizes):
+def build_mesh(sizes):
     return sk.MeshSpec(**sizes).build(devices=jax.devices()[: math.prod(sizes.values())])
 
 
 @functools.cache
-def compiled(name):
+def compile_case(name):
     """The step of a row."""
     case = CASES[name]
-    model = model_of(tuple(case.model.items()))
+    model = build_model(tuple(case.model.items()))
     return sk.compile_step(
         model.loss_fn,
         OPTIMIZER,
         init=model.init,
-        batch=TRIAL.batches[0],
-        mesh=mesh_of(case.mesh),
+        batch=INPUTS.batches[0],
+        mesh=build_mesh(case.mesh),
         strategy=case.strategy,
-        **_options(case),
+        accumulate=case.accumulate,
+        remat=case.remat,
+        precision=case.precision,
+        mode=case.mode,
     )
 
 
-def alike(case):
-    """What the reference depends on: rows that differ in anything else share it."""
+def reference_key(case):
+    """What the reference depends on: rows with the same key share it."""
     return tuple(case.model.items()), case.accumulate, case.precision
 
 
 @functools.cache
-def _reference(shared):
-    """What one device says, and again with every parameter nudged by one rounding."""
-    spec = compiled(next(n for n, c in CASES.items() if alike(c) == shared)).spec
+def _run_reference(key):
+    """The record of one device, and its records with every parameter nudged by one rounding."""
+    spec = compile_case(next(n for n, c in CASES.items() if reference_key(c) == key)).spec
     reference = Reference(spec, jax.devices()[0])
-    start = reference.start(TRIAL.key)
-    record = reference.run(TRIAL, start, CLIPPED)
+    start = reference.init(INPUTS.key)
+    record = reference.run(INPUTS, start, CLIPPED)
     assert CLIP < float(record[NORM]["grad_norm"]), "the clip does not act"
     dtype = jnp.dtype(spec.precision.compute_dtype)
-    noises = [reference.run(TRIAL, nudged(start, dtype, seed), CLIPPED) for seed in range(2)]
-    return record, noises, Limits.of(dtype)
-
-
-def observe(step):
-    """Runs two steps on the mesh; the first part of the optimizer's state is the gradient."""
-    state = step.init(TRIAL.key)
-    specs = declared_specs(step.spec, step.mesh, state)
-    record = {INIT: _leaves(state)}
-    state, first = step(state, TRIAL.batch(0))
-    record |= {GRADIENTS: host(state.opt_state[0].trace), SGD: host(state.params)}
-    with counted_compiles() as count:
-        placed = step.shard_batch(TRIAL.batch(1))
-        state, second = step(state, placed)
-    parts = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    wrong = misplaced(parts, specs, step.mesh, "after two steps")
-    record |= {**of_steps([first, second]), LATER_STATE: _leaves(state)}
-    return Observed(record, tuple(wrong), tuple(differing_copies(parts)), count[0], 1)
-
-
-def _leaves(state):
-    found = {}
-    for part in ("params", "opt_state", "model_state"):
-        found |= host(getattr(state, part), part)
-    return found
+    noise_records = [
+        reference.run(INPUTS, nudge_params(start, dtype, seed), CLIPPED) for seed in range(2)
+    ]
+    return record, noise_records, ErrorLimits.of(dtype)
 
 
 @functools.cache
-def observed(name):
-    return observe(compiled(name))
+def observe_case(name):
+    """Runs two steps on the mesh; the first part of the optimizer's state is the gradient."""
+    step = compile_case(name)
+    state = step.init(INPUTS.key)
+    specs = resolve_declared_specs(step.spec, step.mesh, state)
+    record = {INIT: copy_state_to_host(state)}
+    state, first = step(state, INPUTS.batch(0))
+    record |= {GRADIENTS: copy_to_host(state.opt_state[0].trace), SGD: copy_to_host(state.params)}
+    with count_compiles() as compiles:
+        batch = step.shard_batch(INPUTS.batch(1))
+        state, second = step(state, batch)
+    fields = state_fields(state)
+    record |= {**group_metrics_by_check([first, second]), LATER_STATE: copy_state_to_host(state)}
+    return Observation(
+        record,
+        misplaced_leaves=tuple(find_misplaced_leaves(fields, specs, step.mesh, "after two steps")),
+        differing_copies=tuple(find_differing_copies(fields)),
+        later_calls=1,
+        later_compiles=compiles[0],
+    )
 
 
-def certificate(name, found=None):
-    """The rows of `sk.verify` for a case, from the one step; or for `found` in place of it."""
-    reference, noises, limits = _reference(alike(CASES[name]))
-    rows = compare(name, found or observed(name), reference, noises, limits)
+def parity_report(name, observation=None):
+    """The rows of `sk.verify` for a case, from its one step; or from another observation."""
+    record, noise_records, limits = _run_reference(reference_key(CASES[name]))
+    observation = observation or observe_case(name)
+    rows = compare_with_reference(name, observation, record, noise_records, limits)
     return sk.ParityReport(tuple(rows), name)
 
 
 def ratios(name):
     """Wire bytes over the textbook minimum, by mesh axis."""
-    minima = compiled(name).report().minima
-    return {one.axis: round(one.ratio, 2) for one in minima if one.ratio is not None}
+    minima = compile_case(name).report().minima
+    return {row.axis: round(row.ratio, 2) for row in minima if row.ratio is not None}

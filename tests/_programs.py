@@ -1,4 +1,4 @@
-"""Small compiled programs, as a step would hand them over to be inspected."""
+"""Small compiled programs, in the form that a step passes to a report."""
 
 import gzip
 import pathlib
@@ -9,8 +9,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from shardkit._core.tree import leaves
-from shardkit.report import CompiledBytes, Placed, Program
+from shardkit._core.tree import list_leaves
+from shardkit.report import CompiledBytes, PlacedLeaf, Program
 
 LAYERS, BATCH, WIDTH, HIDDEN = 3, 16, 8, 32
 WEIGHTS = 4 * 2 * LAYERS * WIDTH * HIDDEN  # bytes, f32
@@ -65,7 +65,8 @@ def _leaf(x):
 def program(step, mesh, donate=(), whole=(), log="", out=None, **parts):
     """Compiles `step(*parts.values())`, whose parts are pytrees of `(shape, spec)`.
 
-    `donate` and `whole` name parts; `out` are the specs of the results.
+    `donate` and `whole` name parts that are donated, or declared replicated; `out` are the specs of
+    the results.
     """
     placed, args = [], []
     for part, tree in parts.items():
@@ -77,8 +78,8 @@ def program(step, mesh, donate=(), whole=(), log="", out=None, **parts):
         )
         args.append(arrays)
         placed += [
-            Placed(part, leaf, spec, part in donate, part in whole)
-            for leaf, spec in zip(leaves(arrays), specs, strict=True)
+            PlacedLeaf(part, leaf, spec, part in donate, part in whole)
+            for leaf, spec in zip(list_leaves(arrays), specs, strict=True)
         ]
     numbers = tuple(i for i, part in enumerate(parts) if part in donate)
     placing = {}

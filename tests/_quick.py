@@ -1,4 +1,4 @@
-"""Which rows of a table README's test command runs; the others are `slow`, and CI runs them too."""
+"""Marks the rows of a table that only CI runs as `slow`; README's test command runs the others."""
 
 from collections.abc import Iterable
 
@@ -8,9 +8,9 @@ SLOW = pytest.mark.slow
 
 
 def some_quick(table: Iterable[object], *quick: object) -> list[object]:
-    """The rows of a table, for `parametrize` or a fixture, all but the quick ones marked slow.
+    """The rows of a table, for `parametrize` or a fixture; all but the quick ones are slow.
 
-    A row that is a tuple holds the values of several names.
+    A tuple holds the values of several parameters.
     """
     table = list(table)
     assert set(quick) <= set(table), f"no rows of the table: {set(quick) - set(table)}"

@@ -1,6 +1,6 @@
 """A command in each of several processes: python -m tests._signalled_command WHAT WORD...
 
-WHAT is a signal that process 1 has sent to the launcher, or `differ`: each has a seed of its own.
+WHAT is a signal that process 1 sends to the launcher, or `differ`: each process has its own seed.
 """
 
 import json
@@ -14,12 +14,12 @@ from shardkit.data import Text
 
 
 def process():
-    """Number of this process."""
+    """Index of this process."""
     return json.loads(os.environ["SHARDKIT_PROCESS"])["index"]
 
 
 def slowly(what):
-    """Gives every batch late, the second one behind a signal."""
+    """Delays every batch, and sends the signal at the third."""
     batch, made = Text.batch, []
 
     def slow(self, step, *rows):

@@ -1,4 +1,4 @@
-"""A user's own model as plain functions, with dropout, weights, tied ends and side inputs."""
+"""A model of plain functions for `layer_stack`: dropout, weights, tied params, side inputs."""
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,7 @@ def step(mesh, strategy, layers=4, rows=16, loss=loss, optimizer=None):
 
 
 def verified(sizes, strategy):
-    """The certificate of a layout, made in a process that has the devices for it."""
+    """The parity report of a layout, in a process that has its devices."""
     mesh = sk.MeshSpec(**sizes)
     return sk.verify(
         lambda mesh: step(mesh, strategy), [mesh], batches=[make_batch()], steps=2

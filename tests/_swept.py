@@ -1,4 +1,4 @@
-"""Step factories of research code, good and bad, for sweeps here and in a child process."""
+"""Step factories, good and bad, for sweeps in this process and in a child."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def declared(mesh, *, accumulate, remat):
         remat=remat,
     )
     batch = {"x": jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32)}
-    stops = {"on_nonfinite": "stop"}  # as configs do; then a step has a metric of its own
+    stops = {"on_nonfinite": "stop"}  # as in configs; adds the metric `skipped`
     return sk.StepSpec(
         loss_fn=loss,
         optimizer=optax.sgd(0.1),
@@ -40,7 +40,7 @@ def declared(mesh, *, accumulate, remat):
 
 
 def picky(mesh, *, accumulate, remat):
-    """Raises on some meshes, runs out of memory on one, and is right on the others."""
+    """Raises on some meshes, runs out of memory on one, and works on the others."""
     sizes = mesh.shape
     if sizes["tensor"] == 2:
         raise KeyError("no such head")
@@ -50,9 +50,9 @@ def picky(mesh, *, accumulate, remat):
 
 
 def deaf(mesh, *, accumulate, remat):
-    """Does not do what it is asked."""
+    """Ignores `accumulate`."""
     return declared(mesh, accumulate=1, remat=remat)
 
 
 def unlike(mesh):
-    """Takes nothing of what a factory is asked."""
+    """Does not take the options of a factory."""

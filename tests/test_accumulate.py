@@ -195,7 +195,7 @@ def test_where_no_row_has_weight_there_is_no_gradient_and_no_nan():
     assert not any(np.asarray(g).any() for g in jax.tree.leaves(after.opt_state))
 
 
-def lane_step(loss, mesh="2x4", k=2, **given):
+def shard_step(loss, mesh="2x4", k=2, **given):
     return sk.compile_step(
         loss,
         optax.sgd(0.1),
@@ -220,7 +220,7 @@ def test_a_key_split_by_example_gives_the_same_noise_on_every_mesh():
 
 
 def loss_on(mesh):
-    step = lane_step(per_example, mesh)
+    step = shard_step(per_example, mesh)
     _, metrics = step(step.init(jax.random.key(3)), BATCH)
     return float(metrics["loss"])
 
@@ -233,13 +233,13 @@ def counted(params, batch, key):
 
 def test_numbers_folded_in_over_the_rows_are_an_error_that_names_the_way_out():
     with pytest.raises(sk.errors.StepError) as caught:
-        lane_step(counted)
+        shard_step(counted)
     text = str(caught.value)
-    assert "Randomness of the loss cannot be split by lane." in text
+    assert "The random draws of the loss cannot be split over gradient shards." in text
     assert "fold_in" in text
     assert "folds in numbers counted over the rows of the batch" in text
     assert 'sk.Accumulate(k, reduce="every")' in text
-    lane_step(counted, k=sk.Accumulate(2, "every"))
+    shard_step(counted, k=sk.Accumulate(2, "every"))
 
 
 def flattened(params, batch, key):
@@ -251,14 +251,14 @@ def test_a_draw_that_grows_in_no_whole_ratio_is_an_error():
     with pytest.raises(
         sk.errors.StepError, match=r"bits u32\[17\] +is \(33,\) for 2 times the rows"
     ):
-        lane_step(flattened)
+        shard_step(flattened)
 
 
 def test_micro_batches_are_strided_and_cover_every_row():
     def seen(params, batch, key):
         return jnp.mean(batch["x"][:, 0, 0] * params["w"][0])
 
-    step = lane_step(seen, k=4)
+    step = shard_step(seen, k=4)
     _, metrics = step(step.init(jax.random.key(0)), BATCH)
     np.testing.assert_allclose(metrics["loss"], BATCH["x"][:, 0, 0].mean(), rtol=1e-5)
 
@@ -272,14 +272,14 @@ def test_reduction_in_another_dtype_keeps_gradients_apart_without_accumulation(p
     assert {row.trips for row in rows} == {1}
 
 
-def test_statistics_per_lane_are_refused():
+def test_statistics_per_gradient_shard_are_refused():
     def train(params, batch, key, model_state):
         return jnp.mean(batch["x"] * params["w"]), {}, model_state
 
     with pytest.raises(sk.errors.StepError) as caught:
-        lane_step(sk.Loss(train, train, stateful=True))
+        shard_step(sk.Loss(train, train, stateful=True))
     text = str(caught.value)
-    assert "would give every lane of the batch its own statistics" in text
+    assert "would give every gradient shard its own statistics" in text
     assert 'accumulate=sk.Accumulate(k, reduce="every")' in text
 
 
@@ -290,13 +290,13 @@ def test_a_number_of_micro_batches_that_is_none(bad):
 
 
 def test_an_unknown_time_to_reduce():
-    with pytest.raises(sk.errors.StepError, match="'twice' is not 'once' or 'each'"):
+    with pytest.raises(sk.errors.StepError, match="'twice' is not 'end' or 'every'"):
         sk.Accumulate(2, "twice")
 
 
 def test_rows_that_do_not_split_into_micro_batches():
     with pytest.raises(sk.errors.ShardingError) as caught:
-        lane_step(per_example, "8x1", k=4)
+        shard_step(per_example, "8x1", k=4)
     text = str(caught.value)
     assert "16 rows do not split into accumulate=4 micro-batches over data=8" in text
     assert "a multiple of 32 rows, such as 32" in text

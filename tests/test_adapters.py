@@ -120,12 +120,12 @@ def test_a_linen_layer_without_names_is_an_error_under_tables_alone(mesh):
     text = str(caught.value)
     assert "params/Dense_1/kernel f32[16,4]" in text
     assert "params/Dense_0/kernel" not in text
-    assert "chain(rules, REPLICATED)" in text
+    assert "first_match(rules, REPLICATED)" in text
 
 
-def test_statistics_of_the_batch_do_not_go_by_lanes(mesh):
+def test_batch_statistics_are_refused_per_gradient_shard(mesh):
     with pytest.raises(
-        sk.errors.StepError, match="would give every lane of the batch its own statistics"
+        sk.errors.StepError, match="would give every gradient shard its own statistics"
     ):
         compiled(linen_model(), mesh, LINEN, accumulate=2)
     compiled(linen_model(), mesh, LINEN, accumulate=sk.Accumulate(2, "every"))

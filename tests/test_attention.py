@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from shardkit.nn import _attention
-from shardkit.nn._attention import _blocks, attention
+from shardkit.nn._attention import attention
+from shardkit.nn._blockwise import query_blocks
 
 from ._quick import some_quick
 
@@ -67,8 +68,11 @@ def test_blocks_equal_the_library_forward_and_backward(heads, key_heads, causal,
 
 def test_auto_takes_cudnn_on_cuda_alone_and_for_what_it_serves(monkeypatch):
     asked = []
-    library = functools.partial(asked.append, "cudnn")
-    monkeypatch.setattr(_attention, "_library", lambda *_: library())
+    monkeypatch.setattr(
+        jax.nn,
+        "dot_product_attention",
+        lambda *_, implementation, **__: asked.append(implementation),
+    )
 
     def backend(version):
         monkeypatch.setattr(
@@ -95,7 +99,7 @@ def test_the_backward_pass_keeps_no_square_of_the_length():
 
 @pytest.mark.parametrize("queries", [1, 64, 65, 150, 512, 2048, 5000])
 def test_blocks_cover_every_query_once(queries):
-    bounds = _blocks(queries)
+    bounds = query_blocks(queries)
     assert [i for start, stop in bounds for i in range(start, stop)] == list(range(queries))
     assert len(bounds) <= 8
 
@@ -103,7 +107,7 @@ def test_blocks_cover_every_query_once(queries):
 @pytest.mark.parametrize("segments", some_quick([False, True], True))
 def test_the_tpu_kernel_agrees(segments):
     """The splash kernels, run step by step; their compile for a TPU is benchmarks/llama_v5p.py."""
-    from shardkit.nn._splash import splash
+    from shardkit.nn._splash import splash_attention
 
     draw = np.random.default_rng(0).normal
     q, k, v = (jnp.asarray(draw(size=(1, 256, heads, 128)), jnp.float32) for heads in (2, 1, 1))
@@ -112,7 +116,7 @@ def test_the_tpu_kernel_agrees(segments):
     def run(attend):
         return jax.jit(jax.value_and_grad(lambda *a: (attend(*a) ** 2).mean(), (0, 1, 2)))(q, k, v)
 
-    value, grads = run(lambda *a: splash(*a, ids, True, interpret=True))
+    value, grads = run(lambda *a: splash_attention(*a, ids, True, interpret=True))
     wanted, wanted_grads = run(lambda *a: attention(*a, segment_ids=ids, implementation="blocked"))
     np.testing.assert_allclose(value, wanted, rtol=1e-5)
     for got, want in zip(grads, wanted_grads, strict=True):

@@ -79,8 +79,8 @@ def test_a_full_disk_ends_the_run_with_its_earlier_saves_whole(
     monkeypatch.setattr(_saving, "commit", commit)
     shown = refused(trainer(tmp_path / "run", step))
     assert "No space left on device" in shown
-    assert "A save was lost." in shown
-    assert "room on the disk" in shown
+    assert "A save has failed." in shown
+    assert "free space on the disk" in shown
     checkpoints = tmp_path / "run" / "checkpoints"
     assert sk.Checkpointer(checkpoints).steps() == (2,)
     SavedStep.open(step_folder(checkpoints, 2)).check_files()
@@ -111,7 +111,7 @@ def test_a_folder_that_vanishes_ends_the_run_and_what_was_moved_is_whole(tmp_pat
     vanish = at_read(3, vanish)
     config = sk.TrainConfig(steps=12, checkpoint_every=2, eval_every=0)
     shown = refused(trainer(tmp_path / "run", step, config=config, callbacks=[vanish]))
-    assert "A save was lost." in shown
+    assert "A save has failed." in shown
     assert str(folder) in shown
     assert sk.Checkpointer(away).steps() == (2,)
     SavedStep.open(step_folder(away, 2)).check_files()
@@ -172,7 +172,7 @@ def test_only_the_first_of_several_processes_shows_and_tells_others(tmp_path, st
             pass
 
     config = sk.TrainConfig(loggers=("tensorboard",), profile="2:3")
-    mute = trainer(tmp_path / "run", step, config=config, peers=Second())
+    mute = trainer(tmp_path / "run", step, config=config, process_group=Second())
     assert (mute.console.quiet, mute.config.loggers, mute.config.profile) == (True, (), None)
     loud = trainer(tmp_path / "run", step, config=config)
     assert (loud.console.quiet, loud.config) == (False, config)

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from shardkit._core.errors import BudgetError, ReportError
 from shardkit.parallel import strategies
-from shardkit.report import FINDINGS, Budget, Declared, Flops, Program, Report
+from shardkit.report import FINDINGS, Budget, Declarations, Flops, Program, Report
 from shardkit.report.communication._reductions import reductions_per_step
 from shardkit.report.findings._findings import FROM_LEDGER
 
@@ -24,7 +24,7 @@ KINDS = strategies.data().kinds
 @pytest.fixture(scope="module")
 def made():
     parts = {"params": weights(), "batch": rows(P("data"))}
-    declared = Declared(kinds=KINDS)
+    declared = Declarations(kinds=KINDS)
     step = program(sgd, make_mesh(**MESH), donate=("params",), whole=("params",), **parts)
     return dataclasses.replace(step, declared=declared)
 
@@ -112,12 +112,12 @@ def test_one_parameter_too_many_is_found(report):
 
 def test_what_cannot_be_told_keeps_no_budget(made, report):
     cached = dataclasses.replace(report, messages_complete=False)
-    with pytest.raises(BudgetError, match="came from a cache"):
+    with pytest.raises(BudgetError, match="came from the compilation cache"):
         cached.check(Budget(involuntary_remat=0))
     cut = Report.of(dataclasses.replace(made, hlo=made.hlo[:-3]))
     with pytest.raises(BudgetError, match="the ledger is incomplete: the text ends inside"):
         cut.check(Budget(wire_bytes={"data": 10**9}))
-    with pytest.raises(BudgetError, match="the compiler does not say"):
+    with pytest.raises(BudgetError, match="memory_bytes  the compiler does not report"):
         Report.of(Program(made.hlo, made.mesh, "cpu")).check(Budget(memory_bytes=10**9))
     with pytest.raises(BudgetError, match="but the batch is not split over it"):
         Report.of(Program(made.hlo, made.mesh, "cpu")).check(
@@ -127,10 +127,10 @@ def test_what_cannot_be_told_keeps_no_budget(made, report):
 
 def test_findings_that_a_gap_may_hide_keep_no_budget(report):
     cached = dataclasses.replace(report, messages_complete=False)
-    with pytest.raises(BudgetError, match=r"findings\['involuntary_remat'\]  the compiler's mess"):
+    with pytest.raises(BudgetError, match=r"findings\['involuntary_remat'\]  unknown"):
         cached.check(Budget(findings={"involuntary_remat": 0, "unexplained_collective": 0}))
     cut = dataclasses.replace(report, ledger=dataclasses.replace(report.ledger, problems=("gap",)))
-    with pytest.raises(BudgetError, match="cannot be told, the ledger is incomplete: gap") as told:
+    with pytest.raises(BudgetError, match="the ledger is incomplete: gap") as told:
         cut.check(Budget(findings=dict.fromkeys(FINDINGS, 0)))
     assert str(told.value).startswith(f"{len(FROM_LEDGER)} budgets exceeded")
     cut.check(Budget(findings={"replicated": 0, "involuntary_remat": 0}))
@@ -150,11 +150,11 @@ def test_a_budget_is_made_of_numbers():
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"wire_bytes": 5}, r"wire_bytes=5  says no key\nFix:\n  - wire_bytes=\{KEY: 5\}"),
+        ({"wire_bytes": 5}, r"wire_bytes=5 [^\n]*\nFix:\n  - wire_bytes=\{KEY: 5\}"),
         ({"wire_bytes": {None: 1}}, r"\[None\]  a key is an axis, a kind, or \(axis, kind\)"),
         ({"collectives": {("a", "b", "c"): 1}}, r"a key is an axis, a kind, or \(axis, kind\)"),
-        ({"wire_bytes": {("data", "tx"): 1}}, r"\(axis, kind\), and 'tx' is no kind"),
-        ({"wire_bytes": {("data", "allreduce"): 1}}, r"no kind\. Did you mean 'all-reduce'\?"),
+        ({"wire_bytes": {("data", "tx"): 1}}, "'tx' is not a kind"),
+        ({"wire_bytes": {("data", "allreduce"): 1}}, r"not a kind .*Did you mean 'all-reduce'\?"),
         ({"reductions_per_step": {("data", "all-reduce"): 1}}, "a key is one name"),
         ({"involuntary_remat": True}, "involuntary_remat=True  is a bool, not a number"),
         ({"memory_bytes": float("nan")}, "memory_bytes=nan  is not a number of at least 0"),
@@ -168,7 +168,7 @@ def test_a_budget_in_a_form_that_holds_nothing_is_refused(parts, message):
 
 
 def test_only_a_budget_is_a_budget(report):
-    with pytest.raises(ReportError, match="held to a Budget, not to a dict"):
+    with pytest.raises(ReportError, match="takes a Budget, not a dict"):
         report.check({"memory_bytes": 1})
 
 
@@ -191,7 +191,7 @@ def test_json_round_trip(report, naive):
         assert again == one
         assert str(again) == str(one)
     fields = json.loads(report.to_json())
-    assert (fields["schema"], fields["version"]) == ("shardkit.report", 1)
+    assert (fields["schema"], fields["version"]) == ("shardkit.report", 2)
     assert fields["ledger"]["rows"][0]["axes"] == ["data"]
 
 
@@ -213,7 +213,7 @@ def test_a_field_that_is_missing_is_named(report, name):
 def test_a_field_of_a_row_that_is_missing_is_named(report):
     fields = json.loads(report.to_json())
     del fields["ledger"]["rows"][0]["kind"]
-    with pytest.raises(ReportError, match="lacks the field 'kind' of a Row"):
+    with pytest.raises(ReportError, match="lacks the field 'kind' of a LedgerRow"):
         Report.from_json(json.dumps(fields))
     with pytest.raises(ReportError, match="not as it was written"):
         Report.from_json(report.to_json().replace('"mesh": [', '"mesh": [7,', 1))
@@ -228,9 +228,10 @@ def test_a_field_of_a_row_that_is_missing_is_named(report):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "This is no report: Expecting value"),
-        ("[]", "This is no report of shardkit"),
-        ('{"schema": "shardkit.report", "version": 99}', "has version 99; this shardkit reads 1"),
+        ("", "This is not a report: Expecting value"),
+        ("[]", "This is not a report of shardkit"),
+        ('{"schema": "shardkit.report", "version": 99}', "has version 99; this shardkit reads 2"),
+        ('{"schema": "shardkit.report", "version": 1}', "has version 1; this shardkit reads 2"),
     ],
 )
 def test_what_is_no_report_is_refused(text, message):

@@ -160,7 +160,7 @@ def test_what_is_no_dump_of_this_model_is_told(steps, tmp_path):
         sk.replay(tmp_path / "empty", steps["stop"])
     other = steps["apply"].replace(init=lambda key: {**init(key), "more": jnp.zeros(3)})
     with pytest.raises(
-        sk.errors.CheckpointError, match=r"state/params/more +is wanted as f32\[3\]"
+        sk.errors.CheckpointError, match=r"state/params/more +is f32\[3\] in the state"
     ):
         sk.replay(tmp_path / "run", other)
 
@@ -171,7 +171,7 @@ def test_the_command_line_replays_what_its_run_left(tmp_path, capsys, monkeypatc
     (tmp_path / "text.txt").write_bytes(bytes(range(97, 123)) * 60)
     sizes = {"embed": 8, "layers": 1, "heads": 2, "mlp": 16, "kv_heads": 2}
     words = [f"model.{name}={size}" for name, size in sizes.items()]
-    words += ["data.path=text.txt", "data.held_out=0.3"]
+    words += ["data.path=text.txt", "data.validation_fraction=0.3"]
     words += [
         "data.seq_len=8",
         "optimizer.name=sgd",

@@ -32,14 +32,14 @@ def test_inspect_shows_steps_and_leaves(below, run_folder, capsys):
 def test_verify_names_the_damaged_leaf_and_goes_on_to_the_next_step(run_folder, capsys, tmp_path):
     assert main(["checkpoint", "verify", str(run_folder), "--values"]) == 0
     shown = capsys.readouterr().out
-    assert shown.count("whole (") == 2
+    assert shown.count("intact (") == 2
     assert "every value" in shown
     copy = ck.copy(run_folder, tmp_path / "copy")
     (copy / "checkpoints/step-00000100/arrays/state/params/b/0").unlink()
     assert main(["checkpoint", "verify", str(copy)]) == 1
     shown = capsys.readouterr().out
     assert "params/b bf16[32]  arrays/state/params/b/0 is gone" in shown
-    assert "step-00000200: whole" in shown
+    assert "step-00000200: intact" in shown
 
 
 def test_a_folder_without_checkpoints_is_told(tmp_path, capsys):

@@ -74,7 +74,7 @@ def test_the_policy_is_applied_when_a_step_is_complete(tmp_path, state):
 def test_a_step_is_saved_once_and_a_folder_has_one_writer(tmp_path, state):
     with sk.Checkpointer(tmp_path) as checkpoints:
         checkpoints.save(1, state)
-        with pytest.raises(sk.errors.CheckpointError, match=r"Nothing is overwritten\.\n  step 1 "):
+        with pytest.raises(sk.errors.CheckpointError, match=r"never overwritten\.\n  step 1 "):
             checkpoints.save(1, state)
         with pytest.raises(sk.errors.CheckpointError, match="another process is writing"):
             sk.Checkpointer(tmp_path).save(2, state)
@@ -102,7 +102,11 @@ class Slow:
     """Holds saves back until the test lets them go on."""
 
     def __init__(self, monkeypatch, error: Exception | None = None) -> None:
-        self.written, self.go, real = threading.Event(), threading.Event(), _saving.checksums
+        self.written, self.go, real = (
+            threading.Event(),
+            threading.Event(),
+            _saving.compute_checksums,
+        )
 
         def wait(folder):
             self.written.set()
@@ -111,7 +115,7 @@ class Slow:
                 raise error
             return real(folder)
 
-        monkeypatch.setattr(_saving, "checksums", wait)
+        monkeypatch.setattr(_saving, "compute_checksums", wait)
 
 
 def test_a_save_is_invisible_until_it_is_complete(tmp_path, state, monkeypatch):
@@ -129,7 +133,7 @@ def test_a_lost_save_ends_the_block_with_an_error(tmp_path, state, monkeypatch):
     sk.Checkpointer(tmp_path).save(1, state)
     slow = Slow(monkeypatch, OSError(28, "No space left on device"))
     slow.go.set()
-    lost = r"A save was lost\.\n  step 2 +could not be written to .*No space left on device"
+    lost = r"A save has failed\.\n  step 2 +could not be written to .*No space left on device"
     with pytest.raises(sk.errors.CheckpointError, match=lost):
         saving(tmp_path, state)
     with pytest.raises(sk.errors.CheckpointError, match=lost):
@@ -139,7 +143,7 @@ def test_a_lost_save_ends_the_block_with_an_error(tmp_path, state, monkeypatch):
         saving(tmp_path, state, lambda _: sys.exit(0))
     with pytest.raises(ZeroDivisionError) as error:
         saving(tmp_path, state, lambda _: 1 // 0)
-    assert "A save was lost." in error.value.__notes__[0]
+    assert "A save has failed." in error.value.__notes__[0]
     assert sk.Checkpointer(tmp_path).steps() == (1,)
     assert not list(tmp_path.glob(".saving*"))
     SavedStep.open(step_folder(tmp_path, 1)).check_files()
@@ -156,7 +160,7 @@ def test_a_full_disk_loses_the_new_save_and_no_other(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
     try:
         with pytest.raises(
-            sk.errors.CheckpointError, match=r"A save was lost(.|\n)*room on the disk"
+            sk.errors.CheckpointError, match=r"A save has failed(.|\n)*free space on the disk"
         ):
             saving(tmp_path, big)
     finally:

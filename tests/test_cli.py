@@ -13,8 +13,8 @@ import pytest
 
 from shardkit._core.errors import StepError
 from shardkit.checkpoint import Checkpointer
-from shardkit.cli import _explain, main
 from shardkit.cli import _main as entry
+from shardkit.cli import _report, main
 from shardkit.cli._command import Command
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +30,7 @@ OPTIONS = {
     "checkpoint": {"-h", "--help", "--debug", "--values"},
     "plot": {"-h", "--help", "--debug", "--out"},
     "plan": SHARED | {"--target", "--global-batch", "--compile", "--overlap", "--plot", "--json"},
-    "explain": SHARED | {"--target", "--chip", "--json", "--html", "--timeout"},
+    "report": SHARED | {"--target", "--chip", "--json", "--html", "--timeout"},
     "hardware": {"-h", "--help", "--debug", "--config", "--measure"},
     "launch": {"-h", "--help", "--debug", "-n", "--devices"},
     "tokenize": {"-h", "--help", "--debug", "--tokenizer", "--tokens"},
@@ -64,7 +64,7 @@ def test_an_option_that_is_not_listed_would_be_seen(monkeypatch):
         (["--set", "data.path=/no/such"], "there is no such file or folder."),
         (["--set", "data.seq_len=100000000"], "is longer than all its"),
         (["--set", "mesh.tensor=3"], "The mesh does not fit 8 devices."),
-        (["--set", "devices=tpu:v5p:4x4x4"], "only a compiler knows these devices here"),
+        (["--set", "devices=tpu:v5p:4x4x4"], "are devices of a compile target"),
         (["--set", "devices=cpu:many"], "No such target."),
         (["--set", "strategy.remat=ful"], "unknown policy"),
         (["--set", "train.loggers=tensorbord"], "Did you mean 'tensorboard'?"),
@@ -90,23 +90,23 @@ def test_a_users_mistake_is_one_screen_and_exit_code_2(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["no/such.json"], "there is no such report"),
-        (["no/such.json", "no/other.json"], "there is no such report"),
-        (["a.json", "b.json", "--target", "cpu:8"], "a.json and b.json: opened, not compiled."),
-        (["mine:step"], "a function declares no devices"),
+        (["no/such.json"], "does not exist"),
+        (["no/such.json", "no/other.json"], "does not exist"),
+        (["a.json", "b.json", "--target", "cpu:8"], "do not apply to a.json and b.json."),
+        (["mine:step"], "is a function, which declares no devices"),
         (["mine:step", "--set", "a=1"], "mine:step is a function, not a config"),
         (["--target", "tpu:v9:2x2"], "unknown chip 'v9'; known: v4, v5e, v5p, v6e, tpu7x."),
-        (["a.json", "--target", "cpu:8"], "a.json: opened, not compiled."),
+        (["a.json", "--target", "cpu:8"], "do not apply to a.json."),
         (["mine:step", "--target", "cpu:2", "--json", "/"], "--json /  is a folder, not a file"),
         (
             ["mine:step", "--html", "/dev/null/x.html"],
             "cannot be written: /dev/null is not a folder",
         ),
-        (["a.json", "--set", "a=1"], "--set a=1  a saved report is what was compiled"),
+        (["a.json", "--set", "a=1"], "--set a=1  cannot change a saved report"),
     ],
 )
 def test_what_cannot_be_explained_is_refused_before_anything_is_compiled(words, message, capsys):
-    assert main(["explain", *words]) == 2
+    assert main(["report", *words]) == 2
     shown = capsys.readouterr().err
     assert message in shown
     assert "Fix:" in shown
@@ -118,8 +118,8 @@ def test_a_long_compile_is_told_of_once_a_minute_where_there_is_no_terminal(caps
             progress(seconds)
         raise StepError("enough")
 
-    monkeypatch.setattr(_explain, "compile_for", compiling)
-    assert main(["explain", "mine:step", "--target", "cpu:2"]) == 2
+    monkeypatch.setattr(_report, "compile_for", compiling)
+    assert main(["report", "mine:step", "--target", "cpu:2"]) == 2
     said = capsys.readouterr().err.splitlines()
     assert said[:2] == ["compiling for cpu:2 ...", "compiling for cpu:2: 61 s"]
     assert said[2:] == ["compiling for cpu:2: 121 s", "StepError: enough"]
@@ -127,8 +127,8 @@ def test_a_long_compile_is_told_of_once_a_minute_where_there_is_no_terminal(caps
 
 def test_a_binary_file_is_no_report(tmp_path, capsys):
     (tmp_path / "a.json").write_bytes(b"\xff\xfe\x00")
-    assert main(["explain", str(tmp_path / "a.json")]) == 2
-    assert "a.json  is no text" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "a.json")]) == 2
+    assert "a.json  is not text" in capsys.readouterr().err
 
 
 def test_debug_shows_the_traceback(capsys):

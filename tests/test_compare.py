@@ -37,7 +37,7 @@ def named(changes):
 
 def test_a_report_does_not_differ_from_itself_reopened(data, tpu):
     for report in (data, tpu):
-        comparison = compare(report, Report.from_json(report.to_json()))
+        comparison = report.compare(Report.from_json(report.to_json()))
         assert not comparison
         assert str(comparison) == "Nothing changed."
 
@@ -99,7 +99,14 @@ def test_rows_are_sorted_by_what_changed_most(data, tensor):
 
 
 def test_findings_come_and_go_whatever_their_bytes(data):
-    finding = Finding("replicated", "params/w", "", ("data",), 64, "all 8 hold it", "split it")
+    finding = Finding(
+        "replicated",
+        leaf="params/w",
+        axes=("data",),
+        bytes=64,
+        why="all 8 hold it",
+        fix="split it",
+    )
     one = dataclasses.replace(data, findings=(finding,))
     larger = dataclasses.replace(data, findings=(dataclasses.replace(finding, bytes=128),))
     assert compare(data, one).new == compare(one, data).gone == (finding,)
@@ -129,7 +136,7 @@ def test_the_command_line_compares_two_files(data, tensor, tmp_path, capsys):
     for name, report in zip(names, (data, tensor), strict=True):
         with open(name, "w") as file:
             file.write(report.to_json())
-    assert main(["explain", *names]) == 0
+    assert main(["report", *names]) == 0
     assert capsys.readouterr().out.strip() == str(compare(data, tensor))
-    assert main(["explain", names[0], names[0]]) == 0
+    assert main(["report", names[0], names[0]]) == 0
     assert capsys.readouterr().out == "Nothing changed.\n"

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from shardkit._core.errors import ConfigError, DataError, MeshError, ShardkitError
-from shardkit._core.options import matches
+from shardkit._core.options import matches_annotation
 from shardkit.config import (
     Config,
     OptimizerConfig,
@@ -25,7 +25,7 @@ from shardkit.data import DataConfig
 from shardkit.lm import SIZES, TextTrainConfig
 from shardkit.mesh import MeshSpec, Target
 from shardkit.run import TrainConfig
-from shardkit.targets import Source, compile_for
+from shardkit.targets import StepSource, compile_for
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -38,7 +38,8 @@ def refused(*assignments: str) -> str:
 
 def written(tmp_path: Path, body: str) -> Path:
     path = tmp_path / "mine.py"
-    path.write_text("from shardkit.config import *\n" + body)
+    imports = "from shardkit.config import *; from shardkit.lm import TextTrainConfig"
+    path.write_text(f"{imports}\n{body}")
     return path
 
 
@@ -65,7 +66,7 @@ def test_text_is_read_by_annotation(annotation, text, value):
     found = parse(annotation, text)
     assert found == value
     assert type(found) is type(value)
-    assert matches(annotation, found)
+    assert matches_annotation(annotation, found)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +163,7 @@ def test_every_bad_override_is_in_one_message():
     assert "mesh has no field 'tenser'; it has data, tensor. Did you mean 'tensor'?" in message
     assert "--set nonsense" in message
     assert "is not of the form path.to.field=value." in message
-    assert "train.seed is 0 and has no fields of its own." in message
+    assert "train.seed is 0 which has no fields." in message
 
 
 def test_what_cannot_be_read_is_told_before_what_a_group_refuses():
@@ -179,10 +180,10 @@ def test_what_cannot_be_read_is_told_before_what_a_group_refuses():
         ("model=lama2-7b", "Did you mean 'llama2-7b'?"),
         ("strategy=fsdp|tensr", "no strategy 'tensr'; known: "),
         ("strategy=tensor(seq=1)", "tensor has options axis, sequence, kv_heads, not 'seq'."),
-        ("strategy=fsdp(", "expected ready strategies such as data|tensor(sequence=True)"),
-        ("strategy=__import__('os')", "expected ready strategies such as"),
+        ("strategy=fsdp(", "expected strategies such as data|tensor(sequence=True)"),
+        ("strategy=__import__('os')", "expected strategies such as"),
         ("mesh=data", "expected axis=size,axis=size, got 'data'."),
-        ("mesh=data=2,dcn=2", "slices are given by axis: dcn.data=2."),
+        ("mesh=data=2,dcn=2", "slices are set per axis: dcn.data=2."),
         ("train=5", "is a group of fields, set one of them: steps, seed, "),
         ("train.seed=abc", "expected int, got 'abc'."),
         ("optimizer.name=adam", "expected 'adamw' or 'lion' or 'muon' or 'sgd', got 'adam'."),
@@ -230,6 +231,18 @@ def test_a_missing_file_names_the_nearest(tmp_path):
     assert "There is no such config." in str(error.value)
     assert f"Did you mean {str(tmp_path / 'default.py')!r}?" in str(error.value)
     assert "Fix: one of " in str(error.value)
+
+
+def test_a_shipped_config_is_loaded_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config("nano", ["train.steps=3"]).train.steps == 3
+    assert load_config("nano").model == SIZES["nano"]
+    (tmp_path / "nano.py").write_text(
+        "from shardkit.config import *\ndef config(): return Config()"
+    )
+    assert load_config("nano.py") == Config()
+    with pytest.raises(ConfigError, match="Did you mean 'nano"):
+        load_config("nan")
 
 
 @pytest.mark.parametrize(
@@ -359,7 +372,7 @@ def test_a_record_gives_its_loop_back_whatever_the_order_of_its_fields():
 def test_compiler_options_reach_the_compiler():
     wrong = ("compile.options=xla_no_such_option=1", "model=nano", "mesh=data=4,tensor=2")
     with pytest.raises(ShardkitError, match="xla_no_such_option"):
-        compile_for(Source("", wrong), "cpu:8")
+        compile_for(StepSource("", wrong), "cpu:8")
     assert "compile.options='fast'  is not name=value" in refused("compile.options=fast")
 
 
@@ -368,3 +381,11 @@ def test_a_record_with_fields_of_an_older_version_is_refused_not_misread():
     record["train"]["keep"] = record["train"].pop("max_to_keep")
     with pytest.raises(ConfigError, match=r"no field 'keep'.*Did you mean 'max_to_keep'"):
         from_record(record, "runs/old")
+
+
+def test_a_record_of_an_older_version_is_refused_by_the_name_of_its_field():
+    record = to_record(Config())
+    assert from_record(record, "runs/a").data == Config().data
+    record["data"]["held_out"] = record["data"].pop("validation_fraction")
+    with pytest.raises(ConfigError, match=r"data has no field 'held_out'; it has path, "):
+        from_record(record, "runs/a")

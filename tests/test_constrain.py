@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
-from shardkit.nn._constrain import resolving
+from shardkit.nn._constrain import use_resolver
 from shardkit.step._activations import Activations, constraints
 from shardkit.step._compile import no_ambient_mesh
 
@@ -25,10 +25,10 @@ def meshes():
     return {name: sk.MeshSpec(**sizes).build() for name, sizes in MESHES.items()}
 
 
-def lowered(fn, mesh, *args, rules=TABLE, lane_axes=()):
+def lowered(fn, mesh, *args, rules=TABLE, shard_axes=()):
     """StableHLO of a fresh function, its names resolved as a step does."""
-    names = Activations(mesh, rules, lane_axes)
-    with no_ambient_mesh(), resolving(names):
+    names = Activations(mesh, rules, shard_axes)
+    with no_ambient_mesh(), use_resolver(names):
         return jax.jit(lambda *xs: fn(*xs)).lower(*args).as_text()
 
 
@@ -138,12 +138,14 @@ def test_a_dim_that_vmap_adds_is_left_to_the_compiler(meshes):
     ]
 
 
-def test_inside_a_lane_the_axes_of_the_lanes_split_nothing_else(meshes):
+def test_inside_a_gradient_shard_its_axes_split_nothing_else(meshes):
     def model(x):
-        return jax.vmap(lambda rows: sk.nn.constrain(rows, "batch", "mlp"), axis_name="(lanes)")(x)
+        return jax.vmap(
+            lambda rows: sk.nn.constrain(rows, "batch", "mlp"), axis_name="(gradient shards)"
+        )(x)
 
     text = lowered(
-        model, meshes["2x4"], jax.ShapeDtypeStruct((2, 4, 16), jnp.float32), lane_axes=("data",)
+        model, meshes["2x4"], jax.ShapeDtypeStruct((2, 4, 16), jnp.float32), shard_axes=("data",)
     )
     assert placed(text) == ['[{"data"}, {}, {"tensor"}]']
 

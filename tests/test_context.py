@@ -159,7 +159,7 @@ def test_an_own_model_passes_every_check_and_bugs_of_the_ring_are_found():
 def test_key_heads_are_repeated_where_that_is_declared():
     table = (tensor() | context()).activations
     around = StepContext(mesh_of(tensor=2, context=4), (), table.spec)
-    ((_, one),) = context(attention="all_to_all", kv_heads="replicate").regions
+    ((_, one),) = context(attention="all_to_all", kv_heads="replicate").overrides
     keys = jax.random.split(jax.random.key(0), 3)
     q, k, v = (jax.random.normal(x, (2, 8, n, 4)) for x, n in zip(keys, (8, 2, 2), strict=True))
 
@@ -172,8 +172,8 @@ def test_key_heads_are_repeated_where_that_is_declared():
         assert jnp.linalg.norm(x - y) <= 1e-6 * jnp.linalg.norm(y)
 
 
-def refusal(carrier, length=16, heads=8, key_heads=4, keys=None, ids=None, **sizes):
-    """What a carrier says of attention that it cannot carry out."""
+def refusal(override, length=16, heads=8, key_heads=4, keys=None, ids=None, **sizes):
+    """What an override says of attention that it cannot carry out."""
     table = (sk.strategies.tensor() | context()).activations
 
     def shapes(t, n):
@@ -181,7 +181,7 @@ def refusal(carrier, length=16, heads=8, key_heads=4, keys=None, ids=None, **siz
 
     q, k = shapes(length, heads), shapes(keys or length, key_heads)
     around = StepContext(mesh_of(**sizes), (), table.spec)
-    ((_, one),) = carrier.regions
+    ((_, one),) = override.overrides
     with pytest.raises(sk.errors.ShardingError) as caught:
         jax.eval_shape(lambda q, k, v: one(around, None, q, k, v, ids, True, "auto"), q, k, k)
     return str(caught.value)
@@ -190,7 +190,7 @@ def refusal(carrier, length=16, heads=8, key_heads=4, keys=None, ids=None, **siz
 def test_lengths_that_do_not_split_are_errors():
     assert refusal(context(), 20, context=8) == (
         "Attention cannot be split on mesh (context=8).\n"
-        "  queries f32[2,20,8,4]  length 20 does not split into 16 pieces, two a device "
+        "  queries f32[2,20,8,4]  length 20 does not split into 16 pieces, two per device "
         "(context=8)\n"
         "Fix: a length of 16"
     )
@@ -198,7 +198,7 @@ def test_lengths_that_do_not_split_are_errors():
         context(attention="all_to_all"), 10, context=4
     )
     text = refusal(context(), keys=32, ids=jnp.zeros((2, 8), jnp.int32), context=2)
-    assert "32 keys for 16 queries; a split length is one and the same" in text
+    assert "32 keys for 16 queries; a split length must be equal for both" in text
     assert "segment_ids i32[2,8]  not one id per token of f32[2,16,8,4]" in text
     assert "  - segment_ids of shape (2, 16)" in text
 
@@ -216,7 +216,7 @@ def test_a_ring_of_an_odd_number_inside_a_stage_is_an_error():
         ),
         jnp.zeros(2),
     )
-    assert "a ring of context=3 inside a stage: its devices meet in pairs" in text[0]
+    assert "a ring of context=3 in a pipeline stage exchanges in pairs" in text[0]
     assert "Fix: context=4, or strategies.context(attention='all_to_all')" in text[0]
 
 
@@ -249,7 +249,7 @@ def test_options_that_do_not_exist_are_errors_all_of_them():
     text = str(caught.value)
     assert "attention='rings'  known: 'ring', 'all_to_all'. Did you mean 'ring'?" in text
     assert "kv_heads='repeat'  known: 'split', 'replicate'." in text
-    assert "context(attention='ring')" in text
+    assert "Fix:\n  - attention='ring'\n  - kv_heads='replicate'" in text
 
 
 @pytest.mark.parametrize(
@@ -258,4 +258,4 @@ def test_options_that_do_not_exist_are_errors_all_of_them():
 def test_the_stream_is_a_finer_split_of_the_length(joined):
     assert joined.activations.spec(("length",)) == P("context")
     assert joined.activations.spec(("residual_length",)) == P(("context", "tensor"))
-    assert dict(joined.regions)["attention"].axis == "context"
+    assert dict(joined.overrides)["attention"].axis == "context"

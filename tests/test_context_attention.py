@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 
 from shardkit.mesh import MeshSpec
-from shardkit.parallel import HeadExchange, Pairs, Ring, across, zigzag_order
 from shardkit.parallel.context import _blockwise
-from shardkit.parallel.context._pairwise import tournament
+from shardkit.parallel.context._attention import context_parallel_attention
+from shardkit.parallel.context._pairwise import PairwiseExchange, tournament
+from shardkit.parallel.context._ring import RingAttention
+from shardkit.parallel.context._ulysses import UlyssesAttention
+from shardkit.parallel.context._zigzag import zigzag_order
 
 from ._quick import some_quick
 
@@ -50,16 +53,16 @@ def both(attention, q, k, v, g):
     return out, *vjp(g)
 
 
-def assert_is_plain(way, heads, key_heads, causal, packed, length=24):
+def assert_is_plain(layout, heads, key_heads, causal, packed, length=24):
     q, k, v, g = inputs(heads, key_heads, length)
     ids = segments(length) if packed else None
-    got = both(lambda q, k, v: across(q, k, v, ids, causal, way), q, k, v, g)
+    got = both(lambda q, k, v: context_parallel_attention(q, k, v, ids, causal, layout), q, k, v, g)
     want = both(lambda q, k, v: plain(q, k, v, ids, causal), q, k, v, g)
     for name, x, y in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
         assert relative(x, y) < 1e-6, name
 
 
-def way(kind, n, rows=(), heads=(), **sizes):
+def layout_on(kind, n, rows=(), heads=(), **sizes):
     count = n * int(np.prod(list(sizes.values())))
     mesh = MeshSpec(**sizes, context=n).build(devices=jax.devices()[:count])
     return kind(mesh, "context", rows, heads)
@@ -70,18 +73,18 @@ RINGS = {2: (True, True), 3: (False, True), 4: (True, False)}
 
 @pytest.mark.parametrize("n", some_quick(RINGS, 3))
 def test_a_ring_is_full_attention(n):
-    assert_is_plain(way(Ring, n), 4, 2, *RINGS[n])
+    assert_is_plain(layout_on(RingAttention, n), 4, 2, *RINGS[n])
 
 
 def test_a_ring_of_eight_with_packed_rows():
-    assert_is_plain(way(Ring, 8), 4, 1, True, True, length=48)
+    assert_is_plain(layout_on(RingAttention, 8), 4, 1, True, True, length=48)
 
 
 @pytest.mark.parametrize(
     ("n", "causal", "packed"), some_quick([(2, False, False), (4, True, True)], (4, True, True))
 )
 def test_blocks_that_are_swapped_in_pairs_give_full_attention(n, causal, packed):
-    assert_is_plain(way(Pairs, n), 4, 2, causal, packed)
+    assert_is_plain(layout_on(PairwiseExchange, n), 4, 2, causal, packed)
 
 
 @pytest.mark.parametrize("n", [2, 4, 6, 8])
@@ -93,20 +96,20 @@ def test_everyone_meets_everyone_else_once(n):
 
 @pytest.mark.parametrize(("n", "causal", "packed"), [(2, True, True), (4, False, False)])
 def test_all_to_all_is_full_attention(n, causal, packed):
-    assert_is_plain(way(HeadExchange, n), 8, 4, causal, packed)
+    assert_is_plain(layout_on(UlyssesAttention, n), 8, 4, causal, packed)
 
 
 def test_rows_and_heads_may_be_split_as_well():
-    split = way(Ring, 2, rows=("data",), heads=("tensor",), data=2, tensor=2)
+    split = layout_on(RingAttention, 2, rows=("data",), heads=("tensor",), data=2, tensor=2)
     assert_is_plain(split, 4, 2, True, True)
 
 
 @pytest.mark.parametrize("n", some_quick([2, 3, 8], 3))
 def test_zigzag_moves_to_the_order_that_is_written_down(n):
-    ring, x = way(Ring, n), jnp.arange(B * 48).reshape(B, 48)
-    moved = ring.enter(x, True)
+    ring, x = layout_on(RingAttention, n), jnp.arange(B * 48).reshape(B, 48)
+    moved = ring.to_compute_layout(x, True)
     assert np.array_equal(moved, x[:, zigzag_order(48, n)])
-    assert np.array_equal(ring.leave(moved, True), x)
+    assert np.array_equal(ring.from_compute_layout(moved, True), x)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 8])
@@ -130,19 +133,19 @@ def test_many_tiles_are_one_and_hidden_ones_are_not_visited(monkeypatch):
 
 
 def tiled(q, k, v, ids):
-    """The all-to-all way on one device is the tiles alone."""
-    return across(q, k, v, ids, True, way(HeadExchange, 1))
+    """All-to-all attention on one device is the tiles alone."""
+    return context_parallel_attention(q, k, v, ids, True, layout_on(UlyssesAttention, 1))
 
 
-@pytest.mark.parametrize("kind", [Ring, HeadExchange])
+@pytest.mark.parametrize("kind", [RingAttention, UlyssesAttention])
 @pytest.mark.parametrize("packed", some_quick([False, True], True))
 def test_a_scan_over_layers_keeps_no_tile_masks(kind, packed, monkeypatch):
     monkeypatch.setattr(_blockwise, "_WIDEST", 64)
-    length, attend = 1024, way(kind, 2)
+    length, attend = 1024, layout_on(kind, 2)
     ids = jnp.zeros((1, length), jnp.int32) if packed else None
 
     def loss(x):
-        layer = jax.checkpoint(lambda x: across(x, x, x, ids, True, attend) + x)
+        layer = jax.checkpoint(lambda x: context_parallel_attention(x, x, x, ids, True, attend) + x)
         return jax.lax.scan(lambda x, _: (layer(x), None), x, None, length=2)[0].sum()
 
     x = jax.ShapeDtypeStruct((1, length, 2, 4), jnp.float32)
@@ -156,5 +159,5 @@ def test_a_scan_over_layers_keeps_no_tile_masks(kind, packed, monkeypatch):
 
 @pytest.mark.parametrize(("length", "size"), [(24, 24), (512, 512), (1024, 512), (520, 260)])
 def test_a_tile_is_the_largest_that_divides(length, size):
-    assert _blockwise._tile(length) == size
-    assert _blockwise._tile(521) == 521  # a prime above 512 has none
+    assert _blockwise._tile_size(length) == size
+    assert _blockwise._tile_size(521) == 521  # a prime above 512 has none

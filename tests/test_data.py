@@ -16,14 +16,14 @@ from shardkit.data import (
     load_text,
     measure_baselines,
     read_corpus,
-    standard_library,
+    read_standard_library,
 )
 
 ALPHABET = bytes(range(97, 123))
 
 
-def text_of(train: bytes, held_out: bytes = b"0123456789", **sizes) -> Text:
-    return Text(Corpus("a test", train, held_out, 1, 1), DataConfig(**sizes))
+def text_of(train: bytes, validation: bytes = b"0123456789", **sizes) -> Text:
+    return Text(Corpus("a test", train, validation, 1, 1), DataConfig(**sizes))
 
 
 @pytest.fixture
@@ -42,10 +42,10 @@ def folder(tmp_path):
 
 
 def test_the_standard_library_is_split_by_file_and_holds_no_tests():
-    corpus = standard_library(0.05)
-    whole = corpus.train + corpus.held_out
+    corpus = read_standard_library(0.05)
+    whole = corpus.train + corpus.validation
     assert len(whole) > 4_000_000
-    assert 0.01 < len(corpus.held_out) / len(whole) < 0.12
+    assert 0.01 < len(corpus.validation) / len(whole) < 0.12
     assert b"class JSONDecoder" in whole
     assert b"class TestJSONDecoder" not in whole
     assert b"import jax" not in whole
@@ -56,24 +56,24 @@ def test_a_file_stays_on_its_side_when_others_come_and_go(folder):
     before = read_corpus(folder, 0.2)
     (folder / "new.txt").write_bytes(b"new file\n")
     after = read_corpus(folder, 0.2)
-    assert set(before.held_out.split(b"\0")) <= set(after.held_out.split(b"\0"))
+    assert set(before.validation.split(b"\0")) <= set(after.validation.split(b"\0"))
     assert set(before.train.split(b"\0")) <= set(after.train.split(b"\0"))
-    assert b"never read" not in after.train + after.held_out
+    assert b"never read" not in after.train + after.validation
 
 
 def test_the_side_of_a_file_is_the_documented_hash_of_its_path(folder):
-    held_out = read_corpus(folder, 0.2).held_out
+    validation = read_corpus(folder, 0.2).validation
     for i in range(40):
         digest = hashlib.sha256(f"part{i % 3}/file{i}.txt".encode()).digest()
         expected = int.from_bytes(digest[:8], "big") / 2**64 < 0.2
-        assert (f"file {i}\n".encode() * 5 + b"\0" in held_out) == expected
+        assert (f"file {i}\n".encode() * 5 + b"\0" in validation) == expected
 
 
 def test_one_file_holds_out_its_tail(tmp_path):
     path = tmp_path / "book.txt"
     path.write_bytes(ALPHABET * 10)
     corpus = read_corpus(path, 0.1)
-    assert corpus.train + corpus.held_out == (ALPHABET * 9 + b"\0") + (ALPHABET + b"\0")
+    assert corpus.train + corpus.validation == (ALPHABET * 9 + b"\0") + (ALPHABET + b"\0")
 
 
 # --- training batches
@@ -104,7 +104,7 @@ def test_any_step_can_be_asked_for_in_any_order_and_in_parts():
 
 def test_the_order_of_rows_is_the_one_that_runs_were_made_with():
     text, crc = text_of(ALPHABET * 20, bytes(range(1, 101)), seq_len=8, batch_size=3, overlap=2), 0
-    for batch in [*map(text.batch, range(60)), *map(text.held_out_batch, range(6))]:
+    for batch in [*map(text.batch, range(60)), *map(text.validation_batch, range(6))]:
         for name in ("inputs", "targets", "weights"):
             crc = zlib.crc32(batch[name].tobytes(), crc)
     assert f"{crc:08x}" == "2c823ebc"
@@ -138,26 +138,26 @@ def test_epochs_and_seeds_differ_in_order_and_in_where_rows_begin():
     assert first != [other.batch(i)["inputs"].tobytes() for i in range(n)]
 
 
-# --- held-out batches
+# --- validation batches
 
 
 @pytest.mark.parametrize("overlap", [0, 3, 7])
 @pytest.mark.parametrize("size", [8, 9, 64, 65, 100])
-def test_each_held_out_byte_is_predicted_exactly_once(size, overlap):
-    held_out = np.random.default_rng(0).integers(1, 256, size).astype(np.uint8).tobytes()
-    text = text_of(ALPHABET * 4, held_out, seq_len=8, batch_size=3, overlap=overlap)
-    batches = [text.held_out_batch(i) for i in range(text.held_out_steps)]
+def test_each_validation_byte_is_predicted_exactly_once(size, overlap):
+    validation = np.random.default_rng(0).integers(1, 256, size).astype(np.uint8).tobytes()
+    text = text_of(ALPHABET * 4, validation, seq_len=8, batch_size=3, overlap=overlap)
+    batches = [text.validation_batch(i) for i in range(text.validation_steps)]
     picked = [batch["targets"][batch["weights"] == 1] for batch in batches]
-    assert np.concatenate(picked).astype(np.uint8).tobytes() == held_out
-    assert sum(batch["weights"].sum() for batch in batches) == text.held_out_tokens == size
+    assert np.concatenate(picked).astype(np.uint8).tobytes() == validation
+    assert sum(batch["weights"].sum() for batch in batches) == text.validation_tokens == size
 
 
 @pytest.mark.parametrize("overlap", [0, 5])
-def test_held_out_rows_give_at_least_the_overlap_as_context(overlap):
-    held_out = bytes(range(1, 101))
-    text = text_of(ALPHABET * 4, held_out, seq_len=8, batch_size=2, overlap=overlap)
-    for i in range(text.held_out_steps):
-        batch = text.held_out_batch(i)
+def test_validation_rows_give_at_least_the_overlap_as_context(overlap):
+    validation = bytes(range(1, 101))
+    text = text_of(ALPHABET * 4, validation, seq_len=8, batch_size=2, overlap=overlap)
+    for i in range(text.validation_steps):
+        batch = text.validation_batch(i)
         for inputs, targets, weights in zip(*batch.values(), strict=True):
             if weights.any():
                 first = int(np.argmax(weights))
@@ -170,12 +170,12 @@ def test_held_out_rows_give_at_least_the_overlap_as_context(overlap):
 
 def test_baselines_are_what_their_definitions_say():
     rng = np.random.default_rng(1)
-    train, held_out = (rng.integers(97, 101, n).astype(np.uint8).tobytes() for n in (5000, 600))
-    found = measure_baselines(Corpus("random", train, held_out, 1, 1))
-    share = [(train.count(byte) + 1) / (len(train) + 256) for byte in held_out]
+    train, validation = (rng.integers(97, 101, n).astype(np.uint8).tobytes() for n in (5000, 600))
+    found = measure_baselines(Corpus("random", train, validation, 1, 1))
+    share = [(train.count(byte) + 1) / (len(train) + 256) for byte in validation]
     assert found.order0 == pytest.approx(-np.log2(share).mean())
-    assert found.gzip == pytest.approx(8 * len(gzip.compress(held_out, 9, mtime=0)) / 600)
-    assert found.xz == pytest.approx(8 * len(lzma.compress(held_out, preset=9)) / 600)
+    assert found.gzip == pytest.approx(8 * len(gzip.compress(validation, 9, mtime=0)) / 600)
+    assert found.xz == pytest.approx(8 * len(lzma.compress(validation, preset=9)) / 600)
     # Four equally likely letters carry two bits; nothing honest can be far below.
     assert 1.99 < found.order0 < 2.1
     assert 1.95 < found.bigram < 2.5
@@ -220,9 +220,9 @@ def test_a_folder_whose_files_all_fall_on_one_side_is_refused(tmp_path):
     (tmp_path / "text.txt").write_bytes(b"text")
     with pytest.raises(DataError) as error:
         read_corpus(tmp_path, 0.05)
-    assert "The held-out part of the corpus is empty." in str(error.value)
-    assert "all of its 1 file fell on the other side of data.held_out=0.05" in str(error.value)
-    assert "--set data.held_out=0.2" in str(error.value)
+    assert "The validation part of the corpus is empty." in str(error.value)
+    assert "1 file fell into the other part at data.validation_fraction=0.05" in str(error.value)
+    assert "--set data.validation_fraction=0.2" in str(error.value)
 
 
 def test_an_unreadable_path_gives_the_reason(tmp_path):
@@ -249,6 +249,11 @@ def test_a_batch_of_more_rows_than_an_epoch_names_both():
 
 def test_impossible_sizes_are_all_reported_together():
     with pytest.raises(DataError) as error:
-        DataConfig(seq_len=0, batch_size=-1, held_out=1.5, overlap=-2)
-    for part in ("data.seq_len=0", "data.batch_size=-1", "data.held_out=1.5", "data.overlap=-2"):
+        DataConfig(seq_len=0, batch_size=-1, validation_fraction=1.5, overlap=-2)
+    for part in (
+        "data.seq_len=0",
+        "data.batch_size=-1",
+        "data.validation_fraction=1.5",
+        "data.overlap=-2",
+    ):
         assert part in str(error.value)

@@ -13,8 +13,8 @@ from flax import nnx
 from shardkit._core.errors import ConfigError
 from shardkit._core.tracing import equations
 from shardkit.lm import SIZES, Decoder, DecoderConfig, decoder_loss, parameter_count
-from shardkit.nn._constrain import resolving
-from shardkit.nn._remat import active, policy
+from shardkit.nn._constrain import use_resolver
+from shardkit.nn._remat import parse_policy, use_policy
 
 from ._quick import some_quick
 
@@ -184,11 +184,11 @@ def test_remat_policies_change_no_gradient():
     batch = make_batch(CONFIG)
     want = jax.jit(jax.grad(lambda p: mean_loss(graph, p, batch)))(params)
     for name in ("full", "save:qkv,attn_mix,attn_out,mlp_out"):
-        with active(policy(name)):
+        with use_policy(parse_policy(name)):
             loss = jax.make_jaxpr(lambda p: mean_loss(graph, p, batch))(params)
             got = jax.jit(jax.grad(lambda p: mean_loss(graph, p, batch)))(params)
         policies = [eqn.params.get("policy") for eqn in equations(loss.jaxpr)]
-        assert policies.count(policy(name)) == 1
+        assert policies.count(parse_policy(name)) == 1
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
 
@@ -215,7 +215,7 @@ def compiled_text(config, mesh):
         jax.value_and_grad(lambda p, b: mean_loss(graph, p, b)),
         in_shardings=(shardings, place(("batch", None), None)),
     )
-    with resolving(place):
+    with use_resolver(place):
         return step.lower(params, batch).compile().as_text()
 
 
@@ -248,5 +248,7 @@ def test_sizes_that_do_not_fit_are_one_error():
 
 
 def test_sizes_that_are_no_counts_are_named_with_their_values():
-    with pytest.raises(ConfigError, match=r"num_layers=0 .*at least 1(.|\n)*num_heads=2.5"):
+    with pytest.raises(
+        ConfigError, match=r"num_heads +expected int, got 2.5(.|\n)*=0 .*at least 1"
+    ):
         DecoderConfig(vocab=16, embed_dim=8, num_layers=0, num_heads=2.5, mlp_dim=8)

@@ -16,7 +16,7 @@ from rich.console import Console
 
 import shardkit as sk
 from shardkit.hardware import CHIPS
-from shardkit.parity._observe import counted_compiles
+from shardkit.parity._observe import count_compiles
 from shardkit.report.memory import _memory
 
 X = np.ones((8, 10), np.float32)
@@ -87,7 +87,7 @@ DECLARATIONS = {
     ),
     "specs tree lacks a key": (
         {"rules": {"head/kernel": P(None, "model")}},
-        ["params/b f32[3]", "no rule decides it", "chain(rules, REPLICATED)"],
+        ["params/b f32[3]", "no rule decides it", "first_match(rules, REPLICATED)"],
     ),
     "batch of 7 over data=2": (
         {"rules": GOOD, "batch": {"x": np.ones((7, 10), np.float32)}},
@@ -151,7 +151,7 @@ def test_donated_state_used_again_names_a_leaf_and_the_right_line(step):
     step(state, {"x": X})
     text = text_of(sk.errors.StateError, lambda: step(state, {"x": X}))
     assert "params/b" in text
-    assert "consumed (donated) by an earlier step" in text
+    assert "donated to an earlier step" in text
     assert "state, metrics = step(state, batch)" in text
 
 
@@ -167,10 +167,10 @@ def test_donated_array_read_later_is_named_wherever_the_toolkit_sees_it(step, tm
         text = text_of(
             sk.errors.StateError, lambda call=call: call({"x": state.params["head"]["kernel"]})
         )
-        assert "The step got a batch that is gone." in text
-        assert "batch  x: consumed (donated) by an earlier step" in text
+        assert "The batch was donated." in text
+        assert "batch  x: donated to an earlier step" in text
     text = text_of(sk.errors.StateError, lambda: sk.Checkpointer(tmp_path / "run").save(1, state))
-    assert "A state that is gone cannot be saved." in text
+    assert "A donated state cannot be saved." in text
     assert "step, params/b, params/head/kernel" in text
     assert not (tmp_path / "run").exists()
     # Read by hand it is JAX that answers, with an error and no crash.
@@ -204,7 +204,7 @@ def test_a_batch_on_other_devices_names_the_leaf_and_both_places(step):
     text = text_of(sk.errors.BatchError, lambda: step(state, {"x": away}))
     assert "batch/x" in text
     assert "is committed to 1 device; the step has it as P('data'" in text
-    assert "pass host numpy, or step.put(batch)" in text
+    assert "pass host numpy, or step.shard_batch(batch)" in text
 
 
 def test_an_argument_laid_out_otherwise_names_the_leaf_and_both_specs(step, mesh):
@@ -288,7 +288,7 @@ def test_axis_typo_of_a_collective_in_a_loss_on_shards(mesh, collective):
     rules = {"**": sk.REPLICATED}
     loss = sk.ShardMapLoss(misspelt, loss_fn)
     text = text_of(sk.errors.StepError, lambda: compiled(mesh, rules, loss=loss, mode="shard_map"))
-    assert "The loss names a mesh axis that is not there." in text
+    assert "The loss names a mesh axis that does not exist." in text
     assert f"{collective.__name__}(..., 'dat')" in text
     assert "the mesh has data=2, model=4. Did you mean 'data'?" in text
     assert "Fix: one of 'data', 'model'" in text
@@ -317,7 +317,7 @@ def test_axis_typo_in_a_shard_map_of_the_users_own(mesh, row):
     text = text_of(
         sk.errors.StepError, lambda: compiled(mesh, {"**": sk.REPLICATED}, loss=misspelt)
     )
-    assert "The loss names a mesh axis that is not there." in text
+    assert "The loss names a mesh axis that does not exist." in text
     assert f"{call}  the mesh has data=2, model=4. Did you mean 'data'?" in text
 
 
@@ -335,7 +335,7 @@ def test_what_a_loss_itself_asserts_is_told_as_it_is(mesh):
 
 def test_out_of_memory_is_foreseen_before_anything_is_put_on_a_device(step, tmp_path, monkeypatch):
     small = dataclasses.replace(CHIPS["h100"], memory=512)
-    monkeypatch.setattr(_memory, "chip_of", lambda kind: small)
+    monkeypatch.setattr(_memory, "identify_chip", lambda kind: small)
     made = []
     monkeypatch.setattr(type(step), "init", lambda *args: made.append(args))
     run = sk.Trainer(step, lambda i: {"x": X}, tmp_path / "run", console=Console(quiet=True))
@@ -347,7 +347,7 @@ def test_out_of_memory_is_foreseen_before_anything_is_put_on_a_device(step, tmp_
     assert "split opt_state over 'data' too: " in text
     assert not made
     assert not (tmp_path / "run").exists()
-    monkeypatch.setattr(_memory, "chip_of", lambda kind: CHIPS["h100"])
+    monkeypatch.setattr(_memory, "identify_chip", lambda kind: CHIPS["h100"])
     step.check_memory()
 
 
@@ -363,15 +363,15 @@ def test_recompile_for_another_form_of_the_batch_warns_once_and_trains_on(lenien
     x, expected = CAUSES[cause]
     state, before = lenient.init(jax.random.key(0)), lenient.report().compiles
     with pytest.warns(sk.RetraceWarning) as told:
-        placed = lenient.put({"x": x})
+        placed = lenient.shard_batch({"x": x})
     text = str(told[0].message)
     assert text.startswith(
-        f"The step is compiled for another form of its batch, which makes {before + 1}.\n"
-        f"  batch/x  changed its {expected}\nFix: batches of one form: pad them"
+        f"The step compiles another batch variant; it now has {before + 1}.\n"
+        f"  batch/x  changed its {expected}\nFix: pad all batches alike"
     )
     assert told[0].filename == __file__
     state, metrics = lenient(state, placed)
-    with counted_compiles() as compiled_since:
+    with count_compiles() as compiled_since:
         state, _ = lenient(state, {"x": x})
         state, _ = lenient(state, {"x": X})
     assert compiled_since == [0]
@@ -417,9 +417,9 @@ def test_recompile_by_sharding_names_both_places_and_by_weak_type_does_not_happe
     assert weak.weak_type
     assert weak_b.weak_type
     # Moving an array is a program of its own.
-    placed = lenient.put({"x": weak}), lenient.put({"x": X})
+    placed = lenient.shard_batch({"x": weak}), lenient.shard_batch({"x": X})
     weak_b = jax.device_put(weak_b, jax.NamedSharding(mesh, P()))
-    with counted_compiles() as compiled_since:
+    with count_compiles() as compiled_since:
         state, _ = lenient(state, placed[0])
         params = {**state.params, "b": weak_b}
         state, _ = lenient(dataclasses.replace(state, params=params), placed[1])
@@ -456,7 +456,7 @@ def test_what_would_be_a_second_trace_names_the_leaf_or_compiles_nothing(step):
     assert weak.weak_type
     # Moving an array is a program of its own, which `put` has made.
     placed = [step.shard_batch({"x": x}) for x in (jnp.asarray(X), X.astype(np.float64), weak)]
-    with counted_compiles() as compiled_since:
+    with count_compiles() as compiled_since:
         for batch in placed:
             state, _ = step(state, batch)
     assert compiled_since == [0]
@@ -466,7 +466,7 @@ def test_another_shape_is_an_error_where_that_is_declared(step):
     state = step.init(jax.random.key(0))
     text = text_of(sk.errors.BatchError, lambda: step(state, {"x": X[:4]}))
     assert "is f32[4,10]; the step was compiled for f32[8,10]" in text
-    assert "feed the declared shapes, or compile_step again" in text
+    assert "pass the declared shapes, or compile_step again" in text
 
 
 @pytest.mark.parametrize("key", [0, np.uint32([0, 0])])

@@ -15,9 +15,9 @@ import pytest
 import shardkit as sk
 from shardkit.lm import Decoder, DecoderConfig, decoder_loss
 from shardkit.lm._mixture import mixture
-from shardkit.nn._expert_dispatch import at_once
+from shardkit.nn._expert_dispatch import run_locally
 from shardkit.parallel.expert import _expert
-from shardkit.parallel.expert._ragged import arrived, exchange, way_of
+from shardkit.parallel.expert._ragged import RaggedExchange, exchange, received_experts
 from shardkit.testing import EXPERT_MUTATIONS, kill_matrix
 
 from . import _parity
@@ -152,15 +152,16 @@ def test_rows_that_travel_unpadded_give_the_numbers_of_one_device(name, monkeypa
 
 
 def test_rows_of_all_devices_in_one_place():
-    wanted = jnp.array([[[1, 0, 2, 0], [0, 3, 1, 1]]])
-    way = way_of(wanted)
+    counts = jnp.array([[[1, 0, 2, 0], [0, 3, 1, 1]]])
+    plan = RaggedExchange.of(counts)
     x = jnp.arange(1.0, 17.0).reshape(1, 2, 8, 1)
-    came = exchange(at_once, "", 8, x, way)
+    came = exchange(run_locally, "", 8, x, plan)
     assert came[0, :, :, 0].tolist() == [[1, 9, 10, 11, 0, 0, 0, 0], [2, 3, 12, 13, 0, 0, 0, 0]]
-    assert arrived(wanted, 8).tolist() == [[[0, 1, 1, 1, 2, 2, 2, 2], [0, 0, 0, 1, 2, 2, 2, 2]]]
-    home = exchange(at_once, "", 8, came, way.back)
+    experts = [[0, 1, 1, 1, 2, 2, 2, 2], [0, 0, 0, 1, 2, 2, 2, 2]]
+    assert received_experts(counts, 8).tolist() == [experts]
+    home = exchange(run_locally, "", 8, came, plan.inverse)
     assert home[0, :, :5, 0].tolist() == [[1, 2, 3, 0, 0], [9, 10, 11, 12, 13]]
-    gradient = jax.grad(lambda x: (exchange(at_once, "", 8, x, way) ** 2).sum())(x)
+    gradient = jax.grad(lambda x: (exchange(run_locally, "", 8, x, plan) ** 2).sum())(x)
     assert gradient[0, :, :6, 0].tolist() == [[2, 4, 6, 0, 0, 0], [18, 20, 22, 24, 26, 0]]
 
 
@@ -189,7 +190,7 @@ def decoder(config, strategy, sizes):
 
 @pytest.mark.slow
 def test_two_exchanges_forward_and_two_backward_at_the_textbook_minimum():
-    report = _parity.compiled("experts").report()
+    report = _parity.compile_case("experts").report()
     moved = [row for row in report.ledger if row.kind == "all-to-all"]
     assert sorted(row.phase for row in moved) == ["backward"] * 2 + ["forward"] * 2
     assert {row.trips for row in moved} == {2}
@@ -228,7 +229,7 @@ def test_own_experts_that_the_axis_does_not_divide():
     def loss(params, batch, key):
         choice, share = sk.nn.route(batch["x"] @ params["router"], 1)
         mlp = lambda w, rows, dot: dot(rows, w)  # noqa: E731
-        return sk.nn.experts(batch["x"], choice, share, params["w"], mlp, 4).mean()
+        return sk.nn.experts(batch["x"], choice, share, params["w"], mlp, capacity=4).mean()
 
     with pytest.raises(sk.errors.StepError) as raised:
         sk.compile_step(
@@ -237,7 +238,7 @@ def test_own_experts_that_the_axis_does_not_divide():
             init=lambda key: {"w": jnp.ones((6, 4, 4)), "router": jnp.ones((4, 6))},
             batch={"x": jax.ShapeDtypeStruct((8, 4, 4), np.float32)},
             mesh=mesh_of({"expert": 4}),
-            strategy=sk.Strategy(batch=S.expert().batch, regions=S.expert().regions),
+            strategy=sk.Strategy(batch=S.expert().batch, overrides=S.expert().overrides),
         )
     assert "6 experts do not divide over expert=4" in str(raised.value)
     assert "Fix: expert=2, or 8 experts" in str(raised.value)
@@ -247,5 +248,5 @@ def test_a_model_without_experts():
     dense = DecoderConfig(vocab=32, embed_dim=8, num_layers=2, num_heads=2, mlp_dim=8)
     with pytest.raises(sk.errors.StepError) as raised:
         decoder(dense, S.expert(), {"expert": 2})
-    assert "AllToAll(axis='expert')  the model marks no experts" in str(raised.value)
+    assert "needs `sk.nn.experts`, but the model never calls it" in str(raised.value)
     assert "Fix: sk.nn.experts(...) in the model" in str(raised.value)

@@ -19,7 +19,7 @@ from shardkit.lm import (
     router_statistics,
     swiglu,
 )
-from shardkit.nn._expert_dispatch import in_order, slots
+from shardkit.nn._expert_dispatch import assign_slots, sort_by_expert
 
 B, T, E, X, F, K = 3, 10, 8, 4, 6, 2
 CONFIG = DecoderConfig(
@@ -70,7 +70,7 @@ def test_outputs_and_gradients_equal_those_of_every_expert_on_every_token(capaci
     def loss(of):
         return lambda x, share, weights: (of(x, choice, share, weights) ** 2).sum()
 
-    plain = loss(lambda x, c, s, w: sk.nn.experts(x, c, s, w, swiglu, capacity))
+    plain = loss(lambda x, c, s, w: sk.nn.experts(x, c, s, w, swiglu, capacity=capacity))
     full = loss(lambda x, c, s, w: naive(x, c, s, w, found))
     arguments = (x, share, weights)
     both = jax.jit(lambda *a: [jax.value_and_grad(of, (0, 1, 2))(*a) for of in (plain, full)])
@@ -103,7 +103,7 @@ def test_mapping_over_lanes_and_over_weights_changes_nothing():
 
 
 def test_rows_without_a_bin_come_last():
-    row, place, sizes = in_order(jnp.array([2, 0, 1, 0, 2]), 2)
+    row, place, sizes = sort_by_expert(jnp.array([2, 0, 1, 0, 2]), 2)
     assert row.tolist() == [1, 3, 2, 0, 4]
     assert place.tolist() == [3, 0, 2, 1, 4]
     assert sizes.tolist() == [2, 1]
@@ -111,9 +111,9 @@ def test_rows_without_a_bin_come_last():
 
 def test_a_token_depends_on_no_later_one():
     x, choice, share, weights = inputs()
-    whole = sk.nn.experts(x, choice, share, weights, swiglu, 3)
+    whole = sk.nn.experts(x, choice, share, weights, swiglu, capacity=3)
     other = choice.at[:, 6:].set((choice[:, 6:] + 1) % X)
-    changed = sk.nn.experts(x, other, share, weights, swiglu, 3)
+    changed = sk.nn.experts(x, other, share, weights, swiglu, capacity=3)
     np.testing.assert_array_equal(whole[:, :6], changed[:, :6])
     assert not np.array_equal(whole[:, 6:], changed[:, 6:])
 
@@ -226,7 +226,7 @@ def test_published_sizes():
 
 
 MISTAKES = {
-    "top_k": ({"experts": 4, "top_k": 5}, "no token can choose more than experts=4", "top_k=4"),
+    "top_k": ({"experts": 4, "top_k": 5}, "a token cannot choose more than experts=4", "top_k=4"),
     "capacity": (
         {"experts": 4, "capacity_factor": 0.0},
         "capacity_factor=0.0  an expert would take no token; None drops none",
@@ -234,7 +234,7 @@ MISTAKES = {
     ),
     "none": ({"capacity_factor": 1.0}, "the decoder has no experts", "experts=8"),
     "shared": ({"experts": 4, "shared_experts": -1}, "at least 0", "shared_experts=0"),
-    "experts": ({"experts": 0}, "experts=0  must be an integer of at least 1", "experts=1"),
+    "experts": ({"experts": 0}, "experts=0  must be at least 1", "experts=1"),
 }
 
 
@@ -250,14 +250,16 @@ def test_sizes_that_do_not_fit_are_named_with_a_fix(name):
 def test_arrays_that_do_not_fit_are_named_all_at_once():
     x, choice, share, weights = inputs()
     with pytest.raises(sk.errors.StepError) as raised:
-        sk.nn.experts(x, choice, share[:1], {**weights, "bias": jnp.ones((3, 2))}, swiglu, 0)
+        sk.nn.experts(
+            x, choice, share[:1], {**weights, "bias": jnp.ones((3, 2))}, swiglu, capacity=0
+        )
     message = str(raised.value)
-    assert "choice (3, 10, 2), share (1, 10, 2)" in message
+    assert "choices (3, 10, 2), shares (1, 10, 2)" in message
     assert "leaves have [(3,), (4,)] experts in dim 0" in message
     assert "capacity=0" in message
 
 
 def test_slots_of_several_groups():
-    slot, row = slots(jnp.array([[0, 0, 1], [1, 1, 1]]), 2, 2)
+    slot, row = assign_slots(jnp.array([[0, 0, 1], [1, 1, 1]]), 2, 2)
     assert slot.tolist() == [[0, 1, 2], [2, 3, 4]]
     assert row.tolist() == [[0, 1, 2, 3], [3, 3, 0, 1]]

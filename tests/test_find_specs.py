@@ -107,7 +107,7 @@ def test_rows_that_a_constraint_gathers_are_kept_whole_over_them(spec):
 
 
 def test_a_gather_between_two_specs_names_both(disagreeing, agreeing):
-    (found,) = of_kind(disagreeing, "spec_disagreement")
+    (found,) = of_kind(disagreeing, "spec_mismatch")
     assert (
         "constrain('batch', 'mlp') f32[1024,64] as P('data', 'tensor') meets "
         "constrain('batch', 'hidden') f32[1024,64] as P('data', None): gathered over tensor"
@@ -116,7 +116,7 @@ def test_a_gather_between_two_specs_names_both(disagreeing, agreeing):
     gathers = disagreeing.ledger.where("tensor", "all-gather")
     assert 0 < found.bytes <= sum(row.wire_bytes for row in gathers)
     assert "strategy.with_names(activations={'mlp': None})" in found.fix
-    assert not of_kind(agreeing, "spec_disagreement")
+    assert not of_kind(agreeing, "spec_mismatch")
 
 
 def test_a_gather_between_a_parameter_and_a_constraint_names_both():
@@ -138,7 +138,7 @@ def test_a_gather_between_a_parameter_and_a_constraint_names_both():
         mesh=sk.MeshSpec(data=2, tensor=4).build(),
         strategy=both.with_names(activations={"whole": None}),
     ).report()
-    (found,) = [one for one in of_kind(report, "spec_disagreement") if one.why.startswith("up ")]
+    (found,) = [one for one in of_kind(report, "spec_mismatch") if one.why.startswith("up ")]
     # One layer of it, in the loop over layers, or the stack, hoisted out of it.
     assert "as P(None, 'tensor') meets constrain('embed', 'whole') f32[256,64] as P(" in found.why
     assert "give up a rule that makes it P(" in found.fix
@@ -166,4 +166,4 @@ def test_a_residual_stream_split_over_length_is_no_disagreement():
     )
     report = step.report()
     assert report.ledger.where("tensor", "all-gather")
-    assert not of_kind(report, "spec_disagreement")
+    assert not of_kind(report, "spec_mismatch")

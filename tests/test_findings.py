@@ -10,8 +10,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from shardkit.parallel import strategies
-from shardkit.report import FINDINGS, Declared, Program, Report
-from shardkit.report.findings._messages import rematerializations
+from shardkit.report import FINDINGS, Declarations, Program, Report
+from shardkit.report.findings._messages import find_involuntary_remats
 
 from ._programs import (
     BATCH,
@@ -34,7 +34,7 @@ COLUMNS, ROWS = P(None, None, "tensor"), P(None, "tensor", None)
 
 
 def findings(made, kind, **declared):
-    changed = dataclasses.replace(made, declared=Declared(**declared)) if declared else made
+    changed = dataclasses.replace(made, declared=Declarations(**declared)) if declared else made
     return [finding for finding in Report.of(changed).findings if finding.kind == kind]
 
 
@@ -47,7 +47,7 @@ def data_parallel():
 
 def test_a_sound_step_has_no_findings(data_parallel):
     kinds = (strategies.data() | strategies.tensor()).kinds
-    declared = Declared(kinds=kinds, compute_dtype="f32")
+    declared = Declarations(kinds=kinds, compute_dtype="f32")
     report = Report.of(dataclasses.replace(data_parallel, declared=declared))
     assert report.findings == ()
     assert report.problems == ()
@@ -86,7 +86,7 @@ def test_involuntary_remats_name_both_specs(form):
     between = "P(None, 'data', 'tensor')"
     assert f"with_sharding_constraint(x, NamedSharding(mesh, {between})) in between" in finding.fix
     assert f"f32[8,16,32] goes from P('data', None, 'tensor') to {spec};" in finding.why
-    assert rematerializations("all is well", MESH) == []
+    assert find_involuntary_remats("all is well", MESH) == []
 
 
 def test_replicated_leaves_that_no_rule_declares():
@@ -170,7 +170,7 @@ def test_a_parameter_that_is_gathered_whole():
 
 
 def test_wide_collectives_under_a_narrow_policy(data_parallel):
-    found = findings(data_parallel, "wide_collective", compute_dtype="bf16", reduce_dtype="f32")
+    found = findings(data_parallel, "upcast_collective", compute_dtype="bf16", reduce_dtype="f32")
     # Gradients may be reduced in f32; the activations that `tensor` reduces may not.
     ledger = Report.of(data_parallel).ledger
     assert [finding.axes for finding in found] == [("tensor",)]
@@ -178,16 +178,16 @@ def test_wide_collectives_under_a_narrow_policy(data_parallel):
     assert "all-reduce under a bf16 policy, the largest of f32[128,8]" in found[0].why
     assert "XLA's CPU backend itself widens bf16" in found[0].fix
     whole = program(sgd, make_mesh(data=8), params=weights(), batch=rows(P("data")))
-    assert findings(whole, "wide_collective", compute_dtype="bf16")
-    assert not findings(whole, "wide_collective", compute_dtype="bf16", reduce_dtype="f32")
-    assert not findings(data_parallel, "wide_collective", compute_dtype="f32")
+    assert findings(whole, "upcast_collective", compute_dtype="bf16")
+    assert not findings(whole, "upcast_collective", compute_dtype="bf16", reduce_dtype="f32")
+    assert not findings(data_parallel, "upcast_collective", compute_dtype="f32")
 
 
 def test_wide_collectives_of_a_tpu_program():
-    declared = Declared(compute_dtype="bf16")
+    declared = Declarations(compute_dtype="bf16")
     mesh = (("fsdp", 4), ("tensor", 4))
     made = Program(recorded("tpu_v5p_fsdp_tensor"), mesh, "tpu", declared=declared)
-    first = findings(made, "wide_collective")[0]
+    first = findings(made, "upcast_collective")[0]
     # The gradient of f32 attention logits changes its dim, in each of 4 layers.
     assert first.scope.startswith("attention")
     assert "the largest of f32[8,8,4,256,1024]" in first.why
@@ -217,7 +217,7 @@ def test_second_compiles_and_rules_are_passed_on(data_parallel):
     (finding,) = findings(named, "second_compile")
     assert (finding.leaf, finding.why[-21:]) == ("batch/x", "shape: f32[8], is f32[4]"[-21:])
     rules = ("PathRules['**/gate'] matches nothing",)
-    assert findings(data_parallel, "rule", rules=rules)[0].why == rules[0]
+    assert findings(data_parallel, "unused_rule", rules=rules)[0].why == rules[0]
 
 
 def test_every_finding_is_of_a_listed_kind():
@@ -237,7 +237,7 @@ def test_an_array_that_is_closed_over_is_a_constant_on_every_device():
             return params + batch @ table @ table.T, params
 
     parts = {"params": ((8, 512), P()), "batch": ((8, 512), P("data"))}
-    (found, *_) = findings(program(step, mesh, **parts), "constant")
+    (found, *_) = findings(program(step, mesh, **parts), "large_constant")
     assert found.bytes == 2**20
     assert "f32[512,512] is a constant of the program: every device holds it" in found.why
     assert "pass it as a parameter" in found.fix

@@ -41,7 +41,11 @@ def step(mesh):
 @pytest.mark.parametrize(
     ("changes", "subject", "fix"),
     [
-        ({"mesh": sk.MeshSpec(data=2, tensor=4)}, "mesh  is a MeshSpec, not built", r"\.build\(\)"),
+        (
+            {"mesh": sk.MeshSpec(data=2, tensor=4)},
+            "mesh  is a MeshSpec that is not built",
+            r"\.build\(\)",
+        ),
         ({"mesh": None}, "mesh  is of type NoneType", r"sk\.MeshSpec\("),
         ({"batch": {"x": 3}}, "batch/x  is of type int, not an array", r"numpy\.asarray"),
         ({"strategy": {"w": P()}}, "strategy  is of type dict", r"sk\.Strategy\("),
@@ -63,9 +67,11 @@ def test_several_wrong_options_are_one_error(mesh):
 
 
 def test_a_spec_is_no_rule():
-    with pytest.raises(sk.errors.StepError, match=r"params  P\('data',\) is no rule"):
+    with pytest.raises(sk.errors.StepError, match=r"params  P\('data',\) is not a rule"):
         sk.Strategy(params=P("data"))
-    with pytest.raises(sk.errors.StepError, match=r"batch   'data' is no rule[\s\S]*P\(\"data\"\)"):
+    with pytest.raises(
+        sk.errors.StepError, match=r"batch   'data' is not a rule[\s\S]*P\(\"data\"\)"
+    ):
         sk.Strategy(params={"w": P()}, batch="data")
 
 
@@ -83,11 +89,11 @@ def test_an_explicit_mesh_of_the_caller_changes_nothing(step, mesh):
     assert metrics["loss"] == expected["loss"]
 
 
-def test_put_takes_a_batch_from_anywhere(step, mesh):
+def test_shard_batch_takes_a_batch_from_anywhere(step, mesh):
     elsewhere = {"x": jax.device_put(BATCH["x"], jax.devices()[3])}
     assert step.shard_batch(elsewhere)["x"].sharding.spec == P("data")
     with pytest.raises(
-        sk.errors.BatchError, match=r"committed to 1 device[\s\S]*step\.put\(batch\)"
+        sk.errors.BatchError, match=r"committed to 1 device[\s\S]*step\.shard_batch\(batch\)"
     ):
         step(step.init(jax.random.key(0)), elsewhere)
 
@@ -112,5 +118,5 @@ def test_a_rate_that_is_no_positive_number(rate):
 
 def test_a_run_name_stays_below_runs():
     for name in ("", "../../x"):
-        with pytest.raises(sk.errors.ConfigError, match="one word without slashes"):
+        with pytest.raises(sk.errors.ConfigError, match="cannot have slashes"):
             sk.Config(name=name)

@@ -78,7 +78,7 @@ def test_a_rule_of_a_finding_splits_the_leaf():
         code
         == """params=sk.first_match(sk.PathRules({"up": P(None, 'tensor')}), strategy.params)"""
     )
-    assert meant == " if meant"
+    assert meant == " if intended"
     own, *_ = names["opt_state/0/mu/down"].fix.partition(", or")
     assert own == """opt_state=sk.PathRules({"0/mu/down": P('tensor', None)})"""
     scope = {"sk": sk, "P": P, "strategy": strategy}

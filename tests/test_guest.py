@@ -1,5 +1,6 @@
-"""shardkit leaves the process of its caller as it was, and imports what is used, when it is."""
+"""shardkit leaves its caller's process unchanged, and imports modules when they are used."""
 
+import importlib
 import os
 import re
 import signal
@@ -11,13 +12,13 @@ from pathlib import Path
 import pytest
 
 import shardkit as sk
-from shardkit._core.libtpu import quiet_libtpu
+from shardkit._core.startup import quiet_libtpu
 
 ROOT = Path(__file__).parent.parent
 
 
-def child(code: str, *words: str, **given) -> subprocess.CompletedProcess[str]:
-    """Runs code in a process of its own, whose output goes into pipes."""
+def run_python(code: str, *words: str, **given) -> subprocess.CompletedProcess[str]:
+    """Runs code in a new process and captures its output."""
     given = {"env": {**os.environ, "PYTHONPATH": str(ROOT)}, "stderr": subprocess.PIPE, **given}
     command = [sys.executable, "-c", textwrap.dedent(code), *words]
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=300, **given)
@@ -26,10 +27,10 @@ def child(code: str, *words: str, **given) -> subprocess.CompletedProcess[str]:
 # --- imports
 
 
-def loaded_by(code: str, *names: str) -> list[str]:
-    """Those of some modules that are loaded when code has run."""
+def find_loaded(code: str, *names: str) -> list[str]:
+    """The modules of `names` that are loaded after running the code."""
     shown = f"\nimport sys\nprint(*[name for name in {names} if name in sys.modules])"
-    done = child(textwrap.dedent(code) + shown)
+    done = run_python(textwrap.dedent(code) + shown)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1].split()
 
@@ -42,7 +43,7 @@ LATER = (
     "matplotlib",
     "tensorstore",
     "shardkit.run",
-    "shardkit.lm.decoder_gone",
+    "shardkit.lm",
 )
 COMPILE = """
 import jax, optax, shardkit as sk
@@ -66,15 +67,22 @@ sk.compile_step(
     ids=["import", "errors", "plugin", "cli", "compile"],
 )
 def test_nothing_is_imported_before_it_is_used(code, never):
-    assert loaded_by(code, *never) == []
+    assert find_loaded(code, *never) == []
 
 
-def test_an_import_that_comes_too_early_would_be_seen():
-    assert loaded_by("import shardkit as sk; sk.compile_step", *EVERYTHING) != []
+def test_an_early_import_is_detected():
+    assert find_loaded("import shardkit as sk; sk.compile_step", *EVERYTHING) != []
+
+
+@pytest.mark.parametrize("name", ["plan", "sweep", "verify", "explain_rules"])
+def test_a_function_is_not_a_module_too(name):
+    assert callable(getattr(sk, name))
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module(f"shardkit.{name}")
 
 
 @pytest.mark.parametrize("options", [[], ["-p", "no:shardkit"]], ids=["plugin", "without"])
-def test_a_test_that_uses_nothing_waits_for_nothing(tmp_path, options):
+def test_a_test_session_without_markers_imports_nothing(tmp_path, options):
     (tmp_path / "test_it.py").write_text(
         "import sys\ndef test(request):\n"
         f"    assert not [name for name in {EVERYTHING[:-1]} if name in sys.modules]\n"
@@ -92,23 +100,26 @@ def test_a_test_that_uses_nothing_waits_for_nothing(tmp_path, options):
     assert f"plugin {not options}" in done.stdout
 
 
-def test_a_public_name_is_what_it_says_whatever_was_imported_before():
-    code = "import shardkit.planner, shardkit.sweeps, shardkit.parity as v, shardkit as sk"
-    assert loaded_by(f"{code}; assert all(map(callable, [sk.plan, sk.sweep, sk.verify, v]))") == []
+def test_a_public_name_is_the_function_whatever_was_imported_before():
+    code = """
+    import shardkit.planner, shardkit.sweeps, shardkit.parity, shardkit as sk
+    assert all(map(callable, [sk.plan, sk.sweep, sk.verify]))
+    """
+    assert find_loaded(code) == []
     assert set(sk.__all__) <= set(dir(sk))
     for room in (sk, sk.nn, sk.testing, sk.errors):
         assert all(getattr(room, name) is not None for name in room.__all__)
     with pytest.raises(AttributeError, match="module 'shardkit' has no attribute 'compil_step'"):
-        _ = sk.compil_step
+        getattr(sk, "compil_step")  # noqa: B009
 
 
 # --- the command line
 
 
-SAID_AT_ONCE = [["--help"], ["--version"], ["train", "--help"], ["trian"], ["plan", "nano"]]
+LIGHT_COMMANDS = [["--help"], ["--version"], ["train", "--help"], ["trian"], ["plan", "nano"]]
 
 
-@pytest.mark.parametrize("words", SAID_AT_ONCE, ids=" ".join)
+@pytest.mark.parametrize("words", LIGHT_COMMANDS, ids=" ".join)
 def test_help_the_version_and_usage_errors_import_nothing(words):
     code = """
     import sys
@@ -119,7 +130,7 @@ def test_help_the_version_and_usage_errors_import_nothing(words):
         print("\\nexit", stop.code)
     print(*[name for name in {0} if name in sys.modules])
     """
-    done = child(code.format(EVERYTHING), *words)
+    done = run_python(code.format(EVERYTHING), *words)
     code, loaded = done.stdout.splitlines()[-2:]
     assert (code, loaded) == (f"exit {0 if words[-1].startswith('--') else 2}", "")
 
@@ -127,11 +138,11 @@ def test_help_the_version_and_usage_errors_import_nothing(words):
 COMPLAINTS = re.compile("host bounds|InitGoogle|common_lib|Source Location Trace")
 
 
-def asked_without_answers() -> dict[str, str]:
-    """The environment of a user on a machine with libtpu, no TPU and no other advice."""
+def libtpu_environment() -> dict[str, str]:
+    """The environment of a machine with libtpu, no TPU, and no variables that say so."""
     ours = ("TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES", "JAX_PLATFORMS")
-    kept = {name: value for name, value in os.environ.items() if name not in ours}
-    return {**kept, "PYTHONPATH": str(ROOT), "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    others = {name: value for name, value in os.environ.items() if name not in ours}
+    return {**others, "PYTHONPATH": str(ROOT), "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
 @pytest.mark.skipif(not quiet_libtpu({}), reason="a TPU may be here")
@@ -159,20 +170,20 @@ def test_commands_show_no_complaint_of_libtpu(words, shown, tmp_path):
         words += ["--set=train.sample=0", "--set=train.baselines=false"]
     command = [sys.executable, "-m", "shardkit.cli", *words]
     done = subprocess.run(
-        command, cwd=tmp_path, env=asked_without_answers(), capture_output=True, text=True
+        command, cwd=tmp_path, env=libtpu_environment(), capture_output=True, text=True
     )
     assert not COMPLAINTS.search(done.stdout + done.stderr), done.stderr
     assert shown in done.stdout
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_libtpu_is_left_alone_where_somebody_has_answered_or_a_tpu_may_be(monkeypatch):
+def test_libtpu_variables_are_not_set_if_they_exist_or_a_tpu_may_be_present(monkeypatch):
     assert quiet_libtpu({"TPU_WORKER_HOSTNAMES": "a,b"}) == {}
     for device in ("/dev/accel0", "/dev/vfio/0"):
         there = lambda pattern, device=device: [device] * device.startswith(pattern[:9])  # noqa: E731
-        monkeypatch.setattr("shardkit._core.libtpu.glob.glob", there)
+        monkeypatch.setattr("shardkit._core.startup.glob.glob", there)
         assert quiet_libtpu({}) == {}
-    monkeypatch.setattr("shardkit._core.libtpu.glob.glob", lambda pattern: [])
+    monkeypatch.setattr("shardkit._core.startup.glob.glob", lambda pattern: [])
     assert quiet_libtpu({}).keys() == {"TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES"}
 
 
@@ -180,7 +191,7 @@ def test_libtpu_is_left_alone_where_somebody_has_answered_or_a_tpu_may_be(monkey
 
 COPIED = """
 import importlib.util, os, signal, subprocess, sys, threading, time
-# From its file, which spares every case the import of JAX.
+# Loaded from its file, so that no case imports JAX.
 spec = importlib.util.spec_from_file_location("stderr", os.environ["STDERR"])
 _stderr = sys.modules["stderr"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(_stderr)
@@ -243,7 +254,7 @@ except KeyError:
 check()
 """
 INHERITED = """
-_stderr._PATIENCE = 0.2
+_stderr._DRAIN_TIMEOUT = 0.2
 with copied_stderr() as said:
     print_to_2("a")
     heir = subprocess.Popen(["sh", "-c", "sleep 1; echo later >&2"], stdout=subprocess.DEVNULL)
@@ -278,7 +289,7 @@ assert said.text == "a\\n"
     ],
     ids=["aborts", "overlap", "nested", "raises", "inherited", "interrupted"],
 )
-def test_what_is_printed_meanwhile_is_read_and_shown(where, code, shown, tmp_path):
+def test_stderr_is_read_and_still_shown(where, code, shown, tmp_path):
     given = {**os.environ, "STDERR": str(ROOT / "shardkit" / "step" / "_stderr.py")}
     if where == "pipe without tee":
         # Only `sh` and `sleep` are there, for the test's own process.
@@ -289,7 +300,7 @@ def test_what_is_printed_meanwhile_is_read_and_shown(where, code, shown, tmp_pat
     log.write_text("before\n")
     with log.open("a" if where == "appended" else "w") as file:
         stderr = file if where in ("file", "appended") else subprocess.PIPE
-        done = child(COPIED + code, start_new_session=True, env=given, stderr=stderr)
+        done = run_python(COPIED + code, start_new_session=True, env=given, stderr=stderr)
     text = log.read_text().removeprefix("before\n") if stderr is file else done.stderr
     assert done.returncode == (-signal.SIGABRT if code is ABORTS else 0), text
     if shown is None:
@@ -326,12 +337,12 @@ assert warnings.filters == filters
 
 
 def test_steps_compiled_in_threads_at_once_find_their_own_messages():
-    done = child(THREADS.format(tests=str(ROOT / "tests")))
+    done = run_python(THREADS.format(tests=str(ROOT / "tests")))
     assert done.returncode == 0, done.stderr
     assert "Involuntary full rematerialization" in done.stderr
 
 
-# --- all that a process has
+# --- the state of the process
 
 GUEST = """
 import gc, io, os, signal, sys, tempfile, threading, warnings
@@ -339,7 +350,7 @@ import jax, numpy, optax
 jax.config.update("jax_num_cpu_devices", 8)
 jax.jit(lambda x: x + 1)(jax.numpy.ones(8)).block_until_ready()
 
-def circumstances():
+def read_process_state():
     gc.collect()
     descriptors = {}
     for number in sorted(os.listdir("/proc/self/fd"), key=int):
@@ -372,34 +383,34 @@ def compile_on(mesh):
     return sk.compile_step(loss, optax.adam(1e-2), init=init, batch=batch(0), mesh=mesh,
                            strategy=sk.strategies.data())
 
-def imported():
+def import_all():
     global sk
     import shardkit as sk
     for name in sk.__all__:
         getattr(sk, name)
 
-def compiled():
+def compile_step():
     global step
     step = compile_on(sk.MeshSpec(data=8).build())
 
-def called():
+def call_step():
     state, metrics = step(step.init(jax.random.key(0)), batch(1))
     step.evaluate(state, batch(2))
     jax.block_until_ready(state)
 
-def planned():
-    from shardkit.planner import Space
-    declared = sk.Declaration(loss, optax.adam(1e-2), init, batch(0), sk.MeshSpec(data=-1),
-                              sk.strategies.data())
-    sk.plan(declared, "tpu:v5p:2x2x1", space=Space(("data",), remat=("none",), accumulate=(1,)))
+def plan():
+    spec = sk.StepSpec(loss_fn=loss, optimizer=optax.adam(1e-2), init=init, batch=batch(0),
+                       strategy=sk.strategies.data())
+    space = sk.SearchSpace(("data",), remat=("none",), accumulate=(1,))
+    sk.plan(spec, "tpu:v5p:2x2x1", space=space)
 
-def trained():
+def train():
     from rich.console import Console
     with tempfile.TemporaryDirectory() as folder:
         config = sk.TrainConfig(steps=3, log_every=1, checkpoint_every=0)
         sk.Trainer(step, batch, folder, config=config, console=Console(file=io.StringIO())).run()
 
-def stopped():
+def interrupt():
     from rich.console import Console
     def stopping(number):
         if number == 1:
@@ -415,26 +426,26 @@ def stopped():
     raise AssertionError("not stopped")
 
 CALLS = {
-    "import": imported,
-    "compile_step": compiled,
-    "call": called,
+    "import": import_all,
+    "compile_step": compile_step,
+    "call": call_step,
     "report": lambda: str(step.report()),
     "verify": lambda: sk.verify(compile_on, [sk.MeshSpec(data=4)], steps=2),
-    "plan": planned,
-    "Trainer": trained,
-    "Trainer, Ctrl-C": stopped,
+    "plan": plan,
+    "Trainer": train,
+    "Trainer, Ctrl-C": interrupt,
 }
 """
 COMPARED = """
 for name, call in CALLS.items():
-    before = circumstances()
+    before = read_process_state()
     call()
-    after = circumstances()
+    after = read_process_state()
     for what in before:
         if after[what] != before[what]:
             print(f"{name} changes {what}: {before[what]} -> {after[what]}")
 """
-# What each line is changed by, so that every comparison is seen to fail.
+# Code that changes each line of the state, so that every comparison is seen to fail.
 CHANGES = {
     "config": "jax.config.update('jax_enable_x64', True)",
     "descriptors": "os.dup(2)",
@@ -447,14 +458,14 @@ CHANGES = {
 
 
 def test_every_call_leaves_the_process_as_it_was():
-    done = child(GUEST + COMPARED)
+    done = run_python(GUEST + COMPARED)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
 
 
-def test_whatever_a_call_left_behind_would_be_seen():
+def test_every_change_of_the_process_is_detected():
     calls = ", ".join(f"{what!r}: lambda: {code}" for what, code in CHANGES.items())
-    done = child(f"{GUEST}\nCALLS = {{{calls}}}\n{COMPARED}")
+    done = run_python(f"{GUEST}\nCALLS = {{{calls}}}\n{COMPARED}")
     assert done.returncode == 0, done.stderr
     seen = re.findall("^(.*) changes (.*?):", done.stdout, re.M)
     assert seen == [(what, what) for what in CHANGES]

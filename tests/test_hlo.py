@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from shardkit.report import read_ledger
 from shardkit.report.hlo._groups import read_groups, read_pairs, span_of_groups, span_of_pairs
-from shardkit.report.hlo._hlo import parse, shapes_of
+from shardkit.report.hlo._hlo import parse, parse_shapes
 from shardkit.report.hlo._scope import phase_of, scope_of
-from shardkit.report.hlo._trips import Loops
+from shardkit.report.hlo._trips import TripCounts
 
 DATA = pathlib.Path(__file__).parent / "data"
 
@@ -75,7 +75,7 @@ def test_text_that_cannot_be_read_is_reported(text, problem):
 
 
 def test_sizes_of_odd_dtypes():
-    shapes = shapes_of("(s4[3], pred[5], f8e4m3fn[4], c64[2], f32[<=8], u32[])")
+    shapes = parse_shapes("(s4[3], pred[5], f8e4m3fn[4], c64[2], f32[<=8], u32[])")
     assert [shape.nbytes for shape in shapes] == [2, 5, 4, 16, 32, 4]
 
 
@@ -111,7 +111,7 @@ def test_three_forms_of_groups_agree(case):
         assert [g.tolist() for g in groups] == grid.tolist()
         assert span_of_groups(groups, mesh).axes == expected
         assert span_of_groups(groups, mesh).size == group
-        assert span_of_groups(groups, mesh).whole
+        assert span_of_groups(groups, mesh).full_axes
 
 
 MESH = [("data", 2), ("tensor", 4)]
@@ -120,9 +120,9 @@ MESH = [("data", 2), ("tensor", 4)]
 def test_groups_of_part_of_an_axis_are_not_whole():
     for form in ("{{0,1},{2,3},{4,5},{6,7}}", "mesh['x'=2,'y'=4] {'y':(2)2}"):
         span = span_of_groups(read_groups(form, 8), MESH)
-        assert (span.axes, span.size, span.whole) == (("tensor",), 2, False)
+        assert (span.axes, span.size, span.full_axes) == (("tensor",), 2, False)
     # Four devices that are no product of axes: a diagonal.
-    assert not span_of_groups([np.array([0, 5]), np.array([1, 4])], MESH).whole
+    assert not span_of_groups([np.array([0, 5]), np.array([1, 4])], MESH).full_axes
 
 
 def test_meshes_with_their_own_device_order():
@@ -133,7 +133,7 @@ def test_meshes_with_their_own_device_order():
     assert read_groups("{}", 4)[0].tolist() == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="unknown form: 'sparse"):
         read_groups("sparse<0,1>", 2)
-    with pytest.raises(ValueError, match="device 9 lies outside of mesh"):
+    with pytest.raises(ValueError, match="device 9 is outside of mesh"):
         span_of_groups([np.array([0, 9])], MESH)
 
 
@@ -177,12 +177,14 @@ ENTRY %main (x: f32[4]) -> (s32[], f32[4]) {{
 }}
 """
     trips = -(-7 // abs(step))
-    assert Loops(parse(text)).trips("main", "w") == trips
+    assert TripCounts(parse(text)).trips("main", "w") == trips
     assert (
-        Loops(parse(text.replace("add(%one, %k)", "multiply(%one, %k)"))).trips("main", "w") is None
+        TripCounts(parse(text.replace("add(%one, %k)", "multiply(%one, %k)"))).trips("main", "w")
+        is None
     )
     assert (
-        Loops(parse(text.replace(f"constant({start})", "parameter(1)"))).trips("main", "w") is None
+        TripCounts(parse(text.replace(f"constant({start})", "parameter(1)"))).trips("main", "w")
+        is None
     )
 
 
@@ -204,9 +206,9 @@ def test_derived_trips_equal_the_printed_ones():
         if instruction.opcode == "while"
     ]
     assert len(loops) >= 4
-    counts = [Loops(module).trips(*loop) for loop in loops]
+    counts = [TripCounts(module).trips(*loop) for loop in loops]
     assert set(counts) == {5, 6}
-    assert [Loops(blind).trips(*loop) for loop in loops] == counts
+    assert [TripCounts(blind).trips(*loop) for loop in loops] == counts
 
 
 BODY = "while/body/closed_call"
@@ -259,5 +261,5 @@ def test_what_cannot_be_read_is_a_problem_and_no_crash(rest, problem):
 def test_a_program_for_another_mesh_or_without_its_first_line_is_told():
     whole = "  ROOT %y = f32[4] all-reduce(%x), replica_groups={}, channel_id=1\n}\n"
     assert not damaged(whole)
-    assert damaged(whole, mesh=(("a", 4),)) == ("the program is one for 2 devices, the mesh has 4",)
+    assert damaged(whole, mesh=(("a", 4),)) == ("the program is for 2 devices, the mesh has 4",)
     assert "the text has no HloModule line" in damaged(whole, header="")

@@ -1,6 +1,7 @@
 """The page of a report: its data comes back whole, and nothing in it can run or be fetched."""
 
 import dataclasses
+import html
 import json
 import pathlib
 import re
@@ -13,8 +14,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from shardkit._core.tree import Leaf
-from shardkit.report import Finding, Flops, Ledger, Memory, Placed, Program, Report, Row
-from shardkit.report.memory._layouts import Layout, layouts
+from shardkit.report import Finding, Flops, Ledger, LedgerRow, Memory, PlacedLeaf, Report
+from shardkit.report._program import LeafLayout
 from shardkit.report.time._timeline import Segment, Timeline
 
 from ._programs import make_mesh
@@ -29,21 +30,28 @@ def row(**changes):
     plain = {
         "kind": "all-reduce", "axes": ("data",), "dtype": "f32", "payload_bytes": 1024,
         "wire_bytes": 1024, "trips": 1, "scope": "mlp", "phase": "backward", "overlapped": False,
-        "group": 2, "whole": True, "operands": ("f32[256]",), "windowed": False,
+        "group": 2, "full_axes": True, "operands": ("f32[256]",), "windowed": False,
         "conditional": False, "computation": "main", "name": "all-reduce.1",
         "op_name": "jit(f)/mlp",
     }  # fmt: skip
-    return Row(**plain | changes)
+    return LedgerRow(**plain | changes)
 
 
 def report(rows=None, **changes):
     mesh = changes.pop("mesh", (("data", 2), ("tensor", 4)))
     rows = [row(), row(axes=("tensor",), kind="all-gather")] if rows is None else rows
-    split = Layout(
+    split = LeafLayout(
         "params", "up", (8, 32), "f32", ("embed", "mlp"), ((), ("tensor",)), (8, 8), 256, False
     )
-    copied = Layout("params", EVIL, (8, 4), "f32", None, ((), ()), (8, 4), 128, False)
-    finding = Finding("replicated", f"params/{EVIL}", "", ("data",), 128, f"why {EVIL}", "fix()")
+    copied = LeafLayout("params", EVIL, (8, 4), "f32", None, ((), ()), (8, 4), 128, False)
+    finding = Finding(
+        "replicated",
+        leaf=f"params/{EVIL}",
+        axes=("data",),
+        bytes=128,
+        why=f"why {EVIL}",
+        fix="fix()",
+    )
     plain = {
         "mesh": mesh, "platform": "cpu", "device_kind": "cpu", "ledger": Ledger(tuple(rows), mesh),
         "memory": Memory(384, 768, 0, 64, 12, 0, 4, 2048, 3280, None),
@@ -83,6 +91,11 @@ def test_a_report_saved_without_layouts_opens():
 
 def test_the_page_holds_the_report():
     assert Report.from_json(embedded(report().to_html())) == report()
+
+
+def test_a_notebook_shows_the_page_in_a_frame_of_its_own():
+    (page,) = re.findall(r'<iframe srcdoc="([^"]*)" style=', report()._repr_html_())
+    assert html.unescape(page) == report().to_html()
 
 
 def test_a_name_cannot_end_the_script_that_holds_it():
@@ -128,7 +141,7 @@ def test_unmeant_copies_are_marked_and_meant_ones_are_not():
     marked = pick + after + 'body.querySelector("nav").textContent = `${count} marked`;'
     # Eight devices and one block of the array.
     assert shown(report(), marked, "nav").strip() == "9 marked"
-    meant = tuple(dataclasses.replace(leaf, meant_whole=True) for leaf in report().leaves)
+    meant = tuple(dataclasses.replace(leaf, declared_replicated=True) for leaf in report().leaves)
     assert shown(report(leaves=meant), marked, "nav").strip() == "0 marked"
 
 
@@ -145,8 +158,8 @@ def test_unmeant_copies_are_marked_and_meant_ones_are_not():
 def test_every_device_holds_what_jax_puts_there(spec):
     sizes, shape = {"data": 2, "pipe": 2, "tensor": 2}, (8, 24, 4)
     mesh = make_mesh(**sizes)
-    placed = Placed("params", Leaf("w", shape, np.dtype("float32")), spec)
-    (leaf,) = layouts(Program("", tuple(sizes.items()), "cpu", leaves=(placed,)))
+    placed = PlacedLeaf("params", Leaf("w", shape, np.dtype("float32")), spec)
+    leaf = placed.layout(sizes)
     after = """
     const held = body.querySelectorAll("button.device").map((node) => node.dataset.text);
     body.querySelector("nav").textContent = held.join("\\n");
@@ -172,7 +185,9 @@ def written(index, shape):
 
 def test_a_pod_is_abbreviated():
     pod = (("pipe", 4), ("fsdp", 384), ("tensor", 4))
-    leaf = Layout("params", "w", (768, 8), "f32", None, (("fsdp",), ("tensor",)), (2, 2), 16, False)
+    leaf = LeafLayout(
+        "params", "w", (768, 8), "f32", None, (("fsdp",), ("tensor",)), (2, 2), 16, False
+    )
     after = """
     const held = body.querySelectorAll("button.device");
     body.querySelector("nav").textContent = `${held.length} ${held.at(-1).dataset.text}`;
@@ -246,7 +261,7 @@ def timeline(**changes):
 def test_a_schedule_shows_what_nothing_hides():
     text = shown(report(timeline=timeline()))
     assert "2.25 ms| on v5p, from the compiler's schedule: 2 ms of compute" in text
-    assert "250 µs of communication that nothing hides; MFU 40.0 %" in text
+    assert "250 µs of communication that no compute hides; MFU 40.0 %" in text
     assert "Communication over: data 1 ms (250 µs exposed)" in text
     assert f"assumed {EVIL}" in text
 

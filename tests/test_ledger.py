@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as P
 from shardkit._core.errors import ReportError
 from shardkit._core.tree import Leaf
 from shardkit.parallel import strategies
-from shardkit.report import Declared, Placed, Program, Report, read_ledger, wire_bytes
-from shardkit.report.communication._minimum import wire_over
+from shardkit.report import Declarations, PlacedLeaf, Program, Report, read_ledger, wire_bytes
+from shardkit.report.communication._minimum import axis_wire_bytes
 
 from ._programs import (
     BATCH,
@@ -409,7 +409,7 @@ def test_minima_of_explicit_layouts_are_met():
 
     batch = ((BATCH, WIDTH), P(("data", "fsdp")))
     made = program(step, mesh, params=weights(**specs), batch=batch)
-    declared = Declared(kinds=(strategies.data() | strategies.fsdp()).kinds)
+    declared = Declarations(kinds=(strategies.data() | strategies.fsdp()).kinds)
     report = Report.of(dataclasses.replace(made, declared=declared))
     assert [(one.axis, one.ratio) for one in report.minima] == [("data", 1.0), ("fsdp", 1.0)]
     assert report.reductions == {"data": 1.0, "fsdp": 1.0}
@@ -432,10 +432,10 @@ def test_minima_of_explicit_layouts_are_met():
 )
 def test_minima_by_kind(strategy, known, expected):
     leaves = tuple(
-        Placed("params", Leaf(name, shape, np.dtype("float32")), spec)
+        PlacedLeaf("params", Leaf(name, shape, np.dtype("float32")), spec)
         for name, (shape, spec) in weights().items()
     )
-    declared = Declared(kinds=strategy.kinds, **known)
+    declared = Declarations(kinds=strategy.kinds, **known)
     (kind,) = strategy.kinds
     program = Program("", (("a", 8),), "cpu", leaves=leaves, declared=declared)
     assert kind.minimum(program) == expected
@@ -453,6 +453,6 @@ def test_a_reduction_over_two_axes_counts_for_both(order):
     made = program(step, mesh, params=((64, 64), P()))
     split = dataclasses.replace(made.leaves[0], spec=P("fsdp"))
     ledger = read_ledger(made.hlo, made.mesh)
-    over = [wire_over(ledger, axis, made.sizes, [split]) for axis in ("data", "fsdp")]
+    over = [axis_wire_bytes(ledger, axis, made.sizes, [split]) for axis in ("data", "fsdp")]
     assert sum(over) == ledger.total() == 2 * ring(8, 4 * 64 * 64)
     assert over == [2 * ring(2, 4 * 64 * 64 / 4), 2 * ring(4, 4 * 64 * 64)]

@@ -11,18 +11,20 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
-from shardkit._core.branch_counts import shares, taken
+from shardkit._core.scope_markers import annotate_branch_counts, branch_shares
 from shardkit.report import Finding, Flops, Ledger, Memory, Report, count_flops
 from shardkit.run._console import show_layout, show_mesh
-from shardkit.sweeps._case import Case
-from shardkit.sweeps._row import FAILED, Row
-from shardkit.sweeps._show import table
+from shardkit.sweeps._case import SweepCase
+from shardkit.sweeps._row import FAILED, SweepRow
+from shardkit.sweeps._show import format_sweep
 
 ODD = ["attn[local]", "[/nope]", "[bold]x[/]", ":fire:"]
 
 
 def report(name: str) -> Report:
-    finding = Finding("replicated", f"params/{name}", "", ("[/x]",), 64, name, name)
+    finding = Finding(
+        "replicated", leaf=f"params/{name}", axes=("[/x]",), bytes=64, why=name, fix=name
+    )
     memory = Memory(0, 0, 0, 0, 0, None, None, None, None, None)
     flops = Flops(8, 0, {(name, "forward"): 8})
     mesh = ((name, 2),)
@@ -42,8 +44,8 @@ def test_a_report_prints_odd_names_as_they_are(name):
 
 @pytest.mark.parametrize("name", ODD)
 def test_a_sweep_prints_odd_names_as_they_are(name):
-    case = Case(((name, 2),), remat=name)
-    text = table(name, [], [Row(case, FAILED, {}, f"why {name}")], "memory")
+    case = SweepCase(((name, 2),), remat=name)
+    text = format_sweep(name, [], [SweepRow(case, FAILED, {}, f"why {name}")], "memory")
     assert f"why {name}" in text
     assert f" {name} " in text
 
@@ -68,10 +70,10 @@ def test_a_scope_of_a_users_says_nothing_of_branches():
     x = jnp.ones((4, 4))
     for scope in ("taken_2", "taken_1_3", "shardkit_taken_2"):
         assert count_flops(jax.make_jaxpr(f, static_argnums=0)(scope, x)).model == 2 * 4**3
-    assert shares("jit(step)/taken_1_3/cond", 2) is None
+    assert branch_shares("jit(step)/taken_1_3/cond", 2) is None
 
     def told(x):
-        with taken([1, 3]):
+        with annotate_branch_counts([1, 3]):
             return jax.lax.cond(x[0, 0] > 0, lambda: x, lambda: x @ x)
 
     assert (

@@ -8,11 +8,11 @@ from jax.sharding import PartitionSpec as P
 
 from shardkit.report import Program, Report
 from shardkit.report.hlo._hlo import parse
-from shardkit.report.memory._buffer_sizes import sized
-from shardkit.report.memory._liveness import Lives
+from shardkit.report.memory._buffer_sizes import parse_sized_type
+from shardkit.report.memory._liveness import Liveness
 from shardkit.report.memory._memory import read_memory
-from shardkit.report.memory._peak import Peak, peak_of
-from shardkit.report.memory._suggestions import advice
+from shardkit.report.memory._peak import Peak, find_peak
+from shardkit.report.memory._suggestions import suggest_memory_savings
 
 from ._programs import LAYERS, WIDTH, make_mesh, program, recorded, rows, sgd, weights
 
@@ -53,7 +53,7 @@ ENTRY %main (w: f32[256], x: f32[512]) -> (f32[], f32[256]) {
 
 def found(text):
     made = Program(text, (("data", 2),), "cpu")
-    return peak_of(made, read_memory(made))
+    return find_peak(made, read_memory(made))
 
 
 def test_a_loop_stays_in_place_and_its_peak_is_inside_of_it():
@@ -64,14 +64,14 @@ def test_a_loop_stays_in_place_and_its_peak_is_inside_of_it():
     assert peak.classes["activations"] == 2048
     assert peak.classes["gradients"] == 1024
     assert peak.scopes["attention"] >= 2048
-    assert peak.held[0].shape == "f32[1024]"
+    assert peak.largest[0].shape == "f32[1024]"
 
 
 def test_a_donated_input_is_no_output():
-    numbers = {one.argument for one in Lives(parse(KIB), "cpu", frozenset()).buffers()}
+    numbers = {one.argument for one in Liveness(parse(KIB), "cpu", frozenset()).buffers()}
     assert numbers == {None, 0, 1}
     kept = KIB.replace("input_output_alias={ {1}: (0, {}, may-alias) }", "x=1")
-    outputs = [one for one in Lives(parse(kept), "cpu", frozenset()).buffers() if one.output]
+    outputs = [one for one in Liveness(parse(kept), "cpu", frozenset()).buffers() if one.output]
     assert sorted(one.bytes for one in outputs) == [4, 1024]
 
 
@@ -88,7 +88,7 @@ def test_a_donated_input_is_no_output():
     ],
 )
 def test_layouts_pad_and_other_memories_count_nothing(text, platform, size):
-    assert sized(text, platform).bytes == size
+    assert parse_sized_type(text, platform).bytes == size
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +101,8 @@ def compiled():
 def test_a_compiled_step_agrees_with_its_compiler(compiled):
     report = Report.of(compiled)
     peak = report.peak
-    assert peak.close
-    assert peak.said == report.memory.output + report.memory.temp
+    assert peak.agrees
+    assert peak.compiler_bytes == report.memory.output + report.memory.temp
     # Three stacks wait for the backward pass: inputs, products, results of tanh.
     assert peak.classes["activations"] == 3 * 4 * LAYERS * 256 * WIDTH
     assert sum(peak.classes.values()) == sum(peak.scopes.values()) == peak.bytes
@@ -115,22 +115,24 @@ def test_a_compiled_step_agrees_with_its_compiler(compiled):
 
 
 def test_a_split_that_is_off_is_called_rough(compiled):
-    peak = peak_of(compiled, read_memory(compiled))
-    off = dataclasses.replace(peak, said=2 * peak.bytes)
-    assert not off.close
+    peak = find_peak(compiled, read_memory(compiled))
+    off = dataclasses.replace(peak, compiler_bytes=2 * peak.bytes)
+    assert not off.agrees
     assert "ROUGH" in str(off)
     assert "50% of the compiler's" in str(off)
     assert "activations ~72.00 KiB" in str(off)
     assert "ROUGH" not in str(peak)
-    assert "the compiler does not say" in str(dataclasses.replace(peak, said=None))
+    assert "the compiler reports no figure" in str(dataclasses.replace(peak, compiler_bytes=None))
 
 
 def test_advice_speaks_of_classes_where_they_are_known(compiled):
     memory = dataclasses.replace(read_memory(compiled), capacity=1)
-    peak = peak_of(compiled, read_memory(compiled))
-    said = advice(memory, (), {}, peak)
-    assert "a remat policy that keeps less: up to 72.00 KiB of activations less" in said
-    rough = advice(memory, (), {}, dataclasses.replace(peak, said=2 * peak.bytes))
+    peak = find_peak(compiled, read_memory(compiled))
+    said = suggest_memory_savings(memory, (), {}, peak)
+    assert "a remat policy that saves less: up to 72.00 KiB of activations less" in said
+    rough = suggest_memory_savings(
+        memory, (), {}, dataclasses.replace(peak, compiler_bytes=2 * peak.bytes)
+    )
     assert [text.partition(":")[0] for text in rough] == ["accumulate=2 or a remat policy"]
 
 
@@ -138,7 +140,7 @@ def test_without_a_schedule_nothing_is_said(compiled):
     loose = dataclasses.replace(compiled, hlo=compiled.hlo.replace("is_scheduled=true", "x=1"))
     report = Report.of(loose)
     assert report.peak is None
-    assert "What is alive at the peak is not known" in str(report)
+    assert "alive at the peak is unknown" in str(report)
     cut = dataclasses.replace(compiled, hlo=compiled.hlo[: len(compiled.hlo) // 2])
     assert Report.of(cut).peak is None
 
@@ -159,8 +161,8 @@ def test_an_unknown_element_type_makes_a_lower_bound():
 )
 def test_recorded_programs_are_followed_whole(name, mib, largest):
     made = Program(recorded(name), (("data", 8),), name[:3])
-    peak = peak_of(made, read_memory(made))
+    peak = find_peak(made, read_memory(made))
     assert isinstance(peak, Peak)
     assert peak.problems == ()
     assert peak.bytes / 2**20 == pytest.approx(mib, rel=0.02)
-    assert peak.held[0].shape == largest
+    assert peak.largest[0].shape == largest

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 import shardkit as sk
-from shardkit.data import Dataset, Loader, arrays, resume_step
+from shardkit.data import Arrays, Dataset, Loader, resume_step
 
 P = PartitionSpec
 TREE = {"x": np.arange(40).reshape(20, 2), "y": np.arange(20.0)}
@@ -56,8 +56,8 @@ class Recorded:
                 raise OSError(f"the disk of batch {step}")
         return self.data.batch(step, rows)
 
-    def position(self, step):
-        return self.data.position(step)
+    def state(self, step):
+        return self.data.state(step)
 
     def __str__(self):
         return "the test"
@@ -65,7 +65,7 @@ class Recorded:
 
 @pytest.mark.parametrize("prefetch", [0, 1, 3])
 def test_batches_come_in_order_laid_out_as_declared(shardings, prefetch):
-    data = arrays(TREE, rows=8)
+    data = Arrays(TREE, rows=8)
     with Loader(data, lambda: shardings, start=2, stop=9, prefetch=prefetch) as loader:
         found = list(loader)
     assert len(found) == 7
@@ -76,7 +76,7 @@ def test_batches_come_in_order_laid_out_as_declared(shardings, prefetch):
 
 
 def test_reading_ahead_is_bounded_and_ends_with_the_block(shardings):
-    data = Recorded(arrays(TREE, rows=4))
+    data = Recorded(Arrays(TREE, rows=4))
     with Loader(data, shardings, prefetch=2) as loader:
         for _ in range(3):
             next(loader)
@@ -86,7 +86,7 @@ def test_reading_ahead_is_bounded_and_ends_with_the_block(shardings):
         time.sleep(0.05)
         assert data.made == [0, 1, 2, 3, 4]
         assert len(loader_threads()) == 1
-        assert loader.state["batch"] == 3
+        assert loader.state()["batch"] == 3
     wait_for_threads()
     assert list(loader) == []
 
@@ -101,7 +101,7 @@ def test_what_waits_to_be_read_is_dropped_when_the_loader_is_closed(shardings):
                 release.wait(5)
             return made
 
-    data = Slow(arrays(TREE, rows=4))
+    data = Slow(Arrays(TREE, rows=4))
     with Loader(data, shardings, prefetch=3) as loader:
         next(loader)
         while data.made != [0, 1]:
@@ -112,17 +112,17 @@ def test_what_waits_to_be_read_is_dropped_when_the_loader_is_closed(shardings):
 
 
 def test_stopped_anywhere_and_resumed_no_batch_is_lost_or_twice(shardings):
-    data, seen, position = arrays(TREE, rows=4), [], None
+    data, seen, state = Arrays(TREE, rows=4), [], None
     for takes in (1, 3, 0, 5):
-        start = 0 if position is None else resume_step(position, arrays(TREE, rows=4))
+        start = 0 if state is None else resume_step(state, Arrays(TREE, rows=4))
         with Loader(data, shardings, start=start) as loader:
             seen += [np.asarray(next(loader)["y"]) for _ in range(takes)]
-            position = loader.state
+            state = loader.state()
     np.testing.assert_array_equal(seen, [data.batch(i)["y"] for i in range(9)])
 
 
 def test_an_error_is_raised_for_its_own_batch_and_the_batch_is_read_again(shardings):
-    data = Recorded(arrays(TREE, rows=4), bad=2)
+    data = Recorded(Arrays(TREE, rows=4), bad=2)
     with Loader(data, shardings, prefetch=3) as loader:
         for i in range(2):
             same(next(loader), data.data.batch(i))
@@ -134,11 +134,11 @@ def test_an_error_is_raised_for_its_own_batch_and_the_batch_is_read_again(shardi
 
 
 def test_data_with_other_leaves_than_the_step_is_refused(shardings):
-    data = arrays({"x": TREE["x"], "label": TREE["y"]}, rows=4)
+    data = Arrays({"x": TREE["x"], "label": TREE["y"]}, rows=4)
     with pytest.raises(sk.errors.BatchError) as error:
         next(Loader(data, shardings))
-    assert "batch/label  comes from the arrays, undeclared" in str(error.value)
-    assert "batch/y      is declared, and the arrays has none" in str(error.value)
+    assert "batch/label  comes from the arrays, but is not declared" in str(error.value)
+    assert "batch/y      is declared, but the arrays has none" in str(error.value)
     assert "Fix: compile_step(..., batch={...}) with leaves label, x" in str(error.value)
 
 
@@ -158,23 +158,23 @@ def test_a_grain_dataset_is_rows_by_their_number(shardings):
 
 
 def test_other_data_is_no_place_to_go_on(shardings):
-    saved = arrays(TREE, rows=4).position(7)
-    assert resume_step(saved, arrays(TREE, rows=4)) == 7
+    saved = Arrays(TREE, rows=4).state(7)
+    assert resume_step(saved, Arrays(TREE, rows=4)) == 7
     changed = {**TREE, "y": TREE["y"] + 1}
     with pytest.raises(sk.errors.DataError) as error:
-        resume_step(saved, arrays(changed, rows=5, seed=1))
+        resume_step(saved, Arrays(changed, rows=5, seed=1))
     message = str(error.value)
-    assert message.startswith("The data is not what the checkpoint was made with: 3 values changed")
+    assert message.startswith("The data differs from the checkpoint's: 3 values changed")
     assert "the arrays: rows   was 4, is 5" in message
     assert "the arrays: seed   was 0, is 1" in message
     assert "the arrays: crc32  was '" in message
     with pytest.raises(sk.errors.DataError, match=r"batch +was None, is 0"):
-        resume_step({}, arrays(TREE, rows=4))
+        resume_step({}, Arrays(TREE, rows=4))
 
 
 def test_arrays_that_form_no_batches_are_named():
     with pytest.raises(sk.errors.DataError) as error:
-        arrays({"x": np.zeros((6, 2)), "y": np.zeros(6), "z": np.zeros(5), "n": 3}, rows=8)
+        Arrays({"x": np.zeros((6, 2)), "y": np.zeros(6), "z": np.zeros(5), "n": 3}, rows=8)
     message = str(error.value)
     assert "z f64[5]  has no leading dim of 6 examples" in message
     assert "n i64[]   has no leading dim of 6 examples" in message
@@ -188,7 +188,7 @@ def test_arrays_that_form_no_batches_are_named():
     st.lists(st.lists(st.booleans(), min_size=8, max_size=8), min_size=1, max_size=3),
 )
 def test_an_epoch_is_every_row_once_however_rows_are_given_to_processes(more, seed, masks):
-    data = arrays({"id": np.arange(8 * 3 + more)}, rows=8, seed=seed)
+    data = Arrays({"id": np.arange(8 * 3 + more)}, rows=8, seed=seed)
     n = data.rows_per_epoch
     whole = np.concatenate([data.batch(i)["id"] for i in range(2 * n // 8)])
     assert sorted(whole[:n]) == list(range(n))

@@ -41,7 +41,7 @@ def assert_close(found, wanted):
 
 def rows(name, axis, kind):
     """Collectives of arrays in a row of the parity table, without those of a few scalars."""
-    ledger = _parity.compiled(name).report().ledger
+    ledger = _parity.compile_case(name).report().ledger
     return [row for row in ledger.where(axis, kind) if row.payload_bytes > 64]
 
 
@@ -68,15 +68,15 @@ def test_kept_weights_are_gathered_once_whatever_the_remat_policy():
 @pytest.mark.slow
 def test_the_head_and_the_stream_are_never_gathered_whole():
     assert not rows("shard_map fsdp sequence ×2", "tensor", "all-to-all")
-    hlo = _parity.compiled("shard_map fsdp sequence ×2").hlo()
+    hlo = _parity.compile_case("shard_map fsdp sequence ×2").hlo()
     assert f"f32[2,{_parity.LENGTH},{_parity.VOCAB // 2}]" in hlo
     assert f"f32[2,{_parity.LENGTH},{_parity.VOCAB}]" not in hlo
 
 
 def test_evaluation_is_that_of_one_device():
-    step, batch = _parity.compiled("shard_map fsdp"), _parity.TRIAL.batch(0)
+    step, batch = _parity.compile_case("shard_map fsdp"), _parity.INPUTS.batch(0)
     state = step.init(jax.random.key(0))
-    loss_fn = _parity.model_of(()).loss_fn
+    loss_fn = _parity.build_model(()).loss_fn
     mean, metrics = jax.jit(loss_fn.evaluate)(jax.device_get(state.params), batch, None)
     accuracy = metrics["accuracy"]
     wanted = {"accuracy": accuracy.total / accuracy.weight, "loss": mean.total / mean.weight}
@@ -227,11 +227,11 @@ def test_a_weight_that_is_not_summed_beside_a_total_that_is():
 
 def test_an_ordinary_loss_cannot_have_its_weights_split_over_what_splits_no_rows():
     text = message_of(sk.errors.StepError, strategy=SPLIT, mesh={"data": 2, "tensor": 4})
-    assert 'mode="shard_map" cannot carry this out on mesh (data=2, tensor=4).' in text
+    assert 'mode="shard_map" does not support this step on mesh (data=2, tensor=4).' in text
     assert "params/down f32[16,8]" in text
     assert "params/up f32[8,16]" in text
     assert "dim 1 is split over 'tensor', which splits neither rows nor products" in text
-    assert "Fix: sk.ShardMapLoss(loss, plain)" in text
+    assert "Fix: sk.ShardMapLoss(local, reference)" in text
 
 
 def test_a_model_that_marks_nothing_cannot_be_split_by_name():
@@ -267,7 +267,7 @@ def test_what_explicit_collectives_cannot_do_is_said_at_once():
         sk.errors.StepError, strategy=strategy, mesh={"data": 2, "tensor": 4}, loss=stateful
     )
     assert "loss_fn" in text
-    assert "carries mutable state, which would be that of one device's rows" in text
+    assert "has mutable state, which would depend on one device's rows alone" in text
     assert "context parallelism  over mesh axis 'data' is left to the partitioner" in text
     assert "batch/x f32[16,8]" in text
     assert "is split over 'tensor' beyond its rows" in text
@@ -288,13 +288,13 @@ def test_keys_that_are_split_otherwise_than_queries():
     strategy = (data() | tensor()).with_names(
         params={"kv_heads": None}, activations={"kv_heads": None}
     )
-    made = _parity.model_of(())
+    made = _parity.build_model(())
     with pytest.raises(sk.errors.StepError) as raised:
         sk.compile_step(
             made.loss_fn,
             OPTIMIZER,
             init=made.init,
-            batch=_parity.TRIAL.batch(0),
+            batch=_parity.INPUTS.batch(0),
             mesh=mesh_of({"data": 2, "tensor": 4}),
             strategy=strategy,
             mode="shard_map",
@@ -418,7 +418,7 @@ def test_gradients_scattered_over_one_axis_are_compressed_over_a_slow_one():
 def test_compression_is_refused_where_it_cannot_be():
     with pytest.raises(sk.errors.StepError) as raised:
         compressed().replace(mode="auto")
-    assert "sums gradients over 'data' itself, which the partitioner does here" in str(raised.value)
+    assert "sums gradients over 'data' itself; here the partitioner sums them" in str(raised.value)
     text = message_of(
         sk.errors.StepError,
         strategy=dataclasses.replace(data(), compression=sk.GradientCompression("dat")),
@@ -433,31 +433,31 @@ def test_compression_is_refused_where_it_cannot_be():
 
 def test_a_slice_of_the_length_draws_its_part():
     draws = RandomDraws(
-        2, ((("bits", (2, 3, 3)), 0),), slices=2, sliced=((("bits", (2, 3, 3)), 1),)
+        2, ((("bits", (2, 3, 3)), 0),), length_shards=2, length_dims=((("bits", (2, 3, 3)), 1),)
     )
     key, whole = jax.random.key(3), jax.random.bits(jax.random.key(3), (4, 6, 3))
-    for lane, cut in np.ndindex(2, 2):
-        own = part_keys(jax.random.key_data(key), draws, lane, 0, cut)
+    for shard, cut in np.ndindex(2, 2):
+        own = part_keys(jax.random.key_data(key), draws, shard, 0, cut)
         found = jax.random.bits(own, (2, 3, 3))
-        wanted = whole[2 * lane : 2 * lane + 2, 3 * cut : 3 * cut + 3]
+        wanted = whole[2 * shard : 2 * shard + 2, 3 * cut : 3 * cut + 3]
         np.testing.assert_array_equal(found, wanted)
 
 
 @pytest.mark.slow
 def test_the_decoder_has_its_certificate_in_this_mode():
-    model = _parity.model_of(())
+    model = _parity.build_model(())
 
     def factory(mesh):
         return sk.compile_step(
             model.loss_fn,
             optax.adamw(1e-2),
             init=model.init,
-            batch=_parity.TRIAL.batches[0],
+            batch=_parity.INPUTS.batches[0],
             mesh=mesh,
             strategy=fsdp() | tensor(sequence=True),
             mode="shard_map",
         )
 
     mesh = sk.MeshSpec(fsdp=2, tensor=2)
-    found = sk.verify(factory, [mesh], batches=_parity.TRIAL.batches, steps=2).check()
+    found = sk.verify(factory, [mesh], batches=_parity.INPUTS.batches, steps=2).check()
     assert len(found.rows) == 12

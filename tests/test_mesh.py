@@ -14,7 +14,7 @@ from jax.sharding import AxisType
 
 from shardkit._core.errors import MeshError
 from shardkit.mesh import MeshSpec, Target, mesh_shapes, target_devices
-from shardkit.mesh._build import arrange
+from shardkit.mesh._build import arrange_devices
 
 
 def ids(mesh):
@@ -78,28 +78,28 @@ class FakeDevice:
 def test_slices_follow_the_devices_that_know_them():
     # Interleaved on purpose: contiguous blocks would mix the slices.
     devices = [FakeDevice(i, process_index=i % 4, slice_index=i % 2) for i in range(8)]
-    mesh = arrange(devices, {"data": 1, "tensor": 4}, {"data": 2}, as_given=False)
+    mesh = arrange_devices(devices, {"data": 1, "tensor": 4}, {"data": 2}, as_given=False)
     assert [{d.slice_index for d in row} for row in mesh.devices] == [{0}, {1}]
 
 
 def test_without_slices_a_process_is_the_unit():
     devices = [FakeDevice(i, process_index=i % 2) for i in range(8)]
-    mesh = arrange(devices, {"data": 2, "tensor": 2}, {"data": 2}, as_given=False)
+    mesh = arrange_devices(devices, {"data": 2, "tensor": 2}, {"data": 2}, as_given=False)
     rows = [{d.process_index for d in row} for row in mesh.devices]
     assert rows == [{0}, {0}, {1}, {1}]
 
 
 def test_dcn_that_disagrees_with_the_slices_is_an_error():
     devices = [FakeDevice(i, slice_index=i // 4) for i in range(8)]
-    text = message(lambda: arrange(devices, {"data": 2}, {"data": 4}, as_given=False))
+    text = message(lambda: arrange_devices(devices, {"data": 2}, {"data": 4}, as_given=False))
     assert "dcn={'data': 4}  needs 4 slices, the devices form 2 slices" in text
     assert "Fix: dcn sizes with product 2" in text
 
 
 def test_slices_that_no_axis_crosses_are_an_error():
     devices = [FakeDevice(i, platform="tpu", slice_index=i // 4) for i in range(8)]
-    text = message(lambda: arrange(devices, {"data": 4, "tensor": 2}, {}, as_given=False))
-    assert "2 slices  no axis of the mesh is said to cross them" in text
+    text = message(lambda: arrange_devices(devices, {"data": 4, "tensor": 2}, {}, as_given=False))
+    assert "2 slices  dcn names no axis that crosses them" in text
     assert "Fix: MeshSpec(data=2, tensor=2, dcn={'data': 2})" in text
 
 
@@ -166,7 +166,7 @@ def test_idle_devices_are_declared_never_implied():
 
 def test_quotient_that_is_not_whole():
     text = message(MeshSpec(data=3, model=-1).build)
-    assert "model=-1 leaves 8 / 3, not whole; 8 present (cpu)" in text
+    assert "model=-1 would be 8 / 3, not a whole number; 8 present (cpu)" in text
     assert "8x1, 4x2, 2x4, 1x8" in text
 
 
@@ -184,7 +184,7 @@ def test_every_mistake_of_a_declaration_is_in_one_error():
         lambda: MeshSpec(data=0, tensor=-1, pipe=-1, expert=True, dcn={"dat": 2, "pipe": -1})
     )
     assert "data=0" in text
-    assert "0 is not a positive int, nor -1 for what the devices leave" in text
+    assert "0 is not a positive int or -1" in text
     assert "expert=True" in text
     assert "tensor=-1, pipe=-1  only one size may be -1" in text
     assert "give tensor or pipe a size" in text
@@ -203,7 +203,7 @@ def test_axis_names_are_identifiers(name):
 
 
 def test_a_mesh_has_an_axis():
-    assert "no axis" in message(MeshSpec)
+    assert "has no axis" in message(MeshSpec)
 
 
 def test_shape_is_unknown_while_a_size_is_open():
@@ -219,7 +219,7 @@ def test_with_axes_knows_no_other_axis():
 
 def test_target_and_devices_exclude_each_other():
     text = message(lambda: MeshSpec(data=-1).build("cpu:8", devices=jax.devices()))
-    assert "both say which devices" in text
+    assert "both choose the devices" in text
 
 
 def test_slices_may_be_said_first():
@@ -249,14 +249,14 @@ def test_targets_read_and_print(text, target, n_devices):
     ("text", "why", "fix"),
     [
         ("cup:8", "unknown kind of target 'cup'. Did you mean 'cpu'?", "local, cpu:8, tpu:"),
-        ("cpu", "a number of CPU devices is wanted", "cpu:8"),
-        ("cpu:0", "a number of CPU devices is wanted", "cpu:8"),
-        ("local:8", "the local devices are what they are", "cpu:8"),
+        ("cpu", "number of CPU devices", "cpu:8"),
+        ("cpu:0", "number of CPU devices", "cpu:8"),
+        ("local:8", "local has no options", "cpu:8"),
         ("v5p:4x4x4", "'v5p' is a chip", "tpu:v5p:4x4x4"),
         ("tpu:v5pp:4x4x4", "known: v4, v5e, v5p, v6e, tpu7x. Did you mean 'v5p'?", "tpu:v5p"),
         ("tpu:v5e:4x4x4", "a slice of v5e has 2 dims of chips", "tpu:v5e:4x4"),
         ("gpu:h1000:1x8", "known: a100, h100, h200, b200. Did you mean 'h100'?", "gpu:h100"),
-        ("gpu:h100:8", "hosts x GPUs per host are wanted", "gpu:h100:1x8"),
+        ("gpu:h100:8", "<hosts>x<GPUs per host>", "gpu:h100:1x8"),
     ],
 )
 def test_targets_that_do_not_exist(text, why, fix):
@@ -268,13 +268,13 @@ def test_targets_that_do_not_exist(text, why, fix):
 
 def test_more_cpu_devices_than_there_are():
     text = message(lambda: MeshSpec(data=-1).build("cpu:16"))
-    assert "cpu:16  16 CPU devices are wanted, this process has 8" in text
+    assert "cpu:16  the target has 16 CPU devices, this process has 8" in text
     assert "Fix: sk.simulate_devices(16) right after the imports" in text
 
 
 def test_absent_gpus_name_the_command():
     text = message(lambda: target_devices(Target.parse("gpu:h100:1x8")))
-    assert "shardkit explain CONFIG --target gpu:h100:1x8" in text
+    assert "shardkit report CONFIG --target gpu:h100:1x8" in text
 
 
 def test_absent_tpu_compiler_names_the_extra(monkeypatch):

@@ -52,7 +52,7 @@ def test_simulated_before_start_and_again_after_it():
 
 def test_simulated_too_late():
     text = run(f"import jax; jax.devices()\n{SIMULATE}(6)")
-    assert "simulate_devices(6)  JAX has started already, with 1 CPU device" in text
+    assert "simulate_devices(6)  JAX has started with 1 CPU device" in text
     assert "right after the imports" in text
     assert f"XLA_FLAGS={FLAG}=6" in text
 
@@ -83,7 +83,7 @@ def test_the_number_is_a_positive_int(n):
 def test_this_process_has_eight():
     assert len(jax.devices()) == 8
     simulate_devices(8)
-    with pytest.raises(MeshError, match="JAX has started already, with 8 CPU devices"):
+    with pytest.raises(MeshError, match="JAX has started with 8 CPU devices"):
         simulate_devices(4)
 
 

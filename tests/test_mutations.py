@@ -1,4 +1,4 @@
-"""Every check of the certificate finds the bug that it is there for."""
+"""Every check of `sk.verify` finds the bugs that it must find."""
 
 import pkgutil
 
@@ -9,23 +9,18 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from shardkit._core.errors import BudgetError, VerificationError
-from shardkit._core.types import Mean
-from shardkit.mesh import MeshSpec
-from shardkit.parallel import Strategy
-from shardkit.parity import ParityReport, Row
-from shardkit.report import Budget
-from shardkit.rules import PathRules
-from shardkit.step import compile_step
+from shardkit import Budget, Mean, MeshSpec, PathRules, Strategy, compile_step, testing
+from shardkit.errors import BudgetError, VerificationError
+from shardkit.parity import ParityReport, ParityRow
 from shardkit.testing import (
     MUTATIONS,
     KillMatrix,
+    MutationResult,
     assert_collectives,
     assert_matches_one_device,
     assert_within,
     kill_matrix,
 )
-from shardkit.testing._matrix import Killed
 
 MESH = MeshSpec(data=2, tensor=2)
 BY_NAME = {mutation.name: mutation for mutation in MUTATIONS}
@@ -83,7 +78,7 @@ def test_the_step_itself_passes(matrix):
 @pytest.mark.parametrize("at", range(len(FAST)), ids=FAST)
 def test_bugs_are_found_by_their_check(matrix, at):
     killed = matrix.rows[at]
-    assert killed.missed == ()
+    assert killed.missed_checks == ()
     assert killed.ok
 
 
@@ -107,20 +102,44 @@ def test_every_check_has_a_mutation_that_only_a_working_check_kills(matrix):
     assert killers == {row.check for row in matrix.control.rows}
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=[one.name for one in MUTATIONS])
-def test_seams_exist_and_are_restored(mutation):
+ALL = [
+    mutation
+    for name in testing.__all__
+    if name.endswith("MUTATIONS")
+    for mutation in getattr(testing, name)
+]
+
+
+@pytest.mark.parametrize("mutation", ALL, ids=[mutation.name for mutation in ALL])
+def test_every_seam_is_a_function_that_is_patched_and_restored(mutation):
     before = [pkgutil.resolve_name(path) for path, _ in mutation.seams]
     with mutation.apply():
         inside = [pkgutil.resolve_name(path) for path, _ in mutation.seams]
     after = [pkgutil.resolve_name(path) for path, _ in mutation.seams]
+    assert mutation.seams
+    assert all(map(callable, before))
     assert all(a is not b for a, b in zip(before, inside, strict=True))
     assert all(a is b for a, b in zip(before, after, strict=True))
 
 
+@pytest.mark.parametrize("path", ["_gradients.gone", "_gone.f"])
+def test_a_seam_that_was_renamed_is_an_error(path):
+    stale = testing.Mutation(
+        "stale", "", ("loss",), ((f"shardkit.step.{path}", lambda original: original),)
+    )
+    with pytest.raises(AttributeError, match="gone"), stale.apply():
+        raise AssertionError("patched")
+
+
+def test_no_two_mutations_share_a_name():
+    assert len({mutation.name for mutation in ALL}) == len(ALL)
+    assert len(ALL) == 31
+
+
 def test_a_survivor_is_an_error():
-    passed = ParityReport((Row("m", "loss", "loss", 0.0, 0.0, 1.0),), "")
-    found = (Row("m", "loss", "loss", 2.0, 0.0, 1.0),)
-    matrix = KillMatrix(passed, (Killed(BY_NAME["wrong spec"], found),))
+    passed = ParityReport((ParityRow("m", "loss", "loss", 0.0, 0.0, 1.0),), "")
+    found = (ParityRow("m", "loss", "loss", 2.0, 0.0, 1.0),)
+    matrix = KillMatrix(passed, (MutationResult(BY_NAME["wrong spec"], found),))
     assert "wrong spec  SURVIVES  by layout (also loss)" in str(matrix)
     with pytest.raises(VerificationError) as raised:
         matrix.check()
@@ -131,7 +150,7 @@ def test_a_survivor_is_an_error():
 
 
 def test_a_step_that_fails_without_a_mutation_proves_nothing():
-    failed = ParityReport((Row("m", "loss", "loss", 2.0, 0.0, 1.0),), "")
+    failed = ParityReport((ParityRow("m", "loss", "loss", 2.0, 0.0, 1.0),), "")
     matrix = KillMatrix(failed, ())
     assert not matrix.ok
     with pytest.raises(VerificationError, match="1 check failed on 1 of 1 meshes"):

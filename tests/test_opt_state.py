@@ -197,7 +197,10 @@ def test_values_equal_a_plain_loop_on_one_device(trained):
 
 def layout_of(optimizer, mesh, init=init, strategy=STRATEGY):
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), BATCH)
-    return resolve_layout(init, optimizer, batch, mesh, strategy, sk.Precision(), 1)
+    spec = sk.StepSpec(
+        loss_fn=loss_fn, optimizer=optimizer, init=init, batch=batch, strategy=strategy
+    )
+    return resolve_layout(spec, mesh)
 
 
 def opt_specs(optimizer, mesh, **given):

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import shardkit as sk
 from shardkit.data import Corpus, DataConfig, Text, open_shards, write_tokens
-from shardkit.data._sequences import Packed, best_fit, segments
-from shardkit.data._stream import Piece, Stream
+from shardkit.data._sequences import PackedSequences, pack_best_fit, segment_ids_at
+from shardkit.data._stream import Stream, TokenFile
 from shardkit.lm import DecoderConfig, batch_shapes, decoder_model
 
 LENGTH = 16
@@ -26,13 +26,13 @@ def stream_of(sizes, end):
     tail = [] if end is None else [end]
     parts = [[*range(1, 1 + n), *tail] for n in sizes]
     ends = np.cumsum([len(part) for part in parts])
-    return Stream((Piece("a test", np.concatenate(parts), ends),), 256, end)
+    return Stream((TokenFile("a test", np.concatenate(parts), ends),), 256, end)
 
 
 @settings(max_examples=60)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=40), st.sampled_from([None, 0]))
 def test_every_token_with_a_next_one_is_in_one_row_beside_its_own_document(sizes, end):
-    packed = Packed(stream_of(sizes, end), LENGTH)
+    packed = PackedSequences(stream_of(sizes, end), LENGTH)
     n = packed.per_epoch
     if n == 0:
         assert end is None
@@ -62,13 +62,13 @@ def test_every_token_with_a_next_one_is_in_one_row_beside_its_own_document(sizes
     assert sorted(pieces) == sorted(cut)
 
 
-def test_best_fit_leaves_little_room():
+def test_pack_best_fit_leaves_little_room():
     sizes = np.random.default_rng(0).integers(1, 100, 2000)
-    row = best_fit(sizes, 128)
+    row = pack_best_fit(sizes, 128)
     used = np.bincount(row, sizes)
     assert used.max() <= 128
     assert len(used) <= 1.02 * sizes.sum() / 128
-    assert Packed(stream_of(sizes.tolist(), None), 128).fill > 0.97
+    assert PackedSequences(stream_of(sizes.tolist(), None), 128).fill > 0.97
 
 
 def test_rows_are_shuffled_by_epoch_and_any_step_can_be_asked_for_in_parts():
@@ -83,18 +83,18 @@ def test_rows_are_shuffled_by_epoch_and_any_step_can_be_asked_for_in_parts():
     )
 
 
-def test_held_out_rows_are_windows_that_know_their_documents(tmp_path):
+def test_validation_rows_are_windows_that_know_their_documents(tmp_path):
     stream = stream_of([3, 4], 0)  # 0 | 1 2 3 0 | 1 2 3 4 0
-    ids, follows = segments(stream, np.arange(9)[None])
+    ids, follows = segment_ids_at(stream, np.arange(9)[None])
     assert ids.tolist() == [[1, 1, 1, 1, 2, 2, 2, 2, 2]]
     assert follows.all()
     path = write_tokens(tmp_path / "x.bin", [[1, 2, 3], [4, 5, 6, 7]], 8)
-    ids, follows = segments(open_shards([path]), np.arange(6)[None])
+    ids, follows = segment_ids_at(open_shards([path]), np.arange(6)[None])
     assert ids.tolist() == [[1, 1, 1, 2, 2, 2]]
     assert follows.tolist() == [[True, True, False, True, True, True]]
     text = text_of([20] * 20)
-    batches = [text.held_out_batch(i) for i in range(text.held_out_steps)]
-    assert sum(b["weights"].sum() for b in batches) == text.held_out_tokens == 40
+    batches = [text.validation_batch(i) for i in range(text.validation_steps)]
+    assert sum(b["weights"].sum() for b in batches) == text.validation_tokens == 40
     assert set(batches[0]) == {"inputs", "targets", "weights", "segment_ids"}
 
 

@@ -1,4 +1,4 @@
-"""Every row of the parity table: one device's numbers, and the bytes that the table states."""
+"""Every row of the parity table: the results of one device, and the bytes of the table."""
 
 import dataclasses
 from pathlib import Path
@@ -13,33 +13,34 @@ from . import _parity
 from ._quick import some_quick
 
 CASES = _parity.CASES
-# Both modes, on one reference. Of the other kinds of parallelism, smaller models stand beside one
-# device in what README's command runs: in test_accumulate data, in test_zero the split optimizer,
-# in test_pipeline a scalar loss, in test_expert_parallel a layer of experts.
+# Both modes, on one reference. Smaller models compare the other kinds of parallelism with one
+# device in README's command: test_accumulate (data), test_zero (the split optimizer),
+# test_pipeline (a scalar loss), test_expert_parallel (a layer of experts).
 QUICK = ("shard_map fsdp", "ring fsdp sequence")
 PAGE = Path(__file__).parents[1] / "docs" / "parity.md"
 
 
 @pytest.mark.parametrize("name", some_quick(CASES, *QUICK))
 def test_a_row_equals_one_device_and_sends_what_the_table_says(name):
-    case, certificate = CASES[name], _parity.certificate(name)
-    certificate.check()
-    errors = {row.check: row.error for row in certificate.rows}
+    case, report = CASES[name], _parity.parity_report(name)
+    report.check()
+    errors = {row.check: row.error for row in report.rows}
     assert errors.keys() >= {"init", "loss", "grad_norm", "sgd update", "k-step state"}
     assert errors[GRADIENTS] <= (1e-5 if case.precision == "float32" else _parity.BF16_NOISE)
     if jax.__version__.startswith("0.10."):  # what the compiler sends changes with its version
         assert _parity.ratios(name) == pytest.approx(dict(case.ratios), abs=0.02)
-    most = 1.05 if case.mode == "shard_map" else 1.1
-    assert case.why or all(ratio <= most for ratio in case.ratios.values())
+    limit = 1.05 if case.mode == "shard_map" else 1.1
+    assert case.why or all(ratio <= limit for ratio in case.ratios.values())
 
 
 def test_a_gradient_that_is_off_by_1e_4_fails():
-    found = _parity.observed(QUICK[0])
-    gradients = dict(found.record[GRADIENTS])
+    observation = _parity.observe_case(QUICK[0])
+    gradients = dict(observation.record[GRADIENTS])
     gradients["layers/up"] = gradients["layers/up"] * (1 + 1e-4)
-    wrong = dataclasses.replace(found, record={**found.record, GRADIENTS: gradients})
+    record = {**observation.record, GRADIENTS: gradients}
+    wrong = dataclasses.replace(observation, record=record)
     with pytest.raises(sk.errors.VerificationError, match=r"layers/up is off by 1\.0e-04"):
-        _parity.certificate(QUICK[0], wrong).check()
+        _parity.parity_report(QUICK[0], wrong).check()
 
 
 def test_the_page_lists_the_rows_of_the_table():

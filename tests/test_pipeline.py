@@ -12,8 +12,8 @@ import pytest
 import shardkit as sk
 from shardkit.lm import Decoder, DecoderConfig, decoder_loss
 from shardkit.parallel import schedule
-from shardkit.parallel.pipeline import _executor as _tick_loop
-from shardkit.parallel.pipeline._tick_program import ticks
+from shardkit.parallel.pipeline import _executor
+from shardkit.parallel.pipeline._tick_program import tick_program
 from shardkit.testing import PIPELINE_MUTATIONS, kill_matrix
 
 from . import _staged as model
@@ -98,7 +98,7 @@ CASES = {
         DATA | pipeline(micro_batches=4) | TENSOR,
         {"data": 2, "pipe": 2, "tensor": 2},
     ),
-    "fsdp": (4, FSDP | pipeline(micro_batches=2, ends="split"), {"fsdp": 4, "pipe": 2}),
+    "fsdp": (4, FSDP | pipeline(micro_batches=2, outer_params="split"), {"fsdp": 4, "pipe": 2}),
     "zero bubble, fsdp, tensor": (
         4,
         FSDP | pipeline(schedule="zero_bubble", micro_batches=4) | TENSOR,
@@ -109,14 +109,14 @@ CASES = {
 
 @pytest.fixture
 def polluted(monkeypatch):
-    """Stages that have nothing to say send NaN, and slots that nobody wrote hold NaN."""
-    silence, blank = _tick_loop.silence, _tick_loop.blank
+    """Messages that no stage needs are NaN, and so are slots before they are written."""
+    zero_message, empty_slots = _executor.zero_message, _executor.empty_slots
 
     def nans(tree):
         return jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), tree)
 
-    monkeypatch.setattr(_tick_loop, "silence", lambda like: nans(silence(like)))
-    monkeypatch.setattr(_tick_loop, "blank", lambda like, slots: nans(blank(like, slots)))
+    monkeypatch.setattr(_executor, "zero_message", lambda like: nans(zero_message(like)))
+    monkeypatch.setattr(_executor, "empty_slots", lambda like, n: nans(empty_slots(like, n)))
 
 
 @pytest.mark.slow
@@ -221,7 +221,7 @@ def test_each_boundary_carries_one_activation_per_micro_batch_each_way():
     assert report.flops.total == 3.75 * layers + 3 * head
     # What the table has them send: each of 3 boundaries m times each way, and in the bubble.
     needed = 2 * m * 3
-    assert needed <= ticks(table).messages() <= needed * len(table.ticks) / (2 * m)
+    assert needed <= tick_program(table).messages() <= needed * len(table.ticks) / (2 * m)
     # Rows are split over `data`, whose gradients are reduced once, after the last tick.
     reduced = [row for row in report.ledger if "data" in row.axes and row.payload_bytes > 64]
     assert {row.trips for row in reduced} == {1}

@@ -13,8 +13,12 @@ from shardkit.cli import main
 from shardkit.mesh import Target
 from shardkit.planner import Plan, SearchSpace, plan
 from shardkit.planner._search import Search
-from shardkit.planner._sensitivity import _turn, with_batch, with_memory
-from shardkit.planner._space import layout_of
+from shardkit.planner._sensitivity import (
+    _find_crossover,
+    describe_batch_crossover,
+    describe_more_memory,
+)
+from shardkit.planner._space import make_strategy
 
 TARGET = "tpu:v5p:2x2x2"
 SPACE = SearchSpace(accumulate=(1,), remat=("none",))
@@ -33,7 +37,7 @@ def model(rows: int, length: int = 4) -> sk.StepSpec:
         optimizer=optax.sgd(1e-3),
         init=init,
         batch=batch,
-        strategy=layout_of({"data": 2}),
+        strategy=make_strategy({"data": 2}),
     )
 
 
@@ -47,14 +51,14 @@ def test_a_plan_says_from_which_batch_on_links_are_waited_for(waiting: Plan) -> 
     many = Search.of(model(2**16, 8), Target.parse(TARGET), SPACE, 0.0)
     best = min(many.run().candidates, key=lambda c: c.seconds)
     assert not best.communication_bound
-    (text,) = with_batch(many, best)
+    (text,) = describe_batch_crossover(many, best)
     assert text.startswith("batch per device below ")
     assert "becomes communication-bound, now " in text
     assert " tokens): " in text
-    scale = _turn(many, best, 2.0**-12)
-    assert many.again(best, scale).communication_bound
-    assert not many.again(best, 1.01 * scale).communication_bound
-    assert many.again(best, 1.0) == best
+    scale = _find_crossover(many, best, 2.0**-12)
+    assert many.estimate_again(best, scale).communication_bound
+    assert not many.estimate_again(best, 1.01 * scale).communication_bound
+    assert many.estimate_again(best, 1.0) == best
     (text,) = waiting.changes
     assert "above" in text
     assert "stops being communication-bound" in text
@@ -66,13 +70,13 @@ def test_faster_layouts_say_what_memory_they_lack(waiting: Plan) -> None:
         dataclasses.replace(best, seconds=best.seconds * share, capacity=int(best.total) - lack)
         for share, lack in ((0.9, 2**20), (0.5, 2**30))
     )
-    texts = with_memory(best, [fast, near])
+    texts = describe_more_memory(best, [fast, near])
     assert [text.split(":")[0] for text in texts] == [
         "with 1.00 MiB more memory",
         "with 1.00 GiB more memory",
     ]
-    assert len(with_memory(best, [near])) == 1
-    assert with_memory(near, [best]) == ()
+    assert len(describe_more_memory(best, [near])) == 1
+    assert describe_more_memory(near, [best]) == ()
 
 
 def test_other_lengths_are_weighed_beside_rows_and_links(waiting: Plan) -> None:
@@ -99,10 +103,10 @@ def test_a_picture_is_refused_before_anything_is_searched(capsys, tmp_path, monk
     words = ["plan", "--target", "no:such:target", "--compile", "0", "--plot"]
     assert main([*words, str(out)]) == 2
     shown = capsys.readouterr().err
-    assert f"The picture cannot be made.\n  {out}  has the suffix '.jpg'" in shown
+    assert f"The figure cannot be saved.\n  {out}  has the suffix '.jpg'" in shown
     assert f"Fix: --plot {out.with_suffix('.png')}" in shown
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main([*words, str(tmp_path / "no" / "front.jpg")]) == 2
     shown = capsys.readouterr().err
-    assert "There is no folder" in shown
+    assert "there is no folder" in shown
     assert "pip install 'shardkit[plot]'" in shown

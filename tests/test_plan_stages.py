@@ -14,11 +14,11 @@ from shardkit.lm import DecoderConfig, declare_run
 from shardkit.mesh import Target
 from shardkit.nn._attention import attention
 from shardkit.planner import Candidate, SearchSpace
-from shardkit.planner._declared_step import modelled
+from shardkit.planner._declared_step import estimate_step
 from shardkit.planner._network import Network
-from shardkit.planner._search import Found, Search
-from shardkit.planner._space import Stages, layout_of
-from shardkit.planner._stages import _length, roles
+from shardkit.planner._search import Search, SearchResult
+from shardkit.planner._space import PipelineOptions, make_strategy
+from shardkit.planner._stages import _schedule_seconds, read_tick_roles
 
 TARGET = "tpu:v5p:2x2x2"
 SPACE = SearchSpace(remat=("full",), accumulate=(1,))
@@ -42,14 +42,14 @@ def attending() -> sk.StepSpec:
         optimizer=optax.sgd(1e-3),
         init=init,
         batch=batch,
-        strategy=layout_of({"data": 2}),
+        strategy=make_strategy({"data": 2}),
     )
 
 
 def decoder(layers: int = 2, rows: int = 16) -> sk.StepSpec:
     sizes = DecoderConfig(vocab=256, embed_dim=32, num_layers=layers, num_heads=4, mlp_dim=64)
     data = DataConfig(seq_len=32, batch_size=rows)
-    return declare_run(sizes, data, layout_of({"data": 2}), optax.adamw(1e-3))
+    return declare_run(sizes, data, make_strategy({"data": 2}), optax.adamw(1e-3))
 
 
 def search_of(declared: sk.StepSpec, space: SearchSpace) -> Search:
@@ -62,11 +62,13 @@ def search() -> Search:
 
 
 @pytest.fixture(scope="module")
-def found(search: Search) -> Found:
+def found(search: Search) -> SearchResult:
     return search.run()
 
 
-def on(found: Found, how: Stages | None, attention: str = "", **sizes: int) -> Candidate:
+def on(
+    found: SearchResult, how: PipelineOptions | None, attention: str = "", **sizes: int
+) -> Candidate:
     return next(
         c
         for c in found.candidates
@@ -79,21 +81,23 @@ def on(found: Found, how: Stages | None, attention: str = "", **sizes: int) -> C
 def test_a_tick_lasts_as_long_as_its_longest_stage(stages, micro):
     forward, backward, first = 1.0, 2.0, 10.0
     filled = micro + stages - 1
-    made = roles(Stages("gpipe", micro), stages)
+    made = read_tick_roles(PipelineOptions("gpipe", micro), stages)
     # The last stage goes forward within its backward pass alone, so the tick that is all its own
     # costs nothing.
     length = (filled - 1) * forward + filled * (forward + backward)
-    assert _length(made, np.array([0.0, forward, 0.0, backward, 0.0])) == length
+    assert _schedule_seconds(made, np.array([0.0, forward, 0.0, backward, 0.0])) == length
     # The first stage embeds each micro-batch twice, while all others wait for it.
     longer = length + 2 * micro * first
-    assert _length(made, np.array([first, forward, 0.0, backward, 0.0])) == longer
+    assert _schedule_seconds(made, np.array([first, forward, 0.0, backward, 0.0])) == longer
 
 
 def test_zero_bubbles_wait_less_and_interleaving_more_often_sends():
     busy = np.array([0.0, 1.0, 0.0, 0.0, 0.0])  # every tick costs the same
-    gpipe, one, more = (roles(Stages(n, 8), 4) for n in ("gpipe", "1f1b", "zero_bubble"))
-    apart = roles(Stages("interleaved", 8, 2), 4)
-    waits = [_length(made, busy) - made.mean @ busy for made in (apart, gpipe)]
+    gpipe, one, more = (
+        read_tick_roles(PipelineOptions(n, 8), 4) for n in ("gpipe", "1f1b", "zero_bubble")
+    )
+    apart = read_tick_roles(PipelineOptions("interleaved", 8, 2), 4)
+    waits = [_schedule_seconds(made, busy) - made.mean @ busy for made in (apart, gpipe)]
     assert waits[0] < waits[1]
     assert more.slots < gpipe.slots
     assert one.slots < gpipe.slots
@@ -101,14 +105,14 @@ def test_zero_bubbles_wait_less_and_interleaving_more_often_sends():
     assert apart.messages > gpipe.messages >= 2 * 8 * 3 / 4
 
 
-def test_a_stage_sends_one_activation_over_each_boundary(found: Found):
-    how = Stages("gpipe", 8)
+def test_a_stage_sends_one_activation_over_each_boundary(found: SearchResult):
+    how = PipelineOptions("gpipe", 8)
     message = 16 / 2 / 8 * 32 * 32 * 4  # one row, in f32
     assert on(found, how, pipe=2, data=2, tensor=2).wire["pipe"] == 8 * message
 
 
-def test_layers_on_stages_divide_state_and_work(found: Found):
-    one, two = on(found, None, data=8), on(found, Stages("1f1b", 2), pipe=2, data=4)
+def test_layers_on_stages_divide_state_and_work(found: SearchResult):
+    one, two = on(found, None, data=8), on(found, PipelineOptions("1f1b", 2), pipe=2, data=4)
     assert two.state < one.state
     assert two.bubble > 0 == one.bubble
     assert "1f1b of 2 micro-batches" in str(two)
@@ -126,7 +130,7 @@ def test_attention_sends_what_its_formula_says(way):
     assert sent == {"ring": ring, "all_to_all": (n - 1) / n * 2 * (2 * q + keys)}[way]
 
 
-def test_every_layout_that_cannot_be_has_its_reason(found: Found):
+def test_every_layout_that_cannot_be_has_its_reason(found: SearchResult):
     assert "2 layers do not split evenly into 4 stages" in found.rejected
     assert "2 layers do not split evenly into 4 virtual stages" in found.rejected
     assert "4 heads do not split over context=8 x tensor=1" in found.rejected
@@ -139,19 +143,22 @@ def test_every_layout_that_cannot_be_has_its_reason(found: Found):
 
 
 def test_meshes_that_share_a_resolution_get_what_each_would_alone(search: Search):
-    places, sizes = search.places, SPACE.meshes(8)
+    resolver, sizes = search.resolver, SPACE.meshes(8)
     layouts = [(one, zero) for one in sizes for zero in (0, 1) if not zero or one["data"] > 1]
     for layout in layouts:
-        assert places.of(*layout) == places.resolved(*layout)
-    assert len(places.made) < len(layouts)
+        assert resolver.resolve(*layout) == resolver.resolve_alone(*layout)
+    assert len(resolver.cache) < len(layouts)
 
 
-def test_a_pipeline_can_be_pasted(found: Found):
-    for how, way in ((Stages("zero_bubble", 2), "ring"), (Stages("1f1b", 4), "all_to_all")):
+def test_a_pipeline_can_be_pasted(found: SearchResult):
+    for how, way in (
+        (PipelineOptions("zero_bubble", 2), "ring"),
+        (PipelineOptions("1f1b", 4), "all_to_all"),
+    ):
         sizes, made = {"pipe": 2, "data": 2, "context": 2}, {"sk": sk}
         exec(on(found, how, way, **sizes).declaration, made)
         assert made["mesh"] == sk.MeshSpec(**sizes)
-        assert made["strategy"] == layout_of(sizes, 0, way, how)
+        assert made["strategy"] == make_strategy(sizes, 0, way, how)
         assert made["accumulate"] == 1
 
 
@@ -159,12 +166,12 @@ def test_a_step_as_declared_costs_what_the_plan_says():
     axes = ("pipe", "data", "context")
     space = SearchSpace(axes, accumulate=(1,), remat=("full",), zero=(0,), max_size={"data": 4})
     found, network = search_of(decoder(), space).run(), Network.of(Target.parse(TARGET))
-    for how in (Stages("zero_bubble", 2), Stages("1f1b", 4), None):
+    for how in (PipelineOptions("zero_bubble", 2), PipelineOptions("1f1b", 4), None):
         sizes = {"pipe": 2, "data": 2, "context": 2} if how else {"data": 4, "context": 2}
         for way in ("ring", "all_to_all"):
             planned = on(found, how, way, **sizes)
-            strategy = dataclasses.replace(layout_of(sizes, 0, way, how), remat="full")
-            own = modelled(dataclasses.replace(decoder(), strategy=strategy), sizes, network)
+            strategy = dataclasses.replace(make_strategy(sizes, 0, way, how), remat="full")
+            own = estimate_step(dataclasses.replace(decoder(), strategy=strategy), sizes, network)
             assert (own.state, own.batch) == (planned.state, planned.batch)
             assert own.wire == pytest.approx(planned.wire)
             assert (own.temp, own.seconds) == pytest.approx((planned.temp, planned.seconds))

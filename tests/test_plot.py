@@ -33,11 +33,11 @@ def write(folder, *rows, tail=""):
 @pytest.fixture
 def run(tmp_path):
     """Killed after update 6 and gone on with from 4; its evaluation in bits, one loss infinite."""
-    held_out = {"kind": "eval", "step": 4, "bits_per_byte": 2.0, "bytes": 10}
+    validation = {"kind": "eval", "step": 4, "bits_per_byte": 2.0, "bytes": 10}
     later = rows(5, 8, lambda i: None if i == 7 else 1.0 / i)
     return write(
         tmp_path / "runs" / "first",
-        START, *rows(1, 4), held_out, *rows(5, 6), {"kind": "resumed", "step": 4}, *later,
+        START, *rows(1, 4), validation, *rows(5, 6), {"kind": "resumed", "step": 4}, *later,
         tail='{"kind": "step", "st',
     )  # fmt: skip
 
@@ -81,7 +81,7 @@ def test_the_picture_names_runs_units_and_marks(tmp_path, run):
     many = write(tmp_path / "runs" / "many", START, *rows(1, 200, unit="rows"))
     figure = _plot._draw_figure(read_histories([run, many]))
     assert texts(figure) == (
-        ["first", "many", "held out", "resumed"],
+        ["first", "many", "validation", "resumed"],
         "loss (nats)",
         "tokens/s or rows/s\n(simulated CPU devices)",
         "step",
@@ -137,13 +137,13 @@ def test_everything_that_is_no_run_is_named_at_once(tmp_path, run, capsys):
     [
         ("plot.jpg", "has the suffix '.jpg'; known: .png, .svg, .html.", "plot.png"),
         ("plot", "has no suffix; known: .png, .svg, .html.", "plot.png"),
-        ("no/such/plot.svg", "No such file or directory.", "plot.png"),
+        ("no/such/plot.svg", "No such file or directory: there is no folder", "plot.png"),
     ],
 )
 def test_a_picture_that_cannot_be_written_says_why(name, why, fix, tmp_path, run):
     with pytest.raises(sk.errors.ConfigError) as error:
         plot_runs([run], tmp_path / name)
-    assert str(error.value).startswith(f"The picture cannot be made.\n  {tmp_path / name}  {why}")
+    assert str(error.value).startswith(f"The figure cannot be saved.\n  {tmp_path / name}  {why}")
     assert "Fix: --out " in str(error.value)
     assert str(error.value).endswith(fix)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from shardkit._core.errors import MeshError
+from shardkit.errors import MeshError
 from shardkit.testing import simulated_devices
 
 pytest_plugins = ["pytester"]
@@ -78,11 +78,11 @@ def test_marked_tests_are_skipped_on_request_with_a_reason(project):
     assert "needs 9 devices, this process has 8 (--shardkit-devices=child runs it" in text
 
 
-def test_a_conftest_that_insists_on_other_devices_is_told(project, pytester):
+def test_a_conftest_that_sets_other_devices_is_an_error(project, pytester):
     (pytester.path / "conftest.py").write_text(textwrap.dedent(_INSISTS))
     code, text = project("-k", "test_child and not fails")
     assert code == 1
-    assert "needs 9 devices, this process has 2, though started to have 9" in text
+    assert "needs 9 devices, this process has 2, although started with 9" in text
 
 
 def test_the_marker_takes_one_number(project, pytester):
@@ -127,6 +127,6 @@ def test_a_function_without_a_name_is_refused():
     with pytest.raises(MeshError) as raised:
         simulated_devices(2, lambda: None)
     message = str(raised.value)
-    assert message.startswith("simulated_devices(2) cannot call this.")
+    assert message.startswith("simulated_devices(2) cannot call this function.")
     assert "test_a_function_without_a_name_is_refused.<locals>.<lambda>" in message
     assert "Fix: define it at the top level of a module" in message

@@ -91,7 +91,7 @@ def test_every_replica_group_reads_every_row_once_an_epoch_whatever_process_hold
     axes, entry, processes, each, seed = layout
     mesh, rows, spec = mesh_of(**axes), 8 * each, P(entry)
     examples = 2 * rows + 5  # an epoch that ends within a batch
-    data = sk.data.arrays({"id": np.arange(examples)}, rows, seed)
+    data = sk.data.Arrays({"id": np.arange(examples)}, rows, seed)
     read_by = {d.id: [] for d in mesh.devices.flat}
     for process in set(processes):
         held = process_rows(mesh, spec, rows, process, lambda d: processes[d.id])

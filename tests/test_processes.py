@@ -49,104 +49,108 @@ def test_clusters_are_known_by_their_signs(signs, cluster):
 
 
 def test_a_process_alone_agrees_with_itself():
-    with sk.distributed() as peers:
-        peers.began(1)
-        peers.agree("settings", seed=0)
-        assert (peers.index, peers.count, peers.gather("x", 7)) == (0, 1, [7])
+    with sk.distributed() as process_group:
+        process_group.report_step(1)
+        process_group.agree("settings", seed=0)
+        assert (process_group.index, process_group.count, process_group.gather("x", 7)) == (
+            0,
+            1,
+            [7],
+        )
 
 
-# --- the hub
+# --- the coordinator
 
 
 @pytest.fixture
 def joined():
-    """A hub of three, and the lines of its members."""
+    """A coordinator of three, and the streams of its members."""
     listener = listen("127.0.0.1")
-    hub = Coordinator(listener, 3, "token", patience=0.5)
-    lines = [hub.line, *(connect(address_of(listener), 5) for _ in range(2))]
-    for process, line in enumerate(lines):
-        line._socket.settimeout(5)
-        line.send("hello", process=process, token="token")
-    yield hub, lines
-    for line in lines:
-        line.send("bye")
-    hub.close()
-    for line in lines:
-        line.close()
+    coordinator = Coordinator(listener, 3, "token", patience=0.5)
+    streams = [coordinator.stream, *(connect(address_of(listener), 5) for _ in range(2))]
+    for process, stream in enumerate(streams):
+        stream._socket.settimeout(5)
+        stream.send("hello", process=process, token="token")
+    yield coordinator, streams
+    for stream in streams:
+        stream.send("bye")
+    coordinator.close()
+    for stream in streams:
+        stream.close()
 
 
-def heard(line, kind):
+def heard(stream, kind):
     """The next message of a kind."""
     while True:
-        for message in line.receive():
+        for message in stream.receive():
             if message["kind"] == kind:
                 return message
 
 
 def test_values_are_gathered_from_all(joined):
-    _, lines = joined
+    _, streams = joined
     for process in (2, 0, 1):
-        lines[process].send("gather", topic="t", value=process * 10, patient=False)
-    assert [heard(line, "gathered")["values"] for line in lines] == [[0, 10, 20]] * 3
+        streams[process].send("gather", topic="t", value=process * 10, patient=False)
+    assert [heard(stream, "gathered")["values"] for stream in streams] == [[0, 10, 20]] * 3
 
 
 def test_a_lost_connection_is_told_to_all_the_others_at_once(joined):
-    _, lines = joined
-    lines[1].send("at", step=7, events=9)
-    lines[1].close()
+    _, streams = joined
+    streams[1].send("at", step=7, events=9)
+    streams[1].close()
     began = time.monotonic()
-    for line in (lines[0], lines[2]):
-        end = heard(line, "end")
+    for stream in (streams[0], streams[2]):
+        end = heard(stream, "end")
         assert (end["process"], end["step"]) == (1, 7)
         assert end["cause"] == "killed, or cut off: its connection has closed"
     assert time.monotonic() - began < 0.5
 
 
 def test_the_first_failure_is_the_one_that_is_told(joined):
-    _, lines = joined
-    lines[2].send("failed", step=3, cause="ValueError: boom")
-    assert heard(lines[0], "end")["cause"] == "ValueError: boom"
-    lines[1].close()
-    lines[0]._socket.settimeout(0.4)
+    _, streams = joined
+    streams[2].send("failed", step=3, cause="ValueError: boom")
+    assert heard(streams[0], "end")["cause"] == "ValueError: boom"
+    streams[1].close()
+    streams[0]._socket.settimeout(0.4)
     with pytest.raises(Closed) as nothing:
-        heard(lines[0], "end")
+        heard(streams[0], "end")
     assert isinstance(nothing.value.__cause__, TimeoutError)
 
 
 def test_who_is_behind_is_who_hangs(joined):
-    _, lines = joined
+    _, streams = joined
     for process, events in enumerate((8, 6, 9)):
-        lines[process].send("at", step=events // 2, events=events)
-    lines[0].send("stalled", seconds=2.5)
-    end = heard(lines[2], "end")
+        streams[process].send("at", step=events // 2, events=events)
+    streams[0].send("stalled", seconds=2.5)
+    end = heard(streams[2], "end")
     assert (end["process"], end["step"], end["stuck"]) == (1, 3, True)
-    assert end["cause"] == "stuck: nothing has moved for 2.5 s, the declared step timeout"
+    assert end["cause"] == "stuck: no progress for 2.5 s, the declared step timeout"
 
 
 def test_where_nobody_is_behind_that_is_said(joined):
-    _, lines = joined
-    for line in lines:
-        line.send("at", step=4, events=8)
-    lines[1].send("stalled", seconds=2.5)
-    assert heard(lines[0], "end")["cause"].endswith("; no process is ahead of the others")
+    _, streams = joined
+    for stream in streams:
+        stream.send("at", step=4, events=8)
+    streams[1].send("stalled", seconds=2.5)
+    assert heard(streams[0], "end")["cause"].endswith("; no process is ahead of the others")
 
 
 def test_a_process_that_does_not_come_is_named(joined):
-    _, lines = joined
+    _, streams = joined
     for process in (0, 1):
-        lines[process].send("gather", topic="settings", value=0, patient=False)
-    end = heard(lines[0], "end")
+        streams[process].send("gather", topic="settings", value=0, patient=False)
+    end = heard(streams[0], "end")
     assert end["process"] == 2
-    assert end["cause"] == "has not come to 'settings' within 0.5 s"
+    assert end["cause"] == "has not reached 'settings' within 0.5 s"
 
 
 def test_who_comes_late_hears_of_the_end_too(joined):
-    hub, lines = joined
-    lines[1].send("failed", step=2, cause="boom")
-    assert heard(lines[0], "end")["step"] == 2
-    lines[2].send("bye")
+    coordinator, streams = joined
+    streams[1].send("failed", step=2, cause="boom")
+    assert heard(streams[0], "end")["step"] == 2
+    streams[2].send("bye")
     time.sleep(0.1)
-    late = connect(address_of(hub._listener), 5)
+    late = connect(address_of(coordinator._listener), 5)
     late.send("hello", process=2, token="token")
     assert heard(late, "end")["cause"] == "boom"
     late.send("bye")
@@ -154,18 +158,18 @@ def test_who_comes_late_hears_of_the_end_too(joined):
 
 
 def test_strangers_are_turned_away(joined):
-    hub, lines = joined
-    stranger = connect(address_of(hub._listener), 5)
+    coordinator, streams = joined
+    stranger = connect(address_of(coordinator._listener), 5)
     stranger.send("hello", process=1, token="guess")
     with pytest.raises(Closed):
         stranger.receive()
     stranger.close()
-    rude = socket.create_connection(hub._listener.getsockname())
+    rude = socket.create_connection(coordinator._listener.getsockname())
     rude.sendall(b"GET / HTTP/1.1\r\n\r\n")
     assert rude.recv(10) == b""
     rude.close()
-    lines[1].send("failed", step=0, cause="real")
-    assert heard(lines[0], "end")["cause"] == "real"
+    streams[1].send("failed", step=0, cause="real")
+    assert heard(streams[0], "end")["cause"] == "real"
 
 
 # --- the launcher, with programs that know nothing of it
@@ -212,7 +216,9 @@ def test_what_cannot_be_started_is_said(capsys):
     assert "-n 0         must be at least 1" in err
     assert "--devices 0  must be at least 1" in err
     assert "shardkit launch -n 2 -- shardkit train CONFIG" in err
-    with pytest.raises(sk.errors.ProcessError, match=r"nosuchword  is no command here"):
+    with pytest.raises(
+        sk.errors.ProcessError, match=r"nosuchword  is not a command on this machine"
+    ):
         launch(["nosuchword"], 2)
 
 
@@ -263,12 +269,12 @@ def test_a_second_ctrl_c_ends_a_process_that_never_comes_back_to_python():
 
 def test_half_a_message_waits_for_the_rest():
     ours, theirs = socket.socketpair()
-    line = MessageStream(ours)
+    stream = MessageStream(ours)
     theirs.sendall(b'{"kind": "at"}\n{"kind"')
-    assert line.receive() == [{"kind": "at"}]
+    assert stream.receive() == [{"kind": "at"}]
     theirs.sendall(b': "bye"}\n')
-    assert line.receive() == [{"kind": "bye"}]
+    assert stream.receive() == [{"kind": "bye"}]
     theirs.close()
     with pytest.raises(Closed):
-        line.receive()
-    line.close()
+        stream.receive()
+    stream.close()

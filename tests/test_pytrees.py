@@ -12,14 +12,14 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
-from shardkit.guards import write_dump
 
 import shardkit as sk
 from shardkit import testing
 from shardkit._core.tree import leaves_by_path
 from shardkit.checkpoint import export_safetensors, import_safetensors
-from shardkit.parity._layout import declared_specs, misplaced
+from shardkit.parity._layout import find_misplaced_leaves, resolve_declared_specs
 from shardkit.report import compare
+from shardkit.run.guards import write_dump
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((8, 4)).astype(np.float32)
@@ -73,7 +73,7 @@ def stateful(params, batch, key, model_state):
 
 
 def compiled(made, mesh, *, where="params", optimizer=None, **options):
-    """A step one of whose trees is `made`."""
+    """A step one of whose trees is `build_dataclass`."""
 
     def init(key):
         a, b = (jax.random.normal(k, (4, 8)) for k in jax.random.split(key))
@@ -189,7 +189,7 @@ def test_a_dump_is_replayed(case, tmp_path):
     step, batch = case
     state = step.init(jax.random.key(0))
     bad = step.shard_batch(jax.tree.map(lambda x: np.full_like(x, np.inf), batch))
-    write_dump(tmp_path, 1, state, bad, {"loss": float("inf")}, {})
+    write_dump(tmp_path, 1, state=state, batch=bad, values={"loss": float("inf")}, config={})
     found = sk.replay(tmp_path, step)
     assert found.reproduced
     assert len(found.batch) == len(jax.tree.leaves(batch))
@@ -221,18 +221,18 @@ def test_verify_proves_every_leaf(name, where):
 def test_the_layout_that_verify_resolves_is_compared_at_every_leaf(name):
     step = step_of(name)
     state = step.init(jax.random.key(0))
-    specs = declared_specs(step.declaration, state)
+    specs = resolve_declared_specs(step.spec, step.mesh, state)
     assert specs.keys() >= leaves_by_path(state).keys()
     moved = {path: P() for path in specs}
     parts = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    wrong = dict(misplaced(parts, moved, step.mesh, "now"))
+    wrong = dict(find_misplaced_leaves(parts, moved, step.mesh, "now"))
     split = {p for p, s in leaves_by_path(step.shardings).items() if any(s.spec)}
     assert wrong.keys() == split != set()
 
 
 @pytest.mark.parametrize("name", TREES)
 def test_a_plan_takes_it(name):
-    found = sk.plan(step_of(name).declaration, "tpu:v5e:2x2")
+    found = sk.plan(step_of(name).spec, "tpu:v5e:2x2")
     assert found.rows
     assert str(found)
 
@@ -260,7 +260,7 @@ def test_moments_of_a_bare_array_have_its_names_and_its_rule():
     report = step.report()
     moments = [leaf for leaf in report.leaves if leaf.path in ("0/mu", "0/nu")]
     assert [leaf.names for leaf in moments] == [("embed", "mlp")] * 2
-    assert all(leaf.meant_whole for leaf in moments)
+    assert all(leaf.declared_replicated for leaf in moments)
     assert not [one for one in report.findings if one.kind == "replicated"]
 
 

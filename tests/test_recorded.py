@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from shardkit.report import Program, model_time, read_ledger
-from shardkit.report.communication._collectives import SPELLED, find
+from shardkit.report.communication._collectives import SPELLED, find_collectives
 from shardkit.report.hlo._hlo import parse
 from shardkit.report.hlo._slices import Slices
 
@@ -85,10 +85,10 @@ def test_a_chain_hides_behind_the_compute_of_its_steps(texts, ledgers):
 @pytest.mark.parametrize("name", MESHES)
 def test_every_collective_of_the_text_is_visited(name, texts):
     module = parse(texts[name])
-    found, problems = find(module, Slices(MESHES[name], {}))
+    found, problems = find_collectives(module, Slices(MESHES[name], {}))
     assert problems == []
     unquoted = re.sub(r'"(?:[^"\\]|\\.)*"', '""', texts[name])
-    places = {place for one in found for place in one.places}
+    places = {place for one in found for place in one.locations}
     assert len(places) == len(SPELLED.findall(unquoted)) > 0
 
 

@@ -177,7 +177,7 @@ def begin(folder, text=TEXT, record=RECORD, **loop):
         sk.data.Loader(text, {}),
         record=record,
         decides=("model", "train"),
-        peers=sk.ProcessGroup(),
+        process_group=sk.ProcessGroup(),
     )
 
 

@@ -19,13 +19,13 @@ from shardkit.rules import (
     AxisRules,
     Passed,
     PathRules,
-    collect,
+    count_shards,
     first_match,
     mesh_sizes,
-    normalise,
+    normalize_spec,
     resolve,
+    resolve_all,
     shard_largest,
-    shards,
 )
 from shardkit.rules._path import matches
 
@@ -126,7 +126,6 @@ def test_axis_rules_join():
     assert one.merged(two) == AxisRules(
         {"embed": "fsdp", "mlp": ("fsdp", "tensor"), "norm": "tensor", "heads": "tensor"}
     )
-    assert one.conflicts(two) == ("mlp",)
     assert one.merged(one) == one
     assert one.replaced({"mlp": None, "x": "y"}).mesh_axes("mlp") == ()
 
@@ -233,7 +232,7 @@ axes_entries = st.sampled_from([None, "data", "tensor", ("data", "tensor"), ("te
 )
 @settings(quick, max_examples=400)
 def test_resolved_specs_divide_and_only_they_resolve(shape, entries, mesh):
-    specs, problems = collect(PathRules({"x": P(*entries)}), [leaf("x", *shape)], mesh)
+    specs, problems = resolve_all(PathRules({"x": P(*entries)}), [leaf("x", *shape)], mesh)
     flat = [a for e in entries if e for a in ((e,) if isinstance(e, str) else e)]
     parts = [math.prod(mesh[a] for a in ((e,) if isinstance(e, str) else e or ())) for e in entries]
     legal = (
@@ -244,18 +243,18 @@ def test_resolved_specs_divide_and_only_they_resolve(shape, entries, mesh):
     assert (not problems) == legal
     assert bool(specs) == legal
     if legal:
-        assert specs["x"] == normalise(P(*entries))
-        assert shards(specs["x"], mesh) == math.prod(parts)
+        assert specs["x"] == normalize_spec(P(*entries))
+        assert count_shards(specs["x"], mesh) == math.prod(parts)
 
 
 def test_shards_are_what_jax_makes_of_the_spec():
     mesh = MeshSpec(data=2, tensor=4).build()
     shape = (8, 16, 3)
     for entries in itertools.product([None, "data", "tensor", ("data", "tensor")], repeat=2):
-        specs, problems = collect(PathRules({"x": P(*entries)}), [leaf("x", *shape)], mesh)
+        specs, problems = resolve_all(PathRules({"x": P(*entries)}), [leaf("x", *shape)], mesh)
         if not problems:
             shard = NamedSharding(mesh, specs["x"]).shard_shape(shape)
-            assert math.prod(shape) // math.prod(shard) == shards(specs["x"], mesh.shape)
+            assert math.prod(shape) // math.prod(shard) == count_shards(specs["x"], mesh.shape)
 
 
 def test_nothing_to_lay_out_is_no_error():
@@ -270,3 +269,24 @@ def test_typed_keys_are_leaves_too():
 def test_unknown_logical_axis_in_spec():
     with pytest.raises(ShardingError, match=r"does not list logical axis 'hed'\. Did you mean"):
         AxisRules({"heads": "tensor"}).spec(("hed",))
+
+
+def test_renamed_rules_keep_their_order_and_axes():
+    rules = AxisRules({"embed": "fsdp", "mlp": ("tensor", "expert"), "norm": None})
+    renamed = rules.renamed({"embed": "hidden", "norm": "scale"})
+    assert renamed == AxisRules({"hidden": "fsdp", "mlp": ("tensor", "expert"), "scale": None})
+    assert [name for name, _ in renamed.table] == ["hidden", "mlp", "scale"]
+    assert rules.renamed({"embed": "mlp", "mlp": "embed"}).spec(("mlp", "embed")) == P(
+        "fsdp", ("tensor", "expert")
+    )
+    assert rules.renamed({}) == rules
+
+
+def test_renaming_names_every_unknown_axis_and_every_collision():
+    rules = AxisRules({"embed": "fsdp", "mlp": "tensor", "vocab": "tensor"})
+    with pytest.raises(ShardingError) as raised:
+        rules.renamed({"embedd": "hidden", "mlp": "vocab"})
+    text = str(raised.value)
+    assert "does not list logical axis 'embedd'. Did you mean 'embed'?" in text
+    assert "one of 'embed', 'mlp', 'vocab'" in text
+    assert "'mlp' and 'vocab' would both be 'vocab'" in text

@@ -102,7 +102,7 @@ def test_logical_axes_may_come_apart_from_the_arrays():
 
 def test_the_table():
     assert str(explain_rules(RULES, PARAMS, SPEC)) == (
-        "4 leaves on mesh (data=2, tensor=4): 72.03 KiB whole, 17.03 KiB per device.\n"
+        "4 leaves on mesh (data=2, tensor=4): 72.03 KiB in all, 17.03 KiB per device.\n"
         "parameter                type         spec                 per device  rule  passed\n"
         "decoder/attention/query  f32[64,8,4]  P('data', 'tensor')    1.00 KiB  R1    P1\n"
         "decoder/mlp/0/up/kernel  f32[64,256]  P(None, 'tensor')     16.00 KiB  R2\n"
@@ -119,7 +119,7 @@ def test_the_table():
         "Matched nothing:\n"
         '  PathRules["**/upp"]\n'
         "  AxisRules['vocab' → 'tensor']\n"
-        "Decided nothing, earlier rules being first:\n"
+        "Decided nothing, since earlier rules did:\n"
         '  PathRules["**/kernel"]'
     )
 

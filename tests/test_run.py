@@ -56,11 +56,11 @@ class FakeStep:
         self.events: list[str] = []
         self.bad_at = bad_at
 
-    rows = slice(None)
+    local_rows = slice(None)
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
-    declaration = types.SimpleNamespace(on_nonfinite="apply")
+    spec = types.SimpleNamespace(on_nonfinite="apply")
 
-    def put(self, batch):
+    def shard_batch(self, batch):
         return batch
 
     def __call__(self, state, batch):
@@ -170,12 +170,12 @@ def test_metrics_of_the_loss_may_not_be_columns_of_the_file(tmp_path):
         run(tmp_path, Clashing(), steps=2)
 
 
-def test_held_out_bits_weigh_every_byte_alike():
-    bits, scored = measure_bits_per_token(FakeStep(), 0, TEXT, range(TEXT.held_out_steps))
-    assert scored == TEXT.held_out_bytes == 100
+def test_validation_bits_weigh_every_byte_alike():
+    bits, scored = measure_bits_per_token(FakeStep(), 0, TEXT, range(TEXT.validation_steps))
+    assert scored == TEXT.validation_bytes == 100
     # 100 bytes in batches of 3 x 6: a mean of the batches' means would be another number.
     assert bits == pytest.approx(np.mean(np.arange(1, 101)) / math.log(2))
-    means = [FakeStep().evaluate(0, TEXT.held_out_batch(i))["loss"] for i in range(6)]
+    means = [FakeStep().evaluate(0, TEXT.validation_batch(i))["loss"] for i in range(6)]
     assert bits != pytest.approx(np.mean(means) / math.log(2), rel=1e-3)
 
 
@@ -402,7 +402,7 @@ def test_a_small_run_shows_and_writes_everything(tmp_path, mesh):
     result = train(
         name="test",
         model=SIZES["nano"],
-        data=DataConfig(path=str(tmp_path), seq_len=32, batch_size=4, held_out=0.1),
+        data=DataConfig(path=str(tmp_path), seq_len=32, batch_size=4, validation_fraction=0.1),
         mesh=MeshSpec(data=4, tensor=2).build("cpu:8"),
         strategy=strategies.data() | strategies.tensor(),
         optimizer=optax.adamw(1e-2),
@@ -415,7 +415,7 @@ def test_a_small_run_shows_and_writes_everything(tmp_path, mesh):
     shown = out.getvalue()
     for part in (
         "mesh data=4 × tensor=2  (8 devices: simulated CPU devices, not a speed claim)",
-        "held out: ",
+        "validation: ",
         "layers/gate",
         "P(None, None, 'tensor')",
         "step  1/12",
@@ -459,7 +459,7 @@ def test_ctrl_c_leaves_whole_metrics_and_says_where(tmp_path, mesh):
             name="test",
             model=SIZES["nano"],
             data=DataConfig(
-                path=str(tmp_path / "text.txt"), seq_len=16, batch_size=8, held_out=0.2
+                path=str(tmp_path / "text.txt"), seq_len=16, batch_size=8, validation_fraction=0.2
             ),
             mesh=mesh,
             strategy=strategies.data() | strategies.data("tensor"),

@@ -7,13 +7,12 @@ import pytest
 
 from shardkit.parallel.pipeline._schedule import (
     SCHEDULES,
-    Pass,
-    Schedule,
-    Work,
+    Action,
+    PassType,
     forward_only,
     schedule,
 )
-from shardkit.parallel.pipeline._tick_program import ticks
+from shardkit.parallel.pipeline._tick_program import tick_program
 
 SIZES = [(2, 2), (2, 8), (3, 6), (4, 4), (4, 16), (8, 16)]
 TABLES = {
@@ -61,7 +60,8 @@ def test_live_activations_are_the_papers(table):
 def test_slots_do_not_grow_with_micro_batches_but_for_gpipe(name):
     v = 2 if name == "interleaved" else 1
     few, many = (
-        ticks(schedule(name, stages=4, micro_batches=m, virtual_stages=v)).slots for m in (8, 32)
+        tick_program(schedule(name, stages=4, micro_batches=m, virtual_stages=v)).slots
+        for m in (8, 32)
     )
     assert many == (33 if name == "gpipe" else few)
     assert few == {"gpipe": 9, "1f1b": 5, "interleaved": 13, "zero_bubble": 8}[name]
@@ -72,13 +72,13 @@ def test_evaluations_go_forward_alone(name, v):
     table = forward_only(name, stages=4, micro_batches=6, virtual_stages=v)
     assert table.violations() == []
     assert not table.trains
-    assert ticks(table).slots == 1
+    assert tick_program(table).slots == 1
 
 
 @each_table
 def test_exchanges_bring_each_message_to_its_slot_before_it_is_read(table):
     """Plays the table on the slots and follows what is in them."""
-    plan = ticks(table)
+    plan = tick_program(table)
     columns = {name: column.tolist() for name, column in plan.columns.items()}
     held = [["?"] * (plan.slots + 1) for _ in range(table.stages)]
     last = table.stages * table.virtual_stages - 1
@@ -88,15 +88,17 @@ def test_exchanges_bring_each_message_to_its_slot_before_it_is_read(table):
             if work is None:
                 continue
             part, own = table.part(s, work.chunk), held[s]
-            if part == 0 and work.what is Pass.FORWARD:
+            if part == 0 and work.pass_type is PassType.FORWARD:
                 own[columns["input"][t][s]] = ("input", work.micro, 0)
-            if part == last and work.what is Pass.INPUT:
+            if part == last and work.pass_type is PassType.INPUT:
                 own[columns["grad"][t][s]] = ("grad", work.micro, part)
             assert own[columns["input"][t][s]] == ("input", work.micro, part)
-            if work.what is not Pass.FORWARD and (part < last or work.what is Pass.WEIGHT):
+            if work.pass_type is not PassType.FORWARD and (
+                part < last or work.pass_type is PassType.WEIGHT
+            ):
                 assert own[columns["grad"][t][s]] == ("grad", work.micro, part)
-            if work.what is not Pass.WEIGHT:
-                back = work.what is not Pass.FORWARD
+            if work.pass_type is not PassType.WEIGHT:
+                back = work.pass_type is not PassType.FORWARD
                 said[s] = (
                     ("grad", work.micro, part - 1) if back else ("input", work.micro, part + 1)
                 )
@@ -106,7 +108,7 @@ def test_exchanges_bring_each_message_to_its_slot_before_it_is_read(table):
 
 
 def test_a_tick_of_1f1b_needs_one_message_from_each_stage():
-    plan = ticks(schedule("1f1b", stages=4, micro_batches=8))
+    plan = tick_program(schedule("1f1b", stages=4, micro_batches=8))
     assert [len(exchange) for exchange in plan.exchanges] == [1, 1, 0]
     assert plan.exchanges[0] != plan.exchanges[1]
 
@@ -122,10 +124,11 @@ def test_illegal_tables_are_named():
         "B0 of stage 1 is missing"
         in dataclasses.replace(table, ticks=tuple(map(tuple, rows))).violations()
     )
-    model_state = Schedule("1f1b", 2, 1, 1, ((Work(Pass.FORWARD, 3), None), *table.ticks))
-    assert "F3 of stage 0 is unknown" in model_state.violations()
+    unknown = (Action(PassType.FORWARD, 3), None)
+    wrong = dataclasses.replace(table, ticks=(unknown, *table.ticks))
+    assert "F3 of stage 0 is unknown" in wrong.violations()
     twice = dataclasses.replace(table, ticks=(*table.ticks, table.ticks[0]))
-    assert twice.violations()[0] == "1 passes are made twice"
+    assert twice.violations()[0] == "1 passes are repeated"
 
 
 def test_tables_are_drawn():

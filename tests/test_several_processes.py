@@ -49,7 +49,7 @@ def alone(tmp_path_factory):
     sk.Checkpointer(folder / "by one").save(one.HALF, state)
     state, second = one.train(step, state, one.HALF, one.STEPS)
     gradients = one.whole(step.gradients(state, one.TEXT.batch(0))[1])
-    score = float(step.evaluate(state, one.TEXT.held_out_batch(0))["loss"])
+    score = float(step.evaluate(state, one.TEXT.validation_batch(0))["loss"])
     return folder, step, first + second, gradients, score
 
 
@@ -93,7 +93,7 @@ def test_two_processes_compute_save_and_restore_what_one_does(alone, launched):
 
     # Who feeds other rows than its own is told which.
     for process in range(2):
-        share = f"process {process} must feed 4 rows (8 global / 2), got 3"
+        share = f"process {process} must pass 4 rows (8 global / 2), got 3"
         assert f"batch/inputs   {share}" in told[process]["refused"]
 
 
@@ -102,7 +102,7 @@ def test_two_processes_compute_save_and_restore_what_one_does(alone, launched):
 CAUSES = {
     "killed": (137, "killed by SIGKILL"),
     "raises": (1, "OSError: the text is gone"),
-    "stuck": (70, "stuck: nothing has moved for 4 s, the declared step timeout"),
+    "stuck": (70, "stuck: no progress for 4 s, the declared step timeout"),
 }
 
 
@@ -169,7 +169,7 @@ def test_a_process_that_hangs_ends_all(broken, tmp_path):
 def test_another_batch_and_program_are_told_before_the_first_step(broken, tmp_path):
     code, errors = broken("run:differs")
     assert code == 1, "\n".join(errors)
-    assert "before its first step: ProcessError: 2 processes do not agree on 2 things" in errors[0]
+    assert "before its first step: ProcessError: 2 processes do not agree on 2 values" in errors[0]
     said = "\n".join(errors)
     assert re.search(r"batch\.x +process 0: 'f32\[8,8\]'; process 1: 'f32\[16,8\]'", said), said
     assert re.search(r"program +process 0: '\w+…; process 1: '\w+…", said), said
@@ -198,7 +198,7 @@ def test_what_a_step_failed_on_is_dumped_once_and_replayed_on_one_device(broken,
 FIELDS = (
     "model.num_layers=1", "model.embed_dim=8", "model.mlp_dim=8", "model.num_heads=2",
     "model.kv_heads=2",
-    "data.batch_size=8", "data.seq_len=8", "data.held_out=0.3", "data.prefetch=0",
+    "data.batch_size=8", "data.seq_len=8", "data.validation_fraction=0.3", "data.prefetch=0",
     "optimizer.name=sgd", "train.steps=60", "train.eval_every=0", "train.sample=0",
     "train.baselines=false", "train.checkpoint_every=50", "train.log_every=1",
     "train.step_timeout=20", "strategy=data", "mesh.data=8", "mesh.tensor=1",
@@ -232,6 +232,6 @@ def test_signals_end_all_after_one_update_and_the_same_command_goes_on(tmp_path,
 def test_processes_that_differ_stop_before_the_first_step(tmp_path, launched):
     code, errors = launched("tests._signalled_command", "differ", *command(tmp_path))
     assert code == 2
-    assert "before its first step: ProcessError: 2 processes do not agree on 1 thing." in errors[0]
+    assert "before its first step: ProcessError: 2 processes do not agree on 1 value." in errors[0]
     assert any("config.train.seed  process 0: 0; process 1: 1" in line for line in errors)
     assert not (tmp_path / "run").exists()

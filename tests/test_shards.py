@@ -36,7 +36,7 @@ def test_documents_come_back(tmp_path, vocabulary, itemsize, end):
     tokens = stream.read(np.array([stream.lead]), stream.size)[0]
     assert tokens.tolist() == [int(t) for one in kept for t in one]
     assert stream.read(np.array([0]), 1)[0, 0] == (kept[0][0] if end is None else end)
-    assert stream.pieces[0].tokens.itemsize == itemsize
+    assert stream.files[0].tokens.itemsize == itemsize
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -61,28 +61,28 @@ def test_several_shards_are_one_stream_and_rows_cross_them(tmp_path, shard):
     assert stream.read(np.array([65]), 4).tolist() == [[138, 139, 0, 0]]
 
 
-def test_the_last_share_is_held_out_at_the_nearest_document(tmp_path, shard):
+def test_the_last_share_is_validation_at_the_nearest_document(tmp_path, shard):
     np.save(tmp_path / "b.npy", np.arange(40))
-    train, held_out = open_shards([shard, tmp_path / "b.npy"]).split(0.5)
-    assert (train.size, held_out.size) == (27, 40)
-    train, held_out = open_shards([shard]).split(0.1)
-    assert (list(train.ends), list(held_out.ends)) == ([3, 4, 24], [3])
-    assert held_out.read(np.array([0]), 3).tolist() == [[299, 0, 1]]
+    train, validation = open_shards([shard, tmp_path / "b.npy"]).split(0.5)
+    assert (train.size, validation.size) == (27, 40)
+    train, validation = open_shards([shard]).split(0.1)
+    assert (list(train.ends), list(validation.ends)) == ([3, 4, 24], [3])
+    assert validation.read(np.array([0]), 3).tolist() == [[299, 0, 1]]
     # One document alone is cut.
-    train, held_out = open_shards([tmp_path / "b.npy"]).split(0.25)
-    assert (list(train.ends), list(held_out.ends)) == ([30], [10])
-    assert held_out.read(np.array([8]), 2).tolist() == [[38, 39]]
+    train, validation = open_shards([tmp_path / "b.npy"]).split(0.25)
+    assert (list(train.ends), list(validation.ends)) == ([30], [10])
+    assert validation.read(np.array([8]), 2).tolist() == [[38, 39]]
 
 
 def test_a_folder_of_shards_is_trained_on(tmp_path, shard):
     write_tokens(tmp_path / "b.bin", [np.arange(40) + i for i in range(20)], 300)
-    config = DataConfig(path=str(tmp_path), seq_len=8, batch_size=4, held_out=0.1)
+    config = DataConfig(path=str(tmp_path), seq_len=8, batch_size=4, validation_fraction=0.1)
     text = load_text(config, 512)
     batch = text.batch(3)
     np.testing.assert_array_equal(batch["inputs"][:, 1:], batch["targets"][:, :-1])
-    assert (text.unit, text.held_out_bytes) == ("token", None)
-    assert text.train.size + text.held_out.size == 27 + 800
-    assert text.position(3)["tokens"] == "shards"
+    assert (text.unit, text.validation_bytes) == ("token", None)
+    assert text.train.size + text.validation.size == 27 + 800
+    assert text.state(3)["tokens"] == "shards"
 
 
 # --- what is wrong with a file is said before anything is compiled
@@ -108,16 +108,16 @@ def test_all_bad_shards_are_named_together(tmp_path, shard):
     message = refused([shard, *(tmp_path / name for name in names)])
     assert message.startswith("10 token shards cannot be used.")
     for said in (
-        "magic.bin  begins with b'NOTTOKEN', not with b'SHARDTOK': no token shard.",
-        "newer.bin  is of format 2; this shardkit reads up to 1.",
-        "header.bin  has a damaged header: its checksum does not fit.",
-        "short.bin  is truncated: its header says 27 tokens in 4 documents, 152 bytes; it has 100,"
-        " of at most 18 tokens.",
-        "long.bin  has 156 bytes, and its header says 152.",
+        "magic.bin  begins with b'NOTTOKEN', not with b'SHARDTOK': not a token shard.",
+        "newer.bin  has format 2; this shardkit reads up to 1.",
+        "header.bin  has a damaged header: its checksum does not match.",
+        "short.bin  is truncated: its header declares 27 tokens in 4 documents, 152 bytes; "
+        "it has 100 bytes, at most 18 tokens.",
+        "long.bin  has 156 bytes; its header declares 152.",
         "empty.bin  begins with b'', not with b'SHARDTOK'",
-        "ends.bin  has ends of documents that do not rise to its number of tokens.",
-        "cut.npy  is truncated, or no .npy file of numbers:",
-        "float.npy  is float32[4,4], not a row of integers.",
+        "ends.bin  has document ends that do not ascend to its number of tokens.",
+        "cut.npy  is truncated, or not a .npy file of numbers:",
+        "float.npy  is float32[4,4], not one-dimensional integers.",
         "none.bin  No such file or directory.",
         "Fix: write it again with sk.data.write_tokens",
     ):
@@ -134,17 +134,17 @@ def test_an_id_past_the_vocabulary_is_named_with_its_place(tmp_path, monkeypatch
     np.save(tmp_path / "n.npy", np.array([3, -1, 4]))
     assert "token 1 is id -1; the vocabulary has 64 ids" in refused([tmp_path / "n.npy"], 64)
     # In files too large to scan, where it is read: also behind a cut.
-    monkeypatch.setattr(_shards, "_SCANNED", 100)
-    monkeypatch.setattr(_shards, "_AT_ONCE", 50)
-    _, held_out = open_shards([tmp_path / "t.npy"], 64).split(0.5)
-    held_out.read(np.array([0]), 30)
+    monkeypatch.setattr(_shards, "_MAX_CHECKED", 100)
+    monkeypatch.setattr(_shards, "_BLOCK_TOKENS", 50)
+    _, validation = open_shards([tmp_path / "t.npy"], 64).split(0.5)
+    validation.read(np.array([0]), 30)
     with pytest.raises(sk.errors.DataError, match="token 137 is id 77"):
-        held_out.read(np.array([0, 30]), 30)
+        validation.read(np.array([0, 30]), 30)
 
 
 def test_a_shard_for_a_larger_vocabulary_or_with_other_ends_is_refused(tmp_path, shard):
     message = refused([shard], 256)
-    assert "a.bin  has a vocabulary of 300 ids, the model one of 256." in message
+    assert "a.bin  has a vocabulary of 300 ids; the model has 256." in message
     assert "Fix: --set model.vocab=300" in message
     other = write_tokens(tmp_path / "b.bin", DOCUMENTS, 300, end=2)
     assert "2 follows its documents, and nothing follows those of the first" in refused(
@@ -181,8 +181,8 @@ def test_the_folder_of_a_run_and_files_that_are_no_text_are_refused(tmp_path):
     (tmp_path / "image.png").write_bytes(b"\x89PNG\0\0")
     with pytest.raises(sk.errors.DataError) as error:
         load_text(DataConfig(path=str(tmp_path / "image.png")))
-    assert "image.png  has a zero byte at byte 4, which no text has." in str(error.value)
-    assert "Fix: text alone in data.path, or tokens made of it: sk.data.write_tokens" in str(
+    assert "image.png  has a zero byte at byte 4; text has none." in str(error.value)
+    assert "Fix: only text in data.path, or tokens made of it: sk.data.write_tokens" in str(
         error.value
     )
 
@@ -211,7 +211,7 @@ def past(folder):
     [
         (none, "there is no such file or folder."),
         (empty, "holds no bytes."),
-        (cut, "is truncated: its header says 27 tokens"),
+        (cut, "is truncated: its header declares 27 tokens"),
         (past, "token 256 is id 256; the vocabulary has 256 ids"),
     ],
 )

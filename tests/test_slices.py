@@ -8,10 +8,10 @@ import shardkit as sk
 from shardkit._core.tree import Leaf
 from shardkit.hardware import CHIPS
 from shardkit.parallel import strategies
-from shardkit.report import Placed, Program, Report, read_ledger
-from shardkit.report._program import Declared
+from shardkit.report import PlacedLeaf, Program, Report, read_ledger
+from shardkit.report._program import Declarations
 from shardkit.report.communication._links import Links
-from shardkit.step._report import _dcn
+from shardkit.step._report import _dcn_axes
 
 from ._programs import recorded
 
@@ -62,7 +62,7 @@ def test_without_the_slices_the_text_is_not_understood(text):
     ("old", "new", "problem"),
     [
         ("ALL_TO_ALL", "SHUFFLE", "send send.3: an unknown kind of collective"),
-        ("_xla_megascale_target", "_xla_goal", "it does not say which slices it goes between"),
+        ("_xla_megascale_target", "_xla_goal", "its slices are not in a known form"),
     ],
 )
 def test_what_cannot_be_read_makes_the_totals_lower_bounds(text, old, new, problem):
@@ -93,7 +93,7 @@ def test_the_schedule_waits_where_the_result_arrives(text, ledger):
 
 
 def test_the_parts_of_an_all_reduce_are_explained_by_data_parallelism(text):
-    declared = Declared(kinds=(strategies.data("a") | strategies.data("b")).kinds)
+    declared = Declarations(kinds=(strategies.data("a") | strategies.data("b")).kinds)
     scopes = {
         one.scope
         for one in reported(text, declared=declared).findings
@@ -123,10 +123,10 @@ ENTRY %main (x: f32[16,64]) -> f32[2,8,128] {
 
 def test_gradients_packed_with_the_loss_are_reduced_once_between_slices():
     leaves = tuple(
-        Placed("params", Leaf(path, shape, np.dtype("float32")), P())
+        PlacedLeaf("params", Leaf(path, shape, np.dtype("float32")), P())
         for path, shape in {"up": (16, 64), "down": (8, 64)}.items()
     )
-    batch = Placed("batch", Leaf("x", (16, 64), np.dtype("float32")), P("data"))
+    batch = PlacedLeaf("batch", Leaf("x", (16, 64), np.dtype("float32")), P("data"))
     mesh, dcn = (("data", 2), ("tensor", 4)), (("data", 2),)
     report = Report.of(
         Program(PACKED, mesh, "tpu", "TPU v5 lite", leaves=(*leaves, batch), dcn=dcn)
@@ -160,9 +160,9 @@ ENTRY %main (x: f32[16,64]) -> f32[16,64] {
 
 
 def test_inside_of_a_slice_goes_a_part_of_an_axis_that_crosses_slices():
-    weight = Placed("params", Leaf("w", (16, 64), np.dtype("float32")), P())
-    batch = Placed("batch", Leaf("x", (16, 64), np.dtype("float32")), P("data"))
-    declared = Declared(kinds=strategies.data().kinds, reduce_dtype="f32")
+    weight = PlacedLeaf("params", Leaf("w", (16, 64), np.dtype("float32")), P())
+    batch = PlacedLeaf("batch", Leaf("x", (16, 64), np.dtype("float32")), P("data"))
+    declared = Declarations(kinds=strategies.data().kinds, reduce_dtype="f32")
     report = Report.of(
         Program(
             HALVED,
@@ -175,13 +175,13 @@ def test_inside_of_a_slice_goes_a_part_of_an_axis_that_crosses_slices():
         )
     )
     size = 4 * 16 * 64
-    found = [(row.axes, row.whole, row.dcn, row.wire_bytes) for row in report.ledger]
+    found = [(row.axes, row.full_axes, row.dcn, row.wire_bytes) for row in report.ledger]
     assert found == [(("data",), False, False, size), (("data",), False, True, size)]
     # Each of the two parts counts for what it sends, not for a whole reduction over the axis.
     (least,) = report.minima
     assert least.wire == 2 * size
     assert least.bytes == 2 * 3 / 4 * size
-    inside = "of gradients all-reduced inside of each slice, where a reduce-scatter would do"
+    inside = "of gradients all-reduced inside each slice, where a reduce-scatter would do"
     assert least.excess == ((inside, size // 2),)
     # The gradient is reduced once, by both parts together.
     assert report.reductions == {"data": 1.0}
@@ -197,4 +197,4 @@ def test_slices_are_counted_along_each_axis():
     class Grid:
         devices, axis_names = grid, ("x", "y")
 
-    assert _dcn(Grid) == (("x", 2), ("y", 2))
+    assert _dcn_axes(Grid) == (("x", 2), ("y", 2))

@@ -234,7 +234,10 @@ def test_what_only_a_mesh_decides_is_one_error_of_compile():
     assert "mesh axis 'data'  is of type Explicit" in str(raised.value)
     assert "Did you mean 'data'?" in str(raised.value)
     for mesh, why in (
-        (sk.MeshSpec(data=2), r"is a MeshSpec, not built yet\nFix: sk.MeshSpec\(.*\).build\(\)"),
+        (
+            sk.MeshSpec(data=2),
+            r"is a MeshSpec that is not built yet\nFix: sk.MeshSpec\(.*\).build\(\)",
+        ),
         (None, "is of type NoneType"),
     ):
         with pytest.raises(sk.errors.StepError, match=why):

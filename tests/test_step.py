@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
-from shardkit.nn._remat import active, policy
+from shardkit.nn._remat import parse_policy, use_policy
 from shardkit.step._bound_spec import BoundSpec
 from shardkit.step._layout import resolve_layout
 from shardkit.step._readback import aliased_arguments, check_executable
@@ -121,11 +121,8 @@ def test_a_fresh_draw_every_step_and_the_same_one_on_a_second_run(mesh):
 # What is read back from the executable
 
 
-def checked(program, step, strategy=None):
-    layout = step.layout
-    check_executable(
-        program.compiled, layout.state, step.shardings, layout.batch, step.batch_shardings
-    )
+def checked(program, step):
+    check_executable(program.compiled, step.layout)
 
 
 def test_an_executable_with_other_layouts_is_reported_by_leaf(step, mesh):
@@ -278,15 +275,14 @@ def test_any_tree_and_chain_is_laid_out_like_its_parameters(mesh, data):
     links = st.sampled_from([optax.scale_by_adam(), optax.trace(0.9), optax.clip(1.0)])
     chained = optax.chain(*data.draw(st.lists(links, min_size=1, max_size=3)))
     params = jax.tree.map(lambda s: jnp.zeros(s.dims), tree)
-    layout = resolve_layout(
-        lambda key: params,
-        chained,
-        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), BATCH),
-        mesh,
-        sk.Strategy(params=sk.shard_largest("tensor", min_size=1), batch=P("data")),
-        sk.Precision(),
-        1,
+    spec = sk.StepSpec(
+        loss_fn=loss_fn,
+        optimizer=chained,
+        init=lambda key: params,
+        batch=BATCH,
+        strategy=sk.Strategy(params=sk.shard_largest("tensor", min_size=1), batch=P("data")),
     )
+    layout = resolve_layout(spec, mesh)
     assert jax.tree.structure(layout.state) == jax.tree.structure(layout.shardings)
     for part in jax.tree.leaves(layout.shardings.opt_state, is_leaf=lambda x: x is None):
         assert isinstance(part, NamedSharding)
@@ -315,12 +311,10 @@ def traced(mesh, loss=loss_fn, **options):
         strategy=given["strategy"],
         **{key: given[key] for key in keys if key in given},
     )
-    layout = resolve_layout(
-        d.init, d.optimizer, d.batch, mesh, d.strategy, d.precision, d.accumulate.micro_batches
-    )
+    layout = resolve_layout(d, mesh)
     run = StepFunctions(BoundSpec(d, mesh), layout).train()
     jitted = jax.jit(run, in_shardings=(layout.shardings, layout.batch_shardings))
-    with active(policy(d.strategy.remat)):
+    with use_policy(parse_policy(d.strategy.remat)):
         return jitted.lower(layout.state, layout.batch).as_text()
 
 

@@ -153,7 +153,10 @@ def test_an_explicit_mesh():
         (lambda p, b, k: (b["x"] @ p["w"]).sum(1), "loss +is f32\\[8\\], not a floating-point"),
         (lambda p, b, k: jnp.int32(1), "loss +is i32\\[\\], not a floating-point scalar"),
         (lambda p, b, k: sk.Mean(p["w"], 1.0), "loss.total +is f32\\[4,8\\]"),
-        (lambda p, b, k: (p["w"].sum(), p["w"]), "returned \\(.*\\); wanted loss, or \\(loss, me"),
+        (
+            lambda p, b, k: (p["w"].sum(), p["w"]),
+            "returned \\(.*\\); expected loss, or \\(loss, me",
+        ),
         (lambda p, b, k: (p["w"].sum(), {"loss": 1.0}), "metrics\\['loss'\\] +is a name that the"),
         (lambda p, b, k: (p["w"].sum(), {"grad_norm": 1.0}), "metrics\\['grad_norm'\\] +is a nam"),
         (lambda p, b, k: (p["w"].sum(), {"m": p["w"]}), "metrics\\['m'\\] +is f32\\[4,8\\], not"),
@@ -176,7 +179,7 @@ def test_parameters_that_have_no_gradient(mesh):
     rules = sk.Strategy(batch=P("data"))
     text = message(sk.errors.StepError, lambda: declared(mesh, init=made, strategy=rules))
     assert "count i32[2]" in text
-    assert "is no floating-point array, so it has no gradient" in text
+    assert "is not a floating-point array, so it has no gradient" in text
     assert "sk.Variables(params, model_state)" in text
 
 
@@ -213,10 +216,10 @@ def test_batch_leaves_with_other_numbers_of_rows(mesh):
     [
         ({"x": X[:6]}, ["batch/x", "is f32[6,4]; the step was compiled for f32[8,4]"]),
         ({"x": X.astype(np.int32)}, ["batch/x", "is i32[8,4]; the step was compiled for f32[8"]),
-        ({"x": X, "y": X}, ["batch/y", "was given and is not declared"]),
-        ({}, ["batch/x", "is declared and was not given", "a batch with leaves x"]),
-        ([X], ["batch/0", "was given and is not declared", "batch/x"]),
-        ({"x": [1.0, 2.0]}, ["batch/x/0", "was given and is not declared"]),
+        ({"x": X, "y": X}, ["batch/y", "is not declared"]),
+        ({}, ["batch/x", "is declared but missing", "a batch with leaves x"]),
+        ([X], ["batch/0", "is not declared", "batch/x"]),
+        ({"x": [1.0, 2.0]}, ["batch/x/0", "is not declared"]),
     ],
 )
 def test_a_batch_that_is_not_the_declared_one(step, batch, expected):
@@ -233,7 +236,7 @@ def test_a_batch_committed_elsewhere(step, mesh):
     text = message(sk.errors.BatchError, lambda: step(state, {"x": away}))
     assert "batch/x" in text
     assert "is committed to 1 device; the step has it as P('data'" in text
-    assert "pass host numpy, or step.put(batch)" in text
+    assert "pass host numpy, or step.shard_batch(batch)" in text
     turned = jax.device_put(X, jax.NamedSharding(mesh, P("tensor")))
     text = message(sk.errors.BatchError, lambda: step(state, {"x": turned}))
     assert "is committed to 8 devices as P('tensor'" in text
@@ -315,7 +318,7 @@ def test_a_consumed_state_is_an_error_and_not_a_crash(step):
     after, _ = step(state, {"x": X})
     for call in (step, step.evaluate, step.gradients):
         text = message(sk.errors.StateError, lambda call=call: call(state, {"x": X}))
-        assert "The step got a state that is gone." in text
+        assert "The state was donated." in text
         assert "step, params/w, key" in text
         assert "state, metrics = step(state, batch)" in text
     step(after, {"x": X})
@@ -379,7 +382,7 @@ def test_a_compiler_that_finds_no_room_is_a_step_that_does_not_fit(mesh, monkeyp
     head, row, fix = str(caught.value).splitlines()
     assert head == "The program does not fit on its devices."
     # w, the step counter, the key and whether it halted, and four rows of x.
-    assert row == f"  each of 8 x cpu  {said} State and batch take 109 B beside that."
+    assert row == f"  each of 8 x cpu  {said} State and batch take another 109 B."
     assert fix.startswith('Fix: accumulate=2 for half the rows at a time, remat="full"')
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -90,7 +90,14 @@ def test_every_leaf_has_the_documented_spec(name):
     strategy, sizes = CASES[name]
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), BATCH)
     mesh = mesh_of(sizes)
-    layout = resolve_layout(MODEL.init, optax.sgd(0.1), batch, mesh, strategy, sk.Precision(), 1)
+    spec = sk.StepSpec(
+        loss_fn=MODEL.loss_fn,
+        optimizer=optax.sgd(0.1),
+        init=MODEL.init,
+        batch=batch,
+        strategy=strategy,
+    )
+    layout = resolve_layout(spec, mesh)
     found = {path: s.spec for path, s in by_path(layout.shardings.params).items()}
     assert found.keys() == SPECS[name].keys()
     assert not {path: spec for path, spec in found.items() if not same(spec, SPECS[name][path])}
@@ -132,10 +139,10 @@ def test_options_that_differ_do_not_join_all_of_them_named():
     with pytest.raises(sk.errors.StepError) as caught:
         one | other
     text = str(caught.value)
-    assert "Two strategies do not join." in text
-    assert "4 in one, 2 in the other" in text
-    assert "'full' in one, 'dots' in the other" in text
-    assert "dataclasses.replace(one, ...)" in text
+    assert "Two strategies cannot be combined." in text
+    assert "4 in the first, 2 in the second" in text
+    assert "'full' in the first, 'dots' in the second" in text
+    assert "dataclasses.replace(strategy, ...)" in text
 
 
 def test_two_rules_for_the_same_parameters_do_not_join():

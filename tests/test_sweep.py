@@ -9,11 +9,11 @@ import pytest
 
 import shardkit as sk
 from shardkit.cli import main
-from shardkit.sweeps import Case, ConfigFactory, Row, plots
+from shardkit.sweeps import ConfigFactory, SweepCase, SweepRow, draw_plots
 from shardkit.sweeps import _sweep as sweep_module
-from shardkit.sweeps._attempt import by_plan, is_done
+from shardkit.sweeps._case_runner import is_done, plan_figures
 from shardkit.sweeps._journal import Journal
-from shardkit.sweeps._parity import Parity
+from shardkit.sweeps._parity import ParityChecker
 from shardkit.sweeps._row import MEMORY, OK, WRONG
 from shardkit.sweeps._timing import SIMULATED
 
@@ -58,7 +58,7 @@ def test_every_factorization_is_a_row_and_none_is_dropped(whole):
     assert [count for _, *count in seen] == [[n, 4] for n in (1, 2, 3, 4)] + [
         [n, 3] for n in (1, 2, 3)
     ]
-    others = {row.case.key: row for row in found.others}
+    others = {row.case.key: row for row in found.unranked}
     assert list(others) == ["data=4,tensor=1 accumulate=2 remat=none"]
     (row,) = others.values()
     assert row.status == "illegal"
@@ -85,8 +85,8 @@ def test_a_row_has_its_figures_under_the_word_that_says_where_they_are_from(whol
     assert {"whole", "trace", "lower", "compile"} <= row.measured["compile_seconds"].keys()
     assert row.verified["ok"] is True
     assert row.on["device_kind"] == "cpu"
-    assert row.circumstances["versions"]["jax"]
-    assert row.circumstances["date"].endswith("Z")
+    assert row.provenance["versions"]["jax"]
+    assert row.provenance["date"].endswith("Z")
 
 
 def test_the_model_of_a_plan_stands_beside_what_is_compiled(whole):
@@ -111,13 +111,15 @@ def test_what_a_plan_cannot_follow_is_said():
         ("x", sk.strategies.expert("x"), "expert over x is not modelled"),
         ("pipe", uneven, "uneven stages are not modelled"),
     ):
-        said = by_plan(Case(((axis, 2),)), dataclasses.replace(declared, strategy=strategy), None)
+        said = plan_figures(
+            SweepCase(((axis, 2),)), dataclasses.replace(declared, strategy=strategy), None
+        )
         assert said == {"not_modelled": f"NotImplementedError: {why}"}
 
 
 def test_the_ranking_is_by_measured_time_and_the_table_fits(whole):
     found, _ = whole
-    assert found.by == "measured step time"
+    assert found.ranked_by == "measured step time"
     times = [row.seconds for row in found.ranked]
     assert times == sorted(times)
     text = str(found)
@@ -141,7 +143,7 @@ def test_csv_has_a_line_for_each_row(whole):
 
 def test_plots_are_drawn_twice_each(whole):
     found, _ = whole
-    drawn = plots(found)
+    drawn = draw_plots(found)
     names = {"memory", "communication", "time", "scaling", "model"}
     assert {path.name for path in drawn} == {f"{n}.{k}" for n in names for k in ("png", "svg")}
     assert all(path.stat().st_size > 2000 for path in drawn)
@@ -187,7 +189,7 @@ def test_what_fails_or_runs_out_of_memory_is_a_row(tmp_path):
 
 def test_a_step_with_wrong_numbers_is_not_ranked(tmp_path, monkeypatch):
     verdict = {"ok": False, "why": "gradients: w is off by 1.0e+00, at most 1.0e-05"}
-    monkeypatch.setattr(Parity, "verdict", lambda self, step: verdict)
+    monkeypatch.setattr(ParityChecker, "verdict", lambda self, step: verdict)
     found = sk.sweep(_swept.declared, out=tmp_path, axes=["data", "tensor"], devices=1, verify=True)
     assert not found.ranked
     assert found.rows[0].status == WRONG
@@ -197,7 +199,7 @@ def test_a_step_with_wrong_numbers_is_not_ranked(tmp_path, monkeypatch):
 def test_a_factory_that_ignores_what_it_is_asked_makes_no_row_that_lies(tmp_path):
     with pytest.raises(sk.errors.SweepError, match="None of 1 case is legal") as error:
         sk.sweep(_swept.deaf, out=tmp_path, axes=AXES, devices=1, accumulate=(2,))
-    assert "accumulate was asked to be 2, the step has 1" in str(error.value)
+    assert "is 2 in the case, the step has 1" in str(error.value)
 
 
 def test_no_legal_mesh_is_one_error_and_the_rows_are_kept(tmp_path):
@@ -212,12 +214,12 @@ def test_no_legal_mesh_is_one_error_and_the_rows_are_kept(tmp_path):
     ("asked", "message"),
     [
         ({"axes": ["data", "data"]}, "axis 'data'  is named twice"),
-        ({"axes": ["da ta"]}, "an axis is named by an identifier"),
+        ({"axes": ["da ta"]}, "axis 'da ta'"),
         ({"devices": 0}, "devices=0  is not a positive int"),
         ({"devices": 64}, "this process has 8 devices"),
         ({"accumulate": ()}, "accumulate=[]  is empty"),
         ({"remat": ["ful"]}, "unknown policy"),
-        ({"repeats": 1, "steps_per_repeat": 1}, "two timed updates at least"),
+        ({"repeats": 1, "steps_per_repeat": 1}, "at least two timed updates"),
         ({"target": "cpu:4", "devices": None, "time": True}, "needs devices that run"),
         ({"target": "cpu:4"}, "target cpu:4 has 4 devices"),
         ({"target": "tpu:v5z:4x4"}, "unknown chip 'v5z'"),
@@ -247,7 +249,7 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):
     with pytest.raises(sk.errors.SweepError, match=r"holds thesis\.tex, and no rows\.jsonl"):
         Journal(tmp_path, {})
     (tmp_path / "rows.jsonl").write_text("a file of mine")
-    with pytest.raises(sk.errors.SweepError, match="is no file of a sweep"):
+    with pytest.raises(sk.errors.SweepError, match="is not the file of a sweep"):
         Journal(tmp_path, {})
     assert (tmp_path / "rows.jsonl").read_text() == "a file of mine"
     with pytest.raises(sk.errors.SweepError, match="is a file"):
@@ -255,9 +257,18 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["rows.jsonl", "thesis.tex"]
 
 
+def test_a_file_of_another_format_version_is_refused_and_left_alone(tmp_path):
+    before = '{"identity": {}, "shardkit_sweep": 1}\n'
+    (tmp_path / "rows.jsonl").write_text(before)
+    with pytest.raises(sk.errors.SweepError, match="has format version 1") as error:
+        Journal(tmp_path, {})
+    assert "--out NEW_FOLDER" in str(error.value)
+    assert (tmp_path / "rows.jsonl").read_text() == before
+
+
 def test_rows_of_another_config_are_refused_with_every_difference(tmp_path):
     with Journal(tmp_path, {"model": {"num_layers": 4, "embed_dim": 8}}) as journal:
-        journal.add(Row(Case((("data", 1),)), OK, {}))
+        journal.add(SweepRow(SweepCase((("data", 1),)), OK, {}))
     before = (tmp_path / "rows.jsonl").read_text()
     with pytest.raises(sk.errors.SweepError, match="holds rows of another sweep") as error:
         Journal(tmp_path, {"model": {"num_layers": 2, "embed_dim": 8}, "data": 3})
@@ -270,8 +281,8 @@ def test_rows_of_another_config_are_refused_with_every_difference(tmp_path):
 def test_two_sweeps_into_one_folder_are_one_too_many(tmp_path):
     with Journal(tmp_path, {}), pytest.raises(sk.errors.SweepError, match="in use") as error:
         Journal(tmp_path, {})
-    assert "rows.jsonl  another sweep is writing to it" in str(error.value)
-    assert "Fix: wait until that one has ended" in str(error.value)
+    assert "rows.jsonl  another sweep writes to it" in str(error.value)
+    assert "Fix: wait until it has ended" in str(error.value)
     with Journal(tmp_path, {}) as journal:  # the end of a block lets go
         assert journal.rows == {}
 
@@ -295,16 +306,16 @@ def test_a_header_that_was_cut_is_written_again(tmp_path):
 
 def test_axes_without_a_strategy_get_their_ready_one():
     factory = ConfigFactory("", ("model=nano",))
-    assert factory.axes(()) == ("data", "tensor")
-    assert factory.idle(("fsdp",)) == ("data", "tensor")
+    assert factory.select_axes(()) == ("data", "tensor")
+    assert factory.unit_axes(("fsdp",)) == ("data", "tensor")
     spec = sk.MeshSpec(data=1, tensor=1, fsdp=4)
     made = factory(spec, accumulate=2, remat="full")
     assert sk.strategies.fsdp().kinds[0] in made.strategy.kinds
     assert (made.accumulate.micro_batches, made.strategy.remat) == (2, "full")
     with pytest.raises(sk.errors.ConfigError, match="Did you mean 'tensor'"):
-        factory.axes(("tensr",))
-    with pytest.raises(sk.errors.ConfigError, match="axis 'pipe'  is none of"):
-        factory.axes(("pipe",))  # how many micro-batches is for the config to say
+        factory.select_axes(("tensr",))
+    with pytest.raises(sk.errors.ConfigError, match="axis 'pipe'  is not one of"):
+        factory.select_axes(("pipe",))  # how many micro-batches is for the config to say
 
 
 def test_what_a_sweep_varies_does_not_tell_it_from_another():
@@ -340,7 +351,7 @@ def test_the_command_refuses_on_one_screen(words, message, tmp_path, capsys):
 
 def test_the_command_hands_over_what_it_is_told(tmp_path, monkeypatch, capsys):
     given = {}
-    result = sweep_module.Sweep((Row(Case((("data", 8),)), MEMORY, {}),), tmp_path, "one")
+    result = sweep_module.Sweep((SweepRow(SweepCase((("data", 8),)), MEMORY, {}),), tmp_path, "one")
 
     def record(factory, **asked):
         given.update(asked, factory=factory)

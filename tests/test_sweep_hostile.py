@@ -10,19 +10,25 @@ import pytest
 import shardkit as sk
 from shardkit.cli import main
 from shardkit.mesh import Target
-from shardkit.sweeps import Case, ConfigFactory, Row, Sweep, declared
+from shardkit.sweeps import ConfigFactory, Sweep, SweepCase, SweepRow, declare_case
 from shardkit.sweeps import _compilers as compilers
 from shardkit.sweeps import _sweep as sweep_module
-from shardkit.sweeps._attempt import Attempts, carried_over, estimated, is_done, is_proved
-from shardkit.sweeps._compilers import Absent
-from shardkit.sweeps._factories import source_of
+from shardkit.sweeps._case_runner import (
+    CaseRunner,
+    is_done,
+    is_verified,
+    keep_measurements,
+    user_figures,
+)
+from shardkit.sweeps._compilers import TargetCompiler
+from shardkit.sweeps._factories import make_child_source
 from shardkit.sweeps._journal import Journal
-from shardkit.sweeps._plots import source_line
+from shardkit.sweeps._plots import describe_sources
 from shardkit.sweeps._result import COMPILED, MEASURED, MODELLED
 from shardkit.sweeps._row import FAILED, ILLEGAL, MEMORY, OK, WRONG
 from shardkit.sweeps._timing import SIMULATED
-from shardkit.targets import OwnFailure
-from shardkit.targets.__main__ import step_of
+from shardkit.targets import UserCodeError
+from shardkit.targets.__main__ import compile_for_devices
 
 from . import _swept
 
@@ -30,8 +36,8 @@ CODE = {"commit": "0123456789", "versions": {"jax": "0.10.2"}, "date": "2026-11-
 
 
 def row(status=OK, devices=2, **fields):
-    case = Case((("data", devices), ("fsdp", 1), ("tensor", 1)))
-    return Row(case, status, {"platform": "cpu", "device_kind": "cpu"}, **fields)
+    case = SweepCase((("data", devices), ("fsdp", 1), ("tensor", 1)))
+    return SweepRow(case, status, {"platform": "cpu", "device_kind": "cpu"}, **fields)
 
 
 def compiled(**ratios):
@@ -59,7 +65,7 @@ def test_a_full_disk_costs_the_row_that_it_has_no_room_for(tmp_path):
         before = (tmp_path / "rows.jsonl").read_bytes()
         with (
             file_limit(len(before) + 40),
-            pytest.raises(sk.errors.SweepError, match="every row before is kept") as error,
+            pytest.raises(sk.errors.SweepError, match="earlier rows are kept") as error,
         ):
             journal.add(other)
         assert "rows.jsonl  File too large" in str(error.value)
@@ -78,7 +84,7 @@ def test_a_folder_that_cannot_be_made_is_told_before_anything_is_compiled(tmp_pa
 
 def test_a_file_that_is_no_text_is_refused_and_left_alone(tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(b"\xff\xfe\n")
-    with pytest.raises(sk.errors.SweepError, match=r"rows\.jsonl  is no text"):
+    with pytest.raises(sk.errors.SweepError, match=r"rows\.jsonl  is not UTF-8 text"):
         Journal(tmp_path, {})
     assert (tmp_path / "rows.jsonl").read_bytes() == b"\xff\xfe\n"
 
@@ -103,7 +109,7 @@ def test_ctrl_c_says_what_is_kept_and_the_same_call_goes_on(tmp_path):
     with pytest.raises(KeyboardInterrupt) as stopped:
         sk.sweep(_swept.picky, **asked, on_row=stop)
     (note,) = stopped.value.__notes__
-    assert note == f"1 row of 3 in {tmp_path}; called again, it goes on from there."
+    assert note == f"1 row of 3 in {tmp_path}; the same call resumes the sweep."
     seen = []
     sk.sweep(_swept.picky, **asked, on_row=lambda row, done, total: seen.append((done, total)))
     assert seen[-1] == (3, 3)
@@ -120,25 +126,25 @@ def test_what_code_may_have_mended_is_tried_again():
 
 
 def test_a_proof_holds_for_the_code_that_it_was_made_with():
-    proved = row(verified={"ok": True}, circumstances=CODE, measured={"warm_up_seconds": 1.0})
-    assert is_proved(proved, CODE)
-    assert not is_proved(dataclasses.replace(proved, verified={"ok": None}), CODE)
-    assert not is_proved(proved, CODE | {"commit": "other"})
+    proved = row(verified={"ok": True}, provenance=CODE, measured={"warm_up_seconds": 1.0})
+    assert is_verified(proved, CODE)
+    assert not is_verified(dataclasses.replace(proved, verified={"ok": None}), CODE)
+    assert not is_verified(proved, CODE | {"commit": "other"})
     for unknown in ("0123456789-dirty", None):
         said = CODE | {"commit": unknown}
-        assert not is_proved(dataclasses.replace(proved, circumstances=said), said)
-    new = row(circumstances=CODE)
-    assert carried_over(new, proved).verified == {"ok": True}
-    assert carried_over(new, proved).measured == {"warm_up_seconds": 1.0}
-    assert carried_over(new, dataclasses.replace(proved, status=WRONG)) == new
-    other = row(circumstances=CODE | {"versions": {"jax": "0.12"}})
-    assert carried_over(other, proved) == other
+        assert not is_verified(dataclasses.replace(proved, provenance=said), said)
+    new = row(provenance=CODE)
+    assert keep_measurements(new, proved).verified == {"ok": True}
+    assert keep_measurements(new, proved).measured == {"warm_up_seconds": 1.0}
+    assert keep_measurements(new, dataclasses.replace(proved, status=WRONG)) == new
+    other = row(provenance=CODE | {"versions": {"jax": "0.12"}})
+    assert keep_measurements(other, proved) == other
 
 
 def test_a_model_of_the_user_that_fails_costs_no_row():
-    case = Case((("data", 2),))
-    assert estimated(lambda case: case.devices, case) == {"memory": 2.0}
-    said = estimated(lambda case: {}["bytes"], case)
+    case = SweepCase((("data", 2),))
+    assert user_figures(lambda case: case.devices, case) == {"memory": 2.0}
+    said = user_figures(lambda case: {}["bytes"], case)
     assert said == {"not_modelled": "estimate raised KeyError: 'bytes'"}
 
 
@@ -156,7 +162,7 @@ def test_what_tells_sweeps_apart_must_be_plain(tmp_path):
         ("tests._swept:declard", "has no function 'declard'. Did you mean 'declared'?"),
         ("tests._swept:unlike", "cannot be called: got an unexpected keyword argument"),
         (_swept.unlike, "tests._swept:unlike  cannot be called: got an unexpected keyword"),
-        (7, "7  is no function, but int"),
+        (7, "7  is not a function, but int"),
         ("broken_factory:factory", "its module raised ZeroDivisionError: division"),
     ],
 )
@@ -175,16 +181,16 @@ def test_what_is_no_factory_is_refused_before_anything_is_written(
 def test_all_that_is_declared_is_compiled_for_a_target():
     declared = _swept.declared(sk.MeshSpec(data=2, tensor=4), accumulate=1, remat="none")
     assert declared.on_nonfinite == "stop"
-    made = step_of(declared, sk.MeshSpec(data=2, tensor=4), Target.parse("cpu:8")).spec
+    made = compile_for_devices(declared, sk.MeshSpec(data=2, tensor=4), Target.parse("cpu:8")).spec
     for field in ("on_nonfinite", "mode", "deterministic", "debug", "on_retrace", "strategy"):
         assert getattr(made, field) == getattr(declared, field)
 
 
 def absent(factory):
     """Tries one case for a target, with whatever stands where the child would be."""
-    case = Case((("data", 1), ("tensor", 2)))
-    compiler = Absent(factory, lambda case: source_of(factory, case), "cpu:2", 60.0)
-    return Attempts(compiler).try_case(case)[0]
+    case = SweepCase((("data", 1), ("tensor", 2)))
+    compiler = TargetCompiler(factory, lambda case: make_child_source(factory, case), "cpu:2", 60.0)
+    return CaseRunner(compiler).run_case(case)[0]
 
 
 def test_what_a_factory_raises_for_a_target_is_its_own_and_starts_no_child(monkeypatch):
@@ -194,12 +200,12 @@ def test_what_a_factory_raises_for_a_target_is_its_own_and_starts_no_child(monke
     none = absent(lambda mesh, **asked: None)
     assert (none.status, "returned NoneType; a compile elsewhere" in none.reason) == (ILLEGAL, True)
     deaf = absent(lambda mesh, **asked: _swept.deaf(mesh, accumulate=1, remat="full"))
-    assert "remat was asked to be 'none', the step has 'full'" in deaf.reason
+    assert "is 'none' in the case, the step has 'full'" in deaf.reason
 
 
 def test_what_users_code_raises_in_a_child_is_the_reason_of_its_row(monkeypatch):
     def fails(source, target, timeout):
-        raise OwnFailure("The code of mine raised an error.\nTraceback", "KeyError: 'mine'")
+        raise UserCodeError("The code of mine raised an error.\nTraceback", "KeyError: 'mine'")
 
     monkeypatch.setattr(compilers, "compile_for", fails)
     found = absent(_swept.declared)
@@ -212,12 +218,12 @@ def test_a_config_that_changes_under_a_sweep_changes_no_row(tmp_path):
     text = "import shardkit as sk\ndef config():\n    return sk.Config(name='mine')"
     path.write_text(text)
     factory = ConfigFactory(str(path), ("model=nano",))
-    case = Case((("data", 1), ("tensor", 1)))
-    source = source_of(factory, case).to_request()["arguments"]
-    assert declared(**source)[1] == sk.MeshSpec(data=1, tensor=1)
+    case = SweepCase((("data", 1), ("tensor", 1)))
+    source = make_child_source(factory, case).to_request()["arguments"]
+    assert declare_case(**source)[1] == sk.MeshSpec(data=1, tensor=1)
     path.write_text(text.replace("name=", "strategy=sk.strategies.data(), name="))
     with pytest.raises(sk.errors.SweepError, match=r"mine\.py  was changed while the sweep ran"):
-        declared(**source)
+        declare_case(**source)
 
 
 def test_the_command_takes_a_function_by_its_name(tmp_path, monkeypatch, capsys):
@@ -245,7 +251,7 @@ def test_no_figure_of_a_table_is_cut_off(tmp_path):
     made = [
         dataclasses.replace(
             row(compiled=compiled(**ratios), measured=timed | {"where": SIMULATED}),
-            case=Case(tuple((axis, n) for axis in ratios)),
+            case=SweepCase(tuple((axis, n) for axis in ratios)),
         )
         for n in (2, 16)
     ]
@@ -269,4 +275,4 @@ def test_where_times_are_from_is_said_once_with_the_rows_of_each():
         MODELLED: "modelled for cpu devices, simulated; ",
         COMPILED: "compiled for cpu devices, simulated; ",
     }.items():
-        assert source_line([one, two], by).startswith(said)
+        assert describe_sources([one, two], by).startswith(said)

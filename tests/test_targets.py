@@ -14,9 +14,9 @@ import pytest
 
 from shardkit._core.errors import ConfigError, MeshError, ReportError, ShardingError, StepError
 from shardkit.mesh import Target
-from shardkit.targets import Source, compile_for
-from shardkit.targets.__main__ import users_line
-from shardkit.targets._child import _environment
+from shardkit.targets import StepSource, compile_for
+from shardkit.targets.__main__ import find_user_line
+from shardkit.targets._child import _child_environment
 
 from ._declared import WIDTH
 
@@ -25,8 +25,8 @@ LIBTPU = importlib.util.find_spec("libtpu") is not None
 CUDA = all(map(importlib.util.find_spec, ("jax_plugins", "jax_plugins.xla_cuda13")))
 
 
-def source(function: str) -> Source:
-    return Source(f"tests._declared:{function}")
+def source(function: str) -> StepSource:
+    return StepSource(f"tests._declared:{function}")
 
 
 def children() -> set[int]:
@@ -89,7 +89,7 @@ def test_sources_that_do_not_exist(name, message, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(str(ROOT))
     with pytest.raises(ConfigError, match=message):
-        Source(name).load()
+        StepSource(name).load()
 
 
 def test_an_argument_that_is_missing_is_named():
@@ -98,8 +98,8 @@ def test_an_argument_that_is_missing_is_named():
 
 
 def test_a_source_survives_the_way_to_the_child():
-    one = Source("configs/nano.py", ("model.num_layers=1",))
-    assert Source.from_request(one.to_request()) == one
+    one = StepSource("configs/nano.py", ("model.num_layers=1",))
+    assert StepSource.from_request(one.to_request()) == one
     assert not one.is_function
     assert source("step").is_function
 
@@ -121,10 +121,10 @@ def test_a_bug_in_the_users_code_keeps_its_traceback():
 def test_a_bug_of_the_toolkit_is_not_called_the_users():
     with pytest.raises(AttributeError) as ours:
         Target.parse(None)  # pyright: ignore
-    assert users_line(ours.value) is None
+    assert find_user_line(ours.value) is None
     with pytest.raises(ValueError) as theirs:  # noqa: PT011
         json.loads("{")
-    assert (users_line(theirs.value) or "").startswith(f"{__file__}:")
+    assert (find_user_line(theirs.value) or "").startswith(f"{__file__}:")
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
@@ -148,8 +148,8 @@ def test_a_timeout_ends_the_child_and_what_it_started():
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 def test_a_killed_caller_leaves_no_child_and_no_folder(tmp_path):
-    asked = "compile_for(Source('tests._declared:forever'), 'cpu:2')"
-    program = f"from shardkit.targets import Source, compile_for; {asked}"
+    asked = "compile_for(StepSource('tests._declared:forever'), 'cpu:2')"
+    program = f"from shardkit.targets import StepSource, compile_for; {asked}"
     here = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     caller = subprocess.Popen([sys.executable, "-c", program], env=here, cwd=ROOT)
     listed = Path(f"/proc/{caller.pid}/task/{caller.pid}/children")
@@ -223,7 +223,7 @@ def test_the_child_starts_no_accelerator_and_keeps_no_simulated_devices(monkeypa
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
     monkeypatch.setenv("JAX_PLATFORMS", "")
     program = "import jax; print(jax.default_backend(), jax.device_count())"
-    inherited = _environment()
+    inherited = _child_environment()
     said = subprocess.run(
         [sys.executable, "-c", program], env=inherited, capture_output=True, text=True, check=True
     )

@@ -56,8 +56,8 @@ def test_fewer_key_heads_than_devices_is_an_error_that_names_sizes_and_policy():
 def test_a_policy_that_there_is_not():
     with pytest.raises(sk.errors.StepError) as caught:
         tensor(kv_heads="replicated")
-    assert "tensor(kv_heads='replicated')" in str(caught.value)
-    assert "known: split, replicate. Did you mean 'replicate'?" in str(caught.value)
+    assert "Fix: kv_heads='replicate'" in str(caught.value)
+    assert "known: 'split', 'replicate'. Did you mean 'replicate'?" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from shardkit.hardware import CHIPS
 from shardkit.report import Program, Report, count_flops, model_time, read_ledger
 from shardkit.report.communication._links import Links
 from shardkit.report.hlo._hlo import parse
-from shardkit.report.hlo._trips import Loops
-from shardkit.report.time._traffic import moved
+from shardkit.report.hlo._trips import TripCounts
+from shardkit.report.time._traffic import step_traffic
 
 from ._programs import BATCH, HIDDEN, WIDTH, make_mesh, program, recorded, rows, sgd, weights
 
@@ -144,7 +144,7 @@ def test_an_operation_without_an_estimate_counts_as_its_traffic_and_is_named():
     timeline = played(text)
     traffic = 2 * 4 * PIECE / V5P.memory_bandwidth
     assert timeline.compute == pytest.approx(seconds(1000) + traffic)
-    assert "1 of 2 operations are without an estimate (tail)" in " ".join(timeline.assumptions)
+    assert "1 of 2 operations have no estimate (tail)" in " ".join(timeline.assumptions)
     kernel = f'  %splash.1 = {X} custom-call(%a), custom_call_target="tpu_custom_call"\n'
     timeline = played(main(work("a", "x", 1000), kernel))
     assert timeline.problems == (
@@ -167,7 +167,7 @@ def test_the_recorded_program_is_its_cycles_and_its_ledger():
     text = recorded("tpu_v5p_fsdp_tensor")
     timeline = played(text, MESH)
     module = parse(text)
-    loops, cycles = Loops(module), 0
+    loops, cycles = TripCounts(module), 0
     bodies = {
         dict(one.calls)["body"]: loops.trips(module.entry, one.name)
         for one in module.computations[module.entry].instructions.values()
@@ -266,7 +266,10 @@ ENTRY %main (p: f32[8,64], i: s32[], u: f32[1,64]) -> f32[64] {
     )
     row = 4 * 64
     module = parse(text)
-    assert moved(module, Loops(module)) == ((row + 4 + row) + (row + 4 + row) + 2 * row, ())
+    assert step_traffic(module, TripCounts(module)) == (
+        (row + 4 + row) + (row + 4 + row) + 2 * row,
+        (),
+    )
 
 
 def test_traffic_of_a_compiled_product():
@@ -278,7 +281,7 @@ def test_traffic_of_a_compiled_product():
     )
     module = parse(made.hlo)
     least = 4 * (WIDTH * HIDDEN + BATCH * WIDTH + BATCH * HIDDEN)
-    assert least <= moved(module, Loops(module))[0] <= 2 * least
+    assert least <= step_traffic(module, TripCounts(module))[0] <= 2 * least
 
 
 @pytest.mark.parametrize("name", RECORDED)

@@ -17,7 +17,7 @@ from shardkit.lm._summary import Summary
 
 from .test_run import FakeStep
 
-SIDES = ("train", "held_out")
+SIDES = ("train", "validation")
 
 WORDS = {"<unk>": 0, "a": 1, "b": 2, "c": 3, "<|endoftext|>": 7}
 
@@ -40,7 +40,7 @@ def folder(tmp_path):
 
 
 def config(folder, tokenizer, **changes):
-    sizes = {"seq_len": 4, "batch_size": 2, "held_out": 0.2} | changes
+    sizes = {"seq_len": 4, "batch_size": 2, "validation_fraction": 0.2} | changes
     return DataConfig(path=str(folder), tokenizer=str(tokenizer), **sizes)
 
 
@@ -51,9 +51,9 @@ def test_files_become_tokens_with_an_end_behind_each(folder, tokenizer):
     assert tokens[0] == tokens[-1] == 7
     assert (tokens == 7).sum() == text.corpus.train_files + 1
     assert set(tokens[1:4].tolist()) == {1, 2, 3}
-    scored = [text.held_out_batch(i)["weights"].sum() for i in range(text.held_out_steps)]
-    assert sum(scored) == text.held_out_tokens == text.held_out.size
-    assert text.held_out_bytes > text.held_out_tokens
+    scored = [text.validation_batch(i)["weights"].sum() for i in range(text.validation_steps)]
+    assert sum(scored) == text.validation_tokens == text.validation.size
+    assert text.validation_bytes > text.validation_tokens
 
 
 def test_text_is_tokenized_once_into_shards_that_hold_the_same(folder, tokenizer, tmp_path, capsys):
@@ -71,12 +71,12 @@ def test_text_is_tokenized_once_into_shards_that_hold_the_same(folder, tokenizer
     stream = open_shards(shards)
     assert (stream.size, len(stream.ends), stream.end) == (3 * 210 + 20, 20, 7)
     assert stream.vocabulary == 8
-    train, held_out = (getattr(load_text(config(folder, tokenizer)), s) for s in SIDES)
-    assert train.size + held_out.size == stream.size
+    train, validation = (getattr(load_text(config(folder, tokenizer)), s) for s in SIDES)
+    assert train.size + validation.size == stream.size
     again = load_text(DataConfig(path=str(out), seq_len=4, batch_size=2), 8)
-    assert again.train.size + again.held_out.size == stream.size
+    assert again.train.size + again.validation.size == stream.size
     with pytest.raises(
-        sk.errors.DataError, match=r"out +holds tokens-00000\.bin; nothing is written"
+        sk.errors.DataError, match=r"out +holds tokens-00000\.bin; nothing is overwritten"
     ):
         tokenize(folder, out)
     (tmp_path / "none").mkdir()
@@ -104,7 +104,7 @@ def test_what_is_no_tokenizer_says_why(folder, tmp_path):
     ):
         load_text(config(folder, tmp_path / "none.json"))
     (tmp_path / "config.json").write_text('{"vocab": 3}')
-    with pytest.raises(sk.errors.DataError, match="is no file of a tokenizer: "):
+    with pytest.raises(sk.errors.DataError, match="is not a tokenizer file: "):
         load_text(config(folder, tmp_path / "config.json"))
 
 
@@ -118,11 +118,11 @@ def test_text_that_is_not_utf8_shows_where(folder, tokenizer):
 
 def test_another_tokenizer_is_other_data(folder, tokenizer):
     text = load_text(config(folder, tokenizer))
-    position = text.position(9)
-    assert sk.data.resume_step(position, text) == 9
+    state = text.state(9)
+    assert sk.data.resume_step(state, text) == 9
     tokenizer.write_text(tokenizer.read_text().replace('"c"', '"d"'))
     with pytest.raises(sk.errors.DataError, match=r"tokens +was 'tokenizer\.json"):
-        sk.data.resume_step(position, load_text(config(folder, tokenizer)))
+        sk.data.resume_step(state, load_text(config(folder, tokenizer)))
 
 
 # --- what a model wrote
@@ -181,4 +181,4 @@ def test_a_tokenizer_that_cannot_be_that_of_the_shards_is_refused(folder, tokeni
     message = str(error.value)
     assert "The tokenizer is not that of the shards." in message
     assert f"data.tokenizer={tokenizer}  has 8 ids; {shard} holds id 11." in message
-    assert "Fix: the tokenizer that the shards were made with, or none: then the run" in message
+    assert "Fix: the tokenizer that made the shards, or none: then the run" in message

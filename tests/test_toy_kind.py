@@ -11,8 +11,8 @@ import pytest
 
 import shardkit as sk
 from shardkit.parallel import DeviceBytes, Kind, check_composition, register_kind, strategies
-from shardkit.planner import SearchSpace, modelled, plan
-from shardkit.report import Program, Report, Row
+from shardkit.planner import SearchSpace, estimate_step, plan
+from shardkit.report import LedgerRow, Program, Report
 from shardkit.sweeps import ConfigFactory
 
 ROWS, EMBED, MLP, PROBE = 64, 128, 256, 4096
@@ -37,8 +37,8 @@ class Columns(Kind):
     name: ClassVar[str] = "columns"
     splits = frozenset({"heads"})
     collectives = frozenset({"all-reduce"})
-    weighed = "columns of pairs"
-    make = staticmethod(columns)
+    planned = "columns of pairs"
+    factory = staticmethod(columns)
 
     def minimum(self, program: Program) -> float | None:
         """The result of one pair, reduced once."""
@@ -50,13 +50,13 @@ class Columns(Kind):
         return 2 * (n - 1) / n * of_pair[0].device_bytes(program.sizes)
 
     def excess(
-        self, row: Row, rows: Sequence[Row], program: Program
+        self, row: LedgerRow, rows: Sequence[LedgerRow], program: Program
     ) -> Iterator[tuple[str, float]]:
         """Results of pairs that were not added up before they were reduced."""
         arrays = sum(len(one.operands) for one in rows)
         yield APART, 1 - 1 / arrays
 
-    def sent_beside(self, held: DeviceBytes) -> float:
+    def extra_bytes(self, held: DeviceBytes) -> float:
         """What its models send under a `shard_map` of their own."""
         return PROBE * (held.sizes[self.axis] - 1)
 
@@ -88,14 +88,14 @@ def gathered(params, batch, key):
     return jnp.mean(pair(params, batch["x"], "batch", "embed") ** 2)
 
 
-def declared(loss, strategy=None, **mesh):
-    return sk.Declaration(
+def spec_of(loss, strategy=None, mode="auto"):
+    return sk.StepSpec(
         loss_fn=loss,
         optimizer=optax.sgd(0.1),
         init=init,
         batch={"x": jax.ShapeDtypeStruct((ROWS, EMBED), jnp.float32)},
-        mesh=sk.MeshSpec(**(mesh or {"data": 2, "columns": 4})),
         strategy=strategy or strategies.data() | columns(),
+        mode=mode,
     )
 
 
@@ -104,16 +104,8 @@ def reported(loss, strategy=None):
 
 
 def compiled(loss, strategy=None, mode="auto"):
-    made = declared(loss, strategy)
-    return sk.compile_step(
-        loss,
-        made.optimizer,
-        init=init,
-        batch=made.batch,
-        mesh=made.mesh.build(),
-        strategy=made.strategy,
-        mode=mode,
-    )
+    mesh = sk.MeshSpec(data=2, columns=4).build()
+    return spec_of(loss, strategy, mode).compile(mesh)
 
 
 def over_columns(report):
@@ -165,7 +157,7 @@ def test_a_plan_tries_names_and_estimates_it():
         SearchSpace(axes=("data", "columns"), **known)
     with register_kind(Columns("columns")):
         assert SearchSpace().axes[-1] == "columns"
-        made = plan(declared(once), "tpu:v5e:2x2", space=SearchSpace(("data", "columns"), **known))
+        made = plan(spec_of(once), "tpu:v5e:2x2", space=SearchSpace(("data", "columns"), **known))
     assert made.assumptions[-1].startswith("layouts are data and ZeRO, columns of pairs; not")
     (found,) = [c for c in made.rows if c.mesh == {"data": 1, "columns": 4}]
     assert f"strategy = {__name__}.columns()" in found.declaration
@@ -174,14 +166,14 @@ def test_a_plan_tries_names_and_estimates_it():
 
 
 def test_one_declared_step_is_modelled_with_it():
-    sent = modelled(declared(once, columns(), columns=4), {"columns": 4}).wire
+    sent = estimate_step(spec_of(once, columns()), {"columns": 4}).wire
     assert sent["columns"] == ALL_REDUCED + 3 * PROBE
 
 
 def test_a_sweep_lays_out_its_axis(tmp_path):
     factory = ConfigFactory("", ("model=nano", "data.seq_len=32", "data.batch_size=4"))
     with pytest.raises(sk.errors.ConfigError, match="columns"):
-        factory.axes(("columns",))
+        factory.select_axes(("columns",))
     with register_kind(Columns("columns")):
         found = sk.sweep(factory, out=tmp_path, axes=("columns",), devices=2)
     (row,) = found.rows

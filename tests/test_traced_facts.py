@@ -19,10 +19,10 @@ from jax.ad_checkpoint import checkpoint_name
 import shardkit as sk
 from shardkit._core.tracing import TraceContext, equations, record_fact, recorded_facts
 from shardkit.nn._constrain import constrain_gradient
-from shardkit.nn._manual_axis_rules import ManualAxisRules, manual_axis_rules
+from shardkit.nn._manual_axis_rules import ManualAxisRules, use_manual_axis_rules
 from shardkit.nn._overridable import Override, overridable, shard_mapped
-from shardkit.nn._remat import active, in_turn, policy
-from shardkit.planner._trace import Model
+from shardkit.nn._remat import defer_remat, parse_policy, use_policy
+from shardkit.planner._trace import TracedModel
 from shardkit.report import count_flops
 
 S = sk.strategies
@@ -71,7 +71,7 @@ def weight(w, x):
 
 
 def turned(w, x):
-    part = in_turn(lambda x: jnp.tanh(x @ w["up"]) @ w["down"], "mix")
+    part = defer_remat(lambda x: jnp.tanh(x @ w["up"]) @ w["down"], "mix")
     return x + jnp.sin(checkpoint_name(part(jnp.cos(x)), "mix"))
 
 
@@ -161,7 +161,7 @@ def loss_of(mark, form):
     return lambda params, batch, key: last({}, forward(params, batch["x"]), batch)
 
 
-SQUARE = dataclasses.replace(S.data() | S.tensor(), regions=(("square", Squared("data")),))
+SQUARE = dataclasses.replace(S.data() | S.tensor(), overrides=(("square", Squared("data")),))
 KEPT = S.fsdp(reshard_after_forward=False, min_size=1)
 MESH = {"data": 2, "tensor": 2}
 # Mark, mode, strategy, sizes of the mesh.
@@ -260,10 +260,10 @@ def test_a_jitted_model_is_verified():
     ],
 )
 def test_a_plan_sees_the_marks_of_a_model_that_was_traced_before(mark, kind, facts):
-    declared = compiled("constrain", "jit", "none").declaration
-    model = Model.of(dataclasses.replace(declared, loss_fn=loss_of(mark, "jit")))
+    declared = compiled("constrain", "jit", "none").spec
+    model = TracedModel.of(dataclasses.replace(declared, loss_fn=loss_of(mark, "jit")))
     for _ in range(2):
-        assert getattr(model.marked(), kind) == facts
+        assert getattr(model.regions(), kind) == facts
     assert not any("shardkit_record" in op.name for op in model.program("full", True).ops)
 
 
@@ -273,7 +273,7 @@ def test_a_region_that_a_jitted_model_lacks_is_still_an_error(remat):
     step = compiled("constrain", "jit", remat)
     mesh = sk.MeshSpec(context=2).build(devices=jax.devices()[:2])
     for _ in range(2):
-        with pytest.raises(sk.errors.StepError, match=r"marks no attention(.|\n)*sk.nn.attention"):
+        with pytest.raises(sk.errors.StepError, match=r"needs `sk.nn.attention`, but"):
             step.replace(strategy=strategy, mesh=mesh)
 
 
@@ -360,7 +360,7 @@ def test_meanings_of_names_on_one_mesh_do_not_share_traces():
 
     def over(*axes):
         def run(x):
-            with manual_axis_rules(ManualAxisRules((("mlp", axes),))):
+            with use_manual_axis_rules(ManualAxisRules((("mlp", axes),))):
                 return sums(x)
 
         specs = jax.sharding.PartitionSpec(axes)
@@ -425,11 +425,11 @@ def test_a_fact_is_found_wherever_it_is_recorded(inside):
 
 
 def test_the_layers_of_a_policy_are_told_from_other_checkpoints():
-    named = policy("save:mix")
+    named = parse_policy("save:mix")
     w = {name: x.value[0] for name, x in init(jax.random.key(0)).items()}
 
     def policies(layer):
-        with active(named):
+        with use_policy(named):
             jaxpr = jax.make_jaxpr(layer)(w, BATCH["x"]).jaxpr
         return [eqn.params["policy"] for eqn in equations(jaxpr) if "policy" in eqn.params]
 

@@ -161,7 +161,7 @@ def test_data_in_any_form_is_taken_up_where_the_run_was_killed(form, tmp_path, s
             finally:
                 Own.closed += 1
 
-        def position(self, step):
+        def state(self, step):
             return {"next": step, "of": "mine"}
 
     data = {
@@ -241,7 +241,7 @@ def test_what_a_callback_raises_ends_the_run_and_every_callback_is_told(tmp_path
 
 
 def test_mfu_is_told_where_the_devices_are_in_a_table(tmp_path, step, monkeypatch):
-    monkeypatch.setattr(_throughput, "chip_of", lambda kind: CHIPS["h100"])
+    monkeypatch.setattr(_throughput, "identify_chip", lambda kind: CHIPS["h100"])
     out = io.StringIO()
     trainer(tmp_path / "run", step, out=out).run()
     told = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "step"]

@@ -1,4 +1,4 @@
-"""The certificate: that it is right, reads well, and fails where something is wrong."""
+"""The parity report is right, reads well, and fails if something is wrong."""
 
 import functools
 
@@ -9,18 +9,25 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from shardkit._core.errors import VerificationError
-from shardkit._core.types import Accumulate, Loss, Mean, Variables
-from shardkit.mesh import MeshSpec
-from shardkit.parallel import Strategy
-from shardkit.parity import ParityReport, Row, made_up, one_device, verify
-from shardkit.parity._compare import Limits, errors, unequal, worst
-from shardkit.parity._layout import differing_copies, misplaced
-from shardkit.parity._observe import counted_compiles
-from shardkit.parity._record import Trial, clipped_sgd
-from shardkit.parity._reference import Reference, nudged
-from shardkit.rules import PathRules
-from shardkit.step import compile_step
+from shardkit import Accumulate, Loss, Mean, MeshSpec, PathRules, Strategy, Variables, compile_step
+from shardkit.errors import VerificationError
+from shardkit.parity import (
+    ParityReport,
+    ParityRow,
+    build_one_device_mesh,
+    make_random_batches,
+    verify,
+)
+from shardkit.parity._compare import (
+    ErrorLimits,
+    compute_errors,
+    find_unequal_leaves,
+    find_worst_leaf,
+)
+from shardkit.parity._layout import find_differing_copies, find_misplaced_leaves
+from shardkit.parity._observe import count_compiles
+from shardkit.parity._record import ParityInputs, clipped_sgd
+from shardkit.parity._reference import Reference, nudge_params
 
 ROWS, WIDTH = 8, 4
 STRATEGY = Strategy(
@@ -61,13 +68,13 @@ def factory(mesh, **options):
 
 
 @pytest.fixture(scope="module")
-def certificate():
+def report():
     return verify(factory, [MeshSpec(data=2, tensor=4)], batches=batches())
 
 
-def test_every_check_of_a_right_step_passes(certificate):
-    assert certificate.check() is certificate
-    assert [row.check for row in certificate.rows] == [
+def test_every_check_of_a_right_step_passes(report):
+    assert report.check() is report
+    assert [row.check for row in report.rows] == [
         "layout",
         "init",
         "loss",
@@ -83,16 +90,16 @@ def test_every_check_of_a_right_step_passes(certificate):
     ]
 
 
-def test_thresholds_come_from_noise_and_end_at_1e_5_in_f32(certificate):
-    rows = {row.check: row for row in certificate.rows}
+def test_thresholds_come_from_noise_and_end_at_1e_5_in_f32(report):
+    rows = {row.check: row for row in report.rows}
     assert 0 < rows["gradients"].noise < 1e-5
     for check in ("loss", "gradients", "grad_norm", "metrics", "sgd update", "evaluate"):
         assert rows[check].threshold <= 1.01e-5
     assert rows["init"].threshold == rows["layout"].threshold == 0
 
 
-def test_table_names_the_worst_leaf_within_a_hundred_columns(certificate):
-    text = str(certificate)
+def test_table_names_the_worst_leaf_within_a_hundred_columns(report):
+    text = str(report)
     assert max(map(len, text.splitlines())) <= 100
     assert text.startswith("One device against each mesh: 3 steps, compute f32.")
     assert "(data=2, tensor=4)" in text
@@ -124,9 +131,9 @@ def test_a_loss_that_depends_on_the_mesh_fails_with_every_row():
 
 
 def test_the_reference_is_plain_jax():
-    one = factory(one_device(MeshSpec(data=2, tensor=4).build()))
+    one = factory(build_one_device_mesh(MeshSpec(data=2, tensor=4).build()))
     reference = Reference(one.spec, jax.devices()[0])
-    start = reference.start(jax.random.key(3))
+    start = reference.init(jax.random.key(3))
     metrics, grads, _ = reference.gradients(start, batches()[0], 5)
     wanted_params = jax.jit(init)(jax.random.split(jax.random.key(3))[0])
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, start.params, wanted_params)))
@@ -148,14 +155,15 @@ def test_micro_batches_of_the_reference_make_one_weighted_mean():
         return Mean(out.sum(), batch["w"].sum())
 
     one = factory(
-        one_device(MeshSpec(data=1, tensor=1).build(devices=jax.devices()[:1])), loss_fn=quiet
+        build_one_device_mesh(MeshSpec(data=1, tensor=1).build(devices=jax.devices()[:1])),
+        loss_fn=quiet,
     )
     d = one.spec
     split = d.replace(accumulate=4)
     told = []
     for spec in (d, split):
         reference = Reference(spec, jax.devices()[0])
-        told.append(reference.gradients(reference.start(jax.random.key(0)), batches()[0], 0))
+        told.append(reference.gradients(reference.init(jax.random.key(0)), batches()[0], 0))
     (whole, whole_grads, _), (parts, parts_grads, _) = told
     np.testing.assert_allclose(whole["loss"], parts["loss"], rtol=1e-6)
     np.testing.assert_allclose(whole_grads["up"], parts_grads["up"], rtol=1e-5, atol=1e-7)
@@ -194,27 +202,27 @@ def test_nothing_to_verify_is_one_error():
 
 def test_a_loss_that_is_not_finite_names_the_fix():
     bad = [{**batches()[0], "x": np.full((ROWS, WIDTH), np.inf, np.float32)}]
-    with pytest.raises(VerificationError, match=r"loss nan.*nothing would be proved") as raised:
+    with pytest.raises(VerificationError, match=r"loss nan.*a comparison proves nothing") as raised:
         verify(factory, [MeshSpec(data=1, tensor=1)], batches=bad, steps=1)
     assert "Fix: verify(..., batches=[...])" in str(raised.value)
 
 
-def test_made_up_batches_have_the_declared_shapes():
-    step = factory(one_device(MeshSpec(data=2, tensor=4).build()))
-    first, second = made_up(step)
+def test_random_batches_have_the_declared_shapes():
+    step = factory(build_one_device_mesh(MeshSpec(data=2, tensor=4).build()))
+    first, second = make_random_batches(step)
     assert first["x"].shape == (ROWS, WIDTH)
     assert first["x"].dtype == np.float32
     assert not np.array_equal(first["x"], second["x"])
 
 
-# What the checks are made of, each shown able to fail.
+# The parts of the checks, each shown to fail.
 
 
 def test_errors_are_normwise_with_a_floor():
     wanted = {"large": np.array([100.0, 1.0]), "zero": np.array([0.0])}
     found = {"large": np.array([100.0, 2.0]), "zero": np.array([0.5])}
-    assert errors(found, wanted) == {"large": 0.01, "zero": 0.5}
-    assert worst(found, wanted) == ("zero", 0.5)
+    assert compute_errors(found, wanted) == {"large": 0.01, "zero": 0.5}
+    assert find_worst_leaf(found, wanted) == ("zero", 0.5)
 
 
 @pytest.mark.parametrize(
@@ -222,16 +230,16 @@ def test_errors_are_normwise_with_a_floor():
     [{}, {"w": np.ones(3)}, {"w": np.array([1.0, np.nan])}, {"w": np.ones(2), "v": np.ones(1)}],
 )
 def test_missing_misshapen_and_undefined_leaves_are_infinitely_wrong(found):
-    assert max(errors(found, {"w": np.ones(2)}).values()) == np.inf
+    assert max(compute_errors(found, {"w": np.ones(2)}).values()) == np.inf
 
 
 def test_bits_count_where_values_do_not():
-    assert unequal({"w": np.array([-0.0])}, {"w": np.array([0.0])}) == ("w", 1)
-    assert unequal({"w": np.array([0.0])}, {"w": np.array([0.0])}) == ("", 0)
+    assert find_unequal_leaves({"w": np.array([-0.0])}, {"w": np.array([0.0])}) == ["w"]
+    assert find_unequal_leaves({"w": np.array([0.0])}, {"w": np.array([0.0])}) == []
 
 
 def test_limits_of_each_dtype():
-    f32, bf16 = Limits.of("float32"), Limits.of("bfloat16")
+    f32, bf16 = ErrorLimits.of("float32"), ErrorLimits.of("bfloat16")
     assert f32.threshold("gradients", 1.0) == pytest.approx(1e-5, rel=0.01)
     assert f32.threshold("gradients", 0.0) == pytest.approx(9.5e-7, rel=0.01)
     assert f32.threshold("gradients", 5e-7) == pytest.approx(4e-6)
@@ -239,13 +247,13 @@ def test_limits_of_each_dtype():
     assert bf16.threshold("gradients", 1.0) == 0.25
 
 
-def test_live_layouts_are_told_from_declared_ones():
+def test_a_layout_other_than_the_declared_one_is_found():
     mesh = MeshSpec(data=2, tensor=4).build()
     x = jax.device_put(jnp.zeros((8, 4)), jax.NamedSharding(mesh, P("tensor")))
-    assert list(misplaced({"x": x}, {"x": P("tensor")}, mesh, "at first")) == []
-    ((leaf, why),) = misplaced({"x": x}, {"x": P("data")}, mesh, "at first")
+    assert list(find_misplaced_leaves({"x": x}, {"x": P("tensor")}, mesh, "at first")) == []
+    ((leaf, why),) = find_misplaced_leaves({"x": x}, {"x": P("data")}, mesh, "at first")
     assert leaf == "x"
-    assert why == "at first lives as P('tensor'), the rules say P('data')"
+    assert why == "at first is laid out as P('tensor'), the rules say P('data')"
 
 
 def test_copies_that_differ_are_found():
@@ -253,16 +261,16 @@ def test_copies_that_differ_are_found():
     apart = jax.shard_map(
         lambda x: x[0], mesh=mesh, in_specs=P("data"), out_specs=P(), check_vma=False
     )(jnp.arange(8.0))
-    ((leaf, why),) = differing_copies({"same": jnp.ones(2), "apart": apart})
+    ((leaf, why),) = find_differing_copies({"same": jnp.ones(2), "apart": apart})
     assert leaf == "apart"
     assert why == "devices 0 and 1 hold copies 1.0e+00 apart"
 
 
 def test_compiles_are_counted():
-    with counted_compiles() as count:
+    with count_compiles() as count:
         jax.jit(lambda x: x * 3)(np.float32(2))
     assert count[0] > 0
-    with counted_compiles() as count:
+    with count_compiles() as count:
         pass
     assert count[0] == 0
 
@@ -278,20 +286,22 @@ def test_sgd_is_clipped_and_moves_by_a_tenth():
 
 def test_a_nudge_is_one_rounding():
     state = Reference(
-        factory(one_device(MeshSpec(data=1, tensor=1).build(devices=jax.devices()[:1]))).spec,
+        factory(
+            build_one_device_mesh(MeshSpec(data=1, tensor=1).build(devices=jax.devices()[:1]))
+        ).spec,
         jax.devices()[0],
-    ).start(jax.random.key(0))
-    moved = nudged(state, "float32", 0)
+    ).init(jax.random.key(0))
+    moved = nudge_params(state, "float32", 0)
     gap = np.abs(moved.params["up"] / state.params["up"] - 1)
     assert 0 < gap.max() <= 2.5e-7
     assert np.array_equal(moved.params["bias"], state.params["bias"])
 
 
 def test_batches_of_a_trial_take_turns():
-    trial = Trial(["a", "b"], 3, jax.random.key(0))
+    trial = ParityInputs(["a", "b"], 3, jax.random.key(0))
     assert [trial.batch(t) for t in range(3)] == ["a", "b", "a"]
 
 
 def test_a_certificate_without_rows_proves_nothing():
     assert not ParityReport((), "nothing").ok
-    assert not Row("m", "loss", "loss", float("nan"), 0.0, 1.0).ok
+    assert not ParityRow("m", "loss", "loss", float("nan"), 0.0, 1.0).ok

@@ -1,1 +1,1 @@
-"""What every room stands on; it imports no other room."""
+"""What all packages share; imports none of them."""

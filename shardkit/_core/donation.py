@@ -1,32 +1,31 @@
-"""Arrays that a step has consumed: refused by name, where the runtime would crash."""
-
-from typing import Any
+"""Refuses arrays that a step has donated, which would crash the runtime."""
 
 import jax
 
 from .errors import Problem, StateError, raise_all
 from .tree import path_str
+from .types import PyTree
 
 
-def check_not_donated(given: Any, what: str, headline: str) -> None:
-    """Refuses arrays whose buffers an earlier step consumed, which would crash the interpreter.
+def check_not_donated(tree: PyTree, name: str, headline: str) -> None:
+    """Refuses arrays whose buffers were donated to an earlier step.
 
     Args:
-      given: pytree.
-      what: it is: `state`.
-      headline: of the error.
+      tree: pytree of arrays.
+      name: of the tree in the message, such as `state`.
+      headline: first line of the error.
 
     Raises:
-      StateError: naming the leaves that are gone.
+      StateError: some arrays are deleted; names the first three.
     """
-    if not any(x.is_deleted() for x in jax.tree.leaves(given) if isinstance(x, jax.Array)):
+    if not any(x.is_deleted() for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)):
         return
-    gone = [
+    deleted = [
         path_str(path)
-        for path, x in jax.tree_util.tree_leaves_with_path(given)
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
         if isinstance(x, jax.Array) and x.is_deleted()
     ]
-    shown = ", ".join(gone[:3]) + (f" and {len(gone) - 3} more" if len(gone) > 3 else "")
-    why = f"{shown}: consumed (donated) by an earlier step"
+    shown = ", ".join(deleted[:3]) + (f" and {len(deleted) - 3} more" if len(deleted) > 3 else "")
+    why = f"{shown}: donated to an earlier step"
     fix = "state, metrics = step(state, batch), and use the returned state from then on"
-    raise_all(StateError, headline, [Problem(what, why)], fix)
+    raise_all(StateError, headline, [Problem(name, why)], fix)

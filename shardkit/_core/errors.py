@@ -1,8 +1,8 @@
-"""What a user reads when a declaration is wrong: every failure at once, each with its fix.
+"""Errors that list every failure of a declaration at once, each with its fix.
 
 A message has five parts: what failed; which leaf; which rule or field and which mesh; the
-nearest legal alternatives; a fix as code. `Problem` holds one row of that, `raise_all` prints
-every row under one headline, so that nobody mends ten mistakes in ten runs.
+nearest legal alternatives; a fix as code. A `Problem` is one row of it; `raise_all` prints
+every row under one headline, so that ten mistakes do not take ten runs.
 """
 
 import dataclasses
@@ -15,19 +15,19 @@ class ShardkitError(ValueError):
 
 
 class Stopped(Exception):
-    """A run was told to end (SIGTERM) and did so in order; it can go on later."""
+    """A run stopped on request (SIGTERM), with a checkpoint, and can be resumed."""
 
 
 class MeshError(ShardkitError):
-    """A mesh cannot be built: sizes, axis names or devices do not fit."""
+    """A mesh cannot be declared or built: sizes, axis names or devices do not fit."""
 
 
 class ShardingError(ShardkitError):
-    """Leaves cannot be laid out on a mesh as the rules say."""
+    """Leaves cannot be laid out on a mesh by the rules."""
 
 
 class TreeError(ShardkitError):
-    """A pytree has leaves that no path tells apart."""
+    """Two leaves of a pytree have the same path."""
 
 
 class BatchError(ShardkitError):
@@ -35,7 +35,7 @@ class BatchError(ShardkitError):
 
 
 class StateError(ShardkitError):
-    """A train state was consumed already, or does not belong to this step."""
+    """A train state was donated to an earlier step, or belongs to another one."""
 
 
 class StepError(ShardkitError):
@@ -43,7 +43,7 @@ class StepError(ShardkitError):
 
 
 class VerificationError(ShardkitError):
-    """A step does not give the numbers of one device, or cannot be compared with it."""
+    """A step differs from a single device, or cannot be compared with one."""
 
 
 class ConfigError(ShardkitError):
@@ -55,23 +55,23 @@ class DataError(ShardkitError):
 
 
 class CheckpointError(ShardkitError):
-    """A checkpoint cannot be written, found, or fitted to the state that is asked for."""
+    """A checkpoint cannot be written, found, or restored into the requested state."""
 
 
 class CheckpointCorruptedError(CheckpointError):
-    """A checkpoint's files are not what was written."""
+    """The files of a checkpoint differ from what was written."""
 
 
 class ReportError(ShardkitError):
-    """A report is asked for an axis or kind that it does not have, or is no report."""
+    """A report lacks the requested axis, kind or chip, or a file is not a report."""
 
 
 class RetraceWarning(UserWarning):
-    """A step is given a batch of another form than the declared one, and compiles once more."""
+    """A batch has another shape or dtype than the declared one, and the step compiles again."""
 
 
 class SweepError(ShardkitError):
-    """A sweep has nothing to try, or its folder holds something else."""
+    """A sweep has no cases, or its folder holds something else."""
 
 
 class BudgetError(ShardkitError):
@@ -79,17 +79,17 @@ class BudgetError(ShardkitError):
 
 
 class ProcessError(ShardkitError):
-    """Several processes cannot run as one: they disagree, or cannot be started."""
+    """Several processes cannot run as one: they differ, or cannot be started."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One row of an error: the thing at fault, what is wrong with it, and how to mend it.
+    """One row of an error: what is wrong, why, and how to fix it.
 
     Attributes:
       subject: the leaf (path and `f32[8,4]`), axis, field or file at fault.
       why: the rule or field, the mesh, and the numbers that do not fit.
-      fix: code that mends it, or "" where `raise_all` is given a common fix.
+      fix: code that fixes it, or "" if `raise_all` gets a common fix.
     """
 
     subject: str
@@ -98,7 +98,7 @@ class Problem:
 
 
 def format_problems(headline: str, problems: Sequence[Problem], fix: str = "") -> str:
-    """Lays out a headline, one aligned row per problem, and the distinct fixes."""
+    """Formats a headline, one aligned row per problem, and the distinct fixes."""
     width = min(48, max((len(p.subject) for p in problems), default=0))
     rows = [f"  {p.subject:<{width}}  {p.why}" for p in problems]
     fixes = list(dict.fromkeys([p.fix for p in problems if p.fix] + ([fix] if fix else [])))
@@ -106,7 +106,7 @@ def format_problems(headline: str, problems: Sequence[Problem], fix: str = "") -
     if len(fixes) == 1:
         lines.append(f"Fix: {fixes[0]}")
     elif fixes:
-        lines += ["Fix:", *(f"  - {one}" for one in fixes)]
+        lines += ["Fix:", *(f"  - {fix}" for fix in fixes)]
     return "\n".join(lines)
 
 

@@ -1,9 +1,8 @@
-"""Options of public declarations, compared with their annotations where they are declared.
+"""Checks options of public declarations against their annotations when they are declared.
 
-`"False"` is true and `"2"` is no number: an option that is taken as it comes is an error later, or
-none and another program. Annotations of plain values are compared: `bool`, numbers, `str`,
-literals, unions, tuples and mappings of them; any other annotation is a class that a value must be
-of, or means nothing here.
+Unchecked, `sequence="False"` would be true and `stage="2"` an error far from its cause. Annotations
+of plain values are compared: `bool`, numbers, `str`, literals, unions, tuples and mappings of
+them. A class matches its instances; any other annotation matches everything.
 """
 
 import numbers
@@ -16,10 +15,10 @@ from .errors import Problem, ShardkitError, raise_all
 
 
 def option_problems(prefix: str = "", **options: tuple[Any, Any]) -> list[Problem]:
-    """Says of each option that is not of its type what it is, what it should be, and how.
+    """Returns one problem per option whose value does not match its annotation.
 
     Args:
-      prefix: of the names, in what is said: `"Keep."`.
+      prefix: before each name in the message: `"RetentionPolicy."`.
       **options: `name=(value, annotation)`.
 
     >>> option_problems(sequence=("no", bool), stage=(1, int))
@@ -28,49 +27,51 @@ def option_problems(prefix: str = "", **options: tuple[Any, Any]) -> list[Proble
     return [
         Problem(
             f"{prefix}{name}",
-            f"expected {describe(wanted)}, got {value!r}.",
-            f"{name}={_nearest(value, wanted)}",
+            f"expected {describe_annotation(annotation)}, got {value!r}.",
+            f"{name}={_suggest_value(value, annotation)}",
         )
-        for name, (value, wanted) in options.items()
-        if not matches(wanted, tuple(value) if isinstance(value, list) else value)
+        for name, (value, annotation) in options.items()
+        if not matches_annotation(annotation, tuple(value) if isinstance(value, list) else value)
     ]
 
 
 def check_options(
     declared: Any, kind: type[ShardkitError], headline: str, prefix: str = ""
 ) -> None:
-    """Compares every field of a dataclass with its annotation.
+    """Checks every field of a dataclass against its annotation.
 
     Args:
-      declared: the dataclass, in its `__post_init__`, before anything else looks at it.
-      kind: of the error.
-      headline: of the error.
-      prefix: of the fields, in what is said.
+      declared: the dataclass, at the start of its `__post_init__`.
+      kind: type of the error.
+      headline: first line of the error.
+      prefix: before each field's name in the message.
 
     Raises:
-      ShardkitError: of that kind, with every field that is of another type.
+      ShardkitError: of type `kind`, with every field whose value does not match.
     """
     hints = typing.get_type_hints(type(declared))
-    given = {name: (value, hints[name]) for name, value in vars(declared).items() if name in hints}
-    raise_all(kind, headline, option_problems(prefix, **given))
+    options = {
+        name: (value, hints[name]) for name, value in vars(declared).items() if name in hints
+    }
+    raise_all(kind, headline, option_problems(prefix, **options))
 
 
-def matches(annotation: Any, value: Any) -> bool:
-    """Whether a value is of an annotated type; annotations of other things all match.
+def matches_annotation(annotation: Any, value: Any) -> bool:
+    """Whether a value matches an annotation; see the module for what is compared.
 
-    >>> matches(int, True), matches(float, 1), matches(str | None, None), matches(int, "1")
-    (False, True, True, False)
+    >>> matches_annotation(int, True), matches_annotation(float, 1), matches_annotation(int, "1")
+    (False, True, False)
     """
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        return any(matches(one, value) for one in arguments)
+        return any(matches_annotation(one, value) for one in arguments)
     if origin is Literal:
         return any(type(value) is type(one) and value == one for one in arguments)
     if origin is tuple:
         return isinstance(value, tuple) and _items_match(arguments, value)
     if origin is Mapping:
         return isinstance(value, Mapping) and all(
-            all(map(matches, arguments, item)) for item in value.items()
+            all(map(matches_annotation, arguments, item)) for item in value.items()
         )
     if annotation in (int, float):
         number = numbers.Integral if annotation is int else numbers.Real
@@ -80,47 +81,51 @@ def matches(annotation: Any, value: Any) -> bool:
 
 def _items_match(arguments: tuple[Any, ...], value: tuple[Any, ...]) -> bool:
     if arguments[-1] is Ellipsis:
-        return all(matches(arguments[0], one) for one in value)
-    return len(arguments) == len(value) and all(map(matches, arguments, value))
+        return all(matches_annotation(arguments[0], one) for one in value)
+    return len(arguments) == len(value) and all(map(matches_annotation, arguments, value))
 
 
-def describe(annotation: Any) -> str:
+def describe_annotation(annotation: Any) -> str:
     """Returns the type as an error names it.
 
-    >>> describe(float | None), describe(tuple[float, ...]), describe(Literal["a", "b"])
-    ('float or none', 'float,float,...', "'a' or 'b'")
+    >>> describe_annotation(float | None), describe_annotation(Literal["a", "b"])
+    ('float or none', "'a' or 'b'")
     """
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(describe(one) for one in arguments)
+        return " or ".join(describe_annotation(one) for one in arguments)
     if origin is Literal:
         return " or ".join(repr(one) for one in arguments)
     if origin is tuple and arguments[-1] is Ellipsis:
-        return f"{describe(arguments[0])},{describe(arguments[0])},..."
+        return f"{describe_annotation(arguments[0])},{describe_annotation(arguments[0])},..."
     if origin is tuple:
-        return ",".join(describe(one) for one in arguments)
+        return ",".join(describe_annotation(one) for one in arguments)
     if origin is Mapping:
-        return f"mapping of {describe(arguments[0])} to {describe(arguments[1])}"
+        return (
+            f"mapping of {describe_annotation(arguments[0])} to {describe_annotation(arguments[1])}"
+        )
     names = {types.NoneType: "none", bool: "true or false"}
     return names.get(annotation) or getattr(annotation, "__name__", str(annotation))
 
 
-def _nearest(value: Any, wanted: Any) -> str:
-    """Code of a value of the type, that which a text spells where it does."""
-    origin, of = typing.get_origin(wanted), typing.get_args(wanted)
+def _suggest_value(value: Any, annotation: Any) -> str:
+    """Code of a value that matches: what a text spells, as `2` for `"2"`, or an example."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        return _nearest(value, of[0])
+        return _suggest_value(value, arguments[0])
     if origin is Literal:
-        return repr(of[0])
+        return repr(arguments[0])
     if origin is tuple:
-        found = value if isinstance(value, tuple | list) and value else (value,)
-        return f"({', '.join(_nearest(one, of[0]) for one in found)},)"
+        items = value if isinstance(value, tuple | list) and value else (value,)
+        return f"({', '.join(_suggest_value(item, arguments[0]) for item in items)},)"
     text = str(value).strip().lower()
-    if wanted is bool:
+    if annotation is bool:
         return str(text not in ("", "0", "0.0", "no", "off", "false", "none"))
-    if wanted in (int, float):
+    if annotation in (int, float):
         try:
-            return str(wanted(float(text)))
+            return str(annotation(float(text)))
         except (ValueError, OverflowError):
-            return "1" if wanted is int else "0.1"
-    return repr(str(value)) if wanted is str else f"{getattr(wanted, '__name__', wanted)}(...)"
+            return "1" if annotation is int else "0.1"
+    if annotation is str:
+        return repr(str(value))
+    return f"{getattr(annotation, '__name__', annotation)}(...)"

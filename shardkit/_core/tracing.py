@@ -1,13 +1,13 @@
-"""What a trace depends on, and what a traced program says about itself.
+"""Values that a trace depends on, and facts that a traced program records about itself.
 
-JAX keeps the traces of jitted functions and of loop bodies by the identity of the function, and
-uses them again without running their Python. So nothing that shardkit reads or learns while a
-model is traced may be a side effect of that Python:
+JAX caches the traces of jitted functions and of loop bodies by function identity, and reuses them
+without running their Python. So shardkit neither reads nor learns anything as a side effect of
+that Python:
 
-- What a trace depends on is a `TraceContext`. Its value is part of the keys of JAX's trace,
-  lowering and compile caches, so no trace is used where another value holds.
-- What has to be known afterwards is a parameter of an equation: `record_fact` puts it into the
-  program, and `recorded_facts` and `equations` read it from the jaxpr.
+- A value that a trace depends on is a `TraceContext`. It is part of the keys of JAX's trace,
+  lowering and compile caches, so a trace is never reused under another value.
+- A fact that is needed after tracing is a parameter of an equation: `record_fact` puts it into
+  the program, `recorded_facts` reads it from the jaxpr.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ Fact = tuple[Hashable, ...]
 
 @dataclasses.dataclass(frozen=True)
 class _Values:
-    """The values of all contexts that have one, hashed once: JAX asks at each look-up."""
+    """The values of all contexts, hashed once: JAX asks for the hash at every cache look-up."""
 
     items: tuple[tuple[str, Hashable], ...]
 
@@ -38,12 +38,12 @@ class _Values:
         return self._hash
 
 
-# One for all contexts: each that is made adds to the keys of what JAX has traced so far.
+# One for all contexts: each `make_user_context` lengthens the keys of JAX's caches.
 _user_context = jax.make_user_context(None)
 
 
 class TraceContext(Generic[_T]):
-    """A value that traces may depend on, of this thread, None where nobody has set one.
+    """A value of this thread that traces depend on; None unless it is set.
 
     >>> policy = TraceContext[str]("policy")
     >>> with policy.use("full"):
@@ -54,25 +54,25 @@ class TraceContext(Generic[_T]):
     """
 
     def __init__(self, name: str) -> None:
-        """Takes a name that no other context has."""
+        """Makes a context; `name` is unique among all contexts."""
         self._name = name
 
     @property
     def value(self) -> _T | None:
-        """The value that holds here."""
-        held = _user_context.value
-        return cast(_T | None, dict(held.items).get(self._name)) if held else None
+        """The innermost value that is set."""
+        values = _user_context.value
+        return cast(_T | None, dict(values.items).get(self._name)) if values else None
 
     @contextlib.contextmanager
     def use(self, value: _T | None) -> Iterator[None]:
         """Sets the value within the block.
 
         Args:
-          value: compared by `==` and hashed; JAX's caches hold it as long as the trace, so it
-            must hold no arrays.
+          value: compared by `==` and hashed. JAX's caches hold it as long as the trace, so it
+            must not hold arrays.
         """
-        held = _user_context.value
-        values = {**dict(held.items if held else ()), self._name: value}
+        outer = _user_context.value
+        values = {**dict(outer.items if outer else ()), self._name: value}
         items = tuple(sorted((k, v) for k, v in values.items() if v is not None))
         with _user_context(_Values(items) if items else None):
             yield
@@ -85,8 +85,8 @@ def record_fact(result: Any, *fact: Hashable) -> Any:
     """Records a fact in the program that computes a result.
 
     Args:
-      result: a pytree; its arrays carry the fact, through an operation that changes nothing.
-      *fact: what is to be known of the program; the first says what kind of fact it is.
+      result: a pytree; an identity operation on each of its arrays carries the fact.
+      *fact: the kind of fact, then its values.
 
     Returns:
       The result, with the same values.
@@ -97,19 +97,19 @@ def record_fact(result: Any, *fact: Hashable) -> Any:
 
 
 def recorded_facts(jaxpr: core.Jaxpr, kind: str) -> tuple[Fact, ...]:
-    """Facts of one kind in a program, without the kind, each once, in order.
+    """Returns the facts of one kind in a program, without the kind, each once, in order.
 
     >>> def triple(x):
     ...     return record_fact(3 * x, "factor", 3)
     >>> recorded_facts(jax.make_jaxpr(jax.jit(triple))(1.0).jaxpr, "factor")
     ((3,),)
     """
-    found = (eqn.params["fact"] for eqn in equations(jaxpr) if eqn.primitive is record_p)
-    return tuple(dict.fromkeys(fact[1:] for fact in found if fact[0] == kind))
+    facts = (eqn.params["fact"] for eqn in equations(jaxpr) if eqn.primitive is record_p)
+    return tuple(dict.fromkeys(fact[1:] for fact in facts if fact[0] == kind))
 
 
 def equations(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
-    """Every equation of a jaxpr, each followed by those of the jaxprs inside it."""
+    """Yields every equation of a jaxpr, each followed by those of the jaxprs inside it."""
     for eqn in jaxpr.eqns:
         yield eqn
         for inner in core.jaxprs_in_params(eqn.params):

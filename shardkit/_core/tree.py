@@ -1,14 +1,15 @@
 """Leaves of a pytree by path, with short names for dtypes and sizes in bytes.
 
-A path is a text, so that rules, checkpoints and messages can name a leaf. Two leaves of a tree
-whose dict keys hold `/` can have the same one; `leaves_by_path` refuses such a tree, and whatever
-keeps leaves by path goes through it.
+A path is text, by which rules, checkpoints and messages name a leaf. Two leaves of a tree whose
+dict keys contain `/` can have the same path; `leaves_by_path` refuses such a tree, so everything
+that stores leaves by path calls it.
 """
 
 import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from .errors import Problem, TreeError, raise_all
@@ -18,13 +19,13 @@ _SHORT = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "complex": "c"}
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """What a rule may look at: one array of a pytree, without its values.
+    """One array of a pytree, without its values: all that a rule can depend on.
 
     Attributes:
-      path: names of the keys that lead to it, joined by `/`: `decoder/mlp/up/kernel`.
+      path: its keys, joined by `/`: `decoder/mlp/up/kernel`.
       shape: global shape.
       dtype: element type; a typed PRNG key has its key dtype.
-      axes: one logical axis name (or None) per dim, or None when the model names none.
+      axes: one logical axis name or None per dim; None if the model names no dims.
     """
 
     path: str
@@ -34,11 +35,11 @@ class Leaf:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole array, on all devices together and without replicas."""
+        """Bytes of the global array, counted once."""
         return nbytes(self.shape, self.dtype)
 
     def within(self, tree: str) -> "Leaf":
-        """The same leaf under its path in a tree of trees: `params/decoder/mlp/up/kernel`."""
+        """Returns the leaf with its path in a tree of trees: `params/decoder/mlp/up/kernel`."""
         return dataclasses.replace(self, path=join_path(tree, self.path))
 
     def __str__(self) -> str:
@@ -47,9 +48,9 @@ class Leaf:
 
 
 def path_str(key_path: tuple[Any, ...]) -> str:
-    """Joins a JAX key path with `/`, whatever kind of node each key comes from.
+    """Joins the keys of a JAX key path with `/`.
 
-    The empty key is written as two quotes, since the empty path is that of a bare array.
+    An empty key becomes two quotes, since the empty path is that of a bare array.
 
     >>> import jax
     >>> [path_str(p) for p, _ in jax.tree_util.tree_leaves_with_path({"a": [1, {"b": 2}]})]
@@ -60,7 +61,7 @@ def path_str(key_path: tuple[Any, ...]) -> str:
 
 
 def join_path(tree: str, path: str) -> str:
-    """Returns the path of a leaf in a tree of trees; a bare array is at the tree's own name.
+    """Returns the path of a leaf in a tree of trees; that of a bare array is the tree's name.
 
     >>> join_path("params", "up/kernel"), join_path("params", "")
     ('params/up/kernel', 'params')
@@ -68,17 +69,17 @@ def join_path(tree: str, path: str) -> str:
     return f"{tree}/{path}" if tree and path else tree or path
 
 
-def glob_of(path: str) -> str:
-    """A glob that matches a leaf: its path; `**` for that of a bare array, which is empty.
+def path_to_glob(path: str) -> str:
+    """Returns a glob that matches a leaf: its path, or `**` for the empty path of a bare array.
 
-    >>> glob_of("up/kernel"), glob_of("")
+    >>> path_to_glob("up/kernel"), path_to_glob("")
     ('up/kernel', '**')
     """
     return path or "**"
 
 
 def ends_path(path: str, end: str) -> bool:
-    """Whether the last segments of a path are those of another; the empty path ends every one.
+    """Whether a path ends in the segments of another; every path ends in the empty one.
 
     >>> ends_path("0/mu/up", "up"), ends_path("0/mu/warmup", "up"), ends_path("0/mu", "")
     (True, False, True)
@@ -91,7 +92,7 @@ def leaves_by_path(tree: Any, name: str = "") -> dict[str, Any]:
 
     Args:
       tree: the pytree.
-      name: of the tree, which every path then begins with.
+      name: of the tree, the first segment of every path.
 
     Raises:
       TreeError: two leaves have the same path.
@@ -99,18 +100,18 @@ def leaves_by_path(tree: Any, name: str = "") -> dict[str, Any]:
     >>> leaves_by_path({"a": [1, {"b": 2}]}, "params"), leaves_by_path(3, "params")
     ({'params/a/0': 1, 'params/a/1/b': 2}, {'params': 3})
     """
-    keyed, found = jax.tree_util.tree_leaves_with_path(tree), {}
+    leaves: dict[str, Any] = {}
     keys: dict[str, Any] = {}
     problems = []
-    for key_path, leaf in keyed:
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         path = join_path(name, path_str(key_path))
-        if path in found:
+        if path in leaves:
             both = " and ".join(name + jax.tree_util.keystr(k) for k in (keys[path], key_path))
             problems.append(Problem(path or "(root)", f"is the path of {both}"))
-        found[path], keys[path] = leaf, key_path
-    fix = "rename one key: keys are joined by '/' to paths, and rules and checkpoints go by path"
-    raise_all(TreeError, "Leaves of a pytree cannot be told apart.", problems, fix)
-    return found
+        leaves[path], keys[path] = leaf, key_path
+    fix = "rename one key: rules and checkpoints name leaves by their keys, joined by '/'"
+    raise_all(TreeError, "Leaves of a pytree have the same path.", problems, fix)
+    return leaves
 
 
 def short_dtype(dtype: Any) -> str:
@@ -126,19 +127,19 @@ def short_type(shape: tuple[int, ...], dtype: Any) -> str:
 
 
 def nbytes(shape: tuple[int, ...], dtype: Any) -> int:
-    """Bytes of an array; a typed PRNG key counts the words that hold it."""
-    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+    """Returns the bytes of an array, for typed PRNG keys those of their words."""
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
         data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(shape, dtype))
         return int(np.prod(data.shape)) * data.dtype.itemsize
     return int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
 
 
-def leaves(tree: Any, axes: Any = None) -> list[Leaf]:
-    """Lists a pytree of arrays or `jax.ShapeDtypeStruct` as `Leaf`s, in JAX's order.
+def list_leaves(tree: Any, axes: Any = None) -> list[Leaf]:
+    """Lists the leaves of a pytree of arrays or `jax.ShapeDtypeStruct`, in JAX's order.
 
     Args:
       tree: the pytree.
-      axes: `{path: logical axes}` for the leaves whose dims are named.
+      axes: `{path: logical axes}` of the leaves whose dims are named.
 
     Raises:
       TreeError: two leaves have the same path.

@@ -1,4 +1,4 @@
-"""The small vocabulary that models, losses and steps share."""
+"""Types that models, losses and steps share."""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,10 +7,10 @@ from typing import Any, TypeAlias
 import jax
 
 from .errors import Problem, StepError, raise_all
-from .options import option_problems
+from .options import matches_annotation, option_problems
 
 PyTree: TypeAlias = Any
-"""Any tree of JAX: nested containers with arrays, or what stands for arrays, as leaves."""
+"""Any pytree of JAX, with arrays or abstract arrays as leaves."""
 
 Params: TypeAlias = PyTree
 """The parameters of a model: a pytree of floating-point arrays."""
@@ -28,28 +28,27 @@ Scalar: TypeAlias = jax.Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mean:
-    """A weighted mean that stays exact when it is split: `total / weight`.
+    """A weighted mean, `total / weight`, that is exact under any split of the batch.
 
-    A loss that returns `Mean(sum of token losses, number of valid tokens)` is the same number
-    under any accumulation and any sharding, also when examples weigh differently. A mean of
-    means would not be.
+    A loss that returns `Mean(sum of token losses, number of valid tokens)` has the same value
+    under any accumulation and sharding, also if rows have different weights. A mean of means
+    would not.
 
     Attributes:
       total: f32[], the weighted sum; gradients flow through it.
-      weight: f32[], the sum of weights; treated as a constant. A mean of no weight is 0.
+      weight: f32[], the sum of weights, with no gradient. The mean is 0 if it is 0.
     """
 
-    total: Any
-    weight: Any
+    total: Scalar
+    weight: Scalar
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class WithAxes:
-    """An array with the logical axis names of its dims, as `init` may return it.
+    """An array with the logical axis names of its dims, as a leaf of what `init` returns.
 
-    `compile_step` reads the names and hands the bare array to the loss, so that a plain
-    function over dicts can name its dims as flax modules do:
+    The loss gets the bare array. Functions over dicts name dims with it as flax modules do:
     `{"kernel": sk.WithAxes(kernel, ("embed", "mlp"))}`.
 
     Attributes:
@@ -64,26 +63,26 @@ class WithAxes:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Variables:
-    """What `init` returns for a model with mutable state: parameters, and the rest.
+    """What `init` returns for a model with mutable state.
 
     Attributes:
       params: pytree that the optimizer updates.
       model_state: pytree that the loss replaces each step (batch statistics, counters).
     """
 
-    params: Any
-    model_state: Any
+    params: Params
+    model_state: PyTree
 
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """A loss that behaves differently in training and in evaluation, or carries state.
+    """A loss that differs between training and evaluation, or has mutable state.
 
     Attributes:
       train: `(params, batch, key) -> loss`, or with state
         `(params, batch, key, model_state) -> (loss, metrics, model_state)`.
-      evaluate: the same signature, without dropout and with frozen statistics.
-      stateful: whether both take and return `model_state`.
+      evaluate: a function of the same signature, without dropout and with frozen statistics.
+      stateful: whether both functions take and return `model_state`.
     """
 
     train: Callable[..., Any]
@@ -92,10 +91,10 @@ class Loss:
 
     def __post_init__(self) -> None:
         problems = option_problems("Loss.", stateful=(self.stateful, bool))
-        raise_all(StepError, "The loss is declared wrongly.", problems)
+        raise_all(StepError, "sk.Loss has a wrong option.", problems)
 
     def __call__(self, *args: Any) -> Any:
-        """Calls the training form."""
+        """Calls `train`."""
         return self.train(*args)
 
 
@@ -104,24 +103,22 @@ class Accumulate:
     """How a step splits its batch into micro-batches, and when it reduces their gradients.
 
     Attributes:
-      micro_batches: number of micro-batches; micro-batch i holds rows i, i+steps, i+2·steps, ….
-      reduce: `"end"` keeps each device's gradients apart until one reduction after the last
-        micro-batch (costs one unreduced copy of the gradients on each device); `"every"` reduces
-        after every micro-batch (gradients stay as sharded as the parameters, and statistics of
-        a batch norm are those of the whole micro-batch).
+      micro_batches: number k of micro-batches; micro-batch i holds rows i, i+k, i+2k, ….
+      reduce: `"end"` reduces gradients over devices once, after the last micro-batch; each device
+        holds one unreduced copy of the gradients until then. `"every"` reduces after every
+        micro-batch: gradients stay as sharded as the parameters, and the statistics of a batch
+        norm are those of the whole micro-batch.
     """
 
     micro_batches: int = 1
     reduce: str = "end"
 
     def __post_init__(self) -> None:
-        bad = []
-        if (
-            not isinstance(self.micro_batches, int)
-            or isinstance(self.micro_batches, bool)
-            or self.micro_batches < 1
-        ):
-            bad.append(Problem("accumulate", f"{self.micro_batches!r} is not a positive int"))
+        problems = []
+        if not matches_annotation(int, self.micro_batches) or self.micro_batches < 1:
+            why = f"{self.micro_batches!r} is not a positive int"
+            problems.append(Problem("micro_batches", why, "accumulate=sk.Accumulate(4)"))
         if self.reduce not in ("end", "every"):
-            bad.append(Problem("reduce", f"{self.reduce!r} is not 'once' or 'each'"))
-        raise_all(StepError, "Accumulation is declared wrongly.", bad, "accumulate=4")
+            why = f"{self.reduce!r} is not 'end' or 'every'"
+            problems.append(Problem("reduce", why, 'sk.Accumulate(4, reduce="end")'))
+        raise_all(StepError, "sk.Accumulate has wrong options.", problems)

@@ -1,4 +1,4 @@
-"""Adapters: a flax module becomes the `init` and `loss_fn` that a step is compiled from."""
+"""Adapters that turn a flax module into the `init` and `loss_fn` of a `sk.StepSpec`."""
 
 from ._linen import from_linen
 from ._model import Model

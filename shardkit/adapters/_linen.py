@@ -1,4 +1,4 @@
-"""flax linen: a module and its variable collections become pure functions."""
+"""`sk.from_linen`: a flax linen module and its variable collections as pure functions."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,41 +8,41 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta, unfreeze
 
-from .._core.types import Loss, Variables, WithAxes
-from ._model import Model, split_outcome, taking_key
+from .._core.types import Batch, Key, Loss, Params, Variables, WithAxes
+from ._model import Model, accept_key, split_loss_output
 
-# Collections that a forward pass writes for its caller, and that no next pass reads.
+# Collections that a forward pass writes for its caller, and that the next pass does not read.
 _OUTPUTS = ("intermediates", "losses", "perturbations")
 
 
 def from_linen(
     module: nn.Module,
     loss: Callable[..., Any],
-    batch: Any,
+    batch: Batch,
     *,
     inputs: str | Sequence[str] | Callable[[Any], Any] = "x",
     train: Mapping[str, Any] | None = None,
     evaluate: Mapping[str, Any] | None = None,
     rngs: Sequence[str] = ("dropout",),
 ) -> Model:
-    """Adapts a linen module.
+    """Turns a flax linen module into the `init` and `loss_fn` of a step.
 
     Args:
       module: the module.
-      loss: `(outputs, batch) -> loss` or `(outputs, batch, key) -> loss`, as `compile_step` takes
-        it; `outputs` is what the module returned.
-      batch: pytree of arrays or `jax.ShapeDtypeStruct`, as given to `compile_step`; the module is
-        initialised with zeros of these shapes.
-      inputs: which part of a batch the module is called with: a key, several keys for several
-        arguments, or a function of the batch that returns an argument or a tuple of them.
+      loss: `(outputs, batch) -> loss` or `(outputs, batch, key) -> loss`, with the results that
+        `sk.StepSpec` allows; `outputs` is what the module returns.
+      batch: pytree of arrays or `jax.ShapeDtypeStruct`, the batch of the `sk.StepSpec`; the module
+        is initialised with zeros of these shapes.
+      inputs: the module's arguments in a batch: a key, several keys for several arguments, or a
+        function of the batch that returns an argument or a tuple of them.
       train: keyword arguments of the module in training, such as `{"train": True}`.
       evaluate: the same in `step.evaluate`, such as `{"train": False}`.
       rngs: names of the random streams that the module draws from besides `params`.
 
     Returns:
-      A `Model`. Logical axes are read from `nn.with_partitioning` and
-      `nn.with_logical_partitioning`. Every collection but `params` (batch statistics) is carried
-      as `state.model_state`.
+      A `Model`. Logical axes are those of `nn.with_partitioning` and
+      `nn.with_logical_partitioning`. Every collection but `params`, such as batch statistics, is
+      in `state.model_state`.
 
     >>> import jax, flax.linen as nn
     >>> batch = {"x": jax.numpy.ones((8, 4))}
@@ -50,42 +50,44 @@ def from_linen(
     >>> sorted(jax.eval_shape(model.init, jax.random.key(0)))
     ['bias', 'kernel']
     """
-    call = taking_key(loss)
-    arguments = _arguments(inputs)
+    call = accept_key(loss)
+    arguments = _make_argument_getter(inputs)
 
-    def init(key: jax.Array) -> Any:
+    def init(key: Key) -> Any:
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), arguments(batch))
         streams = dict(zip(("params", *rngs), jax.random.split(key, 1 + len(rngs)), strict=True))
-        made = unfreeze(module.init(streams, *zeros, **(train or {})))
-        params = jax.tree.map(_with_axes, made.pop("params", {}), is_leaf=_boxed)
-        model_state = {name: made[name] for name in made if name not in _OUTPUTS}
+        variables = unfreeze(module.init(streams, *zeros, **(train or {})))
+        params = jax.tree.map(_with_axes, variables.pop("params", {}), is_leaf=_is_boxed)
+        model_state = {name: x for name, x in variables.items() if name not in _OUTPUTS}
         return Variables(params, meta.unbox(model_state)) if model_state else params
 
     stateful = isinstance(
         jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0))), Variables
     )
 
-    def run(options: Mapping[str, Any], params: Any, batch: Any, key: Any, model_state: Any) -> Any:
+    def run(
+        options: Mapping[str, Any], params: Params, batch: Batch, key: Key, model_state: Any
+    ) -> Any:
         collections = model_state or {}
-        for_module, for_loss = jax.random.split(key)
-        streams = dict(zip(rngs, jax.random.split(for_module, len(rngs)), strict=True))
-        outputs, changed = module.apply(
+        module_key, loss_key = jax.random.split(key)
+        streams = dict(zip(rngs, jax.random.split(module_key, len(rngs)), strict=True))
+        outputs, updated = module.apply(
             {"params": params, **collections},
             *arguments(batch),
             rngs=streams,
             mutable=list(collections),
             **options,
         )
-        value, metrics = split_outcome(call(outputs, batch, for_loss))
-        return (value, metrics, unfreeze(changed)) if stateful else (value, metrics)
+        value, metrics = split_loss_output(call(outputs, batch, loss_key))
+        return (value, metrics, unfreeze(updated)) if stateful else (value, metrics)
 
-    def run_train(params: Any, batch: Any, key: Any, model_state: Any = None) -> Any:
+    def run_train(params: Params, batch: Batch, key: Key, model_state: Any = None) -> Any:
         return run(train or {}, params, batch, key, model_state)
 
-    def run_evaluate(params: Any, batch: Any, key: Any, model_state: Any = None) -> Any:
+    def run_evaluate(params: Params, batch: Batch, key: Key, model_state: Any = None) -> Any:
         return run(evaluate or {}, params, batch, key, model_state)
 
-    def bind(params: Any, model_state: Any = None) -> Callable[..., Any]:
+    def bind(params: Params, model_state: Any = None) -> Callable[..., Any]:
         return lambda *args: module.apply(
             {"params": params, **(model_state or {})}, *args, **(evaluate or {})
         )
@@ -93,7 +95,7 @@ def from_linen(
     return Model(init, Loss(run_train, run_evaluate, stateful), bind)
 
 
-def _arguments(
+def _make_argument_getter(
     inputs: str | Sequence[str] | Callable[[Any], Any],
 ) -> Callable[[Any], tuple[Any, ...]]:
     if isinstance(inputs, str):
@@ -101,14 +103,14 @@ def _arguments(
     if isinstance(inputs, Sequence):
         return lambda batch: tuple(batch[name] for name in inputs)
 
-    def pick(batch: Any) -> tuple[Any, ...]:
-        picked = inputs(batch)
-        return picked if isinstance(picked, tuple) else (picked,)
+    def get(batch: Batch) -> tuple[Any, ...]:
+        arguments = inputs(batch)
+        return arguments if isinstance(arguments, tuple) else (arguments,)
 
-    return pick
+    return get
 
 
-def _boxed(x: Any) -> bool:
+def _is_boxed(x: Any) -> bool:
     return isinstance(x, meta.AxisMetadata)
 
 

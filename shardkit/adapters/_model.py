@@ -1,38 +1,40 @@
-"""What every adapter returns."""
+"""`Model`: the result of every adapter."""
 
 import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any
 
-from .._core.types import Loss
+from .._core.types import Key, Loss, Params, Variables
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A library's module in the form that `compile_step` takes.
+    """A library's module as pure functions: the `init` and `loss_fn` of a `sk.StepSpec`.
+
+    `sk.StepSpec(loss_fn=model.loss_fn, init=model.init, ...)` trains it.
 
     Attributes:
-      init: `key -> params` or `key -> sk.Variables`, with the logical axes that the module names.
+      init: `key -> params`, or `key -> sk.Variables` for a module with other state. Leaves whose
+        dims the module names are `sk.WithAxes`.
       loss_fn: the loss in its training and evaluation forms.
-      bind: `(params, model_state={}) -> ` the module itself with these arrays, in evaluation
-        mode: an
-        nnx module, or for linen a function of the module's inputs.
+      bind: `(params, model_state={}) -> module` in evaluation mode, with these arrays: an nnx
+        module, or for linen a function of the module's inputs.
     """
 
-    init: Callable[[Any], Any]
+    init: Callable[[Key], Params | Variables]
     loss_fn: Loss
     bind: Callable[..., Any]
 
 
-def taking_key(loss: Callable[..., Any]) -> Callable[[Any, Any, Any], Any]:
-    """Lets a loss of two arguments be called with three: the key is the last one."""
+def accept_key(loss: Callable[..., Any]) -> Callable[[Any, Any, Any], Any]:
+    """Returns a loss of `(outputs, batch, key)` from one that may lack the key."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     names = [p for p in inspect.signature(loss).parameters.values() if p.kind in kinds]
-    wants_key = len(names) >= 3 and names[2].default is inspect.Parameter.empty
-    return loss if wants_key else lambda subject, batch, key: loss(subject, batch)
+    takes_key = len(names) >= 3 and names[2].default is inspect.Parameter.empty
+    return loss if takes_key else lambda outputs, batch, key: loss(outputs, batch)
 
 
-def split_outcome(out: Any) -> tuple[Any, dict[str, Any]]:
-    """`loss` or `(loss, metrics)` as a pair."""
+def split_loss_output(out: Any) -> tuple[Any, dict[str, Any]]:
+    """Returns `(loss, metrics)` from `loss` or `(loss, metrics)`."""
     return out if isinstance(out, tuple) else (out, {})

@@ -1,8 +1,8 @@
-"""flax nnx: a module that holds its arrays becomes pure functions of them.
+"""`sk.from_nnx`: a flax nnx module, which holds its arrays, as pure functions of them.
 
 The module's parameters become nested dicts by attribute names, so that rules see
-`layers/0/kernel`. Its random streams are not state of a step: they are seeded anew from the
-step's key, so that what is drawn depends on the key and the step alone.
+`layers/0/kernel`. Its random streams are not state of a step: each step seeds them from its key,
+so that draws depend on the key and the step alone.
 """
 
 import dataclasses
@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from .._core.types import Loss, Variables, WithAxes
-from ._model import Model, split_outcome, taking_key
+from .._core.types import Batch, Key, Loss, Params, Variables, WithAxes
+from ._model import Model, accept_key, split_loss_output
 
 Flat = list[tuple[tuple[Any, ...], nnx.Variable]]
 
@@ -25,18 +25,18 @@ def from_nnx(
     *,
     trainable: Any = nnx.Param,
 ) -> Model:
-    """Adapts an nnx module.
+    """Turns a flax nnx module into the `init` and `loss_fn` of a step.
 
     Args:
       make_model: `rngs -> module`.
-      loss: `(module, batch) -> loss` or `(module, batch, key) -> loss`, as `compile_step` takes
-        it. The module is in training mode (`module.train()`) in steps and in evaluation mode
-        (`module.eval()`) in `step.evaluate`; layers with dropout need no key passed to them.
+      loss: `(module, batch) -> loss` or `(module, batch, key) -> loss`, with the results that
+        `sk.StepSpec` allows. The module is in training mode (`module.train()`) in steps and in
+        evaluation mode (`module.eval()`) in `step.evaluate`; dropout layers need no key.
       trainable: nnx filter of the variables that the optimizer updates. Every other variable,
-        batch statistics for one, is carried as `state.model_state`.
+        such as batch statistics, is in `state.model_state`.
 
     Returns:
-      A `Model`. Logical axes are read from the variables' sharding metadata
+      A `Model`. Logical axes are those of the variables' sharding metadata
       (`nnx.with_partitioning(init, ("embed", "mlp"))`, `nnx.Param(x, sharding=...)`).
 
     >>> import jax
@@ -47,29 +47,29 @@ def from_nnx(
     >>> sorted(params)
     ['bias', 'kernel']
     """
-    call = taking_key(loss)
-    template = _template(make_model, trainable)
+    call = accept_key(loss)
+    template = _make_template(make_model, trainable)
 
-    def init(key: jax.Array) -> Any:
-        params, _, model_state = _parts(_build(make_model, key), trainable)
-        named = _nested([(path, _with_axes(variable)) for path, variable in params])
-        return Variables(named, _values(model_state)) if model_state else named
+    def init(key: Key) -> Any:
+        params, _, model_state = _split_variables(_build(make_model, key), trainable)
+        values = _nest([(path, _with_axes(variable)) for path, variable in params])
+        return Variables(values, _read_values(model_state)) if model_state else values
 
-    def run(training: bool, params: Any, batch: Any, key: Any, model_state: Any) -> Any:
+    def run(training: bool, params: Params, batch: Batch, key: Key, model_state: Any) -> Any:
         module = template.merge(params, model_state, key)
         module.train() if training else module.eval()
-        value, metrics = split_outcome(call(module, batch, key))
+        value, metrics = split_loss_output(call(module, batch, key))
         if not template.model_state:
             return value, metrics
-        return value, metrics, _values(_parts(module, trainable)[2])
+        return value, metrics, _read_values(_split_variables(module, trainable)[2])
 
-    def train(params: Any, batch: Any, key: Any, model_state: Any = None) -> Any:
+    def train(params: Params, batch: Batch, key: Key, model_state: Any = None) -> Any:
         return run(True, params, batch, key, model_state)
 
-    def evaluate(params: Any, batch: Any, key: Any, model_state: Any = None) -> Any:
+    def evaluate(params: Params, batch: Batch, key: Key, model_state: Any = None) -> Any:
         return run(False, params, batch, key, model_state)
 
-    def bind(params: Any, model_state: Any = None) -> nnx.Module:
+    def bind(params: Params, model_state: Any = None) -> nnx.Module:
         module = template.merge(params, model_state, jax.random.key(0))
         module.eval()
         return module
@@ -86,52 +86,53 @@ class _Template:
     streams: Flat
     model_state: Flat
 
-    def merge(self, params: Any, model_state: Any, key: Any) -> Any:
-        """The module with these arrays, its random streams seeded from `key`."""
-        flat = [*_filled(self.params, params), *_filled(self.model_state, model_state)]
+    def merge(self, params: Params, model_state: Any, key: Key) -> Any:
+        """Returns the module with these arrays, its random streams seeded from `key`."""
+        flat = [*_fill(self.params, params), *_fill(self.model_state, model_state)]
         for number, (path, variable) in enumerate(self.streams):
             flat.append((path, variable.replace(_seed(variable, key, number))))
         return nnx.merge(self.graph, nnx.from_flat_state(flat))
 
 
-def _template(make_model: Callable[[nnx.Rngs], nnx.Module], trainable: Any) -> _Template:
+def _make_template(make_model: Callable[[nnx.Rngs], nnx.Module], trainable: Any) -> _Template:
     module = nnx.eval_shape(lambda: _build(make_model, jax.random.key(0)))
-    return _Template(nnx.graphdef(module), *_parts(module, trainable))
+    return _Template(nnx.graphdef(module), *_split_variables(module, trainable))
 
 
 def _build(make_model: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> nnx.Module:
-    # flax would look for a mesh as soon as a variable names logical axes.
+    # By default flax looks for a mesh as soon as a variable names logical axes.
     with nnx.use_eager_sharding(False):
         return make_model(nnx.Rngs(key))
 
 
-def _parts(module: nnx.Module, trainable: Any) -> tuple[Flat, Flat, Flat]:
-    """Variables by path: trainable ones, random streams, and the rest."""
+def _split_variables(module: nnx.Module, trainable: Any) -> tuple[Flat, Flat, Flat]:
+    """Returns variables by path: trainable ones, random streams, and all others."""
     filters = (trainable, nnx.RngState, nnx.Intermediate, ...)
     params, streams, _, model_state = nnx.state(module, *filters)
-    return tuple(list(nnx.to_flat_state(part)) for part in (params, streams, model_state))
+    flatten = nnx.to_flat_state
+    return list(flatten(params)), list(flatten(streams)), list(flatten(model_state))
 
 
 def _with_axes(variable: nnx.Variable) -> Any:
     metadata = variable.get_metadata()
-    # One name across flax versions: `sharding` and `sharding_names` are kept as `out_sharding`.
+    # flax stores `sharding` and `sharding_names` of every version as `out_sharding`.
     axes = metadata.get("out_sharding")
     return WithAxes(variable[...], tuple(axes)) if axes else variable[...]
 
 
 def _seed(variable: nnx.Variable, key: jax.Array, number: int) -> jax.Array:
     if isinstance(variable, nnx.RngKey):
-        own = jax.random.fold_in(key, number)
+        stream_key = jax.random.fold_in(key, number)
         shape = variable.shape
-        return jax.random.split(own, shape) if shape else own
+        return jax.random.split(stream_key, shape) if shape else stream_key
     return jnp.zeros(variable.shape, variable.dtype)
 
 
-def _values(flat: Flat) -> Any:
-    return _nested([(path, variable[...]) for path, variable in flat])
+def _read_values(flat: Flat) -> Any:
+    return _nest([(path, variable[...]) for path, variable in flat])
 
 
-def _nested(flat: list[tuple[tuple[Any, ...], Any]]) -> dict[str, Any]:
+def _nest(flat: list[tuple[tuple[Any, ...], Any]]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for path, value in flat:
         node = tree
@@ -141,7 +142,7 @@ def _nested(flat: list[tuple[tuple[Any, ...], Any]]) -> dict[str, Any]:
     return tree
 
 
-def _filled(flat: Flat, values: Any) -> Flat:
+def _fill(flat: Flat, values: Any) -> Flat:
     filled = []
     for path, variable in flat:
         node = values

@@ -1,7 +1,7 @@
-"""Checkpoints: whole or absent, proved bit by bit, and restored onto any mesh."""
+"""Checkpoints: complete or absent, verified bit by bit, and restored onto any mesh."""
 
 from ._checkpointer import Checkpointer
-from ._fingerprint import as_text, fingerprints
+from ._fingerprint import compute_fingerprints, format_fingerprint
 from ._manifest import Manifest, SavedFile, SavedLeaf
 from ._restore import Restored
 from ._retention import RetentionPolicy
@@ -16,8 +16,8 @@ __all__ = [
     "SavedFile",
     "SavedLeaf",
     "SavedStep",
-    "as_text",
+    "compute_fingerprints",
     "export_safetensors",
-    "fingerprints",
+    "format_fingerprint",
     "import_safetensors",
 ]

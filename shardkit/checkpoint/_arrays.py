@@ -1,8 +1,8 @@
-"""The arrays themselves, written by Orbax; nothing else here knows of it.
+"""Writes the arrays with Orbax; the only module here that uses it.
 
-Each leaf is a zarr folder of its own with plain chunks, so that a damaged file is a named leaf
-and any zarr reader can open it. Every trap of the library that was measured is met above this
-module: dtypes, shapes and bits are compared by us, before and after.
+Each leaf is a zarr folder with plain chunks, so that a damaged file belongs to one named leaf and
+any zarr reader can open it. The other modules do not rely on Orbax for correctness: they compare
+dtypes, shapes and bits themselves.
 """
 
 import logging
@@ -16,12 +16,12 @@ import jax
 from .._core.errors import CheckpointError, Problem, raise_all
 from ._files import ARRAYS
 
-# A shard is read in whole chunks, and one that cuts across how the leaf was saved reads more than
-# it holds unless chunks are small. Every chunk is a file, of which there are to be not too many.
-_CHUNK_BYTES, _MOST_CHUNKS = 2**21, 2**14
+# Chunks are read whole. A shard that was saved under another sharding overlaps chunks partly, so
+# small chunks waste less reading; but every chunk is a file, so there must not be too many.
+_CHUNK_BYTES, _MAX_CHUNKS = 2**21, 2**14
 _STATE = "state"
-# Orbax warns that a checkpoint without its own container format has no such containers. What fails
-# it logs with its traceback and raises as well; the error that is raised is told, once.
+# Orbax warns that a checkpoint without OCDBT has no OCDBT files. It also logs the traceback of
+# errors that it raises; shardkit reports the raised error, once.
 _NOISE = (
     "Skipping merge of OCDBT checkpoints",
     "TensorStore data files not found",
@@ -30,49 +30,51 @@ _NOISE = (
 )
 
 
-def _quiet(record: logging.LogRecord) -> bool:
+def _is_useful(record: logging.LogRecord) -> bool:
     return not any(noise in str(record.msg) for noise in _NOISE)
 
 
-def _orbax() -> Any:
-    # Imported by whoever saves or restores: it takes longer to import than all of shardkit.
+def _import_orbax() -> Any:
+    # Imported late: it takes longer to import than all of shardkit.
     import orbax.checkpoint.experimental.v1 as ocp
 
     for logger in map(logging.getLogger, ("absl", "asyncio")):
-        if _quiet not in logger.filters:
-            logger.addFilter(_quiet)
+        if _is_useful not in logger.filters:
+            logger.addFilter(_is_useful)
     return ocp
 
 
-def _context(ocp: Any, total_bytes: int) -> Any:
+def _make_context(ocp: Any, total_bytes: int) -> Any:
     context = ocp.Context()
     saving = context.array.saving
     saving.use_ocdbt = saving.use_zarr3 = saving.use_compression = False
     saving.use_replica_parallel = False
-    # The sharding file would hold device ids, which mean nothing to the next run.
+    # The sharding file would hold device ids, which differ in the next run.
     saving.enable_write_sharding_file = False
     saving.array_metadata_store = None
-    chunk = max(_CHUNK_BYTES, total_bytes // _MOST_CHUNKS)
+    chunk = max(_CHUNK_BYTES, total_bytes // _MAX_CHUNKS)
     saving.storage_options.chunk_byte_size = chunk
     return context
 
 
 def stored_name(path: str) -> str:
-    """The folder of a leaf below the arrays: its path, with what file systems dislike quoted."""
-    return "/".join(map(_quoted, path.split("/")))
+    """Returns a leaf's folder below the arrays: its path, with unsafe characters quoted."""
+    return "/".join(map(_quote_key, path.split("/")))
 
 
-def _quoted(key: str) -> str:
-    if set(key) <= {"."}:  # the folders ".", ".." and "" would be other ones
+def _quote_key(key: str) -> str:
+    if set(key) <= {"."}:  # as folders ".", ".." and "" have another meaning
         return key.replace(".", "%2E") or "%"
     return urllib.parse.quote(key, safe="<>[]=,+")
 
 
 def check_folders(leaves: Iterable[str]) -> None:
-    """Refuses leaves of which one would be stored inside the folder of another.
+    """Refuses leaves whose folder would be inside the folder of another leaf.
+
+    Dict keys with a `/` can cause that.
 
     Raises:
-      CheckpointError: naming both; dict keys that hold `/` can do that.
+      CheckpointError: names both leaves.
     """
     stored = {stored_name(path): path for path in leaves}
     problems = [
@@ -86,12 +88,12 @@ def check_folders(leaves: Iterable[str]) -> None:
 
 
 def leaf_folder(path: str) -> str:
-    """Where a leaf is, below the folder of its step."""
+    """Returns a leaf's folder below the folder of its step."""
     return f"{ARRAYS}/{_STATE}/{stored_name(path)}"
 
 
 def leaf_of_file(name: str, paths: Mapping[str, Any]) -> str | None:
-    """The leaf whose values a file of the step holds, or None for files about the whole."""
+    """Returns the leaf that a file of the step belongs to; None for files about all leaves."""
     inside = name.split("/", 2)[-1]
     owners = [p for p in paths if inside.startswith(stored_name(p) + "/")]
     return max(owners, key=len) if owners else None
@@ -101,9 +103,9 @@ def start_writing(folder: Path, leaves: Mapping[str, jax.Array]) -> Callable[[],
     """Copies arrays to the host and starts writing them; the arrays may be donated afterwards.
 
     Returns:
-      A function that waits until everything is written, and raises what went wrong.
+      A function that waits until everything is written, and raises any error of writing.
     """
-    ocp = _orbax()
-    with _context(ocp, sum(x.nbytes for x in leaves.values())):
+    ocp = _import_orbax()
+    with _make_context(ocp, sum(x.nbytes for x in leaves.values())):
         response = ocp.save_async(str(folder), {stored_name(p): x for p, x in leaves.items()})
     return response.result

@@ -1,4 +1,4 @@
-"""`Checkpointer`: a folder of steps, written behind the training and read onto any mesh."""
+"""`Checkpointer`: a folder of steps, written in the background and restored onto any mesh."""
 
 import contextlib
 import os
@@ -13,23 +13,23 @@ from .._core.errors import CheckpointCorruptedError, CheckpointError, Problem, f
 from .._core.io._files import is_locked
 from .._core.tree import leaves_by_path
 from ._arrays import check_folders
-from ._collective_errors import as_one, is_first
-from ._files import LOCK, list_steps, locked, set_aside, step_folder, sweep
+from ._collective_errors import collective_errors, is_first_process
+from ._files import LOCK, delete_incomplete, list_steps, lock_folder, quarantine, step_folder
 from ._manifest import Manifest, read_manifest
-from ._pending_save import Saving
-from ._restore import Request, Restored
+from ._pending_save import PendingSave
+from ._restore import Restored, RestoreRequest
 from ._retention import RetentionPolicy
 
 
 class Checkpointer:
     """Saves steps of a run in the background, and restores them onto any devices.
 
-    A step is a folder that appears when it is complete, so a process killed at any instant
-    leaves whole steps only. Of several processes all take part in every call, on one file system
-    that they share; the first one writes what is not an array. Inside a `with` block `save`
-    returns once the arrays are on the host, and the block does not end, however it ends, before
-    the last save is on the disk or
-    has raised. Outside of one, `save` itself waits.
+    The folder of a step appears when it is complete, so a process killed at any instant leaves
+    only complete steps. Several processes share one file system and make every call together;
+    the first one writes everything but the arrays.
+
+    Inside a `with` block `save` returns once the arrays are on the host; the block ends when the
+    last save is on the disk or has failed. Outside a block `save` waits until it is on the disk.
 
         policy = sk.RetentionPolicy(max_to_keep=3)
         with sk.Checkpointer("runs/first/checkpoints", retention=policy) as checkpoints:
@@ -40,7 +40,7 @@ class Checkpointer:
 
     Attributes:
       folder: holds one folder for each step.
-      retention: which steps stay.
+      retention: which steps to keep.
     """
 
     def __init__(
@@ -54,28 +54,28 @@ class Checkpointer:
         """Declares a folder; nothing is read or written yet.
 
         Args:
-          folder: made by the first save.
-          retention: which steps stay; by default the last two.
+          folder: created by the first save.
+          retention: which steps to keep; by default the last two.
           axes: `{path: logical axes}` of leaves whose dims are named, for the manifest.
           config: plain JSON values that describe the run, for the manifest.
         """
         self.folder, self.retention = Path(folder), retention or RetentionPolicy()
         self._axes, self._config = dict(axes or {}), config
         self._block: contextlib.ExitStack | None = None
-        self._saving: Saving | None = None
+        self._pending: PendingSave | None = None
         self._damaged: set[int] = set()
 
     def __enter__(self) -> Self:
-        """Locks the folder for this process, and clears what killed ones left half-written.
+        """Locks the folder, and deletes incomplete steps that killed processes left.
 
         Raises:
-          CheckpointError: the folder cannot be written, or another process writes there.
+          CheckpointError: the folder cannot be written, or another process writes to it.
         """
         with contextlib.ExitStack() as block:
-            with as_one():
-                if is_first():
-                    block.enter_context(locked(self.folder))
-                    sweep(self.folder)
+            with collective_errors():
+                if is_first_process():
+                    block.enter_context(lock_folder(self.folder))
+                    delete_incomplete(self.folder)
             self._block = block.pop_all()
         return self
 
@@ -85,10 +85,10 @@ class Checkpointer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Waits for the save that is under way.
+        """Waits for the pending save.
 
         Raises:
-          CheckpointError: it was lost, and nothing else says that the run has failed.
+          CheckpointError: the save failed, and no other error ends the block.
         """
         block, self._block = self._block, None
         assert block is not None
@@ -96,7 +96,7 @@ class Checkpointer:
             try:
                 self._wait(together=error is None)
             except CheckpointError as lost:
-                # SystemExit may carry code 0, under which a lost save would go unnoticed.
+                # SystemExit may have code 0, which would hide the failed save.
                 if error is None or isinstance(error, SystemExit):
                     raise
                 error.add_note(str(lost))
@@ -111,10 +111,10 @@ class Checkpointer:
         return is_locked(self.folder / LOCK)
 
     def manifest(self, step: int | None = None) -> Manifest:
-        """Reads what a step, by default the newest, says of itself; needs no device.
+        """Reads the manifest of a step, by default the newest; needs no device.
 
         Raises:
-          CheckpointError: there is no such step, or it is of a newer format.
+          CheckpointError: there is no such step, or its format is newer.
           CheckpointCorruptedError: its manifest is damaged.
         """
         return read_manifest(step_folder(self.folder, self._candidates(step)[0]))
@@ -127,54 +127,60 @@ class Checkpointer:
         data: Any = None,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Saves a state; it may be donated as soon as this returns.
+        """Saves a state, which may be donated as soon as this returns.
 
-        Waits for the save before, if that is still being written.
+        Waits for the previous save, if that is still being written.
 
         Args:
-          step: updates made; each is saved once.
+          step: number of updates made; a step is never overwritten.
           state: pytree of arrays, typed PRNG keys among them.
           data: state of the data iterator, plain JSON values.
           metrics: numbers by which `RetentionPolicy(best_metric=...)` ranks the step.
 
         Raises:
-          CheckpointError: this save cannot start, or the one before was lost.
-          StateError: an update has consumed the state.
+          CheckpointError: this save cannot start, or the previous one failed.
+          StateError: the state was donated to an update.
           TreeError: two leaves have the same path.
         """
-        check_not_donated(state, "state", "A state that is gone cannot be saved.")
+        check_not_donated(state, "state", "A donated state cannot be saved.")
         leaves = leaves_by_path(state)
         check_folders(leaves)
         if self._block is None:
             with self:
                 return self.save(step, state, data=data, metrics=metrics)
         self.wait()
-        with as_one():
-            if is_first():
-                self._make_room(step)
+        with collective_errors():
+            if is_first_process():
+                self._prepare_folder(step)
         self._damaged.clear()
-        about = {"data": data, "config": self._config, "metrics": dict(metrics or {})}
-        self._saving = Saving(self.folder, step, leaves, about, self._axes, self.retention)
+        self._pending = PendingSave(
+            self.folder,
+            step,
+            leaves,
+            fields={"data": data, "config": self._config, "metrics": dict(metrics or {})},
+            axes=self._axes,
+            retention=self.retention,
+        )
         return None
 
-    def _make_room(self, step: int) -> None:
+    def _prepare_folder(self, step: int) -> None:
         for damaged in sorted(self._damaged):
-            set_aside(self.folder, damaged)
+            quarantine(self.folder, damaged)
         if step in self.steps():
-            problem = Problem(f"step {step}", f"is in {self.folder} already, and whole")
-            fix = "another folder, or go on from it: restore(...)"
-            raise CheckpointError(format_problems("Nothing is overwritten.", [problem], fix))
+            problem = Problem(f"step {step}", f"is already in {self.folder}, and complete")
+            fix = "another folder, or resume from it: restore(...)"
+            raise CheckpointError(format_problems("A step is never overwritten.", [problem], fix))
 
     def wait(self) -> None:
         """Waits until the last save is on the disk.
 
         Raises:
-          CheckpointError: it was lost: the disk is full, or the folder is gone or read-only.
+          CheckpointError: it failed: the disk is full, or the folder is gone or read-only.
         """
         self._wait(together=True)
 
     def _wait(self, *, together: bool) -> None:
-        saving, self._saving = self._saving, None
+        saving, self._pending = self._pending, None
         if saving is not None:
             saving.join(together)
 
@@ -189,69 +195,71 @@ class Checkpointer:
         cast: Sequence[str] = (),
         on_damage: Literal["stop", "previous"] = "stop",
     ) -> Restored:
-        """Reads a step onto any devices, bit for bit, each device only what it is to hold.
+        """Reads a step onto any devices, bit for bit; each device reads only its shards.
 
         Args:
           abstract: pytree of `jax.ShapeDtypeStruct` or arrays: `compiled.abstract_state`.
           shardings: the same pytree of shardings, or one for all: `compiled.shardings`. By
-            default those that the abstract leaves carry.
-          step: which step; the newest by default.
-          partial: `{glob: source}` where checkpoint and state differ; the first glob that matches
-            a leaf decides, and every leaf must be decided. Sources are `"saved"`, `"fresh"`
-            (taken from `fresh`) and `"drop"` (in the checkpoint, not wanted).
-          fresh: state, or function that makes it, for the leaves that are fresh.
-          cast: globs of leaves whose dtype may change to the wanted one.
-          on_damage: what to do when the newest step is damaged: `"stop"` raises and names the
-            step before; `"previous"` warns and takes it. A step asked for by number stops.
+            default those of the abstract leaves.
+          step: by default the newest.
+          partial: `{glob: source}` if checkpoint and state differ; the first glob that matches
+            a leaf decides, and every leaf needs one. Sources are `"saved"`, `"fresh"` (taken
+            from `fresh`) and `"drop"` (only in the checkpoint).
+          fresh: state, or function that returns it, for the fresh leaves.
+          cast: globs of leaves whose dtype may change to that of `abstract`.
+          on_damage: if the newest step is damaged, `"stop"` raises and names the step before;
+            `"previous"` warns and restores that one. With `step` a damaged step always raises.
 
         Raises:
           CheckpointError: there is no such step, or leaves are missing, extra, reshaped or of
-            another dtype, all of them named; nothing was put on a device.
+            another dtype; all of them are named, and nothing was put on a device.
           CheckpointCorruptedError: a file or leaf is not what was saved, and no step may or can
           replace it.
         """
-        request = Request(abstract, shardings, partial, fresh, cast)
+        request = RestoreRequest(abstract, shardings, partial, fresh, cast)
         damaged: dict[int, str] = {}
         candidates = self._candidates(step)
-        for one in candidates:
+        for candidate in candidates:
             try:
-                return request.restore(step_folder(self.folder, one), damaged)
+                return request.restore(step_folder(self.folder, candidate), damaged)
             except CheckpointCorruptedError as error:
-                damaged[one] = str(error)
-                last = step is not None or one == candidates[-1]
-                if last or on_damage == "stop":
+                damaged[candidate] = str(error)
+                is_last = step is not None or candidate == candidates[-1]
+                if is_last or on_damage == "stop":
                     raise CheckpointCorruptedError(
-                        "\n".join([*damaged.values(), self._offer(one)])
+                        "\n".join([*damaged.values(), self._suggest_fix(candidate)])
                     ) from error
                 warnings.warn(
-                    f"{error}\nTaking the step before it.", category=RuntimeWarning, stacklevel=2
+                    f"{error}\nRestoring the step before it.", RuntimeWarning, stacklevel=2
                 )
-                self._damaged.add(one)
+                self._damaged.add(candidate)
         raise AssertionError("unreachable")
 
     def _candidates(self, step: int | None) -> list[int]:
-        """The step asked for, or all of them, newest first."""
-        found = self.steps()
-        if step in found:
+        """Returns the requested step, or without one all steps, newest first."""
+        steps = self.steps()
+        if step in steps:
             return [step]
-        if found and step is None:
-            return list(reversed(found))
-        there = sorted(path.name for path in self.folder.glob("*"))[:4]
-        if found:
-            why, fix = f"holds steps {', '.join(map(str, found))}", f"step={found[-1]}"
-        elif there:
-            why = f"holds no complete step, but {', '.join(there)}"
-            fix = "the folder that was given to Checkpointer when it saved"
+        if steps and step is None:
+            return list(reversed(steps))
+        names = sorted(path.name for path in self.folder.glob("*"))[:4]
+        if steps:
+            why, fix = f"holds steps {', '.join(map(str, steps))}", f"step={steps[-1]}"
+        elif names:
+            why = f"holds no complete step, but {', '.join(names)}"
+            fix = "the folder of the Checkpointer that saved"
         else:
-            why = "is empty" if self.folder.is_dir() else "is no folder"
-            fix = "the folder that was given to Checkpointer when it saved"
+            why = "is empty" if self.folder.is_dir() else "is not a folder"
+            fix = "the folder of the Checkpointer that saved"
         what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
         problem = Problem(str(self.folder), why, fix)
         raise CheckpointError(format_problems(f"There is {what}.", [problem]))
 
-    def _offer(self, damaged: int) -> str:
-        """What may be done instead of using a damaged step."""
+    def _suggest_fix(self, damaged: int) -> str:
+        """Returns the steps that can be restored instead of a damaged one."""
         older = [step for step in self.steps() if step < damaged]
         if not older:
-            return "Fix: no older step is there; a copy of this one, or a new run"
-        return f'Fix: restore(..., step={older[-1]}), or on_damage="previous" to do so by itself'
+            return "Fix: there is no older step; a copy of this one, or a new run"
+        return (
+            f'Fix: restore(..., step={older[-1]}), or on_damage="previous" to do so automatically'
+        )

@@ -1,9 +1,14 @@
-"""Arrays of a saved step, read chunk by chunk onto any devices and checked as they are read.
+"""Reads the arrays of a saved step chunk by chunk onto any devices, and checks every chunk.
 
-A leaf is a folder of plain zarr chunks. Each chunk that overlaps what this process is to hold is
-read once, compared with its CRC-32 and copied to where it belongs, so every byte that is used was
-checked, no byte is read for a shard that other processes hold, and the host needs room for the
-shards of a few leaves at a time beside the state itself.
+A leaf is a folder of plain zarr chunks. Each chunk that overlaps a shard of this process is read,
+compared with its CRC-32 and copied into the shard. So every byte that is used is checked, chunks
+of other processes' shards are not read, and besides the state the host needs memory for the
+shards of a few leaves at a time.
+
+An example: a leaf [6, 4] in chunks of [4, 4], restored to two devices that hold rows 0:3 and 3:6.
+
+    chunk 0   rows 0 1 2 | 3      device 0 takes rows 0:3 of chunk 0
+    chunk 1   rows         4 5    device 1 takes row 3 of chunk 0 and rows 0:2 of chunk 1
 """
 
 import itertools
@@ -17,21 +22,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from ._files import Unreadable, read_checked
+from ._files import UnreadableFile, read_checked
 from ._manifest import SavedFile
 
-# Shards that are gathered from chunks at once; one alone may be larger.
-_AT_ONCE = 2**27
+# Bytes of shards that are assembled from chunks at once; a single shard may be larger.
+_GROUP_BYTES = 2**27
 _THREADS = 4
 
 # Start and stop along each dim.
 Box = tuple[tuple[int, int], ...]
 
 
-def read(
+def read_leaves(
     folder: Path, files: Mapping[str, SavedFile], wanted: Mapping[str, jax.ShapeDtypeStruct]
 ) -> tuple[dict[str, jax.Array], dict[str, str]]:
-    """Reads leaves, each device only what it is to hold.
+    """Reads leaves; each device gets its shards only.
 
     Args:
       folder: of the step.
@@ -39,74 +44,80 @@ def read(
       wanted: `{folder of the leaf below that of the step: shape, dtype and sharding}`.
 
     Returns:
-      `{folder of the leaf: array}`, and `{file: what is wrong with it}`; a leaf of which a file
-      is wrong is not among the arrays.
+      `{folder of the leaf: array}`, and `{file: what is wrong with it}`; a leaf with a damaged
+      file is not among the arrays.
     """
 
-    def one(below: str) -> tuple[jax.Array | None, dict[str, str]]:
-        return _read_leaf(folder, files, below, wanted[below])
+    def read_leaf(name: str) -> tuple[jax.Array | None, dict[str, str]]:
+        return _read_leaf(folder, files, name, wanted[name])
 
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-        found = dict(zip(wanted, pool.map(one, wanted), strict=True))
-    arrays = {below: array for below, (array, _) in found.items() if array is not None}
-    return arrays, {name: why for _, wrong in found.values() for name, why in wrong.items()}
+        results = dict(zip(wanted, pool.map(read_leaf, wanted), strict=True))
+    arrays = {leaf: array for leaf, (array, _) in results.items() if array is not None}
+    return arrays, {name: why for _, wrong in results.values() for name, why in wrong.items()}
 
 
 def _read_leaf(
-    folder: Path, files: Mapping[str, SavedFile], below: str, wanted: jax.ShapeDtypeStruct
+    folder: Path, files: Mapping[str, SavedFile], leaf: str, wanted: jax.ShapeDtypeStruct
 ) -> tuple[jax.Array | None, dict[str, str]]:
     wrong: dict[str, str] = {}
 
-    def content(name: str) -> bytes | None:
+    def read_file(name: str) -> bytes | None:
         try:
             return read_checked(folder, name, files)
-        except Unreadable as error:
+        except UnreadableFile as error:
             wrong[name] = str(error)
             return None
 
-    described = content(f"{below}/.zarray")
-    if described is None:
+    header = read_file(f"{leaf}/.zarray")
+    if header is None:
         return None, wrong
-    chunk = tuple(json.loads(described)["chunks"])
+    chunk = tuple(json.loads(header)["chunks"])
     sharding = wanted.sharding
     assert sharding is not None
-    holders: dict[Box, list[Any]] = {}
+    devices: dict[Box, list[Any]] = {}
     for device, index in sharding.addressable_devices_indices_map(wanted.shape).items():
-        holders.setdefault(_box(index or (), wanted.shape), []).append(device)
-    pieces = []
-    for group in _groups(list(holders), wanted.dtype.itemsize):
-        held = {box: np.empty([stop - start for start, stop in box], wanted.dtype) for box in group}
+        devices.setdefault(_box_of_index(index or (), wanted.shape), []).append(device)
+    on_devices = []
+    for group in _group_boxes(list(devices), wanted.dtype.itemsize):
+        shards = {
+            box: np.empty([stop - start for start, stop in box], wanted.dtype) for box in group
+        }
         for at in {at for box in group for at in _chunks_of(box, chunk)}:
-            raw = content(f"{below}/{'.'.join(map(str, at)) or '0'}")
+            raw = read_file(f"{leaf}/{'.'.join(map(str, at)) or '0'}")
             if raw is not None:
-                _spread(np.frombuffer(raw, wanted.dtype).reshape(chunk), at, held)
+                _copy_chunk(np.frombuffer(raw, wanted.dtype).reshape(chunk), at, shards)
         if not wrong:
-            pieces += [jax.device_put(part, d) for box, part in held.items() for d in holders[box]]
+            on_devices += [
+                jax.device_put(shard, device)
+                for box, shard in shards.items()
+                for device in devices[box]
+            ]
     if wrong:
         return None, wrong
-    return jax.make_array_from_single_device_arrays(wanted.shape, sharding, pieces), wrong
+    return jax.make_array_from_single_device_arrays(wanted.shape, sharding, on_devices), wrong
 
 
-def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
-    return tuple(one.indices(size)[:2] for one, size in zip(index, shape, strict=True))
+def _box_of_index(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
+    return tuple(dim.indices(size)[:2] for dim, size in zip(index, shape, strict=True))
 
 
-def _groups(boxes: Sequence[Box], itemsize: int) -> Iterator[list[Box]]:
-    """Boxes in order, as many together as fit into `_AT_ONCE`, one at least."""
+def _group_boxes(boxes: Sequence[Box], itemsize: int) -> Iterator[list[Box]]:
+    """Yields boxes in order, in groups of at most `_GROUP_BYTES` but at least one box."""
     group: list[Box] = []
-    room = _AT_ONCE
+    room = _GROUP_BYTES
     for box in boxes:
         size = itemsize * int(np.prod([stop - start for start, stop in box], dtype=np.int64))
         if group and size > room:
             yield group
-            group, room = [], _AT_ONCE
+            group, room = [], _GROUP_BYTES
         group.append(box)
         room -= size
     yield group
 
 
 def _chunks_of(box: Box, chunk: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """Coordinates of the chunks that a box overlaps."""
+    """Returns the coordinates of the chunks that a box overlaps."""
     return itertools.product(
         *(
             range(start // size, -(-stop // size))
@@ -115,10 +126,10 @@ def _chunks_of(box: Box, chunk: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
     )
 
 
-def _spread(values: np.ndarray, at: tuple[int, ...], held: Mapping[Box, np.ndarray]) -> None:
-    """Copies what a chunk has of each box. Chunks at the end of a dim are padded."""
+def _copy_chunk(values: np.ndarray, at: tuple[int, ...], shards: Mapping[Box, np.ndarray]) -> None:
+    """Copies the overlap of a chunk with each shard; chunks at the end of a dim are padded."""
     origin = [i * size for i, size in zip(at, values.shape, strict=True)]
-    for box, part in held.items():
+    for box, shard in shards.items():
         source, target = [], []
         for first, size, (start, stop) in zip(origin, values.shape, box, strict=True):
             low, high = max(first, start), min(first + size, stop)
@@ -127,4 +138,4 @@ def _spread(values: np.ndarray, at: tuple[int, ...], held: Mapping[Box, np.ndarr
             source.append(slice(low - first, high - first))
             target.append(slice(low - start, high - start))
         else:
-            part[tuple(target)] = values[tuple(source)]
+            shard[tuple(target)] = values[tuple(source)]

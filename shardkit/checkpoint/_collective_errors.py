@@ -1,4 +1,4 @@
-"""Several processes that save and restore one state: what one of them raises, all raise."""
+"""`collective_errors`: an error in one process is raised in all that save or restore together."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,32 +9,32 @@ from jax.experimental import multihost_utils
 
 from .._core.errors import CheckpointCorruptedError, CheckpointError
 
-_KINDS: dict[str, type[CheckpointError]] = {
-    one.__name__: one for one in (CheckpointError, CheckpointCorruptedError)
+_ERRORS: dict[str, type[CheckpointError]] = {
+    error.__name__: error for error in (CheckpointError, CheckpointCorruptedError)
 }
 
 
-def several() -> bool:
-    """Whether there are other processes."""
-    # In this order: to count processes starts JAX's devices, which may still be to be simulated.
+def has_several_processes() -> bool:
+    """Whether the program runs in several processes."""
+    # In this order: counting processes starts a backend, and devices may not be simulated yet.
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def is_first() -> bool:
-    """Whether this is the process that makes folders, writes manifests and deletes."""
-    return not several() or jax.process_index() == 0
+def is_first_process() -> bool:
+    """Whether this process creates folders, writes manifests and deletes."""
+    return not has_several_processes() or jax.process_index() == 0
 
 
 @contextlib.contextmanager
-def as_one() -> Iterator[None]:
-    """Ends the block in all processes alike, once all have come to its end.
+def collective_errors() -> Iterator[None]:
+    """Raises in every process if the block raises in one; waits for all at its end.
 
-    Every process has to enter it, in its main thread.
+    Every process must enter it, in its main thread.
 
     Raises:
-      CheckpointError: that of the first process that raised one, so that none goes on alone.
+      CheckpointError: that of the process with the lowest number that raised one.
     """
-    if not several():
+    if not has_several_processes():
         yield
         return
     raised: CheckpointError | None = None
@@ -42,26 +42,24 @@ def as_one() -> Iterator[None]:
         yield
     except CheckpointError as error:
         raised = error
-    said = _gathered("" if raised is None else f"{type(raised).__name__}\n{raised}")
-    process = next((i for i, text in enumerate(said) if text), None)
+    texts = _gather_texts("" if raised is None else f"{type(raised).__name__}\n{raised}")
+    process = next((i for i, text in enumerate(texts) if text), None)
     if process is None:
         return
     if raised is not None and process == jax.process_index():
         raise raised
-    kind, _, message = said[process].partition("\n")
-    raise _KINDS[kind](f"In process {process}: {message}")
+    kind, _, message = texts[process].partition("\n")
+    raise _ERRORS[kind](f"In process {process}: {message}")
 
 
-def _gathered(text: str) -> list[str]:
-    """What each process says; all that is sent in general is that nobody says anything."""
-    words = np.frombuffer(text.encode(), np.uint8)
-    sizes = np.asarray(multihost_utils.process_allgather(np.array([len(words)], np.int32)))
-    room = int(sizes.max())
-    if not room:
+def _gather_texts(text: str) -> list[str]:
+    """Returns the text of each process; if all are empty, only their sizes are sent."""
+    encoded = np.frombuffer(text.encode(), np.uint8)
+    sizes = np.asarray(multihost_utils.process_allgather(np.array([len(encoded)], np.int32)))
+    longest = int(sizes.max())
+    if not longest:
         return [""] * len(sizes)
-    padded = np.zeros(room, np.uint8)
-    padded[: len(words)] = words
-    all_words = np.asarray(multihost_utils.process_allgather(padded), np.uint8)
-    return [
-        row[:size].tobytes().decode() for row, size in zip(all_words, sizes.ravel(), strict=True)
-    ]
+    padded = np.zeros(longest, np.uint8)
+    padded[: len(encoded)] = encoded
+    rows = np.asarray(multihost_utils.process_allgather(padded), np.uint8)
+    return [row[:size].tobytes().decode() for row, size in zip(rows, sizes.ravel(), strict=True)]

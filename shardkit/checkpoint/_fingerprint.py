@@ -1,8 +1,8 @@
-"""One number per leaf that no sharding changes and every flipped bit does.
+"""Fingerprints: a number per leaf that does not depend on the sharding but on every bit.
 
 Each 32-bit word is mixed with its global index, and the results are summed as integers. Integer
-addition wraps and associates, so any split over devices gives the same sum; the mix is a
-bijection of the word, so one changed word always changes the first sum.
+addition wraps and is associative, so every sharding gives the same sum. The mix is a bijection of
+the word, so one changed word always changes the first sum.
 """
 
 import functools
@@ -15,27 +15,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ._collective_errors import several
+from ._collective_errors import has_several_processes
 
-# Odd constants of MurmurHash3's finalizer and of the golden ratio.
+# Odd constants: MurmurHash3's finalizer and 2³² divided by the golden ratio.
 _WORD, _INDEX, _HIGH = 0xCC9E2D51, 0x9E3779B1, 0x85EBCA6B
 _MIX_1, _MIX_2, _SECOND = 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F
 
 
 def is_key(dtype: Any) -> bool:
-    """Whether a dtype is that of a typed PRNG key."""
+    """Whether a dtype is that of typed PRNG keys."""
     return jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
-def bare(x: jax.Array) -> jax.Array:
-    """Returns the words of a typed PRNG key, u32[..., n], and any other array as it is."""
+def raw_array(x: jax.Array) -> jax.Array:
+    """Returns the words of typed PRNG keys, u32[..., n]; any other array unchanged."""
     return jax.random.key_data(x) if is_key(x.dtype) else x
 
 
-def _words(x: jax.Array) -> jax.Array:
-    """The bits of an array as u32[..., words per element]."""
+def _to_words(x: jax.Array) -> jax.Array:
+    """Returns the bits of an array as u32[..., words per element]."""
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
-        return jnp.concatenate([_words(x.real), _words(x.imag)], -1)
+        return jnp.concatenate([_to_words(x.real), _to_words(x.imag)], -1)
     bits = jnp.iinfo(x.dtype).bits if jnp.issubdtype(x.dtype, jnp.integer) else 0
     if x.dtype == jnp.bool_ or 0 < bits < 8:
         x = x.astype(jnp.int8)
@@ -47,8 +47,8 @@ def _words(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)[..., None]
 
 
-def _indices(shape: tuple[int, ...]) -> jax.Array:
-    """The global row-major index of each word, folded into 32 bits: u32[shape]."""
+def _word_indices(shape: tuple[int, ...]) -> jax.Array:
+    """Returns the global row-major index of each word, folded into 32 bits: u32[shape]."""
     index = jnp.zeros(shape, jnp.uint32)
     for dim in range(len(shape)):
         stride = math.prod(shape[dim + 1 :])
@@ -58,8 +58,8 @@ def _indices(shape: tuple[int, ...]) -> jax.Array:
 
 
 def _fingerprint(x: jax.Array) -> jax.Array:
-    words = _words(bare(x))
-    index = _indices(words.shape) * np.uint32(_INDEX)
+    words = _to_words(raw_array(x))
+    index = _word_indices(words.shape) * np.uint32(_INDEX)
     mixed = (words * np.uint32(_WORD)) ^ index
     mixed = (mixed ^ (mixed >> 16)) * np.uint32(_MIX_1)
     mixed = (mixed ^ (mixed >> 13)) * np.uint32(_MIX_2)
@@ -69,25 +69,27 @@ def _fingerprint(x: jax.Array) -> jax.Array:
     return jnp.stack([jnp.sum(mixed, dtype=jnp.uint32), jnp.sum(second, dtype=jnp.uint32)])
 
 
-def fingerprints(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+def compute_fingerprints(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Computes the fingerprint of every leaf on the devices that hold it.
 
     Args:
       leaves: `{path: array}` of any dtype and sharding, all on one set of devices.
 
     Returns:
-      `{path: u32[2]}`; the same for the same values, whatever mesh and spec they have.
+      `{path: u32[2]}`; equal for equal values on any mesh and spec.
     """
     # Within a traced function (a shard_map over copies) the caller decides where results go.
     here = [x for x in leaves.values() if not isinstance(x, jax.core.Tracer)]
-    shardings = [x.sharding for x in here] if several() else []
-    meshes = [one.mesh for one in shardings if isinstance(one, NamedSharding)]
-    return _program(NamedSharding(meshes[0], PartitionSpec()) if meshes else None)(leaves)
+    shardings = [x.sharding for x in here] if has_several_processes() else []
+    meshes = [s.mesh for s in shardings if isinstance(s, NamedSharding)]
+    return _compile_fingerprints(NamedSharding(meshes[0], PartitionSpec()) if meshes else None)(
+        leaves
+    )
 
 
 @functools.lru_cache(maxsize=8)
-def _program(result: NamedSharding | None) -> Callable[..., dict[str, jax.Array]]:
-    """Each of several processes is to read the results: they are whole on every device then."""
+def _compile_fingerprints(result: NamedSharding | None) -> Callable[..., dict[str, jax.Array]]:
+    """Compiles the fingerprints; `result` replicates them, so that every process can read them."""
 
     def run(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         return {path: _fingerprint(x) for path, x in leaves.items()}
@@ -95,10 +97,10 @@ def _program(result: NamedSharding | None) -> Callable[..., dict[str, jax.Array]
     return jax.jit(run, out_shardings=result)
 
 
-def as_text(fingerprint: Any) -> str:
+def format_fingerprint(fingerprint: Any) -> str:
     """Returns 16 hexadecimal digits of a u32[2].
 
-    >>> as_text(np.array([1, 255], np.uint32))
+    >>> format_fingerprint(np.array([1, 255], np.uint32))
     '00000001000000ff'
     """
     return "".join(f"{int(half):08x}" for half in np.asarray(fingerprint))

@@ -1,4 +1,4 @@
-"""The manifest of one step: what was saved, readable, and enough to find any damage."""
+"""The manifest of a step: readable, and enough to find any damage."""
 
 import dataclasses
 import json
@@ -48,18 +48,18 @@ class SavedFile:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """Everything known of a saved step beside the arrays themselves.
+    """What is known of a saved step besides the arrays.
 
     Attributes:
       step: updates made when it was saved.
-      time: when, in UTC.
+      time: of the save, in UTC.
       versions: of the packages that wrote it.
-      mesh: axis sizes it was saved from, to be read by people; restoring needs none of it.
+      mesh: axis sizes it was saved from, for people; restoring does not use it.
       leaves: `{path: SavedLeaf}`.
       files: `{path below the step's folder: SavedFile}`.
       data: state of the data iterator, as the caller gave it.
       config: the run's config, as the caller gave it.
-      metrics: numbers by which the best step is kept.
+      metrics: numbers that `RetentionPolicy` ranks steps by.
     """
 
     step: int
@@ -73,7 +73,7 @@ class Manifest:
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def to_text(self) -> str:
-        """Returns the JSON that `manifest.json` holds, with the checksum of itself."""
+        """Returns the JSON of `manifest.json`, which ends with its own checksum."""
         fields = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
         return _render({**fields, "crc32": _crc(_render(fields))})
 
@@ -82,34 +82,35 @@ def read_manifest(folder: Path) -> Manifest:
     """Reads the manifest of a step's folder.
 
     Raises:
-      CheckpointCorruptedError: it is missing, cut short or changed.
-      CheckpointError: it is whole, and of a newer format or of something else.
+      CheckpointCorruptedError: it is missing, truncated or changed.
+      CheckpointError: its format is newer.
     """
     path = folder / MANIFEST
     try:
         text = path.read_bytes().decode()
         fields = json.loads(text)
     except (OSError, ValueError) as error:
-        raise _damaged(path, _cause(error)) from error
+        raise _make_error(path, _describe_cause(error)) from error
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
-        raise _damaged(path, f"is no manifest of format {FORMAT!r}")
-    # One rendering exists of each content, so a change that JSON would forgive shows too.
-    whole = _render(fields) == text
+        raise _make_error(path, f"is not a manifest of format {FORMAT!r}")
+    # Each content has one rendering, so even a changed space is found.
+    unchanged = _render(fields) == text
     saved = fields.pop("crc32", None)
-    if not whole or saved != _crc(_render(fields)):
-        raise _damaged(path, f"its checksum is not {saved}: it was changed after it was written")
+    if not unchanged or saved != _crc(_render(fields)):
+        raise _make_error(path, f"its checksum is not {saved}: it was changed after it was written")
     if fields.pop("version") != VERSION:
-        found = json.loads(text)["version"]
-        problem = Problem(str(path), f"is of format version {found}; this shardkit reads {VERSION}")
+        version = json.loads(text)["version"]
+        why = f"has format version {version}; this shardkit reads {VERSION}"
+        problem = Problem(str(path), why)
         fix = "pip install --upgrade shardkit"
         raise CheckpointError(format_problems("The checkpoint is newer.", [problem], fix))
     del fields["format"]
-    leaves = {name: _leaf(one) for name, one in fields.pop("leaves").items()}
-    files = {name: SavedFile(**one) for name, one in fields.pop("files").items()}
+    leaves = {path: _read_leaf(leaf) for path, leaf in fields.pop("leaves").items()}
+    files = {name: SavedFile(**file) for name, file in fields.pop("files").items()}
     return Manifest(leaves=leaves, files=files, **fields)
 
 
-def _leaf(fields: Mapping[str, Any]) -> SavedLeaf:
+def _read_leaf(fields: Mapping[str, Any]) -> SavedLeaf:
     axes = fields["axes"]
     named = None if axes is None else tuple(axes)
     return SavedLeaf(**{**fields, "shape": tuple(fields["shape"]), "axes": named})
@@ -123,11 +124,11 @@ def _crc(text: str) -> str:
     return f"{zlib.crc32(text.encode()):08x}"
 
 
-def _cause(error: OSError | ValueError) -> str:
-    return f"{error.strerror}" if isinstance(error, OSError) else f"is no JSON: {error}"
+def _describe_cause(error: OSError | ValueError) -> str:
+    return f"{error.strerror}" if isinstance(error, OSError) else f"is not JSON: {error}"
 
 
-def _damaged(path: Path, why: str) -> CheckpointCorruptedError:
+def _make_error(path: Path, why: str) -> CheckpointCorruptedError:
     return CheckpointCorruptedError(
         format_problems("The checkpoint is damaged.", [Problem(str(path), why)])
     )

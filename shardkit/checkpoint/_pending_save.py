@@ -1,4 +1,4 @@
-"""One save under way: arrays are written, summed up and named by a thread of its own."""
+"""`PendingSave`: a thread that finishes writing a step, and makes it visible."""
 
 import contextlib
 import importlib.metadata
@@ -14,9 +14,9 @@ from jax.sharding import NamedSharding
 
 from .._core.errors import CheckpointError, Problem, format_problems
 from ._arrays import start_writing
-from ._collective_errors import as_one, is_first
-from ._files import ARRAYS, being_saved, checksums, commit, saving_folder
-from ._fingerprint import as_text, bare, fingerprints, is_key
+from ._collective_errors import collective_errors, is_first_process
+from ._files import ARRAYS, commit, compute_checksums, create_temporary_folder, temporary_folder
+from ._fingerprint import compute_fingerprints, format_fingerprint, is_key, raw_array
 from ._manifest import Manifest, SavedLeaf
 from ._match import dtype_name
 from ._retention import RetentionPolicy, delete_old_steps
@@ -24,15 +24,15 @@ from ._retention import RetentionPolicy, delete_old_steps
 _PACKAGES = ("shardkit", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-class Saving:
-    """A save that has begun. The arrays are on the host already."""
+class PendingSave:
+    """A save whose arrays are on the host, and that a thread writes to disk."""
 
     def __init__(
         self,
         root: Path,
         step: int,
         leaves: Mapping[str, jax.Array],
-        about: Mapping[str, Any],
+        fields: Mapping[str, Any],
         axes: Mapping[str, tuple[str | None, ...]],
         retention: RetentionPolicy,
     ) -> None:
@@ -42,27 +42,27 @@ class Saving:
           root: folder of the steps.
           step: number of this one.
           leaves: `{path: array}`.
-          about: the manifest's `data`, `config` and `metrics`.
+          fields: the manifest's `data`, `config` and `metrics`.
           axes: `{path: logical axes}`.
           retention: applied once the step is complete.
 
         Raises:
-          CheckpointError: nothing can be written there.
+          CheckpointError: the folder cannot be written.
         """
         self._root, self._step, self._retention = root, step, retention
         self._leaves = {path: _describe(x, axes.get(path)) for path, x in leaves.items()}
-        self._about = {**about, "mesh": _mesh(leaves)}
+        self._fields = {**fields, "mesh": _mesh_shape(leaves)}
         self._error: Exception | None = None
-        self._folder = being_saved(root, step)
-        # Dispatched before the caller can donate the arrays; read when the files are written.
-        self._marks = fingerprints(leaves)
-        with as_one():
+        self._folder = temporary_folder(root, step)
+        # Dispatched before the caller can donate the arrays; read after the files are written.
+        self._fingerprints = compute_fingerprints(leaves)
+        with collective_errors():
             self._make_folder()
         try:
-            stored = {path: bare(x) for path, x in leaves.items() if 0 not in x.shape}
-            self._written = start_writing(self._folder / ARRAYS, stored)
+            stored = {path: raw_array(x) for path, x in leaves.items() if 0 not in x.shape}
+            self._wait_written = start_writing(self._folder / ARRAYS, stored)
         except Exception as error:
-            raise self._lost(error) from error
+            raise self._make_error(error) from error
         self._thread = threading.Thread(target=self._finish, name=f"shardkit-save-{step}")
         self._thread.start()
 
@@ -70,55 +70,55 @@ class Saving:
         """Waits until the step is complete.
 
         Args:
-          together: every process does so; it is not complete before the first one has named it.
+          together: every process calls this, so that all raise the error of any.
 
         Raises:
-          CheckpointError: it was lost; what was saved before is untouched.
+          CheckpointError: it failed; earlier steps are untouched.
         """
         self._thread.join()
-        with as_one() if together else contextlib.nullcontext():
+        with collective_errors() if together else contextlib.nullcontext():
             if self._error is not None:
-                raise self._lost(self._error) from self._error
+                raise self._make_error(self._error) from self._error
 
     def _make_folder(self) -> None:
         try:
-            if is_first():
-                saving_folder(self._root, self._step)
+            if is_first_process():
+                create_temporary_folder(self._root, self._step)
         except OSError as error:
-            raise self._lost(error) from error
+            raise self._make_error(error) from error
 
     def _finish(self) -> None:
         try:
-            self._written()
-            if not is_first():
+            self._wait_written()
+            if not is_first_process():
                 return
-            files = checksums(self._folder)
-            marks = jax.device_get(self._marks)
+            files = compute_checksums(self._folder)
+            values = jax.device_get(self._fingerprints)
             leaves = {
-                path: SavedLeaf(**fields, fingerprint=as_text(marks[path]))
+                path: SavedLeaf(**fields, fingerprint=format_fingerprint(values[path]))
                 for path, fields in self._leaves.items()
             }
             manifest = Manifest(
                 step=self._step,
                 time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                versions=_versions(),
+                versions=_package_versions(),
                 leaves=leaves,
                 files=files,
-                **self._about,
+                **self._fields,
             )
             commit(self._folder, self._root, self._step, manifest.to_text())
             delete_old_steps(self._root, self._retention)
         except Exception as error:
             self._error = error
 
-    def _lost(self, error: Exception) -> CheckpointError:
-        if is_first():
+    def _make_error(self, error: Exception) -> CheckpointError:
+        if is_first_process():
             shutil.rmtree(self._folder, ignore_errors=True)
-        # The storage library appends its whole specification to what the system said.
+        # TensorStore appends its whole specification to the message of the system.
         why = str(error).partition(" [tensorstore_spec")[0] or type(error).__name__
         problem = Problem(f"step {self._step}", f"could not be written to {self._root}: {why}")
-        fix = "room on the disk, or another folder; the steps before it are as they were"
-        return CheckpointError(format_problems("A save was lost.", [problem], fix))
+        fix = "free space on the disk, or another folder; earlier steps are untouched"
+        return CheckpointError(format_problems("A save has failed.", [problem], fix))
 
 
 def _describe(x: jax.Array, axes: tuple[str | None, ...] | None) -> dict[str, Any]:
@@ -126,11 +126,11 @@ def _describe(x: jax.Array, axes: tuple[str | None, ...] | None) -> dict[str, An
     return {"shape": x.shape, "dtype": dtype_name(x.dtype), "axes": axes, "key": generator}
 
 
-def _mesh(leaves: Mapping[str, jax.Array]) -> dict[str, int]:
+def _mesh_shape(leaves: Mapping[str, jax.Array]) -> dict[str, int]:
     meshes = (x.sharding.mesh for x in leaves.values() if isinstance(x.sharding, NamedSharding))
     return dict(next((mesh.shape for mesh in meshes), {}))
 
 
-def _versions() -> dict[str, str]:
+def _package_versions() -> dict[str, str]:
     known = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
     return {name: known[name] for name in _PACKAGES if name in known}

@@ -1,4 +1,4 @@
-"""From a step on disk to a state on devices, by one declared request."""
+"""Restores a step from disk to devices."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -12,22 +12,22 @@ from jax.sharding import Sharding
 from .._core.errors import CheckpointError, Problem, raise_all
 from .._core.train_state import TrainState
 from .._core.tree import join_path, leaves_by_path, path_str
-from ._collective_errors import as_one
+from ._collective_errors import collective_errors
 from ._manifest import Manifest
-from ._match import plan
+from ._match import plan_restore
 from ._step import SavedStep
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """What came back.
+    """A restored state.
 
     Attributes:
-      state: the state, laid out as asked.
-      step: updates that had been made.
-      data: state of the data iterator, as it was given to `save`.
+      state: the state, with the requested shardings.
+      step: number of updates made.
+      data: state of the data iterator, as given to `save`.
       manifest: everything else that was saved with it.
-      damaged: newer steps that were passed over, with what is wrong with each.
+      damaged: newer steps that were skipped, with what is wrong with each.
     """
 
     state: Any
@@ -38,8 +38,8 @@ class Restored:
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
-    """What is wanted of a checkpoint; see `Checkpointer.restore`."""
+class RestoreRequest:
+    """The arguments of `Checkpointer.restore`, which describes them."""
 
     abstract: Any
     shardings: Any = None
@@ -55,69 +55,75 @@ class Request:
           CheckpointCorruptedError: files or leaves are not what was saved.
         """
         wanted = leaves_by_path(self.abstract)
-        with as_one():
+        with collective_errors():
             saved = SavedStep.open(folder)
-            leaves = saved.manifest.leaves
-            counters, flags = _of_train_states(self.abstract)
-            found = plan(leaves, wanted, self.partial, self.cast, str(folder), flags)
+            counters, flags = _find_counters_and_flags(self.abstract)
+            plan = plan_restore(
+                saved.manifest.leaves,
+                wanted,
+                partial=self.partial,
+                cast=self.cast,
+                where=str(folder),
+                assumed=flags,
+            )
             shardings = self.shardings_of(wanted)
             saved.check_listing()
-        fresh = self.fresh_leaves(found.fresh)
-        loaded = saved.load(found, wanted, shardings)
+        fresh = self.fresh_leaves(plan.fresh)
+        loaded = saved.load(plan, wanted, shardings)
         _check_counters(folder, {p: x for p, x in loaded.items() if p in counters})
-        got = fresh | loaded | {path: _false(shardings[path]) for path in found.assumed}
+        leaves = fresh | loaded | {path: _make_false(shardings[path]) for path in plan.assumed}
         structure = jax.tree.structure(self.abstract)
-        state = jax.tree.unflatten(structure, [got[path] for path in wanted])
+        state = jax.tree.unflatten(structure, [leaves[path] for path in wanted])
         manifest = saved.manifest
         return Restored(state, manifest.step, manifest.data, manifest, dict(damaged))
 
     def shardings_of(self, wanted: Mapping[str, Any]) -> dict[str, Sharding]:
-        """Where each wanted leaf is to live.
+        """Returns the sharding of each leaf.
 
         Raises:
-          CheckpointError: it is not said.
+          CheckpointError: a leaf has none.
         """
         if isinstance(self.shardings, Sharding):
             return dict.fromkeys(wanted, self.shardings)
-        given = leaves_by_path(self.shardings) if self.shardings is not None else {}
-        placed = {path: given.get(path) or x.sharding for path, x in wanted.items()}
+        declared = leaves_by_path(self.shardings) if self.shardings is not None else {}
+        shardings = {path: declared.get(path) or x.sharding for path, x in wanted.items()}
         problems = [
-            Problem(path, "has no sharding") for path, sharding in placed.items() if not sharding
+            Problem(path, "has no sharding") for path, sharding in shardings.items() if not sharding
         ]
         fix = "restore(step.abstract_state, step.shardings), or one sharding for all leaves"
-        raise_all(CheckpointError, "It is not said where leaves are to live.", problems, fix)
-        return placed
+        raise_all(CheckpointError, "Leaves to restore have no sharding.", problems, fix)
+        return shardings
 
     def fresh_leaves(self, paths: Sequence[str]) -> dict[str, jax.Array]:
-        """The leaves that do not come from the checkpoint; made only where there are any.
+        """Returns the leaves that do not come from the checkpoint; calls `fresh` only if needed.
 
         Raises:
           CheckpointError: `fresh` lacks one.
         """
         if not paths:
             return {}
-        made = leaves_by_path(self.fresh() if callable(self.fresh) else self.fresh)
+        fresh = leaves_by_path(self.fresh() if callable(self.fresh) else self.fresh)
         problems = [
-            Problem(path, "is to be fresh, and fresh= has no such leaf")
+            Problem(path, "is fresh in partial, but fresh= has no such leaf")
             for path in paths
-            if path not in made
+            if path not in fresh
         ]
         fix = "restore(..., fresh=step.init(key))"
         raise_all(CheckpointError, "Fresh leaves are missing.", problems, fix)
-        return {path: made[path] for path in paths}
+        return {path: fresh[path] for path in paths}
 
 
-def _of_train_states(tree: Any) -> tuple[set[str], set[str]]:
-    """Paths of the counters and of the `halted` flags of every `TrainState` in a tree."""
+def _find_counters_and_flags(tree: Any) -> tuple[set[str], set[str]]:
+    """Returns the paths of `step` and of `halted` in every `TrainState` of a tree."""
     keyed = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, TrainState))
     states = [path_str(path) for path, x in keyed if isinstance(x, TrainState)]
-    return {join_path(one, "step") for one in states}, {join_path(one, "halted") for one in states}
+    return {join_path(s, "step") for s in states}, {join_path(s, "halted") for s in states}
 
 
 def _check_counters(folder: Path, counters: Mapping[str, jax.Array]) -> None:
-    """Refuses what a stopped step left before states had `halted`: its counter is negative.
+    """Refuses checkpoints of a halted run from before states had `halted`.
 
-    A checkpoint without `halted` is otherwise read as one that is not halted.
+    They have a negative `step`. Other checkpoints without `halted` are read as not halted.
     """
     values = {path: int(np.asarray(x.addressable_data(0))) for path, x in counters.items()}
     problems = [
@@ -125,9 +131,9 @@ def _check_counters(folder: Path, counters: Mapping[str, jax.Array]) -> None:
         for path, n in values.items()
         if n < 0
     ]
-    headline = f"{folder} holds the state of a stopped step, in a form that is read no more."
+    headline = f"{folder} holds a halted state in a form that is no longer supported."
     raise_all(CheckpointError, headline, problems, "restore(..., step=...) of an earlier step")
 
 
-def _false(sharding: Sharding) -> jax.Array:
+def _make_false(sharding: Sharding) -> jax.Array:
     return jax.make_array_from_callback((), sharding, lambda _: np.zeros((), bool))

@@ -1,4 +1,4 @@
-"""`RetentionPolicy`: which checkpoints stay when a new one is complete."""
+"""`RetentionPolicy`: which checkpoints to keep when a new one is complete."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -45,10 +45,10 @@ class RetentionPolicy:
             if (value := getattr(self, name)) < low
         ]
         if (self.best_to_keep > 0) != (self.best_metric is not None):
-            given = f"best_to_keep={self.best_to_keep}, best_metric={self.best_metric!r}"
+            fields = f"best_to_keep={self.best_to_keep}, best_metric={self.best_metric!r}"
             why = "needs both a number of steps and the metric that ranks them, or neither"
             fix = f'RetentionPolicy(best_to_keep=1, best_metric="{self.best_metric or "loss"}")'
-            problems.append(Problem(f"RetentionPolicy({given})", why, fix))
+            problems.append(Problem(f"RetentionPolicy({fields})", why, fix))
         raise_all(CheckpointError, "The retention policy is not valid.", problems)
 
     def select(self, steps: Mapping[int, Mapping[str, float]]) -> set[int]:
@@ -61,7 +61,7 @@ class RetentionPolicy:
         periodic = [step for step in steps if self.keep_period and step % self.keep_period == 0]
         scored = [step for step in steps if self.best_metric in steps[step]]
         sign = -1.0 if self.best_is_largest else 1.0
-        # Of equal scores the later step is better: it has seen more data.
+        # Of equal scores the later step is better: it was trained on more data.
         ranked = sorted(scored, key=lambda step: (sign * steps[step][str(self.best_metric)], -step))
         return {*newest, *periodic, *ranked[: self.best_to_keep]}
 
@@ -69,7 +69,7 @@ class RetentionPolicy:
 def delete_old_steps(root: Path, policy: RetentionPolicy) -> None:
     """Deletes every complete step that the policy does not keep.
 
-    A step whose manifest cannot be read stays, since nothing is known about it.
+    A step whose manifest cannot be read is kept.
     """
     scores = {}
     for step in list_steps(root):

@@ -1,4 +1,4 @@
-"""Exchange with other tools through one safetensors file; needs the extra `[safetensors]`."""
+"""Exports and imports a pytree as one safetensors file; needs the extra `[safetensors]`."""
 
 import importlib
 import os
@@ -15,8 +15,8 @@ from .._core.io._files import os_errors_as, write_atomic
 from .._core.tree import leaves_by_path, short_type
 from ._fingerprint import is_key
 from ._manifest import SavedLeaf
-from ._match import plan
-from ._restore import Request
+from ._match import plan_restore
+from ._restore import RestoreRequest
 
 _DTYPES = {
     "F64": "float64",
@@ -40,38 +40,35 @@ def export_safetensors(
 ) -> None:
     """Writes a pytree of arrays to a new file, each leaf under its path.
 
-    The whole tree is on the host for a moment: give it parameters, not a train state.
+    The whole tree is copied to the host: export parameters, not a train state.
 
     Args:
-      path: of the file; it appears when it is complete, and none is overwritten.
+      path: of the file, which appears when it is complete; no file is overwritten.
       tree: pytree of arrays: `state.params`.
       metadata: texts for the file's header.
 
     Raises:
-      CheckpointError: the file exists or cannot be written, or a leaf has a dtype that the format
-        lacks.
+      CheckpointError: the file exists or cannot be written, or the format lacks a leaf's dtype.
     """
     target, leaves = Path(path), leaves_by_path(tree)
     known = set(_DTYPES.values())
     problems = [
-        Problem(name, f"{short_type(x.shape, x.dtype)} has no word in the format")
+        Problem(name, f"{short_type(x.shape, x.dtype)} is not a dtype of the format")
         for name, x in leaves.items()
         if is_key(x.dtype) or x.dtype.name not in known
     ]
     if target.exists():
         problems.append(Problem(str(target), "exists already", "another file name"))
-    raise_all(CheckpointError, "Nothing was exported.", problems, "export state.params alone")
-    # The library writes a transposed array's memory as it lies, which is another array.
+    raise_all(CheckpointError, "Nothing was exported.", problems, "export state.params only")
+    # The library ignores strides: it would write a transposed array as if it were contiguous.
     host = {name: np.ascontiguousarray(x).reshape(x.shape) for name, x in leaves.items()}
-    library, fix = (
-        _library("safetensors"),
-        "a folder with free space, and permission to write there",
-    )
-    refusals = os_errors_as(CheckpointError, "Nothing was exported.", target, fix)
-    with refusals, write_atomic(target) as part:
+    library = _import_library("safetensors")
+    fix = "a folder with free space, and permission to write there"
+    errors = os_errors_as(CheckpointError, "Nothing was exported.", target, fix)
+    with errors, write_atomic(target) as temporary:
         try:
-            _library("safetensors.numpy").save_file(host, part, dict(metadata or {}))
-        except library.SafetensorError as error:  # in which it wraps what the system refuses
+            _import_library("safetensors.numpy").save_file(host, temporary, dict(metadata or {}))
+        except library.SafetensorError as error:  # which wraps errors of the system
             raise OSError(str(error)) from error
 
 
@@ -84,24 +81,24 @@ def import_safetensors(
     fresh: Any = None,
     cast: tuple[str, ...] = (),
 ) -> Any:
-    """Reads a pytree from a file, each device only what it is to hold.
+    """Reads a pytree from a file; each device reads only its shards.
 
     Args:
-      path: of a file whose tensors are named by path: `layers/gate`.
+      path: of a file whose tensors are named by their paths: `layers/gate`.
       abstract: pytree of `jax.ShapeDtypeStruct`: `step.abstract_state.params`.
       shardings: as for `Checkpointer.restore`, and so are `partial`, `fresh` and `cast`.
-      partial: which leaves come from where.
+      partial: the source of each leaf.
       fresh: leaves that do not come from the file.
       cast: globs of leaves whose dtype may change.
 
     Raises:
-      CheckpointError: the file cannot be read, or its tensors are not the wanted ones; every
-        difference is named.
+      CheckpointError: the file cannot be read, or its tensors do not fit; every difference is
+        named.
     """
     wanted = leaves_by_path(abstract)
-    request = Request(abstract, shardings, partial, fresh, cast)
-    placed = request.shardings_of(wanted)
-    library = _library("safetensors")
+    request = RestoreRequest(abstract, shardings, partial, fresh, cast)
+    shardings_by_path = request.shardings_of(wanted)
+    library = _import_library("safetensors")
     try:
         file = library.safe_open(path, framework="np")
     except (OSError, library.SafetensorError) as error:
@@ -110,29 +107,31 @@ def import_safetensors(
         raise CheckpointError(format_problems("Nothing was imported.", [problem], fix)) from error
     with file:
         slices = {name: file.get_slice(name) for name in file.keys()}
-        saved = {name: _describe(one) for name, one in slices.items()}
-        found = plan(saved, wanted, partial, cast, str(path))
-        got = request.fresh_leaves(found.fresh)
-        for name in found.saved:
-            shape, one = tuple(wanted[name].shape), slices[name]
-            got[name] = jax.make_array_from_callback(shape, placed[name], _reader(one))
-    for name in found.cast:
-        got[name] = got[name].astype(wanted[name].dtype)
-    return jax.tree.unflatten(jax.tree.structure(abstract), [got[name] for name in wanted])
+        saved = {name: _saved_leaf(tensor) for name, tensor in slices.items()}
+        plan = plan_restore(saved, wanted, partial, cast, str(path))
+        leaves = request.fresh_leaves(plan.fresh)
+        for name in plan.saved:
+            shape, tensor = tuple(wanted[name].shape), slices[name]
+            leaves[name] = jax.make_array_from_callback(
+                shape, shardings_by_path[name], _make_reader(tensor)
+            )
+    for name in plan.cast:
+        leaves[name] = leaves[name].astype(wanted[name].dtype)
+    return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in wanted])
 
 
-def _describe(one: Any) -> SavedLeaf:
-    dtype = one.get_dtype()
-    return SavedLeaf(tuple(one.get_shape()), _DTYPES.get(dtype, dtype.lower()), "")
+def _saved_leaf(tensor: Any) -> SavedLeaf:
+    dtype = str(tensor.get_dtype())
+    return SavedLeaf(tuple(tensor.get_shape()), _DTYPES.get(dtype, dtype.lower()), "")
 
 
-def _reader(one: Any) -> Any:
-    dtype = jnp.dtype(_describe(one).dtype)
-    # An index of a scalar is empty, which the library does not take.
-    return lambda index: np.asarray(one[index] if index else one[...]).astype(dtype)
+def _make_reader(tensor: Any) -> Any:
+    dtype = jnp.dtype(_saved_leaf(tensor).dtype)
+    # The index of a scalar is empty, which the library does not accept.
+    return lambda index: np.asarray(tensor[index] if index else tensor[...]).astype(dtype)
 
 
-def _library(name: str) -> Any:
+def _import_library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""One saved step: its manifest, whether its files are whole, and its leaves on any devices."""
+"""`SavedStep`: checks the files of a saved step, and loads its leaves onto any devices."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,15 +12,15 @@ from jax.sharding import SingleDeviceSharding
 
 from .._core.errors import CheckpointCorruptedError, Problem, count, raise_all
 from ._arrays import leaf_folder, leaf_of_file
-from ._chunks import read
-from ._collective_errors import as_one
+from ._chunks import read_leaves
+from ._collective_errors import collective_errors
 from ._files import content_problems, listing_problems
-from ._fingerprint import as_text, bare, fingerprints
+from ._fingerprint import compute_fingerprints, format_fingerprint, raw_array
 from ._manifest import Manifest, SavedFile, SavedLeaf, read_manifest
-from ._match import Plan
+from ._match import RestorePlan
 
 # Bytes of leaves whose fingerprints are computed in one program.
-_TOGETHER = 2**23
+_GROUP_BYTES = 2**23
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class SavedStep:
 
         Raises:
           CheckpointCorruptedError: it is missing or damaged.
-          CheckpointError: it is of a newer format.
+          CheckpointError: its format is newer.
         """
         return cls(folder, read_manifest(folder))
 
@@ -49,14 +49,14 @@ class SavedStep:
         """Compares size and CRC-32 of every file with the manifest; needs no device.
 
         Raises:
-          CheckpointCorruptedError: with every file that is damaged, gone or strange, and the leaf
-          it holds.
+          CheckpointCorruptedError: names every file that is damaged, missing or unknown, and the
+            leaf it belongs to.
         """
         wrong = content_problems(self.folder, self.manifest.files)
-        self._raise_damage(self._of_files(wrong | listing_problems(*self._listed)))
+        self._raise_if_damaged(self._describe_files(wrong | listing_problems(*self._listed)))
 
     def check_listing(self) -> None:
-        """Compares what costs no reading of arrays: names, sizes, and files about the whole.
+        """Compares names, sizes, and the content of files that hold no array.
 
         Raises:
           CheckpointCorruptedError: as `check_files`.
@@ -64,31 +64,30 @@ class SavedStep:
         files, leaves = self.manifest.files, self.manifest.leaves
         about = {name: file for name, file in files.items() if leaf_of_file(name, leaves) is None}
         wrong = content_problems(self.folder, about) | listing_problems(*self._listed)
-        self._raise_damage(self._of_files(wrong))
+        self._raise_if_damaged(self._describe_files(wrong))
 
     def load(
         self,
-        plan: Plan,
+        plan: RestorePlan,
         wanted: Mapping[str, Any],
         shardings: Mapping[str, Any],
     ) -> dict[str, jax.Array]:
-        """Reads the planned leaves, each device its own part, and checks every bit on the way.
+        """Reads the planned leaves, each device its shards, and checks every bit.
 
         Args:
-          plan: which leaves to read, and which of them to cast.
+          plan: the leaves to read, and those of them to cast.
           wanted: `{path: abstract array}`.
           shardings: `{path: sharding}` of the same leaves.
 
-
         Raises:
-          CheckpointCorruptedError: a file that a leaf needs is not what was written, or the leaf's fingerprint
-            is not the saved one.
+          CheckpointCorruptedError: a file of a leaf is not what was written, or a leaf's
+            fingerprint is not the saved one.
         """
         saved = self.manifest.leaves
         got, wrong = self._read({path: (saved[path], shardings[path]) for path in plan.saved})
-        with as_one():  # each process has read files that others have not
-            self._raise_damage(self._of_files(wrong))
-        self._raise_damage(self._value_problems(got))
+        with collective_errors():  # each process has read files that others have not
+            self._raise_if_damaged(self._describe_files(wrong))
+        self._raise_if_damaged(self._value_problems(got))
         for path in plan.cast:
             got[path] = got[path].astype(wanted[path].dtype)
         for path in plan.saved:
@@ -100,21 +99,21 @@ class SavedStep:
         """Reads every leaf onto one device, leaf by leaf, and compares its fingerprint.
 
         Raises:
-          CheckpointCorruptedError: with every leaf that cannot be read or is not what was saved.
+          CheckpointCorruptedError: names every leaf that cannot be read or is not what was saved.
         """
-        where = SingleDeviceSharding(jax.devices()[0])
+        sharding = SingleDeviceSharding(jax.devices()[0])
         problems = []
         for path, leaf in self.manifest.leaves.items():
-            got, wrong = self._read({path: (leaf, where)})
-            problems += self._of_files(wrong) + self._value_problems(got)
-        self._raise_damage(problems)
+            got, wrong = self._read({path: (leaf, sharding)})
+            problems += self._describe_files(wrong) + self._value_problems(got)
+        self._raise_if_damaged(problems)
 
     @property
     def _listed(self) -> tuple[Path, Mapping[str, SavedFile]]:
         return self.folder, self.manifest.files
 
-    def _of_files(self, wrong: Mapping[str, str]) -> list[Problem]:
-        """Says of each file what is wrong with it, and which leaf it holds."""
+    def _describe_files(self, wrong: Mapping[str, str]) -> list[Problem]:
+        """Returns a problem for each damaged file, with the leaf it belongs to."""
         leaves = self.manifest.leaves
         holds = {name: leaf_of_file(name, leaves) for name in wrong}
         return [
@@ -125,8 +124,8 @@ class SavedStep:
     def _read(
         self, leaves: Mapping[str, tuple[SavedLeaf, Any]]
     ) -> tuple[dict[str, jax.Array], dict[str, str]]:
-        """Arrays by path, and what is wrong with files of the leaves that are not among them."""
-        stored = {path: (_stored(leaf), to) for path, (leaf, to) in leaves.items()}
+        """Returns arrays by path, and what is wrong with files of the other leaves."""
+        stored = {path: (_stored_type(leaf), to) for path, (leaf, to) in leaves.items()}
         empty = {
             path: jax.make_array_from_callback(a.shape, to, np.zeros(a.shape, a.dtype).__getitem__)
             for path, (a, to) in stored.items()
@@ -138,41 +137,41 @@ class SavedStep:
             for name, path in below.items()
             for to in [stored[path][1]]
         }
-        got, wrong = read(self.folder, self.manifest.files, abstract)
+        got, wrong = read_leaves(self.folder, self.manifest.files, abstract)
         return empty | {below[name]: array for name, array in got.items()}, wrong
 
     def _value_problems(self, got: Mapping[str, jax.Array]) -> list[Problem]:
         problems = []
-        for group in _together(got):
-            found = jax.device_get(fingerprints({path: got[path] for path in group}))
+        for group in _group_by_size(got):
+            computed = jax.device_get(compute_fingerprints({path: got[path] for path in group}))
             for path in group:
-                leaf, now = self.manifest.leaves[path], as_text(found[path])
+                leaf, now = self.manifest.leaves[path], format_fingerprint(computed[path])
                 if now != leaf.fingerprint:
                     why = f"has fingerprint {now}, {leaf.fingerprint} was saved"
                     problems.append(Problem(f"{path} {leaf.type}", why))
         return problems
 
-    def _raise_damage(self, problems: Sequence[Problem]) -> None:
+    def _raise_if_damaged(self, problems: Sequence[Problem]) -> None:
         headline = f"{self.folder} is damaged: {count(len(problems), 'finding')}."
         raise_all(CheckpointCorruptedError, headline, problems)
 
 
-def _together(arrays: Mapping[str, jax.Array]) -> Iterator[list[str]]:
-    """Leaves in groups of a few bytes: all in one program would take room beside all of them."""
+def _group_by_size(arrays: Mapping[str, jax.Array]) -> Iterator[list[str]]:
+    """Yields leaves in groups: one program over all would need as much memory as all of them."""
     group: list[str] = []
     for path in arrays:
         group.append(path)
-        if sum(arrays[one].nbytes for one in group) >= _TOGETHER:
+        if sum(arrays[path].nbytes for path in group) >= _GROUP_BYTES:
             yield group
             group = []
     if group:
         yield group
 
 
-def _stored(leaf: SavedLeaf) -> jax.ShapeDtypeStruct:
-    """What is on disk for a leaf: the words of a typed key, and other arrays as they are."""
+def _stored_type(leaf: SavedLeaf) -> jax.ShapeDtypeStruct:
+    """Returns the type on disk: the words of typed keys, and other arrays unchanged."""
     if not leaf.key:
         return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(leaf.dtype))
     return jax.eval_shape(
-        lambda: bare(jnp.zeros(leaf.shape, jax.random.key(0, impl=leaf.key).dtype))
+        lambda: raw_array(jnp.zeros(leaf.shape, jax.random.key(0, impl=leaf.key).dtype))
     )

@@ -1,4 +1,4 @@
-"""`shardkit checkpoint inspect|verify DIR`: what is saved there, and whether it is whole."""
+"""`shardkit checkpoint inspect|verify DIR`: shows saved steps, or checks them for damage."""
 
 import argparse
 from pathlib import Path
@@ -12,8 +12,8 @@ from .._core.tree import format_bytes
 from ..checkpoint import Checkpointer, Manifest, SavedStep
 
 
-def saved_steps(folder: Path) -> list[Path]:
-    """Folders of the complete steps of a run, of its checkpoints, or the one step that is named.
+def list_step_folders(folder: Path) -> list[Path]:
+    """Returns the folders of complete steps in a run or its checkpoints, or of the given step.
 
     Raises:
       CheckpointError: there are none.
@@ -23,8 +23,8 @@ def saved_steps(folder: Path) -> list[Path]:
     for root in (folder, folder / "checkpoints"):
         if steps := Checkpointer(root).steps():
             return [root / f"step-{step:08d}" for step in steps]
-    there = sorted(path.name for path in folder.glob("*"))[:4]
-    why = f"holds {', '.join(there)}" if there else "is empty, or no folder"
+    names = sorted(path.name for path in folder.glob("*"))[:4]
+    why = f"holds {', '.join(names)}" if names else "is empty, or not a folder"
     fix = "the folder of a run, its checkpoints/ or one checkpoints/step-…"
     problem = Problem(str(folder), why, fix)
     raise CheckpointError(format_problems("There is no checkpoint.", [problem]))
@@ -33,19 +33,19 @@ def saved_steps(folder: Path) -> list[Path]:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
     console = make_console(soft_wrap=True)
-    folders = saved_steps(Path(arguments.folder))
-    if arguments.way == "verify":
+    folders = list_step_folders(Path(arguments.folder))
+    if arguments.action == "verify":
         return _verify(folders, arguments.values, console)
-    print_table(console, _history(folders))
+    print_table(console, _make_step_table(folders))
     newest = SavedStep.open(folders[-1]).manifest
     console.print()
-    _facts(newest, console)
-    print_table(console, _leaves(newest))
+    _print_versions(newest, console)
+    print_table(console, _make_leaf_table(newest))
     return 0
 
 
 def _verify(folders: list[Path], values: bool, console: Console) -> int:
-    """Checks every step, and says all that is wrong with all of them."""
+    """Checks every step, and prints everything that is wrong with any of them."""
     damaged = 0
     for folder in folders:
         try:
@@ -57,13 +57,13 @@ def _verify(folders: list[Path], values: bool, console: Console) -> int:
             damaged += 1
             console.print(f"{error}", style="red")
             continue
-        size = format_bytes(sum(one.bytes for one in saved.manifest.files.values()))
-        what = f"{len(saved.manifest.files)} files, {size}"
-        console.print(f"{folder}: whole ({what}{', every value' if values else ''})")
+        size = format_bytes(sum(file.bytes for file in saved.manifest.files.values()))
+        checked = f"{len(saved.manifest.files)} files, {size}{', every value' if values else ''}"
+        console.print(f"{folder}: intact ({checked})")
     return 1 if damaged else 0
 
 
-def _history(folders: list[Path]) -> Table:
+def _make_step_table(folders: list[Path]) -> Table:
     rows, styles = [], {}
     for folder in folders:
         try:
@@ -72,23 +72,23 @@ def _history(folders: list[Path]) -> Table:
             styles[len(rows)] = "red"
             rows.append((folder.name, "manifest is damaged"))
             continue
-        size = format_bytes(sum(one.bytes for one in manifest.files.values()))
+        size = format_bytes(sum(file.bytes for file in manifest.files.values()))
         scores = ", ".join(f"{name} {value:.4g}" for name, value in manifest.metrics.items())
-        rows.append((str(manifest.step), manifest.time, _mesh(manifest), size, scores))
+        rows.append((str(manifest.step), manifest.time, _format_mesh(manifest), size, scores))
     return Table(("step", "saved", "mesh", "size", "metrics"), rows, styles=styles)
 
 
-def _mesh(manifest: Manifest) -> str:
+def _format_mesh(manifest: Manifest) -> str:
     return " × ".join(f"{axis}={size}" for axis, size in manifest.mesh.items()) or "one device"
 
 
-def _facts(manifest: Manifest, console: Console) -> None:
+def _print_versions(manifest: Manifest, console: Console) -> None:
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     console.print(f"step {manifest.step}, written by {versions}")
     console.print(f"data {manifest.data}\n")
 
 
-def _leaves(manifest: Manifest) -> Table:
+def _make_leaf_table(manifest: Manifest) -> Table:
     rows = []
     for path, leaf in manifest.leaves.items():
         axes = ", ".join(name or "-" for name in leaf.axes) if leaf.axes else ""

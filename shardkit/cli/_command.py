@@ -1,4 +1,4 @@
-"""What a command is, and the arguments that all of them share."""
+"""`Command`: a word after `shardkit`; and the options that commands share."""
 
 import argparse
 import dataclasses
@@ -7,14 +7,14 @@ from collections.abc import Callable
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """One word behind `shardkit`.
+    """A subcommand.
 
     Attributes:
-      name: the word.
+      name: the word after `shardkit`.
       help: one line.
-      run: does it; returns the exit code.
-      add_options: adds options of its own, beside `CONFIG`, `--set` and `--debug`.
-      takes_config: whether it has `CONFIG` and `--set` at all.
+      run: runs the command; returns the exit code.
+      add_options: adds its own options, besides `CONFIG`, `--set` and `--debug`.
+      takes_config: whether it has `CONFIG` and `--set`.
     """
 
     name: str
@@ -24,11 +24,14 @@ class Command:
     takes_config: bool = True
 
 
-def add_shared(parser: argparse.ArgumentParser, takes_config: bool = True) -> None:
-    """Adds what every command takes, and what every command about a config takes."""
+def add_shared_options(parser: argparse.ArgumentParser, takes_config: bool = True) -> None:
+    """Adds `--debug`, and for commands about a config `CONFIG` and `--set`."""
     if takes_config:
         parser.add_argument(
-            "config", nargs="?", metavar="CONFIG", help="Python file with def config() -> sk.Config"
+            "config",
+            nargs="?",
+            metavar="CONFIG",
+            help="Python file with def config() -> sk.Config, or the name of a shipped one: nano",
         )
         parser.add_argument(
             "--set",

@@ -1,4 +1,4 @@
-"""Reads the command line, runs one command, and turns what went wrong into one screen."""
+"""Parses the command line, runs one command, and prints its error."""
 
 import argparse
 import os
@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from .._core.errors import ShardkitError, Stopped
-from .._core.libtpu import quiet_libtpu
-from ._command import add_shared
+from .._core.startup import quiet_libtpu
+from ._command import add_shared_options
 from ._commands import COMMANDS
 
-# 75 is sysexits' EX_TEMPFAIL: nothing is wrong, try again later.
+# 75 is EX_TEMPFAIL of sysexits.h: run the same command again.
 _FAILED, _REFUSED, _STOPPED, _INTERRUPTED = 1, 2, 75, 130
 
 
 def parser() -> argparse.ArgumentParser:
-    """Builds the parser with one sub-command for each of `COMMANDS`."""
+    """Builds the parser, with a subcommand for each of `COMMANDS`."""
     root = argparse.ArgumentParser(
         prog="shardkit",
         description="Declare a mesh and specs; compile, prove and run one SPMD training step.",
@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     below = root.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
         sub = below.add_parser(command.name, help=command.help, allow_abbrev=False)
-        add_shared(sub, command.takes_config)
+        add_shared_options(sub, command.takes_config)
         command.add_options(sub)
         sub.set_defaults(run=command.run)
     return root
@@ -37,36 +37,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line.
 
     Args:
-      argv: the words behind `shardkit`; those of the process by default.
+      argv: the words after `shardkit`; by default those of the process.
 
     Returns:
-      0; 1 for a failure that is no user's fault; 2 where the user's declaration, config or data
-      cannot be used; 75 where SIGTERM ended a run that can go on; 130 after Ctrl-C.
+      0 for success; 1 for an internal error; 2 for a declaration, config or data that cannot be
+      used; 75 if SIGTERM stopped a run that can be resumed; 130 after Ctrl-C.
     """
     arguments = parser().parse_args(argv)
-    if argv is None:  # the process is ours: what it sets is nobody else's
+    if argv is None:  # the process runs only this command, so its environment may change
         os.environ.update(quiet_libtpu(os.environ))
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt as stop:
-        _say("yellow", "Interrupted.", stop)
+        _print_error("yellow", "Interrupted.", stop)
         return _INTERRUPTED
     except Stopped as stop:
-        _say("yellow", str(stop), stop)
+        _print_error("yellow", str(stop), stop)
         return _STOPPED
     except ShardkitError as error:
-        _trace(arguments.debug)
-        _say("red", f"{type(error).__name__}: {error}", error)
+        _print_traceback(arguments.debug)
+        _print_error("red", f"{type(error).__name__}: {error}", error)
         return _REFUSED
     except Exception as error:
-        _trace(arguments.debug)
-        _say("red", f"shardkit has failed: {type(error).__name__}: {error}", error)
+        _print_traceback(arguments.debug)
+        _print_error("red", f"shardkit has failed: {type(error).__name__}: {error}", error)
         if not arguments.debug:
-            _say("", "Add --debug for the traceback; please report it.")
+            _print_error("", "Add --debug for the traceback; please report it.")
         return _FAILED
 
 
-def _say(color: str, message: str, error: BaseException | None = None) -> None:
+def _print_error(color: str, message: str, error: BaseException | None = None) -> None:
     from .._core.io._console import make_console
 
     notes = getattr(error, "__notes__", [])
@@ -74,16 +74,16 @@ def _say(color: str, message: str, error: BaseException | None = None) -> None:
     console.print("\n".join([message, *notes]), style=color)
 
 
-def _trace(debug: bool) -> None:
+def _print_traceback(debug: bool) -> None:
     if debug:
         traceback.print_exc(file=sys.stderr)
 
 
 class _Version(argparse.Action):
-    """Looks the version up when it is asked for: that alone takes as long as the parser."""
+    """Looks up the version only for `--version`: that takes as long as building the parser."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        """Prints it and ends."""
+        """Prints the version and exits."""
         import importlib.metadata
 
         try:

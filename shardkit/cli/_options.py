@@ -1,4 +1,4 @@
-"""The options of every command; nothing is imported to declare them."""
+"""The options of every command. Declaring them imports nothing but argparse."""
 
 import argparse
 
@@ -12,19 +12,22 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_explain_options(parser: argparse.ArgumentParser) -> None:
-    """Adds those of `shardkit explain`."""
+def add_report_options(parser: argparse.ArgumentParser) -> None:
+    """Adds those of `shardkit report`."""
     parser.add_argument(
-        "--target", help="cpu:8, tpu:v5p:4x4x4, gpu:h100:1x8, …; none of it need be here"
+        "--target", help="cpu:8, tpu:v5p:4x4x4, gpu:h100:1x8, …; the devices need not be present"
     )
     parser.add_argument(
-        "--chip", help="model the time with the figures of v5p, h100, …, where cpu:N has none"
+        "--chip", help="model the time with the figures of v5p, h100, …; cpu:N has none of its own"
     )
     parser.add_argument(
-        "other", nargs="?", metavar="OTHER.json", help="with A.json as CONFIG: show what changed"
+        "other",
+        nargs="?",
+        metavar="OTHER.json",
+        help="a second saved report: show how it differs from CONFIG, a saved report too",
     )
-    parser.add_argument("--html", metavar="FILE", help="save the report as one page")
-    parser.add_argument("--json", metavar="FILE", help="save the report; - prints it instead")
+    parser.add_argument("--html", metavar="FILE", help="save the report as one HTML page")
+    parser.add_argument("--json", metavar="FILE", help="save the report; - prints it")
     parser.add_argument(
         "--timeout", type=float, default=1800.0, help="seconds to wait for the compiler"
     )
@@ -37,7 +40,7 @@ def add_verify_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="AXIS=SIZE,…",
-        help="a mesh to prove, e.g. --mesh data=2,tensor=4; may be repeated; by default every "
+        help="a mesh to verify, e.g. --mesh data=2,tensor=4; may be repeated; by default every "
         "shape of the config's axes that uses all devices",
     )
     parser.add_argument(
@@ -46,14 +49,16 @@ def add_verify_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mutations",
         action="store_true",
-        help="also inject known bugs, and show which check finds each",
+        help="also inject known bugs, and show the check that finds each",
     )
 
 
 def add_plan_options(parser: argparse.ArgumentParser) -> None:
     """Adds those of `shardkit plan`."""
     parser.add_argument("--target", required=True, help="tpu:v5p:8x8x8, gpu:h100:4x8, …")
-    parser.add_argument("--global-batch", type=int, help="rows, instead of the config's")
+    parser.add_argument(
+        "--global-batch", type=int, help="rows of a batch, in place of the config's"
+    )
     parser.add_argument(
         "--compile",
         type=int,
@@ -62,9 +67,12 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
         help="compile the best K with the target's compiler (minutes each); 0 for none",
     )
     parser.add_argument(
-        "--overlap", type=float, default=0.0, help="share of communication that is hidden, 0 to 1"
+        "--overlap",
+        type=float,
+        default=0.0,
+        help="fraction of the communication that is hidden, 0 to 1",
     )
-    parser.add_argument("--json", metavar="FILE", help="save all layouts with their figures")
+    parser.add_argument("--json", metavar="FILE", help="save all layouts and their figures")
     parser.add_argument(
         "--plot", metavar="FILE", help="draw memory against time: .png or .svg (shardkit[plot])"
     )
@@ -72,7 +80,7 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
 
 def add_sweep_options(parser: argparse.ArgumentParser) -> None:
     """Adds those of `shardkit sweep`."""
-    parser.add_argument("--devices", metavar="N,…", help="numbers of devices, e.g. 8 or 2,4,8")
+    parser.add_argument("--devices", metavar="N,…", help="device counts, e.g. 8 or 2,4,8")
     parser.add_argument(
         "--axes", metavar="A,…", help="mesh axes, e.g. data,fsdp,tensor; by default the config's"
     )
@@ -83,14 +91,14 @@ def add_sweep_options(parser: argparse.ArgumentParser) -> None:
         default="none",
         help="checkpoint policies between semicolons, e.g. 'none;full;save:attn_out' (none)",
     )
-    parser.add_argument("--target", help="tpu:v5p:4x4x4, gpu:h100:1x8, …; compiled, never run")
+    parser.add_argument("--target", help="tpu:v5p:4x4x4, gpu:h100:1x8, …; compiled, not run")
     parser.add_argument("--verify", action="store_true", help="compare each with one device")
     parser.add_argument(
         "--time", action="store_true", help="time the updates on simulated devices too"
     )
     parser.add_argument("--repeats", type=int, default=5, help="repeats of each timed case (5)")
-    parser.add_argument("--out", metavar="FOLDER", help="where rows go (sweeps/NAME)")
-    parser.add_argument("--plots", action="store_true", help="also draw PNG and SVG pictures")
+    parser.add_argument("--out", metavar="FOLDER", help="folder of the rows (sweeps/NAME)")
+    parser.add_argument("--plots", action="store_true", help="also draw PNG and SVG plots")
     parser.add_argument(
         "--timeout", type=float, default=1800.0, help="seconds to wait for one compile of a target"
     )
@@ -103,27 +111,31 @@ def add_plot_options(parser: argparse.ArgumentParser) -> None:
         "--out",
         default="plot.png",
         metavar="FILE",
-        help="picture to write: .png, .svg or .html; plot.png by default",
+        help="file to write: .png, .svg or .html (plot.png)",
     )
 
 
 def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
     """Adds those of `shardkit checkpoint`."""
     parser.add_argument(
-        "way", choices=("inspect", "verify"), help="show what is saved, or look for damage"
+        "action",
+        choices=("inspect", "verify"),
+        help="show what is saved, or check it for damage",
     )
     parser.add_argument("folder", metavar="DIR", help="a run, its checkpoints, or one step")
     parser.add_argument(
         "--values",
         action="store_true",
-        help="verify: also read every array and compare its fingerprint",
+        help="with verify: also read every array and compare its fingerprint",
     )
 
 
 def add_hardware_options(parser: argparse.ArgumentParser) -> None:
     """Adds those of `shardkit hardware`."""
     parser.add_argument("names", nargs="*", metavar="CHIP", help="v5p, h100, …; all by default")
-    parser.add_argument("--config", metavar="CONFIG", help="also the chips of this config file")
+    parser.add_argument(
+        "--config", metavar="CONFIG", help="also list the chips of this config file"
+    )
     parser.add_argument(
         "--measure", action="store_true", help="also measure this machine's CPU, two seconds"
     )
@@ -135,13 +147,13 @@ def add_launch_options(parser: argparse.ArgumentParser) -> None:
         "-n", type=int, required=True, metavar="N", dest="processes", help="number of processes"
     )
     parser.add_argument(
-        "--devices", type=int, metavar="D", help="CPU devices that each process simulates"
+        "--devices", type=int, metavar="D", help="CPU devices to simulate in each process"
     )
     parser.add_argument(
         "words",
         nargs=argparse.REMAINDER,
         metavar="-- COMMAND",
-        help="what each process runs: -- shardkit train CONFIG --set ...",
+        help="command of each process: -- shardkit train CONFIG --set ...",
     )
 
 
@@ -150,13 +162,13 @@ def add_tokenize_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="a folder or a file of text")
     parser.add_argument("out", metavar="OUT", help="folder for the shards, new or empty")
     parser.add_argument(
-        "--tokenizer", metavar="FILE", help="JSON file of the tokenizers library; bytes without"
+        "--tokenizer", metavar="FILE", help="JSON file of the tokenizers library; by default bytes"
     )
     parser.add_argument(
-        "--tokens", type=int, default=2**28, metavar="N", help="tokens of one shard (2^28)"
+        "--tokens", type=int, default=2**28, metavar="N", help="tokens per shard (2^28)"
     )
 
 
 def add_replay_options(parser: argparse.ArgumentParser) -> None:
     """Adds those of `shardkit replay`."""
-    parser.add_argument("folder", metavar="DUMP", help="RUN/dumps/step-…, or the run")
+    parser.add_argument("folder", metavar="DUMP", help="RUN/dumps/step-…, or the folder of the run")

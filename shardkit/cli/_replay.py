@@ -1,4 +1,4 @@
-"""`shardkit replay DUMP`: a step that was not finite, made again on one device."""
+"""`shardkit replay DUMP`: repeats a step that was not finite on one device."""
 
 import argparse
 import dataclasses
@@ -24,30 +24,30 @@ def run(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.folder)
     manifest = dump_manifest(folder)
     config = from_record(manifest.config or {}, str(folder))
-    step = _one_device(config, manifest.config or {}, abstract_batch(manifest.leaves))
-    found = replay(folder, step)
-    make_console(soft_wrap=True).print(str(found))
-    return 0 if found.reproduced else 1
+    step = _compile_on_one_device(config, manifest.config or {}, abstract_batch(manifest.leaves))
+    result = replay(folder, step)
+    make_console(soft_wrap=True).print(str(result))
+    return 0 if result.reproduced else 1
 
 
-def _one_device(config: Config, record: Mapping[str, Any], batch: Any) -> CompiledStep:
-    """The step of a run, whatever its mesh was; what decides the numbers is as it was."""
+def _compile_on_one_device(config: Config, record: Mapping[str, Any], batch: Any) -> CompiledStep:
+    """Compiles a run's step for one device, with the run's precision and accumulation."""
     declared = record["strategy"]
     strategy = dataclasses.replace(
         strategies.data(),
-        precision=_read(Precision, declared["precision"]),
-        accumulate=_read(Accumulate, declared["accumulate"]),
+        precision=_from_record(Precision, declared["precision"]),
+        accumulate=_from_record(Accumulate, declared["accumulate"]),
     )
-    made = decoder_model(config.model)
+    model = decoder_model(config.model)
     return compile_step(
-        made.loss_fn,
+        model.loss_fn,
         config.optimizer.build(config.train.steps),
-        init=made.init,
+        init=model.init,
         batch=batch,
         mesh=MeshSpec(data=1).build(devices=jax.devices()[:1]),
         strategy=strategy,
     )
 
 
-def _read(kind: type[Any], value: Any) -> Any:
+def _from_record(kind: type[Any], value: Any) -> Any:
     return kind(**value) if isinstance(value, dict) else value

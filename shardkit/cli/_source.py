@@ -1,4 +1,4 @@
-"""What `CONFIG` on a command line names, loaded."""
+"""Loads what `CONFIG` on the command line names."""
 
 import argparse
 
@@ -6,52 +6,53 @@ from .._core.errors import ConfigError, MeshError, Problem, format_problems
 from ..config import Config, load_config
 from ..mesh import Target, simulate_devices
 from ..processes import membership, process_count
-from ..targets import Source
+from ..targets import StepSource
 
 
-def source_of(arguments: argparse.Namespace, example: str) -> Source:
-    """What `CONFIG` names: a config file with its overrides, or a function, which has none.
+def find_source(arguments: argparse.Namespace, example: str) -> StepSource:
+    """Returns what `CONFIG` names: a config file with its overrides, or a function.
 
     Args:
       arguments: of a command that takes `CONFIG` and `--set`.
-      example: options of the command that a function is given instead.
+      example: options of the command that work with a function, for the fix.
 
     Raises:
-      ConfigError: something of a function is to be set.
+      ConfigError: `--set` is used with a function.
     """
-    source = Source(arguments.config or "", tuple(arguments.overrides))
+    source = StepSource(arguments.config or "", tuple(arguments.overrides))
     if source.is_function and source.overrides:
         why = f"{source.name} is a function, not a config"
         problem = Problem(f"--set {source.overrides[0]}", why)
         fix = f"shardkit {arguments.command} {source.name} {example}, and change the function"
-        raise ConfigError(format_problems("There is nothing to set.", [problem], fix))
+        raise ConfigError(format_problems("A function has no fields to set.", [problem], fix))
     return source
 
 
-def config_of(arguments: argparse.Namespace) -> Config:
-    """Loads the config that a command line asks for, and simulates its devices.
+def load_run_config(arguments: argparse.Namespace) -> Config:
+    """Loads the config of the command line, and simulates its CPU devices.
 
-    Call it before anything of JAX: simulated devices exist only when JAX has not started.
+    Call it before JAX starts a backend; afterwards devices can no longer be simulated.
     """
     config = load_config(arguments.config, arguments.overrides)
     target = Target.parse(config.devices)
     if target.kind == "cpu" and target.n_devices is not None:
-        simulate_devices(_share(target.n_devices, config.devices))
+        simulate_devices(_local_devices(target.n_devices, config.devices))
     return config
 
 
-def _share(devices: int, target: str) -> int:
-    """How many of the simulated devices are this process's.
+def _local_devices(devices: int, target: str) -> int:
+    """Returns how many devices this process simulates.
 
     Raises:
-      MeshError: they do not divide among the processes, or the launcher gave it others.
+      MeshError: the devices do not divide among the processes, or differ from the launcher's
+        `--devices`.
     """
-    count, here = process_count() or 1, membership()
-    given = here.devices if here else None
-    if devices % count == 0 and given in (None, devices // count):
+    count, launched = process_count() or 1, membership()
+    declared = launched.devices if launched else None
+    if devices % count == 0 and declared in (None, devices // count):
         return devices // count
     why = f"has {devices} devices for {count} processes"
-    why += f" of {given} each" if given is not None else ""
-    fix = f"--set devices=cpu:{(given or max(1, devices // count)) * count}"
+    why += f" of {declared} each" if declared is not None else ""
+    fix = f"--set devices=cpu:{(declared or max(1, devices // count)) * count}"
     problem = Problem(f"devices={target}", why, fix)
     raise MeshError(format_problems("The devices do not divide.", [problem]))

@@ -11,10 +11,10 @@ from .._core.errors import Problem, SweepError, format_problems, raise_all
 from .._core.io._console import make_console
 from ..config import load_config
 from ..mesh import Target, offer_devices, simulate_devices
-from ..sweeps import ConfigFactory, Factory, Row, factory_of, plots, sweep
-from ..targets import Source
-from ._source import source_of
-from ._verify import ragged_batches
+from ..sweeps import ConfigFactory, Factory, SweepRow, draw_plots, make_factory, sweep
+from ..targets import StepSource
+from ._source import find_source
+from ._verify import make_ragged_batches
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -22,34 +22,43 @@ def run(arguments: argparse.Namespace) -> int:
     console = make_console(soft_wrap=True)
     errors = make_console(stderr=True, soft_wrap=True)
     _check_plots(arguments)
-    counts = _numbers("--devices", arguments.devices)
-    source = source_of(arguments, "--devices 8")
-    swept = (_function if source.is_function else _config)(source, arguments.target, counts)
-    found = sweep(
+    counts = _parse_numbers("--devices", arguments.devices)
+    source = find_source(arguments, "--devices 8")
+    swept = (_from_function if source.is_function else _from_config)(
+        source, arguments.target, counts
+    )
+    result = sweep(
         swept.factory,
         out=Path(arguments.out or Path("sweeps") / swept.name),
-        axes=_words(arguments.axes),
+        axes=_split_words(arguments.axes),
         devices=counts or None,
-        accumulate=_numbers("--accumulate", arguments.accumulate),
-        remat=_words(arguments.remat, ";"),
+        accumulate=_parse_numbers("--accumulate", arguments.accumulate),
+        remat=_split_words(arguments.remat, ";"),
         target=swept.target,
         verify=arguments.verify,
         time=True if arguments.time else None,
         batches=swept.batches,
         repeats=arguments.repeats,
         timeout=arguments.timeout,
-        on_row=lambda row, done, total: errors.print(_told(row, done, total)),
+        on_row=lambda row, done, total: errors.print(_format_progress(row, done, total)),
     )
-    console.print(str(found))
-    drawn = plots(found) if arguments.plots else ()
+    console.print(str(result))
+    drawn = draw_plots(result) if arguments.plots else ()
     names = ", ".join(["rows.jsonl", "rows.csv", *(path.name for path in drawn)])
-    console.print(f"\n{found.folder}: {names}")
-    return 0 if found.ranked else 1
+    console.print(f"\n{result.folder}: {names}")
+    return 0 if result.ranked else 1
 
 
 @dataclasses.dataclass(frozen=True)
 class _Swept:
-    """What is swept: the steps, a name for the folder, where they are compiled, host batches."""
+    """What to sweep.
+
+    Attributes:
+      factory: makes the steps.
+      name: of the folder.
+      target: to compile for; None for the devices of this process.
+      batches: host batches; None for random ones.
+    """
 
     factory: Factory | ConfigFactory
     name: str
@@ -57,31 +66,32 @@ class _Swept:
     batches: Sequence[Any] | None
 
 
-def _config(source: Source, target: str | None, counts: list[int]) -> _Swept:
+def _from_config(source: StepSource, target: str | None, counts: list[int]) -> _Swept:
     config = load_config(source.name or None, source.overrides)
-    target = target or _absent(config.devices)
+    target = target or _absent_target(config.devices)
     if target is None:
         _simulate(config.devices, counts)
     factory = ConfigFactory(source.name, source.overrides)
-    return _Swept(factory, config.name, target, ragged_batches(config))
+    return _Swept(factory, config.name, target, make_ragged_batches(config))
 
 
-def _function(source: Source, target: str | None, counts: list[int]) -> _Swept:
-    """A function declares no devices: they are the process's, on a CPU as many as are asked for."""
+def _from_function(source: StepSource, target: str | None, counts: list[int]) -> _Swept:
+    """A function declares no devices: it uses those of the process, or `counts` simulated ones."""
     if target is None and counts:
         offer_devices(max(counts))
-    return _Swept(factory_of(source.name), source.name.partition(":")[2], target, None)
+    return _Swept(make_factory(source.name), source.name.partition(":")[2], target, None)
 
 
-def _told(row: Row, done: int, total: int) -> str:
-    """One line of progress."""
-    timed = "" if row.seconds is None else f", {1e3 * row.seconds:.3g} ms a step"
-    more = f": {row.reason}" if row.reason else timed
-    return f"[{done}/{total}] {row.case.key} {row.status}{more}"
+def _format_progress(row: SweepRow, done: int, total: int) -> str:
+    """Returns one line of progress."""
+    time = "" if row.seconds is None else f", {1e3 * row.seconds:.3g} ms a step"
+    return (
+        f"[{done}/{total}] {row.case.key} {row.status}{f': {row.reason}' if row.reason else time}"
+    )
 
 
-def _absent(devices: str) -> str | None:
-    """The config's own target, where no device of it is in this process."""
+def _absent_target(devices: str) -> str | None:
+    """Returns the config's own target if its devices are not in this process, else None."""
     return devices if Target.parse(devices).kind not in ("local", "cpu") else None
 
 
@@ -92,14 +102,16 @@ def _simulate(devices: str, counts: list[int]) -> None:
         simulate_devices(max(counts, default=target.n_devices))
 
 
-def _words(text: str | None, separator: str = ",") -> list[str]:
+def _split_words(text: str | None, separator: str = ",") -> list[str]:
     return [word.strip() for word in (text or "").split(separator) if word.strip()]
 
 
-def _numbers(option: str, text: str | None) -> list[int]:
-    words = _words(text)
-    wrong = [Problem(f"{option} {word}", "is no number") for word in words if not word.isdecimal()]
-    raise_all(SweepError, "Numbers are wanted.", wrong, f"{option} 1,2,4")
+def _parse_numbers(option: str, text: str | None) -> list[int]:
+    words = _split_words(text)
+    wrong = [
+        Problem(f"{option} {word}", "is not a number") for word in words if not word.isdecimal()
+    ]
+    raise_all(SweepError, "The option takes numbers.", wrong, f"{option} 1,2,4")
     return [int(word) for word in words]
 
 

@@ -1,4 +1,4 @@
-"""`shardkit train`."""
+"""`shardkit train`: trains the decoder of a config on text."""
 
 import argparse
 
@@ -8,22 +8,22 @@ from ..lm import train
 from ..mesh import Target
 from ..processes import distributed
 from ..run import package_versions
-from ._source import config_of
+from ._source import load_run_config
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
     if arguments.profile is not None:
         arguments.overrides = [*arguments.overrides, f"train.profile={arguments.profile}"]
-    config = config_of(arguments)
+    config = load_run_config(arguments)
     if Target.parse(config.devices).kind not in ("local", "cpu"):
-        why = "only a compiler knows these devices here; a run needs some that are there."
+        why = "are devices of a compile target; a run needs devices of this machine."
         fix = "--set devices=local on their machine, or --set devices=cpu:8 with a small mesh"
         problem = Problem(f"devices={config.devices}", why, fix)
-        raise MeshError(format_problems("There is nothing to train on.", [problem]))
-    with distributed(step_timeout=config.train.step_timeout) as peers:
+        raise MeshError(format_problems("The run has no devices.", [problem]))
+    with distributed(step_timeout=config.train.step_timeout) as process_group:
         record = to_record(config)
-        peers.agree("config", config=record, versions=package_versions())
+        process_group.agree("config", config=record, versions=package_versions())
         train(
             name=config.name,
             model=config.model,
@@ -34,6 +34,6 @@ def run(arguments: argparse.Namespace) -> int:
             loop=config.train,
             record=record,
             compiling=config.compile.arguments,
-            peers=peers,
+            process_group=process_group,
         )
     return 0

@@ -1,4 +1,4 @@
-"""`shardkit verify`: the config's step on one device and on several meshes."""
+"""`shardkit verify`: compares the config's step on several meshes with one device."""
 
 import argparse
 import dataclasses
@@ -16,9 +16,9 @@ from ..config import Config, apply_overrides
 from ..mesh import MeshSpec, mesh_shapes
 from ..parity import verify
 from ..testing import kill_matrix
-from ._source import config_of
+from ._source import load_run_config
 
-# Without CONFIG: a decoder whose heads divide by eight, small enough for two minutes on two cores.
+# Without CONFIG: a decoder with 8 heads, verified in two minutes on two cores.
 _SMALL = (
     "model=nano",
     "model.num_heads=8",
@@ -27,85 +27,87 @@ _SMALL = (
     "data.batch_size=16",
 )
 _DROPOUT = 0.1
-_MOST_MESHES = 8
+_MAX_MESHES = 8
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
     console = make_console(soft_wrap=True)
     if arguments.config is None:
-        shown = " ".join(f"--set {one}" for one in _SMALL)
-        console.print(f"No CONFIG, so a small run: {shown}")
+        options = " ".join(f"--set {override}" for override in _SMALL)
+        console.print(f"No CONFIG, so a small run: {options}")
         arguments.overrides = [*_SMALL, *arguments.overrides]
-    config = _proved(config_of(arguments))
+    config = _make_provable(load_run_config(arguments))
     console.print(
-        f"Proved in float32, with dropout {config.model.dropout:g} and weights of which one half "
-        "of the rows has none.\n"
+        f"Verified in float32, with dropout {config.model.dropout:g}; half of the rows have weight "
+        "0 everywhere.\n"
     )
-    most = max(_MOST_MESHES, len(arguments.mesh or ()))
-    factory = functools.lru_cache(most + 1)(config.step_spec().compile)
-    meshes = [mesh for mesh in _meshes(arguments, config) if _legal(mesh, factory, console)]
+    n_meshes = max(_MAX_MESHES, len(arguments.mesh or ()))
+    factory = functools.lru_cache(n_meshes + 1)(config.step_spec().compile)
+    meshes = [
+        mesh for mesh in _build_meshes(arguments, config) if _compiles(mesh, factory, console)
+    ]
     if not meshes:
-        problem = Problem("--mesh", "no mesh is legal for this model", _legal_fix(config))
-        raise VerificationError(format_problems("There is nothing to verify.", [problem]))
-    batches = ragged_batches(config)
-    certificate = verify(factory, meshes, batches=batches, steps=arguments.steps)
-    console.print(str(certificate))
+        problem = Problem("--mesh", "no mesh fits this model", _suggest_mesh(config))
+        raise VerificationError(format_problems("No mesh can be verified.", [problem]))
+    batches = make_ragged_batches(config)
+    report = verify(factory, meshes, batches=batches, steps=arguments.steps)
+    console.print(str(report))
     if not arguments.mutations:
-        return 0 if certificate.ok else 1
+        return 0 if report.ok else 1
     mesh = max(meshes, key=lambda mesh: min(mesh.shape.values()))
     matrix = kill_matrix(factory, mesh, batches=batches, steps=arguments.steps)
     shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     console.print(f"\nMutations on mesh ({shape}):\n{matrix}")
-    return 0 if certificate.ok and matrix.ok else 1
+    return 0 if report.ok and matrix.ok else 1
 
 
-def _legal_fix(config: Config) -> str:
-    """A mesh over the axes that the config's own strategy uses."""
+def _suggest_mesh(config: Config) -> str:
+    """Suggests a mesh over the axes of the config."""
     return "--mesh " + ",".join(f"{axis}=1" for axis in config.mesh.axes) + ", or other sizes"
 
 
-def _proved(config: Config) -> Config:
-    """The config in float32 and with dropout, whose noise must not depend on the mesh either."""
+def _make_provable(config: Config) -> Config:
+    """Returns the config in float32, with dropout, whose noise must not depend on the mesh."""
     model = dataclasses.replace(config.model, dropout=config.model.dropout or _DROPOUT)
     strategy = dataclasses.replace(config.strategy, precision="float32")
     return dataclasses.replace(config, model=model, strategy=strategy)
 
 
-def ragged_batches(config: Config, n: int = 2) -> list[dict[str, np.ndarray]]:
-    """Random tokens; the first half of the rows has no valid one, the rest valid ones at random."""
+def make_ragged_batches(config: Config, n: int = 2) -> list[dict[str, np.ndarray]]:
+    """Makes batches of random tokens, with weight 0 in the first half of the rows and at random."""
     rng = np.random.default_rng(config.data.seed)
     shape = (config.data.batch_size, config.data.seq_len)
 
-    def one() -> dict[str, np.ndarray]:
+    def make_batch() -> dict[str, np.ndarray]:
         tokens = rng.integers(0, config.model.vocab, (2, *shape), np.int32)
         weights = (rng.random(shape) < rng.random((shape[0], 1))).astype(np.float32)
         weights[: shape[0] // 2] = 0
-        weights[-1] = 1  # however few the rows, one is valid
-        made = {"inputs": tokens[0], "targets": tokens[1], "weights": weights}
+        weights[-1] = 1  # even a batch of one row has a valid token
+        batch = {"inputs": tokens[0], "targets": tokens[1], "weights": weights}
         if config.data.packing:
             cuts = rng.random(shape) < 4 / shape[1]
-            made["segment_ids"] = 1 + np.cumsum(cuts, 1, dtype=np.int32)
-        return made
+            batch["segment_ids"] = 1 + np.cumsum(cuts, 1, dtype=np.int32)
+        return batch
 
-    return [one() for _ in range(n)]
+    return [make_batch() for _ in range(n)]
 
 
-def _meshes(arguments: argparse.Namespace, config: Config) -> list[Mesh]:
+def _build_meshes(arguments: argparse.Namespace, config: Config) -> list[Mesh]:
     if arguments.mesh:
         specs = [apply_overrides(config, [f"mesh={text}"]).mesh for text in arguments.mesh]
     else:
         shapes = mesh_shapes(len(jax.devices()), list(config.mesh.axes))
-        specs = [MeshSpec(dcn=None, **shape) for shape in shapes[:_MOST_MESHES]]
-    return [spec.build(devices=_first(spec)) for spec in specs]
+        specs = [MeshSpec(dcn=None, **shape) for shape in shapes[:_MAX_MESHES]]
+    return [spec.build(devices=_take_devices(spec)) for spec in specs]
 
 
-def _first(spec: MeshSpec) -> list[Any]:
+def _take_devices(spec: MeshSpec) -> list[Any]:
     return jax.devices() if -1 in spec.axes.values() else jax.devices()[: spec.size]
 
 
-def _legal(mesh: Mesh, factory: Any, console: Console) -> bool:
-    """Compiles the step for a mesh; what it cannot be laid out on is skipped, and said."""
+def _compiles(mesh: Mesh, factory: Any, console: Console) -> bool:
+    """Whether the step compiles for a mesh; if not, prints why the mesh is skipped."""
     try:
         factory(mesh)
     except ShardingError as error:

@@ -1,4 +1,4 @@
-"""One frozen tree per run, config files, and typed overrides from the command line."""
+"""`Config`: one frozen tree per run, loaded from Python files, with overrides from text."""
 
 from ._compile import CompileConfig
 from ._load import load_config

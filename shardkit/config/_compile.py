@@ -1,4 +1,4 @@
-"""How the step of a run is compiled."""
+"""`CompileConfig`: how the step of a run is compiled."""
 
 import dataclasses
 from typing import Any, Literal
@@ -10,17 +10,15 @@ from ._values import BadValue, parse
 
 @dataclasses.dataclass(frozen=True)
 class CompileConfig:
-    """What goes to the compiler beside the program.
+    """Fields of `StepSpec` that do not depend on the model.
 
     Attributes:
-      mode: `"auto"`, where the partitioner places the collectives, or `"shard_map"`, where they
-        are explicit.
-      options: XLA options, each `name=value`; a name that the target's compiler does not know is
-        an error of its own.
-      on_nonfinite: what is done with an update whose loss or gradients are not finite: `stop`
-        there and keep what it failed on, `skip` and count it, or `apply` it all the same.
-      deterministic: leave the compiler no operation whose result varies from run to run.
-      debug: find random keys that are used twice.
+      mode: `"auto"`: the partitioner places the collectives; `"shard_map"`: they are explicit.
+      options: XLA options, each `name=value`; the compiler refuses names that it does not know.
+      on_nonfinite: if the loss or a gradient is not finite: `stop` the run and dump the step,
+        `skip` the update and count it, or `apply` it.
+      deterministic: exclude operations whose result varies from run to run.
+      debug: detect random keys that are used twice.
 
     >>> CompileConfig(options=("xla_first=true", "xla_second=2")).arguments["compiler_options"]
     {'xla_first': True, 'xla_second': 2}
@@ -36,22 +34,22 @@ class CompileConfig:
         """Refuses an option without a name or a value."""
         check_options(self, ConfigError, "The step cannot be compiled this way.", "compile.")
         problems = [
-            Problem(f"compile.options={one!r}", "is not name=value", "xla_some_option=true")
-            for one in self.options
-            if not all(part.strip() for part in one.partition("=")[::2])
+            Problem(f"compile.options={option!r}", "is not name=value", "xla_some_option=true")
+            for option in self.options
+            if not all(part.strip() for part in option.partition("=")[::2])
         ]
         raise_all(ConfigError, "The compiler's options cannot be read.", problems)
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Fields of the `StepSpec`."""
-        pairs = (one.partition("=") for one in self.options)
-        options = {name.strip(): _typed(value.strip()) for name, _, value in pairs}
-        rest = ("mode", "on_nonfinite", "deterministic", "debug")
-        return {**{name: getattr(self, name) for name in rest}, "compiler_options": options}
+        """The fields as keyword arguments of `StepSpec`."""
+        pairs = (option.partition("=") for option in self.options)
+        options = {name.strip(): _parse_option(value.strip()) for name, _, value in pairs}
+        names = ("mode", "on_nonfinite", "deterministic", "debug")
+        return {**{name: getattr(self, name) for name in names}, "compiler_options": options}
 
 
-def _typed(text: str) -> bool | int | float | str:
+def _parse_option(text: str) -> bool | int | float | str:
     if text in ("true", "false"):
         return text == "true"
     for kind in (int, float):

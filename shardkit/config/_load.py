@@ -1,11 +1,11 @@
-"""A config file: Python with `def config() -> sk.Config`."""
+"""Loads config files: Python with `def config() -> sk.Config`."""
 
 import difflib
 import importlib.util
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,35 +29,51 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """Loads a config and applies overrides.
 
     Args:
-      path: a Python file with `def config() -> sk.Config`; None for `Config()`.
+      path: a Python file with `def config() -> sk.Config`, or the name of a shipped one, such as
+        `nano`; None for `Config()`.
       overrides: `"path.to.field=value"`, as `--set` takes them.
 
     Raises:
-      ConfigError: there is no such file, it fails, it returns something else, a field holds a
-        value of another type, or an override cannot be applied.
+      ConfigError: the file does not exist, raises or returns something else; a field has a
+        value of another type; or an override cannot be applied.
     """
-    config = Config() if path is None else _call(Path(path))
+    config = Config() if path is None else _run_file(_find_file(Path(path)))
     problems = type_problems(config)
     raise_all(ConfigError, f"{path} sets fields to values of other types.", problems)
     return apply_overrides(config, overrides)
 
 
-def _call(path: Path) -> Config:
+def _shipped_folders() -> list[Path]:
+    """Returns the folder of shipped configs: in the wheel inside the package, else beside it."""
+    package = Path(__file__).parents[1]
+    checkout = [package.parent] if (package.parent / "pyproject.toml").is_file() else []
+    return [folder / "configs" for folder in (package, *checkout)]
+
+
+def _find_file(path: Path) -> Path:
+    """Returns the shipped config that a bare name means; any other path unchanged."""
+    if path.suffix or len(path.parts) != 1:
+        return path
+    files = (folder / f"{path}.py" for folder in _shipped_folders())
+    return next((file for file in files if file.is_file()), path)
+
+
+def _run_file(path: Path) -> Config:
     module = _import(path)
     if not callable(getattr(module, "config", None)):
         problem = Problem(str(path), "defines no function config().", _EXAMPLE)
         raise ConfigError(format_problems("This is not a config file.", [problem]))
-    made = _guarded(path, module.config)
-    if not isinstance(made, Config):
-        why = f"config() returned {type(made).__name__}, not sk.Config."
+    config = _call_user(path, module.config)
+    if not isinstance(config, Config):
+        why = f"config() returned {type(config).__name__}, not sk.Config."
         problem = Problem(str(path), why, _EXAMPLE)
         raise ConfigError(format_problems("This is not a config file.", [problem]))
-    return made
+    return config
 
 
 def _import(path: Path) -> ModuleType:
     if not path.is_file():
-        raise ConfigError(format_problems("There is no such config.", [_missing(path)]))
+        raise ConfigError(format_problems("There is no such config.", [_describe_missing(path)]))
     name = f"shardkit_config_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     loader = spec.loader if spec else None
@@ -65,35 +81,37 @@ def _import(path: Path) -> ModuleType:
         problem = Problem(str(path), "is not a Python file (.py).", _EXAMPLE)
         raise ConfigError(format_problems("This is not a config file.", [problem]))
     module = importlib.util.module_from_spec(spec)
-    # Dataclasses of the file look their module up while they are being made.
+    # Dataclasses in the file look up their module when they are defined.
     sys.modules[name] = module
-    _guarded(path, lambda: loader.exec_module(module))
+    _call_user(path, lambda: loader.exec_module(module))
     return module
 
 
-def _missing(path: Path) -> Problem:
+def _describe_missing(path: Path) -> Problem:
     folders = dict.fromkeys((path.parent, Path("configs")))
-    near = [str(found) for folder in folders for found in sorted(folder.glob("*.py"))]
-    close = difflib.get_close_matches(path.stem, [Path(one).stem for one in near], n=1)
-    hint = next((f" Did you mean {one!r}?" for one in near if Path(one).stem in close), "")
+    near = [str(file) for folder in folders for file in sorted(folder.glob("*.py"))]
+    if not path.suffix:
+        near += [file.stem for folder in _shipped_folders() for file in sorted(folder.glob("*.py"))]
+    close = difflib.get_close_matches(path.stem, [Path(file).stem for file in near], n=1)
+    hint = next((f" Did you mean {file!r}?" for file in near if Path(file).stem in close), "")
     fix = f"one of {', '.join(near)}" if near else "leave CONFIG out to train the default"
     return Problem(str(path), f"there is no such file.{hint}", fix)
 
 
-def _guarded(path: Path, call: Any) -> Any:
-    """Calls into a user's file; what it raises is told in one line, with the line it is in."""
+def _call_user(path: Path, call: Callable[[], Any]) -> Any:
+    """Calls code of a user's file; reports what it raises in one line, with its line number."""
     try:
         return call()
     except ShardkitError as error:
-        error.add_note(f"(in {_place(path, error)})")
+        error.add_note(f"(in {_locate(path, error)})")
         raise
     except Exception as error:
-        why = f"{type(error).__name__}: {_told(error)}"
-        problem = Problem(_place(path, error), why)
+        why = f"{type(error).__name__}: {_describe_error(error)}"
+        problem = Problem(_locate(path, error), why)
         raise ConfigError(format_problems("The config file fails.", [problem])) from error
 
 
-def _place(path: Path, error: Exception) -> str:
+def _locate(path: Path, error: Exception) -> str:
     if isinstance(error, SyntaxError) and error.filename == str(path):
         return f"{path}:{error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
@@ -101,14 +119,14 @@ def _place(path: Path, error: Exception) -> str:
     return f"{path}:{lines[-1]}" if lines else str(path)
 
 
-def _told(error: Exception) -> str:
-    """What an error says; of an unknown field also which ones there are."""
+def _describe_error(error: Exception) -> str:
+    """Returns the message of an error; for an unknown field also the known ones."""
     text = str(error)
     match = _UNEXPECTED.search(text)
     fields = _dataclass_fields(match[1]) if match else []
     if not match or not fields:
         return text
-    # Python 3.13 suggests a name of its own behind its message.
+    # Python 3.13 appends a suggestion of its own, which is cut off.
     return f"{text[: match.end()]}; it has {', '.join(fields)}.{did_you_mean(match[2], fields)}"
 
 
@@ -116,10 +134,10 @@ _EXAMPLE = "def config() -> sk.Config: return sk.Config(...)"
 
 
 def _dataclass_fields(name: str) -> list[str]:
-    """Returns the fields of a config's dataclass by class name, or nothing for another class."""
-    kinds: list[type[Any]] = [Config]
-    for kind in kinds:
-        if kind.__name__ == name:
-            return list(hints(kind))
-        kinds += [one for one in hints(kind).values() if is_dataclass_type(one)]
+    """Returns the fields of a dataclass in `Config` by class name; none for another class."""
+    classes: list[type[Any]] = [Config]
+    for cls in classes:
+        if cls.__name__ == name:
+            return list(hints(cls))
+        classes += [field for field in hints(cls).values() if is_dataclass_type(field)]
     return []

@@ -1,4 +1,4 @@
-"""Subtrees that have a name or a short form on the command line."""
+"""Parts of a config that can be set by a name or a short form: model, strategy and mesh."""
 
 import ast
 import inspect
@@ -11,15 +11,15 @@ from ..mesh import MeshSpec
 from ..parallel import Strategy, strategies
 from ._values import BadValue
 
-_READY: dict[str, Callable[..., Strategy]] = {
+_STRATEGIES: dict[str, Callable[..., Strategy]] = {
     name: getattr(strategies, name) for name in strategies.__all__
 }
 
 
-def named_size(text: str) -> DecoderConfig:
+def parse_size(text: str) -> DecoderConfig:
     """Returns a decoder by the name of its size.
 
-    >>> named_size("nano").embed_dim
+    >>> parse_size("nano").embed_dim
     64
     """
     if text in SIZES:
@@ -28,24 +28,24 @@ def named_size(text: str) -> DecoderConfig:
     raise BadValue(f"no size {text!r}; known: {known}.{did_you_mean(text, SIZES)}")
 
 
-def named_strategy(text: str) -> Strategy:
-    """Reads ready strategies as they stand in Python, with or without parentheses.
+def parse_strategy(text: str) -> Strategy:
+    """Parses strategies as they are written in Python, with or without parentheses.
 
-    >>> named_strategy("data | tensor(sequence=True)").kinds
+    >>> parse_strategy("data | tensor(sequence=True)").kinds
     (Data(axis='data'), Tensor(axis='tensor', sequence=True))
     """
     try:
-        return _strategy(ast.parse(text, mode="eval").body)
+        return _build_strategy(ast.parse(text, mode="eval").body)
     except SyntaxError:
         raise BadValue(f"expected {_FORM}, got {text!r}.") from None
 
 
-def short_mesh(text: str) -> MeshSpec:
-    """Reads axes and sizes; `dcn.axis` is the number of slices or hosts that an axis crosses.
+def parse_mesh(text: str) -> MeshSpec:
+    """Parses axes and sizes; `dcn.axis` is the number of slices or hosts that an axis crosses.
 
-    >>> short_mesh("fsdp=4,tensor=2")
+    >>> parse_mesh("fsdp=4,tensor=2")
     MeshSpec(fsdp=4, tensor=2)
-    >>> short_mesh("data=2,tensor=4,dcn.data=2").shape
+    >>> parse_mesh("data=2,tensor=4,dcn.data=2").shape
     {'data': 4, 'tensor': 4}
     """
     pairs = [part.partition("=") for part in text.split(",")]
@@ -53,10 +53,10 @@ def short_mesh(text: str) -> MeshSpec:
     if not all(axis and _is_int(size) for axis, size in sizes.items()):
         raise BadValue(f"expected axis=size,axis=size, got {text!r}.")
     if "dcn" in sizes:
-        raise BadValue("slices are given by axis: dcn.data=2.")
+        raise BadValue("slices are set per axis: dcn.data=2.")
     slices = {axis: int(n) for axis, n in sizes.items() if axis.startswith(_SLICES)}
-    whole: dict[str, Any] = {axis: int(n) for axis, n in sizes.items() if axis not in slices}
-    return MeshSpec(dcn={axis.removeprefix(_SLICES): n for axis, n in slices.items()}, **whole)
+    ici_sizes: dict[str, Any] = {axis: int(n) for axis, n in sizes.items() if axis not in slices}
+    return MeshSpec(dcn={axis.removeprefix(_SLICES): n for axis, n in slices.items()}, **ici_sizes)
 
 
 _SLICES = "dcn."
@@ -66,36 +66,36 @@ def _is_int(text: str) -> bool:
     return text.strip().removeprefix("-").isdigit()
 
 
-_FORM = "ready strategies such as data|tensor(sequence=True)"
+_FORM = "strategies such as data|tensor(sequence=True)"
 
 
-def _strategy(node: ast.expr) -> Strategy:
+def _build_strategy(node: ast.expr) -> Strategy:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        return _strategy(node.left) | _strategy(node.right)
+        return _build_strategy(node.left) | _build_strategy(node.right)
     call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
     if not isinstance(call.func, ast.Name) or call.args:
         raise BadValue(f"expected {_FORM}, got {ast.unparse(node)!r}.")
-    if call.func.id not in _READY:
-        close = did_you_mean(call.func.id, _READY)
-        raise BadValue(f"no strategy {call.func.id!r}; known: {', '.join(_READY)}.{close}")
-    make = _READY[call.func.id]
-    options = {one.arg or "**": _constant(one.value) for one in call.keywords}
-    legal = list(inspect.signature(make).parameters)
+    if call.func.id not in _STRATEGIES:
+        hint = did_you_mean(call.func.id, _STRATEGIES)
+        raise BadValue(f"no strategy {call.func.id!r}; known: {', '.join(_STRATEGIES)}.{hint}")
+    make = _STRATEGIES[call.func.id]
+    options = {keyword.arg or "**": _constant_value(keyword.value) for keyword in call.keywords}
+    known = list(inspect.signature(make).parameters)
     for name in options:
-        if name not in legal:
-            close = did_you_mean(name, legal)
-            raise BadValue(f"{call.func.id} has options {', '.join(legal)}, not {name!r}.{close}")
+        if name not in known:
+            hint = did_you_mean(name, known)
+            raise BadValue(f"{call.func.id} has options {', '.join(known)}, not {name!r}.{hint}")
     return make(**options)
 
 
-def _constant(node: ast.expr) -> Any:
+def _constant_value(node: ast.expr) -> Any:
     if isinstance(node, ast.Constant):
         return node.value
     raise BadValue(f"expected a constant, got {ast.unparse(node)!r}.")
 
 
 NAMED: dict[Any, Callable[[str], Any]] = {
-    DecoderConfig: named_size,
-    Strategy: named_strategy,
-    MeshSpec: short_mesh,
+    DecoderConfig: parse_size,
+    Strategy: parse_strategy,
+    MeshSpec: parse_mesh,
 }

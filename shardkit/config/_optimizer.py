@@ -1,4 +1,4 @@
-"""An optax chain as data: clip, update rule, weight decay, schedule."""
+"""`OptimizerConfig`: an optax chain as data: clipping, update rule, weight decay, schedule."""
 
 import dataclasses
 import math
@@ -23,14 +23,14 @@ class OptimizerConfig:
 
     Attributes:
       name: the update rule.
-      lr: the highest learning rate.
-      warmup_fraction: share of the steps over which the rate rises from 0.
-      final_lr_fraction: the last rate, as a share of `lr`; it falls there along a cosine.
-      grad_clip_norm: largest global norm of a gradient; None does not clip.
-      weight_decay: decoupled decay of matrices; norms are not decayed.
-      betas: decay rates of the two moments (sgd uses the first as momentum).
-      muon_lr: learning rate of the hidden matrices under `muon`, whose updates have a
-        spectral norm of about 1; `lr` is for all other leaves, which adamw updates.
+      lr: peak learning rate.
+      warmup_fraction: fraction of the steps in which the rate rises linearly from 0.
+      final_lr_fraction: the last rate as a fraction of `lr`, reached along a cosine.
+      grad_clip_norm: largest global norm of the gradients; None for no clipping.
+      weight_decay: decoupled decay of matrices; scales of norms are not decayed.
+      betas: decay rates of the two moments; sgd uses the first as momentum.
+      muon_lr: learning rate of hidden matrices with `muon`, whose updates have a spectral norm
+        of about 1; adamw updates all other leaves with `lr`.
     """
 
     name: Literal["adamw", "lion", "muon", "sgd"] = "adamw"
@@ -43,17 +43,17 @@ class OptimizerConfig:
     muon_lr: float = 0.02
 
     def __post_init__(self) -> None:
-        """Refuses rates and shares that no schedule has."""
+        """Refuses rates and fractions that a schedule cannot have."""
         check_options(self, ConfigError, "There is no such optimizer.", "optimizer.")
-        shares = {
+        fractions = {
             "warmup_fraction": self.warmup_fraction,
             "final_lr_fraction": self.final_lr_fraction,
         }
         problems = [
             Problem(
-                f"optimizer.{name}={value:g}", "is a share of 1.", f"--set optimizer.{name}=0.1"
+                f"optimizer.{name}={value:g}", "must be from 0 to 1.", f"--set optimizer.{name}=0.1"
             )
-            for name, value in shares.items()
+            for name, value in fractions.items()
             if not 0 <= value <= 1
         ]
         rates = {"lr": self.lr, "muon_lr": self.muon_lr, "grad_clip_norm": self.grad_clip_norm}
@@ -73,7 +73,7 @@ class OptimizerConfig:
         raise_all(ConfigError, "The optimizer cannot be built.", problems)
 
     def schedule(self, steps: int, peak: float) -> Schedule:
-        """Returns the learning rate as a function of the step: warm up, then a cosine."""
+        """Returns the learning rate as a function of the step: linear warm-up, then a cosine."""
         warmup = round(self.warmup_fraction * steps)
         return optax.warmup_cosine_decay_schedule(
             init_value=peak if warmup == 0 else 0.0,
@@ -119,16 +119,16 @@ class OptimizerConfig:
 
 
 def _matrices(params: Any) -> Any:
-    """Marks what is decayed. Scanned layers stack their norms, so rank alone does not tell."""
+    """Selects leaves to decay. Scanned layers stack the scales of norms, so rank is not enough."""
 
-    def mark(path: tuple[Any, ...], leaf: Any) -> bool:
+    def is_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
         return jnp.ndim(leaf) >= 2 and "norm" not in path_str(path)
 
-    return jax.tree_util.tree_map_with_path(mark, params)
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
 def _hidden_matrices(params: Any) -> Any:
-    """Says which dims of a scanned layer's leaf are the rows and columns of its matrices."""
+    """Returns which dims of a scanned layer's leaf are rows and columns; None for other leaves."""
 
     def dims(path: tuple[Any, ...], leaf: Any) -> contrib.MuonDimensionNumbers | None:
         name = path_str(path)

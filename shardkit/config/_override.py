@@ -1,4 +1,4 @@
-"""`--set path.to.field=value`: one frozen tree becomes another, or one error says why not."""
+"""`--set path.to.field=value`: returns a changed config, or one error with every problem."""
 
 import dataclasses
 import functools
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from .._core.errors import ConfigError, Problem, ShardkitError, count, did_you_mean, raise_all
-from .._core.options import describe, matches
+from .._core.options import describe_annotation, matches_annotation
 from ..mesh import MeshSpec
 from ._named import NAMED
 from ._values import BadValue, hints, is_dataclass_type, parse
@@ -16,7 +16,7 @@ _Tree = TypeVar("_Tree")
 
 @dataclasses.dataclass(frozen=True)
 class _Assignment:
-    """`model.num_layers=2` as `("model", "num_layers")` and `"2"`, and as it was written."""
+    """`model.num_layers=2` as path `("model", "num_layers")`, text `"2"`, and as written."""
 
     path: tuple[str, ...]
     text: str
@@ -24,16 +24,16 @@ class _Assignment:
 
 
 def apply_overrides(config: _Tree, assignments: Sequence[str]) -> _Tree:
-    """Returns a config with some fields set from text; of two for one field the later wins.
+    """Returns a config with fields set from text; for the same field the last one wins.
 
     Args:
       config: a frozen tree of dataclasses.
-      assignments: `"path.to.field=value"`. A whole subtree may be set where it has named
-        values: `model=llama2-7b`, `strategy=fsdp|tensor`. `mesh.tensor=2` sets an axis.
+      assignments: `"path.to.field=value"`. Model, strategy and mesh also have short forms:
+        `model=llama2-7b`, `strategy=fsdp|tensor`, `mesh=data=2`. `mesh.tensor=2` sets an axis.
 
     Raises:
-      ConfigError: an unknown field, a value of another type or a text without `=`; all of
-        them in one message.
+      ConfigError: unknown fields, values of another type, texts without `=`; all of them in one
+        message.
     """
     overrides = _Overrides()
     changed = overrides.set_fields(config, overrides.split(assignments), 0)
@@ -45,13 +45,15 @@ def apply_overrides(config: _Tree, assignments: Sequence[str]) -> _Tree:
 
 
 def type_problems(config: Any, where: str = "") -> list[Problem]:
-    """Lists the fields of a tree that hold a value of another type than they declare."""
+    """Lists the fields of a tree whose value is not of the declared type."""
     problems = []
     for name, annotation in hints(type(config)).items():
         value, field = getattr(config, name), f"{where}{name}"
-        if not matches(annotation, value):
-            why = f"expected {describe(annotation)}, got {value!r}."
-            problems.append(Problem(field, why, f"{field} of type {describe(annotation)}"))
+        if not matches_annotation(annotation, value):
+            why = f"expected {describe_annotation(annotation)}, got {value!r}."
+            problems.append(
+                Problem(field, why, f"{field} of type {describe_annotation(annotation)}")
+            )
         elif dataclasses.is_dataclass(value) and is_dataclass_type(annotation):
             problems += type_problems(value, f"{field}.")
     return problems
@@ -59,12 +61,12 @@ def type_problems(config: Any, where: str = "") -> list[Problem]:
 
 @dataclasses.dataclass(frozen=True)
 class _Overrides:
-    """Sets fields from text, and collects what is wrong with any of them.
+    """Sets fields from text, and collects the problems.
 
     Attributes:
-      problems: texts that cannot be read.
-      refused: what the checks of groups and named values raised; reported only when every text
-        could be read, since a group without one of its values may be wrong for that alone.
+      problems: texts that cannot be parsed.
+      refused: errors of the checks of groups and short forms. They are reported only if every
+        text could be parsed, since a missing value alone can make a group fail its check.
     """
 
     problems: list[Problem] = dataclasses.field(default_factory=list)
@@ -82,18 +84,18 @@ class _Overrides:
         return parts
 
     def set_fields(self, node: Any, wanted: list[_Assignment], depth: int) -> Any:
-        """Sets the fields of one group together, so that it checks itself once, at the end."""
+        """Sets all fields of a group at once, so that it checks itself only in its final state."""
         fields, rebuild = _fields(node)
         changes: dict[str, Any] = {}
         deeper: dict[str, list[_Assignment]] = {}
-        for one in wanted:
-            name = one.path[depth]
+        for assignment in wanted:
+            name = assignment.path[depth]
             if name not in fields:
-                self.problems.append(_unknown(one, depth, node, list(fields)))
-            elif len(one.path) > depth + 1:
-                deeper.setdefault(name, []).append(one)
+                self.problems.append(_describe_unknown(assignment, depth, node, list(fields)))
+            elif len(assignment.path) > depth + 1:
+                deeper.setdefault(name, []).append(assignment)
             else:
-                self._read(changes, one, fields[name][0])
+                self._parse_field(changes, assignment, fields[name][0])
         for name, below in deeper.items():
             value = changes.get(name, fields[name][1])
             changes[name] = self.set_fields(value, below, depth + 1)
@@ -103,18 +105,21 @@ class _Overrides:
             self.refused.append(error)
             return node
 
-    def _read(self, changes: dict[str, Any], one: _Assignment, annotation: Any) -> None:
+    def _parse_field(
+        self, changes: dict[str, Any], assignment: _Assignment, annotation: Any
+    ) -> None:
         try:
-            changes[one.path[-1]] = _parse(annotation, one.text)
+            changes[assignment.path[-1]] = _parse(annotation, assignment.text)
         except BadValue as error:
-            fix = f"--set {'.'.join(one.path)}=VALUE, where VALUE is {describe(annotation)}"
-            self.problems.append(Problem(f"--set {one.written}", str(error), fix))
-        except ShardkitError as error:  # named values are declarations of their own
+            kind = describe_annotation(annotation)
+            fix = f"--set {'.'.join(assignment.path)}=VALUE, where VALUE is {kind}"
+            self.problems.append(Problem(f"--set {assignment.written}", str(error), fix))
+        except ShardkitError as error:  # short forms make declarations, which check themselves
             self.refused.append(error)
 
 
 def _fields(node: Any) -> tuple[dict[str, tuple[Any, Any]], Callable[..., Any]]:
-    """The fields of a group, each with its type and value, and what makes a changed group."""
+    """Returns `{field: (type, value)}` of a group, and a function that makes a changed group."""
     if isinstance(node, MeshSpec):
         return {axis: (int, size) for axis, size in node.axes.items()}, node.with_axes
     if not dataclasses.is_dataclass(node) or isinstance(node, type):
@@ -133,11 +138,11 @@ def _parse(annotation: Any, text: str) -> Any:
     return parse(annotation, text)
 
 
-def _unknown(one: _Assignment, depth: int, node: Any, fields: list[str]) -> Problem:
-    place = ".".join(one.path[:depth]) or "the config"
-    subject, name = f"--set {one.written}", one.path[depth]
+def _describe_unknown(assignment: _Assignment, depth: int, node: Any, fields: list[str]) -> Problem:
+    place = ".".join(assignment.path[:depth]) or "the config"
+    subject, name = f"--set {assignment.written}", assignment.path[depth]
     if not fields:
-        why = f"{place} is {node!r} and has no fields of its own."
+        why = f"{place} is {node!r} which has no fields."
         return Problem(subject, why, f"--set {place}=VALUE")
     why = f"{place} has no field {name!r}; it has {', '.join(fields)}.{did_you_mean(name, fields)}"
     return Problem(subject, why)

@@ -1,4 +1,4 @@
-"""A config as the plain values that a run keeps of it, and back."""
+"""Converts a config to the plain values that a run records, and back."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ _PLAIN = ("model", "data", "optimizer", "train")
 
 
 def to_record(config: Any) -> Any:
-    """Returns a config as plain JSON values; what is no number, text or list by its `repr`.
+    """Returns a config as plain JSON values; other objects become their `repr`.
 
     >>> from shardkit.mesh import MeshSpec
     >>> to_record(MeshSpec(data=2))["sizes"], to_record(Config())["optimizer"]["name"]
@@ -28,29 +28,29 @@ def to_record(config: Any) -> Any:
     if isinstance(config, PartitionSpec):
         return repr(config)
     if isinstance(config, tuple | list):
-        return [to_record(one) for one in config]
+        return [to_record(item) for item in config]
     return config if isinstance(config, str | int | float | None) else repr(config)
 
 
 def from_record(record: Mapping[str, Any], where: str) -> Config:
-    """Builds the config again that a record was made of, as far as records are plain values.
+    """Rebuilds model, data, optimizer and loop of a config from its record.
 
-    Model, data, optimizer and loop come back. Mesh and strategy are as in `Config()`: a record
-    shows their rules, which no text gives back.
+    Mesh and strategy are those of `Config()`: records hold the `repr` of their rules, which cannot
+    be read back.
 
     Args:
       record: from `to_record`.
-      where: names the record in an error.
+      where: names the record in errors.
 
     Raises:
-      ConfigError: it is no record of a config, or of one with fields that are not known here.
+      ConfigError: it is not a record of a config, or has fields that this version does not have.
     """
     groups = [name for name in _PLAIN if isinstance(record.get(name), Mapping)]
     if len(groups) < len(_PLAIN):
         absent = ", ".join(name for name in _PLAIN if name not in groups)
-        problem = Problem(where, f"was left by a run without {absent} in its record")
+        problem = Problem(where, f"has a record without {absent}")
         fix = "sk.replay(folder, step), with the step of that run for one device"
-        raise ConfigError(format_problems("This is no run of shardkit train.", [problem], fix))
+        raise ConfigError(format_problems("This is not a run of shardkit train.", [problem], fix))
     assigned = [f"{g}.{name}={_text(value)}" for g in groups for name, value in record[g].items()]
     return apply_overrides(Config(), assigned)
 

@@ -1,4 +1,4 @@
-"""`Config`: everything one run is made of, as one frozen tree."""
+"""`Config`: all settings of one run, as one frozen tree."""
 
 import dataclasses
 from pathlib import Path
@@ -37,13 +37,13 @@ class Config:
       name: of the run; its files go to `runs/<name>`.
       model: the decoder.
       data: the text.
-      devices: target on which the mesh is built: `local`, `cpu:8`, ….
+      devices: target that the mesh is built on: `local`, `cpu:8`, ….
       mesh: axes and their sizes.
-      strategy: what is laid out on which axis.
-      optimizer: the update.
-      train: the loop, how the result is scored, and what is written.
+      strategy: what is sharded over which axis.
+      optimizer: how parameters are updated.
+      train: the loop, the scores at its end, and the files of the run.
       compile: how the step is compiled.
-      hardware: chips beside those of the hardware table, which plans and reports may name.
+      hardware: further chips for plans and reports, besides those of the hardware table.
     """
 
     name: str = "default"
@@ -58,17 +58,17 @@ class Config:
     hardware: tuple[Chip, ...] = ()
 
     def step_spec(self) -> "StepSpec":
-        """The training step of the run; `mesh` and `devices` say what it is compiled for."""
+        """Returns the training step; `mesh` and `devices` are what to compile it for."""
         optimizer = self.optimizer.build(self.train.steps)
         compiling = self.compile.arguments
         return declare_run(self.model, self.data, self.strategy, optimizer, **compiling)
 
     def __post_init__(self) -> None:
-        """Refuses a model that has no token for some byte, and a name that is no folder's."""
+        """Refuses a vocabulary smaller than the bytes of text, and a name with slashes."""
         if isinstance(self.name, str) and Path(self.name).name != (self.name or "."):
-            why = "names a folder below runs/, so it is one word without slashes"
+            why = "names a folder below runs/, so it cannot have slashes"
             problem = Problem(f"name={self.name!r}", why, "--set name=first, or train.out=FOLDER")
-            raise ConfigError(format_problems("The run has no usable name.", [problem]))
+            raise ConfigError(format_problems("The name of the run is not usable.", [problem]))
         by_byte = (
             isinstance(self.data, DataConfig) and self.data.path is self.data.tokenizer is None
         )

@@ -1,7 +1,7 @@
-"""Values by annotation: what a field holds, and how it is read from text.
+"""Parses the value of a field from text by its annotation.
 
-Only the types that a config uses are known: int, float, bool, str, None, `Literal`, unions of
-these, and tuples. A field of any other type is set in a config file, in Python.
+The types that a config uses are known: int, float, bool, str, None, `Literal`, unions of these,
+and tuples. Fields of other types are set in a config file, in Python.
 """
 
 import contextlib
@@ -10,14 +10,14 @@ import types
 import typing
 from typing import Any, Literal, TypeGuard, Union
 
-from .._core.options import describe
+from .._core.options import describe_annotation
 
 _BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _NONES = {"none": None, "null": None}
 
 
 class BadValue(ValueError):
-    """A text or value is not of the annotated type; the message says what was expected."""
+    """A text is not of the annotated type; the message says what was expected."""
 
 
 def is_dataclass_type(annotation: Any) -> TypeGuard[type[Any]]:
@@ -25,53 +25,53 @@ def is_dataclass_type(annotation: Any) -> TypeGuard[type[Any]]:
     return isinstance(annotation, type) and dataclasses.is_dataclass(annotation)
 
 
-def hints(kind: type[Any]) -> dict[str, Any]:
+def hints(cls: type[Any]) -> dict[str, Any]:
     """Returns `{field: annotation}` of a dataclass, in the order of its fields."""
-    known = typing.get_type_hints(kind)
-    return {f.name: known[f.name] for f in dataclasses.fields(kind) if f.init}
+    annotations = typing.get_type_hints(cls)
+    return {f.name: annotations[f.name] for f in dataclasses.fields(cls) if f.init}
 
 
 def parse(annotation: Any, text: str) -> Any:
-    """Reads a value of an annotated type.
+    """Parses a value of an annotated type.
 
     Args:
       annotation: type of the field.
-      text: what stands behind `=` on the command line.
+      text: what follows `=` on the command line.
 
     Raises:
-      BadValue: the text does not read as that type.
+      BadValue: the text is not of that type.
 
     >>> parse(int, "1_000"), parse(float | None, "none"), parse(tuple[float, float], "0.9,0.95")
     (1000, None, (0.9, 0.95))
     """
     # str takes any text, so it is tried last: `str | None` reads "none" as None.
-    for one in sorted(_members(annotation), key=lambda one: one is str):
+    for member in sorted(_members(annotation), key=lambda member: member is str):
         with contextlib.suppress(ValueError, KeyError):
-            return _parse_one(one, text)
-    raise BadValue(f"expected {describe(annotation)}, got {text!r}.")
+            return _parse_member(member, text)
+    raise BadValue(f"expected {describe_annotation(annotation)}, got {text!r}.")
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:
-    """The types of a union; any other type alone."""
+    """Returns the types of a union; for any other type itself."""
     is_union = typing.get_origin(annotation) in (Union, types.UnionType)
     return typing.get_args(annotation) if is_union else (annotation,)
 
 
 def _items(arguments: tuple[Any, ...], n: int) -> tuple[Any, ...]:
-    """The types of a tuple's `n` items: `tuple[int, ...]` has as many as there are values."""
+    """Returns the types of a tuple's `n` items; `tuple[int, ...]` takes any number."""
     return (arguments[0],) * n if arguments[-1] is Ellipsis else arguments
 
 
-def _parse_one(annotation: Any, text: str) -> Any:
-    """Reads a type that is no union; raises `ValueError` or `KeyError` for a text of another."""
+def _parse_member(annotation: Any, text: str) -> Any:
+    """Parses a type that is not a union; raises `ValueError` or `KeyError` for other text."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     word = text.strip().lower()
     if origin is Literal:
-        return {str(one): one for one in arguments}[text]
+        return {str(value): value for value in arguments}[text]
     if origin is tuple:
         parts = [part.strip() for part in text.strip("()[] ").split(",") if part.strip()]
         pairs = zip(_items(arguments, len(parts)), parts, strict=True)
-        return tuple(parse(one, part) for one, part in pairs)
+        return tuple(parse(item, part) for item, part in pairs)
     if annotation in (bool, types.NoneType):
         return (_BOOLS if annotation is bool else _NONES)[word]
     if annotation in (int, float, str):

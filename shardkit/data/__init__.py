@@ -1,13 +1,14 @@
 """Data as a function of the step: text, token shards, arrays; packed, shuffled, read ahead."""
 
-from ._arrays import Arrays, Dataset, arrays
+from ._arrays import Arrays, Dataset
 from ._baselines import Baselines, measure_baselines
-from ._batch_source import Data, resume_step
+from ._batch_source import BatchSource, resume_step
 from ._config import DataConfig
-from ._corpus import Corpus, read_corpus, standard_library
+from ._corpus import Corpus
 from ._loader import Loader
 from ._process import place_rows, process_rows, rows_of_shardings
-from ._sequences import Batch, segment_positions
+from ._read_text import read_corpus, read_standard_library
+from ._sequences import TokenBatch, segment_positions
 from ._shards import open_shards, write_tokens
 from ._stream import Stream
 from ._text import Text, load_text
@@ -18,25 +19,24 @@ __all__ = [
     "BYTES",
     "Arrays",
     "Baselines",
-    "Batch",
+    "BatchSource",
     "Corpus",
-    "Data",
     "DataConfig",
     "Dataset",
     "Loader",
     "Stream",
     "Text",
-    "arrays",
+    "TokenBatch",
     "load_text",
     "measure_baselines",
     "open_shards",
     "place_rows",
     "process_rows",
     "read_corpus",
+    "read_standard_library",
     "resume_step",
     "rows_of_shardings",
     "segment_positions",
-    "standard_library",
     "tokenize",
     "write_tokens",
 ]

@@ -1,8 +1,8 @@
-"""What needs no network at all, in bits per byte of the same held-out bytes.
+"""Compressors and counting models: bits per byte of the validation bytes that a model is scored on.
 
-A byte model is only as good as the compressors it beats. The two counting models are fitted on
-the training bytes, as the network is. gzip and xz see the held-out bytes alone; xz is also given
-the training bytes first, which is the fair match for a network that has read them.
+A byte model is only as good as the compressors it beats. The two counting models are fitted to
+the training bytes, as the network is. gzip and xz read the validation bytes alone. xz also gets
+the training bytes first, which makes a fair comparison with a network that was trained on them.
 """
 
 import dataclasses
@@ -17,16 +17,15 @@ from ._corpus import Corpus
 
 @dataclasses.dataclass(frozen=True)
 class Baselines:
-    """Bits per held-out byte.
+    """Bits per validation byte.
 
     Attributes:
       order0: entropy coding with byte frequencies of the training text, add-one smoothed.
       bigram: the same with frequencies given the byte before.
-      gzip: `gzip -9` of the held-out bytes alone.
-      xz: `xz -9` of the held-out bytes alone.
-      xz_after_train: what the held-out bytes add to `xz -9` of the training bytes; at most
-        `limit` of those, the nearest ones.
-      n: held-out bytes that each number is a mean over.
+      gzip: `gzip -9` of the validation bytes alone.
+      xz: `xz -9` of the validation bytes alone.
+      xz_after_train: what the validation bytes add to `xz -9` of the last `limit` training bytes.
+      n: number of validation bytes.
     """
 
     order0: float
@@ -38,43 +37,44 @@ class Baselines:
 
 
 def measure_baselines(corpus: Corpus, limit: int = 16 * 2**20) -> Baselines:
-    """Scores the compressors on a corpus's held-out bytes.
+    """Scores the compressors on a corpus's validation bytes.
 
     Args:
-      corpus: the two parts.
+      corpus: training and validation bytes.
       limit: most training bytes that `xz_after_train` reads; 16 MiB takes about ten seconds.
     """
-    train, held_out = corpus.train, corpus.held_out
+    train, validation = corpus.train, corpus.validation
     prefix = train[-limit:]
-    # lzma lets go of the interpreter lock: the two large compressions share two cores.
+    # lzma releases the interpreter lock, so the two large compressions use two cores.
     with ThreadPoolExecutor(2) as pool:
-        both, first = pool.map(_xz_size, (prefix + held_out, prefix))
-    bits = 8 / len(held_out)
+        both, prefix_alone = pool.map(_xz_size, (prefix + validation, prefix))
+    bits = 8 / len(validation)
     return Baselines(
-        order0=order0_bits(train, held_out),
-        bigram=bigram_bits(train, held_out),
-        gzip=bits * len(gzip.compress(held_out, 9, mtime=0)),
-        xz=bits * _xz_size(held_out),
-        xz_after_train=bits * (both - first),
-        n=len(held_out),
+        order0=order0_bits(train, validation),
+        bigram=bigram_bits(train, validation),
+        gzip=bits * len(gzip.compress(validation, 9, mtime=0)),
+        xz=bits * _xz_size(validation),
+        xz_after_train=bits * (both - prefix_alone),
+        n=len(validation),
     )
 
 
-def order0_bits(train: bytes, held_out: bytes) -> float:
-    """Bits per held-out byte under the training text's byte frequencies, each count plus one."""
+def order0_bits(train: bytes, validation: bytes) -> float:
+    """Bits per validation byte under the training text's byte frequencies, each count plus one."""
     counts = np.bincount(np.frombuffer(train, np.uint8), minlength=256) + 1.0
     cost = np.log2(counts.sum() / counts)
-    return float(cost[np.frombuffer(held_out, np.uint8)].mean())
+    return float(cost[np.frombuffer(validation, np.uint8)].mean())
 
 
-def bigram_bits(train: bytes, held_out: bytes) -> float:
-    """Bits per held-out byte given the byte before (zero before the first), counts plus one."""
-    counts = np.bincount(_pairs(train), minlength=256 * 256).reshape(256, 256) + 1.0
+def bigram_bits(train: bytes, validation: bytes) -> float:
+    """Bits per validation byte given the byte before (zero before the first), counts plus one."""
+    counts = np.bincount(_byte_pairs(train), minlength=256 * 256).reshape(256, 256) + 1.0
     cost = np.log2(counts.sum(axis=1, keepdims=True) / counts)
-    return float(cost.ravel()[_pairs(held_out)].mean())
+    return float(cost.ravel()[_byte_pairs(validation)].mean())
 
 
-def _pairs(text: bytes) -> np.ndarray:
+def _byte_pairs(text: bytes) -> np.ndarray:
+    """Each byte with the one before it, as 256 · before + byte."""
     stream = np.frombuffer(b"\0" + text, np.uint8).astype(np.int64)
     return stream[:-1] * 256 + stream[1:]
 

@@ -1,4 +1,4 @@
-"""What data is, for whoever trains on it: batches by step, and a position that is the step."""
+"""`BatchSource`: batches as a function of the step, with a state that is the step."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -6,9 +6,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from .._core.errors import DataError, Problem, count, raise_all
+from .._core.types import Batch
 
 
-class Data(Protocol):
+class BatchSource(Protocol):
     """Batches as a function of the step: `Text`, `Arrays`, `Dataset`, or your own.
 
     Its `str` names it in errors.
@@ -19,37 +20,37 @@ class Data(Protocol):
         """Rows of a batch, over all devices."""
         ...
 
-    def batch(self, step: int, rows: slice | np.ndarray = ...) -> Any:
-        """Returns rows of the batch of a step: pytree of host arrays [n, ...]."""
+    def batch(self, step: int, rows: slice | np.ndarray = ...) -> Batch:
+        """Returns some rows of the batch of a step: pytree of host arrays [n, ...]."""
         ...
 
-    def position(self, step: int) -> dict[str, Any]:
-        """Returns `{"batch": step, ...}` as JSON values; the rest recognizes the data."""
+    def state(self, step: int) -> dict[str, Any]:
+        """Returns `{"batch": step, ...}` as JSON values; the other entries identify the data."""
         ...
 
 
-def resume_step(position: Mapping[str, Any], data: Data) -> int:
-    """Returns the step at which data goes on, from the position that a checkpoint holds.
+def resume_step(state: Mapping[str, Any], data: BatchSource) -> int:
+    """Returns the step at which data resumes, from the state that a checkpoint holds.
 
     Args:
-      position: what `data.position(step)` was when the checkpoint was made.
-      data: what is to be read now.
+      state: the result of `data.state(step)` when the checkpoint was made.
+      data: the data to read now.
 
     Raises:
-      DataError: it is other data: naming all that differs, size, seed, tokenizer or contents.
+      DataError: the data is different; every difference is named: size, seed, tokenizer, contents.
 
-    >>> from shardkit.data import arrays
-    >>> data = arrays({"x": np.arange(6)}, rows=2)
-    >>> resume_step(data.position(5), data)
+    >>> from shardkit.data import Arrays
+    >>> data = Arrays({"x": np.arange(6)}, rows=2)
+    >>> resume_step(data.state(5), data)
     5
     """
-    step = position.get("batch")
-    now = data.position(step if isinstance(step, int) else 0)
+    step = state.get("batch")
+    now = data.state(step if isinstance(step, int) else 0)
     problems = [
-        Problem(f"{data}: {name}", f"was {position.get(name)!r}, is {now.get(name)!r}")
-        for name in {**now, **position}
-        if position.get(name) != now.get(name)
+        Problem(f"{data}: {name}", f"was {state.get(name)!r}, is {now.get(name)!r}")
+        for name in {**now, **state}
+        if state.get(name) != now.get(name)
     ]
-    headline = f"The data is not what the checkpoint was made with: {count(len(problems), 'value')}"
-    raise_all(DataError, f"{headline} changed.", problems, "the data as it was, or begin at step 0")
+    headline = f"The data differs from the checkpoint's: {count(len(problems), 'value')} changed."
+    raise_all(DataError, headline, problems, "the data as it was, or a new run from step 0")
     return int(now["batch"])

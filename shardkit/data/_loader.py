@@ -1,21 +1,22 @@
-"""Batches on their devices, read ahead of the step that needs them.
+"""`Loader`: batches on their devices, read ahead of the step that uses them.
 
-A Grain pipeline whose element `i` is this process's part of batch `i`, so that the state of its
-iterator is the step. Grain's thread makes a batch and puts it on the devices; a few wait there.
+Element `i` of its Grain pipeline is this process's rows of batch `i`, so the state of the iterator
+is the step. A thread of Grain makes the batches and puts them on the devices.
 """
 
 import contextlib
 from collections.abc import Callable, Generator, Iterator
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from .._core.errors import BatchError, Problem, raise_all
 from .._core.tree import leaves_by_path
-from ._batch_source import Data
+from .._core.types import Batch, PyTree
+from ._batch_source import BatchSource
 from ._process import place_rows, rows_of_shardings
 
-# Grain wants to know where a dataset ends; a run does.
+# Grain requires a length; the run decides where the data ends.
 _ENDLESS = 2**62
 
 
@@ -26,70 +27,67 @@ class Loader:
             for batch in batches:
                 state, metrics = step(state, batch)
 
-    `sk.Trainer` takes one as its data. Every process makes only the rows that its devices hold,
-    and what any process makes of a batch does not depend on how many there are. Batches are
-    neither lost nor made twice: the next one is always that of `state`, however far ahead was
-    read.
+    `sk.Trainer` accepts one as its data. A process makes only the rows that its devices hold; the
+    batches do not depend on the number of processes. `state` ignores what was read ahead, so a
+    resumed run neither skips nor repeats a batch.
 
-    An error of the data is raised for the batch that it is in, after all batches before it.
+    An error in the data is raised at its batch, after all batches before it.
     """
 
     def __init__(
         self,
-        data: Data,
-        shardings: Any | Callable[[], Any],
+        data: BatchSource,
+        shardings: PyTree | Callable[[], PyTree],
         *,
         start: int = 0,
         stop: int | None = None,
         prefetch: int = 2,
     ) -> None:
-        """Reads nothing yet.
+        """Declares a loader; the first batch is read when it is requested.
 
         Args:
           data: batches by step.
           shardings: pytree of `NamedSharding`, `step.batch_shardings`; or a function that
             returns it, called when the first batch is read.
           start: step of the first batch.
-          stop: step to end before; None to go on for ever.
-          prefetch: batches that wait on the devices; with 0 each is made when it is asked for.
+          stop: the first step without a batch; None for no end.
+          prefetch: batches to keep ready on the devices; 0 makes each when it is requested.
         """
         self.data, self.prefetch = data, prefetch
         self._shardings, self._step, self._stop = shardings, start, stop
-        self._batches: Generator[Any] | None = None
+        self._batches: Generator[Batch] | None = None
         self._closed = False
 
-    @property
-    def state(self) -> dict[str, Any]:
-        """Position of the next batch, for a checkpoint; `resume_step` reads it."""
-        return self.position(self._step)
+    def state(self, step: int | None = None) -> dict[str, Any]:
+        """Returns what a checkpoint stores of the data; `resume_step` reads it.
 
-    def position(self, step: int) -> dict[str, Any]:
-        """What a checkpoint after `step` updates says of the data."""
-        return self.data.position(step)
+        Args:
+          step: number of the next batch; by default the one that this loader returns next.
+        """
+        return self.data.state(self._step if step is None else step)
 
-    def batches(self, start: int) -> Generator[Any]:
+    def batches(self, start: int) -> Generator[Batch]:
         """Yields the batches from a step on; closing the generator ends the thread.
 
         Raises:
-          BatchError: the data has other leaves than the step.
+          BatchError: the leaves of the data are not those of the step's batch.
         """
-        import grain  # takes a second, and only who loads data needs it
+        import grain  # takes a second, which only loading data has to pay
 
         shardings = self._shardings() if callable(self._shardings) else self._shardings
-        part: Any = _Part(self.data, shardings, self._stop)
+        batches: Any = _ProcessBatches(self.data, shardings, self._stop)
         threads = 1 if self.prefetch else 0
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=self.prefetch)
-        iterator = iter(grain.MapDataset.source(part).to_iter_dataset(options))
+        iterator = iter(grain.MapDataset.source(batches).to_iter_dataset(options))
         with contextlib.closing(iterator):
-            iterator.set_state({"next_index": min(start, len(part))})
+            iterator.set_state({"next_index": min(start, len(batches))})
             yield from iterator
 
-    def __iter__(self) -> Iterator[Any]:
-        """Returns itself."""
+    def __iter__(self) -> Iterator[Batch]:
         return self
 
-    def __next__(self) -> Any:
-        """Returns the next batch; after an error the same one is read again."""
+    def __next__(self) -> Batch:
+        """Returns the next batch; after an error it tries the same batch again."""
         if self._closed:
             raise StopIteration
         if self._batches is None:
@@ -103,46 +101,45 @@ class Loader:
         return batch
 
     def close(self) -> None:
-        """Ends the thread and drops what was read ahead."""
+        """Ends the thread and drops the batches that were read ahead."""
         self._closed = True
         if self._batches is not None:
             self._batches.close()
 
-    def __enter__(self) -> "Loader":
-        """Returns itself."""
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Closes it."""
         self.close()
 
     def __str__(self) -> str:
-        """Names the data."""
         return str(self.data)
 
 
-class _Part:
-    """Batches by step, of each the rows that this process needs, on its devices."""
+class _ProcessBatches:
+    """Batches by step, as global arrays of which this process has made its devices' rows."""
 
-    def __init__(self, data: Data, shardings: Any, stop: int | None) -> None:
+    def __init__(self, data: BatchSource, shardings: PyTree, stop: int | None) -> None:
         self._data, self._shardings = data, shardings
-        self._held = rows_of_shardings(shardings, data.rows)
+        self._rows = rows_of_shardings(shardings, data.rows)
         self._size = _ENDLESS if stop is None else stop
         _check_leaves(data.batch(0, np.arange(0)), shardings, data)
 
     def __len__(self) -> int:
         return self._size
 
-    def __getitem__(self, step: int) -> Any:
-        part = self._data.batch(step, self._held)
-        return place_rows(part, self._held, self._data.rows, self._shardings)
+    def __getitem__(self, step: int) -> Batch:
+        local_batch = self._data.batch(step, self._rows)
+        return place_rows(local_batch, self._rows, self._data.rows, self._shardings)
 
 
-def _check_leaves(batch: Any, shardings: Any, data: Data) -> None:
-    """Refuses data whose batches are another pytree than the step's."""
-    got, want = (leaves_by_path(tree, "batch").keys() for tree in (batch, shardings))
-    problems = [Problem(p, f"is declared, and {data} has none") for p in want - got]
-    problems += [Problem(p, f"comes from {data}, undeclared") for p in got - want]
+def _check_leaves(batch: Batch, shardings: PyTree, data: BatchSource) -> None:
+    """Refuses data whose leaves differ from those of the step's batch."""
+    actual, declared = (leaves_by_path(tree, "batch").keys() for tree in (batch, shardings))
+    problems = [Problem(path, f"is declared, but {data} has none") for path in declared - actual]
+    problems += [
+        Problem(path, f"comes from {data}, but is not declared") for path in actual - declared
+    ]
     fix = f"compile_step(..., batch={{...}}) with leaves {', '.join(leaves_by_path(batch))}"
-    problems.sort(key=lambda one: one.subject)
-    raise_all(BatchError, "The data is not what the step was compiled for.", problems, fix)
+    problems.sort(key=lambda problem: problem.subject)
+    raise_all(BatchError, "The data does not fit the step's batch.", problems, fix)

@@ -1,6 +1,6 @@
-"""Rows of a stream: windows over it, or whole documents packed side by side.
+"""Rows of a stream: contiguous parts of it, or whole documents packed side by side.
 
-Both know an epoch as a fixed number of rows and can make any of them, in any order.
+In both an epoch has a fixed number of rows, and any row can be made at any time.
 """
 
 import dataclasses
@@ -9,32 +9,37 @@ from typing import Protocol
 
 import numpy as np
 
-from ._shuffled_index import places
+from ._shuffled_index import shuffled_index
 from ._stream import Stream
 
-Batch = dict[str, np.ndarray]
+TokenBatch = dict[str, np.ndarray]
 
 
-class Rows(Protocol):
+class Sequences(Protocol):
     """A stream cut into rows."""
 
     @property
     def per_epoch(self) -> int:
-        """Rows that an epoch has."""
+        """Rows of an epoch."""
         ...
 
-    def make(self, picked: np.ndarray, seed: int) -> Batch:
-        """Returns rows by their numbers i64[n] over all epochs, as `[n, length]` arrays."""
+    def make(self, rows: np.ndarray, seed: int) -> TokenBatch:
+        """Returns the rows numbered `rows`, i64[n] over all epochs: arrays [n, length]."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Windows:
-    """Windows that do not overlap; an epoch is a permutation of them.
+class ContiguousSequences:
+    """Contiguous parts of a stream that do not overlap; an epoch is a permutation of them.
+
+    Each epoch cuts at another offset. With `length` 4, 18 tokens to predict and offset 2:
+
+        token   0 1 | 2 3 4 5 | 6 7 8 9 | 10 11 12 13 | 14 …
+                      row 0     row 1     row 2          not read in this epoch
 
     Attributes:
-      stream: what they lie on.
-      length: positions in one.
+      stream: the tokens.
+      length: tokens of a row.
     """
 
     stream: Stream
@@ -42,30 +47,31 @@ class Windows:
 
     @property
     def per_epoch(self) -> int:
-        """Windows, wherever in the first window an epoch begins."""
+        """Rows that fit behind every offset below `length`."""
         return max(1, (self.stream.predicted + 1 - self.length) // self.length)
 
-    def make(self, picked: np.ndarray, seed: int) -> Batch:
-        """Returns `inputs`, `targets` and `weights`, all of these 1."""
-        room = self.stream.predicted - self.per_epoch * self.length
-        found = places(seed, picked, self.per_epoch, self.length)
-        starts = [min(offset, room) + place * self.length for place, offset in found]
+    def make(self, rows: np.ndarray, seed: int) -> TokenBatch:
+        """Returns `inputs`, `targets` and `weights`, which are all 1."""
+        largest_offset = self.stream.predicted - self.per_epoch * self.length
+        starts = [
+            min(offset, largest_offset) + index * self.length
+            for index, offset in shuffled_index(seed, rows, self.per_epoch, self.length)
+        ]
         tokens = self.stream.read(np.array(starts, np.int64), self.length + 1)
-        weights = np.ones((len(picked), self.length), np.float32)
+        weights = np.ones((len(rows), self.length), np.float32)
         return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Packed:
-    """Documents packed into rows, none cut but those that are longer than a row.
+class PackedSequences:
+    """Documents packed into rows; only documents longer than a row are cut.
 
-    Best fit, longest first (each document goes where it leaves least room): about two seconds
-    for a million documents, made once. Every position of a document that has a next token is
-    in exactly one row.
+    Packing takes about two seconds for a million documents, once. Every position of a document
+    that has a next token is in exactly one row.
 
     Attributes:
       stream: the documents.
-      length: positions in a row.
+      length: tokens of a row.
     """
 
     stream: Stream
@@ -73,89 +79,103 @@ class Packed:
 
     @property
     def per_epoch(self) -> int:
-        """Rows."""
-        return len(self._plan[2]) - 1
+        """Number of rows."""
+        return len(self._layout[2]) - 1
 
     @property
     def fill(self) -> float:
-        """Share of the positions that are no padding."""
-        return float(self._plan[1].sum() / (self.per_epoch * self.length))
+        """Fraction of the positions that hold a token, not padding."""
+        return float(self._layout[1].sum() / (self.per_epoch * self.length))
 
     @functools.cached_property
-    def _plan(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Start and size of each part of a document, by row, and where each row's parts begin."""
+    def _layout(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Start and size of each segment, ordered by row, and the first segment of each row.
+
+        Rows of 10 for documents of 3, 25 and 5 tokens: the second is cut into 10, 10 and 5, and
+        the segments 3 and 5, 5 are packed into what is left.
+
+            starts  3 13 | 23 28 | 0        rows:  [3…12] [13…22] [23…27 28…32] [0…2]
+            sizes  10 10 |  5  5 | 3        bounds: 0 1 2 4 5
+        """
         ends = self.stream.ends
         starts = np.concatenate([[0], ends[:-1]])
-        # With an end between documents every token has a next one, and otherwise the last has not.
+        # With an end id between documents every token has a next one; without, the last has none.
         sizes = ends - starts - (1 - self.stream.lead)
-        parts = -(-sizes // self.length)
-        owner = np.repeat(np.arange(len(ends)), parts)
-        number = np.arange(len(owner)) - np.repeat(np.cumsum(parts) - parts, parts)
-        starts = starts[owner] + number * self.length
-        sizes = np.minimum(sizes[owner] - number * self.length, self.length)
-        row = best_fit(sizes, self.length)
+        segments = -(-sizes // self.length)  # per document
+        document = np.repeat(np.arange(len(ends)), segments)
+        number = np.arange(len(document)) - np.repeat(np.cumsum(segments) - segments, segments)
+        starts = starts[document] + number * self.length
+        sizes = np.minimum(sizes[document] - number * self.length, self.length)
+        row = pack_best_fit(sizes, self.length)
         order = np.lexsort((starts, row))
         bounds = np.searchsorted(row[order], np.arange(row.max(initial=-1) + 2))
         return starts[order], sizes[order], bounds
 
-    def make(self, picked: np.ndarray, seed: int) -> Batch:
+    def make(self, rows: np.ndarray, seed: int) -> TokenBatch:
         """Returns `inputs`, `targets`, `weights` (0 on padding) and `segment_ids`.
 
         Segments are numbered from 1 in each row; padding is segment 0.
         """
-        starts, sizes, bounds = self._plan
-        shape = (len(picked), self.length)
-        batch: Batch = {
+        starts, sizes, bounds = self._layout
+        shape = (len(rows), self.length)
+        batch: TokenBatch = {
             name: np.zeros(shape, np.int32) for name in ("inputs", "targets", "segment_ids")
         }
         batch["weights"] = np.zeros(shape, np.float32)
-        found = places(seed, picked, self.per_epoch)
-        for i, (place, _) in enumerate(found):
+        for i, (index, _) in enumerate(shuffled_index(seed, rows, self.per_epoch)):
             at = 0
-            for segment, part in enumerate(range(bounds[place], bounds[place + 1]), 1):
+            for segment, part in enumerate(range(bounds[index], bounds[index + 1]), 1):
                 size = int(sizes[part])
                 tokens = self.stream.read(starts[part : part + 1], size + 1)[0]
-                own = (i, slice(at, at + size))
-                batch["inputs"][own], batch["targets"][own] = tokens[:-1], tokens[1:]
-                batch["segment_ids"][own], batch["weights"][own] = segment, 1
+                here = (i, slice(at, at + size))
+                batch["inputs"][here], batch["targets"][here] = tokens[:-1], tokens[1:]
+                batch["segment_ids"][here], batch["weights"][here] = segment, 1
                 at += size
         return batch
 
 
-def best_fit(sizes: np.ndarray, room: int) -> np.ndarray:
-    """Packs things into bins, the largest first, each where it leaves least room.
+def pack_best_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
+    """Packs items into bins, the largest first, each into the fullest bin that has room.
 
     Args:
-      sizes: i64[n], each at most `room`.
-      room: of a bin.
+      sizes: i64[n], each at most `capacity`.
+      capacity: of a bin.
 
     Returns:
-      i64[n], the bin of each.
+      i64[n], the bin of each item.
 
-    >>> best_fit(np.array([3, 6, 2, 5, 4]), 10)
+    >>> pack_best_fit(np.array([3, 6, 2, 5, 4]), 10)
     array([1, 0, 1, 1, 0])
     """
+    # `bins_by_room[r]` lists the bins with room r; bit r of `rooms` is set if there is one, so the
+    # fullest bin with room for an item is the lowest set bit from `size` up. The example above:
+    #   size  bins_by_room              rooms (bits)   goes to
+    #      6  {}                        -              new bin 0, room 10 - 6 = 4
+    #      5  {4: [0]}                  4              no bit from 5 up: new bin 1, room 5
+    #      4  {4: [0], 5: [1]}          4, 5           bit 4: bin 0, room 0
+    #      3  {0: [0], 5: [1]}          0, 5           bit 5: bin 1, room 2
+    #      2  {0: [0], 2: [1]}          0, 2           bit 2: bin 1, room 0
     bins = np.zeros(len(sizes), np.int64)
-    left: list[list[int]] = [[] for _ in range(room + 1)]  # bins by the room that they have left
-    some, made = 0, 0  # bit r of `some`: whether there is a bin with r left
+    bins_by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    rooms, count = 0, 0
     for i in np.argsort(-sizes, kind="stable").tolist():
         size = int(sizes[i])
-        fits = some >> size
-        if fits:
-            at = size + (fits & -fits).bit_length() - 1
-            bins[i] = left[at].pop()
-            some ^= 0 if left[at] else 1 << at
+        fitting = rooms >> size
+        if fitting:
+            room = size + (fitting & -fitting).bit_length() - 1
+            bins[i] = bins_by_room[room].pop()
+            rooms ^= 0 if bins_by_room[room] else 1 << room
         else:
-            at, bins[i], made = room, made, made + 1
-        left[at - size].append(int(bins[i]))
-        some |= 1 << (at - size)
+            room, bins[i], count = capacity, count, count + 1
+        bins_by_room[room - size].append(int(bins[i]))
+        rooms |= 1 << (room - size)
     return bins
 
 
 def segment_positions(segment_ids: np.ndarray) -> np.ndarray:
-    """Counts positions within each segment, for models that look positions up.
+    """Counts positions within each segment, for models with a table of positions.
 
-    The reference decoder does not need them: its rotary embedding sees differences alone.
+    The reference decoder does not need them: its rotary embedding only depends on differences.
 
     Args:
       segment_ids: integers[n, length], equal within a segment and different in the next one.
@@ -168,23 +188,24 @@ def segment_positions(segment_ids: np.ndarray) -> np.ndarray:
            [0, 1, 2, 3, 4, 5, 0]], dtype=int32)
     """
     at = np.arange(segment_ids.shape[1], dtype=np.int32)
-    begins = np.diff(segment_ids, axis=1, prepend=segment_ids[:, :1] - 1) != 0
-    return at - np.maximum.accumulate(np.where(begins, at, 0), axis=1)
+    is_start = np.diff(segment_ids, axis=1, prepend=segment_ids[:, :1] - 1) != 0
+    return at - np.maximum.accumulate(np.where(is_start, at, 0), axis=1)
 
 
-def segments(stream: Stream, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of positions of a stream: the document, counted from the row's first, and what counts.
+def segment_ids_at(stream: Stream, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns segment ids for positions of a stream, and the targets that stay in the document.
 
     Args:
       stream: the documents.
       positions: i64[n, length].
 
     Returns:
-      i32[n, length] from 1, and whether the next token belongs to the same document.
+      i32[n, length], documents numbered from 1 in each row; and bool[n, length], whether the next
+      token belongs to the same document.
     """
-    own = stream.document(positions)
+    document = stream.document_at(positions)
     if stream.lead:
-        follows = np.ones(own.shape, bool)  # the end of the document before opens one
+        same = np.ones(document.shape, bool)  # the end id before a document opens it
     else:
-        follows = stream.document(positions + 1) == own
-    return (own - own[:, :1] + 1).astype(np.int32), follows
+        same = stream.document_at(positions + 1) == document
+    return (document - document[:, :1] + 1).astype(np.int32), same

@@ -1,51 +1,57 @@
-"""The order of an epoch: a permutation that every process finds alone, from seed and epoch."""
+"""The order of an epoch: a permutation that every process computes from seed and epoch."""
 
 import functools
 from typing import Any
 
 import numpy as np
 
-# Of more rows no permutation is held (128 MiB); one is computed place by place.
-_MOST_HELD = 2**24
+# Up to so many rows (128 MiB) the permutation is an array; of more, each index is computed.
+_MAX_IN_MEMORY = 2**24
 
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, rows: int, length: int = 1) -> tuple[Any, int]:
-    """Returns the order of an epoch's rows, and where in the first `length` tokens they begin.
+    """Returns the permutation of an epoch's rows, and the token at which its first row starts.
 
-    Another offset in every epoch: no epoch cuts a text where another one did.
+    Each epoch starts at another token below `length`, so that epochs cut a text at different
+    places.
 
     Args:
       seed: of the data.
       epoch: from 0.
-      rows: of the epoch.
-      length: tokens in a row.
+      rows: rows of an epoch.
+      length: tokens of a row.
     """
     random = np.random.default_rng((seed % 2**64, epoch))
-    if rows <= _MOST_HELD:
+    if rows <= _MAX_IN_MEMORY:
         return random.permutation(rows), int(random.integers(length))
-    return _shuffled(rows, int(random.integers(2**32))), int(random.integers(length))
+    return _shuffle_lazily(rows, int(random.integers(2**32))), int(random.integers(length))
 
 
-def _shuffled(rows: int, seed: int) -> Any:
+def _shuffle_lazily(rows: int, seed: int) -> Any:
     """Grain's permutation, which takes no memory."""
     import grain
 
     return grain.MapDataset.range(rows).seed(seed).shuffle()
 
 
-def places(seed: int, picked: np.ndarray, rows: int, length: int = 1) -> list[tuple[int, int]]:
-    """Says for global row numbers which row of its epoch each is, and that epoch's offset.
+def shuffled_index(
+    seed: int, rows: np.ndarray, rows_per_epoch: int, length: int = 1
+) -> list[tuple[int, int]]:
+    """Returns, for rows numbered over all epochs, the index in the unshuffled data.
 
     Args:
       seed: of the data.
-      picked: i64[n], row numbers over all epochs.
-      rows: of an epoch.
-      length: tokens in a row.
+      rows: i64[n], row numbers over all epochs.
+      rows_per_epoch: row 25 of epochs of 10 rows is entry 5 of the third permutation.
+      length: tokens of a row.
+
+    Returns:
+      For each row its index below `rows_per_epoch`, and the first token of its epoch.
     """
-    found = []
-    for row in picked.tolist():
-        epoch, place = divmod(row, rows)
-        order, offset = epoch_order(seed, epoch, rows, length)
-        found.append((int(order[place]), offset))
-    return found
+    pairs = []
+    for row in rows.tolist():
+        epoch, place = divmod(row, rows_per_epoch)
+        order, offset = epoch_order(seed, epoch, rows_per_epoch, length)
+        pairs.append((int(order[place]), offset))
+    return pairs

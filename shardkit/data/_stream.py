@@ -1,4 +1,4 @@
-"""Tokens of documents, one behind another, in arrays that may lie on disk."""
+"""`Stream`: the tokens of documents, one after another, in memory or on disk."""
 
 import bisect
 import dataclasses
@@ -10,19 +10,19 @@ import numpy as np
 
 from .._core.errors import DataError, Problem, format_problems
 
-# Of larger files a checksum reads this many blocks, evenly over the file.
-_WHOLE, _BLOCKS, _BLOCK = 2**26, 64, 2**16
+# Larger files have a checksum of this many blocks, evenly spaced.
+_MAX_FULL_CHECKSUM, _BLOCKS, _BLOCK = 2**26, 64, 2**16
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Piece:
-    """Part of a stream: the tokens of a file, or some of them.
+class TokenFile:
+    """The tokens of a file, or a range of them.
 
     Attributes:
-      name: file, for errors.
-      tokens: integers[n], also memory-mapped.
-      ends: i64[documents], the token behind each document, the last one n.
-      first: place of token 0 in the file.
+      name: of the file, for errors.
+      tokens: integers[n], in memory or memory-mapped.
+      ends: i64[documents], the index behind each document; the last is n.
+      first: index of token 0 in the file.
     """
 
     name: str
@@ -30,18 +30,18 @@ class Piece:
     ends: np.ndarray = dataclasses.field(repr=False)
     first: int = 0
 
-    def cut(self, at: int) -> tuple["Piece", "Piece"]:
-        """Returns the tokens before and from a place, either of which may be none."""
+    def cut(self, at: int) -> tuple["TokenFile", "TokenFile"]:
+        """Returns the tokens before an index and those from it on; either may be empty."""
         before, after = self.ends[self.ends <= at], self.ends[self.ends > at] - at
         if not len(before) or before[-1] < at:
             before = np.append(before, at)
-        head = Piece(self.name, self.tokens[:at], before, self.first)
-        return head, Piece(self.name, self.tokens[at:], after, self.first + at)
+        head = TokenFile(self.name, self.tokens[:at], before, self.first)
+        return head, TokenFile(self.name, self.tokens[at:], after, self.first + at)
 
     def checksum(self) -> int:
-        """CRC-32 of the tokens; of a sample of them where they take more than 64 MiB."""
+        """Returns the CRC-32 of the tokens, or of a sample if they take more than 64 MiB."""
         raw = self.tokens.view(np.uint8)
-        if raw.nbytes <= _WHOLE:
+        if raw.nbytes <= _MAX_FULL_CHECKSUM:
             return zlib.crc32(raw.data)
         crc = zlib.crc32(str(raw.nbytes).encode())
         for at in np.linspace(0, raw.nbytes - _BLOCK, _BLOCKS, dtype=np.int64).tolist():
@@ -51,25 +51,27 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stream:
-    """Documents one behind another.
+    """Documents one after another.
 
-    Where an `end` follows each document it also stands before the first one, so that every
-    token is predicted from something: position `s` of the stream is token `s - 1` then, and
-    token `s` otherwise.
+    If an `end` id follows each document, one also precedes the first, so that the first token is
+    predicted too. Positions then count from that id. For documents `a b` and `c` with end `.`:
+
+        without end    a b c         position 0 is token 0
+        with end     . a b . c .     position 0 is the leading end, position 1 is token 0
 
     Attributes:
-      pieces: the tokens.
-      vocabulary: every id is to be below.
+      files: the tokens.
+      vocabulary: every id is smaller.
       end: id that follows each document; None for none.
     """
 
-    pieces: tuple[Piece, ...]
+    files: tuple[TokenFile, ...]
     vocabulary: int
     end: int | None = None
 
     @functools.cached_property
     def _starts(self) -> list[int]:
-        return list(itertools.accumulate((len(p.tokens) for p in self.pieces), initial=0))
+        return list(itertools.accumulate((len(p.tokens) for p in self.files), initial=0))
 
     @property
     def size(self) -> int:
@@ -78,29 +80,32 @@ class Stream:
 
     @property
     def lead(self) -> int:
-        """Positions before the first token: 1 where an end stands there."""
+        """Positions before the first token: 1 with an `end` id, else 0."""
         return 0 if self.end is None else 1
 
     @property
     def predicted(self) -> int:
-        """Number of tokens that follow a position: all of them, but for a first one without."""
+        """Number of tokens that can be predicted: all, or without an `end` id all but the first."""
         return max(0, self.size + self.lead - 1)
 
     @functools.cached_property
     def ends(self) -> np.ndarray:
-        """i64[documents]: the token behind each document."""
-        parts = [p.ends + start for p, start in zip(self.pieces, self._starts, strict=False)]
+        """i64[documents]: the index behind each document."""
+        parts = [p.ends + start for p, start in zip(self.files, self._starts, strict=False)]
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
-    def document(self, positions: np.ndarray) -> np.ndarray:
-        """The document that is read at each position; a last end begins none and is the last."""
+    def document_at(self, positions: np.ndarray) -> np.ndarray:
+        """Returns the index of the document at each position.
+
+        An end id counts as the start of the document behind it.
+        """
         return np.searchsorted(self.ends, positions, side="right")
 
     def read(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Returns i32[n, length]: positions from each start on, 0 behind the last token.
+        """Returns i32[n, length]: the tokens from each start on, 0 behind the last one.
 
         Raises:
-          DataError: an id that the vocabulary does not have, with file and place.
+          DataError: an id is not in the vocabulary; names file and index.
         """
         rows = np.zeros((len(starts), length), np.int32)
         for row, start in zip(rows, starts.tolist(), strict=True):
@@ -111,48 +116,44 @@ class Stream:
         if at < 0:
             row[0], row, at = self.end, row[1:], 0
         i = bisect.bisect_right(self._starts, at) - 1
-        while len(row) and i < len(self.pieces):
-            piece, first = self.pieces[i], at - self._starts[i]
-            tokens = piece.tokens[first : first + len(row)]
-            check_ids(piece, tokens, first, self.vocabulary)
+        while len(row) and i < len(self.files):
+            file, first = self.files[i], at - self._starts[i]
+            tokens = file.tokens[first : first + len(row)]
+            check_ids(file, tokens, first, self.vocabulary)
             row[: len(tokens)] = tokens
             row, at, i = row[len(tokens) :], at + len(tokens), i + 1
 
-    def split(self, share: float) -> tuple["Stream", "Stream"]:
-        """Cuts off the last share of the tokens, at the nearest document where there are several.
-
-        Raises:
-          DataError: one of the parts is empty.
-        """
-        at = self.size - round(share * self.size)
+    def split(self, fraction: float) -> tuple["Stream", "Stream"]:
+        """Cuts off the last fraction of the tokens; of several documents none is cut in two."""
+        at = self.size - round(fraction * self.size)
         if len(self.ends) > 1:
             inner = self.ends[:-1]
             at = int(inner[np.abs(inner - at).argmin()])
-        parts: tuple[list[Piece], list[Piece]] = ([], [])
-        for piece, start in zip(self.pieces, self._starts, strict=False):
-            both = piece.cut(min(max(at - start, 0), len(piece.tokens)))
-            for part, one in zip(parts, both, strict=True):
-                part += [one] if len(one.tokens) else []
+        parts: tuple[list[TokenFile], list[TokenFile]] = ([], [])
+        for file, start in zip(self.files, self._starts, strict=False):
+            halves = file.cut(min(max(at - start, 0), len(file.tokens)))
+            for part, half in zip(parts, halves, strict=True):
+                part += [half] if len(half.tokens) else []
         head, tail = (Stream(tuple(part), self.vocabulary, self.end) for part in parts)
         return head, tail
 
     def checksum(self) -> str:
-        """Recognizes the tokens, wherever they lie: 8 hexadecimal digits."""
-        each = [f"{p.checksum():08x} {len(p.tokens)} {p.tokens.dtype}" for p in self.pieces]
-        return f"{zlib.crc32(' '.join(each).encode()):08x}"
+        """Returns 8 hexadecimal digits that depend on the tokens alone, not on their paths."""
+        sums = [f"{f.checksum():08x} {len(f.tokens)} {f.tokens.dtype}" for f in self.files]
+        return f"{zlib.crc32(' '.join(sums).encode()):08x}"
 
 
-def check_ids(piece: Piece, tokens: np.ndarray, first: int, vocabulary: int) -> None:
-    """Refuses ids that a vocabulary does not have, naming the first of them.
+def check_ids(file: TokenFile, tokens: np.ndarray, first: int, vocabulary: int) -> None:
+    """Checks that ids are in a vocabulary, and names the first that is not.
 
     Args:
-      piece: where they come from.
+      file: that they come from.
       tokens: some of its tokens.
-      first: place of the first of these in the piece.
-      vocabulary: every id is to be below.
+      first: index of the first of these in the file.
+      vocabulary: every id must be smaller.
 
     Raises:
-      DataError: with file, place and id.
+      DataError: names file, index and id.
     """
     info = np.iinfo(tokens.dtype)
     if not tokens.size or (info.min == 0 and info.max < vocabulary):
@@ -161,8 +162,8 @@ def check_ids(piece: Piece, tokens: np.ndarray, first: int, vocabulary: int) -> 
     if low >= 0 and high < vocabulary:
         return
     at = int(np.argmax((tokens < 0) | (tokens >= vocabulary)))
-    place = piece.first + first + at
+    place = file.first + first + at
     why = f"token {place:,} is id {int(tokens[at])}; the vocabulary has {vocabulary} ids, from 0"
     fix = f"--set model.vocab={high + 1}" if low >= 0 else "tokens of an unsigned type"
-    problem = Problem(piece.name, why, f"{fix}, or shards made with the model's tokenizer")
+    problem = Problem(file.name, why, f"{fix}, or shards made with the model's tokenizer")
     raise DataError(format_problems("A token is not in the vocabulary.", [problem]))

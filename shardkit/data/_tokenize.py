@@ -1,4 +1,4 @@
-"""Text into token shards, once, instead of at every start of a run."""
+"""`tokenize`: text into token shards, once, instead of at every start of a run."""
 
 import itertools
 from collections.abc import Iterator
@@ -7,57 +7,57 @@ from pathlib import Path
 import numpy as np
 
 from .._core.errors import DataError, Problem, format_problems
-from ._corpus import documents
+from ._read_text import read_documents
 from ._shards import write_tokens
-from ._tokenizer import Coder, coder_of
+from ._tokenizer import Tokenizer, load_tokenizer
 
-# Documents that a tokenizer gets at once: it uses every core.
+# Documents that a tokenizer encodes at once, on every core.
 _AT_ONCE = 256
 
 
 def tokenize(
     path: str | Path, folder: str | Path, tokenizer: str | None = None, tokens: int = 2**28
 ) -> list[Path]:
-    """Writes text as token shards, each file a document with the tokenizer's end behind it.
+    """Writes text as token shards; each file is a document, followed by the tokenizer's end id.
 
     Args:
       path: a folder of text, or one file.
-      folder: where to; it is made, and has to be empty.
+      folder: where the shards go; created if missing, and must be empty.
       tokenizer: JSON file of the `tokenizers` library; None for bytes.
-      tokens: a shard is closed with the document that brings it to so many.
+      tokens: a shard ends with the document that brings it to so many tokens.
 
     Returns:
       The shards, `tokens-00000.bin` and so on, for `data.path`.
 
     Raises:
-      DataError: the text or the tokenizer cannot be read, or the folder holds something.
+      DataError: the text or the tokenizer cannot be read, or the folder is not empty.
     """
     folder = Path(folder)
-    if folder.is_dir() and (there := sorted(folder.iterdir())):
-        why = f"holds {there[0].name}; nothing is written over."
+    if folder.is_dir() and (existing := sorted(folder.iterdir())):
+        why = f"holds {existing[0].name}; nothing is overwritten."
         problem = Problem(str(folder), why, f"{folder}-2, or another empty folder")
-        raise DataError(format_problems("The shards have nowhere to go.", [problem]))
-    coder = coder_of(tokenizer)
-    coded, made = _coded(path, coder), []
-    for first in coded:
+        raise DataError(format_problems("The shards need an empty folder.", [problem]))
+    encoder = load_tokenizer(tokenizer)
+    documents, shards = _encode_documents(path, encoder), []
+    for document in documents:
         folder.mkdir(parents=True, exist_ok=True)
-        shard = itertools.chain([first], _until(coded, tokens - len(first)))
-        name = f"tokens-{len(made):05d}.bin"
-        made.append(write_tokens(folder / name, shard, coder.vocabulary, coder.end))
-    if not made:
+        shard = itertools.chain([document], _take_tokens(documents, tokens - len(document)))
+        name = f"tokens-{len(shards):05d}.bin"
+        shards.append(write_tokens(folder / name, shard, encoder.vocabulary, encoder.end))
+    if not shards:
         problem = Problem(str(path), "holds no text.", "a folder with text in it")
         raise DataError(format_problems("There is nothing to tokenize.", [problem]))
-    return made
+    return shards
 
 
-def _coded(path: str | Path, coder: Coder) -> Iterator[np.ndarray]:
-    texts = documents(path)
-    while some := list(itertools.islice(texts, _AT_ONCE)):
-        yield from (one for one in coder.encode(some) if len(one))
+def _encode_documents(path: str | Path, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    texts = read_documents(path)
+    while batch := list(itertools.islice(texts, _AT_ONCE)):
+        yield from (ids for ids in tokenizer.encode(batch) if len(ids))
 
 
-def _until(coded: Iterator[np.ndarray], room: int) -> Iterator[np.ndarray]:
-    """Documents until there are so many tokens; the rest stays in the iterator."""
-    while room > 0 and (one := next(coded, None)) is not None:
-        room -= len(one)
-        yield one
+def _take_tokens(documents: Iterator[np.ndarray], n: int) -> Iterator[np.ndarray]:
+    """Yields documents until they have `n` tokens; the others stay in the iterator."""
+    while n > 0 and (document := next(documents, None)) is not None:
+        n -= len(document)
+        yield document

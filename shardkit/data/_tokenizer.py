@@ -1,4 +1,4 @@
-"""What a token is: a byte, or what a tokenizer's file says."""
+"""Tokenizers: every byte is a token, or a file of the `tokenizers` library decides."""
 
 import dataclasses
 import functools
@@ -13,16 +13,16 @@ from .._core.errors import DataError, Problem, format_problems
 
 BYTES = 256
 
-# What the common tokenizers call the token that stands between documents.
-_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+# Names that common tokenizers give the token between documents.
+_END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 
 
-class Coder(Protocol):
-    """Turns text into tokens, and tokens into text."""
+class Tokenizer(Protocol):
+    """Encodes text as tokens, and decodes tokens."""
 
     @property
     def name(self) -> str:
-        """What recognizes it in a checkpoint."""
+        """Identifies the tokenizer in a checkpoint."""
         ...
 
     @property
@@ -40,13 +40,13 @@ class Coder(Protocol):
         ...
 
     def decode(self, ids: np.ndarray) -> bytes:
-        """Returns the text of ids that a model drew, which need be no whole text."""
+        """Returns the text of ids that a model sampled; it can end inside a character."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
-class ByteCoder:
-    """Every byte is a token; 0, which no text holds, stands between documents."""
+class ByteTokenizer:
+    """Every byte is a token; 0, which text does not contain, is between documents."""
 
     name: str = "bytes"
     vocabulary: int = BYTES
@@ -54,19 +54,19 @@ class ByteCoder:
 
     def encode(self, documents: Sequence[bytes]) -> list[np.ndarray]:
         """Returns u8 views of the documents."""
-        return [np.frombuffer(one, np.uint8) for one in documents]
+        return [np.frombuffer(document, np.uint8) for document in documents]
 
     def decode(self, ids: np.ndarray) -> bytes:
-        r"""Returns the ids as bytes, which need not be UTF-8.
+        r"""Returns the ids as bytes, not necessarily valid UTF-8.
 
-        >>> ByteCoder().decode(np.array([104, 105, 255]))
+        >>> ByteTokenizer().decode(np.array([104, 105, 255]))
         b'hi\xff'
         """
         return ids.astype(np.uint8).tobytes()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TokenizerCoder:
+class FileTokenizer:
     """A tokenizer of the `tokenizers` library.
 
     Attributes:
@@ -77,29 +77,29 @@ class TokenizerCoder:
 
     @functools.cached_property
     def _tokenizer(self) -> Any:
-        return _load(self.path)
+        return _load_library_tokenizer(self.path)
 
     @functools.cached_property
-    def _facts(self) -> tuple[str, int, int | None]:
+    def _properties(self) -> tuple[str, int, int | None]:
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         name = f"{self.path.name} {zlib.crc32(self.path.read_bytes()):08x}"
-        end = next((ids[one] for one in _ENDS if one in ids), None)
+        end = next((ids[end] for end in _END_NAMES if end in ids), None)
         return name, max(ids.values(), default=-1) + 1, end
 
     @property
     def name(self) -> str:
         """The file's name and CRC-32."""
-        return self._facts[0]
+        return self._properties[0]
 
     @property
     def vocabulary(self) -> int:
-        """The largest id and one more."""
-        return self._facts[1]
+        """The largest id plus one."""
+        return self._properties[1]
 
     @property
     def end(self) -> int | None:
-        """The id of the first known name for the end of a text that the tokenizer has."""
-        return self._facts[2]
+        """The id of the tokenizer's first token that is in `_END_NAMES`."""
+        return self._properties[2]
 
     def encode(self, documents: Sequence[bytes]) -> list[np.ndarray]:
         """Returns each document's ids, u32.
@@ -107,29 +107,29 @@ class TokenizerCoder:
         Raises:
           DataError: a document is not UTF-8.
         """
-        texts = [_decoded(one) for one in documents]
-        coded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.asarray(one.ids, np.uint32) for one in coded]
+        texts = [_decode_utf8(document) for document in documents]
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
 
     def decode(self, ids: np.ndarray) -> bytes:
-        """Returns UTF-8, in which ends of documents show; ids without a token are left out."""
+        """Returns UTF-8 that shows the ends of documents; ids without a token are skipped."""
         return self._tokenizer.decode(ids.tolist(), skip_special_tokens=False).encode()
 
 
-def coder_of(tokenizer: str | None) -> Coder:
-    """Returns what a config asks for: bytes, or a tokenizer's file.
+def load_tokenizer(tokenizer: str | None) -> Tokenizer:
+    """Returns the byte tokenizer for None, else the tokenizer of a JSON file.
 
     Raises:
-      DataError: the file is missing or no tokenizer, or the library is not installed.
+      DataError: the file is missing or not a tokenizer, or the library is not installed.
     """
     if tokenizer is None:
-        return ByteCoder()
-    coder = TokenizerCoder(Path(tokenizer).expanduser())
-    assert coder.vocabulary  # reads the file
-    return coder
+        return ByteTokenizer()
+    from_file = FileTokenizer(Path(tokenizer).expanduser())
+    assert from_file.vocabulary  # reads the file now, so that errors come early
+    return from_file
 
 
-def _decoded(document: bytes) -> str:
+def _decode_utf8(document: bytes) -> str:
     try:
         return document.decode()
     except UnicodeDecodeError as error:
@@ -140,7 +140,7 @@ def _decoded(document: bytes) -> str:
         raise DataError(format_problems("The text cannot be tokenized.", [problem])) from error
 
 
-def _load(path: Path) -> Any:
+def _load_library_tokenizer(path: Path) -> Any:
     subject = f"data.tokenizer={str(path)!r}"
     try:
         import tokenizers
@@ -150,8 +150,8 @@ def _load(path: Path) -> Any:
         why, fix = "the library `tokenizers` is not installed", "pip install 'shardkit[tokenizers]'"
     except OSError as error:
         why, fix = f"{error.strerror}", "--set data.tokenizer=tokenizer.json"
-    except Exception as error:  # the library raises nothing more special
-        why = f"is no file of a tokenizer: {error}"
+    except Exception as error:  # the library raises nothing more specific
+        why = f"is not a tokenizer file: {error}"
         fix = "the tokenizer.json that `tokenizers` saves, or leave data.tokenizer out for bytes"
     problem = Problem(subject, f"{why}.", fix)
-    raise DataError(format_problems("There is no tokenizer.", [problem]))
+    raise DataError(format_problems("The tokenizer cannot be loaded.", [problem]))

@@ -1,7 +1,9 @@
 """The hardware table: peak rates, memory and links of one JAX device, each with its source.
 
-Rates are what the makers publish for dense products, not what a program reaches. Links are one
-way: a ring over an axis of a TPU torus uses both directions, so it moves twice this per axis.
+A new chip is one entry of `_TABLE`; a GPU also needs one in `_gpu_target`, for its compiler.
+
+Rates are those that makers publish for dense products, not those that a program reaches. Links
+are one way: a ring over an axis of a TPU torus uses both directions, so it moves twice as much.
 """
 
 import dataclasses
@@ -16,30 +18,31 @@ TERA = 10**12
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One kind of device, as JAX counts devices.
+    """One kind of JAX device.
 
     Attributes:
-      name: as targets name it: `v5p`, `h100`.
+      name: its name in targets: `v5p`, `h100`.
       kind: `"tpu"`, `"gpu"`, or `"cpu"` for a machine that was measured.
-      runtime_names: beginnings of what the runtime calls it, lower case.
+      runtime_names: prefixes of `jax.Device.device_kind`, lower case.
       flops: peak FLOP/s of dense products by dtype (`bf16`, `int8`, `fp8`, `f32`).
       memory: bytes of HBM.
       memory_bandwidth: bytes/s of HBM.
-      clock: Hz of the clock that the TPU compiler's estimated cycles count; None for GPUs.
+      clock: Hz of the clock in which the TPU compiler estimates cycles; None for GPUs.
       link: bytes/s, one way: per torus axis and direction of a TPU, per GPU inside an NVLink
         domain.
       torus_dims: dims of the TPU torus or mesh; 0 for GPUs.
-      domain: devices joined by the fast network without limit of shape: GPUs of an NVLink
-        domain; None for TPUs, whose slices are what was rented.
+      domain: number of GPUs of an NVLink domain; None for TPUs, whose target gives the slice.
       network: bytes/s per device of the network between hosts (TPU: between slices).
       latency: seconds of one hop of the fast network, as an order of magnitude.
-      sources: figure → where it is from, by the names above and below.
-      tile: rows and columns of the unit that multiplies matrices, which products fill up to.
+      sources: name of a figure → where it is from.
+      tile: rows and columns of the matrix unit; products are padded to multiples of it.
+      devices_per_chip: number of JAX devices of one chip; TPU targets count chips.
+      topology_options: options that the TPU compiler needs to describe an absent slice.
 
     >>> Chip("mine", "gpu", (), {"bf16": -1.0}, 0, 1e12, None, 1e11, 0, 8, 1e10, 1e-6, {})
     Traceback (most recent call last):
       ...
-    shardkit._core.errors.MeshError: Chip 'mine' cannot be.
+    shardkit._core.errors.MeshError: Chip 'mine' has impossible figures.
       flops['bf16']  -1.0 is not above 0
       memory         0 is not above 0
     Fix: what its data sheet says, in FLOP/s, bytes, bytes/s and seconds
@@ -59,9 +62,11 @@ class Chip:
     latency: float
     sources: Mapping[str, str]
     tile: int = 1
+    devices_per_chip: int = 1
+    topology_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuses rates and sizes of nothing, and kinds whose links nobody knows."""
+        """Refuses rates and sizes of 0 or less, and unknown kinds."""
         numbers = {name: getattr(self, name) for name in _NUMBERS}
         numbers |= {f"flops[{dtype!r}]": rate for dtype, rate in self.flops.items()}
         numbers |= {} if self.clock is None else {"clock": self.clock}
@@ -71,20 +76,20 @@ class Chip:
             if not value > 0
         ]
         if "bf16" not in self.flops:
-            why = "has no bf16, which stands for every dtype that is not listed"
+            why = "has no bf16, the rate of every dtype that is not listed"
             problems.append(Problem(f"flops={dict(self.flops)!r}", why))
         if self.kind not in KINDS:
-            problems.append(Problem(f"kind={self.kind!r}", f"is none of {', '.join(KINDS)}"))
+            problems.append(Problem(f"kind={self.kind!r}", f"is not one of {', '.join(KINDS)}"))
         if (self.kind == "tpu") != bool(self.torus_dims):
             why = f"a {self.kind} has a torus" if self.torus_dims else "a tpu has 2 or 3 dims"
             problems.append(Problem(f"torus_dims={self.torus_dims!r}", why))
         fix = "what its data sheet says, in FLOP/s, bytes, bytes/s and seconds"
-        raise_all(MeshError, f"Chip {self.name!r} cannot be.", problems, fix)
+        raise_all(MeshError, f"Chip {self.name!r} has impossible figures.", problems, fix)
 
     def rate(self, axes: int) -> float:
-        """Bytes/s that a device sends over so many mesh axes of the fast network at once.
+        """Returns the bytes/s that a device sends over a number of mesh axes at once.
 
-        On a torus each mesh axis is taken to ride a ring of its own, both ways round.
+        On a torus each mesh axis is assumed to be a ring of its own, used in both directions.
 
         >>> CHIPS["v5e"].rate(1) / CHIPS["v5e"].link, CHIPS["h100"].rate(1) / CHIPS["h100"].link
         (2.0, 1.0)
@@ -98,7 +103,7 @@ _NUMBERS = ("memory", "memory_bandwidth", "link", "network", "latency")
 
 _BOOK = "jax-ml.github.io/scaling-book/tpus"
 _CLOUD = "docs.cloud.google.com/tpu/docs/{}"
-_GUESS = "an order of magnitude of ours: makers publish none"
+_GUESS = "our estimate of the order of magnitude: makers publish none"
 _MEMORY_SPEC = "openxla/xla: xla/backends/gpu/target_config/specs/{}.txtpb"
 
 
@@ -112,6 +117,8 @@ def _tpu(
     link: float,
     torus_dims: int,
     per_host: int,
+    devices_per_chip: int = 1,
+    topology_options: Mapping[str, str] | None = None,
 ) -> Chip:
     flops = {dtype: rate * TERA for dtype, rate in teraflops.items()}
     number, tile = mxu
@@ -140,6 +147,8 @@ def _tpu(
             "tile": f"{_BOOK}: size of an MXU",
         },
         tile=tile,
+        devices_per_chip=devices_per_chip,
+        topology_options=topology_options or {},
     )
 
 
@@ -181,100 +190,113 @@ def _gpu(
 
 
 _TABLE = (
-    _tpu("v4", ("tpu v4",), {"bf16": 275, "int8": 275}, 32, 1228, (8, 128), 45, 3, per_host=4),
     _tpu(
-        "v5e",
-        ("tpu v5 lite", "tpu v5e"),
-        {"bf16": 197, "int8": 394},
-        16,
-        819,
-        (4, 128),
-        50,
-        2,
+        name="v4",
+        runtime_names=("tpu v4",),
+        teraflops={"bf16": 275, "int8": 275},
+        memory=32,
+        bandwidth=1228,
+        mxu=(8, 128),
+        link=45,
+        torus_dims=3,
+        per_host=4,
+        # By default the compiler shows a v4 chip as two devices; its runtime shows one.
+        topology_options={"chip_config_name": "megacore"},
+    ),
+    _tpu(
+        name="v5e",
+        runtime_names=("tpu v5 lite", "tpu v5e"),
+        teraflops={"bf16": 197, "int8": 394},
+        memory=16,
+        bandwidth=819,
+        mxu=(4, 128),
+        link=50,
+        torus_dims=2,
         per_host=8,
     ),
     _tpu(
-        "v5p",
-        ("tpu v5p", "tpu v5"),
-        {"bf16": 459, "int8": 918},
-        95,
-        2765,
-        (8, 128),
-        100,
-        3,
+        name="v5p",
+        runtime_names=("tpu v5p", "tpu v5"),
+        teraflops={"bf16": 459, "int8": 918},
+        memory=95,
+        bandwidth=2765,
+        mxu=(8, 128),
+        link=100,
+        torus_dims=3,
         per_host=4,
     ),
     _tpu(
-        "v6e",
-        ("tpu v6 lite", "tpu v6e"),
-        {"bf16": 918, "int8": 1836},
-        32,
-        1640,
-        (4, 256),
-        100,
-        2,
+        name="v6e",
+        runtime_names=("tpu v6 lite", "tpu v6e"),
+        teraflops={"bf16": 918, "int8": 1836},
+        memory=32,
+        bandwidth=1640,
+        mxu=(4, 256),
+        link=100,
+        torus_dims=2,
         per_host=8,
     ),
-    # Half a chip: each of its two chiplets is a device. Its docs give 1200 GB/s of links per
-    # chip, both ways over six links.
+    # Each of the two chiplets of a chip is a device, so these are half the figures of a chip. Its
+    # docs give 1200 GB/s of links per chip, both ways over six links.
     _tpu(
-        "tpu7x",
-        ("tpu7x", "tpu v7x"),
-        {"bf16": 2307 / 2, "fp8": 4614 / 2},
-        96,
-        7380 / 2,
-        (4, 256),
-        100 / 2,
-        3,
+        name="tpu7x",
+        runtime_names=("tpu7x", "tpu v7x"),
+        teraflops={"bf16": 2307 / 2, "fp8": 4614 / 2},
+        memory=96,
+        bandwidth=7380 / 2,
+        mxu=(4, 256),
+        link=100 / 2,
+        torus_dims=3,
         per_host=8,
+        devices_per_chip=2,
     ),
     _gpu(
-        "a100",
-        ("nvidia a100-sxm4-80gb",),
-        {"bf16": 312, "int8": 624, "f32": 19.5},
-        85_100_068_864,
-        2039,
-        300,
-        25,
-        "a100_sxm_80",
-        "nvidia.com: A100 80GB SXM data sheet",
-        "nvidia.com: DGX A100 data sheet",
+        name="a100",
+        runtime_names=("nvidia a100-sxm4-80gb",),
+        teraflops={"bf16": 312, "int8": 624, "f32": 19.5},
+        memory=85_100_068_864,
+        bandwidth=2039,
+        link=300,
+        network=25,
+        spec="a100_sxm_80",
+        sheet="nvidia.com: A100 80GB SXM data sheet",
+        system="nvidia.com: DGX A100 data sheet",
     ),
     _gpu(
-        "h100",
-        ("nvidia h100 80gb hbm3",),
-        {"bf16": 989, "fp8": 1979, "f32": 67},
-        84_942_979_072,
-        3352,
-        450,
-        50,
-        "h100_sxm",
-        "nvidia.com: H100 SXM data sheet",
-        "nvidia.com: DGX H100 data sheet",
+        name="h100",
+        runtime_names=("nvidia h100 80gb hbm3",),
+        teraflops={"bf16": 989, "fp8": 1979, "f32": 67},
+        memory=84_942_979_072,
+        bandwidth=3352,
+        link=450,
+        network=50,
+        spec="h100_sxm",
+        sheet="nvidia.com: H100 SXM data sheet",
+        system="nvidia.com: DGX H100 data sheet",
     ),
     _gpu(
-        "h200",
-        ("nvidia h200",),
-        {"bf16": 989, "fp8": 1979, "f32": 67},
-        151_397_597_184,
-        4800,
-        450,
-        50,
-        "h200",
-        "nvidia.com: H200 SXM data sheet",
-        "nvidia.com: DGX H200 data sheet",
+        name="h200",
+        runtime_names=("nvidia h200",),
+        teraflops={"bf16": 989, "fp8": 1979, "f32": 67},
+        memory=151_397_597_184,
+        bandwidth=4800,
+        link=450,
+        network=50,
+        spec="h200",
+        sheet="nvidia.com: H200 SXM data sheet",
+        system="nvidia.com: DGX H200 data sheet",
     ),
     _gpu(
-        "b200",
-        ("nvidia b200",),
-        {"bf16": 2250, "fp8": 4500, "f32": 75},
-        191_514_411_008,
-        7672,
-        900,
-        50,
-        "b200",
-        "nvidia.com: DGX B200 data sheet, per GPU",
-        "nvidia.com: DGX B200 data sheet",
+        name="b200",
+        runtime_names=("nvidia b200",),
+        teraflops={"bf16": 2250, "fp8": 4500, "f32": 75},
+        memory=191_514_411_008,
+        bandwidth=7672,
+        link=900,
+        network=50,
+        spec="b200",
+        sheet="nvidia.com: DGX B200 data sheet, per GPU",
+        system="nvidia.com: DGX B200 data sheet",
     ),
 )
 
@@ -283,15 +305,19 @@ CHIPS: Mapping[str, Chip] = {chip.name: chip for chip in _TABLE}
 
 
 def known_chips(more: Iterable[Chip] = ()) -> dict[str, Chip]:
-    """The table, with chips of a user's own, which may replace listed ones."""
+    """Returns the table with chips of a user's own, which replace those of the same name."""
     return {**CHIPS, **{chip.name: chip for chip in more}}
 
 
 def find_chip(name: str, more: Iterable[Chip] = ()) -> Chip:
     """Finds a chip by its name.
 
+    Args:
+      name: of the chip.
+      more: chips of a user's own.
+
     Raises:
-      ReportError: there is none; with the nearest name and how to add one.
+      ReportError: there is no such chip; names the nearest one and how to declare it.
 
     >>> find_chip("h100").memory_bandwidth
     3352000000000
@@ -301,17 +327,16 @@ def find_chip(name: str, more: Iterable[Chip] = ()) -> Chip:
         return known[name]
     why = f"is not in the hardware table.{did_you_mean(name, known)}"
     fix = f"one of {', '.join(known)}; or hardware=(sk.Chip(name={name!r}, ...),) in the config"
-    raise ReportError(format_problems("There is no such chip.", [Problem(repr(name), why)], fix))
+    raise ReportError(format_problems("Unknown chip.", [Problem(repr(name), why)], fix))
 
 
-def chip_of(device_kind: str) -> Chip | None:
-    """Finds a chip by what the runtime calls a device; None for a device that is not listed.
+def identify_chip(device_kind: str) -> Chip | None:
+    """Finds a chip by `jax.Device.device_kind`; None for a device that is not in the table.
 
-    >>> chip_of("TPU v5 lite").name, chip_of("NVIDIA H100 80GB HBM3").name, chip_of("cpu")
-    ('v5e', 'h100', None)
+    >>> identify_chip("TPU v5 lite").name, identify_chip("cpu")
+    ('v5e', None)
     """
     text = device_kind.lower()
-    found = [
-        (len(name), chip) for chip in _TABLE for name in chip.runtime_names if text.startswith(name)
-    ]
-    return max(found, key=lambda pair: pair[0])[1] if found else None
+    names = [(name, chip) for chip in _TABLE for name in chip.runtime_names]
+    fitting = [(len(name), chip) for name, chip in names if text.startswith(name)]
+    return max(fitting, key=lambda pair: pair[0])[1] if fitting else None

@@ -1,7 +1,7 @@
-"""What the CUDA compiler has to know of a GPU that is not there, as `GpuTargetConfigProto` text.
+"""`GpuTargetConfigProto` text, from which XLA compiles for a GPU that is absent.
 
-Figures of the public specs in openxla/xla, `xla/backends/gpu/target_config/specs`; limits that
-all of these GPUs share are written once.
+The figures are those of the public specs in openxla/xla, `xla/backends/gpu/target_config/specs`;
+limits that all of these GPUs share are written once.
 """
 
 import dataclasses
@@ -95,11 +95,7 @@ _GPUS = {
 
 
 def gpu_target_config(name: str) -> str:
-    """Returns the text of a `stream_executor.GpuTargetConfigProto`.
-
-    Args:
-      name: `a100`, `h100`, `h200` or `b200`.
-    """
+    """Returns the `stream_executor.GpuTargetConfigProto` text of a GPU of the hardware table."""
     gpu = _GPUS[name]
     fields = {
         "threads_per_block_limit": 1024,

@@ -1,12 +1,16 @@
-"""What a softmax cross entropy needs of the logits, without holding them whole.
+"""Softmax cross entropy from hidden states, one chunk of the logits at a time.
 
 Dims: B batch, T length, E embed, V vocab, C chunks of the vocabulary, S = V / C.
 
-Chunk c holds the tokens {s · C + c}: it takes every C-th column. A reshape V → [S, C] keeps a
-split of V on S, so each device works on its own columns in every chunk and nothing is gathered;
-contiguous chunks would each live on one device. The label's logit is taken along the split dim,
-which costs one sum of f32[batch, length] over the devices; in the gradient it is a comparison.
-Where each device sees its shard alone, the shards' summaries are joined as those of chunks are.
+Chunk c has the tokens {s · C + c}: every C-th column. With V = 12, C = 3 and two devices:
+
+    token      0 1 2 3 4 5 | 6 7 8 9 10 11      device 0 | device 1
+    chunk      0 1 2 0 1 2 | 0 1 2 0  1  2      every chunk has columns on both devices
+
+A reshape V → [S, C] keeps a split of V on S, so nothing is gathered; contiguous chunks would each
+be on one device. Selecting the label's logit sums f32[batch, length] over the devices; in the
+gradient it is a comparison. Inside `shard_map` the summaries of shards are combined like those of
+chunks.
 """
 
 from typing import Any
@@ -14,9 +18,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._core.recomputation import again
+from .._core.scope_markers import recomputed
 from ..nn._constrain import constrain
-from ..nn._dot import weight_gradient
+from ..nn._dot import einsum, matmul, weight_gradient
 from ..nn._manual_axis_rules import pmax, psum, shard_offset
 
 Summary = tuple[jax.Array, jax.Array, jax.Array]
@@ -27,22 +31,22 @@ def cross_entropy(
 ) -> Summary:
     """Returns each token's logsumexp, label logit and largest logit.
 
-    `lse - label` is the token's loss in nats. The backward pass computes chunks of logits again
-    from `lse`; with one chunk it keeps the logits instead.
+    `lse - label` is the loss of a token in nats. The backward pass recomputes the logits chunk by
+    chunk; with one chunk it keeps them instead.
 
     Args:
       hidden_BTE: [batch, length, embed].
       table_EV: [embed, vocab].
       targets_BT: i32[batch, length], the labels.
-      chunks: parts of the vocabulary, a divisor of it.
+      chunks: number of parts of the vocabulary, a divisor of it.
 
     Returns:
       f32[batch, length] three times; no gradient flows through the largest logit.
     """
     E, V = table_EV.shape
     table_CES = table_EV.reshape(E, V // chunks, chunks).transpose(2, 0, 1)
-    own_BT = targets_BT - shard_offset("vocab", V)
-    return _summary(hidden_BTE, constrain(table_CES, None, "embed", "vocab"), own_BT)
+    local_BT = targets_BT - shard_offset("vocab", V)
+    return _summary(hidden_BTE, constrain(table_CES, None, "embed", "vocab"), local_BT)
 
 
 @jax.custom_vjp
@@ -55,53 +59,53 @@ def _summary_fwd(
 ) -> tuple[Summary, tuple[Any, ...]]:
     chunks = table_CES.shape[0]
     if chunks == 1:
-        kept = _logits(hidden_BTE, table_CES[0])
-        top, total, label = _first(kept, targets_BT, 1, 0)
+        saved_logits = _logits(hidden_BTE, table_CES[0])
+        top, total, label = _summarize(saved_logits, targets_BT, 1, 0)
     else:
-        kept = None
+        saved_logits = None
 
         def body(carry: Summary, chunk: tuple[jax.Array, jax.Array]) -> tuple[Summary, None]:
             index, table_ES = chunk
             logits = _logits(hidden_BTE, table_ES)
-            return _join(carry, _first(logits, targets_BT, chunks, index)), None
+            return _combine(carry, _summarize(logits, targets_BT, chunks, index)), None
 
-        none = jnp.zeros_like(targets_BT, jnp.float32)
-        start = (none - jnp.inf, none, none)
+        zeros = jnp.zeros_like(targets_BT, jnp.float32)
+        start = (zeros - jnp.inf, zeros, zeros)
         (top, total, label), _ = jax.lax.scan(body, start, (jnp.arange(chunks), table_CES))
-    top, total, label = _whole(top, total, label)
+    top, total, label = _combine_shards(top, total, label)
     lse = top + jnp.log(total)
-    return (lse, label, top), (hidden_BTE, table_CES, targets_BT, lse, kept)
+    return (lse, label, top), (hidden_BTE, table_CES, targets_BT, lse, saved_logits)
 
 
 def _summary_bwd(saved: tuple[Any, ...], grads: Summary) -> tuple[jax.Array, jax.Array, None]:
-    """Gradients of the logits chunk by chunk, then one product each for hidden and table.
+    """Computes gradients of the logits chunk by chunk, then one product each for hidden and table.
 
-    The chunks' gradients are kept in the dtype of hidden. Products of every chunk, summed in f32,
-    would hold as much, and travel in f32 where devices hold parts of the vocabulary.
+    The gradients of all chunks are kept, in the dtype of hidden. A running f32 sum of products per
+    chunk would need as much memory, and be reduced in f32 if the vocabulary is split.
     """
-    hidden_BTE, table_CES, targets_BT, lse, kept = saved
+    hidden_BTE, table_CES, targets_BT, lse, saved_logits = saved
     g_lse, g_label, _ = (g[..., None] for g in grads)
     chunks = table_CES.shape[0]
 
-    def of_logits(logits: jax.Array, index: jax.Array | int) -> jax.Array:
+    def logits_gradient(logits: jax.Array, index: jax.Array | int) -> jax.Array:
         is_label = _is_label(logits, targets_BT, chunks, index)
         g_logits = g_lse * jnp.exp(logits - lse[..., None]) + jnp.where(is_label, g_label, 0)
         return constrain(g_logits.astype(hidden_BTE.dtype), "batch", "length", "vocab")
 
     if chunks == 1:
-        g_BTS = of_logits(kept, 0)
-        g_hidden = jnp.einsum("bts,es->bte", g_BTS, table_CES[0])
+        g_BTS = logits_gradient(saved_logits, 0)
+        g_hidden = einsum("bts,es->bte", g_BTS, table_CES[0])
         return g_hidden, weight_gradient(hidden_BTE, g_BTS)[None], None
 
     def body(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         index, table_ES = chunk
-        with again():
+        with recomputed():
             logits = _logits(hidden_BTE, table_ES)
-        return None, of_logits(logits, index)
+        return None, logits_gradient(logits, index)
 
     _, g_CBTS = jax.lax.scan(body, None, (jnp.arange(chunks), table_CES))
-    g_hidden = jnp.einsum("cbts,ces->bte", g_CBTS, table_CES)
-    g_table = jnp.einsum("bte,cbts->ces", hidden_BTE, g_CBTS)
+    g_hidden = einsum("cbts,ces->bte", g_CBTS, table_CES)
+    g_table = einsum("bte,cbts->ces", hidden_BTE, g_CBTS)
     return g_hidden, g_table, None
 
 
@@ -109,36 +113,36 @@ _summary.defvjp(_summary_fwd, _summary_bwd)
 
 
 def _logits(hidden_BTE: jax.Array, table_ES: jax.Array) -> jax.Array:
-    logits = jnp.matmul(hidden_BTE, table_ES, preferred_element_type=jnp.float32)
+    logits = matmul(hidden_BTE, table_ES, jnp.float32)
     return constrain(logits, "batch", "length", "vocab")
 
 
 def _is_label(
     logits: jax.Array, targets_BT: jax.Array, chunks: int, index: jax.Array | int
 ) -> jax.Array:
-    """bool[batch, length, S]: which columns of this chunk are the labels."""
+    """Returns bool[batch, length, S]: the columns of this chunk that are labels."""
     return targets_BT[..., None] == jnp.arange(logits.shape[-1]) * chunks + index
 
 
-def _first(
+def _summarize(
     logits: jax.Array, targets_BT: jax.Array, chunks: int, index: jax.Array | int
 ) -> Summary:
-    """Largest logit, sum of exponentials below it, and the label's logit or 0, of one chunk."""
+    """Returns largest logit, Σ exp(logit - largest), and the label's logit or 0, of one chunk."""
     top = logits.max(-1)
     total = jnp.exp(logits - top[..., None]).sum(-1)
     label = jnp.where(_is_label(logits, targets_BT, chunks, index), logits, 0).sum(-1)
     return top, total, label
 
 
-def _join(a: Summary, b: Summary) -> Summary:
-    """The summary of two parts of the vocabulary."""
+def _combine(a: Summary, b: Summary) -> Summary:
+    """Combines the summaries of two parts of the vocabulary."""
     top = jnp.maximum(a[0], b[0])
     total = a[1] * jnp.exp(a[0] - top) + b[1] * jnp.exp(b[0] - top)
     return top, total, a[2] + b[2]
 
 
-def _whole(top: jax.Array, total: jax.Array, label: jax.Array) -> Summary:
-    """The summary of the whole vocabulary from those of its shards."""
+def _combine_shards(top: jax.Array, total: jax.Array, label: jax.Array) -> Summary:
+    """Combines the summaries of all shards of the vocabulary."""
     largest = pmax(top, "vocab")
     scaled = total * jnp.exp(top - largest)
     return largest, psum(scaled, "vocab"), psum(label, "vocab")

@@ -1,9 +1,9 @@
-"""The reference model: a decoder whose layers are stacked arrays and one scanned body.
+"""`Decoder`: the reference model, whose layers are stacked arrays and one scanned body.
 
 Logical axes of parameters: `vocab`, `embed`, `layers`, `heads`, `kv_heads`, `head_dim`, `mlp`,
-`experts` and `expert_mlp` of a mixture, and `norm` for the scales of norms. A scale has the width
-of `embed`, but it is a few kilobytes that every device multiplies with: it has a name of its own
-so that splitting `embed` does not split it, and costs no gather.
+`experts` and `expert_mlp` of a mixture, and `norm` for the scales of norms. A scale has the size
+of `embed`, but it is a few kilobytes that every device needs; with a name of its own it stays
+replicated when `embed` is split, and needs no gather.
 """
 
 import math
@@ -15,51 +15,52 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..nn._constrain import constrain
-from ..nn._layer_stack import Layer, layer_keys, scan_layers
+from ..nn._dot import matmul
+from ..nn._layer_stack import Layer, scan_layers, split_layer_keys
 from ..nn._manual_axis_rules import shard_offset
 from ..nn._use_param import use_param
-from ._block import STREAM, WORK, block, rms_norm, rotation
+from ._block import STREAM, WORK, block, rms_norm, rope_angles
 from ._decoder_config import DecoderConfig
 from ._mixture import STATISTICS
 
-_TRUNCATED_STD = 0.87962566103423978  # of a standard normal cut at two deviations
+_TRUNCATED_STD = 0.87962566103423978  # of a standard normal truncated at two deviations
 
 
 def _param(value: jax.Array, *axes: str | None) -> nnx.Param:
-    """A parameter with its logical axes, outside any mesh: flax would look for one at once."""
+    """Makes a parameter with logical axes; without `eager_sharding=False` flax needs a mesh."""
     return nnx.Param(value, out_sharding=axes, eager_sharding=False)
 
 
 def _normal(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
-    """f32 draws of deviation 1/√fan_in, none beyond two deviations."""
+    """Draws f32 of standard deviation 1/√fan_in, truncated at two deviations."""
     scale = fan_in**-0.5 / _TRUNCATED_STD
     return scale * jax.random.truncated_normal(key, -2.0, 2.0, shape, jnp.float32)
 
 
 class Layers(nnx.Module):
-    """The weights of all blocks, each stacked over a leading `layers` dim, f32.
+    """The weights of all blocks, f32, each stacked over a leading `layers` dim.
 
-    Products start as truncated normals of deviation 1/√fan_in; those whose result is added to the
-    residual stream are divided by √(2 · layers) on top, so that its size does not grow with
-    depth. Every layer draws from a key of its own.
+    Products start as truncated normals of deviation 1/√fan_in. Those that are added to the
+    residual stream are also divided by √(2 · layers), so that the stream does not grow with
+    depth. Every layer has its own key.
 
     Attributes:
       query: [layers, embed, heads, head_dim]; key, value: the same with kv_heads.
       out: [layers, heads, head_dim, embed].
       gate, up: [layers, embed, mlp]; down: [layers, mlp, embed]. With experts mlp is the width of
-        the shared ones, and without these there are none.
-      router: [layers, embed, experts], with experts; its `experts` dim has no name, for every
-        device chooses among all of them.
+        the shared experts; without shared experts these are absent.
+      router: [layers, embed, experts]; the `experts` dim has no name, since every device
+        chooses among all experts.
       expert_gate, expert_up: [layers, experts, embed, expert_mlp].
       expert_down: [layers, experts, expert_mlp, embed].
       attn_norm, mlp_norm: [layers, embed].
-      query_bias, …: [layers, *outputs of the product], zero at first; only where `config.bias`,
-        and none in the chosen experts.
+      query_bias, …: [layers, *outputs of the product], initially 0; only with `config.bias`, and
+        not in the chosen experts.
     """
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
-        c, width = config, config.num_heads * config.head_size
-        thin = 2 * c.num_layers
+        c, attention_width = config, config.num_heads * config.head_size
+        depth = 2 * c.num_layers  # branches that add to the residual stream
 
         def stacked(shape: tuple[int, ...], fan_in: int, *axes: str | None) -> nnx.Param:
             keys = jax.random.split(rngs.params(), c.num_layers)
@@ -76,12 +77,16 @@ class Layers(nnx.Module):
         self.key = stacked(kv_shape, c.embed_dim, *kv_axes)
         self.value = stacked(kv_shape, c.embed_dim, *kv_axes)
         self.out = stacked(
-            (c.num_heads, c.head_size, c.embed_dim), width * thin, "heads", "head_dim", "embed"
+            (c.num_heads, c.head_size, c.embed_dim),
+            attention_width * depth,
+            "heads",
+            "head_dim",
+            "embed",
         )
         if width := c.dense_width:
             self.gate = stacked((c.embed_dim, width), c.embed_dim, "embed", "mlp")
             self.up = stacked((c.embed_dim, width), c.embed_dim, "embed", "mlp")
-            self.down = stacked((width, c.embed_dim), width * thin, "mlp", "embed")
+            self.down = stacked((width, c.embed_dim), width * depth, "mlp", "embed")
         if c.experts is not None:
             wide, axes = (
                 (c.experts, c.embed_dim, c.expert_width),
@@ -94,14 +99,14 @@ class Layers(nnx.Module):
             self.router = stacked((c.embed_dim, c.experts), c.embed_dim, "embed", None)
             self.expert_gate = stacked(wide, c.embed_dim, *axes)
             self.expert_up = stacked(wide, c.embed_dim, *axes)
-            self.expert_down = stacked(tall, c.expert_width * thin, *back)
+            self.expert_down = stacked(tall, c.expert_width * depth, *back)
         self.attn_norm = _param(jnp.ones((c.num_layers, c.embed_dim)), "layers", "norm")
         self.mlp_norm = _param(jnp.ones((c.num_layers, c.embed_dim)), "layers", "norm")
         if c.bias:
             self._add_biases(c)
 
     def _add_biases(self, c: DecoderConfig) -> None:
-        """A bias whose product splits its inputs is added once, after the sum: it is `norm`."""
+        """Adds a bias for each product; those added after a reduction have the axis `norm`."""
         heads = {"query": "heads", "key": "kv_heads", "value": "kv_heads"}
         sizes = {
             "heads": c.num_heads,
@@ -126,15 +131,15 @@ class Layers(nnx.Module):
 class Decoder(nnx.Module):
     """A Llama-family decoder in flax nnx, from token ids to logits.
 
-    It names logical axes alone: no line of it changes with the parallelism. Outside a compiled
-    step the names do nothing, and the model is an ordinary nnx module.
+    It only names logical axes, so it does not change with the parallelism. Outside a compiled step
+    the names have no effect, and the model is an ordinary nnx module.
 
     Attributes:
       config: the sizes.
-      embedding: f32[vocab, embed], drawn with deviation 1/√embed.
+      embedding: f32[vocab, embed], initialized with deviation 1/√embed.
       layers: the stacked blocks.
       norm: f32[embed], scale of the last norm.
-      head: f32[embed, vocab]; None where `config.tie_embeddings`.
+      head: f32[embed, vocab]; None with `config.tie_embeddings`.
       deterministic: whether dropout is off; `model.eval()` and `model.train()` set it.
 
     >>> from flax import nnx
@@ -171,109 +176,118 @@ class Decoder(nnx.Module):
 
         Args:
           inputs: i32[batch, length], token ids.
-          segment_ids: i32[batch, length]; tokens see only their own segment. None: one each row.
-          key: draws dropout; without it, or when `deterministic`, nothing is dropped.
+          segment_ids: i32[batch, length]; tokens attend to their own segment. None: one per row.
+          key: draws dropout; without it, or if `deterministic`, nothing is dropped.
 
         Returns:
           [batch, length, embed] in the dtype of the parameters.
         """
         batch = {"inputs": inputs, "segment_ids": segment_ids}
-        ends, weights = self.ends(), self.layers.weights()
-        _, keys = layer_keys(self.dropout_key(key), self.config.num_layers)
-        x = scan_layers(self.layer(inputs.shape[1]), self.first(ends, batch), weights, batch, keys)
-        return self.hidden(ends, self.parts(x)[0])
+        outer, weights = self.outer_params(), self.layers.weights()
+        _, keys = split_layer_keys(self.dropout_key(key), self.config.num_layers)
+        x = self.first(outer, batch)
+        x = scan_layers(self.layer(inputs.shape[1]), x, weights, batch, keys)
+        return self.hidden(outer, self.split_sums(x)[0])
 
-    def ends(self) -> dict[str, jax.Array]:
-        """The parameters outside the layers, by name."""
+    def outer_params(self) -> dict[str, jax.Array]:
+        """Returns the parameters outside the layers, by name."""
         named = {"embedding": self.embedding, "norm": self.norm, "head": self.head}
         return {name: x[...] for name, x in named.items() if x is not None}
 
     def dropout_key(self, key: jax.Array | None) -> jax.Array | None:
-        """The key, where there is something to drop."""
+        """Returns the key if dropout is on, else None."""
         return key if self.config.dropout > 0 and not self.deterministic else None
 
     @staticmethod
     def embed(
-        ends: Mapping[str, jax.Array], batch: Mapping[str, Any], _key: jax.Array | None = None
+        outer: Mapping[str, jax.Array], batch: Mapping[str, Any], _key: jax.Array | None = None
     ) -> jax.Array:
-        """Looks up `batch["inputs"]`: the residual stream before the first block."""
+        """Looks up `batch["inputs"]`; returns the residual stream before the first block."""
         with jax.named_scope("embedding"):
-            # Rows are looked up in a table that is whole along `embed`. Left to itself the
-            # partitioner moves activations between dims instead, in one program even whole.
-            table = constrain(_table(ends), "vocab", "embed")
-            # Whole along `length` first, so that the table's gradient is summed where its rows are.
-            x = constrain(_rows(table, batch["inputs"]), *WORK)
+            # The table is gathered along `embed` before the lookup. Without this constraint the
+            # partitioner exchanges activations between dims, in one program even unsplit ones.
+            table = constrain(_table(outer), "vocab", "embed")
+            # Not split along `length` yet, so that the table's gradient is summed in place.
+            x = constrain(_look_up(table, batch["inputs"]), *WORK)
             return constrain(x, *STREAM, source=WORK, partial=("vocab",))
 
     def first(
-        self, ends: Mapping[str, jax.Array], batch: Mapping[str, Any], _key: jax.Array | None = None
+        self,
+        outer: Mapping[str, jax.Array],
+        batch: Mapping[str, Any],
+        _key: jax.Array | None = None,
     ) -> Any:
-        """What the first layer takes: the stream, with experts beside sums that are still 0."""
-        x = self.embed(ends, batch)
+        """Returns the input of the first layer: the stream, with experts also zero sums."""
+        x = self.embed(outer, batch)
         if self.config.experts is None:
             return x
-        none = jnp.zeros_like(x[:, 0, 0], jnp.float32)
-        return x, dict.fromkeys(STATISTICS, none)
+        zero = jnp.zeros_like(x[:, 0, 0], jnp.float32)
+        return x, dict.fromkeys(STATISTICS, zero)
 
     def layer(self, length: int) -> Layer:
-        """The block as a function `(weights, x, batch, key) -> x`, for sequences of one length.
+        """Returns the block as a function `(weights, x, batch, key) -> x`, for one length.
 
-        With experts `x` is the stream and what `router_statistics` summed so far, per row, over
-        tokens by `batch["weights"]`.
+        With experts `x` is the stream and the sums of `router_statistics` over the blocks so far,
+        with the token weights `batch["weights"]`.
         """
         c = self.config
-        by = rotation(length, c.head_size, c.rope_theta)
+        angles = rope_angles(length, c.head_size, c.rope_theta)
 
         def run(weights: Any, x: Any, batch: Any, key: jax.Array | None) -> Any:
-            stream, sums = self.parts(x)
-            counted = batch.get("weights")
-            stream, more = block(c, weights, stream, by, batch.get("segment_ids"), key, counted)
-            return (stream, jax.tree.map(jnp.add, sums, more)) if c.experts else stream
+            stream, sums = self.split_sums(x)
+            stream, block_sums = block(
+                c,
+                weights,
+                stream,
+                angles=angles,
+                segment_ids=batch.get("segment_ids"),
+                key=key,
+                token_weights=batch.get("weights"),
+            )
+            return (stream, jax.tree.map(jnp.add, sums, block_sums)) if c.experts else stream
 
         return run
 
-    def parts(self, x: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The stream that a layer returned, and the sums beside it, if any."""
+    def split_sums(self, x: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Splits the output of a layer into stream and sums; without experts the sums are {}."""
         return (x, {}) if self.config.experts is None else x
 
-    def hidden(self, ends: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
-        """The last norm of what the last block returned."""
-        hidden = rms_norm(x, ends["norm"], self.config.norm_eps)
+    def hidden(self, outer: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
+        """Applies the last norm to the stream after the last block."""
+        hidden = rms_norm(x, outer["norm"], self.config.norm_eps)
         return constrain(hidden, *WORK, source=STREAM, into=("vocab",))
 
     @staticmethod
-    def output_table(ends: Mapping[str, jax.Array]) -> jax.Array:
-        """[embed, vocab]: the head, or the embedding turned over where it is tied."""
-        return use_param(ends["head"], "embed", "vocab") if "head" in ends else _table(ends).T
+    def output_table(outer: Mapping[str, jax.Array]) -> jax.Array:
+        """Returns [embed, vocab]: the head, or the transposed embedding if it is tied."""
+        return use_param(outer["head"], "embed", "vocab") if "head" in outer else _table(outer).T
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Returns f32[..., vocab] of any part of what `__call__` returned, [..., embed].
+        """Returns f32[..., vocab] for any part of the result of `__call__`, [..., embed].
 
-        One position's logits cost one row: `model.logits(hidden[:, -1])` is what sampling needs.
+        Sampling only needs the last position: `model.logits(hidden[:, -1])`.
         """
-        return jnp.matmul(
-            hidden, self.output_table(self.ends()), preferred_element_type=jnp.float32
-        )
+        return matmul(hidden, self.output_table(self.outer_params()), jnp.float32)
 
 
-def _table(ends: Mapping[str, jax.Array]) -> jax.Array:
-    return use_param(ends["embedding"], "vocab", "embed")
+def _table(outer: Mapping[str, jax.Array]) -> jax.Array:
+    return use_param(outer["embedding"], "vocab", "embed")
 
 
-def _rows(table: jax.Array, inputs: jax.Array) -> jax.Array:
-    """Rows of a table by token; those of another shard's tokens are 0."""
+def _look_up(table: jax.Array, inputs: jax.Array) -> jax.Array:
+    """Returns the rows of the tokens; inside `shard_map` those of other shards' tokens are 0."""
     rows = table.shape[0]
     start = shard_offset("vocab", rows)
     if isinstance(start, int):
         return jnp.take(table, inputs, axis=0)
-    own = inputs - start
-    inside = (own >= 0) & (own < rows)
-    found = jnp.take(table, jnp.clip(own, 0, rows - 1), axis=0)
-    return jnp.where(inside[..., None], found, 0)
+    local = inputs - start
+    inside = (local >= 0) & (local < rows)
+    values = jnp.take(table, jnp.clip(local, 0, rows - 1), axis=0)
+    return jnp.where(inside[..., None], values, 0)
 
 
 def parameter_count(config: DecoderConfig) -> int:
-    """Number of parameters of a decoder, without building it.
+    """Returns the number of parameters of a decoder, without building it.
 
     >>> parameter_count(DecoderConfig(vocab=16, embed_dim=8, num_layers=2, num_heads=2, mlp_dim=16))
     1576

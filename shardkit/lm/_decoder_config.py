@@ -1,9 +1,9 @@
-"""The declaration of a decoder: sizes and choices, checked when they are stated."""
+"""`DecoderConfig`: the sizes and options of a decoder, checked when they are declared."""
 
 import dataclasses
 
 from .._core.errors import ConfigError, Problem, did_you_mean, raise_all
-from .._core.options import check_options
+from .._core.options import check_options, matches_annotation, option_problems
 
 ATTENTIONS = ("auto", "blocked", "xla", "cudnn", "splash")
 _COUNTS = ("vocab", "embed_dim", "num_layers", "num_heads", "mlp_dim", "loss_chunks", "top_k")
@@ -19,33 +19,33 @@ class DecoderConfig:
     Attributes:
       vocab: number of tokens.
       embed_dim: width of the residual stream.
-      num_layers: number of blocks; they are stacked and scanned, so compile time ignores it.
+      num_layers: number of blocks; they are stacked and scanned, so compile time does not grow.
       num_heads: query heads.
       mlp_dim: width inside the feed-forward branch.
-      kv_heads: key and value heads, a divisor of `num_heads`; None: as many as `num_heads`.
-      head_dim: width of one head, even; None: `embed_dim // num_heads`.
+      kv_heads: key and value heads, a divisor of `num_heads`; None for `num_heads`.
+      head_dim: width of one head, even; None for `embed_dim // num_heads`.
       tie_embeddings: whether the output head is the embedding table.
       bias: whether every product but the output head adds a bias.
       rope_theta: base of the rotary frequencies.
       norm_eps: added to the mean square inside every norm.
-      dropout: share of each branch's output that is dropped in training.
+      dropout: fraction of each branch's output that is dropped in training.
       z_loss: weight of `logsumexp(logits) ** 2`, which keeps logits from drifting.
-      loss_chunks: parts of the vocabulary whose logits live one after another. 1 keeps the
-        whole logits and saves one product in four of the head; more bounds memory.
-      attention: `"auto"` takes cuDNN on CUDA for 16-bit types and `"blocked"` elsewhere;
-        the others are what they say (see `attention`); `"splash"` runs on TPUs alone.
-      experts: feed-forward branches that each token chooses from; None: one dense branch.
-      top_k: experts that each token chooses.
-      capacity_factor: an expert takes this many times its even share of the choices of one row,
-        the first of the row; later ones are dropped. None: dropless, every choice is served.
-      shared_experts: experts that every token goes through besides, as one dense branch of
+      loss_chunks: parts of the vocabulary whose logits are in memory one after another. 1 keeps
+        all logits, which saves one of the head's four products; more needs less memory.
+      attention: `"auto"` is cuDNN on CUDA for 16-bit types and `"blocked"` elsewhere; for the
+        others see `sk.nn.attention`; `"splash"` runs on TPUs only.
+      experts: number of experts that each token chooses from; None for one dense branch.
+      top_k: number of experts that each token chooses.
+      capacity_factor: an expert processes this many times its even share of the choices of a
+        row; choices of later tokens are dropped. None is dropless: every choice is processed.
+      shared_experts: experts that every token goes through as well; one dense branch of
         `shared_experts` times the width.
-      expert_mlp: width inside one expert; None: `mlp_dim`.
-      balance_loss: weight of the load-balancing loss of every block, in training alone.
-      router_z_loss: weight of `logsumexp(router logits) ** 2` of every block, in training alone.
+      expert_mlp: width inside one expert; None for `mlp_dim`.
+      balance_loss: weight of each block's load-balancing loss, in training only.
+      router_z_loss: weight of each block's `logsumexp(router logits) ** 2`, in training only.
 
     Raises:
-      ConfigError: sizes that do not fit together, all of them in one message.
+      ConfigError: sizes do not fit together; all of them in one message.
 
     >>> config = DecoderConfig(
     ...     vocab=256, embed_dim=64, num_layers=2, num_heads=4, mlp_dim=176, kv_heads=2
@@ -85,37 +85,39 @@ class DecoderConfig:
 
     @property
     def key_heads(self) -> int:
-        """Key and value heads: `kv_heads`, or `num_heads` where that is None."""
+        """Number of key and value heads: `kv_heads`, or `num_heads` if that is None."""
         return self.num_heads if self.kv_heads is None else self.kv_heads
 
     @property
     def head_size(self) -> int:
-        """Width of one head: `head_dim`, or `embed_dim // num_heads` where that is None."""
+        """Width of one head: `head_dim`, or `embed_dim // num_heads` if that is None."""
         return self.embed_dim // self.num_heads if self.head_dim is None else self.head_dim
 
     @property
     def group(self) -> int:
-        """Query heads that share one key and value head."""
+        """Number of query heads that share one key and value head."""
         return self.num_heads // self.key_heads
 
     @property
     def expert_width(self) -> int:
-        """Width inside one expert: `expert_mlp`, or `mlp_dim` where that is None."""
+        """Width inside one expert: `expert_mlp`, or `mlp_dim` if that is None."""
         return self.mlp_dim if self.expert_mlp is None else self.expert_mlp
 
     @property
     def dense_width(self) -> int:
-        """Width of the branch that every token goes through; 0 where there is none."""
+        """Width of the branch that every token goes through; 0 if there is none."""
         return self.mlp_dim if self.experts is None else self.shared_experts * self.expert_width
 
 
 def _count_problems(c: DecoderConfig) -> list[Problem]:
-    """Sizes that are no positive integers; nothing else can be said before these are right."""
-    optional = [n for n in _OPTIONAL if getattr(c, n) is not None]
-    return [
-        Problem(f"{name}={getattr(c, name)!r}", "must be an integer of at least 1", f"{name}=1")
-        for name in (*_COUNTS, *optional)
-        if type(getattr(c, name)) is not int or getattr(c, name) < 1
+    """Sizes that are not integers of at least 1; the other checks divide by them."""
+    sizes = {name: getattr(c, name) for name in (*_COUNTS, *_OPTIONAL)}
+    given = {n: size for n, size in sizes.items() if n in _COUNTS or size is not None}
+    wrong = {n: (size, int) for n, size in given.items() if not matches_annotation(int, size)}
+    return option_problems("model.", **wrong) + [
+        Problem(f"{name}={size}", "must be at least 1", f"{name}=1")
+        for name, size in given.items()
+        if name not in wrong and size < 1
     ]
 
 
@@ -139,7 +141,7 @@ def _fit_problems(c: DecoderConfig) -> list[Problem]:
         why = f"does not divide vocab={c.vocab}"
         rows.append(Problem(f"loss_chunks={c.loss_chunks}", why, f"loss_chunks={near}"))
     if not 0 <= c.dropout < 1:
-        why = "is a share, at least 0 and below 1"
+        why = "must be at least 0 and below 1"
         rows.append(Problem(f"dropout={c.dropout}", why, "dropout=0.1"))
     if c.attention not in ATTENTIONS:
         why = f"is unknown; known: {', '.join(ATTENTIONS)}."
@@ -150,27 +152,27 @@ def _fit_problems(c: DecoderConfig) -> list[Problem]:
 
 def _expert_problems(c: DecoderConfig) -> list[Problem]:
     rows = []
-    if type(c.shared_experts) is not int or c.shared_experts < 0:
-        why = "must be an integer of at least 0"
-        rows.append(Problem(f"shared_experts={c.shared_experts!r}", why, "shared_experts=0"))
+    if c.shared_experts < 0:
+        why = "must be at least 0"
+        rows.append(Problem(f"shared_experts={c.shared_experts}", why, "shared_experts=0"))
     if c.capacity_factor is not None and not c.capacity_factor > 0:
         why = "an expert would take no token; None drops none"
         fix = "capacity_factor=1.25, or None"
         rows.append(Problem(f"capacity_factor={c.capacity_factor}", why, fix))
     if c.experts is not None and c.top_k > c.experts:
-        why = f"no token can choose more than experts={c.experts}"
+        why = f"a token cannot choose more than experts={c.experts}"
         rows.append(Problem(f"top_k={c.top_k}", why, f"top_k={c.experts}"))
     if c.experts is None:
-        given = {"capacity_factor": None, "shared_experts": 0, "expert_mlp": None}
+        defaults = {"capacity_factor": None, "shared_experts": 0, "expert_mlp": None}
         rows += [
             Problem(f"{name}={getattr(c, name)}", "the decoder has no experts", "experts=8")
-            for name, default in given.items()
+            for name, default in defaults.items()
             if getattr(c, name) != default
         ]
     return rows
 
 
-def _nearest_divisor(whole: int, wish: int) -> int:
-    """The divisor of `whole` nearest to `wish`, the smaller of two."""
-    near = (d for d in range(1, whole + 1) if whole % d == 0)
-    return min(near, key=lambda d: (abs(d - wish), d))
+def _nearest_divisor(size: int, wish: int) -> int:
+    """Returns the divisor of `size` nearest to `wish`; of two the smaller."""
+    divisors = (d for d in range(1, size + 1) if size % d == 0)
+    return min(divisors, key=lambda d: (abs(d - wish), d))

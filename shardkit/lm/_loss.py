@@ -1,4 +1,4 @@
-"""The decoder's loss: weighted next-token cross entropy whose logits need not live at once."""
+"""The decoder's loss: weighted next-token cross entropy, with logits computed in chunks."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,45 +22,46 @@ def decoder_loss(
       model: the decoder.
       batch: `inputs` i32[batch, length], `targets` i32[batch, length], `weights` f32[batch, length]
         (0 where a target does not count), and optionally `segment_ids` i32[batch, length].
-      key: draws dropout; None for none.
+      key: draws dropout; None for no dropout.
 
     Returns:
       `Mean(total, weight)` in nats, f32[] each, and the metric `accuracy`, a `Mean` too. With
-      experts also `router_statistics`' `balance`, `entropy`, `max_load` and `dropped`, averaged
-      over blocks; in training the total then holds the routers' losses, summed over blocks.
+      experts also `balance`, `entropy`, `max_load` and `dropped` of `router_statistics`, averaged
+      over blocks; in training the total includes the routers' losses, summed over blocks.
     """
     config = model.config
 
     def last(
-        ends: Mapping[str, jax.Array], x: Any, batch: Mapping[str, jax.Array]
+        outer: Mapping[str, jax.Array], x: Any, batch: Mapping[str, jax.Array]
     ) -> tuple[Mean, dict[str, Mean]]:
-        stream, sums = model.parts(x)
-        hidden = model.hidden(ends, stream)
+        stream, sums = model.split_sums(x)
+        hidden = model.hidden(outer, stream)
         weights = batch["weights"].astype(jnp.float32)
         with jax.named_scope("loss"):
             lse, label, top = cross_entropy(
-                hidden, model.output_table(ends), batch["targets"], config.loss_chunks
+                hidden, model.output_table(outer), batch["targets"], config.loss_chunks
             )
             losses = lse - label + config.z_loss * lse**2
             total, weight = (weights * losses).sum(), weights.sum()
-            right = (weights * (label >= top)).sum()
-        metrics = {"accuracy": Mean(right, weight)}
+            correct = (weights * (label >= top)).sum()
+        metrics = {"accuracy": Mean(correct, weight)}
         if sums:
-            of_routers, statistics = _routers(config, sums, weight)
-            total = total if model.deterministic else total + of_routers
+            router_loss, statistics = _router_losses(config, sums, weight)
+            total = total if model.deterministic else total + router_loss
             metrics |= statistics
         return Mean(total, weight), metrics
 
     layer = model.layer(batch["inputs"].shape[1])
-    ends, weights = model.ends(), model.layers.weights()
-    return layer_stack(model.first, layer, last, ends, weights, batch, model.dropout_key(key))
+    outer, weights = model.outer_params(), model.layers.weights()
+    arrays = {"outer_params": outer, "layers": weights, "batch": batch}
+    return layer_stack(model.first, layer, last, **arrays, key=model.dropout_key(key))
 
 
-def _routers(
+def _router_losses(
     config: DecoderConfig, sums: Mapping[str, jax.Array], weight: jax.Array
 ) -> tuple[jax.Array, dict[str, Mean]]:
-    """The routers' part of the loss, and their statistics as metrics."""
-    of = {name: rows.sum() for name, rows in sums.items()}
-    total = config.balance_loss * of["balance"] + config.router_z_loss * of["z"]
-    shown = ("balance", "entropy", "max_load", "dropped")
-    return total, {name: Mean(of[name] / config.num_layers, weight) for name in shown}
+    """Returns the routers' losses, and their statistics as metrics."""
+    totals = {name: rows.sum() for name, rows in sums.items()}
+    loss = config.balance_loss * totals["balance"] + config.router_z_loss * totals["z"]
+    names = ("balance", "entropy", "max_load", "dropped")
+    return loss, {name: Mean(totals[name] / config.num_layers, weight) for name in names}

@@ -28,8 +28,8 @@ class TextScores:
     @classmethod
     def of(cls, step: CompiledStep, state: Any, text: Text, batches: Iterable[int]) -> "TextScores":
         """Scores the validation batches of these numbers."""
-        size = text.held_out_bytes
-        bytes_per_token = None if size is None else size / text.held_out_tokens
+        size = text.validation_bytes
+        bytes_per_token = None if size is None else size / text.validation_tokens
         bits, scored = measure_bits_per_token(step, state, text, batches)
         return cls(text.unit, bits, scored, bytes_per_token)
 
@@ -63,13 +63,13 @@ def describe_text_metrics(values: Mapping[str, float], unit: str = "byte") -> st
     >>> describe_text_metrics({"loss": 5.482})
     'loss 5.482  7.909 bits/byte'
     >>> describe_text_metrics({"bits_per_byte": 3.084, "bytes": 8192})
-    '3.084 bits/byte on 8,192 held-out bytes'
+    '3.084 bits/byte on 8,192 validation bytes'
     >>> describe_text_metrics({"bits_per_token": 9.5, "tokens": 100}, "token")
-    '9.500 bits/token on 100 held-out tokens'
+    '9.500 bits/token on 100 validation tokens'
     """
     if f"bits_per_{unit}" in values:
         bits, scored = values[f"bits_per_{unit}"], values[f"{unit}s"]
-        return f"{bits:.3f} bits/{unit} on {scored:,.0f} held-out {unit}s"
+        return f"{bits:.3f} bits/{unit} on {scored:,.0f} validation {unit}s"
     return f"loss {values['loss']:.3f}  {values['loss'] / math.log(2):.3f} bits/{unit}"
 
 
@@ -86,10 +86,10 @@ def measure_bits_per_token(
     """
     scores: list[tuple[Any, int]] = []
     for i in batches:
-        loss = step.evaluate(state, step.shard_batch(text.held_out_batch(i, step.local_rows)))[
+        loss = step.evaluate(state, step.shard_batch(text.validation_batch(i, step.local_rows)))[
             "loss"
         ]
-        scores.append((loss, text.held_out_weight(i)))
+        scores.append((loss, text.validation_weight(i)))
         if len(scores) > 1:
             float(scores[-2][0])  # wait, so that one batch is in flight and not the whole text
     scored = sum(weight for _, weight in scores)
@@ -102,5 +102,5 @@ def spread_batches(text: Text, count: int) -> list[int]:
 
     Too few to rank models by; they show progress during training.
     """
-    batches = text.held_out_steps
+    batches = text.validation_steps
     return [i * batches // min(count, batches) for i in range(min(count, batches))]

@@ -76,7 +76,7 @@ class Summary(Callback):
         """Scores, samples, prints, and writes the `eval` and `result` rows."""
         run, text, config = self._run, self._text, self._config
         self._finish_part("train")
-        scores = TextScores.of(run.step, state, text, range(text.held_out_steps))
+        scores = TextScores.of(run.step, state, text, range(text.validation_steps))
         seconds = self._finish_part("evaluate")
         run.write("eval", step=config.steps, **scores.metrics, seconds=seconds, part="all")
         baselines = None
@@ -90,7 +90,7 @@ class Summary(Callback):
             self._console.print("\n[bold]a sample that it wrote[/]")
             for line in printable(sample).splitlines():
                 self._console.print(ConsoleText(f"  {line}"))
-        elif config.sample and text.decoder is None:
+        elif config.sample and text.tokenizer is None:
             run.say(_NO_TEXT)
         run.write(
             "result",
@@ -125,8 +125,8 @@ def _show_scores(
         rows += [
             ("order-0", "byte frequencies of the training text", baselines.order0),
             ("bigram", "frequencies given the byte before", baselines.bigram),
-            ("gzip -9", "the held-out bytes alone", baselines.gzip),
-            ("xz -9", "the held-out bytes alone", baselines.xz),
+            ("gzip -9", "the validation bytes alone", baselines.gzip),
+            ("xz -9", "the validation bytes alone", baselines.xz),
             ("xz -9 after train", "what they add to the training text", baselines.xz_after_train),
         ]
     rows.sort(key=lambda row: row[2])
@@ -134,7 +134,7 @@ def _show_scores(
     own = [at for at, row in enumerate(rows) if row[0] == "this model"]
     columns = (Column(f"bits per {unit}", right=True), "coder", "knows")
     scored = f"{scores.scored:,} {scores.unit}s"
-    console.print(label_text("\nheld out", f": {scored}, each scored once"))
+    console.print(label_text("\nvalidation", f": {scored}, each scored once"))
     print_table(console, Table(columns, cells, styles=dict.fromkeys(own, "bold green")))
 
 
@@ -145,7 +145,7 @@ def _draw_sample(adapter: Model, params: Any, text: Text, config: TextTrainConfi
         model = adapter.bind(params)
         return model.logits(model(row)[0, at])
 
-    tokenizer = text.decoder
+    tokenizer = text.tokenizer
     if not config.sample or tokenizer is None:
         return b""
     tokens = sample_tokens(

@@ -36,7 +36,7 @@ def train(
     record: Mapping[str, Any],
     compiling: Mapping[str, Any] | None = None,
     console: Console | None = None,
-    peers: ProcessGroup | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> TrainResult:
     """Trains a decoder on text, scores it on validation text, and samples from it.
 
@@ -54,7 +54,7 @@ def train(
       record: settings as plain values; the first row of the metrics file, and in checkpoints.
       compiling: keywords of `compile_step`: `mode`, `compiler_options`, `on_nonfinite`, ….
       console: where the run is shown; standard output by default.
-      peers: from `distributed`, if several processes run together.
+      process_group: from `distributed`, if several processes run together.
 
     Raises:
       ShardkitError: the declaration or the data cannot be used, the loss diverges, or a
@@ -62,8 +62,8 @@ def train(
       KeyboardInterrupt: after Ctrl-C, with notes that say what is saved and where metrics are.
       Stopped: the same after SIGTERM.
     """
-    peers = peers or ProcessGroup()
-    console = Console(quiet=True) if peers.index else console or standard_output()
+    process_group = process_group or ProcessGroup()
+    console = Console(quiet=True) if process_group.index else console or standard_output()
     text = load_text(data, model.vocab)
     show_mesh(console, mesh)
     console.print(label_text("data", f" {text.describe()}"), soft_wrap=True)
@@ -89,7 +89,7 @@ def train(
         tokens=data.batch_size * data.seq_len,
         describe=functools.partial(describe_text_metrics, unit=text.unit),
         console=console,
-        peers=peers,
+        process_group=process_group,
     ).run()
     assert summary.result is not None  # only a callback could have ended the run before
     where = summary.result.folder / "metrics.jsonl"

@@ -11,7 +11,8 @@ from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh
 
 from .._core.errors import MeshError, Problem, count, format_problems
-from ._target import Target, example
+from ..hardware import find_chip
+from ._target import Target, format_example
 
 
 def target_devices(target: Target) -> list[Any]:
@@ -25,7 +26,7 @@ def target_devices(target: Target) -> list[Any]:
       Devices of JAX, in its order.
 
     Raises:
-      MeshError: there are fewer CPU devices, the `[tpu]` extra is not installed, the TPU
+      MeshError: this process has fewer CPU devices, the `[tpu]` extra is not installed, the TPU
         compiler does not know the shape, or the target is a GPU that is not in this process.
     """
     if target.kind == "local":
@@ -34,59 +35,66 @@ def target_devices(target: Target) -> list[Any]:
         return _cpu_devices(target)
     if target.kind == "tpu":
         return _tpu_devices(target)
-    why = "GPUs that are not here are compiled for in a child process"
-    _refuse(target, why, f"shardkit explain CONFIG --target {target}, or build() on their machine")
+    why = "absent GPUs are compiled for in a child process, not in this one"
+    _refuse(
+        target,
+        why,
+        f"shardkit report CONFIG --target {target}, or build() on a machine that has them",
+    )
 
 
 def _cpu_devices(target: Target) -> list[Any]:
-    devices, wanted = jax.devices("cpu"), target.shape[0]
-    if len(devices) < wanted:
-        why = f"{wanted} CPU devices are wanted, this process has {len(devices)}"
-        fix = f"sk.simulate_devices({wanted}) right after the imports, before JAX starts"
+    devices, n = jax.devices("cpu"), target.shape[0]
+    if len(devices) < n:
+        why = f"the target has {n} CPU devices, this process has {len(devices)}"
+        fix = f"sk.simulate_devices({n}) right after the imports, before JAX starts"
         _refuse(target, why, fix)
-    return devices[:wanted]
+    return devices[:n]
 
 
 def _tpu_devices(target: Target) -> list[Any]:
     if importlib.util.find_spec("libtpu") is None:
         why = "the TPU compiler (libtpu) is not installed"
         _refuse(target, why, 'install the extra: pip install "shardkit[tpu]"')
-    options: dict[str, Any] = {"num_slices": target.slices} if target.slices > 1 else {}
-    if target.chip == "v4":
-        # By default the compiler shows a v4 chip as two devices; its runtime shows one.
-        options["chip_config_name"] = "megacore"
+    options: dict[str, Any] = dict(find_chip(target.chip).topology_options)
+    if target.slices > 1:
+        options["num_slices"] = target.slices
     try:
         topology = topologies.get_topology_desc(
             platform="tpu", topology_name=target.topology, **options
         )
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
-        _refuse(target, f"the TPU compiler says: {reason}", example(target.chip, len(target.shape)))
+        _refuse(
+            target,
+            f"the TPU compiler says: {reason}",
+            format_example(target.chip, len(target.shape)),
+        )
     return list(topology.devices)
 
 
-def arrange(
+def arrange_devices(
     devices: Sequence[Any], ici: Mapping[str, int], dcn: Mapping[str, int], *, as_given: bool
 ) -> Mesh:
     """Lays devices out as a mesh with Auto axis types.
 
     Args:
-      devices: as many as the mesh has places.
+      devices: as many as the sizes multiply to.
       ici: size of each axis within a slice, in mesh order; no -1.
       dcn: number of slices along the axes that cross slices.
-      as_given: keep the order of `devices`, row-major, contiguous blocks of it being the
-        slices. Otherwise real devices are placed as their network runs.
+      as_given: keep the order of `devices`, row-major, with contiguous blocks of it as slices.
+        Otherwise real devices are ordered by their network.
 
     Returns:
-      The mesh; an axis of size i within a slice and d across slices has size d x i, slices
-      outermost.
+      The mesh. An axis of size i within a slice and d across slices has size d x i, with the
+      slices outermost.
 
     Raises:
-      MeshError: `dcn` does not agree with the slices or processes that the devices form.
+      MeshError: `dcn` differs from the slices or processes that the devices form.
     """
     inner = tuple(ici.values())
     outer = tuple(dcn.get(axis, 1) for axis in ici)
-    # `slice_index` exists only on devices that know of slices.
+    # Only TPU devices have a `slice_index`.
     slices = {getattr(device, "slice_index", 0) for device in devices}
     processes = {device.process_index for device in devices}
     if math.prod(outer) == 1 and not as_given and devices[0].platform != "cpu":
@@ -95,7 +103,7 @@ def arrange(
         grid = mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=True)
     elif math.prod(outer) > 1 and not as_given and max(len(slices), len(processes)) > 1:
         by_process = len(slices) == 1
-        _agree(dcn, len(processes) if by_process else len(slices), by_process=by_process)
+        _check_slices(dcn, len(processes) if by_process else len(slices), by_process=by_process)
         grid = mesh_utils.create_hybrid_device_mesh(
             inner,
             outer,
@@ -104,42 +112,45 @@ def arrange(
             allow_split_physical_axes=True,
         )
     else:
-        grid = _blocks(devices, inner, outer)
+        grid = _stack_slices(devices, inner, outer)
     return Mesh(grid, tuple(ici), axis_types=(AxisType.Auto,) * len(inner))
 
 
-def _blocks(devices: Sequence[Any], inner: tuple[int, ...], outer: tuple[int, ...]) -> np.ndarray:
-    """Cuts the devices into contiguous blocks, one per slice, and joins these along each axis."""
+def _stack_slices(
+    devices: Sequence[Any], inner: tuple[int, ...], outer: tuple[int, ...]
+) -> np.ndarray:
+    """Cuts the devices into contiguous blocks, one per slice, and stacks these along each axis."""
     flat = np.empty(len(devices), dtype=object)
     flat[:] = devices
     grid = flat.reshape(outer + inner)
     n = len(inner)
+    # 2 axes of sizes (2, 4) within 3 slices along the first: [3, 1, 2, 4] → [3, 2, 1, 4] → [6, 4].
     pairs = [dim for axis in range(n) for dim in (axis, n + axis)]
     sizes = [d * i for d, i in zip(outer, inner, strict=True)]
     return grid.transpose(pairs).reshape(sizes)
 
 
-def _agree(dcn: Mapping[str, int], present: int, *, by_process: bool) -> None:
-    wanted = math.prod(dcn.values())
-    if wanted != present:
+def _check_slices(dcn: Mapping[str, int], present: int, *, by_process: bool) -> None:
+    declared = math.prod(dcn.values())
+    if declared != present:
         groups = f"{present} processes" if by_process else f"{present} slices"
-        why = f"needs {count(wanted, 'slice')}, the devices form {groups}"
+        why = f"needs {count(declared, 'slice')}, the devices form {groups}"
         fix = f"dcn sizes with product {present}, or no dcn for one fast network"
         problem = Problem(f"dcn={dict(dcn)}", why)
         raise MeshError(format_problems("The mesh does not fit its slices.", [problem], fix))
 
 
 def _refuse_slices(ici: Mapping[str, int], present: int) -> NoReturn:
-    """Names an axis that may cross slices, and its size inside of each."""
+    """Suggests an axis that can cross slices, with its size inside each."""
     sizes = dict(ici)
     axis = next((axis for axis, size in sizes.items() if size % present == 0), next(iter(sizes)))
     sizes[axis] = max(1, sizes[axis] // present)
     written = ", ".join(f"{name}={size}" for name, size in sizes.items())
-    problem = Problem(f"{present} slices", "no axis of the mesh is said to cross them")
+    problem = Problem(f"{present} slices", "dcn names no axis that crosses them")
     fix = f"MeshSpec({written}, dcn={{{axis!r}: {present}}})"
     raise MeshError(format_problems("The mesh does not fit its slices.", [problem], fix))
 
 
 def _refuse(target: Target, why: str, fix: str) -> NoReturn:
-    headline = "The target's devices cannot be had."
+    headline = "The target's devices are not available."
     raise MeshError(format_problems(headline, [Problem(str(target), why)], fix))

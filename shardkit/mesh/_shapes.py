@@ -1,4 +1,4 @@
-"""Arithmetic on mesh sizes: which fit a number of devices, and which of them to suggest."""
+"""Mesh shapes that fit a number of devices, and which of them to suggest."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,10 +17,15 @@ def mesh_shapes(n_devices: int, axes: Sequence[str]) -> list[dict[str, int]]:
     return [{first: n, **shape} for n in sizes for shape in mesh_shapes(n_devices // n, rest)]
 
 
-def shapes_that_fit(n_devices: int, near: Mapping[str, int], most: int = 8) -> str:
-    """Returns `8x1, 4x2, 2x4, 1x8`: the shapes nearest to sizes that do not fit.
+def format_fitting_shapes(n_devices: int, near: Mapping[str, int], most: int = 8) -> str:
+    """Returns `8x1, 4x2, 2x4, 1x8`: the shapes that are nearest to sizes that do not fit.
 
-    >>> shapes_that_fit(8, {"data": 4, "model": 4})
+    Args:
+      n_devices: number of devices.
+      near: size of each axis that does not fit.
+      most: number of shapes to list.
+
+    >>> format_fitting_shapes(8, {"data": 4, "model": 4})
     '8x1, 4x2, 2x4, 1x8'
     """
     shapes = mesh_shapes(n_devices, list(near))
@@ -28,7 +33,7 @@ def shapes_that_fit(n_devices: int, near: Mapping[str, int], most: int = 8) -> s
     def distance(shape: Mapping[str, int]) -> float:
         return sum(abs(math.log(size / max(1, near[axis]))) for axis, size in shape.items())
 
-    kept = sorted(shapes, key=distance)[:most]
-    text = ", ".join("x".join(map(str, s.values())) for s in shapes if s in kept)
-    more = len(shapes) - len(kept)
-    return f"{text} and {more} more" if more else text
+    nearest = sorted(shapes, key=distance)[:most]
+    text = ", ".join("x".join(map(str, s.values())) for s in shapes if s in nearest)
+    omitted = len(shapes) - len(nearest)
+    return f"{text} and {omitted} more" if omitted else text

@@ -8,20 +8,20 @@ import jax
 
 from .._core.errors import MeshError, Problem, count, format_problems
 
-# Whether this process compiles for another target than its program asks for.
+# Whether the number of devices of this process is final.
 _settled = False
 
 _FLAG = "--xla_force_host_platform_device_count"
 
 
 def simulate_devices(n: int) -> None:
-    """Makes JAX show `n` CPU devices, each a part of this machine's processor.
+    """Makes JAX show `n` CPU devices that share this machine's processor.
 
     Call it right after the imports: JAX fixes its devices with the first array, key or
-    `jax.devices()`. Called later, it does nothing when JAX has just these devices. Unless
-    `JAX_PLATFORMS` says otherwise it also selects the CPU, so that `jax.devices()` lists the
-    simulated devices on a machine with an accelerator too. They show what a program does on
-    a mesh, never how fast.
+    `jax.devices()`. A later call does nothing if JAX has exactly these devices. Unless
+    `JAX_PLATFORMS` is set it also selects the CPU, so that `jax.devices()` lists the simulated
+    devices on a machine with an accelerator too. They show what a program computes and sends on
+    a mesh, not how fast.
 
     Args:
       n: number of devices of this process.
@@ -36,7 +36,9 @@ def simulate_devices(n: int) -> None:
 
 
 def settle_devices(n: int | None) -> None:
-    """Decides for all of this process; later calls of `simulate_devices` are passed over.
+    """Fixes the devices of this process; later calls of `simulate_devices` do nothing.
+
+    A child process that compiles for another target runs the user's program, which may call it.
 
     Args:
       n: number of simulated devices; None for a target that needs none.
@@ -48,13 +50,13 @@ def settle_devices(n: int | None) -> None:
 
 
 def offer_devices(n: int) -> bool:
-    """Makes JAX show `n` CPU devices where it finds no others; an accelerator stays the default.
+    """Makes JAX show `n` CPU devices without selecting the CPU: an accelerator stays the default.
 
     Args:
       n: number of devices of this process.
 
     Returns:
-      False where that was decided before.
+      False if the number of devices was fixed before.
 
     Raises:
       MeshError: as `simulate_devices`.
@@ -84,7 +86,7 @@ def _check_started(n: int) -> None:
     if present != n:
         _refuse(
             n,
-            f"JAX has started already, with {count(present, 'CPU device')}",
+            f"JAX has started with {count(present, 'CPU device')}",
             f"call sk.simulate_devices({n}) right after the imports, before the first array, key "
             f"or jax.devices(); or set XLA_FLAGS={_FLAG}={n} in the environment; or use a child "
             f"process: shardkit.testing.simulated_devices({n})",

@@ -9,8 +9,8 @@ from typing import Any
 from jax.sharding import Mesh
 
 from .._core.errors import MeshError, Problem, count, did_you_mean, format_problems, raise_all
-from ._build import arrange, target_devices
-from ._shapes import shapes_that_fit
+from ._build import arrange_devices, target_devices
+from ._shapes import format_fitting_shapes
 from ._target import Target
 
 _RESERVED = ("dcn",)
@@ -21,9 +21,9 @@ class MeshSpec:
     """Named sizes of a device mesh. Nothing touches a device before `build`.
 
     The order of the names is the order of the mesh's axes; put last what communicates most.
-    One size may be -1: what the devices leave. `dcn` says how many slices or hosts an axis
-    crosses: `MeshSpec(data=2, tensor=4, dcn={"data": 4})` has `data` = 4 x 2 = 8, made of 4
-    slices with 2 places each, and uses 32 devices.
+    One size may be -1: the number of devices divided by the other sizes. `dcn` gives the number
+    of slices or hosts that an axis crosses: `MeshSpec(data=2, tensor=4, dcn={"data": 4})` has
+    `data` = 4 slices x 2 within each = 8, and uses 32 devices.
 
     Attributes:
       sizes: `(axis, size within a slice)` in mesh order; also as the dict `axes`.
@@ -40,18 +40,18 @@ class MeshSpec:
     slices: tuple[tuple[str, int], ...]
 
     def __init__(self, *, dcn: Mapping[str, int] | None = None, **sizes: int) -> None:
-        """Takes the sizes and checks them.
+        """Declares a mesh and checks its sizes.
 
         Args:
-          dcn: number of slices (or hosts, where a host is the unit of the fast network) along
-            an axis. The axis' whole size is this times its own.
+          dcn: number of slices along an axis (or hosts, if the fast network ends at a host). The
+            size of the axis in the built mesh is this times its own.
           **sizes: size of each axis within a slice; one may be -1.
 
         Raises:
-          MeshError: with everything that is wrong with the names and sizes.
+          MeshError: a name or size is not legal; lists all of them.
         """
         slices = dict(dcn or {})
-        raise_all(MeshError, "The mesh cannot be declared.", _faults(sizes, slices))
+        raise_all(MeshError, "The mesh cannot be declared.", _find_problems(sizes, slices))
         object.__setattr__(self, "sizes", tuple(sizes.items()))
         object.__setattr__(self, "slices", tuple((a, slices[a]) for a in sizes if a in slices))
 
@@ -67,10 +67,10 @@ class MeshSpec:
 
     @property
     def shape(self) -> dict[str, int]:
-        """Whole size of each axis, slices included, as `jax.sharding.Mesh.shape` has it.
+        """Size of each axis of the built mesh, slices included, as `jax.sharding.Mesh.shape`.
 
         Raises:
-          MeshError: a size is -1, so that it depends on the devices.
+          MeshError: a size is -1 and depends on the devices.
         """
         if open_axes := [axis for axis, size in self.sizes if size == -1]:
             why = f"{open_axes[0]}=-1 depends on the number of devices"
@@ -109,47 +109,49 @@ class MeshSpec:
         return MeshSpec(dcn=self.dcn, **{**self.axes, **sizes})
 
     def resolve(self, n_devices: int) -> dict[str, int]:
-        """Returns the whole size of each axis on a number of devices, slices included.
+        """Returns the size of each axis, slices included, on a number of devices.
 
         Args:
           n_devices: number of devices, all of which the mesh must use.
 
         Raises:
-          MeshError: the sizes do not make that number.
+          MeshError: the sizes do not multiply to that number.
         """
-        return self._filled(n_devices, f"{count(n_devices, 'device')} present").shape
+        return self._resolve_sizes(n_devices, f"{count(n_devices, 'device')} present").shape
 
     def build(
         self, target: str | Target | None = None, *, devices: Sequence[Any] | None = None
     ) -> Mesh:
-        """Makes the mesh, always with Auto axis types.
+        """Builds the mesh, always with Auto axis types.
 
-        Real devices are placed as their network runs, by `jax.experimental.mesh_utils`.
-        Simulated devices, and those given, keep their order: row-major, with contiguous
-        blocks of them as the slices of `dcn`.
+        Real devices are ordered by their network, with `jax.experimental.mesh_utils`. Simulated
+        devices and those passed as `devices` keep their order: row-major, with contiguous blocks
+        of them as the slices of `dcn`.
 
         Args:
           target: None or `"local"` for all devices of this machine; `"cpu:8"` for the first 8
-            CPU devices; `"tpu:v5p:4x4x4"` for TPUs that only their compiler knows.
+            CPU devices; `"tpu:v5p:4x4x4"` to compile for TPUs that are absent.
           devices: exactly these devices, in this order, instead of a target.
 
         Returns:
           The mesh, axes in declared order.
 
         Raises:
-          MeshError: the sizes do not make the number of devices, `dcn` does not agree with
-            their slices or processes, or the devices cannot be had.
+          MeshError: the sizes do not multiply to the number of devices, `dcn` differs from their
+            slices or processes, or the devices are not available.
         """
         if target is not None and devices is not None:
-            problem = Problem(f"build({str(target)!r}, devices=[...])", "both say which devices")
-            raise MeshError(format_problems("Too many devices.", [problem], "give one of them"))
-        wanted = Target.parse(target) if isinstance(target, str) else target or Target("local")
-        found = target_devices(wanted) if devices is None else list(devices)
-        kinds = ", ".join(sorted({device.platform for device in found})) or "none"
-        filled = self._filled(len(found), f"{len(found)} present ({kinds})")
-        return arrange(found, filled.axes, filled.dcn, as_given=devices is not None)
+            problem = Problem(f"build({str(target)!r}, devices=[...])", "both choose the devices")
+            raise MeshError(
+                format_problems("The devices are given twice.", [problem], "give one of them")
+            )
+        parsed = Target.parse(target) if isinstance(target, str) else target or Target("local")
+        chosen = target_devices(parsed) if devices is None else list(devices)
+        platforms = ", ".join(sorted({device.platform for device in chosen})) or "none"
+        spec = self._resolve_sizes(len(chosen), f"{len(chosen)} present ({platforms})")
+        return arrange_devices(chosen, spec.axes, spec.dcn, as_given=devices is not None)
 
-    def _filled(self, n_devices: int, present: str) -> "MeshSpec":
+    def _resolve_sizes(self, n_devices: int, present: str) -> "MeshSpec":
         """Returns a copy without -1 that uses exactly `n_devices`."""
         fixed = math.prod(size for _, size in self.sizes if size != -1)
         known = fixed * math.prod(slices for _, slices in self.slices)
@@ -159,29 +161,32 @@ class MeshSpec:
                 return self.with_axes(**{open_axes[0]: n_devices // known})
             if n_devices == known:
                 return self
-        why, fixes = self._misfit(n_devices, known, open_axes, present)
+        why, fixes = self._explain_misfit(n_devices, known, open_axes, present)
         headline = f"The mesh does not fit {count(n_devices, 'device')}."
         raise MeshError(format_problems(headline, [Problem(repr(self), why)], "; or ".join(fixes)))
 
-    def _misfit(
+    def _explain_misfit(
         self, n_devices: int, known: int, open_axes: list[str], present: str
     ) -> tuple[str, list[str]]:
-        """Returns why the sizes do not make `n_devices`, and the ways out."""
+        """Returns why the sizes do not multiply to `n_devices`, and the fixes."""
         fixes = []
         slices = math.prod(self.dcn.values())
         if n_devices and n_devices % slices == 0:
             per_slice = n_devices // slices
             each = f" in each of {slices} slices" if slices > 1 else ""
             near = {axis: max(1, size) for axis, size in self.sizes}
-            shapes = shapes_that_fit(per_slice, near)
+            shapes = format_fitting_shapes(per_slice, near)
             fixes.append(f"meshes that fit {per_slice}{each} ({' x '.join(near)}): {shapes}")
         else:
             fixes.append(f"dcn sizes whose product divides {n_devices}, not {slices}")
         if open_axes:
-            return f"{open_axes[0]}=-1 leaves {n_devices} / {known}, not whole; {present}", fixes
-        freed = next((a for a, s in self.sizes if n_devices and n_devices % (known // s) == 0), "")
-        if freed:
-            fixes.append(f"{self.with_axes(**{freed: -1})!r}")
+            return (
+                f"{open_axes[0]}=-1 would be {n_devices} / {known}, not a whole number; {present}",
+                fixes,
+            )
+        fits = (a for a, s in self.sizes if n_devices and n_devices % (known // s) == 0)
+        if axis := next(fits, ""):
+            fixes.append(f"{self.with_axes(**{axis: -1})!r}")
         if known > n_devices:
             fixes.append(f"sk.simulate_devices({known}) before JAX starts, for a dry run")
             return f"needs {count(known, 'device')}, {present}", fixes
@@ -196,23 +201,23 @@ class MeshSpec:
         return f"MeshSpec({self})"
 
 
-def _faults(sizes: Mapping[str, Any], slices: Mapping[str, Any]) -> list[Problem]:
-    """Lists everything that is wrong with names and sizes, before any device is known."""
+def _find_problems(sizes: Mapping[str, Any], slices: Mapping[str, Any]) -> list[Problem]:
+    """Lists every name and size that is not legal, whatever the devices."""
     problems = []
     if not sizes:
-        problems.append(Problem("MeshSpec()", "no axis", "MeshSpec(data=-1)"))
+        problems.append(Problem("MeshSpec()", "has no axis", "MeshSpec(data=-1)"))
     for axis, size in sizes.items():
         if not axis.isidentifier() or axis in _RESERVED:
-            why = "an axis is named by an identifier"
+            why = "the name of an axis must be a Python identifier"
             named = re.sub(r"\W+", "_", f"axis_{axis}" if not axis[:1].isalpha() else axis)
             named = f"{named}_" if named in _RESERVED else named
             problems.append(Problem(f"axis {axis!r}", why, f"MeshSpec({named}={size!r})"))
         if not _is_size(size) and size != -1:
-            why = f"{size!r} is not a positive int, nor -1 for what the devices leave"
+            why = f"{size!r} is not a positive int or -1 (the remaining devices)"
             problems.append(Problem(f"{axis}={size!r}", why, f"{axis}=2, or {axis}=-1"))
-    if len(filled := [axis for axis, size in sizes.items() if size == -1]) > 1:
-        shown = ", ".join(f"{axis}=-1" for axis in filled)
-        fix = f"give {' or '.join(filled)} a size"
+    if len(open_axes := [axis for axis, size in sizes.items() if size == -1]) > 1:
+        shown = ", ".join(f"{axis}=-1" for axis in open_axes)
+        fix = f"give {' or '.join(open_axes)} a size"
         problems.append(Problem(shown, "only one size may be -1", fix))
     for axis, size in slices.items():
         subject = f"dcn={{{axis!r}: {size!r}}}"

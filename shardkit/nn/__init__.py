@@ -1,8 +1,8 @@
-"""What a model may say of its arrays and parts; a strategy may carry it out in its own way."""
+"""`sk.nn`: what a model can state about its arrays and its parts, for strategies to act on."""
 
 from typing import TYPE_CHECKING
 
-from .._core.lazy import lazy_names
+from .._core.startup import lazy_names
 
 if TYPE_CHECKING:
     from ._attention import attention as attention

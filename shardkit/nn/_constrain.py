@@ -1,8 +1,8 @@
-"""`sk.nn.constrain`: logical names on an activation, resolved when a step is lowered.
+"""`sk.nn.constrain`: logical names of an activation, resolved when a step is lowered.
 
-The names travel as parameters of a primitive, so no jaxpr ever holds a mesh. A context read
-while tracing would be baked into jaxprs that JAX caches by function identity (scan bodies,
-inner `jit`s), and the second mesh or strategy would silently get the first one's constraints.
+The names are parameters of a primitive, so a jaxpr holds no mesh. A mesh read while tracing would
+stay in the jaxprs that JAX caches by function identity (scan bodies, inner `jit`s), and a second
+mesh or strategy would silently get the constraints of the first.
 """
 
 import contextlib
@@ -17,13 +17,14 @@ from jax.interpreters import ad, batching, mlir
 from .._core.errors import Problem, StepError, count, format_problems
 from .._core.tracing import TraceContext
 from .._core.tree import short_type
+from ..rules import axes_of
 from ._manual_axis_rules import on_shards, reshard
 
-# The dim that `jax.vmap` adds when a step maps over lanes, or a user over anything else.
-LANES = "(lanes)"
+# Names of the dim that `jax.vmap` adds: over gradient shards by a step, over anything by a user.
+GRADIENT_SHARDS = "(gradient shards)"
 MAPPED = "(mapped)"
 
-# Names and shape of what is constrained, and the mesh axes that are manual where it stands.
+# (names and shape of an activation, mesh axes that are manual around it) -> its sharding.
 Resolver = Callable[
     [tuple[str | None, ...], tuple[int, ...], tuple[str, ...]], jax.sharding.NamedSharding | None
 ]
@@ -40,26 +41,26 @@ def constrain(
     into: tuple[str, ...] = (),
     partial: tuple[str, ...] = (),
 ) -> jax.Array:
-    """States the logical axes of an activation, so that a strategy can lay it out.
+    """Names the logical axes of an activation, so that the strategy can lay it out.
 
     Outside a compiled step, and on one device, this is the identity. Inside a step every call
     becomes a sharding constraint, or the step does not compile: an unknown name or a dim that
     the mesh does not divide is an error, never a silently dropped constraint.
 
-    The keywords matter in `mode="shard_map"`, where `x` is one device's shard and the partitioner
-    cannot see what it is a shard of: they say what brings it to the named layout. Otherwise
-    `source` alone does, and only where a dim that it splits is to be split finer: the partitioner
-    gathers that dim first if it is not told that `x` has it split already.
+    The keywords are for `mode="shard_map"`, where `x` is one device's shard: they choose the
+    collective that brings it to the named layout. Under the partitioner only `source` has an
+    effect, and only if a dim that it splits is split further by `names`: without it the
+    partitioner gathers that dim first.
 
     Args:
       x: an array of any shape and dtype.
       *names: one logical axis name per dim, None for a dim that stays whole.
-      source: the logical axes that `x` has so far, where some differ from `names`. A dim that
-        was split and is not any more is gathered, one that was not is cut.
+      source: the logical axes of `x` before the call, if they differ from `names`. A dim that is
+        split in `source` alone is gathered, one that is split in `names` alone is sliced.
       into: logical axes of the weights that `x` is multiplied with next, as in the input of a
-        column-split product: its gradient is summed over their shards.
-      partial: logical axes that the product which made `x` contracted, as in the output of a
-        row-split product: `x` is summed over their shards.
+        column-parallel product: its gradient is summed over their shards.
+      partial: logical axes that the product which computed `x` contracted, as in the output of a
+        row-parallel product: `x` is summed over their shards.
 
     Returns:
       `x`, unchanged in value.
@@ -77,10 +78,12 @@ def constrain(
         wanted = short_type(shape, jax.numpy.result_type(x))
         why = f"{count(len(names), 'name')} for {count(len(shape), 'dim')} of {wanted}"
         fix = "name every dim, None for one that stays whole"
-        raise StepError(format_problems("A constraint does not fit.", [Problem(subject, why)], fix))
+        raise StepError(
+            format_problems("sk.nn.constrain does not fit its array.", [Problem(subject, why)], fix)
+        )
     if on_shards():
         x = reshard(x, names, source or names, into, partial)
-    # Part of the context by which JAX keeps traces, so no trace is used where it does not hold.
+    # JAX's trace caches have the abstract mesh in their keys, so a parameter may depend on it.
     inside = tuple(sorted(jax.sharding.get_abstract_mesh().manual_axes))
     also = tuple(name for name in (*(source or ()), *partial) if name)
     stated = {"inside": inside, "into": tuple(into), "also": also}
@@ -91,10 +94,11 @@ def constrain(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def constrain_gradient(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-    """States the logical axes of the gradient that arrives at an activation, and not its own.
+    """Names the logical axes of the gradient of an activation, and leaves the activation alone.
 
-    Where several products of the backward pass use a gradient that has to be gathered, it is then
-    gathered once. Left alone the partitioner gathers it for each, and not always merges the two.
+    If several products of the backward pass use a gradient that has to be gathered, it is gathered
+    once. Without the constraint the partitioner gathers it for each product, and does not always
+    merge the gathers.
 
     Args:
       x: an array of any shape and dtype.
@@ -103,19 +107,21 @@ def constrain_gradient(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array
     return x
 
 
-def _keep(x: jax.Array, names: tuple[str | None, ...]) -> tuple[jax.Array, None]:
+def _constrain_gradient_fwd(x: jax.Array, names: tuple[str | None, ...]) -> tuple[jax.Array, None]:
     return x, None
 
 
-def _constrain_arrived(names: tuple[str | None, ...], _: None, g: jax.Array) -> tuple[jax.Array]:
+def _constrain_gradient_bwd(
+    names: tuple[str | None, ...], _: None, g: jax.Array
+) -> tuple[jax.Array]:
     return (constrain(g, *names),)
 
 
-constrain_gradient.defvjp(_keep, _constrain_arrived)
+constrain_gradient.defvjp(_constrain_gradient_fwd, _constrain_gradient_bwd)
 
 
-def resolving(resolver: Resolver) -> contextlib.AbstractContextManager[None]:
-    """Makes `resolver` turn names into shardings while a step's module is lowered."""
+def use_resolver(resolver: Resolver) -> contextlib.AbstractContextManager[None]:
+    """Makes `resolver` turn names into shardings while a step's module is lowered in the block."""
     return _resolver.use(resolver)
 
 
@@ -128,7 +134,8 @@ def _lower(
     inside: tuple[str, ...],
     **_: Any,
 ) -> Any:
-    resolver, shape = _resolver.value, ctx.avals_in[0].shape
+    aval: Any = ctx.avals_in[0]
+    resolver, shape = _resolver.value, aval.shape
     sharding = resolver(names, shape, inside) if resolver else None
     if resolver is None or sharding is None:
         return [x]
@@ -141,15 +148,11 @@ def _lower(
 
 
 def _refines(finer: jax.sharding.NamedSharding | None, coarser: jax.sharding.NamedSharding) -> bool:
-    """Whether one sharding splits a dim more that the other splits already."""
+    """Whether `finer` splits a dim further that `coarser` splits already."""
     if finer is None:
         return False
     pairs = zip(finer.spec, coarser.spec, strict=True)
-    return any(few and few != more and set(_axes(few)) <= set(_axes(more)) for more, few in pairs)
-
-
-def _axes(dim: Any) -> tuple[str, ...]:
-    return (dim,) if isinstance(dim, str) else dim or ()
+    return any(few and few != more and {*axes_of(few)} <= {*axes_of(more)} for more, few in pairs)
 
 
 def _batch(
@@ -163,7 +166,7 @@ def _batch(
 ) -> Any:
     (x,), (dim,) = args, dims
     if dim is not None:  # a mapped function also constrains what it does not map, its weights
-        added = LANES if axis_data.name == LANES else MAPPED
+        added = GRADIENT_SHARDS if axis_data.name == GRADIENT_SHARDS else MAPPED
         names = (*names[:dim], added, *names[dim:])
         finer = finer and (*finer[:dim], added, *finer[dim:])
     return constrain_p.bind(x, names=names, finer=finer, **stated), dim

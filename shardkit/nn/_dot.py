@@ -1,23 +1,51 @@
-"""A matrix product whose weight gradient turns over the smaller of its two operands.
+"""The products of `sk.nn` and of the reference model, all of which go through `dot_general`.
 
-The gradient of `y = x w` with respect to `w` contracts x and the cotangent of y over their rows,
-which both have in front. A backend whose matrix product reads its left operand row by row, as
-XLA's on CPUs does, first writes the left one transposed. JAX always puts the cotangent there;
-for products that widen (to `mlp`, to `vocab`) it is the large one. Where the compiler lays out
-operands freely, as on TPUs, the order makes no difference.
+So another way to multiply, such as fp8 products with scales, is a change of this file alone: every
+product below, and each product of its gradient, is one `dot_general` or one `ragged_dot_general`.
 """
 
 import functools
 import math
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 Axes = tuple[int, ...]
 
 
+def dot_general(a: jax.Array, b: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+    """`jax.lax.dot_general`: the one place where two dense arrays are multiplied."""
+    return jax.lax.dot_general(a, b, *args, **kwargs)
+
+
+def ragged_dot_general(
+    a: jax.Array, b: jax.Array, sizes: jax.Array, numbers: jax.lax.RaggedDotDimensionNumbers
+) -> jax.Array:
+    """`jax.lax.ragged_dot_general`: the one place where rows meet the matrix of their group."""
+    return jax.lax.ragged_dot_general(a, b, sizes, numbers)
+
+
+def einsum(spec: str, a: jax.Array, b: jax.Array, dtype: Any = None) -> jax.Array:
+    """Returns `jnp.einsum(spec, a, b)`, accumulated in `dtype` and of that dtype if one is given.
+
+    >>> einsum("th,sh->ts", jnp.ones((2, 3)), jnp.ones((4, 3))).shape
+    (2, 4)
+    """
+    return jnp.einsum(spec, a, b, preferred_element_type=dtype, _dot_general=dot_general)
+
+
+def matmul(x: jax.Array, w: jax.Array, dtype: Any = None, precision: Any = None) -> jax.Array:
+    """Returns x w for x [..., inputs] and w [inputs, outputs], in `dtype` if one is given."""
+    numbers = (((x.ndim - 1,), (0,)), ((), ()))
+    return dot_general(x, w, numbers, precision=precision, preferred_element_type=dtype)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def dense(x: jax.Array, w: jax.Array, contracted: int = 1) -> jax.Array:
+def project(x: jax.Array, w: jax.Array, contracted: int = 1) -> jax.Array:
     """Returns x w, summed over the last `contracted` dims of x and as many leading ones of w.
+
+    Its weight gradient is that of `weight_gradient`.
 
     Args:
       x: [..., *inputs].
@@ -27,20 +55,19 @@ def dense(x: jax.Array, w: jax.Array, contracted: int = 1) -> jax.Array:
     Returns:
       [..., *outputs] in the dtype of x.
 
-    >>> import jax.numpy as jnp
-    >>> dense(jnp.ones((5, 2, 3)), jnp.ones((2, 3, 4)), 2).shape
+    >>> project(jnp.ones((5, 2, 3)), jnp.ones((2, 3, 4)), 2).shape
     (5, 4)
     """
     return _contract(x, w, _last(x, contracted), tuple(range(contracted)))
 
 
-def _dense_fwd(
+def _project_fwd(
     x: jax.Array, w: jax.Array, contracted: int
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return dense(x, w, contracted), (x, w)
+    return project(x, w, contracted), (x, w)
 
 
-def _dense_bwd(
+def _project_bwd(
     contracted: int, saved: tuple[jax.Array, jax.Array], g: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, w = saved
@@ -49,18 +76,30 @@ def _dense_bwd(
     return g_x, weight_gradient(x, g, contracted, outputs)
 
 
-dense.defvjp(_dense_fwd, _dense_bwd)
+project.defvjp(_project_fwd, _project_bwd)
 
 
 def weight_gradient(x: jax.Array, g: jax.Array, inputs: int = 1, outputs: int = 1) -> jax.Array:
-    """Returns xᵀ g, contracted over the dims before the last `inputs` of x, `outputs` of g."""
+    """Returns xᵀ g: [*inputs, *outputs], summed over the rows that both have in front.
+
+    The smaller operand is the left one. XLA's matrix product on CPUs reads its left operand row by
+    row, so it first writes a transposed copy of it. JAX's own rule puts the cotangent there, which
+    is the large one where a product widens (to `mlp`, to `vocab`). Compilers that choose layouts
+    freely, as for TPUs, make the same program of both orders.
+
+    Args:
+      x: [rows, …, *inputs].
+      g: [rows, …, *outputs], cotangent of x w.
+      inputs: number of `inputs` dims.
+      outputs: number of `outputs` dims.
+    """
     rows = tuple(range(x.ndim - inputs))
     width_x = math.prod(x.shape[len(rows) :])
     width_g = math.prod(g.shape[len(rows) :])
     if width_x <= width_g:
         return _contract(x, g, rows, rows)
-    turned = _contract(g, x, rows, rows)
-    return turned.transpose(*range(outputs, outputs + inputs), *range(outputs))
+    transposed = _contract(g, x, rows, rows)
+    return transposed.transpose(*range(outputs, outputs + inputs), *range(outputs))
 
 
 def _last(x: jax.Array, dims: int) -> Axes:
@@ -68,4 +107,4 @@ def _last(x: jax.Array, dims: int) -> Axes:
 
 
 def _contract(a: jax.Array, b: jax.Array, axes_a: Axes, axes_b: Axes) -> jax.Array:
-    return jax.lax.dot_general(a, b, ((axes_a, axes_b), ((), ())))
+    return dot_general(a, b, ((axes_a, axes_b), ((), ())))

@@ -1,13 +1,11 @@
-"""`sk.nn.layer_stack`: a loss as first → layers → last, so that a pipeline can carry it out in
-stages.
-"""
+"""`sk.nn.layer_stack`: a loss as first → layers → last, which a pipeline can cut into stages."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from .._core.types import Mean
+from .._core.types import Batch, Key, Mean, Params, PyTree
 from ._overridable import overridable
 from ._remat import remat
 
@@ -17,56 +15,63 @@ Last = Callable[[Any, Any, Any], Any]
 
 
 def layer_stack(
-    first: First, layer: Layer, last: Last, ends: Any, layers: Any, batch: Any, key: Any = None
+    first: First,
+    layer: Layer,
+    last: Last,
+    outer_params: Params,
+    layers: Params,
+    batch: Batch,
+    key: Key | None = None,
 ) -> Any:
-    """Computes a loss in three parts: what comes before the layers, the layers, what comes after.
+    """Computes a loss in three parts: `first` before the layers, the layers, `last` after them.
 
-    Plainly it is `first`, a `jax.lax.scan` of `layer` under `sk.nn.remat`, and `last`. It is the
-    region `"staged"`: with `sk.strategies.pipeline` each device works on layers of its own, and
-    `first` and `last` run where the first and the last layer are.
+    By itself it is `first`, a `jax.lax.scan` of `layer` under `sk.nn.remat`, and `last`. A strategy
+    may override it by the name `"layer_stack"`: with `sk.strategies.pipeline()` each device holds
+    some of the layers, and `first` and `last` run where the first and the last layer are.
 
-    The functions must take every parameter as an argument: what they close over gets no gradient.
-    In a `jax.jit` or scan of your own they must take every traced array as an argument.
-    Gradients flow through the loss (the `total` of a `Mean`) alone, not through weight or metrics.
+    The functions must take every parameter, and inside a `jax.jit` or scan of your own every
+    traced array, as an argument: arrays that they close over get no gradient. Gradients flow
+    through the loss (the `total` of a `Mean`), and not through its weight or the metrics.
 
     Args:
-      first: `(ends, batch, key) -> x`, a pytree of floating-point arrays `[rows, ...]` that keeps
-        its form from layer to layer.
+      first: `(outer_params, batch, key) -> x`, a pytree of floating-point arrays `[rows, ...]`
+        whose shapes and dtypes every layer keeps.
       layer: `(weights of one layer, x, batch, key) -> x`.
-      last: `(ends, x, batch) -> loss`, or `-> (loss, metrics)`; the loss is a `Mean` or a scalar,
-        a mean over equal-sized rows.
-      ends: pytree of parameters of `first` and `last`.
+      last: `(outer_params, x, batch) -> loss`, or `-> (loss, metrics)`; the loss is a `Mean` or a
+        scalar, which is then a mean over rows of equal weight.
+      outer_params: pytree of the parameters of `first` and `last`.
       layers: pytree of parameters `[layers, ...]`.
-      batch: pytree of `[rows, ...]`, as the step's loss got it, or of what it made of it.
-      key: draws dropout; None for none. Each layer and `first` get a key of their own.
+      batch: pytree of `[rows, ...]`.
+      key: key[] for dropout; None for none. Each layer and `first` get a key of their own.
 
     Returns:
       What `last` returns.
 
     >>> import jax, jax.numpy as jnp
     >>> weights = {"first": jnp.ones((3, 4)), "layers": jnp.ones((2, 4, 4)) / 4}
-    >>> float(staged(
-    ...     lambda ends, batch, key: batch @ ends["first"],
+    >>> float(layer_stack(
+    ...     lambda outer, batch, key: batch @ outer["first"],
     ...     lambda w, x, batch, key: jnp.tanh(x @ w),
-    ...     lambda ends, x, batch: x.mean(),
+    ...     lambda outer, x, batch: x.mean(),
     ...     weights, weights["layers"], jnp.ones((2, 3))))  # doctest: +ELLIPSIS
     0.759...
     """
-    return overridable("staged", _plainly)(first, layer, last, ends, layers, batch, key)
+    arrays = {"outer_params": outer_params, "layers": layers, "batch": batch, "key": key}
+    return overridable("layer_stack", _run_layer_stack)(first, layer, last, **arrays)
 
 
-def layer_keys(key: Any, layers: int) -> tuple[Any, Any]:
-    """Returns the key of `first`, and those of the layers: key[layers]; None for no key."""
+def split_layer_keys(key: Key | None, layers: int) -> tuple[Key | None, Key | None]:
+    """Returns the key of `first`, and key[layers] of the layers; None twice for no key."""
     if key is None:
         return None, None
     return jax.random.fold_in(key, layers), jax.random.split(key, layers)
 
 
-def scan_layers(layer: Layer, x: Any, layers: Any, batch: Any, keys: Any) -> Any:
-    """Returns what layers, stacked along dim 0 of `layers` and `keys`, make of `x` in turn."""
+def scan_layers(layer: Layer, x: PyTree, layers: Params, batch: Batch, keys: Key | None) -> PyTree:
+    """Applies layers, stacked along dim 0 of `layers` and `keys`, to `x` one after another."""
 
-    def body(x: Any, one: tuple[Any, Any]) -> tuple[Any, None]:
-        weights, key = one
+    def body(x: PyTree, weights_and_key: tuple[Params, Key | None]) -> tuple[PyTree, None]:
+        weights, key = weights_and_key
         return layer(weights, x, batch, key), None
 
     with jax.named_scope("layers"):
@@ -75,16 +80,22 @@ def scan_layers(layer: Layer, x: Any, layers: Any, batch: Any, keys: Any) -> Any
 
 
 def stop_aux_gradients(out: Any) -> Any:
-    """What `last` returned, with no gradient through anything but the loss."""
+    """Returns what `last` returned, with no gradient through anything but the loss."""
     loss, *metrics = out if isinstance(out, tuple) else (out,)
     if isinstance(loss, Mean):
         loss = Mean(loss.total, jax.lax.stop_gradient(loss.weight))
     return (loss, *jax.lax.stop_gradient(metrics)) if metrics else loss
 
 
-def _plainly(
-    first: First, layer: Layer, last: Last, ends: Any, layers: Any, batch: Any, key: Any
+def _run_layer_stack(
+    first: First,
+    layer: Layer,
+    last: Last,
+    outer_params: Params,
+    layers: Params,
+    batch: Batch,
+    key: Key | None,
 ) -> Any:
-    for_first, keys = layer_keys(key, len(jax.tree.leaves(layers)[0]))
-    x = scan_layers(layer, first(ends, batch, for_first), layers, batch, keys)
-    return stop_aux_gradients(last(ends, x, batch))
+    first_key, keys = split_layer_keys(key, len(jax.tree.leaves(layers)[0]))
+    x = scan_layers(layer, first(outer_params, batch, first_key), layers, batch, keys)
+    return stop_aux_gradients(last(outer_params, x, batch))

@@ -1,10 +1,10 @@
-"""Regions: parts of a model that a strategy may carry out itself.
+"""Parts of a model that a strategy may compute in its own way.
 
-A model marks a part with `overridable("attention", plain)(...)`: what is to be computed, as a plain
-function of arrays on one device. Where the strategy of the step declares a carrier for that name,
-the carrier computes the same by other means (attention round a ring of devices, layers in a
-pipeline, experts by all-to-all); everywhere else the plain function runs. So the model still names
-no mesh axis, and works outside a compiled step as it stands.
+A model wraps such a part as `overridable("attention", reference)(...)`, where `reference` is a
+plain function of arrays on one device. If the step's strategy has an `Override` of that name, it
+computes the same result by other means: attention around a ring of devices, layers in a pipeline,
+experts by all-to-all. Otherwise `reference` runs. So the model names no mesh axis and also works
+outside a compiled step.
 """
 
 import abc
@@ -21,199 +21,207 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from .._core.errors import Problem
 from .._core.tracing import TraceContext, record_fact, recorded_facts
 from .._core.types import Accumulate
-from ..rules import axes_of, from_axes
+from ..rules import axes_of, spec_from_axes
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
+Names = tuple[str | None, ...]
+
 
 @dataclasses.dataclass(frozen=True)
 class StepContext:
-    """What a carrier knows of the step that it works in.
+    """What an override knows of the step being traced. Hashable: it is part of JAX's trace keys.
 
     Attributes:
       mesh: the device mesh.
-      rows: mesh axes that the rows of the batch are split over.
-      spec: logical axis names of an activation's dims → its spec, as the region sees them; with a
-        hash, as all of these, since traces are kept by them.
-      lanes: those of `rows` that `jax.vmap` over lanes splits already, so that the rows that the
-        region sees are not split over them, nor does `spec` name them.
-      moving: those of `rows` along which some carrier moves rows between devices.
+      row_axes: mesh axes that the rows of the batch are split over.
+      spec: `logical axis names of an activation's dims -> its spec` inside the overridable part.
+      gradient_shard_axes: those of `row_axes` that `jax.vmap` over gradient shards maps already;
+        the rows inside the part are not split over them, and `spec` does not name them.
+      moving_row_axes: those of `row_axes` along which an override moves rows between devices.
     """
 
     mesh: Mesh
-    rows: tuple[str, ...]
-    spec: Callable[[tuple[str | None, ...]], PartitionSpec]
-    lanes: tuple[str, ...] = ()
-    moving: tuple[str, ...] = ()
+    row_axes: tuple[str, ...]
+    spec: Callable[[Names], PartitionSpec]
+    gradient_shard_axes: tuple[str, ...] = ()
+    moving_row_axes: tuple[str, ...] = ()
 
     @property
-    def free_rows(self) -> tuple[str, ...]:
-        """Axes that split the rows which a region sees: neither lanes nor manual around it."""
-        taken = {*self.lanes, *manual_axes()}
-        return tuple(axis for axis in self.rows if axis not in taken)
+    def free_row_axes(self) -> tuple[str, ...]:
+        """Mesh axes that split the rows inside the part: neither mapped by `vmap` nor manual."""
+        taken = {*self.gradient_shard_axes, *manual_axes()}
+        return tuple(axis for axis in self.row_axes if axis not in taken)
 
 
 def manual_axes() -> tuple[str, ...]:
-    """Mesh axes over which a `shard_map` around what is being traced is manual."""
+    """Returns the mesh axes that are manual in the `shard_map` being traced, if any."""
     return tuple(jax.sharding.get_abstract_mesh().manual_axes)
 
 
-def partly_manual() -> bool:
-    """Whether a `shard_map` around what is being traced leaves some axes to the partitioner."""
-    around = jax.sharding.get_abstract_mesh()
-    return bool(around.manual_axes and around.auto_axes)
+def is_partly_manual() -> bool:
+    """Whether the `shard_map` being traced leaves some mesh axes to the partitioner."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return bool(mesh.manual_axes and mesh.auto_axes)
 
 
-def mesh_here(mesh: Mesh) -> Mesh | AbstractMesh:
-    """The mesh that shardings name here: inside of a `shard_map` its own, which knows its axes."""
-    around = jax.sharding.get_abstract_mesh()
-    return mesh if around.empty else around
+def current_mesh(mesh: Mesh) -> Mesh | AbstractMesh:
+    """Returns the mesh that shardings must name here: that of the enclosing `shard_map`, if any."""
+    abstract = jax.sharding.get_abstract_mesh()
+    return mesh if abstract.empty else abstract
 
 
 @dataclasses.dataclass(frozen=True)
 class Override(abc.ABC):
-    """One way to carry out a region, over one mesh axis.
+    """One way to compute an overridable part, over one mesh axis.
 
     Attributes:
-      axis: the mesh axis that the work is divided over; on an axis of one device, or without it
-        in the mesh, the plain function runs.
+      axis: the mesh axis that the work is divided over. If the mesh lacks it, or it has one
+        device, the reference function runs.
     """
 
     axis: str
 
     @property
     def moves_rows(self) -> bool:
-        """Whether rows leave their device along the axis, so that no lane can end there."""
+        """Whether rows leave their device along the axis, so that it cannot bound a shard."""
         return False
 
     @abc.abstractmethod
     def __call__(
         self, around: StepContext, plain: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Returns what `plain(*args, **kwargs)` would."""
+        """Returns what `plain(*args, **kwargs)` would.
 
-    def misfits(self, accumulate: Accumulate, apart: bool) -> list[Problem]:
-        """What of the rest of a declaration this carrier cannot work with; nothing by default.
+        Args:
+          around: the step being traced.
+          plain: the reference function.
+          *args: as the model passes them.
+          **kwargs: as the model passes them.
+        """
+
+    def incompatibilities(self, accumulate: Accumulate, reduce_separately: bool) -> list[Problem]:
+        """Lists what in the rest of a declaration this override cannot work with.
 
         Args:
           accumulate: micro-batches of the step.
-          apart: whether gradients are kept apart by lane for a reduction dtype of their own.
+          reduce_separately: whether gradients stay separate per shard until one reduction, for a
+            reduction dtype of their own.
         """
-        del accumulate, apart
+        del accumulate, reduce_separately
         return []
 
 
 @dataclasses.dataclass(frozen=True)
 class ActiveOverrides:
-    """The carriers of the step being traced.
+    """The overrides of the step being traced.
 
     Attributes:
-      carriers: (name of a region, its carrier), on mesh axes of several devices alone.
-      around: what they know of the step.
-      plainly: regions run plainly for now.
+      overrides: `(name of the part, override)`, only those whose axis has several devices.
+      step: what they know of the step.
+      disabled: whether every part runs its reference function for now.
     """
 
-    carriers: tuple[tuple[str, Override], ...]
-    around: StepContext
-    plainly: bool = False
+    overrides: tuple[tuple[str, Override], ...]
+    step: StepContext
+    disabled: bool = False
 
-    def unreached(self, jaxpr: core.Jaxpr) -> dict[str, Override]:
-        """Carriers of the regions that a program does not have."""
+    def find_unreached(self, jaxpr: core.Jaxpr) -> dict[str, Override]:
+        """Returns the overrides whose part does not occur in a traced program."""
         reached = {name for (name,) in recorded_facts(jaxpr, _REACHED)}
-        return {name: one for name, one in self.carriers if name not in reached}
+        return {name: override for name, override in self.overrides if name not in reached}
 
 
-_active = TraceContext[ActiveOverrides]("regions")
-_REACHED = "region"
+_active = TraceContext[ActiveOverrides]("overrides")
+_REACHED = "overridden"
 
 
-def overridable(name: str, plain: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Marks a part of a model that a strategy may carry out itself.
+def overridable(name: str, reference: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Marks a part of a model that a strategy may compute in its own way.
 
     Args:
-      name: of the region: `"attention"`, …; it determines the signature of `plain`.
-      plain: the function of arrays that the part is, as one device computes it.
+      name: of the part, such as `"attention"`; overrides are declared by it.
+      reference: the function of arrays, as one device computes it.
 
     Returns:
-      A function that returns what `plain` does.
+      A function with the signature and the results of `reference`.
 
-    >>> region("attention", lambda q: q + 1)(1)
+    >>> overridable("attention", lambda q: q + 1)(1)
     2
     """
 
-    @functools.wraps(plain)
-    def marked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        marks = _active.value
-        carrier = dict(marks.carriers).get(name) if marks and not marks.plainly else None
-        if marks is None or carrier is None:
-            return plain(*args, **kwargs)
-        return record_fact(carrier(marks.around, plain, *args, **kwargs), _REACHED, name)
+    @functools.wraps(reference)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        active = _active.value
+        override = None
+        if active is not None and not active.disabled:
+            override = dict(active.overrides).get(name)
+        if active is None or override is None:
+            return reference(*args, **kwargs)
+        return record_fact(override(active.step, reference, *args, **kwargs), _REACHED, name)
 
-    return marked
-
-
-Names = tuple[str | None, ...]
+    return call
 
 
 def shard_mapped(
-    run: Callable[..., Any], inputs: tuple[Names, ...], output: Names
+    function: Callable[..., Any], inputs: tuple[Names, ...], output: Names
 ) -> Callable[..., Any]:
-    """Lets each device run a function on its own part of the arrays, whatever the strategy.
+    """Runs a function on each device's shard of its arguments, whatever the strategy.
 
-    For what the partitioner cannot split, such as a kernel, and what needs no other device's part.
+    For functions that the partitioner cannot split, such as kernels, and that need no data of
+    other devices.
 
     Args:
-      run: a function of arrays that is right for any part of the named dims.
+      function: a function of arrays that is right for any part of the named dims.
       inputs: logical axes of each argument's dims.
-      output: those of the result's.
+      output: logical axes of the result's dims.
 
     Returns:
-      A function of the whole arrays; outside a compiled step, and on one device, `run` itself.
+      A function of the whole arrays; outside a compiled step, and on one device, `function`.
 
     >>> shard_mapped(lambda q: q + 1, (("batch",),), ("batch",))(1)
     2
     """
 
-    def divided(*args: jax.Array) -> Any:
-        marks = _active.value
-        if marks is None or marks.around.mesh.size == 1:
-            return run(*args)
-        around = marks.around
-        taken = manual_axes()
-        free = frozenset(around.mesh.axis_names) - frozenset(taken)
-        if not free:
-            return run(*args)
+    def call(*args: jax.Array) -> Any:
+        active = _active.value
+        if active is None or active.step.mesh.size == 1:
+            return function(*args)
+        step, manual = active.step, manual_axes()
+        auto = frozenset(step.mesh.axis_names) - frozenset(manual)
+        if not auto:
+            return function(*args)
         return jax.shard_map(
-            run,
-            mesh=None if taken else around.mesh,
-            in_specs=tuple(_over(around.spec(names), free) for names in inputs),
-            out_specs=_over(around.spec(output), free),
-            axis_names=free,
+            function,
+            mesh=None if manual else step.mesh,
+            in_specs=tuple(_restrict_spec(step.spec(names), auto) for names in inputs),
+            out_specs=_restrict_spec(step.spec(output), auto),
+            axis_names=auto,
             check_vma=False,  # kernels do not say along which axes their results vary
         )(*args)
 
-    return divided
+    return call
 
 
 @contextlib.contextmanager
 def use_overrides(
-    carriers: Mapping[str, Override], around: StepContext
+    overrides: Mapping[str, Override], step: StepContext
 ) -> Iterator[ActiveOverrides]:
-    """Makes carriers carry out their regions while a step is traced."""
-    sizes = around.mesh.shape
-    needed = {name: one for name, one in carriers.items() if sizes.get(one.axis, 1) > 1}
-    marks = ActiveOverrides(tuple(sorted(needed.items())), around)
-    with _active.use(marks):
-        yield marks
+    """Makes overridable parts run these overrides while a step is traced in the block."""
+    sizes = step.mesh.shape
+    needed = {name: one for name, one in overrides.items() if sizes.get(one.axis, 1) > 1}
+    active = ActiveOverrides(tuple(sorted(needed.items())), step)
+    with _active.use(active):
+        yield active
 
 
 def without_overrides() -> contextlib.AbstractContextManager[None]:
-    """Makes regions run plainly: what a carrier learns from shapes alone does not depend on it."""
-    marks = _active.value
-    return _active.use(marks and dataclasses.replace(marks, plainly=True))
+    """Makes overridable parts run their reference functions, which is enough to learn shapes."""
+    active = _active.value
+    return _active.use(active and dataclasses.replace(active, disabled=True))
 
 
-def _over(spec: PartitionSpec, axes: frozenset[str]) -> PartitionSpec:
-    """What a spec says of some axes, the others being manual already."""
-    return from_axes([axis for axis in axes_of(entry) if axis in axes] for entry in spec)
+def _restrict_spec(spec: PartitionSpec, axes: frozenset[str]) -> PartitionSpec:
+    """A spec without the mesh axes that are not in `axes`, which are manual already."""
+    return spec_from_axes([axis for axis in axes_of(entry) if axis in axes] for entry in spec)

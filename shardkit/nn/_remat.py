@@ -1,7 +1,7 @@
-"""Named checkpoint policies: what a layer's backward pass keeps, and what it computes again.
+"""Named checkpoint policies: what a layer's forward pass saves, and what is recomputed.
 
-A model marks its layers with `remat(layer)`; the strategy names the policy. The mark does
-nothing where no policy is active, so a model can be used outside a compiled step as it stands.
+A model marks its layers with `remat(layer)`; the strategy names the policy. Outside a compiled
+step no policy is active and the mark does nothing.
 """
 
 import contextlib
@@ -20,15 +20,15 @@ _policies = jax.checkpoint_policies
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-# Name of what a strategy, not a policy, decided to keep; nothing has it unless one did.
-KEPT = "kept_weight"
-_kept = _policies.save_only_these_names(KEPT)
+# Checkpoint name of gathered weights that a strategy keeps from forward to backward.
+KEPT_PARAM = "kept_weight"
+_save_kept_params = _policies.save_only_these_names(KEPT_PARAM)
 
 _NAMED: dict[str, Callable[..., Any]] = {
-    "full": _kept,
-    "dots": _policies.save_from_both_policies(_policies.dots_saveable, _kept),
+    "full": _save_kept_params,
+    "dots": _policies.save_from_both_policies(_policies.dots_saveable, _save_kept_params),
     "dots_no_batch": _policies.save_from_both_policies(
-        _policies.dots_with_no_batch_dims_saveable, _kept
+        _policies.dots_with_no_batch_dims_saveable, _save_kept_params
     ),
 }
 _SAVE = "save:"
@@ -36,13 +36,13 @@ _SAVE = "save:"
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """A `jax.checkpoint` policy that remembers the name it was declared by.
+    """A `jax.checkpoint` policy with the name it was declared by.
 
     Attributes:
       name: the declared name; policies of one name are equal.
       saveable: the policy as JAX takes it.
-      names: of the intermediates that it keeps by name.
-      within_layer: it applies to a part of a layer, not to what `remat` marks.
+      names: checkpoint names of the intermediates that it saves.
+      within_layer: whether it applies to a part of a layer and not to a layer that `remat` marks.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Policy:
     within_layer: bool = False
 
     def __call__(self, primitive: Any, *avals: Any, **params: Any) -> Any:
-        """Says whether the result of one primitive is kept for the backward pass."""
+        """Whether the result of one primitive is saved for the backward pass."""
         return self.saveable(primitive, *avals, **params)
 
 
@@ -60,22 +60,18 @@ _active = TraceContext[Policy]("remat")
 
 
 @functools.lru_cache(maxsize=64)
-def policy(name: str) -> Policy | None:
-    """Returns the checkpoint policy of a name.
+def parse_policy(name: str) -> Policy | None:
+    """Returns the checkpoint policy of a name, None for `"none"`.
 
     Args:
-      name: `"none"` keeps every intermediate; `"full"` keeps the layer's inputs alone; `"dots"`
-        keeps the results of matrix products; `"dots_no_batch"` only those without batch dims;
-        `"save:attn_out,mlp_out"` keeps what the model named with
-        `jax.ad_checkpoint.checkpoint_name`.
-
-    Returns:
-      The policy, or None for `"none"`.
+      name: `"none"` saves every intermediate; `"full"` only the layer's inputs; `"dots"` the
+        results of matrix products; `"dots_no_batch"` only those without batch dims;
+        `"save:attn_out,mlp_out"` what the model named with `jax.ad_checkpoint.checkpoint_name`.
 
     Raises:
       StepError: the name is none of these.
 
-    >>> policy("none"), policy("full").name
+    >>> parse_policy("none"), parse_policy("full").name
     (None, 'full')
     """
     if name == "none":
@@ -84,7 +80,7 @@ def policy(name: str) -> Policy | None:
         return Policy(name, _NAMED[name])
     names = [n.strip() for n in name.removeprefix(_SAVE).split(",")]
     if name.startswith(_SAVE) and all(names):
-        return Policy(name, _policies.save_only_these_names(KEPT, *names), tuple(names))
+        return Policy(name, _policies.save_only_these_names(KEPT_PARAM, *names), tuple(names))
     known = ["none", *_NAMED]
     why = f"unknown policy; known: {', '.join(known)}, save:<name>,<name>."
     problem = Problem(f"remat={name!r}", why + did_you_mean(name, known))
@@ -92,10 +88,10 @@ def policy(name: str) -> Policy | None:
 
 
 @functools.lru_cache(maxsize=64)
-def regathering(base: Policy | None, axes: tuple[str, ...]) -> Policy:
-    """The same policy, except that what was gathered over mesh axes is gathered again.
+def regathering_policy(base: Policy | None, axes: tuple[str, ...]) -> Policy:
+    """Returns a policy that also repeats all-gathers over some mesh axes in the backward pass.
 
-    Without it the backward pass would keep every layer's gathered weights.
+    With `base` alone each layer's gathered weights would be saved for the backward pass.
     """
 
     def saveable(primitive: Any, *avals: Any, **params: Any) -> Any:
@@ -112,73 +108,76 @@ def remat(layer: Callable[_P, _R], *, scanned: bool = False) -> Callable[_P, _R]
     """Marks a layer as the unit that the step's remat policy applies to.
 
     Args:
-      layer: a function of arrays, or pytrees of them, alone.
-      scanned: the layer is the body of a `jax.lax.scan`, whose loop already keeps XLA from
-        merging the recomputation with the forward pass; unrolled layers need a barrier for that.
+      layer: a function whose arguments are pytrees of arrays.
+      scanned: whether the layer is the body of a `jax.lax.scan`. The loop already keeps XLA from
+        merging the recomputation with the forward pass; other layers need a barrier for that.
 
     Returns:
-      A function that computes the same, under `jax.checkpoint` where a policy is active.
+      The same function, under `jax.checkpoint` if a policy is active.
     """
     problems = option_problems("remat.", scanned=(scanned, bool))
-    raise_all(StepError, "A layer is marked wrongly.", problems)
+    raise_all(StepError, "sk.nn.remat has a wrong option.", problems)
 
     @functools.wraps(layer)
-    def marked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        named = _active.value
-        if named is None:
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        policy = _active.value
+        if policy is None:
             return layer(*args, **kwargs)
-        return jax.checkpoint(layer, policy=named, prevent_cse=not scanned)(*args, **kwargs)
+        return jax.checkpoint(layer, policy=policy, prevent_cse=not scanned)(*args, **kwargs)
 
-    return marked
+    return call
 
 
-def in_turn(part: Callable[_P, _R], output: str) -> Callable[_P, _R]:
-    """Marks a part of a layer that is computed again only when its own gradient has arrived.
+def defer_remat(part: Callable[_P, _R], output: str) -> Callable[_P, _R]:
+    """Defers the recomputation of a part of a layer until the gradient of its output arrives.
 
-    A layer's backward pass otherwise computes all that it needs again at once, and holds it: an
-    attention's gathered input, while the gradients of the branch after it are made. Where the
-    policy keeps the part's output nothing else asks for the part earlier, so it can wait.
+    A layer's backward pass recomputes everything at once and holds it, such as the gathered input
+    of attention while the gradients of the MLP after it are computed. If the policy saves the
+    part's output, nothing needs its intermediates earlier, and they can wait.
 
     Args:
-      part: a function of arrays, or pytrees of them, alone, inside a layer marked by `remat`.
-      output: name under which the caller marks the part's result with `checkpoint_name`.
+      part: a function whose arguments are pytrees of arrays, inside a layer marked by `remat`.
+      output: `checkpoint_name` that the caller gives the part's result.
 
     Returns:
-      A function that computes the same; it waits where the active policy keeps `output`.
+      The same function, recomputed by itself if the active policy saves `output`.
     """
 
     @functools.wraps(part)
-    def marked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        named = _active.value
-        if named is None or output not in named.names:
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        policy = _active.value
+        if policy is None or output not in policy.names:
             return part(*args, **kwargs)
-        within = dataclasses.replace(named, within_layer=True)
+        within = dataclasses.replace(policy, within_layer=True)
         return jax.checkpoint(part, policy=within)(*args, **kwargs)
 
-    return marked
+    return call
 
 
-def active(named: Policy | None) -> contextlib.AbstractContextManager[None]:
-    """Makes a policy the one that marked layers follow while a step is traced."""
-    return _active.use(named)
+def use_policy(policy: Policy | None) -> contextlib.AbstractContextManager[None]:
+    """Makes marked layers follow a policy while a step is traced in the block."""
+    return _active.use(policy)
 
 
 def apply_policy(
-    function: Callable[_P, _R], named: Policy | None, *args: _P.args, **kwargs: _P.kwargs
+    function: Callable[_P, _R], policy: Policy | None, *args: _P.args, **kwargs: _P.kwargs
 ) -> Callable[_P, _R]:
-    """Returns a function under a policy: as a whole, where it marks no layer with `remat`.
+    """Puts a whole function under a policy if none of its layers is marked with `remat`.
 
     Args:
       function: a function of arrays, such as a loss.
-      named: the policy that its layers will be traced under; None keeps everything.
+      policy: the policy that its layers will be traced under; None saves everything.
       *args: abstract arguments of the function.
       **kwargs: the same by keyword.
+
+    Returns:
+      The function itself if it marks a layer or the policy is None, else `jax.checkpoint` of it.
     """
-    if named is None:
+    if policy is None:
         return function
-    with active(named):
+    with use_policy(policy):
         traced = jax.make_jaxpr(function)(*args, **kwargs)
     # The policy of a `jax.checkpoint` is a parameter of its equation.
-    if any(eqn.params.get("policy") == named for eqn in equations(traced.jaxpr)):
+    if any(eqn.params.get("policy") == policy for eqn in equations(traced.jaxpr)):
         return function
-    return jax.checkpoint(function, policy=named)
+    return jax.checkpoint(function, policy=policy)

@@ -1,9 +1,11 @@
-"""Attention by JAX's splash kernel for TPUs: blocks that the mask hides are never computed.
+"""Attention by JAX's splash kernel for TPUs, which skips the blocks that the mask hides.
 
 Dims: B batch, T length, N query heads, K key heads, H head width.
 
-A Pallas kernel is opaque to the partitioner, so each device runs it on its own rows and heads.
+The partitioner cannot split a Pallas kernel, so each device runs it on its own rows and heads.
 """
+
+from typing import Any
 
 import jax
 from jax.experimental.pallas.ops.tpu import splash_attention as kernels
@@ -12,14 +14,14 @@ from ._overridable import shard_mapped
 
 # Larger tiles do not fit the vector memory of a v5e core in the backward kernels.
 _LARGEST_BLOCK = 512
-_LANES = 128  # of a TPU's vector unit; blocks are whole multiples
+_VECTOR_LANES = 128  # of a TPU's vector unit; block sizes are multiples of it
 
 _QUERIES = ("batch", "length", "heads", "head_dim")
 _KEYS = ("batch", "length", "kv_heads", "head_dim")
 _ROWS = ("batch", "length")
 
 
-def splash(
+def splash_attention(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
@@ -27,12 +29,12 @@ def splash(
     causal: bool,
     interpret: bool = False,
 ) -> jax.Array:
-    """Returns attention as `attention` defines it, computed by TPU kernels.
+    """Returns what `sk.nn.attention` does, computed by TPU kernels.
 
     Args:
-      q_BTNH: queries; `length` is a multiple of 128.
-      k_BTKH: keys.
-      v_BTKH: values.
+      q_BTNH: [batch, length, heads, head_dim]; `length` is a multiple of 128.
+      k_BTKH: [batch, length, kv_heads, head_dim].
+      v_BTKH: [batch, length, kv_heads, head_dim].
       segment_ids: i32[batch, length] or None.
       causal: whether a query sees only keys at its own position and before.
       interpret: run the kernels step by step on any backend, for tests.
@@ -51,9 +53,9 @@ def splash(
     return shard_mapped(local, names, _QUERIES)(q_BTNH, k_BTKH, v_BTKH, *segments)
 
 
-def _kernel(heads: int, length: int, causal: bool, interpret: bool) -> jax.typing.ArrayLike:
-    kind = kernels.CausalMask if causal else kernels.FullMask
-    block = next(size for size in (_LARGEST_BLOCK, 256, _LANES) if length % size == 0)
+def _kernel(heads: int, length: int, causal: bool, interpret: bool) -> Any:
+    mask = kernels.CausalMask if causal else kernels.FullMask
+    block = next(size for size in (_LARGEST_BLOCK, 256, _VECTOR_LANES) if length % size == 0)
     sizes = kernels.BlockSizes(
         block_q=block,
         block_kv=block,
@@ -66,7 +68,7 @@ def _kernel(heads: int, length: int, causal: bool, interpret: bool) -> jax.typin
     )
     # Under the name of the output, so that a policy which keeps one keeps both.
     return kernels.make_splash_mha(
-        kernels.MultiHeadMask([kind((length, length)) for _ in range(heads)]),
+        kernels.MultiHeadMask([mask((length, length)) for _ in range(heads)]),
         head_shards=1,
         q_seq_shards=1,
         block_sizes=sizes,

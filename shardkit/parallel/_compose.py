@@ -1,6 +1,6 @@
-"""Compositions that make no sense: what strategies and a mesh must have in common.
+"""Checks that combined strategies fit each other and the mesh.
 
-Each strategy knows its own axis; only here are all of them seen together, with the mesh.
+Each strategy checks its own options; checks that need several of them, or the mesh, are here.
 """
 
 import dataclasses
@@ -9,35 +9,41 @@ from collections.abc import Collection, Mapping, Sequence
 
 from jax.sharding import PartitionSpec
 
-from .._core.errors import Problem, ShardingError, count, did_you_mean, raise_all
-from ..rules import Indivisible, axes_of, format_mesh, ways
+from .. import nn
+from .._core.errors import Problem, ShardingError, StepError, count, did_you_mean, raise_all
+from ..nn._overridable import Override
+from ..rules import Indivisible, axes_of, format_mesh, shard_count
 from ._strategy import Strategy
-from .pipeline._stage_layout import most_even
+from .pipeline._stage_layout import balanced_sizes
 
 
 def check_composition(strategy: Strategy, sizes: Mapping[str, int]) -> None:
     """Refuses strategies that do not fit each other or the mesh.
 
     Args:
-      strategy: the joined strategies.
+      strategy: the combined strategies.
       sizes: `{mesh axis: size}`.
 
     Raises:
       ShardingError: two strategies for one axis, an axis that the mesh lacks, or state split by
         ZeRO over an axis that splits no rows; all of them in one message.
     """
-    problems = [*_shared_axes(strategy), *_absent_axes(strategy, sizes), *_zero(strategy, sizes)]
+    problems = [
+        *_shared_axes(strategy),
+        *_absent_axes(strategy, sizes),
+        *_zero_without_rows(strategy, sizes),
+    ]
     headline = f"The strategies do not fit together on mesh {format_mesh(sizes)}."
     raise_all(ShardingError, headline, problems)
 
 
-def check_used(strategy: Strategy, sizes: Mapping[str, int], used: Collection[str]) -> None:
-    """Refuses a mesh axis on which ready strategies leave every device to do the same.
+def check_axes_used(strategy: Strategy, sizes: Mapping[str, int], used: Collection[str]) -> None:
+    """Refuses a mesh axis that no strategy uses, whose devices would repeat the same work.
 
-    A strategy without `kinds` is its author's own: there an idle axis is a finding of the report.
+    For a strategy without `kinds`, such an axis is only a finding of the report.
 
     Args:
-      strategy: the joined strategies.
+      strategy: the combined strategies.
       sizes: `{mesh axis: size}`.
       used: mesh axes that split some leaf of state or batch.
 
@@ -45,13 +51,13 @@ def check_used(strategy: Strategy, sizes: Mapping[str, int], used: Collection[st
       ShardingError: naming each such axis.
     """
     named = {kind.axis for kind in strategy.kinds} | set(used)
-    named |= {carrier.axis for _, carrier in strategy.regions}
+    named |= {override.axis for _, override in strategy.overrides}
     if strategy.activations:
         named |= {axis for _, axes in strategy.activations.table for axis in axes}
     problems = [
         Problem(
             f"mesh axis {axis!r}",
-            f"no strategy uses it: its {size} devices would do the same work "
+            f"no strategy uses it: its {size} devices would repeat the same work "
             f"(strategies are on {', '.join(repr(kind.axis) for kind in strategy.kinds)})",
             f"| strategies.data({axis!r}), leave {axis!r} out of the MeshSpec, or, where the loss "
             f"uses it itself, | strategies.own({axis!r})",
@@ -63,43 +69,65 @@ def check_used(strategy: Strategy, sizes: Mapping[str, int], used: Collection[st
     raise_all(ShardingError, headline, problems)
 
 
-def advise(problems: Sequence[Problem], sizes: Mapping[str, int]) -> list[Problem]:
-    """Adds, to leaves that cannot be laid out, the options of ready strategies that lay them out.
+def check_overrides_called(strategy: Strategy, unreached: Mapping[str, Override]) -> None:
+    """Refuses a model that never calls a part that its strategy overrides.
 
     Args:
-      problems: of leaves; those of which a dim does not divide say its logical axis.
+      strategy: the combined strategies.
+      unreached: name → override of each part that a trace of the model lacks.
+
+    Raises:
+      StepError: naming each such strategy and the call that it needs.
+    """
+    problems = []
+    for name, override in unreached.items():
+        kinds = (kind for kind in strategy.kinds if kind.axis == override.axis)
+        user = next((f"`strategies.{kind.name}()`" for kind in kinds), str(override))
+        call = f"sk.nn.{name}" if name in dir(nn) else f"sk.nn.overridable({name!r}, ...)"
+        why = f"needs `{call}`, but the model never calls it"
+        problems.append(Problem(user, why, call if "(" in call else f"{call}(...) in the model"))
+    raise_all(StepError, "The model lacks a part that the strategy overrides.", problems)
+
+
+def suggest_options(problems: Sequence[Problem], sizes: Mapping[str, int]) -> list[Problem]:
+    """Adds to problems the options of ready strategies that fix them.
+
+    Args:
+      problems: of leaves; an `Indivisible` names the logical axis of its dim.
       sizes: `{mesh axis: size}`.
     """
 
-    def advised(problem: Problem) -> Problem:
-        option = _option(problem, sizes) if isinstance(problem, Indivisible) else None
-        return (
-            dataclasses.replace(problem, fix=f"{option}; or {problem.fix}") if option else problem
-        )
+    def suggest(problem: Problem) -> Problem:
+        option = _find_option(problem, sizes) if isinstance(problem, Indivisible) else None
+        if option is None:
+            return problem
+        return dataclasses.replace(problem, fix=f"{option}; or {problem.fix}")
 
-    return [advised(problem) for problem in problems]
+    return [suggest(problem) for problem in problems]
 
 
-def _option(problem: Indivisible, sizes: Mapping[str, int]) -> str | None:
+def _find_option(problem: Indivisible, sizes: Mapping[str, int]) -> str | None:
     if problem.logical == "kv_heads":
-        how = 'strategies.tensor(kv_heads="replicate") in mode="auto"'
-        return f"{how} for fewer groups than devices"
+        call = 'strategies.tensor(kv_heads="replicate")'
+        return f'{call} in mode="auto" for fewer groups than devices'
     if problem.logical == "layers":
-        stages = most_even(problem.size, ways(problem.axes, sizes))
-        how = f"strategies.pipeline(..., layers_per_stage={stages})"
-        whole = '.with_names(params={"layers": None}), which stores all layers on every stage'
-        return how + whole
+        stages = balanced_sizes(problem.size, shard_count(problem.axes, sizes))
+        call = f"strategies.pipeline(..., layers_per_stage={stages})"
+        unsplit = '.with_names(params={"layers": None})'
+        return f"{call}{unsplit}, which stores all layers on every stage"
     return None
 
 
 def _shared_axes(strategy: Strategy) -> list[Problem]:
     problems = []
-    for one, other in itertools.combinations(strategy.kinds, 2):
-        shared = one.shares_axis(other) or other.shares_axis(one)
-        if one.axis == other.axis and not shared:
-            why = f"is taken by {one} and by {other}; each needs an axis of its own"
-            fix = f"strategies.{other.name}(axis) with another axis of the mesh, or only one"
-            problems.append(Problem(f"mesh axis {one.axis!r}", why, fix))
+    for first, second in itertools.combinations(strategy.kinds, 2):
+        shared = first.shares_axis(second) or second.shares_axis(first)
+        if first.axis == second.axis and not shared:
+            why = f"is taken by {first} and by {second}; each needs an axis of its own"
+            fix = (
+                f"strategies.{second.name}(axis) with another axis of the mesh, or only one of them"
+            )
+            problems.append(Problem(f"mesh axis {first.axis!r}", why, fix))
     return problems
 
 
@@ -117,15 +145,15 @@ def _absent_axes(strategy: Strategy, sizes: Mapping[str, int]) -> list[Problem]:
     ]
 
 
-def _zero(strategy: Strategy, sizes: Mapping[str, int]) -> list[Problem]:
-    """Over an axis that splits no rows every device has the whole gradient already."""
+def _zero_without_rows(strategy: Strategy, sizes: Mapping[str, int]) -> list[Problem]:
+    """Over an axis that splits no rows, every device has the whole gradient already."""
     zero, batch = strategy.zero, strategy.batch
     if zero is None or zero.axis not in sizes or not isinstance(batch, PartitionSpec):
         return []
     rows = axes_of(batch[0]) if len(batch) else ()
     if zero.axis in rows:
         return []
-    over = f"they are over {', '.join(map(repr, rows))}" if rows else "none are split"
+    over = f"rows are over {', '.join(map(repr, rows))}" if rows else "no rows are split"
     why = f"splits the update over {zero.axis!r}, which splits no rows of the batch: {over}"
     fix = f"batch=P({tuple(dict.fromkeys((*rows, zero.axis)))!r})"
     return [Problem(f"zero({zero.axis!r})", why, fix)]

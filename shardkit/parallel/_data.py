@@ -1,12 +1,12 @@
-"""Data parallelism: every device holds the model, each works on its own rows.
+"""Data parallelism: every device holds the model, each computes on its own rows.
 
 `x[B_data, D] · W[D, F] → y[B_data, F]`
 
 Collectives per step, n devices, G bytes of gradients: one all-reduce, 2(n−1)/n · G per device,
 whatever the accumulation.
 
-Use when the model, its gradients and the optimizer state fit on one device. Do not use when they
-don't (`fsdp`), or when a device's share of the batch is too small to hide the all-reduce.
+Use when the model, its gradients and the optimizer state fit on one device. Do not use when they do
+not (`fsdp`), or when a device's share of the batch is too small to hide the all-reduce.
 """
 
 import dataclasses
@@ -16,10 +16,10 @@ from typing import ClassVar, final
 
 from jax.sharding import PartitionSpec
 
-from ..report import Program, Row
+from ..report import LedgerRow, Program
 from ..rules import REPLICATED
-from ._kind import Choice, Kind
-from ._names import activations, check_axis
+from ._kind import Kind, PlanChoice
+from ._names import activations, check_strategy
 from ._strategy import Strategy
 from ._zero import zero
 
@@ -36,7 +36,7 @@ def data(axis: str = "data") -> Strategy:
     >>> data().batch
     P('data',)
     """
-    check_axis("data", axis)
+    check_strategy("data", axis)
     return Strategy(
         params=REPLICATED,
         batch=PartitionSpec(axis),
@@ -48,28 +48,32 @@ def data(axis: str = "data") -> Strategy:
 @final
 @dataclasses.dataclass(frozen=True)
 class Data(Kind):
-    """Rows over an axis, parameters whole; a planner also tries ZeRO there."""
+    """Rows split over an axis, parameters replicated; a planner also tries ZeRO there."""
 
     name: ClassVar[str] = "data"
     splits = frozenset({"rows"})
     collectives = frozenset({"all-reduce"})
     in_shard_map = True
-    weighed = "data and ZeRO"
-    told_by = frozenset({"batch"})
-    make = staticmethod(data)
+    planned = "data and ZeRO"
+    implied_by = frozenset({"batch"})
+    factory = staticmethod(data)
 
     def minimum(self, program: Program) -> float:
         """One all-reduce of the gradients per step, whatever the accumulation."""
-        return self.reduced_bytes(program)
+        return self.gradient_all_reduce_bytes(program)
 
     def excess(
-        self, row: Row, rows: Sequence[Row], program: Program
+        self, row: LedgerRow, rows: Sequence[LedgerRow], program: Program
     ) -> Iterator[tuple[str, float]]:
-        """Between slices, the parts inside of a slice."""
-        if row.kind == "all-reduce" and not (row.whole or row.dcn):
-            what = "of gradients all-reduced inside of each slice, where a reduce-scatter would do"
+        """With several slices, the part of an all-reduce that is inside a slice."""
+        if row.kind == "all-reduce" and not (row.full_axes or row.dcn):
+            what = "of gradients all-reduced inside each slice, where a reduce-scatter would do"
             yield what, 0.5
 
-    def tried(self, choice: Choice) -> "functools.partial[Strategy]":
-        """ZeRO of the chosen stage, or none."""
-        return functools.partial(zero, stage=choice.zero) if choice.zero else super().tried(choice)
+    def planned_strategy(self, choice: PlanChoice) -> "functools.partial[Strategy]":
+        """ZeRO of the chosen stage, or plain data parallelism."""
+        return (
+            functools.partial(zero, stage=choice.zero)
+            if choice.zero
+            else super().planned_strategy(choice)
+        )

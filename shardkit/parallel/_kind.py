@@ -1,7 +1,24 @@
 """`Kind`: everything that the rest of the package knows of one kind of parallelism.
 
-Ledger, findings, minima, errors, planner and sweeps iterate over a strategy's kinds and name none;
-so a new kind is one file: a function that makes its strategy, and its final subclass of `Kind`.
+Reports, errors, the planner and sweeps iterate over `strategy.kinds` and name none of them, so a
+new kind is one file: a function that makes its strategy, and its final subclass of `Kind`.
+
+| define | used for |
+| --- | --- |
+| `name`, and an axis when it is made | every table and message; one kind per mesh axis |
+| `splits` | which axes hold rows, weights, layers … (planner, ledger, composition) |
+| `collectives` | collectives over the axis that are expected; others are findings |
+| `minimum` | the ledger's ratio of bytes sent to the textbook's |
+| `factory` | the call that planner and sweeps print and make |
+| `excess`, `gathered_activations`, `activation_fix` | why bytes exceed the minimum, and the fix |
+| `override` | the error when the model never calls the part that it overrides |
+| `in_shard_map` | whether `mode="shard_map"` accepts it |
+| `planned`, `not_planned`, `planned_options`, `plan_choice` | what `sk.plan` tries over the axis |
+| `extra_bytes`, `unmodelled_reason` | what the planner's estimate lacks |
+| `implied_by` | naming the axis of a strategy that has only specs |
+
+Only the first five must be defined. `tests/test_toy_kind.py` is a complete example; to make a kind
+known to planner and sweeps, list it in `_kinds`, or use `register_kind`.
 """
 
 import abc
@@ -10,7 +27,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..report import AxisKind, Program, Row
+from ..report import AxisKind, LedgerRow, Program
 
 if TYPE_CHECKING:
     from ._strategy import Strategy
@@ -26,12 +43,12 @@ def all_reduce_bytes(n: int, size: float) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
-    """What a planner varies beside the sizes of axes; each kind reads what concerns it.
+class PlanChoice:
+    """What a planner varies besides the sizes of axes; each kind reads what concerns it.
 
     Attributes:
       zero: ZeRO stage; 0 for none.
-      attention: how attention looks along a split length; `""` where none is split.
+      attention: how attention exchanges a split length; `""` where no length is split.
       pipeline: options of a pipeline.
     """
 
@@ -41,15 +58,15 @@ class Choice:
 
 
 def format_call(call: "functools.partial[Strategy]") -> str:
-    """The call of a function that makes a strategy, as code.
+    """Formats the call of a function that makes a strategy, as code.
 
     >>> from shardkit.parallel import strategies
     >>> format_call(functools.partial(strategies.tensor, sequence=True))
     'sk.strategies.tensor(sequence=True)'
     """
-    home, options = call.func.__module__, [f"{name}={v!r}" for name, v in call.keywords.items()]
-    home = "sk.strategies" if home.startswith("shardkit.") else home
-    return f"{home}.{call.func.__name__}({', '.join(options)})"
+    module, options = call.func.__module__, [f"{name}={v!r}" for name, v in call.keywords.items()]
+    module = "sk.strategies" if module.startswith("shardkit.") else module
+    return f"{module}.{call.func.__name__}({', '.join(options)})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +77,7 @@ class DeviceBytes:
       sizes: mesh axis → size.
       batch: its share of the batch.
       gradients: its gradients in f32, split as the parameters are.
-      regathered: what it sends to gather the parameters that it updated in parts.
+      regathered: what it sends to gather parameters whose update was split.
     """
 
     sizes: Mapping[str, int]
@@ -71,31 +88,32 @@ class DeviceBytes:
 
 @dataclasses.dataclass(frozen=True)
 class Kind(AxisKind, abc.ABC):
-    """One kind of parallelism over one mesh axis.
+    """One kind of parallelism over one mesh axis; see the module's table.
 
     Attributes:
-      region: the part of a model that its strategy carries out and that the model has to mark;
-        empty where it needs no mark.
-      in_shard_map: whether `mode="shard_map"` carries it out.
-      weighed: what a planner tries over the axis, in words; empty if it tries nothing there.
-      not_weighed: its variants that a planner does not try, in words.
-      told_by: what an axis splits of `"batch"`, `"params"` and `"opt_state"` where specs alone tell
-        the kind; empty where they do not.
-      make: the function that makes its strategy.
-      by_default: whether a sweep may call it without options, for an axis that none is on.
+      override: name of the part of a model that its strategy overrides and that the model must
+        therefore call, such as `"attention"` for `sk.nn.attention`; empty where it needs none.
+      in_shard_map: whether `mode="shard_map"` supports it.
+      planned: what a planner tries over the axis, in words; empty if it tries nothing there.
+      not_planned: its variants that a planner does not try, in words.
+      implied_by: which of `"batch"`, `"params"` and `"opt_state"` an axis splits where specs alone
+        determine the kind; empty where they do not.
+      factory: the function that makes its strategy.
+      sweep_by_default: whether a sweep may call the factory without options, for an axis that no
+        strategy uses.
     """
 
-    region: ClassVar[str] = ""
+    override: ClassVar[str] = ""
     in_shard_map: ClassVar[bool] = False
-    weighed: ClassVar[str] = ""
-    not_weighed: ClassVar[tuple[str, ...]] = ()
-    told_by: ClassVar[frozenset[str]] = frozenset()
-    make: "ClassVar[Callable[..., Strategy]]"
-    by_default: ClassVar[bool] = True
+    planned: ClassVar[str] = ""
+    not_planned: ClassVar[tuple[str, ...]] = ()
+    implied_by: ClassVar[frozenset[str]] = frozenset()
+    factory: "ClassVar[Callable[..., Strategy]]"
+    sweep_by_default: ClassVar[bool] = True
 
     @property
     def variant(self) -> str:
-        """The option in which it differs from others of its name; empty for the usual one."""
+        """The option in which it differs from others of its name; empty for the default."""
         return ""
 
     def __str__(self) -> str:
@@ -103,20 +121,20 @@ class Kind(AxisKind, abc.ABC):
         return f"{self.name}+{self.variant}" if self.variant else self.name
 
     def shares_axis(self, other: "Kind") -> bool:
-        """Whether it may be on one mesh axis with another kind; it is enough that one says so."""
+        """Whether it can be on one mesh axis with another kind; one of the two must say so."""
         del other
         return False
 
-    def reduced_bytes(self, program: Program) -> float:
-        """The one all-reduce per step of gradients of parameters that the axis does not split."""
+    def gradient_all_reduce_bytes(self, program: Program) -> float:
+        """Bytes of one all-reduce per step of the gradients of what the axis does not split."""
         dtype = program.declared.reduce_dtype
-        whole = program.param_bytes(self.axis, dtype, split=False)
-        return all_reduce_bytes(program.sizes[self.axis], whole)
+        gradients = program.param_bytes(self.axis, dtype, split=False)
+        return all_reduce_bytes(program.sizes[self.axis], gradients)
 
     def excess(
-        self, row: Row, rows: Sequence[Row], program: Program
+        self, row: LedgerRow, rows: Sequence[LedgerRow], program: Program
     ) -> Iterator[tuple[str, float]]:
-        """Gradients that are not scattered, weights gathered again, where it splits them."""
+        """Gradients that are not scattered and weights gathered again, where it splits these."""
         k = program.declared.accumulate
         if not self.splits & {"weights", "optimizer_state"}:
             return
@@ -125,26 +143,26 @@ class Kind(AxisKind, abc.ABC):
         elif row.kind == "all-gather" and k > 1:
             yield f"of weights gathered again in each of {k} micro-batches", 1 - 1 / k
 
-    def tried(self, choice: Choice) -> "functools.partial[Strategy]":
-        """The strategy that a planner tries over the axis."""
-        return functools.partial(self.make, **self.options(choice))
+    def planned_strategy(self, choice: PlanChoice) -> "functools.partial[Strategy]":
+        """The strategy that a planner tries over the axis, as a call of its factory."""
+        return functools.partial(self.factory, **self.planned_options(choice))
 
-    def options(self, choice: Choice) -> Mapping[str, Any]:
-        """Those of the strategy that a planner tries."""
+    def planned_options(self, choice: PlanChoice) -> Mapping[str, Any]:
+        """Keyword arguments of that call."""
         del choice
         return {}
 
     @property
-    def choice(self) -> Choice:
+    def plan_choice(self) -> PlanChoice:
         """Its own options, as a planner names them."""
-        return Choice()
+        return PlanChoice()
 
     @property
-    def unmodelled(self) -> str:
+    def unmodelled_reason(self) -> str:
         """Why a planner cannot estimate it; empty where it can."""
         return ""
 
-    def sent_beside(self, held: DeviceBytes) -> float:
-        """Bytes a device sends per step that a planner does not find by following names of dims."""
+    def extra_bytes(self, held: DeviceBytes) -> float:
+        """Bytes sent per device and step that do not follow from the names of dims."""
         del held
         return 0.0

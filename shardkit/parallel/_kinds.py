@@ -1,4 +1,4 @@
-"""The kinds of parallelism that planner and sweeps try, and that specs are held against."""
+"""The kinds of parallelism that planner and sweeps know, and that specs are compared with."""
 
 import contextlib
 import contextvars
@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 
-from ..report import Part, Placed
+from ..report import PlacedLeaf, SplitPart
 from ._data import Data
 from ._fsdp import Fsdp
 from ._kind import Kind
@@ -16,7 +16,7 @@ from .context._context import Context
 from .expert._expert import Expert
 from .pipeline._pipeline import Pipeline
 
-# Each as it is tried, on the axis that its strategy takes by default; in mesh order.
+# Each as it is tried, on the axis that its strategy uses by default; in mesh order.
 _SHIPPED = (
     Pipeline("pipe"),
     Data("data"),
@@ -26,40 +26,40 @@ _SHIPPED = (
     Expert("expert"),
     Tensor("tensor", sequence=True),
 )
-_further: contextvars.ContextVar[tuple[Kind, ...]] = contextvars.ContextVar("kinds", default=())
+_registered: contextvars.ContextVar[tuple[Kind, ...]] = contextvars.ContextVar("kinds", default=())
 
 
 @contextlib.contextmanager
 def register_kind(kind: Kind) -> Iterator[None]:
-    """Lets planner and sweeps try one more kind, on its mesh axis, which comes last in the mesh.
+    """Makes one more kind known to planner and sweeps, on its mesh axis, the last in the mesh.
 
     Args:
       kind: as it is to be tried.
     """
-    token = _further.set((*_further.get(), kind))
+    token = _registered.set((*_registered.get(), kind))
     try:
         yield
     finally:
-        _further.reset(token)
+        _registered.reset(token)
 
 
 def known_kinds() -> tuple[Kind, ...]:
-    """The shipped kinds and those that are registered, in mesh order."""
-    return (*_SHIPPED, *_further.get())
+    """The shipped and the registered kinds, in mesh order."""
+    return (*_SHIPPED, *_registered.get())
 
 
-def weighed_kinds() -> tuple[Kind, ...]:
+def planned_kinds() -> tuple[Kind, ...]:
     """Those that a planner tries."""
-    return _weighed(_further.get())
+    return _planned(_registered.get())
 
 
 # A plan asks for each of a hundred thousand layouts.
 @functools.lru_cache(maxsize=8)
-def _weighed(further: tuple[Kind, ...]) -> tuple[Kind, ...]:
-    return tuple(kind for kind in (*_SHIPPED, *further) if kind.weighed)
+def _planned(registered: tuple[Kind, ...]) -> tuple[Kind, ...]:
+    return tuple(kind for kind in (*_SHIPPED, *registered) if kind.planned)
 
 
-def axes_splitting(*parts: Part) -> tuple[str, ...]:
+def axes_splitting(*parts: SplitPart) -> tuple[str, ...]:
     """Conventional mesh axes of the kinds that split all of these parts.
 
     >>> axes_splitting("rows"), axes_splitting("rows", "experts")
@@ -69,25 +69,24 @@ def axes_splitting(*parts: Part) -> tuple[str, ...]:
     return tuple(dict.fromkeys(axes))
 
 
-def lane_axes() -> tuple[str, ...]:
-    """Those over which rows stay on their device, so that a lane of gradients may end there.
+def gradient_shard_axes() -> tuple[str, ...]:
+    """Axes over which rows stay on their device, so that gradients can be kept per device.
 
-    >>> lane_axes()
+    >>> gradient_shard_axes()
     ('data', 'fsdp')
     """
     moving = axes_splitting("rows", "experts")
     return tuple(axis for axis in axes_splitting("rows") if axis not in moving)
 
 
-def kinds_by_specs(
-    sizes: Mapping[str, int], leaves: Sequence[Placed], kinds: Sequence[Kind]
+def infer_kinds(
+    sizes: Mapping[str, int], leaves: Sequence[PlacedLeaf], kinds: Sequence[Kind]
 ) -> tuple[Kind, ...]:
-    """Kinds of the axes for which a strategy names none, as far as specs alone tell.
+    """Kinds of the axes for which a strategy names none, where specs determine them.
 
-    An axis that splits the batch makes gradients of parts of its rows: parameters whole over it
-    are data parallelism, with their optimizer state split ZeRO; parameters split over it as well
-    are gathered where they are used, which is FSDP. What an axis does that splits no batch
-    depends on the model's products, and is not told.
+    An axis that splits the batch is data parallelism if parameters are whole over it, ZeRO if their
+    optimizer state is split over it, and FSDP if the parameters themselves are. What an axis that
+    splits no batch does depends on the model's products, so it gets no kind.
 
     Args:
       sizes: mesh axis → size.
@@ -95,10 +94,10 @@ def kinds_by_specs(
       kinds: those that the strategy names.
     """
     named = {kind.axis for kind in kinds}
-    found = []
+    inferred = []
     for axis in sorted(axis for axis, size in sizes.items() if size > 1 and axis not in named):
         split = {leaf.part for leaf in leaves if axis in leaf.axes()}
-        # Those that split more come later in the registry.
-        told = [kind for kind in known_kinds() if kind.told_by and kind.told_by <= split]
-        found += [dataclasses.replace(kind, axis=axis) for kind in told[-1:]]
-    return tuple(found)
+        fitting = [kind for kind in known_kinds() if kind.implied_by and kind.implied_by <= split]
+        # Kinds that split more come later in the registry.
+        inferred += [dataclasses.replace(kind, axis=axis) for kind in fitting[-1:]]
+    return tuple(inferred)

@@ -1,8 +1,8 @@
-"""The conventional logical names, and what the ready strategies start from: nothing is split."""
+"""The conventional logical names, and checks of the options of ready strategies."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from .._core.errors import Problem, StepError, raise_all
+from .._core.errors import Problem, StepError, did_you_mean, raise_all
 from ..rules import AxisRules
 
 Axes = str | tuple[str, ...] | None
@@ -38,26 +38,49 @@ CONVENTIONAL = frozenset((*PARAMS, *ACTIVATIONS))
 
 
 def params(split: Mapping[str, Axes]) -> AxisRules:
-    """Rules for parameters: the given names split, the other conventional ones whole."""
+    """Rules for parameters: the given names are split, the other conventional ones are not."""
     return AxisRules({**dict.fromkeys(PARAMS), **split})
 
 
 def activations(split: Mapping[str, Axes]) -> AxisRules:
-    """The same for activations."""
+    """Rules for activations: the given names are split, the other conventional ones are not."""
     return AxisRules({**dict.fromkeys(ACTIVATIONS), **split})
 
 
-def check_axis(strategy: str, axis: object) -> None:
-    """Refuses what cannot name a mesh axis, where the strategy is declared.
+def check_strategy(strategy: str, axis: object, problems: Iterable[Problem] = ()) -> None:
+    """Refuses a mesh axis that is not a name, and the other problems of a declaration.
 
     Args:
-      strategy: name of the function that makes it.
-      axis: what it was given.
+      strategy: name of the function that makes the strategy.
+      axis: the mesh axis as it was passed.
+      problems: of the other options.
 
     Raises:
-      StepError: naming the strategy.
+      StepError: all problems, with the function's name.
     """
+    problems = list(problems)
     if not isinstance(axis, str) or not axis:
         fix = f'strategies.{strategy}("{strategy}"), any name of the MeshSpec'
-        problem = Problem(f"{strategy}(axis={axis!r})", "is no name of a mesh axis", fix)
-        raise_all(StepError, "A strategy is declared wrongly.", [problem])
+        why = "is not the name of a mesh axis"
+        problems.insert(0, Problem(f"axis={axis!r}", why, fix))
+    raise_all(StepError, f"strategies.{strategy}(...) is declared wrongly.", problems)
+
+
+def choice_problems(**options: tuple[object, Iterable[str]]) -> list[Problem]:
+    """Returns a problem for each option that is none of its choices.
+
+    Args:
+      **options: `name=(value, choices)`.
+
+    >>> choice_problems(attention=("rings", ("ring", "all_to_all")))[0].fix
+    "attention='ring'"
+    """
+    problems = []
+    for name, (value, choices) in options.items():
+        known = tuple(choices)
+        if value not in known:
+            hint = did_you_mean(str(value), known)
+            close = next((choice for choice in known if repr(choice) in hint), known[0])
+            why, fix = f"known: {', '.join(map(repr, known))}.{hint}", f"{name}={close!r}"
+            problems.append(Problem(f"{name}={value!r}", why, fix))
+    return problems

@@ -1,7 +1,7 @@
-"""A mesh axis that a loss uses itself: no layout, only the statement that it is not idle.
+"""A mesh axis that a loss uses itself: declares no layout, only that the axis is not idle.
 
-Use for collectives that a model writes down itself, as a `jax.lax.psum` under its own `shard_map`.
-Do not use for an axis that rows or parameters are split over: its strategy says so already.
+Use for collectives in the model's own code, such as a `jax.lax.psum` in its own `shard_map`. Do not
+use for an axis that rows or parameters are split over: its strategy declares that already.
 """
 
 import dataclasses
@@ -10,35 +10,35 @@ from typing import ClassVar, final
 
 from ..report import Program
 from ._kind import Kind
-from ._names import check_axis
+from ._names import check_strategy
 from ._strategy import Strategy
 
 
 @final
 @dataclasses.dataclass(frozen=True)
 class Own(Kind):
-    """An axis of the author's own.
+    """An axis that the loss uses itself.
 
     Attributes:
-      sends: collectives (`"all-reduce"`, …) over it that are meant.
+      sends: collectives (`"all-reduce"`, …) that the loss sends over it.
     """
 
     name: ClassVar[str] = "own"
-    by_default = False
+    sweep_by_default = False
     sends: tuple[str, ...] = ()
 
     @property
     def explains(self) -> frozenset[str]:
-        """What its author says that it sends."""
+        """The collectives that are declared."""
         return frozenset(self.sends)
 
     @property
-    def unmodelled(self) -> str:
-        """Nobody but its author knows."""
-        return "what the loss does over it is its own"
+    def unmodelled_reason(self) -> str:
+        """A planner does not see what the loss sends."""
+        return "the loss uses the axis itself"
 
     def minimum(self, program: Program) -> None:
-        """No textbook knows it."""
+        """There is no textbook minimum for it."""
         del program
 
 
@@ -47,13 +47,13 @@ def own(axis: str, *, sends: Sequence[str] = ()) -> Strategy:
 
     Args:
       axis: name of the mesh axis.
-      sends: collectives over it that are meant, and so no findings: `("all-reduce",)`.
+      sends: collectives over it that are intended, and so not findings: `("all-reduce",)`.
 
     Returns:
-      A strategy that lays nothing out.
+      A strategy that declares no layout.
 
     >>> own("ring").kinds
     (Own(axis='ring', sends=()),)
     """
-    check_axis("own", axis)
+    check_strategy("own", axis)
     return Strategy(kinds=(Own(axis, tuple(sends)),))

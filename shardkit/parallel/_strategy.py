@@ -1,42 +1,45 @@
-"""`Strategy`: the declaration of one parallel layout, and how two of them join."""
+"""`Strategy`: the declaration of one parallel layout, and how two of them combine."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from jax.sharding import PartitionSpec
 
-from .._core.errors import Problem, StepError, format_problems, raise_all
+from .._core.errors import Problem, StepError, did_you_mean, format_problems, raise_all
 from .._core.precision import Precision
 from .._core.types import Accumulate
 from ..nn._overridable import Override
-from ..rules import REPLICATED, AxisRules, Rule, axes_of, first_match, flatten, from_axes
+from ..rules import REPLICATED, AxisRules, Rule, axes_of, first_match, list_rules, spec_from_axes
 from ._compression import GradientCompression
 from ._kind import Kind
 from ._zero_update import Zero
 
-_WHOLE = PartitionSpec()
+_UNSPLIT = PartitionSpec()
 
 
 @dataclasses.dataclass(frozen=True)
 class Strategy:
-    """One parallel layout, as data.
+    """One parallel layout, as data. Combine strategies with `|`.
 
     Attributes:
       params: rule that decides every parameter.
       batch: spec of every batch leaf (a leaf of lower rank takes its first entries), or a rule
-        over the leaves. Dim 0 of every leaf that is no scalar counts rows.
+        over the leaves. Dim 0 of every leaf that is not a scalar counts rows.
       activations: logical axis names to mesh axes for `sk.nn.constrain`; None for models without.
-      opt_state: rule for optimizer leaves that no parameter explains, or that are to live
-        elsewhere than their parameter; leaves that it passes follow their parameter.
+      opt_state: rule for optimizer leaves that match no parameter, or whose layout differs from
+        that of their parameter; leaves that it passes follow their parameter.
       zero: splits the update, and so the optimizer's state, further than the parameters.
       model_state: rule for mutable model state.
       accumulate: micro-batches per step, an int or `sk.Accumulate`.
       remat: named checkpoint policy for the layers that a model marks with `sk.nn.remat`.
       precision: `"float32"`, `"bfloat16"`, `"pure_bfloat16"` or `sk.Precision`.
-      compression: sums gradients over one mesh axis in 8 bits; None: as `precision` says.
+      compression: sums gradients over one mesh axis in 8 bits; None: as `parse_precision` says.
       kinds: the kinds of parallelism, each on its mesh axis; see `Kind`.
-      regions: `(name, carrier)` of the parts of a model that the strategy carries out itself.
+      overrides: `(name, override)` of each part of a model that the strategy computes itself:
+        `"attention"` for `sk.nn.attention`.
+      names: `(conventional, the model's)` logical names, as `rename` sets them.
 
     >>> from shardkit.parallel import strategies
     >>> both = strategies.data() | strategies.tensor()
@@ -45,7 +48,7 @@ class Strategy:
     """
 
     params: Rule = REPLICATED
-    batch: PartitionSpec | Rule = _WHOLE
+    batch: PartitionSpec | Rule = _UNSPLIT
     activations: AxisRules | None = None
     opt_state: Rule | None = None
     zero: Zero | None = None
@@ -55,10 +58,11 @@ class Strategy:
     precision: str | Precision = "float32"
     compression: GradientCompression | None = None
     kinds: tuple[Kind, ...] = ()
-    regions: tuple[tuple[str, Override], ...] = ()
+    overrides: tuple[tuple[str, Override], ...] = ()
+    names: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuses a spec or a dict where a rule is wanted."""
+        """Refuses a spec or a dict in place of a rule."""
         rules = {"params": self.params, "model_state": self.model_state}
         if self.opt_state is not None:
             rules["opt_state"] = self.opt_state
@@ -66,12 +70,12 @@ class Strategy:
             rules["batch"] = self.batch
         fix = 'sk.PathRules({"**/kernel": P(None, "tensor"), "**": sk.REPLICATED})'
         problems = [
-            Problem(name, f"{rule!r} is no rule", 'P("data")' if name == "batch" else fix)
+            Problem(name, f"{rule!r} is not a rule", 'P("data")' if name == "batch" else fix)
             for name, rule in rules.items()
             if not isinstance(rule, Rule)
         ]
         if not isinstance(self.activations, AxisRules | None):
-            why = f"{self.activations!r} is no table of logical axes"
+            why = f"{self.activations!r} is not a table of logical axes"
             problems.append(Problem("activations", why, 'sk.AxisRules({"batch": "data"})'))
         problems += [
             Problem(
@@ -80,36 +84,37 @@ class Strategy:
             for kind in self.kinds
             if not isinstance(kind, Kind)
         ]
-        raise_all(StepError, "The strategy cannot be read.", problems)
+        raise_all(StepError, "The strategy is declared wrongly.", problems)
 
     def __or__(self, other: "Strategy") -> "Strategy":
-        """Joins two layouts: each logical name over the axes of both, options from either.
+        """Combines two layouts: each logical name over the axes of both, options from either.
 
         Raises:
           StepError: both decide the same parameters, or give one option two values.
         """
         if not isinstance(other, Strategy):
-            why = "is no strategy, and only strategies join"
-            problem = Problem(f"| {other!r}", why, "| strategies.data()")
-            raise StepError(format_problems("Two strategies do not join.", [problem]))
+            problem = Problem(f"| {other!r}", "is not a strategy", "| strategies.data()")
+            raise StepError(format_problems("Two strategies cannot be combined.", [problem]))
         problems: list[Problem] = []
         joined = {
             "params": _join_rules(self.params, other.params, problems),
             "batch": _join_batch(self.batch, other.batch, problems),
             "activations": _join_tables(self.activations, other.activations),
             "kinds": self.kinds + other.kinds,
-            "regions": _join_regions(self.regions, other.regions, problems),
+            "overrides": _join_overrides(self.overrides, other.overrides, problems),
         }
-        plain = _defaults()
-        for name in [name for name in plain if name not in joined]:
-            values = [getattr(one, name) for one in (self, other)]
-            given = [value for value in values if value != plain[name]]
-            if len(given) == 2 and given[0] != given[1]:
-                problems.append(Problem(name, f"{given[0]!r} in one, {given[1]!r} in the other"))
-            joined[name] = given[-1] if given else plain[name]
+        for field in dataclasses.fields(Strategy):
+            if field.name in joined:
+                continue
+            values = [getattr(self, field.name), getattr(other, field.name)]
+            declared = [value for value in values if value != field.default]
+            if len(declared) == 2 and declared[0] != declared[1]:
+                why = f"{declared[0]!r} in the first, {declared[1]!r} in the second"
+                problems.append(Problem(field.name, why))
+            joined[field.name] = declared[-1] if declared else field.default
         if problems:
-            fix = "dataclasses.replace(one, ...) for what both declare"
-            raise StepError(format_problems("Two strategies do not join.", problems, fix))
+            fix = "dataclasses.replace(strategy, ...) of one for what both declare"
+            raise StepError(format_problems("Two strategies cannot be combined.", problems, fix))
         return Strategy(**joined)
 
     def with_names(
@@ -126,49 +131,112 @@ class Strategy:
         >>> own.params.spec(("embed", "filters"))
         P(None, 'tensor')
         """
-        head, *rest = flatten(self.params)
-        if (params and not isinstance(head, AxisRules)) or (activations and not self.activations):
+        first, *others = list_rules(self.params)
+        changes: dict[str, Any] = {}
+        if params and isinstance(first, AxisRules):
+            changes["params"] = _chain(first.replaced(params), others)
+        if activations and self.activations:
+            changes["activations"] = self.activations.replaced(activations)
+        if len(changes) < bool(params) + bool(activations):
             problem = Problem("with_names", "this strategy has no table of logical names to add to")
-            raise StepError(format_problems("Names do not fit.", [problem], "AxisRules({...})"))
+            raise_all(StepError, "Names cannot be added.", [problem], "AxisRules({...})")
+        return dataclasses.replace(self, **changes)
+
+    def rename(self, names: Mapping[str, str]) -> "Strategy":
+        """Renames logical axes, for a model that calls the conventional ones something else.
+
+        Combine strategies first, then rename.
+
+        Args:
+          names: `{name in the strategy's tables: your model's name}`.
+
+        Returns:
+          A strategy whose tables, overrides and reports use the model's names.
+
+        Raises:
+          StepError: a name that no table lists, or two dims that would have one name.
+
+        >>> from shardkit.parallel import strategies
+        >>> both = strategies.fsdp() | strategies.tensor()
+        >>> both.rename({"embed": "hidden", "mlp": "ffn"}).params.rules[0].spec(("hidden", "ffn"))
+        P('fsdp', 'tensor')
+        """
+        rules = list_rules(self.params)
+        tables = [rule for rule in (*rules, self.activations) if isinstance(rule, AxisRules)]
+        listed = dict.fromkeys(name for table in tables for name, _ in table.table)
+        raise_all(StepError, "Logical axes cannot be renamed.", _rename_problems(names, listed))
+        params = [_rename(rule, names) if isinstance(rule, AxisRules) else rule for rule in rules]
+        # Names that were renamed before keep their conventional name: embed → hidden → width.
+        conventional = {current: original for original, current in self.names}
+        renamed = {conventional.get(old, old): new for old, new in names.items()}
+        zero = self.zero
+        if zero:
+            zero = dataclasses.replace(zero, last=tuple(names.get(n, n) for n in zero.last))
         return dataclasses.replace(
             self,
-            params=_chained(head.replaced(params), rest) if params else self.params,
-            activations=self.activations.replaced(activations) if activations else self.activations,
+            params=_chain(params[0], params[1:]),
+            activations=self.activations and _rename(self.activations, names),
+            zero=zero,
+            names=tuple({**dict(self.names), **renamed}.items()),
         )
 
+    def conventional_names(self, axes: Sequence[str | None] | None) -> tuple[str | None, ...]:
+        """The conventional names of a model's logical axes; others stay as they are."""
+        original = {new: old for old, new in self.names}
+        return tuple(original.get(name, name) if name else None for name in axes or ())
 
-def _defaults() -> dict[str, Any]:
-    return {field.name: field.default for field in dataclasses.fields(Strategy)}
 
-
-def _join_rules(one: Rule, other: Rule, problems: list[Problem]) -> Rule:
-    """A rule that replicates everything yields; tables of names merge; the rest follows."""
-    if one == REPLICATED or one == other:
-        return other
-    if other == REPLICATED:
-        return one
-    tables, rest = [], []
-    for rule in (*flatten(one), *flatten(other)):
-        (tables if isinstance(rule, AxisRules) else rest).append(rule)
+def _join_rules(first: Rule, second: Rule, problems: list[Problem]) -> Rule:
+    """Tables of names are merged, other rules follow them; `REPLICATED` yields to anything."""
+    if first == REPLICATED or first == second:
+        return second
+    if second == REPLICATED:
+        return first
+    tables: list[AxisRules] = []
+    others: list[Rule] = []
+    for rule in (*list_rules(first), *list_rules(second)):
+        if isinstance(rule, AxisRules):
+            tables.append(rule)
+        else:
+            others.append(rule)
     if len(tables) != 2:
-        problems.append(Problem("params", f"{one} and {other} both decide the parameters"))
-        return one
-    merged = tables[0].merged(tables[1])
-    return _chained(merged, rest)
+        problems.append(Problem("params", f"{first} and {second} both decide the parameters"))
+        return first
+    return _chain(tables[0].merged(tables[1]), others)
 
 
-def _chained(table: AxisRules, rest: Sequence[Rule]) -> Rule:
-    return first_match(table, *rest) if rest else table
+def _rename_problems(names: Mapping[str, str], listed: Collection[str]) -> list[Problem]:
+    problems = []
+    renamed = [names.get(name, name) for name in listed]
+    for old, new in names.items():
+        subject = f"rename({{{old!r}: {new!r}}})"
+        if old not in listed:
+            why = f"the strategy lists no {old!r}.{did_you_mean(old, listed)}"
+            problems.append(Problem(subject, why, f"one of {', '.join(listed)}"))
+        if renamed.count(new) > 1:
+            why = f"two logical axes would be called {new!r}"
+            fix = f"rename({{..., {new!r}: another name}}) as well"
+            problems.append(Problem(subject, why, fix))
+    return problems
 
 
-def _join_tables(one: AxisRules | None, other: AxisRules | None) -> AxisRules | None:
-    """Each name is split over the axes of both tables, those of the first one outermost.
+def _rename(table: AxisRules, names: Mapping[str, str]) -> AxisRules:
+    return table.renamed({old: new for old, new in names.items() if old in dict(table.table)})
 
-    The residual stream's length is a finer split of the length, so its axes come after those.
+
+def _chain(first: Rule, others: Sequence[Rule]) -> Rule:
+    return first_match(first, *others) if others else first
+
+
+def _join_tables(first: AxisRules | None, second: AxisRules | None) -> AxisRules | None:
+    """Each name is split over the axes of both tables, those of the first outermost.
+
+    The residual stream's length splits the length further, so its axes come after the length's:
+    context() | tensor(sequence=True) has length over context, residual_length over both.
     """
-    if not (one and other):
-        return one or other
-    merged = one.merged(other)
+    if not (first and second):
+        return first or second
+    merged = first.merged(second)
     table = dict(merged.table)
     if not {"length", "residual_length"} <= table.keys():
         return merged
@@ -176,27 +244,27 @@ def _join_tables(one: AxisRules | None, other: AxisRules | None) -> AxisRules | 
     return merged.replaced({"residual_length": tuple(finer)})
 
 
-def _join_regions(
-    one: tuple[tuple[str, Override], ...],
-    other: tuple[tuple[str, Override], ...],
+def _join_overrides(
+    first: tuple[tuple[str, Override], ...],
+    second: tuple[tuple[str, Override], ...],
     problems: list[Problem],
 ) -> tuple[tuple[str, Override], ...]:
-    taken = dict(one)
-    for name, carrier in other:
-        if taken.setdefault(name, carrier) != carrier:
-            why = f"{taken[name]} and {carrier} would both carry out the model's {name}"
-            problems.append(Problem("regions", why))
-    return tuple(taken.items())
+    joined = dict(first)
+    for name, override in second:
+        if joined.setdefault(name, override) != override:
+            why = f"{joined[name]} and {override} would both override the model's {name}"
+            problems.append(Problem("overrides", why))
+    return tuple(joined.items())
 
 
-def _join_batch(one: Any, other: Any, problems: list[Problem]) -> Any:
-    specs = [isinstance(spec, PartitionSpec) for spec in (one, other)]
-    if all(specs):
-        rank = max(len(one), len(other))
-        rows = [[*spec, *[None] * (rank - len(spec))] for spec in (one, other)]
-        pairs = zip(*rows, strict=True)
-        return from_axes(dict.fromkeys((*axes_of(a), *axes_of(b))) for a, b in pairs)
-    if one == PartitionSpec() or other == PartitionSpec():
-        return other if one == PartitionSpec() else one
-    problems.append(Problem("batch", f"{one} and {other} both decide the batch"))
-    return one
+def _join_batch(
+    first: PartitionSpec | Rule, second: PartitionSpec | Rule, problems: list[Problem]
+) -> PartitionSpec | Rule:
+    """Specs are merged dim by dim; an unsplit batch yields to a rule."""
+    if isinstance(first, PartitionSpec) and isinstance(second, PartitionSpec):
+        pairs = itertools.zip_longest(first, second)
+        return spec_from_axes(dict.fromkeys((*axes_of(a), *axes_of(b))) for a, b in pairs)
+    if _UNSPLIT in (first, second):
+        return second if first == _UNSPLIT else first
+    problems.append(Problem("batch", f"{first} and {second} both decide the batch"))
+    return first

@@ -8,30 +8,27 @@ residuals are split over length: the same bytes as all-gather and reduce-scatter
 the activations between blocks.
 
 Use inside a fast domain (one host, one torus row), when the batch per device is too small for
-more `fsdp`. Do not use across slow links: its collectives stand in the way of every layer.
+more `fsdp`. Do not use across slow links: every layer waits for its collectives.
 """
 
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, final
 
-from .._core.errors import Problem, StepError, did_you_mean, raise_all
 from .._core.options import option_problems
-from ..report import Program, Row
-from ._kind import Choice, Kind
-from ._names import activations, check_axis, params
+from ..report import LedgerRow, Program
+from ._kind import Kind, PlanChoice
+from ._names import activations, check_strategy, choice_problems, params
 from ._strategy import Strategy
-
-KV_HEADS = ("split", "replicate")
 
 
 def tensor_bytes(n: int, activation: float, layers: int) -> float:
-    """Two column-row pairs per layer, each one all-reduce of A forward and one backward.
+    """Bytes per device: two column-row pairs per layer, each one all-reduce of A in each pass.
 
-    With the residual split over length, each all-reduce becomes a gather and a scatter of the
-    same bytes. A table of tokens and a head that are split over their vocabulary add one all-reduce
-    forward and one backward: with L layers 1/(2L) of the minimum, 1.13 times it with 4 layers and
-    1.02 times with 32.
+    With the residual stream split over length, each all-reduce becomes a gather and a scatter of
+    the same bytes. A token table and a head that are split over their vocabulary add one all-reduce
+    forward and one backward: with L layers 1/(2L) of the minimum, so 1.13 times it with 4 layers
+    and 1.02 times with 32.
 
     >>> tensor_bytes(4, 1000, 2)
     12000.0
@@ -45,33 +42,30 @@ def tensor(axis: str = "tensor", *, sequence: bool = False, kv_heads: str = "spl
     Args:
       axis: name of the mesh axis.
       sequence: split the residual stream between blocks over length on the same axis.
-      kv_heads: `"split"` splits key and value heads as query heads, whose number must then be a
-        multiple of the axis; `"replicate"` has every device make all key and value heads and use
-        those of its own queries, for grouped queries with fewer groups than devices; in
-        `mode="auto"` alone.
+      kv_heads: `"split"` splits key and value heads like query heads, so their number must be a
+        multiple of the axis; with `"replicate"` every device computes all key and value heads and
+        uses those of its own queries, for grouped queries with fewer groups than devices (only in
+        `mode="auto"`).
 
     Returns:
-      A strategy for models that carry the conventional logical names.
+      A strategy for models with the conventional logical names; see `Strategy.rename`.
 
     Raises:
-      StepError: `kv_heads` is neither.
+      StepError: an option is none of these.
 
     >>> tensor(sequence=True).activations.spec(("batch", "residual_length", "embed"))
     P(None, 'tensor')
     """
-    check_axis("tensor", axis)
-    problems = option_problems("tensor.", sequence=(sequence, bool))
-    raise_all(StepError, "A strategy is declared wrongly.", problems)
-    if kv_heads not in KV_HEADS:
-        why = f"known: {', '.join(KV_HEADS)}.{did_you_mean(str(kv_heads), KV_HEADS)}"
-        problem = Problem(f"tensor(kv_heads={kv_heads!r})", why, 'kv_heads="replicate"')
-        raise_all(StepError, "There is no such policy for key and value heads.", [problem])
-    split = dict.fromkeys(("heads", "mlp", "expert_mlp", "vocab"), axis)
-    split |= {"kv_heads": axis} if kv_heads == "split" else {}
-    stream = {"residual_length": axis} if sequence else {}
+    problems = option_problems(sequence=(sequence, bool))
+    problems += choice_problems(kv_heads=(kv_heads, ("split", "replicate")))
+    check_strategy("tensor", axis, problems)
+    names = ["heads", "mlp", "expert_mlp", "vocab"]
+    if kv_heads == "split":
+        names.append("kv_heads")
+    split = dict.fromkeys(names, axis)
     return Strategy(
         params=params(split),
-        activations=activations({**split, **stream}),
+        activations=activations({**split, "residual_length": axis if sequence else None}),
         kinds=(Tensor(axis, sequence),),
     )
 
@@ -79,34 +73,34 @@ def tensor(axis: str = "tensor", *, sequence: bool = False, kv_heads: str = "spl
 @final
 @dataclasses.dataclass(frozen=True)
 class Tensor(Kind):
-    """Products over an axis.
+    """Heads, MLP width and vocabulary split over an axis.
 
     Attributes:
-      sequence: whether the stream between blocks is split over length.
+      sequence: whether the residual stream between blocks is split over length.
     """
 
     name: ClassVar[str] = "tensor"
     splits = frozenset({"heads"})
     collectives = frozenset({"all-reduce", "reduce-scatter", "all-gather"})
     in_shard_map = True
-    weighed = "tensor with sequence"
-    not_weighed = ("tensor without sequence",)
-    make = staticmethod(tensor)
+    planned = "tensor with sequence"
+    not_planned = ("tensor without sequence",)
+    factory = staticmethod(tensor)
     sequence: bool = False
 
     @property
     def variant(self) -> str:
-        """Whether the stream is split."""
+        """`sequence` where the residual stream is split."""
         return "sequence" if self.sequence else ""
 
     @property
     def gathered_activations(self) -> frozenset[str]:
-        """The stream between blocks."""
+        """The residual stream, if it is split."""
         return frozenset({"residual_length"}) if self.sequence else frozenset()
 
     @property
     def activation_fix(self) -> str:
-        """What splits the stream."""
+        """The option that splits the residual stream."""
         return "" if self.sequence else "strategies.tensor(sequence=True)"
 
     def minimum(self, program: Program) -> float | None:
@@ -117,24 +111,26 @@ class Tensor(Kind):
         return tensor_bytes(program.sizes[self.axis], activation, layers)
 
     def excess(
-        self, row: Row, rows: Sequence[Row], program: Program
+        self, row: LedgerRow, rows: Sequence[LedgerRow], program: Program
     ) -> Iterator[tuple[str, float]]:
-        """What is outside of the layers, and products whose gradients are not summed first."""
-        # One that runs less often than there are layers stands outside of their loop.
-        of_layers = (program.declared.layers or 1) * program.declared.accumulate
-        if row.runs < of_layers and any(one.runs >= of_layers for one in rows):
-            yield "outside of the layers, as embedding and loss", 1.0
+        """Bytes outside the layers, and products whose gradients are not added before the sum."""
+        # A collective that runs less often than there are layers is outside their loop.
+        in_layers = (program.declared.layers or 1) * program.declared.accumulate
+        if row.runs < in_layers and any(other.runs >= in_layers for other in rows):
+            yield "outside the layers, as for embedding and loss", 1.0
             return
+        # Three products that share an input, as q, k and v do, reduce three arrays of one shape
+        # where one sum would do: 2/3 of the row is excess, and `left` is the other third.
         left = 1.0
         if row.kind == "all-reduce" and row.phase == "backward":
-            alike = max(map(row.operands.count, row.operands))
-            left = 1 / alike
-            if alike > 1:
-                what = "of gradients reduced apart for each product that shares an input"
-                yield what, 1 - left
+            equal = max(map(row.operands.count, row.operands))
+            left = 1 / equal
+            if equal > 1:
+                why = "of gradients reduced separately for each product that shares an input"
+                yield why, 1 - left
         if row.kind == "all-reduce" and self.sequence:
             yield "all-reduced, where a reduce-scatter would do", left / 2
 
-    def options(self, choice: Choice) -> dict[str, Any]:
-        """The stream split."""
+    def planned_options(self, choice: PlanChoice) -> dict[str, Any]:
+        """With the residual stream split."""
         return {"sequence": True}

@@ -1,4 +1,4 @@
-"""ZeRO: an update computed on shards that are finer than those of the parameters."""
+"""ZeRO: the update is computed on finer shards than those of the parameters."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -7,18 +7,18 @@ from jax.sharding import PartitionSpec
 
 from .._core.errors import Problem, StepError, raise_all
 from .._core.tree import Leaf
-from ..rules import axes_of, from_axes, ways
+from ..rules import axes_of, shard_count, spec_from_axes
 
 
 @dataclasses.dataclass(frozen=True)
 class Zero:
-    """Splits the update of every parameter over one mesh axis more than the parameter itself.
+    """Splits the update of every parameter over one more mesh axis than the parameter itself.
 
     Attributes:
       axis: the mesh axis.
-      stage: 1: gradients are whole over `axis` and sliced for the update; 2: they are left split.
-      last: logical axes that are split only where no other dim divides. The gradient of a stacked
-        parameter is made layer by layer, so along `layers` there is nothing to scatter.
+      stage: 1: gradients are whole over `axis` and sliced for the update; 2: they stay split.
+      last: logical axes that are split only if no other dim divides. The gradient of a stacked
+        parameter is computed layer by layer, so along `layers` there is nothing to scatter.
     """
 
     axis: str
@@ -26,19 +26,19 @@ class Zero:
     last: tuple[str, ...] = ("layers",)
 
     def __post_init__(self) -> None:
-        """Refuses a stage that there is not."""
+        """Refuses other stages."""
         if type(self.stage) is not int or self.stage not in (1, 2):
             why = "stage 1 splits optimizer state, stage 2 gradients too, stage 3 is fsdp"
             fix = f"stage=2, or strategies.fsdp({self.axis!r})"
-            problem = Problem(f"zero(stage={self.stage!r})", why, fix)
-            raise_all(StepError, "There is no such stage of ZeRO.", [problem])
+            problem = Problem(f"stage={self.stage!r}", why, fix)
+            raise_all(StepError, "strategies.zero(...) is declared wrongly.", [problem])
 
     def spec(self, leaf: Leaf, spec: PartitionSpec, sizes: Mapping[str, int]) -> PartitionSpec:
-        """Returns the spec in which a parameter is updated.
+        """Returns the spec that a parameter's update is split by.
 
-        A dim that is split already takes the axis besides, otherwise the one with most elements on
-        a device: gradients that are summed over both axes are then summed once. A parameter of
-        which no dim divides keeps its spec.
+        The axis is added to a dim that is split already, so that gradients summed over both axes
+        are summed once; else to the dim with most elements on a device. If the axis divides no dim,
+        the parameter keeps its spec.
 
         Args:
           leaf: the parameter.
@@ -52,13 +52,13 @@ class Zero:
         """
         dims = [axes_of(entry) for entry in (*spec, *[None] * (len(leaf.shape) - len(spec)))]
         names = leaf.axes or (None,) * len(dims)
-        local = [n // ways(axes, sizes) for n, axes in zip(leaf.shape, dims, strict=True)]
-        fitting = [dim for dim, n in enumerate(local) if n and n % sizes[self.axis] == 0]
-        if not fitting or any(self.axis in axes for axes in dims):
+        local = [n // shard_count(axes, sizes) for n, axes in zip(leaf.shape, dims, strict=True)]
+        divisible = [dim for dim, n in enumerate(local) if n and n % sizes[self.axis] == 0]
+        if not divisible or any(self.axis in axes for axes in dims):
             return spec
-        best = max(fitting, key=lambda d: (names[d] not in self.last, bool(dims[d]), local[d]))
+        best = max(divisible, key=lambda d: (names[d] not in self.last, bool(dims[d]), local[d]))
         dims[best] = (*dims[best], self.axis)
-        return from_axes(dims)
+        return spec_from_axes(dims)
 
 
 def update_specs(
@@ -67,15 +67,16 @@ def update_specs(
     specs: Mapping[str, PartitionSpec],
     sizes: Mapping[str, int],
 ) -> dict[str, PartitionSpec]:
-    """Returns the spec by path in which each parameter is updated, its own without ZeRO.
+    """Returns, by path, the spec that each parameter's update is split by: its own without ZeRO.
 
     Args:
       zero: the declaration, or None.
       params: the parameters.
-      specs: their own specs by path; a parameter that has none is left out.
+      specs: their own specs by path; a parameter without one is left out.
       sizes: `{mesh axis: size}`.
     """
-    own = {leaf.path: (leaf, specs[leaf.path]) for leaf in params if leaf.path in specs}
-    if zero is None:
-        return {path: spec for path, (_, spec) in own.items()}
-    return {path: zero.spec(leaf, spec, sizes) for path, (leaf, spec) in own.items()}
+    return {
+        leaf.path: zero.spec(leaf, specs[leaf.path], sizes) if zero else specs[leaf.path]
+        for leaf in params
+        if leaf.path in specs
+    }

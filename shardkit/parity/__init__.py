@@ -1,18 +1,25 @@
-"""Proof that a step gives the numbers of one device on every mesh."""
+"""Proves that a step gives the results of one device on every mesh."""
 
-from ._parity_report import ParityReport, Row, format_error
-from ._record import Trial
-from ._verify import Standard, StepFactory, made_up, one_device, step_factory, verify
+from ._parity_report import ParityReport, ParityRow, format_error
+from ._record import ParityInputs
+from ._verify import (
+    ReferenceResults,
+    StepFactory,
+    as_step_factory,
+    build_one_device_mesh,
+    make_random_batches,
+    verify,
+)
 
 __all__ = [
+    "ParityInputs",
     "ParityReport",
-    "Row",
-    "Standard",
+    "ParityRow",
+    "ReferenceResults",
     "StepFactory",
-    "Trial",
+    "as_step_factory",
+    "build_one_device_mesh",
     "format_error",
-    "made_up",
-    "one_device",
-    "step_factory",
+    "make_random_batches",
     "verify",
 ]

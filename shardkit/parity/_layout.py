@@ -1,4 +1,4 @@
-"""Where leaves should live, resolved anew from the rules, and where live arrays do."""
+"""Where the rules put each leaf, resolved anew, and where the live arrays are."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,107 +7,116 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from .._core.tree import join_path, leaves, leaves_by_path, path_str
-from .._core.types import Variables, WithAxes
+from .._core.train_state import TrainState
+from .._core.tree import join_path, leaves_by_path, list_leaves, path_str
+from .._core.types import PyTree, Variables, WithAxes
 from ..parallel import update_specs
-from ..rules import collect, first_match, format_spec
+from ..rules import first_match, format_spec, resolve_all
 from ..step import FollowParams, StepSpec
 from ._parity_report import format_error
-from ._record import to_host
+from ._record import copy_leaf_to_host
 
 Specs = dict[str, PartitionSpec]
 
 
-def declared_specs(spec: StepSpec, mesh: Mesh, state: Any) -> Specs:
+def resolve_declared_specs(spec: StepSpec, mesh: Mesh, state: TrainState) -> Specs:
     """Resolves the rules of a spec for every leaf of a state and of its batch.
 
     Args:
       spec: rules and batch.
       mesh: the device mesh.
-      state: the `TrainState`, of which only paths, shapes and dtypes are read.
+      state: only its paths, shapes and dtypes are read.
 
     Returns:
       Specs by `params/…`, `opt_state/…`, `model_state/…`, `batch/…`, `step`, `key` and `halted`.
     """
     strategy, sizes = spec.strategy, dict(mesh.shape)
-    params = leaves(state.params, _axis_names(spec))
-    specs, problems = collect(strategy.params, params, sizes)
-    moments = leaves(state.opt_state)
-    updated = update_specs(strategy.zero, params, specs, sizes)
-    pairs = tuple((leaf, updated[leaf.path]) for leaf in params)
+    params = list_leaves(state.params, _collect_axis_names(spec))
+    moments = list_leaves(state.opt_state)
+    param_specs, param_problems = resolve_all(strategy.params, params, sizes)
+    updated_specs = update_specs(strategy.zero, params, param_specs, sizes)
+    pairs = tuple((leaf, updated_specs[leaf.path]) for leaf in params)
     follow = FollowParams(pairs, frozenset(leaf.path for leaf in moments))
     rule = first_match(strategy.opt_state, follow) if strategy.opt_state else follow
-    opt_state, more = collect(rule, moments, sizes)
-    model_state, rest = collect(strategy.model_state, leaves(state.model_state), sizes)
-    lost = [*problems, *more, *rest]
-    assert not lost, "a step was compiled from rules that do not resolve"
-    found = {
-        "params": specs,
-        "opt_state": opt_state,
-        "model_state": model_state,
-        "batch": _batch_specs(spec, sizes),
+    opt_specs, opt_problems = resolve_all(rule, moments, sizes)
+    model_specs, model_problems = resolve_all(
+        strategy.model_state, list_leaves(state.model_state), sizes
+    )
+    problems = [*param_problems, *opt_problems, *model_problems]
+    assert not problems, "a step was compiled from rules that do not resolve"
+    parts = {
+        "params": param_specs,
+        "opt_state": opt_specs,
+        "model_state": model_specs,
+        "batch": _resolve_batch_specs(spec, sizes),
     }
-    named = {join_path(part, path): s for part, by in found.items() for path, s in by.items()}
-    return {**dict.fromkeys(("step", "key", "halted"), PartitionSpec()), **named}
+    return {
+        **dict.fromkeys(("step", "key", "halted"), PartitionSpec()),
+        **{join_path(part, path): s for part, specs in parts.items() for path, s in specs.items()},
+    }
 
 
-def _batch_specs(spec: StepSpec, sizes: dict[str, int]) -> Specs:
-    of, batch = leaves(spec.batch), spec.strategy.batch
-    if isinstance(batch, PartitionSpec):
-        return {leaf.path: PartitionSpec(*tuple(batch)[: len(leaf.shape)]) for leaf in of}
-    return collect(batch, of, sizes)[0]
+def _resolve_batch_specs(spec: StepSpec, sizes: dict[str, int]) -> Specs:
+    batch_leaves, rule = list_leaves(spec.batch), spec.strategy.batch
+    if isinstance(rule, PartitionSpec):
+        return {leaf.path: PartitionSpec(*tuple(rule)[: len(leaf.shape)]) for leaf in batch_leaves}
+    return resolve_all(rule, batch_leaves, sizes)[0]
 
 
-def _axis_names(spec: StepSpec) -> dict[str, tuple[str | None, ...]]:
-    """Logical axes that `init` named, by path."""
+def _collect_axis_names(spec: StepSpec) -> dict[str, tuple[str | None, ...]]:
+    """Logical axes that `init` declares, by path."""
 
-    def named(x: Any) -> bool:
+    def has_axes(x: Any) -> bool:
         return isinstance(x, WithAxes)
 
-    made = jax.eval_shape(spec.init, jax.eval_shape(lambda: jax.random.key(0)))
-    params = made.params if isinstance(made, Variables) else made
-    found = jax.tree_util.tree_leaves_with_path(params, is_leaf=named)
-    return {path_str(path): x.axes for path, x in found if named(x)}
+    variables = jax.eval_shape(spec.init, jax.eval_shape(lambda: jax.random.key(0)))
+    params = variables.params if isinstance(variables, Variables) else variables
+    paths = jax.tree_util.tree_leaves_with_path(params, is_leaf=has_axes)
+    return {path_str(path): x.axes for path, x in paths if has_axes(x)}
 
 
-def misplaced(tree: Any, specs: Specs, mesh: Mesh, when: str) -> Iterator[tuple[str, str]]:
-    """Leaves of which some device holds another part than declared, as (path, why).
+def find_misplaced_leaves(
+    tree: PyTree, specs: Specs, mesh: Mesh, when: str
+) -> Iterator[tuple[str, str]]:
+    """Yields (path, why) of each leaf with a shard that is not where its spec puts it.
 
     Args:
       tree: live arrays; paths are those of `specs`.
-      specs: from `declared_specs`.
+      specs: from `resolve_declared_specs`.
       mesh: the device mesh.
-      when: of what time the arrays are, for the message.
+      when: at what time the arrays were read, for the message.
     """
-    for name, x in leaves_by_path(tree).items():
-        want = NamedSharding(mesh, specs[name]).devices_indices_map(x.shape)
-        held = {shard.device: shard for shard in x.addressable_shards}
-        if any(
-            device not in held or _bounds(held[device].index, x.shape) != _bounds(index, x.shape)
-            for device, index in want.items()
-            if device.process_index == jax.process_index()
-        ):
-            found = getattr(x.sharding, "spec", None)
-            lives = f"lives as {format_spec(found)}" if found is not None else f"is {x.sharding}"
-            yield name, f"{when} {lives}, the rules say {format_spec(specs[name])}"
-
-
-def differing_copies(tree: Any) -> Iterator[tuple[str, str]]:
-    """Leaves of which two devices hold the same part with different bits, as (path, why)."""
+    process = jax.process_index()
     for path, x in leaves_by_path(tree).items():
-        first: dict[Any, Any] = {}
+        expected = NamedSharding(mesh, specs[path]).devices_indices_map(x.shape)
+        actual = {shard.device: shard.index for shard in x.addressable_shards}
+        if any(
+            device not in actual
+            or _index_bounds(actual[device], x.shape) != _index_bounds(index, x.shape)
+            for device, index in expected.items()
+            if device.process_index == process
+        ):
+            spec = getattr(x.sharding, "spec", None)
+            layout = f"is laid out as {format_spec(spec)}" if spec is not None else f"{x.sharding}"
+            yield path, f"{when} {layout}, the rules say {format_spec(specs[path])}"
+
+
+def find_differing_copies(tree: PyTree) -> Iterator[tuple[str, str]]:
+    """Yields (path, why) of each leaf of which two devices hold one shard with different bits."""
+    for path, x in leaves_by_path(tree).items():
+        first_copies: dict[Any, tuple[Any, np.ndarray]] = {}
         for shard in x.addressable_shards:
-            part = _bounds(shard.index, x.shape)
-            mine = to_host(shard.data)
-            other = first.setdefault(part, (shard.device, mine))
-            if other[1].tobytes() != mine.tobytes():
-                gap = np.abs(other[1].astype(np.float64) - mine.astype(np.float64)).max()
-                both = f"devices {other[0].id} and {shard.device.id}"
-                why = f"{both} hold copies {format_error(gap)} apart"
-                yield path, why
+            copy = copy_leaf_to_host(shard.data)
+            bounds = _index_bounds(shard.index, x.shape)
+            device, first = first_copies.setdefault(bounds, (shard.device, copy))
+            if first.tobytes() != copy.tobytes():
+                gap = np.abs(first.astype(np.float64) - copy.astype(np.float64)).max()
+                devices = f"devices {device.id} and {shard.device.id}"
+                yield path, f"{devices} hold copies {format_error(gap)} apart"
                 break
 
 
-def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    # The shard of a typed key has one more slice, over the words that hold it.
+def _index_bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """`(start, stop)` of each dim, so that `slice(None)` and `slice(0, 8)` of 8 are equal."""
+    # A shard of a typed key has one more slice than dims, over the words of the key's data.
     return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=False))

@@ -1,4 +1,4 @@
-"""A compiled step on its mesh, put through everything that the certificate compares."""
+"""Runs a compiled step on its mesh and records everything that the parity report compares."""
 
 import contextlib
 import dataclasses
@@ -9,8 +9,10 @@ from typing import Any
 import jax
 import optax
 
+from .._core.train_state import TrainState
+from .._core.types import PyTree
 from ..step import CompiledStep
-from ._layout import declared_specs, differing_copies, misplaced
+from ._layout import find_differing_copies, find_misplaced_leaves, resolve_declared_specs
 from ._record import (
     EVALUATE,
     GRADIENTS,
@@ -18,113 +20,113 @@ from ._record import (
     LATER_STATE,
     OWN_PROGRAM,
     SGD,
-    Leaves,
+    ParityInputs,
     Record,
-    Trial,
-    host,
-    of_steps,
+    copy_state_to_host,
+    copy_to_host,
+    group_metrics_by_check,
 )
 
 _COMPILES = "/jax/core/compile/jaxpr_to_mlir_module_duration"
 
 
 @dataclasses.dataclass(frozen=True)
-class Observed:
-    """What one mesh told.
+class Observation:
+    """What a step computed on one mesh.
 
     Attributes:
-      record: numbers, by check.
-      misplaced: leaves that live elsewhere than the rules say, as (path, why).
-      differing: leaves whose copies differ between devices, as (path, why).
-      compiled: programs that the later calls of the step compiled.
-      calls: number of those later calls.
+      record: arrays by check.
+      misplaced_leaves: (path, why) of leaves that are not where the rules put them.
+      differing_copies: (path, why) of leaves whose copies differ between devices.
+      later_calls: calls of the step after the first.
+      later_compiles: programs that these calls compiled.
     """
 
     record: Record
-    misplaced: tuple[tuple[str, str], ...]
-    differing: tuple[tuple[str, str], ...]
-    compiled: int
-    calls: int
+    misplaced_leaves: tuple[tuple[str, str], ...]
+    differing_copies: tuple[tuple[str, str], ...]
+    later_calls: int
+    later_compiles: int
 
 
 def observe(
     step: CompiledStep,
-    trial: Trial,
+    inputs: ParityInputs,
     sgd: optax.GradientTransformation,
     checks: Collection[str] = OWN_PROGRAM,
-) -> Observed:
+) -> Observation:
     """Runs a step on its mesh.
 
     Args:
       step: compiled for the mesh.
-      trial: batches, number of steps and key.
+      inputs: batches, number of steps and key.
       sgd: optimizer of the one SGD update.
-      checks: which of the checks that take a compilation of their own to make; the others always.
+      checks: which of the checks that compile a program of their own to run; the others always
+        run.
     """
-    state = step.init(trial.key)
-    specs = declared_specs(step.spec, step.mesh, state)
-    batch = step.shard_batch(trial.batch(0))
-    parts = _parts(state)
-    wrong = list(misplaced({**parts, "batch": batch}, specs, step.mesh, "at first"))
-    record: Record = {INIT: _leaves(state)}
-    kept: dict[str, Any] = {}
+    state = step.init(inputs.key)
+    specs = resolve_declared_specs(step.spec, step.mesh, state)
+    batch = step.shard_batch(inputs.batch(0))
+    at_first = {**state_fields(state), "batch": batch}
+    misplaced = list(find_misplaced_leaves(at_first, specs, step.mesh, "at first"))
+    record: Record = {INIT: copy_state_to_host(state)}
+    outputs: dict[str, Any] = {}
     if EVALUATE in checks:
-        record[EVALUATE] = host(step.evaluate(state, batch))
+        record[EVALUATE] = copy_to_host(step.evaluate(state, batch))
     if GRADIENTS in checks:
-        _, kept["gradients"] = step.gradients(state, batch)
-        record[GRADIENTS] = host(kept["gradients"])
+        _, outputs["gradients"] = step.gradients(state, batch)
+        record[GRADIENTS] = copy_to_host(outputs["gradients"])
     if SGD in checks:
-        # Plain SGD keeps no arrays, so the first state is made by the program that is there.
-        again = step.init(trial.key)
-        again = dataclasses.replace(again, opt_state=sgd.init(again.params))
-        after, _ = step.replace(optimizer=sgd)(again, batch)
-        kept["sgd params"] = after.params
-        record[SGD] = host(after.params)
+        # Plain SGD has no state arrays: the compiled init program gives the parameters.
+        start = step.init(inputs.key)
+        start = dataclasses.replace(start, opt_state=sgd.init(start.params))
+        after, _ = step.replace(optimizer=sgd)(start, batch)
+        outputs["sgd params"] = after.params
+        record[SGD] = copy_to_host(after.params)
 
-    state, told, compiled = _steps(step, state, trial)
-    wrong += misplaced(_parts(state), specs, step.mesh, "after the last step")
-    differing = differing_copies({**kept, **_parts(state)})
-    record |= {**of_steps(told), LATER_STATE: _leaves(state)}
-    # A leaf that is misplaced at first and at last is one leaf.
-    found = tuple(dict(reversed(wrong)).items()), tuple(differing)
-    return Observed(record, *found, compiled, trial.steps - 1)
+    state, metrics, later_compiles = _run_steps(step, state, inputs)
+    at_last = state_fields(state)
+    misplaced += find_misplaced_leaves(at_last, specs, step.mesh, "after the last step")
+    record |= {**group_metrics_by_check(metrics), LATER_STATE: copy_state_to_host(state)}
+    return Observation(
+        record,
+        # One row per path: a leaf that is misplaced at first and at last counts once, as at first.
+        misplaced_leaves=tuple(dict(reversed(misplaced)).items()),
+        differing_copies=tuple(find_differing_copies({**outputs, **at_last})),
+        later_calls=inputs.steps - 1,
+        later_compiles=later_compiles,
+    )
 
 
-def _steps(step: CompiledStep, state: Any, trial: Trial) -> tuple[Any, list[Any], int]:
-    """Makes all updates; returns also what they told and what the later ones compiled."""
-    told, compiled = [], 0
-    for t in range(trial.steps):
-        placed = step.shard_batch(trial.batch(t))
-        with counted_compiles() as count:
-            state, metrics = step(state, placed)
-        compiled += count[0] if t else 0
-        told.append(metrics)
-    return state, told, compiled
+def _run_steps(
+    step: CompiledStep, state: TrainState, inputs: ParityInputs
+) -> tuple[TrainState, list[dict[str, jax.Array]], int]:
+    """Returns the last state, the metrics of each step, and what steps after the first compiled."""
+    all_metrics, later_compiles = [], 0
+    for t in range(inputs.steps):
+        batch = step.shard_batch(inputs.batch(t))
+        with count_compiles() as compiles:
+            state, metrics = step(state, batch)
+        later_compiles += compiles[0] if t else 0
+        all_metrics.append(metrics)
+    return state, all_metrics, later_compiles
 
 
 @contextlib.contextmanager
-def counted_compiles() -> Iterator[list[int]]:
-    """Counts the programs that this thread lowers in the block, also where a cache has them."""
-    count, thread = [0], threading.get_ident()
+def count_compiles() -> Iterator[list[int]]:
+    """Counts the programs that this thread lowers in the block, compiled or found in a cache."""
+    compiles, thread = [0], threading.get_ident()
 
     def listen(event: str, duration_secs: float, **_: Any) -> None:
-        count[0] += event == _COMPILES and threading.get_ident() == thread
+        compiles[0] += event == _COMPILES and threading.get_ident() == thread
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        yield count
+        yield compiles
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def _parts(state: Any) -> dict[str, Any]:
+def state_fields(state: TrainState) -> dict[str, PyTree]:
+    """The fields of a state by name, without copying their arrays."""
     return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-
-
-def _leaves(state: Any) -> Leaves:
-    """Leaves of a `TrainState` that the reference has too."""
-    return {
-        path: x
-        for part in ("params", "opt_state", "model_state")
-        for path, x in host(getattr(state, part), part).items()
-    }

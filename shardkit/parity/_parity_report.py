@@ -1,4 +1,4 @@
-"""`ParityReport`: what was compared, how far apart it was, and how far apart it may be."""
+"""`ParityReport`: what was compared, with which error, noise and threshold."""
 
 import dataclasses
 import itertools
@@ -11,35 +11,35 @@ _NUMBERS = [Column(name, right=True) for name in ("error", "noise", "threshold")
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class ParityRow:
     """One check on one mesh.
 
     Attributes:
       mesh: `(data=2, tensor=4)`.
       check: what was compared.
-      leaf: path of the worst leaf; "" where no leaf is at fault.
-      error: of that leaf, relative: largest difference over largest magnitude; for `layout`,
-        `copies` and `compiles once` the number of leaves or programs at fault.
-      noise: the same measure between two correct runs, None where none is allowed.
+      leaf: path of the worst leaf; "" if no leaf is at fault.
+      error: of that leaf: its largest difference over its largest magnitude. For `layout`, `init`,
+        `copies` and `compiles once`: the number of leaves or programs at fault.
+      noise: the same measure between two correct runs; None for checks that count.
       threshold: largest error that passes.
-      why: what is wrong in words, for checks that do not compare numbers.
+      why: what is wrong, for checks that count.
     """
 
     mesh: str
     check: str
     leaf: str
     error: float
-    noise: float | None
-    threshold: float
+    noise: float | None = None
+    threshold: float = 0.0
     why: str = ""
 
     @property
     def ok(self) -> bool:
-        """Whether the error is within the threshold; an error that is no number is not."""
+        """Whether the error is within the threshold; NaN is not."""
         return self.error <= self.threshold
 
     def cells(self) -> tuple[str, ...]:
-        """The row as text: check, worst leaf, error, noise, threshold, verdict."""
+        """The row as text, by column: check, worst leaf, error, noise, threshold, verdict."""
         verdict = "ok" if self.ok else "FAILED"
         if self.noise is None:  # leaves or programs at fault are counted
             return self.check, self.leaf, f"{self.error:g}", "", f"{self.threshold:g}", verdict
@@ -56,41 +56,44 @@ class ParityReport:
       title: what was run, in one line.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[ParityRow, ...]
     title: str
 
     @property
     def ok(self) -> bool:
-        """Whether every row passed; without a row nothing was proved."""
+        """Whether every row passed and there is at least one."""
         return bool(self.rows) and all(row.ok for row in self.rows)
 
     @property
-    def failed(self) -> tuple[Row, ...]:
+    def failed(self) -> tuple[ParityRow, ...]:
         """The rows that did not pass."""
         return tuple(row for row in self.rows if not row.ok)
 
     def check(self) -> "ParityReport":
-        """Returns the certificate itself if it is ok.
+        """Returns the report itself if it is ok.
 
         Raises:
           VerificationError: with every row that failed.
         """
         if self.ok:
             return self
-        problems = [Problem(f"{r.mesh} {r.check}", _why(r), _FIXES[r.check]) for r in self.failed]
+        problems = [
+            Problem(f"{row.mesh} {row.check}", _explain_failure(row), _FIXES[row.check])
+            for row in self.failed
+        ]
         n = len({row.mesh for row in self.failed})
-        headline = f"{count(len(problems), 'check')} failed on {n} of {self._meshes} meshes."
+        headline = f"{count(len(problems), 'check')} failed on {n} of {self._mesh_count} meshes."
         raise VerificationError(format_problems(headline, problems))
 
     @property
-    def _meshes(self) -> int:
+    def _mesh_count(self) -> int:
         return len({row.mesh for row in self.rows})
 
     def __str__(self) -> str:
         """A table of at most 100 columns, one block of rows per mesh."""
         rows: list[tuple[str, ...] | str] = []
-        for mesh, of_mesh in itertools.groupby(self.rows, key=lambda row: row.mesh):
-            rows += [mesh, *(row.cells() for row in of_mesh)]
+        for mesh, mesh_rows in itertools.groupby(self.rows, key=lambda row: row.mesh):
+            rows += [mesh, *(row.cells() for row in mesh_rows)]
         table = Table(["check", "worst leaf", *_NUMBERS, ""], rows, indent=2)
         lines = [self.title, table.to_text(_WIDTH)]
         passed = len(self.rows) - len(self.failed)
@@ -100,7 +103,7 @@ class ParityReport:
 
 
 def format_error(x: float) -> str:
-    """Returns `1.2e-07`, the one form of a relative error; `0` where nothing differs.
+    """Formats a relative error as `1.2e-07`; as `0` if nothing differs.
 
     >>> format_error(1.0), format_error(0.99999), format_error(0.0)
     ('1.0e+00', '1.0e+00', '0')
@@ -108,26 +111,28 @@ def format_error(x: float) -> str:
     return f"{x:.1e}" if x else "0"
 
 
-def _why(row: Row) -> str:
+def _explain_failure(row: ParityRow) -> str:
     if row.why:
         return f"{row.leaf}: {row.why}" if row.leaf else row.why
     noise = "" if row.noise is None else f", {format_error(row.noise)} between correct runs"
-    most = format_error(row.threshold)
-    return f"{row.leaf} is off by {format_error(row.error)}; at most {most}{noise}"
+    threshold = format_error(row.threshold)
+    return f"{row.leaf} is off by {format_error(row.error)}; at most {threshold}{noise}"
 
 
 _GRADIENTS = "compare step.gradients(state, batch)[1] of the mesh with that of one device"
+_WEIGHTS = "return sk.Mean(total, weight) if rows have different weights"
+_NOISE = "draw noise from the key argument of the loss, not from a constant key"
 _FIXES = {
     "layout": "print(sk.explain_rules(strategy.params, step.abstract_state.params, mesh))",
     "copies": "no shard_map(check_vma=False) in the loss, or a psum over each axis it splits",
-    "init": "draw every parameter from init's key alone: no device count, no axis_index",
-    "loss": "return sk.Mean(total, weight) where rows weigh differently",
+    "init": "draw every parameter from the key argument of init: no device count, no axis_index",
+    "loss": _WEIGHTS,
     "gradients": _GRADIENTS,
     "grad_norm": _GRADIENTS,
     "metrics": "return each metric as sk.Mean(total, weight)",
-    "evaluate": "return sk.Mean(total, weight) where rows weigh differently",
-    "sgd update": "take norms over whole gradients: no clipping inside shard_map",
-    "k-step loss": "draw noise from the key that the loss is given, never from a constant one",
-    "k-step state": "draw noise from the key that the loss is given, never from a constant one",
-    "compiles once": "return a state from the optimizer with the shapes and dtypes it was given",
+    "evaluate": _WEIGHTS,
+    "sgd update": "compute norms of the global gradients: no clipping inside shard_map",
+    "k-step loss": _NOISE,
+    "k-step state": _NOISE,
+    "compiles once": "return optimizer state with the shapes and dtypes of its input",
 }

@@ -1,4 +1,4 @@
-"""What a run of k steps tells: arrays on the host, by check and by path."""
+"""What is recorded of a run of k steps: arrays on the host, by check and by path."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,81 +10,92 @@ import numpy as np
 import optax
 
 from .._core.tree import leaves_by_path
+from .._core.types import Batch, Key, PyTree
 
 Leaves = dict[str, np.ndarray]
 """`{path: array}`, on the host."""
 
 Record = dict[str, Leaves]
-"""`{name of a check: what was found}`; the reference and every mesh fill the same names."""
+"""`{name of a check: its arrays}`; the reference and every mesh record the same checks."""
 
-# The checks that compare numbers, in the order of the certificate.
+# The checks that compare numbers, in the order of the parity report.
 INIT, LOSS, GRADIENTS, NORM = "init", "loss", "gradients", "grad_norm"
 METRICS, EVALUATE, SGD = "metrics", "evaluate", "sgd update"
 LATER_LOSS, LATER_STATE = "k-step loss", "k-step state"
 NUMBERS = (LOSS, GRADIENTS, NORM, METRICS, SGD, LATER_LOSS, LATER_STATE, EVALUATE)
 
-# Those that need a program of their own, beside that of the step and of the first state.
+# Checks that compile a program of their own, besides those of the step and of the first state.
 OWN_PROGRAM = (GRADIENTS, SGD, EVALUATE)
 
 
 @dataclasses.dataclass(frozen=True)
-class Trial:
-    """What the reference and every mesh are given.
+class ParityInputs:
+    """What the reference and every mesh run on.
 
     Attributes:
-      batches: host batches; step t takes the one at t modulo their number.
+      batches: host batches; step t uses number t modulo `len(batches)`.
       steps: updates with the declared optimizer.
       key: typed PRNG key[] of the initial state.
     """
 
-    batches: Sequence[Any]
+    batches: Sequence[Batch]
     steps: int
-    key: jax.Array
+    key: Key
 
-    def batch(self, step: int) -> Any:
+    def batch(self, step: int) -> Batch:
         """The batch of a step, counted from 0."""
         return self.batches[step % len(self.batches)]
 
 
-def host(tree: Any, prefix: str = "") -> Leaves:
-    """Copies the leaves of a pytree to the host, a typed key as the words that hold it."""
-    return {path: to_host(x) for path, x in leaves_by_path(tree, prefix).items()}
+def copy_state_to_host(state: Any) -> Leaves:
+    """Leaves that a `TrainState` and a `ReferenceState` share: `{"params/…": array}`."""
+    return {
+        path: x
+        for part in ("params", "opt_state", "model_state")
+        for path, x in copy_to_host(getattr(state, part), part).items()
+    }
 
 
-def to_host(x: Any) -> np.ndarray:
-    """Copies one array to the host."""
+def copy_to_host(tree: PyTree, prefix: str = "") -> Leaves:
+    """Copies the leaves of a pytree to the host; a typed key as its u32 data."""
+    return {path: copy_leaf_to_host(x) for path, x in leaves_by_path(tree, prefix).items()}
+
+
+def copy_leaf_to_host(x: jax.Array) -> np.ndarray:
+    """Copies one array to the host; a typed key as its u32 data."""
     is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
     return np.asarray(jax.random.key_data(x) if is_key else x)
 
 
-def of_steps(metrics: Sequence[dict[str, Any]]) -> Record:
-    """Sorts the metrics of each step by check."""
+def group_metrics_by_check(metrics: Sequence[dict[str, Any]]) -> Record:
+    """Sorts the metrics of all steps by check: `loss`, `grad_norm`, `metrics`, `k-step loss`."""
     first = metrics[0]
-    own = [name for name in first if name not in ("loss", "grad_norm")]
+    user_metrics = [name for name in first if name not in ("loss", "grad_norm")]
     return {
         LOSS: {"loss": np.asarray(first["loss"])},
         NORM: {"grad_norm": np.asarray(first["grad_norm"])},
-        METRICS: {name: np.asarray(first[name]) for name in own},
+        METRICS: {name: np.asarray(first[name]) for name in user_metrics},
         LATER_LOSS: {f"step {t + 1}": np.asarray(m["loss"]) for t, m in enumerate(metrics)},
     }
 
 
 def clipped_sgd(params: Leaves, grads: Leaves) -> optax.GradientTransformation:
-    """SGD whose clip is active and whose update is a tenth of the parameters in norm.
+    """SGD with an active clip, whose update is a tenth of the parameters in norm.
 
-    Adam would hide a gradient of the wrong scale. The clip, at half of the gradient's norm, needs
-    the norm over all devices; the size of the update makes an error in it show in the parameters.
+    Adam hides a gradient of the wrong scale; SGD does not. The clip, at half of the gradient's
+    norm, needs the norm over all devices. With |params| = 10 and |grads| = 4: the clip is 2, the
+    rate 0.1 * 10 / 2 = 0.5, and the update has norm 1, large enough to show an error in f32.
 
     Args:
-      params: of the first state, on the reference.
+      params: of the first state of the reference.
       grads: of its first step; not all zero.
     """
-    limit = norm(grads) / 2
+    clip = global_norm(grads) / 2
     return optax.chain(
-        optax.clip_by_global_norm(limit), optax.sgd(0.1 * (norm(params) or 1.0) / limit)
+        optax.clip_by_global_norm(clip), optax.sgd(0.1 * (global_norm(params) or 1.0) / clip)
     )
 
 
-def norm(leaves: Leaves) -> float:
+def global_norm(leaves: Leaves) -> float:
     """Euclidean norm of all leaves together, summed in f64."""
     return float(np.sqrt(sum(np.square(x.astype(np.float64)).sum() for x in leaves.values())))

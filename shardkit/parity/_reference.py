@@ -1,26 +1,28 @@
 """The reference: the declared loss on one device, in plain JAX and plain arithmetic.
 
-Nothing here is shared with the compiled step but the spec and the definition of its
-randomness: no mesh, no lanes, no constraints, no scan. What both define is:
+It shares nothing with the compiled step but the spec and the definition of its randomness: no
+mesh, no gradient shards, no constraints, no scan. Both define:
 
 - the state's key k gives `init` the first half of `split(k)`; step t draws from
   `fold_in(second half, t)`, an evaluation from `fold_in(second half, 2**32 - 1)`;
 - micro-batch i of n holds rows i, i+n, i+2n, …, and draws from `fold_in(key of the step, i)`;
-- where gradients are kept apart by lane, the loss gets the key of the only lane there is.
+- if gradients are accumulated per shard, the loss gets the key of the only shard.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import DTypeLike
 
 from .._core.precision import cast_floats
 from .._core.split_rng import RandomDraws, per_shard_keys
-from .._core.types import Loss, Mean, Variables, WithAxes
+from .._core.types import Batch, Key, Loss, Mean, Params, PyTree, Variables, WithAxes
 from ..step import SKIPPED, StepSpec
 from ._record import (
     EVALUATE,
@@ -28,34 +30,28 @@ from ._record import (
     INIT,
     LATER_STATE,
     SGD,
-    Leaves,
+    ParityInputs,
     Record,
-    Trial,
-    host,
-    norm,
-    of_steps,
+    copy_state_to_host,
+    copy_to_host,
+    global_norm,
+    group_metrics_by_check,
 )
 
 _EVALUATION = np.uint32(2**32 - 1)
 
+HostMetrics = dict[str, Any]
+"""`{name: f32[] on the host}`."""
+
 
 @dataclasses.dataclass(frozen=True)
-class State:
-    """A training state on one device: parameters, optimizer state, model state, key."""
+class ReferenceState:
+    """A training state on one device; `key` is the one that the steps draw from."""
 
-    params: Any
-    opt_state: Any
-    model_state: Any
-    key: jax.Array
-
-    def leaves(self) -> Leaves:
-        """Leaves on the host, named as those of a `TrainState`."""
-        parts = {
-            "params": self.params,
-            "opt_state": self.opt_state,
-            "model_state": self.model_state,
-        }
-        return {path: x for name, part in parts.items() for path, x in host(part, name).items()}
+    params: Params
+    opt_state: PyTree
+    model_state: PyTree
+    key: Key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,125 +60,134 @@ class Reference:
 
     Attributes:
       spec: its loss, init, optimizer, precision and accumulation are used; its layout is not.
-      device: where.
+      device: that all arrays are on.
     """
 
     spec: StepSpec
     device: Any
 
-    def start(self, key: jax.Array) -> State:
+    def init(self, key: Key) -> ReferenceState:
         """Makes the first state."""
-        return State(*self._start(jax.device_put(key, self.device)))
+        return ReferenceState(*self._init(jax.device_put(key, self.device)))
 
-    def run(self, trial: Trial, start: State, sgd: optax.GradientTransformation) -> Record:
-        """Makes every observation of the certificate.
+    def run(
+        self, inputs: ParityInputs, start: ReferenceState, sgd: optax.GradientTransformation
+    ) -> Record:
+        """Records every check of the parity report.
 
         Args:
-          trial: batches and number of steps.
+          inputs: batches and number of steps.
           start: the first state, perhaps nudged.
           sgd: optimizer of the one SGD update.
         """
-        batch = trial.batch(0)
+        batch = inputs.batch(0)
         metrics, grads, _ = self.gradients(start, batch, 0)
-        sgd_params, _ = _sgd_applier(sgd)(
+        sgd_params, _ = _jit_sgd_update(sgd)(
             grads, sgd.init(start.params), start.params, metrics["loss"]
         )
-        steps, state = [], start
-        for t in range(trial.steps):
-            state, told = self._step(state, trial.batch(t), t)
-            steps.append(told)
+        all_metrics, state = [], start
+        for t in range(inputs.steps):
+            state, metrics = self._step(state, inputs.batch(t), t)
+            all_metrics.append(metrics)
         return {
-            **of_steps(steps),
-            INIT: start.leaves(),
-            GRADIENTS: host(grads),
-            EVALUATE: self._evaluated(start, batch),
-            SGD: host(sgd_params),
-            LATER_STATE: state.leaves(),
+            **group_metrics_by_check(all_metrics),
+            INIT: copy_state_to_host(start),
+            GRADIENTS: copy_to_host(grads),
+            EVALUATE: self._evaluate(start, batch),
+            SGD: copy_to_host(sgd_params),
+            LATER_STATE: copy_state_to_host(state),
         }
 
-    def gradients(self, state: State, batch: Any, step: int) -> tuple[dict[str, Any], Any, Any]:
+    def gradients(
+        self, state: ReferenceState, batch: Batch, step: int
+    ) -> tuple[HostMetrics, Params, PyTree]:
         """Returns metrics, gradients of the mean loss, and the new model state."""
         accumulate, precision = self.spec.accumulate, self.spec.precision
         n, model_state = accumulate.micro_batches, state.model_state
-        key = jax.random.fold_in(state.key, step)
-        by_lanes = accumulate.reduce == "end" and (n > 1 or precision.reduces_apart)
-        total, weight, sums, grads = 0.0, 0.0, {}, None
+        step_key = jax.random.fold_in(state.key, step)
+        per_shard = accumulate.reduce == "end" and (n > 1 or precision.reduces_separately)
+        sums: dict[str, np.ndarray] = {}  # f64[2] each: total and weight, over micro-batches
+        grads = None
         for i in range(n):
-            at = jax.random.fold_in(key, i) if by_lanes or n > 1 else key
-            at = per_shard_keys(at, RandomDraws(1))[0] if by_lanes else at
+            key = jax.random.fold_in(step_key, i) if per_shard or n > 1 else step_key
+            key = per_shard_keys(key, RandomDraws(1))[0] if per_shard else key
+            # With n=2 micro-batches of 6 rows: rows 0 2 4, then rows 1 3 5.
             rows = jax.tree.map(lambda x, i=i: x[i::n] if np.ndim(x) else x, batch)
-            (part, (w, named, model_state)), g = self._part(
-                state.params, model_state, self._put(rows), at
+            (total, (weight, metrics, model_state)), micro_grads = self._loss_and_grads(
+                state.params, model_state, self._to_device(rows), key
             )
-            total, weight = total + float(part), weight + float(w)
-            for name, (t, w) in named.items():
-                so_far = sums.get(name, (0.0, 0.0))
-                sums[name] = so_far[0] + float(t), so_far[1] + float(w)
-            wide = jax.tree.map(_wide, g)
-            grads = wide if grads is None else jax.tree.map(np.add, grads, wide)
+            for name, pair in {"loss": (total, weight), **metrics}.items():
+                sums[name] = sums.get(name, np.zeros(2)) + np.array([float(x) for x in pair])
+            micro_grads = jax.tree.map(_to_f32, micro_grads)
+            grads = micro_grads if grads is None else jax.tree.map(np.add, grads, micro_grads)
+        weight = float(sums["loss"][1])
         scale = 1 / weight if weight else 0.0
         grads = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), grads, state.params)
-        metrics = {name: _ratio(*pair) for name, pair in {"loss": (total, weight), **sums}.items()}
-        return {**metrics, "grad_norm": np.asarray(norm(host(grads)))}, grads, model_state
+        means = {name: _divide(total, weight) for name, (total, weight) in sums.items()}
+        means["grad_norm"] = np.asarray(global_norm(copy_to_host(grads)))
+        return means, grads, model_state
 
-    def _step(self, state: State, batch: Any, step: int) -> tuple[State, dict[str, Any]]:
+    def _step(
+        self, state: ReferenceState, batch: Batch, step: int
+    ) -> tuple[ReferenceState, HostMetrics]:
         metrics, grads, model_state = self.gradients(state, batch, step)
         if self.spec.on_nonfinite != "apply":
             finite = np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
             metrics[SKIPPED] = np.float32(not finite)
-        params, opt_state = self._apply(grads, state.opt_state, state.params, metrics["loss"])
-        return State(params, opt_state, model_state, state.key), metrics
+        params, opt_state = self._update(grads, state.opt_state, state.params, metrics["loss"])
+        return ReferenceState(params, opt_state, model_state, state.key), metrics
 
-    def _evaluated(self, state: State, batch: Any) -> dict[str, Any]:
+    def _evaluate(self, state: ReferenceState, batch: Batch) -> HostMetrics:
         key = jax.random.fold_in(state.key, _EVALUATION)
-        total, (weight, named, _) = self._whole(
-            state.params, state.model_state, self._put(batch), key
+        total, (weight, metrics, _) = self._eval_loss(
+            state.params, state.model_state, self._to_device(batch), key
         )
-        return {n: _ratio(*pair) for n, pair in {"loss": (total, weight), **named}.items()}
+        sums = {"loss": (total, weight), **metrics}
+        return {name: _divide(total, weight) for name, (total, weight) in sums.items()}
 
-    def _put(self, rows: Any) -> Any:
+    def _to_device(self, rows: Batch) -> Batch:
         return jax.device_put(rows, self.device)
 
     @functools.cached_property
-    def _start(self) -> Any:
+    def _init(self) -> Callable[[Key], tuple[Any, ...]]:
         spec = self.spec
 
-        def run(key: jax.Array) -> tuple[Any, ...]:
-            for_init, for_steps = jax.random.split(key)
-            made = spec.init(for_init)
-            made = made if isinstance(made, Variables) else Variables(made, {})
-            bare = jax.tree.map(
-                lambda x: x.value if isinstance(x, WithAxes) else x,
-                made.params,
+        def run(key: Key) -> tuple[Any, ...]:
+            init_key, steps_key = jax.random.split(key)
+            variables = spec.init(init_key)
+            if not isinstance(variables, Variables):
+                variables = Variables(variables, {})
+            params = jax.tree.map(
+                lambda x: jnp.asarray(x.value if isinstance(x, WithAxes) else x),
+                variables.params,
                 is_leaf=lambda x: isinstance(x, WithAxes),
             )
-            params = cast_floats(jax.tree.map(jnp.asarray, bare), spec.precision.param_dtype)
-            return params, spec.optimizer.init(params), made.model_state, for_steps
+            params = cast_floats(params, spec.precision.param_dtype)
+            return params, spec.optimizer.init(params), variables.model_state, steps_key
 
         return jax.jit(run)
 
     @functools.cached_property
-    def _part(self) -> Any:
-        """`(params, model_state, rows, key) → ((total, (weight, metrics, model_state)),
-        gradients)`.
-        """
-        loss = _plain(self.spec, evaluate=False)
-        differentiated = jax.value_and_grad(loss, has_aux=True)
+    def _loss_and_grads(self) -> Callable[..., Any]:
+        """`(params, model_state, rows, key) → ((total, (weight, metrics, model_state)), grads)`."""
+        value_and_grad = jax.value_and_grad(_build_plain_loss(self.spec, train=True), has_aux=True)
         compute = self.spec.precision.compute_dtype
-        return jax.jit(lambda params, *args: differentiated(cast_floats(params, compute), *args))
+        return jax.jit(lambda params, *args: value_and_grad(cast_floats(params, compute), *args))
 
     @functools.cached_property
-    def _whole(self) -> Any:
-        loss = _plain(self.spec, evaluate=True)
+    def _eval_loss(self) -> Callable[..., Any]:
+        """`(params, model_state, batch, key) → (total, (weight, metrics, model_state))`."""
+        loss = _build_plain_loss(self.spec, train=False)
         compute = self.spec.precision.compute_dtype
         return jax.jit(lambda params, *args: loss(cast_floats(params, compute), *args))
 
     @functools.cached_property
-    def _apply(self) -> Any:
-        return _applier(self.spec.optimizer)
+    def _update(self) -> Callable[..., tuple[Params, PyTree]]:
+        return _jit_update(self.spec.optimizer)
 
 
-def _applier(optimizer: optax.GradientTransformation) -> Any:
+def _jit_update(optimizer: optax.GradientTransformation) -> Callable[..., tuple[Params, PyTree]]:
+    """`(grads, opt_state, params, loss) → (params, opt_state)`."""
     update = optax.with_extra_args_support(optimizer).update
 
     def apply(grads: Any, opt_state: Any, params: Any, loss: Any) -> tuple[Any, Any]:
@@ -193,54 +198,62 @@ def _applier(optimizer: optax.GradientTransformation) -> Any:
 
 
 @functools.lru_cache(maxsize=8)
-def _sgd_applier(sgd: optax.GradientTransformation) -> Any:
+def _jit_sgd_update(
+    sgd: optax.GradientTransformation,
+) -> Callable[..., tuple[Params, PyTree]]:
     """The same for an optimizer that several runs share: compiled once."""
-    return _applier(sgd)
+    return _jit_update(sgd)
 
 
-def _plain(spec: StepSpec, *, evaluate: bool) -> Any:
-    """The user's loss as `(params, model_state, batch, key) → (total, (weight, metrics, model_state))`."""
+def _build_plain_loss(spec: StepSpec, *, train: bool) -> Callable[..., Any]:
+    """The user's loss: `(params, model_state, batch, key) → (total, (weight, metrics, state))`.
+
+    `metrics` is `{name: (total, weight)}`, `state` the new model state.
+    """
     loss = spec.loss_fn
     loss = loss if isinstance(loss, Loss) else Loss(loss, loss)
-    call = loss.evaluate if evaluate else loss.train
+    call = loss.train if train else loss.evaluate
 
-    def run(params: Any, model_state: Any, batch: Any, key: Any) -> tuple[Any, Any]:
+    def run(params: Params, model_state: PyTree, batch: Batch, key: Key) -> tuple[Any, Any]:
         if loss.stateful:
             value, metrics, model_state = call(params, batch, key, model_state)
         else:
             value = call(params, batch, key)
             value, metrics = value if isinstance(value, tuple) else (value, {})
-        total, weight = _pair(value)
-        return total, (weight, {name: _pair(m) for name, m in metrics.items()}, model_state)
+        total, weight = _split_mean(value)
+        return total, (weight, {name: _split_mean(m) for name, m in metrics.items()}, model_state)
 
     return run
 
 
-def _pair(value: Any) -> tuple[Any, Any]:
+def _split_mean(value: Any) -> tuple[jax.Array, jax.Array]:
+    """Total and weight, f32[] each; a plain number has weight 1."""
     total, weight = (value.total, value.weight) if isinstance(value, Mean) else (value, 1.0)
     return jnp.asarray(total, jnp.float32), jnp.asarray(weight, jnp.float32)
 
 
-def _wide(x: jax.Array) -> np.ndarray:
-    """Micro-batches are summed in f32 at least, whatever the compute dtype; on the host."""
+def _to_f32(x: jax.Array) -> np.ndarray:
+    """To the host in f32 or wider: micro-batches are summed in at least f32."""
     return np.asarray(x).astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _ratio(total: Any, weight: Any) -> np.ndarray:
+def _divide(total: Any, weight: Any) -> np.ndarray:
+    """f32[]: the mean; 0 if the weight is 0."""
     return np.asarray(float(total) / float(weight) if float(weight) else 0.0, np.float32)
 
 
-def nudged(state: State, dtype: Any, seed: int) -> State:
+def nudge_params(state: ReferenceState, dtype: DTypeLike, seed: int) -> ReferenceState:
     """Moves every parameter up or down by one rounding of `dtype`, at random.
 
-    What the results then change by is what correct programs may differ by: programs that sum in
-    another order differ by roundings too.
+    The change of the results is the noise of the reference: programs that sum in another order
+    differ by roundings too, so correct programs differ by about as much. In f32, a parameter of
+    0.5 becomes 0.5 ± 6e-8.
     """
     rng, eps = np.random.default_rng(seed), float(jnp.finfo(dtype).eps)
 
-    def move(x: jax.Array) -> jax.Array:
+    def nudge(x: jax.Array) -> jax.Array:
         signs = rng.choice([-1.0, 1.0], size=x.shape)
-        moved = np.asarray(x).astype(np.float64) * (1 + eps * signs)
-        return jax.device_put(moved.astype(x.dtype), x.sharding)
+        nudged = np.asarray(x).astype(np.float64) * (1 + eps * signs)
+        return jax.device_put(nudged.astype(x.dtype), x.sharding)
 
-    return dataclasses.replace(state, params=jax.tree.map(move, state.params))
+    return dataclasses.replace(state, params=jax.tree.map(nudge, state.params))

@@ -1,23 +1,22 @@
-"""Which mesh for this model on these devices: every layout estimated, the fitting ones ranked."""
+"""Which mesh for this model on these devices: every layout estimated, those that fit ranked."""
 
 from ._candidate import Candidate
-from ._compile import compile_best, compiled, report_of
-from ._declared_step import Modelled, modelled
+from ._compile import compile_best, compile_layout
+from ._declared_step import StepEstimate, estimate_step
 from ._network import Network
 from ._plan import plan
 from ._result import Plan
-from ._space import SearchSpace, code_of
+from ._space import SearchSpace, format_layout
 
 __all__ = [
     "Candidate",
-    "Modelled",
     "Network",
     "Plan",
     "SearchSpace",
-    "code_of",
+    "StepEstimate",
     "compile_best",
-    "compiled",
-    "modelled",
+    "compile_layout",
+    "estimate_step",
+    "format_layout",
     "plan",
-    "report_of",
 ]

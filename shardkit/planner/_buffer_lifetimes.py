@@ -2,101 +2,101 @@
 
 from collections.abc import Hashable, Sequence
 
-from ._program import Flat, Op
-from ._symbolic_sharding import Terms, add
+from ._program import FlatProgram, Op
+from ._symbolic_sharding import SymbolicBytes, add_bytes
 
 
-class Lifetimes:
-    """Values in memory, from the operation that makes each to the last one that reads it.
+class BufferLifetimes:
+    """Buffers, from the operation that writes each to the last one that reads it.
 
     Attributes:
-      at: place of the operation under way.
+      at: index of the operation under way.
     """
 
-    def __init__(self, flat: Flat) -> None:
+    def __init__(self, flat: FlatProgram) -> None:
         self.flat = flat
         self.at = 0
-        self._roots: dict[int, frozenset[Hashable]] = {}
-        self._born: dict[Hashable, tuple[int, Terms]] = {}
-        self._read: dict[Hashable, int] = {}
-        self._inner: dict[int, list[Terms]] = {}
-        self._passing: dict[int, Terms] = {}
+        self._roots: dict[int, frozenset[Hashable]] = {}  # value → buffers it is computed from
+        self._written: dict[Hashable, tuple[int, SymbolicBytes]] = {}
+        self._last_read: dict[Hashable, int] = {}
+        self._loop_bodies: dict[int, list[SymbolicBytes]] = {}
+        self._scratch: dict[int, SymbolicBytes] = {}
 
-    def bear(self, number: int, held: Terms) -> None:
-        """A value is written to memory."""
+    def allocate(self, number: int, size: SymbolicBytes) -> None:
+        """Writes a value to a buffer of its own."""
         self._roots[number] = frozenset({number})
-        self._born[number] = (self.at, held)
+        self._written[number] = (self.at, size)
 
-    def follow(self, number: int, sources: Sequence[int | None]) -> None:
-        """A value is made where it is read, from values that must live until then."""
+    def alias(self, number: int, sources: Sequence[int | None]) -> None:
+        """Gives a value no buffer: its readers compute it from buffers that live until then."""
         roots = (self._roots.get(n, frozenset()) for n in sources if n is not None)
         self._roots[number] = frozenset().union(*roots)
 
     def read(self, op: Op) -> None:
-        """The operation under way reads its operands."""
+        """Keeps the operands' buffers until the operation under way."""
         for number in op.ins:
             for root in self._roots.get(number, ()) if number is not None else ():
-                self._read[root] = self.at
+                self._last_read[root] = self.at
 
-    def read_by(self, op: Op) -> Terms:
-        """Bytes of the values in memory that the operation reads, each once."""
+    def bytes_read_by(self, op: Op) -> SymbolicBytes:
+        """Bytes of the buffers that the operation reads, each once."""
         numbers = [n for n in op.ins if n is not None]
         roots = frozenset().union(*(self._roots.get(n, frozenset()) for n in numbers))
-        found: Terms = {}
+        total: SymbolicBytes = {}
         for root in roots:
-            add(found, self._born[root][1])
-        return found
+            add_bytes(total, self._written[root][1])
+        return total
 
-    def use(self, key: Hashable, held: Terms) -> bool:
-        """A value beside the program's own is read; returns whether it is made now."""
-        new = key not in self._born
+    def read_temporary(self, key: Hashable, size: SymbolicBytes) -> bool:
+        """Reads a buffer that is not a value of the program; returns whether it is written now."""
+        new = key not in self._written
         if new:
-            self._born[key] = (self.at, held)
-        self._read[key] = self.at
+            self._written[key] = (self.at, size)
+        self._last_read[key] = self.at
         return new
 
-    def pass_through(self, held: Terms) -> None:
-        """The operation under way holds more while it runs."""
-        add(self._passing.setdefault(self.at, {}), held)
+    def add_scratch(self, size: SymbolicBytes) -> None:
+        """Adds memory that the operation under way holds while it runs."""
+        add_bytes(self._scratch.setdefault(self.at, {}), size)
 
-    def repeat(self, points: list[Terms]) -> None:
-        """The operation under way is a loop whose body holds these at its operations."""
-        self._inner[self.at] = points
+    def nest_loop(self, live: list[SymbolicBytes]) -> None:
+        """Puts the live bytes of a loop's body in the place of the operation under way."""
+        self._loop_bodies[self.at] = live
 
-    def in_memory(self, number: int) -> bool:
-        """Whether a value is written already."""
+    def is_written(self, number: int) -> bool:
+        """Whether a value has a buffer, or is computed from one."""
         return number in self._roots
 
-    def alive(self, returned: int) -> list[Terms]:
+    def live_bytes(self, returned: int) -> list[SymbolicBytes]:
         """Bytes alive while each operation runs, without the program's arguments.
 
         Args:
-          returned: how many of its results live to the end; a loop writes the others to their
-            places in stacked arrays as soon as they are made.
+          returned: how many of the results live to the end; a loop writes the others to their
+            places in stacked arrays as soon as they are computed.
         """
         last = len(self.flat.ops)
         for number in self.flat.outputs[:returned]:
             for root in self._roots.get(number, ()) if number is not None else ():
-                self._read[root] = last
+                self._last_read[root] = last
         starts: dict[int, list[Hashable]] = {}
         ends: dict[int, list[Hashable]] = {}
-        for key, (at, _) in self._born.items():
+        for key, (at, _) in self._written.items():
             starts.setdefault(at, []).append(key)
-            ends.setdefault(self._read.get(key, at), []).append(key)
-        now: Terms = {}
-        points = []
+            ends.setdefault(self._last_read.get(key, at), []).append(key)
+        now: SymbolicBytes = {}
+        live = []
         for at in range(last):
             for key in starts.get(at, ()):
-                add(now, self._born[key][1])
+                add_bytes(now, self._written[key][1])
             here = dict(now)
-            add(here, self._passing.get(at, {}))
-            points += [_plus(here, more) for more in self._inner.get(at, [])] or [here]
+            add_bytes(here, self._scratch.get(at, {}))
+            live += [_sum(here, inner) for inner in self._loop_bodies.get(at, [])] or [here]
             for key in ends.get(at, ()):
-                add(now, self._born[key][1], -1.0)
-        return points
+                add_bytes(now, self._written[key][1], -1.0)
+        return live
 
 
-def _plus(one: Terms, other: Terms) -> Terms:
-    joined = dict(one)
-    add(joined, other)
-    return joined
+def _sum(left: SymbolicBytes, right: SymbolicBytes) -> SymbolicBytes:
+    total = dict(left)
+    add_bytes(total, right)
+    return total

@@ -6,12 +6,12 @@ from typing import Any
 
 from .._core.tree import format_bytes
 from .._core.types import Accumulate
-from ._space import Stages
+from ._space import PipelineOptions
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One layout with its estimate. Bytes and seconds are of one device and step, modelled.
+    """One layout with its estimate. Bytes and seconds are per device and step, modelled.
 
     Attributes:
       mesh: size of each axis.
@@ -24,14 +24,14 @@ class Candidate:
       capacity: bytes of the device.
       seconds: of a step.
       compute: seconds of products.
-      memory: seconds of other traffic with the device's memory.
+      memory: seconds of other memory traffic.
       communication: mesh axes, joined by commas → seconds on the links.
-      wire: the same → bytes sent.
+      wire: mesh axes, joined by commas → bytes sent.
       declaration: code that declares it.
-      pipeline: how stages are worked off, where there are any.
-      attention: how attention looks along a split length, where it is.
+      pipeline: schedule of the stages, if there are any.
+      attention: method of attention along a split length; "" if it is not split.
       bubble: seconds in which a stage waits for others.
-      compiled: what the target's compiler made of it, if it was asked.
+      compiled: figures of the target's compiler, if it was asked.
       failed: why it could not be compiled.
     """
 
@@ -49,7 +49,7 @@ class Candidate:
     communication: Mapping[str, float]
     wire: Mapping[str, float]
     declaration: str
-    pipeline: Stages | None = None
+    pipeline: PipelineOptions | None = None
     attention: str = ""
     bubble: float = 0.0
     compiled: Mapping[str, Any] | None = None
@@ -67,30 +67,27 @@ class Candidate:
 
     @property
     def bound(self) -> str:
-        """What most of the step is spent on: compute, HBM, a bubble, or links of some mesh axes."""
+        """What takes most of the step: compute, HBM, the bubble, or the links of some mesh axes."""
         parts = {"compute": self.compute, "HBM": self.memory, "the bubble": self.bubble}
         parts |= {f"links of {axes}": s for axes, s in self.communication.items()}
         return max(parts, key=lambda name: parts[name])
 
     @property
     def communication_bound(self) -> bool:
-        """Whether that are links."""
+        """Whether the links of some mesh axes take most of the step."""
         return self.bound not in ("compute", "HBM", "the bubble")
 
     @property
     def layout(self) -> str:
         """The layout in words: `fsdp=16, tensor=4, remat=full`."""
         sizes = ", ".join(f"{axis}={n}" for axis, n in self.mesh.items() if n > 1) or "one device"
-        how = (
-            f", accumulate={self.accumulate.micro_batches}"
-            if self.accumulate.micro_batches > 1
-            else ""
-        )
-        how += f" ({self.accumulate.reduce})" if self.accumulate.micro_batches > 1 else ""
-        how += f", {self.pipeline}" if self.pipeline else ""
-        how += f", {self.attention} attention" if self.attention else ""
-        how += f", zero={self.zero}" if self.zero else ""
-        return f"{sizes}{how}, remat={self.remat}"
+        options = ""
+        if self.accumulate.micro_batches > 1:
+            options = f", accumulate={self.accumulate.micro_batches} ({self.accumulate.reduce})"
+        options += f", {self.pipeline}" if self.pipeline else ""
+        options += f", {self.attention} attention" if self.attention else ""
+        options += f", zero={self.zero}" if self.zero else ""
+        return f"{sizes}{options}, remat={self.remat}"
 
     def __str__(self) -> str:
         """Returns `fsdp=16, tensor=4, remat=full: 12.0 ms, 1.50 GiB, bound by compute`."""

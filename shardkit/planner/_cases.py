@@ -1,4 +1,4 @@
-"""Layouts with what is known of them before they are estimated, and what becomes of them."""
+"""Legal layouts before they are estimated, and the candidates that become of them."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,116 +8,126 @@ import numpy as np
 from .._core.types import Accumulate
 from ._candidate import Candidate
 from ._estimate import Estimates, Machine, estimate
-from ._space import How, Stages, code_of
+from ._space import Batching, PipelineOptions, format_layout
 from ._stages import estimate_stages
-from ._state_bytes import Placed, kept_bytes
-from ._trace import Walked
+from ._state_bytes import StateBytes, accumulator_bytes
+from ._trace import StepCosts
 
-_ONCE = Accumulate()
+_ONE_BATCH = Accumulate()
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """One legal layout, but for its remat policy.
+class PlannedCase:
+    """One layout, without its remat policy.
 
     Attributes:
       sizes: size of each mesh axis.
-      how: micro-batches, or how its pipeline is worked off.
+      batching: micro-batches, or the pipeline's schedule.
       zero: ZeRO stage.
-      attention: how attention looks along a split length.
-      placed: exact bytes; None where nothing could be laid out.
+      attention: method of attention along a split length.
+      state_bytes: exact bytes; None where the layout is not legal.
     """
 
     sizes: Mapping[str, int]
-    how: How = _ONCE
+    batching: Batching = _ONE_BATCH
     zero: int = 0
     attention: str = ""
-    placed: Placed | None = None
+    state_bytes: StateBytes | None = None
 
     @property
-    def staged(self) -> bool:
-        """Whether its layers are in stages."""
-        return isinstance(self.how, Stages)
+    def is_staged(self) -> bool:
+        """Whether its layers are split over stages."""
+        return isinstance(self.batching, PipelineOptions)
 
     @property
-    def own(self) -> Placed:
-        """Exact bytes of a case that is legal."""
-        assert self.placed is not None
-        return self.placed
+    def exact(self) -> StateBytes:
+        """Exact bytes of a legal layout."""
+        assert self.state_bytes is not None
+        return self.state_bytes
 
     def __str__(self) -> str:
         """Returns `data=2, fsdp=4, accumulate=2`."""
-        shown = ", ".join(f"{axis}={n}" for axis, n in self.sizes.items())
-        shown += f", {self.how}" if isinstance(self.how, Stages) else ""
-        shown += f", {self.attention} attention" if self.attention else ""
-        accumulated = isinstance(self.how, Accumulate) and self.how.micro_batches > 1
-        return shown + (f", accumulate={self.how.micro_batches}" if accumulated else "")
+        text = ", ".join(f"{axis}={n}" for axis, n in self.sizes.items())
+        text += f", {self.batching}" if isinstance(self.batching, PipelineOptions) else ""
+        text += f", {self.attention} attention" if self.attention else ""
+        accumulates = isinstance(self.batching, Accumulate) and self.batching.micro_batches > 1
+        return text + (f", accumulate={self.batching.micro_batches}" if accumulates else "")
 
 
-def candidates(
-    walked: Walked, remat: str, cases: Sequence[Case], machine: Machine, batch_scale: float = 1.0
+def estimate_cases(
+    costs: StepCosts,
+    remat: str,
+    cases: Sequence[PlannedCase],
+    machine: Machine,
+    batch_scale: float = 1.0,
 ) -> list[Candidate]:
-    """Estimates layouts that one walk serves.
+    """Estimates layouts that share the symbolic costs of one step.
 
     Args:
-      walked: what one step's loss and gradient do under `remat`.
+      costs: of the loss and gradient under `remat`.
       remat: the policy.
       cases: all in stages, or none.
       machine: the devices.
       batch_scale: as if the batch had so many times its rows.
     """
-    bubbles = np.zeros(len(cases))
-    staged = [(c.sizes, c.how) for c in cases if isinstance(c.how, Stages)]
-    plain = [(c.sizes, c.how) for c in cases if isinstance(c.how, Accumulate)]
+    waits = np.zeros(len(cases))
+    staged = [(c.sizes, c.batching) for c in cases if isinstance(c.batching, PipelineOptions)]
+    plain = [(c.sizes, c.batching) for c in cases if isinstance(c.batching, Accumulate)]
     if staged:
-        own = [c.own for c in cases]
-        values, bubbles = estimate_stages(walked, staged, own, machine, batch_scale)
+        exact = [c.exact for c in cases]
+        estimates, waits = estimate_stages(costs, staged, exact, machine, batch_scale)
     else:
-        lanes = [c.own.lane for c in cases]
-        values = estimate(walked, plain, machine, batch_scale, lanes)
-    return list(_made(remat, cases, values, bubbles, machine, batch_scale))
+        unreduced = [c.exact.unreduced for c in cases]
+        estimates = estimate(costs, plain, machine, batch_scale=batch_scale, unreduced=unreduced)
+    candidates = _build_candidates(
+        cases, estimates, waits, remat=remat, machine=machine, batch_scale=batch_scale
+    )
+    return list(candidates)
 
 
-def _made(
+def _build_candidates(
+    cases: Sequence[PlannedCase],
+    estimates: Estimates,
+    waits: np.ndarray,
+    *,
     remat: str,
-    cases: Sequence[Case],
-    values: Estimates,
-    bubbles: np.ndarray,
     machine: Machine,
     batch_scale: float,
 ) -> Iterator[Candidate]:
     chip = machine.network.chip
-    seconds = values.seconds(machine.overlap) + bubbles
-    wires = {", ".join(name): v.tolist() for name, v in values.wire.items()}
-    links = {", ".join(name): v.tolist() for name, v in values.communication.items()}
-    for i, one in enumerate(cases):
-        own, how = one.own, one.how
+    seconds = estimates.seconds(machine.overlap) + waits
+    wires = {", ".join(name): v.tolist() for name, v in estimates.wire.items()}
+    links = {", ".join(name): v.tolist() for name, v in estimates.communication.items()}
+    for i, case in enumerate(cases):
+        exact, batching = case.exact, case.batching
         wire = {name: v[i] for name, v in wires.items() if v[i]}
         times = {name: v[i] for name, v in links.items() if v[i]}
-        beside = 0.0
-        for axis, sent in own.sent_beside(one.sizes, batch_scale):
-            spent = sent / float(machine.network.rates([one.sizes], [axis])[0])
+        extra = 0.0
+        for axis, sent in exact.extra_sends(case.sizes, batch_scale):
+            spent = sent / float(machine.network.rates([case.sizes], [axis])[0])
             wire[axis] = wire.get(axis, 0.0) + sent
             times[axis] = times.get(axis, 0.0) + spent
-            beside += spent
-        update = 2 * own.state / chip.memory_bandwidth
-        plain = isinstance(how, Accumulate)
+            extra += spent
+        update = 2 * exact.state / chip.memory_bandwidth
+        pipeline = batching if isinstance(batching, PipelineOptions) else None
+        accumulate = batching if isinstance(batching, Accumulate) else Accumulate()
+        accumulator = 0 if pipeline else accumulator_bytes(exact, accumulate)
         yield Candidate(
-            mesh=one.sizes,
-            accumulate=how if plain else Accumulate(),
+            mesh=case.sizes,
+            accumulate=accumulate,
             remat=remat,
-            zero=one.zero,
-            state=own.state,
-            batch=own.batch,
-            temp=float(values.temp[i]) + (kept_bytes(own, how) if plain else 0),
+            zero=case.zero,
+            state=exact.state,
+            batch=exact.batch,
+            temp=float(estimates.temp[i]) + accumulator,
             capacity=chip.memory,
-            seconds=float(seconds[i]) + update + beside * (1 - machine.overlap),
-            compute=float(values.compute[i]),
-            memory=float(values.memory[i]) + update,
+            seconds=float(seconds[i]) + update + extra * (1 - machine.overlap),
+            compute=float(estimates.compute[i]),
+            memory=float(estimates.memory[i]) + update,
             communication=times,
             wire=wire,
-            declaration=code_of(one.sizes, how, remat, one.zero, one.attention),
-            pipeline=None if plain else how,
-            attention=one.attention,
-            bubble=float(bubbles[i]),
+            declaration=format_layout(case.sizes, batching, remat, case.zero, case.attention),
+            pipeline=pipeline,
+            attention=case.attention,
+            bubble=float(waits[i]),
         )

@@ -1,14 +1,14 @@
-"""Stage two: the best layouts, compiled by the target's own compiler in child processes."""
+"""Compiles the best layouts of a plan with the target's own compiler, in child processes."""
 
 import dataclasses
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from .._core.errors import ShardkitError
 from ..report import Report
-from ..targets import Source, compile_for
+from ..targets import StepSource, compile_for
 from ._candidate import Candidate
 from ._result import Plan
 
@@ -36,74 +36,66 @@ def config() -> Config:
 
 def compile_best(
     plan: Plan,
-    source: Source,
+    source: StepSource,
     number: int,
     *,
     global_batch: int | None = None,
     timeout: float = 1800.0,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Plan:
-    """Compiles the first layouts of a plan; what is compiled stands first, by its own time.
+    """Compiles the first layouts of a plan and ranks them first, by their compiled time.
 
     Args:
       plan: the plan.
       source: the config file that it was made for.
-      number: how many layouts are compiled.
-      global_batch: as the plan was asked.
+      number: how many layouts to compile.
+      global_batch: rows that the plan was made for, if they are not the config's.
       timeout: seconds for each.
-      progress: is told of each compile.
+      progress: called with a line of text before each compile.
 
     Returns:
-      The plan, whose first rows say what the compiler made of them. A layout that does not compile
-      says why, and one that does not fit after all goes to `tight`.
+      The plan with the compiled figures. A layout that does not compile has its reason in
+      `failed`, and one that does not fit after all goes to `tight`.
     """
     done = []
-    for one in plan.rows[:number]:
-        progress(f"compiling {one}")
-        done.append(compiled(one, source, plan.target, global_batch, timeout))
-    fit = [c for c in done if c.compiled and c.compiled["margin"] >= 0]
+    for candidate in plan.rows[:number]:
+        progress(f"compiling {candidate}")
+        options = {"global_batch": global_batch, "timeout": timeout}
+        done.append(_compile_candidate(candidate, source, plan.target, **options))
+    figures = [(c, c.compiled) for c in done if c.compiled]
+    fit = sorted((pair for pair in figures if pair[1]["margin"] >= 0), key=_compiled_seconds)
+    over = [c for c, compiled in figures if compiled["margin"] < 0]
     failed = [c for c in done if c.failed]
-    over = [c for c in done if c.compiled and c.compiled["margin"] < 0]
-    fit.sort(key=lambda c: c.compiled["seconds"] if c.compiled else 0.0)
-    rest = plan.rows[number:]
-    return dataclasses.replace(plan, rows=(*fit, *rest, *failed), tight=(*over, *plan.tight))
+    rows = (*(c for c, _ in fit), *plan.rows[number:], *failed)
+    return dataclasses.replace(plan, rows=rows, tight=(*over, *plan.tight))
 
 
-def compiled(
-    one: Candidate,
-    source: Source,
-    target: str,
-    global_batch: int | None,
-    timeout: float = 1800.0,
-    precision: str = "",
+def _compiled_seconds(pair: tuple[Candidate, Mapping[str, Any]]) -> float:
+    return pair[1]["seconds"]
+
+
+def _compile_candidate(
+    candidate: Candidate, source: StepSource, target: str, **options: Any
 ) -> Candidate:
-    """A layout with what the target's compiler says of it, or why it says nothing.
-
-    Args:
-      one: the layout.
-      source: the config file that it is of.
-      target: the devices.
-      global_batch: rows, if they are not the config's.
-      timeout: seconds.
-      precision: named dtype policy, if it is not the config's.
-    """
+    """A layout with the figures of the target's compiler, or the reason why it has none."""
     try:
-        report = report_of(one.declaration, source, target, global_batch, timeout, precision)
+        report = compile_layout(candidate.declaration, source, target, **options)
     except (ShardkitError, RuntimeError) as error:
         lines = str(error).splitlines()
-        return dataclasses.replace(one, failed=" ".join(lines[:2]))
-    return dataclasses.replace(one, compiled=_summary(report))
+        return dataclasses.replace(candidate, failed=" ".join(lines[:2]))
+    return dataclasses.replace(candidate, compiled=_summarize(report))
 
 
-def report_of(
+def compile_layout(
     code: str,
-    source: Source,
+    source: StepSource,
     target: str,
+    *,
     global_batch: int | None = None,
     timeout: float = 1800.0,
     precision: str = "",
 ) -> Report:
-    """What the target's compiler makes of a config under a layout; the rest as `compiled`.
+    """Compiles a config under a layout for a target.
 
     Args:
       code: `Candidate.declaration`.
@@ -116,9 +108,8 @@ def report_of(
     Raises:
       ShardkitError: the layout is not legal, or was not compiled.
     """
-    name = str(Path(source.name).resolve()) if source.name else None
     text = _CONFIG.format(
-        name=name,
+        name=str(Path(source.name).resolve()) if source.name else None,
         overrides=list(source.overrides),
         declaration="\n".join(f"    {line}" for line in code.splitlines()),
         rows=global_batch,
@@ -127,10 +118,10 @@ def report_of(
     with tempfile.TemporaryDirectory(prefix="shardkit-plan-") as folder:
         path = Path(folder, "layout.py")
         path.write_text(text)
-        return compile_for(Source(str(path)), target, timeout=timeout)
+        return compile_for(StepSource(str(path)), target, timeout=timeout)
 
 
-def _summary(report: Report) -> dict[str, Any]:
+def _summarize(report: Report) -> dict[str, Any]:
     memory, timeline = report.memory, report.timeline
     wire: dict[str, int] = {}
     for row in report.ledger:

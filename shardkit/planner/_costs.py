@@ -1,4 +1,4 @@
-"""What a walk finds: collectives, products and writes, and where in a program they are."""
+"""The costs of a program: collectives, products and writes, each in a phase of the program."""
 
 import dataclasses
 import math
@@ -6,63 +6,99 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..parallel import axes_splitting
-from ._symbolic_sharding import Laid, Terms
+from ._symbolic_sharding import SymbolicBytes, SymbolicSharding
 
 PIPE, LENGTH, EXPERTS, HEADS = (
     axes_splitting(part)[0] for part in ("layers", "length", "experts", "heads")
 )
 """Mesh axes that the formulae for stages, attention, experts and products are written for. The axis
-of stages splits the dim of layers, which a loop works off."""
-PARTS = ("first", "forward", "last", "backward", "begun")
-"""Parts of a program around and inside of its loops over layers, forward and backward."""
+of stages splits the dim of layers, over which a loop runs."""
+PHASES = ("prologue", "forward", "epilogue", "backward", "prologue_backward")
+"""Phases of a program around and inside its two loops over layers. The epilogue (head and loss) is
+forward and backward at once; the backward pass of the prologue (embedding) comes last."""
 
-TileDims = tuple[tuple[float, frozenset[str]], ...]
+MatmulDims = tuple[tuple[float, frozenset[str]], ...]
 """Elements of the rows, the columns and the sum of a product, each with the axes that split it."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Sent:
-    """A collective: `kind` over `axes`, of `payload` bytes (V of the ledger), `trips` times.
+class ProgramSite:
+    """Where an operation runs: times per micro-batch, axes that divide them, index in `PHASES`."""
 
-    `loops` are the axes that divide the trips; `gradient` says that a parameter's gradient is
-    summed, which happens once per step where micro-batches are reduced together; `use_param` that a
-    parameter is gathered; `part` where in a pipeline it is, one of `PARTS`.
+    trips: float
+    loops: frozenset[str]
+    phase: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """A collective.
+
+    Attributes:
+      kind: `all-gather`, `all-reduce`, `reduce-scatter`, `all-to-all` or `swap`.
+      axes: mesh axes that it runs over.
+      payload: bytes (V of the ledger).
+      site: where it runs.
+      is_gradient: whether it reduces the gradient of a parameter, which happens once per step
+        where micro-batches are reduced together.
+      is_param: whether it gathers a parameter.
     """
 
     kind: str
     axes: frozenset[str]
-    payload: Terms
-    trips: float
-    loops: frozenset[str]
-    gradient: bool = False
-    weight: bool = False
-    part: int = 0
+    payload: SymbolicBytes
+    site: ProgramSite
+    is_gradient: bool = False
+    is_param: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
-    """A product or a write: FLOPs split over `split`, and bytes moved, `trips` times in a part.
+class Compute:
+    """A product, or a write of 0 FLOPs.
 
-    `dims` are those of a product of matrices.
+    Attributes:
+      name: of the operation.
+      flops: on all devices.
+      split: axes that divide the FLOPs.
+      bytes_moved: bytes read and written.
+      site: where it runs.
+      dims: those of a product of matrices.
     """
 
     name: str
     flops: float
     split: frozenset[str]
-    moved: Terms
-    trips: float
-    loops: frozenset[str]
-    part: int = 0
-    dims: TileDims = ()
+    bytes_moved: SymbolicBytes
+    site: ProgramSite
+    dims: MatmulDims = ()
 
 
-def tile_dims(numbers: Any, laid: Sequence[Laid], shapes: Sequence[tuple[int, ...]]) -> TileDims:
+@dataclasses.dataclass
+class CostLog:
+    """Costs found so far by a propagation.
+
+    Attributes:
+      collectives: in the order of the program.
+      compute: products and writes, in the order of the program.
+      phase: index into `PHASES`; it advances only where layers are split over stages.
+      message: bytes that one layer hands to the next.
+    """
+
+    collectives: list[Collective] = dataclasses.field(default_factory=list)
+    compute: list[Compute] = dataclasses.field(default_factory=list)
+    phase: int = 0
+    message: SymbolicBytes = dataclasses.field(default_factory=dict)
+
+
+def matmul_dims(
+    numbers: Any, shardings: Sequence[SymbolicSharding], shapes: Sequence[tuple[int, ...]]
+) -> MatmulDims:
     """Rows, columns and sum of a product with these dimension numbers."""
     summed, batch = numbers
 
-    def joined(side: int, dims: Sequence[int]) -> tuple[float, frozenset[str]]:
-        axes = (axis for i in dims for axis in laid[side].dims[i])
+    def measure(side: int, dims: Sequence[int]) -> tuple[float, frozenset[str]]:
+        axes = (axis for i in dims for axis in shardings[side].dims[i])
         return float(math.prod(shapes[side][i] for i in dims)), frozenset(axes)
 
     free = [[i for i in range(len(shapes[s])) if i not in (*summed[s], *batch[s])] for s in (0, 1)]
-    return joined(0, free[0]), joined(1, free[1]), joined(0, summed[0])
+    return measure(0, free[0]), measure(1, free[1]), measure(0, summed[0])

@@ -1,29 +1,29 @@
-"""What the model of a plan says of one step as declared, to hold against the compiled one."""
+"""Estimates one step as declared, to compare with the compiled one."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 from .._core.tree import short_dtype
 from ..hardware import CHIPS
-from ..parallel import known_kinds
+from ..parallel import Kind, known_kinds
 from ..step import StepSpec
 from ._estimate import Machine, estimate
 from ._network import Network
-from ._space import Stages
+from ._space import Batching, PipelineOptions
 from ._stages import estimate_stages
-from ._state_bytes import kept_bytes, placed_bytes
-from ._trace import Model, walk_through
+from ._state_bytes import accumulator_bytes, count_state_bytes
+from ._trace import TracedModel, propagate_step
 
-# Bytes are the same on every device; one has to be named, and its seconds are not used.
-_ANY = Network(CHIPS["v5e"])
+# Bytes are the same on every chip; one has to be named, and its seconds are not used.
+_ANY_NETWORK = Network(CHIPS["v5e"])
 
 
 @dataclasses.dataclass(frozen=True)
-class Modelled:
-    """Figures of one device and step, modelled.
+class StepEstimate:
+    """Modelled figures of one device and step.
 
     Attributes:
       state: bytes of parameters, optimizer state, model_state, counter and key; exact.
@@ -47,81 +47,105 @@ class Modelled:
         return self.state + self.batch + self.temp
 
 
-def modelled(
-    declared: StepSpec, sizes: Mapping[str, int], network: Network | None = None
-) -> Modelled:
+def estimate_step(
+    spec: StepSpec, sizes: Mapping[str, int], network: Network | None = None
+) -> StepEstimate:
     """Estimates one declared step, with its own strategy, accumulation and remat.
 
     Args:
-      declared: the spec of a step.
+      spec: the step.
       sizes: size of each mesh axis.
-      network: links and chip that its time is modelled for.
+      network: links and chip, for the time; without it only bytes are estimated.
 
     Raises:
-      NotImplementedError: the strategy lays something out in a way that the model cannot follow.
+      NotImplementedError: the model does not cover a kind, an axis or an option of the strategy.
       ShardingError: the layout is not legal.
 
     >>> import jax.numpy as jnp, optax, shardkit as sk
-    >>> one = sk.StepSpec(
+    >>> spec = sk.StepSpec(
     ...     loss_fn=lambda w, x, key: jnp.mean((x @ w) ** 2), optimizer=optax.sgd(0.1),
     ...     init=lambda key: jnp.zeros((64, 64)), batch=jax.ShapeDtypeStruct((8, 64), "float32"),
     ...     strategy=sk.strategies.data())
-    >>> found = modelled(one, {"data": 4})
-    >>> found.batch, found.wire  # 2 · 3/4 of the gradients and of the loss
+    >>> estimated = estimate_step(spec, {"data": 4})
+    >>> estimated.batch, estimated.wire  # 2 · 3/4 of the gradients and of the loss
     (512, {'data': 24582.0})
     """
-    used = [kind for kind in declared.strategy.kinds if sizes.get(kind.axis, 1) > 1]
-    way = next((kind.choice.attention for kind in used if kind.choice.attention), "")
-    # What needs a region has formulae, and these are written for one axis.
-    written = {(kind.name, kind.axis) for kind in known_kinds()}
-    other = [
-        f"{kind} over {kind.axis}"
-        for kind in used
-        if kind.unmodelled or (kind.region and (kind.name, kind.axis) not in written)
-    ]
-    if other:
-        raise NotImplementedError(f"{', '.join(other)} is not modelled")
-    staged = any("layers" in kind.splits for kind in used)
-    how = _stages(declared) if staged else declared.accumulate
-    model = Model.of(declared)
-    experts = any("experts" in kind.splits for kind in used)
-    if experts and (why := model.marked().beside_experts(sizes, how)):
-        raise NotImplementedError(f"not modelled: {why}")
-    layout = model.layout(sizes, declared.strategy, declared.accumulate.micro_batches)
-    flat = model.program(declared.strategy.remat, bool(way))
-    walked = walk_through(flat, layout, declared.strategy, network.lanes if network else 1, way)
-    machine = Machine(
-        network or _ANY, short_dtype(jax.numpy.dtype(declared.precision.compute_dtype))
+    kinds = [kind for kind in spec.strategy.kinds if sizes.get(kind.axis, 1) > 1]
+    attention = next(
+        (kind.plan_choice.attention for kind in kinds if kind.plan_choice.attention), ""
     )
-    own = placed_bytes(layout, declared.strategy.kinds)
-    if isinstance(how, Stages):
-        values, waits = estimate_stages(walked, [(sizes, how)], [own], machine)
-        kept, waiting = 0, float(waits[0])
+    model = TracedModel.of(spec)
+    batching = _check_modelled(spec, model, kinds, sizes)
+    layout = model.layout(sizes, spec.strategy, spec.accumulate.micro_batches)
+    costs = propagate_step(
+        model.program(spec.strategy.remat, bool(attention)),
+        layout,
+        spec.strategy,
+        tile_width=network.tile_width if network else 1,
+        attention=attention,
+    )
+    dtype = short_dtype(jax.numpy.dtype(spec.precision.compute_dtype))
+    machine = Machine(network or _ANY_NETWORK, dtype)
+    exact = count_state_bytes(layout, spec.strategy.kinds)
+    if isinstance(batching, PipelineOptions):
+        values, waits = estimate_stages(costs, [(sizes, batching)], [exact], machine)
+        accumulator, waiting = 0, float(waits[0])
     else:
-        values = estimate(walked, [(sizes, how)], machine, lanes=[own.lane])
-        kept, waiting = kept_bytes(own, how), 0.0
+        values = estimate(costs, [(sizes, batching)], machine, unreduced=[exact.unreduced])
+        accumulator, waiting = accumulator_bytes(exact, batching), 0.0
     wire = {", ".join(name): float(v[0]) for name, v in values.wire.items() if v[0]}
-    beside = dict(own.sent_beside(sizes))
-    for axis, sent in beside.items():
+    extra = dict(exact.extra_sends(sizes))
+    for axis, sent in extra.items():
         wire[axis] = wire.get(axis, 0.0) + sent
     seconds = None
     if network:
-        update = 2 * own.state / network.chip.memory_bandwidth
-        again = sum(n / float(network.rates([sizes], [axis])[0]) for axis, n in beside.items())
-        seconds = float(values.seconds(0.0)[0]) + waiting + update + again
-    temp = float(values.temp[0]) + kept
-    return Modelled(own.state, own.batch, temp, wire, seconds, walked.problems)
+        update = 2 * exact.state / network.chip.memory_bandwidth
+        sending = sum(n / float(network.rates([sizes], [axis])[0]) for axis, n in extra.items())
+        seconds = float(values.seconds(0.0)[0]) + waiting + update + sending
+    return StepEstimate(
+        state=exact.state,
+        batch=exact.batch,
+        temp=float(values.temp[0]) + accumulator,
+        wire=wire,
+        seconds=seconds,
+        problems=costs.problems,
+    )
 
 
-def _stages(declared: StepSpec) -> Stages:
+def _check_modelled(
+    spec: StepSpec, model: TracedModel, kinds: Sequence[Kind], sizes: Mapping[str, int]
+) -> Batching:
+    """Refuses kinds that the model does not cover; returns the spec's batching.
+
+    Raises:
+      NotImplementedError: with the first of them.
+    """
+    # Kinds that override regions have formulae, and these are written for one axis.
+    covered = {(kind.name, kind.axis) for kind in known_kinds()}
+    other = [
+        f"{kind} over {kind.axis}"
+        for kind in kinds
+        if kind.unmodelled_reason or (kind.override and (kind.name, kind.axis) not in covered)
+    ]
+    if other:
+        raise NotImplementedError(f"{', '.join(other)} is not modelled")
+    staged = any("layers" in kind.splits for kind in kinds)
+    batching = _pipeline_of(spec) if staged else spec.accumulate
+    if any("experts" in kind.splits for kind in kinds):
+        if problem := model.regions().expert_problem(sizes, batching):
+            raise NotImplementedError(f"not modelled: {problem}")
+    return batching
+
+
+def _pipeline_of(spec: StepSpec) -> PipelineOptions:
     """The pipeline of a spec, whose micro-batches are all of its accumulation.
 
     Raises:
-      NotImplementedError: it has others around them, or stages of different sizes.
+      NotImplementedError: micro-batches around those of the pipeline, or uneven stages.
     """
-    carrier: Any = dict(declared.strategy.regions)["staged"]
-    if declared.accumulate.micro_batches > 1:
+    override: Any = dict(spec.strategy.overrides)["layer_stack"]
+    if spec.accumulate.micro_batches > 1:
         raise NotImplementedError("micro-batches around those of a pipeline are not modelled")
-    if carrier.layers_per_stage is not None:
+    if override.layers_per_stage is not None:
         raise NotImplementedError("uneven stages are not modelled")
-    return Stages(carrier.schedule, carrier.micro_batches, carrier.virtual_stages)
+    return PipelineOptions(override.schedule, override.micro_batches, override.virtual_stages)

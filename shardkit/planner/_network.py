@@ -1,7 +1,7 @@
-"""Bytes per second and latency of every group of mesh axes, on the topology of a target.
+"""Bytes per second of every group of mesh axes, on the topology of a target.
 
-A torus: each mesh axis rides a ring, as the timeline of a compiled step has it. GPUs: a group that
-leaves an NVLink domain goes at network speed. Axes that cross slices go over the network between
+On a torus each mesh axis has a ring, as in the timeline of a compiled step. On GPUs a group that
+leaves an NVLink domain has the speed of the network. Axes that cross slices use the network between
 hosts.
 """
 
@@ -15,7 +15,7 @@ from ..hardware import Chip, known_chips
 from ..mesh import Target
 
 WIRE = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "all-to-all": 1, "swap": 1}
-"""Times that (n−1)/n of the payload is sent; of a swap with one partner all of it."""
+"""Number of times that (n−1)/n of the payload is sent; a swap with one partner sends all of it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +33,14 @@ class Network:
     slices: int = 1
 
     @classmethod
-    def of(cls, target: Target, more: Iterable[Chip] = ()) -> "Network":
+    def of(cls, target: Target, chips: Iterable[Chip] = ()) -> "Network":
         """The links of a target whose chip is in the hardware table, or one of a user's own."""
-        chip = known_chips(more)[target.chip]
+        chip = known_chips(chips)[target.chip]
         return cls(chip, target.shape if chip.torus_dims else (), target.slices)
 
     @property
-    def lanes(self) -> int:
-        """Elements that its tiled memory lays side by side: the width of a TPU's registers."""
+    def tile_width(self) -> int:
+        """Elements of the last dim of a tile in memory: the width of a TPU's registers."""
         return 128 if self.torus else 1
 
     def rates(self, meshes: Sequence[Mapping[str, int]], axes: Iterable[str]) -> np.ndarray:
@@ -48,7 +48,7 @@ class Network:
         group = frozenset(axes)
         return np.array([self._rate(sizes, group) for sizes in meshes])
 
-    def crossing(self, sizes: Mapping[str, int]) -> str | None:
+    def crossing_axis(self, sizes: Mapping[str, int]) -> str | None:
         """The mesh axis that crosses slices: the outermost that is large enough."""
         if self.slices == 1:
             return None
@@ -58,7 +58,7 @@ class Network:
         used = [axis for axis in sizes if axis in group and sizes[axis] > 1]
         if not used:
             return self.chip.link
-        if self.crossing(sizes) in used:
+        if self.crossing_axis(sizes) in used:
             return self.chip.network
         if self.torus:
             return self.chip.rate(len(used))

@@ -9,11 +9,13 @@ from .._core.errors import MeshError, Problem, format_problems, raise_all
 from ..hardware import CHIPS, Chip
 from ..mesh import Target
 from ..step import StepSpec, check_step_spec
-from ._messages import assumptions, placed, refuse
-from ._result import Plan, front_of
+from ._messages import describe_kinds, describe_machine, raise_no_layout
+from ._result import Plan, pareto_front
 from ._search import Search
-from ._sensitivity import sensitivity, with_batch, with_memory
+from ._sensitivity import describe_batch_crossover, describe_more_memory, find_sensitivity
 from ._space import SearchSpace, searched_axes
+
+_FAILED = "No plan was made."
 
 
 def plan(
@@ -28,89 +30,89 @@ def plan(
     """Estimates every layout of a model on a target, and ranks those that fit.
 
     The state is exact: rules are resolved on every mesh. Activations, FLOPs and collectives come
-    from the traced loss, whose dims are followed by their logical axes; so it works for any
-    model whose parameters or activations name them, and for others over `data` and `fsdp`.
+    from the traced loss, whose dims are followed by their logical axes. This works for any model
+    that names the dims of its parameters or activations, and for others over `data` and `fsdp`.
 
     Args:
-      spec: loss, optimizer, init, batch and precision; its layout is not used.
+      spec: loss, optimizer, init, batch and precision; its strategy is not used.
       target: `tpu:v5p:8x8x8`, `gpu:h100:4x8`: devices of the hardware table, or of `hardware`.
       global_batch: rows of the batch, instead of the spec's.
-      space: what is tried; everything by default.
-      overlap: share of communication that computing hides. 0, which is what the TPU compiler
-        does with all but permutes.
-      hardware: chips of your own, which `target` may name as it names others.
+      space: the options to try; all of them by default.
+      overlap: share of communication that compute hides. The default, 0, is what the TPU compiler
+        achieves for everything but permutes.
+      hardware: your own chips, which `target` can name too.
 
     Returns:
       The plan. Its figures are modelled.
 
     Raises:
-      MeshError: `spec` is no `StepSpec`, a number cannot be, the target is no known device, no
-        layout is legal, or none fits; with the reason of each that was left out, and the smallest
-        change that fits.
+      MeshError: `spec` is not a `StepSpec`, a number is out of range, the target is not a known
+        device, no layout is legal, or none fits; with the reason of each that was left out, and
+        the smallest change that fits.
 
     >>> import jax.numpy as jnp, optax, shardkit as sk
     >>> spec = sk.StepSpec(
     ...     loss_fn=lambda w, x, key: jnp.mean((x @ w) ** 2), optimizer=optax.sgd(0.1),
     ...     init=lambda key: jnp.zeros((64, 64)), batch=jax.ShapeDtypeStruct((8, 64), "float32"),
     ...     strategy=sk.strategies.data())
-    >>> made = plan(spec, "tpu:v5e:2x2", space=Space(axes=("data",)))
-    >>> dict(made.best.mesh)
+    >>> planned = plan(spec, "tpu:v5e:2x2", space=SearchSpace(axes=("data",)))
+    >>> dict(planned.best.mesh)
     {'data': 4}
     """
     start = time.monotonic()
-    check_step_spec(spec, MeshError, "The plan cannot be made.")
-    _check(global_batch, overlap)
-    wanted, declared = _known(target, hardware), _with_rows(spec, global_batch)
-    search = Search.of(declared, wanted, space or SearchSpace(), overlap, hardware)
+    check_step_spec(spec, MeshError, _FAILED)
+    _check_numbers(global_batch, overlap)
+    devices, spec = _parse_target(target, hardware), _with_rows(spec, global_batch)
+    search = Search.of(spec, devices, space or SearchSpace(), overlap, hardware)
     if space is None and search.has_experts:
         search.space = SearchSpace(searched_axes(experts=True))
-    found = search.run()
-    rows = sorted((c for c in found.candidates if c.margin >= 0), key=lambda c: c.seconds)
-    tight = sorted((c for c in found.candidates if c.margin < 0), key=lambda c: c.seconds)
+    result = search.run()
+    by_time = sorted(result.candidates, key=lambda c: c.seconds)
+    rows = [c for c in by_time if c.margin >= 0]
+    tight = [c for c in by_time if c.margin < 0]
     if not rows:
-        refuse(wanted, found, tight)
+        raise_no_layout(devices, result, tight)
     took = time.monotonic() - start
-    others, none_left = sensitivity(search, front_of([*rows, *tight]))
+    winners, no_winner = find_sensitivity(search, pareto_front([*rows, *tight]))
+    changes = (*describe_more_memory(rows[0], tight), *describe_batch_crossover(search, rows[0]))
+    weighed = describe_kinds(spec.strategy, search.space.axes)
     return Plan(
-        target=str(wanted),
+        target=str(devices),
         rows=tuple(rows),
         tight=tuple(tight),
-        rejected=found.rejected,
-        considered=found.considered,
+        rejected=result.rejected,
+        considered=result.considered,
         took=took,
-        changes=(*with_memory(rows[0], tight), *with_batch(search, rows[0]), *none_left),
-        sensitivity=others,
-        assumptions=(*assumptions(search.machine), placed(declared.strategy, search.space.axes)),
-        problems=found.problems,
+        changes=(*changes, *no_winner),
+        sensitivity=winners,
+        assumptions=(*describe_machine(search.machine), weighed),
+        problems=result.problems,
     )
 
 
-def _check(rows: int | None, overlap: float) -> None:
+def _check_numbers(rows: int | None, overlap: float) -> None:
     problems = []
     if rows is not None and rows < 1:
-        problems.append(Problem(f"global_batch={rows}", "is no number of rows", "global_batch=128"))
+        problems.append(Problem(f"global_batch={rows}", "is not positive", "global_batch=128"))
     if not 0 <= overlap <= 1:
-        why = "is no share of communication, which is between 0 and 1"
+        why = "is not a share of communication, between 0 and 1"
         problems.append(Problem(f"overlap={overlap:g}", why, "overlap=0.5"))
-    raise_all(MeshError, "The plan cannot be made.", problems)
+    raise_all(MeshError, _FAILED, problems)
 
 
-def _known(target: str, hardware: Sequence[Chip]) -> Target:
-    wanted = Target.parse(target, {chip.name: chip.torus_dims for chip in hardware})
-    if not wanted.chip:
-        why = "nothing is known of the speed of these devices"
+def _parse_target(target: str, hardware: Sequence[Chip]) -> Target:
+    parsed = Target.parse(target, hardware)
+    if not parsed.chip:
+        problem = Problem(target, "the hardware table does not have the speed of these devices")
         fix = f"one of {', '.join(CHIPS)}: tpu:v5p:4x4x4, gpu:h100:1x8"
-        raise MeshError(
-            format_problems("There is nothing to plan for.", [Problem(target, why)], fix)
-        )
-    return wanted
+        raise MeshError(format_problems(_FAILED, [problem], fix))
+    return parsed
 
 
 def _with_rows(spec: StepSpec, rows: int | None) -> StepSpec:
     if rows is None:
         return spec
     batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]) if x.shape else (), x.dtype),
-        spec.batch,
+        lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]) if x.shape else (), x.dtype), spec.batch
     )
     return spec.replace(batch=batch)

@@ -1,15 +1,24 @@
-"""How the operations of a program pass layouts on: one rule for each form of operation."""
+"""How the operations of a program propagate shardings: one rule for each form of operation."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
-from ._symbolic_sharding import Axes, Laid, reshaped, whole, without_repeats
+from ._program import Op
+from ._symbolic_sharding import (
+    MICRO,
+    Axes,
+    SymbolicSharding,
+    drop_repeated_axes,
+    replicated,
+    reshape_dims,
+)
 
+Shape = Sequence[int]
 Shapes = Sequence[tuple[int, ...]]
-Rule = Callable[[Any, Sequence[Laid], Shapes, Sequence[int]], Laid]
+Shardings = Sequence[SymbolicSharding]
+Rule = Callable[[Op, Shardings, Shapes, Shape], SymbolicSharding]
 
-MATERIAL = frozenset(
+MATERIALIZED = frozenset(
     {
         "dot_general",
         "conv_general_dilated",
@@ -28,102 +37,112 @@ MATERIAL = frozenset(
 )
 """Operations whose results are written to memory; the others are fused into their readers."""
 
-PASSES_SUMS = frozenset(
+KEEPS_PARTIAL = frozenset(
     {"convert_element_type", "transpose", "reshape", "squeeze", "expand_dims", "neg", "select_n"}
 )
-"""Operations that a sum may be made behind."""
+"""Operations that a partial sum passes unreduced."""
+STAYS_PARTIAL = KEEPS_PARTIAL | {"add_any", "gather", "scatter-add"}
+"""Operations whose result may be a partial sum; of all others it is reduced at once."""
 
-REDUCTIONS = ("reduce_", "argm")
+_REDUCTIONS = ("reduce_", "argm")
 
 
-def _broadcast(op: Any, ins: Sequence[Laid], shapes: Shapes, out: Sequence[int]) -> Laid:
+def is_materialized(op: Op) -> bool:
+    """Whether an operation's result is written to memory."""
+    return op.name in MATERIALIZED or op.name.startswith(_REDUCTIONS)
+
+
+def _broadcast(op: Op, ins: Shardings, shapes: Shapes, out: Shape) -> SymbolicSharding:
     dims: list[Axes] = [()] * len(out)
     if ins:
         for i, target in enumerate(op.params["broadcast_dimensions"]):
             dims[target] = ins[0].dims[i] if shapes[0][i] == out[target] else ()
-    return Laid(tuple(dims), stored=bool(ins) and ins[0].stored)
+    return SymbolicSharding(tuple(dims), is_param=bool(ins) and ins[0].is_param)
 
 
-def _transpose(op: Any, ins: Sequence[Laid], shapes: Shapes, out: Sequence[int]) -> Laid:
+def _transpose(op: Op, ins: Shardings, shapes: Shapes, out: Shape) -> SymbolicSharding:
     return ins[0].with_dims(ins[0].dims[i] for i in op.params["permutation"])
 
 
-def _reshape(op: Any, ins: Sequence[Laid], shapes: Shapes, out: Sequence[int]) -> Laid:
-    return ins[0].with_dims(reshaped(ins[0].dims, shapes[0], out))
+def _reshape(op: Op, ins: Shardings, shapes: Shapes, out: Shape) -> SymbolicSharding:
+    return ins[0].with_dims(reshape_dims(ins[0].dims, shapes[0], out))
 
 
-def _squeeze(op: Any, ins: Sequence[Laid], shapes: Shapes, out: Sequence[int]) -> Laid:
-    gone = {d % len(shapes[0]) for d in op.params["dimensions"]}
-    return ins[0].with_dims(dim for i, dim in enumerate(ins[0].dims) if i not in gone)
+def _squeeze(op: Op, ins: Shardings, shapes: Shapes, out: Shape) -> SymbolicSharding:
+    dropped = {d % len(shapes[0]) for d in op.params["dimensions"]}
+    return ins[0].with_dims(dim for i, dim in enumerate(ins[0].dims) if i not in dropped)
 
 
-def _reduce(op: Any, ins: Sequence[Laid], shapes: Shapes, out: Sequence[int]) -> Laid:
-    gone = set(op.params["axes"])
-    lost = frozenset(a for i, dim in enumerate(ins[0].dims) if i in gone for a in dim)
-    dims = (dim for i, dim in enumerate(ins[0].dims) if i not in gone)
-    return Laid(tuple(dims), ins[0].partial | lost)
+def _reduce(op: Op, ins: Shardings, shapes: Shapes, out: Shape) -> SymbolicSharding:
+    reduced = set(op.params["axes"])
+    summed = frozenset(a for i, dim in enumerate(ins[0].dims) if i in reduced for a in dim)
+    dims = (dim for i, dim in enumerate(ins[0].dims) if i not in reduced)
+    return SymbolicSharding(tuple(dims), ins[0].partial | summed)
 
 
-def _gather(op: Any, ins: Sequence[Laid], shapes: Shapes, out: Sequence[int]) -> Laid:
-    """Rows of a table: dims of the indices, then those of the slices; a split table gives sums."""
-    numbers, table, places = op.params["dimension_numbers"], ins[0], ins[1]
+def _gather(op: Op, ins: Shardings, shapes: Shapes, out: Shape) -> SymbolicSharding:
+    """Rows of a table: dims of the indices, then those of the slices; a split table gives sums.
+
+    table[V_tensor, D_fsdp], indices[B_data] → rows[B_data, D_fsdp], partial over tensor
+    """
+    numbers, table, indices = op.params["dimension_numbers"], ins[0], ins[1]
     offsets = set(numbers.offset_dims)
-    gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
-    sliced = iter(dim for i, dim in enumerate(table.dims) if i not in gone)
-    rows = iter(places.dims)
+    dropped = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+    sliced = iter(dim for i, dim in enumerate(table.dims) if i not in dropped)
+    rows = iter(indices.dims)
     dims = [next(sliced, ()) if i in offsets else next(rows, ()) for i in range(len(out))]
-    # Which rows are where decides first, as for a product with them.
-    taken = {axis for i, dim in enumerate(dims) if i not in offsets for axis in dim}
+    # The indices' axes win over those of the slices, as in a product with a one-hot matrix.
+    used = {axis for i, dim in enumerate(dims) if i not in offsets for axis in dim}
     dims = [
-        tuple(a for a in dim if a not in taken) if i in offsets else dim
+        tuple(a for a in dim if a not in used) if i in offsets else dim
         for i, dim in enumerate(dims)
     ]
-    lost = {a for i in numbers.collapsed_slice_dims for a in table.dims[i]} - taken
-    return Laid(without_repeats(dims), frozenset(lost))
+    summed = {a for i in numbers.collapsed_slice_dims for a in table.dims[i]} - used
+    return SymbolicSharding(drop_repeated_axes(dims), frozenset(summed))
 
 
-def _scatter(op: Any, ins: Sequence[Laid], shapes: Shapes, out: Sequence[int]) -> Laid:
+def _scatter(op: Op, ins: Shardings, shapes: Shapes, out: Shape) -> SymbolicSharding:
+    """The reverse: dims of the windows; rows that other devices update are partial sums."""
     numbers, updates = op.params["dimension_numbers"], ins[2]
     windows = list(numbers.update_window_dims)
-    gone = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
+    inserted = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
     order = iter(windows)
-    dims = [() if i in gone else updates.dims[next(order)] for i in range(len(out))]
-    lost = {a for i, dim in enumerate(updates.dims) if i not in windows for a in dim}
+    dims = [() if i in inserted else updates.dims[next(order)] for i in range(len(out))]
+    summed = {a for i, dim in enumerate(updates.dims) if i not in windows for a in dim}
     for batch, index in zip(
         numbers.operand_batching_dims, numbers.scatter_indices_batching_dims, strict=True
     ):
         dims[batch] = ins[1].dims[index]
-        lost -= set(dims[batch])
-    return Laid(without_repeats(dims), frozenset(lost) - {"micro"})
+        summed -= set(dims[batch])
+    return SymbolicSharding(drop_repeated_axes(dims), frozenset(summed) - {MICRO})
 
 
-def where_wanted(op: Any, laid: Laid, want: Sequence[Axes]) -> Laid:
-    """The sum that a scatter adds up, of which each device makes the rows that it wants."""
-    taken = laid.axes | laid.partial
+def shard_scatter(op: Op, sharding: SymbolicSharding, required: Sequence[Axes]) -> SymbolicSharding:
+    """Sharding of a scatter whose result has a required layout: each device adds its own rows."""
+    used = sharding.axes | sharding.partial
     inserted = op.params["dimension_numbers"].inserted_window_dims
-    return laid.with_dims(
-        tuple(a for a in want[i] if a not in taken) if i in inserted else dim
-        for i, dim in enumerate(laid.dims)
+    return sharding.with_dims(
+        tuple(a for a in required[i] if a not in used) if i in inserted else dim
+        for i, dim in enumerate(sharding.dims)
     )
 
 
-def _same(op: Any, ins: Sequence[Laid], shapes: Shapes, out: Sequence[int]) -> Laid:
-    """Elementwise, or anything like it: each dim as the operand that splits it most."""
+def _elementwise(op: Op, ins: Shardings, shapes: Shapes, out: Shape) -> SymbolicSharding:
+    """Elementwise, or anything like it: each dim as the operand that splits it over most axes."""
     dims: list[Axes] = [()] * len(out)
-    fit = [one for one, shape in zip(ins, shapes, strict=True) if len(shape) == len(out)]
-    for one, shape in zip(ins, shapes, strict=True):
-        if len(shape) != len(out):
-            continue
-        for i, dim in enumerate(one.dims):
+    pairs = zip(ins, shapes, strict=True)
+    same_rank = [(sharding, shape) for sharding, shape in pairs if len(shape) == len(out)]
+    for sharding, shape in same_rank:
+        for i, dim in enumerate(sharding.dims):
             if shape[i] == out[i] and len(dim) > len(dims[i]):
                 dims[i] = dim
-    partial = frozenset().union(*(one.partial for one in fit)) if fit else frozenset()
-    stored = bool(fit) and all(one.stored for one in fit)
-    return Laid(without_repeats(dims), partial, stored)
+    partial = frozenset(axis for sharding, _ in same_rank for axis in sharding.partial)
+    is_param = bool(same_rank) and all(sharding.is_param for sharding, _ in same_rank)
+    return SymbolicSharding(drop_repeated_axes(dims), partial, is_param)
 
 
-def _nothing(op: Any, ins: Sequence[Laid], shapes: Shapes, out: Sequence[int]) -> Laid:
-    return whole(len(out))
+def _replicate(op: Op, ins: Shardings, shapes: Shapes, out: Shape) -> SymbolicSharding:
+    return replicated(len(out))
 
 
 _RULES: dict[str, Rule] = {
@@ -134,30 +153,32 @@ _RULES: dict[str, Rule] = {
     "gather": _gather,
     "scatter-add": _scatter,
     "scatter": _scatter,
-    "iota": _nothing,
+    "iota": _replicate,
 }
 
 
-def passed_on(op: Any, ins: Sequence[Laid], shapes: Shapes, out: Sequence[int]) -> Laid:
-    """Layout of an operation's result from those of its operands."""
+def propagate(op: Op, ins: Shardings, shapes: Shapes, out: Shape) -> SymbolicSharding:
+    """Sharding of an operation's result from those of its operands."""
     rule = _RULES.get(op.name)
     if rule is None:
-        reduces = op.name.startswith(REDUCTIONS) and "axes" in op.params
-        rule = _reduce if reduces else _same
+        reduces = op.name.startswith(_REDUCTIONS) and "axes" in op.params
+        rule = _reduce if reduces else _elementwise
     return rule(op, ins, shapes, out)
 
 
-def clash(own: Laid, other: Laid, pairs: Mapping[int, int]) -> set[str]:
+def conflicting_axes(
+    operand: SymbolicSharding, other: SymbolicSharding, pairs: Mapping[int, int]
+) -> set[str]:
     """Axes of one operand that the other has on a dim that is not the same one."""
-    found = set()
-    for i, dim in enumerate(own.dims):
-        beside = other.dims[pairs[i]] if i in pairs else ()
-        found |= {axis for axis in dim if axis in other.axes and axis not in beside}
-    return found
+    axes = set()
+    for i, dim in enumerate(operand.dims):
+        paired = other.dims[pairs[i]] if i in pairs else ()
+        axes |= {axis for axis in dim if axis in other.axes and axis not in paired}
+    return axes
 
 
-def contracted(
-    op: Any, left: Laid, right: Laid, shape: Sequence[int]
+def contract(
+    op: Op, left: SymbolicSharding, right: SymbolicSharding, shape: Shape
 ) -> tuple[list[Axes], list[str], float]:
     """Dims of a product's result, axes that its sum runs over, FLOPs per element of it."""
     (lc, rc), (lb, rb) = op.params["dimension_numbers"]
@@ -166,5 +187,5 @@ def contracted(
     ]
     dims += [dim for i, dim in enumerate(left.dims) if i not in (*lc, *lb)]
     dims += [dim for i, dim in enumerate(right.dims) if i not in (*rc, *rb)]
-    lost = [a for i, j in zip(lc, rc, strict=True) for a in (*left.dims[i], *right.dims[j])]
-    return dims, lost, 2.0 * math.prod(shape[i] for i in lc)
+    summed = [a for i, j in zip(lc, rc, strict=True) for a in (*left.dims[i], *right.dims[j])]
+    return dims, summed, 2.0 * math.prod(shape[i] for i in lc)

@@ -1,418 +1,356 @@
-"""One walk through a flat program: what it computes, sends and holds, for every mesh at once.
+"""Propagates shardings through a flat program: what it computes, sends and holds, for every mesh.
 
-It does what a partitioner does, by names alone: an operand that lies as a parameter does is
-gathered where it is used, a product over a dim that is split gives a sum that is made where a
-constraint or a parameter's own layout asks for it, and what else disagrees is gathered.
+It does what a partitioner does, by axis names alone: an operand that is sharded as a parameter is
+gathered where it is used; a product over a split dim gives a partial sum, reduced where a
+constraint or a parameter's own layout asks for it; any other disagreement is gathered.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
-from ._buffer_lifetimes import Lifetimes
-from ._costs import PARTS, PIPE, Sent, TileDims, Work, tile_dims
-from ._dataflow import Dims, added_to, narrowed, readers, refines, splits_more, wanted_within
-from ._exchanges import attention
-from ._program import Flat, Op
+from ._attention_costs import attention_costs
+from ._costs import PHASES, PIPE, Compute, CostLog, ProgramSite, matmul_dims
+from ._dataflow import Dims, propagate_backward, refines, splits_more
+from ._program import FlatProgram, Op
+from ._program_values import ProgramValues
 from ._propagation import (
-    MATERIAL,
-    PASSES_SUMS,
-    REDUCTIONS,
-    clash,
-    contracted,
-    passed_on,
-    where_wanted,
+    KEEPS_PARTIAL,
+    STAYS_PARTIAL,
+    conflicting_axes,
+    contract,
+    propagate,
+    shard_scatter,
 )
-from ._region_probe import BACKWARD, FORWARD
+from ._region_probe import ATTENTION_BACKWARD, ATTENTION_FORWARD
 from ._symbolic_sharding import (
     MICRO,
     Axes,
-    Laid,
-    Terms,
-    add,
-    padding,
-    terms,
-    whole,
-    without_repeats,
+    SymbolicBytes,
+    SymbolicSharding,
+    add_bytes,
+    drop_repeated_axes,
+    replicated,
+    symbolic_bytes,
 )
 
 Resolve = Callable[[tuple[str | None, ...], tuple[int, ...]], Dims]
+LiveBytes = list[SymbolicBytes]
 
 
 @dataclasses.dataclass
-class Walk:
-    """A walk through a program.
+class Propagator:
+    """Propagates shardings through programs and logs what they cost.
 
     Attributes:
       resolve: logical names and shape → the mesh axes that split each dim.
-      lanes: elements that a device's memory lays side by side: tiles are filled up to that.
-      way: how attention looks along a split length.
-      sent: collectives found.
-      work: products and writes found.
-      part: where in `PARTS` the walk is; it moves on only where layers are split over stages.
-      message: bytes that go from layer to layer.
+      tile_width: elements to which a device's memory fills one dim of a value; 1 for none.
+      attention: method of attention along a split length.
+      costs: collectives, products and writes found.
     """
 
     resolve: Resolve
-    lanes: int = 1
-    way: str = ""
-    sent: list[Sent] = dataclasses.field(default_factory=list)
-    work: list[Work] = dataclasses.field(default_factory=list)
-    part: int = 0
-    message: Terms = dataclasses.field(default_factory=dict)
+    tile_width: int = 1
+    attention: str = ""
+    costs: CostLog = dataclasses.field(default_factory=CostLog)
 
     def run(
         self,
-        flat: Flat,
-        ins: Sequence[Laid],
-        wants: Sequence[Dims | None],
+        flat: FlatProgram,
+        ins: Sequence[SymbolicSharding],
+        required: Sequence[Dims | None],
+        *,
         trips: float = 1.0,
         loops: frozenset[str] = frozenset(),
         returned: int | None = None,
-    ) -> tuple[list[Laid], list[Terms]]:
-        """Walks through; returns the layout of each result, and bytes alive at each operation.
+    ) -> tuple[list[SymbolicSharding], LiveBytes]:
+        """Propagates through a program.
 
-        `returned` is the number of results that live to the end; all, unless it is given.
+        Args:
+          flat: the program.
+          ins: shardings of its arguments.
+          required: layouts that results must have.
+          trips: executions of the program per micro-batch.
+          loops: axes that divide the trips.
+          returned: number of results that live to the end; all by default.
+
+        Returns:
+          The sharding of each result, and the bytes alive at each operation.
         """
-        body = _Body(self, flat, trips, loops)
-        spare = flat.inputs[: len(flat.inputs) - len(ins)]  # constants that the trace captured
-        body.env.update((n, whole(len(flat.avals[n].shape))) for n in spare)
-        body.env.update(zip(flat.inputs[len(spare) :], ins, strict=True))
-        body.wants = wanted_within(flat, wants)
+        values = ProgramValues(
+            flat, self.costs, tile_width=self.tile_width, trips=trips, loops=loops
+        )
+        captured = flat.inputs[: len(flat.inputs) - len(ins)]  # constants of the trace
+        values.shardings.update((n, replicated(len(flat.avals[n].shape))) for n in captured)
+        values.shardings.update(zip(flat.inputs[len(captured) :], ins, strict=True))
+        values.required = propagate_backward(flat, required)
+        step = _OpPropagator(self, values, trips, loops)
         for at, op in enumerate(flat.ops):
-            body.step(at, op)
-        outs = [body.result(number) for number in flat.outputs]
-        return outs, body.lifetimes.alive(len(outs) if returned is None else returned)
+            values.lifetimes.at = at
+            step.propagate(op)
+        outs = [values.sharding_of(number) for number in flat.outputs]
+        return outs, values.lifetimes.live_bytes(len(outs) if returned is None else returned)
 
 
-class _Body:
-    """The values of one program while it is walked through."""
+@dataclasses.dataclass(frozen=True)
+class _OpPropagator:
+    """Propagates through one operation after the other of a program."""
 
-    def __init__(self, walk: Walk, flat: Flat, trips: float, loops: frozenset[str]) -> None:
-        self.walk, self.flat, self.trips, self.loops = walk, flat, trips, loops
-        self.env: dict[int, Laid] = {}
-        self.wants: Mapping[int, Dims] = {}
-        self.lifetimes = Lifetimes(flat)
-        self.unsummed: dict[int, float] = {}  # bytes per element of what is cast before its sum
-        self.readers = readers(flat)
-        self.narrow = narrowed(flat, self.readers)
-        self.kept = {n for op in flat.ops if op.body for n in op.ins if n is not None}
-        self.kept |= {n for n in flat.outputs if n is not None}
+    propagator: Propagator
+    values: ProgramValues
+    trips: float
+    loops: frozenset[str]
 
-    def step(self, at: int, op: Op) -> None:
-        self.lifetimes.at = at
-        if op.body is not None:
-            self._loop(op, op.body)
+    def propagate(self, op: Op) -> None:
+        if op.name == "scan" and op.body is not None:
+            self._scan(op, op.body)
+        elif op.body is not None:
+            self._while(op, op.body)
         elif op.name == "shardkit_constrain":
             self._constrain(op)
         elif op.name in ("dot_general", "conv_general_dilated"):
             self._product(op)
-        elif op.name in (FORWARD, BACKWARD):
+        elif op.name in (ATTENTION_FORWARD, ATTENTION_BACKWARD):
             self._attention(op)
         else:
-            self._other(op)
+            self._by_rule(op)
 
-    def _other(self, op: Op) -> None:
-        passes = op.name in PASSES_SUMS or op.name == "add_any"
-        shapes = [self._shape(n) for n in op.ins]
-        ins = [self._laid(n, keep_sum=passes, beside=op) for n in op.ins]
-        if op.name in ("gather", "scatter-add") and ins[0].stored:
-            ins[0] = self._rows_of_stored(op, ins)
+    def _by_rule(self, op: Op) -> None:
+        """Any other operation: its rule gives the sharding of the result and its partial sums."""
+        values = self.values
+        keep_partial = op.name in KEEPS_PARTIAL or op.name == "add_any"
+        shapes = [values.shape(n) for n in op.ins]
+        ins = [values.sharding_of(n, keep_partial=keep_partial, reader=op) for n in op.ins]
+        if op.name in ("gather", "scatter-add") and ins[0].is_param:
+            # Rows of a table that is a parameter: it is gathered over the axes of the indices.
+            used = frozenset().union(*(sharding.axes for sharding in ins[1:]))
+            ins[0] = values.gather(op.ins[0], ins[0], used)
         for number in op.outs:
-            laid = passed_on(op, ins, shapes, self._shape(number))
-            if op.name == "scatter-add" and number in self.wants:
-                laid = where_wanted(op, laid, self.wants[number])
-            if laid.partial and op.name == "convert_element_type":
-                self.unsummed[number] = self._width(op.ins[0])
-            if op.name not in PASSES_SUMS and op.name not in ("add_any", "gather", "scatter-add"):
-                lost = laid.partial
-                laid = dataclasses.replace(laid, partial=frozenset())
-                self._send("all-reduce", lost - {MICRO}, self._bytes(number, laid))
-            self.env[number] = laid
-            self._made(op, number)
-
-    def _rows_of_stored(self, op: Op, ins: Sequence[Laid]) -> Laid:
-        table, used = ins[0], frozenset().union(*(one.axes for one in ins[1:]))
-        clash = {axis for dim in table.dims for axis in dim if axis in used}
-        return self._gathered(op.ins[0], table, clash)
+            sharding = propagate(op, ins, shapes, values.shape(number))
+            if op.name == "scatter-add" and number in values.required:
+                sharding = shard_scatter(op, sharding, values.required[number])
+            if sharding.partial and op.name == "convert_element_type":
+                # bf16 → f32 of a partial sum: the later reduction sends 2 bytes an element, not 4.
+                values.cast_partial(number, op.ins[0])
+            if op.name not in STAYS_PARTIAL:
+                # The sum of f32[8, 64] over a dim that tensor splits: f32[8], all-reduced at once.
+                summed = sharding.partial - {MICRO}
+                sharding = dataclasses.replace(sharding, partial=frozenset())
+                values.send("all-reduce", summed, values.bytes_of(number, sharding))
+            values.shardings[number] = sharding
+            values.record_output(op, number)
 
     def _constrain(self, op: Op) -> None:
         (source,), (number,) = op.ins, op.outs
         assert source is not None
-        laid, shape = self.env.get(source, whole(0)), self._shape(number)
-        target = self.walk.resolve(op.params["names"], shape)
+        values, resolve = self.values, self.propagator.resolve
+        sharding, shape = values.shardings.get(source, replicated(0)), values.shape(number)
+        target = resolve(op.params["names"], shape)
         finer = op.params["finer"]
-        skipped = finer is not None and not refines(self.walk.resolve(finer, shape), target)
-        later = laid.partial and self._summed_later(number, laid, target)
-        if skipped or later or (number in self.wants and not laid.partial):
-            self.env[number] = laid
-            self.lifetimes.follow(number, op.ins)
+        skipped = finer is not None and not refines(resolve(finer, shape), target)
+        deferred = sharding.partial and self._is_reduced_later(number, sharding, target)
+        if skipped or deferred or (number in values.required and not sharding.partial):
+            values.shardings[number] = sharding
+            values.lifetimes.alias(number, op.ins)
             return
-        if MICRO in laid.axes:  # the axis of micro-batches is in no table
-            first = next(i for i, dim in enumerate(laid.dims) if MICRO in dim)
+        if MICRO in sharding.axes:  # the axis of micro-batches is in no table
+            first = next(i for i, dim in enumerate(sharding.dims) if MICRO in dim)
             rows = tuple(dict.fromkeys((MICRO, *target[first])))
             target = (*target[:first], rows, *target[first + 1 :])
-        self.env[number] = self._moved(number, laid, target)
-        if self.env[number].dims == laid.dims and not laid.partial:
-            self.lifetimes.follow(number, op.ins)
+        values.shardings[number] = values.reshard(number, sharding, target)
+        if values.shardings[number].dims == sharding.dims and not sharding.partial:
+            values.lifetimes.alias(number, op.ins)
             return
-        self.lifetimes.read(op)
-        self._bear(number)
+        values.lifetimes.read(op)
+        values.allocate(number)
 
-    def _summed_later(self, number: int, laid: Laid, target: Dims) -> bool:
-        """Whether the one reader splits finer: compilers make one scatter of sum and slice."""
-        ops = self.readers.get(number, [])
-        if len(ops) == 1 and ops[0].name == "convert_element_type":
-            return laid.dims == target
-        if len(ops) != 1 or ops[0].name != "shardkit_constrain":
+    def _is_reduced_later(self, number: int, sharding: SymbolicSharding, target: Dims) -> bool:
+        """Whether a partial sum passes a constraint unreduced, as compilers combine what follows.
+
+            y  partial {tensor}, dims ((data,), ())         a product over a dim that tensor splits
+            y' = constrain(y, "batch", None)                target ((data,), ())
+            z  = constrain(y', "batch", "residual")         ((data,), (tensor,)), the one reader
+
+        An all-reduce for y' and a slice for z are one reduce-scatter for z, so y' stays partial.
+        The one reader can also be a cast; then y' stays partial if it has the sharding of y.
+        """
+        ops = self.values.readers.get(number, [])
+        if len(ops) != 1:
             return False
-        return splits_more(self.walk.resolve(ops[0].params["names"], self._shape(number)), target)
-
-    def _moved(self, number: int, laid: Laid, target: Dims) -> Laid:
-        stored, laid = laid.stored, self._summed(number, laid, target)
-        goal = frozenset(axis for dim in target for axis in dim)
-        lost = [(a, i) for i, dim in enumerate(laid.dims) for a in dim if a not in target[i]]
-        gone = frozenset(a for a, _ in lost if a not in goal) - {MICRO}
-        turned = frozenset(a for a, _ in lost if a in goal) - {MICRO}
-        after = Laid(tuple(tuple(a for a in dim if a not in gone) for dim in laid.dims))
-        self._send("all-gather", gone, self._bytes(number, after), weight=stored)
-        self._send("all-to-all", turned, self._bytes(number, after))
-        return Laid(without_repeats(target))
+        if ops[0].name == "convert_element_type":
+            return sharding.dims == target
+        if ops[0].name != "shardkit_constrain":
+            return False
+        finer = self.propagator.resolve(ops[0].params["names"], self.values.shape(number))
+        return splits_more(finer, target)
 
     def _product(self, op: Op) -> None:
-        (out,) = op.outs
-        left, right = (self._laid(n) for n in op.ins[:2])
-        shapes = [self._shape(n) for n in op.ins[:2]]
+        (out,), values = op.outs, self.values
+        left, right = (values.sharding_of(n) for n in op.ins[:2])
+        shapes = [values.shape(n) for n in op.ins[:2]]
         if op.name == "conv_general_dilated":
-            left, right, dims, lost, flops = self._convolved(op, left, right)
+            right = values.gather(op.ins[1], right, right.axes)
+            dims, summed, flops = self._convolve(op, left, shapes[1])
         else:
-            left, right = self._agreed(op, left, right)
-            dims, lost, flops = contracted(op, left, right, shapes[0])
-        laid = Laid(without_repeats(dims))
-        self.env[out] = dataclasses.replace(laid, partial=frozenset(lost) - laid.axes - {MICRO})
-        split = laid.axes | frozenset(lost)
-        moved: Terms = {}
-        for number, one in ((op.ins[0], left), (op.ins[1], right), (out, laid)):
-            add(moved, self._bytes(number, one))
-        flops *= math.prod(self._shape(out))
+            left, right = self._align(op, left, right)
+            dims, summed, flops = contract(op, left, right, shapes[0])
+        sharding = SymbolicSharding(drop_repeated_axes(dims))
+        partial = frozenset(summed) - sharding.axes - {MICRO}
+        values.shardings[out] = dataclasses.replace(sharding, partial=partial)
+        moved: SymbolicBytes = {}
+        for number, operand in ((op.ins[0], left), (op.ins[1], right), (out, sharding)):
+            add_bytes(moved, values.bytes_of(number, operand))
+        flops *= math.prod(values.shape(out))
+        is_dot = op.name == "dot_general"
+        tiles = matmul_dims(op.params["dimension_numbers"], (left, right), shapes) if is_dot else ()
+        split = sharding.axes | frozenset(summed)
+        values.costs.compute.append(Compute(op.name, flops, split, moved, values.site, dims=tiles))
+        values.record_output(op, out)
+
+    def _convolve(
+        self, op: Op, rows: SymbolicSharding, filters: tuple[int, ...]
+    ) -> tuple[list[Axes], list[str], float]:
+        """Dims of the result, no summed axes, FLOPs per element: rows stay where they are."""
         numbers = op.params["dimension_numbers"]
-        tiles = tile_dims(numbers, (left, right), shapes) if op.name == "dot_general" else ()
-        self._work(op.name, flops, split, moved, tiles)
-        self._made(op, out)
+        dims: list[Axes] = [()] * len(self.values.shape(op.outs[0]))
+        dims[numbers.out_spec[0]] = rows.dims[numbers.lhs_spec[0]]
+        return dims, [], 2.0 * math.prod(filters) / filters[numbers.rhs_spec[0]]
 
-    def _attention(self, op: Op) -> None:
-        """One device's queries on all keys: its results lie as its operands do."""
-        laid, shapes = [self._laid(n) for n in op.ins], [self._shape(n) for n in op.ins[:2]]
-        way, width = self.walk.way, self._width(op.ins[0])
-        found = attention(op.name, op.params["causal"], way, shapes, laid[:2], width)
-        for kind, axes, payload in found.sent:
-            self._send(kind, axes, payload)
-        self._work(op.name, found.flops, laid[0].axes, found.moved)
-        self.lifetimes.read(op)
-        self.lifetimes.pass_through(found.held)
-        made = laid if op.name == BACKWARD else (laid[0], Laid(laid[0].dims[:3]))  # and its lse
-        for number, one in zip(op.outs, made, strict=False):
-            self.env[number] = Laid(one.dims)
-            self._bear(number)
+    def _align(
+        self, op: Op, left: SymbolicSharding, right: SymbolicSharding
+    ) -> tuple[SymbolicSharding, SymbolicSharding]:
+        """Gathers one operand over axes that the other has on another dim.
 
-    def _convolved(
-        self, op: Op, left: Laid, right: Laid
-    ) -> tuple[Laid, Laid, list[Axes], list[str], float]:
-        """Rows stay where they are; filters are gathered whole."""
-        numbers = op.params["dimension_numbers"]
-        right = self._gathered(op.ins[1], right, set(right.axes))
-        dims: list[Axes] = [()] * len(self._shape(op.outs[0]))
-        dims[numbers.out_spec[0]] = left.dims[numbers.lhs_spec[0]]
-        filters = self._shape(op.ins[1])
-        return left, right, dims, [], 2.0 * math.prod(filters) / filters[numbers.rhs_spec[0]]
-
-    def _agreed(self, op: Op, left: Laid, right: Laid) -> tuple[Laid, Laid]:
-        """Gathers what one operand splits over an axis that the other has on another dim."""
+        The parameter is gathered; of two parameters, or of none, the smaller one.
+        """
         (lc, rc), (lb, rb) = op.params["dimension_numbers"]
         pairs = dict(zip((*lc, *lb), (*rc, *rb), strict=True))
-        back = {r: n for n, r in pairs.items()}
-        sizes = [math.prod(self._shape(n)) for n in op.ins[:2]]
-        first = (left.stored and not right.stored) or (
-            left.stored == right.stored and (sizes[0] < sizes[1])
+        sizes = [math.prod(self.values.shape(n)) for n in op.ins[:2]]
+        left_is_smaller = left.is_param == right.is_param and sizes[0] < sizes[1]
+        if left_is_smaller or (left.is_param and not right.is_param):
+            axes = conflicting_axes(left, right, pairs)
+            return self.values.gather(op.ins[0], left, axes), right
+        axes = conflicting_axes(right, left, {r: n for n, r in pairs.items()})
+        return left, self.values.gather(op.ins[1], right, axes)
+
+    def _attention(self, op: Op) -> None:
+        """One device's queries on all keys: the results are sharded as the operands are."""
+        values = self.values
+        shardings = [values.sharding_of(n) for n in op.ins]
+        costs = attention_costs(
+            op.name,
+            causal=op.params["causal"],
+            method=self.propagator.attention,
+            shapes=[values.shape(n) for n in op.ins[:2]],
+            shardings=shardings[:2],
+            width=values.width(op.ins[0]),
         )
-        if first:
-            return self._gathered(op.ins[0], left, clash(left, right, pairs)), right
-        return left, self._gathered(op.ins[1], right, clash(right, left, back))
+        for kind, axes, payload in costs.exchanges:
+            values.send(kind, axes, payload)
+        split, moved = shardings[0].axes, costs.bytes_moved
+        values.costs.compute.append(Compute(op.name, costs.flops, split, moved, values.site))
+        values.lifetimes.read(op)
+        values.lifetimes.add_scratch(costs.scratch)
+        outs = shardings  # gradients of q, k and v; forward the output and its f32[B, T, N] lse
+        if op.name == ATTENTION_FORWARD:
+            outs = [shardings[0], SymbolicSharding(shardings[0].dims[:3])]
+        for number, sharding in zip(op.outs, outs, strict=False):
+            values.shardings[number] = SymbolicSharding(sharding.dims)
+            values.allocate(number)
 
-    def _gathered(self, number: int | None, laid: Laid, axes: set[str]) -> Laid:
-        """Gathers an operand over axes, once per program for each value."""
-        if not axes or number is None:
-            return laid
-        after = laid.with_dims(tuple(a for a in dim if a not in axes) for dim in laid.dims)
-        key = ("gathered", number, frozenset(axes))
-        held = self._bytes(number, after)
-        if self.lifetimes.use(key, held):
-            self._send("all-gather", frozenset(axes), held, weight=laid.stored)
-        return after
+    def _while(self, op: Op, body: FlatProgram) -> None:
+        """A loop of unknown trips: its body counts once, its results are replicated."""
+        values = self.values
+        ins = [values.sharding_of(n) for n in op.ins]
+        values.lifetimes.read(op)
+        for number in op.outs:
+            values.shardings[number] = replicated(len(values.shape(number)))
+            values.allocate(number)
+        inside = ins[-len(body.inputs) :]
+        required = [None] * len(body.outputs)
+        _, live = self.propagator.run(body, inside, required, trips=self.trips)
+        values.lifetimes.nest_loop(live)
 
-    def _loop(self, op: Op, body: Flat) -> None:
-        ins = [self._laid(n) for n in op.ins]
-        if op.name != "scan":
-            self.lifetimes.read(op)
-            for number in op.outs:
-                self.env[number] = whole(len(self._shape(number)))
-                self._bear(number)
-            inside = ins[-len(body.inputs) :]
-            _, points = self.walk.run(body, inside, [None] * len(body.outputs), self.trips)
-            self.lifetimes.repeat(points)
-            return
-        # By shape, as JAX's releases name the counts differently: what is stacked has a dim more.
-        inner = body.inputs[len(body.inputs) - len(op.ins) :]
-        pairs = list(zip(op.outs, body.outputs, strict=True))
-        carried = sum(self._shape(out) == self._shape(one) for out, one in pairs)
-        stacks = sum(self._shape(n) != self._shape(i) for n, i in zip(op.ins, inner, strict=True))
-        consts = len(op.ins) - carried - stacks
-        steps = frozenset(a for one in ins[consts + carried :] for a in one.dims[0])
-        inside = ins[: consts + carried]
-        inside += [one.with_dims(one.dims[1:]) for one in ins[consts + carried :]]
-        wants: list[Dims | None] = [self.wants.get(n) for n in op.outs[:carried]]
-        wants += [w[1:] if (w := self.wants.get(n)) else None for n in op.outs[carried:]]
-        found, _ = Walk(self.walk.resolve, self.walk.lanes, self.walk.way).run(body, inside, wants)
+    def _scan(self, op: Op, body: FlatProgram) -> None:
+        """A loop over a stacked dim, which is the dim of layers where a mesh axis splits it.
+
+        scan operands  consts | carry | stacked f32[L, ...]   results  carry | stacks f32[L, ...]
+        body inputs    consts | carry | slices  f32[...]      outputs  carry | slices f32[...]
+        """
+        values, propagator = self.values, self.propagator
+        ins = [values.sharding_of(n) for n in op.ins]
+        slices = body.inputs[len(body.inputs) - len(op.ins) :]
+        consts, carried = self._count_scan(op, body, slices)
+        first = consts + carried
+        # 32 layers over pipe=4: the axis divides the trips, so a device runs 8 of them.
+        layer_axes = frozenset(a for sharding in ins[first:] for a in sharding.dims[0])
+        inside = [
+            *ins[:first],
+            *(sharding.with_dims(sharding.dims[1:]) for sharding in ins[first:]),
+        ]
+        required: list[Dims | None] = [values.required.get(n) for n in op.outs[:carried]]
+        stacks = [values.required.get(n) for n in op.outs[carried:]]
+        required += [dims[1:] if dims else None for dims in stacks]
+        # A carry must leave the body as it enters. A first pass, whose costs are dropped, finds
+        # how it leaves: x may enter replicated and leave split over tensor; from then on it is.
+        dry_run = dataclasses.replace(propagator, costs=CostLog())
+        leaving, _ = dry_run.run(body, inside, required)
         for i in range(carried):
-            inside[consts + i] = dataclasses.replace(found[i], partial=frozenset())
-        trips, loops = self.trips * op.trips, self.loops | steps
-        staged = PIPE in steps
+            inside[consts + i] = dataclasses.replace(leaving[i], partial=frozenset())
+        trips, loops = self.trips * op.trips, self.loops | layer_axes
+        staged = PIPE in layer_axes
         if staged:
-            self._enter_layers(op.ins[consts : consts + carried], inside[consts:])
-        outs, points = self.walk.run(body, inside, wants, trips, loops, carried)
-        slices = [*inner[consts + carried :], *body.outputs[carried:]]
-        copied = _copied(body, slices, [*inside[consts + carried :], *outs[carried:]])
-        self.walk.work.append(Work("stack", 0.0, frozenset(), copied, trips, loops, self.walk.part))
-        self.walk.part += staged
-        self.lifetimes.read(op)
-        along = tuple(sorted(steps))
-        for i, number in enumerate(op.outs):
-            self.env[number] = (
-                outs[i]
-                if i < carried
-                else dataclasses.replace(outs[i], dims=(along, *outs[i].dims))
-            )
-            self._bear(number)
-        self.lifetimes.repeat(points)
-
-    def _enter_layers(self, carried: Sequence[int | None], laid: Sequence[Laid]) -> None:
-        """Goes on to the next part; any further loop over layers is of the backward pass."""
-        self.walk.part = min(self.walk.part + 1, PARTS.index("backward"))
-        if PARTS[self.walk.part] == "forward":
-            for number, one in zip(carried, laid, strict=False):
-                add(self.walk.message, self._bytes(number, one))
-
-    def _laid(self, number: int | None, keep_sum: bool = False, beside: Op | None = None) -> Laid:
-        if number is None:
-            return whole(0)
-        laid = self.env[number]
-        if laid.partial and not keep_sum:
-            target = self.wants.get(number) or (self._joined(number, beside) if beside else None)
-            laid = self.env[number] = self._summed(number, laid, target)
-        return laid
-
-    def _joined(self, number: int, op: Op) -> Dims | None:
-        """The layout that an elementwise operation has from all its operands."""
-        form = self._shape(number)
-        if op.name in MATERIAL or op.name.startswith(REDUCTIONS) or self._shape(op.outs[0]) != form:
-            return None
-        ins = [whole(0) if n is None else self.env[n] for n in op.ins]
-        return passed_on(op, ins, [self._shape(n) for n in op.ins], form).dims
-
-    def _summed(self, number: int, laid: Laid, target: Dims | None) -> Laid:
-        """Makes a sum: scattered over the axes that the target splits, reduced over the rest."""
-        if not laid.partial:
-            return laid
-        aim = target or laid.dims
-        free = laid.partial - laid.axes
-        dims = tuple(
-            (*dim, *(a for a in goal if a in free and a not in dim))
-            for dim, goal in zip(laid.dims, aim, strict=True)
+            self._enter_layers(op.ins[consts:first], inside[consts:])
+        outs, live = propagator.run(
+            body, inside, required, trips=trips, loops=loops, returned=carried
         )
-        after = Laid(without_repeats(dims))
-        scattered = after.axes - laid.axes
-        gradient, width = self._is_gradient(number), self.unsummed.get(number)
-        sent, left = self._bytes(number, laid, width), self._bytes(number, after, width)
-        self._send("reduce-scatter", scattered, sent, gradient)
-        self._send("all-reduce", laid.partial - scattered, left, gradient)
-        if scattered:
-            self.lifetimes.pass_through(self._bytes(number, laid))
-        return after
+        sliced = [*slices[first:], *body.outputs[carried:]]
+        copied = _slice_bytes(body, sliced, [*inside[first:], *outs[carried:]])
+        costs = propagator.costs
+        site = ProgramSite(trips, loops, costs.phase)
+        costs.compute.append(Compute("stack", 0.0, frozenset(), copied, site))
+        costs.phase += staged
+        values.lifetimes.read(op)
+        along = tuple(sorted(layer_axes))
+        for i, number in enumerate(op.outs):
+            stacked = dataclasses.replace(outs[i], dims=(along, *outs[i].dims))
+            values.shardings[number] = outs[i] if i < carried else stacked
+            values.allocate(number)
+        values.lifetimes.nest_loop(live)
 
-    def _is_gradient(self, number: int) -> bool:
-        """Whether it becomes a result of known layout, as it is or as one slice of a stack."""
-        ops = [op for op in self.readers.get(number, ()) if op.name == "broadcast_in_dim"]
-        return number in self.wants or any(op.outs[0] in self.wants for op in ops)
+    def _count_scan(
+        self, op: Op, body: FlatProgram, slices: Sequence[int | None]
+    ) -> tuple[int, int]:
+        """Numbers of constants and carries of a scan.
 
-    def result(self, number: int | None) -> Laid:
-        return whole(0) if number is None else self._laid(number)
+        By shape, since JAX's releases name the counts differently: a stacked array has one dim
+        more outside of the body than inside.
+        """
+        shape = self.values.shape
+        outs = zip(op.outs, body.outputs, strict=True)
+        carried = sum(shape(outer) == shape(inner) for outer, inner in outs)
+        ins = zip(op.ins, slices, strict=True)
+        stacked = sum(shape(outer) != shape(inner) for outer, inner in ins)
+        return len(op.ins) - carried - stacked, carried
 
-    def _send(
-        self,
-        kind: str,
-        axes: frozenset[str],
-        payload: Terms,
-        gradient: bool = False,
-        weight: bool = False,
+    def _enter_layers(
+        self, carried: Sequence[int | None], shardings: Sequence[SymbolicSharding]
     ) -> None:
-        if axes:
-            at = self.trips, self.loops, gradient, weight, self.walk.part
-            self.walk.sent.append(Sent(kind, frozenset(axes), payload, *at))
-
-    def _work(
-        self, name: str, flops: float, split: frozenset[str], moved: Terms, dims: TileDims = ()
-    ) -> None:
-        one = Work(name, flops, split, moved, self.trips, self.loops, self.walk.part, dims)
-        self.walk.work.append(one)
-
-    def _made(self, op: Op, number: int) -> None:
-        """Records a result: written to memory, or part of what reads it."""
-        other = added_to(self.flat, self.readers, number) if op.name == "dot_general" else None
-        if other is not None and self.lifetimes.in_memory(other):
-            self.lifetimes.read(op)
-            self.lifetimes.follow(number, (other,))
-            return
-        material = op.name in MATERIAL or op.name.startswith(REDUCTIONS)
-        constrained = [r.name for r in self.readers.get(number, [])] == ["shardkit_constrain"]
-        if number in self.wants and self.env[number].partial and material and not constrained:
-            self._laid(number)
-        if not material and not (
-            number in self.kept and op.name not in ("broadcast_in_dim", "iota")
-        ):
-            self.lifetimes.follow(number, op.ins)
-            return
-        self.lifetimes.read(op)
-        moved = self.lifetimes.read_by(op)
-        self._bear(number)
-        if op.name != "dot_general":
-            add(moved, self._bytes(number, self.env[number]))
-            self._work(op.name, 0.0, frozenset(), moved)
-
-    def _bear(self, number: int) -> None:
-        laid = self.env[number]
-        width = self._width(number) * padding(self._shape(number), laid, self.walk.lanes)
-        self.lifetimes.bear(number, self._bytes(number, laid, width))
-
-    def _shape(self, number: int | None) -> tuple[int, ...]:
-        return () if number is None else tuple(self.flat.avals[number].shape)
-
-    def _bytes(self, number: int | None, laid: Laid, width: float | None = None) -> Terms:
-        if number is None:
-            return {}
-        return terms(self._shape(number), width or self._width(number), laid)
-
-    def _width(self, number: int | None) -> float:
-        """Bytes per element."""
-        assert number is not None
-        own = getattr(self.flat.avals[number].dtype, "itemsize", 4)
-        return self.unsummed.get(number) or self.narrow.get(number) or own
+        """Advances to the next phase; any further loop over layers is of the backward pass."""
+        costs = self.propagator.costs
+        costs.phase = min(costs.phase + 1, PHASES.index("backward"))
+        if PHASES[costs.phase] == "forward":
+            for number, sharding in zip(carried, shardings, strict=False):
+                add_bytes(costs.message, self.values.bytes_of(number, sharding))
 
 
-def _copied(body: Flat, slices: Sequence[int | None], laid: Sequence[Laid]) -> Terms:
+def _slice_bytes(
+    body: FlatProgram, slices: Sequence[int | None], shardings: Sequence[SymbolicSharding]
+) -> SymbolicBytes:
     """Bytes moved for slices of stacked arrays, each read and written once more."""
-    moved: Terms = {}
-    for number, one in zip(slices, laid, strict=True):
-        if number is not None and not one.stored:
+    moved: SymbolicBytes = {}
+    for number, sharding in zip(slices, shardings, strict=True):
+        if number is not None and not sharding.is_param:
             aval = body.avals[number]
-            add(moved, terms(aval.shape, aval.dtype.itemsize, one), 2.0)
+            add_bytes(moved, symbolic_bytes(aval.shape, aval.dtype.itemsize, sharding), 2.0)
     return moved

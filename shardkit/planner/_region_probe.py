@@ -1,9 +1,9 @@
-"""What a model marks for strategies to carry out, as a plan sees it.
+"""The regions that a model marks for strategies to override, as a plan sees them.
 
-Attention over a split length is no array program that a walk could follow by the names of dims: in
-truth blocks travel. So where a length is to be split, `sk.nn.attention` is traced as one operation
-forward and one backward, of which a walk knows the formulae. Experts bounded by capacity are
-followed by the names of dims: constraints say where their slots turn from rows to experts and back.
+Attention over a split length is not an array program that propagation can follow by axis names:
+blocks of keys travel between devices. So where a length is to be split, `sk.nn.attention` is traced
+as one operation forward and one backward, whose costs are formulae. Experts bounded by capacity are
+followed by axis names: constraints mark where their slots change from rows to experts and back.
 """
 
 import dataclasses
@@ -19,144 +19,153 @@ from jax.extend.core import Jaxpr, Primitive
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from .._core.tracing import record_fact, recorded_facts
-from .._core.types import Accumulate
 from ..nn._constrain import constrain
 from ..nn._overridable import Override, StepContext, use_overrides
 from ._costs import EXPERTS, HEADS, LENGTH, PIPE
-from ._space import How, Stages
+from ._space import Batching, PipelineOptions
 
-OTHER_ROWS, OWN_EXPERTS = "plan: rows but for expert", "plan: experts"
-"""Names of the slots' first two dims while each device has those of its own experts."""
-_TURNED = (OTHER_ROWS, OWN_EXPERTS, None, None)
-FORWARD, BACKWARD = "shardkit_attention", "shardkit_attention_gradient"
+ROWS_WITHOUT_EXPERT, LOCAL_EXPERTS = "plan: rows without expert", "plan: experts"
+"""Names of the slots' first two dims while each device holds the slots of its own experts."""
+_EXPERT_SLOTS = (ROWS_WITHOUT_EXPERT, LOCAL_EXPERTS, None, None)
+ATTENTION_FORWARD, ATTENTION_BACKWARD = "shardkit_attention", "shardkit_attention_gradient"
 _LAYERS, _ATTENTION, _EXPERTS = "plan: layers", "plan: attention", "plan: number of experts"
-_forward_p, _backward_p = Primitive(FORWARD), Primitive(BACKWARD)
+_forward_p, _backward_p = Primitive(ATTENTION_FORWARD), Primitive(ATTENTION_BACKWARD)
 _forward_p.multiple_results = _backward_p.multiple_results = True
 
 
 @dataclasses.dataclass(frozen=True)
-class Marked:
-    """What a loss marks, each kind once.
+class MarkedRegions:
+    """Regions that a loss marks, each distinct one once.
 
     Attributes:
       layers: number of layers of a `sk.nn.layer_stack`.
       attention: (length, heads, key heads) of a `sk.nn.attention`.
       experts: (number, whether bounded by capacity) of a `sk.nn.experts`.
-      broken: why it cannot be said.
+      error: why the loss could not be traced.
     """
 
     layers: tuple[int, ...] = ()
     attention: tuple[tuple[int, int, int], ...] = ()
     experts: tuple[tuple[int, bool], ...] = ()
-    broken: str = ""
+    error: str = ""
 
     @classmethod
-    def of(cls, jaxpr: Jaxpr) -> "Marked":
-        """Reads what a loss recorded that was traced under `marking`."""
+    def of(cls, jaxpr: Jaxpr) -> "MarkedRegions":
+        """Reads the facts that a loss recorded, traced under `probe_regions`."""
         facts: Any = (recorded_facts(jaxpr, kind) for kind in (_LAYERS, _ATTENTION, _EXPERTS))
         layers, attention, experts = facts
         return cls(tuple(n for (n,) in layers), attention, experts)
 
-    def misses(self, sizes: Mapping[str, int]) -> str:
-        """Why an axis has no part of the model to divide, or divides it unevenly; or nothing."""
-        if self.broken:
-            return self.broken
+    def axis_problem(self, sizes: Mapping[str, int]) -> str:
+        """Why an axis has no part of the model to divide, or divides it unevenly; "" if it does."""
+        if self.error:
+            return self.error
         stages = sizes.get(PIPE, 1)
         if stages > 1 and not self.layers:
             return f"the loss marks no layers with sk.nn.layer_stack, which {PIPE} would divide"
         if sizes.get(LENGTH, 1) > 1 and not self.attention:
-            return f"the loss has no sk.nn.attention, which {LENGTH} would carry out"
-        if sizes.get(EXPERTS, 1) > 1 and (why := self._no_experts(sizes)):
+            return f"the loss has no sk.nn.attention, which {LENGTH} would divide"
+        if sizes.get(EXPERTS, 1) > 1 and (why := self._expert_axis_problem(sizes)):
             return why
         uneven = [n for n in self.layers if stages > 1 and n % stages]
         return f"{uneven[0]} layers do not split evenly into {stages} stages" if uneven else ""
 
-    def _no_experts(self, sizes: Mapping[str, int]) -> str:
+    def _expert_axis_problem(self, sizes: Mapping[str, int]) -> str:
         if not self.experts:
             return f"the loss has no sk.nn.experts, which {EXPERTS} would divide"
         if not all(bounded for _, bounded in self.experts):
-            return "dropless experts, whose rows travel in numbers that only routers know"
+            return "dropless experts, whose number of rows is known only to the router"
         if max(sizes.get(PIPE, 1), sizes.get(LENGTH, 1)) > 1:
             return "experts beside a pipeline or a split length"
-        ways = sizes[EXPERTS]
-        uneven = [n for n, _ in self.experts if n % ways]
-        return f"{uneven[0]} experts do not divide over {EXPERTS}={ways}" if uneven else ""
+        shards = sizes[EXPERTS]
+        uneven = [n for n, _ in self.experts if n % shards]
+        return f"{uneven[0]} experts do not divide over {EXPERTS}={shards}" if uneven else ""
 
-    def beside_experts(self, sizes: Mapping[str, int], how: How) -> str:
-        """Why experts over an axis cannot be followed; or nothing."""
-        return self._no_experts(sizes) or self.misfit(sizes, how, "")
+    def expert_problem(self, sizes: Mapping[str, int], batching: Batching) -> str:
+        """Why experts over an axis cannot be followed; "" if they can."""
+        return self._expert_axis_problem(sizes) or self.option_problem(sizes, batching, "")
 
-    def misfit(self, sizes: Mapping[str, int], how: How, way: str) -> str:
-        """Why layers cannot be scheduled so, or attention not look so; or nothing."""
-        stages, context = sizes.get(PIPE, 1), sizes.get(LENGTH, 1)
-        if isinstance(how, Stages):
-            parts = stages * how.virtual_stages
-            if any(n % parts for n in self.layers):
-                return f"{self.layers[0]} layers do not split evenly into {parts} virtual stages"
-            if how.schedule == "interleaved" and how.micro_batches % stages:
-                return f"{how.micro_batches} micro-batches are no multiple of {stages} interleaved stages"
-        if sizes.get(EXPERTS, 1) > 1 and isinstance(how, Accumulate):
-            if how.micro_batches > 1 and how.reduce == "end":
-                return "one reduction for all micro-batches beside experts"
-        tensor = sizes.get(HEADS, 1)
-        for length, heads, keys in self.attention if way else ():
-            pieces = context * (2 if way == "ring" else 1)
+    def option_problem(self, sizes: Mapping[str, int], batching: Batching, attention: str) -> str:
+        """Why a mesh does not admit a batching or a method of attention; "" if it does."""
+        if isinstance(batching, PipelineOptions):
+            if problem := self._pipeline_problem(sizes.get(PIPE, 1), batching):
+                return problem
+        elif sizes.get(EXPERTS, 1) > 1 and batching.micro_batches > 1 and batching.reduce == "end":
+            return "one reduction for all micro-batches beside experts"
+        return self._attention_problem(sizes, attention) if attention else ""
+
+    def _pipeline_problem(self, stages: int, pipeline: PipelineOptions) -> str:
+        parts = stages * pipeline.virtual_stages
+        if any(n % parts for n in self.layers):
+            return f"{self.layers[0]} layers do not split evenly into {parts} virtual stages"
+        if pipeline.schedule == "interleaved" and pipeline.micro_batches % stages:
+            what = f"{pipeline.micro_batches} micro-batches"
+            return f"{what} are not a multiple of {stages} interleaved stages"
+        return ""
+
+    def _attention_problem(self, sizes: Mapping[str, int], method: str) -> str:
+        context, tensor = sizes.get(LENGTH, 1), sizes.get(HEADS, 1)
+        ring = method == "ring"
+        for length, heads, keys in self.attention:
+            pieces = context * (2 if ring else 1)
             if length % pieces:
                 return f"a length of {length} does not split into {pieces} pieces"
-            if way == "ring" and stages > 1 and context % 2:
-                return f"a ring of {context} inside a stage, whose devices meet in pairs"
+            if ring and sizes.get(PIPE, 1) > 1 and context % 2:
+                return f"a ring of {context} inside a stage, whose devices exchange in pairs"
             for number, what in ((heads, "heads"), (keys, "key heads")):
-                if way == "all_to_all" and number % (tensor * context):
+                if not ring and number % (tensor * context):
                     over = f"{LENGTH}={context} x {HEADS}={tensor}"
                     return f"{number} {what} do not split over {over}"
         return ""
 
 
-def marking(attention: bool = True) -> AbstractContextManager[Any]:
-    """Makes a loss record what it marks while it is traced, and say where slots of experts turn.
+def probe_regions(attention: bool = True) -> AbstractContextManager[Any]:
+    """Makes a loss record its regions while it is traced, and mark where experts' slots change.
 
     Args:
-      attention: whether attention is made one operation.
+      attention: whether attention is traced as one operation.
     """
-    carriers: dict[str, Override] = {"experts": _Experts("plan")}
+    overrides: dict[str, Override] = {"experts": _ExpertProbe("plan")}
     if attention:
-        carriers |= {"staged": _Layers("plan"), "attention": _Attention("plan")}
-    # Carriers are made use of on an axis of several devices alone.
+        overrides |= {"layer_stack": _LayerProbe("plan"), "attention": _AttentionProbe("plan")}
+    # Overrides take effect only on an axis of several devices.
     mesh: Any = AbstractMesh((2,), ("plan",), axis_types=(AxisType.Auto,))
-    return use_overrides(carriers, StepContext(mesh, (), _unsplit))
+    return use_overrides(overrides, StepContext(mesh, (), lambda names: PartitionSpec()))
 
 
-def _unsplit(names: Any) -> PartitionSpec:
-    return PartitionSpec()
-
-
-class _Layers(Override):
+class _LayerProbe(Override):
     def __call__(
         self, around: StepContext, plain: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        return record_fact(plain(*args, **kwargs), _LAYERS, len(jax.tree.leaves(args[4])[0]))
+        return record_fact(
+            plain(*args, **kwargs), _LAYERS, len(jax.tree.leaves(kwargs["layers"])[0])
+        )
 
 
-class _Attention(Override):
+class _AttentionProbe(Override):
     def __call__(
         self, around: StepContext, plain: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        q, k, v, _, causal, _ = args
-        return record_fact(_attend(q, k, v, causal), _ATTENTION, *q.shape[1:3], k.shape[2])
+        q, k, v = args
+        return record_fact(
+            _attend(q, k, v, kwargs["causal"]), _ATTENTION, *q.shape[1:3], k.shape[2]
+        )
 
 
-class _Experts(Override):
+class _ExpertProbe(Override):
     def __call__(
         self, around: StepContext, plain: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        x, choice, share, weights, mlp, capacity = args
+        (x, choice, share, weights, mlp), capacity = args, kwargs["capacity"]
 
-        def turned(weights: Any, h: jax.Array, dot: Any) -> jax.Array:
-            h = constrain(constrain(h, "batch", None, None, None), *_TURNED)
-            y = constrain(mlp(weights, h, dot), *_TURNED)
+        def mark_slots(weights: Any, h: jax.Array, dot: Any) -> jax.Array:
+            h = constrain(constrain(h, "batch", None, None, None), *_EXPERT_SLOTS)
+            y = constrain(mlp(weights, h, dot), *_EXPERT_SLOTS)
             return constrain(y, "batch", None, None, None)
 
-        out = plain(x, choice, share, weights, mlp if capacity is None else turned, capacity)
+        out = plain(
+            x, choice, share, weights, mlp if capacity is None else mark_slots, capacity=capacity
+        )
         number = jax.tree.leaves(weights)[0].shape[0]
         return record_fact(out, _EXPERTS, number, capacity is not None)
 
@@ -167,7 +176,7 @@ def _attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, causal: boo
 
 
 def _attend_fwd(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> tuple[jax.Array, Any]:
-    # Named as attention across devices names what it keeps.
+    # The name under which attention across devices saves its output.
     out, lse = checkpoint_name(tuple(_forward_p.bind(q, k, v, causal=causal)), "attn_mix")
     return out, (q, k, v, out, lse)
 

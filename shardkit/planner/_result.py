@@ -1,4 +1,4 @@
-"""What a plan says: ranked layouts, why each is where it is, and what was left out and why."""
+"""`Plan`: ranked layouts, what would change the ranking, and the reason of each left out."""
 
 import dataclasses
 import json
@@ -12,19 +12,19 @@ from ._plot import plot_front
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The answer to: which mesh?
+    """Every layout of a model on a target, ranked.
 
     Attributes:
       target: the devices.
       rows: the layouts that fit, fastest first.
       tight: the layouts that are legal and do not fit, fastest first.
       rejected: reason → number of layouts, and an example.
-      considered: number of layouts looked at.
-      took: seconds that looking took.
+      considered: number of layouts, legal or not.
+      took: seconds of the search.
       changes: what would change the answer.
-      sensitivity: (what, the layout that then wins, its seconds).
-      assumptions: what the estimates take for granted.
-      problems: what could not be read; with any, estimates are lower bounds.
+      sensitivity: (what changes, the layout that then wins, its seconds).
+      assumptions: of the estimates.
+      problems: what could not be costed; with any, estimates are lower bounds.
     """
 
     target: str
@@ -44,20 +44,17 @@ class Plan:
         return self.rows[0]
 
     def pareto(self) -> list[Candidate]:
-        """Layouts than which none is both faster and smaller, the fastest first.
-
-        Those that do not fit are among them.
-        """
-        return front_of((*self.rows, *self.tight))
+        """The Pareto front of time and memory, fastest first; also layouts that do not fit."""
+        return pareto_front((*self.rows, *self.tight))
 
     def plot(self, path: str | Path) -> Path:
-        """Draws memory against time: every layout, the front's by name, and the capacity.
+        """Draws memory against time: every layout, the Pareto front labelled, and the capacity.
 
         Args:
-          path: `.png` or `.svg`; a file that is there is replaced.
+          path: `.png` or `.svg`; an existing file is replaced.
 
         Raises:
-          ConfigError: nothing can be written there, or matplotlib (`shardkit[plot]`) is missing.
+          ConfigError: the file cannot be written, or matplotlib (`shardkit[plot]`) is missing.
         """
         caption = (
             f"{self.considered} layouts of one step on {self.target}; modelled, nothing was run"
@@ -69,36 +66,34 @@ class Plan:
         return json.dumps(dataclasses.asdict(self), default=float, indent=1)
 
     def __str__(self) -> str:
-        """A page of text: the shortlist, the declaration to paste, what would change it."""
+        """A page of text: the first 8 layouts, the code of the first, what would change it."""
         rate = self.considered / self.took if self.took else 0.0
         lines = [
             f"{self.considered} layouts on {self.target} in {self.took:.1f} s ({rate:.0f}/s): "
             f"{len(self.rows)} fit, {len(self.tight)} do not. All figures modelled unless marked."
         ]
-        for place, one in enumerate(self.rows[:8], 1):
-            lines.append(f"{place:3}. {one}")
-            if one.compiled:
-                lines.append(
-                    f"     compiled: {one.compiled['seconds'] * 1e3:.4g} ms by its schedule, "
-                    f"{format_bytes(one.compiled['total'])}"
-                )
-            if one.failed:
-                lines.append(f"     not compiled: {one.failed}")
-        lines += ["Declaration of the first:", *self.best.declaration.splitlines()]
+        for place, candidate in enumerate(self.rows[:8], 1):
+            lines.append(f"{place:3}. {candidate}")
+            if compiled := candidate.compiled:
+                milliseconds, total = compiled["seconds"] * 1e3, format_bytes(compiled["total"])
+                lines.append(f"     compiled: {milliseconds:.4g} ms by its schedule, {total}")
+            if candidate.failed:
+                lines.append(f"     not compiled: {candidate.failed}")
+        lines += ["Code of the first:", *self.best.declaration.splitlines()]
         if self.changes:
             lines += ["What would change the answer:", *(f"  {text}" for text in self.changes)]
         lines += [f"  {what}: {row}" for what, row, _ in self.sensitivity]
         lines += ["Left out:"] if self.rejected else []
-        lines += [f"  {n} for {why}; as {one}" for why, (n, one) in self.rejected.items()]
+        lines += [f"  {n} for {why}; as {row}" for why, (n, row) in self.rejected.items()]
         lines += [f"  lower bound: {text}" for text in self.problems]
         lines.append(f"Assumed: {'; '.join(self.assumptions)}")
         return "\n".join(lines)
 
 
-def front_of(rows: Iterable[Candidate]) -> list[Candidate]:
-    """Layouts than which none is both faster and smaller, the fastest first."""
+def pareto_front(rows: Iterable[Candidate]) -> list[Candidate]:
+    """The layouts to which no other is both faster and smaller, fastest first."""
     front: list[Candidate] = []
-    for one in sorted(rows, key=lambda c: (c.seconds, c.total)):
-        if not front or one.total < front[-1].total:
-            front.append(one)
+    for candidate in sorted(rows, key=lambda c: (c.seconds, c.total)):
+        if not front or candidate.total < front[-1].total:
+            front.append(candidate)
     return front

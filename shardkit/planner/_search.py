@@ -1,4 +1,4 @@
-"""Stage one: every layout of a space, estimated; what cannot be is kept with its reason."""
+"""Estimates every layout of a space; a layout that is not legal is kept with its reason."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,60 +10,67 @@ from ..mesh import Target
 from ..parallel import axes_splitting
 from ..step import StepSpec
 from ._candidate import Candidate
-from ._cases import Case, candidates
+from ._cases import PlannedCase, estimate_cases
 from ._estimate import Machine
-from ._region_probe import Marked
-from ._space import SearchSpace, layout_of, marked_axes, symbolic
-from ._state_bytes import Placed, Places, reason, row_ways
-from ._trace import Model, Walked, walk_through
+from ._region_probe import MarkedRegions
+from ._space import SearchSpace, make_strategy, region_axes, smallest_split_mesh
+from ._state_bytes import StateBytes, StateBytesResolver, count_row_shards, first_reason
+from ._trace import StepCosts, TracedModel, propagate_step
 
 if TYPE_CHECKING:
     from ..hardware import Chip
 
 
 @dataclasses.dataclass
-class Found:
-    """What a search found, with every reason for what it left out."""
+class SearchResult:
+    """The candidates of a search, and the reason of every layout that it left out.
+
+    Attributes:
+      candidates: legal layouts, estimated.
+      rejected: reason → number of layouts, and an example.
+      considered: number of layouts, legal or not.
+      problems: what could not be costed.
+    """
 
     candidates: list[Candidate] = dataclasses.field(default_factory=list)
     rejected: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
     considered: int = 0
     problems: tuple[str, ...] = ()
 
-    def reject(self, why: str, example: str, number: int = 1) -> None:
-        """Notes layouts that cannot be."""
-        before, first = self.rejected.get(why, (0, example))
-        self.rejected[why] = (before + number, first)
+    def reject(self, reason: str, example: str, number: int = 1) -> None:
+        """Counts layouts that are not legal."""
+        before, first = self.rejected.get(reason, (0, example))
+        self.rejected[reason] = (before + number, first)
         self.considered += number
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """Layouts that one walk serves, under one remat policy.
+    """Layouts that share the symbolic costs of one step, under one remat policy.
 
     Attributes:
       zero: ZeRO stage.
-      attention: how attention looks along a split length.
-      piped: whether layers are in stages.
+      attention: method of attention along a split length.
+      staged: whether layers are split over stages.
     """
 
     zero: int
     attention: str
-    piped: bool
+    staged: bool
 
     @classmethod
-    def of(cls, one: Candidate) -> "Family":
+    def of(cls, candidate: Candidate) -> "Family":
         """The family of a candidate."""
-        return cls(one.zero, one.attention, one.pipeline is not None)
+        return cls(candidate.zero, candidate.attention, candidate.pipeline is not None)
 
     @property
-    def meshes(self) -> tuple[bool, bool]:
-        """What tells whose axes are split."""
-        return bool(self.attention), self.piped
+    def mesh_group(self) -> tuple[bool, bool]:
+        """Families with the same value split the same axes."""
+        return bool(self.attention), self.staged
 
     @property
-    def walk(self) -> "Family":
-        """Gradients are reduced as parameters lie but with stage 2."""
+    def traced(self) -> "Family":
+        """The family whose costs this one shares: only ZeRO stage 2 reduces gradients otherwise."""
         return dataclasses.replace(self, zero=2 if self.zero == 2 else 0)
 
 
@@ -72,161 +79,167 @@ class Search:
     """A search for one model on one target.
 
     Attributes:
-      places: the traced spec, and what was resolved of it.
-      space: what is tried.
+      resolver: the traced spec, and the exact bytes of its layouts.
+      space: the options.
       machine: the devices.
-      devices: their number.
-      only: remat policies and families that are looked at; None for all.
+      devices: number of devices.
+      only: remat policies and families that are searched; None for all.
+      costs: remat policy and family → symbolic costs, or why the loss cannot be traced.
     """
 
-    places: Places
+    resolver: StateBytesResolver
     space: SearchSpace
     machine: Machine
     devices: int
     only: frozenset[tuple[str, Family]] | None = None
-    walks: dict[tuple[str, Family], Walked | str] = dataclasses.field(default_factory=dict)
-    marks: list[Marked] = dataclasses.field(default_factory=list)
+    costs: dict[tuple[str, Family], StepCosts | str] = dataclasses.field(default_factory=dict)
+    _regions: MarkedRegions | None = None
 
     @classmethod
     def of(
         cls,
-        declared: StepSpec,
+        spec: StepSpec,
         target: Target,
         space: SearchSpace,
         overlap: float,
         hardware: "Sequence[Chip]" = (),
     ) -> "Search":
         """Traces the state of a spec."""
-        machine = Machine.of(target, declared.precision.compute_dtype, overlap, hardware)
+        machine = Machine.of(target, spec.precision.compute_dtype, overlap, hardware)
         assert target.n_devices is not None
-        return cls(Places(Model.of(declared)), space, machine, target.n_devices)
+        return cls(StateBytesResolver(TracedModel.of(spec)), space, machine, target.n_devices)
 
-    def run(self, batch_scale: float = 1.0) -> Found:
-        """Estimates everything."""
-        found = Found()
-        families: dict[Family, list[Case]] = {}
-        for one in self._legal(found):
-            family = Family(one.zero, one.attention, one.staged)
-            families.setdefault(family, []).append(one)
+    def run(self, batch_scale: float = 1.0) -> SearchResult:
+        """Estimates every layout."""
+        result = SearchResult()
+        families: dict[Family, list[PlannedCase]] = {}
+        for case in self._legal_cases(result):
+            family = Family(case.zero, case.attention, case.is_staged)
+            families.setdefault(family, []).append(case)
         for family, cases in families.items():
-            alike = [f for f in families if f.meshes == family.meshes]
-            sizes = [one.sizes for f in alike for one in families[f]]
+            alike = [f for f in families if f.mesh_group == family.mesh_group]
+            mesh = smallest_split_mesh([case.sizes for f in alike for case in families[f]])
             for remat in self.space.remat:
                 if self.only is not None and (remat, family) not in self.only:
                     continue
-                walked = self._walked(remat, family, symbolic(sizes))
-                if isinstance(walked, str):
-                    found.reject(walked, f"{cases[0]}, remat={remat}", len(cases))
+                costs = self._step_costs(remat, family, mesh)
+                if isinstance(costs, str):
+                    result.reject(costs, f"{cases[0]}, remat={remat}", len(cases))
                 else:
-                    made = candidates(walked, remat, cases, self.machine, batch_scale)
-                    found.candidates += made
-                    found.considered += len(made)
-        walks = [one for one in self.walks.values() if isinstance(one, Walked)]
-        found.problems = tuple(dict.fromkeys(text for one in walks for text in one.problems))
-        return found
+                    candidates = estimate_cases(costs, remat, cases, self.machine, batch_scale)
+                    result.candidates += candidates
+                    result.considered += len(candidates)
+        problems = (text for costs in self._traced_costs() for text in costs.problems)
+        result.problems = tuple(dict.fromkeys(problems))
+        return result
 
-    def again(self, one: Candidate, batch_scale: float) -> Candidate:
-        """A candidate that this search found, as if the batch had so many times its rows."""
-        walked = self.walks[one.remat, Family.of(one).walk]
-        own = self.places.of(one.mesh, one.zero)
-        assert isinstance(walked, Walked)
-        assert isinstance(own, Placed)
-        case = Case(one.mesh, one.pipeline or one.accumulate, one.zero, one.attention, own)
-        return candidates(walked, one.remat, [case], self.machine, batch_scale)[0]
+    def estimate_again(self, candidate: Candidate, batch_scale: float) -> Candidate:
+        """A candidate of this search, as if the batch had so many times its rows."""
+        costs = self.costs[candidate.remat, Family.of(candidate).traced]
+        exact = self.resolver.resolve(candidate.mesh, candidate.zero)
+        assert isinstance(costs, StepCosts)
+        assert isinstance(exact, StateBytes)
+        batching = candidate.pipeline or candidate.accumulate
+        case = PlannedCase(candidate.mesh, batching, candidate.zero, candidate.attention, exact)
+        return estimate_cases(costs, candidate.remat, [case], self.machine, batch_scale)[0]
 
     @property
     def rows(self) -> int:
         """Rows of the global batch."""
-        leaves = jax.tree.leaves(self.places.model.declared.batch)
+        leaves = jax.tree.leaves(self.resolver.model.spec.batch)
         return next((x.shape[0] for x in leaves if x.shape), 0)
 
     @property
     def lengths(self) -> frozenset[int]:
-        """Sizes of the dims that the model names `length`, once it was walked through."""
-        found = [one.lengths for one in self.walks.values() if isinstance(one, Walked)]
-        return frozenset().union(*found)
+        """Sizes of the dims that the model names `length`, known after a run."""
+        return frozenset().union(*(costs.lengths for costs in self._traced_costs()))
 
-    def of_length(self, factor: float, like: Iterable[Candidate]) -> "Search | None":
+    def _traced_costs(self) -> Iterator[StepCosts]:
+        return (costs for costs in self.costs.values() if isinstance(costs, StepCosts))
+
+    def with_length(self, factor: float, like: Iterable[Candidate]) -> "Search | None":
         """The same search for rows of another length; None where the batch has no such dim.
 
         Args:
           factor: how many times the length.
-          like: candidates whose families are looked at, since each is traced anew.
+          like: candidates whose families are searched, since each is traced anew.
         """
-        model = self.places.model.of_length(self.lengths, factor)
+        model = self.resolver.model.with_length(self.lengths, factor)
         if model is None:
             return None
-        # No parameter knows the length.
-        places = Places(model, self.places.made)
-        only = frozenset((one.remat, Family.of(one)) for one in like)
-        return dataclasses.replace(self, places=places, only=only, walks={}, marks=[])
+        # No parameter depends on the length.
+        resolver = StateBytesResolver(model, self.resolver.cache)
+        only = frozenset((candidate.remat, Family.of(candidate)) for candidate in like)
+        return dataclasses.replace(self, resolver=resolver, only=only, costs={}, _regions=None)
 
-    def _legal(self, found: Found) -> Iterator[Case]:
-        """Every mesh with everything that is tried on it, but what cannot be."""
+    def _legal_cases(self, result: SearchResult) -> Iterator[PlannedCase]:
+        """Every mesh with every option; those that are not legal go to `result` instead."""
         updating = axes_splitting("rows", "optimizer_state")
         for zero in self.space.zero:
             for sizes in self.space.meshes(self.devices):
                 if zero and max(sizes.get(axis, 1) for axis in updating) == 1:
-                    continue  # ZeRO means nothing there
-                ways, hows = self.space.ways(sizes), self.space.schedules(sizes)
-                placed = self._placed(sizes, zero)
-                if isinstance(placed, str):
-                    number = len(ways) * len(hows) * len(self.space.remat)
-                    found.reject(placed, str(Case(sizes)), number)
+                    continue  # ZeRO has no axis to split over
+                methods, batchings = (
+                    self.space.attention_methods(sizes),
+                    self.space.batchings(sizes),
+                )
+                exact = self._resolve(sizes, zero)
+                if isinstance(exact, str):
+                    number = len(methods) * len(batchings) * len(self.space.remat)
+                    result.reject(exact, str(PlannedCase(sizes)), number)
                     continue
-                for way in ways:
-                    for how in hows:
-                        one = Case(sizes, how, zero, way, placed)
-                        if why := self._misfit(one):
-                            found.reject(why, str(one), len(self.space.remat))
+                for method in methods:
+                    for batching in batchings:
+                        case = PlannedCase(sizes, batching, zero, method, exact)
+                        if problem := self._option_problem(case):
+                            result.reject(problem, str(case), len(self.space.remat))
                         else:
-                            yield one
+                            yield case
 
-    def _placed(self, sizes: Mapping[str, int], zero: int) -> Placed | str:
-        if self.machine.network.crossing(sizes) == "":
+    def _resolve(self, sizes: Mapping[str, int], zero: int) -> StateBytes | str:
+        if self.machine.network.crossing_axis(sizes) == "":
             return f"no axis is a multiple of the {self.machine.network.slices} slices"
-        return self._unmarked(sizes) or self.places.of(sizes, zero)
-
-    def _unmarked(self, sizes: Mapping[str, int]) -> str:
-        """Why an axis has no part of the model to divide; empty where all have."""
-        if max(sizes.get(axis, 1) for axis in marked_axes()) == 1:
-            return ""
-        return self._marked().misses(sizes)
+        splits_regions = max(sizes.get(axis, 1) for axis in region_axes()) > 1
+        problem = self._marked_regions().axis_problem(sizes) if splits_regions else ""
+        return problem or self.resolver.resolve(sizes, zero)
 
     @property
     def has_experts(self) -> bool:
-        """Whether the loss has experts that a mesh axis may divide."""
-        return bool(self._marked().experts)
+        """Whether the loss has experts that a mesh axis can divide."""
+        return bool(self._marked_regions().experts)
 
-    def _marked(self) -> Marked:
-        """What the model marks, found when it is first asked for."""
-        if not self.marks:
+    def _marked_regions(self) -> MarkedRegions:
+        """The regions that the model marks, traced at the first call."""
+        if self._regions is None:
             try:
-                self.marks.append(self.places.model.marked())
+                self._regions = self.resolver.model.regions()
             except Exception as error:  # the loss is a user's code
-                self.marks.append(Marked(broken=reason(error)))
-        return self.marks[0]
+                self._regions = MarkedRegions(error=first_reason(error))
+        return self._regions
 
-    def _misfit(self, one: Case) -> str:
-        ways = row_ways(one.sizes)
-        if self.rows % (ways * one.how.micro_batches):
+    def _option_problem(self, case: PlannedCase) -> str:
+        shards = count_row_shards(case.sizes)
+        if self.rows % (shards * case.batching.micro_batches):
             return f"a batch of {self.rows} rows that does not split into devices x micro-batches"
-        split = max(one.sizes.get(axis, 1) for axis in marked_axes()) > 1
-        return self._marked().misfit(one.sizes, one.how, one.attention) if split else ""
+        if max(case.sizes.get(axis, 1) for axis in region_axes()) == 1:
+            return ""
+        return self._marked_regions().option_problem(case.sizes, case.batching, case.attention)
 
-    def _walked(self, remat: str, family: Family, sizes: Mapping[str, int]) -> "Walked | str":
-        """One walk for all meshes, or why the loss cannot be traced."""
-        key = (remat, family.walk)
-        if key not in self.walks:
-            stage = family.walk.zero if {*axes_splitting("optimizer_state")} & sizes.keys() else 0
-            strategy = layout_of(sizes, stage, family.attention)
-            model = self.places.model
+    def _step_costs(self, remat: str, family: Family, sizes: Mapping[str, int]) -> StepCosts | str:
+        """Symbolic costs for all meshes, or why the loss cannot be traced."""
+        key = (remat, family.traced)
+        if key not in self.costs:
+            has_state_axis = not {*axes_splitting("optimizer_state")}.isdisjoint(sizes)
+            zero = family.traced.zero if has_state_axis else 0
+            strategy = make_strategy(sizes, zero, family.attention)
+            model, tile_width = self.resolver.model, self.machine.network.tile_width
             try:
                 flat = model.program(remat, bool(family.attention))
                 layout = model.layout(sizes, strategy)
             except Exception as error:  # the loss is a user's code
-                self.walks[key] = reason(error)
+                self.costs[key] = first_reason(error)
             else:
-                lanes = self.machine.network.lanes
-                self.walks[key] = walk_through(flat, layout, strategy, lanes, family.attention)
-        return self.walks[key]
+                self.costs[key] = propagate_step(
+                    flat, layout, strategy, tile_width=tile_width, attention=family.attention
+                )
+        return self.costs[key]

@@ -1,4 +1,4 @@
-"""What a plan chooses among: sizes of the axes, micro-batches, remat, ZeRO."""
+"""The options that a plan chooses among: sizes of the axes, micro-batches, remat, ZeRO."""
 
 import dataclasses
 import functools
@@ -9,7 +9,7 @@ from typing import Any
 from .._core.errors import MeshError, Problem, raise_all
 from .._core.options import check_options
 from .._core.types import Accumulate
-from ..parallel import Choice, Strategy, axes_splitting, format_call, weighed_kinds
+from ..parallel import PlanChoice, Strategy, axes_splitting, format_call, planned_kinds
 from ._costs import LENGTH, PIPE
 
 
@@ -22,23 +22,23 @@ def searched_axes(experts: bool = False) -> tuple[str, ...]:
     >>> searched_axes()
     ('pipe', 'data', 'fsdp', 'context', 'tensor')
     """
-    left = () if experts else axes_splitting("experts")
-    return tuple(kind.axis for kind in weighed_kinds() if kind.axis not in left)
+    excluded = () if experts else axes_splitting("experts")
+    return tuple(kind.axis for kind in planned_kinds() if kind.axis not in excluded)
 
 
-def marked_axes() -> tuple[str, ...]:
-    """Axes that divide a part which the model has to mark."""
-    return tuple(kind.axis for kind in weighed_kinds() if kind.region)
+def region_axes() -> tuple[str, ...]:
+    """Axes that divide a region which the model has to mark."""
+    return tuple(kind.axis for kind in planned_kinds() if kind.override)
 
 
 @dataclasses.dataclass(frozen=True)
-class Stages:
-    """How a pipeline is worked off; its micro-batches are the step's accumulation.
+class PipelineOptions:
+    """Schedule of a pipeline; its micro-batches are the step's accumulation.
 
     Attributes:
-      schedule: as `strategies.pipeline` has it.
-      micro_batches: parts that each device's rows are split into.
-      virtual_stages: parts of the layers that each stage holds.
+      schedule: as `strategies.pipeline` takes it.
+      micro_batches: number of micro-batches.
+      virtual_stages: chunks of layers that each stage holds.
     """
 
     schedule: str
@@ -46,40 +46,39 @@ class Stages:
     virtual_stages: int = 1
 
     @property
-    def steps(self) -> int:
-        """Micro-batches, as an accumulation counts them."""
-        return self.micro_batches
-
-    @property
     def options(self) -> dict[str, Any]:
-        """The same as options of `strategies.pipeline`, but for what is its default."""
-        found = {"schedule": self.schedule, "micro_batches": self.micro_batches}
-        return found | ({"virtual_stages": self.virtual_stages} if self.virtual_stages > 1 else {})
+        """Keyword arguments of `strategies.pipeline`, defaults left out."""
+        options = {"schedule": self.schedule, "micro_batches": self.micro_batches}
+        return options | (
+            {"virtual_stages": self.virtual_stages} if self.virtual_stages > 1 else {}
+        )
 
     def __str__(self) -> str:
         """Returns `1f1b of 8 micro-batches`."""
-        more = f", {self.virtual_stages} virtual stages" if self.virtual_stages > 1 else ""
-        return f"{self.schedule} of {self.micro_batches} micro-batches{more}"
+        virtual = f", {self.virtual_stages} virtual stages" if self.virtual_stages > 1 else ""
+        return f"{self.schedule} of {self.micro_batches} micro-batches{virtual}"
 
 
-How = Accumulate | Stages
+Batching = Accumulate | PipelineOptions
+"""How a step splits its batch into micro-batches."""
+_INVALID = "The search space is invalid."
 
 
 @dataclasses.dataclass(frozen=True)
 class SearchSpace:
-    """Everything that is tried, all of it with all of it.
+    """The options of a plan, which tries their Cartesian product.
 
     Attributes:
       axes: mesh axes, in mesh order.
       accumulate: numbers of micro-batches.
-      reduce: when micro-batches are reduced; see `sk.Accumulate`.
+      reduce: when gradients of micro-batches are reduced; see `sk.Accumulate`.
       remat: named checkpoint policies.
       zero: ZeRO stages over `data`; 0 for none.
-      max_size: largest size of single axes.
-      pipelines: schedules of pipelines.
+      max_size: axis → largest size that it may have.
+      pipelines: pipeline schedules.
       per_stage: micro-batches of a pipeline for each of its stages.
-      virtual_stages: those of interleaved schedules.
-      attention: ways of attention over a split length.
+      virtual_stages: numbers of virtual stages of interleaved schedules.
+      attention: methods of attention over a split length.
     """
 
     axes: tuple[str, ...] = dataclasses.field(default_factory=searched_axes)
@@ -94,8 +93,8 @@ class SearchSpace:
     attention: tuple[str, ...] = ("ring", "all_to_all")
 
     def __post_init__(self) -> None:
-        """Refuses axes that no ready layout has, and numbers that count nothing."""
-        check_options(self, MeshError, "There is no such space to plan in.")
+        """Refuses axes without a built-in strategy, and numbers that are not counts."""
+        check_options(self, MeshError, _INVALID)
         known = searched_axes(experts=True)
         problems = [
             Problem(f"axes: {axis!r}", f"known: {', '.join(known)}", f"axes={searched_axes()!r}")
@@ -103,16 +102,16 @@ class SearchSpace:
             if axis not in known
         ]
         problems += [
-            Problem(f"accumulate: {k!r}", "is no number of micro-batches", "accumulate=(1, 2, 4)")
+            Problem(f"accumulate: {k!r}", "is not a positive int", "accumulate=(1, 2, 4)")
             for k in self.accumulate
             if type(k) is not int or k < 1
         ]
-        raise_all(MeshError, "There is no such space to plan in.", problems)
+        raise_all(MeshError, _INVALID, problems)
 
     def meshes(self, devices: int) -> list[dict[str, int]]:
         """Every factorization of a number of devices over the axes.
 
-        >>> Space(axes=("fsdp", "tensor")).meshes(4)
+        >>> SearchSpace(axes=("fsdp", "tensor")).meshes(4)
         [{'fsdp': 1, 'tensor': 4}, {'fsdp': 2, 'tensor': 2}, {'fsdp': 4, 'tensor': 1}]
         """
         limits = [self.max_size.get(axis, devices) for axis in self.axes]
@@ -122,29 +121,25 @@ class SearchSpace:
             if all(size <= limit for size, limit in zip(sizes, limits, strict=True))
         ]
 
-    def schedules(self, sizes: Mapping[str, int]) -> Sequence[How]:
-        """Every accumulation; of a mesh with stages every schedule of a pipeline instead."""
+    def batchings(self, sizes: Mapping[str, int]) -> Sequence[Batching]:
+        """Every accumulation; on a mesh with stages every pipeline schedule instead."""
         stages = sizes.get(PIPE, 1)
-        return self._stages(stages) if stages > 1 else self._accumulations()
-
-    def ways(self, sizes: Mapping[str, int]) -> tuple[str, ...]:
-        """Ways of attention on a mesh; `""` where no length is split."""
-        return self.attention if sizes.get(LENGTH, 1) > 1 else ("",)
-
-    def _stages(self, stages: int) -> list[How]:
+        if stages == 1:
+            once = [Accumulate()] if 1 in self.accumulate else []
+            several = [
+                Accumulate(k, when) for k in self.accumulate if k > 1 for when in self.reduce
+            ]
+            return once + several
         return [
-            Stages(name, stages * each, virtual)
+            PipelineOptions(name, stages * each, virtual)
             for name in self.pipelines
             for each in self.per_stage
             for virtual in (self.virtual_stages if name == "interleaved" else (1,))
         ]
 
-    def _accumulations(self) -> list[How]:
-        """One micro-batch is reduced in one way."""
-        many: list[How] = [
-            Accumulate(k, how) for k in self.accumulate if k > 1 for how in self.reduce
-        ]
-        return ([Accumulate()] if 1 in self.accumulate else []) + many
+    def attention_methods(self, sizes: Mapping[str, int]) -> tuple[str, ...]:
+        """Methods of attention on a mesh; `""` where no length is split."""
+        return self.attention if sizes.get(LENGTH, 1) > 1 else ("",)
 
 
 def _factorizations(n: int, parts: int) -> Iterator[tuple[int, ...]]:
@@ -153,62 +148,66 @@ def _factorizations(n: int, parts: int) -> Iterator[tuple[int, ...]]:
         return
     for first in range(1, n + 1):
         if n % first == 0:
-            for rest in _factorizations(n // first, parts - 1):
-                yield (first, *rest)
+            for others in _factorizations(n // first, parts - 1):
+                yield (first, *others)
 
 
-def layout_of(
-    sizes: Mapping[str, int], zero: int = 0, attention: str = "", stages: Stages | None = None
+def make_strategy(
+    sizes: Mapping[str, int],
+    zero: int = 0,
+    attention: str = "",
+    pipeline: PipelineOptions | None = None,
 ) -> Strategy:
-    """The ready layout for axes of these sizes; those of one device are left out.
+    """The built-in strategies for axes of these sizes; axes of one device are left out.
 
-    >>> layout_of({"data": 1, "fsdp": 4, "tensor": 2}).kinds
+    >>> make_strategy({"data": 1, "fsdp": 4, "tensor": 2}).kinds
     (Fsdp(axis='fsdp', reshard_after_forward=True), Tensor(axis='tensor', sequence=True))
     """
-    return functools.reduce(
-        operator.or_, (call() for call in _calls(sizes, zero, attention, stages))
-    )
+    calls = _strategy_calls(sizes, zero, attention, pipeline)
+    return functools.reduce(operator.or_, (call() for call in calls))
 
 
-def _calls(
-    sizes: Mapping[str, int], zero: int, attention: str, stages: Stages | None
+def _strategy_calls(
+    sizes: Mapping[str, int], zero: int, attention: str, pipeline: PipelineOptions | None
 ) -> list[functools.partial[Strategy]]:
-    kinds = {kind.axis: kind for kind in weighed_kinds()}
-    choice = Choice(zero, attention, stages.options if stages else {})
-    return [kinds[axis].tried(choice) for axis in used_axes(sizes)]
+    kinds = {kind.axis: kind for kind in planned_kinds()}
+    choice = PlanChoice(zero, attention, pipeline.options if pipeline else {})
+    return [kinds[axis].planned_strategy(choice) for axis in split_axes(sizes)]
 
 
-def used_axes(sizes: Mapping[str, int]) -> dict[str, int]:
-    """Axes of more than one device; of one device, one that asks nothing of the model."""
-    asking = marked_axes()
+def split_axes(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Axes of more than one device; on one device, an axis that asks nothing of the model."""
+    asking = region_axes()
     plain = next((axis for axis in sizes if axis not in asking), next(iter(sizes)))
     return {axis: size for axis, size in sizes.items() if size > 1} or {plain: 1}
 
 
-def code_of(sizes: Mapping[str, int], how: How, remat: str, zero: int, attention: str = "") -> str:
+def format_layout(
+    sizes: Mapping[str, int], batching: Batching, remat: str, zero: int, attention: str = ""
+) -> str:
     """A layout as code: its mesh, strategy, micro-batches and remat."""
-    used = {axis: sizes[axis] for axis in used_axes(sizes)}
-    mesh = ", ".join(f"{axis}={n}" for axis, n in used.items())
-    stages = how if isinstance(how, Stages) else None
-    calls = _calls(sizes, zero, attention, stages)
-    steps = "1"
-    if isinstance(how, Accumulate) and how.micro_batches > 1:
-        steps = f"sk.Accumulate({how.micro_batches}, reduce={how.reduce!r})"
+    mesh = ", ".join(f"{axis}={sizes[axis]}" for axis in split_axes(sizes))
+    pipeline = batching if isinstance(batching, PipelineOptions) else None
+    calls = _strategy_calls(sizes, zero, attention, pipeline)
+    accumulate = "1"
+    if isinstance(batching, Accumulate) and batching.micro_batches > 1:
+        accumulate = f"sk.Accumulate({batching.micro_batches}, reduce={batching.reduce!r})"
     return "\n".join(
         [
             f"mesh = sk.MeshSpec({mesh})",
             f"strategy = {' | '.join(map(format_call, calls))}",
-            f"accumulate = {steps}",
+            f"accumulate = {accumulate}",
             f"remat = {remat!r}",
         ]
     )
 
 
-def symbolic(meshes: Sequence[Mapping[str, int]]) -> dict[str, int]:
-    """A mesh in which every axis that any of these splits does split, as little as it can.
+def smallest_split_mesh(meshes: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """A mesh that splits every axis that any of these splits, by its smallest size above 1.
 
-    >>> symbolic([{"data": 1, "fsdp": 6}, {"data": 1, "fsdp": 3}])
+    >>> smallest_split_mesh([{"data": 1, "fsdp": 6}, {"data": 1, "fsdp": 3}])
     {'fsdp': 3}
     """
-    sizes = {a: [m[a] for m in meshes if m[a] > 1] for a in meshes[0]}
-    return {a: min(found) for a, found in sizes.items() if found} or dict.fromkeys(meshes[0], 1)
+    split = {a: [m[a] for m in meshes if m[a] > 1] for a in meshes[0]}
+    smallest = {a: min(sizes) for a, sizes in split.items() if sizes}
+    return smallest or dict.fromkeys(meshes[0], 1)

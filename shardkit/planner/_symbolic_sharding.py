@@ -1,7 +1,10 @@
-"""How a value lies on the mesh, by axis and not by size, and how many bytes that makes.
+"""How a value is sharded, by mesh axis and not by size, and how many bytes a device then holds.
 
-Bytes are sums of terms: `{axes: bytes}` says that so many bytes are split over these axes. So one
-walk through a program holds for every size of the mesh.
+Bytes are sums over sets of axes: `{axes: bytes}` says that so many bytes are split over these
+axes. So one propagation through a program holds for every size of the mesh:
+
+    f32[8, 64] with dim 0 split over data and fsdp  →  {{data, fsdp}: 2048}
+    on data=2, fsdp=4                               →  2048 / (2 · 4) = 256 bytes a device
 """
 
 import dataclasses
@@ -13,72 +16,78 @@ from jax.sharding import PartitionSpec
 
 from ..rules import axes_of
 
-_LEAST = 16  # of smaller dims whole tiles are made in other ways
+_SMALLEST_TILED = 16  # dims smaller than this are tiled in other ways
 
 MICRO = "micro"
-"""The axis of micro-batches: it splits rows as a mesh axis does, and is worked off in turn."""
+"""The axis of micro-batches: it splits rows as a mesh axis does, but its parts run in turn."""
 
 Axes = tuple[str, ...]
-Terms = dict[frozenset[str], float]
+SymbolicBytes = dict[frozenset[str], float]
 
 
 @dataclasses.dataclass(frozen=True)
-class Laid:
-    """Layout of one value.
+class SymbolicSharding:
+    """Sharding of one value.
 
     Attributes:
       dims: mesh axes that split each dim.
-      partial: mesh axes over which it is a sum not yet made.
-      stored: it lies as a parameter does, and is gathered where it is used.
+      partial: mesh axes over which it is a partial sum, not yet reduced.
+      is_param: whether it is sharded as a parameter is, and gathered where it is used.
     """
 
     dims: tuple[Axes, ...]
     partial: frozenset[str] = frozenset()
-    stored: bool = False
+    is_param: bool = False
 
     @property
     def axes(self) -> frozenset[str]:
         """Mesh axes that split any dim."""
         return frozenset(axis for dim in self.dims for axis in dim)
 
-    def with_dims(self, dims: Iterable[Axes]) -> "Laid":
+    def with_dims(self, dims: Iterable[Axes]) -> "SymbolicSharding":
         """The same with other dims."""
         return dataclasses.replace(self, dims=tuple(dims))
 
+    def without(self, axes: Iterable[str]) -> "SymbolicSharding":
+        """The same with no dim split over these axes."""
+        return self.with_dims(tuple(a for a in dim if a not in axes) for dim in self.dims)
 
-def whole(rank: int) -> Laid:
-    """A value that every device has."""
-    return Laid(((),) * rank)
+
+def replicated(rank: int) -> SymbolicSharding:
+    """A value that every device holds whole."""
+    return SymbolicSharding(((),) * rank)
 
 
-def of_spec(spec: PartitionSpec, rank: int, *, stored: bool = False) -> Laid:
-    """The layout that a spec says.
+def sharding_of_spec(spec: PartitionSpec, rank: int, *, is_param: bool = False) -> SymbolicSharding:
+    """The sharding that a `PartitionSpec` declares.
 
-    >>> of_spec(PartitionSpec(None, ("a", "b")), 3).dims
+    >>> sharding_of_spec(PartitionSpec(None, ("a", "b")), 3).dims
     ((), ('a', 'b'), ())
     """
     dims = [axes_of(entry) for entry in spec]
-    return Laid((*dims, *[()] * (rank - len(dims))), stored=stored)
+    return SymbolicSharding((*dims, *[()] * (rank - len(dims))), is_param=is_param)
 
 
-def without_repeats(dims: Iterable[Axes]) -> tuple[Axes, ...]:
-    """Each axis only where it comes first: it can split a value once."""
-    seen: set[str] = set()
+def drop_repeated_axes(dims: Iterable[Axes]) -> tuple[Axes, ...]:
+    """Keeps each axis only where it comes first: an axis can split a value once."""
+    used: set[str] = set()
     out = []
     for dim in dims:
-        out.append(tuple(axis for axis in dim if axis not in seen))
-        seen.update(dim)
+        out.append(tuple(axis for axis in dim if axis not in used))
+        used.update(dim)
     return tuple(out)
 
 
-def reshaped(dims: Sequence[Axes], old: Sequence[int], new: Sequence[int]) -> tuple[Axes, ...]:
-    """Axes of a reshaped value: those of a group of dims go to its first dim that is no 1.
+def reshape_dims(dims: Sequence[Axes], old: Sequence[int], new: Sequence[int]) -> tuple[Axes, ...]:
+    """Axes of a reshaped value: those of a group of dims go to its first dim larger than 1.
 
-    >>> reshaped([("data",), (), ("tensor",), ()], (8, 16, 4, 2), (8, 16, 8))
+    >>> reshape_dims([("data",), (), ("tensor",), ()], (8, 16, 4, 2), (8, 16, 8))
     (('data',), (), ('tensor',))
     """
     out: list[Axes] = []
     i = j = 0
+    # Walks both shapes and closes a group where the products agree: (8, 16, 4, 2) → (8, 16, 8)
+    # has the groups 8 → 8, 16 → 16 and 4 · 2 → 8.
     while j < len(new):
         start, i, j = i, i + 1, j + 1
         a = old[start] if start < len(old) else 1
@@ -90,40 +99,46 @@ def reshaped(dims: Sequence[Axes], old: Sequence[int], new: Sequence[int]) -> tu
                 b, j = b * new[j], j + 1
             else:
                 break
-        joined = tuple(axis for dim in dims[start:i] for axis in dim)
+        axes = tuple(axis for dim in dims[start:i] for axis in dim)
         group: list[Axes] = [()] * (j - first)
         at = next((n for n, size in enumerate(new[first:j]) if size > 1), 0)
-        group[at] = joined
+        group[at] = axes
         out += group
     return tuple(out[: len(new)])
 
 
-def terms(aval_shape: Sequence[int], itemsize: float, laid: Laid) -> Terms:
+def symbolic_bytes(
+    shape: Sequence[int], itemsize: float, sharding: SymbolicSharding
+) -> SymbolicBytes:
     """Bytes of one value on a device."""
-    return {laid.axes: math.prod(aval_shape) * itemsize}
+    return {sharding.axes: math.prod(shape) * itemsize}
 
 
-def padding(shape: Sequence[int], laid: Laid, lanes: int) -> float:
-    """Bytes in memory for each byte of a value, where one dim fills tiles of so many elements.
+def padding_factor(shape: Sequence[int], sharding: SymbolicSharding, tile_width: int) -> float:
+    """Bytes in memory for each byte of a value, where one dim fills tiles of a width.
 
-    Compilers choose that dim; of those that are whole, the one that wastes least is taken.
+    Compilers choose that dim; of the unsplit dims, the one that wastes least is taken.
 
-    >>> padding((8, 64, 96), Laid(((), ("fsdp",), ())), 128)
+    >>> padding_factor((8, 64, 96), SymbolicSharding(((), ("fsdp",), ())), 128)
     1.3333333333333333
     """
-    sizes = [n for n, axes in zip(shape, laid.dims, strict=True) if not axes and n >= _LEAST]
-    return min((-(-n // lanes) * lanes / n for n in sizes), default=1.0)
+    sizes = [
+        n for n, axes in zip(shape, sharding.dims, strict=True) if not axes and n >= _SMALLEST_TILED
+    ]
+    return min((-(-n // tile_width) * tile_width / n for n in sizes), default=1.0)
 
 
-def add(into: Terms, more: Mapping[frozenset[str], float], sign: float = 1.0) -> None:
-    """Adds terms to terms."""
-    for axes, size in more.items():
+def add_bytes(
+    into: SymbolicBytes, other: Mapping[frozenset[str], float], sign: float = 1.0
+) -> None:
+    """Adds `sign` times `other` to `into`."""
+    for axes, size in other.items():
         into[axes] = into.get(axes, 0.0) + sign * size
 
 
-def product(axes: Iterable[str], sizes: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Number of parts that axes make: f64[meshes]."""
-    parts = np.ones(len(next(iter(sizes.values()))))
+def count_shards(axes: Iterable[str], sizes: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Number of shards that a set of axes makes: f64[meshes]."""
+    shards = np.ones(len(next(iter(sizes.values()))))
     for axis in axes:
-        parts = parts * sizes[axis]
-    return parts
+        shards = shards * sizes[axis]
+    return shards

@@ -1,4 +1,4 @@
-"""A declared loss, differentiated and flat, and how its arguments lie under a strategy."""
+"""A traced model: its gradient as a flat program, and its costs under a strategy."""
 
 import dataclasses
 from collections.abc import Callable, Container, Mapping
@@ -9,111 +9,127 @@ from jax.extend.core import ClosedJaxpr
 from jax.sharding import AbstractMesh, AxisType
 
 from .._core.precision import cast_floats
-from ..nn._remat import active, apply_policy, policy
+from .._core.types import Batch, Key, Params, PyTree
+from ..nn._remat import apply_policy, parse_policy, use_policy
 from ..parallel import Strategy
 from ..rules import axes_of
-from ..step import Abstract, Layout, StepSpec, abstract_state, objective, resolve_layout
-from ._dataflow import Dims, named_sizes
-from ._program import Flat, flatten
-from ._propagator import Walk
-from ._region_probe import OTHER_ROWS, OWN_EXPERTS, Marked, marking
-from ._symbolic_sharding import MICRO, Axes, Laid, Terms, of_spec, whole
+from ..step import (
+    AbstractState,
+    StepLayout,
+    StepSpec,
+    abstract_state,
+    build_objective,
+    resolve_layout,
+)
+from ._costs import CostLog
+from ._dataflow import Dims, find_dim_sizes
+from ._program import FlatProgram, flatten_jaxpr
+from ._propagator import Propagator
+from ._region_probe import LOCAL_EXPERTS, ROWS_WITHOUT_EXPERT, MarkedRegions, probe_regions
+from ._symbolic_sharding import (
+    MICRO,
+    Axes,
+    SymbolicBytes,
+    SymbolicSharding,
+    replicated,
+    sharding_of_spec,
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
-    """What a spec says without a mesh, traced once.
+class TracedModel:
+    """The parts of a spec that do not depend on a mesh, traced once.
 
     Attributes:
-      declared: loss, optimizer, init, batch, precision.
+      spec: loss, optimizer, init, batch, precision.
       abstract: the state's shapes and the parameters' logical axes.
-      programs: what was traced already.
+      programs: (remat policy, whether attention is one operation) → gradient, once traced.
     """
 
-    declared: StepSpec
-    abstract: Abstract
-    programs: dict[tuple[str, bool], Flat] = dataclasses.field(default_factory=dict)
+    spec: StepSpec
+    abstract: AbstractState
+    programs: dict[tuple[str, bool], FlatProgram] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, declared: StepSpec) -> "Model":
+    def of(cls, spec: StepSpec) -> "TracedModel":
         """Traces `init` and the optimizer."""
-        return cls(
-            declared, abstract_state(declared.init, declared.optimizer, declared.precision, 0)
-        )
+        return cls(spec, abstract_state(spec))
 
-    def of_length(self, lengths: Container[int], factor: float) -> "Model | None":
+    def with_length(self, lengths: Container[int], factor: float) -> "TracedModel | None":
         """The same model for rows of another length.
 
         Args:
           lengths: sizes of the dims that the model names `length`.
-          factor: by which dims of the batch of these sizes, but for its rows, are to grow.
+          factor: by which dims of the batch of these sizes grow, its rows excepted.
 
         Returns:
           The model; None where the batch has no such dim.
         """
 
-        def resized(x: Any) -> Any:
+        def resize(x: Any) -> jax.ShapeDtypeStruct:
             dims = (int(n * factor) if n in lengths else n for n in x.shape[1:])
             return jax.ShapeDtypeStruct((*x.shape[:1], *dims), x.dtype)
 
-        batch = jax.tree.map(resized, self.declared.batch)
-        shapes = [[x.shape for x in jax.tree.leaves(b)] for b in (batch, self.declared.batch)]
+        batch = jax.tree.map(resize, self.spec.batch)
+        shapes = [[x.shape for x in jax.tree.leaves(b)] for b in (batch, self.spec.batch)]
         if shapes[0] == shapes[1]:
             return None
-        declared = self.declared.replace(batch=batch)
-        return dataclasses.replace(self, declared=declared, programs={})
+        return dataclasses.replace(self, spec=self.spec.replace(batch=batch), programs={})
 
-    def layout(self, sizes: Mapping[str, int], strategy: Strategy, steps: int = 1) -> Layout:
+    def layout(self, sizes: Mapping[str, int], strategy: Strategy, steps: int = 1) -> StepLayout:
         """Resolves every rule of a strategy on a mesh of these sizes.
 
         Raises:
           ShardingError: with everything that does not fit.
         """
-        d = self.declared
         return resolve_layout(
-            d.init,
-            d.optimizer,
-            d.batch,
+            self.spec,
             abstract_mesh(sizes),
-            strategy,
-            d.precision,
-            steps,
+            strategy=strategy,
+            micro_batches=steps,
             abstract=self.abstract,
         )
 
-    def program(self, remat: str, marked: bool = False) -> Flat:
+    def program(self, remat: str, probed: bool = False) -> FlatProgram:
         """The gradient of the loss under a remat policy, for the whole batch at once.
 
         Args:
           remat: the policy.
-          marked: whether attention is one operation, as where its length is split.
+          probed: whether attention is one operation, as where its length is split.
         """
-        if (remat, marked) not in self.programs:
-            with marking(attention=marked):
-                self.programs[remat, marked] = flatten(self.jaxpr(remat))
-        return self.programs[remat, marked]
+        if (remat, probed) not in self.programs:
+            with probe_regions(attention=probed):
+                self.programs[remat, probed] = flatten_jaxpr(self.gradient_jaxpr(remat))
+        return self.programs[remat, probed]
 
-    def marked(self) -> Marked:
-        """What the loss marks for strategies to carry out."""
-        d, (state, _) = self.declared, self.abstract
-        low = jax.eval_shape(lambda p: cast_floats(p, d.precision.compute_dtype), state.params)
-        with marking():
-            loss = jax.make_jaxpr(objective(d.loss_fn))(low, state.model_state, d.batch, state.key)
-        return Marked.of(loss.jaxpr)
+    def regions(self) -> MarkedRegions:
+        """The regions that the loss marks."""
+        spec, (state, _) = self.spec, self.abstract
+        with probe_regions():
+            loss = jax.make_jaxpr(build_objective(spec.loss_fn))(
+                self._compute_params(), state.model_state, spec.batch, state.key
+            )
+        return MarkedRegions.of(loss.jaxpr)
 
-    def jaxpr(self, remat: str) -> ClosedJaxpr:
-        """The same as JAX traces it."""
-        d, (state, _) = self.declared, self.abstract
-        loss, named = objective(d.loss_fn), policy(remat)
-        low = jax.eval_shape(lambda p: cast_floats(p, d.precision.compute_dtype), state.params)
+    def gradient_jaxpr(self, remat: str) -> ClosedJaxpr:
+        """The gradient of the loss under a remat policy, as JAX traces it."""
+        spec, (state, _) = self.spec, self.abstract
+        loss, named = build_objective(spec.loss_fn), parse_policy(remat)
 
-        def run(params: Any, model_state: Any, batch: Any, key: Any) -> Any:
-            params = cast_floats(params, d.precision.compute_dtype)
-            return jax.grad(chosen, has_aux=True)(params, model_state, batch, key)
+        def run(params: Params, model_state: PyTree, batch: Batch, key: Key) -> PyTree:
+            params = cast_floats(params, spec.precision.compute_dtype)
+            return jax.grad(checkpointed, has_aux=True)(params, model_state, batch, key)
 
-        chosen = apply_policy(loss, named, low, state.model_state, d.batch, state.key)
-        with active(named):
-            return jax.make_jaxpr(run)(state.params, state.model_state, d.batch, state.key)
+        low = self._compute_params()
+        args = (low, state.model_state, spec.batch, state.key)
+        checkpointed = apply_policy(loss, named, *args)
+        with use_policy(named):
+            return jax.make_jaxpr(run)(state.params, state.model_state, spec.batch, state.key)
+
+    def _compute_params(self) -> Params:
+        """Shapes of the parameters in the dtype that is computed with."""
+        dtype = self.spec.precision.compute_dtype
+        return jax.eval_shape(lambda p: cast_floats(p, dtype), self.abstract[0].params)
 
 
 def abstract_mesh(sizes: Mapping[str, int]) -> Any:
@@ -124,71 +140,80 @@ def abstract_mesh(sizes: Mapping[str, int]) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Walked:
-    """What a walk found.
+class StepCosts:
+    """Costs of one loss and gradient, symbolic in the sizes of the mesh axes.
 
     Attributes:
-      walk: see `Walk`.
-      points: the different sums of bytes alive at an operation.
+      log: collectives, products and writes of one micro-batch.
+      live_bytes: the distinct sums of bytes alive at an operation.
       problems: what could not be costed.
       lengths: sizes of the dims that the model names `length`.
     """
 
-    walk: Walk
-    points: list[Terms]
+    log: CostLog
+    live_bytes: list[SymbolicBytes]
     problems: tuple[str, ...]
     lengths: frozenset[int]
 
 
-def walk_through(
-    flat: Flat, layout: Layout, strategy: Strategy, lanes: int = 1, way: str = ""
-) -> Walked:
-    """Walks through a traced gradient under a strategy, for any size of its axes.
+def propagate_step(
+    flat: FlatProgram,
+    layout: StepLayout,
+    strategy: Strategy,
+    *,
+    tile_width: int = 1,
+    attention: str = "",
+) -> StepCosts:
+    """Propagates a strategy through a traced gradient, for any size of its axes.
 
     Args:
       flat: the program.
-      layout: how its arguments and gradients lie.
-      strategy: names activations' axes.
-      lanes: see `Walk`.
-      way: how attention looks along a split length.
+      layout: shardings of its arguments and gradients.
+      strategy: its activation rule names the axes of constraints.
+      tile_width: see `Propagator`.
+      attention: method of attention along a split length.
     """
-    state, placed = layout.state, layout.shardings
-    ins = _laid(placed.params, state.params, stored=True)
-    wanted: list[Dims | None] = [one.dims for one in _laid(layout.gradients, state.params)]
-    ins += _laid(placed.model_state, state.model_state)
-    ins += [_in_micro_batches(one) for one in _laid(layout.batch_shardings, layout.batch)]
-    ins += [whole(0)]
-    walk = Walk(_resolver(strategy), lanes, way)
-    wants = [*wanted, *[None] * (len(flat.outputs) - len(wanted))]
-    _, alive = walk.run(flat, ins, wants)
-    points = [dict(point) for point in {frozenset(p.items()) for p in alive}]
-    return Walked(walk, points, flat.problems, named_sizes(flat, "length"))
+    state, shardings = layout.state, layout.shardings
+    ins = _symbolic(shardings.params, state.params, is_param=True)
+    gradients = _symbolic(layout.gradients, state.params)
+    required: list[Dims | None] = [gradient.dims for gradient in gradients]
+    ins += _symbolic(shardings.model_state, state.model_state)
+    ins += [_in_micro_batches(rows) for rows in _symbolic(layout.batch_shardings, layout.batch)]
+    ins += [replicated(0)]  # the PRNG key
+    propagator = Propagator(_make_resolver(strategy), tile_width, attention)
+    required += [None] * (len(flat.outputs) - len(required))
+    _, live = propagator.run(flat, ins, required)
+    distinct = [dict(point) for point in {frozenset(p.items()) for p in live}]
+    return StepCosts(propagator.costs, distinct, flat.problems, find_dim_sizes(flat, "length"))
 
 
-def _laid(shardings: Any, arrays: Any, stored: bool = False) -> list[Laid]:
+def _symbolic(shardings: PyTree, arrays: PyTree, is_param: bool = False) -> list[SymbolicSharding]:
     pairs = zip(jax.tree.leaves(shardings), jax.tree.leaves(arrays), strict=True)
-    return [of_spec(sharding.spec, len(x.shape), stored=stored) for sharding, x in pairs]
+    return [sharding_of_spec(s.spec, len(x.shape), is_param=is_param) for s, x in pairs]
 
 
-def _in_micro_batches(laid: Laid) -> Laid:
+def _in_micro_batches(sharding: SymbolicSharding) -> SymbolicSharding:
     """Rows are split into micro-batches first."""
-    return laid.with_dims(((MICRO, *laid.dims[0]), *laid.dims[1:]) if laid.dims else ())
+    dims = sharding.dims
+    return sharding.with_dims(((MICRO, *dims[0]), *dims[1:]) if dims else ())
 
 
-def _resolver(strategy: Strategy) -> Callable[..., Dims]:
+def _make_resolver(strategy: Strategy) -> Callable[..., Dims]:
     table = strategy.activations
-    moving = {kind.axis for kind in strategy.kinds if "experts" in kind.splits}
+    expert_axes = {kind.axis for kind in strategy.kinds if "experts" in kind.splits}
 
     def resolve(names: tuple[str | None, ...], shape: tuple[int, ...]) -> Dims:
         if table is None:
             return ((),) * len(names)
-        known = ({OTHER_ROWS: "batch", OWN_EXPERTS: None}.get(n or "", n) for n in names)
-        dims: list[Axes] = [axes_of(entry) for entry in table.spec(tuple(known))]
+        replaced = {ROWS_WITHOUT_EXPERT: "batch", LOCAL_EXPERTS: None}
+        logical = tuple(replaced.get(n or "", n) for n in names)
+        dims: list[Axes] = [axes_of(entry) for entry in table.spec(logical)]
         dims += [()] * (len(shape) - len(dims))
-        if OWN_EXPERTS in names:
-            rows, *rest = dims
-            own = tuple(axis for axis in rows if axis in moving)
-            dims = [tuple(axis for axis in rows if axis not in moving), own, *rest[1:]]
+        if LOCAL_EXPERTS in names:
+            # Rows over (data, expert) become rows over data, and the dim of experts over expert.
+            rows, *others = dims
+            moved = tuple(axis for axis in rows if axis in expert_axes)
+            dims = [tuple(a for a in rows if a not in expert_axes), moved, *others[1:]]
         return tuple(dims)
 
     return resolve

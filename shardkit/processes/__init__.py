@@ -1,4 +1,4 @@
-"""Several processes as one: joined, agreed, watched, and started on this machine for tests."""
+"""Several processes of one program: they join, agree, and end together when one fails."""
 
 from ._distributed import distributed
 from ._failure import PEER_FAILED, STUCK, Failure

@@ -1,4 +1,4 @@
-"""The thread in process 0 that every process is connected to, and that sees who is missing."""
+"""`Coordinator`: the thread in process 0 that all processes report to, and that finds failures."""
 
 import dataclasses
 import selectors
@@ -7,36 +7,35 @@ import threading
 import time
 from typing import Any
 
-from ._failure import Failure
+from ._failure import CONNECTION_CLOSED, Failure
 from ._message_stream import Closed, Message, MessageStream
 
 _TICK = 0.1
-# A process that hangs keeps the others from going on too: the last one to say so has said so by
-# then, and who is behind is who hangs.
-_STRAGGLE = 0.3
-_LOST = "killed, or cut off: its connection has closed"
+# Between the first report of a step timeout and the verdict. A process that hangs blocks the
+# others too, so all of them report within this time; the one with the fewest events hangs.
+_VERDICT_DELAY = 0.3
 
 
 @dataclasses.dataclass
 class _Member:
-    """What is known of one process.
+    """State of one process, as last reported.
 
     Attributes:
-      line: connection to it.
-      step: last update that it began.
-      events: of its loop, counted; every process has the same ones in the same order.
+      stream: connection to it.
+      step: last update that it dispatched.
+      events: number of events of its loop; every process has the same ones in the same order.
     """
 
-    line: MessageStream
+    stream: MessageStream
     step: int = 0
     events: int = 0
 
 
 class Coordinator:
-    """Collects what processes say, and tells all of them when one cannot go on.
+    """Collects the reports of all processes, and tells all of them when one cannot continue.
 
     Attributes:
-      line: connection of process 0 itself.
+      stream: process 0's own end of its connection.
     """
 
     def __init__(
@@ -45,10 +44,10 @@ class Coordinator:
         """Starts the thread.
 
         Args:
-          listener: where the others connect; None where there are none.
-          count: how many processes there are.
-          token: what a connection has to know.
-          patience: seconds that the first waits for the last.
+          listener: socket that the other processes connect to; None if there are none.
+          count: number of processes.
+          token: secret that a connection must present.
+          patience: seconds that the first process of a `gather` waits for the last.
         """
         self._listener, self._count = listener, count
         self._token, self._patience = token, patience
@@ -57,18 +56,18 @@ class Coordinator:
             self._selector.register(listener, selectors.EVENT_READ, listener)
         self._members: dict[int, _Member] = {}
         self._gathers: dict[str, dict[int, Any]] = {}
-        self._since: dict[str, float] = {}
-        self._stalled: tuple[float, float] | None = None
-        self._ended: Failure | None = None
+        self._started: dict[str, float] = {}  # when the first value of each gather came
+        self._stall: tuple[float, float] | None = None  # when it was reported, and the timeout
+        self._failure: Failure | None = None
         self._closing = False
-        own, theirs = socket.socketpair()
-        self._admit(MessageStream(own))
-        self.line = MessageStream(theirs)
-        self._thread = threading.Thread(target=self._run, name="shardkit-hub", daemon=True)
+        end, other_end = socket.socketpair()
+        self._accept(MessageStream(end))
+        self.stream = MessageStream(other_end)
+        self._thread = threading.Thread(target=self._run, name="shardkit-coordinator", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Waits until the others have left; they end by themselves, so not for long."""
+        """Waits up to two seconds until the other processes have disconnected."""
         self._closing = True
         self._thread.join(2.0)
 
@@ -78,92 +77,102 @@ class Coordinator:
                 if isinstance(key.data, MessageStream):
                     self._read(key.data)
                 else:
-                    self._admit(MessageStream(key.data.accept()[0]))
-            if self._ended is None:
-                self._look()
+                    self._accept(MessageStream(key.data.accept()[0]))
+            if self._failure is None:
+                self._check_timeouts()
         for key in list(self._selector.get_map().values()):
             self._selector.unregister(key.fileobj)
             key.data.close()
         self._selector.close()
 
-    def _admit(self, line: MessageStream) -> None:
-        self._selector.register(line, selectors.EVENT_READ, line)
+    def _accept(self, stream: MessageStream) -> None:
+        self._selector.register(stream, selectors.EVENT_READ, stream)
 
-    def _read(self, line: MessageStream) -> None:
-        process = next((p for p, one in self._members.items() if one.line is line), None)
+    def _read(self, stream: MessageStream) -> None:
+        process = next((p for p, member in self._members.items() if member.stream is stream), None)
         try:
-            for message in line.receive():
-                process = self._greet(line, message) if process is None else process
-                self._hear(process, message)
+            for message in stream.receive():
+                process = self._admit(stream, message) if process is None else process
+                self._handle(process, message)
         except (Closed, KeyError):
-            self._selector.unregister(line)
-            line.close()
+            self._selector.unregister(stream)
+            stream.close()
             if process in self._members:
-                self._end(process, _LOST)
+                self._fail(process, CONNECTION_CLOSED)
                 del self._members[process]
 
-    def _greet(self, line: MessageStream, message: Message) -> int:
-        """Makes a connection a member; whoever does not know the token is a stranger."""
+    def _admit(self, stream: MessageStream, message: Message) -> int:
+        """Makes a connection a member; one that does not know the token is closed."""
         if message["kind"] != "hello" or message["token"] != self._token:
             raise Closed
         if message["process"] in self._members:
             raise Closed
-        self._members[message["process"]] = _Member(line)
-        if self._ended is not None:
-            line.send("end", **dataclasses.asdict(self._ended))
+        self._members[message["process"]] = _Member(stream)
+        if self._failure is not None:
+            stream.send("end", **dataclasses.asdict(self._failure))
         return message["process"]
 
-    def _hear(self, process: int, message: Message) -> None:
+    def _handle(self, process: int, message: Message) -> None:
         member = self._members[process]
         match message.pop("kind"):
             case "at":
                 member.step, member.events = message["step"], message["events"]
                 if process == 0:
-                    self._tell("at", step=member.step)
+                    self._broadcast("at", step=member.step)
             case "gather":
                 self._gather(process, **message)
             case "failed":
                 member.step = message["step"]
-                self._end(process, message["cause"])
+                self._fail(process, message["cause"])
             case "stalled":
-                self._stalled = self._stalled or (time.monotonic(), message["seconds"])
+                self._stall = self._stall or (time.monotonic(), message["seconds"])
             case "bye":
                 del self._members[process]
 
     def _gather(self, process: int, topic: str, value: Any, patient: bool) -> None:
         values = self._gathers.setdefault(topic, {})
         if not patient:
-            self._since.setdefault(topic, time.monotonic())
+            self._started.setdefault(topic, time.monotonic())
         values[process] = value
         if len(values) == self._count:
-            self._tell("gathered", topic=topic, values=[values[p] for p in range(self._count)])
+            self._broadcast("gathered", topic=topic, values=[values[p] for p in range(self._count)])
             del self._gathers[topic]
-            self._since.pop(topic, None)
+            self._started.pop(topic, None)
 
-    def _look(self) -> None:
-        """What time alone brings about."""
+    def _check_timeouts(self) -> None:
+        """Fails a process that is late for a gather, or that the others wait for in a step.
+
+        An example of the second with three processes and `step_timeout=60`, where process 1 hangs
+        after its 41st event; the others have reported one event more when its collective blocks
+        them as well:
+
+            t = 0.0    events 42, 41, 42: nothing moves from here on
+            t = 60.0   process 0 reports "stalled"; processes 1 and 2 do so by t = 60.1
+            t = 60.3   verdict: process 1 has the fewest events, so it is stuck
+        """
         now = time.monotonic()
-        for topic, since in self._since.items():
-            if now - since > self._patience:
+        for topic, started in self._started.items():
+            if now - started > self._patience:
                 late = min(set(range(self._count)) - set(self._gathers[topic]))
-                self._end(late, f"has not come to {topic!r} within {self._patience:g} s", True)
-        if self._members and self._stalled and now - self._stalled[0] > _STRAGGLE:
-            seconds = self._stalled[1]
+                self._fail(late, f"has not reached {topic!r} within {self._patience:g} s", True)
+        if self._members and self._stall and now - self._stall[0] > _VERDICT_DELAY:
+            seconds = self._stall[1]
             behind = min(self._members, key=lambda p: (self._members[p].events, p))
             events = {member.events for member in self._members.values()}
-            among = "; no process is ahead of the others" if len(events) == 1 < self._count else ""
-            cause = f"stuck: nothing has moved for {seconds:g} s, the declared step timeout{among}"
-            self._end(behind, cause, True)
+            unclear = len(events) == 1 < self._count
+            note = "; no process is ahead of the others" if unclear else ""
+            cause = f"stuck: no progress for {seconds:g} s, the declared step timeout{note}"
+            self._fail(behind, cause, True)
 
-    def _end(self, process: int, cause: str, stuck: bool = False) -> None:
-        """Tells everybody, once: what follows from the first failure is no other failure."""
-        if self._ended is not None:
+    def _fail(self, process: int, cause: str, stuck: bool = False) -> None:
+        """Tells all processes about the first failure; later ones are its consequences."""
+        if self._failure is not None:
             return
         member = self._members.get(process)
         step = member.step if member else 0
-        self._ended = Failure(process, self._count, step, cause, stuck)
-        self._tell("end", **dataclasses.asdict(self._ended))
+        self._failure = Failure(process, self._count, step, cause, stuck)
+        self._broadcast("end", **dataclasses.asdict(self._failure))
 
-    def _tell(self, kind: str, **fields: Any) -> None:
+    def _broadcast(self, kind: str, **fields: Any) -> None:
         for member in self._members.values():
-            member.line.send(kind, **fields)
+            member.stream.send(kind, **fields)

@@ -1,4 +1,4 @@
-"""`distributed`: from the environment to JAX's service and a place among the others."""
+"""`distributed`: initializes JAX for several processes, and connects them to a `Coordinator`."""
 
 import os
 import secrets
@@ -14,97 +14,111 @@ from ._membership import Membership, detected_cluster, membership
 from ._message_stream import MessageStream, address_of, connect, listen
 from ._process_group import ProcessGroup
 
-# Which of its addresses process 0 is to be reached at; its host name by default.
-HOST = "SHARDKIT_HUB_HOST"
+# Address at which the others reach process 0; by default its host name.
+HOST = "SHARDKIT_COORDINATOR_HOST"
 _ADDRESS_BYTES = 256
 
 
 def distributed(*, step_timeout: float = 0.0, start_timeout: float = 300.0) -> ProcessGroup:
-    """Joins the processes that run this program together, if there are others.
+    """Joins the processes that run this program, if there are several.
 
-    Call it before JAX starts a backend. Where `shardkit launch` or a cluster (SLURM, Open MPI,
+    Call it before JAX starts a backend. If `shardkit launch` or a cluster (SLURM, Open MPI,
     Cloud TPU, Kubernetes) has started several processes, it calls `jax.distributed.initialize`,
     so that `jax.devices()` lists the devices of all of them, and connects each process to
-    process 0. A process that dies, raises or hangs then ends all others within two seconds,
-    each with one line that names it. Alone, it watches over the step timeout at most.
+    process 0. When a process dies, raises or hangs, the others end within two seconds, each with
+    one line that names it. In a single process it only watches the step timeout.
 
-        with sk.distributed(step_timeout=60) as peers:
+        with sk.distributed(step_timeout=60) as process_group:
             step = sk.compile_step(...)
-            peers.agree("step", program=step.program.digest, seed=seed)
+            process_group.agree("step", program=step.program.digest, seed=seed)
             for i in range(steps):
                 state, metrics = step(state, batch(i))
-                peers.began(i + 1)
+                process_group.report_step(i + 1)
 
     Args:
-      step_timeout: seconds without any event of the loop after which a process counts as stuck;
+      step_timeout: seconds without an event of the loop after which a process counts as stuck;
         0 for no limit.
       start_timeout: seconds that the first process waits for the last one.
 
     Returns:
-      A context manager, whose block tells the others of any exception that leaves it.
+      A context manager; an exception that leaves its block is reported to the other processes.
 
     Raises:
-      ProcessError: the others cannot be joined.
+      ProcessError: the processes cannot be joined.
     """
     if jax.distributed.is_initialized():
-        return _among_initialized(step_timeout, start_timeout)
+        return _join_initialized(step_timeout, start_timeout)
     launched = membership()
     if launched is not None:
-        return _launched(launched, step_timeout, start_timeout)
+        return _join_launched(launched, step_timeout, start_timeout)
     cluster = detected_cluster()
     if cluster is not None:
         _initialize(f"of {cluster}", initialization_timeout=round(start_timeout))
-        return _among_initialized(step_timeout, start_timeout)
+        return _join_initialized(step_timeout, start_timeout)
+    return _watch_alone(step_timeout, start_timeout)
+
+
+def _watch_alone(step_timeout: float, start_timeout: float) -> ProcessGroup:
     if not step_timeout:
         return ProcessGroup()
-    return _alone(step_timeout, start_timeout)
-
-
-def _alone(step_timeout: float, start_timeout: float) -> ProcessGroup:
     token = secrets.token_hex()
-    hub = Coordinator(None, 1, token, start_timeout)
-    return ProcessGroup(0, 1, hub.line, hub, token, step_timeout=step_timeout)
+    coordinator = Coordinator(None, 1, token, start_timeout)
+    return ProcessGroup(
+        stream=coordinator.stream, coordinator=coordinator, token=token, step_timeout=step_timeout
+    )
 
 
-def _launched(place: Membership, step_timeout: float, start_timeout: float) -> ProcessGroup:
-    hub = None
-    if place.listener is not None:
-        listener = socket.socket(fileno=place.listener)
-        hub = Coordinator(listener, place.count, place.token, start_timeout)
-    line = hub.line if hub else _connect(place.hub, start_timeout)
-    launcher = MessageStream(socket.socket(fileno=place.control))
-    peers = ProcessGroup(place.index, place.count, line, hub, place.token, launcher, step_timeout)
+def _join_launched(launched: Membership, step_timeout: float, start_timeout: float) -> ProcessGroup:
+    coordinator = None
+    if launched.listener is not None:
+        listener = socket.socket(fileno=launched.listener)
+        coordinator = Coordinator(listener, launched.count, launched.token, start_timeout)
+    group = ProcessGroup(
+        index=launched.index,
+        count=launched.count,
+        stream=coordinator.stream if coordinator else _connect(launched.coordinator, start_timeout),
+        coordinator=coordinator,
+        token=launched.token,
+        launcher=MessageStream(socket.socket(fileno=launched.control)),
+        step_timeout=step_timeout,
+    )
     try:
         _initialize(
             "that the launcher has started",
-            coordinator_address=place.coordinator,
-            num_processes=place.count,
-            process_id=place.index,
-            coordinator_bind_address=place.coordinator,
+            coordinator_address=launched.jax_coordinator,
+            num_processes=launched.count,
+            process_id=launched.index,
+            coordinator_bind_address=launched.jax_coordinator,
             initialization_timeout=round(start_timeout),
         )
     except ProcessError as error:
-        peers.fail(error)
+        group.fail(error)
         raise
-    return peers
+    return group
 
 
-def _among_initialized(step_timeout: float, start_timeout: float) -> ProcessGroup:
-    """Process 0 tells the others where to connect, over the devices that they share already."""
+def _join_initialized(step_timeout: float, start_timeout: float) -> ProcessGroup:
+    """Joins the processes of an initialized JAX; process 0 broadcasts its address over devices."""
     index, count = jax.process_index(), jax.process_count()
     if count == 1:
-        return _alone(step_timeout, start_timeout) if step_timeout else ProcessGroup()
-    hub, told = None, ""
+        return _watch_alone(step_timeout, start_timeout)
+    coordinator, text = None, ""
     if index == 0:
         listener = listen(os.environ.get(HOST, socket.gethostname()))
         token = secrets.token_hex()
-        hub = Coordinator(listener, count, token, start_timeout)
-        told = f"{token} {address_of(listener)}"
-    words = np.frombuffer(told.ljust(_ADDRESS_BYTES).encode(), np.uint8)
-    words = np.asarray(multihost_utils.broadcast_one_to_all(words), np.uint8)
-    token, address = words.tobytes().decode().split()
-    line = hub.line if hub else _connect(address, start_timeout)
-    return ProcessGroup(index, count, line, hub, token, step_timeout=step_timeout)
+        coordinator = Coordinator(listener, count, token, start_timeout)
+        text = f"{token} {address_of(listener)}"
+    sent = np.frombuffer(text.ljust(_ADDRESS_BYTES).encode(), np.uint8)
+    received = np.asarray(multihost_utils.broadcast_one_to_all(sent), np.uint8)
+    token, address = received.tobytes().decode().split()
+    return ProcessGroup(
+        index=index,
+        count=count,
+        stream=coordinator.stream if coordinator else _connect(address, start_timeout),
+        coordinator=coordinator,
+        token=token,
+        step_timeout=step_timeout,
+    )
 
 
 def _connect(address: str, timeout: float) -> MessageStream:
@@ -112,17 +126,17 @@ def _connect(address: str, timeout: float) -> MessageStream:
         return connect(address, timeout)
     except OSError as error:
         problem = Problem(address, f"process 0 does not answer there: {error}")
-        fix = f"{HOST}=ADDRESS in process 0's environment, an address that the others reach"
+        fix = f"{HOST}=ADDRESS in the environment of process 0, an address that the others reach"
         headline = "Processes do not reach each other."
         raise ProcessError(format_problems(headline, [problem], fix)) from error
 
 
-def _initialize(which: str, **arguments: object) -> None:
+def _initialize(processes: str, **arguments: object) -> None:
     try:
         jax.distributed.initialize(**arguments)  # pyright: ignore[reportArgumentType]
     except (RuntimeError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        problem = Problem("jax.distributed.initialize", first)
+        first_line = str(error).splitlines()[0]
+        problem = Problem("jax.distributed.initialize", first_line)
         fix = "sk.distributed() before the first array, key or jax.devices()"
-        headline = f"The processes {which} cannot be joined."
+        headline = f"The processes {processes} cannot be joined."
         raise ProcessError(format_problems(headline, [problem], fix)) from error

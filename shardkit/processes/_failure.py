@@ -4,21 +4,23 @@ import dataclasses
 
 from .._core.errors import ShardkitError
 
-# Codes of processes that end themselves, from sysexits: what they need is gone, they are at fault
-# themselves, or they were told to end, have saved, and can go on another time.
+# Exit codes, after sysexits.h: another process failed (EX_UNAVAILABLE), this process is stuck
+# (EX_SOFTWARE), or SIGTERM stopped it after a checkpoint, so that it can resume (EX_TEMPFAIL).
 PEER_FAILED, STUCK, STOPPED = 69, 70, 75
+
+CONNECTION_CLOSED = "killed, or cut off: its connection has closed"
 
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """A process that cannot go on, and so none of the others can.
+    """The failure of one process, which ends all of them.
 
     Attributes:
-      process: its number.
-      count: how many processes there are.
-      step: last update that it is known to have begun; 0 for none.
+      process: number of the process.
+      count: number of processes.
+      step: last update that it reported to have dispatched; 0 for none.
       cause: what happened to it.
-      stuck: whether it is alive and does not go on.
+      stuck: whether it is alive and makes no progress.
 
     >>> print(Failure(1, 2, 7, "ValueError: no such row"))
     process 1 of 2, step 7: ValueError: no such row
@@ -31,13 +33,12 @@ class Failure:
     stuck: bool = False
 
     def __str__(self) -> str:
-        """The first line that everybody reads."""
         where = f"step {self.step}" if self.step else "before its first step"
         return f"process {self.process} of {self.count}, {where}: {self.cause}"
 
 
 def code_of(error: BaseException) -> int:
-    """Exit code of a process that an error ends.
+    """Returns the exit code of a process that ends with an error.
 
     >>> code_of(ShardkitError("no such axis")), code_of(OSError()), code_of(KeyboardInterrupt())
     (2, 1, 130)

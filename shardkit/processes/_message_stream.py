@@ -9,22 +9,22 @@ Message = dict[str, Any]
 
 
 class Closed(Exception):
-    """The other side is gone, or speaks something else."""
+    """The other end is gone, or does not speak this protocol."""
 
 
 class MessageStream:
-    """One end of a connection; any thread may send, one thread receives."""
+    """One end of a connection. Any thread may send; one thread receives."""
 
-    def __init__(self, end: socket.socket) -> None:
-        """Takes a connected socket over."""
-        self._socket, self._rest, self._sending = end, b"", threading.Lock()
+    def __init__(self, connected: socket.socket) -> None:
+        """Takes ownership of a connected socket."""
+        self._socket, self._incomplete, self._sending = connected, b"", threading.Lock()
 
     def fileno(self) -> int:
-        """File descriptor, for selectors."""
+        """Returns the file descriptor, for selectors."""
         return self._socket.fileno()
 
     def send(self, kind: str, **fields: Any) -> None:
-        """Sends a message. That the other side is gone is learned by who receives."""
+        """Sends a message; that the other end is gone shows when receiving."""
         try:
             with self._sending:
                 self._socket.sendall(json.dumps({"kind": kind, **fields}).encode() + b"\n")
@@ -32,23 +32,23 @@ class MessageStream:
             return
 
     def receive(self) -> list[Message]:
-        """Waits for bytes and returns the messages that are whole now, perhaps none.
+        """Waits for bytes, and returns the messages that are complete, possibly none.
 
         Raises:
-          Closed: there will be no more.
+          Closed: no further message will come.
         """
         try:
-            got = self._socket.recv(2**16)
-            *whole, self._rest = (self._rest + got).split(b"\n")
-            messages = [json.loads(one) for one in whole]
+            received = self._socket.recv(2**16)
+            *lines, self._incomplete = (self._incomplete + received).split(b"\n")
+            messages = [json.loads(line) for line in lines]
         except (OSError, ValueError) as error:
             raise Closed from error
-        if not got:
+        if not received:
             raise Closed
         return messages
 
     def close(self) -> None:
-        """Ends the connection."""
+        """Closes the connection."""
         self._socket.close()
 
 
@@ -56,14 +56,14 @@ def connect(address: str, timeout: float) -> MessageStream:
     """Connects to `host:port`.
 
     Raises:
-      OSError: nobody answers there.
+      OSError: no process listens there.
     """
     host, _, port = address.rpartition(":")
-    end = socket.create_connection((host, int(port)), timeout)
-    end.settimeout(None)
-    # A message is a few bytes that somebody waits for.
-    end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return MessageStream(end)
+    connected = socket.create_connection((host, int(port)), timeout)
+    connected.settimeout(None)
+    # Messages are a few bytes that another process waits for, so they must not be collected.
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return MessageStream(connected)
 
 
 def listen(host: str) -> socket.socket:
@@ -72,6 +72,6 @@ def listen(host: str) -> socket.socket:
 
 
 def address_of(listener: socket.socket) -> str:
-    """`host:port` of a listening socket."""
+    """Returns `host:port` of a listening socket."""
     host, port = listener.getsockname()[:2]
     return f"{host}:{port}"

@@ -1,6 +1,4 @@
-"""`ProcessGroup`: a process among several that know within moments when one of them cannot go
-on.
-"""
+"""`ProcessGroup`: the processes of one program, which all end soon after one of them fails."""
 
 import atexit
 import faulthandler
@@ -16,68 +14,72 @@ import jax
 from .._core.errors import ProcessError
 from ._agree import differences
 from ._coordinator import Coordinator
-from ._failure import PEER_FAILED, STUCK, Failure, code_of
+from ._failure import CONNECTION_CLOSED, PEER_FAILED, STUCK, Failure, code_of
 from ._message_stream import Closed, Message, MessageStream
 
 _TICK = 0.1
 _LEAVE = "leave"
-# What a step raises may be the echo of a process that died: its end is known within this time.
-_ECHO = 0.7
-# Time to say what went wrong; a process that still waits for a device then never ends by itself.
-_LAST_WORDS = 0.4
-# JAX aborts a process whose coordinator, process 0, is gone; so that one leaves last.
-_COORDINATE = 0.6
-# The hub answers a process that has stalled within moments, unless it is what hangs.
-_ANSWER = 1.5
+# JAX raises in a process whose collective lost another process. Within this time the coordinator
+# says which process that was.
+_ECHO_WAIT = 0.7
+# From a process's own failure to its exit, which it may not reach while it waits for a device.
+_EXIT_DELAY = 0.4
+# JAX aborts a process whose coordination service, in process 0, is gone; so process 0 ends last.
+_SERVICE_DELAY = 0.6
+# The coordinator answers a "stalled" report within this time, unless process 0 itself hangs.
+_ANSWER_TIMEOUT = 1.5
 
 
 class ProcessGroup:
-    """This process among those that run one program together. Made by `sk.distributed`.
+    """The processes that run one program together, seen from one of them.
 
-    Every process is connected to process 0. When one of them dies, raises or hangs, each of the
-    others writes one line that says which, at what step and why, and ends with code 69, also
-    when it waits for a device that will never answer.
+    `sk.distributed` makes it. Every process is connected to process 0. When one dies, raises or
+    hangs, each of the others writes one line with its number, step and cause, and exits with code
+    69, even while it waits for a device.
 
     Attributes:
       index: number of this process; process 0 prints and writes files.
-      count: how many processes there are.
+      count: number of processes.
+      failure: what ends this process; None while nothing has failed.
     """
 
     def __init__(
         self,
         index: int = 0,
         count: int = 1,
-        line: MessageStream | None = None,
-        hub: Coordinator | None = None,
+        stream: MessageStream | None = None,
+        coordinator: Coordinator | None = None,
         token: str = "",
         launcher: MessageStream | None = None,
         step_timeout: float = 0.0,
     ) -> None:
-        """See `sk.distributed`; without a line there is nobody to watch."""
+        """See `sk.distributed`; without a stream to the coordinator nothing is watched."""
         self.index, self.count = index, count
-        self._line, self._hub, self._launcher = line, hub, launcher
+        self._stream, self._coordinator, self._launcher = stream, coordinator, launcher
         self._timeout = step_timeout
-        self._step = self._events = self._hub_step = 0
-        self._moved: float | None = None
-        self._told = (0, 0.0)
-        # Often enough that a death is told with its step, and for process 0 to keep up with all.
-        self._beat = max(0.02, count / 1000)
-        self._stalled: float | None = None
-        self._leave_by: float | None = None
-        self._code = 1
+        self._step = self._events = self._first_step = 0
+        self._last_event: float | None = None  # None outside the training loop
+        self._reported_events, self._reported_at = 0, 0.0
+        # Often enough that the step of a killed process is known, seldom enough for process 0 to
+        # read the reports of all: 1,000 processes report once a second.
+        self._report_interval = max(0.02, count / 1000)
+        self._stalled_at: float | None = None
+        self._exit_at: float | None = None
+        self._exit_code = 1
         self._left = False
         self._answers: dict[str, list[Any]] = {}
-        self._heard = threading.Condition()
-        self._gone = threading.Event()
+        self._changed = threading.Condition()
+        self._stopped = threading.Event()
         self.failure: Failure | None = None
-        if line is not None:
-            line.send("hello", process=index, token=token)
+        if stream is not None:
+            stream.send("hello", process=index, token=token)
             atexit.register(self._at_exit)
-            self._watcher = threading.Thread(target=self._watch, name="shardkit-watch", daemon=True)
-            self._watcher.start()
+            self._watchdog = threading.Thread(
+                target=self._watch, name="shardkit-watchdog", daemon=True
+            )
+            self._watchdog.start()
 
     def __enter__(self) -> Self:
-        """Returns itself."""
         return self
 
     def __exit__(
@@ -86,197 +88,217 @@ class ProcessGroup:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Leaves with the others, or tells them that this process cannot go on."""
+        """Leaves with the others, or tells them that this process cannot continue."""
         if error is None:
             self.leave()
         else:
             self.fail(error)
 
     def gather(self, topic: str, value: Any, *, patient: bool = False) -> list[Any]:
-        """Returns the values of all processes, by their number; waits until each has given one.
+        """Returns the values of all processes, by process number; waits for all of them.
 
-        A process that does not come counts as stuck after `start_timeout` seconds.
+        A process that does not give its value within `start_timeout` seconds counts as stuck.
 
         Args:
-          topic: the same word in every process; each is gathered once at a time.
+          topic: the same word in every process; it can be used again afterwards.
           value: plain JSON values.
-          patient: wait for as long as it takes.
+          patient: wait without a limit.
         """
-        if self._line is None:
+        if self._stream is None:
             return [value]
-        self._line.send("gather", topic=topic, value=value, patient=patient)
-        with self._heard:
-            self._heard.wait_for(lambda: topic in self._answers)
+        self._stream.send("gather", topic=topic, value=value, patient=patient)
+        with self._changed:
+            self._changed.wait_for(lambda: topic in self._answers)
             return self._answers.pop(topic)
 
     def agree(self, topic: str, **facts: Any) -> None:
-        """Stops every process unless all of them say the same.
+        """Raises in every process unless all of them give the same facts.
 
         Args:
           topic: the same word in every process.
           **facts: plain JSON values, mappings among them.
 
         Raises:
-          ProcessError: in every process, with each difference and who says what.
+          ProcessError: lists each difference, with the processes on each side.
         """
         problems = differences(self.gather(topic, facts))
         if problems:
             error = ProcessError(problems)
-            self.leave()  # the others know already
-            self._say(self._own(error))
+            self.leave()  # every process raises the same
+            self._announce(self._describe(error))
             raise error
 
-    def began(self, step: int) -> None:
-        """Tells that an update was dispatched; from the first one on the step timeout counts."""
+    def report_step(self, step: int) -> None:
+        """Reports that an update was dispatched; the first one starts the step timeout."""
         self._step = step
-        self.moved()
+        self.report_progress()
 
-    def moved(self) -> None:
-        """Tells that something was finished: a step's numbers, an evaluation, a save."""
+    def report_progress(self) -> None:
+        """Reports an event of the loop: a step's metrics, an evaluation or a save."""
         self._events += 1
-        self._moved = time.monotonic()
-        if self._moved - self._told[1] > self._beat:
-            self._tell()
+        self._last_event = time.monotonic()
+        if self._last_event - self._reported_at > self._report_interval:
+            self._report()
 
-    def rest(self) -> None:
-        """Ends the watch over steps: what follows may take as long as it wants."""
-        self._moved = None
+    def stop_watching(self) -> None:
+        """Ends the step timeout; what follows may take any time."""
+        self._last_event = None
 
     def leave(self) -> None:
-        """Ends in order, when all the others come to do so too."""
+        """Disconnects once all processes have called this."""
         if self._left:
             return
-        self.rest()
+        self.stop_watching()
         self.gather(_LEAVE, None, patient=True)
-        for line in (self._line, self._launcher):
-            if line is not None:
-                line.send("bye")
-        if self._hub is not None:
-            self._hub.close()
-        if self._line is not None:
-            self._gone.set()
-            self._watcher.join(2 * _TICK)
+        for stream in self._streams():
+            stream.send("bye")
+        if self._coordinator is not None:
+            self._coordinator.close()
+        if self._stream is not None:
+            self._stopped.set()
+            self._watchdog.join(2 * _TICK)
             atexit.unregister(self._at_exit)
 
     def fail(self, error: BaseException) -> None:
-        """Tells the others that this process cannot go on.
+        """Tells the others that this process cannot continue.
 
-        Raising alone would leave them waiting for its devices, and the interpreter for them.
+        An exception alone would leave the others waiting for the devices of this process, and
+        the interpreter of this process waiting for the others.
 
         Args:
-          error: what was raised; if it is but an echo of another's end, that is what is told.
+          error: what was raised. If it only follows from the failure of another process, that
+            failure is reported.
         """
-        if self._line is None or self._left:
+        if self._stream is None or self._left:
             return
         if _may_be_echo(error):
-            with self._heard:
-                self._heard.wait_for(lambda: self.failure is not None, _ECHO)
+            with self._changed:
+                self._changed.wait_for(lambda: self.failure is not None, _ECHO_WAIT)
         if self.failure is None:
-            own = self._own(error)
-            self._say(own)
-            self._line.send("failed", step=own.step, cause=own.cause)
-            self._code = code_of(error)
-            self._leave_by = time.monotonic() + _LAST_WORDS
+            failure = self._describe(error)
+            self._announce(failure)
+            self._stream.send("failed", step=failure.step, cause=failure.cause)
+            self._exit_code = code_of(error)
+            self._exit_at = time.monotonic() + _EXIT_DELAY
 
-    def _own(self, error: BaseException) -> Failure:
-        first = (str(error).splitlines() or [""])[0]
-        cause = f"{type(error).__name__}: {first}" if first else type(error).__name__
+    def _describe(self, error: BaseException) -> Failure:
+        first_line = (str(error).splitlines() or [""])[0]
+        name = type(error).__name__
+        cause = f"{name}: {first_line}" if first_line else name
         return Failure(self.index, self.count, self._step, cause)
 
-    # --- the thread
+    def _streams(self) -> list[MessageStream]:
+        return [stream for stream in (self._stream, self._launcher) if stream is not None]
+
+    # --- the watchdog thread
+    #
+    # It ends the process while the main thread waits for a device. With step_timeout=60:
+    #
+    #   another process is killed         this process hangs           process 0 hangs, with its
+    #                                                                  coordinator
+    #   0.0  its connection closes        0    its last event          0     last event
+    #   0.0  the coordinator sends "end"  60   every process sends     60    "stalled" is sent
+    #        to all                            "stalled"               61.5  no answer in time:
+    #   0.1  _end: one line, exit 69      60.3 "end" names this one:         _end, exit 69
+    #   0.6  process 0 exits 69, last          stacks of its threads,
+    #        (_SERVICE_DELAY)                  exit 70
+    #
+    # A closed connection to the coordinator means that process 0 has died, and one to the launcher
+    # that the launcher has: this process then exits at once.
 
     def _watch(self) -> None:
         with selectors.DefaultSelector() as selector:
-            for line in (self._line, self._launcher):
-                if line is not None:
-                    selector.register(line, selectors.EVENT_READ, line)
-            while not self._gone.is_set():
+            for stream in self._streams():
+                selector.register(stream, selectors.EVENT_READ, stream)
+            while not self._stopped.is_set():
                 for key, _ in selector.select(_TICK):
                     try:
                         for message in key.data.receive():
-                            self._hear(message)
+                            self._handle(message)
                     except Closed:
                         selector.unregister(key.data)
-                        self._lost(key.data)
-                self._look()
+                        self._handle_closed(key.data)
+                self._check_time()
 
-    def _hear(self, message: Message) -> None:
+    def _handle(self, message: Message) -> None:
         match message.pop("kind"):
             case "at":
-                self._hub_step = message["step"]
+                self._first_step = message["step"]
             case "gathered":
-                with self._heard:
+                with self._changed:
                     self._left |= message["topic"] == _LEAVE
                     self._answers[message["topic"]] = message["values"]
-                    self._heard.notify_all()
+                    self._changed.notify_all()
             case "end":
                 self._end(Failure(**message))
 
-    def _lost(self, line: MessageStream) -> None:
+    def _handle_closed(self, stream: MessageStream) -> None:
         if self._left or self.failure:
             return
-        if line is self._launcher:
+        if stream is self._launcher:
             os._exit(PEER_FAILED)
-        self._end(self._about_hub("killed, or cut off: its connection has closed"))
+        self._end_with_first(CONNECTION_CLOSED)
 
-    def _about_hub(self, cause: str) -> Failure:
-        return Failure(0, self.count, self._hub_step, cause)
+    def _end_with_first(self, cause: str) -> None:
+        """Ends this process because of process 0."""
+        self._end(Failure(0, self.count, self._first_step, cause))
 
-    def _look(self) -> None:
+    def _check_time(self) -> None:
         now = time.monotonic()
-        if self._told[0] != self._events and now - self._told[1] > self._beat:
-            self._tell()
-        if self._leave_by is not None and now > self._leave_by:
-            os._exit(self._code)
-        if self._timeout and self._moved and now - self._moved > self._timeout:
-            self._stall(now)
+        changed = self._reported_events != self._events
+        if changed and now - self._reported_at > self._report_interval:
+            self._report()
+        if self._exit_at is not None and now > self._exit_at:
+            os._exit(self._exit_code)
+        if self._timeout and self._last_event and now - self._last_event > self._timeout:
+            self._report_stall(now)
         else:
-            self._stalled = None
+            self._stalled_at = None
 
-    def _stall(self, now: float) -> None:
-        assert self._line is not None
-        if self._stalled is None:
-            self._stalled = now
-            self._line.send("stalled", seconds=self._timeout)
-        elif now - self._stalled > _ANSWER:
-            self._end(self._about_hub(f"stuck: it has not answered for {_ANSWER:g} s"))
+    def _report_stall(self, now: float) -> None:
+        assert self._stream is not None
+        if self._stalled_at is None:
+            self._stalled_at = now
+            self._stream.send("stalled", seconds=self._timeout)
+        elif now - self._stalled_at > _ANSWER_TIMEOUT:
+            self._end_with_first(f"stuck: it has not answered for {_ANSWER_TIMEOUT:g} s")
 
-    def _tell(self) -> None:
-        self._told = self._events, time.monotonic()
-        for line in (self._line, self._launcher):
-            if line is not None:
-                line.send("at", step=self._step, events=self._events)
+    def _report(self) -> None:
+        self._reported_events, self._reported_at = self._events, time.monotonic()
+        for stream in self._streams():
+            stream.send("at", step=self._step, events=self._events)
 
     def _end(self, failure: Failure) -> None:
-        """Ends this process, unless it is about to end by the error that it told of itself."""
+        """Ends this process, unless it is about to exit because of its own failure."""
         if self.failure is not None or self._left:
             return
-        self._say(failure)
+        self._announce(failure)
         own = failure.process == self.index
-        if own:  # alive and stuck: where?
+        if own:  # it is alive and stuck: the stacks show where
             faulthandler.dump_traceback(2)
         if self.index == 0 and not own:
-            time.sleep(_COORDINATE)
+            time.sleep(_SERVICE_DELAY)
         os._exit(STUCK if own else PEER_FAILED)
 
-    def _say(self, failure: Failure) -> None:
-        with self._heard:
+    def _announce(self, failure: Failure) -> None:
+        """Writes the failure to standard error and to the launcher, once."""
+        with self._changed:
             if self.failure is not None:
                 return
             self.failure = failure
-            self._heard.notify_all()
+            self._changed.notify_all()
         os.write(2, f"{failure}\n".encode())
         if self._launcher is not None:
             own = failure.process == self.index
             self._launcher.send("end", process=failure.process, line=str(failure), own=own)
 
     def _at_exit(self) -> None:
-        """Ends without JAX's own farewell, which would wait for processes that are gone."""
-        if self._leave_by is not None:
-            os._exit(self._code)
+        """Exits before JAX's own exit handler, which would wait for processes that are gone."""
+        if self._exit_at is not None:
+            os._exit(self._exit_code)
 
 
 def _may_be_echo(error: BaseException) -> bool:
-    return any(
-        isinstance(one, jax.errors.JaxRuntimeError) for one in (error, error.__cause__) if one
-    )
+    """Whether an error can be the consequence of another process's failure."""
+    errors = (error, error.__cause__)
+    return any(isinstance(e, jax.errors.JaxRuntimeError) for e in errors)

@@ -1,16 +1,16 @@
 """What a compiled step is: its collectives, memory, FLOPs, findings and budgets."""
 
-from ._axis_kind import AxisKind, Part
 from ._budget import Budget, check
 from ._compare import Change, Comparison, compare
-from ._program import CompiledBytes, Declared, Placed, Program
+from ._program import AxisKind, CompiledBytes, Declarations, PlacedLeaf, Program, SplitPart
 from ._report import Report
-from .communication._ledger import Ledger, Row, read_ledger, wire_bytes
+from .communication._ledger import Ledger, LedgerRow, read_ledger, wire_bytes
 from .communication._minimum import Minimum
-from .findings._findings import FINDINGS, Finding
+from .findings._finding import Finding
+from .findings._findings import FINDINGS
 from .hlo._scope import scope_of
 from .memory._memory import Memory, read_memory
-from .memory._suggestions import advice
+from .memory._suggestions import suggest_memory_savings
 from .time._flops import Flops, count_flops
 from .time._timeline import Segment, Timeline, model_time
 
@@ -21,20 +21,19 @@ __all__ = [
     "Change",
     "Comparison",
     "CompiledBytes",
-    "Declared",
+    "Declarations",
     "Finding",
     "Flops",
     "Ledger",
+    "LedgerRow",
     "Memory",
     "Minimum",
-    "Part",
-    "Placed",
+    "PlacedLeaf",
     "Program",
     "Report",
-    "Row",
     "Segment",
+    "SplitPart",
     "Timeline",
-    "advice",
     "check",
     "compare",
     "count_flops",
@@ -42,5 +41,6 @@ __all__ = [
     "read_ledger",
     "read_memory",
     "scope_of",
+    "suggest_memory_savings",
     "wire_bytes",
 ]

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Iterator
 
 from .._core.io._table import Column, Table, fold_text
 from .._core.tree import format_bytes
-from ._report import Report
+from ._data import ReportData
+from ._program import LeafLayout
 from .communication._ledger import Ledger
-from .findings._findings import Finding
-from .memory._layouts import Layout
+from .findings._finding import Finding
 from .time._timeline import format_seconds
 
 _PARTS = ("params", "opt_state", "model_state", "batch", "rest", "padding", "output", "temp")
@@ -19,14 +19,14 @@ _COLUMNS = ("", Column("before", right=True), Column("after", right=True), "chan
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """One thing that differs.
+    """One number that differs.
 
     Attributes:
-      name: what it is: `sent per step`, `memory temp`, `all-gather over fsdp in mlp (forward)`.
-      before: its size in the first report, in `unit`; None where it is not there.
-      after: its size in the second.
+      name: what it measures: `sent per step`, `all-gather over fsdp in mlp (forward)`.
+      before: its value in the first report, in `unit`; None where the report has none.
+      after: its value in the second.
       unit: `"bytes"`, `"seconds"`, `"FLOPs"` or `"times"`.
-      note: what else is to be said, `×4 → ×1`.
+      note: shown instead of the change in percent: `×4 → ×1`, `added`.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Change:
 
     @property
     def ratio(self) -> float | None:
-        """The second over the first; None where one is missing or the first is nothing."""
+        """The second over the first; None where one is missing or the first is 0."""
         return self.after / self.before if self.before and self.after is not None else None
 
     def __str__(self) -> str:
@@ -46,7 +46,7 @@ class Change:
         return f"{name}: {before} → {after}{', ' * bool(change)}{change}"
 
     def cells(self) -> tuple[str, str, str, str]:
-        """Its name, both sizes, and the change or the note as text."""
+        """The name, both values, and the change or the note, as text."""
         show, ratio = _UNITS[self.unit], "" if self.ratio is None else f"{self.ratio - 1:+.1%}"
         return self.name, show(self.before), show(self.after), self.note or ratio
 
@@ -57,13 +57,13 @@ class Comparison:
 
     Attributes:
       target: what the step was compiled for, `(what, before, after)`.
-      layouts: arrays of the step's input that lie otherwise, came or went: `(leaf, before,
-        after)`, the largest first.
+      layouts: arrays of the step's input whose layout changed, or that one report lacks: `(leaf,
+        before, after)`, the largest first.
       headlines: step time, bytes sent, memory, FLOPs.
       new: findings that only the second report has.
       gone: findings that only the first has.
       details: bytes sent by axes and by kind, with their ratio to the minimum; memory by class;
-        reductions; findings that both have, of other size.
+        reductions; findings whose bytes changed.
       rows: collectives, grouped by kind, axes, phase and scope; the largest change first.
       caveats: why numbers may be lower bounds.
     """
@@ -82,32 +82,35 @@ class Comparison:
         return any((self.target, self.layouts, self.new, self.gone, *numbers))
 
     def __str__(self) -> str:
-        """At most 100 columns, the most important first; `Nothing changed.` where so."""
+        """At most 100 columns, the most important first; `Nothing changed.` if nothing did."""
         if not self:
             return "\n".join(["Nothing changed.", *self.caveats])
         lines = [f"{what}: {old} → {new}" for what, old, new in self.target]
-        rows: list[tuple[str, ...] | str] = [one.cells() for one in self.headlines]
+        rows: list[tuple[str, ...] | str] = [change.cells() for change in self.headlines]
         rows += [f"new:  {finding}" for finding in self.new[:_FINDINGS]]
         rows += [f"gone: {finding}" for finding in self.gone[:_FINDINGS]]
         left = len(self.new[_FINDINGS:]) + len(self.gone[_FINDINGS:])
         rows += [f"and {left} more findings new or gone"] if left else []
         rows += [f"{leaf}: {old} → {new}" for leaf, old, new in self.layouts[:_LAYOUTS]]
         left = len(self.layouts[_LAYOUTS:])
-        rows += [f"and {left} more arrays that lie otherwise"] if left else []
-        rows += [one.cells() for one in self.details]
+        rows += [f"and {left} more arrays with another layout"] if left else []
+        rows += [change.cells() for change in self.details]
         if self.rows:
-            rows += ["collectives, sent per step:", *(one.cells() for one in self.rows[:_ROWS])]
+            rows += [
+                "collectives, sent per step:",
+                *(change.cells() for change in self.rows[:_ROWS]),
+            ]
         left = len(self.rows[_ROWS:])
         rows += [f"and {left} more groups of collectives"] if left else []
         table = [Table(_COLUMNS, rows).to_text(_WIDTH)] if rows else []
-        return "\n".join([*_folded(lines), *table, *_folded(self.caveats)])
+        return "\n".join([*_fold_lines(lines), *table, *_fold_lines(self.caveats)])
 
 
-def _folded(texts: Iterable[str]) -> list[str]:
+def _fold_lines(texts: Iterable[str]) -> list[str]:
     return [line for text in texts for line in fold_text(text, _WIDTH, "    ")]
 
 
-def compare(before: Report, after: Report) -> Comparison:
+def compare(before: ReportData, after: ReportData) -> Comparison:
     """Compares two reports.
 
     Args:
@@ -115,46 +118,49 @@ def compare(before: Report, after: Report) -> Comparison:
       after: the second.
 
     Returns:
-      What differs; `str()` of it is for people.
+      What differs; `str()` of it is a table.
     """
     return Comparison(
-        target=tuple(_target(before, after)),
-        headlines=_changed(_headlines(before, after)),
-        new=_only(after, before),
-        gone=_only(before, after),
-        details=_changed(_details(before, after)),
-        rows=_rows(before.ledger, after.ledger),
-        caveats=tuple(_caveats(before, after)),
-        layouts=_layouts(before, after),
+        target=tuple(_compare_targets(before, after)),
+        headlines=_drop_equal(_compare_headlines(before, after)),
+        new=_findings_only_in(after, before),
+        gone=_findings_only_in(before, after),
+        details=_drop_equal(_compare_details(before, after)),
+        rows=_compare_rows(before.ledger, after.ledger),
+        caveats=tuple(_find_caveats(before, after)),
+        layouts=_compare_layouts(before, after),
     )
 
 
-def _target(before: Report, after: Report) -> Iterator[tuple[str, str, str]]:
-    def mesh(report: Report) -> str:
+def _compare_targets(before: ReportData, after: ReportData) -> Iterator[tuple[str, str, str]]:
+    def mesh(report: ReportData) -> str:
         return ", ".join(f"{name}={size}" for name, size in report.mesh)
 
     pairs = (
         ("device", before.device_kind or before.platform, after.device_kind or after.platform),
-        ("mesh", mesh(before), mesh(after)),
+        ("mesh", before.mesh_text, after.mesh_text),
     )
     yield from ((what, old, new) for what, old, new in pairs if old != new)
 
 
-def _layouts(before: Report, after: Report) -> tuple[tuple[str, str, str], ...]:
-    """Arrays whose type or spec is not the same: the cause of most else that differs."""
-    if not (before.leaves and after.leaves):  # Of a program's text alone they are not known.
+def _compare_layouts(before: ReportData, after: ReportData) -> tuple[tuple[str, str, str], ...]:
+    """Arrays whose type or spec differs: the cause of most other changes."""
+    if not (before.leaves and after.leaves):  # A report of a program's text alone has none.
         return ()
-    old, new = ({(one.part, one.path): one for one in report.leaves} for report in (before, after))
+    sides = [{(leaf.part, leaf.path): leaf for leaf in one.leaves} for one in (before, after)]
+    old, new = sides
     leaves = sorted(
         dict.fromkeys([*old, *new]),
-        key=lambda leaf: -max(one[leaf].device_bytes for one in (old, new) if leaf in one),
+        key=lambda leaf: -max(side[leaf].device_bytes for side in sides if leaf in side),
     )
-    shown = ((leaf, _lies(old.get(leaf)), _lies(new.get(leaf))) for leaf in leaves)
+    shown = (
+        (leaf, _format_layout(old.get(leaf)), _format_layout(new.get(leaf))) for leaf in leaves
+    )
     return tuple((f"{part} {path}", was, now) for (part, path), was, now in shown if was != now)
 
 
-def _lies(layout: Layout | None) -> str:
-    """`f32[64,256] P(None, 'tensor')`, or that it is not there."""
+def _format_layout(layout: LeafLayout | None) -> str:
+    """Returns `f32[64,256] P(None, 'tensor')`, or `not there` for None."""
     if layout is None:
         return "not there"
     dims = [dim[0] if len(dim) == 1 else dim or None for dim in layout.spec]
@@ -164,7 +170,7 @@ def _lies(layout: Layout | None) -> str:
     return f"{layout.dtype}[{shape}] P({', '.join(map(repr, dims))})"
 
 
-def _headlines(before: Report, after: Report) -> Iterator[Change]:
+def _compare_headlines(before: ReportData, after: ReportData) -> Iterator[Change]:
     old, new = before.timeline, after.timeline
     yield Change("step, modelled", old.high if old else None, new.high if new else None, "seconds")
     yield Change(
@@ -182,7 +188,7 @@ def _headlines(before: Report, after: Report) -> Iterator[Change]:
     )
 
 
-def _details(before: Report, after: Report) -> Iterator[Change]:
+def _compare_details(before: ReportData, after: ReportData) -> Iterator[Change]:
     old, new = before.ledger, after.ledger
     by_old, by_new = old.by_axes(), new.by_axes()
     for axes in dict.fromkeys([*by_old, *by_new]):
@@ -194,7 +200,7 @@ def _details(before: Report, after: Report) -> Iterator[Change]:
         yield Change(f"  over {axis}, to its minimum", *ratios, "times")
     for kind in dict.fromkeys(row.kind for row in (*old, *new)):
         yield Change(f"  sent by {kind}", old.total(kind=kind), new.total(kind=kind), "bytes")
-    yield Change("  hidden behind compute", _hidden(old), _hidden(new), "bytes")
+    yield Change("  hidden behind compute", _hidden_bytes(old), _hidden_bytes(new), "bytes")
     for part in _PARTS:
         sizes = getattr(before.memory, part), getattr(after.memory, part)
         yield Change(f"  memory {part}", *sizes, "bytes")
@@ -203,72 +209,83 @@ def _details(before: Report, after: Report) -> Iterator[Change]:
         yield Change(f"  gradient reductions over {axis}", *times, "times")
     yield Change("  compiles", before.compiles, after.compiles, "times")
     yield Change("  capacity", before.memory.capacity, after.memory.capacity, "bytes")
-    sizes = [{_identity(one): one.bytes for one in report.findings} for report in (before, after)]
+    sizes = [
+        {_finding_identity(one): one.bytes for one in report.findings} for report in (before, after)
+    ]
     for identity, size in sizes[0].items():
         if identity in sizes[1]:
-            yield Change(f"  finding {_called(identity)}", size, sizes[1][identity], "bytes")
+            yield Change(
+                f"  finding {_format_identity(identity)}", size, sizes[1][identity], "bytes"
+            )
 
 
-def _hidden(ledger: Ledger) -> int:
+def _hidden_bytes(ledger: Ledger) -> int:
     return sum(row.wire_bytes for row in ledger if row.overlapped)
 
 
-def _rows(before: Ledger, after: Ledger) -> tuple[Change, ...]:
-    """Groups of collectives that came, went, or changed their bytes or executions."""
-    old, new = _groups(before), _groups(after)
-    found = []
+def _compare_rows(before: Ledger, after: Ledger) -> tuple[Change, ...]:
+    """Groups of collectives that one report lacks, or whose bytes or executions changed."""
+    old, new = _group_rows(before), _group_rows(after)
+    changes = []
     for name in dict.fromkeys([*old, *new]):
-        (old_bytes, old_times), (new_bytes, new_times) = old.get(name, _NONE), new.get(name, _NONE)
+        (old_bytes, old_times), (new_bytes, new_times) = (
+            old.get(name, _ABSENT),
+            new.get(name, _ABSENT),
+        )
         if (old_bytes, old_times) == (new_bytes, new_times):
             continue
         note = f"×{old_times} → ×{new_times}" if old_times and new_times != old_times else ""
         note = "added" if name not in old else "removed" if name not in new else note
-        found.append(Change(name, old_bytes, new_bytes, "bytes", note))
-    return tuple(sorted(found, key=lambda one: -abs((one.after or 0) - (one.before or 0))))
+        changes.append(Change(name, old_bytes, new_bytes, "bytes", note))
+    return tuple(
+        sorted(changes, key=lambda change: -abs((change.after or 0) - (change.before or 0)))
+    )
 
 
-_NONE = (None, 0)
+_ABSENT = (None, 0)
 
 
-def _groups(ledger: Ledger) -> dict[str, tuple[int, int]]:
+def _group_rows(ledger: Ledger) -> dict[str, tuple[int, int]]:
     """Group of collectives → bytes sent and executions, per step."""
-    found: dict[str, tuple[int, int]] = {}
+    groups: dict[str, tuple[int, int]] = {}
     for row in ledger:
         where = f" in {row.scope}" if row.scope else ""
         axes = ", ".join(row.axes) or "no axis"
         name = f"{row.kind} of {row.dtype} over {axes}{where} ({row.phase})"
-        sent, times = found.get(name, (0, 0))
-        found[name] = (sent + row.wire_bytes, times + (1 if row.trips is None else row.trips))
-    return found
+        sent, times = groups.get(name, (0, 0))
+        groups[name] = (sent + row.wire_bytes, times + row.counted_trips)
+    return groups
 
 
-def _caveats(before: Report, after: Report) -> Iterator[str]:
-    for which, report in (("first", before), ("second", after)):
+def _find_caveats(before: ReportData, after: ReportData) -> Iterator[str]:
+    for name, report in (("first", before), ("second", after)):
         if report.problems:
-            yield f"The {which} report is incomplete: {report.problems[0]}"
+            yield f"The {name} report is incomplete: {report.problems[0]}"
 
 
-def _changed(all_of_them: Iterable[Change]) -> tuple[Change, ...]:
-    """Changes that are more than the rounding of a sum."""
+def _drop_equal(changes: Iterable[Change]) -> tuple[Change, ...]:
+    """Changes that exceed the rounding of a sum."""
     return tuple(
-        one
-        for one in all_of_them
-        if one.before is None or one.after is None or not math.isclose(one.before, one.after)
-        if one.before != one.after
+        change
+        for change in changes
+        if change.before is None
+        or change.after is None
+        or not math.isclose(change.before, change.after)
+        if change.before != change.after
     )
 
 
-def _only(one: Report, other: Report) -> tuple[Finding, ...]:
-    """Findings of one report that the other has not, whatever their bytes."""
-    known = {_identity(finding) for finding in other.findings}
-    return tuple(finding for finding in one.findings if _identity(finding) not in known)
+def _findings_only_in(report: ReportData, other: ReportData) -> tuple[Finding, ...]:
+    """Findings of one report that the other lacks; their bytes do not matter."""
+    known = {_finding_identity(finding) for finding in other.findings}
+    return tuple(finding for finding in report.findings if _finding_identity(finding) not in known)
 
 
-def _identity(finding: Finding) -> tuple[str, str, str, tuple[str, ...]]:
+def _finding_identity(finding: Finding) -> tuple[str, str, str, tuple[str, ...]]:
     return finding.kind, finding.leaf, finding.scope, finding.axes
 
 
-def _called(identity: tuple[str, str, str, tuple[str, ...]]) -> str:
+def _format_identity(identity: tuple[str, str, str, tuple[str, ...]]) -> str:
     kind, leaf, scope, axes = identity
     return " ".join(filter(None, [kind, leaf or scope, f"over {', '.join(axes)}" if axes else ""]))
 

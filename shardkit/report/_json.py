@@ -1,62 +1,52 @@
 """Writes a report as JSON of a versioned schema, and reads it back.
 
-Within a version fields may be added, never removed or given another meaning: what a reader does
-not know it passes over. So a report opens in every shardkit that reads its version.
+Within a version fields may be added, never removed or given another meaning; a reader ignores
+fields that it does not know. So every shardkit that reads a version opens each of its reports.
+A report of another version is refused: the step is compiled again to get a new one.
+
+Version 2 renamed `memory.extra`, `leaves.meant_whole`, `advice`, fields of `peak`, and findings.
 """
 
 import dataclasses
 import json
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 from .._core.errors import ReportError
-from .communication._ledger import Ledger, Row
+from ._data import ReportData
+from ._program import LeafLayout
+from .communication._ledger import Ledger, LedgerRow
 from .communication._minimum import Minimum
-from .findings._findings import Finding
-from .memory._layouts import Layout
+from .findings._finding import Finding
 from .memory._memory import Memory
-from .memory._peak import Held, Peak
+from .memory._peak import LiveBuffer, Peak
 from .time._flops import Flops
 from .time._timeline import Segment, Timeline
 
-if TYPE_CHECKING:
-    from ._report import Report
-
-_SCHEMA, _VERSION = "shardkit.report", 1
+_SCHEMA, _VERSION = "shardkit.report", 2
 _FIX = "Save one with report.to_json()."
+_T = TypeVar("_T")
 
 
-def write(report: "Report", indent: int | None = 1) -> str:
+def to_json(report: ReportData, indent: int | None = 1) -> str:
     """Returns the report as JSON."""
-    flops = None
+    fields = dataclasses.asdict(report)
+    del fields["ledger"]["mesh"]
     if report.flops:
-        scopes = [[*key, n] for key, n in report.flops.by_scope.items()]
-        flops = {**_plain(report.flops), "by_scope": scopes}
-    ledger = {"rows": [_plain(row) for row in report.ledger], "problems": report.ledger.problems}
-    fields = _plain(report) | {
-        "ledger": ledger,
-        "memory": _plain(report.memory),
-        "flops": flops,
-        "findings": [_plain(finding) for finding in report.findings],
-        "minima": [_plain(one) for one in report.minima],
-        "reductions": dict(report.reductions),
-        "seconds": dict(report.seconds),
-        "leaves": [_plain(leaf) for leaf in report.leaves],
-        "timeline": dataclasses.asdict(report.timeline) if report.timeline else None,
-        "peak": dataclasses.asdict(report.peak) if report.peak else None,
-    }
+        by_scope = [[*key, flops] for key, flops in report.flops.by_scope.items()]
+        fields["flops"]["by_scope"] = by_scope
     return json.dumps({"schema": _SCHEMA, "version": _VERSION, **fields}, indent=indent)
 
 
-def read(text: str) -> dict[str, Any]:
-    """Returns the fields of the `Report` that `write` wrote.
+def from_json(text: str) -> ReportData:
+    """Reads the report that `to_json` wrote.
 
     Raises:
-      ReportError: the text is no report, or of a version that this shardkit cannot read.
+      ReportError: the text is not a report, or has a version that this shardkit cannot read.
     """
-    fields = _opened(text)
+    fields = _parse_document(text)
     try:
-        return _read(fields)
+        return _build(ReportData, _read_fields(fields))
     except ReportError:
         raise
     except KeyError as error:
@@ -65,54 +55,46 @@ def read(text: str) -> dict[str, Any]:
         raise ReportError(f"This report is not as it was written: {error}. {_FIX}") from None
 
 
-def _read(fields: dict[str, Any]) -> dict[str, Any]:
+def _read_fields(fields: dict[str, Any]) -> dict[str, Any]:
     mesh = tuple((name, size) for name, size in fields["mesh"])
     ledger, flops = fields["ledger"], fields["flops"]
-    rows = tuple(made(Row, row) for row in ledger["rows"])
+    timeline, peak = fields.get("timeline"), fields.get("peak")
     if flops is not None:
         by_scope = {(scope, phase): n for scope, phase, n in flops["by_scope"]}
-        flops = made(Flops, {**flops, "by_scope": by_scope})
-    timeline, peak = fields.get("timeline"), fields.get("peak")
+        flops = _build(Flops, {**flops, "by_scope": by_scope})
+    if timeline is not None:
+        segments = _build_all(Segment, timeline["segments"])
+        timeline = _build(Timeline, {**timeline, "segments": segments})
+    if peak is not None:
+        peak = _build(Peak, {**peak, "largest": _build_all(LiveBuffer, peak["largest"])})
     return fields | {
         "mesh": mesh,
-        "ledger": Ledger(rows, mesh, tuple(ledger["problems"])),
-        "memory": made(Memory, fields["memory"]),
+        "ledger": Ledger(_build_all(LedgerRow, ledger["rows"]), mesh, tuple(ledger["problems"])),
+        "memory": _build(Memory, fields["memory"]),
         "flops": flops,
-        "findings": tuple(made(Finding, one) for one in fields["findings"]),
-        "minima": tuple(made(Minimum, one) for one in fields["minima"]),
-        "advice": tuple(fields["advice"]),
-        # Reports of the same version were written before these were part of them.
-        "leaves": tuple(made(Layout, one) for one in fields.get("leaves", ())),
-        "timeline": _timeline(timeline) if timeline else None,
-        "peak": _peak(peak) if peak else None,
+        "findings": _build_all(Finding, fields["findings"]),
+        "minima": _build_all(Minimum, fields["minima"]),
+        "leaves": _build_all(LeafLayout, fields.get("leaves", ())),
+        "timeline": timeline,
+        "peak": peak,
     }
 
 
-def _timeline(fields: Mapping[str, Any]) -> Timeline:
-    segments = [_known(Segment, one) for one in fields["segments"]]
-    return Timeline.from_plain({**_known(Timeline, fields), "segments": segments})
+def _build_all(kind: type[_T], rows: Iterable[Mapping[str, Any]]) -> tuple[_T, ...]:
+    return tuple(_build(kind, row) for row in rows)
 
 
-def _peak(fields: Mapping[str, Any]) -> Peak:
-    held = tuple(made(Held, one) for one in fields["held"])
-    return made(Peak, {**fields, "held": held})
-
-
-def _plain(one: Any) -> dict[str, Any]:
-    return {field.name: getattr(one, field.name) for field in dataclasses.fields(one)}
-
-
-def made(kind: type[Any], fields: Mapping[str, Any]) -> Any:
-    """Builds a dataclass from JSON, whose lists were tuples.
+def _build(kind: type[_T], fields: Mapping[str, Any]) -> _T:
+    """Builds a dataclass from JSON, which made lists of its tuples.
 
     Raises:
-      ReportError: a field is missing, or a number or a text is none.
+      ReportError: a field is missing, or is not the number or the text that it should be.
     """
-    return kind(**{name: _frozen(value) for name, value in _known(kind, fields).items()})
+    return kind(**{name: _to_tuples(value) for name, value in _known_fields(kind, fields).items()})
 
 
 _NUMBER = (int, float)
-# Fields that hold one number or text, by how they are annotated.
+# Annotations of fields that hold one number or text → types of their values.
 _PLAIN: dict[Any, tuple[type, ...]] = {
     int: _NUMBER,
     float: _NUMBER,
@@ -123,12 +105,12 @@ _PLAIN: dict[Any, tuple[type, ...]] = {
 }
 
 
-def _known(kind: type[Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that a dataclass has; others are of a newer shardkit."""
+def _known_fields(kind: type[Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a dataclass's fields; others come from a newer shardkit and are ignored."""
     for field in dataclasses.fields(kind):
         optional = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2
         if field.name not in fields and not optional:
-            where = "" if kind.__name__ == "Report" else f" of a {kind.__name__}"
+            where = "" if kind is ReportData else f" of a {kind.__name__}"
             raise ReportError(f"This report lacks the field {field.name!r}{where}. {_FIX}")
         plain, value = _PLAIN.get(field.type), fields.get(field.name, field.default)
         if plain and not isinstance(value, plain):
@@ -137,20 +119,21 @@ def _known(kind: type[Any], fields: Mapping[str, Any]) -> dict[str, Any]:
     return {f.name: fields[f.name] for f in dataclasses.fields(kind) if f.name in fields}
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+def _to_tuples(value: Any) -> Any:
+    return tuple(map(_to_tuples, value)) if isinstance(value, list) else value
 
 
-def _opened(text: str) -> dict[str, Any]:
+def _parse_document(text: str) -> dict[str, Any]:
     try:
         fields = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ReportError(f"This is no report: {error}. Save one with report.to_json().") from None
+        raise ReportError(f"This is not a report: {error}. {_FIX}") from None
     if not isinstance(fields, dict) or fields.pop("schema", None) != _SCHEMA:
-        raise ReportError("This is no report of shardkit. Save one with report.to_json().")
+        raise ReportError(f"This is not a report of shardkit. {_FIX}")
     version = fields.pop("version", None)
     if version is None:
         raise ReportError(f"This report lacks the field 'version'. {_FIX}")
     if version != _VERSION:
-        raise ReportError(f"This report has version {version}; this shardkit reads {_VERSION}.")
+        why = f"This report has version {version}; this shardkit reads {_VERSION}."
+        raise ReportError(f"{why} Compile the step again for a new one.")
     return fields

@@ -1,22 +1,28 @@
-"""What a compiled step hands over to be inspected: plain data, so that nothing here imports it."""
+"""A compiled step and what was declared for it: the input of a report, as plain data.
 
+`step` fills a `Program` in, so that nothing here imports it.
+"""
+
+import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
+from jax.extend.core import ClosedJaxpr
 from jax.sharding import PartitionSpec
 
-from .._core.tree import Leaf, join_path, nbytes
-from ._axis_kind import AxisKind
+from .._core.tree import Leaf, join_path, nbytes, short_dtype
+from .communication._ledger import Ledger, LedgerRow, build_ledger
 from .hlo._hlo import Module, dtype_bits, parse
 
+SplitPart = Literal["rows", "length", "layers", "experts", "weights", "heads", "optimizer_state"]
 PARTS = ("params", "opt_state", "model_state", "batch", "rest")
 
 
 @dataclasses.dataclass(frozen=True)
-class Placed:
+class PlacedLeaf:
     """One argument of the executable: an array, the spec it has, and whether it is donated.
 
     Attributes:
@@ -25,8 +31,8 @@ class Placed:
       leaf: path, global shape and dtype.
       spec: its `PartitionSpec`, as resolved.
       donated: the caller gives the buffer away, so an output should reuse it.
-      meant_whole: the declaration spells that every device holds all of it (`sk.REPLICATED`, or
-        a parameter so declared that this leaf follows). Otherwise a copy on every device is a
+      declared_replicated: the spec declares that every device holds all of it (`sk.REPLICATED`,
+        or this leaf follows a parameter so declared). Otherwise a copy on every device is a
         finding.
     """
 
@@ -34,7 +40,7 @@ class Placed:
     leaf: Leaf
     spec: PartitionSpec
     donated: bool = False
-    meant_whole: bool = False
+    declared_replicated: bool = False
 
     @property
     def name(self) -> str:
@@ -46,13 +52,13 @@ class Placed:
 
         >>> import numpy as np
         >>> leaf = Leaf("w", (8, 4), np.dtype("float32"))
-        >>> Placed("params", leaf, PartitionSpec(("data", "fsdp"), None)).axes()
+        >>> PlacedLeaf("params", leaf, PartitionSpec(("data", "fsdp"), None)).axes()
         ('data', 'fsdp')
         """
         return tuple(axis for dim in self.spec for axis in _dim_axes(dim))
 
     def dims(self) -> tuple[tuple[str, ...], ...]:
-        """Mesh axes that split each dim of the array, also where the spec is shorter."""
+        """Mesh axes that split each dim of the array; the spec may have fewer entries."""
         dims = [*self.spec, *[None] * (len(self.leaf.shape) - len(self.spec))]
         return tuple(map(_dim_axes, dims))
 
@@ -70,12 +76,26 @@ class Placed:
 
         >>> import numpy as np
         >>> leaf = Leaf("w", (8, 4), np.dtype("float32"))
-        >>> Placed("params", leaf, PartitionSpec("data")).device_bytes({"data": 4})
+        >>> PlacedLeaf("params", leaf, PartitionSpec("data")).device_bytes({"data": 4})
         32
         """
         if dtype is None:
             return nbytes(self.shard(sizes), self.leaf.dtype)
         return math.prod(self.shard(sizes)) * dtype_bits(dtype) // 8
+
+    def layout(self, sizes: Mapping[str, int]) -> "LeafLayout":
+        """Returns its layout on a mesh as plain values, for a file."""
+        return LeafLayout(
+            part=self.part,
+            path=self.leaf.path,
+            shape=self.leaf.shape,
+            dtype=short_dtype(self.leaf.dtype),
+            names=self.leaf.axes,
+            spec=self.dims(),
+            shard=self.shard(sizes),
+            device_bytes=self.device_bytes(sizes),
+            declared_replicated=self.declared_replicated,
+        )
 
 
 def _dim_axes(dim: Any) -> tuple[str, ...]:
@@ -83,6 +103,34 @@ def _dim_axes(dim: Any) -> tuple[str, ...]:
     if isinstance(dim, str):
         return (dim,)
     return dim if isinstance(dim, tuple) else ()
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafLayout:
+    """One array of the step's input and the part of it that a device holds.
+
+    Attributes:
+      part: which part of the input it belongs to: `params`, `opt_state`, `model_state`, `batch` or
+        `rest`.
+      path: its path in that part: `decoder/mlp/up/kernel`.
+      shape: global shape.
+      dtype: short name of the element type, `bf16`.
+      names: logical axis name of each dim, None where it has none; None if no dim is named.
+      spec: mesh axes that split each dim, the slowest first; empty for a dim that is whole.
+      shard: shape that one device holds.
+      device_bytes: bytes that one device holds.
+      declared_replicated: the declaration says that every device holds all of it.
+    """
+
+    part: str
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    names: tuple[str | None, ...] | None
+    spec: tuple[tuple[str, ...], ...]
+    shard: tuple[int, ...]
+    device_bytes: int
+    declared_replicated: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,26 +166,86 @@ class CompiledBytes:
 
 
 @dataclasses.dataclass(frozen=True)
-class Declared:
+class AxisKind(abc.ABC):
+    """The kind of parallelism on one mesh axis, as far as a report judges it.
+
+    Attributes:
+      axis: the mesh axis.
+      name: of the kind, without its variant: `"tensor"`.
+      splits: what is divided over the axis. "weights" are stored in shards and gathered where
+        they are used; "heads" means every dim whose products are computed in shards.
+      collectives: collectives (`"all-reduce"`, …) that it sends over its axis, including the
+        all-reduces of losses and norms.
+    """
+
+    axis: str
+    name: ClassVar[str]
+    splits: ClassVar[frozenset[SplitPart]] = frozenset()
+    collectives: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def explains(self) -> frozenset[str]:
+        """Collectives over the axis that are not findings."""
+        return self.collectives
+
+    @property
+    def gathered_activations(self) -> frozenset[str]:
+        """Logical axes of activations that are stored in shards and gathered for each use."""
+        return frozenset()
+
+    @property
+    def activation_fix(self) -> str:
+        """Code that splits the activations that it leaves replicated; empty if there is none."""
+        return ""
+
+    @abc.abstractmethod
+    def minimum(self, program: "Program") -> float | None:
+        """The textbook minimum: the fewest bytes one device must send over the axis per step.
+
+        Args:
+          program: its parameters, their layout, and the other declarations; not its collectives.
+
+        Returns:
+          Bytes; None if the program does not determine them.
+        """
+
+    def excess(
+        self, row: LedgerRow, rows: Sequence[LedgerRow], program: "Program"
+    ) -> Iterator[tuple[str, float]]:
+        """Explains which part of a collective exceeds the minimum.
+
+        Args:
+          row: a collective over the axis, outside of recomputation.
+          rows: all collectives over the axis.
+          program: what is declared.
+
+        Yields:
+          (reason, share of the row's bytes); the shares of a row add up to at most 1.
+        """
+        del row, rows, program
+        yield from ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Declarations:
     """What the strategy declares, as far as it explains the compiled program.
 
     Attributes:
-      kinds: the kinds of parallelism, each on its mesh axis. An axis that none is on is one the
-        strategy says nothing about, and every collective over it becomes a finding. Empty: nothing
-        is declared, nothing is judged.
-      by_specs: kinds of further axes that the strategy does not name, as specs alone tell them;
-        they have a minimum, and judge nothing.
+      kinds: the kinds of parallelism, each on its mesh axis. On an axis without a kind every
+        collective becomes a finding. Empty: nothing is declared, and no collective is judged.
+      by_specs: kinds of axes that the strategy does not name, derived from specs; they have a
+        minimum, and judge no collective.
       accumulate: micro-batches per step.
       compute_dtype: short name (`bf16`) of the dtype that activations and weights are sent in.
       reduce_dtype: short name of the dtype that gradients are reduced in.
       activation_bytes: bytes of one `[batch, length, embed]` activation on a device, before
         tensor parallelism splits it; with `layers` it gives the minimum of tensor parallelism.
       layers: number of transformer layers.
-      choices: experts that each token chooses; with the two above it gives the minimum of expert
+      choices: experts per token (top k); with the two above it gives the minimum of expert
         parallelism.
       rules: messages about rules that matched nothing or are shadowed.
-      constraints: what the model constrains, as the strategy lays it out: parts "activation",
-        named as they are written, `constrain('batch', 'length', 'embed')`.
+      constraints: activations that the model constrains, with the strategy's specs: part
+        "activation", named as written, `constrain('batch', 'length', 'embed')`.
       activation_axes: mesh axes that the strategy splits activations over.
     """
 
@@ -150,15 +258,15 @@ class Declared:
     layers: int | None = None
     choices: int | None = None
     rules: tuple[str, ...] = ()
-    constraints: tuple[Placed, ...] = ()
+    constraints: tuple[PlacedLeaf, ...] = ()
     activation_axes: tuple[str, ...] = ()
 
     def kind_of(self, axis: str) -> AxisKind | None:
-        """The kind of parallelism on a mesh axis; of several, the one that was joined last."""
+        """The kind of parallelism on a mesh axis; of several, the last one of the strategy."""
         return next((kind for kind in reversed(self.kinds) if kind.axis == axis), None)
 
     def explains(self, axis: str) -> frozenset[str]:
-        """Collectives that the kinds on a mesh axis account for."""
+        """Collectives that the kinds on a mesh axis explain."""
         return frozenset().union(*(kind.explains for kind in self.kinds if kind.axis == axis))
 
 
@@ -176,27 +284,27 @@ class Program:
       jaxpr: the closed jaxpr of the step, for FLOPs; None leaves them out.
       log: what the compiler printed to file descriptor 2 while it compiled.
       log_complete: the log was captured around a real compile; False after a hit in the
-        persistent cache, where the compiler says nothing.
+        persistent cache, which prints no messages.
       compiles: how often the step was compiled so far.
-      retraced: what changed in the batch each time that it was compiled again, with the leaf first.
+      retraced: per recompile, what changed in the batch, the leaf first.
       declared: what the strategy explains.
-      dcn: mesh axes that cross slices, over the network between hosts, and how many slices lie
-        along each.
-      seconds: wall time of what was done to make it: `trace`, `lower`, `compile`.
+      dcn: mesh axes that cross slices, over the network between hosts, with the number of
+        slices along each.
+      seconds: wall time of `trace`, `lower` and `compile`.
     """
 
     hlo: str
     mesh: tuple[tuple[str, int], ...]
     platform: str
     device_kind: str = ""
-    leaves: tuple[Placed, ...] = ()
+    leaves: tuple[PlacedLeaf, ...] = ()
     memory: CompiledBytes = CompiledBytes()
-    jaxpr: Any = None
+    jaxpr: ClosedJaxpr | None = None
     log: str = ""
     log_complete: bool = True
     compiles: int = 1
     retraced: tuple[str, ...] = ()
-    declared: Declared = dataclasses.field(default_factory=Declared)
+    declared: Declarations = dataclasses.field(default_factory=Declarations)
     dcn: tuple[tuple[str, int], ...] = ()
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
@@ -222,31 +330,31 @@ class Program:
 
     @property
     def layers(self) -> int | None:
-        """Layers that one device works on; None where they are not known."""
+        """Layers per pipeline stage; None if unknown."""
         layers = self.declared.layers
         return None if layers is None else layers // self._stages
 
     @property
     def _stages(self) -> int:
-        """Parts that the layers are cut into, of which a device works on one."""
+        """Pipeline stages."""
         axes = {kind.axis for kind in self.declared.kinds if "layers" in kind.splits}
         return math.prod(self.sizes.get(axis, 1) for axis in axes)
 
     def activation_bytes(self, name: str) -> float | None:
-        """Bytes on one device, per step, of the activation that has a length and this dim."""
+        """Bytes per device and step of the constrained activation with a length and this axis."""
         for placed in self.declared.constraints:
             if {"length", name} <= set(placed.leaf.axes or ()):
-                return placed.device_bytes(self.sizes) * self._times
+                return placed.device_bytes(self.sizes) * self._activations_per_step
         return None
 
     @property
-    def _times(self) -> float:
-        """How many activations as constraints show them a device computes in a step.
+    def _activations_per_step(self) -> float:
+        """How often per step a device computes an activation of the shape in a constraint.
 
-        Inside a pipeline they show one device's rows of one micro-batch.
+        Inside a pipeline that shape holds one device's rows of one micro-batch.
         """
         work, declared = {"batch", "length", "embed"}, self.declared
-        shown = [one for one in declared.constraints if set(one.leaf.axes or ()) == work]
+        shown = [leaf for leaf in declared.constraints if set(leaf.leaf.axes or ()) == work]
         if self._stages == 1 or not shown or declared.activation_bytes is None:
             return declared.accumulate
         return declared.activation_bytes / shown[0].device_bytes(self.sizes)
@@ -255,3 +363,13 @@ class Program:
     def module(self) -> Module:
         """The compiled program, parsed."""
         return parse(self.hlo)
+
+    @functools.cached_property
+    def ledger(self) -> Ledger:
+        """Every collective of the compiled program."""
+        return build_ledger(self.module, self.hlo, self.mesh, self.dcn)
+
+    @property
+    def batch_axes(self) -> set[str]:
+        """Mesh axes that split the rows of the batch."""
+        return {axis for leaf in self.leaves if leaf.part == "batch" for axis in leaf.axes()}

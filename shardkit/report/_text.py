@@ -1,56 +1,52 @@
 """Prints a report as tables of at most 100 columns, the most important first."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from .._core.io._table import Column, Table, fold_text
 from .._core.tree import format_bytes
+from ._data import ReportData
+from .communication._ledger import Ledger
+from .communication._minimum import Minimum
 from .findings._finding import SMALL
-
-if TYPE_CHECKING:
-    from ._report import Report
-    from .communication._ledger import Ledger
-    from .communication._minimum import Minimum
-    from .time._flops import Flops
+from .time._flops import Flops
 
 _WIDTH = 100
 _NO_TIME = "Time per step: not modelled, {} is not in the hardware table."
-_ROWS, _FINDINGS, _SCOPES, _HELD = 12, 12, 8, 5
+_ROWS, _FINDINGS, _SCOPES, _BUFFERS = 12, 12, 8, 5
 _NUMBERS = {"bytes", "wire", "hidden", "optimizer", "trips", "ratio", "FLOPs", "share"}
 
 
-def render(report: "Report") -> str:
+def to_text(report: ReportData) -> str:
     """Returns the report as plain text."""
     return "\n".join(
         part.to_text(_WIDTH)
         if isinstance(part, Table)
         else "\n".join(fold_text(part, _WIDTH, "    "))
-        for part in _parts(report)
+        for part in _text_parts(report)
     )
 
 
 _Part = str | Table
 
 
-def _parts(report: "Report") -> Iterator[_Part]:
-    mesh = ", ".join(f"{name}={size}" for name, size in report.mesh)
+def _text_parts(report: ReportData) -> Iterator[_Part]:
     kind = report.device_kind or report.platform
-    yield f"Step compiled for {kind}, mesh ({mesh}). All sizes per device, as compiled."
+    yield f"Step compiled for {kind}, mesh ({report.mesh_text}). All sizes per device, as compiled."
     for problem in report.problems:
         yield f"INCOMPLETE: {problem}"
-    yield from _findings(report)
+    yield from _finding_parts(report)
     yield f"\n{report.timeline or _NO_TIME.format(kind)}"
-    yield from _axes(report)
-    yield from _memory(report)
-    yield from _peak(report)
-    yield from (f"To fit: {text}" for text in report.advice)
-    yield from _collectives(report)
-    yield from _flops(report)
+    yield from _axis_parts(report)
+    yield from _memory_parts(report)
+    yield from _peak_parts(report)
+    yield from (f"To fit: {text}" for text in report.memory_suggestions)
+    yield from _collective_parts(report)
+    yield from _flops_parts(report)
 
 
-def _findings(report: "Report") -> Iterator[_Part]:
+def _finding_parts(report: ReportData) -> Iterator[_Part]:
     if not report.messages_complete:
-        yield "The compiler's messages are not known: involuntary remats may be missing."
+        yield "The compiler's messages are unknown: involuntary remats may be missing."
     if not report.findings:
         yield "Findings: none."
         return
@@ -60,47 +56,49 @@ def _findings(report: "Report") -> Iterator[_Part]:
         about = finding.leaf or finding.scope
         end = "" if finding.why.endswith((".", "?")) else "."
         why = f"{finding.why}{end}\nFix: {finding.fix}"
-        rows.append((f"{finding.kind}\n{_several(about)}", format_bytes(finding.bytes), why))
-    yield _table({"finding": 28, "bytes": 9, "why; fix": 60}, rows)
+        rows.append(
+            (f"{finding.kind}\n{_abbreviate_scopes(about)}", format_bytes(finding.bytes), why)
+        )
+    yield _build_table({"finding": 28, "bytes": 9, "why; fix": 60}, rows)
     if len(report.findings) > _FINDINGS:
         yield f"and {len(report.findings) - _FINDINGS} more findings"
 
 
-def _axes(report: "Report") -> Iterator[_Part]:
-    """Wire bytes by axes, beside the minimum of each axis."""
-    total = f"{_least(report.ledger)}{format_bytes(report.ledger.total())}"
+def _axis_parts(report: ReportData) -> Iterator[_Part]:
+    """Wire bytes per set of axes, next to the minimum of each axis."""
+    total = f"{_lower_bound_mark(report.ledger)}{format_bytes(report.ledger.total())}"
     columns = {"axes": 20, "wire": 11, "hidden": 9, "optimizer": 9, "axis minimum": 24}
     columns |= {"ratio": 7, "reductions": 10}
     if not any(row.by_optimizer and row.payload_bytes > SMALL for row in report.ledger):
         del columns["optimizer"]
     cells = (_axes_cells(report, *row) for row in report.ledger.by_axes().items())
     yield f"\nSent per step: {total}"
-    yield _table(columns, [[row[name] for name in columns] for row in cells])
-    yield from (_excess(one) for one in report.minima if one.excess)
-    if silent := _without_minimum(report):
-        text = "only a ready strategy, and layers that a model marks, say what it would be."
-        yield f"No textbook minimum for {', '.join(silent)}: {text}"
+    yield _build_table(columns, [[row[name] for name in columns] for row in cells])
+    yield from (_format_excess(minimum) for minimum in report.minima if minimum.excess)
+    if axes := _axes_without_minimum(report):
+        needs = "it takes a strategy that has one, and a model that marks its layers."
+        yield f"No textbook minimum for {', '.join(axes)}: {needs}"
     if report.ledger.upper_bound:
         yield "Branches of conditionals count as taken: totals are upper bounds."
 
 
-def _without_minimum(report: "Report") -> list[str]:
-    """Axes that something is sent over and of which no minimum is known."""
-    known = {one.axis for one in report.minima}
+def _axes_without_minimum(report: ReportData) -> list[str]:
+    """Axes with traffic and without a known minimum."""
+    known = {minimum.axis for minimum in report.minima}
     sent = {name for axes in report.ledger.by_axes() for name in axes}
     return [name for name, size in report.mesh if size > 1 and name in sent - known]
 
 
-def _excess(least: "Minimum") -> str:
+def _format_excess(least: Minimum) -> str:
     parts = "; ".join(f"{format_bytes(size)} {what}" for what, size in least.excess)
     over = format_bytes(least.wire - least.bytes)
     return f"{least.axis} sends {over} more than its minimum: {parts}."
 
 
-def _axes_cells(report: "Report", axes: tuple[str, ...], wire: int) -> dict[str, str]:
+def _axes_cells(report: ReportData, axes: tuple[str, ...], wire: int) -> dict[str, str]:
     rows = report.ledger.where(axes)
     alone = axes[0] if len(axes) == 1 else ""
-    least = next((one for one in report.minima if one.axis == alone), None)
+    least = next((minimum for minimum in report.minima if minimum.axis == alone), None)
     ratio = least.ratio if least else None
     times = report.reductions.get(alone)
     mark = "" if report.ledger.complete else "≥ "
@@ -111,11 +109,11 @@ def _axes_cells(report: "Report", axes: tuple[str, ...], wire: int) -> dict[str,
         "optimizer": format_bytes(sum(row.wire_bytes for row in rows if row.by_optimizer)),
         "axis minimum": f"{format_bytes(least.bytes)} ({least.kind})" if least else "",
         "ratio": "" if ratio is None else f"{mark}{ratio:.2f}",
-        "reductions": "" if times is None else f"{_unseen(report, alone)}{times:.4g}",
+        "reductions": "" if times is None else f"{_reductions_mark(report, alone)}{times:.4g}",
     }
 
 
-def _memory(report: "Report") -> Iterator[_Part]:
+def _memory_parts(report: ReportData) -> Iterator[_Part]:
     memory = report.memory
     title = "Memory"
     if memory.total is not None:
@@ -127,25 +125,26 @@ def _memory(report: "Report") -> Iterator[_Part]:
     sizes = [getattr(memory, name) for name in names]
     yield f"\n{title}"
     cells = ["?" if size is None else format_bytes(size) for size in sizes]
-    yield _table(dict.fromkeys(names, 9), [cells])
+    yield _build_table(dict.fromkeys(names, 9), [cells])
 
 
-def _peak(report: "Report") -> Iterator[_Part]:
-    """The classes at the peak, and the buffers that make most of it."""
+def _peak_parts(report: ReportData) -> Iterator[_Part]:
+    """The classes at the peak, and its largest buffers."""
     peak = report.peak
     if peak is None:
-        yield "What is alive at the peak is not known: no schedule could be followed."
+        yield "What is alive at the peak is unknown: the program has no schedule to follow."
         return
     yield str(peak)
     rows = []
-    for one in peak.held[:_HELD]:
-        where = f"{one.scope or one.name} ({one.phase})" if one.phase else one.scope or one.name
-        rows.append((format_bytes(one.bytes), one.kind, one.shape, where))
+    for buffer in peak.largest[:_BUFFERS]:
+        where = buffer.scope or buffer.name
+        where += f" ({buffer.phase})" if buffer.phase else ""
+        rows.append((format_bytes(buffer.bytes), buffer.kind, buffer.shape, where))
     if rows:
         yield Table([Column("", right=True), "", "", ""], rows, indent=2)
 
 
-def _collectives(report: "Report") -> Iterator[_Part]:
+def _collective_parts(report: ReportData) -> Iterator[_Part]:
     rows = sorted(report.ledger, key=lambda row: -row.wire_bytes)
     if not rows:
         yield "Collectives: none."
@@ -157,54 +156,54 @@ def _collectives(report: "Report") -> Iterator[_Part]:
     for row in rows[:_ROWS]:
         marks = ["hidden"] * row.overlapped + ["branch"] * row.conditional
         marks += [f"× {row.taken:.0%}"] * (row.taken < 1)
-        marks += ["part"] * (not row.whole)
+        marks += ["part"] * (not row.full_axes)
         over = ", ".join(row.axes) + (" between slices" if row.dcn else "")
         payload = f"{row.dtype} {format_bytes(row.payload_bytes)}"
         trips = "?" if row.trips is None else str(row.trips)
         sent = format_bytes(row.wire_bytes)
-        scope = _several(row.scope)
+        scope = _abbreviate_scopes(row.scope)
         cells.append((row.kind, over, payload, trips, sent, row.phase, scope, " ".join(marks)))
-    yield _table(columns, cells)
+    yield _build_table(columns, cells)
     if len(rows) > _ROWS:
-        rest = sum(row.wire_bytes for row in rows[_ROWS:])
-        yield f"and {len(rows) - _ROWS} more collectives, {format_bytes(rest)} together"
+        others = sum(row.wire_bytes for row in rows[_ROWS:])
+        yield f"and {len(rows) - _ROWS} more collectives, {format_bytes(others)} together"
 
 
-def _flops(report: "Report") -> Iterator[_Part]:
+def _flops_parts(report: ReportData) -> Iterator[_Part]:
     flops = report.flops
     if flops is None:
         return
-    again = f", {flops.recompute / flops.model:.1%} more recomputed" if flops.model else ""
-    again += f", {flops.update:.4g} by the optimizer" if flops.update else ""
-    yield f"\nFLOPs per step, all devices: {_least(flops)}{flops.model:.4g} model{again}"
+    extra = f", {flops.recompute / flops.model:.1%} more recomputed" if flops.model else ""
+    extra += f", {flops.update:.4g} by the optimizer" if flops.update else ""
+    yield f"\nFLOPs per step, all devices: {_lower_bound_mark(flops)}{flops.model:.4g} model{extra}"
     rows = [
         (scope or "(no scope)", phase, f"{number:.4g}", f"{number / flops.total:.1%}")
         for (scope, phase), number in list(flops.by_scope.items())[:_SCOPES]
     ]
-    yield _table({"scope": 48, "phase": 12, "FLOPs": 12, "share": 8}, rows)
+    yield _build_table({"scope": 48, "phase": 12, "FLOPs": 12, "share": 8}, rows)
 
 
-def _several(scopes: str) -> str:
-    """The scopes of one instruction; of many that a compiler joined, the first and how many more.
+def _abbreviate_scopes(scopes: str) -> str:
+    """Up to two scopes of one instruction; of more, the first and the number of the others.
 
-    >>> _several("layers/mlp, embedding"), _several("a, b, c, d")
-    ('layers/mlp, embedding', 'a and 3 more')
+    >>> _abbreviate_scopes("mlp, embedding"), _abbreviate_scopes("a, b, c, d")
+    ('mlp, embedding', 'a and 3 more')
     """
-    first, *more = scopes.split(", ")
-    return scopes if len(more) < 2 else f"{first} and {len(more)} more"
+    first, *others = scopes.split(", ")
+    return scopes if len(others) < 2 else f"{first} and {len(others)} more"
 
 
-def _unseen(report: "Report", axis: str) -> str:
-    """A mark where permutes may reduce gradients too, which nothing in them tells."""
+def _reductions_mark(report: ReportData, axis: str) -> str:
+    """A lower-bound mark where windowed permutes may reduce gradients too."""
     rows = report.ledger.where(axis)
     hidden = any(row.windowed and row.phase in ("backward", "recompute") for row in rows)
     return "≥ " if hidden or not report.ledger.complete else ""
 
 
-def _least(counted: "Ledger | Flops") -> str:
+def _lower_bound_mark(counted: Ledger | Flops) -> str:
     return "" if counted.complete else "at least "
 
 
-def _table(columns: Mapping[str, int], rows: Sequence[Sequence[str]]) -> Table:
-    """A table of columns by name, each with its largest width."""
+def _build_table(columns: Mapping[str, int], rows: Sequence[Sequence[str]]) -> Table:
+    """A table whose columns are given as name → maximal width."""
     return Table([Column(name, name in _NUMBERS, most) for name, most in columns.items()], rows)

@@ -2,9 +2,9 @@
 
 from ._axes import AxisRules
 from ._check import Indivisible, check_batch, check_spec
-from ._explain import Explanation, explain_rules, named_leaves
+from ._explain import Explanation, explain_rules, list_named_leaves
 from ._path import PathRules, matches
-from ._resolve import Placement, check, collect, headline, place, resolve
+from ._resolve import Placement, format_headline, place_leaf, resolve, resolve_all
 from ._rule import (
     REPLICATED,
     Chain,
@@ -15,26 +15,26 @@ from ._rule import (
     Refused,
     Rule,
     first_match,
-    flatten,
+    list_rules,
 )
 from ._shape import ShardLargest, shard_largest
 from ._specs import (
     axes_of,
+    count_shards,
     format_mesh,
     format_spec,
-    from_axes,
     mesh_sizes,
-    normalise,
-    shards,
-    ways,
+    normalize_spec,
+    shard_count,
+    spec_from_axes,
 )
-from ._unused import Dead, dead
+from ._unused import DeadEntry, find_dead_entries
 
 __all__ = [
     "REPLICATED",
     "AxisRules",
     "Chain",
-    "Dead",
+    "DeadEntry",
     "Decided",
     "Decision",
     "Entry",
@@ -47,25 +47,24 @@ __all__ = [
     "Rule",
     "ShardLargest",
     "axes_of",
-    "check",
     "check_batch",
     "check_spec",
-    "collect",
-    "dead",
+    "count_shards",
     "explain_rules",
+    "find_dead_entries",
     "first_match",
-    "flatten",
+    "format_headline",
     "format_mesh",
     "format_spec",
-    "from_axes",
-    "headline",
+    "list_named_leaves",
+    "list_rules",
     "matches",
     "mesh_sizes",
-    "named_leaves",
-    "normalise",
-    "place",
+    "normalize_spec",
+    "place_leaf",
     "resolve",
+    "resolve_all",
+    "shard_count",
     "shard_largest",
-    "shards",
-    "ways",
+    "spec_from_axes",
 ]

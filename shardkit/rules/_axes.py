@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 from .._core.errors import Problem, ShardingError, count, did_you_mean, raise_all
 from .._core.tree import Leaf
 from ._rule import Decided, Decision, Entry, Passed, Refused
-from ._specs import Axes, axes_of, from_axes
+from ._specs import Axes, axes_of, spec_from_axes
 
 
 @dataclasses.dataclass(frozen=True, init=False, repr=False)
@@ -17,8 +17,8 @@ class AxisRules:
     """Maps logical axes to mesh axes, for leaves whose dims a model has named.
 
     Every logical axis that a leaf names must be listed, with None for "not split", so that a
-    misspelt name is an error and never a silently replicated dim. A leaf without names passes
-    to the next rule. An entry that no leaf names is no error: one table serves many models.
+    misspelt name is an error and not a silently replicated dim. A leaf without names passes
+    to the next rule. An entry that no leaf names is not an error: one table serves many models.
 
     Attributes:
       table: the mesh axes of each logical axis, in order.
@@ -31,10 +31,11 @@ class AxisRules:
     table: tuple[tuple[str, tuple[str, ...]], ...]
 
     def __init__(self, table: Mapping[str, Axes]) -> None:
-        """Takes `{logical axis: mesh axis, tuple of mesh axes, or None}`.
+        """Makes the rules of a table.
 
         Args:
-          table: the mapping; a tuple splits a dim over several mesh axes, first one outermost.
+          table: `{logical axis: mesh axis, tuple of mesh axes, or None}`; a tuple splits a dim over
+            several mesh axes, the first one outermost.
 
         Raises:
           ShardingError: a value is none of these.
@@ -48,12 +49,12 @@ class AxisRules:
             for name, axes in table.items()
             if not _is_axes(axes)
         ]
-        raise_all(ShardingError, "AxisRules cannot be read.", problems)
+        raise_all(ShardingError, "AxisRules has values that are not mesh axes.", problems)
         rows = tuple((name, axes_of(axes)) for name, axes in table.items())
         object.__setattr__(self, "table", rows)
 
     def mesh_axes(self, name: str | None) -> tuple[str, ...]:
-        """Returns the mesh axes of a listed logical axis; none for None."""
+        """Returns the mesh axes of a listed logical axis; () for None."""
         return () if name is None else dict(self.table)[name]
 
     def spec(self, names: Sequence[str | None]) -> PartitionSpec:
@@ -68,8 +69,8 @@ class AxisRules:
         Raises:
           ShardingError: a name is not in the table.
         """
-        raise_all(ShardingError, "Logical axes are unknown.", self._unknown(repr(names), names))
-        return from_axes(map(self.mesh_axes, names))
+        raise_all(ShardingError, "Unknown logical axes.", self._find_unknown(repr(names), names))
+        return spec_from_axes(map(self.mesh_axes, names))
 
     def decide(self, leaf: Leaf, mesh: Mapping[str, int]) -> Decision:
         """Gives a spec from the leaf's logical axes; passes when it has none."""
@@ -79,23 +80,23 @@ class AxisRules:
         if len(names) != len(leaf.shape):
             why = f"names {count(len(names), 'logical axis')} {names!r} for {len(leaf.shape)} dims"
             return Refused((Problem(str(leaf), why, "name every dim, None where it has no name"),))
-        if unknown := self._unknown(str(leaf), names):
+        if unknown := self._find_unknown(str(leaf), names):
             return Refused(tuple(unknown))
-        dims = tuple(self._source(name) for name in names)
+        dims = tuple(self._format_source(name) for name in names)
         used = tuple(name for name in dict.fromkeys(names) if name is not None)
-        split = [name for name in used if self.mesh_axes(name)] or used
-        source = f"AxisRules[{', '.join(map(self._row, split))}]"
-        return Decided(from_axes(map(self.mesh_axes, names)), source, entries=used, dims=dims)
+        shown = [name for name in used if self.mesh_axes(name)] or used
+        source = f"AxisRules[{', '.join(map(self._format_row, shown))}]"
+        return Decided(spec_from_axes(map(self.mesh_axes, names)), source, entries=used, dims=dims)
 
     def entries(self) -> tuple[Entry, ...]:
         """Lists the logical axes, which a model need not name."""
         return tuple(
             Entry(
                 key=name,
-                source=self._source(name),
+                source=self._format_source(name),
                 required=False,
-                matches=functools.partial(_names, name),
-                nearest=functools.partial(_nearest, name),
+                matches=functools.partial(_has_axis, name),
+                nearest=functools.partial(_suggest_axis, name),
             )
             for name, _ in self.table
         )
@@ -104,11 +105,42 @@ class AxisRules:
         """Returns a copy in which some logical axes map elsewhere, or are added."""
         return AxisRules({**dict(self.table), **table})
 
-    def merged(self, other: "AxisRules") -> "AxisRules":
-        """Joins two tables: a logical axis gets the mesh axes of both, these first.
+    def renamed(self, names: Mapping[str, str]) -> "AxisRules":
+        """Returns a copy for a model that has other names for some logical axes.
 
-        Whether a dim that both split should be split over both is the caller's to decide;
-        `conflicts` lists those.
+        Args:
+          names: logical axis of this table → the model's name for it. Names may be swapped.
+
+        Returns:
+          The rules, in the same order.
+
+        Raises:
+          ShardingError: this table does not list a logical axis, or two would get the same name.
+
+        >>> AxisRules({"embed": "fsdp", "mlp": "tensor"}).renamed({"embed": "hidden"})
+        AxisRules({'hidden': 'fsdp', 'mlp': 'tensor'})
+        """
+        listed = [name for name, _ in self.table]
+        problems = [
+            Problem(
+                f"renamed({{{old!r}: {new!r}}})",
+                f"AxisRules does not list logical axis {old!r}." + did_you_mean(old, listed),
+                f"one of {', '.join(map(repr, listed))}",
+            )
+            for old, new in names.items()
+            if old not in listed
+        ]
+        renamed = [names.get(name, name) for name in listed]
+        for new in dict.fromkeys(name for name in renamed if renamed.count(name) > 1):
+            sources = [old for old, name in zip(listed, renamed, strict=True) if name == new]
+            why = f"{' and '.join(map(repr, sources))} would both be {new!r}"
+            problems.append(Problem(f"renamed(… → {new!r})", why, "one new name per logical axis"))
+        raise_all(ShardingError, "Logical axes cannot be renamed.", problems)
+        rows = zip(renamed, self.table, strict=True)
+        return AxisRules({name: axes for name, (_, axes) in rows})
+
+    def merged(self, other: "AxisRules") -> "AxisRules":
+        """Joins two tables: a logical axis gets the mesh axes of both, those of `self` first.
 
         >>> AxisRules({"mlp": "fsdp"}).merged(AxisRules({"mlp": "tensor", "norm": None}))
         AxisRules({'mlp': ('fsdp', 'tensor'), 'norm': None})
@@ -118,12 +150,7 @@ class AxisRules:
             table[name] = tuple(dict.fromkeys((*table.get(name, ()), *axes)))
         return AxisRules(table)
 
-    def conflicts(self, other: "AxisRules") -> tuple[str, ...]:
-        """Lists the logical axes that both tables split, over different mesh axes."""
-        mine = dict(self.table)
-        return tuple(n for n, axes in other.table if axes and mine.get(n) and mine[n] != axes)
-
-    def _unknown(self, subject: str, names: Sequence[str | None]) -> list[Problem]:
+    def _find_unknown(self, subject: str, names: Sequence[str | None]) -> list[Problem]:
         known = [name for name, _ in self.table]
         return [
             Problem(
@@ -135,14 +162,14 @@ class AxisRules:
             if name is not None and name not in known
         ]
 
-    def _row(self, name: str) -> str:
-        return f"{name!r} → {_shown(self.mesh_axes(name))}"
+    def _format_row(self, name: str) -> str:
+        return f"{name!r} → {_format_axes(self.mesh_axes(name))}"
 
-    def _source(self, name: str | None) -> str:
-        return "AxisRules" if name is None else f"AxisRules[{self._row(name)}]"
+    def _format_source(self, name: str | None) -> str:
+        return "AxisRules" if name is None else f"AxisRules[{self._format_row(name)}]"
 
     def __repr__(self) -> str:
-        rows = (f"{name!r}: {_shown(axes)}" for name, axes in self.table)
+        rows = (f"{name!r}: {_format_axes(axes)}" for name, axes in self.table)
         return f"AxisRules({{{', '.join(rows)}}})"
 
 
@@ -151,14 +178,14 @@ def _is_axes(axes: object) -> bool:
     return axes is None or all(isinstance(axis, str) and axis for axis in entries)
 
 
-def _shown(axes: tuple[str, ...]) -> str:
+def _format_axes(axes: tuple[str, ...]) -> str:
     return repr(axes if len(axes) > 1 else axes[0] if axes else None)
 
 
-def _names(name: str, leaf: Leaf) -> bool:
+def _has_axis(name: str, leaf: Leaf) -> bool:
     return name in (leaf.axes or ())
 
 
-def _nearest(name: str, leaves: list[Leaf]) -> str:
+def _suggest_axis(name: str, leaves: list[Leaf]) -> str:
     named = {axis for leaf in leaves for axis in leaf.axes or () if axis is not None}
     return did_you_mean(name, sorted(named))

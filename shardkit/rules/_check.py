@@ -1,4 +1,4 @@
-"""What can be wrong with one spec for one leaf on one mesh, with the nearest legal sizes."""
+"""Checks of one spec for one leaf on one mesh, with the nearest legal sizes."""
 
 import collections
 import dataclasses
@@ -9,12 +9,20 @@ from jax.sharding import PartitionSpec
 
 from .._core.errors import Problem, did_you_mean
 from .._core.tree import Leaf
-from ._specs import HasShape, axes_of, format_mesh, format_spec, from_axes, mesh_sizes, ways
+from ._specs import (
+    HasShape,
+    axes_of,
+    format_mesh,
+    format_spec,
+    mesh_sizes,
+    shard_count,
+    spec_from_axes,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Indivisible(Problem):
-    """A dim that its mesh axes do not divide; problems over the same axes share one fix."""
+    """A dim that its mesh axes do not divide; problems of the same axes share one fix."""
 
     dim: int = 0
     size: int = 0
@@ -30,43 +38,45 @@ def check_spec(
     *,
     dims: Sequence[str] = (),
 ) -> list[Problem]:
-    """Lists everything that keeps a spec from being the layout of a leaf.
+    """Lists everything that keeps a leaf from having a spec.
 
     Args:
       leaf: the array; also an activation or a leaf of a batch.
       spec: the spec as declared.
       mesh: the mesh, or `{axis: size}`.
-      source: the rule or field the spec comes from, as the error should name it.
-      dims: the source of each dim's entry, where they differ.
+      source: the rule or field that the spec is from, as the error names it.
+      dims: the source of each dim's entry, if they differ.
 
     Returns:
-      One problem per failure: an entry too many, `UNCONSTRAINED` or unreduced axes, an axis that
-      the mesh lacks, an axis used twice, a dim that the product of its axes does not divide.
+      One problem per failure: too many entries, `UNCONSTRAINED` or unreduced axes, an axis that
+      the mesh lacks, an axis used twice, a dim that its axes do not divide.
     """
     sizes = mesh_sizes(mesh)
     subject, shown = str(leaf), format_spec(spec)
     if spec.unreduced or spec.reduced:
-        why = f"{source} → {spec} holds a sum that is still to be made"
-        return [Problem(subject, why, f"{shown}, the layout alone")]
+        why = f"{source} → {spec} has unreduced axes"
+        return [Problem(subject, why, f"{shown}, without unreduced axes")]
     if any(entry is PartitionSpec.UNCONSTRAINED for entry in spec):
-        why = f"{source} → {shown} leaves a dim to the compiler"
+        why = f"{source} → {shown} leaves a dim unconstrained"
         return [Problem(subject, why, "an axis name splits the dim, None keeps it whole")]
     problems: list[Problem] = []
     entries = [axes_of(entry) for entry in spec]
     if len(entries) > len(leaf.shape):
         why = f"{source} → {shown} has {len(entries)} entries for {len(leaf.shape)} dims"
         entries = entries[: len(leaf.shape)]
-        short = format_spec(from_axes(entries))
+        short = format_spec(spec_from_axes(entries))
         problems = [Problem(subject, why, f"at most one entry per dim, such as {short}")]
-    problems += _unknown_axes(subject, f"{source} → {shown}", entries, sizes)
-    problems += _repeated_axes(leaf, f"{source} → {shown}", entries, dims)
+    problems += _find_unknown_axes(subject, f"{source} → {shown}", entries, sizes)
+    problems += _find_repeated_axes(leaf, f"{source} → {shown}", entries, dims)
     for dim, axes in enumerate(entries):
-        if set(axes) <= set(sizes) and leaf.shape[dim] % ways(axes, sizes):
-            problems.append(_indivisible(leaf, dim, entries, sizes, source, dims))
+        if set(axes) <= set(sizes) and leaf.shape[dim] % shard_count(axes, sizes):
+            problems.append(
+                _describe_indivisible(leaf, dim, entries, sizes, source=source, dims=dims)
+            )
     return problems
 
 
-def _unknown_axes(
+def _find_unknown_axes(
     subject: str, origin: str, entries: list[tuple[str, ...]], mesh: Mapping[str, int]
 ) -> list[Problem]:
     used = dict.fromkeys(axis for axes in entries for axis in axes)
@@ -82,53 +92,54 @@ def _unknown_axes(
     ]
 
 
-def _repeated_axes(
+def _find_repeated_axes(
     leaf: Leaf, origin: str, entries: list[tuple[str, ...]], dims: Sequence[str]
 ) -> list[Problem]:
-    where: dict[str, list[int]] = collections.defaultdict(list)
+    dims_of: dict[str, list[int]] = collections.defaultdict(list)
     for dim, axes in enumerate(entries):
         for axis in axes:
-            where[axis].append(dim)
+            dims_of[axis].append(dim)
     problems = []
-    for axis, at in where.items():
-        if len(at) == 1:
+    for axis, repeated in dims_of.items():
+        if len(repeated) == 1:
             continue
-        why = f"{origin} uses axis {axis!r} twice, for dims {' and '.join(map(str, at))}"
-        names = {repr((leaf.axes or ())[dim]) for dim in at} if dims else set()
+        why = f"{origin} uses axis {axis!r} twice, for dims {' and '.join(map(str, repeated))}"
+        names = {repr((leaf.axes or ())[dim]) for dim in repeated} if dims else set()
         if len(names) > 1:
             fix = f"map {' or '.join(sorted(names))} to another mesh axis or None"
         else:
-            fix = f"use each mesh axis once, such as {format_spec(_once(entries))}"
+            fix = f"use each mesh axis once, such as {format_spec(_drop_repeats(entries))}"
         problems.append(Problem(str(leaf), why, fix))
     return problems
 
 
-def _once(entries: list[tuple[str, ...]]) -> PartitionSpec:
+def _drop_repeats(entries: list[tuple[str, ...]]) -> PartitionSpec:
     """Keeps the first use of each mesh axis."""
-    seen: set[str] = set()
-    kept: list[list[str]] = []
+    used: set[str] = set()
+    dims: list[list[str]] = []
     for axes in entries:
-        kept.append([axis for axis in dict.fromkeys(axes) if axis not in seen])
-        seen.update(axes)
-    return from_axes(kept)
+        dims.append([axis for axis in dict.fromkeys(axes) if axis not in used])
+        used.update(axes)
+    return spec_from_axes(dims)
 
 
-def _indivisible(
+def _describe_indivisible(
     leaf: Leaf,
     dim: int,
     entries: list[tuple[str, ...]],
     mesh: Mapping[str, int],
+    *,
     source: str,
     dims: Sequence[str],
 ) -> Indivisible:
     size, axes = leaf.shape[dim], entries[dim]
-    origin = dims[dim] if dims else f"{source} → {format_spec(from_axes(entries))}"
-    why = f"{origin}: dim {dim} ({size}) is not divisible by {_product(axes, mesh)}"
-    whole = from_axes(() if at == dim else other for at, other in enumerate(entries))
+    origin = dims[dim] if dims else f"{source} → {format_spec(spec_from_axes(entries))}"
+    why = f"{origin}: dim {dim} ({size}) is not divisible by {_format_total(axes, mesh)}"
+    whole = spec_from_axes(() if at == dim else other for at, other in enumerate(entries))
     logical = (leaf.axes or ())[dim] if dims else None
     return Indivisible(
         subject=str(leaf),
-        why=f"{why} ({_either(nearest_multiples(size, ways(axes, mesh)))} would be)",
+        why=f"{why} ({_join_or(nearest_multiples(size, shard_count(axes, mesh)))} would be)",
         fix=f"{source} → {format_spec(whole)}",
         dim=dim,
         size=size,
@@ -138,38 +149,38 @@ def _indivisible(
 
 
 def share_fixes(problems: Sequence[Problem], mesh: Mapping[str, int]) -> list[Problem]:
-    """Gives all dims that the same axes fail to divide one fix, which mends them together."""
+    """Gives the dims that the same axes fail to divide one fix for all of them."""
     groups: dict[tuple[str, ...], list[Indivisible]] = collections.defaultdict(list)
     for problem in problems:
         if isinstance(problem, Indivisible):
             groups[problem.axes].append(problem)
-    fixes = {axes: _shared_fix(axes, group, mesh) for axes, group in groups.items()}
+    fixes = {axes: _format_shared_fix(axes, group, mesh) for axes, group in groups.items()}
     return [
         dataclasses.replace(p, fix=fixes[p.axes]) if isinstance(p, Indivisible) else p
         for p in problems
     ]
 
 
-def _shared_fix(
+def _format_shared_fix(
     axes: tuple[str, ...], group: Sequence[Indivisible], mesh: Mapping[str, int]
 ) -> str:
     names = list(dict.fromkeys(repr(p.logical) for p in group if p.logical))
-    ways_out = [_other_sizes(axes, math.gcd(*(p.size for p in group)), mesh)]
-    ways_out += [f"map {' and '.join(names)} to None"] if names else []
-    ways_out += list(dict.fromkeys(p.fix for p in group if not p.logical))
-    return "; or ".join(filter(None, ways_out))
+    fixes = [_suggest_sizes(axes, math.gcd(*(p.size for p in group)), mesh)]
+    fixes += [f"map {' and '.join(names)} to None"] if names else []
+    fixes += list(dict.fromkeys(p.fix for p in group if not p.logical))
+    return "; or ".join(filter(None, fixes))
 
 
-def _other_sizes(axes: tuple[str, ...], size: int, mesh: Mapping[str, int]) -> str:
+def _suggest_sizes(axes: tuple[str, ...], size: int, mesh: Mapping[str, int]) -> str:
     """Returns `MeshSpec(tensor=2), 4, 8 or 16`: sizes of one axis that divide `size`."""
     for axis in axes:
-        others = ways((a for a in axes if a != axis), mesh)
+        others = shard_count((a for a in axes if a != axis), mesh)
         if size % others == 0:
-            room = size // others
-            legal = [n for n in range(2, room + 1) if room % n == 0] or [1]
+            quotient = size // others
+            legal = [n for n in range(2, quotient + 1) if quotient % n == 0] or [1]
             near = sorted(legal, key=lambda n: abs(math.log(n / mesh[axis])))[:4]
             first, *rest = sorted(near)
-            return _either([f"MeshSpec({axis}={first})", *rest])
+            return _join_or([f"MeshSpec({axis}={first})", *rest])
     return ""
 
 
@@ -188,7 +199,7 @@ def check_batch(
     specs: Mapping[str, PartitionSpec],
     mesh: Mapping[str, int] | HasShape,
 ) -> list[Problem]:
-    """Lists what keeps a batch from being split as declared; dim 0 counts the examples.
+    """Lists what keeps a batch from being split as declared; dim 0 counts its rows.
 
     Args:
       leaves: the leaves of the global batch.
@@ -200,31 +211,31 @@ def check_batch(
     """
     sizes = mesh_sizes(mesh)
     problems = [p for leaf in leaves for p in check_spec(leaf, specs[leaf.path], sizes, "batch")]
-    return share_fixes([_in_rows(p, sizes) for p in problems], sizes)
+    return share_fixes([_rephrase_as_rows(p, sizes) for p in problems], sizes)
 
 
-def _in_rows(problem: Problem, mesh: Mapping[str, int]) -> Problem:
-    """Says of a batch dim that does not divide how many rows would."""
+def _rephrase_as_rows(problem: Problem, mesh: Mapping[str, int]) -> Problem:
+    """Rephrases an indivisible dim 0 as a number of rows."""
     if not isinstance(problem, Indivisible) or problem.dim:
         return problem
-    parts = ways(problem.axes, mesh)
-    why = f"global batch {problem.size} must be a multiple of {parts}"
+    shards = shard_count(problem.axes, mesh)
+    why = f"global batch {problem.size} must be a multiple of {shards}"
     return Problem(
         problem.subject,
-        f"{why} ({_times(problem.axes, mesh)} shard the batch dim)",
-        f"a global batch of {_either(nearest_multiples(problem.size, parts))}",
+        f"{why} ({_format_product(problem.axes, mesh)} shard the batch dim)",
+        f"a global batch of {_join_or(nearest_multiples(problem.size, shards))}",
     )
 
 
-def _times(axes: tuple[str, ...], mesh: Mapping[str, int]) -> str:
+def _format_product(axes: tuple[str, ...], mesh: Mapping[str, int]) -> str:
     return " x ".join(f"{axis}={mesh[axis]}" for axis in axes)
 
 
-def _product(axes: tuple[str, ...], mesh: Mapping[str, int]) -> str:
-    total = f" = {ways(axes, mesh)}" if len(axes) > 1 else ""
-    return _times(axes, mesh) + total
+def _format_total(axes: tuple[str, ...], mesh: Mapping[str, int]) -> str:
+    total = f" = {shard_count(axes, mesh)}" if len(axes) > 1 else ""
+    return _format_product(axes, mesh) + total
 
 
-def _either(options: Iterable[object]) -> str:
+def _join_or(options: Iterable[object]) -> str:
     *most, last = map(str, options)
     return f"{', '.join(most)} or {last}" if most else last

@@ -1,4 +1,4 @@
-"""Why each leaf got its spec: which rule won, which passed, and which did nothing."""
+"""`sk.explain_rules`: which rule gave each leaf its spec, which passed, and which did nothing."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,10 +10,10 @@ from .._core.errors import count
 from .._core.io._table import Column, Table, fold_text
 from .._core.tree import Leaf, format_bytes, path_str, short_type
 from .._core.types import WithAxes
-from ._resolve import Placement, place
+from ._resolve import Placement, place_leaf
 from ._rule import Rule
-from ._specs import HasShape, format_mesh, format_spec, mesh_sizes, shards
-from ._unused import dead
+from ._specs import HasShape, count_shards, format_mesh, format_spec, mesh_sizes
+from ._unused import find_dead_entries
 
 _WIDTH = 100
 _COLUMNS = (
@@ -34,7 +34,7 @@ class Explanation:
       rows: one per leaf, in JAX's order: spec, source, who passed and why, problems.
       mesh: size of each mesh axis.
       unmatched: sources of entries that match no leaf.
-      shadowed: sources of entries that match leaves and decide none, earlier ones being first.
+      shadowed: sources of entries that match leaves and decide none: earlier entries do.
     """
 
     rows: tuple[Placement, ...]
@@ -43,47 +43,49 @@ class Explanation:
     shadowed: tuple[str, ...]
 
     def bytes_per_device(self, row: Placement) -> int:
-        """Bytes of one row on each device; a leaf that cannot be laid out counts nothing."""
-        return 0 if row.spec is None else row.leaf.nbytes // shards(row.spec, self.mesh)
+        """Bytes of a leaf on each device; 0 if it cannot be laid out."""
+        return 0 if row.spec is None else row.leaf.nbytes // count_shards(row.spec, self.mesh)
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all leaves, whole and without replicas."""
+        """Bytes of all leaves, each counted once."""
         return sum(row.leaf.nbytes for row in self.rows)
 
     @property
     def total_bytes_per_device(self) -> int:
-        """Bytes of all leaves that can be laid out, on each device."""
+        """Bytes of all leaves on each device, without those that cannot be laid out."""
         return sum(map(self.bytes_per_device, self.rows))
 
     def __str__(self) -> str:
-        rules = list(dict.fromkeys(_reason(row) for row in self.rows if _reason(row)))
+        rules = list(dict.fromkeys(_format_reason(row) for row in self.rows if _format_reason(row)))
         notes = list(dict.fromkeys(why for row in self.rows for why in row.passed))
-        table = Table(_COLUMNS, [self._cells(row, rules, notes) for row in self.rows])
-        lines = [self._headline(), table.to_text(_WIDTH)]
-        lines += _section("Rules", [f"R{n}  {source}" for n, source in enumerate(rules, 1)])
-        lines += _section("Passed", [f"P{n}  {why}" for n, why in enumerate(notes, 1)])
-        wrong = [f"{p.subject}: {p.why}" for row in self.rows for p in row.problems]
-        lines += _section("Cannot be laid out", wrong)
-        lines += _section("Matched nothing", self.unmatched)
-        lines += _section("Decided nothing, earlier rules being first", self.shadowed)
+        table = Table(_COLUMNS, [self._format_row(row, rules, notes) for row in self.rows])
+        lines = [self._format_headline(), table.to_text(_WIDTH)]
+        lines += _format_section("Rules", [f"R{n}  {source}" for n, source in enumerate(rules, 1)])
+        lines += _format_section("Passed", [f"P{n}  {why}" for n, why in enumerate(notes, 1)])
+        problems = [f"{p.subject}: {p.why}" for row in self.rows for p in row.problems]
+        lines += _format_section("Cannot be laid out", problems)
+        lines += _format_section("Matched nothing", self.unmatched)
+        lines += _format_section("Decided nothing, since earlier rules did", self.shadowed)
         return "\n".join(lines)
 
-    def _headline(self) -> str:
-        whole, each = format_bytes(self.total_bytes), format_bytes(self.total_bytes_per_device)
+    def _format_headline(self) -> str:
+        total, each = format_bytes(self.total_bytes), format_bytes(self.total_bytes_per_device)
         leaves = count(len(self.rows), "leaf")
-        return f"{leaves} on mesh {format_mesh(self.mesh)}: {whole} whole, {each} per device."
+        return f"{leaves} on mesh {format_mesh(self.mesh)}: {total} in all, {each} per device."
 
-    def _cells(self, row: Placement, rules: Sequence[str], notes: Sequence[str]) -> tuple[str, ...]:
+    def _format_row(
+        self, row: Placement, rules: Sequence[str], notes: Sequence[str]
+    ) -> tuple[str, ...]:
         shape = short_type(row.leaf.shape, row.leaf.dtype)
         spec = "error" if row.spec is None else format_spec(row.spec)
         each = "" if row.spec is None else format_bytes(self.bytes_per_device(row))
-        rule = f"R{rules.index(_reason(row)) + 1}" if _reason(row) else ""
+        rule = f"R{rules.index(_format_reason(row)) + 1}" if _format_reason(row) else ""
         passed = " ".join(f"P{notes.index(why) + 1}" for why in row.passed)
         return row.leaf.path or "(root)", shape, spec, each, rule, passed
 
 
-def _reason(row: Placement) -> str:
+def _format_reason(row: Placement) -> str:
     return f"{row.source}: {row.why}" if row.why else row.source
 
 
@@ -93,12 +95,12 @@ def explain_rules(
     mesh: Mapping[str, int] | HasShape,
     axes: Mapping[str, tuple[str | None, ...]] | None = None,
 ) -> Explanation:
-    """Says for each leaf which rule won, which were asked before it and why they passed.
+    """Shows for each leaf which rule decided, and why the rules before it passed.
 
-    Nothing is raised for a leaf that cannot be laid out: its row shows what is wrong.
+    A leaf that cannot be laid out is not an error here: its row shows the problem.
 
     Args:
-      rules: the rule, such as a chain.
+      rules: the rule, such as one made by `sk.first_match`.
       abstract_params: pytree of arrays or `jax.ShapeDtypeStruct`, or of `WithAxes` ones.
       mesh: a mesh, a `MeshSpec` without -1, or `{axis: size}`.
       axes: logical axes by path, for leaves that are not `WithAxes`.
@@ -108,11 +110,11 @@ def explain_rules(
 
     >>> import jax
     >>> from jax.sharding import PartitionSpec as P
-    >>> from shardkit.rules import REPLICATED, PathRules, chain
+    >>> from shardkit.rules import REPLICATED, PathRules, first_match
     >>> params = {"up": jax.ShapeDtypeStruct((4, 8), "float32")}
-    >>> rules = chain(PathRules({"down": P("data")}), REPLICATED)
-    >>> print(explain(rules, params, {"data": 2}))
-    1 leaf on mesh (data=2): 128 B whole, 128 B per device.
+    >>> rules = first_match(PathRules({"down": P("data")}), REPLICATED)
+    >>> print(explain_rules(rules, params, {"data": 2}))
+    1 leaf on mesh (data=2): 128 B in all, 128 B per device.
     parameter  type      spec  per device  rule  passed
     up         f32[4,8]  P()        128 B  R1    P1
     Rules:
@@ -122,14 +124,17 @@ def explain_rules(
     Matched nothing:
       PathRules["down"]
     """
-    sizes, leaves = mesh_sizes(mesh), named_leaves(abstract_params, axes)
-    rows = tuple(place(rules, leaf, sizes) for leaf in leaves)
-    found = dead(rules, rows)
-    idle = tuple(one.entry.source for one in found if not one.matched)
-    return Explanation(rows, sizes, idle, tuple(one.entry.source for one in found if one.matched))
+    sizes, leaves = mesh_sizes(mesh), list_named_leaves(abstract_params, axes)
+    rows = tuple(place_leaf(rules, leaf, sizes) for leaf in leaves)
+    dead = find_dead_entries(rules, rows)
+    unmatched = tuple(d.entry.source for d in dead if not d.matched)
+    shadowed = tuple(d.entry.source for d in dead if d.matched)
+    return Explanation(rows, sizes, unmatched, shadowed)
 
 
-def named_leaves(tree: Any, axes: Mapping[str, tuple[str | None, ...]] | None = None) -> list[Leaf]:
+def list_named_leaves(
+    tree: Any, axes: Mapping[str, tuple[str | None, ...]] | None = None
+) -> list[Leaf]:
     """Lists a pytree's leaves with the logical axes that `WithAxes` boxes or `axes` give them.
 
     Args:
@@ -137,14 +142,14 @@ def named_leaves(tree: Any, axes: Mapping[str, tuple[str | None, ...]] | None = 
       axes: logical axes by path, for leaves that are not `WithAxes`.
     """
     paired = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, WithAxes))
-    found = []
+    leaves = []
     for key_path, x in paired:
         path = path_str(key_path)
         value, names = (x.value, x.axes) if isinstance(x, WithAxes) else (x, (axes or {}).get(path))
-        found.append(Leaf(path, tuple(value.shape), value.dtype, names))
-    return found
+        leaves.append(Leaf(path, tuple(value.shape), value.dtype, names))
+    return leaves
 
 
-def _section(title: str, items: Iterable[str]) -> list[str]:
+def _format_section(title: str, items: Iterable[str]) -> list[str]:
     lines = [line for item in items for line in fold_text(f"  {item}", _WIDTH, "    ")]
     return [f"{title}:", *lines] if lines else []

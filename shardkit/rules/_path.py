@@ -16,7 +16,7 @@ from ._specs import format_spec
 
 
 @functools.lru_cache(maxsize=1024)
-def _pattern(glob: str) -> re.Pattern[str]:
+def _compile_glob(glob: str) -> re.Pattern[str]:
     """Compiles a glob to a pattern over a path whose every segment ends in `/`."""
     parts = []
     for segment in glob.split("/"):
@@ -30,31 +30,31 @@ def _pattern(glob: str) -> re.Pattern[str]:
 
 
 def matches(glob: str, path: str) -> bool:
-    """Says whether a glob matches a whole path.
+    """Whether a glob matches a path.
 
-    `*` is one segment, or any part of one (`layer_*`); `**` is any number of segments, also
-    none; every other character is itself.
+    `*` matches one segment, or any part of one (`layer_*`); `**` any number of segments, also
+    none; every other character itself.
 
     >>> matches("**/up/kernel", "up/kernel"), matches("*/kernel", "up/kernel")
     (True, True)
     >>> matches("layer_*/kernel", "layer_3/up/kernel")
     False
     """
-    return _pattern(glob).fullmatch(f"{path}/" if path else "") is not None
+    return _compile_glob(glob).fullmatch(f"{path}/" if path else "") is not None
 
 
-def _fault(glob: str) -> str:
-    """Returns what makes a glob unusable, or ""."""
+def _find_fault(glob: str) -> str:
+    """Returns why a glob is malformed, or ""."""
     segments = glob.split("/") if isinstance(glob, str) else [""]
     if "" in segments:
-        return "a glob is non-empty segments between single slashes, with none at either end"
+        return "a glob has an empty segment: a slash at one end, or two in a row"
     if any("**" in s and s != "**" for s in segments):
-        return "'**' stands for whole segments; inside a segment write one '*'"
+        return "'**' matches whole segments; use one '*' inside a segment"
     return ""
 
 
-def _nearest_path(glob: str, leaves: list[Leaf]) -> str:
-    """Returns a did-you-mean from the ends of paths, where the glob's own words stand."""
+def _suggest_path(glob: str, leaves: list[Leaf]) -> str:
+    """Returns a did-you-mean: the path whose last segments are nearest to those of the glob."""
     words = [s for s in glob.split("/") if s != "**"]
     ends = {"/".join(leaf.path.split("/")[-len(words) :]): leaf.path for leaf in leaves}
     close = difflib.get_close_matches("/".join(words), ends, n=1, cutoff=0.4)
@@ -65,9 +65,9 @@ def _nearest_path(glob: str, leaves: list[Leaf]) -> str:
 class PathRules:
     """Gives a leaf the spec of the first glob that matches its path.
 
-    In a glob, `*` is one segment of the path or any part of one, `**` any number of segments.
+    In a glob, `*` matches one segment of the path or any part of one, `**` any number of segments.
     A spec shorter than the leaf's rank leaves the other dims whole. A glob that matches no
-    leaf is an error when the rules are resolved: it is nearly always a misspelling.
+    leaf is an error when the rules are resolved, since it is nearly always misspelt.
 
     Attributes:
       table: the globs with their specs, in order.
@@ -87,7 +87,7 @@ class PathRules:
         *,
         allow_unmatched: bool = False,
     ) -> None:
-        """Takes the table and checks its globs and values.
+        """Makes the rules of a table.
 
         Args:
           table: `{glob: PartitionSpec or REPLICATED}`, most specific first.
@@ -99,7 +99,7 @@ class PathRules:
         problems = [
             Problem(f"PathRules[{glob!r}]", fault, 'globs look like "**/up/kernel", "layer_*/bias"')
             for glob in table
-            if (fault := _fault(glob))
+            if (fault := _find_fault(glob))
         ]
         problems += [
             Problem(
@@ -111,7 +111,7 @@ class PathRules:
             if not isinstance(spec, PartitionSpec | Replicated)
         ]
         problems += option_problems("PathRules.", allow_unmatched=(allow_unmatched, bool))
-        raise_all(ShardingError, "PathRules cannot be read.", problems)
+        raise_all(ShardingError, "PathRules has globs or values that are not legal.", problems)
         object.__setattr__(self, "table", tuple(table.items()))
         object.__setattr__(self, "allow_unmatched", allow_unmatched)
 
@@ -120,7 +120,7 @@ class PathRules:
         for glob, spec in self.table:
             if matches(glob, leaf.path):
                 named = PartitionSpec() if isinstance(spec, Replicated) else spec
-                return Decided(named, _source(glob), entries=(glob,))
+                return Decided(named, _format_source(glob), entries=(glob,))
         near = difflib.get_close_matches(leaf.path, [glob for glob, _ in self.table], 1, 0.3)
         nearest = f"the nearest is {near[0]!r}" if near else ""
         return Passed(f"PathRules: no glob of {len(self.table)} matches", nearest)
@@ -130,10 +130,10 @@ class PathRules:
         return tuple(
             Entry(
                 key=glob,
-                source=_source(glob),
+                source=_format_source(glob),
                 required=not self.allow_unmatched,
                 matches=lambda leaf, glob=glob: matches(glob, leaf.path),
-                nearest=functools.partial(_nearest_path, glob),
+                nearest=functools.partial(_suggest_path, glob),
             )
             for glob, _ in self.table
         )
@@ -147,5 +147,5 @@ class PathRules:
         return f"PathRules({{{', '.join(rows)}}}{tail})"
 
 
-def _source(glob: str) -> str:
+def _format_source(glob: str) -> str:
     return f'PathRules["{glob}"]'

@@ -1,4 +1,4 @@
-"""All leaves at once: each gets the spec its rule gives, or everything wrong is listed."""
+"""Gives every leaf its spec, or lists everything that is wrong in all of them."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -8,8 +8,8 @@ from jax.sharding import PartitionSpec
 from .._core.errors import Problem, ShardingError, count, raise_all
 from .._core.tree import Leaf
 from ._check import check_spec, share_fixes
-from ._rule import Decided, Entry, Passed, Refused, Rule, flatten
-from ._specs import HasShape, format_mesh, mesh_sizes, normalise
+from ._rule import Decided, Entry, Passed, Refused, Rule, list_rules
+from ._specs import HasShape, format_mesh, mesh_sizes, normalize_spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +23,12 @@ class Placement:
 
     Attributes:
       leaf: the leaf.
-      spec: its spec in normal form, or None when something is wrong.
-      source: the rule that decided, "" when none did.
-      won: position of that rule in the chain, and keys of its entries, when one decided.
-      passed: why each rule asked before it passed, in order.
-      why: a reason the rule gave for its spec, or "".
-      problems: what is wrong.
+      spec: its spec in normal form; None if there are problems.
+      source: the rule that decided; "" if none did.
+      won: index of that rule and the keys of its entries; None if none decided.
+      passed: why each rule before it passed, in order.
+      why: the rule's reason for its spec, or "".
+      problems: what keeps the leaf from being laid out.
     """
 
     leaf: Leaf
@@ -40,62 +40,62 @@ class Placement:
     problems: tuple[Problem, ...] = ()
 
 
-def place(rule: Rule, leaf: Leaf, mesh: Mapping[str, int]) -> Placement:
-    """Asks a rule for the spec of one leaf and checks it. A scalar is whole without asking."""
+def place_leaf(rule: Rule, leaf: Leaf, mesh: Mapping[str, int]) -> Placement:
+    """Asks a rule for the spec of one leaf and checks it. A scalar is replicated without asking."""
     if not leaf.shape:
         return Placement(leaf, PartitionSpec(), "a scalar is replicated")
     passed: list[Passed] = []
-    for position, one in enumerate(flatten(rule)):
-        decision = one.decide(leaf, mesh)
+    for index, candidate in enumerate(list_rules(rule)):
+        decision = candidate.decide(leaf, mesh)
         reasons = tuple(p.why for p in passed)
         if isinstance(decision, Refused):
             return Placement(leaf, None, passed=reasons, problems=decision.problems)
         if isinstance(decision, Decided):
-            return _checked(leaf, decision, mesh, position, reasons)
+            return _check_decision(leaf, decision, mesh, index, reasons)
         passed.append(decision)
-    return _undecided(leaf, passed)
+    return _refuse_undecided(leaf, passed)
 
 
-def _undecided(leaf: Leaf, passed: Sequence[Passed]) -> Placement:
+def _refuse_undecided(leaf: Leaf, passed: Sequence[Passed]) -> Placement:
     tried = [f"{p.why}, {p.nearest}" if p.nearest else p.why for p in passed]
-    why = f"no rule decides it ({'; '.join(tried)})" if tried else "there is no rule"
-    fix = "chain(rules, REPLICATED) replicates what no rule decides, or add a rule for each"
+    why = f"no rule decides it ({'; '.join(tried)})" if tried else "there are no rules"
+    fix = "first_match(rules, REPLICATED) replicates what no rule decides, or add a rule for each"
     reasons = tuple(p.why for p in passed)
     return Placement(leaf, None, passed=reasons, problems=(Problem(str(leaf), why, fix),))
 
 
-def _checked(
-    leaf: Leaf, decided: Decided, mesh: Mapping[str, int], position: int, passed: tuple[str, ...]
+def _check_decision(
+    leaf: Leaf, decided: Decided, mesh: Mapping[str, int], index: int, passed: tuple[str, ...]
 ) -> Placement:
     problems = check_spec(leaf, decided.spec, mesh, decided.source, dims=decided.dims)
     return Placement(
-        leaf,
-        None if problems else normalise(decided.spec),
-        decided.source,
-        (position, decided.entries),
-        passed,
-        decided.why,
-        tuple(problems),
+        leaf=leaf,
+        spec=None if problems else normalize_spec(decided.spec),
+        source=decided.source,
+        won=(index, decided.entries),
+        passed=passed,
+        why=decided.why,
+        problems=tuple(problems),
     )
 
 
-def unmatched(rule: Rule, leaves: Sequence[Leaf]) -> list[Entry]:
+def find_unmatched(rule: Rule, leaves: Sequence[Leaf]) -> list[Entry]:
     """Lists the entries of a rule that match no leaf, required or not."""
     return [e for e in rule.entries() if not any(map(e.matches, leaves))]
 
 
-def collect(
+def resolve_all(
     rule: Rule,
     leaves: Sequence[Leaf],
     mesh: Mapping[str, int] | HasShape,
     *,
     what: str = "parameters",
 ) -> tuple[dict[str, PartitionSpec], list[Problem]]:
-    """Resolves what can be resolved, and lists everything that cannot.
+    """Gives specs to the leaves that can be laid out, and lists what is wrong with the others.
 
     Args:
-      rule: the rule for every leaf; a scalar is replicated whatever it says.
-      leaves: all leaves the rule is for, so that an entry that matches none can be told.
+      rule: the rule for every leaf; scalars are replicated without asking it.
+      leaves: all leaves that the rule is for; an entry that matches none of them is a problem.
       mesh: the mesh, or `{axis: size}`.
       what: what the leaves are, in the plural, for messages.
 
@@ -103,31 +103,20 @@ def collect(
       Specs in normal form by path, of the leaves without a problem, and the problems.
     """
     sizes = mesh_sizes(mesh)
-    placements = [place(rule, leaf, sizes) for leaf in leaves]
-    problems = [problem for placed in placements for problem in placed.problems]
+    placements = [place_leaf(rule, leaf, sizes) for leaf in leaves]
+    problems = [problem for placement in placements for problem in placement.problems]
     if leaves:
         problems += [
             Unmatched(
                 entry.source,
                 f"matches none of the {len(leaves)} {what}.{entry.nearest(list(leaves))}",
-                "mend or remove it, or PathRules(..., allow_unmatched=True)",
+                "correct or remove it, or PathRules(..., allow_unmatched=True)",
             )
-            for entry in unmatched(rule, leaves)
+            for entry in find_unmatched(rule, leaves)
             if entry.required
         ]
     specs = {p.leaf.path: p.spec for p in placements if p.spec is not None}
     return specs, share_fixes(problems, sizes)
-
-
-def check(
-    rule: Rule,
-    leaves: Sequence[Leaf],
-    mesh: Mapping[str, int] | HasShape,
-    *,
-    what: str = "parameters",
-) -> list[Problem]:
-    """Lists everything that keeps `leaves` from being laid out; see `collect`."""
-    return collect(rule, leaves, mesh, what=what)[1]
 
 
 def resolve(
@@ -140,8 +129,8 @@ def resolve(
     """Gives every leaf its spec.
 
     Args:
-      rule: the rule for every leaf; a scalar is replicated whatever it says.
-      leaves: all leaves the rule is for.
+      rule: the rule for every leaf; scalars are replicated without asking it.
+      leaves: all leaves that the rule is for.
       mesh: the mesh, or `{axis: size}`.
       what: what the leaves are, in the plural, for the message.
 
@@ -149,7 +138,7 @@ def resolve(
       The spec of each leaf by path: no trailing None, no tuple of one axis.
 
     Raises:
-      ShardingError: with everything that is wrong, in any leaf or rule.
+      ShardingError: lists everything that is wrong, in every leaf and rule.
 
     >>> import numpy as np
     >>> from jax.sharding import PartitionSpec as P
@@ -158,21 +147,21 @@ def resolve(
     >>> resolve(PathRules({"**/kernel": P(None, "tensor")}), [leaf], {"data": 2, "tensor": 4})
     {'up/kernel': P(None, 'tensor')}
     """
-    specs, problems = collect(rule, leaves, mesh, what=what)
-    raise_all(ShardingError, headline(problems, mesh, what), problems)
+    specs, problems = resolve_all(rule, leaves, mesh, what=what)
+    raise_all(ShardingError, format_headline(problems, mesh, what), problems)
     return specs
 
 
-def headline(
+def format_headline(
     problems: Sequence[Problem], mesh: Mapping[str, int] | HasShape, what: str = "parameters"
 ) -> str:
-    """Says how many leaves cannot be laid out on the mesh, and how many rules match nothing."""
+    """Counts the failures: `2 parameters cannot be laid out on mesh (data=2), and 1 rule …`."""
     where = f"on mesh {format_mesh(mesh_sizes(mesh))}"
-    idle = {p.subject for p in problems if isinstance(p, Unmatched)}
-    n = len({p.subject for p in problems} - idle)
+    unmatched = {p.subject for p in problems if isinstance(p, Unmatched)}
+    n = len({p.subject for p in problems} - unmatched)
     counted = count(n, what.removesuffix("s")) if what.endswith("s") else what
     parts = [f"{counted} cannot be laid out {where}"] if n else []
-    if idle:
-        match = "match" if len(idle) > 1 else "matches"
-        parts.append(f"{count(len(idle), 'rule')} {match} nothing")
+    if unmatched:
+        match = "match" if len(unmatched) > 1 else "matches"
+        parts.append(f"{count(len(unmatched), 'rule')} {match} nothing")
     return f"{', and '.join(parts)}."

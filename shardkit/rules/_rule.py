@@ -1,4 +1,4 @@
-"""What a rule is: a frozen object that gives a leaf its spec, or says why it passes."""
+"""What a rule is: a frozen object that gives a leaf its spec, or passes with a reason."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -97,7 +97,7 @@ class Replicated:
         return Decided(PartitionSpec(), "REPLICATED")
 
     def entries(self) -> tuple[Entry, ...]:
-        """Nothing: a catch-all may well catch nothing."""
+        """Returns (): a catch-all may match nothing."""
         return ()
 
     def __repr__(self) -> str:
@@ -129,18 +129,18 @@ class Chain:
         return tuple(entry for rule in self.rules for entry in rule.entries())
 
     def __repr__(self) -> str:
-        return f"chain({', '.join(map(repr, self.rules))})"
+        return f"first_match({', '.join(map(repr, self.rules))})"
 
 
-def flatten(rule: Rule) -> tuple[Rule, ...]:
-    """Lists the rules that are asked in turn: a chain's, or the rule alone."""
+def list_rules(rule: Rule) -> tuple[Rule, ...]:
+    """Lists the rules that are asked in order: those of a `Chain`, or the rule itself."""
     return rule.rules if isinstance(rule, Chain) else (rule,)
 
 
 def first_match(*rules: Rule) -> Rule:
     """Combines rules: for each leaf, the first that does not pass decides.
 
-    Chains of chains are flat, so `first_match(a, chain(b, c)) == chain(a, b, c)`.
+    Nested calls are flat: `first_match(a, first_match(b, c)) == first_match(a, b, c)`.
 
     Args:
       *rules: any number of rules, most specific first. End with `REPLICATED` to replicate
@@ -149,7 +149,7 @@ def first_match(*rules: Rule) -> Rule:
     Returns:
       A rule.
 
-    >>> chain(REPLICATED, chain(REPLICATED))
-    chain(REPLICATED, REPLICATED)
+    >>> first_match(REPLICATED, first_match(REPLICATED))
+    first_match(REPLICATED, REPLICATED)
     """
-    return Chain(tuple(one for rule in rules for one in flatten(rule)))
+    return Chain(tuple(inner for rule in rules for inner in list_rules(rule)))

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 
 from .._core.tree import Leaf
 from ._rule import Decided, Decision, Entry, Passed
-from ._specs import Axes, axes_of, from_axes, ways
+from ._specs import Axes, axes_of, shard_count, spec_from_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,17 +24,17 @@ class ShardLargest:
         if elements < self.min_size:
             return Decided(PartitionSpec(), repr(self), why="fewer elements than min_size")
         if not set(self.axes) <= set(mesh):
-            # The spec's own check says which axis the mesh lacks.
-            return Decided(from_axes([self.axes]), repr(self))
-        parts = ways(self.axes, mesh)
-        fitting = [dim for dim, size in enumerate(leaf.shape) if size % parts == 0]
+            # `check_spec` names the axis that the mesh lacks.
+            return Decided(spec_from_axes([self.axes]), repr(self))
+        shards = shard_count(self.axes, mesh)
+        fitting = [dim for dim, size in enumerate(leaf.shape) if size % shards == 0]
         if not fitting:
-            return Passed(f"{self!r}: no dim of {list(leaf.shape)} is a multiple of {parts}")
+            return Passed(f"{self!r}: no dim of {list(leaf.shape)} is a multiple of {shards}")
         largest = max(fitting, key=lambda dim: leaf.shape[dim])
-        return Decided(from_axes([()] * largest + [self.axes]), repr(self))
+        return Decided(spec_from_axes([()] * largest + [self.axes]), repr(self))
 
     def entries(self) -> tuple[Entry, ...]:
-        """Nothing: the rule speaks of every leaf."""
+        """Returns (): the rule is for every leaf."""
         return ()
 
     def __repr__(self) -> str:
@@ -44,14 +44,14 @@ class ShardLargest:
 
 
 def shard_largest(axes: Axes, *, min_size: int = 0) -> ShardLargest:
-    """Makes a rule that splits the largest dim of a leaf, whatever the leaf is called.
+    """Makes a rule that splits the largest dim of a leaf, whatever its path.
 
-    Among the dims that the mesh axes divide it takes the largest, the first among equals; it
-    passes a leaf of which they divide no dim.
+    It takes the largest of the dims that the mesh axes divide, the first among equals, and passes
+    if they divide none.
 
     Args:
       axes: the mesh axis, or a tuple of axes that split one dim together.
-      min_size: a leaf of fewer elements is replicated: gathering it costs more than keeping it.
+      min_size: leaves with fewer elements are replicated: gathering them costs more than it saves.
 
     Returns:
       A rule.

@@ -1,8 +1,8 @@
-"""Specs as data: how they print, their normal form, and which axes cut which dim."""
+"""Partition specs as data: their text, their normal form, and the mesh axes of each dim."""
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from jax.sharding import PartitionSpec
 
@@ -10,11 +10,11 @@ Axes = str | tuple[str, ...] | None
 
 
 class HasShape(Protocol):
-    """A `jax.sharding.Mesh`, a `MeshSpec` without -1: whatever has `{axis: size}`."""
+    """A `jax.sharding.Mesh`, or a `MeshSpec` without -1."""
 
     @property
-    def shape(self) -> Mapping[str, int]:
-        """Size of each mesh axis."""
+    def shape(self) -> Mapping[Any, Any]:
+        """`{axis: size}`."""
         ...
 
 
@@ -34,10 +34,10 @@ def axes_of(entry: Axes) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def from_axes(entries: Iterable[Iterable[str]]) -> PartitionSpec:
-    """Makes the normal form of a spec from the mesh axes of each dim.
+def spec_from_axes(entries: Iterable[Iterable[str]]) -> PartitionSpec:
+    """Returns the spec, in normal form, that has these mesh axes in each dim.
 
-    >>> from_axes([("data", "fsdp"), (), ("tensor",), ()])
+    >>> spec_from_axes([("data", "fsdp"), (), ("tensor",), ()])
     P(('data', 'fsdp'), None, 'tensor')
     """
     dims: list[Axes] = []
@@ -48,23 +48,23 @@ def from_axes(entries: Iterable[Iterable[str]]) -> PartitionSpec:
     return PartitionSpec(*dims)
 
 
-def normalise(spec: PartitionSpec) -> PartitionSpec:
+def normalize_spec(spec: PartitionSpec) -> PartitionSpec:
     """Drops trailing Nones and unwraps tuples of one, so that equal layouts compare equal.
 
-    >>> normalise(PartitionSpec(("data",), None))
+    >>> normalize_spec(PartitionSpec(("data",), None))
     P('data',)
     """
-    return from_axes(map(axes_of, spec))
+    return spec_from_axes(map(axes_of, spec))
 
 
-def ways(axes: Iterable[str], mesh: Mapping[str, int]) -> int:
-    """Returns into how many parts mesh axes cut a dim together: their product."""
+def shard_count(axes: Iterable[str], mesh: Mapping[str, int]) -> int:
+    """Returns the number of shards into which mesh axes split a dim: the product of their sizes."""
     return math.prod(mesh[axis] for axis in axes)
 
 
-def shards(spec: PartitionSpec, mesh: Mapping[str, int]) -> int:
-    """Returns into how many different shards a spec cuts an array."""
-    return math.prod(ways(axes_of(entry), mesh) for entry in spec)
+def count_shards(spec: PartitionSpec, mesh: Mapping[str, int]) -> int:
+    """Returns the number of different shards into which a spec splits an array."""
+    return math.prod(shard_count(axes_of(entry), mesh) for entry in spec)
 
 
 def format_spec(spec: PartitionSpec) -> str:

@@ -1,22 +1,22 @@
-"""Entries of rules that do nothing: they match no leaf, or earlier rules decide all they match."""
+"""Entries of rules that decide nothing: no leaf matches, or earlier rules decide every match."""
 
 import dataclasses
 from collections.abc import Sequence
 
 from .._core.errors import count
-from ._resolve import Placement, unmatched
-from ._rule import Entry, Rule, flatten
+from ._resolve import Placement, find_unmatched
+from ._rule import Entry, Rule, list_rules
 
 
 @dataclasses.dataclass(frozen=True)
-class Dead:
-    """An entry that decides nothing.
+class DeadEntry:
+    """An entry that decides no leaf.
 
     Attributes:
-      entry: the glob, or the logical axis.
-      matched: how many leaves it matches.
-      by: sources of what decided these leaves; none where it matches nothing.
-      nearest: a did-you-mean where it matches nothing, or "".
+      entry: the glob or the logical axis.
+      matched: number of leaves that it matches.
+      by: sources of the rules that decided these leaves; () if it matches none.
+      nearest: a did-you-mean if it matches none, or "".
     """
 
     entry: Entry
@@ -29,38 +29,36 @@ class Dead:
             hint = f".{self.nearest}" if self.nearest else ""
             return f"{self.entry.source} matches nothing{hint}"
         leaves = count(self.matched, "leaf")
-        return f"{self.entry.source} decides none of {leaves} it matches: {self._first()} first"
-
-    def _first(self) -> str:
-        return f"{' and '.join(self.by)} {'come' if len(self.by) > 1 else 'comes'}"
+        winners = f"{' and '.join(self.by)} {'come' if len(self.by) > 1 else 'comes'}"
+        return f"{self.entry.source} decides none of {leaves} it matches: {winners} first"
 
 
-def dead(rule: Rule, rows: Sequence[Placement]) -> list[Dead]:
-    """Lists the entries of a rule that decide none of the leaves that it was asked for.
+def find_dead_entries(rule: Rule, rows: Sequence[Placement]) -> list[DeadEntry]:
+    """Lists the entries of a rule that decide no leaf.
 
     Args:
-      rule: the rule, such as a chain.
-      rows: how it placed every leaf; see `place`.
+      rule: the rule.
+      rows: how it placed every leaf; see `place_leaf`.
 
     >>> import numpy as np
     >>> from jax.sharding import PartitionSpec as P
     >>> from shardkit._core.tree import Leaf
-    >>> from shardkit.rules import PathRules, place
+    >>> from shardkit.rules import PathRules, place_leaf
     >>> rule = PathRules({"**": P(), "up/kernel": P("data")})
-    >>> row = place(rule, Leaf("up/kernel", (8,), np.dtype("float32")), {"data": 2})
-    >>> print(*dead(rule, [row]))
+    >>> row = place_leaf(rule, Leaf("up/kernel", (8,), np.dtype("float32")), {"data": 2})
+    >>> print(*find_dead_entries(rule, [row]))
     PathRules["up/kernel"] decides none of 1 leaf it matches: PathRules["**"] comes first
     """
     leaves = [row.leaf for row in rows]
     won = {(row.won[0], key) for row in rows if row.won for key in row.won[1]}
-    found = []
-    for position, one in enumerate(flatten(rule)):
-        idle = {entry.key for entry in unmatched(one, leaves)}
-        for entry in one.entries():
-            if entry.key in idle:
-                found.append(Dead(entry, 0, nearest=entry.nearest(leaves)))
-            elif (position, entry.key) not in won:
-                meant = [row for row in rows if entry.matches(row.leaf)]
-                by = tuple(dict.fromkeys(row.source for row in meant if row.source))
-                found.append(Dead(entry, len(meant), by))
-    return found
+    dead = []
+    for index, inner in enumerate(list_rules(rule)):
+        unmatched = {entry.key for entry in find_unmatched(inner, leaves)}
+        for entry in inner.entries():
+            if entry.key in unmatched:
+                dead.append(DeadEntry(entry, 0, nearest=entry.nearest(leaves)))
+            elif (index, entry.key) not in won:
+                matching = [row for row in rows if entry.matches(row.leaf)]
+                by = tuple(dict.fromkeys(row.source for row in matching if row.source))
+                dead.append(DeadEntry(entry, len(matching), by))
+    return dead

@@ -86,7 +86,7 @@ class RunFolder:
             return
         self.metrics.sync()
         self._handle_save_error(checkpoints.wait)
-        self._newest, data = done, self.source.position(done)
+        self._newest, data = done, self.source.state(done)
         self._handle_save_error(lambda: checkpoints.save(done, state, data=data, metrics=scores))
 
     def finish_saving(self) -> str:
@@ -124,7 +124,7 @@ def open_run_folder(
     record: Mapping[str, Any],
     source: DataSource,
     console: Console,
-    peers: ProcessGroup,
+    process_group: ProcessGroup,
     began: float,
     seconds: Mapping[str, float],
 ) -> Iterator[tuple[RunFolder, Any]]:
@@ -140,7 +140,7 @@ def open_run_folder(
       record: settings as plain values, for the metrics and the checkpoints.
       source: batches.
       console: where messages go.
-      peers: this process among those that run together.
+      process_group: this process among those that run together.
       began: when this process started the run, in seconds since 1970.
       seconds: what the time since then was spent on.
 
@@ -148,8 +148,8 @@ def open_run_folder(
       CheckpointError: no usable checkpoint to resume from, or the last save failed.
       ProcessError: other processes compiled another program.
     """
-    agree_on_step(peers, step)
-    path, resumed = create_shared_folder(peers, decision), decision.resumed
+    agree_on_step(process_group, step)
+    path, resumed = create_shared_folder(process_group, decision), decision.resumed
     axes = {join_path("params", name): names for name, names in step.layout.axes.items()}
     checkpoints = Checkpointer(
         checkpoints_folder(path),
@@ -162,7 +162,7 @@ def open_run_folder(
         console.print(Text(line), soft_wrap=True)
 
     opened = time.perf_counter()
-    with leave_together(peers), contextlib.ExitStack() as stack:
+    with leave_together(process_group), contextlib.ExitStack() as stack:
         if config.checkpoint_every:
             stack.enter_context(checkpoints)
         if resumed:
@@ -175,7 +175,7 @@ def open_run_folder(
             path,
             after,
             report_error=say if config.on_save_error == "continue" else None,
-            enabled=peers.index == 0,
+            enabled=process_group.index == 0,
         )
         stack.enter_context(metrics)
         if metrics.broken_lines:

@@ -61,7 +61,7 @@ def _draw_figure(histories: Sequence[History]) -> Any:
 def _label_axes(loss: Any, speed: Any, histories: Sequence[History]) -> None:
     """Adds names, units, and a legend for the marks that occur."""
     if any(history.evaluations.steps for history in histories):
-        loss.plot([], [], "o", color="0.4", markeredgecolor="white", label="held out")
+        loss.plot([], [], "o", color="0.4", markeredgecolor="white", label="validation")
     if any(history.resumed for history in histories):
         loss.plot([], [], ":", color="0.4", label="resumed")
     loss.set_ylabel("loss (nats)")

@@ -13,7 +13,7 @@ from ._resume import ResumeDecision
 from ._stop import Stopped
 
 
-def agree_on_step(peers: ProcessGroup, step: CompiledStep) -> None:
+def agree_on_step(process_group: ProcessGroup, step: CompiledStep) -> None:
     """Raises in all processes, before the first update, unless they compiled the same program.
 
     Raises:
@@ -21,24 +21,26 @@ def agree_on_step(peers: ProcessGroup, step: CompiledStep) -> None:
     """
     batch = leaves_by_path(step.layout.batch)
     types = {path: short_type(x.shape, x.dtype) for path, x in batch.items()}
-    peers.agree("step", batch=types, mesh=dict(step.mesh.shape), program=step.program.digest)
+    process_group.agree(
+        "step", batch=types, mesh=dict(step.mesh.shape), program=step.program.digest
+    )
 
 
-def create_shared_folder(peers: ProcessGroup, decision: ResumeDecision) -> Path:
+def create_shared_folder(process_group: ProcessGroup, decision: ResumeDecision) -> Path:
     """Returns the folder of the run; process 0 creates that of a new one."""
     path = None
-    if peers.index == 0:
+    if process_group.index == 0:
         path = str(decision.folder if decision.resumed else create_folder(decision.folder))
-    return Path(peers.gather("folder", path)[0])
+    return Path(process_group.gather("folder", path)[0])
 
 
 @contextlib.contextmanager
-def leave_together(peers: ProcessGroup) -> Iterator[None]:
+def leave_together(process_group: ProcessGroup) -> Iterator[None]:
     """Ends a block that all processes leave after the same update, because of a signal."""
     try:
         yield
     except Stopped:
-        peers.leave()
+        process_group.leave()
         raise
 
 

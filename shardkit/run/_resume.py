@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .._core.errors import CheckpointError, Problem, count, format_problems, raise_all
-from .._core.io._flatten import flatten
+from .._core.io._table import flatten
 from ..checkpoint import Checkpointer, Manifest
 from ..processes import ProcessGroup
 from ._config import TrainConfig
@@ -50,7 +50,7 @@ def decide_resume(
     *,
     record: Mapping[str, Any],
     decides: Sequence[str] | None = None,
-    peers: ProcessGroup,
+    process_group: ProcessGroup,
 ) -> ResumeDecision:
     """Finds the run to resume, if any. Process 0 decides for all.
 
@@ -61,7 +61,7 @@ def decide_resume(
       record: settings as plain values.
       decides: names or groups of the record (`model`, `train.seed`) that determine the numbers
         of a run and so must not change when it resumes; None for all of them.
-      peers: this process among those that run together.
+      process_group: this process among those that run together.
 
     Raises:
       CheckpointError: `train.resume` names a run that these settings cannot resume. Only process
@@ -69,10 +69,10 @@ def decide_resume(
     """
     compare = functools.partial(_find_differences, record, decides, source)
     values: dict[str, Any] | None = None
-    if peers.index == 0:
+    if process_group.index == 0:
         decision = _decide(folder, config, compare)
         values = {**dataclasses.asdict(decision), "folder": str(decision.folder)}
-    first = peers.gather("resume", values)[0]
+    first = process_group.gather("resume", values)[0]
     return ResumeDecision(
         Path(first["folder"]), first["resumed"], first["step"], tuple(first["notes"])
     )
@@ -142,7 +142,7 @@ def _find_differences(
         for name in {**before, **now}
         if before.get(name) != now.get(name) and must_agree(name)
     ]
-    position = source.position(saved.step)
+    position = source.state(saved.step)
     # Another setting of the data changes its position too, and is reported above by its name.
     if not problems and saved.data != position:
         why = f"is not the data that the run read: {_describe_changes(saved.data, position)}"

@@ -18,7 +18,7 @@ class DataSource(Protocol):
         """
         ...
 
-    def position(self, step: int) -> Any:
+    def state(self, step: int) -> Any:
         """Returns what a checkpoint stores of the data after `step` updates, as plain JSON values.
 
         It must distinguish this data from other data: a run resumes only if it is equal.
@@ -30,7 +30,7 @@ class DataSource(Protocol):
 class _CountedSource:
     """Data whose whole position is the number of the next batch."""
 
-    def position(self, step: int) -> Any:
+    def state(self, step: int) -> Any:
         """Returns the number of the next batch, counted from 0."""
         return {"batch": step}
 

@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from .._core.tree import short_dtype
-from ..hardware import chip_of
+from ..hardware import identify_chip
 from ..report import count_flops
 from ..step import CompiledStep
 from ._console import is_simulated
@@ -40,7 +40,7 @@ class Throughput:
         """
         count, unit = (step.layout.rows, "rows") if tokens is None else (tokens, "tokens")
         simulated = is_simulated(step.mesh)
-        chip = chip_of(step.mesh.devices.flat[0].device_kind)
+        chip = identify_chip(step.mesh.devices.flat[0].device_kind)
         if chip is None:
             return cls(count, unit, simulated)
         dtype = short_dtype(jnp.dtype(step.spec.precision.compute_dtype))

@@ -20,9 +20,13 @@ from ._folder import open_run_folder
 from ._loop import Loop
 from ._resume import decide_resume
 from ._source import Data, Evaluate, as_source
-from .callbacks._callback import Callback
-from .callbacks._defaults import check_callbacks, default_callbacks
-from .callbacks._progress import Describe, describe_metrics
+from .callbacks import (
+    Callback,
+    Describe,
+    check_callbacks,
+    default_callbacks,
+    describe_metrics,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +57,8 @@ class Trainer:
       tokens: of one batch, for the speed; None to count rows instead.
       describe: formats metrics for the progress line.
       console: where the run is shown; standard output by default.
-      peers: from `sk.distributed`, if several processes make the updates together: process 0
-        decides, shows and writes, and all processes end together.
+      process_group: from `sk.distributed`, if several processes make the updates together.
+        Process 0 decides, shows and writes; all processes end together.
     """
 
     step: CompiledStep | StepSpec | Callable[[], CompiledStep]
@@ -71,7 +75,7 @@ class Trainer:
     tokens: int | None = None
     describe: Describe = describe_metrics
     console: Console = dataclasses.field(default_factory=standard_output)
-    peers: ProcessGroup = dataclasses.field(default_factory=ProcessGroup)
+    process_group: ProcessGroup = dataclasses.field(default_factory=ProcessGroup)
 
     def __post_init__(self) -> None:
         """Checks that a spec has its mesh; silences every process but the first.
@@ -80,7 +84,7 @@ class Trainer:
           StepError: a spec without a mesh, or a mesh for a step that has its own.
         """
         check_mesh_given(self.step, self.mesh)
-        if self.peers.index:
+        if self.process_group.index:
             config = dataclasses.replace(self.config, loggers=(), profile=None)
             mute: dict[str, Any] = {"console": Console(quiet=True), "config": config}
             for name, value in mute.items():
@@ -96,9 +100,14 @@ class Trainer:
           Stopped: the same after SIGTERM.
           ProcessError: the processes do not run the same program.
         """
-        began, source, config, peers = time.time(), as_source(self.data), self.config, self.peers
-        shared: dict[str, Any] = {"record": self.record, "peers": peers}
-        peers.agree("run", record=self.record, data=source.position(0))
+        began, source, config, process_group = (
+            time.time(),
+            as_source(self.data),
+            self.config,
+            self.process_group,
+        )
+        shared: dict[str, Any] = {"record": self.record, "process_group": process_group}
+        process_group.agree("run", record=self.record, data=source.state(0))
         decision = decide_resume(Path(self.folder), config, source, decides=self.decides, **shared)
         for note in decision.notes:
             self.console.print(Text(note), style="yellow", soft_wrap=True)
@@ -119,14 +128,14 @@ class Trainer:
             show_layout(self.console, state)
             path = label_text("metrics", f" {folder.metrics.path}\n")
             self.console.print(path, soft_wrap=True)
-            callbacks = default_callbacks(config, self.describe, self.console, peers)
+            callbacks = default_callbacks(config, self.describe, self.console, process_group)
             loop = Loop(
                 step,
                 folder,
                 [*callbacks, *self.callbacks],
                 evaluate=self.evaluate,
                 tokens=self.tokens,
-                several=peers.count > 1,
+                several=process_group.count > 1,
             )
             return loop.run(state)
 

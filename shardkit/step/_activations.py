@@ -1,4 +1,4 @@
-"""Logical names of activations: found in a traced step, checked, and turned into shardings."""
+"""Resolves the logical axes of a model's constraints to shardings, and checks them once traced."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from .._core.errors import Problem, ShardingError, count, did_you_mean, raise_all
 from .._core.tracing import equations
 from .._core.tree import Leaf
-from ..nn._constrain import LANES, MAPPED, constrain_p
+from ..nn._constrain import GRADIENT_SHARDS, MAPPED, constrain_p
 from ..rules import AxisRules, check_spec, format_mesh
 
 Names = tuple[str | None, ...]
@@ -18,10 +18,10 @@ Names = tuple[str | None, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Constraint(Leaf):
-    """What `sk.nn.constrain` named, as a leaf named as it was written.
+    """One call of `sk.nn.constrain`, as a leaf whose path is the call.
 
     Attributes:
-      inside: mesh axes that are manual where it stands; the shape is one device's along them.
+      inside: mesh axes that are manual around the call; along them the shape is one device's.
     """
 
     inside: tuple[str, ...] = ()
@@ -29,60 +29,60 @@ class Constraint(Leaf):
 
 @dataclasses.dataclass(frozen=True)
 class Activations:
-    """Resolves what `sk.nn.constrain` named, for one step.
+    """Resolves the logical axes of `sk.nn.constrain`, for one step.
 
     Attributes:
       mesh: the device mesh.
-      rules: logical axes to mesh axes, None when the strategy has no such table.
-      lane_axes: mesh axes that lanes are split over; inside a lane they split nothing else.
+      rules: logical axes → mesh axes; None if the strategy has no such table.
+      shard_axes: mesh axes that separate gradient shards, and so split nothing inside of one.
     """
 
     mesh: Mesh
     rules: AxisRules | None
-    lane_axes: tuple[str, ...]
+    shard_axes: tuple[str, ...]
 
     def __call__(
         self, names: Names, shape: tuple[int, ...], inside: tuple[str, ...] = ()
     ) -> NamedSharding | None:
-        """Returns the sharding of a constraint; None where no axis is left that could split it."""
+        """Returns the sharding of a constraint; None if no mesh axis can split it."""
         if self.mesh.size == 1 or set(inside) >= set(self.mesh.axis_names):
             return None
         return NamedSharding(self.mesh, self.spec(names, inside))
 
     def spec(self, names: Names, inside: tuple[str, ...] = ()) -> PartitionSpec:
-        """Returns the spec of named dims; a dim that a `jax.vmap` added is left to the compiler.
+        """Returns the spec of named dims; dims that a `jax.vmap` added are unconstrained.
 
         Args:
           names: one logical name per dim.
-          inside: mesh axes that are manual there, and so split nothing.
+          inside: mesh axes that are manual around it, and so split nothing.
         """
-        inside = (*inside, *self.lane_axes) if LANES in names else inside
+        inside = (*inside, *self.shard_axes) if GRADIENT_SHARDS in names else inside
         entries: list[Any] = []
         for name in names:
             if name == MAPPED:
                 entries.append(PartitionSpec.UNCONSTRAINED)
-            elif name == LANES:
-                entries.append(self.lane_axes)
+            elif name == GRADIENT_SHARDS:
+                entries.append(self.shard_axes)
             else:
                 axes = self.rules.mesh_axes(name) if self.rules else ()
                 entries.append(tuple(axis for axis in axes if axis not in inside) or None)
         return PartitionSpec(*entries)
 
-    def check(self, jaxpr: Any) -> None:
+    def check(self, jaxpr: core.ClosedJaxpr) -> None:
         """Checks every constraint of a traced step before it is lowered.
 
         Raises:
           ShardingError: with every constraint that names an unknown logical axis or cannot be
             met, once each.
         """
-        found = dict.fromkeys(constraints(jaxpr.jaxpr))
-        problems = [p for leaf in found for p in dict.fromkeys(self._problems(leaf))]
-        lost, mesh = count(len(problems), "constraint"), format_mesh(self.mesh.shape)
-        raise_all(ShardingError, f"{lost} cannot be met on mesh {mesh}.", problems)
+        unique = dict.fromkeys(constraints(jaxpr.jaxpr))
+        problems = [p for leaf in unique for p in dict.fromkeys(self._problems(leaf))]
+        failed, mesh = count(len(problems), "constraint"), format_mesh(self.mesh.shape)
+        raise_all(ShardingError, f"{failed} cannot be met on mesh {mesh}.", problems)
 
     def _problems(self, leaf: Constraint) -> list[Problem]:
         assert leaf.axes is not None
-        names = [name for name in leaf.axes if name not in (None, LANES, MAPPED)]
+        names = [name for name in leaf.axes if name not in (None, GRADIENT_SHARDS, MAPPED)]
         known = [name for name, _ in self.rules.table] if self.rules else []
         unknown = [name for name in names if name not in known]
         if unknown and self.rules is None:
@@ -103,36 +103,39 @@ class Activations:
         spec = PartitionSpec(*(None if e is PartitionSpec.UNCONSTRAINED else e for e in spec))
         table = ", ".join(f"{name!r}: None" for name in dict.fromkeys(names))
         fix = f"sizes that divide, or strategy.with_names(activations={{{table}}}) for one of these"
-        problems = check_spec(leaf, spec, self.mesh, "activations")
+        problems = check_spec(leaf, spec, self.mesh.shape, "activations")
         return [dataclasses.replace(problem, fix=fix) for problem in problems]
 
 
 @dataclasses.dataclass(frozen=True)
 class SpecsInLoss:
-    """Specs of named dims as the loss sees them, which may be that of one lane.
+    """Resolves the logical axes of activations as the loss sees them.
 
     Attributes:
       activations: resolves names.
-      by_lanes: the loss is that of one lane.
+      per_shard: whether the loss sees one gradient shard, without the dim over the shards.
+      renamed: `(conventional, the model's)` logical names, as `Strategy.names`.
     """
 
     activations: Activations
-    by_lanes: bool
+    per_shard: bool
+    renamed: tuple[tuple[str, str], ...] = ()
 
     def __call__(self, names: Names) -> PartitionSpec:
-        """Returns the spec of an activation with one logical name per dim."""
-        if not self.by_lanes:
+        """Returns the spec of an activation with one logical name per dim, conventional or not."""
+        model_names = dict(self.renamed)
+        names = tuple(model_names.get(name, name) if name else None for name in names)
+        if not self.per_shard:
             return self.activations.spec(names)
-        return PartitionSpec(*tuple(self.activations.spec((LANES, *names)))[1:])
+        return PartitionSpec(*tuple(self.activations.spec((GRADIENT_SHARDS, *names)))[1:])
 
 
 def constraints(jaxpr: core.Jaxpr) -> Iterator[Constraint]:
-    """Every constraint of a jaxpr and of the jaxprs inside it."""
+    """Every constraint of a jaxpr and its inner jaxprs."""
     for eqn in equations(jaxpr):
         if eqn.primitive is constrain_p and eqn.params["finer"] is None:
             names = eqn.params["names"]
-            written = ", ".join(repr(n) for n in names if n not in (LANES, MAPPED))
-            aval = eqn.invars[0].aval
-            inside = eqn.params["inside"]
-            shape = tuple(aval.shape)
+            written = ", ".join(repr(n) for n in names if n not in (GRADIENT_SHARDS, MAPPED))
+            aval: Any = eqn.invars[0].aval
+            shape, inside = tuple(aval.shape), eqn.params["inside"]
             yield Constraint(f"constrain({written})", shape, aval.dtype, names, inside)

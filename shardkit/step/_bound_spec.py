@@ -1,4 +1,4 @@
-"""`BoundSpec`: a step's spec with the mesh that it is compiled for, checked against each other."""
+"""`BoundSpec`: a spec and the mesh that it is compiled for, checked against each other."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ class BoundSpec:
     """A spec and the device mesh that it is compiled for.
 
     Attributes:
-      spec: what the user declared.
+      spec: the user's declaration.
       mesh: the device mesh, all axes of type Auto.
     """
 
@@ -26,46 +26,50 @@ class BoundSpec:
     mesh: Mesh
 
     def __post_init__(self) -> None:
-        """Raises every problem that the mesh decides and that needs no tracing.
+        """Checks the spec against the mesh, before tracing.
 
         Raises:
           StepError: the mesh is not built, has an Explicit axis, or lacks the axis of the gradient
-            compression; or a part of the strategy does not work with the other options on it.
+            compression; or an override of the strategy does not work with the other options.
         """
         headline = "The step cannot be compiled for this mesh."
         raise_all(StepError, headline, _type_problems(self.mesh))
         problems = [*_axis_problems(self.mesh), *self._compression_problems()]
-        raise_all(StepError, headline, [*problems, *self._misfits()])
+        raise_all(StepError, headline, [*problems, *self._incompatibilities()])
 
     @property
     def xla_options(self) -> dict[str, Any]:
-        """Options of the compiler; a declared one wins over what `deterministic` implies."""
+        """Options of the compiler; declared ones override those that `deterministic` implies."""
         platform = self.mesh.devices.flat[0].platform
-        # Implies xla_gpu_exclude_nondeterministic_ops and no autotuning, which would time kernels.
+        # Implies xla_gpu_exclude_nondeterministic_ops, and turns off autotuning by timed kernels.
         implied = {"xla_gpu_deterministic_ops": True} if platform in ("gpu", "cuda") else {}
         return {**(implied if self.spec.deterministic else {}), **self.spec.compiler_options}
 
     def _compression_problems(self) -> Iterator[Problem]:
-        how = self.spec.strategy.compression
-        if how is not None and how.axis not in self.mesh.shape:
-            why = f"mesh axis {how.axis!r} is not in the mesh."
-            why += did_you_mean(how.axis, self.mesh.shape)
+        compression = self.spec.strategy.compression
+        if compression is not None and compression.axis not in self.mesh.shape:
+            why = f"mesh axis {compression.axis!r} is not in the mesh."
+            why += did_you_mean(compression.axis, self.mesh.shape)
             yield Problem(
                 "compression", why, f"sk.GradientCompression({self.mesh.axis_names[0]!r})"
             )
 
-    def _misfits(self) -> Iterator[Problem]:
-        """Options that the carriers on this mesh's axes cannot work with."""
-        for _, carrier in self.spec.strategy.regions:
-            if self.mesh.shape.get(carrier.axis, 1) > 1:
-                yield from carrier.misfits(self.spec.accumulate, self.spec.precision.reduces_apart)
+    def _incompatibilities(self) -> Iterator[Problem]:
+        """Options that the strategy's overrides on this mesh cannot work with."""
+        for _, override in self.spec.strategy.overrides:
+            if self.mesh.shape.get(override.axis, 1) > 1:
+                yield from override.incompatibilities(
+                    self.spec.accumulate, self.spec.precision.reduces_separately
+                )
 
 
 def _type_problems(mesh: object) -> list[Problem]:
     if isinstance(mesh, Mesh):
         return []
     if isinstance(mesh, MeshSpec):
-        return [Problem("mesh", "is a MeshSpec, not built yet", f"sk.MeshSpec({mesh}).build()")]
+        return [
+            Problem("mesh", "is a MeshSpec that is not built yet", f"sk.MeshSpec({mesh}).build()")
+        ]
     fix = "sk.MeshSpec(data=2, tensor=4).build()"
     return [Problem("mesh", f"is of type {type(mesh).__name__}", fix)]
 

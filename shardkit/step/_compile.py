@@ -1,4 +1,4 @@
-"""One program: traced and lowered without any ambient mesh, compiled, its warnings kept."""
+"""Compiles one program, without any ambient mesh, and captures what the compiler prints."""
 
 import contextlib
 import dataclasses
@@ -18,72 +18,81 @@ from jax.sharding import AbstractMesh, Mesh
 
 from .._core.errors import Problem, StepError, raise_all
 from .._core.tree import format_bytes, nbytes
-from ..nn._constrain import Resolver, resolving
-from ._deadlocks import check_waits
+from .._core.types import PyTree
+from ..nn._constrain import Resolver, use_resolver
+from ._deadlocks import check_deadlocks
 from ._stderr import copied_stderr
 
-# Two settings of the whole process, each changed and set back by one thread at a time.
+# Guard two settings of the whole process; one thread at a time changes and restores each.
 _CACHE_SETTING, _WARNING_FILTERS = threading.Lock(), threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
 class CompiledProgram:
-    """A compiled function with what its making told.
+    """A compiled function, with the facts of its compilation.
 
     Attributes:
-      compiled: the executable, called with the arguments that it was compiled for.
-      jaxpr: what was traced.
-      from_cache: the executable came out of JAX's persistent cache.
+      compiled: the executable.
+      jaxpr: the traced function.
+      from_cache: whether the executable comes from JAX's persistent cache.
       seconds: wall time of (trace, lower, compile).
-      digest: SHA-256 of what was lowered, 64 hexadecimal digits, by which several processes know
-        that they run one program; "" where there is one process.
+      digest: SHA-256 of the lowered program, 64 hexadecimal digits, by which several processes
+        check that they run the same one; "" with a single process.
     """
 
     compiled: jax.stages.Compiled
-    jaxpr: Any
+    jaxpr: core.ClosedJaxpr
     from_cache: bool
     seconds: tuple[float, float, float]
     digest: str
-    _said: Callable[[], str]
+    _read_messages: Callable[[], str]
 
     @functools.cached_property
     def messages(self) -> str:
-        """What the compiler writes to file descriptor 2.
+        """What the compiler prints to file descriptor 2.
 
-        A hit in the persistent cache compiles nothing and says nothing: then the program is
-        compiled once more without the cache, when somebody asks.
+        An executable from the persistent cache comes without messages; reading them compiles the
+        program once more without the cache.
         """
-        return self._said()
+        return self._read_messages()
+
+    @property
+    def hlo(self) -> str:
+        """Text of the optimized program that each device runs."""
+        text = self.compiled.as_text()
+        assert text is not None, "every backend of JAX can print its executables"
+        return text
 
 
 def compile_program(
     run: Callable[..., Any],
-    args: tuple[Any, ...],
-    in_shardings: Any,
-    out_shardings: Any,
+    args: tuple[PyTree, ...],
+    in_shardings: PyTree,
+    out_shardings: PyTree,
     resolver: Resolver,
-    check: Callable[[Any], None],
+    check: Callable[[core.ClosedJaxpr], None],
     donate: tuple[int, ...] = (),
     options: Mapping[str, Any] | None = None,
 ) -> CompiledProgram:
     """Traces, checks, lowers and compiles a function for abstract arguments.
 
     Args:
-      run: a fresh function; JAX caches traces by identity.
+      run: a new function, since JAX caches traces by identity.
       args: pytrees of `jax.ShapeDtypeStruct`.
       in_shardings: `NamedSharding`s of the arguments.
       out_shardings: `NamedSharding`s of the results.
       resolver: turns logical names into shardings.
-      check: called with the jaxpr before it is lowered; raises what it finds.
-      donate: numbers of the arguments whose buffers the results may reuse.
+      check: called with the jaxpr before it is lowered; raises the problems that it finds.
+      donate: positions of the arguments whose buffers the results may reuse.
       options: XLA options by name.
 
     Raises:
-      StepError: what was compiled would wait without end.
+      StepError: the compiler rejects an option or runs out of memory, or the program would
+        deadlock.
     """
-    wanted = dict(options) if options else None
+    compiler_options = dict(options) if options else None
 
-    def traced(function: Callable[..., Any]) -> jax.stages.Traced:
+    def trace(function: Callable[..., Any]) -> jax.stages.Traced:
         return jax.jit(
             function,
             in_shardings=in_shardings,
@@ -93,43 +102,49 @@ def compile_program(
         ).trace(*args)
 
     start = time.perf_counter()
-    with no_ambient_mesh(), resolving(resolver):
-        first = traced(run)
-        check(first.jaxpr)
+    with no_ambient_mesh(), use_resolver(resolver):
+        traced = trace(run)
+        check(traced.jaxpr)
         at_trace = time.perf_counter()
-        lowered = first.lower()
+        lowered = traced.lower()
         at_lower = time.perf_counter()
         with (
             copied_stderr() as messages,
-            _cache_hits() as hits,
-            _known_options(wanted),
-            _room(args, in_shardings),
+            _record_cache_hits() as hits,
+            _explain_unknown_options(options or {}),
+            _explain_out_of_memory(args, in_shardings),
         ):
-            compiled = lowered.compile(compiler_options=wanted)
+            compiled = lowered.compile(compiler_options=compiler_options)
     end = time.perf_counter()
-    check_waits(compiled, jax.tree.leaves(in_shardings)[0].mesh)
+    check_deadlocks(compiled, jax.tree.leaves(in_shardings)[0].mesh)
 
-    def again() -> str:
-        # JAX keeps what it made of a function, so this is another one, of the same operations.
-        def replay(*given: Any) -> Any:
-            results = core.jaxpr_as_fun(first.jaxpr)(*jax.tree.leaves(given))
-            return jax.tree.unflatten(jax.tree.structure(first.out_info), results)
+    def recompile() -> str:
+        # JAX caches the lowering of `run`; a new function of the same jaxpr is compiled anew.
+        def replay(*args: PyTree) -> PyTree:
+            results = core.jaxpr_as_fun(traced.jaxpr)(*jax.tree.leaves(args))
+            return jax.tree.unflatten(jax.tree.structure(traced.out_info), results)
 
-        with no_ambient_mesh(), resolving(resolver), _without_cache(), copied_stderr() as said:
-            traced(replay).lower().compile(compiler_options=wanted)
-        return said.text
+        ambient = no_ambient_mesh(), use_resolver(resolver), _disable_cache()
+        with ambient[0], ambient[1], ambient[2], copied_stderr() as printed:
+            trace(replay).lower().compile(compiler_options=compiler_options)
+        return printed.text
 
     seconds = (at_trace - start, at_lower - at_trace, end - at_lower)
-    said = again if hits else lambda: messages.text
-    # The text of a large program takes as long as lowering it, which one process is spared.
+    # Printing a large program takes as long as lowering it, so a single process does not.
     text = lowered.as_text() if jax.process_count() > 1 else ""
-    digest = hashlib.sha256(text.encode()).hexdigest() if text else ""
-    return CompiledProgram(compiled, first.jaxpr, bool(hits), seconds, digest, said)
+    return CompiledProgram(
+        compiled=compiled,
+        jaxpr=traced.jaxpr,
+        from_cache=bool(hits),
+        seconds=seconds,
+        digest=hashlib.sha256(text.encode()).hexdigest() if text else "",
+        _read_messages=recompile if hits else lambda: messages.text,
+    )
 
 
 @contextlib.contextmanager
-def _known_options(wanted: Mapping[str, Any] | None) -> Iterator[None]:
-    """Says in the words of a declaration that the compiler does not know an option of it.
+def _explain_unknown_options(options: Mapping[str, Any]) -> Iterator[None]:
+    """Turns the compiler's error about an unknown option into one of `compiler_options`.
 
     Raises:
       StepError: naming the option.
@@ -137,21 +152,20 @@ def _known_options(wanted: Mapping[str, Any] | None) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        named = [name for name in wanted or () if f"'{name}'" in str(error)]
-        if not named:
+        unknown = [name for name in options if f"'{name}'" in str(error)]
+        if not unknown:
             raise
-        problems = [
-            Problem(f"compiler_options[{name!r}]", str(error).splitlines()[0]) for name in named
-        ]
-        fix = "names are those of the target's own compiler: another target, or leave it out"
-        raise_all(StepError, "The compiler does not take the options.", problems, fix)
+        reason = str(error).splitlines()[0]
+        problems = [Problem(f"compiler_options[{name!r}]", reason) for name in unknown]
+        fix = "remove it, or compile for a target whose compiler has this option"
+        raise_all(StepError, "The compiler rejects the options.", problems, fix)
 
 
 @contextlib.contextmanager
-def _room(args: tuple[Any, ...], placed: Any) -> Iterator[None]:
-    """Says in the words of a declaration that a compiler finds no room for a program.
+def _explain_out_of_memory(args: tuple[PyTree, ...], in_shardings: PyTree) -> Iterator[None]:
+    """Adds the bytes of the arguments to a compiler's error that the program is too large.
 
-    Compilers that know their device refuse what is larger, so that there is no report to read.
+    Some compilers reject a program that is larger than the device; then there is no report.
 
     Raises:
       StepError: with the compiler's figures beside the bytes of the arguments.
@@ -159,27 +173,28 @@ def _room(args: tuple[Any, ...], placed: Any) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        said = str(error).splitlines()[0]
-        if not said.startswith("RESOURCE_EXHAUSTED"):
+        reason = str(error).splitlines()[0]
+        if not reason.startswith("RESOURCE_EXHAUSTED"):
             raise
-        shardings = jax.tree.leaves(placed)
-        held = sum(
+        shardings = jax.tree.leaves(in_shardings)
+        size = sum(
             nbytes(sharding.shard_shape(leaf.shape), leaf.dtype)
             for leaf, sharding in zip(jax.tree.leaves(args), shardings, strict=True)
         )
         devices = shardings[0].mesh.devices
-        which = f"each of {devices.size} x {devices.flat[0].device_kind}"
-        why = f"{said} State and batch take {format_bytes(held)} beside that."
+        subject = f"each of {devices.size} x {devices.flat[0].device_kind}"
+        why = f"{reason} State and batch take another {format_bytes(size)}."
         fix = (
-            'accumulate=2 for half the rows at a time, remat="full" to keep less, or specs and a '
-            "mesh that split more: shardkit plan CONFIG --target T lists what fits"
+            'accumulate=2 for half the rows at a time, remat="full" for fewer residuals, or a mesh '
+            "and specs that split more: shardkit plan CONFIG --target T lists what fits"
         )
-        raise_all(StepError, "The program does not fit on its devices.", [Problem(which, why)], fix)
+        problems = [Problem(subject, why)]
+        raise_all(StepError, "The program does not fit on its devices.", problems, fix)
 
 
 @contextlib.contextmanager
-def _cache_hits() -> Iterator[list[str]]:
-    """Collects an entry for each program that this thread takes from JAX's persistent cache."""
+def _record_cache_hits() -> Iterator[list[str]]:
+    """Records each program that this thread loads from JAX's persistent cache."""
     hits: list[str] = []
     thread = threading.get_ident()
 
@@ -195,13 +210,11 @@ def _cache_hits() -> Iterator[list[str]]:
 
 
 @contextlib.contextmanager
-def _without_cache() -> Iterator[None]:
-    """Turns JAX's persistent cache off; it looks at its setting only after a reset.
-
-    The setting is the whole process's: one thread at a time turns it off and on.
-    """
+def _disable_cache() -> Iterator[None]:
+    """Turns JAX's persistent cache off in this process; it reads its setting after a reset."""
     with _CACHE_SETTING:
-        before = jax.config.jax_enable_compilation_cache
+        config: Any = jax.config  # its stubs do not list every setting
+        before = config.jax_enable_compilation_cache
         try:
             jax.config.update("jax_enable_compilation_cache", False)
             reset_cache()
@@ -213,11 +226,11 @@ def _without_cache() -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_ambient_mesh() -> Iterator[None]:
-    """Hides `with mesh:` and `jax.set_mesh` of the caller: a step is what was declared."""
+    """Hides a `with mesh:` or `jax.set_mesh` around the caller from what is traced."""
     empty = Mesh(np.empty((), object), ())
     with contextlib.ExitStack() as stack:
         with _WARNING_FILTERS, warnings.catch_warnings():
-            # `with mesh:` is deprecated, but where a caller uses it there is no other way out.
+            # `with mesh:` is deprecated, but only another one leaves the caller's.
             warnings.simplefilter("ignore", DeprecationWarning)
             stack.enter_context(empty)
         stack.enter_context(jax.sharding.use_abstract_mesh(AbstractMesh((), ())))

@@ -1,4 +1,4 @@
-"""`CompiledStep`: the executables of one spec on one mesh, and what was proved of them."""
+"""`CompiledStep`: one spec compiled for one mesh."""
 
 import dataclasses
 import functools
@@ -12,14 +12,17 @@ from jax.sharding import Mesh
 
 from .._core.errors import Problem, StateError, format_problems
 from .._core.train_state import TrainState
-from .._core.types import Batch, Key, Params, Scalar
+from .._core.types import Batch, Key, Params, PyTree
+from ..data import rows_of_shardings
 from ..report import Report
-from ._batch_variants import BatchVariant, BatchVariants
+from ._batch_variants import BatchVariants
 from ._bound_spec import BoundSpec
 from ._compile import CompiledProgram, no_ambient_mesh
-from ._inputs import check_apart, check_given, check_state, fed_rows, put_batch, put_key
+from ._compiled_functions import CompiledFunctions
+from ._inputs import check_buffers_distinct, check_state, check_state_alive, put_batch, put_key
 from ._memory_check import check_memory
-from ._report import inspected
+from ._report import build_program
+from ._update import Metrics
 from .self_check import SelfCheck, run_self_check
 
 if TYPE_CHECKING:
@@ -27,34 +30,32 @@ if TYPE_CHECKING:
     from ..parallel import Strategy
     from ._spec import StepSpec
 
-Metrics = dict[str, Scalar]
-
 
 class CompiledStep:
-    """One training step, compiled for one mesh. Made by `StepSpec.compile` or `compile_step`.
+    """A compiled training step, as `StepSpec.compile` and `compile_step` return it.
 
     Attributes:
       spec: the `StepSpec` that it was compiled from.
       mesh: the device mesh.
       layout: abstract state and batch, and the sharding of every leaf.
-      program: the executable of the step, with its jaxpr, compiler messages and compile times.
+      program: the executable, with its jaxpr, compiler messages and compile times.
     """
 
     def __init__(self, spec: "StepSpec", mesh: Mesh) -> None:
         """Resolves, traces, compiles and reads back; see `StepSpec.compile`."""
         self.spec, self.mesh = spec, mesh
         self._bound = BoundSpec(spec, mesh)
-        # Abstract arrays carry the mesh that they were made under, so this starts with the first.
+        # Abstract arrays carry the ambient mesh, so hide it before the first of them is created.
         with no_ambient_mesh():
-            self._forms = BatchVariants(self._bound)
-            self.layout = self._forms.declared.layout
-            self.program: CompiledProgram = self._forms.declared.programs.train
-        # The state made last is known to be sound; any other one is looked at more closely.
-        self._last: weakref.ref[TrainState] | None = None
+            self._variants = BatchVariants(self._bound)
+            self.layout = self._variants.declared.layout
+            self.program: CompiledProgram = self._variants.declared.train
+        # No leaf shares a buffer in the state that was returned last; check any other state.
+        self._last_state: weakref.ref[TrainState] | None = None
 
     @property
     def strategy(self) -> "Strategy":
-        """The declared layout."""
+        """The strategy of the spec."""
         return self.spec.strategy
 
     @property
@@ -68,33 +69,33 @@ class CompiledStep:
         return self.layout.shardings
 
     @property
-    def batch_shardings(self) -> Any:
+    def batch_shardings(self) -> PyTree:
         """Pytree of `NamedSharding`, one per batch leaf."""
         return self.layout.batch_shardings
 
     @functools.cached_property
     def local_rows(self) -> np.ndarray:
-        """Rows of a global batch that this process feeds, i64[n]: those of its devices."""
-        return fed_rows(self.batch_shardings, self.layout.rows)
+        """Rows of the global batch that this process must pass to the step, i64[n]."""
+        return rows_of_shardings(self.batch_shardings, self.layout.rows)
 
     @property
     def gradient_program(self) -> CompiledProgram:
-        """The executable of `gradients`, which is compiled when it is first asked for."""
-        return self._forms.declared.programs.gradients
+        """The executable of `build_gradients`, which is compiled when it is first asked for."""
+        return self._variants.declared.gradients
 
     def hlo(self) -> str:
-        """Text of the optimized program that each device runs."""
-        return self.program.compiled.as_text()
+        """Text of the optimized HLO that each device runs."""
+        return self.program.hlo
 
     def init(self, key: Key) -> TrainState:
-        """Makes the first state; every leaf is born on its devices, as declared.
+        """Creates the initial state directly on the devices, every leaf in its declared sharding.
 
         Args:
           key: typed PRNG key[], `jax.random.key(0)`. The same key gives the same state, bit for
             bit, on every mesh.
 
         Raises:
-          StateError: `key` is no typed key of the implementation that the step was compiled for.
+          StateError: `key` is not a typed key of the implementation that the step was compiled for.
         """
         expected = self.layout.state.key.dtype
         if not isinstance(key, jax.Array) or key.dtype != expected or key.shape != ():
@@ -102,59 +103,58 @@ class CompiledStep:
             problem = Problem("key", f"is {what}; the step takes one typed key, {expected}[]")
             fix = "step.init(jax.random.key(0))"
             raise StateError(format_problems("The state needs a random key.", [problem], fix))
-        model, optimizer = self._forms.declared.programs.init
-        on_mesh = put_key(key, self.shardings.key)
-        made = jax.block_until_ready(model.compiled(on_mesh))
-        return dataclasses.replace(made, opt_state=optimizer.compiled(made.params))
+        init_model, init_optimizer = self._variants.declared.init
+        key = put_key(key, self.shardings.key)
+        state = jax.block_until_ready(init_model.compiled(key))
+        return dataclasses.replace(state, opt_state=init_optimizer.compiled(state.params))
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        """Makes one update.
+        """Runs one training step.
 
         Args:
-          state: from `init` or the previous call. It is donated: use the returned one afterwards.
-          batch: host arrays, or arrays that `put` placed.
+          state: from `init` or the previous call. It is donated: use the returned state afterwards.
+          batch: host arrays, or arrays that `shard_batch` placed.
 
         Returns:
-          The next state, and metrics: `loss`, `grad_norm` (before any clipping) and the loss's
-          own, each f32[].
+          The next state, and metrics, f32[] each: `loss`, `grad_norm` (before clipping) and those
+          that the loss returns.
 
         Raises:
-          StateError: the state was consumed already, holds one buffer twice, or belongs to
+          StateError: the state was donated already, holds one buffer twice, or belongs to
             another step.
           BatchError: the batch is not what the step was compiled for.
         """
-        check_given(state)
-        if self._last is None or self._last() is not state:
-            check_apart(state)
-        made, metrics = self._run(lambda form: form.programs.train, state, batch)
-        self._last = weakref.ref(made)
-        return made, metrics
+        check_state_alive(state)
+        if self._last_state is None or self._last_state() is not state:
+            check_buffers_distinct(state)
+        new_state, metrics = self._run(lambda functions: functions.train, state, batch)
+        self._last_state = weakref.ref(new_state)
+        return new_state, metrics
 
     def evaluate(self, state: TrainState, batch: Batch) -> Metrics:
-        """Returns the loss and its metrics, f32[] each, without an update; the state stays.
+        """Returns the loss and its metrics, f32[] each; the state is not donated.
 
-        An `sk.Loss` is evaluated by its `evaluate` form. A plain function is called as in
+        An `sk.Loss` is evaluated by its `evaluate` function. A plain loss is called as in
         training, with a key that no training step uses.
 
         Raises:
-          StateError: the state was consumed already, or belongs to another step.
+          StateError: the state was donated already, or belongs to another step.
           BatchError: the batch is not what the step was compiled for.
         """
-        check_given(state)
-        return self._run(lambda form: form.programs.evaluate, state, batch)
+        check_state_alive(state)
+        return self._run(lambda functions: functions.evaluate, state, batch)
 
     def gradients(self, state: TrainState, batch: Batch) -> tuple[Metrics, Params]:
-        """Returns `(metrics, gradients)`: what the next update would be made from.
+        """Returns `(metrics, gradients)` as the next update would use them, before clipping.
 
-        Gradients have the dtype and the shardings of the parameters; clipping, which is the
-        optimizer's, is not applied. The state stays.
+        Gradients have the dtype and the shardings of the parameters. The state is not donated.
 
         Raises:
-          StateError: the state was consumed already, or belongs to another step.
+          StateError: the state was donated already, or belongs to another step.
           BatchError: the batch is not what the step was compiled for.
         """
-        check_given(state)
-        return self._run(lambda form: form.programs.gradients, state, batch)
+        check_state_alive(state)
+        return self._run(lambda functions: functions.gradients, state, batch)
 
     def self_check(self, state: TrainState, batch: Batch) -> SelfCheck:
         """Holds the compiled gradient to the loss of the same mesh, at any scale.
@@ -172,40 +172,41 @@ class CompiledStep:
           StateError: the state was consumed already, or belongs to another step.
           BatchError: the batch is not what the step was compiled for.
         """
-        check_given(state)
-        form = self._forms.of(batch)
-        placed = put_batch(batch, form.layout.batch, form.layout.batch_shardings)
+        check_state_alive(state)
+        variant = self._variants.find(batch)
+        batch = put_batch(batch, variant.layout.batch, variant.layout.batch_shardings)
         check_state(state, self.layout.state, self.layout.shardings)
-        return run_self_check(self._bound, form.programs, state, placed)
+        return run_self_check(self._bound, variant, state, batch)
 
     def shard_batch(self, batch: Batch) -> Batch:
-        """Puts a batch on the mesh as declared, wherever it is, for a later call of the step.
+        """Moves a batch to the mesh in its declared shardings, from wherever it is.
 
-        Of several processes each gives `rows` of the global batch; nothing is sent between them.
+        With several processes each passes its `local_rows` of the global batch; processes exchange
+        no rows.
 
         Raises:
           BatchError: the batch is not what the step was compiled for.
         """
-        layout = self._forms.of(batch).layout
+        layout = self._variants.find(batch).layout
         return put_batch(batch, layout.batch, layout.batch_shardings, move=True)
 
     def report(self, *, chip: "str | Chip | None" = None) -> Report:
-        """Returns what the step became: memory, collectives, FLOPs and findings.
+        """Reports memory, collectives, FLOPs and findings of the compiled program.
 
-        Everything is read from the compiled program; nothing is run or measured.
+        Everything is read from the program; nothing is run or measured.
 
         Args:
-          chip: name in the hardware table whose figures the time is modelled with; by default
-            those of the devices, and no time for CPU devices, of which nothing is known.
+          chip: name in the hardware table, for the modelled time. By default that of the devices;
+            for CPU devices no time is modelled.
 
         Raises:
           ReportError: there is no such chip.
         """
-        made = inspected(self._bound, self.layout, self.program, self._forms.changes)
-        return Report.of(made, chip=chip)
+        program = build_program(self._bound, self.layout, self.program, self._variants.changes)
+        return Report.of(program, chip=chip)
 
     def check_memory(self) -> None:
-        """Refuses a step that is larger than its devices, as far as their memory is known.
+        """Checks that the step fits on its devices, if their memory is known.
 
         Raises:
           StepError: with the bytes of each part, and what would make it fit.
@@ -213,23 +214,26 @@ class CompiledStep:
         check_memory(self._bound, self.layout, self.program)
 
     def replace(self, *, mesh: Mesh | None = None, **changes: Any) -> "CompiledStep":
-        """Compiles the same step for another mesh, or with some fields of its spec changed.
+        """Compiles the step for another mesh, or with some fields of its spec changed.
 
         Args:
-          mesh: instead of the step's own.
+          mesh: the new mesh; by default the step's own.
           **changes: fields of `StepSpec`.
         """
         spec = self.spec.replace(**changes)
         return CompiledStep(spec, self.mesh if mesh is None else mesh)
 
     def _run(
-        self, which: Callable[[BatchVariant], CompiledProgram], state: TrainState, batch: Any
+        self,
+        choose: Callable[[CompiledFunctions], CompiledProgram],
+        state: TrainState,
+        batch: Batch,
     ) -> Any:
-        form = self._forms.of(batch)
-        placed = put_batch(batch, form.layout.batch, form.layout.batch_shardings)
-        program = which(form)
+        variant = self._variants.find(batch)
+        batch = put_batch(batch, variant.layout.batch, variant.layout.batch_shardings)
+        program = choose(variant)
         try:
-            return program.compiled(state, placed)
+            return program.compiled(state, batch)
         except (TypeError, ValueError):
             check_state(state, self.layout.state, self.layout.shardings)
             raise

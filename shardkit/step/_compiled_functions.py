@@ -1,88 +1,101 @@
-"""The executables of one spec on one mesh: the step at once, others when they are first used."""
+"""Compiles the functions of one spec on one mesh, each on first use."""
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
 
+from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec
 
-from .._core.errors import Problem, StepError, raise_all
+from .._core.types import PyTree
 from ..nn._overridable import ActiveOverrides, StepContext, use_overrides
-from ..nn._remat import active
+from ..nn._remat import use_policy
+from ..parallel import check_overrides_called
 from ._activations import Activations, SpecsInLoss
 from ._bound_spec import BoundSpec
 from ._compile import CompiledProgram, compile_program
-from ._debug import check_keys
-from ._layout import Layout
+from ._layout import (
+    build_model_init,
+    build_optimizer_init,
+    count_residual_copies,
+    resolve_layout,
+)
 from ._readback import check_executable
 from ._step_functions import StepFunctions, layer_policy
 from .self_check import LossProgram, Probes
 
 
 class CompiledFunctions:
-    """Compiles the functions of a spec for its mesh, each once."""
+    """The executables of a spec on its mesh, each compiled on first use.
 
-    def __init__(self, bound: BoundSpec, layout: Layout) -> None:
-        """Takes what is to be compiled.
+    Attributes:
+      layout: abstract state and batch, and the sharding of every leaf.
+    """
+
+    def __init__(self, bound: BoundSpec) -> None:
+        """Resolves the layout.
 
         Raises:
+          ShardingError: every leaf that cannot be laid out.
           StepError: the spec does not form a step.
         """
-        self._bound, self._layout = bound, layout
-        self._functions = StepFunctions(bound, layout)
+        self._bound, self.layout = bound, resolve_layout(bound.spec, bound.mesh)
+        self._functions = StepFunctions(bound, self.layout)
         if bound.spec.debug:
-            check_keys(self._functions.given)
-        self._whole = NamedSharding(bound.mesh, PartitionSpec())
+            self._functions.check_key_reuse()
+        self._replicated = NamedSharding(bound.mesh, PartitionSpec())
 
     @functools.cached_property
     def train(self) -> CompiledProgram:
-        """`(state, batch) → (state, metrics)`, the state donated, read back.
+        """`(state, batch) → (state, metrics)`, the state donated; its layouts are read back.
 
         Raises:
           StepError: the spec does not form a step.
-          ShardingError: a constraint of the model cannot be met, or the executable is not what
-            was declared.
+          ShardingError: a constraint of the model cannot be met, or the executable differs from
+            the declaration.
         """
-        layout = self._layout
-        results = (layout.shardings, self._whole)
-        made = self._on_state_and_batch(
-            self._functions.train(), results, self._functions.by_lanes, donate=(0,)
+        program = self._compile_on_batch(
+            self._functions.train(),
+            (self.layout.shardings, self._replicated),
+            self._functions.per_shard_accumulation,
+            donate=(0,),
         )
-        check_executable(
-            made.compiled,
-            layout.state,
-            layout.shardings,
-            layout.batch,
-            layout.batch_shardings,
-        )
-        return made
+        check_executable(program.compiled, self.layout)
+        return program
 
     @functools.cached_property
     def init(self) -> tuple[CompiledProgram, CompiledProgram]:
-        """The model, then the optimizer: what is drawn needs room that the moments take later."""
-        state, placed = self._layout.state, self._layout.shardings
+        """`key → state` without moments, then `params → opt_state`.
+
+        Two programs, so that random draws and moments do not need memory at the same time.
+        """
+        spec, state, shardings = self._bound.spec, self.layout.state, self.layout.shardings
+        residual_copies = count_residual_copies(spec.strategy, self._bound.mesh)
         model = self._compile(
-            self._functions.init_model(),
-            (state.key,),
-            (placed.key,),
-            dataclasses.replace(placed, opt_state=None),
+            build_model_init(spec, residual_copies),
+            args=(state.key,),
+            in_shardings=(shardings.key,),
+            out_shardings=dataclasses.replace(shardings, opt_state=None),
         )
         optimizer = self._compile(
-            self._functions.init_optimizer(), (state.params,), (placed.params,), placed.opt_state
+            build_optimizer_init(spec.optimizer),
+            args=(state.params,),
+            in_shardings=(shardings.params,),
+            out_shardings=shardings.opt_state,
         )
         return model, optimizer
 
     @functools.cached_property
     def evaluate(self) -> CompiledProgram:
         """`(state, batch) → metrics`."""
-        return self._on_state_and_batch(self._functions.evaluate(), self._whole, by_lanes=False)
+        return self._compile_on_batch(self._functions.evaluate(), self._replicated, False)
 
     @functools.cached_property
     def gradients(self) -> CompiledProgram:
         """`(state, batch) → (metrics, gradients)`."""
-        results = (self._whole, self._layout.shardings.params)
-        by_lanes = self._functions.by_lanes
-        return self._on_state_and_batch(self._functions.gradients(), results, by_lanes)
+        results = (self._replicated, self.layout.shardings.params)
+        per_shard = self._functions.per_shard_accumulation
+        return self._compile_on_batch(self._functions.gradients(), results, per_shard)
 
     @functools.cached_property
     def training_loss(self) -> LossProgram:
@@ -90,66 +103,74 @@ class CompiledFunctions:
 
         def compiled(dtype: str) -> CompiledProgram:
             run = self._functions.training_loss(dtype)
-            return self._on_state_and_batch(run, self._whole, by_lanes=False)
+            return self._compile_on_batch(run, self._replicated, False)
 
         return LossProgram.of(compiled, self._bound.spec.precision.compute_dtype)
 
     @functools.cached_property
     def probes(self) -> Probes:
         """What `self_check` does to parameters and gradients beside running the loss."""
-        return Probes(self._bound.spec, self._layout, self.training_loss.dtype)
+        return Probes(self._bound.spec, self.layout, self.training_loss.dtype)
 
-    def _on_state_and_batch(
-        self, run: Any, results: Any, by_lanes: bool, donate: tuple[int, ...] = ()
+    def _compile_on_batch(
+        self,
+        run: Callable[..., PyTree],
+        out_shardings: PyTree,
+        per_shard: bool,
+        donate: tuple[int, ...] = (),
     ) -> CompiledProgram:
-        layout, names = self._layout, self._names
-        args, placed = (layout.state, layout.batch), (layout.shardings, layout.batch_shardings)
+        """Compiles a function of `(state, batch)`; `per_shard`: its loss sees gradient shards."""
+        layout, names = self.layout, self._names
         around = StepContext(
             names.mesh,
             layout.row_axes,
-            SpecsInLoss(names, by_lanes),
-            names.lane_axes if by_lanes else (),
-            tuple(axis for axis in layout.row_axes if axis not in layout.lane_axes),
+            SpecsInLoss(names, per_shard, self._bound.spec.strategy.names),
+            names.shard_axes if per_shard else (),
+            layout.inner_axes,
         )
-        # Explicit collectives carry out what they can themselves, and refuse the rest.
+        # In `shard_map` mode the model's own collectives do the work of overrides.
         manual = self._bound.spec.mode == "shard_map"
-        regions = {} if manual else dict(self._bound.spec.strategy.regions)
-        with use_overrides(regions, around) as marks:
-            return self._compile(run, args, placed, results, donate, marks)
+        overrides = {} if manual else dict(self._bound.spec.strategy.overrides)
+        with use_overrides(overrides, around) as marks:
+            return self._compile(
+                run,
+                args=(layout.state, layout.batch),
+                in_shardings=(layout.shardings, layout.batch_shardings),
+                out_shardings=out_shardings,
+                donate=donate,
+                marks=marks,
+            )
 
     def _compile(
         self,
-        run: Any,
-        args: Any,
-        placed: Any,
-        results: Any,
+        run: Callable[..., PyTree],
+        *,
+        args: tuple[PyTree, ...],
+        in_shardings: tuple[PyTree, ...],
+        out_shardings: PyTree,
         donate: tuple[int, ...] = (),
         marks: ActiveOverrides | None = None,
     ) -> CompiledProgram:
-        names, options = self._names, self._bound.xla_options
+        names = self._names
 
-        def check(jaxpr: Any) -> None:
+        def check(jaxpr: core.ClosedJaxpr) -> None:
             names.check(jaxpr)
             if marks:
-                _check_reached(marks, jaxpr)
+                check_overrides_called(self._bound.spec.strategy, marks.find_unreached(jaxpr.jaxpr))
 
-        with active(layer_policy(self._bound, self._layout)):
-            return compile_program(run, args, placed, results, names, check, donate, options)
+        with use_policy(layer_policy(self._bound, self.layout)):
+            return compile_program(
+                run,
+                args,
+                in_shardings=in_shardings,
+                out_shardings=out_shardings,
+                resolver=names,
+                check=check,
+                donate=donate,
+                options=self._bound.xla_options,
+            )
 
     @property
     def _names(self) -> Activations:
         rules = self._bound.spec.strategy.activations
-        return Activations(self._bound.mesh, rules, self._layout.lane_axes)
-
-
-def _check_reached(marks: ActiveOverrides, jaxpr: Any) -> None:
-    """Refuses a step whose model has no part that its strategy was to carry out.
-
-    Raises:
-      StepError: naming each carrier that nothing was left to.
-    """
-    problems = [
-        Problem(str(carrier), f"the model marks no {name}", f"sk.{name}(...) in the model")
-        for name, carrier in marks.unreached(jaxpr.jaxpr).items()
-    ]
-    raise_all(StepError, "The strategy carries out what the model does not mark.", problems)
+        return Activations(self._bound.mesh, rules, self.layout.shard_axes)

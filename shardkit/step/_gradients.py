@@ -1,9 +1,13 @@
-"""Gradients of one batch: plainly, or over micro-batches and lanes with one reduction.
+"""Gradients of one batch: at once, or over micro-batches and gradient shards with one reduction.
 
-Shapes: a batch leaf is `[rows, …]`. A micro-batch of k is `[rows/k, …]`. Split by lanes it is
-`[lanes, rows/(k·lanes), …]`, dim 0 over the batch axes, so each device holds its own lane.
-Gradients of lanes are `[lanes, *param]`, each device holding the one it computed: nothing has
-been reduced until `reduce_lanes`.
+A gradient shard is the part of a micro-batch whose gradients are kept apart until the reduction:
+the rows of one device. With 8 rows, k=2 micro-batches and 2 devices along the batch axes:
+
+    batch leaf        [8, …]     rows 0 … 7
+    micro-batch 0     [4, …]     rows 0 2 4 6        `micro_batch`
+    gradient shards   [2, 2, …]  rows (0 2) (4 6)    `split_shards`, dim 0 over the batch axes
+    their gradients   [2, *param]                    one per device, not reduced yet
+    gradients         [*param]                       `reduce_shards`, once per step
 """
 
 import dataclasses
@@ -13,16 +17,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from .._core.precision import Precision, cast_floats
 from .._core.split_rng import RandomDraws, match_draws, per_shard_keys
-from .._core.types import Accumulate
-from ..nn._constrain import LANES
+from .._core.types import Batch, Key, Params, PyTree, Scalar
+from ..nn._constrain import GRADIENT_SHARDS
 from ..rules import axes_of
-from ._objective import LossOutput, Objective, inverse
+from ._bound_spec import BoundSpec
+from ._layout import StepLayout
+from ._objective import LossOutput, Objective, inverse_weight
 
-GradientFn = Callable[[Any, Any, Any, Any], tuple[LossOutput, Any]]
+LossArgs = tuple[Params, PyTree, Batch, Key]  # params, model_state, batch, key
+LossAndGradients = tuple[LossOutput, Params]
+GradientFn = Callable[[Params, PyTree, Batch, Key], LossAndGradients]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,223 +38,221 @@ class GradientPlan:
     """How the gradients of a step are split and reduced.
 
     Attributes:
-      mesh: the device mesh.
-      accumulate: micro-batches, and when they are reduced.
-      precision: compute and reduction dtypes.
-      axes: mesh axes that the rows of the batch are split over, as far as lanes are.
-      params: `NamedSharding` of each parameter, as a pytree.
-      gradients: how each gradient is left for the update: as its parameter, or split further.
-      batch: `NamedSharding` of each batch leaf, as a pytree.
-      rows: number of rows of the global batch.
+      bound: the spec and its mesh.
+      layout: shardings of state, batch and gradients.
       draws: which random draws of the loss grow with its rows.
-      inner: mesh axes that the rows of one lane are split over.
     """
 
-    mesh: Mesh
-    accumulate: Accumulate
-    precision: Precision
-    axes: tuple[str, ...]
-    params: Any
-    gradients: Any
-    batch: Any
-    rows: int
+    bound: BoundSpec
+    layout: StepLayout
     draws: RandomDraws = dataclasses.field(default_factory=lambda: RandomDraws(1))
-    inner: tuple[str, ...] = ()
 
     @property
-    def by_lanes(self) -> bool:
-        """Whether gradients are kept apart by lane until one reduction."""
-        apart = self.accumulate.micro_batches > 1 or self.precision.reduces_apart
-        return apart and self.accumulate.reduce == "end"
+    def micro_batches(self) -> int:
+        """Number of micro-batches per step."""
+        return self.bound.spec.accumulate.micro_batches
 
     @property
-    def lanes(self) -> int:
-        """Equal parts that the rows of a micro-batch are split into: devices along `axes`."""
-        return math.prod(self.mesh.shape[axis] for axis in self.axes)
+    def precision(self) -> Precision:
+        """Compute and reduction dtypes."""
+        return self.bound.spec.precision
+
+    @property
+    def per_shard_accumulation(self) -> bool:
+        """Whether gradients are kept apart by gradient shard until one reduction."""
+        reduce_separately = self.micro_batches > 1 or self.precision.reduces_separately
+        return reduce_separately and self.bound.spec.accumulate.reduce == "end"
+
+    @property
+    def num_shards(self) -> int:
+        """Number of gradient shards of a micro-batch: devices along `shard_axes`."""
+        return math.prod(self.bound.mesh.shape[axis] for axis in self.layout.shard_axes)
 
 
-def gradients(objective: Objective, plan: GradientPlan) -> GradientFn:
-    """Builds `(params, model_state, batch, key) -> (Outcome, gradients of the mean loss)`.
+def build_gradients(objective: Objective, plan: GradientPlan) -> GradientFn:
+    """Builds `(params, model_state, batch, key) -> (LossOutput, gradients of the mean loss)`.
 
-    Gradients come in the dtype of the parameters, laid out as `plan.gradients` says.
+    Gradients have the dtype of the parameters and the shardings `plan.layout.gradients`.
     """
-    collect = _by_lanes if plan.by_lanes else _by_micro_batch
+    accumulate = _accumulate_per_shard if plan.per_shard_accumulation else _accumulate_whole
 
-    def run(params: Any, model_state: Any, batch: Any, key: Any) -> tuple[LossOutput, Any]:
-        # Cast before the gather that the use of a sharded parameter causes, not after it.
-        low = _place(cast_floats(params, plan.precision.compute_dtype), plan.params)
-        outcome, totals = collect(objective, plan, low, model_state, batch, key)
+    def run(params: Params, model_state: PyTree, batch: Batch, key: Key) -> LossAndGradients:
+        # Constrain the cast parameters, so that a gather for their use moves the compute dtype.
+        compute_params = cast_floats(params, plan.precision.compute_dtype)
+        compute_params = _constrain_tree(compute_params, plan.layout.shardings.params)
+        output, totals = accumulate(objective, plan, (compute_params, model_state, batch, key))
         totals = jax.tree.map(lambda g, p: g.astype(p.dtype), totals, params)
-        return outcome, _place(per_weight(totals, outcome.loss.weight), plan.gradients)
+        grads = divide_by_weight(totals, output.loss.weight)
+        return output, _constrain_tree(grads, plan.layout.gradients)
 
     return run
 
 
-def lane_draws(
-    objective: Objective, plan: GradientPlan, params: Any, model_state: Any, batch: Any
-) -> RandomDraws:
+def match_shard_draws(objective: Objective, plan: GradientPlan, args: LossArgs) -> RandomDraws:
     """Finds which draws of a loss grow with its rows, from abstract arguments.
 
     Raises:
-      StepError: the randomness of the loss cannot be split by lane.
+      StepError: the randomness of the loss cannot be split by gradient shard.
     """
-    rows = plan.rows // plan.accumulate.micro_batches
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    params, model_state, batch, key = args
 
-    def of(rows: int) -> tuple[Any, ...]:
-        def cut(x: Any) -> Any:
+    def args_with(rows: int) -> LossArgs:
+        def cut(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) if x.shape else x
 
         return params, model_state, jax.tree.map(cut, batch), key
 
-    return match_draws(objective, plan.lanes, of(rows // plan.lanes), of(rows))
+    rows, n = plan.layout.rows // plan.micro_batches, plan.num_shards
+    return match_draws(objective, n, args_with(rows // n), args_with(rows))
 
 
-def micro_batch(batch: Any, steps: int, index: jax.Array, plan: GradientPlan) -> Any:
-    """Rows `index, index+steps, …` of every leaf: local to each device, on any mesh the same."""
+def micro_batch(batch: Batch, steps: int, index: jax.Array, plan: GradientPlan) -> Batch:
+    """Rows `index, index+steps, …` of every leaf: local to a device, the same on any mesh."""
 
     def take(x: jax.Array, sharding: NamedSharding) -> jax.Array:
         if x.ndim == 0 or steps == 1:
             return x
         rows, *rest = x.shape
-        entries = _entries(sharding, x.ndim)
-        apart = _place_one(
-            x.reshape(rows // steps, steps, *rest), plan, (entries[0], None, *entries[1:])
-        )
-        return jax.lax.dynamic_index_in_dim(apart, index, 1, keepdims=False)
+        entries = _full_spec(sharding, x.ndim)
+        strided = x.reshape(rows // steps, steps, *rest)
+        strided = _constrain_array(strided, plan, (entries[0], None, *entries[1:]))
+        return jax.lax.dynamic_index_in_dim(strided, index, 1, keepdims=False)
 
-    return jax.tree.map(take, batch, plan.batch)
+    return jax.tree.map(take, batch, plan.layout.batch_shardings)
 
 
-def split_lanes(rows: Any, plan: GradientPlan) -> Any:
-    """`[rows, …] → [lanes, rows/lanes, …]`, dim 0 over the batch axes."""
+def split_shards(batch: Batch, plan: GradientPlan) -> Batch:
+    """`[rows, …] → [num_shards, rows/num_shards, …]`, dim 0 over `shard_axes`."""
+    dims = plan.layout.shard_axes, plan.layout.inner_axes or None
 
     def split(x: jax.Array, sharding: NamedSharding) -> jax.Array:
         if x.ndim == 0:
             return x
-        apart = x.reshape(plan.lanes, x.shape[0] // plan.lanes, *x.shape[1:])
-        return _place_one(
-            apart, plan, (plan.axes, plan.inner or None, *_entries(sharding, x.ndim)[1:])
-        )
+        shards = x.reshape(plan.num_shards, x.shape[0] // plan.num_shards, *x.shape[1:])
+        return _constrain_array(shards, plan, (*dims, *_full_spec(sharding, x.ndim)[1:]))
 
-    return jax.tree.map(split, rows, plan.batch)
+    return jax.tree.map(split, batch, plan.layout.batch_shardings)
 
 
-def reduce_lanes(totals: Any, dtype: str) -> Any:
-    """Sums `[lanes, …]` over lanes in `dtype`: the one gradient reduction of the step."""
+def reduce_shards(totals: PyTree, dtype: str) -> Params:
+    """Sums `[num_shards, *param]` over dim 0 in `dtype`: the one gradient reduction of a step."""
 
     def reduce(x: jax.Array) -> jax.Array:
-        # `jnp.sum` would widen bf16 to f32, and with it what travels.
-        low = x.astype(dtype)
-        return jax.lax.reduce(low, jnp.zeros((), dtype), jax.lax.add, (0,))
+        # `jnp.sum` would sum bf16 in f32, and the all-reduce would move f32.
+        return jax.lax.reduce(x.astype(dtype), jnp.zeros((), dtype), jax.lax.add, (0,))
 
     return jax.tree.map(reduce, totals)
 
 
-def per_weight(totals: Any, weight: jax.Array) -> Any:
-    """Divides gradients of a weighted sum by the weight; all zero where there is none."""
-    scale = inverse(weight)
+def divide_by_weight(totals: Params, weight: Scalar) -> Params:
+    """Divides gradients of a weighted sum by the weight; zeros if the weight is 0."""
+    scale = inverse_weight(weight)
     return jax.tree.map(lambda g: g * scale.astype(g.dtype), totals)
 
 
-def _by_micro_batch(
-    objective: Objective, plan: GradientPlan, params: Any, model_state: Any, batch: Any, key: Any
-) -> tuple[LossOutput, Any]:
-    """Whole micro-batches, one after another; the partitioner places the reductions."""
-    steps = plan.accumulate.micro_batches
+def _accumulate_whole(objective: Objective, plan: GradientPlan, args: LossArgs) -> LossAndGradients:
+    """Sums over whole micro-batches; the partitioner places the reductions."""
+    params, model_state, batch, key = args
+    steps = plan.micro_batches
     value_and_grad = jax.value_and_grad(objective, has_aux=True)
     if steps == 1:
-        (_, outcome), totals = value_and_grad(params, model_state, batch, key)
-        return outcome, totals
+        (_, output), totals = value_and_grad(params, model_state, batch, key)
+        return output, totals
 
-    def one(model_state: Any, index: jax.Array) -> tuple[LossOutput, Any]:
+    def run_micro_batch(model_state: PyTree, index: jax.Array) -> LossAndGradients:
         rows = micro_batch(batch, steps, index, plan)
-        at = jax.random.fold_in(key, index)
-        (_, outcome), totals = value_and_grad(params, model_state, rows, at)
-        return outcome, _place(_wide(totals), plan.gradients)
+        micro_key = jax.random.fold_in(key, index)
+        (_, output), totals = value_and_grad(params, model_state, rows, micro_key)
+        return output, _constrain_tree(to_f32(totals), plan.layout.gradients)
 
-    def body(
-        carry: tuple[LossOutput, Any], index: jax.Array
-    ) -> tuple[tuple[LossOutput, Any], None]:
-        return _add(carry, one(carry[0].model_state, index)), None
+    def body(carry: LossAndGradients, index: jax.Array) -> tuple[LossAndGradients, None]:
+        return _add_micro_batch(carry, run_micro_batch(carry[0].model_state, index)), None
 
-    outcome, totals = _zeros(one, model_state)
-    start = LossOutput(outcome.loss, outcome.metrics, model_state), _place(totals, plan.gradients)
+    output, totals = _zeros_of_micro_batch(run_micro_batch, model_state)
+    start = (
+        LossOutput(output.loss, output.metrics, model_state),
+        _constrain_tree(totals, plan.layout.gradients),
+    )
     total, _ = jax.lax.scan(body, start, jnp.arange(steps))
     return total
 
 
-def _by_lanes(
-    objective: Objective, plan: GradientPlan, params: Any, model_state: Any, batch: Any, key: Any
-) -> tuple[LossOutput, Any]:
-    """Every lane's gradients apart, over all micro-batches, then one reduction."""
-    steps = plan.accumulate.micro_batches
+def _accumulate_per_shard(
+    objective: Objective, plan: GradientPlan, args: LossArgs
+) -> LossAndGradients:
+    """Sums each gradient shard over all micro-batches, then reduces over the shards once."""
+    params, model_state, batch, key = args
+    steps = plan.micro_batches
     value_and_grad = jax.value_and_grad(objective, has_aux=True)
 
-    def one(index: jax.Array) -> tuple[LossOutput, Any]:
-        rows = split_lanes(micro_batch(batch, steps, index, plan), plan)
+    def run_micro_batch(index: jax.Array) -> tuple[LossOutput, PyTree]:
+        rows = split_shards(micro_batch(batch, steps, index, plan), plan)
         keys = per_shard_keys(jax.random.fold_in(key, index), plan.draws)
-        over = jax.tree.map(lambda x: 0 if x.ndim else None, rows)
-        mapped = jax.vmap(
+        run_shards = jax.vmap(
             value_and_grad,
-            in_axes=(None, None, over, 0),
-            axis_name=LANES,
-            spmd_axis_name=plan.axes or None,
+            in_axes=(None, None, jax.tree.map(lambda x: 0 if x.ndim else None, rows), 0),
+            axis_name=GRADIENT_SHARDS,
+            spmd_axis_name=plan.layout.shard_axes or None,
         )
-        (_, outcome), totals = mapped(params, model_state, rows, keys)
-        return outcome, _place_lanes(_wide(totals), plan)
+        (_, output), totals = run_shards(params, model_state, rows, keys)
+        return output, _constrain_shards(to_f32(totals), plan)
 
-    def body(carry: Any, index: jax.Array) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, carry, one(index)), None
+    def body(carry: PyTree, index: jax.Array) -> tuple[PyTree, None]:
+        return jax.tree.map(jnp.add, carry, run_micro_batch(index)), None
 
     if steps == 1:
-        outcome, totals = one(jnp.zeros((), jnp.int32))
+        output, totals = run_micro_batch(jnp.zeros((), jnp.int32))
     else:
-        outcome, totals = _zeros(one)
-        start = outcome, _place_lanes(totals, plan)
-        (outcome, totals), _ = jax.lax.scan(body, start, jnp.arange(steps))
+        output, totals = _zeros_of_micro_batch(run_micro_batch)
+        start = output, _constrain_shards(totals, plan)
+        (output, totals), _ = jax.lax.scan(body, start, jnp.arange(steps))
     dtype = plan.precision.reduce_dtype or plan.precision.compute_dtype
     with jax.named_scope("reduce"):
-        return jax.tree.map(lambda x: x.sum(0), outcome), reduce_lanes(totals, dtype)
+        return jax.tree.map(lambda x: x.sum(0), output), reduce_shards(totals, dtype)
 
 
-def _add(carry: tuple[LossOutput, Any], new: tuple[LossOutput, Any]) -> tuple[LossOutput, Any]:
-    """Adds losses, metrics and gradients; the model state is the newest."""
-    (old, old_totals), (outcome, totals) = carry, new
-    summed = jax.tree.map(jnp.add, (old.loss, old.metrics), (outcome.loss, outcome.metrics))
-    return LossOutput(*summed, outcome.model_state), jax.tree.map(jnp.add, old_totals, totals)
+def _add_micro_batch(carry: LossAndGradients, new: LossAndGradients) -> LossAndGradients:
+    """Adds losses, metrics and gradients; keeps the newer model state."""
+    (old, old_totals), (output, totals) = carry, new
+    loss, metrics = jax.tree.map(jnp.add, (old.loss, old.metrics), (output.loss, output.metrics))
+    return LossOutput(loss, metrics, output.model_state), jax.tree.map(jnp.add, old_totals, totals)
 
 
-def _zeros(one: Callable[..., Any], *args: Any) -> Any:
-    """Zeros of what one micro-batch returns: one more trace, but one program fewer to compile."""
-    made = jax.eval_shape(one, *args, jax.ShapeDtypeStruct((), jnp.int32))
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), made)
+def _zeros_of_micro_batch(run_micro_batch: Callable[..., PyTree], *args: PyTree) -> PyTree:
+    """Zeros of one micro-batch's results.
+
+    Tracing once more is cheaper than starting the sum from the first micro-batch, which would
+    compile the loss a second time outside the loop.
+    """
+    results = jax.eval_shape(run_micro_batch, *args, jax.ShapeDtypeStruct((), jnp.int32))
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), results)
 
 
-def _wide(totals: Any) -> Any:
-    """Micro-batches are summed in f32 at least, whatever the compute dtype."""
+def to_f32(totals: PyTree) -> PyTree:
+    """Casts gradients to f32, in which micro-batches are summed; f64 stays f64."""
     return jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), totals)
 
 
-def _entries(sharding: NamedSharding, ndim: int) -> tuple[Any, ...]:
+def _full_spec(sharding: NamedSharding, ndim: int) -> tuple[Any, ...]:
     return (*sharding.spec, *[None] * (ndim - len(sharding.spec)))
 
 
-def _place(tree: Any, shardings: Any) -> Any:
+def _constrain_tree(tree: PyTree, shardings: PyTree) -> PyTree:
     return jax.tree.map(jax.lax.with_sharding_constraint, tree, shardings)
 
 
-def _place_one(x: jax.Array, plan: GradientPlan, entries: tuple[Any, ...]) -> jax.Array:
-    sharding = NamedSharding(plan.mesh, PartitionSpec(*entries))
+def _constrain_array(x: jax.Array, plan: GradientPlan, entries: tuple[Any, ...]) -> jax.Array:
+    sharding = NamedSharding(plan.bound.mesh, PartitionSpec(*entries))
     return jax.lax.with_sharding_constraint(x, sharding)
 
 
-def _place_lanes(totals: Any, plan: GradientPlan) -> Any:
-    """`[lanes, *param]`: lanes over the batch axes, the rest as the parameter over the others."""
+def _constrain_shards(totals: PyTree, plan: GradientPlan) -> PyTree:
+    """`[num_shards, *param]`: dim 0 over `shard_axes`, the others as the parameter."""
+    shard_axes = plan.layout.shard_axes
 
-    def place(x: jax.Array, sharding: NamedSharding) -> jax.Array:
-        dims = [axes_of(entry) for entry in _entries(sharding, x.ndim - 1)]
-        rest = [tuple(axis for axis in axes if axis not in plan.axes) or None for axes in dims]
-        return _place_one(x, plan, (plan.axes, *rest))
+    def constrain(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+        dims = [axes_of(entry) for entry in _full_spec(sharding, x.ndim - 1)]
+        rest = [tuple(axis for axis in axes if axis not in shard_axes) or None for axes in dims]
+        return _constrain_array(x, plan, (shard_axes, *rest))
 
-    return jax.tree.map(place, totals, plan.params)
+    return jax.tree.map(constrain, totals, plan.layout.shardings.params)

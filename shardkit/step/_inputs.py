@@ -1,4 +1,4 @@
-"""What a step is called with: checked by name, put where it was declared."""
+"""Checks the arguments of a step leaf by leaf, and moves a batch to its declared shardings."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,51 +6,50 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from .._core.donation import check_not_donated
 from .._core.errors import BatchError, Problem, StateError, raise_all
+from .._core.train_state import TrainState
 from .._core.tree import leaves_by_path, short_type
-from ..data import place_rows, process_rows, rows_of_shardings
+from .._core.types import Batch, Key, PyTree
+from ..data import place_rows, process_rows
+
+Abstract = jax.ShapeDtypeStruct
 
 
-def put_batch(batch: Any, abstract: Any, shardings: Any, *, move: bool = False) -> Any:
-    """Puts a batch on the mesh as declared; leaves that are there already are not touched.
+def put_batch(batch: Batch, abstract: Batch, shardings: PyTree, *, move: bool = False) -> Batch:
+    """Moves a batch to its declared shardings; leaves that are there already stay.
 
     Args:
-      batch: pytree of host arrays, uncommitted device arrays or arrays laid out as declared. Of
-        several processes each gives the rows of its own devices.
+      batch: pytree of host arrays, uncommitted device arrays or arrays in their declared sharding.
+        With several processes each passes the rows of its own devices.
       abstract: pytree of `jax.ShapeDtypeStruct`, global shapes.
       shardings: pytree of `NamedSharding`.
-      move: also take leaves that are committed to other devices or layouts.
+      move: also accept leaves that are committed to other devices or shardings.
 
     Raises:
-      BatchError: the structure, a shape, a dtype or, unless they may move, the devices of a leaf
-        are not the declared.
+      BatchError: the structure, or the shape, dtype or (without `move`) devices of a leaf differ
+        from the declared ones.
     """
-    check_not_donated(batch, "batch", "The step got a batch that is gone.")
-    got, structure = jax.tree_util.tree_flatten(batch)
-    want, declared = jax.tree_util.tree_flatten(abstract)
-    if structure != declared:
+    check_not_donated(batch, "batch", "The batch was donated.")
+    values, structure = jax.tree_util.tree_flatten(batch)
+    declared, declared_structure = jax.tree_util.tree_flatten(abstract)
+    if structure != declared_structure:
         _raise_structure(batch, abstract)
-    placed = jax.tree.leaves(shardings)
-    if not all(map(_in_place, got, want, placed)):
+    targets = jax.tree.leaves(shardings)
+    if not all(map(_is_placed, values, declared, targets)):
         names = [*leaves_by_path(abstract, "batch")]
-        _check_leaves(names, got, want, placed, move)
-        got = [
-            x if _in_place(x, a, s) else _put(x, a, s)
-            for x, a, s in zip(got, want, placed, strict=True)
+        _check_leaves(names, values, declared, targets, move)
+        values = [
+            x if _is_placed(x, a, s) else _put_leaf(x, a, s)
+            for x, a, s in zip(values, declared, targets, strict=True)
         ]
-    return jax.tree_util.tree_unflatten(structure, got)
+    return jax.tree_util.tree_unflatten(structure, values)
 
 
-def fed_rows(shardings: Any, rows: int) -> np.ndarray:
-    """Rows of a global batch that this process gives to `put_batch`, i64[n]."""
-    return rows_of_shardings(shardings, rows)
-
-
-def put_key(key: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """Puts a key, which every process has made, on a mesh that may span processes."""
+def put_key(key: Key, sharding: NamedSharding) -> Key:
+    """Replicates a key over a mesh that can span processes, each of which has the key."""
     if sharding.is_fully_addressable or _is_global(key):
         return jax.device_put(key, sharding)
     words = np.asarray(jax.random.key_data(key))
@@ -58,9 +57,9 @@ def put_key(key: jax.Array, sharding: NamedSharding) -> jax.Array:
     return jax.random.wrap_key_data(shared, impl=jax.random.key_impl(key))
 
 
-def _put(x: Any, abstract: Any, sharding: NamedSharding) -> jax.Array:
+def _put_leaf(x: Any, abstract: Abstract, sharding: NamedSharding) -> jax.Array:
     if not sharding.is_fully_addressable and not _is_global(x):
-        return place_rows(x, _held(abstract, sharding), abstract.shape[0], sharding)
+        return place_rows(x, _process_rows(abstract, sharding), abstract.shape[0], sharding)
     return jax.device_put(
         x if isinstance(x, jax.Array) else np.asarray(x, abstract.dtype), sharding
     )
@@ -70,11 +69,12 @@ def _is_global(x: Any) -> bool:
     return isinstance(x, jax.Array) and not x.is_fully_addressable
 
 
-def _held(abstract: Any, sharding: NamedSharding) -> np.ndarray:
+def _process_rows(abstract: Abstract, sharding: NamedSharding) -> np.ndarray:
+    assert isinstance(sharding.mesh, Mesh)
     return process_rows(sharding.mesh, sharding.spec, abstract.shape[0])
 
 
-def _in_place(x: Any, abstract: Any, sharding: NamedSharding) -> bool:
+def _is_placed(x: Any, abstract: Abstract, sharding: NamedSharding) -> bool:
     return (
         isinstance(x, jax.Array)
         and x.shape == abstract.shape
@@ -85,75 +85,76 @@ def _in_place(x: Any, abstract: Any, sharding: NamedSharding) -> bool:
 
 def _check_leaves(
     names: Sequence[str],
-    got: Sequence[Any],
-    want: Sequence[Any],
-    placed: Sequence[NamedSharding],
+    values: Sequence[Any],
+    declared: Sequence[Abstract],
+    targets: Sequence[NamedSharding],
     move: bool,
 ) -> None:
     problems = []
-    for name, x, abstract, sharding in zip(names, got, want, placed, strict=True):
+    for name, x, abstract, sharding in zip(names, values, declared, targets, strict=True):
         shape, dtype = np.shape(x), jax.dtypes.canonicalize_dtype(jax.numpy.result_type(x))
-        wanted = _fed_shape(x, abstract, sharding)
-        if (shape, dtype) != (wanted, abstract.dtype):
-            problems.append(_misfit(name, short_type(shape, dtype), shape, wanted, abstract))
+        expected = _local_shape(x, abstract, sharding)
+        if (shape, dtype) != (expected, abstract.dtype):
+            problems.append(_mismatch(name, short_type(shape, dtype), shape, expected, abstract))
         elif (
             not move
             and isinstance(x, jax.Array)
             and x.committed
-            and not _in_place(x, abstract, sharding)
+            and not _is_placed(x, abstract, sharding)
         ):
-            why = f"is committed to {_where(x.sharding)}; the step has it as {sharding.spec}"
-            problems.append(Problem(name, why, "pass host numpy, or step.put(batch)"))
+            where = _describe_sharding(x.sharding)
+            why = f"is committed to {where}; the step has it as {sharding.spec}"
+            problems.append(Problem(name, why, "pass host numpy, or step.shard_batch(batch)"))
     raise_all(BatchError, "The batch is not what the step was compiled for.", problems)
 
 
-def _fed_shape(x: Any, abstract: Any, sharding: NamedSharding) -> tuple[int, ...]:
-    """The shape to be given: of several processes each feeds the rows of its own devices."""
+def _local_shape(x: Any, abstract: Abstract, sharding: NamedSharding) -> tuple[int, ...]:
+    """The shape that this process must pass: the rows of its own devices."""
     if sharding.is_fully_addressable or _is_global(x):
         return abstract.shape
-    return (len(_held(abstract, sharding)), *abstract.shape[1:])
+    return (len(_process_rows(abstract, sharding)), *abstract.shape[1:])
 
 
-def _misfit(
-    subject: str, got: str, shape: tuple[int, ...], wanted: tuple[int, ...], abstract: Any
+def _mismatch(
+    subject: str, got: str, shape: tuple[int, ...], expected: tuple[int, ...], abstract: Abstract
 ) -> Problem:
     rows = abstract.shape[:1]
-    if wanted[:1] != rows and shape[:1] != wanted[:1]:
-        share = f"{rows[0]} global / {rows[0] // wanted[0]}"
-        found = shape[0] if shape else "a scalar"
-        why = f"process {jax.process_index()} must feed {wanted[0]} rows ({share}), got {found}"
-        return Problem(subject, why, "batch of its own rows: x[step.rows] of the global batch's x")
-    expected = short_type(wanted, abstract.dtype)
-    why = f"is {got}; the step was compiled for {expected}"
-    return Problem(subject, why, "feed the declared shapes, or compile_step again")
+    if expected[:1] != rows and shape[:1] != expected[:1]:
+        # 64 rows on 4 processes: "process 1 must pass 16 rows (64 global / 4), got 64".
+        share = f"{rows[0]} global / {rows[0] // expected[0]}"
+        passed = shape[0] if shape else "a scalar"
+        why = f"process {jax.process_index()} must pass {expected[0]} rows ({share}), got {passed}"
+        return Problem(subject, why, "the process's own rows: x[step.local_rows]")
+    why = f"is {got}; the step was compiled for {short_type(expected, abstract.dtype)}"
+    return Problem(subject, why, "pass the declared shapes, or compile_step again")
 
 
-def _where(sharding: Any) -> str:
+def _describe_sharding(sharding: Any) -> str:
     devices = len(sharding.device_set)
     spec = f" as {sharding.spec}" if isinstance(sharding, NamedSharding) else ""
     return f"{devices} device{'s' if devices > 1 else ''}{spec}"
 
 
-def _raise_structure(batch: Any, abstract: Any) -> None:
+def _raise_structure(batch: Batch, abstract: Batch) -> None:
     got, want = (leaves_by_path(tree, "batch").keys() for tree in (batch, abstract))
-    problems = [Problem(p, "is declared and was not given") for p in sorted(want - got)]
-    problems += [Problem(p, "was given and is not declared") for p in sorted(got - want)]
+    problems = [Problem(p, "is declared but missing") for p in sorted(want - got)]
+    problems += [Problem(p, "is not declared") for p in sorted(got - want)]
     problems = problems or [Problem("batch", "has the declared leaves in other containers")]
     fix = f"a batch with leaves {', '.join(leaves_by_path(abstract))}"
     raise_all(BatchError, "The batch is not what the step was compiled for.", problems, fix)
 
 
-def check_given(state: Any) -> None:
-    """Refuses a state whose buffers an earlier step consumed.
+def check_state_alive(state: TrainState) -> None:
+    """Checks that no buffer of a state was donated to an earlier step.
 
     Raises:
-      StateError: naming the leaves that are gone.
+      StateError: naming the donated leaves.
     """
-    check_not_donated(state, "state", "The step got a state that is gone.")
+    check_not_donated(state, "state", "The state was donated.")
 
 
-def check_apart(state: Any) -> None:
-    """Refuses a state two of whose leaves are one buffer: donated twice, it ends the interpreter.
+def check_buffers_distinct(state: TrainState) -> None:
+    """Checks that no two leaves of a state share a buffer, which would be donated twice and crash.
 
     Raises:
       StateError: naming each leaf with the one whose buffer it shares.
@@ -162,31 +163,31 @@ def check_apart(state: Any) -> None:
     problems = []
     for path, x in leaves_by_path(state, "state").items():
         if isinstance(x, jax.Array) and x.size and not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            piece = x.addressable_data(0)
-            place = (piece.device, piece.unsafe_buffer_pointer())
-            other = first.setdefault(place, path)
+            shard = x.addressable_data(0)
+            buffer = (shard.device, shard.unsafe_buffer_pointer())
+            other = first.setdefault(buffer, path)
             if other != path:
                 problems.append(Problem(path, f"is the same buffer as {other}"))
     fix = "copy one of each pair with jnp.copy"
     raise_all(StateError, "Leaves of the state share buffers.", problems, fix)
 
 
-def check_state(state: Any, abstract: Any, shardings: Any) -> None:
-    """Says in which leaves a state differs from the one that a step was compiled for.
+def check_state(state: TrainState, abstract: TrainState, shardings: TrainState) -> None:
+    """Compares a state with the one that a step was compiled for.
 
     Raises:
       StateError: naming each leaf with both types and specs.
     """
-    got, want, specs = (leaves_by_path(tree, "state") for tree in (state, abstract, shardings))
-    problems = [Problem(p, "is missing") for p in want if p not in got]
-    problems += [Problem(p, "is not part of this step's state") for p in got if p not in want]
-    for path in [p for p in want if p in got]:
-        x, a = got[path], want[path]
+    got, declared, specs = (leaves_by_path(tree, "state") for tree in (state, abstract, shardings))
+    problems = [Problem(p, "is missing") for p in declared if p not in got]
+    problems += [Problem(p, "is not part of this step's state") for p in got if p not in declared]
+    for path in [p for p in declared if p in got]:
+        x, a = got[path], declared[path]
         if (np.shape(x), jax.numpy.result_type(x)) != (a.shape, a.dtype):
             types = short_type(np.shape(x), jax.numpy.result_type(x)), short_type(a.shape, a.dtype)
             problems.append(Problem(path, f"is {types[0]}; the step has {types[1]}"))
         elif isinstance(x, jax.Array) and not x.sharding.is_equivalent_to(specs[path], x.ndim):
-            why = f"is on {_where(x.sharding)}; the step has it as {specs[path].spec}"
+            why = f"is on {_describe_sharding(x.sharding)}; the step has it as {specs[path].spec}"
             problems.append(Problem(path, why))
     fix = "state = step.init(key), or jax.device_put(state, step.shardings)"
     raise_all(StateError, "The state is not what the step was compiled for.", problems, fix)

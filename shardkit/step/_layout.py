@@ -1,8 +1,9 @@
-"""From a spec to shardings: abstract state, every rule resolved, every failure at once."""
+"""Resolves a strategy's rules on a mesh: the sharding of every leaf, or every problem at once."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -10,25 +11,29 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .._core.errors import Problem, ShardingError, count, raise_all
-from .._core.precision import Precision, cast_floats
+from .._core.precision import cast_floats
 from .._core.train_state import TrainState
-from .._core.tree import Leaf, join_path, leaves, path_str
-from .._core.types import Variables, WithAxes
-from ..parallel import Strategy, advise, check_composition, check_used, update_specs
-from ..rules import Rule, axes_of, check_batch, collect, first_match, format_mesh
+from .._core.tree import Leaf, join_path, list_leaves, path_str
+from .._core.types import Batch, Key, Params, PyTree, Variables, WithAxes
+from ..parallel import Strategy, check_axes_used, check_composition, suggest_options, update_specs
+from ..rules import Rule, axes_of, check_batch, first_match, format_mesh, resolve_all
 from .optim._follow import FollowParams
 
-# Where `state.model_state` keeps what compression left out, one copy of each parameter per device.
+if TYPE_CHECKING:
+    from ._spec import StepSpec
+
+# Key of `state.model_state` for what compression left out of the gradients (error feedback):
+# f32[devices, *param] per parameter.
 RESIDUALS = "compression"
 
 Specs = Mapping[str, PartitionSpec]
-# The state's shapes, and the logical axes of its parameters.
-Abstract = tuple[TrainState, dict[str, tuple[str | None, ...]]]
+# The abstract state, and `{path: logical axes}` of its parameters.
+AbstractState = tuple[TrainState, dict[str, tuple[str | None, ...]]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """The abstract state and batch of a step, and where every leaf of them lives.
+class StepLayout:
+    """The abstract state and batch of a step, and the sharding of every leaf.
 
     Attributes:
       state: `TrainState` of `jax.ShapeDtypeStruct`.
@@ -37,245 +42,277 @@ class Layout:
       batch_shardings: pytree of `NamedSharding`.
       rows: number of rows of the global batch; 0 where no leaf has a dim.
       row_axes: mesh axes that the rows are split over.
-      lane_axes: those of them that lanes may be split over: where rows leave their device inside
-        the loss (tokens for experts), no lane can end at the device's border.
+      shard_axes: those of them that separate gradient shards. Along an axis over which rows move
+        between devices inside the loss (tokens to their experts), gradients cannot be kept apart.
       axes: `{path: logical axes}` of the parameters.
-      gradients: pytree of `NamedSharding`, how gradients are left for the update.
-      update: pytree of `NamedSharding`, how parameters are split for the update; None where the
-        update is computed as the parameters lie.
+      gradients: pytree of `NamedSharding` of the gradients that the update receives.
+      update: pytree of `NamedSharding` of the parameters during the update, where it is split
+        further than the parameters; otherwise None.
     """
 
     state: TrainState
     shardings: TrainState
-    batch: Any
-    batch_shardings: Any
+    batch: Batch
+    batch_shardings: PyTree
     rows: int
     row_axes: tuple[str, ...]
-    lane_axes: tuple[str, ...]
+    shard_axes: tuple[str, ...]
     axes: Mapping[str, tuple[str | None, ...]]
-    gradients: Any
-    update: Any
+    gradients: PyTree
+    update: PyTree | None
 
     @property
-    def storing(self) -> tuple[str, ...]:
-        """Mesh axes of the rows that parameters are split over too."""
+    def inner_axes(self) -> tuple[str, ...]:
+        """Mesh axes that split the rows inside of a gradient shard."""
+        return tuple(axis for axis in self.row_axes if axis not in self.shard_axes)
+
+    @property
+    def storage_axes(self) -> tuple[str, ...]:
+        """Mesh axes that split both the rows and some parameter."""
         specs = [s.spec for s in jax.tree.leaves(self.shardings.params)]
         split = {axis for spec in specs for entry in spec for axis in axes_of(entry)}
         return tuple(axis for axis in self.row_axes if axis in split)
 
 
-def initial_state(
-    init: Callable[[Any], Any], precision: Precision, copies: int = 0
-) -> Callable[[Any], TrainState]:
-    """Builds `key → TrainState`, as yet without the optimizer's state.
+def build_model_init(spec: "StepSpec", residual_copies: int = 0) -> Callable[[Key], TrainState]:
+    """Builds `key → TrainState` with `opt_state=None`.
 
     Args:
-      init: `key → params` or `key → Variables`.
-      precision: dtype of the parameters.
-      copies: devices that each keep what compression left out of their gradients; 0 for none.
+      spec: the step.
+      residual_copies: devices that keep residuals of gradient compression; 0 for none.
     """
 
-    def run(key: Any) -> TrainState:
-        for_init, for_steps = jax.random.split(key)
-        made = _as_variables(init(for_init))
-        params = _bare(made, precision)
-        model_state = _with_residuals(made.model_state, params, copies)
-        return _first_state(params, None, model_state, for_steps)
+    def run(key: Key) -> TrainState:
+        init_key, step_key = jax.random.split(key)
+        return _assemble_state(spec, spec.init(init_key), step_key, residual_copies)
 
     return run
 
 
-def _first_state(params: Any, opt_state: Any, model_state: Any, key: Any) -> TrainState:
+def _assemble_state(
+    spec: "StepSpec", initial: PyTree, key: Key, residual_copies: int
+) -> TrainState:
+    """The state, as yet without `opt_state`, of what `init` returned."""
+    variables = _to_variables(initial)
+    bare = jax.tree.map(
+        lambda x: x.value if _has_axes(x) else x, variables.params, is_leaf=_has_axes
+    )
+    params = cast_floats(jax.tree.map(jnp.asarray, bare), spec.precision.param_dtype)
+    model_state = variables.model_state
+    if residual_copies:
+        zeros = jax.tree.map(lambda p: jnp.zeros((residual_copies, *p.shape), jnp.float32), params)
+        model_state = {**model_state, RESIDUALS: zeros}
     return TrainState(
-        jnp.zeros((), jnp.int32), params, opt_state, model_state, key, jnp.zeros((), jnp.bool)
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=None,
+        model_state=model_state,
+        key=key,
+        halted=jnp.zeros((), jnp.bool),
     )
 
 
-def compressing(strategy: Strategy, mesh: Mesh) -> int:
-    """Number of devices between which gradients are compressed; 0 where they are not."""
+def count_residual_copies(strategy: Strategy, mesh: Mesh) -> int:
+    """Number of devices that keep residuals of gradient compression; 0 without compression."""
     return mesh.shape.get(strategy.compression.axis, 0) if strategy.compression else 0
 
 
-def _with_residuals(model_state: Any, params: Any, copies: int) -> Any:
-    if not copies:
-        return model_state
-    zeros = jax.tree.map(lambda p: jnp.zeros((copies, *p.shape), jnp.float32), params)
-    return {**model_state, RESIDUALS: zeros}
+def build_optimizer_init(optimizer: optax.GradientTransformation) -> Callable[[Params], PyTree]:
+    """Builds `params → opt_state`, in buffers of its own."""
 
-
-def initial_optimizer(optimizer: optax.GradientTransformation) -> Callable[[Any], Any]:
-    """Builds `params → opt_state`, as arrays that share no buffer with the parameters."""
-
-    def run(params: Any) -> Any:
+    def run(params: Params) -> PyTree:
         return jax.tree.map(lambda x: jnp.array(x, copy=True), optimizer.init(params))
 
     return run
 
 
-def _bare(made: Variables, precision: Precision) -> Any:
-    bare = jax.tree.map(lambda x: x.value if _named(x) else x, made.params, is_leaf=_named)
-    return cast_floats(jax.tree.map(jnp.asarray, bare), precision.param_dtype)
-
-
-def abstract_state(
-    init: Callable[[Any], Any],
-    optimizer: optax.GradientTransformation,
-    precision: Precision,
-    copies: int,
-) -> Abstract:
-    """The state's shapes, and the logical axes that `init` named, from one trace."""
+def abstract_state(spec: "StepSpec", residual_copies: int = 0) -> AbstractState:
+    """The shapes of the state, and the logical axes that `init` names, from one trace."""
     names: dict[str, tuple[str | None, ...]] = {}
 
-    def run(key: Any) -> TrainState:
-        made = _as_variables(init(key))
-        names.update(_axis_names(made.params))
-        params = _bare(made, precision)
-        opt_state = initial_optimizer(optimizer)(params)
-        model_state = _with_residuals(made.model_state, params, copies)
-        return _first_state(params, opt_state, model_state, key)
+    def run(key: Key) -> TrainState:
+        initial = spec.init(key)
+        names.update(_collect_axes(_to_variables(initial).params))
+        state = _assemble_state(spec, initial, key, residual_copies)
+        opt_state = build_optimizer_init(spec.optimizer)(state.params)
+        return dataclasses.replace(state, opt_state=opt_state)
 
     return jax.eval_shape(run, jax.eval_shape(lambda: jax.random.key(0))), names
 
 
 def resolve_layout(
-    init: Callable[[Any], Any],
-    optimizer: optax.GradientTransformation,
-    batch: Any,
+    spec: "StepSpec",
     mesh: Mesh,
-    strategy: Strategy,
-    precision: Precision,
-    steps: int,
-    abstract: Abstract | None = None,
-) -> Layout:
+    *,
+    strategy: Strategy | None = None,
+    micro_batches: int | None = None,
+    abstract: AbstractState | None = None,
+) -> StepLayout:
     """Resolves every rule of a strategy on a mesh.
 
     Args:
-      init: `key → params` or `key → Variables`.
-      optimizer: any optax chain.
-      batch: pytree of abstract arrays.
+      spec: the step.
       mesh: the device mesh.
-      strategy: the declared layout.
-      precision: dtype of the parameters.
-      steps: micro-batches per step, which the rows must divide into.
-      abstract: what `abstract_state` returned, for many meshes; None traces `init` for this one.
+      strategy: replaces that of the spec.
+      micro_batches: replaces that of the spec; it must divide the rows.
+      abstract: result of `abstract_state`, to resolve many meshes from one trace of `init`.
 
     Raises:
-      ShardingError: the strategies fit neither each other nor the mesh; or with every leaf of
+      ShardingError: the strategies do not fit each other or the mesh; or with every leaf of
         parameters, optimizer state, model_state and batch that cannot be laid out.
     """
-    sizes = dict(mesh.shape)
+    strategy, batch, sizes = strategy or spec.strategy, spec.batch, dict(mesh.shape)
+    micro_batches = micro_batches or spec.accumulate.micro_batches
     check_composition(strategy, sizes)
-    copies = compressing(strategy, mesh)
-    state, names = abstract or abstract_state(init, optimizer, precision, copies)
-
+    state, names = abstract or abstract_state(spec, count_residual_copies(strategy, mesh))
     problems: list[Problem] = []
-    params = leaves(state.params, names)
-    specs = _resolved(strategy.params, params, sizes, "params", problems)
-    models = (
-        {k: x for k, x in state.model_state.items() if k != RESIDUALS}
-        if copies
-        else state.model_state
+    specs = _resolve_specs(strategy, (state, names), batch, sizes, problems)
+    rows, row_axes = _resolve_rows(list_leaves(batch), specs.batch, sizes, micro_batches, problems)
+    failed = count(len({problem.subject for problem in problems}), "leaf")
+    raise_all(ShardingError, f"{failed} cannot be laid out on mesh {format_mesh(sizes)}.", problems)
+    check_axes_used(strategy, sizes, specs.mesh_axes)
+
+    replicated = NamedSharding(mesh, PartitionSpec())
+    shardings = TrainState(
+        step=replicated,
+        params=_build_shardings(state.params, specs.params, mesh),
+        opt_state=_build_shardings(state.opt_state, specs.opt_state, mesh),
+        model_state=_build_shardings(state.model_state, specs.model_state, mesh),
+        key=replicated,
+        halted=replicated,
     )
-    model_state = _resolved(strategy.model_state, leaves(models), sizes, "model_state", problems)
+    update = _build_shardings(state.params, specs.update, mesh) if strategy.zero else None
+    scatters_gradients = strategy.zero is not None and strategy.zero.stage == 2
+    moves_rows = {override.axis for _, override in strategy.overrides if override.moves_rows}
+    return StepLayout(
+        state=state,
+        shardings=shardings,
+        batch=batch,
+        batch_shardings=_build_shardings(batch, specs.batch, mesh),
+        rows=rows,
+        row_axes=row_axes,
+        shard_axes=tuple(axis for axis in row_axes if axis not in moves_rows),
+        axes=names,
+        gradients=update if scatters_gradients else shardings.params,
+        update=update,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Specs:
+    """The spec of every leaf, `{path: spec}` per tree; `update` is of parameters in the update."""
+
+    params: Specs
+    update: Specs
+    opt_state: Specs
+    model_state: Specs
+    batch: Specs
+
+    @property
+    def mesh_axes(self) -> set[str]:
+        """Mesh axes that split a leaf that is stored, or of the batch."""
+        trees = (self.params, self.opt_state, self.model_state, self.batch)
+        specs = [spec for tree in trees for spec in tree.values()]
+        return {axis for spec in specs for entry in spec for axis in axes_of(entry)}
+
+
+def _resolve_specs(
+    strategy: Strategy,
+    abstract: AbstractState,
+    batch: Batch,
+    sizes: Mapping[str, int],
+    problems: list[Problem],
+) -> _Specs:
+    state, names = abstract
+    params = list_leaves(state.params, names)
+    specs = _resolve_rule(strategy.params, params, sizes, "params", problems)
+    model_state = state.model_state
+    residuals: Specs = {}
     if strategy.compression:
-        model_state |= _residual_specs(strategy.compression.axis, specs)
-    # A parameter that could not be laid out is reported once, not again for its moments.
-    moments = leaves(state.opt_state)
-    updated = update_specs(strategy.zero, params, specs, sizes)
+        model_state = {k: x for k, x in model_state.items() if k != RESIDUALS}
+        residuals = _residual_specs(strategy.compression.axis, specs)
+    model_leaves = list_leaves(model_state)
+    model_specs = _resolve_rule(strategy.model_state, model_leaves, sizes, "model_state", problems)
+    update = update_specs(strategy.zero, params, specs, sizes)
+    moments = list_leaves(state.opt_state)
+    # `specs` lacks a parameter that cannot be laid out. Its moments pass as replicated, so that the
+    # error names the parameter once and not once more for mu and nu.
     follow = FollowParams(
-        tuple((p, updated.get(p.path, PartitionSpec())) for p in params),
+        tuple((leaf, update.get(leaf.path, PartitionSpec())) for leaf in params),
         frozenset(leaf.path for leaf in moments),
     )
     rule = first_match(strategy.opt_state, follow) if strategy.opt_state else follow
-    opt_state = _resolved(rule, moments, sizes, "opt_state", problems)
-    batch_leaves = leaves(batch)
-    batch_specs = _batch_specs(strategy, batch_leaves, sizes, problems)
-    rows, row_axes = _rows(batch_leaves, batch_specs, sizes, steps, problems)
-    lost = count(len({problem.subject for problem in problems}), "leaf")
-    raise_all(ShardingError, f"{lost} cannot be laid out on mesh {format_mesh(sizes)}.", problems)
-    placements = [
-        *specs.values(),
-        *model_state.values(),
-        *opt_state.values(),
-        *batch_specs.values(),
-    ]
-    check_used(strategy, sizes, {axis for spec in placements for e in spec for axis in axes_of(e)})
-
-    scalar = NamedSharding(mesh, PartitionSpec())
-    shardings = TrainState(
-        step=scalar,
-        params=_shardings(state.params, specs, mesh),
-        opt_state=_shardings(state.opt_state, opt_state, mesh),
-        model_state=_shardings(state.model_state, model_state, mesh),
-        key=scalar,
-        halted=scalar,
+    return _Specs(
+        params=specs,
+        update=update,
+        opt_state=_resolve_rule(rule, moments, sizes, "opt_state", problems),
+        model_state={**model_specs, **residuals},
+        batch=_batch_specs(strategy, list_leaves(batch), sizes, problems),
     )
-    placed = _shardings(batch, batch_specs, mesh)
-    split = _shardings(state.params, updated, mesh) if strategy.zero else None
-    left = split if strategy.zero and strategy.zero.stage == 2 else shardings.params
-    carried = {carrier.axis for _, carrier in strategy.regions if carrier.moves_rows}
-    lanes = tuple(axis for axis in row_axes if axis not in carried)
-    return Layout(state, shardings, batch, placed, rows, row_axes, lanes, names, left, split)
 
 
-def _axis_names(params: Any) -> dict[str, tuple[str | None, ...]]:
-    boxed = [
+def _collect_axes(params: PyTree) -> dict[str, tuple[str | None, ...]]:
+    named = [
         (path_str(path), leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=_named)
-        if _named(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=_has_axes)
+        if _has_axes(leaf)
     ]
     problems = [
         Problem(
             join_path("params", path),
             f"{len(leaf.axes)} names {leaf.axes} for {leaf.value.ndim} dims",
         )
-        for path, leaf in boxed
+        for path, leaf in named
         if len(leaf.axes) != leaf.value.ndim
     ]
     raise_all(ShardingError, "Logical axes do not fit.", problems, "one name or None per dim")
-    return {path: tuple(leaf.axes) for path, leaf in boxed}
+    return {path: tuple(leaf.axes) for path, leaf in named}
 
 
-def _resolved(
+def _resolve_rule(
     rule: Rule, of: Sequence[Leaf], sizes: Mapping[str, int], tree: str, problems: list[Problem]
 ) -> dict[str, PartitionSpec]:
-    specs, found = collect(rule, of, sizes, what=f"leaves of {tree}")
-    problems += _in_tree(tree, of, advise(found, sizes))
+    specs, failures = resolve_all(rule, of, sizes, what=f"leaves of {tree}")
+    problems += _name_tree(tree, of, suggest_options(failures, sizes))
     return specs
 
 
-def _in_tree(tree: str, of: Sequence[Leaf], problems: Sequence[Problem]) -> list[Problem]:
-    """Says which tree a leaf is of: a parameter and a batch leaf may have the same path."""
+def _name_tree(tree: str, of: Sequence[Leaf], problems: Sequence[Problem]) -> list[Problem]:
+    """Prefixes subjects with their tree, since a parameter and a batch leaf can share a path."""
     full = {str(leaf): str(leaf.within(tree)) for leaf in of}
     return [dataclasses.replace(p, subject=full.get(p.subject, p.subject)) for p in problems]
 
 
 def _residual_specs(axis: str, specs: Specs) -> dict[str, PartitionSpec]:
-    """Each device along an axis holds its own copy, split as the parameter is."""
+    """Specs of `f32[devices, *param]`: each device along `axis` holds its own residuals."""
 
-    def spec(own: PartitionSpec) -> PartitionSpec:
-        # A parameter that is split over the axis itself is refused when its gradients are planned.
-        taken = axis in (name for entry in own for name in axes_of(entry))
-        return PartitionSpec(axis) if taken else PartitionSpec(axis, *own)
+    def residual_spec(param: PartitionSpec) -> PartitionSpec:
+        # `_problems.compression_problems` rejects a parameter that is split over the axis itself.
+        is_split = axis in (name for entry in param for name in axes_of(entry))
+        return PartitionSpec(axis) if is_split else PartitionSpec(axis, *param)
 
-    return {join_path(RESIDUALS, path): spec(own) for path, own in specs.items()}
+    return {join_path(RESIDUALS, path): residual_spec(param) for path, param in specs.items()}
 
 
 def _batch_specs(
     strategy: Strategy, of: Sequence[Leaf], sizes: Mapping[str, int], problems: list[Problem]
 ) -> dict[str, PartitionSpec]:
     if not isinstance(strategy.batch, PartitionSpec):
-        return _resolved(strategy.batch, of, sizes, "batch", problems)
+        return _resolve_rule(strategy.batch, of, sizes, "batch", problems)
     entries = tuple(strategy.batch)
     specs = {leaf.path: PartitionSpec(*entries[: len(leaf.shape)]) for leaf in of}
-    problems += _in_tree("batch", of, check_batch(of, specs, sizes))
+    problems += _name_tree("batch", of, check_batch(of, specs, sizes))
     return specs
 
 
-def _rows(
-    of: Sequence[Leaf], specs: Specs, sizes: Mapping[str, int], steps: int, problems: list[Problem]
+def _resolve_rows(
+    of: Sequence[Leaf],
+    specs: Specs,
+    sizes: Mapping[str, int],
+    micro_batches: int,
+    problems: list[Problem],
 ) -> tuple[int, tuple[str, ...]]:
-    """Rows of the batch and the mesh axes that split them: the same for every leaf."""
+    """Rows of the batch and the mesh axes that split them, the same for every leaf."""
     with_rows = [leaf for leaf in of if leaf.shape]
     if not with_rows:
         return 0, ()
@@ -288,31 +325,24 @@ def _rows(
             problems.append(
                 Problem(str(leaf.within("batch")), why, "dim 0 of every batch leaf counts rows")
             )
-    ways = 1
-    for axis in axes:
-        ways *= sizes.get(axis, 1)
-    rows = first.shape[0]
-    if steps > 1 and rows % (steps * ways):
+    rows, unit = first.shape[0], micro_batches * math.prod(sizes.get(axis, 1) for axis in axes)
+    if micro_batches > 1 and rows % unit:
         split = " x ".join(f"{axis}={sizes.get(axis, 1)}" for axis in axes) or "1 device"
-        why = f"{rows} rows do not split into accumulate={steps} micro-batches over {split}"
-        fix = f"a multiple of {steps * ways} rows, such as {_near(rows, steps * ways)}"
+        why = f"{rows} rows do not split into accumulate={micro_batches} micro-batches over {split}"
+        fix = f"a multiple of {unit} rows, such as {max(unit, round(rows / unit) * unit)}"
         problems.append(Problem(str(first.within("batch")), why, fix))
     return rows, axes
 
 
-def _near(rows: int, unit: int) -> int:
-    return max(unit, round(rows / unit) * unit)
-
-
-def _shardings(tree: Any, specs: Specs, mesh: Mesh) -> Any:
+def _build_shardings(tree: PyTree, specs: Specs, mesh: Mesh) -> PyTree:
     return jax.tree_util.tree_map_with_path(
         lambda path, _: NamedSharding(mesh, specs[path_str(path)]), tree
     )
 
 
-def _as_variables(made: Any) -> Variables:
-    return made if isinstance(made, Variables) else Variables(made, {})
+def _to_variables(initial: PyTree) -> Variables:
+    return initial if isinstance(initial, Variables) else Variables(initial, {})
 
 
-def _named(x: Any) -> bool:
+def _has_axes(x: Any) -> bool:
     return isinstance(x, WithAxes)

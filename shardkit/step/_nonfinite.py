@@ -1,50 +1,50 @@
-"""What a compiled step does with an update whose loss or gradients are not finite.
+"""Skips an update on the devices if the loss or a gradient is not finite.
 
-The verdict is made on the devices from two numbers that the step has anyway, and carried out by a
-select, so it costs no collective and the host need not look before the next step is dispatched.
+The check reads two scalars that the step computes anyway and selects between two states, so it
+needs no extra collective, and the host can dispatch the next step without reading the result.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from .._core.train_state import TrainState
+from .._core.types import PyTree, Scalar
 
 OnNonfinite = Literal["apply", "skip", "stop"]
 ON_NONFINITE: tuple[OnNonfinite, ...] = ("apply", "skip", "stop")
 SKIPPED = "skipped"
 
 
-def is_usable(metrics: dict[str, jax.Array]) -> jax.Array:
-    """Whether the update of a step is finite: bool[].
+def is_finite_update(metrics: dict[str, Scalar]) -> Scalar:
+    """Whether the loss and all gradients are finite: bool[].
 
-    The norm is finite only where every gradient is, since squares cannot cancel. Squares overflow
-    where the norm is above 1.8e19, which is no better.
+    The norm is finite only if every gradient is, since squares do not cancel. Squares overflow for
+    norms above 1.8e19; such an update is skipped too.
     """
     return jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
 
 
-def chosen(
-    usable: jax.Array, after: TrainState, before: TrainState, how: OnNonfinite
+def select_state(
+    is_finite: Scalar, after: TrainState, before: TrainState, on_nonfinite: OnNonfinite
 ) -> TrainState:
-    """The state after an update or, bit for bit but for its counter, the one before it.
+    """The state after an update, or the one before it, bit for bit but for its counter.
 
-    Skipping counts the step, whose batch is not seen again. Stopping marks the state as halted:
-    later steps find that and change nothing, so whoever learns of it, however late, has the
-    state that the step failed on.
+    `"skip"` counts the step, since its batch is not used again. `"stop"` sets `halted`: later steps
+    then change nothing, so the host gets the state that the step failed on, however late it looks.
     """
-    halted = before.halted | ~usable if how == "stop" else before.halted
-    made = usable & ~halted
+    halted = before.halted | ~is_finite if on_nonfinite == "stop" else before.halted
+    update = is_finite & ~halted
 
-    def select(new: Any, old: Any, when: jax.Array = made) -> Any:
+    def select(new: PyTree, old: PyTree, when: Scalar = update) -> PyTree:
         return jax.tree.map(lambda a, b: jnp.where(when, a, b), new, old)
 
     return TrainState(
-        select(after.step, before.step, ~halted),
-        select(after.params, before.params),
-        select(after.opt_state, before.opt_state),
-        select(after.model_state, before.model_state),
-        after.key,
-        halted,
+        step=select(after.step, before.step, ~halted),
+        params=select(after.params, before.params),
+        opt_state=select(after.opt_state, before.opt_state),
+        model_state=select(after.model_state, before.model_state),
+        key=after.key,
+        halted=halted,
     )

@@ -1,7 +1,7 @@
-"""What a loss may return, brought to one form.
+"""Converts everything that a loss may return to one type, `LossOutput`.
 
-A loss returns a scalar or `Mean`, alone or with a dict of metrics, and with the new `model_state`
-when it is stateful. Inside the step all of them are an `LossOutput`.
+A loss returns a scalar or `Mean`, alone or with a dict of metrics, and the new `model_state` if it
+is stateful.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 
 from .._core.errors import Problem, StepError, format_problems, raise_all
 from .._core.tree import short_type
-from .._core.types import Loss, Mean
-from ._unbound_axes import naming_axes
+from .._core.types import Batch, Key, Loss, Mean, Params, PyTree, Scalar
+from ._unbound_axes import explain_unbound_axes
 
 RESERVED = ("loss", "grad_norm", "skipped")
 _NUMBERS = (jax.Array, np.ndarray, np.generic, int, float, complex)
@@ -35,65 +35,69 @@ class LossOutput:
 
     loss: Mean
     metrics: dict[str, Mean]
-    model_state: Any
+    model_state: PyTree
 
 
-Objective = Callable[[Any, Any, Any, Any], tuple[jax.Array, LossOutput]]
+# `(params, model_state, batch, key) -> (total, output)`.
+Objective = Callable[[Params, PyTree, Batch, Key], tuple[Scalar, LossOutput]]
 
 
-def objective(
+def build_objective(
     loss_fn: Callable[..., Any], mesh: Mesh | None = None, *, evaluate: bool = False
 ) -> Objective:
-    """Wraps a user's loss as `(params, model_state, batch, key) -> (total, Outcome)`.
+    """Wraps a user's loss as `(params, model_state, batch, key) -> (total, output)`.
 
-    `total` is what gradients are taken of; dividing them by the summed weight afterwards gives
-    the gradient of the mean, whatever the rows were split into.
+    Differentiate `total` and divide by the summed weight: that is the gradient of the mean,
+    however the rows were split.
 
     Raises (while it is traced):
-      StepError: the loss is no scalar or `Mean`, metrics are no dict of scalars, a metric has a
-        name that the step itself uses, or a collective of the loss names an axis that `mesh`
-        does not have.
+      StepError: the loss is not a scalar or `Mean`, metrics are not a dict of scalars, a metric has
+        a reserved name, or a collective of the loss names an axis that `mesh` does not have.
     """
     loss = loss_fn if isinstance(loss_fn, Loss) else Loss(loss_fn, loss_fn)
     call = loss.evaluate if evaluate else loss.train
 
-    def run(params: Any, model_state: Any, batch: Any, key: Any) -> tuple[jax.Array, LossOutput]:
-        with jax.named_scope("loss"), naming_axes(mesh):
+    def run(
+        params: Params, model_state: PyTree, batch: Batch, key: Key
+    ) -> tuple[Scalar, LossOutput]:
+        with jax.named_scope("loss"), explain_unbound_axes(mesh):
             if loss.stateful:
-                value, metrics, model_state = _three(call(params, batch, key, model_state))
+                value, metrics, model_state = _split_stateful_output(
+                    call(params, batch, key, model_state)
+                )
             else:
-                value, metrics = _two(call(params, batch, key))
-        _check(value, metrics)
-        mean = as_mean(value)
-        named = {name: as_mean(metric) for name, metric in metrics.items()}
+                value, metrics = _split_output(call(params, batch, key))
+        _check_output(value, metrics)
+        mean = to_mean(value)
+        named = {name: to_mean(metric) for name, metric in metrics.items()}
         return mean.total, LossOutput(mean, named, model_state)
 
     return run
 
 
-def as_mean(value: Any) -> Mean:
-    """Brings a scalar or `Mean` to a `Mean` of f32 scalars, its weight a constant."""
+def to_mean(value: Any) -> Mean:
+    """Converts a scalar or `Mean` to a `Mean` of f32 scalars with a constant weight."""
     if isinstance(value, Mean):
         weight = jax.lax.stop_gradient(jnp.asarray(value.weight, jnp.float32))
         return Mean(jnp.asarray(value.total, jnp.float32), weight)
     return Mean(jnp.asarray(value, jnp.float32), jnp.ones((), jnp.float32))
 
 
-def value_of(mean: Mean) -> jax.Array:
-    """`total / weight`; 0 where there is no weight, so that an empty batch changes nothing."""
-    return mean.total * inverse(mean.weight)
+def divide_mean(mean: Mean) -> Scalar:
+    """`total / weight`; 0 if the weight is 0, so that an empty batch changes nothing."""
+    return mean.total * inverse_weight(mean.weight)
 
 
-def inverse(weight: jax.Array) -> jax.Array:
-    """`1 / weight`, and 0 for a weight of 0."""
+def inverse_weight(weight: Scalar) -> Scalar:
+    """`1 / weight`, or 0 if the weight is 0."""
     return jnp.where(weight == 0, 0.0, 1.0 / jnp.where(weight == 0, 1.0, weight))
 
 
-def _check(value: Any, metrics: Mapping[str, Any]) -> None:
+def _check_output(value: Any, metrics: Mapping[str, Any]) -> None:
     problems = _scalar_problems("loss", value)
     for name, metric in metrics.items():
         if name in RESERVED:
-            problems.append(Problem(f"metrics[{name!r}]", "is a name that the step itself uses"))
+            problems.append(Problem(f"metrics[{name!r}]", "is a name that the step uses itself"))
         problems += _scalar_problems(f"metrics[{name!r}]", metric)
     fix = "return loss, or (loss, {name: scalar}); a loss is a scalar or sk.Mean(total, weight)"
     raise_all(StepError, "The loss does not return what a step can use.", problems, fix)
@@ -104,38 +108,40 @@ def _scalar_problems(subject: str, value: Any) -> list[Problem]:
         {".total": value.total, ".weight": value.weight} if isinstance(value, Mean) else {"": value}
     )
     return [
-        Problem(subject + part, why) for part, x in parts.items() if (why := _unfit(subject, x))
+        Problem(subject + part, why)
+        for part, x in parts.items()
+        if (why := _explain_unfit(subject, x))
     ]
 
 
-def _unfit(subject: str, x: Any) -> str:
-    """Why a value is no scalar that a step can use, or nothing."""
+def _explain_unfit(subject: str, x: Any) -> str:
+    """Why a step cannot use a value as a scalar; "" if it can."""
     if not isinstance(x, _NUMBERS):
         return f"is of type {type(x).__name__}, not a floating-point scalar"
     floating = jnp.issubdtype(jnp.result_type(x), jnp.floating)
     if jnp.shape(x) == () and (floating or subject != "loss"):
         return ""
-    wanted = "a floating-point scalar" if subject == "loss" else "a scalar"
-    return f"is {short_type(jnp.shape(x), jnp.result_type(x))}, not {wanted}"
+    expected = "a floating-point scalar" if subject == "loss" else "a scalar"
+    return f"is {short_type(jnp.shape(x), jnp.result_type(x))}, not {expected}"
 
 
-def _two(out: Any) -> tuple[Any, Mapping[str, Any]]:
+def _split_output(out: Any) -> tuple[Any, Mapping[str, Any]]:
     if isinstance(out, tuple):
         if len(out) == 2 and isinstance(out[1], Mapping):
             return out[0], out[1]
-        raise StepError(_form(out, "loss, or (loss, metrics dict)"))
+        raise StepError(_format_output_error(out, "loss, or (loss, metrics dict)"))
     return out, {}
 
 
-def _three(out: Any) -> tuple[Any, Mapping[str, Any], Any]:
+def _split_stateful_output(out: Any) -> tuple[Any, Mapping[str, Any], Any]:
     if isinstance(out, tuple) and len(out) == 3 and isinstance(out[1], Mapping):
         return out
-    raise StepError(_form(out, "(loss, metrics dict, model_state)"))
+    raise StepError(_format_output_error(out, "(loss, metrics dict, model_state)"))
 
 
-def _form(out: Any, wanted: str) -> str:
-    kinds = [type(x).__name__ for x in out] if isinstance(out, tuple) else [type(out).__name__]
-    problem = Problem("loss_fn", f"returned ({', '.join(kinds)}); wanted {wanted}")
+def _format_output_error(out: Any, expected: str) -> str:
+    types = [type(x).__name__ for x in out] if isinstance(out, tuple) else [type(out).__name__]
+    problem = Problem("loss_fn", f"returned ({', '.join(types)}); expected {expected}")
     return format_problems(
         "The loss does not return what a step can use.",
         [problem],

@@ -1,4 +1,4 @@
-"""What an executable really does with its arguments: layouts and aliases, read back from it."""
+"""Reads layouts and buffer aliases back from an executable, and compares them with the declared."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -10,12 +10,17 @@ from jax.sharding import NamedSharding
 
 from .._core.errors import Problem, ShardingError, raise_all
 from .._core.tree import leaves_by_path
+from .._core.types import PyTree
+from ._layout import StepLayout
 
 _ALIAS = re.compile(r"\{(\d*)\}: \((\d+), \{\}")
 
 
 def declared_tiles(sharding: NamedSharding, ndim: int) -> np.ndarray:
-    """Tile that each device holds, in mesh order: i64[devices, ndim]."""
+    """Tile that each device holds, in mesh order: i64[devices, ndim].
+
+    `P(("a", "b"), None)` on a mesh a=2, b=2 gives devices 0 … 3 the tiles (0,0) (1,0) (2,0) (3,0).
+    """
     sizes = sharding.mesh.shape
     coordinates = np.indices(tuple(sizes.values())).reshape(len(sizes), -1)
     at = dict(zip(sizes, coordinates, strict=True))
@@ -27,7 +32,7 @@ def declared_tiles(sharding: NamedSharding, ndim: int) -> np.ndarray:
 
 
 def compiled_tiles(op: Any, devices: int, ndim: int) -> np.ndarray:
-    """The same from an executable's `OpSharding`."""
+    """The same as `declared_tiles`, from an executable's `OpSharding`."""
     dims = list(op.tile_assignment_dimensions)
     if not dims:
         return np.zeros((devices, ndim), np.int64)
@@ -41,7 +46,7 @@ def compiled_tiles(op: Any, devices: int, ndim: int) -> np.ndarray:
 
 
 def layout_problems(
-    declared: Sequence[tuple[str, Any, NamedSharding]], compiled: Sequence[Any]
+    declared: Sequence[tuple[str, jax.ShapeDtypeStruct, NamedSharding]], compiled: Sequence[Any]
 ) -> list[Problem]:
     """Compares declared shardings with those of an executable, leaf by leaf.
 
@@ -55,58 +60,56 @@ def layout_problems(
             continue
         want = declared_tiles(sharding, aval.ndim)
         if not np.array_equal(want, compiled_tiles(op, sharding.mesh.size, aval.ndim)):
-            found = " ".join(str(op).split()) or "replicated"
-            problems.append(Problem(name, f"declared {sharding.spec}, compiled as {found}"))
+            actual = " ".join(str(op).split()) or "replicated"
+            problems.append(Problem(name, f"declared {sharding.spec}, compiled as {actual}"))
     return problems
 
 
 def aliased_arguments(hlo_text: str) -> set[int]:
-    """Numbers of the arguments whose buffers the results reuse."""
+    """Positions of the arguments whose buffers the results reuse."""
     header = hlo_text.partition("\n")[0]
-    _, found, rest = header.partition("input_output_alias={")
-    table = rest.partition(" }")[0] if found else ""
+    _, _, after = header.partition("input_output_alias={")
+    table = after.partition(" }")[0]
     return {int(argument) for _, argument in _ALIAS.findall(table)}
 
 
-def check_executable(compiled: Any, state: Any, shardings: Any, batch: Any, placed: Any) -> None:
-    """Compares an executable `(state, batch) → (state, metrics)` with what was declared.
+def check_executable(compiled: jax.stages.Compiled, layout: StepLayout) -> None:
+    """Compares an executable `(state, batch) → (state, metrics)` with the declared layout.
 
     Args:
-      compiled: the `jax.stages.Compiled`, with every argument kept and the state donated.
-      state: abstract state.
-      shardings: its declared `NamedSharding`s.
-      batch: abstract batch.
-      placed: its declared `NamedSharding`s.
+      compiled: the executable, with every argument kept and the state donated.
+      layout: abstract state and batch, and their declared shardings.
 
     Raises:
-      ShardingError: an argument or result is not laid out as declared, or the buffer of a state
-        leaf is not reused by the new state.
+      ShardingError: an argument or result is not laid out as declared, or the new state does not
+        reuse the buffer of a state leaf.
     """
-    inputs, outputs = {"state": state, "batch": batch}, {"new state": state}
     executable = compiled.runtime_executable()
+    assert executable is not None
     # The runtime numbers arguments as JAX flattens (state, batch), and results the state first.
-    into = [*_declared(inputs, {"state": shardings, "batch": placed}, ("state", "batch"))]
-    out = [*_declared(outputs, {"new state": shardings}, ("new state",))]
+    arguments = [
+        *_declared_leaves(layout.state, layout.shardings, "state"),
+        *_declared_leaves(layout.batch, layout.batch_shardings, "batch"),
+    ]
+    results = [*_declared_leaves(layout.state, layout.shardings, "new state")]
     problems = []
-    if into[0][2].mesh.size > 1:  # one device has no layouts, and its executable tells none
-        problems += layout_problems(into, executable.get_parameter_shardings())
-        problems += layout_problems(out, executable.get_output_shardings()[: len(out)])
-    reused = aliased_arguments(compiled.as_text())
-    pairs = [(one[0], other[0]) for one, other in zip(into, out, strict=False)]
+    if arguments[0][2].mesh.size > 1:  # the executable of one device returns no shardings
+        problems += layout_problems(arguments, executable.get_parameter_shardings())
+        problems += layout_problems(results, executable.get_output_shardings()[: len(results)])
+    reused = aliased_arguments(compiled.as_text() or "")
     problems += [
-        Problem(name, f"is donated, but no result reuses its buffer; {result} should")
-        for number, (name, result) in enumerate(pairs)
+        Problem(argument[0], f"is donated, but no result reuses its buffer; {result[0]} should")
+        for number, (argument, result) in enumerate(zip(arguments, results, strict=False))
         if number not in reused
     ]
-    fix = "report this with the declaration: the compiler did not do what it was told"
+    fix = "report this with the declaration: the compiler did not follow its directives"
     raise_all(ShardingError, "The executable is not what was declared.", problems, fix)
 
 
-def _declared(
-    trees: dict[str, Any], shardings: dict[str, Any], order: tuple[str, ...]
-) -> Iterator[tuple[str, Any, NamedSharding]]:
-    """Name, abstract array and declared sharding of every leaf, in the runtime's order."""
-    for part in order:
-        found = leaves_by_path(trees[part], part).items()
-        for (path, aval), sharding in zip(found, jax.tree.leaves(shardings[part]), strict=True):
-            yield path, aval, sharding
+def _declared_leaves(
+    tree: PyTree, shardings: PyTree, name: str
+) -> Iterator[tuple[str, jax.ShapeDtypeStruct, NamedSharding]]:
+    """Path, abstract array and declared sharding of every leaf."""
+    by_path = leaves_by_path(tree, name).items()
+    for (path, aval), sharding in zip(by_path, jax.tree.leaves(shardings), strict=True):
+        yield path, aval, sharding

@@ -1,141 +1,148 @@
-"""What a compiled step hands over to be inspected."""
+"""Builds the `Program` of a compiled step, from which a report is compiled."""
 
+import dataclasses
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core
 from jax.sharding import Mesh
 
-from .._core.tree import Leaf, ends_path, leaves, short_dtype
-from ..nn._constrain import LANES
-from ..parallel import kinds_by_specs
-from ..report import CompiledBytes, Declared, Placed, Program
-from ..rules import Rule, place
+from .._core.tree import Leaf, ends_path, list_leaves, short_dtype
+from ..nn._constrain import GRADIENT_SHARDS
+from ..parallel import Strategy, infer_kinds
+from ..report import CompiledBytes, Declarations, PlacedLeaf, Program
+from ..rules import Rule, place_leaf
 from ._activations import Activations, constraints
 from ._bound_spec import BoundSpec
-from ._compile import CompiledProgram as Executable
-from ._layout import Layout
-from ._unused_rules import idle_rules
+from ._compile import CompiledProgram
+from ._layout import StepLayout
+from ._unused_rules import find_unused_rules
 
-# A leaf that names alone leave whole is worth a finding from this many bytes on.
+# From this many bytes on, a leaf that only its axis names leave replicated is worth a finding.
 _SMALL = 2**20
 
 
-def inspected(
-    bound: BoundSpec, layout: Layout, made: Executable, retraced: Sequence[str]
+def build_program(
+    bound: BoundSpec, layout: StepLayout, compiled: CompiledProgram, retraced: Sequence[str]
 ) -> Program:
-    """Brings an executable and its spec to the form that `Report.of` reads.
+    """Collects what `Report.of` reads from an executable and its spec.
 
     Args:
       bound: the spec and its mesh.
       layout: of its state and batch.
-      made: the executable.
-      retraced: what changed in its batch each time that the step was compiled again.
+      compiled: the executable.
+      retraced: how each other compiled batch variant differs, as text.
     """
     mesh = bound.mesh
     device = mesh.devices.flat[0]
-    placed = tuple(arguments(bound, layout))
+    placed = tuple(list_arguments(bound, layout))
     return Program(
-        hlo=made.compiled.as_text(),
+        hlo=compiled.hlo,
         mesh=tuple(mesh.shape.items()),
         platform=device.platform,
         device_kind=device.device_kind,
         leaves=placed,
-        memory=CompiledBytes.of(made.compiled.memory_analysis()),
-        jaxpr=made.jaxpr,
-        log=made.messages,
+        memory=CompiledBytes.of(compiled.compiled.memory_analysis()),
+        jaxpr=compiled.jaxpr,
+        log=compiled.messages,
         compiles=1 + len(retraced),
         retraced=tuple(retraced),
-        declared=_declared(bound, layout, made.jaxpr, placed),
-        dcn=_dcn(mesh),
-        seconds=dict(zip(("trace", "lower", "compile"), made.seconds, strict=True)),
+        declared=_build_declared(bound, layout, compiled.jaxpr, placed),
+        dcn=_dcn_axes(mesh),
+        seconds=dict(zip(("trace", "lower", "compile"), compiled.seconds, strict=True)),
     )
 
 
-def _dcn(mesh: Mesh) -> tuple[tuple[str, int], ...]:
-    """Mesh axes along which the slice changes, and slices along each."""
-    # `slice_index` exists only on devices that know of slices.
+def _dcn_axes(mesh: Mesh) -> tuple[tuple[str, int], ...]:
+    """Mesh axes along which the slice changes, with the number of slices along each."""
+    # Only TPU devices have a `slice_index`.
     slices = np.vectorize(lambda device: getattr(device, "slice_index", 0))(mesh.devices)
-    along = [len(np.unique(_line(slices, dim))) for dim in range(slices.ndim)]
+    along = [len(np.unique(_first_line_along(slices, dim))) for dim in range(slices.ndim)]
     return tuple((axis, n) for axis, n in zip(mesh.axis_names, along, strict=True) if n > 1)
 
 
-def _line(grid: np.ndarray, dim: int) -> np.ndarray:
-    """The first line of a grid along one dim."""
+def _first_line_along(grid: np.ndarray, dim: int) -> np.ndarray:
+    """The first 1-d line of a grid along one dim."""
     return np.moveaxis(grid, dim, 0).reshape(grid.shape[dim], -1)[:, 0]
 
 
-def arguments(bound: BoundSpec, layout: Layout) -> Iterator[Placed]:
+def list_arguments(bound: BoundSpec, layout: StepLayout) -> Iterator[PlacedLeaf]:
     """The arguments of `(state, batch)` in the executable's order."""
     state, shardings, strategy = layout.state, layout.shardings, bound.spec.strategy
-    spelled = _spelled(strategy.params, leaves(state.params, layout.axes), bound)
-    moments = _spelled(strategy.opt_state, leaves(state.opt_state), bound)
+    explicit_params = _explicit_paths(
+        strategy.params, list_leaves(state.params, layout.axes), bound
+    )
+    moments = _explicit_paths(strategy.opt_state, list_leaves(state.opt_state), bound)
     moments |= {
         leaf.path
-        for leaf in leaves(state.opt_state)
-        if any(ends_path(leaf.path, path) for path in spelled)
+        for leaf in list_leaves(state.opt_state)
+        if any(ends_path(leaf.path, path) for path in explicit_params)
     }
-    model_state = _spelled(strategy.model_state, leaves(state.model_state), bound)
+    model_state = _explicit_paths(strategy.model_state, list_leaves(state.model_state), bound)
     parts = (
         ("rest", {"step": state.step}, shardings.step, set()),
-        ("params", state.params, shardings.params, spelled),
+        ("params", state.params, shardings.params, explicit_params),
         ("opt_state", state.opt_state, shardings.opt_state, moments),
         ("model_state", state.model_state, shardings.model_state, model_state),
         ("rest", {"key": state.key}, shardings.key, set()),
         ("rest", {"halted": state.halted}, shardings.halted, set()),
     )
-    names = {"params": layout.axes, "opt_state": _names_of_moments(layout)}
-    for part, tree, placed, meant in parts:
+    names = {"params": layout.axes, "opt_state": _moment_axes(layout)}
+    for part, tree, placed, explicit in parts:
         named = names.get(part)
-        for leaf, sharding in zip(leaves(tree, named), jax.tree.leaves(placed), strict=True):
-            whole = leaf.path in meant or leaf.nbytes < _SMALL
-            yield Placed(part, leaf, sharding.spec, donated=True, meant_whole=whole)
+        for leaf, sharding in zip(list_leaves(tree, named), jax.tree.leaves(placed), strict=True):
+            whole = leaf.path in explicit or leaf.nbytes < _SMALL
+            yield PlacedLeaf(part, leaf, sharding.spec, donated=True, declared_replicated=whole)
     placed = jax.tree.leaves(layout.batch_shardings)
-    for leaf, sharding in zip(leaves(layout.batch), placed, strict=True):
-        yield Placed("batch", leaf, sharding.spec)
+    for leaf, sharding in zip(list_leaves(layout.batch), placed, strict=True):
+        yield PlacedLeaf("batch", leaf, sharding.spec)
 
 
-def _names_of_moments(layout: Layout) -> dict[str, tuple[str | None, ...]]:
-    """Logical axes of the state that has a parameter's shape below a path that ends as its own."""
-    parameters = leaves(layout.state.params, layout.axes)
+def _moment_axes(layout: StepLayout) -> dict[str, tuple[str | None, ...]]:
+    """Logical axes of optimizer state: those of the parameter with its shape and path suffix."""
+    parameters = list_leaves(layout.state.params, layout.axes)
     return {
         leaf.path: own.axes
         for own in sorted(parameters, key=lambda own: len(own.path))
-        for leaf in leaves(layout.state.opt_state)
+        for leaf in list_leaves(layout.state.opt_state)
         if own.axes and own.shape == leaf.shape and ends_path(leaf.path, own.path)
     }
 
 
-def _spelled(rule: Rule | None, of: list[Leaf], bound: BoundSpec) -> set[str]:
-    """Paths of the leaves whose layout a user wrote down by path, or spelled `REPLICATED`."""
+def _explicit_paths(rule: Rule | None, of: list[Leaf], bound: BoundSpec) -> set[str]:
+    """Paths of the leaves whose layout the user wrote by path, or as `REPLICATED`."""
     if rule is None:
         return set()
     sizes = dict(bound.mesh.shape)
-    found = {leaf.path: place(rule, leaf, sizes).source for leaf in of}
-    return {
-        path for path, source in found.items() if source.startswith(("REPLICATED", "PathRules"))
-    }
+    sources = {leaf.path: place_leaf(rule, leaf, sizes).source for leaf in of}
+    explicit = ("REPLICATED", "PathRules")
+    return {path for path, source in sources.items() if source.startswith(explicit)}
 
 
-def _declared(bound: BoundSpec, layout: Layout, jaxpr: Any, placed: Sequence[Placed]) -> Declared:
+def _build_declared(
+    bound: BoundSpec, layout: StepLayout, jaxpr: core.ClosedJaxpr, placed: Sequence[PlacedLeaf]
+) -> Declarations:
     strategy, precision = bound.spec.strategy, bound.spec.precision
-    activations = Activations(bound.mesh, strategy.activations, layout.lane_axes)
-    named = list(dict.fromkeys(constraints(jaxpr.jaxpr)))
-    return Declared(
+    activations = Activations(bound.mesh, strategy.activations, layout.shard_axes)
+    constrained = list(dict.fromkeys(constraints(jaxpr.jaxpr)))
+    return Declarations(
         kinds=strategy.kinds,
-        by_specs=kinds_by_specs(bound.mesh.shape, placed, strategy.kinds),
+        by_specs=infer_kinds(bound.mesh.shape, placed, strategy.kinds),
         accumulate=bound.spec.accumulate.micro_batches,
         compute_dtype=short_dtype(jnp.dtype(precision.compute_dtype)),
         reduce_dtype=short_dtype(jnp.dtype(precision.reduce_dtype or precision.compute_dtype)),
-        activation_bytes=_activation_bytes(bound, layout, jaxpr),
-        layers=_layers(layout),
-        choices=_choices(jaxpr),
-        rules=idle_rules(bound, layout, named),
+        activation_bytes=_activation_bytes(bound, layout, constrained),
+        layers=_dim_size("layers", list_leaves(layout.state.params, layout.axes), strategy),
+        choices=_dim_size("choices", constrained, strategy),
+        rules=find_unused_rules(bound, layout, constrained),
         constraints=tuple(
-            Placed("activation", leaf, activations.spec(leaf.axes or ())) for leaf in named
+            PlacedLeaf(
+                "activation", _conventional(leaf, strategy), activations.spec(leaf.axes or ())
+            )
+            for leaf in constrained
         ),
         activation_axes=_activation_axes(bound),
     )
@@ -148,32 +155,36 @@ def _activation_axes(bound: BoundSpec) -> tuple[str, ...]:
     return tuple(axis for axis in bound.mesh.shape if axis in split)
 
 
-def _activation_bytes(bound: BoundSpec, layout: Layout, jaxpr: Any) -> int | None:
-    """Bytes of `[batch, length, embed]` on a device, as a model's constraints show it."""
-    table = bound.spec.strategy.activations
-    shared = table.mesh_axes("length") if table and "length" in dict(table.table) else ()
-    axes = {*layout.row_axes, *shared}
-    ways = math.prod(bound.mesh.shape.get(axis, 1) for axis in axes)
-    for leaf in constraints(jaxpr.jaxpr):
+def _activation_bytes(
+    bound: BoundSpec, layout: StepLayout, constrained: Sequence[Leaf]
+) -> int | None:
+    """Bytes per device of `[batch, length, embed]`, from a constraint with these names."""
+    strategy = bound.spec.strategy
+    table = dict(strategy.activations.table) if strategy.activations else {}
+    axes = {*layout.row_axes, *table.get(dict(strategy.names).get("length", "length"), ())}
+    devices = math.prod(bound.mesh.shape.get(axis, 1) for axis in axes)
+    for leaf in (_conventional(leaf, strategy) for leaf in constrained):
         names = dict(zip(leaf.axes or (), leaf.shape, strict=True))
-        if {"batch", "length", "embed"} <= names.keys() <= {"batch", "length", "embed", LANES}:
+        if (
+            {"batch", "length", "embed"}
+            <= names.keys()
+            <= {"batch", "length", "embed", GRADIENT_SHARDS}
+        ):
             row = names["length"] * names["embed"] * jnp.dtype(leaf.dtype).itemsize
-            return layout.rows * row // ways
+            return layout.rows * row // devices
     return None
 
 
-def _choices(jaxpr: Any) -> int | None:
-    """Length of the dim that a model's constraints name `choices`."""
-    for leaf in constraints(jaxpr.jaxpr):
-        if "choices" in (leaf.axes or ()):
-            return leaf.shape[leaf.axes.index("choices")]
-    return None
+def _conventional(leaf: Leaf, strategy: Strategy) -> Leaf:
+    """The leaf with the conventional names of its dims, where the strategy renames them."""
+    if leaf.axes is None:
+        return leaf
+    return dataclasses.replace(leaf, axes=strategy.conventional_names(leaf.axes))
 
 
-def _layers(layout: Layout) -> int | None:
-    """Length of the dim that parameters name `layers`."""
-    shapes = {leaf.path: leaf.shape for leaf in leaves(layout.state.params)}
-    for path, names in layout.axes.items():
-        if "layers" in names:
-            return shapes[path][names.index("layers")]
+def _dim_size(name: str, of: Iterable[Leaf], strategy: Strategy) -> int | None:
+    """Size of the first dim with this logical axis, by its conventional name."""
+    for leaf in (_conventional(leaf, strategy) for leaf in of):
+        if leaf.axes and name in leaf.axes:
+            return leaf.shape[leaf.axes.index(name)]
     return None

@@ -1,11 +1,14 @@
-"""What XLA prints to descriptor 2 while it compiles, read on its way to the user.
+"""Copies what XLA prints to file descriptor 2 while it compiles, without withholding it.
 
-Where descriptor 2 is a file, that file is read. Elsewhere a pipe takes its place, and a process of
-its own hands on all that comes, and keeps a copy. It is a process, not a thread, so that nothing
-is lost where the compiler aborts this one: the last words are in the pipe, and still come out.
+If descriptor 2 is a file, the copy is read from that file. Otherwise descriptor 2 becomes a pipe to
+a child process, which writes everything to the old descriptor 2 and to a copy:
 
-Several threads may compile at once. Whenever one begins or ends, another pipe takes over, so that
-the one before comes to its end and its copy is complete.
+    XLA → fd 2 (pipe) → tee → the old fd 2
+                          └→  temporary file
+
+A child process, not a thread, so that the reason of a crash still reaches the user if the compiler
+aborts this process: it is in the pipe. Several threads can compile at once; whenever one starts or
+ends, a new pipe replaces the last one, whose copy is then complete.
 """
 
 import contextlib
@@ -23,8 +26,8 @@ from typing import IO
 
 # XLA's lines begin `W0512 12:34:56.789012  4711 spmd_partitioner.cc:630]`; 4711 is the thread.
 _HEADER = re.compile(r"[IWEF]\d{4} [\d:.]+\s+(\d+) ")
-# How long a copy is waited for, in seconds, where a process of the user's has inherited the pipe.
-_PATIENCE = 5.0
+# Seconds to wait for the end of a pipe, which comes late if a child of the user inherited it.
+_DRAIN_TIMEOUT = 5.0
 _COPY = (
     "import os, sys\nout = os.open(sys.argv[1], os.O_WRONLY)\nwhile text := os.read(0, 65536):\n"
 )
@@ -34,12 +37,12 @@ _COPY += "            rest = rest[os.write(to, rest) :]\n"
 
 @dataclasses.dataclass(eq=False)
 class Messages:
-    """What was printed during one compile; complete when its block has ended.
+    """What was printed during one compile; complete after the `with` block.
 
     Attributes:
-      thread: the system's number of the thread that compiles.
-      others: of threads that compiled meanwhile: their lines are left out.
-      printed: as it was read, piece by piece.
+      thread: native id of the compiling thread.
+      others: native ids of threads that compiled meanwhile, whose lines are left out.
+      printed: chunks of text, in order.
     """
 
     thread: int
@@ -48,7 +51,7 @@ class Messages:
 
     @property
     def text(self) -> str:
-        """The lines of this thread's compile, and those of which nobody can tell."""
+        """The lines of this thread, and lines that name no thread."""
         kept, ours = [], True
         for line in "".join(self.printed).splitlines(keepends=True):
             if header := _HEADER.match(line):
@@ -58,13 +61,13 @@ class Messages:
 
 
 class _Pipe:
-    """A pipe, and the process that hands on what comes out of it."""
+    """A pipe, and the child process that copies what comes out of it."""
 
     def __init__(self, destination: int) -> None:
         self._copy: IO[bytes] = tempfile.TemporaryFile()
         out, self.entry = os.pipe()
         try:
-            self.process = self._started(out, destination)
+            self.process = self._start(out, destination)
         except BaseException:
             os.close(self.entry)
             self._copy.close()
@@ -72,7 +75,7 @@ class _Pipe:
         finally:
             os.close(out)
 
-    def _started(self, out: int, destination: int) -> subprocess.Popen[bytes]:
+    def _start(self, out: int, destination: int) -> subprocess.Popen[bytes]:
         copy = self._copy.fileno()
         for command in (["tee"], [sys.executable, "-ISc", _COPY]):
             with contextlib.suppress(FileNotFoundError):
@@ -82,97 +85,97 @@ class _Pipe:
                     stdout=destination,
                     stderr=subprocess.DEVNULL,
                     pass_fds=[copy],
-                    start_new_session=True,  # Ctrl-C is for the caller, who may still print
+                    start_new_session=True,  # Ctrl-C must not end it before the caller has printed
                 )
         raise FileNotFoundError(sys.executable)
 
-    def emptied(self) -> str:
-        """Closes the pipe and returns all that went through it."""
+    def drain(self) -> str:
+        """Closes the pipe and returns everything that went through it."""
         os.close(self.entry)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(_PATIENCE)
+            self.process.wait(_DRAIN_TIMEOUT)
         with self._copy:
             self._copy.seek(0)
             return self._copy.read().decode(errors="replace")
 
 
 class _Descriptor2:
-    """Descriptor 2 of this process, and who reads along."""
+    """Descriptor 2 of this process, and the compiles that read it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._all: list[Messages] = []
-        self._piped: list[Messages] = []
+        self._readers: list[Messages] = []
+        self._piped: list[Messages] = []  # those of them that read from the pipe, not from a file
         self._pipe: _Pipe | None = None
-        self._own = -1  # a copy of descriptor 2 as it was, while a pipe stands in its place
-        self._inherited: list[subprocess.Popen[bytes]] = []
+        self._original = -1  # a duplicate of the original descriptor 2 while a pipe replaces it
+        self._children: list[subprocess.Popen[bytes]] = []
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Messages]:
         """Reads what is printed during the block."""
-        one = Messages(threading.get_native_id())
+        reader = Messages(threading.get_native_id())
         with self._lock:
-            file = None if self._pipe else _readable()
+            file = None if self._pipe else _open_stderr_file()
             if file is None:
-                self._enter(one)
-            for other in self._all:
-                other.others |= {one.thread} - {other.thread}
-                one.others |= {other.thread} - {one.thread}
-            self._all.append(one)
-        start = _position(2) if file is not None else 0
+                self._add_piped(reader)
+            for other in self._readers:
+                other.others |= {reader.thread} - {other.thread}
+                reader.others |= {other.thread} - {reader.thread}
+            self._readers.append(reader)
+        start = _write_position(2) if file is not None else 0
         try:
-            yield one
+            yield reader
         finally:
-            _flush()
+            _flush_stderr()
             with self._lock:
-                self._all.remove(one)
+                self._readers.remove(reader)
                 if file is None:
-                    self._leave(one)
+                    self._remove_piped(reader)
                 else:
-                    one.printed.append(_between(file, start, _position(2)))
+                    reader.printed.append(_read_between(file, start, _write_position(2)))
 
-    def _enter(self, one: Messages) -> None:
-        own = self._own if self._piped else os.dup(2)
+    def _add_piped(self, reader: Messages) -> None:
+        original = self._original if self._piped else os.dup(2)
         try:
-            pipe = _Pipe(own)
+            pipe = _Pipe(original)
         except OSError:
             if not self._piped:
-                os.close(own)
+                os.close(original)
             raise
-        self._own = own
-        self._pass_to(pipe, [*self._piped, one])
+        self._original = original
+        self._switch(pipe, [*self._piped, reader])
 
-    def _leave(self, one: Messages) -> None:
-        readers = [other for other in self._piped if other is not one]
+    def _remove_piped(self, reader: Messages) -> None:
+        remaining = [other for other in self._piped if other is not reader]
         pipe = None
-        if readers:
-            with contextlib.suppress(OSError):  # who stays reads no more, but all get away
-                pipe = _Pipe(self._own)
-        self._pass_to(pipe, readers)
-        if not readers:
-            os.close(self._own)
+        if remaining:
+            with contextlib.suppress(OSError):  # the others then read nothing more
+                pipe = _Pipe(self._original)
+        self._switch(pipe, remaining)
+        if not remaining:
+            os.close(self._original)
 
-    def _pass_to(self, pipe: _Pipe | None, readers: list[Messages]) -> None:
-        """Puts a pipe in the place of descriptor 2, or for none what it was; empties the last."""
-        _flush()
+    def _switch(self, pipe: _Pipe | None, readers: list[Messages]) -> None:
+        """Makes descriptor 2 a new pipe, or for None the original one; drains the last pipe."""
+        _flush_stderr()
         before, self._pipe = self._pipe, pipe
-        os.dup2(pipe.entry if pipe else self._own, 2)
+        os.dup2(pipe.entry if pipe else self._original, 2)
         if before is not None:
-            text = before.emptied()
-            for one in self._piped:
-                one.printed.append(text)
-            self._inherited.append(before.process)
-        self._inherited = [one for one in self._inherited if one.poll() is None]
+            text = before.drain()
+            for reader in self._piped:
+                reader.printed.append(text)
+            self._children.append(before.process)
+        self._children = [child for child in self._children if child.poll() is None]
         self._piped = readers
 
 
-def _flush() -> None:
+def _flush_stderr() -> None:
     if sys.stderr is not None:
         sys.stderr.flush()
 
 
-def _readable() -> int | None:
-    """Opens the file that descriptor 2 is; None where it is none, or may not be read."""
+def _open_stderr_file() -> int | None:
+    """Opens the file that descriptor 2 is; None if it is not a file, or cannot be read."""
     if not stat.S_ISREG(os.fstat(2).st_mode):
         return None
     try:
@@ -181,15 +184,15 @@ def _readable() -> int | None:
         return None
 
 
-def _position(descriptor: int) -> int:
-    """Where the next byte that is written to a file goes."""
+def _write_position(descriptor: int) -> int:
+    """Offset at which the next byte is written to a file."""
     if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_APPEND:
         return os.fstat(descriptor).st_size
     return os.lseek(descriptor, 0, os.SEEK_CUR)
 
 
-def _between(file: int, start: int, end: int) -> str:
-    """Reads a part of a file and closes it; from its beginning where it was cut meanwhile."""
+def _read_between(file: int, start: int, end: int) -> str:
+    """Reads a part of a file and closes it; from its start if it was truncated meanwhile."""
     start = start if start <= end else 0
     with open(file, "rb") as opened:
         opened.seek(start)
@@ -200,8 +203,8 @@ _DESCRIPTOR_2 = _Descriptor2()
 
 
 def copied_stderr() -> contextlib.AbstractContextManager[Messages]:
-    """Reads what is written to descriptor 2 during a block, where XLA's C++ prints its warnings.
+    """Copies what is written to descriptor 2 during a block, as XLA's C++ does with its warnings.
 
-    All of it reaches the user, at once and whatever becomes of this process.
+    Everything still reaches the user, immediately, even if this process crashes.
     """
     return _DESCRIPTOR_2.read()

@@ -1,4 +1,4 @@
-"""From a spec and its layout to the pure functions that are compiled."""
+"""Builds the pure functions of a step from a spec and its layout."""
 
 import dataclasses
 import functools
@@ -7,29 +7,35 @@ from typing import Any
 
 import jax
 
+from .._core.errors import Problem, StepError, raise_all
 from .._core.precision import cast_floats
 from .._core.train_state import TrainState
-from ..nn._remat import Policy, active, apply_policy, policy, regathering
+from .._core.types import Batch, Params
+from ..nn._remat import Policy, apply_policy, parse_policy, regathering_policy, use_policy
 from ._bound_spec import BoundSpec
-from ._gradients import GradientFn, GradientPlan, gradients, lane_draws
-from ._layout import Layout, compressing, initial_optimizer, initial_state
-from ._objective import Objective, objective
+from ._gradients import GradientFn, GradientPlan, LossArgs, build_gradients, match_shard_draws
+from ._layout import StepLayout
+from ._objective import Objective, build_objective
 from ._update import (
     Metrics,
-    check_form,
+    build_eval_step,
+    build_gradient_step,
+    build_train_step,
     check_params,
-    evaluation_step,
-    gradient_step,
-    training_step,
+    check_state_types,
 )
-from .self_check._training_loss import plain_objective, training_loss
+from .self_check import build_plain_objective, build_training_loss
+from .shard_map._build import (
+    build_micro_batch_objective,
+    build_shard_gradients,
+    build_shard_objective,
+)
 from .shard_map._plan import kept_axes
-from .shard_map._survey import evaluated_on_shards, gradients_on_shards, training_on_shards
 
 
 @dataclasses.dataclass(frozen=True)
 class StepFunctions:
-    """The functions of one spec on one mesh. Each call builds a new one, as JAX caches by identity.
+    """Builds the functions of one spec on one mesh, anew per call, since JAX caches by identity.
 
     Attributes:
       bound: the spec and its mesh.
@@ -37,73 +43,76 @@ class StepFunctions:
     """
 
     bound: BoundSpec
-    layout: Layout
+    layout: StepLayout
 
     def __post_init__(self) -> None:
-        """Refuses parameters that no gradient can be taken of."""
+        """Checks that every parameter can be differentiated."""
         check_params(self.layout.state.params)
 
-    @property
-    def given(self) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
-        """What the user wrote, with abstract arguments: `{name: (function, arguments)}`."""
-        spec, state = self.bound.spec, self.layout.state
-        low = jax.eval_shape(self._low, state.params)
-        loss = (
-            objective(spec.loss_fn, self.bound.mesh),
-            (low, state.model_state, self.layout.batch, state.key),
+    def check_key_reuse(self) -> None:
+        """Traces `init` and the loss under JAX's key-reuse checker.
+
+        Raises:
+          StepError: naming each function that uses a key twice, which draws equal numbers.
+        """
+        loss = build_objective(self.bound.spec.loss_fn, self.bound.mesh)
+        functions = (
+            ("init", self.bound.spec.init, (self.layout.state.key,)),
+            ("loss_fn", loss, self._loss_args),
         )
-        return {"init": (spec.init, (state.key,)), "loss_fn": loss}
+        problems = []
+        for name, run, args in functions:
+            try:
+                with jax.debug_key_reuse(True):
+                    # The checker runs only on what is traced for a jit, which caches by identity.
+                    jax.jit(lambda *args, run=run: run(*args)).trace(*args)
+            except jax.errors.KeyReuseError as error:
+                why = f"uses a random key twice: {str(error).splitlines()[0]}"
+                problems.append(Problem(name, why))
+        fix = "first, second = jax.random.split(key)"
+        raise_all(StepError, "Random numbers would repeat.", problems, fix)
 
     @property
-    def by_lanes(self) -> bool:
-        """Whether the loss is differentiated one lane of the batch at a time."""
-        return _plan(self.bound, self.layout).by_lanes
+    def per_shard_accumulation(self) -> bool:
+        """Whether gradients are kept apart by gradient shard."""
+        return GradientPlan(self.bound, self.layout).per_shard_accumulation
 
-    def init_model(self) -> Callable[[Any], TrainState]:
-        """Builds `key → state` without optimizer state."""
-        spec = self.bound.spec
-        copies = compressing(spec.strategy, self.bound.mesh)
-        return initial_state(spec.init, spec.precision, copies)
-
-    def init_optimizer(self) -> Callable[[Any], Any]:
-        """Builds `params → optimizer state`."""
-        return initial_optimizer(self.bound.spec.optimizer)
-
-    def train(self) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-        """Builds `(state, batch) → (state, metrics)`, whose state keeps its form.
+    def train(self) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+        """Builds `(state, batch) → (state, metrics)`.
 
         Raises (while it is traced):
-          StepError: a leaf of the state changes its shape or dtype, which would compile again.
+          StepError: a leaf of the state changes its shape or dtype, so that the next call would
+            compile again.
         """
-        spec, split = self.bound.spec, self.layout.update
-        update = training_step(self._gradient, spec.optimizer, split, spec.on_nonfinite)
+        spec, shardings = self.bound.spec, self.layout.update
+        update = build_train_step(self._gradient_fn, spec.optimizer, shardings, spec.on_nonfinite)
 
-        def run(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
             after, metrics = update(state, batch)
-            check_form(self.layout.state, after)
+            check_state_types(self.layout.state, after)
             return after, metrics
 
         return run
 
-    def gradients(self) -> Callable[[TrainState, Any], tuple[Metrics, Any]]:
+    def gradients(self) -> Callable[[TrainState, Batch], tuple[Metrics, Params]]:
         """Builds `(state, batch) → (metrics, gradients)`."""
-        return gradient_step(self._gradient)
+        return build_gradient_step(self._gradient_fn)
 
-    def evaluate(self) -> Callable[[TrainState, Any], Metrics]:
+    def evaluate(self) -> Callable[[TrainState, Batch], Metrics]:
         """Builds `(state, batch) → metrics`."""
         spec = self.bound.spec
-        loss = objective(spec.loss_fn, self.bound.mesh, evaluate=True)
+        loss = build_objective(spec.loss_fn, self.bound.mesh, evaluate=True)
         if spec.mode == "shard_map":
-            loss = self._planned(evaluated_on_shards, loss)
-        return evaluation_step(loss, self._low)
+            loss = self._build_on_shards(build_shard_objective, loss)
+        return build_eval_step(loss, self._to_compute_params)
 
-    def training_loss(self, dtype: str) -> Callable[[TrainState, Any], Any]:
+    def training_loss(self, dtype: str) -> Callable[[TrainState, Batch], Any]:
         """Builds `(state, batch) → (total, weight)` of the training loss, computed in `dtype`."""
-        spec, loss = self.bound.spec, plain_objective(self.bound.spec.loss_fn)
-        on_shards, precision = spec.mode == "shard_map", spec.precision
-        apart = spec.accumulate.micro_batches > 1 or precision.reduces_apart
-        return training_loss(
-            self._planned(training_on_shards, loss) if on_shards else loss,
+        spec, loss = self.bound.spec, build_plain_objective(self.bound.spec.loss_fn)
+        on_shards = spec.mode == "shard_map"
+        apart = spec.accumulate.micro_batches > 1 or spec.precision.reduces_separately
+        return build_training_loss(
+            self._build_on_shards(build_micro_batch_objective, loss) if on_shards else loss,
             lambda params: cast_floats(params, dtype),
             self.layout.batch_shardings,
             spec.accumulate.micro_batches,
@@ -111,58 +120,44 @@ class StepFunctions:
             own_keys=on_shards,
         )
 
-    def _low(self, params: Any) -> Any:
+    def _to_compute_params(self, params: Params) -> Params:
         return cast_floats(params, self.bound.spec.precision.compute_dtype)
 
     @functools.cached_property
-    def _gradient(self) -> GradientFn:
-        """The differentiated loss.
+    def _gradient_fn(self) -> GradientFn:
+        """The gradients of the loss.
 
         Raises:
           StepError: the loss does not return what a step can use, or draws randomness that
-            cannot be split by lane.
+            cannot be split by gradient shard.
         """
-        state, batch = self.layout.state, self.layout.batch
-        low = jax.eval_shape(self._low, state.params)
-        loss = _under_policy(self.bound, (low, state.model_state, batch, state.key))
+        loss = build_objective(self.bound.spec.loss_fn, self.bound.mesh)
+        # Checkpoints the loss as a whole if it marks no layers with `sk.nn.remat`.
+        loss = apply_policy(loss, parse_policy(self.bound.spec.strategy.remat), *self._loss_args)
         if self.bound.spec.mode == "shard_map":
-            return self._planned(gradients_on_shards, loss)
-        plan = _plan(self.bound, self.layout)
-        if plan.by_lanes:
-            plan = dataclasses.replace(
-                plan, draws=lane_draws(loss, plan, low, state.model_state, batch)
-            )
-        return gradients(loss, plan)
+            return self._build_on_shards(build_shard_gradients, loss)
+        plan = GradientPlan(self.bound, self.layout)
+        if plan.per_shard_accumulation:
+            plan = dataclasses.replace(plan, draws=match_shard_draws(loss, plan, self._loss_args))
+        return build_gradients(loss, plan)
 
-    def _planned(self, on_shards: Callable[..., Any], loss: Objective) -> Any:
-        low = jax.eval_shape(self._low, self.layout.state.params)
-        with active(layer_policy(self.bound, self.layout)):
-            return on_shards(self.bound, self.layout, loss, low)
+    def _build_on_shards(self, build: Callable[..., Any], loss: Objective) -> Any:
+        with use_policy(layer_policy(self.bound, self.layout)):
+            return build(self.bound, self.layout, loss, self._loss_args)
+
+    @functools.cached_property
+    def _loss_args(self) -> LossArgs:
+        """Abstract arguments of the loss, with the rows of the global batch."""
+        state = self.layout.state
+        compute_params = jax.eval_shape(self._to_compute_params, state.params)
+        return compute_params, state.model_state, self.layout.batch, state.key
 
 
-def layer_policy(bound: BoundSpec, layout: Layout) -> Policy | None:
-    """The remat policy that marked layers follow."""
-    named = policy(bound.spec.strategy.remat)
+def layer_policy(bound: BoundSpec, layout: StepLayout) -> Policy | None:
+    """The remat policy of marked layers; in `shard_map` mode it also gathers weights again."""
+    remat_policy = parse_policy(bound.spec.strategy.remat)
     kept = kept_axes(bound)
-    over = tuple(axis for axis in layout.storing if axis not in kept)
-    return regathering(named, over) if bound.spec.mode == "shard_map" and over else named
-
-
-def _plan(bound: BoundSpec, layout: Layout) -> GradientPlan:
-    return GradientPlan(
-        mesh=bound.mesh,
-        accumulate=bound.spec.accumulate,
-        precision=bound.spec.precision,
-        axes=layout.lane_axes,
-        inner=tuple(axis for axis in layout.row_axes if axis not in layout.lane_axes),
-        params=layout.shardings.params,
-        gradients=layout.gradients,
-        batch=layout.batch_shardings,
-        rows=layout.rows,
-    )
-
-
-def _under_policy(bound: BoundSpec, args: tuple[Any, ...]) -> Objective:
-    """The loss; as a whole under the remat policy where it marks no layer of its own."""
-    loss = objective(bound.spec.loss_fn, bound.mesh)
-    return apply_policy(loss, policy(bound.spec.strategy.remat), *args)
+    regathered = tuple(axis for axis in layout.storage_axes if axis not in kept)
+    if bound.spec.mode == "shard_map" and regathered:
+        return regathering_policy(remat_policy, regathered)
+    return remat_policy

@@ -1,60 +1,65 @@
-"""Rules of a strategy that did nothing in one step: dead entries, and shadowed ones."""
+"""Finds rules of a strategy that decide nothing in a step: unused and shadowed entries."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from .._core.tree import Leaf, leaves
+from .._core.tree import Leaf, list_leaves
 from ..parallel import CONVENTIONAL
-from ..rules import AxisRules, Dead, Rule, dead, flatten, place
+from ..rules import AxisRules, DeadEntry, Rule, find_dead_entries, list_rules, place_leaf
 from ._bound_spec import BoundSpec
-from ._layout import Layout
+from ._layout import StepLayout
 
 
-def idle_rules(bound: BoundSpec, layout: Layout, constrained: Sequence[Leaf]) -> tuple[str, ...]:
-    """Says which entries of a strategy's rules decide nothing.
+def find_unused_rules(
+    bound: BoundSpec, layout: StepLayout, constrained: Sequence[Leaf]
+) -> tuple[str, ...]:
+    """Lists the entries of a strategy's rules that decide nothing, as text.
 
-    Not told are logical axes that ready strategies list for any model, and a last `**`.
+    It omits logical axes that `sk.strategies` list for any model, and a last `**`.
 
     Args:
       bound: the spec and its mesh.
       layout: abstract state and batch.
-      constrained: what the model constrains, with its logical axes.
+      constrained: the model's constraints, with their logical axes.
     """
     strategy, state = bound.spec.strategy, layout.state
-    asked: list[tuple[str, object, Sequence[Leaf]]] = [
-        ("params", strategy.params, leaves(state.params, layout.axes)),
-        ("opt_state", strategy.opt_state, leaves(state.opt_state)),
-        ("model_state", strategy.model_state, leaves(state.model_state)),
-        ("batch", strategy.batch, leaves(layout.batch)),
-        ("activations", strategy.activations, [_plain(leaf) for leaf in constrained]),
+    uses: list[tuple[str, object, Sequence[Leaf]]] = [
+        ("params", strategy.params, list_leaves(state.params, layout.axes)),
+        ("opt_state", strategy.opt_state, list_leaves(state.opt_state)),
+        ("model_state", strategy.model_state, list_leaves(state.model_state)),
+        ("batch", strategy.batch, list_leaves(layout.batch)),
+        ("activations", strategy.activations, [_drop_mapped_dims(leaf) for leaf in constrained]),
     ]
     sizes = dict(bound.mesh.shape)
     return tuple(
-        f"{field}: {one}"
-        for field, rule, of in asked
+        f"{field}: {entry}"
+        for field, rule, of in uses
         if isinstance(rule, Rule) and of
-        for one in dead(rule, [place(rule, leaf, sizes) for leaf in of if leaf.shape])
-        if not _meant(one, rule)
+        for entry in find_dead_entries(
+            rule, [place_leaf(rule, leaf, sizes) for leaf in of if leaf.shape]
+        )
+        if not _is_expected(entry, rule)
     )
 
 
-def _plain(leaf: Leaf) -> Leaf:
-    """A constraint without the dims that a step or a `jax.vmap` added to it."""
+def _drop_mapped_dims(leaf: Leaf) -> Leaf:
+    """A constraint without the names of dims that a `jax.vmap` added."""
     names = tuple(None if n and n.startswith("(") else n for n in leaf.axes or ())
     return dataclasses.replace(leaf, axes=names)
 
 
-def _meant(one: Dead, rule: Rule) -> bool:
-    """Whether an entry may well do nothing."""
-    if one.entry.key == "**":
+def _is_expected(unused: DeadEntry, rule: Rule) -> bool:
+    """Whether an unused entry needs no report."""
+    name = unused.entry.key
+    if name == "**":
         return True
-    if one.entry.key not in CONVENTIONAL:
+    if name not in CONVENTIONAL:
         return False
-    return not one.matched or one.entry.key not in set(_split(rule))
+    return not unused.matched or name not in set(_mapped_axes(rule))
 
 
-def _split(rule: Rule) -> Iterator[str]:
+def _mapped_axes(rule: Rule) -> Iterator[str]:
     """Logical axes that tables in a rule map to a mesh axis."""
-    for one in flatten(rule):
-        if isinstance(one, AxisRules):
-            yield from (name for name, axes in one.table if axes)
+    for part in list_rules(rule):
+        if isinstance(part, AxisRules):
+            yield from (name for name, axes in part.table if axes)

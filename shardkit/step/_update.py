@@ -1,8 +1,8 @@
-"""The functions that a step is made of: pure, over global arrays, knowing no layout."""
+"""Builds the pure functions of a step, over global arrays: train, gradients, evaluate."""
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,165 +11,169 @@ import optax
 
 from .._core.errors import Problem, StepError, raise_all
 from .._core.train_state import TrainState
-from .._core.tree import leaves, leaves_by_path, short_type
-from .._core.types import Params
+from .._core.tree import leaves_by_path, list_leaves, short_type
+from .._core.types import Batch, Key, Params, PyTree, Scalar
 from ._gradients import GradientFn
-from ._nonfinite import SKIPPED, OnNonfinite, chosen, is_usable
-from ._objective import LossOutput, Objective, value_of
+from ._nonfinite import SKIPPED, OnNonfinite, is_finite_update, select_state
+from ._objective import LossOutput, Objective, divide_mean
 
-Metrics = dict[str, jax.Array]
+# `{name: f32[]}`.
+Metrics = dict[str, Scalar]
 
-# Folded into the key in place of a step number, which never gets this large.
+# Folded into the key in place of a step number, which never reaches it.
 _EVALUATE = 0xFFFFFFFF
 
 
-def training_step(
+def build_train_step(
     gradients: GradientFn,
     optimizer: optax.GradientTransformation,
-    split: Any = None,
+    shardings: PyTree | None = None,
     on_nonfinite: OnNonfinite = "apply",
-) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Builds `(state, batch) → (state, metrics)`.
 
     Args:
       gradients: the differentiated loss.
       optimizer: any optax chain.
-      split: pytree of `NamedSharding` in which the update is computed, where it is split further
-        than the parameters are; they are gathered afterwards by the layout of the results.
-      on_nonfinite: what is done with an update that is not finite.
+      shardings: pytree of `NamedSharding` of the update, if it is split further than the
+        parameters. The parameters are gathered afterwards, by the layout of the results.
+      on_nonfinite: what to do with an update that is not finite.
     """
     update = optimizer.update
-    # Optimizers that look at the loss (`reduce_on_plateau`, `momo`) get it.
-    sees_loss = _takes(update, "value")
+    # For optimizers that read the loss (`reduce_on_plateau`, `momo`).
+    needs_loss = _accepts(update, "value")
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        outcome, grads = gradients(state.params, state.model_state, batch, step_key(state))
-        metrics = _metrics(outcome, grads)
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        output, grads = gradients(state.params, state.model_state, batch, step_key(state))
+        metrics = _collect_metrics(output, grads)
         with jax.named_scope("update"):
-            seen = {"value": metrics["loss"]} if sees_loss else {}
-            before, grads = _shards(state.params, split), _shards(grads, split)
-            updates, opt_state = update(grads, state.opt_state, before, **seen)
+            extra_args = {"value": metrics["loss"]} if needs_loss else {}
+            before = _constrain_update(state.params, shardings)
+            grads = _constrain_update(grads, shardings)
+            updates, opt_state = update(grads, state.opt_state, before, **extra_args)
             _check_updates(updates, before)
-            params = _shards(optax.apply_updates(before, updates), split)
+            params = _constrain_update(optax.apply_updates(before, updates), shardings)
             after = dataclasses.replace(
                 state,
                 step=state.step + 1,
                 params=params,
                 opt_state=opt_state,
-                model_state=outcome.model_state,
+                model_state=output.model_state,
             )
             if on_nonfinite == "apply":
                 return after, metrics
-            usable = is_usable(metrics) & ~state.halted
-            metrics[SKIPPED] = 1.0 - usable.astype(jnp.float32)
-            kept = dataclasses.replace(state, params=before)
-            return chosen(usable, after, kept, on_nonfinite), metrics
+            is_finite = is_finite_update(metrics) & ~state.halted
+            metrics[SKIPPED] = 1.0 - is_finite.astype(jnp.float32)
+            unchanged = dataclasses.replace(state, params=before)
+            return select_state(is_finite, after, unchanged, on_nonfinite), metrics
 
     return step
 
 
-def _check_updates(updates: Any, params: Any) -> None:
-    """Compares what an optimizer returns with the parameters that it is added to.
+def _check_updates(updates: PyTree, params: Params) -> None:
+    """Compares the updates of an optimizer with the parameters.
 
     Raises:
       StepError: with every leaf that one of them lacks, or has in another shape.
     """
-    got, want = (
-        {p: short_type(x.shape, x.dtype) for p, x in leaves_by_path(tree, "params").items()}
-        for tree in (updates, params)
-    )
+    got, want = _leaf_types(updates, "params"), _leaf_types(params, "params")
     shapes = {path: short.partition("[")[2] for path, short in got.items()}
     problems = [
-        Problem(path, f"is {want.get(path, 'absent')}; its update {_or(got, path)}")
+        Problem(path, f"is {want.get(path, 'absent')}; its update is {got.get(path, 'absent')}")
         for path in dict.fromkeys([*want, *got])
         if path not in want or shapes.get(path) != want[path].partition("[")[2]
     ]
     fix = "an optimizer whose update returns a tree like the parameters"
-    raise_all(StepError, "The updates are not of the form of the parameters.", problems, fix)
+    raise_all(StepError, "The updates do not match the parameters.", problems, fix)
 
 
-def _or(types: Mapping[str, str], path: str) -> str:
-    return f"is {types[path]}" if path in types else "is absent"
+def _constrain_update(tree: Params, shardings: PyTree | None) -> Params:
+    if shardings is None:
+        return tree
+    return jax.tree.map(jax.lax.with_sharding_constraint, tree, shardings)
 
 
-def _shards(tree: Any, split: Any) -> Any:
-    return tree if split is None else jax.tree.map(jax.lax.with_sharding_constraint, tree, split)
-
-
-def _takes(function: Callable[..., Any], name: str) -> bool:
-    """Whether a function can be called with a keyword argument."""
+def _accepts(function: Callable[..., Any], name: str) -> bool:
+    """Whether a function accepts a keyword argument."""
     parameters = inspect.signature(function).parameters
     catches_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     return catches_all or name in parameters
 
 
-def gradient_step(gradients: GradientFn) -> Callable[[TrainState, Any], tuple[Metrics, Any]]:
-    """Builds `(state, batch) → (metrics, gradients)`: what the update would be made from."""
+def build_gradient_step(
+    gradients: GradientFn,
+) -> Callable[[TrainState, Batch], tuple[Metrics, Params]]:
+    """Builds `(state, batch) → (metrics, gradients)`."""
 
-    def step(state: TrainState, batch: Any) -> tuple[Metrics, Any]:
-        outcome, grads = gradients(state.params, state.model_state, batch, step_key(state))
-        return _metrics(outcome, grads), grads
+    def step(state: TrainState, batch: Batch) -> tuple[Metrics, Params]:
+        output, grads = gradients(state.params, state.model_state, batch, step_key(state))
+        return _collect_metrics(output, grads), grads
 
     return step
 
 
-def evaluation_step(objective: Objective, compute: Callable[[Any], Any]) -> Callable[..., Metrics]:
-    """Builds `(state, batch) → metrics`, with the parameters cast by `compute`."""
+def build_eval_step(
+    objective: Objective, to_compute_params: Callable[[Params], Params]
+) -> Callable[[TrainState, Batch], Metrics]:
+    """Builds `(state, batch) → metrics`."""
 
-    def step(state: TrainState, batch: Any) -> Metrics:
+    def step(state: TrainState, batch: Batch) -> Metrics:
         key = jax.random.fold_in(state.key, jnp.uint32(_EVALUATE))
-        _, outcome = objective(compute(state.params), state.model_state, batch, key)
-        return _values(outcome)
+        _, output = objective(to_compute_params(state.params), state.model_state, batch, key)
+        return _loss_metrics(output)
 
     return step
 
 
-def step_key(state: TrainState) -> jax.Array:
-    """Key of the step that a state is about to make."""
+def step_key(state: TrainState) -> Key:
+    """Key of the next step."""
     return jax.random.fold_in(state.key, state.step)
 
 
-def _metrics(outcome: LossOutput, grads: Any) -> Metrics:
+def _collect_metrics(output: LossOutput, grads: Params) -> Metrics:
     with jax.named_scope("grad_norm"):
         norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
-    return {**_values(outcome), "grad_norm": norm}
+    return {**_loss_metrics(output), "grad_norm": norm}
 
 
-def _values(outcome: LossOutput) -> Metrics:
-    return {"loss": value_of(outcome.loss), **{k: value_of(m) for k, m in outcome.metrics.items()}}
+def _loss_metrics(output: LossOutput) -> Metrics:
+    return {
+        "loss": divide_mean(output.loss),
+        **{k: divide_mean(m) for k, m in output.metrics.items()},
+    }
 
 
 def check_params(params: Params) -> None:
-    """Refuses parameters that no gradient can be taken of.
+    """Checks that every parameter is floating-point.
 
     Raises:
-      StepError: naming each leaf that is not floating-point.
+      StepError: naming each leaf that is not.
     """
     problems = [
-        Problem(str(leaf), "is no floating-point array, so it has no gradient")
-        for leaf in leaves(params)
+        Problem(str(leaf), "is not a floating-point array, so it has no gradient")
+        for leaf in list_leaves(params)
         if not jnp.issubdtype(leaf.dtype, jnp.inexact)
     ]
     fix = "return sk.Variables(params, model_state) from init, with these leaves in model_state"
     raise_all(StepError, "Some parameters cannot be trained.", problems, fix)
 
 
-def check_form(before: TrainState, after: TrainState) -> None:
-    """Compares the types of a state before and after a step.
+def check_state_types(before: TrainState, after: TrainState) -> None:
+    """Compares the shapes and dtypes of a state before and after a step.
 
     Raises:
       StepError: with every leaf that changed.
     """
-    old, new = (
-        {p: short_type(x.shape, x.dtype) for p, x in leaves_by_path(state, "state").items()}
-        for state in (before, after)
-    )
+    old, new = _leaf_types(before, "state"), _leaf_types(after, "state")
     problems = [
         Problem(path, f"is {old.get(path, 'absent')} before, {new.get(path, 'absent')} after")
         for path in dict.fromkeys([*old, *new])
         if old.get(path) != new.get(path)
     ]
-    fix = "make init and the update agree, or the second step would compile again"
-    raise_all(
-        StepError, "The state after a step is not of the form of the state before.", problems, fix
-    )
+    fix = "make init and the update return the same types, or the next step would compile again"
+    raise_all(StepError, "The step changes the types of the state.", problems, fix)
+
+
+def _leaf_types(tree: PyTree, name: str) -> dict[str, str]:
+    """`{path: "f32[4,8]"}` of every leaf."""
+    return {p: short_type(x.shape, x.dtype) for p, x in leaves_by_path(tree, name).items()}

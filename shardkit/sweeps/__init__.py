@@ -1,21 +1,21 @@
-"""Every mesh × accumulation × remat of a step, tried, ranked and written down as it goes."""
+"""Which mesh for this step: every mesh × accumulation × remat compiled, ranked and recorded."""
 
-from ._case import Case
+from ._case import SweepCase
 from ._compilers import Factory
-from ._factories import ConfigFactory, declared, factory_of
-from ._plots import plots
+from ._factories import ConfigFactory, declare_case, make_factory
+from ._plots import draw_plots
 from ._result import Sweep
-from ._row import Row
+from ._row import SweepRow
 from ._sweep import sweep
 
 __all__ = [
-    "Case",
     "ConfigFactory",
     "Factory",
-    "Row",
     "Sweep",
-    "declared",
-    "factory_of",
-    "plots",
+    "SweepCase",
+    "SweepRow",
+    "declare_case",
+    "draw_plots",
+    "make_factory",
     "sweep",
 ]

@@ -1,4 +1,4 @@
-"""What a sweep tries: every factorization of the devices × accumulation × remat."""
+"""The cases of a sweep: every factorization of the devices × accumulation × remat."""
 
 import dataclasses
 import itertools
@@ -8,19 +8,19 @@ from typing import Any
 
 from .._core.errors import Problem, StepError, SweepError, raise_all
 from ..mesh import MeshSpec, mesh_shapes
-from ..nn._remat import policy
+from ..nn._remat import parse_policy
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """One step to try.
+class SweepCase:
+    """One step of a sweep.
 
     Attributes:
       mesh: `(axis, size)` in mesh order.
       accumulate: micro-batches per step.
       remat: name of a checkpoint policy.
 
-    >>> case = Case((("data", 4), ("tensor", 1)), accumulate=2)
+    >>> case = SweepCase((("data", 4), ("tensor", 1)), accumulate=2)
     >>> case.key, case.shown
     ('data=4,tensor=1 accumulate=2 remat=none', 'data=4')
     """
@@ -41,12 +41,12 @@ class Case:
 
     @property
     def devices(self) -> int:
-        """How many devices the mesh has."""
+        """Number of devices of the mesh."""
         return math.prod(self.sizes.values())
 
     @property
     def key(self) -> str:
-        """What tells this case from every other one, in one line."""
+        """The case as one line, unique in a sweep."""
         mesh = ",".join(f"{axis}={size}" for axis, size in self.mesh)
         return f"{mesh} accumulate={self.accumulate} remat={self.remat}"
 
@@ -57,25 +57,25 @@ class Case:
         return ",".join(split) or "one device"
 
 
-def cases(
+def enumerate_cases(
     devices: Sequence[int], axes: Sequence[str], accumulate: Sequence[int], remat: Sequence[str]
-) -> list[Case]:
-    """Enumerates a sweep; meshes outermost, so that one mesh's rows stand together.
+) -> list[SweepCase]:
+    """Enumerates a sweep, all cases of one mesh after each other.
 
     Args:
-      devices: numbers of devices; a mesh uses exactly so many.
+      devices: numbers of devices; each mesh uses exactly that many.
       axes: names of the mesh axes, in mesh order.
       accumulate: micro-batches per step.
       remat: names of checkpoint policies.
 
     Raises:
-      SweepError: whatever of these is nothing to try, all of it in one message.
+      SweepError: options are empty, repeated, or not valid; all of them in one message.
     """
     problems = [*_axis_problems(axes), *_number_problems("devices", devices)]
     problems += [*_number_problems("accumulate", accumulate), *_remat_problems(remat)]
     raise_all(SweepError, "There is nothing to sweep over.", problems)
     return [
-        Case(tuple(shape.items()), k, name)
+        SweepCase(tuple(shape.items()), k, name)
         for n in devices
         for shape in mesh_shapes(n, axes)
         for k, name in itertools.product(accumulate, remat)
@@ -85,7 +85,7 @@ def cases(
 def _axis_problems(axes: Sequence[str]) -> list[Problem]:
     fix = 'axes=("data", "fsdp", "tensor")'
     if isinstance(axes, str) or not axes:
-        return [Problem(f"axes={axes!r}", "names of mesh axes are wanted", fix)]
+        return [Problem(f"axes={axes!r}", "is not a list of mesh axes", fix)]
     bad = [axis for axis in axes if not str(axis).isidentifier()]
     problems = [Problem(f"axis {axis!r}", "an axis is named by an identifier", fix) for axis in bad]
     twice = sorted({axis for axis in axes if list(axes).count(axis) > 1})
@@ -105,11 +105,11 @@ def _number_problems(name: str, values: Sequence[Any]) -> list[Problem]:
 def _remat_problems(names: Sequence[str]) -> list[Problem]:
     fix = 'remat=("none", "full")'
     if isinstance(names, str) or not names or len(set(names)) < len(names):
-        return [Problem(f"remat={names!r}", "different names of policies are wanted", fix)]
+        return [Problem(f"remat={names!r}", "is not a list of distinct policies", fix)]
     problems = []
     for name in names:
         try:
-            policy(name)
+            parse_policy(name)
         except StepError as error:
             problems.append(Problem(f"remat={name!r}", str(error).splitlines()[1].strip(), fix))
     return problems

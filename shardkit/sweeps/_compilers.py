@@ -1,4 +1,4 @@
-"""Where a case is compiled: here, on devices that are there, or in a child for absent ones."""
+"""Compiles cases: in this process on its devices, or in a child process for absent ones."""
 
 import dataclasses
 import time
@@ -9,27 +9,27 @@ import jax
 from jax.sharding import Mesh
 
 from .._core.errors import Problem, StepError, SweepError, count, format_problems, raise_all
-from ..hardware import chip_of
+from ..hardware import identify_chip
 from ..mesh import Target
 from ..planner import Network
 from ..report import Report
 from ..step import CompiledStep, StepSpec
-from ..targets import Source, compile_for
-from ._case import Case
+from ..targets import StepSource, compile_for
+from ._case import SweepCase
 
 Factory = Callable[..., CompiledStep | StepSpec]
 """`factory(mesh, accumulate=2, remat="full")`; with a target the mesh is a `MeshSpec`."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Made:
+class CompiledCase:
     """A compiled case.
 
     Attributes:
-      report: of the step; its own `seconds` are those of tracing, lowering and compiling.
+      report: of the step; `report.seconds` are those of tracing, lowering and compiling.
       seconds: wall time from the call of the factory to the report, a child's start included.
-      spec: what was compiled.
-      step: None where it was compiled in another process.
+      spec: the spec of the step.
+      step: None if it was compiled in another process.
     """
 
     report: Report
@@ -38,77 +38,81 @@ class Made:
     step: CompiledStep | None = None
 
 
-class Compiler(Protocol):
+class CaseCompiler(Protocol):
     """Compiles one case after the other."""
 
     @property
-    def on(self) -> Mapping[str, Any]:
-        """What is known of the devices before anything is compiled."""
+    def device_info(self) -> Mapping[str, Any]:
+        """Target, and platform and kind of the devices if they are present."""
         ...
 
     @property
     def network(self) -> Network | None:
-        """Links and chip of the devices; None where the hardware table has no such device."""
+        """Links and chip of the devices; None if the hardware table does not have them."""
         ...
 
-    def compile(self, case: Case) -> Made:
+    def compile(self, case: SweepCase) -> CompiledCase:
         """Compiles a case; raises whatever is wrong with it."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Here:
-    """Compiles in this process for its own devices, the first ones of them."""
+class LocalCompiler:
+    """Compiles in this process, for the first of its devices.
+
+    Attributes:
+      factory: declares or compiles a case for a mesh.
+      present: the process's devices.
+    """
 
     factory: Factory
     present: Sequence[Any]
 
     @property
-    def on(self) -> Mapping[str, Any]:
-        """The devices' own names."""
+    def device_info(self) -> Mapping[str, Any]:
+        """Platform and kind as the devices name them."""
         device = self.present[0]
-        own = {"platform": device.platform, "device_kind": device.device_kind}
-        return {"target": "local", **own}
+        return {"target": "local", "platform": device.platform, "device_kind": device.device_kind}
 
     @property
     def network(self) -> Network | None:
-        """Links of the devices' own kind."""
-        chip = chip_of(self.present[0].device_kind)
+        """Links of the devices' kind."""
+        chip = identify_chip(self.present[0].device_kind)
         return Network(chip) if chip else None
 
-    def compile(self, case: Case) -> Made:
-        """Builds the mesh, calls the factory and reads what it made.
+    def compile(self, case: SweepCase) -> CompiledCase:
+        """Builds the mesh, calls the factory and compiles its result.
 
         Raises:
-          ShardkitError: the case is illegal, or the factory made another step than it was asked.
+          ShardkitError: the case is illegal, or the factory ignores an option of the case.
         """
         start = time.perf_counter()
-        first = None if case.devices == len(self.present) else self.present[: case.devices]
-        mesh = case.mesh_spec.build(devices=first)
-        step = _compiled(self.factory(mesh, accumulate=case.accumulate, remat=case.remat), mesh)
-        check_asked(step.spec, case, step.mesh.shape)
+        devices = None if case.devices == len(self.present) else self.present[: case.devices]
+        mesh = case.mesh_spec.build(devices=devices)
+        step = _compile(self.factory(mesh, accumulate=case.accumulate, remat=case.remat), mesh)
+        check_factory_result(step.spec, case, step.mesh.shape)
         report = step.report()
-        return Made(report, time.perf_counter() - start, step.spec, step)
+        return CompiledCase(report, time.perf_counter() - start, step.spec, step)
 
 
 @dataclasses.dataclass(frozen=True)
-class Absent:
-    """Compiles for devices that only their compiler knows, each case in a child process.
+class TargetCompiler:
+    """Compiles for absent devices, each case in a child process.
 
     Attributes:
       factory: declares a case for a `MeshSpec`.
-      source: case → what the child is to load.
-      target: what it compiles for.
-      timeout: seconds after which a child is ended.
+      source: case → what the child loads.
+      target: the devices.
+      timeout: seconds after which a child is killed.
     """
 
     factory: Factory
-    source: Callable[[Case], Source]
+    source: Callable[[SweepCase], StepSource]
     target: str
     timeout: float
 
     @property
-    def on(self) -> Mapping[str, Any]:
+    def device_info(self) -> Mapping[str, Any]:
         """The target."""
         return {"target": str(Target.parse(self.target))}
 
@@ -118,8 +122,8 @@ class Absent:
         target = Target.parse(self.target)
         return Network.of(target) if target.chip else None
 
-    def compile(self, case: Case) -> Made:
-        """Declares the case here, where what it raises is seen at once, and waits for a child.
+    def compile(self, case: SweepCase) -> CompiledCase:
+        """Declares the case in this process, so that its errors show at once, and runs a child.
 
         Raises:
           ShardkitError: the case is illegal, or its compiler crashed.
@@ -127,28 +131,28 @@ class Absent:
         start = time.perf_counter()
         spec = spec_of_case(self.factory, case)
         report = compile_for(self.source(case), self.target, timeout=self.timeout)
-        return Made(report, time.perf_counter() - start, spec)
+        return CompiledCase(report, time.perf_counter() - start, spec)
 
 
-def spec_of_case(factory: Factory, case: Case) -> StepSpec:
-    """The spec that a factory makes of a case, for a mesh that another process builds.
+def spec_of_case(factory: Factory, case: SweepCase) -> StepSpec:
+    """Calls a factory for a case whose mesh another process builds.
 
     Raises:
-      StepError: it returns no spec, or another one than it was asked for.
+      StepError: it does not return a `StepSpec`, or ignores an option of the case.
     """
-    made = factory(case.mesh_spec, accumulate=case.accumulate, remat=case.remat)
-    if not isinstance(made, StepSpec):
-        why = f"returned {type(made).__name__}; a compile elsewhere takes a StepSpec"
+    spec = factory(case.mesh_spec, accumulate=case.accumulate, remat=case.remat)
+    if not isinstance(spec, StepSpec):
+        why = f"returned {type(spec).__name__}; a compile elsewhere takes a StepSpec"
         fix = "return sk.StepSpec(loss_fn=..., optimizer=..., init=..., batch=..., strategy=...)"
         raise StepError(
             format_problems("There is nothing to compile.", [Problem("factory", why)], fix)
         )
-    check_asked(made, case)
-    return made
+    check_factory_result(spec, case)
+    return spec
 
 
-def present_devices(wanted: Sequence[int]) -> Sequence[Any]:
-    """The process's devices, if they are as many as the largest mesh wants.
+def present_devices(counts: Sequence[int]) -> Sequence[Any]:
+    """The process's devices, at least as many as the largest mesh has.
 
     Raises:
       SweepError: there are fewer.
@@ -156,47 +160,49 @@ def present_devices(wanted: Sequence[int]) -> Sequence[Any]:
     devices = jax.devices()
     problems = [
         Problem(f"devices={n}", f"this process has {count(len(devices), 'device')}")
-        for n in wanted
+        for n in counts
         if n > len(devices)
     ]
-    most = max(wanted, default=0)
+    most = max(counts, default=0)
     fix = (
         f"sk.simulate_devices({most}) right after the imports, or --set devices=cpu:{most} for a "
         "config; or target= for absent ones"
     )
-    raise_all(SweepError, "The devices are not there.", problems, fix)
+    raise_all(SweepError, "The devices are not available.", problems, fix)
     return devices
 
 
-def _compiled(made: Any, mesh: Mesh) -> CompiledStep:
-    if isinstance(made, StepSpec):
-        return made.compile(mesh)
-    if isinstance(made, CompiledStep):
-        return made
-    problem = Problem("factory", f"returned {type(made).__name__}")
+def _compile(declared: Any, mesh: Mesh) -> CompiledStep:
+    if isinstance(declared, StepSpec):
+        return declared.compile(mesh)
+    if isinstance(declared, CompiledStep):
+        return declared
+    problem = Problem("factory", f"returned {type(declared).__name__}")
     fix = "return sk.compile_step(..., mesh=mesh, accumulate=accumulate, remat=remat)"
-    raise StepError(format_problems("The factory makes no step.", [problem], fix))
+    raise StepError(format_problems("The factory does not return a step.", [problem], fix))
 
 
-def check_asked(made: StepSpec, case: Case, sizes: Mapping[str, int] | None = None) -> None:
-    """Refuses a step that is not the one that was asked for, whose row would be a lie.
+def check_factory_result(
+    spec: StepSpec, case: SweepCase, sizes: Mapping[str, int] | None = None
+) -> None:
+    """Refuses a step that does not have the options of its case.
 
     Args:
-      made: the spec of the step.
-      case: what was asked.
-      sizes: of the mesh that it was compiled for; None where it is not yet compiled.
+      spec: the spec of the step.
+      case: the case.
+      sizes: of the mesh that it was compiled for; None if it is not compiled yet.
 
     Raises:
-      StepError: naming what the factory ignored.
+      StepError: naming the options that the factory ignores.
     """
     pairs = {
         "mesh": (case.sizes if sizes is None else dict(sizes), case.sizes),
-        "accumulate": (made.accumulate.micro_batches, case.accumulate),
-        "remat": (made.strategy.remat, case.remat),
+        "accumulate": (spec.accumulate.micro_batches, case.accumulate),
+        "remat": (spec.strategy.remat, case.remat),
     }
     problems = [
-        Problem(name, f"was asked to be {asked!r}, the step has {got!r}", f"{name}={name}")
+        Problem(name, f"is {asked!r} in the case, the step has {got!r}", f"{name}={name}")
         for name, (got, asked) in pairs.items()
         if got != asked
     ]
-    raise_all(StepError, "The factory ignores what it is called with.", problems)
+    raise_all(StepError, "The factory ignores its arguments.", problems)

@@ -1,4 +1,4 @@
-"""Steps by case: of a config file, of a spec, or of a function."""
+"""Makes the step of a case: from a config file, a spec, or a function."""
 
 import dataclasses
 import functools
@@ -14,19 +14,19 @@ from .._core.errors import ConfigError, Problem, ShardkitError, SweepError, form
 from ..config import Config, load_config, to_record
 from ..mesh import MeshSpec
 from ..step import CompiledStep, StepSpec, check_step_spec
-from ..targets import Source
-from ._case import Case
+from ..targets import StepSource
+from ._case import SweepCase
 from ._compilers import Factory, spec_of_case
-from ._spec_factory import SpecFactory, check_axes, ready
+from ._spec_factory import SpecFactory, check_axes, ready_strategies
 
-# What a sweep itself sets, and what changes no figure of a step.
-_SET = ("name", "mesh", "devices", "train")
-_NO_FACTORY = "There is no factory."
+# Fields that a sweep sets itself, or that change no figure of a step.
+_IGNORED = ("name", "mesh", "devices", "train")
+_NO_FACTORY = "The sweep has no factory."
 
 
 @dataclasses.dataclass(frozen=True)
 class ConfigFactory:
-    """The step of a config, laid out by its strategy and the ready ones of further axes.
+    """The step of a config, with built-in strategies for axes that its own does not split.
 
     Attributes:
       name: path of the config file, "" for the default one.
@@ -38,7 +38,7 @@ class ConfigFactory:
 
     @functools.cached_property
     def config(self) -> Config:
-        """The config, loaded once: what becomes of the file while a sweep runs changes no row."""
+        """The config, loaded once: an edit of the file while a sweep runs changes no row."""
         return load_config(self.name or None, list(self.overrides))
 
     @functools.cached_property
@@ -50,90 +50,89 @@ class ConfigFactory:
         """The spec of a case."""
         return self.steps(mesh, accumulate=accumulate, remat=remat)
 
-    def axes(self, named: Sequence[str]) -> tuple[str, ...]:
-        """Mesh axes of a sweep: those named, by default those of the config's mesh.
+    def select_axes(self, named: Sequence[str]) -> tuple[str, ...]:
+        """Mesh axes of a sweep: `named`, by default those of the config's mesh.
 
         Raises:
-          ConfigError: an axis is neither in the config's mesh, nor a kind of parallelism.
+          ConfigError: an axis is not in the config's mesh and has no built-in strategy.
         """
         own = tuple(self.config.mesh.axes)
         fix = f"--axes {','.join(own)}, or a strategy and a mesh with the axis in the config"
-        check_axes(named, (*own, *ready()), fix)
+        check_axes(named, (*own, *ready_strategies()), fix)
         return tuple(named or own)
 
-    def idle(self, axes: Sequence[str]) -> tuple[str, ...]:
-        """Axes that the config's strategy asks for beside those of a sweep, of size 1 in it."""
-        return self.steps.idle(axes)
+    def unit_axes(self, axes: Sequence[str]) -> tuple[str, ...]:
+        """Axes that the config's strategy needs and a sweep does not name; they have size 1."""
+        return self.steps.unit_axes(axes)
 
     def record(self) -> dict[str, Any]:
-        """What decides the step, apart from what a sweep varies, as plain values."""
-        fields = to_record(self.config)
-        kept = {name: value for name, value in fields.items() if name not in _SET}
+        """The config's fields that a sweep does not vary, as plain values."""
+        fields = {k: v for k, v in to_record(self.config).items() if k not in _IGNORED}
         varied = ("accumulate", "remat")
-        layout = {k: v for k, v in kept["strategy"].items() if k not in varied}
-        return {**kept, "strategy": layout}
+        strategy = {k: v for k, v in fields["strategy"].items() if k not in varied}
+        return {**fields, "strategy": strategy}
 
 
 Declared = ConfigFactory | SpecFactory
 Steps = Factory | Declared
-"""What makes the steps of a sweep."""
+"""Anything that makes the steps of a sweep."""
 
 
-def options_of(factory: Steps) -> tuple[int, str]:
-    """Micro-batches and checkpoint policy of a sweep that names none: a spec's own."""
+def default_options(factory: Steps) -> tuple[int, str]:
+    """Micro-batches and checkpoint policy if a sweep names none: those of a spec, else 1, none."""
     if isinstance(factory, SpecFactory):
         return factory.spec.accumulate.micro_batches, factory.spec.remat
     return 1, "none"
 
 
-def source_of(factory: Steps, case: Case) -> Source:
-    """What a child process loads to declare a case.
+def make_child_source(factory: Steps, case: SweepCase) -> StepSource:
+    """The source from which a child process declares a case.
 
     Raises:
-      SweepError: the factory has no name by which another process could import it.
+      SweepError: another process cannot import the factory by a name.
     """
-    asked = {"mesh": case.sizes, "accumulate": case.accumulate, "remat": case.remat}
-    of: dict[str, Any]
+    options = {"mesh": case.sizes, "accumulate": case.accumulate, "remat": case.remat}
+    arguments: dict[str, Any]
     if isinstance(factory, ConfigFactory):
-        of = {"config": factory.name, "overrides": list(factory.overrides)}
-        of["record"] = factory.record()
+        arguments = {"config": factory.name, "overrides": list(factory.overrides)}
+        arguments["record"] = factory.record()
     else:
-        of = {"function": name_of(factory)}
-    return Source("shardkit.sweeps:declared", arguments={**of, **asked})
+        arguments = {"function": importable_name(factory)}
+    return StepSource("shardkit.sweeps:declare_case", arguments={**arguments, **options})
 
 
-def shown_name(factory: Steps) -> str:
-    """A name for people, which also tells one sweep from another."""
+def display_name(factory: Steps) -> str:
+    """A readable name of a factory, also part of a sweep's identity."""
     if isinstance(factory, ConfigFactory):
         return Path(factory.name).name or "the default config"
     if isinstance(factory, SpecFactory):
         return factory.name
-    # What is called need not be a function: a partial has neither name.
+    # A callable need not be a function: a partial has no `__qualname__`.
     return f"{factory.__module__}:{getattr(factory, '__qualname__', type(factory).__name__)}"
 
 
-def name_of(factory: Factory) -> str:
+def importable_name(factory: Factory) -> str:
     """Returns `module:function`.
 
     Raises:
-      SweepError: it is no function at the top of a module that can be imported.
+      SweepError: it is not a function at the top of an importable module.
     """
     fix = "def factory(mesh, *, accumulate, remat) at the top of a module of its own"
     if isinstance(factory, SpecFactory):
-        why = "was made in this process; another one compiles it, and needs a name to import"
+        why = "is an object of this process; the child that compiles it imports it by name"
         fix += ', which returns the StepSpec; then sk.sweep("MODULE:factory", target=...)'
         problem = Problem(f"spec of {factory.name}", why, fix)
         raise SweepError(format_problems("The spec cannot be sent to a target.", [problem]))
-    name = shown_name(factory)
+    name = display_name(factory)
     module, _, function = name.partition(":")
     if module != "__main__" and function.isidentifier() and inspect.isfunction(factory):
         return name
-    why = "another process compiles it, and cannot import it by a name"
+    why = "the child that compiles it cannot import it by name"
     problem = Problem(f"factory {name}", why, fix)
     raise SweepError(format_problems("The factory cannot be sent to a target.", [problem]))
 
 
-def declared(
+def declare_case(
     *,
     mesh: Mapping[str, int],
     accumulate: int,
@@ -151,58 +150,58 @@ def declared(
       remat: name of a checkpoint policy.
       config: path of a config file, "" for the default one.
       overrides: for the config.
-      record: what the config was when the sweep began.
-      function: `module:function` in its stead.
+      record: `ConfigFactory.record` of the config when the sweep began.
+      function: `module:function` instead of a config.
 
     Raises:
-      SweepError: the config is no longer what it was.
-      StepError: the function returns no spec.
+      SweepError: the config was changed since.
+      StepError: the function does not return a spec.
     """
-    made = _imported(function) if function else ConfigFactory(config, tuple(overrides))
-    if isinstance(made, ConfigFactory) and record != json.loads(json.dumps(made.record())):
-        why = "was changed while the sweep ran; rows of two configs say nothing beside each other"
-        problem = Problem(shown_name(made), why, "the config of before, or another --out")
-        raise SweepError(format_problems("The config is another one.", [problem]))
-    case = Case(tuple(mesh.items()), accumulate, remat)
-    return spec_of_case(made, case), case.mesh_spec
+    factory = _import_factory(function) if function else ConfigFactory(config, tuple(overrides))
+    if isinstance(factory, ConfigFactory) and record != json.loads(json.dumps(factory.record())):
+        why = "was changed while the sweep ran; rows of two configs cannot be compared"
+        problem = Problem(display_name(factory), why, "restore the config, or another --out")
+        raise SweepError(format_problems("The config was changed.", [problem]))
+    case = SweepCase(tuple(mesh.items()), accumulate, remat)
+    return spec_of_case(factory, case), case.mesh_spec
 
 
-def factory_of(given: Any) -> Steps:
-    """What makes the steps of a sweep: a spec, a function or its name, or a config by its path.
+def make_factory(source: Any) -> Steps:
+    """Makes the factory of a sweep from a spec, a function or its name, or the path of a config.
 
     Args:
-      given: a spec, a factory, `module:function`, or the path of a config file.
+      source: a spec, a factory, `module:function`, or the path of a config file.
 
     Raises:
-      ConfigError: there is no such function, its module cannot be imported, or it cannot be called
-        as a factory is.
+      ConfigError: the function does not exist, its module cannot be imported, or it cannot be
+        called as a factory is.
     """
-    if isinstance(given, StepSpec):
-        return SpecFactory(given)
-    if isinstance(given, CompiledStep):
-        check_step_spec(given, ConfigError, _NO_FACTORY)
-    named = isinstance(given, str | Path)
-    if named and not Source(str(given)).is_function:
-        return ConfigFactory(str(given))
-    factory: Any = _imported(str(given)) if named else given
+    if isinstance(source, StepSpec):
+        return SpecFactory(source)
+    if isinstance(source, CompiledStep):
+        check_step_spec(source, ConfigError, _NO_FACTORY)
+    is_name = isinstance(source, str | Path)
+    if is_name and not StepSource(str(source)).is_function:
+        return ConfigFactory(str(source))
+    factory: Any = _import_factory(str(source)) if is_name else source
     _check_callable(factory)
     return factory
 
 
 def _check_callable(factory: Any) -> None:
     if not callable(factory):
-        _refuse(repr(factory), f"is no function, but {type(factory).__name__}")
+        _refuse(repr(factory), f"is not a function, but {type(factory).__name__}")
     if isinstance(factory, ConfigFactory | SpecFactory):
         return
     try:
         inspect.signature(factory).bind(None, accumulate=1, remat="none")
     except TypeError as error:
-        _refuse(shown_name(cast(Factory, factory)), f"cannot be called: {error}")
+        _refuse(display_name(cast(Factory, factory)), f"cannot be called: {error}")
 
 
-def _imported(name: str) -> Factory:
+def _import_factory(name: str) -> Factory:
     try:
-        return Source(name).imported()
+        return StepSource(name).import_function()
     except ShardkitError:
         raise
     except Exception as error:

@@ -1,8 +1,8 @@
-"""The file of a sweep: one JSON line per row, written as it goes, never half.
+"""The file of a sweep: one JSON line per row, appended as rows are made.
 
-The first line says which sweep it is. A row that is written again, with times, replaces the one
-before. A process that is killed leaves at most one unfinished line, which the next one drops. The
-file is locked while a sweep writes to it, and a lock ends with its process, however that ends.
+The first line identifies the format and the sweep. A later row of the same case, with times,
+replaces the earlier one. A killed process leaves at most one unfinished line, which the next one
+drops. The file is locked while a sweep writes to it; the lock ends with its process.
 """
 
 import contextlib
@@ -14,32 +14,34 @@ from typing import Any, NoReturn, Self
 
 from .._core.errors import Problem, SweepError, format_problems, raise_all
 from .._core.io._files import FileInUseError, append_atomic, file_lock, os_errors_as
-from .._core.io._flatten import flatten
-from ._row import Row
+from .._core.io._table import flatten
+from ._row import SweepRow
 
 FILE = "rows.jsonl"
 _FORMAT = "shardkit_sweep"
-_VERSION = 1
+_NOT_A_SWEEP = "is not the file of a sweep"
+_VERSION = 2
+"""Of the names of fields in a row. Files of other versions are refused, never converted."""
 
 
 class Journal:
     """The rows of one sweep, in memory and on disk.
 
     Attributes:
-      folder: where the sweep's files are.
+      folder: of the sweep's files.
       rows: key of a case → its newest row.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
-        """Opens a folder for a sweep, new or going on.
+        """Opens a folder for a new sweep, or to resume one.
 
         Args:
-          folder: made where there is none.
-          identity: plain values that tell this sweep from others.
+          folder: created if it does not exist.
+          identity: plain values that distinguish this sweep from others.
 
         Raises:
-          SweepError: the folder holds something else, or rows of another sweep, another process
-            is writing to it, and then nothing of it is changed; or it cannot be written.
+          SweepError: the folder holds other files or the rows of another sweep, another process
+            writes to it, or it cannot be written. The folder is not changed then.
         """
         self.folder, self._path = folder, folder / FILE
         header = json.dumps({_FORMAT: _VERSION, "identity": identity}, sort_keys=True)
@@ -50,41 +52,41 @@ class Journal:
                     folder.mkdir(parents=True, exist_ok=True)
                     self._file = opened.enter_context(file_lock(self._path))
             except FileInUseError:
-                why = "another sweep is writing to it"
-                fix = "wait until that one has ended; or --out NEW_FOLDER, or out="
+                why = "another sweep writes to it"
+                fix = "wait until it has ended; or --out NEW_FOLDER, or out="
                 problem = Problem(str(self._path), why, fix)
                 headline = "The sweep's folder is in use."
                 raise SweepError(format_problems(headline, [problem])) from None
-            self.rows = self._taken_over(header)
+            self.rows = self._read_existing(header)
             self._opened = opened.pop_all()
 
     def __enter__(self) -> Self:
-        """The journal itself, which the end of the block lets go of."""
+        """Returns the journal; the end of the block unlocks its file."""
         return self
 
     def __exit__(self, *_: object) -> None:
         """Unlocks the file."""
         self._opened.close()
 
-    def add(self, row: Row) -> None:
+    def add(self, row: SweepRow) -> None:
         """Writes a row."""
         self._append(row.to_line())
         self.rows[row.case.key] = row
 
-    def _taken_over(self, header: str) -> dict[str, Row]:
-        """The rows that are there, behind a header that is this sweep's."""
+    def _read_existing(self, header: str) -> dict[str, SweepRow]:
+        """Rows of the file, after its header is checked; writes the header of a new file."""
         try:
             text = self._path.read_text("utf-8")
         except UnicodeDecodeError:
-            _refuse(self._path, "is no text")
-        whole = text[: text.rfind("\n") + 1]
-        if not whole and not header.startswith(text):
-            _refuse(self._path, "is no file of a sweep")
-        rows = _read(self._path, whole.splitlines(), json.loads(header)["identity"])
-        if whole != text:
+            _refuse(self._path, "is not UTF-8 text")
+        complete = text[: text.rfind("\n") + 1]
+        if not complete and not header.startswith(text):
+            _refuse(self._path, _NOT_A_SWEEP)
+        rows = _read_rows(self._path, complete.splitlines(), json.loads(header)["identity"])
+        if complete != text:
             with sweep_file_errors(self._path):
-                os.truncate(self._path, len(whole.encode()))
-        if not whole:
+                os.truncate(self._path, len(complete.encode()))
+        if not complete:
             self._append(header)
         return rows
 
@@ -94,9 +96,9 @@ class Journal:
 
 
 def sweep_file_errors(path: Path) -> contextlib.AbstractContextManager[None]:
-    """Raises what the system refuses inside the block as a `SweepError` that names the file."""
-    headline = "The sweep cannot write its files; every row before is kept."
-    fix = "free space and permission to write in the folder, then the same call: it resumes there"
+    """Turns an `OSError` inside the block into a `SweepError` that names the file."""
+    headline = "The sweep cannot write its files; earlier rows are kept."
+    fix = "free space or permission to write in the folder; the same call then resumes the sweep"
     return os_errors_as(SweepError, headline, path, fix)
 
 
@@ -105,29 +107,28 @@ def _check_folder(folder: Path) -> None:
         return
     if not folder.is_dir():
         _refuse(folder, "is a file")
-    there = sorted(path.name for path in folder.iterdir())
-    if there and FILE not in there:
-        _refuse(folder, f"holds {', '.join(there[:4])}, and no {FILE}")
+    names = sorted(path.name for path in folder.iterdir())
+    if names and FILE not in names:
+        _refuse(folder, f"holds {', '.join(names[:4])}, and no {FILE}")
 
 
 def _refuse(path: Path, why: str) -> NoReturn:
     fix = "--out NEW_FOLDER, or out=; nothing was changed"
-    raise SweepError(
-        format_problems("This is no folder of a sweep.", [Problem(str(path), why)], fix)
-    )
+    problem = Problem(str(path), why)
+    raise SweepError(format_problems("The folder does not hold this sweep.", [problem], fix))
 
 
-def _read(path: Path, lines: list[str], identity: Mapping[str, Any]) -> dict[str, Row]:
+def _read_rows(path: Path, lines: list[str], identity: Mapping[str, Any]) -> dict[str, SweepRow]:
     if not lines:
         return {}
     _check_header(path, lines[0], identity)
     rows = {}
     for number, line in enumerate(lines[1:], 2):
         try:
-            row = Row.from_line(line)
+            row = SweepRow.from_line(line)
         except (ValueError, TypeError, KeyError) as error:
-            problem = Problem(f"{path}:{number}", f"is no row: {type(error).__name__}: {error}")
-            fix = "take the line out, and its case is tried again; nothing was changed"
+            problem = Problem(f"{path}:{number}", f"is not a row: {type(error).__name__}: {error}")
+            fix = "delete the line, and its case runs again; nothing was changed"
             raise SweepError(
                 format_problems("The sweep's file is damaged.", [problem], fix)
             ) from None
@@ -138,20 +139,21 @@ def _read(path: Path, lines: list[str], identity: Mapping[str, Any]) -> dict[str
 def _check_header(path: Path, line: str, identity: Mapping[str, Any]) -> None:
     try:
         header = json.loads(line)
-        version, there = header[_FORMAT], header["identity"]
+        version, identity_before = header[_FORMAT], header["identity"]
     except (ValueError, TypeError, KeyError):
-        _refuse(path, "is no file of a sweep")
+        _refuse(path, _NOT_A_SWEEP)
     if version != _VERSION:
-        _refuse(path, f"has version {version} of the format, this is {_VERSION}")
-    before, now = flatten(there), flatten(json.loads(json.dumps(identity)))
+        _refuse(path, f"has format version {version}, and this shardkit reads {_VERSION}")
+    before, now = flatten(identity_before), flatten(json.loads(json.dumps(identity)))
+    shown = {k: (_format_setting(k, before), _format_setting(k, now)) for k in {*before, *now}}
     problems = [
-        Problem(name, f"was {_shown(name, before)} there, is {_shown(name, now)} now")
-        for name in sorted({*before, *now})
-        if _shown(name, before) != _shown(name, now)
+        Problem(name, f"was {old} there, is {new} now")
+        for name, (old, new) in sorted(shown.items())
+        if old != new
     ]
     fix = "--out NEW_FOLDER, or the settings of before; nothing was changed"
     raise_all(SweepError, f"{path} holds rows of another sweep.", problems, fix)
 
 
-def _shown(name: str, settings: Mapping[str, Any]) -> str:
+def _format_setting(name: str, settings: Mapping[str, Any]) -> str:
     return json.dumps(settings[name]) if name in settings else "—"

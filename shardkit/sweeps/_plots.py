@@ -1,141 +1,149 @@
-"""A sweep as pictures: time and memory, communication, scaling, compiled against modelled.
+"""Draws a sweep: time, memory, communication, scaling, and compiled against modelled memory.
 
-matplotlib is the `[plot]` extra, so it is imported when something is drawn.
+matplotlib is the `[plot]` extra, so it is imported only to draw.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from .._core.io._files import write_atomic
 from ._journal import sweep_file_errors
-from ._result import COMPILED, MEASURED, Sweep, figure
-from ._row import PARTS, Row
-from ._show import measured_where
+from ._result import COMPILED, MEASURED, Sweep, rank_value
+from ._row import MEMORY_CLASSES, SweepRow
+from ._show import describe_measurement
 
-_MOST = 24
-_SHOWN = ("params", "opt_state", "model_state", "batch", "output", "temp")
+_MAX_ROWS = 24
+_MEMORY_CLASSES = ("params", "opt_state", "model_state", "batch", "output", "temp")
 _MIB = 2**20
 
 
-def plots(found: Sweep) -> list[Path]:
-    """Draws what the rows hold, into the sweep's folder, each as PNG and as SVG.
+def draw_plots(swept: Sweep) -> list[Path]:
+    """Draws the rows of a sweep into its folder, each plot as PNG and as SVG.
 
-    `memory` and `communication` of the best rows; `time`, where rows have one; `scaling`, where
-    meshes are of several sizes; `model`, where rows have an estimate of their memory.
+    `memory` and `communication` of the best rows; `time`, if rows have one; `scaling`, if meshes
+    have several sizes; `model`, if rows have an estimate of their memory.
 
     Args:
-      found: a sweep; of the ranked rows the first 24 are drawn.
+      swept: the sweep; its first 24 ranked rows are drawn.
 
     Returns:
       The files.
 
-    >>> plots(Sweep((), Path("nowhere"), "nothing"))
+    >>> draw_plots(Sweep((), Path("nowhere"), "nothing"))
     []
     """
-    if not found.ranked:
+    if not swept.ranked:
         return []
-    rows = found.ranked[:_MOST]
-    drawn = {"memory": _Picture(_memory, rows), "communication": _Picture(_communication, rows)}
-    if found.by != COMPILED:
-        drawn["time"] = _Picture(lambda axes, rows: _time(axes, rows, found.by), rows, found.by)
-    best = _best_by_devices(found.ranked)
+    rows, by = swept.ranked[:_MAX_ROWS], swept.ranked_by
+    drawn = {
+        "memory": _Picture(_draw_memory, rows),
+        "communication": _Picture(_draw_communication, rows),
+    }
+    if by != COMPILED:
+        drawn["time"] = _Picture(functools.partial(_draw_time, by=by), rows, by)
+    best = _best_by_devices(swept.ranked)
     if len(best) > 1:
-        drawn["scaling"] = _Picture(
-            lambda axes, rows: _scaling(axes, rows, found.by), best, found.by, bars=False
-        )
-    estimated = [row for row in found.ranked if "memory" in row.modelled]
+        drawn["scaling"] = _Picture(functools.partial(_draw_scaling, by=by), best, by, bars=False)
+    estimated = [row for row in swept.ranked if "memory" in row.modelled]
     if estimated:
-        drawn["model"] = _Picture(_model, estimated, bars=False)
-    return [path for name, one in drawn.items() for path in _saved(found, name, one)]
+        drawn["model"] = _Picture(_draw_model, estimated, bars=False)
+    return [path for name, picture in drawn.items() for path in _save(swept, name, picture)]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Picture:
-    """One picture: who draws it, of which rows, from which kind of figure, and in which form."""
+    """One plot: the function that draws it, its rows, their origin, and whether rows are bars."""
 
-    draw: Callable[[Any, Sequence[Row]], None]
-    rows: Sequence[Row]
+    draw: Callable[[Any, Sequence[SweepRow]], None]
+    rows: Sequence[SweepRow]
     by: str = COMPILED
     bars: bool = True
 
 
-def _saved(found: Sweep, name: str, one: _Picture) -> list[Path]:
-    # No pyplot: nothing global, no display.
+def _save(swept: Sweep, name: str, picture: _Picture) -> list[Path]:
+    # pyplot would have global state and ask for a display.
     from matplotlib.figure import Figure
 
-    tall = 1.8 + 0.28 * len(one.rows) if one.bars else 4.5
-    made = Figure(figsize=(9, tall), layout="constrained")
-    axes = made.subplots()
-    one.draw(axes, one.rows)
+    tall = 1.8 + 0.28 * len(picture.rows) if picture.bars else 4.5
+    drawing = Figure(figsize=(9, tall), layout="constrained")
+    axes = drawing.subplots()
+    picture.draw(axes, picture.rows)
     axes.spines[["top", "right"]].set_visible(False)
-    note = source_line(one.rows, one.by)
-    if one.bars and len(one.rows) < len(found.ranked):
-        note += f"; the best {len(one.rows)} of {len(found.ranked)}"
-    made.supxlabel(note, fontsize=7, color="0.4")
-    paths = [found.folder / f"{name}.{kind}" for kind in ("png", "svg")]
+    note = describe_sources(picture.rows, picture.by)
+    if picture.bars and len(picture.rows) < len(swept.ranked):
+        note += f"; the best {len(picture.rows)} of {len(swept.ranked)}"
+    drawing.supxlabel(note, fontsize=7, color="0.4")
+    paths = [swept.folder / f"{name}.{kind}" for kind in ("png", "svg")]
     for path in paths:
         with sweep_file_errors(path), write_atomic(path) as part:
-            made.savefig(part, format=path.suffix[1:], dpi=140)
+            drawing.savefig(part, format=path.suffix[1:], dpi=140)
     return paths
 
 
-def source_line(rows: Sequence[Row], by: str) -> str:
-    """Where the figures of a picture are from, for one that travels without its page.
+def describe_sources(rows: Sequence[SweepRow], by: str) -> str:
+    """The origin of a plot's figures in one line, written into the plot.
 
     Args:
       rows: those that are drawn.
-      by: the kind of figure that is drawn.
+      by: the figure that is drawn, with its origin.
     """
-    said = [row.circumstances for row in rows]
-    where = measured_where(rows) if by == MEASURED else f"{by.split()[0]} for {_kinds(rows)}"
-    versions = {f"jax {one.get('versions', {}).get('jax')}": None for one in said}
-    commits = dict.fromkeys(str(one.get("commit")) for one in said)
-    last = max(one.get("date", "")[:10] for one in said)
+    provenances = [row.provenance for row in rows]
+    where = (
+        describe_measurement(rows)
+        if by == MEASURED
+        else f"{by.split()[0]} for {_describe_devices(rows)}"
+    )
+    versions = {f"jax {p.get('versions', {}).get('jax')}": None for p in provenances}
+    commits = dict.fromkeys(str(p.get("commit")) for p in provenances)
+    last = max(p.get("date", "")[:10] for p in provenances)
     return f"{where}; {', '.join(versions)}, commit {', '.join(commits)}, {last}"
 
 
-def _kinds(rows: Sequence[Row]) -> str:
+def _describe_devices(rows: Sequence[SweepRow]) -> str:
     kinds = dict.fromkeys(str(row.on.get("device_kind") or row.on.get("target")) for row in rows)
     simulated = any(row.on.get("platform") == "cpu" and row.case.devices > 1 for row in rows)
     return f"{', '.join(kinds)}{' devices, simulated' if simulated else ''}"
 
 
-def _label(row: Row) -> str:
+def _format_case(row: SweepRow) -> str:
     case = row.case
     micro = f" ×{case.accumulate}" if case.accumulate > 1 else ""
     return f"{case.shown}{micro}{'' if case.remat == 'none' else f' {case.remat}'}"
 
 
-def _bars(axes: Any, rows: Sequence[Row], parts: dict[str, list[float]]) -> None:
+def _draw_bars(axes: Any, rows: Sequence[SweepRow], parts: dict[str, list[float]]) -> None:
     """Stacked horizontal bars, one per row, the best at the top."""
     places, left = list(range(len(rows))), [0.0] * len(rows)
     for name, widths in parts.items():
         axes.barh(places, widths, left=left, label=name, height=0.7)
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    axes.set_yticks(places, [_label(row) for row in rows])
+    axes.set_yticks(places, [_format_case(row) for row in rows])
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
 
 
-def _memory(axes: Any, rows: Sequence[Row]) -> None:
-    assert set(_SHOWN) <= set(PARTS)
-    of = [row.compiled["memory"] for row in rows if row.compiled]
-    parts = {part: [(one[part] or 0) / _MIB for one in of] for part in _SHOWN}
-    _bars(axes, rows, {part: sizes for part, sizes in parts.items() if any(sizes)})
+def _draw_memory(axes: Any, rows: Sequence[SweepRow]) -> None:
+    assert set(_MEMORY_CLASSES) <= set(MEMORY_CLASSES)
+    memories = [row.compiled["memory"] for row in rows if row.compiled]
+    parts = {part: [(m[part] or 0) / _MIB for m in memories] for part in _MEMORY_CLASSES}
+    _draw_bars(axes, rows, {part: sizes for part, sizes in parts.items() if any(sizes)})
     axes.set_xlabel("compiled MiB per device")
     axes.set_title("Memory by mesh, the best rows first")
     axes.legend(fontsize=8)
 
 
-def _communication(axes: Any, rows: Sequence[Row]) -> None:
+def _draw_communication(axes: Any, rows: Sequence[SweepRow]) -> None:
     names = list(dict.fromkeys(axis for row in rows for axis in row.case.sizes))
     sent = [row.compiled["axes"] for row in rows if row.compiled]
-    parts = {name: [one.get(name, {}).get("wire", 0) / _MIB for one in sent] for name in names}
-    _bars(axes, rows, {name: sizes for name, sizes in parts.items() if any(sizes)})
-    least = [sum(over["minimum"] or 0 for over in one.values()) / _MIB for one in sent]
+    parts = {
+        name: [by_axis.get(name, {}).get("wire", 0) / _MIB for by_axis in sent] for name in names
+    }
+    _draw_bars(axes, rows, {name: sizes for name, sizes in parts.items() if any(sizes)})
+    least = [sum(over["minimum"] or 0 for over in by.values()) / _MIB for by in sent]
     if any(least):
         axes.plot(least, range(len(rows)), "k|", markersize=12, label="textbook minima")
     axes.set_xlabel("compiled MiB sent by one device in a step")
@@ -143,37 +151,37 @@ def _communication(axes: Any, rows: Sequence[Row]) -> None:
     axes.legend(fontsize=8)
 
 
-def _time(axes: Any, rows: Sequence[Row], by: str) -> None:
-    values = [1e3 * figure(row, by) for row in rows]
-    _bars(axes, rows, {by: values})
+def _draw_time(axes: Any, rows: Sequence[SweepRow], by: str) -> None:
+    values = [1e3 * rank_value(row, by) for row in rows]
+    _draw_bars(axes, rows, {by: values})
     if by == MEASURED:
         spans = [row.measured["step_seconds"] for row in rows]
-        below = [v - 1e3 * one["low"] for v, one in zip(values, spans, strict=True)]
-        above = [1e3 * one["high"] - v for v, one in zip(values, spans, strict=True)]
+        below = [v - 1e3 * span["low"] for v, span in zip(values, spans, strict=True)]
+        above = [1e3 * span["high"] - v for v, span in zip(values, spans, strict=True)]
         axes.errorbar(values, range(len(rows)), xerr=(below, above), fmt="none", ecolor="0.2")
     axes.set_xlabel(f"ms, {by}" + (", median and quartiles" if by == MEASURED else ""))
     axes.set_title("Step time by mesh")
 
 
-def _best_by_devices(ranked: Sequence[Row]) -> list[Row]:
+def _best_by_devices(ranked: Sequence[SweepRow]) -> list[SweepRow]:
     """The best row of each number of devices, by that number."""
-    best: dict[int, Row] = {}
+    best: dict[int, SweepRow] = {}
     for row in ranked:
         best.setdefault(row.case.devices, row)
     return [best[n] for n in sorted(best)]
 
 
-def _scaling(axes: Any, rows: Sequence[Row], by: str) -> None:
+def _draw_scaling(axes: Any, rows: Sequence[SweepRow], by: str) -> None:
     """The best row of each number of devices, and what a perfect split of the first would be."""
     counts = [row.case.devices for row in rows]
     timed = by != COMPILED
     scale = 1e3 if timed else 1 / _MIB
-    values = [scale * figure(row, by) for row in rows]
+    values = [scale * rank_value(row, by) for row in rows]
     axes.plot(counts, values, "o-", label="the best mesh of each size")
     for row, n, value in zip(rows, counts, values, strict=True):
         above = {"textcoords": "offset points", "xytext": (0, 9), "ha": "center", "fontsize": 8}
         ground = {"boxstyle": "round,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.8}
-        axes.annotate(_label(row), (n, value), bbox=ground, **above)
+        axes.annotate(_format_case(row), (n, value), bbox=ground, **above)
     if timed:
         ideal = [values[0] * counts[0] / n for n in counts]
         axes.plot(counts, ideal, "--", color="0.6", label="the first, split evenly")
@@ -187,7 +195,7 @@ def _scaling(axes: Any, rows: Sequence[Row], by: str) -> None:
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.1), ncol=2)  # off the points
 
 
-def _model(axes: Any, rows: Sequence[Row]) -> None:
+def _draw_model(axes: Any, rows: Sequence[SweepRow]) -> None:
     modelled = [row.modelled["memory"] / _MIB for row in rows]
     compiled = [(row.total or 0) / _MIB for row in rows]
     most = max(*modelled, *compiled)

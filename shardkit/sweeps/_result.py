@@ -8,30 +8,30 @@ from typing import Any
 
 from .._core.io._files import write_atomic
 from ._journal import sweep_file_errors
-from ._row import OK, PARTS, Row
-from ._show import table
+from ._row import MEMORY_CLASSES, OK, SweepRow
+from ._show import format_sweep
 
 MEASURED, MODELLED, COMPILED = "measured step time", "modelled step time", "compiled wire bytes"
-"""What rows are ranked by: the first of them that every row that is ok has."""
+"""What rows are ranked by: the first of these figures that all rows with status ok have."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What a sweep found. `print` it, take its rows, or write them as CSV or plots.
+    """The rows of a sweep. `print` it, read its rows, or write them as CSV or plots.
 
     Attributes:
-      rows: every case that was asked for, in the order in which they were tried.
-      folder: where `rows.jsonl` and `rows.csv` are.
+      rows: one for each case, in the order of the sweep.
+      folder: of `rows.jsonl` and `rows.csv`.
       title: what was swept, in one line.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[SweepRow, ...]
     folder: Path
     title: str
 
     @property
-    def by(self) -> str:
-        """What the rows are ranked by."""
+    def ranked_by(self) -> str:
+        """The figure that rows are ranked by."""
         done = [row for row in self.rows if row.status == OK]
         if done and all(row.seconds is not None for row in done):
             return MEASURED
@@ -40,24 +40,26 @@ class Sweep:
         return COMPILED
 
     @property
-    def ranked(self) -> tuple[Row, ...]:
-        """The rows that are ok, the best first; of equals the one with the least memory."""
+    def ranked(self) -> tuple[SweepRow, ...]:
+        """The rows with status ok, best first; among equals the one with the least memory first."""
         done = [row for row in self.rows if row.status == OK]
-        return tuple(sorted(done, key=lambda row: (figure(row, self.by), row.total or 0)))
+        return tuple(
+            sorted(done, key=lambda row: (rank_value(row, self.ranked_by), row.total or 0))
+        )
 
     @property
-    def others(self) -> tuple[Row, ...]:
+    def unranked(self) -> tuple[SweepRow, ...]:
         """The rows that are not ok, each with its reason."""
         return tuple(row for row in self.rows if row.status != OK)
 
     def __str__(self) -> str:
-        """Tables of at most 100 columns: the ranked rows, and the others with their reasons."""
-        return table(self.title, self.ranked, self.others, self.by)
+        """Tables of at most 100 columns: the ranked rows, and the other ones with their reasons."""
+        return format_sweep(self.title, self.ranked, self.unranked, self.ranked_by)
 
     def to_csv(self) -> str:
-        """Returns one line per row, ranked, the figures of a row each in a column."""
+        """Returns one line per row, ranked rows first, with one column per figure."""
         text = io.StringIO()
-        rows = [flat(row) for row in (*self.ranked, *self.others)]
+        rows = [flatten_row(row) for row in (*self.ranked, *self.unranked)]
         columns = list(dict.fromkeys(name for row in rows for name in row))
         writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
         writer.writeheader()
@@ -65,7 +67,7 @@ class Sweep:
         return text.getvalue()
 
     def write_csv(self) -> Path:
-        """Writes `rows.csv` into the folder, whole or not at all.
+        """Writes `rows.csv` into the folder, atomically.
 
         Raises:
           SweepError: it cannot be written.
@@ -76,20 +78,20 @@ class Sweep:
         return path
 
 
-def figure(row: Row, by: str) -> float:
+def rank_value(row: SweepRow, by: str) -> float:
     """The number that a row is ranked by, the smallest best."""
-    found = {MEASURED: row.seconds, COMPILED: row.wire}
-    value = row.modelled.get("step_seconds") if by == MODELLED else found[by]
-    assert value is not None  # `Sweep.by` has looked
+    figures = {MEASURED: row.seconds, MODELLED: row.modelled.get("step_seconds")}
+    value = row.wire if by == COMPILED else figures[by]
+    assert value is not None  # `Sweep.ranked_by` takes a figure that all rows have
     return value
 
 
-def flat(row: Row) -> dict[str, Any]:
-    """A row as the cells of a table, with the word that says where a figure is from before it."""
+def flatten_row(row: SweepRow) -> dict[str, Any]:
+    """A row as column → cell; the name of a figure begins with its origin."""
     case, compiled = row.case, row.compiled or {}
     timed = row.measured.get("step_seconds", {})
     memory = compiled.get("memory", {})
-    found = {
+    cells = {
         "mesh": case.shown,
         "devices": case.devices,
         **{f"axis {axis}": size for axis, size in case.mesh},
@@ -104,25 +106,25 @@ def flat(row: Row) -> dict[str, Any]:
         "modelled plan seconds": row.modelled.get("plan_seconds", ""),
         "modelled bytes total": row.modelled.get("memory", ""),
         "modelled wire bytes": row.modelled.get("wire", ""),
-        **{f"compiled bytes {part}": memory.get(part, "") for part in (*PARTS, "total")},
+        **{f"compiled bytes {part}": memory.get(part, "") for part in (*MEMORY_CLASSES, "total")},
         "compiled wire bytes": compiled.get("wire", ""),
     }
     for axis, sent in compiled.get("axes", {}).items():
-        found[f"compiled wire bytes {axis}"] = sent["wire"]
-        found[f"ratio to minimum {axis}"] = "" if sent["ratio"] is None else sent["ratio"]
+        cells[f"compiled wire bytes {axis}"] = sent["wire"]
+        cells[f"ratio to minimum {axis}"] = "" if sent["ratio"] is None else sent["ratio"]
     for name, n in (compiled.get("flops") or {}).items():
-        found[f"flops {name}"] = n
-    found["findings"] = "; ".join(
-        f"{kind} ×{one['count']}" for kind, one in compiled.get("findings", {}).items()
+        cells[f"flops {name}"] = n
+    cells["findings"] = "; ".join(
+        f"{kind} ×{counted['count']}" for kind, counted in compiled.get("findings", {}).items()
     )
-    found["equals one device"] = "" if row.verified is None else row.verified["ok"]
-    found["reason"] = row.reason
-    said = row.circumstances
-    versions = " ".join(f"{name} {version}" for name, version in said.get("versions", {}).items())
-    return found | {
+    cells["equals one device"] = "" if row.verified is None else row.verified["ok"]
+    cells["reason"] = row.reason
+    provenance = row.provenance
+    versions = provenance.get("versions", {})
+    return cells | {
         "target": row.on.get("target", ""),
         "device kind": row.on.get("device_kind", ""),
-        "commit": said.get("commit") or "",
-        "date": said.get("date", ""),
-        "versions": versions,
+        "commit": provenance.get("commit") or "",
+        "date": provenance.get("date", ""),
+        "versions": " ".join(f"{name} {version}" for name, version in versions.items()),
     }

@@ -1,4 +1,4 @@
-"""A sweep in a terminal: ranked rows, and the others with their reasons."""
+"""Formats a sweep for a terminal: ranked rows, and the other ones with their reasons."""
 
 import collections
 import statistics
@@ -7,43 +7,45 @@ from collections.abc import Sequence
 from .._core.errors import count
 from .._core.io._table import Column, Table, fold_text
 from .._core.tree import format_bytes
-from ._row import Row
+from ._row import SweepRow
 
-WIDTH = 100
-# Wide enough for three axes; more continue on the next line.
+_WIDTH = 100
+# Wide enough for three axes; further ones continue on the next line.
 _MESH = Column("mesh", most=24)
 
 
-def table(title: str, ranked: Sequence[Row], others: Sequence[Row], by: str) -> str:
-    """Lays a sweep out as text of at most 100 columns.
+def format_sweep(
+    title: str, ranked: Sequence[SweepRow], unranked: Sequence[SweepRow], by: str
+) -> str:
+    """Formats a sweep as text of at most 100 columns.
 
     Args:
       title: what was swept.
       ranked: rows that are ok, the best first.
-      others: rows that are not.
+      unranked: rows that are not.
       by: what `ranked` is ranked by.
     """
-    lines = fold_text(title, WIDTH)
+    lines = fold_text(title, _WIDTH)
     if ranked:
-        lines += [f"Ranked by {by}.", _ranked(ranked).to_text(WIDTH)]
-        lines += [line for note in _notes(ranked) for line in fold_text(note, WIDTH)]
-    if others:
-        lines.append(f"\nNot ranked: {len(others)} of {len(ranked) + len(others)}")
-        lines.append(_others(others).to_text(WIDTH))
+        lines += [f"Ranked by {by}.", _ranked_table(ranked).to_text(_WIDTH)]
+        lines += [line for note in _write_notes(ranked) for line in fold_text(note, _WIDTH)]
+    if unranked:
+        lines.append(f"\nNot ranked: {len(unranked)} of {len(ranked) + len(unranked)}")
+        lines.append(_unranked_table(unranked).to_text(_WIDTH))
     return "\n".join(lines)
 
 
-def seconds(value: float) -> str:
+def format_seconds(value: float) -> str:
     """Returns `12.3 ms`, or `2.10 s`.
 
-    >>> seconds(0.01234), seconds(2.1)
+    >>> format_seconds(0.01234), format_seconds(2.1)
     ('12.3 ms', '2.10 s')
     """
     return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.3g} ms"
 
 
-def _ranked(rows: Sequence[Row]) -> Table:
-    timed = any(_time(row) for row in rows)
+def _ranked_table(rows: Sequence[SweepRow]) -> Table:
+    timed = any(_format_time(row) for row in rows)
     numbers = ["step"] * timed + ["memory", "wire", "compile", "finds"]
     columns = [Column("", right=True), _MESH, "acc.", "remat"]
     columns += [*(Column(name, right=True) for name in numbers), "÷ minimum"]
@@ -51,37 +53,37 @@ def _ranked(rows: Sequence[Row]) -> Table:
     for place, row in enumerate(rows, 1):
         compiled = row.compiled or {}
         cells = [str(place), row.case.shown, str(row.case.accumulate), row.case.remat]
-        cells += [_time(row)] * timed
+        cells += [_format_time(row)] * timed
         cells += [format_bytes(row.total) if row.total is not None else "?"]
-        cells += [format_bytes(row.wire or 0), _compile(row)]
-        found = sum(one["count"] for one in compiled.get("findings", {}).values())
-        cells += [str(found), _ratios(row)]
+        cells += [format_bytes(row.wire or 0), _format_compile_time(row)]
+        findings = sum(counted["count"] for counted in compiled.get("findings", {}).values())
+        cells += [str(findings), _format_ratios(row)]
         table.append(cells)
     return Table(columns, table, gap=1)
 
 
-def _time(row: Row) -> str:
-    """`12.3 ms ±1.2`, half the distance of the quartiles behind it; `~` before a modelled one."""
+def _format_time(row: SweepRow) -> str:
+    """`12.3 ms ±1.2` with half the distance of the quartiles, or `~12.3 ms` if it is modelled."""
     if timed := row.measured.get("step_seconds"):
         spread = 1e3 * (timed["high"] - timed["low"]) / 2
-        return f"{seconds(timed['median'])} ±{spread:.2g}"
+        return f"{format_seconds(timed['median'])} ±{spread:.2g}"
     modelled = row.modelled.get("step_seconds")
-    return "" if modelled is None else f"~{seconds(modelled)}"
+    return "" if modelled is None else f"~{format_seconds(modelled)}"
 
 
-def measured_where(rows: Sequence[Row]) -> str:
-    """What the times of rows were measured on, with the numbers of rows where that differs."""
-    wheres = collections.Counter(row.measured["where"] for row in rows if "where" in row.measured)
-    if len(wheres) < 2:
-        return "".join(wheres)
-    return "; ".join(f"{where} ({count(n, 'row')})" for where, n in wheres.items())
+def describe_measurement(rows: Sequence[SweepRow]) -> str:
+    """The devices that times were measured on, with numbers of rows if there are several."""
+    places = collections.Counter(row.measured["where"] for row in rows if "where" in row.measured)
+    if len(places) < 2:
+        return "".join(places)
+    return "; ".join(f"{place} ({count(n, 'row')})" for place, n in places.items())
 
 
-def _compile(row: Row) -> str:
+def _format_compile_time(row: SweepRow) -> str:
     return f"{row.measured['compile_seconds']['whole']:.1f} s"
 
 
-def _ratios(row: Row) -> str:
+def _format_ratios(row: SweepRow) -> str:
     axes = (row.compiled or {}).get("axes", {})
     known = {axis: sent["ratio"] for axis, sent in axes.items() if sent["ratio"] is not None}
     return " ".join(
@@ -89,38 +91,40 @@ def _ratios(row: Row) -> str:
     )
 
 
-def _others(rows: Sequence[Row]) -> Table:
-    cases = ((row.case, row) for row in rows)
-    table = [(c.shown, str(c.accumulate), c.remat, row.status, row.reason) for c, row in cases]
+def _unranked_table(rows: Sequence[SweepRow]) -> Table:
+    table = []
+    for row in rows:
+        case = row.case
+        table.append((case.shown, str(case.accumulate), case.remat, row.status, row.reason))
     return Table([_MESH, "acc.", "remat", "status", "why"], table, gap=1)
 
 
-def _notes(rows: Sequence[Row]) -> list[str]:
-    """What a reader must know of the figures: where they are from, and what came together."""
+def _write_notes(rows: Sequence[SweepRow]) -> list[str]:
+    """Notes below the table: the origin of the figures, and what differs between rows."""
     notes = ["Memory and wire are compiled, bytes per device and step; compile seconds measured."]
     timed = [row.measured["step_seconds"]["samples"] for row in rows if row.seconds is not None]
     if timed:
-        of = f"median of {int(statistics.median(timed))} updates ± half the quartiles' distance"
-        notes.append(f"Step: {of}, {measured_where(rows)}.")
+        spread = f"median of {int(statistics.median(timed))} updates ± half the quartiles' distance"
+        notes.append(f"Step: {spread}, {describe_measurement(rows)}.")
     if any("step_seconds" in row.modelled and row.seconds is None for row in rows):
         notes.append(
             "Step: modelled (~), from the compiled program and the chip's links and peaks."
         )
-    if held := [row for row in rows if row.verified is not None]:
-        equal = sum((row.verified or {})["ok"] is True for row in held)
-        notes.append(f"{equal} of {len(held)} ranked rows give the numbers of one device.")
+    if verdicts := [row.verified["ok"] for row in rows if row.verified is not None]:
+        equal = sum(ok is True for ok in verdicts)
+        notes.append(f"{equal} of {len(verdicts)} ranked rows give the numbers of one device.")
     known = [row for row in rows if row.total and "memory" in row.modelled]
     if known:
-        over = sorted(row.modelled["memory"] / (row.total or 1) for row in known)
-        ends = f"{over[0]:.2f} to {over[-1]:.2f}"
-        of = f", of {count(len(known), 'row')}" if len(known) < len(rows) else ""
+        ratios = sorted(row.modelled["memory"] / (row.total or 1) for row in known)
+        spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
+        number = f", of {count(len(known), 'row')}" if len(known) < len(rows) else ""
         notes.append(
-            f"Modelled by a plan, memory is {statistics.median(over):.2f} of the compiled one in "
-            f"the median, {ends} at the ends{of}."
+            f"Modelled by a plan, memory is {statistics.median(ratios):.2f} times the compiled one "
+            f"in the median, {spread} at the ends{number}."
         )
-    if unknown := dict.fromkeys(one for row in rows if (one := row.modelled.get("not_modelled"))):
+    if unknown := dict.fromkeys(why for row in rows if (why := row.modelled.get("not_modelled"))):
         notes.append(f"Not modelled: {'; '.join(unknown)}.")
-    commits = dict.fromkeys(str(row.circumstances.get("commit")) for row in rows)
+    commits = dict.fromkeys(str(row.provenance.get("commit")) for row in rows)
     if len(commits) > 1:
         notes.append(f"Rows of several commits: {', '.join(commits)}.")
     return notes

@@ -1,4 +1,4 @@
-"""Step times of several steps, in turns, so that a busy moment of the machine hits all of them."""
+"""Times several steps interleaved, so that a busy moment of the machine affects all of them."""
 
 import dataclasses
 import os
@@ -9,98 +9,99 @@ from typing import Any
 
 import jax
 
-from ..parity import made_up
+from .._core.types import Batch
+from ..parity import make_random_batches
 from ..step import CompiledStep
-from ._attempt import ended
-from ._row import Row
+from ._case_runner import fail_row
+from ._row import SweepRow
 
 SIMULATED = "measured on simulated devices, not a speed claim"
 
 
 @dataclasses.dataclass
-class Seen:
-    """What was measured of one step so far.
+class StepTimes:
+    """Times of one step so far.
 
     Attributes:
-      warm_up: seconds of the first update of each turn.
-      seconds: of every later one.
-      failed: what ended it, and then nothing more is timed.
+      warm_up: seconds of the first update of each repeat.
+      seconds: seconds of every later update.
+      error: exception that ended it; it is not timed any further.
     """
 
     warm_up: list[float] = dataclasses.field(default_factory=list)
     seconds: list[float] = dataclasses.field(default_factory=list)
-    failed: Exception | None = None
+    error: Exception | None = None
 
     def figures(self) -> dict[str, Any]:
-        """Median and quartiles, the warm-up apart, as plain values."""
+        """Median and quartiles, and the median of the warm-up, as plain values."""
         low, median, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
         spread = {"median": median, "low": low, "high": high, "samples": len(self.seconds)}
         return {"step_seconds": spread, "warm_up_seconds": statistics.median(self.warm_up)}
 
 
-def in_turns(
+def time_interleaved(
     steps: Mapping[str, CompiledStep],
-    batches: Mapping[str, Any],
+    batches: Mapping[str, Batch],
     repeats: int,
     steps_per_repeat: int,
-) -> dict[str, Seen]:
-    """Times steps in turns A B C A B C …, with one state alive at a time.
+) -> dict[str, StepTimes]:
+    """Times steps in the order A B C A B C …, with one state alive at a time.
 
     Args:
-      steps: what is timed, by name.
+      steps: the steps, by name.
       batches: host batch of each.
-      repeats: how often each has its turn.
-      steps_per_repeat: timed updates of one turn, after one that warms up; with `repeats` at
+      repeats: number of times that each is timed.
+      steps_per_repeat: timed updates of one repeat, after one that warms up; with `repeats` at
         least 2 in all.
     """
-    seen = {name: Seen() for name in steps}
+    times = {name: StepTimes() for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
-            if seen[name].failed is None:
-                _turn(step, batches[name], steps_per_repeat, seen[name])
-    return seen
+            if times[name].error is None:
+                _time_once(step, batches[name], steps_per_repeat, times[name])
+    return times
 
 
-def _turn(step: CompiledStep, batch: Any, steps_per_repeat: int, seen: Seen) -> None:
-    """One turn. A step that runs out of memory is a row, so its error is kept, not raised."""
+def _time_once(step: CompiledStep, batch: Batch, steps_per_repeat: int, times: StepTimes) -> None:
+    """One repeat. A step that runs out of memory becomes a row, so its error is not raised."""
     try:
         state, placed = step.init(jax.random.key(0)), step.shard_batch(batch)
         for update in range(1 + steps_per_repeat):
             start = time.perf_counter()
             state, metrics = step(state, placed)
             jax.block_until_ready((state, metrics))
-            taken = time.perf_counter() - start
-            (seen.seconds if update else seen.warm_up).append(taken)
+            seconds = time.perf_counter() - start
+            (times.seconds if update else times.warm_up).append(seconds)
     except Exception as error:
-        seen.failed = error
+        times.error = error
 
 
-def time_all(
-    rows: Mapping[str, Row],
+def time_rows(
+    rows: Mapping[str, SweepRow],
     steps: Mapping[str, CompiledStep],
-    batches: Sequence[Any] | None,
+    batches: Sequence[Batch] | None,
     repeats: int,
     steps_per_repeat: int,
-) -> list[Row]:
-    """Times every step that was compiled and gives the rows back, with times or the error.
+) -> list[SweepRow]:
+    """Times compiled steps; returns their rows with the times, or with the error.
 
     Args:
       rows: key of a case → its row.
-      steps: those to time.
-      batches: host batches, of which the first is used; None for made-up ones.
-      repeats: see `in_turns`.
-      steps_per_repeat: see `in_turns`.
+      steps: key of a case → its step.
+      batches: host batches, of which the first is used; None for generated ones.
+      repeats: see `time_interleaved`.
+      steps_per_repeat: see `time_interleaved`.
     """
-    given = {key: (batches or made_up(step))[0] for key, step in steps.items()}
-    found = in_turns(steps, given, repeats, steps_per_repeat)
-    return [_timed(rows[key], steps[key], seen) for key, seen in found.items()]
+    first = {key: (batches or make_random_batches(step))[0] for key, step in steps.items()}
+    times = time_interleaved(steps, first, repeats, steps_per_repeat)
+    return [_add_times(rows[key], steps[key], times[key]) for key in times]
 
 
-def _timed(row: Row, step: CompiledStep, seen: Seen) -> Row:
-    if seen.failed is not None:
-        return ended(row, seen.failed)
+def _add_times(row: SweepRow, step: CompiledStep, times: StepTimes) -> SweepRow:
+    if times.error is not None:
+        return fail_row(row, times.error)
     device = step.mesh.devices.flat[0]
     simulated = step.mesh.size > 1 and device.platform == "cpu"
     where = SIMULATED if simulated else f"measured on {device.device_kind}"
-    circumstances = {"where": where, "load": os.getloadavg()[0]}
-    return dataclasses.replace(row, measured={**row.measured, **seen.figures(), **circumstances})
+    machine = {"where": where, "load": os.getloadavg()[0]}
+    return dataclasses.replace(row, measured={**row.measured, **times.figures(), **machine})

@@ -1,13 +1,7 @@
-"""Compiling for devices that are not here, in a child process of its own."""
+"""Compiles steps for absent devices, each in a child process."""
 
-from ._child import NotCompiled, OwnFailure, compile_for
-from ._devices import build
-from ._source import Source
+from ._child import TargetCompileError, UserCodeError, compile_for
+from ._devices import build_target_mesh
+from ._source import StepSource
 
-__all__ = [
-    "NotCompiled",
-    "OwnFailure",
-    "Source",
-    "build",
-    "compile_for",
-]
+__all__ = ["StepSource", "TargetCompileError", "UserCodeError", "build_target_mesh", "compile_for"]

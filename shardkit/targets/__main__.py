@@ -1,4 +1,4 @@
-"""The child's side: loads a step, compiles it for its target, writes the report."""
+"""The child process: loads a step, compiles it for its target, writes the report."""
 
 import json
 import os
@@ -18,25 +18,25 @@ from ..hardware import Chip
 from ..mesh import MeshSpec, Target, settle_devices
 from ..report import Report
 from ..step import CompiledStep, StepSpec
-from ._devices import build
-from ._source import Source
+from ._devices import build_target_mesh
+from ._source import StepSource
 
 
-def report_of(source: Source, target: Target, chip: str | Chip | None = None) -> Report:
-    """Compiles a source for a target in this process; its time is modelled for a chip."""
+def compile_report(source: StepSource, target: Target, chip: str | Chip | None = None) -> Report:
+    """Compiles a source for a target in this process; a chip gives the modelled time."""
     settle_devices(target.n_devices if target.kind == "cpu" else None)
-    return step_of(*source.load_with_mesh(), target).report(chip=chip)
+    return compile_for_devices(*source.load_with_mesh(), target).report(chip=chip)
 
 
-def step_of(spec: StepSpec, mesh: MeshSpec, target: Target) -> CompiledStep:
-    """Compiles a spec, all of it, on the devices of a target."""
-    return spec.compile(build(mesh, target))
+def compile_for_devices(spec: StepSpec, mesh: MeshSpec, target: Target) -> CompiledStep:
+    """Compiles a spec for the devices of a target."""
+    return spec.compile(build_target_mesh(mesh, target))
 
 
 def end_with_parent(folder: Path) -> None:
-    """Ends this process, all it started, and its folder, once the parent is gone."""
+    """Kills this process and its children, and removes its folder, once the parent has ended."""
     parent = os.dup(0)
-    # What the user's code reads is empty; the pipe is ours.
+    # The pipe on stdin is the parent's; the user's code reads an empty stdin.
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 
     def watch() -> None:
@@ -47,45 +47,45 @@ def end_with_parent(folder: Path) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def users_line(error: BaseException) -> str | None:
-    """Where the code of a user raised an error, `FILE:LINE`; None where it is not theirs.
+def find_user_line(error: BaseException) -> str | None:
+    """`FILE:LINE` at which a user's code raised an error; None if shardkit raised it.
 
-    The innermost frame decides that is of no library: this package's frames make it ours.
+    The innermost frame outside of libraries decides; shardkit does not count as a library.
     """
-    ours = Path(__file__).parents[1]
+    package = Path(__file__).parents[1]
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)
-        if ours in path.parents:
+        if package in path.parents:
             return None
-        if not {"site-packages", "dist-packages"} & set(path.parts) and path.exists():
-            library = sysconfig.get_path("stdlib")
-            if Path(library) not in path.parents:
-                return f"{frame.filename}:{frame.lineno}"
+        installed = {"site-packages", "dist-packages"} & set(path.parts)
+        standard = Path(sysconfig.get_path("stdlib")) in path.parents
+        if path.exists() and not installed and not standard:
+            return f"{frame.filename}:{frame.lineno}"
     return None
 
 
-def _own_failure(source: Mapping[str, Any], trace: str, place: str) -> str:
+def _format_user_error(source: Mapping[str, Any], trace: str, line: str) -> str:
     name = source["name"] or "the default config"
-    return f"The code of {name} raised an error.\n{trace.strip()}\nFix: {place}"
+    return f"The code of {name} raised an error.\n{trace.strip()}\nFix: {line}"
 
 
 def main(request: str, answer: str) -> None:
-    """Reads a request, writes an answer: a report, or what went wrong."""
-    asked = json.loads(Path(request).read_text())
+    """Reads a request and writes an answer: a report, or the error."""
+    fields = json.loads(Path(request).read_text())
     try:
-        source, target = Source.from_request(asked["source"]), Target.parse(asked["target"])
-        chip = Chip(**asked["chip"]) if asked["chip"] else None
-        made: dict[str, Any] = {"report": report_of(source, target, chip).to_json()}
+        source, target = StepSource.from_request(fields["source"]), Target.parse(fields["target"])
+        chip = Chip(**fields["chip"]) if fields["chip"] else None
+        reply: dict[str, Any] = {"report": compile_report(source, target, chip).to_json()}
     except ShardkitError as error:
-        made = {"kind": type(error).__name__, "message": str(error)}
+        reply = {"kind": type(error).__name__, "message": str(error)}
     except Exception as error:
         trace = traceback.format_exc()
-        made = {"kind": type(error).__qualname__, "message": str(error), "trace": trace}
-        if (place := users_line(error)) is not None:
-            message = _own_failure(asked["source"], trace, place)
-            made = {"message": message, "raised": f"{type(error).__name__}: {error}"}
+        reply = {"kind": type(error).__qualname__, "message": str(error), "trace": trace}
+        if (line := find_user_line(error)) is not None:
+            message = _format_user_error(fields["source"], trace, line)
+            reply = {"message": message, "raised": f"{type(error).__name__}: {error}"}
     with write_atomic(Path(answer)) as part:
-        part.write_text(json.dumps(made), "utf-8")
+        part.write_text(json.dumps(reply), "utf-8")
 
 
 if __name__ == "__main__":

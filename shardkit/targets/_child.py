@@ -1,8 +1,8 @@
-"""The parent's side: starts a child with its own environment, waits, and brings the report home.
+"""The parent process: starts a child with its own environment and returns its report.
 
-Neither libtpu nor the CUDA plugin ever enters the caller's process, and the number of simulated
-devices is the child's own. The child is its own process group, so that nothing of it is left
-behind after a timeout or Ctrl-C. Where the caller is killed, the child ends itself.
+Neither libtpu nor the CUDA plugin is loaded into the caller's process, and the number of simulated
+devices is the child's own. The child has its own process group, which is killed as a whole after a
+timeout or Ctrl-C. If the caller is killed, the child ends itself.
 """
 
 import contextlib
@@ -20,18 +20,18 @@ from typing import Any
 
 from .._core import errors as _errors
 from .._core.errors import ConfigError, Problem, StepError, format_problems
-from .._core.libtpu import quiet_libtpu
+from .._core.startup import quiet_libtpu
 from ..hardware import Chip, find_chip
 from ..mesh import Target
 from ..report import Report
-from ._source import Source
+from ._source import StepSource
 
 
-class NotCompiled(StepError):
-    """A compiler did not finish in time, or crashed; nothing is said of the declaration."""
+class TargetCompileError(StepError):
+    """A compiler did not finish in time, or crashed; the spec can still be valid."""
 
 
-class OwnFailure(ConfigError):
+class UserCodeError(ConfigError):
     """The code that declares a step raised an error; the message holds its traceback.
 
     Attributes:
@@ -39,17 +39,16 @@ class OwnFailure(ConfigError):
     """
 
     def __init__(self, message: str, raised: str) -> None:
-        """Keeps what was raised beside the message."""
+        """Keeps the type and text of the error beside the message."""
         super().__init__(message)
         self.raised = raised
 
 
-# One line about every so often, for whoever waits minutes for a compiler.
-_POLL = 0.2
+_POLL_SECONDS = 0.2
 
 
 def compile_for(
-    source: Source,
+    source: StepSource,
     target: str,
     *,
     chip: str | Chip | None = None,
@@ -60,60 +59,60 @@ def compile_for(
 
     Args:
       source: the config file or function that declares the step.
-      target: `cpu:512`, `tpu:v5p:4x4x4`, `gpu:h100:1x8`, …; nothing of it need be here.
-      chip: of the hardware table, by name, or another, whose figures the time is modelled with; by
-        default the target's own, and no time for CPU devices.
-      timeout: seconds after which the child is ended.
-      progress: called several times a second with the seconds gone.
+      target: `cpu:512`, `tpu:v5p:4x4x4`, `gpu:h100:1x8`, …; its devices need not be present.
+      chip: name in the hardware table, or a chip of your own, for the modelled time; by default
+        the target's chip, and no time for CPU devices.
+      timeout: seconds after which the child is killed.
+      progress: called several times a second with the seconds so far.
 
     Returns:
       The report of the compiled step. Its figures are compiled, not measured.
 
     Raises:
       MeshError: the target is unknown, or its compiler is not installed.
-      ReportError: there is no such chip.
-      OwnFailure: the code that declares the step raised another error; a `ConfigError`.
-      ShardkitError: whatever is wrong with the declaration, as if it were compiled here.
-      NotCompiled: the child did not finish in time, or its compiler crashed; a `StepError`.
+      ReportError: the hardware table does not have the chip.
+      UserCodeError: the code that declares the step raised another error; a `ConfigError`.
+      ShardkitError: the errors of the spec, as if it were compiled in this process.
+      TargetCompileError: the child did not finish in time, or its compiler crashed; a `StepError`.
     """
-    wanted = Target.parse(target)
+    devices = Target.parse(target)
     figures = find_chip(chip) if isinstance(chip, str) else chip
-    asked = {
+    fields = {
         "source": source.to_request(),
-        "target": str(wanted),
+        "target": str(devices),
         "chip": figures and dataclasses.asdict(figures),
     }
     with tempfile.TemporaryDirectory(prefix="shardkit-") as folder:
         request, answer = Path(folder, "request.json"), Path(folder, "answer.json")
-        request.write_text(json.dumps(asked))
+        request.write_text(json.dumps(fields))
         with Path(folder, "stderr").open("w+b") as log:
             command = [sys.executable, "-m", "shardkit.targets", str(request), str(answer)]
             child = subprocess.Popen(
                 command,
-                env=_environment(),
-                # Nothing is ever written: that it closes tells the child that nobody waits for it.
+                env=_child_environment(),
+                # Nothing is written to it: it closes when the parent ends, which the child sees.
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
-            with _ended(child):
-                _wait(child, wanted, timeout, progress or (lambda seconds: None))
+            with _kill_on_exit(child):
+                _wait(child, devices, timeout, progress or (lambda seconds: None))
             log.seek(0)
-            said = log.read().decode(errors="replace")
+            stderr = log.read().decode(errors="replace")
         if not answer.exists():
-            _crashed(child, wanted, said)
-        return _opened(json.loads(answer.read_text()))
+            _raise_crash(child, devices, stderr)
+        return _read_answer(json.loads(answer.read_text()))
 
 
-def _environment() -> dict[str, str]:
-    """The caller's environment, with which only the CPU backend is ever started."""
+def _child_environment() -> dict[str, str]:
+    """The caller's environment, changed so that only the CPU backend starts."""
     package = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
     own = {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": path,
-        # libtpu asks the cloud what machine this is, and locks itself to one process.
+        # libtpu queries the cloud for its machine, and allows only one process.
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         # Ahead-of-time entries of the persistent cache cannot be read back.
@@ -124,7 +123,7 @@ def _environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _ended(child: subprocess.Popen[bytes]) -> Iterator[None]:
+def _kill_on_exit(child: subprocess.Popen[bytes]) -> Iterator[None]:
     try:
         yield
     finally:
@@ -150,25 +149,25 @@ def _wait(
             _refuse(target, why, fix)
         progress(gone)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(_POLL)
+            child.wait(_POLL_SECONDS)
 
 
-def _crashed(child: subprocess.Popen[bytes], target: Target, said: str) -> None:
+def _raise_crash(child: subprocess.Popen[bytes], target: Target, stderr: str) -> None:
     code = child.returncode
-    how = f"was ended by signal {-code}" if code < 0 else f"left with exit code {code}"
-    tail = "\n".join(said.strip().splitlines()[-12:])
+    end = f"was ended by signal {-code}" if code < 0 else f"left with exit code {code}"
+    tail = "\n".join(stderr.strip().splitlines()[-12:])
     if not tail:
         fix = "no sys.exit or os._exit in what declares the step"
-        _refuse(target, f"the compiling process {how} and said nothing", fix)
-    _refuse(target, f"the compiling process {how}; its last lines:\n{tail}", "see above")
+        _refuse(target, f"the compiling process {end} without a message", fix)
+    _refuse(target, f"the compiling process {end}; its last lines:\n{tail}", "see above")
 
 
-def _opened(answer: dict[str, Any]) -> Report:
-    """The report, or the child's error raised here as what it was."""
+def _read_answer(answer: dict[str, Any]) -> Report:
+    """Returns the report, or raises the child's error with its own type."""
     if "report" in answer:
         return Report.from_json(answer["report"])
     if "raised" in answer:
-        raise OwnFailure(answer["message"], answer["raised"])
+        raise UserCodeError(answer["message"], answer["raised"])
     kind = getattr(_errors, answer["kind"], None)
     if kind is None:
         text = f"{answer['kind']}: {answer['message']}"
@@ -178,4 +177,4 @@ def _opened(answer: dict[str, Any]) -> Report:
 
 def _refuse(target: Target, why: str, fix: str) -> None:
     problem = Problem(str(target), why)
-    raise NotCompiled(format_problems("The step was not compiled.", [problem], fix))
+    raise TargetCompileError(format_problems("The step was not compiled.", [problem], fix))

@@ -1,4 +1,4 @@
-"""Devices of a target, in a process of their own: also GPUs that only the compiler knows."""
+"""Builds meshes on the devices of a target, also on absent GPUs that only the compiler knows."""
 
 import importlib.util
 from typing import Any
@@ -12,13 +12,13 @@ from ..hardware import gpu_target_config
 from ..mesh import MeshSpec, Target
 
 
-def build(mesh: MeshSpec, target: Target) -> Mesh:
-    """Builds a mesh on the devices of a target: present, simulated, or known to a compiler alone.
+def build_target_mesh(mesh: MeshSpec, target: Target) -> Mesh:
+    """Builds a mesh on the devices of a target: present, simulated, or absent.
 
     Args:
       mesh: the declared mesh.
-      target: any target. GPUs are laid out host-major, slices outermost, so that the last axes
-        of a mesh stay within a host.
+      target: any target. GPUs are ordered by slice, then host, so that the last axes of a mesh
+        stay within a host.
 
     Raises:
       MeshError: the mesh does not fit, or the target's compiler is not installed or does not
@@ -26,11 +26,11 @@ def build(mesh: MeshSpec, target: Target) -> Mesh:
     """
     if target.kind != "gpu":
         return mesh.build(str(target))
-    return mesh.build(devices=_gpus(target))
+    return mesh.build(devices=_gpu_devices(target))
 
 
-def _gpus(target: Target) -> list[Any]:
-    # Asked for a module of a package that is not there, find_spec raises.
+def _gpu_devices(target: Target) -> list[Any]:
+    # find_spec raises for a module of a package that is not installed, so the package is first.
     packages = ("jax_plugins", "jax_plugins.xla_cuda13")
     if not all(importlib.util.find_spec(package) for package in packages):
         why = "the CUDA compiler is not installed"
@@ -50,5 +50,5 @@ def _gpus(target: Target) -> list[Any]:
 
 
 def _refuse(target: Target, why: str, fix: str) -> None:
-    headline = "The target's devices cannot be had."
+    headline = "The target's devices are not available."
     raise MeshError(format_problems(headline, [Problem(str(target), why)], fix))

@@ -1,4 +1,4 @@
-"""Where a child process finds the step that it is to compile."""
+"""The source of a step, as plain values that a child process can load."""
 
 import dataclasses
 import difflib
@@ -18,14 +18,14 @@ _RETURNS = "return sk.StepSpec(loss_fn=..., ..., strategy=...), sk.MeshSpec(data
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """A config file, or a function of research code, that declares a step.
+class StepSource:
+    """A config file, or a function of your code, that declares a step.
 
     Attributes:
       name: a path to a config file, `""` for the default config, or `module:function`, where the
         function returns `(sk.StepSpec, sk.MeshSpec)`, or a spec alone for `shardkit plan`.
       overrides: `path.to.field=value`, for config files.
-      arguments: what the function is called with by name, plain JSON values; nothing by default.
+      arguments: keyword arguments of the function, plain JSON values.
     """
 
     name: str = ""
@@ -38,7 +38,7 @@ class Source:
         return ":" in self.name and not self.name.endswith(".py")
 
     def to_request(self) -> dict[str, Any]:
-        """Plain values from which the child makes the same source."""
+        """The source as plain values."""
         return {
             "name": self.name,
             "overrides": list(self.overrides),
@@ -46,26 +46,26 @@ class Source:
         }
 
     @classmethod
-    def from_request(cls, request: Mapping[str, Any]) -> "Source":
-        """The source that `to_request` described."""
+    def from_request(cls, request: Mapping[str, Any]) -> "StepSource":
+        """Reads what `to_request` returned."""
         return cls(request["name"], tuple(request["overrides"]), request["arguments"])
 
     def load(self) -> tuple[StepSpec, MeshSpec | None]:
         """Loads the config, or imports the function and calls it.
 
         Returns:
-          The step, and the mesh that it is to be compiled for, if the function gives one.
+          The step, and its mesh if the function returns one.
 
         Raises:
-          ConfigError: there is no such file, module or function, or it returns something else.
+          ConfigError: the file, module or function does not exist, or returns something else.
         """
         return self._call() if self.is_function else self._config()
 
     def load_with_mesh(self) -> tuple[StepSpec, MeshSpec]:
-        """The same for a step that is compiled, which takes a mesh.
+        """Loads a step that is to be compiled, which takes a mesh.
 
         Raises:
-          ConfigError: as `load` does, or the function gives no mesh.
+          ConfigError: as `load` does, or the function returns no mesh.
         """
         spec, mesh = self.load()
         if mesh is None:
@@ -76,15 +76,15 @@ class Source:
         config = load_config(self.name or None, list(self.overrides))
         return config.step_spec(), config.mesh
 
-    def imported(self) -> Callable[..., Any]:
-        """Returns the function that is named, imported from the working folder or the path.
+    def import_function(self) -> Callable[..., Any]:
+        """Imports the function from the working folder or the path.
 
         Raises:
-          ConfigError: there is no such module, or no such function in it.
+          ConfigError: the module or the function does not exist.
         """
         module_name, _, function = self.name.partition(":")
-        if (here := str(Path.cwd())) not in sys.path:
-            sys.path.insert(0, here)
+        if (folder := str(Path.cwd())) not in sys.path:
+            sys.path.insert(0, folder)
         try:
             module = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
@@ -100,24 +100,26 @@ class Source:
         return getattr(module, function)
 
     def _call(self) -> tuple[StepSpec, MeshSpec | None]:
-        function, called = self.name.partition(":")[2], self.imported()
+        function, name = self.import_function(), self.name.partition(":")[2]
         try:
-            inspect.signature(called).bind(**self.arguments)
+            inspect.signature(function).bind(**self.arguments)
         except TypeError as error:
-            fix = f"give it a default: def {function}(argument=...): ..."
+            fix = f"give it a default: def {name}(argument=...): ..."
             _refuse(self.name, f"cannot be called: {error}", fix)
-        made = called(**self.arguments)
-        match made:
+        declared = function(**self.arguments)
+        match declared:
             case StepSpec():
-                return made, None
+                return declared, None
             case (StepSpec() as spec, MeshSpec() as mesh):
                 return spec, mesh
             case tuple():
-                what = f"({', '.join(type(one).__name__ for one in made)})"
+                what = f"({', '.join(type(value).__name__ for value in declared)})"
             case _:
-                what = type(made).__name__
+                what = type(declared).__name__
         _refuse(self.name, f"returned {what}", _RETURNS)
 
 
 def _refuse(name: str, why: str, fix: str) -> NoReturn:
-    raise ConfigError(format_problems("There is nothing to compile.", [Problem(name, why)], fix))
+    raise ConfigError(
+        format_problems("The source does not declare a step.", [Problem(name, why)], fix)
+    )

@@ -2,20 +2,20 @@
 
 from typing import TYPE_CHECKING
 
-from .._core.lazy import lazy_names
+from .._core.startup import lazy_names
 
 if TYPE_CHECKING:
     from . import mutations as mutations
     from ._asserts import assert_collectives as assert_collectives
     from ._asserts import assert_matches_one_device as assert_matches_one_device
     from ._asserts import assert_within as assert_within
+    from ._context_mutations import CONTEXT_MUTATIONS as CONTEXT_MUTATIONS
     from ._expert_mutations import EXPERT_MUTATIONS as EXPERT_MUTATIONS
-    from ._matrix import Killed as Killed
-    from ._matrix import KillMatrix as KillMatrix
-    from ._matrix import kill_matrix as kill_matrix
-    from ._ring_mutations import CONTEXT_MUTATIONS as CONTEXT_MUTATIONS
+    from ._kill_matrix import KillMatrix as KillMatrix
+    from ._kill_matrix import MutationResult as MutationResult
+    from ._kill_matrix import kill_matrix as kill_matrix
     from ._shard_mutations import SHARD_MUTATIONS as SHARD_MUTATIONS
-    from ._simulated import simulated_devices as simulated_devices
+    from ._simulated_process import simulated_devices as simulated_devices
     from .mutations import MUTATIONS as MUTATIONS
     from .mutations import PIPELINE_MUTATIONS as PIPELINE_MUTATIONS
     from .mutations import ZERO_MUTATIONS as ZERO_MUTATIONS
@@ -24,10 +24,10 @@ else:
     __getattr__, __dir__, __all__ = lazy_names(
         __name__,
         {
-            "CONTEXT_MUTATIONS": "._ring_mutations",
+            "CONTEXT_MUTATIONS": "._context_mutations",
             "EXPERT_MUTATIONS": "._expert_mutations",
-            "KillMatrix": "._matrix",
-            "Killed": "._matrix",
+            "KillMatrix": "._kill_matrix",
+            "MutationResult": "._kill_matrix",
             "MUTATIONS": ".mutations",
             "Mutation": ".mutations",
             "PIPELINE_MUTATIONS": ".mutations",
@@ -36,8 +36,8 @@ else:
             "assert_collectives": "._asserts",
             "assert_matches_one_device": "._asserts",
             "assert_within": "._asserts",
-            "kill_matrix": "._matrix",
+            "kill_matrix": "._kill_matrix",
             "mutations": None,
-            "simulated_devices": "._simulated",
+            "simulated_devices": "._simulated_process",
         },
     )

@@ -7,37 +7,37 @@ import jax.numpy as jnp
 from .mutations import Mutation
 
 
-def _alike(combine: Any) -> Any:
+def _average_choices(combine: Any) -> Any:
     return lambda rows, share: combine(rows, jnp.ones_like(share) / share.shape[-1])
 
 
-def _to_a_neighbour(forth: Any) -> Any:
-    return lambda groups, x: jnp.roll(forth(groups, x), x.shape[2] // groups.devices, axis=2)
+def _shift_experts(to_experts: Any) -> Any:
+    return lambda groups, x: jnp.roll(to_experts(groups, x), x.shape[2] // groups.devices, axis=2)
 
 
-def _all_counted(router_statistics: Any) -> Any:
+def _count_all_tokens(router_statistics: Any) -> Any:
     return lambda logits, choice, capacity, counted: router_statistics(logits, choice, capacity)
 
 
-_CARRIER = "shardkit.parallel.expert._expert."
+_EXPERT = "shardkit.parallel.expert."
 
 EXPERT_MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "combine weights dropped",
-        "every chosen expert has the same say",
+        "all chosen experts have the same weight",
         ("loss",),
-        ((_CARRIER + "combine", _alike),),
+        ((_EXPERT + "_expert.combine", _average_choices),),
     ),
     Mutation(
         "wrong destination",
-        "tokens go to the next device's experts",
+        "tokens are sent to the experts of the next device",
         ("loss",),
-        ((_CARRIER + "_Groups.forth", _to_a_neighbour),),
+        ((_EXPERT + "_dispatch.ExpertGroups.to_experts", _shift_experts),),
     ),
     Mutation(
         "router losses not weighted",
-        "tokens that do not count route into the losses",
+        "the router losses count tokens of weight 0",
         ("loss", "metrics"),
-        (("shardkit.lm._mixture.router_statistics", _all_counted),),
+        (("shardkit.lm._mixture.router_statistics", _count_all_tokens),),
     ),
 )

@@ -1,10 +1,10 @@
 """The pytest plugin: `@pytest.mark.devices(8)`.
 
-A test so marked runs as any other where the process has at least that many devices. Where it has
-fewer, the test alone runs again in a child process with as many simulated CPU devices.
-`--shardkit-devices=skip` skips it there instead.
+A marked test runs normally in a process with at least that many devices. With fewer, this one test
+runs again in a child process with that many simulated CPU devices; `--shardkit-devices=skip` skips
+it instead.
 
-The plugin itself imports nothing of JAX: a session that uses no marker starts no backend.
+The plugin does not import JAX: a session without the marker starts no backend.
 """
 
 import os
@@ -26,8 +26,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--shardkit-devices",
         choices=("child", "skip"),
         default="child",
-        help="what becomes of a test marked devices(n) where there are fewer: run it in a child "
-        "process with n simulated devices (default), or skip it",
+        help="with fewer than n devices, run a test marked devices(n) in a child process with n "
+        "simulated devices (default), or skip it",
     )
 
 
@@ -38,47 +38,39 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Replaces what a marked item runs where the process has too few devices."""
-    wanted = _wanted(item)
-    if wanted is None:
+    """Replaces the body of a marked test if the process has too few devices."""
+    required = _required_devices(item)
+    if required is None:
         return
-    present = _present()
-    if present >= wanted:
+    present = _count_devices()
+    if present >= required:
         return
-    # No fixture of the test is made here: they may need the devices too.
+    # The child sets up the fixtures, which can need the devices too.
     item.setup = lambda: None
-    item.runtest = _instead(item, wanted, present)
+    item.runtest = _replace_test(item, required, present)
 
 
-def _instead(item: pytest.Item, wanted: int, present: int) -> Callable[[], None]:
-    short = f"needs {wanted} devices, this process has {present}"
+def _replace_test(item: pytest.Item, required: int, present: int) -> Callable[[], None]:
+    short = f"needs {required} devices, this process has {present}"
     if os.environ.get(_IN_CHILD):
-        fix = "a conftest that sets a number of devices of its own leaves it to the environment"
-        return lambda: pytest.fail(f"{short}, though started to have {wanted}. Fix: {fix}.", False)
+        fix = "do not set the number of devices in a conftest"
+        return lambda: pytest.fail(f"{short}, although started with {required}. Fix: {fix}.", False)
     if item.config.getoption("--shardkit-devices") == "skip":
         return lambda: pytest.skip(f"{short} (--shardkit-devices=child runs it in a child process)")
-    return lambda: _run_in_child(item, wanted)
+    return lambda: _run_in_child(item, required)
 
 
 def _run_in_child(item: pytest.Item, n: int) -> None:
-    args = [
-        sys.executable,
-        "-m",
-        "pytest",
-        item.nodeid,
-        "-q",
-        "--no-header",
-        "-p",
-        "no:cacheprovider",
-    ]
+    args = [sys.executable, "-m", "pytest", item.nodeid, "-q", "--no-header"]
+    args += ["-p", "no:cacheprovider"]
     if not item.config.pluginmanager.hasplugin("shardkit"):
-        args += ["-p", __name__]  # loaded by name here, as from a checkout that is not installed
+        args += ["-p", __name__]  # a checkout that is not installed
     if item.config.pluginmanager.hasplugin("xdist"):
         args += ["-n", "0"]
-    root = str(item.config.rootpath)
-    done = subprocess.run(
-        [*args, f"--rootdir={root}"], cwd=root, env=_environment(n), capture_output=True, text=True
-    )
+    root = item.config.rootpath
+    args.append(f"--rootdir={root}")
+    environment = _child_environment(n)
+    done = subprocess.run(args, cwd=root, env=environment, capture_output=True, text=True)
     if done.returncode:
         text = f"in a child process with {n} simulated devices:\n{done.stdout}{done.stderr}"
         pytest.fail(text, pytrace=False)
@@ -86,19 +78,18 @@ def _run_in_child(item: pytest.Item, n: int) -> None:
         pytest.skip(f"skipped in a child process with {n} simulated devices")
 
 
-def _environment(n: int) -> dict[str, str]:
+def _child_environment(n: int) -> dict[str, str]:
     flags = os.environ.get("XLA_FLAGS", "")
-    kept = re.sub(r"--xla_force_host_platform_device_count=\d+", "", flags)
     return {
         **os.environ,
-        "XLA_FLAGS": kept,
+        "XLA_FLAGS": re.sub(r"--xla_force_host_platform_device_count=\d+", "", flags),
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(n),
         _IN_CHILD: "1",
     }
 
 
-def _wanted(item: pytest.Item) -> int | None:
+def _required_devices(item: pytest.Item) -> int | None:
     marker: Any = item.get_closest_marker("devices")
     if marker is None:
         return None
@@ -107,7 +98,7 @@ def _wanted(item: pytest.Item) -> int | None:
     return marker.args[0]
 
 
-def _present() -> int:
-    import jax  # here, so that a session without the marker does without it
+def _count_devices() -> int:
+    import jax  # only for marked tests
 
     return len(jax.devices())

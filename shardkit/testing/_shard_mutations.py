@@ -1,4 +1,4 @@
-"""Bugs of `mode="shard_map"`, for steps that are compiled in that mode."""
+"""Bugs to inject into steps compiled with `mode="shard_map"`."""
 
 import dataclasses
 import functools
@@ -12,8 +12,8 @@ import optax
 from .mutations import Mutation
 
 
-def _first_shard_alone(reduce_gradients: Any) -> Any:
-    """What a sum that is missing leaves on the first device, on all of them."""
+def _drop_sum(reduce_gradients: Any) -> Any:
+    """Every device gets the gradients of the first, as if the sum were missing."""
 
     def alone(x: jax.Array, axes: Any, numbers: Any) -> jax.Array:
         return jax.lax.psum(jnp.where(jax.lax.axis_index(axes) == 0, x, 0), axes)
@@ -21,7 +21,7 @@ def _first_shard_alone(reduce_gradients: Any) -> Any:
     return lambda grads, parameters, dtype, _: reduce_gradients(grads, parameters, dtype, alone)
 
 
-def _summed_twice(reduce_gradients: Any) -> Any:
+def _sum_twice(reduce_gradients: Any) -> Any:
     def twice(x: jax.Array, axes: Any, numbers: Any) -> jax.Array:
         once = jax.lax.psum(x, axes)
         return jax.lax.psum(jax.lax.pcast(once, axes, to="varying"), axes)
@@ -29,8 +29,8 @@ def _summed_twice(reduce_gradients: Any) -> Any:
     return lambda grads, parameters, dtype, _: reduce_gradients(grads, parameters, dtype, twice)
 
 
-def _types_unchecked(mapped: Any) -> Any:
-    """The same code with `check_vma=False`, where a sum's gradient is summed once more."""
+def _skip_vma_check(mapped: Any) -> Any:
+    """With `check_vma=False` the gradient of a psum is another psum: sums are doubled."""
 
     def unchecked(*args: Any) -> Any:
         with mock.patch("jax.shard_map", functools.partial(jax.shard_map, check_vma=False)):
@@ -39,16 +39,16 @@ def _types_unchecked(mapped: Any) -> Any:
     return unchecked
 
 
-def _first_part_only(part_keys: Any) -> Any:
+def _use_first_part_key(part_keys: Any) -> Any:
     return lambda words, draws, *place: part_keys(words, draws, 0, 0, 0)
 
 
-def _not_divided(per_weight: Any) -> Any:
+def _skip_division(per_weight: Any) -> Any:
     return lambda totals, weight: per_weight(totals, jnp.ones_like(weight))
 
 
-def _clipped_on_shards(train: Any) -> Any:
-    """The update inside of a `shard_map` that does not check over what its values differ."""
+def _clip_shards(train: Any) -> Any:
+    """Runs the update in a `shard_map`, whose norms are those of one shard."""
 
     def wrong(functions: Any) -> Any:
         specs = jax.tree.map(lambda s: s.spec, functions.layout.shardings)
@@ -77,38 +77,38 @@ _STEP = "shardkit.step."
 SHARD_MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "sum of shards dropped",
-        "the first device's gradients stand for the sum over all",
+        "the gradients of the first device are used as the sum",
         ("gradients", "grad_norm"),
-        ((_STEP + "_manual.reduce_gradients", _first_shard_alone),),
+        ((_STEP + "shard_map._gradients.reduce_gradients", _drop_sum),),
     ),
     Mutation(
         "sum of shards doubled",
         "gradients are summed twice over every axis",
         ("gradients", "grad_norm"),
-        ((_STEP + "_manual.reduce_gradients", _summed_twice),),
+        ((_STEP + "shard_map._gradients.reduce_gradients", _sum_twice),),
     ),
     Mutation(
         "types of shards not checked",
         "sums within layers are summed again in the backward pass",
         ("gradients", "grad_norm"),
-        ((_STEP + "_manual.mapped", _types_unchecked),),
+        ((_STEP + "shard_map._gradients.map_shards", _skip_vma_check),),
     ),
     Mutation(
         "one mask on all shards",
-        "every device draws the first one's noise",
+        "every device draws the noise of the first",
         ("gradients", "loss"),
-        ((_STEP + "_manual.part_keys", _first_part_only),),
+        ((_STEP + "shard_map._gradients.part_keys", _use_first_part_key),),
     ),
     Mutation(
         "weight of shards missing",
-        "gradients of the sum are taken for those of the mean",
+        "gradients of the weighted sum are used as those of the mean",
         ("gradients", "grad_norm"),
-        ((_STEP + "_manual.per_weight", _not_divided),),
+        ((_STEP + "shard_map._gradients.divide_by_weight", _skip_division),),
     ),
     Mutation(
         "clipped by the norm of a shard",
-        "each device clips by the norm of its own shards",
+        "each device clips by the norm of its shards",
         ("sgd update",),
-        ((_STEP + "_functions.Functions.train", _clipped_on_shards),),
+        ((_STEP + "_step_functions.StepFunctions.train", _clip_shards),),
     ),
 )

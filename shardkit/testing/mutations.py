@@ -1,7 +1,7 @@
-"""Bugs to inject into a compiled step, to show that the verifier finds them.
+"""Bugs to inject into a compiled step, to show that `sk.verify` finds them.
 
-A mutation replaces named functions of `shardkit.step` while a step is compiled. The product
-holds no hook for it; a seam that is renamed breaks a test, not a user.
+A mutation patches functions of the package by name while a step is compiled. The package has no
+hooks for this; renaming a patched function breaks a test, not a user.
 """
 
 import contextlib
@@ -27,10 +27,10 @@ class Mutation:
     """One bug.
 
     Attributes:
-      name: short.
-      what: what goes wrong, in one line.
-      killed_by: the checks of the certificate that must find it; others may too.
-      seams: `(dotted path of a function, original → what replaces it)`.
+      name: a few words.
+      what: the effect of the bug, in one line.
+      killed_by: checks of `sk.verify` that must find it; others can find it too.
+      seams: `(dotted path of a function, original -> its replacement)`.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Mutation:
 
     @contextlib.contextmanager
     def apply(self) -> Iterator[None]:
-        """Injects the bug into every step that is compiled within the block."""
+        """Injects the bug into every step that is compiled in the block."""
         with contextlib.ExitStack() as stack:
             for path, replacement in self.seams:
                 original = pkgutil.resolve_name(path)
@@ -48,11 +48,11 @@ class Mutation:
             yield
 
 
-def _doubled(per_weight: Any) -> Any:
+def _double_gradients(per_weight: Any) -> Any:
     return lambda totals, weight: jax.tree.map(lambda g: 2 * g, per_weight(totals, weight))
 
 
-def _zeroed(per_weight: Any) -> Any:
+def _zero_last_leaf(per_weight: Any) -> Any:
     def zeroed(totals: Any, weight: Any) -> Any:
         leaves, structure = jax.tree.flatten(per_weight(totals, weight))
         return structure.unflatten([*leaves[:-1], jnp.zeros_like(leaves[-1])])
@@ -60,31 +60,31 @@ def _zeroed(per_weight: Any) -> Any:
     return zeroed
 
 
-def _psum_dropped(by_lanes: Any) -> Any:
-    """Each device keeps its own lane's gradient of the first leaf, as if it were the sum."""
+def _drop_psum(by_lanes: Any) -> Any:
+    """Each device keeps the gradient of its own shard for the first leaf, unsummed."""
 
     def dropped(objective: Any, plan: Any, *args: Any) -> Any:
         own = jax.shard_map(
             lambda lanes: lanes[0],
-            mesh=plan.mesh,
-            in_specs=PartitionSpec(plan.axes),
+            mesh=plan.bound.mesh,
+            in_specs=PartitionSpec(plan.layout.shard_axes),
             out_specs=PartitionSpec(),
             check_vma=False,
         )
-        reduce_lanes = _gradients.reduce_lanes
+        reduce_shards = _gradients.reduce_shards
 
         def reduce(totals: Any, dtype: Any) -> Any:
             leaves, structure = jax.tree.flatten(totals)
-            reduced = structure.flatten_up_to(reduce_lanes(totals, dtype))
+            reduced = structure.flatten_up_to(reduce_shards(totals, dtype))
             return structure.unflatten([own(leaves[0].astype(dtype)), *reduced[1:]])
 
-        with mock.patch.object(_gradients, "reduce_lanes", reduce):
+        with mock.patch.object(_gradients, "reduce_shards", reduce):
             return by_lanes(objective, plan, *args)
 
     return dropped
 
 
-def _unweighted(as_mean: Any) -> Any:
+def _ignore_weights(as_mean: Any) -> Any:
     def unweighted(value: Any) -> Mean:
         mean = as_mean(value)
         return Mean(mean.total, jnp.ones_like(mean.weight))
@@ -92,7 +92,7 @@ def _unweighted(as_mean: Any) -> Any:
     return unweighted
 
 
-def _mean_of_means(as_mean: Any) -> Any:
+def _average_means(as_mean: Any) -> Any:
     def averaged(value: Any) -> Mean:
         mean = as_mean(value)
         return Mean(mean.total / jnp.maximum(mean.weight, 1e-6), jnp.ones_like(mean.weight))
@@ -100,11 +100,11 @@ def _mean_of_means(as_mean: Any) -> Any:
     return averaged
 
 
-def _first_twice(micro_batch: Any) -> Any:
+def _repeat_first_micro_batch(micro_batch: Any) -> Any:
     return lambda batch, steps, index, plan: micro_batch(batch, steps, 0 * index, plan)
 
 
-def _norm_of_a_shard(metrics_of: Any) -> Any:
+def _halve_norm_input(metrics_of: Any) -> Any:
     def wrong(outcome: Any, grads: Any) -> Any:
         half = jax.tree.map(lambda g: g[: (g.shape[0] + 1) // 2] if g.ndim else g, grads)
         return {**metrics_of(outcome, grads), "grad_norm": metrics_of(outcome, half)["grad_norm"]}
@@ -112,21 +112,21 @@ def _norm_of_a_shard(metrics_of: Any) -> Any:
     return wrong
 
 
-def _never_folded(step_key: Any) -> Any:
+def _never_fold_step(step_key: Any) -> Any:
     return lambda state: step_key(dataclasses.replace(state, step=jnp.zeros_like(state.step)))
 
 
-def _first_lane_only(lane_keys: Any) -> Any:
-    return lambda key, draws: lane_keys(key, draws)[jnp.zeros(draws.lanes, jnp.int32)]
+def _use_first_shard_key(lane_keys: Any) -> Any:
+    return lambda key, draws: lane_keys(key, draws)[jnp.zeros(draws.gradient_shards, jnp.int32)]
 
 
-def _moments_replicated(follow_params: Any) -> Any:
+def _replicate_moments(follow_params: Any) -> Any:
     return lambda params, *rest: follow_params(
         tuple((leaf, PartitionSpec()) for leaf, _ in params), *rest
     )
 
 
-def _first_replicated(collect: Any) -> Any:
+def _replicate_first_split(collect: Any) -> Any:
     def wrong(rule: Any, leaves: Any, mesh: Any, *, what: str) -> Any:
         specs, problems = collect(rule, leaves, mesh, what=what)
         split = [path for path, spec in specs.items() if spec != PartitionSpec()]
@@ -135,11 +135,11 @@ def _first_replicated(collect: Any) -> Any:
     return wrong
 
 
-def _twice(apply_updates: Any) -> Any:
+def _apply_twice(apply_updates: Any) -> Any:
     return lambda params, updates: apply_updates(apply_updates(params, updates), updates)
 
 
-def _other_key(initial_state: Any) -> Any:
+def _vary_key_by_device_count(initial_state: Any) -> Any:
     def wrong(*args: Any) -> Any:
         run = initial_state(*args)
         return lambda key: run(jax.random.fold_in(key, jax.device_count()))
@@ -147,7 +147,7 @@ def _other_key(initial_state: Any) -> Any:
     return wrong
 
 
-def _half_the_rows(evaluation_step: Any) -> Any:
+def _evaluate_half(evaluation_step: Any) -> Any:
     def wrong(*args: Any) -> Any:
         run = evaluation_step(*args)
         return lambda state, batch: run(
@@ -157,112 +157,118 @@ def _half_the_rows(evaluation_step: Any) -> Any:
     return wrong
 
 
-def _compiling(put_batch: Any) -> Any:
+def _compile_each_call(put_batch: Any) -> Any:
     def wrong(*args: Any, **options: Any) -> Any:
-        jax.jit(lambda: jnp.zeros(()))()  # a function made anew is compiled anew
+        jax.jit(lambda: jnp.zeros(()))()  # each call has a new lambda, which no cache knows
         return put_batch(*args, **options)
 
     return wrong
 
 
 _STEP = "shardkit.step."
-_PER_WEIGHT, _MEAN = _STEP + "_gradients.per_weight", _STEP + "_objective.as_mean"
+_PER_WEIGHT, _MEAN = _STEP + "_gradients.divide_by_weight", _STEP + "_objective.to_mean"
 
 MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "gradient doubled",
-        "every gradient is twice what it is",
+        "every gradient is doubled",
         ("gradients", "grad_norm"),
-        ((_PER_WEIGHT, _doubled),),
+        ((_PER_WEIGHT, _double_gradients),),
     ),
     Mutation(
-        "leaf zeroed", "the last leaf has no gradient", ("gradients",), ((_PER_WEIGHT, _zeroed),)
+        "leaf zeroed",
+        "the last leaf has no gradient",
+        ("gradients",),
+        ((_PER_WEIGHT, _zero_last_leaf),),
     ),
     Mutation(
         "psum dropped",
-        "devices keep their own gradient of the first leaf",
+        "the gradient of the first leaf is not summed over devices",
         ("gradients", "copies"),
-        ((_STEP + "_gradients._by_lanes", _psum_dropped),),
+        ((_STEP + "_gradients._accumulate_per_shard", _drop_psum),),
     ),
     Mutation(
         "weights ignored",
-        "the weighted sum is taken for the mean",
+        "the weighted sum is used as the mean",
         ("loss", "metrics"),
-        ((_MEAN, _unweighted),),
+        ((_MEAN, _ignore_weights),),
     ),
     Mutation(
         "mean of means",
-        "lanes are averaged, whatever their weights",
+        "gradient shards are averaged without their weights",
         ("loss", "metrics"),
-        ((_MEAN, _mean_of_means),),
+        ((_MEAN, _average_means),),
     ),
     Mutation(
         "micro-batch skipped",
-        "the first micro-batch stands in for all others",
+        "every micro-batch is the first one",
         ("gradients",),
-        ((_STEP + "_gradients.micro_batch", _first_twice),),
+        ((_STEP + "_gradients.micro_batch", _repeat_first_micro_batch),),
     ),
     Mutation(
         "norm of a shard",
-        "the gradient norm misses half of each leaf",
+        "the gradient norm omits half of each leaf",
         ("grad_norm",),
-        ((_STEP + "_update._metrics", _norm_of_a_shard),),
+        ((_STEP + "_update._collect_metrics", _halve_norm_input),),
     ),
     Mutation(
         "key not folded",
-        "every step draws the noise of the first",
+        "every step draws the noise of step 0",
         ("k-step loss",),
-        ((_STEP + "_update.step_key", _never_folded),),
+        ((_STEP + "_update.step_key", _never_fold_step),),
     ),
     Mutation(
         "one mask",
-        "every lane draws the first lane's noise",
+        "every gradient shard draws the noise of the first",
         ("gradients",),
-        ((_STEP + "_gradients.lane_keys", _first_lane_only),),
+        ((_STEP + "_gradients.per_shard_keys", _use_first_shard_key),),
     ),
     Mutation(
         "moments replicated",
         "optimizer state does not follow its parameters",
         ("layout",),
-        ((_STEP + "_layout.FollowParams", _moments_replicated),),
+        ((_STEP + "_layout.FollowParams", _replicate_moments),),
     ),
     Mutation(
         "wrong spec",
-        "the first split leaf is whole on every device",
+        "the first split leaf is replicated",
         ("layout",),
-        ((_STEP + "_layout.collect", _first_replicated),),
+        ((_STEP + "_layout.resolve_all", _replicate_first_split),),
     ),
     Mutation(
         "update made twice",
-        "the parameters move twice as far",
+        "the update is applied twice",
         ("sgd update", "k-step state"),
-        ((_STEP + "_update.optax.apply_updates", _twice),),
+        ((_STEP + "_update.optax.apply_updates", _apply_twice),),
     ),
     Mutation(
         "init by device count",
         "the first state depends on the number of devices",
         ("init",),
-        ((_STEP + "_functions.initial_state", _other_key),),
+        ((_STEP + "_compiled_functions.build_model_init", _vary_key_by_device_count),),
     ),
     Mutation(
         "half an evaluation",
-        "an evaluation sees half of the rows",
+        "an evaluation uses half of the rows",
         ("evaluate",),
-        ((_STEP + "_functions.evaluation_step", _half_the_rows),),
+        ((_STEP + "_step_functions.build_eval_step", _evaluate_half),),
     ),
     Mutation(
         "compiles again",
-        "every call compiles a program",
+        "every call compiles another program",
         ("compiles once",),
-        ((_STEP + "_compiled.put_batch", _compiling),),
+        ((_STEP + "_compiled.put_batch", _compile_each_call),),
     ),
 )
 
 
-def _arrivals(change: Callable[[np.ndarray, int], np.ndarray]) -> Callable[[Any], Any]:
-    """Changes i32[ticks, stages], the slots in which messages are put."""
+def _change_arrivals(change: Callable[[np.ndarray, int], np.ndarray]) -> Callable[[Any], Any]:
+    """Changes i32[ticks, stages]: the slot that an arriving message is stored in.
 
-    def of(ticks: Any) -> Any:
+    `change(arrivals, nowhere)`: a value of `nowhere` stores no message.
+    """
+
+    def replace(ticks: Any) -> Any:
         def wrong(table: Any) -> Any:
             plan = ticks(table)
             changed = {
@@ -272,67 +278,66 @@ def _arrivals(change: Callable[[np.ndarray, int], np.ndarray]) -> Callable[[Any]
 
         return wrong
 
-    return of
+    return replace
 
 
-def _a_tick_late(arrivals: np.ndarray, nowhere: int) -> np.ndarray:
+def _delay_arrivals(arrivals: np.ndarray, nowhere: int) -> np.ndarray:
     return np.roll(arrivals, 1, axis=0)
 
 
-def _last_lost(arrivals: np.ndarray, nowhere: int) -> np.ndarray:
-    came = np.argwhere(arrivals != nowhere)
-    kept = arrivals.copy()
-    for tick, stage in came[-1:]:
-        kept[tick, stage] = nowhere
-    return kept
+def _drop_last_arrival(arrivals: np.ndarray, nowhere: int) -> np.ndarray:
+    changed = arrivals.copy()
+    for tick, stage in np.argwhere(arrivals != nowhere)[-1:]:
+        changed[tick, stage] = nowhere
+    return changed
 
 
-def _to_the_wrong_neighbour(ticks: Any) -> Any:
+def _shift_destinations(ticks: Any) -> Any:
     def wrong(table: Any) -> Any:
         plan = ticks(table)
         stages = plan.columns["branch"].shape[1]
-        turned = tuple(
+        shifted = tuple(
             tuple(tuple((src, (dst + 1) % stages) for src, dst in pairs) for pairs in exchange)
             for exchange in plan.exchanges
         )
-        return dataclasses.replace(plan, exchanges=turned)
+        return dataclasses.replace(plan, exchanges=shifted)
 
     return wrong
 
 
-_TICKS = "shardkit.parallel.pipeline._spmd_program.ticks"
+_TICKS = "shardkit.parallel.pipeline._spmd_program.tick_program"
 
 PIPELINE_MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "wrong neighbour",
-        "after each tick a stage sends to the one after the one that waits",
+        "after each tick a stage sends one stage too far",
         ("gradients", "loss"),
-        ((_TICKS, _to_the_wrong_neighbour),),
+        ((_TICKS, _shift_destinations),),
     ),
     Mutation(
         "a tick late",
-        "what a stage is sent is put away one tick after it came",
+        "messages are stored one tick late",
         ("gradients",),
-        ((_TICKS, _arrivals(_a_tick_late)),),
+        ((_TICKS, _change_arrivals(_delay_arrivals)),),
     ),
     Mutation(
         "lost at a boundary",
         "one message between two stages is dropped",
         ("gradients",),
-        ((_TICKS, _arrivals(_last_lost)),),
+        ((_TICKS, _change_arrivals(_drop_last_arrival)),),
     ),
 )
 
 
-def _update_whole(update_specs: Any) -> Any:
+def _replicate_update(update_specs: Any) -> Any:
     return lambda zero, *rest: update_specs(None, *rest)
 
 
 ZERO_MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "update not split",
-        "every device holds the whole state of the optimizer and makes the whole update",
+        "the optimizer state and the update are replicated",
         ("layout",),
-        ((_STEP + "_layout.update_specs", _update_whole),),
+        ((_STEP + "_layout.update_specs", _replicate_update),),
     ),
 )

@@ -1,4 +1,4 @@
-"""Files that are complete or absent, locks, and text for terminals and files."""
+"""Atomic files, locks, tables, and text for terminals and files."""
 
 from ._console import make_console, print_table
 from ._files import (
@@ -10,9 +10,8 @@ from ._files import (
     sync_folder,
     write_atomic,
 )
-from ._flatten import flatten
 from ._outputs import check_figure_path, check_outputs, figure_file, write_output
-from ._table import Column, Table, fold_text
+from ._table import Column, Table, flatten, fold_text
 
 __all__ = [
     "Column",

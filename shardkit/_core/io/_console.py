@@ -1,4 +1,4 @@
-"""Text on a terminal; `rich` is imported when the first console is made."""
+"""Text on a terminal; `rich` is imported when the first console is created."""
 
 from typing import IO, TYPE_CHECKING
 
@@ -15,13 +15,13 @@ def make_console(
     stderr: bool = False,
     soft_wrap: bool = False,
 ) -> "Console":
-    """Returns a console that prints users' names as they are, never as markup or emoji.
+    """Returns a console that prints text literally, not as markup or emoji.
 
     Args:
-      file: takes plain text, without colors; by default the output is this process's.
-      width: columns; by default those of the terminal.
-      stderr: whether the output is standard error.
-      soft_wrap: whether the terminal breaks lines.
+      file: receives plain text, without colors; None for standard output or standard error.
+      width: columns; None for those of the terminal.
+      stderr: whether None means standard error.
+      soft_wrap: whether the terminal, and not the console, breaks lines.
 
     >>> make_console(width=40).print("attn[local] [/nope] :fire:")
     attn[local] [/nope] :fire:
@@ -42,7 +42,7 @@ def make_console(
 
 
 def print_table(console: "Console", table: Table) -> None:
-    """Prints a table: within the columns of a terminal, and with each row in one line elsewhere.
+    """Prints a table: folded to the width of a terminal, and unfolded elsewhere.
 
     >>> print_table(make_console(width=10), Table(["leaf", "type"], [["layers/mlp/up", "f32[8]"]]))
     leaf           type

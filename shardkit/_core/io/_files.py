@@ -1,4 +1,4 @@
-"""Files that are complete or absent, whatever ends the process while it writes."""
+"""Files that are complete or absent, even if the process is killed while it writes."""
 
 import contextlib
 import fcntl
@@ -10,24 +10,24 @@ from pathlib import Path
 
 from ..errors import Problem, ShardkitError, format_problems
 
-_PART = ".part"
+_TEMPORARY = ".part"
 
 
 def append_atomic(file: int, text: str, *, sync: bool = False) -> None:
-    """Appends text to an open file: all of it, or nothing if there is no room for all.
+    """Appends text to an open file: all of it, or none if the disk is full.
 
     Args:
-      file: descriptor that is open for appending, of a file with one writer.
+      file: descriptor, open for appending, of a file with one writer.
       text: written as UTF-8.
-      sync: whether to return only when the text is on the disk.
+      sync: whether to wait until the text is on disk.
 
     Raises:
-      OSError: the system refuses; the file is as it was.
+      OSError: the write failed; the file is unchanged.
     """
-    size, rest = os.fstat(file).st_size, text.encode()
+    size, unwritten = os.fstat(file).st_size, text.encode()
     try:
-        while rest:
-            rest = rest[os.write(file, rest) :]
+        while unwritten:
+            unwritten = unwritten[os.write(file, unwritten) :]
         if sync:
             os.fsync(file)
     except OSError:
@@ -37,47 +37,47 @@ def append_atomic(file: int, text: str, *, sync: bool = False) -> None:
 
 @contextlib.contextmanager
 def write_atomic(path: Path, *, sync: bool = False) -> Iterator[Path]:
-    """Yields a temporary path to write to, which takes the name `path` when the block ends.
+    """Yields a temporary path to write to, which is renamed to `path` when the block ends.
 
-    If the block raises, `path` is what it was and the temporary file is deleted. Writers of one
-    path do not meet: each has its own temporary file, and the last to end wins. A file that is
-    replaced keeps its permissions, a new one has those of the umask, and a link stays a link. What
-    is not a regular file (`/dev/stdout`, a pipe) cannot be replaced and is written to directly.
+    If the block raises, `path` is unchanged and the temporary file is deleted. Concurrent writers
+    of one path have a temporary file each, and the last to finish wins. A replaced file keeps its
+    permissions, a new one has those of the umask, and a symbolic link stays one. A path that is
+    not a regular file (`/dev/stdout`, a pipe) cannot be replaced and is written to directly.
 
     Args:
       path: the file; its folder exists.
-      sync: whether to return only when the file and its name are on the disk.
+      sync: whether to wait until the file and its name are on disk.
 
     Raises:
-      OSError: the system refuses.
+      OSError: the write failed.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
         yield path
         return
     path = Path(os.path.realpath(path))
-    part = path.with_name(f".{secrets.token_hex(8)}{_PART}")
+    temporary = path.with_name(f".{secrets.token_hex(8)}{_TEMPORARY}")
     try:
-        # An early refusal: a folder in the place of the file, or a folder without room or rights.
+        # Fails before the block runs if `path` is a folder or its folder is full or read-only.
         if path.is_dir():
             raise IsADirectoryError(21, "Is a directory", str(path))
-        os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-        mode = stat.S_IMODE((path if path.exists() else part).stat().st_mode)
-        yield part
-        # A library that replaces the temporary file by one of its own has chosen a mode too.
-        if stat.S_IMODE(part.stat().st_mode) != mode:
-            part.chmod(mode)
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        mode = stat.S_IMODE((path if path.exists() else temporary).stat().st_mode)
+        yield temporary
+        # A library that writes by replacing the file chooses a mode of its own.
+        if stat.S_IMODE(temporary.stat().st_mode) != mode:
+            temporary.chmod(mode)
         if sync:
-            _sync(part)
-        os.replace(part, path)
+            _sync(temporary)
+        os.replace(temporary, path)
         if sync:
             sync_folder(path.parent)
     finally:
         with contextlib.suppress(OSError):
-            part.unlink()
+            temporary.unlink()
 
 
 def sync_folder(folder: Path) -> None:
-    """Returns when the names in a folder are on the disk."""
+    """Waits until the names in a folder are on disk."""
     _sync(folder)
 
 
@@ -87,14 +87,14 @@ class FileInUseError(Exception):
 
 @contextlib.contextmanager
 def file_lock(path: Path) -> Iterator[int]:
-    """Holds a file, made if there is none, for one process; the lock ends with the process.
+    """Locks a file for this process, and creates it if needed; the lock ends with the process.
 
     Yields:
       A descriptor of the file, open for reading and appending.
 
     Raises:
-      FileInUseError: another process holds it.
-      OSError: it cannot be opened, or this file system has no locks.
+      FileInUseError: another process holds the lock.
+      OSError: the file cannot be opened, or the file system has no locks.
     """
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
@@ -108,7 +108,7 @@ def file_lock(path: Path) -> Iterator[int]:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds the lock of a file now."""
+    """Whether a process holds the lock of a file."""
     if not path.exists():
         return False
     with path.open() as file:
@@ -123,23 +123,23 @@ def is_locked(path: Path) -> bool:
 def os_errors_as(
     kind: type[ShardkitError], headline: str, path: str | Path, fix: str
 ) -> Iterator[None]:
-    """Raises what the system refuses inside the block as an error that names the path and a fix.
+    """Turns an `OSError` of the block into an error that names the path and a fix.
 
     Args:
       kind: type of the error.
-      headline: what failed.
+      headline: first line of the error.
       path: the file or folder that is written.
-      fix: what to do.
+      fix: how to fix it.
 
     Raises:
       ShardkitError: of type `kind`, in place of any `OSError`.
 
     >>> try:
-    ...     with os_errors_as(ShardkitError, "Nothing is saved.", "a.csv", "another folder"):
+    ...     with os_errors_as(ShardkitError, "Nothing was saved.", "a.csv", "another folder"):
     ...         raise PermissionError(13, "Permission denied")
     ... except ShardkitError as error:
     ...     print(error)
-    Nothing is saved.
+    Nothing was saved.
       a.csv  Permission denied.
     Fix: another folder
     """
@@ -147,9 +147,9 @@ def os_errors_as(
         yield
     except OSError as error:
         why = str(error.strerror or error)
-        # Code of the caller's that runs in the block may have failed on a file of its own.
+        # The block may run code of the caller, which failed on another file.
         other = Path(error.filename) if isinstance(error.filename, str) else None
-        if other is not None and other.suffix != _PART and other != Path(path):
+        if other is not None and other.suffix != _TEMPORARY and other != Path(path):
             why += f": {other}"
         raise kind(format_problems(headline, [Problem(str(path), f"{why}.", fix)])) from error
 

@@ -1,4 +1,4 @@
-"""Files that a user names: checked before the work whose result they take, then written."""
+"""Output files that a user names: checked before the work starts, written at its end."""
 
 import contextlib
 import importlib.util
@@ -9,22 +9,21 @@ from pathlib import Path
 from ..errors import ConfigError, Problem, did_you_mean, raise_all
 from ._files import os_errors_as, write_atomic
 
-_FIGURE = "The picture cannot be made."
+_HEADLINE = "The figure cannot be saved."
 
 
 def check_figure_path(
     path: Path, suffixes: Sequence[str] = (".png", ".svg"), code: str = "--out {}"
 ) -> None:
-    """Checks that a picture can be drawn and that its file can be written.
+    """Checks that a figure can be drawn and its file written.
 
     Args:
       path: the file.
       suffixes: file formats that can be drawn.
-      code: how a user names the file, for the fix, with a pair of braces in its place.
+      code: how a user names the file, with `{}` in its place, for the fix.
 
     Raises:
-      ConfigError: another format, no such folder, or matplotlib is not installed; all of these in
-        one message.
+      ConfigError: an unknown format, a missing folder, or matplotlib is not installed; lists all.
 
     >>> check_figure_path(Path("front.png"))
     """
@@ -34,50 +33,50 @@ def check_figure_path(
         why = f"has {what}; known: {', '.join(suffixes)}.{did_you_mean(path.suffix, suffixes)}"
         problems.append(Problem(str(path), why, code.format(path.with_suffix(suffixes[0]))))
     if not path.parent.is_dir():
-        why = f"No such file or directory. There is no folder {path.parent}."
+        why = f"No such file or directory: there is no folder {path.parent}."
         problems.append(Problem(str(path), why, code.format(f"plot{suffixes[0]}")))
     if importlib.util.find_spec("matplotlib") is None:
-        why = "is drawn by the package matplotlib, which is not installed."
+        why = "needs the package matplotlib, which is not installed."
         problems.append(Problem(str(path), why, "pip install 'shardkit[plot]'"))
-    raise_all(ConfigError, _FIGURE, problems)
+    raise_all(ConfigError, _HEADLINE, problems)
 
 
 @contextlib.contextmanager
 def figure_file(path: Path, code: str = "--out {}") -> Iterator[Path]:
-    """Yields a path to draw to; the picture takes its name `path` when it is complete.
+    """Yields a path to draw to, which is renamed to `path` when the block ends.
 
     Args:
-      path: the file, which `check_figure_path` has accepted.
+      path: the file, accepted by `check_figure_path`.
       code: as for `check_figure_path`.
 
     Raises:
       ConfigError: the file cannot be written.
     """
     fix = code.format(f"plot{path.suffix}")
-    with os_errors_as(ConfigError, _FIGURE, path, fix), write_atomic(path) as part:
-        yield part
+    with os_errors_as(ConfigError, _HEADLINE, path, fix), write_atomic(path) as temporary:
+        yield temporary
 
 
 def check_outputs(options: Mapping[str, str | None], name: str = "report") -> None:
     """Checks that the files of several options can be written.
 
     Args:
-      options: option → file; None where the option is absent, `-` for the terminal.
-      name: stem of a file name, for the fix.
+      options: option → file; None for an absent option, `-` for standard output.
+      name: stem of the file name in the fix.
 
     Raises:
-      ConfigError: with every file that cannot.
+      ConfigError: lists every file that cannot be written.
     """
     problems = []
     for option, file in options.items():
         if not file or file == "-":
             continue
         path = Path(file).absolute()
-        above = next((parent for parent in path.parents if parent.exists()), path)
+        existing = next((parent for parent in path.parents if parent.exists()), path)
         if path.is_dir():
             why = "is a folder, not a file"
-        elif not above.is_dir() or not os.access(above, os.W_OK):
-            why = f"cannot be written: {above} is not a folder that this user may write to"
+        elif not existing.is_dir() or not os.access(existing, os.W_OK):
+            why = f"cannot be written: {existing} is not a folder that this user may write to"
         else:
             continue
         problems.append(Problem(f"{option} {file}", why, f"{option} {name}.{option[2:]}"))
@@ -85,10 +84,10 @@ def check_outputs(options: Mapping[str, str | None], name: str = "report") -> No
 
 
 def write_output(path: Path, text: str) -> None:
-    """Writes a text file and the folders above it, or prints the text if the path is `-`.
+    """Writes a text file and its parent folders, or prints the text if the path is `-`.
 
     Raises:
-      ConfigError: the system refuses, and nothing of the file is there.
+      ConfigError: the write failed, and the file is absent or unchanged.
     """
     if str(path) == "-":
         print(text)
@@ -96,5 +95,5 @@ def write_output(path: Path, text: str) -> None:
     fix = "a folder with free space, and permission to write there"
     with os_errors_as(ConfigError, "A file cannot be written.", path, fix):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with write_atomic(path) as part:
-            part.write_text(text, "utf-8")
+        with write_atomic(path) as temporary:
+            temporary.write_text(text, "utf-8")

@@ -1,10 +1,11 @@
-"""Text in aligned columns, which folds long cells and never cuts one."""
+"""Tables of aligned columns, which fold long cells; nested mappings as their rows."""
 
 import dataclasses
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-# A column is not folded to less than this: every word would be in pieces.
+# Columns are not folded to less than this, since every word would be broken.
 _NARROWEST = 8
 _CONTINUED = "    "
 
@@ -15,8 +16,8 @@ class Column:
 
     Attributes:
       name: header; may have several lines.
-      right: whether its cells are numbers: aligned to the right and never folded.
-      most: width to which it is folded before any column is folded further; None for any.
+      right: whether its cells are numbers: right-aligned and not folded.
+      most: width to which it is folded before other columns are folded; None for no such width.
     """
 
     name: str
@@ -30,10 +31,10 @@ class Table:
 
     Attributes:
       columns: the columns; a text is a left-aligned column of that name.
-      rows: the cells of each row, as many as there are columns or fewer; a text in place of a row
-        is a line of its own above the rows that follow.
-      indent: columns of space before each row, but not before a line of its own.
-      gap: columns of space between two columns.
+      rows: the cells of each row, at most one per column; a `str` in place of a row is a line
+        across all columns.
+      indent: spaces before each row, but not before a `str`.
+      gap: spaces between two columns.
       styles: index of a row → `rich` style in which a terminal shows it.
     """
 
@@ -44,11 +45,11 @@ class Table:
     styles: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
     def to_text(self, width: int | None = None) -> str:
-        """Returns the table as plain text, all of every cell.
+        """Returns the table as plain text, with the whole text of every cell.
 
         Args:
-          width: columns to fold into, as far as numbers and the narrowest columns leave it
-            possible; None keeps each line of a cell in one line.
+          width: columns of the terminal to fold to, unless numbers and the narrowest columns need
+            more; None for no folding.
 
         >>> table = Table(["leaf", Column("bytes", right=True)], [["layers/mlp/gate", "8 KiB"]])
         >>> print(table.to_text())
@@ -63,87 +64,89 @@ class Table:
 
     def to_lines(self, width: int | None = None) -> Iterator[tuple[str, str]]:
         """Yields `(style, line)` for each line of `to_text`."""
-        columns = [Column(one) if isinstance(one, str) else one for one in self.columns]
-        header = [one.name for one in columns]
-        rows = [row if isinstance(row, str) else _padded(row, len(columns)) for row in self.rows]
+        columns = [Column(column) if isinstance(column, str) else column for column in self.columns]
+        header = [column.name for column in columns]
+        rows = [row if isinstance(row, str) else _pad_row(row, len(columns)) for row in self.rows]
         table = [header, *(row for row in rows if not isinstance(row, str))]
         gaps = self.indent + self.gap * (len(columns) - 1)
-        widths = _fit(columns, table, None if width is None else width - gaps)
+        widths = _fit_widths(columns, table, None if width is None else width - gaps)
         for at, row in enumerate([header, *rows] if any(header) else rows, -any(header)):
             style = self.styles.get(at, "") if at >= 0 else "bold"
             if isinstance(row, str):
                 lines = row.split("\n") if width is None else fold_text(row, width, _CONTINUED)
                 yield from ((style, line) for line in lines)
                 continue
-            for cells in _lay_out(row, columns, widths):
+            for cells in _fold_row(row, columns, widths):
                 yield style, f"{'':{self.indent}}{(' ' * self.gap).join(cells)}".rstrip()
 
 
 def fold_text(text: str, width: int, indent: str = "") -> list[str]:
     """Breaks text into lines of at most `width` columns, between words or after a `/` or comma.
 
-    What is longer is broken anywhere. Lines of the text stay lines.
+    A longer word is broken anywhere. Line breaks of the text are kept.
 
     Args:
       text: one line or several.
       width: columns of a line.
-      indent: before each line but the first.
+      indent: prefix of each line but the first.
 
     >>> fold_text("layers/attention is split", 12)
     ['layers/', 'attention is', 'split']
     """
     lines: list[str] = []
-    for whole in text.split("\n"):
-        rest, first = whole, True
+    for remaining in text.split("\n"):
+        prefix = ""
         while True:
-            before = "" if first else indent
-            end = _break_at(rest, max(1, width - _columns(before)))
-            lines.append(before + (rest if end == len(rest) else rest[:end].rstrip()))
-            if end == len(rest):
+            end = _find_break(remaining, max(1, width - _count_columns(prefix)))
+            is_last = end == len(remaining)
+            lines.append(prefix + (remaining if is_last else remaining[:end].rstrip()))
+            if is_last:
                 break
-            rest, first = rest[end:].lstrip(" "), False
+            remaining, prefix = remaining[end:].lstrip(" "), indent
     return lines
 
 
-def _break_at(text: str, width: int) -> int:
-    """Number of characters for the first line: all, up to the last good break, or what fits."""
-    if _columns(text) <= width:
+def _find_break(text: str, width: int) -> int:
+    """Number of characters of the first line: all, up to the last break, or as many as fit."""
+    if _count_columns(text) <= width:
         return len(text)
-    fits = next(n for n in range(width, -1, -1) if _columns(text[:n]) <= width) or 1
-    # A space may stand in the column behind the line, where it is dropped.
+    fits = next(n for n in range(width, -1, -1) if _count_columns(text[:n]) <= width) or 1
+    # A space in the column after the line is dropped, so the line may end there.
     blank = text.rfind(" ", 0, fits + 1)
     if text[:blank].strip() and blank > 0:
         return blank
     return max(text.rfind(mark, 0, fits) for mark in "/,") + 1 or fits
 
 
-def _padded(row: Sequence[str], n: int) -> list[str]:
+def _pad_row(row: Sequence[str], n: int) -> list[str]:
     assert len(row) <= n, f"{len(row)} cells for {n} columns"
     return [*row, *[""] * (n - len(row))]
 
 
-def _fit(columns: Sequence[Column], table: Sequence[Sequence[str]], room: int | None) -> list[int]:
-    """Widths of the columns: those of the longest cells, the widest reduced to fit into `room`."""
+def _fit_widths(
+    columns: Sequence[Column], table: Sequence[Sequence[str]], width: int | None
+) -> list[int]:
+    """Widths of the columns: those of the longest cells, reduced from the widest to fit `width`."""
     widths = [
-        max(_columns(line) for row in table for line in row[at].split("\n"))
+        max(_count_columns(line) for row in table for line in row[at].split("\n"))
         for at in range(len(columns))
     ]
-    if room is None:
+    if width is None:
         return widths
     texts = [at for at, column in enumerate(columns) if not column.right]
-    while sum(widths) > room:
-        wide = [at for at in texts if widths[at] > (columns[at].most or widths[at])]
-        folds = wide or [at for at in texts if widths[at] > _NARROWEST]
-        if not folds:
+    while sum(widths) > width:
+        over = [at for at in texts if widths[at] > (columns[at].most or widths[at])]
+        foldable = over or [at for at in texts if widths[at] > _NARROWEST]
+        if not foldable:
             break
-        widths[max(folds, key=lambda at: widths[at])] -= 1
+        widths[max(foldable, key=lambda at: widths[at])] -= 1
     return widths
 
 
-def _lay_out(
+def _fold_row(
     row: Sequence[str], columns: Sequence[Column], widths: Sequence[int]
 ) -> Iterator[list[str]]:
-    """The padded cells of each line of one row."""
+    """Yields the padded cells of each line of one row."""
     cells = [
         cell.split("\n") if column.right else fold_text(cell, width)
         for cell, column, width in zip(row, columns, widths, strict=True)
@@ -152,14 +155,39 @@ def _lay_out(
         line = [lines[at] if at < len(lines) else "" for lines in cells]
         padded = []
         for text, column, width in zip(line, columns, widths, strict=True):
-            space = " " * (width - _columns(text))
+            space = " " * (width - _count_columns(text))
             padded.append(space + text if column.right else text + space)
         yield padded
 
 
-def _columns(text: str) -> int:
-    """Columns that a terminal takes for a text: East Asian characters take two, marks none."""
+def _count_columns(text: str) -> int:
+    """Columns of a text in a terminal: two per East Asian character, none per combining mark."""
     if text.isascii():
         return len(text)
-    wide = sum(unicodedata.east_asian_width(one) in "WF" for one in text)
+    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
     return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
+
+
+def flatten(tree: Mapping[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
+    """Returns the values of nested mappings by path, in order.
+
+    An empty mapping is itself a value, so that a group without entries is not lost.
+
+    Args:
+      tree: nested mappings; anything else, such as a list, is a value.
+      separator: between the names of a path.
+      prefix: before every path.
+
+    >>> flatten({"train": {"steps": 4, "profile": {}}, "name": "nano"})
+    {'train.steps': 4, 'train.profile': {}, 'name': 'nano'}
+    >>> flatten({"decoder": {"up": 1}}, separator="/")
+    {'decoder/up': 1}
+    """
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, separator, f"{path}{separator}")
+        else:
+            flat[path] = value
+    return flat

@@ -1,59 +1,206 @@
-"""Attention whose length is split over a mesh axis, with its gradient."""
+"""The override of `sk.nn.attention` over a length that a mesh axis splits, with its gradient."""
 
+import dataclasses
 import functools
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, final
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from ._attention_layout import Way
+from ..._core.errors import Problem, ShardingError, raise_all
+from ..._core.tree import short_type
+from ...nn._overridable import Override, StepContext, manual_axes
+from ...rules import axes_of, format_mesh
+from ._attention_layout import AttentionLayout
+from ._blockwise import Cotangents
+from ._pairwise import PairwiseExchange
+from ._ring import RingAttention
+from ._ulysses import UlyssesAttention
+
+LAYOUTS: dict[str, type[AttentionLayout]] = {
+    "ring": RingAttention,
+    "all_to_all": UlyssesAttention,
+}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def across(
-    q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
+def context_parallel_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
     segment_ids: jax.Array | None,
     causal: bool,
-    way: Way,
+    layout: AttentionLayout,
 ) -> jax.Array:
-    """Returns softmax(q kᵀ / √H + mask) v, the softmax in f32, without a length being gathered.
+    """Returns softmax(q kᵀ / √H + mask) v, the softmax in f32, without gathering a length.
 
-    The backward pass keeps the inputs as `way` moved them, the output and one number per query;
-    it makes the same exchanges again instead of keeping what came.
+    The backward pass keeps the inputs in the compute layout, the output and one number per query;
+    it repeats the exchanges of keys and values instead of keeping what arrived.
 
     Args:
-      q_BTNH: queries, [batch, length, heads, head_dim].
-      k_BTKH: keys, [batch, length, kv_heads, head_dim].
-      v_BTKH: values, as the keys.
+      query: [batch, length, heads, head_dim].
+      key: [batch, length, kv_heads, head_dim].
+      value: as `key`.
       segment_ids: i32[batch, length], or None; a query sees only keys of its own segment.
       causal: whether a query sees only keys at its own position and before.
-      way: `Ring` or `HeadExchange`.
+      layout: how devices exchange what they hold.
 
     Returns:
       [batch, length, heads, head_dim] in the dtype of the queries.
     """
-    return _across_fwd(q_BTNH, k_BTKH, v_BTKH, segment_ids, causal, way)[0]
+    # By position: a `custom_vjp` hands all six on so.
+    arguments = (query, key, value, segment_ids, causal, layout)
+    return _attention_fwd(*arguments)[0]
 
 
-def _across_fwd(
-    q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None, causal: bool, way: Way
+def _attention_fwd(  # one argument for each of `context_parallel_attention`
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    ids: jax.Array | None,
+    causal: bool,
+    layout: AttentionLayout,
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    q, k, v, ids = way.enter((q, k, v, ids), causal)
-    out, lse = way.attend(q, k, v, ids, causal)
-    # Under the name of the output, so that a policy which keeps one keeps both.
-    out, lse = checkpoint_name((way.leave(out, causal), lse), "attn_mix")
-    return out, (q, k, v, ids, out, lse)
+    inputs = layout.to_compute_layout((query, key, value, ids), causal)
+    out, lse = layout.attend(inputs, causal)
+    out = layout.from_compute_layout(out, causal)
+    # One name for both, so that a policy that keeps the output keeps the logarithms as well.
+    out, lse = checkpoint_name((out, lse), "attn_mix")
+    return out, (inputs, out, lse)
 
 
-def _across_bwd(causal: bool, way: Way, saved: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
-    q, k, v, ids, out, lse = saved
+def _attention_bwd(
+    causal: bool, layout: AttentionLayout, residuals: tuple[Any, ...], g: jax.Array
+) -> tuple[Any, ...]:
+    inputs, out, lse = residuals
     delta = (out.astype(jnp.float32) * g).sum(-1)
-    g, delta = way.enter((g, delta), causal)
-    grads = way.gradients(q, k, v, ids, lse, delta, g, causal)
-    return *way.leave(grads, causal), None
+    g, delta = layout.to_compute_layout((g, delta), causal)
+    grads = layout.attend_backward(inputs, Cotangents(lse, delta, g), causal)
+    return *layout.from_compute_layout(grads, causal), None
 
 
-across.defvjp(_across_fwd, _across_bwd)
+context_parallel_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class ContextAttention(Override):
+    """Attention over a length that `axis` splits.
+
+    Attributes:
+      attention: `"ring"` or `"all_to_all"`.
+      kv_heads: `"split"` or `"replicate"`, see `context`.
+    """
+
+    attention: str = "ring"
+    kv_heads: str = "split"
+
+    def __call__(
+        self, around: StepContext, plain: Callable[..., jax.Array], *args: Any, **kwargs: Any
+    ) -> jax.Array:
+        """Returns what `plain`, one device's `sk.nn.attention`, would."""
+        return self._attend(around, *args, **kwargs)
+
+    def _attend(
+        self,
+        around: StepContext,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        segment_ids: jax.Array | None,
+        causal: bool,
+        implementation: str,
+    ) -> jax.Array:
+        """Attends block by block, whatever `implementation` says."""
+        sizes, head_axes = around.mesh.shape, _split_axes(around, "heads")
+        shards = math.prod(sizes[axis] for axis in head_axes)
+        if self.attention == "all_to_all":
+            shards *= sizes[self.axis]
+        repeatable = self.kv_heads == "replicate" or _split_axes(around, "kv_heads") != head_axes
+        problems = self._length_problems(around, query, key, segment_ids, causal)
+        problems += self._head_problems(query, key, shards, repeatable)
+        headline = f"Attention cannot be split on mesh {format_mesh(sizes)}."
+        raise_all(ShardingError, headline, problems)
+        # 2 key heads over 4 shards become 4, each repeated once; 6 over 4 become 12.
+        copies = math.lcm(key.shape[2], shards) // key.shape[2]
+        if copies > 1:
+            key, value = (jnp.repeat(x, copies, axis=2) for x in (key, value))
+        layout = self._layout(
+            mesh=around.mesh,
+            axis=self.axis,
+            row_axes=around.free_row_axes,
+            head_axes=head_axes,
+            vmapped_axes=around.gradient_shard_axes,
+        )
+        arguments = (query, key, value, segment_ids, causal, layout)
+        return context_parallel_attention(*arguments)
+
+    @property
+    def _layout(self) -> type[AttentionLayout]:
+        """In a stage of a pipeline, other stages do something else: no permute over all of them."""
+        return (
+            PairwiseExchange
+            if self.attention == "ring" and manual_axes()
+            else LAYOUTS[self.attention]
+        )
+
+    def _length_problems(
+        self,
+        around: StepContext,
+        query: jax.Array,
+        key: jax.Array,
+        segment_ids: jax.Array | None,
+        causal: bool,
+    ) -> list[Problem]:
+        length, n = query.shape[1], around.mesh.shape[self.axis]
+        pieces = 2 * n if causal and self.attention == "ring" else n
+        problems = []
+        if length % pieces:
+            cut = f"{pieces} pieces, two per device" if pieces > n else f"{n} pieces"
+            why = f"length {length} does not split into {cut} ({self.axis}={n})"
+            near = max(pieces, round(length / pieces) * pieces)
+            problems.append(Problem(f"queries {_type(query)}", why, f"a length of {near}"))
+        if self._layout is PairwiseExchange and n % 2:
+            why = (
+                f"a ring of {self.axis}={n} in a pipeline stage exchanges in pairs: n must be even"
+            )
+            fix = f"{self.axis}={n + 1}, or strategies.context(attention='all_to_all')"
+            problems.append(Problem("attention='ring'", why, fix))
+        if key.shape[1] != length:
+            why = f"{key.shape[1]} keys for {length} queries; a split length must be equal for both"
+            problems.append(Problem(f"keys {_type(key)}", why, "attention of a row on itself"))
+        if segment_ids is not None and segment_ids.shape != query.shape[:2]:
+            why = f"not one id per token of {_type(query)}"
+            fix = f"segment_ids of shape {query.shape[:2]}"
+            problems.append(Problem(f"segment_ids {_type(segment_ids)}", why, fix))
+        return problems
+
+    def _head_problems(
+        self, query: jax.Array, key: jax.Array, shards: int, repeatable: bool
+    ) -> list[Problem]:
+        heads, key_heads = query.shape[2], key.shape[2]
+        split = f"split {shards} ways by {self.attention} attention and the axes of heads"
+        if heads % shards:
+            divisors = ", ".join(str(d) for d in range(1, heads + 1) if heads % d == 0)
+            why = f"{heads} heads cannot be {split}"
+            fix = f"{math.lcm(heads, shards)} heads, or {divisors} ways in all, or attention='ring'"
+            return [Problem(f"queries {_type(query)}", why, fix)]
+        if key_heads % shards and not repeatable:
+            why = f"{key_heads} key heads cannot be {split}"
+            fix = f"kv_heads={math.lcm(key_heads, shards)} in the model, "
+            fix += "or strategies.context(kv_heads='replicate')"
+            return [Problem(f"keys {_type(key)}", why, fix)]
+        return []
+
+
+def _split_axes(around: StepContext, name: str) -> tuple[str, ...]:
+    """Mesh axes that split a dim of activations; absent ones are reported elsewhere."""
+    axes = axes_of(around.spec((name,))[0])
+    return tuple(axis for axis in axes if axis in around.mesh.shape)
+
+
+def _type(x: jax.Array) -> str:
+    return short_type(x.shape, x.dtype)

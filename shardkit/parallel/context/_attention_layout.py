@@ -1,10 +1,11 @@
-"""A way of computing attention over a length that a mesh axis splits, as bodies per device.
+"""How the arrays of attention are laid out while a split length is attended to.
 
 Dims: B rows, T queries, S keys, N query heads, K key heads, G = N / K, H head width.
 
-Arrays arrive with their length split, in order. A way first moves them (`enter`), computes, and
-moves the result back (`leave`, the inverse and, as both only move elements, the transpose). No
-derivative is ever taken through a body: `across` states the gradient in terms of the same moves.
+Arrays arrive with their length split, in order. A layout moves them (`to_compute_layout`), attends,
+and moves the result back (`from_compute_layout`: the inverse and, since both only move elements,
+the transpose). No derivative is taken through a body per device: `context_parallel_attention`
+states the gradient in terms of the same moves.
 """
 
 import abc
@@ -16,170 +17,163 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from ..._core.types import PyTree
+from ._blockwise import Cotangents, Gradients, Keys, Partial, Queries
+
 Axes = tuple[str, ...]
-Spec = Callable[[int], PartitionSpec]
+# q [B, T, N, H], k and v [B, S, K, H], and segments i32[B, T] or None.
+Inputs = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
+SpecOfRank = Callable[[int], PartitionSpec]
 
 
 @dataclasses.dataclass(frozen=True)
-class Way(abc.ABC):
-    """Where the arrays of attention live, and how they are computed with.
+class AttentionLayout(abc.ABC):
+    """Which mesh axes split the arrays of attention, and how devices exchange them.
 
     Attributes:
       mesh: the device mesh.
       axis: the mesh axis that splits the length.
-      rows: mesh axes that split the rows.
-      heads: mesh axes that split heads and key heads.
-      mapped: mesh axes that a `jax.vmap` around splits over.
+      row_axes: mesh axes that split the rows.
+      head_axes: mesh axes that split heads and key heads.
+      vmapped_axes: mesh axes that an enclosing `jax.vmap` splits over.
     """
 
     mesh: Mesh
     axis: str
-    rows: Axes
-    heads: Axes
-    mapped: Axes = ()
+    row_axes: Axes
+    head_axes: Axes
+    vmapped_axes: Axes = ()
 
     @property
     def size(self) -> int:
         """Devices that share one length."""
         return self.mesh.shape[self.axis]
 
-    def enter(self, arrays: Any, causal: bool) -> Any:
-        """Moves [batch, length, …] arrays of a pytree from their order to that of the work."""
-        return self._move(self.moved_in, arrays, causal, self.outer, self.inner)
+    def to_compute_layout(self, arrays: PyTree, causal: bool) -> PyTree:
+        """Moves a pytree of [batch, length, …] arrays to where they are computed with."""
+        return self._move(self.move_to_compute, arrays, causal, self.input_spec, self.compute_spec)
 
-    def leave(self, arrays: Any, causal: bool) -> Any:
-        """Moves arrays back."""
-        return self._move(self.moved_out, arrays, causal, self.inner, self.outer)
+    def from_compute_layout(self, arrays: PyTree, causal: bool) -> PyTree:
+        """The inverse of `to_compute_layout`."""
+        return self._move(
+            self.move_from_compute, arrays, causal, self.compute_spec, self.input_spec
+        )
 
-    def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None, causal: bool
-    ) -> tuple[jax.Array, jax.Array]:
+    def attend(self, inputs: Inputs, causal: bool) -> tuple[jax.Array, jax.Array]:
         """Returns [B, T, N, H] in the dtype of q, and f32[B, T, N], logarithms of softmax sums.
 
-        All arrays are as `enter` left them.
+        Args:
+          inputs: q, k, v and segments, in the compute layout.
+          causal: whether a query sees its own position and earlier ones alone.
         """
 
-        def body(q: jax.Array, k: jax.Array, v: jax.Array, ids: Any) -> Any:
-            heads = k.shape[2]
-            out, lse = self.part(grouped(q, heads), _turned(k), _turned(v), ids, causal)
-            return ungrouped(out).astype(q.dtype), ungrouped(lse)
+        def body(inputs: Inputs) -> tuple[jax.Array, jax.Array]:
+            queries, keys = _group_heads(inputs)
+            out, lse = self.attend_shard(queries, keys, causal)
+            return _ungroup(out).astype(inputs[0].dtype), _ungroup(lse)
 
-        return self._run(body, (q, k, v, ids), self.inner, self.inner(3))
+        return self._run(body, (inputs,), self.compute_spec, self.compute_spec(3))
 
-    def gradients(
-        self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        ids: jax.Array | None,
-        lse: jax.Array,
-        delta: jax.Array,
-        g: jax.Array,
-        causal: bool,
+    def attend_backward(
+        self, inputs: Inputs, cotangents: Cotangents, causal: bool
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns the gradients of q, k and v in their dtypes; the softmax is computed again.
 
-        All arrays are as `enter` left them; lse and delta are f32[B, T, N].
+        Args:
+          inputs: as for `attend`.
+          cotangents: lse and delta f32[B, T, N], g [B, T, N, H].
+          causal: as for `attend`.
         """
 
-        def body(
-            q: jax.Array, k: jax.Array, v: jax.Array, ids: Any, lse: Any, delta: Any, g: Any
-        ) -> Any:
-            heads = k.shape[2]
-            lse, delta = grouped(lse, heads), grouped(delta, heads)
-            tokens = grouped(q, heads), _turned(k), _turned(v), ids
-            dq, dk, dv = self.part_backward(*tokens, lse, delta, grouped(g, heads), causal)
-            found = ungrouped(dq), _turned(dk), _turned(dv)
-            return tuple(x.astype(y.dtype) for x, y in zip(found, (q, k, v), strict=True))
+        def body(inputs: Inputs, cotangents: Cotangents) -> Any:
+            queries, keys = _group_heads(inputs)
+            grouped = Cotangents(*(_group(x, keys.k.shape[1]) for x in cotangents))
+            dq, dk, dv = self.attend_shard_backward(queries, keys, grouped, causal)
+            grads = _ungroup(dq), _swap_length_and_heads(dk), _swap_length_and_heads(dv)
+            return tuple(g.astype(x.dtype) for g, x in zip(grads, inputs[:3], strict=True))
 
-        return self._run(body, (q, k, v, ids, lse, delta, g), self.inner, self.inner(3))
+        return self._run(body, (inputs, cotangents), self.compute_spec, self.compute_spec(3))
 
-    def outer(self, ndim: int) -> PartitionSpec:
-        """Spec of an array outside, whose first dims are batch, length, heads."""
-        return PartitionSpec(*(self.rows or None, self.axis, self.heads or None)[:ndim])
+    def input_spec(self, ndim: int) -> PartitionSpec:
+        """Spec of an input or output, whose first dims are batch, length, heads."""
+        return PartitionSpec(*(self.row_axes or None, self.axis, self.head_axes or None)[:ndim])
 
     @abc.abstractmethod
-    def inner(self, ndim: int) -> PartitionSpec:
-        """The same between `enter` and `leave`."""
+    def compute_spec(self, ndim: int) -> PartitionSpec:
+        """Spec of the same array in the compute layout."""
 
     @abc.abstractmethod
-    def moved_in(self, x: jax.Array, causal: bool) -> jax.Array:
-        """One device's array between `enter` and `leave`, from what it holds outside."""
+    def move_to_compute(self, x: jax.Array, causal: bool) -> jax.Array:
+        """One device's array in the compute layout, from its shard of the input."""
 
     @abc.abstractmethod
-    def moved_out(self, x: jax.Array, causal: bool) -> jax.Array:
-        """The inverse."""
+    def move_from_compute(self, x: jax.Array, causal: bool) -> jax.Array:
+        """The inverse of `move_to_compute`."""
 
     @abc.abstractmethod
-    def part(self, q: jax.Array, k: jax.Array, v: jax.Array, ids: Any, causal: bool) -> Any:
-        """One device's queries against the keys of all devices, laid out as `attend` has them.
+    def attend_shard(self, queries: Queries, keys: Keys, causal: bool) -> Partial:
+        """One device's queries against the keys of all devices.
 
         Args:
-          q: [B, K, G, T, H].
-          k: [B, K, S, H].
-          v: [B, K, S, H].
-          ids: i32[B, T], or None.
+          queries: the device's own.
+          keys: the device's own.
           causal: whether a query sees its own position and earlier ones alone.
-
-        Returns:
-          A `Part`.
         """
 
     @abc.abstractmethod
-    def part_backward(
-        self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        ids: Any,
-        lse: jax.Array,
-        delta: jax.Array,
-        g: jax.Array,
-        causal: bool,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def attend_shard_backward(
+        self, queries: Queries, keys: Keys, cotangents: Cotangents, causal: bool
+    ) -> Gradients:
         """Gradients of one device's q, k and v, f32, laid out as these."""
 
     def _move(
         self,
         move: Callable[[jax.Array, bool], jax.Array],
-        arrays: Any,
+        arrays: PyTree,
         causal: bool,
-        before: Spec,
-        after: Spec,
-    ) -> Any:
-        def body(arrays: Any) -> Any:
+        before: SpecOfRank,
+        after: SpecOfRank,
+    ) -> PyTree:
+        def body(arrays: PyTree) -> PyTree:
             return jax.tree.map(lambda x: move(x, causal), arrays)
 
         out = jax.tree.map(lambda x: after(x.ndim), arrays)
         return self._run(body, (arrays,), before, out)
 
-    def _run(self, body: Callable[..., Any], args: Any, spec: Spec, out_specs: Any) -> Any:
-        """Runs a body on every device; axes that split none of the arrays stay the compiler's."""
-        around = jax.sharding.get_abstract_mesh()  # inside of another `shard_map`, its mesh
+    def _run(
+        self, body: Callable[..., Any], args: PyTree, spec: SpecOfRank, out_specs: PyTree
+    ) -> Any:
+        """Runs a body on every device; axes that split none of the arrays stay automatic."""
+        current = jax.sharding.get_abstract_mesh()  # of an enclosing `shard_map`, if there is one
         run = jax.shard_map(
             body,
-            mesh=self.mesh if around.empty else around,
+            mesh=self.mesh if current.empty else current,
             in_specs=jax.tree.map(lambda x: spec(x.ndim), args),
             out_specs=out_specs,
-            axis_names={self.axis, *self.rows, *self.heads, *self.mapped},
+            axis_names={self.axis, *self.row_axes, *self.head_axes, *self.vmapped_axes},
             check_vma=False,  # which only derivatives would need
         )
         return run(*args)
 
 
-def grouped(x: jax.Array, key_heads: int) -> jax.Array:
+def _group_heads(inputs: Inputs) -> tuple[Queries, Keys]:
+    q, k, v, ids = inputs
+    keys = Keys(_swap_length_and_heads(k), _swap_length_and_heads(v), ids)
+    return Queries(_group(q, k.shape[2]), ids), keys
+
+
+def _group(x: jax.Array, key_heads: int) -> jax.Array:
     """[B, T, N, …] as [B, K, G, T, …]: products batch over B and K, and K, V stay unrepeated."""
-    B, T, N, *rest = x.shape
-    apart = x.reshape(B, T, key_heads, N // key_heads, *rest)
-    return jnp.moveaxis(apart, 1, 3)
+    B, T, N, *width = x.shape
+    return jnp.moveaxis(x.reshape(B, T, key_heads, N // key_heads, *width), 1, 3)
 
 
-def ungrouped(x: jax.Array) -> jax.Array:
-    """The inverse of `grouped`."""
-    B, K, G, T, *rest = x.shape
-    return jnp.moveaxis(x, 3, 1).reshape(B, T, K * G, *rest)
+def _ungroup(x: jax.Array) -> jax.Array:
+    """The inverse of `_group`."""
+    B, K, G, T, *width = x.shape
+    return jnp.moveaxis(x, 3, 1).reshape(B, T, K * G, *width)
 
 
-def _turned(x: jax.Array) -> jax.Array:
+def _swap_length_and_heads(x: jax.Array) -> jax.Array:
     """[B, S, K, H] as [B, K, S, H], and back."""
     return x.transpose(0, 2, 1, 3)

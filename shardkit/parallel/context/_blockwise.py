@@ -1,173 +1,207 @@
-"""Attention of some queries on some keys, and how such parts join: the work between exchanges.
+"""Attention of some queries to some keys, and how two such results merge.
 
 Dims: B rows, K key heads, G query heads that share one of them, T queries, S keys, H head width.
 
-A part is what softmax attention gives on a subset of the keys, with the logarithm of its softmax
-sum; two parts on disjoint keys join exactly (`merge`, arXiv:2112.05682). Queries and keys are cut
-into tiles, and only the pairs of tiles that a causal mask leaves are visited, one after another:
-no array grows with the product of the lengths, and what is hidden costs nothing.
+A `Partial` is softmax attention over a subset of the keys, with the logarithm of its softmax sum;
+two partials over disjoint keys merge exactly (`merge`, arXiv:2112.05682). Queries and keys are cut
+into tiles, and only the pairs of tiles that a causal mask leaves visible are computed, one after
+another: no array grows with the product of the lengths, and hidden tiles cost nothing.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..._core.recomputation import again
+from ..._core.scope_markers import recomputed
 
-Part = tuple[jax.Array, jax.Array]
+Partial = tuple[jax.Array, jax.Array]
 Gradients = tuple[jax.Array, jax.Array, jax.Array]
-Ids = tuple[jax.Array, jax.Array] | None
 
 # A tile's logits are f32[B, K, G, 512, 512]: 1 MiB a head, and wide enough for a matrix unit.
 _WIDEST, _NARROWEST = 512, 64
-_MASKED = -1e30  # finite: a tile may hide every key of a query, and a later one show some
+_MASKED = -1e30  # finite: one tile can hide every key of a query that a later tile shows
 
-_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+_einsum_f32 = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, ids: Ids, causal: bool) -> Part:
+class Queries(NamedTuple):
+    """Queries [B, K, G, T, H] and their segments, i32[B, T] or None."""
+
+    q: jax.Array
+    ids: jax.Array | None
+
+
+class Keys(NamedTuple):
+    """A block of keys and values, each [B, K, S, H], and its segments, i32[B, S] or None."""
+
+    k: jax.Array
+    v: jax.Array
+    ids: jax.Array | None
+
+
+class Cotangents(NamedTuple):
+    """What the backward pass knows of each query, from the softmax over all keys.
+
+    Attributes:
+      lse: f32[B, K, G, T], logarithm of the softmax sum.
+      delta: f32[B, K, G, T], sum over H of the output times its cotangent.
+      g: [B, K, G, T, H], cotangent of the output.
+    """
+
+    lse: jax.Array
+    delta: jax.Array
+    g: jax.Array
+
+
+def attend(queries: Queries, keys: Keys, causal: bool) -> Partial:
     """Returns softmax(q kᵀ / √H + mask) v, and the logarithm of each query's softmax sum.
 
     Args:
-      q: [B, K, G, T, H].
-      k: [B, K, S, H].
-      v: [B, K, S, H].
-      ids: segments of the queries i32[B, T] and of the keys i32[B, S], or None.
+      queries: T queries.
+      keys: S keys.
       causal: whether query t sees the keys 0 … t alone; then S = T.
 
     Returns:
       f32[B, K, G, T, H] and f32[B, K, G, T].
     """
-    tiles = _Tiles(q.shape[3], k.shape[2], causal)
-    q, ids, pairs = _held(q, ids, tiles.pairs)
+    tiles = _Tiles(queries.q.shape[3], keys.k.shape[2], causal)
+    queries, key_ids, pairs = _order_after_queries(queries, keys.ids, tiles.pairs)
+    keys = keys._replace(ids=key_ids)
 
-    def visit(part: Part, pair: jax.Array) -> tuple[Part, None]:
+    def visit(partial: Partial, pair: jax.Array) -> tuple[Partial, None]:
         i, j = pair
-        q_tile, k_tile, v_tile = tiles.rows(q, i), tiles.keys(k, j), tiles.keys(v, j)
-        s = _scores(q_tile, k_tile, tiles.ids(ids, i, j), tiles.seen(i, j))
+        key = tiles.keys(keys, j)
+        s = _scores(tiles.queries(queries, i), key, tiles.visible(i, j))
         top = s.max(-1)
         p = jnp.exp(s - top[..., None])
         total = p.sum(-1)
-        mixed = _product("bkgts,bksh->bkgth", p.astype(v.dtype), v_tile) / total[..., None]
-        out, lse = part
-        so_far = tiles.rows(out, i), tiles.rows(lse, i)
-        new_out, new_lse = merge(so_far, (mixed, top + jnp.log(total)))
-        return (tiles.put(out, i, new_out), tiles.put(lse, i, new_lse)), None
+        out = _einsum_f32("bkgts,bksh->bkgth", p.astype(key.v.dtype), key.v) / total[..., None]
+        merged = merge(tiles.queries(partial, i), (out, top + jnp.log(total)))
+        return tiles.set_queries(partial, i, merged), None
 
-    nothing = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], -jnp.inf, jnp.float32)
-    return jax.lax.scan(visit, nothing, pairs)[0]
+    q = queries.q
+    empty = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], -jnp.inf, jnp.float32)
+    return jax.lax.scan(visit, empty, pairs)[0]
 
 
-def merge(one: Part, other: Part) -> Part:
-    """Joins attention on two disjoint sets of keys into attention on both, in f32."""
-    lse = jnp.logaddexp(one[1], other[1])
-    first, second = (jnp.exp(part[1] - lse)[..., None] * part[0] for part in (one, other))
+def merge(a: Partial, b: Partial) -> Partial:
+    """Merges attention over two disjoint sets of keys into attention over both, in f32."""
+    lse = jnp.logaddexp(a[1], b[1])
+    first, second = (jnp.exp(part[1] - lse)[..., None] * part[0] for part in (a, b))
     return first + second, lse
 
 
 def attend_backward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    ids: Ids,
-    causal: bool,
-    lse: jax.Array,
-    delta: jax.Array,
-    g: jax.Array,
+    queries: Queries, keys: Keys, cotangents: Cotangents, causal: bool
 ) -> Gradients:
     """Returns what these keys add to the gradients of q, k and v, each in f32.
 
     Args:
-      q: as for `attend`, and so k, v, ids and causal.
-      k: [B, K, S, H].
-      v: [B, K, S, H].
-      ids: segments of queries and keys, or None.
+      queries: as for `attend`.
+      keys: as for `attend`; some of the keys that the softmax is over.
+      cotangents: of the softmax over all keys.
       causal: whether query t sees the keys 0 … t alone.
-      lse: f32[B, K, G, T], of the softmax over all keys, these and others.
-      delta: f32[B, K, G, T], sum over H of output times its cotangent.
-      g: [B, K, G, T, H], cotangent of the output over all keys.
     """
-    tiles, scale = _Tiles(q.shape[3], k.shape[2], causal), q.shape[-1] ** -0.5
-    q, ids, pairs = _held(q, ids, tiles.pairs)
+    scale = queries.q.shape[-1] ** -0.5
+    tiles = _Tiles(queries.q.shape[3], keys.k.shape[2], causal)
+    queries, key_ids, pairs = _order_after_queries(queries, keys.ids, tiles.pairs)
+    keys = keys._replace(ids=key_ids)
 
-    def visit(sums: Gradients, pair: jax.Array) -> tuple[Gradients, None]:
+    def visit(grads: Gradients, pair: jax.Array) -> tuple[Gradients, None]:
         i, j = pair
-        q_tile, g_tile = tiles.rows(q, i), tiles.rows(g, i)
-        k_tile, v_tile = tiles.keys(k, j), tiles.keys(v, j)
-        with again():
-            s = _scores(q_tile, k_tile, tiles.ids(ids, i, j), tiles.seen(i, j))
-        p = jnp.exp(s - tiles.rows(lse, i)[..., None])
-        dp = _product("bkgth,bksh->bkgts", g_tile, v_tile)
-        ds = (p * (dp - tiles.rows(delta, i)[..., None]) * scale).astype(q.dtype)
-        dq, dk, dv = sums
-        dq = tiles.put(dq, i, tiles.rows(dq, i) + _product("bkgts,bksh->bkgth", ds, k_tile))
-        dk = tiles.put_keys(dk, j, _product("bkgts,bkgth->bksh", ds, q_tile))
-        dv = tiles.put_keys(dv, j, _product("bkgts,bkgth->bksh", p.astype(g.dtype), g_tile))
+        query, key = tiles.queries(queries, i), tiles.keys(keys, j)
+        lse, delta, g = tiles.queries(cotangents, i)
+        with recomputed():
+            s = _scores(query, key, tiles.visible(i, j))
+        p = jnp.exp(s - lse[..., None])
+        dp = _einsum_f32("bkgth,bksh->bkgts", g, key.v)
+        ds = (p * (dp - delta[..., None]) * scale).astype(query.q.dtype)
+        dq, dk, dv = grads
+        dq = tiles.add_queries(dq, i, _einsum_f32("bkgts,bksh->bkgth", ds, key.k))
+        dk = tiles.add_keys(dk, j, _einsum_f32("bkgts,bkgth->bksh", ds, query.q))
+        dv = tiles.add_keys(dv, j, _einsum_f32("bkgts,bkgth->bksh", p.astype(g.dtype), g))
         return (dq, dk, dv), None
 
-    dq, dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-    nothing = dq, dk, dv
-    return jax.lax.scan(visit, nothing, pairs)[0]
+    dq, dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (queries.q, keys.k, keys.v))
+    return jax.lax.scan(visit, (dq, dk, dv), pairs)[0]
 
 
 class _Tiles:
-    """The pairs of tiles that a mask leaves, and the tiles themselves."""
+    """The pairs of tiles that a mask leaves visible, and slices of arrays by tile.
+
+    Six queries, six keys, tiles of two, causal: 6 of the 9 pairs (i, j) are computed.
+
+        (0,0)   .     .
+        (1,0) (1,1)   .
+        (2,0) (2,1) (2,2)
+    """
 
     def __init__(self, queries: int, keys: int, causal: bool) -> None:
-        self.height, self.width, self.causal = _tile(queries), _tile(keys), causal
-        count = queries // self.height, keys // self.width
-        pairs = [(i, j) for i in range(count[0]) for j in range(count[1]) if j <= i or not causal]
+        self.height, self.width, self.causal = _tile_size(queries), _tile_size(keys), causal
+        rows, columns = queries // self.height, keys // self.width
+        pairs = [(i, j) for i in range(rows) for j in range(columns) if j <= i or not causal]
         self.pairs = jnp.asarray(np.asarray(pairs, np.int32))
 
-    def rows(self, x: jax.Array, i: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice_in_dim(x, i * self.height, self.height, 3)
+    def queries(self, tree: Any, i: jax.Array) -> Any:
+        return _slice_length(tree, i * self.height, self.height, 3)
 
-    def keys(self, x: jax.Array, j: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice_in_dim(x, j * self.width, self.width, 2)
+    def keys(self, tree: Any, j: jax.Array) -> Any:
+        return _slice_length(tree, j * self.width, self.width, 2)
 
-    def ids(self, ids: Ids, i: jax.Array, j: jax.Array) -> Ids:
-        if ids is None:
-            return None
-        cut = jax.lax.dynamic_slice_in_dim
-        own = cut(ids[0], i * self.height, self.height, 1)
-        return own, cut(ids[1], j * self.width, self.width, 1)
+    def set_queries(self, tree: Any, i: jax.Array, tile: Any) -> Any:
+        update = jax.lax.dynamic_update_slice_in_dim
+        return jax.tree.map(lambda x, y: update(x, y, i * self.height, 3), tree, tile)
 
-    def seen(self, i: jax.Array, j: jax.Array) -> jax.Array | None:
+    def add_queries(self, x: jax.Array, i: jax.Array, tile: jax.Array) -> jax.Array:
+        return self.set_queries(x, i, self.queries(x, i) + tile)
+
+    def add_keys(self, x: jax.Array, j: jax.Array, tile: jax.Array) -> jax.Array:
+        total = self.keys(x, j) + tile
+        return jax.lax.dynamic_update_slice_in_dim(x, total, j * self.width, 2)
+
+    def visible(self, i: jax.Array, j: jax.Array) -> jax.Array | None:
         if not self.causal:
             return None
         query = i * self.height + jnp.arange(self.height)
         return query[:, None] >= j * self.width + jnp.arange(self.width)[None, :]
 
-    def put(self, x: jax.Array, i: jax.Array, tile: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(x, tile, i * self.height, 3)
 
-    def put_keys(self, x: jax.Array, j: jax.Array, more: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(x, self.keys(x, j) + more, j * self.width, 2)
+def _slice_length(tree: Any, start: jax.Array, size: int, dim: int) -> Any:
+    """Slices the length of arrays: `dim` of what has heads, dim 1 of segments."""
+
+    def cut(x: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(x, start, size, 1 if x.ndim == 2 else dim)
+
+    return jax.tree.map(cut, tree)
 
 
-def _held(q: jax.Array, ids: Ids, pairs: jax.Array) -> tuple[jax.Array, Ids, jax.Array]:
-    """The same arrays, of which none is known before the queries are.
+def _order_after_queries(
+    queries: Queries, key_ids: jax.Array | None, pairs: jax.Array
+) -> tuple[Queries, jax.Array | None, jax.Array]:
+    """Makes segments and pairs of tiles depend on the queries, so that they stay in the loop.
 
-    Differentiating a scan over layers takes out of it what no layer changes. Of the loop over
-    tiles that would be every tile's mask, one beside the other: the square of the length.
+    Differentiating a scan over layers hoists out of it whatever no layer changes. Of the loop over
+    tiles that would be the masks of all tiles, side by side: the square of the length.
     """
-    return jax.lax.optimization_barrier((q, ids, pairs))
+    return jax.lax.optimization_barrier((queries, key_ids, pairs))
 
 
-def _tile(length: int) -> int:
-    """The largest divisor that a tile may have, or the whole length where there is none."""
-    fits = (size for size in range(_WIDEST, _NARROWEST - 1, -1) if length % size == 0)
-    return length if length <= _WIDEST else next(fits, length)
+def _tile_size(length: int) -> int:
+    """The largest divisor of the length from 64 to 512; else the whole length."""
+    divisors = (size for size in range(_WIDEST, _NARROWEST - 1, -1) if length % size == 0)
+    return length if length <= _WIDEST else next(divisors, length)
 
 
-def _scores(q: jax.Array, k: jax.Array, ids: Ids, seen: jax.Array | None) -> jax.Array:
+def _scores(queries: Queries, keys: Keys, visible: jax.Array | None) -> jax.Array:
     """f32[B, K, G, t, s]: masked logits."""
-    s = _product("bkgth,bksh->bkgts", q, k) * q.shape[-1] ** -0.5
-    if seen is not None:
-        s = jnp.where(seen, s, _MASKED)
-    if ids is not None:
-        same = ids[0][:, :, None] == ids[1][:, None, :]
+    scale = queries.q.shape[-1] ** -0.5
+    s = _einsum_f32("bkgth,bksh->bkgts", queries.q, keys.k) * scale
+    if visible is not None:
+        s = jnp.where(visible, s, _MASKED)
+    if queries.ids is not None and keys.ids is not None:
+        same = queries.ids[:, :, None] == keys.ids[:, None, :]
         s = jnp.where(same[:, None, None], s, _MASKED)
     return s

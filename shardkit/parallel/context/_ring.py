@@ -1,199 +1,207 @@
-"""Ring attention: queries stay, blocks of keys and values travel (arXiv:2310.01889).
+"""Ring attention: queries stay, blocks of keys and values rotate (arXiv:2310.01889).
 
 Each device attends to its own block, then to that of its predecessor, and so on: n−1 permutes to
-the next device. Parts of the softmax join in f32. The backward pass sends the blocks round again,
-with the gradients of each that the devices on its way add to, in f32 as sums of several parts are.
+the next device. Partial softmaxes merge in f32. The backward pass rotates the blocks again, with
+the gradients of each, to which every device on the way adds its share, in f32.
 
 Under a causal mask the length is in zig-zag order, so every device holds a low and a high piece.
-Of the four pairs of pieces between two devices always two are visible, whole: the high queries see
+Of the four pairs of pieces between two devices, two are always visible, whole: the high queries see
 the low keys, and then either low see low (the block is of a device whose pieces enclose this one's)
-or high see high. So every step costs every device the same, without a mask and without a branch.
+or high see high. With n = 4, device 1 holds pieces 2 and 5; of the block of device 3 (1 and 6) it
+sees 1 with both of its own, of the block of device 2 (3 and 4) it sees both with its piece 5. So
+every step costs every device the same, without a mask and without a branch.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, final
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
-from ._attention_layout import Way
-from ._blockwise import Part, attend, attend_backward, merge
-from ._zigzag import from_zigzag, lower_piece, to_zigzag
+from ..._core.types import PyTree
+from ._blockwise import (
+    Cotangents,
+    Gradients,
+    Keys,
+    Partial,
+    Queries,
+    attend,
+    attend_backward,
+    merge,
+)
+from ._zigzag import Pairs, ZigzagAttention, lower_piece
+
+QUERY_LENGTH, KEY_LENGTH = 3, 2
+"""The dim of the length in [B, K, G, T, …], and in [B, K, S, H]."""
 
 
-def neighbours(n: int) -> list[tuple[int, int]]:
-    """Who sends to whom on a ring of n devices."""
+def neighbours(n: int) -> Pairs:
+    """`(sender, receiver)` of each device on a ring of n."""
     return [(i, (i + 1) % n) for i in range(n)]
 
 
-class Ring(Way):
-    """Sends keys and values round the devices of the axis."""
+@final
+class RingAttention(ZigzagAttention):
+    """Rotates keys and values round the devices of the axis."""
 
-    def inner(self, ndim: int) -> PartitionSpec:
-        """Lengths are split as outside."""
-        return self.outer(ndim)
+    def exchange_pairs(self, x: jax.Array, pairs: Pairs) -> jax.Array:
+        """One permute."""
+        return jax.lax.ppermute(x, self.axis, pairs)
 
-    def moved_in(self, x: jax.Array, causal: bool) -> jax.Array:
-        """Zig-zag order under a causal mask; without one all work is equal as it is."""
-        return to_zigzag(x, self.axis, self.size) if causal else x
+    def attend_shard(self, queries: Queries, keys: Keys, causal: bool) -> Partial:
+        """One device's queries against its own keys, then against each block that rotates in."""
+        ring = RingSchedule(self.axis, self.size, causal)
+        partial = ring.split(attend(queries, keys, causal), QUERY_LENGTH)
+        queries, keys = ring.split(queries, QUERY_LENGTH), ring.split(keys, KEY_LENGTH)
 
-    def moved_out(self, x: jax.Array, causal: bool) -> jax.Array:
-        """The inverse."""
-        return from_zigzag(x, self.axis, self.size) if causal else x
+        def body(carry: tuple[Partial, Keys], step: jax.Array) -> tuple[Any, None]:
+            partial, block = carry
+            following = ring.rotate(block)  # in flight while this block is attended to
+            return (accumulate_block(partial, queries, block, ring.visible(step)), following), None
 
-    def part(self, q: jax.Array, k: jax.Array, v: jax.Array, ids: Any, causal: bool) -> Part:
-        """One device's queries against its own keys, then against those that come round."""
-        trip = Trip(self.axis, self.size, causal)
-        out, lse = attend(q, k, v, paired(ids, ids), causal)
-        queries = trip.cut(q, 3), trip.cut(ids, 1)
-        block = trip.cut(k, 2), trip.cut(v, 2), queries[1]
+        start = partial, ring.rotate(keys)
+        (partial, block), _ = jax.lax.scan(body, start, jnp.arange(1, self.size - 1))
+        partial = accumulate_block(partial, queries, block, ring.visible(self.size - 1))
+        return ring.concatenate(partial, QUERY_LENGTH)
 
-        def absorb(found: Part, step: Any, block: Any) -> Part:
-            return absorbed(found, queries, block, trip.visible(trip.origin(step)))
+    def attend_shard_backward(
+        self, queries: Queries, keys: Keys, cotangents: Cotangents, causal: bool
+    ) -> Gradients:
+        """Gradients of the queries stay; those of a block follow it and end on its device."""
+        ring, last = RingSchedule(self.axis, self.size, causal), self.size - 1
+        dq, dk, dv = attend_backward(queries, keys, cotangents, causal)
+        dq = ring.split(dq, QUERY_LENGTH)
+        queries, cotangents = ring.split((queries, cotangents), QUERY_LENGTH)
+        keys = ring.split(keys, KEY_LENGTH)
 
-        def body(carry: Any, step: jax.Array) -> tuple[Any, None]:
-            found, block = carry
-            ahead = trip.pass_on(block)  # travels while this one is worked on
-            return (absorb(found, step, block), ahead), None
+        # Where block A of device 0 is, and g, the sum of its gradients, with n = 4. The block is
+        # sent on before a step computes; g can only follow after it, so it rotates one step later.
+        #
+        #   step       1         2         3        home
+        #   device 1   A → g=1
+        #   device 2             A, g+2
+        #   device 3                       A, g+3
+        #   device 0                                g, added to what device 0 found itself
 
-        start = (trip.cut(out, 3), trip.cut(lse, 3)), trip.pass_on(block)
-        (found, block), _ = jax.lax.scan(body, start, jnp.arange(1, self.size - 1))
-        out, lse = absorb(found, self.size - 1, block)
-        return trip.joined(out, 3), trip.joined(lse, 3)
+        def add_block(dq: Any, block: Keys, step: Any) -> tuple[jax.Array, Any]:
+            visible = ring.visible(step)
+            return accumulate_block_backward(dq, queries, cotangents, block, visible)
 
-    def part_backward(
-        self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        ids: Any,
-        lse: jax.Array,
-        delta: jax.Array,
-        g: jax.Array,
-        causal: bool,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Gradients of the queries stay, those of a block follow it until they are home."""
-        trip = Trip(self.axis, self.size, causal)
-        dq, dk, dv = attend_backward(q, k, v, paired(ids, ids), causal, lse, delta, g)
-        queries = (*(trip.cut(x, 3) for x in (q, lse, delta, g)), trip.cut(ids, 1))
-        block = trip.cut(k, 2), trip.cut(v, 2), queries[-1]
-
-        def absorb(dq: jax.Array, step: Any, block: Any) -> tuple[jax.Array, Any]:
-            return absorbed_backward(dq, queries, block, trip.visible(trip.origin(step)))
-
-        def visit(dq: jax.Array, sums: Any, step: Any, block: Any) -> tuple[jax.Array, Any]:
-            arriving = trip.pass_on(sums)
-            dq, more = absorb(dq, step, block)
-            return dq, _add(arriving, more)
+        def add_to_sums(dq: Any, sums: Any, block: Keys, step: Any) -> tuple[jax.Array, Any]:
+            arriving = ring.rotate(sums)  # in flight while this block is computed with
+            dq, grads = add_block(dq, block, step)
+            return dq, jax.tree.map(jnp.add, arriving, grads)
 
         def body(carry: Any, step: jax.Array) -> tuple[Any, None]:
             dq, sums, block = carry
-            ahead = trip.pass_on(block)
-            return (*visit(dq, sums, step, block), ahead), None
+            following = ring.rotate(block)
+            return (*add_to_sums(dq, sums, block, step), following), None
 
-        block, last = trip.pass_on(block), self.size - 1
-        ahead = trip.pass_on(block) if last > 1 else block
-        dq, sums = absorb(trip.cut(dq, 3), 1, block)
+        block = ring.rotate(keys)
+        following = ring.rotate(block) if last > 1 else block
+        dq, sums = add_block(dq, block, 1)
         if last > 1:
-            start = dq, sums, ahead
+            start = dq, sums, following
             (dq, sums, block), _ = jax.lax.scan(body, start, jnp.arange(2, last))
-            dq, sums = visit(dq, sums, last, block)
-        dk_rest, dv_rest = (trip.joined(x, 2) for x in trip.pass_on(sums))
-        return trip.joined(dq, 3), dk + dk_rest, dv + dv_rest
+            dq, sums = add_to_sums(dq, sums, block, last)
+        dk_sum, dv_sum = ring.concatenate(ring.rotate(sums), KEY_LENGTH)
+        return ring.concatenate(dq, QUERY_LENGTH), dk + dk_sum, dv + dv_sum
 
 
 @dataclasses.dataclass(frozen=True)
-class Trip:
-    """One way round the ring: n devices, whose lengths count as one piece or, causally, as two."""
+class RingSchedule:
+    """Which block is where on a ring of n devices, and which pieces of it are visible.
+
+    A device's part of the length is one piece or, causally, two.
+    """
 
     axis: str
     n: int
     causal: bool
 
-    def cut(self, x: Any, dim: int) -> Any:
-        """The pieces of an array, stacked; None stays None."""
+    def split(self, tree: PyTree, dim: int) -> Any:
+        """Cuts the length of arrays into pieces, stacked in dim 0; segments have it in dim 1."""
         pieces = 2 if self.causal else 1
-        return jax.tree.map(lambda x: jnp.stack(jnp.split(x, pieces, dim)), x)
 
-    def joined(self, pieces: jax.Array, dim: int) -> jax.Array:
-        """The inverse of `cut`."""
-        return jnp.concatenate(list(pieces), dim)
+        def cut(x: jax.Array) -> jax.Array:
+            return jnp.stack(jnp.split(x, pieces, 1 if x.ndim == 2 else dim))
 
-    def pass_on(self, block: Any) -> Any:
-        """Sends a block to the next device, and gets the one of the device before."""
-        return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis, neighbours(self.n)), block)
+        return jax.tree.map(cut, tree)
 
-    def origin(self, step: Any) -> Any:
-        """The device whose block is here after so many steps."""
-        return (jax.lax.axis_index(self.axis) - step) % self.n
+    def concatenate(self, tree: PyTree, dim: int) -> Any:
+        """The inverse of `split`."""
+        return jax.tree.map(lambda x: jnp.concatenate(list(x), dim), tree)
 
-    def visible(self, device: Any) -> tuple[jax.Array, jax.Array]:
-        """Own pieces, and for each a piece that it sees whole of another device's block."""
+    def rotate(self, tree: PyTree) -> Any:
+        """Sends arrays to the next device and receives those of the device before."""
+        return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis, neighbours(self.n)), tree)
+
+    def visible(self, step: Any) -> tuple[jax.Array, jax.Array]:
+        """Visible pieces of the block that is here after so many rotations."""
+        return self.visible_from((jax.lax.axis_index(self.axis) - step) % self.n)
+
+    def visible_from(self, device: Any) -> tuple[jax.Array, jax.Array]:
+        """Pieces of this device's queries, and for each a visible piece of a device's block."""
         if not self.causal:
             return jnp.zeros(1, int), jnp.zeros(1, int)
-        here = jax.lax.axis_index(self.axis)
-        other = lower_piece(device, self.n)
-        same = jnp.where(other < lower_piece(here, self.n), 0, 1)
+        own, other = lower_piece(jax.lax.axis_index(self.axis), self.n), lower_piece(device, self.n)
+        same = jnp.where(other < own, 0, 1)  # low see low, or high see high
         return jnp.stack([jnp.ones_like(same), same]), jnp.stack([jnp.zeros_like(same), same])
 
 
-def absorbed(found: Part, queries: Any, block: Any, pieces: Any) -> Part:
-    """Joins what queries found so far with what they find in the visible pieces of a block.
+def accumulate_block(
+    partial: Partial, queries: Queries, block: Keys, visible: tuple[jax.Array, jax.Array]
+) -> Partial:
+    """Merges attention to the visible pieces of another device's block into a partial result.
 
     Args:
-      found: output and logarithms of softmax sums, their pieces stacked.
-      queries: `(q, ids)`, stacked alike.
-      block: `(k, v, ids)` of another device.
-      pieces: as `Trip.visible` pairs them.
+      partial: the result so far, as `RingSchedule.split` stacks it, and so the queries and block.
+      queries: this device's.
+      block: another device's.
+      visible: as `RingSchedule.visible` pairs the pieces.
     """
 
-    def one(found: Part, pair: tuple[jax.Array, jax.Array]) -> tuple[Part, None]:
-        mine, theirs = pair
-        (q, own_ids), (k, v, key_ids) = _at(queries, mine), _at(block, theirs)
-        new = attend(q, k, v, paired(own_ids, key_ids), False)
-        return _put(found, mine, merge(_at(found, mine), new)), None
+    def body(partial: Partial, pair: tuple[jax.Array, jax.Array]) -> tuple[Partial, None]:
+        i, j = pair
+        new = attend(_index(queries, i), _index(block, j), False)
+        return _set(partial, i, merge(_index(partial, i), new)), None
 
-    return jax.lax.scan(one, found, pieces)[0]
+    return jax.lax.scan(body, partial, visible)[0]
 
 
-def absorbed_backward(
-    dq: jax.Array, queries: Any, block: Any, pieces: Any
-) -> tuple[jax.Array, Any]:
-    """Adds to the gradient of the queries what a block gives; returns that of the block, f32.
+def accumulate_block_backward(
+    dq: jax.Array,
+    queries: Queries,
+    cotangents: Cotangents,
+    block: Keys,
+    visible: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Adds a block's share to the gradient of the queries; returns the gradients of its k and v.
 
     Args:
-      dq: gradients of the queries so far, their pieces stacked.
-      queries: `(q, lse, delta, g, ids)`, stacked alike.
-      block: `(k, v, ids)` of another device.
-      pieces: as `Trip.visible` pairs them.
+      dq: f32, the sum so far; stacked like the other arrays, as for `accumulate_block`.
+      queries: this device's.
+      cotangents: of these queries.
+      block: another device's.
+      visible: as for `accumulate_block`.
     """
-    sums = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), block[:2])
+    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (block.k, block.v))
 
-    def one(carry: Any, pair: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
-        (dq, sums), (mine, theirs) = carry, pair
-        (q, lse, delta, g, own_ids), (k, v, key_ids) = _at(queries, mine), _at(block, theirs)
-        ids = paired(own_ids, key_ids)
-        more, *of_block = attend_backward(q, k, v, ids, False, lse, delta, g)
-        dq = _put(dq, mine, _at(dq, mine) + more)
-        return (dq, _put(sums, theirs, _add(_at(sums, theirs), tuple(of_block)))), None
+    def body(carry: Any, pair: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+        (dq, sums), (i, j) = carry, pair
+        of_queries = _index(queries, i), _index(cotangents, i)
+        dq_piece, *grads = attend_backward(of_queries[0], _index(block, j), of_queries[1], False)
+        dq = _set(dq, i, _index(dq, i) + dq_piece)
+        sums = _set(sums, j, jax.tree.map(jnp.add, _index(sums, j), tuple(grads)))
+        return (dq, sums), None
 
-    return jax.lax.scan(one, (dq, sums), pieces)[0]
-
-
-def paired(queries: Any, keys: Any) -> Any:
-    """Segments of queries and keys, or None."""
-    return None if queries is None else (queries, keys)
+    return jax.lax.scan(body, (dq, zeros), visible)[0]
 
 
-def _at(pieces: Any, i: Any) -> Any:
+def _index(pieces: Any, i: Any) -> Any:
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False), pieces)
 
 
-def _put(pieces: Any, i: Any, new: Any) -> Any:
-    put = jax.lax.dynamic_update_index_in_dim
-    return jax.tree.map(lambda x, piece: put(x, piece, i, 0), pieces, new)
-
-
-def _add(one: Any, other: Any) -> Any:
-    return jax.tree.map(jnp.add, one, other)
+def _set(pieces: Any, i: Any, values: Any) -> Any:
+    update = jax.lax.dynamic_update_index_in_dim
+    return jax.tree.map(lambda x, value: update(x, value, i, 0), pieces, values)

@@ -1,46 +1,38 @@
 """All-to-all attention: each device gets the whole length of some heads (arXiv:2309.14509)."""
 
-from typing import Any
+from typing import final
 
 import jax
 from jax.sharding import PartitionSpec
 
-from ._attention_layout import Way
-from ._blockwise import attend, attend_backward
+from ._attention_layout import AttentionLayout
+from ._blockwise import Cotangents, Gradients, Keys, Partial, Queries, attend, attend_backward
 
 
-class HeadExchange(Way):
+@final
+class UlyssesAttention(AttentionLayout):
     """Exchanges length for heads, attends to whole rows, and exchanges back."""
 
-    def inner(self, ndim: int) -> PartitionSpec:
-        """Lengths are whole, heads split over the axis too."""
-        return PartitionSpec(*(self.rows or None, None, (*self.heads, self.axis))[:ndim])
+    def compute_spec(self, ndim: int) -> PartitionSpec:
+        """Lengths are whole; heads are split over the axis as well."""
+        return PartitionSpec(*(self.row_axes or None, None, (*self.head_axes, self.axis))[:ndim])
 
-    def moved_in(self, x: jax.Array, causal: bool) -> jax.Array:
-        """Sends every other device its heads; what has no heads is gathered."""
+    def move_to_compute(self, x: jax.Array, causal: bool) -> jax.Array:
+        """Sends every other device its heads; segments, which have no heads, are gathered."""
         if x.ndim == 2:
             return jax.lax.all_gather(x, self.axis, axis=1, tiled=True)
         return jax.lax.all_to_all(x, self.axis, 2, 1, tiled=True)
 
-    def moved_out(self, x: jax.Array, causal: bool) -> jax.Array:
+    def move_from_compute(self, x: jax.Array, causal: bool) -> jax.Array:
         """Sends every other device its part of the length."""
         return jax.lax.all_to_all(x, self.axis, 1, 2, tiled=True)
 
-    def part(self, q: jax.Array, k: jax.Array, v: jax.Array, ids: Any, causal: bool) -> Any:
-        """Whole rows of few heads: nothing is left to exchange."""
-        return attend(q, k, v, None if ids is None else (ids, ids), causal)
+    def attend_shard(self, queries: Queries, keys: Keys, causal: bool) -> Partial:
+        """Whole rows of some heads: nothing is left to exchange."""
+        return attend(queries, keys, causal)
 
-    def part_backward(
-        self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        ids: Any,
-        lse: jax.Array,
-        delta: jax.Array,
-        g: jax.Array,
-        causal: bool,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def attend_shard_backward(
+        self, queries: Queries, keys: Keys, cotangents: Cotangents, causal: bool
+    ) -> Gradients:
         """The same for the gradients."""
-        both = None if ids is None else (ids, ids)
-        return attend_backward(q, k, v, both, causal, lse, delta, g)
+        return attend_backward(queries, keys, cotangents, causal)

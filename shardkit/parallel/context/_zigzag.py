@@ -1,20 +1,62 @@
 """The zig-zag layout of a length over n devices, which gives each the same causal work.
 
-Cut into 2n pieces, the length has pieces 2i and 2i+1 on device i. Causal work grows with the
-position, so it is equal only where every device holds a piece p together with its mirror image
-2n−1−p. Any assignment of such pairs will do; this one keeps piece 2i where it is and swaps the
-other with device n−1−i: half of each array moves, to one partner.
+In order, device i holds pieces 2i and 2i+1 of 2n. Causal work grows with the position, so it is
+equal only where every device holds a piece p together with its mirror image 2n−1−p. Any assignment
+of such pairs will do; this one keeps piece 2i in place and swaps the other with device n−1−i: half
+of each array moves, to one partner. With n = 4:
+
+    in order   01 23 45 67
+    zig-zag    07 25 34 16
 """
 
-from collections.abc import Callable
+import abc
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
-Partners = list[tuple[int, int]]
-Swap = Callable[[jax.Array, str, Partners], jax.Array]
+from ._attention_layout import AttentionLayout
+
+Pairs = list[tuple[int, int]]
+
+
+class ZigzagAttention(AttentionLayout, abc.ABC):
+    """Layouts in which the length stays split, in zig-zag order under a causal mask."""
+
+    def compute_spec(self, ndim: int) -> PartitionSpec:
+        """Lengths are split as in the input."""
+        return self.input_spec(ndim)
+
+    def move_to_compute(self, x: jax.Array, causal: bool) -> jax.Array:
+        """Swaps half of a device's [rows, length, …] with its partner; both halves then rise."""
+        if not causal:  # all devices have the same work as it is
+            return x
+        kept, sent = jnp.split(x, 2, axis=1)
+        received = self.exchange_pairs(sent, self._partners)
+        return jnp.concatenate(self._swap_if_upper(kept, received), 1)
+
+    def move_from_compute(self, x: jax.Array, causal: bool) -> jax.Array:
+        """The inverse."""
+        if not causal:
+            return x
+        kept, received = self._swap_if_upper(*jnp.split(x, 2, axis=1))
+        return jnp.concatenate((kept, self.exchange_pairs(received, self._partners)), 1)
+
+    @abc.abstractmethod
+    def exchange_pairs(self, x: jax.Array, pairs: Pairs) -> jax.Array:
+        """Returns what the partner of each device holds; `pairs` names both directions."""
+
+    @property
+    def _partners(self) -> Pairs:
+        return [(i, self.size - 1 - i) for i in range(self.size)]
+
+    def _swap_if_upper(self, kept: jax.Array, received: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Both in rising order: piece 2i precedes its mirror image on the first n/2 devices."""
+        keeps_lower = 2 * jax.lax.axis_index(self.axis) < self.size
+        low, high = jnp.where(keeps_lower, kept, received), jnp.where(keeps_lower, received, kept)
+        return low, high
 
 
 def zigzag_order(length: int, n: int) -> np.ndarray:
@@ -31,43 +73,3 @@ def zigzag_order(length: int, n: int) -> np.ndarray:
 def lower_piece(device: Any, n: int) -> Any:
     """The first of a device's two pieces; the other is its mirror image."""
     return jnp.minimum(2 * device, 2 * n - 1 - 2 * device)
-
-
-def permuted(x: jax.Array, axis: str, partners: Partners) -> jax.Array:
-    """What the partner of each device holds."""
-    return jax.lax.ppermute(x, axis, partners)
-
-
-def to_zigzag(x: jax.Array, axis: str, n: int, swap: Swap = permuted) -> jax.Array:
-    """Swaps half of what a device holds with its partner, both halves then in rising order.
-
-    Args:
-      x: [rows, length of one device, …].
-      axis: mesh axis that splits the length.
-      n: its size.
-      swap: gets what the partner holds.
-    """
-    kept, sent = jnp.split(x, 2, axis=1)
-    got = swap(sent, axis, _partners(n))
-    halves = _select(_keeps_the_lower(axis, n), (kept, got), (got, kept))
-    return jnp.concatenate(halves, 1)
-
-
-def from_zigzag(x: jax.Array, axis: str, n: int, swap: Swap = permuted) -> jax.Array:
-    """The inverse of `to_zigzag`."""
-    low, high = jnp.split(x, 2, axis=1)
-    kept, got = _select(_keeps_the_lower(axis, n), (low, high), (high, low))
-    return jnp.concatenate((kept, swap(got, axis, _partners(n))), 1)
-
-
-def _partners(n: int) -> Partners:
-    return [(i, n - 1 - i) for i in range(n)]
-
-
-def _keeps_the_lower(axis: str, n: int) -> jax.Array:
-    """Whether the piece 2i, which stays, comes before the one that the partner sends."""
-    return 2 * jax.lax.axis_index(axis) < n
-
-
-def _select(which: jax.Array, one: tuple[Any, Any], other: tuple[Any, Any]) -> tuple[Any, Any]:
-    return jnp.where(which, one[0], other[0]), jnp.where(which, one[1], other[1])

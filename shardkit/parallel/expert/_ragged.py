@@ -1,10 +1,10 @@
-"""Rows that travel to the devices that want them, without padding on the links.
+"""Tokens sent to experts without padding, by `jax.lax.ragged_all_to_all`.
 
-`jax.lax.ragged_all_to_all` where the platform has it. What arrives stands at the front of a room
-that holds the most that could; only what was sent crosses the links.
+Received rows are at the front of a buffer with capacity for the most that could arrive; only rows
+that were sent cross the links.
 
 Dims: G groups, whose rows never meet; D devices that send or receive; X experts; R rows of one
-device, S rows of the room, E width.
+device, S rows of a receiver's buffer, E width.
 """
 
 import dataclasses
@@ -14,147 +14,191 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 
-from ...nn._expert_dispatch import merged
+from ...nn._expert_dispatch import (
+    dispatch,
+    gather_from_slots,
+    merge_mapped_dim,
+    ragged_matmul,
+    sort_by_expert,
+)
+from ._dispatch import ExpertGroups, RunMlp
 
 PLATFORMS = ("tpu", "gpu")
-"""Platforms whose compilers carry `ragged_all_to_all` out; XLA's for CPUs refuses it."""
+"""Platforms whose compilers support `ragged_all_to_all`; XLA's for CPUs refuses it."""
+
+Runner = Callable[..., jax.Array]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Way:
-    """How many rows go from each device to each other one, and where they stand before and after.
+class RaggedExchange:
+    """How many rows each device sends to each other one, and their offsets on both.
 
     Attributes:
       sizes: i32[G, D, D], rows from one device (dim 1) to another (dim 2).
-      here: i32[G, D, D], where they begin on the device that sends them.
-      there: i32[G, D, D], where they begin on the device that receives them.
+      input_offsets: i32[G, D, D], where they begin on the device that sends them.
+      output_offsets: i32[G, D, D], where they begin on the device that receives them.
     """
 
     sizes: jax.Array
-    here: jax.Array
-    there: jax.Array
+    input_offsets: jax.Array
+    output_offsets: jax.Array
+
+    @classmethod
+    def of(cls, counts_GDX: jax.Array) -> "RaggedExchange":
+        """The exchange of rows that each device holds in order of their experts.
+
+        A receiver holds the rows of the first device first.
+
+        Args:
+          counts_GDX: i32[G, D, X], rows of each device for each expert; each device has X / D
+            experts.
+
+        >>> exchange = RaggedExchange.of(jnp.array([[[1, 0, 2, 0], [0, 3, 1, 1]]]))
+        >>> exchange.sizes.tolist()
+        [[[1, 2], [3, 2]]]
+        >>> exchange.input_offsets.tolist(), exchange.output_offsets.tolist()
+        ([[[0, 1], [0, 3]]], [[[0, 0], [1, 2]]])
+        """
+        groups, devices, number = counts_GDX.shape
+        sizes = counts_GDX.reshape(groups, devices, devices, number // devices).sum(-1)
+        return cls(sizes, jnp.cumsum(sizes, 2) - sizes, jnp.cumsum(sizes, 1) - sizes)
 
     @property
-    def back(self) -> "Way":
-        """The same rows to where they came from."""
-        sizes, here, there = (x.swapaxes(1, 2) for x in (self.sizes, self.there, self.here))
-        return Way(sizes, here, there)
+    def inverse(self) -> "RaggedExchange":
+        """Sends the same rows back to where they came from."""
+        arrays = self.sizes, self.output_offsets, self.input_offsets
+        return RaggedExchange(*(x.swapaxes(1, 2) for x in arrays))
 
 
-def way_of(wanted_GDX: jax.Array) -> Way:
-    """The way of rows that each device holds in order of the experts that they want.
-
-    Every device receives from the first device first.
+def received_experts(counts_GDX: jax.Array, capacity: int) -> jax.Array:
+    """i32[G, D, capacity]: which of a device's own experts each received row is for.
 
     Args:
-      wanted_GDX: i32[G, D, X], rows of each device for each expert; each device has X / D of them.
-
-    >>> way = way_of(jnp.array([[[1, 0, 2, 0], [0, 3, 1, 1]]]))
-    >>> way.sizes.tolist(), way.here.tolist(), way.there.tolist()
-    ([[[1, 2], [3, 2]]], [[[0, 1], [0, 3]]], [[[0, 0], [1, 2]]])
+      counts_GDX: as `RaggedExchange.of` takes it.
+      capacity: rows of the buffer; those behind the received ones get X / D, past the last expert.
     """
-    groups, devices, number = wanted_GDX.shape
-    sizes = wanted_GDX.reshape(groups, devices, devices, number // devices).sum(-1)
-    return Way(sizes, jnp.cumsum(sizes, 2) - sizes, jnp.cumsum(sizes, 1) - sizes)
-
-
-def arrived(wanted_GDX: jax.Array, room: int) -> jax.Array:
-    """i32[G, D, room]: which of its own experts each row of a device wants once they have come.
-
-    Args:
-      wanted_GDX: as `way_of` takes it.
-      room: rows that a device has place for; behind those that came stands X / D.
-    """
-    groups, devices, number = wanted_GDX.shape
+    groups, devices, number = counts_GDX.shape
     own = number // devices
-    pieces = wanted_GDX.reshape(groups, devices, devices, own).swapaxes(1, 2)
-    ends = jnp.cumsum(pieces.reshape(groups, devices, -1), -1)
+    # A receiver's rows come in runs, by sender, then by expert. With the counts of the example
+    # above device 0 has runs of 1, 0, 0, 3 rows: ends 1 1 1 4; row 2 is in run 3, so of expert 1.
+    runs = counts_GDX.reshape(groups, devices, devices, own).swapaxes(1, 2)
+    ends = jnp.cumsum(runs.reshape(groups, devices, -1), -1)
     find = functools.partial(jnp.searchsorted, side="right", method="compare_all")
-    piece = jax.vmap(jax.vmap(find, (0, None)), (0, None))(ends, jnp.arange(room))
-    return jnp.where(piece < devices * own, piece % own, own).astype(jnp.int32)
+    run = jax.vmap(jax.vmap(find, (0, None)), (0, None))(ends, jnp.arange(capacity))
+    return jnp.where(run < devices * own, run % own, own).astype(jnp.int32)
 
 
-Spread = Callable[..., jax.Array]
+def run_dropless_ragged(
+    groups: ExpertGroups,
+    run_mlp: RunMlp,
+    x_GDTE: jax.Array,
+    expert_GDR: jax.Array,
+    number: int,
+) -> jax.Array:
+    """[G, D, R, E]: each device sends its rows, sorted by expert, and nothing else."""
+    rows = expert_GDR.shape[-1]
+    own, capacity = number // groups.devices, groups.devices * rows
+    order, place, counts = sort_by_expert(expert_GDR, number)
+    counts = groups.gather(counts)
+    plan = RaggedExchange.of(counts)
+    h: Any = dispatch(x_GDTE, order, place, rows // x_GDTE.shape[2])
+    h = exchange(groups.run_manual, groups.axis, capacity, h, plan)
+    h = checkpoint_name(h, "experts_in")
+    # Received rows are sorted by sender first; the products take them by expert.
+    by_expert, by_sender, sizes = sort_by_expert(received_experts(counts, capacity), own)
+    h = dispatch(h, by_expert, by_sender, 1)
+    y = run_mlp(h, lambda a, w: ragged_matmul(a, w, sizes, groups.run_per_device))
+    y = gather_from_slots(y, by_expert, by_sender)
+    y = exchange(groups.run_manual, groups.axis, rows, y, plan.inverse)
+    return gather_from_slots(checkpoint_name(y, "experts_out"), order, place)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def exchange(spread: Spread, axis: str, room: int, x_GDRE: jax.Array, way: Way) -> jax.Array:
-    """[G, D, room, E]: the rows of other devices, in the order of these; zeros behind them.
+def exchange(
+    run: Runner, axis: str, capacity: int, x_GDRE: jax.Array, plan: RaggedExchange
+) -> jax.Array:
+    """[G, D, capacity, E]: the received rows, in the order of their senders; zeros behind them.
 
     Args:
-      spread: `(one, *arrays) -> one(*arrays)` for arrays [G, D, ...], on the devices that hold
-        them, where `one` may use the collectives of `axis`; or in one place.
+      run: `(function, *arrays) -> function(*arrays)` for arrays [G, D, ...], on the devices that
+        hold them, where the function can use the collectives of `axis`; or locally.
       axis: mesh axis of the devices.
-      room: rows that a device has place for.
+      capacity: rows of a receiver's buffer.
       x_GDRE: rows of each device.
-      way: which of them go where.
+      plan: which of them go where.
     """
-    return _moved(spread, axis, room, x_GDRE, way)
+
+    # Gradient shards, which `vmap` maps over, become more groups.
+    @custom_vmap
+    def send(*args: jax.Array) -> jax.Array:
+        return run(functools.partial(_exchange_groups, axis, capacity), *args)
+
+    @send.def_vmap
+    def _(size: int, mapped: Any, *args: Any) -> tuple[jax.Array, bool]:
+        out = send(*(merge_mapped_dim(x, m, size) for x, m in zip(args, mapped, strict=True)))
+        return out.reshape(size, -1, *out.shape[1:]), True
+
+    offsets = plan.input_offsets, plan.output_offsets
+    return send(x_GDRE, plan.sizes, plan.inverse.sizes, *offsets)
 
 
 def _exchange_fwd(
-    spread: Spread, axis: str, room: int, x_GDRE: jax.Array, way: Way
-) -> tuple[jax.Array, tuple[Way, int]]:
-    return exchange(spread, axis, room, x_GDRE, way), (way, x_GDRE.shape[2])
+    run: Runner, axis: str, capacity: int, x_GDRE: jax.Array, plan: RaggedExchange
+) -> tuple[jax.Array, tuple[RaggedExchange, int]]:
+    return exchange(run, axis, capacity, x_GDRE, plan), (plan, x_GDRE.shape[2])
 
 
 def _exchange_bwd(
-    spread: Spread, axis: str, room: int, saved: tuple[Way, int], g_GDSE: jax.Array
+    run: Runner, axis: str, capacity: int, residuals: tuple[RaggedExchange, int], g_GDSE: jax.Array
 ) -> tuple[Any, ...]:
-    way, rows = saved
-    return exchange(spread, axis, rows, g_GDSE, way.back), None
+    plan, rows = residuals
+    return exchange(run, axis, rows, g_GDSE, plan.inverse), None
 
 
 exchange.defvjp(_exchange_fwd, _exchange_bwd)
 
 
-def _moved(spread: Spread, axis: str, room: int, x_GDRE: jax.Array, way: Way) -> jax.Array:
-    """The exchange, with lanes as more groups."""
+def _exchange_groups(axis: str, capacity: int, x_GDRE: jax.Array, *plan: jax.Array) -> jax.Array:
+    """The exchange of some groups, with one device's rows (D = 1) or those of all devices."""
+    sizes, received_sizes, input_offsets, output_offsets = plan
+    if x_GDRE.shape[1] == sizes.shape[-1]:
+        local = functools.partial(_exchange_locally, capacity)
+        return jax.vmap(local)(x_GDRE, sizes, input_offsets, output_offsets)
 
-    @custom_vmap
-    def moved(*args: jax.Array) -> jax.Array:
-        return spread(functools.partial(_here, axis, room), *args)
+    def exchange_group(g: int) -> jax.Array:
+        x_RE = x_GDRE[g, 0]
+        empty = jnp.zeros((capacity, x_RE.shape[-1]), x_RE.dtype)
+        return jax.lax.ragged_all_to_all(
+            x_RE,
+            empty,
+            input_offsets[g, 0],
+            sizes[g, 0],
+            output_offsets[g, 0],
+            received_sizes[g, 0],
+            axis_name=axis,
+        )
 
-    @moved.def_vmap
-    def _(size: int, mapped: Any, *args: Any) -> tuple[jax.Array, bool]:
-        made = moved(*(merged(x, m, size) for x, m in zip(args, mapped, strict=True)))
-        return made.reshape(size, -1, *made.shape[1:]), True
-
-    return moved(x_GDRE, way.sizes, way.back.sizes, way.here, way.there)
-
-
-def _here(axis: str, room: int, x: jax.Array, *way: jax.Array) -> jax.Array:
-    """The exchange of the groups of one place: one device's part of it, or everything."""
-    sizes, sent_back, here, there = way
-    devices = sizes.shape[-1]
-    if x.shape[1] == devices:
-        return jax.vmap(functools.partial(_in_one_place, room))(x, sizes, here, there)
-
-    def one(x_RE: jax.Array, *own: jax.Array) -> jax.Array:
-        sizes, arriving, here, there = own
-        empty = jnp.zeros((room, x_RE.shape[-1]), x_RE.dtype)
-        return jax.lax.ragged_all_to_all(x_RE, empty, here, sizes, there, arriving, axis_name=axis)
-
-    given = (sizes, sent_back, here, there)
-    return jnp.stack([one(x[g, 0], *(a[g, 0] for a in given))[None] for g in range(x.shape[0])])
+    return jnp.stack([exchange_group(g)[None] for g in range(x_GDRE.shape[0])])
 
 
-def _in_one_place(
-    room: int, x_DRE: jax.Array, sizes_DD: jax.Array, here_DD: jax.Array, there_DD: jax.Array
+def _exchange_locally(
+    capacity: int, x_DRE: jax.Array, sizes: jax.Array, inputs: jax.Array, outputs: jax.Array
 ) -> jax.Array:
-    """[D, room, E]: the same by a gather, where one place has the rows of all devices."""
+    """[D, capacity, E]: a gather where one device has all rows; sizes and offsets i32[D, D]."""
     rows = x_DRE.shape[1]
 
-    def received(sizes_D: jax.Array, here_D: jax.Array, there_D: jax.Array) -> jax.Array:
-        at = jnp.arange(room)
-        inside = (at >= there_D[:, None]) & (at < (there_D + sizes_D)[:, None])
+    def index_of(sizes_D: jax.Array, inputs_D: jax.Array, outputs_D: jax.Array) -> jax.Array:
+        """Which of the D · R rows is at each place of one receiver's buffer; D · R for none."""
+        place = jnp.arange(capacity)
+        inside = (place >= outputs_D[:, None]) & (place < (outputs_D + sizes_D)[:, None])
         sender = jnp.argmax(inside, 0)
-        row = sender * rows + here_D[sender] + at - there_D[sender]
+        row = sender * rows + inputs_D[sender] + place - outputs_D[sender]
         return jnp.where(inside.any(0), row, x_DRE.shape[0] * rows)
 
-    index = jax.vmap(received, 1)(sizes_DD, here_DD, there_DD)
+    index = jax.vmap(index_of, 1)(sizes, inputs, outputs)
     flat = x_DRE.reshape(-1, x_DRE.shape[-1])
     return jnp.take(flat, index, axis=0, mode="fill", fill_value=0)

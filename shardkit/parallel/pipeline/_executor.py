@@ -1,10 +1,10 @@
 """What one device of a pipeline does: a scan over the ticks of a table.
 
 In each tick the device computes what the table says (a part's forward pass, its backward pass, one
-half of it, or nothing) and then sends one message to a neighbour. A backward pass computes the
-part's forward pass again from the part's input, which is all that is kept of it; so what lives
-is the slots of the table and the intermediates of one part, whatever the micro-batches. Each
-stage takes its own branch and pays for no other's work.
+half of it, or nothing) and then sends one message to a neighbour. A backward pass recomputes the
+part's forward pass from the part's input, the only activation that is kept; so memory holds the
+slots of the table and the intermediates of one part, however many micro-batches there are. Each
+stage executes its own branch only.
 """
 
 import contextlib
@@ -17,230 +17,247 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..._core.branch_counts import taken
-from ..._core.recomputation import again
-from ..._core.types import Mean
+from ..._core.scope_markers import annotate_branch_counts, recomputed
+from ..._core.types import Mean, Params, PyTree
 from ...nn._layer_stack import First, Last, Layer, scan_layers, stop_aux_gradients
-from ._tick_program import Branch, Exchange, Ticks
+from ._tick_program import Branch, Exchange, TickProgram
 
-Row = dict[str, jax.Array]
+TickRow = dict[str, jax.Array]
+"""One device's row of `TickProgram.columns`: i32[] by name."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Running:
+class StageState:
     """What a device carries from tick to tick.
 
     Attributes:
-      slots: `[slots + 1, ...]` for each array that travels.
-      weights: gradients of its layers, [chunks, depth, ...], f32 at least; None in an evaluation.
-      ends: gradients of the ends; None in an evaluation.
-      outcome: what `last` returned, summed, each scalar as a `Mean`.
+      slots: `[slots + 1, ...]` for each array of a message.
+      layer_grads: gradients of its layers, [chunks, depth, ...], f32 at least; None in an
+        evaluation.
+      outer_grads: gradients of the parameters outside the layers; None in an evaluation.
+      outputs: what `last` returned, summed, each scalar as a `Mean`.
     """
 
-    slots: Any
-    weights: Any
-    ends: Any
-    outcome: Any
+    slots: PyTree
+    layer_grads: PyTree
+    outer_grads: PyTree
+    outputs: PyTree
 
 
 @dataclasses.dataclass(frozen=True)
-class Device:
+class StageExecutor:
     """The functions and arrays of one device along the pipeline.
 
     Attributes:
       axis: the mesh axis of the stages.
-      first: the part before the layers.
+      first: the function before the layers.
       layer: one layer.
-      last: the part after them.
-      ends: parameters of `first` and `last`.
-      weights: `[chunks, depth, ...]`, of this stage's layers.
-      used: bool[chunks, depth], which of them are layers; None where all are.
-      filled: how many are none, and are, on all stages.
+      last: the function after them.
+      outer_params: parameters of `first` and `last`.
+      weights: `[chunks, depth, ...]`, parameters of this stage's layers.
+      is_layer: bool[chunks, depth], false for padding; None where there is none.
+      layer_counts: places that are padding, and that are layers, on all stages.
       rows: pytree of `[micro-batch rows, micro-batches, ...]`, and scalars.
       keys: `(micro-batch) → (key of first, keys of the layers [chunks, depth])`; or Nones.
-      plan: the table as slots and exchanges.
+      program: slots and exchanges of the schedule.
     """
 
     axis: str
     first: First
     layer: Layer
     last: Last
-    ends: Any
-    weights: Any
-    used: jax.Array | None
-    filled: tuple[int, int]
-    rows: Any
+    outer_params: Params
+    weights: Params
+    is_layer: jax.Array | None
+    layer_counts: tuple[int, int]
+    rows: PyTree
     keys: Callable[[jax.Array], tuple[Any, Any]]
-    plan: Ticks
+    program: TickProgram
 
-    def run(self, stage: jax.Array, message: Any, outcome: Any, train: bool) -> Running:
-        """Works off the table.
+    def run(self, stage: jax.Array, message: PyTree, outputs: PyTree, train: bool) -> StageState:
+        """Executes all ticks.
 
         Args:
           stage: i32[], number of this device's stage.
-          message: `jax.ShapeDtypeStruct`s of what travels.
-          outcome: the same for what `totals` returns.
-          train: whether gradients are wanted.
+          message: `jax.ShapeDtypeStruct`s of what is sent between stages.
+          outputs: the same for what `last_outputs` returns.
+          train: whether to compute gradients.
         """
-        plan = self.plan
-        columns = {name: jnp.asarray(table)[:, stage] for name, table in plan.columns.items()}
+        # A tick is one `switch` over what to compute and one over what to exchange. 1F1B with 2
+        # stages and 2 micro-batches (the last stage's F0 and F1 are part of its B0 and B1):
+        #
+        #   tick                0     1     2     3     4     5
+        #   stage 0 computes    F0    .     F1    B0    .     B1
+        #   stage 1 computes    .     .     B0    .     B1    .
+        #   and they exchange   0⇄1   .     0⇄1   .     0⇄1   .
+        #
+        # After tick 2 stage 0 sends the output of F1 and receives the gradient for B0, into the
+        # slot `arrival0` of tick 2, which is the slot `grad` of tick 3. What it receives after
+        # tick 0 goes into the slot behind the last, which is never read.
+        program = self.program
+        columns = {name: jnp.asarray(table)[:, stage] for name, table in program.columns.items()}
         branches = self._branches(message)
-        exchanges = [functools.partial(self._exchange, exchange) for exchange in plan.exchanges]
+        exchanges = [functools.partial(self._exchange, exchange) for exchange in program.exchanges]
+        branch_counts = np.bincount(program.columns["branch"].flat, minlength=len(branches))
+        exchange_counts = np.bincount(program.exchange, minlength=len(exchanges))
 
-        def tick(now: Running, row: Row) -> tuple[Running, None]:
-            often = np.bincount(plan.columns["branch"].flat, minlength=len(branches))
-            with taken(often, apart=True):
-                out, now = jax.lax.switch(row["branch"], branches, now, row)
-            with taken(np.bincount(plan.exchange, minlength=len(exchanges))):
-                slots = jax.lax.switch(row["exchange"], exchanges, now.slots, out, row)
-            return dataclasses.replace(now, slots=slots), None
+        def tick(state: StageState, row: TickRow) -> tuple[StageState, None]:
+            with annotate_branch_counts(branch_counts, divergent=True):
+                sent, state = jax.lax.switch(row["branch"], branches, state, row)
+            with annotate_branch_counts(exchange_counts):
+                slots = jax.lax.switch(row["exchange"], exchanges, state.slots, sent, row)
+            return dataclasses.replace(state, slots=slots), None
 
-        start = Running(
-            blank(message, plan.slots + 1),
-            _zeros(self.weights) if train else None,
-            _zeros(self.ends) if train else None,
-            jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outcome),
+        start = StageState(
+            slots=empty_slots(message, program.slots + 1),
+            layer_grads=_zeros_f32(self.weights) if train else None,
+            outer_grads=_zeros_f32(self.outer_params) if train else None,
+            outputs=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs),
         )
-        rows = columns | {"exchange": jnp.asarray(plan.exchange)}
-        done, _ = jax.lax.scan(tick, start, rows)
-        return done
+        rows = columns | {"exchange": jnp.asarray(program.exchange)}
+        return jax.lax.scan(tick, start, rows)[0]
 
     def _branches(self, message: Any) -> list[Callable[..., Any]]:
-        """The branches that the table has, and for the others nothing that would be compiled."""
-        made = {
+        """The function of each branch; branches that the table lacks compile to nothing."""
+        functions = {
             Branch.FORWARD: self._forward,
             Branch.BACKWARD: self._backward,
             Branch.INPUT: self._input_half,
             Branch.WEIGHT: self._weight_half,
         }
-        there = set(np.unique(self.plan.columns["branch"]))
+        used = set(np.unique(self.program.columns["branch"]))
 
-        def idle(now: Running, row: Row) -> tuple[Any, Running]:
-            return silence(message), now
+        def idle(state: StageState, row: TickRow) -> tuple[PyTree, StageState]:
+            return zero_message(message), state
 
-        return [_open(made.get(b, idle) if b in there else idle) for b in Branch]
+        return [_without_layout(functions.get(b, idle) if b in used else idle) for b in Branch]
 
-    def _forward(self, now: Running, row: Row) -> tuple[Any, Running]:
+    def _forward(self, state: StageState, row: TickRow) -> tuple[PyTree, StageState]:
         first_key, _ = self.keys(row["micro"])
-        x = self._if(
+        x = self._cond(
             "first",
             Branch.FORWARD,
             row,
-            lambda: self.first(self.ends, self._micro_batch(row), first_key),
-            lambda: _read(now.slots, row["input"]),
+            lambda: self.first(self.outer_params, self._micro_batch(row), first_key),
+            lambda: _read_slot(state.slots, row["input"]),
         )
-        y = self._part(row)(self._own(row), x)
-        if now.ends is None:
-            outcome = self._if(
+        y = self._part(row)(self._weights(row), x)
+        if state.outer_grads is None:
+            outputs = self._cond(
                 "last",
                 Branch.FORWARD,
                 row,
-                lambda: _added(
-                    now.outcome, totals(self.last, self.ends, y, self._micro_batch(row))
+                lambda: _add(
+                    state.outputs,
+                    last_outputs(self.last, self.outer_params, y, self._micro_batch(row)),
                 ),
-                lambda: now.outcome,
+                lambda: state.outputs,
             )
-            return y, dataclasses.replace(now, outcome=outcome)
-        return y, dataclasses.replace(now, slots=_written(now.slots, x, row["input"]))
+            return y, dataclasses.replace(state, outputs=outputs)
+        return y, dataclasses.replace(state, slots=_write_slot(state.slots, x, row["input"]))
 
-    def _backward(self, now: Running, row: Row) -> tuple[Any, Running]:
-        x = _read(now.slots, row["input"])
-        with self._again(Branch.BACKWARD):
-            y, pull = jax.vjp(self._part(row), self._own(row), x)
-        g, now = self._arrived(Branch.BACKWARD, now, row, y)
+    def _backward(self, state: StageState, row: TickRow) -> tuple[PyTree, StageState]:
+        x = _read_slot(state.slots, row["input"])
+        with self._recomputed(Branch.BACKWARD):
+            y, pull = jax.vjp(self._part(row), self._weights(row), x)
+        g, state = self._output_gradient(Branch.BACKWARD, state, row, y)
         g_weights, g_x = pull(g)
-        now = self._with_weights(now, row, g_weights)
-        return g_x, self._begun(Branch.BACKWARD, now, row, g_x)
+        state = self._add_layer_gradient(state, row, g_weights)
+        return g_x, self._add_first_gradient(Branch.BACKWARD, state, row, g_x)
 
-    def _input_half(self, now: Running, row: Row) -> tuple[Any, Running]:
-        x = _read(now.slots, row["input"])
-        part, own = self._part(row), self._own(row)
-        with self._again(Branch.INPUT):
-            y, pull = jax.vjp(lambda x: part(own, x), x)
-        g, now = self._arrived(Branch.INPUT, now, row, y)
+    def _input_half(self, state: StageState, row: TickRow) -> tuple[PyTree, StageState]:
+        x = _read_slot(state.slots, row["input"])
+        part, weights = self._part(row), self._weights(row)
+        with self._recomputed(Branch.INPUT):
+            y, pull = jax.vjp(lambda x: part(weights, x), x)
+        g, state = self._output_gradient(Branch.INPUT, state, row, y)
         (g_x,) = pull(g)
-        now = dataclasses.replace(now, slots=_written(now.slots, g, row["grad"]))
-        return g_x, self._begun(Branch.INPUT, now, row, g_x)
+        state = dataclasses.replace(state, slots=_write_slot(state.slots, g, row["grad"]))
+        return g_x, self._add_first_gradient(Branch.INPUT, state, row, g_x)
 
-    def _weight_half(self, now: Running, row: Row) -> tuple[Any, Running]:
-        x, g = (_read(now.slots, row[name]) for name in ("input", "grad"))
+    def _weight_half(self, state: StageState, row: TickRow) -> tuple[PyTree, StageState]:
+        x, g = (_read_slot(state.slots, row[name]) for name in ("input", "grad"))
         part = self._part(row)
-        with again():
-            _, pull = jax.vjp(lambda own: part(own, x), self._own(row))
-        return silence(x), self._with_weights(now, row, *pull(g))
+        with recomputed():
+            _, pull = jax.vjp(lambda weights: part(weights, x), self._weights(row))
+        return zero_message(x), self._add_layer_gradient(state, row, *pull(g))
 
-    def _arrived(self, within: Branch, now: Running, row: Row, y: Any) -> tuple[Any, Running]:
-        """The gradient of a part's output: of the loss after the last part, else what came."""
+    def _output_gradient(
+        self, within: Branch, state: StageState, row: TickRow, y: Any
+    ) -> tuple[PyTree, StageState]:
+        """The gradient of a part's output: of the loss after the last part, else what arrived."""
         rows = self._micro_batch(row)
 
         def of_loss() -> tuple[Any, Any, Any]:
-            def total(ends: Any, y: Any) -> tuple[jax.Array, Any]:
-                outcome = totals(self.last, ends, y, rows)
-                return outcome[0].total, outcome
+            def total(outer_params: Any, y: Any) -> tuple[jax.Array, Any]:
+                outputs = last_outputs(self.last, outer_params, y, rows)
+                return outputs[0].total, outputs
 
-            (g_ends, g), outcome = jax.grad(total, (0, 1), has_aux=True)(self.ends, y)
-            return g, _added(now.ends, g_ends), _added(now.outcome, outcome)
+            (g_outer, g), outputs = jax.grad(total, (0, 1), has_aux=True)(self.outer_params, y)
+            return g, _add(state.outer_grads, g_outer), _add(state.outputs, outputs)
 
-        g, ends, outcome = self._if(
+        g, outer_grads, outputs = self._cond(
             "last",
             within,
             row,
             of_loss,
-            lambda: (_read(now.slots, row["grad"]), now.ends, now.outcome),
+            lambda: (_read_slot(state.slots, row["grad"]), state.outer_grads, state.outputs),
         )
-        return g, dataclasses.replace(now, ends=ends, outcome=outcome)
+        return g, dataclasses.replace(state, outer_grads=outer_grads, outputs=outputs)
 
-    def _begun(self, within: Branch, now: Running, row: Row, g_x: Any) -> Running:
-        """Takes the gradient of the first part's input on to the parameters of `first`."""
+    def _add_first_gradient(
+        self, within: Branch, state: StageState, row: TickRow, g_x: Any
+    ) -> StageState:
+        """Adds the gradient of `first`, from that of the first part's input."""
         rows, (key, _) = self._micro_batch(row), self.keys(row["micro"])
 
-        def to_ends() -> Any:
-            with again():
-                _, pull = jax.vjp(lambda ends: self.first(ends, rows, key), self.ends)
-            return _added(now.ends, *pull(g_x))
+        def first_gradient() -> Any:
+            with recomputed():
+                _, pull = jax.vjp(lambda p: self.first(p, rows, key), self.outer_params)
+            return _add(state.outer_grads, *pull(g_x))
 
-        ends = self._if("first", within, row, to_ends, lambda: now.ends)
-        return dataclasses.replace(now, ends=ends)
+        outer_grads = self._cond("first", within, row, first_gradient, lambda: state.outer_grads)
+        return dataclasses.replace(state, outer_grads=outer_grads)
 
-    def _again(self, branch: Branch) -> contextlib.AbstractContextManager[None]:
-        """Marks a part's forward pass in a backward tick: the last part has had no other."""
-        ticks = self.plan.columns["branch"]
-        return again(int((ticks == Branch.FORWARD).sum()), int((ticks == branch).sum()))
+    def _recomputed(self, branch: Branch) -> contextlib.AbstractContextManager[None]:
+        """Marks a backward tick's forward pass as recomputed; the last part has no other one."""
+        ticks = self.program.columns["branch"]
+        return recomputed(int((ticks == Branch.FORWARD).sum()), int((ticks == branch).sum()))
 
-    def _if(
-        self, flag: str, within: Branch, row: Row, yes: Callable[[], Any], no: Callable[[], Any]
+    def _cond(
+        self, flag: str, within: Branch, row: TickRow, yes: Callable[[], Any], no: Callable[[], Any]
     ) -> Any:
-        """`yes()` in the ticks of a branch that have a flag, `no()` in the others."""
-        with taken(self.plan.often(flag, within)):
-            return jax.lax.cond(row[flag] == 1, _open(yes), _open(no))
+        """`yes()` in the ticks of a branch that have a flag, `no()` in its others."""
+        with annotate_branch_counts(self.program.flag_counts(flag, within)):
+            return jax.lax.cond(row[flag] == 1, _without_layout(yes), _without_layout(no))
 
-    def _with_weights(self, now: Running, row: Row, grads: Any) -> Running:
+    def _add_layer_gradient(self, state: StageState, row: TickRow, grads: Any) -> StageState:
         def add(total: jax.Array, g: jax.Array) -> jax.Array:
             return total.at[row["chunk"]].add(g.astype(total.dtype))
 
-        return dataclasses.replace(now, weights=jax.tree.map(add, now.weights, grads))
+        return dataclasses.replace(state, layer_grads=jax.tree.map(add, state.layer_grads, grads))
 
-    def _part(self, row: Row) -> Callable[[Any, Any], Any]:
+    def _part(self, row: TickRow) -> Callable[[Any, Any], Any]:
         """`(weights [depth, ...], x) → x`: the layers of one part on one micro-batch."""
         rows, (_, keys) = self._micro_batch(row), self.keys(row["micro"])
         keys = None if keys is None else keys[row["chunk"]]
-        if self.used is None:
+        if self.is_layer is None:
             return lambda weights, x: scan_layers(self.layer, x, weights, rows, keys)
 
         def layer(weights: Any, x: Any, rows: Any, key: Any) -> Any:
-            weights, used = weights
-            with taken(self.filled):
-                mine = _open(lambda: self.layer(weights, x, rows, key))
-                return jax.lax.cond(used, mine, _open(lambda: x))
+            weights, is_layer = weights
+            compute = _without_layout(lambda: self.layer(weights, x, rows, key))
+            with annotate_branch_counts(self.layer_counts):
+                return jax.lax.cond(is_layer, compute, _without_layout(lambda: x))
 
-        used = self.used[row["chunk"]]
-        return lambda weights, x: scan_layers(layer, x, (weights, used), rows, keys)
+        is_layer = self.is_layer[row["chunk"]]
+        return lambda weights, x: scan_layers(layer, x, (weights, is_layer), rows, keys)
 
-    def _own(self, row: Row) -> Any:
-        return _read(self.weights, row["chunk"])
+    def _weights(self, row: TickRow) -> Any:
+        return _read_slot(self.weights, row["chunk"])
 
-    def _micro_batch(self, row: Row) -> Any:
+    def _micro_batch(self, row: TickRow) -> Any:
         def take(x: jax.Array) -> jax.Array:
             if x.ndim == 0:
                 return x
@@ -248,36 +265,36 @@ class Device:
 
         return jax.tree.map(take, self.rows)
 
-    def _exchange(self, exchange: Exchange, slots: Any, message: Any, row: Row) -> Any:
+    def _exchange(self, exchange: Exchange, slots: Any, message: Any, row: TickRow) -> Any:
         for channel, pairs in enumerate(exchange):
-            came = jax.tree.map(lambda x, by=pairs: jax.lax.ppermute(x, self.axis, by), message)
-            slots = _written(slots, came, row[f"arrival{channel}"])
+            received = jax.tree.map(lambda x, by=pairs: jax.lax.ppermute(x, self.axis, by), message)
+            slots = _write_slot(slots, received, row[f"arrival{channel}"])
         return slots
 
 
-def totals(last: Last, ends: Any, x: Any, rows: Any) -> tuple[Mean, dict[str, Mean]]:
+def last_outputs(last: Last, outer_params: Any, x: Any, rows: Any) -> tuple[Mean, dict[str, Mean]]:
     """What `last` returns, each scalar as a `Mean` of f32."""
-    out = stop_aux_gradients(last(ends, x, rows))
+    out = stop_aux_gradients(last(outer_params, x, rows))
     loss, metrics = out if isinstance(out, tuple) else (out, {})
-    return _as_mean(loss), {name: _as_mean(one) for name, one in metrics.items()}
+    return _as_mean(loss), {name: _as_mean(value) for name, value in metrics.items()}
 
 
-def _open(branch: Callable[..., Any]) -> Callable[..., Any]:
-    """The branch with nothing said of its results' layout.
+def _without_layout(branch: Callable[..., Any]) -> Callable[..., Any]:
+    """The branch without the layout of its results.
 
-    XLA refuses a conditional of which one branch returns what a model constrains, as a residual
-    stream that is split over its length, and another one what it does not.
+    XLA refuses a conditional in which one branch returns an array that the model constrains, such
+    as a residual stream that is split over its length, and another branch one that it does not.
     """
     return lambda *args: jax.lax.optimization_barrier(branch(*args))
 
 
-def silence(like: Any) -> Any:
-    """What a stage sends when it has nothing to say; it is never read."""
+def zero_message(like: Any) -> Any:
+    """What a stage sends when no stage needs its message; it is never read."""
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
 
 
-def blank(like: Any, slots: int) -> Any:
-    """Slots before anything was written; none is read before."""
+def empty_slots(like: Any, slots: int) -> Any:
+    """Slots before they are written; none is read before."""
     return jax.tree.map(lambda x: jnp.zeros((slots, *x.shape), x.dtype), like)
 
 
@@ -287,20 +304,20 @@ def _as_mean(value: Any) -> Mean:
     return Mean(jnp.asarray(total, jnp.float32), jnp.asarray(weight, jnp.float32))
 
 
-def _zeros(like: Any) -> Any:
-    """Gradients are summed in f32 at least, whatever the compute dtype."""
+def _zeros_f32(like: Any) -> Any:
+    """Sums of gradients: f32 at least, whatever the compute dtype."""
     return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), like)
 
 
-def _added(total: Any, more: Any) -> Any:
-    return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, more)
+def _add(total: PyTree, grads: PyTree) -> Any:
+    return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, grads)
 
 
-def _read(slots: Any, number: jax.Array) -> Any:
+def _read_slot(slots: Any, number: jax.Array) -> Any:
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, 0, keepdims=False), slots)
 
 
-def _written(slots: Any, value: Any, number: jax.Array) -> Any:
+def _write_slot(slots: Any, value: Any, number: jax.Array) -> Any:
     return jax.tree.map(
         lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new.astype(x.dtype), number, 0),
         slots,

@@ -1,9 +1,9 @@
-"""Schedules of a pipeline as data: which stage does what in which tick.
+"""Pipeline schedules as data: which stage does what in which tick.
 
 `p` stages, `m` micro-batches, `v` virtual stages: the layers are cut into `p · v` parts, part
 `c · p + s` is virtual stage c of stage s. A tick is what every stage does between two exchanges
-with its neighbours; the papers count a forward pass, a backward pass, and each half of a
-split backward pass as one, and so do the formulae here.
+with its neighbours. A forward pass, a backward pass, and each half of a split backward pass count
+as one tick, as in the papers.
 
 | schedule | ticks | idle per stage | activations of stage s | source |
 | --- | --- | --- | --- | --- |
@@ -19,43 +19,43 @@ import fractions
 from collections.abc import Callable, Iterator, Sequence
 
 
-class Pass(enum.IntEnum):
+class PassType(enum.IntEnum):
     """What a stage does with a micro-batch in one tick."""
 
     FORWARD = 1
-    BACKWARD = 2  # whole
-    INPUT = 3  # the half that another stage waits for
-    WEIGHT = 4  # the half that nobody waits for
+    BACKWARD = 2  # gradients of input and weights
+    INPUT = 3  # the half that the previous stage waits for
+    WEIGHT = 4  # the half that no stage waits for
 
 
 @dataclasses.dataclass(frozen=True, order=True)
-class Work:
-    """One tick of one stage.
+class Action:
+    """What one stage does in one tick.
 
     Attributes:
-      what: the pass.
+      pass_type: the pass.
       micro: number of the micro-batch.
       chunk: virtual stage of this stage, from 0.
     """
 
-    what: Pass
+    pass_type: PassType
     micro: int
     chunk: int = 0
 
 
-Row = tuple[Work | None, ...]
-# What was done, by which stage → in which tick.
-Times = dict[tuple[Work, int], int]
-# How often a stage did each pass.
-Done = dict[Pass, int]
+TickRow = tuple[Action | None, ...]
+# (action, stage) → tick.
+Times = dict[tuple[Action, int], int]
+# How many passes of each type a stage has done.
+PassCounts = dict[PassType, int]
 
 
 @dataclasses.dataclass(frozen=True)
-class Schedule:
+class PipelineSchedule:
     """A tick table.
 
     Attributes:
-      name: of the kind of schedule.
+      name: one of `SCHEDULES`.
       stages: p.
       micro_batches: m.
       virtual_stages: v.
@@ -73,82 +73,84 @@ class Schedule:
     stages: int
     micro_batches: int
     virtual_stages: int
-    ticks: tuple[Row, ...]
+    ticks: tuple[TickRow, ...]
 
     @property
     def times(self) -> Times:
-        """`{(work, stage): tick}`."""
+        """`{(action, stage): tick}`."""
         return {
-            (work, stage): tick
+            (action, stage): tick
             for tick, row in enumerate(self.ticks)
-            for stage, work in enumerate(row)
-            if work is not None
+            for stage, action in enumerate(row)
+            if action is not None
         }
 
     @property
     def bubble(self) -> fractions.Fraction:
-        """Share of all ticks of all stages in which nothing is done."""
-        idle = sum(work is None for row in self.ticks for work in row)
+        """Share of idle ticks, over all stages."""
+        idle = sum(action is None for row in self.ticks for action in row)
         return fractions.Fraction(idle, len(self.ticks) * self.stages)
 
     @property
     def splits_backward(self) -> bool:
-        """Whether the backward pass comes in two halves."""
-        return any(work.what is Pass.WEIGHT for work, _ in self.times)
+        """Whether the backward pass is split into two halves."""
+        return any(action.pass_type is PassType.WEIGHT for action, _ in self.times)
 
     @property
     def trains(self) -> bool:
         """Whether the table has backward passes at all."""
-        return any(work.what is not Pass.FORWARD for work, _ in self.times)
+        return any(action.pass_type is not PassType.FORWARD for action, _ in self.times)
 
     def live(self) -> tuple[int, ...]:
-        """Per stage, the most activations held at once: made, and their last use still to come."""
+        """Per stage, the most activations that are alive at once, from first to last use."""
         times = self.times
         last = {
-            (work.micro, work.chunk, stage): tick
-            for (work, stage), tick in sorted(times.items(), key=lambda item: item[1])
+            (action.micro, action.chunk, stage): tick
+            for (action, stage), tick in sorted(times.items(), key=lambda item: item[1])
         }
         held = [[0] * len(self.ticks) for _ in range(self.stages)]
-        for (work, stage), tick in times.items():
-            if work.what is Pass.FORWARD:
-                for at in range(tick, last[work.micro, work.chunk, stage] + 1):
+        for (action, stage), tick in times.items():
+            if action.pass_type is PassType.FORWARD:
+                for at in range(tick, last[action.micro, action.chunk, stage] + 1):
                     held[stage][at] += 1
         return tuple(max(row) for row in held)
 
     def part(self, stage: int, chunk: int) -> int:
-        """Which part of the layers a virtual stage is, from 0."""
+        """Number of the part of the layers that a virtual stage has, from 0."""
         return chunk * self.stages + stage
 
-    def needs(self, work: Work, stage: int) -> Iterator[tuple[Work, int]]:
-        """What must have been done before, and by which stage."""
-        return _needs(work, stage, self.stages, self.virtual_stages)
+    def dependencies(self, action: Action, stage: int) -> Iterator[tuple[Action, int]]:
+        """The actions that must come before, with their stages."""
+        return _dependencies(action, stage, self.stages, self.virtual_stages)
 
     def violations(self) -> list[str]:
-        """What is wrong with the table: work left out, done twice, or before what it needs."""
+        """Errors in the table: actions that are missing, repeated, or before a dependency."""
         times = self.times
-        done = sum(work is not None for row in self.ticks for work in row)
-        passes = [Pass.FORWARD]
+        done = sum(action is not None for row in self.ticks for action in row)
+        passes = [PassType.FORWARD]
         if self.trains:
-            passes += [Pass.INPUT, Pass.WEIGHT] if self.splits_backward else [Pass.BACKWARD]
-        wanted = {
-            (Work(what, micro, chunk), stage)
-            for what in passes
+            passes += (
+                [PassType.INPUT, PassType.WEIGHT] if self.splits_backward else [PassType.BACKWARD]
+            )
+        expected = {
+            (Action(pass_type, micro, chunk), stage)
+            for pass_type in passes
             for micro in range(self.micro_batches)
             for chunk in range(self.virtual_stages)
             for stage in range(self.stages)
         }
-        found = [f"{_label(w, self)} of stage {s} is missing" for w, s in wanted - times.keys()]
-        found += [f"{_label(w, self)} of stage {s} is unknown" for w, s in times.keys() - wanted]
+        errors = [f"{_label(w, self)} of stage {s} is missing" for w, s in expected - times.keys()]
+        errors += [f"{_label(w, self)} of stage {s} is unknown" for w, s in times.keys() - expected]
         if done != len(times):
-            found.append(f"{done - len(times)} passes are made twice")
-        for (work, stage), tick in times.items():
-            found += [
-                f"{_label(work, self)} of stage {stage} in tick {tick} is before "
+            errors.append(f"{done - len(times)} passes are repeated")
+        for (action, stage), tick in times.items():
+            errors += [
+                f"{_label(action, self)} of stage {stage} in tick {tick} is before "
                 f"{_label(before, self)} of stage {other}"
-                for before, other in self.needs(work, stage)
+                for before, other in self.dependencies(action, stage)
                 if times.get((before, other), tick) >= tick
             ]
-        return sorted(found)
+        return sorted(errors)
 
     def __str__(self) -> str:
         """Draws the table, a line per stage; `F2b` is micro-batch 2 in virtual stage b."""
@@ -160,7 +162,9 @@ class Schedule:
         )
 
 
-def schedule(name: str, *, stages: int, micro_batches: int, virtual_stages: int = 1) -> Schedule:
+def schedule(
+    name: str, *, stages: int, micro_batches: int, virtual_stages: int = 1
+) -> PipelineSchedule:
     """Builds the tick table of a training step.
 
     Args:
@@ -179,139 +183,148 @@ def schedule(name: str, *, stages: int, micro_batches: int, virtual_stages: int 
 
 def forward_only(
     name: str, *, stages: int, micro_batches: int, virtual_stages: int = 1
-) -> Schedule:
-    """Builds the tick table of an evaluation: forward passes alone, each as soon as it can be."""
+) -> PipelineSchedule:
+    """Builds the tick table of an evaluation: forward passes alone, each as soon as possible."""
     orders = [
-        [(work,) for work in _interleaved_forwards(stages, micro_batches, virtual_stages)]
+        [(action,) for action in _interleaved_forwards(stages, micro_batches, virtual_stages)]
         for _ in range(stages)
     ]
-    return _in_order(name, orders, stages, micro_batches, virtual_stages)
+    return _run_in_order(name, orders, stages, micro_batches, virtual_stages)
 
 
-def _gpipe(name: str, p: int, m: int, v: int) -> Schedule:
+def _gpipe(name: str, p: int, m: int, v: int) -> PipelineSchedule:
     """All forward passes, then all backward passes."""
     times: Times = {}
     for s in range(p):
         for i in range(m):
-            times[Work(Pass.FORWARD, i), s] = s + i
-            times[Work(Pass.BACKWARD, i), s] = (m + p - 1) + (p - 1 - s) + i
-    return _at(name, times, p, m, v)
+            times[Action(PassType.FORWARD, i), s] = s + i
+            times[Action(PassType.BACKWARD, i), s] = (m + p - 1) + (p - 1 - s) + i
+    return _from_times(name, times, p, m, v)
 
 
-def _one_forward_one_backward(name: str, p: int, m: int, v: int) -> Schedule:
-    """Stage s in tick s+2i forward, in tick 2p−1−s+2i backward.
+def _one_forward_one_backward(name: str, p: int, m: int, v: int) -> PipelineSchedule:
+    """Stage s goes forward in tick s+2i and backward in tick 2p−1−s+2i.
 
-    As late as it can be without a longer table: no activation arrives before the tick that
-    needs it, and neighbours always send in ticks of different parity.
+    As late as possible without a longer table: no activation arrives before the tick that needs it,
+    and neighbours always send in ticks of different parity.
     """
     times: Times = {}
     for s in range(p):
         for i in range(m):
-            times[Work(Pass.FORWARD, i), s] = s + 2 * i
-            times[Work(Pass.BACKWARD, i), s] = 2 * p - 1 - s + 2 * i
-    return _at(name, times, p, m, v)
+            times[Action(PassType.FORWARD, i), s] = s + 2 * i
+            times[Action(PassType.BACKWARD, i), s] = 2 * p - 1 - s + 2 * i
+    return _from_times(name, times, p, m, v)
 
 
-def _interleaved(name: str, p: int, m: int, v: int) -> Schedule:
-    """Megatron's order: p micro-batches through one virtual stage, then the next one."""
+def _interleaved(name: str, p: int, m: int, v: int) -> PipelineSchedule:
+    """Megatron's order: p micro-batches through one virtual stage, then through the next."""
     forwards = _interleaved_forwards(p, m, v)
-    backwards = [Work(Pass.BACKWARD, work.micro, v - 1 - work.chunk) for work in forwards]
+    backwards = [
+        Action(PassType.BACKWARD, action.micro, v - 1 - action.chunk) for action in forwards
+    ]
     orders = []
     for s in range(p):
+        # Forward passes before the first backward pass: p=2, m=4, v=2 has 4 of 8 on stage 0
+        # (2 to fill the pipeline to the last stage and back, 2 for the other chunk) and 2 on 1.
         ahead = m * v if m == p else min(m * v, 2 * (p - 1 - s) + (v - 1) * p)
         steady = zip(forwards[ahead:], backwards, strict=False)
-        order = [*forwards[:ahead], *(work for pair in steady for work in pair)]
-        orders.append([(work,) for work in [*order, *backwards[m * v - ahead :]]])
-    return _in_order(name, orders, p, m, v)
+        order = [*forwards[:ahead], *(action for pair in steady for action in pair)]
+        orders.append([(action,) for action in [*order, *backwards[m * v - ahead :]]])
+    return _run_in_order(name, orders, p, m, v)
 
 
-def _interleaved_forwards(p: int, m: int, v: int) -> list[Work]:
+def _interleaved_forwards(p: int, m: int, v: int) -> list[Action]:
     """Groups of p micro-batches, each through all virtual stages; the last may be smaller."""
     groups = [range(first, min(first + p, m)) for first in range(0, m, p)]
-    return [Work(Pass.FORWARD, i, c) for group in groups for c in range(v) for i in group]
+    return [Action(PassType.FORWARD, i, c) for group in groups for c in range(v) for i in group]
 
 
-def _zero_bubble(name: str, p: int, m: int, v: int) -> Schedule:
+def _zero_bubble(name: str, p: int, m: int, v: int) -> PipelineSchedule:
     """ZB-H1: weight halves fill the ticks in which a stage would wait.
 
-    Each stage prefers to go forward, then backward, then to catch up on weights; it runs ahead
-    of its backward passes as far as 1F1B does, and holds as much as 1F1B's first stage.
+    Each stage prefers a forward pass, then an input half, then a weight half. It runs ahead of its
+    backward passes as far as 1F1B does, and holds at most as much as 1F1B's first stage.
     """
 
-    def choices(s: int, done: Done) -> Sequence[Work]:
-        ahead, held = (done[Pass.FORWARD] - done[what] for what in (Pass.INPUT, Pass.WEIGHT))
-        wished = [Pass.INPUT, Pass.WEIGHT]
+    def choices(s: int, done: PassCounts) -> Sequence[Action]:
+        ahead, held = (
+            done[PassType.FORWARD] - done[pass_type]
+            for pass_type in (PassType.INPUT, PassType.WEIGHT)
+        )
+        preferred = [PassType.INPUT, PassType.WEIGHT]
         if ahead < p - s and held < p:
-            wished.insert(0, Pass.FORWARD)
-        return [Work(what, done[what]) for what in wished if done[what] < m]
+            preferred.insert(0, PassType.FORWARD)
+        return [
+            Action(pass_type, done[pass_type]) for pass_type in preferred if done[pass_type] < m
+        ]
 
-    return _played(name, choices, p, m, v)
+    return _simulate(name, choices, p, m, v)
 
 
-def _in_order(
-    name: str, orders: Sequence[Sequence[Sequence[Work]]], p: int, m: int, v: int
-) -> Schedule:
-    """Every stage does its work in the given order, each as soon as it can be done."""
+def _run_in_order(
+    name: str, orders: Sequence[Sequence[Sequence[Action]]], p: int, m: int, v: int
+) -> PipelineSchedule:
+    """Every stage does its actions in the given order, each as soon as possible."""
 
-    def choices(s: int, done: Done) -> Sequence[Work]:
+    def choices(s: int, done: PassCounts) -> Sequence[Action]:
         count = sum(done.values())
         return orders[s][count] if count < len(orders[s]) else ()
 
-    return _played(name, choices, p, m, v)
+    return _simulate(name, choices, p, m, v)
 
 
-def _played(
-    name: str, choices: Callable[[int, Done], Sequence[Work]], p: int, m: int, v: int
-) -> Schedule:
-    """Ticks in which every stage does the first of its choices that is ready."""
+def _simulate(
+    name: str, choices: Callable[[int, PassCounts], Sequence[Action]], p: int, m: int, v: int
+) -> PipelineSchedule:
+    """In every tick, each stage does the first of its choices whose dependencies are done."""
     times: Times = {}
-    rows: list[Row] = []
-    done: list[Done] = [dict.fromkeys(Pass, 0) for _ in range(p)]
-    while any(wished := [choices(s, done[s]) for s in range(p)]):
+    rows: list[TickRow] = []
+    done: list[PassCounts] = [dict.fromkeys(PassType, 0) for _ in range(p)]
+    while any(wanted := [choices(s, done[s]) for s in range(p)]):
         row = tuple(
-            next((w for w in wished[s] if all(n in times for n in _needs(w, s, p, v))), None)
+            next((w for w in wanted[s] if all(n in times for n in _dependencies(w, s, p, v))), None)
             for s in range(p)
         )
-        assert any(row), f"no stage can go on after {len(rows)} ticks"
-        for s, work in enumerate(row):
-            if work is not None:
-                times[work, s] = len(rows)
-                done[s][work.what] += 1
+        assert any(row), f"no stage can continue after {len(rows)} ticks"
+        for s, action in enumerate(row):
+            if action is not None:
+                times[action, s] = len(rows)
+                done[s][action.pass_type] += 1
         rows.append(row)
-    return Schedule(name, p, m, v, tuple(rows))
+    return PipelineSchedule(name, p, m, v, tuple(rows))
 
 
-def _at(name: str, times: Times, p: int, m: int, v: int) -> Schedule:
-    """The table of given times."""
-    at = {(tick, stage): work for (work, stage), tick in times.items()}
+def _from_times(name: str, times: Times, p: int, m: int, v: int) -> PipelineSchedule:
+    """Builds the table from `(action, stage) → tick`."""
+    at = {(tick, stage): action for (action, stage), tick in times.items()}
     count = 1 + max(times.values())
-    return Schedule(
+    return PipelineSchedule(
         name, p, m, v, tuple(tuple(at.get((t, s)) for s in range(p)) for t in range(count))
     )
 
 
-def _needs(work: Work, stage: int, p: int, v: int) -> Iterator[tuple[Work, int]]:
-    part, what = work.chunk * p + stage, work.what
-    if what is Pass.WEIGHT:
-        yield dataclasses.replace(work, what=Pass.INPUT), stage
+def _dependencies(action: Action, stage: int, p: int, v: int) -> Iterator[tuple[Action, int]]:
+    part, pass_type = action.chunk * p + stage, action.pass_type
+    if pass_type is PassType.WEIGHT:
+        yield dataclasses.replace(action, pass_type=PassType.INPUT), stage
         return
-    if what is not Pass.FORWARD:
-        yield dataclasses.replace(work, what=Pass.FORWARD), stage
-    source = part - 1 if what is Pass.FORWARD else part + 1
+    if pass_type is not PassType.FORWARD:
+        yield dataclasses.replace(action, pass_type=PassType.FORWARD), stage
+    source = part - 1 if pass_type is PassType.FORWARD else part + 1
     if 0 <= source < p * v:
         chunk, other = divmod(source, p)
-        yield Work(what, work.micro, chunk), other
+        yield Action(pass_type, action.micro, chunk), other
 
 
-def _label(work: Work | None, of: Schedule) -> str:
-    if work is None:
+def _label(action: Action | None, of: PipelineSchedule) -> str:
+    if action is None:
         return ""
-    letter = {Pass.FORWARD: "F", Pass.WEIGHT: "W"}.get(work.what, "B")
-    chunk = "abcdefgh"[work.chunk % 8] if of.virtual_stages > 1 else ""
-    return f"{letter}{work.micro}{chunk}"
+    letter = {PassType.FORWARD: "F", PassType.WEIGHT: "W"}.get(action.pass_type, "B")
+    chunk = "abcdefgh"[action.chunk % 8] if of.virtual_stages > 1 else ""
+    return f"{letter}{action.micro}{chunk}"
 
 
-SCHEDULES: dict[str, Callable[[str, int, int, int], Schedule]] = {
+SCHEDULES: dict[str, Callable[[str, int, int, int], PipelineSchedule]] = {
     "gpipe": _gpipe,
     "1f1b": _one_forward_one_backward,
     "interleaved": _interleaved,

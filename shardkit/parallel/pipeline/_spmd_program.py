@@ -1,8 +1,8 @@
-"""The SPMD program of a pipeline: manual over stages and rows, the rest is the partitioner's.
+"""The SPMD program of a pipeline: manual over stages and rows, automatic over other axes.
 
-Inside, each device holds its own rows and its own gradients, so nothing is reduced before the one
-sum after the last tick. What is sharded over the row axes, as fsdp shards weights, is gathered
-once where the program begins.
+Inside, each device has its own rows and its own gradients, so nothing is reduced before the one sum
+after the last tick. Parameters that are sharded over the row axes, as by fsdp, are gathered once
+where the program begins.
 """
 
 import dataclasses
@@ -17,175 +17,207 @@ from jax.sharding import PartitionSpec
 
 from ..._core.errors import Problem, StepError, raise_all
 from ..._core.split_rng import RandomDraws, match_draws, part_keys
-from ..._core.types import Mean
-from ...nn._layer_stack import First, Last, Layer, layer_keys
+from ..._core.types import Batch, Key, Mean, Params, PyTree
+from ...nn._layer_stack import First, Last, Layer, split_layer_keys
 from ...nn._overridable import StepContext
-from ._executor import Device, totals
-from ._schedule import Schedule
-from ._stage_layout import Parts
-from ._tick_program import ticks
+from ._executor import StageExecutor, last_outputs
+from ._schedule import PipelineSchedule
+from ._stage_layout import StageLayout
+from ._tick_program import tick_program
 
 
 @dataclasses.dataclass(frozen=True)
-class Loss:
-    """The arguments of `sk.nn.layer_stack` but the layers."""
+class LayerStackCall:
+    """The arguments of `sk.nn.layer_stack` except the layers."""
 
     first: First
     layer: Layer
     last: Last
-    ends: Any
-    batch: Any
-    key: Any
+    outer_params: Params
+    batch: Batch
+    key: Key | None
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class PipelineProgram:
     """One `sk.nn.layer_stack` call on one mesh.
 
     Attributes:
-      loss: what was called.
+      call: its arguments.
       around: the step.
-      cut: which layers each stage works on.
+      stage_layout: which layers each stage works on.
       draws: which random draws grow with the rows, and how the rows are split.
-      words: u32[layers + 1, 2], data of the keys of the layers and of `first`; None for none.
-      message: what travels between stages, abstract.
+      words: u32[layers + 1, 2], data of the keys of the layers and of `first`; None for no key.
+      message: what is sent between stages, abstract.
       returned: what `last` returns, abstract.
-      totals: the same with every scalar as a `Mean`.
+      outputs: the same with every scalar as a `Mean`.
     """
 
-    loss: Loss
+    call: LayerStackCall
     around: StepContext
-    cut: Parts
+    stage_layout: StageLayout
     draws: RandomDraws
     words: jax.Array | None
-    message: Any
+    message: PyTree
     returned: Any
-    totals: Any
+    outputs: PyTree
 
     @classmethod
     def of(
-        cls, loss: Loss, layers: Any, around: StepContext, cut: Parts, micro_batches: int
-    ) -> "Program":
-        """Looks at the loss with the rows of one part.
+        cls,
+        call: LayerStackCall,
+        layers: Params,
+        around: StepContext,
+        layout: StageLayout,
+        micro_batches: int,
+    ) -> "PipelineProgram":
+        """Traces the functions with the rows of one micro-batch of one device.
 
         Raises:
-          StepError: something other than floating-point arrays would travel, or the randomness of
-            the loss cannot be split by rows.
+          StepError: stages would send something else than floating-point arrays, or the random
+            draws of the loss cannot be split by rows.
         """
-        lanes = math.prod(around.mesh.shape[axis] for axis in lane_axes(around))
-        parts = lanes * micro_batches
-        of_first, of_layers = layer_keys(loss.key, cut.layers)
-        rows = _rows(loss.batch, parts)
-        message = jax.eval_shape(loss.first, loss.ends, rows, of_first)
+        devices = math.prod(around.mesh.shape[axis] for axis in manual_row_axes(around))
+        parts = devices * micro_batches
+        first_key, keys_of_layers = split_layer_keys(call.key, layout.layers)
+        rows = _abstract_rows(call.batch, parts)
+        message = jax.eval_shape(call.first, call.outer_params, rows, first_key)
         _check_message(message)
         words = None
         grown = ()
-        if loss.key is not None:
-            words = jax.random.key_data(jnp.concatenate([of_layers, of_first[None]]))
-            grown = _grown(loss, layers, parts, (of_first, of_layers[0]))
+        if first_key is not None and keys_of_layers is not None:
+            words = jax.random.key_data(jnp.concatenate([keys_of_layers, first_key[None]]))
+            grown = _find_grown_draws(call, layers, parts, (first_key, keys_of_layers[0]))
         return cls(
-            loss=loss,
+            call=call,
             around=around,
-            cut=cut,
-            draws=RandomDraws(lanes, grown, micro_batches),
+            stage_layout=layout,
+            draws=RandomDraws(devices, grown, micro_batches),
             words=words,
             message=message,
-            returned=jax.eval_shape(loss.last, loss.ends, message, rows),
-            totals=jax.eval_shape(functools.partial(totals, loss.last), loss.ends, message, rows),
+            returned=jax.eval_shape(call.last, call.outer_params, message, rows),
+            outputs=jax.eval_shape(
+                functools.partial(last_outputs, call.last), call.outer_params, message, rows
+            ),
         )
 
-    def evaluate(self, table: Schedule, *args: Any) -> Any:
-        """Runs a table of forward passes on `(ends, layers, batch, words)`.
+    def evaluate(self, table: PipelineSchedule, *args: Any) -> Any:
+        """Runs a table of forward passes on `(outer_params, layers, batch, words)`.
 
         Returns:
           What `last` does.
         """
-        return self._returned(self._run(table, *args))
+        return self._format(self._run(table, *args))
 
-    def train(self, table: Schedule, *args: Any) -> tuple[Any, Any]:
-        """Runs a whole table on the same; returns it with gradients of `(ends, layers)`."""
-        summed, *grads = self._run(table, *args)
-        return self._returned(summed), tuple(grads)
+    def train(self, table: PipelineSchedule, *args: Any) -> tuple[Any, Any]:
+        """Runs a training table on the same; returns the gradients of both parameters as well."""
+        sums, *grads = self._run(table, *args)
+        return self._format(sums), tuple(grads)
 
     def scale(self, cotangent: Any) -> jax.Array:
-        """What the gradients of the summed loss are multiplied with, from that of the result."""
+        """The factor of the gradients of the summed loss, from the cotangent of the result."""
         loss = cotangent[0] if isinstance(cotangent, tuple) else cotangent
-        parts = self.draws.lanes * self.draws.micro_batches
+        parts = self.draws.gradient_shards * self.draws.micro_batches
         return loss.total if isinstance(loss, Mean) else loss / parts
 
-    def _returned(self, summed: tuple[Mean, dict[str, Mean]]) -> Any:
-        """Sums in the form that `last` has: a scalar is the mean over equal-sized parts."""
+    def _format(self, sums: tuple[Mean, dict[str, Mean]]) -> Any:
+        """Sums in the form that `last` returns: a scalar is the mean over equal-sized parts."""
 
-        def one(like: Any, mean: Mean) -> Any:
+        def format_one(like: Any, mean: Mean) -> Any:
             return mean if isinstance(like, Mean) else mean.total / mean.weight
 
         if not isinstance(self.returned, tuple):
-            return one(self.returned, summed[0])
+            return format_one(self.returned, sums[0])
         loss, metrics = self.returned
-        return one(loss, summed[0]), {
-            name: one(like, summed[1][name]) for name, like in metrics.items()
-        }
+        formatted = {name: format_one(like, sums[1][name]) for name, like in metrics.items()}
+        return format_one(loss, sums[0]), formatted
 
-    def _run(self, table: Schedule, ends: Any, layers: Any, batch: Any, words: Any) -> Any:
-        """The sums over all parts; with gradients of ends and layers where the table trains."""
-        axis, rows = self.cut.axis, lane_axes(self.around)
-        every = PartitionSpec((axis, *rows))
-        own = PartitionSpec(rows or None, axis) if self.cut.stored_apart else every
-        stored = PartitionSpec(axis) if self.cut.stored_apart else PartitionSpec()
-        placed = jax.tree.map(
-            lambda x: PartitionSpec(rows or None) if x.ndim else PartitionSpec(), batch
-        )
-        apart = jax.shard_map(
-            functools.partial(self._on_device, table),
+    def _run(
+        self,
+        table: PipelineSchedule,
+        outer_params: Params,
+        layers: Params,
+        batch: Batch,
+        words: Any,
+    ) -> Any:
+        """The sums over all parts; with the gradients of all parameters if the table trains."""
+        axis, rows = self.stage_layout.axis, manual_row_axes(self.around)
+        unsplit, by_rows = PartitionSpec(), PartitionSpec(rows or None)
+        # Each device's result gets a leading dim, over which it is then summed. Gradients of layers
+        # that each stage stores for itself are summed over the row axes alone.
+        every_device = PartitionSpec((axis, *rows))
+        stored, layer_grads = unsplit, every_device
+        if self.stage_layout.is_stored_split:
+            stored, layer_grads = PartitionSpec(axis), PartitionSpec(rows or None, axis)
+        run = jax.shard_map(
+            functools.partial(self._run_on_device, table),
             mesh=self.around.mesh,
             axis_names={axis, *rows},
-            in_specs=(PartitionSpec(), stored, placed, PartitionSpec()),
-            out_specs=(every, every, own) if table.trains else every,
-            check_vma=False,  # the loss is anyone's: it need not say what varies
-        )(ends, layers, batch, words)
+            in_specs=(
+                unsplit,
+                stored,
+                jax.tree.map(lambda x: by_rows if x.ndim else unsplit, batch),
+                unsplit,
+            ),
+            out_specs=(every_device, every_device, layer_grads) if table.trains else every_device,
+            check_vma=False,  # the user's loss does not say what varies over the axes
+        )
+        results = run(outer_params, layers, batch, words)
         with jax.named_scope("reduce"):
-            return jax.tree.map(_summed, apart)
+            return jax.tree.map(_sum, results)
 
-    def _on_device(self, table: Schedule, ends: Any, layers: Any, batch: Any, words: Any) -> Any:
-        """One device's share, with a dim in front that the sum is over."""
-        rows, cut, m = lane_axes(self.around), self.cut, self.draws.micro_batches
-        stage = jax.lax.axis_index(cut.axis)
-        lane = jax.lax.axis_index(rows) if rows else jnp.zeros((), jnp.int32)
-        numbers = jnp.asarray(cut.numbers)[stage]
+    def _run_on_device(
+        self,
+        table: PipelineSchedule,
+        outer_params: Params,
+        layers: Params,
+        batch: Batch,
+        words: Any,
+    ) -> Any:
+        """One device's share, with the leading dim that the sum is over."""
+        layout, m = self.stage_layout, self.draws.micro_batches
+        rows = manual_row_axes(self.around)
+        stage = jax.lax.axis_index(layout.axis)
+        shard = jax.lax.axis_index(rows) if rows else jnp.zeros((), jnp.int32)
+        numbers = jnp.asarray(layout.numbers)[stage]
 
         def keys(micro: jax.Array) -> tuple[Any, Any]:
             if words is None:
                 return None, None
-            made = [part_keys(w, self.draws, lane, micro) for w in (words[-1], words[numbers])]
-            return made[0], made[1]
+            first, own = (
+                part_keys(w, self.draws, shard, micro) for w in (words[-1], words[numbers])
+            )
+            return first, own
 
-        device = Device(
-            axis=cut.axis,
-            first=self.loss.first,
-            layer=self.loss.layer,
-            last=self.loss.last,
-            ends=ends,
-            weights=cut.fetch(layers, stage),
-            used=None if cut.even else numbers < cut.layers,
-            filled=(np.size(cut.numbers) - cut.layers, cut.layers),
+        executor = StageExecutor(
+            axis=layout.axis,
+            first=self.call.first,
+            layer=self.call.layer,
+            last=self.call.last,
+            outer_params=outer_params,
+            weights=layout.gather_stage_layers(layers, stage),
+            is_layer=None if layout.is_even else numbers < layout.layers,
+            layer_counts=(np.size(layout.numbers) - layout.layers, layout.layers),
             rows=jax.tree.map(lambda x: x.reshape(-1, m, *x.shape[1:]) if x.ndim else x, batch),
             keys=keys,
-            plan=ticks(table),
+            program=tick_program(table),
         )
-        done = device.run(stage, self.message, self.totals, table.trains)
+        state = executor.run(stage, self.message, self.outputs, table.trains)
         if not table.trains:
-            return _stacked(done.outcome)
-        g_layers = cut.give_back(_as(done.weights, layers), stage)
-        return _stacked((done.outcome, _as(done.ends, ends), g_layers))
+            return _add_leading_dim(state.outputs)
+        g_layers = layout.scatter_stage_grads(_cast_like(state.layer_grads, layers), stage)
+        return _add_leading_dim(
+            (state.outputs, _cast_like(state.outer_grads, outer_params), g_layers)
+        )
 
 
-def lane_axes(around: StepContext) -> tuple[str, ...]:
-    """Axes whose devices keep gradients apart; rows that move stay the partitioner's."""
-    return tuple(axis for axis in around.rows if axis not in around.moving)
+def manual_row_axes(around: StepContext) -> tuple[str, ...]:
+    """Axes of rows that are manual here; the partitioner splits those along which rows move."""
+    return tuple(axis for axis in around.row_axes if axis not in around.moving_row_axes)
 
 
-def _rows(batch: Any, parts: int) -> Any:
-    """Abstract rows of one of so many parts."""
+def _abstract_rows(batch: Any, parts: int) -> Any:
+    """Abstract rows of one of several equal parts of the batch."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(
             (x.shape[0] // parts, *x.shape[1:]) if x.ndim else (), x.dtype
@@ -194,18 +226,20 @@ def _rows(batch: Any, parts: int) -> Any:
     )
 
 
-def _grown(loss: Loss, layers: Any, parts: int, keys: tuple[Any, Any]) -> Any:
-    """Compares what `first` and a layer draw for the rows of one part with that for all rows."""
+def _find_grown_draws(call: LayerStackCall, layers: Any, parts: int, keys: tuple[Any, Any]) -> Any:
+    """Finds the random draws of `first` and a layer whose shapes grow with the number of rows."""
 
-    def draws(ends: Any, weights: Any, rows: Any, first_key: Any, layer_key: Any) -> Any:
-        return loss.layer(weights, loss.first(ends, rows, first_key), rows, layer_key)
+    def draws(outer_params: Any, weights: Any, rows: Any, first_key: Any, layer_key: Any) -> Any:
+        return call.layer(weights, call.first(outer_params, rows, first_key), rows, layer_key)
 
     weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), layers)
     part, whole = (
-        jax.eval_shape(lambda *args: args, loss.ends, weights, _rows(loss.batch, n), *keys)
+        jax.eval_shape(
+            lambda *args: args, call.outer_params, weights, _abstract_rows(call.batch, n), *keys
+        )
         for n in (parts, 1)
     )
-    return match_draws(draws, parts, part, whole).grown
+    return match_draws(draws, parts, part, whole).row_dims
 
 
 def _check_message(message: Any) -> None:
@@ -214,18 +248,18 @@ def _check_message(message: Any) -> None:
         for x in jax.tree.leaves(message)
         if not jnp.issubdtype(x.dtype, jnp.inexact)
     ]
-    fix = "read integers from `batch`, which every layer is given"
-    raise_all(StepError, "What travels between stages must be floating-point.", problems, fix)
+    fix = "read integers from `batch`, which every layer gets"
+    raise_all(StepError, "Stages can only send floating-point arrays.", problems, fix)
 
 
-def _as(grads: Any, like: Any) -> Any:
+def _cast_like(grads: Any, like: Any) -> Any:
     return jax.tree.map(lambda g, x: g.astype(x.dtype), grads, like)
 
 
-def _stacked(tree: Any) -> Any:
+def _add_leading_dim(tree: Any) -> Any:
     return jax.tree.map(lambda x: x[None], tree)
 
 
-def _summed(x: jax.Array) -> jax.Array:
-    # `jnp.sum` would widen bf16 to f32, and with it what travels.
+def _sum(x: jax.Array) -> jax.Array:
+    # `jnp.sum` would widen bf16 to f32, and so double the bytes that are sent.
     return jax.lax.reduce(x, jnp.zeros((), x.dtype), jax.lax.add, (0,))

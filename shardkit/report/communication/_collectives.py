@@ -1,4 +1,4 @@
-"""Walks a compiled program from its entry and finds every collective it executes."""
+"""Walks a compiled program from its entry and finds every collective that it executes."""
 
 import dataclasses
 import fractions
@@ -6,13 +6,13 @@ import math
 import re
 from collections.abc import Iterator
 
-from ..._core.branch_counts import shares
+from ..._core.scope_markers import branch_shares
 from ..hlo._groups import Span, read_groups, read_pairs, span_of_groups, span_of_pairs
 from ..hlo._hlo import Computation, Instruction, Module, Shape
-from ..hlo._op_paths import Origins
+from ..hlo._op_paths import OpPaths
 from ..hlo._scope import scope_of
-from ..hlo._slices import Slices, arrival, crosses, kind_between
-from ..hlo._trips import Loops
+from ..hlo._slices import Slices, crosses_slices, find_recv, kind_of_transfer
+from ..hlo._trips import TripCounts
 
 KINDS = (
     "all-reduce",
@@ -23,21 +23,21 @@ KINDS = (
     "collective-broadcast",
     "ragged-all-to-all",
 )
-# A collective as it stands in the text, independent of the parser that is checked against it.
+# A collective in the program's text; the ledger counts these matches to check the parser.
 SPELLED = re.compile(r"[\])}] (?:" + "|".join(KINDS) + r")(?:-start)?\(")
 
-# Attributes of what moves data between devices, and calls of the libraries that do.
+# Attributes of instructions that move data between devices, and calls of communication libraries.
 _BETWEEN_DEVICES = ("replica_groups=", "source_target_pairs=", "channel_id=")
 _LIBRARY = re.compile(
     r'custom_call_target="[^"]*(?:[nr]ccl|all_?reduce|all_?gather|reduce_?scatter|all_?to_?all)',
     re.IGNORECASE,
 )
 
-# Compute that can hide a transfer; everything else in a schedule is bookkeeping or memory traffic.
+# Operations that can hide a transfer; all others are bookkeeping or memory traffic.
 _COMPUTE = frozenset(
     "fusion dot convolution custom-call while call conditional reduce sort scatter gather".split()
 )
-# Computations that these name are run once per execution; others name a scalar combiner.
+# These run the computations that they name; `_COMBINERS` name one that combines two scalars.
 _RUNS = frozenset({"fusion", "call", "async-start", "custom-call", "conditional", "while"})
 _COMBINERS = frozenset(
     "reduce reduce-window scatter sort map select-and-scatter all-reduce reduce-scatter "
@@ -46,13 +46,13 @@ _COMBINERS = frozenset(
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """A collective and how the program reaches it; see `Row` for the words.
+class CollectiveSite:
+    """A collective and how the program reaches it; see `LedgerRow` for the fields.
 
     Attributes:
-      dcn: it goes between slices.
-      steps: where else it is spelled: the TPU compiler moves a collective on in pieces, behind
-        the compute of a chain of fusions each of which holds a copy of it.
+      dcn: it crosses slices.
+      copies: its other (computation, instruction): the TPU compiler runs a collective in pieces
+        behind the compute of a chain of fusions, each of which has a copy of it.
     """
 
     kind: str
@@ -66,12 +66,12 @@ class Found:
     overlapped: bool
     op_name: str
     dcn: bool = False
-    steps: tuple[tuple[str, str], ...] = ()
+    copies: tuple[tuple[str, str], ...] = ()
 
     @property
-    def places(self) -> tuple[tuple[str, str], ...]:
-        """(computation, instruction) of everything in the text that is this collective."""
-        return ((self.computation, self.instruction.name), *self.steps)
+    def locations(self) -> tuple[tuple[str, str], ...]:
+        """(computation, instruction) of the collective and of its copies."""
+        return ((self.computation, self.instruction.name), *self.copies)
 
     @property
     def scope(self) -> str:
@@ -80,8 +80,8 @@ class Found:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Path:
-    """How the walk came to a computation."""
+class _CallPath:
+    """The calls through which the walk reaches a computation."""
 
     trips: int | None = 1
     conditional: bool = False
@@ -90,84 +90,88 @@ class _Path:
     op_name: str = ""
 
 
-def find(module: Module, slices: Slices) -> tuple[list[Found], list[str]]:
-    """Finds the collectives of a program, and what of it could not be read."""
-    walk = _Walk(module, slices)
-    walk.problems += _other_devices(module, slices)
-    found = list(walk.computation(module.entry, _Path())) if module.entry else []
-    reached = {place for one in found for place in one.places} | walk.unread
+def find_collectives(module: Module, slices: Slices) -> tuple[list[CollectiveSite], list[str]]:
+    """Finds the collectives of a program, and the problems in reading it."""
+    walk = _CallWalk(module, slices)
+    walk.problems += _check_device_count(module, slices)
+    sites = list(walk.visit(module.entry, _CallPath())) if module.entry else []
+    reached = {location for site in sites for location in site.locations} | walk.unread
     for computation in module.computations.values():
         for instruction in computation.instructions.values():
-            known = (computation.name, instruction.name) in reached
-            if not known and kind_of(instruction):
+            if (computation.name, instruction.name) not in reached and collective_kind(instruction):
                 walk.problems.append(f"nothing runs {instruction.name} of {computation.name}")
-    return found, [*module.problems, *walk.problems]
+    return sites, [*module.problems, *walk.problems]
 
 
-def _other_devices(module: Module, slices: Slices) -> Iterator[str]:
-    """Whether the program is one for this mesh, as far as its header says."""
+def _check_device_count(module: Module, slices: Slices) -> Iterator[str]:
+    """Checks the number of devices in the program's header against the mesh."""
     whole = math.prod(size for _, size in slices.mesh)
-    inside = math.prod(size for _, size in slices.inside)
+    inside = math.prod(size for _, size in slices.slice_mesh)
     if "num_partitions=" in module.header and module.num_partitions not in (whole, inside):
-        yield f"the program is one for {module.num_partitions} devices, the mesh has {whole}"
+        yield f"the program is for {module.num_partitions} devices, the mesh has {whole}"
 
 
-def kind_of(instruction: Instruction) -> str | None:
-    """The collective that an instruction starts; None if it is none, or only ends one."""
-    if crosses(instruction):
-        return kind_between(instruction)
+def collective_kind(instruction: Instruction) -> str | None:
+    """The collective that an instruction starts; None for others, also for one that ends it."""
+    if crosses_slices(instruction):
+        return kind_of_transfer(instruction)
     base = instruction.opcode.removesuffix("-start")
     return base if base in KINDS else None
 
 
-class _Walk:
-    """Follows calls through one module, multiplying trips on the way."""
+class _CallWalk:
+    """Follows the calls of one module and multiplies trips on the way."""
 
     def __init__(self, module: Module, slices: Slices) -> None:
         self._module = module
         self._slices = slices
-        # The program of several slices is that of one, and numbers only its devices.
-        devices = math.prod(size for _, size in slices.inside)
+        # A program for several slices is the program of one, and numbers the devices of one.
+        devices = math.prod(size for _, size in slices.slice_mesh)
         self._of_slice = bool(slices.dcn) and module.num_partitions == devices
-        self._mesh = slices.inside if self._of_slice else slices.mesh
-        self._loops = Loops(module)
-        self._origins = Origins(module)
+        self._mesh = slices.slice_mesh if self._of_slice else slices.mesh
+        self._loops = TripCounts(module)
+        self._origins = OpPaths(module)
         self.problems: list[str] = []
         self.unread: set[tuple[str, str]] = set()
 
-    def computation(self, name: str, path: _Path) -> Iterator[Found]:
-        """Collectives of a computation and of everything it calls."""
+    def visit(self, name: str, path: _CallPath) -> Iterator[CollectiveSite]:
+        """Collectives of a computation and of all that it calls."""
         here = self._module.computations.get(name)
         if here is None:
             self.problems.append(f"computation {name} is called but not in the text")
             return
-        chains: dict[str, list[Found]] = {}
+        chains: dict[str, list[CollectiveSite]] = {}
         for instruction in here.instructions.values():
-            if kind := kind_of(instruction):
-                found = self._collective(kind, instruction, here, path)
-                yield from [found] if found else []
-            elif self._unknown(instruction):
+            if kind := collective_kind(instruction):
+                site = self._read_site(kind, instruction, here, path)
+                yield from [site] if site else []
+            elif self._is_unknown_collective(instruction):
                 where = f"{instruction.opcode} {instruction.name}"
                 self.problems.append(f"{where}: an unknown kind of collective")
             elif instruction.calls:
-                for found in self._called(instruction, here, path):
-                    if instruction.opcode == "fusion" and (channel := _chain(found)):
-                        chains.setdefault(channel, []).append(found)
+                for site in self._visit_calls(instruction, here, path):
+                    if instruction.opcode == "fusion" and (channel := _chain_channel(site)):
+                        chains.setdefault(channel, []).append(site)
                     else:
-                        yield found
-        yield from map(_joined, chains.values())
+                        yield site
+        yield from map(_merge_chain, chains.values())
 
-    def _unknown(self, instruction: Instruction) -> bool:
-        """Whether something that is not known moves data between devices."""
+    def _is_unknown_collective(self, instruction: Instruction) -> bool:
+        """Whether an instruction moves data between devices and is not a known collective."""
         if instruction.opcode.endswith(("-done", "-update")) or instruction.opcode == "recv":
             return False
         if instruction.opcode == "custom-call":
             return bool(_LIBRARY.search(instruction.rest))
         if instruction.opcode == "send":
-            return crosses(instruction) or "_xla_send_recv_source_target_pairs" in instruction.rest
+            return (
+                crosses_slices(instruction)
+                or "_xla_send_recv_source_target_pairs" in instruction.rest
+            )
         return any(name in instruction.rest for name in _BETWEEN_DEVICES)
 
-    def _called(self, call: Instruction, here: Computation, path: _Path) -> Iterator[Found]:
+    def _visit_calls(
+        self, call: Instruction, here: Computation, path: _CallPath
+    ) -> Iterator[CollectiveSite]:
         """Collectives of the computations that an instruction runs."""
         if call.opcode in _COMBINERS or call.opcode.endswith(("-update", "-done")):
             return
@@ -176,54 +180,58 @@ class _Walk:
             path,
             op_name=call.op_name or self._origins.of(call, here) or path.op_name,
             conditional=path.conditional or call.opcode == "conditional",
-            overlapped=path.overlapped or self._overlapped(call, here),
+            overlapped=path.overlapped or self._is_overlapped(call, here),
         )
-        often = _often(call)
+        shares = _branch_shares(call)
         for at, (key, callee) in enumerate(call.calls):
-            after = inner
+            callee_path = inner
             if call.opcode == "while":
-                after = dataclasses.replace(inner, trips=self._trips(call, here, path, key))
-            elif often:
-                after = dataclasses.replace(inner, taken=path.taken * often[at])
-            found = list(self.computation(callee, after))
-            if found and not known:
+                callee_path = dataclasses.replace(
+                    inner, trips=self._loop_trips(call, here, path, key)
+                )
+            elif shares:
+                callee_path = dataclasses.replace(inner, taken=path.taken * shares[at])
+            sites = list(self.visit(callee, callee_path))
+            if sites and not known:
                 self.problems.append(f"{call.opcode} {call.name} runs collectives: unknown trips")
-            if found and after.trips is None and path.trips is not None:
+            if sites and callee_path.trips is None and path.trips is not None:
                 self.problems.append(
-                    f"loop {call.name} runs {len(found)} collectives an unknown number of times; "
+                    f"loop {call.name} runs {len(sites)} collectives an unknown number of times; "
                     "each is counted once"
                 )
-            yield from found
+            yield from sites
 
-    def _trips(self, loop: Instruction, here: Computation, path: _Path, key: str) -> int | None:
-        """Executions per step of a loop's body or condition."""
+    def _loop_trips(
+        self, loop: Instruction, here: Computation, path: _CallPath, key: str
+    ) -> int | None:
+        """Executions per step of a loop's body or condition; None if unknown."""
         trips = self._loops.trips(here.name, loop.name)
         if trips is None or path.trips is None:
             return None
         return path.trips * (trips + 1 if key == "condition" else trips)
 
-    def _collective(
-        self, kind: str, instruction: Instruction, here: Computation, path: _Path
-    ) -> Found | None:
+    def _read_site(
+        self, kind: str, instruction: Instruction, here: Computation, path: _CallPath
+    ) -> CollectiveSite | None:
         try:
-            span = self._span(kind, instruction)
-            shapes = [s for name in instruction.operands for s in _shapes(here, name)]
+            span = self._read_span(kind, instruction)
+            shapes = [s for name in instruction.operands for s in _operand_shapes(here, name)]
             operands = tuple(shape for shape in shapes if shape.dtype != "token")
             if kind == "ragged-all-to-all":
-                # Rows and the room for those that come; then sizes and offsets. Of the larger one
-                # a part is empty: as many rows come as go, mean over devices.
+                # Operands: rows to send, a buffer for received rows, then sizes and offsets.
+                # Averaged over devices as many rows arrive as leave, so the smaller one is full.
                 operands = (min(operands[:2], key=lambda shape: shape.nbytes),)
-            if strange := [shape for shape in operands if not shape.known]:
-                raise ValueError(f"{strange[0]} has an unknown element type")
+            if unknown := [shape for shape in operands if not shape.known]:
+                raise ValueError(f"{unknown[0]} has an unknown element type")
         except (ValueError, KeyError) as error:
             why = f"it has no {error}" if isinstance(error, KeyError) else error
             self.problems.append(f"{kind} {instruction.name}: {why}")
             self.unread.add((here.name, instruction.name))
             return None
-        # The TPU compiler spells a reduce-scatter as a fusion of an all-reduce and a slice.
+        # The TPU compiler writes a reduce-scatter as a fusion of an all-reduce and a slice.
         if kind == "all-reduce" and here.name.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"
-        return Found(
+        return CollectiveSite(
             kind=kind,
             instruction=instruction,
             computation=here.name,
@@ -232,26 +240,26 @@ class _Walk:
             trips=path.trips,
             conditional=path.conditional,
             taken=path.taken,
-            overlapped=path.overlapped or self._overlapped(instruction, here),
+            overlapped=path.overlapped or self._is_overlapped(instruction, here),
             op_name=instruction.op_name or self._origins.of(instruction, here) or path.op_name,
-            dcn=crosses(instruction),
+            dcn=crosses_slices(instruction),
         )
 
-    def _span(self, kind: str, instruction: Instruction) -> Span:
-        """Mesh axes of a collective."""
-        if crosses(instruction):
-            return self._slices.between(instruction)
-        found = self._span_of_devices(kind, instruction)
-        return self._slices.within(found) if self._of_slice else found
+    def _read_span(self, kind: str, instruction: Instruction) -> Span:
+        """Reads the mesh axes of a collective."""
+        if crosses_slices(instruction):
+            return self._slices.read_span(instruction)
+        span = self._read_device_span(kind, instruction)
+        return self._slices.to_mesh_span(span) if self._of_slice else span
 
-    def _span_of_devices(self, kind: str, instruction: Instruction) -> Span:
+    def _read_device_span(self, kind: str, instruction: Instruction) -> Span:
         attrs = instruction.attrs
         if kind == "collective-permute":
             pairs = read_pairs(attrs["source_target_pairs"])
             return span_of_pairs(pairs, self._mesh)
         devices = self._module.num_partitions
-        # Without use_global_device_ids the groups of these three number replicas, of which an
-        # SPMD program has one: with a channel all its partitions take part, without one none do.
+        # Without use_global_device_ids the groups of these three number replicas. An SPMD program
+        # has one replica: with a channel id all partitions take part, without one only itself.
         by_replica = kind in ("all-reduce", "all-gather", "reduce-scatter")
         if by_replica and attrs.get("use_global_device_ids") != "true":
             groups = "{}" if "channel_id" in attrs else "{{0}}"
@@ -259,9 +267,9 @@ class _Walk:
             groups = attrs.get("replica_groups", "{}")
         return span_of_groups(read_groups(groups, devices), self._mesh)
 
-    def _overlapped(self, start: Instruction, here: Computation) -> bool:
+    def _is_overlapped(self, start: Instruction, here: Computation) -> bool:
         """Whether the schedule runs compute between a `-start` and its `-done`."""
-        sent = arrival(start, here) if crosses(start) else None
+        sent = find_recv(start, here) if crosses_slices(start) else None
         if not (self._module.scheduled and (sent or start.opcode.endswith("-start"))):
             return False
         names = list(here.instructions)
@@ -273,49 +281,49 @@ class _Walk:
                 if instruction.opcode.endswith("-done"):
                     return between
                 pending.add(name)
-            elif instruction.opcode in _COMPUTE and not self._only_moves(instruction):
+            elif instruction.opcode in _COMPUTE and not self._holds_collective(instruction):
                 between = True
         return False
 
-    def _only_moves(self, instruction: Instruction) -> bool:
-        """Whether a fusion is itself a collective."""
+    def _holds_collective(self, instruction: Instruction) -> bool:
+        """Whether an instruction is a fusion with a collective in it."""
         for _, callee in instruction.calls:
             called = self._module.computations.get(callee)
-            if called and any(kind_of(inner) for inner in called.instructions.values()):
+            if called and any(collective_kind(inner) for inner in called.instructions.values()):
                 return instruction.opcode == "fusion"
         return False
 
 
-def _often(call: Instruction) -> tuple[fractions.Fraction, ...] | None:
-    """Shares in which a conditional runs each of its `calls`; None where nothing is known."""
-    found = shares(call.op_name, len(call.calls)) if call.opcode == "conditional" else None
-    if found is None:
+def _branch_shares(call: Instruction) -> tuple[fractions.Fraction, ...] | None:
+    """How often a conditional takes each of its `calls`, as shares; None if unknown."""
+    shares = branch_shares(call.op_name, len(call.calls)) if call.opcode == "conditional" else None
+    if shares is None:
         return None
-    # Branch 1 of two comes first where a truth value decides.
-    return found[::-1] if call.calls[0][0] == "true_computation" else found
+    # With a boolean predicate the true branch, number 1, is called first.
+    return shares[::-1] if call.calls[0][0] == "true_computation" else shares
 
 
-def _chain(found: Found) -> str:
-    """The channel of a collective that a chain of fusions moves on; "" for any other."""
-    chained = "async_collective_fusion_config" in found.instruction.rest
-    return found.instruction.attrs.get("channel_id", "") if chained else ""
+def _chain_channel(site: CollectiveSite) -> str:
+    """The channel of a collective that a chain of fusions runs; "" for any other."""
+    chained = "async_collective_fusion_config" in site.instruction.rest
+    return site.instruction.attrs.get("channel_id", "") if chained else ""
 
 
-def _joined(steps: list[Found]) -> Found:
-    """The one collective that the copies in a chain of fusions are.
+def _merge_chain(chain: list[CollectiveSite]) -> CollectiveSite:
+    """Merges the copies of a collective in a chain of fusions into one.
 
-    Between the first and the last, which only start and end it, stands the compute that hides it.
+    The first and the last fusion start and end it; those between have the compute that hides it.
     """
-    first, *rest = steps
+    first, *others = chain
     return dataclasses.replace(
         first,
-        overlapped=first.overlapped or len(steps) > 2,
-        steps=tuple((one.computation, one.instruction.name) for one in rest),
+        overlapped=first.overlapped or len(chain) > 2,
+        copies=tuple((site.computation, site.instruction.name) for site in others),
     )
 
 
-def _shapes(here: Computation, name: str) -> tuple[Shape, ...]:
-    """Arrays of an operand."""
+def _operand_shapes(here: Computation, name: str) -> tuple[Shape, ...]:
+    """Result arrays of the instruction that an operand names."""
     if name not in here.instructions:
         raise ValueError(f"operand {name} is not in the text")
     return here.instructions[name].shapes

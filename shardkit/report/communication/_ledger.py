@@ -8,51 +8,51 @@ from typing import overload
 from ..._core.errors import ReportError, did_you_mean
 from ..._core.tree import format_bytes
 from ..hlo._hlo import Module, parse
-from ..hlo._scope import combines, of_product, paths_of, phase_of
+from ..hlo._scope import combines_elements, is_windowable, phase_of, split_op_name
 from ..hlo._slices import Slices
-from ._collectives import KINDS, SPELLED, Found, find
+from ._collectives import KINDS, SPELLED, CollectiveSite, find_collectives
 
 Axes = tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class LedgerRow:
     """One collective of the compiled program.
 
-    A tuple collective is one row per dtype. A loop's collective is one row with its trips.
+    A tuple collective has one row per dtype, a collective in a loop one row with its trips.
 
     Attributes:
       kind: one of `KINDS`, as XLA spells it; a TPU fusion that keeps a shard of an all-reduce
         is a `reduce-scatter`.
       axes: mesh axes whose devices exchange data, in mesh order.
-      dtype: element type sent, `bf16`.
-      payload_bytes: size V of the whole array of one execution: what comes out of an
-        all-gather, what goes into the others, on one device.
+      dtype: element type, `bf16`.
+      payload_bytes: size V of the array of one execution on one device: the result of an
+        all-gather, the operand of the others.
       wire_bytes: bytes one device sends per *step* on a ring, all trips together:
         2(n−1)/n·V for all-reduce, (n−1)/n·V for all-gather, reduce-scatter and all-to-all, V for
-        permute; a ragged all-to-all counts as one whose rows go to all devices alike. With
-        unknown `trips`, those of one trip; in a branch, the mean over devices.
-      trips: executions per step, through all loops around it, on a device that takes every branch
-        to it; None where a loop's count is unknown.
+        permute; a ragged all-to-all counts as if its rows went to all devices evenly. With
+        unknown `trips`, the bytes of one trip; in a branch, the mean over devices.
+      trips: executions per step, the product of all loops around it, on a device that takes every
+        branch to it; None if the trip count of a loop is unknown.
       scope: the model's `named_scope` path.
       phase: `forward`, `backward`, `recompute`, `update` or `other`.
-      overlapped: asynchronous, and the schedule puts compute between its start and its end.
+      overlapped: asynchronous, with compute scheduled between its start and its end.
       group: devices n that exchange data with each other.
-      whole: each group is all of `axes`; False if only a part of them.
-      operands: the arrays sent, `("f32[16,8]", "f32[8,16]")`, as one device holds them.
-      windowed: a permute that the compiler made out of a gather or a scatter, to hide it behind
-        the pieces of the product that needs it.
-      conditional: stands in a branch of a conditional.
-      computation: name of the HLO computation that holds it.
+      full_axes: each group has all devices along `axes`; False if only some.
+      operands: the arrays, `("f32[16,8]", "f32[8,16]")`, as one device holds them.
+      windowed: a permute into which the compiler turned a gather or a scatter, to hide it behind
+        pieces of the product that needs it (windowed einsum).
+      conditional: it is in a branch of a conditional.
+      computation: name of its HLO computation.
       name: name of the HLO instruction.
       op_name: JAX's path for it.
-      phases: phase that each of `operands` comes from; the row's own is that of the most bytes.
-      by_optimizer: the optimizer's own arithmetic sends it: a product, sum or norm over dims that
-        the mesh splits. No gradient is reduced by it, and no parallelism asks for it.
-      dcn: goes between TPU slices, whose part in a collective is a row of its own.
-      taken: share of `trips` that is executed, mean over devices: below 1 in a branch of a schedule
-        whose table says how often it is taken. Other branches count as always taken, so their
-        bytes are an upper bound.
+      phases: phase of each of `operands`; `phase` is that of the largest.
+      by_optimizer: it belongs to the optimizer's arithmetic: a product, sum or norm over dims that
+        the mesh splits. It reduces no gradients, and no kind of parallelism explains it.
+      dcn: it goes between TPU slices; that part of a collective is a row of its own.
+      taken: share of `trips` that is executed, mean over devices: below 1 in a branch of a pipeline
+        schedule, whose table gives the share. Other branches count as always taken, so that
+        their bytes are an upper bound.
     """
 
     kind: str
@@ -65,7 +65,7 @@ class Row:
     phase: str
     overlapped: bool
     group: int
-    whole: bool
+    full_axes: bool
     operands: tuple[str, ...]
     windowed: bool
     conditional: bool
@@ -78,9 +78,14 @@ class Row:
     taken: float = 1.0
 
     @property
+    def counted_trips(self) -> int:
+        """`trips`; 1 if unknown."""
+        return 1 if self.trips is None else self.trips
+
+    @property
     def runs(self) -> float:
         """Executions per step, mean over devices; an unknown number of trips counts as one."""
-        return (1 if self.trips is None else self.trips) * self.taken
+        return self.counted_trips * self.taken
 
     def __str__(self) -> str:
         """Returns `all-reduce over data of f32 1.00 KiB ×3 in mlp (backward)`."""
@@ -92,40 +97,40 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ledger(Sequence[Row]):
+class Ledger(Sequence[LedgerRow]):
     """The rows of one program, in the order of their HLO.
 
     Attributes:
       rows: the collectives.
       mesh: names and sizes of the mesh axes.
-      problems: what could not be read. With any, totals are lower bounds; see `complete`.
+      problems: parts that could not be read. With any, totals are lower bounds; see `complete`.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[LedgerRow, ...]
     mesh: tuple[tuple[str, int], ...]
     problems: tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:
-        """Every collective of the text was read, with its trips: totals are no less than true.
+        """Every collective of the text was read with its trips: totals are not too low.
 
-        They are the whole truth unless `upper_bound`.
+        They are exact unless `upper_bound`.
         """
         return not self.problems
 
     @property
     def upper_bound(self) -> bool:
-        """A row stands in a branch of which nobody says how often it is taken: it counts as always.
+        """A row is in a branch with an unknown share, which counts as always taken.
 
-        So totals hold both branches of a conditional, of which a device takes one.
+        So totals have both branches of a conditional, though a device takes only one.
         """
         return any(row.conditional and row.taken == 1 for row in self.rows)
 
     @overload
-    def __getitem__(self, index: int) -> Row: ...
+    def __getitem__(self, index: int) -> LedgerRow: ...
     @overload
-    def __getitem__(self, index: slice) -> tuple[Row, ...]: ...
-    def __getitem__(self, index: int | slice) -> Row | tuple[Row, ...]:
+    def __getitem__(self, index: slice) -> tuple[LedgerRow, ...]: ...
+    def __getitem__(self, index: int | slice) -> LedgerRow | tuple[LedgerRow, ...]:
         """Returns the row, or the rows of a slice."""
         return self.rows[index]
 
@@ -133,7 +138,7 @@ class Ledger(Sequence[Row]):
         """Number of rows."""
         return len(self.rows)
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[LedgerRow]:
         """Iterates over the rows."""
         return iter(self.rows)
 
@@ -142,28 +147,28 @@ class Ledger(Sequence[Row]):
         axis: str | Axes | None = None,
         kind: str | None = None,
         phase: str | None = None,
-    ) -> list[Row]:
-        """Rows of an axis, a kind, a phase.
+    ) -> list[LedgerRow]:
+        """Selects rows by axis, kind and phase.
 
         Args:
           axis: a name: rows that span this axis, alone or with others. A tuple of names: rows
             that span exactly these, in any order.
           kind: `"all-reduce"`, `"all-gather"`, `"reduce-scatter"`, `"all-to-all"`,
-            `"collective-permute"`, …; underscores do for dashes.
+            `"collective-permute"`, …; underscores work as well as dashes.
           phase: `"forward"`, `"backward"`, `"recompute"`, `"update"` or `"other"`.
 
         Raises:
-          ReportError: the mesh has no such axis, or there is no such kind.
+          ReportError: the mesh has no such axis, or the kind is unknown.
         """
-        asked = (axis,) if isinstance(axis, str) else axis or ()
-        self._known(asked, kind)
+        names = (axis,) if isinstance(axis, str) else axis or ()
+        self._check_names(names, kind)
         kind = kind.replace("_", "-") if kind else None
         return [
             row
             for row in self.rows
             if (kind is None or row.kind == kind)
             and (phase is None or row.phase == phase)
-            and (axis is None or _spans(row, axis))
+            and (axis is None or _row_spans(row, axis))
         ]
 
     def total(self, axis: str | Axes | None = None, kind: str | None = None) -> int:
@@ -175,22 +180,22 @@ class Ledger(Sequence[Row]):
 
     def by_axes(self) -> dict[Axes, int]:
         """Exact set of axes → wire bytes per device and step; the sum is `total()`."""
-        found: dict[Axes, int] = {}
+        sums: dict[Axes, int] = {}
         for row in self.rows:
-            found[row.axes] = found.get(row.axes, 0) + row.wire_bytes
-        return dict(sorted(found.items(), key=lambda item: -item[1]))
+            sums[row.axes] = sums.get(row.axes, 0) + row.wire_bytes
+        return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
-    def _known(self, axes: Axes, kind: str | None) -> None:
+    def _check_names(self, axes: Axes, kind: str | None) -> None:
         names = [name for name, _ in self.mesh]
         for axis in axes:
             if axis not in names:
                 hint = did_you_mean(axis, names)
                 raise ReportError(f"mesh {dict(self.mesh)} has no axis {axis!r}.{hint}")
         if kind is not None and kind.replace("_", "-") not in KINDS:
-            raise ReportError(f"no collective is called {kind!r}.{did_you_mean(kind, KINDS)}")
+            raise ReportError(f"There is no collective {kind!r}.{did_you_mean(kind, KINDS)}")
 
 
-def _spans(row: Row, axis: str | Axes) -> bool:
+def _row_spans(row: LedgerRow, axis: str | Axes) -> bool:
     return axis in row.axes if isinstance(axis, str) else set(axis) == set(row.axes)
 
 
@@ -199,7 +204,7 @@ def wire_bytes(kind: str, payload: int, group: int) -> float:
 
     Args:
       kind: one of `KINDS`.
-      payload: bytes of the whole array; see `Row.payload_bytes`.
+      payload: bytes of the array; see `LedgerRow.payload_bytes`.
       group: devices in the ring.
 
     >>> wire_bytes("all-reduce", 1024, 4), wire_bytes("all-gather", 1024, 4)
@@ -223,70 +228,71 @@ def read_ledger(
     Args:
       hlo: `compiled.as_text()`.
       mesh: names and sizes of the mesh axes, in the mesh's order.
-      dcn: names of the axes that cross slices, and how many slices lie along each.
+      dcn: names of the axes that cross slices, with the number of slices along each.
     """
-    return ledger_of(parse(hlo), hlo, mesh, dcn)
+    return build_ledger(parse(hlo), hlo, mesh, dcn)
 
 
-def ledger_of(
+def build_ledger(
     module: Module,
     hlo: str,
     mesh: Sequence[tuple[str, int]],
     dcn: Sequence[tuple[str, int]] = (),
 ) -> Ledger:
-    """Reads the collectives of a program that is parsed already; see `read_ledger`."""
-    found, problems = find(module, Slices(tuple(mesh), dict(dcn)))
-    rows = tuple(row for one in found for row in _rows(one))
-    spelled = len(SPELLED.findall(_without_strings(hlo)))
-    # What goes between slices is spelled as a transfer to the host.
-    distinct = len({place for one in found if not one.dcn for place in one.places})
-    if spelled > distinct:
-        missing = spelled - distinct
-        problems.append(f"{missing} of {spelled} collectives in the text were not read")
+    """Reads the collectives of a parsed program; see `read_ledger`."""
+    sites, problems = find_collectives(module, Slices(tuple(mesh), dict(dcn)))
+    rows = tuple(row for site in sites for row in _split_by_dtype(site))
+    spelled = len(SPELLED.findall(_blank_strings(hlo)))
+    # Between slices the text has host transfers, which `SPELLED` does not match.
+    read = len({location for site in sites if not site.dcn for location in site.locations})
+    if spelled > read:
+        problems.append(f"{spelled - read} of {spelled} collectives in the text were not read")
     return Ledger(rows, tuple(mesh), tuple(dict.fromkeys(problems)))
 
 
-def _without_strings(hlo: str) -> str:
-    """The text with the contents of quotes left out, where anything may stand."""
+def _blank_strings(hlo: str) -> str:
+    """The text without the contents of quotes, which can look like anything."""
     return re.sub(r'"(?:[^"\\]|\\.)*"', '""', hlo)
 
 
-def _rows(found: Found) -> Iterator[Row]:
-    """One row per dtype that a collective sends."""
-    paths = paths_of(found.op_name)
-    # What the compiler combined keeps the path of each operand.
-    if len(paths) != len(found.operands):
-        paths = [found.op_name] * len(found.operands)
-    pairs = list(zip(found.operands, paths, strict=True))
-    for dtype in dict.fromkeys(shape.dtype for shape in found.operands):
+def _split_by_dtype(site: CollectiveSite) -> Iterator[LedgerRow]:
+    """Makes one row per dtype that a collective sends."""
+    paths = split_op_name(site.op_name)
+    # A collective that the compiler combined has the path of each operand; any other has one path.
+    if len(paths) != len(site.operands):
+        paths = [site.op_name] * len(site.operands)
+    pairs = list(zip(site.operands, paths, strict=True))
+    for dtype in dict.fromkeys(shape.dtype for shape in site.operands):
         sent = [(shape, path) for shape, path in pairs if shape.dtype == dtype]
         shapes = [shape for shape, _ in sent]
-        heaviest = max(sent, key=lambda one: one[0].nbytes)[1]
-        phase = phase_of(heaviest)
+        largest_path = max(sent, key=lambda one: one[0].nbytes)[1]
+        phase = phase_of(largest_path)
         payload = sum(shape.nbytes for shape in shapes)
-        if found.kind == "all-gather":
-            payload *= found.span.size
-        times = (1 if found.trips is None else found.trips) * found.taken
-        yield Row(
-            kind=found.kind,
-            axes=found.span.axes,
+        if site.kind == "all-gather":
+            payload *= site.span.size
+        times = (1 if site.trips is None else site.trips) * site.taken
+        yield LedgerRow(
+            kind=site.kind,
+            axes=site.span.axes,
             dtype=dtype,
             payload_bytes=payload,
-            wire_bytes=round(wire_bytes(found.kind, payload, found.span.size) * times),
-            trips=found.trips,
-            scope=found.scope,
+            wire_bytes=round(wire_bytes(site.kind, payload, site.span.size) * times),
+            trips=site.trips,
+            scope=site.scope,
             phase=phase,
-            overlapped=found.overlapped,
-            group=found.span.size,
-            whole=found.span.whole,
+            overlapped=site.overlapped,
+            group=site.span.size,
+            full_axes=site.span.full_axes,
             operands=tuple(map(str, shapes)),
-            windowed=found.kind == "collective-permute" and not found.dcn and of_product(heaviest),
-            conditional=found.conditional,
-            computation=found.computation,
-            name=found.instruction.name,
-            op_name=found.op_name,
+            windowed=site.kind == "collective-permute"
+            and not site.dcn
+            and is_windowable(largest_path),
+            conditional=site.conditional,
+            computation=site.computation,
+            name=site.instruction.name,
+            op_name=site.op_name,
             phases=tuple(phase_of(path) for _, path in sent),
-            by_optimizer=phase == "update" and combines(heaviest),
-            dcn=found.dcn,
-            taken=float(found.taken),
+            by_optimizer=phase == "update" and combines_elements(largest_path),
+            dcn=site.dcn,
+            taken=float(site.taken),
         )

@@ -3,17 +3,17 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from .._program import Placed
-from ..hlo._hlo import shapes_of
-from ._ledger import Ledger, Row
+from .._program import PlacedLeaf
+from ..hlo._hlo import parse_shapes
+from ._ledger import Ledger, LedgerRow
 
 _TILE = 8 * 128
 REDUCING = ("all-reduce", "reduce-scatter")
 
 
 def gradient_reductions(
-    ledger: Ledger, axis: str, leaves: Sequence[Placed], sizes: Mapping[str, int]
-) -> list[tuple[Row, float]]:
+    ledger: Ledger, axis: str, leaves: Sequence[PlacedLeaf], sizes: Mapping[str, int]
+) -> list[tuple[LedgerRow, float]]:
     """Rows that reduce gradients over an axis, each with the elements it reduces per step.
 
     These are all-reduces and reduce-scatters of arrays in the backward pass and the step's own
@@ -32,34 +32,35 @@ def gradient_reductions(
     """
     params = [leaf for leaf in leaves if leaf.part == "params"]
     splitting = {name for leaf in params for name in leaf.axes()}
-    gradients = {_gradient(leaf, axis, sizes) for leaf in params}
-    found = []
+    gradients = {_gradient_size(leaf, axis, sizes) for leaf in params}
+    reductions = []
     for row in ledger.where(axis):
-        # Between slices goes the rest of what each reduced inside, unless there was nothing to.
-        if row.kind not in REDUCING or (row.dcn and not row.whole):
+        # A reduction over slices continues one within each slice, which is counted already, unless
+        # the axis is not split within a slice (`full_axes`).
+        if row.kind not in REDUCING or (row.dcn and not row.full_axes):
             continue
-        trips = 1 if row.trips is None else row.trips
-        scale = trips / _ways(splitting & set(row.axes), axis, sizes)
+        trips = row.counted_trips
+        scale = trips / _shard_count(splitting & set(row.axes), axis, sizes)
         arrays = [
             count * scale
-            for count, phase in _elements(row)
+            for count, phase in _array_sizes(row)
             if phase in ("backward", "other") or (phase == "forward" and count * scale in gradients)
         ]
         if arrays:
-            found.append((row, sum(arrays)))
-    return found
+            reductions.append((row, sum(arrays)))
+    return reductions
 
 
 def reductions_per_step(
-    ledger: Ledger, axis: str, leaves: Sequence[Placed], sizes: Mapping[str, int]
+    ledger: Ledger, axis: str, leaves: Sequence[PlacedLeaf], sizes: Mapping[str, int]
 ) -> float:
     """Elements reduced over an axis per step, in units of one device's gradient.
 
-    1.0 says that every gradient is reduced once, in one collective or in many, whole or layer by
-    layer in a loop; with accumulation of k inside of the loop it is k. One parameter out of
-    several that is reduced twice shows as a fraction above 1. Dtypes do not matter, scalars
-    (losses, norms) do not count. It means something for axes that split the rows of the batch;
-    over others the backward pass also reduces activations.
+    1.0 means that each gradient is reduced once, in one collective or in many, all layers at once
+    or layer by layer in a loop. With k micro-batches that each reduce it is k. If one of several
+    parameters is reduced twice, the result is a fraction above 1. Dtypes do not matter; scalars
+    (losses, norms) do not count. Use it for axes that split the rows of the batch: over other axes
+    the backward pass also reduces activations.
 
     A device's gradient is what it holds before the reduction: split over the axes that split the
     parameter, other than `axis` itself.
@@ -71,25 +72,25 @@ def reductions_per_step(
       sizes: mesh axis → size.
     """
     params = [leaf for leaf in leaves if leaf.part == "params"]
-    gradient = sum(_gradient(leaf, axis, sizes) for leaf in params)
+    gradient = sum(_gradient_size(leaf, axis, sizes) for leaf in params)
     rows = gradient_reductions(ledger, axis, leaves, sizes)
     reduced = sum(n for _, n in rows)
     if any(row.dcn for row, _ in rows):
-        # What goes between slices is packed, each array padded to whole tiles, with the loss.
+        # Between slices arrays are packed together with the loss, each padded to whole tiles.
         reduced -= min(max(0, reduced - gradient), _TILE * (len(params) + 1))
     return reduced / gradient if gradient else 0.0
 
 
-def _gradient(leaf: Placed, axis: str, sizes: Mapping[str, int]) -> float:
+def _gradient_size(leaf: PlacedLeaf, axis: str, sizes: Mapping[str, int]) -> float:
     """Elements of a parameter's gradient on one device, before it is reduced over `axis`."""
-    return math.prod(leaf.leaf.shape) / _ways(leaf.axes(), axis, sizes)
+    return math.prod(leaf.leaf.shape) / _shard_count(leaf.axes(), axis, sizes)
 
 
-def _ways(axes: Sequence[str] | set[str], axis: str, sizes: Mapping[str, int]) -> int:
+def _shard_count(axes: Sequence[str] | set[str], axis: str, sizes: Mapping[str, int]) -> int:
     return math.prod(sizes[name] for name in axes if name != axis)
 
 
-def _elements(row: Row) -> list[tuple[int, str]]:
+def _array_sizes(row: LedgerRow) -> list[tuple[int, str]]:
     """Elements and phase of each array of a row; scalars are left out."""
-    counts = [math.prod(shape.dims) for text in row.operands for shape in shapes_of(text)]
+    counts = [math.prod(shape.dims) for text in row.operands for shape in parse_shapes(text)]
     return [(n, phase) for n, phase in zip(counts, row.phases, strict=True) if n > 1]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ..hlo._groups import read_groups, span_of_groups
-from ..hlo._hlo import shapes_of
+from ..hlo._hlo import parse_shapes
 from ..hlo._scope import scope_of
 
 _REMAT = re.compile(
@@ -20,18 +20,18 @@ _NAMED = re.compile(r"mesh\[(?P<sizes>[^\]]*)\].*?, \[(?P<dims>.*)\]")
 
 
 @dataclasses.dataclass(frozen=True)
-class Rematerialization:
+class InvoluntaryRemat:
     """One involuntary full rematerialization.
 
     Attributes:
       scope: the model's scope.
       shape: `f32[8,16,32]`, whole.
-      source: the spec it has, `P('data', None)`, or XLA's own text where that is no spec.
-      target: the spec it is to get.
+      source: the spec it has, `P('data', None)`; XLA's own text if it is not a spec.
+      target: the spec that it goes to.
       axes: mesh axes in either.
-      nbytes: bytes of the whole array, which every device holds for a moment.
-      between: mesh axes per dim of a spec that is one axis away from the source, and nearer to the
-        target; () where there is none.
+      nbytes: bytes of the whole array, which every device holds temporarily.
+      between: mesh axes per dim of a spec that moves one axis of the source to its dim in the
+        target; () if there is none.
     """
 
     scope: str
@@ -43,47 +43,47 @@ class Rematerialization:
     between: tuple[tuple[str, ...], ...] = ()
 
 
-def rematerializations(log: str, mesh: Sequence[tuple[str, int]]) -> list[Rematerialization]:
+def find_involuntary_remats(log: str, mesh: Sequence[tuple[str, int]]) -> list[InvoluntaryRemat]:
     """Finds XLA's warnings about involuntary full rematerialization, each once."""
-    found = {}
+    remats = {}
     for match in _REMAT.finditer(log):
-        found[match["source"], match["target"], match["hlo"]] = _read(match, mesh)
-    return list(found.values())
+        remats[match["source"], match["target"], match["hlo"]] = _parse_message(match, mesh)
+    return list(remats.values())
 
 
-def _read(match: re.Match[str], mesh: Sequence[tuple[str, int]]) -> Rematerialization:
-    source, target = (spec_axes(match[end], mesh) for end in ("source", "target"))
+def _parse_message(match: re.Match[str], mesh: Sequence[tuple[str, int]]) -> InvoluntaryRemat:
+    source, target = (parse_spec(match[end], mesh) for end in ("source", "target"))
     op_name = re.search(r'op_name="([^"]*)"', match["hlo"])
-    local = shapes_of(match["hlo"])[0]
+    local = parse_shapes(match["hlo"])[0]
     sizes = dict(mesh)
-    # The message names one device's shard, as it is under the source sharding.
+    # The message has the shape of one device's shard under the source sharding.
     ways = [math.prod(sizes[axis] for axis in dim) for dim in source or ()]
     ways += [1] * (len(local.dims) - len(ways))
     whole = dataclasses.replace(
         local, dims=tuple(size * n for size, n in zip(local.dims, ways, strict=False))
     )
     named = {axis for spec in (source, target) for dim in spec or () for axis in dim}
-    return Rematerialization(
+    return InvoluntaryRemat(
         scope=scope_of(op_name.group(1)) if op_name else "",
         shape=str(whole),
-        source=match["source"] if source is None else spec_text(source),
-        target=match["target"] if target is None else spec_text(target),
+        source=match["source"] if source is None else format_spec(source),
+        target=match["target"] if target is None else format_spec(target),
         axes=tuple(axis for axis in sizes if axis in named),
         nbytes=whole.nbytes,
-        between=_between(source or (), target or (), whole.dims, sizes),
+        between=_intermediate_spec(source or (), target or (), whole.dims, sizes),
     )
 
 
-def _between(
+def _intermediate_spec(
     source: Sequence[tuple[str, ...]],
     target: Sequence[tuple[str, ...]],
     whole: Sequence[int],
     sizes: Mapping[str, int],
 ) -> tuple[tuple[str, ...], ...]:
-    """The source with the first axis moved that is on another dim of the target.
+    """The source with one axis moved: the first that is on another dim of the target.
 
-    >>> _between([("data",), (), ("tensor",)], [(), ("data", "tensor"), ()], (8, 32, 64),
-    ...          {"data": 2, "tensor": 4})
+    >>> source, target = [("data",), (), ("tensor",)], [(), ("data", "tensor"), ()]
+    >>> _intermediate_spec(source, target, (8, 32, 64), {"data": 2, "tensor": 4})
     ((), ('data',), ('tensor',))
     """
     place = {axis: dim for dim, axes in enumerate(target) for axis in axes}
@@ -92,7 +92,7 @@ def _between(
             to = place.get(axis, dim)
             if to == dim or len(source) != len(target):
                 continue
-            moved = [tuple(a for a in one if a != axis) for one in source]
+            moved = [tuple(a for a in dim if a != axis) for dim in source]
             moved[to] = (*moved[to], axis)
             ways = math.prod(sizes[a] for a in moved[to])
             if whole[to] % ways == 0 and tuple(moved) != tuple(target):
@@ -100,13 +100,13 @@ def _between(
     return ()
 
 
-def spec_axes(text: str, mesh: Sequence[tuple[str, int]]) -> tuple[tuple[str, ...], ...] | None:
+def parse_spec(text: str, mesh: Sequence[tuple[str, int]]) -> tuple[tuple[str, ...], ...] | None:
     """Reads a sharding as XLA prints it: mesh axes per dim; None for other forms.
 
     >>> mesh = [("data", 2), ("tensor", 4)]
-    >>> spec_axes("{devices=[1,8,1]<=[2,4]T(1,0)}", mesh)
+    >>> parse_spec("{devices=[1,8,1]<=[2,4]T(1,0)}", mesh)
     ((), ('data', 'tensor'), ())
-    >>> spec_axes("{mesh['data'=2,'tensor'=4], [{'data'}, {}]}", mesh)
+    >>> parse_spec("{mesh['data'=2,'tensor'=4], [{'data'}, {}]}", mesh)
     (('data',), ())
     """
     if match := _NAMED.search(text):
@@ -134,13 +134,13 @@ def _tiled(
         span_of_groups(list(np.moveaxis(grid, d, -1).reshape(-1, tiles[d])), mesh)
         for d in range(dims)
     ]
-    return tuple(span.axes for span in spans) if all(span.whole for span in spans) else None
+    return tuple(span.axes for span in spans) if all(span.full_axes for span in spans) else None
 
 
-def spec_text(dims: Sequence[Sequence[str]]) -> str:
+def format_spec(dims: Sequence[Sequence[str]]) -> str:
     """Writes axes per dim as a spec.
 
-    >>> spec_text([("data",), (), ("fsdp", "tensor")])
+    >>> format_spec([("data",), (), ("fsdp", "tensor")])
     "P('data', None, ('fsdp', 'tensor'))"
     """
     entries = [repr(tuple(d)) if len(d) > 1 else repr(d[0]) if d else "None" for d in dims]

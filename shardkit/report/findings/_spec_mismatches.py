@@ -1,4 +1,4 @@
-"""Searches for arrays that lie otherwise than the strategy or their neighbours say."""
+"""Searches for arrays whose layout disagrees with the strategy, or with that of their uses."""
 
 import dataclasses
 import math
@@ -7,310 +7,320 @@ from collections.abc import Iterator, Sequence
 
 from jax.sharding import PartitionSpec
 
-from ..._core.tree import glob_of
-from .._program import Placed, Program
-from ..communication._ledger import Row
-from ..hlo._hlo import shapes_of
-from ..memory._saved import Saved, saved
-from ._arguments import Computed, argument_of
-from ._finding import SMALL, Facts, Finding
-from ._messages import spec_text
+from ..._core.tree import path_to_glob
+from .._program import PlacedLeaf, Program
+from ..communication._ledger import LedgerRow
+from ..hlo._arguments import ComputedError, find_argument
+from ..hlo._hlo import parse_shapes
+from ..memory._saved import SavedActivation, find_saved_activations
+from ._finding import SMALL, Finding
+from ._messages import format_spec
 
-# Saved activations that take less are not worth a sharding of their own.
+# Saved activations below 1 MiB are not worth a constraint.
 _LARGE = 2**20
 
 
-def replicated_leaves(facts: Facts) -> Iterator[Finding]:
-    """State that every device holds whole, and no rule says so."""
-    axes = tuple(name for name, size in facts.program.mesh if size > 1)
-    for leaf in facts.program.leaves:
+def replicated_leaves(program: Program) -> Iterator[Finding]:
+    """State that every device holds whole though no rule declares it replicated."""
+    axes = tuple(name for name, size in program.mesh if size > 1)
+    for leaf in program.leaves:
         state = leaf.part in ("params", "opt_state", "model_state")
-        if not axes or not state or leaf.meant_whole or leaf.axes() or not leaf.leaf.shape:
+        if not axes or not state or leaf.declared_replicated or leaf.axes() or not leaf.leaf.shape:
             continue
         yield Finding(
             "replicated",
             leaf=leaf.name,
-            scope="",
             axes=axes,
-            bytes=leaf.device_bytes(facts.program.sizes),
-            why=f"all {math.prod(facts.program.sizes.values())} devices hold the whole of "
-            f"{leaf.leaf}, and no rule says so",
-            fix=_split(leaf, facts.program.mesh),
+            bytes=leaf.device_bytes(program.sizes),
+            why=f"all {math.prod(program.sizes.values())} devices hold the whole of "
+            f"{leaf.leaf}, and no rule declares it",
+            fix=_suggest_rule(leaf, program.mesh),
         )
 
 
-def _split(leaf: Placed, mesh: Sequence[tuple[str, int]]) -> str:
-    """A rule that splits a leaf: its largest dim that the largest axis divides."""
-    shape, part, glob = leaf.leaf.shape, leaf.part, glob_of(leaf.leaf.path)
+def _suggest_rule(leaf: PlacedLeaf, mesh: Sequence[tuple[str, int]]) -> str:
+    """A rule that splits the largest dim that the largest possible axis divides."""
+    shape, part, glob = leaf.leaf.shape, leaf.part, path_to_glob(leaf.leaf.path)
     for axis, size in sorted(mesh, key=lambda one: -one[1]):
         dims = [dim for dim in range(len(shape)) if shape[dim] % size == 0]
         if size > 1 and dims:
             longest = max(dims, key=lambda dim: shape[dim])
-            spec = spec_text([(axis,) if dim == longest else () for dim in range(len(shape))])
+            spec = format_spec([(axis,) if dim == longest else () for dim in range(len(shape))])
             rule = f'sk.PathRules({{"{glob}": {spec}}})'
-            # What a rule for optimizer state passes follows its parameter.
+            # Optimizer state that the rule passes on follows its parameter, without first_match.
             own = rule if part == "opt_state" else f"sk.first_match({rule}, strategy.{part})"
-            return f"{part}={own}, or sk.REPLICATED if meant"
+            return f"{part}={own}, or sk.REPLICATED if intended"
     return f'{part}=sk.PathRules({{"{glob}": sk.REPLICATED}}): no mesh axis divides it'
 
 
-def replicated_activations(facts: Facts) -> Iterator[Finding]:
-    """Activations that wait for the backward pass whole over an axis that could split them."""
-    program, declared = facts.program, facts.program.declared
+def replicated_activations(program: Program) -> Iterator[Finding]:
+    """Saved activations that are replicated over an axis that could split them."""
+    declared = program.declared
     if program.jaxpr is None:
         return
-    axes = facts.rows_over | {
+    axes = program.batch_axes | {
         axis
         for axis in declared.activation_axes
         if not (kind := declared.kind_of(axis)) or {"heads", "length"} & kind.splits
     }
-    rows = [axis for axis, size in program.mesh if axis in facts.rows_over]
-    groups: dict[tuple[str, tuple[str, ...]], list[Saved]] = {}
+    rows = [axis for axis, size in program.mesh if axis in program.batch_axes]
+    groups: dict[tuple[str, tuple[str, ...]], list[SavedActivation]] = {}
     parameters = {n for n, leaf in enumerate(program.leaves) if leaf.part == "params"}
-    for one in saved(program.module, program.jaxpr, program.sizes, rows, parameters):
-        missing = tuple(a for a, n in program.mesh if n > 1 and a in axes and a not in one.axes)
+    for activation in find_saved_activations(
+        program.module, program.jaxpr, program.sizes, rows, parameters
+    ):
+        apart = axes - set(activation.axes)
+        missing = tuple(axis for axis, size in program.mesh if size > 1 and axis in apart)
         if missing:
-            groups.setdefault((one.scope, missing), []).append(one)
-    for (scope, missing), found in groups.items():
-        held = sum(one.shape.nbytes for one in found)
-        if held >= _LARGE:
-            yield _replicated(facts, scope, missing, found, held)
+            groups.setdefault((activation.scope, missing), []).append(activation)
+    for (scope, missing), activations in groups.items():
+        if sum(activation.shape.nbytes for activation in activations) >= _LARGE:
+            yield _replicated_finding(program, scope, missing, activations)
 
 
-def _replicated(
-    facts: Facts, scope: str, axes: tuple[str, ...], found: list[Saved], held: int
+def _replicated_finding(
+    program: Program,
+    scope: str,
+    axes: tuple[str, ...],
+    saved: list[SavedActivation],
 ) -> Finding:
     names = ", ".join(axes)
-    largest = max(found, key=lambda one: one.shape.nbytes)
-    whole = dataclasses.replace(largest.shape, dims=largest.whole)
-    more = f" and {len(found) - 1} more of this scope are" if len(found) > 1 else " is"
-    ways = math.prod(facts.program.sizes[axis] for axis in axes)
-    stated = _constraint_of(largest.whole, axes, facts.program)
+    largest = max(saved, key=lambda activation: activation.shape.nbytes)
+    whole = dataclasses.replace(largest.shape, dims=largest.global_shape)
+    others = f" and {len(saved) - 1} more of this scope are" if len(saved) > 1 else " is"
+    devices = math.prod(program.sizes[axis] for axis in axes)
+    constraint = _constraint_of(largest.global_shape, axes, program)
     return Finding(
         "replicated_activation",
-        leaf="",
         scope=scope,
         axes=axes,
-        bytes=held,
-        why=f"{whole}{more} kept for the backward pass, the same on all {ways} devices of {names}"
-        + (f"; {stated}" if stated else ""),
-        fix=_fix(facts, axes),
+        bytes=sum(activation.shape.nbytes for activation in saved),
+        why=f"{whole}{others} kept for the backward pass, the same on all {devices} devices "
+        f"of {names}" + (f"; {constraint}" if constraint else ""),
+        fix=_suggest_constraint(program, axes),
     )
 
 
 def _constraint_of(whole: tuple[int, ...], axes: tuple[str, ...], program: Program) -> str:
-    """What the model's constraint of an array of this shape, or of one layer of it, became."""
-    stated = [one for one in program.declared.constraints if not set(axes) & set(one.axes())]
-    of_shape = [one for shape in (whole, whole[1:]) for one in stated if one.leaf.shape == shape]
-    return _named(of_shape[0]) if of_shape else ""
+    """The spec of the model's constraint of this shape, or of one layer of it; "" if none."""
+    for shape in (whole, whole[1:]):
+        for constraint in program.declared.constraints:
+            if constraint.leaf.shape == shape and not set(axes) & set(constraint.axes()):
+                return _format_leaf(constraint)
+    return ""
 
 
-def _fix(facts: Facts, axes: tuple[str, ...]) -> str:
-    if set(axes) & facts.rows_over:
+def _suggest_constraint(program: Program, axes: tuple[str, ...]) -> str:
+    if set(axes) & program.batch_axes:
         return 'sk.nn.constrain(x, "batch", ...) where it is made, with "batch" on the rows\' axes'
-    kinds = [facts.program.declared.kind_of(axis) for axis in axes]
+    kinds = [program.declared.kind_of(axis) for axis in axes]
     fixes = {kind.activation_fix if kind else "" for kind in kinds}
     if len(fixes) == 1 and any(fixes):
         return f'{fixes.pop()}, or remat="full" to keep less'
     return 'sk.nn.constrain(x, ...) with a name that activations map there, or remat="full"'
 
 
-def parameter_gathers(facts: Facts) -> Iterator[Finding]:
-    """Parameters that are gathered whole over an axis where nothing asks for it."""
-    groups: dict[tuple[str, tuple[str, ...]], list[tuple[Row, Placed]]] = {}
-    for row in facts.ledger.where(kind="all-gather"):
-        if set(row.axes) <= _gathering(facts) or row.payload_bytes <= SMALL or row.by_optimizer:
+def parameter_gathers(program: Program) -> Iterator[Finding]:
+    """Parameters that are gathered over an axis whose kind does not gather weights."""
+    groups: dict[tuple[str, tuple[str, ...]], list[tuple[LedgerRow, PlacedLeaf]]] = {}
+    for row in program.ledger.where(kind="all-gather"):
+        if (
+            set(row.axes) <= _gathered_axes(program)
+            or row.payload_bytes <= SMALL
+            or row.by_optimizer
+        ):
             continue
-        leaf = _parameter(row, facts.program)
-        if leaf and not any(_pairs(row, facts.program)):
+        leaf = _gathered_parameter(row, program)
+        if leaf and not any(_mismatched_specs(row, program)):
             groups.setdefault((leaf.name, row.axes), []).append((row, leaf))
-    for (path, axes), found in groups.items():
-        row, leaf = found[0]
+    for (path, axes), gathers in groups.items():
+        row, leaf = gathers[0]
         yield Finding(
             "parameter_gather",
             leaf=path,
             scope=row.scope,
             axes=axes,
-            bytes=sum(one.wire_bytes for one, _ in found),
+            bytes=sum(gather.wire_bytes for gather, _ in gathers),
             why=f"{leaf.leaf} is split over {', '.join(axes)} and gathered whole "
-            f"by {len(found)} × all-gather",
-            fix=_meets(leaf, axes),
+            f"by {len(gathers)} × all-gather",
+            fix=_suggest_operand_constraint(leaf, axes),
         )
 
 
-def _meets(leaf: Placed, axes: Sequence[str]) -> str:
-    """The constraint of what a parameter is multiplied with, by the parameter's own name."""
+def _suggest_operand_constraint(leaf: PlacedLeaf, axes: Sequence[str]) -> str:
+    """A constraint of the activation that a parameter is multiplied with."""
     named = zip(leaf.leaf.axes or (), leaf.dims(), strict=False)
     names = [repr(name) for name, dim in named if name and set(dim) & set(axes)]
     name = names[0] if names else f"a name that activations map to {', '.join(axes)}"
-    why = "on the activation that meets it, so that the product stays split"
+    why = "on the activation that it is multiplied with, so that the product stays split"
     return f"sk.nn.constrain(x, ..., {name}) {why}"
 
 
-def _gathering(facts: Facts) -> set[str]:
-    """Axes over which parameters are meant to be gathered: those that split rows as well do."""
-    kinds = facts.program.declared.kinds
-    meant = {kind.axis for kind in kinds if {"weights", "optimizer_state"} & kind.splits}
-    return meant if kinds else facts.rows_over
+def _gathered_axes(program: Program) -> set[str]:
+    """Axes whose kind gathers parameters; without kinds, the axes of the batch."""
+    kinds = program.declared.kinds
+    gathered = {kind.axis for kind in kinds if {"weights", "optimizer_state"} & kind.splits}
+    return gathered if kinds else program.batch_axes
 
 
-def _parameter(row: Row, program: Program) -> Placed | None:
+def _gathered_parameter(row: LedgerRow, program: Program) -> PlacedLeaf | None:
     """The parameter whose shards a gather collects.
 
-    That is the argument that it is given; where that cannot be told, as in a loop, one of the same
-    shape, whole or one layer of it.
+    That is the argument that reaches the gather. In a loop, where the argument is unknown, it is
+    a parameter of the operand's shape, or one whose layer has this shape.
     """
     here = program.module.computations[row.computation]
     try:
         numbers = [
-            argument_of(program.module, here, o) for o in here.instructions[row.name].operands
+            find_argument(program.module, here, o) for o in here.instructions[row.name].operands
         ]
-    except Computed:
+    except ComputedError:
         return None
-    told = [program.leaves[n] for n in numbers if n is not None and n < len(program.leaves)]
-    if told and len(told) == len(numbers):
-        split = (leaf for leaf in told if set(row.axes) <= set(leaf.axes()))
+    known = [program.leaves[n] for n in numbers if n is not None and n < len(program.leaves)]
+    if known and len(known) == len(numbers):
+        split = (leaf for leaf in known if set(row.axes) <= set(leaf.axes()))
         return next((leaf for leaf in split if leaf.part == "params"), None)
-    sent = [_shape(shape.dims) for text in row.operands for shape in shapes_of(text)]
+    sent = [_sorted_sizes(shape.dims) for text in row.operands for shape in parse_shapes(text)]
     for leaf in program.leaves:
         if leaf.part != "params" or not set(row.axes) <= set(leaf.axes()):
             continue
         shard = leaf.shard(program.sizes)
-        if _shape(shard) in sent or (row.trips != 1 and _shape(shard[1:]) in sent):
+        if _sorted_sizes(shard) in sent or (row.trips != 1 and _sorted_sizes(shard[1:]) in sent):
             return leaf
     return None
 
 
-def disagreements(facts: Facts) -> Iterator[Finding]:
-    """Large gathers between two specs that disagree: of constraints, or of a parameter and one."""
-    found: dict[tuple[Placed, Placed, tuple[str, ...]], list[Row]] = {}
-    for row in facts.ledger:
+def spec_mismatches(program: Program) -> Iterator[Finding]:
+    """Large gathers caused by two specs of one array: two constraints, or a parameter's and one."""
+    groups: dict[tuple[PlacedLeaf, PlacedLeaf, tuple[str, ...]], list[LedgerRow]] = {}
+    for row in program.ledger:
         if not (row.kind == "all-gather" or row.windowed):
             continue
         if row.payload_bytes <= SMALL or row.by_optimizer:
             continue
-        if not (set(row.axes) <= _gathering(facts) and _parameter(row, facts.program)):
-            for pair in _pairs(row, facts.program):
-                found.setdefault((*pair, row.axes), []).append(row)
+        if not (set(row.axes) <= _gathered_axes(program) and _gathered_parameter(row, program)):
+            for pair in _mismatched_specs(row, program):
+                groups.setdefault((*pair, row.axes), []).append(row)
                 break
-    for (made, used, axes), rows in found.items():
-        if _meant(made, axes, facts):
+    for (source, target, axes), rows in groups.items():
+        if _is_intended(source, axes, program):
             continue
         kinds = Counter(row.phase for row in rows)
         phases = ", ".join(f"{n} × {phase}" for phase, n in kinds.items())
         yield Finding(
-            "spec_disagreement",
-            leaf="",
+            "spec_mismatch",
             scope=rows[0].scope,
             axes=axes,
             bytes=sum(row.wire_bytes for row in rows),
-            why=f"{_named(made)} meets {_named(used)}: gathered over {', '.join(axes)} ({phases})",
-            fix=_agree(made, used),
+            why=f"{_format_leaf(source)} meets {_format_leaf(target)}: gathered over "
+            f"{', '.join(axes)} ({phases})",
+            fix=_suggest_common_spec(source, target),
         )
 
 
-def _pairs(row: Row, program: Program) -> Iterator[tuple[Placed, Placed]]:
-    """Two specs of one array of which the first gives what a gather takes, the second the rest.
+def _mismatched_specs(row: LedgerRow, program: Program) -> Iterator[tuple[PlacedLeaf, PlacedLeaf]]:
+    """Finds (source, target): two declared specs of one array between which a row gathers.
 
-    The second is a constraint's, the first a constraint's or a parameter's. Dims that a gather
-    does not touch lie alike in both.
+    The source is a constraint or a parameter, the target a constraint. On mesh (data=2, tensor=4),
+    for an all-gather over tensor of f32[4,8]:
+
+        source  constrain('batch', 'mlp')    f32[8,32] as P('data', 'tensor')   shard [4,8]: sent
+        target  constrain('batch', 'embed')  f32[8,32] as P('data', None)       tensor is gone
     """
-    sent = [_plain(shape.dims) for text in row.operands for shape in shapes_of(text)]
-    stated = program.declared.constraints
+    sent = [_drop_unit_dims(shape.dims) for text in row.operands for shape in parse_shapes(text)]
+    constraints = program.declared.constraints
     parameters = [leaf for leaf in program.leaves if leaf.part == "params"]
-    in_loop = [_of_one_layer(leaf) for leaf in parameters if leaf.leaf.shape and row.trips != 1]
-    for made in (*stated, *parameters, *in_loop):
-        if not set(row.axes) <= set(made.axes()):
+    in_loop = [_unstack_leaf(leaf) for leaf in parameters if leaf.leaf.shape and row.trips != 1]
+    for source in (*constraints, *parameters, *in_loop):
+        if not set(row.axes) <= set(source.axes()):
             continue
-        if _plain(made.shard(program.sizes)) not in sent:
+        if _drop_unit_dims(source.shard(program.sizes)) not in sent:
             continue
-        without = tuple(tuple(a for a in dim if a not in row.axes) for dim in made.dims())
-        for used in stated:
-            if used.leaf.shape == made.leaf.shape and used.dims() == without:
-                yield made, used
+        # What the gather makes of the source's spec: its axes gone, all other axes where they were.
+        gathered = tuple(tuple(a for a in dim if a not in row.axes) for dim in source.dims())
+        for target in constraints:
+            if target.leaf.shape == source.leaf.shape and target.dims() == gathered:
+                yield source, target
 
 
-def _of_one_layer(leaf: Placed) -> Placed:
-    """A stacked parameter as a loop over its first dim sees it."""
-    one = dataclasses.replace(leaf.leaf, shape=leaf.leaf.shape[1:])
-    return dataclasses.replace(leaf, leaf=one, spec=PartitionSpec(*leaf.spec[1:]))
+def _unstack_leaf(leaf: PlacedLeaf) -> PlacedLeaf:
+    """One layer of a stacked parameter, as a loop over the first dim slices it."""
+    layer = dataclasses.replace(leaf.leaf, shape=leaf.leaf.shape[1:])
+    return dataclasses.replace(leaf, leaf=layer, spec=PartitionSpec(*leaf.spec[1:]))
 
 
-def _meant(made: Placed, axes: tuple[str, ...], facts: Facts) -> bool:
-    """Whether a gather is the one that a kind which splits activations between uses asks for."""
-    named = list(zip(made.leaf.axes or (), made.dims(), strict=False))
-    kinds = {axis: facts.program.declared.kind_of(axis) for axis in axes}
+def _is_intended(source: PlacedLeaf, axes: tuple[str, ...], program: Program) -> bool:
+    """Whether a kind that stores activations in shards gathers them here (sequence parallelism)."""
+    named = list(zip(source.leaf.axes or (), source.dims(), strict=False))
+    kinds = {axis: program.declared.kind_of(axis) for axis in axes}
     return all(
         any(kind and name in kind.gathered_activations and axis in dim for name, dim in named)
         for axis, kind in kinds.items()
     )
 
 
-def _agree(made: Placed, used: Placed) -> str:
-    """What to write so that both lie alike."""
-    names = {
-        name: dim
-        for name, dim, other in zip(made.leaf.axes or (), made.dims(), used.dims(), strict=False)
-        if dim != other
-    }
-    if made.part == "params":
-        own, other = spec_text(made.dims()), spec_text(used.dims())
-        leaf = made.leaf.path or made.part
+def _suggest_common_spec(source: PlacedLeaf, target: PlacedLeaf) -> str:
+    """Code that makes both specs the same."""
+    dims = zip(source.leaf.axes or (), source.dims(), target.dims(), strict=False)
+    names = [name for name, own, other in dims if own != other]
+    if source.part == "params":
+        own, other = format_spec(source.dims()), format_spec(target.dims())
+        leaf = source.leaf.path or source.part
         return (
             f"constrain it where it is used as {own} too, or give {leaf} a rule that "
-            f"makes it {other}, where the gather is not what you want"
+            f"makes it {other}, if the gather is not intended"
         )
-    table = ", ".join(f"{name!r}: None" for name in names)
+    table = ", ".join(f"{name!r}: None" for name in dict.fromkeys(names))
     return (
         f"use one name for both dims, or strategy.with_names(activations={{{table}}}), "
-        "where the gather is not what you want"
+        "if the gather is not intended"
     )
 
 
-def resharding(facts: Facts) -> Iterator[Finding]:
-    """Activations that an all-to-all moves from one dim to another."""
-    for row in facts.ledger.where(kind="all-to-all"):
+def resharding(program: Program) -> Iterator[Finding]:
+    """Activations that an all-to-all reshards from one dim to another."""
+    for row in program.ledger.where(kind="all-to-all"):
         if "all_to_all" in row.op_name or row.payload_bytes <= SMALL or row.by_optimizer:
             continue
-        declared = facts.program.declared
+        declared = program.declared
         if row.axes and all("all-to-all" in declared.explains(axis) for axis in row.axes):
-            continue  # the strategy moves tokens by stating where they are to be
-        between = _ends(row, facts.program)
+            continue  # expert parallelism routes tokens by constraints
+        specs = _resharded_constraints(row, program)
         yield Finding(
             "resharding",
-            leaf="",
             scope=row.scope,
             axes=row.axes,
             bytes=row.wire_bytes,
-            why=f"{row.operands[0]} is moved from one dim to another over {', '.join(row.axes)}: "
-            + (between or "what makes it and what uses it are split differently"),
-            fix="constrain both to one spec: sk.nn.constrain(x, ...) right after it is made",
+            why=f"{row.operands[0]} is resharded from one dim to another over "
+            f"{', '.join(row.axes)}: "
+            + (specs or "its producer and its consumer are split differently"),
+            fix="constrain both to one spec: sk.nn.constrain(x, ...) right after it is computed",
         )
 
 
-def _ends(row: Row, program: Program) -> str:
-    """The two constraints that an all-to-all goes between, where they can be told."""
-    stated = program.declared.constraints
-    sent = sum(math.prod(shape.dims) for text in row.operands for shape in shapes_of(text))
-    for made in stated:
-        for used in stated:
-            same = made.leaf.shape == used.leaf.shape and made.dims() != used.dims()
-            moved = set(row.axes) <= set(made.axes()) & set(used.axes())
-            if same and moved and math.prod(made.shard(program.sizes)) == sent:
-                return f"{_named(made)} meets {_named(used)}"
+def _resharded_constraints(row: LedgerRow, program: Program) -> str:
+    """The two constraints that an all-to-all connects; "" if they are unknown."""
+    constraints = program.declared.constraints
+    sent = sum(math.prod(shape.dims) for text in row.operands for shape in parse_shapes(text))
+    for source in constraints:
+        for target in constraints:
+            same = source.leaf.shape == target.leaf.shape and source.dims() != target.dims()
+            moved = set(row.axes) <= set(source.axes()) & set(target.axes())
+            if same and moved and math.prod(source.shard(program.sizes)) == sent:
+                return f"{_format_leaf(source)} meets {_format_leaf(target)}"
     return ""
 
 
-def _named(one: Placed) -> str:
+def _format_leaf(leaf: PlacedLeaf) -> str:
     """Returns `constrain('batch', 'embed') f32[8,16] as P('data', None)`, or a parameter's."""
-    return f"{one.leaf} as {spec_text(one.dims())}"
+    return f"{leaf.leaf} as {format_spec(leaf.dims())}"
 
 
-def _shape(dims: Sequence[int]) -> list[int]:
-    """Sizes of an array up to transposition and dims of one."""
-    return sorted(_plain(dims))
+def _sorted_sizes(dims: Sequence[int]) -> list[int]:
+    """Sizes of an array, sorted, without dims of size 1: the same for its transposes."""
+    return sorted(_drop_unit_dims(dims))
 
 
-def _plain(dims: Sequence[int]) -> list[int]:
-    """Sizes of an array without dims of one, which compilers drop and add."""
+def _drop_unit_dims(dims: Sequence[int]) -> list[int]:
+    """Sizes of an array without dims of size 1, which compilers drop and add."""
     return [size for size in dims if size > 1]

@@ -1,17 +1,17 @@
 """Maps the device groups of a collective back to the axes of the user's mesh.
 
-A compiled program numbers devices by their position in the mesh, row by row, whatever their
-hardware ids are. It prints groups of such positions in three forms:
+A compiled program numbers devices by their position in the mesh, in row-major order; hardware ids
+do not appear. It prints groups of such positions in three forms:
 
 * `{{0,1},{2,3}}`: the groups themselves;
 * `[4,2]<=[2,2,2]T(0,2,1)`: positions reshaped to `[2,2,2]`, transposed, cut into 4 groups of 2;
-* `mesh['data'=2,'tensor'=4] {'tensor'}`: a mesh of XLA's own (not always the user's, and with
-  other names on older versions), and the axes of it that vary inside a group. `'b':(2)4` is a
-  part of axis `b`: the factor 4 behind a factor 2. `device_ids=([4,2]T(1,0))` or `(0,2,1,3)`
-  says in which order the positions fill that mesh.
+* `mesh['data'=2,'tensor'=4] {'tensor'}`: XLA's own mesh (not always the user's; older versions
+  name its axes differently), and its axes that vary within a group. `'b':(2)4` is a part of axis
+  `b`: the factor 4 after a factor 2. `device_ids=([4,2]T(1,0))` or `(0,2,1,3)` gives the order in
+  which positions fill that mesh.
 
-So names are never trusted: every form becomes arrays of positions first, and the mesh axes are
-those whose coordinate varies inside a group.
+The printed names are not used: every form is converted to arrays of positions, and the mesh axes
+are those of the user's mesh whose coordinate varies within a group.
 """
 
 import dataclasses
@@ -34,17 +34,17 @@ Mesh = Sequence[tuple[str, int]]
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """What a collective spans.
+    """The mesh axes that a collective spans.
 
     Attributes:
       axes: mesh axes along which members of one group differ, in mesh order.
       size: devices in a group; for a permutation, positions along `axes`.
-      whole: every group is all of `axes`; False where it is only a part, as when an axis is cut.
+      full_axes: each group has all devices along `axes`; False for a part, such as half of one.
     """
 
     axes: tuple[str, ...]
     size: int
-    whole: bool = True
+    full_axes: bool = True
 
 
 def read_groups(text: str, devices: int) -> list[np.ndarray]:
@@ -58,32 +58,31 @@ def read_groups(text: str, devices: int) -> list[np.ndarray]:
       i64[size] positions per group.
 
     Raises:
-      ValueError: the text has none of the known forms, or its groups are not a partition of the
-        devices: XLA wants each of them in exactly one.
+      ValueError: the text has an unknown form, or its groups are not a partition of the devices.
 
     >>> [list(map(int, g)) for g in read_groups("[4,2]<=[2,2,2]T(0,2,1)", 8)]
     [[0, 2], [1, 3], [4, 6], [5, 7]]
     >>> [list(map(int, g)) for g in read_groups("mesh['a'=2,'b'=4] {'b':(1)2}", 8)]
     [[0, 2], [1, 3], [4, 6], [5, 7]]
     """
-    groups = _read(text.strip(), devices)
+    groups = _parse_groups(text.strip(), devices)
     if not np.array_equal(np.sort(np.concatenate(groups)), np.arange(devices)):
         why = f"replica_groups do not hold each of {devices} devices once"
         raise ValueError(f"{why}: {text.strip()[:80]!r}")
     return groups
 
 
-def _read(text: str, devices: int) -> list[np.ndarray]:
-    """Groups in any printed form, whatever they hold."""
+def _parse_groups(text: str, devices: int) -> list[np.ndarray]:
+    """Groups in any printed form, not checked."""
     if text in ("{}", "{{}}"):
         return [np.arange(devices)]
     if text.startswith("{{"):
         if re.search(r"\{\s*\}", text):
             raise ValueError(f"replica_groups with an empty group: {text[:80]!r}")
-        return [np.array(_ints(group)) for group in re.findall(r"\{([\d,\s]+)\}", text)]
+        return [np.array(_parse_ints(group)) for group in re.findall(r"\{([\d,\s]+)\}", text)]
     if match := _IOTA.match(text):
         shape, dims, order = match.groups()
-        return list(_iota(_ints(dims), order).reshape(_ints(shape)))
+        return list(_transpose_iota(_parse_ints(dims), order).reshape(_parse_ints(shape)))
     if match := _MESH.match(text):
         return _mesh_groups(match["sizes"], match["ids"], match["axes"])
     raise ValueError(f"replica_groups in an unknown form: {text[:80]!r}")
@@ -103,13 +102,13 @@ def span_of_groups(groups: Sequence[np.ndarray], mesh: Mesh) -> Span:
     """Finds the mesh axes that the groups span.
 
     Raises:
-      ValueError: a position lies outside of the mesh.
+      ValueError: a position is outside of the mesh.
 
     >>> span_of_groups([np.array([0, 1]), np.array([2, 3])], [("data", 2), ("tensor", 2)])
-    Span(axes=('tensor',), size=2, whole=True)
+    Span(axes=('tensor',), size=2, full_axes=True)
     """
     sizes = dict(mesh)
-    varying = {axis for group in groups for axis in _varying(group, mesh)}
+    varying = {axis for group in groups for axis in _varying_axes(group, mesh)}
     axes = tuple(axis for axis in sizes if axis in varying)
     full = math.prod(sizes[axis] for axis in axes)
     largest = max(len(group) for group in groups)
@@ -120,47 +119,50 @@ def span_of_pairs(pairs: np.ndarray, mesh: Mesh) -> Span:
     """Finds the mesh axes along which a permutation moves data.
 
     >>> span_of_pairs(np.array([[0, 1], [1, 0], [2, 3], [3, 2]]), [("data", 2), ("tensor", 2)])
-    Span(axes=('tensor',), size=2, whole=True)
+    Span(axes=('tensor',), size=2, full_axes=True)
     """
     sizes = dict(mesh)
-    varying = {axis for pair in pairs for axis in _varying(pair, mesh)}
+    varying = {axis for pair in pairs for axis in _varying_axes(pair, mesh)}
     axes = tuple(axis for axis in sizes if axis in varying)
     return Span(axes, math.prod(sizes[axis] for axis in axes))
 
 
-def _varying(group: np.ndarray, mesh: Mesh) -> list[str]:
-    """Names of the axes whose coordinate is not the same for all positions."""
+def _varying_axes(group: np.ndarray, mesh: Mesh) -> list[str]:
+    """Names of the axes whose coordinate differs between the positions."""
     shape = [size for _, size in mesh]
     if group.max() >= math.prod(shape):
-        raise ValueError(f"device {int(group.max())} lies outside of mesh {dict(mesh)}")
+        raise ValueError(f"device {int(group.max())} is outside of mesh {dict(mesh)}")
     coordinates = np.unravel_index(group, shape)
     return [name for (name, _), c in zip(mesh, coordinates, strict=True) if c.min() != c.max()]
 
 
-def _ints(text: str) -> list[int]:
+def _parse_ints(text: str) -> list[int]:
     return [int(piece) for piece in text.split(",") if piece.strip()]
 
 
-def _iota(dims: list[int], order: str | None) -> np.ndarray:
+def _transpose_iota(dims: list[int], order: str | None) -> np.ndarray:
     """Positions reshaped to `dims` and transposed."""
     grid = np.arange(math.prod(dims)).reshape(dims)
-    return grid.transpose(_ints(order)) if order else grid
+    return grid.transpose(_parse_ints(order)) if order else grid
 
 
 def _mesh_groups(sizes_text: str, ids_text: str | None, axes_text: str) -> list[np.ndarray]:
-    """Groups along some axes, or parts of axes, of a mesh that XLA printed."""
+    """Groups along axes, or parts of axes, of XLA's own mesh.
+
+    `'b':(2)4` of an axis `b` of 16 reshapes it to [2, 4, 2]; the 4 varies within a group.
+    """
     sizes = {name: int(size) for name, size in _SIZE.findall(sizes_text)}
-    positions = _positions(ids_text, math.prod(sizes.values()))
-    parts: dict[str, set[tuple[int, int]]] = {name: set() for name in sizes}
+    positions = _parse_device_order(ids_text, math.prod(sizes.values()))
+    factors: dict[str, set[tuple[int, int]]] = {name: set() for name in sizes}
     for name, before, size in _AXIS.findall(axes_text):
         if name not in sizes:
             raise ValueError(f"replica_groups name axis {name!r}, which is not in {sizes}")
-        parts[name].add((int(before), int(size)) if size else (1, sizes[name]))
+        factors[name].add((int(before), int(size)) if size else (1, sizes[name]))
     dims: list[int] = []
     inside: list[int] = []
     for name, full in sizes.items():
         done = 1
-        for before, size in sorted(parts[name]):
+        for before, size in sorted(factors[name]):
             inside.append(len(dims) + 1)
             dims += [before // done, size]
             done = before * size
@@ -170,10 +172,10 @@ def _mesh_groups(sizes_text: str, ids_text: str | None, axes_text: str) -> list[
     return list(grid.reshape(-1, math.prod(dims[d] for d in inside)))
 
 
-def _positions(ids_text: str | None, devices: int) -> np.ndarray:
-    """Order in which positions fill a printed mesh."""
+def _parse_device_order(ids_text: str | None, devices: int) -> np.ndarray:
+    """Positions in the order in which they fill XLA's own mesh."""
     if ids_text is None:
         return np.arange(devices)
     if match := _IDS.match(ids_text):
-        return _iota(_ints(match[1]), match[2]).reshape(-1)
-    return np.array(_ints(ids_text))
+        return _transpose_iota(_parse_ints(match[1]), match[2]).reshape(-1)
+    return np.array(_parse_ints(ids_text))

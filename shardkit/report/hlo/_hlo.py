@@ -1,10 +1,10 @@
 """Reads the text of a compiled XLA program: computations, instructions, and who calls whom.
 
-The text is meant for people and has traps: an instruction may span lines (kernel metadata holds
-newlines), a line such as `}}, metadata={…` then looks like the end of a computation, operands
-may or may not repeat their types, and layouts hold brackets of their own. So instructions are
-read to the point where their brackets and quotes close, and whatever could not be read is kept
-in `Module.problems`: a reader that loses text silently loses bytes silently.
+The text is meant for people and has traps: an instruction can span several lines (kernel metadata
+has newlines), so that a line such as `}}, metadata={…` looks like the end of a computation;
+operands may repeat their types; layouts have brackets too. So an instruction is read up to the
+point where all its brackets and quotes close, and what cannot be read is listed in
+`Module.problems`: a reader that loses text silently also loses bytes silently.
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|"|[(){}\[\],]', re.DOTALL)
 _BITS = {"pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "f4e2m1fn": 4, "token": 0, "opaque": 0}
 _DTYPE = re.compile(r"(?:[su](8|16|32|64)|f(16|32|64)|bf(16)|c(64|128)|f(4|8)e\dm\d\w*)$")
 _CALLS = ("calls", "to_apply", "body", "condition", "true_computation", "false_computation")
-_LITERAL = frozenset({"constant", "parameter"})  # these print values between their parentheses
+_LITERAL = frozenset({"constant", "parameter"})  # a value in their parentheses, no operands
 _CALL_LISTS = ("branch_computations", "called_computations", "async_execution_thread_calls")
 
 
 def dtype_bits(dtype: str) -> int:
-    """Bits of one element of an XLA dtype; 0 for one that is not known.
+    """Bits of one element of an XLA dtype; 0 for an unknown one.
 
     >>> dtype_bits("bf16"), dtype_bits("pred"), dtype_bits("f8e4m3fn"), dtype_bits("c64")
     (16, 8, 8, 64)
@@ -47,7 +47,7 @@ class Shape:
 
     @property
     def known(self) -> bool:
-        """The element type is one whose size is known."""
+        """The size of the element type is known."""
         return self.dtype in _BITS or bool(dtype_bits(self.dtype))
 
     @property
@@ -68,12 +68,12 @@ class Instruction:
       name: without the `%`.
       opcode: `all-reduce`, `fusion`, `while` …
       shapes: result arrays; a tuple is flattened.
-      type: text of the result's type, with its tuples and layouts.
+      type: text of the result's type, with tuples and layouts.
       operands: names of its operands.
       arguments: text between its parentheses: the value of a `constant`, the number of a
         `parameter`.
-      rest: text of its attributes, unread; see `attrs`.
-      root: it is the result of its computation.
+      rest: text of its attributes, not parsed; see `attrs`.
+      root: its value is the result of the computation.
     """
 
     name: str
@@ -88,36 +88,36 @@ class Instruction:
     @functools.cached_property
     def attrs(self) -> dict[str, str]:
         """Attributes by name, each as its text."""
-        found: dict[str, str] = {}
+        attrs: dict[str, str] = {}
         last = ""
         for piece in split_commas(self.rest):
             key, equals, value = piece.partition("=")
-            if not equals or key.strip() == "device_ids":  # goes on with a mesh's replica groups
-                found[last] = found.get(last, "") + ", " + piece.strip()
+            if not equals or key.strip() == "device_ids":  # belongs to a mesh's replica groups
+                attrs[last] = attrs.get(last, "") + ", " + piece.strip()
                 continue
             last = key.strip()
-            found[last] = value
-        return found
+            attrs[last] = value
+        return attrs
 
     @property
     def op_name(self) -> str:
-        """The path of JAX scopes and transformations that this instruction came from."""
+        """The path of JAX scopes and transformations that this instruction comes from."""
         match = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attrs.get("metadata", ""))
         return match.group(1) if match else ""
 
     @functools.cached_property
     def calls(self) -> tuple[tuple[str, str], ...]:
-        """Pairs (attribute, name of the computation it names)."""
+        """Pairs (attribute, name of the computation that it calls)."""
         if "=" not in self.rest:
             return ()
-        found = []
+        calls = []
         for key in _CALLS:
             if f"{key}=" in self.rest and key in self.attrs:
-                found += [(key, self.attrs[key].strip().lstrip("%"))]
+                calls += [(key, self.attrs[key].strip().lstrip("%"))]
         for key in _CALL_LISTS:
             if f"{key}=" in self.rest and key in self.attrs:
-                found += [(key, name) for name in _NAME.findall(self.attrs[key])]
-        return tuple(found)
+                calls += [(key, name) for name in _NAME.findall(self.attrs[key])]
+        return tuple(calls)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +131,13 @@ class Computation:
     def root(self) -> Instruction | None:
         """The instruction whose value the computation returns."""
         return next((i for i in self.instructions.values() if i.root), None)
+
+    @property
+    def results(self) -> list[Instruction]:
+        """The root, or what it puts into a tuple."""
+        if self.root is None or self.root.opcode != "tuple":
+            return [self.root] if self.root else []
+        return [self.instructions[name] for name in self.root.operands]
 
     @functools.cached_property
     def parameters(self) -> dict[int, Instruction]:
@@ -146,7 +153,7 @@ class Module:
       header: the `HloModule` line.
       computations: by name.
       entry: name of the computation that runs first; "" if the text has none.
-      problems: what of the text could not be read.
+      problems: parts of the text that could not be read.
     """
 
     header: str
@@ -156,7 +163,7 @@ class Module:
 
     @property
     def scheduled(self) -> bool:
-        """The order of instructions is the order they run in."""
+        """Instructions are printed in the order in which they run."""
         return "is_scheduled=true" in self.header
 
     @property
@@ -166,10 +173,11 @@ class Module:
         return int(match.group(1)) if match else 1
 
 
-def aliased(text: str) -> frozenset[int]:
-    """Numbers of the entry parameters whose buffer an output reuses.
+def aliased_parameters(text: str) -> frozenset[int]:
+    """Numbers of the entry parameters whose buffers outputs reuse.
 
-    >>> sorted(aliased("HloModule m, input_output_alias={ {0}: (2, {}, may-alias) }, x={}"))
+    >>> header = "HloModule m, input_output_alias={ {0}: (2, {}, may-alias) }, x={}"
+    >>> sorted(aliased_parameters(header))
     [2]
     """
     match = re.search(r"input_output_alias=\{(.*?\))\s*\}", text.partition("\n")[0])
@@ -202,7 +210,7 @@ def parse(text: str) -> Module:
         elif line.rstrip() == "}":
             computations[current.name] = current
             current = None
-        elif (instruction := _instruction(line)) is not None:
+        elif (instruction := _parse_instruction(line)) is not None:
             current.instructions[instruction.name] = instruction
         elif line.strip():
             problems.append(f"computation {current.name}: cannot read {line.strip()[:60]!r}")
@@ -213,12 +221,14 @@ def parse(text: str) -> Module:
         problems.append("the text has no HloModule line")
     if not entry:
         problems.append("the text has no ENTRY computation")
-    problems += [problem for one in computations.values() for problem in _gaps(one)]
+    problems += [
+        problem for computation in computations.values() for problem in _find_gaps(computation)
+    ]
     return Module(header, computations, entry, tuple(problems))
 
 
-def _gaps(computation: Computation) -> Iterator[str]:
-    """Says which lines of a computation are missing, as what is left of it shows."""
+def _find_gaps(computation: Computation) -> Iterator[str]:
+    """Reports missing lines of a computation: its root, or operands without an instruction."""
     where, known = f"computation {computation.name}", computation.instructions
     if computation.root is None:
         yield f"{where} has no ROOT"
@@ -229,12 +239,12 @@ def _gaps(computation: Computation) -> Iterator[str]:
 
 
 def _logical_lines(text: str, problems: list[str]) -> Iterator[str]:
-    """Yields lines, with the lines of one instruction or header joined."""
+    """Yields lines; those of one instruction or header are joined."""
     pending = ""
     for line in text.split("\n"):
         whole = f"{pending}\n{line}" if pending else line
         opens = pending or _START.match(line)
-        if opens and not _closed(whole):
+        if opens and not _is_closed(whole):
             pending = whole
             continue
         pending = ""
@@ -243,7 +253,7 @@ def _logical_lines(text: str, problems: list[str]) -> Iterator[str]:
         problems.append(f"the text ends inside {pending.strip()[:60]!r}")
 
 
-def _closed(text: str) -> bool:
+def _is_closed(text: str) -> bool:
     """Whether all brackets and quotes of the text close."""
     if not (text.count('"') - text.count('\\"')) % 2 and all(
         text.count(a) == text.count(b) for a, b in ("()", "{}", "[]")
@@ -261,8 +271,8 @@ def _closed(text: str) -> bool:
     return depth == 0
 
 
-def _close(text: str, start: int) -> int:
-    """Index just behind the bracket that closes the one at `start`; -1 if none does."""
+def _closing_index(text: str, start: int) -> int:
+    """Index after the bracket that closes the one at `start`; -1 if none does."""
     depth = 0
     for match in _TOKEN.finditer(text, start):
         token = match.group()
@@ -276,7 +286,7 @@ def _close(text: str, start: int) -> int:
 
 
 def split_commas(text: str) -> list[str]:
-    """Splits at the commas that stand outside of brackets and quotes."""
+    """Splits at the commas outside of brackets and quotes."""
     pieces, depth, start = [], 0, 0
     for match in _TOKEN.finditer(text):
         token = match.group()
@@ -290,41 +300,41 @@ def split_commas(text: str) -> list[str]:
     return [piece for piece in [*pieces, text[start:]] if piece.strip()]
 
 
-def _instruction(line: str) -> Instruction | None:
-    """Reads one instruction; None if the text is none."""
+def _parse_instruction(line: str) -> Instruction | None:
+    """Reads one instruction; None if the line is something else."""
     start = _START.match(line)
     if start is None:
         return None
     at = start.end()
-    end = _close(line, at) if line.startswith("(", at) else line.find(" ", at)
+    end = _closing_index(line, at) if line.startswith("(", at) else line.find(" ", at)
     opcode = _OPCODE.match(line, end) if end > 0 else None
     if opcode is None:
         return None
-    close = _close(line, opcode.end() - 1)
+    close = _closing_index(line, opcode.end() - 1)
     if close < 0:
         return None
     arguments = line[opcode.end() : close - 1]
     return Instruction(
         name=start.group(2),
         opcode=opcode.group(1),
-        shapes=shapes_of(line[at:end]),
+        shapes=parse_shapes(line[at:end]),
         type=line[at:end],
-        operands=tuple(_operand(piece) for piece in split_commas(arguments)),
+        operands=tuple(_operand_name(piece) for piece in split_commas(arguments)),
         arguments=arguments,
         rest=line[close:].lstrip(", "),
         root=bool(start.group(1)),
     )
 
 
-def _operand(piece: str) -> str:
-    """Name of an operand, which may be printed with its type before it."""
+def _operand_name(piece: str) -> str:
+    """Name of an operand, which may be printed with its type in front."""
     return piece.split()[-1].rpartition("*/")[2].lstrip("%")
 
 
-def shapes_of(text: str) -> tuple[Shape, ...]:
+def parse_shapes(text: str) -> tuple[Shape, ...]:
     """Reads every array type in a text; bounds of dynamic dims (`<=8`) count as the size.
 
-    >>> [str(shape) for shape in shapes_of("(f32[4,16]{1,0:T(8,128)}, /*index=1*/s32[])")]
+    >>> [str(shape) for shape in parse_shapes("(f32[4,16]{1,0:T(8,128)}, /*index=1*/s32[])")]
     ['f32[4,16]', 's32[]']
     """
     return tuple(

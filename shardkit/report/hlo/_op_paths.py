@@ -1,7 +1,7 @@
-"""Where an instruction came from that has no path of its own.
+"""Finds the JAX path of instructions without `op_name`.
 
-The compiler for several TPU slices cuts a collective into those inside of a slice and those between
-them, and none of these keeps the path of the whole.
+The compiler for several TPU slices splits a collective into one within each slice and one between
+them, and drops its path.
 """
 
 from collections import Counter
@@ -9,86 +9,86 @@ from collections.abc import Callable, Iterable
 
 from ._hlo import Computation, Instruction, Module
 from ._scope import phase_of
-from ._slices import departure
+from ._slices import sent_operands
 
-_FAR = 64
-_NEUTRAL = frozenset({"parameter", "constant", "after-all", "partition-id", "replica-id", "iota"})
+_MOST_VISITED = 64
+_NO_PATH = frozenset({"parameter", "constant", "after-all", "partition-id", "replica-id", "iota"})
 _Onward = Callable[[Instruction], Iterable[str]]
 
 
-class Origins:
-    """Finds the paths of instructions that have none."""
+class OpPaths:
+    """Finds paths from the neighbours of an instruction in the data flow."""
 
     def __init__(self, module: Module) -> None:
         self._module = module
 
     def of(self, instruction: Instruction, here: Computation) -> str:
-        """The path of what made the operands; of what uses the result where that tells nothing.
+        """The path of the operands' producers; without any, that of the result's consumers.
 
-        Where an operand is made of several arrays, as the buffer is that they are packed into, its
-        path is one of the part of the step that most of them come from.
+        If an operand packs several arrays, its path is one of the phase that most of them have.
 
         Args:
-          instruction: has no path itself.
-          here: the computation that it stands in.
+          instruction: one without a path.
+          here: its computation.
 
         Returns:
-          One path for all operands, or one for each, joined as XLA joins them; "" if none is
-          found.
+          One path for all operands, or one for each, joined by ";" as in XLA; "" if there is none.
         """
         operands = [name for name in instruction.operands if self._is_array(name, here)]
-        made = [self._nearest([name], here, _operands(here)) for name in operands]
-        paths = [path for path in made if path]
+        nearest = [self._nearest_path([name], here, _producers(here)) for name in operands]
+        paths = [path for path in nearest if path]
         if not paths:
-            users = _users(here)
-            return self._nearest(users(instruction), here, users)
-        if len(paths) < len(made) or len(set(paths)) == 1:
+            users = _consumers(here)
+            return self._nearest_path(users(instruction), here, users)
+        if len(paths) < len(nearest) or len(set(paths)) == 1:
             return paths[0]
         return ";".join(paths)
 
     def _is_array(self, name: str, here: Computation) -> bool:
-        return name in here.instructions and here.instructions[name].opcode not in _NEUTRAL
+        return name in here.instructions and here.instructions[name].opcode not in _NO_PATH
 
-    def _nearest(self, names: Iterable[str], here: Computation, onward: _Onward) -> str:
-        """The path of the nearest instructions that have one, along every way to them."""
-        level, seen = list(names), set[str]()
+    def _nearest_path(self, names: Iterable[str], here: Computation, onward: _Onward) -> str:
+        """The path of the nearest instructions that have one, in breadth-first order."""
+        level, visited = list(names), set[str]()
         paths: list[str] = []
-        while level and len(seen) < _FAR:
-            found = [here.instructions[name] for name in level if self._is_array(name, here)]
-            seen.update(one.name for one in found)
-            told = {one.name: path for one in found if (path := self._path(one))}
-            paths += told.values()
-            further = [one for one in found if one.name not in told]
-            names = (name for one in further for name in onward(one))
-            level = [name for name in dict.fromkeys(names) if name not in seen]
+        while level and len(visited) < _MOST_VISITED:
+            arrays = [here.instructions[name] for name in level if self._is_array(name, here)]
+            visited.update(instruction.name for instruction in arrays)
+            onward_names: list[str] = []
+            for instruction in arrays:
+                if path := self._direct_path(instruction):
+                    paths.append(path)
+                else:
+                    onward_names += onward(instruction)
+            level = [name for name in dict.fromkeys(onward_names) if name not in visited]
         if not paths:
             return ""
         (phase, _), *_ = Counter(map(phase_of, paths)).most_common(1)
         return next(path for path in paths if phase_of(path) == phase)
 
-    def _path(self, instruction: Instruction) -> str:
-        """Its own path, or that of the result of a fusion without one."""
+    def _direct_path(self, instruction: Instruction) -> str:
+        """Its own path, or that of the root of a fusion without one."""
         if instruction.op_name or instruction.opcode != "fusion":
             return instruction.op_name
         for _, callee in instruction.calls:
             inner = self._module.computations.get(callee)
-            roots = [one.name for one in inner.instructions.values() if one.root] if inner else []
-            if inner and (path := self._nearest(roots, inner, _operands(inner))):
-                return path
+            if inner and inner.root:
+                if path := self._nearest_path([inner.root.name], inner, _producers(inner)):
+                    return path
         return ""
 
 
-def _operands(here: Computation) -> _Onward:
-    """What made an instruction's operands; for what comes from another slice, what was sent."""
+def _producers(here: Computation) -> _Onward:
+    """Names of an instruction's operands; for a `recv`, those of the matching `send`."""
 
     def operands(of: Instruction) -> Iterable[str]:
-        return departure(of, here) if of.opcode == "recv" else of.operands
+        return sent_operands(of, here) if of.opcode == "recv" else of.operands
 
     return operands
 
 
-def _users(here: Computation) -> _Onward:
+def _consumers(here: Computation) -> _Onward:
     def users(of: Instruction) -> list[str]:
-        return [one.name for one in here.instructions.values() if of.name in one.operands]
+        return [user.name for user in here.instructions.values() if of.name in user.operands]
 
     return users

@@ -1,4 +1,4 @@
-"""Reads where an instruction came from out of its JAX path.
+"""Reads phase and scope of an instruction from its JAX path.
 
 `jit(step)/transpose(jvp(loss))/while/body/closed_call/checkpoint/mlp/dot_general` is a product
 in the model's scope `mlp`, made by the backward pass. XLA writes several such paths into one
@@ -9,12 +9,11 @@ import itertools
 import re
 from collections import Counter
 
-from ..._core.branch_counts import NAME
-from ..._core.recomputation import AGAIN
+from ..._core.scope_markers import BRANCH_COUNTS, RECOMPUTED
 
 PHASES = ("forward", "backward", "recompute", "update", "other")
 
-# The scopes that a step wraps its parts in; they are the phase, not part of the model.
+# The scopes that a step wraps its parts in name the phase and are not part of the model's scope.
 _STEP_SCOPES = {
     "loss": "forward",
     "reduce": "backward",
@@ -30,7 +29,7 @@ _COMBINING = frozenset(
     """dot_general conv_general_dilated reduce sort top_k fft eigh eig svd qr lu cholesky
     triangular_solve householder_product ragged_dot""".split()
 )
-# What compilers cut into steps, so that permutes hide behind the pieces.
+# Operations that compilers cut into steps, to hide permutes behind the pieces.
 _WINDOWED = frozenset(
     "dot_general conv_general_dilated ragged_dot all_gather reduce_scatter psum_scatter".split()
 )
@@ -41,65 +40,67 @@ _SKIP = re.compile(r"^(?:jit|pjit|xla_call|pmap)\(|->|^branch_\d+_fun$|^$")
 def phase_of(op_name: str) -> str:
     """Which part of a training step an instruction belongs to: one of `PHASES`.
 
-    A combined instruction belongs to where most of its parts do.
+    A combined instruction belongs to the phase of most of its paths.
 
     >>> phase_of("jit(step)/jvp(loss)/mlp/dot_general"), phase_of("jit(step)/update/mul")
     ('forward', 'update')
     >>> phase_of("jit(step)/(transpose(jvp(loss))/dot:transpose(jvp(loss))/add:jvp(loss)/sum)")
     'backward'
     """
-    phases = Counter(_phase(path) for path in paths_of(op_name))
+    phases = Counter(_phase_of_path(path) for path in split_op_name(op_name))
     return phases.most_common(1)[0][0]
 
 
 def scope_of(op_name: str) -> str:
-    """The model's own `named_scope` path, without what JAX and the step put around it.
+    """The model's own `named_scope` path, without the parts that JAX and the step add.
 
     >>> scope_of("jit(step)/transpose(jvp(loss))/while/body/closed_call/checkpoint/mlp/dot_general")
     'mlp'
     >>> scope_of("jit(step)/jvp(loss)/layers/(attention/bld,dhk->blhk/dot_general:mlp/mul)")
     'layers/attention, layers/mlp'
     """
-    return ", ".join(dict.fromkeys(filter(None, map(_scope, paths_of(op_name)))))
+    return ", ".join(dict.fromkeys(filter(None, map(_scope_of_path, split_op_name(op_name)))))
 
 
-def combines(op_name: str) -> bool:
-    """Whether an instruction comes of an operation whose results need several elements each.
+def combines_elements(op_name: str) -> bool:
+    """Whether an instruction comes from an operation that combines several elements per result.
 
-    >>> combines("jit(f)/update/vmap()/dot_general"), combines("jit(f)/update/add")
+    >>> combines_elements("jit(f)/vmap()/dot_general"), combines_elements("jit(f)/update/add")
     (True, False)
     """
-    name = paths_of(op_name)[0].rpartition("/")[2]
+    name = split_op_name(op_name)[0].rpartition("/")[2]
     return name in _COMBINING or name.startswith(("reduce_", "arg", "cum"))
 
 
-def of_product(op_name: str) -> bool:
-    """Whether an instruction comes of a product, a gather or a scatter of the model.
+def is_windowable(op_name: str) -> bool:
+    """Whether an instruction comes from a product, a gather or a scatter of the model.
 
-    >>> of_product("jit(f)/jvp(loss)/mlp/dot_general"), of_product("jit(f)/jvp(loss)/concatenate")
+    >>> is_windowable("jit(f)/mlp/dot_general"), is_windowable("jit(f)/mlp/concatenate")
     (True, False)
     """
-    return paths_of(op_name)[0].rpartition("/")[2] in _WINDOWED
+    return split_op_name(op_name)[0].rpartition("/")[2] in _WINDOWED
 
 
-def paths_of(op_name: str) -> list[str]:
-    """The single paths in a combined one.
+def split_op_name(op_name: str) -> list[str]:
+    """Splits the path of a combined instruction into single paths.
 
-    >>> paths_of("jit(f)/(a/b:c);jit(f)/d")
+    >>> split_op_name("jit(f)/(a/b:c);jit(f)/d")
     ['jit(f)/a/b', 'jit(f)/c', 'jit(f)/d']
     """
-    found = []
-    for one in op_name.split(";"):
-        *head, last = _split(one, "/")
+    paths = []
+    for path in op_name.split(";"):
+        *head, last = _split_outside_parentheses(path, "/")
         if last.startswith("(") and last.endswith(")"):
-            found += ["/".join([*head, inner]) for inner in _split(last[1:-1], ":")]
+            paths += [
+                "/".join([*head, inner]) for inner in _split_outside_parentheses(last[1:-1], ":")
+            ]
         else:
-            found.append(one)
-    return found
+            paths.append(path)
+    return paths
 
 
-def _phase(path: str) -> str:
-    if AGAIN in path:
+def _phase_of_path(path: str) -> str:
+    if RECOMPUTED in path:
         return "recompute"
     if "transpose(" in path:
         return "backward"
@@ -108,21 +109,21 @@ def _phase(path: str) -> str:
     return next((_STEP_SCOPES[p] for p in path.split("/") if p in _STEP_SCOPES), "other")
 
 
-def _scope(path: str) -> str:
+def _scope_of_path(path: str) -> str:
     names = []
-    for part in _split(path, "/")[:-1]:
+    for part in _split_outside_parentheses(path, "/")[:-1]:
         while match := _WRAPPER.match(part):
             part = match.group(1)
         names += [name for name in part.split("/") if name not in _PLUMBING]
-    names = [name for name in names if not (_SKIP.search(name) or NAME.fullmatch(name))]
-    names = [name for name in names if not name.startswith(AGAIN)]
+    names = [name for name in names if not (_SKIP.search(name) or BRANCH_COUNTS.fullmatch(name))]
+    names = [name for name in names if not name.startswith(RECOMPUTED)]
     names = names[1:] if names and names[0] in _STEP_SCOPES else names
-    # The backward rule of a custom derivative repeats the scope that it was made in.
+    # The backward rule of a custom derivative repeats the scope of its definition.
     return "/".join(name for name, _ in itertools.groupby(names))
 
 
-def _split(path: str, mark: str) -> list[str]:
-    """Splits at the marks outside of parentheses."""
+def _split_outside_parentheses(path: str, mark: str) -> list[str]:
+    """Splits a path at each `mark` outside of parentheses."""
     parts, depth, start = [], 0, 0
     for at, letter in enumerate(path):
         depth += {"(": 1, ")": -1}.get(letter, 0)

@@ -1,11 +1,11 @@
-"""What the slices of a TPU machine send each other, as their compiler writes it.
+"""Reads the traffic between TPU slices from their compiler's host transfers.
 
-A program for several slices is that of one: its groups number the devices of a slice. What crosses
-slices is a pair of host transfers, `send` and `recv`, which the runtime between the slices carries
-out as a collective. The `send` says of what type, and between whom:
+A program for several slices is the program of one slice: its groups number the devices of a slice.
+Traffic between slices is a pair of host transfers, `send` and `recv`, which the runtime executes as
+a collective. The `send` has its kind and its groups:
 
 * `{{100000,300000},{100001,300001}}`: groups of devices, 100000 · (slice + 1) + device;
-* `{{100000->300000},{300000->100000}}`: who sends to whom;
+* `{{100000->300000},{300000->100000}}`: pairs of source and target;
 * `{1,2}x{0:7}`: slices 1 and 2, counted from 1, each device with those of the same number.
 """
 
@@ -31,77 +31,79 @@ _KINDS = {
 _SLICE = 100_000
 
 
-def crosses(instruction: Instruction) -> bool:
-    """Whether an instruction hands something over to the runtime between slices."""
+def crosses_slices(instruction: Instruction) -> bool:
+    """Whether an instruction sends data to another slice."""
     return instruction.opcode == "send" and "_xla_megascale_" in instruction.rest
 
 
-def kind_between(instruction: Instruction) -> str | None:
-    """The collective that a `send` between slices stands for; None where it is not known."""
-    found = _TYPE.search(instruction.rest)
-    return _KINDS.get(found.group(1)) if found else None
+def kind_of_transfer(instruction: Instruction) -> str | None:
+    """The collective that a `send` between slices implements; None if unknown."""
+    match = _TYPE.search(instruction.rest)
+    return _KINDS.get(match.group(1)) if match else None
 
 
-def arrival(send: Instruction, here: Computation) -> str | None:
-    """Name of the `recv` whose end brings what a `send` between slices asked for."""
-    return next((one.name for one in _partners(send, here, "recv")), None)
+def find_recv(send: Instruction, here: Computation) -> str | None:
+    """Name of the `recv` that receives the result of a `send` between slices."""
+    return next((recv.name for recv in _matching_transfers(send, here, "recv")), None)
 
 
-def departure(recv: Instruction, here: Computation) -> tuple[str, ...]:
-    """Names of the operands of the `send` that a `recv` brings the result of."""
-    return next((one.operands for one in _partners(recv, here, "send")), ())
+def sent_operands(recv: Instruction, here: Computation) -> tuple[str, ...]:
+    """Names of the operands of the `send` whose result a `recv` receives."""
+    return next((send.operands for send in _matching_transfers(recv, here, "send")), ())
 
 
-def _partners(one: Instruction, here: Computation, opcode: str) -> Iterator[Instruction]:
-    meeting = _MEETING.search(one.rest)
+def _matching_transfers(
+    transfer: Instruction, here: Computation, opcode: str
+) -> Iterator[Instruction]:
+    rendezvous = _MEETING.search(transfer.rest)
     for other in here.instructions.values():
-        found = _MEETING.search(other.rest) if other.opcode == opcode else None
-        if meeting and found and found.group(1) == meeting.group(1):
+        match = _MEETING.search(other.rest) if other.opcode == opcode else None
+        if rendezvous and match and match.group(1) == rendezvous.group(1):
             yield other
 
 
 @dataclasses.dataclass(frozen=True)
 class Slices:
-    """How a mesh lies on slices.
+    """How a mesh is laid out on slices.
 
     Attributes:
       mesh: names and sizes of the mesh axes, in the mesh's order.
-      dcn: mesh axis → slices along it, for the axes that cross slices. Slices are counted in the
-        order of the mesh.
+      dcn: mesh axis → slices along it, for the axes that cross slices. Slices are numbered in
+        the order of the mesh.
     """
 
     mesh: tuple[tuple[str, int], ...]
     dcn: Mapping[str, int]
 
     @property
-    def inside(self) -> tuple[tuple[str, int], ...]:
-        """The part of the mesh that lies in one slice."""
+    def slice_mesh(self) -> tuple[tuple[str, int], ...]:
+        """The part of the mesh within one slice."""
         return tuple((axis, size // self.dcn.get(axis, 1)) for axis, size in self.mesh)
 
-    def within(self, span: Span) -> Span:
-        """A span inside of a slice as one of the whole mesh."""
-        whole = span.whole and not set(span.axes) & set(self.dcn)
-        return dataclasses.replace(span, whole=whole)
+    def to_mesh_span(self, span: Span) -> Span:
+        """Converts a span within a slice to one of the whole mesh."""
+        full_axes = span.full_axes and not set(span.axes) & set(self.dcn)
+        return dataclasses.replace(span, full_axes=full_axes)
 
-    def between(self, send: Instruction) -> Span:
-        """The mesh axes that a `send` between slices goes over.
+    def read_span(self, send: Instruction) -> Span:
+        """Reads the mesh axes that a `send` between slices goes over.
 
         Raises:
-          ValueError: it does not say so in a known form.
+          ValueError: its target has an unknown form.
         """
         grid = [(axis, self.dcn[axis]) for axis, _ in self.mesh if axis in self.dcn]
         span = span_of_groups(_groups(send), grid)
-        inner = dict(self.inside)
-        return dataclasses.replace(span, whole=all(inner[axis] == 1 for axis in span.axes))
+        inner = dict(self.slice_mesh)
+        return dataclasses.replace(span, full_axes=all(inner[axis] == 1 for axis in span.axes))
 
 
 def _groups(send: Instruction) -> Sequence[np.ndarray]:
     """Slices that exchange data with each other, counted from 0."""
-    found = _TARGET.search(send.rest)
-    if found is None:
-        raise ValueError("it does not say which slices it goes between")
-    if found.group(1):
-        return [np.array([int(one) - 1 for one in found.group(1).split(",")])]
-    groups = re.findall(r"\{([\d,>\-]+)\}", found.group(2))
-    ids = [[int(one) for one in re.findall(r"\d+", group)] for group in groups]
+    match = _TARGET.search(send.rest)
+    if match is None:
+        raise ValueError("its slices are not in a known form")
+    if match.group(1):
+        return [np.array([int(number) - 1 for number in match.group(1).split(",")])]
+    groups = re.findall(r"\{([\d,>\-]+)\}", match.group(2))
+    ids = [[int(number) for number in re.findall(r"\d+", group)] for group in groups]
     return [np.array(group) // _SLICE - 1 for group in ids]

@@ -1,24 +1,35 @@
-"""From when to when each buffer of a scheduled program lives.
+"""Computes from when to when each buffer of a scheduled program is alive.
 
-The program is walked in the order of its schedule, a loop's body once. A buffer lives from the
-instruction that makes it to the last one that reads it. Tuples, bitcasts and barriers make none;
-a loop, and what a donated input becomes, stay in place; so does a slice that is written into an
-array. An element-wise result may take over an operand that nothing reads any more. The arguments
-of a step live throughout, for the caller holds them or a result reuses them.
+The program is walked in the order of its schedule, a loop's body once. Each executed instruction is
+a moment, counted from 1. A buffer is alive from the moment that makes it to the last one that reads
+it. With `x` an argument:
+
+    moment  instruction            a: 2 KiB   b: 2 KiB   c: 1 KiB
+    1       a = multiply(x, x)     start
+    2       b = tanh(a)            read       start
+    3       c = slice(a)           read, end  |          start
+    4       while(c), body: …                 |          state of the loop, in place
+    …       d = negate(b)                     read, end             d takes over b's memory
+
+Some results have no memory of their own. They are *aliased* to the buffer that they share:
+tuples, bitcasts and barriers; a loop's state before, in and after its body; a slice and the array
+that it is written into; a donated argument and the result that replaces it. An element-wise result
+may also *reuse* an operand that nothing reads later, as `d` does: `b` then ends one moment early.
+The arguments of a step are alive throughout: the caller holds them, or a result reuses them.
 """
 
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator
 
-from ..communication._collectives import kind_of
+from ..communication._collectives import collective_kind
 from ..hlo._hlo import Computation, Instruction, Module, Shape
 from ..hlo._scope import phase_of
-from ._buffer_sizes import Sized, Type, sized
+from ._buffer_sizes import SizedArray, SizedType, parse_sized_type
 
 _SAME = frozenset({"bitcast", "opt-barrier", "domain", "add-dependency"})
 _INTO = frozenset({"dynamic-update-slice", "scatter"})
-_NEUTRAL = frozenset({"constant", "iota", "partition-id", "replica-id", "after-all"})
+_CONSTANT = frozenset({"constant", "iota", "partition-id", "replica-id", "after-all"})
 _ELEMENTWISE = frozenset(
     """abs add and atan2 cbrt ceil clamp compare convert copy cosine divide erf exponential
     exponential-minus-one floor is-finite log log-plus-one logistic maximum minimum multiply negate
@@ -31,22 +42,22 @@ _IN_PLACE = re.compile(r"\{([\d, ]*)\}: \((\d+), \{([\d, ]*)\}\)")
 
 @dataclasses.dataclass(eq=False)
 class Buffer:
-    """An array in the device's memory, or several that share one place one after another.
+    """An array in the device's memory, or several that are aliased.
 
     Attributes:
-      shape: type of the array.
+      shape: type of the array; of aliased ones, of the largest.
       bytes: bytes in main memory.
-      start: moment at which it is made.
-      end: last moment at which it is read.
+      start: moment that makes it.
+      end: last moment that reads it.
       name: instruction that makes it.
-      op_name: JAX's path for it, or for what it is made of.
+      op_name: JAX's path for it, or for its operands.
       phases: parts of the step that write it.
       readers: parts of the step that read it.
-      sent: a collective writes it.
-      argument: number of the argument of the step that it is.
+      from_collective: a collective writes it.
+      argument: its number, if it is an argument of the step.
       output: it is a result of the step.
-      weight: it is made of parameters alone.
-      neutral: it is made of constants alone.
+      params_only: it is computed from parameters alone.
+      constant_only: it is computed from constants alone.
     """
 
     shape: Shape
@@ -54,263 +65,299 @@ class Buffer:
     start: int
     end: int
     name: str
-    op_name: str
-    phases: set[str]
-    sent: bool = False
+    op_name: str = ""
+    phases: set[str] = dataclasses.field(default_factory=set)
+    from_collective: bool = False
     readers: set[str] = dataclasses.field(default_factory=set)
     argument: int | None = None
     output: bool = False
-    weight: bool = False
-    neutral: bool = False
-    _into: "Buffer | None" = None
+    params_only: bool = False
+    constant_only: bool = False
+    _alias_of: "Buffer | None" = None
 
     @property
-    def place(self) -> "Buffer":
-        """The buffer that stands for all that share its place."""
-        found = self
-        while found._into is not None:
-            found = found._into
-        return found
+    def alias_root(self) -> "Buffer":
+        """The one buffer that holds the fields of all that are aliased to it."""
+        root = self
+        while root._alias_of is not None:
+            root = root._alias_of
+        return root
 
-    def join(self, other: "Buffer") -> None:
-        """Puts two buffers into one place."""
-        mine, theirs = self.place, other.place
+    def alias(self, other: "Buffer") -> None:
+        """Merges another buffer into this one's root: both share one piece of memory.
+
+        A loop over the state v, with `body(v) = v + w`:
+
+            v0 = f32[256] start 3 end 4   before the loop   v0.alias(v1):
+            v1 = f32[256] start 7 end 7   the body's result     v0: start 3 end 7, v1 → v0
+        """
+        mine, theirs = self.alias_root, other.alias_root
         if mine is theirs:
             return
-        theirs._into = mine
+        theirs._alias_of = mine
         if theirs.bytes > mine.bytes:
             mine.shape, mine.bytes = theirs.shape, theirs.bytes
         mine.start, mine.end = min(mine.start, theirs.start), max(mine.end, theirs.end)
         mine.phases |= theirs.phases
         mine.readers |= theirs.readers
-        mine.sent |= theirs.sent
-        # Where a loop's state begins as zeros, what it becomes says more.
-        if mine.neutral or not mine.op_name:
+        mine.from_collective |= theirs.from_collective
+        # A gradient that a loop sums up starts as zeros: the sum has the telling name.
+        if mine.constant_only or not mine.op_name:
             mine.name, mine.op_name = theirs.name, theirs.op_name or mine.op_name
         mine.argument = theirs.argument if mine.argument is None else mine.argument
         mine.output |= theirs.output
-        mine.weight = (mine.weight or mine.neutral) and (theirs.weight or theirs.neutral)
-        mine.neutral &= theirs.neutral
+        mine.params_only = all(x.params_only or x.constant_only for x in (mine, theirs))
+        mine.constant_only &= theirs.constant_only
 
 
 Value = Buffer | list["Value"]
 
 
-class Lives:
-    """The buffers of one scheduled program.
+class Liveness:
+    """The buffers of one scheduled program and when each is alive.
 
     Attributes:
-      moments: the instruction of each moment.
+      moments: the instruction of each moment; moment 1 is at index 0.
       problems: what could not be followed.
     """
 
     def __init__(self, module: Module, platform: str, weights: frozenset[int]) -> None:
-        """Follows a program.
+        """Walks a program.
 
         Args:
           module: the program, scheduled and read without problems.
-          platform: decides which memory is the device's own.
+          platform: decides which memory space is main memory.
           weights: numbers of the arguments that are parameters.
         """
         self._module, self._platform = module, platform
-        self._made: list[Buffer] = []
-        self._results: dict[int, Value] = {}
-        self._takeovers: list[tuple[int, Buffer, list[Buffer]]] = []
+        self._buffers: list[Buffer] = []
+        self._reuse_candidates: list[tuple[int, Buffer, list[Buffer]]] = []
         self.moments: list[Instruction] = []
         self.problems: list[str] = []
-        self._entry(weights)
-        for at, made, operands in self._takeovers:
-            _take_over(at, made.place, operands)
+        self._walk_entry(weights)
+        for moment, result, operands in self._reuse_candidates:
+            _reuse_operand(moment, result.alias_root, operands)
 
     def buffers(self) -> list[Buffer]:
-        """Every place in memory, once."""
-        return [one for one in self._made if one._into is None and one.bytes]
+        """The alias roots that take memory."""
+        return [buffer for buffer in self._buffers if buffer._alias_of is None and buffer.bytes]
 
-    def _entry(self, weights: frozenset[int]) -> None:
+    def _walk_entry(self, weights: frozenset[int]) -> None:
         here = self._module.computations[self._module.entry]
         arguments: list[Value] = []
         for number, parameter in sorted(here.parameters.items()):
-            value = self._fresh(parameter, [])
-            for leaf in _leaves(value):
-                leaf.argument, leaf.weight = number, number in weights
+            value = self._allocate(parameter, [])
+            for leaf in _flatten(value):
+                leaf.argument, leaf.params_only = number, number in weights
             arguments.append(value)
-        results = self._run(here, arguments)
-        outputs = list(_leaves(results))
-        for leaf in outputs:
-            leaf.place.output = True
-        for at, number in _DONATED.findall(self._module.header):
-            for made, given in zip(
-                _leaves(_at(results, at)), _leaves(arguments[int(number)]), strict=True
-            ):
-                given.join(made)
-        self._read([results, *arguments], "")
+        results = self._walk(here, arguments)
+        for leaf in _flatten(results):
+            leaf.alias_root.output = True
+        for index, number in _DONATED.findall(self._module.header):
+            _alias_all(arguments[int(number)], _index_value(results, index))
+        self._mark_read([results, *arguments], "")
 
-    def _run(self, here: Computation, arguments: list[Value]) -> Value:
+    def _walk(self, here: Computation, arguments: list[Value]) -> Value:
+        """Walks a computation in the order of its schedule and returns the value of its root."""
         values: dict[str, Value] = {}
-        for one in here.instructions.values():
-            if one.opcode == "parameter":
-                values[one.name] = arguments[int(one.arguments)]
-            elif one.opcode == "constant":
-                values[one.name] = self._constant(one)
+        for instruction in here.instructions.values():
+            if instruction.opcode == "parameter":
+                values[instruction.name] = arguments[int(instruction.arguments)]
+            elif instruction.opcode == "constant":
+                values[instruction.name] = self._constant_buffer(instruction)
             else:
-                values[one.name] = self._value(here, one, [values[n] for n in one.operands])
+                operands = [values[name] for name in instruction.operands]
+                values[instruction.name] = self._evaluate(here, instruction, operands)
         assert here.root is not None
         return values[here.root.name]
 
-    def _value(self, here: Computation, one: Instruction, operands: list[Value]) -> Value:
-        if one.opcode == "tuple":
+    def _evaluate(
+        self, here: Computation, instruction: Instruction, operands: list[Value]
+    ) -> Value:
+        if instruction.opcode == "tuple":
             return operands
-        if one.opcode in _SAME:
+        if instruction.opcode in _SAME:
             return operands[0]
-        if one.opcode == "get-tuple-element":
-            return _at(operands[0], one.attrs["index"])
-        if one.opcode == "while":
-            return self._loop(one, operands[0])
-        if one.opcode == "conditional":
-            return self._branches(one, operands)
-        self.moments.append(one)
-        self._read(operands, phase_of(one.op_name) if one.op_name else "")
-        if one.opcode == "call":
-            return self._run(self._called(one), operands)
-        if one.opcode == "async-start":
-            return [operands, self._run(self._called(one), operands)]
-        if one.opcode.endswith("-done"):
-            return self._arrived(here, one, operands[0])
-        made = self._fresh(one, operands)
-        if one.opcode.endswith("-start"):
-            made = _started(one, made, operands)
-        self._in_place(one, made, operands)
-        return made
+        if instruction.opcode == "get-tuple-element":
+            return _index_value(operands[0], instruction.attrs["index"])
+        if instruction.opcode == "while":
+            return self._walk_loop(instruction, operands[0])
+        if instruction.opcode == "conditional":
+            return self._walk_branches(instruction, operands)
+        self.moments.append(instruction)
+        self._mark_read(operands, phase_of(instruction.op_name) if instruction.op_name else "")
+        if instruction.opcode == "call":
+            return self._walk(self._called(instruction), operands)
+        if instruction.opcode == "async-start":
+            return [operands, self._walk(self._called(instruction), operands)]
+        if instruction.opcode.endswith("-done"):
+            return _done_value(here.instructions[instruction.operands[0]], instruction, operands[0])
+        result = self._allocate(instruction, operands)
+        if instruction.opcode.endswith("-start"):
+            result = _start_value(instruction, result, operands)
+        self._alias_in_place(instruction, result, operands)
+        return result
 
-    def _called(self, one: Instruction) -> Computation:
-        return self._module.computations[one.calls[0][1]]
+    def _called(self, instruction: Instruction) -> Computation:
+        return self._module.computations[instruction.calls[0][1]]
 
-    def _loop(self, one: Instruction, state: Value) -> Value:
-        called = dict(one.calls)
-        self.moments.append(one)
-        self._run(self._module.computations[called["condition"]], [state])
-        after = self._run(self._module.computations[called["body"]], [state])
-        self._join(state, after)
-        self._read([state], "")
+    def _walk_loop(self, instruction: Instruction, state: Value) -> Value:
+        called = dict(instruction.calls)
+        self.moments.append(instruction)
+        self._walk(self._module.computations[called["condition"]], [state])
+        # One walk of the body stands for every trip: each updates the same buffers.
+        after = self._walk(self._module.computations[called["body"]], [state])
+        _alias_all(state, after)
+        self._mark_read([state], "")
         return state
 
-    def _branches(self, one: Instruction, operands: list[Value]) -> Value:
-        self.moments.append(one)
-        branches = [self._module.computations[name] for _, name in one.calls]
+    def _walk_branches(self, instruction: Instruction, operands: list[Value]) -> Value:
+        self.moments.append(instruction)
+        branches = [self._module.computations[name] for _, name in instruction.calls]
         results = [
-            self._run(branch, [given]) for branch, given in zip(branches, operands[1:], strict=True)
+            self._walk(branch, [argument])
+            for branch, argument in zip(branches, operands[1:], strict=True)
         ]
+        # All branches write into the buffers of one result; only one of them runs.
         for other in results[1:]:
-            self._join(results[0], other)
-        self._read(operands, "")
+            _alias_all(results[0], other)
+        self._mark_read(operands, "")
         return results[0]
 
-    def _join(self, one: Value, other: Value) -> None:
-        for mine, theirs in zip(_leaves(one), _leaves(other), strict=True):
-            mine.join(theirs)
+    def _constant_buffer(self, instruction: Instruction) -> Buffer:
+        """A constant is part of the program and takes no bytes of its allocation."""
+        now, shape = len(self.moments), instruction.shapes[0]
+        return Buffer(shape, 0, now, now, instruction.name, constant_only=True)
 
-    def _arrived(self, here: Computation, one: Instruction, started: Value) -> Value:
-        start = here.instructions[one.operands[0]]
-        if start.opcode == "recv" and isinstance(started, list):
-            return [started[0], started[-1]]
-        if start.opcode == "copy-start" and isinstance(started, list):
-            return started[0]
-        if start.opcode.endswith("-start") and isinstance(started, list) and len(started) > 1:
-            if _count(sized(start.type, "")) != _count(sized(one.type, "")):
-                return started[1]
-        return started
-
-    def _constant(self, one: Instruction) -> Buffer:
-        """Constants lie in the program, not in what it allocates."""
-        shape = one.shapes[0]
+    def _allocate(self, instruction: Instruction, operands: list[Value]) -> Value:
+        """Allocates the buffers of an instruction's result."""
+        distinct = dict.fromkeys(leaf.alias_root for leaf in _flatten(operands))
+        sources = sorted(distinct, key=lambda leaf: -leaf.bytes)
+        path = instruction.op_name or next((leaf.op_name for leaf in sources if leaf.op_name), "")
+        # Scalars and constants (a scale, a mask value) do not decide what the result is made of.
+        arrays = [leaf for leaf in sources if not leaf.constant_only and leaf.shape.dims]
+        constant_only = instruction.opcode in _CONSTANT or (bool(sources) and not arrays)
+        params_only = bool(arrays) and all(leaf.params_only for leaf in arrays)
+        from_collective = collective_kind(instruction) is not None
         now = len(self.moments)
-        return Buffer(shape, 0, now, now, one.name, "", set(), neutral=True)
 
-    def _fresh(self, one: Instruction, operands: list[Value]) -> Value:
-        sources = sorted({leaf.place for leaf in _leaves(operands)}, key=lambda leaf: -leaf.bytes)
-        path = one.op_name or next((leaf.op_name for leaf in sources if leaf.op_name), "")
-        meant = [leaf for leaf in sources if not leaf.neutral and leaf.shape.dims]
-        neutral = one.opcode in _NEUTRAL or (bool(sources) and not meant)
-        weight = bool(meant) and all(leaf.weight for leaf in meant)
-        sent = kind_of(one) is not None
-
-        def made(of: Type) -> Value:
-            if not isinstance(of, Sized):
-                return [made(inner) for inner in of]
+        def allocate(of: SizedType) -> Value:
+            if not isinstance(of, SizedArray):
+                return [allocate(element) for element in of]
             if not of.shape.known:
-                self.problems.append(f"{one.name} has the unknown type {of.shape}")
-            now = len(self.moments)
-            phases = {phase_of(path)} if path else set[str]()
-            buffer = Buffer(of.shape, of.bytes, now, now, one.name, path, phases, sent)
-            buffer.weight, buffer.neutral = weight, neutral
-            self._made.append(buffer)
+                self.problems.append(f"{instruction.name} has the unknown type {of.shape}")
+            buffer = Buffer(
+                shape=of.shape,
+                bytes=of.bytes,
+                start=now,
+                end=now,
+                name=instruction.name,
+                op_name=path,
+                phases={phase_of(path)} if path else set(),
+                from_collective=from_collective,
+                params_only=params_only,
+                constant_only=constant_only,
+            )
+            self._buffers.append(buffer)
             return buffer
 
-        return made(sized(one.type, self._platform))
+        return allocate(parse_sized_type(instruction.type, self._platform))
 
-    def _read(self, values: Iterable[Value], phase: str) -> None:
-        for leaf in _leaves(list(values)):
-            place = leaf.place
-            place.end = len(self.moments)
+    def _mark_read(self, values: Iterable[Value], phase: str) -> None:
+        for leaf in _flatten(list(values)):
+            root = leaf.alias_root
+            root.end = len(self.moments)
             if phase:
-                place.readers.add(phase)
+                root.readers.add(phase)
 
-    def _in_place(self, one: Instruction, made: Value, operands: list[Value]) -> None:
-        """Joins results with the operands that they are written into, or may take over."""
-        for at, number, inner in _IN_PLACE.findall(one.attrs.get("output_to_operand_aliasing", "")):
-            self._join(_at(operands[int(number)], inner), _at(made, at))
-        if one.opcode in _INTO:
-            _write_into(made, operands[0])
-        elif one.opcode in _ELEMENTWISE:
-            self._may_take_over(made, operands)
-        elif one.opcode == "fusion" and one.calls:
-            inner = self._called(one)
-            for slot, root in zip(_slots(made), _roots(inner), strict=False):
-                source = _source(inner, root)
-                if source is not None:
-                    _write_into(slot, operands[source])
-            ways = [operands[n] for n in inner.parameters if _elementwise(inner, n)]
-            self._may_take_over(made, ways)
+    def _alias_in_place(
+        self, instruction: Instruction, result: Value, operands: list[Value]
+    ) -> None:
+        """Aliases results to the operands that they are written into; records those to reuse."""
+        aliasing = instruction.attrs.get("output_to_operand_aliasing", "")
+        for index, number, inner in _IN_PLACE.findall(aliasing):
+            _alias_all(_index_value(operands[int(number)], inner), _index_value(result, index))
+        if instruction.opcode in _INTO:
+            _alias_written(result, operands[0])
+        elif instruction.opcode in _ELEMENTWISE:
+            self._record_reuse(result, operands)
+        elif instruction.opcode == "fusion" and instruction.calls:
+            inner = self._called(instruction)
+            parts = result if isinstance(result, list) else [result]
+            for part, root in zip(parts, inner.results, strict=False):
+                number = _written_parameter(inner, root)
+                if number is not None:
+                    _alias_written(part, operands[number])
+            reusable = [operands[n] for n in inner.parameters if _is_elementwise(inner, n)]
+            self._record_reuse(result, reusable)
 
-    def _may_take_over(self, made: Value, operands: list[Value]) -> None:
-        for leaf in _leaves(made):
-            self._takeovers.append((len(self.moments), leaf, list(_leaves(operands))))
+    def _record_reuse(self, result: Value, operands: list[Value]) -> None:
+        for leaf in _flatten(result):
+            self._reuse_candidates.append((len(self.moments), leaf, list(_flatten(operands))))
 
 
-def _take_over(at: int, made: Buffer, operands: list[Buffer]) -> None:
-    if made.start != at:
+def _alias_all(value: Value, other: Value) -> None:
+    for mine, theirs in zip(_flatten(value), _flatten(other), strict=True):
+        mine.alias(theirs)
+
+
+def _reuse_operand(moment: int, result: Buffer, operands: list[Buffer]) -> None:
+    """Gives a result the memory of an operand of its size that it reads last.
+
+    That is known only when the whole program has been walked, since a later instruction may read
+    the operand too.
+    """
+    if result.start != moment:
         return
-    for operand in (one.place for one in operands):
-        dies = operand.end == at and operand.start < at and operand is not made
-        if dies and operand.bytes == made.bytes and operand.argument is None:
-            operand.end = at - 1
+    for operand in (buffer.alias_root for buffer in operands):
+        dies = operand.end == moment and operand.start < moment and operand is not result
+        if dies and operand.bytes == result.bytes and operand.argument is None:
+            operand.end = moment - 1
             return
 
 
-def _write_into(made: Value, target: Value) -> None:
-    """The result takes the place of an operand, unless that is the caller's."""
-    if isinstance(made, Buffer) and isinstance(target, Buffer):
-        if target.place.argument is None and not target.place.neutral | (not target.bytes):
-            target.join(made)
+def _alias_written(result: Value, target: Value) -> None:
+    """Aliases a result to the operand that it is written into, unless the caller owns that."""
+    if isinstance(result, Buffer) and isinstance(target, Buffer):
+        root = target.alias_root
+        if root.argument is None and not root.constant_only and target.bytes:
+            target.alias(result)
 
 
-def _started(one: Instruction, made: Value, operands: list[Value]) -> Value:
-    """What an asynchronous start holds: its operands, then its results."""
-    if not isinstance(made, list) or len(made) < 2:
-        return made
-    if one.opcode == "copy-start":
-        return [made[0], operands[0], *made[2:]]
-    given = [str(leaf.shape) for leaf in _leaves(operands)]
-    if [str(leaf.shape) for leaf in _leaves(made[0])] != given:
-        return made
-    for leaf in _leaves(made[0]):
+def _start_value(start: Instruction, result: Value, operands: list[Value]) -> Value:
+    """The value of an asynchronous start: its operands, then its results.
+
+    `(f32[8], f32[32]) all-gather-start(x)` repeats the type of `x`, and allocates only `f32[32]`.
+    """
+    if not isinstance(result, list) or len(result) < 2:
+        return result
+    if start.opcode == "copy-start":
+        return [result[0], operands[0], *result[2:]]
+    shapes = [str(leaf.shape) for leaf in _flatten(operands)]
+    if [str(leaf.shape) for leaf in _flatten(result[0])] != shapes:
+        return result
+    for leaf in _flatten(result[0]):
         leaf.bytes = 0
-    held = operands if isinstance(made[0], list) else operands[0]
-    return [held, *made[1:]]
+    return [operands if isinstance(result[0], list) else operands[0], *result[1:]]
 
 
-def _source(inner: Computation, root: Instruction) -> int | None:
-    """Number of the parameter that a fusion's result is, or is written into."""
+def _done_value(start: Instruction, done: Instruction, started: Value) -> Value:
+    """The value of an asynchronous end, as a part of its start's."""
+    if not isinstance(started, list):
+        return started
+    if start.opcode == "recv":
+        return [started[0], started[-1]]
+    if start.opcode == "copy-start":
+        return started[0]
+    if start.opcode.endswith("-start") and len(started) > 1:
+        # A start with as many arrays as its end has no operands in it: a tuple's all-reduce-start.
+        counts = [_count_arrays(parse_sized_type(x.type, "")) for x in (start, done)]
+        return started if counts[0] == counts[1] else started[1]
+    return started
+
+
+def _written_parameter(inner: Computation, root: Instruction) -> int | None:
+    """Number of the parameter that a fusion returns or writes its result into; None if none."""
     while root.opcode != "parameter":
         if root.opcode not in _INTO | _SAME:
             return None
@@ -318,41 +365,30 @@ def _source(inner: Computation, root: Instruction) -> int | None:
     return int(root.arguments)
 
 
-def _elementwise(inner: Computation, number: int) -> bool:
-    """Whether all that a fusion does with a parameter is element by element."""
+def _is_elementwise(inner: Computation, number: int) -> bool:
+    """Whether a fusion uses a parameter in element-wise operations only."""
     reached = {inner.parameters[number].name}
-    for one in inner.instructions.values():
-        if reached & set(one.operands):
-            if one.opcode not in _ELEMENTWISE | _SAME | {"tuple"}:
+    for instruction in inner.instructions.values():
+        if reached & set(instruction.operands):
+            if instruction.opcode not in _ELEMENTWISE | _SAME | {"tuple"}:
                 return False
-            reached.add(one.name)
+            reached.add(instruction.name)
     return True
 
 
-def _roots(inner: Computation) -> list[Instruction]:
-    root = inner.root
-    if root is None or root.opcode != "tuple":
-        return [root] if root else []
-    return [inner.instructions[name] for name in root.operands]
-
-
-def _slots(value: Value) -> list[Value]:
-    return value if isinstance(value, list) else [value]
-
-
-def _leaves(value: Value) -> Iterator[Buffer]:
+def _flatten(value: Value) -> Iterator[Buffer]:
     if isinstance(value, Buffer):
         yield value
     else:
-        for one in value:
-            yield from _leaves(one)
+        for element in value:
+            yield from _flatten(element)
 
 
-def _count(of: Type) -> int:
-    return sum(map(_count, of)) if isinstance(of, list) else 1
+def _count_arrays(of: SizedType) -> int:
+    return sum(map(_count_arrays, of)) if isinstance(of, list) else 1
 
 
-def _at(value: Value, index: str) -> Value:
+def _index_value(value: Value, index: str) -> Value:
     for number in re.findall(r"\d+", index):
         assert isinstance(value, list)
         value = value[int(number)]

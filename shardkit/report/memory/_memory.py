@@ -1,8 +1,8 @@
-"""Bytes per device of a compiled step, by what they hold, against what the device has."""
+"""Bytes per device of a compiled step by class, and the capacity of the device."""
 
 import dataclasses
 
-from ...hardware import chip_of
+from ...hardware import identify_chip
 from .._program import PARTS, CompiledBytes, Program
 
 
@@ -10,20 +10,20 @@ from .._program import PARTS, CompiledBytes, Program
 class Memory:
     """Bytes on one device.
 
-    The parts of the input are exact, from the shardings. What the compiler adds is compiled.
+    Bytes of the inputs are exact, from the shardings; the others are the compiler's.
 
     Attributes:
       params: parameters.
       opt_state: optimizer state.
       model_state: mutable model state.
-      batch: one global batch's share.
+      batch: the device's share of one global batch.
       rest: step counter and random key.
-      padding: what the compiler adds to the arguments for its tiled layouts.
+      padding: bytes that the compiler's tiled layouts add to the arguments.
       output: outputs that reuse no input.
-      temp: gradients, activations and scratch that are alive at once.
-      total: the most that is alive at once; None where the compiler does not say.
-      capacity: what the device has; None where unknown, as on simulated devices.
-      problems: where executable and shardings contradict each other.
+      temp: peak of gradients, activations and scratch.
+      total: peak of all of them; None if the compiler does not report it.
+      capacity: memory of the device; None if unknown, as for simulated devices.
+      problems: contradictions between executable and shardings.
     """
 
     params: int
@@ -58,44 +58,44 @@ class Memory:
 
 def read_memory(program: Program) -> Memory:
     """Adds up a step's bytes per device."""
-    sizes, chip = program.sizes, chip_of(program.device_kind)
+    sizes, chip = program.sizes, identify_chip(program.device_kind)
     parts = {
         part: sum(leaf.device_bytes(sizes) for leaf in program.leaves if leaf.part == part)
         for part in PARTS
     }
-    said = program.memory
+    compiled = program.memory
     declared = sum(parts.values())
-    padding = None if said.argument is None else said.argument - declared
+    padding = None if compiled.argument is None else compiled.argument - declared
     return Memory(
         **parts,
         padding=padding,
-        output=_difference(said.output, said.alias),
-        temp=said.temp,
-        total=_total(said, program.platform),
+        output=_subtract(compiled.output, compiled.alias),
+        temp=compiled.temp,
+        total=_total_bytes(compiled, program.platform),
         capacity=chip.memory if chip else None,
-        problems=_contradictions(program, declared, padding),
+        problems=_find_contradictions(program, declared, padding),
     )
 
 
-def _total(said: CompiledBytes, platform: str) -> int | None:
-    # On CPU the peak that XLA reports is below what its temporaries alone take.
-    if platform != "cpu" and said.peak is not None:
-        return said.peak
-    output = _difference(said.output, said.alias)
-    if said.argument is None or said.temp is None or output is None:
+def _total_bytes(compiled: CompiledBytes, platform: str) -> int | None:
+    # On CPU XLA reports a peak that is smaller than its temporaries alone.
+    if platform != "cpu" and compiled.peak is not None:
+        return compiled.peak
+    output = _subtract(compiled.output, compiled.alias)
+    if compiled.argument is None or compiled.temp is None or output is None:
         return None
-    return said.argument + output + said.temp
+    return compiled.argument + output + compiled.temp
 
 
-def _difference(a: int | None, b: int | None) -> int | None:
+def _subtract(a: int | None, b: int | None) -> int | None:
     return None if a is None or b is None else a - b
 
 
-def _contradictions(program: Program, declared: int, padding: int | None) -> tuple[str, ...]:
-    """Argument bytes that tiling cannot explain: it only adds, and on CPU adds nothing."""
+def _find_contradictions(program: Program, declared: int, padding: int | None) -> tuple[str, ...]:
+    """Reports argument bytes that tiling cannot explain: tiles only add bytes, and none on CPU."""
     if padding is None or not program.leaves or padding == 0:
         return ()
     if padding > 0 and program.platform != "cpu":
         return ()
-    said = program.memory.argument
-    return (f"the executable takes {said} bytes of arguments, the shardings make {declared}",)
+    stated = program.memory.argument
+    return (f"the executable takes {stated} bytes of arguments, the shardings {declared}",)

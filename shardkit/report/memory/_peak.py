@@ -1,7 +1,7 @@
-"""What lives on a device at the moment at which a step holds most, by class and by scope.
+"""Which buffers are alive when a step's memory peaks, by class and by scope.
 
-The compiler gives one figure for everything that it allocates. Its schedule tells what that is.
-The sum is held beside the compiler's figure, and the split is only called one where they agree.
+The compiler reports one figure for all its allocations; its schedule tells what they are. The
+split by class is called rough unless its sum agrees with the compiler's figure.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from ..._core.tree import format_bytes
 from .._program import Program
 from ..hlo._scope import phase_of, scope_of
-from ._liveness import Buffer, Lives
+from ._liveness import Buffer, Liveness
 from ._memory import Memory
 
 CLASSES = ("gradients", "activations", "weights", "collectives", "outputs", "temporaries")
@@ -21,14 +21,14 @@ _BACKWARD = frozenset({"backward", "recompute"})
 
 
 @dataclasses.dataclass(frozen=True)
-class Held:
+class LiveBuffer:
     """A buffer that is alive at the peak.
 
     Attributes:
       kind: one of `CLASSES`.
       shape: type of the array on one device: `f32[4,16]`.
       bytes: bytes in the device's memory, with the padding of its layout.
-      scope: the model's scope that made it.
+      scope: the model's scope that computes it.
       phase: parts of the step that write it: `forward, backward`.
       name: name of the HLO instruction.
       op_name: JAX's path for it.
@@ -45,73 +45,74 @@ class Held:
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
-    """The moment of a step at which most is alive beside its arguments.
+    """The moment of a step at which the most bytes are alive, without its arguments.
 
-    Found from the schedule: compiled, but not by the compiler's own account, which `said` is.
-    Classes are told by what writes and reads a buffer:
+    Computed from the schedule; `compiler_bytes` is the compiler's own figure for the same. The
+    class of a buffer follows from what writes and reads it:
 
     * gradients: written backward, in the shape of a parameter's shard or read by the update;
     * activations: written forward, read backward;
-    * weights: made of parameters alone: gathered, cast or copied;
-    * collectives: what other collectives bring;
+    * weights: computed from parameters alone: gathered, cast or copied;
+    * collectives: results of other collectives;
     * outputs: results of the step that reuse no input;
-    * temporaries: all else.
+    * temporaries: all others.
 
     Attributes:
-      bytes: alive at the moment, beside the arguments of the step.
-      said: what the compiler counts beside the arguments; None where it does not say.
-      phase: part of the step that the moment is in.
-      scope: the model's scope that it is in.
+      bytes: alive at that moment, without the arguments of the step.
+      compiler_bytes: the compiler's figure, without the arguments; None if it reports none.
+      phase: phase of the step at that moment.
+      scope: the model's scope at that moment.
       classes: class → bytes; adds up to `bytes`.
       scopes: scope → bytes, the most first; adds up to `bytes`.
-      held: the largest buffers, the largest first.
+      largest: the largest buffers, the largest first.
       problems: what could not be followed; with any, `bytes` is a lower bound.
     """
 
     bytes: int
-    said: int | None
+    compiler_bytes: int | None
     phase: str
     scope: str
     classes: Mapping[str, int]
     scopes: Mapping[str, int]
-    held: tuple[Held, ...]
+    largest: tuple[LiveBuffer, ...]
     problems: tuple[str, ...] = ()
 
     @property
     def coverage(self) -> float | None:
-        """`bytes` ÷ what the compiler counts; None where it does not say."""
-        return self.bytes / self.said if self.said else None
+        """`bytes` ÷ `compiler_bytes`; None if the compiler reports no figure."""
+        return self.bytes / self.compiler_bytes if self.compiler_bytes else None
 
     @property
-    def close(self) -> bool:
-        """Found and said agree within a tenth: the split is one of what the compiler counts."""
+    def agrees(self) -> bool:
+        """Schedule and compiler agree within 10 %, so that the split by class can be trusted."""
         off = None if self.coverage is None else abs(self.coverage - 1)
         return off is not None and off <= _CLOSE and not self.problems
 
     def __str__(self) -> str:
-        """Returns one sentence: when, which classes, and how far it agrees with the compiler."""
-        mark = "" if self.close else "~"
+        """Returns the moment, bytes per class, and the agreement with the compiler."""
+        mark = "" if self.agrees else "~"
         parts = [f"{name} {mark}{format_bytes(n)}" for name, n in self.classes.items() if n]
         where = f"{self.phase}{', ' if self.scope else ''}{self.scope}"
-        text = f"Beside the arguments, at the peak ({where}): {'; '.join(parts) or 'nothing'}"
+        text = f"Besides the arguments, at the peak ({where}): {'; '.join(parts) or 'nothing'}"
         return f"{text}. {self._agreement()}"
 
     def _agreement(self) -> str:
-        found = format_bytes(self.bytes)
+        size = format_bytes(self.bytes)
         if self.problems:
             return f"ROUGH, a lower bound: {self.problems[0]}."
         if self.coverage is None:
-            return f"{found} by the schedule; the compiler does not say."
-        share = f"{found} by the schedule, {self.coverage:.0%} of the compiler's"
-        if self.close:
-            return f"{share} {format_bytes(self.said or 0)}."
-        return f"ROUGH: {share} {format_bytes(self.said or 0)}; shares, not sizes, mean something."
+            return f"{size} by the schedule; the compiler reports no figure."
+        share = f"{size} by the schedule, {self.coverage:.0%} of the compiler's"
+        if self.agrees:
+            return f"{share} {format_bytes(self.compiler_bytes or 0)}."
+        total = format_bytes(self.compiler_bytes or 0)
+        return f"ROUGH: {share} {total}; trust the shares, not the sizes."
 
 
-def peak_of(program: Program, memory: Memory) -> Peak | None:
+def find_peak(program: Program, memory: Memory) -> Peak | None:
     """Finds the peak of a scheduled program.
 
-    None where its text is not whole, not scheduled, or in a form that cannot be followed.
+    Returns None if its text is incomplete, not scheduled, or has an unknown form.
     """
     module = program.module
     if module.problems or not module.scheduled:
@@ -119,82 +120,84 @@ def peak_of(program: Program, memory: Memory) -> Peak | None:
     leaves = program.leaves
     numbers = frozenset(n for n, leaf in enumerate(leaves) if leaf.part == "params")
     try:
-        lives = Lives(module, program.platform, numbers)
+        liveness = Liveness(module, program.platform, numbers)
     except (LookupError, TypeError, ValueError):
-        # A form of text that no compiler has shown yet is to cost the split, not the report.
+        # Text of a compiler that is not known yet costs the peak, not the whole report.
         return None
-    beside = [one for one in lives.buffers() if one.argument is None]
-    moment = _fullest(beside, len(lives.moments))
-    alive = sorted((b for b in beside if b.start <= moment <= b.end), key=lambda b: -b.bytes)
-    shapes = {_squeezed(leaf.shard(program.sizes)) for leaf in leaves if leaf.part == "params"}
-    held = [_held(one, shapes | {shape[1:] for shape in shapes}) for one in alive]
-    at = next((p for p in reversed(lives.moments[:moment]) if p.op_name), None)
-    classes = _summed((one.kind, one.bytes) for one in held)
+    temporary = [buffer for buffer in liveness.buffers() if buffer.argument is None]
+    moment = _fullest_moment(temporary, len(liveness.moments))
+    alive = sorted((b for b in temporary if b.start <= moment <= b.end), key=lambda b: -b.bytes)
+    params = [leaf for leaf in leaves if leaf.part == "params"]
+    shards = {_drop_unit_dims(leaf.shard(program.sizes)) for leaf in params}
+    gradients = shards | {shape[1:] for shape in shards}  # All layers of a stack, or one of them.
+    buffers = [_describe_buffer(buffer, gradients) for buffer in alive]
+    at = next((p for p in reversed(liveness.moments[:moment]) if p.op_name), None)
+    classes = _sum_by_key((buffer.kind, buffer.bytes) for buffer in buffers)
     return Peak(
-        bytes=sum(one.bytes for one in held),
-        said=_said(program, memory),
-        phase=_phase_at(lives, moment),
+        bytes=sum(buffer.bytes for buffer in buffers),
+        compiler_bytes=_compiler_bytes(program, memory),
+        phase=_phase_at(liveness, moment),
         scope=scope_of(at.op_name) if at else "",
         classes={name: classes.get(name, 0) for name in CLASSES},
-        scopes=_summed((one.scope, one.bytes) for one in held),
-        held=tuple(held[:_LARGEST]),
-        problems=tuple(lives.problems),
+        scopes=_sum_by_key((buffer.scope, buffer.bytes) for buffer in buffers),
+        largest=tuple(buffers[:_LARGEST]),
+        problems=tuple(liveness.problems),
     )
 
 
-def _said(program: Program, memory: Memory) -> int | None:
+def _compiler_bytes(program: Program, memory: Memory) -> int | None:
     if memory.total is None or program.memory.argument is None:
         return None
     return memory.total - program.memory.argument
 
 
-def _phase_at(lives: Lives, moment: int) -> str:
-    """Phase of the last instruction up to a moment that belongs to one."""
-    phases = (phase_of(one.op_name) for one in reversed(lives.moments[:moment]))
+def _phase_at(liveness: Liveness, moment: int) -> str:
+    """Phase of the last instruction up to a moment that has one."""
+    phases = (phase_of(instruction.op_name) for instruction in reversed(liveness.moments[:moment]))
     return next((phase for phase in phases if phase != "other"), "other")
 
 
-def _fullest(buffers: Iterable[Buffer], moments: int) -> int:
+def _fullest_moment(buffers: Iterable[Buffer], moments: int) -> int:
     change = [0] * (moments + 2)
-    for one in buffers:
-        change[one.start] += one.bytes
-        change[one.end + 1] -= one.bytes
+    for buffer in buffers:
+        change[buffer.start] += buffer.bytes
+        change[buffer.end + 1] -= buffer.bytes
     alive = list(itertools.accumulate(change))
     return max(range(len(alive)), key=alive.__getitem__)
 
 
-def _held(one: Buffer, gradients: set[tuple[int, ...]]) -> Held:
-    phases = sorted(one.phases - {"other"})
-    return Held(
-        kind=_kind(one, gradients),
-        shape=str(one.shape),
-        bytes=one.bytes,
-        scope=scope_of(one.op_name),
+def _describe_buffer(buffer: Buffer, gradients: set[tuple[int, ...]]) -> LiveBuffer:
+    phases = sorted(buffer.phases - {"other"})
+    return LiveBuffer(
+        kind=_classify_buffer(buffer, gradients),
+        shape=str(buffer.shape),
+        bytes=buffer.bytes,
+        scope=scope_of(buffer.op_name),
         phase=", ".join(phases),
-        name=one.name,
-        op_name=one.op_name,
+        name=buffer.name,
+        op_name=buffer.op_name,
     )
 
 
-def _kind(one: Buffer, gradients: set[tuple[int, ...]]) -> str:
-    if one.output:
+def _classify_buffer(buffer: Buffer, gradients: set[tuple[int, ...]]) -> str:
+    if buffer.output:
         return "outputs"
-    if one.weight:
+    if buffer.params_only:
         return "weights"
-    written, read = one.phases & _BACKWARD, one.readers & _BACKWARD
-    if written and ("update" in one.readers or _squeezed(one.shape.dims) in gradients):
+    written, read = buffer.phases & _BACKWARD, buffer.readers & _BACKWARD
+    if written and ("update" in buffer.readers or _drop_unit_dims(buffer.shape.dims) in gradients):
         return "gradients"
-    if "forward" in one.phases and read and not written:
+    if "forward" in buffer.phases and read and not written:
         return "activations"
-    return "collectives" if one.sent else "temporaries"
+    return "collectives" if buffer.from_collective else "temporaries"
 
 
-def _squeezed(dims: Iterable[int]) -> tuple[int, ...]:
+def _drop_unit_dims(dims: Iterable[int]) -> tuple[int, ...]:
     return tuple(n for n in dims if n != 1)
 
 
-def _summed(parts: Iterable[tuple[str, int]]) -> dict[str, int]:
-    found: dict[str, int] = {}
+def _sum_by_key(parts: Iterable[tuple[str, int]]) -> dict[str, int]:
+    sums: dict[str, int] = {}
     for name, size in parts:
-        found[name] = found.get(name, 0) + size
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
+        sums[name] = sums.get(name, 0) + size
+    return dict(sorted(sums.items(), key=lambda item: -item[1]))

@@ -1,8 +1,11 @@
-"""Activations that a compiled step keeps from its forward to its backward pass.
+"""Finds the activations that a compiled step saves for its backward pass.
 
-In the compiled program these are the values that forward instructions make and backward ones
-read, with the shape that one device holds. The traced program has the same values with their
-global shapes. Beside each other they tell which mesh axes split a value and which do not.
+In the compiled program these are the values that forward instructions write and backward ones
+read, with the shape of one device's shard. The jaxpr has the same values with their global shapes.
+Both shapes together tell which mesh axes split a value:
+
+    compiled f32[4,64], traced f32[8,256], mesh (data=2, tensor=4)  →  data and tensor
+    compiled f32[4,256], traced f32[8,256]                          →  data alone
 """
 
 import dataclasses
@@ -11,9 +14,9 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from jax.extend.core import Literal, jaxprs_in_params
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxprs_in_params
 
-from ..findings._arguments import Computed, argument_of
+from ..hlo._arguments import ComputedError, find_argument
 from ..hlo._hlo import Computation, Instruction, Module, Shape
 from ..hlo._scope import phase_of, scope_of
 
@@ -23,73 +26,73 @@ _NO_BUFFER = frozenset({"parameter", "constant"})
 
 
 @dataclasses.dataclass(frozen=True)
-class Saved:
-    """A value that waits for the backward pass.
+class SavedActivation:
+    """A value that is saved for the backward pass.
 
     Attributes:
-      shape: what one device holds.
-      whole: its global shape.
-      scope: the model's scope that made it.
+      shape: one device's shard.
+      global_shape: shape of the whole array.
+      scope: the model's scope that computes it.
       axes: mesh axes that split it.
     """
 
     shape: Shape
-    whole: tuple[int, ...]
+    global_shape: tuple[int, ...]
     scope: str
     axes: tuple[str, ...]
 
 
-def saved(
+def find_saved_activations(
     module: Module,
-    jaxpr: Any,
+    jaxpr: ClosedJaxpr,
     mesh: Mapping[str, int],
     first: Sequence[str],
     parameters: Collection[int] = (),
-) -> list[Saved]:
+) -> list[SavedActivation]:
     """Lists the saved values whose global shape is known.
 
     Args:
       module: the compiled program.
-      jaxpr: the closed jaxpr that it was made from.
+      jaxpr: the closed jaxpr that it was compiled from.
       mesh: names and sizes of the mesh axes.
-      first: axes that split the rows of the batch: those that split the first dim that is split,
-        where sizes alone leave a choice.
-      parameters: numbers of the arguments that are parameters: one that was gathered for the
-        forward pass and is kept is no activation.
+      first: axes that split the rows of the batch; they are assumed to split the first split dim
+        if several axes have the right size.
+      parameters: numbers of the arguments that are parameters: one that the forward pass gathers
+        and the backward pass reads is not an activation.
     """
-    known: dict[int, list[tuple[tuple[int, ...], str]]] = {}
-    for whole, scope in dict.fromkeys(_traced(jaxpr.jaxpr, "")):
-        known.setdefault(len(whole), []).append((whole, scope))
+    by_rank: dict[int, list[tuple[tuple[int, ...], str]]] = {}
+    for whole, scope in dict.fromkeys(_traced_shapes(jaxpr.jaxpr, "")):
+        by_rank.setdefault(len(whole), []).append((whole, scope))
     ordered = [*first, *(axis for axis in mesh if axis not in first)]
-    found = []
-    for shape in _compiled(module, parameters):
-        candidates = known.get(len(shape.dims), [])
+    saved = []
+    for shape in _compiled_shapes(module, parameters):
+        candidates = by_rank.get(len(shape.dims), [])
         matches = [
-            Saved(shape, whole, scope, axes)
+            SavedActivation(shape, whole, scope, axes)
             for whole, scope in candidates
-            if (axes := splitting(shape.dims, whole, mesh, ordered)) is not None
+            if (axes := splitting_axes(shape.dims, whole, mesh, ordered)) is not None
         ]
         if matches:
-            # Where several global shapes fit, the one that leaves least to find.
-            found.append(max(matches, key=lambda one: math.prod(one.whole)))
-    return found
+            # If several global shapes fit, the largest: it has the most axes that split it.
+            saved.append(max(matches, key=lambda match: math.prod(match.global_shape)))
+    return saved
 
 
-def splitting(
+def splitting_axes(
     shard: Sequence[int], whole: Sequence[int], mesh: Mapping[str, int], ordered: Sequence[str]
 ) -> tuple[str, ...] | None:
-    """Mesh axes that make a shard of an array; None if no axes do.
+    """Mesh axes that split an array into a shard of this shape; None if no axes do.
 
     Args:
       shard: shape on one device.
       whole: global shape, of the same rank.
       mesh: sizes of the mesh axes.
-      ordered: the axes, those to be tried first at the front.
+      ordered: the axes in the order in which they are tried.
 
     >>> mesh = {"data": 2, "tensor": 4}
-    >>> splitting((3, 4, 2), (3, 8, 8), mesh, ["data", "tensor"])
+    >>> splitting_axes((3, 4, 2), (3, 8, 8), mesh, ["data", "tensor"])
     ('data', 'tensor')
-    >>> splitting((3, 8), (3, 24), mesh, ["data", "tensor"]) is None
+    >>> splitting_axes((3, 8), (3, 24), mesh, ["data", "tensor"]) is None
     True
     """
     used: list[str] = []
@@ -105,25 +108,25 @@ def splitting(
     return tuple(axis for axis in mesh if axis in used)
 
 
-def _compiled(module: Module, parameters: Collection[int]) -> Iterator[Shape]:
-    """Arrays that forward instructions make and backward ones read, each buffer once."""
-    inside = {
+def _compiled_shapes(module: Module, parameters: Collection[int]) -> Iterator[Shape]:
+    """Arrays that forward instructions write and backward ones read, each buffer once."""
+    fused = {
         callee
         for computation in module.computations.values()
-        for one in computation.instructions.values()
-        if one.opcode == "fusion"
-        for _, callee in one.calls
+        for instruction in computation.instructions.values()
+        if instruction.opcode == "fusion"
+        for _, callee in instruction.calls
     }
     for here in module.computations.values():
-        if here.name in inside:
+        if here.name in fused:
             continue
         read = {
-            made.name: made.shapes[0]
-            for one in here.instructions.values()
-            if one.opcode not in _NO_BUFFER and phase_of(one.op_name) in _BACKWARD
-            for name in one.operands
-            for made in _made_forward(here, name)
-            if not _is_parameter(module, here, made.name, parameters)
+            saved.name: saved.shapes[0]
+            for instruction in here.instructions.values()
+            if instruction.opcode not in _NO_BUFFER and phase_of(instruction.op_name) in _BACKWARD
+            for name in instruction.operands
+            for saved in _forward_producers(here, name)
+            if not _is_parameter(module, here, saved.name, parameters)
         }
         yield from read.values()
 
@@ -132,53 +135,56 @@ def _is_parameter(
     module: Module, here: Computation, name: str, parameters: Collection[int]
 ) -> bool:
     try:
-        return argument_of(module, here, name) in parameters
-    except Computed:
+        return find_argument(module, here, name) in parameters
+    except ComputedError:
         return False
 
 
-def _made_forward(here: Computation, name: str) -> Iterator[Instruction]:
-    """The forward arrays behind an operand, seen through tuples and copies."""
-    one = here.instructions.get(name)
-    if one is None or one.opcode in _NO_BUFFER:
+def _forward_producers(here: Computation, name: str) -> Iterator[Instruction]:
+    """The forward instructions that compute an operand, through tuples and copies."""
+    instruction = here.instructions.get(name)
+    if instruction is None or instruction.opcode in _NO_BUFFER:
         return
-    if one.opcode in _THROUGH:
-        for inner in one.operands:
-            yield from _made_forward(here, inner)
+    if instruction.opcode in _THROUGH:
+        for inner in instruction.operands:
+            yield from _forward_producers(here, inner)
         return
-    source = one
-    if one.opcode == "get-tuple-element":
-        source = here.instructions.get(one.operands[0])
+    source = instruction
+    if instruction.opcode == "get-tuple-element":
+        source = here.instructions.get(instruction.operands[0])
         if source is not None and source.opcode in _THROUGH:
-            yield from _made_forward(here, source.name)
+            yield from _forward_producers(here, source.name)
             return
-    if source is not None and phase_of(source.op_name) == "forward" and len(one.shapes) == 1:
-        yield one
+    if source and phase_of(source.op_name) == "forward" and len(instruction.shapes) == 1:
+        yield instruction
 
 
-def _traced(jaxpr: Any, path: str) -> Iterator[tuple[tuple[int, ...], str]]:
-    """(global shape, scope) of values that forward equations make and backward ones read."""
-    made: dict[Any, str] = {}
+def _traced_shapes(jaxpr: Jaxpr, path: str) -> Iterator[tuple[tuple[int, ...], str]]:
+    """(global shape, scope) of values that forward equations write and backward ones read."""
+    scopes: dict[Var, str] = {}
     for eqn in jaxpr.eqns:
         stack = str(eqn.source_info.name_stack)
         here = f"{path}/{stack}" if path and stack else path or stack
         phase = phase_of(f"{here}/{eqn.primitive.name}")
         if phase in _BACKWARD:
             for value in eqn.invars:
-                if not isinstance(value, Literal) and value in made:
-                    yield value.aval.shape, made[value]
+                if not isinstance(value, Literal) and value in scopes:
+                    aval: Any = value.aval
+                    yield aval.shape, scopes[value]
         elif phase == "forward":
-            made |= {value: _scope(eqn, number, here) for number, value in enumerate(eqn.outvars)}
+            scopes |= {
+                value: _result_scope(eqn, number, here) for number, value in enumerate(eqn.outvars)
+            }
         for inner in jaxprs_in_params(eqn.params):
-            yield from _traced(inner, here)
+            yield from _traced_shapes(inner, here)
 
 
-def _scope(eqn: Any, number: int, path: str) -> str:
-    """Scope of one result of an equation; of a scan's, that of what makes it in the body."""
+def _result_scope(eqn: JaxprEqn, number: int, path: str) -> str:
+    """Scope of one result of an equation; for a scan, of the body's equation that computes it."""
     if eqn.primitive.name == "scan":
         body = eqn.params["jaxpr"].jaxpr
         value = body.outvars[number]
-        inner = next((one for one in body.eqns if value in one.outvars), None)
+        inner = next((equation for equation in body.eqns if value in equation.outvars), None)
         if inner is not None:
             return scope_of(f"{path}/{inner.source_info.name_stack}/{inner.primitive.name}")
     return scope_of(f"{path}/{eqn.primitive.name}")

@@ -3,7 +3,7 @@ const sizes = new Map(report.mesh);
 const devices = report.mesh.reduce((n, [, size]) => n * size, 1);
 const PAGE = 200;
 
-// Elements are made, never parsed from text: names in a report are the user's own.
+// Elements are created, never parsed from text: names in a report come from the user.
 function el(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -45,14 +45,14 @@ const type = (leaf) => `${leaf.dtype}[${leaf.shape.join(",")}]`;
 const LABELS = {
   compiled: "Read from the program that the compiler made. Nothing was run.",
   modelled: "Computed from a model of the hardware or a textbook formula. Nothing was run.",
-  traced: "Counted in the program as JAX traced it, before compilation. Nothing was run.",
+  traced: "Counted in the traced program, before compilation. Nothing was run.",
 };
-// Stands before and beside totals that something unread would have made larger.
+// Marks totals that are lower bounds, since something could not be read.
 const least = (problems) => (problems.length ? "at least " : "");
 const bound = (problems) =>
   problems.length ? el("p", { class: "warn" }, "Incomplete: these are lower bounds.") : "";
 
-// A device takes one branch of a conditional; unless a schedule tells, all of them are counted.
+// A device takes one branch of a conditional; without a known share, all of them count.
 const branched = (rows) =>
   rows.some((row) => row.conditional && row.taken === 1)
     ? el("p", { class: "warn" }, "Branches of conditionals count as taken: totals are upper bounds.")

@@ -3,7 +3,7 @@ function draw_flops() {
   const target = section("flops", "FLOPs per step, all devices", ["traced"]);
   if (!flops)
     return target.append(
-      el("p", { class: "quiet" }, "Not counted: the report was made without the traced program."),
+      el("p", { class: "quiet" }, "Not counted: the report has no traced program."),
     );
   const all = flops.model + flops.recompute + (flops.update ?? 0);
   const rows = flops.by_scope.map(([scope, phase, n]) => ({

@@ -8,13 +8,13 @@ function draw_incomplete() {
   const silent = !report.messages_complete;
   if (!found.length && !silent) return;
   const said =
-    "The compiler's messages are not known: involuntary rematerializations may be missing.";
+    "The compiler's messages are unknown: involuntary rematerializations may be missing.";
   const rows = [...found.map((text) => el("li", {}, text)), silent ? el("li", {}, said) : null];
   const target = document.getElementById("incomplete");
   target.hidden = false;
   target.append(
     el("h2", {}, "Incomplete"),
-    el("p", {}, "This could not be read. Totals that depend on it are lower bounds."),
+    el("p", {}, "These parts could not be read. Totals that depend on them are lower bounds."),
     el("ul", {}, rows.filter(Boolean)),
   );
 }
@@ -22,7 +22,7 @@ function draw_incomplete() {
 function draw_subject() {
   const kind = report.device_kind || report.platform;
   const mesh = report.mesh.map(([name, size]) => `${name}=${integer(size)}`).join(", ");
-  const simulated = report.platform === "cpu" ? ". Simulated devices say nothing about speed" : "";
+  const simulated = report.platform === "cpu" ? ". Simulated devices have no meaningful speed" : "";
   document.getElementById("subject").textContent =
     `One training step, compiled for ${plural(devices, "device")} of kind ${kind}, ` +
     `mesh (${mesh})${simulated}. Nothing on this page was measured.`;
@@ -76,7 +76,7 @@ function draw_figures() {
       figure(
         "Findings",
         integer(findings.length),
-        findings.length ? `${bytes(findings[0].bytes)} in the largest` : "nothing to mend",
+        findings.length ? `${bytes(findings[0].bytes)} in the largest` : "nothing to fix",
         "compiled",
         findings.length > 0,
       ),

@@ -2,12 +2,12 @@ const ways = (axes) => axes.reduce((n, axis) => n * sizes.get(axis), 1);
 const shards = (leaf) => leaf.spec.reduce((n, axes) => n * ways(axes), 1);
 const copies = (leaf) => devices / shards(leaf);
 const whole = (leaf) => shards(leaf) === 1 && devices > 1;
-// As the findings count it: a declared copy and a scalar are meant.
+// As in the findings: declared copies and scalars are intended.
 const warns = (leaf) =>
   whole(leaf) &&
-  !leaf.meant_whole &&
+  !leaf.declared_replicated &&
   leaf.shape.length > 0 &&
-  ["params", "opt_state", "extra"].includes(leaf.part);
+  ["params", "opt_state", "model_state"].includes(leaf.part);
 
 // Which block of each dim a device holds; the first axis of a dim counts slowest.
 const block_of = (leaf, place) =>
@@ -23,7 +23,7 @@ function slice_text(leaf, block) {
   return `[${dims.join(", ")}]`;
 }
 
-// Hues from green to pink: the warm ones are kept for warnings.
+// Hues from green to pink: the warm ones are reserved for warnings.
 const hue = (leaf, shard) => 150 + (190 * shard) / Math.max(1, shards(leaf) - 1);
 
 function coloured(node, leaf, shard) {
@@ -37,7 +37,7 @@ function draw_layout(leaf) {
   const said = el(
     "p",
     { class: "said", "aria-live": "polite" },
-    "Point at a device to see what it holds and who holds the same.",
+    "Point at a device to see its shard and the devices with the same one.",
   );
   const drawing = el(
     "div",
@@ -73,11 +73,11 @@ function summary(leaf) {
     return el(
       "span",
       { class: "warn" },
-      `Replicated: all ${integer(devices)} devices hold the whole of it, and no rule says so. ` +
+      `Replicated: all ${integer(devices)} devices hold the whole array, and no rule declares it. ` +
         `${each}.`,
     );
   if (whole(leaf))
-    return `Every device holds the whole of it${leaf.meant_whole ? ", as declared" : ""}: ${each}.`;
+    return `Every device holds the whole array${leaf.declared_replicated ? ", as declared" : ""}: ${each}.`;
   const unused = report.mesh
     .filter(([axis, size]) => size > 1 && !leaf.spec.flat().includes(axis))
     .map(([axis]) => axis);
@@ -161,7 +161,7 @@ function paint(leaf, button, place) {
   button.setAttribute("aria-label", text);
 }
 
-// Marks all that holds the same shard as what is pointed at or focused.
+// Marks all devices with the same shard as the one under the pointer or in focus.
 function point(drawing, said, leaf) {
   const mark = (event) => {
     const at = event.target.closest("[data-shard]");

@@ -136,6 +136,6 @@ function leaf_list(shown) {
 
 function spec_text(leaf) {
   if (!leaf.spec.some((axes) => axes.length))
-    return leaf.meant_whole ? "whole, as declared" : "whole";
+    return leaf.declared_replicated ? "whole, as declared" : "whole";
   return `(${leaf.spec.map((axes) => axes.join("·") || "–").join(", ")})`;
 }

@@ -86,7 +86,7 @@ function draw_ledger() {
   redraw();
 }
 
-// The scopes of one instruction; of many that a compiler joined, the first and how many more.
+// Up to two scopes of one instruction; of more, the first and the number of the others.
 function several(scopes) {
   const [first, ...more] = scopes.split(", ");
   return more.length < 2 ? scopes : `${first} and ${integer(more.length)} more`;
@@ -108,7 +108,7 @@ function marks(row) {
     row.overlapped && "hidden",
     row.conditional && (row.taken < 1 ? `branch × ${Math.round(100 * row.taken)} %` : "branch"),
     row.windowed && "windowed",
-    !row.whole && "part of axes",
+    !row.full_axes && "part of axes",
   ]
     .filter(Boolean)
     .join(", ");

@@ -1,7 +1,7 @@
 const CLASSES = [
   ["params", "parameters"],
   ["opt_state", "optimizer state"],
-  ["extra", "mutable model state"],
+  ["model_state", "mutable model state"],
   ["batch", "batch"],
   ["rest", "step counter and key"],
   ["padding", "padding of the arguments"],
@@ -41,7 +41,7 @@ function draw_memory() {
         )
       : "",
     at_peak(report.peak),
-    report.advice.length
+    report.memory_suggestions.length
       ? el(
           "div",
           {},
@@ -49,7 +49,7 @@ function draw_memory() {
           el(
             "ul",
             {},
-            report.advice.map((text) => el("li", {}, text)),
+            report.memory_suggestions.map((text) => el("li", {}, text)),
           ),
         )
       : "",
@@ -58,20 +58,20 @@ function draw_memory() {
 
 const STATED = 0.1;
 
-// What the schedule says of the one figure that the compiler gives for all that it allocates.
+// How the schedule splits the one figure that the compiler reports for all its allocations.
 function at_peak(peak) {
   if (!peak) {
-    const why = "What is alive at the peak is not known: no whole, scheduled program was read.";
+    const why = "What is alive at the peak is unknown: the program has no schedule to follow.";
     return el("p", { class: "quiet" }, why);
   }
-  const { classes, said, problems } = peak;
-  const share = said ? peak.bytes / said : null;
+  const { classes, compiler_bytes, problems } = peak;
+  const share = compiler_bytes ? peak.bytes / compiler_bytes : null;
   const close = share !== null && Math.abs(share - 1) <= STATED && !problems.length;
-  const beside =
+  const agreement =
     share === null
-      ? "the compiler does not say how much"
-      : `${percent(peak.bytes, said)} of the compiler's ${bytes(said)}`;
-  const rough = close ? "" : "Rough: read the shares, not the sizes. ";
+      ? "the compiler reports no figure"
+      : `${percent(peak.bytes, compiler_bytes)} of the compiler's ${bytes(compiler_bytes)}`;
+  const rough = close ? "" : "Rough: trust the shares, not the sizes. ";
   const rows = Object.entries(classes)
     .filter(([, n]) => n)
     .map(([name, n]) =>
@@ -86,8 +86,8 @@ function at_peak(peak) {
     );
   const when = [peak.phase, peak.scope].filter(Boolean).join(", ");
   const text =
-    `At the peak (${when}) the schedule holds ${bytes(peak.bytes)} beside the arguments, ` +
-    `${beside}.`;
+    `At the peak (${when}) the schedule holds ${bytes(peak.bytes)} besides the arguments, ` +
+    `${agreement}.`;
   return el(
     "div",
     {},
@@ -99,10 +99,10 @@ function at_peak(peak) {
   );
 }
 
-function buffers({ held, scopes }) {
+function buffers({ largest, scopes }) {
   const size = { title: "bytes", value: (one) => one.bytes, number: true };
   size.show = (one) => bytes(one.bytes);
-  const made = table(
+  const rows = table(
     [
       size,
       { title: "class", value: (one) => one.kind },
@@ -113,9 +113,9 @@ function buffers({ held, scopes }) {
     ],
     { caption: "Largest buffers at the peak", sort: size },
   );
-  made.fill(held);
+  rows.fill(largest);
   const parts = Object.entries(scopes).map(([name, n]) => `${name || "(no scope)"} ${bytes(n)}`);
-  return el("div", {}, made.node, el("p", { class: "quiet" }, `By scope: ${parts.join("; ")}.`));
+  return el("div", {}, rows.node, el("p", { class: "quiet" }, `By scope: ${parts.join("; ")}.`));
 }
 
 function against_capacity(memory) {
@@ -132,7 +132,7 @@ function against_capacity(memory) {
         "strong",
         {},
         memory.total === null
-          ? "The compiler does not say how much is alive at once"
+          ? "The compiler does not report the peak"
           : `${bytes(memory.total)} alive at once`,
       ),
       `, ${fits(memory)}.`,

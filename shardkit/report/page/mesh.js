@@ -1,7 +1,7 @@
-// How many places of an axis are drawn before the middle is left out.
+// Positions of an axis that are drawn; of longer axes the middle is left out.
 const LIMITS = { column: 16, row: 8, panel: 4 };
 
-// Places of an axis to draw; null stands for those left out.
+// Positions of an axis to draw; null for those left out.
 function places(size, limit) {
   const all = [...Array(size).keys()];
   return size <= limit ? all : [...all.slice(0, limit / 2), null, size - 1];

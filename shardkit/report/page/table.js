@@ -1,5 +1,5 @@
 // A table whose headers sort it. A column is {title, value, show, number, hint, wide}: `value`
-// is what it sorts by, `show` what stands in the cell. Large ones grow by PAGE rows at a time.
+// is the sort key, `show` the text of the cell. Long tables grow by PAGE rows at a time.
 function table(columns, { caption, sort = null, row = () => ({}), empty = "None." }) {
   const body = el("tbody");
   const more = el("button", { type: "button", class: "more" });

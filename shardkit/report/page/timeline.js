@@ -17,7 +17,7 @@ function draw_timeline() {
   const target = section("timeline", "Time per step", ["modelled"]);
   if (!timeline) {
     const why =
-      "No time is modelled: that needs a device whose speed the hardware table knows, " +
+      "No time is modelled: that needs a device in the hardware table, " +
       "and simulated ones have none.";
     return target.append(el("p", { class: "quiet" }, why));
   }
@@ -30,7 +30,7 @@ function draw_timeline() {
     el(
       "details",
       {},
-      el("summary", {}, "What the model takes for granted"),
+      el("summary", {}, "Assumptions of the model"),
       el(
         "ul",
         {},
@@ -47,7 +47,7 @@ function step_time(timeline) {
       ? [
           el("strong", {}, seconds(high)),
           ` on ${chip}, from the compiler's schedule: ${seconds(compute)} of compute and ` +
-            `${seconds(exposed)} of communication that nothing hides${mfu(timeline)}.`,
+            `${seconds(exposed)} of communication that no compute hides${mfu(timeline)}.`,
         ]
       : [
           el("strong", {}, `${seconds(low)} to ${seconds(high)}`),
@@ -71,8 +71,8 @@ function mfu({ mfu, best_mfu }) {
   return `; MFU ${range}`;
 }
 
-// Blocks in the order in which they begin: compute and exposed communication take their turn,
-// hidden communication lies under what was computed meanwhile.
+// Blocks in the order of their start: compute and exposed communication one after another,
+// hidden communication below the compute that hides it.
 function lanes(segments) {
   const lane = Object.fromEntries(LANES.map((name) => [name, []]));
   const spent = (one) => (one.kind === "compute" ? one.seconds : one.exposed);
@@ -106,7 +106,7 @@ function lanes(segments) {
       "figcaption",
       { class: "quiet" },
       legend(segments),
-      " Blocks stand in the order in which they begin, a loop's trips added up.",
+      " Blocks are in the order of their start; the trips of a loop are summed.",
     ),
   );
 }

@@ -74,7 +74,7 @@ function draw_traffic() {
     el(
       "p",
       { class: "quiet" },
-      "What one device sends on a ring, in every collective that spans the axis, is compiled; " +
+      "Bytes that one device sends on a ring, in all collectives that span the axis, are compiled; " +
         "the minimum is a textbook formula.",
     ),
     bound(report.ledger.problems),
@@ -99,7 +99,7 @@ const ratio = (one) =>
     ? ""
     : el("span", { class: one.ratio > 1.1 ? "warn" : "" }, one.ratio.toFixed(2));
 
-// Above, a collective over several axes is in several rows; here it is in one.
+// Above, a collective over several axes is in several rows; here it is in one row.
 function by_sets(rows) {
   const sets = new Map();
   for (const row of rows)
@@ -109,7 +109,7 @@ function by_sets(rows) {
   return el(
     "p",
     { class: "quiet" },
-    "Of a collective over several axes, an axis with a minimum has its own share, " +
+    "Of a collective over several axes, an axis with a minimum counts its own share, " +
       "any other the whole. " +
       `By the exact set of axes: ${parts.join("; ")}.`,
   );

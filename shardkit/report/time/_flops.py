@@ -1,23 +1,23 @@
-"""FLOPs of a step from its jaxpr: trips multiplied through, recomputation apart, per scope.
+"""Counts the FLOPs of a step from its jaxpr, per scope, with recomputation apart.
 
-XLA's own count sees the body of a loop once. The jaxpr has every loop's length and, in its name
-stacks, which products a checkpoint computes a second time. Only products count (`dot_general`,
-convolutions), two FLOPs per multiply-add: that is what model FLOPs and MFU are made of.
+XLA's own count has the body of a loop once. The jaxpr has the length of each scan and, in its name
+stacks, the products that a checkpoint recomputes. Only products count (`dot_general`,
+convolutions), two FLOPs per multiply-add, as in the definition of MFU.
 """
 
 import dataclasses
 import fractions
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
-from ..._core.branch_counts import shares
-from ..._core.recomputation import share_again
+from ..._core.scope_markers import branch_shares, recomputed_share
 from ..hlo._scope import phase_of, scope_of
 
-# A branch's share of executions is a fraction, so that the sum of branches is exact.
+# Shares of branches are fractions, so that the sum over branches is exact.
 Times = int | fractions.Fraction
 
 
@@ -27,10 +27,10 @@ class Flops:
 
     Attributes:
       model: forward and backward pass, each product once.
-      recompute: what checkpoints compute again.
-      update: the optimizer's own products, which belong to no model.
+      recompute: products that checkpoints recompute.
+      update: products of the optimizer, which are not model FLOPs.
       by_scope: `(scope, phase) → FLOPs`, largest first.
-      problems: what could not be counted; with any, the numbers are lower bounds.
+      problems: products that could not be counted; with any, the numbers are lower bounds.
     """
 
     model: int
@@ -41,16 +41,16 @@ class Flops:
 
     @property
     def total(self) -> int:
-        """All FLOPs that the devices together execute, if no device repeats another's work."""
+        """FLOPs of all devices together, if none repeats another's work."""
         return self.model + self.recompute + self.update
 
     @property
     def complete(self) -> bool:
-        """Every product was counted, with its trips."""
+        """Every product is counted, with its trips."""
         return not self.problems
 
 
-def count_flops(jaxpr: Any) -> Flops:
+def count_flops(jaxpr: ClosedJaxpr) -> Flops:
     """Counts the products of a closed jaxpr.
 
     >>> import jax, jax.numpy as jnp
@@ -60,24 +60,28 @@ def count_flops(jaxpr: Any) -> Flops:
     problems: list[str] = []
     summed: dict[tuple[str, str], Times] = {}
     for path, flops in _products(jaxpr.jaxpr, "", 1, problems):
-        # The last part of a path is the operation's own name, as in the compiled program.
+        # As in the compiled program, the last part of a path is the operation.
         scope, phase = scope_of(path), phase_of(path)
-        share = share_again(path) if phase == "recompute" else 1
+        share = recomputed_share(path) if phase == "recompute" else 1
         for key, part in (((scope, phase), share), ((scope, "forward"), 1 - share)):
             if part:
                 summed[key] = summed.get(key, 0) + flops * part
-    found = {key: round(flops) for key, flops in summed.items()}
-    again, update = (
-        sum(flops for (_, phase), flops in found.items() if phase == one)
-        for one in ("recompute", "update")
+    by_scope = {key: round(flops) for key, flops in summed.items()}
+    by_phase = Counter[str]()
+    for (_, phase), flops in by_scope.items():
+        by_phase[phase] += flops
+    recompute, update = by_phase["recompute"], by_phase["update"]
+    return Flops(
+        model=by_phase.total() - recompute - update,
+        recompute=recompute,
+        by_scope=dict(sorted(by_scope.items(), key=lambda item: -item[1])),
+        problems=tuple(dict.fromkeys(problems)),
+        update=update,
     )
-    ordered = dict(sorted(found.items(), key=lambda item: -item[1]))
-    model = sum(found.values()) - again - update
-    return Flops(model, again, ordered, tuple(dict.fromkeys(problems)), update)
 
 
 def _products(
-    jaxpr: Any, path: str, times: Times, problems: list[str]
+    jaxpr: Jaxpr, path: str, times: Times, problems: list[str]
 ) -> Iterator[tuple[str, Times]]:
     """Yields (path, FLOPs) of every product, inner jaxprs included."""
     for eqn in jaxpr.eqns:
@@ -86,30 +90,32 @@ def _products(
         name = eqn.primitive.name
         if name in _COUNTED:
             yield f"{here}/{name}", times * _COUNTED[name](eqn)
-        elif name == "cond" and (often := _often(eqn, here)):
-            for branch, share in zip(eqn.params["branches"], often, strict=True):
+        elif name == "cond" and (shares := _branch_shares(eqn, here)):
+            for branch, share in zip(eqn.params["branches"], shares, strict=True):
                 yield from _products(branch.jaxpr, here, times * share, problems)
         elif name == "cond":
-            yield from _largest(eqn, here, times, problems)
+            yield from _largest_branch(eqn, here, times, problems)
         else:
-            for inner, trips in _inner(eqn, here, problems):
+            for inner, trips in _inner_jaxprs(eqn, here, problems):
                 yield from _products(inner, here, times * trips, problems)
 
 
-def _often(eqn: Any, path: str) -> tuple[fractions.Fraction, ...] | None:
-    return shares(f"{path}/{eqn.primitive.name}", len(eqn.params["branches"]))
+def _branch_shares(eqn: JaxprEqn, path: str) -> tuple[fractions.Fraction, ...] | None:
+    return branch_shares(f"{path}/{eqn.primitive.name}", len(eqn.params["branches"]))
 
 
-def _largest(eqn: Any, path: str, times: Times, problems: list[str]) -> list[tuple[str, Times]]:
-    """Products of the branch with the most."""
+def _largest_branch(
+    eqn: JaxprEqn, path: str, times: Times, problems: list[str]
+) -> list[tuple[str, Times]]:
+    """Products of the branch that has the most FLOPs."""
     branches = [
         list(_products(branch.jaxpr, path, times, problems)) for branch in eqn.params["branches"]
     ]
-    return max(branches, key=lambda found: sum(flops for _, flops in found))
+    return max(branches, key=lambda products: sum(flops for _, flops in products))
 
 
-def _inner(eqn: Any, path: str, problems: list[str]) -> Iterator[tuple[Any, int]]:
-    """Jaxprs that an equation runs, and how often."""
+def _inner_jaxprs(eqn: JaxprEqn, path: str, problems: list[str]) -> Iterator[tuple[Jaxpr, int]]:
+    """Jaxprs that an equation runs, with their trips."""
     name, params = eqn.primitive.name, eqn.params
     if name == "while":
         body = params["body_jaxpr"].jaxpr
@@ -125,10 +131,10 @@ def _inner(eqn: Any, path: str, problems: list[str]) -> Iterator[tuple[Any, int]
         return
     times = params["length"] if name == "scan" else 1
     if name == "shard_map":
-        # Its body is what one device of the manual axes does, be it the same on all of them.
+        # The body is the work of one device along the manual axes.
         times = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
     for key, value in params.items():
-        # The rules of custom derivatives are there besides the function itself.
+        # An equation with custom derivatives has their rules besides the function itself.
         if key in ("jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd"):
             continue
         if isinstance(value, ClosedJaxpr):
@@ -137,35 +143,39 @@ def _inner(eqn: Any, path: str, problems: list[str]) -> Iterator[tuple[Any, int]
             yield value, times
 
 
-def _dot(eqn: Any) -> int:
+def _shape(value: Any) -> tuple[int, ...]:
+    return value.aval.shape
+
+
+def _dot_flops(eqn: JaxprEqn) -> int:
     (contract, _), _ = eqn.params["dimension_numbers"]
-    left = eqn.invars[0].aval.shape
-    return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(left[d] for d in contract)
+    left = _shape(eqn.invars[0])
+    return 2 * math.prod(_shape(eqn.outvars[0])) * math.prod(left[d] for d in contract)
 
 
-def _convolution(eqn: Any) -> int:
-    """Every output element is a product over the kernel's window and its input channels.
+def _convolution_flops(eqn: JaxprEqn) -> int:
+    """FLOPs of a convolution: each output element sums over the window and the input channels.
 
-    Zeros that a dilated input (the backward pass of a stride) is filled up with do not count.
+    The zeros in a dilated input (the backward pass of a stride) do not count.
     """
-    kernel = eqn.invars[1].aval.shape
+    kernel = _shape(eqn.invars[1])
     features = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
     zeros = math.prod(eqn.params["lhs_dilation"])
-    return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // features // zeros
+    return 2 * math.prod(_shape(eqn.outvars[0])) * math.prod(kernel) // features // zeros
 
 
-def _ragged(eqn: Any) -> int:
-    """Every row meets one group's matrix."""
-    rows, width = eqn.invars[0].aval.shape[-2:]
-    return 2 * rows * width * eqn.outvars[0].aval.shape[-1]
+def _ragged_flops(eqn: JaxprEqn) -> int:
+    """FLOPs of a ragged dot: each row is multiplied with the matrix of one group."""
+    rows, width = _shape(eqn.invars[0])[-2:]
+    return 2 * rows * width * _shape(eqn.outvars[0])[-1]
 
 
-# Kernels whose products no jaxpr shows.
+# Kernels whose products are not in the jaxpr.
 _OPAQUE = ("pallas_call", "ffi_call", "dot_product_attention")
 
 _COUNTED = {
-    "dot_general": _dot,
-    "conv_general_dilated": _convolution,
-    "ragged_dot": _ragged,
-    "ragged_dot_general": _ragged,
+    "dot_general": _dot_flops,
+    "conv_general_dilated": _convolution_flops,
+    "ragged_dot": _ragged_flops,
+    "ragged_dot_general": _ragged_flops,
 }

@@ -1,38 +1,38 @@
-"""`Timeline`: a modelled step time, and what of it is compute, communication and waiting.
+"""`Timeline`: a modelled step time, split into compute, communication and waiting.
 
-Nothing here is measured. For a TPU the compiler's own schedule is played: its estimated cycles,
-with each collective on the links that the hardware table gives. For other devices the compilers
-give no cycles; there a roofline has two ends, everything overlapped and nothing overlapped.
+Nothing here is measured. For a TPU the compiler's schedule is simulated: its estimated cycles,
+and each collective on the links of the hardware table. Other compilers estimate no cycles; there a
+roofline gives two bounds: all communication overlapped, and none.
 """
 
 import dataclasses
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from ..._core.errors import count
-from ...hardware import Chip, chip_of, find_chip
+from ...hardware import Chip, find_chip, identify_chip
 from .._program import Program
 from ..communication._ledger import Ledger
-from ..communication._links import ASSUMPTION, Links
+from ..communication._links import ASSUMPTIONS, Links
 from ..hlo._hlo import Module
-from ..hlo._trips import Loops
+from ..hlo._trips import TripCounts
 from ._flops import Flops
-from ._simulate import Played, Schedule
-from ._traffic import moved
+from ._simulate import ScheduleSimulator, Simulated
+from ._traffic import step_traffic
 
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """One block of a timeline, for drawing; a loop's trips are added up.
+    """One block of a timeline, for drawing; the trips of a loop are summed.
 
     Attributes:
       phase: `forward`, `backward`, `recompute`, `update` or `other`.
       scope: the model's scope.
       kind: `"compute"` or `"communication"`.
       axes: mesh axes of communication.
-      seconds: how long it takes.
-      exposed: seconds of it that nothing hides.
+      seconds: its duration.
+      exposed: seconds of it that no compute hides.
     """
 
     phase: str
@@ -50,55 +50,41 @@ class Timeline:
     Attributes:
       label: `"modelled"`.
       chip: the chip of the hardware table.
-      source: `"schedule"`, the compiler's own with its estimated cycles, or `"roofline"`.
-      compute: seconds of compute: by estimated cycles, or of the products at peak.
+      source: `"schedule"` (the compiler's, with its estimated cycles) or `"roofline"`.
+      compute: seconds of compute: by estimated cycles, or of the products at peak FLOP/s.
       products: seconds of the products alone at the chip's peak; None without FLOPs.
-      memory: seconds of the traffic with the device's memory; None for a schedule, whose
-        estimates hold it.
+      memory: seconds of traffic with the device's memory; None for a schedule, whose estimates
+        include it.
       communication: mesh axes, joined by commas → seconds on the links, hidden or not.
-      exposed: seconds of communication that nothing hides; all of it for a roofline.
+      exposed: seconds of communication that no compute hides; all of it for a roofline.
       low: the shortest modelled step; the step itself for a schedule.
       high: the longest.
       mfu: model FLOPs ÷ (`high` × peak × devices); None without FLOPs.
       best_mfu: the same for `low`.
-      segments: blocks in the order in which they begin.
-      assumptions: what the model takes for granted.
-      problems: what it lacks; with any, the times are lower bounds.
+      segments: blocks in the order of their start.
+      assumptions: assumptions of the model.
+      problems: missing inputs; with any, the times are lower bounds.
     """
 
     chip: str
     source: str
     compute: float
-    products: float | None
     memory: float | None
     communication: Mapping[str, float]
     exposed: float
     low: float
     high: float
-    mfu: float | None
-    best_mfu: float | None
     segments: tuple[Segment, ...]
     assumptions: tuple[str, ...]
     problems: tuple[str, ...] = ()
+    products: float | None = None
+    mfu: float | None = None
+    best_mfu: float | None = None
     label: str = "modelled"
-
-    @classmethod
-    def from_plain(cls, fields: Mapping[str, Any]) -> "Timeline":
-        """Reads what `dataclasses.asdict` and JSON made of a timeline."""
-        segments = tuple(
-            Segment(**one | {"axes": tuple(one["axes"])}) for one in fields["segments"]
-        )
-        texts = {name: tuple(fields[name]) for name in ("assumptions", "problems")}
-        return cls(**{**fields, **texts, "segments": segments})
 
     def exposed_by_axes(self) -> dict[str, float]:
         """Mesh axes, joined by commas → exposed seconds, the most first."""
-        found: dict[str, float] = {}
-        for one in self.segments:
-            if one.kind == "communication":
-                name = ", ".join(one.axes)
-                found[name] = found.get(name, 0.0) + one.exposed
-        return dict(sorted(found.items(), key=lambda item: -item[1]))
+        return dict(Counter(_by_axes(self.segments, "exposed")).most_common())
 
     def __str__(self) -> str:
         """A few lines of at most 100 columns, the step time first."""
@@ -116,7 +102,7 @@ class Timeline:
         yield f"Time per step on {self.chip}, modelled from the schedule: {show(self.high)}{mfu}"
         yield (
             f"  compute {show(self.compute)} ({self._products()}), communication "
-            f"{show(sum(self.communication.values()))}, of which exposed {show(self.exposed)}"
+            f"{show(sum(self.communication.values()))}, {show(self.exposed)} of it exposed"
         )
         exposed = [f"{axes} {show(s)}" for axes, s in self.exposed_by_axes().items() if s]
         if exposed:
@@ -149,130 +135,132 @@ def model_time(
       program: the compiled step.
       ledger: its collectives.
       flops: its FLOPs, if they are known.
-      chip: of the hardware table, by name, or another; by default that of the program's device.
+      chip: a name in the hardware table, or a chip; by default that of the program's device.
 
     Returns:
-      The timeline; None for devices of which nothing is known, as simulated ones.
+      The timeline; None for devices outside of the hardware table, such as simulated ones.
 
     Raises:
       ReportError: the hardware table has no such chip, or the program cannot be read.
     """
     if isinstance(chip, str):
         chip = find_chip(chip)
-    device = chip or chip_of(program.device_kind)
+    device = chip or identify_chip(program.device_kind)
     module = program.module
     if device is None or not module.entry:
         return None
     links = Links(device, program.mesh, tuple(dict(program.dcn)))
     n = max(1, module.num_partitions)
-    rate, at = _peak(device, program.declared.compute_dtype)
+    rate, rate_text = _peak_rate(device, program.declared.compute_dtype)
     products = flops.total / n / rate if flops else None
-    assumptions = (at, f"{ASSUMPTION[device.kind]}; one hop {device.latency * 1e6:.0f} µs")
     if program.platform == "tpu" and device.clock and module.scheduled:
-        made = _scheduled(module, ledger, links)
+        timeline = _model_schedule(module, ledger, links)
     else:
-        made = _roofline(module, ledger, links, flops, products)
-    made["problems"] = tuple(dict.fromkeys([*ledger.problems, *made["problems"]]))
-    made["assumptions"] = (*assumptions, *made["assumptions"])
-    done = flops.model / n / rate if flops else None
-    return Timeline(
-        chip=device.name,
+        timeline = _model_roofline(module, ledger, links, flops, products)
+    useful = flops.model / n / rate if flops else None
+    hop = f"{ASSUMPTIONS[device.kind]}; one hop {device.latency * 1e6:.0f} µs"
+    return dataclasses.replace(
+        timeline,
         products=products,
-        mfu=done / made["high"] if done and made["high"] else None,
-        best_mfu=done / made["low"] if done and made["low"] else None,
-        **made,
+        mfu=useful / timeline.high if useful and timeline.high else None,
+        best_mfu=useful / timeline.low if useful and timeline.low else None,
+        problems=tuple(dict.fromkeys([*ledger.problems, *timeline.problems])),
+        assumptions=(rate_text, hop, *timeline.assumptions),
     )
 
 
-def _peak(chip: Chip, dtype: str | None) -> tuple[float, str]:
-    """FLOP/s of products of a dtype, and how to say it."""
+def _peak_rate(chip: Chip, dtype: str | None) -> tuple[float, str]:
+    """Peak FLOP/s for a dtype, and its description."""
     name = dtype if dtype and dtype in chip.flops else "bf16"
     rate = chip.flops[name]
     return rate, f"products at {rate / 1e12:.4g} TFLOP/s, the peak for {name}"
 
 
-def _scheduled(module: Module, ledger: Ledger, links: Links) -> dict[str, Any]:
-    schedule = Schedule(module, ledger, links)
-    played = schedule.play()
-    segments = [Segment(*key, *times) for key, times in played.parts.items()]
-    return {
-        "source": "schedule",
-        "compute": sum(s.seconds for s in segments if s.kind == "compute"),
-        "memory": None,
-        "communication": _by_axes(segments),
-        "exposed": sum(s.exposed for s in segments if s.kind == "communication"),
-        "low": played.seconds,
-        "high": played.seconds,
-        "segments": tuple(segments),
-        "assumptions": _guesses(played),
-        "problems": (*schedule.problems, *_unknown(played)),
-    }
+def _model_schedule(module: Module, ledger: Ledger, links: Links) -> Timeline:
+    schedule = ScheduleSimulator(module, ledger, links)
+    simulated = schedule.simulate()
+    segments = [Segment(*key, *times) for key, times in simulated.parts.items()]
+    return Timeline(
+        chip=links.chip.name,
+        source="schedule",
+        compute=sum(s.seconds for s in segments if s.kind == "compute"),
+        memory=None,
+        communication=_by_axes(segments, "seconds"),
+        exposed=sum(s.exposed for s in segments if s.kind == "communication"),
+        low=simulated.seconds,
+        high=simulated.seconds,
+        segments=tuple(segments),
+        assumptions=_describe_guesses(simulated),
+        problems=(*schedule.problems, *_describe_gaps(simulated)),
+    )
 
 
-def _guesses(played: Played) -> tuple[str, ...]:
-    if not played.guessed:
+def _describe_guesses(simulated: Simulated) -> tuple[str, ...]:
+    if not simulated.guessed:
         return ()
-    number, names = sum(played.guessed.values()), _named(played.guessed)
+    guessed, names = sum(simulated.guessed.values()), _format_counts(simulated.guessed)
     return (
-        f"{number} of {number + played.estimated} operations are without an estimate ({names}) and "
+        f"{guessed} of {guessed + simulated.estimated} operations have no estimate ({names}) and "
         "count as their memory traffic",
     )
 
 
-def _unknown(played: Played) -> tuple[str, ...]:
-    if not played.estimated:
-        return ("the compiler gives no estimates: only traffic with the memory counts",)
-    if not played.kernels:
+def _describe_gaps(simulated: Simulated) -> tuple[str, ...]:
+    if not simulated.estimated:
+        return ("the compiler has no estimates: only traffic with the memory counts",)
+    if not simulated.kernels:
         return ()
-    kernels, names = count(sum(played.kernels.values()), "kernel"), _named(played.kernels)
+    kernels = count(sum(simulated.kernels.values()), "kernel")
+    names = _format_counts(simulated.kernels)
     return (f"{kernels} without an estimate ({names}): only their memory traffic counts",)
 
 
-def _named(numbers: Mapping[str, int]) -> str:
+def _format_counts(numbers: Mapping[str, int]) -> str:
     """Returns `sort, gather_fusion ×2`, the first few."""
     texts = [name if n == 1 else f"{name} ×{n}" for name, n in numbers.items()]
     return ", ".join([*texts[:4], *(["…"] if len(texts) > 4 else [])])
 
 
-def _roofline(
+def _model_roofline(
     module: Module, ledger: Ledger, links: Links, flops: Flops | None, products: float | None
-) -> dict[str, Any]:
-    traffic, loops = moved(module, Loops(module))
+) -> Timeline:
+    traffic, loops = step_traffic(module, TripCounts(module))
     memory = traffic / links.chip.memory_bandwidth
-    found: dict[tuple[str, str, str, tuple[str, ...]], float] = {}
+    parts: dict[tuple[str, str, str, tuple[str, ...]], float] = {}
     if flops and products is not None:
         for (scope, phase), number in flops.by_scope.items():
-            found[phase, scope, "compute", ()] = products * number / flops.total
+            parts[phase, scope, "compute", ()] = products * number / flops.total
     for row in ledger:
         key = (row.phase, row.scope, "communication", row.axes)
-        times = (1 if row.trips is None else row.trips) * row.taken
-        found[key] = found.get(key, 0.0) + links.seconds(row) * times
-    segments = tuple(Segment(*key, seconds, seconds) for key, seconds in found.items())
-    wire, compute = _by_axes(segments), products or 0.0
+        parts[key] = parts.get(key, 0.0) + links.seconds(row) * row.runs
+    segments = tuple(Segment(*key, seconds, seconds) for key, seconds in parts.items())
+    wire, compute = _by_axes(segments, "seconds"), products or 0.0
     exposed = sum(wire.values())
     problems = [f"loop {name} runs an unknown number of times; counted once" for name in loops]
     problems += [] if flops else ["FLOPs are not known"]
-    return {
-        "source": "roofline",
-        "compute": compute,
-        "memory": memory,
-        "communication": wire,
-        "exposed": exposed,
-        "low": max(compute, memory, exposed),
-        "high": compute + memory + exposed,
-        "segments": segments,
-        "assumptions": ("each operation reads its operands and writes its results once",),
-        "problems": (*problems, *(flops.problems if flops else ())),
-    }
+    return Timeline(
+        chip=links.chip.name,
+        source="roofline",
+        compute=compute,
+        memory=memory,
+        communication=wire,
+        exposed=exposed,
+        low=max(compute, memory, exposed),
+        high=compute + memory + exposed,
+        segments=segments,
+        assumptions=("each operation reads its operands and writes its results once",),
+        problems=(*problems, *(flops.problems if flops else ())),
+    )
 
 
-def _by_axes(segments: Iterable[Segment]) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for one in segments:
-        if one.kind == "communication":
-            name = ", ".join(one.axes)
-            found[name] = found.get(name, 0.0) + one.seconds
-    return found
+def _by_axes(segments: Iterable[Segment], field: str) -> dict[str, float]:
+    """Mesh axes, joined by commas → sum of a field of their communication."""
+    sums: dict[str, float] = {}
+    for segment in segments:
+        if segment.kind == "communication":
+            name = ", ".join(segment.axes)
+            sums[name] = sums.get(name, 0.0) + getattr(segment, field)
+    return sums
 
 
 def format_seconds(seconds: float) -> str:

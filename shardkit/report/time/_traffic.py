@@ -1,16 +1,16 @@
 """Bytes of device memory that a compiled program reads and writes, for rooflines.
 
-Every instruction of a schedule reads its operands and writes its results once; a fusion keeps
-what is between in registers. Reading a slice of an array, or writing one, moves the slice.
+Every instruction of a schedule reads its operands and writes its results once; values inside a
+fusion stay in registers. Reading or writing a slice of an array moves the bytes of the slice.
 """
 
 from collections.abc import Iterator
 
-from ..communication._collectives import kind_of
+from ..communication._collectives import collective_kind
 from ..hlo._hlo import Computation, Instruction, Module
-from ..hlo._trips import Loops
+from ..hlo._trips import TripCounts
 
-# These name, group or bound values; none of them moves one.
+# These name or group values, or call; none of them moves bytes itself.
 _FREE = frozenset(
     """parameter constant tuple get-tuple-element bitcast while conditional call after-all
     partition-id replica-id opt-barrier domain add-dependency async-start async-update
@@ -20,39 +20,43 @@ _SLICES = frozenset({"dynamic-slice", "slice", "gather"})
 _UPDATE = "dynamic-update-slice"
 
 
-def moved(module: Module, loops: Loops) -> tuple[int, tuple[str, ...]]:
-    """Bytes that one step reads and writes, and the loops of unknown length, counted once."""
+def step_traffic(module: Module, loops: TripCounts) -> tuple[int, tuple[str, ...]]:
+    """Bytes that a step reads and writes, and the loops of unknown length, which count once."""
     unknown: list[str] = []
     total = sum(
-        times * traffic(module, here, instruction)
-        for here, instruction, times in _executed(module, loops, module.entry, 1, unknown)
+        times * instruction_traffic(module, here, instruction)
+        for here, instruction, times in _executed_instructions(
+            module, loops, module.entry, 1, unknown
+        )
     )
     return total, tuple(dict.fromkeys(unknown))
 
 
-def traffic(module: Module, here: Computation, instruction: Instruction) -> int:
+def instruction_traffic(module: Module, here: Computation, instruction: Instruction) -> int:
     """Bytes that one execution of an instruction reads and writes; 0 for a collective.
 
-    A loop, branch or call moves nothing itself: what it runs does.
+    A loop, branch or call counts 0; the instructions that it runs count.
     """
     op = instruction.opcode
-    if op in _FREE or op.endswith("-done") or kind_of(instruction):
+    if op in _FREE or op.endswith("-done") or collective_kind(instruction):
         return 0
     if op == "copy-start":
         return sum(shape.nbytes for shape in instruction.shapes[:2])
     if op.startswith("fusion") and instruction.calls:
-        return _fusion(module, here, instruction)
+        return _fusion_traffic(module, here, instruction)
     if op in _SLICES:
-        return 2 * _result(instruction)
+        return 2 * _result_bytes(instruction)
     if op == _UPDATE:
-        return 2 * _size(here, instruction.operands[1])
-    return _result(instruction) + sum(_size(here, name) for name in instruction.operands)
+        return 2 * _operand_bytes(here, instruction.operands[1])
+    return _result_bytes(instruction) + sum(
+        _operand_bytes(here, name) for name in instruction.operands
+    )
 
 
-def _executed(
-    module: Module, loops: Loops, name: str, times: int, unknown: list[str]
+def _executed_instructions(
+    module: Module, loops: TripCounts, name: str, times: int, unknown: list[str]
 ) -> Iterator[tuple[Computation, Instruction, int]]:
-    """Every instruction that runs on its own, and how often per step; all branches count."""
+    """Every instruction outside of fusions, with its executions per step; all branches count."""
     here = module.computations[name]
     for instruction in here.instructions.values():
         yield here, instruction, times
@@ -60,60 +64,55 @@ def _executed(
             trips = loops.trips(name, instruction.name)
             unknown += [instruction.name] if trips is None else []
             body = dict(instruction.calls)["body"]
-            yield from _executed(
+            yield from _executed_instructions(
                 module, loops, body, times * (1 if trips is None else trips), unknown
             )
         elif instruction.opcode in ("call", "conditional", "async-start"):
             for _, callee in instruction.calls:
-                yield from _executed(module, loops, callee, times, unknown)
+                yield from _executed_instructions(module, loops, callee, times, unknown)
 
 
-def _fusion(module: Module, here: Computation, fusion: Instruction) -> int:
+def _fusion_traffic(module: Module, here: Computation, fusion: Instruction) -> int:
     inner = module.computations[fusion.calls[0][1]]
-    if any(kind_of(one) for one in inner.instructions.values()):
+    if any(collective_kind(instruction) for instruction in inner.instructions.values()):
         return 0
     read = 0
     for number, parameter in inner.parameters.items():
-        users = list(_users(inner, parameter.name))
-        if users and all(_partial(user, name) for user, name in users):
-            read += sum(_result(user) for user, _ in users if user.opcode in _SLICES)
+        users = list(_value_users(inner, parameter.name))
+        if users and all(_touches_slice(user, name) for user, name in users):
+            read += sum(_result_bytes(user) for user, _ in users if user.opcode in _SLICES)
         else:
-            read += _size(here, fusion.operands[number])
-    return read + sum(_written(inner, one) for one in _roots(inner))
+            read += _operand_bytes(here, fusion.operands[number])
+    return read + sum(_written_bytes(inner, instruction) for instruction in inner.results)
 
 
-def _users(inner: Computation, name: str) -> Iterator[tuple[Instruction, str]]:
-    """Instructions that read a value, and the name by which they do; bitcasts are seen through."""
+def _value_users(inner: Computation, name: str) -> Iterator[tuple[Instruction, str]]:
+    """(instruction, operand name) of those that read a value, directly or through bitcasts."""
     for instruction in inner.instructions.values():
         if name in instruction.operands:
             if instruction.opcode == "bitcast":
-                yield from _users(inner, instruction.name)
+                yield from _value_users(inner, instruction.name)
             else:
                 yield instruction, name
 
 
-def _partial(user: Instruction, name: str) -> bool:
-    """Whether an instruction touches only a slice of an operand."""
+def _touches_slice(user: Instruction, name: str) -> bool:
+    """Whether an instruction reads or writes only a slice of an operand."""
     return user.opcode in _SLICES | {_UPDATE} and user.operands[0] == name
 
 
-def _roots(inner: Computation) -> list[Instruction]:
-    root = inner.root
-    if root is None or root.opcode != "tuple":
-        return [root] if root else []
-    return [inner.instructions[name] for name in root.operands]
-
-
-def _written(inner: Computation, root: Instruction) -> int:
+def _written_bytes(inner: Computation, root: Instruction) -> int:
     while root.opcode == "bitcast" and root.operands[0] in inner.instructions:
         root = inner.instructions[root.operands[0]]
-    return _size(inner, root.operands[1]) if root.opcode == _UPDATE else _result(root)
+    return (
+        _operand_bytes(inner, root.operands[1]) if root.opcode == _UPDATE else _result_bytes(root)
+    )
 
 
-def _result(instruction: Instruction) -> int:
+def _result_bytes(instruction: Instruction) -> int:
     return sum(shape.nbytes for shape in instruction.shapes)
 
 
-def _size(here: Computation, name: str) -> int:
+def _operand_bytes(here: Computation, name: str) -> int:
     instruction = here.instructions.get(name)
-    return _result(instruction) if instruction else 0
+    return _result_bytes(instruction) if instruction else 0

@@ -29,14 +29,14 @@ def check_callbacks(config: TrainConfig, start: int) -> None:
 
 
 def default_callbacks(
-    config: TrainConfig, describe: Describe, console: Console, peers: ProcessGroup
+    config: TrainConfig, describe: Describe, console: Console, process_group: ProcessGroup
 ) -> list[Callback]:
     """Returns the callbacks of a config: those that may end the run first, the progress last."""
-    callbacks: list[Callback] = [Heartbeat(peers), FiniteCheck(config.skip_limit)]
+    callbacks: list[Callback] = [Heartbeat(process_group), FiniteCheck(config.skip_limit)]
     if config.replica_check_every:
         callbacks.append(ReplicaCheck(config.replica_check_every, config.on_replica_mismatch))
     if every := parse_check(config.check):
-        callbacks.append(SelfCheckCallback(every, peers))
+        callbacks.append(SelfCheckCallback(every, process_group))
     callbacks += [SpikeLog(), *make_loggers(config.loggers)]
     if config.profile is not None:
         callbacks.append(ProfileTrace(*parse_profile(config.profile, config.steps)))

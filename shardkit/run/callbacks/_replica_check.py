@@ -81,9 +81,9 @@ class SelfCheckCallback(Callback):
     `check`, and goodput counts it apart.
     """
 
-    def __init__(self, every: float, peers: ProcessGroup) -> None:
+    def __init__(self, every: float, process_group: ProcessGroup) -> None:
         """Takes the updates between two checks, infinite for the first alone, and the processes."""
-        self._every, self._peers = every, peers
+        self._every, self._process_group = every, process_group
 
     def on_start(self, run: RunContext, state: Any) -> None:
         self._run = run
@@ -96,9 +96,9 @@ class SelfCheckCallback(Callback):
         """
         if (step - 1 - self._run.start) % self._every:
             return
-        self._peers.rest()  # the first check compiles, which no step timeout should count
+        self._process_group.stop_watching()  # the first check compiles, which no step timeout should count
         result = self._run.step.self_check(state, batch)
-        self._peers.began(step - 1)
+        self._process_group.report_step(step - 1)
         self._run.write(
             "check",
             step=step - 1,

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ..._core.errors import Problem
 from ..._core.tree import leaves_by_path, short_type
-from ...checkpoint import as_text, fingerprints
+from ...checkpoint import compute_fingerprints, format_fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ class ReplicaComparison:
             groups.setdefault(int(first), []).append(device)
         rows = []
         for group in groups.values():
-            texts = {device: as_text(sums[device]) for device in group}
+            texts = {device: format_fingerprint(sums[device]) for device in group}
             expected = collections.Counter(texts.values()).most_common(1)[0][0]
             for device, text in texts.items():
                 if text != expected:
@@ -127,7 +127,7 @@ class ReplicaComparison:
         specs = [x.sharding.spec for _, x in self._leaves]
 
         def on_device(shards: list[jax.Array]) -> jax.Array:
-            sums = fingerprints({str(i): x for i, x in enumerate(shards)})
+            sums = compute_fingerprints({str(i): x for i, x in enumerate(shards)})
             return jnp.stack([sums[str(i)] for i in range(len(shards))])[None]
 
         def run(leaves: list[jax.Array]) -> jax.Array:

@@ -1,1 +1,1 @@
-"""Where the state of an optax chain is laid out."""
+"""Layouts for the state of an optax chain."""

@@ -1,9 +1,9 @@
 """Specs for the state of any optax chain, by path and shape.
 
-Every optax transformation keeps trees that mirror the parameters somewhere below its own
-fields: `0/mu/decoder/up/kernel`, `inner_states/matrices/inner_state/0/momentum/up/kernel`. So
-a leaf of the state belongs to the parameter whose path ends the leaf's path, and its dims are
-matched to that parameter's by shape.
+Every optax transformation keeps trees like the parameters somewhere below its own fields:
+`0/mu/decoder/up/kernel`, `inner_states/matrices/inner_state/0/momentum/up/kernel`. So a leaf of the
+state belongs to the parameter whose path is a suffix of its own, and its dims are matched to that
+parameter's by shape.
 """
 
 import dataclasses
@@ -13,31 +13,30 @@ from collections.abc import Mapping
 
 from jax.sharding import PartitionSpec
 
-from ..._core.tree import Leaf, glob_of
-from ...rules import Decided, Decision, Entry, Passed, axes_of, from_axes
+from ..._core.tree import Leaf, path_to_glob
+from ...rules import Decided, Decision, Entry, Passed, axes_of, spec_from_axes
 
-# A coefficient table that no parameter explains (muon's polynomial, a schedule's knots) is
-# replicated up to this many elements. Anything larger must be declared.
+# Tables that belong to no parameter (muon's polynomial, a schedule's knots) are replicated up to
+# this many elements. Larger ones must be declared.
 SMALL = 1024
 
 
 def moment_spec(
     shape: tuple[int, ...], param_shape: tuple[int, ...], spec: PartitionSpec
 ) -> PartitionSpec | None:
-    """Spec of a state leaf whose dims are a parameter's, some of them dropped or collapsed.
+    """Spec of a state leaf with the dims of a parameter, some of them dropped or of size 1.
 
-    Covers moments (equal shape), factored moments (one dim dropped, as adafactor's rows and
-    columns, or collapsed to 1) and placeholders (every dim collapsed to 1).
+    Covers moments (equal shape), factored moments (one dim dropped, as in adafactor, or of size 1)
+    and placeholders (every dim of size 1).
 
     Args:
-      shape: of the state leaf.
-      param_shape: of the parameter that it belongs to.
-      spec: of that parameter.
+      shape: shape of the state leaf.
+      param_shape: shape of its parameter.
+      spec: spec of its parameter.
 
     Returns:
-      The spec, or None when the shape cannot be derived from the parameter's. Where several
-      choices of dims give the same shape (a square matrix with one dim dropped), the one that
-      keeps most dims sharded.
+      The spec, or None if the shape cannot be derived from the parameter's. If several choices of
+      dims give the shape (a square matrix with one dim dropped), the one that splits most dims.
 
     >>> from jax.sharding import PartitionSpec as P
     >>> moment_spec((64,), (128, 64), P(None, "tensor"))
@@ -49,7 +48,7 @@ def moment_spec(
         if any(n not in (1, whole) for n, whole in pairs):
             return None
         kept = [e if n == whole else None for e, (n, whole) in zip(entries, pairs, strict=True)]
-        return from_axes(map(axes_of, kept))
+        return spec_from_axes(map(axes_of, kept))
     if all(size == 1 for size in shape):
         return PartitionSpec()
     choices = [
@@ -65,24 +64,25 @@ def moment_spec(
 
 @dataclasses.dataclass(frozen=True)
 class FollowParams:
-    """Rule for optimizer state: a leaf lives where the parameter that it belongs to lives.
+    """Rule for optimizer state: a leaf is laid out as its parameter.
 
-    A leaf that no parameter explains passes, and so becomes an error: optimizer state is never
-    silently replicated. Tables of at most `SMALL` elements are.
+    A leaf without a parameter passes, and so becomes an error: apart from tables of at most `SMALL`
+    elements, optimizer state is never silently replicated.
 
     Attributes:
       params: leaves of the parameters, each with its resolved spec.
-      state: paths of all leaves of the optimizer's state, which tell a tree of moments from a
-        parameter that happens to have the name of one (`mu/w` beside `w`).
+      state: paths of all leaves of the optimizer state, which distinguish a tree of moments from a
+        parameter with the name of one (`mu/w` beside `w`).
     """
 
     params: tuple[tuple[Leaf, PartitionSpec], ...]
     state: frozenset[str] = frozenset()
 
     def decide(self, leaf: Leaf, mesh: Mapping[str, int]) -> Decision:
-        """Derives the spec from the parameter whose path ends the leaf's path."""
-        # A parameter of the very same shape explains a leaf better than one whose dims would have
-        # to be dropped; then the reading under which most parameters have a leaf; then the longest.
+        """Derives the spec from the parameter whose path is a suffix of the leaf's path."""
+        # Of several such parameters prefer equal shape, then most siblings, then the longest path.
+        # `0/mu/w` with parameters `w` and `mu/w`: if `0/mu` has leaves for both (`0/mu/mu/w`), the
+        # leaf is the moment of `w`; read as `mu/w` below `0`, the parameter `w` would have none.
         owners = sorted(
             self._owners(leaf.path),
             key=lambda owned: (owned[0].shape != leaf.shape, -self._siblings(leaf.path, owned[0])),
@@ -93,21 +93,23 @@ class FollowParams:
                 return Decided(derived, f"as its parameter {owner.path!r}")
         if math.prod(leaf.shape) <= SMALL:
             return Decided(PartitionSpec(), "a small table", why=f"at most {SMALL} elements")
-        declare = f'Strategy(opt_state=sk.PathRules({{"{glob_of(leaf.path)}": sk.REPLICATED}}))'
-        return Passed(f"no parameter explains it by path and shape; declare it: {declare}")
+        declare = (
+            f'Strategy(opt_state=sk.PathRules({{"{path_to_glob(leaf.path)}": sk.REPLICATED}}))'
+        )
+        return Passed(f"no parameter matches it by path and shape; declare it: {declare}")
 
     def entries(self) -> tuple[Entry, ...]:
-        """Nothing: a parameter need not have state."""
+        """No entries, so that a parameter without state is not an unused rule."""
         return ()
 
     def _owners(self, path: str) -> list[tuple[Leaf, PartitionSpec]]:
-        """Parameters whose path ends `path`, longest first; a bare array has the empty path."""
+        """Parameters whose path is a suffix of `path`, longest first."""
         by_path = {leaf.path: (leaf, spec) for leaf, spec in self.params}
         parts = path.split("/")
         suffixes = ["/".join(parts[i:]) for i in range(len(parts) + 1)]
         return [by_path[suffix] for suffix in suffixes if suffix in by_path]
 
     def _siblings(self, path: str, owner: Leaf) -> int:
-        """How many parameters have a leaf where they would if `path` were that of `owner`."""
-        above = path.removesuffix(owner.path)
-        return sum(above + leaf.path in self.state for leaf, _ in self.params)
+        """Number of parameters with a leaf in the same tree, if `path` is that of `owner`."""
+        prefix = path.removesuffix(owner.path)
+        return sum(prefix + leaf.path in self.state for leaf, _ in self.params)

@@ -3,6 +3,14 @@
 from ._check import run_self_check
 from ._probes import Probes
 from ._result import Check, SelfCheck
-from ._training_loss import LossProgram
+from ._training_loss import LossProgram, build_plain_objective, build_training_loss
 
-__all__ = ["Check", "LossProgram", "Probes", "SelfCheck", "run_self_check"]
+__all__ = [
+    "Check",
+    "LossProgram",
+    "Probes",
+    "SelfCheck",
+    "build_plain_objective",
+    "build_training_loss",
+    "run_self_check",
+]

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..._core.split_rng import draws_of
+from ..._core.split_rng import list_draws
 from ..._core.tracing import equations
 from ..._core.train_state import TrainState
-from ..._core.tree import ends_path, leaves
+from ..._core.tree import ends_path, list_leaves
 from ..._core.types import Batch, Loss, Params
 from .._compile import no_ambient_mesh
 from ._gradient import GradientTest, Limits, choose_direction
@@ -153,7 +153,7 @@ class _Run:
 
     def _draws(self) -> bool:
         """Whether the loss draws; the step's own keys are folds and splits of scalars."""
-        return any(kind == "bits" for kind, _ in draws_of(self._loss_program.jaxpr.jaxpr)) or any(
+        return any(kind == "bits" for kind, _ in list_draws(self._loss_program.jaxpr.jaxpr)) or any(
             eqn.primitive.name == "random_gamma"
             for eqn in equations(self._loss_program.jaxpr.jaxpr)
         )
@@ -161,7 +161,7 @@ class _Run:
     def _splits_rows(self) -> bool:
         """Whether the step splits its rows, so that its loss must be a mean over them."""
         spec = self._spec
-        apart = spec.accumulate.micro_batches > 1 or spec.precision.reduces_apart
+        apart = spec.accumulate.micro_batches > 1 or spec.precision.reduces_separately
         return apart or spec.mode == "shard_map"
 
     def _check_gradient(self, loss: float, grads: Params) -> Check:
@@ -191,7 +191,7 @@ class _Run:
         if index is None:
             why = "the gradient differs from the loss, in no one leaf alone"
             return dataclasses.replace(check, why=why + self._surrogates())
-        leaf = str(leaves({"params": state.params})[index])
+        leaf = str(list_leaves({"params": state.params})[index])
         why = f"its gradient is off by {gap:.1e} of its size{self._surrogates()}"
         return dataclasses.replace(check, leaf=leaf, why=why)
 

@@ -20,9 +20,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ..._core.train_state import TrainState
 from ..._core.tree import leaves_by_path
 from ..._core.types import Batch, Params, PyTree, Scalar
-from ...checkpoint import fingerprints
+from ...checkpoint import compute_fingerprints
 from ...rules import axes_of
-from .._layout import Layout
+from .._layout import StepLayout
 
 if TYPE_CHECKING:
     from .._spec import StepSpec
@@ -37,7 +37,7 @@ class Probes:
       paths: path and type of each parameter, in JAX's order: L of them.
     """
 
-    def __init__(self, spec: "StepSpec", layout: Layout, dtype: str) -> None:
+    def __init__(self, spec: "StepSpec", layout: StepLayout, dtype: str) -> None:
         """Takes the optimizer, every sharding, and the dtype in which the loss sees parameters."""
         self._spec, self._layout, self._dtype = spec, layout, dtype
         self._mesh = jax.tree.leaves(layout.shardings)[0].mesh
@@ -128,7 +128,7 @@ class Probes:
         specs = [sharding.spec for sharding in jax.tree.leaves(shardings)]
 
         def on_device(*shards: jax.Array) -> jax.Array:
-            sums = fingerprints({str(i): x for i, x in enumerate(shards)})
+            sums = compute_fingerprints({str(i): x for i, x in enumerate(shards)})
             return jnp.stack([self._disagree(sums[str(i)], s) for i, s in enumerate(specs)])
 
         def run(state: TrainState, grads: Params) -> jax.Array:

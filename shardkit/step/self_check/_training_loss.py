@@ -54,7 +54,7 @@ class LossProgram:
         return cls(compiled(dtype), dtype)
 
 
-def plain_objective(loss_fn: Callable[..., Any]) -> Objective:
+def build_plain_objective(loss_fn: Callable[..., Any]) -> Objective:
     """Wraps a user's loss as `(params, model_state, batch, key) → (total, LossOutput)`.
 
     No metrics; a plain scalar has weight 1.
@@ -74,7 +74,7 @@ def plain_objective(loss_fn: Callable[..., Any]) -> Objective:
     return run
 
 
-def training_loss(
+def build_training_loss(
     objective: Objective,
     compute: Callable[[Any], Any],
     shardings: PyTree,

@@ -1,8 +1,11 @@
-"""The one place where a step with explicit collectives reduces gradients.
+"""Reduces the gradients of a step with explicit collectives, in few large buffers.
 
-Leaves that are split and reduced alike, over the same mesh axes, travel in one buffer: one
-collective per kind of leaf, whatever the number of leaves. The buffer of leaves that are scattered
-is `[shards, elements of a shard]`, so that each device's row is its own part of every leaf.
+Leaves that are reduced over the same mesh axes share one buffer, so the number of collectives does
+not grow with the number of leaves. A buffer to scatter is `[shards, elements of a shard]`; each
+device keeps its row, which holds its shard of every leaf. a[4,2] and b[2] over 2 devices, dim 0:
+
+    row 0   a00 a01 a10 a11 b0
+    row 1   a20 a21 a30 a31 b1
 """
 
 import dataclasses
@@ -12,95 +15,143 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from ..._core.types import PyTree, Scalar
 from ...nn._manual_axis_rules import Axes, Dims
+from ...parallel import GradientCompression, compressed_sum
+from .._layout import RESIDUALS
+from .._objective import inverse_weight
 
-# A buffer, mesh axes, and the numbers of the leaves in the buffer → the sum over the axes.
-Summed = Callable[[jax.Array, Axes, Sequence[int]], jax.Array]
+# (buffer [1, n], mesh axes, indices of the leaves in the buffer) → the sum over the axes.
+SumBuffer = Callable[[jax.Array, Axes, Sequence[int]], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Parameter:
-    """How one parameter is stored, and what becomes of its gradient on each device.
+class ParamPlan:
+    """How one parameter is stored and gathered, and how its gradient is reduced.
 
     Attributes:
-      stored: mesh axes per dim that the parameter is split over.
-      whole: those of them that are gathered before the loss.
-      scattered: mesh axes per dim that gradients are summed and scattered over: those gathered
-        before, and those that split the update further than the parameter.
-      summed: mesh axes that gradients are summed over besides.
+      stored: mesh axes per dim that split the parameter.
+      gathered: those of them that the step gathers before it calls the loss.
+      scattered: mesh axes per dim over which the gradient is reduce-scattered: the gathered ones,
+        and those that split the update further than the parameter.
+      summed: the other mesh axes over which the gradient is summed.
     """
 
     stored: Dims
-    whole: Dims
+    gathered: Dims
     scattered: Dims
     summed: Axes
 
     @property
-    def differing(self) -> Axes:
+    def varying(self) -> Axes:
         """Mesh axes along which gradients differ before they are reduced."""
-        return tuple(dict.fromkeys((*flat(self.stored), *flat(self.scattered), *self.summed)))
+        return tuple(
+            dict.fromkeys((*flatten_dims(self.stored), *flatten_dims(self.scattered), *self.summed))
+        )
 
 
-def flat(dims: Dims) -> Axes:
+def flatten_dims(dims: Dims) -> Axes:
     """Mesh axes of all dims, in their order."""
     return tuple(axis for axes in dims for axis in axes)
 
 
 def reduce_gradients(
-    grads: Sequence[jax.Array], parameters: Sequence[Parameter], dtype: str, summed: Summed
+    grads: Sequence[jax.Array], parameters: Sequence[ParamPlan], dtype: str, sum_buffer: SumBuffer
 ) -> list[jax.Array]:
-    """Sums the gradients that every device made of its own rows.
+    """Sums the gradients of all devices' rows.
 
     Args:
-      grads: as the loss saw the parameters, on each device.
-      parameters: of the same leaves.
-      dtype: in which they are summed.
-      summed: sums a buffer; see `Summed`.
+      grads: leaves on this device, shaped as the loss sees the parameters.
+      parameters: plans of the same leaves.
+      dtype: dtype of the sum.
+      sum_buffer: sums a buffer; see `SumBuffer`.
 
     Returns:
       Gradients of each device's shards, in `dtype`.
     """
     groups: dict[tuple[Axes, Axes, frozenset[str]], list[int]] = {}
-    for number, one in enumerate(parameters):
-        # In one buffer with a leaf that differs over more axes, a leaf would seem to do so too.
-        alike = flat(one.scattered), one.summed, frozenset(one.differing)
-        groups.setdefault(alike, []).append(number)
+    for index, plan in enumerate(parameters):
+        # JAX types a buffer as varying over the axes of all its leaves together, so only leaves
+        # that vary over the same axes share one.
+        group = flatten_dims(plan.scattered), plan.summed, frozenset(plan.varying)
+        groups.setdefault(group, []).append(index)
     reduced: dict[int, jax.Array] = {}
-    for (scattered, over, _), numbers in groups.items():
-        leaves = [grads[n].astype(dtype) for n in numbers]
-        parts = [parameters[n].scattered for n in numbers]
-        if not scattered and not over:
-            reduced |= dict(zip(numbers, leaves, strict=True))
+    for (scattered, summed, _), indices in groups.items():
+        leaves = [grads[n].astype(dtype) for n in indices]
+        dims = [parameters[n].scattered for n in indices]
+        if not scattered and not summed:
+            reduced |= dict(zip(indices, leaves, strict=True))
             continue
-        buffer = jnp.concatenate([_rows(x, dims) for x, dims in zip(leaves, parts, strict=True)], 1)
+        buffer = jnp.concatenate(list(map(_pack_shards, leaves, dims)), axis=1)
         if scattered:
             buffer = jax.lax.psum_scatter(buffer, scattered, scatter_dimension=0, tiled=True)
-        if over:
-            buffer = summed(buffer, over, numbers)
-        reduced |= _unpacked(buffer[0], numbers, leaves, parts)
+        if summed:
+            buffer = sum_buffer(buffer, summed, indices)
+        reduced |= _unpack_shards(buffer[0], indices, leaves, dims)
     return [reduced[n] for n in range(len(grads))]
 
 
-def _unpacked(
-    row: jax.Array, numbers: Sequence[int], leaves: Sequence[jax.Array], parts: Sequence[Dims]
+class GradientSum:
+    """Sums buffers over mesh axes, and keeps the residuals that compression leaves.
+
+    Attributes:
+      model_state: model state of one device, its residuals updated by every sum.
+    """
+
+    def __init__(
+        self, compression: GradientCompression | None, model_state: PyTree, weight: Scalar
+    ) -> None:
+        """Takes the residuals of the last step.
+
+        Args:
+          compression: None sums without compression.
+          model_state: model state of one device.
+          weight: the divisor of the gradients, so that residuals are those of a mean and steps of
+            different weight can share them.
+        """
+        self.model_state, self._compression, self._weight = model_state, compression, weight
+
+    def __call__(self, buffer: jax.Array, axes: Axes, indices: Sequence[int]) -> jax.Array:
+        """Sums a buffer [1, n] of the leaves with these indices."""
+        if self._compression is None:
+            return jax.lax.psum(buffer, axes)
+        fast_axes = tuple(axis for axis in axes if axis != self._compression.axis)
+        buffer = jax.lax.psum(buffer, fast_axes) if fast_axes else buffer
+        residuals, structure = jax.tree.flatten(self.model_state[RESIDUALS])
+        error = jnp.concatenate([residuals[n].reshape(-1) for n in indices])
+        mean = buffer[0].astype(jnp.float32) * inverse_weight(self._weight)
+        total, error = compressed_sum(mean, error, self._compression)
+        start = 0
+        for n in indices:
+            end = start + math.prod(residuals[n].shape)
+            residuals[n] = error[start:end].reshape(residuals[n].shape)
+            start = end
+        self.model_state = {**self.model_state, RESIDUALS: structure.unflatten(residuals)}
+        return (total * self._weight).astype(buffer.dtype)[None]
+
+
+def _unpack_shards(
+    row: jax.Array, indices: Sequence[int], leaves: Sequence[jax.Array], dims: Sequence[Dims]
 ) -> dict[int, jax.Array]:
-    """Cuts a row of a buffer into the shards that it was made of."""
+    """Splits a row of a buffer into the shards of its leaves."""
     out, start = {}, 0
-    for number, x, dims in zip(numbers, leaves, parts, strict=True):
-        shape = tuple(n // _ways(axes) for n, axes in zip(x.shape, dims, strict=True))
+    for index, x, leaf_dims in zip(indices, leaves, dims, strict=True):
+        shape = tuple(n // _axis_size(axes) for n, axes in zip(x.shape, leaf_dims, strict=True))
         end = start + math.prod(shape)
-        out[number] = row[start:end].reshape(shape)
+        out[index] = row[start:end].reshape(shape)
         start = end
     return out
 
 
-def _rows(x: jax.Array, dims: Dims) -> jax.Array:
-    """[shards, elements of a shard]: the parts of an array in the order of its mesh axes."""
-    ways = [_ways(axes) for axes in dims]
-    apart = x.reshape([n for size, w in zip(x.shape, ways, strict=True) for n in (w, size // w)])
+def _pack_shards(x: jax.Array, dims: Dims) -> jax.Array:
+    """`[shards, elements of a shard]`, shards in the order of the mesh axes of their dims."""
+    sizes = [_axis_size(axes) for axes in dims]
+    # [4, 6] over sizes (2, 3): [2, 2, 3, 2] → [2, 3, 2, 2] → [6, 4].
+    split = [(size, n // size) for n, size in zip(x.shape, sizes, strict=True)]
+    tiles = x.reshape([n for pair in split for n in pair])
     order = [*range(0, 2 * x.ndim, 2), *range(1, 2 * x.ndim, 2)]
-    return apart.transpose(order).reshape(math.prod(ways), -1)
+    return tiles.transpose(order).reshape(math.prod(sizes), -1)
 
 
-def _ways(axes: Axes) -> int:
+def _axis_size(axes: Axes) -> int:
     return jax.lax.axis_size(axes) if axes else 1

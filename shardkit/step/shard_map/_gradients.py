@@ -1,17 +1,15 @@
-"""The loss and its gradients with explicit collectives: one `shard_map` over the whole mesh.
+"""The loss and its gradients inside one `shard_map` over the whole mesh.
 
-Inside, every array is one device's shard, and JAX checks of each value over which mesh axes it may
-differ (`check_vma=True`): a sum that is missing or made twice is a type error, not a wrong number.
-Parameters are typed as differing over the axes that split rows before they are differentiated,
-so no gradient is reduced on the way; `reduce_gradients` is the one place that does. Only weights
-that layers gather have theirs scattered there, by the transposition of the gather.
+Every array is one device's shard, and JAX types each value by the mesh axes over which it varies
+(`check_vma=True`): a missing or repeated sum is a type error, not a wrong number. Parameters are
+typed as varying over the axes that split rows before they are differentiated, so the backward pass
+reduces no gradient and `reduce_gradients` reduces all of them. The exception are weights that
+layers gather: the transpose of the gather scatters their gradients.
 
-The update is not in here: it works on the global arrays that come out, laid out as the
-parameters are, so that a norm is the norm of all devices.
+The update runs outside, on global arrays, so that a norm is the norm over all devices.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,123 +19,122 @@ from jax.sharding import PartitionSpec
 
 from ..._core.precision import cast_floats
 from ..._core.split_rng import part_keys, threefry_words
-from ...nn._manual_axis_rules import gather, manual_axis_rules, pvary
-from .._gradients import GradientFn, per_weight
+from ..._core.types import Batch, Key, Params, PyTree, Scalar
+from ...nn._manual_axis_rules import gather_dim, pvary, use_manual_axis_rules
+from .._gradients import GradientFn, LossAndGradients, LossArgs, divide_by_weight, to_f32
 from .._objective import LossOutput, Objective
-from ._buckets import reduce_gradients
-from ._compressed import Summing
-from ._outcome import reduce_outcome
-from ._plan import ManualPlan
+from ._buckets import GradientSum, reduce_gradients
+from ._loss_output import reduce_output
+from ._plan import ShardMapPlan
 
 
-def shard_gradients(objective: Objective, plan: ManualPlan) -> GradientFn:
-    """Builds `(params, model_state, batch, key) -> (Outcome, gradients of the mean loss)`.
+def build_local_gradients(objective: Objective, plan: ShardMapPlan) -> GradientFn:
+    """Builds `(params, model_state, batch, key) -> (LossOutput, gradients of the mean loss)`.
 
-    Gradients come in the dtype of the parameters, laid out as the parameters are.
+    Gradients have the dtype and the layout of the parameters.
     """
-    results = (_of_outcome(plan), plan.gradients)
-    return mapped(plan, functools.partial(_local_gradients, objective, plan), results)
+    precision = plan.bound.spec.precision
+    reduce_dtype = precision.reduce_dtype or precision.compute_dtype
+
+    def local(params: Params, model_state: PyTree, batch: Batch, key: Key) -> LossAndGradients:
+        compute_params = gather_params(plan, cast_floats(params, precision.compute_dtype))
+        output, totals = _accumulate(objective, plan, (compute_params, model_state, batch, key))
+        flat, structure = jax.tree.flatten(totals)
+        with jax.named_scope("reduce"):
+            output = reduce_output(output, plan.row_axes)
+            compression = plan.bound.spec.strategy.compression
+            gradient_sum = GradientSum(compression, model_state, output.loss.weight)
+            flat = reduce_gradients(flat, plan.parameters, reduce_dtype, gradient_sum)
+        output = dataclasses.replace(output, model_state=gradient_sum.model_state)
+        totals = jax.tree.map(lambda g, p: g.astype(p.dtype), structure.unflatten(flat), params)
+        return output, divide_by_weight(totals, output.loss.weight)
+
+    return map_shards(plan, local, (_output_specs(plan), plan.gradients))
 
 
-def shard_objective(objective: Objective, plan: ManualPlan) -> Objective:
-    """Builds the loss on shards as a loss on whole arrays, without its gradient."""
+def build_local_objective(objective: Objective, plan: ShardMapPlan) -> Objective:
+    """Builds a loss of whole arrays that runs on shards, without gradients."""
 
-    def local(params: Any, model_state: Any, batch: Any, key: Any) -> tuple[jax.Array, LossOutput]:
-        low = seen(plan, params)
-        _, outcome = objective(low, model_state, batch, _own_key(plan, key))
-        outcome = reduce_outcome(outcome, plan.rows)
-        return outcome.loss.total, outcome
+    def local(
+        params: Params, model_state: PyTree, batch: Batch, key: Key
+    ) -> tuple[Scalar, LossOutput]:
+        compute_params = gather_params(plan, params)
+        _, output = objective(compute_params, model_state, batch, _device_key(plan, key))
+        output = reduce_output(output, plan.row_axes)
+        return output.loss.total, output
 
-    return mapped(plan, local, (PartitionSpec(), _of_outcome(plan)))
-
-
-def _of_outcome(plan: ManualPlan) -> Any:
-    """Specs of an `LossOutput`."""
-    whole: Any = PartitionSpec()
-    return LossOutput(whole, whole, plan.specs[1])
+    return map_shards(plan, local, (PartitionSpec(), _output_specs(plan)))
 
 
-def mapped(plan: ManualPlan, local: Callable[..., Any], results: Any) -> Any:
-    """A function of shards as one of whole arrays `(params, model_state, batch, key)`."""
+def _output_specs(plan: ShardMapPlan) -> PyTree:
+    """Specs of a `LossOutput`."""
+    replicated: Any = PartitionSpec()
+    return LossOutput(replicated, replicated, plan.specs[1])
 
-    def run(*args: Any) -> Any:
-        with manual_axis_rules(plan.meaning):
+
+def map_shards(plan: ShardMapPlan, local: Callable[..., Any], out_specs: PyTree) -> Any:
+    """Turns a function of shards into one of whole arrays `(params, model_state, batch, key)`."""
+
+    def run(*args: PyTree) -> PyTree:
+        with use_manual_axis_rules(plan.axis_rules):
             return local(*args)
 
-    whole = PartitionSpec()
-    arguments = (*plan.specs, whole)
-    return jax.shard_map(run, mesh=plan.mesh, in_specs=arguments, out_specs=results)
+    in_specs = (*plan.specs, PartitionSpec())
+    return jax.shard_map(run, mesh=plan.mesh, in_specs=in_specs, out_specs=out_specs)
 
 
-def _local_gradients(
-    objective: Objective, plan: ManualPlan, params: Any, model_state: Any, batch: Any, key: Any
-) -> tuple[LossOutput, Any]:
-    low = seen(plan, cast_floats(params, plan.bound.spec.precision.compute_dtype))
-    outcome, totals = _accumulated(objective, plan, low, model_state, batch, key)
-    dtype = plan.bound.spec.precision.reduce_dtype or plan.bound.spec.precision.compute_dtype
-    flat, structure = jax.tree.flatten(totals)
-    with jax.named_scope("reduce"):
-        outcome = reduce_outcome(outcome, plan.rows)
-        summing = Summing(plan.bound.spec.strategy.compression, model_state, outcome.loss.weight)
-        flat = reduce_gradients(flat, plan.parameters, dtype, summing)
-    outcome = dataclasses.replace(outcome, model_state=summing.model_state)
-    totals = jax.tree.map(lambda g, p: g.astype(p.dtype), structure.unflatten(flat), params)
-    return outcome, per_weight(totals, outcome.loss.weight)
-
-
-def _accumulated(
-    objective: Objective, plan: ManualPlan, params: Any, model_state: Any, batch: Any, key: Any
-) -> tuple[LossOutput, Any]:
-    """Loss and gradients of this device's rows, over all micro-batches, not reduced."""
+def _accumulate(objective: Objective, plan: ShardMapPlan, args: LossArgs) -> LossAndGradients:
+    """Loss and gradients of this device's rows over all micro-batches, not reduced."""
+    params, model_state, batch, key = args
     steps = plan.accumulate.micro_batches
 
-    def one(rows: Any, at: Any) -> tuple[LossOutput, Any]:
+    def value_and_grad(rows: Batch, key: Key) -> LossAndGradients:
         run = jax.value_and_grad(objective, has_aux=True)
-        (_, outcome), totals = run(params, model_state, rows, _own_key(plan, at))
-        return outcome, totals
+        (_, output), totals = run(params, model_state, rows, _device_key(plan, key))
+        return output, totals
 
     if steps == 1:
-        return one(batch, jax.random.fold_in(key, 0) if plan.apart else key)
+        return value_and_grad(batch, jax.random.fold_in(key, 0) if plan.reduce_separately else key)
 
-    def part(index: jax.Array) -> Any:
+    def run_micro_batch(index: jax.Array) -> PyTree:
         rows = jax.tree.map(
             lambda x: (
                 x.reshape(x.shape[0] // steps, steps, *x.shape[1:])[:, index] if x.ndim else x
             ),
             batch,
         )
-        outcome, totals = one(rows, jax.random.fold_in(key, index))
-        wide = jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), totals)
-        return outcome.loss, outcome.metrics, wide
+        output, totals = value_and_grad(rows, jax.random.fold_in(key, index))
+        return output.loss, output.metrics, to_f32(totals)
 
-    def body(carry: Any, index: jax.Array) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, carry, part(index)), None
+    def body(carry: PyTree, index: jax.Array) -> tuple[PyTree, None]:
+        return jax.tree.map(jnp.add, carry, run_micro_batch(index)), None
 
-    (loss, metrics, totals), _ = jax.lax.scan(body, _zeros(part), jnp.arange(steps))
+    start = _zeros_of_micro_batch(run_micro_batch)
+    (loss, metrics, totals), _ = jax.lax.scan(body, start, jnp.arange(steps))
     return LossOutput(loss, metrics, model_state), totals
 
 
-def _zeros(part: Callable[[jax.Array], Any]) -> Any:
-    """Zeros of what one micro-batch gives, differing over the mesh axes that it differs over."""
-    traced, shapes = jax.make_jaxpr(part, return_shape=True)(jnp.zeros((), jnp.int32))
+def _zeros_of_micro_batch(run_micro_batch: Callable[[jax.Array], PyTree]) -> PyTree:
+    """Zeros of one micro-batch's results, typed as varying over the same mesh axes."""
+    traced, shapes = jax.make_jaxpr(run_micro_batch, return_shape=True)(jnp.zeros((), jnp.int32))
     zeros = [
         pvary(jnp.zeros(a.shape, a.dtype), tuple(sorted(a.mat.varying))) for a in traced.out_avals
     ]
     return jax.tree.unflatten(jax.tree.structure(shapes), zeros)
 
 
-def seen(plan: ManualPlan, params: Any) -> Any:
-    """The parameters as the loss sees them: whole where layers do not gather them themselves."""
+def gather_params(plan: ShardMapPlan, params: Params) -> Params:
+    """The parameters as the loss sees them: gathered, except those that layers gather."""
     flat, structure = jax.tree.flatten(params)
-    made = []
-    for x, one in zip(flat, plan.parameters, strict=True):
-        for dim, axes in enumerate(one.whole):
-            x = gather(x, axes, dim) if axes else x
-        made.append(pvary(x, one.differing))
-    return structure.unflatten(made)
+    gathered = []
+    for x, param in zip(flat, plan.parameters, strict=True):
+        for dim, axes in enumerate(param.gathered):
+            x = gather_dim(x, axes, dim) if axes else x
+        gathered.append(pvary(x, param.varying))
+    return structure.unflatten(gathered)
 
 
-def _own_key(plan: ManualPlan, key: jax.Array) -> jax.Array:
-    """A key whose draws are this device's parts of those of the whole."""
-    lane, cut = (jax.lax.axis_index(a) if a else 0 for a in (plan.rows, plan.tokens))
-    return part_keys(threefry_words(key), plan.draws, lane, jnp.uint32(0), cut)
+def _device_key(plan: ShardMapPlan, key: Key) -> Key:
+    """A key whose draws are this device's slices of the draws for whole arrays."""
+    rows, length = (jax.lax.axis_index(a) if a else 0 for a in (plan.row_axes, plan.token_axes))
+    return part_keys(threefry_words(key), plan.draws, rows, jnp.uint32(0), length)

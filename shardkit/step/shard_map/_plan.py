@@ -1,60 +1,60 @@
-"""How a step with explicit collectives is laid out on shards, and what it cannot do.
+"""Plans how a loss runs on shards with explicit collectives.
 
-The model is traced once on whole arrays: what it marks (`use_param`, `constrain`) decides for each
-parameter whether its layers gather it, and every problem is found before anything is compiled.
+The model is traced once on whole arrays. Its calls of `use_param` and `constrain` decide for each
+parameter whether a layer gathers it, and every problem is found before compiling.
 """
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
+from jax.extend import core
 from jax.sharding import Mesh, PartitionSpec
 
 from ..._core.errors import Problem
 from ..._core.split_rng import RandomDraws
-from ..._core.tree import Leaf, leaves
-from ..._core.types import Accumulate
+from ..._core.tree import Leaf, list_leaves
+from ..._core.types import Accumulate, PyTree
 from ...nn._manual_axis_rules import Axes, Dims, ManualAxisRules, Names, ShardMapLoss
 from ...rules import axes_of
 from .._bound_spec import BoundSpec
-from .._layout import Layout
-from ._buckets import Parameter, flat
+from .._layout import StepLayout
+from ._buckets import ParamPlan, flatten_dims
 from ._problems import (
-    Marks,
+    MarkedAxes,
     compression_problems,
     head_problems,
     leaf_problems,
     name_problems,
-    refuse,
+    raise_problems,
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class ManualPlan:
+class ShardMapPlan:
     """How the loss runs on shards.
 
     Attributes:
-      bound: mesh, precision and compression.
-      accumulate: micro-batches; `"end"` gathers weights once per step and reduces gradients
-        once, `"every"` does both in every micro-batch, layer by layer.
-      rows: mesh axes that the rows of the batch are split over.
-      tokens: mesh axes that split activations along dims that no parameter has, beside `rows`.
-      parameters: of each leaf of the parameters, in order.
-      meaning: what logical names mean on shards.
-      specs: of `(params, model_state, batch)`.
-      gradients: specs of the gradients, as the update takes them.
-      draws: which random draws of the loss grow.
+      bound: the spec and its mesh.
+      accumulate: micro-batches; `"end"` gathers weights and reduces gradients once per step,
+        `"every"` does both in every micro-batch, layer by layer.
+      row_axes: mesh axes that split the rows of the batch.
+      token_axes: the other mesh axes that split activations along dims that no parameter has.
+      parameters: plan of each parameter, in the order of the leaves.
+      axis_rules: logical axes → mesh axes on shards.
+      specs: specs of `(params, model_state, batch)`.
+      gradients: specs of the gradients that the update receives.
+      draws: which random draws of the loss grow with rows and length.
     """
 
     bound: BoundSpec
     accumulate: Accumulate
-    rows: Axes
-    tokens: Axes
-    parameters: tuple[Parameter, ...]
-    meaning: ManualAxisRules
-    specs: tuple[Any, Any, Any]
-    gradients: Any
+    row_axes: Axes
+    token_axes: Axes
+    parameters: tuple[ParamPlan, ...]
+    axis_rules: ManualAxisRules
+    specs: tuple[PyTree, PyTree, PyTree]
+    gradients: PyTree
     draws: RandomDraws = dataclasses.field(default_factory=lambda: RandomDraws(1))
 
     @property
@@ -63,17 +63,19 @@ class ManualPlan:
         return self.bound.mesh
 
     @property
-    def apart(self) -> bool:
-        """Whether auto partitioning would keep gradients apart; then keys are of micro-batches."""
-        return self.accumulate.reduce == "end" and self.bound.spec.precision.reduces_apart
+    def reduce_separately(self) -> bool:
+        """Whether `mode="auto"` would keep gradients apart, and so fold micro-batches into keys."""
+        return self.accumulate.reduce == "end" and self.bound.spec.precision.reduces_separately
 
     def count(self, axes: Axes) -> int:
         """Number of devices along mesh axes."""
         return math.prod(self.mesh.shape[axis] for axis in axes)
 
 
-def plan_of(bound: BoundSpec, layout: Layout, jaxpr: Any, accumulate: Accumulate) -> Any:
-    """Lays a loss out on shards.
+def build_plan(
+    bound: BoundSpec, layout: StepLayout, jaxpr: core.ClosedJaxpr, accumulate: Accumulate
+) -> ShardMapPlan:
+    """Plans how a loss runs on shards; the result has no draws yet.
 
     Args:
       bound: the spec and its mesh.
@@ -81,80 +83,128 @@ def plan_of(bound: BoundSpec, layout: Layout, jaxpr: Any, accumulate: Accumulate
       jaxpr: the loss, traced on whole arrays.
       accumulate: micro-batches.
 
-    Returns:
-      A `ManualPlan`, as yet without its draws.
-
     Raises:
-      StepError: with everything that explicit collectives cannot do.
+      StepError: with every problem that `shard_map` mode finds in the spec or the model.
     """
-    marks, own = Marks.of(jaxpr.jaxpr), isinstance(bound.spec.loss_fn, ShardMapLoss)
-    rules = bound.spec.strategy.activations
-    table = tuple((n, rules.mesh_axes(n)) for n, _ in rules.table) if rules else ()
-    meant, rows = ManualAxisRules(table), layout.row_axes
-    problems: list[Problem] = []
-    found = leaves(layout.state.params, layout.axes)
+    marked = MarkedAxes.of(jaxpr.jaxpr)
+    rules, precision = bound.spec.strategy.activations, bound.spec.precision
+    table = tuple((name, rules.mesh_axes(name)) for name, _ in rules.table) if rules else ()
+    axis_rules, row_axes = ManualAxisRules(table), layout.row_axes
+    params = list_leaves(layout.state.params, layout.axes)
     specs = jax.tree.map(lambda s: s.spec, layout.shardings)
-    updated = jax.tree.map(lambda s: s.spec, layout.update or layout.shardings.params)
-    named_dims = {name for leaf in found for name in leaf.axes or ()}
-    split = meant.axes(*(n for n in marks.activations if n not in named_dims))
-    tokens = () if own else tuple(axis for axis in split if axis not in rows)
-    keep = accumulate.micro_batches > 1 and accumulate.reduce == "end"
+    update = jax.tree.map(lambda s: s.spec, layout.update or layout.shardings.params)
+    whole_loss = not isinstance(bound.spec.loss_fn, ShardMapLoss)
+    token_axes = _token_axes(layout, axis_rules, marked) if whole_loss else ()
+    # With one reduction after the last micro-batch, weights are gathered once before the first.
+    layers_gather = whole_loss and not (accumulate.micro_batches > 1 and accumulate.reduce == "end")
+
+    problems: list[Problem] = []
     parameters, gathered = [], {}
-    pairs = zip(jax.tree.leaves(specs.params), jax.tree.leaves(updated), strict=True)
-    for leaf, (spec, finer) in zip(found, pairs, strict=True):
-        stored, update = (_dims(one, len(leaf.shape)) for one in (spec, finer))
-        surplus = ((),) * len(stored) if own else _surplus(leaf, stored, meant)
-        if not own:
-            problems += leaf_problems(leaf, stored, surplus, meant, marks, rows)
-        mark = None if keep or own else _mark(leaf, surplus, marks)
-        if mark and any(surplus):
-            gathered[mark] = surplus[-len(mark) :]
-        whole = ((),) * len(stored) if mark else surplus
-        more = tuple(b[len(a) :] for a, b in zip(stored, update, strict=True))
-        scattered = tuple(a + b for a, b in zip(whole, more, strict=True))
-        taken = {*flat(stored), *flat(more)}
-        summed = tuple(axis for axis in (*rows, *tokens) if axis not in taken)
-        parameters.append(Parameter(stored, whole, scattered, summed))
-    problems += name_problems(meant, marks)
-    problems += head_problems(meant, marks)
-    problems += compression_problems(bound, parameters, rows)
-    refuse(bound, problems)
-    precision = bound.spec.precision
-    reduce = precision.reduce_dtype if precision.reduces_apart else None
+    pairs = zip(jax.tree.leaves(specs.params), jax.tree.leaves(update), strict=True)
+    for leaf, (spec, update_spec) in zip(params, pairs, strict=True):
+        stored, finer = (_spec_dims(s, len(leaf.shape)) for s in (spec, update_spec))
+        whole = ((),) * len(stored)
+        storage = _storage_only_dims(leaf, stored, axis_rules) if whole_loss else whole
+        if whole_loss:
+            problems += leaf_problems(
+                leaf,
+                stored=stored,
+                storage=storage,
+                axis_rules=axis_rules,
+                marked=marked,
+                row_axes=row_axes,
+            )
+        names = _find_marked_names(leaf, storage, marked) if layers_gather else None
+        if names and any(storage):
+            gathered[names] = storage[-len(names) :]
+        by_step = whole if names else storage
+        parameters.append(_plan_param(stored, finer, by_step, row_axes + token_axes))
+    problems += name_problems(axis_rules, marked)
+    problems += head_problems(axis_rules, marked)
+    problems += compression_problems(bound, parameters, row_axes)
+    raise_problems(bound, problems)
+    reduce_dtype = precision.reduce_dtype if precision.reduces_separately else None
     batch = jax.tree.map(lambda s: s.spec, layout.batch_shardings)
-    return ManualPlan(
-        bound,
-        accumulate,
-        rows,
-        tokens,
-        tuple(parameters),
-        ManualAxisRules(table, tuple(gathered.items()), kept_axes(bound), reduce),
-        (specs.params, specs.model_state, batch),
-        updated,
+    return ShardMapPlan(
+        bound=bound,
+        accumulate=accumulate,
+        row_axes=row_axes,
+        token_axes=token_axes,
+        parameters=tuple(parameters),
+        axis_rules=ManualAxisRules(table, tuple(gathered.items()), kept_axes(bound), reduce_dtype),
+        specs=(specs.params, specs.model_state, batch),
+        gradients=update,
     )
 
 
+def _plan_param(stored: Dims, finer: Dims, gathered: Dims, summed_axes: Axes) -> ParamPlan:
+    """Plans one parameter.
+
+    With rows over (data, fsdp), a weight `P("fsdp")`, and an update that is split over data too:
+
+        stored     (fsdp,)         the parameter's own spec
+        finer      (fsdp, data)    that of the update
+        gathered   (fsdp,)         before the loss, or () if the layer gathers it
+        scattered  (fsdp, data)    the gathered axes, then those that only the update is split over
+        summed     ()              data, if the update were not split over it
+
+    Args:
+      stored: mesh axes per dim that split the parameter.
+      finer: mesh axes per dim that split the update.
+      gathered: mesh axes per dim that the step gathers.
+      summed_axes: mesh axes along which gradients differ, as they split rows or tokens.
+    """
+    only_update = tuple(b[len(a) :] for a, b in zip(stored, finer, strict=True))
+    split = {*flatten_dims(stored), *flatten_dims(only_update)}
+    return ParamPlan(
+        stored=stored,
+        gathered=gathered,
+        scattered=tuple(a + b for a, b in zip(gathered, only_update, strict=True)),
+        summed=tuple(axis for axis in summed_axes if axis not in split),
+    )
+
+
+def _token_axes(layout: StepLayout, axis_rules: ManualAxisRules, marked: MarkedAxes) -> Axes:
+    """Mesh axes that split activations, neither along rows nor along a dim of a parameter.
+
+    `constrain(x, "batch", "length", "embed")` with length over context, and parameters that name
+    embed but not length: `("context",)`.
+    """
+    of_params = {name for names in layout.axes.values() for name in names}
+    split = axis_rules.axes(*(name for name in marked.activations if name not in of_params))
+    return tuple(axis for axis in split if axis not in layout.row_axes)
+
+
 def kept_axes(bound: BoundSpec) -> Axes:
-    """Mesh axes over which a strategy keeps gathered weights."""
-    return tuple(one.axis for name, one in bound.spec.strategy.regions if name == "weight")
+    """Mesh axes over which gathered weights are kept from forward to backward."""
+    overrides = bound.spec.strategy.overrides
+    return tuple(override.axis for name, override in overrides if name == "use_param")
 
 
-def _dims(spec: PartitionSpec, rank: int) -> Dims:
+def _spec_dims(spec: PartitionSpec, rank: int) -> Dims:
     return tuple(axes_of(entry) for entry in (*spec, *[None] * (rank - len(spec))))
 
 
-def _mark(leaf: Leaf, surplus: Dims, marks: Marks) -> Names | None:
-    """The names by which a model marks a leaf, perhaps after a scan took its first dim off."""
-    for names in (leaf.axes, leaf.axes[1:] if leaf.axes and not surplus[0] else None):
-        if names in marks.weights:
+def _find_marked_names(leaf: Leaf, storage: Dims, marked: MarkedAxes) -> Names | None:
+    """The axes that a model passes to `use_param` for a leaf, or for its slices in a scan.
+
+    A stack ("layers", "embed", "mlp") is marked as ("embed", "mlp") inside the scan over layers.
+    """
+    for names in (leaf.axes, leaf.axes[1:] if leaf.axes and not storage[0] else None):
+        if names in marked.weights:
             return names
     return None
 
 
-def _surplus(leaf: Leaf, stored: Dims, meant: ManualAxisRules) -> Dims:
-    """Mesh axes per dim that split a parameter in storage and not in its products."""
+def _storage_only_dims(leaf: Leaf, stored: Dims, axis_rules: ManualAxisRules) -> Dims:
+    """Mesh axes per dim that split a parameter in storage but not in its products.
+
+    "mlp" over tensor in products, stored over (tensor, fsdp): `("fsdp",)`.
+    """
     names = leaf.axes or (None,) * len(stored)
-    return tuple(
-        axes[len(meant.axes(name)) :] if axes[: len(meant.axes(name))] == meant.axes(name) else axes
-        for name, axes in zip(names, stored, strict=True)
-    )
+
+    def storage_only(name: str | None, axes: Axes) -> Axes:
+        used = axis_rules.axes(name)
+        return axes[len(used) :] if axes[: len(used)] == used else axes
+
+    return tuple(map(storage_only, names, stored))

@@ -1,4 +1,4 @@
-"""Regions: a strategy carries out what a model marks, and nothing else changes."""
+"""Overrides: a strategy computes a part of the model in its own way; nothing else changes."""
 
 import dataclasses
 
@@ -23,23 +23,22 @@ class Scaled(Override):
     by: float = 1.0
 
     def __call__(self, around, plain, *args, **kwargs):
-        assert around.rows == ("data",)
+        assert around.row_axes == ("data",)
         assert around.spec(("batch",)) == P(("data",))
         return plain(*args, **kwargs) * self.by
 
 
-def step_with(*carriers, mesh=None):
+def step_with(*overrides, mesh=None):
     def loss(params, batch, key):
         return overridable("product", product)(batch["x"], params["w"]).mean()
 
-    regions = tuple(("product", one) for one in carriers)
     return sk.compile_step(
         loss,
         optax.sgd(0.1),
         init=lambda key: {"w": jnp.ones((4, 2))},
         batch=BATCH,
         mesh=mesh or sk.MeshSpec(data=4, other=2).build(),
-        strategy=dataclasses.replace(DATA, regions=regions),
+        strategy=dataclasses.replace(DATA, overrides=tuple(("product", one) for one in overrides)),
     )
 
 
@@ -52,26 +51,26 @@ def loss_of(step):
     return float(step.evaluate(step.init(jax.random.key(0)), BATCH)["loss"])
 
 
-def test_a_carrier_runs_where_its_axis_divides_the_work():
+def test_an_override_runs_where_its_axis_divides_the_work():
     plain = loss_of(step_with())
     assert loss_of(step_with(Scaled("other", 3.0))) == pytest.approx(3 * plain)
     assert loss_of(step_with(Scaled("absent", 3.0))) == plain
     assert loss_of(step_with()) == plain  # and leaves nothing behind in JAX's caches
 
 
-def test_two_carriers_of_one_region_do_not_join():
+def test_two_overrides_of_one_part_do_not_join():
     one, other = (
-        dataclasses.replace(sk.strategies.data(axis), regions=(("product", Scaled(axis)),))
+        dataclasses.replace(sk.strategies.data(axis), overrides=(("product", Scaled(axis)),))
         for axis in ("data", "other")
     )
-    with pytest.raises(sk.errors.StepError, match="would both carry out the model's product"):
+    with pytest.raises(sk.errors.StepError, match="both override the model's product"):
         one | other
 
 
-def test_a_region_that_the_model_lacks_is_an_error():
-    strategy = dataclasses.replace(DATA, regions=(("attention", Scaled("data")),))
+def test_a_part_that_the_model_lacks_is_an_error():
+    strategy = dataclasses.replace(DATA, overrides=(("attention", Scaled("data")),))
     with pytest.raises(
-        sk.errors.StepError, match=r"the model marks no attention(.|\n)*sk.nn.attention"
+        sk.errors.StepError, match=r"needs `sk.nn.attention`, but the model never calls it"
     ):
         step_with().replace(strategy=strategy)
 

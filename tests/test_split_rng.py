@@ -25,31 +25,32 @@ def draw(x, key):
 
 
 @pytest.mark.parametrize(
-    ("lanes", "micro_batches"), some_quick([(1, 3), (2, 3), (3, 1), (1, 1)], (2, 3), (3, 1))
+    ("shards", "micro_batches"), some_quick([(1, 3), (2, 3), (3, 1), (1, 1)], (2, 3), (3, 1))
 )
-def test_parts_draw_their_rows_of_the_whole(lanes, micro_batches):
+def test_parts_draw_their_rows_of_the_whole(shards, micro_batches):
     x = jnp.zeros((ROWS, WIDTH))
     whole = jax.jit(draw)(x, KEY)
-    rows, parts = ROWS // (lanes * micro_batches), lanes * micro_batches
+    rows, parts = ROWS // (shards * micro_batches), shards * micro_batches
     found = match_draws(draw, parts, (x[:rows], KEY), (x, KEY))
-    draws = RandomDraws(lanes, found.grown, micro_batches)
+    draws = RandomDraws(shards, found.row_dims, micro_batches)
 
     @jax.jit
-    def part(lane, micro):
-        return draw(x[:rows], part_keys(jax.random.key_data(KEY), draws, lane, micro))
+    def part(shard, micro):
+        return draw(x[:rows], part_keys(jax.random.key_data(KEY), draws, shard, micro))
 
-    for lane in range(lanes):
+    for shard in range(shards):
         for micro in range(micro_batches):
-            held = np.arange(ROWS)[micro::micro_batches][lane * rows : (lane + 1) * rows]
-            for got, want in zip(part(lane, micro), whole, strict=True):
+            held = np.arange(ROWS)[micro::micro_batches][shard * rows : (shard + 1) * rows]
+            for got, want in zip(part(shard, micro), whole, strict=True):
                 np.testing.assert_array_equal(got, want[held])
 
 
 def test_arrays_beyond_a_word_have_indices_of_two():
     draws = RandomDraws(2**20, (), 2**8)
-    shape, lane, micro = (2, 3, 2**10), 2**20 - 3, 200
-    high, low = global_index(draws, 1, shape, jnp.uint32(lane), jnp.uint32(micro))
-    at = (np.arange(3) + lane * 3) * 2**8 + micro
+    shape, shard, micro = (2, 3, 2**10), 2**20 - 3, 200
+    part = dict(shard=jnp.uint32(shard), micro_batch=jnp.uint32(micro))
+    high, low = global_index(draws, shape, row_dim=1, **part)
+    at = (np.arange(3) + shard * 3) * 2**8 + micro
     full = 3 * 2**28
     want = (np.arange(2)[:, None] * full + at)[:, :, None] * 2**10 + np.arange(2**10)
     high, low = (np.asarray(word, np.int64) for word in (high, low))

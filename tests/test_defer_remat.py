@@ -1,4 +1,4 @@
-"""What waits for its gradient: `in_turn` parts of a layer, and gradients gathered once."""
+"""What waits for its gradient: `defer_remat` parts of a layer, and gradients gathered once."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
 from shardkit.nn._constrain import constrain_gradient, constrain_p
-from shardkit.nn._remat import active, in_turn, policy, remat
+from shardkit.nn._remat import defer_remat, parse_policy, remat, use_policy
 
 from ._quick import some_quick
 
@@ -17,7 +17,7 @@ W = np.random.default_rng(0).normal(size=(3, 4, 4))
 
 def loss(weights, x):
     def layer(x, w):
-        part = in_turn(lambda w, x: jnp.tanh(x @ w), "part_out")
+        part = defer_remat(lambda w, x: jnp.tanh(x @ w), "part_out")
         y = checkpoint_name(part(w, x), "part_out")
         return jnp.sin(x + y) @ w, None
 
@@ -38,7 +38,7 @@ def test_a_part_waits_only_where_its_output_is_kept(name):
     with jax.enable_x64(True):
         x = jnp.ones((2, 4))
         plain = jax.grad(loss)(W, x)
-        with active(policy(name)):
+        with use_policy(parse_policy(name)):
             traced = jax.make_jaxpr(lambda w, x: loss(w, x))(W, x)
             grads = jax.grad(lambda w, x: loss(w, x))(W, x)
         assert jnp.abs(grads - plain).max() <= 1e-12 * jnp.abs(plain).max()

@@ -1,4 +1,4 @@
-"""A function in a child process that has its own simulated devices."""
+"""Runs a function in a child process with simulated devices."""
 
 import concurrent.futures
 import importlib.util
@@ -20,49 +20,51 @@ from ..mesh import simulate_devices
 def simulated_devices(n: int, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """Calls a function in a child process that has `n` simulated CPU devices.
 
-    The caller's JAX is not touched, whether or not it has started, and on whatever devices.
+    The JAX of the calling process is unchanged, whether or not it has started a backend.
 
     Args:
       n: number of devices of the child.
-      function: a function that the child can import by name: at the top level of a module.
+      function: the child imports it by name, so it is defined at the top level of a module.
       *args: picklable arguments; arrays as numpy.
       **kwargs: the same.
 
     Returns:
-      What the function returned, pickled.
+      The result of the function, pickled.
 
     Raises:
-      MeshError: the function has no name to import it by.
-      Exception: what the function raised, with the child's traceback as its cause.
+      MeshError: the function cannot be imported by name.
+      Exception: the exception of the function, with the child's traceback as its cause.
 
     A script that calls this guards its main code with `if __name__ == "__main__":`, as for
     any child process that Python spawns.
     """
     if "<" in function.__qualname__:
-        why = "is no function that a child process can import by name"
+        why = "is not a function that a child process can import by name"
         problem = Problem(f"{function.__module__}.{function.__qualname__}", why)
-        fix = "define it at the top level of a module, and pass what it needs as arguments"
-        headline = f"simulated_devices({n}) cannot call this."
+        fix = "define it at the top level of a module, and pass its data as arguments"
+        headline = f"simulated_devices({n}) cannot call this function."
         raise MeshError(format_problems(headline, [problem], fix))
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(
-        1, mp_context=spawn, initializer=_start, initargs=(n,)
+        1, mp_context=spawn, initializer=_start_devices, initargs=(n,)
     ) as child:
         where = (function.__module__, inspect.getfile(function), function.__qualname__)
-        return child.submit(_call, where, args, kwargs).result()
+        return child.submit(_call_in_child, where, args, kwargs).result()
 
 
-def _call(where: tuple[str, str, str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Finds a function in the child as the parent knows it, and calls it."""
+def _call_in_child(
+    where: tuple[str, str, str], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Calls a function given as (module name, file, qualified name)."""
     module, file, name = where
-    found: Any = sys.modules.get(module) or _module(module, file)
+    function: Any = sys.modules.get(module) or _import_module(module, file)
     for part in name.split("."):
-        found = getattr(found, part)
-    return found(*args, **kwargs)
+        function = getattr(function, part)
+    return function(*args, **kwargs)
 
 
-def _module(name: str, file: str) -> ModuleType:
-    """Imports by name; by file where there is no such name, as in tests that pytest imports."""
+def _import_module(name: str, file: str) -> ModuleType:
+    """Imports a module by name; by file if the name is not importable, as for pytest's tests."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError:
@@ -75,8 +77,8 @@ def _module(name: str, file: str) -> ModuleType:
         return module
 
 
-def _start(n: int) -> None:
-    """Gives this process its devices, before anything else of JAX; the caller's flags go."""
+def _start_devices(n: int) -> None:
+    """Gives this process `n` devices before it uses JAX; drops the caller's device count."""
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = re.sub(r"--xla_force_host_platform_device_count=\d+", "", flags)
     jax.config.update("jax_platforms", "cpu")

@@ -1,0 +1,107 @@
+"""Facts that only the author of a program knows, written into its scope names for reports to read.
+
+The compiler keeps the path of `jax.named_scope`s of every operation. Two facts travel in it: that
+a hand-written backward pass recomputes something, so that FLOP counts can tell it from the model's
+own work, and how often each branch of a conditional runs, which no compiled program says.
+"""
+
+import contextlib
+import fractions
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+
+RECOMPUTED = "rematted_computation"
+"""The scope in which `jax.checkpoint` puts what it recomputes."""
+
+_SHARE = re.compile(rf"{RECOMPUTED}_(\d+)_of_(\d+)")
+
+_PREFIX = "shardkit_taken"  # unlike the name of any user's scope
+BRANCH_COUNTS = re.compile(rf"\b{_PREFIX}(_apart)?((?:_\d+)+)\b")
+
+
+def recomputed(times: int = 1, of: int = 1) -> contextlib.AbstractContextManager[Any]:
+    """Marks operations traced in the block as recomputation, as `jax.checkpoint` marks its own.
+
+    Args:
+      times: number of executions, over all devices, that recompute a value.
+      of: number of all executions; the others compute the value for the first time.
+
+    >>> from shardkit.report import count_flops
+    >>> def product(x):
+    ...     with recomputed():
+    ...         return x @ x
+    >>> counted = count_flops(jax.make_jaxpr(product)(jax.numpy.ones((2, 2))))
+    >>> counted.model, counted.recompute
+    (0, 16)
+    """
+    return jax.named_scope(RECOMPUTED if times == of else f"{RECOMPUTED}_{times}_of_{of}")
+
+
+def recomputed_share(path: str) -> fractions.Fraction:
+    """Returns the share of an operation's executions that recompute, given its path of scopes.
+
+    >>> recomputed_share("jvp(rematted_computation_3_of_4)/mlp/dot_general")
+    Fraction(3, 4)
+    """
+    share = _SHARE.search(path)
+    return fractions.Fraction(int(share[1]), int(share[2])) if share else fractions.Fraction(1)
+
+
+def annotate_branch_counts(
+    counts: Iterable[int], divergent: bool = False
+) -> contextlib.AbstractContextManager[Any]:
+    """Annotates the conditional traced in the block with how often each of its branches runs.
+
+    Args:
+      counts: executions of branch 0, 1, …, over all devices; only their ratio matters.
+      divergent: whether devices take different branches in the same execution.
+
+    >>> def mostly_sqrt(x):
+    ...     with annotate_branch_counts([1, 3]):
+    ...         return jax.lax.cond(x > 0, abs, jax.numpy.sqrt, x)
+    >>> str(jax.make_jaxpr(mostly_sqrt)(1.0).eqns[-1].source_info.name_stack)
+    'shardkit_taken_1_3'
+    """
+    suffix = "".join(f"_{int(n)}" for n in counts)
+    return jax.named_scope(_PREFIX + "_apart" * divergent + suffix)
+
+
+def is_divergent(op_name: str) -> bool:
+    """Whether an operation is in a branch that only some devices take at a time.
+
+    Args:
+      op_name: its path of scopes; the text of a whole program asks for any such operation.
+
+    >>> is_divergent("jit(step)/while/body/shardkit_taken_apart_1_3/cond/branch_1_fun/add")
+    True
+    """
+    return any(marker.group(1) for marker in BRANCH_COUNTS.finditer(op_name))
+
+
+def branch_shares(op_name: str, branches: int) -> tuple[fractions.Fraction, ...] | None:
+    """Returns the share of a conditional's executions in which each branch runs.
+
+    Args:
+      op_name: the conditional's path of scopes, which ends in its own name.
+      branches: number of its branches.
+
+    Returns:
+      One share per branch; None if the conditional itself is not annotated (the annotation of an
+      enclosing one does not count), or is annotated for another number of branches.
+
+    >>> branch_shares("jit(step)/while/body/shardkit_taken_1_3/cond", 2)
+    (Fraction(1, 4), Fraction(3, 4))
+    >>> branch_shares("jit(step)/while/body/shardkit_taken_1_3/cond/branch_1_fun/cond", 2) is None
+    True
+    """
+    *_, scope, _ = ("", *op_name.split("/"))
+    marker = BRANCH_COUNTS.search(scope)
+    if marker is None:
+        return None
+    counts = [int(n) for n in marker.group(2)[1:].split("_")]
+    if len(counts) != branches:
+        return None
+    return tuple(fractions.Fraction(n, sum(counts) or 1) for n in counts)

@@ -1,0 +1,115 @@
+"""`shardkit report`: the report of a step on a target, or how two saved reports differ."""
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from .._core.errors import ConfigError, Problem, ReportError, format_problems, raise_all
+from .._core.io._console import make_console
+from .._core.io._outputs import check_outputs, write_output
+from ..config import load_config
+from ..hardware import Chip, find_chip
+from ..report import Report, compare
+from ..targets import StepSource, compile_for
+from ._source import find_source
+
+_SUFFIX = ".json"
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command; returns the exit code."""
+    console = make_console(soft_wrap=True)
+    if arguments.other:
+        names = (arguments.config, arguments.other)
+        _refuse_compile_options(" and ".join(names), arguments)
+        console.print(str(compare(*map(_read_report, names))))
+        return 0
+    check_outputs({"--json": arguments.json, "--html": arguments.html})
+    report = _make_report(arguments)
+    if arguments.json:
+        write_output(Path(arguments.json), report.to_json())
+    if arguments.html:
+        write_output(Path(arguments.html), report.to_html())
+    if arguments.json != "-":
+        console.print(str(report))
+    return 0
+
+
+def _make_report(arguments: argparse.Namespace) -> Report:
+    """Reads a saved report, or compiles the step and reports its progress on standard error."""
+    name = arguments.config or ""
+    if name.endswith(_SUFFIX):
+        _refuse_compile_options(name, arguments)
+        return _read_report(name)
+    source = find_source(arguments, "--target cpu:8")
+    target = arguments.target or _default_target(source)
+    chip = _find_chip(arguments.chip, source)
+    errors = make_console(stderr=True)
+    task = f"compiling for {target}"
+    if not errors.is_terminal:
+        errors.print(f"{task} ...")
+        progress = _OncePerMinute(lambda seconds: errors.print(f"{task}: {seconds:.0f} s"))
+        return compile_for(source, target, chip=chip, timeout=arguments.timeout, progress=progress)
+    with errors.status(task) as status:
+        return compile_for(
+            source,
+            target,
+            chip=chip,
+            timeout=arguments.timeout,
+            progress=lambda seconds: status.update(f"{task}: {seconds:.0f} s"),
+        )
+
+
+@dataclasses.dataclass
+class _OncePerMinute:
+    """Calls `show` once a minute with the seconds since the start."""
+
+    show: Callable[[float], None]
+    minutes: int = 0
+
+    def __call__(self, seconds: float) -> None:
+        if seconds // 60 > self.minutes:
+            self.minutes = int(seconds // 60)
+            self.show(seconds)
+
+
+def _refuse_compile_options(name: str, arguments: argparse.Namespace) -> None:
+    """Refuses options that only matter when a report is compiled."""
+    options = [f"--set {override}" for override in arguments.overrides]
+    options += [f"--target {arguments.target}"] if arguments.target else []
+    options += [f"--chip {arguments.chip}"] if arguments.chip else []
+    why = "cannot change a saved report, which is already compiled"
+    fix = f"shardkit report CONFIG {' '.join(options)}"
+    problems = [Problem(option, why) for option in options]
+    raise_all(ConfigError, f"Options for compiling do not apply to {name}.", problems, fix)
+
+
+def _find_chip(name: str | None, source: StepSource) -> Chip | None:
+    """Finds a chip in the hardware table, or in the config."""
+    if name is None:
+        return None
+    own = (
+        () if source.is_function else load_config(source.name or None, [*source.overrides]).hardware
+    )
+    return find_chip(name, own)
+
+
+def _default_target(source: StepSource) -> str:
+    if source.is_function:
+        why = "is a function, which declares no devices"
+        problem = Problem(source.name, why, f"shardkit report {source.name} --target cpu:8")
+        raise ConfigError(format_problems("The target is missing.", [problem]))
+    return load_config(source.name or None, list(source.overrides)).devices
+
+
+def _read_report(name: str) -> Report:
+    if not Path(name).is_file():
+        problem = Problem(name, "does not exist", "shardkit report CONFIG --json FILE")
+        raise ConfigError(format_problems("The report cannot be read.", [problem]))
+    try:
+        text = Path(name).read_text("utf-8")
+    except UnicodeDecodeError:
+        problem = Problem(name, "is not text", "shardkit report CONFIG --json FILE")
+        raise ReportError(format_problems("The file is not a report.", [problem])) from None
+    return Report.from_json(text)

@@ -1,0 +1,66 @@
+"""`ReportData`: everything that a report holds, as plain data that functions read."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from ._program import LeafLayout
+from .communication._ledger import Ledger
+from .communication._minimum import Minimum
+from .findings._finding import Finding
+from .memory._memory import Memory
+from .memory._peak import Peak
+from .time._flops import Flops
+from .time._timeline import Timeline
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportData:
+    """The fields of a `Report`, which adds the methods that print, save and check it.
+
+    Attributes:
+      mesh: names and sizes of the mesh axes.
+      platform: what it was compiled for: `"cpu"`, `"tpu"`, `"gpu"`.
+      device_kind: the device's own name.
+      ledger: every collective.
+      memory: bytes per device.
+      flops: FLOPs of a step, all devices together; None without a jaxpr.
+      findings: what a user would want to know, the most bytes first.
+      minima: textbook minimum of each axis whose kind is declared.
+      reductions: axis that splits the batch → how often each gradient is reduced over it.
+      leaves: every array of the step's input and its layout on the mesh.
+      memory_suggestions: changes that make a step fit which exceeds its device.
+      compiles: how often the step was compiled.
+      messages_complete: the compiler's messages are known, so that no finding is missing.
+      peak: the buffers that are alive when memory peaks; None where the schedule is not known.
+      timeline: the modelled step time; None for a device that is not in the hardware table.
+      seconds: wall time that this machine took to `trace`, `lower` and `compile` the step, as far
+        as known, and to `read` the compiled program; not part of what is compared.
+    """
+
+    mesh: tuple[tuple[str, int], ...]
+    platform: str
+    device_kind: str
+    ledger: Ledger
+    memory: Memory
+    flops: Flops | None
+    findings: tuple[Finding, ...]
+    minima: tuple[Minimum, ...] = ()
+    reductions: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    leaves: tuple[LeafLayout, ...] = ()
+    memory_suggestions: tuple[str, ...] = ()
+    compiles: int = 1
+    messages_complete: bool = True
+    timeline: Timeline | None = None
+    peak: Peak | None = None
+    seconds: Mapping[str, float] = dataclasses.field(default_factory=dict, compare=False)
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What could not be read or counted; with any, some totals are lower bounds."""
+        uncounted = self.flops.problems if self.flops else ()
+        return self.ledger.problems + self.memory.problems + uncounted
+
+    @property
+    def mesh_text(self) -> str:
+        """Returns `data=2, tensor=4`."""
+        return ", ".join(f"{name}={size}" for name, size in self.mesh)

@@ -1,0 +1,126 @@
+"""Builds a loss or its gradients on shards, from traces on whole arrays and on shards."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+from jax.extend import core
+from jax.sharding import PartitionSpec
+
+from ..._core.split_rng import Draw, RandomDraws, list_draws, match_dims
+from ..._core.types import Accumulate, Batch, Key, Params, PyTree
+from ...nn._manual_axis_rules import pvary
+from .._activations import Activations
+from .._bound_spec import BoundSpec
+from .._gradients import GradientFn, LossArgs
+from .._layout import StepLayout
+from .._objective import Objective
+from ._gradients import build_local_gradients, build_local_objective, gather_params, map_shards
+from ._plan import ShardMapPlan, build_plan
+from ._problems import check_supported
+
+
+def build_shard_gradients(
+    bound: BoundSpec, layout: StepLayout, objective: Objective, args: LossArgs
+) -> GradientFn:
+    """Builds the gradients of a loss; see `plan_shards`."""
+    plan = plan_shards(bound, layout, objective, args, bound.spec.accumulate)
+    return build_local_gradients(objective, plan)
+
+
+def build_shard_objective(
+    bound: BoundSpec, layout: StepLayout, objective: Objective, args: LossArgs
+) -> Objective:
+    """Builds a loss of the whole batch, without micro-batches or gradients; see `plan_shards`."""
+    plan = plan_shards(bound, layout, objective, args, Accumulate())
+    return build_local_objective(objective, plan)
+
+
+def build_micro_batch_objective(
+    bound: BoundSpec, layout: StepLayout, objective: Objective, args: LossArgs
+) -> Objective:
+    """Builds a loss of one micro-batch, with the draws of its gradient; see `plan_shards`."""
+    plan = plan_shards(bound, layout, objective, args, bound.spec.accumulate)
+    return build_local_objective(objective, plan)
+
+
+def plan_shards(
+    bound: BoundSpec,
+    layout: StepLayout,
+    objective: Objective,
+    args: LossArgs,
+    accumulate: Accumulate,
+) -> ShardMapPlan:
+    """Plans how a loss runs on shards.
+
+    Args:
+      bound: the spec and its mesh.
+      layout: every sharding.
+      objective: the loss.
+      args: abstract arguments of the loss, with the rows of the global batch.
+      accumulate: micro-batches.
+
+    Raises:
+      ShardingError: a constraint of the model cannot be met.
+      StepError: `shard_map` mode does not support the spec or the model.
+    """
+    check_supported(bound, layout)
+    whole = jax.make_jaxpr(objective)(*args)
+    rules = bound.spec.strategy.activations
+    Activations(bound.mesh, rules, layout.row_axes).check(whole)
+    plan = build_plan(bound, layout, whole, accumulate)
+    return dataclasses.replace(plan, draws=_match_draws(objective, plan, args, whole))
+
+
+def _match_draws(
+    objective: Objective, plan: ShardMapPlan, args: LossArgs, whole: core.ClosedJaxpr
+) -> RandomDraws:
+    """Finds which draws of a loss grow with its rows and with their length.
+
+    With 8 rows, 2 micro-batches, 2 gradient shards and 2 slices of a length of 6, it compares the
+    draws of one device, `[2, 3]`, with
+
+        `[4, 3]`   on shards, every device having all rows: dim 0 grows with the rows
+        `[2, 6]`   on whole arrays, with one device's rows: dim 1 grows with the length
+
+    Args:
+      objective: the loss.
+      plan: without draws.
+      args: abstract arguments, with the rows of the global batch.
+      whole: the loss traced on whole arrays; one without draws is not traced again.
+
+    Raises:
+      StepError: the randomness of the loss cannot be split.
+    """
+    shards, slices = plan.count(plan.row_axes), plan.count(plan.token_axes)
+    draws = RandomDraws(shards, length_shards=slices)
+    if not list_draws(whole.jaxpr):
+        return draws
+    params, model_state, batch, key = args
+
+    def local(params: Params, model_state: PyTree, batch: Batch, key: Key) -> jax.Array:
+        total, _ = objective(gather_params(plan, params), model_state, batch, key)
+        return pvary(total, plan.mesh.axis_names)[None]
+
+    def trace_draws(run: Callable[..., PyTree], times: int, over: int) -> list[Draw]:
+        """Draws of a function for `times / over` of the global batch."""
+
+        def resize(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            shape = (x.shape[0] * times // over, *x.shape[1:]) if x.shape else ()
+            return jax.ShapeDtypeStruct(shape, x.dtype)
+
+        resized = jax.tree.map(resize, batch)
+        return list_draws(jax.make_jaxpr(run)(params, model_state, resized, key).jaxpr)
+
+    steps = plan.accumulate.micro_batches
+    on_shards = map_shards(plan, local, PartitionSpec(plan.mesh.axis_names))
+    of_device = trace_draws(on_shards, 1, steps)
+    if shards > 1:
+        of_all_rows = trace_draws(on_shards, shards, steps)
+        draws = dataclasses.replace(draws, row_dims=match_dims(of_device, of_all_rows, shards))
+    if slices > 1:
+        of_whole_length = trace_draws(objective, 1, steps * shards)
+        draws = dataclasses.replace(
+            draws, length_dims=match_dims(of_device, of_whole_length, slices)
+        )
+    return draws

@@ -1,0 +1,49 @@
+"""Reduces the loss and metrics of one device's shards to equal values on all devices."""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from ..._core.errors import Problem, StepError, raise_all
+from ..._core.types import Mean
+from ...nn._manual_axis_rules import Axes, pvary, varying_axes
+from .._objective import LossOutput
+
+
+def reduce_output(output: LossOutput, rows: Axes) -> LossOutput:
+    """Sums loss and metrics over the devices of the rows; values equal on all devices stay.
+
+    Raises:
+      StepError: a result varies over an axis that does not split the rows, and needs a psum there.
+    """
+    means = {"loss": output.loss, **output.metrics}
+    raise_all(
+        StepError,
+        "The loss on shards returns values that differ between devices with the same rows.",
+        [p for name, mean in means.items() for p in _varying_problems(name, mean, rows)],
+    )
+    names_by_axes: dict[Axes, list[str]] = {}
+    for name, mean in means.items():
+        axes = tuple(axis for axis in rows if axis in varying_axes(mean.total))
+        names_by_axes.setdefault(axes, []).append(name)
+    summed: dict[str, Mean] = {}
+    for axes, names in names_by_axes.items():
+        # One collective for [total, weight, total, weight, …].
+        scalars = [x for name in names for x in (means[name].total, means[name].weight)]
+        flat = jnp.stack([pvary(x, axes) for x in scalars])
+        flat = jax.lax.psum(flat, axes) if axes else flat
+        summed |= {name: Mean(flat[2 * i], flat[2 * i + 1]) for i, name in enumerate(names)}
+    metrics = {name: summed[name] for name in output.metrics}
+    return LossOutput(summed["loss"], metrics, output.model_state)
+
+
+def _varying_problems(name: str, mean: Mean, rows: Axes) -> Iterator[Problem]:
+    for axis in sorted((varying_axes(mean.total) | varying_axes(mean.weight)) - set(rows)):
+        fix = f"jax.lax.psum(x, {axis!r}) or pmean before it is returned"
+        yield Problem(
+            f"output {name!r}", f"differs per {axis!r} shard: add psum/pmean over {axis!r}", fix
+        )
+    for axis in sorted((varying_axes(mean.weight) - varying_axes(mean.total)) & set(rows)):
+        why = f"its weight differs per {axis!r} shard, its total does not: add psum over {axis!r}"
+        yield Problem(f"output {name!r}", why, f"sk.Mean(total, jax.lax.psum(weight, {axis!r}))")
