@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from .._core.errors import Problem, StateError, format_problems
 from .._core.train_state import TrainState
-from .._core.types import Batch, Key, Params, PyTree
+from .._core.types import Batch, Key, Metrics, Params, PyTree
 from ..data import rows_of_shardings
 from ..report import Report
 from ._batch_variants import BatchVariants
@@ -22,7 +22,6 @@ from ._compiled_functions import CompiledFunctions
 from ._inputs import check_buffers_distinct, check_state, check_state_alive, put_batch, put_key
 from ._memory_check import check_memory
 from ._report import build_program
-from ._update import Metrics
 from .self_check import SelfCheck, run_self_check
 
 if TYPE_CHECKING:

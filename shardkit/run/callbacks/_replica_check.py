@@ -96,7 +96,8 @@ class SelfCheckCallback(Callback):
         """
         if (step - 1 - self._run.start) % self._every:
             return
-        self._process_group.stop_watching()  # the first check compiles, which no step timeout should count
+        # The first check compiles, which the step timeout should not count.
+        self._process_group.stop_watching()
         result = self._run.step.self_check(state, batch)
         self._process_group.report_step(step - 1)
         self._run.write(

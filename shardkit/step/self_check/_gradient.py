@@ -63,11 +63,16 @@ class Limits:
         """
         # A bf16 loss is off by a bf16 rounding over the root of the number of its terms.
         rounding = 1.2e-7 if jnp.finfo(loss_dtype).bits >= 32 else 2e-4
-        if jnp.finfo(compute_dtype).bits < 32:
-            return cls(2e-2, 0.1, 0.3, rounding, 0.3, 1e-2)
-        if lossy:
-            return cls(1e-5, 0.1, 0.3, rounding, 0.3, 1e-2)
-        return cls(1e-5, 2e-3, 0.05, rounding, 1e-2, 1e-5)
+        is_low = jnp.finfo(compute_dtype).bits < 32
+        rough = is_low or lossy
+        return cls(
+            loss=2e-2 if is_low else 1e-5,
+            floor=0.1 if rough else 2e-3,
+            most=0.3 if rough else 0.05,
+            rounding=rounding,
+            update=0.3 if rough else 1e-2,
+            least=1e-2 if rough else 1e-5,
+        )
 
 
 @dataclasses.dataclass
