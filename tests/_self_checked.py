@@ -42,7 +42,7 @@ def dropout_loss(params, batch, key):
 
 def masked_by_hand(params, batch, key):
     """The same mean, divided where no step can see it: another number for each split of rows."""
-    mean = mean_loss(params, batch, key)
+    mean = mean_loss(params, {**batch, "w": batch["w"] + 0.1}, key)
     return mean.total / mean.weight
 
 
