@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from .run.guards import check_replicas as check_replicas
     from .run.guards import replay as replay
     from .step import CompiledStep as CompiledStep
+    from .step import SelfCheck as SelfCheck
     from .step import StepSpec as StepSpec
     from .step import compile_step as compile_step
     from .sweeps import Sweep as Sweep
@@ -84,6 +85,7 @@ else:
             "RetentionPolicy": ".checkpoint",
             "RetraceWarning": "._core.errors",
             "SearchSpace": ".planner",
+            "SelfCheck": ".step",
             "ShardMapLoss": ".nn._manual_axis_rules",
             "ShardkitError": "._core.errors",
             "StepSpec": ".step",

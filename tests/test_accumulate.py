@@ -233,13 +233,13 @@ def counted(params, batch, key):
 
 def test_numbers_folded_in_over_the_rows_are_an_error_that_names_the_way_out():
     with pytest.raises(sk.errors.StepError) as caught:
-        shard_step(counted)
+        shard_step(counted, independent_rows=True)
     text = str(caught.value)
     assert "The random draws of the loss cannot be split over gradient shards." in text
     assert "fold_in" in text
     assert "folds in numbers counted over the rows of the batch" in text
     assert 'sk.Accumulate(k, reduce="every")' in text
-    shard_step(counted, k=sk.Accumulate(2, "every"))
+    shard_step(counted, k=sk.Accumulate(2, "every"), independent_rows=True)
 
 
 def flattened(params, batch, key):
@@ -251,7 +251,7 @@ def test_a_draw_that_grows_in_no_whole_ratio_is_an_error():
     with pytest.raises(
         sk.errors.StepError, match=r"bits u32\[17\] +is \(33,\) for 2 times the rows"
     ):
-        shard_step(flattened)
+        shard_step(flattened, independent_rows=True)
 
 
 def test_micro_batches_are_strided_and_cover_every_row():

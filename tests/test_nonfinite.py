@@ -62,6 +62,7 @@ def compiled(strategy, on_nonfinite, mode="auto", accumulate=1, **sizes):
         mode=mode,
         accumulate=sk.Accumulate(accumulate, "every"),
         on_nonfinite=on_nonfinite,
+        independent_rows=True,  # the root of a mean; alike in every variant of a step
     )
 
 

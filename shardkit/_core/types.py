@@ -24,6 +24,9 @@ Key: TypeAlias = jax.Array
 Scalar: TypeAlias = jax.Array
 """An array without dims, such as a loss: f32[]."""
 
+Metrics: TypeAlias = dict[str, Scalar]
+"""Metrics of a step by name: `loss`, `grad_norm` and the user's own, f32[] each."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

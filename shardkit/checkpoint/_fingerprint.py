@@ -78,7 +78,9 @@ def compute_fingerprints(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array
     Returns:
       `{path: u32[2]}`; equal for equal values on any mesh and spec.
     """
-    shardings = [x.sharding for x in leaves.values()] if has_several_processes() else []
+    # Within a traced function (a shard_map over copies) the caller decides where results go.
+    here = [x for x in leaves.values() if not isinstance(x, jax.core.Tracer)]
+    shardings = [x.sharding for x in here] if has_several_processes() else []
     meshes = [s.mesh for s in shardings if isinstance(s, NamedSharding)]
     return _compile_fingerprints(NamedSharding(meshes[0], PartitionSpec()) if meshes else None)(
         leaves

@@ -1,6 +1,7 @@
 """`TrainConfig`: how long a run is, what it reports, and which checkpoints it keeps."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Literal
@@ -40,6 +41,9 @@ class TrainConfig:
         longest evaluation, with its compilation, must fit.
       skip_limit: updates in a row that may be skipped because their loss or gradients are not
         finite (`compile.on_nonfinite=skip`) before the run ends with an error.
+      check: when `step.self_check` proves the compiled gradient, which needs no single device:
+        before the `first` update of a process, before `every N` updates and the first, or `off`.
+        A failure ends the run.
       replica_check_every: updates between checksum comparisons of the copies of the state on
         different devices; 0 for none.
       on_replica_mismatch: what to do when copies differ: `stop`, or warn and `continue`.
@@ -60,6 +64,7 @@ class TrainConfig:
     profile: str | None = None
     step_timeout: float = 0.0
     skip_limit: int = 20
+    check: str = "first"
     replica_check_every: int = 0
     on_replica_mismatch: Literal["stop", "continue"] = "stop"
 
@@ -69,6 +74,7 @@ class TrainConfig:
         check_options(self, ConfigError, headline, "train.")
         raise_all(ConfigError, headline, self._problems())
         check_profile(self.profile, self.steps, 0)
+        parse_check(self.check)
 
     @property
     def retention(self) -> RetentionPolicy:
@@ -99,6 +105,26 @@ class TrainConfig:
             for name, low in least.items()
             if (value := getattr(self, name)) < low
         ]
+
+
+def parse_check(text: str) -> float:
+    """Parses `train.check`: updates between two self checks, infinite for `first`, 0 for `off`.
+
+    Raises:
+      ConfigError: the text is none of `off`, `first` and `every N`.
+
+    >>> parse_check("first"), parse_check("every 100"), parse_check("off")
+    (inf, 100.0, 0.0)
+    """
+    if text in ("off", "first"):
+        return math.inf if text == "first" else 0.0
+    match = re.fullmatch(r"every ([1-9]\d*)", text.strip())
+    if match is None:
+        why = "is not 'off', 'first' or 'every N' with a number N of updates."
+        problem = Problem(f"train.check={text!r}", why, '--set train.check="every 100"')
+        headline = "The training loop cannot run with these values."
+        raise ConfigError(format_problems(headline, [problem]))
+    return float(match[1])
 
 
 def parse_profile(text: str, steps: int) -> tuple[int, int]:

@@ -21,8 +21,8 @@ class Goodput:
       wall: seconds from the start of the first process to now.
       steps: seconds of updates that count, without waiting for their batches.
       overhead: seconds by cause: `compile`, `init`, `restore`, `data` (waiting for batches),
-        `evaluate`, `save` (blocking updates), `lost` (updates that had to be made again), `idle`
-        (between two processes) and `other`.
+        `check` (self checks), `evaluate`, `save` (blocking updates), `lost` (updates that had to be
+        made again), `idle` (between two processes) and `other`.
     """
 
     wall: float
@@ -50,7 +50,7 @@ class Goodput:
         return {"goodput": self.share, "wall": self.wall, "useful": self.steps, **self.overhead}
 
 
-_CAUSES = ("compile", "init", "restore", "data", "evaluate", "save", "lost", "idle")
+_CAUSES = ("compile", "init", "restore", "data", "check", "evaluate", "save", "lost", "idle")
 
 
 def goodput(rows: Iterable[_Row], now: float) -> Goodput:
@@ -70,6 +70,8 @@ def goodput(rows: Iterable[_Row], now: float) -> Goodput:
         elif kind == "step":
             overhead["data"] += row["data_seconds"]
             steps += row["seconds"] - row["data_seconds"]
+        elif kind == "check":
+            overhead["check"] += row["seconds"]
         elif kind in ("eval", "save", "finished"):
             overhead["evaluate" if kind == "eval" else "save"] += row["seconds"]
     wall = now - (now if began is None else began)

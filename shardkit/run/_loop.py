@@ -103,6 +103,9 @@ class Loop:
         for done in range(self._folder.start + 1, self._config.steps + 1):
             with self._clock.time_data():
                 batch = self._step.shard_batch(self._next_batch(batches, done))
+            with self._clock.exclude():
+                for callback in self._callbacks:
+                    callback.on_batch(done, state, batch)
             state, metrics = self._step(state, batch)
             for callback in self._callbacks:
                 callback.on_dispatch(done, state, batch)

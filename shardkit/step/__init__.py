@@ -6,6 +6,7 @@ from ._nonfinite import SKIPPED, OnNonfinite
 from ._objective import build_objective
 from ._spec import StepSpec, check_mesh_given, check_step_spec, compile_step
 from .optim._follow import FollowParams, moment_spec
+from .self_check import SelfCheck
 
 __all__ = [
     "SKIPPED",
@@ -13,6 +14,7 @@ __all__ = [
     "CompiledStep",
     "FollowParams",
     "OnNonfinite",
+    "SelfCheck",
     "StepLayout",
     "StepSpec",
     "abstract_state",

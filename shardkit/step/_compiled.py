@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from .._core.errors import Problem, StateError, format_problems
 from .._core.train_state import TrainState
-from .._core.types import Batch, Key, Params, PyTree
+from .._core.types import Batch, Key, Metrics, Params, PyTree
 from ..data import rows_of_shardings
 from ..report import Report
 from ._batch_variants import BatchVariants
@@ -22,7 +22,7 @@ from ._compiled_functions import CompiledFunctions
 from ._inputs import check_buffers_distinct, check_state, check_state_alive, put_batch, put_key
 from ._memory_check import check_memory
 from ._report import build_program
-from ._update import Metrics
+from .self_check import SelfCheck, run_self_check
 
 if TYPE_CHECKING:
     from ..hardware import Chip
@@ -154,6 +154,28 @@ class CompiledStep:
         """
         check_state_alive(state)
         return self._run(lambda functions: functions.gradients, state, batch)
+
+    def self_check(self, state: TrainState, batch: Batch) -> SelfCheck:
+        """Holds the compiled gradient to the loss of the same mesh, at any scale.
+
+        No single device is needed: the gradient is compared with difference quotients of the
+        loss, the loss with that of its rows on other devices, copies with each other, and one
+        update with the optimizer's. It takes six evaluations, a gradient and an update of a copy
+        of the state; the state stays. See `docs/self_check.md` for what it can miss.
+
+        Args:
+          state: as the next update would get it.
+          batch: host arrays, or arrays that `shard_batch` placed.
+
+        Raises:
+          StateError: the state was consumed already, or belongs to another step.
+          BatchError: the batch is not what the step was compiled for.
+        """
+        check_state_alive(state)
+        variant = self._variants.find(batch)
+        batch = put_batch(batch, variant.layout.batch, variant.layout.batch_shardings)
+        check_state(state, self.layout.state, self.layout.shardings)
+        return run_self_check(self._bound, variant, state, batch)
 
     def shard_batch(self, batch: Batch) -> Batch:
         """Moves a batch to the mesh in its declared shardings, from wherever it is.

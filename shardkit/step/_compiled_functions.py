@@ -22,6 +22,7 @@ from ._layout import (
 )
 from ._readback import check_executable
 from ._step_functions import StepFunctions, layer_policy
+from .self_check import LossProgram, Probes
 
 
 class CompiledFunctions:
@@ -95,6 +96,21 @@ class CompiledFunctions:
         results = (self._replicated, self.layout.shardings.params)
         per_shard = self._functions.per_shard_accumulation
         return self._compile_on_batch(self._functions.gradients(), results, per_shard)
+
+    @functools.cached_property
+    def training_loss(self) -> LossProgram:
+        """`(state, batch) → (total, weight)` of the training loss, for `self_check`."""
+
+        def compiled(dtype: str) -> CompiledProgram:
+            run = self._functions.training_loss(dtype)
+            return self._compile_on_batch(run, self._replicated, False)
+
+        return LossProgram.of(compiled, self._bound.spec.precision.compute_dtype)
+
+    @functools.cached_property
+    def probes(self) -> Probes:
+        """What `self_check` does to parameters and gradients beside running the loss."""
+        return Probes(self._bound.spec, self.layout, self.training_loss.dtype)
 
     def _compile_on_batch(
         self,

@@ -29,7 +29,12 @@ from ._update import (
     check_state_types,
 )
 from .rows import check_rows
-from .shard_map._build import build_shard_gradients, build_shard_objective
+from .self_check import build_plain_objective, build_training_loss
+from .shard_map._build import (
+    build_micro_batch_objective,
+    build_shard_gradients,
+    build_shard_objective,
+)
 from .shard_map._plan import kept_axes
 
 
@@ -106,6 +111,20 @@ class StepFunctions:
             self._check_rows(loss, gradients=False)
             loss = self._build_on_shards(build_shard_objective, loss)
         return build_eval_step(loss, self._to_compute_params)
+
+    def training_loss(self, dtype: str) -> Callable[[TrainState, Batch], Any]:
+        """Builds `(state, batch) → (total, weight)` of the training loss, computed in `dtype`."""
+        spec, loss = self.bound.spec, build_plain_objective(self.bound.spec.loss_fn)
+        on_shards = spec.mode == "shard_map"
+        apart = spec.accumulate.micro_batches > 1 or spec.precision.reduces_separately
+        return build_training_loss(
+            self._build_on_shards(build_micro_batch_objective, loss) if on_shards else loss,
+            lambda params: cast_floats(params, dtype),
+            self.layout.batch_shardings,
+            spec.accumulate.micro_batches,
+            always_folds=apart and spec.accumulate.reduce == "end",
+            own_keys=on_shards,
+        )
 
     def _to_compute_params(self, params: Params) -> Params:
         return cast_floats(params, self.bound.spec.precision.compute_dtype)

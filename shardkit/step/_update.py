@@ -12,13 +12,12 @@ import optax
 from .._core.errors import Problem, StepError, raise_all
 from .._core.train_state import TrainState
 from .._core.tree import leaves_by_path, list_leaves, short_type
-from .._core.types import Batch, Key, Params, PyTree, Scalar
+from .._core.types import Batch, Key, Metrics, Params, PyTree
 from ._gradients import GradientFn
 from ._nonfinite import SKIPPED, OnNonfinite, is_finite_update, select_state
 from ._objective import LossOutput, Objective, divide_mean
 
 # `{name: f32[]}`.
-Metrics = dict[str, Scalar]
 
 # Folded into the key in place of a step number, which never reaches it.
 _EVALUATE = 0xFFFFFFFF

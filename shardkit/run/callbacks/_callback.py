@@ -77,6 +77,15 @@ class Callback(Protocol):
     def on_start(self, run: RunContext, state: Any) -> None:
         """Called once before the first update, with the state that it starts from."""
 
+    def on_batch(self, step: int, state: Any, batch: Any) -> None:
+        """Called before update `step` is dispatched; its time counts to no update.
+
+        Args:
+          step: updates made when it is done.
+          state: that it starts from.
+          batch: its input, on the devices.
+        """
+
     def on_dispatch(self, step: int, state: Any, batch: Any) -> None:
         """Called when update `step` runs on the devices; reading state or batch waits for it.
 

@@ -3,14 +3,14 @@
 from rich.console import Console
 
 from ...processes import ProcessGroup
-from .._config import TrainConfig, check_profile, parse_profile
+from .._config import TrainConfig, check_profile, parse_check, parse_profile
 from ._callback import Callback
 from ._finite import FiniteCheck
 from ._heartbeat import Heartbeat
 from ._loggers import check_loggers, make_loggers
 from ._profile import ProfileTrace
 from ._progress import Describe, ProgressDisplay
-from ._replica_check import ReplicaCheck
+from ._replica_check import ReplicaCheck, SelfCheckCallback
 from ._spikes import SpikeLog
 
 
@@ -35,6 +35,8 @@ def default_callbacks(
     callbacks: list[Callback] = [Heartbeat(process_group), FiniteCheck(config.skip_limit)]
     if config.replica_check_every:
         callbacks.append(ReplicaCheck(config.replica_check_every, config.on_replica_mismatch))
+    if every := parse_check(config.check):
+        callbacks.append(SelfCheckCallback(every, process_group))
     callbacks += [SpikeLog(), *make_loggers(config.loggers)]
     if config.profile is not None:
         callbacks.append(ProfileTrace(*parse_profile(config.profile, config.steps)))

@@ -1,11 +1,13 @@
-"""Every so many updates: do all devices hold the same copy of the state?"""
+"""What a run proves about itself: equal copies of the state, and a gradient that fits the loss."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 
 from ..._core.errors import StateError, format_problems
+from ...processes import ProcessGroup
 from ..guards._replicas import Mismatch, ReplicaComparison
 from ._callback import Callback, RunContext, StepMetrics
 
@@ -70,3 +72,44 @@ class ReplicaCheck(Callback):
         if self._on_mismatch == "stop":
             raise StateError(text)
         self._run.say(f"{text}\nTraining continues (train.on_replica_mismatch=continue).")
+
+
+class SelfCheckCallback(Callback):
+    """Calls `step.self_check` before updates, prints its line, and ends the run if it fails.
+
+    Unlike the other callbacks it waits for the devices; `metrics.jsonl` has its time in a row
+    `check`, and goodput counts it apart.
+    """
+
+    def __init__(self, every: float, process_group: ProcessGroup) -> None:
+        """Takes the updates between two checks, infinite for the first alone, and the processes."""
+        self._every, self._process_group = every, process_group
+
+    def on_start(self, run: RunContext, state: Any) -> None:
+        self._run = run
+
+    def on_batch(self, step: int, state: Any, batch: Any) -> None:
+        """Checks the first update of the process, and every so many after it.
+
+        Raises:
+          VerificationError: a check failed; nothing was updated.
+        """
+        if (step - 1 - self._run.start) % self._every:
+            return
+        # The first check compiles, which the step timeout should not count.
+        self._process_group.stop_watching()
+        result = self._run.step.self_check(state, batch)
+        self._process_group.report_step(step - 1)
+        self._run.write(
+            "check",
+            step=step - 1,
+            ok=result.ok,
+            verdicts={check.name: check.verdict for check in result.checks},
+            gaps={check.name: check.gap for check in result.checks if math.isfinite(check.gap)},
+            leaf=result.worst_leaf,
+            evaluations=result.evaluations,
+            seconds=result.seconds,
+            compile_seconds=result.compile_seconds,
+        )
+        self._run.say(f"self check before step {step} {result.line}")
+        result.check()

@@ -130,7 +130,7 @@ def _draw(equation: Equation, states: Sequence[State]) -> Sequence[State]:
         return [Constant(0)]
     if len(grown) > 1:
         return [equation.mixed("draws something for each pair of rows")]
-    (dim,) = grown
+    dim = next(iter(grown))
     return [PerRow(dim, inner=equation.out_shape()[dim] // equation.n)]
 
 

@@ -36,6 +36,14 @@ def build_shard_objective(
     return build_local_objective(objective, plan)
 
 
+def build_micro_batch_objective(
+    bound: BoundSpec, layout: StepLayout, objective: Objective, args: LossArgs
+) -> Objective:
+    """Builds a loss of one micro-batch, with the draws of its gradient; see `plan_shards`."""
+    plan = plan_shards(bound, layout, objective, args, bound.spec.accumulate)
+    return build_local_objective(objective, plan)
+
+
 def plan_shards(
     bound: BoundSpec,
     layout: StepLayout,

@@ -1,0 +1,275 @@
+"""What a self check does to parameters and gradients, on the devices and in their shardings.
+
+Directions are never stored: element i of a leaf moves by +amount or -amount, the sign a hash of
+(seed of the leaf, i). So a sharded leaf needs no random draw of its whole shape, the same signs
+come out of every program, and nothing of the size of the parameters is kept beside the moved ones.
+
+Every result but the moved trees is a few numbers per leaf, on every device the same: nothing large
+reaches the host, whatever the number of processes.
+"""
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ..._core.train_state import TrainState
+from ..._core.tree import leaves_by_path
+from ..._core.types import Batch, Params, PyTree, Scalar
+from ...checkpoint import compute_fingerprints
+from ...rules import axes_of
+from .._layout import StepLayout
+
+if TYPE_CHECKING:
+    from .._spec import StepSpec
+
+_MIX_1, _MIX_2, _STRIDE = 0x85EBCA6B, 0xC2B2AE35, 0x9E3779B1
+
+
+class Probes:
+    """Small programs of one step, each compiled when it is first used.
+
+    Attributes:
+      paths: path and type of each parameter, in JAX's order: L of them.
+    """
+
+    def __init__(self, spec: "StepSpec", layout: StepLayout, dtype: str) -> None:
+        """Takes the optimizer, every sharding, and the dtype in which the loss sees parameters."""
+        self._spec, self._layout, self._dtype = spec, layout, dtype
+        self._mesh = jax.tree.leaves(layout.shardings)[0].mesh
+        self._whole = NamedSharding(self._mesh, PartitionSpec())
+        self.paths = tuple(leaves_by_path(layout.state.params, "params"))
+
+    @functools.cached_property
+    def measure(self) -> Any:
+        """`(params, gradients, u32[L]) → f32[3, L]`: rms of p, norm of g, ⟨g, signs⟩."""
+
+        def run(params: Params, grads: Params, seeds: jax.Array) -> jax.Array:
+            rows = []
+            for p, g, seed in zip(*map(jax.tree.leaves, (params, grads)), seeds, strict=True):
+                size = max(p.size, 1)
+                dot = jnp.sum(_real_product(_wide(g), _signs(p, seed)))
+                rows.append((_norm(p) / np.sqrt(size), _norm(g), dot))
+            return jnp.stack([jnp.stack(row) for row in rows], axis=1)
+
+        return jax.jit(run, out_shardings=self._whole)
+
+    @functools.cached_property
+    def move(self) -> Any:
+        """`(params, u32[L], f32[L]) → params`, each element moved by ± the amount of its leaf."""
+
+        def run(params: Params, seeds: jax.Array, amounts: jax.Array) -> Params:
+            return _map(lambda p, seed, amount: _moved(p, seed, amount), params, seeds, amounts)
+
+        return jax.jit(run, out_shardings=self._layout.shardings.params)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether no element's move is lost in the rounding of parameters or of the loss."""
+        dtypes = {jnp.dtype(self._dtype)}
+        dtypes |= {x.dtype for x in jax.tree.leaves(self._layout.state.params)}
+        return all(jnp.finfo(dtype).eps < 1e-6 for dtype in dtypes)
+
+    @functools.cached_property
+    def predict(self) -> Any:
+        """`(params, gradients, u32[L], f32[L]) → f32[L]`: what each leaf adds to L(p+v) - L(p-v).
+
+        The difference is that of the rounded parameters, as the loss sees them: in bf16 an element
+        moves by a multiple of its rounding, and by nothing where the move is smaller.
+        """
+        dtype = self._dtype
+
+        def run(params: Params, grads: Params, seeds: jax.Array, amounts: jax.Array) -> jax.Array:
+            rows = []
+            trees = map(jax.tree.leaves, (params, grads))
+            for p, g, seed, amount in zip(*trees, seeds, amounts, strict=True):
+                up, down = (_rounded(_moved(p, seed, x), dtype) for x in (amount, -amount))
+                rows.append(jnp.sum(_real_product(_wide(g), up - down)))
+            return jnp.stack(rows)
+
+        return jax.jit(run, out_shardings=self._whole)
+
+    @functools.cached_property
+    def rearrange(self) -> Any:
+        """`(batch, i32[rows]) → batch` with these rows, laid out as declared."""
+
+        def run(batch: Batch, index: jax.Array) -> Batch:
+            return jax.tree.map(lambda x: jnp.take(x, index, axis=0) if x.ndim else x, batch)
+
+        return jax.jit(run, out_shardings=self._layout.batch_shardings)
+
+    @functools.cached_property
+    def copy(self) -> Any:
+        """`state → state` in buffers of its own, which a step may consume."""
+
+        def fresh(x: jax.Array) -> jax.Array:
+            if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+                impl = jax.random.key_impl(x)
+                return jax.random.wrap_key_data(jnp.copy(jax.random.key_data(x)), impl=impl)
+            return jnp.copy(x)
+
+        def run(state: TrainState) -> TrainState:
+            return jax.tree.map(fresh, state)
+
+        return jax.jit(run, out_shardings=self._layout.shardings)
+
+    @functools.cached_property
+    def copies_differ(self) -> Any:
+        """`(state, gradients) → i32[leaves]`: devices whose copy of a shard is not the others'.
+
+        On (data=2, tensor=2) a leaf split over tensor has two copies of each half; the checksums
+        of the two are compared over data, and the disagreements summed over the whole mesh.
+        """
+        shardings = (self._layout.shardings, self._layout.shardings.params)
+        specs = [sharding.spec for sharding in jax.tree.leaves(shardings)]
+
+        def on_device(*shards: jax.Array) -> jax.Array:
+            sums = compute_fingerprints({str(i): x for i, x in enumerate(shards)})
+            return jnp.stack([self._disagree(sums[str(i)], s) for i, s in enumerate(specs)])
+
+        def run(state: TrainState, grads: Params) -> jax.Array:
+            flat = [_key_words(x) for x in jax.tree.leaves((state, grads))]
+            body = jax.shard_map(
+                on_device,
+                mesh=self._mesh,
+                in_specs=tuple(specs),
+                out_specs=PartitionSpec(),
+                # A dropped sum is what is looked for: the types must not be believed.
+                check_vma=False,
+            )
+            return body(*flat)
+
+        return jax.jit(run, out_shardings=self._whole)
+
+    def _disagree(self, checksum: jax.Array, spec: PartitionSpec) -> jax.Array:
+        split = {axis for entry in spec for axis in axes_of(entry)}
+        copied = tuple(axis for axis in self._mesh.axis_names if axis not in split)
+        if not copied:
+            return jnp.zeros((), jnp.int32)
+        differs = (checksum != jax.lax.pmax(checksum, copied)).any()
+        return jax.lax.psum(differs.astype(jnp.int32), self._mesh.axis_names)
+
+    @functools.cached_property
+    def update_gaps(self) -> Any:
+        """`(before, gradients, loss, after, least) → f32[2, leaves of (params, opt_state)]`.
+
+        Row 0 is the rms of what `after` differs by from `optimizer.update` of the gradients, row 1
+        that of the change itself. Elements of parameters whose gradient is below `least` times the
+        largest one are left out: Adam divides a gradient by its own size, so two correct programs
+        may move an element in opposite directions where its gradient is zero but for rounding.
+        """
+        update = optax.with_extra_args_support(self._spec.optimizer).update
+
+        def run(
+            before: TrainState, grads: Params, loss: Scalar, after: TrainState, least: Scalar
+        ) -> jax.Array:
+            updates, opt_state = update(grads, before.opt_state, before.params, value=loss)
+            params = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), before.params, updates)
+            tops = [jnp.max(jnp.abs(g), initial=0) for g in jax.tree.leaves(grads)]
+            bound = least * jnp.max(jnp.stack([x.astype(jnp.float32) for x in tops]))
+            sure = jax.tree.map(lambda g: jnp.abs(g).astype(jnp.float32) > bound, grads)
+            rows = [*_rows(before.params, params, after.params, sure)]
+            every = jax.tree.map(lambda x: jnp.ones(x.shape, bool), opt_state)
+            rows += _rows(before.opt_state, opt_state, after.opt_state, every)
+            return jnp.stack(rows, axis=1)
+
+        return jax.jit(run, out_shardings=self._whole)
+
+    @functools.cached_property
+    def updated_paths(self) -> tuple[str, ...]:
+        """Paths of the leaves of `update_gaps`."""
+        state = self._layout.state
+        return (*self.paths, *leaves_by_path(state.opt_state, "opt_state"))
+
+    @functools.cached_property
+    def copied_paths(self) -> tuple[str, ...]:
+        """Paths of the leaves of `copies_differ`."""
+        state = self._layout.state
+        return (*leaves_by_path(state, "state"), *leaves_by_path(state.params, "gradients"))
+
+
+def _rows(before: PyTree, expected: PyTree, after: PyTree, sure: PyTree) -> list[jax.Array]:
+    trees = map(jax.tree.leaves, (before, expected, after, sure))
+    return [_update_gap(*leaf) for leaf in zip(*trees, strict=True)]
+
+
+def _update_gap(before: Any, expected: Any, after: Any, sure: Any) -> jax.Array:
+    """f32[2]: rms of after - expected, and of the change or of a hundred roundings."""
+    if not jnp.issubdtype(expected.dtype, jnp.inexact):
+        wrong = jnp.any(_key_words(after) != _key_words(expected))
+        return jnp.stack([wrong.astype(jnp.float32), jnp.float32(1)])
+    old, want, got = (jnp.where(sure, x, 0) for x in (before, expected, after))
+    size = np.sqrt(max(expected.size, 1))
+    roundings = 100 * float(jnp.finfo(expected.dtype).eps) * _norm(want)
+    return (
+        jnp.stack(
+            [
+                _norm(_wide(got) - _wide(want)),
+                jnp.maximum(_norm(_wide(want) - _wide(old)), roundings),
+            ]
+        )
+        / size
+    )
+
+
+def _map(run: Any, tree: PyTree, *rows: jax.Array) -> PyTree:
+    leaves, structure = jax.tree.flatten(tree)
+    return structure.unflatten([run(*leaf) for leaf in zip(leaves, *rows, strict=True)])
+
+
+def _moved(p: jax.Array, seed: jax.Array, amount: jax.Array) -> jax.Array:
+    return (_wide(p) + amount * _signs(p, seed)).astype(p.dtype)
+
+
+def _rounded(x: jax.Array, dtype: str) -> jax.Array:
+    """`x` rounded to its own dtype and to the loss's, but held in f32 at least.
+
+    A pair of casts may be dropped by the compiler; `reduce_precision` may not.
+    """
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        return x
+    wide = _wide(x)
+    for to in (x.dtype, jnp.dtype(dtype)):
+        if to.itemsize < wide.dtype.itemsize:
+            info = jnp.finfo(to)
+            wide = jax.lax.reduce_precision(wide, info.nexp, info.nmant)
+    return wide
+
+
+def _signs(x: jax.Array, seed: jax.Array) -> jax.Array:
+    """±1 for each element, ±1±i for a complex one: a hash of its global row-major index."""
+    signs = _hash_signs(x.shape, seed)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        return signs + 1j * _hash_signs(x.shape, seed ^ np.uint32(_STRIDE))
+    return signs.astype(_wide(x).dtype)
+
+
+def _hash_signs(shape: tuple[int, ...], seed: jax.Array) -> jax.Array:
+    index = jnp.zeros(shape, jnp.uint32)
+    for dim, n in enumerate(shape):
+        index = index * np.uint32(n) + jax.lax.broadcasted_iota(jnp.uint32, shape, dim)
+    word = index * np.uint32(_STRIDE) ^ seed
+    word = (word ^ (word >> 16)) * np.uint32(_MIX_1)
+    word = (word ^ (word >> 13)) * np.uint32(_MIX_2)
+    return 1.0 - 2.0 * ((word ^ (word >> 16)) >> 31).astype(jnp.float32)
+
+
+def _real_product(g: jax.Array, d: jax.Array) -> jax.Array:
+    """What a move d adds to the loss, by JAX's convention of complex gradients: Re(g·d)."""
+    return jnp.real(g * d)
+
+
+def _norm(x: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.sum(jnp.square(jnp.abs(_wide(x))))).astype(jnp.float32)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _key_words(x: jax.Array) -> jax.Array:
+    return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
