@@ -37,7 +37,7 @@ def mean_loss(params, batch, key):
 
 def dropout_loss(params, batch, key):
     error = jnp.mean((forward(params, batch["x"], key) - batch["y"]) ** 2, axis=-1)
-    return sk.Mean(jnp.sum(batch["w"] * error), batch["w"].sum()), {"rows": batch["w"].sum()}
+    return sk.Mean(jnp.sum(batch["w"] * error), batch["w"].sum()), {"rows": batch["w"].mean()}
 
 
 def masked_by_hand(params, batch, key):

@@ -169,7 +169,7 @@ def test_what_is_no_dump_of_this_model_is_told(steps, tmp_path):
 def test_the_command_line_replays_what_its_run_left(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_bytes(bytes(range(97, 123)) * 60)
-    sizes = {"embed": 8, "layers": 1, "heads": 2, "mlp": 16, "kv_heads": 2}
+    sizes = {"embed_dim": 8, "num_layers": 1, "num_heads": 2, "mlp_dim": 16, "kv_heads": 2}
     words = [f"model.{name}={size}" for name, size in sizes.items()]
     words += ["data.path=text.txt", "data.validation_fraction=0.3"]
     words += [

@@ -63,4 +63,4 @@ def test_a_run_that_is_killed_at_random_ends_with_the_same_bits(tmp_path, capsys
     assert "resumed" in capsys.readouterr().out
     assert finished(folder) == finished(tmp_path / "whole")
     held = {name.partition("/")[0] for name in finished(folder)}
-    assert held == {"key", "opt_state", "params", "step"}
+    assert held == {"halted", "key", "opt_state", "params", "step"}

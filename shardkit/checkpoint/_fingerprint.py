@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ._collective_errors import has_several_processes
@@ -79,7 +80,7 @@ def compute_fingerprints(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array
       `{path: u32[2]}`; equal for equal values on any mesh and spec.
     """
     # Within a traced function (a shard_map over copies) the caller decides where results go.
-    here = [x for x in leaves.values() if not isinstance(x, jax.core.Tracer)]
+    here = [x for x in leaves.values() if not isinstance(x, Tracer)]
     shardings = [x.sharding for x in here] if has_several_processes() else []
     meshes = [s.mesh for s in shardings if isinstance(s, NamedSharding)]
     return _compile_fingerprints(NamedSharding(meshes[0], PartitionSpec()) if meshes else None)(

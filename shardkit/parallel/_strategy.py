@@ -105,11 +105,11 @@ class Strategy:
         # tensor=2 and rows over (data, fsdp), XLA sums the gradient of a weight over the wrong
         # devices (98 % off, in plain `jax.jit` too; benchmarks/xla_faults.py); with (fsdp, data)
         # it does not.
-        outer_first = (other, self) if other._stores > self._stores else (self, other)
+        outer, inner = (other, self) if other._stores > self._stores else (self, other)
         joined = {
             "params": _join_rules(self.params, other.params, problems),
-            "batch": _join_batch(*(layout.batch for layout in outer_first), problems),
-            "activations": _join_tables(*(layout.activations for layout in outer_first)),
+            "batch": _join_batch(outer.batch, inner.batch, problems),
+            "activations": _join_tables(outer.activations, inner.activations),
             "kinds": self.kinds + other.kinds,
             "overrides": _join_overrides(self.overrides, other.overrides, problems),
         }

@@ -2,24 +2,21 @@
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.extend import core
 
 from .._core.errors import Problem, StepError, raise_all
 from .._core.precision import cast_floats
-from .._core.tracing import equations
 from .._core.train_state import TrainState
 from .._core.types import Batch, Params
-from ..nn._manual_axis_rules import ShardMapLoss
 from ..nn._remat import Policy, apply_policy, parse_policy, regathering_policy, use_policy
 from ._bound_spec import BoundSpec
 from ._gradients import GradientFn, GradientPlan, LossArgs, build_gradients, match_shard_draws
 from ._layout import StepLayout
 from ._objective import Objective, build_objective
+from ._split_checks import check_convolutions, check_split_rows
 from ._update import (
     Metrics,
     build_eval_step,
@@ -28,7 +25,6 @@ from ._update import (
     check_params,
     check_state_types,
 )
-from .rows import check_rows
 from .self_check import build_plain_objective, build_training_loss
 from .shard_map._build import (
     build_micro_batch_objective,
@@ -108,7 +104,7 @@ class StepFunctions:
         spec = self.bound.spec
         loss = build_objective(spec.loss_fn, self.bound.mesh, evaluate=True)
         if spec.mode == "shard_map":
-            self._check_rows(loss, gradients=False)
+            check_split_rows(self.bound, self.layout, loss, self._loss_args, gradients=False)
             loss = self._build_on_shards(build_shard_objective, loss)
         return build_eval_step(loss, self._to_compute_params)
 
@@ -140,65 +136,14 @@ class StepFunctions:
         loss = build_objective(self.bound.spec.loss_fn, self.bound.mesh)
         # Checkpoints the loss as a whole if it marks no layers with `sk.nn.remat`.
         loss = apply_policy(loss, parse_policy(self.bound.spec.strategy.remat), *self._loss_args)
-        self._check_rows(loss, gradients=True)
+        check_split_rows(self.bound, self.layout, loss, self._loss_args)
         if self.bound.spec.mode == "shard_map":
             return self._build_on_shards(build_shard_gradients, loss)
         plan = GradientPlan(self.bound, self.layout)
         if plan.per_shard_accumulation:
-            self._check_convolutions(loss, plan)
+            check_convolutions(plan, loss, self._loss_args)
             plan = dataclasses.replace(plan, draws=match_shard_draws(loss, plan, self._loss_args))
         return build_gradients(loss, plan)
-
-    def _check_rows(self, loss: Objective, *, gradients: bool) -> None:
-        """Refuses a loss that depends on rows together, where the step splits them."""
-        spec = self.bound.spec
-        splits = next(iter(self._row_splits(gradients)), None)
-        # Statistics of the batch are declared by mutable state, and on shards by `ShardMapLoss`.
-        declared = spec.stateful or isinstance(spec.loss_fn, ShardMapLoss)
-        if splits and not spec.independent_rows and not declared:
-            check_rows(loss, self._loss_args, splits, gradients=gradients)
-
-    def _check_convolutions(self, loss: Objective, plan: GradientPlan) -> None:
-        """Refuses convolutions whose gradient per shard XLA computes wrongly on CPU devices.
-
-        The gradient of a weight for each gradient shard is a grouped convolution, split over its
-        groups. XLA's CPU partitioner gets it wrong for kernels of 1 x 1, and for any kernel where a
-        shard has one row (benchmarks/xla_faults.py); programs for TPUs keep it local.
-
-        Raises:
-          StepError: with the first such convolution.
-        """
-        device = self.bound.mesh.devices.flat[0]
-        if plan.num_shards == 1 or device.platform != "cpu":
-            return
-        one_row = self.layout.rows // plan.micro_batches == plan.num_shards
-        for equation in equations(jax.make_jaxpr(loss)(*self._loss_args).jaxpr):
-            if equation.primitive.name != "conv_general_dilated":
-                continue
-            kernel = _kernel_size(equation)
-            if one_row or math.prod(kernel) == 1:
-                size = " x ".join(map(str, kernel))
-                why = f"has a {size} convolution, whose gradient per shard XLA miscompiles on CPUs"
-                fix = (
-                    f'accumulate=sk.Accumulate({plan.micro_batches}, "every"), or mode="shard_map"'
-                )
-                problem = Problem("loss_fn", why, fix)
-                raise_all(StepError, "The gradient would be wrong.", [problem])
-
-    def _row_splits(self, gradients: bool) -> Iterator[str]:
-        """What makes the step compute the loss on parts of the rows, as code."""
-        spec, sizes = self.bound.spec, self.bound.mesh.shape
-        if spec.mode == "shard_map" and any(sizes[axis] > 1 for axis in self.layout.row_axes):
-            yield 'mode="shard_map"'
-        if not gradients:
-            return
-        if spec.accumulate.micro_batches > 1:
-            yield f"accumulate={spec.accumulate.micro_batches}"
-        if spec.precision.reduces_separately and self.layout.shard_axes:
-            yield f"precision.reduce_dtype={spec.precision.reduce_dtype!r}"
-        for kind in spec.strategy.kinds:
-            if "layers" in kind.splits and sizes.get(kind.axis, 1) > 1:
-                yield f"strategies.{kind.name}()"
 
     def _build_on_shards(self, build: Callable[..., Any], loss: Objective) -> Any:
         with use_policy(layer_policy(self.bound, self.layout)):
@@ -210,12 +155,6 @@ class StepFunctions:
         state = self.layout.state
         compute_params = jax.eval_shape(self._to_compute_params, state.params)
         return compute_params, state.model_state, self.layout.batch, state.key
-
-
-def _kernel_size(convolution: core.JaxprEqn) -> tuple[int, ...]:
-    """Sizes of the dims of a convolution's kernel that slide over its input."""
-    kernel: Any = convolution.invars[1].aval
-    return tuple(kernel.shape[dim] for dim in convolution.params["dimension_numbers"].rhs_spec[2:])
 
 
 def layer_policy(bound: BoundSpec, layout: StepLayout) -> Policy | None:
