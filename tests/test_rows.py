@@ -3,9 +3,11 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
+import shardkit as sk
 from shardkit.step.rows import AlwaysZero, Constant, Mixed, PerRow, RowSum, follow_rows
 
 ROWS = 16
