@@ -471,4 +471,4 @@ def test_ctrl_c_leaves_whole_metrics_and_says_where(tmp_path, mesh):
     path = tmp_path / "run" / "metrics.jsonl"
     assert stop.value.__notes__ == [f"Metrics so far are in {path}."]
     kinds = [json.loads(line)["kind"] for line in path.read_text().splitlines()]
-    assert kinds == ["start", "step", "step", "step", "stopped", "goodput"]
+    assert kinds == ["start", "check", "step", "step", "step", "stopped", "goodput"]
