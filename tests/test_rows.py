@@ -8,7 +8,11 @@ import optax
 import pytest
 
 import shardkit as sk
+from shardkit._core.tracing import record_p
+from shardkit.nn._constrain import constrain_p
+from shardkit.nn._manual_axis_rules import use_param_p
 from shardkit.step.rows import AlwaysZero, Constant, Mixed, PerRow, RowSum, follow_rows
+from shardkit.step.rows._rules import RULES
 
 ROWS = 16
 X = jax.ShapeDtypeStruct((ROWS, 4), jnp.float32)
@@ -224,6 +228,11 @@ def test_a_ratio_of_sums_is_known_as_one():
 )
 def test_how_a_value_grows_with_the_rows(loss, state):
     assert followed(loss, X) == [state]
+
+
+@pytest.mark.parametrize("primitive", [constrain_p, use_param_p, record_p], ids=str)
+def test_the_marks_of_a_model_leave_rows_as_they_are(primitive):
+    assert RULES[primitive.name] is RULES["copy"]
 
 
 @pytest.mark.parametrize(
