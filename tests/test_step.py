@@ -439,3 +439,23 @@ def test_replaced_options_give_another_step(step):
     assert step.spec.accumulate.micro_batches == 1
     state, _ = other(other.init(jax.random.key(0)), BATCH)
     assert int(state.step) == 1
+
+
+def test_the_norm_of_complex_gradients_counts_both_parts():
+    x = jax.random.normal(jax.random.key(1), (16, 4), jnp.complex64)
+
+    def loss(params, batch, key):
+        return jnp.mean(jnp.abs(batch["x"] @ params["w"]) ** 2)
+
+    step = sk.compile_step(
+        loss,
+        optax.sgd(0.1),
+        init=lambda key: {"w": jax.random.normal(key, (4, 4), jnp.complex64)},
+        batch={"x": x},
+        mesh=sk.MeshSpec(data=8).build(),
+        strategy=sk.strategies.data(),
+    )
+    state = step.init(jax.random.key(0))
+    want = np.linalg.norm(jax.grad(loss)(jax.device_get(state.params), {"x": x}, None)["w"])
+    _, metrics = step(state, {"x": x})
+    np.testing.assert_allclose(metrics["grad_norm"], want, rtol=1e-5)

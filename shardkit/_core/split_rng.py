@@ -93,6 +93,9 @@ def match_dims(part: list[Draw], whole: list[Draw], parts: int) -> tuple[tuple[D
         subject = f"{kind} {short_type(small, jnp.uint32.dtype)}"
         if kind == "fold_in" and small != large:
             problems.append(Problem(subject, "folds in numbers counted over the rows of the batch"))
+        elif kind == "gamma" and small != large:
+            why = "is no draw that can be made in parts; nor are beta, dirichlet, chisquare and t"
+            problems.append(Problem(subject, why))
         elif dim is None and small != large:
             problems.append(Problem(subject, f"is {large} for {parts} times the rows"))
         elif dims.setdefault((kind, small), dim) != dim:
@@ -159,6 +162,9 @@ def list_draws(jaxpr: core.Jaxpr) -> list[Draw]:
         elif name == "random_fold_in":
             folded: Any = eqn.invars[1].aval
             draws.append(("fold_in", tuple(folded.shape)))
+        elif name == "random_gamma":
+            drawn: Any = eqn.outvars[0].aval
+            draws.append(("gamma", tuple(drawn.shape)))
     return draws
 
 

@@ -98,4 +98,6 @@ def clipped_sgd(params: Leaves, grads: Leaves) -> optax.GradientTransformation:
 
 def global_norm(leaves: Leaves) -> float:
     """Euclidean norm of all leaves together, summed in f64."""
-    return float(np.sqrt(sum(np.square(x.astype(np.float64)).sum() for x in leaves.values())))
+    return float(
+        np.sqrt(sum(np.square(np.abs(x).astype(np.float64)).sum() for x in leaves.values()))
+    )

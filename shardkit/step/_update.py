@@ -131,7 +131,8 @@ def step_key(state: TrainState) -> Key:
 
 def _collect_metrics(output: LossOutput, grads: Params) -> Metrics:
     with jax.named_scope("grad_norm"):
-        norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+        wide = jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), grads)
+        norm = optax.tree.norm(wide).astype(jnp.float32)
     return {**_loss_metrics(output), "grad_norm": norm}
 
 
