@@ -1,6 +1,6 @@
 """Follows the rows of a batch through a traced function."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -109,7 +109,7 @@ def _scan(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     outs = len(equation.few.outvars)
     if params["length"] != equation.many.params["length"]:
         return [equation.mixed("loops over the rows of the batch")] * outs
-    consts, carried = params["num_consts"], params["num_carry"]
+    consts, carried = _scan_counts(params)
     fixed, carry = list(states[:consts]), list(states[consts : consts + carried])
     slices = [_at(s, -1) for s in states[consts + carried :]]
     if any(isinstance(s, PerRow) and s.dim < 0 for s in slices):
@@ -122,6 +122,14 @@ def _scan(equation: Equation, states: Sequence[State]) -> Sequence[State]:
 
     carry, ys = _fixpoint(equation, body, carry)
     return [*carry, *(_at(y, 1) for y in ys)]
+
+
+def _scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
+    """Numbers of constants and of carried values, which JAX 0.12 keeps as trees."""
+    if "ft_in" in params:
+        consts, carry, _ = params["ft_in"].unpack()
+        return len(list(consts)), len(list(carry))
+    return params["num_consts"], params["num_carry"]
 
 
 def _at(state: State, by: int) -> State:

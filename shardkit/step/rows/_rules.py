@@ -223,7 +223,7 @@ _ELEMENTWISE = (
     "population_count pow random_bits_elementwise regularized_incomplete_beta rem round rsqrt "
     "shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt tan tanh xor zeta "
     "threefry2x32 bitcast_convert_type random_fold_in random_clone eq_to lt_to le_to clz "
-    "random_gamma erf_inv square_root to_edtype from_edtype"
+    "random_gamma square_root to_edtype from_edtype one_minus_square log2 mulhi polynomial"
 )
 
 
