@@ -7,7 +7,6 @@ It is compiled as a whole and costs about as much as the program itself.
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,9 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
+from ..._core.equations import count_scan_operands, user_frame
 from ...report import scope_of
-
-_PACKAGE = str(Path(__file__).parents[2])
 
 # Primitives that run one jaxpr once, with the parameter that holds it.
 _ONCE = {
@@ -159,7 +157,7 @@ def _evaluate_eqn(eqn: Any, operands: Sequence[Any], site: _Site) -> tuple[list[
 def _evaluate_scan(eqn: Any, operands: Sequence[Any], site: _Site) -> tuple[list[Any], list[_Flag]]:
     """Evaluates a scan whose body also collects the flags, so that each gets a leading dim."""
     p = eqn.params
-    fixed, carried = _count_operands(eqn)
+    fixed, carried = count_scan_operands(eqn)
     consts, carry = operands[:fixed], operands[fixed : fixed + carried]
     loop = (len(site.order) - 1, p["length"], p["reverse"])
     inside = dataclasses.replace(site, loops=(*site.loops, loop))
@@ -178,27 +176,6 @@ def _evaluate_scan(eqn: Any, operands: Sequence[Any], site: _Site) -> tuple[list
     return [*last, *ys], [(*site, flag) for site, flag in zip(sites, flags, strict=True)]
 
 
-def _count_operands(eqn: Any) -> tuple[int, int]:
-    """Returns how many operands of a scan are constants, and how many are carried.
-
-    The parameters that say so have other names in each version of JAX; the ranks do not change.
-    Outside of the body, scanned inputs and collected outputs have one dim more than inside:
-
-        invars   consts [4]   carry [2]   xs [10, 3]      body: [4] [2] [3]
-        outvars               carry [2]   ys [10, 3]      body:     [2] [3]
-
-    So the outputs of equal rank are the carry, and the inputs of equal rank constants and carry.
-    """
-    body = eqn.params["jaxpr"].jaxpr
-
-    def count_equal_ranks(outside: Sequence[Any], inside: Sequence[Any]) -> int:
-        pairs = zip(outside, inside, strict=True)
-        return sum(len(outer.aval.shape) == len(inner.aval.shape) for outer, inner in pairs)
-
-    carried = count_equal_ranks(eqn.outvars, body.outvars)
-    return count_equal_ranks(eqn.invars, body.invars) - carried, carried
-
-
 def _bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
     with eqn.ctx.manager:
         results = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
@@ -211,10 +188,6 @@ def _is_finite(values: Sequence[Any]) -> jax.Array:
 
 
 def _source(eqn: Any) -> str:
-    """Returns `file:line` of the innermost frame outside of this and of installed packages."""
-    trace = eqn.source_info.traceback
-    for frame in trace.frames if trace else ():
-        name = frame.file_name
-        if "site-packages" not in name and not name.startswith((_PACKAGE, "<")):
-            return f"{name}:{frame.line_num}"
-    return ""
+    """Returns `file:line` of the user's code that made an equation."""
+    frame = user_frame(eqn)
+    return f"{frame.file_name}:{frame.line_num}" if frame else ""

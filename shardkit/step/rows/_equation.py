@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from jax.extend import core
 
-from ._states import Cause, Constant, Degree, Mixed, PerRow, State
+from ..._core.equations import user_frame
+from ._states import Cause, Degree, Mixed, PerRow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,30 +76,17 @@ def dtype_of(variable: Any) -> np.dtype:
 
 
 def user_line(equation: core.JaxprEqn) -> tuple[str, str]:
-    """The innermost frame that is neither JAX nor a library on it.
+    """The line of the user's code that made an equation.
 
     Returns:
       `file:line in function`, and the text of the line; "" for both where there is none.
     """
-    traceback = equation.source_info.traceback
-    for frame in traceback.frames if traceback else ():
-        if not any(f"/{package}/" in frame.file_name for package in _LIBRARIES):
-            name = frame.file_name.rpartition("/")[2]
-            code = linecache.getline(frame.file_name, frame.line_num).strip()
-            return f"{name}:{frame.line_num} in {frame.function_name}", code
-    return "", ""
-
-
-_LIBRARIES = (
-    "jax",
-    "flax",
-    "optax",
-    "shardkit",
-    "equinox",
-    "haiku",
-    "contextlib.py",
-    "functools.py",
-)
+    frame = user_frame(equation)
+    if frame is None:
+        return "", ""
+    name = frame.file_name.rpartition("/")[2]
+    code = linecache.getline(frame.file_name, frame.line_num).strip()
+    return f"{name}:{frame.line_num} in {frame.function_name}", code
 
 
 def literal_degree(few: Any, many: Any) -> Degree:
@@ -113,12 +101,6 @@ def literal_degree(few: Any, many: Any) -> Degree:
         if few and math.isclose(many / few, 2.0**degree, rel_tol=1e-6):
             return degree
     return None
-
-
-def constant_from(equation: Equation, degree: Degree, index: int = 0) -> State:
-    """A result that no row decides: alike for every row, as its dims that grow are uniform."""
-    del equation, index
-    return Constant(degree)
 
 
 def _differing(few: Any, many: Any) -> tuple[int, ...]:

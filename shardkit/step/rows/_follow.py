@@ -1,11 +1,12 @@
 """Follows the rows of a batch through a traced function."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax.extend import core
 
+from ..._core.equations import count_scan_operands
 from . import _indexing, _products, _shapes  # noqa: F401  they register their rules
 from ._equation import Equation, literal_degree
 from ._rules import RULES, first_mixed, join, unfollowed
@@ -109,7 +110,7 @@ def _scan(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     outs = len(equation.few.outvars)
     if params["length"] != equation.many.params["length"]:
         return [equation.mixed("loops over the rows of the batch")] * outs
-    consts, carried = _scan_counts(params)
+    consts, carried = count_scan_operands(equation.few)
     fixed, carry = list(states[:consts]), list(states[consts : consts + carried])
     slices = [_at(s, -1) for s in states[consts + carried :]]
     if any(isinstance(s, PerRow) and s.dim < 0 for s in slices):
@@ -122,14 +123,6 @@ def _scan(equation: Equation, states: Sequence[State]) -> Sequence[State]:
 
     carry, ys = _fixpoint(equation, body, carry)
     return [*carry, *(_at(y, 1) for y in ys)]
-
-
-def _scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
-    """Numbers of constants and of carried values, which JAX 0.12 keeps as trees."""
-    if "ft_in" in params:
-        consts, carry, _ = params["ft_in"].unpack()
-        return len(list(consts)), len(list(carry))
-    return params["num_consts"], params["num_carry"]
 
 
 def _at(state: State, by: int) -> State:
