@@ -9,6 +9,7 @@ from ._architecture import Function, Tree
 # reason why it does not grow. Caches of an instance (`functools.cached_property`) and `ContextVar`s
 # that a `with` block resets do not outlive their owners and are not listed.
 KEPT: dict[str, tuple[int | str, str]] = {
+    "_core.source._rank_file": (4096, "paths of the files that made operations"),
     "_core.split_rng._generator": (64, "sets of draws; a step has one or two"),
     "nn._remat.parse_policy": (64, "names of policies; `save:` takes any list of names"),
     "nn._remat.regathering_policy": (64, "policies × sets of axes that are gathered"),

@@ -30,7 +30,7 @@ OPTIONS = {
     "checkpoint": {"-h", "--help", "--debug", "--values"},
     "plot": {"-h", "--help", "--debug", "--out"},
     "plan": SHARED | {"--target", "--global-batch", "--compile", "--overlap", "--plot", "--json"},
-    "report": SHARED | {"--target", "--chip", "--json", "--html", "--timeout"},
+    "report": SHARED | {"--why", "--target", "--chip", "--json", "--html", "--timeout"},
     "hardware": {"-h", "--help", "--debug", "--config", "--measure"},
     "launch": {"-h", "--help", "--debug", "-n", "--devices"},
     "tokenize": {"-h", "--help", "--debug", "--tokenizer", "--tokens"},

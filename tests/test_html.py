@@ -208,8 +208,8 @@ def test_the_ledger_filters_and_sorts():
     searched = "change(find('ledger').querySelectorAll('input')[0], 'LAYER7');"
     assert "1 of 9 collectives, 7 B of 36 B sent" in shown(report(rows), searched)
     order = """
-    press(find("ledger").querySelectorAll("th")[7].children[0]);
-    const scopes = find("ledger").querySelectorAll("td").filter((_, i) => i % 9 === 7);
+    press(find("ledger").querySelectorAll("th")[8].children[0]);
+    const scopes = find("ledger").querySelectorAll("td").filter((_, i) => i % 10 === 8);
     body.querySelector("nav").textContent = scopes.map((one) => one.textContent).join(" ");
     """
     assert shown(report(rows), order, "nav").split() == [f"layer{n}" for n in range(9)]

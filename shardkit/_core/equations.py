@@ -1,31 +1,18 @@
 """What an equation of a traced program says on every version of JAX."""
 
-import pathlib
-import sysconfig
 from collections.abc import Sequence
 from typing import Any
 
-from jax.extend import core
-
-_NOT_OF_A_USER = (
-    f"{pathlib.Path(__file__).parents[1]}/",
-    f"{sysconfig.get_path('stdlib')}/",
-    "<",
-)
+from .source import Frame, Source, choose_source
 
 
-def user_frame(equation: core.JaxprEqn) -> Any:
-    """Innermost frame outside of this package, of installed ones and of the standard library.
-
-    Returns:
-      A frame with `file_name`, `line_num` and `function_name`; None if there is none.
-    """
+def source_of_equation(equation: Any) -> Source | None:
+    """The source of a jaxpr's equation; None if it has none."""
     trace = equation.source_info.traceback
-    for frame in trace.frames if trace else ():
-        name = frame.file_name
-        if "site-packages" not in name and not name.startswith(_NOT_OF_A_USER):
-            return frame
-    return None
+    return choose_source(
+        Frame(frame.file_name, frame.line_num, frame.function_name)
+        for frame in (trace.frames if trace else ())
+    )
 
 
 def count_scan_operands(equation: Any) -> tuple[int, int]:

@@ -26,6 +26,9 @@ def add_report_options(parser: argparse.ArgumentParser) -> None:
         metavar="OTHER.json",
         help="a second saved report: show how it differs from CONFIG, a saved report too",
     )
+    parser.add_argument(
+        "--why", action="store_true", help="what is sent, by the line of code that causes it"
+    )
     parser.add_argument("--html", metavar="FILE", help="save the report as one HTML page")
     parser.add_argument("--json", metavar="FILE", help="save the report; - prints it")
     parser.add_argument(

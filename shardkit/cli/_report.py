@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.html:
         write_output(Path(arguments.html), report.to_html())
     if arguments.json != "-":
-        console.print(str(report))
+        console.print(str(report.by_source() if arguments.why else report))
     return 0
 
 

@@ -4,6 +4,7 @@ from ._budget import Budget, check
 from ._compare import Change, Comparison, compare
 from ._program import AxisKind, CompiledBytes, Declarations, PlacedLeaf, Program, SplitPart
 from ._report import Report
+from .communication._governing import GoverningConstraint
 from .communication._ledger import Ledger, LedgerRow, read_ledger, wire_bytes
 from .communication._minimum import Minimum
 from .findings._finding import Finding
@@ -24,6 +25,7 @@ __all__ = [
     "Declarations",
     "Finding",
     "Flops",
+    "GoverningConstraint",
     "Ledger",
     "LedgerRow",
     "Memory",

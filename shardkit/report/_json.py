@@ -13,9 +13,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from .._core.errors import ReportError
+from .._core.source import Source
 from ._data import ReportData
 from ._program import LeafLayout
-from .communication._ledger import Ledger, LedgerRow
+from .communication._ledger import Ends, Ledger, LedgerRow
 from .communication._minimum import Minimum
 from .findings._finding import Finding
 from .memory._memory import Memory
@@ -32,6 +33,8 @@ def to_json(report: ReportData, indent: int | None = 1) -> str:
     """Returns the report as JSON."""
     fields = dataclasses.asdict(report)
     del fields["ledger"]["mesh"]
+    for row, written in zip(report.ledger, fields["ledger"]["rows"], strict=True):
+        written["source"] = row.source and dataclasses.asdict(row.source)
     if report.flops:
         by_scope = [[*key, flops] for key, flops in report.flops.by_scope.items()]
         fields["flops"]["by_scope"] = by_scope
@@ -61,15 +64,24 @@ def _read_fields(fields: dict[str, Any]) -> dict[str, Any]:
     timeline, peak = fields.get("timeline"), fields.get("peak")
     if flops is not None:
         by_scope = {(scope, phase): n for scope, phase, n in flops["by_scope"]}
-        flops = _build(Flops, {**flops, "by_scope": by_scope})
+        by_source = tuple((_read_source(line), n) for line, n in flops.get("by_source", ()))
+        flops = _build(Flops, {**flops, "by_scope": by_scope, "by_source": by_source})
     if timeline is not None:
         segments = _build_all(Segment, timeline["segments"])
         timeline = _build(Timeline, {**timeline, "segments": segments})
     if peak is not None:
         peak = _build(Peak, {**peak, "largest": _build_all(LiveBuffer, peak["largest"])})
+    rows = [
+        {
+            **row,
+            "sources": tuple(map(_read_source, row.get("sources", ()))),
+            "ends": _build_all(Ends, row.get("ends", ())),
+        }
+        for row in ledger["rows"]
+    ]
     return fields | {
         "mesh": mesh,
-        "ledger": Ledger(_build_all(LedgerRow, ledger["rows"]), mesh, tuple(ledger["problems"])),
+        "ledger": Ledger(_build_all(LedgerRow, rows), mesh, tuple(ledger["problems"])),
         "memory": _build(Memory, fields["memory"]),
         "flops": flops,
         "findings": _build_all(Finding, fields["findings"]),
@@ -78,6 +90,10 @@ def _read_fields(fields: dict[str, Any]) -> dict[str, Any]:
         "timeline": timeline,
         "peak": peak,
     }
+
+
+def _read_source(fields: Mapping[str, Any] | None) -> Source | None:
+    return None if fields is None else _build(Source, fields)
 
 
 def _build_all(kind: type[_T], rows: Iterable[Mapping[str, Any]]) -> tuple[_T, ...]:
@@ -116,7 +132,10 @@ def _known_fields(kind: type[Any], fields: Mapping[str, Any]) -> dict[str, Any]:
         if plain and not isinstance(value, plain):
             what = f"{field.name!r} of a {kind.__name__} is {value!r}"
             raise ReportError(f"This report is not as it was written: {what}. {_FIX}")
-    return {f.name: fields[f.name] for f in dataclasses.fields(kind) if f.name in fields}
+    known = {f.name: fields[f.name] for f in dataclasses.fields(kind) if f.name in fields}
+    if isinstance(known.get("source"), dict):
+        known["source"] = _read_source(known["source"])
+    return known
 
 
 def _to_tuples(value: Any) -> Any:

@@ -14,6 +14,8 @@ from jax.extend.core import ClosedJaxpr
 from jax.sharding import PartitionSpec
 
 from .._core.tree import Leaf, join_path, nbytes, short_dtype
+from .communication._ends import add_ends
+from .communication._governing import GoverningConstraint
 from .communication._ledger import Ledger, LedgerRow, build_ledger
 from .hlo._hlo import Module, dtype_bits, parse
 
@@ -34,6 +36,7 @@ class PlacedLeaf:
       declared_replicated: the spec declares that every device holds all of it (`sk.REPLICATED`,
         or this leaf follows a parameter so declared). Otherwise a copy on every device is a
         finding.
+      declared_by: the entry of the rule that decided its spec, `PathRules["**/up"]`; "" if unknown.
     """
 
     part: str
@@ -41,6 +44,7 @@ class PlacedLeaf:
     spec: PartitionSpec
     donated: bool = False
     declared_replicated: bool = False
+    declared_by: str = ""
 
     @property
     def name(self) -> str:
@@ -247,6 +251,7 @@ class Declarations:
       constraints: activations that the model constrains, with the strategy's specs: part
         "activation", named as written, `constrain('batch', 'length', 'embed')`.
       activation_axes: mesh axes that the strategy splits activations over.
+      governing: the constraints of the traced step, with the lines whose layout they decide.
     """
 
     kinds: tuple[AxisKind, ...] = ()
@@ -260,6 +265,7 @@ class Declarations:
     rules: tuple[str, ...] = ()
     constraints: tuple[PlacedLeaf, ...] = ()
     activation_axes: tuple[str, ...] = ()
+    governing: tuple[GoverningConstraint, ...] = ()
 
     def kind_of(self, axis: str) -> AxisKind | None:
         """The kind of parallelism on a mesh axis; of several, the last one of the strategy."""
@@ -367,7 +373,7 @@ class Program:
     @functools.cached_property
     def ledger(self) -> Ledger:
         """Every collective of the compiled program."""
-        return build_ledger(self.module, self.hlo, self.mesh, self.dcn)
+        return add_ends(build_ledger(self.module, self.hlo, self.mesh, self.dcn), self)
 
     @property
     def batch_axes(self) -> set[str]:

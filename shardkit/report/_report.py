@@ -4,6 +4,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from ._budget import Budget, check
+from ._by_source import BySource, group_by_source
 from ._compare import Comparison, compare
 from ._data import ReportData
 from ._json import from_json, to_json
@@ -45,6 +46,14 @@ class Report(ReportData):
           ReportError: the budget names an axis, a kind or a finding that does not exist.
         """
         check(self, budget)
+
+    def by_source(self) -> BySource:
+        """Returns what the step sends, by the line of code that causes it; printed, with reasons.
+
+        Each collective names what made its array, what reads the result, and the declaration
+        behind it, as far as the compiled program says.
+        """
+        return group_by_source(self.ledger)
 
     def compare(self, after: ReportData) -> Comparison:
         """Returns what changed from this report to another."""

@@ -53,12 +53,11 @@ def _finding_parts(report: ReportData) -> Iterator[_Part]:
     yield f"\nFindings ({len(report.findings)})"
     rows = []
     for finding in report.findings[:_FINDINGS]:
-        about = finding.leaf or finding.scope
+        about = [finding.leaf or _abbreviate_scopes(finding.scope), str(finding.source or "")]
         end = "" if finding.why.endswith((".", "?")) else "."
         why = f"{finding.why}{end}\nFix: {finding.fix}"
-        rows.append(
-            (f"{finding.kind}\n{_abbreviate_scopes(about)}", format_bytes(finding.bytes), why)
-        )
+        what = "\n".join(filter(None, (finding.kind, *about)))
+        rows.append((what, format_bytes(finding.bytes), why))
     yield _build_table({"finding": 28, "bytes": 9, "why; fix": 60}, rows)
     if len(report.findings) > _FINDINGS:
         yield f"and {len(report.findings) - _FINDINGS} more findings"
@@ -137,7 +136,7 @@ def _peak_parts(report: ReportData) -> Iterator[_Part]:
     yield str(peak)
     rows = []
     for buffer in peak.largest[:_BUFFERS]:
-        where = buffer.scope or buffer.name
+        where = str(buffer.source or buffer.scope or buffer.name)
         where += f" ({buffer.phase})" if buffer.phase else ""
         rows.append((format_bytes(buffer.bytes), buffer.kind, buffer.shape, where))
     if rows:
@@ -151,7 +150,7 @@ def _collective_parts(report: ReportData) -> Iterator[_Part]:
         return
     yield f"\nCollectives ({len(rows)})"
     columns = {"kind": 18, "axes": 12, "payload": 13, "trips": 5, "wire": 9, "phase": 9}
-    columns |= {"scope": 16, "": 6}
+    columns |= {"source or scope": 24, "": 6}
     cells = []
     for row in rows[:_ROWS]:
         marks = ["hidden"] * row.overlapped + ["branch"] * row.conditional
@@ -161,8 +160,8 @@ def _collective_parts(report: ReportData) -> Iterator[_Part]:
         payload = f"{row.dtype} {format_bytes(row.payload_bytes)}"
         trips = "?" if row.trips is None else str(row.trips)
         sent = format_bytes(row.wire_bytes)
-        scope = _abbreviate_scopes(row.scope)
-        cells.append((row.kind, over, payload, trips, sent, row.phase, scope, " ".join(marks)))
+        where = str(row.source or _abbreviate_scopes(row.scope))
+        cells.append((row.kind, over, payload, trips, sent, row.phase, where, " ".join(marks)))
     yield _build_table(columns, cells)
     if len(rows) > _ROWS:
         others = sum(row.wire_bytes for row in rows[_ROWS:])

@@ -18,11 +18,14 @@ from ..rules import Rule, place_leaf
 from ._activations import Activations, constraints
 from ._bound_spec import BoundSpec
 from ._compile import CompiledProgram
+from ._governing import find_governing_constraints
 from ._layout import StepLayout
 from ._unused_rules import find_unused_rules
 
 # From this many bytes on, a leaf that only its axis names leave replicated is worth a finding.
 _SMALL = 2**20
+# Rules whose user wrote the layout of a leaf by its path, or as `REPLICATED`.
+_EXPLICIT = ("REPLICATED", "PathRules")
 
 
 def build_program(
@@ -72,33 +75,39 @@ def _first_line_along(grid: np.ndarray, dim: int) -> np.ndarray:
 def list_arguments(bound: BoundSpec, layout: StepLayout) -> Iterator[PlacedLeaf]:
     """The arguments of `(state, batch)` in the executable's order."""
     state, shardings, strategy = layout.state, layout.shardings, bound.spec.strategy
-    explicit_params = _explicit_paths(
-        strategy.params, list_leaves(state.params, layout.axes), bound
-    )
-    moments = _explicit_paths(strategy.opt_state, list_leaves(state.opt_state), bound)
+    params = _deciding_rules(strategy.params, list_leaves(state.params, layout.axes), bound)
+    moments = _deciding_rules(strategy.opt_state, list_leaves(state.opt_state), bound)
     moments |= {
-        leaf.path
+        leaf.path: rule
         for leaf in list_leaves(state.opt_state)
-        if any(ends_path(leaf.path, path) for path in explicit_params)
+        for path, rule in sorted(params.items(), key=lambda one: len(one[0]))
+        if leaf.path not in moments and ends_path(leaf.path, path)
     }
-    model_state = _explicit_paths(strategy.model_state, list_leaves(state.model_state), bound)
+    model_state = _deciding_rules(strategy.model_state, list_leaves(state.model_state), bound)
     parts = (
-        ("rest", {"step": state.step}, shardings.step, set()),
-        ("params", state.params, shardings.params, explicit_params),
+        ("rest", {"step": state.step}, shardings.step, {}),
+        ("params", state.params, shardings.params, params),
         ("opt_state", state.opt_state, shardings.opt_state, moments),
         ("model_state", state.model_state, shardings.model_state, model_state),
-        ("rest", {"key": state.key}, shardings.key, set()),
-        ("rest", {"halted": state.halted}, shardings.halted, set()),
+        ("rest", {"key": state.key}, shardings.key, {}),
+        ("rest", {"halted": state.halted}, shardings.halted, {}),
     )
     names = {"params": layout.axes, "opt_state": _moment_axes(layout)}
-    for part, tree, placed, explicit in parts:
+    for part, tree, placed, rules in parts:
         named = names.get(part)
         for leaf, sharding in zip(list_leaves(tree, named), jax.tree.leaves(placed), strict=True):
-            whole = leaf.path in explicit or leaf.nbytes < _SMALL
-            yield PlacedLeaf(part, leaf, sharding.spec, donated=True, declared_replicated=whole)
+            rule = rules.get(leaf.path, "")
+            yield PlacedLeaf(
+                part,
+                leaf,
+                sharding.spec,
+                donated=True,
+                declared_replicated=rule.startswith(_EXPLICIT) or leaf.nbytes < _SMALL,
+                declared_by=rule,
+            )
     placed = jax.tree.leaves(layout.batch_shardings)
     for leaf, sharding in zip(list_leaves(layout.batch), placed, strict=True):
-        yield PlacedLeaf("batch", leaf, sharding.spec)
+        yield PlacedLeaf("batch", leaf, sharding.spec, declared_by="the batch spec")
 
 
 def _moment_axes(layout: StepLayout) -> dict[str, tuple[str | None, ...]]:
@@ -112,14 +121,12 @@ def _moment_axes(layout: StepLayout) -> dict[str, tuple[str | None, ...]]:
     }
 
 
-def _explicit_paths(rule: Rule | None, of: list[Leaf], bound: BoundSpec) -> set[str]:
-    """Paths of the leaves whose layout the user wrote by path, or as `REPLICATED`."""
+def _deciding_rules(rule: Rule | None, of: list[Leaf], bound: BoundSpec) -> dict[str, str]:
+    """Path of each leaf → the entry of the rule that decided its spec."""
     if rule is None:
-        return set()
+        return {}
     sizes = dict(bound.mesh.shape)
-    sources = {leaf.path: place_leaf(rule, leaf, sizes).source for leaf in of}
-    explicit = ("REPLICATED", "PathRules")
-    return {path for path, source in sources.items() if source.startswith(explicit)}
+    return {leaf.path: place_leaf(rule, leaf, sizes).source for leaf in of}
 
 
 def _build_declared(
@@ -145,6 +152,7 @@ def _build_declared(
             for leaf in constrained
         ),
         activation_axes=_activation_axes(bound),
+        governing=tuple(find_governing_constraints(jaxpr.jaxpr, activations)),
     )
 
 

@@ -6,13 +6,36 @@ from collections.abc import Iterator, Sequence
 from typing import overload
 
 from ..._core.errors import ReportError, did_you_mean
+from ..._core.source import Source
 from ..._core.tree import format_bytes
-from ..hlo._hlo import Module, parse
+from ..hlo._hlo import Module, parse, parse_shapes
 from ..hlo._scope import combines_elements, is_windowable, phase_of, split_op_name
 from ..hlo._slices import Slices
+from ..hlo._sources import Sources
 from ._collectives import KINDS, SPELLED, CollectiveSite, find_collectives
 
 Axes = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ends:
+    """What a collective lies between, for one of its arrays; "" for what is unknown.
+
+    Attributes:
+      made_by: what made the array: an argument of the step, or an operation and its line.
+      wanted_by: the operation that reads the result, and its line.
+      declared_by: the declaration that decides the layout on one of the two sides.
+    """
+
+    made_by: str = ""
+    wanted_by: str = ""
+    declared_by: str = ""
+
+    def __str__(self) -> str:
+        """Returns `made by params/w; wanted by dot_general at model.py:42 in attend`."""
+        ends = {"made by": self.made_by, "wanted by": self.wanted_by}
+        ends["declared by"] = self.declared_by
+        return "; ".join(f"{label} {text}" for label, text in ends.items() if text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +76,8 @@ class LedgerRow:
       taken: share of `trips` that is executed, mean over devices: below 1 in a branch of a pipeline
         schedule, whose table gives the share. Other branches count as always taken, so that
         their bytes are an upper bound.
+      sources: the line of the user's code behind each of `operands`; None where it is unknown.
+      ends: what each of `operands` lies between; empty if nobody looked.
     """
 
     kind: str
@@ -76,6 +101,24 @@ class LedgerRow:
     by_optimizer: bool = False
     dcn: bool = False
     taken: float = 1.0
+    sources: tuple[Source | None, ...] = ()
+    ends: tuple[Ends, ...] = ()
+
+    @property
+    def source(self) -> Source | None:
+        """The line of the user's code behind the largest of `operands`; None if unknown."""
+        return self.sources[self.largest_operand] if self.sources else None
+
+    @property
+    def largest_operand(self) -> int:
+        """Index of the largest of `operands`."""
+        sizes = self.operand_bytes
+        return max(range(len(sizes)), key=sizes.__getitem__)
+
+    @property
+    def operand_bytes(self) -> tuple[int, ...]:
+        """Bytes of each of `operands`."""
+        return tuple(parse_shapes(text)[0].nbytes for text in self.operands)
 
     @property
     def counted_trips(self) -> int:
@@ -241,7 +284,10 @@ def build_ledger(
 ) -> Ledger:
     """Reads the collectives of a parsed program; see `read_ledger`."""
     sites, problems = find_collectives(module, Slices(tuple(mesh), dict(dcn)))
-    rows = tuple(row for site in sites for row in _split_by_dtype(site))
+    known = Sources(hlo, module)
+    rows = tuple(
+        row for site in sites for row in _split_by_dtype(site, _sources(site, module, known))
+    )
     spelled = len(SPELLED.findall(_blank_strings(hlo)))
     # Between slices the text has host transfers, which `SPELLED` does not match.
     read = len({location for site in sites if not site.dcn for location in site.locations})
@@ -255,16 +301,25 @@ def _blank_strings(hlo: str) -> str:
     return re.sub(r'"(?:[^"\\]|\\.)*"', '""', hlo)
 
 
-def _split_by_dtype(site: CollectiveSite) -> Iterator[LedgerRow]:
+def _sources(site: CollectiveSite, module: Module, known: Sources) -> tuple[Source | None, ...]:
+    """The source of each array that a collective sends."""
+    here = module.computations[site.computation]
+    sources = known.of_operands(site.instruction, here)
+    if len(sources) != len(site.operands):  # one operand can be a tuple of arrays
+        sources = (known.of(site.instruction, here),) * len(site.operands)
+    return sources
+
+
+def _split_by_dtype(site: CollectiveSite, sources: Sequence[Source | None]) -> Iterator[LedgerRow]:
     """Makes one row per dtype that a collective sends."""
     paths = split_op_name(site.op_name)
     # A collective that the compiler combined has the path of each operand; any other has one path.
     if len(paths) != len(site.operands):
         paths = [site.op_name] * len(site.operands)
-    pairs = list(zip(site.operands, paths, strict=True))
+    parts = list(zip(site.operands, paths, sources, strict=True))
     for dtype in dict.fromkeys(shape.dtype for shape in site.operands):
-        sent = [(shape, path) for shape, path in pairs if shape.dtype == dtype]
-        shapes = [shape for shape, _ in sent]
+        sent = [part for part in parts if part[0].dtype == dtype]
+        shapes = [shape for shape, _, _ in sent]
         largest_path = max(sent, key=lambda one: one[0].nbytes)[1]
         phase = phase_of(largest_path)
         payload = sum(shape.nbytes for shape in shapes)
@@ -291,7 +346,8 @@ def _split_by_dtype(site: CollectiveSite) -> Iterator[LedgerRow]:
             computation=site.computation,
             name=site.instruction.name,
             op_name=site.op_name,
-            phases=tuple(phase_of(path) for _, path in sent),
+            phases=tuple(phase_of(path) for _, path, _ in sent),
+            sources=tuple(source for _, _, source in sent),
             by_optimizer=phase == "update" and combines_elements(largest_path),
             dcn=site.dcn,
             taken=float(site.taken),

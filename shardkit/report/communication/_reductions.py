@@ -2,17 +2,20 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from .._program import PlacedLeaf
 from ..hlo._hlo import parse_shapes
 from ._ledger import Ledger, LedgerRow
+
+if TYPE_CHECKING:
+    from .._program import PlacedLeaf
 
 _TILE = 8 * 128
 REDUCING = ("all-reduce", "reduce-scatter")
 
 
 def gradient_reductions(
-    ledger: Ledger, axis: str, leaves: Sequence[PlacedLeaf], sizes: Mapping[str, int]
+    ledger: Ledger, axis: str, leaves: Sequence["PlacedLeaf"], sizes: Mapping[str, int]
 ) -> list[tuple[LedgerRow, float]]:
     """Rows that reduce gradients over an axis, each with the elements it reduces per step.
 
@@ -52,7 +55,7 @@ def gradient_reductions(
 
 
 def reductions_per_step(
-    ledger: Ledger, axis: str, leaves: Sequence[PlacedLeaf], sizes: Mapping[str, int]
+    ledger: Ledger, axis: str, leaves: Sequence["PlacedLeaf"], sizes: Mapping[str, int]
 ) -> float:
     """Elements reduced over an axis per step, in units of one device's gradient.
 
@@ -81,7 +84,7 @@ def reductions_per_step(
     return reduced / gradient if gradient else 0.0
 
 
-def _gradient_size(leaf: PlacedLeaf, axis: str, sizes: Mapping[str, int]) -> float:
+def _gradient_size(leaf: "PlacedLeaf", axis: str, sizes: Mapping[str, int]) -> float:
     """Elements of a parameter's gradient on one device, before it is reduced over `axis`."""
     return math.prod(leaf.leaf.shape) / _shard_count(leaf.axes(), axis, sizes)
 

@@ -9,7 +9,7 @@ from ..communication._ledger import LedgerRow
 from ..communication._reductions import REDUCING, gradient_reductions, reductions_per_step
 from ..hlo._hlo import aliased_parameters, dtype_bits
 from ..hlo._scope import scope_of
-from ._finding import SMALL, Finding
+from ._finding import SMALL, Finding, source_of_rows
 from ._messages import InvoluntaryRemat, find_involuntary_remats, format_spec
 from ._spec_mismatches import (
     parameter_gathers,
@@ -106,6 +106,7 @@ def _reduction_in_loop(program: Program) -> Iterator[Finding]:
             scope=max(rows, key=lambda row: row.wire_bytes).scope,
             axes=(axis,),
             bytes=round(wire * (1 - 1 / times)),
+            source=source_of_rows(rows),
             why=f"each gradient is reduced {times:.3g} times per step over {axis!r}{context}",
             fix=fix,
         )
@@ -131,6 +132,7 @@ def _unexplained_collective(program: Program) -> Iterator[Finding]:
             scope=scope,
             axes=axes,
             bytes=sum(row.wire_bytes for row in rows),
+            source=source_of_rows(rows),
             why=f"{len(rows)} × {kind} over {', '.join(axes)} of {', '.join(rows[0].operands[:3])}"
             " that the strategy does not explain",
             fix="sk.nn.constrain(x, ...) the inputs and outputs of this scope: two specs disagree"
@@ -197,6 +199,7 @@ def _upcast_collective(program: Program) -> Iterator[Finding]:
             scope=", ".join(dict.fromkeys(row.scope for row in rows if row.scope)),
             axes=axes,
             bytes=saving,
+            source=source_of_rows(rows),
             why=f"{', '.join(f'{n} × {kind}' for kind, n in kinds.items())} under a "
             f"{declared.compute_dtype} policy, the largest of {', '.join(rows[0].operands[:3])}",
             fix=fix + intended,
@@ -225,6 +228,7 @@ def _optimizer_collective(program: Program) -> Iterator[Finding]:
             scope="update",
             axes=axes,
             bytes=sum(row.wire_bytes for row in rows),
+            source=source_of_rows(rows),
             why=f"{', '.join(f'{n} × {kind}' for kind, n in kinds.items())}: the optimizer "
             f"multiplies or sums over dims that {names} {'split' if len(axes) > 1 else 'splits'}, "
             "as muon does with matrices",

@@ -13,7 +13,7 @@ from ..communication._ledger import LedgerRow
 from ..hlo._arguments import ComputedError, find_argument
 from ..hlo._hlo import parse_shapes
 from ..memory._saved import SavedActivation, find_saved_activations
-from ._finding import SMALL, Finding
+from ._finding import SMALL, Finding, source_of_rows
 from ._messages import format_spec
 
 # Saved activations below 1 MiB are not worth a constraint.
@@ -141,6 +141,7 @@ def parameter_gathers(program: Program) -> Iterator[Finding]:
             scope=row.scope,
             axes=axes,
             bytes=sum(gather.wire_bytes for gather, _ in gathers),
+            source=source_of_rows(gather for gather, _ in gathers),
             why=f"{leaf.leaf} is split over {', '.join(axes)} and gathered whole "
             f"by {len(gathers)} × all-gather",
             fix=_suggest_operand_constraint(leaf, axes),
@@ -212,6 +213,7 @@ def spec_mismatches(program: Program) -> Iterator[Finding]:
             scope=rows[0].scope,
             axes=axes,
             bytes=sum(row.wire_bytes for row in rows),
+            source=source_of_rows(rows),
             why=f"{_format_leaf(source)} meets {_format_leaf(target)}: gathered over "
             f"{', '.join(axes)} ({phases})",
             fix=_suggest_common_spec(source, target),
@@ -291,6 +293,7 @@ def resharding(program: Program) -> Iterator[Finding]:
             scope=row.scope,
             axes=row.axes,
             bytes=row.wire_bytes,
+            source=row.source,
             why=f"{row.operands[0]} is resharded from one dim to another over "
             f"{', '.join(row.axes)}: "
             + (specs or "its producer and its consumer are split differently"),

@@ -140,6 +140,15 @@ class Computation:
         return [self.instructions[name] for name in self.root.operands]
 
     @functools.cached_property
+    def users(self) -> dict[str, list[str]]:
+        """Name of an instruction → names of those that read its result."""
+        users: dict[str, list[str]] = {}
+        for instruction in self.instructions.values():
+            for name in dict.fromkeys(instruction.operands):
+                users.setdefault(name, []).append(instruction.name)
+        return users
+
+    @functools.cached_property
     def parameters(self) -> dict[int, Instruction]:
         """Parameter number → instruction."""
         return {int(i.arguments): i for i in self.instructions.values() if i.opcode == "parameter"}

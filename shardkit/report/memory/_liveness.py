@@ -25,6 +25,7 @@ from collections.abc import Iterable, Iterator
 from ..communication._collectives import collective_kind
 from ..hlo._hlo import Computation, Instruction, Module, Shape
 from ..hlo._scope import phase_of
+from ..hlo._sources import place_of
 from ._buffer_sizes import SizedArray, SizedType, parse_sized_type
 
 _SAME = frozenset({"bitcast", "opt-barrier", "domain", "add-dependency"})
@@ -47,10 +48,10 @@ class Buffer:
     Attributes:
       shape: type of the array; of aliased ones, of the largest.
       bytes: bytes in main memory.
-      start: moment that makes it.
-      end: last moment that reads it.
+      start, end: the moment that makes it, and the last one that reads it.
       name: instruction that makes it.
       op_name: JAX's path for it, or for its operands.
+      place: what its metadata says of its source; see `place_of`.
       phases: parts of the step that write it.
       readers: parts of the step that read it.
       from_collective: a collective writes it.
@@ -66,6 +67,7 @@ class Buffer:
     end: int
     name: str
     op_name: str = ""
+    place: str = ""
     phases: set[str] = dataclasses.field(default_factory=set)
     from_collective: bool = False
     readers: set[str] = dataclasses.field(default_factory=set)
@@ -104,6 +106,7 @@ class Buffer:
         # A gradient that a loop sums up starts as zeros: the sum has the telling name.
         if mine.constant_only or not mine.op_name:
             mine.name, mine.op_name = theirs.name, theirs.op_name or mine.op_name
+            mine.place = theirs.place or mine.place
         mine.argument = theirs.argument if mine.argument is None else mine.argument
         mine.output |= theirs.output
         mine.params_only = all(x.params_only or x.constant_only for x in (mine, theirs))
@@ -234,6 +237,7 @@ class Liveness:
         distinct = dict.fromkeys(leaf.alias_root for leaf in _flatten(operands))
         sources = sorted(distinct, key=lambda leaf: -leaf.bytes)
         path = instruction.op_name or next((leaf.op_name for leaf in sources if leaf.op_name), "")
+        place = place_of(instruction) or next((leaf.place for leaf in sources if leaf.place), "")
         # Scalars and constants (a scale, a mask value) do not decide what the result is made of.
         arrays = [leaf for leaf in sources if not leaf.constant_only and leaf.shape.dims]
         constant_only = instruction.opcode in _CONSTANT or (bool(sources) and not arrays)
@@ -253,6 +257,7 @@ class Liveness:
                 end=now,
                 name=instruction.name,
                 op_name=path,
+                place=place,
                 phases={phase_of(path)} if path else set(),
                 from_collective=from_collective,
                 params_only=params_only,

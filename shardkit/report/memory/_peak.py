@@ -8,9 +8,11 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping
 
+from ..._core.source import Source
 from ..._core.tree import format_bytes
 from .._program import Program
 from ..hlo._scope import phase_of, scope_of
+from ..hlo._sources import Sources
 from ._liveness import Buffer, Liveness
 from ._memory import Memory
 
@@ -32,6 +34,7 @@ class LiveBuffer:
       phase: parts of the step that write it: `forward, backward`.
       name: name of the HLO instruction.
       op_name: JAX's path for it.
+      source: the line of the user's code that computes it; None if unknown.
     """
 
     kind: str
@@ -41,6 +44,7 @@ class LiveBuffer:
     phase: str
     name: str
     op_name: str
+    source: Source | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +134,8 @@ def find_peak(program: Program, memory: Memory) -> Peak | None:
     params = [leaf for leaf in leaves if leaf.part == "params"]
     shards = {_drop_unit_dims(leaf.shard(program.sizes)) for leaf in params}
     gradients = shards | {shape[1:] for shape in shards}  # All layers of a stack, or one of them.
-    buffers = [_describe_buffer(buffer, gradients) for buffer in alive]
+    sources = Sources(program.hlo, module)
+    buffers = [_describe_buffer(buffer, gradients, sources) for buffer in alive]
     at = next((p for p in reversed(liveness.moments[:moment]) if p.op_name), None)
     classes = _sum_by_key((buffer.kind, buffer.bytes) for buffer in buffers)
     return Peak(
@@ -166,7 +171,9 @@ def _fullest_moment(buffers: Iterable[Buffer], moments: int) -> int:
     return max(range(len(alive)), key=alive.__getitem__)
 
 
-def _describe_buffer(buffer: Buffer, gradients: set[tuple[int, ...]]) -> LiveBuffer:
+def _describe_buffer(
+    buffer: Buffer, gradients: set[tuple[int, ...]], sources: Sources
+) -> LiveBuffer:
     phases = sorted(buffer.phases - {"other"})
     return LiveBuffer(
         kind=_classify_buffer(buffer, gradients),
@@ -176,6 +183,7 @@ def _describe_buffer(buffer: Buffer, gradients: set[tuple[int, ...]]) -> LiveBuf
         phase=", ".join(phases),
         name=buffer.name,
         op_name=buffer.op_name,
+        source=sources.at(buffer.place),
     )
 
 

@@ -40,6 +40,9 @@ const plural = (n, noun, many = `${noun}s`) => `${integer(n)} ${n === 1 ? noun :
 const joined = (names) => (names.length ? names.join(", ") : "none");
 const named = (leaf) => (leaf.path ? `${leaf.part}/${leaf.path}` : leaf.part);
 
+const at_line = (source) =>
+  source ? `${source.file.split("/").pop()}:${source.line} in ${source.function}` : "";
+
 const type = (leaf) => `${leaf.dtype}[${leaf.shape.join(",")}]`;
 
 const LABELS = {

@@ -17,7 +17,7 @@ function draw_findings() {
 }
 
 function finding(one) {
-  const about = [one.leaf || one.scope, one.axes.length ? `over ${one.axes.join(", ")}` : ""];
+  const about = [one.leaf || one.scope, at_line(one.source), one.axes.length ? `over ${one.axes.join(", ")}` : ""];
   const leaf = report.leaves.find((leaf) => named(leaf) === one.leaf);
   const shows = () => select_leaf(leaf, true);
   return el(

@@ -18,7 +18,7 @@ function draw_ledger() {
       some((row) => row.phase),
       redraw,
     ),
-    text: searcher("scope, dtype, operand", redraw),
+    text: searcher("source, scope, dtype, operand", redraw),
   };
   const said = el("p", { class: "said", "aria-live": "polite" });
   const wire = {
@@ -54,6 +54,7 @@ function draw_ledger() {
     },
     wire,
     { title: "phase", value: (row) => row.phase },
+    { title: "source", value: (row) => at_line(row.source), wide: true },
     { title: "scope", value: (row) => row.scope, wide: true, show: (row) => several(row.scope) },
     { title: "", value: marks, hint: "Sort by marks" },
   ];
@@ -94,7 +95,9 @@ function several(scopes) {
 
 function matches(row, { axis, kind, phase, text }) {
   const all = () =>
-    [row.scope, row.dtype, row.name, row.op_name, ...row.operands].join(" ").toLowerCase();
+    [...row.sources.map(at_line), row.scope, row.dtype, row.name, row.op_name, ...row.operands]
+      .join(" ")
+      .toLowerCase();
   return (
     (!axis.get() || row.axes.includes(axis.get())) &&
     (!kind.get() || row.kind === kind.get()) &&
@@ -114,10 +117,25 @@ function marks(row) {
     .join(", ");
 }
 
+// Each array with its line, and with what it lies between.
+const arrays = (row) =>
+  row.operands.map((operand, at) => {
+    const { made_by, wanted_by, declared_by } = row.ends[at] ?? {};
+    const parts = [
+      at_line(row.sources[at]),
+      made_by && `made by ${made_by}`,
+      wanted_by && `wanted by ${wanted_by}`,
+      declared_by && `declared by ${declared_by}`,
+    ];
+    return el("div", {}, [operand, ...parts.filter(Boolean)].join("; "));
+  });
+
 const details = (row) =>
   definitions([
     ["scopes", several(row.scope) === row.scope ? "" : row.scope],
-    ["operands", row.operands.join(", ")],
+    ["code", row.source?.code ?? ""],
+    ["called from", row.source?.stack.slice(1).join(", ") ?? ""],
+    ["operands", arrays(row)],
     ["devices in a group", integer(row.group)],
     ["instruction", `${row.name} in ${row.computation}`],
     ["JAX path", row.op_name],

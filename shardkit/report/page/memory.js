@@ -108,6 +108,7 @@ function buffers({ largest, scopes }) {
       { title: "class", value: (one) => one.kind },
       { title: "type", value: (one) => one.shape },
       { title: "written", value: (one) => one.phase },
+      { title: "source", value: (one) => at_line(one.source), wide: true },
       { title: "scope", value: (one) => one.scope || "(no scope)", wide: true },
       { title: "instruction", value: (one) => one.name, wide: true },
     ],

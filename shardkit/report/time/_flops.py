@@ -14,7 +14,9 @@ from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
+from ..._core.equations import source_of_equation
 from ..._core.scope_markers import branch_shares, recomputed_share
+from ..._core.source import Source
 from ..hlo._scope import phase_of, scope_of
 
 # Shares of branches are fractions, so that the sum over branches is exact.
@@ -30,6 +32,8 @@ class Flops:
       recompute: products that checkpoints recompute.
       update: products of the optimizer, which are not model FLOPs.
       by_scope: `(scope, phase) → FLOPs`, largest first.
+      by_source: (line of the user's code, FLOPs), largest first; None for the line of products
+        without one.
       problems: products that could not be counted; with any, the numbers are lower bounds.
     """
 
@@ -38,6 +42,7 @@ class Flops:
     by_scope: Mapping[tuple[str, str], int]
     problems: tuple[str, ...] = ()
     update: int = 0
+    by_source: tuple[tuple[Source | None, int], ...] = ()
 
     @property
     def total(self) -> int:
@@ -59,7 +64,12 @@ def count_flops(jaxpr: ClosedJaxpr) -> Flops:
     """
     problems: list[str] = []
     summed: dict[tuple[str, str], Times] = {}
-    for path, flops in _products(jaxpr.jaxpr, "", 1, problems):
+    lines: dict[tuple[str, int], tuple[Source | None, Times]] = {}
+    for path, equation, flops in _products(jaxpr.jaxpr, "", 1, problems):
+        source = source_of_equation(equation)
+        line = (source.file, source.line) if source else ("", 0)
+        first, sum_before = lines.get(line, (source, 0))
+        lines[line] = first, sum_before + flops
         # As in the compiled program, the last part of a path is the operation.
         scope, phase = scope_of(path), phase_of(path)
         share = recomputed_share(path) if phase == "recompute" else 1
@@ -77,19 +87,22 @@ def count_flops(jaxpr: ClosedJaxpr) -> Flops:
         by_scope=dict(sorted(by_scope.items(), key=lambda item: -item[1])),
         problems=tuple(dict.fromkeys(problems)),
         update=update,
+        by_source=tuple(
+            sorted(((s, round(n)) for s, n in lines.values()), key=lambda line: -line[1])
+        ),
     )
 
 
 def _products(
     jaxpr: Jaxpr, path: str, times: Times, problems: list[str]
-) -> Iterator[tuple[str, Times]]:
-    """Yields (path, FLOPs) of every product, inner jaxprs included."""
+) -> Iterator[tuple[str, JaxprEqn, Times]]:
+    """Yields (path, equation, FLOPs) of every product, inner jaxprs included."""
     for eqn in jaxpr.eqns:
         stack = str(eqn.source_info.name_stack)
         here = f"{path}/{stack}" if path and stack else path or stack
         name = eqn.primitive.name
         if name in _COUNTED:
-            yield f"{here}/{name}", times * _COUNTED[name](eqn)
+            yield f"{here}/{name}", eqn, times * _COUNTED[name](eqn)
         elif name == "cond" and (shares := _branch_shares(eqn, here)):
             for branch, share in zip(eqn.params["branches"], shares, strict=True):
                 yield from _products(branch.jaxpr, here, times * share, problems)
@@ -106,12 +119,12 @@ def _branch_shares(eqn: JaxprEqn, path: str) -> tuple[fractions.Fraction, ...] |
 
 def _largest_branch(
     eqn: JaxprEqn, path: str, times: Times, problems: list[str]
-) -> list[tuple[str, Times]]:
+) -> list[tuple[str, JaxprEqn, Times]]:
     """Products of the branch that has the most FLOPs."""
     branches = [
         list(_products(branch.jaxpr, path, times, problems)) for branch in eqn.params["branches"]
     ]
-    return max(branches, key=lambda products: sum(flops for _, flops in products))
+    return max(branches, key=lambda products: sum(flops for *_, flops in products))
 
 
 def _inner_jaxprs(eqn: JaxprEqn, path: str, problems: list[str]) -> Iterator[tuple[Jaxpr, int]]:

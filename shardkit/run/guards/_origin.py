@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
-from ..._core.equations import count_scan_operands, user_frame
+from ..._core.equations import count_scan_operands, source_of_equation
 from ...report import scope_of
 
 # Primitives that run one jaxpr once, with the parameter that holds it.
@@ -189,5 +189,5 @@ def _is_finite(values: Sequence[Any]) -> jax.Array:
 
 def _source(eqn: Any) -> str:
     """Returns `file:line` of the user's code that made an equation."""
-    frame = user_frame(eqn)
-    return f"{frame.file_name}:{frame.line_num}" if frame else ""
+    source = source_of_equation(eqn)
+    return f"{source.file}:{source.line}" if source else ""

@@ -1,14 +1,13 @@
 """One equation of a program, seen with two numbers of rows at once."""
 
 import dataclasses
-import linecache
 import math
 from typing import Any
 
 import numpy as np
 from jax.extend import core
 
-from ..._core.equations import user_frame
+from ..._core.equations import source_of_equation
 from ._states import Cause, Degree, Mixed, PerRow
 
 
@@ -81,12 +80,8 @@ def user_line(equation: core.JaxprEqn) -> tuple[str, str]:
     Returns:
       `file:line in function`, and the text of the line; "" for both where there is none.
     """
-    frame = user_frame(equation)
-    if frame is None:
-        return "", ""
-    name = frame.file_name.rpartition("/")[2]
-    code = linecache.getline(frame.file_name, frame.line_num).strip()
-    return f"{name}:{frame.line_num} in {frame.function_name}", code
+    source = source_of_equation(equation)
+    return (str(source), source.code) if source else ("", "")
 
 
 def literal_degree(few: Any, many: Any) -> Degree:

@@ -1,0 +1,149 @@
+"""What a step sends, grouped by the line of the user's code that causes it."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import overload
+
+from .._core.io._table import Column, Table
+from .._core.source import Source
+from .._core.tree import format_bytes
+from .communication._ledger import Ledger, LedgerRow
+
+_WIDTH, _PARTS = 100, 6
+OPTIMIZER, UNKNOWN = "the optimizer", "unknown"
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceCost:
+    """What one line of code sends.
+
+    Attributes:
+      source: the line; None for what no line of the user's code causes.
+      name: `model.py:42 in attend`; without a line `"the optimizer"` (the update and its norms) or
+        `"unknown"`.
+      bytes: wire bytes per device and step.
+      parts: what it sends, the most bytes first.
+    """
+
+    source: Source | None
+    name: str
+    bytes: int
+    parts: tuple["SourcePart", ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class SourcePart:
+    """What one line of code sends by one collective.
+
+    Attributes:
+      row: the collective, which may also send arrays of other lines.
+      operands: indices of the line's arrays among `row.operands`.
+      bytes: wire bytes of these.
+    """
+
+    row: LedgerRow
+    operands: tuple[int, ...]
+    bytes: int
+
+    def describe(self) -> tuple[str, str]:
+        """The collective, and what it lies between, as text."""
+        row = self.row
+        trips = "" if row.trips == 1 else f" ×{'?' if row.trips is None else row.trips}"
+        axes = ", ".join(row.axes) or "no axis"
+        arrays = ", ".join(row.operands[n] for n in self.operands[:2])
+        arrays += f" and {len(self.operands) - 2} more" if len(self.operands) > 2 else ""
+        what = f"{row.kind} over {axes} of {arrays}{trips} ({row.phase})"
+        largest = max(self.operands, key=row.operand_bytes.__getitem__)
+        return what, str(row.ends[largest]) if row.ends else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class BySource(Sequence[SourceCost]):
+    """The lines of code that send something, the most bytes first; they add up to the ledger.
+
+    Attributes:
+      costs: one per line.
+    """
+
+    costs: tuple[SourceCost, ...]
+
+    @overload
+    def __getitem__(self, index: int) -> SourceCost: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[SourceCost, ...]: ...
+    def __getitem__(self, index: int | slice) -> SourceCost | tuple[SourceCost, ...]:
+        """Returns a line, or the lines of a slice."""
+        return self.costs[index]
+
+    def __len__(self) -> int:
+        """Number of lines."""
+        return len(self.costs)
+
+    def __iter__(self) -> Iterator[SourceCost]:
+        """Iterates over the lines."""
+        return iter(self.costs)
+
+    def __str__(self) -> str:
+        """For each line its bytes and code; below it, what it sends and why."""
+        total = sum(cost.bytes for cost in self.costs)
+        parts: list[str] = [f"Sent per step by source line: {format_bytes(total)}"]
+        for cost in self.costs:
+            share = f"{cost.bytes / total:.0%}" if total else "0%"
+            code = f"  {cost.source.code}" if cost.source and cost.source.code else ""
+            parts += [f"\n{format_bytes(cost.bytes)} ({share})  {cost.name}{code}"]
+            columns = [Column("", right=True, most=10), Column("", most=36), Column("", most=48)]
+            parts.append(Table(columns, list(_part_cells(cost)), indent=2).to_text(_WIDTH))
+        return "\n".join(parts)
+
+
+def _part_cells(cost: SourceCost) -> Iterator[tuple[str, str, str]]:
+    """A row of the table for each part; parts that read the same are one row."""
+    same: dict[tuple[str, str], list[int]] = {}
+    for part in cost.parts:
+        same.setdefault(part.describe(), []).append(part.bytes)
+    ordered = sorted(same.items(), key=lambda one: -sum(one[1]))
+    for (what, why), sizes in ordered[:_PARTS]:
+        times = f"{len(sizes)} of " if len(sizes) > 1 else ""
+        yield format_bytes(sum(sizes)), f"{times}{what}", why
+    if others := [size for _, sizes in ordered[_PARTS:] for size in sizes]:
+        yield format_bytes(sum(others)), f"{len(others)} more collectives", ""
+
+
+def group_by_source(ledger: Ledger) -> BySource:
+    """Groups the wire bytes of a ledger by source line.
+
+    The bytes of a collective that combines arrays of several lines are divided among them in
+    proportion to the arrays. The sum over all lines is `ledger.total()`.
+    """
+    lines: dict[tuple[str, int], list[tuple[Source | None, SourcePart]]] = {}
+    for row in ledger:
+        for source, part in _divide_row(row):
+            key = (source.file, source.line) if source else (_name_unknown(row), 0)
+            lines.setdefault(key, []).append((source, part))
+    costs = []
+    for (name, _), found in lines.items():
+        source = found[0][0]
+        parts = sorted((part for _, part in found), key=lambda part: -part.bytes)
+        total = sum(part.bytes for part in parts)
+        costs.append(SourceCost(source, str(source) if source else name, total, tuple(parts)))
+    return BySource(tuple(sorted(costs, key=lambda cost: -cost.bytes)))
+
+
+def _divide_row(row: LedgerRow) -> Iterator[tuple[Source | None, SourcePart]]:
+    """Divides a row among the lines of its arrays; the bytes add up to the row's."""
+    sizes = row.operand_bytes
+    lines: dict[tuple[str, int] | None, tuple[Source | None, list[int]]] = {}
+    for number, source in enumerate(row.sources or (None,) * len(sizes)):
+        key = (source.file, source.line) if source else None
+        lines.setdefault(key, (source, []))[1].append(number)
+    counted, passed = 0, 0
+    for source, numbers in lines.values():
+        passed += sum(sizes[number] for number in numbers)
+        # Rounded on the running sum, so that no byte is lost or counted twice.
+        end = row.wire_bytes * passed // sum(sizes) if passed < sum(sizes) else row.wire_bytes
+        yield source, SourcePart(row, tuple(numbers), end - counted)
+        counted = end
+
+
+def _name_unknown(row: LedgerRow) -> str:
+    return OPTIMIZER if row.phase == "update" else UNKNOWN

@@ -1,0 +1,69 @@
+"""Finds the constraint that forces the layout of an operation before it.
+
+A partitioner carries a constraint backwards, into the operation that makes the array, so that the
+collective is next to an operation that nothing is wrong with. On mesh (data=2, tensor=4):
+
+    logits = x @ w                                  x: P('data'), w: P(None, 'tensor')
+    logits = constrain(logits, P('data', None))     governs `x @ w`
+
+The product could stay split over tensor. It does not, since the constraint has no tensor; so the
+all-gather of w over tensor comes from the constraint's line.
+"""
+
+import dataclasses
+from collections.abc import Collection, Sequence
+
+from ..._core.source import Source
+
+Line = tuple[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class GoverningConstraint:
+    """A constraint and the lines whose results it decides.
+
+    Attributes:
+      source: its own line.
+      dims: mesh axes that split each dim of the constrained array.
+      lines: `(file, line)` of the operations between it and the last product before it.
+    """
+
+    source: Source
+    dims: tuple[tuple[str, ...], ...]
+    lines: frozenset[Line]
+
+    def forbids(self, axes: Sequence[str], batch_axes: Collection[str]) -> bool:
+        """Whether it keeps a result from being split as its operands are.
+
+        That is the case if it splits no dim over one of the axes, or if it splits over an axis of
+        the batch's rows a dim that is not the first.
+        """
+        split = {axis for dim in self.dims for axis in dim}
+        inner = {axis for dim in self.dims[1:] for axis in dim}
+        return any(a not in split or (a in batch_axes and a in inner) for a in axes)
+
+
+def find_governing(
+    source: Source,
+    axes: Sequence[str],
+    constraints: Sequence[GoverningConstraint],
+    batch_axes: Collection[str],
+) -> Source | None:
+    """The line of the only constraint that governs an operation and forbids its layout.
+
+    Args:
+      source: the line of the operation next to a collective.
+      axes: mesh axes of the collective, which gathers or reshards over them.
+      constraints: those of the step.
+      batch_axes: mesh axes that split the rows of the batch.
+
+    Returns:
+      None if there is none, or if there are several lines.
+    """
+    line = (source.file, source.line)
+    lines = {
+        (one.source.file, one.source.line): one.source
+        for one in constraints
+        if line in one.lines and one.forbids(axes, batch_axes)
+    }
+    return next(iter(lines.values())) if len(lines) == 1 else None
