@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from . import errors as errors
     from . import nn as nn
     from ._core.errors import RetraceWarning as RetraceWarning
+    from ._core.errors import SavedStepWarning as SavedStepWarning
     from ._core.errors import ShardkitError as ShardkitError
     from ._core.precision import Precision as Precision
     from ._core.train_state import TrainState as TrainState
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from .step import SelfCheck as SelfCheck
     from .step import StepSpec as StepSpec
     from .step import compile_step as compile_step
+    from .step import load_step as load_step
     from .sweeps import Sweep as Sweep
     from .sweeps import sweep as sweep
 else:
@@ -86,6 +88,7 @@ else:
             "RetraceWarning": "._core.errors",
             "SearchSpace": ".planner",
             "SelfCheck": ".step",
+            "SavedStepWarning": "._core.errors",
             "ShardMapLoss": ".nn._manual_axis_rules",
             "ShardkitError": "._core.errors",
             "StepSpec": ".step",
@@ -105,6 +108,7 @@ else:
             "first_match": ".rules",
             "from_linen": ".adapters",
             "from_nnx": ".adapters",
+            "load_step": ".step",
             "nn": None,
             "plan": ".planner",
             "replay": ".run.guards",

@@ -70,6 +70,10 @@ class RetraceWarning(UserWarning):
     """A batch has another shape or dtype than the declared one, and the step compiles again."""
 
 
+class SavedStepWarning(UserWarning):
+    """A saved step is of another program, version or machine, or is damaged, and compiles again."""
+
+
 class SweepError(ShardkitError):
     """A sweep has no cases, or its folder holds something else."""
 

@@ -2,6 +2,7 @@
 
 from ._compiled import CompiledStep
 from ._layout import AbstractState, StepLayout, abstract_state, resolve_layout
+from ._load import load_step
 from ._nonfinite import SKIPPED, OnNonfinite
 from ._objective import build_objective
 from ._spec import StepSpec, check_mesh_given, check_step_spec, compile_step
@@ -22,6 +23,7 @@ __all__ = [
     "check_mesh_given",
     "check_step_spec",
     "compile_step",
+    "load_step",
     "moment_spec",
     "resolve_layout",
 ]

@@ -5,6 +5,7 @@ values run the same program, arrays on other devices or in other layouts raise a
 state keeps its shapes and dtypes. The fourth, another shape or dtype of a batch leaf, is a variant.
 """
 
+import dataclasses
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -64,7 +65,8 @@ class BatchVariants:
 
     def _add(self, structure: Any, types: LeafTypes, changes: list[Problem]) -> CompiledFunctions:
         batch = structure.unflatten([jax.ShapeDtypeStruct(*leaf_type) for leaf_type in types])
-        bound = BoundSpec(self._bound.spec.replace(batch=batch), self._bound.mesh)
+        spec = self._bound.spec.replace(batch=batch)
+        bound = dataclasses.replace(self._bound, spec=spec)
         try:
             with no_ambient_mesh():
                 variant = CompiledFunctions(bound)

@@ -8,6 +8,7 @@ from jax.sharding import AxisType, Mesh
 
 from .._core.errors import Problem, StepError, did_you_mean, raise_all
 from ..mesh import MeshSpec
+from ._saved_programs import SavedPrograms
 
 if TYPE_CHECKING:
     from ._spec import StepSpec
@@ -20,10 +21,12 @@ class BoundSpec:
     Attributes:
       spec: the user's declaration.
       mesh: the device mesh, all axes of type Auto.
+      saved: executables that need not be compiled.
     """
 
     spec: "StepSpec"
     mesh: Mesh
+    saved: SavedPrograms | None = None
 
     def __post_init__(self) -> None:
         """Checks the spec against the mesh, before tracing.

@@ -4,10 +4,11 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from .._core.tree import format_bytes, nbytes
 from .._core.types import PyTree
 from ..nn._constrain import Resolver, use_resolver
 from ._deadlocks import check_deadlocks
+from ._saved_programs import SavedPrograms, name_program, save_programs
 from ._stderr import copied_stderr
 
 # Guard two settings of the whole process; one thread at a time changes and restores each.
@@ -34,7 +36,7 @@ class CompiledProgram:
     Attributes:
       compiled: the executable.
       jaxpr: the traced function.
-      from_cache: whether the executable comes from JAX's persistent cache.
+      from_cache: whether the executable comes from JAX's persistent cache, or from a saved step.
       seconds: wall time of (trace, lower, compile).
       digest: SHA-256 of the lowered program, 64 hexadecimal digits, by which several processes
         check that they run the same one; "" with a single process.
@@ -46,6 +48,12 @@ class CompiledProgram:
     seconds: tuple[float, float, float]
     digest: str
     _read_messages: Callable[[], str]
+    _compute_name: Callable[[], str]
+
+    @functools.cached_property
+    def name(self) -> str:
+        """Name of the executable in a file; see `_saved_programs`."""
+        return self._compute_name()
 
     @functools.cached_property
     def messages(self) -> str:
@@ -73,6 +81,7 @@ def compile_program(
     check: Callable[[core.ClosedJaxpr], None],
     donate: tuple[int, ...] = (),
     options: Mapping[str, Any] | None = None,
+    saved: SavedPrograms | None = None,
 ) -> CompiledProgram:
     """Traces, checks, lowers and compiles a function for abstract arguments.
 
@@ -85,12 +94,12 @@ def compile_program(
       check: called with the jaxpr before it is lowered; raises the problems that it finds.
       donate: positions of the arguments whose buffers the results may reuse.
       options: XLA options by name.
+      saved: where the executable may be found instead of compiled.
 
     Raises:
       StepError: the compiler rejects an option or runs out of memory, or the program would
         deadlock.
     """
-    compiler_options = dict(options) if options else None
 
     def trace(function: Callable[..., Any]) -> jax.stages.Traced:
         return jax.jit(
@@ -101,6 +110,7 @@ def compile_program(
             keep_unused=True,
         ).trace(*args)
 
+    options = dict(options) if options else None
     start = time.perf_counter()
     with no_ambient_mesh(), use_resolver(resolver):
         traced = trace(run)
@@ -108,25 +118,23 @@ def compile_program(
         at_trace = time.perf_counter()
         lowered = traced.lower()
         at_lower = time.perf_counter()
+        mesh = jax.tree.leaves(in_shardings)[0].mesh
+        name = functools.partial(name_program, lowered, options or {}, mesh)
+        found = saved.load(name(), lowered) if saved else None
         with (
             copied_stderr() as messages,
             _record_cache_hits() as hits,
             _explain_unknown_options(options or {}),
             _explain_out_of_memory(args, in_shardings),
         ):
-            compiled = lowered.compile(compiler_options=compiler_options)
+            compiled = found[0] if found else lowered.compile(compiler_options=options)
     end = time.perf_counter()
-    check_deadlocks(compiled, jax.tree.leaves(in_shardings)[0].mesh)
+    check_deadlocks(compiled, mesh)
 
     def recompile() -> str:
-        # JAX caches the lowering of `run`; a new function of the same jaxpr is compiled anew.
-        def replay(*args: PyTree) -> PyTree:
-            results = core.jaxpr_as_fun(traced.jaxpr)(*jax.tree.leaves(args))
-            return jax.tree.unflatten(jax.tree.structure(traced.out_info), results)
-
         ambient = no_ambient_mesh(), use_resolver(resolver), _disable_cache()
         with ambient[0], ambient[1], ambient[2], copied_stderr() as printed:
-            trace(replay).lower().compile(compiler_options=compiler_options)
+            trace(_replay(traced)).lower().compile(compiler_options=options)
         return printed.text
 
     seconds = (at_trace - start, at_lower - at_trace, end - at_lower)
@@ -135,11 +143,30 @@ def compile_program(
     return CompiledProgram(
         compiled=compiled,
         jaxpr=traced.jaxpr,
-        from_cache=bool(hits),
+        from_cache=bool(hits) or found is not None,
         seconds=seconds,
         digest=hashlib.sha256(text.encode()).hexdigest() if text else "",
-        _read_messages=recompile if hits else lambda: messages.text,
+        _read_messages=recompile if hits else lambda: found[1] if found else messages.text,
+        _compute_name=name,
     )
+
+
+def save_compiled(
+    path: str | os.PathLike[str], programs: Sequence[CompiledProgram], mesh: Mesh
+) -> None:
+    """Saves executables; see `save_programs`."""
+    named = {program.name: (program.compiled, program.messages) for program in programs}
+    save_programs(path, named, mesh)
+
+
+def _replay(traced: jax.stages.Traced) -> Callable[..., Any]:
+    """A new function of the same jaxpr, which JAX compiles anew: it caches the lowering of one."""
+
+    def replay(*args: PyTree) -> PyTree:
+        results = core.jaxpr_as_fun(traced.jaxpr)(*jax.tree.leaves(args))
+        return jax.tree.unflatten(jax.tree.structure(traced.out_info), results)
+
+    return replay
 
 
 @contextlib.contextmanager

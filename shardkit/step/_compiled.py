@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from .self_check import SelfCheck, run_self_check
 if TYPE_CHECKING:
     from ..hardware import Chip
     from ..parallel import Strategy
+    from ._saved_programs import SavedPrograms
     from ._spec import StepSpec
 
 
@@ -40,10 +42,10 @@ class CompiledStep:
       program: the executable, with its jaxpr, compiler messages and compile times.
     """
 
-    def __init__(self, spec: "StepSpec", mesh: Mesh) -> None:
+    def __init__(self, spec: "StepSpec", mesh: Mesh, saved: "SavedPrograms | None" = None) -> None:
         """Resolves, traces, compiles and reads back; see `StepSpec.compile`."""
         self.spec, self.mesh = spec, mesh
-        self._bound = BoundSpec(spec, mesh)
+        self._bound = BoundSpec(spec, mesh, saved)
         # Abstract arrays carry the ambient mesh, so hide it before the first of them is created.
         with no_ambient_mesh():
             self._variants = BatchVariants(self._bound)
@@ -211,6 +213,21 @@ class CompiledStep:
           StepError: with the bytes of each part, and what would make it fit.
         """
         check_memory(self._bound, self.layout, self.program)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Saves the executables of `init`, the step and `evaluate`, for `sk.load_step`.
+
+        Compiles those that have not been used yet. The file is written whole or not at all; it is
+        about as large as the programs, without any array of the state. Load only files that you
+        trust: an executable is code.
+
+        Args:
+          path: the file; its folder must exist.
+
+        Raises:
+          StepError: the file cannot be written, or several processes run the step.
+        """
+        self._variants.declared.save(path)
 
     def replace(self, *, mesh: Mesh | None = None, **changes: Any) -> "CompiledStep":
         """Compiles the step for another mesh, or with some fields of its spec changed.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 
 from jax.extend import core
@@ -13,7 +14,7 @@ from ..nn._remat import use_policy
 from ..parallel import check_overrides_called
 from ._activations import Activations, SpecsInLoss
 from ._bound_spec import BoundSpec
-from ._compile import CompiledProgram, compile_program
+from ._compile import CompiledProgram, compile_program, save_compiled
 from ._layout import (
     build_model_init,
     build_optimizer_init,
@@ -89,6 +90,10 @@ class CompiledFunctions:
     def evaluate(self) -> CompiledProgram:
         """`(state, batch) → metrics`."""
         return self._compile_on_batch(self._functions.evaluate(), self._replicated, False)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Saves the executables of `init`, `train` and `evaluate`; see `CompiledStep.save`."""
+        save_compiled(path, (self.train, self.evaluate, *self.init), self._bound.mesh)
 
     @functools.cached_property
     def gradients(self) -> CompiledProgram:
@@ -168,6 +173,7 @@ class CompiledFunctions:
                 check=check,
                 donate=donate,
                 options=self._bound.xla_options,
+                saved=self._bound.saved,
             )
 
     @property
