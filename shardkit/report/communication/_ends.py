@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 
 # Operations of JAX that carry a declared layout out, as their paths end.
 _CONSTRAINT = "the constraint at "
+# Collectives that the loss itself asks for.
+_EXPLICIT = frozenset(
+    """all_gather all_gather_invariant all_gather_reduced all_to_all ppermute pbroadcast psum
+    psum_invariant psum_scatter ragged_all_to_all reduce_scatter""".split()
+)
 _CONSTRAINTS = frozenset({"sharding_constraint", "shardkit_constrain"})
 
 
@@ -39,6 +44,25 @@ def add_ends(ledger: Ledger, program: "Program") -> Ledger:
     return dataclasses.replace(ledger, rows=rows)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Operation:
+    """An operation of the traced program: the last name of its JAX path, its phase and its line."""
+
+    name: str
+    phase: str
+    source: Source | None
+
+    def __str__(self) -> str:
+        """Returns `dot_general at model.py:42 in attend`."""
+        if self.source is None:
+            return f"{self.name} of the update" if self.phase == "update" else self.name
+        return f"{self.name} at {self.source}"
+
+
+def _last_name(op_name: str) -> str:
+    return split_op_name(op_name)[0].rpartition("/")[2]
+
+
 class _EndsReader:
     def __init__(self, program: "Program", ledger: Ledger) -> None:
         self._program = program
@@ -46,6 +70,7 @@ class _EndsReader:
         kinds = program.declared.kinds
         stored = {"weights", "optimizer_state"}
         self._gathered = {kind.axis for kind in kinds if stored & kind.splits}
+        self._constraint_lines = {one.source for one in program.declared.governing}
         self._reducing = {
             (row.computation, row.name, axis)
             for axis in program.batch_axes
@@ -62,35 +87,41 @@ class _EndsReader:
         ]
         if len(names) != len(row.operands):  # one operand can be a tuple of arrays
             names = [sent.operands[0]] * len(row.operands)
-        sources = tuple(self._cause(row, source) for source in row.sources)
-        ends = (
-            self._read_ends(row, name, source, here)
+        parts = [
+            self._read_part(row, name, source, here)
             for name, source in zip(names, row.sources, strict=True)
-        )
-        ends = tuple(
-            end if cause == own else dataclasses.replace(end, declared_by=f"{_CONSTRAINT}{cause}")
-            for end, cause, own in zip(ends, sources, row.sources, strict=True)
-        )
+        ]
+        sources, ends = zip(*parts, strict=True)
         return dataclasses.replace(row, sources=sources, ends=ends)
 
-    def _cause(self, row: LedgerRow, source: Source | None) -> Source | None:
-        """The constraint that forces a gather, if it is one; else the operation next to it."""
-        declared = self._program.declared
-        if source is None or row.kind in REDUCING or set(row.axes) <= self._gathered:
-            return source
-        batch_axes = self._program.batch_axes
-        return find_governing(source, row.axes, declared.governing, batch_axes) or source
-
-    def _read_ends(
-        self, row: LedgerRow, operand: str, source: Source | None, here: Computation
-    ) -> Ends:
+    def _read_part(
+        self, row: LedgerRow, operand: str, own: Source | None, here: Computation
+    ) -> tuple[Source | None, Ends]:
+        """The line that causes the transfer of one array, and its ends."""
         leaf = self._argument(here, operand)
         readers = result_names(here.instructions[row.name], operand, here)
-        return Ends(
-            made_by=leaf.name if leaf else self._describe([operand], producers(here), here),
-            wanted_by=self._describe(readers, consumers(here), here),
-            declared_by=self._declaration(row, leaf, source),
-        )
+        made = self._nearest([operand], producers(here), here)
+        wanted = self._nearest(readers, consumers(here), here)
+        source = self._cause(row, own, wanted)
+        forced = source in self._constraint_lines and source != own
+        declared = f"{_CONSTRAINT}{source}" if forced else self._declaration(row, leaf, own)
+        return source, Ends(leaf.name if leaf else str(made or ""), str(wanted or ""), declared)
+
+    def _cause(
+        self, row: LedgerRow, own: Source | None, wanted: "_Operation | None"
+    ) -> Source | None:
+        """The line that causes a transfer.
+
+        For a gather that the compiler inserts that is the operation which wants the result, or the
+        constraint which forces that one's layout. Compilers name either side of it.
+        """
+        if row.kind in REDUCING or _last_name(row.op_name) in _EXPLICIT:
+            return own
+        near = wanted.source if wanted and wanted.source else own
+        if near is None or set(row.axes) <= self._gathered:
+            return near
+        governing, batch_axes = self._program.declared.governing, self._program.batch_axes
+        return find_governing(near, row.axes, governing, batch_axes) or near
 
     def _argument(self, here: Computation, name: str) -> "PlacedLeaf | None":
         """The argument of the step that an array is another form of; None if it is computed."""
@@ -101,24 +132,24 @@ class _EndsReader:
         leaves = self._program.leaves
         return leaves[number] if number is not None and number < len(leaves) else None
 
-    def _describe(self, names: Iterable[str], onward: Onward, here: Computation) -> str:
-        """The nearest operation with a JAX path, `dot_general at model.py:42 in attend`."""
+    def _nearest(
+        self, names: Iterable[str], onward: Onward, here: Computation
+    ) -> "_Operation | None":
+        """The nearest operation with a JAX path; a constraint without a line is passed over."""
 
-        def describe(instruction: Instruction) -> str:
+        def tell(instruction: Instruction) -> _Operation | None:
             if not instruction.op_name or instruction.opcode == "get-tuple-element":
-                return ""
-            path = split_op_name(instruction.op_name)[0]
-            operation = path.rpartition("/")[2]
+                return None
+            name, phase = _last_name(instruction.op_name), phase_of(instruction.op_name)
             source = self._sources.of(instruction, here)
-            if source is None:
-                return f"{operation} of the update" if phase_of(path) == "update" else operation
-            return f"{operation} at {source}"
+            silent = source is None and name in _CONSTRAINTS
+            return None if silent else _Operation(name, phase, source)
 
-        return next(iter(nearest(names, onward, describe, here)), "")
+        return next(iter(nearest(names, onward, tell, here)), None)
 
     def _declaration(self, row: LedgerRow, leaf: "PlacedLeaf | None", source: Source | None) -> str:
         """The declaration that decides one of the two layouts; "" where that is not certain."""
-        if split_op_name(row.op_name)[0].rpartition("/")[2] in _CONSTRAINTS:
+        if _last_name(row.op_name) in _CONSTRAINTS:
             return f"{_CONSTRAINT}{source}" if source else "a constraint"
         if leaf is not None and set(row.axes) <= set(leaf.axes()):
             return leaf.declared_by
