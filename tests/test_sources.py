@@ -383,3 +383,17 @@ def test_a_report_keeps_its_sources_as_json():
     assert f"test_sources.py:{line_of('two_column_products')} in" in str(report.by_source())
     flops = dict(report.flops.by_source)
     assert sum(flops.values()) == report.flops.total
+
+
+def test_two_reports_are_compared_by_source_line():
+    case = CASES["two_column_products"]
+    before = compile_case(case).report()
+    rules = {"a": P(None, "tensor"), "b": P("tensor", None)}
+    after = compile_case(dataclasses.replace(case, rules=rules)).report()
+    line = f"test_sources.py:{line_of('two_column_products')} in"
+    (changed,) = (one for one in before.compare(after).sources if one.name.startswith(line))
+    lines = {cost.name: cost.bytes for cost in before.by_source()}
+    now = {cost.name: cost.bytes for cost in after.by_source()}
+    assert (changed.before, changed.after) == (lines[changed.name], now[changed.name])
+    assert "sent per step, by source line:" in str(before.compare(after))
+    assert not before.compare(before).sources

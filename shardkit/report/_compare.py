@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from .._core.io._table import Column, Table, fold_text
 from .._core.tree import format_bytes
+from ._by_source import group_by_source
 from ._data import ReportData
 from ._program import LeafLayout
 from .communication._ledger import Ledger
@@ -65,6 +66,8 @@ class Comparison:
       details: bytes sent by axes and by kind, with their ratio to the minimum; memory by class;
         reductions; findings whose bytes changed.
       rows: collectives, grouped by kind, axes, phase and scope; the largest change first.
+      sources: bytes sent by line of code, the largest change first. A line that moved is the same
+        line while its function and its text are.
       caveats: why numbers may be lower bounds.
     """
 
@@ -76,6 +79,7 @@ class Comparison:
     rows: tuple[Change, ...]
     caveats: tuple[str, ...] = ()
     layouts: tuple[tuple[str, str, str], ...] = ()
+    sources: tuple[Change, ...] = ()
 
     def __bool__(self) -> bool:
         numbers = (self.headlines, self.details, self.rows)
@@ -102,6 +106,11 @@ class Comparison:
             ]
         left = len(self.rows[_ROWS:])
         rows += [f"and {left} more groups of collectives"] if left else []
+        if self.sources:
+            lines_changed = (change.cells() for change in self.sources[:_ROWS])
+            rows += ["sent per step, by source line:", *lines_changed]
+        left = len(self.sources[_ROWS:])
+        rows += [f"and {left} more lines of code"] if left else []
         table = [Table(_COLUMNS, rows).to_text(_WIDTH)] if rows else []
         return "\n".join([*_fold_lines(lines), *table, *_fold_lines(self.caveats)])
 
@@ -129,6 +138,7 @@ def compare(before: ReportData, after: ReportData) -> Comparison:
         rows=_compare_rows(before.ledger, after.ledger),
         caveats=tuple(_find_caveats(before, after)),
         layouts=_compare_layouts(before, after),
+        sources=_compare_sources(before.ledger, after.ledger),
     )
 
 
@@ -240,6 +250,33 @@ def _compare_rows(before: Ledger, after: Ledger) -> tuple[Change, ...]:
     return tuple(
         sorted(changes, key=lambda change: -abs((change.after or 0) - (change.before or 0)))
     )
+
+
+def _compare_sources(before: Ledger, after: Ledger) -> tuple[Change, ...]:
+    """Lines of code whose bytes changed."""
+    old, new = _bytes_of_lines(before), _bytes_of_lines(after)
+    changes = [
+        Change(
+            (new.get(line) or old[line])[0],
+            old.get(line, ("", 0))[1],
+            new.get(line, ("", 0))[1],
+            "bytes",
+        )
+        for line in dict.fromkeys([*old, *new])
+    ]
+    changed = _drop_equal(changes)
+    return tuple(sorted(changed, key=lambda one: -abs((one.after or 0) - (one.before or 0))))
+
+
+def _bytes_of_lines(ledger: Ledger) -> dict[tuple[str, str, str], tuple[str, int]]:
+    """What stays of a line when others move it → its name now, and the bytes that it sends."""
+    lines: dict[tuple[str, str, str], tuple[str, int]] = {}
+    for cost in group_by_source(ledger):
+        source = cost.source
+        key = (source.file, source.function, source.code or str(source.line)) if source else None
+        identity = key or (cost.name, "", "")
+        lines[identity] = cost.name, lines.get(identity, ("", 0))[1] + cost.bytes
+    return lines
 
 
 _ABSENT = (None, 0)
