@@ -1,7 +1,7 @@
 """Types that models, losses and steps share."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -20,6 +20,9 @@ Batch: TypeAlias = PyTree
 
 Key: TypeAlias = jax.Array
 """A typed PRNG key[], as `jax.random.key` makes it."""
+
+Trainable: TypeAlias = "str | Sequence[str] | Callable[[str], bool] | None"
+"""Which parameters are trained: globs over their paths, or a predicate of a path; None: all."""
 
 Scalar: TypeAlias = jax.Array
 """An array without dims, such as a loss: f32[]."""
@@ -86,11 +89,14 @@ class Loss:
         `(params, batch, key, model_state) -> (loss, metrics, model_state)`.
       evaluate: a function of the same signature, without dropout and with frozen statistics.
       stateful: whether both functions take and return `model_state`.
+      trainable: the parameters that are trained, unless the spec says otherwise; see
+        `sk.StepSpec.trainable`.
     """
 
     train: Callable[..., Any]
     evaluate: Callable[..., Any]
     stateful: bool = False
+    trainable: Trainable = None
 
     def __post_init__(self) -> None:
         problems = option_problems("Loss.", stateful=(self.stateful, bool))

@@ -32,8 +32,9 @@ def from_nnx(
       loss: `(module, batch) -> loss` or `(module, batch, key) -> loss`, with the results that
         `sk.StepSpec` allows. The module is in training mode (`module.train()`) in steps and in
         evaluation mode (`module.eval()`) in `step.evaluate`; dropout layers need no key.
-      trainable: nnx filter of the variables that the optimizer updates. Every other variable,
-        such as batch statistics, is in `state.model_state`.
+      trainable: nnx filter of the variables that the optimizer updates. Every other `nnx.Param`
+        is frozen and stays in `state.params`; variables of other types, such as batch
+        statistics, are in `state.model_state`.
 
     Returns:
       A `Model`. Logical axes are those of the variables' sharding metadata
@@ -74,7 +75,10 @@ def from_nnx(
         module.eval()
         return module
 
-    return Model(init, Loss(train, evaluate, stateful=bool(template.model_state)), bind)
+    stateful, trained = bool(template.model_state), template.trained
+    # Globs are not used, since a name may have a `*` in it.
+    selected = trained.__contains__ if len(trained) < len(template.params) else None
+    return Model(init, Loss(train, evaluate, stateful=stateful, trainable=selected), bind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +89,7 @@ class _Template:
     params: Flat
     streams: Flat
     model_state: Flat
+    trained: frozenset[str]
 
     def merge(self, params: Params, model_state: Any, key: Key) -> Any:
         """Returns the module with these arrays, its random streams seeded from `key`."""
@@ -96,7 +101,9 @@ class _Template:
 
 def _make_template(make_model: Callable[[nnx.Rngs], nnx.Module], trainable: Any) -> _Template:
     module = nnx.eval_shape(lambda: _build(make_model, jax.random.key(0)))
-    return _Template(nnx.graphdef(module), *_split_variables(module, trainable))
+    selected = nnx.to_flat_state(nnx.state(module, trainable))
+    trained = frozenset("/".join(map(str, path)) for path, _ in selected)
+    return _Template(nnx.graphdef(module), *_split_variables(module, trainable), trained)
 
 
 def _build(make_model: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> nnx.Module:
@@ -106,8 +113,8 @@ def _build(make_model: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> nnx.
 
 
 def _split_variables(module: nnx.Module, trainable: Any) -> tuple[Flat, Flat, Flat]:
-    """Returns variables by path: trainable ones, random streams, and all others."""
-    filters = (trainable, nnx.RngState, nnx.Intermediate, ...)
+    """Returns variables by path: parameters, random streams, and all others."""
+    filters = (nnx.Any(trainable, nnx.Param), nnx.RngState, nnx.Intermediate, ...)
     params, streams, _, model_state = nnx.state(module, *filters)
     flatten = nnx.to_flat_state
     return list(flatten(params)), list(flatten(streams)), list(flatten(model_state))

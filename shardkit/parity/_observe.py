@@ -79,7 +79,9 @@ def observe(
     if SGD in checks:
         # Plain SGD has no state arrays: the compiled init program gives the parameters.
         start = step.init(inputs.key)
-        start = dataclasses.replace(start, opt_state=sgd.init(start.params))
+        start = dataclasses.replace(
+            start, opt_state=sgd.init(step.layout.partition.trained(start.params))
+        )
         after, _ = step.replace(optimizer=sgd)(start, batch)
         outputs["sgd params"] = after.params
         record[SGD] = copy_to_host(after.params)

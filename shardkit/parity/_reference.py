@@ -20,10 +20,11 @@ import numpy as np
 import optax
 from jax.typing import DTypeLike
 
+from .._core.partition import Partition
 from .._core.precision import cast_floats
 from .._core.split_rng import RandomDraws, per_shard_keys
 from .._core.types import Batch, Key, Loss, Mean, Params, PyTree, Variables, WithAxes
-from ..step import SKIPPED, StepSpec
+from ..step import SKIPPED, StepSpec, find_partition
 from ._record import (
     EVALUATE,
     GRADIENTS,
@@ -83,8 +84,9 @@ class Reference:
         batch = inputs.batch(0)
         metrics, grads, _ = self.gradients(start, batch, 0)
         sgd_params, _ = _jit_sgd_update(sgd)(
-            grads, sgd.init(start.params), start.params, metrics["loss"]
+            grads, sgd.init(trained := self._trained(start.params)), trained, metrics["loss"]
         )
+        sgd_params = self._partition(start.params).merge(sgd_params, start.params)
         all_metrics, state = [], start
         for t in range(inputs.steps):
             state, metrics = self._step(state, inputs.batch(t), t)
@@ -122,7 +124,8 @@ class Reference:
             grads = micro_grads if grads is None else jax.tree.map(np.add, grads, micro_grads)
         weight = float(sums["loss"][1])
         scale = 1 / weight if weight else 0.0
-        grads = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), grads, state.params)
+        trained = self._trained(state.params)
+        grads = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), grads, trained)
         means = {name: _divide(total, weight) for name, (total, weight) in sums.items()}
         means["grad_norm"] = np.asarray(global_norm(copy_to_host(grads)))
         return means, grads, model_state
@@ -134,7 +137,9 @@ class Reference:
         if self.spec.on_nonfinite != "apply":
             finite = np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
             metrics[SKIPPED] = np.float32(not finite)
-        params, opt_state = self._update(grads, state.opt_state, state.params, metrics["loss"])
+        trained = self._trained(state.params)
+        trained, opt_state = self._update(grads, state.opt_state, trained, metrics["loss"])
+        params = self._partition(state.params).merge(trained, state.params)
         return ReferenceState(params, opt_state, model_state, state.key), metrics
 
     def _evaluate(self, state: ReferenceState, batch: Batch) -> HostMetrics:
@@ -144,6 +149,12 @@ class Reference:
         )
         sums = {"loss": (total, weight), **metrics}
         return {name: _divide(total, weight) for name, (total, weight) in sums.items()}
+
+    def _partition(self, params: Params) -> Partition:
+        return find_partition(self.spec, params)
+
+    def _trained(self, params: Params) -> Params:
+        return self._partition(params).trained(params)
 
     def _to_device(self, rows: Batch) -> Batch:
         return jax.device_put(rows, self.device)
@@ -162,17 +173,23 @@ class Reference:
                 variables.params,
                 is_leaf=lambda x: isinstance(x, WithAxes),
             )
-            params = cast_floats(params, spec.precision.param_dtype)
-            return params, spec.optimizer.init(params), variables.model_state, steps_key
+            trained = cast_floats(self._trained(params), spec.precision.param_dtype)
+            params = self._partition(params).merge(trained, params)
+            return params, spec.optimizer.init(trained), variables.model_state, steps_key
 
         return jax.jit(run)
 
     @functools.cached_property
     def _loss_and_grads(self) -> Callable[..., Any]:
         """`(params, model_state, rows, key) → ((total, (weight, metrics, model_state)), grads)`."""
-        value_and_grad = jax.value_and_grad(_build_plain_loss(self.spec, train=True), has_aux=True)
-        compute = self.spec.precision.compute_dtype
-        return jax.jit(lambda params, *args: value_and_grad(cast_floats(params, compute), *args))
+        loss, compute = _build_plain_loss(self.spec, train=True), self.spec.precision.compute_dtype
+
+        def run(params: Params, *args: Any) -> Any:
+            params = cast_floats(params, compute)
+            of_trained = self._partition(params).of_trained(loss, params)
+            return jax.value_and_grad(of_trained, has_aux=True)(self._trained(params), *args)
+
+        return jax.jit(run)
 
     @functools.cached_property
     def _eval_loss(self) -> Callable[..., Any]:
@@ -252,6 +269,8 @@ def nudge_params(state: ReferenceState, dtype: DTypeLike, seed: int) -> Referenc
     rng, eps = np.random.default_rng(seed), float(jnp.finfo(dtype).eps)
 
     def nudge(x: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            return x
         signs = rng.choice([-1.0, 1.0], size=x.shape)
         nudged = np.asarray(x).astype(np.float64) * (1 + eps * signs)
         return jax.device_put(nudged.astype(x.dtype), x.sharding)

@@ -13,7 +13,7 @@ from .._core.tree import short_dtype
 from .._core.types import Batch, Key
 from ..mesh import MeshSpec
 from ..rules import format_mesh
-from ..step import CompiledStep, StepSpec, check_step_spec
+from ..step import CompiledStep, StepSpec, check_step_spec, find_partition
 from ._compare import ErrorLimits, compare_with_reference
 from ._observe import observe
 from ._parity_report import ParityReport, ParityRow
@@ -46,7 +46,10 @@ class ReferenceResults:
         start = reference.init(inputs.key)
         metrics, grads, _ = reference.gradients(start, inputs.batch(0), 0)
         _check_usable(metrics)
-        self._sgd = clipped_sgd(copy_to_host(start.params), copy_to_host(grads))
+        self._sgd = clipped_sgd(
+            copy_to_host(find_partition(spec, start.params).trained(start.params)),
+            copy_to_host(grads),
+        )
         self.record = reference.run(inputs, start, self._sgd)
         compute = spec.precision.compute_dtype
         self._noise_records = [

@@ -19,6 +19,7 @@ from ..step import (
     StepSpec,
     abstract_state,
     build_objective,
+    find_partition,
     resolve_layout,
 )
 from ._costs import CostLog
@@ -118,7 +119,9 @@ class TracedModel:
 
         def run(params: Params, model_state: PyTree, batch: Batch, key: Key) -> PyTree:
             params = cast_floats(params, spec.precision.compute_dtype)
-            return jax.grad(checkpointed, has_aux=True)(params, model_state, batch, key)
+            partition = find_partition(spec, params)
+            of_trained = jax.grad(partition.of_trained(checkpointed, params), has_aux=True)
+            return of_trained(partition.trained(params), model_state, batch, key)
 
         low = self._compute_params()
         args = (low, state.model_state, spec.batch, state.key)
@@ -175,7 +178,7 @@ def propagate_step(
     """
     state, shardings = layout.state, layout.shardings
     ins = _symbolic(shardings.params, state.params, is_param=True)
-    gradients = _symbolic(layout.gradients, state.params)
+    gradients = _symbolic(layout.gradients, layout.partition.trained(state.params))
     required: list[Dims | None] = [gradient.dims for gradient in gradients]
     ins += _symbolic(shardings.model_state, state.model_state)
     ins += [_in_micro_batches(rows) for rows in _symbolic(layout.batch_shardings, layout.batch)]

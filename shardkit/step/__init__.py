@@ -6,6 +6,7 @@ from ._load import load_step
 from ._nonfinite import SKIPPED, OnNonfinite
 from ._objective import build_objective
 from ._spec import StepSpec, check_mesh_given, check_step_spec, compile_step
+from ._trainable import find_partition
 from .optim._follow import FollowParams, moment_spec
 from .self_check import SelfCheck
 
@@ -23,6 +24,7 @@ __all__ = [
     "check_mesh_given",
     "check_step_spec",
     "compile_step",
+    "find_partition",
     "load_step",
     "moment_spec",
     "resolve_layout",

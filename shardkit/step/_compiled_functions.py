@@ -79,7 +79,7 @@ class CompiledFunctions:
             out_shardings=dataclasses.replace(shardings, opt_state=None),
         )
         optimizer = self._compile(
-            build_optimizer_init(spec.optimizer),
+            build_optimizer_init(spec),
             args=(state.params,),
             in_shardings=(shardings.params,),
             out_shardings=shardings.opt_state,
@@ -98,7 +98,7 @@ class CompiledFunctions:
     @functools.cached_property
     def gradients(self) -> CompiledProgram:
         """`(state, batch) → (metrics, gradients)`."""
-        results = (self._replicated, self.layout.shardings.params)
+        results = (self._replicated, self.layout.trained_shardings)
         per_shard = self._functions.per_shard_accumulation
         return self._compile_on_batch(self._functions.gradients(), results, per_shard)
 

@@ -80,8 +80,11 @@ def build_gradients(objective: Objective, plan: GradientPlan) -> GradientFn:
         # Constrain the cast parameters, so that a gather for their use moves the compute dtype.
         compute_params = cast_floats(params, plan.precision.compute_dtype)
         compute_params = _constrain_tree(compute_params, plan.layout.shardings.params)
-        output, totals = accumulate(objective, plan, (compute_params, model_state, batch, key))
-        totals = jax.tree.map(lambda g, p: g.astype(p.dtype), totals, params)
+        partition = plan.layout.partition
+        of_trained = partition.of_trained(objective, compute_params)
+        args = partition.trained(compute_params), model_state, batch, key
+        output, totals = accumulate(of_trained, plan, args)
+        totals = jax.tree.map(lambda g, p: g.astype(p.dtype), totals, partition.trained(params))
         grads = divide_by_weight(totals, output.loss.weight)
         return output, _constrain_tree(grads, plan.layout.gradients)
 
@@ -255,4 +258,4 @@ def _constrain_shards(totals: PyTree, plan: GradientPlan) -> PyTree:
         rest = [tuple(axis for axis in axes if axis not in shard_axes) or None for axes in dims]
         return _constrain_array(x, plan, (shard_axes, *rest))
 
-    return jax.tree.map(constrain, totals, plan.layout.shardings.params)
+    return jax.tree.map(constrain, totals, plan.layout.trained_shardings)

@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .._core.errors import Problem, ShardingError, count, raise_all
+from .._core.partition import Partition
 from .._core.precision import cast_floats
 from .._core.train_state import TrainState
 from .._core.tree import Leaf, join_path, list_leaves, path_str
 from .._core.types import Batch, Key, Params, PyTree, Variables, WithAxes
 from ..parallel import Strategy, check_axes_used, check_composition, suggest_options, update_specs
 from ..rules import Rule, axes_of, check_batch, first_match, format_mesh, resolve_all
+from ._trainable import find_partition
 from .optim._follow import FollowParams
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class StepLayout:
       gradients: pytree of `NamedSharding` of the gradients that the update receives.
       update: pytree of `NamedSharding` of the parameters during the update, where it is split
         further than the parameters; otherwise None.
+      partition: which parameters are trained; `gradients` and `update` have these alone.
     """
 
     state: TrainState
@@ -60,6 +62,12 @@ class StepLayout:
     axes: Mapping[str, tuple[str | None, ...]]
     gradients: PyTree
     update: PyTree | None
+    partition: Partition
+
+    @property
+    def trained_shardings(self) -> PyTree:
+        """Pytree of `NamedSharding` of the trained parameters."""
+        return self.partition.trained(self.shardings.params)
 
     @property
     def inner_axes(self) -> tuple[str, ...]:
@@ -97,10 +105,13 @@ def _assemble_state(
     bare = jax.tree.map(
         lambda x: x.value if _has_axes(x) else x, variables.params, is_leaf=_has_axes
     )
-    params = cast_floats(jax.tree.map(jnp.asarray, bare), spec.precision.param_dtype)
+    bare = jax.tree.map(jnp.asarray, bare)
+    partition = find_partition(spec, bare)
+    trained = cast_floats(partition.trained(bare), spec.precision.param_dtype)
+    params = partition.merge(trained, bare)
     model_state = variables.model_state
     if residual_copies:
-        zeros = jax.tree.map(lambda p: jnp.zeros((residual_copies, *p.shape), jnp.float32), params)
+        zeros = jax.tree.map(lambda p: jnp.zeros((residual_copies, *p.shape), jnp.float32), trained)
         model_state = {**model_state, RESIDUALS: zeros}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -117,11 +128,12 @@ def count_residual_copies(strategy: Strategy, mesh: Mesh) -> int:
     return mesh.shape.get(strategy.compression.axis, 0) if strategy.compression else 0
 
 
-def build_optimizer_init(optimizer: optax.GradientTransformation) -> Callable[[Params], PyTree]:
-    """Builds `params → opt_state`, in buffers of its own."""
+def build_optimizer_init(spec: "StepSpec") -> Callable[[Params], PyTree]:
+    """Builds `params → opt_state` of the trained parameters, in buffers of its own."""
 
     def run(params: Params) -> PyTree:
-        return jax.tree.map(lambda x: jnp.array(x, copy=True), optimizer.init(params))
+        trained = find_partition(spec, params).trained(params)
+        return jax.tree.map(lambda x: jnp.array(x, copy=True), spec.optimizer.init(trained))
 
     return run
 
@@ -134,7 +146,7 @@ def abstract_state(spec: "StepSpec", residual_copies: int = 0) -> AbstractState:
         initial = spec.init(key)
         names.update(_collect_axes(_to_variables(initial).params))
         state = _assemble_state(spec, initial, key, residual_copies)
-        opt_state = build_optimizer_init(spec.optimizer)(state.params)
+        opt_state = build_optimizer_init(spec)(state.params)
         return dataclasses.replace(state, opt_state=opt_state)
 
     return jax.eval_shape(run, jax.eval_shape(lambda: jax.random.key(0))), names
@@ -166,7 +178,10 @@ def resolve_layout(
     check_composition(strategy, sizes)
     state, names = abstract or abstract_state(spec, count_residual_copies(strategy, mesh))
     problems: list[Problem] = []
-    specs = _resolve_specs(strategy, (state, names), batch, sizes, problems)
+    partition = find_partition(spec, state.params)
+    specs = _resolve_specs(
+        strategy, (state, names), batch, sizes, partition=partition, problems=problems
+    )
     rows, row_axes = _resolve_rows(list_leaves(batch), specs.batch, sizes, micro_batches, problems)
     failed = count(len({problem.subject for problem in problems}), "leaf")
     raise_all(ShardingError, f"{failed} cannot be laid out on mesh {format_mesh(sizes)}.", problems)
@@ -181,7 +196,8 @@ def resolve_layout(
         key=replicated,
         halted=replicated,
     )
-    update = _build_shardings(state.params, specs.update, mesh) if strategy.zero else None
+    trained = partition.trained(state.params)
+    update = _build_shardings(trained, specs.update, mesh) if strategy.zero else None
     scatters_gradients = strategy.zero is not None and strategy.zero.stage == 2
     moves_rows = {override.axis for _, override in strategy.overrides if override.moves_rows}
     return StepLayout(
@@ -193,8 +209,9 @@ def resolve_layout(
         row_axes=row_axes,
         shard_axes=tuple(axis for axis in row_axes if axis not in moves_rows),
         axes=names,
-        gradients=update if scatters_gradients else shardings.params,
+        gradients=update if scatters_gradients else partition.trained(shardings.params),
         update=update,
+        partition=partition,
     )
 
 
@@ -221,24 +238,28 @@ def _resolve_specs(
     abstract: AbstractState,
     batch: Batch,
     sizes: Mapping[str, int],
+    *,
+    partition: Partition,
     problems: list[Problem],
 ) -> _Specs:
     state, names = abstract
     params = list_leaves(state.params, names)
     specs = _resolve_rule(strategy.params, params, sizes, "params", problems)
+    trained = [leaf for leaf in params if leaf.path not in partition.frozen]
     model_state = state.model_state
     residuals: Specs = {}
     if strategy.compression:
         model_state = {k: x for k, x in model_state.items() if k != RESIDUALS}
-        residuals = _residual_specs(strategy.compression.axis, specs)
+        kept = {leaf.path: specs[leaf.path] for leaf in trained if leaf.path in specs}
+        residuals = _residual_specs(strategy.compression.axis, kept)
     model_leaves = list_leaves(model_state)
     model_specs = _resolve_rule(strategy.model_state, model_leaves, sizes, "model_state", problems)
-    update = update_specs(strategy.zero, params, specs, sizes)
+    update = update_specs(strategy.zero, trained, specs, sizes)
     moments = list_leaves(state.opt_state)
     # `specs` lacks a parameter that cannot be laid out. Its moments pass as replicated, so that the
     # error names the parameter once and not once more for mu and nu.
     follow = FollowParams(
-        tuple((leaf, update.get(leaf.path, PartitionSpec())) for leaf in params),
+        tuple((leaf, update.get(leaf.path, PartitionSpec())) for leaf in trained),
         frozenset(leaf.path for leaf in moments),
     )
     rule = first_match(strategy.opt_state, follow) if strategy.opt_state else follow

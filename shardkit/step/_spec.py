@@ -14,11 +14,12 @@ from .._core.errors import Problem, ShardkitError, StepError, did_you_mean, rais
 from .._core.options import option_problems
 from .._core.precision import Precision, parse_precision
 from .._core.tree import leaves_by_path
-from .._core.types import Accumulate, Batch, Key, Loss, PyTree
+from .._core.types import Accumulate, Batch, Key, Loss, PyTree, Trainable
 from ..nn._remat import parse_policy
 from ..parallel import Strategy
 from ._compiled import CompiledStep
 from ._nonfinite import ON_NONFINITE, OnNonfinite
+from ._trainable import is_trainable
 
 Mode = Literal["auto", "shard_map"]
 OnRetrace = Literal["warn", "error"]
@@ -113,6 +114,10 @@ class StepSpec:
         `sk.Mean` of two sums over rows, without reading it from the program. Where the step splits
         rows, any other loss is an error; set this for one whose rows are independent in a way that
         cannot be seen.
+      trainable: the parameters that are trained: globs over paths (`"lora/**"`, or several), or a
+        predicate of a path. The others are frozen: laid out by the same rules and in the dtype
+        that `init` gives them, but without gradient, optimizer state, reduction, or part in
+        `grad_norm`. None: those that an adapter or `sk.Loss` names, else all.
 
     >>> import jax.numpy as jnp, optax
     >>> spec = StepSpec(
@@ -140,6 +145,7 @@ class StepSpec:
     debug: bool = False
     on_retrace: OnRetrace = "warn"
     independent_rows: bool = False
+    trainable: Trainable = None
 
     def __post_init__(self) -> None:
         """Folds the overrides into the strategy and the batch into shapes; checks all fields.
@@ -231,6 +237,7 @@ def compile_step(
     debug: bool = False,
     on_retrace: OnRetrace = "warn",
     independent_rows: bool = False,
+    trainable: Trainable = None,
 ) -> CompiledStep:
     """Compiles one training step; the same as `StepSpec(...).compile(mesh)`.
 
@@ -310,6 +317,7 @@ def _type_problems(spec: StepSpec) -> Iterator[Problem]:
         ("init", callable(spec.init), "def init(key): return params"),
         ("strategy", isinstance(spec.strategy, Strategy), "sk.Strategy(params=...)"),
         ("compiler_options", isinstance(spec.compiler_options, Mapping), '{"xla_option": True}'),
+        ("trainable", is_trainable(spec.trainable), '"lora/**", or lambda path: "lora" in path'),
     )
     for name, is_right, fix in rows:
         if not is_right:

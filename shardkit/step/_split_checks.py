@@ -37,7 +37,7 @@ def check_split_rows(
     # Statistics of the batch are declared by mutable state, and on shards by `ShardMapLoss`.
     declared = spec.stateful or isinstance(spec.loss_fn, ShardMapLoss)
     if splits and not spec.independent_rows and not declared:
-        check_rows(loss, args, splits, gradients=gradients)
+        check_rows(loss, args, splits, layout.partition if gradients else None)
 
 
 def _row_splits(bound: BoundSpec, layout: StepLayout, gradients: bool) -> Iterator[str]:

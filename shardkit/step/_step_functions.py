@@ -22,7 +22,6 @@ from ._update import (
     build_eval_step,
     build_gradient_step,
     build_train_step,
-    check_params,
     check_state_types,
 )
 from .self_check import build_plain_objective, build_training_loss
@@ -45,10 +44,6 @@ class StepFunctions:
 
     bound: BoundSpec
     layout: StepLayout
-
-    def __post_init__(self) -> None:
-        """Checks that every parameter can be differentiated."""
-        check_params(self.layout.state.params)
 
     def check_key_reuse(self) -> None:
         """Traces `init` and the loss under JAX's key-reuse checker.
@@ -86,7 +81,13 @@ class StepFunctions:
             compile again.
         """
         spec, shardings = self.bound.spec, self.layout.update
-        update = build_train_step(self._gradient_fn, spec.optimizer, shardings, spec.on_nonfinite)
+        update = build_train_step(
+            self._gradient_fn,
+            spec.optimizer,
+            self.layout.partition,
+            shardings,
+            on_nonfinite=spec.on_nonfinite,
+        )
 
         def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
             after, metrics = update(state, batch)

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from .._core.errors import Problem, StepError, raise_all
+from .._core.partition import Partition
 from .._core.train_state import TrainState
-from .._core.tree import leaves_by_path, list_leaves, short_type
+from .._core.tree import leaves_by_path, short_type
 from .._core.types import Batch, Key, Metrics, Params, PyTree
 from ._gradients import GradientFn
 from ._nonfinite import SKIPPED, OnNonfinite, is_finite_update, select_state
@@ -26,7 +27,9 @@ _EVALUATE = 0xFFFFFFFF
 def build_train_step(
     gradients: GradientFn,
     optimizer: optax.GradientTransformation,
+    partition: Partition = Partition(),  # noqa: B008
     shardings: PyTree | None = None,
+    *,
     on_nonfinite: OnNonfinite = "apply",
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Builds `(state, batch) → (state, metrics)`.
@@ -34,6 +37,7 @@ def build_train_step(
     Args:
       gradients: the differentiated loss.
       optimizer: any optax chain.
+      partition: which parameters are trained.
       shardings: pytree of `NamedSharding` of the update, if it is split further than the
         parameters. The parameters are gathered afterwards, by the layout of the results.
       on_nonfinite: what to do with an update that is not finite.
@@ -47,7 +51,7 @@ def build_train_step(
         metrics = _collect_metrics(output, grads)
         with jax.named_scope("update"):
             extra_args = {"value": metrics["loss"]} if needs_loss else {}
-            before = _constrain_update(state.params, shardings)
+            before = _constrain_update(partition.trained(state.params), shardings)
             grads = _constrain_update(grads, shardings)
             updates, opt_state = update(grads, state.opt_state, before, **extra_args)
             _check_updates(updates, before)
@@ -55,7 +59,7 @@ def build_train_step(
             after = dataclasses.replace(
                 state,
                 step=state.step + 1,
-                params=params,
+                params=partition.merge(params, state.params),
                 opt_state=opt_state,
                 model_state=output.model_state,
             )
@@ -63,7 +67,7 @@ def build_train_step(
                 return after, metrics
             is_finite = is_finite_update(metrics) & ~state.halted
             metrics[SKIPPED] = 1.0 - is_finite.astype(jnp.float32)
-            unchanged = dataclasses.replace(state, params=before)
+            unchanged = dataclasses.replace(state, params=partition.merge(before, state.params))
             return select_state(is_finite, after, unchanged, on_nonfinite), metrics
 
     return step
@@ -141,21 +145,6 @@ def _loss_metrics(output: LossOutput) -> Metrics:
         "loss": divide_mean(output.loss),
         **{k: divide_mean(m) for k, m in output.metrics.items()},
     }
-
-
-def check_params(params: Params) -> None:
-    """Checks that every parameter is floating-point.
-
-    Raises:
-      StepError: naming each leaf that is not.
-    """
-    problems = [
-        Problem(str(leaf), "is not a floating-point array, so it has no gradient")
-        for leaf in list_leaves(params)
-        if not jnp.issubdtype(leaf.dtype, jnp.inexact)
-    ]
-    fix = "return sk.Variables(params, model_state) from init, with these leaves in model_state"
-    raise_all(StepError, "Some parameters cannot be trained.", problems, fix)
 
 
 def check_state_types(before: TrainState, after: TrainState) -> None:

@@ -8,6 +8,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from ..._core.errors import Problem, StepError, raise_all
+from ..._core.partition import Partition
 from ..._core.tree import leaves_by_path
 from ..._core.types import Batch, Key, Params, PyTree
 from ...nn._overridable import Override, StepContext, use_overrides
@@ -21,7 +22,9 @@ _ESCAPE = "StepSpec(..., independent_rows=True) if you know that rows are indepe
 _WHOLE = 'the whole batch at once: mode="auto", accumulate=1, no reduce_dtype'
 
 
-def check_rows(objective: Objective, args: LossArgs, splits: str, *, gradients: bool) -> None:
+def check_rows(
+    objective: Objective, args: LossArgs, splits: str, partition: Partition | None
+) -> None:
     """Refuses a loss whose value on parts of the rows is not its value on all of them.
 
     A step that splits rows computes the loss of each part and adds up totals and weights. That is
@@ -33,7 +36,7 @@ def check_rows(objective: Objective, args: LossArgs, splits: str, *, gradients: 
       objective: the loss, on whole arrays.
       args: its abstract arguments, with the rows of the global batch.
       splits: what splits the rows, for the error: `"accumulate=4"`.
-      gradients: whether gradients are split too, and not the loss alone.
+      partition: which parameters have gradients that are split too; None: only the loss is.
 
     Raises:
       StepError: what mixes rows, with the operation, its line, and what to write instead.
@@ -48,9 +51,11 @@ def check_rows(objective: Objective, args: LossArgs, splits: str, *, gradients: 
     )
 
     def run(*args: Any) -> tuple[LossOutput, PyTree]:
-        if not gradients:
+        if partition is None:
             return objective(*args)[1], {}
-        grads, output = jax.grad(objective, has_aux=True)(*args)
+        params, *rest = args
+        of_trained = jax.grad(partition.of_trained(objective, params), has_aux=True)
+        grads, output = of_trained(partition.trained(params), *rest)
         return output, grads
 
     with _row_by_row():

@@ -34,7 +34,7 @@ class Probes:
     """Small programs of one step, each compiled when it is first used.
 
     Attributes:
-      paths: path and type of each parameter, in JAX's order: L of them.
+      paths: path and type of each trained parameter, in JAX's order: L of them.
     """
 
     def __init__(self, spec: "StepSpec", layout: StepLayout, dtype: str) -> None:
@@ -42,14 +42,15 @@ class Probes:
         self._spec, self._layout, self._dtype = spec, layout, dtype
         self._mesh = jax.tree.leaves(layout.shardings)[0].mesh
         self._whole = NamedSharding(self._mesh, PartitionSpec())
-        self.paths = tuple(leaves_by_path(layout.state.params, "params"))
+        self._partition = layout.partition
+        self.paths = tuple(leaves_by_path(layout.partition.trained(layout.state.params), "params"))
 
     @functools.cached_property
     def measure(self) -> Any:
         """`(params, gradients, u32[L]) → f32[3, L]`: rms of p, norm of g, ⟨g, signs⟩."""
 
         def run(params: Params, grads: Params, seeds: jax.Array) -> jax.Array:
-            rows = []
+            rows, params = [], self._partition.trained(params)
             for p, g, seed in zip(*map(jax.tree.leaves, (params, grads)), seeds, strict=True):
                 size = max(p.size, 1)
                 dot = jnp.sum(_real_product(_wide(g), _signs(p, seed)))
@@ -63,7 +64,8 @@ class Probes:
         """`(params, u32[L], f32[L]) → params`, each element moved by ± the amount of its leaf."""
 
         def run(params: Params, seeds: jax.Array, amounts: jax.Array) -> Params:
-            return _map(lambda p, seed, amount: _moved(p, seed, amount), params, seeds, amounts)
+            moved = _map(_moved, self._partition.trained(params), seeds, amounts)
+            return self._partition.merge(moved, params)
 
         return jax.jit(run, out_shardings=self._layout.shardings.params)
 
@@ -71,7 +73,8 @@ class Probes:
     def is_exact(self) -> bool:
         """Whether no element's move is lost in the rounding of parameters or of the loss."""
         dtypes = {jnp.dtype(self._dtype)}
-        dtypes |= {x.dtype for x in jax.tree.leaves(self._layout.state.params)}
+        trained = self._partition.trained(self._layout.state.params)
+        dtypes |= {x.dtype for x in jax.tree.leaves(trained)}
         return all(jnp.finfo(dtype).eps < 1e-6 for dtype in dtypes)
 
     @functools.cached_property
@@ -85,7 +88,7 @@ class Probes:
 
         def run(params: Params, grads: Params, seeds: jax.Array, amounts: jax.Array) -> jax.Array:
             rows = []
-            trees = map(jax.tree.leaves, (params, grads))
+            trees = map(jax.tree.leaves, (self._partition.trained(params), grads))
             for p, g, seed, amount in zip(*trees, seeds, amounts, strict=True):
                 up, down = (_rounded(_moved(p, seed, x), dtype) for x in (amount, -amount))
                 rows.append(jnp.sum(_real_product(_wide(g), up - down)))
@@ -124,7 +127,7 @@ class Probes:
         On (data=2, tensor=2) a leaf split over tensor has two copies of each half; the checksums
         of the two are compared over data, and the disagreements summed over the whole mesh.
         """
-        shardings = (self._layout.shardings, self._layout.shardings.params)
+        shardings = (self._layout.shardings, self._layout.trained_shardings)
         specs = [sharding.spec for sharding in jax.tree.leaves(shardings)]
 
         def on_device(*shards: jax.Array) -> jax.Array:
@@ -167,12 +170,13 @@ class Probes:
         def run(
             before: TrainState, grads: Params, loss: Scalar, after: TrainState, least: Scalar
         ) -> jax.Array:
-            updates, opt_state = update(grads, before.opt_state, before.params, value=loss)
-            params = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), before.params, updates)
+            start, end = map(self._partition.trained, (before.params, after.params))
+            updates, opt_state = update(grads, before.opt_state, start, value=loss)
+            params = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), start, updates)
             tops = [jnp.max(jnp.abs(g), initial=0) for g in jax.tree.leaves(grads)]
             bound = least * jnp.max(jnp.stack([x.astype(jnp.float32) for x in tops]))
             sure = jax.tree.map(lambda g: jnp.abs(g).astype(jnp.float32) > bound, grads)
-            rows = [*_rows(before.params, params, after.params, sure)]
+            rows = [*_rows(start, params, end, sure)]
             every = jax.tree.map(lambda x: jnp.ones(x.shape, bool), opt_state)
             rows += _rows(before.opt_state, opt_state, after.opt_state, every)
             return jnp.stack(rows, axis=1)
@@ -189,7 +193,8 @@ class Probes:
     def copied_paths(self) -> tuple[str, ...]:
         """Paths of the leaves of `copies_differ`."""
         state = self._layout.state
-        return (*leaves_by_path(state, "state"), *leaves_by_path(state.params, "gradients"))
+        gradients = self._partition.trained(state.params)
+        return (*leaves_by_path(state, "state"), *leaves_by_path(gradients, "gradients"))
 
 
 def _rows(before: PyTree, expected: PyTree, after: PyTree, sure: PyTree) -> list[jax.Array]:

@@ -38,15 +38,19 @@ def build_local_gradients(objective: Objective, plan: ShardMapPlan) -> GradientF
 
     def local(params: Params, model_state: PyTree, batch: Batch, key: Key) -> LossAndGradients:
         compute_params = gather_params(plan, cast_floats(params, precision.compute_dtype))
-        output, totals = _accumulate(objective, plan, (compute_params, model_state, batch, key))
+        partition = plan.partition
+        of_trained = partition.of_trained(objective, compute_params)
+        args = partition.trained(compute_params), model_state, batch, key
+        output, totals = _accumulate(of_trained, plan, args)
         flat, structure = jax.tree.flatten(totals)
         with jax.named_scope("reduce"):
             output = reduce_output(output, plan.row_axes)
             compression = plan.bound.spec.strategy.compression
             gradient_sum = GradientSum(compression, model_state, output.loss.weight)
-            flat = reduce_gradients(flat, plan.parameters, reduce_dtype, gradient_sum)
+            flat = reduce_gradients(flat, plan.trained, reduce_dtype, gradient_sum)
         output = dataclasses.replace(output, model_state=gradient_sum.model_state)
-        totals = jax.tree.map(lambda g, p: g.astype(p.dtype), structure.unflatten(flat), params)
+        totals = structure.unflatten(flat)
+        totals = jax.tree.map(lambda g, p: g.astype(p.dtype), totals, partition.trained(params))
         return output, divide_by_weight(totals, output.loss.weight)
 
     return map_shards(plan, local, (_output_specs(plan), plan.gradients))

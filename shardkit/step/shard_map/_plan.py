@@ -12,6 +12,7 @@ from jax.extend import core
 from jax.sharding import Mesh, PartitionSpec
 
 from ..._core.errors import Problem
+from ..._core.partition import Partition
 from ..._core.split_rng import RandomDraws
 from ..._core.tree import Leaf, list_leaves
 from ..._core.types import Accumulate, PyTree
@@ -41,6 +42,7 @@ class ShardMapPlan:
       row_axes: mesh axes that split the rows of the batch.
       token_axes: the other mesh axes that split activations along dims that no parameter has.
       parameters: plan of each parameter, in the order of the leaves.
+      partition: which parameters are trained.
       axis_rules: logical axes → mesh axes on shards.
       specs: specs of `(params, model_state, batch)`.
       gradients: specs of the gradients that the update receives.
@@ -52,10 +54,17 @@ class ShardMapPlan:
     row_axes: Axes
     token_axes: Axes
     parameters: tuple[ParamPlan, ...]
+    partition: Partition
     axis_rules: ManualAxisRules
     specs: tuple[PyTree, PyTree, PyTree]
     gradients: PyTree
     draws: RandomDraws = dataclasses.field(default_factory=lambda: RandomDraws(1))
+
+    @property
+    def trained(self) -> tuple[ParamPlan, ...]:
+        """Plans of the parameters that are trained."""
+        every = jax.tree.unflatten(jax.tree.structure(self.specs[0]), self.parameters)
+        return tuple(jax.tree.leaves(self.partition.trained(every)))
 
     @property
     def mesh(self) -> Mesh:
@@ -92,7 +101,10 @@ def build_plan(
     axis_rules, row_axes = ManualAxisRules(table), layout.row_axes
     params = list_leaves(layout.state.params, layout.axes)
     specs = jax.tree.map(lambda s: s.spec, layout.shardings)
-    update = jax.tree.map(lambda s: s.spec, layout.update or layout.shardings.params)
+    partition = layout.partition
+    update = jax.tree.map(lambda s: s.spec, layout.update or layout.trained_shardings)
+    # A frozen parameter is updated by nobody, so its update is laid out as it is stored.
+    updated = partition.merge(update, specs.params)
     whole_loss = not isinstance(bound.spec.loss_fn, ShardMapLoss)
     token_axes = _token_axes(layout, axis_rules, marked) if whole_loss else ()
     # With one reduction after the last micro-batch, weights are gathered once before the first.
@@ -100,7 +112,7 @@ def build_plan(
 
     problems: list[Problem] = []
     parameters, gathered = [], {}
-    pairs = zip(jax.tree.leaves(specs.params), jax.tree.leaves(update), strict=True)
+    pairs = zip(jax.tree.leaves(specs.params), jax.tree.leaves(updated), strict=True)
     for leaf, (spec, update_spec) in zip(params, pairs, strict=True):
         stored, finer = (_spec_dims(s, len(leaf.shape)) for s in (spec, update_spec))
         whole = ((),) * len(stored)
@@ -131,6 +143,7 @@ def build_plan(
         row_axes=row_axes,
         token_axes=token_axes,
         parameters=tuple(parameters),
+        partition=partition,
         axis_rules=ManualAxisRules(table, tuple(gathered.items()), kept_axes(bound), reduce_dtype),
         specs=(specs.params, specs.model_state, batch),
         gradients=update,

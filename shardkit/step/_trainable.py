@@ -1,0 +1,76 @@
+"""Which parameters a spec trains: its declaration against the leaves that `init` returns."""
+
+from collections.abc import Iterator, Sequence, Set
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+
+from .._core.errors import Problem, StepError, did_you_mean, raise_all
+from .._core.partition import Partition
+from .._core.tree import Leaf, list_leaves
+from .._core.types import Loss, Params, Trainable
+from ..rules import matches
+
+if TYPE_CHECKING:
+    from ._spec import StepSpec
+
+
+def is_trainable(declared: object) -> bool:
+    """Whether a value is globs, a predicate, or None."""
+    if declared is None or isinstance(declared, str) or callable(declared):
+        return True
+    globs = isinstance(declared, Sequence | Set)
+    return globs and all(isinstance(glob, str) for glob in declared)
+
+
+def find_partition(spec: "StepSpec", params: Params) -> Partition:
+    """Finds the frozen parameters of a spec.
+
+    Args:
+      spec: the step; without `trainable` of its own, that of its `sk.Loss` holds.
+      params: the parameters, concrete or abstract.
+
+    Raises:
+      StepError: a glob matches no parameter, no parameter is trained, or one that is trained is
+        not floating-point.
+    """
+    loss = spec.loss_fn
+    declared = spec.trainable
+    if declared is None and isinstance(loss, Loss):
+        declared = loss.trainable
+    leaves = list_leaves(params)
+    trained = leaves if declared is None else _select(declared, leaves)
+    raise_all(StepError, "Some parameters cannot be trained.", list(_find_problems(trained)))
+    kept = {leaf.path for leaf in trained}
+    return Partition(frozenset(leaf.path for leaf in leaves) - kept)
+
+
+def _select(declared: Trainable, leaves: Sequence[Leaf]) -> list[Leaf]:
+    if callable(declared):
+        chosen = [leaf for leaf in leaves if declared(leaf.path)]
+        names = ["the predicate"]
+        dead = [] if chosen else names
+    else:
+        names = [declared] if isinstance(declared, str) else list(declared or ())
+        chosen = [leaf for leaf in leaves if any(matches(glob, leaf.path) for glob in names)]
+        dead = [g for g in names if not any(matches(g, leaf.path) for leaf in leaves)]
+    paths = [leaf.path for leaf in leaves]
+    problems = [
+        Problem(
+            f"trainable={name!r}" if name in dead and names != ["the predicate"] else "trainable",
+            f"selects none of the {len(leaves)} parameters.{did_you_mean(name, paths)}",
+        )
+        for name in dead or ([] if chosen or not leaves else ["()"])
+    ]
+    fix = f"paths of parameters, such as {paths[0]!r}; or leave trainable out to train all"
+    raise_all(StepError, "The trained parameters are declared wrongly.", problems, fix)
+    return chosen
+
+
+def _find_problems(trained: Sequence[Leaf]) -> Iterator[Problem]:
+    fix = "leave it out of trainable=; or return sk.Variables(params, model_state) from init, with "
+    fix += "it in model_state"
+    for leaf in trained:
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            why = "is not a floating-point array, so it has no gradient"
+            yield Problem(str(leaf), why, fix)
