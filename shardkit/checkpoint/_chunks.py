@@ -13,6 +13,7 @@ An example: a leaf [6, 4] in chunks of [4, 4], restored to two devices that hold
 
 import itertools
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -72,7 +73,10 @@ def _read_leaf(
     header = read_file(f"{leaf}/.zarray")
     if header is None:
         return None, wrong
-    chunk = tuple(json.loads(header)["chunks"])
+    chunk = _chunk_shape(header, wanted.shape)
+    if chunk is None:
+        return None, {f"{leaf}/.zarray": "is not the header of this leaf"}
+    chunk_bytes = math.prod(chunk) * wanted.dtype.itemsize
     sharding = wanted.sharding
     assert sharding is not None
     devices: dict[Box, list[Any]] = {}
@@ -84,8 +88,11 @@ def _read_leaf(
             box: np.empty([stop - start for start, stop in box], wanted.dtype) for box in group
         }
         for at in {at for box in group for at in _chunks_of(box, chunk)}:
-            raw = read_file(f"{leaf}/{'.'.join(map(str, at)) or '0'}")
-            if raw is not None:
+            name = f"{leaf}/{'.'.join(map(str, at)) or '0'}"
+            raw = read_file(name)
+            if raw is not None and len(raw) != chunk_bytes:
+                wrong[name] = f"has {len(raw)} bytes, a chunk of this leaf has {chunk_bytes}"
+            elif raw is not None:
                 _copy_chunk(np.frombuffer(raw, wanted.dtype).reshape(chunk), at, shards)
         if not wrong:
             on_devices += [
@@ -96,6 +103,17 @@ def _read_leaf(
     if wrong:
         return None, wrong
     return jax.make_array_from_single_device_arrays(wanted.shape, sharding, on_devices), wrong
+
+
+def _chunk_shape(header: bytes, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Returns the shape of a leaf's chunks; None if the header is not one of this leaf."""
+    try:
+        fields = json.loads(header)
+        chunk, described = tuple(fields["chunks"]), tuple(fields["shape"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    positive = all(isinstance(size, int) and size > 0 for size in chunk)
+    return chunk if positive and len(chunk) == len(shape) and described == shape else None
 
 
 def _box_of_index(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:

@@ -5,6 +5,7 @@ import importlib.metadata
 import shutil
 import threading
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ class PendingSave:
         self._leaves = {path: _describe(x, axes.get(path)) for path, x in leaves.items()}
         self._fields = {**fields, "mesh": _mesh_shape(leaves)}
         self._error: Exception | None = None
+        self._remains: list[str] = []
         self._folder = temporary_folder(root, step)
         # Dispatched before the caller can donate the arrays; read after the files are written.
         self._fingerprints = compute_fingerprints(leaves)
@@ -74,8 +76,13 @@ class PendingSave:
 
         Raises:
           CheckpointError: it failed; earlier steps are untouched.
+
+        An old step that cannot be deleted is a warning only: the new one is complete.
         """
         self._thread.join()
+        remains, self._remains = self._remains, []
+        for message in remains:
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
         with collective_errors() if together else contextlib.nullcontext():
             if self._error is not None:
                 raise self._make_error(self._error) from self._error
@@ -107,7 +114,7 @@ class PendingSave:
                 **self._fields,
             )
             commit(self._folder, self._root, self._step, manifest.to_text())
-            delete_old_steps(self._root, self._retention)
+            self._remains = delete_old_steps(self._root, self._retention)
         except Exception as error:
             self._error = error
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from .._core.errors import ConfigError, Problem, format_problems, raise_all
+from .._core.io._files import path_problem
 from .._core.options import check_options
 from ..checkpoint import RetentionPolicy
 
@@ -92,6 +93,10 @@ class TrainConfig:
         least |= {"max_to_keep": 1, "keep_period": 0, "best_to_keep": 0}
         least |= {"skip_limit": 1, "replica_check_every": 0}
         problems = self._check_least(least)
+        for name in ("resume", "out"):
+            value = getattr(self, name, None)
+            if value is not None and (url := path_problem(value, f"train.{name}={value}")):
+                problems.append(url)
         if self.step_timeout < 0:
             why, fix = "must be 0 or more seconds.", "--set train.step_timeout=600"
             problems.append(Problem(f"train.step_timeout={self.step_timeout:g}", why, fix))

@@ -82,7 +82,7 @@ def _decide(folder: Path, config: TrainConfig, compare: _Compare) -> ResumeDecis
     if config.resume == "never" or (config.resume == "auto" and not config.checkpoint_every):
         return ResumeDecision(folder)
     if config.resume != "auto":
-        return _decide_named(Path(config.resume), compare)
+        return _decide_named(Path(config.resume).expanduser(), compare)
     notes = []
     for run in _list_runs(folder):
         newest = _read_newest_manifest(run)

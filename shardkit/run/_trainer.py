@@ -11,6 +11,8 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.text import Text
 
+from .._core.errors import ConfigError
+from .._core.io._files import local_path
 from ..checkpoint import RetentionPolicy
 from ..processes import ProcessGroup
 from ..step import CompiledStep, StepSpec, check_mesh_given
@@ -82,7 +84,10 @@ class Trainer:
 
         Raises:
           StepError: a spec without a mesh, or a mesh for a step that has its own.
+          ConfigError: the folder is a URL, not a path.
         """
+        folder = local_path(self.folder, ConfigError, "A run is kept in files.")
+        object.__setattr__(self, "folder", folder)
         check_mesh_given(self.step, self.mesh)
         if self.process_group.index:
             config = dataclasses.replace(self.config, loggers=(), profile=None)
