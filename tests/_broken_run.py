@@ -95,6 +95,9 @@ def main(folder: Path, runs: list[str]) -> None:
         step = compiled(rows=16 if runs == ["run:differs"] and process_group.index else 8)
         for run in runs:
             name, _, how = run.partition(":")
+            if how == "elsewhere":
+                own = folder / f"of process {process_group.index}"
+                sk.Checkpointer(own).save(1, step.init(jax.random.key(0)))
             train(folder / name, step, how, process_group)
 
 

@@ -58,6 +58,55 @@ def read_leaves(
     return arrays, {name: why for _, wrong in results.values() for name, why in wrong.items()}
 
 
+def find_missing(
+    folder: Path, expected: Mapping[str, jax.ShapeDtypeStruct], files: Mapping[str, SavedFile]
+) -> dict[str, str]:
+    """Compares the files of a step with the leaves that were to be written.
+
+    Args:
+      folder: of the step.
+      expected: `{folder of the leaf below that of the step: shape, dtype and sharding}`.
+      files: those that are there.
+
+    Returns:
+      `{file: why it is missing}`; files that are too short among them.
+    """
+    missing = {}
+    for leaf, x in expected.items():
+        header = f"{leaf}/.zarray"
+        chunk = _chunk_shape((folder / header).read_bytes(), x.shape) if header in files else None
+        if chunk is None:
+            missing[header] = "was not written"
+            continue
+        size = math.prod(chunk) * x.dtype.itemsize
+        for at in _chunks_of(tuple((0, n) for n in x.shape), chunk):
+            name = _chunk_name(leaf, at)
+            if name not in files or files[name].bytes != size:
+                missing[name] = f"was not written by {_describe_writers(x, at, chunk)}"
+    return missing
+
+
+def _describe_writers(x: jax.ShapeDtypeStruct, at: tuple[int, ...], chunk: tuple[int, ...]) -> str:
+    """Returns the processes that hold a chunk."""
+    assert x.sharding is not None
+    origin = [i * size for i, size in zip(at, chunk, strict=True)]
+    holders = {
+        device.process_index
+        for device, index in x.sharding.devices_indices_map(x.shape).items()
+        if all(
+            start <= first < stop
+            for first, (start, stop) in zip(
+                origin, _box_of_index(index or (), x.shape), strict=True
+            )
+        )
+    }
+    return " or ".join(f"process {process}" for process in sorted(holders))
+
+
+def _chunk_name(leaf: str, at: tuple[int, ...]) -> str:
+    return f"{leaf}/{'.'.join(map(str, at)) or '0'}"
+
+
 def _read_leaf(
     folder: Path, files: Mapping[str, SavedFile], leaf: str, wanted: jax.ShapeDtypeStruct
 ) -> tuple[jax.Array | None, dict[str, str]]:
@@ -88,7 +137,7 @@ def _read_leaf(
             box: np.empty([stop - start for start, stop in box], wanted.dtype) for box in group
         }
         for at in {at for box in group for at in _chunks_of(box, chunk)}:
-            name = f"{leaf}/{'.'.join(map(str, at)) or '0'}"
+            name = _chunk_name(leaf, at)
             raw = read_file(name)
             if raw is not None and len(raw) != chunk_bytes:
                 wrong[name] = f"has {len(raw)} bytes, a chunk of this leaf has {chunk_bytes}"

@@ -31,15 +31,9 @@ def list_steps(root: Path) -> tuple[int, ...]:
     return tuple(sorted(step for step in steps if step is not None))
 
 
-def temporary_folder(root: Path, step: int) -> Path:
-    """Returns the folder that a step is written to until it is complete."""
-    return root / f"{_SAVING}{step_folder(root, step).name}"
-
-
 def create_temporary_folder(root: Path, step: int) -> Path:
-    """Creates an empty folder to write a step to."""
-    path = temporary_folder(root, step)
-    shutil.rmtree(path, ignore_errors=True)
+    """Creates a folder to write a step to until it is complete, under a name that is new."""
+    path = root / f"{_SAVING}{step_name(step)}-{secrets.token_hex(4)}"
     path.mkdir()  # without parents: if the run's folder has vanished, the save fails
     return path
 
@@ -97,12 +91,14 @@ def delete(path: Path) -> list[str]:
         else:
             shutil.rmtree(path)
     except OSError as error:
+        shutil.rmtree(path, ignore_errors=True)  # what else can be deleted
         return [_describe_remains(path, error)]
     return []
 
 
 def _describe_remains(path: Path, error: OSError) -> str:
-    problem = Problem(str(error.filename or path), f"{error.strerror}; it uses disk space only")
+    name = Path(error.filename or path).name
+    problem = Problem(name, f"{error.strerror}; what is left only uses disk space")
     return format_problems(f"{path} cannot be deleted.", [problem], f"rm -r {str(path)!r}")
 
 

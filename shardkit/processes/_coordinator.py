@@ -153,10 +153,8 @@ class Coordinator:
 
     def _admit(self, stream: MessageStream, message: Message) -> int:
         """Makes a connection that has presented the token a member."""
-        process = message.get("process")
-        if message["kind"] != "hello" or process in self._members:
-            raise Closed
-        if process not in range(self._count):
+        process = message["process"] if message["kind"] == "hello" else -1
+        if process in self._members or process not in range(self._count):
             raise Closed
         self._strangers.pop(stream, None)
         self._members[process] = _Member(stream)
