@@ -61,6 +61,28 @@ def test_a_process_alone_agrees_with_itself():
         )
 
 
+HANDLES = """
+import threading, time
+import shardkit as sk
+for attempt in range(3):
+    try:
+        with sk.distributed(step_timeout=0.2) as process_group:
+            process_group.report_step(attempt)
+            raise [OSError("gone"), KeyboardInterrupt(), sk.ShardkitError("no")][attempt]
+    except BaseException as error:
+        print(type(error).__name__, process_group.failure)
+time.sleep(1)
+print("alive", [t.name for t in threading.enumerate() if t.name.startswith("shardkit")])
+"""
+
+
+def test_an_exception_that_is_handled_ends_nothing():
+    ended = subprocess.run([sys.executable, "-c", HANDLES], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    names = ["OSError None", "KeyboardInterrupt None", "ShardkitError None", "alive []"]
+    assert ended.stdout.splitlines() == names
+
+
 # --- the coordinator
 
 

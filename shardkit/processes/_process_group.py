@@ -181,6 +181,9 @@ class ProcessGroup:
         """
         if self._stream is None or self._left:
             return
+        if self.count == 1:  # nobody waits for this process, which may handle the error
+            self.leave()
+            return
         if _may_be_echo(error):
             with self._changed:
                 self._changed.wait_for(lambda: self.failure is not None, _ECHO_WAIT)
