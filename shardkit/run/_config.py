@@ -31,6 +31,9 @@ class TrainConfig:
       resume: `auto` resumes the newest unfinished run of that name with the same settings, or
         starts a new one; `never` starts a new one; anything else is the folder of the run to
         resume.
+      resume_with: names or groups of settings (`optimizer`, `train.seed`, `data`) that may differ
+        from those of the run that resumes. Without them `auto` starts a new run, and a named run
+        is refused, with a list of what differs.
       on_damage: what a resumed run does when its newest checkpoint is damaged: warn and take the
         `previous` intact one, or `stop`.
       on_save_error: what to do when a checkpoint or a row of metrics cannot be written: `stop`,
@@ -59,6 +62,7 @@ class TrainConfig:
     keep_period: int = 0
     best_to_keep: int = 0
     resume: str = "auto"
+    resume_with: tuple[str, ...] = ()
     on_damage: Literal["previous", "stop"] = "previous"
     on_save_error: Literal["stop", "continue"] = "stop"
     loggers: tuple[str, ...] = ()
