@@ -3,9 +3,14 @@
 python -m tests._broken_run FOLDER NAME[:HOW]...
 """
 
+import contextlib
+import json
 import os
+import random
 import signal
+import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -40,11 +45,28 @@ def batch_of(i):
     return {"x": np.random.default_rng(i).normal(size=(8, 8)).astype(np.float32)}
 
 
+def connect_badly(n):
+    """Makes connections to the coordinator of this run, and sends what no process sends."""
+    address = json.loads(os.environ["SHARDKIT_PROCESS"])["coordinator"]
+    host, _, port = address.rpartition(":")
+    rng = random.Random(0)
+    for _ in range(n):
+        with contextlib.suppress(OSError), socket.create_connection((host, int(port)), 1) as one:
+            one.sendall(rng.choice([b"1\n", rng.randbytes(300), b"x" * 2**16, b"[" * 999 + b"\n"]))
+
+
 def broken(how, process, i):
     """A batch, or the failure `how` in its place, in process 1."""
     batch = batch_of(i)
+    if how == "hostile" and i == 0 and process == 1:
+        thread = threading.Thread(target=connect_badly, args=(10_000,), name="hostile")
+        thread.start()
     if how and i >= BREAKS_AT and process == 1:
-        if how == "killed":
+        if how == "hostile":
+            for thread in threading.enumerate():
+                if thread.name == "hostile":
+                    thread.join()
+        elif how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         elif how == "raises":
             raise OSError("the text is gone")
@@ -73,6 +95,9 @@ def main(folder: Path, runs: list[str]) -> None:
         step = compiled(rows=16 if runs == ["run:differs"] and process_group.index else 8)
         for run in runs:
             name, _, how = run.partition(":")
+            if how == "elsewhere":
+                own = folder / f"of process {process_group.index}"
+                sk.Checkpointer(own).save(1, step.init(jax.random.key(0)))
             train(folder / name, step, how, process_group)
 
 

@@ -17,6 +17,8 @@ KEPT: dict[str, tuple[int | str, str]] = {
         8,
         "meshes in use; each holds compiled programs",
     ),
+    "checkpoint._advice.renames_no_other": (1024, "rules of one error, until it is raised"),
+    "checkpoint._rename._compile_captures": (1024, "globs of `rename=`; about 1 KiB each"),
     "data._shuffled_index.epoch_order": (2, "this epoch and the next; each up to 128 MiB"),
     "mesh._simulate._settled": ("one number", "devices of the process, set once"),
     "parallel._kinds._planned": (8, "sets of kinds: the shipped ones, and those of a `with` block"),

@@ -71,6 +71,86 @@ def test_the_policy_is_applied_when_a_step_is_complete(tmp_path, state):
     assert left == {".lock", "step-00000002", "step-00000004"}
 
 
+@pytest.mark.parametrize(
+    "victim", ["params/w/0.0", "params/w/.zarray", "model_state/seen", "key/0", "params"]
+)
+def test_what_vanishes_during_a_save_fails_it_by_name(victim, tmp_path, state, monkeypatch):
+    real = _saving.compute_checksums
+
+    def vanish(folder):
+        path = folder / "arrays" / "state" / victim
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return real(folder)
+
+    monkeypatch.setattr(_saving, "compute_checksums", vanish)
+    with pytest.raises(sk.errors.CheckpointError, match=rf"arrays/state/{victim}\S* +was not writ"):
+        sk.Checkpointer(tmp_path).save(1, state)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_step_of_many_shards_is_complete(tmp_path, state):
+    sk.Checkpointer(tmp_path).save(1, ck.on_mesh(state))
+    assert ck.bits(restored(tmp_path, state).state) == ck.bits(state)
+
+
+def refuse_to_delete(monkeypatch, name):
+    """What an immutable file does, or remains on NFS, or another owner's folder."""
+    real = os.unlink
+
+    def unlink(path, **options):
+        if str(path).endswith(name):
+            raise PermissionError(1, "Operation not permitted", path)
+        real(path, **options)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+
+
+def test_an_old_step_that_cannot_be_deleted_is_a_warning(tmp_path, state, monkeypatch):
+    keep_one = sk.RetentionPolicy(max_to_keep=1)
+    refuse_to_delete(monkeypatch, ".zarray")
+    with sk.Checkpointer(tmp_path, retention=keep_one) as checkpoints:
+        checkpoints.save(1, state)
+        checkpoints.save(2, state)
+        with pytest.warns(RuntimeWarning, match=r"\.zarray +Operation not permitted"):
+            checkpoints.wait()
+        assert checkpoints.steps() == (2,)
+    for step in (3, 4):
+        with pytest.warns(RuntimeWarning, match=r"deleting-step-\d+-\w+ cannot be deleted"):
+            sk.Checkpointer(tmp_path, retention=keep_one).save(step, state)
+    monkeypatch.undo()
+    with sk.Checkpointer(tmp_path) as checkpoints:
+        assert checkpoints.steps() == (4,)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "step-00000004"]
+
+
+def test_an_old_step_that_cannot_be_moved_stays_complete(tmp_path, state, monkeypatch):
+    real = os.rename
+
+    def rename(source, target):
+        if str(source).endswith("step-00000001"):
+            raise PermissionError(1, "Operation not permitted", source)
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    one = sk.RetentionPolicy(max_to_keep=1)
+    sk.Checkpointer(tmp_path, retention=one).save(1, state)
+    with pytest.warns(RuntimeWarning, match=r"step-00000001 cannot be deleted"):
+        sk.Checkpointer(tmp_path, retention=one).save(2, state)
+    assert sk.Checkpointer(tmp_path).steps() == (1, 2)
+    assert ck.bits(restored(tmp_path, state, step=1).state) == ck.bits(state)
+
+
+def test_a_step_that_is_a_link_is_unlinked_and_its_target_stays(tmp_path, state):
+    root, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    one = sk.RetentionPolicy(max_to_keep=1)
+    sk.Checkpointer(root, retention=one).save(1, state)
+    (root / "step-00000001").rename(elsewhere)
+    (root / "step-00000001").symlink_to(elsewhere)
+    sk.Checkpointer(root, retention=one).save(2, state)
+    assert sk.Checkpointer(root).steps() == (2,)
+    SavedStep.open(elsewhere).check_files()
+
+
 def test_a_step_is_saved_once_and_a_folder_has_one_writer(tmp_path, state):
     with sk.Checkpointer(tmp_path) as checkpoints:
         checkpoints.save(1, state)
@@ -123,7 +203,7 @@ def test_a_save_is_invisible_until_it_is_complete(tmp_path, state, monkeypatch):
     with sk.Checkpointer(tmp_path) as checkpoints:
         checkpoints.save(1, state)
         assert checkpoints.steps() == ()
-        assert [p.name for p in tmp_path.glob(".saving*")] == [".saving-step-00000001"]
+        assert len(list(tmp_path.glob(".saving-step-00000001-*"))) == 1
         slow.go.set()
         checkpoints.wait()
         assert checkpoints.steps() == (1,)

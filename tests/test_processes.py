@@ -1,5 +1,7 @@
 """Several processes without JAX: who belongs together, who is missing, and what is said of it."""
 
+import contextlib
+import random
 import signal
 import socket
 import subprocess
@@ -59,6 +61,28 @@ def test_a_process_alone_agrees_with_itself():
         )
 
 
+HANDLES = """
+import threading, time
+import shardkit as sk
+for attempt in range(3):
+    try:
+        with sk.distributed(step_timeout=0.2) as process_group:
+            process_group.report_step(attempt)
+            raise [OSError("gone"), KeyboardInterrupt(), sk.ShardkitError("no")][attempt]
+    except BaseException as error:
+        print(type(error).__name__, process_group.failure)
+time.sleep(1)
+print("alive", [t.name for t in threading.enumerate() if t.name.startswith("shardkit")])
+"""
+
+
+def test_an_exception_that_is_handled_ends_nothing():
+    ended = subprocess.run([sys.executable, "-c", HANDLES], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    names = ["OSError None", "KeyboardInterrupt None", "ShardkitError None", "alive []"]
+    assert ended.stdout.splitlines() == names
+
+
 # --- the coordinator
 
 
@@ -70,7 +94,8 @@ def joined():
     streams = [coordinator.stream, *(connect(address_of(listener), 5) for _ in range(2))]
     for process, stream in enumerate(streams):
         stream._socket.settimeout(5)
-        stream.send("hello", process=process, token="token")
+        stream.present("token")
+        stream.send("hello", process=process)
     yield coordinator, streams
     for stream in streams:
         stream.send("bye")
@@ -151,7 +176,8 @@ def test_who_comes_late_hears_of_the_end_too(joined):
     streams[2].send("bye")
     time.sleep(0.1)
     late = connect(address_of(coordinator._listener), 5)
-    late.send("hello", process=2, token="token")
+    late.present("token")
+    late.send("hello", process=2)
     assert heard(late, "end")["cause"] == "boom"
     late.send("bye")
     late.close()
@@ -160,7 +186,8 @@ def test_who_comes_late_hears_of_the_end_too(joined):
 def test_strangers_are_turned_away(joined):
     coordinator, streams = joined
     stranger = connect(address_of(coordinator._listener), 5)
-    stranger.send("hello", process=1, token="guess")
+    stranger.present("guess")
+    stranger.send("hello", process=1)
     with pytest.raises(Closed):
         stranger.receive()
     stranger.close()
@@ -170,6 +197,66 @@ def test_strangers_are_turned_away(joined):
     rude.close()
     streams[1].send("failed", step=0, cause="real")
     assert heard(streams[0], "end")["cause"] == "real"
+
+
+def hostile(rng):
+    """Bytes that no process sends: noise, JSON of every form, half tokens, and much of it."""
+    forms = [b"1\n", b"null\n", b"[" * 5000 + b"\n", b'{"kind": "bye"}\n', b"toke", b"", b"\n\n"]
+    forms += [b'{"kind": "hello", "process": 1, "token": "token"}\n', b"token" * 9, b"\xff\0\n"]
+    forms += [rng.randbytes(rng.randrange(1, 2000)), b"x" * 2**17]
+    return rng.choice(forms)
+
+
+def test_strangers_may_send_anything(joined):
+    coordinator, streams = joined
+    rng, rude = random.Random(0), []
+    for i in range(400):
+        connected = socket.create_connection(coordinator._listener.getsockname())
+        rude.append(connected)
+        with contextlib.suppress(OSError):
+            connected.sendall(hostile(rng))
+        if i % 3:
+            rude.pop(rng.randrange(len(rude))).close()
+    for process in range(3):
+        streams[process].send("gather", topic="t", value=process, patient=False)
+    assert [heard(stream, "gathered")["values"] for stream in streams] == [[0, 1, 2]] * 3
+    assert len(coordinator._strangers) <= 3 + 64 + 1
+    assert all(len(stream._incomplete) <= 2**16 for stream in list(coordinator._strangers))
+    for connected in rude:
+        connected.close()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"1",
+        b'{"kind": "at", "step": "x", "events": 1}',
+        b'{"kind": "at"}',
+        b'{"kind": ["at"]}',
+        b'{"kind": "gather", "topic": [], "value": 1, "patient": false}',
+        b'{"kind": "no"}',
+        b"[" * 100_000,
+        b"x" * 2**18,
+    ],
+)
+def test_a_member_that_no_longer_speaks_the_protocol_ends_all_by_name(line, joined):
+    _, streams = joined
+    for stream in streams:  # so that all have been admitted
+        stream.send("gather", topic="t", value=0, patient=False)
+    heard(streams[1], "gathered")
+    streams[1]._send_line(line if len(line) < 2**17 else line * 80)
+    assert heard(streams[2], "end")["process"] == 1
+
+
+@pytest.mark.parametrize("process", [-1, 3, True, "1", None, 10**30])
+def test_only_numbers_of_processes_are_admitted(process, joined):
+    coordinator, _ = joined
+    late = connect(address_of(coordinator._listener), 5)
+    late.present("token")
+    late.send("hello", process=process)
+    with pytest.raises(Closed):
+        late.receive()
+    late.close()
 
 
 # --- the launcher, with programs that know nothing of it

@@ -199,6 +199,7 @@ def test_settings_that_decide_metrics_must_be_the_same(unfinished):
     assert not anew.resumed
     assert anew.notes == (
         f"{unfinished}/run has other settings (model.embed_dim was 16, is 32). Starting a new run.",
+        f"To resume {unfinished}/run with them: --set train.resume_with=model.embed_dim",
     )
     with pytest.raises(sk.errors.CheckpointError) as error:
         begin(unfinished, record=other, resume=str(unfinished / "run"))

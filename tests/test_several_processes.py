@@ -160,6 +160,24 @@ def test_a_process_that_raises_or_is_killed_ends_all_and_the_runs_go_on(broken, 
 
 
 @pytest.mark.slow
+def test_hostile_connections_change_nothing(broken, tmp_path):
+    code, errors = broken("quiet", "run:hostile")
+    assert code == 0, "\n".join(errors)
+    assert losses(tmp_path / "run") == losses(tmp_path / "quiet")
+    assert rows(tmp_path / "run", "finished")
+
+
+@pytest.mark.slow
+def test_a_process_that_writes_elsewhere_is_told_at_once(broken, tmp_path):
+    code, errors = broken("run:elsewhere")
+    said = "\n".join(errors)
+    assert code == 2, said
+    assert "CheckpointError: In process 1: A save has failed." in said
+    assert "of process 1/.saving-step-00000001-" in said
+    assert not list(tmp_path.glob("of process 1/*"))
+
+
+@pytest.mark.slow
 def test_a_process_that_hangs_ends_all(broken, tmp_path):
     check_told(*broken("run:stuck"), "stuck")
     assert saved(tmp_path / "run")[-1] in (2, 4)

@@ -4,13 +4,12 @@ import contextlib
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
 from .._core.donation import check_not_donated
 from .._core.errors import CheckpointCorruptedError, CheckpointError, Problem, format_problems
-from .._core.io._files import is_locked
+from .._core.io._files import is_locked, local_path, os_errors_as
 from .._core.tree import leaves_by_path
 from ._arrays import check_folders
 from ._collective_errors import collective_errors, is_first_process
@@ -58,8 +57,12 @@ class Checkpointer:
           retention: which steps to keep; by default the last two.
           axes: `{path: logical axes}` of leaves whose dims are named, for the manifest.
           config: plain JSON values that describe the run, for the manifest.
+
+        Raises:
+          CheckpointError: the folder is a URL, not a path.
         """
-        self.folder, self.retention = Path(folder), retention or RetentionPolicy()
+        self.folder = local_path(folder, CheckpointError, "Checkpoints are kept in files.")
+        self.retention = retention or RetentionPolicy()
         self._axes, self._config = dict(axes or {}), config
         self._block: contextlib.ExitStack | None = None
         self._pending: PendingSave | None = None
@@ -75,7 +78,10 @@ class Checkpointer:
             with collective_errors():
                 if is_first_process():
                     block.enter_context(lock_folder(self.folder))
-                    delete_incomplete(self.folder)
+                    with self._os_errors("Nothing can be saved."):
+                        remains = delete_incomplete(self.folder)
+                    for message in remains:
+                        warnings.warn(message, RuntimeWarning, stacklevel=2)
             self._block = block.pop_all()
         return self
 
@@ -102,13 +108,23 @@ class Checkpointer:
                 error.add_note(str(lost))
 
     def steps(self) -> tuple[int, ...]:
-        """Lists the complete steps, oldest first."""
-        return list_steps(self.folder)
+        """Lists the complete steps, oldest first.
+
+        Raises:
+          CheckpointError: the folder cannot be read.
+        """
+        with self._os_errors("Checkpoints cannot be listed."):
+            return list_steps(self.folder)
 
     @property
     def in_use(self) -> bool:
         """Whether some process, perhaps this one, is inside a `with` block on the folder."""
-        return is_locked(self.folder / LOCK)
+        with self._os_errors("Whether the folder is in use cannot be found out."):
+            return is_locked(self.folder / LOCK)
+
+    def _os_errors(self, headline: str) -> contextlib.AbstractContextManager[None]:
+        fix = "a folder that this user may read and write, with only checkpoints in it"
+        return os_errors_as(CheckpointError, headline, self.folder, fix)
 
     def manifest(self, step: int | None = None) -> Manifest:
         """Reads the manifest of a step, by default the newest; needs no device.
@@ -164,8 +180,9 @@ class Checkpointer:
         return None
 
     def _prepare_folder(self, step: int) -> None:
-        for damaged in sorted(self._damaged):
-            quarantine(self.folder, damaged)
+        with self._os_errors("A damaged step cannot be set aside."):
+            for damaged in sorted(self._damaged):
+                quarantine(self.folder, damaged)
         if step in self.steps():
             problem = Problem(f"step {step}", f"is already in {self.folder}, and complete")
             fix = "another folder, or resume from it: restore(...)"
@@ -193,6 +210,7 @@ class Checkpointer:
         partial: Mapping[str, str] | None = None,
         fresh: Any = None,
         cast: Sequence[str] = (),
+        rename: Mapping[str, str] | None = None,
         on_damage: Literal["stop", "previous"] = "stop",
     ) -> Restored:
         """Reads a step onto any devices, bit for bit; each device reads only its shards.
@@ -207,6 +225,8 @@ class Checkpointer:
             from `fresh`) and `"drop"` (only in the checkpoint).
           fresh: state, or function that returns it, for the fresh leaves.
           cast: globs of leaves whose dtype may change to that of `abstract`.
+          rename: `{glob: new path}` for leaves that were saved under other names, as in
+            `{"**/old/**": "**/new/**"}`: each wildcard keeps what it matched.
           on_damage: if the newest step is damaged, `"stop"` raises and names the step before;
             `"previous"` warns and restores that one. With `step` a damaged step always raises.
 
@@ -216,7 +236,9 @@ class Checkpointer:
           CheckpointCorruptedError: a file or leaf is not what was saved, and no step may or can
           replace it.
         """
-        request = RestoreRequest(abstract, shardings, partial, fresh, cast)
+        request = RestoreRequest(
+            abstract, shardings, partial=partial, fresh=fresh, cast=cast, rename=rename
+        )
         damaged: dict[int, str] = {}
         candidates = self._candidates(step)
         for candidate in candidates:

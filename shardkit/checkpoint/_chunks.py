@@ -13,6 +13,7 @@ An example: a leaf [6, 4] in chunks of [4, 4], restored to two devices that hold
 
 import itertools
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -57,6 +58,55 @@ def read_leaves(
     return arrays, {name: why for _, wrong in results.values() for name, why in wrong.items()}
 
 
+def find_missing(
+    folder: Path, expected: Mapping[str, jax.ShapeDtypeStruct], files: Mapping[str, SavedFile]
+) -> dict[str, str]:
+    """Compares the files of a step with the leaves that were to be written.
+
+    Args:
+      folder: of the step.
+      expected: `{folder of the leaf below that of the step: shape, dtype and sharding}`.
+      files: those that are there.
+
+    Returns:
+      `{file: why it is missing}`; files that are too short among them.
+    """
+    missing = {}
+    for leaf, x in expected.items():
+        header = f"{leaf}/.zarray"
+        chunk = _chunk_shape((folder / header).read_bytes(), x.shape) if header in files else None
+        if chunk is None:
+            missing[header] = "was not written"
+            continue
+        size = math.prod(chunk) * x.dtype.itemsize
+        for at in _chunks_of(tuple((0, n) for n in x.shape), chunk):
+            name = _chunk_name(leaf, at)
+            if name not in files or files[name].bytes != size:
+                missing[name] = f"was not written by {_describe_writers(x, at, chunk)}"
+    return missing
+
+
+def _describe_writers(x: jax.ShapeDtypeStruct, at: tuple[int, ...], chunk: tuple[int, ...]) -> str:
+    """Returns the processes that hold a chunk."""
+    assert x.sharding is not None
+    origin = [i * size for i, size in zip(at, chunk, strict=True)]
+    holders = {
+        device.process_index
+        for device, index in x.sharding.devices_indices_map(x.shape).items()
+        if all(
+            start <= first < stop
+            for first, (start, stop) in zip(
+                origin, _box_of_index(index or (), x.shape), strict=True
+            )
+        )
+    }
+    return " or ".join(f"process {process}" for process in sorted(holders))
+
+
+def _chunk_name(leaf: str, at: tuple[int, ...]) -> str:
+    return f"{leaf}/{'.'.join(map(str, at)) or '0'}"
+
+
 def _read_leaf(
     folder: Path, files: Mapping[str, SavedFile], leaf: str, wanted: jax.ShapeDtypeStruct
 ) -> tuple[jax.Array | None, dict[str, str]]:
@@ -72,7 +122,10 @@ def _read_leaf(
     header = read_file(f"{leaf}/.zarray")
     if header is None:
         return None, wrong
-    chunk = tuple(json.loads(header)["chunks"])
+    chunk = _chunk_shape(header, wanted.shape)
+    if chunk is None:
+        return None, {f"{leaf}/.zarray": "is not the header of this leaf"}
+    chunk_bytes = math.prod(chunk) * wanted.dtype.itemsize
     sharding = wanted.sharding
     assert sharding is not None
     devices: dict[Box, list[Any]] = {}
@@ -84,8 +137,11 @@ def _read_leaf(
             box: np.empty([stop - start for start, stop in box], wanted.dtype) for box in group
         }
         for at in {at for box in group for at in _chunks_of(box, chunk)}:
-            raw = read_file(f"{leaf}/{'.'.join(map(str, at)) or '0'}")
-            if raw is not None:
+            name = _chunk_name(leaf, at)
+            raw = read_file(name)
+            if raw is not None and len(raw) != chunk_bytes:
+                wrong[name] = f"has {len(raw)} bytes, a chunk of this leaf has {chunk_bytes}"
+            elif raw is not None:
                 _copy_chunk(np.frombuffer(raw, wanted.dtype).reshape(chunk), at, shards)
         if not wrong:
             on_devices += [
@@ -96,6 +152,17 @@ def _read_leaf(
     if wrong:
         return None, wrong
     return jax.make_array_from_single_device_arrays(wanted.shape, sharding, on_devices), wrong
+
+
+def _chunk_shape(header: bytes, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Returns the shape of a leaf's chunks; None if the header is not one of this leaf."""
+    try:
+        fields = json.loads(header)
+        chunk, described = tuple(fields["chunks"]), tuple(fields["shape"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    positive = all(isinstance(size, int) and size > 0 for size in chunk)
+    return chunk if positive and len(chunk) == len(shape) and described == shape else None
 
 
 def _box_of_index(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:

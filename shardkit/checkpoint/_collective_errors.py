@@ -52,6 +52,11 @@ def collective_errors() -> Iterator[None]:
     raise _ERRORS[kind](f"In process {process}: {message}")
 
 
+def share_text(text: str) -> str:
+    """Returns the text of the first process, in all that save or restore together."""
+    return _gather_texts(text)[0] if has_several_processes() else text
+
+
 def _gather_texts(text: str) -> list[str]:
     """Returns the text of each process; if all are empty, only their sizes are sent."""
     encoded = np.frombuffer(text.encode(), np.uint8)

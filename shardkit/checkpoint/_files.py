@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-import re
+import secrets
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
@@ -11,35 +11,29 @@ from pathlib import Path
 
 from .._core.errors import CheckpointError, Problem, format_problems
 from .._core.io._files import FileInUseError, file_lock, os_errors_as, sync_folder, write_atomic
-from ._manifest import MANIFEST, SavedFile
+from ._manifest import MANIFEST, SavedFile, step_name, step_of_name
 
 ARRAYS, LOCK = "arrays", ".lock"
-# Folders that are being written or deleted, or are damaged, do not match `_STEP`.
+# Folders that are being written or deleted, or are damaged, have no name of a step.
 _SAVING, _DELETING, _DAMAGED = ".saving-", ".deleting-", "damaged-"
-_STEP = re.compile(r"step-(\d{8,})")
 _BLOCK = 2**20
 
 
 def step_folder(root: Path, step: int) -> Path:
     """Returns the folder of a complete step: `ROOT/step-00000300`."""
-    return root / f"step-{step:08d}"
+    return root / step_name(step)
 
 
 def list_steps(root: Path) -> tuple[int, ...]:
     """Lists the complete steps below a folder, oldest first; none if there is no such folder."""
-    names = os.listdir(root) if root.is_dir() else []
-    return tuple(sorted(int(match[1]) for name in names if (match := _STEP.fullmatch(name))))
-
-
-def temporary_folder(root: Path, step: int) -> Path:
-    """Returns the folder that a step is written to until it is complete."""
-    return root / f"{_SAVING}{step_folder(root, step).name}"
+    names = os.listdir(root) if os.path.isdir(root) else []
+    steps = map(step_of_name, names)
+    return tuple(sorted(step for step in steps if step is not None))
 
 
 def create_temporary_folder(root: Path, step: int) -> Path:
-    """Creates an empty folder to write a step to."""
-    path = temporary_folder(root, step)
-    shutil.rmtree(path, ignore_errors=True)
+    """Creates a folder to write a step to until it is complete, under a name that is new."""
+    path = root / f"{_SAVING}{step_name(step)}-{secrets.token_hex(4)}"
     path.mkdir()  # without parents: if the run's folder has vanished, the save fails
     return path
 
@@ -54,11 +48,19 @@ def commit(written: Path, root: Path, step: int, manifest: str) -> None:
     sync_folder(root)
 
 
-def delete_step(root: Path, step: int) -> None:
-    """Deletes a step; it leaves the listing before its first file is deleted."""
-    renamed = root / f"{_DELETING}{step_folder(root, step).name}"
-    os.rename(step_folder(root, step), renamed)
-    shutil.rmtree(renamed)
+def delete_step(root: Path, step: int) -> list[str]:
+    """Deletes a step; it leaves the listing before its first file is deleted.
+
+    Returns:
+      What could not be deleted; a folder that cannot leave the listing stays complete.
+    """
+    folder = step_folder(root, step)
+    renamed = root / f"{_DELETING}{folder.name}-{secrets.token_hex(4)}"
+    try:
+        os.rename(folder, renamed)
+    except OSError as error:
+        return [_describe_remains(folder, error)]
+    return delete(renamed)
 
 
 def quarantine(root: Path, step: int) -> Path:
@@ -72,11 +74,32 @@ def quarantine(root: Path, step: int) -> Path:
         number += 1
 
 
-def delete_incomplete(root: Path) -> None:
-    """Deletes folders that killed processes left half-written or half-deleted."""
-    for path in root.iterdir():
-        if path.name.startswith((_SAVING, _DELETING)):
+def delete_incomplete(root: Path) -> list[str]:
+    """Deletes what killed processes left half-written or half-deleted; returns what stays."""
+    remains = [path for path in root.iterdir() if path.name.startswith((_SAVING, _DELETING))]
+    return [message for path in remains for message in delete(path)]
+
+
+def delete(path: Path) -> list[str]:
+    """Deletes a folder, file or link; returns a message if it cannot be deleted.
+
+    Steps are complete without it, so neither a save nor a start fails for it.
+    """
+    try:
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+        else:
             shutil.rmtree(path)
+    except OSError as error:
+        shutil.rmtree(path, ignore_errors=True)  # what else can be deleted
+        return [_describe_remains(path, error)]
+    return []
+
+
+def _describe_remains(path: Path, error: OSError) -> str:
+    name = Path(error.filename or path).name
+    problem = Problem(name, f"{error.strerror}; what is left only uses disk space")
+    return format_problems(f"{path} cannot be deleted.", [problem], f"rm -r {str(path)!r}")
 
 
 @contextlib.contextmanager

@@ -2,16 +2,21 @@
 
 import dataclasses
 import json
+import typing
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .._core.errors import CheckpointCorruptedError, CheckpointError, Problem, format_problems
+from .._core.options import describe_annotation, matches_annotation
 from .._core.tree import short_dtype
 
 FORMAT, VERSION = "shardkit checkpoint", 1
 MANIFEST = "manifest.json"
+_Record = TypeVar("_Record")
+# Fields whose values JSON has as lists.
+_TUPLES = ("shape", "axes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +94,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         text = path.read_bytes().decode()
         fields = json.loads(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _make_error(path, _describe_cause(error)) from error
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise _make_error(path, f"is not a manifest of format {FORMAT!r}")
@@ -98,22 +103,64 @@ def read_manifest(folder: Path) -> Manifest:
     saved = fields.pop("crc32", None)
     if not unchanged or saved != _crc(_render(fields)):
         raise _make_error(path, f"its checksum is not {saved}: it was changed after it was written")
-    if fields.pop("version") != VERSION:
-        version = json.loads(text)["version"]
+    version = fields.pop("version", None)
+    if version != VERSION:
         why = f"has format version {version}; this shardkit reads {VERSION}"
         problem = Problem(str(path), why)
         fix = "pip install --upgrade shardkit"
         raise CheckpointError(format_problems("The checkpoint is newer.", [problem], fix))
     del fields["format"]
-    leaves = {path: _read_leaf(leaf) for path, leaf in fields.pop("leaves").items()}
-    files = {name: SavedFile(**file) for name, file in fields.pop("files").items()}
-    return Manifest(leaves=leaves, files=files, **fields)
+    manifest = _parse(path, fields)
+    named = step_of_name(folder.name)
+    if named not in (None, manifest.step):
+        why = f"is of step {manifest.step}: the folder was renamed from {step_name(manifest.step)}"
+        raise _make_error(path, why)
+    return manifest
 
 
-def _read_leaf(fields: Mapping[str, Any]) -> SavedLeaf:
-    axes = fields["axes"]
-    named = None if axes is None else tuple(axes)
-    return SavedLeaf(**{**fields, "shape": tuple(fields["shape"]), "axes": named})
+def step_name(step: int) -> str:
+    """Returns the name of the folder of a complete step: `step-00000300`."""
+    return f"step-{step:08d}"
+
+
+def step_of_name(name: str) -> int | None:
+    """Returns the step of a folder by its name; None for any other folder.
+
+    >>> step_of_name("step-00000300"), step_of_name("step-300"), step_of_name(".saving-step-1")
+    (300, None, None)
+    """
+    digits = name.removeprefix("step-")
+    is_step = digits.isascii() and digits.isdigit() and len(digits) < 20
+    return int(digits) if is_step and step_name(int(digits)) == name else None
+
+
+def _parse(path: Path, fields: Mapping[str, Any]) -> Manifest:
+    """Builds a manifest whose every field is of its annotated type."""
+    try:
+        manifest = _build(Manifest, fields)
+        leaves = {name: _build(SavedLeaf, leaf) for name, leaf in fields["leaves"].items()}
+        files = {name: _build(SavedFile, file) for name, file in fields["files"].items()}
+    except (TypeError, AttributeError) as error:
+        raise _make_error(path, f"has fields that no save writes: {error}") from error
+    sizes = [manifest.step, *(file.bytes for file in files.values())]
+    sizes += [size for leaf in leaves.values() for size in leaf.shape]
+    if min(sizes) < 0 or any(Path(name).is_absolute() or ".." in name for name in files):
+        raise _make_error(path, "has a negative size, or files outside of its folder")
+    return dataclasses.replace(manifest, leaves=leaves, files=files)
+
+
+def _build(kind: type[_Record], fields: Mapping[str, Any]) -> _Record:
+    """Makes a dataclass of JSON values; raises `TypeError` for a field of another type."""
+    record = kind(
+        **{k: tuple(x) if k in _TUPLES and isinstance(x, list) else x for k, x in fields.items()}
+    )
+    for name, annotation in typing.get_type_hints(kind).items():
+        # The mappings of a manifest hold records that are not built yet.
+        annotation = Mapping if name in ("leaves", "files") else annotation
+        value = getattr(record, name)
+        if annotation is not Any and not matches_annotation(annotation, value):
+            raise TypeError(f"{name}={value!r}, expected {describe_annotation(annotation)}")
+    return record
 
 
 def _render(fields: Mapping[str, Any]) -> str:
@@ -124,7 +171,7 @@ def _crc(text: str) -> str:
     return f"{zlib.crc32(text.encode()):08x}"
 
 
-def _describe_cause(error: OSError | ValueError) -> str:
+def _describe_cause(error: OSError | ValueError | RecursionError) -> str:
     return f"{error.strerror}" if isinstance(error, OSError) else f"is not JSON: {error}"
 
 

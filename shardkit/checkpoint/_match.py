@@ -5,12 +5,15 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from .._core.errors import CheckpointError, Problem, count, did_you_mean, raise_all
-from .._core.tree import join_path, short_type
+from .._core.tree import short_type
 from ..rules import matches
+from ._advice import suggest_restore
 from ._fingerprint import is_key
 from ._manifest import SavedLeaf
+from ._rename import rename_path, rename_problems
 
 SAVED, FRESH, DROP = "saved", "fresh", "drop"
+_EXAMPLE = 'restore(..., partial={"params/**": "saved", "**": "fresh"}, fresh=step.init(key))'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,13 +21,13 @@ class RestorePlan:
     """Where each leaf of the state to restore comes from.
 
     Attributes:
-      saved: paths read from the checkpoint.
+      saved: `{path: its path in the checkpoint}` of what is read from there.
       fresh: paths taken from the state that the caller initialized.
       cast: paths whose dtype changes, as the caller allowed.
       assumed: paths with a known value that older checkpoints do not have.
     """
 
-    saved: tuple[str, ...]
+    saved: Mapping[str, str]
     fresh: tuple[str, ...]
     cast: tuple[str, ...]
     assumed: tuple[str, ...] = ()
@@ -42,6 +45,7 @@ def plan_restore(
     cast: Sequence[str],
     where: str,
     assumed: Collection[str] = (),
+    rename: Mapping[str, str] | None = None,
 ) -> RestorePlan:
     """Decides for every leaf of checkpoint and state, or lists everything that does not fit.
 
@@ -52,11 +56,16 @@ def plan_restore(
       cast: globs of leaves that may change their dtype.
       where: names the checkpoint in errors.
       assumed: paths that may be missing in the checkpoint.
+      rename: `{glob: new path}` of leaves that the checkpoint has under other names.
 
     Raises:
       CheckpointError: names every leaf that is missing, extra, reshaped or of another dtype, and
         every glob that matches nothing.
     """
+    problems = rename_problems(rename or {}, saved)
+    raise_all(CheckpointError, f"Leaves of {where} cannot be renamed.", problems)
+    stored = {rename_path(path, rename or {}): path for path in saved}
+    saved = {path: saved[old] for path, old in stored.items()}
     rules = {"**": SAVED} if partial is None else partial
     problems = _rule_problems(rules, cast, {**saved, **wanted}) if partial or cast else []
     source = {path: _find_source(path, rules) for path in {**wanted, **saved}}
@@ -71,8 +80,10 @@ def plan_restore(
             why += did_you_mean(path, [p for p in wanted if p not in saved])
             problems.append(Problem(path, why))
     headline = f"{count(len(problems), 'leaf')} of {where} cannot be restored."
-    raise_all(CheckpointError, headline, problems, _suggest_rules(problems, saved, wanted))
-    read = tuple(path for path in wanted if source[path] == SAVED and path in saved)
+    bad = {p.subject for p in problems if not p.fix and p.subject in source}
+    fix = suggest_restore(bad, saved, wanted) if bad else ""
+    raise_all(CheckpointError, headline, problems, fix or _EXAMPLE)
+    read = {p: stored[p] for p in wanted if source[p] == SAVED and p in saved}
     return RestorePlan(
         saved=read,
         fresh=tuple(path for path in wanted if source[path] == FRESH),
@@ -134,23 +145,3 @@ def _leaf_problems(
     if any(matches(glob, path) for glob in cast):
         return []
     return [Problem(path, f"{why}: cast does not name it", f'restore(..., cast=["{path}"])')]
-
-
-def _suggest_rules(
-    problems: Sequence[Problem], saved: Mapping[str, SavedLeaf], wanted: Mapping[str, Any]
-) -> str:
-    """Suggests rules for `partial`, one per top-level tree, that restore the trees that fit."""
-    if all(problem.fix for problem in problems):
-        return ""
-    trees = dict.fromkeys(path.split("/")[0] for path in {**wanted, **saved})
-    bad = {problem.subject.split("/")[0] for problem in problems}
-    if not bad & set(trees):
-        return 'partial={"params/**": "saved", "**": "fresh"}, fresh=step.init(key)'
-    rules = {join_path(tree, "**"): _suggest_source(tree, tree in bad, wanted) for tree in trees}
-    return f"restore(..., partial={rules}, fresh=step.init(key)), or the state it was saved from"
-
-
-def _suggest_source(tree: str, bad: bool, wanted: Mapping[str, Any]) -> str:
-    if not bad:
-        return SAVED
-    return FRESH if any(path.split("/")[0] == tree for path in wanted) else DROP

@@ -5,6 +5,7 @@ import importlib.metadata
 import shutil
 import threading
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,19 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
-from .._core.errors import CheckpointError, Problem, format_problems
-from ._arrays import start_writing
-from ._collective_errors import collective_errors, is_first_process
-from ._files import ARRAYS, commit, compute_checksums, create_temporary_folder, temporary_folder
+from .._core.errors import CheckpointError, Problem, count, format_problems, raise_all
+from ._arrays import leaf_folder, start_writing
+from ._chunks import find_missing
+from ._collective_errors import collective_errors, is_first_process, share_text
+from ._files import ARRAYS, commit, compute_checksums, create_temporary_folder
 from ._fingerprint import compute_fingerprints, format_fingerprint, is_key, raw_array
-from ._manifest import Manifest, SavedLeaf
+from ._manifest import Manifest, SavedFile, SavedLeaf
 from ._match import dtype_name
 from ._retention import RetentionPolicy, delete_old_steps
 
 _PACKAGES = ("shardkit", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+# Missing files that an error names.
+_SHOWN = 8
 
 
 class PendingSave:
@@ -53,13 +57,17 @@ class PendingSave:
         self._leaves = {path: _describe(x, axes.get(path)) for path, x in leaves.items()}
         self._fields = {**fields, "mesh": _mesh_shape(leaves)}
         self._error: Exception | None = None
-        self._folder = temporary_folder(root, step)
+        self._remains: list[str] = []
         # Dispatched before the caller can donate the arrays; read after the files are written.
         self._fingerprints = compute_fingerprints(leaves)
-        with collective_errors():
-            self._make_folder()
+        self._folder: Path | None = None
+        self._folder = self._make_folder()
         try:
             stored = {path: raw_array(x) for path, x in leaves.items() if 0 not in x.shape}
+            self._expected = {
+                leaf_folder(path): jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+                for path, x in stored.items()
+            }
             self._wait_written = start_writing(self._folder / ARRAYS, stored)
         except Exception as error:
             raise self._make_error(error) from error
@@ -74,25 +82,43 @@ class PendingSave:
 
         Raises:
           CheckpointError: it failed; earlier steps are untouched.
+
+        An old step that cannot be deleted is a warning only: the new one is complete.
         """
         self._thread.join()
+        remains, self._remains = self._remains, []
+        for message in remains:
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
         with collective_errors() if together else contextlib.nullcontext():
             if self._error is not None:
                 raise self._make_error(self._error) from self._error
 
-    def _make_folder(self) -> None:
-        try:
-            if is_first_process():
-                create_temporary_folder(self._root, self._step)
-        except OSError as error:
-            raise self._make_error(error) from error
+    def _make_folder(self) -> Path:
+        """Process 0 creates the folder; every process must see it under the same name."""
+        name = ""
+        with collective_errors():
+            try:
+                if is_first_process():
+                    name = create_temporary_folder(self._root, self._step).name
+            except OSError as error:
+                raise self._make_error(error) from error
+        folder = self._root / share_text(name)
+        with collective_errors():
+            if not folder.is_dir():
+                why = "does not exist here, and process 0 has just created it"
+                fix = "a folder on a file system that all processes share"
+                problems = [Problem(str(folder), why, fix)]
+                raise CheckpointError(format_problems("A save has failed.", problems))
+        return folder
 
     def _finish(self) -> None:
+        assert self._folder is not None
         try:
             self._wait_written()
             if not is_first_process():
                 return
             files = compute_checksums(self._folder)
+            self._check_complete(files)
             values = jax.device_get(self._fingerprints)
             leaves = {
                 path: SavedLeaf(**fields, fingerprint=format_fingerprint(values[path]))
@@ -107,13 +133,26 @@ class PendingSave:
                 **self._fields,
             )
             commit(self._folder, self._root, self._step, manifest.to_text())
-            delete_old_steps(self._root, self._retention)
+            self._remains = delete_old_steps(self._root, self._retention)
         except Exception as error:
             self._error = error
 
+    def _check_complete(self, files: Mapping[str, SavedFile]) -> None:
+        """Compares what was written with what this save must write."""
+        assert self._folder is not None
+        self._folder.stat()  # raises if the whole folder is gone
+        missing = find_missing(self._folder, self._expected, files)
+        problems = [Problem(name, why) for name, why in list(missing.items())[:_SHOWN]]
+        headline = f"A save has failed. Step {self._step} in {self._root} lacks "
+        headline += f"{count(len(missing), 'file')} that it must have."
+        fix = "a file system that all processes share, and on which nothing else deletes files"
+        raise_all(CheckpointError, headline, problems, fix)
+
     def _make_error(self, error: Exception) -> CheckpointError:
-        if is_first_process():
+        if is_first_process() and self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+        if isinstance(error, CheckpointError):
+            return error
         # TensorStore appends its whole specification to the message of the system.
         why = str(error).partition(" [tensorstore_spec")[0] or type(error).__name__
         problem = Problem(f"step {self._step}", f"could not be written to {self._root}: {why}")

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from .._core.errors import CheckpointError, Problem, raise_all
+from .._core.errors import CheckpointCorruptedError, CheckpointError, Problem, raise_all
+from .._core.io._files import os_errors_as
 from .._core.train_state import TrainState
 from .._core.tree import join_path, leaves_by_path, path_str
 from ._collective_errors import collective_errors
@@ -46,6 +47,7 @@ class RestoreRequest:
     partial: Mapping[str, str] | None = None
     fresh: Any = None
     cast: Sequence[str] = ()
+    rename: Mapping[str, str] | None = None
 
     def restore(self, folder: Path, damaged: Mapping[int, str]) -> Restored:
         """Reads one step.
@@ -55,7 +57,10 @@ class RestoreRequest:
           CheckpointCorruptedError: files or leaves are not what was saved.
         """
         wanted = leaves_by_path(self.abstract)
-        with collective_errors():
+        cannot_read = os_errors_as(
+            CheckpointCorruptedError, "The checkpoint cannot be read.", folder, "chmod -R u+rX"
+        )
+        with collective_errors(), cannot_read:
             saved = SavedStep.open(folder)
             counters, flags = _find_counters_and_flags(self.abstract)
             plan = plan_restore(
@@ -65,6 +70,7 @@ class RestoreRequest:
                 cast=self.cast,
                 where=str(folder),
                 assumed=flags,
+                rename=self.rename,
             )
             shardings = self.shardings_of(wanted)
             saved.check_listing()

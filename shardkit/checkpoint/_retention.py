@@ -66,8 +66,8 @@ class RetentionPolicy:
         return {*newest, *periodic, *ranked[: self.best_to_keep]}
 
 
-def delete_old_steps(root: Path, policy: RetentionPolicy) -> None:
-    """Deletes every complete step that the policy does not keep.
+def delete_old_steps(root: Path, policy: RetentionPolicy) -> list[str]:
+    """Deletes every complete step that the policy does not keep; returns what could not be.
 
     A step whose manifest cannot be read is kept.
     """
@@ -77,5 +77,5 @@ def delete_old_steps(root: Path, policy: RetentionPolicy) -> None:
             scores[step] = read_manifest(step_folder(root, step)).metrics
         except CheckpointError:
             continue
-    for step in set(scores) - policy.select(scores):
-        delete_step(root, step)
+    old = sorted(set(scores) - policy.select(scores))
+    return [message for step in old for message in delete_step(root, step)]

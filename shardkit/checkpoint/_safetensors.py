@@ -3,7 +3,6 @@
 import importlib
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._core.errors import CheckpointError, Problem, format_problems, raise_all
-from .._core.io._files import os_errors_as, write_atomic
+from .._core.io._files import local_path, os_errors_as, write_atomic
 from .._core.tree import leaves_by_path, short_type
 from ._fingerprint import is_key
 from ._manifest import SavedLeaf
@@ -50,7 +49,8 @@ def export_safetensors(
     Raises:
       CheckpointError: the file exists or cannot be written, or the format lacks a leaf's dtype.
     """
-    target, leaves = Path(path), leaves_by_path(tree)
+    target = local_path(path, CheckpointError, "Nothing was exported.")
+    leaves = leaves_by_path(tree)
     known = set(_DTYPES.values())
     problems = [
         Problem(name, f"{short_type(x.shape, x.dtype)} is not a dtype of the format")
@@ -80,6 +80,7 @@ def import_safetensors(
     partial: Mapping[str, str] | None = None,
     fresh: Any = None,
     cast: tuple[str, ...] = (),
+    rename: Mapping[str, str] | None = None,
 ) -> Any:
     """Reads a pytree from a file; each device reads only its shards.
 
@@ -90,12 +91,13 @@ def import_safetensors(
       partial: the source of each leaf.
       fresh: leaves that do not come from the file.
       cast: globs of leaves whose dtype may change.
+      rename: `{glob: new path}` for tensors that have other names in the file.
 
     Raises:
       CheckpointError: the file cannot be read, or its tensors do not fit; every difference is
         named.
     """
-    wanted = leaves_by_path(abstract)
+    path, wanted = local_path(path, CheckpointError), leaves_by_path(abstract)
     request = RestoreRequest(abstract, shardings, partial, fresh, cast)
     shardings_by_path = request.shardings_of(wanted)
     library = _import_library("safetensors")
@@ -108,10 +110,10 @@ def import_safetensors(
     with file:
         slices = {name: file.get_slice(name) for name in file.keys()}
         saved = {name: _saved_leaf(tensor) for name, tensor in slices.items()}
-        plan = plan_restore(saved, wanted, partial, cast, str(path))
+        plan = plan_restore(saved, wanted, partial, cast, str(path), rename=rename)
         leaves = request.fresh_leaves(plan.fresh)
-        for name in plan.saved:
-            shape, tensor = tuple(wanted[name].shape), slices[name]
+        for name, stored in plan.saved.items():
+            shape, tensor = tuple(wanted[name].shape), slices[stored]
             leaves[name] = jax.make_array_from_callback(
                 shape, shardings_by_path[name], _make_reader(tensor)
             )

@@ -84,16 +84,17 @@ class SavedStep:
             fingerprint is not the saved one.
         """
         saved = self.manifest.leaves
-        got, wrong = self._read({path: (saved[path], shardings[path]) for path in plan.saved})
+        got, wrong = self._read({old: (saved[old], shardings[p]) for p, old in plan.saved.items()})
         with collective_errors():  # each process has read files that others have not
             self._raise_if_damaged(self._describe_files(wrong))
         self._raise_if_damaged(self._value_problems(got))
+        loaded = {path: got.pop(old) for path, old in plan.saved.items()}
         for path in plan.cast:
-            got[path] = got[path].astype(wanted[path].dtype)
-        for path in plan.saved:
-            if generator := saved[path].key:
-                got[path] = jax.random.wrap_key_data(got[path], impl=generator)
-        return got
+            loaded[path] = loaded[path].astype(wanted[path].dtype)
+        for path, old in plan.saved.items():
+            if generator := saved[old].key:
+                loaded[path] = jax.random.wrap_key_data(loaded[path], impl=generator)
+        return loaded
 
     def check_values(self) -> None:
         """Reads every leaf onto one device, leaf by leaf, and compares its fingerprint.

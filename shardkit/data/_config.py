@@ -3,6 +3,7 @@
 import dataclasses
 
 from .._core.errors import DataError, Problem, raise_all
+from .._core.io._files import path_problem
 from .._core.options import check_options
 
 
@@ -65,4 +66,8 @@ class DataConfig:
             for name, (valid, why, fix) in checks.items()
             if not valid
         ]
+        for name in ("path", "tokenizer"):
+            value = getattr(self, name)
+            if value is not None and (problem := path_problem(value, f"data.{name}={value}")):
+                problems.append(problem)
         raise_all(DataError, "The data cannot be cut this way.", problems)

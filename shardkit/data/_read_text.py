@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .._core.errors import DataError, Problem, count, format_problems, raise_all
+from .._core.io._files import local_path
 from ._corpus import END, Corpus
 from ._shards import SUFFIXES
 
@@ -70,7 +71,7 @@ def read_corpus(path: str | Path, validation_fraction: float = 0.05) -> Corpus:
     Raises:
       DataError: the path is missing, cannot be read, or leaves either part empty.
     """
-    root = Path(path).expanduser()
+    root = local_path(path, DataError)
     if os.path.isdir(root):  # unlike Path.is_dir, False if the path cannot be looked at
         _check_is_no_run(root)
         names = _relative_names(root, frozenset())
@@ -87,7 +88,7 @@ def read_documents(path: str | Path) -> Iterator[bytes]:
     Raises:
       DataError: a file is missing, unreadable or not text.
     """
-    root = Path(path).expanduser()
+    root = local_path(path, DataError)
     is_folder = os.path.isdir(root)
     if is_folder:
         _check_is_no_run(root)
@@ -103,7 +104,7 @@ def list_shards(path: str | Path) -> list[Path]:
     Raises:
       DataError: a folder holds token shards and other files.
     """
-    root = Path(path).expanduser()
+    root = local_path(path, DataError)
     if not os.path.isdir(root):
         return [root] if root.suffix in SUFFIXES else []
     names = _relative_names(root, frozenset())

@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from .._core.errors import DataError, Problem, count, format_problems, raise_all
-from .._core.io._files import os_errors_as, write_atomic
+from .._core.io._files import local_path, os_errors_as, write_atomic
 from ._stream import Stream, TokenFile, check_ids
 
 MAGIC, VERSION, HEADER = b"SHARDTOK", 1, 64
@@ -118,7 +118,7 @@ def write_tokens(
     (6, array([4, 6]), array([[0, 5, 6],
            [0, 8, 0]], dtype=int32))
     """
-    path = Path(path)
+    path = local_path(path, DataError)
     if path.suffix != ".bin":
         problem = Problem(str(path), "does not end in .bin", f'write_tokens("{path.stem}.bin", …)')
         raise DataError(format_problems("The shard's name is not usable.", [problem]))
@@ -167,7 +167,7 @@ def open_shards(paths: Sequence[str | Path], vocabulary: int | None = None) -> S
         ids which the model lacks; all of them in one message.
     """
     files, headers, problems = [], [], []
-    for path in map(Path, paths):
+    for path in (local_path(path, DataError) for path in paths):
         try:
             file, header = _open_shard(path)
         except (_InvalidShard, OSError) as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from .._core.errors import DataError, Problem, format_problems
+from .._core.io._files import local_path
 from ._read_text import read_documents
 from ._shards import write_tokens
 from ._tokenizer import Tokenizer, load_tokenizer
@@ -32,7 +33,7 @@ def tokenize(
     Raises:
       DataError: the text or the tokenizer cannot be read, or the folder is not empty.
     """
-    folder = Path(folder)
+    folder = local_path(folder, DataError)
     if folder.is_dir() and (existing := sorted(folder.iterdir())):
         why = f"holds {existing[0].name}; nothing is overwritten."
         problem = Problem(str(folder), why, f"{folder}-2, or another empty folder")

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from .._core.errors import DataError, Problem, format_problems
+from .._core.io._files import local_path
 
 BYTES = 256
 
@@ -124,7 +125,7 @@ def load_tokenizer(tokenizer: str | None) -> Tokenizer:
     """
     if tokenizer is None:
         return ByteTokenizer()
-    from_file = FileTokenizer(Path(tokenizer).expanduser())
+    from_file = FileTokenizer(local_path(tokenizer, DataError))
     assert from_file.vocabulary  # reads the file now, so that errors come early
     return from_file
 

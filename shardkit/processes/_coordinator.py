@@ -5,8 +5,10 @@ import selectors
 import socket
 import threading
 import time
+from collections.abc import Mapping
 from typing import Any
 
+from .._core.options import matches_annotation
 from ._failure import CONNECTION_CLOSED, Failure
 from ._message_stream import Closed, Message, MessageStream
 
@@ -14,6 +16,29 @@ _TICK = 0.1
 # Between the first report of a step timeout and the verdict. A process that hangs blocks the
 # others too, so all of them report within this time; the one with the fewest events hangs.
 _VERDICT_DELAY = 0.3
+
+
+# Connections that may wait for their token besides those of the processes, and for how long.
+_MOST_STRANGERS, _STRANGER_TIMEOUT = 64, 10.0
+# Bytes of a gathered value; those of the other fields are few.
+LONGEST_MESSAGE = 2**24
+_FIELDS: Mapping[str, Mapping[str, Any]] = {
+    "hello": {"process": int},
+    "at": {"step": int, "events": int},
+    "gather": {"topic": str, "value": object, "patient": bool},
+    "failed": {"step": int, "cause": str},
+    "stalled": {"seconds": float},
+    "bye": {},
+}
+
+
+def _check(message: Message) -> None:
+    """Raises `Closed` for a message that no process of this program sends."""
+    fields = _FIELDS.get(str(message["kind"]))
+    if fields is None or message.keys() != {"kind", *fields}:
+        raise Closed
+    if not all(matches_annotation(kind, message[name]) for name, kind in fields.items()):
+        raise Closed
 
 
 @dataclasses.dataclass
@@ -51,6 +76,7 @@ class Coordinator:
         """
         self._listener, self._count = listener, count
         self._token, self._patience = token, patience
+        self._strangers: dict[MessageStream, float] = {}  # when each connected, oldest first
         self._selector = selectors.DefaultSelector()
         if listener is not None:
             self._selector.register(listener, selectors.EVENT_READ, listener)
@@ -61,7 +87,7 @@ class Coordinator:
         self._failure: Failure | None = None
         self._closing = False
         end, other_end = socket.socketpair()
-        self._accept(MessageStream(end))
+        self._accept(end)
         self.stream = MessageStream(other_end)
         self._thread = threading.Thread(target=self._run, name="shardkit-coordinator", daemon=True)
         self._thread.start()
@@ -77,7 +103,8 @@ class Coordinator:
                 if isinstance(key.data, MessageStream):
                     self._read(key.data)
                 else:
-                    self._accept(MessageStream(key.data.accept()[0]))
+                    self._accept_stranger(key.data)
+            self._turn_away(_STRANGER_TIMEOUT, len(self._strangers))
             if self._failure is None:
                 self._check_timeouts()
         for key in list(self._selector.get_map().values()):
@@ -85,32 +112,55 @@ class Coordinator:
             key.data.close()
         self._selector.close()
 
-    def _accept(self, stream: MessageStream) -> None:
+    def _accept_stranger(self, listener: socket.socket) -> None:
+        try:
+            self._accept(listener.accept()[0])
+        except OSError:  # it has gone again, or this process has no descriptor left
+            self._turn_away(0.0, len(self._strangers))
+
+    def _accept(self, connected: socket.socket) -> None:
+        stream = MessageStream(connected, self._token, LONGEST_MESSAGE + 2**16)
         self._selector.register(stream, selectors.EVENT_READ, stream)
+        self._strangers[stream] = time.monotonic()
+        self._turn_away(0.0, len(self._strangers) - self._count - _MOST_STRANGERS)
+
+    def _turn_away(self, older: float, most: int) -> None:
+        """Closes the oldest connections that have not presented the token in so many seconds."""
+        now = time.monotonic()
+        for stream, since in list(self._strangers.items())[: max(0, most)]:
+            if now - since >= older:
+                self._close(stream)
+
+    def _close(self, stream: MessageStream) -> None:
+        self._strangers.pop(stream, None)
+        self._selector.unregister(stream)
+        stream.close()
 
     def _read(self, stream: MessageStream) -> None:
+        if stream.fileno() < 0:  # it was turned away after it became readable
+            return
         process = next((p for p, member in self._members.items() if member.stream is stream), None)
         try:
             for message in stream.receive():
+                _check(message)
                 process = self._admit(stream, message) if process is None else process
                 self._handle(process, message)
-        except (Closed, KeyError):
-            self._selector.unregister(stream)
-            stream.close()
+        except Closed:
+            self._close(stream)
             if process in self._members:
                 self._fail(process, CONNECTION_CLOSED)
                 del self._members[process]
 
     def _admit(self, stream: MessageStream, message: Message) -> int:
-        """Makes a connection a member; one that does not know the token is closed."""
-        if message["kind"] != "hello" or message["token"] != self._token:
+        """Makes a connection that has presented the token a member."""
+        process = message["process"] if message["kind"] == "hello" else -1
+        if process in self._members or process not in range(self._count):
             raise Closed
-        if message["process"] in self._members:
-            raise Closed
-        self._members[message["process"]] = _Member(stream)
+        self._strangers.pop(stream, None)
+        self._members[process] = _Member(stream)
         if self._failure is not None:
             stream.send("end", **dataclasses.asdict(self._failure))
-        return message["process"]
+        return process
 
     def _handle(self, process: int, message: Message) -> None:
         member = self._members[process]

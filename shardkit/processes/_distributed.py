@@ -28,6 +28,10 @@ def distributed(*, step_timeout: float = 0.0, start_timeout: float = 300.0) -> P
     process 0. When a process dies, raises or hangs, the others end within two seconds, each with
     one line that names it. In a single process it only watches the step timeout.
 
+    Process 0 listens on one address only: the loopback if `shardkit launch` started it, else that
+    of its host name or of `SHARDKIT_COORDINATOR_HOST`. Who connects there must present a random
+    token of this run before a byte is parsed. Messages are not encrypted.
+
         with sk.distributed(step_timeout=60) as process_group:
             step = sk.compile_step(...)
             process_group.agree("step", program=step.program.digest, seed=seed)
@@ -104,7 +108,7 @@ def _join_initialized(step_timeout: float, start_timeout: float) -> ProcessGroup
         return _watch_alone(step_timeout, start_timeout)
     coordinator, text = None, ""
     if index == 0:
-        listener = listen(os.environ.get(HOST, socket.gethostname()))
+        listener = _listen(os.environ.get(HOST, socket.gethostname()))
         token = secrets.token_hex()
         coordinator = Coordinator(listener, count, token, start_timeout)
         text = f"{token} {address_of(listener)}"
@@ -119,6 +123,16 @@ def _join_initialized(step_timeout: float, start_timeout: float) -> ProcessGroup
         token=token,
         step_timeout=step_timeout,
     )
+
+
+def _listen(host: str) -> socket.socket:
+    try:
+        return listen(host)
+    except OSError as error:
+        problem = Problem(host, f"process 0 cannot listen at this address of it: {error}")
+        fix = f"{HOST}=ADDRESS in the environment of process 0, an address that the others reach"
+        headline = "Processes do not reach each other."
+        raise ProcessError(format_problems(headline, [problem], fix)) from error
 
 
 def _connect(address: str, timeout: float) -> MessageStream:

@@ -1,5 +1,12 @@
-"""Messages between processes: JSON objects, one a line, over a stream socket."""
+"""Messages between processes: JSON objects, one a line, over a stream socket.
 
+A port of the network is open to strangers. So a stream that was accepted there first reads a line
+that must be the token of this run; until then nothing is parsed, and no more bytes are kept than
+the token has.
+"""
+
+import contextlib
+import hmac
 import json
 import socket
 import threading
@@ -15,21 +22,40 @@ class Closed(Exception):
 class MessageStream:
     """One end of a connection. Any thread may send; one thread receives."""
 
-    def __init__(self, connected: socket.socket) -> None:
-        """Takes ownership of a connected socket."""
+    def __init__(
+        self, connected: socket.socket, token: str | None = None, limit: int | None = None
+    ) -> None:
+        """Takes ownership of a connected socket.
+
+        Args:
+          connected: the socket.
+          token: what the other end must present first; None for one that is known.
+          limit: bytes of the longest message that is read; None for no limit.
+        """
         self._socket, self._incomplete, self._sending = connected, b"", threading.Lock()
+        self._awaited = None if token is None else token.encode()
+        self._limit = limit
 
     def fileno(self) -> int:
         """Returns the file descriptor, for selectors."""
         return self._socket.fileno()
 
+    def present(self, token: str) -> None:
+        """Sends the token, before the first message."""
+        self._send_line(token.encode())
+
     def send(self, kind: str, **fields: Any) -> None:
         """Sends a message; that the other end is gone shows when receiving."""
-        try:
-            with self._sending:
-                self._socket.sendall(json.dumps({"kind": kind, **fields}).encode() + b"\n")
-        except OSError:
-            return
+        self._send_line(json.dumps({"kind": kind, **fields}).encode())
+
+    def _send_line(self, line: bytes) -> None:
+        with contextlib.suppress(OSError), self._sending:
+            self._socket.sendall(line + b"\n")
+
+    @property
+    def is_admitted(self) -> bool:
+        """Whether the other end is known, or has presented the token."""
+        return self._awaited is None
 
     def receive(self) -> list[Message]:
         """Waits for bytes, and returns the messages that are complete, possibly none.
@@ -39,13 +65,34 @@ class MessageStream:
         """
         try:
             received = self._socket.recv(2**16)
-            *lines, self._incomplete = (self._incomplete + received).split(b"\n")
-            messages = [json.loads(line) for line in lines]
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise Closed from error
-        if not received:
+        self._incomplete += received
+        if not (self.is_admitted or self._read_token()):
+            if not received:
+                raise Closed
+            return []
+        *lines, self._incomplete = self._incomplete.split(b"\n")
+        if self._limit is not None and len(self._incomplete) > self._limit:
+            raise Closed
+        try:
+            messages = [json.loads(line) for line in lines]
+        except (ValueError, RecursionError) as error:
+            raise Closed from error
+        if not received or not all(isinstance(m, dict) and "kind" in m for m in messages):
             raise Closed
         return messages
+
+    def _read_token(self) -> bool:
+        """Whether the token has come; a line that is another, or is longer, closes the stream."""
+        assert self._awaited is not None
+        line, newline, rest = self._incomplete.partition(b"\n")
+        if not newline and len(line) <= len(self._awaited):
+            return False
+        if not hmac.compare_digest(line, self._awaited):
+            raise Closed
+        self._awaited, self._incomplete = None, rest
+        return True
 
     def close(self) -> None:
         """Closes the connection."""

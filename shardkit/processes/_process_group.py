@@ -2,6 +2,7 @@
 
 import atexit
 import faulthandler
+import json
 import os
 import selectors
 import threading
@@ -11,9 +12,9 @@ from typing import Any, Self
 
 import jax
 
-from .._core.errors import ProcessError
+from .._core.errors import Problem, ProcessError, format_problems
 from ._agree import differences
-from ._coordinator import Coordinator
+from ._coordinator import LONGEST_MESSAGE, Coordinator
 from ._failure import CONNECTION_CLOSED, PEER_FAILED, STUCK, Failure, code_of
 from ._message_stream import Closed, Message, MessageStream
 
@@ -72,7 +73,8 @@ class ProcessGroup:
         self._stopped = threading.Event()
         self.failure: Failure | None = None
         if stream is not None:
-            stream.send("hello", process=index, token=token)
+            stream.present(token)
+            stream.send("hello", process=index)
             atexit.register(self._at_exit)
             self._watchdog = threading.Thread(
                 target=self._watch, name="shardkit-watchdog", daemon=True
@@ -103,9 +105,17 @@ class ProcessGroup:
           topic: the same word in every process; it can be used again afterwards.
           value: plain JSON values.
           patient: wait without a limit.
+
+        Raises:
+          ProcessError: the value takes more than 16 MiB.
         """
         if self._stream is None:
             return [value]
+        size = len(json.dumps(value))
+        if size >= LONGEST_MESSAGE:
+            problem = Problem(topic, f"takes {size:,} bytes; at most {LONGEST_MESSAGE:,} are sent")
+            fix = "jax.experimental.multihost_utils.process_allgather for arrays"
+            raise ProcessError(format_problems("A value is too large to gather.", [problem], fix))
         self._stream.send("gather", topic=topic, value=value, patient=patient)
         with self._changed:
             self._changed.wait_for(lambda: topic in self._answers)
@@ -170,6 +180,9 @@ class ProcessGroup:
             failure is reported.
         """
         if self._stream is None or self._left:
+            return
+        if self.count == 1:  # nobody waits for this process, which may handle the error
+            self.leave()
             return
         if _may_be_echo(error):
             with self._changed:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from .._core.errors import ConfigError, Problem, format_problems, raise_all
+from .._core.io._files import path_problem
 from .._core.options import check_options
 from ..checkpoint import RetentionPolicy
 
@@ -30,6 +31,9 @@ class TrainConfig:
       resume: `auto` resumes the newest unfinished run of that name with the same settings, or
         starts a new one; `never` starts a new one; anything else is the folder of the run to
         resume.
+      resume_with: names or groups of settings (`optimizer`, `train.seed`, `data`) that may differ
+        from those of the run that resumes. Without them `auto` starts a new run, and a named run
+        is refused, with a list of what differs.
       on_damage: what a resumed run does when its newest checkpoint is damaged: warn and take the
         `previous` intact one, or `stop`.
       on_save_error: what to do when a checkpoint or a row of metrics cannot be written: `stop`,
@@ -58,6 +62,7 @@ class TrainConfig:
     keep_period: int = 0
     best_to_keep: int = 0
     resume: str = "auto"
+    resume_with: tuple[str, ...] = ()
     on_damage: Literal["previous", "stop"] = "previous"
     on_save_error: Literal["stop", "continue"] = "stop"
     loggers: tuple[str, ...] = ()
@@ -92,6 +97,10 @@ class TrainConfig:
         least |= {"max_to_keep": 1, "keep_period": 0, "best_to_keep": 0}
         least |= {"skip_limit": 1, "replica_check_every": 0}
         problems = self._check_least(least)
+        for name in ("resume", "out"):
+            value = getattr(self, name, None)
+            if value is not None and (url := path_problem(value, f"train.{name}={value}")):
+                problems.append(url)
         if self.step_timeout < 0:
             why, fix = "must be 0 or more seconds.", "--set train.step_timeout=600"
             problems.append(Problem(f"train.step_timeout={self.step_timeout:g}", why, fix))

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,10 +19,11 @@ from ..checkpoint import Checkpointer, RetentionPolicy
 from ..processes import ProcessGroup
 from ..step import CompiledStep
 from ._config import TrainConfig
+from ._facts import agree_on_state
 from ._metrics_file import MetricsFile
 from ._metrics_rows import log_exception, write_goodput, write_start
-from ._processes import agree_on_step, create_shared_folder, leave_together
-from ._resume import ResumeDecision, checkpoints_folder
+from ._processes import create_shared_folder, leave_together
+from ._resume import FACTS, ResumeDecision, checkpoints_folder
 from ._source import DataSource
 
 
@@ -122,6 +124,7 @@ def open_run_folder(
     config: TrainConfig,
     retention: RetentionPolicy | None,
     record: Mapping[str, Any],
+    facts: Mapping[str, Any],
     source: DataSource,
     console: Console,
     process_group: ProcessGroup,
@@ -138,6 +141,7 @@ def open_run_folder(
       config: of the run.
       retention: which checkpoints to keep; None for what the config says.
       record: settings as plain values, for the metrics and the checkpoints.
+      facts: what decides the numbers besides the record, for the checkpoints.
       source: batches.
       console: where messages go.
       process_group: this process among those that run together.
@@ -146,21 +150,18 @@ def open_run_folder(
 
     Raises:
       CheckpointError: no usable checkpoint to resume from, or the last save failed.
-      ProcessError: other processes compiled another program.
+      ProcessError: other processes start from another state.
     """
-    agree_on_step(process_group, step)
     path, resumed = create_shared_folder(process_group, decision), decision.resumed
     axes = {join_path("params", name): names for name, names in step.layout.axes.items()}
     checkpoints = Checkpointer(
         checkpoints_folder(path),
         retention=retention or config.retention,
         axes=axes,
-        config=dict(record),
+        config={**record, FACTS: facts},
     )
 
-    def say(line: str) -> None:
-        console.print(Text(line), soft_wrap=True)
-
+    say = functools.partial(_say, console)
     opened = time.perf_counter()
     with leave_together(process_group), contextlib.ExitStack() as stack:
         if config.checkpoint_every:
@@ -169,6 +170,7 @@ def open_run_folder(
             state, start = _restore(checkpoints, step, config, console)
         else:
             state, start = step.init(jax.random.key(config.seed)), 0
+        agree_on_state(process_group, state)
         spent = {**seconds, "restore" if resumed else "init": time.perf_counter() - opened}
         after = start if resumed else None
         metrics = MetricsFile(
@@ -195,6 +197,10 @@ def open_run_folder(
             waiting = time.perf_counter()
             folder.finish_saving()
             metrics.write("finished", seconds=time.perf_counter() - waiting)
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(Text(line), soft_wrap=True)
 
 
 def _restore(

@@ -51,6 +51,7 @@ class Goodput:
 
 
 _CAUSES = ("compile", "init", "restore", "data", "check", "evaluate", "save", "lost", "idle")
+_CAUSE_OF_KIND = {"check": "check", "eval": "evaluate", "save": "save", "finished": "save"}
 
 
 def goodput(rows: Iterable[_Row], now: float) -> Goodput:
@@ -60,21 +61,23 @@ def goodput(rows: Iterable[_Row], now: float) -> Goodput:
       rows: in the order of the file; the first one is a `start`.
       now: seconds since 1970.
     """
-    overhead, steps, began = dict.fromkeys(_CAUSES, 0.0), 0.0, None
+    overhead: dict[str, float] = dict.fromkeys(_CAUSES, 0.0)
+    steps, began = 0.0, None
     for row in rows:
-        kind = row["kind"]
-        if kind in ("start", "resumed"):
-            began = row["began"] if began is None else began
-            for cause, spent in row["seconds"].items():
-                overhead[cause] += spent
-        elif kind == "step":
-            overhead["data"] += row["data_seconds"]
-            steps += row["seconds"] - row["data_seconds"]
-        elif kind == "check":
-            overhead["check"] += row["seconds"]
-        elif kind in ("eval", "save", "finished"):
-            overhead["evaluate" if kind == "eval" else "save"] += row["seconds"]
-    wall = now - (now if began is None else began)
+        kind, seconds = row["kind"], row.get("seconds", 0.0)
+        if kind in ("start", "resumed") and isinstance(seconds, Mapping):
+            began = row.get("began") if began is None else began
+            for cause, spent in seconds.items():
+                overhead[cause] = overhead.get(cause, 0.0) + spent
+        elif not isinstance(seconds, Mapping):
+            waited = row.get("data_seconds", 0.0)
+            if kind == "step":
+                overhead["data"] += waited
+                steps += seconds - waited
+            elif kind in _CAUSE_OF_KIND:
+                overhead[_CAUSE_OF_KIND[kind]] += seconds
+    # A clock that was set back gives no negative time.
+    wall = max(0.0, now - (now if began is None else began))
     other = max(0.0, wall - steps - sum(overhead.values()))
     return Goodput(wall, steps, {**overhead, "other": other})
 
@@ -97,6 +100,6 @@ def interruption(kept: Sequence[_Row], dropped: Sequence[_Row], began: float) ->
     """
     if not kept:
         return {}
-    last_kept = kept[-1]["time"]
-    last = dropped[-1]["time"] if dropped else last_kept
-    return {"lost": last - last_kept, "idle": max(0.0, began - last)}
+    last_kept = kept[-1].get("time", began)
+    last = dropped[-1].get("time", began) if dropped else last_kept
+    return {"lost": max(0.0, last - last_kept), "idle": max(0.0, began - last)}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .._core.errors import ConfigError, Problem, count, did_you_mean, raise_all
+from .._core.io._files import path_problem
 from ._metrics_file import METRICS, read_rows
 
 _SPEED, _NATS = "_per_second", math.log(2)
@@ -36,14 +37,16 @@ class History:
 
     def column(self, name: str) -> Curve:
         """Returns a metric of every update; of an update made twice, the later value."""
-        column = {row["step"]: row[name] for row in self._rows_of("step") if name in row}
+        rows = [row for row in self._rows_of("step") if _is_number_or_none(row, name)]
+        column = {row["step"]: row[name] for row in rows}
         values = [math.nan if column[step] is None else column[step] for step in sorted(column)]
         return Curve(sorted(column), values)
 
     @property
     def evaluations(self) -> Curve:
         """Validation losses in nats, of the evaluations that report a loss or bits."""
-        losses = {row["step"]: _loss_in_nats(row) for row in self._rows_of("eval")}
+        evaluations = (row for row in self._rows_of("eval") if "step" in row)
+        losses = {row["step"]: _loss_in_nats(row) for row in evaluations}
         known = {step: value for step, value in losses.items() if value is not None}
         return Curve(list(known), list(known.values()))
 
@@ -67,12 +70,12 @@ class History:
     @property
     def resumed(self) -> list[int]:
         """Updates from which the run resumed."""
-        return [row["step"] for row in self._rows_of("resumed")]
+        return [row["step"] for row in self._rows_of("resumed") if "step" in row]
 
     @property
     def simulated(self) -> bool:
         """Whether the devices were threads of one CPU."""
-        return any(row["device"]["simulated"] for row in self._rows_of("start"))
+        return any(row.get("device", {}).get("simulated") for row in self._rows_of("start"))
 
     @property
     def note(self) -> str:
@@ -112,6 +115,8 @@ def read_histories(folders: Sequence[Path]) -> list[History]:
 
 
 def _explain_unusable(run: Path, history: History) -> str | None:
+    if url := path_problem(run):
+        return url.why
     if run.is_file():
         return "is a file, not the folder of a run."
     if not run.is_dir():
@@ -134,9 +139,14 @@ def _list_nearby(run: Path) -> list[Path]:
     return sorted({path.parent for parent in parents for path in parent.glob(f"*/{METRICS}")})
 
 
+def _is_number_or_none(row: dict[str, Any], name: str) -> bool:
+    """Whether a row of an update has a column of numbers, in which None means not finite."""
+    return "step" in row and isinstance(row.get(name, ""), int | float | None)
+
+
 def _loss_in_nats(row: dict[str, Any]) -> float | None:
     # Bits per token come before bits per byte: the loss of an update is one of tokens.
     for name, factor in (("loss", 1.0), ("bits_per_token", _NATS), ("bits_per_byte", _NATS)):
-        if name in row:
+        if isinstance(row.get(name), int | float):
             return row[name] * factor
     return None

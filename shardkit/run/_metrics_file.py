@@ -5,12 +5,13 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 from .._core.errors import ConfigError, Problem, format_problems
-from .._core.io._files import append_atomic
+from .._core.io._files import append_atomic, os_errors_as
+from .._core.options import matches_annotation
 
 METRICS = "metrics.jsonl"
 
@@ -134,19 +135,41 @@ def parse_rows(lines: Sequence[bytes]) -> ParsedRows:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
-        if isinstance(row, dict) and "kind" in row:
+        if _is_row(row):
             parsed.rows.append(row)
         else:
             parsed.broken.append(number)
     return parsed
 
 
+# Columns that readers of a metrics file calculate with.
+_TYPES: Mapping[str, Any] = {
+    "step": int,
+    "time": float,
+    "began": float,
+    "seconds": float | Mapping[str, float],
+    "data_seconds": float,
+    "device": Mapping,
+}
+
+
+def _is_row(row: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether a JSON value is a row: foreign kinds and columns are, known ones need their type."""
+    return (
+        isinstance(row, dict)
+        and isinstance(row.get("kind"), str)
+        and all(matches_annotation(t, row[name]) for name, t in _TYPES.items() if name in row)
+    )
+
+
 def read_rows(folder: Path) -> ParsedRows:
     """Reads the metrics file in the folder of a run; without one there are no rows."""
     path = folder / METRICS
-    return parse_rows(path.read_bytes().splitlines() if path.is_file() else [])
+    fix = "chmod -R u+rX, or the folder of another run"
+    with os_errors_as(ConfigError, "The metrics cannot be read.", path, fix):
+        return parse_rows(path.read_bytes().splitlines() if path.is_file() else [])
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

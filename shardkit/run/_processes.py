@@ -1,4 +1,4 @@
-"""What several processes of one run do together: agree, share a folder, and leave."""
+"""What several processes of one run do together: share a folder, and leave."""
 
 import contextlib
 import itertools
@@ -6,24 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .._core.errors import ConfigError, Problem, format_problems
-from .._core.tree import leaves_by_path, short_type
 from ..processes import ProcessGroup
-from ..step import CompiledStep
 from ._resume import ResumeDecision
 from ._stop import Stopped
-
-
-def agree_on_step(process_group: ProcessGroup, step: CompiledStep) -> None:
-    """Raises in all processes, before the first update, unless they compiled the same program.
-
-    Raises:
-      ProcessError: with each difference.
-    """
-    batch = leaves_by_path(step.layout.batch)
-    types = {path: short_type(x.shape, x.dtype) for path, x in batch.items()}
-    process_group.agree(
-        "step", batch=types, mesh=dict(step.mesh.shape), program=step.program.digest
-    )
 
 
 def create_shared_folder(process_group: ProcessGroup, decision: ResumeDecision) -> Path:

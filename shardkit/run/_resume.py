@@ -1,22 +1,36 @@
 """Whether a run is new or resumes, decided from files alone, before any device is touched."""
 
 import dataclasses
-import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from .._core.errors import CheckpointError, Problem, count, format_problems, raise_all
+from .._core.errors import (
+    CheckpointError,
+    ConfigError,
+    Problem,
+    count,
+    did_you_mean,
+    format_problems,
+    raise_all,
+)
 from .._core.io._table import flatten
 from ..checkpoint import Checkpointer, Manifest
 from ..processes import ProcessGroup
 from ._config import TrainConfig
+from ._facts import FACT_NAMES, comparable_facts
 from ._metrics_file import read_metrics
 from ._source import DataSource
 
 # A run that is named explicitly may also be made longer or shorter.
 _FREE_BY_NAME = ("train.steps",)
+# These say how to resume.
+_FREE = ("train.resume", "train.resume_with")
+# The group of a manifest's config that holds the facts of `_facts`.
+FACTS = "run"
+_SAME_DATA = "the same data as before"
 # Settings and data of a manifest that differ from this run's, except for the names in the tuple.
 _Compare = Callable[[Manifest, tuple[str, ...]], list[Problem]]
 
@@ -50,6 +64,7 @@ def decide_resume(
     *,
     record: Mapping[str, Any],
     decides: Sequence[str] | None = None,
+    facts: Mapping[str, Any] = MappingProxyType({}),
     process_group: ProcessGroup,
 ) -> ResumeDecision:
     """Finds the run to resume, if any. Process 0 decides for all.
@@ -61,13 +76,17 @@ def decide_resume(
       record: settings as plain values.
       decides: names or groups of the record (`model`, `train.seed`) that determine the numbers
         of a run and so must not change when it resumes; None for all of them.
+      facts: what decides the numbers besides the record, as far as it is known.
       process_group: this process among those that run together.
 
     Raises:
+      ConfigError: `train.resume_with` names nothing that can differ.
       CheckpointError: `train.resume` names a run that these settings cannot resume. Only process
         0 raises; the others learn of its end.
     """
-    compare = functools.partial(_find_differences, record, decides, source)
+    _check_names(config.resume_with, record)
+    settings = _Settings(record, decides, facts, source, config.resume_with)
+    compare = settings.find_differences
     values: dict[str, Any] | None = None
     if process_group.index == 0:
         decision = _decide(folder, config, compare)
@@ -82,7 +101,7 @@ def _decide(folder: Path, config: TrainConfig, compare: _Compare) -> ResumeDecis
     if config.resume == "never" or (config.resume == "auto" and not config.checkpoint_every):
         return ResumeDecision(folder)
     if config.resume != "auto":
-        return _decide_named(Path(config.resume), compare)
+        return _decide_named(Path(config.resume).expanduser(), compare)
     notes = []
     for run in _list_runs(folder):
         newest = _read_newest_manifest(run)
@@ -95,9 +114,10 @@ def _decide(folder: Path, config: TrainConfig, compare: _Compare) -> ResumeDecis
         elif problems := compare(newest, ()):
             changes = "; ".join(f"{problem.subject} {problem.why}" for problem in problems)
             notes.append(f"{run} has other settings ({changes}). Starting a new run.")
+            notes.append(f"To resume {run} with them: {_accept(problems)}")
         else:
             return ResumeDecision(run, True, newest.step, tuple(notes))
-    return ResumeDecision(folder, notes=tuple(notes[:1]))
+    return ResumeDecision(folder, notes=tuple(notes[:2]))
 
 
 def _decide_named(folder: Path, compare: _Compare) -> ResumeDecision:
@@ -114,40 +134,95 @@ def _decide_named(folder: Path, compare: _Compare) -> ResumeDecision:
         raise CheckpointError(format_problems("No checkpoint to resume from.", [problem]))
     problems = compare(newest, _FREE_BY_NAME)
     headline = f"Cannot resume {folder} with {count(len(problems), 'changed setting')}."
-    raise_all(CheckpointError, headline, problems, "--set train.resume=never for a new run")
+    fix = f"{_accept(problems)} to resume with them, or --set train.resume=never for a new run"
+    raise_all(CheckpointError, headline, problems, fix)
     return ResumeDecision(folder, True, newest.step)
 
 
-def _find_differences(
-    record: Mapping[str, Any],
-    decides: Sequence[str] | None,
-    source: DataSource,
-    saved: Manifest,
-    free: tuple[str, ...],
-) -> list[Problem]:
-    """Settings that determine the numbers, and data, that are not those of a checkpoint."""
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """What decides the numbers of this run, to compare with a checkpoint.
 
-    def must_agree(name: str) -> bool:
-        return name not in free and (
-            decides is None or any(name == d or name.startswith(f"{d}.") for d in decides)
-        )
+    Attributes:
+      record: settings as plain values.
+      decides: names or groups of the record that decide; None for all.
+      facts: what decides besides the record.
+      source: batches.
+      accepted: names or groups that may differ.
+    """
 
-    before, now = flatten(saved.config or {}), flatten(record)
+    record: Mapping[str, Any]
+    decides: Sequence[str] | None
+    facts: Mapping[str, Any]
+    source: DataSource
+    accepted: Sequence[str]
+
+    def find_differences(self, saved: Manifest, free: tuple[str, ...]) -> list[Problem]:
+        """Lists what decides the numbers and is not as in a checkpoint, but for what may differ."""
+        config = dict(saved.config) if isinstance(saved.config, Mapping) else {}
+        facts_before = config.pop(FACTS, {})
+        changed = {
+            name: why
+            for name, why in _compare(config, self.record).items()
+            if self.decides is None or _is_in(name, self.decides)
+            if name not in _FREE
+        }
+        problems = [
+            Problem(name, why, f"--set {name}={flatten(config).get(name)}")
+            for name, why in changed.items()
+            if name not in free and not _is_in(name, self.accepted)
+        ]
+        # Another setting changes the program and the data too, and is reported by its name.
+        if problems:
+            return problems
+        groups = comparable_facts(facts_before, self.facts, programs=not changed)
+        before, now = ({g: facts[g] for g in groups} for facts in (facts_before, self.facts))
+        problems = [
+            Problem(name, why)
+            for name, why in _compare(before, now).items()
+            if not _is_in(name, self.accepted)
+        ]
+        position = self.source.state(saved.step)
+        if not problems and saved.data != position and "data" not in self.accepted:
+            why = f"is not the data that the run read: {_describe_changes(saved.data, position)}"
+            problems.append(Problem(str(self.source), why, _SAME_DATA))
+        return problems
+
+
+def _compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """Returns `{name: "was 1, is 2"}` of values that differ, by their names in nested mappings."""
+    a, b = flatten(before), flatten(now)
+    return {
+        name: f"was {a.get(name)!r}, is {b.get(name)!r}"
+        for name in {**a, **b}
+        if a.get(name) != b.get(name)
+    }
+
+
+def _is_in(name: str, groups: Sequence[str]) -> bool:
+    return any(name == group or name.startswith(f"{group}.") for group in groups)
+
+
+def _accept(problems: Sequence[Problem]) -> str:
+    """Returns the option that accepts differences; one of the data has the name of its source."""
+    names = [problem.subject for problem in problems]
+    if all(problem.fix == _SAME_DATA for problem in problems):
+        names = ["data"]
+    return f"--set train.resume_with={','.join(names)}"
+
+
+def _check_names(accepted: Sequence[str], record: Mapping[str, Any]) -> None:
+    known = [*flatten(record), *record, *FACT_NAMES, "data"]
     problems = [
         Problem(
-            name,
-            f"was {before.get(name)!r}, is {now.get(name)!r}",
-            f"--set {name}={before.get(name)}",
+            f"train.resume_with={name}",
+            f"no setting has this name.{did_you_mean(name, known)}",
+            f"--set train.resume_with={known[0]}",
         )
-        for name in {**before, **now}
-        if before.get(name) != now.get(name) and must_agree(name)
+        for name in accepted
+        if not any(_is_in(other, [name]) or _is_in(name, [other]) for other in known)
     ]
-    position = source.state(saved.step)
-    # Another setting of the data changes its position too, and is reported above by its name.
-    if not problems and saved.data != position:
-        why = f"is not the data that the run read: {_describe_changes(saved.data, position)}"
-        problems.append(Problem(str(source), why, "the same data as before"))
-    return problems
+    raise_all(ConfigError, "These differences cannot be accepted.", problems)
 
 
 def _list_runs(folder: Path) -> Iterator[Path]:

@@ -11,14 +11,16 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.text import Text
 
-from ..checkpoint import RetentionPolicy
+from .._core.errors import ConfigError
+from .._core.io._files import local_path
 from ..processes import ProcessGroup
 from ..step import CompiledStep, StepSpec, check_mesh_given
-from ._config import TrainConfig
+from ._config import RetentionPolicy, TrainConfig
 from ._console import label_text, show_layout, standard_output
+from ._facts import agree_on_run, agree_on_step
 from ._folder import open_run_folder
 from ._loop import Loop
-from ._resume import decide_resume
+from ._resume import ResumeDecision, decide_resume
 from ._source import Data, Evaluate, as_source
 from .callbacks import (
     Callback,
@@ -82,7 +84,10 @@ class Trainer:
 
         Raises:
           StepError: a spec without a mesh, or a mesh for a step that has its own.
+          ConfigError: the folder is a URL, not a path.
         """
+        folder = local_path(self.folder, ConfigError, "A run is kept in files.")
+        object.__setattr__(self, "folder", folder)
         check_mesh_given(self.step, self.mesh)
         if self.process_group.index:
             config = dataclasses.replace(self.config, loggers=(), profile=None)
@@ -107,12 +112,24 @@ class Trainer:
             self.process_group,
         )
         shared: dict[str, Any] = {"record": self.record, "process_group": process_group}
-        process_group.agree("run", record=self.record, data=source.state(0))
-        decision = decide_resume(Path(self.folder), config, source, decides=self.decides, **shared)
-        for note in decision.notes:
-            self.console.print(Text(note), style="yellow", soft_wrap=True)
-        check_callbacks(config, decision.step)
+        declared = {"record": self.record, "evaluates": self.evaluate is not None}
+        facts = agree_on_run(process_group, config, data=source.state(0), **declared)
+
+        def decide(told: Sequence[str] = ()) -> ResumeDecision:
+            decision = decide_resume(
+                Path(self.folder), config, source, decides=self.decides, facts=facts, **shared
+            )
+            for note in decision.notes:
+                if note not in told:
+                    self.console.print(Text(note), style="yellow", soft_wrap=True)
+            check_callbacks(config, decision.step)
+            return decision
+
+        decision = decide()
         step, seconds = self._compile()
+        facts = {**facts, **agree_on_step(process_group, step)}
+        if decision.resumed:  # loss and optimizer are known only now
+            decision = decide(decision.notes)
         step.check_memory()
         with open_run_folder(
             decision,
@@ -121,6 +138,7 @@ class Trainer:
             retention=self.retention,
             source=source,
             console=self.console,
+            facts=facts,
             began=began,
             seconds=seconds,
             **shared,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._core.errors import Problem, SweepError, count, format_problems, raise_all
+from .._core.io._files import local_path
 from .._core.types import Batch
 from ..mesh import Target
 from ._case import SweepCase, enumerate_cases
@@ -125,7 +126,8 @@ def sweep(
     on_real = target is None and compiler.device_info["platform"] != "cpu"
     timed = on_real if time is None else time
     runner = CaseRunner(compiler, verify, batches, estimate)
-    folder = Path(tempfile.mkdtemp(prefix="shardkit-sweep-") if out is None else out)
+    out = tempfile.mkdtemp(prefix="shardkit-sweep-") if out is None else out
+    folder = local_path(out, SweepError, "The rows of a sweep are kept in a file.")
     with Journal(folder, _identity(factory, compiler, record)) as journal:
         run = SweepRun(journal, runner, planned, on_row)
         with _note_resume(journal, len(planned)):

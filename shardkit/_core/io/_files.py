@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator
@@ -109,7 +110,7 @@ def file_lock(path: Path) -> Iterator[int]:
 
 def is_locked(path: Path) -> bool:
     """Whether a process holds the lock of a file."""
-    if not path.exists():
+    if not path.is_file():
         return False
     with path.open() as file:
         try:
@@ -152,6 +153,52 @@ def os_errors_as(
         if other is not None and other.suffix != _TEMPORARY and other != Path(path):
             why += f": {other}"
         raise kind(format_problems(headline, [Problem(str(path), f"{why}.", fix)])) from error
+
+
+def local_path(
+    path: str | os.PathLike[str],
+    kind: type[ShardkitError],
+    headline: str = "Files are read and written on this machine only.",
+    subject: str = "",
+) -> Path:
+    """Returns a path with `~` expanded; refuses URLs, which would become folders here.
+
+    Args:
+      path: as a user gives it.
+      kind: type of the error.
+      headline: first line of the error.
+      subject: names the setting in the error, by default the path itself.
+
+    Raises:
+      ShardkitError: of type `kind`: a URL such as `s3://bucket/run`, or a path no system has.
+
+    >>> local_path("runs/first", ShardkitError)
+    PosixPath('runs/first')
+    """
+    if problem := path_problem(path, subject):
+        raise kind(format_problems(headline, [problem]))
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # there is no such user
+        return Path(path)
+
+
+def path_problem(path: str | os.PathLike[str], subject: str = "") -> Problem | None:
+    """Returns what is wrong with a path before any file system is asked, or None."""
+    text = os.fspath(path)
+    if not text or "\0" in text:
+        why = "is empty" if not text else "has a zero byte"
+        return Problem(subject or repr(text), f"{why}: a path is needed.", _LOCAL)
+    # A `Path` of the URL has one slash less.
+    url = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", text)
+    if url is None:
+        return None
+    why = f"is a URL ({url[1]}), not a path of a file system of this machine."
+    fix = f"{_LOCAL}; or mount it, and give the path: /mnt/{text[url.end() :].strip('/')}"
+    return Problem(subject or text, why, fix)
+
+
+_LOCAL = "runs/first, or another path of this machine"
 
 
 def _sync(path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ..errors import ConfigError, Problem, did_you_mean, raise_all
-from ._files import os_errors_as, write_atomic
+from ._files import local_path, os_errors_as, path_problem, write_atomic
 
 _HEADLINE = "The figure cannot be saved."
 
@@ -27,7 +27,7 @@ def check_figure_path(
 
     >>> check_figure_path(Path("front.png"))
     """
-    problems = []
+    problems = [url] if (url := path_problem(path)) else []
     if path.suffix not in suffixes:
         what = f"the suffix {path.suffix!r}" if path.suffix else "no suffix"
         why = f"has {what}; known: {', '.join(suffixes)}.{did_you_mean(path.suffix, suffixes)}"
@@ -71,7 +71,10 @@ def check_outputs(options: Mapping[str, str | None], name: str = "report") -> No
     for option, file in options.items():
         if not file or file == "-":
             continue
-        path = Path(file).absolute()
+        if url := path_problem(file, f"{option} {file}"):
+            problems.append(url)
+            continue
+        path = Path(file).expanduser().absolute()
         existing = next((parent for parent in path.parents if parent.exists()), path)
         if path.is_dir():
             why = "is a folder, not a file"
@@ -92,6 +95,7 @@ def write_output(path: Path, text: str) -> None:
     if str(path) == "-":
         print(text)
         return
+    path = local_path(path, ConfigError, "A file cannot be written.")
     fix = "a folder with free space, and permission to write there"
     with os_errors_as(ConfigError, "A file cannot be written.", path, fix):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,8 +10,11 @@ from ._heartbeat import Heartbeat
 from ._loggers import check_loggers, make_loggers
 from ._profile import ProfileTrace
 from ._progress import Describe, ProgressDisplay
-from ._replica_check import ReplicaCheck, SelfCheckCallback
+from ._replica_check import BatchCheck, ReplicaCheck, SelfCheckCallback
 from ._spikes import SpikeLog
+
+# Updates between comparisons of the batches that several processes read.
+_BATCH_CHECK_EVERY = 100
 
 
 def check_callbacks(config: TrainConfig, start: int) -> None:
@@ -33,6 +36,8 @@ def default_callbacks(
 ) -> list[Callback]:
     """Returns the callbacks of a config: those that may end the run first, the progress last."""
     callbacks: list[Callback] = [Heartbeat(process_group), FiniteCheck(config.skip_limit)]
+    if process_group.count > 1:
+        callbacks.append(BatchCheck(config.replica_check_every or _BATCH_CHECK_EVERY))
     if config.replica_check_every:
         callbacks.append(ReplicaCheck(config.replica_check_every, config.on_replica_mismatch))
     if every := parse_check(config.check):

@@ -1,14 +1,15 @@
-"""What a run proves about itself: equal copies of the state, and a gradient that fits the loss."""
+"""What a run proves of itself: equal copies of state and batch, a gradient that fits the loss."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 
-from ..._core.errors import StateError, format_problems
+from ..._core.errors import BatchError, StateError, format_problems, raise_all
 from ...processes import ProcessGroup
-from ..guards._replicas import Mismatch, ReplicaComparison
+from ..guards._replicas import Mismatch, ReplicaComparison, check_replicas
 from ._callback import Callback, RunContext, StepMetrics
 
 
@@ -72,6 +73,36 @@ class ReplicaCheck(Callback):
         if self._on_mismatch == "stop":
             raise StateError(text)
         self._run.say(f"{text}\nTraining continues (train.on_replica_mismatch=continue).")
+
+
+class BatchCheck(Callback):
+    """Compares the rows that several processes read alike, before the first update and later ones.
+
+    Each process reads its own files, so copies of a batch on devices of several processes can
+    differ, and would train copies of the parameters apart.
+    """
+
+    def __init__(self, every: int) -> None:
+        """Takes the updates between two comparisons."""
+        self._every = every
+
+    def on_start(self, run: RunContext, state: Any) -> None:
+        self._start = run.start
+
+    def on_batch(self, step: int, state: Any, batch: Any) -> None:
+        """Compares a batch before its update.
+
+        Raises:
+          BatchError: copies of it differ; nothing was updated.
+        """
+        if (step - 1 - self._start) % self._every == 0 and (mismatches := check_replicas(batch)):
+            headline = f"Processes read different batches for update {step}."
+            rows = [
+                dataclasses.replace(mismatch.problem, subject=f"batch/{mismatch.leaf}")
+                for mismatch in mismatches
+            ]
+            fix = "the same files and seed for the data of every process"
+            raise_all(BatchError, headline, rows, fix)
 
 
 class SelfCheckCallback(Callback):

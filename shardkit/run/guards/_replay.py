@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..._core.errors import CheckpointError
+from ..._core.io._files import local_path
 from ..._core.tree import leaves_by_path, short_type
 from ...step import CompiledStep
 from ._dump import Dump, read_dump
@@ -73,7 +75,9 @@ def replay(folder: str | Path, step: CompiledStep) -> Replay:
       CheckpointError: the folder has no dump, or the dump is of another model.
     """
     shardings = {"state": step.shardings, "batch": step.batch_shardings}
-    dump = read_dump(Path(folder), step.abstract_state, step.layout.batch, shardings)
+    dump = read_dump(
+        local_path(folder, CheckpointError), step.abstract_state, step.layout.batch, shardings
+    )
     metrics, gradients = step.gradients(dump.state, dump.batch)
     args = jax.tree.leaves((dump.state, dump.batch))
     return Replay(

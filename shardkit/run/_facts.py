@@ -1,0 +1,167 @@
+"""What decides the numbers of a run, as plain values.
+
+All processes of a run compare these facts before its first update. Checkpoints hold them too, so
+that a run resumes only with those that it had, or with changes that `train.resume_with` accepts.
+"""
+
+import dataclasses
+import hashlib
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from .._core.errors import StepError
+from .._core.tree import leaves_by_path, short_type
+from .._core.types import Key, Variables, WithAxes
+from ..checkpoint import compute_fingerprints, format_fingerprint
+from ..processes import ProcessGroup
+from ..step import CompiledStep, build_objective
+from ._config import TrainConfig
+from ._environment import package_versions
+
+# Options of JAX that change numbers, and variables of the environment that change programs.
+_FLAGS = (
+    "jax_enable_x64",
+    "jax_default_matmul_precision",
+    "jax_threefry_partitionable",
+    "jax_default_prng_impl",
+    "jax_numpy_dtype_promotion",
+    "jax_random_seed_offset",
+    "jax_softmax_custom_jvp",
+)
+_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
+# How many devices are simulated, and what is dumped where, is no matter of numbers.
+_IGNORED_XLA_FLAGS = re.compile(r"--xla_(force_host_platform_device_count|dump_\w+)=\S*")
+# Process 0 alone has these, see `Trainer`.
+_OF_FIRST_PROCESS = ("loggers", "profile")
+
+
+def agree_on_run(
+    process_group: ProcessGroup, config: TrainConfig, **declared: Any
+) -> dict[str, Any]:
+    """Raises in all processes, before anything is compiled, unless they declare the same run.
+
+    Args:
+      process_group: this process among those that run together.
+      config: of the run.
+      **declared: what else must be the same, as plain values.
+
+    Returns:
+      Seed, flags, environment and versions.
+
+    Raises:
+      ProcessError: with each difference.
+    """
+    variables = {name: os.environ.get(name, "") for name in _VARIABLES}
+    variables["XLA_FLAGS"] = " ".join(_IGNORED_XLA_FLAGS.sub("", variables["XLA_FLAGS"]).split())
+    facts = {
+        "seed": config.seed,
+        "flags": {name: str(getattr(jax.config, name)) for name in _FLAGS},
+        "environment": variables,
+        "versions": package_versions(),
+    }
+    fields = dataclasses.asdict(config)
+    shared = {name: value for name, value in fields.items() if name not in _OF_FIRST_PROCESS}
+    process_group.agree("run", train=shared, **declared, **facts)
+    return facts
+
+
+def agree_on_step(process_group: ProcessGroup, step: CompiledStep) -> dict[str, Any]:
+    """Raises in all processes, before the first update, unless they compiled the same program.
+
+    Returns:
+      What the step was declared of, see `facts_of_step`.
+
+    Raises:
+      ProcessError: with each difference.
+    """
+    mesh, program, facts = dict(step.mesh.shape), step.program.digest, facts_of_step(step)
+    process_group.agree("step", mesh=mesh, program=program, **facts)
+    return facts
+
+
+def agree_on_state(process_group: ProcessGroup, state: Any) -> None:
+    """Raises in all processes unless their copies of the first state are equal, bit for bit.
+
+    Raises:
+      ProcessError: with the fingerprints of each leaf that differs.
+    """
+    if process_group.count > 1:
+        sums = jax.device_get(compute_fingerprints(leaves_by_path(state)))
+        texts = {path: format_fingerprint(value) for path, value in sums.items()}
+        process_group.agree("state", state=texts)
+
+
+def facts_of_step(step: CompiledStep) -> dict[str, Any]:
+    """Returns what was declared, without mesh and layout, on which it may resume.
+
+    Loss, optimizer and init are hashes of their programs on one device, constants included.
+    """
+    spec, state = step.spec, jax.tree.map(_without_sharding, step.layout.state)
+    moments = (state.params, state.opt_state, state.params)
+
+    def init(key: Key) -> Any:
+        made = spec.init(key)
+        tree = (made.params, made.model_state) if isinstance(made, Variables) else made
+        return jax.tree.map(_value, tree, is_leaf=lambda x: isinstance(x, WithAxes))
+
+    return {
+        "init": _digest(init, state.key),
+        "loss": _digest(
+            build_objective(spec.loss_fn), state.params, state.model_state, spec.batch, state.key
+        ),
+        "optimizer": f"{_digest(spec.optimizer.update, *moments)} "
+        f"{_digest(spec.optimizer.init, state.params)}",
+        "precision": {k: str(v) for k, v in dataclasses.asdict(spec.precision).items()},
+        "on_nonfinite": spec.on_nonfinite,
+        "batch": _types(spec.batch),
+        "leaves": _types(state),
+    }
+
+
+def _types(tree: Any) -> dict[str, str]:
+    return {path: short_type(x.shape, x.dtype) for path, x in leaves_by_path(tree).items()}
+
+
+def _digest(function: Callable[..., Any], *args: Any) -> str:
+    """Returns 16 hexadecimal digits of a program; "" for one that only runs on shards."""
+    try:
+        text = jax.jit(function).lower(*args).as_text()
+    except StepError:
+        return ""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _value(x: Any) -> Any:
+    return x.value if isinstance(x, WithAxes) else x
+
+
+def _without_sharding(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+# These may change when a run resumes: newer packages, another machine, what it began with. Leaves
+# that differ are named when they are restored.
+_NOT_COMPARED = ("versions", "environment", "init", "leaves")
+_PROGRAMS = ("loss", "optimizer")
+FACT_NAMES = ("seed", "flags", "precision", "on_nonfinite", "batch", *_PROGRAMS)
+
+
+def comparable_facts(
+    before: Mapping[str, Any], now: Mapping[str, Any], *, programs: bool
+) -> list[str]:
+    """Returns the groups of facts by which a run and its checkpoint can be compared.
+
+    Args:
+      before: facts of the checkpoint.
+      now: facts that are known so far.
+      programs: whether loss and optimizer must be the same. They are other programs for other
+        leaves, and in other versions of JAX, and are not compared then.
+    """
+    same = all(before.get(name) == now.get(name) for name in ("versions", "leaves"))
+    comparable = programs and same
+    skipped = _NOT_COMPARED if comparable else (*_NOT_COMPARED, *_PROGRAMS)
+    return [name for name in before if name in now and name not in skipped]

@@ -1,0 +1,220 @@
+"""Folders and files with wrong names or contents are told by their path, and passed over."""
+
+import contextlib
+import json
+import shutil
+import zlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import shardkit as sk
+from shardkit.checkpoint import _manifest as manifests
+from shardkit.run._goodput import goodput, interruption
+from shardkit.run._history import read_histories
+from shardkit.run._metrics_file import parse_rows, read_metrics
+
+Damaged = sk.errors.CheckpointCorruptedError
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Steps 1, 2 and 3; every leaf holds the number of its step."""
+    with sk.Checkpointer(tmp_path, retention=sk.RetentionPolicy(max_to_keep=9)) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, {"w": jnp.full((4, 2), float(step))})
+    return tmp_path
+
+
+def restore(folder, **options):
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = {"w": jax.ShapeDtypeStruct((4, 2), jnp.float32)}
+    return sk.Checkpointer(folder).restore(wanted, one, **options)
+
+
+def rewrite(folder, change):
+    """Changes the fields of a manifest, and makes its checksum right again."""
+    path = folder / "manifest.json"
+    fields = json.loads(path.read_text())
+    del fields["crc32"]
+    change(fields)
+    text = json.dumps(fields, indent=1) + "\n"
+    fields["crc32"] = f"{zlib.crc32(text.encode()):08x}"
+    path.write_text(json.dumps(fields, indent=1) + "\n")
+
+
+def falls_back(folder, why, to=2):
+    with pytest.raises(Damaged, match=why):
+        restore(folder)
+    with pytest.warns(RuntimeWarning, match=why):
+        back = restore(folder, on_damage="previous")
+    assert back.step == to
+    assert (np.asarray(back.state["w"]) == to).all()
+
+
+def test_a_step_under_the_name_of_another_is_not_restored(saved):
+    (saved / "step-00000003").rename(saved / "step-00000007")
+    falls_back(saved, "is of step 3: the folder was renamed from step-00000003")
+
+
+def test_two_steps_that_changed_places_are_not_restored(saved):
+    (saved / "step-00000003").rename(saved / "aside")
+    (saved / "step-00000002").rename(saved / "step-00000003")
+    (saved / "aside").rename(saved / "step-00000002")
+    with pytest.warns(RuntimeWarning, match="was renamed"):
+        assert restore(saved, on_damage="previous").step == 1
+
+
+@pytest.mark.parametrize("name", ["step-3", "step-000000004", "step-0000000٤", "step-00000004x"])
+def test_a_name_that_no_save_gives_is_no_step(name, saved):
+    (saved / name).mkdir()
+    assert sk.Checkpointer(saved).steps() == (1, 2, 3)
+
+
+def change_each(fields):
+    """Every field in turn, as a value of a wrong type."""
+    for name in fields:
+        for wrong in (None, -1, "x", [1], {"a": 1}, 1.5, True):
+            yield name, wrong
+
+
+def test_a_manifest_with_wrong_fields_is_damage_whatever_they_are(saved):
+    three = saved / "step-00000003"
+    true = (three / "manifest.json").read_text()
+    tried = 0
+    for name, wrong in change_each(json.loads(true)):
+        if name in ("crc32", "config", "data"):  # checked anyway, or any value
+            continue
+        (three / "manifest.json").write_text(true)
+        rewrite(three, lambda fields, name=name, wrong=wrong: fields.update({name: wrong}))
+        with contextlib.suppress(sk.errors.CheckpointError):
+            assert (np.asarray(restore(saved).state["w"]) == 3).all()
+        tried += 1
+    assert tried > 50
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda f: f.pop("leaves"), "has fields that no save writes"),
+        (lambda f: f.update(extra=1), "unexpected keyword argument 'extra'"),
+        (lambda f: f["leaves"]["w"].update(shape=[4, "2"]), "shape="),
+        (lambda f: f["leaves"]["w"].pop("dtype"), "missing 1 required .*dtype"),
+        (lambda f: f["files"].update({"../../x": {"bytes": 1, "crc32": "0"}}), "outside"),
+        (lambda f: f["files"].update({"x": {"bytes": -1, "crc32": "0"}}), "negative size"),
+    ],
+)
+def test_what_is_wrong_in_a_manifest_is_said(change, why, saved):
+    rewrite(saved / "step-00000003", change)
+    falls_back(saved, why)
+
+
+def test_a_manifest_nested_beyond_all_measure_is_damage(saved):
+    (saved / "step-00000003" / "manifest.json").write_text("[" * 200_000)
+    falls_back(saved, "manifest.json")
+
+
+@pytest.mark.parametrize("header", ['{"chunks": [0, 2], "shape": [4, 2]}', "[]", '{"chunks": 3}'])
+def test_a_header_of_chunks_with_a_right_checksum_is_not_believed(header, saved):
+    three = saved / "step-00000003"
+    name = "arrays/state/w/.zarray"
+    (three / name).write_text(header)
+    crc = f"{zlib.crc32(header.encode()):08x}"
+    rewrite(three, lambda f: f["files"].update({name: {"bytes": len(header), "crc32": crc}}))
+    falls_back(saved, "is not the header of this leaf")
+
+
+def test_a_file_in_place_of_a_step_is_passed_over(saved):
+    shutil.rmtree(saved / "step-00000003")
+    (saved / "step-00000003").write_text("")
+    falls_back(saved, "Not a directory")
+
+
+def test_files_that_a_killed_save_left_are_deleted(saved):
+    (saved / ".saving-step-00000004").write_text("")
+    (saved / ".deleting-step-00000001").symlink_to(saved)
+    with sk.Checkpointer(saved) as checkpoints:
+        assert checkpoints.steps() == (1, 2, 3)
+    assert not [path for path in saved.iterdir() if path.name.startswith((".sav", ".del"))]
+
+
+def test_a_lock_that_is_a_folder_is_told(saved):
+    (saved / ".lock").unlink()
+    (saved / ".lock").mkdir()
+    assert not sk.Checkpointer(saved).in_use
+    with pytest.raises(sk.errors.CheckpointError, match=r"Is a directory: .*\.lock"):
+        sk.Checkpointer(saved).save(4, {"w": jnp.zeros(1)})
+
+
+def test_a_folder_that_cannot_be_read_is_told(saved, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("os.listdir", refuse)
+    with pytest.raises(sk.errors.CheckpointError, match=f"{saved} +Permission denied"):
+        restore(saved)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/run", "gs://b", "file:///tmp/x", "hdfs://n:1/x", ""])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda url: sk.Checkpointer(url),
+        lambda url: sk.TrainConfig(resume=url),
+        lambda url: sk.data.DataConfig(path=url),
+        lambda url: sk.data.DataConfig(tokenizer=url),
+        lambda url: sk.data.write_tokens(url, [[1]], 2),
+        lambda url: sk.data.open_shards([url]),
+        lambda url: sk.data.tokenize(".", url),
+        lambda url: read_histories([Path(url or "s3://x")]),
+        lambda url: sk.checkpoint.export_safetensors(url, {}),
+        lambda url: sk.checkpoint.import_safetensors(url, {}),
+        lambda url: sk.Trainer(lambda: None, [], url),
+    ],
+)
+def test_what_is_no_path_is_refused_and_nothing_is_made(use, url, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(sk.ShardkitError, match=r"is a URL|is empty"):
+        use(url)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_home_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    sk.Checkpointer("~/run").save(1, {"w": jnp.zeros(1)})
+    assert (tmp_path / "run" / "step-00000001").is_dir()
+
+
+FOREIGN = [
+    {"kind": 3},
+    {"kind": "step", "step": "x"},
+    {"kind": "start", "seconds": {"compile": "x"}},
+    {"kind": "step", "step": 2, "seconds": [1]},
+    {"kind": "eval", "step": 10**30, "time": "now"},
+    ["kind"],
+]
+
+
+def test_foreign_rows_are_skipped_and_told(tmp_path):
+    lines = [json.dumps(row).encode() for row in FOREIGN] + [b"[" * 100_000]
+    assert parse_rows(lines).broken == list(range(1, len(lines) + 1))
+    good = [{"kind": "mine", "x": 1}, {"kind": "start", "seconds": {"mine": 1.0}}, {"kind": "step"}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in good))
+    rows = read_metrics(tmp_path)
+    assert rows == good
+    assert goodput(rows, 10.0).overhead["mine"] == 1.0
+
+
+def test_a_clock_that_was_set_back_gives_no_negative_time():
+    rows = [{"kind": "start", "began": 50.0, "time": 51.0, "seconds": {}}]
+    assert goodput(rows, 10.0).wall == 0.0
+    spent = interruption(rows, [{"kind": "step", "time": 20.0}], 5.0)
+    assert min(spent.values()) >= 0.0
+    assert goodput(rows, 10.0).text()
+
+
+def test_the_constants_of_the_manifest_stay():
+    assert (manifests.FORMAT, manifests.VERSION) == ("shardkit checkpoint", 1)
