@@ -2,7 +2,7 @@
 
 import pathlib
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jax.extend import core
@@ -21,11 +21,21 @@ def user_frame(equation: core.JaxprEqn) -> Any:
       A frame with `file_name`, `line_num` and `function_name`; None if there is none.
     """
     trace = equation.source_info.traceback
-    for frame in trace.frames if trace else ():
-        name = frame.file_name
-        if "site-packages" not in name and not name.startswith(_NOT_OF_A_USER):
-            return frame
-    return None
+    frames = trace.frames if trace else ()
+    return next((frame for frame in frames if _is_users(frame.file_name)), None)
+
+
+def find_user_line(places: Iterable[tuple[str, int]]) -> str:
+    """The first of some places in code, the innermost first, that is a user's; "" if none is.
+
+    >>> find_user_line([(__file__, 3), ("/home/ada/model.py", 12), ("/home/ada/train.py", 7)])
+    '/home/ada/model.py:12'
+    """
+    return next((f"{name}:{line}" for name, line in places if _is_users(name)), "")
+
+
+def _is_users(file_name: str) -> bool:
+    return "site-packages" not in file_name and not file_name.startswith(_NOT_OF_A_USER)
 
 
 def count_scan_operands(equation: Any) -> tuple[int, int]:

@@ -16,7 +16,6 @@ from .._core.errors import Problem, RetraceWarning, ShardingError, format_proble
 from .._core.tree import leaves_by_path, short_type
 from .._core.types import Batch
 from ._bound_spec import BoundSpec
-from ._compile import no_ambient_mesh
 from ._compiled_functions import CompiledFunctions
 
 # Batch variants that a step keeps: enough for lengths in buckets, each with up to 3 executables.
@@ -66,8 +65,7 @@ class BatchVariants:
         batch = structure.unflatten([jax.ShapeDtypeStruct(*leaf_type) for leaf_type in types])
         bound = BoundSpec(self._bound.spec.replace(batch=batch), self._bound.mesh)
         try:
-            with no_ambient_mesh():
-                variant = CompiledFunctions(bound)
+            variant = CompiledFunctions(bound)
         except ShardingError:
             return self.declared
         self._others[types] = variant
