@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.extend import core
 from jax.sharding import AbstractMesh, AxisType
 
@@ -27,7 +26,7 @@ def on_any_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
     """Runs a function that is traced with the mesh axes that its own constraints name.
 
     Args:
-      function: run once for each axis that the mesh around it lacks, and once more.
+      function: run once more for each axis that the mesh around it lacks, at its first call.
 
     >>> spec = jax.sharding.PartitionSpec("data")
     >>> constrained = on_any_mesh(lambda x: jax.lax.with_sharding_constraint(x, spec))
@@ -35,9 +34,10 @@ def on_any_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
     (4,)
     """
 
+    added: list[str] = []
+
     def run(*args: Any, **kwargs: Any) -> Any:
         mesh: Any = jax.sharding.get_abstract_mesh()
-        added: list[str] = []
         while True:
             try:
                 with jax.sharding.use_abstract_mesh(_extend(mesh, added)):
@@ -66,13 +66,11 @@ def without_constraints(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function without its sharding constraints, which change no value.
 
     Args:
-      function: of arrays; it is traced with the mesh axes that it names.
+      function: of arrays. Nothing differentiates the result, whose derivative rules keep theirs.
     """
 
     def run(*args: Any) -> Any:
-        # Shapes alone: an array that is being traced carries the mesh that it is traced with.
-        types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype), args)
-        traced, shapes = on_any_mesh(jax.make_jaxpr(function, return_shape=True))(*types)
+        traced, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
         bare = core.jaxpr_as_fun(map_equations(traced, CONSTRAINT, _remove))
         return jax.tree.unflatten(jax.tree.structure(shapes), bare(*jax.tree.leaves(args)))
 

@@ -1,7 +1,7 @@
 """The reference: the declared loss on one device, in plain JAX and plain arithmetic.
 
 It shares nothing with the compiled step but the spec and the definition of its randomness: no
-mesh, no gradient shards, no constraints, no scan. Both define:
+mesh, no gradient shards, no constraints (the model's own are removed), no scan. Both define:
 
 - the state's key k gives `init` the first half of `split(k)`; step t draws from
   `fold_in(second half, t)`, an evaluation from `fold_in(second half, 2**32 - 1)`;
@@ -20,10 +20,11 @@ import numpy as np
 import optax
 from jax.typing import DTypeLike
 
+from .._core.own_sharding import on_any_mesh, without_constraints
 from .._core.precision import cast_floats
 from .._core.split_rng import RandomDraws, per_shard_keys
 from .._core.types import Batch, Key, Loss, Mean, Params, PyTree, Variables, WithAxes
-from ..step import SKIPPED, StepSpec
+from ..step import SKIPPED, StepSpec, no_ambient_mesh
 from ._record import (
     EVALUATE,
     GRADIENTS,
@@ -165,25 +166,36 @@ class Reference:
             params = cast_floats(params, spec.precision.param_dtype)
             return params, spec.optimizer.init(params), variables.model_state, steps_key
 
-        return jax.jit(run)
+        return _jit_alone(run)
 
     @functools.cached_property
     def _loss_and_grads(self) -> Callable[..., Any]:
         """`(params, model_state, rows, key) → ((total, (weight, metrics, model_state)), grads)`."""
         value_and_grad = jax.value_and_grad(_build_plain_loss(self.spec, train=True), has_aux=True)
         compute = self.spec.precision.compute_dtype
-        return jax.jit(lambda params, *args: value_and_grad(cast_floats(params, compute), *args))
+        return _jit_alone(lambda params, *args: value_and_grad(cast_floats(params, compute), *args))
 
     @functools.cached_property
     def _eval_loss(self) -> Callable[..., Any]:
         """`(params, model_state, batch, key) → (total, (weight, metrics, model_state))`."""
         loss = _build_plain_loss(self.spec, train=False)
         compute = self.spec.precision.compute_dtype
-        return jax.jit(lambda params, *args: loss(cast_floats(params, compute), *args))
+        return _jit_alone(lambda params, *args: loss(cast_floats(params, compute), *args))
 
     @functools.cached_property
     def _update(self) -> Callable[..., tuple[Params, PyTree]]:
         return _jit_update(self.spec.optimizer)
+
+
+def _jit_alone(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiles a user's function without the caller's mesh and without its own constraints."""
+    compiled = on_any_mesh(jax.jit(without_constraints(function)))
+
+    def run(*args: Any) -> Any:
+        with no_ambient_mesh():
+            return compiled(*args)
+
+    return run
 
 
 def _jit_update(optimizer: optax.GradientTransformation) -> Callable[..., tuple[Params, PyTree]]:

@@ -1,5 +1,6 @@
 """StepSpec and compile_step: a spec becomes one checked, compiled, read-back training step."""
 
+from ._ambient import around_init, no_ambient_mesh
 from ._compiled import CompiledStep
 from ._layout import AbstractState, StepLayout, abstract_state, resolve_layout
 from ._nonfinite import SKIPPED, OnNonfinite
@@ -18,10 +19,12 @@ __all__ = [
     "StepLayout",
     "StepSpec",
     "abstract_state",
+    "around_init",
     "build_objective",
     "check_mesh_given",
     "check_step_spec",
     "compile_step",
     "moment_spec",
+    "no_ambient_mesh",
     "resolve_layout",
 ]

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from .._core.equations import find_user_line
 from .._core.errors import Problem, ShardingError, did_you_mean, format_problems
 from .._core.tracing import TraceContext
-from ..rules import AxisRules
+from ..rules import AxisRules, format_mesh
 from ._refused_constraints import explain_refused_constraints, taken_axis
 
 # Guards the warning filters of the whole process; one thread at a time changes and restores them.
@@ -62,7 +62,7 @@ def around_loss(mesh: Mesh, rules: AxisRules | None) -> Iterator[None]:
     table = () if rules is None else rules.table
     listed = [(name, axes if len(axes) > 1 else axes[0] if axes else None) for name, axes in table]
     taken = [(_Again(name), taken_axis(", ".join(axes), name)) for name, axes in table if axes]
-    flax = _flax_rules((*listed, *taken, (_Unlisted(rules), None)))
+    flax = _flax_rules((*listed, *taken, (_Unlisted(rules, mesh), None)))
     with _legacy_mesh(mesh), jax.set_mesh(mesh), _rules.use(rules), flax:
         with explain_refused_constraints(mesh):
             yield
@@ -118,17 +118,18 @@ class _Unlisted:
     """
 
     rules: AxisRules | None
+    mesh: Mesh
 
     def __eq__(self, name: object) -> bool:
         if isinstance(name, str) and name not in dict(self.rules.table if self.rules else ()):
-            _refuse_name(name, self.rules)
+            _refuse_name(name, self.rules, self.mesh)
         return False
 
     def __hash__(self) -> int:
         return id(self)
 
 
-def _refuse_name(name: str, rules: AxisRules | None) -> NoReturn:
+def _refuse_name(name: str, rules: AxisRules | None, mesh: Mesh) -> NoReturn:
     frames = ((frame.f_code.co_filename, line) for frame, line in traceback.walk_stack(None))
     place = find_user_line(frames)
     subject = f"logical axis {name!r}{f' at {place}' if place else ''}"
@@ -139,5 +140,5 @@ def _refuse_name(name: str, rules: AxisRules | None) -> NoReturn:
         why = "is constrained by the model, and the strategy's activations do not list it."
         why += did_you_mean(name, [known for known, _ in rules.table])
         fix = f"strategy.with_names(activations={{{name!r}: None}}), or a mesh axis"
-    headline = "A logical constraint of the model cannot be met."
+    headline = f"A logical constraint cannot be met on mesh {format_mesh(mesh.shape)}."
     raise ShardingError(format_problems(headline, [Problem(subject, why, fix)]))

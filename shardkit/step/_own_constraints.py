@@ -45,7 +45,7 @@ def constraint_problems(jaxpr: core.Jaxpr, mesh: Mesh) -> Iterator[Problem]:
     """
     for eqn in own_constraints(jaxpr):
         sharding, aval = eqn.params["sharding"], eqn.invars[0].aval
-        leaf = Leaf(describe_constraint(eqn), tuple(aval.shape), aval.dtype)
+        leaf = Leaf(describe_constraint(eqn)[0], tuple(aval.shape), aval.dtype)
         if not isinstance(sharding, NamedSharding):
             why = f"is constrained to a {type(sharding).__name__}, which names no mesh axes"
             yield Problem(str(leaf), why, "jax.lax.with_sharding_constraint(x, P(...))")
@@ -57,14 +57,15 @@ def constraint_problems(jaxpr: core.Jaxpr, mesh: Mesh) -> Iterator[Problem]:
             yield Problem(str(leaf), why, f"{fix}, which means the mesh of the step")
         else:
             entries = (None if e is PartitionSpec.UNCONSTRAINED else e for e in sharding.spec)
-            yield from check_spec(leaf, PartitionSpec(*entries), mesh.shape, "the model")
+            yield from check_spec(leaf, PartitionSpec(*entries), mesh.shape, "the constraint")
 
 
-def describe_constraint(eqn: core.JaxprEqn) -> str:
-    """`with_sharding_constraint at model.py:12`."""
-    frame = user_frame(eqn)
+def describe_constraint(eqn: core.JaxprEqn) -> tuple[str, str]:
+    """`("with_sharding_constraint at model.py:12", "P('data')")`."""
+    frame, sharding = user_frame(eqn), eqn.params["sharding"]
     place = f" at {frame.file_name}:{frame.line_num}" if frame else ""
-    return f"with_sharding_constraint{place}"
+    spec = format_spec(sharding.spec) if isinstance(sharding, NamedSharding) else str(sharding)
+    return f"with_sharding_constraint{place}", spec
 
 
 def on_gradient_shards(
@@ -81,7 +82,7 @@ def on_gradient_shards(
         sharding = eqn.params["sharding"]
         if not isinstance(sharding, NamedSharding) or eqn.params["layout"] is not None:
             return eqn  # JAX refuses it if its axes are those of the shards
-        place = describe_constraint(eqn)
+        place, _ = describe_constraint(eqn)
         params = {"sharding": sharding, "shard_axes": shard_axes, "place": place}
         return eqn.replace(primitive=shard_constraint_p, params=params)
 

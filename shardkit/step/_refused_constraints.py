@@ -11,9 +11,6 @@ from .._core.equations import find_user_line
 from .._core.errors import Problem, ShardingError, ShardkitError, did_you_mean, format_problems
 from ..rules import format_mesh
 
-# The functions of JAX that take a model's shardings, and the code to write instead.
-_CALLS = ("with_sharding_constraint", "reshard", "shard_map")
-
 _AUTO = "jax.lax.with_sharding_constraint(x, P(...)): the axes of a step are of type Auto"
 _MANUAL = "leave it out inside of a shard_map, where an array is one device's shard"
 _SPLIT = 'accumulate=sk.Accumulate(k, "every"), whose micro-batches are not split by device'
@@ -31,25 +28,22 @@ def explain_refused_constraints(mesh: Mesh) -> Iterator[None]:
         yield
     except ShardkitError:
         raise
-    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
-        found = _explain(str(error), mesh)
-        if found is None:
+    except Exception as error:  # JAX raises several kinds
+        problem = _explain(error, mesh)
+        if problem is None:
             raise
-        why, fix = found
-        frames = [(f.f_code.co_filename, line) for f, line in traceback.walk_tb(error.__traceback__)]
-        names = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
-        call = next((name for name in _CALLS if name in names), "sharding")
-        place = find_user_line(reversed(frames))
-        problem = Problem(f"{call}{f' at {place}' if place else ''}", why, fix)
         headline = f"The model's own sharding cannot be met on mesh {format_mesh(mesh.shape)}."
         raise ShardingError(format_problems(headline, [problem])) from error
 
 
-def _explain(said: str, mesh: Mesh) -> tuple[str, str] | None:
-    """Why JAX refuses, and a fix; None for any other error."""
+def _explain(error: Exception, mesh: Mesh) -> Problem | None:
+    """Why JAX refuses, where, and a fix; None for any other error."""
     for pattern, explain in _REFUSALS:
-        if match := re.search(pattern, said, re.DOTALL):
-            return explain(match, mesh)
+        if match := re.search(pattern, str(error), re.DOTALL):
+            why, fix = explain(match, mesh)
+            frames = [(f.f_code.co_filename, n) for f, n in traceback.walk_tb(error.__traceback__)]
+            place = find_user_line(reversed(frames))
+            return Problem(f"sharding{f' at {place}' if place else ''}", why, fix)
     return None
 
 
@@ -64,27 +58,43 @@ def _unknown_axis(match: re.Match[str], mesh: Mesh) -> tuple[str, str]:
     return why, f"one of {', '.join(map(repr, mesh.axis_names))}; or a mesh with axis {axis!r}"
 
 
-def _says(fix: str) -> Callable[[re.Match[str], Mesh], tuple[str, str]]:
-    return lambda match, mesh: (match[0].strip(), fix)
+def _says(fix: str, why: str = "{0}") -> Callable[[re.Match[str], Mesh], tuple[str, str]]:
+    """Explains by what JAX says, or by a text with the groups of what it says."""
+    return lambda match, mesh: (why.format(match[0].strip(), *match.groups()).replace(",)", ")"), fix)
 
+
+_MANUAL_AXES = "{1} names axes of the shard_map around it, in which an array is one device's shard"
+_EXPLICIT_AXES = "{1} is on a mesh of Explicit axes, which a step takes as Auto"
 
 _REFUSALS: tuple[tuple[str, Callable[[re.Match[str], Mesh], tuple[str, str]]], ...] = (
     (r"Resource axis: (.+?) of (P\w*\(.+\)) is not found in mesh", _unknown_axis),
     (r"P\S*\([^\n]*\) has duplicate entries for `\w+`", _says("each mesh axis once in a spec")),
-    (r"is only valid for values of rank at least[^\n]*", _says("at most one entry per dim")),
-    (r"Got spec=[^\n]*Manual[^\n]*?\)\)?", _says(_MANUAL)),
-    (r"can only refer to Auto axes of the mesh", _says(_AUTO)),
-    (r"cannot contain axis names that are of type Auto or Manual", _says(_AUTO)),
     (
-        r"The context mesh .* should match the mesh passed to shard_map[^\n]*",
-        _says("jax.shard_map(...) without mesh=, which takes that of the step"),
+        r"spec=(P\w*\([^\n]*?\))\)?: Sharding [^\n]* is only valid for values of (rank[^\n]*)",
+        _says("at most one entry per dim", "{1} is only valid for values of {2}"),
+    ),
+    (r"Got spec=(P\w*\([^\n]*?\)) and mesh=[^\n]*Manual", _says(_MANUAL, _MANUAL_AXES)),
+    (r"Got spec=(P\w*\([^\n]*?\)) and mesh=[^\n]*Explicit", _says(_AUTO, _EXPLICIT_AXES)),
+    (
+        r"(PartitionSpec passed to \w+) cannot contain axis names that are of type Auto or Manual",
+        _says(_AUTO),
+    ),
+    (
+        r"The context mesh .* should match the mesh passed to shard_map (.*)",
+        _says(
+            "jax.shard_map(...) without mesh=, which takes that of the step",
+            "shard_map is given another mesh than that of the step, whose axes are Auto: {1}",
+        ),
+    ),
+    (
+        r"shard_map applied to .* not evenly divisible by .*?(the passed [^\n]*?)(?:\.|\n)",
+        _says("sizes that divide", "{1}"),
     ),
     (r"vmap spmd_axis_name[^\n]* cannot appear in[^\n]*", _says(_SPLIT)),
     (
         r"Dimensions \([^)]*\) occur more than once in array names",
         _says("a logical axis once in a constraint, None for the other dim"),
     ),
-    (r"requires a non-empty mesh[^\n]*", _says("a mesh that is known where this is traced")),
 )
 
 
