@@ -85,12 +85,10 @@ def map_equations(value: Any, name: str, change: Callable[[core.JaxprEqn], core.
     """Changes the equations of one primitive in a jaxpr, and in those of its parameters.
 
     Args:
-      value: a jaxpr; in parameters also a tuple of them, or anything else, which stays.
+      value: a jaxpr, or anything else, which stays.
       name: of the primitive.
       change: makes the new equation.
     """
-    if isinstance(value, tuple | list):
-        return type(value)(map_equations(one, name, change) for one in value)
     if isinstance(value, core.Jaxpr):
         return value.replace(eqns=[_map_equation(eqn, name, change) for eqn in value.eqns])
     if isinstance(value, core.ClosedJaxpr):  # JAX 0.12 has one class for both
@@ -105,5 +103,6 @@ def _map_equation(
         return change(eqn)
     if not any(True for _ in core.jaxprs_in_params(eqn.params)):
         return eqn
-    params = {key: map_equations(value, name, change) for key, value in eqn.params.items()}
+    # Some parameters are tuples of jaxprs: the branches of a `cond`.
+    params = jax.tree.map(lambda value: map_equations(value, name, change), eqn.params)
     return eqn.replace(params=params)

@@ -14,6 +14,7 @@ from ..rules import format_mesh
 _AUTO = "jax.lax.with_sharding_constraint(x, P(...)): the axes of a step are of type Auto"
 _MANUAL = "leave it out inside of a shard_map, where an array is one device's shard"
 _SPLIT = 'accumulate=sk.Accumulate(k, "every"), whose micro-batches are not split by device'
+_LOGICAL = "nn.with_logical_partitioning(init, names), if the names are not those of mesh axes"
 _AGAIN = " (of "  # in the name of an axis that an earlier logical name has taken
 
 
@@ -41,8 +42,10 @@ def _explain(error: Exception, mesh: Mesh) -> Problem | None:
     for pattern, explain in _REFUSALS:
         if match := re.search(pattern, str(error), re.DOTALL):
             why, fix = explain(match, mesh)
-            frames = [(f.f_code.co_filename, n) for f, n in traceback.walk_tb(error.__traceback__)]
-            place = find_user_line(reversed(frames))
+            frames = list(traceback.walk_tb(error.__traceback__))
+            place = find_user_line((f.f_code.co_filename, line) for f, line in reversed(frames))
+            if any(frame.f_code.co_name == "unbox" for frame, _ in frames):
+                fix = f"{_LOGICAL}; {fix}"
             return Problem(f"sharding{f' at {place}' if place else ''}", why, fix)
     return None
 
