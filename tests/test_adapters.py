@@ -258,3 +258,101 @@ def test_a_loss_may_take_the_key():
     params = model.init(jax.random.key(0))
     first, second = (model.loss_fn(params, BATCH, jax.random.key(i))[0] for i in (1, 2))
     assert float(first) != float(second)
+
+
+# --- names shorter than the rank
+
+
+class LinenBlock(nn.Module):
+    """A transformer block as flax's own examples name it: attention kernels by two names of three.
+
+    A kernel is f32[embed, heads, head_dim], or f32[heads, head_dim, embed].
+    """
+
+    @nn.compact
+    def __call__(self, tokens):
+        def named(*names):
+            return nn.with_logical_partitioning(nn.initializers.normal(0.5), names)
+
+        x = nn.Embed(16, 8, embedding_init=named("vocab", "embed"))(tokens)
+        y = nn.LayerNorm(scale_init=named("embed"))(x)
+        attention = nn.MultiHeadDotProductAttention(
+            num_heads=4, kernel_init=named("embed", "kv"), use_bias=False
+        )
+        x = x + attention(y, mask=nn.make_causal_mask(tokens))
+        x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
+        h = nn.relu(nn.Dense(16, kernel_init=named("embed", "mlp"))(x))
+        h = nn.with_logical_constraint(h, ("batch", "length", "mlp"))
+        return x + nn.Dense(8, kernel_init=named("mlp", "embed"))(h)
+
+
+TOKENS = {"tokens": RNG.integers(0, 16, (8, 4)).astype(np.int32)}
+
+
+def tokens_model():
+    return sk.from_linen(LinenBlock(), lambda y, _: (y**2).mean(), TOKENS, inputs="tokens")
+
+
+def test_names_shorter_than_the_rank_are_padded_as_jax_pads_a_spec():
+    both = (sk.strategies.fsdp() | sk.strategies.tensor()).with_names(params={"kv": None})
+    model, mesh = tokens_model(), sk.MeshSpec(fsdp=2, tensor=4).build()
+    spec = sk.StepSpec(
+        loss_fn=model.loss_fn,
+        optimizer=optax.sgd(0.1),
+        init=model.init,
+        batch=TOKENS,
+        strategy=both,
+        accumulate=2,
+    )
+    step = spec.compile(mesh)
+    state = step.init(jax.random.key(0))
+    kernels = state.params["MultiHeadDotProductAttention_0"]
+    assert kernels["query"]["kernel"].sharding.spec == P("fsdp")
+    assert kernels["out"]["kernel"].sharding.spec == P("fsdp")
+    assert state.params["Dense_0"]["kernel"].sharding.spec == P("fsdp", "tensor")
+
+    def loss(params):
+        return (LinenBlock().apply({"params": params}, TOKENS["tokens"]) ** 2).mean()
+
+    expected, grads = jax.value_and_grad(loss)(jax.device_get(state.params))
+    metrics, seen = step.gradients(state, TOKENS)
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), seen, grads
+    )
+
+
+def test_a_name_that_no_table_lists_is_still_an_error():
+    model = tokens_model()
+    with pytest.raises(sk.errors.ShardingError) as raised:
+        sk.compile_step(
+            model.loss_fn,
+            optax.sgd(0.1),
+            init=model.init,
+            batch=TOKENS,
+            mesh=sk.MeshSpec(fsdp=8).build(),
+            strategy=sk.strategies.fsdp(),
+        )
+    assert "query/kernel f32[8,4,2]" in str(raised.value)
+    assert "'kv'" in str(raised.value)
+
+
+class Constrained(nn.Module):
+    """A module that constrains by a bare spec, which flax cannot initialise without a mesh."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = jax.lax.with_sharding_constraint(nn.Dense(8)(x), P("data", "tensor"))
+        return nn.with_logical_constraint(x, ("batch", "mlp"))
+
+
+def test_a_linen_module_with_a_bare_spec_needs_no_mesh_before_it_is_compiled(mesh):
+    model = sk.from_linen(Constrained(), lambda y, batch: (y**2).mean(), BATCH)
+    replicated = sk.Strategy(
+        batch=P("data"), activations=sk.AxisRules({"batch": "data", "mlp": "tensor"})
+    )
+    step = compiled(model, mesh, replicated)
+    state = step.init(jax.random.key(0))
+    dense = jax.device_get(state.params["Dense_0"])
+    y = BATCH["x"] @ dense["kernel"] + dense["bias"]
+    np.testing.assert_allclose(step.evaluate(state, BATCH)["loss"], (y**2).mean(), rtol=1e-5)

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 import shardkit as sk
 from shardkit.nn._constrain import use_resolver
 from shardkit.step._activations import Activations, constraints
-from shardkit.step._compile import no_ambient_mesh
+from shardkit.step._ambient import no_ambient_mesh
 
 MESHES = {"2x4": {"data": 2, "tensor": 4}, "4x2": {"data": 4, "tensor": 2}}
 X = jax.ShapeDtypeStruct((8, 16), jnp.float32)

@@ -225,13 +225,13 @@ def test_an_option_that_cannot_be(changes, row):
 
 
 def test_what_only_a_mesh_decides_is_one_error_of_compile():
-    explicit = (AxisType.Explicit, AxisType.Auto)
-    wrong = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "tensor"), axis_types=explicit)
+    manual = (AxisType.Manual, AxisType.Auto)
+    wrong = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "tensor"), axis_types=manual)
     compressed = dataclasses.replace(STRATEGY, compression=sk.GradientCompression("dat"))
     spec = spec_of(strategy=compressed, mode="shard_map")
     with pytest.raises(sk.errors.StepError) as raised:
         spec.compile(wrong)
-    assert "mesh axis 'data'  is of type Explicit" in str(raised.value)
+    assert "mesh axis 'data'  is of type Manual" in str(raised.value)
     assert "Did you mean 'data'?" in str(raised.value)
     for mesh, why in (
         (

@@ -138,12 +138,12 @@ def test_a_precision_that_is_no_dtype():
     assert "precision.compute_dtype" in text
 
 
-def test_an_explicit_mesh():
+def test_a_manual_mesh():
     devices = np.array(jax.devices()).reshape(2, 4)
-    explicit = Mesh(devices, ("data", "tensor"), axis_types=(AxisType.Explicit, AxisType.Auto))
-    text = message(sk.errors.StepError, lambda: declared(explicit))
+    manual = Mesh(devices, ("data", "tensor"), axis_types=(AxisType.Manual, AxisType.Auto))
+    text = message(sk.errors.StepError, lambda: declared(manual))
     assert "mesh axis 'data'" in text
-    assert "is of type Explicit; the partitioner needs Auto axes" in text
+    assert "is of type Manual; the partitioner needs Auto axes" in text
     assert "MeshSpec(...).build()" in text
 
 

@@ -80,6 +80,16 @@ def choose_source(frames: Iterable[Frame]) -> Source | None:
     return Source(best.file, best.line, best.function, stack, read_line(best.file, best.line))
 
 
+def find_user_line(places: Iterable[tuple[str, int]]) -> str:
+    """The first of some places in code, the innermost first, that is a user's; "" if none is.
+
+    >>> find_user_line([(__file__, 3), ("/home/ada/model.py", 12), ("/home/ada/train.py", 7)])
+    '/home/ada/model.py:12'
+    """
+    users = (f"{file}:{line}" for file, line in places if _rank_file(file) in (0, 1))
+    return next(users, "")
+
+
 @functools.lru_cache(4096)
 def _rank_file(file: str) -> int | None:
     """How well a file's lines explain an operation, 0 best; None: not at all."""

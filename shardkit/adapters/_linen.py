@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta, unfreeze
 
-from .._core.types import Batch, Key, Loss, Params, Variables, WithAxes
-from ._model import Model, accept_key, split_loss_output
+from .._core.own_sharding import on_any_mesh
+from .._core.types import Batch, Key, Loss, Params, Variables
+from ._model import Model, accept_key, pad_axes, split_loss_output
 
 # Collections that a forward pass writes for its caller, and that the next pass does not read.
 _OUTPUTS = ("intermediates", "losses", "perturbations")
@@ -61,9 +62,8 @@ def from_linen(
         model_state = {name: x for name, x in variables.items() if name not in _OUTPUTS}
         return Variables(params, meta.unbox(model_state)) if model_state else params
 
-    stateful = isinstance(
-        jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0))), Variables
-    )
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    stateful = isinstance(on_any_mesh(jax.eval_shape)(init, key), Variables)
 
     def run(
         options: Mapping[str, Any], params: Params, batch: Batch, key: Key, model_state: Any
@@ -115,4 +115,4 @@ def _is_boxed(x: Any) -> bool:
 
 
 def _with_axes(x: Any) -> Any:
-    return WithAxes(x.value, tuple(x.names)) if isinstance(x, nn.Partitioned) else x
+    return pad_axes(x.value, x.names) if isinstance(x, nn.Partitioned) else x

@@ -2,10 +2,10 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from .._core.types import Key, Loss, Params, Variables
+from .._core.types import Key, Loss, Params, Variables, WithAxes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,3 +38,8 @@ def accept_key(loss: Callable[..., Any]) -> Callable[[Any, Any, Any], Any]:
 def split_loss_output(out: Any) -> tuple[Any, dict[str, Any]]:
     """Returns `(loss, metrics)` from `loss` or `(loss, metrics)`."""
     return out if isinstance(out, tuple) else (out, {})
+
+
+def pad_axes(value: Any, names: Sequence[str | None]) -> WithAxes:
+    """Names the dims of an array; as in a `PartitionSpec`, dims after the last name have none."""
+    return WithAxes(value, (*names, *[None] * (value.ndim - len(names))))

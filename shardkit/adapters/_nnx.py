@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from .._core.types import Batch, Key, Loss, Params, Variables, WithAxes
-from ._model import Model, accept_key, split_loss_output
+from .._core.types import Batch, Key, Loss, Params, Variables
+from ._model import Model, accept_key, pad_axes, split_loss_output
 
 Flat = list[tuple[tuple[Any, ...], nnx.Variable]]
 
@@ -124,7 +124,7 @@ def _with_axes(variable: nnx.Variable) -> Any:
     metadata = variable.get_metadata()
     # flax stores `sharding` and `sharding_names` of every version as `out_sharding`.
     axes = metadata.get("out_sharding")
-    return WithAxes(variable[...], tuple(axes)) if axes else variable[...]
+    return pad_axes(variable[...], axes) if axes else variable[...]
 
 
 def _seed(variable: nnx.Variable, key: jax.Array, number: int) -> jax.Array:

@@ -12,7 +12,7 @@ from .._core.tree import join_path, leaves_by_path, list_leaves, path_str
 from .._core.types import PyTree, Variables, WithAxes
 from ..parallel import update_specs
 from ..rules import first_match, format_spec, resolve_all
-from ..step import FollowParams, StepSpec
+from ..step import FollowParams, StepSpec, around_init
 from ._parity_report import format_error
 from ._record import copy_leaf_to_host
 
@@ -31,7 +31,8 @@ def resolve_declared_specs(spec: StepSpec, mesh: Mesh, state: TrainState) -> Spe
       Specs by `params/…`, `opt_state/…`, `model_state/…`, `batch/…`, `step`, `key` and `halted`.
     """
     strategy, sizes = spec.strategy, dict(mesh.shape)
-    params = list_leaves(state.params, _collect_axis_names(spec))
+    with around_init(mesh):
+        params = list_leaves(state.params, _collect_axis_names(spec))
     moments = list_leaves(state.opt_state)
     param_specs, param_problems = resolve_all(strategy.params, params, sizes)
     updated_specs = update_specs(strategy.zero, params, param_specs, sizes)

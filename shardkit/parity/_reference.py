@@ -1,7 +1,7 @@
 """The reference: the declared loss on one device, in plain JAX and plain arithmetic.
 
 It shares nothing with the compiled step but the spec and the definition of its randomness: no
-mesh, no gradient shards, no constraints, no scan. Both define:
+mesh, no gradient shards, no constraints (the model's own are removed), no scan. Both define:
 
 - the state's key k gives `init` the first half of `split(k)`; step t draws from
   `fold_in(second half, t)`, an evaluation from `fold_in(second half, 2**32 - 1)`;
@@ -20,11 +20,12 @@ import numpy as np
 import optax
 from jax.typing import DTypeLike
 
+from .._core.own_sharding import on_any_mesh, without_constraints
 from .._core.partition import Partition
 from .._core.precision import cast_floats
 from .._core.split_rng import RandomDraws, per_shard_keys
 from .._core.types import Batch, Key, Loss, Mean, Params, PyTree, Variables, WithAxes
-from ..step import SKIPPED, StepSpec, find_partition
+from ..step import SKIPPED, StepSpec, find_partition, no_ambient_mesh
 from ._record import (
     EVALUATE,
     GRADIENTS,
@@ -177,7 +178,7 @@ class Reference:
             params = self._partition(params).merge(trained, params)
             return params, spec.optimizer.init(trained), variables.model_state, steps_key
 
-        return jax.jit(run)
+        return _jit_alone(run)
 
     @functools.cached_property
     def _loss_and_grads(self) -> Callable[..., Any]:
@@ -189,18 +190,29 @@ class Reference:
             of_trained = self._partition(params).of_trained(loss, params)
             return jax.value_and_grad(of_trained, has_aux=True)(self._trained(params), *args)
 
-        return jax.jit(run)
+        return _jit_alone(run)
 
     @functools.cached_property
     def _eval_loss(self) -> Callable[..., Any]:
         """`(params, model_state, batch, key) → (total, (weight, metrics, model_state))`."""
         loss = _build_plain_loss(self.spec, train=False)
         compute = self.spec.precision.compute_dtype
-        return jax.jit(lambda params, *args: loss(cast_floats(params, compute), *args))
+        return _jit_alone(lambda params, *args: loss(cast_floats(params, compute), *args))
 
     @functools.cached_property
     def _update(self) -> Callable[..., tuple[Params, PyTree]]:
         return _jit_update(self.spec.optimizer)
+
+
+def _jit_alone(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiles a user's function without the caller's mesh and without its own constraints."""
+    compiled = on_any_mesh(jax.jit(without_constraints(function)))
+
+    def run(*args: Any) -> Any:
+        with no_ambient_mesh():
+            return compiled(*args)
+
+    return run
 
 
 def _jit_update(optimizer: optax.GradientTransformation) -> Callable[..., tuple[Params, PyTree]]:

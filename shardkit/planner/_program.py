@@ -11,6 +11,8 @@ from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
+from .._core.own_sharding import CONSTRAINT
+
 # Identities as far as bytes go.
 _IDENTITIES = {
     "name",
@@ -21,7 +23,12 @@ _IDENTITIES = {
     "copy_p",
     "optimization_barrier",
     "pvary",
+    CONSTRAINT,
 }
+_OWN_CONSTRAINT = (
+    "with_sharding_constraint names mesh axes in the model: only meshes with these compile, and "
+    "what it moves is not counted"
+)
 # Parameters that hold derivative rules, not the function itself.
 _DERIVATIVES = {"jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd", "fwd", "jvp_jaxpr_thunk", "update_jaxpr"}
 _LOOPS = {"scan", "while"}
@@ -105,6 +112,8 @@ class _Flattener:
     def _ops(self, jaxpr: Jaxpr, env: dict[Any, int | None]) -> Iterator[Op]:
         for eqn in jaxpr.eqns:
             name, ins = eqn.primitive.name, tuple(_number_of(env, v) for v in eqn.invars)
+            if name == CONSTRAINT and _OWN_CONSTRAINT not in self.problems:
+                self.problems.append(_OWN_CONSTRAINT)
             if name in _IDENTITIES and len(ins) == len(eqn.outvars):
                 env.update(zip(eqn.outvars, ins, strict=True))
                 continue

@@ -8,6 +8,7 @@ import jax
 from jax.extend.core import ClosedJaxpr
 from jax.sharding import AbstractMesh, AxisType
 
+from .._core.own_sharding import on_any_mesh
 from .._core.precision import cast_floats
 from .._core.types import Batch, Key, Params, PyTree
 from ..nn._remat import apply_policy, parse_policy, use_policy
@@ -54,7 +55,7 @@ class TracedModel:
     @classmethod
     def of(cls, spec: StepSpec) -> "TracedModel":
         """Traces `init` and the optimizer."""
-        return cls(spec, abstract_state(spec))
+        return cls(spec, on_any_mesh(abstract_state)(spec))
 
     def with_length(self, lengths: Container[int], factor: float) -> "TracedModel | None":
         """The same model for rows of another length.
@@ -107,7 +108,7 @@ class TracedModel:
         """The regions that the loss marks."""
         spec, (state, _) = self.spec, self.abstract
         with probe_regions():
-            loss = jax.make_jaxpr(build_objective(spec.loss_fn))(
+            loss = on_any_mesh(jax.make_jaxpr(build_objective(spec.loss_fn)))(
                 self._compute_params(), state.model_state, spec.batch, state.key
             )
         return MarkedRegions.of(loss.jaxpr)
@@ -125,9 +126,10 @@ class TracedModel:
 
         low = self._compute_params()
         args = (low, state.model_state, spec.batch, state.key)
-        checkpointed = apply_policy(loss, named, *args)
+        checkpointed = on_any_mesh(apply_policy)(loss, named, *args)
         with use_policy(named):
-            return jax.make_jaxpr(run)(state.params, state.model_state, spec.batch, state.key)
+            trace = on_any_mesh(jax.make_jaxpr(run))
+            return trace(state.params, state.model_state, spec.batch, state.key)
 
     def _compute_params(self) -> Params:
         """Shapes of the parameters in the dtype that is computed with."""

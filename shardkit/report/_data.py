@@ -28,6 +28,7 @@ class ReportData:
       minima: textbook minimum of each axis whose kind is declared.
       reductions: axis that splits the batch → how often each gradient is reduced over it.
       leaves: every array of the step's input and its layout on the mesh.
+      notes: what the step takes otherwise than its caller or its model wrote it.
       memory_suggestions: changes that make a step fit which exceeds its device.
       compiles: how often the step was compiled.
       messages_complete: the compiler's messages are known, so that no finding is missing.
@@ -47,6 +48,7 @@ class ReportData:
     minima: tuple[Minimum, ...] = ()
     reductions: Mapping[str, float] = dataclasses.field(default_factory=dict)
     leaves: tuple[LeafLayout, ...] = ()
+    notes: tuple[str, ...] = ()
     memory_suggestions: tuple[str, ...] = ()
     compiles: int = 1
     messages_complete: bool = True

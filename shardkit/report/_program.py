@@ -296,6 +296,7 @@ class Program:
       declared: what the strategy explains.
       dcn: mesh axes that cross slices, over the network between hosts, with the number of
         slices along each.
+      notes: what the step takes otherwise than it was written, as text.
       seconds: wall time of `trace`, `lower` and `compile`.
     """
 
@@ -312,6 +313,7 @@ class Program:
     retraced: tuple[str, ...] = ()
     declared: Declarations = dataclasses.field(default_factory=Declarations)
     dcn: tuple[tuple[str, int], ...] = ()
+    notes: tuple[str, ...] = ()
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property

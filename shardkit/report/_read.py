@@ -40,6 +40,7 @@ def read_program(program: "Program", chip: "str | Chip | None" = None) -> Report
             if axis in program.batch_axes
         },
         leaves=tuple(leaf.layout(sizes) for leaf in program.leaves),
+        notes=program.notes,
         memory_suggestions=tuple(suggest_memory_savings(memory, program.leaves, sizes, peak)),
         compiles=program.compiles,
         messages_complete=program.log_complete,

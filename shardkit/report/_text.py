@@ -32,6 +32,7 @@ _Part = str | Table
 def _text_parts(report: ReportData) -> Iterator[_Part]:
     kind = report.device_kind or report.platform
     yield f"Step compiled for {kind}, mesh ({report.mesh_text}). All sizes per device, as compiled."
+    yield from (f"Note: {note}" for note in report.notes)
     for problem in report.problems:
         yield f"INCOMPLETE: {problem}"
     yield from _finding_parts(report)

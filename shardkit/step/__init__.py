@@ -1,5 +1,6 @@
 """StepSpec and compile_step: a spec becomes one checked, compiled, read-back training step."""
 
+from ._ambient import around_init, no_ambient_mesh
 from ._compiled import CompiledStep
 from ._layout import AbstractState, StepLayout, abstract_state, resolve_layout
 from ._load import load_step
@@ -20,6 +21,7 @@ __all__ = [
     "StepLayout",
     "StepSpec",
     "abstract_state",
+    "around_init",
     "build_objective",
     "check_mesh_given",
     "check_step_spec",
@@ -27,5 +29,6 @@ __all__ = [
     "find_partition",
     "load_step",
     "moment_spec",
+    "no_ambient_mesh",
     "resolve_layout",
 ]

@@ -12,6 +12,7 @@ from .._core.tracing import equations
 from .._core.tree import Leaf
 from ..nn._constrain import GRADIENT_SHARDS, MAPPED, constrain_p
 from ..rules import AxisRules, check_spec, format_mesh
+from ._own_constraints import constraint_problems
 
 Names = tuple[str | None, ...]
 
@@ -77,6 +78,7 @@ class Activations:
         """
         unique = dict.fromkeys(constraints(jaxpr.jaxpr))
         problems = [p for leaf in unique for p in dict.fromkeys(self._problems(leaf))]
+        problems += dict.fromkeys(constraint_problems(jaxpr.jaxpr, self.mesh))
         failed, mesh = count(len(problems), "constraint"), format_mesh(self.mesh.shape)
         raise_all(ShardingError, f"{failed} cannot be met on mesh {mesh}.", problems)
 

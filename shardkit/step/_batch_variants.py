@@ -17,7 +17,6 @@ from .._core.errors import Problem, RetraceWarning, ShardingError, format_proble
 from .._core.tree import leaves_by_path, short_type
 from .._core.types import Batch
 from ._bound_spec import BoundSpec
-from ._compile import no_ambient_mesh
 from ._compiled_functions import CompiledFunctions
 
 # Batch variants that a step keeps: enough for lengths in buckets, each with up to 3 executables.
@@ -68,8 +67,7 @@ class BatchVariants:
         spec = self._bound.spec.replace(batch=batch)
         bound = dataclasses.replace(self._bound, spec=spec)
         try:
-            with no_ambient_mesh():
-                variant = CompiledFunctions(bound)
+            variant = CompiledFunctions(bound)
         except ShardingError:
             return self.declared
         self._others[types] = variant

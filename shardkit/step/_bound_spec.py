@@ -20,25 +20,34 @@ class BoundSpec:
 
     Attributes:
       spec: the user's declaration.
-      mesh: the device mesh, all axes of type Auto.
+      mesh: the device mesh, all axes of type Auto: those of the mesh it is made of that are
+        Explicit, as `jax.make_mesh` makes them, are taken as Auto.
       saved: executables that need not be compiled.
+      were_explicit: those axes.
     """
 
     spec: "StepSpec"
     mesh: Mesh
     saved: SavedPrograms | None = None
+    were_explicit: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Checks the spec against the mesh, before tracing.
 
         Raises:
-          StepError: the mesh is not built, has an Explicit axis, or lacks the axis of the gradient
+          StepError: the mesh is not built, has a Manual axis, or lacks the axis of the gradient
             compression; or an override of the strategy does not work with the other options.
         """
         headline = "The step cannot be compiled for this mesh."
         raise_all(StepError, headline, _type_problems(self.mesh))
         problems = [*_axis_problems(self.mesh), *self._compression_problems()]
         raise_all(StepError, headline, [*problems, *self._incompatibilities()])
+        types = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
+        explicit = tuple(name for name, kind in types.items() if kind == AxisType.Explicit)
+        if explicit:
+            auto = (AxisType.Auto,) * len(types)
+            object.__setattr__(self, "were_explicit", explicit)
+            object.__setattr__(self, "mesh", Mesh(self.mesh.devices, tuple(types), axis_types=auto))
 
     @property
     def xla_options(self) -> dict[str, Any]:
@@ -79,7 +88,7 @@ def _type_problems(mesh: object) -> list[Problem]:
 
 def _axis_problems(mesh: Mesh) -> Iterator[Problem]:
     for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True):
-        if kind != AxisType.Auto:
+        if kind == AxisType.Manual:
             why = f"is of type {kind.name}; the partitioner needs Auto axes"
             fix = "MeshSpec(...).build(), or Mesh(..., axis_types=(AxisType.Auto, ...))"
             yield Problem(f"mesh axis {name!r}", why, fix)

@@ -1,4 +1,4 @@
-"""Compiles one program, without any ambient mesh, and captures what the compiler prints."""
+"""Compiles one program, and captures what the compiler prints."""
 
 import contextlib
 import dataclasses
@@ -7,26 +7,22 @@ import hashlib
 import os
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.extend import core
-from jax.sharding import AbstractMesh, Mesh
 
 from .._core.errors import Problem, StepError, raise_all
 from .._core.tree import format_bytes, nbytes
 from .._core.types import PyTree
-from ..nn._constrain import Resolver, use_resolver
 from ._deadlocks import check_deadlocks
 from ._saved_programs import SavedPrograms, name_program, save_programs
 from ._stderr import copied_stderr
 
-# Guard two settings of the whole process; one thread at a time changes and restores each.
-_CACHE_SETTING, _WARNING_FILTERS = threading.Lock(), threading.Lock()
+# Guards a setting of the whole process; one thread at a time changes and restores it.
+_CACHE_SETTING = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +73,7 @@ def compile_program(
     args: tuple[PyTree, ...],
     in_shardings: PyTree,
     out_shardings: PyTree,
-    resolver: Resolver,
+    surroundings: Callable[[], contextlib.AbstractContextManager[None]],
     check: Callable[[core.ClosedJaxpr], None],
     donate: tuple[int, ...] = (),
     options: Mapping[str, Any] | None = None,
@@ -90,7 +86,7 @@ def compile_program(
       args: pytrees of `jax.ShapeDtypeStruct`.
       in_shardings: `NamedSharding`s of the arguments.
       out_shardings: `NamedSharding`s of the results.
-      resolver: turns logical names into shardings.
+      surroundings: enters the mesh and the rules that the function is traced and lowered under.
       check: called with the jaxpr before it is lowered; raises the problems that it finds.
       donate: positions of the arguments whose buffers the results may reuse.
       options: XLA options by name.
@@ -112,7 +108,7 @@ def compile_program(
 
     options = dict(options) if options else None
     start = time.perf_counter()
-    with no_ambient_mesh(), use_resolver(resolver):
+    with surroundings():
         traced = trace(run)
         check(traced.jaxpr)
         at_trace = time.perf_counter()
@@ -132,8 +128,7 @@ def compile_program(
     check_deadlocks(compiled, mesh)
 
     def recompile() -> str:
-        ambient = no_ambient_mesh(), use_resolver(resolver), _disable_cache()
-        with ambient[0], ambient[1], ambient[2], copied_stderr() as printed:
+        with surroundings(), _disable_cache(), copied_stderr() as printed:
             trace(_replay(traced)).lower().compile(compiler_options=options)
         return printed.text
 
@@ -249,16 +244,3 @@ def _disable_cache() -> Iterator[None]:
         finally:
             jax.config.update("jax_enable_compilation_cache", before)
             reset_cache()
-
-
-@contextlib.contextmanager
-def no_ambient_mesh() -> Iterator[None]:
-    """Hides a `with mesh:` or `jax.set_mesh` around the caller from what is traced."""
-    empty = Mesh(np.empty((), object), ())
-    with contextlib.ExitStack() as stack:
-        with _WARNING_FILTERS, warnings.catch_warnings():
-            # `with mesh:` is deprecated, but only another one leaves the caller's.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            stack.enter_context(empty)
-        stack.enter_context(jax.sharding.use_abstract_mesh(AbstractMesh((), ())))
-        yield

@@ -18,7 +18,7 @@ from ..data import rows_of_shardings
 from ..report import Report
 from ._batch_variants import BatchVariants
 from ._bound_spec import BoundSpec
-from ._compile import CompiledProgram, no_ambient_mesh
+from ._compile import CompiledProgram
 from ._compiled_functions import CompiledFunctions
 from ._inputs import check_buffers_distinct, check_state, check_state_alive, put_batch, put_key
 from ._memory_check import check_memory
@@ -44,13 +44,11 @@ class CompiledStep:
 
     def __init__(self, spec: "StepSpec", mesh: Mesh, saved: "SavedPrograms | None" = None) -> None:
         """Resolves, traces, compiles and reads back; see `StepSpec.compile`."""
-        self.spec, self.mesh = spec, mesh
         self._bound = BoundSpec(spec, mesh, saved)
-        # Abstract arrays carry the ambient mesh, so hide it before the first of them is created.
-        with no_ambient_mesh():
-            self._variants = BatchVariants(self._bound)
-            self.layout = self._variants.declared.layout
-            self.program: CompiledProgram = self._variants.declared.train
+        self.spec, self.mesh = spec, self._bound.mesh
+        self._variants = BatchVariants(self._bound)
+        self.layout = self._variants.declared.layout
+        self.program: CompiledProgram = self._variants.declared.train
         # No leaf shares a buffer in the state that was returned last; check any other state.
         self._last_state: weakref.ref[TrainState] | None = None
 

@@ -1,18 +1,21 @@
 """Compiles the functions of one spec on one mesh, each on first use."""
 
+import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .._core.types import PyTree
+from ..nn._constrain import use_resolver
 from ..nn._overridable import ActiveOverrides, StepContext, use_overrides
 from ..nn._remat import use_policy
 from ..parallel import check_overrides_called
 from ._activations import Activations, SpecsInLoss
+from ._ambient import around_init, around_loss
 from ._bound_spec import BoundSpec
 from ._compile import CompiledProgram, compile_program, save_compiled
 from ._layout import (
@@ -40,10 +43,13 @@ class CompiledFunctions:
           ShardingError: every leaf that cannot be laid out.
           StepError: the spec does not form a step.
         """
-        self._bound, self.layout = bound, resolve_layout(bound.spec, bound.mesh)
+        self._bound = bound
+        with around_init(bound.mesh):
+            self.layout = resolve_layout(bound.spec, bound.mesh)
         self._functions = StepFunctions(bound, self.layout)
         if bound.spec.debug:
-            self._functions.check_key_reuse()
+            with self._around_loss():
+                self._functions.check_key_reuse()
         self._replicated = NamedSharding(bound.mesh, PartitionSpec())
 
     @functools.cached_property
@@ -56,7 +62,7 @@ class CompiledFunctions:
             the declaration.
         """
         program = self._compile_on_batch(
-            self._functions.train(),
+            self._functions.train,
             (self.layout.shardings, self._replicated),
             self._functions.per_shard_accumulation,
             donate=(0,),
@@ -89,7 +95,7 @@ class CompiledFunctions:
     @functools.cached_property
     def evaluate(self) -> CompiledProgram:
         """`(state, batch) → metrics`."""
-        return self._compile_on_batch(self._functions.evaluate(), self._replicated, False)
+        return self._compile_on_batch(self._functions.evaluate, self._replicated, False)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Saves the executables of `init`, `train` and `evaluate`; see `CompiledStep.save`."""
@@ -100,15 +106,15 @@ class CompiledFunctions:
         """`(state, batch) → (metrics, gradients)`."""
         results = (self._replicated, self.layout.trained_shardings)
         per_shard = self._functions.per_shard_accumulation
-        return self._compile_on_batch(self._functions.gradients(), results, per_shard)
+        return self._compile_on_batch(self._functions.gradients, results, per_shard)
 
     @functools.cached_property
     def training_loss(self) -> LossProgram:
         """`(state, batch) → (total, weight)` of the training loss, for `self_check`."""
 
         def compiled(dtype: str) -> CompiledProgram:
-            run = self._functions.training_loss(dtype)
-            return self._compile_on_batch(run, self._replicated, False)
+            build = functools.partial(self._functions.training_loss, dtype)
+            return self._compile_on_batch(build, self._replicated, False)
 
         return LossProgram.of(compiled, self._bound.spec.precision.compute_dtype)
 
@@ -119,7 +125,7 @@ class CompiledFunctions:
 
     def _compile_on_batch(
         self,
-        run: Callable[..., PyTree],
+        build: Callable[[], Callable[..., PyTree]],
         out_shardings: PyTree,
         per_shard: bool,
         donate: tuple[int, ...] = (),
@@ -136,6 +142,8 @@ class CompiledFunctions:
         # In `shard_map` mode the model's own collectives do the work of overrides.
         manual = self._bound.spec.mode == "shard_map"
         overrides = {} if manual else dict(self._bound.spec.strategy.overrides)
+        with self._around_loss():
+            run = build()
         with use_overrides(overrides, around) as marks:
             return self._compile(
                 run,
@@ -169,12 +177,23 @@ class CompiledFunctions:
                 args,
                 in_shardings=in_shardings,
                 out_shardings=out_shardings,
-                resolver=names,
+                surroundings=self._around_loss if marks else self._around_init,
                 check=check,
                 donate=donate,
                 options=self._bound.xla_options,
                 saved=self._bound.saved,
             )
+
+    @contextlib.contextmanager
+    def _around_init(self) -> Iterator[None]:
+        with around_init(self._bound.mesh), use_resolver(self._names):
+            yield
+
+    @contextlib.contextmanager
+    def _around_loss(self) -> Iterator[None]:
+        rules = self._bound.spec.strategy.activations
+        with around_loss(self._bound.mesh, rules), use_resolver(self._names):
+            yield
 
     @property
     def _names(self) -> Activations:

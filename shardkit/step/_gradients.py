@@ -27,6 +27,7 @@ from ..rules import axes_of
 from ._bound_spec import BoundSpec
 from ._layout import StepLayout
 from ._objective import LossOutput, Objective, inverse_weight
+from ._own_constraints import on_gradient_shards
 
 LossArgs = tuple[Params, PyTree, Batch, Key]  # params, model_state, batch, key
 LossAndGradients = tuple[LossOutput, Params]
@@ -41,11 +42,13 @@ class GradientPlan:
       bound: the spec and its mesh.
       layout: shardings of state, batch and gradients.
       draws: which random draws of the loss grow with its rows.
+      constrained: whether the loss has sharding constraints of its own.
     """
 
     bound: BoundSpec
     layout: StepLayout
     draws: RandomDraws = dataclasses.field(default_factory=lambda: RandomDraws(1))
+    constrained: bool = False
 
     @property
     def micro_batches(self) -> int:
@@ -187,6 +190,8 @@ def _accumulate_per_shard(
     params, model_state, batch, key = args
     steps = plan.micro_batches
     value_and_grad = jax.value_and_grad(objective, has_aux=True)
+    if plan.constrained:
+        value_and_grad = on_gradient_shards(value_and_grad, plan.layout.shard_axes)
 
     def run_micro_batch(index: jax.Array) -> tuple[LossOutput, PyTree]:
         rows = split_shards(micro_batch(batch, steps, index, plan), plan)

@@ -149,7 +149,9 @@ def abstract_state(spec: "StepSpec", residual_copies: int = 0) -> AbstractState:
         opt_state = build_optimizer_init(spec)(state.params)
         return dataclasses.replace(state, opt_state=opt_state)
 
-    return jax.eval_shape(run, jax.eval_shape(lambda: jax.random.key(0))), names
+    state = jax.eval_shape(run, jax.eval_shape(lambda: jax.random.key(0)))
+    # Shapes that are evaluated under a mesh name it.
+    return jax.tree.map(lambda x: x.update(sharding=None), state), names
 
 
 def resolve_layout(

@@ -10,6 +10,7 @@ import numpy as np
 from jax.extend import core
 from jax.sharding import Mesh
 
+from .._core.tracing import recorded_facts
 from .._core.tree import Leaf, ends_path, list_leaves, short_dtype
 from ..nn._constrain import GRADIENT_SHARDS
 from ..parallel import Strategy, infer_kinds
@@ -20,6 +21,7 @@ from ._bound_spec import BoundSpec
 from ._compile import CompiledProgram
 from ._governing import find_governing_constraints
 from ._layout import StepLayout
+from ._own_constraints import DROPPED
 from ._unused_rules import find_unused_rules
 
 # From this many bytes on, a leaf that only its axis names leave replicated is worth a finding.
@@ -55,8 +57,17 @@ def build_program(
         retraced=tuple(retraced),
         declared=_build_declared(bound, layout, compiled.jaxpr, placed),
         dcn=_dcn_axes(mesh),
+        notes=tuple(_list_notes(bound, compiled.jaxpr.jaxpr)),
         seconds=dict(zip(("trace", "lower", "compile"), compiled.seconds, strict=True)),
     )
+
+
+def _list_notes(bound: BoundSpec, jaxpr: core.Jaxpr) -> Iterator[str]:
+    if bound.were_explicit:
+        axes = ", ".join(bound.were_explicit)
+        yield f"mesh axes of type Explicit are taken as Auto, the partitioner's: {axes}."
+    for place, spec, *axes in recorded_facts(jaxpr, DROPPED):
+        yield f"{place}: {spec} splits a gradient shard no further over {', '.join(map(str, axes))}."
 
 
 def _dcn_axes(mesh: Mesh) -> tuple[tuple[str, int], ...]:

@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 from jax.extend import core
 
 from .._core.errors import Problem, StepError, raise_all
@@ -56,7 +55,7 @@ def _row_splits(bound: BoundSpec, layout: StepLayout, gradients: bool) -> Iterat
             yield f"strategies.{kind.name}()"
 
 
-def check_convolutions(plan: GradientPlan, loss: Objective, args: LossArgs) -> None:
+def check_convolutions(plan: GradientPlan, loss: core.Jaxpr) -> None:
     """Refuses convolutions whose gradient per shard XLA computes wrongly on CPU devices.
 
     The gradient of a weight for each gradient shard is a grouped convolution, split over its
@@ -70,7 +69,7 @@ def check_convolutions(plan: GradientPlan, loss: Objective, args: LossArgs) -> N
     if plan.num_shards == 1 or device.platform != "cpu":
         return
     one_row = plan.layout.rows // plan.micro_batches == plan.num_shards
-    for equation in equations(jax.make_jaxpr(loss)(*args).jaxpr):
+    for equation in equations(loss):
         if equation.primitive.name != "conv_general_dilated":
             continue
         kernel = _kernel_size(equation)

@@ -16,6 +16,7 @@ from ._bound_spec import BoundSpec
 from ._gradients import GradientFn, GradientPlan, LossArgs, build_gradients, match_shard_draws
 from ._layout import StepLayout
 from ._objective import Objective, build_objective
+from ._own_constraints import own_constraints
 from ._split_checks import check_convolutions, check_split_rows
 from ._update import (
     Metrics,
@@ -142,8 +143,11 @@ class StepFunctions:
             return self._build_on_shards(build_shard_gradients, loss)
         plan = GradientPlan(self.bound, self.layout)
         if plan.per_shard_accumulation:
-            check_convolutions(plan, loss, self._loss_args)
-            plan = dataclasses.replace(plan, draws=match_shard_draws(loss, plan, self._loss_args))
+            traced = jax.make_jaxpr(loss)(*self._loss_args).jaxpr
+            check_convolutions(plan, traced)
+            draws = match_shard_draws(loss, plan, self._loss_args)
+            constrained = any(True for _ in own_constraints(traced))
+            plan = dataclasses.replace(plan, draws=draws, constrained=constrained)
         return build_gradients(loss, plan)
 
     def _build_on_shards(self, build: Callable[..., Any], loss: Objective) -> Any:

@@ -25,7 +25,7 @@ function draw_subject() {
   const simulated = report.platform === "cpu" ? ". Simulated devices have no meaningful speed" : "";
   document.getElementById("subject").textContent =
     `One training step, compiled for ${plural(devices, "device")} of kind ${kind}, ` +
-    `mesh (${mesh})${simulated}. Nothing on this page was measured.`;
+    `mesh (${mesh})${simulated}. Nothing on this page was measured. ${report.notes.join(" ")}`;
   document.title = `shardkit report: ${kind}, ${mesh}`;
 }
 

@@ -14,7 +14,7 @@ from ..._core.tracing import equations
 from ..._core.train_state import TrainState
 from ..._core.tree import ends_path, list_leaves
 from ..._core.types import Batch, Loss, Params
-from .._compile import no_ambient_mesh
+from .._ambient import no_ambient_mesh
 from ._gradient import GradientTest, Limits, choose_direction
 from ._result import Check, SelfCheck
 

@@ -15,6 +15,7 @@ from ...parallel import known_kinds
 from ...rules import axes_of, format_mesh
 from .._bound_spec import BoundSpec
 from .._layout import StepLayout
+from .._own_constraints import describe_constraint, own_constraints
 from ._buckets import ParamPlan
 
 
@@ -159,6 +160,13 @@ def compression_problems(
         yield Problem(
             "compression", why, f"an axis of the rows ({_quote_all(row_axes)}) that splits them"
         )
+
+
+def own_constraint_problems(jaxpr: core.Jaxpr) -> Iterator[Problem]:
+    """On shards every mesh axis is manual, and a constraint of the model's own over one is void."""
+    for place, spec in dict.fromkeys(map(describe_constraint, own_constraints(jaxpr))):
+        why = f"{spec} means nothing where the loss sees one device's shard"
+        yield Problem(place, why, 'mode="auto"; or sk.nn.constrain(x, ...), which works in both')
 
 
 def _quote_all(axes: Iterable[str]) -> str:

@@ -1,0 +1,107 @@
+"""What a model says of sharding itself, where no mesh decides: traced for any mesh, or left out.
+
+A constraint by a bare `PartitionSpec` can only be traced with a mesh that has its axes. Where a
+model is traced to learn what it computes, on one device or for meshes yet to be chosen, axes that
+the mesh lacks are added to it with one device each: a constraint over them says nothing.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend import core
+from jax.sharding import AbstractMesh, AxisType
+
+from .tracing import record_p
+
+CONSTRAINT = "sharding_constraint"
+
+_UNKNOWN_AXIS = re.compile(
+    r"Resource axis: (\w+) of .* is not found in mesh|(?:in|out)_specs refers to '(\w+)'"
+)
+
+
+def on_any_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs a function that is traced with the mesh axes that its own constraints name.
+
+    Args:
+      function: run once more for each axis that the mesh around it lacks, at its first call.
+
+    >>> spec = jax.sharding.PartitionSpec("data")
+    >>> constrained = on_any_mesh(lambda x: jax.lax.with_sharding_constraint(x, spec))
+    >>> jax.eval_shape(constrained, jax.ShapeDtypeStruct((4,), "float32")).shape
+    (4,)
+    """
+    added: list[str] = []
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        mesh: Any = jax.sharding.get_abstract_mesh()
+        while True:
+            try:
+                with jax.sharding.use_abstract_mesh(_extend(mesh, added)):
+                    return function(*args, **kwargs)
+            except ValueError as error:
+                unknown = _UNKNOWN_AXIS.search(str(error))
+                name = unknown and (unknown[1] or unknown[2])
+                if not name or name in added:
+                    raise
+                added.append(name)
+
+    return run
+
+
+def _extend(mesh: Any, added: list[str]) -> Any:
+    """A mesh with more axes, of one device each; at least one, since JAX wants a mesh."""
+    more = tuple(added) if added or not mesh.empty else ("(none)",)
+    if not more:
+        return mesh
+    types = (*mesh.axis_types, *[AxisType.Auto] * len(more))
+    sizes = (*mesh.axis_sizes, *[1] * len(more))
+    return AbstractMesh(sizes, (*mesh.axis_names, *more), axis_types=types)
+
+
+def without_constraints(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function without its sharding constraints, which change no value.
+
+    Args:
+      function: of arrays. Nothing differentiates the result, whose derivative rules keep theirs.
+    """
+
+    def run(*args: Any) -> Any:
+        traced, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+        bare = core.jaxpr_as_fun(map_equations(traced, CONSTRAINT, _remove))
+        return jax.tree.unflatten(jax.tree.structure(shapes), bare(*jax.tree.leaves(args)))
+
+    return run
+
+
+def _remove(eqn: core.JaxprEqn) -> core.JaxprEqn:
+    return eqn.replace(primitive=record_p, params={"fact": (CONSTRAINT,)})
+
+
+def map_equations(value: Any, name: str, change: Callable[[core.JaxprEqn], core.JaxprEqn]) -> Any:
+    """Changes the equations of one primitive in a jaxpr, and in those of its parameters.
+
+    Args:
+      value: a jaxpr, or anything else, which stays.
+      name: of the primitive.
+      change: makes the new equation.
+    """
+    if isinstance(value, core.Jaxpr):
+        return value.replace(eqns=[_map_equation(eqn, name, change) for eqn in value.eqns])
+    if isinstance(value, core.ClosedJaxpr):  # JAX 0.12 has one class for both
+        return value.replace(jaxpr=map_equations(value.jaxpr, name, change))
+    return value
+
+
+def _map_equation(
+    eqn: core.JaxprEqn, name: str, change: Callable[[core.JaxprEqn], core.JaxprEqn]
+) -> core.JaxprEqn:
+    if eqn.primitive.name == name:
+        return change(eqn)
+    if not any(True for _ in core.jaxprs_in_params(eqn.params)):
+        return eqn
+    # Some parameters are tuples of jaxprs: the branches of a `cond`.
+    params = jax.tree.map(lambda value: map_equations(value, name, change), eqn.params)
+    return eqn.replace(params=params)

@@ -1,0 +1,147 @@
+"""The mesh and the activation rules that a model's own constraints find while a step is traced.
+
+A model may constrain arrays itself, by `jax.lax.with_sharding_constraint` with a bare spec or by
+flax's logical names, and it may call `jax.shard_map` without a mesh. These read the mesh and the
+rules around them: here those of the step, whatever its caller has set, whose own are back after.
+"""
+
+import contextlib
+import dataclasses
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from .._core.errors import Problem, ShardingError, did_you_mean, format_problems
+from .._core.source import find_user_line
+from .._core.tracing import TraceContext
+from ..rules import AxisRules, format_mesh
+from ._refused_constraints import explain_refused_constraints, taken_axis
+
+# Guards the warning filters of the whole process; one thread at a time changes and restores them.
+_WARNING_FILTERS = threading.Lock()
+
+# JAX's trace caches know the mesh around a trace, and by this also what logical names mean in it.
+_rules = TraceContext[AxisRules]("ambient rules")
+
+_NO_MESH = Mesh(np.empty((), object), ())
+
+
+@contextlib.contextmanager
+def around_init(mesh: Mesh) -> Iterator[None]:
+    """Traces `init` with a mesh around, for constraints by a bare spec.
+
+    `Strategy.params` lays the parameters out, so the names that flax gives them constrain nothing:
+    linen and nnx look for `jax.set_mesh` before they apply them.
+
+    Raises:
+      ShardingError: JAX refuses a constraint of the model.
+    """
+    with _legacy_mesh(mesh), jax.set_mesh(_NO_MESH), _flax_rules(()), _lazy_nnx():
+        with explain_refused_constraints(mesh):
+            yield
+
+
+@contextlib.contextmanager
+def around_loss(mesh: Mesh, rules: AxisRules | None) -> Iterator[None]:
+    """Traces a loss with a mesh and activation rules around.
+
+    The mesh is that of `jax.set_mesh` and of `with mesh:`, which do not see each other, and the
+    rules are those of flax's logical names.
+
+    Raises:
+      ShardingError: JAX refuses a constraint of the model or a `shard_map` of its own, or a
+        logical constraint of flax has a name that the rules do not list.
+    """
+    table = () if rules is None else rules.table
+    listed = [(name, axes if len(axes) > 1 else axes[0] if axes else None) for name, axes in table]
+    taken = [(_Again(name), taken_axis(", ".join(axes), name)) for name, axes in table if axes]
+    flax = _flax_rules((*listed, *taken, (_Unlisted(rules, mesh), None)))
+    with _legacy_mesh(mesh), jax.set_mesh(mesh), _rules.use(rules), flax:
+        with explain_refused_constraints(mesh):
+            yield
+
+
+@contextlib.contextmanager
+def no_ambient_mesh() -> Iterator[None]:
+    """Hides a `with mesh:` or `jax.set_mesh` around the caller from what is traced."""
+    with _legacy_mesh(_NO_MESH), jax.set_mesh(_NO_MESH):
+        yield
+
+
+@contextlib.contextmanager
+def _legacy_mesh(mesh: Mesh) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        with _WARNING_FILTERS, warnings.catch_warnings():
+            # `with mesh:` is deprecated, but models still read it, and only it hides the caller's.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            stack.enter_context(mesh)
+        yield
+
+
+def _flax_rules(rules: tuple[Any, ...]) -> contextlib.AbstractContextManager[None]:
+    """Sets flax's logical rules; a process that has not imported flax has no model of it."""
+    flax = sys.modules.get("flax.core.spmd")
+    return flax.logical_axis_rules(rules) if flax else contextlib.nullcontext()
+
+
+def _lazy_nnx() -> contextlib.AbstractContextManager[Any]:
+    """Keeps nnx from laying out each variable that names its dims, as soon as it is made."""
+    nnx = sys.modules.get("flax.nnx")
+    return nnx.use_eager_sharding(False) if nnx else contextlib.nullcontext()
+
+
+class _Again(str):
+    """A name in a second row: flax gets there if the first left the dim whole, its axis being taken.
+
+    A dict of the rows, as flax makes for nnx, keeps both.
+    """
+
+    __slots__ = ()
+
+    def __hash__(self) -> int:
+        return hash((str(self), "again"))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Unlisted:
+    """The last row of flax's rules: refuses every name that no row before it lists.
+
+    flax compares the name of each row with the names of a constraint, and would leave a dim whole
+    that no row names. The names in the box of a parameter are those of `Strategy.params`, and may
+    be unlisted: flax unboxes them, to learn a shape, wherever the parameter is used.
+    """
+
+    rules: AxisRules | None
+    mesh: Mesh
+
+    def __eq__(self, name: object) -> bool:
+        if isinstance(name, str) and name not in dict(self.rules.table if self.rules else ()):
+            frames = [frame for frame, _ in traceback.walk_stack(None)]
+            if not any(frame.f_code.co_name == "unbox" for frame in frames):
+                _refuse_name(name, self.rules, self.mesh)
+        return False
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+def _refuse_name(name: str, rules: AxisRules | None, mesh: Mesh) -> NoReturn:
+    frames = ((frame.f_code.co_filename, line) for frame, line in traceback.walk_stack(None))
+    place = find_user_line(frames)
+    subject = f"logical axis {name!r}{f' at {place}' if place else ''}"
+    if rules is None:
+        why = "is constrained by the model, and the strategy has no table of activations"
+        fix = f'Strategy(activations=sk.AxisRules({{"{name}": None}})), or a mesh axis'
+    else:
+        why = "is constrained by the model, and the strategy's activations do not list it."
+        why += did_you_mean(name, [known for known, _ in rules.table])
+        fix = f"strategy.with_names(activations={{{name!r}: None}}), or a mesh axis"
+    headline = f"A logical constraint cannot be met on mesh {format_mesh(mesh.shape)}."
+    raise ShardingError(format_problems(headline, [Problem(subject, why, fix)]))

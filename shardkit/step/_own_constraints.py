@@ -1,0 +1,138 @@
+"""A model's own sharding constraints: checked, moved to gradient shards, and explained if refused.
+
+They stay what JAX made of them, equations `sharding_constraint`, wherever the loss sees whole
+rows. A gradient shard is mapped by `jax.vmap`, along mesh axes that a constraint may name as well:
+
+    rows of the batch   f32[32, 16]     P("data", "tensor")
+    gradient shards     f32[2, 16, 16]  P("data", None, "tensor")
+
+JAX refuses such a constraint under `vmap`, so it is replaced in the traced gradient, after
+derivative rules of the user's own have been applied.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.extend import core
+from jax.interpreters import batching, mlir
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from .._core.equations import source_of_equation
+from .._core.errors import Problem
+from .._core.own_sharding import CONSTRAINT, map_equations
+from .._core.tracing import equations, record_fact
+from .._core.tree import Leaf
+from ..rules import axes_of, check_spec, format_spec
+
+# What `record_fact` tells of a constraint whose axes split nothing in a gradient shard.
+DROPPED = "dropped from a constraint"
+
+shard_constraint_p = core.Primitive("shardkit_shard_constraint")
+
+
+def own_constraints(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
+    """Every `with_sharding_constraint` of a jaxpr and its inner jaxprs."""
+    return (eqn for eqn in equations(jaxpr) if eqn.primitive.name == CONSTRAINT)
+
+
+def constraint_problems(jaxpr: core.Jaxpr, mesh: Mesh) -> Iterator[Problem]:
+    """What JAX would accept and do otherwise: another mesh, or a dim that does not divide.
+
+    Args:
+      jaxpr: of a traced step.
+      mesh: that it is compiled for.
+    """
+    for eqn in own_constraints(jaxpr):
+        sharding, aval = eqn.params["sharding"], eqn.invars[0].aval
+        leaf = Leaf(describe_constraint(eqn)[0], tuple(aval.shape), aval.dtype)
+        if not isinstance(sharding, NamedSharding):
+            why = f"is constrained to a {type(sharding).__name__}, which names no mesh axes"
+            yield Problem(str(leaf), why, "jax.lax.with_sharding_constraint(x, P(...))")
+        elif isinstance(sharding.mesh, Mesh) and not _same_devices(sharding.mesh, mesh):
+            sizes = ", ".join(f"{axis}={n}" for axis, n in sharding.mesh.shape.items())
+            ids = ", ".join(str(device.id) for device in sharding.mesh.devices.flat)
+            why = f"is constrained on another mesh ({sizes}) of devices {ids}"
+            fix = f"jax.lax.with_sharding_constraint(x, {format_spec(sharding.spec)})"
+            yield Problem(str(leaf), why, f"{fix}, which means the mesh of the step")
+        else:
+            entries = (None if e is PartitionSpec.UNCONSTRAINED else e for e in sharding.spec)
+            yield from check_spec(leaf, PartitionSpec(*entries), mesh.shape, "the constraint")
+
+
+def describe_constraint(eqn: core.JaxprEqn) -> tuple[str, str]:
+    """`("with_sharding_constraint at model.py:12", "P('data')")`."""
+    source, sharding = source_of_equation(eqn), eqn.params["sharding"]
+    place = f" at {source.file}:{source.line}" if source else ""
+    spec = format_spec(sharding.spec) if isinstance(sharding, NamedSharding) else str(sharding)
+    return f"with_sharding_constraint{place}", spec
+
+
+def on_gradient_shards(
+    function: Callable[..., Any], shard_axes: tuple[str, ...]
+) -> Callable[..., Any]:
+    """Moves the constraints of a function that is mapped over gradient shards.
+
+    Args:
+      function: of one gradient shard; it is not differentiated again.
+      shard_axes: mesh axes that separate gradient shards.
+    """
+
+    def replace(eqn: core.JaxprEqn) -> core.JaxprEqn:
+        sharding = eqn.params["sharding"]
+        if not isinstance(sharding, NamedSharding) or eqn.params["layout"] is not None:
+            return eqn  # JAX refuses it if its axes are those of the shards
+        place, _ = describe_constraint(eqn)
+        params = {"sharding": sharding, "shard_axes": shard_axes, "place": place}
+        return eqn.replace(primitive=shard_constraint_p, params=params)
+
+    def run(*args: Any) -> Any:
+        traced, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+        replaced = map_equations(traced, CONSTRAINT, replace)
+        results = core.jaxpr_as_fun(replaced)(*jax.tree.leaves(args))
+        return jax.tree.unflatten(jax.tree.structure(shapes), results)
+
+    return run
+
+
+def _batch(
+    args: Any, dims: Any, *, sharding: NamedSharding, shard_axes: tuple[str, ...], place: str
+) -> Any:
+    (x,), (dim,) = args, dims
+    entries = [*sharding.spec, *[None] * (x.ndim - 1 - len(sharding.spec))]
+    kept = [_without(entry, shard_axes) for entry in entries]
+    # Axes of dim 0 split the rows, as gradient shards do; those of any other dim split no more.
+    dropped = {axis for e in entries[1:] for axis in _axes(e) if axis in shard_axes}
+    kept.insert(dim, shard_axes)
+    spec = PartitionSpec(*kept)
+    x = jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, spec))
+    if dropped:
+        x = record_fact(x, DROPPED, place, format_spec(sharding.spec), *sorted(dropped))
+    return x, dim
+
+
+def _same_devices(own: Mesh, mesh: Mesh) -> bool:
+    return dict(own.shape) == dict(mesh.shape) and (own.devices == mesh.devices).all()
+
+
+def _axes(entry: Any) -> tuple[str, ...]:
+    return () if entry is PartitionSpec.UNCONSTRAINED else axes_of(entry)
+
+
+def _without(entry: Any, axes: tuple[str, ...]) -> Any:
+    if entry is PartitionSpec.UNCONSTRAINED:
+        return entry
+    return tuple(axis for axis in axes_of(entry) if axis not in axes) or None
+
+
+def _lower(ctx: Any, x: Any, *, sharding: NamedSharding, **_: Any) -> Any:
+    """Of an array that is the same for all gradient shards, such as a weight."""
+    return mlir.lower_fun(
+        lambda y: jax.lax.with_sharding_constraint(y, sharding), multiple_results=False
+    )(ctx, x)
+
+
+shard_constraint_p.def_impl(lambda x, **_: x)
+shard_constraint_p.def_abstract_eval(lambda x, **_: x)
+batching.primitive_batchers[shard_constraint_p] = _batch
+mlir.register_lowering(shard_constraint_p, _lower)
