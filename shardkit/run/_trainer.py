@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.text import Text
 
+from .._core.types import Params, PyTree
 from ..checkpoint import RetentionPolicy
 from ..processes import ProcessGroup
 from ..step import CompiledStep, StepSpec, check_mesh_given
@@ -57,6 +58,8 @@ class Trainer:
       tokens: of one batch, for the speed; None to count rows instead.
       describe: formats metrics for the progress line.
       console: where the run is shown; standard output by default.
+      params: pretrained parameters that a new run starts from, as for `step.init`.
+      model_state: the same for the model state.
       process_group: from `sk.distributed`, if several processes make the updates together.
         Process 0 decides, shows and writes; all processes end together.
     """
@@ -75,6 +78,8 @@ class Trainer:
     tokens: int | None = None
     describe: Describe = describe_metrics
     console: Console = dataclasses.field(default_factory=standard_output)
+    params: Params | None = None
+    model_state: PyTree | None = None
     process_group: ProcessGroup = dataclasses.field(default_factory=ProcessGroup)
 
     def __post_init__(self) -> None:
@@ -123,6 +128,7 @@ class Trainer:
             console=self.console,
             began=began,
             seconds=seconds,
+            given={"params": self.params, "model_state": self.model_state},
             **shared,
         ) as (folder, state):
             show_layout(self.console, state)
