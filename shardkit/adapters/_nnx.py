@@ -31,7 +31,8 @@ def from_nnx(
       make_model: `rngs -> module`.
       loss: `(module, batch) -> loss` or `(module, batch, key) -> loss`, with the results that
         `sk.StepSpec` allows. The module is in training mode (`module.train()`) in steps and in
-        evaluation mode (`module.eval()`) in `step.evaluate`; dropout layers need no key.
+        evaluation mode (`module.eval()`) in `step.evaluate`; dropout layers need no key. What it
+        sows is there after the call: `nnx.pop(module, nnx.Intermediate)`.
       trainable: nnx filter of the variables that the optimizer updates. Every other variable,
         such as batch statistics, is in `state.model_state`.
 
@@ -61,7 +62,10 @@ def from_nnx(
         value, metrics = split_loss_output(call(module, batch, key))
         if not template.model_state:
             return value, metrics
-        return value, metrics, _read_values(_split_variables(module, trainable)[2])
+        # What the pass has sown is read by the loss alone, so the next pass does not need it.
+        own = {path for path, _ in template.model_state}
+        written = _split_variables(module, trainable)[2]
+        return value, metrics, _read_values([(p, x) for p, x in written if p in own])
 
     def train(params: Params, batch: Batch, key: Key, model_state: Any = None) -> Any:
         return run(True, params, batch, key, model_state)
