@@ -1,5 +1,6 @@
 """What an equation of a traced program says on every version of JAX."""
 
+import linecache
 import pathlib
 import sysconfig
 from collections.abc import Sequence
@@ -26,6 +27,20 @@ def user_frame(equation: core.JaxprEqn) -> Any:
         if "site-packages" not in name and not name.startswith(_NOT_OF_A_USER):
             return frame
     return None
+
+
+def user_line(equation: core.JaxprEqn) -> tuple[str, str]:
+    """The line of the user's code that made an equation.
+
+    Returns:
+      `file:line in function`, and the text of the line; "" for both where there is none.
+    """
+    frame = user_frame(equation)
+    if frame is None:
+        return "", ""
+    name = frame.file_name.rpartition("/")[2]
+    code = linecache.getline(frame.file_name, frame.line_num).strip()
+    return f"{name}:{frame.line_num} in {frame.function_name}", code
 
 
 def count_scan_operands(equation: Any) -> tuple[int, int]:

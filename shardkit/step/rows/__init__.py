@@ -1,7 +1,6 @@
 """What a function does with the rows of its batch, read from its jaxpr."""
 
 from ._check import check_rows
-from ._equation import user_line
 from ._follow import follow_rows
 from ._states import AlwaysZero, Cause, Columns, Constant, Mixed, PerRow, RowSum, State, describe
 
@@ -17,5 +16,4 @@ __all__ = [
     "check_rows",
     "describe",
     "follow_rows",
-    "user_line",
 ]

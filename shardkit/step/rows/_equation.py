@@ -1,14 +1,13 @@
 """One equation of a program, seen with two numbers of rows at once."""
 
 import dataclasses
-import linecache
 import math
 from typing import Any
 
 import numpy as np
 from jax.extend import core
 
-from ..._core.equations import user_frame
+from ..._core.equations import user_line
 from ._states import Cause, Degree, Mixed, PerRow
 
 
@@ -73,20 +72,6 @@ def shape_of(variable: Any) -> tuple[int, ...]:
 def dtype_of(variable: Any) -> np.dtype:
     """Dtype of a variable or literal of a program."""
     return variable.aval.dtype
-
-
-def user_line(equation: core.JaxprEqn) -> tuple[str, str]:
-    """The line of the user's code that made an equation.
-
-    Returns:
-      `file:line in function`, and the text of the line; "" for both where there is none.
-    """
-    frame = user_frame(equation)
-    if frame is None:
-        return "", ""
-    name = frame.file_name.rpartition("/")[2]
-    code = linecache.getline(frame.file_name, frame.line_num).strip()
-    return f"{name}:{frame.line_num} in {frame.function_name}", code
 
 
 def literal_degree(few: Any, many: Any) -> Degree:

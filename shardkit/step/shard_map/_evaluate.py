@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from jax.extend import core, source_info_util
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
+from ..._core.equations import user_line
 from ..._core.errors import Problem, StepError, format_problems
 from ..._core.types import PyTree
 from ...nn._manual_axis_rules import pvary, untyped, varying_axes, vary_p
-from ..rows import user_line
 from ._axis_types import (
     AxisTypes,
     branch_types,
