@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from .._core.types import Batch, Key, Loss, Params, Variables, WithAxes
-from ._model import Model, accept_key, split_loss_output
+from ._model import Model, accept_key, nest, split_loss_output
 
 Flat = list[tuple[tuple[Any, ...], nnx.Variable]]
 
@@ -53,7 +53,7 @@ def from_nnx(
 
     def init(key: Key) -> Any:
         params, _, model_state = _split_variables(_build(make_model, key), trainable)
-        values = _nest([(path, _with_axes(variable)) for path, variable in params])
+        values = nest([(path, _with_axes(variable)) for path, variable in params])
         return Variables(values, _read_values(model_state)) if model_state else values
 
     def run(training: bool, params: Params, batch: Batch, key: Key, model_state: Any) -> Any:
@@ -133,17 +133,7 @@ def _seed(variable: nnx.Variable, key: jax.Array, number: int) -> jax.Array:
 
 
 def _read_values(flat: Flat) -> Any:
-    return _nest([(path, variable[...]) for path, variable in flat])
-
-
-def _nest(flat: list[tuple[tuple[Any, ...], Any]]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, value in flat:
-        node = tree
-        for name in path[:-1]:
-            node = node.setdefault(str(name), {})
-        node[str(path[-1])] = value
-    return tree
+    return nest([(path, variable[...]) for path, variable in flat])
 
 
 def _fill(flat: Flat, values: Any) -> Flat:
