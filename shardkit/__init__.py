@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ._core.types import Variables as Variables
     from ._core.types import WithAxes as WithAxes
     from .adapters import Model as Model
+    from .adapters import from_equinox as from_equinox
     from .adapters import from_linen as from_linen
     from .adapters import from_nnx as from_nnx
     from .checkpoint import Checkpointer as Checkpointer
@@ -106,6 +107,7 @@ else:
             "errors": None,
             "explain_rules": ".rules",
             "first_match": ".rules",
+            "from_equinox": ".adapters",
             "from_linen": ".adapters",
             "from_nnx": ".adapters",
             "load_step": ".step",

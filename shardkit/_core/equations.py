@@ -15,6 +15,16 @@ def source_of_equation(equation: Any) -> Source | None:
     )
 
 
+def user_line(equation: Any) -> tuple[str, str]:
+    """The line of the user's code that made an equation.
+
+    Returns:
+      `file:line in function`, and the text of the line; "" for both where there is none.
+    """
+    source = source_of_equation(equation)
+    return (str(source), source.code) if source else ("", "")
+
+
 def count_scan_operands(equation: Any) -> tuple[int, int]:
     """Returns how many operands of a scan are constants, and how many are carried.
 

@@ -1,5 +1,6 @@
 """`sk.from_linen`: a flax linen module and its variable collections as pure functions."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -7,9 +8,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import meta, unfreeze
+from flax.errors import ScopeParamShapeError
 
+from .._core.errors import Problem, StepError, format_problems, raise_all
 from .._core.own_sharding import on_any_mesh
+from .._core.tree import leaves_by_path, short_type
 from .._core.types import Batch, Key, Loss, Params, Variables
+from ..nn._manual_axis_rules import on_shards
 from ._model import Model, accept_key, pad_axes, split_loss_output
 
 # Collections that a forward pass writes for its caller, and that the next pass does not read.
@@ -23,8 +28,9 @@ def from_linen(
     *,
     inputs: str | Sequence[str] | Callable[[Any], Any] = "x",
     train: Mapping[str, Any] | None = None,
-    evaluate: Mapping[str, Any] | None = None,
+    evaluate: nn.Module | Mapping[str, Any] | None = None,
     rngs: Sequence[str] = ("dropout",),
+    mutable: Sequence[str] = (),
 ) -> Model:
     """Turns a flax linen module into the `init` and `loss_fn` of a step.
 
@@ -37,13 +43,20 @@ def from_linen(
       inputs: the module's arguments in a batch: a key, several keys for several arguments, or a
         function of the batch that returns an argument or a tuple of them.
       train: keyword arguments of the module in training, such as `{"train": True}`.
-      evaluate: the same in `step.evaluate`, such as `{"train": False}`.
+      evaluate: the same in `step.evaluate`, such as `{"train": False}`; or the module to call
+        there without arguments of its own, such as `Net(deterministic=True)`.
       rngs: names of the random streams that the module draws from besides `params`.
+      mutable: collections that the module sows, such as `("losses", "intermediates")`. With them
+        `outputs` is `(y, collections)`, as `module.apply(..., mutable=...)` returns it.
 
     Returns:
       A `Model`. Logical axes are those of `nn.with_partitioning` and
-      `nn.with_logical_partitioning`. Every collection but `params`, such as batch statistics, is
-      in `state.model_state`.
+      `nn.with_logical_partitioning`. Every collection but `params` and the sown ones, such as
+      batch statistics, is in `state.model_state`.
+
+    Raises:
+      StepError: the module sows losses that `mutable` does not name, or the evaluation module has
+        other variables.
 
     >>> import jax, flax.linen as nn
     >>> batch = {"x": jax.numpy.ones((8, 4))}
@@ -51,48 +64,128 @@ def from_linen(
     >>> sorted(jax.eval_shape(model.init, jax.random.key(0)))
     ['bias', 'kernel']
     """
-    call = accept_key(loss)
-    arguments = _make_argument_getter(inputs)
+    call, arguments = accept_key(loss), _make_argument_getter(inputs)
+    training = _Form(module, train or {})
+    own = isinstance(evaluate, nn.Module)
+    evaluation = _Form(evaluate, {}) if own else _Form(module, evaluate or {})
+    outputs_only = (*_OUTPUTS, *mutable)
 
-    def init(key: Key) -> Any:
+    def init_form(form: _Form, key: Key) -> dict[str, Any]:
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), arguments(batch))
         streams = dict(zip(("params", *rngs), jax.random.split(key, 1 + len(rngs)), strict=True))
-        variables = unfreeze(module.init(streams, *zeros, **(train or {})))
+        return unfreeze(form.module.init(streams, *zeros, **form.options))
+
+    def init(key: Key) -> Any:
+        variables = init_form(training, key)
         params = jax.tree.map(_with_axes, variables.pop("params", {}), is_leaf=_is_boxed)
-        model_state = {name: x for name, x in variables.items() if name not in _OUTPUTS}
+        model_state = {name: x for name, x in variables.items() if name not in outputs_only}
         return Variables(params, meta.unbox(model_state)) if model_state else params
 
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    stateful = isinstance(on_any_mesh(jax.eval_shape)(init, key), Variables)
+    def shapes_of(form: _Form) -> dict[str, Any]:
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        return meta.unbox(on_any_mesh(jax.eval_shape)(lambda key: init_form(form, key), key))
 
-    def run(
-        options: Mapping[str, Any], params: Params, batch: Batch, key: Key, model_state: Any
-    ) -> Any:
+    shapes = shapes_of(training)
+    _check_sown(shapes, mutable)
+    if own:
+        _check_same_variables(shapes, shapes_of(evaluation), outputs_only)
+    stateful = not {*shapes} <= {"params", *outputs_only}
+
+    def run(form: _Form, params: Params, batch: Batch, key: Key, model_state: Any) -> Any:
         collections = model_state or {}
         module_key, loss_key = jax.random.split(key)
         streams = dict(zip(rngs, jax.random.split(module_key, len(rngs)), strict=True))
-        outputs, updated = module.apply(
+        outputs, updated = form.apply(
             {"params": params, **collections},
             *arguments(batch),
             rngs=streams,
-            mutable=list(collections),
-            **options,
+            mutable=[*collections, *mutable],
         )
+        written = unfreeze(updated)
+        sown = {name: written.pop(name) for name in mutable if name in written}
+        outputs = (outputs, sown) if mutable else outputs
         value, metrics = split_loss_output(call(outputs, batch, loss_key))
-        return (value, metrics, unfreeze(updated)) if stateful else (value, metrics)
+        return (value, metrics, written) if stateful else (value, metrics)
 
     def run_train(params: Params, batch: Batch, key: Key, model_state: Any = None) -> Any:
-        return run(train or {}, params, batch, key, model_state)
+        return run(training, params, batch, key, model_state)
 
     def run_evaluate(params: Params, batch: Batch, key: Key, model_state: Any = None) -> Any:
-        return run(evaluate or {}, params, batch, key, model_state)
+        return run(evaluation, params, batch, key, model_state)
 
     def bind(params: Params, model_state: Any = None) -> Callable[..., Any]:
-        return lambda *args: module.apply(
-            {"params": params, **(model_state or {})}, *args, **(evaluate or {})
-        )
+        return lambda *args: evaluation.apply({"params": params, **(model_state or {})}, *args)
 
     return Model(init, Loss(run_train, run_evaluate, stateful), bind)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """A module with the keyword arguments that it is called with."""
+
+    module: nn.Module
+    options: Mapping[str, Any]
+
+    def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Calls the module.
+
+        Raises:
+          StepError: a device has a shard of a parameter whose size the module fixes.
+        """
+        try:
+            return self.module.apply(variables, *args, **kwargs, **self.options)
+        except ScopeParamShapeError as error:
+            if not on_shards():
+                raise
+            why = f"{str(error).partition(' (http')[0]}: a linen module fixes the sizes of its own"
+            why += " parameters, so it cannot compute with one device's shard of them"
+            fix = 'mode="auto"; or flax nnx, whose layers read the sizes of their arrays'
+            headline = 'mode="shard_map" cannot split this module over an axis of its products.'
+            problem = Problem(type(self.module).__name__, why, fix)
+            raise StepError(format_problems(headline, [problem])) from error
+
+
+def _check_sown(shapes: Mapping[str, Any], mutable: Sequence[str]) -> None:
+    """Refuses to drop what a module sows for its loss; `sow` collects values in tuples."""
+    unread = [
+        (name, leaves_by_path(tree, name))
+        for name, tree in shapes.items()
+        if name not in (*mutable, "params", "intermediates", "perturbations")
+    ]
+    problems = [
+        Problem(f"{path} {short_type(x.shape, x.dtype)}", "is sown, and the loss never sees it")
+        for name, found in unread
+        for path, x in found.items()
+        if name == "losses" or path.endswith("/0")
+    ]
+    names = tuple(name for name, _ in unread)
+    fix = (
+        f"from_linen(..., mutable={names!r}), and loss((y, sown), batch) adds what it needs of sown"
+    )
+    raise_all(StepError, "The module sows what is not used.", problems, fix)
+
+
+def _check_same_variables(
+    train: Mapping[str, Any], evaluate: Mapping[str, Any], outputs: Sequence[str]
+) -> None:
+    """Refuses an evaluation module that is not the trained one in another mode."""
+    trained, evaluated = (
+        {
+            path: short_type(x.shape, x.dtype)
+            for name, tree in variables.items()
+            if name not in outputs
+            for path, x in leaves_by_path(tree, name).items()
+        }
+        for variables in (train, evaluate)
+    )
+    problems = [
+        Problem(path, f"is {trained.get(path, 'missing')} in training, {kind} in evaluation")
+        for path, kind in evaluated.items()
+        if trained.get(path) != kind
+    ]
+    # Batch statistics of a layer that only training has are no variable of the evaluation.
+    fix = "evaluate=module.copy(deterministic=True), the same module in another mode"
+    raise_all(StepError, "The evaluation module has other variables.", problems, fix)
 
 
 def _make_argument_getter(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from .._core.types import Key, Loss, Params, Variables, WithAxes
@@ -29,10 +29,14 @@ class Model:
 
 def accept_key(loss: Callable[..., Any]) -> Callable[[Any, Any, Any], Any]:
     """Returns a loss of `(outputs, batch, key)` from one that may lack the key."""
+    return loss if takes_argument(loss, 2) else lambda outputs, batch, key: loss(outputs, batch)
+
+
+def takes_argument(loss: Callable[..., Any], index: int) -> bool:
+    """Whether a function has a positional parameter at an index, without a default."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    names = [p for p in inspect.signature(loss).parameters.values() if p.kind in kinds]
-    takes_key = len(names) >= 3 and names[2].default is inspect.Parameter.empty
-    return loss if takes_key else lambda outputs, batch, key: loss(outputs, batch)
+    named = [p for p in inspect.signature(loss).parameters.values() if p.kind in kinds]
+    return len(named) > index and named[index].default is inspect.Parameter.empty
 
 
 def split_loss_output(out: Any) -> tuple[Any, dict[str, Any]]:
@@ -43,3 +47,14 @@ def split_loss_output(out: Any) -> tuple[Any, dict[str, Any]]:
 def pad_axes(value: Any, names: Sequence[str | None]) -> WithAxes:
     """Names the dims of an array; as in a `PartitionSpec`, dims after the last name have none."""
     return WithAxes(value, (*names, *[None] * (value.ndim - len(names))))
+
+
+def nest(leaves: Iterable[tuple[Sequence[Any], Any]]) -> dict[str, Any]:
+    """Returns nested dicts of leaves by the names on their paths."""
+    tree: dict[str, Any] = {}
+    for path, value in leaves:
+        node = tree
+        for name in path[:-1]:
+            node = node.setdefault(str(name), {})
+        node[str(path[-1])] = value
+    return tree

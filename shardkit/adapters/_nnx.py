@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from .._core.types import Batch, Key, Loss, Params, Variables
-from ._model import Model, accept_key, pad_axes, split_loss_output
+from ._model import Model, accept_key, nest, pad_axes, split_loss_output
 
 Flat = list[tuple[tuple[Any, ...], nnx.Variable]]
 
@@ -31,7 +31,8 @@ def from_nnx(
       make_model: `rngs -> module`.
       loss: `(module, batch) -> loss` or `(module, batch, key) -> loss`, with the results that
         `sk.StepSpec` allows. The module is in training mode (`module.train()`) in steps and in
-        evaluation mode (`module.eval()`) in `step.evaluate`; dropout layers need no key.
+        evaluation mode (`module.eval()`) in `step.evaluate`; dropout layers need no key. What it
+        sows is there after the call: `nnx.pop(module, nnx.Intermediate)`.
       trainable: nnx filter of the variables that the optimizer updates. Every other `nnx.Param`
         is frozen and stays in `state.params`; variables of other types, such as batch
         statistics, are in `state.model_state`.
@@ -53,7 +54,7 @@ def from_nnx(
 
     def init(key: Key) -> Any:
         params, _, model_state = _split_variables(_build(make_model, key), trainable)
-        values = _nest([(path, _with_axes(variable)) for path, variable in params])
+        values = nest([(path, _with_axes(variable)) for path, variable in params])
         return Variables(values, _read_values(model_state)) if model_state else values
 
     def run(training: bool, params: Params, batch: Batch, key: Key, model_state: Any) -> Any:
@@ -62,7 +63,10 @@ def from_nnx(
         value, metrics = split_loss_output(call(module, batch, key))
         if not template.model_state:
             return value, metrics
-        return value, metrics, _read_values(_split_variables(module, trainable)[2])
+        # What the pass has sown is read by the loss alone, so the next pass does not need it.
+        own = {path for path, _ in template.model_state}
+        written = _split_variables(module, trainable)[2]
+        return value, metrics, _read_values([(p, x) for p, x in written if p in own])
 
     def train(params: Params, batch: Batch, key: Key, model_state: Any = None) -> Any:
         return run(True, params, batch, key, model_state)
@@ -136,17 +140,7 @@ def _seed(variable: nnx.Variable, key: jax.Array, number: int) -> jax.Array:
 
 
 def _read_values(flat: Flat) -> Any:
-    return _nest([(path, variable[...]) for path, variable in flat])
-
-
-def _nest(flat: list[tuple[tuple[Any, ...], Any]]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, value in flat:
-        node = tree
-        for name in path[:-1]:
-            node = node.setdefault(str(name), {})
-        node[str(path[-1])] = value
-    return tree
+    return nest([(path, variable[...]) for path, variable in flat])
 
 
 def _fill(flat: Flat, values: Any) -> Flat:

@@ -27,6 +27,7 @@ Dims = tuple[Axes, ...]
 Names = tuple[str | None, ...]
 
 use_param_p = core.Primitive("shardkit_use_param")
+vary_p = core.Primitive("shardkit_vary")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +76,17 @@ class ShardMapLoss:
 
 
 _active = TraceContext[ManualAxisRules]("shards")
+_untyped = TraceContext[bool]("untyped shards")
 
 
 def use_manual_axis_rules(rules: ManualAxisRules) -> contextlib.AbstractContextManager[None]:
     """Maps logical axes to mesh axes while a function of shards is traced in the block."""
     return _active.use(rules)
+
+
+def untyped() -> contextlib.AbstractContextManager[None]:
+    """Records casts in the program, while shards are traced without types in the block."""
+    return _untyped.use(True)
 
 
 def gather_param(w: jax.Array, names: Names) -> jax.Array:
@@ -150,6 +157,8 @@ def varying_axes(x: Any) -> frozenset[str]:
 
 def pvary(x: jax.Array, axes: Axes) -> jax.Array:
     """Types a value as varying along more axes, so that its gradient is summed over them here."""
+    if _untyped.value:
+        return vary_p.bind(x, axes=axes) if axes else x
     added = tuple(axis for axis in axes if axis not in varying_axes(x))
     return jax.lax.pcast(x, added, to="varying") if added else x
 
@@ -190,8 +199,15 @@ def _batch(args: Any, dims: Any, *, names: Names) -> Any:
     return use_param_p.bind(args[0], names=names), dims[0]
 
 
+def _batch_vary(args: Any, dims: Any, *, axes: Axes) -> Any:
+    return vary_p.bind(args[0], axes=axes), dims[0]
+
+
 use_param_p.def_impl(lambda w, *, names: w)
 use_param_p.def_abstract_eval(lambda w, *, names: w)
 ad.deflinear2(use_param_p, lambda ct, _, *, names: [ct])
 batching.primitive_batchers[use_param_p] = _batch
 mlir.register_lowering(use_param_p, lambda ctx, w, *, names: [w])
+vary_p.def_abstract_eval(lambda x, *, axes: x)
+ad.deflinear2(vary_p, lambda ct, _, *, axes: [jax.lax.psum(ct, axes)])
+batching.primitive_batchers[vary_p] = _batch_vary

@@ -130,6 +130,7 @@ def open_run_folder(
     process_group: ProcessGroup,
     began: float,
     seconds: Mapping[str, float],
+    given: Mapping[str, Any],
 ) -> Iterator[tuple[RunFolder, Any]]:
     """Opens the folder of a run and yields it with the state that the run starts from.
 
@@ -147,6 +148,7 @@ def open_run_folder(
       process_group: this process among those that run together.
       began: when this process started the run, in seconds since 1970.
       seconds: what the time since then was spent on.
+      given: keywords of `step.init`, for a run that does not resume.
 
     Raises:
       CheckpointError: no usable checkpoint to resume from, or the last save failed.
@@ -169,7 +171,7 @@ def open_run_folder(
         if resumed:
             state, start = _restore(checkpoints, step, config, console)
         else:
-            state, start = step.init(jax.random.key(config.seed)), 0
+            state, start = step.init(jax.random.key(config.seed), **given), 0
         agree_on_state(process_group, state)
         spent = {**seconds, "restore" if resumed else "init": time.perf_counter() - opened}
         after = start if resumed else None

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from .._core.errors import ConfigError
 from .._core.io._files import local_path
+from .._core.types import Params, PyTree
 from ..processes import ProcessGroup
 from ..step import CompiledStep, StepSpec, check_mesh_given
 from ._config import RetentionPolicy, TrainConfig
@@ -59,6 +60,8 @@ class Trainer:
       tokens: of one batch, for the speed; None to count rows instead.
       describe: formats metrics for the progress line.
       console: where the run is shown; standard output by default.
+      params: pretrained parameters that a new run starts from, as for `step.init`.
+      model_state: the same for the model state.
       process_group: from `sk.distributed`, if several processes make the updates together.
         Process 0 decides, shows and writes; all processes end together.
     """
@@ -77,6 +80,8 @@ class Trainer:
     tokens: int | None = None
     describe: Describe = describe_metrics
     console: Console = dataclasses.field(default_factory=standard_output)
+    params: Params | None = None
+    model_state: PyTree | None = None
     process_group: ProcessGroup = dataclasses.field(default_factory=ProcessGroup)
 
     def __post_init__(self) -> None:
@@ -141,6 +146,7 @@ class Trainer:
             facts=facts,
             began=began,
             seconds=seconds,
+            given={"params": self.params, "model_state": self.model_state},
             **shared,
         ) as (folder, state):
             show_layout(self.console, state)

@@ -20,7 +20,9 @@ from ._batch_variants import BatchVariants
 from ._bound_spec import BoundSpec
 from ._compile import CompiledProgram
 from ._compiled_functions import CompiledFunctions
+from ._given_leaves import place_given
 from ._inputs import check_buffers_distinct, check_state, check_state_alive, put_batch, put_key
+from ._layout import RESIDUALS
 from ._memory_check import check_memory
 from ._report import build_program
 from .self_check import SelfCheck, run_self_check
@@ -86,15 +88,22 @@ class CompiledStep:
         """Text of the optimized HLO that each device runs."""
         return self.program.hlo
 
-    def init(self, key: Key) -> TrainState:
+    def init(
+        self, key: Key, *, params: Params | None = None, model_state: PyTree | None = None
+    ) -> TrainState:
         """Creates the initial state directly on the devices, every leaf in its declared sharding.
 
         Args:
           key: typed PRNG key[], `jax.random.key(0)`. The same key gives the same state, bit for
             bit, on every mesh.
+          params: pretrained parameters in place of those that `init` draws: every leaf, by path,
+            as host arrays or `jax.Array`s in any sharding. The optimizer starts from them, so
+            averages and slow copies of the parameters in its state hold them too.
+          model_state: the same for the model state.
 
         Raises:
-          StateError: `key` is not a typed key of the implementation that the step was compiled for.
+          StateError: `key` is not a typed key of the implementation that the step was compiled for;
+            or with every leaf of `params` and `model_state` that does not fit.
         """
         expected = self.layout.state.key.dtype
         if not isinstance(key, jax.Array) or key.dtype != expected or key.shape != ():
@@ -103,9 +112,24 @@ class CompiledStep:
             fix = "step.init(jax.random.key(0))"
             raise StateError(format_problems("The state needs a random key.", [problem], fix))
         init_model, init_optimizer = self._variants.declared.init
+        given = self._place_given(params, model_state)
         key = put_key(key, self.shardings.key)
         state = jax.block_until_ready(init_model.compiled(key))
+        if "model_state" in given and self.strategy.compression:
+            given["model_state"][RESIDUALS] = state.model_state[RESIDUALS]
+        state = dataclasses.replace(state, **given)
         return dataclasses.replace(state, opt_state=init_optimizer.compiled(state.params))
+
+    def _place_given(self, params: Params | None, model_state: PyTree | None) -> dict[str, PyTree]:
+        """Returns the given fields of a state, placed; without the residuals of compression."""
+        given: dict[str, PyTree] = {}
+        for name, tree in (("params", params), ("model_state", model_state)):
+            if tree is not None:
+                own, targets = (getattr(t, name) for t in (self.layout.state, self.shardings))
+                if name == "model_state" and self.strategy.compression:
+                    own = {key: x for key, x in own.items() if key != RESIDUALS}
+                given[name] = place_given(tree, own, targets, name)
+        return given
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """Runs one training step.

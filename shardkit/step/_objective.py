@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from .._core.errors import Problem, StepError, format_problems, raise_all
 from .._core.tree import short_type
 from .._core.types import Batch, Key, Loss, Mean, Params, PyTree, Scalar
-from ._unbound_axes import explain_unbound_axes
+from ._unbound_axes import bind_batch_axes, explain_unbound_axes
 
 RESERVED = ("loss", "grad_norm", "skipped")
 _NUMBERS = (jax.Array, np.ndarray, np.generic, int, float, complex)
@@ -55,7 +55,7 @@ def build_objective(
         a reserved name, or a collective of the loss names an axis that `mesh` does not have.
     """
     loss = loss_fn if isinstance(loss_fn, Loss) else Loss(loss_fn, loss_fn)
-    call = loss.evaluate if evaluate else loss.train
+    call = bind_batch_axes(loss.evaluate if evaluate else loss.train, mesh)
 
     def run(
         params: Params, model_state: PyTree, batch: Batch, key: Key

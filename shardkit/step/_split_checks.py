@@ -35,6 +35,9 @@ def check_split_rows(
     splits = next(_row_splits(bound, layout, gradients), None)
     # Statistics of the batch are declared by mutable state, and on shards by `ShardMapLoss`.
     declared = spec.stateful or isinstance(spec.loss_fn, ShardMapLoss)
+    if splits:
+        # The first call binds the axes that the loss names, and leaves equations of the attempts.
+        jax.eval_shape(loss, *args)
     if splits and not spec.independent_rows and not declared:
         check_rows(loss, args, splits, layout.partition if gradients else None)
 

@@ -1,11 +1,19 @@
-"""Names the mesh axis of a user's own collective if the mesh does not have it."""
+"""Collectives of a user's loss over axes that are bound by nobody.
+
+A loss written for `jax.pmap` reduces over the devices that share the batch, as flax's
+`BatchNorm(axis_name="batch")` does. The partitioner's program is that of one device with the whole
+batch, so there such an axis has size 1. A misspelt mesh axis is an error.
+"""
 
 import contextlib
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from .._core.errors import Problem, StepError, did_you_mean, format_problems
@@ -14,6 +22,46 @@ from .._core.errors import Problem, StepError, did_you_mean, format_problems
 # reductions an AssertionError without a message.
 _UNBOUND = re.compile(r"unbound axis name: (\w+)")
 _IN_SPECS = re.compile(r"((?:in|out)_specs) refers to '(\w+)'")
+
+
+def bind_batch_axes(call: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
+    """Returns a loss of the whole batch in which every axis that it names has size 1.
+
+    Args:
+      call: the loss.
+      mesh: the device mesh; a name that resembles one of its axes stays unbound.
+    """
+    bound: list[str] = []
+
+    def run(*args: Any) -> Any:
+        while True:
+            try:
+                return _call_with_axes(call, bound, args)
+            except (AssertionError, NameError) as error:
+                name = next((name for _, name in _find_axis_uses(error)), None)
+                if name is None or name in bound or _is_elsewhere(error, name, mesh):
+                    raise
+                bound.append(name)
+
+    return run
+
+
+def _call_with_axes(call: Callable[..., Any], names: list[str], args: tuple[Any, ...]) -> Any:
+    if not names:
+        return call(*args)
+    first, *others = names
+    # Nothing that the loss takes is mapped, so no array gets a dim.
+    mapped = jax.vmap(lambda _: _call_with_axes(call, others, args), axis_name=first, axis_size=1)
+    return jax.tree.map(lambda x: x[0], mapped(jnp.zeros(1)))
+
+
+def _is_elsewhere(error: Exception, name: str, mesh: Mesh | None) -> bool:
+    """Whether an axis is misspelt, or is named inside of a `shard_map`, on parts of the batch."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    modules = {frame.f_globals["__name__"] for frame in frames}
+    on_parts = any(module.startswith("jax.") and "shard_map" in module for module in modules)
+    axes = mesh.axis_names if mesh else ()
+    return on_parts or (name not in axes and bool(did_you_mean(name, axes)))
 
 
 @contextlib.contextmanager

@@ -217,6 +217,8 @@ class PipelinedLayers(Override):
             first=first, layer=layer, last=last, outer_params=outer_params, batch=batch, key=key
         )
         with without_overrides():  # shapes do not depend on them
+            problems = [*call.closure_problems(layers)]
+            raise_all(StepError, "The pipeline needs every parameter as an argument.", problems)
             program = PipelineProgram.of(call, layers, around, layout, self.micro_batches)
 
         # Every array is an argument: inside a user's `jax.jit` or scan, JAX calls `forward` after

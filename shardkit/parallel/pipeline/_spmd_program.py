@@ -8,6 +8,7 @@ where the program begins.
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from ..._core.split_rng import RandomDraws, match_draws, part_keys
 from ..._core.types import Batch, Key, Mean, Params, PyTree
 from ...nn._layer_stack import First, Last, Layer, split_layer_keys
 from ...nn._overridable import StepContext
+from ._closures import closure_problems
 from ._executor import StageExecutor, last_outputs
 from ._schedule import PipelineSchedule
 from ._stage_layout import StageLayout
@@ -36,6 +38,15 @@ class LayerStackCall:
     outer_params: Params
     batch: Batch
     key: Key | None
+
+    def closure_problems(self, layers: Params) -> Iterator[Problem]:
+        """Every parameter that one of the functions does not take as an argument."""
+        key, outer, batch = self.key, self.outer_params, self.batch
+        x = jax.eval_shape(self.first, outer, batch, key)
+        weights = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape[1:], w.dtype), layers)
+        yield from closure_problems("first", self.first, outer, batch, key)
+        yield from closure_problems("layer", self.layer, weights, x, batch, key)
+        yield from closure_problems("last", self.last, outer, x, batch)
 
 
 @dataclasses.dataclass(frozen=True)

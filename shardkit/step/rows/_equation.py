@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jax.extend import core
 
-from ..._core.equations import source_of_equation
+from ..._core.equations import user_line
 from ._states import Cause, Degree, Mixed, PerRow
 
 
@@ -72,16 +72,6 @@ def shape_of(variable: Any) -> tuple[int, ...]:
 def dtype_of(variable: Any) -> np.dtype:
     """Dtype of a variable or literal of a program."""
     return variable.aval.dtype
-
-
-def user_line(equation: core.JaxprEqn) -> tuple[str, str]:
-    """The line of the user's code that made an equation.
-
-    Returns:
-      `file:line in function`, and the text of the line; "" for both where there is none.
-    """
-    source = source_of_equation(equation)
-    return (str(source), source.code) if source else ("", "")
 
 
 def literal_degree(few: Any, many: Any) -> Degree:

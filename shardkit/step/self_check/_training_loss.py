@@ -22,6 +22,7 @@ from ..._core.train_state import TrainState
 from ..._core.types import Batch, Key, Loss, Mean, PyTree, Scalar
 from .._compile import CompiledProgram
 from .._objective import LossOutput, Objective
+from .._unbound_axes import bind_batch_axes
 
 Totals = tuple[Scalar, Scalar]
 
@@ -60,12 +61,13 @@ def build_plain_objective(loss_fn: Callable[..., Any]) -> Objective:
     No metrics; a plain scalar has weight 1.
     """
     loss = loss_fn if isinstance(loss_fn, Loss) else Loss(loss_fn, loss_fn)
+    call = bind_batch_axes(loss.train, None)
 
     def run(params: Any, model_state: Any, batch: Batch, key: Key) -> tuple[Scalar, LossOutput]:
         if loss.stateful:
-            value, _, model_state = loss.train(params, batch, key, model_state)
+            value, _, model_state = call(params, batch, key, model_state)
         else:
-            value = loss.train(params, batch, key)
+            value = call(params, batch, key)
             value = value[0] if isinstance(value, tuple) else value
         pair = (value.total, value.weight) if isinstance(value, Mean) else (value, 1.0)
         total, weight = (jnp.asarray(x, jnp.float32) for x in pair)

@@ -18,30 +18,31 @@ from .._objective import Objective
 from ._gradients import build_local_gradients, build_local_objective, gather_params, map_shards
 from ._plan import ShardMapPlan, build_plan
 from ._problems import check_supported, own_constraint_problems, raise_problems
+from ._typed_loss import type_loops
 
 
 def build_shard_gradients(
     bound: BoundSpec, layout: StepLayout, objective: Objective, args: LossArgs
 ) -> GradientFn:
     """Builds the gradients of a loss; see `plan_shards`."""
-    plan = plan_shards(bound, layout, objective, args, bound.spec.accumulate)
-    return build_local_gradients(objective, plan)
+    plan, local = plan_shards(bound, layout, objective, args, bound.spec.accumulate)
+    return build_local_gradients(local, plan)
 
 
 def build_shard_objective(
     bound: BoundSpec, layout: StepLayout, objective: Objective, args: LossArgs
 ) -> Objective:
     """Builds a loss of the whole batch, without micro-batches or gradients; see `plan_shards`."""
-    plan = plan_shards(bound, layout, objective, args, Accumulate())
-    return build_local_objective(objective, plan)
+    plan, local = plan_shards(bound, layout, objective, args, Accumulate())
+    return build_local_objective(local, plan)
 
 
 def build_micro_batch_objective(
     bound: BoundSpec, layout: StepLayout, objective: Objective, args: LossArgs
 ) -> Objective:
     """Builds a loss of one micro-batch, with the draws of its gradient; see `plan_shards`."""
-    plan = plan_shards(bound, layout, objective, args, bound.spec.accumulate)
-    return build_local_objective(objective, plan)
+    plan, local = plan_shards(bound, layout, objective, args, bound.spec.accumulate)
+    return build_local_objective(local, plan)
 
 
 def plan_shards(
@@ -50,8 +51,8 @@ def plan_shards(
     objective: Objective,
     args: LossArgs,
     accumulate: Accumulate,
-) -> ShardMapPlan:
-    """Plans how a loss runs on shards.
+) -> tuple[ShardMapPlan, Objective]:
+    """Plans how a loss runs on shards, and gives the types to its loops that JAX wants there.
 
     Args:
       bound: the spec and its mesh.
@@ -71,11 +72,17 @@ def plan_shards(
     rules = bound.spec.strategy.activations
     Activations(bound.mesh, rules, layout.row_axes).check(whole)
     plan = build_plan(bound, layout, whole, accumulate)
-    return dataclasses.replace(plan, draws=_match_draws(objective, plan, args, whole))
+    local = type_loops(objective, whole, bound.mesh)
+    draws = _match_draws(objective, local, plan, args, whole)
+    return dataclasses.replace(plan, draws=draws), local
 
 
 def _match_draws(
-    objective: Objective, plan: ShardMapPlan, args: LossArgs, whole: core.ClosedJaxpr
+    objective: Objective,
+    local: Objective,
+    plan: ShardMapPlan,
+    args: LossArgs,
+    whole: core.ClosedJaxpr,
 ) -> RandomDraws:
     """Finds which draws of a loss grow with its rows and with their length.
 
@@ -86,7 +93,8 @@ def _match_draws(
         `[2, 6]`   on whole arrays, with one device's rows: dim 1 grows with the length
 
     Args:
-      objective: the loss.
+      objective: the loss, on whole arrays.
+      local: the same on shards.
       plan: without draws.
       args: abstract arguments, with the rows of the global batch.
       whole: the loss traced on whole arrays; one without draws is not traced again.
@@ -100,8 +108,8 @@ def _match_draws(
         return draws
     params, model_state, batch, key = args
 
-    def local(params: Params, model_state: PyTree, batch: Batch, key: Key) -> jax.Array:
-        total, _ = objective(gather_params(plan, params), model_state, batch, key)
+    def total_of(params: Params, model_state: PyTree, batch: Batch, key: Key) -> jax.Array:
+        total, _ = local(gather_params(plan, params), model_state, batch, key)
         return pvary(total, plan.mesh.axis_names)[None]
 
     def trace_draws(run: Callable[..., PyTree], times: int, over: int) -> list[Draw]:
@@ -115,7 +123,7 @@ def _match_draws(
         return list_draws(jax.make_jaxpr(run)(params, model_state, resized, key).jaxpr)
 
     steps = plan.accumulate.micro_batches
-    on_shards = map_shards(plan, local, PartitionSpec(plan.mesh.axis_names))
+    on_shards = map_shards(plan, total_of, PartitionSpec(plan.mesh.axis_names))
     of_device = trace_draws(on_shards, 1, steps)
     if shards > 1:
         of_all_rows = trace_draws(on_shards, shards, steps)

@@ -1,0 +1,143 @@
+"""Follows which mesh axes the values of a traced loss vary over, without tracing it again.
+
+JAX types a value on shards by the mesh axes along which devices hold different numbers, and wants
+the carry of a loop to have one type. A carry that starts from a constant and takes up rows does
+not: constants are equal everywhere, rows are not.
+
+    h = jnp.zeros((rows, 16))        {}          the same on every device
+    h = jnp.tanh(h @ u + x)          {data}      after one turn
+
+`follow_types` finds the type that such a carry has after any number of turns.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jax.extend import core
+
+from ..._core.equations import count_scan_operands
+
+AxisTypes = frozenset[str]
+Followed = tuple[list[AxisTypes], bool]
+
+# Primitives whose results are equal on the devices that they name.
+_REDUCING = frozenset({"psum", "pmax", "pmin"})
+# Parameters that name mesh axes, in collectives.
+_AXES = ("axes", "axis_name")
+_INNER = ("jaxpr", "call_jaxpr")
+
+
+def follow_types(jaxpr: Any, inputs: Sequence[AxisTypes]) -> Followed:
+    """Returns the types of a program's results.
+
+    Args:
+      jaxpr: open or closed, traced without types.
+      inputs: the types of its arguments; constants have none.
+
+    Returns:
+      One type for each result; and whether some loop or branch inside has values whose types have
+      to be widened, which JAX refuses to do by itself.
+    """
+    jaxpr, consts = open_jaxpr(jaxpr)
+    types: dict[Any, AxisTypes] = dict.fromkeys(jaxpr.constvars, frozenset())
+    types.update(zip(jaxpr.invars, inputs, strict=True))
+    widened = False
+
+    def read(variable: Any) -> AxisTypes:
+        return frozenset() if isinstance(variable, core.Literal) else types[variable]
+
+    for equation in jaxpr.eqns:
+        results, inside = _follow_equation(equation, [read(v) for v in equation.invars])
+        types.update(zip(equation.outvars, results, strict=True))
+        widened = widened or inside
+    return [read(v) for v in jaxpr.outvars], widened
+
+
+def loop_types(
+    body: Callable[[Sequence[AxisTypes]], Followed], carry: Sequence[AxisTypes]
+) -> tuple[list[AxisTypes], Followed]:
+    """Returns the types of a carry after any number of turns, and what the last turn gives.
+
+    Args:
+      body: types of a carry → types of the body's results, the next carry first.
+      carry: types of the first carry.
+    """
+    carry = list(carry)
+    while True:
+        results, inside = body(carry)
+        # Types only grow, and there are finitely many axes, so this ends.
+        after = [a | b for a, b in zip(carry, results, strict=False)]
+        if after == carry:
+            return carry, (results, inside)
+        carry = after
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """Returns a jaxpr that takes its constants as arguments of their own, and the constants."""
+    return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, core.ClosedJaxpr) else (jaxpr, ())
+
+
+def split_scan(
+    equation: core.JaxprEqn, operands: Sequence[Any]
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """Splits the operands of a scan: constants, carry, and what it takes slices of."""
+    consts, carried = count_scan_operands(equation)
+    every = list(operands)
+    return every[:consts], every[consts : consts + carried], every[consts + carried :]
+
+
+def split_while(
+    equation: core.JaxprEqn, operands: Sequence[Any]
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """Splits the operands of a while loop: constants of its condition, of its body, carry."""
+    tested, used = equation.params["cond_nconsts"], equation.params["body_nconsts"]
+    every = list(operands)
+    return every[:tested], every[tested : tested + used], every[tested + used :]
+
+
+def scan_types(equation: core.JaxprEqn, inputs: Sequence[AxisTypes]) -> tuple[Any, Followed]:
+    """The types of a scan's carry, and of its results."""
+    fixed, carry, slices = split_scan(equation, inputs)
+    body = equation.params["jaxpr"]
+    return loop_types(lambda carry: follow_types(body, [*fixed, *carry, *slices]), carry)
+
+
+def while_types(equation: core.JaxprEqn, inputs: Sequence[AxisTypes]) -> tuple[Any, Followed]:
+    """The types of a while loop's carry, which are those of its results."""
+    _, fixed, carry = split_while(equation, inputs)
+    body = equation.params["body_jaxpr"]
+    return loop_types(lambda carry: follow_types(body, [*fixed, *carry]), carry)
+
+
+def branch_types(equation: core.JaxprEqn, inputs: Sequence[AxisTypes]) -> Followed:
+    """The types of a conditional's results: a device may take another branch than the next."""
+    which, *operands = inputs
+    followed = [follow_types(branch, operands) for branch in equation.params["branches"]]
+    outs = [which.union(*types) for types in zip(*(outs for outs, _ in followed), strict=True)]
+    equal = all(types == outs for types, _ in followed)
+    return outs, not equal or any(inside for _, inside in followed)
+
+
+def _follow_equation(equation: core.JaxprEqn, inputs: list[AxisTypes]) -> Followed:
+    name, params = equation.primitive.name, equation.params
+    joined: AxisTypes = frozenset().union(*inputs)
+    if name == "scan":
+        carry, (results, inside) = scan_types(equation, inputs)
+        started = split_scan(equation, inputs)[1]
+        return [*carry, *results[len(carry) :]], inside or carry != started
+    if name == "while":
+        carry, (_, inside) = while_types(equation, inputs)
+        return carry, inside or carry != split_while(equation, inputs)[2]
+    if name == "cond":
+        return branch_types(equation, inputs)
+    for inner in _INNER:
+        if inner in params and len(open_jaxpr(params[inner])[0].invars) == len(inputs):
+            return follow_types(params[inner], inputs)
+    axes = frozenset(a for key in _AXES for a in _names(params.get(key)))
+    own = joined - axes if name in _REDUCING else joined | axes
+    return [own] * len(equation.outvars), False
+
+
+def _names(axes: Any) -> tuple[str, ...]:
+    entries = axes if isinstance(axes, tuple | list) else (axes,)
+    return tuple(axis for axis in entries if isinstance(axis, str))

@@ -1,0 +1,258 @@
+"""Evaluates a program that was traced without types on typed values of shards.
+
+Where operands, carries or branches differ in the mesh axes that they vary over, the narrower ones
+are cast with `pcast`, as JAX itself does for the operands of a sum. JAX checks every result as if
+the model had written the casts.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core, source_info_util
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+
+from ..._core.equations import user_line
+from ..._core.errors import Problem, StepError, format_problems
+from ..._core.types import PyTree
+from ...nn._manual_axis_rules import pvary, untyped, vary_p, varying_axes
+from ._axis_types import (
+    AxisTypes,
+    branch_types,
+    follow_types,
+    open_jaxpr,
+    scan_types,
+    split_scan,
+    split_while,
+    while_types,
+)
+
+Values = Sequence[Any]
+
+_INLINED = ("jit", "pjit", "closed_call", "core_call", "eval_jaxpr")
+_REMAT = ("checkpoint", "remat2")
+_DERIVED = ("custom_jvp_call", "custom_vjp_call")
+_SUMMED = {"psum": jax.lax.psum, "pmax": jax.lax.pmax, "pmin": jax.lax.pmin}
+
+
+@dataclasses.dataclass(frozen=True)
+class UntypedProgram:
+    """A function of one device's arrays, traced without types.
+
+    Attributes:
+      jaxpr: takes the captured arrays, then the arguments.
+      captured: arrays that the function closes over.
+    """
+
+    jaxpr: core.Jaxpr
+    captured: list[jax.Array]
+
+    def with_captured(self, args: Values, each: Any) -> list[Any]:
+        """Returns something for each argument, preceded by `each` for each captured array."""
+        return [each] * len(self.captured) + list(args)
+
+
+@dataclasses.dataclass(frozen=True)
+class DerivativeRule:
+    """The derivative rule that a function brings, as programs.
+
+    Attributes:
+      forward: `args → results, residuals`.
+      trace_backward: cotangents → `residuals, cotangents → cotangents of the float arguments`.
+    """
+
+    forward: UntypedProgram
+    trace_backward: Callable[[Values], UntypedProgram]
+
+
+def trace_untyped(
+    mesh: Mesh, run: Callable[..., PyTree], args: Values
+) -> tuple[UntypedProgram, PyTree]:
+    """Traces a function of one device's arrays; it may name all axes of the mesh.
+
+    Returns:
+      The program, and the shapes of its results.
+    """
+    avals = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in args]
+    on_device = jax.shard_map(
+        run, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False
+    )
+    with untyped(), jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        outer, shapes = jax.make_jaxpr(on_device, return_shape=True)(*avals)
+    (equation,) = outer.jaxpr.eqns
+    consts = dict(zip(outer.jaxpr.constvars, outer.consts, strict=True))
+    captured = [consts[v] for v in equation.invars if v in consts]
+    return UntypedProgram(open_jaxpr(equation.params["jaxpr"])[0], captured), shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """Evaluates programs on one mesh.
+
+    Attributes:
+      mesh: the device mesh, all axes of which are manual around the evaluation.
+    """
+
+    mesh: Mesh
+
+    def run(self, program: Any, args: Values) -> list[Any]:
+        """Returns the results of a program on typed values."""
+        jaxpr, consts = open_jaxpr(program)
+        env: dict[Any, Any] = dict(
+            zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True)
+        )
+
+        def read(variable: Any) -> Any:
+            return variable.val if isinstance(variable, core.Literal) else env[variable]
+
+        for equation in jaxpr.eqns:
+            with _context_of(equation):
+                results = self._evaluate(equation, [read(v) for v in equation.invars])
+            env.update(zip(equation.outvars, results, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    def differentiate(self, equation: core.JaxprEqn, args: Values) -> DerivativeRule:
+        """Traces the derivative rule of a function, for the float ones of its arguments."""
+
+        def forward(*args: Any) -> Any:
+            def of_floats(*floats: Any) -> Any:
+                given = iter(floats)
+                every = [next(given) if _is_float(x) else x for x in args]
+                params = equation.primitive.get_bind_params(equation.params)
+                return equation.primitive.bind(*every, **params)
+
+            return jax.vjp(of_floats, *filter(_is_float, args))
+
+        program, (_, pullback) = trace_untyped(self.mesh, forward, args)
+        residuals, structure = jax.tree.flatten(pullback)
+
+        def trace_backward(cotangents: Values) -> UntypedProgram:
+            def backward(*args: Any) -> Any:
+                held, given = args[: len(residuals)], args[len(residuals) :]
+                return structure.unflatten(held)(list(given))
+
+            return trace_untyped(self.mesh, backward, [*residuals, *cotangents])[0]
+
+        return DerivativeRule(program, trace_backward)
+
+    def _evaluate(self, equation: core.JaxprEqn, values: list[Any]) -> Values:
+        name, params = equation.primitive.name, equation.params
+        loops = {"scan": self._scan, "while": self._while, "cond": self._cond}
+        if name in loops:
+            return loops[name](equation, values)
+        if name in _DERIVED:
+            return self._derived(equation, values)
+        if name in _INLINED:
+            return self.run(params["jaxpr" if "jaxpr" in params else "call_jaxpr"], values)
+        if name in _REMAT:
+            options = {key: params[key] for key in ("policy", "prevent_cse")}
+            body = jax.checkpoint(lambda *values: self.run(params["jaxpr"], values), **options)
+            return body(*values)
+        if name in _SUMMED:
+            groups = params["axis_index_groups"]
+            return [_SUMMED[name](x, params["axes"], axis_index_groups=groups) for x in values]
+        if equation.primitive is vary_p:
+            return [pvary(values[0], params["axes"])]
+        return _bind(equation, values)
+
+    def _scan(self, equation: core.JaxprEqn, values: list[Any]) -> Values:
+        fixed, carry, slices = split_scan(equation, values)
+        types, _ = scan_types(equation, list(map(varying_axes, values)))
+
+        def body(carry: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
+            results = self.run(equation.params["jaxpr"], [*fixed, *carry, *slices])
+            return _widen(results[: len(types)], types), results[len(types) :]
+
+        options = {key: equation.params[key] for key in ("length", "reverse", "unroll")}
+        carry, stacked = jax.lax.scan(body, _widen(carry, types), slices, **options)
+        return [*carry, *stacked]
+
+    def _while(self, equation: core.JaxprEqn, values: list[Any]) -> Values:
+        tested, fixed, carry = split_while(equation, values)
+        types, _ = while_types(equation, list(map(varying_axes, values)))
+
+        def goes_on(carry: list[Any]) -> Any:
+            return self.run(equation.params["cond_jaxpr"], [*tested, *carry])[0]
+
+        def body(carry: list[Any]) -> list[Any]:
+            return _widen(self.run(equation.params["body_jaxpr"], [*fixed, *carry]), types)
+
+        return jax.lax.while_loop(goes_on, body, _widen(carry, types))
+
+    def _cond(self, equation: core.JaxprEqn, values: list[Any]) -> Values:
+        types, _ = branch_types(equation, list(map(varying_axes, values)))
+
+        def evaluate(branch: Any, *operands: Any) -> list[Any]:
+            return _widen(self.run(branch, operands), types)
+
+        branches = [functools.partial(evaluate, each) for each in equation.params["branches"]]
+        return jax.lax.switch(values[0], branches, *values[1:])
+
+    def _derived(self, equation: core.JaxprEqn, values: list[Any]) -> Values:
+        """A function with a derivative rule of its own, which is evaluated with types too."""
+        primal = equation.params["call_jaxpr"]
+        axes = _joined_types(values)
+        # What the function gathers, or takes an index of, varies over more than its arguments.
+        axes = axes.union(*follow_types(primal, [axes] * len(values))[0])
+        types, _ = follow_types(primal, [axes] * len(values))
+        rule = self.differentiate(equation, list(map(jax.typeof, values)))
+
+        def forward(*values: Any) -> tuple[list[Any], list[Any]]:
+            results = self.run(rule.forward.jaxpr, [*rule.forward.captured, *values])
+            return _widen(results[: len(types)], types), results[len(types) :]
+
+        def backward(residuals: list[Any], cotangents: list[Any]) -> tuple[Any, ...]:
+            program = rule.trace_backward(cotangents)
+            of_floats = self.run(program.jaxpr, [*program.captured, *residuals, *cotangents])
+            found = iter(_widen(of_floats, [axes] * len(of_floats)))
+            return tuple(next(found) if _is_float(x.aval) else None for x in equation.invars)
+
+        run = jax.custom_vjp(lambda *values: _widen(self.run(primal, values), types))
+        run.defvjp(forward, backward)
+        return run(*_widen(values, [axes] * len(values)))
+
+
+def _bind(equation: core.JaxprEqn, values: list[Any]) -> Values:
+    """Computes one operation, its operands brought to one type."""
+    name, params = equation.primitive.name, equation.params
+    axes = _joined_types(values)
+    if values and "axis_name" in params:
+        # A collective: its operand has to vary over the axes that it names.
+        named = params["axis_name"]
+        axes = axes.union(named if isinstance(named, tuple) else (named,))
+    params = equation.primitive.get_bind_params(params)
+    try:
+        results = equation.primitive.bind(*_widen(values, [axes] * len(values)), **params)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        where, code = user_line(equation)
+        why = f"`{code}` has no types on shards ({str(error).splitlines()[0]})"
+        fix = 'mode="auto"; or sk.ShardMapLoss(local, reference), whose local loss casts by itself'
+        headline = 'mode="shard_map" does not support this loss.'
+        problem = Problem(f"{name} ({where})", why, fix)
+        raise StepError(format_problems(headline, [problem])) from error
+    return results if equation.primitive.multiple_results else [results]
+
+
+def _joined_types(values: Values) -> AxisTypes:
+    return frozenset[str]().union(*map(varying_axes, values))
+
+
+def _widen(values: Values, types: Sequence[AxisTypes]) -> list[Any]:
+    return [pvary(x, tuple(sorted(axes))) for x, axes in zip(values, types, strict=True)]
+
+
+def _is_float(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+@contextlib.contextmanager
+def _context_of(equation: core.JaxprEqn) -> Iterator[None]:
+    """Gives what is traced in the block the name, the line and the options of an equation."""
+    source = equation.source_info
+    scope = source_info_util.current_name_stack() + source.name_stack
+    with source_info_util.user_context(source.traceback, name_stack=scope), equation.ctx.manager:
+        yield

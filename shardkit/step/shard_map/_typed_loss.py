@@ -1,0 +1,61 @@
+"""Gives the loops of an unchanged model the types that JAX wants on shards.
+
+A loop whose carry starts from a constant (a recurrent state, an online softmax) is refused by JAX
+inside `shard_map`, see `_axis_types`. Such a loss is traced without types, and its program is
+evaluated again with them (`_evaluate`), narrower carries cast to wider ones.
+"""
+
+from collections.abc import Callable
+
+import jax
+from jax.extend import core
+from jax.sharding import Mesh
+
+from ..._core.tracing import equations
+from ..._core.types import PyTree
+from ...nn._manual_axis_rules import varying_axes
+from ._axis_types import AxisTypes, follow_types
+from ._evaluate import Evaluator, trace_untyped
+
+_MAY_NEED_TYPES = frozenset({"scan", "while", "cond", "custom_vjp_call"})
+
+
+def type_loops(
+    run: Callable[..., PyTree], whole: core.ClosedJaxpr, mesh: Mesh
+) -> Callable[..., PyTree]:
+    """Returns a function of shards whose loops have types.
+
+    A function whose types JAX finds by itself runs as it is.
+
+    Args:
+      run: to be traced inside a `shard_map` over the whole mesh.
+      whole: the same function, traced on whole arrays.
+      mesh: the device mesh.
+    """
+    if not any(e.primitive.name in _MAY_NEED_TYPES for e in equations(whole.jaxpr)):
+        return run
+
+    def typed(*args: PyTree) -> PyTree:
+        flat, structure = jax.tree.flatten(args)
+        program, shapes = trace_untyped(mesh, lambda *flat: run(*structure.unflatten(flat)), flat)
+        evaluator, types = Evaluator(mesh), [varying_axes(x) for x in flat]
+        widens = follow_types(program.jaxpr, program.with_captured(types, frozenset()))[1]
+        if not widens and not _rules_widen(evaluator, program.jaxpr, frozenset().union(*types)):
+            return run(*args)
+        results = evaluator.run(program.jaxpr, [*program.captured, *flat])
+        return jax.tree.unflatten(jax.tree.structure(shapes), results)
+
+    return typed
+
+
+def _rules_widen(evaluator: Evaluator, jaxpr: core.Jaxpr, axes: AxisTypes) -> bool:
+    """Whether a loop inside a derivative rule of the user's own needs a type."""
+    for equation in equations(jaxpr):
+        if equation.primitive.name != "custom_vjp_call":
+            continue
+        rule = evaluator.differentiate(equation, [variable.aval for variable in equation.invars])
+        backward = rule.trace_backward([variable.aval for variable in equation.outvars])
+        for program in (rule.forward, backward):
+            if follow_types(program.jaxpr, [axes] * len(program.jaxpr.invars))[1]:
+                return True
+    return False
