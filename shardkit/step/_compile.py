@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.extend import core
+from jax.sharding import Mesh
 
 from .._core.errors import Problem, StepError, raise_all
 from .._core.tree import format_bytes, nbytes

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 from jax.extend import core
 
 from .._core.errors import Problem, StepError, raise_all
