@@ -317,9 +317,7 @@ def test_names_shorter_than_the_rank_are_padded_as_jax_pads_a_spec():
     expected, grads = jax.value_and_grad(loss)(jax.device_get(state.params))
     metrics, seen = step.gradients(state, TOKENS)
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), seen, grads
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), seen, grads)
 
 
 def test_a_name_that_no_table_lists_is_still_an_error():

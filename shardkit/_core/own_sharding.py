@@ -33,7 +33,6 @@ def on_any_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
     >>> jax.eval_shape(constrained, jax.ShapeDtypeStruct((4,), "float32")).shape
     (4,)
     """
-
     added: list[str] = []
 
     def run(*args: Any, **kwargs: Any) -> Any:

@@ -12,7 +12,7 @@ from .._core.errors import Problem, ShardingError, ShardkitError, did_you_mean, 
 from ..rules import format_mesh
 
 _AUTO = "jax.lax.with_sharding_constraint(x, P(...)): the axes of a step are of type Auto"
-_MANUAL = "leave it out inside of a shard_map, where an array is one device's shard"
+_MANUAL = "sk.nn.constrain(x, ...), which leaves such axes out; or no constraint there"
 _SPLIT = 'accumulate=sk.Accumulate(k, "every"), whose micro-batches are not split by device'
 _LOGICAL = "nn.with_logical_partitioning(init, names), if the names are not those of mesh axes"
 _AGAIN = " (of "  # in the name of an axis that an earlier logical name has taken
@@ -63,10 +63,16 @@ def _unknown_axis(match: re.Match[str], mesh: Mesh) -> tuple[str, str]:
 
 def _says(fix: str, why: str = "{0}") -> Callable[[re.Match[str], Mesh], tuple[str, str]]:
     """Explains by what JAX says, or by a text with the groups of what it says."""
-    return lambda match, mesh: (why.format(match[0].strip(), *match.groups()).replace(",)", ")"), fix)
+    return lambda match, mesh: (
+        why.format(match[0].strip(), *match.groups()).replace(",)", ")"),
+        fix,
+    )
 
 
-_MANUAL_AXES = "{1} names axes of the shard_map around it, in which an array is one device's shard"
+_MANUAL_AXES = (
+    "{1} names axes that are manual there, in a shard_map of the model or of the strategy: an "
+    "array is one device's shard along them"
+)
 _EXPLICIT_AXES = "{1} is on a mesh of Explicit axes, which a step takes as Auto"
 
 _REFUSALS: tuple[tuple[str, Callable[[re.Match[str], Mesh], tuple[str, str]]], ...] = (
