@@ -469,3 +469,25 @@ def test_every_change_of_the_process_is_detected():
     assert done.returncode == 0, done.stderr
     seen = re.findall("^(.*) changes (.*?):", done.stdout, re.M)
     assert seen == [(what, what) for what in CHANGES]
+
+
+def test_a_loss_that_imports_flax_gets_its_rules_or_an_error():
+    code = """
+    import jax, optax, shardkit as sk
+    sk.simulate_devices(2)
+    def loss_fn(params, batch, key):
+        import flax.linen as nn
+        return (nn.with_logical_constraint(params * batch, ("batch", "embed")) ** 2).mean()
+    def compiled():
+        return sk.compile_step(
+            loss_fn, optax.sgd(0.1), init=lambda key: jax.numpy.ones(4),
+            batch=jax.ShapeDtypeStruct((4, 4), "float32"), mesh=sk.MeshSpec(data=2).build(),
+            strategy=sk.strategies.data())
+    try:
+        compiled()
+    except sk.errors.ShardingError as error:
+        assert "imports flax while it is traced" in str(error)
+    assert "sharding_constraint" in str(compiled().program.jaxpr)
+    print("both")
+    """
+    assert run_python(code).stdout.strip() == "both"

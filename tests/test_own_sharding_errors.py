@@ -22,8 +22,8 @@ def mesh(*sizes, kind=AxisType.Auto, first=0):
     return Mesh(devices, ("data", "tensor"), axis_types=(kind, kind))
 
 
-def mapped(h, spec=P("data"), body=jnp.tanh, **options):
-    return jax.shard_map(body, in_specs=spec, out_specs=spec, **options)(h)
+def mapped(h, body=jnp.tanh, **options):
+    return jax.shard_map(body, in_specs=P("data"), out_specs=P("data"), **options)(h)
 
 
 def refuse(form, **options):
@@ -92,8 +92,8 @@ REFUSED = {
     ),
     "manual axes": (
         lambda h: mapped(h, body=lambda x: constraint(x, P("data"))),
-        ("P('data') names axes of the shard_map around it",),
-        "leave it out inside of a shard_map",
+        ("P('data') names axes that are manual there, in a shard_map",),
+        "sk.nn.constrain(x, ...), which leaves such axes out",
     ),
     "a shard_map of another mesh": (
         lambda h: mapped(h, mesh=mesh(4, 2)),

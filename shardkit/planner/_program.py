@@ -23,6 +23,7 @@ _IDENTITIES = {
     "copy_p",
     "optimization_barrier",
     "pvary",
+    "reshard",
     CONSTRAINT,
 }
 _OWN_CONSTRAINT = (

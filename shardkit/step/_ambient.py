@@ -28,7 +28,10 @@ from ._refused_constraints import explain_refused_constraints, taken_axis
 _WARNING_FILTERS = threading.Lock()
 
 # JAX's trace caches know the mesh around a trace, and by this also what logical names mean in it.
-_rules = TraceContext[AxisRules]("ambient rules")
+_rules = TraceContext[tuple[AxisRules | None, bool]]("ambient rules")
+
+# Where flax keeps the rules of its logical names, for linen and nnx alike.
+_FLAX = "flax.core.spmd"
 
 _NO_MESH = Mesh(np.empty((), object), ())
 
@@ -56,16 +59,19 @@ def around_loss(mesh: Mesh, rules: AxisRules | None) -> Iterator[None]:
     rules are those of flax's logical names.
 
     Raises:
-      ShardingError: JAX refuses a constraint of the model or a `shard_map` of its own, or a
-        logical constraint of flax has a name that the rules do not list.
+      ShardingError: JAX refuses a constraint of the model or a `shard_map` of its own; a logical
+        constraint of flax has a name that the rules do not list; or the loss imports flax, which
+        is too late to give it rules.
     """
-    table = () if rules is None else rules.table
-    listed = [(name, axes if len(axes) > 1 else axes[0] if axes else None) for name, axes in table]
-    taken = [(_Again(name), taken_axis(", ".join(axes), name)) for name, axes in table if axes]
-    flax = _flax_rules((*listed, *taken, (_Unlisted(rules, mesh), None)))
-    with _legacy_mesh(mesh), jax.set_mesh(mesh), _rules.use(rules), flax:
+    has_flax = _FLAX in sys.modules
+    flax = _flax_rules(_FlaxRules(((rules, mesh),)))
+    with _legacy_mesh(mesh), jax.set_mesh(mesh), _rules.use((rules, has_flax)), flax:
         with explain_refused_constraints(mesh):
             yield
+    if _FLAX in sys.modules and not has_flax:
+        problem = Problem("loss_fn", "imports flax while it is traced", "import flax before")
+        headline = "Logical names of flax would constrain nothing."
+        raise ShardingError(format_problems(headline, [problem]))
 
 
 @contextlib.contextmanager
@@ -87,7 +93,7 @@ def _legacy_mesh(mesh: Mesh) -> Iterator[None]:
 
 def _flax_rules(rules: tuple[Any, ...]) -> contextlib.AbstractContextManager[None]:
     """Sets flax's logical rules; a process that has not imported flax has no model of it."""
-    flax = sys.modules.get("flax.core.spmd")
+    flax = sys.modules.get(_FLAX)
     return flax.logical_axis_rules(rules) if flax else contextlib.nullcontext()
 
 
@@ -97,8 +103,31 @@ def _lazy_nnx() -> contextlib.AbstractContextManager[Any]:
     return nnx.use_eager_sharding(False) if nnx else contextlib.nullcontext()
 
 
+class _FlaxRules(tuple[Any, ...]):
+    """A strategy's rules in the form of flax: a tuple of `(name, mesh axes)`, in order.
+
+    As for `sk.nn.constrain`, axes that are manual where the rules are read split nothing.
+    """
+
+    __slots__ = ()
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        rules, mesh = self[0]
+        manual = jax.sharding.get_abstract_mesh().manual_axes
+        table = [
+            (name, tuple(axis for axis in axes if axis not in manual))
+            for name, axes in (rules.table if rules else ())
+        ]
+        for name, axes in table:
+            yield name, axes if len(axes) > 1 else axes[0] if axes else None
+        for name, axes in table:
+            if axes:
+                yield _Again(name), taken_axis(", ".join(axes), name)
+        yield _Unlisted(rules, mesh), None
+
+
 class _Again(str):
-    """A name in a second row: flax gets there if the first left the dim whole, its axis being taken.
+    """A name in a second row, which flax reaches if the mesh axis of the first is taken already.
 
     A dict of the rows, as flax makes for nnx, keeps both.
     """

@@ -48,8 +48,7 @@ class CompiledFunctions:
             self.layout = resolve_layout(bound.spec, bound.mesh)
         self._functions = StepFunctions(bound, self.layout)
         if bound.spec.debug:
-            with self._around_loss():
-                self._functions.check_key_reuse()
+            self._functions.check_key_reuse(self._around_init, self._around_loss)
         self._replicated = NamedSharding(bound.mesh, PartitionSpec())
 
     @functools.cached_property

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .._core.precision import Precision, cast_floats
@@ -27,7 +28,7 @@ from ..rules import axes_of
 from ._bound_spec import BoundSpec
 from ._layout import StepLayout
 from ._objective import LossOutput, Objective, inverse_weight
-from ._own_constraints import on_gradient_shards
+from ._own_constraints import on_gradient_shards, own_constraints
 
 LossArgs = tuple[Params, PyTree, Batch, Key]  # params, model_state, batch, key
 LossAndGradients = tuple[LossOutput, Params]
@@ -94,8 +95,16 @@ def build_gradients(objective: Objective, plan: GradientPlan) -> GradientFn:
     return run
 
 
-def match_shard_draws(objective: Objective, plan: GradientPlan, args: LossArgs) -> RandomDraws:
-    """Finds which draws of a loss grow with its rows, from abstract arguments.
+def plan_shards(
+    objective: Objective, plan: GradientPlan, args: LossArgs, traced: core.Jaxpr
+) -> GradientPlan:
+    """Completes a plan by what the loss does that its gradient shards must know.
+
+    Args:
+      objective: the loss.
+      plan: without draws and constraints.
+      args: abstract arguments of the loss.
+      traced: the loss of these arguments.
 
     Raises:
       StepError: the randomness of the loss cannot be split by gradient shard.
@@ -109,7 +118,9 @@ def match_shard_draws(objective: Objective, plan: GradientPlan, args: LossArgs) 
         return params, model_state, jax.tree.map(cut, batch), key
 
     rows, n = plan.layout.rows // plan.micro_batches, plan.num_shards
-    return match_draws(objective, n, args_with(rows // n), args_with(rows))
+    draws = match_draws(objective, n, args_with(rows // n), args_with(rows))
+    constrained = any(True for _ in own_constraints(traced))
+    return dataclasses.replace(plan, draws=draws, constrained=constrained)
 
 
 def micro_batch(batch: Batch, steps: int, index: jax.Array, plan: GradientPlan) -> Batch:

@@ -11,7 +11,7 @@ derivative rules of the user's own have been applied.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
 from jax.extend import core
@@ -44,7 +44,7 @@ def constraint_problems(jaxpr: core.Jaxpr, mesh: Mesh) -> Iterator[Problem]:
       mesh: that it is compiled for.
     """
     for eqn in own_constraints(jaxpr):
-        sharding, aval = eqn.params["sharding"], eqn.invars[0].aval
+        sharding, aval = eqn.params["sharding"], cast(Any, eqn.invars[0].aval)
         leaf = Leaf(describe_constraint(eqn)[0], tuple(aval.shape), aval.dtype)
         if not isinstance(sharding, NamedSharding):
             why = f"is constrained to a {type(sharding).__name__}, which names no mesh axes"

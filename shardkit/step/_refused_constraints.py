@@ -12,7 +12,7 @@ from .._core.source import find_user_line
 from ..rules import format_mesh
 
 _AUTO = "jax.lax.with_sharding_constraint(x, P(...)): the axes of a step are of type Auto"
-_MANUAL = "leave it out inside of a shard_map, where an array is one device's shard"
+_MANUAL = "sk.nn.constrain(x, ...), which leaves such axes out; or no constraint there"
 _SPLIT = 'accumulate=sk.Accumulate(k, "every"), whose micro-batches are not split by device'
 _LOGICAL = "nn.with_logical_partitioning(init, names), if the names are not those of mesh axes"
 _AGAIN = " (of "  # in the name of an axis that an earlier logical name has taken
@@ -69,7 +69,10 @@ def _says(fix: str, why: str = "{0}") -> Callable[[re.Match[str], Mesh], tuple[s
     )
 
 
-_MANUAL_AXES = "{1} names axes of the shard_map around it, in which an array is one device's shard"
+_MANUAL_AXES = (
+    "{1} names axes that are manual there, in a shard_map of the model or of the strategy: an "
+    "array is one device's shard along them"
+)
 _EXPLICIT_AXES = "{1} is on a mesh of Explicit axes, which a step takes as Auto"
 
 _REFUSALS: tuple[tuple[str, Callable[[re.Match[str], Mesh], tuple[str, str]]], ...] = (

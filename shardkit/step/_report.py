@@ -67,7 +67,8 @@ def _list_notes(bound: BoundSpec, jaxpr: core.Jaxpr) -> Iterator[str]:
         axes = ", ".join(bound.were_explicit)
         yield f"mesh axes of type Explicit are taken as Auto, the partitioner's: {axes}."
     for place, spec, *axes in recorded_facts(jaxpr, DROPPED):
-        yield f"{place}: {spec} splits a gradient shard no further over {', '.join(map(str, axes))}."
+        split = ", ".join(map(str, axes))
+        yield f"{place}: {spec} splits a gradient shard no further over {split}."
 
 
 def _dcn_axes(mesh: Mesh) -> tuple[tuple[str, int], ...]:

@@ -1,5 +1,6 @@
 """Builds the pure functions of a step from a spec and its layout."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -13,10 +14,9 @@ from .._core.train_state import TrainState
 from .._core.types import Batch, Params
 from ..nn._remat import Policy, apply_policy, parse_policy, regathering_policy, use_policy
 from ._bound_spec import BoundSpec
-from ._gradients import GradientFn, GradientPlan, LossArgs, build_gradients, match_shard_draws
+from ._gradients import GradientFn, GradientPlan, LossArgs, build_gradients, plan_shards
 from ._layout import StepLayout
 from ._objective import Objective, build_objective
-from ._own_constraints import own_constraints
 from ._split_checks import check_convolutions, check_split_rows
 from ._update import (
     Metrics,
@@ -46,21 +46,29 @@ class StepFunctions:
     bound: BoundSpec
     layout: StepLayout
 
-    def check_key_reuse(self) -> None:
+    def check_key_reuse(
+        self,
+        around_init: Callable[[], contextlib.AbstractContextManager[None]],
+        around_loss: Callable[[], contextlib.AbstractContextManager[None]],
+    ) -> None:
         """Traces `init` and the loss under JAX's key-reuse checker.
+
+        Args:
+          around_init: enters the mesh that `init` is traced under.
+          around_loss: enters the mesh and the rules that the loss is traced under.
 
         Raises:
           StepError: naming each function that uses a key twice, which draws equal numbers.
         """
         loss = build_objective(self.bound.spec.loss_fn, self.bound.mesh)
         functions = (
-            ("init", self.bound.spec.init, (self.layout.state.key,)),
-            ("loss_fn", loss, self._loss_args),
+            ("init", around_init, self.bound.spec.init, (self.layout.state.key,)),
+            ("loss_fn", around_loss, loss, self._loss_args),
         )
         problems = []
-        for name, run, args in functions:
+        for name, around, run, args in functions:
             try:
-                with jax.debug_key_reuse(True):
+                with around(), jax.debug_key_reuse(True):
                     # The checker runs only on what is traced for a jit, which caches by identity.
                     jax.jit(lambda *args, run=run: run(*args)).trace(*args)
             except jax.errors.KeyReuseError as error:
@@ -145,9 +153,7 @@ class StepFunctions:
         if plan.per_shard_accumulation:
             traced = jax.make_jaxpr(loss)(*self._loss_args).jaxpr
             check_convolutions(plan, traced)
-            draws = match_shard_draws(loss, plan, self._loss_args)
-            constrained = any(True for _ in own_constraints(traced))
-            plan = dataclasses.replace(plan, draws=draws, constrained=constrained)
+            plan = plan_shards(loss, plan, self._loss_args, traced)
         return build_gradients(loss, plan)
 
     def _build_on_shards(self, build: Callable[..., Any], loss: Objective) -> Any:

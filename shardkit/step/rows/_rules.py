@@ -176,8 +176,8 @@ def _power(equation: Equation, states: Sequence[State]) -> Sequence[State]:
 
 _SAME = (
     "neg real imag copy copy_p stop_gradient optimization_barrier reduce_precision "
-    "sharding_constraint convert_element_type conj pvary pcast copy_to_host_async name "
-    "shardkit_record shardkit_constrain shardkit_use_param"
+    "sharding_constraint reshard convert_element_type conj pvary pcast "
+    "copy_to_host_async name shardkit_record shardkit_constrain shardkit_use_param"
 )
 
 
