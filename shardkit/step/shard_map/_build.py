@@ -9,12 +9,14 @@ from jax.sharding import PartitionSpec
 
 from ..._core.split_rng import Draw, RandomDraws, list_draws, match_dims
 from ..._core.types import Accumulate, Batch, Key, Params, PyTree
-from ...nn._manual_axis_rules import pvary
+from ...nn._manual_axis_rules import ShardMapLoss, pvary
 from .._activations import Activations
 from .._bound_spec import BoundSpec
 from .._gradients import GradientFn, LossArgs
 from .._layout import StepLayout
 from .._objective import Objective
+from .._unbound_axes import batch_axes
+from ._evaluate import ShardAxes
 from ._gradients import build_local_gradients, build_local_objective, gather_params, map_shards
 from ._plan import ShardMapPlan, build_plan
 from ._problems import check_supported
@@ -70,7 +72,9 @@ def plan_shards(
     rules = bound.spec.strategy.activations
     Activations(bound.mesh, rules, layout.row_axes).check(whole)
     plan = build_plan(bound, layout, whole, accumulate)
-    local = type_loops(objective, whole, bound.mesh)
+    axes = ShardAxes(bound.mesh, plan.row_axes, batch_axes(whole.jaxpr))
+    same = not isinstance(bound.spec.loss_fn, ShardMapLoss)
+    local = type_loops(objective, axes, whole if same else None)
     draws = _match_draws(objective, local, plan, args, whole)
     return dataclasses.replace(plan, draws=draws), local
 
