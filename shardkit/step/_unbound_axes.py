@@ -14,9 +14,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core
 from jax.sharding import Mesh
 
 from .._core.errors import Problem, StepError, did_you_mean, format_problems
+from .._core.tracing import record_fact, recorded_facts
+from ..nn._manual_axis_rules import on_shards
 
 # For an unknown axis most collectives raise a NameError, the specs of a shard_map a ValueError, and
 # reductions an AssertionError without a message.
@@ -27,6 +30,8 @@ _IN_SPECS = re.compile(r"((?:in|out)_specs) refers to '(\w+)'")
 def bind_batch_axes(call: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
     """Returns a loss of the whole batch in which every axis that it names has size 1.
 
+    The names are in its program, see `batch_axes`. On shards nothing is bound here.
+
     Args:
       call: the loss.
       mesh: the device mesh; a name that resembles one of its axes stays unbound.
@@ -34,16 +39,25 @@ def bind_batch_axes(call: Callable[..., Any], mesh: Mesh | None) -> Callable[...
     bound: list[str] = []
 
     def run(*args: Any) -> Any:
-        while True:
+        while not on_shards():
             try:
-                return _call_with_axes(call, bound, args)
+                return _call_with_axes(call, [n for n in bound if not _is_bound(n)], args)
             except (AssertionError, NameError) as error:
                 name = next((name for _, name in _find_axis_uses(error)), None)
                 if name is None or name in bound or _is_elsewhere(error, name, mesh):
                     raise
                 bound.append(name)
+        return call(*args)
 
     return run
+
+
+def batch_axes(jaxpr: core.Jaxpr) -> tuple[str, ...]:
+    """Returns the names that stand for all rows of the batch in a loss, which are no mesh axes."""
+    return tuple(str(name) for (name,) in recorded_facts(jaxpr, _BATCH_AXIS))
+
+
+_BATCH_AXIS = "batch axis"
 
 
 def _call_with_axes(call: Callable[..., Any], names: list[str], args: tuple[Any, ...]) -> Any:
@@ -52,7 +66,16 @@ def _call_with_axes(call: Callable[..., Any], names: list[str], args: tuple[Any,
     first, *others = names
     # Nothing that the loss takes is mapped, so no array gets a dim.
     mapped = jax.vmap(lambda _: _call_with_axes(call, others, args), axis_name=first, axis_size=1)
-    return jax.tree.map(lambda x: x[0], mapped(jnp.zeros(1)))
+    results = jax.tree.map(lambda x: x[0], mapped(jnp.zeros(1)))
+    return record_fact(results, _BATCH_AXIS, first)
+
+
+def _is_bound(name: str) -> bool:
+    try:
+        jax.lax.axis_size(name)
+    except NameError:
+        return False
+    return True
 
 
 def _is_elsewhere(error: Exception, name: str, mesh: Mesh | None) -> bool:

@@ -10,7 +10,7 @@ not: constants are equal everywhere, rows are not.
 `follow_types` finds the type that such a carry has after any number of turns.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jax.extend import core
@@ -75,6 +75,27 @@ def loop_types(
 def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     """Returns a jaxpr that takes its constants as arguments of their own, and the constants."""
     return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, core.ClosedJaxpr) else (jaxpr, ())
+
+
+def rename_axes(jaxpr: Any, names: Mapping[str, tuple[str, ...]]) -> Any:
+    """Returns a program whose collectives are over other axes, several in place of one."""
+    inner, _ = open_jaxpr(jaxpr)
+    renamed = inner.replace(eqns=[_rename_equation(e, names) for e in inner.eqns])
+    return renamed if inner is jaxpr else jaxpr.replace(jaxpr=renamed)
+
+
+def _rename_equation(
+    equation: core.JaxprEqn, names: Mapping[str, tuple[str, ...]]
+) -> core.JaxprEqn:
+    def rename(key: str, value: Any) -> Any:
+        if key in _AXES and any(name in names for name in _names(value)):
+            return tuple(new for old in _names(value) for new in names.get(old, (old,)))
+        if isinstance(value, core.Jaxpr | core.ClosedJaxpr):
+            return rename_axes(value, names)
+        return tuple(rename("", x) for x in value) if key == "branches" else value
+
+    params = {key: rename(key, value) for key, value in equation.params.items()}
+    return equation.replace(params=params)
 
 
 def split_scan(

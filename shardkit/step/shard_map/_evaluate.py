@@ -8,23 +8,26 @@ the model had written the casts.
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core, source_info_util
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from ..._core.equations import user_line
 from ..._core.errors import Problem, StepError, format_problems
 from ..._core.types import PyTree
-from ...nn._manual_axis_rules import pvary, untyped, vary_p, varying_axes
+from ...nn._manual_axis_rules import Axes, pvary, untyped, varying_axes, vary_p
 from ._axis_types import (
     AxisTypes,
     branch_types,
     follow_types,
     open_jaxpr,
+    rename_axes,
     scan_types,
     split_scan,
     split_while,
@@ -69,35 +72,65 @@ class DerivativeRule:
     trace_backward: Callable[[Values], UntypedProgram]
 
 
+@dataclasses.dataclass(frozen=True)
+class ShardAxes:
+    """The axes that a function of shards may name.
+
+    Attributes:
+      mesh: the device mesh, all of whose axes are manual.
+      rows: mesh axes that split the rows.
+      batch: other names for these together, in the user's loss.
+    """
+
+    mesh: Mesh
+    rows: Axes
+    batch: tuple[str, ...]
+
+    def whole_mesh(self) -> Mesh | AbstractMesh:
+        """The mesh, with one more axis for each name of the batch."""
+        if not self.batch:
+            return self.mesh
+        count = math.prod(self.mesh.shape[axis] for axis in self.rows)
+        sizes = {**self.mesh.shape, **dict.fromkeys(self.batch, count)}
+        kinds = (AxisType.Auto,) * len(sizes)
+        return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds)
+
+    def on_mesh(self, jaxpr: core.Jaxpr) -> core.Jaxpr:
+        """Returns a program with mesh axes in place of the names of the batch."""
+        return rename_axes(jaxpr, dict.fromkeys(self.batch, self.rows)) if self.batch else jaxpr
+
+
 def trace_untyped(
-    mesh: Mesh, run: Callable[..., PyTree], args: Values
+    axes: ShardAxes, run: Callable[..., PyTree], args: Values
 ) -> tuple[UntypedProgram, PyTree]:
-    """Traces a function of one device's arrays; it may name all axes of the mesh.
+    """Traces a function of one device's arrays.
 
     Returns:
       The program, and the shapes of its results.
     """
     avals = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in args]
+    specs: Any = PartitionSpec()
     on_device = jax.shard_map(
-        run, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False
+        run, mesh=axes.whole_mesh(), in_specs=specs, out_specs=specs, check_vma=False
     )
     with untyped(), jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
         outer, shapes = jax.make_jaxpr(on_device, return_shape=True)(*avals)
     (equation,) = outer.jaxpr.eqns
     consts = dict(zip(outer.jaxpr.constvars, outer.consts, strict=True))
     captured = [consts[v] for v in equation.invars if v in consts]
-    return UntypedProgram(open_jaxpr(equation.params["jaxpr"])[0], captured), shapes
+    body, _ = open_jaxpr(equation.params["jaxpr"])
+    return UntypedProgram(axes.on_mesh(body), captured), shapes
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """Evaluates programs on one mesh.
+    """Evaluates programs inside a `shard_map`.
 
     Attributes:
-      mesh: the device mesh, all axes of which are manual around the evaluation.
+      axes: what the programs may name.
     """
 
-    mesh: Mesh
+    axes: ShardAxes
 
     def run(self, program: Any, args: Values) -> list[Any]:
         """Returns the results of a program on typed values."""
@@ -107,7 +140,9 @@ class Evaluator:
         )
 
         def read(variable: Any) -> Any:
-            return variable.val if isinstance(variable, core.Literal) else env[variable]
+            # A literal of the trace knows its mesh, which may have had more axes.
+            literal = isinstance(variable, core.Literal)
+            return np.asarray(variable.val, variable.aval.dtype) if literal else env[variable]
 
         for equation in jaxpr.eqns:
             with _context_of(equation):
@@ -127,7 +162,7 @@ class Evaluator:
 
             return jax.vjp(of_floats, *filter(_is_float, args))
 
-        program, (_, pullback) = trace_untyped(self.mesh, forward, args)
+        program, (_, pullback) = trace_untyped(self.axes, forward, args)
         residuals, structure = jax.tree.flatten(pullback)
 
         def trace_backward(cotangents: Values) -> UntypedProgram:
@@ -135,7 +170,7 @@ class Evaluator:
                 held, given = args[: len(residuals)], args[len(residuals) :]
                 return structure.unflatten(held)(list(given))
 
-            return trace_untyped(self.mesh, backward, [*residuals, *cotangents])[0]
+            return trace_untyped(self.axes, backward, [*residuals, *cotangents])[0]
 
         return DerivativeRule(program, trace_backward)
 
@@ -155,6 +190,8 @@ class Evaluator:
         if name in _SUMMED:
             groups = params["axis_index_groups"]
             return [_SUMMED[name](x, params["axes"], axis_index_groups=groups) for x in values]
+        if name == "axis_index":
+            return [jax.lax.axis_index(params["axis_name"])]
         if equation.primitive is vary_p:
             return [pvary(values[0], params["axes"])]
         return _bind(equation, values)
@@ -220,7 +257,7 @@ def _bind(equation: core.JaxprEqn, values: list[Any]) -> Values:
     """Computes one operation, its operands brought to one type."""
     name, params = equation.primitive.name, equation.params
     axes = _joined_types(values)
-    if values and "axis_name" in params:
+    if "axis_name" in params:
         # A collective: its operand has to vary over the axes that it names.
         named = params["axis_name"]
         axes = axes.union(named if isinstance(named, tuple) else (named,))
@@ -254,5 +291,11 @@ def _context_of(equation: core.JaxprEqn) -> Iterator[None]:
     """Gives what is traced in the block the name, the line and the options of an equation."""
     source = equation.source_info
     scope = source_info_util.current_name_stack() + source.name_stack
-    with source_info_util.user_context(source.traceback, name_stack=scope), equation.ctx.manager:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(source_info_util.user_context(source.traceback, name_stack=scope))
+        mesh = jax.sharding.get_abstract_mesh()
+        stack.enter_context(equation.ctx.manager)
+        # The trace without types may have had more axes, so its mesh is left before this one's.
+        stack.enter_context(jax.sharding.use_abstract_mesh(AbstractMesh((), ())))
+        stack.enter_context(jax.sharding.use_abstract_mesh(mesh))
         yield

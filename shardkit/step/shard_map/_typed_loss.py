@@ -9,19 +9,18 @@ from collections.abc import Callable
 
 import jax
 from jax.extend import core
-from jax.sharding import Mesh
 
 from ..._core.tracing import equations
 from ..._core.types import PyTree
 from ...nn._manual_axis_rules import varying_axes
 from ._axis_types import AxisTypes, follow_types
-from ._evaluate import Evaluator, trace_untyped
+from ._evaluate import Evaluator, ShardAxes, trace_untyped
 
 _MAY_NEED_TYPES = frozenset({"scan", "while", "cond", "custom_vjp_call"})
 
 
 def type_loops(
-    run: Callable[..., PyTree], whole: core.ClosedJaxpr, mesh: Mesh
+    run: Callable[..., PyTree], axes: ShardAxes, whole: core.ClosedJaxpr | None
 ) -> Callable[..., PyTree]:
     """Returns a function of shards whose loops have types.
 
@@ -29,18 +28,20 @@ def type_loops(
 
     Args:
       run: to be traced inside a `shard_map` over the whole mesh.
-      whole: the same function, traced on whole arrays.
-      mesh: the device mesh.
+      axes: the axes that it may name.
+      whole: the same function, traced on whole arrays, if it is the same.
     """
-    if not any(e.primitive.name in _MAY_NEED_TYPES for e in equations(whole.jaxpr)):
+    loops = whole is None or any(e.primitive.name in _MAY_NEED_TYPES for e in equations(whole.jaxpr))
+    if not loops and not axes.batch:
         return run
 
     def typed(*args: PyTree) -> PyTree:
         flat, structure = jax.tree.flatten(args)
-        program, shapes = trace_untyped(mesh, lambda *flat: run(*structure.unflatten(flat)), flat)
-        evaluator, types = Evaluator(mesh), [varying_axes(x) for x in flat]
+        program, shapes = trace_untyped(axes, lambda *flat: run(*structure.unflatten(flat)), flat)
+        evaluator, types = Evaluator(axes), [varying_axes(x) for x in flat]
         widens = follow_types(program.jaxpr, program.with_captured(types, frozenset()))[1]
-        if not widens and not _rules_widen(evaluator, program.jaxpr, frozenset().union(*types)):
+        needed = widens or axes.batch
+        if not needed and not _rules_widen(evaluator, program.jaxpr, frozenset().union(*types)):
             return run(*args)
         results = evaluator.run(program.jaxpr, [*program.captured, *flat])
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
