@@ -3,7 +3,10 @@
 python -m tests._broken_run FOLDER NAME[:HOW]...
 """
 
+import collections
 import contextlib
+import dataclasses
+import importlib.util
 import json
 import os
 import random
@@ -77,6 +80,60 @@ def broken(how, process, i):
     return batch
 
 
+WATCHED = dataclasses.replace(
+    CONFIG, replica_check_every=2, check="every 3", profile="2:3", eval_every=2, best_to_keep=1,
+    keep_period=4, loggers=("tensorboard",) if importlib.util.find_spec("tensorboardX") else (),
+)  # fmt: skip
+
+
+class Events(sk.Callback):
+    """Counts every event, in every process."""
+
+    def __init__(self):
+        self.counts = collections.Counter()
+
+    def on_start(self, run, state):
+        self.counts["start"] += 1
+
+    def on_batch(self, step, state, batch):
+        self.counts["batch"] += 1
+
+    def on_dispatch(self, step, state, batch):
+        self.counts["dispatch"] += 1
+
+    def on_step(self, metrics):
+        self.counts["step"] += 1
+
+    def on_eval(self, step, values):
+        self.counts["eval"] += 1
+
+    def on_save(self, step):
+        self.counts["save"] += 1
+
+    def on_finish(self, state):
+        self.counts["finish"] += 1
+
+    def on_exit(self, error):
+        self.counts["exit"] += 1
+
+
+def watch(folder, step, process_group):
+    """A run with everything that a run can have, counted in each process."""
+    events = Events()
+
+    def data(i):
+        return {name: x[step.local_rows] for name, x in batch_of(i).items()}
+
+    def evaluate(step, state):
+        return {"bits_per_byte": step.evaluate(state, data(0))["loss"]}
+
+    sk.Trainer(
+        step, data, folder, WATCHED, evaluate=evaluate, callbacks=[events],
+        process_group=process_group,
+    ).run()  # fmt: skip
+    (folder / f"events-{process_group.index}.json").write_text(json.dumps(events.counts))
+
+
 def train(folder, step, how="", process_group=None):
     """Trains to the end or to the failure, resuming from the checkpoints in the folder."""
     process_group = process_group or sk.ProcessGroup()
@@ -95,6 +152,9 @@ def main(folder: Path, runs: list[str]) -> None:
         step = compiled(rows=16 if runs == ["run:differs"] and process_group.index else 8)
         for run in runs:
             name, _, how = run.partition(":")
+            if how == "watched":
+                watch(folder / name, step, process_group)
+                continue
             if how == "elsewhere":
                 own = folder / f"of process {process_group.index}"
                 sk.Checkpointer(own).save(1, step.init(jax.random.key(0)))

@@ -11,6 +11,7 @@ import pytest
 
 import shardkit as sk
 from shardkit.cli import main
+from shardkit.run import plot_runs
 
 from . import _broken_run as broken_run
 from . import _one_of_several as one
@@ -160,6 +161,21 @@ def test_a_process_that_raises_or_is_killed_ends_all_and_the_runs_go_on(broken, 
 
 
 @pytest.mark.slow
+def test_everything_that_a_run_can_have_works_in_two_processes(broken, tmp_path):
+    code, errors = broken("run:watched")
+    assert code == 0, "\n".join(errors)
+    run = tmp_path / "run"
+    counts = [json.loads((run / f"events-{process}.json").read_text()) for process in range(2)]
+    once = dict.fromkeys(("start", "finish", "exit"), 1)
+    assert counts == [{**once, "batch": 8, "dispatch": 8, "step": 8, "eval": 3, "save": 4}] * 2
+    assert [row["ok"] for row in rows(run, "check")] == [True, True, True]
+    assert not rows(run, "replicas")
+    assert any((run / "profile").rglob("*.xplane.pb"))
+    plot_runs([run], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
 def test_hostile_connections_change_nothing(broken, tmp_path):
     code, errors = broken("quiet", "run:hostile")
     assert code == 0, "\n".join(errors)
@@ -187,7 +203,7 @@ def test_a_process_that_hangs_ends_all(broken, tmp_path):
 def test_another_batch_and_program_are_told_before_the_first_step(broken, tmp_path):
     code, errors = broken("run:differs")
     assert code == 1, "\n".join(errors)
-    assert "before its first step: ProcessError: 2 processes do not agree on 2 values" in errors[0]
+    assert "before its first step: ProcessError: 2 processes do not agree on 3 values" in errors[0]
     said = "\n".join(errors)
     assert re.search(r"batch\.x +process 0: 'f32\[8,8\]'; process 1: 'f32\[16,8\]'", said), said
     assert re.search(r"program +process 0: '\w+…; process 1: '\w+…", said), said
