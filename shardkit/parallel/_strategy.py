@@ -25,8 +25,10 @@ class Strategy:
 
     Attributes:
       params: rule that decides every parameter.
-      batch: spec of every batch leaf (a leaf of lower rank takes its first entries), or a rule
-        over the leaves. Dim 0 of every leaf that is not a scalar counts rows.
+      batch: spec of every batch leaf (a leaf of lower rank takes its first entries), whose first
+        entry is that of the rows; or a rule over the leaves, such as
+        `sk.PathRules({"tokens": P(None, "data"), "class_weights": sk.REPLICATED, "**": P("data")})`
+        where rows are not on dim 0 of every leaf. `StepSpec.row_dims` says the same without a rule.
       activations: logical axis names to mesh axes for `sk.nn.constrain`; None for models without.
       opt_state: rule for optimizer leaves that match no parameter, or whose layout differs from
         that of their parameter; leaves that it passes follow their parameter.

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from .._core.errors import Problem, VerificationError, count, format_problems, raise_all
+from .._core.row_dims import RowDims
 from .._core.tree import short_dtype
 from .._core.types import Batch, Key
 from ..mesh import MeshSpec
@@ -35,14 +36,22 @@ class ReferenceResults:
       record: of the reference.
     """
 
-    def __init__(self, spec: StepSpec, device: Any, inputs: ParityInputs) -> None:
+    def __init__(
+        self, spec: StepSpec, device: Any, inputs: ParityInputs, row_dims: RowDims | None = None
+    ) -> None:
         """Runs the reference, and again with nudged parameters to measure noise.
+
+        Args:
+          spec: of the step.
+          device: that it runs on.
+          inputs: that it runs on.
+          row_dims: see `Reference`.
 
         Raises:
           VerificationError: the loss or its gradient is not finite, or the gradient is all zero.
         """
         self.spec, self.inputs = spec, inputs
-        reference = Reference(spec, device)
+        reference = Reference(spec, device, row_dims)
         start = reference.init(inputs.key)
         metrics, grads, _ = reference.gradients(start, inputs.batch(0), 0)
         _check_usable(metrics)
@@ -136,7 +145,8 @@ def verify(
     first = compile_for(build_one_device_mesh(built[0]))
     batches = make_random_batches(first) if batches is None else batches
     inputs = ParityInputs(batches, steps, jax.random.key(0) if key is None else key)
-    reference = ReferenceResults(first.spec, first.mesh.devices.flat[0], inputs)
+    device = first.mesh.devices.flat[0]
+    reference = ReferenceResults(first.spec, device, inputs, first.layout.row_dims)
     rows = [row for mesh in built for row in reference.compare(compile_for(mesh))]
     return ParityReport(tuple(rows), reference.title)
 

@@ -1,5 +1,6 @@
 """StepSpec and compile_step: a spec becomes one checked, compiled, read-back training step."""
 
+from ._batch_rows import arrange_specs, list_row_dims
 from ._compiled import CompiledStep
 from ._layout import AbstractState, StepLayout, abstract_state, resolve_layout
 from ._nonfinite import SKIPPED, OnNonfinite
@@ -18,10 +19,12 @@ __all__ = [
     "StepLayout",
     "StepSpec",
     "abstract_state",
+    "arrange_specs",
     "build_objective",
     "check_mesh_given",
     "check_step_spec",
     "compile_step",
+    "list_row_dims",
     "moment_spec",
     "resolve_layout",
 ]

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec
 
+from .._core.errors import StepError
 from .._core.types import PyTree
 from ..nn._overridable import ActiveOverrides, StepContext, use_overrides
 from ..nn._remat import use_policy
 from ..parallel import check_overrides_called
 from ._activations import Activations, SpecsInLoss
 from ._bound_spec import BoundSpec
-from ._compile import CompiledProgram, compile_program
+from ._compile import CompiledProgram, compile_program, no_ambient_mesh
 from ._layout import (
     build_model_init,
     build_optimizer_init,
@@ -86,8 +87,18 @@ class CompiledFunctions:
         return model, optimizer
 
     @functools.cached_property
+    def partial_problem(self) -> str:
+        """Why `evaluate` cannot be computed on fewer rows than the batch has, or nothing."""
+        try:
+            with no_ambient_mesh():
+                self._functions.check_partial()
+        except StepError as error:
+            return str(error)
+        return ""
+
+    @functools.cached_property
     def evaluate(self) -> CompiledProgram:
-        """`(state, batch) → metrics`."""
+        """`(state, batch) → (metrics, the same as totals and weights)`."""
         return self._compile_on_batch(self._functions.evaluate(), self._replicated, False)
 
     @functools.cached_property

@@ -12,11 +12,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .._core.errors import Problem, ShardingError, count, raise_all
 from .._core.precision import cast_floats
+from .._core.row_dims import RowDims
 from .._core.train_state import TrainState
 from .._core.tree import Leaf, join_path, list_leaves, path_str
 from .._core.types import Batch, Key, Params, PyTree, Variables, WithAxes
 from ..parallel import Strategy, check_axes_used, check_composition, suggest_options, update_specs
 from ..rules import Rule, axes_of, check_batch, first_match, format_mesh, resolve_all
+from ._batch_rows import BatchRows, arrange_specs
 from .optim._follow import FollowParams
 
 if TYPE_CHECKING:
@@ -40,10 +42,10 @@ class StepLayout:
       shardings: `TrainState` of `NamedSharding`.
       batch: pytree of `jax.ShapeDtypeStruct`.
       batch_shardings: pytree of `NamedSharding`.
-      rows: number of rows of the global batch; 0 where no leaf has a dim.
-      row_axes: mesh axes that the rows are split over.
-      shard_axes: those of them that separate gradient shards. Along an axis over which rows move
-        between devices inside the loss (tokens to their experts), gradients cannot be kept apart.
+      batch_rows: which dims of the batch count its rows.
+      shard_axes: mesh axes of the rows that separate gradient shards. Along an axis over which rows
+        move between devices inside the loss (tokens to their experts), gradients cannot be kept
+        apart.
       axes: `{path: logical axes}` of the parameters.
       gradients: pytree of `NamedSharding` of the gradients that the update receives.
       update: pytree of `NamedSharding` of the parameters during the update, where it is split
@@ -54,12 +56,26 @@ class StepLayout:
     shardings: TrainState
     batch: Batch
     batch_shardings: PyTree
-    rows: int
-    row_axes: tuple[str, ...]
+    batch_rows: BatchRows
     shard_axes: tuple[str, ...]
     axes: Mapping[str, tuple[str | None, ...]]
     gradients: PyTree
     update: PyTree | None
+
+    @property
+    def rows(self) -> int:
+        """Number of rows of the global batch; 0 where no leaf has any, or that is unclear."""
+        return self.batch_rows.number
+
+    @property
+    def row_dims(self) -> RowDims:
+        """The dim of each leaf of the batch that counts rows."""
+        return self.batch_rows.dims
+
+    @property
+    def row_axes(self) -> tuple[str, ...]:
+        """Mesh axes that the rows are split over."""
+        return self.batch_rows.axes
 
     @property
     def inner_axes(self) -> tuple[str, ...]:
@@ -166,8 +182,14 @@ def resolve_layout(
     check_composition(strategy, sizes)
     state, names = abstract or abstract_state(spec, count_residual_copies(strategy, mesh))
     problems: list[Problem] = []
-    specs = _resolve_specs(strategy, (state, names), batch, sizes, problems)
-    rows, row_axes = _resolve_rows(list_leaves(batch), specs.batch, sizes, micro_batches, problems)
+    specs = _resolve_specs(spec, strategy, (state, names), sizes, problems)
+    leaves = list_leaves(batch)
+    rows = BatchRows.of(leaves, specs.batch, strategy, spec.row_dims)
+    by_spec = isinstance(strategy.batch, PartitionSpec)
+    if rows.problem and (micro_batches > 1 or (by_spec and rows.axes)):
+        problems.append(rows.problem)
+    elif micro_batches > 1:
+        problems += _split_problems(rows, leaves, sizes, micro_batches)
     failed = count(len({problem.subject for problem in problems}), "leaf")
     raise_all(ShardingError, f"{failed} cannot be laid out on mesh {format_mesh(sizes)}.", problems)
     check_axes_used(strategy, sizes, specs.mesh_axes)
@@ -189,9 +211,8 @@ def resolve_layout(
         shardings=shardings,
         batch=batch,
         batch_shardings=_build_shardings(batch, specs.batch, mesh),
-        rows=rows,
-        row_axes=row_axes,
-        shard_axes=tuple(axis for axis in row_axes if axis not in moves_rows),
+        batch_rows=rows,
+        shard_axes=tuple(axis for axis in rows.axes if axis not in moves_rows),
         axes=names,
         gradients=update if scatters_gradients else shardings.params,
         update=update,
@@ -217,9 +238,9 @@ class _Specs:
 
 
 def _resolve_specs(
+    spec: "StepSpec",
     strategy: Strategy,
     abstract: AbstractState,
-    batch: Batch,
     sizes: Mapping[str, int],
     problems: list[Problem],
 ) -> _Specs:
@@ -247,7 +268,7 @@ def _resolve_specs(
         update=update,
         opt_state=_resolve_rule(rule, moments, sizes, "opt_state", problems),
         model_state={**model_specs, **residuals},
-        batch=_batch_specs(strategy, list_leaves(batch), sizes, problems),
+        batch=_batch_specs(spec, strategy, list_leaves(spec.batch), sizes, problems),
     )
 
 
@@ -295,43 +316,31 @@ def _residual_specs(axis: str, specs: Specs) -> dict[str, PartitionSpec]:
 
 
 def _batch_specs(
-    strategy: Strategy, of: Sequence[Leaf], sizes: Mapping[str, int], problems: list[Problem]
+    spec: "StepSpec",
+    strategy: Strategy,
+    of: Sequence[Leaf],
+    sizes: Mapping[str, int],
+    problems: list[Problem],
 ) -> dict[str, PartitionSpec]:
     if not isinstance(strategy.batch, PartitionSpec):
         return _resolve_rule(strategy.batch, of, sizes, "batch", problems)
-    entries = tuple(strategy.batch)
-    specs = {leaf.path: PartitionSpec(*entries[: len(leaf.shape)]) for leaf in of}
+    specs = arrange_specs(strategy.batch, of, spec.row_dims)
     problems += _name_tree("batch", of, check_batch(of, specs, sizes))
     return specs
 
 
-def _resolve_rows(
-    of: Sequence[Leaf],
-    specs: Specs,
-    sizes: Mapping[str, int],
-    micro_batches: int,
-    problems: list[Problem],
-) -> tuple[int, tuple[str, ...]]:
-    """Rows of the batch and the mesh axes that split them, the same for every leaf."""
-    with_rows = [leaf for leaf in of if leaf.shape]
-    if not with_rows:
-        return 0, ()
-    first = with_rows[0]
-    spec = specs.get(first.path, PartitionSpec())
-    axes = axes_of(spec[0]) if len(spec) else ()
-    for leaf in with_rows[1:]:
-        if leaf.shape[0] != first.shape[0]:
-            why = f"has {leaf.shape[0]} rows, {first.path} has {first.shape[0]}"
-            problems.append(
-                Problem(str(leaf.within("batch")), why, "dim 0 of every batch leaf counts rows")
-            )
-    rows, unit = first.shape[0], micro_batches * math.prod(sizes.get(axis, 1) for axis in axes)
-    if micro_batches > 1 and rows % unit:
-        split = " x ".join(f"{axis}={sizes.get(axis, 1)}" for axis in axes) or "1 device"
-        why = f"{rows} rows do not split into accumulate={micro_batches} micro-batches over {split}"
-        fix = f"a multiple of {unit} rows, such as {max(unit, round(rows / unit) * unit)}"
-        problems.append(Problem(str(first.within("batch")), why, fix))
-    return rows, axes
+def _split_problems(
+    rows: BatchRows, of: Sequence[Leaf], sizes: Mapping[str, int], micro_batches: int
+) -> list[Problem]:
+    """Why the rows of a batch do not split into micro-batches."""
+    unit = micro_batches * math.prod(sizes.get(axis, 1) for axis in rows.axes)
+    if rows.number % unit == 0:
+        return []
+    first = next(leaf for leaf, dim in zip(of, rows.dims, strict=True) if dim is not None)
+    split = " x ".join(f"{axis}={sizes.get(axis, 1)}" for axis in rows.axes) or "1 device"
+    why = f"{rows.number} rows do not split into accumulate={micro_batches} micro-batches over "
+    fix = f"a multiple of {unit} rows, such as {max(unit, round(rows.number / unit) * unit)}"
+    return [Problem(str(first.within("batch")), why + split, fix)]
 
 
 def _build_shardings(tree: PyTree, specs: Specs, mesh: Mesh) -> PyTree:

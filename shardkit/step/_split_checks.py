@@ -1,5 +1,6 @@
 """Refuses losses whose numbers would change where a step splits the rows of its batch."""
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +10,7 @@ from jax.extend import core
 
 from .._core.errors import Problem, StepError, raise_all
 from .._core.tracing import equations
+from .._core.tree import list_leaves
 from ..nn._manual_axis_rules import ShardMapLoss
 from ._bound_spec import BoundSpec
 from ._gradients import GradientPlan, LossArgs
@@ -34,10 +36,29 @@ def check_split_rows(
     """
     spec = bound.spec
     splits = next(_row_splits(bound, layout, gradients), None)
+    if not splits:
+        return
+    on_shards = isinstance(spec.loss_fn, ShardMapLoss)
+    problems = list(_stage_problems(bound, layout))
+    if (unclear := layout.batch_rows.problem) and not on_shards:
+        problems.append(dataclasses.replace(unclear, why=f"{unclear.why}; {splits} splits rows"))
+    raise_all(StepError, "The rows of the batch cannot be split.", problems)
     # Statistics of the batch are declared by mutable state, and on shards by `ShardMapLoss`.
-    declared = spec.stateful or isinstance(spec.loss_fn, ShardMapLoss)
-    if splits and not spec.independent_rows and not declared:
-        check_rows(loss, args, splits, gradients=gradients)
+    if not (spec.independent_rows or spec.stateful or on_shards):
+        check_rows(loss, args, layout.row_dims, splits, gradients=gradients)
+
+
+def _stage_problems(bound: BoundSpec, layout: StepLayout) -> Iterator[Problem]:
+    """A pipeline sends micro-batches of dim 0 of all that its layers get of the batch."""
+    for kind in bound.spec.strategy.kinds:
+        if "layers" not in kind.splits or bound.mesh.shape.get(kind.axis, 1) == 1:
+            continue
+        for leaf, dim in zip(list_leaves(layout.batch), layout.row_dims, strict=True):
+            if leaf.shape and dim != 0:
+                where = "counts no rows" if dim is None else f"has its rows on dim {dim}"
+                why = f"{where}; strategies.{kind.name}() splits dim 0 of every leaf"
+                fix = "rows on dim 0, and what counts none in params or closed over by the loss"
+                yield Problem(str(leaf.within("batch")), why, fix)
 
 
 def _row_splits(bound: BoundSpec, layout: StepLayout, gradients: bool) -> Iterator[str]:

@@ -141,7 +141,8 @@ def kill_matrix(
         make_random_batches(plain) if batches is None else batches, steps, jax.random.key(0)
     )
     plain_spec = plain.spec.replace(accumulate=step.spec.accumulate)
-    reference = ReferenceResults(plain_spec, plain.mesh.devices.flat[0], inputs)
+    device = plain.mesh.devices.flat[0]
+    reference = ReferenceResults(plain_spec, device, inputs, plain.layout.row_dims)
     control = ParityReport(tuple(reference.compare(step)), reference.title)
     return KillMatrix(control, tuple(_run_mutations(reference, step, mutations)))
 
