@@ -1,4 +1,7 @@
-"""Losses of batches whose leaves do not all count rows, each with its declarations."""
+"""Losses of batches whose leaves do not all count rows, each with its declarations.
+
+As a program, one of several processes: prints two losses of "both", of its own rows.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +12,6 @@ from jax.sharding import PartitionSpec as P
 import shardkit as sk
 
 RNG = np.random.default_rng(0)
-KEY = jax.random.key(0)
 
 
 def normal(*shape):
@@ -38,6 +40,13 @@ def weighted_loss(p, b, key):
     return sk.Mean(total, weights.sum()), {"right": jnp.mean(right.astype(jnp.float32))}
 
 
+def both_loss(p, b, key):
+    """Time-major features, and weights of classes."""
+    y = b["class_weights"].shape[0] * jax.nn.sigmoid(b["y"])
+    weights = b["class_weights"][y.astype(int)]
+    return sk.Mean(jnp.sum(weights * jnp.tanh(b["x"] @ p["w"]).sum((0, 2))), weights.sum())
+
+
 def distilled_loss(p, b, key):
     return jnp.mean((jnp.tanh(b["x"] @ p["w"]) - jnp.tanh(b["x"] @ b["teacher"]["w"])) ** 2)
 
@@ -64,6 +73,13 @@ CASES = {
         {"class_weights": None, "**": 0},
         {"class_weights": sk.REPLICATED, "**": P("data")},
     ),
+    "both": (
+        both_loss,
+        {"w": (3, 4)},
+        {"x": normal(6, 8, 3), "y": normal(8), "class_weights": np.float32([1, 2, 0.5, 3])},
+        {"x": 1, "class_weights": None, "**": 0},
+        {"x": P(None, "data"), "class_weights": sk.REPLICATED, "**": P("data")},
+    ),
     "teacher": (
         distilled_loss,
         {"w": (5, 4)},
@@ -85,6 +101,8 @@ CASES = {
         {"labelled": P("data"), "y": P("data"), "**": sk.REPLICATED},
     ),
 }
+
+
 def compiled(name, *, rule=False, sizes=None, **options):
     loss, shapes, batch, row_dims, specs = CASES[name]
 
@@ -110,3 +128,21 @@ def plain_mean(loss, params, batch):
 
 def assert_close(got, want, rtol=1e-5):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol, rtol), got, want)
+
+
+def own_rows(step, batch):
+    """What this process passes to a step of "both"."""
+    rows = step.local_rows
+    return {**batch, "x": batch["x"][:, rows], "y": batch["y"][rows]}
+
+
+def main():
+    with sk.distributed(step_timeout=120) as process_group:
+        step, batch = compiled("both", accumulate=2), CASES["both"][2]
+        state, first = step(step.init(jax.random.key(0)), own_rows(step, batch))
+        _, second = step(state, step.shard_batch(own_rows(step, batch)))
+        print("losses", process_group.index, float(first["loss"]), float(second["loss"]))
+
+
+if __name__ == "__main__":
+    main()

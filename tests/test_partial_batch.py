@@ -9,7 +9,7 @@ import pytest
 import shardkit as sk
 from shardkit.step._partial_batch import fill_batches
 
-from ._uneven_batches import CASES, KEY, assert_close, compiled, normal
+from ._uneven_batches import CASES, assert_close, compiled, normal
 
 
 def partial(batch, row_dims, rows):
@@ -22,7 +22,7 @@ def partial(batch, row_dims, rows):
 def test_an_evaluation_of_fewer_rows_is_that_of_these_rows(mode):
     loss, _, batch, row_dims, _ = CASES["class weights"]
     step = compiled("class weights", mode=mode)
-    state = step.init(KEY)
+    state = step.init(jax.random.key(0))
     params = jax.device_get(state.params)
     for rows in (1, 3, 4, 7, 8):
         given = partial(batch, row_dims, rows)
@@ -35,7 +35,7 @@ def test_an_evaluation_of_fewer_rows_is_that_of_these_rows(mode):
 def test_an_evaluation_of_fewer_time_major_rows():
     loss, _, batch, row_dims, _ = CASES["time-major"]
     step = compiled("time-major", accumulate=2)
-    state = step.init(KEY)
+    state = step.init(jax.random.key(0))
     given = partial(batch, row_dims, 5)
     assert_close(step.evaluate(state, given)["loss"], loss(jax.device_get(state.params), given, 0))
 
@@ -70,7 +70,7 @@ def step_of(loss, **options):
 
 def test_means_of_rows_and_their_metrics():
     step = step_of(squares)
-    state = step.init(KEY)
+    state = step.init(jax.random.key(0))
     params = jax.device_get(state.params)
     for rows in (1, 2, 5, 6):
         loss, metrics = squares(params, {"x": X[:rows]}, None)
@@ -92,7 +92,7 @@ def test_parts_hold_every_row_once(total):
 def test_more_rows_and_none(rows, expected):
     step = step_of(squares)
     with pytest.raises(sk.errors.BatchError, match=expected) as told:
-        step.evaluate(step.init(KEY), {"x": np.zeros((rows, 4), np.float32)})
+        step.evaluate(step.init(jax.random.key(0)), {"x": np.zeros((rows, 4), np.float32)})
     assert "the step was compiled for 8" in str(told.value)
     assert "parts of 1 to 8 rows each" in str(told.value)
 
@@ -100,13 +100,16 @@ def test_more_rows_and_none(rows, expected):
 @pytest.mark.parametrize(
     ("loss", "expected"),
     [
-        (spread, ["step.evaluate of fewer rows", "test_partial_batch.py", "a full batch of 8 rows"]),
+        (
+            spread,
+            ["step.evaluate of fewer rows", "test_partial_batch.py", "a full batch of 8 rows"],
+        ),
         (noisy, ["draws random numbers in evaluation", "sk.Loss(train=..., evaluate=...)"]),
     ],
 )
 def test_what_depends_on_all_rows_is_its_own_program_or_refused(loss, expected):
     step = step_of(loss)
-    state = step.init(KEY)
+    state = step.init(jax.random.key(0))
     with pytest.raises(sk.errors.BatchError) as told:
         step.evaluate(state, {"x": X[:3]})  # 4 devices
     assert all(part in str(told.value) for part in expected), told.value
@@ -118,6 +121,6 @@ def test_what_depends_on_all_rows_is_its_own_program_or_refused(loss, expected):
 
 def test_an_evaluation_without_draws_beside_a_training_with_them():
     step = step_of(sk.Loss(noisy, squares))
-    state = step.init(KEY)
+    state = step.init(jax.random.key(0))
     wanted, _ = squares(jax.device_get(state.params), {"x": X[:3]}, None)
     assert_close(step.evaluate(state, {"x": X[:3]})["loss"], wanted)

@@ -1,6 +1,8 @@
 """Batches whose leaves do not all count rows: against one device, by hand, in plain JAX."""
 
 import dataclasses
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
+from shardkit.cli import main
 
 from ._quick import some_quick
-from ._uneven_batches import CASES, KEY, assert_close, compiled, normal, plain_mean
+from ._uneven_batches import CASES, assert_close, compiled, normal, plain_mean
 
 HOW = {
     "one device": {"sizes": {"data": 1}, "accumulate": 2},
@@ -29,7 +32,7 @@ QUICK = ("accumulated by rule", "accumulated in shard_map")
 def check_update(step, name, rtol=1e-5):
     """One SGD update at rate 1 subtracts the gradient."""
     loss, _, batch, *_ = CASES[name]
-    state = step.init(KEY)
+    state = step.init(jax.random.key(0))
     params = jax.device_get(state.params)
     value, grads = jax.value_and_grad(lambda p: plain_mean(loss, p, batch))(params)
     after, metrics = step(state, batch)
@@ -51,9 +54,13 @@ def test_gradients_reduced_in_another_dtype_are_those_of_one_device(name):
 
 def test_a_loop_from_zeros_is_refused_on_shards_by_its_line():
     def loss(p, b, key):
-        return jnp.mean(jax.lax.scan(lambda h, x: (h + x @ p, None), jnp.zeros((b.shape[1], 1)), b)[0])
+        return jnp.mean(
+            jax.lax.scan(lambda h, x: (h + x @ p, None), jnp.zeros((b.shape[1], 1)), b)[0]
+        )
 
-    with pytest.raises(sk.errors.StepError, match=r"test_row_dims.py:\d+ .*constant.*\n?.*") as told:
+    with pytest.raises(
+        sk.errors.StepError, match=r"test_row_dims.py:\d+ .*constant.*\n?.*"
+    ) as told:
         sk.compile_step(
             loss,
             optax.sgd(1.0),
@@ -104,7 +111,7 @@ def test_leaves_that_disagree_are_one_program_where_nothing_splits_rows():
             mesh=sk.MeshSpec(tensor=8).build(),
             strategy=strategy,
         )
-        state = step.init(KEY)
+        state = step.init(jax.random.key(0))
         params = jax.device_get(state.params)
         assert_close(step(state, GRAPH)[1]["loss"], loss(params, GRAPH, None))
 
@@ -146,7 +153,7 @@ def test_a_rule_that_splits_several_dims_does_not_say_which_are_rows():
         ({"x": 0}, ["batch/w f32[4]", "no glob of row_dims matches"]),
         ({"**": 1}, ["batch/w f32[4]", "dim 1 counts rows, and it has 1 dims"]),
         ({"**": -1}, ["batch/x f32[8,4]", "dim -1 counts rows"]),
-        ({"**": 0}, ["batch/x f32[8,4]", "has 8 rows, w has 4"]),
+        ({"**": 0}, ["batch/w f32[4]", "has 4 rows, x has 8", "row_dims={'w': None"]),
         ({"z": 1, "**": 0}, ["row_dims['z']", "matches no leaf", "one of w, x"]),
         ({"**": "0"}, ["row_dims", "expected mapping of str to int or none"]),
         ({"**": True}, ["row_dims", "expected mapping of str to int or none"]),
@@ -169,7 +176,7 @@ def test_a_pipeline_takes_rows_on_dim_0_alone():
         strategy=stack,
         row_dims={"c": None, "**": 0},
     )
-    with pytest.raises(sk.errors.StepError, match="batch/c f32.3.  counts no rows"):
+    with pytest.raises(sk.errors.StepError, match=r"batch/c f32.3.  counts no rows"):
         spec.compile(sk.MeshSpec(pipe=2).build(devices=jax.devices()[:2]))
 
 
@@ -211,7 +218,7 @@ def test_draws_of_time_major_rows_are_those_of_one_device():
 def test_a_self_check_moves_rows_alone():
     _, _, batch, *_ = CASES["time-major"]
     step = compiled("time-major", sizes={"data": 2}, accumulate=2)
-    result = step.self_check(step.init(KEY), batch)
+    result = step.self_check(step.init(jax.random.key(0)), batch)
     assert {check.name: check.verdict for check in result.checks}["rows"] == "ok", str(result)
 
 
@@ -227,3 +234,18 @@ def test_a_plan_sizes_rows_alone():
     space = sk.SearchSpace(axes=("data",), remat=("none",))
     planned = sk.plan(spec, "tpu:v5e:2x2", global_batch=16, space=space)
     assert dict(planned.best.mesh) == {"data": 4}
+
+
+@pytest.mark.slow
+def test_two_processes_pass_their_rows_and_leaves_without_rows_whole(capfd, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    monkeypatch.setenv("PYTHONPATH", ".")
+    program = [sys.executable, "-m", "tests._uneven_batches"]
+    assert main(["launch", "-n", "2", "--devices", "2", "--", *program]) == 0
+    said = [line.split() for line in capfd.readouterr().out.splitlines() if "losses" in line]
+    step, batch = compiled("both", accumulate=2), CASES["both"][2]
+    state, first = step(step.init(jax.random.key(0)), batch)
+    _, second = step(state, batch)
+    for line in said:
+        assert_close([float(x) for x in line[-2:]], [first["loss"], second["loss"]])
+    assert len(said) == 2

@@ -29,8 +29,8 @@ def process_rows(
 ) -> np.ndarray:
     """Lists the rows of a global batch that the devices of one process hold.
 
-    Only the spec's dim of rows matters: processes that differ along other mesh axes hold the same rows,
-    and each of them reads all of these.
+    Only the spec's dim of rows matters: processes that differ along other mesh axes hold the same
+    rows, and each of them reads all of these.
 
     Args:
       mesh: the devices of all processes.

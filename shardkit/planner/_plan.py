@@ -115,7 +115,9 @@ def _with_rows(spec: StepSpec, rows: int | None) -> StepSpec:
     dims = list_row_dims(list_leaves(spec.batch), spec.row_dims)
     now = count_rows(spec.batch, dims)
     if len(now) > 1:
-        why = f"leaves have {', '.join(map(str, sorted(now)))} rows, so global_batch={rows} sets none"
+        why = (
+            f"leaves have {', '.join(map(str, sorted(now)))} rows, so global_batch={rows} sets none"
+        )
         problem = Problem("batch", why, 'StepSpec(row_dims={"class_weights": None, "**": 0})')
         raise_all(MeshError, _FAILED, [problem])
     return spec.replace(batch=resize_rows(spec.batch, dims, rows, *now)) if now else spec

@@ -141,21 +141,20 @@ def row_dim_problems(batch: Batch, declared: RowDimTable | None) -> Iterator[Pro
 def _disagreement(
     counted: Sequence[tuple[Leaf, int]], splits: Mapping[str, tuple[str, ...]]
 ) -> Problem | None:
-    """The first leaf with another number of rows than the first, or with rows over other axes."""
-    if not counted:
-        return None
-    first, first_dim = counted[0]
-    rows = first.shape[first_dim]
-    for leaf, dim in counted[1:]:
-        if leaf.shape[dim] != rows:
-            why = f"has {leaf.shape[dim]} rows, {first.path} has {rows}, on dims {dim} and {first_dim}"
-            fix = f'StepSpec(row_dims={{{leaf.path!r}: None, "**": 0}}), if it has no rows'
-            return Problem(str(leaf.within("batch")), why, fix)
-    names = {axes: path for path, axes in reversed(splits.items()) if axes}
-    if len(names) > 1:
-        (one, path), (other, other_path), *_ = reversed(names.items())
-        why = f"splits its rows over {other}, {path} over {one}"
-        return Problem(f"batch/{other_path}", why, "one split of the rows for every leaf")
+    """The first leaf with another number of rows than most, or with rows over other axes."""
+    sizes = [leaf.shape[dim] for leaf, dim in counted]
+    usual = max(sizes, key=lambda n: (sizes.count(n), n), default=0)
+    if odd := [pair for pair, n in zip(counted, sizes, strict=True) if n != usual]:
+        (leaf, dim), (like, like_dim) = odd[0], counted[sizes.index(usual)]
+        why = f"has {leaf.shape[dim]} rows, {like.path} has {usual}, on dims {dim} and {like_dim}"
+        none = "".join(f"{other.path!r}: None, " for other, _ in odd)
+        fix = f'StepSpec(row_dims={{{none}"**": 0}}), if what is named there has no rows'
+        return Problem(str(leaf.within("batch")), why, fix)
+    split = [(path, axes) for path, axes in splits.items() if axes]
+    for path, axes in split[1:]:
+        if axes != split[0][1]:
+            why = f"splits its rows over {axes}, {split[0][0]} over {split[0][1]}"
+            return Problem(f"batch/{path}", why, "one split of the rows for every leaf")
     return None
 
 

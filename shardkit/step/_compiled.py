@@ -1,7 +1,6 @@
 """`CompiledStep`: one spec compiled for one mesh."""
 
 import dataclasses
-import functools
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,6 @@ from jax.sharding import Mesh
 from .._core.errors import BatchError, Problem, StateError, format_problems
 from .._core.train_state import TrainState
 from .._core.types import Batch, Key, Metrics, Params, PyTree
-from ..data import rows_of_shardings
 from ..report import Report
 from ._batch_variants import BatchVariants
 from ._bound_spec import BoundSpec
@@ -73,10 +71,10 @@ class CompiledStep:
         """Pytree of `NamedSharding`, one per batch leaf."""
         return self.layout.batch_shardings
 
-    @functools.cached_property
+    @property
     def local_rows(self) -> np.ndarray:
         """Rows of the global batch that this process must pass to the step, i64[n]."""
-        return rows_of_shardings(self.batch_shardings, self.layout.rows, self.layout.row_dims)
+        return self.layout.local_rows
 
     @property
     def gradient_program(self) -> CompiledProgram:

@@ -91,7 +91,7 @@ class CompiledFunctions:
         """Why `evaluate` cannot be computed on fewer rows than the batch has, or nothing."""
         try:
             with no_ambient_mesh():
-                self._functions.check_partial()
+                self._functions.check_partial_rows()
         except StepError as error:
             return str(error)
         return ""

@@ -1,12 +1,14 @@
 """Resolves a strategy's rules on a mesh: the sharding of every leaf, or every problem at once."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -16,6 +18,7 @@ from .._core.row_dims import RowDims
 from .._core.train_state import TrainState
 from .._core.tree import Leaf, join_path, list_leaves, path_str
 from .._core.types import Batch, Key, Params, PyTree, Variables, WithAxes
+from ..data import rows_of_shardings
 from ..parallel import Strategy, check_axes_used, check_composition, suggest_options, update_specs
 from ..rules import Rule, axes_of, check_batch, first_match, format_mesh, resolve_all
 from ._batch_rows import BatchRows, arrange_specs
@@ -76,6 +79,11 @@ class StepLayout:
     def row_axes(self) -> tuple[str, ...]:
         """Mesh axes that the rows are split over."""
         return self.batch_rows.axes
+
+    @functools.cached_property
+    def local_rows(self) -> np.ndarray:
+        """Rows of the global batch that the devices of this process hold, i64[n]."""
+        return rows_of_shardings(self.batch_shardings, self.rows, self.row_dims)
 
     @property
     def inner_axes(self) -> tuple[str, ...]:

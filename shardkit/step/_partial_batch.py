@@ -18,16 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._core.errors import BatchError, Problem, StepError, raise_all
+from .._core.errors import BatchError, Problem, raise_all
 from .._core.row_dims import RowDims, count_rows, map_rows, take_rows
-from .._core.split_rng import list_draws
 from .._core.types import Batch, Metrics
-from ._gradients import LossArgs
 from ._layout import StepLayout
-from ._objective import Objective
-from .rows import check_rows
-
-HEADLINE = "A batch of fewer rows than declared cannot be evaluated."
 
 
 def count_partial_rows(batch: Batch, layout: StepLayout) -> int | None:
@@ -50,27 +44,6 @@ def count_partial_rows(batch: Batch, layout: StepLayout) -> int | None:
     why = f"has {given} rows, the step was compiled for {total}"
     fix = f"parts of 1 to {total} rows each, or a step declared for more"
     raise_all(BatchError, "The batch cannot be evaluated.", [Problem("batch", why, fix)])
-
-
-def check_partial(layout: StepLayout, loss: Objective, args: LossArgs, *, proved: bool) -> None:
-    """Checks that a loss of repeated rows is that of the rows themselves.
-
-    Args:
-      layout: which dims of the batch count rows.
-      loss: as it is evaluated, on whole arrays.
-      args: its abstract arguments.
-      proved: the user declares that it is a mean of independent rows.
-
-    Raises:
-      StepError: it draws random numbers, or depends on rows together.
-    """
-    if any(kind in ("bits", "gamma") for kind, _ in list_draws(jax.make_jaxpr(loss)(*args).jaxpr)):
-        why = "draws random numbers in evaluation too, which are those of a full batch"
-        fix = "sk.Loss(train=..., evaluate=...), whose evaluate draws none"
-        raise_all(StepError, HEADLINE, [Problem("loss_fn", why, fix)])
-    if not proved:
-        splits, whole = "step.evaluate of fewer rows", f"a full batch of {layout.rows} rows"
-        check_rows(loss, args, layout.row_dims, splits, gradients=False, whole=whole)
 
 
 def fill_batches(

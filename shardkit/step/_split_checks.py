@@ -9,6 +9,7 @@ import jax
 from jax.extend import core
 
 from .._core.errors import Problem, StepError, raise_all
+from .._core.split_rng import list_draws
 from .._core.tracing import equations
 from .._core.tree import list_leaves
 from ..nn._manual_axis_rules import ShardMapLoss
@@ -75,6 +76,30 @@ def _row_splits(bound: BoundSpec, layout: StepLayout, gradients: bool) -> Iterat
     for kind in spec.strategy.kinds:
         if "layers" in kind.splits and sizes.get(kind.axis, 1) > 1:
             yield f"strategies.{kind.name}()"
+
+
+def check_partial_rows(
+    layout: StepLayout, loss: Objective, args: LossArgs, *, proved: bool
+) -> None:
+    """Checks that a batch with fewer rows can be evaluated by repeating them; see `_partial_batch`.
+
+    Args:
+      layout: which dims of the batch count rows.
+      loss: as it is evaluated, on whole arrays.
+      args: its abstract arguments.
+      proved: the user declares that it is a mean of independent rows.
+
+    Raises:
+      StepError: it draws random numbers, or depends on rows together.
+    """
+    if any(kind in ("bits", "gamma") for kind, _ in list_draws(jax.make_jaxpr(loss)(*args).jaxpr)):
+        why = "draws random numbers in evaluation too, which are those of a full batch"
+        fix = "sk.Loss(train=..., evaluate=...), whose evaluate draws none"
+        headline = "A batch of fewer rows than declared cannot be evaluated."
+        raise_all(StepError, headline, [Problem("loss_fn", why, fix)])
+    if not proved:
+        splits, whole = "step.evaluate of fewer rows", f"a full batch of {layout.rows} rows"
+        check_rows(loss, args, layout.row_dims, splits, gradients=False, whole=whole)
 
 
 def check_convolutions(plan: GradientPlan, loss: Objective, args: LossArgs) -> None:

@@ -16,8 +16,7 @@ from ._bound_spec import BoundSpec
 from ._gradients import GradientFn, GradientPlan, LossArgs, build_gradients, match_shard_draws
 from ._layout import StepLayout
 from ._objective import Objective, build_objective
-from ._partial_batch import check_partial
-from ._split_checks import check_convolutions, check_split_rows
+from ._split_checks import check_convolutions, check_partial_rows, check_split_rows
 from ._update import (
     Metrics,
     build_eval_step,
@@ -100,7 +99,7 @@ class StepFunctions:
         """Builds `(state, batch) → (metrics, gradients)`."""
         return build_gradient_step(self._gradient_fn)
 
-    def check_partial(self) -> None:
+    def check_partial_rows(self) -> None:
         """Checks that `evaluate` can be computed on fewer rows than declared; see there.
 
         Raises:
@@ -108,7 +107,7 @@ class StepFunctions:
         """
         loss = build_objective(self.bound.spec.loss_fn, self.bound.mesh, evaluate=True)
         proved = self.bound.spec.independent_rows
-        check_partial(self.layout, loss, self._loss_args, proved=proved)
+        check_partial_rows(self.layout, loss, self._loss_args, proved=proved)
 
     def evaluate(self) -> Callable[[TrainState, Batch], tuple[Metrics, dict[str, Mean]]]:
         """Builds `(state, batch) → (metrics, the same as totals and weights)`."""

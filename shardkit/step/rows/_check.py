@@ -18,7 +18,10 @@ from ._states import AlwaysZero, Cause, Constant, Degree, Mixed, PerRow, RowSum,
 
 LossArgs = tuple[Params, PyTree, Batch, Key]
 
-_ESCAPE = "StepSpec(..., independent_rows=True) if you know that rows are independent all the same"
+_ESCAPE = (
+    "StepSpec(..., independent_rows=True) if you know that rows are independent all the same; or "
+    "StepSpec(..., row_dims={...}) if not every leaf of the batch has its rows on dim 0"
+)
 WHOLE = 'the whole batch at once: mode="auto", accumulate=1, no reduce_dtype'
 
 

@@ -133,7 +133,9 @@ def _take_rows(
         entries = (*sharding.spec, *[None] * (x.ndim - len(sharding.spec)))
         columns = jax.lax.with_sharding_constraint(
             x.reshape(with_dim(x.shape, dim, x.shape[dim] // steps, steps)),
-            NamedSharding(sharding.mesh, PartitionSpec(*with_dim(entries, dim, entries[dim], None))),
+            NamedSharding(
+                sharding.mesh, PartitionSpec(*with_dim(entries, dim, entries[dim], None))
+            ),
         )
         return jax.lax.dynamic_index_in_dim(columns, index, dim + 1, keepdims=False)
 

@@ -157,10 +157,11 @@ def _batch_problems(layout: StepLayout) -> Iterator[Problem]:
         axes = [axes_of(entry) for entry in sharding.spec]
         axes += [()] * (len(leaf.shape) - len(axes))
         rows = axes.pop(row_dim) if row_dim is not None else layout.row_axes
-        fix = "sk.ShardMapLoss(local, reference)"
         if split := [axis for names in axes for axis in names]:
             why = f"is split over {_quote_all(split)} beyond its rows"
-            fix = f"batch=P({_axes_code(layout.row_axes)}), or {fix}"
+            fix = f"batch=P({_axes_code(layout.row_axes)})"
+            fix = "sk.REPLICATED for a leaf without rows" if row_dim is None else fix
+            fix += ", or sk.ShardMapLoss(local, reference)"
             yield Problem(str(leaf.within("batch")), why, fix)
         elif rows != layout.row_axes:
             why = f"has its rows over {_quote_all(rows)}, others over {_quote_all(layout.row_axes)}"
