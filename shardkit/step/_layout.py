@@ -16,7 +16,7 @@ from .._core.errors import Problem, ShardingError, count, raise_all
 from .._core.precision import cast_floats
 from .._core.row_dims import RowDims
 from .._core.train_state import TrainState
-from .._core.tree import Leaf, join_path, list_leaves, path_str
+from .._core.tree import Leaf, flatten_tree, join_path, leaves_by_path, list_leaves, path_str
 from .._core.types import Batch, Key, Params, PyTree, Variables, WithAxes
 from ..data import rows_of_shardings
 from ..parallel import Strategy, check_axes_used, check_composition, suggest_options, update_specs
@@ -161,7 +161,10 @@ def abstract_state(spec: "StepSpec", residual_copies: int = 0) -> AbstractState:
         opt_state = build_optimizer_init(spec.optimizer)(state.params)
         return dataclasses.replace(state, opt_state=opt_state)
 
-    return jax.eval_shape(run, jax.eval_shape(lambda: jax.random.key(0))), names
+    state = jax.eval_shape(run, jax.eval_shape(lambda: jax.random.key(0)))
+    for name in ("params", "model_state", "opt_state"):
+        leaves_by_path(getattr(state, name), name)  # refuses two leaves of one path
+    return state, names
 
 
 def resolve_layout(
@@ -358,7 +361,10 @@ def _build_shardings(tree: PyTree, specs: Specs, mesh: Mesh) -> PyTree:
 
 
 def _to_variables(initial: PyTree) -> Variables:
-    return initial if isinstance(initial, Variables) else Variables(initial, {})
+    variables = initial if isinstance(initial, Variables) else Variables(initial, {})
+    flatten_tree(variables.params, "params")
+    flatten_tree(variables.model_state, "model_state")
+    return variables
 
 
 def _has_axes(x: Any) -> bool:

@@ -20,6 +20,7 @@ import numpy as np
 
 from .._core.errors import BatchError, Problem, raise_all
 from .._core.row_dims import RowDims, count_rows, map_rows, take_rows
+from .._core.tree import flatten_tree
 from .._core.types import Batch, Metrics
 from ._layout import StepLayout
 
@@ -30,7 +31,7 @@ def count_partial_rows(batch: Batch, layout: StepLayout) -> int | None:
     Raises:
       BatchError: it has more rows than declared, or none.
     """
-    leaves, structure = jax.tree.flatten(batch)
+    leaves, structure = flatten_tree(batch, "batch")
     declared, declared_structure = jax.tree.flatten(layout.batch)
     total, dims = layout.rows, layout.row_dims
     same_ranks = structure == declared_structure and all(
