@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 from .._core.donation import check_not_donated
 from .._core.errors import CheckpointCorruptedError, CheckpointError, Problem, format_problems
 from .._core.io._files import is_locked
+from .._core.options import check_arguments
 from .._core.tree import leaves_by_path
 from ._arrays import check_folders
 from ._collective_errors import collective_errors, is_first_process
@@ -59,6 +60,13 @@ class Checkpointer:
           axes: `{path: logical axes}` of leaves whose dims are named, for the manifest.
           config: plain JSON values that describe the run, for the manifest.
         """
+        check_arguments(
+            CheckpointError,
+            "The checkpoints are declared wrongly.",
+            folder=(folder, str | os.PathLike[str]),
+            retention=(retention, RetentionPolicy | None),
+            axes=(axes, Mapping[str, Any] | None),
+        )
         self.folder, self.retention = Path(folder), retention or RetentionPolicy()
         self._axes, self._config = dict(axes or {}), config
         self._block: contextlib.ExitStack | None = None
@@ -142,6 +150,11 @@ class Checkpointer:
           StateError: the state was donated to an update.
           TreeError: two leaves have the same path.
         """
+        headline = "Nothing can be saved."
+        check_arguments(CheckpointError, headline, step=(step, int))
+        if step < 0:
+            problem = Problem(f"step={step}", "is not a number of updates", "step=0")
+            raise CheckpointError(format_problems(headline, [problem]))
         check_not_donated(state, "state", "A donated state cannot be saved.")
         leaves = leaves_by_path(state)
         check_folders(leaves)

@@ -11,7 +11,8 @@ from typing import Any, Self
 import jax
 import numpy as np
 
-from .._core.errors import BatchError, Problem, raise_all
+from .._core.errors import BatchError, DataError, Problem, raise_all
+from .._core.options import check_arguments
 from .._core.tree import leaves_by_path
 from .._core.types import Batch, PyTree
 from ._batch_source import BatchSource
@@ -53,7 +54,17 @@ class Loader:
           start: step of the first batch.
           stop: the first step without a batch; None for no end.
           prefetch: batches to keep ready on the devices; 0 makes each when it is requested.
+
+        Raises:
+          DataError: a number is of another type.
         """
+        check_arguments(
+            DataError,
+            "The data cannot be loaded this way.",
+            start=(start, int),
+            stop=(stop, int | None),
+            prefetch=(prefetch, int),
+        )
         self.data, self.prefetch = data, prefetch
         self._shardings, self._step, self._stop = shardings, start, stop
         self._batches: Generator[Batch] | None = None

@@ -8,6 +8,7 @@ from typing import Any
 from jax.sharding import PartitionSpec
 
 from .._core.errors import Problem, StepError, did_you_mean, format_problems, raise_all
+from .._core.options import option_problems
 from .._core.precision import Precision
 from .._core.types import Accumulate
 from ..nn._overridable import Override
@@ -83,9 +84,18 @@ class Strategy:
             Problem(
                 "kinds", f"{kind!r} is not a kind of parallelism", 'strategies.own("ring").kinds'
             )
-            for kind in self.kinds
-            if not isinstance(kind, Kind)
+            for kind in (self.kinds if isinstance(self.kinds, tuple) else [self.kinds])
+            if not isinstance(kind, Kind) or kind is self.kinds
         ]
+        problems += option_problems(
+            zero=(self.zero, Zero | None),
+            accumulate=(self.accumulate, int | Accumulate),
+            remat=(self.remat, str),
+            precision=(self.precision, str | Precision),
+            compression=(self.compression, GradientCompression | None),
+            overrides=(self.overrides, tuple[tuple[str, Override], ...]),
+            names=(self.names, tuple[tuple[str, str], ...]),
+        )
         raise_all(StepError, "The strategy is declared wrongly.", problems)
 
     @property

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from .._core.errors import Problem, VerificationError, count, format_problems, raise_all
+from .._core.options import check_arguments
 from .._core.row_dims import RowDims
 from .._core.tree import short_dtype
 from .._core.types import Batch, Key
@@ -140,7 +141,7 @@ def verify(
     True
     """
     compile_for = as_step_factory(spec)
-    _check_arguments(meshes, batches, steps)
+    _check_arguments(meshes, batches, steps, key)
     built = [_build_mesh(mesh) for mesh in meshes]
     first = compile_for(build_one_device_mesh(built[0]))
     batches = make_random_batches(first) if batches is None else batches
@@ -190,7 +191,17 @@ def _build_mesh(mesh: Mesh | MeshSpec) -> Mesh:
     return mesh.build(devices=None if has_open_axis else jax.devices()[: mesh.size])
 
 
-def _check_arguments(meshes: Sequence[Any], batches: Sequence[Any] | None, steps: int) -> None:
+def _check_arguments(
+    meshes: Sequence[Any], batches: Sequence[Any] | None, steps: int, key: Key | None
+) -> None:
+    check_arguments(
+        VerificationError,
+        _HEADLINE,
+        meshes=(meshes, Sequence[Mesh | MeshSpec]),
+        batches=(batches, Sequence[Any] | None),
+        steps=(steps, int),
+        key=(key, jax.Array | None),
+    )
     problems = []
     if not meshes:
         problems.append(Problem("meshes", "is empty", "meshes=[sk.MeshSpec(data=2, tensor=4)]"))

@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 
 from .._core.errors import MeshError, Problem, format_problems, raise_all
+from .._core.options import check_arguments
 from .._core.row_dims import count_rows, resize_rows
 from .._core.tree import list_leaves
 from ..hardware import CHIPS, Chip
@@ -61,6 +62,15 @@ def plan(
     """
     start = time.monotonic()
     check_step_spec(spec, MeshError, _FAILED)
+    check_arguments(
+        MeshError,
+        _FAILED,
+        target=(target, str),
+        global_batch=(global_batch, int | None),
+        space=(space, SearchSpace | None),
+        overlap=(overlap, float),
+        hardware=(hardware, Sequence[Chip]),
+    )
     _check_numbers(global_batch, overlap)
     devices, spec = _parse_target(target, hardware), _with_rows(spec, global_batch)
     search = Search.of(spec, devices, space or SearchSpace(), overlap, hardware)

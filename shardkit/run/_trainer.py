@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.text import Text
 
+from .._core.errors import ConfigError
+from .._core.options import check_arguments
 from ..checkpoint import RetentionPolicy
 from ..processes import ProcessGroup
 from ..step import CompiledStep, StepSpec, check_mesh_given
@@ -19,7 +21,7 @@ from ._console import label_text, show_layout, standard_output
 from ._folder import open_run_folder
 from ._loop import Loop
 from ._resume import decide_resume
-from ._source import Data, Evaluate, as_source
+from ._source import Data, DataSource, Evaluate, as_source
 from .callbacks import (
     Callback,
     Describe,
@@ -81,8 +83,24 @@ class Trainer:
         """Checks that a spec has its mesh; silences every process but the first.
 
         Raises:
+          ConfigError: an option is of another type.
           StepError: a spec without a mesh, or a mesh for a step that has its own.
         """
+        check_arguments(
+            ConfigError,
+            "The run is declared wrongly.",
+            step=(self.step, StepSpec | Callable[..., Any]),
+            data=(self.data, DataSource | Callable[..., Any] | Iterable[Any]),
+            folder=(self.folder, str | os.PathLike[str]),
+            config=(self.config, TrainConfig),
+            evaluate=(self.evaluate, Callable[..., Any] | None),
+            callbacks=(self.callbacks, Sequence[Any]),
+            record=(self.record, Mapping[str, Any]),
+            decides=(self.decides, Sequence[str] | None),
+            retention=(self.retention, RetentionPolicy | None),
+            tokens=(self.tokens, int | None),
+            describe=(self.describe, Callable[..., Any]),
+        )
         check_mesh_given(self.step, self.mesh)
         if self.process_group.index:
             config = dataclasses.replace(self.config, loggers=(), profile=None)

@@ -324,6 +324,9 @@ def _type_problems(spec: StepSpec) -> Iterator[Problem]:
     for name, is_right, fix in rows:
         if not is_right:
             yield Problem(name, f"is of type {_type_name(getattr(spec, name))}", fix)
+    if isinstance(spec.compiler_options, Mapping):
+        options = (dict(spec.compiler_options), Mapping[str, Any])
+        yield from option_problems(compiler_options=options)
     yield from option_problems(
         deterministic=(spec.deterministic, bool),
         debug=(spec.debug, bool),

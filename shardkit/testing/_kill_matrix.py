@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from .._core.errors import Problem, VerificationError, count, format_problems
 from .._core.io._table import Table
+from .._core.options import check_arguments
 from .._core.types import Accumulate, Batch
 from ..parity import (
     ParityInputs,
@@ -127,6 +128,7 @@ def kill_matrix(
       mutations: to inject. Of the checks that compile a program of their own, only those that must
         find the mutation run.
     """
+    check_arguments(VerificationError, "No mutations can be injected.", steps=(steps, int))
     compile_for = as_step_factory(spec)
     # Mutations that break the mean of rows are to be found in the numbers, not refused.
     plain = compile_for(build_one_device_mesh(mesh)).replace(independent_rows=True)
