@@ -312,7 +312,33 @@ def test_two_leaves_of_one_path_are_refused_with_both_their_names(name, where, t
         with pytest.raises(sk.errors.TreeError) as caught:
             save()
         assert all(one in str(caught.value) for one in keyed)
+    with pytest.raises(sk.errors.TreeError, match="f32"):
+        sk.explain_rules(sk.REPLICATED, arrays, mesh_of())
     assert not (tmp_path / "file").exists()
+
+
+@pytest.mark.parametrize("where", ["params", "batch", "model_state"])
+def test_keys_of_several_types_are_refused_by_the_dict_that_has_them(where, tmp_path):
+    """JAX sorts the keys of a dict, and says only that it cannot."""
+    told = rf"{where}/deep  has keys of several types: 1, '1'"
+    with pytest.raises(sk.errors.TreeError, match=told):
+        compiled(lambda a, b: {"deep": {1: a, "1": b}}, mesh_of(), where=where)
+    tree = {"deep": {1: jnp.ones(4), "1": jnp.zeros(2)}}
+    for use in (
+        lambda: sk.Checkpointer(tmp_path / "steps").save(1, tree),
+        lambda: export_safetensors(tmp_path / "file", tree),
+        lambda: sk.explain_rules(sk.REPLICATED, tree, mesh_of()),
+    ):
+        with pytest.raises(sk.errors.TreeError, match="deep  has keys of several types"):
+            use()
+
+
+def test_a_batch_of_keys_of_several_types_is_refused_when_it_is_passed():
+    step = compiled(lambda a, b: {"a": a, "b": b}, mesh_of(), where="batch")
+    state, batch = step.init(jax.random.key(0)), {1: np.ones(4), "1": np.ones(4)}
+    for use in (step, step.evaluate, step.gradients, lambda _, b: step.shard_batch(b)):
+        with pytest.raises(sk.errors.TreeError, match="batch  has keys of several types"):
+            use(state, batch)
 
 
 def test_a_leaf_inside_the_folder_of_another_is_not_saved(tmp_path):

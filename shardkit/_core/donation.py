@@ -3,7 +3,7 @@
 import jax
 
 from .errors import Problem, StateError, raise_all
-from .tree import path_str
+from .tree import flatten_tree, path_str
 from .types import PyTree
 
 
@@ -17,8 +17,10 @@ def check_not_donated(tree: PyTree, name: str, headline: str) -> None:
 
     Raises:
       StateError: some arrays are deleted; names the first three.
+      TreeError: a dict of the tree has keys that cannot be sorted.
     """
-    if not any(x.is_deleted() for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)):
+    leaves, _ = flatten_tree(tree, name)
+    if not any(x.is_deleted() for x in leaves if isinstance(x, jax.Array)):
         return
     deleted = [
         path_str(path)

@@ -1,15 +1,19 @@
 """Checks options of public declarations against their annotations when they are declared.
 
 Unchecked, `sequence="False"` would be true and `stage="2"` an error far from its cause. Annotations
-of plain values are compared: `bool`, numbers, `str`, literals, unions, tuples and mappings of
-them. A class matches its instances; any other annotation matches everything.
+of plain values are compared: `bool`, numbers, `str`, literals, unions, tuples, sequences and
+mappings of them, functions and paths. A class matches its instances; any other annotation matches
+everything. Numbers and bools of NumPy are taken; a bool is no number.
 """
 
 import numbers
+import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
+
+import numpy as np
 
 from .errors import Problem, ShardkitError, raise_all
 
@@ -33,6 +37,23 @@ def option_problems(prefix: str = "", **options: tuple[Any, Any]) -> list[Proble
         for name, (value, annotation) in options.items()
         if not matches_annotation(annotation, tuple(value) if isinstance(value, list) else value)
     ]
+
+
+def check_arguments(
+    kind: type[ShardkitError], headline: str, prefix: str = "", **options: tuple[Any, Any]
+) -> None:
+    """Checks arguments of a function against types.
+
+    Args:
+      kind: type of the error.
+      headline: first line of the error.
+      prefix: before each name in the message.
+      **options: `name=(value, annotation)`.
+
+    Raises:
+      ShardkitError: of type `kind`, with every argument whose value does not match.
+    """
+    raise_all(kind, headline, option_problems(prefix, **options))
 
 
 def check_options(
@@ -73,10 +94,23 @@ def matches_annotation(annotation: Any, value: Any) -> bool:
         return isinstance(value, Mapping) and all(
             all(map(matches_annotation, arguments, item)) for item in value.items()
         )
+    if origin is Sequence:
+        is_sequence = isinstance(value, Sequence) and not isinstance(value, str)
+        return is_sequence and all(matches_annotation(arguments[0], one) for one in value)
+    if origin is Iterable:
+        return isinstance(value, Iterable)
+    if origin is Callable:
+        return callable(value)
+    if origin is os.PathLike:
+        return isinstance(value, os.PathLike)
+    if annotation is bool:
+        return isinstance(value, bool | np.bool_)
     if annotation in (int, float):
         number = numbers.Integral if annotation is int else numbers.Real
         return isinstance(value, number) and not isinstance(value, bool)
-    return not isinstance(annotation, type) or isinstance(value, annotation)
+    if annotation is Any or not isinstance(annotation, type):
+        return True
+    return isinstance(value, annotation)
 
 
 def _items_match(arguments: tuple[Any, ...], value: tuple[Any, ...]) -> bool:
@@ -104,6 +138,12 @@ def describe_annotation(annotation: Any) -> str:
         return (
             f"mapping of {describe_annotation(arguments[0])} to {describe_annotation(arguments[1])}"
         )
+    if origin is Sequence:
+        return f"a sequence of {describe_annotation(arguments[0])}"
+    if origin in (Callable, os.PathLike):
+        return "a function" if origin is Callable else "a path"
+    if origin is Iterable:
+        return "an iterable"
     names = {types.NoneType: "none", bool: "true or false"}
     return names.get(annotation) or getattr(annotation, "__name__", str(annotation))
 
@@ -115,9 +155,14 @@ def _suggest_value(value: Any, annotation: Any) -> str:
         return _suggest_value(value, arguments[0])
     if origin is Literal:
         return repr(arguments[0])
-    if origin is tuple:
+    if origin in (tuple, Sequence):
         items = value if isinstance(value, tuple | list) and value else (value,)
         return f"({', '.join(_suggest_value(item, arguments[0]) for item in items)},)"
+    if origin is Mapping:
+        key, item = (_suggest_value("NAME" if one is str else 1, one) for one in arguments)
+        return f"{{{key}: {item}}}"
+    if origin in (Callable, os.PathLike):
+        return "lambda *args: ..." if origin is Callable else '"folder"'
     text = str(value).strip().lower()
     if annotation is bool:
         return str(text not in ("", "0", "0.0", "no", "off", "false", "none"))

@@ -6,13 +6,14 @@ that stores leaves by path calls it.
 """
 
 import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .errors import Problem, TreeError, raise_all
+from .errors import Problem, TreeError, format_problems, raise_all
 
 _SHORT = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "complex": "c"}
 
@@ -87,31 +88,76 @@ def ends_path(path: str, end: str) -> bool:
     return not end or f"/{path}".endswith(f"/{end}")
 
 
-def leaves_by_path(tree: Any, name: str = "") -> dict[str, Any]:
+def leaves_by_path(
+    tree: Any, name: str = "", is_leaf: Callable[[Any], bool] | None = None
+) -> dict[str, Any]:
     """Returns `{path: leaf}` of a pytree, in JAX's order.
 
     Args:
       tree: the pytree.
       name: of the tree, the first segment of every path.
+      is_leaf: as for `jax.tree.leaves`.
 
     Raises:
-      TreeError: two leaves have the same path.
+      TreeError: two leaves have the same path, or a dict has keys of several types.
 
     >>> leaves_by_path({"a": [1, {"b": 2}]}, "params"), leaves_by_path(3, "params")
     ({'params/a/0': 1, 'params/a/1/b': 2}, {'params': 3})
     """
+    flatten_tree(tree, name)
     leaves: dict[str, Any] = {}
     keys: dict[str, Any] = {}
     problems = []
-    for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
         path = join_path(name, path_str(key_path))
         if path in leaves:
-            both = " and ".join(name + jax.tree_util.keystr(k) for k in (keys[path], key_path))
+            pair = ((keys[path], leaves[path]), (key_path, leaf))
+            both = " and ".join(f"{name}{jax.tree_util.keystr(k)}{_type_of(x)}" for k, x in pair)
             problems.append(Problem(path or "(root)", f"is the path of {both}"))
         leaves[path], keys[path] = leaf, key_path
-    fix = "rename one key: rules and checkpoints name leaves by their keys, joined by '/'"
+    fix = (
+        "rename one key, such as 'a/b' to 'a_b': rules, checkpoints and reports name a leaf by its "
+        "keys, joined by '/'"
+    )
     raise_all(TreeError, "Leaves of a pytree have the same path.", problems, fix)
     return leaves
+
+
+def flatten_tree(tree: Any, name: str) -> tuple[list[Any], Any]:
+    """Returns the leaves of a pytree and its structure, as `jax.tree.flatten`.
+
+    Args:
+      tree: the pytree.
+      name: of the tree, for the error.
+
+    Raises:
+      TreeError: the keys of a dict have no order, as in `{1: x, "1": y}`; names each such dict.
+    """
+    try:
+        return jax.tree.flatten(tree)
+    except ValueError as error:
+        problems = list(_unordered_keys(tree, name))
+        if not problems:
+            raise
+        fix = 'keys of one type: {"1": x, "2": y}'
+        headline = "A dict of a pytree has keys that cannot be sorted."
+        raise TreeError(format_problems(headline, problems, fix)) from error
+
+
+def _unordered_keys(tree: Any, path: str) -> Iterator[Problem]:
+    items = tree.items() if isinstance(tree, dict) else []
+    items = enumerate(tree) if isinstance(tree, list | tuple) else items
+    if isinstance(tree, dict) and len({type(key) for key in tree}) > 1:
+        why = f"has keys of several types: {', '.join(map(repr, tree))}"
+        yield Problem(path or "(root)", why)
+    for key, value in items:
+        yield from _unordered_keys(value, join_path(path, str(key)))
+
+
+def _type_of(x: Any) -> str:
+    """` f32[4]` of an array, or nothing."""
+    is_array = isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+    return f" {short_type(x.shape, x.dtype)}" if is_array else ""
 
 
 def short_dtype(dtype: Any) -> str:

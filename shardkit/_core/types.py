@@ -16,7 +16,7 @@ Params: TypeAlias = PyTree
 """The parameters of a model: a pytree of floating-point arrays."""
 
 Batch: TypeAlias = PyTree
-"""A batch: a pytree of arrays whose dim 0 counts rows."""
+"""A batch: a pytree of arrays, of which most have rows, on dim 0 unless declared otherwise."""
 
 Key: TypeAlias = jax.Array
 """A typed PRNG key[], as `jax.random.key` makes it."""

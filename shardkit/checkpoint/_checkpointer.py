@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 from .._core.donation import check_not_donated
 from .._core.errors import CheckpointCorruptedError, CheckpointError, Problem, format_problems
 from .._core.io._files import is_locked, local_path, os_errors_as
+from .._core.options import check_arguments
 from .._core.tree import leaves_by_path
 from ._arrays import check_folders
 from ._collective_errors import collective_errors, is_first_process
@@ -61,6 +62,13 @@ class Checkpointer:
         Raises:
           CheckpointError: the folder is a URL, not a path.
         """
+        check_arguments(
+            CheckpointError,
+            "The checkpoints are declared wrongly.",
+            folder=(folder, str | os.PathLike[str]),
+            retention=(retention, RetentionPolicy | None),
+            axes=(axes, Mapping[str, Any] | None),
+        )
         self.folder = local_path(folder, CheckpointError, "Checkpoints are kept in files.")
         self.retention = retention or RetentionPolicy()
         self._axes, self._config = dict(axes or {}), config
@@ -158,6 +166,11 @@ class Checkpointer:
           StateError: the state was donated to an update.
           TreeError: two leaves have the same path.
         """
+        headline = "Nothing can be saved."
+        check_arguments(CheckpointError, headline, step=(step, int))
+        if step < 0:
+            problem = Problem(f"step={step}", "is not a number of updates", "step=0")
+            raise CheckpointError(format_problems(headline, [problem]))
         check_not_donated(state, "state", "A donated state cannot be saved.")
         leaves = leaves_by_path(state)
         check_folders(leaves)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from .._core.errors import DataError, Problem, raise_all
-from .._core.options import option_problems
+from .._core.options import check_arguments, option_problems
 from .._core.tree import leaves_by_path, short_type
 from .._core.types import Batch, PyTree
 from ._shuffled_index import shuffled_index
@@ -110,6 +110,9 @@ class Dataset:
 
     dataset: Sequence[Any]
     rows: int
+
+    def __post_init__(self) -> None:
+        check_arguments(DataError, "The dataset forms no batches.", rows=(self.rows, int))
 
     def batch(self, step: int, rows: slice | np.ndarray = slice(None)) -> Batch:
         """Returns the batch of a step, or some of its rows: elements stacked leaf by leaf."""

@@ -8,9 +8,11 @@ import contextlib
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, Self
 
+import jax
 import numpy as np
 
-from .._core.errors import BatchError, Problem, raise_all
+from .._core.errors import BatchError, DataError, Problem, raise_all
+from .._core.options import check_arguments
 from .._core.tree import leaves_by_path
 from .._core.types import Batch, PyTree
 from ._batch_source import BatchSource
@@ -52,7 +54,17 @@ class Loader:
           start: step of the first batch.
           stop: the first step without a batch; None for no end.
           prefetch: batches to keep ready on the devices; 0 makes each when it is requested.
+
+        Raises:
+          DataError: a number is of another type.
         """
+        check_arguments(
+            DataError,
+            "The data cannot be loaded this way.",
+            start=(start, int),
+            stop=(stop, int | None),
+            prefetch=(prefetch, int),
+        )
         self.data, self.prefetch = data, prefetch
         self._shardings, self._step, self._stop = shardings, start, stop
         self._batches: Generator[Batch] | None = None
@@ -143,3 +155,18 @@ def _check_leaves(batch: Batch, shardings: PyTree, data: BatchSource) -> None:
     fix = f"compile_step(..., batch={{...}}) with leaves {', '.join(leaves_by_path(batch))}"
     problems.sort(key=lambda problem: problem.subject)
     raise_all(BatchError, "The data does not fit the step's batch.", problems, fix)
+    _check_rows(batch, shardings, data)
+
+
+def _check_rows(no_rows: Batch, shardings: PyTree, data: BatchSource) -> None:
+    """With several processes each reads rows of its own, which a loader takes from dim 0."""
+    if all(sharding.is_fully_addressable for sharding in jax.tree.leaves(shardings)):
+        return
+    why = f"has no rows on dim 0 in {data}; a process cannot read its own rows of it"
+    fix = "step.shard_batch(batch) of rows that each process reads itself: step.local_rows"
+    problems = [
+        Problem(path, why, fix)
+        for path, x in leaves_by_path(no_rows, "batch").items()
+        if x.ndim and len(x)
+    ]
+    raise_all(BatchError, "The data cannot be read by several processes.", problems)

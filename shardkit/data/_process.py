@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .._core.errors import DataError, Problem, format_problems
+from .._core.row_dims import RowDims, with_dim
 from .._core.types import Batch, PyTree
 from ..rules import axes_of, format_mesh, shard_count
 
@@ -24,11 +25,12 @@ def process_rows(
     rows: int,
     process_index: int | None = None,
     process_of: Callable[[Any], int] = device_process,
+    row_dim: int = 0,
 ) -> np.ndarray:
     """Lists the rows of a global batch that the devices of one process hold.
 
-    Only dim 0 of the spec matters: processes that differ along other mesh axes hold the same rows,
-    and each of them reads all of these.
+    Only the spec's dim of rows matters: processes that differ along other mesh axes hold the same
+    rows, and each of them reads all of these.
 
     Args:
       mesh: the devices of all processes.
@@ -36,12 +38,13 @@ def process_rows(
       rows: rows of the batch, over all devices.
       process_index: by default this process.
       process_of: returns the process that a device belongs to; tests simulate processes with it.
+      row_dim: the dim of the spec that counts rows.
 
     Returns:
       i64[n], global row numbers in ascending order.
 
     Raises:
-      DataError: the rows do not divide over the axes of dim 0, or the process has no device in
+      DataError: the rows do not divide over the axes of their dim, or the process has no device in
         the mesh.
 
     >>> import jax, shardkit as sk
@@ -52,7 +55,7 @@ def process_rows(
     array([0, 1, 2, 3])
     """
     process = jax.process_index() if process_index is None else process_index
-    axes = spec[0] if len(spec) else None
+    axes = spec[row_dim] if row_dim < len(spec) else None
     shards = shard_count(axes_of(axes), mesh.shape)
     if rows % shards:
         why = f"do not split {shards} ways, over {axes_of(axes)} of mesh {format_mesh(mesh.shape)}"
@@ -75,44 +78,68 @@ def process_rows(
 _HEADLINE = "The rows of the batch cannot be divided among the processes."
 
 
-def rows_of_shardings(shardings: PyTree, rows: int) -> np.ndarray:
-    """Lists the rows that this process needs for any leaf of a batch: i64[n], ascending."""
-    needed = [process_rows(s.mesh, s.spec, rows) for s in jax.tree.leaves(shardings)]
-    return np.unique(np.concatenate(needed))
+def rows_of_shardings(shardings: PyTree, rows: int, row_dims: RowDims | None = None) -> np.ndarray:
+    """Lists the rows that this process needs for any leaf of a batch: i64[n], ascending.
+
+    Args:
+      shardings: pytree of `NamedSharding`.
+      rows: rows of the global batch.
+      row_dims: the dim of each leaf that counts rows; by default dim 0 of all.
+    """
+    leaves = jax.tree.leaves(shardings)
+    pairs = zip(leaves, row_dims or (0,) * len(leaves), strict=True)
+    needed = [process_rows(s.mesh, s.spec, rows, row_dim=d) for s, d in pairs if d is not None]
+    return np.unique(np.concatenate(needed)) if needed else np.arange(rows)
 
 
-def place_rows(local_batch: Batch, numbers: np.ndarray, rows: int, shardings: PyTree) -> Batch:
+def place_rows(
+    local_batch: Batch,
+    numbers: np.ndarray,
+    rows: int,
+    shardings: PyTree,
+    row_dims: RowDims | None = None,
+) -> Batch:
     """Puts this process's rows of a batch on its devices.
 
     Args:
-      local_batch: pytree of host arrays [n, ...].
+      local_batch: pytree of host arrays, each with its rows on one dim, or whole.
       numbers: i64[n], global numbers of these rows, ascending; all that the devices need.
       rows: rows of the global batch.
       shardings: the same pytree of `NamedSharding`.
+      row_dims: the dim of each leaf that counts rows; by default dim 0 of all.
 
     Returns:
-      Global arrays [rows, ...]; nothing is sent between processes.
+      Global arrays; nothing is sent between processes.
     """
-    return jax.tree.map(
-        lambda x, sharding: _place(np.asarray(x), numbers, rows, sharding), local_batch, shardings
+    leaves, structure = jax.tree.flatten(local_batch)
+    columns = leaves, jax.tree.leaves(shardings), row_dims or (0,) * len(leaves)
+    return structure.unflatten(
+        [
+            _place(np.asarray(x), numbers, rows, dim, sharding)
+            for x, sharding, dim in zip(*columns, strict=True)
+        ]
     )
 
 
-def _place(x: np.ndarray, numbers: np.ndarray, rows: int, sharding: NamedSharding) -> jax.Array:
+def _place(
+    x: np.ndarray, numbers: np.ndarray, rows: int, dim: int | None, sharding: NamedSharding
+) -> jax.Array:
     if sharding.is_fully_addressable and len(numbers) == rows:
         return jax.device_put(x, sharding)
     x = x.astype(jax.dtypes.canonicalize_dtype(x.dtype), copy=False)
-    cut: Any = functools.partial(cut_shard, x, numbers, rows)
-    return jax.make_array_from_callback((rows, *x.shape[1:]), sharding, cut)
+    if dim is None:
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+    cut: Any = functools.partial(cut_shard, x, numbers, rows, row_dim=dim)
+    return jax.make_array_from_callback(with_dim(x.shape, dim, rows), sharding, cut)
 
 
 def cut_shard(
-    x: np.ndarray, numbers: np.ndarray, rows: int, index: tuple[slice, ...]
+    x: np.ndarray, numbers: np.ndarray, rows: int, index: tuple[slice, ...], row_dim: int = 0
 ) -> np.ndarray:
     """Cuts one device's shard, given by its global index, out of the rows of its process.
 
     A process with rows 4, 5, 6, 7 of 8 cuts the shard of rows 6:8 out of its rows 2:4.
     """
-    start, stop, _ = index[0].indices(rows)
+    start, stop, _ = index[row_dim].indices(rows)
     first = int(np.searchsorted(numbers, start))
-    return x[first : first + stop - start][(slice(None), *index[1:])]
+    return x[with_dim(index, row_dim, slice(first, first + stop - start))]

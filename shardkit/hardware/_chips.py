@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 
 from .._core.errors import MeshError, Problem, ReportError, did_you_mean, format_problems, raise_all
+from .._core.options import check_options
 
 GIB = 2**30
 GB = 10**9
@@ -67,6 +68,8 @@ class Chip:
 
     def __post_init__(self) -> None:
         """Refuses rates and sizes of 0 or less, and unknown kinds."""
+        headline = f"Chip {self.name!r} has impossible figures."
+        check_options(self, MeshError, headline, "Chip.")
         numbers = {name: getattr(self, name) for name in _NUMBERS}
         numbers |= {f"flops[{dtype!r}]": rate for dtype, rate in self.flops.items()}
         numbers |= {} if self.clock is None else {"clock": self.clock}
@@ -84,7 +87,7 @@ class Chip:
             why = f"a {self.kind} has a torus" if self.torus_dims else "a tpu has 2 or 3 dims"
             problems.append(Problem(f"torus_dims={self.torus_dims!r}", why))
         fix = "what its data sheet says, in FLOP/s, bytes, bytes/s and seconds"
-        raise_all(MeshError, f"Chip {self.name!r} has impossible figures.", problems, fix)
+        raise_all(MeshError, headline, problems, fix)
 
     def rate(self, axes: int) -> float:
         """Returns the bytes/s that a device sends over a number of mesh axes at once.

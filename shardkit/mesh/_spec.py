@@ -9,6 +9,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from .._core.errors import MeshError, Problem, count, did_you_mean, format_problems, raise_all
+from .._core.options import check_arguments
 from ._build import arrange_devices, target_devices
 from ._shapes import format_fitting_shapes
 from ._target import Target
@@ -50,8 +51,10 @@ class MeshSpec:
         Raises:
           MeshError: a name or size is not legal; lists all of them.
         """
+        headline = "The mesh cannot be declared."
+        check_arguments(MeshError, headline, dcn=(dcn, Mapping[str, int] | None))
         slices = dict(dcn or {})
-        raise_all(MeshError, "The mesh cannot be declared.", _find_problems(sizes, slices))
+        raise_all(MeshError, headline, _find_problems(sizes, slices))
         object.__setattr__(self, "sizes", tuple(sizes.items()))
         object.__setattr__(self, "slices", tuple((a, slices[a]) for a in sizes if a in slices))
 

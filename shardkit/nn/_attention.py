@@ -1,13 +1,17 @@
 """`sk.nn.attention`: exact attention, with one implementation per backend."""
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.extend.backend import get_backend
 
+from .._core.errors import StepError
+from .._core.options import check_arguments
 from ._blockwise import blockwise_attention
 from ._overridable import overridable
+
+Implementation = Literal["auto", "blocked", "splash", "xla", "cudnn"]
 
 
 def attention(
@@ -17,7 +21,7 @@ def attention(
     *,
     causal: bool = True,
     segment_ids: jax.Array | None = None,
-    implementation: str = "auto",
+    implementation: Implementation = "auto",
 ) -> jax.Array:
     """Returns softmax(q kᵀ / √head_dim + mask) v, with the softmax in f32.
 
@@ -44,6 +48,12 @@ def attention(
     >>> attention(x, x, x).shape
     (1, 4, 2, 8)
     """
+    check_arguments(
+        StepError,
+        "sk.nn.attention has wrong options.",
+        causal=(causal, bool),
+        implementation=(implementation, Implementation),
+    )
     options = {"segment_ids": segment_ids, "causal": causal, "implementation": implementation}
     return overridable("attention", _attention)(query, key, value, **options)
 
@@ -68,7 +78,7 @@ def _attention(
     mask = None
     if segment_ids is not None:
         mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
-    library: Any = implementation  # JAX lists the legal ones when it refuses another
+    library: Any = implementation
     return jax.nn.dot_product_attention(
         query, key, value, mask=mask, is_causal=causal, implementation=library
     )

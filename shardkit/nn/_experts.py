@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from .._core.errors import Problem, StepError, raise_all
+from .._core.options import check_arguments, option_problems
 from .._core.types import PyTree
 from ._expert_dispatch import (
     assign_slots,
@@ -116,6 +117,7 @@ def route(logits: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
     >>> choice.tolist(), [round(float(x), 3) for x in share]
     ([2, 1], [0.667, 0.333])
     """
+    check_arguments(StepError, "Tokens cannot be routed.", top_k=(top_k, int))
     p = jax.nn.softmax(logits.astype(jnp.float32))
     remaining, choices, shares = jax.lax.stop_gradient(p), [], []
     # Not `jax.lax.top_k`: on CPU XLA gathers the whole array for it where rows are split.
@@ -146,6 +148,7 @@ def _check(
     if len(sizes) != 1 or not sizes[0]:
         why = f"leaves have {sizes} experts in dim 0"
         problems.append(Problem("weights", why, "the same number of experts in every leaf"))
-    if capacity is not None and capacity < 1:
+    problems += option_problems(capacity=(capacity, int | None))
+    if isinstance(capacity, int) and capacity < 1:
         problems.append(Problem(f"capacity={capacity}", "must be at least 1", "capacity=None"))
     raise_all(StepError, "sk.nn.experts cannot be computed.", problems)

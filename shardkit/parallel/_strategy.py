@@ -8,6 +8,7 @@ from typing import Any
 from jax.sharding import PartitionSpec
 
 from .._core.errors import Problem, StepError, did_you_mean, format_problems, raise_all
+from .._core.options import option_problems
 from .._core.precision import Precision
 from .._core.types import Accumulate
 from ..nn._overridable import Override
@@ -25,8 +26,10 @@ class Strategy:
 
     Attributes:
       params: rule that decides every parameter.
-      batch: spec of every batch leaf (a leaf of lower rank takes its first entries), or a rule
-        over the leaves. Dim 0 of every leaf that is not a scalar counts rows.
+      batch: spec of every batch leaf (a leaf of lower rank takes its first entries), whose first
+        entry is that of the rows; or a rule over the leaves, such as
+        `sk.PathRules({"tokens": P(None, "data"), "class_weights": sk.REPLICATED, "**": P("data")})`
+        where rows are not on dim 0 of every leaf. `StepSpec.row_dims` says the same without a rule.
       activations: logical axis names to mesh axes for `sk.nn.constrain`; None for models without.
       opt_state: rule for optimizer leaves that match no parameter, or whose layout differs from
         that of their parameter; leaves that it passes follow their parameter.
@@ -81,9 +84,18 @@ class Strategy:
             Problem(
                 "kinds", f"{kind!r} is not a kind of parallelism", 'strategies.own("ring").kinds'
             )
-            for kind in self.kinds
-            if not isinstance(kind, Kind)
+            for kind in (self.kinds if isinstance(self.kinds, tuple) else [self.kinds])
+            if not isinstance(kind, Kind) or kind is self.kinds
         ]
+        problems += option_problems(
+            zero=(self.zero, Zero | None),
+            accumulate=(self.accumulate, int | Accumulate),
+            remat=(self.remat, str),
+            precision=(self.precision, str | Precision),
+            compression=(self.compression, GradientCompression | None),
+            overrides=(self.overrides, tuple[tuple[str, Override], ...]),
+            names=(self.names, tuple[tuple[str, str], ...]),
+        )
         raise_all(StepError, "The strategy is declared wrongly.", problems)
 
     @property

@@ -12,7 +12,7 @@ from .._core.tree import join_path, leaves_by_path, list_leaves, path_str
 from .._core.types import PyTree, Variables, WithAxes
 from ..parallel import update_specs
 from ..rules import first_match, format_spec, resolve_all
-from ..step import FollowParams, StepSpec, around_init
+from ..step import FollowParams, StepSpec, around_init, arrange_specs
 from ._parity_report import format_error
 from ._record import copy_leaf_to_host
 
@@ -60,7 +60,7 @@ def resolve_declared_specs(spec: StepSpec, mesh: Mesh, state: TrainState) -> Spe
 def _resolve_batch_specs(spec: StepSpec, sizes: dict[str, int]) -> Specs:
     batch_leaves, rule = list_leaves(spec.batch), spec.strategy.batch
     if isinstance(rule, PartitionSpec):
-        return {leaf.path: PartitionSpec(*tuple(rule)[: len(leaf.shape)]) for leaf in batch_leaves}
+        return arrange_specs(rule, batch_leaves, spec.row_dims)
     return resolve_all(rule, batch_leaves, sizes)[0]
 
 

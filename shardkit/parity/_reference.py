@@ -23,9 +23,11 @@ from jax.typing import DTypeLike
 from .._core.own_sharding import on_any_mesh, without_constraints
 from .._core.partition import Partition
 from .._core.precision import cast_floats
+from .._core.row_dims import RowDims, map_rows, take_rows
 from .._core.split_rng import RandomDraws, per_shard_keys
+from .._core.tree import list_leaves
 from .._core.types import Batch, Key, Loss, Mean, Params, PyTree, Variables, WithAxes
-from ..step import SKIPPED, StepSpec, find_partition, no_ambient_mesh
+from ..step import SKIPPED, StepSpec, find_partition, list_row_dims, no_ambient_mesh
 from ._record import (
     EVALUATE,
     GRADIENTS,
@@ -63,10 +65,13 @@ class Reference:
     Attributes:
       spec: its loss, init, optimizer, precision and accumulation are used; its layout is not.
       device: that all arrays are on.
+      row_dims: the dim of each leaf of a batch that counts rows, as a layout says it; by default
+        as the spec says it without one.
     """
 
     spec: StepSpec
     device: Any
+    row_dims: RowDims | None = None
 
     def init(self, key: Key) -> ReferenceState:
         """Makes the first state."""
@@ -107,6 +112,7 @@ class Reference:
         """Returns metrics, gradients of the mean loss, and the new model state."""
         accumulate, precision = self.spec.accumulate, self.spec.precision
         n, model_state = accumulate.micro_batches, state.model_state
+        dims = self.row_dims or list_row_dims(list_leaves(self.spec.batch), self.spec.row_dims)
         step_key = jax.random.fold_in(state.key, step)
         per_shard = accumulate.reduce == "end" and (n > 1 or precision.reduces_separately)
         sums: dict[str, np.ndarray] = {}  # f64[2] each: total and weight, over micro-batches
@@ -115,7 +121,8 @@ class Reference:
             key = jax.random.fold_in(step_key, i) if per_shard or n > 1 else step_key
             key = per_shard_keys(key, RandomDraws(1))[0] if per_shard else key
             # With n=2 micro-batches of 6 rows: rows 0 2 4, then rows 1 3 5.
-            rows = jax.tree.map(lambda x, i=i: x[i::n] if np.ndim(x) else x, batch)
+            taken = functools.partial(take_rows, index=slice(i, None, n))
+            rows = map_rows(taken, batch, dims)
             (total, (weight, metrics, model_state)), micro_grads = self._loss_and_grads(
                 state.params, model_state, self._to_device(rows), key
             )

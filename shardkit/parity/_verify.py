@@ -10,6 +10,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from .._core.errors import Problem, VerificationError, count, format_problems, raise_all
+from .._core.options import check_arguments
+from .._core.row_dims import RowDims
 from .._core.tree import short_dtype
 from .._core.types import Batch, Key
 from ..mesh import MeshSpec
@@ -36,14 +38,22 @@ class ReferenceResults:
       record: of the reference.
     """
 
-    def __init__(self, spec: StepSpec, device: Any, inputs: ParityInputs) -> None:
+    def __init__(
+        self, spec: StepSpec, device: Any, inputs: ParityInputs, row_dims: RowDims | None = None
+    ) -> None:
         """Runs the reference, and again with nudged parameters to measure noise.
+
+        Args:
+          spec: of the step.
+          device: that it runs on.
+          inputs: that it runs on.
+          row_dims: see `Reference`.
 
         Raises:
           VerificationError: the loss or its gradient is not finite, or the gradient is all zero.
         """
         self.spec, self.inputs = spec, inputs
-        reference = Reference(spec, device)
+        reference = Reference(spec, device, row_dims)
         start = reference.init(inputs.key)
         metrics, grads, _ = reference.gradients(start, inputs.batch(0), 0)
         _check_usable(metrics)
@@ -135,14 +145,15 @@ def verify(
     True
     """
     compile_for = as_step_factory(spec)
-    _check_arguments(meshes, batches, steps)
+    _check_arguments(meshes, batches, steps, key)
     built = [_build_mesh(mesh) for mesh in meshes]
     # A function may make another model for one device; a spec is the same everywhere.
     same = isinstance(spec, StepSpec)
     first = compile_for(built[0] if same else build_one_device_mesh(built[0]))
     batches = make_random_batches(first) if batches is None else batches
     inputs = ParityInputs(batches, steps, jax.random.key(0) if key is None else key)
-    reference = ReferenceResults(first.spec, first.mesh.devices.flat[0], inputs)
+    device = first.mesh.devices.flat[0]
+    reference = ReferenceResults(first.spec, device, inputs, first.layout.row_dims)
     steps_to_compare = itertools.chain([first] if same else [], map(compile_for, built[same:]))
     rows = [row for step in steps_to_compare for row in reference.compare(step)]
     return ParityReport(tuple(rows), reference.title)
@@ -187,7 +198,17 @@ def _build_mesh(mesh: Mesh | MeshSpec) -> Mesh:
     return mesh.build(devices=None if has_open_axis else jax.devices()[: mesh.size])
 
 
-def _check_arguments(meshes: Sequence[Any], batches: Sequence[Any] | None, steps: int) -> None:
+def _check_arguments(
+    meshes: Sequence[Any], batches: Sequence[Any] | None, steps: int, key: Key | None
+) -> None:
+    check_arguments(
+        VerificationError,
+        _HEADLINE,
+        meshes=(meshes, Sequence[Mesh | MeshSpec]),
+        batches=(batches, Sequence[Any] | None),
+        steps=(steps, int),
+        key=(key, jax.Array | None),
+    )
     problems = []
     if not meshes:
         problems.append(Problem("meshes", "is empty", "meshes=[sk.MeshSpec(data=2, tensor=4)]"))

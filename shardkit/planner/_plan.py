@@ -3,12 +3,13 @@
 import time
 from collections.abc import Sequence
 
-import jax
-
 from .._core.errors import MeshError, Problem, format_problems, raise_all
+from .._core.options import check_arguments
+from .._core.row_dims import count_rows, resize_rows
+from .._core.tree import list_leaves
 from ..hardware import CHIPS, Chip
 from ..mesh import Target
-from ..step import StepSpec, check_step_spec
+from ..step import StepSpec, check_step_spec, list_row_dims
 from ._messages import describe_kinds, describe_machine, raise_no_layout
 from ._result import Plan, pareto_front
 from ._search import Search
@@ -61,6 +62,15 @@ def plan(
     """
     start = time.monotonic()
     check_step_spec(spec, MeshError, _FAILED)
+    check_arguments(
+        MeshError,
+        _FAILED,
+        target=(target, str),
+        global_batch=(global_batch, int | None),
+        space=(space, SearchSpace | None),
+        overlap=(overlap, float),
+        hardware=(hardware, Sequence[Chip]),
+    )
     _check_numbers(global_batch, overlap)
     devices, spec = _parse_target(target, hardware), _with_rows(spec, global_batch)
     search = Search.of(spec, devices, space or SearchSpace(), overlap, hardware)
@@ -112,7 +122,12 @@ def _parse_target(target: str, hardware: Sequence[Chip]) -> Target:
 def _with_rows(spec: StepSpec, rows: int | None) -> StepSpec:
     if rows is None:
         return spec
-    batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]) if x.shape else (), x.dtype), spec.batch
-    )
-    return spec.replace(batch=batch)
+    dims = list_row_dims(list_leaves(spec.batch), spec.row_dims)
+    now = count_rows(spec.batch, dims)
+    if len(now) > 1:
+        why = (
+            f"leaves have {', '.join(map(str, sorted(now)))} rows, so global_batch={rows} sets none"
+        )
+        problem = Problem("batch", why, 'StepSpec(row_dims={"class_weights": None, "**": 0})')
+        raise_all(MeshError, _FAILED, [problem])
+    return spec.replace(batch=resize_rows(spec.batch, dims, rows, *now)) if now else spec

@@ -4,8 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import jax
-
+from .._core.row_dims import count_rows
 from ..mesh import Target
 from ..parallel import axes_splitting
 from ..step import StepSpec
@@ -146,8 +145,8 @@ class Search:
     @property
     def rows(self) -> int:
         """Rows of the global batch."""
-        leaves = jax.tree.leaves(self.resolver.model.spec.batch)
-        return next((x.shape[0] for x in leaves if x.shape), 0)
+        model = self.resolver.model
+        return max(count_rows(model.spec.batch, model.row_dims), default=0)
 
     @property
     def lengths(self) -> frozenset[int]:

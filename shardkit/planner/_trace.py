@@ -10,6 +10,8 @@ from jax.sharding import AbstractMesh, AxisType
 
 from .._core.own_sharding import on_any_mesh
 from .._core.precision import cast_floats
+from .._core.row_dims import RowDims, with_dim
+from .._core.tree import list_leaves
 from .._core.types import Batch, Key, Params, PyTree
 from ..nn._remat import apply_policy, parse_policy, use_policy
 from ..parallel import Strategy
@@ -21,6 +23,7 @@ from ..step import (
     abstract_state,
     build_objective,
     find_partition,
+    list_row_dims,
     resolve_layout,
 )
 from ._costs import CostLog
@@ -68,15 +71,23 @@ class TracedModel:
           The model; None where the batch has no such dim.
         """
 
-        def resize(x: Any) -> jax.ShapeDtypeStruct:
-            dims = (int(n * factor) if n in lengths else n for n in x.shape[1:])
-            return jax.ShapeDtypeStruct((*x.shape[:1], *dims), x.dtype)
+        def resize(x: Any, row_dim: int | None) -> jax.ShapeDtypeStruct:
+            longer = (int(n * factor) if n in lengths else n for n in x.shape)
+            sizes = zip(x.shape, longer, strict=True)
+            shape = tuple(n if d == row_dim else m for d, (n, m) in enumerate(sizes))
+            return jax.ShapeDtypeStruct(shape, x.dtype)
 
-        batch = jax.tree.map(resize, self.spec.batch)
+        leaves, structure = jax.tree.flatten(self.spec.batch)
+        batch = structure.unflatten(map(resize, leaves, self.row_dims))
         shapes = [[x.shape for x in jax.tree.leaves(b)] for b in (batch, self.spec.batch)]
         if shapes[0] == shapes[1]:
             return None
         return dataclasses.replace(self, spec=self.spec.replace(batch=batch), programs={})
+
+    @property
+    def row_dims(self) -> RowDims:
+        """The dim of each leaf of the batch that counts rows; planned strategies have no rule."""
+        return list_row_dims(list_leaves(self.spec.batch), self.spec.row_dims)
 
     def layout(self, sizes: Mapping[str, int], strategy: Strategy, steps: int = 1) -> StepLayout:
         """Resolves every rule of a strategy on a mesh of these sizes.
@@ -183,7 +194,8 @@ def propagate_step(
     gradients = _symbolic(layout.gradients, layout.partition.trained(state.params))
     required: list[Dims | None] = [gradient.dims for gradient in gradients]
     ins += _symbolic(shardings.model_state, state.model_state)
-    ins += [_in_micro_batches(rows) for rows in _symbolic(layout.batch_shardings, layout.batch)]
+    batch = _symbolic(layout.batch_shardings, layout.batch)
+    ins += map(_in_micro_batches, batch, layout.row_dims)
     ins += [replicated(0)]  # the PRNG key
     propagator = Propagator(_make_resolver(strategy), tile_width, attention)
     required += [None] * (len(flat.outputs) - len(required))
@@ -197,10 +209,12 @@ def _symbolic(shardings: PyTree, arrays: PyTree, is_param: bool = False) -> list
     return [sharding_of_spec(s.spec, len(x.shape), is_param=is_param) for s, x in pairs]
 
 
-def _in_micro_batches(sharding: SymbolicSharding) -> SymbolicSharding:
+def _in_micro_batches(sharding: SymbolicSharding, row_dim: int | None) -> SymbolicSharding:
     """Rows are split into micro-batches first."""
     dims = sharding.dims
-    return sharding.with_dims(((MICRO, *dims[0]), *dims[1:]) if dims else ())
+    if row_dim is None:
+        return sharding
+    return sharding.with_dims(with_dim(dims, row_dim, (MICRO, *dims[row_dim])))
 
 
 def _make_resolver(strategy: Strategy) -> Callable[..., Dims]:

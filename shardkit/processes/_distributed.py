@@ -9,6 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from .._core.errors import Problem, ProcessError, format_problems
+from .._core.options import check_arguments
 from ._coordinator import Coordinator
 from ._membership import Membership, detected_cluster, membership
 from ._message_stream import MessageStream, address_of, connect, listen
@@ -50,6 +51,12 @@ def distributed(*, step_timeout: float = 0.0, start_timeout: float = 300.0) -> P
     Raises:
       ProcessError: the processes cannot be joined.
     """
+    check_arguments(
+        ProcessError,
+        "The processes cannot be joined.",
+        step_timeout=(step_timeout, float),
+        start_timeout=(start_timeout, float),
+    )
     if jax.distributed.is_initialized():
         return _join_initialized(step_timeout, start_timeout)
     launched = membership()

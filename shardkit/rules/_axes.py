@@ -3,10 +3,12 @@
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jax.sharding import PartitionSpec
 
 from .._core.errors import Problem, ShardingError, count, did_you_mean, raise_all
+from .._core.options import check_arguments
 from .._core.tree import Leaf
 from ._rule import Decided, Decision, Entry, Passed, Refused
 from ._specs import Axes, axes_of, spec_from_axes
@@ -40,6 +42,8 @@ class AxisRules:
         Raises:
           ShardingError: a value is none of these.
         """
+        headline = "AxisRules has values that are not mesh axes."
+        check_arguments(ShardingError, headline, "AxisRules.", table=(table, Mapping[str, Any]))
         problems = [
             Problem(
                 f"AxisRules[{name!r}]",
@@ -49,7 +53,7 @@ class AxisRules:
             for name, axes in table.items()
             if not _is_axes(axes)
         ]
-        raise_all(ShardingError, "AxisRules has values that are not mesh axes.", problems)
+        raise_all(ShardingError, headline, problems)
         rows = tuple((name, axes_of(axes)) for name, axes in table.items())
         object.__setattr__(self, "table", rows)
 

@@ -4,11 +4,9 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
-
 from .._core.errors import count
 from .._core.io._table import Column, Table, fold_text
-from .._core.tree import Leaf, format_bytes, path_str, short_type
+from .._core.tree import Leaf, format_bytes, leaves_by_path, short_type
 from .._core.types import WithAxes
 from ._resolve import Placement, place_leaf
 from ._rule import Rule
@@ -140,11 +138,12 @@ def list_named_leaves(
     Args:
       tree: pytree of arrays, `jax.ShapeDtypeStruct`, or `WithAxes` ones.
       axes: logical axes by path, for leaves that are not `WithAxes`.
+
+    Raises:
+      TreeError: two leaves have the same path.
     """
-    paired = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, WithAxes))
     leaves = []
-    for key_path, x in paired:
-        path = path_str(key_path)
+    for path, x in leaves_by_path(tree, is_leaf=lambda x: isinstance(x, WithAxes)).items():
         value, names = (x.value, x.axes) if isinstance(x, WithAxes) else (x, (axes or {}).get(path))
         leaves.append(Leaf(path, tuple(value.shape), value.dtype, names))
     return leaves

@@ -5,11 +5,12 @@ import difflib
 import functools
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from jax.sharding import PartitionSpec
 
 from .._core.errors import Problem, ShardingError, raise_all
-from .._core.options import option_problems
+from .._core.options import check_arguments, option_problems
 from .._core.tree import Leaf
 from ._rule import Decided, Decision, Entry, Passed, Replicated
 from ._specs import format_spec
@@ -96,6 +97,8 @@ class PathRules:
         Raises:
           ShardingError: a glob is malformed or a value is not a spec.
         """
+        headline = "PathRules has globs or values that are not legal."
+        check_arguments(ShardingError, headline, "PathRules.", table=(table, Mapping[Any, Any]))
         problems = [
             Problem(f"PathRules[{glob!r}]", fault, 'globs look like "**/up/kernel", "layer_*/bias"')
             for glob in table
@@ -111,7 +114,7 @@ class PathRules:
             if not isinstance(spec, PartitionSpec | Replicated)
         ]
         problems += option_problems("PathRules.", allow_unmatched=(allow_unmatched, bool))
-        raise_all(ShardingError, "PathRules has globs or values that are not legal.", problems)
+        raise_all(ShardingError, headline, problems)
         object.__setattr__(self, "table", tuple(table.items()))
         object.__setattr__(self, "allow_unmatched", allow_unmatched)
 

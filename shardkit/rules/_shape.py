@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from jax.sharding import PartitionSpec
 
+from .._core.errors import ShardingError
+from .._core.options import check_arguments
 from .._core.tree import Leaf
 from ._rule import Decided, Decision, Entry, Passed
 from ._specs import Axes, axes_of, shard_count, spec_from_axes
@@ -56,7 +58,16 @@ def shard_largest(axes: Axes, *, min_size: int = 0) -> ShardLargest:
     Returns:
       A rule.
 
+    Raises:
+      ShardingError: an argument is of another type.
+
     >>> shard_largest("fsdp", min_size=1024)
     shard_largest('fsdp', min_size=1024)
     """
+    check_arguments(
+        ShardingError,
+        "shard_largest has wrong options.",
+        axes=(axes, str | tuple[str, ...] | None),
+        min_size=(min_size, int),
+    )
     return ShardLargest(axes_of(axes), min_size)

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from rich.text import Text
 
 from .._core.errors import ConfigError
 from .._core.io._files import local_path
+from .._core.options import check_arguments
 from .._core.types import Params, PyTree
 from ..processes import ProcessGroup
 from ..step import CompiledStep, StepSpec, check_mesh_given
@@ -22,7 +23,7 @@ from ._facts import agree_on_run, agree_on_step
 from ._folder import open_run_folder
 from ._loop import Loop
 from ._resume import ResumeDecision, decide_resume
-from ._source import Data, Evaluate, as_source
+from ._source import Data, DataSource, Evaluate, as_source
 from .callbacks import (
     Callback,
     Describe,
@@ -88,9 +89,25 @@ class Trainer:
         """Checks that a spec has its mesh; silences every process but the first.
 
         Raises:
+          ConfigError: an option is of another type.
           StepError: a spec without a mesh, or a mesh for a step that has its own.
           ConfigError: the folder is a URL, not a path.
         """
+        check_arguments(
+            ConfigError,
+            "The run is declared wrongly.",
+            step=(self.step, StepSpec | Callable[..., Any]),
+            data=(self.data, DataSource | Callable[..., Any] | Iterable[Any]),
+            folder=(self.folder, str | os.PathLike[str]),
+            config=(self.config, TrainConfig),
+            evaluate=(self.evaluate, Callable[..., Any] | None),
+            callbacks=(self.callbacks, Sequence[Any]),
+            record=(self.record, Mapping[str, Any]),
+            decides=(self.decides, Sequence[str] | None),
+            retention=(self.retention, RetentionPolicy | None),
+            tokens=(self.tokens, int | None),
+            describe=(self.describe, Callable[..., Any]),
+        )
         folder = local_path(self.folder, ConfigError, "A run is kept in files.")
         object.__setattr__(self, "folder", folder)
         check_mesh_given(self.step, self.mesh)

@@ -1,6 +1,7 @@
 """StepSpec and compile_step: a spec becomes one checked, compiled, read-back training step."""
 
 from ._ambient import around_init, no_ambient_mesh
+from ._batch_rows import arrange_specs, list_row_dims
 from ._compiled import CompiledStep
 from ._layout import AbstractState, StepLayout, abstract_state, resolve_layout
 from ._load import load_step
@@ -22,11 +23,13 @@ __all__ = [
     "StepSpec",
     "abstract_state",
     "around_init",
+    "arrange_specs",
     "build_objective",
     "check_mesh_given",
     "check_step_spec",
     "compile_step",
     "find_partition",
+    "list_row_dims",
     "load_step",
     "moment_spec",
     "no_ambient_mesh",

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from .._core.errors import Problem, RetraceWarning, ShardingError, format_problems
-from .._core.tree import leaves_by_path, short_type
+from .._core.tree import flatten_tree, leaves_by_path, short_type
 from .._core.types import Batch
 from ._bound_spec import BoundSpec
 from ._compiled_functions import CompiledFunctions
@@ -45,7 +45,7 @@ class BatchVariants:
 
         For an invalid batch that is the declared one, whose checks raise the error.
         """
-        leaves, structure = jax.tree.flatten(batch)
+        leaves, structure = flatten_tree(batch, "batch")
         declared, declared_structure = jax.tree.flatten(self.declared.layout.batch)
         if structure != declared_structure or all(map(_has_type, leaves, declared)):
             return self.declared

@@ -1,7 +1,6 @@
 """`CompiledStep`: one spec compiled for one mesh."""
 
 import dataclasses
-import functools
 import os
 import weakref
 from collections.abc import Callable
@@ -11,10 +10,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from .._core.errors import Problem, StateError, format_problems
+from .._core.errors import BatchError, Problem, StateError, format_problems
 from .._core.train_state import TrainState
 from .._core.types import Batch, Key, Metrics, Params, PyTree
-from ..data import rows_of_shardings
 from ..report import Report
 from ._batch_variants import BatchVariants
 from ._bound_spec import BoundSpec
@@ -24,6 +22,7 @@ from ._given_leaves import place_given
 from ._inputs import check_buffers_distinct, check_state, check_state_alive, put_batch, put_key
 from ._layout import RESIDUALS
 from ._memory_check import check_memory
+from ._partial_batch import count_partial_rows, fill_batches, join_parts
 from ._report import build_program
 from .self_check import SelfCheck, run_self_check
 
@@ -74,10 +73,10 @@ class CompiledStep:
         """Pytree of `NamedSharding`, one per batch leaf."""
         return self.layout.batch_shardings
 
-    @functools.cached_property
+    @property
     def local_rows(self) -> np.ndarray:
         """Rows of the global batch that this process must pass to the step, i64[n]."""
-        return rows_of_shardings(self.batch_shardings, self.layout.rows)
+        return self.layout.local_rows
 
     @property
     def gradient_program(self) -> CompiledProgram:
@@ -160,12 +159,39 @@ class CompiledStep:
         An `sk.Loss` is evaluated by its `evaluate` function. A plain loss is called as in
         training, with a key that no training step uses.
 
+        The batch may have fewer rows than declared, such as the last one of a data set, whether
+        they divide over the devices or not. The result is that of its rows alone, by the same
+        program: rows are repeated and weighted, so the loss and its metrics must be `sk.Mean`s or
+        means of independent rows. With several processes every batch is full.
+
         Raises:
           StateError: the state was donated already, or belongs to another step.
-          BatchError: the batch is not what the step was compiled for.
+          BatchError: the batch is not what the step was compiled for, has more rows, or has fewer
+            and a loss that depends on them together or draws random numbers.
         """
         check_state_alive(state)
-        return self._run(lambda functions: functions.evaluate, state, batch)
+        several = jax.process_count() > 1
+        given = None if several else count_partial_rows(batch, self.layout)
+        if given is None:
+            return self._run(lambda functions: functions.evaluate, state, batch)[0]
+        total = self.layout.rows
+        parts = []
+        for rows, filled in fill_batches(batch, self.layout.row_dims, given, total):
+            if problem := self._variants.find(filled).partial_problem:
+                return self._evaluate_as_variant(state, batch, problem)
+            means = self._run(lambda functions: functions.evaluate, state, filled)[1]
+            parts.append((rows, means))
+        return join_parts(jax.device_get(parts))
+
+    def _evaluate_as_variant(self, state: TrainState, batch: Batch, problem: str) -> Metrics:
+        """Evaluates a batch of fewer rows by a program of its own, where there can be one.
+
+        Raises:
+          BatchError: there cannot.
+        """
+        if self._variants.find(batch) is self._variants.declared:
+            raise BatchError(problem)
+        return self._run(lambda functions: functions.evaluate, state, batch)[0]
 
     def gradients(self, state: TrainState, batch: Batch) -> tuple[Metrics, Params]:
         """Returns `(metrics, gradients)` as the next update would use them, before clipping.
@@ -197,7 +223,7 @@ class CompiledStep:
         """
         check_state_alive(state)
         variant = self._variants.find(batch)
-        batch = put_batch(batch, variant.layout.batch, variant.layout.batch_shardings)
+        batch = put_batch(batch, variant.layout)
         check_state(state, self.layout.state, self.layout.shardings)
         return run_self_check(self._bound, variant, state, batch)
 
@@ -211,7 +237,7 @@ class CompiledStep:
           BatchError: the batch is not what the step was compiled for.
         """
         layout = self._variants.find(batch).layout
-        return put_batch(batch, layout.batch, layout.batch_shardings, move=True)
+        return put_batch(batch, layout, move=True)
 
     def report(self, *, chip: "str | Chip | None" = None) -> Report:
         """Reports memory, collectives, FLOPs and findings of the compiled program.
@@ -268,7 +294,7 @@ class CompiledStep:
         batch: Batch,
     ) -> Any:
         variant = self._variants.find(batch)
-        batch = put_batch(batch, variant.layout.batch, variant.layout.batch_shardings)
+        batch = put_batch(batch, variant.layout)
         program = choose(variant)
         try:
             return program.compiled(state, batch)

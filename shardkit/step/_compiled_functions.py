@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec
 
+from .._core.errors import StepError
 from .._core.types import PyTree
 from ..nn._constrain import use_resolver
 from ..nn._overridable import ActiveOverrides, StepContext, use_overrides
@@ -92,8 +93,18 @@ class CompiledFunctions:
         return model, optimizer
 
     @functools.cached_property
+    def partial_problem(self) -> str:
+        """Why `evaluate` cannot be computed on fewer rows than the batch has, or nothing."""
+        try:
+            with self._around_loss():
+                self._functions.check_partial_rows()
+        except StepError as error:
+            return str(error)
+        return ""
+
+    @functools.cached_property
     def evaluate(self) -> CompiledProgram:
-        """`(state, batch) → metrics`."""
+        """`(state, batch) → (metrics, the same as totals and weights)`."""
         return self._compile_on_batch(self._functions.evaluate, self._replicated, False)
 
     def save(self, path: str | os.PathLike[str]) -> None:

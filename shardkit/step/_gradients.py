@@ -21,6 +21,7 @@ from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .._core.precision import Precision, cast_floats
+from .._core.row_dims import map_rows, resize_rows, with_dim
 from .._core.split_rng import RandomDraws, match_draws, per_shard_keys
 from .._core.types import Batch, Key, Params, PyTree, Scalar
 from ..nn._constrain import GRADIENT_SHARDS
@@ -111,14 +112,12 @@ def plan_shards(
     """
     params, model_state, batch, key = args
 
-    def args_with(rows: int) -> LossArgs:
-        def cut(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) if x.shape else x
+    dims, k, n = plan.layout.row_dims, plan.micro_batches, plan.num_shards
 
-        return params, model_state, jax.tree.map(cut, batch), key
+    def args_with(shards: int) -> LossArgs:
+        return params, model_state, resize_rows(batch, dims, 1, k * shards), key
 
-    rows, n = plan.layout.rows // plan.micro_batches, plan.num_shards
-    draws = match_draws(objective, n, args_with(rows // n), args_with(rows))
+    draws = match_draws(objective, n, args_with(n), args_with(1))
     constrained = any(True for _ in own_constraints(traced))
     return dataclasses.replace(plan, draws=draws, constrained=constrained)
 
@@ -126,29 +125,26 @@ def plan_shards(
 def micro_batch(batch: Batch, steps: int, index: jax.Array, plan: GradientPlan) -> Batch:
     """Rows `index, index+steps, …` of every leaf: local to a device, the same on any mesh."""
 
-    def take(x: jax.Array, sharding: NamedSharding) -> jax.Array:
-        if x.ndim == 0 or steps == 1:
-            return x
-        rows, *rest = x.shape
+    def take(x: jax.Array, dim: int, sharding: NamedSharding) -> jax.Array:
         entries = _full_spec(sharding, x.ndim)
-        strided = x.reshape(rows // steps, steps, *rest)
-        strided = _constrain_array(strided, plan, (entries[0], None, *entries[1:]))
-        return jax.lax.dynamic_index_in_dim(strided, index, 1, keepdims=False)
+        strided = x.reshape(with_dim(x.shape, dim, x.shape[dim] // steps, steps))
+        strided = _constrain_array(strided, plan, with_dim(entries, dim, entries[dim], None))
+        return jax.lax.dynamic_index_in_dim(strided, index, dim + 1, keepdims=False)
 
-    return jax.tree.map(take, batch, plan.layout.batch_shardings)
+    layout = plan.layout
+    return map_rows(take, batch, layout.row_dims, layout.batch_shardings) if steps > 1 else batch
 
 
 def split_shards(batch: Batch, plan: GradientPlan) -> Batch:
-    """`[rows, …] → [num_shards, rows/num_shards, …]`, dim 0 over `shard_axes`."""
-    dims = plan.layout.shard_axes, plan.layout.inner_axes or None
+    """`[rows, …] → [num_shards, rows/num_shards, …]`, the new dim over `shard_axes`."""
+    layout, n = plan.layout, plan.num_shards
+    axes = layout.shard_axes, layout.inner_axes or None
 
-    def split(x: jax.Array, sharding: NamedSharding) -> jax.Array:
-        if x.ndim == 0:
-            return x
-        shards = x.reshape(plan.num_shards, x.shape[0] // plan.num_shards, *x.shape[1:])
-        return _constrain_array(shards, plan, (*dims, *_full_spec(sharding, x.ndim)[1:]))
+    def split(x: jax.Array, dim: int, sharding: NamedSharding) -> jax.Array:
+        shards = x.reshape(with_dim(x.shape, dim, n, x.shape[dim] // n))
+        return _constrain_array(shards, plan, with_dim(_full_spec(sharding, x.ndim), dim, *axes))
 
-    return jax.tree.map(split, batch, plan.layout.batch_shardings)
+    return map_rows(split, batch, layout.row_dims, layout.batch_shardings)
 
 
 def reduce_shards(totals: PyTree, dtype: str) -> Params:
@@ -209,7 +205,7 @@ def _accumulate_per_shard(
         keys = per_shard_keys(jax.random.fold_in(key, index), plan.draws)
         run_shards = jax.vmap(
             value_and_grad,
-            in_axes=(None, None, jax.tree.map(lambda x: 0 if x.ndim else None, rows), 0),
+            in_axes=(None, None, jax.tree.structure(rows).unflatten(plan.layout.row_dims), 0),
             axis_name=GRADIENT_SHARDS,
             spmd_axis_name=plan.layout.shard_axes or None,
         )

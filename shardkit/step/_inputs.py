@@ -1,5 +1,6 @@
 """Checks the arguments of a step leaf by leaf, and moves a batch to its declared shardings."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,22 +11,22 @@ from jax.sharding import Mesh, NamedSharding
 
 from .._core.donation import check_not_donated
 from .._core.errors import BatchError, Problem, StateError, raise_all
+from .._core.row_dims import with_dim
 from .._core.train_state import TrainState
 from .._core.tree import leaves_by_path, short_type
-from .._core.types import Batch, Key, PyTree
+from .._core.types import Batch, Key
 from ..data import place_rows, process_rows
+from ._layout import StepLayout
 
-Abstract = jax.ShapeDtypeStruct
 
-
-def put_batch(batch: Batch, abstract: Batch, shardings: PyTree, *, move: bool = False) -> Batch:
+def put_batch(batch: Batch, layout: StepLayout, *, move: bool = False) -> Batch:
     """Moves a batch to its declared shardings; leaves that are there already stay.
 
     Args:
       batch: pytree of host arrays, uncommitted device arrays or arrays in their declared sharding.
-        With several processes each passes the rows of its own devices.
-      abstract: pytree of `jax.ShapeDtypeStruct`, global shapes.
-      shardings: pytree of `NamedSharding`.
+        With several processes each passes the rows of its own devices, and leaves without rows
+        whole.
+      layout: the declared batch, with global shapes, and its shardings.
       move: also accept leaves that are committed to other devices or shardings.
 
     Raises:
@@ -34,17 +35,15 @@ def put_batch(batch: Batch, abstract: Batch, shardings: PyTree, *, move: bool = 
     """
     check_not_donated(batch, "batch", "The batch was donated.")
     values, structure = jax.tree_util.tree_flatten(batch)
-    declared, declared_structure = jax.tree_util.tree_flatten(abstract)
+    leaves, declared_structure = jax.tree_util.tree_flatten(layout.batch)
     if structure != declared_structure:
-        _raise_structure(batch, abstract)
-    targets = jax.tree.leaves(shardings)
-    if not all(map(_is_placed, values, declared, targets)):
-        names = [*leaves_by_path(abstract, "batch")]
-        _check_leaves(names, values, declared, targets, move)
-        values = [
-            x if _is_placed(x, a, s) else _put_leaf(x, a, s)
-            for x, a, s in zip(values, declared, targets, strict=True)
-        ]
+        _raise_structure(batch, layout.batch)
+    shardings = jax.tree.leaves(layout.batch_shardings)
+    if not all(map(_is_placed, values, leaves, shardings)):
+        names = leaves_by_path(layout.batch, "batch")
+        declared = list(map(_DeclaredLeaf, names, leaves, shardings, layout.row_dims))
+        _check_leaves(declared, values, move)
+        values = [leaf.place(x) for leaf, x in zip(declared, values, strict=True)]
     return jax.tree_util.tree_unflatten(structure, values)
 
 
@@ -57,24 +56,11 @@ def put_key(key: Key, sharding: NamedSharding) -> Key:
     return jax.random.wrap_key_data(shared, impl=jax.random.key_impl(key))
 
 
-def _put_leaf(x: Any, abstract: Abstract, sharding: NamedSharding) -> jax.Array:
-    if not sharding.is_fully_addressable and not _is_global(x):
-        return place_rows(x, _process_rows(abstract, sharding), abstract.shape[0], sharding)
-    return jax.device_put(
-        x if isinstance(x, jax.Array) else np.asarray(x, abstract.dtype), sharding
-    )
-
-
 def _is_global(x: Any) -> bool:
     return isinstance(x, jax.Array) and not x.is_fully_addressable
 
 
-def _process_rows(abstract: Abstract, sharding: NamedSharding) -> np.ndarray:
-    assert isinstance(sharding.mesh, Mesh)
-    return process_rows(sharding.mesh, sharding.spec, abstract.shape[0])
-
-
-def _is_placed(x: Any, abstract: Abstract, sharding: NamedSharding) -> bool:
+def _is_placed(x: Any, abstract: jax.ShapeDtypeStruct, sharding: NamedSharding) -> bool:
     return (
         isinstance(x, jax.Array)
         and x.shape == abstract.shape
@@ -83,50 +69,73 @@ def _is_placed(x: Any, abstract: Abstract, sharding: NamedSharding) -> bool:
     )
 
 
-def _check_leaves(
-    names: Sequence[str],
-    values: Sequence[Any],
-    declared: Sequence[Abstract],
-    targets: Sequence[NamedSharding],
-    move: bool,
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class _DeclaredLeaf:
+    """One leaf of the batch that a step was compiled for; `row_dim` counts its rows."""
+
+    path: str
+    abstract: jax.ShapeDtypeStruct
+    sharding: NamedSharding
+    row_dim: int | None
+
+    def is_placed(self, x: Any) -> bool:
+        """Whether a leaf is on its devices, as declared."""
+        return _is_placed(x, self.abstract, self.sharding)
+
+    def place(self, x: Any) -> jax.Array:
+        """Places a leaf that fits, if it is not placed yet."""
+        if self.is_placed(x):
+            return x
+        if not self._takes_local_rows(x):
+            x = x if isinstance(x, jax.Array) else np.asarray(x, self.abstract.dtype)
+            return jax.device_put(x, self.sharding)
+        rows = 0 if self.row_dim is None else self.abstract.shape[self.row_dim]
+        return place_rows(x, self._local_rows, rows, self.sharding, (self.row_dim,))
+
+    def local_shape(self, x: Any) -> tuple[int, ...]:
+        """The shape that this process must pass: the rows of its own devices."""
+        if self.row_dim is None or not self._takes_local_rows(x):
+            return self.abstract.shape
+        return with_dim(self.abstract.shape, self.row_dim, len(self._local_rows))
+
+    def mismatch(self, x: Any, expected: tuple[int, ...]) -> Problem:
+        """The problem of a leaf of another type than declared."""
+        shape, dim, mine = np.shape(x), self.row_dim, expected != self.abstract.shape
+        if mine and dim is not None and shape[dim : dim + 1] != expected[dim : dim + 1]:
+            # 64 rows on 4 processes: "process 1 must pass 16 rows (64 global / 4), got 64".
+            rows, local = self.abstract.shape[dim], expected[dim]
+            passed = shape[dim] if dim < len(shape) else "a scalar"
+            why = f"process {jax.process_index()} must pass {local} rows "
+            why += f"({rows} global / {rows // local}), got {passed}"
+            return Problem(self.path, why, "the process's own rows: x[step.local_rows]")
+        got = short_type(shape, jax.dtypes.canonicalize_dtype(jnp.result_type(x)))
+        why = f"is {got}; the step was compiled for {short_type(expected, self.abstract.dtype)}"
+        return Problem(self.path, why, "pass the declared shapes, or compile_step again")
+
+    def _takes_local_rows(self, x: Any) -> bool:
+        return not self.sharding.is_fully_addressable and not _is_global(x)
+
+    @property
+    def _local_rows(self) -> np.ndarray:
+        mesh, dim = self.sharding.mesh, self.row_dim
+        assert isinstance(mesh, Mesh)
+        if dim is None:
+            return np.arange(0)
+        return process_rows(mesh, self.sharding.spec, self.abstract.shape[dim], row_dim=dim)
+
+
+def _check_leaves(declared: Sequence[_DeclaredLeaf], values: Sequence[Any], move: bool) -> None:
     problems = []
-    for name, x, abstract, sharding in zip(names, values, declared, targets, strict=True):
-        shape, dtype = np.shape(x), jax.dtypes.canonicalize_dtype(jax.numpy.result_type(x))
-        expected = _local_shape(x, abstract, sharding)
-        if (shape, dtype) != (expected, abstract.dtype):
-            problems.append(_mismatch(name, short_type(shape, dtype), shape, expected, abstract))
-        elif (
-            not move
-            and isinstance(x, jax.Array)
-            and x.committed
-            and not _is_placed(x, abstract, sharding)
-        ):
+    for leaf, x in zip(declared, values, strict=True):
+        shape, dtype = np.shape(x), jax.dtypes.canonicalize_dtype(jnp.result_type(x))
+        expected = leaf.local_shape(x)
+        if (shape, dtype) != (expected, leaf.abstract.dtype):
+            problems.append(leaf.mismatch(x, expected))
+        elif not move and isinstance(x, jax.Array) and x.committed and not leaf.is_placed(x):
             where = _describe_sharding(x.sharding)
-            why = f"is committed to {where}; the step has it as {sharding.spec}"
-            problems.append(Problem(name, why, "pass host numpy, or step.shard_batch(batch)"))
+            why = f"is committed to {where}; the step has it as {leaf.sharding.spec}"
+            problems.append(Problem(leaf.path, why, "pass host numpy, or step.shard_batch(batch)"))
     raise_all(BatchError, "The batch is not what the step was compiled for.", problems)
-
-
-def _local_shape(x: Any, abstract: Abstract, sharding: NamedSharding) -> tuple[int, ...]:
-    """The shape that this process must pass: the rows of its own devices."""
-    if sharding.is_fully_addressable or _is_global(x):
-        return abstract.shape
-    return (len(_process_rows(abstract, sharding)), *abstract.shape[1:])
-
-
-def _mismatch(
-    subject: str, got: str, shape: tuple[int, ...], expected: tuple[int, ...], abstract: Abstract
-) -> Problem:
-    rows = abstract.shape[:1]
-    if expected[:1] != rows and shape[:1] != expected[:1]:
-        # 64 rows on 4 processes: "process 1 must pass 16 rows (64 global / 4), got 64".
-        share = f"{rows[0]} global / {rows[0] // expected[0]}"
-        passed = shape[0] if shape else "a scalar"
-        why = f"process {jax.process_index()} must pass {expected[0]} rows ({share}), got {passed}"
-        return Problem(subject, why, "the process's own rows: x[step.local_rows]")
-    why = f"is {got}; the step was compiled for {short_type(expected, abstract.dtype)}"
-    return Problem(subject, why, "pass the declared shapes, or compile_step again")
 
 
 def _describe_sharding(sharding: Any) -> str:

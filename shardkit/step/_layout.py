@@ -1,22 +1,27 @@
 """Resolves a strategy's rules on a mesh: the sharding of every leaf, or every problem at once."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .._core.errors import Problem, ShardingError, count, raise_all
 from .._core.partition import Partition
 from .._core.precision import cast_floats
+from .._core.row_dims import RowDims
 from .._core.train_state import TrainState
-from .._core.tree import Leaf, join_path, list_leaves, path_str
+from .._core.tree import Leaf, flatten_tree, join_path, leaves_by_path, list_leaves, path_str
 from .._core.types import Batch, Key, Params, PyTree, Variables, WithAxes
+from ..data import rows_of_shardings
 from ..parallel import Strategy, check_axes_used, check_composition, suggest_options, update_specs
 from ..rules import Rule, axes_of, check_batch, first_match, format_mesh, resolve_all
+from ._batch_rows import BatchRows, arrange_specs
 from ._trainable import find_partition
 from .optim._follow import FollowParams
 
@@ -41,10 +46,10 @@ class StepLayout:
       shardings: `TrainState` of `NamedSharding`.
       batch: pytree of `jax.ShapeDtypeStruct`.
       batch_shardings: pytree of `NamedSharding`.
-      rows: number of rows of the global batch; 0 where no leaf has a dim.
-      row_axes: mesh axes that the rows are split over.
-      shard_axes: those of them that separate gradient shards. Along an axis over which rows move
-        between devices inside the loss (tokens to their experts), gradients cannot be kept apart.
+      batch_rows: which dims of the batch count its rows.
+      shard_axes: mesh axes of the rows that separate gradient shards. Along an axis over which rows
+        move between devices inside the loss (tokens to their experts), gradients cannot be kept
+        apart.
       axes: `{path: logical axes}` of the parameters.
       gradients: pytree of `NamedSharding` of the gradients that the update receives.
       update: pytree of `NamedSharding` of the parameters during the update, where it is split
@@ -56,8 +61,7 @@ class StepLayout:
     shardings: TrainState
     batch: Batch
     batch_shardings: PyTree
-    rows: int
-    row_axes: tuple[str, ...]
+    batch_rows: BatchRows
     shard_axes: tuple[str, ...]
     axes: Mapping[str, tuple[str | None, ...]]
     gradients: PyTree
@@ -68,6 +72,26 @@ class StepLayout:
     def trained_shardings(self) -> PyTree:
         """Pytree of `NamedSharding` of the trained parameters."""
         return self.partition.trained(self.shardings.params)
+
+    @property
+    def rows(self) -> int:
+        """Number of rows of the global batch; 0 where no leaf has any, or that is unclear."""
+        return self.batch_rows.number
+
+    @property
+    def row_dims(self) -> RowDims:
+        """The dim of each leaf of the batch that counts rows."""
+        return self.batch_rows.dims
+
+    @property
+    def row_axes(self) -> tuple[str, ...]:
+        """Mesh axes that the rows are split over."""
+        return self.batch_rows.axes
+
+    @functools.cached_property
+    def local_rows(self) -> np.ndarray:
+        """Rows of the global batch that the devices of this process hold, i64[n]."""
+        return rows_of_shardings(self.batch_shardings, self.rows, self.row_dims)
 
     @property
     def inner_axes(self) -> tuple[str, ...]:
@@ -150,6 +174,8 @@ def abstract_state(spec: "StepSpec", residual_copies: int = 0) -> AbstractState:
         return dataclasses.replace(state, opt_state=opt_state)
 
     state = jax.eval_shape(run, jax.eval_shape(lambda: jax.random.key(0)))
+    for name in ("params", "model_state", "opt_state"):
+        leaves_by_path(getattr(state, name), name)  # refuses two leaves of one path
     # Shapes that are evaluated under a mesh name it.
     return jax.tree.map(lambda x: x.update(sharding=None), state), names
 
@@ -182,9 +208,15 @@ def resolve_layout(
     problems: list[Problem] = []
     partition = find_partition(spec, state.params)
     specs = _resolve_specs(
-        strategy, (state, names), batch, sizes, partition=partition, problems=problems
+        spec, strategy, (state, names), sizes, partition=partition, problems=problems
     )
-    rows, row_axes = _resolve_rows(list_leaves(batch), specs.batch, sizes, micro_batches, problems)
+    leaves = list_leaves(batch)
+    rows = BatchRows.of(leaves, specs.batch, strategy, spec.row_dims)
+    by_spec = isinstance(strategy.batch, PartitionSpec)
+    if rows.problem and (micro_batches > 1 or (by_spec and rows.axes)):
+        problems.append(rows.problem)
+    elif micro_batches > 1:
+        problems += _split_problems(rows, leaves, sizes, micro_batches)
     failed = count(len({problem.subject for problem in problems}), "leaf")
     raise_all(ShardingError, f"{failed} cannot be laid out on mesh {format_mesh(sizes)}.", problems)
     check_axes_used(strategy, sizes, specs.mesh_axes)
@@ -207,9 +239,8 @@ def resolve_layout(
         shardings=shardings,
         batch=batch,
         batch_shardings=_build_shardings(batch, specs.batch, mesh),
-        rows=rows,
-        row_axes=row_axes,
-        shard_axes=tuple(axis for axis in row_axes if axis not in moves_rows),
+        batch_rows=rows,
+        shard_axes=tuple(axis for axis in rows.axes if axis not in moves_rows),
         axes=names,
         gradients=update if scatters_gradients else partition.trained(shardings.params),
         update=update,
@@ -236,9 +267,9 @@ class _Specs:
 
 
 def _resolve_specs(
+    spec: "StepSpec",
     strategy: Strategy,
     abstract: AbstractState,
-    batch: Batch,
     sizes: Mapping[str, int],
     *,
     partition: Partition,
@@ -270,7 +301,7 @@ def _resolve_specs(
         update=update,
         opt_state=_resolve_rule(rule, moments, sizes, "opt_state", problems),
         model_state={**model_specs, **residuals},
-        batch=_batch_specs(strategy, list_leaves(batch), sizes, problems),
+        batch=_batch_specs(spec, strategy, list_leaves(spec.batch), sizes, problems),
     )
 
 
@@ -318,43 +349,31 @@ def _residual_specs(axis: str, specs: Specs) -> dict[str, PartitionSpec]:
 
 
 def _batch_specs(
-    strategy: Strategy, of: Sequence[Leaf], sizes: Mapping[str, int], problems: list[Problem]
+    spec: "StepSpec",
+    strategy: Strategy,
+    of: Sequence[Leaf],
+    sizes: Mapping[str, int],
+    problems: list[Problem],
 ) -> dict[str, PartitionSpec]:
     if not isinstance(strategy.batch, PartitionSpec):
         return _resolve_rule(strategy.batch, of, sizes, "batch", problems)
-    entries = tuple(strategy.batch)
-    specs = {leaf.path: PartitionSpec(*entries[: len(leaf.shape)]) for leaf in of}
+    specs = arrange_specs(strategy.batch, of, spec.row_dims)
     problems += _name_tree("batch", of, check_batch(of, specs, sizes))
     return specs
 
 
-def _resolve_rows(
-    of: Sequence[Leaf],
-    specs: Specs,
-    sizes: Mapping[str, int],
-    micro_batches: int,
-    problems: list[Problem],
-) -> tuple[int, tuple[str, ...]]:
-    """Rows of the batch and the mesh axes that split them, the same for every leaf."""
-    with_rows = [leaf for leaf in of if leaf.shape]
-    if not with_rows:
-        return 0, ()
-    first = with_rows[0]
-    spec = specs.get(first.path, PartitionSpec())
-    axes = axes_of(spec[0]) if len(spec) else ()
-    for leaf in with_rows[1:]:
-        if leaf.shape[0] != first.shape[0]:
-            why = f"has {leaf.shape[0]} rows, {first.path} has {first.shape[0]}"
-            problems.append(
-                Problem(str(leaf.within("batch")), why, "dim 0 of every batch leaf counts rows")
-            )
-    rows, unit = first.shape[0], micro_batches * math.prod(sizes.get(axis, 1) for axis in axes)
-    if micro_batches > 1 and rows % unit:
-        split = " x ".join(f"{axis}={sizes.get(axis, 1)}" for axis in axes) or "1 device"
-        why = f"{rows} rows do not split into accumulate={micro_batches} micro-batches over {split}"
-        fix = f"a multiple of {unit} rows, such as {max(unit, round(rows / unit) * unit)}"
-        problems.append(Problem(str(first.within("batch")), why, fix))
-    return rows, axes
+def _split_problems(
+    rows: BatchRows, of: Sequence[Leaf], sizes: Mapping[str, int], micro_batches: int
+) -> list[Problem]:
+    """Why the rows of a batch do not split into micro-batches."""
+    unit = micro_batches * math.prod(sizes.get(axis, 1) for axis in rows.axes)
+    if rows.number % unit == 0:
+        return []
+    first = next(leaf for leaf, dim in zip(of, rows.dims, strict=True) if dim is not None)
+    split = " x ".join(f"{axis}={sizes.get(axis, 1)}" for axis in rows.axes) or "1 device"
+    why = f"{rows.number} rows do not split into accumulate={micro_batches} micro-batches over "
+    fix = f"a multiple of {unit} rows, such as {max(unit, round(rows.number / unit) * unit)}"
+    return [Problem(str(first.within("batch")), why + split, fix)]
 
 
 def _build_shardings(tree: PyTree, specs: Specs, mesh: Mesh) -> PyTree:
@@ -364,7 +383,10 @@ def _build_shardings(tree: PyTree, specs: Specs, mesh: Mesh) -> PyTree:
 
 
 def _to_variables(initial: PyTree) -> Variables:
-    return initial if isinstance(initial, Variables) else Variables(initial, {})
+    variables = initial if isinstance(initial, Variables) else Variables(initial, {})
+    flatten_tree(variables.params, "params")
+    flatten_tree(variables.model_state, "model_state")
+    return variables
 
 
 def _has_axes(x: Any) -> bool:

@@ -17,6 +17,7 @@ from .._core.tree import leaves_by_path
 from .._core.types import Accumulate, Batch, Key, Loss, PyTree, Trainable
 from ..nn._remat import parse_policy
 from ..parallel import Strategy
+from ._batch_rows import row_dim_problems
 from ._compiled import CompiledStep
 from ._nonfinite import ON_NONFINITE, OnNonfinite
 from ._trainable import is_trainable
@@ -88,7 +89,8 @@ class StepSpec:
       init: `key -> params`, a pytree of floating-point arrays or `sk.WithAxes`, or
         `key -> sk.Variables(params, model_state)`.
       batch: any pytree of arrays, numpy scalars or `jax.ShapeDtypeStruct`, global shapes; dim 0 of
-        every leaf counts rows. The spec keeps `jax.ShapeDtypeStruct`s.
+        every leaf counts rows, unless `row_dims` or a rule as `strategy.batch` says otherwise. The
+        spec keeps `jax.ShapeDtypeStruct`s.
       strategy: the layout; by default everything is replicated.
       mode: `"auto"`: the partitioner places the collectives. `"shard_map"`: the loss and its
         gradients run inside `shard_map` with explicit collectives, for data, fsdp and tensor
@@ -118,6 +120,12 @@ class StepSpec:
         predicate of a path. The others are frozen: laid out by the same rules and in the dtype
         that `init` gives them, but without gradient, optimizer state, reduction, or part in
         `grad_norm`. None: those that an adapter or `sk.Loss` names, else all.
+      row_dims: which dim of each leaf of the batch counts its rows, by globs over their paths, the
+        first match: `{"tokens": 1, "class_weights": None, "**": 0}` for time-major tokens and a
+        leaf without rows. The first entry of a spec as `strategy.batch` is then that of the rows,
+        and the others are those of the other dims; leaves without rows are replicated. By default
+        a rule as `strategy.batch` says it (the dim that is split over the axes of the rows; a
+        replicated leaf has no rows), else it is dim 0 of every leaf.
 
     >>> import jax.numpy as jnp, optax
     >>> spec = StepSpec(
@@ -146,6 +154,7 @@ class StepSpec:
     on_retrace: OnRetrace = "warn"
     independent_rows: bool = False
     trainable: Trainable = None
+    row_dims: Mapping[str, int | None] | None = None
 
     def __post_init__(self) -> None:
         """Folds the overrides into the strategy and the batch into shapes; checks all fields.
@@ -154,7 +163,7 @@ class StepSpec:
           StepError: with every problem that can be found without a mesh.
         """
         overrides = {name: vars(self).pop(name) for name in _STRATEGY_FIELDS}
-        problems = [*_type_problems(self), *_choice_problems(self), *_batch_problems(self.batch)]
+        problems = [*_type_problems(self), *_choice_problems(self), *_batch_problems(self)]
         if isinstance(self.strategy, Strategy):
             changes = {name: value for name, value in overrides.items() if value is not None}
             self._set("strategy", dataclasses.replace(self.strategy, **changes))
@@ -238,6 +247,7 @@ def compile_step(
     on_retrace: OnRetrace = "warn",
     independent_rows: bool = False,
     trainable: Trainable = None,
+    row_dims: Mapping[str, int | None] | None = None,
 ) -> CompiledStep:
     """Compiles one training step; the same as `StepSpec(...).compile(mesh)`.
 
@@ -322,6 +332,9 @@ def _type_problems(spec: StepSpec) -> Iterator[Problem]:
     for name, is_right, fix in rows:
         if not is_right:
             yield Problem(name, f"is of type {_type_name(getattr(spec, name))}", fix)
+    if isinstance(spec.compiler_options, Mapping):
+        options = (dict(spec.compiler_options), Mapping[str, Any])
+        yield from option_problems(compiler_options=options)
     yield from option_problems(
         deterministic=(spec.deterministic, bool),
         debug=(spec.debug, bool),
@@ -342,10 +355,13 @@ def _choice_problems(spec: StepSpec) -> Iterator[Problem]:
             yield Problem(f"{field}={named!r}", why, f'{field}="{known[0]}"')
 
 
-def _batch_problems(batch: Batch) -> Iterator[Problem]:
-    for path, x in leaves_by_path(batch, "batch").items():
-        if not isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
-            yield Problem(path, f"is of type {_type_name(x)}, not an array", "numpy.asarray(...)")
+def _batch_problems(spec: StepSpec) -> Iterator[Problem]:
+    wrong = [
+        Problem(path, f"is of type {_type_name(x)}, not an array", "numpy.asarray(...)")
+        for path, x in leaves_by_path(spec.batch, "batch").items()
+        if not isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+    ]
+    yield from wrong or row_dim_problems(spec.batch, spec.row_dims)
 
 
 def _strategy_problems(spec: StepSpec) -> list[Problem]:

@@ -1,5 +1,6 @@
 """Refuses losses whose numbers would change where a step splits the rows of its batch."""
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -8,7 +9,9 @@ import jax
 from jax.extend import core
 
 from .._core.errors import Problem, StepError, raise_all
+from .._core.split_rng import list_draws
 from .._core.tracing import equations
+from .._core.tree import list_leaves
 from ..nn._manual_axis_rules import ShardMapLoss
 from ._bound_spec import BoundSpec
 from ._gradients import GradientPlan, LossArgs
@@ -34,13 +37,32 @@ def check_split_rows(
     """
     spec = bound.spec
     splits = next(_row_splits(bound, layout, gradients), None)
+    if not splits:
+        return
+    on_shards = isinstance(spec.loss_fn, ShardMapLoss)
+    problems = list(_stage_problems(bound, layout))
+    if (unclear := layout.batch_rows.problem) and not on_shards:
+        problems.append(dataclasses.replace(unclear, why=f"{unclear.why}; {splits} splits rows"))
+    raise_all(StepError, "The rows of the batch cannot be split.", problems)
     # Statistics of the batch are declared by mutable state, and on shards by `ShardMapLoss`.
-    declared = spec.stateful or isinstance(spec.loss_fn, ShardMapLoss)
-    if splits:
-        # The first call binds the axes that the loss names, and leaves equations of the attempts.
-        jax.eval_shape(loss, *args)
-    if splits and not spec.independent_rows and not declared:
-        check_rows(loss, args, splits, layout.partition if gradients else None)
+    # The first call binds the axes that the loss names, and leaves equations of the attempts.
+    jax.eval_shape(loss, *args)
+    if not (spec.independent_rows or spec.stateful or on_shards):
+        partition = layout.partition if gradients else None
+        check_rows(loss, args, layout.row_dims, splits, partition=partition)
+
+
+def _stage_problems(bound: BoundSpec, layout: StepLayout) -> Iterator[Problem]:
+    """A pipeline sends micro-batches of dim 0 of all that its layers get of the batch."""
+    for kind in bound.spec.strategy.kinds:
+        if "layers" not in kind.splits or bound.mesh.shape.get(kind.axis, 1) == 1:
+            continue
+        for leaf, dim in zip(list_leaves(layout.batch), layout.row_dims, strict=True):
+            if leaf.shape and dim != 0:
+                where = "counts no rows" if dim is None else f"has its rows on dim {dim}"
+                why = f"{where}; strategies.{kind.name}() splits dim 0 of every leaf"
+                fix = "rows on dim 0, and what counts none in params or closed over by the loss"
+                yield Problem(str(leaf.within("batch")), why, fix)
 
 
 def _row_splits(bound: BoundSpec, layout: StepLayout, gradients: bool) -> Iterator[str]:
@@ -57,6 +79,30 @@ def _row_splits(bound: BoundSpec, layout: StepLayout, gradients: bool) -> Iterat
     for kind in spec.strategy.kinds:
         if "layers" in kind.splits and sizes.get(kind.axis, 1) > 1:
             yield f"strategies.{kind.name}()"
+
+
+def check_partial_rows(
+    layout: StepLayout, loss: Objective, args: LossArgs, *, proved: bool
+) -> None:
+    """Checks that a batch with fewer rows can be evaluated by repeating them; see `_partial_batch`.
+
+    Args:
+      layout: which dims of the batch count rows.
+      loss: as it is evaluated, on whole arrays.
+      args: its abstract arguments.
+      proved: the user declares that it is a mean of independent rows.
+
+    Raises:
+      StepError: it draws random numbers, or depends on rows together.
+    """
+    if any(kind in ("bits", "gamma") for kind, _ in list_draws(jax.make_jaxpr(loss)(*args).jaxpr)):
+        why = "draws random numbers in evaluation too, which are those of a full batch"
+        fix = "sk.Loss(train=..., evaluate=...), whose evaluate draws none"
+        headline = "A batch of fewer rows than declared cannot be evaluated."
+        raise_all(StepError, headline, [Problem("loss_fn", why, fix)])
+    if not proved:
+        splits, whole = "step.evaluate of fewer rows", f"a full batch of {layout.rows} rows"
+        check_rows(loss, args, layout.row_dims, splits, partition=None, whole=whole)
 
 
 def check_convolutions(plan: GradientPlan, loss: core.Jaxpr) -> None:

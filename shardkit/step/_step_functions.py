@@ -11,13 +11,13 @@ import jax
 from .._core.errors import Problem, StepError, raise_all
 from .._core.precision import cast_floats
 from .._core.train_state import TrainState
-from .._core.types import Batch, Params
+from .._core.types import Batch, Mean, Params
 from ..nn._remat import Policy, apply_policy, parse_policy, regathering_policy, use_policy
 from ._bound_spec import BoundSpec
 from ._gradients import GradientFn, GradientPlan, LossArgs, build_gradients, plan_shards
 from ._layout import StepLayout
 from ._objective import Objective, build_objective
-from ._split_checks import check_convolutions, check_split_rows
+from ._split_checks import check_convolutions, check_partial_rows, check_split_rows
 from ._update import (
     Metrics,
     build_eval_step,
@@ -109,8 +109,18 @@ class StepFunctions:
         """Builds `(state, batch) → (metrics, gradients)`."""
         return build_gradient_step(self._gradient_fn)
 
-    def evaluate(self) -> Callable[[TrainState, Batch], Metrics]:
-        """Builds `(state, batch) → metrics`."""
+    def check_partial_rows(self) -> None:
+        """Checks that `evaluate` can be computed on fewer rows than declared; see there.
+
+        Raises:
+          StepError: it cannot.
+        """
+        loss = build_objective(self.bound.spec.loss_fn, self.bound.mesh, evaluate=True)
+        proved = self.bound.spec.independent_rows
+        check_partial_rows(self.layout, loss, self._loss_args, proved=proved)
+
+    def evaluate(self) -> Callable[[TrainState, Batch], tuple[Metrics, dict[str, Mean]]]:
+        """Builds `(state, batch) → (metrics, the same as totals and weights)`."""
         spec = self.bound.spec
         loss = build_objective(spec.loss_fn, self.bound.mesh, evaluate=True)
         if spec.mode == "shard_map":
@@ -126,7 +136,7 @@ class StepFunctions:
         return build_training_loss(
             self._build_on_shards(build_micro_batch_objective, loss) if on_shards else loss,
             lambda params: cast_floats(params, dtype),
-            self.layout.batch_shardings,
+            self.layout,
             spec.accumulate.micro_batches,
             always_folds=apart and spec.accumulate.reduce == "end",
             own_keys=on_shards,

@@ -13,7 +13,7 @@ from .._core.errors import Problem, StepError, raise_all
 from .._core.partition import Partition
 from .._core.train_state import TrainState
 from .._core.tree import leaves_by_path, short_type
-from .._core.types import Batch, Key, Metrics, Params, PyTree
+from .._core.types import Batch, Key, Mean, Metrics, Params, PyTree
 from ._gradients import GradientFn
 from ._nonfinite import SKIPPED, OnNonfinite, is_finite_update, select_state
 from ._objective import LossOutput, Objective, divide_mean
@@ -117,13 +117,13 @@ def build_gradient_step(
 
 def build_eval_step(
     objective: Objective, to_compute_params: Callable[[Params], Params]
-) -> Callable[[TrainState, Batch], Metrics]:
-    """Builds `(state, batch) → metrics`."""
+) -> Callable[[TrainState, Batch], tuple[Metrics, dict[str, Mean]]]:
+    """Builds `(state, batch) → (metrics, the same as totals and weights)`."""
 
-    def step(state: TrainState, batch: Batch) -> Metrics:
+    def step(state: TrainState, batch: Batch) -> tuple[Metrics, dict[str, Mean]]:
         key = jax.random.fold_in(state.key, jnp.uint32(_EVALUATE))
         _, output = objective(to_compute_params(state.params), state.model_state, batch, key)
-        return _loss_metrics(output)
+        return _loss_metrics(output), {"loss": output.loss, **output.metrics}
 
     return step
 

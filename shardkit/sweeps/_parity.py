@@ -54,5 +54,7 @@ class ParityChecker:
             batches = make_random_batches(step) if self.batches is None else self.batches
             device = step.mesh.devices.flat[0]
             trial = ParityInputs(batches, _STEPS, jax.random.key(0))
-            self._standards[micro] = ReferenceResults(step.spec, device, trial)
+            self._standards[micro] = ReferenceResults(
+                step.spec, device, trial, step.layout.row_dims
+            )
         return self._standards[micro]

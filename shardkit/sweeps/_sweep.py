@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._core.errors import Problem, SweepError, count, format_problems, raise_all
 from .._core.io._files import local_path
+from .._core.options import check_arguments
 from .._core.types import Batch
 from ..mesh import Target
 from ._case import SweepCase, enumerate_cases
@@ -113,6 +114,22 @@ def sweep(
     >>> swept.ranked_by, len(swept.ranked)
     ('compiled wire bytes', 3)
     """
+    check_arguments(
+        SweepError,
+        "The sweep is declared wrongly.",
+        out=(out, str | Path | None),
+        axes=(axes, Sequence[str]),
+        devices=(devices, int | Sequence[int] | None),
+        accumulate=(accumulate, Sequence[int] | None),
+        remat=(remat, Sequence[str] | None),
+        target=(target, str | None),
+        verify=(verify, bool),
+        time=(time, bool | None),
+        batches=(batches, Sequence[Any] | None),
+        repeats=(repeats, int),
+        steps_per_repeat=(steps_per_repeat, int),
+        timeout=(timeout, float),
+    )
     factory = make_factory(spec)
     counts = _device_counts(devices, target)
     micro, policy = default_options(factory)

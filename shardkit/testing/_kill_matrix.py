@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from .._core.errors import Problem, VerificationError, count, format_problems
 from .._core.io._table import Table
+from .._core.options import check_arguments
 from .._core.types import Accumulate, Batch
 from ..parity import (
     ParityInputs,
@@ -127,6 +128,7 @@ def kill_matrix(
       mutations: to inject. Of the checks that compile a program of their own, only those that must
         find the mutation run.
     """
+    check_arguments(VerificationError, "No mutations can be injected.", steps=(steps, int))
     compile_for = as_step_factory(spec)
     # Mutations that break the mean of rows are to be found in the numbers, not refused.
     plain = compile_for(build_one_device_mesh(mesh)).replace(independent_rows=True)
@@ -141,7 +143,8 @@ def kill_matrix(
         make_random_batches(plain) if batches is None else batches, steps, jax.random.key(0)
     )
     plain_spec = plain.spec.replace(accumulate=step.spec.accumulate)
-    reference = ReferenceResults(plain_spec, plain.mesh.devices.flat[0], inputs)
+    device = plain.mesh.devices.flat[0]
+    reference = ReferenceResults(plain_spec, device, inputs, plain.layout.row_dims)
     control = ParityReport(tuple(reference.compare(step)), reference.title)
     return KillMatrix(control, tuple(_run_mutations(reference, step, mutations)))
 

@@ -10,7 +10,8 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from ..._core.errors import count
+from ..._core.errors import ReportError, count
+from ..._core.options import check_arguments
 from ...hardware import Chip, find_chip, identify_chip
 from .._program import Program
 from ..communication._ledger import Ledger
@@ -143,6 +144,7 @@ def model_time(
     Raises:
       ReportError: the hardware table has no such chip, or the program cannot be read.
     """
+    check_arguments(ReportError, "No time can be modelled.", chip=(chip, str | Chip | None))
     if isinstance(chip, str):
         chip = find_chip(chip)
     device = chip or identify_chip(program.device_kind)

@@ -9,6 +9,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from ..._core.errors import Problem, StepError, raise_all
 from ..._core.partition import Partition
+from ..._core.row_dims import RowDims, count_rows, resize_rows
 from ..._core.tree import leaves_by_path
 from ..._core.types import Batch, Key, Params, PyTree
 from ...nn._overridable import Override, StepContext, use_overrides
@@ -18,12 +19,21 @@ from ._states import AlwaysZero, Cause, Constant, Degree, Mixed, PerRow, RowSum,
 
 LossArgs = tuple[Params, PyTree, Batch, Key]
 
-_ESCAPE = "StepSpec(..., independent_rows=True) if you know that rows are independent all the same"
-_WHOLE = 'the whole batch at once: mode="auto", accumulate=1, no reduce_dtype'
+_ESCAPE = (
+    "StepSpec(..., independent_rows=True) if you know that rows are independent all the same; or "
+    "StepSpec(..., row_dims={...}) if not every leaf of the batch has its rows on dim 0"
+)
+WHOLE = 'the whole batch at once: mode="auto", accumulate=1, no reduce_dtype'
 
 
 def check_rows(
-    objective: Objective, args: LossArgs, splits: str, partition: Partition | None
+    objective: Objective,
+    args: LossArgs,
+    dims: RowDims,
+    splits: str,
+    *,
+    partition: Partition | None,
+    whole: str = WHOLE,
 ) -> None:
     """Refuses a loss whose value on parts of the rows is not its value on all of them.
 
@@ -35,20 +45,19 @@ def check_rows(
     Args:
       objective: the loss, on whole arrays.
       args: its abstract arguments, with the rows of the global batch.
+      dims: the dim of each leaf of the batch that counts rows.
       splits: what splits the rows, for the error: `"accumulate=4"`.
       partition: which parameters have gradients that are split too; None: only the loss is.
+      whole: how to have all rows together instead, for the error.
 
     Raises:
       StepError: what mixes rows, with the operation, its line, and what to write instead.
     """
     params, model_state, batch, key = args
-    rows = {x.shape[0] for x in jax.tree.leaves(batch) if x.shape}
+    rows = count_rows(batch, dims)
     if len(rows) != 1 or (count := rows.pop()) < 2:
         return
-    doubled = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((2 * x.shape[0], *x.shape[1:]), x.dtype) if x.shape else x,
-        batch,
-    )
+    doubled = resize_rows(batch, dims, 2)
 
     def run(*args: Any) -> tuple[LossOutput, PyTree]:
         if partition is None:
@@ -68,43 +77,46 @@ def check_rows(
                 f"fails on {2 * count} ({type(error).__name__}: {reason}), and {splits} splits them"
             )
             fix = "sizes from the batch (len(batch[...])), no number of rows written out"
+            if None in dims:
+                fix += "; or StepSpec(row_dims=...), if other leaves of the batch count rows too"
             problem = Problem("loss_fn", f"is written for {count} rows: {why}", fix)
             raise_all(StepError, _HEADLINE, [problem])
     inputs: list[State] = [
         *[Constant()] * len(jax.tree.leaves((params, model_state))),
-        *[PerRow(0) if x.shape else Constant() for x in jax.tree.leaves(batch)],
+        *[Constant() if dim is None else PerRow(dim) for dim in dims],
         Constant(),
     ]
     states = follow_rows(few, many, inputs, count)
-    problems = list(_problems(jax.tree.unflatten(jax.tree.structure(output), states), splits))
+    states = jax.tree.unflatten(jax.tree.structure(output), states)
+    problems = list(_problems(states, splits, whole))
     raise_all(StepError, _HEADLINE, problems, _ESCAPE)
 
 
 _HEADLINE = "The rows of the batch cannot be split."
 
 
-def _problems(states: tuple[Any, PyTree], splits: str) -> Iterator[Problem]:
+def _problems(states: tuple[Any, PyTree], splits: str, whole: str) -> Iterator[Problem]:
     output, grads = states
-    if problem := _mean_problem("loss", output.loss, splits):
+    if problem := _mean_problem("loss", output.loss, splits, whole):
         yield problem
         return
     for name, metric in output.metrics.items():
-        if problem := _mean_problem(f"metrics[{name!r}]", metric, splits):
+        if problem := _mean_problem(f"metrics[{name!r}]", metric, splits, whole):
             yield problem
     wanted = _degree(output.loss.total)
     for path, state in leaves_by_path(grads, "gradient").items():
         if isinstance(state, Mixed):
-            yield _mixed_problem(path, state.cause, splits)
+            yield _mixed_problem(path, state.cause, splits, whole)
             return
         if _degree(state) not in (wanted, "anything") and wanted != "anything":
-            yield Problem(path, f"is {describe(state)}, unlike the loss", _WHOLE)
+            yield Problem(path, f"is {describe(state)}, unlike the loss", whole)
             return
 
 
-def _mean_problem(name: str, mean: Any, splits: str) -> Problem | None:
+def _mean_problem(name: str, mean: Any, splits: str, whole: str) -> Problem | None:
     for part in (mean.total, mean.weight):
         if isinstance(part, Mixed):
-            return _mixed_problem(name, part.cause, splits)
+            return _mixed_problem(name, part.cause, splits, whole)
     total, weight = _degree(mean.total), _degree(mean.weight)
     if total == "anything" or total == weight:
         return None
@@ -116,11 +128,11 @@ def _mean_problem(name: str, mean: Any, splits: str) -> Problem | None:
     return Problem(name, why, "sk.Mean(total, weight) of two sums over rows")
 
 
-def _mixed_problem(name: str, cause: Cause, splits: str) -> Problem:
+def _mixed_problem(name: str, cause: Cause, splits: str, whole: str) -> Problem:
     why = f"{cause}, and {splits} splits the rows"
     if cause.ratio:
         return Problem(name, why, _as_mean(cause.code))
-    return Problem(name, why, _WHOLE)
+    return Problem(name, why, whole)
 
 
 def _as_mean(code: str) -> str:

@@ -58,6 +58,7 @@ class _Run:
     ) -> None:
         self._spec, self._programs, self._probes = bound.spec, programs, programs.probes
         self._state, self._batch, self.evaluations = state, batch, 0
+        self._rows = programs.layout.rows
         lossy = bound.spec.strategy.compression is not None
         words = np.asarray(jax.random.key_data(state.key)).ravel()
         self._rng = np.random.default_rng([int(x) for x in (*words, state.step)])
@@ -110,7 +111,7 @@ class _Run:
         """The gradient's loss against the loss program's: of its rows, and of rearranged ones."""
         reason = self._order_matters()
         splits = self._splits_rows()
-        rows = max((x.shape[0] for x in jax.tree.leaves(self._batch) if x.ndim), default=0)
+        rows = self._rows
         if reason or not (splits and rows % 2 == 0):
             yield self._compare_loss("loss", loss, [self._totals(self._state, self._batch)])
         else:

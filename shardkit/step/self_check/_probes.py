@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ..._core.row_dims import map_rows
 from ..._core.train_state import TrainState
 from ..._core.tree import leaves_by_path
 from ..._core.types import Batch, Params, PyTree, Scalar
@@ -101,7 +102,8 @@ class Probes:
         """`(batch, i32[rows]) → batch` with these rows, laid out as declared."""
 
         def run(batch: Batch, index: jax.Array) -> Batch:
-            return jax.tree.map(lambda x: jnp.take(x, index, axis=0) if x.ndim else x, batch)
+            dims = self._layout.row_dims
+            return map_rows(lambda x, dim: jnp.take(x, index, axis=dim), batch, dims)
 
         return jax.jit(run, out_shardings=self._layout.batch_shardings)
 

@@ -17,10 +17,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ..._core.row_dims import RowDims, map_rows, with_dim
 from ..._core.split_rng import RandomDraws, per_shard_keys
 from ..._core.train_state import TrainState
 from ..._core.types import Batch, Key, Loss, Mean, PyTree, Scalar
 from .._compile import CompiledProgram
+from .._layout import StepLayout
 from .._objective import LossOutput, Objective
 from .._unbound_axes import bind_batch_axes
 
@@ -79,7 +81,7 @@ def build_plain_objective(loss_fn: Callable[..., Any]) -> Objective:
 def build_training_loss(
     objective: Objective,
     compute: Callable[[Any], Any],
-    shardings: PyTree,
+    layout: StepLayout,
     steps: int,
     *,
     always_folds: bool,
@@ -90,7 +92,7 @@ def build_training_loss(
     Args:
       objective: the training loss of one micro-batch.
       compute: casts the parameters as the loss sees them.
-      shardings: `NamedSharding` of each batch leaf.
+      layout: which dims of the batch count rows, and its shardings.
       steps: micro-batches.
       always_folds: gradients are kept apart, so that one micro-batch too has a key of its own.
       own_keys: the loss itself splits its key over shards (`mode="shard_map"`).
@@ -106,7 +108,7 @@ def build_training_loss(
         params, key = compute(state.params), jax.random.fold_in(state.key, state.step)
 
         def loss_of(model_state: Any, index: Any) -> tuple[Totals, Any]:
-            rows = _take_rows(batch, shardings, steps, index)
+            rows = _take_rows(batch, layout.row_dims, layout.batch_shardings, steps, index)
             total, output = objective(params, model_state, rows, key_of(key, index))
             return (total, output.loss.weight), output.model_state
 
@@ -124,18 +126,19 @@ def build_training_loss(
     return run
 
 
-def _take_rows(batch: Batch, shardings: PyTree, steps: int, index: jax.Array) -> Batch:
+def _take_rows(
+    batch: Batch, dims: RowDims, shardings: PyTree, steps: int, index: jax.Array
+) -> Batch:
     """Rows `index, index + steps, …`: `[rows, …] → [rows/steps, steps, …]`, column `index`."""
 
-    def take(x: jax.Array, sharding: NamedSharding) -> jax.Array:
-        if x.ndim == 0 or steps == 1:
-            return x
-        rows, *dims = x.shape
-        first, *others = (*sharding.spec, *[None] * (x.ndim - len(sharding.spec)))
+    def take(x: jax.Array, dim: int, sharding: NamedSharding) -> jax.Array:
+        entries = (*sharding.spec, *[None] * (x.ndim - len(sharding.spec)))
         columns = jax.lax.with_sharding_constraint(
-            x.reshape(rows // steps, steps, *dims),
-            NamedSharding(sharding.mesh, PartitionSpec(first, None, *others)),
+            x.reshape(with_dim(x.shape, dim, x.shape[dim] // steps, steps)),
+            NamedSharding(
+                sharding.mesh, PartitionSpec(*with_dim(entries, dim, entries[dim], None))
+            ),
         )
-        return jax.lax.dynamic_index_in_dim(columns, index, 1, keepdims=False)
+        return jax.lax.dynamic_index_in_dim(columns, index, dim + 1, keepdims=False)
 
-    return jax.tree.map(take, batch, shardings)
+    return map_rows(take, batch, dims, shardings) if steps > 1 else batch

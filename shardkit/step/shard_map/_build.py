@@ -7,6 +7,7 @@ import jax
 from jax.extend import core
 from jax.sharding import PartitionSpec
 
+from ..._core.row_dims import resize_rows
 from ..._core.split_rng import Draw, RandomDraws, list_draws, match_dims
 from ..._core.types import Accumulate, Batch, Key, Params, PyTree
 from ...nn._manual_axis_rules import ShardMapLoss, pvary
@@ -118,12 +119,7 @@ def _match_draws(
 
     def trace_draws(run: Callable[..., PyTree], times: int, over: int) -> list[Draw]:
         """Draws of a function for `times / over` of the global batch."""
-
-        def resize(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            shape = (x.shape[0] * times // over, *x.shape[1:]) if x.shape else ()
-            return jax.ShapeDtypeStruct(shape, x.dtype)
-
-        resized = jax.tree.map(resize, batch)
+        resized = resize_rows(batch, plan.row_dims, times, over)
         return list_draws(jax.make_jaxpr(run)(params, model_state, resized, key).jaxpr)
 
     steps = plan.accumulate.micro_batches

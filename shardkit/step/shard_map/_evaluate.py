@@ -21,7 +21,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from ..._core.equations import user_line
 from ..._core.errors import Problem, StepError, format_problems
 from ..._core.types import PyTree
-from ...nn._manual_axis_rules import Axes, pvary, untyped, varying_axes, vary_p
+from ...nn._manual_axis_rules import Axes, pvary, untyped, vary_p, varying_axes
 from ._axis_types import (
     AxisTypes,
     branch_types,

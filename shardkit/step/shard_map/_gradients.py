@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from ..._core.precision import cast_floats
+from ..._core.row_dims import map_rows, take_rows, with_dim
 from ..._core.split_rng import part_keys, threefry_words
 from ..._core.types import Batch, Key, Params, PyTree, Scalar
 from ...nn._manual_axis_rules import gather_dim, pvary, use_manual_axis_rules
@@ -26,6 +27,7 @@ from .._objective import LossOutput, Objective
 from ._buckets import GradientSum, reduce_gradients
 from ._loss_output import reduce_output
 from ._plan import ShardMapPlan
+from ._problems import explain_loop_types
 
 
 def build_local_gradients(objective: Objective, plan: ShardMapPlan) -> GradientFn:
@@ -80,7 +82,7 @@ def map_shards(plan: ShardMapPlan, local: Callable[..., Any], out_specs: PyTree)
     """Turns a function of shards into one of whole arrays `(params, model_state, batch, key)`."""
 
     def run(*args: PyTree) -> PyTree:
-        with use_manual_axis_rules(plan.axis_rules):
+        with explain_loop_types(), use_manual_axis_rules(plan.axis_rules):
             return local(*args)
 
     in_specs = (*plan.specs, PartitionSpec())
@@ -100,13 +102,12 @@ def _accumulate(objective: Objective, plan: ShardMapPlan, args: LossArgs) -> Los
     if steps == 1:
         return value_and_grad(batch, jax.random.fold_in(key, 0) if plan.reduce_separately else key)
 
+    def take(x: jax.Array, dim: int, index: jax.Array) -> jax.Array:
+        strided = x.reshape(with_dim(x.shape, dim, x.shape[dim] // steps, steps))
+        return take_rows(strided, dim + 1, index)
+
     def run_micro_batch(index: jax.Array) -> PyTree:
-        rows = jax.tree.map(
-            lambda x: (
-                x.reshape(x.shape[0] // steps, steps, *x.shape[1:])[:, index] if x.ndim else x
-            ),
-            batch,
-        )
+        rows = map_rows(lambda x, dim: take(x, dim, index), batch, plan.row_dims)
         output, totals = value_and_grad(rows, jax.random.fold_in(key, index))
         return output.loss, output.metrics, to_f32(totals)
 

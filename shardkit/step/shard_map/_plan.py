@@ -13,6 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from ..._core.errors import Problem
 from ..._core.partition import Partition
+from ..._core.row_dims import RowDims
 from ..._core.split_rng import RandomDraws
 from ..._core.tree import Leaf, list_leaves
 from ..._core.types import Accumulate, PyTree
@@ -39,6 +40,7 @@ class ShardMapPlan:
       bound: the spec and its mesh.
       accumulate: micro-batches; `"end"` gathers weights and reduces gradients once per step,
         `"every"` does both in every micro-batch, layer by layer.
+      row_dims: the dim of each leaf of the batch that counts rows.
       row_axes: mesh axes that split the rows of the batch.
       token_axes: the other mesh axes that split activations along dims that no parameter has.
       parameters: plan of each parameter, in the order of the leaves.
@@ -51,6 +53,7 @@ class ShardMapPlan:
 
     bound: BoundSpec
     accumulate: Accumulate
+    row_dims: RowDims
     row_axes: Axes
     token_axes: Axes
     parameters: tuple[ParamPlan, ...]
@@ -140,6 +143,7 @@ def build_plan(
     return ShardMapPlan(
         bound=bound,
         accumulate=accumulate,
+        row_dims=layout.row_dims,
         row_axes=row_axes,
         token_axes=token_axes,
         parameters=tuple(parameters),

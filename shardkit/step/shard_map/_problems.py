@@ -1,12 +1,15 @@
 """Finds what `mode="shard_map"` does not support in a spec or a model."""
 
+import contextlib
 import dataclasses
+import re
+import traceback
 from collections.abc import Iterable, Iterator
 
 import jax
 from jax.extend import core
 
-from ..._core.errors import Problem, StepError, did_you_mean, raise_all
+from ..._core.errors import Problem, StepError, did_you_mean, format_problems, raise_all
 from ..._core.tracing import equations
 from ..._core.tree import Leaf, list_leaves
 from ...nn._constrain import constrain_p
@@ -67,6 +70,35 @@ def raise_problems(bound: BoundSpec, problems: list[Problem]) -> None:
     raise_all(StepError, f'mode="shard_map" does not support this step on mesh {mesh}.', problems)
 
 
+@contextlib.contextmanager
+def explain_loop_types() -> Iterator[None]:
+    """Turns JAX's error about a loop that starts from a constant into a `StepError`.
+
+    On shards `jnp.zeros(...)` is the same on all devices, and what a loop adds to it is not; JAX
+    wants both of one type.
+
+    Raises:
+      StepError: with the line of the user's code.
+    """
+    try:
+        yield
+    except TypeError as error:
+        if "manual axis types do not match" not in str(error):
+            raise
+        frames = traceback.extract_tb(error.__traceback__)
+        users = [f for f in frames if not _LIBRARIES.search(f.filename)]
+        where = f"{users[-1].filename.rpartition('/')[2]}:{users[-1].lineno}" if users else "?"
+        what = str(error).splitlines()[0].split(" must ")[0]
+        why = f"{what} differ: one is a constant, the other depends on a device's rows"
+        fix = 'jnp.zeros_like(x[0]) of an array of the batch, not jnp.zeros(...); or mode="auto"'
+        problem = Problem(f"loss_fn at {where}", why, fix)
+        headline = 'mode="shard_map" cannot trace the loss on shards.'
+        raise StepError(format_problems(headline, [problem])) from error
+
+
+_LIBRARIES = re.compile(r"[/\\](jax|shardkit|flax|optax)[/\\]|contextlib")
+
+
 def leaf_problems(
     leaf: Leaf,
     stored: Dims,
@@ -121,14 +153,20 @@ def _kind_problems(bound: BoundSpec) -> Iterator[Problem]:
 
 def _batch_problems(layout: StepLayout) -> Iterator[Problem]:
     """An ordinary loss sees whole rows; only an `sk.ShardMapLoss` can see shards of them."""
-    for leaf, sharding in zip(
-        list_leaves(layout.batch), jax.tree.leaves(layout.batch_shardings), strict=True
-    ):
-        split = [axis for entry in tuple(sharding.spec)[1:] for axis in axes_of(entry)]
-        if split:
+    columns = list_leaves(layout.batch), jax.tree.leaves(layout.batch_shardings), layout.row_dims
+    for leaf, sharding, row_dim in zip(*columns, strict=True):
+        axes = [axes_of(entry) for entry in sharding.spec]
+        axes += [()] * (len(leaf.shape) - len(axes))
+        rows = axes.pop(row_dim) if row_dim is not None else layout.row_axes
+        if split := [axis for names in axes for axis in names]:
             why = f"is split over {_quote_all(split)} beyond its rows"
-            fix = f"batch=P({_axes_code(layout.row_axes)}), or sk.ShardMapLoss(local, reference)"
+            fix = f"batch=P({_axes_code(layout.row_axes)})"
+            fix = "sk.REPLICATED for a leaf without rows" if row_dim is None else fix
+            fix += ", or sk.ShardMapLoss(local, reference)"
             yield Problem(str(leaf.within("batch")), why, fix)
+        elif rows != layout.row_axes:
+            why = f"has its rows over {_quote_all(rows)}, others over {_quote_all(layout.row_axes)}"
+            yield Problem(str(leaf.within("batch")), why, "one split of the rows for every leaf")
 
 
 def name_problems(axis_rules: ManualAxisRules, marked: MarkedAxes) -> Iterator[Problem]:
