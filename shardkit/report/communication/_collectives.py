@@ -61,6 +61,7 @@ class CollectiveSite:
     operands: tuple[Shape, ...]
     span: Span
     trips: int | None
+    known_trips: int
     conditional: bool
     taken: fractions.Fraction
     overlapped: bool
@@ -84,6 +85,7 @@ class _CallPath:
     """The calls through which the walk reaches a computation."""
 
     trips: int | None = 1
+    known_trips: int = 1
     conditional: bool = False
     taken: fractions.Fraction = fractions.Fraction(1)
     overlapped: bool = False
@@ -186,9 +188,7 @@ class _CallWalk:
         for at, (key, callee) in enumerate(call.calls):
             callee_path = inner
             if call.opcode == "while":
-                callee_path = dataclasses.replace(
-                    inner, trips=self._loop_trips(call, here, path, key)
-                )
+                callee_path = self._in_loop(call, here, inner, key)
             elif shares:
                 callee_path = dataclasses.replace(inner, taken=path.taken * shares[at])
             sites = list(self.visit(callee, callee_path))
@@ -197,18 +197,20 @@ class _CallWalk:
             if sites and callee_path.trips is None and path.trips is not None:
                 self.problems.append(
                     f"loop {call.name} runs {len(sites)} collectives an unknown number of times; "
-                    "each is counted once"
+                    "each is counted once for each run of the loop"
                 )
             yield from sites
 
-    def _loop_trips(
+    def _in_loop(
         self, loop: Instruction, here: Computation, path: _CallPath, key: str
-    ) -> int | None:
-        """Executions per step of a loop's body or condition; None if unknown."""
+    ) -> _CallPath:
+        """The path into a loop's body or condition; a loop of unknown length counts once."""
         trips = self._loops.trips(here.name, loop.name)
-        if trips is None or path.trips is None:
-            return None
-        return path.trips * (trips + 1 if key == "condition" else trips)
+        if trips is None:
+            return dataclasses.replace(path, trips=None)
+        trips += key == "condition"
+        product = None if path.trips is None else path.trips * trips
+        return dataclasses.replace(path, trips=product, known_trips=path.known_trips * trips)
 
     def _read_site(
         self, kind: str, instruction: Instruction, here: Computation, path: _CallPath
@@ -238,6 +240,7 @@ class _CallWalk:
             operands=operands,
             span=span,
             trips=path.trips,
+            known_trips=path.known_trips,
             conditional=path.conditional,
             taken=path.taken,
             overlapped=path.overlapped or self._is_overlapped(instruction, here),

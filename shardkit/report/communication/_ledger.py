@@ -30,8 +30,9 @@ class LedgerRow:
         all-gather, the operand of the others.
       wire_bytes: bytes one device sends per *step* on a ring, all trips together:
         2(n−1)/n·V for all-reduce, (n−1)/n·V for all-gather, reduce-scatter and all-to-all, V for
-        permute; a ragged all-to-all counts as if its rows went to all devices evenly. With
-        unknown `trips`, the bytes of one trip; in a branch, the mean over devices.
+        a permute in which every device sends; a ragged all-to-all counts as if its rows went to
+        all devices evenly. Where some devices send less, in a permute or a branch, their mean.
+        With unknown `trips`, the bytes of `known_trips`.
       trips: executions per step, the product of all loops around it, on a device that takes every
         branch to it; None if the trip count of a loop is unknown.
       scope: the model's `named_scope` path.
@@ -53,6 +54,7 @@ class LedgerRow:
       taken: share of `trips` that is executed, mean over devices: below 1 in a branch of a pipeline
         schedule, whose table gives the share. Other branches count as always taken, so that
         their bytes are an upper bound.
+      known_trips: the product of the loops around it whose trips are known.
     """
 
     kind: str
@@ -76,15 +78,16 @@ class LedgerRow:
     by_optimizer: bool = False
     dcn: bool = False
     taken: float = 1.0
+    known_trips: int = 1
 
     @property
     def counted_trips(self) -> int:
-        """`trips`; 1 if unknown."""
-        return 1 if self.trips is None else self.trips
+        """`trips`; where they are unknown, `known_trips`."""
+        return self.known_trips if self.trips is None else self.trips
 
     @property
     def runs(self) -> float:
-        """Executions per step, mean over devices; an unknown number of trips counts as one."""
+        """Executions per step, mean over devices; a loop of unknown length counts once."""
         return self.counted_trips * self.taken
 
     def __str__(self) -> str:
@@ -209,7 +212,7 @@ def wire_bytes(kind: str, payload: int, group: int) -> float:
 
     >>> wire_bytes("all-reduce", 1024, 4), wire_bytes("all-gather", 1024, 4)
     (1536.0, 768.0)
-    >>> wire_bytes("collective-permute", 1024, 4)
+    >>> wire_bytes("collective-permute", 1024, 4)  # by a device that sends
     1024.0
     """
     if group < 2:
@@ -270,7 +273,7 @@ def _split_by_dtype(site: CollectiveSite) -> Iterator[LedgerRow]:
         payload = sum(shape.nbytes for shape in shapes)
         if site.kind == "all-gather":
             payload *= site.span.size
-        times = (1 if site.trips is None else site.trips) * site.taken
+        times = site.known_trips * site.taken * site.span.senders
         yield LedgerRow(
             kind=site.kind,
             axes=site.span.axes,
@@ -295,4 +298,5 @@ def _split_by_dtype(site: CollectiveSite) -> Iterator[LedgerRow]:
             by_optimizer=phase == "update" and combines_elements(largest_path),
             dcn=site.dcn,
             taken=float(site.taken),
+            known_trips=site.known_trips,
         )

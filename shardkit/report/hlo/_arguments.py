@@ -1,21 +1,39 @@
-"""Traces an array back to the argument that it is a copy, cast, transpose or gather of."""
+"""Traces an array back to the argument that it is a copy, cast, transpose, slice or gather of."""
+
+import dataclasses
+from collections.abc import Sequence
 
 from ._hlo import Computation, Instruction, Module
 
 _FORMS = frozenset(
-    """copy copy-start copy-done bitcast convert transpose reshape opt-barrier
-    get-tuple-element""".split()
+    """copy copy-start copy-done bitcast convert transpose reshape opt-barrier slice dynamic-slice
+    all-gather all-gather-start all-gather-done collective-permute collective-permute-start
+    collective-permute-done async-update async-done""".split()
 )
-_GATHERS = frozenset("all-gather all-gather-start all-gather-done".split())
-_INSIDE = _FORMS | {"parameter", "constant", "tuple"}
+_SEVERAL = frozenset({"tuple", "all-gather", "all-gather-start"})
+_CALLS = frozenset({"fusion", "call", "async-start"})
 
 
 class ComputedError(Exception):
     """An array is the result of arithmetic, not another form of an argument."""
 
 
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """The value of an instruction, or an element of it: `elements` are indices into tuples."""
+
+    computation: str
+    name: str
+    elements: tuple[int, ...] = ()
+
+
 def find_argument(module: Module, here: Computation, name: str) -> int | None:
-    """Finds the argument of the program that an array is another form of.
+    """Finds the argument of the program that an array is another form, or a part, of.
+
+    The state of a loop is its initial value, or what the body makes of it. A loop over layers
+    passes their stack on, and slices one layer, perhaps the next one ahead:
+
+        all-gather(fusion(state[3], i)) → dynamic-slice(state[3]) → initial[3] → parameter(7)
 
     Args:
       module: the compiled program.
@@ -23,39 +41,77 @@ def find_argument(module: Module, here: Computation, name: str) -> int | None:
       name: of the instruction that produces it.
 
     Returns:
-      The argument's number; None if it is unknown, as for the state of a loop.
+      The argument's number; None if it is unknown, or one of several.
 
     Raises:
-      Computed: the array is a result of arithmetic.
+      ComputedError: the array is a result of arithmetic.
     """
-    instruction = here.instructions.get(name)
-    while instruction is not None:
-        if instruction.opcode == "parameter":
-            return int(instruction.arguments) if here.name == module.entry else None
-        if instruction.opcode == "while":
-            return None
-        arrays = [o for o in instruction.operands if not _is_constant(here, o)]
-        several = len(arrays) != 1
-        if several and instruction.opcode in ("tuple", "fusion", *_GATHERS):
-            return None
-        if several or not _keeps_values(module, instruction):
-            raise ComputedError
-        instruction = here.instructions.get(arrays[0])
-    return None
+    arguments, visited = set[int | None](), set[_Place]()
+    pending = [_Place(here.name, name)]
+    while pending:
+        place = pending.pop()
+        if place in visited:
+            continue
+        visited.add(place)
+        instruction = module.computations[place.computation].instructions.get(place.name)
+        if instruction and instruction.opcode == "parameter" and place.computation == module.entry:
+            arguments.add(int(instruction.arguments))
+            continue
+        sources = _find_sources(module, place, instruction) if instruction else ()
+        arguments |= set() if sources else {None}
+        pending += sources
+    return arguments.pop() if len(arguments) == 1 else None
 
 
-def _is_constant(here: Computation, name: str) -> bool:
-    instruction = here.instructions.get(name)
-    return instruction is not None and instruction.opcode == "constant"
+def _find_sources(
+    module: Module, place: _Place, instruction: Instruction
+) -> Sequence[_Place]:
+    """The same array, or what it is a part of, one instruction earlier; () if unknown."""
+    op, operands, elements = instruction.opcode, instruction.operands, place.elements
+    if op == "parameter":
+        return _find_passed(module, place, int(instruction.arguments))
+    if op == "get-tuple-element":
+        index = int(instruction.attrs["index"])
+        return [_Place(place.computation, operands[0], (*elements, index))]
+    if op == "while":
+        return _find_states(module, place, place.computation, instruction)
+    if op in _CALLS:
+        return _find_result(module, place, instruction.calls[0][1]) if instruction.calls else ()
+    if op in _SEVERAL and len(operands) > 1:
+        *outer, last = elements or (None,)
+        return () if last is None else [_Place(place.computation, operands[last], tuple(outer))]
+    if op in _FORMS:
+        return [_Place(place.computation, operands[0], elements)]
+    raise ComputedError
 
 
-def _keeps_values(module: Module, instruction: Instruction) -> bool:
-    """Whether an instruction with one operand changes its form alone, not its values."""
-    if instruction.opcode != "fusion":
-        return instruction.opcode in _FORMS | _GATHERS
-    inner = [
-        module.computations[callee]
-        for _, callee in instruction.calls
-        if callee in module.computations
+def _find_passed(module: Module, place: _Place, number: int) -> Sequence[_Place]:
+    """What the only caller of a computation passes as a parameter of it."""
+    callers = [
+        (caller, call)
+        for caller, call in module.callers.get(place.computation, ())
+        if not call.opcode.endswith(("-update", "-done"))
     ]
-    return all(i.opcode in _INSIDE for c in inner for i in c.instructions.values())
+    if len(callers) != 1:
+        return ()
+    ((caller, call),) = callers
+    if call.opcode == "while":
+        return _find_states(module, place, caller.name, call)
+    if call.opcode == "conditional":  # Operand 0 selects the branch.
+        number = 1 + [callee for _, callee in call.calls].index(place.computation)
+    elif call.opcode not in _CALLS:
+        return ()
+    return [_Place(caller.name, call.operands[number], place.elements)]
+
+
+def _find_states(
+    module: Module, place: _Place, outside: str, loop: Instruction
+) -> Sequence[_Place]:
+    """An element of a loop's state: the initial one, and what the body makes of it."""
+    initial = _Place(outside, loop.operands[0], place.elements)
+    return [initial, *_find_result(module, place, dict(loop.calls).get("body", ""))]
+
+
+def _find_result(module: Module, place: _Place, callee: str) -> Sequence[_Place]:
+    called = module.computations.get(callee)
+    return [_Place(callee, called.root.name, place.elements)] if called and called.root else ()

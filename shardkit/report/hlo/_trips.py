@@ -36,11 +36,6 @@ class TripCounts:
 
     def __init__(self, module: Module) -> None:
         self._module = module
-        self._callers: dict[str, list[tuple[Computation, Instruction]]] = {}
-        for computation in module.computations.values():
-            for instruction in computation.instructions.values():
-                for _, callee in instruction.calls:
-                    self._callers.setdefault(callee, []).append((computation, instruction))
 
     def trips(self, computation: str, loop: str) -> int | None:
         """Number of times that a `while` runs its body; None if unknown."""
@@ -138,7 +133,7 @@ class TripCounts:
 
     def _evaluate_parameter(self, where: Computation, number: int, loop: str) -> _Affine | None:
         """A scalar parameter of a fusion, as its only caller passes it."""
-        callers = self._callers.get(where.name, [])
+        callers = self._module.callers.get(where.name, [])
         if len(callers) != 1 or callers[0][1].opcode not in _INLINE:
             return None
         caller, call = callers[0]
@@ -170,7 +165,7 @@ class TripCounts:
         self, where: Computation, number: int, index: int, loop: str
     ) -> _Affine | None:
         """Element `index` of a parameter that is a tuple, as its only caller passes it."""
-        callers = self._callers.get(where.name, [])
+        callers = self._module.callers.get(where.name, [])
         if len(callers) != 1:
             return None
         caller, call = callers[0]
