@@ -8,10 +8,10 @@ from ._hlo import Computation, Instruction, Module
 _FORMS = frozenset(
     """copy copy-start copy-done bitcast convert transpose reshape opt-barrier slice dynamic-slice
     all-gather all-gather-start all-gather-done collective-permute collective-permute-start
-    collective-permute-done async-update async-done""".split()
+    collective-permute-done async-update async-done call-update call-done""".split()
 )
 _SEVERAL = frozenset({"tuple", "all-gather", "all-gather-start"})
-_CALLS = frozenset({"fusion", "call", "async-start"})
+_CALLS = frozenset({"fusion", "call", "call-start", "async-start"})
 
 
 class ComputedError(Exception):
@@ -63,9 +63,7 @@ def find_argument(module: Module, here: Computation, name: str) -> int | None:
     return arguments.pop() if len(arguments) == 1 else None
 
 
-def _find_sources(
-    module: Module, place: _Place, instruction: Instruction
-) -> Sequence[_Place]:
+def _find_sources(module: Module, place: _Place, instruction: Instruction) -> Sequence[_Place]:
     """The same array, or what it is a part of, one instruction earlier; () if unknown."""
     op, operands, elements = instruction.opcode, instruction.operands, place.elements
     if op == "parameter":
