@@ -220,7 +220,7 @@ def wire_bytes(kind: str, payload: int, group: int) -> float:
     share = (group - 1) / group * payload
     if kind == "all-reduce":
         return 2 * share
-    return float(payload) if kind in ("collective-permute", "collective-broadcast") else share
+    return float(payload) if kind == "collective-permute" else share
 
 
 def read_ledger(

@@ -180,8 +180,7 @@ def _find_leaf(row: LedgerRow, operand: str, program: Program) -> PlacedLeaf | N
         number = find_argument(program.module, here, operand)
     except ComputedError:
         return None
-    known = number is not None and number < len(program.leaves)
-    return program.leaves[number] if known else None
+    return None if number is None else dict(enumerate(program.leaves)).get(number)
 
 
 def spec_mismatches(program: Program) -> Iterator[Finding]:

@@ -73,11 +73,13 @@ def _find_sources(module: Module, place: _Place, instruction: Instruction) -> Se
         return [_Place(place.computation, operands[0], (*elements, index))]
     if op == "while":
         return _find_states(module, place, place.computation, instruction)
-    if op in _CALLS:
-        return _find_result(module, place, instruction.calls[0][1]) if instruction.calls else ()
-    if op in _SEVERAL and len(operands) > 1:
-        *outer, last = elements or (None,)
-        return () if last is None else [_Place(place.computation, operands[last], tuple(outer))]
+    if op in _CALLS and instruction.calls:
+        ((_, callee), *_) = instruction.calls
+        return _find_result(module, place, callee)
+    if op in _SEVERAL and operands[1:]:
+        if not elements:
+            return ()
+        return [_Place(place.computation, operands[elements[-1]], elements[:-1])]
     if op in _FORMS:
         return [_Place(place.computation, operands[0], elements)]
     raise ComputedError
@@ -92,7 +94,7 @@ def _find_passed(module: Module, place: _Place, number: int) -> Sequence[_Place]
     ]
     if len(callers) != 1:
         return ()
-    ((caller, call),) = callers
+    caller, call = callers[0]
     if call.opcode == "while":
         return _find_states(module, place, caller.name, call)
     if call.opcode == "conditional":  # Operand 0 selects the branch.
