@@ -194,8 +194,8 @@ class Strategy:
 
         >>> from shardkit.parallel import strategies
         >>> own = strategies.tensor().rename({"mlp": "ffn", "layers": "depth"})
-        >>> strategies.data().renamed_like(own).activations.spec(("batch", "ffn"))
-        P('data', None)
+        >>> strategies.data().renamed_like(own).activations.mesh_axes("ffn")
+        ()
         """
         listed = self.logical_axes
         names = {old: new for old, new in other.names if old in listed}

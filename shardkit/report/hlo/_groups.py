@@ -107,8 +107,9 @@ def span_of_groups(groups: Sequence[np.ndarray], mesh: Mesh) -> Span:
     Raises:
       ValueError: a position is outside of the mesh.
 
-    >>> span_of_groups([np.array([0, 1]), np.array([2, 3])], [("data", 2), ("tensor", 2)])
-    Span(axes=('tensor',), size=2, full_axes=True)
+    >>> span = span_of_groups([np.array([0, 1]), np.array([2, 3])], [("data", 2), ("tensor", 2)])
+    >>> span.axes, span.size, span.full_axes
+    (('tensor',), 2, True)
     """
     sizes = dict(mesh)
     varying = {axis for group in groups for axis in _varying_axes(group, mesh)}
