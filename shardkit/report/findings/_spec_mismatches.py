@@ -10,8 +10,9 @@ from jax.sharding import PartitionSpec
 from ..._core.tree import path_to_glob
 from .._program import PlacedLeaf, Program
 from ..communication._ledger import LedgerRow
-from ..hlo._arguments import ComputedError, find_argument
+from ..hlo._arguments import find_argument
 from ..hlo._hlo import parse_shapes
+from ..hlo._sources import ComputedError
 from ..memory._saved import SavedActivation, find_saved_activations
 from ._finding import SMALL, Finding
 from ._messages import format_spec

@@ -1,0 +1,98 @@
+"""Where the value of an instruction comes from: one step back, through tuples, calls and loops."""
+
+import dataclasses
+from collections.abc import Collection, Sequence
+
+from ._hlo import Instruction, Module
+
+SAME = frozenset(
+    """copy copy-start copy-done bitcast convert reshape opt-barrier async-update async-done
+    call-update call-done""".split()
+)
+"""Operations whose result has the values of their operand, in their order."""
+_CALLS = frozenset({"fusion", "call", "call-start", "async-start"})
+
+
+class ComputedError(Exception):
+    """A value is the result of another operation, not another form of one value."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """The value of an instruction, or an element of it: `elements` are indices into tuples."""
+
+    computation: str
+    name: str
+    elements: tuple[int, ...] = ()
+
+    def instruction(self, module: Module) -> Instruction | None:
+        """The instruction; None if the text lacks it."""
+        return module.computations[self.computation].instructions.get(self.name)
+
+
+def find_sources(module: Module, place: Place, forms: Collection[str] = SAME) -> Sequence[Place]:
+    """The same value one instruction earlier.
+
+    Args:
+      module: the compiled program.
+      place: of the value.
+      forms: operations that keep the value, perhaps in another form.
+
+    Returns:
+      One place; for an element of a loop's state two: the initial value, and what the body makes
+      of it; () if unknown.
+
+    Raises:
+      ComputedError: the value is the result of an operation that is none of `forms`.
+    """
+    instruction = place.instruction(module)
+    if instruction is None:
+        return ()
+    op, operands, elements = instruction.opcode, instruction.operands, place.elements
+    if op == "parameter":
+        return _find_passed(module, place, int(instruction.arguments))
+    if op == "get-tuple-element":
+        index = int(instruction.attrs["index"])
+        return [Place(place.computation, operands[0], (*elements, index))]
+    if op == "while":
+        return _find_states(module, place, place.computation, instruction)
+    if op in _CALLS and instruction.calls:
+        ((_, callee), *_) = instruction.calls
+        return _find_result(module, place, callee)
+    if op == "tuple" or (op in forms and operands[1:] and "gather" in op):
+        if not elements:
+            return ()
+        return [Place(place.computation, operands[elements[-1]], elements[:-1])]
+    if op in forms:
+        return [Place(place.computation, operands[0], elements)]
+    raise ComputedError
+
+
+def _find_passed(module: Module, place: Place, number: int) -> Sequence[Place]:
+    """What the only caller of a computation passes as a parameter of it."""
+    callers = [
+        (caller, call)
+        for caller, call in module.callers.get(place.computation, ())
+        if not call.opcode.endswith(("-update", "-done"))
+    ]
+    if len(callers) != 1:
+        return ()
+    caller, call = callers[0]
+    if call.opcode == "while":
+        return _find_states(module, place, caller.name, call)
+    if call.opcode == "conditional":  # Operand 0 selects the branch.
+        number = 1 + [callee for _, callee in call.calls].index(place.computation)
+    elif call.opcode not in _CALLS:
+        return ()
+    return [Place(caller.name, call.operands[number], place.elements)]
+
+
+def _find_states(module: Module, place: Place, outside: str, loop: Instruction) -> Sequence[Place]:
+    """An element of a loop's state: the initial one, and what the body makes of it."""
+    initial = Place(outside, loop.operands[0], place.elements)
+    return [initial, *_find_result(module, place, dict(loop.calls).get("body", ""))]
+
+
+def _find_result(module: Module, place: Place, callee: str) -> Sequence[Place]:
+    called = module.computations.get(callee)
+    return [Place(callee, called.root.name, place.elements)] if called and called.root else ()
