@@ -8,7 +8,7 @@ from typing import overload
 from ..._core.errors import ReportError, did_you_mean
 from ..._core.tree import format_bytes
 from ..hlo._hlo import Module, parse
-from ..hlo._scope import combines_elements, is_windowable, phase_of, split_op_name
+from ..hlo._scope import combines_elements, is_windowable, phase_of, scope_of, split_op_name
 from ..hlo._slices import Slices
 from ._collectives import KINDS, SPELLED, CollectiveSite, find_collectives
 
@@ -260,10 +260,11 @@ def _blank_strings(hlo: str) -> str:
 
 def _split_by_dtype(site: CollectiveSite) -> Iterator[LedgerRow]:
     """Makes one row per dtype that a collective sends."""
-    paths = split_op_name(site.op_name)
+    calls = site.path
+    paths = split_op_name(calls.op_name)
     # A collective that the compiler combined has the path of each operand; any other has one path.
     if len(paths) != len(site.operands):
-        paths = [site.op_name] * len(site.operands)
+        paths = [calls.op_name] * len(site.operands)
     pairs = list(zip(site.operands, paths, strict=True))
     for dtype in dict.fromkeys(shape.dtype for shape in site.operands):
         sent = [(shape, path) for shape, path in pairs if shape.dtype == dtype]
@@ -273,30 +274,30 @@ def _split_by_dtype(site: CollectiveSite) -> Iterator[LedgerRow]:
         payload = sum(shape.nbytes for shape in shapes)
         if site.kind == "all-gather":
             payload *= site.span.size
-        times = site.known_trips * site.taken * site.span.senders
+        times = calls.known_trips * calls.taken * site.span.senders
         yield LedgerRow(
             kind=site.kind,
             axes=site.span.axes,
             dtype=dtype,
             payload_bytes=payload,
             wire_bytes=round(wire_bytes(site.kind, payload, site.span.size) * times),
-            trips=site.trips,
-            scope=site.scope,
+            trips=calls.trips,
+            scope=scope_of(calls.op_name),
             phase=phase,
-            overlapped=site.overlapped,
+            overlapped=calls.overlapped,
             group=site.span.size,
             full_axes=site.span.full_axes,
             operands=tuple(map(str, shapes)),
             windowed=site.kind == "collective-permute"
             and not site.dcn
             and is_windowable(largest_path),
-            conditional=site.conditional,
+            conditional=calls.conditional,
             computation=site.computation,
             name=site.instruction.name,
-            op_name=site.op_name,
+            op_name=calls.op_name,
             phases=tuple(phase_of(path) for _, path in sent),
             by_optimizer=phase == "update" and combines_elements(largest_path),
             dcn=site.dcn,
-            taken=float(site.taken),
-            known_trips=site.known_trips,
+            taken=float(calls.taken),
+            known_trips=calls.known_trips,
         )
