@@ -12,16 +12,10 @@ from typing import Any
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 # Identities as far as bytes go.
-_IDENTITIES = {
-    "name",
-    "shardkit_record",
-    "shardkit_use_param",
-    "stop_gradient",
-    "copy",
-    "copy_p",
-    "optimization_barrier",
-    "pvary",
-}
+_IDENTITIES = frozenset(
+    """name shardkit_record shardkit_use_param stop_gradient copy copy_p optimization_barrier
+    pvary""".split()
+)
 # Parameters that hold derivative rules, not the function itself.
 _DERIVATIVES = {"jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd", "fwd", "jvp_jaxpr_thunk", "update_jaxpr"}
 _LOOPS = {"scan", "while"}
