@@ -21,9 +21,9 @@ and two clipped SGD updates, and one compilation.
 
 - *Error* is the relative error of the worst gradient leaf; *noise* is how much that leaf changes if
   every parameter is nudged by one rounding.
-- *Ratio* is compiled wire bytes over the textbook minimum, as a mean over devices if the branches
-  of a schedule differ between them. The minimum of a tensor axis counts only layers, so rows marked
-  deep have 16 of them.
+- *Ratio* is compiled wire bytes over the textbook minimum, as a mean over devices where they send
+  different amounts, as the stages of a pipeline do. The minimum of a tensor axis counts only
+  layers, so rows marked deep have 16 of them.
 - `shard_map` rows are compiled in that mode. With `accumulate` they keep the weights that they
   gathered, and send less than the minimum. f32 rows with one reduction per step are at most 1.05.
   Two other rows are above: *tied each* reduces each micro-batch, as declared, and the CPU backend

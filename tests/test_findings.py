@@ -9,8 +9,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from shardkit._core.tree import Leaf
 from shardkit.parallel import strategies
-from shardkit.report import FINDINGS, Declarations, Program, Report
+from shardkit.report import FINDINGS, Declarations, PlacedLeaf, Program, Report
 from shardkit.report.findings._messages import find_involuntary_remats
 
 from ._programs import (
@@ -140,6 +141,42 @@ def test_a_reduction_in_the_accumulation_loop():
     assert Report.of(made).reductions == {"data": 4.0}
 
 
+def test_a_reduction_in_a_loop_of_the_model_is_found_without_declared_accumulation():
+    """The model's own loop over micro-batches, whose sum XLA moves no reduction out of."""
+
+    def own_loop(params, xs):
+        def add(total, x):
+            return jax.tree.map(jnp.add, total, jax.grad(loss)(params, x)), None
+
+        return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), xs)[0]
+
+    micro = rows(P(None, "data"), 4, BATCH, WIDTH)
+    made = program(own_loop, make_mesh(data=8), params=weights(), batch=micro)
+    (finding,) = findings(made, "reduction_in_loop")
+    assert "reduced 4 times per step over 'data', in a loop that adds up the results" in finding.why
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_reductions_of_a_step_that_accumulates_nothing_are_no_alarm(stacked):
+    """Each weight is used twice, so that two arrays of its gradient's size are reduced."""
+    mesh = make_mesh(data=8)
+
+    def twice(x, w):
+        one = jax.lax.with_sharding_constraint(jnp.tanh(x @ w), NamedSharding(mesh, P("data")))
+        return jnp.tanh(one @ w), None
+
+    def mean(params, x):
+        if stacked:
+            return jnp.mean(jax.lax.scan(twice, x, params["w"])[0] ** 2)
+        return jnp.mean(twice(x, params["w"])[0] ** 2)
+
+    shape = (LAYERS, 16, 16) if stacked else (16, 16)
+    parts = {"params": {"w": (shape, P())}, "batch": rows(P("data"), 64, 16)}
+    made = program(jax.grad(mean), mesh, **parts)
+    assert Report.of(made).reductions["data"] == 2
+    assert not findings(made, "reduction_in_loop")
+
+
 def test_collectives_that_the_strategy_does_not_explain(data_parallel):
     found = findings(data_parallel, "unexplained_collective", kinds=strategies.data().kinds)
     assert {finding.axes for finding in found} == {("tensor",)}
@@ -167,6 +204,51 @@ def test_a_parameter_that_is_gathered_whole():
     assert finding.bytes == 3 * 4 * 64 * 64 // 4
     assert "w f32[64,64] is split over tensor and gathered whole by 1 × all-gather" in finding.why
     assert not findings(made, "parameter_gather", kinds=strategies.fsdp("tensor").kinds)
+
+
+@pytest.mark.parametrize("gathered", ["a", "b", "c"])
+def test_of_several_parameters_in_a_loop_the_one_that_is_gathered_is_named(gathered):
+    """Layers of equal shape, `c` split as the others' transpose is."""
+    mesh = make_mesh(data=2, tensor=4)
+
+    @jax.checkpoint
+    def layer(x, w):
+        for name, matrix in sorted(w.items()):
+            if name == gathered:
+                matrix = jax.lax.with_sharding_constraint(matrix, NamedSharding(mesh, P()))
+            x = jnp.tanh(x @ matrix)
+        return x, None
+
+    def mean(params, x):
+        return jnp.mean(jax.lax.scan(layer, x, params)[0] ** 2)
+
+    shape = (LAYERS, 64, 64)
+    params = {"a": (shape, COLUMNS), "b": (shape, COLUMNS), "c": (shape, ROWS)}
+    made = program(jax.grad(mean), mesh, params=params, batch=rows(P("data"), 64, 64))
+    (finding,) = findings(made, "parameter_gather", kinds=strategies.tensor().kinds)
+    assert finding.leaf == f"params/{gathered}"
+    assert finding.why.endswith("by 2 × all-gather")
+    assert finding.bytes == 2 * LAYERS * 3 * 4 * 64 * 64 // 4
+
+
+COMBINED = """HloModule m, is_scheduled=true, num_partitions=4
+ENTRY %main (b: f32[64,16], w: f32[64,32]) -> (f32[64,64], f32[64,128]) {
+  %b = f32[64,16]{1,0} parameter(0)
+  %w = f32[64,32]{1,0} parameter(1)
+  ROOT %both = (f32[64,64], f32[64,128]) all-gather(%b, %w), channel_id=1, replica_groups=[1,4]<=[4], dimensions={1}, use_global_device_ids=true
+}
+"""  # noqa: E501
+
+
+def test_a_gather_of_several_parameters_names_each():
+    leaves = tuple(
+        PlacedLeaf("params", Leaf(name, (64, size), np.dtype("float32")), P(None, "tensor"))
+        for name, size in (("b", 64), ("w", 128))
+    )
+    made = Program(COMBINED, (("tensor", 4),), "gpu", leaves=leaves)
+    found = findings(made, "parameter_gather", kinds=strategies.tensor().kinds)
+    sizes = {finding.leaf: finding.bytes for finding in found}
+    assert sizes == {"params/b": 3 * 4 * 64 * 16, "params/w": 3 * 4 * 64 * 32}
 
 
 def test_wide_collectives_under_a_narrow_policy(data_parallel):

@@ -185,6 +185,50 @@ def test_permutes_all_to_alls_and_both_axes():
     assert ledger.total("data") == ring(2, block) + 2 * ring(8, SCALAR)
 
 
+PAIRS = {
+    "one": ("{{0,1}}", 64),
+    "home": ("{{0,1},{1,1},{2,2}}", 64),
+    "line": ("{{0,1},{1,2},{2,3}}", 192),
+    "ring": ("{{0,1},{1,2},{2,3},{3,0}}", 256),
+    "none": ("{{2,2}}", 0),
+}
+
+
+@pytest.mark.parametrize("pairs", PAIRS)
+def test_a_permute_counts_what_a_device_sends_on_average(pairs):
+    text, mean = PAIRS[pairs]
+    body = f"""  %x = bf16[128]{{0}} parameter(0)
+  ROOT %y = bf16[128]{{0}} collective-permute(%x), channel_id=1, source_target_pairs={text}"""
+    ledger = read_ledger(entry(body), [("pipe", 4)])
+    assert ledger.complete
+    assert ledger.total() == mean
+
+
+def test_a_computation_of_another_core_is_read():
+    """The compilers of newer chips give some computations to their sparse cores."""
+    inner = """%offloaded (p: bf16[8]) -> bf16[16] {
+  %p = bf16[8]{0} parameter(0)
+  ROOT %g = bf16[16]{0} all-gather(%p), replica_groups=[2,2]<=[4], dimensions={0}, use_global_device_ids=true, channel_id=1
+}, execution_thread="sparsecore"
+"""  # noqa: E501
+    body = """  %x = bf16[8]{0} parameter(0)
+  %start = ((bf16[8]{0}), bf16[16]{0}, u32[]) async-start(%x), async_execution_thread="sparsecore", calls=%offloaded
+  %busy = bf16[8]{0} convolution(%x, %x)
+  ROOT %done = bf16[16]{0} async-done(%start)"""  # noqa: E501
+    ledger = read_ledger(entry(body, inner), FOUR)
+    assert ledger.complete, ledger.problems
+    (row,) = ledger
+    assert (row.kind, row.axes, row.wire_bytes, row.overlapped) == (
+        "all-gather",
+        ("tensor",),
+        16,
+        True,
+    )
+    for wrong in ("}, what", "}}"):
+        cut = entry(body, inner.replace('}, execution_thread="sparsecore"', wrong))
+        assert not read_ledger(cut, FOUR).complete
+
+
 RAGGED = """HloModule ragged, is_scheduled=true, num_partitions=8
 ENTRY %main (rows: bf16[64,16], room: bf16[512,16], n: s32[8]) -> bf16[64,16] {
   %rows = bf16[64,16]{1,0} parameter(0)
@@ -339,6 +383,28 @@ def test_loops_of_unknown_length_and_dead_collectives_are_reported():
     assert "an unknown number of times" in ledger.problems[0]
 
 
+@pytest.mark.parametrize("outer", [True, False])
+def test_beside_an_unknown_loop_the_known_trips_count(outer):
+    """A loop of five trips around one of unknown length, or within it."""
+    mesh = make_mesh(data=8)
+
+    def known(body, x):
+        return jax.lax.fori_loop(0, 5, lambda _, x: body(x), x)
+
+    def unknown(body, x):
+        return jax.lax.while_loop(lambda x: jnp.max(x) < 100, body, x)
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+    def step(x):
+        around, within = (known, unknown) if outer else (unknown, known)
+        return around(functools.partial(within, lambda x: jax.lax.psum(x, "data")), x)
+
+    ledger = compiled(step, mesh, ((32,), P()))
+    (row,) = ledger
+    assert (row.trips, row.counted_trips, ledger.complete) == (None, 5, False)
+    assert ledger.total() == 5 * 2 * ring(8, 4 * 32)
+
+
 def test_a_program_cut_anywhere_is_never_complete():
     text = recorded("tpu_v5p_fsdp_tensor")
     mesh = [("fsdp", 4), ("tensor", 4)]
@@ -428,6 +494,11 @@ def test_minima_of_explicit_layouts_are_met():
         ),
         (strategies.tensor("a"), {}, None),
         (strategies.pipeline("a", micro_batches=2), {}, None),
+        (  # one activation over each of 7 boundaries, each way, from 8 devices
+            strategies.pipeline("a", micro_batches=2),
+            {"activation_bytes": 800},
+            2 * ring(8, WEIGHTS) + 2 * 7 * 800 / 8,
+        ),
     ],
 )
 def test_minima_by_kind(strategy, known, expected):

@@ -8,6 +8,7 @@ import pytest
 
 from shardkit.report import Program, model_time, read_ledger
 from shardkit.report.communication._collectives import SPELLED, find_collectives
+from shardkit.report.hlo._arguments import find_argument
 from shardkit.report.hlo._hlo import parse
 from shardkit.report.hlo._slices import Slices
 
@@ -19,6 +20,7 @@ MESHES = {
     "tpu_v5p_fsdp_tensor": (("fsdp", 4), ("tensor", 4)),
     "tpu_v5p_splash": (("data", 2), ("tensor", 4)),
     "tpu_v6e_fsdp_tensor": (("fsdp", 2), ("tensor", 4)),
+    "tpu_v6e_sparsecore": (("fsdp", 8),),
 }
 
 
@@ -53,6 +55,25 @@ def test_a_recorded_gpu_program(texts, ledgers):
         sent = sum(row.wire_bytes for row in layers if row.phase == phase)
         assert sent == 2 * 2 * 2 * ring(2, activation), phase
     assert ledger.total() == sum(ledger.by_axes().values()) == 1_053_650
+
+
+def test_collectives_that_sparse_cores_run(texts, ledgers):
+    """Two weights of 4096 x 4096, one split by rows, one by columns, gathered beside the products.
+
+    Compiled with xla_tpu_enable_sparse_core_collective_offload_all_gather.
+    """
+    text, ledger = texts["tpu_v6e_sparsecore"], ledgers["tpu_v6e_sparsecore"]
+    assert text.count('}, execution_thread="sparsecore"') == len(ledger) == 2
+    assert ledger.complete, ledger.problems
+    assert [row.wire_bytes for row in ledger] == [ring(8, 2 * 4096 * 4096)] * 2
+    assert [row.overlapped for row in ledger] == [False, True]
+    module = parse(text)
+    sources = []
+    for row in ledger:
+        body = module.computations[row.computation]
+        number = find_argument(module, body, body.instructions[row.name].operands[0])
+        sources.append(module.computations[module.entry].parameters[number].op_name)
+    assert sources == ["up", "down"]
 
 
 def test_chains_of_asynchronous_fusions_are_one_collective(texts, ledgers):

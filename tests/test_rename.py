@@ -8,6 +8,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
+from shardkit.planner import SearchSpace
+from shardkit.sweeps._spec_factory import SpecFactory
 
 from ._quick import some_quick
 
@@ -134,3 +136,56 @@ def test_unknown_and_doubled_names_are_refused_together():
 def test_two_names_may_be_swapped():
     swapped = S.tensor().rename({"mlp": "embed", "embed": "mlp"})
     assert swapped.params.spec(("mlp", "embed")) == P(None, "tensor")
+
+
+@pytest.fixture
+def conventional(monkeypatch):
+    """The same model with the conventional names."""
+    spec, original = spec_with(S.fsdp()), {new: old for old, new in NAMES.items()}
+    constrain = sk.nn.constrain
+
+    def init_conventional(key):
+        leaves, tree = jax.tree.flatten(init(key), is_leaf=lambda x: isinstance(x, sk.WithAxes))
+        named = [sk.WithAxes(x.value, tuple(original[n] for n in x.axes)) for x in leaves]
+        return jax.tree.unflatten(tree, named)
+
+    def loss_conventional(params, batch, key):
+        with monkeypatch.context() as patched:
+            renaming = lambda x, *names: constrain(x, *(original[n] for n in names))  # noqa: E731
+            patched.setattr(sk.nn, "constrain", renaming)
+            return loss(params, batch, key)
+
+    return spec.replace(init=init_conventional, loss_fn=loss_conventional)
+
+
+def test_a_plan_lays_out_the_names_that_the_spec_renames(conventional):
+    space = SearchSpace(remat=("full",), accumulate=(1, 2), pipelines=("1f1b",))
+    expected = sk.plan(conventional, "tpu:v5p:2x2x1", space=space)
+    renamed = spec_with(S.fsdp().rename(NAMES))
+    planned = sk.plan(renamed, "tpu:v5p:2x2x1", space=space)
+    rows = (*planned.rows, *planned.tight)
+    assert any(one.mesh["tensor"] > 1 for one in rows)
+    assert any(one.mesh["pipe"] > 1 for one in rows)
+    assert any(one.mesh["context"] > 1 for one in rows)
+    figures = [[(one.layout, one.total, one.seconds, one.wire) for one in (*made.rows, *made.tight)]
+               for made in (planned, expected)]  # fmt: skip
+    assert figures[0] == figures[1]
+    assert planned.sensitivity == expected.sensitivity
+    counts = [sorted(n for n, _ in made.rejected.values()) for made in (planned, expected)]
+    assert counts[0] == counts[1]
+    # The code of a layout declares the names too, those that its own tables list.
+    best = next(one for one in rows if one.mesh["fsdp"] == one.mesh["tensor"] == 2)
+    made: dict[str, object] = {"sk": sk}
+    exec(best.declaration, made)
+    mesh = made["mesh"].build(devices=jax.devices()[:4])
+    step = renamed.replace(strategy=made["strategy"]).compile(mesh)
+    assert step.shardings.params["up"].spec == P(None, "fsdp", "tensor")
+    assert ".rename" not in expected.best.declaration
+
+
+def test_a_sweep_adds_strategies_with_the_names_that_the_spec_renames():
+    factory = SpecFactory(spec_with(S.fsdp().rename(NAMES)))
+    made = factory(sk.MeshSpec(fsdp=2, tensor=2), accumulate=1, remat="none").strategy
+    table = made.params.rules[0]
+    assert table.spec(("depth", "hidden", "ffn")) == P(None, "fsdp", "tensor")
+    assert made.activations.spec(("rows", "time", "ffn")) == P("fsdp", None, "tensor")

@@ -18,7 +18,7 @@ import shardkit as sk
 from shardkit._core.source import Frame, choose_source, read_line
 from shardkit.report import Report
 from shardkit.report.hlo._hlo import parse
-from shardkit.report.hlo._sources import Sources
+from shardkit.report.hlo._source_lines import Sources
 
 WIDTH = 128
 HERE = pathlib.Path(__file__)

@@ -9,7 +9,6 @@ from typing import Any
 
 from .._core.errors import ShardkitError, Stopped
 from .._core.startup import quiet_libtpu
-from ._command import add_shared_options
 from ._commands import COMMANDS
 
 # 75 is EX_TEMPFAIL of sysexits.h: run the same command again.
@@ -27,7 +26,6 @@ def parser() -> argparse.ArgumentParser:
     below = root.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
         sub = below.add_parser(command.name, help=command.help, allow_abbrev=False)
-        add_shared_options(sub, command.takes_config)
         command.add_options(sub)
         sub.set_defaults(run=command.run)
     return root

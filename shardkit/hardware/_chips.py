@@ -1,6 +1,6 @@
 """The hardware table: peak rates, memory and links of one JAX device, each with its source.
 
-A new chip is one entry of `_TABLE`; a GPU also needs one in `_gpu_target`, for its compiler.
+A new chip is one entry of `_TPUS`, or of `_GPUS` and of `_gpu_target`, for its compiler.
 
 Rates are those that makers publish for dense products, not those that a program reaches. Links
 are one way: a ring over an axis of a TPU torus uses both directions, so it moves twice as much.
@@ -8,9 +8,11 @@ are one way: a ring over an axis of a TPU torus uses both directions, so it move
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from .._core.errors import MeshError, Problem, ReportError, did_you_mean, format_problems, raise_all
 from .._core.options import check_options
+from ._gpu_target import GPU_TARGETS
 
 GIB = 2**30
 GB = 10**9
@@ -105,9 +107,7 @@ _NUMBERS = ("memory", "memory_bandwidth", "link", "network", "latency")
 
 
 _BOOK = "jax-ml.github.io/scaling-book/tpus"
-_CLOUD = "docs.cloud.google.com/tpu/docs/{}"
 _GUESS = "our estimate of the order of magnitude: makers publish none"
-_MEMORY_SPEC = "openxla/xla: xla/backends/gpu/target_config/specs/{}.txtpb"
 
 
 def _tpu(
@@ -120,11 +120,10 @@ def _tpu(
     link: float,
     torus_dims: int,
     per_host: int,
-    devices_per_chip: int = 1,
-    topology_options: Mapping[str, str] | None = None,
 ) -> Chip:
     flops = {dtype: rate * TERA for dtype, rate in teraflops.items()}
     number, tile = mxu
+    documented = ("flops", "memory", "memory_bandwidth", "torus_dims")
     return Chip(
         name=name,
         kind="tpu",
@@ -139,41 +138,37 @@ def _tpu(
         network=25 * GB / per_host,
         latency=1e-6,
         sources={
-            "flops": _CLOUD.format(name),
-            "memory": _CLOUD.format(name),
-            "memory_bandwidth": _CLOUD.format(name),
+            **dict.fromkeys(documented, f"docs.cloud.google.com/tpu/docs/{name}"),
             "clock": f"peak ÷ (cores × MXUs × size² × 2), MXUs from {_BOOK}",
             "link": f"{_BOOK}: ICI, one way per link",
-            "torus_dims": _CLOUD.format(name),
             "network": f"{_BOOK}: 25 GB/s per host of {per_host} devices",
             "latency": _GUESS,
             "tile": f"{_BOOK}: size of an MXU",
         },
         tile=tile,
-        devices_per_chip=devices_per_chip,
-        topology_options=topology_options or {},
+        **_OPTIONS.get(name, {}),
     )
 
 
 def _gpu(
     name: str,
-    runtime_names: tuple[str, ...],
     teraflops: Mapping[str, float],
-    memory: int,
-    bandwidth: float,
+    *,
     link: float,
     network: float,
     spec: str,
     sheet: str,
-    system: str,
+    runtime: str = "",
 ) -> Chip:
+    target, system = GPU_TARGETS[name], f"nvidia.com: DGX {name.upper()} data sheet"
+    public = f"openxla/xla: xla/backends/gpu/target_config/specs/{spec}.txtpb"
     return Chip(
         name=name,
         kind="gpu",
-        runtime_names=runtime_names,
+        runtime_names=(runtime or target.description.lower(),),
         flops={dtype: rate * TERA for dtype, rate in teraflops.items()},
-        memory=memory,
-        memory_bandwidth=bandwidth * GB,
+        memory=target.memory,
+        memory_bandwidth=target.bandwidth,
         clock=None,
         link=link * GB,
         torus_dims=0,
@@ -181,10 +176,9 @@ def _gpu(
         network=network * GB,
         latency=2e-6,
         sources={
-            "flops": f"{sheet}: dense, half of what it gives with sparsity",
-            "memory": _MEMORY_SPEC.format(spec),
-            "memory_bandwidth": _MEMORY_SPEC.format(spec),
-            "link": f"{sheet}: NVLink, half of both ways",
+            "flops": f"nvidia.com: {sheet}: dense, half of what it gives with sparsity",
+            **dict.fromkeys(("memory", "memory_bandwidth"), public),
+            "link": f"nvidia.com: {sheet}: NVLink, half of both ways",
             "domain": system,
             "network": f"{system}: one {round(network * 8)} Gb/s adapter per GPU",
             "latency": _GUESS,
@@ -192,116 +186,40 @@ def _gpu(
     )
 
 
-_TABLE = (
-    _tpu(
-        name="v4",
-        runtime_names=("tpu v4",),
-        teraflops={"bf16": 275, "int8": 275},
-        memory=32,
-        bandwidth=1228,
-        mxu=(8, 128),
-        link=45,
-        torus_dims=3,
-        per_host=4,
-        # By default the compiler shows a v4 chip as two devices; its runtime shows one.
-        topology_options={"chip_config_name": "megacore"},
-    ),
-    _tpu(
-        name="v5e",
-        runtime_names=("tpu v5 lite", "tpu v5e"),
-        teraflops={"bf16": 197, "int8": 394},
-        memory=16,
-        bandwidth=819,
-        mxu=(4, 128),
-        link=50,
-        torus_dims=2,
-        per_host=8,
-    ),
-    _tpu(
-        name="v5p",
-        runtime_names=("tpu v5p", "tpu v5"),
-        teraflops={"bf16": 459, "int8": 918},
-        memory=95,
-        bandwidth=2765,
-        mxu=(8, 128),
-        link=100,
-        torus_dims=3,
-        per_host=4,
-    ),
-    _tpu(
-        name="v6e",
-        runtime_names=("tpu v6 lite", "tpu v6e"),
-        teraflops={"bf16": 918, "int8": 1836},
-        memory=32,
-        bandwidth=1640,
-        mxu=(4, 256),
-        link=100,
-        torus_dims=2,
-        per_host=8,
-    ),
+# Name, what the runtime calls it, TFLOP/s; GiB and GB/s of memory; matrix units and their size;
+# GB/s of a link, dims of the torus, devices of a host.
+_TPUS = (
+    ("v4", ("tpu v4",), {"bf16": 275, "int8": 275}, 32, 1228, (8, 128), 45, 3, 4),
+    ("v5e", ("tpu v5 lite", "tpu v5e"), {"bf16": 197, "int8": 394}, 16, 819, (4, 128), 50, 2, 8),
+    ("v5p", ("tpu v5p", "tpu v5"), {"bf16": 459, "int8": 918}, 95, 2765, (8, 128), 100, 3, 4),
+    ("v6e", ("tpu v6 lite", "tpu v6e"), {"bf16": 918, "int8": 1836}, 32, 1640, (4, 256), 100, 2, 8),
     # Each of the two chiplets of a chip is a device, so these are half the figures of a chip. Its
     # docs give 1200 GB/s of links per chip, both ways over six links.
-    _tpu(
-        name="tpu7x",
-        runtime_names=("tpu7x", "tpu v7x"),
-        teraflops={"bf16": 2307 / 2, "fp8": 4614 / 2},
-        memory=96,
-        bandwidth=7380 / 2,
-        mxu=(4, 256),
-        link=100 / 2,
-        torus_dims=3,
-        per_host=8,
-        devices_per_chip=2,
-    ),
+    ("tpu7x", ("tpu7x", "tpu v7x"), {"bf16": 1153.5, "fp8": 2307}, 96, 3690, (4, 256), 50, 3, 8),
+)
+_OPTIONS: Mapping[str, Any] = {
+    # By default the compiler shows a v4 chip as two devices; its runtime shows one.
+    "v4": {"topology_options": {"chip_config_name": "megacore"}},
+    "tpu7x": {"devices_per_chip": 2},
+}
+_A100 = {"bf16": 312, "int8": 624, "f32": 19.5}
+_H100 = {"bf16": 989, "fp8": 1979, "f32": 67}
+_B200 = {"bf16": 2250, "fp8": 4500, "f32": 75}
+_GPUS = (
+    _gpu("a100", _A100, link=300, network=25, spec="a100_sxm_80", sheet="A100 80GB SXM data sheet"),
+    _gpu("h100", _H100, link=450, network=50, spec="h100_sxm", sheet="H100 SXM data sheet"),
     _gpu(
-        name="a100",
-        runtime_names=("nvidia a100-sxm4-80gb",),
-        teraflops={"bf16": 312, "int8": 624, "f32": 19.5},
-        memory=85_100_068_864,
-        bandwidth=2039,
-        link=300,
-        network=25,
-        spec="a100_sxm_80",
-        sheet="nvidia.com: A100 80GB SXM data sheet",
-        system="nvidia.com: DGX A100 data sheet",
-    ),
-    _gpu(
-        name="h100",
-        runtime_names=("nvidia h100 80gb hbm3",),
-        teraflops={"bf16": 989, "fp8": 1979, "f32": 67},
-        memory=84_942_979_072,
-        bandwidth=3352,
-        link=450,
-        network=50,
-        spec="h100_sxm",
-        sheet="nvidia.com: H100 SXM data sheet",
-        system="nvidia.com: DGX H100 data sheet",
-    ),
-    _gpu(
-        name="h200",
-        runtime_names=("nvidia h200",),
-        teraflops={"bf16": 989, "fp8": 1979, "f32": 67},
-        memory=151_397_597_184,
-        bandwidth=4800,
+        "h200",
+        _H100,
         link=450,
         network=50,
         spec="h200",
-        sheet="nvidia.com: H200 SXM data sheet",
-        system="nvidia.com: DGX H200 data sheet",
+        sheet="H200 SXM data sheet",
+        runtime="nvidia h200",
     ),
-    _gpu(
-        name="b200",
-        runtime_names=("nvidia b200",),
-        teraflops={"bf16": 2250, "fp8": 4500, "f32": 75},
-        memory=191_514_411_008,
-        bandwidth=7672,
-        link=900,
-        network=50,
-        spec="b200",
-        sheet="nvidia.com: DGX B200 data sheet, per GPU",
-        system="nvidia.com: DGX B200 data sheet",
-    ),
+    _gpu("b200", _B200, link=900, network=50, spec="b200", sheet="DGX B200 data sheet, per GPU"),
 )
+_TABLE = (*(_tpu(*row) for row in _TPUS), *_GPUS)
 
 CHIPS: Mapping[str, Chip] = {chip.name: chip for chip in _TABLE}
 """Every known chip by the name that targets use."""
@@ -323,7 +241,7 @@ def find_chip(name: str, more: Iterable[Chip] = ()) -> Chip:
       ReportError: there is no such chip; names the nearest one and how to declare it.
 
     >>> find_chip("h100").memory_bandwidth
-    3352000000000
+    3352320000000
     """
     known = known_chips(more)
     if name in known:

@@ -183,10 +183,9 @@ class Strategy:
         >>> both.rename({"embed": "hidden", "mlp": "ffn"}).params.rules[0].spec(("hidden", "ffn"))
         P('fsdp', 'tensor')
         """
+        problems = _rename_problems(names, self.logical_axes)
+        raise_all(StepError, "Logical axes cannot be renamed.", problems)
         rules = list_rules(self.params)
-        tables = [rule for rule in (*rules, self.activations) if isinstance(rule, AxisRules)]
-        listed = dict.fromkeys(name for table in tables for name, _ in table.table)
-        raise_all(StepError, "Logical axes cannot be renamed.", _rename_problems(names, listed))
         params = [_rename(rule, names) if isinstance(rule, AxisRules) else rule for rule in rules]
         # Names that were renamed before keep their conventional name: embed → hidden → width.
         conventional = {current: original for original, current in self.names}
@@ -201,6 +200,25 @@ class Strategy:
             zero=zero,
             names=tuple({**dict(self.names), **renamed}.items()),
         )
+
+    def renamed_like(self, other: "Strategy") -> "Strategy":
+        """Renames logical axes as another strategy does, as far as its own tables list them.
+
+        >>> from shardkit.parallel import strategies
+        >>> own = strategies.tensor().rename({"mlp": "ffn", "layers": "depth"})
+        >>> strategies.data().renamed_like(own).activations.mesh_axes("ffn")
+        ()
+        """
+        listed = self.logical_axes
+        names = {old: new for old, new in other.names if old in listed}
+        return dataclasses.replace(self.rename(names), names=other.names)
+
+    @property
+    def logical_axes(self) -> tuple[str, ...]:
+        """Logical axes that its tables list."""
+        rules = (*list_rules(self.params), self.activations)
+        tables = [rule.table for rule in rules if isinstance(rule, AxisRules)]
+        return tuple(dict.fromkeys(name for table in tables for name, _ in table))
 
     def conventional_names(self, axes: Sequence[str | None] | None) -> tuple[str | None, ...]:
         """The conventional names of a model's logical axes; others stay as they are."""

@@ -126,7 +126,9 @@ def _build_candidates(
             memory=float(estimates.memory[i]) + update,
             communication=times,
             wire=wire,
-            declaration=format_layout(case.sizes, batching, remat, case.zero, case.attention),
+            declaration=format_layout(
+                case.sizes, batching, remat, case.zero, case.attention, like=exact.strategy
+            ),
             pipeline=pipeline,
             attention=case.attention,
             bubble=float(waits[i]),

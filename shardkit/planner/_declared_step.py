@@ -86,7 +86,7 @@ def estimate_step(
     )
     dtype = short_dtype(jax.numpy.dtype(spec.precision.compute_dtype))
     machine = Machine(network or _ANY_NETWORK, dtype)
-    exact = count_state_bytes(layout, spec.strategy.kinds)
+    exact = count_state_bytes(layout, spec.strategy)
     if isinstance(batching, PipelineOptions):
         values, waits = estimate_stages(costs, [(sizes, batching)], [exact], machine)
         accumulator, waiting = 0, float(waits[0])

@@ -14,18 +14,10 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from .._core.own_sharding import CONSTRAINT
 
 # Identities as far as bytes go.
-_IDENTITIES = {
-    "name",
-    "shardkit_record",
-    "shardkit_use_param",
-    "stop_gradient",
-    "copy",
-    "copy_p",
-    "optimization_barrier",
-    "pvary",
-    "reshard",
-    CONSTRAINT,
-}
+_IDENTITIES = frozenset(
+    f"""name shardkit_record shardkit_use_param stop_gradient copy copy_p optimization_barrier
+    pvary reshard {CONSTRAINT}""".split()
+)
 _OWN_CONSTRAINT = (
     "with_sharding_constraint names mesh axes in the model: only meshes with these compile, and "
     "what it moves is not counted"

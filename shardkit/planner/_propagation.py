@@ -19,21 +19,8 @@ Shardings = Sequence[SymbolicSharding]
 Rule = Callable[[Op, Shardings, Shapes, Shape], SymbolicSharding]
 
 MATERIALIZED = frozenset(
-    {
-        "dot_general",
-        "conv_general_dilated",
-        "gather",
-        "concatenate",
-        "sort",
-        "top_k",
-        "cumsum",
-        "cumlogsumexp",
-        "dynamic_update_slice",
-        "scatter",
-        "scatter-add",
-        "random_bits",
-        "threefry2x32",
-    }
+    """dot_general conv_general_dilated gather concatenate sort top_k cumsum cumlogsumexp
+    dynamic_update_slice scatter scatter-add random_bits threefry2x32""".split()
 )
 """Operations whose results are written to memory; the others are fused into their readers."""
 

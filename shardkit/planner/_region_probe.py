@@ -24,8 +24,9 @@ from ..nn._overridable import Override, StepContext, use_overrides
 from ._costs import EXPERTS, HEADS, LENGTH, PIPE
 from ._space import Batching, PipelineOptions
 
-ROWS_WITHOUT_EXPERT, LOCAL_EXPERTS = "plan: rows without expert", "plan: experts"
-"""Names of the slots' first two dims while each device holds the slots of its own experts."""
+ROWS, ROWS_WITHOUT_EXPERT, LOCAL_EXPERTS = "plan: rows", "plan: rows less expert", "plan: experts"
+"""Names of the slots' first dim, and of the first two while each device holds the slots of its own
+experts."""
 _EXPERT_SLOTS = (ROWS_WITHOUT_EXPERT, LOCAL_EXPERTS, None, None)
 ATTENTION_FORWARD, ATTENTION_BACKWARD = "shardkit_attention", "shardkit_attention_gradient"
 _LAYERS, _ATTENTION, _EXPERTS = "plan: layers", "plan: attention", "plan: number of experts"
@@ -159,9 +160,9 @@ class _ExpertProbe(Override):
         (x, choice, share, weights, mlp), capacity = args, kwargs["capacity"]
 
         def mark_slots(weights: Any, h: jax.Array, dot: Any) -> jax.Array:
-            h = constrain(constrain(h, "batch", None, None, None), *_EXPERT_SLOTS)
+            h = constrain(constrain(h, ROWS, None, None, None), *_EXPERT_SLOTS)
             y = constrain(mlp(weights, h, dot), *_EXPERT_SLOTS)
-            return constrain(y, "batch", None, None, None)
+            return constrain(y, ROWS, None, None, None)
 
         out = plain(
             x, choice, share, weights, mlp if capacity is None else mark_slots, capacity=capacity

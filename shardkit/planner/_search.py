@@ -230,8 +230,8 @@ class Search:
         if key not in self.costs:
             has_state_axis = not {*axes_splitting("optimizer_state")}.isdisjoint(sizes)
             zero = family.traced.zero if has_state_axis else 0
-            strategy = make_strategy(sizes, zero, family.attention)
             model, tile_width = self.resolver.model, self.machine.network.tile_width
+            strategy = make_strategy(sizes, zero, family.attention, like=model.spec.strategy)
             try:
                 flat = model.program(remat, bool(family.attention))
                 layout = model.layout(sizes, strategy)

@@ -62,6 +62,7 @@ class PipelineOptions:
 Batching = Accumulate | PipelineOptions
 """How a step splits its batch into micro-batches."""
 _INVALID = "The search space is invalid."
+_CONVENTIONAL = Strategy()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,14 +158,17 @@ def make_strategy(
     zero: int = 0,
     attention: str = "",
     pipeline: PipelineOptions | None = None,
+    like: Strategy = _CONVENTIONAL,
 ) -> Strategy:
-    """The built-in strategies for axes of these sizes; axes of one device are left out.
+    """The built-in strategies for axes of these sizes, with the logical names of a spec's own.
+
+    Axes of one device are left out.
 
     >>> make_strategy({"data": 1, "fsdp": 4, "tensor": 2}).kinds
     (Fsdp(axis='fsdp', reshard_after_forward=True), Tensor(axis='tensor', sequence=True))
     """
     calls = _strategy_calls(sizes, zero, attention, pipeline)
-    return functools.reduce(operator.or_, (call() for call in calls))
+    return functools.reduce(operator.or_, (call() for call in calls)).renamed_like(like)
 
 
 def _strategy_calls(
@@ -183,19 +187,38 @@ def split_axes(sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def format_layout(
-    sizes: Mapping[str, int], batching: Batching, remat: str, zero: int, attention: str = ""
+    sizes: Mapping[str, int],
+    batching: Batching,
+    remat: str,
+    zero: int,
+    attention: str = "",
+    *,
+    like: Strategy = _CONVENTIONAL,
 ) -> str:
-    """A layout as code: its mesh, strategy, micro-batches and remat."""
+    """A layout as code: its mesh, strategy, micro-batches and remat.
+
+    Args:
+      sizes: size of each mesh axis.
+      batching: micro-batches, or the pipeline's schedule.
+      remat: checkpoint policy.
+      zero: ZeRO stage.
+      attention: method of attention along a split length.
+      like: a strategy of this layout, with the logical names that the spec renames.
+    """
     mesh = ", ".join(f"{axis}={sizes[axis]}" for axis in split_axes(sizes))
     pipeline = batching if isinstance(batching, PipelineOptions) else None
     calls = _strategy_calls(sizes, zero, attention, pipeline)
+    strategy = " | ".join(map(format_call, calls))
+    listed = like.logical_axes if like.names else ()
+    if renamed := {old: new for old, new in like.names if new in listed}:
+        strategy = f"({strategy}).rename({renamed!r})"
     accumulate = "1"
     if isinstance(batching, Accumulate) and batching.micro_batches > 1:
         accumulate = f"sk.Accumulate({batching.micro_batches}, reduce={batching.reduce!r})"
     return "\n".join(
         [
             f"mesh = sk.MeshSpec({mesh})",
-            f"strategy = {' | '.join(map(format_call, calls))}",
+            f"strategy = {strategy}",
             f"accumulate = {accumulate}",
             f"remat = {remat!r}",
         ]

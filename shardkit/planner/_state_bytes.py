@@ -10,7 +10,7 @@ import jax
 from .._core.errors import ShardkitError
 from .._core.tree import nbytes
 from .._core.types import Accumulate, PyTree
-from ..parallel import DeviceBytes, Kind, axes_splitting, planned_kinds
+from ..parallel import DeviceBytes, Strategy, axes_splitting, planned_kinds
 from ..rules import axes_of
 from ..step import StepLayout
 from ._costs import EXPERTS, LENGTH, PIPE
@@ -31,7 +31,7 @@ class StateBytes:
       reduced: its gradients in f32, sharded as the parameters are.
       outside_stages: part of `unreduced` that no stage of a pipeline has for itself.
       update_gather: bytes it sends to gather the parameters that it updated in parts.
-      kinds: kinds of parallelism of the layout.
+      strategy: of the layout, without options of its attention and pipeline.
     """
 
     state: int
@@ -40,7 +40,7 @@ class StateBytes:
     reduced: int
     outside_stages: int
     update_gather: float
-    kinds: tuple[Kind, ...] = ()
+    strategy: Strategy
 
     def extra_sends(
         self, sizes: Mapping[str, int], batch_scale: float = 1.0
@@ -52,7 +52,7 @@ class StateBytes:
           batch_scale: as if the batch had so many times its rows.
         """
         device = DeviceBytes(sizes, self.batch * batch_scale, self.reduced, self.update_gather)
-        for kind in self.kinds:
+        for kind in self.strategy.kinds:
             if sizes.get(kind.axis, 1) > 1 and (sent := kind.extra_bytes(device)):
                 yield kind.axis, sent
 
@@ -71,7 +71,7 @@ class StateBytesResolver:
 
     model: TracedModel
     cache: dict[tuple[Any, ...], StateBytes | str] = dataclasses.field(default_factory=dict)
-    kinds: dict[tuple[Any, ...], tuple[Kind, ...]] = dataclasses.field(default_factory=dict)
+    strategies: dict[tuple[Any, ...], Strategy] = dataclasses.field(default_factory=dict)
 
     def resolve(self, sizes: Mapping[str, int], zero: int) -> StateBytes | str:
         """Exact bytes of a layout, or why it is not legal."""
@@ -88,17 +88,20 @@ class StateBytesResolver:
         if isinstance(shared, str):
             return shared
         used = (min(zero, 1), *split_axes(sizes))
-        if used not in self.kinds:
-            self.kinds[used] = make_strategy(sizes, zero).kinds
-        return dataclasses.replace(shared, batch=batch, kinds=self.kinds[used])
+        if used not in self.strategies:
+            self.strategies[used] = self._make_strategy(sizes, zero)
+        return dataclasses.replace(shared, batch=batch, strategy=self.strategies[used])
 
     def resolve_alone(self, sizes: Mapping[str, int], zero: int) -> StateBytes | str:
         """The same by resolving everything on this one mesh."""
         try:
-            strategy = make_strategy(sizes, zero)
-            return count_state_bytes(self.model.layout(split_axes(sizes), strategy), strategy.kinds)
+            strategy = self._make_strategy(sizes, zero)
+            return count_state_bytes(self.model.layout(split_axes(sizes), strategy), strategy)
         except Exception as error:  # rules are a user's code, and may raise anything
             return first_reason(error)
+
+    def _make_strategy(self, sizes: Mapping[str, int], zero: int) -> Strategy:
+        return make_strategy(sizes, zero, like=self.model.spec.strategy)
 
     def _batch_bytes(self, sizes: Mapping[str, int]) -> int | None:
         """Bytes of the batch on one device; None where it does not split."""
@@ -116,8 +119,8 @@ def count_row_shards(sizes: Mapping[str, int]) -> int:
     return math.prod(sizes.get(axis, 1) for axis in axes_splitting("rows"))
 
 
-def count_state_bytes(layout: StepLayout, kinds: tuple[Kind, ...]) -> StateBytes:
-    """Exact bytes from the resolved shardings of a layout."""
+def count_state_bytes(layout: StepLayout, strategy: Strategy) -> StateBytes:
+    """Exact bytes from the shardings of a layout, which this strategy resolved to."""
     arrays, shardings = layout.state, layout.shardings
     names = ("params", "opt_state", "model_state")
     state = sum(_shard_bytes(getattr(shardings, n), getattr(arrays, n)) for n in names)
@@ -145,7 +148,7 @@ def count_state_bytes(layout: StepLayout, kinds: tuple[Kind, ...]) -> StateBytes
         reduced=reduced,
         outside_stages=outside_stages,
         update_gather=update_gather,
-        kinds=kinds,
+        strategy=strategy,
     )
 
 

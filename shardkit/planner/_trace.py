@@ -30,7 +30,13 @@ from ._costs import CostLog
 from ._dataflow import Dims, find_dim_sizes
 from ._program import FlatProgram, flatten_jaxpr
 from ._propagator import Propagator
-from ._region_probe import LOCAL_EXPERTS, ROWS_WITHOUT_EXPERT, MarkedRegions, probe_regions
+from ._region_probe import (
+    LOCAL_EXPERTS,
+    ROWS,
+    ROWS_WITHOUT_EXPERT,
+    MarkedRegions,
+    probe_regions,
+)
 from ._symbolic_sharding import (
     MICRO,
     Axes,
@@ -201,7 +207,8 @@ def propagate_step(
     required += [None] * (len(flat.outputs) - len(required))
     _, live = propagator.run(flat, ins, required)
     distinct = [dict(point) for point in {frozenset(p.items()) for p in live}]
-    return StepCosts(propagator.costs, distinct, flat.problems, find_dim_sizes(flat, "length"))
+    lengths = find_dim_sizes(flat, dict(strategy.names).get("length", "length"))
+    return StepCosts(propagator.costs, distinct, flat.problems, lengths)
 
 
 def _symbolic(shardings: PyTree, arrays: PyTree, is_param: bool = False) -> list[SymbolicSharding]:
@@ -218,21 +225,21 @@ def _in_micro_batches(sharding: SymbolicSharding, row_dim: int | None) -> Symbol
 
 
 def _make_resolver(strategy: Strategy) -> Callable[..., Dims]:
-    table = strategy.activations
+    table, rows = strategy.activations, dict(strategy.names).get("batch", "batch")
     expert_axes = {kind.axis for kind in strategy.kinds if "experts" in kind.splits}
 
     def resolve(names: tuple[str | None, ...], shape: tuple[int, ...]) -> Dims:
         if table is None:
             return ((),) * len(names)
-        replaced = {ROWS_WITHOUT_EXPERT: "batch", LOCAL_EXPERTS: None}
+        replaced = {ROWS: rows, ROWS_WITHOUT_EXPERT: rows, LOCAL_EXPERTS: None}
         logical = tuple(replaced.get(n or "", n) for n in names)
         dims: list[Axes] = [axes_of(entry) for entry in table.spec(logical)]
         dims += [()] * (len(shape) - len(dims))
         if LOCAL_EXPERTS in names:
             # Rows over (data, expert) become rows over data, and the dim of experts over expert.
-            rows, *others = dims
-            moved = tuple(axis for axis in rows if axis in expert_axes)
-            dims = [tuple(a for a in rows if a not in expert_axes), moved, *others[1:]]
+            first, *others = dims
+            moved = tuple(axis for axis in first if axis in expert_axes)
+            dims = [tuple(a for a in first if a not in expert_axes), moved, *others[1:]]
         return tuple(dims)
 
     return resolve

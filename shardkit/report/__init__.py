@@ -10,13 +10,14 @@ from .communication._minimum import Minimum
 from .findings._finding import Finding
 from .findings._findings import FINDINGS
 from .hlo._scope import scope_of
-from .memory._memory import Memory, read_memory
+from .memory._memory import MEMORY_CLASSES, Memory, read_memory
 from .memory._suggestions import suggest_memory_savings
 from .time._flops import Flops, count_flops
 from .time._timeline import Segment, Timeline, model_time
 
 __all__ = [
     "FINDINGS",
+    "MEMORY_CLASSES",
     "AxisKind",
     "Budget",
     "Change",

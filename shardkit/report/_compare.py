@@ -11,9 +11,9 @@ from ._data import ReportData
 from ._program import LeafLayout
 from .communication._ledger import Ledger
 from .findings._finding import Finding
+from .memory._memory import MEMORY_CLASSES
 from .time._timeline import format_seconds
 
-_PARTS = ("params", "opt_state", "model_state", "batch", "rest", "padding", "output", "temp")
 _ROWS, _FINDINGS, _LAYOUTS, _WIDTH = 12, 12, 12, 100
 _COLUMNS = ("", Column("before", right=True), Column("after", right=True), "change")
 
@@ -143,9 +143,6 @@ def compare(before: ReportData, after: ReportData) -> Comparison:
 
 
 def _compare_targets(before: ReportData, after: ReportData) -> Iterator[tuple[str, str, str]]:
-    def mesh(report: ReportData) -> str:
-        return ", ".join(f"{name}={size}" for name, size in report.mesh)
-
     pairs = (
         ("device", before.device_kind or before.platform, after.device_kind or after.platform),
         ("mesh", before.mesh_text, after.mesh_text),
@@ -181,21 +178,22 @@ def _format_layout(layout: LeafLayout | None) -> str:
 
 
 def _compare_headlines(before: ReportData, after: ReportData) -> Iterator[Change]:
-    old, new = before.timeline, after.timeline
-    yield Change("step, modelled", old.high if old else None, new.high if new else None, "seconds")
-    yield Change(
+    for name, figure, unit in _HEADLINES:
+        yield Change(name, figure(before), figure(after), unit)
+
+
+_HEADLINES: tuple[tuple[str, Callable[[ReportData], float | None], str], ...] = (
+    ("step, modelled", lambda x: x.timeline and x.timeline.high, "seconds"),
+    (
         "communication exposed, modelled",
-        old.exposed if old else None,
-        new.exposed if new else None,
+        lambda x: x.timeline and x.timeline.exposed,
         "seconds",
-    )
-    yield Change("sent per step", before.ledger.total(), after.ledger.total(), "bytes")
-    yield Change("memory, alive at once", before.memory.total, after.memory.total, "bytes")
-    was, now = before.flops, after.flops
-    yield Change("model FLOPs", was.model if was else None, now.model if now else None, "FLOPs")
-    yield Change(
-        "recomputed FLOPs", was.recompute if was else None, now.recompute if now else None, "FLOPs"
-    )
+    ),
+    ("sent per step", lambda x: x.ledger.total(), "bytes"),
+    ("memory, alive at once", lambda x: x.memory.total, "bytes"),
+    ("model FLOPs", lambda x: x.flops and x.flops.model, "FLOPs"),
+    ("recomputed FLOPs", lambda x: x.flops and x.flops.recompute, "FLOPs"),
+)
 
 
 def _compare_details(before: ReportData, after: ReportData) -> Iterator[Change]:
@@ -211,7 +209,7 @@ def _compare_details(before: ReportData, after: ReportData) -> Iterator[Change]:
     for kind in dict.fromkeys(row.kind for row in (*old, *new)):
         yield Change(f"  sent by {kind}", old.total(kind=kind), new.total(kind=kind), "bytes")
     yield Change("  hidden behind compute", _hidden_bytes(old), _hidden_bytes(new), "bytes")
-    for part in _PARTS:
+    for part in MEMORY_CLASSES:
         sizes = getattr(before.memory, part), getattr(after.memory, part)
         yield Change(f"  memory {part}", *sizes, "bytes")
     for axis in dict.fromkeys([*before.reductions, *after.reductions]):
@@ -219,14 +217,10 @@ def _compare_details(before: ReportData, after: ReportData) -> Iterator[Change]:
         yield Change(f"  gradient reductions over {axis}", *times, "times")
     yield Change("  compiles", before.compiles, after.compiles, "times")
     yield Change("  capacity", before.memory.capacity, after.memory.capacity, "bytes")
-    sizes = [
-        {_finding_identity(one): one.bytes for one in report.findings} for report in (before, after)
-    ]
-    for identity, size in sizes[0].items():
-        if identity in sizes[1]:
-            yield Change(
-                f"  finding {_format_identity(identity)}", size, sizes[1][identity], "bytes"
-            )
+    was, now = ({_finding_identity(x): x.bytes for x in r.findings} for r in (before, after))
+    for identity in (one for one in was if one in now):
+        name = f"  finding {_format_identity(identity)}"
+        yield Change(name, was[identity], now[identity], "bytes")
 
 
 def _hidden_bytes(ledger: Ledger) -> int:
@@ -238,10 +232,8 @@ def _compare_rows(before: Ledger, after: Ledger) -> tuple[Change, ...]:
     old, new = _group_rows(before), _group_rows(after)
     changes = []
     for name in dict.fromkeys([*old, *new]):
-        (old_bytes, old_times), (new_bytes, new_times) = (
-            old.get(name, _ABSENT),
-            new.get(name, _ABSENT),
-        )
+        old_bytes, old_times = old.get(name, _ABSENT)
+        new_bytes, new_times = new.get(name, _ABSENT)
         if (old_bytes, old_times) == (new_bytes, new_times):
             continue
         note = f"×{old_times} → ×{new_times}" if old_times and new_times != old_times else ""

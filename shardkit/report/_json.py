@@ -7,26 +7,21 @@ A report of another version is refused: the step is compiled again to get a new 
 Version 2 renamed `memory.extra`, `leaves.meant_whole`, `advice`, fields of `peak`, and findings.
 """
 
+import collections.abc
 import dataclasses
+import functools
 import json
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from .._core.errors import ReportError
-from .._core.source import Source
 from ._data import ReportData
-from ._program import LeafLayout
-from .communication._ledger import Ends, Ledger, LedgerRow
-from .communication._minimum import Minimum
-from .findings._finding import Finding
-from .memory._memory import Memory
-from .memory._peak import LiveBuffer, Peak
-from .time._flops import Flops
-from .time._timeline import Segment, Timeline
 
 _SCHEMA, _VERSION = "shardkit.report", 2
 _FIX = "Save one with report.to_json()."
-_T = TypeVar("_T")
+_PLAIN = {int: int | float, float: int | float, str: str, bool: bool}
 
 
 def to_json(report: ReportData, indent: int | None = 1) -> str:
@@ -49,7 +44,8 @@ def from_json(text: str) -> ReportData:
     """
     fields = _parse_document(text)
     try:
-        return _build(ReportData, _read_fields(fields))
+        fields["ledger"] = {**fields["ledger"], "mesh": fields["mesh"]}
+        return _reader(ReportData)(fields)
     except ReportError:
         raise
     except KeyError as error:
@@ -58,88 +54,65 @@ def from_json(text: str) -> ReportData:
         raise ReportError(f"This report is not as it was written: {error}. {_FIX}") from None
 
 
-def _read_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    mesh = tuple((name, size) for name, size in fields["mesh"])
-    ledger, flops = fields["ledger"], fields["flops"]
-    timeline, peak = fields.get("timeline"), fields.get("peak")
-    if flops is not None:
-        by_scope = {(scope, phase): n for scope, phase, n in flops["by_scope"]}
-        by_source = tuple((_read_source(line), n) for line, n in flops.get("by_source", ()))
-        flops = _build(Flops, {**flops, "by_scope": by_scope, "by_source": by_source})
-    if timeline is not None:
-        segments = _build_all(Segment, timeline["segments"])
-        timeline = _build(Timeline, {**timeline, "segments": segments})
-    if peak is not None:
-        peak = _build(Peak, {**peak, "largest": _build_all(LiveBuffer, peak["largest"])})
-    rows = [
-        {
-            **row,
-            "sources": tuple(map(_read_source, row.get("sources", ()))),
-            "ends": _build_all(Ends, row.get("ends", ())),
-        }
-        for row in ledger["rows"]
-    ]
-    return fields | {
-        "mesh": mesh,
-        "ledger": Ledger(_build_all(LedgerRow, rows), mesh, tuple(ledger["problems"])),
-        "memory": _build(Memory, fields["memory"]),
-        "flops": flops,
-        "findings": _build_all(Finding, fields["findings"]),
-        "minima": _build_all(Minimum, fields["minima"]),
-        "leaves": _build_all(LeafLayout, fields.get("leaves", ())),
-        "timeline": timeline,
-        "peak": peak,
-    }
+class _OtherTypeError(ValueError):
+    """A value is not the number or the text that it should be."""
 
 
-def _read_source(fields: Mapping[str, Any] | None) -> Source | None:
-    return None if fields is None else _build(Source, fields)
+def _reader(annotation: Any) -> Callable[[Any], Any]:
+    """Returns a function that makes a value of an annotated type from JSON, which knows no tuples.
+
+    Keys of a mapping that are tuples are written as lists with the value behind: `[*key, value]`.
+    """
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
+        hints, fields = typing.get_type_hints(annotation), dataclasses.fields(annotation)
+        readers = {field.name: _reader(hints[field.name]) for field in fields}
+        return functools.partial(_build, annotation, readers)
+    if origin is types.UnionType:
+        (member,) = (_reader(one) for one in arguments if one is not types.NoneType)
+        return lambda value: None if value is None else member(value)
+    if origin is tuple and arguments[-1] is Ellipsis:
+        item = _reader(arguments[0])
+        return lambda value: tuple(map(item, value))
+    if origin is tuple:
+        items = [_reader(one) for one in arguments]
+        return lambda value: tuple(read(x) for read, x in zip(items, value, strict=True))
+    if origin is collections.abc.Mapping:
+        key, item = map(_reader, arguments)
+        if typing.get_origin(arguments[0]) is tuple:
+            return lambda value: {key(name): item(x) for *name, x in value}
+        return lambda value: {key(name): item(x) for name, x in value.items()}
+    return functools.partial(_check_plain, _PLAIN[annotation])
 
 
-def _build_all(kind: type[_T], rows: Iterable[Mapping[str, Any]]) -> tuple[_T, ...]:
-    return tuple(_build(kind, row) for row in rows)
+def _check_plain(kind: Any, value: Any) -> Any:
+    if not isinstance(value, kind):
+        raise _OtherTypeError
+    return value
 
 
-def _build(kind: type[_T], fields: Mapping[str, Any]) -> _T:
-    """Builds a dataclass from JSON, which made lists of its tuples.
+def _build(
+    kind: type[Any], readers: Mapping[str, Callable[[Any], Any]], fields: Mapping[str, Any]
+) -> Any:
+    """Makes a dataclass; fields that it does not have come from a newer shardkit.
 
     Raises:
       ReportError: a field is missing, or is not the number or the text that it should be.
     """
-    return kind(**{name: _to_tuples(value) for name, value in _known_fields(kind, fields).items()})
-
-
-_NUMBER = (int, float)
-# Annotations of fields that hold one number or text → types of their values.
-_PLAIN: dict[Any, tuple[type, ...]] = {
-    int: _NUMBER,
-    float: _NUMBER,
-    str: (str,),
-    bool: (bool,),
-    int | None: (*_NUMBER, type(None)),
-    float | None: (*_NUMBER, type(None)),
-}
-
-
-def _known_fields(kind: type[Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a dataclass's fields; others come from a newer shardkit and are ignored."""
+    values = {}
     for field in dataclasses.fields(kind):
         optional = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2
-        if field.name not in fields and not optional:
+        if field.name in fields:
+            try:
+                values[field.name] = readers[field.name](fields[field.name])
+            except _OtherTypeError:
+                what = f"{field.name!r} of a {kind.__name__} is {fields[field.name]!r}"
+                message = f"This report is not as it was written: {what}. {_FIX}"
+                raise ReportError(message) from None
+        elif not optional:
             where = "" if kind is ReportData else f" of a {kind.__name__}"
             raise ReportError(f"This report lacks the field {field.name!r}{where}. {_FIX}")
-        plain, value = _PLAIN.get(field.type), fields.get(field.name, field.default)
-        if plain and not isinstance(value, plain):
-            what = f"{field.name!r} of a {kind.__name__} is {value!r}"
-            raise ReportError(f"This report is not as it was written: {what}. {_FIX}")
-    known = {f.name: fields[f.name] for f in dataclasses.fields(kind) if f.name in fields}
-    if isinstance(known.get("source"), dict):
-        known["source"] = _read_source(known["source"])
-    return known
-
-
-def _to_tuples(value: Any) -> Any:
-    return tuple(map(_to_tuples, value)) if isinstance(value, list) else value
+    return kind(**values)
 
 
 def _parse_document(text: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from ._data import ReportData
 from .communication._ledger import Ledger
 from .communication._minimum import Minimum
 from .findings._finding import SMALL
+from .memory._memory import MEMORY_CLASSES
 from .time._flops import Flops
 
 _WIDTH = 100
@@ -121,11 +122,10 @@ def _memory_parts(report: ReportData) -> Iterator[_Part]:
     if memory.capacity is not None and memory.margin is not None:
         fits = "fits" if memory.fits else "DOES NOT FIT"
         title += f" of {format_bytes(memory.capacity)}: {fits}, {format_bytes(memory.margin)} left"
-    names = ("params", "opt_state", "model_state", "batch", "rest", "padding", "output", "temp")
-    sizes = [getattr(memory, name) for name in names]
+    sizes = [getattr(memory, name) for name in MEMORY_CLASSES]
     yield f"\n{title}"
     cells = ["?" if size is None else format_bytes(size) for size in sizes]
-    yield _build_table(dict.fromkeys(names, 9), [cells])
+    yield _build_table(dict.fromkeys(MEMORY_CLASSES, 9), [cells])
 
 
 def _peak_parts(report: ReportData) -> Iterator[_Part]:

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from .._core.io._files import write_atomic
+from ..report import MEMORY_CLASSES
 from ._journal import sweep_file_errors
 from ._result import COMPILED, MEASURED, Sweep, rank_value
-from ._row import MEMORY_CLASSES, SweepRow
+from ._row import SweepRow
 from ._show import describe_measurement
 
 _MAX_ROWS = 24
-_MEMORY_CLASSES = ("params", "opt_state", "model_state", "batch", "output", "temp")
+_SMALL = ("rest", "padding")
 _MIB = 2**20
 
 
@@ -127,9 +128,9 @@ def _draw_bars(axes: Any, rows: Sequence[SweepRow], parts: dict[str, list[float]
 
 
 def _draw_memory(axes: Any, rows: Sequence[SweepRow]) -> None:
-    assert set(_MEMORY_CLASSES) <= set(MEMORY_CLASSES)
     memories = [row.compiled["memory"] for row in rows if row.compiled]
-    parts = {part: [(m[part] or 0) / _MIB for m in memories] for part in _MEMORY_CLASSES}
+    classes = [name for name in MEMORY_CLASSES if name not in _SMALL]
+    parts = {part: [(m[part] or 0) / _MIB for m in memories] for part in classes}
     _draw_bars(axes, rows, {part: sizes for part, sizes in parts.items() if any(sizes)})
     axes.set_xlabel("compiled MiB per device")
     axes.set_title("Memory by mesh, the best rows first")

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from .._core.io._files import write_atomic
+from ..report import MEMORY_CLASSES
 from ._journal import sweep_file_errors
-from ._row import MEMORY_CLASSES, OK, SweepRow
+from ._row import OK, SweepRow
 from ._show import format_sweep
 
 MEASURED, MODELLED, COMPILED = "measured step time", "modelled step time", "compiled wire bytes"

@@ -6,25 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from .._core.tree import format_bytes
-from ..report import Report
+from ..report import MEMORY_CLASSES, Report
 from ._case import SweepCase
 
 OK, ILLEGAL, FAILED = "ok", "illegal", "failed"
 MEMORY, WRONG = "out of memory", "wrong numbers"
 STATUSES = (OK, WRONG, MEMORY, ILLEGAL, FAILED)
 """Status of a case; only `ok` is ranked."""
-
-MEMORY_CLASSES = (
-    "params",
-    "opt_state",
-    "model_state",
-    "batch",
-    "rest",
-    "padding",
-    "output",
-    "temp",
-)
-"""Classes of bytes per device, in the order of tables."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -126,7 +126,7 @@ def _add_ready_strategies(strategy: Strategy, sizes: Mapping[str, int]) -> Strat
     present, known = {kind.axis for kind in strategy.kinds}, ready_strategies()
     for axis, size in sizes.items():
         if size > 1 and axis not in present and axis in known:
-            strategy = strategy | known[axis]()
+            strategy = strategy | known[axis]().renamed_like(strategy)
     return strategy
 
 

@@ -57,7 +57,7 @@ def assert_collectives(step: CompiledStep | Report, expected: Mapping[Collective
     problems = []
     for key, number in expected.items():
         rows = _select_rows(report.ledger, key)
-        actual = sum(row.trips or 1 for row in rows)
+        actual = sum(row.counted_trips for row in rows)
         if actual != number:
             counted = "".join(f"\n      {row}" for row in rows)
             why = f"{number} expected, {actual} found{counted}"

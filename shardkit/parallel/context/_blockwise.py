@@ -5,26 +5,23 @@ Dims: B rows, K key heads, G query heads that share one of them, T queries, S ke
 A `Partial` is softmax attention over a subset of the keys, with the logarithm of its softmax sum;
 two partials over disjoint keys merge exactly (`merge`, arXiv:2112.05682). Queries and keys are cut
 into tiles, and only the pairs of tiles that a causal mask leaves visible are computed, one after
-another: no array grows with the product of the lengths, and hidden tiles cost nothing.
+another: no array grows with the product of the lengths, and hidden tiles cost nothing. What is
+computed of a pair are the formulas of `nn/_blockwise`, which also says why there are two loops.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..._core.scope_markers import recomputed
+from ...nn._blockwise import SegmentIds, attend_block, backward_block
 
 Partial = tuple[jax.Array, jax.Array]
 Gradients = tuple[jax.Array, jax.Array, jax.Array]
 
 # A tile's logits are f32[B, K, G, 512, 512]: 1 MiB a head, and wide enough for a matrix unit.
 _WIDEST, _NARROWEST = 512, 64
-_MASKED = -1e30  # finite: one tile can hide every key of a query that a later tile shows
-
-_einsum_f32 = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 class Queries(NamedTuple):
@@ -73,14 +70,9 @@ def attend(queries: Queries, keys: Keys, causal: bool) -> Partial:
 
     def visit(partial: Partial, pair: jax.Array) -> tuple[Partial, None]:
         i, j = pair
-        key = tiles.keys(keys, j)
-        s = _scores(tiles.queries(queries, i), key, tiles.visible(i, j))
-        top = s.max(-1)
-        p = jnp.exp(s - top[..., None])
-        total = p.sum(-1)
-        out = _einsum_f32("bkgts,bksh->bkgth", p.astype(key.v.dtype), key.v) / total[..., None]
-        merged = merge(tiles.queries(partial, i), (out, top + jnp.log(total)))
-        return tiles.set_queries(partial, i, merged), None
+        block = _block(tiles.queries(queries, i), tiles.keys(keys, j))
+        tile = attend_block(*block, tiles.visible(i, j))
+        return tiles.set_queries(partial, i, merge(tiles.queries(partial, i), tile)), None
 
     q = queries.q
     empty = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], -jnp.inf, jnp.float32)
@@ -105,28 +97,28 @@ def attend_backward(
       cotangents: of the softmax over all keys.
       causal: whether query t sees the keys 0 … t alone.
     """
-    scale = queries.q.shape[-1] ** -0.5
     tiles = _Tiles(queries.q.shape[3], keys.k.shape[2], causal)
     queries, key_ids, pairs = _order_after_queries(queries, keys.ids, tiles.pairs)
     keys = keys._replace(ids=key_ids)
 
     def visit(grads: Gradients, pair: jax.Array) -> tuple[Gradients, None]:
         i, j = pair
-        query, key = tiles.queries(queries, i), tiles.keys(keys, j)
-        lse, delta, g = tiles.queries(cotangents, i)
-        with recomputed():
-            s = _scores(query, key, tiles.visible(i, j))
-        p = jnp.exp(s - lse[..., None])
-        dp = _einsum_f32("bkgth,bksh->bkgts", g, key.v)
-        ds = (p * (dp - delta[..., None]) * scale).astype(query.q.dtype)
-        dq, dk, dv = grads
-        dq = tiles.add_queries(dq, i, _einsum_f32("bkgts,bksh->bkgth", ds, key.k))
-        dk = tiles.add_keys(dk, j, _einsum_f32("bkgts,bkgth->bksh", ds, query.q))
-        dv = tiles.add_keys(dv, j, _einsum_f32("bkgts,bkgth->bksh", p.astype(g.dtype), g))
-        return (dq, dk, dv), None
+        block = _block(tiles.queries(queries, i), tiles.keys(keys, j))
+        rows = tiles.queries(cotangents, i)._asdict()
+        dq, dk, dv = backward_block(*block, tiles.visible(i, j), **rows)
+        sums = tiles.add_queries(grads[0], i, dq), tiles.add_keys(grads[1], j, dk)
+        return (*sums, tiles.add_keys(grads[2], j, dv)), None
 
     dq, dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (queries.q, keys.k, keys.v))
     return jax.lax.scan(visit, (dq, dk, dv), pairs)[0]
+
+
+def _block(queries: Queries, keys: Keys) -> tuple[jax.Array, jax.Array, jax.Array, SegmentIds]:
+    """Queries, keys, values and segments as the formulas of one block take them."""
+    ids = None
+    if queries.ids is not None and keys.ids is not None:
+        ids = queries.ids, keys.ids
+    return queries.q, keys.k, keys.v, ids
 
 
 class _Tiles:
@@ -193,15 +185,3 @@ def _tile_size(length: int) -> int:
     """The largest divisor of the length from 64 to 512; else the whole length."""
     divisors = (size for size in range(_WIDEST, _NARROWEST - 1, -1) if length % size == 0)
     return length if length <= _WIDEST else next(divisors, length)
-
-
-def _scores(queries: Queries, keys: Keys, visible: jax.Array | None) -> jax.Array:
-    """f32[B, K, G, t, s]: masked logits."""
-    scale = queries.q.shape[-1] ** -0.5
-    s = _einsum_f32("bkgth,bksh->bkgts", queries.q, keys.k) * scale
-    if visible is not None:
-        s = jnp.where(visible, s, _MASKED)
-    if queries.ids is not None and keys.ids is not None:
-        same = queries.ids[:, :, None] == keys.ids[:, None, :]
-        s = jnp.where(same[:, None, None], s, _MASKED)
-    return s

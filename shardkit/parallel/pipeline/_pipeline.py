@@ -46,16 +46,16 @@ if TYPE_CHECKING:
 
 
 def pipeline_bytes(n: int, activation: float) -> float:
-    """Bytes per device: one A over each stage boundary, each way; of two stages each sends one way.
+    """Bytes per device: one A over each of n − 1 stage boundaries, each way; mean over n stages.
 
     Args:
       n: stages.
       activation: bytes of the activations of all micro-batches of one device.
 
     >>> pipeline_bytes(4, 1000), pipeline_bytes(2, 1000)
-    (2000.0, 1000.0)
+    (1500.0, 1000.0)
     """
-    return activation * min(n - 1.0, 2.0)
+    return activation * 2 * (n - 1) / n
 
 
 def pipeline(

@@ -10,7 +10,6 @@ from ..._core.scope_markers import branch_shares
 from ..hlo._groups import Span, read_groups, read_pairs, span_of_groups, span_of_pairs
 from ..hlo._hlo import Computation, Instruction, Module, Shape
 from ..hlo._op_paths import OpPaths
-from ..hlo._scope import scope_of
 from ..hlo._slices import Slices, crosses_slices, find_recv, kind_of_transfer
 from ..hlo._trips import TripCounts
 
@@ -46,10 +45,23 @@ _COMBINERS = frozenset(
 
 
 @dataclasses.dataclass(frozen=True)
+class CallPath:
+    """The calls through which a program reaches an instruction; see `LedgerRow` for the fields."""
+
+    trips: int | None = 1
+    known_trips: int = 1
+    conditional: bool = False
+    taken: fractions.Fraction = fractions.Fraction(1)
+    overlapped: bool = False
+    op_name: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class CollectiveSite:
     """A collective and how the program reaches it; see `LedgerRow` for the fields.
 
     Attributes:
+      path: the calls to it; `overlapped` and `op_name` are its own.
       dcn: it crosses slices.
       copies: its other (computation, instruction): the TPU compiler runs a collective in pieces
         behind the compute of a chain of fusions, each of which has a copy of it.
@@ -60,11 +72,7 @@ class CollectiveSite:
     computation: str
     operands: tuple[Shape, ...]
     span: Span
-    trips: int | None
-    conditional: bool
-    taken: fractions.Fraction
-    overlapped: bool
-    op_name: str
+    path: CallPath
     dcn: bool = False
     copies: tuple[tuple[str, str], ...] = ()
 
@@ -73,28 +81,12 @@ class CollectiveSite:
         """(computation, instruction) of the collective and of its copies."""
         return ((self.computation, self.instruction.name), *self.copies)
 
-    @property
-    def scope(self) -> str:
-        """The model's scope."""
-        return scope_of(self.op_name)
-
-
-@dataclasses.dataclass(frozen=True)
-class _CallPath:
-    """The calls through which the walk reaches a computation."""
-
-    trips: int | None = 1
-    conditional: bool = False
-    taken: fractions.Fraction = fractions.Fraction(1)
-    overlapped: bool = False
-    op_name: str = ""
-
 
 def find_collectives(module: Module, slices: Slices) -> tuple[list[CollectiveSite], list[str]]:
     """Finds the collectives of a program, and the problems in reading it."""
     walk = _CallWalk(module, slices)
     walk.problems += _check_device_count(module, slices)
-    sites = list(walk.visit(module.entry, _CallPath())) if module.entry else []
+    sites = list(walk.visit(module.entry, CallPath())) if module.entry else []
     reached = {location for site in sites for location in site.locations} | walk.unread
     for computation in module.computations.values():
         for instruction in computation.instructions.values():
@@ -134,7 +126,7 @@ class _CallWalk:
         self.problems: list[str] = []
         self.unread: set[tuple[str, str]] = set()
 
-    def visit(self, name: str, path: _CallPath) -> Iterator[CollectiveSite]:
+    def visit(self, name: str, path: CallPath) -> Iterator[CollectiveSite]:
         """Collectives of a computation and of all that it calls."""
         here = self._module.computations.get(name)
         if here is None:
@@ -170,25 +162,21 @@ class _CallWalk:
         return any(name in instruction.rest for name in _BETWEEN_DEVICES)
 
     def _visit_calls(
-        self, call: Instruction, here: Computation, path: _CallPath
+        self, call: Instruction, here: Computation, path: CallPath
     ) -> Iterator[CollectiveSite]:
         """Collectives of the computations that an instruction runs."""
         if call.opcode in _COMBINERS or call.opcode.endswith(("-update", "-done")):
             return
         known = call.opcode in _RUNS or call.opcode.endswith("-start")
+        inner = self._extend(path, call, here)
         inner = dataclasses.replace(
-            path,
-            op_name=call.op_name or self._origins.of(call, here) or path.op_name,
-            conditional=path.conditional or call.opcode == "conditional",
-            overlapped=path.overlapped or self._is_overlapped(call, here),
+            inner, conditional=path.conditional or call.opcode == "conditional"
         )
         shares = _branch_shares(call)
         for at, (key, callee) in enumerate(call.calls):
             callee_path = inner
             if call.opcode == "while":
-                callee_path = dataclasses.replace(
-                    inner, trips=self._loop_trips(call, here, path, key)
-                )
+                callee_path = self._in_loop(call, here, inner, key)
             elif shares:
                 callee_path = dataclasses.replace(inner, taken=path.taken * shares[at])
             sites = list(self.visit(callee, callee_path))
@@ -197,21 +185,28 @@ class _CallWalk:
             if sites and callee_path.trips is None and path.trips is not None:
                 self.problems.append(
                     f"loop {call.name} runs {len(sites)} collectives an unknown number of times; "
-                    "each is counted once"
+                    "each is counted once for each run of the loop"
                 )
             yield from sites
 
-    def _loop_trips(
-        self, loop: Instruction, here: Computation, path: _CallPath, key: str
-    ) -> int | None:
-        """Executions per step of a loop's body or condition; None if unknown."""
+    def _extend(self, path: CallPath, instruction: Instruction, here: Computation) -> CallPath:
+        return dataclasses.replace(
+            path,
+            op_name=instruction.op_name or self._origins.of(instruction, here) or path.op_name,
+            overlapped=path.overlapped or self._is_overlapped(instruction, here),
+        )
+
+    def _in_loop(self, loop: Instruction, here: Computation, path: CallPath, key: str) -> CallPath:
+        """The path into a loop's body or condition; a loop of unknown length counts once."""
         trips = self._loops.trips(here.name, loop.name)
-        if trips is None or path.trips is None:
-            return None
-        return path.trips * (trips + 1 if key == "condition" else trips)
+        if trips is None:
+            return dataclasses.replace(path, trips=None)
+        trips += key == "condition"
+        product = None if path.trips is None else path.trips * trips
+        return dataclasses.replace(path, trips=product, known_trips=path.known_trips * trips)
 
     def _read_site(
-        self, kind: str, instruction: Instruction, here: Computation, path: _CallPath
+        self, kind: str, instruction: Instruction, here: Computation, path: CallPath
     ) -> CollectiveSite | None:
         try:
             span = self._read_span(kind, instruction)
@@ -237,11 +232,7 @@ class _CallWalk:
             computation=here.name,
             operands=operands,
             span=span,
-            trips=path.trips,
-            conditional=path.conditional,
-            taken=path.taken,
-            overlapped=path.overlapped or self._is_overlapped(instruction, here),
-            op_name=instruction.op_name or self._origins.of(instruction, here) or path.op_name,
+            path=self._extend(path, instruction, here),
             dcn=crosses_slices(instruction),
         )
 
@@ -315,9 +306,10 @@ def _merge_chain(chain: list[CollectiveSite]) -> CollectiveSite:
     The first and the last fusion start and end it; those between have the compute that hides it.
     """
     first, *others = chain
+    overlapped = first.path.overlapped or len(chain) > 2
     return dataclasses.replace(
         first,
-        overlapped=first.overlapped or len(chain) > 2,
+        path=dataclasses.replace(first.path, overlapped=overlapped),
         copies=tuple((site.computation, site.instruction.name) for site in others),
     )
 

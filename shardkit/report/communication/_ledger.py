@@ -9,9 +9,9 @@ from ..._core.errors import ReportError, did_you_mean
 from ..._core.source import Source
 from ..._core.tree import format_bytes
 from ..hlo._hlo import Module, parse, parse_shapes
-from ..hlo._scope import combines_elements, is_windowable, phase_of, split_op_name
+from ..hlo._scope import combines_elements, is_windowable, phase_of, scope_of, split_op_name
 from ..hlo._slices import Slices
-from ..hlo._sources import Sources
+from ..hlo._source_lines import Sources
 from ._collectives import KINDS, SPELLED, CollectiveSite, find_collectives
 
 Axes = tuple[str, ...]
@@ -53,8 +53,9 @@ class LedgerRow:
         all-gather, the operand of the others.
       wire_bytes: bytes one device sends per *step* on a ring, all trips together:
         2(n−1)/n·V for all-reduce, (n−1)/n·V for all-gather, reduce-scatter and all-to-all, V for
-        permute; a ragged all-to-all counts as if its rows went to all devices evenly. With
-        unknown `trips`, the bytes of one trip; in a branch, the mean over devices.
+        a permute in which every device sends; a ragged all-to-all counts as if its rows went to
+        all devices evenly. Where some devices send less, in a permute or a branch, their mean.
+        With unknown `trips`, the bytes of `known_trips`.
       trips: executions per step, the product of all loops around it, on a device that takes every
         branch to it; None if the trip count of a loop is unknown.
       scope: the model's `named_scope` path.
@@ -78,6 +79,7 @@ class LedgerRow:
         their bytes are an upper bound.
       sources: the line of the user's code behind each of `operands`; None where it is unknown.
       ends: what each of `operands` lies between; empty if nobody looked.
+      known_trips: the product of the loops around it whose trips are known.
     """
 
     kind: str
@@ -120,14 +122,16 @@ class LedgerRow:
         """Bytes of each of `operands`."""
         return tuple(parse_shapes(text)[0].nbytes for text in self.operands)
 
+    known_trips: int = 1
+
     @property
     def counted_trips(self) -> int:
-        """`trips`; 1 if unknown."""
-        return 1 if self.trips is None else self.trips
+        """`trips`; where they are unknown, `known_trips`."""
+        return self.known_trips if self.trips is None else self.trips
 
     @property
     def runs(self) -> float:
-        """Executions per step, mean over devices; an unknown number of trips counts as one."""
+        """Executions per step, mean over devices; a loop of unknown length counts once."""
         return self.counted_trips * self.taken
 
     def __str__(self) -> str:
@@ -252,7 +256,7 @@ def wire_bytes(kind: str, payload: int, group: int) -> float:
 
     >>> wire_bytes("all-reduce", 1024, 4), wire_bytes("all-gather", 1024, 4)
     (1536.0, 768.0)
-    >>> wire_bytes("collective-permute", 1024, 4)
+    >>> wire_bytes("collective-permute", 1024, 4)  # by a device that sends
     1024.0
     """
     if group < 2:
@@ -260,7 +264,7 @@ def wire_bytes(kind: str, payload: int, group: int) -> float:
     share = (group - 1) / group * payload
     if kind == "all-reduce":
         return 2 * share
-    return float(payload) if kind in ("collective-permute", "collective-broadcast") else share
+    return float(payload) if kind == "collective-permute" else share
 
 
 def read_ledger(
@@ -312,10 +316,11 @@ def _sources(site: CollectiveSite, module: Module, known: Sources) -> tuple[Sour
 
 def _split_by_dtype(site: CollectiveSite, sources: Sequence[Source | None]) -> Iterator[LedgerRow]:
     """Makes one row per dtype that a collective sends."""
-    paths = split_op_name(site.op_name)
+    calls = site.path
+    paths = split_op_name(calls.op_name)
     # A collective that the compiler combined has the path of each operand; any other has one path.
     if len(paths) != len(site.operands):
-        paths = [site.op_name] * len(site.operands)
+        paths = [calls.op_name] * len(site.operands)
     parts = list(zip(site.operands, paths, sources, strict=True))
     for dtype in dict.fromkeys(shape.dtype for shape in site.operands):
         sent = [part for part in parts if part[0].dtype == dtype]
@@ -325,30 +330,31 @@ def _split_by_dtype(site: CollectiveSite, sources: Sequence[Source | None]) -> I
         payload = sum(shape.nbytes for shape in shapes)
         if site.kind == "all-gather":
             payload *= site.span.size
-        times = (1 if site.trips is None else site.trips) * site.taken
+        times = calls.known_trips * calls.taken * site.span.senders
         yield LedgerRow(
             kind=site.kind,
             axes=site.span.axes,
             dtype=dtype,
             payload_bytes=payload,
             wire_bytes=round(wire_bytes(site.kind, payload, site.span.size) * times),
-            trips=site.trips,
-            scope=site.scope,
+            trips=calls.trips,
+            scope=scope_of(calls.op_name),
             phase=phase,
-            overlapped=site.overlapped,
+            overlapped=calls.overlapped,
             group=site.span.size,
             full_axes=site.span.full_axes,
             operands=tuple(map(str, shapes)),
             windowed=site.kind == "collective-permute"
             and not site.dcn
             and is_windowable(largest_path),
-            conditional=site.conditional,
+            conditional=calls.conditional,
             computation=site.computation,
             name=site.instruction.name,
-            op_name=site.op_name,
+            op_name=calls.op_name,
             phases=tuple(phase_of(path) for _, path, _ in sent),
             sources=tuple(source for _, _, source in sent),
             by_optimizer=phase == "update" and combines_elements(largest_path),
             dcn=site.dcn,
-            taken=float(site.taken),
+            taken=float(calls.taken),
+            known_trips=calls.known_trips,
         )

@@ -17,7 +17,7 @@ REDUCING = ("all-reduce", "reduce-scatter")
 def gradient_reductions(
     ledger: Ledger, axis: str, leaves: Sequence["PlacedLeaf"], sizes: Mapping[str, int]
 ) -> list[tuple[LedgerRow, float]]:
-    """Rows that reduce gradients over an axis, each with the elements it reduces per step.
+    """Arrays of gradients that are reduced over an axis, each with its row and its elements.
 
     These are all-reduces and reduce-scatters of arrays in the backward pass and the step's own
     reduction; in the forward pass, where some losses make their gradients, only those of arrays
@@ -30,8 +30,8 @@ def gradient_reductions(
       sizes: mesh axis → size.
 
     Returns:
-      Rows with elements on one device, as if other axes that split parameters had been reduced
-      over before.
+      Rows with the elements of one execution on one device, as if other axes that split parameters
+      had been reduced over before.
     """
     params = [leaf for leaf in leaves if leaf.part == "params"]
     splitting = {name for leaf in params for name in leaf.axes()}
@@ -42,16 +42,37 @@ def gradient_reductions(
         # the axis is not split within a slice (`full_axes`).
         if row.kind not in REDUCING or (row.dcn and not row.full_axes):
             continue
-        trips = row.counted_trips
-        scale = trips / _shard_count(splitting & set(row.axes), axis, sizes)
-        arrays = [
-            count * scale
-            for count, phase in _array_sizes(row)
-            if phase in ("backward", "other") or (phase == "forward" and count * scale in gradients)
-        ]
-        if arrays:
-            reductions.append((row, sum(arrays)))
+        shards = _shard_count(splitting & set(row.axes), axis, sizes)
+        for count, phase in _array_sizes(row):
+            size = count / shards
+            whole = phase == "forward" and size * row.counted_trips in gradients
+            if phase in ("backward", "other") or whole:
+                reductions.append((row, size))
     return reductions
+
+
+def repeats_reductions(
+    ledger: Ledger, axis: str, leaves: Sequence[PlacedLeaf], sizes: Mapping[str, int]
+) -> bool:
+    """Whether a loop reduces one gradient in several trips, as when it accumulates them.
+
+    A loop over layers reduces a layer's gradient in each trip, so no more often than there are
+    layers; loops over micro-batches or over the ticks of a pipeline reduce the same one again.
+
+    Args:
+      ledger: the collectives.
+      axis: a mesh axis.
+      leaves: the arguments of the step, its parameters among them.
+      sizes: mesh axis → size.
+    """
+    most: dict[float, int] = {}
+    for leaf in leaves:
+        if leaf.part == "params" and leaf.leaf.nbytes:
+            size, layers = _gradient_size(leaf, axis, sizes), (*leaf.leaf.shape, 1)[0]
+            most[size] = max(1, most.get(size, 1))
+            most[size / layers] = max(layers, most.get(size / layers, 1))
+    reductions = gradient_reductions(ledger, axis, leaves, sizes)
+    return any(row.counted_trips > most.get(size, row.counted_trips) for row, size in reductions)
 
 
 def reductions_per_step(
@@ -77,7 +98,7 @@ def reductions_per_step(
     params = [leaf for leaf in leaves if leaf.part == "params"]
     gradient = sum(_gradient_size(leaf, axis, sizes) for leaf in params)
     rows = gradient_reductions(ledger, axis, leaves, sizes)
-    reduced = sum(n for _, n in rows)
+    reduced = sum(size * row.counted_trips for row, size in rows)
     if any(row.dcn for row, _ in rows):
         # Between slices arrays are packed together with the loss, each padded to whole tiles.
         reduced -= min(max(0, reduced - gradient), _TILE * (len(params) + 1))

@@ -6,7 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 from .._program import Program
 from ..communication._ledger import LedgerRow
-from ..communication._reductions import REDUCING, gradient_reductions, reductions_per_step
+from ..communication._reductions import (
+    REDUCING,
+    gradient_reductions,
+    reductions_per_step,
+    repeats_reductions,
+)
 from ..hlo._hlo import aliased_parameters, dtype_bits
 from ..hlo._scope import scope_of
 from ._finding import SMALL, Finding, source_of_rows
@@ -88,19 +93,20 @@ def _reduction_in_loop(program: Program) -> Iterator[Finding]:
     leaves, sizes = program.leaves, program.sizes
     for axis in sorted(program.batch_axes):
         times = reductions_per_step(program.ledger, axis, leaves, sizes)
-        if times < 1.5:
-            continue
-        rows = [row for row, _ in gradient_reductions(program.ledger, axis, leaves, sizes)]
-        wire = sum(row.wire_bytes for row in rows)
         steps = program.declared.accumulate
+        accumulates = steps > 1 or repeats_reductions(program.ledger, axis, leaves, sizes)
+        if times < 1.5 or not accumulates:
+            continue
+        reductions = gradient_reductions(program.ledger, axis, leaves, sizes)
+        rows = list(dict.fromkeys(row for row, _ in reductions))
+        wire = sum(row.wire_bytes for row in rows)
         if steps > 1:
             context = f", with {steps} micro-batches"
             fix = f'accumulate=sk.Accumulate({steps}, reduce="end")'
         else:
-            context = " without accumulation: arrays of the gradients' size are reduced again, or "
-            context += "whole arrays of which the device keeps a shard"
-            fix = "use each parameter once, or add the gradients of its uses before the reduction; "
-            fix += "where it is used, sk.nn.constrain(w, ...) to the spec of its rule"
+            context = ", in a loop that adds up the results"
+            fix = 'accumulate=sk.Accumulate(k, reduce="end") in place of a loop over parts of the '
+            fix += "batch; in any other loop, use each parameter once"
         yield Finding(
             "reduction_in_loop",
             scope=max(rows, key=lambda row: row.wire_bytes).scope,

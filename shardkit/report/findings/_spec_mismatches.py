@@ -10,8 +10,9 @@ from jax.sharding import PartitionSpec
 from ..._core.tree import path_to_glob
 from .._program import PlacedLeaf, Program
 from ..communication._ledger import LedgerRow
-from ..hlo._arguments import ComputedError, find_argument
+from ..hlo._arguments import find_argument
 from ..hlo._hlo import parse_shapes
+from ..hlo._sources import ComputedError
 from ..memory._saved import SavedActivation, find_saved_activations
 from ._finding import SMALL, Finding, source_of_rows
 from ._messages import format_spec
@@ -122,7 +123,7 @@ def _suggest_constraint(program: Program, axes: tuple[str, ...]) -> str:
 
 def parameter_gathers(program: Program) -> Iterator[Finding]:
     """Parameters that are gathered over an axis whose kind does not gather weights."""
-    groups: dict[tuple[str, tuple[str, ...]], list[tuple[LedgerRow, PlacedLeaf]]] = {}
+    groups: dict[tuple[PlacedLeaf, tuple[str, ...]], list[tuple[LedgerRow, float]]] = {}
     for row in program.ledger.where(kind="all-gather"):
         if (
             set(row.axes) <= _gathered_axes(program)
@@ -130,18 +131,17 @@ def parameter_gathers(program: Program) -> Iterator[Finding]:
             or row.by_optimizer
         ):
             continue
-        leaf = _gathered_parameter(row, program)
-        if leaf and not any(_mismatched_specs(row, program)):
-            groups.setdefault((leaf.name, row.axes), []).append((row, leaf))
-    for (path, axes), gathers in groups.items():
-        row, leaf = gathers[0]
+        if not any(_mismatched_specs(row, program)):
+            for leaf, share in _gathered_parameters(row, program):
+                groups.setdefault((leaf, row.axes), []).append((row, share))
+    for (leaf, axes), gathers in groups.items():
         yield Finding(
             "parameter_gather",
-            leaf=path,
-            scope=row.scope,
+            leaf=leaf.name,
+            scope=gathers[0][0].scope,
             axes=axes,
-            bytes=sum(gather.wire_bytes for gather, _ in gathers),
-            source=source_of_rows(gather for gather, _ in gathers),
+            bytes=round(sum(row.wire_bytes * share for row, share in gathers)),
+            source=source_of_rows(row for row, _ in gathers),
             why=f"{leaf.leaf} is split over {', '.join(axes)} and gathered whole "
             f"by {len(gathers)} × all-gather",
             fix=_suggest_operand_constraint(leaf, axes),
@@ -164,31 +164,25 @@ def _gathered_axes(program: Program) -> set[str]:
     return gathered if kinds else program.batch_axes
 
 
-def _gathered_parameter(row: LedgerRow, program: Program) -> PlacedLeaf | None:
-    """The parameter whose shards a gather collects.
+def _gathered_parameters(row: LedgerRow, program: Program) -> Iterator[tuple[PlacedLeaf, float]]:
+    """The parameters whose shards a gather collects, with the share of its bytes."""
+    here = program.module.computations[row.computation].instructions
+    shapes = [here[name].shapes[0] for name in here[row.name].operands]
+    total = sum(shape.nbytes for shape in shapes if shape.dtype == row.dtype)
+    for name, shape in zip(here[row.name].operands, shapes, strict=True):
+        leaf = _find_leaf(row, name, program) if shape.dtype == row.dtype else None
+        if leaf and leaf.part == "params" and set(row.axes) <= set(leaf.axes()):
+            yield leaf, shape.nbytes / total
 
-    That is the argument that reaches the gather. In a loop, where the argument is unknown, it is
-    a parameter of the operand's shape, or one whose layer has this shape.
-    """
+
+def _find_leaf(row: LedgerRow, operand: str, program: Program) -> PlacedLeaf | None:
+    """The argument that an operand of a collective is a form of."""
     here = program.module.computations[row.computation]
     try:
-        numbers = [
-            find_argument(program.module, here, o) for o in here.instructions[row.name].operands
-        ]
+        number = find_argument(program.module, here, operand)
     except ComputedError:
         return None
-    known = [program.leaves[n] for n in numbers if n is not None and n < len(program.leaves)]
-    if known and len(known) == len(numbers):
-        split = (leaf for leaf in known if set(row.axes) <= set(leaf.axes()))
-        return next((leaf for leaf in split if leaf.part == "params"), None)
-    sent = [_sorted_sizes(shape.dims) for text in row.operands for shape in parse_shapes(text)]
-    for leaf in program.leaves:
-        if leaf.part != "params" or not set(row.axes) <= set(leaf.axes()):
-            continue
-        shard = leaf.shard(program.sizes)
-        if _sorted_sizes(shard) in sent or (row.trips != 1 and _sorted_sizes(shard[1:]) in sent):
-            return leaf
-    return None
+    return None if number is None else dict(enumerate(program.leaves)).get(number)
 
 
 def spec_mismatches(program: Program) -> Iterator[Finding]:
@@ -199,7 +193,8 @@ def spec_mismatches(program: Program) -> Iterator[Finding]:
             continue
         if row.payload_bytes <= SMALL or row.by_optimizer:
             continue
-        if not (set(row.axes) <= _gathered_axes(program) and _gathered_parameter(row, program)):
+        gathered = set(row.axes) <= _gathered_axes(program)
+        if not (gathered and any(_gathered_parameters(row, program))):
             for pair in _mismatched_specs(row, program):
                 groups.setdefault((*pair, row.axes), []).append(row)
                 break
@@ -223,15 +218,15 @@ def spec_mismatches(program: Program) -> Iterator[Finding]:
 def _mismatched_specs(row: LedgerRow, program: Program) -> Iterator[tuple[PlacedLeaf, PlacedLeaf]]:
     """Finds (source, target): two declared specs of one array between which a row gathers.
 
-    The source is a constraint or a parameter, the target a constraint. On mesh (data=2, tensor=4),
-    for an all-gather over tensor of f32[4,8]:
+    The source is a constraint or the parameter that is gathered, the target a constraint. On mesh
+    (data=2, tensor=4), for an all-gather over tensor of f32[4,8]:
 
         source  constrain('batch', 'mlp')    f32[8,32] as P('data', 'tensor')   shard [4,8]: sent
         target  constrain('batch', 'embed')  f32[8,32] as P('data', None)       tensor is gone
     """
     sent = [_drop_unit_dims(shape.dims) for text in row.operands for shape in parse_shapes(text)]
     constraints = program.declared.constraints
-    parameters = [leaf for leaf in program.leaves if leaf.part == "params"]
+    parameters = [leaf for leaf, _ in _gathered_parameters(row, program)]
     in_loop = [_unstack_leaf(leaf) for leaf in parameters if leaf.leaf.shape and row.trips != 1]
     for source in (*constraints, *parameters, *in_loop):
         if not set(row.axes) <= set(source.axes()):
@@ -317,11 +312,6 @@ def _resharded_constraints(row: LedgerRow, program: Program) -> str:
 def _format_leaf(leaf: PlacedLeaf) -> str:
     """Returns `constrain('batch', 'embed') f32[8,16] as P('data', None)`, or a parameter's."""
     return f"{leaf.leaf} as {format_spec(leaf.dims())}"
-
-
-def _sorted_sizes(dims: Sequence[int]) -> list[int]:
-    """Sizes of an array, sorted, without dims of size 1: the same for its transposes."""
-    return sorted(_drop_unit_dims(dims))
 
 
 def _drop_unit_dims(dims: Sequence[int]) -> list[int]:

@@ -1,21 +1,21 @@
-"""Traces an array back to the argument that it is a copy, cast, transpose or gather of."""
+"""Traces an array back to the argument that it is a copy, cast, transpose, slice or gather of."""
 
-from ._hlo import Computation, Instruction, Module
+from ._hlo import Computation, Module
+from ._sources import SAME, Place, find_sources
 
-_FORMS = frozenset(
-    """copy copy-start copy-done bitcast convert transpose reshape opt-barrier
-    get-tuple-element""".split()
+_FORMS = SAME | frozenset(
+    """transpose slice dynamic-slice all-gather all-gather-start all-gather-done
+    collective-permute collective-permute-start collective-permute-done""".split()
 )
-_GATHERS = frozenset("all-gather all-gather-start all-gather-done".split())
-_INSIDE = _FORMS | {"parameter", "constant", "tuple"}
-
-
-class ComputedError(Exception):
-    """An array is the result of arithmetic, not another form of an argument."""
 
 
 def find_argument(module: Module, here: Computation, name: str) -> int | None:
-    """Finds the argument of the program that an array is another form of.
+    """Finds the argument of the program that an array is another form, or a part, of.
+
+    The state of a loop is its initial value, or what the body makes of it. A loop over layers
+    passes their stack on, and slices one layer, perhaps the next one ahead:
+
+        all-gather(fusion(state[3], i)) → dynamic-slice(state[3]) → initial[3] → parameter(7)
 
     Args:
       module: the compiled program.
@@ -23,39 +23,23 @@ def find_argument(module: Module, here: Computation, name: str) -> int | None:
       name: of the instruction that produces it.
 
     Returns:
-      The argument's number; None if it is unknown, as for the state of a loop.
+      The argument's number; None if it is unknown, or one of several.
 
     Raises:
-      Computed: the array is a result of arithmetic.
+      ComputedError: the array is a result of arithmetic.
     """
-    instruction = here.instructions.get(name)
-    while instruction is not None:
-        if instruction.opcode == "parameter":
-            return int(instruction.arguments) if here.name == module.entry else None
-        if instruction.opcode == "while":
-            return None
-        arrays = [o for o in instruction.operands if not _is_constant(here, o)]
-        several = len(arrays) != 1
-        if several and instruction.opcode in ("tuple", "fusion", *_GATHERS):
-            return None
-        if several or not _keeps_values(module, instruction):
-            raise ComputedError
-        instruction = here.instructions.get(arrays[0])
-    return None
-
-
-def _is_constant(here: Computation, name: str) -> bool:
-    instruction = here.instructions.get(name)
-    return instruction is not None and instruction.opcode == "constant"
-
-
-def _keeps_values(module: Module, instruction: Instruction) -> bool:
-    """Whether an instruction with one operand changes its form alone, not its values."""
-    if instruction.opcode != "fusion":
-        return instruction.opcode in _FORMS | _GATHERS
-    inner = [
-        module.computations[callee]
-        for _, callee in instruction.calls
-        if callee in module.computations
-    ]
-    return all(i.opcode in _INSIDE for c in inner for i in c.instructions.values())
+    arguments, visited = set[int | None](), set[Place]()
+    pending = [Place(here.name, name)]
+    while pending:
+        place = pending.pop()
+        if place in visited:
+            continue
+        visited.add(place)
+        instruction = place.instruction(module)
+        if instruction and instruction.opcode == "parameter" and place.computation == module.entry:
+            arguments.add(int(instruction.arguments))
+            continue
+        sources = find_sources(module, place, _FORMS)
+        arguments |= set() if sources else {None}
+        pending += sources
+    return arguments.pop() if len(arguments) == 1 else None

@@ -15,6 +15,7 @@ are those of the user's mesh whose coordinate varies within a group.
 """
 
 import dataclasses
+import fractions
 import math
 import re
 from collections.abc import Sequence
@@ -40,11 +41,13 @@ class Span:
       axes: mesh axes along which members of one group differ, in mesh order.
       size: devices in a group; for a permutation, positions along `axes`.
       full_axes: each group has all devices along `axes`; False for a part, such as half of one.
+      senders: share of the devices that send; below 1 for a permutation that leaves some out.
     """
 
     axes: tuple[str, ...]
     size: int
     full_axes: bool = True
+    senders: fractions.Fraction = fractions.Fraction(1)
 
 
 def read_groups(text: str, devices: int) -> list[np.ndarray]:
@@ -104,8 +107,9 @@ def span_of_groups(groups: Sequence[np.ndarray], mesh: Mesh) -> Span:
     Raises:
       ValueError: a position is outside of the mesh.
 
-    >>> span_of_groups([np.array([0, 1]), np.array([2, 3])], [("data", 2), ("tensor", 2)])
-    Span(axes=('tensor',), size=2, full_axes=True)
+    >>> span = span_of_groups([np.array([0, 1]), np.array([2, 3])], [("data", 2), ("tensor", 2)])
+    >>> span.axes, span.size, span.full_axes
+    (('tensor',), 2, True)
     """
     sizes = dict(mesh)
     varying = {axis for group in groups for axis in _varying_axes(group, mesh)}
@@ -116,15 +120,17 @@ def span_of_groups(groups: Sequence[np.ndarray], mesh: Mesh) -> Span:
 
 
 def span_of_pairs(pairs: np.ndarray, mesh: Mesh) -> Span:
-    """Finds the mesh axes along which a permutation moves data.
+    """Finds the mesh axes along which a permutation moves data, and how many devices send.
 
-    >>> span_of_pairs(np.array([[0, 1], [1, 0], [2, 3], [3, 2]]), [("data", 2), ("tensor", 2)])
-    Span(axes=('tensor',), size=2, full_axes=True)
+    >>> span = span_of_pairs(np.array([[0, 1], [1, 1]]), [("data", 2), ("tensor", 2)])
+    >>> span.axes, span.size, str(span.senders)
+    (('tensor',), 2, '1/4')
     """
     sizes = dict(mesh)
-    varying = {axis for pair in pairs for axis in _varying_axes(pair, mesh)}
-    axes = tuple(axis for axis in sizes if axis in varying)
-    return Span(axes, math.prod(sizes[axis] for axis in axes))
+    moves = [_varying_axes(pair, mesh) for pair in pairs]
+    axes = tuple(axis for axis in sizes if any(axis in move for move in moves))
+    senders = fractions.Fraction(sum(map(bool, moves)), math.prod(sizes.values()))
+    return Span(axes, math.prod(sizes[axis] for axis in axes), senders=senders)
 
 
 def _varying_axes(group: np.ndarray, mesh: Mesh) -> list[str]:

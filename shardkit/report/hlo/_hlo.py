@@ -14,6 +14,8 @@ import re
 from collections.abc import Iterator
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+)\s*(\(.*\)\s*->.*)?\{\s*$", re.DOTALL)
+# A computation of another core of the chip ends in `}, execution_thread="sparsecore"`.
+_END = re.compile(r"\}(?:, \w+=.*)?\s*$")
 _START = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = ", re.DOTALL)
 _OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
 _SHAPE = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,<=\s]*)\]")
@@ -170,6 +172,16 @@ class Module:
     entry: str
     problems: tuple[str, ...] = ()
 
+    @functools.cached_property
+    def callers(self) -> dict[str, list[tuple[Computation, Instruction]]]:
+        """Computation → every instruction that calls it, with its computation."""
+        callers: dict[str, list[tuple[Computation, Instruction]]] = {}
+        for computation in self.computations.values():
+            for instruction in computation.instructions.values():
+                for _, callee in instruction.calls:
+                    callers.setdefault(callee, []).append((computation, instruction))
+        return callers
+
     @property
     def scheduled(self) -> bool:
         """Instructions are printed in the order in which they run."""
@@ -216,7 +228,7 @@ def parse(text: str) -> Module:
             elif (match := _HEADER.match(line)) and not line.startswith(" "):
                 current = Computation(match.group(2), {})
                 entry = match.group(2) if match.group(1) else entry
-        elif line.rstrip() == "}":
+        elif _END.match(line):
             computations[current.name] = current
             current = None
         elif (instruction := _parse_instruction(line)) is not None:

@@ -10,6 +10,8 @@ a collective. The `send` has its kind and its groups:
 """
 
 import dataclasses
+import fractions
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -92,9 +94,15 @@ class Slices:
           ValueError: its target has an unknown form.
         """
         grid = [(axis, self.dcn[axis]) for axis, _ in self.mesh if axis in self.dcn]
-        span = span_of_groups(_groups(send), grid)
+        groups = _groups(send)
+        span = span_of_groups(groups, grid)
         inner = dict(self.slice_mesh)
-        return dataclasses.replace(span, full_axes=all(inner[axis] == 1 for axis in span.axes))
+        full_axes = all(inner[axis] == 1 for axis in span.axes)
+        if kind_of_transfer(send) != "collective-permute":
+            return dataclasses.replace(span, full_axes=full_axes)
+        devices = math.prod(size for _, size in self.mesh)
+        senders = fractions.Fraction(len(groups), devices)
+        return dataclasses.replace(span, full_axes=full_axes, senders=senders)
 
 
 def _groups(send: Instruction) -> Sequence[np.ndarray]:

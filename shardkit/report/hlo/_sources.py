@@ -1,147 +1,98 @@
-"""Reads which line of code each instruction of a compiled program comes from.
+"""Where the value of an instruction comes from: one step back, through tuples, calls and loops."""
 
-The text opens with four tables, and an instruction's metadata has a number into the last one:
+import dataclasses
+from collections.abc import Collection, Sequence
 
-    FileNames             1 "/home/me/model.py"
-    FunctionNames         1 "attend"
-    FileLocations         1 {file_name_id=1 function_name_id=1 line=42 end_line=42 column=8 …}
-    StackFrames           1 {file_location_id=1 parent_frame_id=1}
-    … metadata={op_name="jit(step)/dot_general" stack_frame_id=1}
+from ._hlo import Instruction, Module
 
-Older compilers write `source_file="…" source_line=42` into the metadata instead.
-"""
-
-import functools
-import re
-from collections.abc import Callable, Iterator
-
-from ..._core.source import Frame, Source, choose_source
-from ._hlo import Computation, Instruction, Module
-from ._neighbours import also_in_fusions, consumers, nearest, producers
-
-_ENTRY = re.compile(r"^(\d+) (?:\"((?:[^\"\\]|\\.)*)\"|\{([^}]*)\})\s*$")
-_FIELD = re.compile(r"(\w+)=(\d+)")
-_FRAME_ID = re.compile(r"stack_frame_id=(\d+)")
-_OLD_FORM = re.compile(r'source_file="((?:[^"\\]|\\.)*)" source_line=(\d+)')
-_TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
-_DEEPEST = 1000
+SAME = frozenset(
+    """copy copy-start copy-done bitcast convert reshape opt-barrier async-update async-done
+    call-update call-done""".split()
+)
+"""Operations whose result has the values of their operand, in their order."""
+_CALLS = frozenset({"fusion", "call", "call-start", "async-start"})
 
 
-def place_of(instruction: Instruction) -> str:
-    """Where an instruction's metadata says that it comes from, as text; "" if it does not."""
-    metadata = instruction.attrs.get("metadata", "") if "metadata=" in instruction.rest else ""
-    match = _FRAME_ID.search(metadata) or _OLD_FORM.search(metadata)
-    return match[0] if match else ""
+class ComputedError(Exception):
+    """A value is the result of another operation, not another form of one value."""
 
 
-def result_names(instruction: Instruction, operand: str, here: Computation) -> list[str]:
-    """Names of what reads the part of a result that one operand becomes; through a `-done`."""
-    readers = [here.instructions[name] for name in here.users.get(instruction.name, ())]
-    done = [one for one in readers if one.opcode.endswith("-done")]
-    readers += [here.instructions[n] for one in done for n in here.users.get(one.name, ())]
-    if len(instruction.operands) == 1:
-        return [one.name for one in readers if one not in done] or [one.name for one in done]
-    index = str(instruction.operands.index(operand))
-    elements = [one for one in readers if one.opcode == "get-tuple-element"]
-    return [one.name for one in elements if one.attrs["index"].strip() == index]
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """The value of an instruction, or an element of it: `elements` are indices into tuples."""
+
+    computation: str
+    name: str
+    elements: tuple[int, ...] = ()
+
+    def instruction(self, module: Module) -> Instruction | None:
+        """The instruction; None if the text lacks it."""
+        return module.computations[self.computation].instructions.get(self.name)
 
 
-class Sources:
-    """The sources of one program's instructions; unknown where its text has no tables."""
+def find_sources(module: Module, place: Place, forms: Collection[str] = SAME) -> Sequence[Place]:
+    """The same value one instruction earlier.
 
-    def __init__(self, hlo: str, module: Module) -> None:
-        """Reads the tables at the start of `compiled.as_text()`, which `module` is parsed from."""
-        self._module = module
-        self._tables: dict[str, dict[int, str]] = {name: {} for name in _TABLES}
-        table: dict[int, str] | None = None
-        for line in _lines_before_computations(hlo):
-            if line.rstrip() in self._tables:
-                table = self._tables[line.rstrip()]
-            elif table is not None and (entry := _ENTRY.match(line)):
-                table[int(entry[1])] = entry[2] if entry[2] is not None else entry[3]
-        # The outermost frame has no parent. Compilers print that as 0, or count parents from 1.
-        first = dict(_FIELD.findall(self._tables["StackFrames"].get(1, "")))
-        self._no_parent = int(first.get("parent_frame_id", 0))
+    Args:
+      module: the compiled program.
+      place: of the value.
+      forms: operations that keep the value, perhaps in another form.
 
-    @property
-    def known(self) -> bool:
-        """The program has the tables."""
-        return bool(self._tables["StackFrames"])
+    Returns:
+      One place; for an element of a loop's state two: the initial value, and what the body makes
+      of it; () if unknown.
 
-    def of(self, instruction: Instruction, here: Computation) -> Source | None:
-        """The source of an instruction; without metadata, that of its nearest neighbours.
-
-        A neighbour whose frames are all of libraries ends the search: what an optimizer computes
-        has no source, not that of the loss.
-        """
-        place = self._place_of(instruction)
-        for onward in (producers(here), consumers(here)):
-            found = () if place else nearest(onward(instruction), onward, self._place_of, here)
-            place = found[0] if found else place
-        return self.at(place or "")
-
-    def of_operands(self, instruction: Instruction, here: Computation) -> tuple[Source | None, ...]:
-        """The source of each array that an instruction sends.
-
-        A collective that the compiler combined has the metadata of one of its parts. Each part's
-        own is on the element that is taken out of its result:
-
-            %ar = (f32[8], f32[4]) all-reduce(%a, %b), metadata={… stack_frame_id=7}
-            %x = f32[8] get-tuple-element(%ar), index=0, metadata={… stack_frame_id=7}
-            %y = f32[4] get-tuple-element(%ar), index=1, metadata={… stack_frame_id=9}
-        """
-        if len(instruction.operands) == 1:
-            return (self.of(instruction, here),)
-        sources = []
-        for name in instruction.operands:
-            parts = [here.instructions[n] for n in result_names(instruction, name, here)]
-            part = next((p for p in parts if p.opcode == "get-tuple-element"), None)
-            sources.append(self.of(part or here.instructions.get(name, instruction), here))
-        return tuple(sources)
-
-    @functools.cached_property
-    def _place_of(self) -> Callable[[Instruction], str | None]:
-        return also_in_fusions(place_of, self._module)
-
-    @functools.cached_property
-    def _known(self) -> dict[str, Source | None]:
-        return {}
-
-    def at(self, place: str) -> Source | None:
-        """The source at what `place_of` returned."""
-        if place and place not in self._known:
-            old = _OLD_FORM.match(place)
-            frames = (
-                [Frame(old[1], int(old[2]), "?")]
-                if old
-                else self._stack(int(place.partition("=")[2]))
-            )
-            self._known[place] = choose_source(frames)
-        return self._known.get(place)
-
-    def _stack(self, number: int) -> Iterator[Frame]:
-        """The frames of a stack, the innermost first."""
-        names, functions, locations, frames = self._tables.values()
-        for _ in range(_DEEPEST):
-            fields = dict(_FIELD.findall(frames.get(number, "")))
-            place = dict(_FIELD.findall(locations.get(int(fields.get("file_location_id", 0)), "")))
-            if not place:
-                return
-            yield Frame(
-                names.get(int(place["file_name_id"]), "?"),
-                int(place["line"]),
-                functions.get(int(place.get("function_name_id", 0)), "?"),
-            )
-            number = int(fields.get("parent_frame_id", 0)) - self._no_parent
+    Raises:
+      ComputedError: the value is the result of an operation that is none of `forms`.
+    """
+    instruction = place.instruction(module)
+    if instruction is None:
+        return ()
+    op, operands, elements = instruction.opcode, instruction.operands, place.elements
+    if op == "parameter":
+        return _find_passed(module, place, int(instruction.arguments))
+    if op == "get-tuple-element":
+        index = int(instruction.attrs["index"])
+        return [Place(place.computation, operands[0], (*elements, index))]
+    if op == "while":
+        return _find_states(module, place, place.computation, instruction)
+    if op in _CALLS and instruction.calls:
+        ((_, callee), *_) = instruction.calls
+        return _find_result(module, place, callee)
+    if op == "tuple" or (op in forms and operands[1:] and "gather" in op):
+        if not elements:
+            return ()
+        return [Place(place.computation, operands[elements[-1]], elements[:-1])]
+    if op in forms:
+        return [Place(place.computation, operands[0], elements)]
+    raise ComputedError
 
 
-def _lines_before_computations(hlo: str) -> Iterator[str]:
-    start = 0
-    while start < len(hlo):
-        end = hlo.find("\n", start)
-        end = len(hlo) if end < 0 else end
-        line = hlo[start:end]
-        if line.startswith(("%", "ENTRY")):
-            return
-        yield line
-        start = end + 1
+def _find_passed(module: Module, place: Place, number: int) -> Sequence[Place]:
+    """What the only caller of a computation passes as a parameter of it."""
+    callers = [
+        (caller, call)
+        for caller, call in module.callers.get(place.computation, ())
+        if not call.opcode.endswith(("-update", "-done"))
+    ]
+    if len(callers) != 1:
+        return ()
+    caller, call = callers[0]
+    if call.opcode == "while":
+        return _find_states(module, place, caller.name, call)
+    if call.opcode == "conditional":  # Operand 0 selects the branch.
+        number = 1 + [callee for _, callee in call.calls].index(place.computation)
+    elif call.opcode not in _CALLS:
+        return ()
+    return [Place(caller.name, call.operands[number], place.elements)]
+
+
+def _find_states(module: Module, place: Place, outside: str, loop: Instruction) -> Sequence[Place]:
+    """An element of a loop's state: the initial one, and what the body makes of it."""
+    initial = Place(outside, loop.operands[0], place.elements)
+    return [initial, *_find_result(module, place, dict(loop.calls).get("body", ""))]
+
+
+def _find_result(module: Module, place: Place, callee: str) -> Sequence[Place]:
+    called = module.computations.get(callee)
+    return [Place(callee, called.root.name, place.elements)] if called and called.root else ()

@@ -10,12 +10,10 @@ einsum), each of which can be behind fusions, copies and tuples:
 import dataclasses
 import re
 
-from ._hlo import Computation, Instruction, Module
+from ._hlo import Computation, Module
+from ._sources import ComputedError, Place, find_sources
 
-_SAME = frozenset({"copy", "bitcast", "convert", "reshape", "copy-start", "copy-done"})
-_TUPLES = frozenset({"opt-barrier", "copy", "copy-start", "copy-done"})
 _KNOWN = re.compile(r'known_trip_count\\?":\s*\{\\?"n\\?":\\?"(\d+)')
-_INLINE = ("fusion", "call")
 _MIRROR = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE", "NE": "NE", "EQ": "EQ"}
 
 
@@ -36,158 +34,85 @@ class TripCounts:
 
     def __init__(self, module: Module) -> None:
         self._module = module
-        self._callers: dict[str, list[tuple[Computation, Instruction]]] = {}
-        for computation in module.computations.values():
-            for instruction in computation.instructions.values():
-                for _, callee in instruction.calls:
-                    self._callers.setdefault(callee, []).append((computation, instruction))
 
     def trips(self, computation: str, loop: str) -> int | None:
         """Number of times that a `while` runs its body; None if unknown."""
-        here = self._module.computations[computation]
-        instruction = here.instructions[loop]
+        instruction = self._module.computations[computation].instructions[loop]
         if known := _KNOWN.search(instruction.rest):
             return int(known.group(1))
         called = dict(instruction.calls)
         condition = self._module.computations.get(called.get("condition", ""))
-        if condition is None or called.get("body") not in self._module.computations:
+        body = self._module.computations.get(called.get("body", ""))
+        if condition is None or condition.root is None or body is None:
             return None
-        compared = self._find_compare(condition)
-        if compared is None:
+        state = Place(computation, instruction.operands[0])
+        return self._count_trips(state, Place(condition.name, condition.root.name), body)
+
+    def _count_trips(self, state: Place, condition: Place, body: Computation) -> int | None:
+        where = self._find_compare(condition)
+        compare = where.instruction(self._module) if where else None
+        if where is None or compare is None:
             return None
-        where, compare = compared
-        sides = [self._evaluate(where, name, condition.name) for name in compare.operands]
-        return self._count_trips(
-            here, instruction, sides, compare.attrs.get("direction", "").strip()
-        )
-
-    def _find_compare(self, condition: Computation) -> tuple[Computation, Instruction] | None:
-        """The `compare` whose result a condition returns, through fusions and copies."""
-        where, result = condition, condition.root
-        while result is not None and result.opcode != "compare":
-            if result.opcode in _SAME:
-                result = where.instructions.get(result.operands[0])
-            elif result.opcode in _INLINE:
-                where = self._module.computations[result.calls[0][1]]
-                result = where.root
-            else:
-                return None
-        return (where, result) if result is not None else None
-
-    def _count_trips(
-        self,
-        here: Computation,
-        loop: Instruction,
-        sides: list[_Affine | None],
-        direction: str,
-    ) -> int | None:
-        left, right = sides
+        sides = (Place(where.computation, name) for name in compare.operands)
+        left, right = (self._evaluate(side, condition.computation) for side in sides)
+        direction = compare.attrs.get("direction", "").strip()
         if left is None or right is None:
             return None
-        if left.slot is None or self._is_invariant(loop, left.slot):
+        if left.slot is None or self._step(body, left.slot) == 0:
             left, right, direction = right, left, _MIRROR.get(direction, direction)
-        bound = self._initial_value(here, loop, right)
+        bound = self._initial_value(state, right)
         if left.slot is None or bound is None:
             return None
-        start = self._initial_value(here, loop, left)
-        body = self._module.computations[dict(loop.calls)["body"]]
-        moved = self._evaluate_element(body, body.root, left.slot, body.name)
-        if start is None or moved is None or moved.slot != left.slot or not moved.offset:
-            return None
-        return _count_steps(start, bound, moved.offset, direction)
+        start, step = self._initial_value(state, left), self._step(body, left.slot)
+        return _count_steps(start, bound, step, direction) if start is not None and step else None
 
-    def _initial_value(self, here: Computation, loop: Instruction, value: _Affine) -> int | None:
+    def _find_compare(self, place: Place) -> Place | None:
+        """The `compare` whose result a condition returns, through fusions and copies."""
+        while (found := place.instruction(self._module)) and found.opcode != "compare":
+            try:
+                (place,) = find_sources(self._module, place)
+            except (ComputedError, ValueError):
+                return None
+        return place if found else None
+
+    def _initial_value(self, state: Place, value: _Affine) -> int | None:
         """Value of a condition's scalar before the first trip."""
         if value.slot is None:
             return value.offset
-        state = here.instructions.get(loop.operands[0])
-        first = self._evaluate_element(here, state, value.slot, "")
+        first = self._evaluate(dataclasses.replace(state, elements=(value.slot,)), "")
         return first.offset + value.offset if first is not None and first.slot is None else None
 
-    def _is_invariant(self, loop: Instruction, slot: int) -> bool:
-        """Whether a loop leaves element `slot` of its state unchanged."""
-        body = self._module.computations.get(dict(loop.calls).get("body", ""))
-        if body is None:
-            return False
-        return self._evaluate_element(body, body.root, slot, body.name) == _Affine(slot, 0)
+    def _step(self, body: Computation, slot: int) -> int | None:
+        """What a trip adds to element `slot` of the state; None if it does something else."""
+        if body.root is None:
+            return None
+        moved = self._evaluate(Place(body.name, body.root.name, (slot,)), body.name)
+        return moved.offset if moved is not None and moved.slot == slot else None
 
-    def _evaluate(self, where: Computation, name: str, loop: str) -> _Affine | None:
+    def _evaluate(self, place: Place, loop: str) -> _Affine | None:
         """A scalar in terms of the state of the loop whose body or condition is `loop`."""
-        instruction = where.instructions.get(name)
+        instruction = place.instruction(self._module)
         if instruction is None:
             return None
-        op, operands = instruction.opcode, instruction.operands
-        if op == "constant":
+        if instruction.opcode == "constant":
             text = instruction.arguments.strip()
             return _Affine(None, int(text)) if re.fullmatch(r"-?\d+", text) else None
-        if op in _SAME:
-            return self._evaluate(where, operands[0], loop)
-        if op in ("add", "subtract"):
-            sign = 1 if op == "add" else -1
-            left, right = (self._evaluate(where, n, loop) for n in operands)
-            return _add(left, right, sign)
-        if op == "get-tuple-element":
-            index = int(instruction.attrs["index"])
-            return self._evaluate_element(where, where.instructions.get(operands[0]), index, loop)
-        if op in _INLINE:
-            inner = self._module.computations.get(instruction.calls[0][1])
-            return self._evaluate(inner, inner.root.name, loop) if inner and inner.root else None
-        if op == "parameter":
-            return self._evaluate_parameter(where, int(instruction.arguments), loop)
-        return None
-
-    def _evaluate_parameter(self, where: Computation, number: int, loop: str) -> _Affine | None:
-        """A scalar parameter of a fusion, as its only caller passes it."""
-        callers = self._callers.get(where.name, [])
-        if len(callers) != 1 or callers[0][1].opcode not in _INLINE:
+        if instruction.opcode in ("add", "subtract"):
+            operands = (Place(place.computation, name) for name in instruction.operands)
+            left, right = (self._evaluate(operand, loop) for operand in operands)
+            return _add(left, right, 1 if instruction.opcode == "add" else -1)
+        if instruction.opcode == "parameter" and place.computation == loop:
+            return _Affine(place.elements[-1], 0) if place.elements else None
+        try:
+            first, *after = find_sources(self._module, place)
+        except (ComputedError, ValueError):
             return None
-        caller, call = callers[0]
-        return self._evaluate(caller, call.operands[number], loop)
-
-    def _evaluate_element(
-        self, where: Computation, source: Instruction | None, index: int, loop: str
-    ) -> _Affine | None:
-        """Element `index` of a tuple, in terms of the state of `loop`."""
-        if source is None:
-            return None
-        if source.opcode == "tuple":
-            return self._evaluate(where, source.operands[index], loop)
-        if source.opcode in _TUPLES:
-            inner = where.instructions.get(source.operands[0])
-            return self._evaluate_element(where, inner, index, loop)
-        if source.opcode == "while":
-            return self._evaluate_loop_state(where, source, index, loop)
-        if source.opcode == "parameter":
-            if where.name == loop:
-                return _Affine(index, 0)
-            return self._evaluate_tuple_parameter(where, int(source.arguments), index, loop)
-        if source.opcode in _INLINE:
-            inner = self._module.computations.get(source.calls[0][1])
-            return self._evaluate_element(inner, inner.root, index, loop) if inner else None
-        return None
-
-    def _evaluate_tuple_parameter(
-        self, where: Computation, number: int, index: int, loop: str
-    ) -> _Affine | None:
-        """Element `index` of a parameter that is a tuple, as its only caller passes it."""
-        callers = self._callers.get(where.name, [])
-        if len(callers) != 1:
-            return None
-        caller, call = callers[0]
-        if call.opcode == "while":
-            return self._evaluate_loop_state(caller, call, index, loop)
-        if call.opcode not in _INLINE:
-            return None
-        passed = caller.instructions.get(call.operands[number])
-        return self._evaluate_element(caller, passed, index, loop)
-
-    def _evaluate_loop_state(
-        self, where: Computation, outer: Instruction, index: int, loop: str
-    ) -> _Affine | None:
-        """Element `index` of a loop's state, if the loop never changes it."""
-        if not self._is_invariant(outer, index):
-            return None
-        return self._evaluate_element(where, where.instructions.get(outer.operands[0]), index, loop)
+        # An element of another loop's state is known if that loop never changes it.
+        for result in after:
+            body = self._module.computations[result.computation]
+            if not result.elements or self._step(body, result.elements[-1]) != 0:
+                return None
+        return self._evaluate(first, loop)
 
 
 def _add(left: _Affine | None, right: _Affine | None, sign: int) -> _Affine | None:

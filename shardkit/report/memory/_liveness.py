@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator
 from ..communication._collectives import collective_kind
 from ..hlo._hlo import Computation, Instruction, Module, Shape
 from ..hlo._scope import phase_of
-from ..hlo._sources import place_of
+from ..hlo._source_lines import place_of
 from ._buffer_sizes import SizedArray, SizedType, parse_sized_type
 
 _SAME = frozenset({"bitcast", "opt-barrier", "domain", "add-dependency"})

@@ -5,6 +5,9 @@ import dataclasses
 from ...hardware import identify_chip
 from .._program import PARTS, CompiledBytes, Program
 
+MEMORY_CLASSES = (*PARTS, "padding", "output", "temp")
+"""Fields of `Memory` that hold bytes of one class, in the order of tables."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Memory:

@@ -12,7 +12,7 @@ from ..._core.source import Source
 from ..._core.tree import format_bytes
 from .._program import Program
 from ..hlo._scope import phase_of, scope_of
-from ..hlo._sources import Sources
+from ..hlo._source_lines import Sources
 from ._liveness import Buffer, Liveness
 from ._memory import Memory
 

@@ -16,9 +16,10 @@ from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxprs_in_params
 
-from ..hlo._arguments import ComputedError, find_argument
+from ..hlo._arguments import find_argument
 from ..hlo._hlo import Computation, Instruction, Module, Shape
 from ..hlo._scope import phase_of, scope_of
+from ..hlo._sources import ComputedError
 
 _BACKWARD = ("backward", "recompute")
 _THROUGH = frozenset("tuple copy bitcast opt-barrier copy-start copy-done".split())

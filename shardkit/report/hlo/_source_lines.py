@@ -1,0 +1,147 @@
+"""Reads which line of code each instruction of a compiled program comes from.
+
+The text opens with four tables, and an instruction's metadata has a number into the last one:
+
+    FileNames             1 "/home/me/model.py"
+    FunctionNames         1 "attend"
+    FileLocations         1 {file_name_id=1 function_name_id=1 line=42 end_line=42 column=8 …}
+    StackFrames           1 {file_location_id=1 parent_frame_id=1}
+    … metadata={op_name="jit(step)/dot_general" stack_frame_id=1}
+
+Older compilers write `source_file="…" source_line=42` into the metadata instead.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Iterator
+
+from ..._core.source import Frame, Source, choose_source
+from ._hlo import Computation, Instruction, Module
+from ._neighbours import also_in_fusions, consumers, nearest, producers
+
+_ENTRY = re.compile(r"^(\d+) (?:\"((?:[^\"\\]|\\.)*)\"|\{([^}]*)\})\s*$")
+_FIELD = re.compile(r"(\w+)=(\d+)")
+_FRAME_ID = re.compile(r"stack_frame_id=(\d+)")
+_OLD_FORM = re.compile(r'source_file="((?:[^"\\]|\\.)*)" source_line=(\d+)')
+_TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
+_DEEPEST = 1000
+
+
+def place_of(instruction: Instruction) -> str:
+    """Where an instruction's metadata says that it comes from, as text; "" if it does not."""
+    metadata = instruction.attrs.get("metadata", "") if "metadata=" in instruction.rest else ""
+    match = _FRAME_ID.search(metadata) or _OLD_FORM.search(metadata)
+    return match[0] if match else ""
+
+
+def result_names(instruction: Instruction, operand: str, here: Computation) -> list[str]:
+    """Names of what reads the part of a result that one operand becomes; through a `-done`."""
+    readers = [here.instructions[name] for name in here.users.get(instruction.name, ())]
+    done = [one for one in readers if one.opcode.endswith("-done")]
+    readers += [here.instructions[n] for one in done for n in here.users.get(one.name, ())]
+    if len(instruction.operands) == 1:
+        return [one.name for one in readers if one not in done] or [one.name for one in done]
+    index = str(instruction.operands.index(operand))
+    elements = [one for one in readers if one.opcode == "get-tuple-element"]
+    return [one.name for one in elements if one.attrs["index"].strip() == index]
+
+
+class Sources:
+    """The sources of one program's instructions; unknown where its text has no tables."""
+
+    def __init__(self, hlo: str, module: Module) -> None:
+        """Reads the tables at the start of `compiled.as_text()`, which `module` is parsed from."""
+        self._module = module
+        self._tables: dict[str, dict[int, str]] = {name: {} for name in _TABLES}
+        table: dict[int, str] | None = None
+        for line in _lines_before_computations(hlo):
+            if line.rstrip() in self._tables:
+                table = self._tables[line.rstrip()]
+            elif table is not None and (entry := _ENTRY.match(line)):
+                table[int(entry[1])] = entry[2] if entry[2] is not None else entry[3]
+        # The outermost frame has no parent. Compilers print that as 0, or count parents from 1.
+        first = dict(_FIELD.findall(self._tables["StackFrames"].get(1, "")))
+        self._no_parent = int(first.get("parent_frame_id", 0))
+
+    @property
+    def known(self) -> bool:
+        """The program has the tables."""
+        return bool(self._tables["StackFrames"])
+
+    def of(self, instruction: Instruction, here: Computation) -> Source | None:
+        """The source of an instruction; without metadata, that of its nearest neighbours.
+
+        A neighbour whose frames are all of libraries ends the search: what an optimizer computes
+        has no source, not that of the loss.
+        """
+        place = self._place_of(instruction)
+        for onward in (producers(here), consumers(here)):
+            found = () if place else nearest(onward(instruction), onward, self._place_of, here)
+            place = found[0] if found else place
+        return self.at(place or "")
+
+    def of_operands(self, instruction: Instruction, here: Computation) -> tuple[Source | None, ...]:
+        """The source of each array that an instruction sends.
+
+        A collective that the compiler combined has the metadata of one of its parts. Each part's
+        own is on the element that is taken out of its result:
+
+            %ar = (f32[8], f32[4]) all-reduce(%a, %b), metadata={… stack_frame_id=7}
+            %x = f32[8] get-tuple-element(%ar), index=0, metadata={… stack_frame_id=7}
+            %y = f32[4] get-tuple-element(%ar), index=1, metadata={… stack_frame_id=9}
+        """
+        if len(instruction.operands) == 1:
+            return (self.of(instruction, here),)
+        sources = []
+        for name in instruction.operands:
+            parts = [here.instructions[n] for n in result_names(instruction, name, here)]
+            part = next((p for p in parts if p.opcode == "get-tuple-element"), None)
+            sources.append(self.of(part or here.instructions.get(name, instruction), here))
+        return tuple(sources)
+
+    @functools.cached_property
+    def _place_of(self) -> Callable[[Instruction], str | None]:
+        return also_in_fusions(place_of, self._module)
+
+    @functools.cached_property
+    def _known(self) -> dict[str, Source | None]:
+        return {}
+
+    def at(self, place: str) -> Source | None:
+        """The source at what `place_of` returned."""
+        if place and place not in self._known:
+            old = _OLD_FORM.match(place)
+            frames = (
+                [Frame(old[1], int(old[2]), "?")]
+                if old
+                else self._stack(int(place.partition("=")[2]))
+            )
+            self._known[place] = choose_source(frames)
+        return self._known.get(place)
+
+    def _stack(self, number: int) -> Iterator[Frame]:
+        """The frames of a stack, the innermost first."""
+        names, functions, locations, frames = self._tables.values()
+        for _ in range(_DEEPEST):
+            fields = dict(_FIELD.findall(frames.get(number, "")))
+            place = dict(_FIELD.findall(locations.get(int(fields.get("file_location_id", 0)), "")))
+            if not place:
+                return
+            yield Frame(
+                names.get(int(place["file_name_id"]), "?"),
+                int(place["line"]),
+                functions.get(int(place.get("function_name_id", 0)), "?"),
+            )
+            number = int(fields.get("parent_frame_id", 0)) - self._no_parent
+
+
+def _lines_before_computations(hlo: str) -> Iterator[str]:
+    start = 0
+    while start < len(hlo):
+        end = hlo.find("\n", start)
+        end = len(hlo) if end < 0 else end
+        line = hlo[start:end]
+        if line.startswith(("%", "ENTRY")):
+            return
+        yield line
+        start = end + 1
