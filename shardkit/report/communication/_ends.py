@@ -15,11 +15,12 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ..._core.source import Source
-from ..hlo._arguments import ComputedError, find_argument
+from ..hlo._arguments import find_argument
 from ..hlo._hlo import Computation, Instruction
 from ..hlo._neighbours import Onward, consumers, nearest, producers
 from ..hlo._scope import phase_of, split_op_name
 from ..hlo._source_lines import Sources, result_names
+from ..hlo._sources import ComputedError
 from ._governing import find_governing
 from ._ledger import Ends, Ledger, LedgerRow
 from ._reductions import REDUCING, gradient_reductions

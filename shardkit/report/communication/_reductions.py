@@ -52,7 +52,7 @@ def gradient_reductions(
 
 
 def repeats_reductions(
-    ledger: Ledger, axis: str, leaves: Sequence[PlacedLeaf], sizes: Mapping[str, int]
+    ledger: Ledger, axis: str, leaves: Sequence["PlacedLeaf"], sizes: Mapping[str, int]
 ) -> bool:
     """Whether a loop reduces one gradient in several trips, as when it accumulates them.
 
