@@ -16,7 +16,7 @@ from ._bound_spec import BoundSpec
 from ._gradients import GradientFn, GradientPlan, LossArgs, build_gradients, match_shard_draws
 from ._layout import StepLayout
 from ._objective import Objective, build_objective
-from ._split_checks import check_convolutions, check_split_rows
+from ._split_checks import check_split_rows
 from ._update import (
     Metrics,
     build_eval_step,
@@ -141,7 +141,6 @@ class StepFunctions:
             return self._build_on_shards(build_shard_gradients, loss)
         plan = GradientPlan(self.bound, self.layout)
         if plan.per_shard_accumulation:
-            check_convolutions(plan, loss, self._loss_args)
             plan = dataclasses.replace(plan, draws=match_shard_draws(loss, plan, self._loss_args))
         return build_gradients(loss, plan)
 
