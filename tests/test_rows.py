@@ -3,11 +3,9 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 
-import shardkit as sk
 from shardkit._core.tracing import record_p
 from shardkit.nn._constrain import constrain_p
 from shardkit.nn._manual_axis_rules import use_param_p

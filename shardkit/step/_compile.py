@@ -21,6 +21,7 @@ from .._core.tree import format_bytes, nbytes
 from .._core.types import PyTree
 from ..nn._constrain import Resolver, use_resolver
 from ._deadlocks import check_deadlocks
+from ._miscompiled import OnMiscompiled, check_miscompiled
 from ._stderr import copied_stderr
 
 # Guard two settings of the whole process; one thread at a time changes and restores each.
@@ -73,6 +74,7 @@ def compile_program(
     check: Callable[[core.ClosedJaxpr], None],
     donate: tuple[int, ...] = (),
     options: Mapping[str, Any] | None = None,
+    on_miscompiled: OnMiscompiled = "error",
 ) -> CompiledProgram:
     """Traces, checks, lowers and compiles a function for abstract arguments.
 
@@ -85,10 +87,11 @@ def compile_program(
       check: called with the jaxpr before it is lowered; raises the problems that it finds.
       donate: positions of the arguments whose buffers the results may reuse.
       options: XLA options by name.
+      on_miscompiled: `"error"` refuses a program that the partitioner got wrong.
 
     Raises:
       StepError: the compiler rejects an option or runs out of memory, or the program would
-        deadlock.
+        deadlock or compute wrong numbers.
     """
     compiler_options = dict(options) if options else None
 
@@ -116,7 +119,10 @@ def compile_program(
         ):
             compiled = lowered.compile(compiler_options=compiler_options)
     end = time.perf_counter()
-    check_deadlocks(compiled, jax.tree.leaves(in_shardings)[0].mesh)
+    mesh = jax.tree.leaves(in_shardings)[0].mesh
+    check_deadlocks(compiled, mesh)
+    if on_miscompiled == "error":
+        check_miscompiled(compiled, args, traced.out_info, mesh)
 
     def recompile() -> str:
         # JAX caches the lowering of `run`; a new function of the same jaxpr is compiled anew.

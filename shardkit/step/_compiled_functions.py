@@ -168,6 +168,7 @@ class CompiledFunctions:
                 check=check,
                 donate=donate,
                 options=self._bound.xla_options,
+                on_miscompiled=self._bound.spec.on_miscompiled,
             )
 
     @property

@@ -18,6 +18,7 @@ from .._core.types import Accumulate, Batch, Key, Loss, PyTree
 from ..nn._remat import parse_policy
 from ..parallel import Strategy
 from ._compiled import CompiledStep
+from ._miscompiled import OnMiscompiled
 from ._nonfinite import ON_NONFINITE, OnNonfinite
 
 Mode = Literal["auto", "shard_map"]
@@ -27,7 +28,12 @@ Full = TypeVar("Full")
 
 EVERYTHING_REPLICATED = Strategy()
 _HEADLINE = "The step is declared wrongly."
-_CHOICES = {"mode": get_args(Mode), "on_nonfinite": ON_NONFINITE, "on_retrace": get_args(OnRetrace)}
+_CHOICES = {
+    "mode": get_args(Mode),
+    "on_nonfinite": ON_NONFINITE,
+    "on_retrace": get_args(OnRetrace),
+    "on_miscompiled": get_args(OnMiscompiled),
+}
 
 
 class StrategyField(Generic[Declared, Full]):
@@ -113,6 +119,8 @@ class StepSpec:
         `sk.Mean` of two sums over rows, without reading it from the program. Where the step splits
         rows, any other loss is an error; set this for one whose rows are independent in a way that
         cannot be seen.
+      on_miscompiled: what to do with a program in which XLA's partitioner lost the order of
+        devices, so that its numbers are wrong. `"error"` raises; `"report"` leaves it a finding.
 
     >>> import jax.numpy as jnp, optax
     >>> spec = StepSpec(
@@ -140,6 +148,7 @@ class StepSpec:
     debug: bool = False
     on_retrace: OnRetrace = "warn"
     independent_rows: bool = False
+    on_miscompiled: OnMiscompiled = "error"
 
     def __post_init__(self) -> None:
         """Folds the overrides into the strategy and the batch into shapes; checks all fields.
@@ -231,6 +240,7 @@ def compile_step(
     debug: bool = False,
     on_retrace: OnRetrace = "warn",
     independent_rows: bool = False,
+    on_miscompiled: OnMiscompiled = "error",
 ) -> CompiledStep:
     """Compiles one training step; the same as `StepSpec(...).compile(mesh)`.
 
