@@ -38,10 +38,20 @@ def two_products(batch, sizes=(2, 2, 2), rows=WIDTH):
     return error(gradient(params, x, y), jax.grad(loss)(params, x, y))
 
 
-def vmapped_convolution(kernel, devices=8):
+def one_product(rows):
+    """The product in the backward pass that goes wrong: `x[rows, tensor] · w[fsdp, tensor]`."""
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("data", "fsdp", "tensor"))
+    x, w = (RNG.normal(size=(WIDTH, WIDTH)).astype("f") for _ in range(2))
+    over, stored = (NamedSharding(mesh, P(first, "tensor")) for first in (rows, "fsdp"))
+    product = jax.jit(lambda x, w: x @ w.T, in_shardings=(over, stored), out_shardings=over)
+    moved = "collective-permute(" in product.lower(x, w).compile().as_text()
+    return f"{error(product(x, w), x @ w.T):.1e}{', rows moved' if moved else ''}"
+
+
+def vmapped_convolution(kernel, devices=8, rows=32):
     """The weight's gradient of a convolution, one for each part of the rows by `jax.vmap`."""
     mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
-    x = RNG.normal(size=(32, 8, 8, 4)).astype("f")
+    x = RNG.normal(size=(rows, 8, 8, 4)).astype("f")
     w = RNG.normal(size=(kernel, kernel, 4, 8)).astype("f") / 3
 
     def loss(w, x):
@@ -49,7 +59,7 @@ def vmapped_convolution(kernel, devices=8):
         y = jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=dims)
         return jnp.mean(jnp.tanh(y) ** 2)
 
-    parts = x.reshape(8, 4, *x.shape[1:])
+    parts = x.reshape(8, rows // 8, *x.shape[1:])
     over = NamedSharding(mesh, P("data"))
     each = jax.vmap(jax.grad(loss), in_axes=(None, 0))
     gradient = jax.jit(each, in_shardings=(None, over), out_shardings=over)
@@ -67,13 +77,16 @@ def main():
     print(f"jax {jax.__version__}, {jax.default_backend()}")
     for batch in (("data", "fsdp"), ("fsdp", "data")):
         print(f"two products, 2 x 2 x 2, rows over {batch}: {two_products(batch):.1e}")
+        print(f"one product, rows over {batch}: {one_product(batch)}")
     for sizes in ((2, 2, 1), (1, 2, 4)):
         off = two_products(("data", "fsdp"), sizes)
         print(f"two products, {sizes}, rows over (data, fsdp): {off:.1e}")
     for kernel in (1, 3):
         for devices in (1, 8):
-            found = vmapped_convolution(kernel, devices)
-            print(f"vmapped {kernel} x {kernel} convolution on {devices} devices: {found:.1e}")
+            for rows in (8, 32):
+                found = vmapped_convolution(kernel, devices, rows)
+                size = f"{kernel} x {kernel}, {rows // 8} rows a part, {devices} devices"
+                print(f"vmapped convolution, {size}: {found:.1e}")
 
 
 if __name__ == "__main__":

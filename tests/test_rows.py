@@ -3,11 +3,9 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 
-import shardkit as sk
 from shardkit._core.tracing import record_p
 from shardkit.nn._constrain import constrain_p
 from shardkit.nn._manual_axis_rules import use_param_p
@@ -233,47 +231,3 @@ def test_how_a_value_grows_with_the_rows(loss, state):
 @pytest.mark.parametrize("primitive", [constrain_p, use_param_p, record_p], ids=str)
 def test_the_marks_of_a_model_leave_rows_as_they_are(primitive):
     assert RULES[primitive.name] is RULES["copy"]
-
-
-@pytest.mark.parametrize(
-    ("size", "accumulate", "refused"),
-    [
-        ((1, 1), 2, True),
-        ((3, 3), 2, False),
-        ((3, 3), 4, True),  # one row of each micro-batch on a device
-        ((1, 1), sk.Accumulate(2, "every"), False),
-        ((1, 1), 1, False),
-    ],
-)
-def test_a_convolution_gives_the_gradient_of_one_device_or_is_refused(size, accumulate, refused):
-    """XLA's CPU partitioner gets the refused ones wrong: benchmarks/xla_faults.py."""
-    images = {"x": np.random.default_rng(0).normal(size=(32, 8, 8, 4)).astype("f")}
-
-    def loss(params, batch, key):
-        dims = ("NHWC", "HWIO", "NHWC")
-        y = jax.lax.conv_general_dilated(
-            batch["x"], params["w"], (1, 1), "SAME", dimension_numbers=dims
-        )
-        return jnp.mean(jnp.tanh(y) ** 2)
-
-    def compiled():
-        return sk.compile_step(
-            loss,
-            optax.sgd(0.1),
-            init=lambda key: {"w": jax.random.normal(key, (*size, 4, 8)) / 3},
-            batch=images,
-            mesh=sk.MeshSpec(data=8).build(),
-            strategy=sk.strategies.data(),
-            accumulate=accumulate,
-        )
-
-    if refused:
-        with pytest.raises(sk.errors.StepError, match=f"{size[0]} x {size[1]} convolution"):
-            compiled().report()
-        return
-    step = compiled()
-    state = step.init(jax.random.key(0))
-    params = jax.device_get(state.params)
-    want = jax.grad(loss)(params, images, None)["w"]
-    got = step.gradients(state, images)[1]["w"]
-    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)

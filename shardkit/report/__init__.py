@@ -9,6 +9,7 @@ from .communication._ledger import Ledger, LedgerRow, read_ledger, wire_bytes
 from .communication._minimum import Minimum
 from .findings._finding import Finding
 from .findings._findings import FINDINGS
+from .findings._miscompiled import read_miscompiled
 from .hlo._scope import scope_of
 from .memory._memory import MEMORY_CLASSES, Memory, read_memory
 from .memory._suggestions import suggest_memory_savings
@@ -43,6 +44,7 @@ __all__ = [
     "model_time",
     "read_ledger",
     "read_memory",
+    "read_miscompiled",
     "scope_of",
     "suggest_memory_savings",
     "wire_bytes",

@@ -19,6 +19,7 @@ from .._core.errors import Problem, StepError, raise_all
 from .._core.tree import format_bytes, nbytes
 from .._core.types import PyTree
 from ._deadlocks import check_deadlocks
+from ._miscompiled import OnMiscompiled, check_miscompiled
 from ._saved_programs import SavedPrograms, name_program, save_programs
 from ._stderr import copied_stderr
 
@@ -79,6 +80,7 @@ def compile_program(
     donate: tuple[int, ...] = (),
     options: Mapping[str, Any] | None = None,
     saved: SavedPrograms | None = None,
+    on_miscompiled: OnMiscompiled = "error",
 ) -> CompiledProgram:
     """Traces, checks, lowers and compiles a function for abstract arguments.
 
@@ -92,10 +94,11 @@ def compile_program(
       donate: positions of the arguments whose buffers the results may reuse.
       options: XLA options by name.
       saved: where the executable may be found instead of compiled.
+      on_miscompiled: `"error"` refuses a program that the partitioner got wrong.
 
     Raises:
       StepError: the compiler rejects an option or runs out of memory, or the program would
-        deadlock.
+        deadlock or compute wrong numbers.
     """
 
     def trace(function: Callable[..., Any]) -> jax.stages.Traced:
@@ -127,6 +130,8 @@ def compile_program(
             compiled = found[0] if found else lowered.compile(compiler_options=options)
     end = time.perf_counter()
     check_deadlocks(compiled, mesh)
+    if on_miscompiled == "error":
+        check_miscompiled(compiled, args, traced.out_info, mesh)
 
     def recompile() -> str:
         with surroundings(), _disable_cache(), copied_stderr() as printed:

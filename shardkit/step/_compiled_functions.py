@@ -192,6 +192,7 @@ class CompiledFunctions:
                 donate=donate,
                 options=self._bound.xla_options,
                 saved=self._bound.saved,
+                on_miscompiled=self._bound.spec.on_miscompiled,
             )
 
     @contextlib.contextmanager

@@ -30,6 +30,7 @@ from ._bound_spec import BoundSpec
 from ._layout import StepLayout
 from ._objective import LossOutput, Objective, inverse_weight
 from ._own_constraints import on_gradient_shards, own_constraints
+from ._shard_convolutions import keep_convolutions_apart
 
 LossArgs = tuple[Params, PyTree, Batch, Key]  # params, model_state, batch, key
 LossAndGradients = tuple[LossOutput, Params]
@@ -204,7 +205,7 @@ def _accumulate_per_shard(
         rows = split_shards(micro_batch(batch, steps, index, plan), plan)
         keys = per_shard_keys(jax.random.fold_in(key, index), plan.draws)
         run_shards = jax.vmap(
-            value_and_grad,
+            keep_convolutions_apart(value_and_grad, plan.bound.mesh, plan.layout.shard_axes),
             in_axes=(None, None, jax.tree.structure(rows).unflatten(plan.layout.row_dims), 0),
             axis_name=GRADIENT_SHARDS,
             spmd_axis_name=plan.layout.shard_axes or None,

@@ -19,6 +19,7 @@ from ..nn._remat import parse_policy
 from ..parallel import Strategy
 from ._batch_rows import row_dim_problems
 from ._compiled import CompiledStep
+from ._miscompiled import OnMiscompiled
 from ._nonfinite import ON_NONFINITE, OnNonfinite
 from ._trainable import is_trainable
 
@@ -29,7 +30,12 @@ Full = TypeVar("Full")
 
 EVERYTHING_REPLICATED = Strategy()
 _HEADLINE = "The step is declared wrongly."
-_CHOICES = {"mode": get_args(Mode), "on_nonfinite": ON_NONFINITE, "on_retrace": get_args(OnRetrace)}
+_CHOICES = {
+    "mode": get_args(Mode),
+    "on_nonfinite": ON_NONFINITE,
+    "on_retrace": get_args(OnRetrace),
+    "on_miscompiled": get_args(OnMiscompiled),
+}
 
 
 class StrategyField(Generic[Declared, Full]):
@@ -126,6 +132,8 @@ class StepSpec:
         and the others are those of the other dims; leaves without rows are replicated. By default
         a rule as `strategy.batch` says it (the dim that is split over the axes of the rows; a
         replicated leaf has no rows), else it is dim 0 of every leaf.
+      on_miscompiled: what to do with a program in which XLA's partitioner lost the order of
+        devices, so that its numbers are wrong. `"error"` raises; `"report"` leaves it a finding.
 
     >>> import jax.numpy as jnp, optax
     >>> spec = StepSpec(
@@ -155,6 +163,7 @@ class StepSpec:
     independent_rows: bool = False
     trainable: Trainable = None
     row_dims: Mapping[str, int | None] | None = None
+    on_miscompiled: OnMiscompiled = "error"
 
     def __post_init__(self) -> None:
         """Folds the overrides into the strategy and the batch into shapes; checks all fields.
@@ -248,6 +257,7 @@ def compile_step(
     independent_rows: bool = False,
     trainable: Trainable = None,
     row_dims: Mapping[str, int | None] | None = None,
+    on_miscompiled: OnMiscompiled = "error",
 ) -> CompiledStep:
     """Compiles one training step; the same as `StepSpec(...).compile(mesh)`.
 

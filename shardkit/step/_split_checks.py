@@ -1,20 +1,16 @@
 """Refuses losses whose numbers would change where a step splits the rows of its batch."""
 
 import dataclasses
-import math
 from collections.abc import Iterator
-from typing import Any
 
 import jax
-from jax.extend import core
 
 from .._core.errors import Problem, StepError, raise_all
 from .._core.split_rng import list_draws
-from .._core.tracing import equations
 from .._core.tree import list_leaves
 from ..nn._manual_axis_rules import ShardMapLoss
 from ._bound_spec import BoundSpec
-from ._gradients import GradientPlan, LossArgs
+from ._gradients import LossArgs
 from ._layout import StepLayout
 from ._objective import Objective
 from .rows import check_rows
@@ -103,34 +99,3 @@ def check_partial_rows(
     if not proved:
         splits, whole = "step.evaluate of fewer rows", f"a full batch of {layout.rows} rows"
         check_rows(loss, args, layout.row_dims, splits, partition=None, whole=whole)
-
-
-def check_convolutions(plan: GradientPlan, loss: core.Jaxpr) -> None:
-    """Refuses convolutions whose gradient per shard XLA computes wrongly on CPU devices.
-
-    The gradient of a weight for each gradient shard is a grouped convolution, split over its
-    groups. XLA's CPU partitioner gets it wrong for kernels of 1 x 1, and for any kernel where a
-    shard has one row (benchmarks/xla_faults.py); programs for TPUs keep it local.
-
-    Raises:
-      StepError: with the first such convolution.
-    """
-    device = plan.bound.mesh.devices.flat[0]
-    if plan.num_shards == 1 or device.platform != "cpu":
-        return
-    one_row = plan.layout.rows // plan.micro_batches == plan.num_shards
-    for equation in equations(loss):
-        if equation.primitive.name != "conv_general_dilated":
-            continue
-        kernel = _kernel_size(equation)
-        if one_row or math.prod(kernel) == 1:
-            size = " x ".join(map(str, kernel))
-            why = f"has a {size} convolution, whose gradient per shard XLA miscompiles on CPUs"
-            fix = f'accumulate=sk.Accumulate({plan.micro_batches}, "every"), or mode="shard_map"'
-            raise_all(StepError, "The gradient would be wrong.", [Problem("loss_fn", why, fix)])
-
-
-def _kernel_size(convolution: core.JaxprEqn) -> tuple[int, ...]:
-    """Sizes of the dims of a convolution's kernel that slide over its input."""
-    kernel: Any = convolution.invars[1].aval
-    return tuple(kernel.shape[dim] for dim in convolution.params["dimension_numbers"].rhs_spec[2:])

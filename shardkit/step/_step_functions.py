@@ -17,7 +17,7 @@ from ._bound_spec import BoundSpec
 from ._gradients import GradientFn, GradientPlan, LossArgs, build_gradients, plan_shards
 from ._layout import StepLayout
 from ._objective import Objective, build_objective
-from ._split_checks import check_convolutions, check_partial_rows, check_split_rows
+from ._split_checks import check_partial_rows, check_split_rows
 from ._update import (
     Metrics,
     build_eval_step,
@@ -162,7 +162,6 @@ class StepFunctions:
         plan = GradientPlan(self.bound, self.layout)
         if plan.per_shard_accumulation:
             traced = jax.make_jaxpr(loss)(*self._loss_args).jaxpr
-            check_convolutions(plan, traced)
             plan = plan_shards(loss, plan, self._loss_args, traced)
         return build_gradients(loss, plan)
 

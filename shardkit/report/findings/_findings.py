@@ -16,6 +16,7 @@ from ..hlo._hlo import aliased_parameters, dtype_bits
 from ..hlo._scope import scope_of
 from ._finding import SMALL, Finding, source_of_rows
 from ._messages import InvoluntaryRemat, find_involuntary_remats, format_spec
+from ._miscompiled import miscompiled
 from ._spec_mismatches import (
     parameter_gathers,
     replicated_activations,
@@ -304,6 +305,7 @@ def _unused_rules(program: Program) -> Iterator[Finding]:
 
 
 _SEARCHES: dict[str, Callable[[Program], Iterator[Finding]]] = {
+    "miscompiled": miscompiled,
     "involuntary_remat": _involuntary_remat,
     "replicated": replicated_leaves,
     "replicated_activation": replicated_activations,

@@ -1,0 +1,216 @@
+"""Finds instructions of a compiled program that combine parts which do not belong together.
+
+An element-wise operation, a product or a sum over devices computes what the whole arrays say only
+if the parts that meet, on a device or in a sum, start at the same index of each dim. The walk
+carries these starts (`_parts.py`) from the arguments of the program through its instructions.
+It believes only what the partitioner moves: what a model moves on purpose (in a `shard_map`, by
+shifts, gathers and slices) has unknown starts from there on.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ._groups import read_groups, read_pairs
+from ._hlo import Computation, Instruction, Module, Shape, parse_shapes, split_commas
+from ._part_rules import RULES, Site
+from ._parts import Parts, Starts, differs_within, gather, join, permute, scatter
+
+Values = tuple[Parts, ...]  # of every array of a result, tuples flattened
+_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute")
+_ELEMENTWISE = frozenset(
+    """add subtract multiply divide maximum minimum power remainder and or xor compare select clamp
+    atan2 shift-left shift-right-logical shift-right-arithmetic abs negate exponential
+    exponential-minus-one log log-plus-one logistic tanh sine cosine sqrt rsqrt cbrt sign floor
+    ceil round-nearest-even round-nearest-afz not is-finite convert copy real imag complex erf
+    reduce-precision""".split()
+)
+# How the partitioner computes the offset of a device's own part.
+_ARITHMETIC: Mapping[str, Callable[..., Any]] = {
+    "add": np.add,
+    "subtract": np.subtract,
+    "multiply": np.multiply,
+    "divide": np.floor_divide,
+    "remainder": np.remainder,
+    "minimum": np.minimum,
+    "maximum": np.maximum,
+    "clamp": lambda low, x, high: np.clip(x, low, high),
+    "convert": lambda x: x,
+    "copy": lambda x: x,
+}
+# Where the partitioner moves an operand between devices, it names the operation that needs it.
+_RESHARDED = re.compile(r"/(dot_general|sharding_constraint)$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Misaligned:
+    """An instruction that combines parts which do not belong together.
+
+    Attributes:
+      instruction: the instruction.
+      shape: of one of the arrays that it combines, on one device.
+      dim: the dim whose starts differ.
+      devices: number of devices on which they differ.
+    """
+
+    instruction: Instruction
+    shape: Shape
+    dim: int
+    devices: int
+
+
+def find_misaligned(
+    module: Module, arguments: Sequence[Parts], results: Sequence[Parts], devices: int
+) -> tuple[Misaligned, ...]:
+    """Walks a program from the parts that its arguments hold to those that its results must hold.
+
+    Args:
+      module: the parsed program.
+      arguments: of each entry parameter, in order.
+      results: of its first results, in order; they may be fewer than the program has.
+      devices: number of devices.
+    """
+    entry = module.computations.get(module.entry)
+    if entry is None or len(entry.parameters) != len(arguments):
+        return ()
+    walk = _Walk(module, devices)
+    numbered = enumerate(arguments)
+    computed = walk.run(entry, [(_fit(p, entry.parameters[n]),) for n, p in numbered])
+    for result, parts, instruction in zip(computed, results, entry.results, strict=False):
+        wanted = _fit(parts, instruction)
+        for dim, (a, b) in enumerate(zip(result.dims, wanted.dims, strict=True)):
+            walk.compare(instruction, instruction.shapes[0], dim, a, b)
+    return tuple(walk.found.values())
+
+
+def _fit(parts: Parts, instruction: Instruction) -> Parts:
+    """Parts of an array of this rank: random keys have a dim more in a compiled program."""
+    known = len(parts.dims) == len(instruction.shapes[0].dims)
+    return parts if known else Parts.unknown(instruction.shapes[0])
+
+
+class _Walk:
+    """Carries parts through a module, computation by computation."""
+
+    def __init__(self, module: Module, devices: int) -> None:
+        self.module, self.devices = module, devices
+        self.found: dict[tuple[str, int], Misaligned] = {}
+
+    def run(self, here: Computation, arguments: Sequence[Values]) -> Values:
+        """The result of a computation."""
+        values: dict[str, Values] = {}
+        for name, instruction in here.instructions.items():
+            if instruction.opcode == "parameter":
+                values[name] = arguments[int(instruction.arguments)]
+                continue
+            operands = [values[name] for name in instruction.operands if name in values]
+            result = self._step(instruction, here, operands)
+            ranks = [len(shape.dims) for shape in instruction.shapes]
+            fits = [len(parts.dims) for parts in result] == ranks
+            values[name] = result if fits else _unknown(instruction)
+        return values[here.root.name] if here.root else ()
+
+    def compare(
+        self, instruction: Instruction, shape: Shape, dim: int, a: Starts | None, b: Starts | None
+    ) -> Starts | None:
+        """The starts of a dim that two arrays share; they must agree where both are known."""
+        if a is None or b is None or a == b:
+            return b if a is None else a
+        differ = sum(x != y for x, y in zip(a, b, strict=True))
+        self.found[instruction.name, dim] = Misaligned(instruction, shape, dim, differ)
+        return None
+
+    def _step(self, of: Instruction, here: Computation, operands: Sequence[Values]) -> Values:
+        every = tuple(parts for operand in operands for parts in operand)
+        if "shard_map" in of.op_name:
+            return _unknown(of)
+        if of.opcode in ("tuple", "optimization-barrier"):
+            return every
+        if of.opcode == "get-tuple-element":
+            return _element(of, here, every)
+        if of.calls and of.opcode in ("fusion", "call", "while", "conditional"):
+            return self._call(of, operands)
+        if of.opcode in _COLLECTIVES:
+            return tuple(
+                self._collective(of, parts, shape)
+                for parts, name in zip(every, of.operands, strict=True)
+                for shape in here.instructions[name].shapes
+            )
+        if of.opcode in _ELEMENTWISE:
+            return (self._elementwise(of, every),)
+        if of.opcode not in RULES:
+            return _unknown(of)
+        site = Site(of, here, self.devices)
+        shape = here.instructions[of.operands[0]].shapes[0] if operands else of.shapes[0]
+        return (RULES[of.opcode](functools.partial(self.compare, of, shape), site, every),)
+
+    def _elementwise(self, of: Instruction, operands: Values) -> Parts:
+        shape = of.shapes[0]
+        dims: list[Starts | None] = [None] * len(shape.dims)
+        for parts in operands:
+            if len(parts.dims) == len(dims):  # the predicate of a select may be a scalar
+                pairs = enumerate(zip(dims, parts.dims, strict=True))
+                dims = [self.compare(of, shape, dim, a, b) for dim, (a, b) in pairs]
+        compute, tables = _ARITHMETIC.get(of.opcode), [parts.values for parts in operands]
+        known = compute and all(table is not None for table in tables)
+        return Parts(tuple(dims), compute(*tables) if compute and known else None)
+
+    def _call(self, of: Instruction, operands: Sequence[Values]) -> Values:
+        called = [(key, self.module.computations[name]) for key, name in of.calls]
+        if of.opcode == "while":
+            return self._loop(dict(called)["body"], operands[0])
+        if of.opcode == "conditional":
+            pairs = zip(called, operands[1:], strict=True)
+            branches = [self.run(branch, [operand]) for (_, branch), operand in pairs]
+            return functools.reduce(_join_all, branches)
+        return self.run(called[0][1], operands)
+
+    def _loop(self, body: Computation, start: Values) -> Values:
+        """The starts that every trip keeps; only the walk with these counts."""
+        carry = tuple(Parts(parts.dims) for parts in start)
+        while True:
+            before = dict(self.found)
+            after = _join_all(carry, self.run(body, [carry]))
+            if after == carry:
+                return carry
+            self.found, carry = before, after
+
+    def _collective(self, of: Instruction, parts: Parts, shape: Shape) -> Parts:
+        if of.opcode == "collective-permute":
+            pairs = read_pairs(of.attrs.get("source_target_pairs", ""))
+            trusted = _RESHARDED.search(of.op_name)
+            return Parts(tuple(permute(dim, pairs) if trusted else None for dim in parts.dims))
+        groups = read_groups(of.attrs.get("replica_groups", "{}"), self.devices)
+        moved = of.attrs.get("dimensions", "").strip("{} ")
+        dims = list(parts.dims)
+        for dim, starts in enumerate(dims):
+            if of.opcode == "all-gather" and moved == str(dim):
+                dims[dim] = gather(starts, shape.dims[dim], groups)
+            elif starts is not None and differs_within(starts, groups):
+                if of.opcode != "all-gather":
+                    self.found[of.name, dim] = Misaligned(of, shape, dim, self.devices)
+                dims[dim] = None
+            elif moved == str(dim):
+                dims[dim] = scatter(starts, shape.dims[dim] // len(groups[0]), groups)
+        return Parts(tuple(dims))
+
+
+def _unknown(of: Instruction) -> Values:
+    return tuple(map(Parts.unknown, of.shapes))
+
+
+def _join_all(first: Values, second: Values) -> Values:
+    return tuple(join(a, b) for a, b in zip(first, second, strict=True))
+
+
+def _element(of: Instruction, here: Computation, values: Values) -> Values:
+    """One element of a tuple, which may itself be a tuple."""
+    elements = split_commas(here.instructions[of.operands[0]].type.strip()[1:-1])
+    sizes = [len(parse_shapes(element)) for element in elements]
+    index = int(of.attrs["index"])
+    start = sum(sizes[:index])
+    return values[start : start + sizes[index]]

@@ -1,0 +1,171 @@
+"""What an instruction does to the parts that devices hold of its operands, opcode by opcode."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from ._hlo import Computation, Instruction
+from ._parts import Parts, Starts, bitcast, join, reshape
+
+# (a dim of the first operand, starts of the dims that meet) -> their common starts.
+Compare = Callable[[int, Starts | None, Starts | None], Starts | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """An instruction, and where it is.
+
+    Attributes:
+      instruction: the instruction.
+      here: its computation.
+      devices: number of devices that run the program.
+    """
+
+    instruction: Instruction
+    here: Computation
+    devices: int
+
+    @property
+    def new(self) -> tuple[int, ...]:
+        """Sizes of the result's dims."""
+        return self.instruction.shapes[0].dims
+
+    def old(self, operand: int = 0) -> tuple[int, ...]:
+        """Sizes of an operand's dims."""
+        return self.here.instructions[self.instruction.operands[operand]].shapes[0].dims
+
+    def dims(self, attribute: str = "dimensions") -> tuple[int, ...]:
+        """The dims that an attribute lists."""
+        return read_ints(self.instruction.attrs.get(attribute, ""))
+
+
+Rule = Callable[[Compare, Site, Sequence[Parts]], Parts]
+
+
+def read_ints(text: str) -> tuple[int, ...]:
+    """The numbers in a text, in order."""
+    return tuple(map(int, re.findall(r"-?\d+", text)))
+
+
+def _constant(_: Compare, at: Site, __: Sequence[Parts]) -> Parts:
+    values, numbers = None, read_ints(at.instruction.arguments)
+    integer = at.instruction.shapes[0].dtype[0] in "su"
+    if integer and len(numbers) == np.prod(at.new) <= 4 * at.devices:
+        table = np.array(numbers, np.int64).reshape(at.new)
+        values = np.broadcast_to(table, (at.devices, *at.new))
+    return Parts((None,) * len(at.new), values)
+
+
+def _partition_id(_: Compare, at: Site, __: Sequence[Parts]) -> Parts:
+    return Parts((), np.arange(at.devices))
+
+
+def _reshape(_: Compare, at: Site, operands: Sequence[Parts]) -> Parts:
+    (whole,) = operands
+    if at.instruction.opcode == "bitcast":
+        source = at.here.instructions[at.instruction.operands[0]]
+        moved = bitcast(whole, source, at.instruction)
+    else:
+        moved = reshape(whole, at.old(), at.new)
+    values = whole.values
+    return Parts(moved.dims, None if values is None else values.reshape(-1, *at.new))
+
+
+def _transpose(_: Compare, at: Site, operands: Sequence[Parts]) -> Parts:
+    return Parts(tuple(operands[0].dims[dim] for dim in at.dims()))
+
+
+def _broadcast(_: Compare, at: Site, operands: Sequence[Parts]) -> Parts:
+    dims: list[Starts | None] = [None] * len(at.new)
+    for starts, dim in zip(operands[0].dims, at.dims(), strict=True):
+        dims[dim] = starts
+    return Parts(tuple(dims))
+
+
+def _reduce(_: Compare, at: Site, operands: Sequence[Parts]) -> Parts:
+    gone = at.dims()
+    return Parts(tuple(s for dim, s in enumerate(operands[0].dims) if dim not in gone))
+
+
+def _keep_whole_dims(_: Compare, at: Site, operands: Sequence[Parts]) -> Parts:
+    """A slice, pad or concatenation: dims whose size it keeps."""
+    pieces = operands if at.instruction.opcode == "concatenate" else operands[:1]
+    sizes = zip(functools.reduce(join, pieces).dims, at.old(), at.new, strict=True)
+    return Parts(tuple(starts if old == new else None for starts, old, new in sizes))
+
+
+def _dynamic_slice(_: Compare, at: Site, operands: Sequence[Parts]) -> Parts:
+    whole, *index = operands
+    offsets = [parts.values for parts in index]
+    dims: list[Starts | None] = []
+    for starts, offset, old, new in zip(whole.dims, offsets, at.old(), at.new, strict=True):
+        if old == new or starts is None:
+            dims.append(starts)
+        elif offset is None or len({*map(int, offset)}) == 1:
+            dims.append(None)  # what a model cuts out, not a device's own part
+        else:
+            cut = np.clip(offset, 0, old - new)
+            dims.append(tuple(int(a + b) for a, b in zip(starts, cut, strict=True)))
+    values = None
+    if whole.values is not None and all(offset is not None for offset in offsets):
+        tables = enumerate(whole.values)
+        cuts = [[int(offset[d]) for offset in offsets if offset is not None] for d, _ in tables]
+        values = np.stack([_cut(t, at.new, c) for t, c in zip(whole.values, cuts, strict=True)])
+    return Parts(tuple(dims), values)
+
+
+def _cut(table: np.ndarray, sizes: Sequence[int], offsets: Sequence[int]) -> np.ndarray:
+    pairs = zip(offsets, sizes, strict=True)
+    return table[tuple(slice(offset, offset + size) for offset, size in pairs)]
+
+
+def _dynamic_update(_: Compare, at: Site, operands: Sequence[Parts]) -> Parts:
+    whole, piece, *_index = operands
+    dims: list[Starts | None] = []
+    for a, b, old, new in zip(whole.dims, piece.dims, at.old(), at.old(1), strict=True):
+        dims.append(a if old != new or a == b else b if a is None else None)
+    return Parts(tuple(dims))
+
+
+def _dot(compare: Compare, at: Site, operands: Sequence[Parts]) -> Parts:
+    left, right = operands
+    batch = tuple(zip(at.dims("lhs_batch_dims"), at.dims("rhs_batch_dims"), strict=True))
+    pairs = zip(at.dims("lhs_contracting_dims"), at.dims("rhs_contracting_dims"), strict=True)
+    meeting = (*batch, *pairs)
+    common = [compare(a, left.dims[a], right.dims[b]) for a, b in meeting]
+    used = {a for a, _ in meeting}, {b for _, b in meeting}
+    free = [
+        [starts for dim, starts in enumerate(parts.dims) if dim not in gone]
+        for parts, gone in zip((left, right), used, strict=True)
+    ]
+    return Parts((*common[: len(batch)], *free[0], *free[1]))
+
+
+def _convolution(_: Compare, at: Site, operands: Sequence[Parts]) -> Parts:
+    """Rows of the batch follow, unless they are groups of kernels."""
+    inputs, _kernel, output = re.split(r"_|->", at.instruction.attrs["dim_labels"].strip())
+    dims: list[Starts | None] = [None] * len(output)
+    if "batch_group_count" not in at.instruction.attrs:
+        dims[output.index("b")] = operands[0].dims[inputs.index("b")]
+    return Parts(tuple(dims))
+
+
+RULES: Mapping[str, Rule] = {
+    "constant": _constant,
+    "partition-id": _partition_id,
+    "reshape": _reshape,
+    "bitcast": _reshape,
+    "transpose": _transpose,
+    "broadcast": _broadcast,
+    "reduce": _reduce,
+    "slice": _keep_whole_dims,
+    "pad": _keep_whole_dims,
+    "concatenate": _keep_whole_dims,
+    "dynamic-slice": _dynamic_slice,
+    "dynamic-update-slice": _dynamic_update,
+    "dot": _dot,
+    "convolution": _convolution,
+}

@@ -1,0 +1,179 @@
+"""Which part of a global array each device holds, carried through the instructions of a program.
+
+A dim of a device's array starts at some index of the same dim of the global array. On a mesh
+data=2, tensor=2, `x[8, 6]` with spec `P("data", "tensor")` is `f32[4,3]` on each device:
+
+    starts of dim 0   (0, 0, 4, 4)      of dim 1   (0, 3, 0, 3)      one for each device
+
+A dim whose starts are unknown is None, so what is not understood is never compared.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from ._groups import Mesh
+from ._hlo import Instruction, Shape
+
+Starts = tuple[int, ...]
+_LAYOUT = re.compile(r"\]\{([\d,]*)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What each device holds of one array.
+
+    Attributes:
+      dims: where each dim starts on each device; None where that is unknown.
+      values: the array itself, i64[devices, *shape], of an integer table or index; else None.
+    """
+
+    dims: tuple[Starts | None, ...]
+    values: np.ndarray | None = dataclasses.field(default=None, compare=False)
+
+    @classmethod
+    def unknown(cls, shape: Shape) -> "Parts":
+        """Of an array of which nothing is known."""
+        return cls((None,) * len(shape.dims))
+
+
+def held_parts(shape: Sequence[int], dims: Sequence[Sequence[str]], mesh: Mesh) -> Parts:
+    """What each device of a mesh holds of an array whose dims are split over these axes."""
+    sizes = dict(mesh)
+    coordinates = np.indices(tuple(sizes.values())).reshape(len(sizes), -1)
+    at = dict(zip(sizes, coordinates, strict=True))
+    starts = []
+    for size, axes in zip(shape, dims, strict=True):
+        tiles = np.zeros(math.prod(sizes.values()), int)
+        for axis in axes:
+            tiles = tiles * sizes[axis] + at[axis]
+        pieces = math.prod(sizes[axis] for axis in axes)
+        starts.append(tuple(map(int, tiles * -(-size // pieces))))
+    return Parts(tuple(starts))
+
+
+def join(first: Parts, second: Parts) -> Parts:
+    """What holds of both; other dims are unknown."""
+    pairs = zip(first.dims, second.dims, strict=True)
+    return Parts(tuple(a if a == b else None for a, b in pairs))
+
+
+def gather(dim: Starts | None, size: int, groups: Sequence[np.ndarray]) -> Starts | None:
+    """Starts of a dim after an all-gather; None where the pieces are not one run in order."""
+    if dim is None:
+        return None
+    starts = list(dim)
+    for group in groups:
+        first = dim[group[0]]
+        if any(dim[member] != first + i * size for i, member in enumerate(group)):
+            return None
+        for member in group:
+            starts[member] = first
+    return tuple(starts)
+
+
+def scatter(dim: Starts | None, size: int, groups: Sequence[np.ndarray]) -> Starts | None:
+    """Starts of a dim after a reduce-scatter into pieces of `size`."""
+    if dim is None:
+        return None
+    starts = list(dim)
+    for group in groups:
+        for i, member in enumerate(group):
+            starts[member] += i * size
+    return tuple(starts)
+
+
+def permute(dim: Starts | None, pairs: np.ndarray) -> Starts | None:
+    """Starts after a permute that reaches every device; else None."""
+    if dim is None or len(pairs) != len(dim):
+        return None
+    source = {int(target): int(sender) for sender, target in pairs}
+    return tuple(dim[source[device]] for device in range(len(dim)))
+
+
+def differs_within(dim: Starts, groups: Sequence[np.ndarray]) -> bool:
+    """Whether devices of one group hold different parts."""
+    return any(len({dim[member] for member in group}) > 1 for group in groups)
+
+
+def reshape(parts: Parts, source: Sequence[int], target: Sequence[int]) -> Parts:
+    """Follows dims through a reshape, in groups of dims with the same number of elements.
+
+    `[2, 3, 4] → [6, 4]` has the groups `[2, 3] → [6]` and `[4] → [4]`. The outermost dim of a group
+    carries the starts; the others must start at 0 on every device. A dim of one element belongs
+    to the dims after it: a shard `[1, 4, 8]` of `[8, 4, 8]` becomes a shard `[4, 8]` of `[32, 8]`.
+    """
+    dims: list[Starts | None] = [None] * len(target)
+    for inside, outside in _equal_groups(source, target):
+        starts = _merge([parts.dims[dim] for dim in inside], [source[dim] for dim in inside])
+        unit = math.prod(target[dim] for dim in outside[1:])
+        if starts is None or any(start % unit for start in starts):
+            continue
+        if len(outside) > len(inside) and target[outside[0]] == 1:
+            # Only the whole arrays tell whether `[4]` to `[1, 4]` adds a dim or splits one.
+            outside = [] if any(starts) else [dim for dim in outside if target[dim] > 1]
+        for dim in outside:
+            dims[dim] = (0,) * len(starts)
+        if outside:
+            dims[outside[0]] = tuple(start // unit for start in starts)
+    return Parts(tuple(dims))
+
+
+def _equal_groups(
+    source: Sequence[int], target: Sequence[int]
+) -> list[tuple[list[int], list[int]]]:
+    """Smallest runs of dims with equal numbers of elements: [(of source, of target)]."""
+    groups: list[tuple[list[int], list[int]]] = []
+    inside: list[int] = []
+    outside: list[int] = []
+    i = j = 0
+    while i < len(source) or j < len(target):
+        sizes = math.prod(source[d] for d in inside), math.prod(target[d] for d in outside)
+        if i < len(source) and (sizes[0] <= sizes[1] or j == len(target)):
+            inside.append(i)
+            i += 1
+        else:
+            outside.append(j)
+            j += 1
+        size = math.prod(source[d] for d in inside)
+        if size == math.prod(target[d] for d in outside) and (size > 1 or len(source) == i):
+            if inside and outside:
+                groups.append((inside, outside))
+                inside, outside = [], []
+    if groups and inside:  # single elements at the end
+        groups[-1][0].extend(inside)
+    return groups
+
+
+def _merge(dims: Sequence[Starts | None], sizes: Sequence[int]) -> Starts | None:
+    """Starts of several dims as one; None unless all but the outermost are whole."""
+    merged: Starts | None = None
+    for number, starts in enumerate(dims):
+        if starts is None or (merged is not None and any(starts)):
+            return None
+        if merged is None and (sizes[number] > 1 or any(starts) or number == len(dims) - 1):
+            unit = math.prod(sizes[number + 1 :])
+            merged = tuple(start * unit for start in starts)
+    return merged
+
+
+def bitcast(parts: Parts, source: Instruction, target: Instruction) -> Parts:
+    """Follows dims through a bitcast: a reshape of the dims in the order they have in memory."""
+    before, after = _memory_order(source), _memory_order(target)
+    old, new = source.shapes[0].dims, target.shapes[0].dims
+    physical = Parts(tuple(parts.dims[dim] for dim in before))
+    moved = reshape(physical, [old[d] for d in before], [new[d] for d in after])
+    dims: list[Starts | None] = [None] * len(new)
+    for dim, starts in zip(after, moved.dims, strict=True):
+        dims[dim] = starts
+    return Parts(tuple(dims))
+
+
+def _memory_order(of: Instruction) -> list[int]:
+    """Dims of an array from the slowest to the fastest in memory."""
+    match = _LAYOUT.search(of.type)
+    fastest = [int(dim) for dim in match.group(1).split(",") if dim] if match else []
+    return fastest[::-1] or list(range(len(of.shapes[0].dims)))

@@ -1,0 +1,145 @@
+"""Programs in which XLA's partitioner loses the order of devices: refused, or reported."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import shardkit as sk
+from shardkit._core.tree import Leaf
+from shardkit.report import PlacedLeaf, read_miscompiled
+from shardkit.report.hlo._parts import Parts, held_parts, reshape
+
+RNG = np.random.default_rng(0)
+WIDTH = 48
+BATCH = {k: RNG.normal(size=(WIDTH, WIDTH)).astype("f") for k in "xy"}
+NAMES = ("data", "fsdp", "tensor")
+
+
+def loss(params, batch, key):
+    y = batch["x"]
+    for name in "abc":
+        y = jnp.tanh(y @ params[name])
+    return jnp.mean((y - batch["y"]) ** 2)
+
+
+def init(key):
+    return {
+        k: jax.random.normal(key, (WIDTH, WIDTH)) / 8
+        for k, key in zip("abc", jax.random.split(key, 3), strict=True)
+    }
+
+
+def compiled(rows, weights, names=NAMES, **options):
+    axes = dict(zip(NAMES, names, strict=True))
+    spec = P(*[axes[axis] for axis in weights])
+    return sk.compile_step(
+        loss,
+        optax.sgd(0.1),
+        init=init,
+        batch=BATCH,
+        mesh=sk.MeshSpec(**dict.fromkeys(names, 2)).build(),
+        strategy=sk.Strategy(
+            params=sk.PathRules({"**": spec}), batch=P(tuple(axes[axis] for axis in rows))
+        ),
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    ("weights", "names"),
+    [
+        (("fsdp", "tensor"), ("data", "fsdp", "tensor")),
+        (("tensor", "fsdp"), ("data", "fsdp", "tensor")),
+        (("fsdp", "tensor"), ("replica", "zero", "model")),
+    ],
+)
+def test_a_lost_order_of_rows_is_refused_with_an_order_that_is_right(weights, names):
+    first, second = names[:2]
+    with pytest.raises(sk.errors.StepError) as caught:
+        compiled(("data", "fsdp"), weights, names)
+    told = str(caught.value)
+    right = f"P({(second, first)!r}) in place of P({(first, second)!r})"
+    for part in ("f32[12,24]", "4 of 8 devices", right):
+        assert part in told
+    step = compiled(("fsdp", "data"), weights, names)
+    state = step.init(jax.random.key(0))
+    want = jax.grad(loss)(jax.device_get(state.params), BATCH, None)
+    got = step.gradients(state, BATCH)[1]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, want)
+
+
+def test_a_miscompiled_step_can_be_kept_as_a_finding():
+    step = compiled(("data", "fsdp"), ("fsdp", "tensor"), on_miscompiled="report")
+    found = [f for f in step.report().findings if f.kind == "miscompiled"]
+    assert found
+    assert all("/mul" in f.why for f in found)
+    assert all("('fsdp', 'data')" in f.fix for f in found)
+    with pytest.raises(sk.errors.BudgetError, match="miscompiled"):
+        step.report().check(sk.Budget(findings={"miscompiled": 0}))
+
+
+# Products x[m, k] · w[n, k] with the specs of x, w and the result: wrong ones and their neighbours.
+PRODUCTS = [
+    (("d", "t"), (("f", "d"), None), ("t", ("f", "d"))),
+    (("t", "f"), ("d", None), ("f", ("t", "d"))),
+    (("d", "f"), ("t", None), ("f", ("d", "t"))),
+    (("d", "t"), (None, "f"), (("t", "d"), "f")),
+    ((("d", "f"), "t"), ("f", "t"), (("d", "f"), "t")),
+    ((("f", "d"), "t"), ("f", "t"), (("f", "d"), "t")),
+    ((("d", "f"), "t"), (None, "t"), (("d", "f"), "t")),
+    ((("d", "f"), None), ("f", "t"), (("d", "f"), "t")),
+]
+
+
+SIZES = (("d", 2), ("f", 2), ("t", 2))
+
+
+def product_of(specs):
+    """The text of a compiled product, and whether its numbers are wrong."""
+    mesh = sk.MeshSpec(**dict(SIZES)).build()
+    x, w = BATCH["x"], BATCH["y"]
+    *placed, result = (NamedSharding(mesh, P(*spec)) for spec in specs)
+    program = jax.jit(lambda x, w: x @ w.T, in_shardings=placed, out_shardings=result)
+    wrong = np.abs(np.asarray(program(x, w)) - x @ w.T).max() > 1e-3
+    return program.lower(x, w).compile().as_text(), bool(wrong)
+
+
+@pytest.mark.parametrize("specs", PRODUCTS)
+def test_a_product_is_reported_exactly_when_its_numbers_are_wrong(specs):
+    text, wrong = product_of(specs)
+    whole = Leaf("x", (WIDTH, WIDTH), np.dtype("float32"))
+    leaves = [PlacedLeaf("batch", whole, P(*spec)) for spec in specs]
+    assert bool(read_miscompiled(text, leaves[:2], leaves[2:], SIZES)) == wrong
+
+
+def test_there_are_wrong_and_right_products():
+    """Once XLA gets all of them right, the test above shows nothing."""
+    assert {product_of(specs)[1] for specs in (PRODUCTS[1], PRODUCTS[-1])} == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "starts", "want"),
+    [
+        ((2, 3, 4), (6, 4), ((0, 2), (0, 0), (0, 4)), ((0, 6), (0, 4))),
+        ((6, 4), (2, 3, 4), ((0, 6), (0, 4)), ((0, 2), (0, 0), (0, 4))),
+        ((2, 3), (6,), ((0, 0), (0, 3)), (None,)),  # each device holds two runs of six
+        ((6,), (2, 3), ((0, 3),), ((0, 1), (0, 0))),
+        ((6,), (2, 3), ((0, 2),), (None, None)),
+        ((1, 4), (4,), ((0, 1), (0, 0)), ((0, 4),)),
+        ((4, 1), (4,), ((0, 0), (0, 1)), (None,)),
+        ((4,), (1, 4), ((0, 4),), (None, None)),  # [8] to [2, 4], or to [1, 8]
+        ((4,), (1, 4), ((0, 0),), (None, (0, 0))),
+        ((4, 5), (4, 5), (None, (0, 5)), (None, (0, 5))),
+    ],
+)
+def test_a_reshape_keeps_what_is_certain(source, target, starts, want):
+    assert reshape(Parts(starts), source, target).dims == want
+
+
+def test_a_device_holds_the_part_of_its_place_in_the_mesh():
+    held = held_parts((8, 6), (("b", "a"), ()), (("a", 2), ("b", 2)))
+    assert held.dims == ((0, 4, 2, 6), (0, 0, 0, 0))

@@ -1,0 +1,172 @@
+"""Gradients of convolutions with several micro-batches, or a reduction dtype, on every layout."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+import shardkit as sk
+
+RNG = np.random.default_rng(0)
+NWC, NHWC = ("NWC", "WIO", "NWC"), ("NHWC", "HWIO", "NHWC")
+NDHWC, NCHW = ("NDHWC", "DHWIO", "NDHWC"), ("NCHW", "OIHW", "NCHW")
+
+
+def convolution(strides, padding, dims, **options):
+    """A function of (x, w)."""
+    return functools.partial(
+        lax.conv_general_dilated,
+        window_strides=strides,
+        padding=padding,
+        dimension_numbers=dims,
+        **options,
+    )
+
+
+def transposed(**options):
+    return functools.partial(
+        lax.conv_transpose, strides=(2, 2), padding="SAME", dimension_numbers=NHWC, **options
+    )
+
+
+# name: (shape of a row, shape of the kernel, its dim of output channels, function)
+KINDS = {
+    "1 x 1": ((8, 8, 4), (1, 1, 4, 8), 3, convolution((1, 1), "SAME", NHWC)),
+    "3 x 3": ((8, 8, 4), (3, 3, 4, 8), 3, convolution((1, 1), "SAME", NHWC)),
+    "strided": ((8, 8, 4), (3, 3, 4, 8), 3, convolution((2, 2), "SAME", NHWC)),
+    "1 x 1 strided": ((8, 8, 4), (1, 1, 4, 8), 3, convolution((2, 2), "VALID", NHWC)),
+    "dilated": (
+        (8, 8, 4),
+        (3, 3, 4, 8),
+        3,
+        convolution((1, 1), "SAME", NHWC, rhs_dilation=(2, 2)),
+    ),
+    "grouped": (
+        (8, 8, 4),
+        (3, 3, 2, 8),
+        3,
+        convolution((1, 1), "SAME", NHWC, feature_group_count=2),
+    ),
+    "grouped 1 x 1": (
+        (8, 8, 4),
+        (1, 1, 2, 8),
+        3,
+        convolution((1, 1), "SAME", NHWC, feature_group_count=2),
+    ),
+    "depthwise": (
+        (8, 8, 4),
+        (3, 3, 1, 4),
+        3,
+        convolution((1, 1), "SAME", NHWC, feature_group_count=4),
+    ),
+    "1 dim": ((8, 4), (3, 4, 8), 2, convolution((1,), "SAME", NWC)),
+    "3 dims": ((4, 4, 4, 4), (2, 2, 2, 4, 8), 4, convolution((1, 1, 1), "SAME", NDHWC)),
+    "patches": ((8, 8, 4), (4, 4, 4, 8), 3, convolution((4, 4), "VALID", NHWC)),
+    "transposed": ((4, 4, 4), (3, 3, 4, 8), 3, transposed()),
+    "transposed kernel": ((4, 4, 4), (3, 3, 8, 4), 2, transposed(transpose_kernel=True)),
+    "channels first": ((4, 8, 8), (8, 4, 3, 3), 0, convolution((1, 1), "SAME", NCHW)),
+}
+# name: (mesh, axes of the rows, axis of the output channels)
+LAYOUTS = {
+    "data": ({"data": 8}, "data", None),
+    "data|fsdp": ({"data": 2, "fsdp": 4}, ("fsdp", "data"), "fsdp"),
+    "data|tensor": ({"data": 4, "tensor": 2}, "data", "tensor"),
+}
+ACCUMULATE = {"accumulate": 2}
+REDUCE = {"precision": sk.Precision(reduce_dtype="bfloat16")}
+
+
+def assert_gradient_of_one_device(loss, init, batch, layout, split=None, **options):
+    sizes, rows, axis = LAYOUTS[layout]
+    spec = P(*[axis if dim == split else None for dim in range(5 if split is None else split + 1)])
+    params = sk.PathRules({"w": spec, "**": sk.REPLICATED}) if axis and split else sk.REPLICATED
+    step = sk.compile_step(
+        loss,
+        optax.sgd(0.1),
+        init=init,
+        batch=batch,
+        mesh=sk.MeshSpec(**sizes).build(),
+        strategy=sk.Strategy(params=params, batch=P(rows)),
+        **options,
+    )
+    state = step.init(jax.random.key(0))
+    want = jax.grad(loss)(jax.device_get(state.params), batch, None)
+    got = step.gradients(state, batch)[1]
+    tolerance = 2e-2 if options == REDUCE else 1e-4
+
+    def compare(got, want):
+        assert np.abs(np.asarray(got) - want).max() <= tolerance * np.abs(want).max()
+
+    jax.tree.map(compare, got, want)
+
+
+def assert_kind_is_right(kind, layout, per_device, **options):
+    row, kernel, split, convolve = KINDS[kind]
+    devices = 4 if layout == "data|tensor" else 8
+    rows = per_device * devices * options.get("accumulate", 1)
+    batch = {"x": RNG.normal(size=(rows, *row)).astype("f")}
+
+    def loss(params, batch, key):
+        # The scale needs the gradient of the input.
+        return jnp.mean(jnp.tanh(convolve(batch["x"] * params["scale"], params["w"])) ** 2)
+
+    def init(key):
+        return {"w": jax.random.normal(key, kernel) / 3, "scale": jnp.ones(row)}
+
+    assert_gradient_of_one_device(loss, init, batch, layout, split, **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout", "per_device", "options"),
+    [
+        ("1 x 1", "data", 2, ACCUMULATE),  # wrong by vmap for any number of rows
+        ("3 x 3", "data|fsdp", 1, ACCUMULATE),  # these for one row on each device
+        ("1 dim", "data|tensor", 1, ACCUMULATE),
+        ("grouped", "data|tensor", 1, REDUCE),
+        ("transposed", "data", 1, ACCUMULATE),
+    ],
+)
+def test_a_convolution_has_the_gradient_of_one_device(kind, layout, per_device, options):
+    assert_kind_is_right(kind, layout, per_device, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_convolution_has_the_gradient_of_one_device(kind):
+    for layout, per_device in itertools.product(LAYOUTS, (1, 2, 4)):
+        assert_kind_is_right(kind, layout, per_device, **ACCUMULATE)
+    for layout, per_device in itertools.product(LAYOUTS, (1, 2)):
+        assert_kind_is_right(kind, layout, per_device, **REDUCE)
+
+
+def test_convolutions_in_loops_and_checkpoints_stay_apart():
+    """Patches, then residual blocks without batch norm, scanned and recomputed."""
+    row, _, _, patches = KINDS["patches"]
+    batch = {"x": RNG.normal(size=(16, *row)).astype("f")}
+    convolve = KINDS["1 x 1"][3]
+
+    def block(x, w):
+        return x + convolve(jnp.tanh(convolve(x, w["a"])), w["b"]), None
+
+    def loss(params, batch, key):
+        x = patches(batch["x"], params["w"])
+        x, _ = jax.lax.scan(jax.checkpoint(block), x, params["layers"])
+        return jnp.mean(jnp.tanh(jax.jit(convolve)(x, params["out"])) ** 2)
+
+    def init(key):
+        keys = jax.random.split(key, 4)
+        draw = jax.random.normal
+        layers = {"a": draw(keys[0], (2, 3, 3, 8, 8)) / 9, "b": draw(keys[1], (2, 1, 1, 8, 8)) / 3}
+        return {
+            "w": draw(keys[2], (4, 4, 4, 8)) / 8,
+            "layers": layers,
+            "out": draw(keys[3], (1, 1, 8, 8)) / 3,
+        }
+
+    assert_gradient_of_one_device(loss, init, batch, "data|fsdp", 3, **ACCUMULATE)
