@@ -21,11 +21,24 @@ def user_frame(equation: core.JaxprEqn) -> Any:
       A frame with `file_name`, `line_num` and `function_name`; None if there is none.
     """
     trace = equation.source_info.traceback
-    for frame in trace.frames if trace else ():
-        name = frame.file_name
-        if "site-packages" not in name and not name.startswith(_NOT_OF_A_USER):
-            return frame
-    return None
+    frames = trace.frames if trace else ()
+    return next((frame for frame in frames if is_user_file(frame.file_name)), None)
+
+
+def is_user_file(name: str) -> bool:
+    """Whether a file is neither of this package nor of an installed or standard one."""
+    return "site-packages" not in name and not name.startswith(_NOT_OF_A_USER)
+
+
+def source_line(equation: core.JaxprEqn) -> str:
+    """The line of the user's code that made an equation: `file:line in function`, or ""."""
+    frame = user_frame(equation)
+    return (frame and format_line(frame.file_name, frame.line_num, frame.function_name)) or ""
+
+
+def format_line(file: str, line: int, function: str) -> str:
+    """`model.py:12 in loss`, as errors name a line."""
+    return f"{file.rpartition('/')[2]}:{line} in {function}"
 
 
 def count_scan_operands(equation: Any) -> tuple[int, int]:

@@ -76,6 +76,11 @@ class TracedModel:
             return None
         return dataclasses.replace(self, spec=self.spec.replace(batch=batch), programs={})
 
+    @property
+    def compute_dtype(self) -> str:
+        """The dtype in which most of the parameters are computed."""
+        return self.spec.precision.compute_dtypes(self.abstract[0].params).main
+
     def layout(self, sizes: Mapping[str, int], strategy: Strategy, steps: int = 1) -> StepLayout:
         """Resolves every rule of a strategy on a mesh of these sizes.
 

@@ -8,6 +8,7 @@ from jax.sharding import AxisType, Mesh
 
 from .._core.errors import Problem, StepError, did_you_mean, raise_all
 from ..mesh import MeshSpec
+from ..nn._manual_axis_rules import ShardMapLoss
 
 if TYPE_CHECKING:
     from ._spec import StepSpec
@@ -36,6 +37,13 @@ class BoundSpec:
         raise_all(StepError, headline, _type_problems(self.mesh))
         problems = [*_axis_problems(self.mesh), *self._compression_problems()]
         raise_all(StepError, headline, [*problems, *self._incompatibilities()])
+
+    @property
+    def follows_rows(self) -> bool:
+        """Whether the loss is read for what it does with rows, where the step splits them."""
+        # Statistics of the batch are declared by mutable state, and on shards by `ShardMapLoss`.
+        declared = self.spec.stateful or isinstance(self.spec.loss_fn, ShardMapLoss)
+        return not (self.spec.independent_rows or declared)
 
     @property
     def xla_options(self) -> dict[str, Any]:

@@ -19,14 +19,21 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from .._core.precision import Precision, cast_floats
-from .._core.split_rng import RandomDraws, match_draws, per_shard_keys
+from .._core.draws import match_draws
+from .._core.precision import Precision, cast_floats, policy_dtype
+from .._core.split_rng import RandomDraws, per_shard_keys
 from .._core.types import Batch, Key, Params, PyTree, Scalar
 from ..nn._constrain import GRADIENT_SHARDS
 from ..rules import axes_of
 from ._bound_spec import BoundSpec
 from ._layout import StepLayout
-from ._objective import LossOutput, Objective, inverse_weight
+from ._objective import (
+    LossOutput,
+    Objective,
+    inverse_weight,
+    scale_gradient,
+    value_and_grad,
+)
 
 LossArgs = tuple[Params, PyTree, Batch, Key]  # params, model_state, batch, key
 LossAndGradients = tuple[LossOutput, Params]
@@ -80,9 +87,8 @@ def build_gradients(objective: Objective, plan: GradientPlan) -> GradientFn:
         # Constrain the cast parameters, so that a gather for their use moves the compute dtype.
         compute_params = cast_floats(params, plan.precision.compute_dtype)
         compute_params = _constrain_tree(compute_params, plan.layout.shardings.params)
-        output, totals = accumulate(objective, plan, (compute_params, model_state, batch, key))
-        totals = jax.tree.map(lambda g, p: g.astype(p.dtype), totals, params)
-        grads = divide_by_weight(totals, output.loss.weight)
+        output, grads = accumulate(objective, plan, (compute_params, model_state, batch, key))
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
         return output, _constrain_tree(grads, plan.layout.gradients)
 
     return run
@@ -103,7 +109,9 @@ def match_shard_draws(objective: Objective, plan: GradientPlan, args: LossArgs) 
         return params, model_state, jax.tree.map(cut, batch), key
 
     rows, n = plan.layout.rows // plan.micro_batches, plan.num_shards
-    return match_draws(objective, n, args_with(rows // n), args_with(rows))
+    followed = plan.bound.follows_rows
+    part, whole = args_with(rows // n), args_with(rows)
+    return match_draws(objective, n, part, whole, folds_followed=followed)
 
 
 def micro_batch(batch: Batch, steps: int, index: jax.Array, plan: GradientPlan) -> Batch:
@@ -134,36 +142,42 @@ def split_shards(batch: Batch, plan: GradientPlan) -> Batch:
     return jax.tree.map(split, batch, plan.layout.batch_shardings)
 
 
-def reduce_shards(totals: PyTree, dtype: str) -> Params:
-    """Sums `[num_shards, *param]` over dim 0 in `dtype`: the one gradient reduction of a step."""
+def reduce_shards(grads: PyTree, params: Params, dtype: str | None) -> Params:
+    """Sums `[num_shards, *param]` over dim 0: the one gradient reduction of a step.
 
-    def reduce(x: jax.Array) -> jax.Array:
+    Args:
+      grads: of the mean loss.
+      params: as they are computed.
+      dtype: of the policy; None sums in the dtype of each of `params`.
+    """
+
+    def reduce(x: jax.Array, p: jax.Array) -> jax.Array:
         # `jnp.sum` would sum bf16 in f32, and the all-reduce would move f32.
-        return jax.lax.reduce(x.astype(dtype), jnp.zeros((), dtype), jax.lax.add, (0,))
+        x = x.astype(policy_dtype(p.dtype, dtype))
+        return jax.lax.reduce(x, jnp.zeros((), x.dtype), jax.lax.add, (0,))
 
-    return jax.tree.map(reduce, totals)
+    return jax.tree.map(reduce, grads, params)
 
 
 def divide_by_weight(totals: Params, weight: Scalar) -> Params:
     """Divides gradients of a weighted sum by the weight; zeros if the weight is 0."""
     scale = inverse_weight(weight)
-    return jax.tree.map(lambda g: g * scale.astype(g.dtype), totals)
+    return jax.tree.map(lambda g: scale_gradient(g, scale), totals)
 
 
 def _accumulate_whole(objective: Objective, plan: GradientPlan, args: LossArgs) -> LossAndGradients:
-    """Sums over whole micro-batches; the partitioner places the reductions."""
+    """Averages over whole micro-batches; the partitioner places the reductions."""
     params, model_state, batch, key = args
-    steps = plan.micro_batches
-    value_and_grad = jax.value_and_grad(objective, has_aux=True)
+    steps, run_gradient = plan.micro_batches, value_and_grad(objective)
     if steps == 1:
-        (_, output), totals = value_and_grad(params, model_state, batch, key)
-        return output, totals
+        output, totals = run_gradient(params, model_state, batch, key)
+        return output, divide_by_weight(totals, output.loss.weight)
 
     def run_micro_batch(model_state: PyTree, index: jax.Array) -> LossAndGradients:
         rows = micro_batch(batch, steps, index, plan)
         micro_key = jax.random.fold_in(key, index)
-        (_, output), totals = value_and_grad(params, model_state, rows, micro_key)
-        return output, _constrain_tree(to_f32(totals), plan.layout.gradients)
+        output, totals = run_gradient(params, model_state, rows, micro_key)
+        return output, _constrain_tree(totals, plan.layout.gradients)
 
     def body(carry: LossAndGradients, index: jax.Array) -> tuple[LossAndGradients, None]:
         return _add_micro_batch(carry, run_micro_batch(carry[0].model_state, index)), None
@@ -173,8 +187,8 @@ def _accumulate_whole(objective: Objective, plan: GradientPlan, args: LossArgs) 
         LossOutput(output.loss, output.metrics, model_state),
         _constrain_tree(totals, plan.layout.gradients),
     )
-    total, _ = jax.lax.scan(body, start, jnp.arange(steps))
-    return total
+    (output, totals), _ = jax.lax.scan(body, start, jnp.arange(steps))
+    return output, divide_by_weight(totals, output.loss.weight)
 
 
 def _accumulate_per_shard(
@@ -182,20 +196,19 @@ def _accumulate_per_shard(
 ) -> LossAndGradients:
     """Sums each gradient shard over all micro-batches, then reduces over the shards once."""
     params, model_state, batch, key = args
-    steps = plan.micro_batches
-    value_and_grad = jax.value_and_grad(objective, has_aux=True)
+    steps, run_gradient = plan.micro_batches, value_and_grad(objective)
 
     def run_micro_batch(index: jax.Array) -> tuple[LossOutput, PyTree]:
         rows = split_shards(micro_batch(batch, steps, index, plan), plan)
         keys = per_shard_keys(jax.random.fold_in(key, index), plan.draws)
         run_shards = jax.vmap(
-            value_and_grad,
+            run_gradient,
             in_axes=(None, None, jax.tree.map(lambda x: 0 if x.ndim else None, rows), 0),
             axis_name=GRADIENT_SHARDS,
             spmd_axis_name=plan.layout.shard_axes or None,
         )
-        (_, output), totals = run_shards(params, model_state, rows, keys)
-        return output, _constrain_shards(to_f32(totals), plan)
+        output, totals = run_shards(params, model_state, rows, keys)
+        return output, _constrain_shards(totals, plan)
 
     def body(carry: PyTree, index: jax.Array) -> tuple[PyTree, None]:
         return jax.tree.map(jnp.add, carry, run_micro_batch(index)), None
@@ -206,9 +219,10 @@ def _accumulate_per_shard(
         output, totals = _zeros_of_micro_batch(run_micro_batch)
         start = output, _constrain_shards(totals, plan)
         (output, totals), _ = jax.lax.scan(body, start, jnp.arange(steps))
-    dtype = plan.precision.reduce_dtype or plan.precision.compute_dtype
     with jax.named_scope("reduce"):
-        return jax.tree.map(lambda x: x.sum(0), output), reduce_shards(totals, dtype)
+        output = jax.tree.map(lambda x: x.sum(0), output)
+        grads = divide_by_weight(totals, output.loss.weight)
+        return output, reduce_shards(grads, params, plan.precision.reduce_dtype)
 
 
 def _add_micro_batch(carry: LossAndGradients, new: LossAndGradients) -> LossAndGradients:
@@ -226,11 +240,6 @@ def _zeros_of_micro_batch(run_micro_batch: Callable[..., PyTree], *args: PyTree)
     """
     results = jax.eval_shape(run_micro_batch, *args, jax.ShapeDtypeStruct((), jnp.int32))
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), results)
-
-
-def to_f32(totals: PyTree) -> PyTree:
-    """Casts gradients to f32, in which micro-batches are summed; f64 stays f64."""
-    return jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), totals)
 
 
 def _full_spec(sharding: NamedSharding, ndim: int) -> tuple[Any, ...]:

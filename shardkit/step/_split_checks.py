@@ -9,7 +9,6 @@ from jax.extend import core
 
 from .._core.errors import Problem, StepError, raise_all
 from .._core.tracing import equations
-from ..nn._manual_axis_rules import ShardMapLoss
 from ._bound_spec import BoundSpec
 from ._gradients import GradientPlan, LossArgs
 from ._layout import StepLayout
@@ -32,11 +31,8 @@ def check_split_rows(
     Raises:
       StepError: with the operation that mixes rows and the line of the user's code.
     """
-    spec = bound.spec
     splits = next(_row_splits(bound, layout, gradients), None)
-    # Statistics of the batch are declared by mutable state, and on shards by `ShardMapLoss`.
-    declared = spec.stateful or isinstance(spec.loss_fn, ShardMapLoss)
-    if splits and not spec.independent_rows and not declared:
+    if splits and bound.follows_rows:
         check_rows(loss, args, splits, gradients=gradients)
 
 

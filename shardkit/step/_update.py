@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from .._core.errors import Problem, StepError, raise_all
+from .._core.precision import widen
 from .._core.train_state import TrainState
 from .._core.tree import leaves_by_path, list_leaves, short_type
 from .._core.types import Batch, Key, Metrics, Params, PyTree
@@ -131,8 +132,7 @@ def step_key(state: TrainState) -> Key:
 
 def _collect_metrics(output: LossOutput, grads: Params) -> Metrics:
     with jax.named_scope("grad_norm"):
-        wide = jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), grads)
-        norm = optax.tree.norm(wide).astype(jnp.float32)
+        norm = optax.tree.norm(jax.tree.map(widen, grads))
     return {**_loss_metrics(output), "grad_norm": norm}
 
 
@@ -144,16 +144,20 @@ def _loss_metrics(output: LossOutput) -> Metrics:
 
 
 def check_params(params: Params) -> None:
-    """Checks that every parameter is floating-point.
+    """Checks that every parameter is floating-point, of 16 bits at least.
 
     Raises:
       StepError: naming each leaf that is not.
     """
-    problems = [
-        Problem(str(leaf), "is not a floating-point array, so it has no gradient")
-        for leaf in list_leaves(params)
-        if not jnp.issubdtype(leaf.dtype, jnp.inexact)
-    ]
+    problems = []
+    for leaf in list_leaves(params):
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            why = "is not a floating-point array, so it has no gradient"
+            problems.append(Problem(str(leaf), why))
+        elif jnp.finfo(leaf.dtype).bits < 16:
+            why = "has too few bits to sum gradients or updates in"
+            fix = 'precision=sk.Precision(param_dtype="float32"), and a cast in the loss'
+            problems.append(Problem(str(leaf), why, fix))
     fix = "return sk.Variables(params, model_state) from init, with these leaves in model_state"
     raise_all(StepError, "Some parameters cannot be trained.", problems, fix)
 

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from ..._core.draws import match_draws
 from ..._core.errors import Problem, StepError, raise_all
-from ..._core.split_rng import RandomDraws, match_draws, part_keys
+from ..._core.split_rng import RandomDraws, part_keys
 from ..._core.types import Batch, Key, Mean, Params, PyTree
 from ...nn._layer_stack import First, Last, Layer, split_layer_keys
 from ...nn._overridable import StepContext
@@ -239,7 +240,7 @@ def _find_grown_draws(call: LayerStackCall, layers: Any, parts: int, keys: tuple
         )
         for n in (parts, 1)
     )
-    return match_draws(draws, parts, part, whole).row_dims
+    return match_draws(draws, parts, part, whole, keys=2).row_dims
 
 
 def _check_message(message: Any) -> None:

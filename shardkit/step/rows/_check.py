@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
+from ..._core.draws import trace_in_part
 from ..._core.errors import Problem, StepError, raise_all
 from ..._core.tree import leaves_by_path
 from ..._core.types import Batch, Key, Params, PyTree
@@ -54,9 +55,9 @@ def check_rows(objective: Objective, args: LossArgs, splits: str, *, gradients: 
         return output, grads
 
     with _row_by_row():
-        few, output = jax.make_jaxpr(run, return_shape=True)(params, model_state, batch, key)
+        few, output = trace_in_part(run, args)
         try:
-            many = jax.make_jaxpr(run)(params, model_state, doubled, key)
+            many, _ = trace_in_part(run, (params, model_state, doubled, key))
         except Exception as error:  # a user's code
             reason = str(error).strip().splitlines()[0]
             why = (

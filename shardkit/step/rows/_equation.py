@@ -1,15 +1,15 @@
 """One equation of a program, seen with two numbers of rows at once."""
 
+import cmath
 import dataclasses
 import linecache
-import math
 from typing import Any
 
 import numpy as np
 from jax.extend import core
 
-from ..._core.equations import user_frame
-from ._states import Cause, Degree, Mixed, PerRow
+from ..._core.equations import format_line, user_frame
+from ._states import Cause, Degree, Mixed, PerRow, State
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +59,13 @@ class Equation:
         """The state of what mixes rows here, with the user's line."""
         return Mixed(Cause(self.name, why, *user_line(self.few), ratio=ratio))
 
+    def placed(self, state: State) -> State:
+        """A result of a function that is called here: a cause of JAX's own gets this line."""
+        if not isinstance(state, Mixed) or state.cause.where:
+            return state
+        where, code = user_line(self.few)
+        return Mixed(dataclasses.replace(state.cause, where=where, code=code))
+
     def grown(self, state: PerRow, shape: tuple[int, ...]) -> int:
         """Elements that a dim with rows has in all: `outer · n · inner`."""
         assert shape[state.dim] == state.outer * self.n * state.inner
@@ -84,9 +91,8 @@ def user_line(equation: core.JaxprEqn) -> tuple[str, str]:
     frame = user_frame(equation)
     if frame is None:
         return "", ""
-    name = frame.file_name.rpartition("/")[2]
     code = linecache.getline(frame.file_name, frame.line_num).strip()
-    return f"{name}:{frame.line_num} in {frame.function_name}", code
+    return format_line(frame.file_name, frame.line_num, frame.function_name), code
 
 
 def literal_degree(few: Any, many: Any) -> Degree:
@@ -98,7 +104,7 @@ def literal_degree(few: Any, many: Any) -> Degree:
     if few == many or few != few:
         return 0
     for degree in (1, -1, 2, -2):
-        if few and math.isclose(many / few, 2.0**degree, rel_tol=1e-6):
+        if few and cmath.isclose(many / few, 2.0**degree, rel_tol=1e-6):
             return degree
     return None
 
