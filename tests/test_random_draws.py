@@ -265,7 +265,7 @@ def staged_loss(draw, params, batch, key):
 
 def staged_init(key):
     return {
-        "outer": jnp.eye(ROWS),
+        "outer": sk.WithAxes(jnp.eye(ROWS), ("embed", None)),
         "layers": sk.WithAxes(jnp.linspace(0.5, 1, LAYERS), ("layers",)),
     }
 

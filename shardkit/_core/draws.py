@@ -31,6 +31,7 @@ from .tree import short_type
 from .types import PyTree
 
 _HEADLINE = "The random draws of the loss cannot be split over gradient shards."
+_DRAWING = ("random_bits", "random_split", "random_fold_in", "random_gamma")
 _WHOLE = 'the whole batch at once: mode="auto", accumulate=1, no reduce_dtype'
 
 
@@ -201,7 +202,7 @@ def list_draws(jaxpr: core.Jaxpr, line: str = "") -> list[Draw]:
 
 def _draws_of(eqn: core.JaxprEqn, line: str) -> list[Draw]:
     kind = eqn.primitive.name.removeprefix("random_")
-    if kind not in ("bits", "split", "fold_in", "gamma"):
+    if eqn.primitive.name not in _DRAWING:
         return []
     avals: tuple[Any, ...] = (eqn.invars[0].aval, eqn.invars[-1].aval, eqn.outvars[0].aval)
     key, operand, drawn = avals

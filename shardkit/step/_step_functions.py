@@ -48,7 +48,7 @@ class StepFunctions:
 
     def __post_init__(self) -> None:
         """Checks that every parameter can be differentiated."""
-        check_params(self.layout.state.params)
+        check_params(self.layout.state.params, self.bound.spec.precision)
 
     def check_key_reuse(self) -> None:
         """Traces `init` and the loss under JAX's key-reuse checker.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from .._core.errors import Problem, StepError, raise_all
-from .._core.precision import widen
+from .._core.precision import Precision, widen
 from .._core.train_state import TrainState
 from .._core.tree import leaves_by_path, list_leaves, short_type
 from .._core.types import Batch, Key, Metrics, Params, PyTree
@@ -143,14 +143,20 @@ def _loss_metrics(output: LossOutput) -> Metrics:
     }
 
 
-def check_params(params: Params) -> None:
+def check_params(params: Params, precision: Precision) -> None:
     """Checks that every parameter is floating-point, of 16 bits at least.
 
     Raises:
-      StepError: naming each leaf that is not.
+      StepError: naming each leaf that is not, or a policy that changes no leaf.
     """
     problems = []
-    for leaf in list_leaves(params):
+    leaves, compute = list_leaves(params), precision.compute_dtype
+    only_complex = all(jnp.issubdtype(leaf.dtype, jnp.complexfloating) for leaf in leaves)
+    if leaves and only_complex and compute in ("bfloat16", "float16"):
+        why = "changes no parameter: all are complex, and no complex dtype has parts of 16 bits"
+        subject = f"precision.compute_dtype={compute!r}"
+        problems.append(Problem(subject, why, "precision=sk.Precision()"))
+    for leaf in leaves:
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             why = "is not a floating-point array, so it has no gradient"
             problems.append(Problem(str(leaf), why))
