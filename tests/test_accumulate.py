@@ -254,38 +254,6 @@ def test_a_draw_that_grows_in_no_whole_ratio_is_an_error():
         shard_step(flattened, independent_rows=True)
 
 
-def with_gamma(noise):
-    return lambda params, batch, key: jnp.mean(
-        batch["x"].mean((1, 2)) * params["w"].sum() * noise(key, (batch["x"].shape[0],))
-    )
-
-
-def one_key_a_row(key, shape):
-    return jax.vmap(lambda k: jax.random.gamma(k, 2.0))(jax.random.split(key, shape[0]))
-
-
-GAMMAS = {
-    "gamma": lambda key, shape: jax.random.gamma(key, 2.0, shape),
-    "loggamma": lambda key, shape: jax.random.loggamma(key, 2.0, shape),
-    "beta": lambda key, shape: jax.random.beta(key, 2.0, 3.0, shape),
-    "dirichlet": lambda key, shape: jax.random.dirichlet(key, jnp.ones(3), shape)[:, 0],
-    "chisquare": lambda key, shape: jax.random.chisquare(key, 3.0, shape=shape),
-    "t": lambda key, shape: jax.random.t(key, 3.0, shape),
-    "f": lambda key, shape: jax.random.f(key, 3.0, 4.0, shape=shape),
-    "generalized_normal": lambda key, shape: jax.random.generalized_normal(key, 2.0, shape),
-    "ball": lambda key, shape: jax.random.ball(key, 3, shape=shape)[:, 0],
-    "one key a row": one_key_a_row,
-}
-
-
-@pytest.mark.parametrize("options", [{"k": 2}, {"k": 1, "mode": "shard_map"}], ids=str)
-@pytest.mark.parametrize("name", GAMMAS)
-def test_what_is_drawn_from_gamma_is_refused_in_parts(name, options):
-    """A draw of `random_gamma` takes any number of bits, so no part of it can be computed alone."""
-    with pytest.raises(sk.errors.StepError, match=r"gamma .*no draw that can be made in parts"):
-        shard_step(with_gamma(GAMMAS[name]), **options)
-
-
 def test_micro_batches_are_strided_and_cover_every_row():
     def seen(params, batch, key):
         return jnp.mean(batch["x"][:, 0, 0] * params["w"][0])

@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
-from shardkit._core.split_rng import RandomDraws, part_keys
+from shardkit._core.split_rng import GrownDim, RandomDraws, part_keys
 from shardkit.testing import SHARD_MUTATIONS, kill_matrix
 
 from . import _parity
@@ -432,9 +432,9 @@ def test_compression_is_refused_where_it_cannot_be():
 
 
 def test_a_slice_of_the_length_draws_its_part():
-    draws = RandomDraws(
-        2, ((("bits", (2, 3, 3)), 0),), length_shards=2, length_dims=((("bits", (2, 3, 3)), 1),)
-    )
+    drawn = "bits", (2, 3, 3)
+    rows, length = (((drawn, GrownDim((2, 3, 3), dim)),) for dim in (0, 1))
+    draws = RandomDraws(2, rows, length_shards=2, length_dims=length)
     key, whole = jax.random.key(3), jax.random.bits(jax.random.key(3), (4, 6, 3))
     for shard, cut in np.ndindex(2, 2):
         own = part_keys(jax.random.key_data(key), draws, shard, 0, cut)

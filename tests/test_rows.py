@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
+from shardkit._core.draws import trace_in_part
 from shardkit._core.tracing import record_p
 from shardkit.nn._constrain import constrain_p
 from shardkit.nn._manual_axis_rules import use_param_p
@@ -27,7 +28,7 @@ def followed(function, *batch, params=W):
 
     def traced(rows):
         sized = [jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for x in batch]
-        return jax.make_jaxpr(function)(params, *sized, key)
+        return trace_in_part(function, (params, *sized, key))[0]
 
     leaves = [Constant()] * len(jax.tree.leaves(params))
     inputs = [*leaves, *[PerRow(0)] * len(batch), Constant()]

@@ -87,7 +87,7 @@ def test_options_given_beside_a_strategy_are_the_strategys():
     assert beside == spec_of(optimizer=optimizer, strategy=strategy)
     assert beside.strategy == strategy
     assert (beside.accumulate, beside.remat) == (sk.Accumulate(2), "full")
-    assert beside.precision == sk.Precision(compute_dtype="bfloat16")
+    assert beside.precision == sk.Precision("float32", "bfloat16")
     assert copy.copy(beside) == beside
     assert beside != spec_of(optimizer=optimizer)
 

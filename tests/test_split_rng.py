@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shardkit._core.split_rng import RandomDraws, global_index, match_draws, part_keys
+from shardkit._core.draws import match_draws
+from shardkit._core.split_rng import RandomDraws, global_index, part_keys
 
 from ._quick import some_quick
 

@@ -86,8 +86,13 @@ def find_user_line(places: Iterable[tuple[str, int]]) -> str:
     >>> find_user_line([(__file__, 3), ("/home/ada/model.py", 12), ("/home/ada/train.py", 7)])
     '/home/ada/model.py:12'
     """
-    users = (f"{file}:{line}" for file, line in places if _rank_file(file) in (0, 1))
+    users = (f"{file}:{line}" for file, line in places if is_user_file(file))
     return next(users, "")
+
+
+def is_user_file(file: str) -> bool:
+    """Whether a file is the user's own, or of the reference decoder."""
+    return _rank_file(file) in (0, 1)
 
 
 @functools.lru_cache(4096)

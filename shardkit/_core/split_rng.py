@@ -5,27 +5,40 @@ numbers to be the same on every mesh, the draw of one part of the rows has to be
 of the draw that one device makes for all rows. `per_shard_keys` and `part_keys` return keys whose
 generator does this: like `jax.random` for its default keys, it computes bits as threefry of the
 row-major index of each element, but of the index in the array of *all* rows. Which dim of a draw
-counts rows is not guessed: the loss is traced with the rows of one part and with all of them, and
-the shapes of its draws are compared.
+counts rows `draws.py` finds.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
+import numpy as np
 from jax.extend import random as extend_random
 
-from .errors import Problem, StepError, raise_all
-from .tracing import equations
-from .tree import short_type
+from .errors import Problem
 from .types import Key
 
 Shape = tuple[int, ...]
-Draw = tuple[str, Shape]
+Drawn = tuple[str, Shape]
+"""`"bits"` or `"split"`, and the shape that the generator is asked for."""
+
+_TAG = "rows"
+_ONE_ROW = 0xFFFFFFFF
+
+
+@dataclasses.dataclass(frozen=True)
+class GrownDim:
+    """The dim of a draw that grows with the rows, or with the length.
+
+    Attributes:
+      shape: of one part's draw; a gamma draw of `[2, 3]` asks the generator for 6 keys.
+      dim: of it.
+    """
+
+    shape: Shape
+    dim: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,77 +47,18 @@ class RandomDraws:
 
     Attributes:
       gradient_shards: number of contiguous blocks that the rows of a micro-batch are split into.
-      row_dims: `((kind, shape of one part's draw), dim)` for each draw of `"bits"` or `"split"`
-        that grows with the rows.
+      row_dims: for each draw that grows with the rows what the generator is asked for, and which
+        dim grows.
       micro_batches: number k of micro-batches; micro-batch i holds rows i, i+k, i+2k, ….
       length_shards: number of contiguous blocks that the length of each row is split into.
       length_dims: as `row_dims`, for draws that grow with the length.
     """
 
     gradient_shards: int
-    row_dims: tuple[tuple[Draw, int], ...] = ()
+    row_dims: tuple[tuple[Drawn, GrownDim], ...] = ()
     micro_batches: int = 1
     length_shards: int = 1
-    length_dims: tuple[tuple[Draw, int], ...] = ()
-
-
-def match_draws(
-    loss: Callable[..., Any], shards: int, shard_args: tuple[Any, ...], all_args: tuple[Any, ...]
-) -> RandomDraws:
-    """Traces a loss with the rows of one gradient shard and with all rows, and matches its draws.
-
-    Args:
-      loss: any traceable function.
-      shards: number of gradient shards.
-      shard_args: abstract arguments with the rows of one shard.
-      all_args: abstract arguments with the rows of all shards.
-
-    Raises:
-      StepError: a draw depends on the number of rows in a way that cannot be split.
-    """
-    if shards == 1:
-        return RandomDraws(1)
-    part, whole = (list_draws(jax.make_jaxpr(loss)(*args).jaxpr) for args in (shard_args, all_args))
-    return RandomDraws(shards, match_dims(part, whole, shards))
-
-
-def match_dims(part: list[Draw], whole: list[Draw], parts: int) -> tuple[tuple[Draw, int], ...]:
-    """Finds the dim along which each draw of a part is larger for the whole.
-
-    Args:
-      part: draws of a loss on one part of its rows (or of its length), in order.
-      whole: its draws on all parts together.
-      parts: number of parts.
-
-    Returns:
-      `((kind, shape for one part), dim)` for each draw that grows: a dropout mask bits[4, 8] that
-      is bits[12, 8] for 3 times the rows has `(("bits", (4, 8)), 0)`.
-
-    Raises:
-      StepError: a draw grows in another way.
-    """
-    problems: list[Problem] = []
-    if [kind for kind, _ in part] != [kind for kind, _ in whole]:
-        why = "the number of its random draws depends on the number of rows"
-        problems.append(Problem("loss_fn", why))
-    dims: dict[Draw, int | None] = {}
-    for (kind, small), (_, large) in zip(part, whole, strict=False):
-        dim = _find_grown_dim(small, large, parts)
-        subject = f"{kind} {short_type(small, jnp.uint32.dtype)}"
-        if kind == "fold_in" and small != large:
-            problems.append(Problem(subject, "folds in numbers counted over the rows of the batch"))
-        elif kind == "gamma" and small != large:
-            why = "is no draw that can be made in parts; nor are beta, dirichlet, chisquare and t"
-            problems.append(Problem(subject, why))
-        elif dim is None and small != large:
-            problems.append(Problem(subject, f"is {large} for {parts} times the rows"))
-        elif dims.setdefault((kind, small), dim) != dim:
-            why = "is drawn once for the rows and once for something else of the same shape"
-            problems.append(Problem(subject, why))
-    fix = 'sk.Accumulate(k, reduce="every"), whose draws are those of the whole micro-batch'
-    headline = "The random draws of the loss cannot be split over gradient shards."
-    raise_all(StepError, headline, problems, fix)
-    return tuple((key, dim) for key, dim in dims.items() if dim is not None)
+    length_dims: tuple[tuple[Drawn, GrownDim], ...] = ()
 
 
 def per_shard_keys(key: Key, draws: RandomDraws) -> Key:
@@ -141,31 +95,25 @@ def threefry_words(key: Key) -> jax.Array:
     return jax.random.bits(key, (2,), jnp.uint32)
 
 
-def _find_grown_dim(small: Shape, large: Shape, parts: int) -> int | None:
-    """The only dim in which two shapes differ, if it is `parts` times as large in the second."""
-    if len(small) != len(large):
-        return None
-    changed = [d for d, (a, b) in enumerate(zip(small, large, strict=True)) if a != b]
-    fits = len(changed) == 1 and small[changed[0]] * parts == large[changed[0]]
-    return changed[0] if fits else None
+def is_part_key(dtype: Any) -> bool:
+    """Whether a dtype is that of the keys which a loss gets where rows are split."""
+    return str(dtype) == f"key<{_TAG}>"
 
 
-def list_draws(jaxpr: core.Jaxpr) -> list[Draw]:
-    """Lists every draw of a jaxpr in order, as (kind, shape)."""
-    draws: list[Draw] = []
-    for eqn in equations(jaxpr):
-        name = eqn.primitive.name
-        if name == "random_bits":
-            draws.append(("bits", tuple(eqn.params["shape"])))
-        elif name == "random_split":
-            draws.append(("split", tuple(eqn.params["shape"])))
-        elif name == "random_fold_in":
-            folded: Any = eqn.invars[1].aval
-            draws.append(("fold_in", tuple(folded.shape)))
-        elif name == "random_gamma":
-            drawn: Any = eqn.outvars[0].aval
-            draws.append(("gamma", tuple(drawn.shape)))
-    return draws
+def key_problems(dtype: Any) -> list[Problem]:
+    """Draws of other generators than partitionable threefry cannot be split by rows.
+
+    Args:
+      dtype: of the keys.
+    """
+    tag = str(dtype).removeprefix("key<").removesuffix(">")
+    name = {"fry": "threefry2x32", "urbg": "unsafe_rbg"}.get(tag, tag)
+    partitionable = jax.config.jax_threefry_partitionable  # pyright: ignore
+    if name == "threefry2x32" and partitionable:
+        return []
+    why = "only draws of partitionable threefry keys can be split by rows"
+    fix = 'jax.random.key(seed, impl="threefry2x32"), jax_threefry_partitionable=True'
+    return [Problem(f"key of {name}", why, fix)]
 
 
 @functools.lru_cache(maxsize=64)
@@ -177,42 +125,24 @@ def _generator(draws: RandomDraws) -> Any:
     rows, the key (k0, k1, 1, 0, 0) draws `[3, 8]` as rows 3, 4, 5 of what (k0, k1) draws as
     `[6, 8]`: element [0, 0] is threefry(k0, k1, 24), since its index among all rows is 3 · 8.
     `split` and `fold_in` change (k0, k1) as `jax.random` does and keep the other three words, so
-    a key split off inside the loss draws for the same part.
+    a key split off inside the loss draws for the same part. A key of one row, from a split into a
+    key for each, has `_ONE_ROW` for its shard: nothing that it draws is a part of something.
     """
-    row_dims, length_dims = dict(draws.row_dims), dict(draws.length_dims)
-
-    def threefry(key: jax.Array, high: jax.Array, low: jax.Array) -> tuple[jax.Array, jax.Array]:
-        high, low = jnp.broadcast_arrays(high.astype(jnp.uint32), low.astype(jnp.uint32))
-        k0, k1 = (jnp.broadcast_to(word, high.shape) for word in (key[0], key[1]))
-        first, second = extend_random.threefry2x32_p.bind(k0, k1, high, low)
-        return first, second
-
-    def indices(kind: str, key: jax.Array, shape: Shape) -> tuple[jax.Array, jax.Array]:
-        return global_index(
-            draws,
-            shape,
-            row_dim=row_dims.get((kind, shape)),
-            shard=key[2],
-            micro_batch=key[3],
-            length_dim=length_dims.get((kind, shape)),
-            length_shard=key[4],
-        )
 
     def random_bits(key: jax.Array, width: int, shape: Shape) -> jax.Array:
-        first, second = threefry(key, *indices("bits", key, shape))
+        first, second = _threefry(key, *_indices(draws, ("bits", shape), key))
         if width == 64:
             return (first.astype(jnp.uint64) << 32) | second.astype(jnp.uint64)
         return (first ^ second).astype({8: jnp.uint8, 16: jnp.uint16, 32: jnp.uint32}[width])
 
-    def for_same_part(key: jax.Array, words: tuple[jax.Array, jax.Array]) -> jax.Array:
-        part = (jnp.broadcast_to(word, words[0].shape) for word in (key[2], key[3], key[4]))
-        return jnp.stack([*words, *part], axis=-1)
-
     def split(key: jax.Array, shape: Shape) -> jax.Array:
-        return for_same_part(key, threefry(key, *indices("split", key, shape)))
+        drawn = "split", shape
+        words = _threefry(key, *_indices(draws, drawn, key))
+        grows = drawn in dict((*draws.row_dims, *draws.length_dims))
+        return _join_words(words, key.at[2].set(np.uint32(_ONE_ROW)) if grows else key)
 
     def fold_in(key: jax.Array, data: Any) -> jax.Array:
-        return for_same_part(key, threefry(key, jnp.uint32(0), jnp.asarray(data)))
+        return _join_words(_threefry(key, jnp.uint32(0), jnp.asarray(data)), key)
 
     def seed(number: jax.Array) -> jax.Array:
         low = jnp.asarray(number).astype(jnp.uint32)
@@ -226,8 +156,49 @@ def _generator(draws: RandomDraws) -> Any:
         random_bits=random_bits,
         fold_in=fold_in,
         name=f"shardkit_rows_{draws.gradient_shards}_{draws.micro_batches}_{draws.length_shards}",
-        tag="rows",
+        tag=_TAG,
     )
+
+
+def _threefry(key: jax.Array, high: jax.Array, low: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The two words of threefry for each index."""
+    high, low = high.astype(jnp.uint32), low.astype(jnp.uint32)
+    # A sum gives all operands the dims of each, also those of a `vmap` over one of them alone.
+    zero = (high ^ high) + (low ^ low) + (key[0] ^ key[0])
+    first, second = extend_random.threefry2x32_p.bind(
+        *(word + zero for word in (key[0], key[1], high, low))
+    )
+    return first, second
+
+
+def _join_words(words: tuple[jax.Array, jax.Array], key: jax.Array) -> jax.Array:
+    """Keys of two threefry words each, for the part of `key`."""
+    part = (jnp.broadcast_to(key[n], words[0].shape) for n in (2, 3, 4))
+    return jnp.stack([*words, *part], axis=-1)
+
+
+def _indices(draws: RandomDraws, drawn: Drawn, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The index of each element that a key draws, as two words."""
+    row_dims, length_dims = dict(draws.row_dims), dict(draws.length_dims)
+    rows, length, (_, shape) = row_dims.get(drawn), length_dims.get(drawn), drawn
+    grown = rows or length
+    own = global_index(RandomDraws(1), shape, row_dim=None, shard=key[2], micro_batch=key[3])
+    if grown is None:
+        return own
+    high, low = global_index(
+        draws,
+        grown.shape,
+        row_dim=rows and rows.dim,
+        shard=key[2],
+        micro_batch=key[3],
+        length_dim=length and length.dim,
+        length_shard=key[4],
+    )
+    of_part = high.reshape(shape), low.reshape(shape)
+    if not any(kind == "split" for kind, _ in (*row_dims, *length_dims)):
+        return of_part
+    of_row = key[2] == np.uint32(_ONE_ROW)
+    return jnp.where(of_row, own[0], of_part[0]), jnp.where(of_row, own[1], of_part[1])
 
 
 def global_index(

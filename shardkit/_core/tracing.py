@@ -116,6 +116,16 @@ def equations(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
             yield from equations(inner)
 
 
+def uses_dtype(jaxpr: core.Jaxpr, dtype: Any) -> bool:
+    """Whether an operation of a jaxpr has a result of this dtype.
+
+    >>> uses_dtype(jax.make_jaxpr(lambda x: x.astype("float16"))(1.0).jaxpr, "float16")
+    True
+    """
+    avals: Iterator[Any] = (v.aval for eqn in equations(jaxpr) for v in eqn.outvars)
+    return any(getattr(aval, "dtype", None) == dtype for aval in avals)
+
+
 def _batch(args: Any, dims: Any, *, fact: Fact) -> Any:
     return record_p.bind(args[0], fact=fact), dims[0]
 

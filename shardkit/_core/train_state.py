@@ -14,7 +14,7 @@ class TrainState:
 
     Attributes:
       step: i32[], number of updates so far.
-      params: pytree of arrays in the precision's `param_dtype`.
+      params: pytree of arrays, in the precision's `param_dtype` if it has one.
       opt_state: state of the optax chain.
       model_state: mutable model state (batch statistics), `{}` for models without any.
       key: typed PRNG key[], which does not change: the key of step t is `fold_in(key, t)`, so a

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 
 from .._core.errors import Problem, StepError, did_you_mean, format_problems, raise_all
 from .._core.options import option_problems
-from .._core.precision import Precision
+from .._core.precision import AS_INITIALIZED, Precision
 from .._core.types import Accumulate
 from ..nn._overridable import Override
 from ..rules import REPLICATED, AxisRules, Rule, axes_of, first_match, list_rules, spec_from_axes
@@ -37,7 +37,8 @@ class Strategy:
       model_state: rule for mutable model state.
       accumulate: micro-batches per step, an int or `sk.Accumulate`.
       remat: named checkpoint policy for the layers that a model marks with `sk.nn.remat`.
-      precision: `"float32"`, `"bfloat16"`, `"pure_bfloat16"` or `sk.Precision`.
+      precision: `"float32"`, `"bfloat16"`, `"pure_bfloat16"` or `sk.Precision`; by default every
+        parameter keeps the dtype that `init` gives it.
       compression: sums gradients over one mesh axis in 8 bits; None: as `parse_precision` says.
       kinds: the kinds of parallelism, each on its mesh axis; see `Kind`.
       overrides: `(name, override)` of each part of a model that the strategy computes itself:
@@ -58,7 +59,7 @@ class Strategy:
     model_state: Rule = REPLICATED
     accumulate: int | Accumulate = 1
     remat: str = "none"
-    precision: str | Precision = "float32"
+    precision: str | Precision = AS_INITIALIZED
     compression: GradientCompression | None = None
     kinds: tuple[Kind, ...] = ()
     overrides: tuple[tuple[str, Override], ...] = ()

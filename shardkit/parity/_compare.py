@@ -138,7 +138,8 @@ def _count_row(mesh: str, check: str, failures: Sequence[tuple[str, str]]) -> Pa
 
 
 def _to_f64(x: np.ndarray) -> np.ndarray:
-    return x.astype(np.float64)
+    """In f64, or in c128 where it is complex: a difference has an imaginary part too."""
+    return x.astype(np.promote_types(x.dtype, np.float64))
 
 
 def _is_finite(x: np.ndarray) -> bool:

@@ -18,11 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.typing import DTypeLike
 
 from .._core.own_sharding import on_any_mesh, without_constraints
 from .._core.partition import Partition
-from .._core.precision import cast_floats
+from .._core.precision import cast_floats, policy_dtype
 from .._core.row_dims import RowDims, map_rows, take_rows
 from .._core.split_rng import RandomDraws, per_shard_keys
 from .._core.tree import list_leaves
@@ -116,6 +115,7 @@ class Reference:
         step_key = jax.random.fold_in(state.key, step)
         per_shard = accumulate.reduce == "end" and (n > 1 or precision.reduces_separately)
         sums: dict[str, np.ndarray] = {}  # f64[2] each: total and weight, over micro-batches
+        dtypes: dict[str, Any] = {}
         grads = None
         for i in range(n):
             key = jax.random.fold_in(step_key, i) if per_shard or n > 1 else step_key
@@ -123,18 +123,19 @@ class Reference:
             # With n=2 micro-batches of 6 rows: rows 0 2 4, then rows 1 3 5.
             taken = functools.partial(take_rows, index=slice(i, None, n))
             rows = map_rows(taken, batch, dims)
-            (total, (weight, metrics, model_state)), micro_grads = self._loss_and_grads(
+            (_, (pairs, size, model_state)), micro_grads = self._loss_and_grads(
                 state.params, model_state, self._to_device(rows), key
             )
-            for name, pair in {"loss": (total, weight), **metrics}.items():
+            for name, pair in pairs.items():
                 sums[name] = sums.get(name, np.zeros(2)) + np.array([float(x) for x in pair])
-            micro_grads = jax.tree.map(_to_f32, micro_grads)
+                dtypes[name] = pair[0].dtype
+            micro_grads = jax.tree.map(lambda g, s=float(size): _to_f32(g) * s, micro_grads)
             grads = micro_grads if grads is None else jax.tree.map(np.add, grads, micro_grads)
         weight = float(sums["loss"][1])
         scale = 1 / weight if weight else 0.0
         trained = self._trained(state.params)
         grads = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), grads, trained)
-        means = {name: _divide(total, weight) for name, (total, weight) in sums.items()}
+        means = {name: _divide(pair[0], pair[1], dtypes[name]) for name, pair in sums.items()}
         means["grad_norm"] = np.asarray(global_norm(copy_to_host(grads)))
         return means, grads, model_state
 
@@ -152,11 +153,10 @@ class Reference:
 
     def _evaluate(self, state: ReferenceState, batch: Batch) -> HostMetrics:
         key = jax.random.fold_in(state.key, _EVALUATION)
-        total, (weight, metrics, _) = self._eval_loss(
+        _, (pairs, *_) = self._eval_loss(
             state.params, state.model_state, self._to_device(batch), key
         )
-        sums = {"loss": (total, weight), **metrics}
-        return {name: _divide(total, weight) for name, (total, weight) in sums.items()}
+        return {name: _divide(pair[0], pair[1], pair[0].dtype) for name, pair in pairs.items()}
 
     def _partition(self, params: Params) -> Partition:
         return find_partition(self.spec, params)
@@ -189,7 +189,7 @@ class Reference:
 
     @functools.cached_property
     def _loss_and_grads(self) -> Callable[..., Any]:
-        """`(params, model_state, rows, key) → ((total, (weight, metrics, model_state)), grads)`."""
+        """The gradients of `_build_plain_loss`, as `jax.value_and_grad` returns them."""
         loss, compute = _build_plain_loss(self.spec, train=True), self.spec.precision.compute_dtype
 
         def run(params: Params, *args: Any) -> Any:
@@ -201,7 +201,7 @@ class Reference:
 
     @functools.cached_property
     def _eval_loss(self) -> Callable[..., Any]:
-        """`(params, model_state, batch, key) → (total, (weight, metrics, model_state))`."""
+        """`_build_plain_loss` for evaluation."""
         loss = _build_plain_loss(self.spec, train=False)
         compute = self.spec.precision.compute_dtype
         return _jit_alone(lambda params, *args: loss(cast_floats(params, compute), *args))
@@ -242,9 +242,10 @@ def _jit_sgd_update(
 
 
 def _build_plain_loss(spec: StepSpec, *, train: bool) -> Callable[..., Any]:
-    """The user's loss: `(params, model_state, batch, key) → (total, (weight, metrics, state))`.
+    """The user's loss: `(params, model_state, batch, key) → (total / size, (pairs, size, state))`.
 
-    `metrics` is `{name: (total, weight)}`, `state` the new model state.
+    `pairs` is `{name: (total, weight)}` of the loss and the metrics, `state` the new model state.
+    `size` is the weight, or 1 where that is less: the gradients of a sum overflow in float16.
     """
     loss = spec.loss_fn
     loss = loss if isinstance(loss, Loss) else Loss(loss, loss)
@@ -256,16 +257,20 @@ def _build_plain_loss(spec: StepSpec, *, train: bool) -> Callable[..., Any]:
         else:
             value = call(params, batch, key)
             value, metrics = value if isinstance(value, tuple) else (value, {})
-        total, weight = _split_mean(value)
-        return total, (weight, {name: _split_mean(m) for name, m in metrics.items()}, model_state)
+        pairs = {name: _split_mean(m) for name, m in {"loss": value, **metrics}.items()}
+        total, weight = pairs["loss"]
+        size = jax.lax.stop_gradient(jnp.maximum(jnp.abs(weight), 1.0))
+        return total / size, (pairs, size, model_state)
 
     return run
 
 
 def _split_mean(value: Any) -> tuple[jax.Array, jax.Array]:
-    """Total and weight, f32[] each; a plain number has weight 1."""
+    """Total and weight, f32[] or f64[] each; a plain number has weight 1."""
     total, weight = (value.total, value.weight) if isinstance(value, Mean) else (value, 1.0)
-    return jnp.asarray(total, jnp.float32), jnp.asarray(weight, jnp.float32)
+    total = jnp.asarray(total)
+    total = total.astype(jnp.promote_types(total.dtype, jnp.float32))
+    return total, jnp.asarray(weight, total.dtype)
 
 
 def _to_f32(x: jax.Array) -> np.ndarray:
@@ -273,25 +278,28 @@ def _to_f32(x: jax.Array) -> np.ndarray:
     return np.asarray(x).astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _divide(total: Any, weight: Any) -> np.ndarray:
-    """f32[]: the mean; 0 if the weight is 0."""
-    return np.asarray(float(total) / float(weight) if float(weight) else 0.0, np.float32)
+def _divide(total: Any, weight: Any, dtype: Any) -> np.ndarray:
+    """The mean; 0 if the weight is 0."""
+    return np.asarray(float(total) / float(weight) if float(weight) else 0.0, dtype)
 
 
-def nudge_params(state: ReferenceState, dtype: DTypeLike, seed: int) -> ReferenceState:
-    """Moves every parameter up or down by one rounding of `dtype`, at random.
+def nudge_params(state: ReferenceState, dtype: str | None, seed: int) -> ReferenceState:
+    """Moves every parameter up or down by one rounding, at random.
+
+    The rounding is that of the dtype which the policy `dtype` computes it in.
 
     The change of the results is the noise of the reference: programs that sum in another order
     differ by roundings too, so correct programs differ by about as much. In f32, a parameter of
     0.5 becomes 0.5 ± 6e-8.
     """
-    rng, eps = np.random.default_rng(seed), float(jnp.finfo(dtype).eps)
+    rng = np.random.default_rng(seed)
 
     def nudge(x: jax.Array) -> jax.Array:
         if not jnp.issubdtype(x.dtype, jnp.inexact):
             return x
+        eps = float(jnp.finfo(policy_dtype(x.dtype, dtype)).eps)
         signs = rng.choice([-1.0, 1.0], size=x.shape)
-        nudged = np.asarray(x).astype(np.float64) * (1 + eps * signs)
+        nudged = np.asarray(x).astype(np.promote_types(x.dtype, np.float64)) * (1 + eps * signs)
         return jax.device_put(nudged.astype(x.dtype), x.sharding)
 
     return dataclasses.replace(state, params=jax.tree.map(nudge, state.params))

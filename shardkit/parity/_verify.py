@@ -67,7 +67,8 @@ class ReferenceResults:
             reference.run(inputs, nudge_params(start, compute, seed), self._sgd)
             for seed in range(_NUDGES)
         ]
-        self._limits = ErrorLimits.of(compute)
+        self._dtypes = spec.precision.compute_dtypes(start.params)
+        self._limits = ErrorLimits.of(self._dtypes.lowest)
 
     def compare(self, step: CompiledStep, checks: Collection[str] = OWN_PROGRAM) -> list[ParityRow]:
         """Runs a step on the same inputs and compares.
@@ -87,7 +88,7 @@ class ReferenceResults:
         """What is compared, in one line."""
         n = self.spec.accumulate.micro_batches
         micro = f", {n} micro-batches" if n > 1 else ""
-        compute = short_dtype(jnp.dtype(self.spec.precision.compute_dtype))
+        compute = short_dtype(jnp.dtype(self._dtypes.lowest))
         steps = count(self.inputs.steps, "step")
         return f"One device against each mesh: {steps}, compute {compute}{micro}."
 
@@ -183,6 +184,9 @@ def make_random_batches(step: CompiledStep, seed: int = 0) -> list[Batch]:
     rng = np.random.default_rng(seed)
 
     def draw(x: jax.ShapeDtypeStruct) -> np.ndarray:
+        if jnp.issubdtype(x.dtype, jnp.complexfloating):
+            parts = rng.standard_normal((2, *x.shape))
+            return (parts[0] + 1j * parts[1]).astype(x.dtype)
         if jnp.issubdtype(x.dtype, jnp.floating):
             return rng.standard_normal(x.shape).astype(x.dtype)
         end = 2 if x.dtype == bool else 8

@@ -84,7 +84,7 @@ def estimate_step(
         tile_width=network.tile_width if network else 1,
         attention=attention,
     )
-    dtype = short_dtype(jax.numpy.dtype(spec.precision.compute_dtype))
+    dtype = short_dtype(jax.numpy.dtype(model.compute_dtype))
     machine = Machine(network or _ANY_NETWORK, dtype)
     exact = count_state_bytes(layout, spec.strategy)
     if isinstance(batching, PipelineOptions):

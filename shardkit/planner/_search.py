@@ -104,9 +104,10 @@ class Search:
         hardware: "Sequence[Chip]" = (),
     ) -> "Search":
         """Traces the state of a spec."""
-        machine = Machine.of(target, spec.precision.compute_dtype, overlap, hardware)
+        model = TracedModel.of(spec)
+        machine = Machine.of(target, model.compute_dtype, overlap, hardware)
         assert target.n_devices is not None
-        return cls(StateBytesResolver(TracedModel.of(spec)), space, machine, target.n_devices)
+        return cls(StateBytesResolver(model), space, machine, target.n_devices)
 
     def run(self, batch_scale: float = 1.0) -> SearchResult:
         """Estimates every layout."""

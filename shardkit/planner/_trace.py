@@ -95,6 +95,11 @@ class TracedModel:
         """The dim of each leaf of the batch that counts rows; planned strategies have no rule."""
         return list_row_dims(list_leaves(self.spec.batch), self.spec.row_dims)
 
+    @property
+    def compute_dtype(self) -> str:
+        """The dtype in which most of the parameters are computed."""
+        return self.spec.precision.compute_dtypes(self.abstract[0].params).main
+
     def layout(self, sizes: Mapping[str, int], strategy: Strategy, steps: int = 1) -> StepLayout:
         """Resolves every rule of a strategy on a mesh of these sizes.
 

@@ -43,7 +43,8 @@ class Throughput:
         chip = identify_chip(step.mesh.devices.flat[0].device_kind)
         if chip is None:
             return cls(count, unit, simulated)
-        dtype = short_dtype(jnp.dtype(step.spec.precision.compute_dtype))
+        computed = step.spec.precision.compute_dtypes(step.layout.state.params)
+        dtype = short_dtype(jnp.dtype(computed.main))
         if dtype not in chip.flops:
             return cls(count, unit, simulated)
         flops = count_flops(step.program.jaxpr).model

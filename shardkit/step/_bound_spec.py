@@ -8,6 +8,7 @@ from jax.sharding import AxisType, Mesh
 
 from .._core.errors import Problem, StepError, did_you_mean, raise_all
 from ..mesh import MeshSpec
+from ..nn._manual_axis_rules import ShardMapLoss
 from ._saved_programs import SavedPrograms
 
 if TYPE_CHECKING:
@@ -48,6 +49,13 @@ class BoundSpec:
             auto = (AxisType.Auto,) * len(types)
             object.__setattr__(self, "were_explicit", explicit)
             object.__setattr__(self, "mesh", Mesh(self.mesh.devices, tuple(types), axis_types=auto))
+
+    @property
+    def follows_rows(self) -> bool:
+        """Whether the loss is read for what it does with rows, where the step splits them."""
+        # Statistics of the batch are declared by mutable state, and on shards by `ShardMapLoss`.
+        declared = self.spec.stateful or isinstance(self.spec.loss_fn, ShardMapLoss)
+        return not (self.spec.independent_rows or declared)
 
     @property
     def xla_options(self) -> dict[str, Any]:

@@ -122,16 +122,18 @@ class CompiledFunctions:
     def training_loss(self) -> LossProgram:
         """`(state, batch) → (total, weight)` of the training loss, for `self_check`."""
 
-        def compiled(dtype: str) -> CompiledProgram:
-            build = functools.partial(self._functions.training_loss, dtype)
+        def compiled(policy: str | None) -> CompiledProgram:
+            build = functools.partial(self._functions.training_loss, policy)
             return self._compile_on_batch(build, self._replicated, False)
 
-        return LossProgram.of(compiled, self._bound.spec.precision.compute_dtype)
+        precision = self._bound.spec.precision
+        lowest = precision.compute_dtypes(self.layout.state.params).lowest
+        return LossProgram.of(compiled, precision.compute_dtype, lowest)
 
     @functools.cached_property
     def probes(self) -> Probes:
         """What `self_check` does to parameters and gradients beside running the loss."""
-        return Probes(self._bound.spec, self.layout, self.training_loss.dtype)
+        return Probes(self._bound.spec, self.layout, self.training_loss.policy)
 
     def _compile_on_batch(
         self,

@@ -20,15 +20,22 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec
 
-from .._core.precision import Precision, cast_floats
+from .._core.draws import match_draws
+from .._core.precision import Precision, cast_floats, policy_dtype
 from .._core.row_dims import map_rows, resize_rows, with_dim
-from .._core.split_rng import RandomDraws, match_draws, per_shard_keys
+from .._core.split_rng import RandomDraws, per_shard_keys
 from .._core.types import Batch, Key, Params, PyTree, Scalar
 from ..nn._constrain import GRADIENT_SHARDS
 from ..rules import axes_of
 from ._bound_spec import BoundSpec
 from ._layout import StepLayout
-from ._objective import LossOutput, Objective, inverse_weight
+from ._objective import (
+    LossOutput,
+    Objective,
+    inverse_weight,
+    scale_gradient,
+    value_and_grad,
+)
 from ._own_constraints import on_gradient_shards, own_constraints
 from ._shard_convolutions import keep_convolutions_apart
 
@@ -89,9 +96,8 @@ def build_gradients(objective: Objective, plan: GradientPlan) -> GradientFn:
         partition = plan.layout.partition
         of_trained = partition.of_trained(objective, compute_params)
         args = partition.trained(compute_params), model_state, batch, key
-        output, totals = accumulate(of_trained, plan, args)
-        totals = jax.tree.map(lambda g, p: g.astype(p.dtype), totals, partition.trained(params))
-        grads = divide_by_weight(totals, output.loss.weight)
+        output, grads = accumulate(of_trained, plan, args)
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, partition.trained(params))
         return output, _constrain_tree(grads, plan.layout.gradients)
 
     return run
@@ -118,7 +124,8 @@ def plan_shards(
     def args_with(shards: int) -> LossArgs:
         return params, model_state, resize_rows(batch, dims, 1, k * shards), key
 
-    draws = match_draws(objective, n, args_with(n), args_with(1))
+    followed = plan.bound.follows_rows
+    draws = match_draws(objective, n, args_with(n), args_with(1), folds_followed=followed)
     constrained = any(True for _ in own_constraints(traced))
     return dataclasses.replace(plan, draws=draws, constrained=constrained)
 
@@ -148,36 +155,42 @@ def split_shards(batch: Batch, plan: GradientPlan) -> Batch:
     return map_rows(split, batch, layout.row_dims, layout.batch_shardings)
 
 
-def reduce_shards(totals: PyTree, dtype: str) -> Params:
-    """Sums `[num_shards, *param]` over dim 0 in `dtype`: the one gradient reduction of a step."""
+def reduce_shards(grads: PyTree, params: Params, dtype: str | None) -> Params:
+    """Sums `[num_shards, *param]` over dim 0: the one gradient reduction of a step.
 
-    def reduce(x: jax.Array) -> jax.Array:
+    Args:
+      grads: of the mean loss.
+      params: as they are computed.
+      dtype: of the policy; None sums in the dtype of each of `params`.
+    """
+
+    def reduce(x: jax.Array, p: jax.Array) -> jax.Array:
         # `jnp.sum` would sum bf16 in f32, and the all-reduce would move f32.
-        return jax.lax.reduce(x.astype(dtype), jnp.zeros((), dtype), jax.lax.add, (0,))
+        x = x.astype(policy_dtype(p.dtype, dtype))
+        return jax.lax.reduce(x, jnp.zeros((), x.dtype), jax.lax.add, (0,))
 
-    return jax.tree.map(reduce, totals)
+    return jax.tree.map(reduce, grads, params)
 
 
 def divide_by_weight(totals: Params, weight: Scalar) -> Params:
     """Divides gradients of a weighted sum by the weight; zeros if the weight is 0."""
     scale = inverse_weight(weight)
-    return jax.tree.map(lambda g: g * scale.astype(g.dtype), totals)
+    return jax.tree.map(lambda g: scale_gradient(g, scale), totals)
 
 
 def _accumulate_whole(objective: Objective, plan: GradientPlan, args: LossArgs) -> LossAndGradients:
-    """Sums over whole micro-batches; the partitioner places the reductions."""
+    """Averages over whole micro-batches; the partitioner places the reductions."""
     params, model_state, batch, key = args
-    steps = plan.micro_batches
-    value_and_grad = jax.value_and_grad(objective, has_aux=True)
+    steps, run_gradient = plan.micro_batches, value_and_grad(objective)
     if steps == 1:
-        (_, output), totals = value_and_grad(params, model_state, batch, key)
-        return output, totals
+        output, totals = run_gradient(params, model_state, batch, key)
+        return output, divide_by_weight(totals, output.loss.weight)
 
     def run_micro_batch(model_state: PyTree, index: jax.Array) -> LossAndGradients:
         rows = micro_batch(batch, steps, index, plan)
         micro_key = jax.random.fold_in(key, index)
-        (_, output), totals = value_and_grad(params, model_state, rows, micro_key)
-        return output, _constrain_tree(to_f32(totals), plan.layout.gradients)
+        output, totals = run_gradient(params, model_state, rows, micro_key)
+        return output, _constrain_tree(totals, plan.layout.gradients)
 
     def body(carry: LossAndGradients, index: jax.Array) -> tuple[LossAndGradients, None]:
         return _add_micro_batch(carry, run_micro_batch(carry[0].model_state, index)), None
@@ -187,8 +200,8 @@ def _accumulate_whole(objective: Objective, plan: GradientPlan, args: LossArgs) 
         LossOutput(output.loss, output.metrics, model_state),
         _constrain_tree(totals, plan.layout.gradients),
     )
-    total, _ = jax.lax.scan(body, start, jnp.arange(steps))
-    return total
+    (output, totals), _ = jax.lax.scan(body, start, jnp.arange(steps))
+    return output, divide_by_weight(totals, output.loss.weight)
 
 
 def _accumulate_per_shard(
@@ -196,22 +209,21 @@ def _accumulate_per_shard(
 ) -> LossAndGradients:
     """Sums each gradient shard over all micro-batches, then reduces over the shards once."""
     params, model_state, batch, key = args
-    steps = plan.micro_batches
-    value_and_grad = jax.value_and_grad(objective, has_aux=True)
+    steps, run_gradient = plan.micro_batches, value_and_grad(objective)
     if plan.constrained:
-        value_and_grad = on_gradient_shards(value_and_grad, plan.layout.shard_axes)
+        run_gradient = on_gradient_shards(run_gradient, plan.layout.shard_axes)
 
     def run_micro_batch(index: jax.Array) -> tuple[LossOutput, PyTree]:
         rows = split_shards(micro_batch(batch, steps, index, plan), plan)
         keys = per_shard_keys(jax.random.fold_in(key, index), plan.draws)
         run_shards = jax.vmap(
-            keep_convolutions_apart(value_and_grad, plan.bound.mesh, plan.layout.shard_axes),
+            keep_convolutions_apart(run_gradient, plan.bound.mesh, plan.layout.shard_axes),
             in_axes=(None, None, jax.tree.structure(rows).unflatten(plan.layout.row_dims), 0),
             axis_name=GRADIENT_SHARDS,
             spmd_axis_name=plan.layout.shard_axes or None,
         )
-        (_, output), totals = run_shards(params, model_state, rows, keys)
-        return output, _constrain_shards(to_f32(totals), plan)
+        output, totals = run_shards(params, model_state, rows, keys)
+        return output, _constrain_shards(totals, plan)
 
     def body(carry: PyTree, index: jax.Array) -> tuple[PyTree, None]:
         return jax.tree.map(jnp.add, carry, run_micro_batch(index)), None
@@ -222,9 +234,10 @@ def _accumulate_per_shard(
         output, totals = _zeros_of_micro_batch(run_micro_batch)
         start = output, _constrain_shards(totals, plan)
         (output, totals), _ = jax.lax.scan(body, start, jnp.arange(steps))
-    dtype = plan.precision.reduce_dtype or plan.precision.compute_dtype
     with jax.named_scope("reduce"):
-        return jax.tree.map(lambda x: x.sum(0), output), reduce_shards(totals, dtype)
+        output = jax.tree.map(lambda x: x.sum(0), output)
+        grads = divide_by_weight(totals, output.loss.weight)
+        return output, reduce_shards(grads, params, plan.precision.reduce_dtype)
 
 
 def _add_micro_batch(carry: LossAndGradients, new: LossAndGradients) -> LossAndGradients:
@@ -242,11 +255,6 @@ def _zeros_of_micro_batch(run_micro_batch: Callable[..., PyTree], *args: PyTree)
     """
     results = jax.eval_shape(run_micro_batch, *args, jax.ShapeDtypeStruct((), jnp.int32))
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), results)
-
-
-def to_f32(totals: PyTree) -> PyTree:
-    """Casts gradients to f32, in which micro-batches are summed; f64 stays f64."""
-    return jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), totals)
 
 
 def _full_spec(sharding: NamedSharding, ndim: int) -> tuple[Any, ...]:

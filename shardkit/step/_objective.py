@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from .._core.errors import Problem, StepError, format_problems, raise_all
+from .._core.precision import widen
 from .._core.tree import short_type
 from .._core.types import Batch, Key, Loss, Mean, Params, PyTree, Scalar
 from ._unbound_axes import bind_batch_axes, explain_unbound_axes
@@ -28,7 +29,7 @@ class LossOutput:
     """One evaluation of a loss on some rows of a batch.
 
     Attributes:
-      loss: `Mean`, f32[] each; a plain scalar loss has weight 1.
+      loss: `Mean`, f32[] or f64[] each; a plain scalar loss has weight 1.
       metrics: `{name: Mean}`.
       model_state: mutable model state after the evaluation.
     """
@@ -47,8 +48,8 @@ def build_objective(
 ) -> Objective:
     """Wraps a user's loss as `(params, model_state, batch, key) -> (total, output)`.
 
-    Differentiate `total` and divide by the summed weight: that is the gradient of the mean,
-    however the rows were split.
+    Differentiate `total` (`value_and_grad`) and divide by the summed weight: that is the gradient
+    of the mean, however the rows were split.
 
     Raises (while it is traced):
       StepError: the loss is not a scalar or `Mean`, metrics are not a dict of scalars, a metric has
@@ -75,12 +76,48 @@ def build_objective(
     return run
 
 
+def value_and_grad(
+    objective: Objective, common: Callable[[Scalar], Scalar] = lambda weight: weight
+) -> Callable[..., tuple[LossOutput, Params]]:
+    """Differentiates an objective: `(params, model_state, batch, key) -> (output, gradients)`.
+
+    Gradients of a sum over many tokens leave the range of float16 where those of their mean do
+    not. So what is differentiated is the total over a power of two near the weight, which costs no
+    rounding, and the gradients are multiplied by it again in f32.
+
+    Args:
+      objective: from `build_objective`.
+      common: of the weight, what all devices that sum gradients within it divide by.
+
+    Returns:
+      A function whose gradients are those of the total, in f32 or wider.
+    """
+
+    def scaled(*args: Any) -> tuple[Scalar, tuple[LossOutput, Scalar]]:
+        total, output = objective(*args)
+        weight = jnp.maximum(jnp.abs(common(output.loss.weight)), 1)
+        size = jax.lax.reduce_precision(weight, jnp.finfo(weight.dtype).nexp, 0)
+        return total / size.astype(total.dtype), (output, size)
+
+    def run(*args: Any) -> tuple[LossOutput, Params]:
+        (_, (output, size)), grads = jax.value_and_grad(scaled, has_aux=True)(*args)
+        return output, jax.tree.map(lambda g: scale_gradient(widen(g), size), grads)
+
+    return run
+
+
+def scale_gradient(gradient: jax.Array, factor: Scalar) -> jax.Array:
+    """A gradient times a real factor, in the gradient's dtype."""
+    return gradient * factor.astype(jnp.finfo(gradient.dtype).dtype)
+
+
 def to_mean(value: Any) -> Mean:
-    """Converts a scalar or `Mean` to a `Mean` of f32 scalars with a constant weight."""
+    """Converts a scalar or `Mean` to a `Mean` with a constant weight, in f32 or wider."""
     if isinstance(value, Mean):
-        weight = jax.lax.stop_gradient(jnp.asarray(value.weight, jnp.float32))
-        return Mean(jnp.asarray(value.total, jnp.float32), weight)
-    return Mean(jnp.asarray(value, jnp.float32), jnp.ones((), jnp.float32))
+        weight = jax.lax.stop_gradient(widen(jnp.asarray(value.weight)))
+        return Mean(widen(jnp.asarray(value.total)), weight)
+    total = widen(jnp.asarray(value))
+    return Mean(total, jnp.ones((), total.dtype))
 
 
 def divide_mean(mean: Mean) -> Scalar:
@@ -107,22 +144,29 @@ def _scalar_problems(subject: str, value: Any) -> list[Problem]:
     parts = (
         {".total": value.total, ".weight": value.weight} if isinstance(value, Mean) else {"": value}
     )
-    return [
+    problems = [
         Problem(subject + part, why)
         for part, x in parts.items()
         if (why := _explain_unfit(subject, x))
     ]
+    for part, x in () if problems else parts.items():
+        if isinstance(value, Mean) and jnp.result_type(x) == jnp.float16:
+            why = "is f16[], which holds no sum above 65504"
+            fix = "jnp.sum(losses, dtype=jnp.float32), or bfloat16"
+            problems.append(Problem(subject + part, why, fix))
+    return problems
 
 
 def _explain_unfit(subject: str, x: Any) -> str:
     """Why a step cannot use a value as a scalar; "" if it can."""
     if not isinstance(x, _NUMBERS):
         return f"is of type {type(x).__name__}, not a floating-point scalar"
-    floating = jnp.issubdtype(jnp.result_type(x), jnp.floating)
-    if jnp.shape(x) == () and (floating or subject != "loss"):
+    dtype, is_loss = jnp.result_type(x), subject == "loss"
+    real = not jnp.issubdtype(dtype, jnp.complexfloating)
+    if jnp.shape(x) == () and (jnp.issubdtype(dtype, jnp.floating) if is_loss else real):
         return ""
-    expected = "a floating-point scalar" if subject == "loss" else "a scalar"
-    return f"is {short_type(jnp.shape(x), jnp.result_type(x))}, not {expected}"
+    expected = "a floating-point scalar" if is_loss else "a real scalar"
+    return f"is {short_type(jnp.shape(x), dtype)}, not {expected}"
 
 
 def _split_output(out: Any) -> tuple[Any, Mapping[str, Any]]:

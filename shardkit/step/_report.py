@@ -146,13 +146,15 @@ def _build_declared(
 ) -> Declarations:
     strategy, precision = bound.spec.strategy, bound.spec.precision
     activations = Activations(bound.mesh, strategy.activations, layout.shard_axes)
+    compute = precision.compute_dtypes(layout.state.params).only
+    reduce = precision.reduce_dtype or compute
     constrained = list(dict.fromkeys(constraints(jaxpr.jaxpr)))
     return Declarations(
         kinds=strategy.kinds,
         by_specs=infer_kinds(bound.mesh.shape, placed, strategy.kinds),
         accumulate=bound.spec.accumulate.micro_batches,
-        compute_dtype=short_dtype(jnp.dtype(precision.compute_dtype)),
-        reduce_dtype=short_dtype(jnp.dtype(precision.reduce_dtype or precision.compute_dtype)),
+        compute_dtype=compute and short_dtype(jnp.dtype(compute)),
+        reduce_dtype=reduce and short_dtype(jnp.dtype(reduce)),
         activation_bytes=_activation_bytes(bound, layout, constrained),
         layers=_dim_size("layers", list_leaves(layout.state.params, layout.axes), strategy),
         choices=_dim_size("choices", constrained, strategy),

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import jax
 
+from .._core.draws import list_draws
 from .._core.errors import Problem, StepError, raise_all
-from .._core.split_rng import list_draws
 from .._core.tree import list_leaves
 from ..nn._manual_axis_rules import ShardMapLoss
 from ._bound_spec import BoundSpec
@@ -31,19 +31,17 @@ def check_split_rows(
     Raises:
       StepError: with the operation that mixes rows and the line of the user's code.
     """
-    spec = bound.spec
     splits = next(_row_splits(bound, layout, gradients), None)
     if not splits:
         return
-    on_shards = isinstance(spec.loss_fn, ShardMapLoss)
+    on_shards = isinstance(bound.spec.loss_fn, ShardMapLoss)
     problems = list(_stage_problems(bound, layout))
     if (unclear := layout.batch_rows.problem) and not on_shards:
         problems.append(dataclasses.replace(unclear, why=f"{unclear.why}; {splits} splits rows"))
     raise_all(StepError, "The rows of the batch cannot be split.", problems)
-    # Statistics of the batch are declared by mutable state, and on shards by `ShardMapLoss`.
     # The first call binds the axes that the loss names, and leaves equations of the attempts.
     jax.eval_shape(loss, *args)
-    if not (spec.independent_rows or spec.stateful or on_shards):
+    if bound.follows_rows:
         partition = layout.partition if gradients else None
         check_rows(loss, args, layout.row_dims, splits, partition=partition)
 
@@ -91,7 +89,8 @@ def check_partial_rows(
     Raises:
       StepError: it draws random numbers, or depends on rows together.
     """
-    if any(kind in ("bits", "gamma") for kind, _ in list_draws(jax.make_jaxpr(loss)(*args).jaxpr)):
+    draws = list_draws(jax.make_jaxpr(loss)(*args).jaxpr)
+    if any(draw.kind in ("bits", "gamma") for draw in draws):
         why = "draws random numbers in evaluation too, which are those of a full batch"
         fix = "sk.Loss(train=..., evaluate=...), whose evaluate draws none"
         headline = "A batch of fewer rows than declared cannot be evaluated."

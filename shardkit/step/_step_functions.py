@@ -128,14 +128,18 @@ class StepFunctions:
             loss = self._build_on_shards(build_shard_objective, loss)
         return build_eval_step(loss, self._to_compute_params)
 
-    def training_loss(self, dtype: str) -> Callable[[TrainState, Batch], Any]:
-        """Builds `(state, batch) → (total, weight)` of the training loss, computed in `dtype`."""
+    def training_loss(self, policy: str | None) -> Callable[[TrainState, Batch], Any]:
+        """Builds `(state, batch) → (total, weight)` of the training loss.
+
+        Args:
+          policy: dtype in which the loss sees the parameters; None: as they are stored.
+        """
         spec, loss = self.bound.spec, build_plain_objective(self.bound.spec.loss_fn)
         on_shards = spec.mode == "shard_map"
         apart = spec.accumulate.micro_batches > 1 or spec.precision.reduces_separately
         return build_training_loss(
             self._build_on_shards(build_micro_batch_objective, loss) if on_shards else loss,
-            lambda params: cast_floats(params, dtype),
+            lambda params: cast_floats(params, policy),
             self.layout,
             spec.accumulate.micro_batches,
             always_folds=apart and spec.accumulate.reduce == "end",

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from .._core.errors import Problem, StepError, did_you_mean, raise_all
 from .._core.partition import Partition
+from .._core.precision import Precision
 from .._core.tree import Leaf, list_leaves
 from .._core.types import Loss, Params, Trainable
 from ..rules import matches
@@ -32,7 +33,7 @@ def find_partition(spec: "StepSpec", params: Params) -> Partition:
 
     Raises:
       StepError: a glob matches no parameter, no parameter is trained, or one that is trained is
-        not floating-point.
+        not floating-point of at least 16 bits.
     """
     loss = spec.loss_fn
     declared = spec.trainable
@@ -40,7 +41,8 @@ def find_partition(spec: "StepSpec", params: Params) -> Partition:
         declared = loss.trainable
     leaves = list_leaves(params)
     trained = leaves if declared is None else _select(declared, leaves)
-    raise_all(StepError, "Some parameters cannot be trained.", list(_find_problems(trained)))
+    problems = list(_find_problems(trained, spec.precision))
+    raise_all(StepError, "Some parameters cannot be trained.", problems)
     kept = {leaf.path for leaf in trained}
     return Partition(frozenset(leaf.path for leaf in leaves) - kept)
 
@@ -67,10 +69,18 @@ def _select(declared: Trainable, leaves: Sequence[Leaf]) -> list[Leaf]:
     return chosen
 
 
-def _find_problems(trained: Sequence[Leaf]) -> Iterator[Problem]:
-    fix = "leave it out of trainable=; or return sk.Variables(params, model_state) from init, with "
-    fix += "it in model_state"
+def _find_problems(trained: Sequence[Leaf], precision: Precision) -> Iterator[Problem]:
+    compute = precision.compute_dtype
+    only_complex = all(jnp.issubdtype(leaf.dtype, jnp.complexfloating) for leaf in trained)
+    if trained and only_complex and compute in ("bfloat16", "float16"):
+        why = "changes no parameter: all are complex, and no complex dtype has parts of 16 bits"
+        yield Problem(f"precision.compute_dtype={compute!r}", why, "precision=sk.Precision()")
     for leaf in trained:
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             why = "is not a floating-point array, so it has no gradient"
+            fix = "leave it out of trainable=; or return sk.Variables(params, model_state) from "
+            yield Problem(str(leaf), why, f"{fix}init, with it in model_state")
+        elif precision.param_dtype is None and jnp.finfo(leaf.dtype).bits < 16:
+            why = "has too few bits to sum gradients or updates in"
+            fix = 'precision=sk.Precision(param_dtype="float32"), and a cast in the loss'
             yield Problem(str(leaf), why, fix)

@@ -11,6 +11,7 @@ import optax
 
 from .._core.errors import Problem, StepError, raise_all
 from .._core.partition import Partition
+from .._core.precision import widen
 from .._core.train_state import TrainState
 from .._core.tree import leaves_by_path, short_type
 from .._core.types import Batch, Key, Mean, Metrics, Params, PyTree
@@ -135,8 +136,7 @@ def step_key(state: TrainState) -> Key:
 
 def _collect_metrics(output: LossOutput, grads: Params) -> Metrics:
     with jax.named_scope("grad_norm"):
-        wide = jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), grads)
-        norm = optax.tree.norm(wide).astype(jnp.float32)
+        norm = optax.tree.norm(jax.tree.map(widen, grads))
     return {**_loss_metrics(output), "grad_norm": norm}
 
 

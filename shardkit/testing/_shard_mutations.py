@@ -18,7 +18,7 @@ def _drop_sum(reduce_gradients: Any) -> Any:
     def alone(x: jax.Array, axes: Any, numbers: Any) -> jax.Array:
         return jax.lax.psum(jnp.where(jax.lax.axis_index(axes) == 0, x, 0), axes)
 
-    return lambda grads, parameters, dtype, _: reduce_gradients(grads, parameters, dtype, alone)
+    return lambda grads, parameters, _: reduce_gradients(grads, parameters, alone)
 
 
 def _sum_twice(reduce_gradients: Any) -> Any:
@@ -26,7 +26,7 @@ def _sum_twice(reduce_gradients: Any) -> Any:
         once = jax.lax.psum(x, axes)
         return jax.lax.psum(jax.lax.pcast(once, axes, to="varying"), axes)
 
-    return lambda grads, parameters, dtype, _: reduce_gradients(grads, parameters, dtype, twice)
+    return lambda grads, parameters, _: reduce_gradients(grads, parameters, twice)
 
 
 def _skip_vma_check(mapped: Any) -> Any:

@@ -73,10 +73,10 @@ def _drop_psum(by_lanes: Any) -> Any:
         )
         reduce_shards = _gradients.reduce_shards
 
-        def reduce(totals: Any, dtype: Any) -> Any:
-            leaves, structure = jax.tree.flatten(totals)
-            reduced = structure.flatten_up_to(reduce_shards(totals, dtype))
-            return structure.unflatten([own(leaves[0].astype(dtype)), *reduced[1:]])
+        def reduce(grads: Any, *args: Any) -> Any:
+            leaves, structure = jax.tree.flatten(grads)
+            first, *others = structure.flatten_up_to(reduce_shards(grads, *args))
+            return structure.unflatten([own(leaves[0].astype(first.dtype)), *others])
 
         with mock.patch.object(_gradients, "reduce_shards", reduce):
             return by_lanes(objective, plan, *args)

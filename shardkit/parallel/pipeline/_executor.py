@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..._core.precision import widen
 from ..._core.scope_markers import annotate_branch_counts, recomputed
 from ..._core.types import Mean, Params, PyTree
 from ...nn._layer_stack import First, Last, Layer, scan_layers, stop_aux_gradients
@@ -273,7 +274,7 @@ class StageExecutor:
 
 
 def last_outputs(last: Last, outer_params: Any, x: Any, rows: Any) -> tuple[Mean, dict[str, Mean]]:
-    """What `last` returns, each scalar as a `Mean` of f32."""
+    """What `last` returns, each scalar as a `Mean` of f32 or wider."""
     out = stop_aux_gradients(last(outer_params, x, rows))
     loss, metrics = out if isinstance(out, tuple) else (out, {})
     return _as_mean(loss), {name: _as_mean(value) for name, value in metrics.items()}
@@ -301,7 +302,7 @@ def empty_slots(like: Any, slots: int) -> Any:
 def _as_mean(value: Any) -> Mean:
     """A scalar is a mean over equal-sized parts, each of weight 1."""
     total, weight = (value.total, value.weight) if isinstance(value, Mean) else (value, 1.0)
-    return Mean(jnp.asarray(total, jnp.float32), jnp.asarray(weight, jnp.float32))
+    return Mean(widen(jnp.asarray(total)), widen(jnp.asarray(weight)))
 
 
 def _zeros_f32(like: Any) -> Any:

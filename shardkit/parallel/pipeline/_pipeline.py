@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from ..._core.errors import Problem, StepError, raise_all
+from ..._core.split_rng import key_problems
 from ..._core.types import Accumulate, Batch, Key, Params
 from ...nn._layer_stack import First, Last, Layer
 from ...nn._overridable import Override, StepContext, without_overrides
@@ -270,17 +271,4 @@ class PipelinedLayers(Override):
             why = f"{n} rows do not divide by micro_batches={m}{split}"
             near = f"a multiple of {unit} rows, such as {max(unit, round(n / unit) * unit)}"
             problems.append(Problem("batch", why, near))
-        return problems + _key_problems(key)
-
-
-def _key_problems(key: Any) -> list[Problem]:
-    """Draws of other generators than partitionable threefry cannot be split by rows."""
-    if key is None:
-        return []
-    name = str(jax.random.key_impl(key))
-    partitionable = jax.config.jax_threefry_partitionable  # pyright: ignore
-    if name == "threefry2x32" and partitionable:
-        return []
-    why = "only draws of partitionable threefry keys can be split by rows"
-    fix = 'jax.random.key(seed, impl="threefry2x32"), jax_threefry_partitionable=True'
-    return [Problem(f"key of {name}", why, fix)]
+        return problems + (key_problems(key.dtype) if key is not None else [])

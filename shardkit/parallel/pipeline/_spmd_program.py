@@ -16,8 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from ..._core.draws import match_draws
 from ..._core.errors import Problem, StepError, raise_all
-from ..._core.split_rng import RandomDraws, match_draws, part_keys
+from ..._core.split_rng import RandomDraws, part_keys
+from ..._core.tracing import uses_dtype
 from ..._core.types import Batch, Key, Mean, Params, PyTree
 from ...nn._layer_stack import First, Last, Layer, split_layer_keys
 from ...nn._overridable import StepContext
@@ -85,8 +87,8 @@ class PipelineProgram:
         """Traces the functions with the rows of one micro-batch of one device.
 
         Raises:
-          StepError: stages would send something else than floating-point arrays, or the random
-            draws of the loss cannot be split by rows.
+          StepError: stages would send something else than floating-point arrays, compute in
+            float16, or the random draws of the loss cannot be split by rows.
         """
         devices = math.prod(around.mesh.shape[axis] for axis in manual_row_axes(around))
         parts = devices * micro_batches
@@ -94,6 +96,7 @@ class PipelineProgram:
         rows = _abstract_rows(call.batch, parts)
         message = jax.eval_shape(call.first, call.outer_params, rows, first_key)
         _check_message(message)
+        _check_range(call, layers, message, rows, (first_key, keys_of_layers))
         words = None
         grown = ()
         if first_key is not None and keys_of_layers is not None:
@@ -250,7 +253,7 @@ def _find_grown_draws(call: LayerStackCall, layers: Any, parts: int, keys: tuple
         )
         for n in (parts, 1)
     )
-    return match_draws(draws, parts, part, whole).row_dims
+    return match_draws(draws, parts, part, whole, keys=2).row_dims
 
 
 def _check_message(message: Any) -> None:
@@ -261,6 +264,21 @@ def _check_message(message: Any) -> None:
     ]
     fix = "read integers from `batch`, which every layer gets"
     raise_all(StepError, "Stages can only send floating-point arrays.", problems, fix)
+
+
+def _check_range(call: LayerStackCall, layers: Any, message: Any, rows: Any, keys: Any) -> None:
+    """Refuses float16: a stage sums gradients over rows whose weight it does not know."""
+
+    def run(outer_params: Any, layers: Any, x: Any, rows: Any, first_key: Any, keys: Any) -> Any:
+        call.first(outer_params, rows, first_key)
+        weights, key = jax.tree.map(lambda w: w[0], (layers, keys))
+        return call.last(outer_params, call.layer(weights, x, rows, key), rows)
+
+    jaxpr = jax.make_jaxpr(run)(call.outer_params, layers, message, rows, *keys).jaxpr
+    if uses_dtype(jaxpr, jnp.float16):
+        why = "computes in float16, which sums of gradients over the rows of a stage may overflow"
+        fix = 'bfloat16: precision="bfloat16", or x.astype(jnp.bfloat16) in the model'
+        raise_all(StepError, "The pipeline would lose gradients.", [Problem("loss_fn", why, fix)])
 
 
 def _cast_like(grads: Any, like: Any) -> Any:

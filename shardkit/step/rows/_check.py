@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
+from ..._core.draws import trace_in_part
 from ..._core.errors import Problem, StepError, raise_all
 from ..._core.partition import Partition
 from ..._core.row_dims import RowDims, count_rows, resize_rows
@@ -68,9 +69,9 @@ def check_rows(
         return output, grads
 
     with _row_by_row():
-        few, output = jax.make_jaxpr(run, return_shape=True)(params, model_state, batch, key)
+        few, output = trace_in_part(run, args)
         try:
-            many = jax.make_jaxpr(run)(params, model_state, doubled, key)
+            many, _ = trace_in_part(run, (params, model_state, doubled, key))
         except Exception as error:  # a user's code
             reason = str(error).strip().splitlines()[0]
             why = (

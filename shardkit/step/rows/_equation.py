@@ -1,14 +1,14 @@
 """One equation of a program, seen with two numbers of rows at once."""
 
+import cmath
 import dataclasses
-import math
 from typing import Any
 
 import numpy as np
 from jax.extend import core
 
 from ..._core.equations import user_line
-from ._states import Cause, Degree, Mixed, PerRow
+from ._states import Cause, Degree, Mixed, PerRow, State
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +58,13 @@ class Equation:
         """The state of what mixes rows here, with the user's line."""
         return Mixed(Cause(self.name, why, *user_line(self.few), ratio=ratio))
 
+    def placed(self, state: State) -> State:
+        """A result of a function that is called here: a cause of JAX's own gets this line."""
+        if not isinstance(state, Mixed) or state.cause.where:
+            return state
+        where, code = user_line(self.few)
+        return Mixed(dataclasses.replace(state.cause, where=where, code=code))
+
     def grown(self, state: PerRow, shape: tuple[int, ...]) -> int:
         """Elements that a dim with rows has in all: `outer · n · inner`."""
         assert shape[state.dim] == state.outer * self.n * state.inner
@@ -83,7 +90,7 @@ def literal_degree(few: Any, many: Any) -> Degree:
     if few == many or few != few:
         return 0
     for degree in (1, -1, 2, -2):
-        if few and math.isclose(many / few, 2.0**degree, rel_tol=1e-6):
+        if few and cmath.isclose(many / few, 2.0**degree, rel_tol=1e-6):
             return degree
     return None
 

@@ -55,7 +55,7 @@ def _literal_state(few: Any, many: Any) -> State:
 def _number_state(few: Any, many: Any) -> State:
     if few == 0 and many == 0:
         return AlwaysZero()
-    return Constant(literal_degree(complex(few).real, complex(many).real))
+    return Constant(literal_degree(complex(few), complex(many)))
 
 
 def _follow(few: Any, many: Any, inputs: Sequence[State], rows: int) -> list[State]:
@@ -91,7 +91,8 @@ def _follow_equation(equation: Equation, states: Sequence[State]) -> Sequence[St
     for name in _INNER:
         if name in equation.params and equation.name != "shard_map":
             few, many = (_body(e.params[name]) for e in (equation.few, equation.many))
-            return _follow_pair(few, many, states, equation.n)
+            results = _follow_pair(few, many, states, equation.n)
+            return [equation.placed(state) for state in results]
     return unfollowed(equation, states)
 
 

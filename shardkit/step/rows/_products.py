@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ._equation import Equation
+from ..._core.split_rng import is_part_key
+from ._equation import Equation, dtype_of
 from ._rules import PICKS, elementwise, first_mixed, moved, product, rule
 from ._states import (
     AlwaysZero,
     Columns,
     Constant,
-    Mixed,
     PerRow,
     RowSum,
     State,
@@ -117,19 +117,21 @@ def _select_scatter(equation: Equation, states: Sequence[State]) -> Sequence[Sta
     return [product(equation, [source, operand])]
 
 
-@rule("random_bits random_seed random_wrap random_unwrap random_split")
+@rule("random_bits random_seed random_wrap random_unwrap random_split random_gamma")
 def _draw(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     """Draws for every row, from one key or from a key of each row."""
-    (state,) = states
-    if isinstance(state, Mixed | PerRow):
-        return [state]
-    if isinstance(state, RowSum | Columns):
+    if any(isinstance(state, RowSum | Columns) for state in states):
         return [equation.mixed("draws from what all rows say")]
+    own = is_part_key(dtype_of(equation.few.invars[0]))
+    if own and equation.name == "random_unwrap":
+        return [equation.mixed("reads the words of the key, which are others in each part")]
     grown = equation.out_growing()
-    if not grown:
-        return [Constant(0)]
+    if not grown or first_mixed(states) or isinstance(states[0], PerRow):
+        return elementwise(equation, states)
     if len(grown) > 1:
         return [equation.mixed("draws something for each pair of rows")]
+    if not own:
+        return [equation.mixed("draws from a key that the loss makes itself, for all rows alike")]
     dim = next(iter(grown))
     return [PerRow(dim, inner=equation.out_shape()[dim] // equation.n)]
 

@@ -91,7 +91,7 @@ def join(equation: Equation, states: Sequence[State]) -> State:
     return PerRow(first.dim, first.outer, first.inner, degree, first.role)
 
 
-@rule("add sub add_any or select_and_gather_add")
+@rule("add sub add_any complex or select_and_gather_add")
 def _add(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     placed = [state for state in states if isinstance(state, PerRow) and state.role != "values"]
     if placed and len(placed) < len(states) and not first_mixed(states):
@@ -218,12 +218,12 @@ def _select(equation: Equation, states: Sequence[State]) -> Sequence[State]:
 
 _ELEMENTWISE = (
     "abs acos acosh and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp "
-    "complex cos cosh digamma eq erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a "
+    "cos cosh digamma eq erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a "
     "igammac is_finite le lgamma log log1p logistic lt max min ne nextafter not polygamma "
     "population_count pow random_bits_elementwise regularized_incomplete_beta rem round rsqrt "
     "shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt tan tanh xor zeta "
     "threefry2x32 bitcast_convert_type random_fold_in random_clone eq_to lt_to le_to clz "
-    "random_gamma square_root to_edtype from_edtype one_minus_square log2 mulhi polynomial"
+    "random_gamma_grad square_root to_edtype from_edtype one_minus_square log2 mulhi polynomial"
 )
 
 

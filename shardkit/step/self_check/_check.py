@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..._core.split_rng import list_draws
+from ..._core.draws import list_draws
 from ..._core.tracing import equations
 from ..._core.train_state import TrainState
 from ..._core.tree import ends_path, list_leaves
@@ -64,9 +64,9 @@ class _Run:
         self._rng = np.random.default_rng([int(x) for x in (*words, state.step)])
         known = {name for name in ("gradients", "training_loss") if name in vars(programs)}
         self._gradient_program, loss = programs.gradients, programs.training_loss
-        self._loss_program, loss_dtype = loss.program, loss.dtype
-        compute_dtype = bound.spec.precision.compute_dtype
-        self._limits = Limits.of(compute_dtype, loss_dtype, lossy=lossy)
+        self._loss_program = loss.program
+        dtypes = bound.spec.precision.compute_dtypes(state.params)
+        self._limits = Limits.of(dtypes.lowest, loss.lowest, lossy=lossy)
         compiled = {"gradients": self._gradient_program, "training_loss": self._loss_program}
         self.compile_seconds = sum(
             sum(program.seconds) for name, program in compiled.items() if name not in known
@@ -154,10 +154,8 @@ class _Run:
 
     def _draws(self) -> bool:
         """Whether the loss draws; the step's own keys are folds and splits of scalars."""
-        return any(kind == "bits" for kind, _ in list_draws(self._loss_program.jaxpr.jaxpr)) or any(
-            eqn.primitive.name == "random_gamma"
-            for eqn in equations(self._loss_program.jaxpr.jaxpr)
-        )
+        draws = list_draws(self._loss_program.jaxpr.jaxpr)
+        return any(draw.kind in ("bits", "gamma") for draw in draws)
 
     def _splits_rows(self) -> bool:
         """Whether the step splits its rows, so that its loss must be a mean over them."""

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ..._core.precision import policy_dtype, widen
 from ..._core.row_dims import map_rows
 from ..._core.train_state import TrainState
 from ..._core.tree import leaves_by_path
@@ -38,9 +39,9 @@ class Probes:
       paths: path and type of each trained parameter, in JAX's order: L of them.
     """
 
-    def __init__(self, spec: "StepSpec", layout: StepLayout, dtype: str) -> None:
-        """Takes the optimizer, every sharding, and the dtype in which the loss sees parameters."""
-        self._spec, self._layout, self._dtype = spec, layout, dtype
+    def __init__(self, spec: "StepSpec", layout: StepLayout, policy: str | None) -> None:
+        """Takes the optimizer, every sharding, and the dtype policy of the loss program."""
+        self._spec, self._layout, self._policy = spec, layout, policy
         self._mesh = jax.tree.leaves(layout.shardings)[0].mesh
         self._whole = NamedSharding(self._mesh, PartitionSpec())
         self._partition = layout.partition
@@ -54,7 +55,7 @@ class Probes:
             rows, params = [], self._partition.trained(params)
             for p, g, seed in zip(*map(jax.tree.leaves, (params, grads)), seeds, strict=True):
                 size = max(p.size, 1)
-                dot = jnp.sum(_real_product(_wide(g), _signs(p, seed)))
+                dot = jnp.sum(_real_product(widen(g), _signs(p, seed)))
                 rows.append((_norm(p) / np.sqrt(size), _norm(g), dot))
             return jnp.stack([jnp.stack(row) for row in rows], axis=1)
 
@@ -73,10 +74,10 @@ class Probes:
     @property
     def is_exact(self) -> bool:
         """Whether no element's move is lost in the rounding of parameters or of the loss."""
-        dtypes = {jnp.dtype(self._dtype)}
         trained = self._partition.trained(self._layout.state.params)
-        dtypes |= {x.dtype for x in jax.tree.leaves(trained)}
-        return all(jnp.finfo(dtype).eps < 1e-6 for dtype in dtypes)
+        own = [x.dtype for x in jax.tree.leaves(trained)]
+        seen = [policy_dtype(dtype, self._policy) for dtype in own]
+        return all(jnp.finfo(dtype).eps < 1e-6 for dtype in (*own, *seen))
 
     @functools.cached_property
     def predict(self) -> Any:
@@ -85,14 +86,14 @@ class Probes:
         The difference is that of the rounded parameters, as the loss sees them: in bf16 an element
         moves by a multiple of its rounding, and by nothing where the move is smaller.
         """
-        dtype = self._dtype
+        policy = self._policy
 
         def run(params: Params, grads: Params, seeds: jax.Array, amounts: jax.Array) -> jax.Array:
             rows = []
             trees = map(jax.tree.leaves, (self._partition.trained(params), grads))
             for p, g, seed, amount in zip(*trees, seeds, amounts, strict=True):
-                up, down = (_rounded(_moved(p, seed, x), dtype) for x in (amount, -amount))
-                rows.append(jnp.sum(_real_product(_wide(g), up - down)))
+                up, down = (_rounded(_moved(p, seed, x), policy) for x in (amount, -amount))
+                rows.append(jnp.sum(_real_product(widen(g), up - down)))
             return jnp.stack(rows)
 
         return jax.jit(run, out_shardings=self._whole)
@@ -215,8 +216,8 @@ def _update_gap(before: Any, expected: Any, after: Any, sure: Any) -> jax.Array:
     return (
         jnp.stack(
             [
-                _norm(_wide(got) - _wide(want)),
-                jnp.maximum(_norm(_wide(want) - _wide(old)), roundings),
+                _norm(widen(got) - widen(want)),
+                jnp.maximum(_norm(widen(want) - widen(old)), roundings),
             ]
         )
         / size
@@ -229,18 +230,18 @@ def _map(run: Any, tree: PyTree, *rows: jax.Array) -> PyTree:
 
 
 def _moved(p: jax.Array, seed: jax.Array, amount: jax.Array) -> jax.Array:
-    return (_wide(p) + amount * _signs(p, seed)).astype(p.dtype)
+    return (widen(p) + amount * _signs(p, seed)).astype(p.dtype)
 
 
-def _rounded(x: jax.Array, dtype: str) -> jax.Array:
-    """`x` rounded to its own dtype and to the loss's, but held in f32 at least.
+def _rounded(x: jax.Array, policy: str | None) -> jax.Array:
+    """`x` rounded to its own dtype and to that of the loss, but held in f32 at least.
 
     A pair of casts may be dropped by the compiler; `reduce_precision` may not.
     """
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         return x
-    wide = _wide(x)
-    for to in (x.dtype, jnp.dtype(dtype)):
+    wide = widen(x)
+    for to in (x.dtype, policy_dtype(x.dtype, policy)):
         if to.itemsize < wide.dtype.itemsize:
             info = jnp.finfo(to)
             wide = jax.lax.reduce_precision(wide, info.nexp, info.nmant)
@@ -252,7 +253,7 @@ def _signs(x: jax.Array, seed: jax.Array) -> jax.Array:
     signs = _hash_signs(x.shape, seed)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         return signs + 1j * _hash_signs(x.shape, seed ^ np.uint32(_STRIDE))
-    return signs.astype(_wide(x).dtype)
+    return signs.astype(widen(x).dtype)
 
 
 def _hash_signs(shape: tuple[int, ...], seed: jax.Array) -> jax.Array:
@@ -271,11 +272,7 @@ def _real_product(g: jax.Array, d: jax.Array) -> jax.Array:
 
 
 def _norm(x: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.sum(jnp.square(jnp.abs(_wide(x))))).astype(jnp.float32)
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return jnp.sqrt(jnp.sum(jnp.square(jnp.abs(widen(x))))).astype(jnp.float32)
 
 
 def _key_words(x: jax.Array) -> jax.Array:

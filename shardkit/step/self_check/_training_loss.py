@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ..._core.precision import widen
 from ..._core.row_dims import RowDims, map_rows, with_dim
 from ..._core.split_rng import RandomDraws, per_shard_keys
 from ..._core.train_state import TrainState
@@ -35,26 +36,30 @@ class LossProgram:
 
     Attributes:
       program: `(state, batch) → (total, weight)`.
-      dtype: in which it sees the parameters.
+      policy: the dtype policy by which it sees the parameters; see `policy_dtype`.
+      lowest: of the dtypes in which it sees them, the one with the largest roundings.
     """
 
     program: CompiledProgram
-    dtype: str
+    policy: str | None
+    lowest: str
 
     @classmethod
-    def of(cls, compiled: Callable[[str], CompiledProgram], dtype: str) -> "LossProgram":
+    def of(
+        cls, compiled: Callable[[str | None], CompiledProgram], policy: str | None, lowest: str
+    ) -> "LossProgram":
         """Compiles the loss in f32 where the step computes in less, if the model can.
 
         A bf16 loss moves in steps: along one direction of a small decoder its difference quotient
         was off by 0.1 to 0.6 of the scale at the best step, in f32 by the gradient's own error.
         """
-        if jnp.finfo(dtype).bits < 32:
+        if jnp.finfo(lowest).bits < 32:
             try:
-                return cls(compiled("float32"), "float32")
+                return cls(compiled("float32"), "float32", "float32")
             except (TypeError, ValueError, NotImplementedError):
                 # A batch in bf16 beside a convolution, a kernel for bf16 alone: as declared, then.
                 pass
-        return cls(compiled(dtype), dtype)
+        return cls(compiled(policy), policy, lowest)
 
 
 def build_plain_objective(loss_fn: Callable[..., Any]) -> Objective:
@@ -72,7 +77,7 @@ def build_plain_objective(loss_fn: Callable[..., Any]) -> Objective:
             value = call(params, batch, key)
             value = value[0] if isinstance(value, tuple) else value
         pair = (value.total, value.weight) if isinstance(value, Mean) else (value, 1.0)
-        total, weight = (jnp.asarray(x, jnp.float32) for x in pair)
+        total, weight = (widen(jnp.asarray(x)) for x in pair)
         return total, LossOutput(Mean(total, weight), {}, model_state)
 
     return run
@@ -87,7 +92,7 @@ def build_training_loss(
     always_folds: bool,
     own_keys: bool,
 ) -> Callable[[TrainState, Batch], Totals]:
-    """Builds `(state, batch) → (total, weight)`, f32[] each, over all micro-batches.
+    """Builds `(state, batch) → (total, weight)`, f32[] or f64[], over all micro-batches.
 
     Args:
       objective: the training loss of one micro-batch.
@@ -119,8 +124,9 @@ def build_training_loss(
 
         if steps == 1:
             return loss_of(state.model_state, jnp.int32(0))[0]
-        zero = jnp.zeros((), jnp.float32)
-        (totals, _), _ = jax.lax.scan(body, ((zero, zero), state.model_state), jnp.arange(steps))
+        like, _ = jax.eval_shape(loss_of, state.model_state, jnp.int32(0))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+        (totals, _), _ = jax.lax.scan(body, (zeros, state.model_state), jnp.arange(steps))
         return totals
 
     return run

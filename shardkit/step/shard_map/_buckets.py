@@ -15,11 +15,10 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from ..._core.types import PyTree, Scalar
+from ..._core.types import PyTree
 from ...nn._manual_axis_rules import Axes, Dims
 from ...parallel import GradientCompression, compressed_sum
 from .._layout import RESIDUALS
-from .._objective import inverse_weight
 
 # (buffer [1, n], mesh axes, indices of the leaves in the buffer) → the sum over the axes.
 SumBuffer = Callable[[jax.Array, Axes, Sequence[int]], jax.Array]
@@ -56,28 +55,28 @@ def flatten_dims(dims: Dims) -> Axes:
 
 
 def reduce_gradients(
-    grads: Sequence[jax.Array], parameters: Sequence[ParamPlan], dtype: str, sum_buffer: SumBuffer
+    grads: Sequence[jax.Array], parameters: Sequence[ParamPlan], sum_buffer: SumBuffer
 ) -> list[jax.Array]:
     """Sums the gradients of all devices' rows.
 
     Args:
-      grads: leaves on this device, shaped as the loss sees the parameters.
+      grads: leaves on this device, shaped as the loss sees the parameters, in the dtype of the sum.
       parameters: plans of the same leaves.
-      dtype: dtype of the sum.
       sum_buffer: sums a buffer; see `SumBuffer`.
 
     Returns:
-      Gradients of each device's shards, in `dtype`.
+      Gradients of each device's shards, in the same dtypes.
     """
-    groups: dict[tuple[Axes, Axes, frozenset[str]], list[int]] = {}
+    groups: dict[tuple[Axes, Axes, frozenset[str], str], list[int]] = {}
     for index, plan in enumerate(parameters):
         # JAX types a buffer as varying over the axes of all its leaves together, so only leaves
         # that vary over the same axes share one.
-        group = flatten_dims(plan.scattered), plan.summed, frozenset(plan.varying)
+        varying, dtype = frozenset(plan.varying), grads[index].dtype.name
+        group = flatten_dims(plan.scattered), plan.summed, varying, dtype
         groups.setdefault(group, []).append(index)
     reduced: dict[int, jax.Array] = {}
-    for (scattered, summed, _), indices in groups.items():
-        leaves = [grads[n].astype(dtype) for n in indices]
+    for (scattered, summed, *_), indices in groups.items():
+        leaves = [grads[n] for n in indices]
         dims = [parameters[n].scattered for n in indices]
         if not scattered and not summed:
             reduced |= dict(zip(indices, leaves, strict=True))
@@ -98,18 +97,15 @@ class GradientSum:
       model_state: model state of one device, its residuals updated by every sum.
     """
 
-    def __init__(
-        self, compression: GradientCompression | None, model_state: PyTree, weight: Scalar
-    ) -> None:
+    def __init__(self, compression: GradientCompression | None, model_state: PyTree) -> None:
         """Takes the residuals of the last step.
 
         Args:
           compression: None sums without compression.
-          model_state: model state of one device.
-          weight: the divisor of the gradients, so that residuals are those of a mean and steps of
-            different weight can share them.
+          model_state: model state of one device. Its residuals are those of gradients of a mean,
+            so steps of different weight share them.
         """
-        self.model_state, self._compression, self._weight = model_state, compression, weight
+        self.model_state, self._compression = model_state, compression
 
     def __call__(self, buffer: jax.Array, axes: Axes, indices: Sequence[int]) -> jax.Array:
         """Sums a buffer [1, n] of the leaves with these indices."""
@@ -119,7 +115,7 @@ class GradientSum:
         buffer = jax.lax.psum(buffer, fast_axes) if fast_axes else buffer
         residuals, structure = jax.tree.flatten(self.model_state[RESIDUALS])
         error = jnp.concatenate([residuals[n].reshape(-1) for n in indices])
-        mean = buffer[0].astype(jnp.float32) * inverse_weight(self._weight)
+        mean = buffer[0].astype(jnp.float32)
         total, error = compressed_sum(mean, error, self._compression)
         start = 0
         for n in indices:
@@ -127,7 +123,7 @@ class GradientSum:
             residuals[n] = error[start:end].reshape(residuals[n].shape)
             start = end
         self.model_state = {**self.model_state, RESIDUALS: structure.unflatten(residuals)}
-        return (total * self._weight).astype(buffer.dtype)[None]
+        return total.astype(buffer.dtype)[None]
 
 
 def _unpack_shards(

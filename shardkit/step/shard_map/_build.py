@@ -7,8 +7,8 @@ import jax
 from jax.extend import core
 from jax.sharding import PartitionSpec
 
-from ..._core.row_dims import resize_rows
-from ..._core.split_rng import Draw, RandomDraws, list_draws, match_dims
+from ..._core.draws import Draw, list_draws, match_dims, trace_in_part
+from ..._core.split_rng import RandomDraws
 from ..._core.types import Accumulate, Batch, Key, Params, PyTree
 from ...nn._manual_axis_rules import ShardMapLoss, pvary
 from .._activations import Activations
@@ -120,14 +120,16 @@ def _match_draws(
     def trace_draws(run: Callable[..., PyTree], times: int, over: int) -> list[Draw]:
         """Draws of a function for `times / over` of the global batch."""
         resized = resize_rows(batch, plan.row_dims, times, over)
-        return list_draws(jax.make_jaxpr(run)(params, model_state, resized, key).jaxpr)
+        return list_draws(trace_in_part(run, (params, model_state, resized, key))[0].jaxpr)
 
     steps = plan.accumulate.micro_batches
     on_shards = map_shards(plan, total_of, PartitionSpec(plan.mesh.axis_names))
     of_device = trace_draws(on_shards, 1, steps)
     if shards > 1:
         of_all_rows = trace_draws(on_shards, shards, steps)
-        draws = dataclasses.replace(draws, row_dims=match_dims(of_device, of_all_rows, shards))
+        followed = plan.bound.follows_rows
+        row_dims = match_dims(of_device, of_all_rows, shards, folds_followed=followed)
+        draws = dataclasses.replace(draws, row_dims=row_dims)
     if slices > 1:
         of_whole_length = trace_draws(objective, 1, steps * shards)
         draws = dataclasses.replace(

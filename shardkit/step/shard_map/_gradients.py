@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from ..._core.precision import cast_floats
+from ..._core.precision import cast_floats, policy_dtype
 from ..._core.row_dims import map_rows, take_rows, with_dim
 from ..._core.split_rng import part_keys, threefry_words
 from ..._core.types import Batch, Key, Params, PyTree, Scalar
 from ...nn._manual_axis_rules import gather_dim, pvary, use_manual_axis_rules
-from .._gradients import GradientFn, LossAndGradients, LossArgs, divide_by_weight, to_f32
-from .._objective import LossOutput, Objective
+from .._gradients import GradientFn, LossAndGradients, LossArgs, divide_by_weight
+from .._objective import LossOutput, Objective, value_and_grad
 from ._buckets import GradientSum, reduce_gradients
 from ._loss_output import reduce_output
 from ._plan import ShardMapPlan
@@ -36,24 +36,30 @@ def build_local_gradients(objective: Objective, plan: ShardMapPlan) -> GradientF
     Gradients have the dtype and the layout of the parameters.
     """
     precision = plan.bound.spec.precision
-    reduce_dtype = precision.reduce_dtype or precision.compute_dtype
 
     def local(params: Params, model_state: PyTree, batch: Batch, key: Key) -> LossAndGradients:
         compute_params = gather_params(plan, cast_floats(params, precision.compute_dtype))
         partition = plan.partition
-        of_trained = partition.of_trained(objective, compute_params)
-        args = partition.trained(compute_params), model_state, batch, key
+        of_trained, trained = partition.of_trained(objective, compute_params), partition.trained
+        args = trained(compute_params), model_state, batch, key
         output, totals = _accumulate(of_trained, plan, args)
-        flat, structure = jax.tree.flatten(totals)
         with jax.named_scope("reduce"):
             output = reduce_output(output, plan.row_axes)
-            compression = plan.bound.spec.strategy.compression
-            gradient_sum = GradientSum(compression, model_state, output.loss.weight)
-            flat = reduce_gradients(flat, plan.trained, reduce_dtype, gradient_sum)
+            grads = divide_by_weight(totals, output.loss.weight)
+            flat, structure = jax.tree.flatten(
+                jax.tree.map(
+                    lambda g, p: g.astype(policy_dtype(p.dtype, precision.reduce_dtype)),
+                    grads,
+                    trained(compute_params),
+                )
+            )
+            gradient_sum = GradientSum(plan.bound.spec.strategy.compression, model_state)
+            flat = reduce_gradients(flat, plan.trained, gradient_sum)
         output = dataclasses.replace(output, model_state=gradient_sum.model_state)
-        totals = structure.unflatten(flat)
-        totals = jax.tree.map(lambda g, p: g.astype(p.dtype), totals, partition.trained(params))
-        return output, divide_by_weight(totals, output.loss.weight)
+        grads = jax.tree.map(
+            lambda g, p: g.astype(p.dtype), structure.unflatten(flat), trained(params)
+        )
+        return output, grads
 
     return map_shards(plan, local, (_output_specs(plan), plan.gradients))
 
@@ -93,14 +99,13 @@ def _accumulate(objective: Objective, plan: ShardMapPlan, args: LossArgs) -> Los
     """Loss and gradients of this device's rows over all micro-batches, not reduced."""
     params, model_state, batch, key = args
     steps = plan.accumulate.micro_batches
+    differentiate = value_and_grad(objective, plan.common_weight)
 
-    def value_and_grad(rows: Batch, key: Key) -> LossAndGradients:
-        run = jax.value_and_grad(objective, has_aux=True)
-        (_, output), totals = run(params, model_state, rows, _device_key(plan, key))
-        return output, totals
+    def run_rows(rows: Batch, key: Key) -> LossAndGradients:
+        return differentiate(params, model_state, rows, _device_key(plan, key))
 
     if steps == 1:
-        return value_and_grad(batch, jax.random.fold_in(key, 0) if plan.reduce_separately else key)
+        return run_rows(batch, jax.random.fold_in(key, 0) if plan.reduce_separately else key)
 
     def take(x: jax.Array, dim: int, index: jax.Array) -> jax.Array:
         strided = x.reshape(with_dim(x.shape, dim, x.shape[dim] // steps, steps))
@@ -108,8 +113,8 @@ def _accumulate(objective: Objective, plan: ShardMapPlan, args: LossArgs) -> Los
 
     def run_micro_batch(index: jax.Array) -> PyTree:
         rows = map_rows(lambda x, dim: take(x, dim, index), batch, plan.row_dims)
-        output, totals = value_and_grad(rows, jax.random.fold_in(key, index))
-        return output.loss, output.metrics, to_f32(totals)
+        output, totals = run_rows(rows, jax.random.fold_in(key, index))
+        return output.loss, output.metrics, totals
 
     def body(carry: PyTree, index: jax.Array) -> tuple[PyTree, None]:
         return jax.tree.map(jnp.add, carry, run_micro_batch(index)), None

@@ -33,7 +33,9 @@ def reduce_output(output: LossOutput, rows: Axes) -> LossOutput:
         scalars = [x for name in names for x in (means[name].total, means[name].weight)]
         flat = jnp.stack([pvary(x, axes) for x in scalars])
         flat = jax.lax.psum(flat, axes) if axes else flat
-        summed |= {name: Mean(flat[2 * i], flat[2 * i + 1]) for i, name in enumerate(names)}
+        sums = [flat[i].astype(like.dtype) for i, like in enumerate(scalars)]
+        pairs = zip(names, sums[::2], sums[1::2], strict=True)
+        summed |= {name: Mean(total, weight) for name, total, weight in pairs}
     metrics = {name: summed[name] for name in output.metrics}
     return LossOutput(summed["loss"], metrics, output.model_state)
 

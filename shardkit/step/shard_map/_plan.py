@@ -8,6 +8,7 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 from jax.sharding import Mesh, PartitionSpec
 
@@ -15,9 +16,17 @@ from ..._core.errors import Problem
 from ..._core.partition import Partition
 from ..._core.row_dims import RowDims
 from ..._core.split_rng import RandomDraws
+from ..._core.tracing import uses_dtype
 from ..._core.tree import Leaf, list_leaves
-from ..._core.types import Accumulate, PyTree
-from ...nn._manual_axis_rules import Axes, Dims, ManualAxisRules, Names, ShardMapLoss
+from ..._core.types import Accumulate, PyTree, Scalar
+from ...nn._manual_axis_rules import (
+    Axes,
+    Dims,
+    ManualAxisRules,
+    Names,
+    ShardMapLoss,
+    varying_axes,
+)
 from ...rules import axes_of
 from .._bound_spec import BoundSpec
 from .._layout import StepLayout
@@ -48,6 +57,7 @@ class ShardMapPlan:
       axis_rules: logical axes → mesh axes on shards.
       specs: specs of `(params, model_state, batch)`.
       gradients: specs of the gradients that the update receives.
+      uses_float16: whether the loss computes in float16, which sums leave the range of.
       draws: which random draws of the loss grow with rows and length.
     """
 
@@ -61,6 +71,7 @@ class ShardMapPlan:
     axis_rules: ManualAxisRules
     specs: tuple[PyTree, PyTree, PyTree]
     gradients: PyTree
+    uses_float16: bool = False
     draws: RandomDraws = dataclasses.field(default_factory=lambda: RandomDraws(1))
 
     @property
@@ -78,6 +89,16 @@ class ShardMapPlan:
     def reduce_separately(self) -> bool:
         """Whether `mode="auto"` would keep gradients apart, and so fold micro-batches into keys."""
         return self.accumulate.reduce == "end" and self.bound.spec.precision.reduces_separately
+
+    def common_weight(self, weight: Scalar) -> Scalar:
+        """What gradients are divided by until they are reduced, equal on all devices.
+
+        It is 1 but for float16, since the weight of all rows takes a collective of its own.
+        """
+        if not self.uses_float16:
+            return jnp.ones((), weight.dtype)
+        axes = tuple(sorted(varying_axes(weight)))
+        return jax.lax.psum(weight, axes) if axes else weight
 
     def count(self, axes: Axes) -> int:
         """Number of devices along mesh axes."""
@@ -136,7 +157,7 @@ def build_plan(
         parameters.append(_plan_param(stored, finer, by_step, row_axes + token_axes))
     problems += name_problems(axis_rules, marked)
     problems += head_problems(axis_rules, marked)
-    problems += compression_problems(bound, parameters, row_axes)
+    problems += compression_problems(bound, params, parameters, row_axes)
     raise_problems(bound, problems)
     reduce_dtype = precision.reduce_dtype if precision.reduces_separately else None
     batch = jax.tree.map(lambda s: s.spec, layout.batch_shardings)
@@ -151,6 +172,7 @@ def build_plan(
         axis_rules=ManualAxisRules(table, tuple(gathered.items()), kept_axes(bound), reduce_dtype),
         specs=(specs.params, specs.model_state, batch),
         gradients=update,
+        uses_float16=uses_dtype(jaxpr.jaxpr, jnp.float16),
     )
 
 

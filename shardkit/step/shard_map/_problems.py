@@ -4,9 +4,10 @@ import contextlib
 import dataclasses
 import re
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 
 from ..._core.errors import Problem, StepError, did_you_mean, format_problems, raise_all
@@ -188,10 +189,15 @@ def head_problems(axis_rules: ManualAxisRules, marked: MarkedAxes) -> Iterator[P
 
 
 def compression_problems(
-    bound: BoundSpec, parameters: Iterable[ParamPlan], row_axes: Axes
+    bound: BoundSpec, leaves: Sequence[Leaf], parameters: Sequence[ParamPlan], row_axes: Axes
 ) -> Iterator[Problem]:
-    """Only gradients that are all-reduced over an axis can be compressed over it."""
+    """Only real gradients that are all-reduced over an axis can be compressed over it."""
     compression = bound.spec.strategy.compression
+    for leaf in leaves if compression else ():
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            why = "is complex, and gradients are rounded to 8 bits as real numbers"
+            fix = "a real array [..., 2] with both parts, or no GradientCompression"
+            yield Problem(str(leaf.within("params")), why, fix)
     if compression and not all(compression.axis in param.summed for param in parameters):
         axis = compression.axis
         why = f"gradients are not summed over {axis!r}, they are scattered over it or equal"

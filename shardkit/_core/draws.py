@@ -1,0 +1,212 @@
+"""Finds which random draws of a loss grow with the rows of its batch, and refuses what cannot.
+
+Nothing is guessed: the loss is traced with the rows of one part and with all of them, and the
+shapes of its draws are compared. A draw that grows with the rows must come from the key that the
+loss gets; a key that the loss makes itself would draw the same for every part.
+"""
+
+import dataclasses
+import math
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from .equations import user_line
+from .errors import Problem, StepError, raise_all
+from .source import Frame, is_user_file
+from .split_rng import (
+    Drawn,
+    GrownDim,
+    RandomDraws,
+    Shape,
+    is_part_key,
+    key_problems,
+    part_keys,
+    threefry_words,
+)
+from .tree import short_type
+from .types import PyTree
+
+_HEADLINE = "The random draws of the loss cannot be split over gradient shards."
+_DRAWING = ("random_bits", "random_split", "random_fold_in", "random_gamma")
+_WHOLE = 'the whole batch at once: mode="auto", accumulate=1, no reduce_dtype'
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """One random operation of a loss.
+
+    Attributes:
+      kind: `"bits"`, `"split"`, `"fold_in"` or `"gamma"`.
+      shape: what one key draws; of a fold the shape of the numbers.
+      from_key: whether it draws from the key that the loss gets.
+      line: the user's `file:line in function`.
+    """
+
+    kind: str
+    shape: Shape
+    from_key: bool
+    line: str = dataclasses.field(compare=False)
+
+    @property
+    def drawn(self) -> Drawn:
+        """What the generator is asked for: gamma draws from one key for each of its elements."""
+        return ("split", (math.prod(self.shape),)) if self.kind == "gamma" else self.pair
+
+    @property
+    def pair(self) -> Drawn:
+        """Kind and shape."""
+        return self.kind, self.shape
+
+
+def match_draws(
+    loss: Callable[..., Any],
+    shards: int,
+    shard_args: tuple[Any, ...],
+    all_args: tuple[Any, ...],
+    keys: int = 1,
+    folds_followed: bool = False,
+) -> RandomDraws:
+    """Traces a loss with the rows of one gradient shard and with all rows, and matches its draws.
+
+    Args:
+      loss: any traceable function.
+      shards: number of gradient shards.
+      shard_args: abstract arguments with the rows of one shard.
+      all_args: abstract arguments with the rows of all shards.
+      keys: how many of the last arguments are keys.
+      folds_followed: see `match_dims`.
+
+    Raises:
+      StepError: a draw depends on the number of rows in a way that cannot be split.
+    """
+    if shards == 1:
+        return RandomDraws(1)
+    part, whole = (
+        list_draws(trace_in_part(loss, args, keys)[0].jaxpr) for args in (shard_args, all_args)
+    )
+    return RandomDraws(shards, match_dims(part, whole, shards, folds_followed=folds_followed))
+
+
+def trace_in_part(
+    run: Callable[..., Any], args: Sequence[Any], keys: int = 1
+) -> tuple[core.ClosedJaxpr, PyTree]:
+    """Traces a function with keys of the kind that it gets where rows are split.
+
+    Args:
+      run: a function of a user's loss.
+      args: abstract arguments.
+      keys: how many of the last ones are keys.
+
+    Returns:
+      The jaxpr, and the abstract results.
+
+    Raises:
+      StepError: JAX draws with such a key otherwise, or not at all.
+    """
+
+    def in_part(*args: Any) -> Any:
+        own = (part_keys(threefry_words(k), RandomDraws(1), 0, 0) for k in args[-keys:])
+        return run(*args[:-keys], *own)
+
+    try:
+        traced, results = jax.make_jaxpr(in_part, return_shape=True)(*args)
+    except Exception as error:  # a user's code
+        # What fails with any key is no matter of keys, and raised as it is.
+        jax.make_jaxpr(lambda *args: run(*args))(*args)
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if is_user_file(f.filename)]
+        line = str(Frame(frames[-1].filename, frames[-1].lineno or 0, frames[-1].name))
+        why = f"takes no key of a part of the rows: {reason[:160]} ({line})"
+        raise_all(StepError, _HEADLINE, [Problem("loss_fn", why, _WHOLE)])
+        raise
+    if any(draw.from_key for draw in list_draws(traced.jaxpr)):
+        raise_all(StepError, _HEADLINE, key_problems(args[-1].dtype))
+    return traced, results
+
+
+def match_dims(
+    part: list[Draw], whole: list[Draw], parts: int, *, folds_followed: bool = False
+) -> tuple[tuple[Drawn, GrownDim], ...]:
+    """Finds the dim along which each draw of a part is larger for the whole.
+
+    Args:
+      part: draws of a loss on one part of its rows (or of its length), in order.
+      whole: its draws on all parts together.
+      parts: number of parts.
+      folds_followed: whether numbers that are folded into a key once a row are known to be the
+        batch's own: `step/rows/` refuses those that count rows.
+
+    Returns:
+      What the generator is asked for and its grown dim, for each draw that grows: a dropout mask
+      bits[4, 8] that is bits[12, 8] for 3 times the rows has `(("bits", (4, 8)), GrownDim((4, 8),
+      0))`.
+
+    Raises:
+      StepError: a draw grows in another way, or from another key.
+    """
+    problems: list[Problem] = []
+    if [draw.kind for draw in part] != [draw.kind for draw in whole]:
+        why = "the number of its random draws depends on the number of rows"
+        problems.append(Problem("loss_fn", why))
+    dims: dict[Drawn, GrownDim | None] = {}
+    for draw, large in zip(part, (draw.shape for draw in whole), strict=False):
+        dim = _find_grown_dim(draw.shape, large, parts)
+        if draw.kind == "fold_in" and (folds_followed or draw.shape == large):
+            continue
+        grown = None if dim is None else GrownDim(draw.shape, dim)
+        why = ""
+        if draw.kind == "fold_in":
+            why = "folds in numbers counted over the rows of the batch, or over the length"
+        elif draw.shape != large and not draw.from_key:
+            why = "draws from a key that the loss makes itself: every part would draw the same"
+        elif grown is None and draw.shape != large:
+            why = f"is {large} for {parts} times the rows"
+        elif draw.from_key and dims.setdefault(draw.drawn, grown) != grown:
+            why = "is drawn once for the rows and once for something else of the same shape"
+        if why:
+            subject = f"{draw.kind} {short_type(draw.shape, jnp.uint32.dtype)}"
+            problems.append(Problem(subject, why + (draw.line and f" ({draw.line})")))
+    fix = 'noise drawn from the key that the loss gets; or sk.Accumulate(k, reduce="every")'
+    raise_all(StepError, _HEADLINE, problems, fix)
+    return tuple((drawn, grown) for drawn, grown in dims.items() if grown is not None)
+
+
+def _find_grown_dim(small: Shape, large: Shape, parts: int) -> int | None:
+    """The only dim in which two shapes differ, if it is `parts` times as large in the second."""
+    if len(small) != len(large):
+        return None
+    changed = [d for d, (a, b) in enumerate(zip(small, large, strict=True)) if a != b]
+    fits = len(changed) == 1 and small[changed[0]] * parts == large[changed[0]]
+    return changed[0] if fits else None
+
+
+def list_draws(jaxpr: core.Jaxpr, line: str = "") -> list[Draw]:
+    """Lists every draw of a jaxpr in order.
+
+    Args:
+      jaxpr: of a loss.
+      line: the user's line that called it, for operations of JAX's own functions.
+    """
+    draws = []
+    for eqn in jaxpr.eqns:
+        here = user_line(eqn)[0] or line
+        draws += _draws_of(eqn, here)
+        for inner in core.jaxprs_in_params(eqn.params):
+            draws += list_draws(inner, here)
+    return draws
+
+
+def _draws_of(eqn: core.JaxprEqn, line: str) -> list[Draw]:
+    kind = eqn.primitive.name.removeprefix("random_")
+    if eqn.primitive.name not in _DRAWING:
+        return []
+    avals: tuple[Any, ...] = (eqn.invars[0].aval, eqn.invars[-1].aval, eqn.outvars[0].aval)
+    key, operand, drawn = avals
+    shapes = {"fold_in": operand.shape, "gamma": drawn.shape[len(key.shape) :]}
+    shape = shapes[kind] if kind in shapes else eqn.params["shape"]
+    return [Draw(kind, tuple(shape), is_part_key(key.dtype), line)]
