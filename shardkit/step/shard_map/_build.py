@@ -8,6 +8,7 @@ from jax.extend import core
 from jax.sharding import PartitionSpec
 
 from ..._core.draws import Draw, list_draws, match_dims, trace_in_part
+from ..._core.row_dims import resize_rows
 from ..._core.split_rng import RandomDraws
 from ..._core.types import Accumulate, Batch, Key, Params, PyTree
 from ...nn._manual_axis_rules import ShardMapLoss, pvary
