@@ -21,7 +21,7 @@ def attention(
     *,
     causal: bool = True,
     segment_ids: jax.Array | None = None,
-    implementation: Implementation = "auto",
+    implementation: str = "auto",
 ) -> jax.Array:
     """Returns softmax(q kᵀ / √head_dim + mask) v, with the softmax in f32.
 
