@@ -63,10 +63,10 @@ def _mapped_apart(equation: core.JaxprEqn, mesh: Mesh, axes: tuple[str, ...]) ->
 
 def _exchange(x: Any, change: Callable[[core.JaxprEqn], core.JaxprEqn]) -> Any:
     """Changes every equation of a jaxpr and of those in its parameters; leaves the rest."""
+    if isinstance(x, core.Jaxpr):  # since jax 0.12 a closed one, too
+        return x.replace(eqns=[_exchange(eqn, change) for eqn in x.eqns])
     if isinstance(x, core.ClosedJaxpr):
         return x.replace(jaxpr=_exchange(x.jaxpr, change))
-    if isinstance(x, core.Jaxpr):
-        return x.replace(eqns=[_exchange(eqn, change) for eqn in x.eqns])
     if isinstance(x, core.JaxprEqn):
         params = {name: _exchange(value, change) for name, value in x.params.items()}
         return change(x.replace(params=params))
@@ -92,8 +92,11 @@ def _batch(args: Any, dims: Any, *, convolution: Any, mesh: Mesh, axes: tuple[st
         own = [x if d is None else x.squeeze(d) for x, d in zip(shards, dims, strict=True)]
         return convolve(*own)[None]
 
+    # The partitioner aborts on groups of channels that another axis splits, so no other axis may.
+    counts = (dict(convolution)[f"{name}_group_count"] for name in ("feature", "batch"))
+    manual_axes = {*axes} if set(counts) == {1} else {*mesh.axis_names}
     apart = jax.shard_map(
-        local, mesh=mesh, in_specs=tuple(specs), out_specs=_at(0, axes), axis_names={*axes}
+        local, mesh=mesh, in_specs=tuple(specs), out_specs=_at(0, axes), axis_names=manual_axes
     )
     return apart(*args), 0
 

@@ -104,11 +104,10 @@ def _dynamic_slice(_: Compare, at: Site, operands: Sequence[Parts]) -> Parts:
     for starts, offset, old, new in zip(whole.dims, offsets, at.old(), at.new, strict=True):
         if old == new or starts is None:
             dims.append(starts)
-        elif offset is None or len({*map(int, offset)}) == 1:
-            dims.append(None)  # what a model cuts out, not a device's own part
+        elif offset is None or {*map(int, offset)} != {*range(0, old, new)}:
+            dims.append(None)  # what a model cuts out, not the parts of all devices
         else:
-            cut = np.clip(offset, 0, old - new)
-            dims.append(tuple(int(a + b) for a, b in zip(starts, cut, strict=True)))
+            dims.append(tuple(int(a + b) for a, b in zip(starts, offset, strict=True)))
     values = None
     if whole.values is not None and all(offset is not None for offset in offsets):
         tables = enumerate(whole.values)

@@ -103,23 +103,38 @@ def reshape(parts: Parts, source: Sequence[int], target: Sequence[int]) -> Parts
     """Follows dims through a reshape, in groups of dims with the same number of elements.
 
     `[2, 3, 4] → [6, 4]` has the groups `[2, 3] → [6]` and `[4] → [4]`. The outermost dim of a group
-    carries the starts; the others must start at 0 on every device. A dim of one element belongs
-    to the dims after it: a shard `[1, 4, 8]` of `[8, 4, 8]` becomes a shard `[4, 8]` of `[32, 8]`.
+    carries the starts; the others must start at 0 on every device.
+
+    A dim of one element on each device tells little: `[1, 4] → [4]` may be a reshape of the whole
+    `[8, 4]`, or what is left of a sum over its 8 rows; `[4] → [1, 4]` may split a dim or add one.
     """
     dims: list[Starts | None] = [None] * len(target)
     for inside, outside in _equal_groups(source, target):
-        starts = _merge([parts.dims[dim] for dim in inside], [source[dim] for dim in inside])
-        unit = math.prod(target[dim] for dim in outside[1:])
-        if starts is None or any(start % unit for start in starts):
-            continue
-        if len(outside) > len(inside) and target[outside[0]] == 1:
-            # Only the whole arrays tell whether `[4]` to `[1, 4]` adds a dim or splits one.
-            outside = [] if any(starts) else [dim for dim in outside if target[dim] > 1]
-        for dim in outside:
-            dims[dim] = (0,) * len(starts)
-        if outside:
-            dims[outside[0]] = tuple(start // unit for start in starts)
+        old, new = [source[dim] for dim in inside], [target[dim] for dim in outside]
+        starts = [parts.dims[dim] for dim in inside]
+        for dim, moved in zip(outside, _regroup(starts, old, new), strict=True):
+            dims[dim] = moved
     return Parts(tuple(dims))
+
+
+def _regroup(
+    starts: Sequence[Starts | None], old: Sequence[int], new: Sequence[int]
+) -> Sequence[Starts | None]:
+    """Starts of the dims that one group of dims becomes."""
+    if old == new:
+        return starts
+    outer, *inner = starts
+    unclear = any(size == 1 for size in (*old, new[0]))
+    if outer is None or any(s is None or any(s) for s in inner) or (unclear and any(outer)):
+        return [None] * len(new)
+    before, after = math.prod(old[1:]), math.prod(new[1:])
+    merged = tuple(start * before for start in outer)
+    if any(start % after for start in merged):
+        return [None] * len(new)
+    # A device's one element of a dim that begins here may be any of the whole dim.
+    whole = [None if size == 1 else (0,) * len(merged) for size in new[1:]]
+    first = None if new[0] == 1 else tuple(start // after for start in merged)
+    return [first, *whole]
 
 
 def _equal_groups(
@@ -146,18 +161,6 @@ def _equal_groups(
     if groups and inside:  # single elements at the end
         groups[-1][0].extend(inside)
     return groups
-
-
-def _merge(dims: Sequence[Starts | None], sizes: Sequence[int]) -> Starts | None:
-    """Starts of several dims as one; None unless all but the outermost are whole."""
-    merged: Starts | None = None
-    for number, starts in enumerate(dims):
-        if starts is None or (merged is not None and any(starts)):
-            return None
-        if merged is None and (sizes[number] > 1 or any(starts) or number == len(dims) - 1):
-            unit = math.prod(sizes[number + 1 :])
-            merged = tuple(start * unit for start in starts)
-    return merged
 
 
 def bitcast(parts: Parts, source: Instruction, target: Instruction) -> Parts:
