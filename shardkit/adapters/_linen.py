@@ -41,9 +41,9 @@ def from_linen(
       rngs: names of the random streams that the module draws from besides `params`.
 
     Returns:
-      A `Model`. Logical axes are those of `nn.with_partitioning` and
-      `nn.with_logical_partitioning`. Every collection but `params`, such as batch statistics, is
-      in `state.model_state`.
+      A `Model`. Logical axes are those of `nn.with_logical_partitioning` and
+      `nn.with_partitioning`; as in a `PartitionSpec`, dims after the last name have none. Every
+      collection but `params`, such as batch statistics, is in `state.model_state`.
 
     >>> import jax, flax.linen as nn
     >>> batch = {"x": jax.numpy.ones((8, 4))}

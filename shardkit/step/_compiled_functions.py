@@ -1,20 +1,17 @@
 """Compiles the functions of one spec on one mesh, each on first use."""
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .._core.types import PyTree
-from ..nn._constrain import use_resolver
 from ..nn._overridable import ActiveOverrides, StepContext, use_overrides
 from ..nn._remat import use_policy
 from ..parallel import check_overrides_called
 from ._activations import Activations, SpecsInLoss
-from ._ambient import around_init, around_loss
 from ._bound_spec import BoundSpec
 from ._compile import CompiledProgram, compile_program
 from ._layout import (
@@ -43,11 +40,11 @@ class CompiledFunctions:
           StepError: the spec does not form a step.
         """
         self._bound = bound
-        with around_init(bound.mesh):
+        with Activations(bound.mesh, bound.spec.strategy.activations, ()).around_init():
             self.layout = resolve_layout(bound.spec, bound.mesh)
         self._functions = StepFunctions(bound, self.layout)
         if bound.spec.debug:
-            self._functions.check_key_reuse(self._around_init, self._around_loss)
+            self._functions.check_key_reuse(self._names.around_init, self._names.around_loss)
         self._replicated = NamedSharding(bound.mesh, PartitionSpec())
 
     @functools.cached_property
@@ -136,7 +133,7 @@ class CompiledFunctions:
         # In `shard_map` mode the model's own collectives do the work of overrides.
         manual = self._bound.spec.mode == "shard_map"
         overrides = {} if manual else dict(self._bound.spec.strategy.overrides)
-        with self._around_loss():
+        with names.around_loss():
             run = build()
         with use_overrides(overrides, around) as marks:
             return self._compile(
@@ -171,22 +168,11 @@ class CompiledFunctions:
                 args,
                 in_shardings=in_shardings,
                 out_shardings=out_shardings,
-                surroundings=self._around_loss if marks else self._around_init,
+                surroundings=names.around_loss if marks else names.around_init,
                 check=check,
                 donate=donate,
                 options=self._bound.xla_options,
             )
-
-    @contextlib.contextmanager
-    def _around_init(self) -> Iterator[None]:
-        with around_init(self._bound.mesh), use_resolver(self._names):
-            yield
-
-    @contextlib.contextmanager
-    def _around_loss(self) -> Iterator[None]:
-        rules = self._bound.spec.strategy.activations
-        with around_loss(self._bound.mesh, rules), use_resolver(self._names):
-            yield
 
     @property
     def _names(self) -> Activations:
