@@ -105,6 +105,11 @@ REFUSED = {
         ("the passed args[0] of shape float32[31,16]",),
         "sizes that divide",
     ),
+    "a jit whose shardings do not divide": (
+        lambda h: jax.jit(jnp.tanh, in_shardings=P(None, "tensor"))(h[:, :6]),
+        ("P(None, 'tensor'): array axis 1 is partitioned 4 times, but the dimension size is 6",),
+        "no in_shardings and out_shardings",
+    ),
     "an unknown logical axis": (
         lambda h: logical(h, ("batch", "mpl")),
         ("logical axis 'mpl'", "activations do not list it. Did you mean 'mlp'?"),
