@@ -174,6 +174,13 @@ def test_on_shards_every_constraint_is_named():
     assert 'mode="auto"' in text
 
 
+def test_on_shards_a_shard_map_is_refused_too():
+    text = refuse(mapped, mode="shard_map", independent_rows=True)
+    assert "shard_map at " in text
+    assert "would map one device's shard again" in text
+    assert "sk.ShardMapLoss(local, reference)" in text
+
+
 def test_a_shard_map_over_the_axes_of_gradient_shards():
     text = refuse(mapped, accumulate=2, independent_rows=True)
     assert "vmap spmd_axis_name cannot appear in shard_map in_specs" in text

@@ -17,7 +17,7 @@ from .._layout import StepLayout
 from .._objective import Objective
 from ._gradients import build_local_gradients, build_local_objective, gather_params, map_shards
 from ._plan import ShardMapPlan, build_plan
-from ._problems import check_supported, own_constraint_problems, raise_problems
+from ._problems import check_supported, own_sharding_problems, raise_problems
 
 
 def build_shard_gradients(
@@ -67,7 +67,7 @@ def plan_shards(
     check_supported(bound, layout)
     whole = jax.make_jaxpr(objective)(*args)
     if not isinstance(bound.spec.loss_fn, ShardMapLoss):
-        raise_problems(bound, list(own_constraint_problems(whole.jaxpr)))
+        raise_problems(bound, list(own_sharding_problems(whole.jaxpr)))
     rules = bound.spec.strategy.activations
     Activations(bound.mesh, rules, layout.row_axes).check(whole)
     plan = build_plan(bound, layout, whole, accumulate)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 import jax
 from jax.extend import core
 
+from ..._core.equations import user_frame
 from ..._core.errors import Problem, StepError, did_you_mean, raise_all
 from ..._core.tracing import equations
 from ..._core.tree import Leaf, list_leaves
@@ -162,11 +163,19 @@ def compression_problems(
         )
 
 
-def own_constraint_problems(jaxpr: core.Jaxpr) -> Iterator[Problem]:
-    """On shards every mesh axis is manual, and a constraint of the model's own over one is void."""
+def own_sharding_problems(jaxpr: core.Jaxpr) -> Iterator[Problem]:
+    """On shards every mesh axis is manual, which voids what a model says of sharding itself."""
     for place, spec in dict.fromkeys(map(describe_constraint, own_constraints(jaxpr))):
         why = f"{spec} means nothing where the loss sees one device's shard"
         yield Problem(place, why, 'mode="auto"; or sk.nn.constrain(x, ...), which works in both')
+    for equation in equations(jaxpr):
+        if equation.primitive.name == "shard_map":
+            frame = user_frame(equation)
+            place = f" at {frame.file_name}:{frame.line_num}" if frame else ""
+            why = "would map one device's shard again"
+            yield Problem(
+                f"shard_map{place}", why, 'mode="auto"; or sk.ShardMapLoss(local, reference)'
+            )
 
 
 def _quote_all(axes: Iterable[str]) -> str:
