@@ -105,6 +105,11 @@ REFUSED = {
         ("the passed args[0] of shape float32[31,16]",),
         "sizes that divide",
     ),
+    "a jit whose shardings do not divide": (
+        lambda h: jax.jit(jnp.tanh, in_shardings=P(None, "tensor"))(h[:, :6]),
+        ("P(None, 'tensor'): array axis 1 is partitioned 4 times, but the dimension size is 6",),
+        "no in_shardings and out_shardings",
+    ),
     "an unknown logical axis": (
         lambda h: logical(h, ("batch", "mpl")),
         ("logical axis 'mpl'", "activations do not list it. Did you mean 'mlp'?"),
@@ -167,6 +172,13 @@ def test_on_shards_every_constraint_is_named():
     assert "P('data', 'tensor') means nothing" in text
     assert text.count("with_sharding_constraint at ") == 2
     assert 'mode="auto"' in text
+
+
+def test_on_shards_a_shard_map_is_refused_too():
+    text = refuse(mapped, mode="shard_map", independent_rows=True)
+    assert "shard_map at " in text
+    assert "would map one device's shard again" in text
+    assert "sk.ShardMapLoss(local, reference)" in text
 
 
 def test_a_shard_map_over_the_axes_of_gradient_shards():

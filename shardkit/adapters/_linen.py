@@ -50,9 +50,10 @@ def from_linen(
         `outputs` is `(y, collections)`, as `module.apply(..., mutable=...)` returns it.
 
     Returns:
-      A `Model`. Logical axes are those of `nn.with_partitioning` and
-      `nn.with_logical_partitioning`. Every collection but `params` and the sown ones, such as
-      batch statistics, is in `state.model_state`.
+      A `Model`. Logical axes are those of `nn.with_logical_partitioning` and
+      `nn.with_partitioning`; as in a `PartitionSpec`, dims after the last name have none. Every
+      collection but `params` and the sown ones, such as batch statistics, is in
+      `state.model_state`.
 
     Raises:
       StepError: the module sows losses that `mutable` does not name, or the evaluation module has

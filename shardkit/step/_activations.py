@@ -1,5 +1,6 @@
 """Resolves the logical axes of a model's constraints to shardings, and checks them once traced."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
@@ -10,8 +11,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from .._core.errors import Problem, ShardingError, count, did_you_mean, raise_all
 from .._core.tracing import equations
 from .._core.tree import Leaf
-from ..nn._constrain import GRADIENT_SHARDS, MAPPED, constrain_p
+from ..nn._constrain import GRADIENT_SHARDS, MAPPED, constrain_p, use_resolver
 from ..rules import AxisRules, check_spec, format_mesh
+from ._ambient import around_init, around_loss
 from ._own_constraints import constraint_problems
 
 Names = tuple[str | None, ...]
@@ -68,6 +70,18 @@ class Activations:
                 axes = self.rules.mesh_axes(name) if self.rules else ()
                 entries.append(tuple(axis for axis in axes if axis not in inside) or None)
         return PartitionSpec(*entries)
+
+    @contextlib.contextmanager
+    def around_init(self) -> Iterator[None]:
+        """Traces and lowers `init` under this mesh."""
+        with around_init(self.mesh), use_resolver(self):
+            yield
+
+    @contextlib.contextmanager
+    def around_loss(self) -> Iterator[None]:
+        """Traces and lowers a loss under this mesh, and these rules for flax's names too."""
+        with around_loss(self.mesh, self.rules), use_resolver(self):
+            yield
 
     def check(self, jaxpr: core.ClosedJaxpr) -> None:
         """Checks every constraint of a traced step before it is lowered.

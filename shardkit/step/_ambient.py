@@ -27,8 +27,8 @@ from ._refused_constraints import explain_refused_constraints, taken_axis
 # Guards the warning filters of the whole process; one thread at a time changes and restores them.
 _WARNING_FILTERS = threading.Lock()
 
-# JAX's trace caches know the mesh around a trace, and by this also what logical names mean in it.
-_rules = TraceContext[tuple[AxisRules | None, bool]]("ambient rules")
+# What is traced without flax's rules is not reused with them; `use_resolver` tells rules apart.
+_has_flax = TraceContext[bool]("flax")
 
 # Where flax keeps the rules of its logical names, for linen and nnx alike.
 _FLAX = "flax.core.spmd"
@@ -65,7 +65,7 @@ def around_loss(mesh: Mesh, rules: AxisRules | None) -> Iterator[None]:
     """
     has_flax = _FLAX in sys.modules
     flax = _flax_rules(_FlaxRules(((rules, mesh),)))
-    with _legacy_mesh(mesh), jax.set_mesh(mesh), _rules.use((rules, has_flax)), flax:
+    with _legacy_mesh(mesh), jax.set_mesh(mesh), _has_flax.use(has_flax), flax:
         with explain_refused_constraints(mesh):
             yield
     if _FLAX in sys.modules and not has_flax:

@@ -1,22 +1,19 @@
 """Compiles the functions of one spec on one mesh, each on first use."""
 
-import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .._core.errors import StepError
 from .._core.types import PyTree
-from ..nn._constrain import use_resolver
 from ..nn._overridable import ActiveOverrides, StepContext, use_overrides
 from ..nn._remat import use_policy
 from ..parallel import check_overrides_called
 from ._activations import Activations, SpecsInLoss
-from ._ambient import around_init, around_loss
 from ._bound_spec import BoundSpec
 from ._compile import CompiledProgram, compile_program, save_compiled
 from ._layout import (
@@ -45,11 +42,11 @@ class CompiledFunctions:
           StepError: the spec does not form a step.
         """
         self._bound = bound
-        with around_init(bound.mesh):
+        with Activations(bound.mesh, bound.spec.strategy.activations, ()).around_init():
             self.layout = resolve_layout(bound.spec, bound.mesh)
         self._functions = StepFunctions(bound, self.layout)
         if bound.spec.debug:
-            self._functions.check_key_reuse(self._around_init, self._around_loss)
+            self._functions.check_key_reuse(self._names.around_init, self._names.around_loss)
         self._replicated = NamedSharding(bound.mesh, PartitionSpec())
 
     @functools.cached_property
@@ -96,7 +93,7 @@ class CompiledFunctions:
     def partial_problem(self) -> str:
         """Why `evaluate` cannot be computed on fewer rows than the batch has, or nothing."""
         try:
-            with self._around_loss():
+            with self._names.around_loss():
                 self._functions.check_partial_rows()
         except StepError as error:
             return str(error)
@@ -154,7 +151,7 @@ class CompiledFunctions:
         # In `shard_map` mode the model's own collectives do the work of overrides.
         manual = self._bound.spec.mode == "shard_map"
         overrides = {} if manual else dict(self._bound.spec.strategy.overrides)
-        with self._around_loss():
+        with names.around_loss():
             run = build()
         with use_overrides(overrides, around) as marks:
             return self._compile(
@@ -189,24 +186,13 @@ class CompiledFunctions:
                 args,
                 in_shardings=in_shardings,
                 out_shardings=out_shardings,
-                surroundings=self._around_loss if marks else self._around_init,
+                surroundings=names.around_loss if marks else names.around_init,
                 check=check,
                 donate=donate,
                 options=self._bound.xla_options,
                 saved=self._bound.saved,
                 on_miscompiled=self._bound.spec.on_miscompiled,
             )
-
-    @contextlib.contextmanager
-    def _around_init(self) -> Iterator[None]:
-        with around_init(self._bound.mesh), use_resolver(self._names):
-            yield
-
-    @contextlib.contextmanager
-    def _around_loss(self) -> Iterator[None]:
-        rules = self._bound.spec.strategy.activations
-        with around_loss(self._bound.mesh, rules), use_resolver(self._names):
-            yield
 
     @property
     def _names(self) -> Activations:

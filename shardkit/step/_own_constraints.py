@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import jax
+import numpy as np
 from jax.extend import core
 from jax.interpreters import batching, mlir
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -112,7 +113,7 @@ def _batch(
 
 
 def _same_devices(own: Mesh, mesh: Mesh) -> bool:
-    return dict(own.shape) == dict(mesh.shape) and (own.devices == mesh.devices).all()
+    return own.axis_names == mesh.axis_names and np.array_equal(own.devices, mesh.devices)
 
 
 def _axes(entry: Any) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from ..rules import format_mesh
 _AUTO = "jax.lax.with_sharding_constraint(x, P(...)): the axes of a step are of type Auto"
 _MANUAL = "sk.nn.constrain(x, ...), which leaves such axes out; or no constraint there"
 _SPLIT = 'accumulate=sk.Accumulate(k, "every"), whose micro-batches are not split by device'
+_ONCE = "each mesh axis once in a spec; under accumulate, a jit inside the model without shardings"
 _LOGICAL = "nn.with_logical_partitioning(init, names), if the names are not those of mesh axes"
 _AGAIN = " (of "  # in the name of an axis that an earlier logical name has taken
 
@@ -77,7 +78,7 @@ _EXPLICIT_AXES = "{1} is on a mesh of Explicit axes, which a step takes as Auto"
 
 _REFUSALS: tuple[tuple[str, Callable[[re.Match[str], Mesh], tuple[str, str]]], ...] = (
     (r"Resource axis: (.+?) of (P\w*\(.+\)) is not found in mesh", _unknown_axis),
-    (r"P\S*\([^\n]*\) has duplicate entries for `\w+`", _says("each mesh axis once in a spec")),
+    (r"P\S*\([^\n]*\) has duplicate entries for `\w+`", _says(_ONCE)),
     (
         r"spec=(P\w*\([^\n]*?\))\)?: Sharding [^\n]* is only valid for values of (rank[^\n]*)",
         _says("at most one entry per dim", "{1} is only valid for values of {2}"),
@@ -98,6 +99,14 @@ _REFUSALS: tuple[tuple[str, Callable[[re.Match[str], Mesh], tuple[str, str]]], .
     (
         r"shard_map applied to .* not evenly divisible by .*?(the passed [^\n]*?)(?:\.|\n)",
         _says("sizes that divide", "{1}"),
+    ),
+    (
+        r"spec=(P\w*\([^\n]*?\))[^\n]* implies that (array axis \d+ is .*?dimension size is \d+)",
+        _says("sizes that divide, or no in_shardings and out_shardings there", "{1}: {2}"),
+    ),
+    (
+        r"Received incompatible devices for jitted computation\. ([^\n]*)",
+        _says("P(...) in place of a NamedSharding, which means the mesh of the step", "{1}"),
     ),
     (r"vmap spmd_axis_name[^\n]* cannot appear in[^\n]*", _says(_SPLIT)),
     (

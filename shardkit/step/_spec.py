@@ -193,7 +193,7 @@ class StepSpec:
         """Compiles the step for one mesh, and checks the executable against the declaration.
 
         Args:
-          mesh: from `MeshSpec.build`, all axes of type Auto.
+          mesh: from `MeshSpec.build` or `jax.make_mesh`; Explicit axes are taken as Auto.
 
         Returns:
           The compiled step, its layouts and aliases read back from the executable.
@@ -261,7 +261,7 @@ def compile_step(
 ) -> CompiledStep:
     """Compiles one training step; the same as `StepSpec(...).compile(mesh)`.
 
-    `mesh` comes from `MeshSpec.build`, all axes of type Auto. Every other argument is a field of
+    `mesh` comes from `MeshSpec.build` or `jax.make_mesh`. Every other argument is a field of
     `sk.StepSpec` and documented there.
 
     Returns:

@@ -21,7 +21,7 @@ from .._unbound_axes import batch_axes
 from ._evaluate import ShardAxes
 from ._gradients import build_local_gradients, build_local_objective, gather_params, map_shards
 from ._plan import ShardMapPlan, build_plan
-from ._problems import check_supported, own_constraint_problems, raise_problems
+from ._problems import check_supported, own_sharding_problems, raise_problems
 from ._typed_loss import type_loops
 
 
@@ -72,7 +72,7 @@ def plan_shards(
     check_supported(bound, layout)
     whole = jax.make_jaxpr(objective)(*args)
     if not isinstance(bound.spec.loss_fn, ShardMapLoss):
-        raise_problems(bound, list(own_constraint_problems(whole.jaxpr)))
+        raise_problems(bound, list(own_sharding_problems(whole.jaxpr)))
     rules = bound.spec.strategy.activations
     Activations(bound.mesh, rules, layout.row_axes).check(whole)
     plan = build_plan(bound, layout, whole, accumulate)

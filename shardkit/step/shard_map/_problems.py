@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from ..._core.equations import source_of_equation
 from ..._core.errors import Problem, StepError, did_you_mean, format_problems, raise_all
 from ..._core.tracing import equations
 from ..._core.tree import Leaf, list_leaves
@@ -206,11 +207,19 @@ def compression_problems(
         )
 
 
-def own_constraint_problems(jaxpr: core.Jaxpr) -> Iterator[Problem]:
-    """On shards every mesh axis is manual, and a constraint of the model's own over one is void."""
+def own_sharding_problems(jaxpr: core.Jaxpr) -> Iterator[Problem]:
+    """On shards every mesh axis is manual, which voids what a model says of sharding itself."""
     for place, spec in dict.fromkeys(map(describe_constraint, own_constraints(jaxpr))):
         why = f"{spec} means nothing where the loss sees one device's shard"
         yield Problem(place, why, 'mode="auto"; or sk.nn.constrain(x, ...), which works in both')
+    for equation in equations(jaxpr):
+        if equation.primitive.name == "shard_map":
+            source = source_of_equation(equation)
+            place = f" at {source.file}:{source.line}" if source else ""
+            why = "would map one device's shard again"
+            yield Problem(
+                f"shard_map{place}", why, 'mode="auto"; or sk.ShardMapLoss(local, reference)'
+            )
 
 
 def _quote_all(axes: Iterable[str]) -> str:
