@@ -14,6 +14,7 @@ from ._bound_spec import BoundSpec
 from ._gradients import GradientPlan, LossArgs
 from ._layout import StepLayout
 from ._objective import Objective
+from ._unbound_axes import batch_axes
 from .rows import check_rows
 
 
@@ -32,15 +33,17 @@ def check_split_rows(
     Raises:
       StepError: with the operation that mixes rows and the line of the user's code.
     """
-    spec = bound.spec
+    spec, on_shards = bound.spec, bound.spec.mode == "shard_map"
     splits = next(_row_splits(bound, layout, gradients), None)
-    # Statistics of the batch are declared by mutable state, and on shards by `ShardMapLoss`.
-    declared = spec.stateful or isinstance(spec.loss_fn, ShardMapLoss)
-    if splits:
-        # The first call binds the axes that the loss names, and leaves equations of the attempts.
-        jax.eval_shape(loss, *args)
-    if splits and not spec.independent_rows and not declared:
-        check_rows(loss, args, splits, gradients=gradients)
+    if not splits:
+        return
+    # The first call binds the axes that the loss names, and leaves equations of the attempts.
+    named = batch_axes(jax.make_jaxpr(loss)(*args).jaxpr)
+    # Statistics of a whole micro-batch are declared by mutable state; shards, by `ShardMapLoss`.
+    declared = isinstance(spec.loss_fn, ShardMapLoss) or (spec.stateful and not on_shards)
+    if not spec.independent_rows and not declared:
+        over_parts = named if on_shards else ()
+        check_rows(loss, args, splits, gradients=gradients, over_parts=over_parts)
 
 
 def _row_splits(bound: BoundSpec, layout: StepLayout, gradients: bool) -> Iterator[str]:

@@ -41,9 +41,9 @@ def build_local_gradients(objective: Objective, plan: ShardMapPlan) -> GradientF
         output, totals = _accumulate(objective, plan, (compute_params, model_state, batch, key))
         flat, structure = jax.tree.flatten(totals)
         with jax.named_scope("reduce"):
-            output = reduce_output(output, plan.row_axes)
+            output = reduce_output(output, plan.row_axes, model_state)
             compression = plan.bound.spec.strategy.compression
-            gradient_sum = GradientSum(compression, model_state, output.loss.weight)
+            gradient_sum = GradientSum(compression, output.model_state, output.loss.weight)
             flat = reduce_gradients(flat, plan.parameters, reduce_dtype, gradient_sum)
         output = dataclasses.replace(output, model_state=gradient_sum.model_state)
         totals = jax.tree.map(lambda g, p: g.astype(p.dtype), structure.unflatten(flat), params)
@@ -60,7 +60,7 @@ def build_local_objective(objective: Objective, plan: ShardMapPlan) -> Objective
     ) -> tuple[Scalar, LossOutput]:
         compute_params = gather_params(plan, params)
         _, output = objective(compute_params, model_state, batch, _device_key(plan, key))
-        output = reduce_output(output, plan.row_axes)
+        output = reduce_output(output, plan.row_axes, model_state)
         return output.loss.total, output
 
     return map_shards(plan, local, (PartitionSpec(), _output_specs(plan)))
