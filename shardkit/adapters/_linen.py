@@ -158,7 +158,9 @@ def _check_sown(shapes: Mapping[str, Any], mutable: Sequence[str]) -> None:
         if name == "losses" or path.endswith("/0")
     ]
     names = tuple(name for name, _ in unread)
-    fix = f"from_linen(..., mutable={names!r}), and loss((y, sown), batch) adds what it needs of sown"
+    fix = (
+        f"from_linen(..., mutable={names!r}), and loss((y, sown), batch) adds what it needs of sown"
+    )
     raise_all(StepError, "The module sows what is not used.", problems, fix)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.extend import core
 
 from ..._core.equations import user_line
@@ -29,7 +30,7 @@ def closure_problems(name: str, function: Callable[..., Any], *args: Any) -> Ite
     for variable, value in zip(traced.jaxpr.constvars, traced.consts, strict=True):
         # While a loss is differentiated, what depends on its parameters is traced by another
         # tracer than what does not, such as a table of positions.
-        if isinstance(value, jax.core.Tracer) and type(value) is not type(constant):
+        if isinstance(value, Tracer) and type(value) is not type(constant):
             where, code = _first_use(traced.jaxpr, variable)
             subject = f"{name} {short_type(value.shape, value.dtype)}"
             why = f"closes over an array that depends on the parameters: `{code}` ({where})"

@@ -21,8 +21,8 @@ from ..._core.split_rng import RandomDraws, per_shard_keys
 from ..._core.train_state import TrainState
 from ..._core.types import Batch, Key, Loss, Mean, PyTree, Scalar
 from .._compile import CompiledProgram
-from .._unbound_axes import bind_batch_axes
 from .._objective import LossOutput, Objective
+from .._unbound_axes import bind_batch_axes
 
 Totals = tuple[Scalar, Scalar]
 

@@ -39,7 +39,7 @@ def follow_types(jaxpr: Any, inputs: Sequence[AxisTypes]) -> Followed:
       One type for each result; and whether some loop or branch inside has values whose types have
       to be widened, which JAX refuses to do by itself.
     """
-    jaxpr, consts = open_jaxpr(jaxpr)
+    jaxpr = open_jaxpr(jaxpr)[0]
     types: dict[Any, AxisTypes] = dict.fromkeys(jaxpr.constvars, frozenset())
     types.update(zip(jaxpr.invars, inputs, strict=True))
     widened = False

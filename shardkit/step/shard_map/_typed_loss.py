@@ -31,7 +31,9 @@ def type_loops(
       axes: the axes that it may name.
       whole: the same function, traced on whole arrays, if it is the same.
     """
-    loops = whole is None or any(e.primitive.name in _MAY_NEED_TYPES for e in equations(whole.jaxpr))
+    loops = whole is None or any(
+        e.primitive.name in _MAY_NEED_TYPES for e in equations(whole.jaxpr)
+    )
     if not loops and not axes.batch:
         return run
 
