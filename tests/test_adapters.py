@@ -340,7 +340,7 @@ def test_linen_dense_general_with_names_over_fsdp(mode):
         @nn.compact
         def __call__(self, x):
             def named(*names):
-                return nn.with_logical_partitioning(nn.initializers.lecun_normal(), names)
+                return nn.with_partitioning(nn.initializers.lecun_normal(), names)
 
             x = nn.DenseGeneral((4, 2), kernel_init=named("embed", "heads", None))(x)
             kernel = named("heads", None, "embed")

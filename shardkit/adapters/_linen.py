@@ -1,6 +1,7 @@
 """`sk.from_linen`: a flax linen module and its variable collections as pure functions."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -131,17 +132,40 @@ class _Form:
         Raises:
           StepError: a device has a shard of a parameter whose size the module fixes.
         """
-        try:
+        if not on_shards():
             return self.module.apply(variables, *args, **kwargs, **self.options)
+        try:
+            with nn.intercept_methods(_drop_names):
+                return self.module.apply(variables, *args, **kwargs, **self.options)
         except ScopeParamShapeError as error:
-            if not on_shards():
-                raise
             why = f"{str(error).partition(' (http')[0]}: a linen module fixes the sizes of its own"
             why += " parameters, so it cannot compute with one device's shard of them"
             fix = 'mode="auto"; or flax nnx, whose layers read the sizes of their arrays'
             headline = 'mode="shard_map" cannot split this module over an axis of its products.'
             problem = Problem(type(self.module).__name__, why, fix)
             raise StepError(format_problems(headline, [problem])) from error
+
+
+def _drop_names(
+    method: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
+) -> Any:
+    """Calls a method of a module whose initializers name no dims.
+
+    `DenseGeneral` evaluates its initializers for their shapes, and constrains them to their names,
+    which are logical axes; on shards flax would look for them in the mesh. The module is the copy
+    that flax has bound for this call.
+    """
+    for field in dataclasses.fields(context.module):
+        initializer = getattr(context.module, field.name, None)
+        if field.name.endswith("_init") and callable(initializer):
+            bare = functools.partial(_initialize_bare, initializer)
+            object.__setattr__(context.module, field.name, bare)
+    return method(*args, **kwargs)
+
+
+def _initialize_bare(initializer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    value = initializer(*args, **kwargs)
+    return value.value if isinstance(value, nn.Partitioned) else value
 
 
 def _check_sown(shapes: Mapping[str, Any], mutable: Sequence[str]) -> None:
