@@ -70,25 +70,17 @@ def from_linen(
     evaluation = _Form(evaluate, {}) if own else _Form(module, evaluate or {})
     outputs_only = (*_OUTPUTS, *mutable)
 
-    def init_form(form: _Form, key: Key) -> dict[str, Any]:
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), arguments(batch))
-        streams = dict(zip(("params", *rngs), jax.random.split(key, 1 + len(rngs)), strict=True))
-        return unfreeze(form.module.init(streams, *zeros, **form.options))
-
     def init(key: Key) -> Any:
-        variables = init_form(training, key)
+        variables = training.init(key, rngs, arguments(batch))
         params = jax.tree.map(_with_axes, variables.pop("params", {}), is_leaf=_is_boxed)
         model_state = {name: x for name, x in variables.items() if name not in outputs_only}
         return Variables(params, meta.unbox(model_state)) if model_state else params
 
-    def shapes_of(form: _Form) -> dict[str, Any]:
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        return meta.unbox(jax.eval_shape(lambda key: init_form(form, key), key))
-
-    shapes = shapes_of(training)
+    shapes = training.shapes(rngs, arguments(batch))
     _check_sown(shapes, mutable)
     if own:
-        _check_same_variables(shapes, shapes_of(evaluation), outputs_only)
+        other = evaluation.shapes(rngs, arguments(batch))
+        _check_same_variables(shapes, other, outputs_only)
     stateful = not {*shapes} <= {"params", *outputs_only}
 
     def run(form: _Form, params: Params, batch: Batch, key: Key, model_state: Any) -> Any:
@@ -125,6 +117,17 @@ class _Form:
 
     module: nn.Module
     options: Mapping[str, Any]
+
+    def init(self, key: Key, rngs: Sequence[str], args: tuple[Any, ...]) -> dict[str, Any]:
+        """Initialises the module with zeros of the shapes of its arguments."""
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), args)
+        streams = dict(zip(("params", *rngs), jax.random.split(key, 1 + len(rngs)), strict=True))
+        return unfreeze(self.module.init(streams, *zeros, **self.options))
+
+    def shapes(self, rngs: Sequence[str], args: tuple[Any, ...]) -> dict[str, Any]:
+        """The variables of the module, abstract."""
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        return meta.unbox(jax.eval_shape(lambda key: self.init(key, rngs, args), key))
 
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Calls the module.
