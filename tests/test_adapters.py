@@ -354,3 +354,113 @@ def test_a_linen_module_with_a_bare_spec_needs_no_mesh_before_it_is_compiled(mes
     dense = jax.device_get(state.params["Dense_0"])
     y = BATCH["x"] @ dense["kernel"] + dense["bias"]
     np.testing.assert_allclose(step.evaluate(state, BATCH)["loss"], (y**2).mean(), rtol=1e-5)
+
+
+class SowingNet(nn.Module):
+    """Its mode is a field of its config, and it sows a loss and what it computed."""
+
+    deterministic: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(16)(x)
+        self.sow("losses", "size", 0.1 * jnp.mean(x**2))
+        self.sow("intermediates", "hidden", x)
+        x = nn.Dropout(0.5, deterministic=self.deterministic)(x)
+        return nn.Dense(4)(x)
+
+
+def with_sown_loss(outputs, batch):
+    logits, sown = outputs
+    loss, metrics = cross_entropy(logits, batch)
+    hidden = jnp.mean(sown["intermediates"]["hidden"][0])
+    return loss + sum(jax.tree.leaves(sown["losses"])), {**metrics, "hidden": hidden}
+
+
+def test_linen_evaluation_module_and_sown_collections(mesh):
+    model = sk.from_linen(
+        SowingNet(),
+        with_sown_loss,
+        BATCH,
+        evaluate=SowingNet(deterministic=True),
+        mutable=("losses", "intermediates"),
+    )
+    step = compiled(model, mesh, sk.Strategy(params=sk.REPLICATED, batch=P("data")))
+    state = step.init(jax.random.key(0))
+    assert state.model_state == {}
+    params = jax.tree.map(np.asarray, state.params)
+    hidden = BATCH["x"] @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"]
+    logits = hidden @ params["Dense_1"]["kernel"] + params["Dense_1"]["bias"]
+    expected = cross_entropy(logits, BATCH)[0] + 0.1 * np.mean(hidden**2)
+    metrics = step.evaluate(state, BATCH)
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics["hidden"], hidden.mean(), rtol=1e-5)
+    dropped = step(state, BATCH)[1]["loss"]
+    assert abs(float(dropped) - expected) > 1e-3
+
+
+def test_linen_what_the_loss_would_never_see_is_refused():
+    with pytest.raises(sk.errors.StepError) as raised:
+        sk.from_linen(SowingNet(), cross_entropy, BATCH)
+    text = str(raised.value)
+    assert "losses/size/0 f32[]  is sown, and the loss never sees it" in text
+    assert "from_linen(..., mutable=('losses',))" in text
+    with pytest.raises(sk.errors.StepError) as raised:
+        sk.from_linen(nn.Dense(4), cross_entropy, BATCH, evaluate=nn.Dense(5))
+    assert "params/kernel  is f32[6,4] in training, f32[6,5] in evaluation" in str(raised.value)
+
+
+def test_linen_shards_of_a_products_weight_are_refused(mesh):
+    """A linen layer fixes the sizes of its parameters, so it cannot take one device's heads."""
+
+    class Heads(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            named = nn.with_partitioning(nn.initializers.lecun_normal(), ("embed", "heads", None))
+            x = sk.nn.constrain(x, "batch", "embed", into=("heads",))
+            x = nn.DenseGeneral((4, 2), kernel_init=named, use_bias=False)(x)
+            return sk.nn.psum(x.sum((1, 2)), "heads")
+
+    model = sk.from_linen(Heads(), lambda y, batch: jnp.mean(y**2), BATCH)
+    with pytest.raises(sk.errors.StepError) as raised:
+        compiled(model, mesh, mode="shard_map")
+    text = str(raised.value)
+    assert "shape (6, 4, 2)" in text
+    assert "shape (6, 1, 2)" in text
+    assert 'mode="auto"' in text
+
+
+@pytest.mark.parametrize("mode", ["auto", "shard_map"])
+def test_linen_dense_general_with_names_over_fsdp(mode):
+    class Heads(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            def named(*names):
+                return nn.with_partitioning(nn.initializers.lecun_normal(), names)
+
+            x = nn.DenseGeneral((4, 2), kernel_init=named("embed", "heads", None))(x)
+            kernel = named("heads", None, "embed")
+            return nn.DenseGeneral(6, axis=(-2, -1), kernel_init=kernel)(jnp.tanh(x))
+
+    def loss(y, batch):
+        return jnp.mean((y - batch["x"]) ** 2)
+
+    model = sk.from_linen(Heads(), loss, BATCH)
+    strategy = sk.first_match(sk.AxisRules({"embed": "fsdp", "heads": None}), sk.REPLICATED)
+    strategy = sk.Strategy(params=strategy, batch=P(("data", "fsdp")))
+    step = compiled(model, sk.MeshSpec(data=4, fsdp=2).build(), strategy, mode=mode)
+    state = step.init(jax.random.key(0))
+    params = jax.tree.map(np.asarray, state.params)
+    assert state.params["DenseGeneral_0"]["kernel"].sharding.spec == P("fsdp")
+
+    def by_hand(params):
+        one, two = params["DenseGeneral_0"], params["DenseGeneral_1"]
+        x = jnp.tanh(jnp.einsum("be,ehd->bhd", BATCH["x"], one["kernel"]) + one["bias"])
+        return loss(jnp.einsum("bhd,hde->be", x, two["kernel"]) + two["bias"], BATCH)
+
+    expected, gradients = jax.value_and_grad(by_hand)(params)
+    state, metrics = step(state, BATCH)
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+    moved = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients)
+    for ours, theirs in zip(jax.tree.leaves(state.params), jax.tree.leaves(moved), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)

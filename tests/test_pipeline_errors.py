@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -149,3 +150,45 @@ def test_a_permute_inside_one_stage_is_refused_before_it_waits_for_ever():
     assert "layers: jit(_roll_static)/" in text
     assert "moves f32[8,1,8] over 'seq' by a permute, inside one pipeline stage" in text
     assert 'y = sk.nn.constrain(y, "batch", None, ...)' in text
+
+
+def test_parameters_that_a_function_closes_over_are_refused_at_their_line():
+    table = jnp.arange(3.0)
+
+    def loss(params, batch, key):
+        positions = jnp.cos(table)  # depends on no parameter, so it may be closed over
+
+        def layer(weights, x, batch, key):
+            return jnp.tanh(x @ weights) * params["scale"] + positions.sum()
+
+        return sk.nn.layer_stack(
+            lambda outer, batch, key: batch @ outer,
+            layer,
+            lambda outer, x, batch: jnp.mean(x**2) * jnp.sum(params["first"]),
+            params["first"],
+            params["layers"],
+            batch,
+        )
+
+    def init(key):
+        return {
+            "first": sk.WithAxes(jnp.ones((4, 4)), (None, None)),
+            "layers": sk.WithAxes(jnp.ones((4, 4, 4)), ("layers", None, None)),
+            "scale": sk.WithAxes(jnp.ones(4), (None,)),
+        }
+
+    with pytest.raises(sk.errors.StepError) as raised:
+        sk.compile_step(
+            loss,
+            optax.sgd(0.1),
+            init=init,
+            batch=jnp.ones((16, 4)),
+            mesh=sk.MeshSpec(data=2, pipe=4).build(),
+            strategy=DATA | pipeline(micro_batches=4),
+        )
+    text = str(raised.value)
+    assert "layer f32[4]   closes over an array that depends on the parameters" in text
+    assert "last f32[4,4]" in text
+    assert '`return jnp.tanh(x @ weights) * params["scale"] + positions.sum()`' in text
+    assert "test_pipeline_errors.py:" in text
+    assert "f32[3]" not in text

@@ -54,7 +54,7 @@ def from_equinox(
     ['bias', 'weight']
     """
     equinox = _import_equinox()
-    template = _Template.of(equinox.filter_eval_shape(make_model, jax.random.key(0)))
+    template = _ModuleTemplate.of(equinox.filter_eval_shape(make_model, jax.random.key(0)))
     names = _match_axes(axes or {}, template.params)
     takes_key = takes_argument(loss, 3 if template.has_state else 2)
 
@@ -94,7 +94,7 @@ def from_equinox(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Template:
+class _ModuleTemplate:
     """The structure of a module and its state, and its leaves, arrays without values.
 
     Attributes:
@@ -108,7 +108,7 @@ class _Template:
     has_state: bool
 
     @classmethod
-    def of(cls, made: Any) -> "_Template":
+    def of(cls, made: Any) -> "_ModuleTemplate":
         """Reads a module, or `(module, state)`, whose arrays are abstract."""
         leaves, structure = jax.tree_util.tree_flatten_with_path(_as_pair(made))
         named = tuple((_path_of(path), leaf) for path, leaf in leaves)

@@ -1,6 +1,7 @@
 """`sk.from_linen`: a flax linen module and its variable collections as pure functions."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,6 @@ from flax.core import meta, unfreeze
 from flax.errors import ScopeParamShapeError
 
 from .._core.errors import Problem, StepError, format_problems, raise_all
-from .._core.own_sharding import on_any_mesh
 from .._core.tree import leaves_by_path, short_type
 from .._core.types import Batch, Key, Loss, Params, Variables
 from ..nn._manual_axis_rules import on_shards
@@ -71,25 +71,17 @@ def from_linen(
     evaluation = _Form(evaluate, {}) if own else _Form(module, evaluate or {})
     outputs_only = (*_OUTPUTS, *mutable)
 
-    def init_form(form: _Form, key: Key) -> dict[str, Any]:
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), arguments(batch))
-        streams = dict(zip(("params", *rngs), jax.random.split(key, 1 + len(rngs)), strict=True))
-        return unfreeze(form.module.init(streams, *zeros, **form.options))
-
     def init(key: Key) -> Any:
-        variables = init_form(training, key)
+        variables = training.init(key, rngs, arguments(batch))
         params = jax.tree.map(_with_axes, variables.pop("params", {}), is_leaf=_is_boxed)
         model_state = {name: x for name, x in variables.items() if name not in outputs_only}
         return Variables(params, meta.unbox(model_state)) if model_state else params
 
-    def shapes_of(form: _Form) -> dict[str, Any]:
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        return meta.unbox(on_any_mesh(jax.eval_shape)(lambda key: init_form(form, key), key))
-
-    shapes = shapes_of(training)
+    shapes = training.shapes(rngs, arguments(batch))
     _check_sown(shapes, mutable)
     if own:
-        _check_same_variables(shapes, shapes_of(evaluation), outputs_only)
+        other = evaluation.shapes(rngs, arguments(batch))
+        _check_same_variables(shapes, other, outputs_only)
     stateful = not {*shapes} <= {"params", *outputs_only}
 
     def run(form: _Form, params: Params, batch: Batch, key: Key, model_state: Any) -> Any:
@@ -127,23 +119,57 @@ class _Form:
     module: nn.Module
     options: Mapping[str, Any]
 
+    def init(self, key: Key, rngs: Sequence[str], args: tuple[Any, ...]) -> dict[str, Any]:
+        """Initialises the module with zeros of the shapes of its arguments."""
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), args)
+        streams = dict(zip(("params", *rngs), jax.random.split(key, 1 + len(rngs)), strict=True))
+        return unfreeze(self.module.init(streams, *zeros, **self.options))
+
+    def shapes(self, rngs: Sequence[str], args: tuple[Any, ...]) -> dict[str, Any]:
+        """The variables of the module, abstract."""
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        return meta.unbox(jax.eval_shape(lambda key: self.init(key, rngs, args), key))
+
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Calls the module.
 
         Raises:
           StepError: a device has a shard of a parameter whose size the module fixes.
         """
-        try:
+        if not on_shards():
             return self.module.apply(variables, *args, **kwargs, **self.options)
+        try:
+            with nn.intercept_methods(_drop_names):
+                return self.module.apply(variables, *args, **kwargs, **self.options)
         except ScopeParamShapeError as error:
-            if not on_shards():
-                raise
             why = f"{str(error).partition(' (http')[0]}: a linen module fixes the sizes of its own"
             why += " parameters, so it cannot compute with one device's shard of them"
             fix = 'mode="auto"; or flax nnx, whose layers read the sizes of their arrays'
             headline = 'mode="shard_map" cannot split this module over an axis of its products.'
             problem = Problem(type(self.module).__name__, why, fix)
             raise StepError(format_problems(headline, [problem])) from error
+
+
+def _drop_names(
+    method: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
+) -> Any:
+    """Calls a method of a module whose initializers name no dims.
+
+    `DenseGeneral` evaluates its initializers for their shapes, and constrains them to their names,
+    which are logical axes; on shards flax would look for them in the mesh. The module is the copy
+    that flax has bound for this call.
+    """
+    for field in dataclasses.fields(context.module):
+        initializer = getattr(context.module, field.name, None)
+        if field.name.endswith("_init") and callable(initializer):
+            bare = functools.partial(_initialize_bare, initializer)
+            object.__setattr__(context.module, field.name, bare)
+    return method(*args, **kwargs)
+
+
+def _initialize_bare(initializer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    value = initializer(*args, **kwargs)
+    return value.value if isinstance(value, nn.Partitioned) else value
 
 
 def _check_sown(shapes: Mapping[str, Any], mutable: Sequence[str]) -> None:

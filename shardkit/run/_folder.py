@@ -148,18 +148,17 @@ def open_run_folder(
       process_group: this process among those that run together.
       began: when this process started the run, in seconds since 1970.
       seconds: what the time since then was spent on.
-      given: keywords of `step.init`, for a run that does not resume.
+      given: keywords of `step.init` for a new run.
 
     Raises:
       CheckpointError: no usable checkpoint to resume from, or the last save failed.
       ProcessError: other processes start from another state.
     """
     path, resumed = create_shared_folder(process_group, decision), decision.resumed
-    axes = {join_path("params", name): names for name, names in step.layout.axes.items()}
     checkpoints = Checkpointer(
         checkpoints_folder(path),
         retention=retention or config.retention,
-        axes=axes,
+        axes={join_path("params", name): names for name, names in step.layout.axes.items()},
         config={**record, FACTS: facts},
     )
 

@@ -53,8 +53,10 @@ class BoundSpec:
     @property
     def follows_rows(self) -> bool:
         """Whether the loss is read for what it does with rows, where the step splits them."""
-        # Statistics of the batch are declared by mutable state, and on shards by `ShardMapLoss`.
-        declared = self.spec.stateful or isinstance(self.spec.loss_fn, ShardMapLoss)
+        # Statistics of a whole micro-batch are declared by mutable state; shards, by
+        # `ShardMapLoss`.
+        whole = self.spec.stateful and self.spec.mode != "shard_map"
+        declared = whole or isinstance(self.spec.loss_fn, ShardMapLoss)
         return not (self.spec.independent_rows or declared)
 
     @property

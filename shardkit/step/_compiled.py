@@ -18,9 +18,14 @@ from ._batch_variants import BatchVariants
 from ._bound_spec import BoundSpec
 from ._compile import CompiledProgram
 from ._compiled_functions import CompiledFunctions
-from ._given_leaves import place_given
-from ._inputs import check_buffers_distinct, check_state, check_state_alive, put_batch, put_key
-from ._layout import RESIDUALS
+from ._inputs import (
+    check_buffers_distinct,
+    check_state,
+    check_state_alive,
+    put_batch,
+    put_given,
+    put_key,
+)
 from ._memory_check import check_memory
 from ._partial_batch import count_partial_rows, fill_batches, join_parts
 from ._report import build_program
@@ -111,24 +116,13 @@ class CompiledStep:
             fix = "step.init(jax.random.key(0))"
             raise StateError(format_problems("The state needs a random key.", [problem], fix))
         init_model, init_optimizer = self._variants.declared.init
-        given = self._place_given(params, model_state)
+        given = put_given(params, model_state, self.layout)
         key = put_key(key, self.shardings.key)
         state = jax.block_until_ready(init_model.compiled(key))
-        if "model_state" in given and self.strategy.compression:
-            given["model_state"][RESIDUALS] = state.model_state[RESIDUALS]
+        if "model_state" in given:  # which lacks what the step keeps there itself
+            given["model_state"] = {**state.model_state, **given["model_state"]}
         state = dataclasses.replace(state, **given)
         return dataclasses.replace(state, opt_state=init_optimizer.compiled(state.params))
-
-    def _place_given(self, params: Params | None, model_state: PyTree | None) -> dict[str, PyTree]:
-        """Returns the given fields of a state, placed; without the residuals of compression."""
-        given: dict[str, PyTree] = {}
-        for name, tree in (("params", params), ("model_state", model_state)):
-            if tree is not None:
-                own, targets = (getattr(t, name) for t in (self.layout.state, self.shardings))
-                if name == "model_state" and self.strategy.compression:
-                    own = {key: x for key, x in own.items() if key != RESIDUALS}
-                given[name] = place_given(tree, own, targets, name)
-        return given
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """Runs one training step.

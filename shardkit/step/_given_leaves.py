@@ -36,7 +36,7 @@ def place_given(given: PyTree, abstract: PyTree, shardings: PyTree, name: str) -
     bare = jax.tree.map(lambda x: x.value if _named(x) else x, given, is_leaf=_named)
     found, declared, targets = (leaves_by_path(t, name) for t in (bare, abstract, shardings))
     problems = [
-        Problem(f"{path} {short_type(x.shape, x.dtype)}", "is missing", _missing_fix(name))
+        Problem(f"{path} {short_type(x.shape, x.dtype)}", "is missing", _missing_fix(name, path))
         for path, x in declared.items()
         if path not in found
     ]
@@ -51,8 +51,11 @@ def place_given(given: PyTree, abstract: PyTree, shardings: PyTree, name: str) -
     return jax.tree.unflatten(jax.tree.structure(abstract), placed)
 
 
-def _missing_fix(name: str) -> str:
-    return f"own = step.init(key).{name}; step.init(key, {name}={{**own, **given}})"
+def _missing_fix(name: str, path: str) -> str:
+    """Code that takes a leaf from a state that was drawn."""
+    names = path.split("/")[1:]
+    keys = "".join(f"[{int(key) if key.isdigit() else key!r}]" for key in names)
+    return f"given{keys} = step.init(key).{name}{keys}"
 
 
 def _named(x: Any) -> bool:

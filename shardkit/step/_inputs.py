@@ -14,9 +14,10 @@ from .._core.errors import BatchError, Problem, StateError, raise_all
 from .._core.row_dims import with_dim
 from .._core.train_state import TrainState
 from .._core.tree import leaves_by_path, short_type
-from .._core.types import Batch, Key
+from .._core.types import Batch, Key, PyTree
 from ..data import place_rows, process_rows
-from ._layout import StepLayout
+from ._given_leaves import place_given
+from ._layout import RESIDUALS, StepLayout
 
 
 def put_batch(batch: Batch, layout: StepLayout, *, move: bool = False) -> Batch:
@@ -54,6 +55,24 @@ def put_key(key: Key, sharding: NamedSharding) -> Key:
     words = np.asarray(jax.random.key_data(key))
     shared = jax.make_array_from_callback(words.shape, sharding, lambda index: words[index])
     return jax.random.wrap_key_data(shared, impl=jax.random.key_impl(key))
+
+
+def put_given(
+    params: PyTree | None, model_state: PyTree | None, layout: StepLayout
+) -> dict[str, PyTree]:
+    """Returns the fields of a state that a user gives, placed, without residuals of compression.
+
+    Raises:
+      StateError: with every leaf that does not fit.
+    """
+    given: dict[str, PyTree] = {}
+    for name, tree in (("params", params), ("model_state", model_state)):
+        if tree is not None:
+            own, targets = (getattr(t, name) for t in (layout.state, layout.shardings))
+            if name == "model_state":
+                own = {key: x for key, x in own.items() if key != RESIDUALS}
+            given[name] = place_given(tree, own, targets, name)
+    return given
 
 
 def _is_global(x: Any) -> bool:

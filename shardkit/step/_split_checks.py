@@ -13,6 +13,7 @@ from ._bound_spec import BoundSpec
 from ._gradients import LossArgs
 from ._layout import StepLayout
 from ._objective import Objective
+from ._unbound_axes import batch_axes
 from .rows import check_rows
 
 
@@ -40,10 +41,11 @@ def check_split_rows(
         problems.append(dataclasses.replace(unclear, why=f"{unclear.why}; {splits} splits rows"))
     raise_all(StepError, "The rows of the batch cannot be split.", problems)
     # The first call binds the axes that the loss names, and leaves equations of the attempts.
-    jax.eval_shape(loss, *args)
+    named = batch_axes(jax.make_jaxpr(loss)(*args).jaxpr)
     if bound.follows_rows:
         partition = layout.partition if gradients else None
-        check_rows(loss, args, layout.row_dims, splits, partition=partition)
+        over_parts = named if bound.spec.mode == "shard_map" else ()
+        check_rows(loss, args, layout.row_dims, splits, partition=partition, over_parts=over_parts)
 
 
 def _stage_problems(bound: BoundSpec, layout: StepLayout) -> Iterator[Problem]:

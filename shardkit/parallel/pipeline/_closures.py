@@ -14,7 +14,9 @@ from ..._core.tracing import equations
 from ..._core.tree import short_type
 
 
-def closure_problems(name: str, function: Callable[..., Any], *args: Any) -> Iterator[Problem]:
+def closure_problems(
+    name: str, function: Callable[..., Any], args: tuple[Any, ...]
+) -> Iterator[Problem]:
     """Every differentiated array that a function uses and does not take as an argument.
 
     A pipeline computes the gradients of its arguments together with the loss, so it knows of no
@@ -23,7 +25,7 @@ def closure_problems(name: str, function: Callable[..., Any], *args: Any) -> Ite
     Args:
       name: of the argument of `sk.nn.layer_stack`: `layer`.
       function: the user's.
-      *args: its arguments, arrays or abstract ones.
+      args: its arguments, arrays or abstract ones.
     """
     traced = jax.make_jaxpr(function)(*args)
     constant = jnp.zeros(()) + 0.0

@@ -46,9 +46,9 @@ class LayerStackCall:
         key, outer, batch = self.key, self.outer_params, self.batch
         x = jax.eval_shape(self.first, outer, batch, key)
         weights = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape[1:], w.dtype), layers)
-        yield from closure_problems("first", self.first, outer, batch, key)
-        yield from closure_problems("layer", self.layer, weights, x, batch, key)
-        yield from closure_problems("last", self.last, outer, x, batch)
+        yield from closure_problems("first", self.first, (outer, batch, key))
+        yield from closure_problems("layer", self.layer, (weights, x, batch, key))
+        yield from closure_problems("last", self.last, (outer, x, batch))
 
 
 @dataclasses.dataclass(frozen=True)

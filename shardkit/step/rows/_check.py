@@ -16,6 +16,7 @@ from ..._core.types import Batch, Key, Params, PyTree
 from ...nn._overridable import Override, StepContext, use_overrides
 from .._objective import LossOutput, Objective
 from ._follow import follow_rows
+from ._rules import PARTS
 from ._states import AlwaysZero, Cause, Constant, Degree, Mixed, PerRow, RowSum, State, describe
 
 LossArgs = tuple[Params, PyTree, Batch, Key]
@@ -34,6 +35,7 @@ def check_rows(
     splits: str,
     *,
     partition: Partition | None,
+    over_parts: tuple[str, ...] = (),
     whole: str = WHOLE,
 ) -> None:
     """Refuses a loss whose value on parts of the rows is not its value on all of them.
@@ -50,6 +52,7 @@ def check_rows(
       splits: what splits the rows, for the error: `"accumulate=4"`.
       partition: which parameters have gradients that are split too; None: only the loss is.
       whole: how to have all rows together instead, for the error.
+      over_parts: axes over which the loss sums what the parts have.
 
     Raises:
       StepError: what mixes rows, with the operation, its line, and what to write instead.
@@ -69,9 +72,10 @@ def check_rows(
         return output, grads
 
     with _row_by_row():
-        few, output = trace_in_part(run, args)
+        runs = [_with_parts(run, over_parts, parts) for parts in PARTS]
+        few, output = trace_in_part(runs[0], args)
         try:
-            many, _ = trace_in_part(run, (params, model_state, doubled, key))
+            many, _ = trace_in_part(runs[1], (params, model_state, doubled, key))
         except Exception as error:  # a user's code
             reason = str(error).strip().splitlines()[0]
             why = (
@@ -88,8 +92,8 @@ def check_rows(
         Constant(),
     ]
     states = follow_rows(few, many, inputs, count)
-    states = jax.tree.unflatten(jax.tree.structure(output), states)
-    problems = list(_problems(states, splits, whole))
+    followed = jax.tree.unflatten(jax.tree.structure(output), states)
+    problems = [*_problems(followed, splits, whole), *_state_problems(followed[0].model_state)]
     raise_all(StepError, _HEADLINE, problems, _ESCAPE)
 
 
@@ -112,6 +116,29 @@ def _problems(states: tuple[Any, PyTree], splits: str, whole: str) -> Iterator[P
         if _degree(state) not in (wanted, "anything") and wanted != "anything":
             yield Problem(path, f"is {describe(state)}, unlike the loss", whole)
             return
+
+
+def _state_problems(model_state: PyTree) -> Iterator[Problem]:
+    """New state that depends on one part of the rows alone."""
+    for path, state in leaves_by_path(model_state, "model_state").items():
+        if not isinstance(state, AlwaysZero | Constant):
+            why = f"is {describe(state)}, of one device's rows alone"
+            fix = 'nn.BatchNorm(..., axis_name="batch"), or jax.lax.pmean(x, "batch") of sums'
+            yield Problem(path, why, fix)
+
+
+def _with_parts(run: Callable[..., Any], axes: tuple[str, ...], parts: int) -> Callable[..., Any]:
+    """Binds axes that a loss names, each of a number of parts, every one with all rows."""
+    if not axes:
+        return run
+    mesh = _mesh_of(dict.fromkeys(axes, parts))
+    specs: Any = PartitionSpec()
+    return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False)
+
+
+def _mesh_of(sizes: dict[str, int]) -> Any:
+    kinds = (AxisType.Auto,) * len(sizes)
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds)
 
 
 def _mean_problem(name: str, mean: Any, splits: str, whole: str) -> Problem | None:
@@ -168,8 +195,7 @@ def _row_by_row() -> Any:
     They sort the tokens of all rows together, which cannot be followed; each expert having room for
     all tokens of a row computes the same.
     """
-    mesh: Any = AbstractMesh((2,), ("rows",), axis_types=(AxisType.Auto,))
-    context = StepContext(mesh, (), lambda names: PartitionSpec())
+    context = StepContext(_mesh_of({"rows": 2}), (), lambda names: PartitionSpec())
     return use_overrides({"experts": _RoomForAll("rows")}, context)
 
 

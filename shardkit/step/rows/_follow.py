@@ -89,11 +89,16 @@ def _follow_equation(equation: Equation, states: Sequence[State]) -> Sequence[St
     if equation.name in RULES:
         return RULES[equation.name](equation, states)
     for name in _INNER:
-        if name in equation.params and equation.name != "shard_map":
+        if name in equation.params and _has_all_rows(equation):
             few, many = (_body(e.params[name]) for e in (equation.few, equation.many))
             results = _follow_pair(few, many, states, equation.n)
             return [equation.placed(state) for state in results]
     return unfollowed(equation, states)
+
+
+def _has_all_rows(equation: Equation) -> bool:
+    """Whether a function inside is called on whole arrays, not on parts of them."""
+    return not any(any(spec) for spec in equation.params.get("in_specs", ()))
 
 
 def _follow_pair(few: Any, many: Any, states: Sequence[State], rows: int) -> list[State]:

@@ -216,6 +216,26 @@ def _select(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     return [AlwaysZero() if isinstance(out, AlwaysZero) else PerRow(*which.layout, degree)]
 
 
+# `over_parts` traces with two parts of the batch, and where rows are doubled with eight: what is
+# proportional to the number of parts grows as the square of the rows.
+PARTS = (2, 8)
+_PARTS_DEGREE = 2
+
+
+@rule("psum")
+def _sum_over_parts(equation: Equation, states: Sequence[State]) -> Sequence[State]:
+    """A sum over rows becomes one over all rows of the batch, which no split changes."""
+
+    def summed(state: State) -> State:
+        if isinstance(state, PerRow | Columns):
+            return equation.mixed(TOGETHER)
+        if isinstance(state, AlwaysZero | Mixed):
+            return state
+        return Constant(add_degrees(state.degree, _PARTS_DEGREE))
+
+    return [summed(state) for state in states]
+
+
 _ELEMENTWISE = (
     "abs acos acosh and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp "
     "cos cosh digamma eq erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a "

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jax.extend import core
+from jax.sharding import NamedSharding
 
 from ..._core.equations import count_scan_operands
 
@@ -38,7 +39,7 @@ def follow_types(jaxpr: Any, inputs: Sequence[AxisTypes]) -> Followed:
       One type for each result; and whether some loop or branch inside has values whose types have
       to be widened, which JAX refuses to do by itself.
     """
-    jaxpr, consts = open_jaxpr(jaxpr)
+    jaxpr = open_jaxpr(jaxpr)[0]
     types: dict[Any, AxisTypes] = dict.fromkeys(jaxpr.constvars, frozenset())
     types.update(zip(jaxpr.invars, inputs, strict=True))
     widened = False
@@ -92,6 +93,8 @@ def _rename_equation(
             return tuple(new for old in _names(value) for new in names.get(old, (old,)))
         if isinstance(value, core.Jaxpr | core.ClosedJaxpr):
             return rename_axes(value, names)
+        if isinstance(value, NamedSharding):
+            return None  # on the mesh of the trace; on shards nothing is split
         return tuple(rename("", x) for x in value) if key == "branches" else value
 
     params = {key: rename(key, value) for key, value in equation.params.items()}

@@ -17,8 +17,6 @@ from .._bound_spec import BoundSpec
 from .._gradients import GradientFn, LossArgs
 from .._layout import StepLayout
 from .._objective import Objective
-from .._unbound_axes import batch_axes
-from ._evaluate import ShardAxes
 from ._gradients import build_local_gradients, build_local_objective, gather_params, map_shards
 from ._plan import ShardMapPlan, build_plan
 from ._problems import check_supported, own_sharding_problems, raise_problems
@@ -76,9 +74,8 @@ def plan_shards(
     rules = bound.spec.strategy.activations
     Activations(bound.mesh, rules, layout.row_axes).check(whole)
     plan = build_plan(bound, layout, whole, accumulate)
-    axes = ShardAxes(bound.mesh, plan.row_axes, batch_axes(whole.jaxpr))
-    same = not isinstance(bound.spec.loss_fn, ShardMapLoss)
-    local = type_loops(objective, axes, whole if same else None)
+    is_local = isinstance(bound.spec.loss_fn, ShardMapLoss)
+    local = type_loops(objective, bound.mesh, plan.row_axes, whole, is_local=is_local)
     draws = _match_draws(objective, local, plan, args, whole)
     return dataclasses.replace(plan, draws=draws), local
 

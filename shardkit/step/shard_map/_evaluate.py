@@ -142,7 +142,7 @@ class Evaluator:
         def read(variable: Any) -> Any:
             # A literal of the trace knows its mesh, which may have had more axes.
             literal = isinstance(variable, core.Literal)
-            return np.asarray(variable.val, variable.aval.dtype) if literal else env[variable]
+            return np.asarray(variable.val, _dtype_of(variable)) if literal else env[variable]
 
         for equation in jaxpr.eqns:
             with _context_of(equation):
@@ -280,6 +280,10 @@ def _joined_types(values: Values) -> AxisTypes:
 
 def _widen(values: Values, types: Sequence[AxisTypes]) -> list[Any]:
     return [pvary(x, tuple(sorted(axes))) for x, axes in zip(values, types, strict=True)]
+
+
+def _dtype_of(variable: Any) -> np.dtype:
+    return variable.aval.dtype
 
 
 def _is_float(x: Any) -> bool:

@@ -44,7 +44,7 @@ def build_local_gradients(objective: Objective, plan: ShardMapPlan) -> GradientF
         args = trained(compute_params), model_state, batch, key
         output, totals = _accumulate(of_trained, plan, args)
         with jax.named_scope("reduce"):
-            output = reduce_output(output, plan.row_axes)
+            output = reduce_output(output, plan.row_axes, model_state)
             grads = divide_by_weight(totals, output.loss.weight)
             flat, structure = jax.tree.flatten(
                 jax.tree.map(
@@ -53,7 +53,7 @@ def build_local_gradients(objective: Objective, plan: ShardMapPlan) -> GradientF
                     trained(compute_params),
                 )
             )
-            gradient_sum = GradientSum(plan.bound.spec.strategy.compression, model_state)
+            gradient_sum = GradientSum(plan.bound.spec.strategy.compression, output.model_state)
             flat = reduce_gradients(flat, plan.trained, gradient_sum)
         output = dataclasses.replace(output, model_state=gradient_sum.model_state)
         grads = jax.tree.map(
@@ -72,7 +72,7 @@ def build_local_objective(objective: Objective, plan: ShardMapPlan) -> Objective
     ) -> tuple[Scalar, LossOutput]:
         compute_params = gather_params(plan, params)
         _, output = objective(compute_params, model_state, batch, _device_key(plan, key))
-        output = reduce_output(output, plan.row_axes)
+        output = reduce_output(output, plan.row_axes, model_state)
         return output.loss.total, output
 
     return map_shards(plan, local, (PartitionSpec(), _output_specs(plan)))

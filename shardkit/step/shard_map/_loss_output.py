@@ -6,22 +6,32 @@ import jax
 import jax.numpy as jnp
 
 from ..._core.errors import Problem, StepError, raise_all
-from ..._core.types import Mean
+from ..._core.tree import leaves_by_path
+from ..._core.types import Mean, PyTree
 from ...nn._manual_axis_rules import Axes, pvary, varying_axes
 from .._objective import LossOutput
 
 
-def reduce_output(output: LossOutput, rows: Axes) -> LossOutput:
+def reduce_output(output: LossOutput, rows: Axes, model_state: PyTree) -> LossOutput:
     """Sums loss and metrics over the devices of the rows; values equal on all devices stay.
 
+    Args:
+      output: of one device.
+      rows: mesh axes that split the rows.
+      model_state: that the loss was called with.
+
     Raises:
-      StepError: a result varies over an axis that does not split the rows, and needs a psum there.
+      StepError: a result varies over an axis that does not split the rows, and needs a psum there;
+        or new state varies over any.
     """
     means = {"loss": output.loss, **output.metrics}
     raise_all(
         StepError,
         "The loss on shards returns values that differ between devices with the same rows.",
-        [p for name, mean in means.items() for p in _varying_problems(name, mean, rows)],
+        [
+            *(p for name, mean in means.items() for p in _varying_problems(name, mean, rows)),
+            *_state_problems(model_state, output.model_state),
+        ],
     )
     names_by_axes: dict[Axes, list[str]] = {}
     for name, mean in means.items():
@@ -38,6 +48,15 @@ def reduce_output(output: LossOutput, rows: Axes) -> LossOutput:
         summed |= {name: Mean(total, weight) for name, total, weight in pairs}
     metrics = {name: summed[name] for name in output.metrics}
     return LossOutput(summed["loss"], metrics, output.model_state)
+
+
+def _state_problems(before: PyTree, after: PyTree) -> Iterator[Problem]:
+    old, new = (leaves_by_path(tree, "model_state") for tree in (before, after))
+    for path, x in new.items():
+        axes = varying_axes(x) - (varying_axes(old[path]) if path in old else frozenset())
+        for axis in sorted(axes):
+            fix = f'jax.lax.pmean(x, {axis!r}) of it; or nn.BatchNorm(..., axis_name="batch")'
+            yield Problem(path, f"differs per {axis!r} shard: add pmean over {axis!r}", fix)
 
 
 def _varying_problems(name: str, mean: Mean, rows: Axes) -> Iterator[Problem]:

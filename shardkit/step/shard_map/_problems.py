@@ -148,9 +148,12 @@ def _kind_problems(bound: BoundSpec) -> Iterator[Problem]:
         if name != "use_param" and bound.mesh.shape.get(override.axis, 1) > 1:
             why = f"{override} maps over {override.axis!r} itself"
             yield Problem(f"region {name!r}", why, 'mode="auto"')
-    if bound.spec.stateful:
-        why = "has mutable state, which would depend on one device's rows alone"
-        yield Problem("loss_fn", why, 'mode="auto"')
+    if bound.spec.stateful and bound.spec.strategy.compression:
+        why = "keeps residuals beside the model state of a loss that has one"
+        yield Problem("compression", why, "a strategy without compression")
+    if bound.spec.stateful and bound.spec.accumulate.micro_batches > 1:
+        why = "has mutable state, which every micro-batch would have to pass on"
+        yield Problem("loss_fn", why, 'mode="auto", or accumulate=1')
 
 
 def _batch_problems(layout: StepLayout) -> Iterator[Problem]:

@@ -9,10 +9,12 @@ from collections.abc import Callable
 
 import jax
 from jax.extend import core
+from jax.sharding import Mesh
 
 from ..._core.tracing import equations
 from ..._core.types import PyTree
-from ...nn._manual_axis_rules import varying_axes
+from ...nn._manual_axis_rules import Axes, varying_axes
+from .._unbound_axes import batch_axes
 from ._axis_types import AxisTypes, follow_types
 from ._evaluate import Evaluator, ShardAxes, trace_untyped
 
@@ -20,7 +22,12 @@ _MAY_NEED_TYPES = frozenset({"scan", "while", "cond", "custom_vjp_call"})
 
 
 def type_loops(
-    run: Callable[..., PyTree], axes: ShardAxes, whole: core.ClosedJaxpr | None
+    run: Callable[..., PyTree],
+    mesh: Mesh,
+    rows: Axes,
+    whole: core.ClosedJaxpr,
+    *,
+    is_local: bool,
 ) -> Callable[..., PyTree]:
     """Returns a function of shards whose loops have types.
 
@@ -28,13 +35,14 @@ def type_loops(
 
     Args:
       run: to be traced inside a `shard_map` over the whole mesh.
-      axes: the axes that it may name.
-      whole: the same function, traced on whole arrays, if it is the same.
+      mesh: the device mesh.
+      rows: mesh axes that split the rows.
+      whole: the function, traced on whole arrays.
+      is_local: whether it is another function on shards.
     """
-    loops = whole is None or any(
-        e.primitive.name in _MAY_NEED_TYPES for e in equations(whole.jaxpr)
-    )
-    if not loops and not axes.batch:
+    axes = ShardAxes(mesh, rows, batch_axes(whole.jaxpr))
+    loops = any(e.primitive.name in _MAY_NEED_TYPES for e in equations(whole.jaxpr))
+    if not (loops or is_local or axes.batch):
         return run
 
     def typed(*args: PyTree) -> PyTree:
