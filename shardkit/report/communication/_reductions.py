@@ -8,6 +8,7 @@ from ..hlo._hlo import parse_shapes
 from ._ledger import Ledger, LedgerRow
 
 _TILE = 8 * 128
+_ROUNDING = 1e-6  # of a share of trips, as a float
 REDUCING = ("all-reduce", "reduce-scatter")
 
 
@@ -69,7 +70,7 @@ def repeats_reductions(
             most[size] = max(1, most.get(size, 1))
             most[size / layers] = max(layers, most.get(size / layers, 1))
     reductions = gradient_reductions(ledger, axis, leaves, sizes)
-    return any(row.counted_trips > most.get(size, row.counted_trips) for row, size in reductions)
+    return any(row.runs > most.get(size, row.runs) + _ROUNDING for row, size in reductions)
 
 
 def reductions_per_step(
@@ -95,7 +96,7 @@ def reductions_per_step(
     params = [leaf for leaf in leaves if leaf.part == "params"]
     gradient = sum(_gradient_size(leaf, axis, sizes) for leaf in params)
     rows = gradient_reductions(ledger, axis, leaves, sizes)
-    reduced = sum(size * row.counted_trips for row, size in rows)
+    reduced = sum(size * row.runs for row, size in rows)
     if any(row.dcn for row, _ in rows):
         # Between slices arrays are packed together with the loss, each padded to whole tiles.
         reduced -= min(max(0, reduced - gradient), _TILE * (len(params) + 1))
