@@ -110,6 +110,14 @@ def test_one_parameter_too_many_is_found(report):
     assert reductions_per_step(more, "data", leaves, MESH) == pytest.approx(4 / 3)
 
 
+def test_a_reduction_in_a_branch_counts_as_often_as_it_is_taken(report):
+    """As in the ticks of a pipeline, of which a stage goes backward in some."""
+    leaves = program(sgd, make_mesh(**MESH), params=weights(), batch=rows(P("data"))).leaves
+    third = tuple(dataclasses.replace(row, taken=1 / 3) for row in report.ledger.rows)
+    ledger = dataclasses.replace(report.ledger, rows=third)
+    assert reductions_per_step(ledger, "data", leaves, MESH) == pytest.approx(1 / 3)
+
+
 def test_what_cannot_be_told_keeps_no_budget(made, report):
     cached = dataclasses.replace(report, messages_complete=False)
     with pytest.raises(BudgetError, match="came from the compilation cache"):

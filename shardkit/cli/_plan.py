@@ -3,11 +3,11 @@
 import argparse
 from pathlib import Path
 
-from .._core.errors import ConfigError, Problem, format_problems
+from .._core.errors import ConfigError, Problem, raise_all
 from .._core.io._console import make_console
 from .._core.io._outputs import check_figure_path, check_outputs, write_output
 from ..config import load_config
-from ..hardware import CHIPS, Chip
+from ..hardware import CHIPS
 from ..planner import compile_best, plan
 from ..targets import StepSource
 
@@ -17,15 +17,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.plot:
         check_figure_path(Path(arguments.plot), code="--plot {}")
     check_outputs({"--json": arguments.json}, "plan")
-    if arguments.compile < 0:
-        problem = Problem(f"--compile {arguments.compile}", "must be at least 0", "--compile 0")
-        raise ConfigError(format_problems("The layouts cannot be compiled.", [problem]))
     source = StepSource(arguments.config or "", tuple(arguments.overrides))
-    if source.is_function and arguments.compile:
-        why = "layouts of a function are estimated, not compiled"
-        problem = Problem(f"--compile {arguments.compile}", why, "--compile 0")
-        raise ConfigError(format_problems("The layouts cannot be compiled.", [problem]))
-    rows, chips = arguments.global_batch, _config_chips(source, arguments)
+    config = None if source.is_function else load_config(source.name or None, [*source.overrides])
+    chips = config.hardware if config else ()
+    _check_compile(arguments, source, [chip.name for chip in chips if chip.name not in CHIPS])
+    rows = arguments.global_batch
     spec, _ = source.load()
     result = plan(
         spec, arguments.target, global_batch=rows, overlap=arguments.overlap, hardware=chips
@@ -43,19 +39,17 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _config_chips(source: StepSource, arguments: argparse.Namespace) -> tuple[Chip, ...]:
-    """Returns the chips that the config adds to the hardware table.
+def _check_compile(arguments: argparse.Namespace, source: StepSource, own: list[str]) -> None:
+    """Refuses to compile layouts of a function, or for chips that only the config knows.
 
     Raises:
-      ConfigError: the target is such a chip, which no compiler knows, and layouts are to be
-        compiled.
+      ConfigError: layouts are to be compiled, and cannot be.
     """
-    if source.is_function:
-        return ()
-    chips = load_config(source.name or None, [*source.overrides]).hardware
-    named = [chip.name for chip in chips if f":{chip.name}:" in arguments.target]
-    if named and arguments.compile and named[0] not in CHIPS:
+    named = [name for name in own if f":{name}:" in arguments.target]
+    why = "must be at least 0" if arguments.compile < 0 else ""
+    if arguments.compile > 0 and source.is_function:
+        why = "layouts of a function are estimated, not compiled"
+    elif arguments.compile > 0 and named:
         why = f"{named[0]} is the config's own chip, which no compiler knows"
-        problem = Problem(f"--compile {arguments.compile}", why, "--compile 0")
-        raise ConfigError(format_problems("The layouts cannot be compiled.", [problem]))
-    return chips
+    problems = [Problem(f"--compile {arguments.compile}", why, "--compile 0")] if why else []
+    raise_all(ConfigError, "The layouts cannot be compiled.", problems)

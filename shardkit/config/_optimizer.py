@@ -16,6 +16,14 @@ from .._core.tree import path_str
 
 Schedule = Callable[[Any], Any]
 
+_FRACTIONS, _RATES = ("warmup_fraction", "final_lr_fraction"), ("lr", "muon_lr", "grad_clip_norm")
+# What a number must be, one that is, and the fields.
+_RANGES: tuple[tuple[str, str, Callable[[float], bool], tuple[str, ...]], ...] = (
+    ("must be from 0 to 1.", "0.1", lambda x: 0 <= x <= 1, _FRACTIONS),
+    ("must be positive and finite.", "1e-3", lambda x: 0 < x < math.inf, _RATES),
+    ("must be finite and not negative.", "0.1", lambda x: 0 <= x < math.inf, ("weight_decay",)),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
@@ -45,31 +53,12 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         """Refuses rates and fractions that a schedule cannot have."""
         check_options(self, ConfigError, "There is no such optimizer.", "optimizer.")
-        fractions = {
-            "warmup_fraction": self.warmup_fraction,
-            "final_lr_fraction": self.final_lr_fraction,
-        }
         problems = [
-            Problem(
-                f"optimizer.{name}={value:g}", "must be from 0 to 1.", f"--set optimizer.{name}=0.1"
-            )
-            for name, value in fractions.items()
-            if not 0 <= value <= 1
+            Problem(f"optimizer.{name}={value:g}", why, f"--set optimizer.{name}={near}")
+            for why, near, is_legal, names in _RANGES
+            for name in names
+            if (value := getattr(self, name)) is not None and not is_legal(value)
         ]
-        rates = {"lr": self.lr, "muon_lr": self.muon_lr, "grad_clip_norm": self.grad_clip_norm}
-        problems += [
-            Problem(
-                f"optimizer.{name}={value:g}",
-                "must be positive and finite.",
-                f"--set optimizer.{name}=1e-3",
-            )
-            for name, value in rates.items()
-            if value is not None and not 0 < value < math.inf
-        ]
-        if not 0 <= self.weight_decay < math.inf:
-            subject = f"optimizer.weight_decay={self.weight_decay:g}"
-            why, fix = "must be finite and not negative.", "--set optimizer.weight_decay=0.1"
-            problems.append(Problem(subject, why, fix))
         raise_all(ConfigError, "The optimizer cannot be built.", problems)
 
     def schedule(self, steps: int, peak: float) -> Schedule:

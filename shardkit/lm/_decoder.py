@@ -37,6 +37,20 @@ def _normal(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
     return scale * jax.random.truncated_normal(key, -2.0, 2.0, shape, jnp.float32)
 
 
+def _dim_sizes(c: DecoderConfig) -> dict[str, int]:
+    """Size of each logical axis of a layer's weights."""
+    return {
+        "embed": c.embed_dim,
+        "norm": c.embed_dim,
+        "heads": c.num_heads,
+        "kv_heads": c.key_heads,
+        "head_dim": c.head_size,
+        "mlp": c.dense_width,
+        "experts": c.experts or 0,
+        "expert_mlp": c.expert_width,
+    }
+
+
 class Layers(nnx.Module):
     """The weights of all blocks, f32, each stacked over a leading `layers` dim.
 
@@ -59,69 +73,45 @@ class Layers(nnx.Module):
     """
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
-        c, attention_width = config, config.num_heads * config.head_size
+        c, sizes = config, _dim_sizes(config)
         depth = 2 * c.num_layers  # branches that add to the residual stream
 
-        def stacked(shape: tuple[int, ...], fan_in: int, *axes: str | None) -> nnx.Param:
+        def stacked(fan_in: int, *dims: str, unnamed: str = "") -> nnx.Param:
             keys = jax.random.split(rngs.params(), c.num_layers)
+            shape = tuple(sizes[dim] for dim in dims)
             value = jax.vmap(lambda key: _normal(key, shape, fan_in))(keys)
-            return _param(value, "layers", *axes)
+            return _param(value, "layers", *(None if dim == unnamed else dim for dim in dims))
 
-        kv_shape, kv_axes = (
-            (c.embed_dim, c.key_heads, c.head_size),
-            ("embed", "kv_heads", "head_dim"),
-        )
-        self.query = stacked(
-            (c.embed_dim, c.num_heads, c.head_size), c.embed_dim, "embed", "heads", "head_dim"
-        )
-        self.key = stacked(kv_shape, c.embed_dim, *kv_axes)
-        self.value = stacked(kv_shape, c.embed_dim, *kv_axes)
-        self.out = stacked(
-            (c.num_heads, c.head_size, c.embed_dim),
-            attention_width * depth,
-            "heads",
-            "head_dim",
-            "embed",
-        )
-        if width := c.dense_width:
-            self.gate = stacked((c.embed_dim, width), c.embed_dim, "embed", "mlp")
-            self.up = stacked((c.embed_dim, width), c.embed_dim, "embed", "mlp")
-            self.down = stacked((width, c.embed_dim), width * depth, "mlp", "embed")
+        embed, kv = c.embed_dim, ("embed", "kv_heads", "head_dim")
+        self.query = stacked(embed, "embed", "heads", "head_dim")
+        self.key = stacked(embed, *kv)
+        self.value = stacked(embed, *kv)
+        mixed = c.num_heads * c.head_size
+        self.out = stacked(mixed * depth, "heads", "head_dim", "embed")
+        if c.dense_width:
+            self.gate = stacked(embed, "embed", "mlp")
+            self.up = stacked(embed, "embed", "mlp")
+            self.down = stacked(c.dense_width * depth, "mlp", "embed")
         if c.experts is not None:
-            wide, axes = (
-                (c.experts, c.embed_dim, c.expert_width),
-                ("experts", "embed", "expert_mlp"),
-            )
-            tall, back = (
-                (c.experts, c.expert_width, c.embed_dim),
-                ("experts", "expert_mlp", "embed"),
-            )
-            self.router = stacked((c.embed_dim, c.experts), c.embed_dim, "embed", None)
-            self.expert_gate = stacked(wide, c.embed_dim, *axes)
-            self.expert_up = stacked(wide, c.embed_dim, *axes)
-            self.expert_down = stacked(tall, c.expert_width * depth, *back)
-        self.attn_norm = _param(jnp.ones((c.num_layers, c.embed_dim)), "layers", "norm")
-        self.mlp_norm = _param(jnp.ones((c.num_layers, c.embed_dim)), "layers", "norm")
+            wide, tall = ("experts", "embed", "expert_mlp"), ("experts", "expert_mlp", "embed")
+            self.router = stacked(embed, "embed", "experts", unnamed="experts")
+            self.expert_gate = stacked(embed, *wide)
+            self.expert_up = stacked(embed, *wide)
+            self.expert_down = stacked(c.expert_width * depth, *tall)
+        self.attn_norm = _param(jnp.ones((c.num_layers, embed)), "layers", "norm")
+        self.mlp_norm = _param(jnp.ones((c.num_layers, embed)), "layers", "norm")
         if c.bias:
-            self._add_biases(c)
+            self._add_biases(c, sizes)
 
-    def _add_biases(self, c: DecoderConfig) -> None:
+    def _add_biases(self, c: DecoderConfig, sizes: Mapping[str, int]) -> None:
         """Adds a bias for each product; those added after a reduction have the axis `norm`."""
         heads = {"query": "heads", "key": "kv_heads", "value": "kv_heads"}
-        sizes = {
-            "heads": c.num_heads,
-            "kv_heads": c.key_heads,
-            "mlp": c.dense_width,
-            "norm": c.embed_dim,
-        }
-        dense = {"gate": "mlp", "up": "mlp", "down": "norm"} if c.dense_width else {}
-        for name, axis in (heads | {"out": "norm"} | dense).items():
-            inner = ((c.head_size, "head_dim"),) if name in heads else ()
-            shape = (c.num_layers, sizes[axis], *(size for size, _ in inner))
-            bias = _param(
-                jnp.zeros(shape), "layers", axis, *(inner_axis for _, inner_axis in inner)
-            )
-            setattr(self, f"{name}_bias", bias)
+        dims = {name: (axis, "head_dim") for name, axis in heads.items()} | {"out": ("norm",)}
+        if c.dense_width:
+            dims |= {"gate": ("mlp",), "up": ("mlp",), "down": ("norm",)}
+        for name, outputs in dims.items():
+            shape = (c.num_layers, *(sizes[dim] for dim in outputs))
+            setattr(self, f"{name}_bias", _param(jnp.zeros(shape), "layers", *outputs))
 
     def weights(self) -> dict[str, jax.Array]:
         """The arrays by name, each with its leading `layers` dim."""

@@ -48,7 +48,7 @@ class Candidate:
     memory: float
     communication: Mapping[str, float]
     wire: Mapping[str, float]
-    declaration: str
+    declaration: str = ""
     pipeline: PipelineOptions | None = None
     attention: str = ""
     bubble: float = 0.0

@@ -45,6 +45,11 @@ class PlannedCase:
         assert self.state_bytes is not None
         return self.state_bytes
 
+    def declaration(self, remat: str) -> str:
+        """Code of the layout under a remat policy, of ready strategies."""
+        options = (self.batching, remat, self.zero, self.attention)
+        return format_layout(self.sizes, *options, like=self.exact.strategy)
+
     def __str__(self) -> str:
         """Returns `data=2, fsdp=4, accumulate=2`."""
         text = ", ".join(f"{axis}={n}" for axis, n in self.sizes.items())
@@ -126,9 +131,6 @@ def _build_candidates(
             memory=float(estimates.memory[i]) + update,
             communication=times,
             wire=wire,
-            declaration=format_layout(
-                case.sizes, batching, remat, case.zero, case.attention, like=exact.strategy
-            ),
             pipeline=pipeline,
             attention=case.attention,
             bubble=float(waits[i]),

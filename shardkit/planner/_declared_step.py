@@ -10,11 +10,11 @@ from .._core.tree import short_dtype
 from ..hardware import CHIPS
 from ..parallel import Kind, known_kinds
 from ..step import StepSpec
-from ._estimate import Machine, estimate
+from ._cases import PlannedCase, estimate_cases
+from ._estimate import Machine
 from ._network import Network
 from ._space import Batching, PipelineOptions
-from ._stages import estimate_stages
-from ._state_bytes import accumulator_bytes, count_state_bytes
+from ._state_bytes import count_state_bytes
 from ._trace import TracedModel, propagate_step
 
 # Bytes are the same on every chip; one has to be named, and its seconds are not used.
@@ -87,27 +87,14 @@ def estimate_step(
     dtype = short_dtype(jax.numpy.dtype(model.compute_dtype))
     machine = Machine(network or _ANY_NETWORK, dtype)
     exact = count_state_bytes(layout, spec.strategy)
-    if isinstance(batching, PipelineOptions):
-        values, waits = estimate_stages(costs, [(sizes, batching)], [exact], machine)
-        accumulator, waiting = 0, float(waits[0])
-    else:
-        values = estimate(costs, [(sizes, batching)], machine, unreduced=[exact.unreduced])
-        accumulator, waiting = accumulator_bytes(exact, batching), 0.0
-    wire = {", ".join(name): float(v[0]) for name, v in values.wire.items() if v[0]}
-    extra = dict(exact.extra_sends(sizes))
-    for axis, sent in extra.items():
-        wire[axis] = wire.get(axis, 0.0) + sent
-    seconds = None
-    if network:
-        update = 2 * exact.state / network.chip.memory_bandwidth
-        sending = sum(n / float(network.rates([sizes], [axis])[0]) for axis, n in extra.items())
-        seconds = float(values.seconds(0.0)[0]) + waiting + update + sending
+    case = PlannedCase(sizes, batching, attention=attention, state_bytes=exact)
+    (estimated,) = estimate_cases(costs, spec.strategy.remat, [case], machine)
     return StepEstimate(
         state=exact.state,
         batch=exact.batch,
-        temp=float(values.temp[0]) + accumulator,
-        wire=wire,
-        seconds=seconds,
+        temp=estimated.temp,
+        wire=estimated.wire,
+        seconds=estimated.seconds if network else None,
         problems=costs.problems,
     )
 

@@ -6,13 +6,13 @@ hosts.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from ..hardware import Chip, known_chips
 from ..mesh import Target
+from ..report.communication._links import Links
 
 WIRE = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "all-to-all": 1, "swap": 1}
 """Number of times that (n−1)/n of the payload is sent; a swap with one partner sends all of it."""
@@ -60,9 +60,4 @@ class Network:
             return self.chip.link
         if self.crossing_axis(sizes) in used:
             return self.chip.network
-        if self.torus:
-            return self.chip.rate(len(used))
-        names = list(sizes)
-        reach = math.prod(sizes[axis] for axis in names[names.index(used[0]) :])
-        within = self.chip.domain is None or reach <= self.chip.domain
-        return self.chip.link if within else self.chip.network
+        return Links(self.chip, tuple(sizes.items())).bandwidth(used)

@@ -127,7 +127,10 @@ class Search:
                     result.reject(costs, f"{cases[0]}, remat={remat}", len(cases))
                 else:
                     candidates = estimate_cases(costs, remat, cases, self.machine, batch_scale)
-                    result.candidates += candidates
+                    result.candidates += [
+                        dataclasses.replace(candidate, declaration=case.declaration(remat))
+                        for candidate, case in zip(candidates, cases, strict=True)
+                    ]
                     result.considered += len(candidates)
         problems = (text for costs in self._traced_costs() for text in costs.problems)
         result.problems = tuple(dict.fromkeys(problems))

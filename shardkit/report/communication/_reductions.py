@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .._program import PlacedLeaf
 
 _TILE = 8 * 128
+_ROUNDING = 1e-6  # of a share of trips, as a float
 REDUCING = ("all-reduce", "reduce-scatter")
 
 
@@ -72,7 +73,7 @@ def repeats_reductions(
             most[size] = max(1, most.get(size, 1))
             most[size / layers] = max(layers, most.get(size / layers, 1))
     reductions = gradient_reductions(ledger, axis, leaves, sizes)
-    return any(row.counted_trips > most.get(size, row.counted_trips) for row, size in reductions)
+    return any(row.runs > most.get(size, row.runs) + _ROUNDING for row, size in reductions)
 
 
 def reductions_per_step(
@@ -98,7 +99,7 @@ def reductions_per_step(
     params = [leaf for leaf in leaves if leaf.part == "params"]
     gradient = sum(_gradient_size(leaf, axis, sizes) for leaf in params)
     rows = gradient_reductions(ledger, axis, leaves, sizes)
-    reduced = sum(size * row.counted_trips for row, size in rows)
+    reduced = sum(size * row.runs for row, size in rows)
     if any(row.dcn for row, _ in rows):
         # Between slices arrays are packed together with the loss, each padded to whole tiles.
         reduced -= min(max(0, reduced - gradient), _TILE * (len(params) + 1))

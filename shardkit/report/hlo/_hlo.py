@@ -280,42 +280,29 @@ def _is_closed(text: str) -> bool:
         text.count(a) == text.count(b) for a, b in ("()", "{}", "[]")
     ):
         return True
+    tokens = [("", 0), *((match[0], depth) for match, depth in _nest(text))]
+    return tokens[-1][1] == 0 and ('"' not in dict(tokens))
+
+
+def _nest(text: str, start: int = 0) -> Iterator[tuple[re.Match[str], int]]:
+    """Brackets, commas and quoted texts from an index on, each with the depth behind it."""
     depth = 0
-    for match in _TOKEN.finditer(text):
+    for match in _TOKEN.finditer(text, start):
         token = match.group()
-        if token == '"':
-            return False
-        if token in "({[":
-            depth += 1
-        elif token in ")}]":
-            depth -= 1
-    return depth == 0
+        depth += (token in "({[") - (token in ")}]")
+        yield match, depth
 
 
 def _closing_index(text: str, start: int) -> int:
     """Index after the bracket that closes the one at `start`; -1 if none does."""
-    depth = 0
-    for match in _TOKEN.finditer(text, start):
-        token = match.group()
-        if token in "({[":
-            depth += 1
-        elif token in ")}]":
-            depth -= 1
-            if depth == 0:
-                return match.end()
-    return -1
+    return next((match.end() for match, depth in _nest(text, start) if depth == 0), -1)
 
 
 def split_commas(text: str) -> list[str]:
     """Splits at the commas outside of brackets and quotes."""
-    pieces, depth, start = [], 0, 0
-    for match in _TOKEN.finditer(text):
-        token = match.group()
-        if token in "({[":
-            depth += 1
-        elif token in ")}]":
-            depth -= 1
-        elif token == "," and depth == 0:
+    pieces, start = [], 0
+    for match, depth in _nest(text):
+        if match[0] == "," and depth == 0:
             pieces.append(text[start : match.start()])
             start = match.end()
     return [piece for piece in [*pieces, text[start:]] if piece.strip()]
