@@ -129,9 +129,7 @@ def compile_program(
         ):
             compiled = found[0] if found else lowered.compile(compiler_options=options)
     end = time.perf_counter()
-    check_deadlocks(compiled, mesh)
-    if on_miscompiled == "error":
-        check_miscompiled(compiled, args, traced.out_info, mesh)
+    _check_compiled(compiled, in_shardings, (args, traced.out_info), on_miscompiled)
 
     def recompile() -> str:
         with surroundings(), _disable_cache(), copied_stderr() as printed:
@@ -139,14 +137,12 @@ def compile_program(
         return printed.text
 
     seconds = (at_trace - start, at_lower - at_trace, end - at_lower)
-    # Printing a large program takes as long as lowering it, so a single process does not.
-    text = lowered.as_text() if jax.process_count() > 1 else ""
     return CompiledProgram(
         compiled=compiled,
         jaxpr=traced.jaxpr,
         from_cache=bool(hits) or found is not None,
         seconds=seconds,
-        digest=hashlib.sha256(text.encode()).hexdigest() if text else "",
+        digest=_digest(lowered),
         _read_messages=recompile if hits else lambda: found[1] if found else messages.text,
         _compute_name=name,
     )
@@ -168,6 +164,25 @@ def _replay(traced: jax.stages.Traced) -> Callable[..., Any]:
         return jax.tree.unflatten(jax.tree.structure(traced.out_info), results)
 
     return replay
+
+
+def _check_compiled(
+    compiled: jax.stages.Compiled,
+    in_shardings: PyTree,
+    abstract: tuple[PyTree, PyTree],
+    on_miscompiled: OnMiscompiled,
+) -> None:
+    mesh = jax.tree.leaves(in_shardings)[0].mesh
+    check_deadlocks(compiled, mesh)
+    if on_miscompiled == "error":
+        args, results = abstract
+        check_miscompiled(compiled, args, results, mesh)
+
+
+def _digest(lowered: jax.stages.Lowered) -> str:
+    # Printing a large program takes as long as lowering it, so a single process does not.
+    text = lowered.as_text() if jax.process_count() > 1 else ""
+    return hashlib.sha256(text.encode()).hexdigest() if text else ""
 
 
 @contextlib.contextmanager

@@ -80,7 +80,9 @@ def _convolve(lhs: jax.Array, rhs: jax.Array, convolution: tuple[tuple[str, Any]
 
 
 def _batch(args: Any, dims: Any, *, convolution: Any, mesh: Mesh, axes: tuple[str, ...]) -> Any:
-    convolve: Any = functools.partial(_convolve, convolution=convolution)
+    def convolve(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        return _convolve(lhs, rhs, convolution)
+
     manual = jax.sharding.get_abstract_mesh().manual_axes
     if dims[1] is None or manual:
         # One kernel for all shards: their rows are rows of one convolution. Inside of a user's
@@ -90,7 +92,7 @@ def _batch(args: Any, dims: Any, *, convolution: Any, mesh: Mesh, axes: tuple[st
 
     def local(*shards: jax.Array) -> jax.Array:
         own = [x if d is None else x.squeeze(d) for x, d in zip(shards, dims, strict=True)]
-        return convolve(*own)[None]
+        return convolve(own[0], own[1])[None]
 
     # The partitioner aborts on groups of channels that another axis splits, so no other axis may.
     counts = (dict(convolution)[f"{name}_group_count"] for name in ("feature", "batch"))

@@ -9,7 +9,6 @@ shifts, gathers and slices) has unknown starts from there on.
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -42,8 +41,6 @@ _ARITHMETIC: Mapping[str, Callable[..., Any]] = {
     "convert": lambda x: x,
     "copy": lambda x: x,
 }
-# Where the partitioner moves an operand between devices, it names the operation that needs it.
-_RESHARDED = re.compile(r"/(dot_general|sharding_constraint)$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,8 +179,7 @@ class _Walk:
     def _collective(self, of: Instruction, parts: Parts, shape: Shape) -> Parts:
         if of.opcode == "collective-permute":
             pairs = read_pairs(of.attrs.get("source_target_pairs", ""))
-            trusted = _RESHARDED.search(of.op_name)
-            return Parts(tuple(permute(dim, pairs) if trusted else None for dim in parts.dims))
+            return Parts(tuple(permute(dim, pairs) for dim in parts.dims))
         groups = read_groups(of.attrs.get("replica_groups", "{}"), self.devices)
         moved = of.attrs.get("dimensions", "").strip("{} ")
         dims = list(parts.dims)

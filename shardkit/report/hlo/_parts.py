@@ -87,10 +87,15 @@ def scatter(dim: Starts | None, size: int, groups: Sequence[np.ndarray]) -> Star
 
 
 def permute(dim: Starts | None, pairs: np.ndarray) -> Starts | None:
-    """Starts after a permute that reaches every device; else None."""
-    if dim is None or len(pairs) != len(dim):
-        return None
+    """Starts after a permute that puts the axes of the mesh into another order; else None.
+
+    Such an order leaves the first and the last device in place. A shift along a dim, which a model
+    asks for, does not: what it moves belongs to other indices than before.
+    """
     source = {int(target): int(sender) for sender, target in pairs}
+    last = len(source) - 1
+    if dim is None or last != len(dim) - 1 or (source[0], source[last]) != (0, last):
+        return None
     return tuple(dim[source[device]] for device in range(len(dim)))
 
 
