@@ -56,7 +56,7 @@ def test_a_module_with_dropout(layout):
     model = sk.from_equinox(Net, loss_of, axes=AXES)
     step = compiled(model, *LAYOUTS[layout])
     state = step.init(jax.random.key(0))
-    module = Net(jax.random.split(jax.random.key(0))[0])
+    module = Net(jax.random.key(0))
     # The key of step 0, which dropout draws its masks from.
     key = jax.random.fold_in(jax.random.wrap_key_data(jax.random.key_data(state.key)), 0)
     loss, gradients = eqx.filter_value_and_grad(loss_of)(module, BATCH, key)
@@ -101,7 +101,7 @@ def test_a_module_with_state():
     model = sk.from_equinox(make, stateful_loss)
     step = compiled(model, sk.Strategy(params=sk.REPLICATED, batch=P("data")), {"data": 8})
     state = step.init(jax.random.key(0))
-    module, own = make(jax.random.split(jax.random.key(0))[0])
+    module, own = make(jax.random.key(0))
 
     @eqx.filter_value_and_grad(has_aux=True)
     def by_equinox(module, own):

@@ -55,7 +55,7 @@ def compiles():
 
 def losses_by_hand(steps=3, rate=0.1):
     """The losses of three adam steps and of an evaluation, in plain JAX on one device."""
-    w = init(jax.random.split(jax.random.key(0))[0])["w"]
+    w = init(jax.random.key(0))["w"]
     optimizer = optax.adam(rate)
     state, seen = optimizer.init(w), []
     for _ in range(steps):

@@ -41,7 +41,7 @@ def strategy(mesh_axes):
 
 def by_hand(steps=3):
     """Losses, the adapters after some steps of adam, and the first gradient, on one device."""
-    params = init(jax.random.split(jax.random.key(0))[0])
+    params = init(jax.random.key(0))
     optimizer = optax.adam(RATE)
     lora, losses, first = params["lora"], [], None
     state = optimizer.init(lora)
@@ -198,7 +198,7 @@ def test_two_networks_take_turns_without_copies():
         for of, name in ((d_loss, "d"), (g_loss, "g"))
     )
     d_state, g_state = d_step.init(jax.random.key(0)), g_step.init(jax.random.key(0))
-    params = make(jax.random.split(jax.random.key(0))[0])
+    params = make(jax.random.key(0))
     moments = {name: optax.adam(RATE).init(params[name]) for name in "dg"}
     for _ in range(2):
         d_state, _ = d_step(d_state, batch)

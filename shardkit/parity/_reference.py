@@ -3,8 +3,8 @@
 It shares nothing with the compiled step but the spec and the definition of its randomness: no
 mesh, no gradient shards, no constraints (the model's own are removed), no scan. Both define:
 
-- the state's key k gives `init` the first half of `split(k)`; step t draws from
-  `fold_in(second half, t)`, an evaluation from `fold_in(second half, 2**32 - 1)`;
+- `init` gets the key k; with s = `fold_in(k, 2**32 - 2)`, step t draws from
+  `fold_in(s, t)`, an evaluation from `fold_in(s, 2**32 - 1)`;
 - micro-batch i of n holds rows i, i+n, i+2n, …, and draws from `fold_in(key of the step, i)`;
 - if gradients are accumulated per shard, the loss gets the key of the only shard.
 """
@@ -41,7 +41,7 @@ from ._record import (
     group_metrics_by_check,
 )
 
-_EVALUATION = np.uint32(2**32 - 1)
+_EVALUATION, _STEPS = np.uint32(2**32 - 1), np.uint32(2**32 - 2)
 
 HostMetrics = dict[str, Any]
 """`{name: f32[] on the host}`."""
@@ -172,8 +172,8 @@ class Reference:
         spec = self.spec
 
         def run(key: Key) -> tuple[Any, ...]:
-            init_key, steps_key = jax.random.split(key)
-            variables = spec.init(init_key)
+            steps_key = jax.random.fold_in(key, _STEPS)
+            variables = spec.init(key)
             if not isinstance(variables, Variables):
                 variables = Variables(variables, {})
             params = jax.tree.map(

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 # f32[devices, *param] per parameter.
 RESIDUALS = "compression"
 
+# Folded into the key of the state for the key that steps draw from.
+_STEPS = np.uint32(2**32 - 2)
+
 Specs = Mapping[str, PartitionSpec]
 # The abstract state, and `{path: logical axes}` of its parameters.
 AbstractState = tuple[TrainState, dict[str, tuple[str | None, ...]]]
@@ -115,8 +118,9 @@ def build_model_init(spec: "StepSpec", residual_copies: int = 0) -> Callable[[Ke
     """
 
     def run(key: Key) -> TrainState:
-        init_key, step_key = jax.random.split(key)
-        return _assemble_state(spec, spec.init(init_key), step_key, residual_copies)
+        # `init` gets the key as it is, so that the parameters are those of the user's own call.
+        step_key = jax.random.fold_in(key, _STEPS)
+        return _assemble_state(spec, spec.init(key), step_key, residual_copies)
 
     return run
 
