@@ -237,7 +237,10 @@ def test_init_may_constrain_and_name_dims():
     assert step.init(jax.random.key(0)).params["up"].sharding.is_fully_replicated
 
 
-@pytest.mark.parametrize("form", some_quick(FORMS, "named"))
+OWN_MESH = "shard_map of a mesh"
+
+
+@pytest.mark.parametrize("form", some_quick([form for form in FORMS if form != OWN_MESH], "named"))
 def test_verify_self_check_and_plan_take_the_model(form):
     spec = sk.StepSpec(
         loss_fn=make_loss(FORMS[form]),
@@ -251,3 +254,13 @@ def test_verify_self_check_and_plan_take_the_model(form):
     step = spec.compile(MESH.build())
     assert step.self_check(step.init(jax.random.key(0)), BATCH).ok
     assert sk.plan(spec, "tpu:v5e:2x2").rows
+
+
+@pytest.mark.slow
+def test_one_device_cannot_run_a_shard_map_of_another_mesh():
+    options = {"init": init, "batch": BATCH, "strategy": STRATEGY}
+    loss_fn = make_loss(FORMS[OWN_MESH])
+    spec = sk.StepSpec(loss_fn=loss_fn, optimizer=optax.sgd(0.1), **options)
+    with pytest.raises(sk.errors.VerificationError, match=r"jax.shard_map.* without mesh="):
+        sk.verify(spec, [MESH])
+    assert sk.plan(spec.replace(strategy=sk.strategies.data()), "tpu:v5e:2x2").rows

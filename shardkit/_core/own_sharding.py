@@ -17,7 +17,9 @@ from .tracing import record_p
 
 CONSTRAINT = "sharding_constraint"
 
-_UNKNOWN_AXIS = re.compile(
+# What JAX and flax say where a constraint or a `shard_map` finds no mesh, or not its axis.
+_NO_MESH = re.compile(r"non-empty mesh|mesh cannot be empty|mesh context or metadata is required")
+_NO_AXIS = re.compile(
     r"Resource axis: (\w+) of .* is not found in mesh|(?:in|out)_specs refers to '(\w+)'"
 )
 
@@ -41,10 +43,10 @@ def on_any_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
             try:
                 with jax.sharding.use_abstract_mesh(_extend(mesh, added)):
                     return function(*args, **kwargs)
-            except ValueError as error:
-                unknown = _UNKNOWN_AXIS.search(str(error))
-                name = unknown and (unknown[1] or unknown[2])
-                if not name or name in added:
+            except (ValueError, RuntimeError) as error:
+                unknown = _NO_AXIS.search(str(error))
+                name = unknown[1] or unknown[2] if unknown else "(none)"
+                if name in added or not (unknown or _NO_MESH.search(str(error))):
                     raise
                 added.append(name)
 
@@ -52,13 +54,12 @@ def on_any_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _extend(mesh: Any, added: list[str]) -> Any:
-    """A mesh with more axes, of one device each; at least one, since JAX wants a mesh."""
-    more = tuple(added) if added or not mesh.empty else ("(none)",)
-    if not more:
+    """A mesh with more axes, of one device each."""
+    if not added:
         return mesh
-    types = (*mesh.axis_types, *[AxisType.Auto] * len(more))
-    sizes = (*mesh.axis_sizes, *[1] * len(more))
-    return AbstractMesh(sizes, (*mesh.axis_names, *more), axis_types=types)
+    types = (*mesh.axis_types, *[AxisType.Auto] * len(added))
+    sizes = (*mesh.axis_sizes, *[1] * len(added))
+    return AbstractMesh(sizes, (*mesh.axis_names, *added), axis_types=types)
 
 
 def without_constraints(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ mesh, no gradient shards, no constraints (the model's own are removed), no scan.
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from .._core.errors import Problem, VerificationError, format_problems
 from .._core.own_sharding import on_any_mesh, without_constraints
 from .._core.partition import Partition
 from .._core.precision import cast_floats, policy_dtype
@@ -212,12 +214,25 @@ class Reference:
 
 
 def _jit_alone(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiles a user's function without the caller's mesh and without its own constraints."""
+    """Compiles a user's function without the caller's mesh and without its own constraints.
+
+    Raises (when it is called):
+      VerificationError: the function maps over devices of its own choice.
+    """
     compiled = on_any_mesh(jax.jit(without_constraints(function)))
 
     def run(*args: Any) -> Any:
-        with no_ambient_mesh():
-            return compiled(*args)
+        try:
+            with no_ambient_mesh():
+                return compiled(*args)
+        except ValueError as error:
+            if not re.search("mesh passed to shard_map|incompatible devices", str(error)):
+                raise
+            why = f"names devices of its own, which one device is not: {str(error).splitlines()[0]}"
+            fix = "jax.shard_map(...) without mesh=; or sk.verify(make_step, ...), make_step(mesh)"
+            problem = Problem("the model", why)
+            headline = "The reference cannot run."
+            raise VerificationError(format_problems(headline, [problem], fix)) from error
 
     return run
 
