@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from .._core.errors import Problem, ShardkitError, StepError, did_you_mean, raise_all
 from .._core.options import option_problems
 from .._core.precision import Precision, parse_precision
-from .._core.tree import leaves_by_path
+from .._core.tree import leaves_by_path, short_type
 from .._core.types import Accumulate, Batch, Key, Loss, PyTree
 from ..nn._remat import parse_policy
 from ..parallel import Strategy
@@ -338,6 +338,9 @@ def _batch_problems(batch: Batch) -> Iterator[Problem]:
     for path, x in leaves_by_path(batch, "batch").items():
         if not isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
             yield Problem(path, f"is of type {_type_name(x)}, not an array", "numpy.asarray(...)")
+        elif jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            fix = "jax.random.key_data(keys), and jax.random.wrap_key_data in the loss"
+            yield Problem(path, f"is {short_type(x.shape, x.dtype)}, typed keys, not numbers", fix)
 
 
 def _strategy_problems(spec: StepSpec) -> list[Problem]:
