@@ -338,7 +338,7 @@ def _batch_problems(batch: Batch) -> Iterator[Problem]:
     for path, x in leaves_by_path(batch, "batch").items():
         if not isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
             yield Problem(path, f"is of type {_type_name(x)}, not an array", "numpy.asarray(...)")
-        elif jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        elif jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
             fix = "jax.random.key_data(keys), and jax.random.wrap_key_data in the loss"
             yield Problem(path, f"is {short_type(x.shape, x.dtype)}, typed keys, not numbers", fix)
 
