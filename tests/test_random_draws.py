@@ -200,6 +200,24 @@ def test_a_gamma_draw_as_large_as_a_split_is_refused_not_guessed():
         split_step(draw, 8, {"accumulate": 4})
 
 
+def test_the_splits_inside_of_a_gamma_draw_are_of_one_row():
+    """Two rows a part: each element's key is split into two again, and those are no rows."""
+    got, key = noise_of_step(split_step(DRAWS["gamma"], 8, {"accumulate": 4}))
+    want = noise_of_one_device(DRAWS["gamma"], key, 4)
+    np.testing.assert_allclose(got, want, rtol=2e-5)
+
+
+def test_typed_keys_in_a_batch_are_refused_with_the_way_out():
+    keys = R.split(R.key(1), ROWS)
+    with pytest.raises(sk.errors.StepError, match=r"batch/keys +is key<fry>\[64\]"):
+        sk.StepSpec(
+            loss_fn=lambda params, batch, key: params,
+            optimizer=optax.sgd(0.1),
+            init=lambda key: jnp.ones(()),
+            batch={"keys": keys},
+        )
+
+
 def test_numbers_of_the_batch_may_be_folded_into_keys():
     def loss(params, batch, key):
         keys = jax.vmap(R.fold_in, (None, 0))(key, batch["id"])

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from .._core.errors import Problem, ShardkitError, StepError, did_you_mean, raise_all
 from .._core.options import option_problems
 from .._core.precision import Precision, parse_precision
-from .._core.tree import leaves_by_path
+from .._core.tree import leaves_by_path, short_type
 from .._core.types import Accumulate, Batch, Key, Loss, PyTree, Trainable
 from ..nn._remat import parse_policy
 from ..parallel import Strategy
@@ -367,11 +367,21 @@ def _choice_problems(spec: StepSpec) -> Iterator[Problem]:
 
 def _batch_problems(spec: StepSpec) -> Iterator[Problem]:
     wrong = [
-        Problem(path, f"is of type {_type_name(x)}, not an array", "numpy.asarray(...)")
+        problem
         for path, x in leaves_by_path(spec.batch, "batch").items()
-        if not isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+        if (problem := _leaf_problem(path, x))
     ]
     yield from wrong or row_dim_problems(spec.batch, spec.row_dims)
+
+
+def _leaf_problem(path: str, x: Any) -> Problem | None:
+    if not isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
+        return Problem(path, f"is of type {_type_name(x)}, not an array", "numpy.asarray(...)")
+    if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
+        fix = "jax.random.key_data(keys), and jax.random.wrap_key_data in the loss"
+        why = f"is {short_type(x.shape, x.dtype)}, typed keys, not numbers"
+        return Problem(path, why, fix)
+    return None
 
 
 def _strategy_problems(spec: StepSpec) -> list[Problem]:
