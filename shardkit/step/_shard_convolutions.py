@@ -84,7 +84,9 @@ def _batch(args: Any, dims: Any, *, convolution: Any, mesh: Mesh, axes: tuple[st
         return _convolve(lhs, rhs, convolution)
 
     manual = jax.sharding.get_abstract_mesh().manual_axes
-    if dims[1] is None or manual:
+    counts = (dict(convolution)[f"{name}_group_count"] for name in ("feature", "batch"))
+    grouped = set(counts) != {1}
+    if manual or (dims[1] is None and not grouped):
         # One kernel for all shards: their rows are rows of one convolution. Inside of a user's
         # own `shard_map` a device has its shard alone.
         return jax.vmap(convolve, in_axes=dims, spmd_axis_name=axes)(*args), 0
@@ -94,9 +96,8 @@ def _batch(args: Any, dims: Any, *, convolution: Any, mesh: Mesh, axes: tuple[st
         own = [x if d is None else x.squeeze(d) for x, d in zip(shards, dims, strict=True)]
         return convolve(own[0], own[1])[None]
 
-    # The partitioner aborts on groups of channels that another axis splits, so no other axis may.
-    counts = (dict(convolution)[f"{name}_group_count"] for name in ("feature", "batch"))
-    manual_axes = {*axes} if set(counts) == {1} else {*mesh.axis_names}
+    # The partitioner gets groups of channels wrong that another axis splits, so no axis may.
+    manual_axes = {*mesh.axis_names} if grouped else {*axes}
     apart = jax.shard_map(
         local, mesh=mesh, in_specs=tuple(specs), out_specs=_at(0, axes), axis_names=manual_axes
     )
