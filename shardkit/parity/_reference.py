@@ -11,7 +11,7 @@ mesh, no gradient shards, no constraints, no scan. Both define:
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -22,12 +22,24 @@ from jax.typing import DTypeLike
 
 from .._core.precision import cast_floats
 from .._core.split_rng import RandomDraws, per_shard_keys
-from .._core.types import Batch, Key, Loss, Mean, Params, PyTree, Variables, WithAxes
-from ..step import SKIPPED, StepSpec
+from .._core.types import (
+    Batch,
+    Key,
+    Loss,
+    Mean,
+    Params,
+    PyTree,
+    Scalar,
+    Variables,
+    WithAxes,
+)
+from ..step import SKIPPED, StepSpec, call_update
 from ._record import (
+    COUNTERS,
     EVALUATE,
     GRADIENTS,
     INIT,
+    LATER_EVALUATE,
     LATER_STATE,
     SGD,
     ParityInputs,
@@ -36,6 +48,7 @@ from ._record import (
     copy_to_host,
     global_norm,
     group_metrics_by_check,
+    select_counters,
 )
 
 _EVALUATION = np.uint32(2**32 - 1)
@@ -44,6 +57,7 @@ HostMetrics = dict[str, Any]
 """`{name: f32[] on the host}`."""
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ReferenceState:
     """A training state on one device; `key` is the one that the steps draw from."""
@@ -82,37 +96,32 @@ class Reference:
         """
         batch = inputs.batch(0)
         metrics, grads, _ = self.gradients(start, batch, 0)
-        sgd_params, _ = _jit_sgd_update(sgd)(
-            grads, sgd.init(start.params), start.params, metrics["loss"]
-        )
+        sgd_params = _jit_sgd_update(sgd)(grads, sgd.init(start.params), start.params)
         all_metrics, state = [], start
         for t in range(inputs.steps):
             state, metrics = self._step(state, inputs.batch(t), t)
             all_metrics.append(metrics)
+        after = copy_state_to_host(state)
+        own = {"step": np.int32(inputs.steps), "halted": np.bool_(False), "key": state.key}
         return {
             **group_metrics_by_check(all_metrics),
             INIT: copy_state_to_host(start),
             GRADIENTS: copy_to_host(grads),
             EVALUATE: self._evaluate(start, batch),
             SGD: copy_to_host(sgd_params),
-            LATER_STATE: copy_state_to_host(state),
+            LATER_STATE: after,
+            LATER_EVALUATE: self._evaluate(state, batch),
+            COUNTERS: {**copy_to_host(own), **select_counters(after)},
         }
 
     def gradients(
         self, state: ReferenceState, batch: Batch, step: int
     ) -> tuple[HostMetrics, Params, PyTree]:
         """Returns metrics, gradients of the mean loss, and the new model state."""
-        accumulate, precision = self.spec.accumulate, self.spec.precision
-        n, model_state = accumulate.micro_batches, state.model_state
-        step_key = jax.random.fold_in(state.key, step)
-        per_shard = accumulate.reduce == "end" and (n > 1 or precision.reduces_separately)
+        model_state = state.model_state
         sums: dict[str, np.ndarray] = {}  # f64[2] each: total and weight, over micro-batches
         grads = None
-        for i in range(n):
-            key = jax.random.fold_in(step_key, i) if per_shard or n > 1 else step_key
-            key = per_shard_keys(key, RandomDraws(1))[0] if per_shard else key
-            # With n=2 micro-batches of 6 rows: rows 0 2 4, then rows 1 3 5.
-            rows = jax.tree.map(lambda x, i=i: x[i::n] if np.ndim(x) else x, batch)
+        for rows, key in self._micro_batches(batch, jax.random.fold_in(state.key, step)):
             (total, (weight, metrics, model_state)), micro_grads = self._loss_and_grads(
                 state.params, model_state, self._to_device(rows), key
             )
@@ -127,6 +136,17 @@ class Reference:
         means["grad_norm"] = np.asarray(global_norm(copy_to_host(grads)))
         return means, grads, model_state
 
+    def _micro_batches(self, batch: Batch, step_key: Key) -> Iterator[tuple[Batch, Key]]:
+        """Yields the rows of each micro-batch and the key that its loss gets."""
+        accumulate, precision = self.spec.accumulate, self.spec.precision
+        n = accumulate.micro_batches
+        per_shard = accumulate.reduce == "end" and (n > 1 or precision.reduces_separately)
+        for i in range(n):
+            key = jax.random.fold_in(step_key, i) if per_shard or n > 1 else step_key
+            key = per_shard_keys(key, RandomDraws(1))[0] if per_shard else key
+            # With n=2 micro-batches of 6 rows: rows 0 2 4, then rows 1 3 5.
+            yield jax.tree.map(lambda x, i=i: x[i::n] if np.ndim(x) else x, batch), key
+
     def _step(
         self, state: ReferenceState, batch: Batch, step: int
     ) -> tuple[ReferenceState, HostMetrics]:
@@ -134,7 +154,9 @@ class Reference:
         if self.spec.on_nonfinite != "apply":
             finite = np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
             metrics[SKIPPED] = np.float32(not finite)
-        params, opt_state = self._update(grads, state.opt_state, state.params, metrics["loss"])
+        params, opt_state = self._update(
+            grads, metrics["loss"], state, self._to_device(batch), np.uint32(step)
+        )
         return ReferenceState(params, opt_state, model_state, state.key), metrics
 
     def _evaluate(self, state: ReferenceState, batch: Batch) -> HostMetrics:
@@ -183,26 +205,49 @@ class Reference:
 
     @functools.cached_property
     def _update(self) -> Callable[..., tuple[Params, PyTree]]:
-        return _jit_update(self.spec.optimizer)
+        """`(grads, loss, state, batch, step) → (params, opt_state)`."""
 
+        def apply(
+            grads: Params, loss: Scalar, state: ReferenceState, batch: Batch, step: Any
+        ) -> tuple[Params, PyTree]:
+            def value_and_grad(params: Params) -> tuple[Scalar, Params]:
+                key = jax.random.fold_in(state.key, step)
+                return self._mean_and_grads(params, state.model_state, batch, key)
 
-def _jit_update(optimizer: optax.GradientTransformation) -> Callable[..., tuple[Params, PyTree]]:
-    """`(grads, opt_state, params, loss) → (params, opt_state)`."""
-    update = optax.with_extra_args_support(optimizer).update
+            updates, opt_state = call_update(
+                self.spec.optimizer,
+                grads,
+                state.opt_state,
+                state.params,
+                loss,
+                value_and_grad=value_and_grad,
+            )
+            return optax.apply_updates(state.params, updates), opt_state
 
-    def apply(grads: Any, opt_state: Any, params: Any, loss: Any) -> tuple[Any, Any]:
-        updates, opt_state = update(grads, opt_state, params, value=loss)
-        return optax.apply_updates(params, updates), opt_state
+        return jax.jit(apply)
 
-    return jax.jit(apply)
+    def _mean_and_grads(
+        self, params: Params, model_state: PyTree, batch: Batch, step_key: Key
+    ) -> tuple[Scalar, Params]:
+        """Loss and gradient of other parameters, while it is traced: for optimizers that ask."""
+        total, weight, grads = jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+        for rows, key in self._micro_batches(batch, step_key):
+            (value, (n, _, model_state)), micro = self._loss_and_grads(
+                params, model_state, rows, key
+            )
+            total, weight = total + value, weight + n
+            grads = jax.tree.map(lambda x, y: x + y.astype(x.dtype), grads, micro)
+        return total / weight, jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
 
 
 @functools.lru_cache(maxsize=8)
-def _jit_sgd_update(
-    sgd: optax.GradientTransformation,
-) -> Callable[..., tuple[Params, PyTree]]:
-    """The same for an optimizer that several runs share: compiled once."""
-    return _jit_update(sgd)
+def _jit_sgd_update(sgd: optax.GradientTransformation) -> Callable[..., Params]:
+    """`(grads, opt_state, params) → params`, compiled once for all runs that share `sgd`."""
+
+    def apply(grads: Params, opt_state: PyTree, params: Params) -> Params:
+        return optax.apply_updates(params, sgd.update(grads, opt_state, params)[0])
+
+    return jax.jit(apply)
 
 
 def _build_plain_loss(spec: StepSpec, *, train: bool) -> Callable[..., Any]:

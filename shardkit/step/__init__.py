@@ -5,6 +5,7 @@ from ._layout import AbstractState, StepLayout, abstract_state, resolve_layout
 from ._nonfinite import SKIPPED, OnNonfinite
 from ._objective import build_objective
 from ._spec import StepSpec, check_mesh_given, check_step_spec, compile_step
+from .optim._extra_args import call_update
 from .optim._follow import FollowParams, moment_spec
 from .self_check import SelfCheck
 
@@ -19,6 +20,7 @@ __all__ = [
     "StepSpec",
     "abstract_state",
     "build_objective",
+    "call_update",
     "check_mesh_given",
     "check_step_spec",
     "compile_step",
