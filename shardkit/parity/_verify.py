@@ -1,5 +1,6 @@
 """`verify`: the same steps on one device and on each mesh."""
 
+import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -12,11 +13,15 @@ from .._core.errors import Problem, VerificationError, count, format_problems, r
 from .._core.tree import short_dtype
 from .._core.types import Batch, Key
 from ..mesh import MeshSpec
+from ..parallel import axis_names
 from ..rules import format_mesh
 from ..step import CompiledStep, StepSpec, check_step_spec
 from ._compare import ErrorLimits, compare_with_reference
+from ._default_meshes import default_meshes
+from ._likely_cause import find_likely_cause
 from ._observe import observe
 from ._parity_report import ParityReport, ParityRow
+from ._random_batches import make_random_batches
 from ._record import OWN_PROGRAM, ParityInputs, clipped_sgd, copy_to_host
 from ._reference import Reference, nudge_params
 
@@ -80,7 +85,7 @@ class ReferenceResults:
 
 def verify(
     spec: StepSpec | StepFactory,
-    meshes: Sequence[Mesh | MeshSpec],
+    meshes: Sequence[Mesh | MeshSpec] | None = None,
     *,
     batches: Sequence[Batch] | None = None,
     steps: int = 3,
@@ -96,18 +101,27 @@ def verify(
     - the first state, bit for bit;
     - loss, metrics, gradient norm and every gradient leaf of step 1, and an evaluation;
     - the parameters after one clipped SGD update (Adam hides a gradient of the wrong scale);
-    - losses and every state leaf after `steps` updates, which compile nothing after the first.
+    - losses, metrics and gradient norms of `steps` updates, every state leaf, the state's counters
+      and an evaluation after them; updates compile nothing after the first.
 
     A threshold is 8 times the measured noise: the change of the results when every parameter is
-    nudged by one rounding. In f32 it is at most 1e-5 for everything up to the SGD update.
+    nudged by one rounding. In f32 it is at most 1e-5 for everything up to the SGD update. In bf16
+    no gradient leaf may be scaled by more than 8 %, which its rounding averages out to.
+
+    Each mesh costs the compilation of three programs beside the step's own: gradients, the SGD
+    update and the evaluation. One device costs as many, and runs everything four times. The report
+    names the likely kind of fault of a mesh that fails.
 
     Args:
       spec: the step; or a function that compiles it for a mesh, called once for each of `meshes`
         and once for a mesh of one device with the axis names of the first.
-      meshes: meshes, or specs that are built from the first local devices.
+      meshes: meshes, or specs that are built from the first local devices. By default of all
+        devices, of 6 and of 3: of each the most even mesh over the strategy's axes that divides
+        rows and leaves.
       batches: host batches; step t uses number t modulo `len(batches)`. By default two random
-        batches of the declared shapes: normal floats, and integers in [0, 8). Pass your own if
-        the loss needs other values, and with rows of different weights if it has weights.
+        batches of the declared shapes: normal floats, and integers that cover all that they look
+        up (the whole vocabulary), or else are in [0, 8). Pass your own if the loss needs other
+        values, and with rows of different weights if it has weights.
       steps: updates with the declared optimizer; at least 2, to see whether the second compiles.
       key: typed PRNG key[] of the initial state; `jax.random.key(0)` by default.
 
@@ -131,14 +145,23 @@ def verify(
     True
     """
     compile_for = as_step_factory(spec)
+    if meshes is None and isinstance(spec, StepSpec):
+        compile_for = functools.cache(compile_for)  # until this call returns
+        meshes = list(default_meshes(axis_names(spec.strategy), compile_for))
     _check_arguments(meshes, batches, steps)
-    built = [_build_mesh(mesh) for mesh in meshes]
+    built = [_build_mesh(mesh) for mesh in meshes or ()]
     first = compile_for(build_one_device_mesh(built[0]))
     batches = make_random_batches(first) if batches is None else batches
     inputs = ParityInputs(batches, steps, jax.random.key(0) if key is None else key)
     reference = ReferenceResults(first.spec, first.mesh.devices.flat[0], inputs)
-    rows = [row for mesh in built for row in reference.compare(compile_for(mesh))]
-    return ParityReport(tuple(rows), reference.title)
+    rows, causes = [], []
+    for mesh in built:
+        step = compile_for(mesh)
+        compared = reference.compare(step)
+        rows += compared
+        if cause := find_likely_cause(step, compared):
+            causes.append((compared[0].mesh, cause))
+    return ParityReport(tuple(rows), reference.title, tuple(causes))
 
 
 def as_step_factory(spec: StepSpec | StepFactory) -> StepFactory:
@@ -160,19 +183,6 @@ def build_one_device_mesh(mesh: Mesh) -> Mesh:
     return Mesh(devices, names, axis_types=(AxisType.Auto,) * len(names))
 
 
-def make_random_batches(step: CompiledStep, seed: int = 0) -> list[Batch]:
-    """Two host batches of a step's shapes: normal floats, integers in [0, 8)."""
-    rng = np.random.default_rng(seed)
-
-    def draw(x: jax.ShapeDtypeStruct) -> np.ndarray:
-        if jnp.issubdtype(x.dtype, jnp.floating):
-            return rng.standard_normal(x.shape).astype(x.dtype)
-        end = 2 if x.dtype == bool else 8
-        return rng.integers(0, end, x.shape).astype(x.dtype)
-
-    return [jax.tree.map(draw, step.spec.batch) for _ in range(2)]
-
-
 def _build_mesh(mesh: Mesh | MeshSpec) -> Mesh:
     if isinstance(mesh, Mesh):
         return mesh
@@ -180,10 +190,13 @@ def _build_mesh(mesh: Mesh | MeshSpec) -> Mesh:
     return mesh.build(devices=None if has_open_axis else jax.devices()[: mesh.size])
 
 
-def _check_arguments(meshes: Sequence[Any], batches: Sequence[Any] | None, steps: int) -> None:
+def _check_arguments(
+    meshes: Sequence[Any] | None, batches: Sequence[Any] | None, steps: int
+) -> None:
     problems = []
     if not meshes:
-        problems.append(Problem("meshes", "is empty", "meshes=[sk.MeshSpec(data=2, tensor=4)]"))
+        why = "is not given, and a function names no axes" if meshes is None else "is empty"
+        problems.append(Problem("meshes", why, "meshes=[sk.MeshSpec(data=2, tensor=4)]"))
     if batches is not None and not batches:
         problems.append(Problem("batches", "is empty", "batches=[batch], or omit it"))
     if steps < 1:
@@ -197,7 +210,7 @@ def _check_usable(metrics: Any) -> None:
         return
     why = (
         f"loss {loss:g}, gradient norm {norm:g} on one device: a comparison proves nothing. "
-        "Without batches= they are random, with integers from 0 to 7"
+        "Without batches= they are random"
     )
     fix = "verify(..., batches=[...]) with batches that the loss can use"
     headline = "The reference cannot be compared with."
