@@ -219,6 +219,16 @@ def test_a_gradient_at_other_parameters_is_one_of_them():
     }
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("opaque", [False, True])
+def test_an_optimizer_that_evaluates_the_loss_passes_its_self_check(opaque):
+    step = spec(SAM(opaque_mode=opaque)).compile(mesh(data=2, tensor=2))
+    batch = make_random_batches(step)[0]
+    result = step.self_check(step.init(jax.random.key(0)), batch)
+    assert not result.failed
+    assert ("the optimizer evaluates the loss itself" in str(result)) == opaque
+
+
 def _asks_for_accuracy():
     def update(updates, state, params=None, *, accuracy):
         return updates, state
