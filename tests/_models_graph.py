@@ -74,4 +74,5 @@ def build():
             ("tensor", whole),
             UNMARKED,
         ),
+        has_rows=False,
     )

@@ -41,6 +41,7 @@ class Model:
       plain: `(params, model_state, batch) -> (total, weight, model_state)` in plain JAX.
       layouts: name → (strategy, sizes of the mesh).
       accumulate: of the cells with accumulation: two micro-batches.
+      has_rows: whether dim 0 of every batch leaf counts rows.
       refused: (words of a cell, words of the error) of cells that may be refused.
       optimizer: by default plain SGD.
       extra: the part of the optimizer's state that is compared, beside the parameters.
@@ -52,6 +53,7 @@ class Model:
     plain: Callable[..., Any]
     layouts: Mapping[str, tuple[sk.Strategy, Mapping[str, int]]]
     accumulate: int | sk.Accumulate = 2
+    has_rows: bool = True
     refused: tuple[tuple[str, str], ...] = ()
     optimizer: Any = SGD
     extra: Callable[[Any], Any] = lambda opt_state: opt_state[0]
@@ -168,7 +170,7 @@ def train_plainly(model: Model, start: Any, cell: Cell) -> tuple[Any, Any, Any, 
     for _ in range(STEPS):
         total, weight, grads = 0.0, 0.0, jax.tree.map(jnp.zeros_like, params)
         for i in range(n):
-            rows = {name: x[i::n] for name, x in model.batch.items()}
+            rows = {name: x[i::n] if model.has_rows else x for name, x in model.batch.items()}
             (value, (w, model_state)), micro = total_and_grads(params, model_state, rows)
             total, weight = total + value, weight + w
             grads = jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, micro)

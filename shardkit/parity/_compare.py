@@ -175,7 +175,15 @@ def _compare_leaves(
             scaling = compute_scaling(leaves.get(path), expected)
             if noise < _ROUNDING and not np.isnan(scaling):
                 error = abs(scaling - 1)
-                yield ParityRow("", check, path, error, noise, _MAX_SCALING, scaling=scaling)
+                yield ParityRow(
+                    "",
+                    check,
+                    path,
+                    error=error,
+                    noise=noise,
+                    threshold=_MAX_SCALING,
+                    scaling=scaling,
+                )
 
 
 def _number_row(
@@ -190,7 +198,9 @@ def _number_row(
     error = compute_errors(leaves, reference).get(path, 0.0)
     scaling = compute_scaling(leaves.get(path), reference[path]) if path in reference else np.nan
     threshold = limits.threshold(check, noise)
-    return ParityRow("", check, path, error, noise, threshold=threshold, scaling=scaling)
+    return ParityRow(
+        "", check, path, error=error, noise=noise, threshold=threshold, scaling=scaling
+    )
 
 
 def _miscounted(

@@ -1,7 +1,7 @@
 """The reference: the declared loss on one device, in plain JAX and plain arithmetic.
 
-It shares nothing with the compiled step but the spec and the definition of its randomness: no
-mesh, no gradient shards, no constraints, no scan. Both define:
+It shares nothing with the compiled step but the spec, how an optimizer is called, and the
+definition of its randomness: no mesh, no gradient shards, no constraints, no scan. Both define:
 
 - the state's key k gives `init` the first half of `split(k)`; step t draws from
   `fold_in(second half, t)`, an evaluation from `fold_in(second half, 2**32 - 1)`;

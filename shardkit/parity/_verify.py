@@ -1,86 +1,27 @@
 """`verify`: the same steps on one device and on each mesh."""
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from .._core.errors import Problem, VerificationError, count, format_problems, raise_all
-from .._core.tree import short_dtype
+from .._core.errors import Problem, VerificationError, raise_all
 from .._core.types import Batch, Key
 from ..mesh import MeshSpec
 from ..parallel import axis_names
-from ..rules import format_mesh
 from ..step import CompiledStep, StepSpec, check_step_spec
-from ._compare import ErrorLimits, compare_with_reference
 from ._default_meshes import default_meshes
 from ._likely_cause import find_likely_cause
-from ._observe import observe
-from ._parity_report import ParityReport, ParityRow
+from ._parity_report import ParityReport
 from ._random_batches import make_random_batches
-from ._record import OWN_PROGRAM, ParityInputs, clipped_sgd, copy_to_host
-from ._reference import Reference, nudge_params
+from ._record import ParityInputs
+from ._reference_results import ReferenceResults
 
 StepFactory = Callable[[Mesh], CompiledStep]
 
-_NUDGES = 3
 _HEADLINE = "There is nothing to verify."
-
-
-class ReferenceResults:
-    """The results of one device, and how far a correct step may be from them.
-
-    Attributes:
-      spec: of the step.
-      inputs: that the reference and every mesh run on.
-      record: of the reference.
-    """
-
-    def __init__(self, spec: StepSpec, device: Any, inputs: ParityInputs) -> None:
-        """Runs the reference, and again with nudged parameters to measure noise.
-
-        Raises:
-          VerificationError: the loss or its gradient is not finite, or the gradient is all zero.
-        """
-        self.spec, self.inputs = spec, inputs
-        reference = Reference(spec, device)
-        start = reference.init(inputs.key)
-        metrics, grads, _ = reference.gradients(start, inputs.batch(0), 0)
-        _check_usable(metrics)
-        self._sgd = clipped_sgd(copy_to_host(start.params), copy_to_host(grads))
-        self.record = reference.run(inputs, start, self._sgd)
-        compute = spec.precision.compute_dtype
-        self._noise_records = [
-            reference.run(inputs, nudge_params(start, compute, seed), self._sgd)
-            for seed in range(_NUDGES)
-        ]
-        self._limits = ErrorLimits.of(compute)
-
-    def compare(self, step: CompiledStep, checks: Collection[str] = OWN_PROGRAM) -> list[ParityRow]:
-        """Runs a step on the same inputs and compares.
-
-        Args:
-          step: compiled for some mesh.
-          checks: which of the checks that compile a program of their own to run.
-        """
-        mesh = format_mesh(step.mesh.shape)
-        observed = observe(step, self.inputs, self._sgd, checks)
-        return compare_with_reference(
-            mesh, observed, self.record, self._noise_records, self._limits
-        )
-
-    @property
-    def title(self) -> str:
-        """What is compared, in one line."""
-        n = self.spec.accumulate.micro_batches
-        micro = f", {n} micro-batches" if n > 1 else ""
-        compute = short_dtype(jnp.dtype(self.spec.precision.compute_dtype))
-        steps = count(self.inputs.steps, "step")
-        return f"One device against each mesh: {steps}, compute {compute}{micro}."
 
 
 def verify(
@@ -146,7 +87,7 @@ def verify(
     """
     compile_for = as_step_factory(spec)
     if meshes is None and isinstance(spec, StepSpec):
-        compile_for = functools.cache(compile_for)  # until this call returns
+        compile_for = functools.lru_cache(maxsize=4)(compile_for)
         meshes = list(default_meshes(axis_names(spec.strategy), compile_for))
     _check_arguments(meshes, batches, steps)
     built = [_build_mesh(mesh) for mesh in meshes or ()]
@@ -202,16 +143,3 @@ def _check_arguments(
     if steps < 1:
         problems.append(Problem(f"steps={steps}", "must be at least 1", "steps=3"))
     raise_all(VerificationError, _HEADLINE, problems)
-
-
-def _check_usable(metrics: Any) -> None:
-    loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
-    if np.isfinite(loss) and np.isfinite(norm) and norm > 0:
-        return
-    why = (
-        f"loss {loss:g}, gradient norm {norm:g} on one device: a comparison proves nothing. "
-        "Without batches= they are random"
-    )
-    fix = "verify(..., batches=[...]) with batches that the loss can use"
-    headline = "The reference cannot be compared with."
-    raise VerificationError(format_problems(headline, [Problem("batches", why, fix)]))
