@@ -132,12 +132,12 @@ def _random_batches():
 @pytest.mark.slow
 def test_a_bf16_leaf_a_tenth_larger_is_found_by_its_projection_alone():
     matrix = kill_matrix(
-        spec(precision="bfloat16").compile,
+        spec(optax.sgd(1e-2), precision="bfloat16").compile,
         mesh(data=2, tensor=2),
         mutations=[RARE["a tenth more"]],
         steps=2,
     ).check()
-    (row,) = (row for row in matrix.rows[0].failed_rows if row.check == "gradients")
+    (row,) = matrix.rows[0].failed_rows  # of Adam's second moments a fifth would be missing
     assert row.leaf == "table"
     assert row.scaling == pytest.approx(1.1, abs=0.01)
     assert row.error == pytest.approx(0.1, abs=0.01)
