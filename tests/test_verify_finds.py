@@ -10,8 +10,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
-from shardkit.parity import make_random_batches
+from shardkit.parity import ParityRow, make_random_batches
 from shardkit.parity._default_meshes import odd_shapes
+from shardkit.parity._likely_cause import find_likely_cause
 from shardkit.parity._random_batches import find_integer_bounds
 from shardkit.testing import RARE_MUTATIONS, kill_matrix
 
@@ -262,6 +263,39 @@ def test_optimizers_that_cannot_be_driven_are_named(optimizer, words):
 def centred(params, batch, key):
     h = jnp.tanh(params["table"][batch["ids"]] + batch["x"])
     return jnp.mean(((h - h.mean(0)) @ params["head"] - batch["y"]) ** 2)
+
+
+def _failed(check, error=0.5, scaling=float("nan")):
+    return ParityRow("m", check, "w", error=error, noise=0.0, threshold=1e-5, scaling=scaling)
+
+
+@pytest.fixture(scope="module")
+def on_six():
+    return spec().compile(mesh(data=3, tensor=2))
+
+
+@pytest.mark.parametrize(
+    ("rows", "cause"),
+    [
+        ([], ""),
+        ([_failed("gradients", 2.0, 3.0)], "the gradient of w is summed 3 times, once on each"),
+        ([_failed("gradients", 5.0, 6.0)], "summed 6 times, once on each device of (data=3, tens"),
+        ([_failed("gradients", 0.5, 0.5)], "the gradient of w lacks a sum over (tensor=2)"),
+        ([_failed("gradients", 0.3, 1.3)], "the gradient of w is scaled by 1.3"),
+        ([_failed("gradients", 0.9, 0.7)], "a part of the gradient is missing"),
+        ([_failed("loss", 1.0, 2.0), _failed("gradients")], "the loss is summed 2 times"),
+        ([_failed("loss", 0.1)], "the loss depends on the mesh"),
+        ([_failed("sgd update"), _failed("k-step state")], "the update depends on the layout"),
+        ([_failed("k-step state")], "the optimizer's state is not carried"),
+        ([_failed("counters")], "the state does not count its updates"),
+        ([_failed("k-step evaluate")], "an evaluation does not read the updated parameters"),
+    ],
+)
+def test_the_likely_kind_of_fault_is_named(on_six, rows, cause):
+    passed = ParityRow("m", "init", "", error=0)
+    named = find_likely_cause(on_six, [passed, *rows])
+    assert cause in named
+    assert bool(named) == bool(rows)
 
 
 @pytest.mark.slow

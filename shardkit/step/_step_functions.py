@@ -173,6 +173,8 @@ def find_mixed_rows(spec: "StepSpec", mesh: Mesh, layout: StepLayout) -> str:
         check_split_rows(bound, layout, build_objective(spec.loss_fn, mesh), args)
     except StepError as error:
         return str(error).splitlines()[1].strip()
+    except Exception:  # a user's code, which failed in some way already
+        return ""
     return ""
 
 
