@@ -29,6 +29,15 @@ and two clipped SGD updates, and one compilation.
   Two other rows are above: *tied each* reduces each micro-batch, as declared, and the CPU backend
   sends *all bf16* as f32.
 
+`sk.verify` makes the same comparison of any step, in three steps of its declared optimizer: the
+counters of the state, metrics and gradient norms of every step, and evaluations before and after
+them. Its made-up integers cover all that they look up; without `meshes` it takes all devices, 6
+and 3 of them. In bf16 the error of a leaf cannot tell a gradient from one a tenth larger, so its
+projection on one device's must be within 8 % too (between right meshes: 6e-3). Beside the step
+each mesh compiles three programs. A failure names the likely kind of fault, such as `the loss
+mixes rows: …` with its line. `shardkit.testing.MUTATIONS`, and `RARE_MUTATIONS` for what shows on
+some steps only, are bugs that it must find.
+
 `benchmarks/parity.py` writes this page from `tests/_parity.py`, where a new row is one line.
 
 """

@@ -25,6 +25,7 @@ KEPT: dict[str, tuple[int | str, str]] = {
     "planner._stages.read_tick_roles": (256, "schedules × stages of one search; a few KiB each"),
     "rules._path._compile_glob": (1024, "globs of some models; about 1 KiB each"),
     "parity._reference._jit_sgd_update": (8, "verifications in progress"),
+    "parity._verify.verify": (4, "steps on default meshes and one device, until it returns"),
     "cli._verify.run": (
         "meshes of the command, and one device",
         "steps, until the command ends",

@@ -24,7 +24,7 @@ from shardkit.testing import (
 
 MESH = MeshSpec(data=2, tensor=2)
 BY_NAME = {mutation.name: mutation for mutation in MUTATIONS}
-FAST = ("psum dropped", "key not folded", "wrong spec")
+FAST = ("psum dropped", "key not folded", "wrong spec", "updates not counted")
 
 
 def loss_fn(params, batch, key):
@@ -92,7 +92,7 @@ def test_the_matrix_reads_well(matrix):
     text = str(matrix)
     assert "without a mutation: passes" in text
     assert "psum dropped killed by gradients, copies" in " ".join(text.split())
-    assert text.endswith("3 of 3 mutations killed.")
+    assert text.endswith("4 of 4 mutations killed.")
     assert max(map(len, text.splitlines())) <= 100
     assert matrix.check() is matrix
 
@@ -101,6 +101,16 @@ def test_the_matrix_reads_well(matrix):
 def test_every_mutation_is_killed():
     matrix = kill_matrix(factory, mesh(), batches=batches()).check()
     assert [row.mutation for row in matrix.rows] == list(MUTATIONS)
+
+
+LATER = ("evaluation shrunk", "later metrics doubled", "later norms doubled", "updates not counted")
+
+
+@pytest.mark.slow
+def test_what_is_wrong_from_the_second_step_on_fails_no_check_of_the_first():
+    chosen = [BY_NAME[name] for name in LATER]
+    matrix = kill_matrix(factory, mesh(), batches=batches(), steps=2, mutations=chosen).check()
+    assert [row.failed_checks for row in matrix.rows] == [m.killed_by for m in chosen]
 
 
 def test_every_check_has_a_mutation_that_only_a_working_check_kills(matrix):
@@ -139,7 +149,7 @@ def test_a_seam_that_was_renamed_is_an_error(path):
 
 def test_no_two_mutations_share_a_name():
     assert len({mutation.name for mutation in ALL}) == len(ALL)
-    assert len(ALL) == 31
+    assert len(ALL) == 39
 
 
 def test_a_survivor_is_an_error():

@@ -309,6 +309,10 @@ SEEN = {
     "update made twice": (("update",), ("update",)),
     "init by device count": ((), ()),
     "half an evaluation": ((), ()),
+    "evaluation shrunk": ((), ()),
+    "later metrics doubled": ((), ()),
+    "later norms doubled": ((), ("update",)),
+    "updates not counted": ((), ()),
     "compiles again": ((), ()),
 }
 

@@ -83,8 +83,11 @@ def test_every_check_of_a_right_step_passes(report):
         "metrics",
         "sgd update",
         "k-step loss",
+        "k-step metrics",
         "k-step state",
         "evaluate",
+        "k-step evaluate",
+        "counters",
         "copies",
         "compiles once",
     ]
@@ -104,7 +107,7 @@ def test_table_names_the_worst_leaf_within_a_hundred_columns(report):
     assert text.startswith("One device against each mesh: 3 steps, compute f32.")
     assert "(data=2, tensor=4)" in text
     assert "noise  threshold" in text
-    assert text.endswith("12 of 12 checks passed: every mesh equals one device.")
+    assert text.endswith("15 of 15 checks passed: every mesh equals one device.")
 
 
 def test_a_loss_that_depends_on_the_mesh_fails_with_every_row():
@@ -128,6 +131,7 @@ def test_a_loss_that_depends_on_the_mesh_fails_with_every_row():
     assert "between correct runs" in message
     assert "Fix:" in message
     assert "step.gradients(state, batch)[1]" in message
+    assert "likely: the loss is summed 2 times, once on each device of (data=2)" in message
 
 
 def test_the_reference_is_plain_jax():

@@ -1,6 +1,7 @@
 """Strategies: how a step is laid out, one file per kind of parallelism."""
 
 from . import strategies
+from ._axis_names import axis_names
 from ._compose import (
     check_axes_used,
     check_composition,
@@ -37,6 +38,7 @@ __all__ = [
     "Zero",
     "attend_backward",
     "axes_splitting",
+    "axis_names",
     "check_axes_used",
     "check_composition",
     "check_overrides_called",

@@ -14,9 +14,11 @@ from .._core.types import PyTree
 from ..step import CompiledStep
 from ._layout import find_differing_copies, find_misplaced_leaves, resolve_declared_specs
 from ._record import (
+    COUNTERS,
     EVALUATE,
     GRADIENTS,
     INIT,
+    LATER_EVALUATE,
     LATER_STATE,
     OWN_PROGRAM,
     SGD,
@@ -25,6 +27,7 @@ from ._record import (
     copy_state_to_host,
     copy_to_host,
     group_metrics_by_check,
+    select_counters,
 )
 
 _COMPILES = "/jax/core/compile/jaxpr_to_mlir_module_duration"
@@ -71,7 +74,8 @@ def observe(
     misplaced = list(find_misplaced_leaves(at_first, specs, step.mesh, "at first"))
     record: Record = {INIT: copy_state_to_host(state)}
     outputs: dict[str, Any] = {}
-    if EVALUATE in checks:
+    evaluates = EVALUATE in checks or LATER_EVALUATE in checks
+    if evaluates:
         record[EVALUATE] = copy_to_host(step.evaluate(state, batch))
     if GRADIENTS in checks:
         _, outputs["gradients"] = step.gradients(state, batch)
@@ -90,6 +94,10 @@ def observe(
     at_last = state_fields(state)
     misplaced += find_misplaced_leaves(at_last, specs, step.mesh, "after the last step")
     record |= {**group_metrics_by_check(metrics), LATER_STATE: copy_state_to_host(state)}
+    own = {"step": state.step, "halted": state.halted, "key": state.key}
+    record[COUNTERS] = {**copy_to_host(own), **select_counters(record[LATER_STATE])}
+    if evaluates:
+        record[LATER_EVALUATE] = copy_to_host(step.evaluate(state, batch))
     return Observation(
         record,
         # One row per path: a leaf that is misplaced at first and at last counts once, as at first.

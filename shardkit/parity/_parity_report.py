@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 from .._core.errors import Problem, VerificationError, count, format_problems
 from .._core.io._table import Column, Table
@@ -23,6 +24,7 @@ class ParityRow:
       noise: the same measure between two correct runs; None for checks that count.
       threshold: largest error that passes.
       why: what is wrong, for checks that count.
+      scaling: the factor by which the reference is nearest to that leaf; NaN if there is none.
     """
 
     mesh: str
@@ -32,6 +34,7 @@ class ParityRow:
     noise: float | None = None
     threshold: float = 0.0
     why: str = ""
+    scaling: float = math.nan
 
     @property
     def ok(self) -> bool:
@@ -54,10 +57,12 @@ class ParityReport:
     Attributes:
       rows: every check on every mesh.
       title: what was run, in one line.
+      causes: (mesh, likely kind of fault) of each mesh on which checks failed.
     """
 
     rows: tuple[ParityRow, ...]
     title: str
+    causes: tuple[tuple[str, str], ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -83,6 +88,7 @@ class ParityReport:
         ]
         n = len({row.mesh for row in self.failed})
         headline = f"{count(len(problems), 'check')} failed on {n} of {self._mesh_count} meshes."
+        problems = [*(Problem(mesh, f"likely: {why}") for mesh, why in self.causes), *problems]
         raise VerificationError(format_problems(headline, problems))
 
     @property
@@ -98,6 +104,7 @@ class ParityReport:
         lines = [self.title, table.to_text(_WIDTH)]
         passed = len(self.rows) - len(self.failed)
         verdict = "every mesh equals one device" if self.ok else "NOT equal to one device"
+        lines += [f"{mesh} likely: {why}" for mesh, why in self.causes]
         lines.append(f"{passed} of {len(self.rows)} checks passed: {verdict}.")
         return "\n".join(lines)
 
@@ -116,7 +123,8 @@ def _explain_failure(row: ParityRow) -> str:
         return f"{row.leaf}: {row.why}" if row.leaf else row.why
     noise = "" if row.noise is None else f", {format_error(row.noise)} between correct runs"
     threshold = format_error(row.threshold)
-    return f"{row.leaf} is off by {format_error(row.error)}; at most {threshold}{noise}"
+    factor = f"; {row.scaling:.3g} times that of one device" if abs(row.scaling - 1) > 1e-3 else ""
+    return f"{row.leaf} is off by {format_error(row.error)}; at most {threshold}{noise}{factor}"
 
 
 _GRADIENTS = "compare step.gradients(state, batch)[1] of the mesh with that of one device"
@@ -133,6 +141,9 @@ _FIXES = {
     "evaluate": _WEIGHTS,
     "sgd update": "compute norms of the global gradients: no clipping inside shard_map",
     "k-step loss": _NOISE,
+    "k-step metrics": "return metrics of this step alone, each as sk.Mean(total, weight)",
     "k-step state": _NOISE,
+    "k-step evaluate": "evaluate the state that the last step returned",
+    "counters": "leave step, halted and key of the state as the step returned them",
     "compiles once": "return optimizer state with the shapes and dtypes of its input",
 }

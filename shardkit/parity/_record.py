@@ -21,8 +21,15 @@ Record = dict[str, Leaves]
 # The checks that compare numbers, in the order of the parity report.
 INIT, LOSS, GRADIENTS, NORM = "init", "loss", "gradients", "grad_norm"
 METRICS, EVALUATE, SGD = "metrics", "evaluate", "sgd update"
-LATER_LOSS, LATER_STATE = "k-step loss", "k-step state"
-NUMBERS = (LOSS, GRADIENTS, NORM, METRICS, SGD, LATER_LOSS, LATER_STATE, EVALUATE)
+LATER_LOSS, LATER_METRICS, LATER_STATE = "k-step loss", "k-step metrics", "k-step state"
+LATER_EVALUATE, COUNTERS = "k-step evaluate", "counters"
+NUMBERS = (
+    *(LOSS, GRADIENTS, NORM, METRICS, SGD, LATER_LOSS, LATER_METRICS, LATER_STATE),
+    *(EVALUATE, LATER_EVALUATE),
+)
+AFTER_STEPS = (LATER_LOSS, LATER_METRICS, LATER_STATE, LATER_EVALUATE)
+# Of these checks each leaf has a meaning and a magnitude of its own.
+SCALARS = (METRICS, LATER_METRICS, EVALUATE, LATER_EVALUATE)
 
 # Checks that compile a program of their own, besides those of the step and of the first state.
 OWN_PROGRAM = (GRADIENTS, SGD, EVALUATE)
@@ -56,6 +63,11 @@ def copy_state_to_host(state: Any) -> Leaves:
     }
 
 
+def select_counters(leaves: Leaves) -> Leaves:
+    """The integer scalars of a state: counts of steps, which no rounding changes."""
+    return {path: x for path, x in leaves.items() if x.ndim == 0 and x.dtype.kind in "iu"}
+
+
 def copy_to_host(tree: PyTree, prefix: str = "") -> Leaves:
     """Copies the leaves of a pytree to the host; a typed key as its u32 data."""
     return {path: copy_leaf_to_host(x) for path, x in leaves_by_path(tree, prefix).items()}
@@ -68,7 +80,7 @@ def copy_leaf_to_host(x: jax.Array) -> np.ndarray:
 
 
 def group_metrics_by_check(metrics: Sequence[dict[str, Any]]) -> Record:
-    """Sorts the metrics of all steps by check: `loss`, `grad_norm`, `metrics`, `k-step loss`."""
+    """Sorts the metrics of all steps by check: `loss`, `grad_norm`, `metrics`, `k-step …`."""
     first = metrics[0]
     user_metrics = [name for name in first if name not in ("loss", "grad_norm")]
     return {
@@ -76,6 +88,12 @@ def group_metrics_by_check(metrics: Sequence[dict[str, Any]]) -> Record:
         NORM: {"grad_norm": np.asarray(first["grad_norm"])},
         METRICS: {name: np.asarray(first[name]) for name in user_metrics},
         LATER_LOSS: {f"step {t + 1}": np.asarray(m["loss"]) for t, m in enumerate(metrics)},
+        LATER_METRICS: {
+            f"step {t + 1}/{name}": np.asarray(m[name])
+            for t, m in enumerate(metrics)
+            for name in m
+            if t and name != "loss"
+        },
     }
 
 

@@ -1,7 +1,8 @@
 """The reference: the declared loss on one device, in plain JAX and plain arithmetic.
 
-It shares nothing with the compiled step but the spec and the definition of its randomness: no
-mesh, no gradient shards, no constraints (the model's own are removed), no scan. Both define:
+It shares nothing with the compiled step but the spec, how an optimizer is called, and the
+definition of its randomness: no mesh, no gradient shards, no constraints (the model's own are
+removed), no scan. Both define:
 
 - `init` gets the key k; with s = `fold_in(k, 2**32 - 2)`, step t draws from
   `fold_in(s, t)`, an evaluation from `fold_in(s, 2**32 - 1)`;
@@ -12,7 +13,7 @@ mesh, no gradient shards, no constraints (the model's own are removed), no scan.
 import dataclasses
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -27,12 +28,31 @@ from .._core.precision import cast_floats, policy_dtype
 from .._core.row_dims import RowDims, map_rows, take_rows
 from .._core.split_rng import RandomDraws, per_shard_keys
 from .._core.tree import list_leaves
-from .._core.types import Batch, Key, Loss, Mean, Params, PyTree, Variables, WithAxes
-from ..step import SKIPPED, StepSpec, find_partition, list_row_dims, no_ambient_mesh
+from .._core.types import (
+    Batch,
+    Key,
+    Loss,
+    Mean,
+    Params,
+    PyTree,
+    Scalar,
+    Variables,
+    WithAxes,
+)
+from ..step import (
+    SKIPPED,
+    StepSpec,
+    call_update,
+    find_partition,
+    list_row_dims,
+    no_ambient_mesh,
+)
 from ._record import (
+    COUNTERS,
     EVALUATE,
     GRADIENTS,
     INIT,
+    LATER_EVALUATE,
     LATER_STATE,
     SGD,
     ParityInputs,
@@ -41,6 +61,7 @@ from ._record import (
     copy_to_host,
     global_norm,
     group_metrics_by_check,
+    select_counters,
 )
 
 _EVALUATION, _STEPS = np.uint32(2**32 - 1), np.uint32(2**32 - 2)
@@ -49,6 +70,7 @@ HostMetrics = dict[str, Any]
 """`{name: f32[] on the host}`."""
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ReferenceState:
     """A training state on one device; `key` is the one that the steps draw from."""
@@ -90,41 +112,35 @@ class Reference:
         """
         batch = inputs.batch(0)
         metrics, grads, _ = self.gradients(start, batch, 0)
-        sgd_params, _ = _jit_sgd_update(sgd)(
-            grads, sgd.init(trained := self._trained(start.params)), trained, metrics["loss"]
-        )
+        trained = self._trained(start.params)
+        sgd_params = _jit_sgd_update(sgd)(grads, sgd.init(trained), trained)
         sgd_params = self._partition(start.params).merge(sgd_params, start.params)
         all_metrics, state = [], start
         for t in range(inputs.steps):
             state, metrics = self._step(state, inputs.batch(t), t)
             all_metrics.append(metrics)
+        after = copy_state_to_host(state)
+        own = {"step": np.int32(inputs.steps), "halted": np.bool_(False), "key": state.key}
         return {
             **group_metrics_by_check(all_metrics),
             INIT: copy_state_to_host(start),
             GRADIENTS: copy_to_host(grads),
             EVALUATE: self._evaluate(start, batch),
             SGD: copy_to_host(sgd_params),
-            LATER_STATE: copy_state_to_host(state),
+            LATER_STATE: after,
+            LATER_EVALUATE: self._evaluate(state, batch),
+            COUNTERS: {**copy_to_host(own), **select_counters(after)},
         }
 
     def gradients(
         self, state: ReferenceState, batch: Batch, step: int
     ) -> tuple[HostMetrics, Params, PyTree]:
         """Returns metrics, gradients of the mean loss, and the new model state."""
-        accumulate, precision = self.spec.accumulate, self.spec.precision
-        n, model_state = accumulate.micro_batches, state.model_state
-        dims = self.row_dims or list_row_dims(list_leaves(self.spec.batch), self.spec.row_dims)
-        step_key = jax.random.fold_in(state.key, step)
-        per_shard = accumulate.reduce == "end" and (n > 1 or precision.reduces_separately)
+        model_state = state.model_state
         sums: dict[str, np.ndarray] = {}  # f64[2] each: total and weight, over micro-batches
         dtypes: dict[str, Any] = {}
         grads = None
-        for i in range(n):
-            key = jax.random.fold_in(step_key, i) if per_shard or n > 1 else step_key
-            key = per_shard_keys(key, RandomDraws(1))[0] if per_shard else key
-            # With n=2 micro-batches of 6 rows: rows 0 2 4, then rows 1 3 5.
-            taken = functools.partial(take_rows, index=slice(i, None, n))
-            rows = map_rows(taken, batch, dims)
+        for rows, key in self._micro_batches(batch, jax.random.fold_in(state.key, step)):
             (_, (pairs, size, model_state)), micro_grads = self._loss_and_grads(
                 state.params, model_state, self._to_device(rows), key
             )
@@ -141,6 +157,19 @@ class Reference:
         means["grad_norm"] = np.asarray(global_norm(copy_to_host(grads)))
         return means, grads, model_state
 
+    def _micro_batches(self, batch: Batch, step_key: Key) -> Iterator[tuple[Batch, Key]]:
+        """Yields the rows of each micro-batch and the key that its loss gets."""
+        accumulate, precision = self.spec.accumulate, self.spec.precision
+        n = accumulate.micro_batches
+        dims = self.row_dims or list_row_dims(list_leaves(self.spec.batch), self.spec.row_dims)
+        per_shard = accumulate.reduce == "end" and (n > 1 or precision.reduces_separately)
+        for i in range(n):
+            key = jax.random.fold_in(step_key, i) if per_shard or n > 1 else step_key
+            key = per_shard_keys(key, RandomDraws(1))[0] if per_shard else key
+            # With n=2 micro-batches of 6 rows: rows 0 2 4, then rows 1 3 5.
+            taken = functools.partial(take_rows, index=slice(i, None, n))
+            yield map_rows(taken, batch, dims), key
+
     def _step(
         self, state: ReferenceState, batch: Batch, step: int
     ) -> tuple[ReferenceState, HostMetrics]:
@@ -148,9 +177,9 @@ class Reference:
         if self.spec.on_nonfinite != "apply":
             finite = np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
             metrics[SKIPPED] = np.float32(not finite)
-        trained = self._trained(state.params)
-        trained, opt_state = self._update(grads, state.opt_state, trained, metrics["loss"])
-        params = self._partition(state.params).merge(trained, state.params)
+        params, opt_state = self._update(
+            grads, metrics["loss"], state, self._to_device(batch), np.uint32(step)
+        )
         return ReferenceState(params, opt_state, model_state, state.key), metrics
 
     def _evaluate(self, state: ReferenceState, batch: Batch) -> HostMetrics:
@@ -210,7 +239,45 @@ class Reference:
 
     @functools.cached_property
     def _update(self) -> Callable[..., tuple[Params, PyTree]]:
-        return _jit_update(self.spec.optimizer)
+        """`(grads, loss, state, batch, step) → (params, opt_state)`."""
+
+        def apply(
+            grads: Params, loss: Scalar, state: ReferenceState, batch: Batch, step: Any
+        ) -> tuple[Params, PyTree]:
+            partition = self._partition(state.params)
+            trained = partition.trained(state.params)
+
+            def value_and_grad(moved: Params) -> tuple[Scalar, Params]:
+                params = partition.merge(moved, state.params)
+                key = jax.random.fold_in(state.key, step)
+                return self._mean_and_grads(params, state.model_state, batch, key)
+
+            updates, opt_state = call_update(
+                self.spec.optimizer,
+                grads,
+                state.opt_state,
+                trained,
+                loss,
+                value_and_grad=value_and_grad,
+            )
+            moved = optax.apply_updates(trained, updates)
+            return partition.merge(moved, state.params), opt_state
+
+        return jax.jit(apply)
+
+    def _mean_and_grads(
+        self, params: Params, model_state: PyTree, batch: Batch, step_key: Key
+    ) -> tuple[Scalar, Params]:
+        """Loss and gradient of other parameters, while it is traced: for optimizers that ask."""
+        total, weight = jnp.zeros(()), jnp.zeros(())
+        grads = jax.tree.map(jnp.zeros_like, self._trained(params))
+        for rows, key in self._micro_batches(batch, step_key):
+            (_, (pairs, size, model_state)), micro = self._loss_and_grads(
+                params, model_state, rows, key
+            )
+            total, weight = total + pairs["loss"][0], weight + pairs["loss"][1]
+            grads = jax.tree.map(lambda x, y: x + (y * size).astype(x.dtype), grads, micro)  # noqa: B023
+        return total / weight, jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
 
 
 def _jit_alone(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -237,23 +304,14 @@ def _jit_alone(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _jit_update(optimizer: optax.GradientTransformation) -> Callable[..., tuple[Params, PyTree]]:
-    """`(grads, opt_state, params, loss) → (params, opt_state)`."""
-    update = optax.with_extra_args_support(optimizer).update
+@functools.lru_cache(maxsize=8)
+def _jit_sgd_update(sgd: optax.GradientTransformation) -> Callable[..., Params]:
+    """`(grads, opt_state, params) → params`, compiled once for all runs that share `sgd`."""
 
-    def apply(grads: Any, opt_state: Any, params: Any, loss: Any) -> tuple[Any, Any]:
-        updates, opt_state = update(grads, opt_state, params, value=loss)
-        return optax.apply_updates(params, updates), opt_state
+    def apply(grads: Params, opt_state: PyTree, params: Params) -> Params:
+        return optax.apply_updates(params, sgd.update(grads, opt_state, params)[0])
 
     return jax.jit(apply)
-
-
-@functools.lru_cache(maxsize=8)
-def _jit_sgd_update(
-    sgd: optax.GradientTransformation,
-) -> Callable[..., tuple[Params, PyTree]]:
-    """The same for an optimizer that several runs share: compiled once."""
-    return _jit_update(sgd)
 
 
 def _build_plain_loss(spec: StepSpec, *, train: bool) -> Callable[..., Any]:

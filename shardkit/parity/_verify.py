@@ -1,101 +1,34 @@
 """`verify`: the same steps on one device and on each mesh."""
 
+import functools
 import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from .._core.errors import Problem, VerificationError, count, format_problems, raise_all
+from .._core.errors import Problem, VerificationError, raise_all
 from .._core.options import check_arguments
-from .._core.row_dims import RowDims
-from .._core.tree import short_dtype
 from .._core.types import Batch, Key
 from ..mesh import MeshSpec
-from ..rules import format_mesh
-from ..step import CompiledStep, StepSpec, check_step_spec, find_partition
-from ._compare import ErrorLimits, compare_with_reference
-from ._observe import observe
-from ._parity_report import ParityReport, ParityRow
-from ._record import OWN_PROGRAM, ParityInputs, clipped_sgd, copy_to_host
-from ._reference import Reference, nudge_params
+from ..parallel import axis_names
+from ..step import CompiledStep, StepSpec, check_step_spec
+from ._default_meshes import default_meshes
+from ._likely_cause import find_likely_cause
+from ._parity_report import ParityReport
+from ._random_batches import make_random_batches
+from ._record import ParityInputs
+from ._reference_results import ReferenceResults
 
 StepFactory = Callable[[Mesh], CompiledStep]
 
-_NUDGES = 3
 _HEADLINE = "There is nothing to verify."
-
-
-class ReferenceResults:
-    """The results of one device, and how far a correct step may be from them.
-
-    Attributes:
-      spec: of the step.
-      inputs: that the reference and every mesh run on.
-      record: of the reference.
-    """
-
-    def __init__(
-        self, spec: StepSpec, device: Any, inputs: ParityInputs, row_dims: RowDims | None = None
-    ) -> None:
-        """Runs the reference, and again with nudged parameters to measure noise.
-
-        Args:
-          spec: of the step.
-          device: that it runs on.
-          inputs: that it runs on.
-          row_dims: see `Reference`.
-
-        Raises:
-          VerificationError: the loss or its gradient is not finite, or the gradient is all zero.
-        """
-        self.spec, self.inputs = spec, inputs
-        reference = Reference(spec, device, row_dims)
-        start = reference.init(inputs.key)
-        metrics, grads, _ = reference.gradients(start, inputs.batch(0), 0)
-        _check_usable(metrics)
-        self._sgd = clipped_sgd(
-            copy_to_host(find_partition(spec, start.params).trained(start.params)),
-            copy_to_host(grads),
-        )
-        self.record = reference.run(inputs, start, self._sgd)
-        compute = spec.precision.compute_dtype
-        self._noise_records = [
-            reference.run(inputs, nudge_params(start, compute, seed), self._sgd)
-            for seed in range(_NUDGES)
-        ]
-        self._dtypes = spec.precision.compute_dtypes(start.params)
-        self._limits = ErrorLimits.of(self._dtypes.lowest)
-
-    def compare(self, step: CompiledStep, checks: Collection[str] = OWN_PROGRAM) -> list[ParityRow]:
-        """Runs a step on the same inputs and compares.
-
-        Args:
-          step: compiled for some mesh.
-          checks: which of the checks that compile a program of their own to run.
-        """
-        mesh = format_mesh(step.mesh.shape)
-        observed = observe(step, self.inputs, self._sgd, checks)
-        return compare_with_reference(
-            mesh, observed, self.record, self._noise_records, self._limits
-        )
-
-    @property
-    def title(self) -> str:
-        """What is compared, in one line."""
-        n = self.spec.accumulate.micro_batches
-        micro = f", {n} micro-batches" if n > 1 else ""
-        compute = short_dtype(jnp.dtype(self._dtypes.lowest))
-        steps = count(self.inputs.steps, "step")
-        return f"One device against each mesh: {steps}, compute {compute}{micro}."
 
 
 def verify(
     spec: StepSpec | StepFactory,
-    meshes: Sequence[Mesh | MeshSpec],
+    meshes: Sequence[Mesh | MeshSpec] | None = None,
     *,
     batches: Sequence[Batch] | None = None,
     steps: int = 3,
@@ -111,18 +44,27 @@ def verify(
     - the first state, bit for bit;
     - loss, metrics, gradient norm and every gradient leaf of step 1, and an evaluation;
     - the parameters after one clipped SGD update (Adam hides a gradient of the wrong scale);
-    - losses and every state leaf after `steps` updates, which compile nothing after the first.
+    - losses, metrics and gradient norms of `steps` updates, every state leaf, the state's counters
+      and an evaluation after them; updates compile nothing after the first.
 
     A threshold is 8 times the measured noise: the change of the results when every parameter is
-    nudged by one rounding. In f32 it is at most 1e-5 for everything up to the SGD update.
+    nudged by one rounding. In f32 it is at most 1e-5 for everything up to the SGD update. In bf16
+    no gradient leaf may be scaled by more than 8 %, which its rounding averages out to.
+
+    Each mesh costs the compilation of three programs beside the step's own: gradients, the SGD
+    update and the evaluation. One device costs as many, and runs everything four times. The report
+    names the likely kind of fault of a mesh that fails.
 
     Args:
       spec: the step; or a function that compiles it for a mesh, called once for each of `meshes`
         and once for a mesh of one device with the axis names of the first.
-      meshes: meshes, or specs that are built from the first local devices.
+      meshes: meshes, or specs that are built from the first local devices. By default of all
+        devices, of 6 and of 3: of each the most even mesh over the strategy's axes that divides
+        rows and leaves.
       batches: host batches; step t uses number t modulo `len(batches)`. By default two random
-        batches of the declared shapes: normal floats, and integers in [0, 8). Pass your own if
-        the loss needs other values, and with rows of different weights if it has weights.
+        batches of the declared shapes: normal floats, and integers that cover all that they look
+        up (the whole vocabulary), or else are in [0, 8). Pass your own if the loss needs other
+        values, and with rows of different weights if it has weights.
       steps: updates with the declared optimizer; at least 2, to see whether the second compiles.
       key: typed PRNG key[] of the initial state; `jax.random.key(0)` by default.
 
@@ -146,8 +88,11 @@ def verify(
     True
     """
     compile_for = as_step_factory(spec)
+    if meshes is None and isinstance(spec, StepSpec):
+        compile_for = functools.lru_cache(maxsize=4)(compile_for)
+        meshes = list(default_meshes(axis_names(spec.strategy), compile_for))
     _check_arguments(meshes, batches, steps, key)
-    built = [_build_mesh(mesh) for mesh in meshes]
+    built = [_build_mesh(mesh) for mesh in meshes or ()]
     # A function may make another model for one device; a spec is the same everywhere.
     same = isinstance(spec, StepSpec)
     first = compile_for(built[0] if same else build_one_device_mesh(built[0]))
@@ -155,9 +100,13 @@ def verify(
     inputs = ParityInputs(batches, steps, jax.random.key(0) if key is None else key)
     device = first.mesh.devices.flat[0]
     reference = ReferenceResults(first.spec, device, inputs, first.layout.row_dims)
-    steps_to_compare = itertools.chain([first] if same else [], map(compile_for, built[same:]))
-    rows = [row for step in steps_to_compare for row in reference.compare(step)]
-    return ParityReport(tuple(rows), reference.title)
+    rows, causes = [], []
+    for step in itertools.chain([first] if same else [], map(compile_for, built[same:])):
+        compared = reference.compare(step)
+        rows += compared
+        if cause := find_likely_cause(step, compared):
+            causes.append((compared[0].mesh, cause))
+    return ParityReport(tuple(rows), reference.title, tuple(causes))
 
 
 def as_step_factory(spec: StepSpec | StepFactory) -> StepFactory:
@@ -179,22 +128,6 @@ def build_one_device_mesh(mesh: Mesh) -> Mesh:
     return Mesh(devices, names, axis_types=(AxisType.Auto,) * len(names))
 
 
-def make_random_batches(step: CompiledStep, seed: int = 0) -> list[Batch]:
-    """Two host batches of a step's shapes: normal floats, integers in [0, 8)."""
-    rng = np.random.default_rng(seed)
-
-    def draw(x: jax.ShapeDtypeStruct) -> np.ndarray:
-        if jnp.issubdtype(x.dtype, jnp.complexfloating):
-            parts = rng.standard_normal((2, *x.shape))
-            return (parts[0] + 1j * parts[1]).astype(x.dtype)
-        if jnp.issubdtype(x.dtype, jnp.floating):
-            return rng.standard_normal(x.shape).astype(x.dtype)
-        end = 2 if x.dtype == bool else 8
-        return rng.integers(0, end, x.shape).astype(x.dtype)
-
-    return [jax.tree.map(draw, step.spec.batch) for _ in range(2)]
-
-
 def _build_mesh(mesh: Mesh | MeshSpec) -> Mesh:
     if isinstance(mesh, Mesh):
         return mesh
@@ -203,34 +136,22 @@ def _build_mesh(mesh: Mesh | MeshSpec) -> Mesh:
 
 
 def _check_arguments(
-    meshes: Sequence[Any], batches: Sequence[Any] | None, steps: int, key: Key | None
+    meshes: Sequence[Any] | None, batches: Sequence[Any] | None, steps: int, key: Key | None
 ) -> None:
     check_arguments(
         VerificationError,
         _HEADLINE,
-        meshes=(meshes, Sequence[Mesh | MeshSpec]),
+        meshes=(meshes, Sequence[Mesh | MeshSpec] | None),
         batches=(batches, Sequence[Any] | None),
         steps=(steps, int),
         key=(key, jax.Array | None),
     )
     problems = []
     if not meshes:
-        problems.append(Problem("meshes", "is empty", "meshes=[sk.MeshSpec(data=2, tensor=4)]"))
+        why = "is not given, and a function names no axes" if meshes is None else "is empty"
+        problems.append(Problem("meshes", why, "meshes=[sk.MeshSpec(data=2, tensor=4)]"))
     if batches is not None and not batches:
         problems.append(Problem("batches", "is empty", "batches=[batch], or omit it"))
     if steps < 1:
         problems.append(Problem(f"steps={steps}", "must be at least 1", "steps=3"))
     raise_all(VerificationError, _HEADLINE, problems)
-
-
-def _check_usable(metrics: Any) -> None:
-    loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
-    if np.isfinite(loss) and np.isfinite(norm) and norm > 0:
-        return
-    why = (
-        f"loss {loss:g}, gradient norm {norm:g} on one device: a comparison proves nothing. "
-        "Without batches= they are random, with integers from 0 to 7"
-    )
-    fix = "verify(..., batches=[...]) with batches that the loss can use"
-    headline = "The reference cannot be compared with."
-    raise VerificationError(format_problems(headline, [Problem("batches", why, fix)]))

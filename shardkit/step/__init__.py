@@ -8,7 +8,9 @@ from ._load import load_step
 from ._nonfinite import SKIPPED, OnNonfinite
 from ._objective import build_objective
 from ._spec import StepSpec, check_mesh_given, check_step_spec, compile_step
+from ._step_functions import find_mixed_rows
 from ._trainable import find_partition
+from .optim._extra_args import call_update
 from .optim._follow import FollowParams, moment_spec
 from .self_check import SelfCheck
 
@@ -25,9 +27,11 @@ __all__ = [
     "around_init",
     "arrange_specs",
     "build_objective",
+    "call_update",
     "check_mesh_given",
     "check_step_spec",
     "compile_step",
+    "find_mixed_rows",
     "find_partition",
     "list_row_dims",
     "load_step",

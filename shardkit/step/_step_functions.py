@@ -4,9 +4,10 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
+from jax.sharding import Mesh
 
 from .._core.errors import Problem, StepError, raise_all
 from .._core.precision import cast_floats
@@ -32,6 +33,9 @@ from .shard_map._build import (
     build_shard_objective,
 )
 from .shard_map._plan import kept_axes
+
+if TYPE_CHECKING:
+    from ._spec import StepSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +183,23 @@ class StepFunctions:
         state = self.layout.state
         compute_params = jax.eval_shape(self._to_compute_params, state.params)
         return compute_params, state.model_state, self.layout.batch, state.key
+
+
+def find_mixed_rows(spec: "StepSpec", mesh: Mesh, layout: StepLayout) -> str:
+    """What mixes rows of a loss where its step splits them, whatever `independent_rows` says.
+
+    Returns:
+      The operation and its line; "" if nothing does, or if it cannot be read.
+    """
+    bound = BoundSpec(spec.replace(independent_rows=False), mesh)
+    args = StepFunctions(bound, layout)._loss_args
+    try:
+        check_split_rows(bound, layout, build_objective(spec.loss_fn, mesh), args)
+    except StepError as error:
+        return str(error).splitlines()[1].strip()
+    except Exception:  # a user's code, which failed in some way already
+        return ""
+    return ""
 
 
 def layer_policy(bound: BoundSpec, layout: StepLayout) -> Policy | None:

@@ -1,9 +1,7 @@
 """Builds the pure functions of a step, over global arrays: train, gradients, evaluate."""
 
 import dataclasses
-import inspect
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +12,11 @@ from .._core.partition import Partition
 from .._core.precision import widen
 from .._core.train_state import TrainState
 from .._core.tree import leaves_by_path, short_type
-from .._core.types import Batch, Key, Mean, Metrics, Params, PyTree
+from .._core.types import Batch, Key, Mean, Metrics, Params, PyTree, Scalar
 from ._gradients import GradientFn
 from ._nonfinite import SKIPPED, OnNonfinite, is_finite_update, select_state
 from ._objective import LossOutput, Objective, divide_mean
+from .optim._extra_args import call_update
 
 # `{name: f32[]}`.
 
@@ -43,18 +42,26 @@ def build_train_step(
         parameters. The parameters are gathered afterwards, by the layout of the results.
       on_nonfinite: what to do with an update that is not finite.
     """
-    update = optimizer.update
-    # For optimizers that read the loss (`reduce_on_plateau`, `momo`).
-    needs_loss = _accepts(update, "value")
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        def value_and_grad(moved: Params) -> tuple[Scalar, Params]:
+            params = partition.merge(moved, state.params)
+            output, grads = gradients(params, state.model_state, batch, step_key(state))
+            return divide_mean(output.loss), grads
+
         output, grads = gradients(state.params, state.model_state, batch, step_key(state))
         metrics = _collect_metrics(output, grads)
         with jax.named_scope("update"):
-            extra_args = {"value": metrics["loss"]} if needs_loss else {}
             before = _constrain_update(partition.trained(state.params), shardings)
             grads = _constrain_update(grads, shardings)
-            updates, opt_state = update(grads, state.opt_state, before, **extra_args)
+            updates, opt_state = call_update(
+                optimizer,
+                grads,
+                state.opt_state,
+                before,
+                metrics["loss"],
+                value_and_grad=value_and_grad,
+            )
             _check_updates(updates, before)
             params = _constrain_update(optax.apply_updates(before, updates), shardings)
             after = dataclasses.replace(
@@ -95,13 +102,6 @@ def _constrain_update(tree: Params, shardings: PyTree | None) -> Params:
     if shardings is None:
         return tree
     return jax.tree.map(jax.lax.with_sharding_constraint, tree, shardings)
-
-
-def _accepts(function: Callable[..., Any], name: str) -> bool:
-    """Whether a function accepts a keyword argument."""
-    parameters = inspect.signature(function).parameters
-    catches_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    return catches_all or name in parameters
 
 
 def build_gradient_step(

@@ -1,17 +1,16 @@
 """Makes the step of a spec for any mesh of a sweep."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from .._core.errors import ConfigError, Problem, did_you_mean, raise_all
 from .._core.tree import list_leaves
 from .._core.types import Loss
 from ..mesh import MeshSpec
-from ..parallel import Strategy, known_kinds
-from ..rules import AxisRules, PathRules, Rule, ShardLargest, axes_of, list_rules
+from ..parallel import Strategy, axis_names, known_kinds
 from ..step import StepSpec
 
 
@@ -79,41 +78,6 @@ def check_axes(named: Sequence[str], known: Sequence[str], fix: str) -> None:
         if axis not in known
     ]
     raise_all(ConfigError, "The sweep names unknown axes.", problems, fix)
-
-
-def axis_names(strategy: Strategy) -> tuple[str, ...]:
-    """Mesh axes that a strategy names, in the order of its kinds, its batch and its rules.
-
-    >>> rules = PathRules({"w": PartitionSpec("tensor")})
-    >>> axis_names(Strategy(params=rules, batch=PartitionSpec("data")))
-    ('data', 'tensor')
-    """
-    batch = strategy.batch
-    axes = [kind.axis for kind in strategy.kinds]
-    axes += _axes_of_spec(batch) if isinstance(batch, PartitionSpec) else _axes_of_rule(batch)
-    for rule in (strategy.params, strategy.activations, strategy.opt_state, strategy.model_state):
-        axes += _axes_of_rule(rule) if rule is not None else []
-    axes += [override.axis for _, override in strategy.overrides]
-    return tuple(dict.fromkeys(axes))
-
-
-def _axes_of_rule(rule: Rule) -> list[str]:
-    """Mesh axes in the tables of a rule; none are known of a user's own kind of rule."""
-    axes: list[str] = []
-    for part in list_rules(rule):
-        match part:
-            case PathRules():
-                specs = (spec for _, spec in part.table if isinstance(spec, PartitionSpec))
-                axes += [axis for spec in specs for axis in _axes_of_spec(spec)]
-            case AxisRules():
-                axes += [axis for _, split in part.table for axis in split]
-            case ShardLargest():
-                axes += part.axes
-    return axes
-
-
-def _axes_of_spec(spec: Iterable[Any]) -> list[str]:
-    return [axis for entry in spec for axis in axes_of(entry)]
 
 
 def _add_ready_strategies(strategy: Strategy, sizes: Mapping[str, int]) -> Strategy:

@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from ._kill_matrix import KillMatrix as KillMatrix
     from ._kill_matrix import MutationResult as MutationResult
     from ._kill_matrix import kill_matrix as kill_matrix
+    from ._pipeline_mutations import PIPELINE_MUTATIONS as PIPELINE_MUTATIONS
+    from ._rare_mutations import RARE_MUTATIONS as RARE_MUTATIONS
     from ._shard_mutations import SHARD_MUTATIONS as SHARD_MUTATIONS
     from ._simulated_process import simulated_devices as simulated_devices
     from .mutations import MUTATIONS as MUTATIONS
-    from .mutations import PIPELINE_MUTATIONS as PIPELINE_MUTATIONS
     from .mutations import ZERO_MUTATIONS as ZERO_MUTATIONS
     from .mutations import Mutation as Mutation
 else:
@@ -30,7 +31,8 @@ else:
             "MutationResult": "._kill_matrix",
             "MUTATIONS": ".mutations",
             "Mutation": ".mutations",
-            "PIPELINE_MUTATIONS": ".mutations",
+            "PIPELINE_MUTATIONS": "._pipeline_mutations",
+            "RARE_MUTATIONS": "._rare_mutations",
             "SHARD_MUTATIONS": "._shard_mutations",
             "ZERO_MUTATIONS": ".mutations",
             "assert_collectives": "._asserts",

@@ -13,7 +13,6 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec
 
 from .._core.types import Mean
@@ -157,6 +156,52 @@ def _evaluate_half(evaluation_step: Any) -> Any:
     return wrong
 
 
+def _evaluate_shrunk(evaluation_step: Any) -> Any:
+    def wrong(*args: Any) -> Any:
+        run = evaluation_step(*args)
+
+        def later(state: Any, batch: Any) -> Any:
+            factor = jnp.where(state.step == 0, 1.0, 0.9)
+            shrunk = jax.tree.map(lambda p: p * factor.astype(p.dtype), state.params)
+            return run(dataclasses.replace(state, params=shrunk), batch)
+
+        return later
+
+    return wrong
+
+
+def _double_later(is_wrong: Callable[[str], bool]) -> Callable[[Any], Any]:
+    """Doubles some metrics of every step but the first."""
+
+    def replace(train_step: Any) -> Any:
+        def wrong(*args: Any) -> Any:
+            run = train_step(*args)
+
+            def later(state: Any, batch: Any) -> Any:
+                after, metrics = run(state, batch)
+                factor = jnp.where(state.step == 0, 1.0, 2.0)
+                return after, {k: x * factor if is_wrong(k) else x for k, x in metrics.items()}
+
+            return later
+
+        return wrong
+
+    return replace
+
+
+def _count_to_one(train_step: Any) -> Any:
+    def wrong(*args: Any) -> Any:
+        run = train_step(*args)
+
+        def stuck(state: Any, batch: Any) -> Any:
+            after, metrics = run(state, batch)
+            return dataclasses.replace(after, step=jnp.minimum(after.step, 1)), metrics
+
+        return stuck
+
+    return wrong
+
+
 def _compile_each_call(put_batch: Any) -> Any:
     def wrong(*args: Any, **options: Any) -> Any:
         jax.jit(lambda: jnp.zeros(()))()  # each call has a new lambda, which no cache knows
@@ -166,6 +211,7 @@ def _compile_each_call(put_batch: Any) -> Any:
 
 
 _STEP = "shardkit.step."
+_TRAIN = _STEP + "_step_functions.build_train_step"
 _PER_WEIGHT, _MEAN = _STEP + "_gradients.divide_by_weight", _STEP + "_objective.to_mean"
 
 MUTATIONS: tuple[Mutation, ...] = (
@@ -254,77 +300,34 @@ MUTATIONS: tuple[Mutation, ...] = (
         ((_STEP + "_step_functions.build_eval_step", _evaluate_half),),
     ),
     Mutation(
+        "evaluation shrunk",
+        "evaluations after the first update use other parameters",
+        ("k-step evaluate",),
+        ((_STEP + "_step_functions.build_eval_step", _evaluate_shrunk),),
+    ),
+    Mutation(
+        "later metrics doubled",
+        "the metrics of the loss are right in the first step only",
+        ("k-step metrics",),
+        ((_TRAIN, _double_later(lambda name: name not in ("loss", "grad_norm"))),),
+    ),
+    Mutation(
+        "later norms doubled",
+        "the gradient norm is right in the first step only",
+        ("k-step metrics",),
+        ((_TRAIN, _double_later(lambda name: name == "grad_norm")),),
+    ),
+    Mutation(
+        "updates not counted",
+        "the state counts no further than one update",
+        ("counters",),
+        ((_TRAIN, _count_to_one),),
+    ),
+    Mutation(
         "compiles again",
         "every call compiles another program",
         ("compiles once",),
         ((_STEP + "_compiled.put_batch", _compile_each_call),),
-    ),
-)
-
-
-def _change_arrivals(change: Callable[[np.ndarray, int], np.ndarray]) -> Callable[[Any], Any]:
-    """Changes i32[ticks, stages]: the slot that an arriving message is stored in.
-
-    `change(arrivals, nowhere)`: a value of `nowhere` stores no message.
-    """
-
-    def replace(ticks: Any) -> Any:
-        def wrong(table: Any) -> Any:
-            plan = ticks(table)
-            changed = {
-                name: change(plan.columns[name], plan.slots) for name in ("arrival0", "arrival1")
-            }
-            return dataclasses.replace(plan, columns={**plan.columns, **changed})
-
-        return wrong
-
-    return replace
-
-
-def _delay_arrivals(arrivals: np.ndarray, nowhere: int) -> np.ndarray:
-    return np.roll(arrivals, 1, axis=0)
-
-
-def _drop_last_arrival(arrivals: np.ndarray, nowhere: int) -> np.ndarray:
-    changed = arrivals.copy()
-    for tick, stage in np.argwhere(arrivals != nowhere)[-1:]:
-        changed[tick, stage] = nowhere
-    return changed
-
-
-def _shift_destinations(ticks: Any) -> Any:
-    def wrong(table: Any) -> Any:
-        plan = ticks(table)
-        stages = plan.columns["branch"].shape[1]
-        shifted = tuple(
-            tuple(tuple((src, (dst + 1) % stages) for src, dst in pairs) for pairs in exchange)
-            for exchange in plan.exchanges
-        )
-        return dataclasses.replace(plan, exchanges=shifted)
-
-    return wrong
-
-
-_TICKS = "shardkit.parallel.pipeline._spmd_program.tick_program"
-
-PIPELINE_MUTATIONS: tuple[Mutation, ...] = (
-    Mutation(
-        "wrong neighbour",
-        "after each tick a stage sends one stage too far",
-        ("gradients", "loss"),
-        ((_TICKS, _shift_destinations),),
-    ),
-    Mutation(
-        "a tick late",
-        "messages are stored one tick late",
-        ("gradients",),
-        ((_TICKS, _change_arrivals(_delay_arrivals)),),
-    ),
-    Mutation(
-        "lost at a boundary",
-        "one message between two stages is dropped",
-        ("gradients",),
-        ((_TICKS, _change_arrivals(_drop_last_arrival)),),
     ),
 )
 

@@ -26,8 +26,8 @@ def moment_spec(
 ) -> PartitionSpec | None:
     """Spec of a state leaf with the dims of a parameter, some of them dropped or of size 1.
 
-    Covers moments (equal shape), factored moments (one dim dropped, as in adafactor, or of size 1)
-    and placeholders (every dim of size 1).
+    Covers moments (equal shape), factored moments (one dim dropped, as in adafactor, or of size 1),
+    placeholders (every dim of size 1) and histories (dims in front, as in lbfgs).
 
     Args:
       shape: shape of the state leaf.
@@ -51,6 +51,9 @@ def moment_spec(
         return spec_from_axes(map(axes_of, kept))
     if all(size == 1 for size in shape):
         return PartitionSpec()
+    in_front = len(shape) - len(param_shape)
+    if param_shape and in_front > 0 and shape[in_front:] == param_shape:
+        return PartitionSpec(*[None] * in_front, *entries)
     choices = [
         [entries[dim] for dim in dims]
         for dims in itertools.combinations(range(len(param_shape)), len(shape))

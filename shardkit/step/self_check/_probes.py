@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ..._core.precision import policy_dtype, widen
@@ -25,11 +24,16 @@ from ..._core.types import Batch, Params, PyTree, Scalar
 from ...checkpoint import compute_fingerprints
 from ...rules import axes_of
 from .._layout import StepLayout
+from ..optim._extra_args import call_update
 
 if TYPE_CHECKING:
     from .._spec import StepSpec
 
 _MIX_1, _MIX_2, _STRIDE = 0x85EBCA6B, 0xC2B2AE35, 0x9E3779B1
+
+
+class EvaluatesLossError(Exception):
+    """An optimizer evaluates the loss, so that its update is not a function of the gradients."""
 
 
 class Probes:
@@ -167,14 +171,26 @@ class Probes:
         that of the change itself. Elements of parameters whose gradient is below `least` times the
         largest one are left out: Adam divides a gradient by its own size, so two correct programs
         may move an element in opposite directions where its gradient is zero but for rounding.
+
+        Raises (when it is first called):
+          EvaluatesLossError: the optimizer evaluates the loss, as line searches do.
         """
-        update = optax.with_extra_args_support(self._spec.optimizer).update
+
+        def refuse(params: Params) -> Any:
+            raise EvaluatesLossError
 
         def run(
             before: TrainState, grads: Params, loss: Scalar, after: TrainState, least: Scalar
         ) -> jax.Array:
             start, end = map(self._partition.trained, (before.params, after.params))
-            updates, opt_state = update(grads, before.opt_state, start, value=loss)
+            updates, opt_state = call_update(
+                self._spec.optimizer,
+                grads,
+                before.opt_state,
+                start,
+                loss,
+                value_and_grad=refuse,
+            )
             params = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), start, updates)
             tops = [jnp.max(jnp.abs(g), initial=0) for g in jax.tree.leaves(grads)]
             bound = least * jnp.max(jnp.stack([x.astype(jnp.float32) for x in tops]))

@@ -1,0 +1,95 @@
+"""The results of one device with their noise, which the results of a mesh are held to."""
+
+from collections.abc import Collection
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from .._core.errors import Problem, VerificationError, count, format_problems
+from .._core.row_dims import RowDims
+from .._core.tree import short_dtype
+from ..rules import format_mesh
+from ..step import CompiledStep, StepSpec, find_partition
+from ._compare import ErrorLimits, compare_with_reference
+from ._observe import observe
+from ._parity_report import ParityRow
+from ._record import OWN_PROGRAM, ParityInputs, clipped_sgd, copy_to_host
+from ._reference import Reference, nudge_params
+
+_NUDGES = 3
+
+
+class ReferenceResults:
+    """The results of one device, and how far a correct step may be from them.
+
+    Attributes:
+      spec: of the step.
+      inputs: that the reference and every mesh run on.
+      record: of the reference.
+    """
+
+    def __init__(
+        self, spec: StepSpec, device: Any, inputs: ParityInputs, row_dims: RowDims | None = None
+    ) -> None:
+        """Runs the reference, and again with nudged parameters to measure noise.
+
+        Args:
+          spec: of the step.
+          device: that it runs on.
+          inputs: that it runs on.
+          row_dims: see `Reference`.
+
+        Raises:
+          VerificationError: the loss or its gradient is not finite, or the gradient is all zero.
+        """
+        self.spec, self.inputs = spec, inputs
+        reference = Reference(spec, device, row_dims)
+        start = reference.init(inputs.key)
+        metrics, grads, _ = reference.gradients(start, inputs.batch(0), 0)
+        _check_usable(metrics)
+        trained = find_partition(spec, start.params).trained(start.params)
+        self._sgd = clipped_sgd(copy_to_host(trained), copy_to_host(grads))
+        self.record = reference.run(inputs, start, self._sgd)
+        compute = spec.precision.compute_dtype
+        self._noise_records = [
+            reference.run(inputs, nudge_params(start, compute, seed), self._sgd)
+            for seed in range(_NUDGES)
+        ]
+        self._dtypes = spec.precision.compute_dtypes(start.params)
+        self._limits = ErrorLimits.of(self._dtypes.lowest)
+
+    def compare(self, step: CompiledStep, checks: Collection[str] = OWN_PROGRAM) -> list[ParityRow]:
+        """Runs a step on the same inputs and compares.
+
+        Args:
+          step: compiled for some mesh.
+          checks: which of the checks that compile a program of their own to run.
+        """
+        mesh = format_mesh(step.mesh.shape)
+        observed = observe(step, self.inputs, self._sgd, checks)
+        return compare_with_reference(
+            mesh, observed, self.record, self._noise_records, self._limits
+        )
+
+    @property
+    def title(self) -> str:
+        """What is compared, in one line."""
+        n = self.spec.accumulate.micro_batches
+        micro = f", {n} micro-batches" if n > 1 else ""
+        compute = short_dtype(jnp.dtype(self._dtypes.lowest))
+        steps = count(self.inputs.steps, "step")
+        return f"One device against each mesh: {steps}, compute {compute}{micro}."
+
+
+def _check_usable(metrics: Any) -> None:
+    loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
+    if np.isfinite(loss) and np.isfinite(norm) and norm > 0:
+        return
+    why = (
+        f"loss {loss:g}, gradient norm {norm:g} on one device: a comparison proves nothing. "
+        "Without batches= they are random"
+    )
+    fix = "verify(..., batches=[...]) with batches that the loss can use"
+    headline = "The reference cannot be compared with."
+    raise VerificationError(format_problems(headline, [Problem("batches", why, fix)]))
