@@ -31,7 +31,7 @@ and two clipped SGD updates, and one compilation.
 
 `sk.verify` makes the same comparison of any step, in three steps of its declared optimizer: the
 counters of the state, metrics and gradient norms of every step, and evaluations before and after
-them. Its made-up integers cover all that they look up; without `meshes` it takes all devices, 6
+them. Its random integers cover all that they look up; without `meshes` it takes all devices, 6
 and 3 of them. In bf16 the error of a leaf cannot tell a gradient from one a tenth larger, so its
 projection on one device's must be within 8 % too (between right meshes: 6e-3). Beside the step
 each mesh compiles three programs. A failure names the likely kind of fault, such as `the loss

@@ -15,12 +15,12 @@ VOCAB, EMBED, HEADS, KV_HEADS, DIM, MLP = 32, 16, 4, 2, 4, 24
 
 def weight(rngs, shape, names):
     values = jax.random.normal(rngs.params(), shape) * 0.3
-    return nnx.Param(values, sharding=names)
+    return nnx.Param(values, out_sharding=names)
 
 
 class RMSNorm(nnx.Module):
     def __init__(self):
-        self.scale = nnx.Param(jnp.zeros(EMBED), sharding=("norm",))
+        self.scale = nnx.Param(jnp.zeros(EMBED), out_sharding=("norm",))
 
     def __call__(self, x):
         wide = x.astype(jnp.float32)

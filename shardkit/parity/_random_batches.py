@@ -1,4 +1,4 @@
-"""Made-up batches of a step: normal floats, and integers over all that the loss looks up by them.
+"""Random batches of a step: normal floats, and integers over all that the loss looks up by them.
 
 How far the integers of a leaf may go is read from the traced step: an integer that indexes a table
 (an embedding, the logits of a label, a segment sum) or is compared with `arange(n)` (a one-hot) is
