@@ -14,6 +14,8 @@ import pytest
 
 import shardkit as sk
 
+from ._tables import table
+
 ROWS = 64
 R = jax.random
 
@@ -185,10 +187,7 @@ def test_a_draw_is_that_of_one_device_or_refused(name, mode):
     check_draw(name, mode, 4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 2, 8])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", DRAWS)
+@pytest.mark.parametrize(("name", "mode", "devices"), table(DRAWS, MODES, (1, 2, 8), every=7))
 def test_every_draw_is_that_of_one_device_or_refused(name, mode, devices):
     check_draw(name, mode, devices)
 
@@ -288,8 +287,7 @@ def staged_init(key):
     }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", DRAWS)
+@pytest.mark.parametrize("name", table(DRAWS, every=4))
 def test_every_draw_in_a_pipeline_is_that_of_one_device_or_refused(name):
     strategy = sk.strategies.data() | sk.strategies.pipeline(micro_batches=2)
     loss = functools.partial(staged_loss, DRAWS[name])

@@ -16,6 +16,7 @@ import pytest
 import shardkit as sk
 
 from ._models_gan import critic_loss, generator_loss
+from ._tables import table
 from ._third_party import CELLS, Cell, check, compare, layouts, to_host
 
 # Name → module and function. Modules of libraries that are not installed are skipped.
@@ -50,9 +51,7 @@ def model(name):
     return getattr(importlib.import_module(module, __package__), function)()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("cell", CELLS, ids=str)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "cell"), table(MODELS, CELLS, every=7))
 def test_every_cell_is_right_or_refused(name, cell):
     check(model(name), cell)
 
