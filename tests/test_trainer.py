@@ -177,6 +177,12 @@ def test_data_in_any_form_is_taken_up_where_the_run_was_killed(form, tmp_path, s
     assert Own.closed == (2 if form == "source" else 0)
 
 
+def test_an_iterator_is_no_data_of_a_run_that_may_resume(tmp_path, step):
+    with pytest.raises(sk.errors.DataError, match=r"data: map +is an iterator(.|\n)*__iter__"):
+        trainer(tmp_path / "run", step, map(batch_of, range(STEPS))).run()
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_step_may_be_compiled_once_everything_else_is_right(tmp_path, step):
     compiled = []
 

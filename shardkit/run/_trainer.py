@@ -44,8 +44,8 @@ class Trainer:
       step: from `sk.compile_step`; or an `sk.StepSpec`, or a function that compiles one, compiled
         once everything else has been checked.
       data: `i -> batch` for update `i`, counted from 0; or an iterable that yields the same
-        batches each time, of which a resumed run skips the first ones; or a `DataSource`, which
-        can start anywhere. Batches are as `step` takes them.
+        batches each time, of which a resumed run skips the first ones (not a generator); or a
+        `DataSource`, which can start anywhere. Batches are as `step` takes them.
       folder: of the run. An existing folder is never written to unless its run resumes: a new
         run gets `folder-2`, `folder-3`, ….
       config: how long the run is, what it reports, and what it keeps.
@@ -107,7 +107,7 @@ class Trainer:
         """
         began, source, config, process_group = (
             time.time(),
-            as_source(self.data),
+            as_source(self.data, resumable=self.config.checkpoint_every > 0),
             self.config,
             self.process_group,
         )
