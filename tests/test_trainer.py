@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import signal
 import threading
 
 import jax
@@ -229,6 +231,20 @@ def test_a_callback_may_end_the_run_in_order(tmp_path, step, by_hand):
     assert sk.Checkpointer(tmp_path / "run" / "checkpoints").steps()[-1] == 4
     ended = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "ended"]
     assert [row["why"] for row in ended] == ["good enough"]
+
+
+def test_ctrl_c_behind_the_last_update_is_obeyed_before_the_run_is_scored(tmp_path, step):
+    def press(callback):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    noted = at_read(STEPS, press)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        trainer(tmp_path / "run", step, callbacks=[noted]).run()
+    assert f"Step {STEPS} is saved." in stopped.value.__notes__[0]
+    assert noted.told[-1] == ("on_exit", KeyboardInterrupt)
+    again = Noting()
+    trainer(tmp_path / "run", step, callbacks=[again]).run()
+    assert [event for event, _ in again.told] == ["on_start", "on_finish", "on_exit"]
 
 
 def test_what_a_callback_raises_ends_the_run_and_every_callback_is_told(tmp_path, step):

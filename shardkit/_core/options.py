@@ -76,7 +76,9 @@ def matches_annotation(annotation: Any, value: Any) -> bool:
     if annotation in (int, float):
         number = numbers.Integral if annotation is int else numbers.Real
         return isinstance(value, number) and not isinstance(value, bool)
-    return not isinstance(annotation, type) or isinstance(value, annotation)
+    if annotation is Any or not isinstance(annotation, type):
+        return True
+    return isinstance(value, annotation)
 
 
 def _items_match(arguments: tuple[Any, ...], value: tuple[Any, ...]) -> bool:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .errors import Problem, TreeError, raise_all
+from .errors import Problem, TreeError, printable, raise_all
 
 _SHORT = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "complex": "c"}
 
@@ -50,13 +50,14 @@ class Leaf:
 def path_str(key_path: tuple[Any, ...]) -> str:
     """Joins the keys of a JAX key path with `/`.
 
-    An empty key becomes two quotes, since the empty path is that of a bare array.
+    An empty key becomes two quotes, since the empty path is that of a bare array. Control
+    characters are escaped.
 
     >>> import jax
     >>> [path_str(p) for p, _ in jax.tree_util.tree_leaves_with_path({"a": [1, {"b": 2}]})]
     ['a/0', 'a/1/b']
     """
-    keys = (jax.tree_util.keystr((key,), simple=True) for key in key_path)
+    keys = (printable(jax.tree_util.keystr((key,), simple=True)) for key in key_path)
     return "/".join(key or "''" for key in keys)
 
 

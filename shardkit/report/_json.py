@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from .._core.errors import ReportError
+from .._core.options import matches_annotation
 from ._data import ReportData
 from ._program import LeafLayout
 from .communication._ledger import Ledger, LedgerRow
@@ -90,7 +91,7 @@ def _build(kind: type[_T], fields: Mapping[str, Any]) -> _T:
     Raises:
       ReportError: a field is missing, or is not the number or the text that it should be.
     """
-    return kind(**{name: _to_tuples(value) for name, value in _known_fields(kind, fields).items()})
+    return kind(**_known_fields(kind, {k: _to_tuples(value) for k, value in fields.items()}))
 
 
 _NUMBER = (int, float)
@@ -113,7 +114,7 @@ def _known_fields(kind: type[Any], fields: Mapping[str, Any]) -> dict[str, Any]:
             where = "" if kind is ReportData else f" of a {kind.__name__}"
             raise ReportError(f"This report lacks the field {field.name!r}{where}. {_FIX}")
         plain, value = _PLAIN.get(field.type), fields.get(field.name, field.default)
-        if plain and not isinstance(value, plain):
+        if not (isinstance(value, plain) if plain else matches_annotation(field.type, value)):
             what = f"{field.name!r} of a {kind.__name__} is {value!r}"
             raise ReportError(f"This report is not as it was written: {what}. {_FIX}")
     return {f.name: fields[f.name] for f in dataclasses.fields(kind) if f.name in fields}
@@ -126,7 +127,7 @@ def _to_tuples(value: Any) -> Any:
 def _parse_document(text: str) -> dict[str, Any]:
     try:
         fields = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ReportError(f"This is not a report: {error}. {_FIX}") from None
     if not isinstance(fields, dict) or fields.pop("schema", None) != _SCHEMA:
         raise ReportError(f"This is not a report of shardkit. {_FIX}")

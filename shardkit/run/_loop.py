@@ -64,6 +64,8 @@ class Loop:
                 stack.push(lambda kind, error, trace, call=callback.on_exit: call(error))
             with self._stop, _close_generator(folder.source.batches(folder.start)) as batches:
                 state = self._make_updates(state, batches)
+                # One that came behind the last update ends the run before it is scored.
+                self._stop.raise_for_signal(folder.finish_saving)
             for callback in self._callbacks:
                 callback.on_finish(state)
         return state
@@ -122,7 +124,7 @@ class Loop:
             if saving:
                 self._save(done, state, scores)
             if stopping:
-                self._stop.raise_for_signal(self._folder.finish_saving())
+                self._stop.raise_for_signal(self._folder.finish_saving)
                 return state
         if pending is not None:
             self._report_step(*pending)
