@@ -5,6 +5,9 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import jax
+import numpy as np
+
 from .._core.errors import DataError, Problem, format_problems
 
 
@@ -60,6 +63,22 @@ class IterableSource(_CountedSource):
     def batches(self, start: int) -> Iterator[Any]:
         """Iterates from the beginning and drops the first `start` batches."""
         return itertools.islice(self.iterable, start, None)
+
+
+@runtime_checkable
+class _ArrayLike(Protocol):
+    """What numpy can read: a tensor of torch on the CPU."""
+
+    def __array__(self) -> Any: ...
+
+
+def to_host_arrays(batch: Any) -> Any:
+    """Converts leaves of other libraries, such as torch tensors of a DataLoader, to numpy."""
+    known = (jax.Array, np.ndarray, np.generic)
+    return jax.tree.map(
+        lambda x: np.asarray(x) if isinstance(x, _ArrayLike) and not isinstance(x, known) else x,
+        batch,
+    )
 
 
 # What users pass: data in any of three forms, and `(step, state) -> metrics` of validation data.

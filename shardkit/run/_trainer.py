@@ -50,12 +50,15 @@ class Trainer:
         run gets `folder-2`, `folder-3`, ….
       config: how long the run is, what it reports, and what it keeps.
       mesh: that a spec is compiled for; only with one.
-      evaluate: `(step, state) -> metrics` of validation data, every `config.eval_every` updates.
+      evaluate: `(step, state) -> metrics` of validation data, every `config.eval_every` updates
+        and after the last one.
       callbacks: called in this order, after those that every run has.
       record: settings as plain values, written to the metrics and the checkpoints.
       decides: names or groups of the record that must be the same to resume; None for all.
       retention: which checkpoints to keep; by default as `config` says, the best ones by
         `bits_per_byte`.
+      metrics: `{name: glob}` of scalars of the state that each row of an update gets besides, such
+        as `{"lr": "opt_state/**/learning_rate"}` with `optax.inject_hyperparams`.
       tokens: of one batch, for the speed; None to count rows instead.
       describe: formats metrics for the progress line.
       console: where the run is shown; standard output by default.
@@ -74,6 +77,7 @@ class Trainer:
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     decides: Sequence[str] | None = None
     retention: RetentionPolicy | None = None
+    metrics: Mapping[str, str] = dataclasses.field(default_factory=dict)
     tokens: int | None = None
     describe: Describe = describe_metrics
     console: Console = dataclasses.field(default_factory=standard_output)
@@ -153,6 +157,7 @@ class Trainer:
                 [*callbacks, *self.callbacks],
                 evaluate=self.evaluate,
                 tokens=self.tokens,
+                metrics=self.metrics,
                 several=process_group.count > 1,
             )
             return loop.run(state)
