@@ -111,7 +111,7 @@ def test_an_old_step_that_cannot_be_deleted_is_a_warning(tmp_path, state, monkey
     with sk.Checkpointer(tmp_path, retention=keep_one) as checkpoints:
         checkpoints.save(1, state)
         checkpoints.save(2, state)
-        with pytest.warns(RuntimeWarning, match=r"\.zarray +Operation not permitted"):
+        with pytest.warns(RuntimeWarning, match="Operation not permitted"):
             checkpoints.wait()
         assert checkpoints.steps() == (2,)
     for step in (3, 4):

@@ -66,8 +66,9 @@ def test_tensorboard_holds_every_number_of_both_lives_of_a_run(tmp_path, step):
     for name in ("loss", "grad_norm", "error", "seconds", "data_seconds", "rows_per_second"):
         values = {i: pytest.approx(row[name], rel=1e-6) for i, row in told.items()}
         assert found[f"train/{name}"] == values
-    (evaluated,) = [row for row in rows if row["kind"] == "eval"]
-    assert found["eval/loss"] == {3: pytest.approx(evaluated["loss"], rel=1e-6)}
+    evaluated = {row["step"]: row["loss"] for row in rows if row["kind"] == "eval"}
+    assert list(evaluated) == [3, STEPS]
+    assert found["eval/loss"] == pytest.approx(evaluated, rel=1e-6)
 
 
 OFFLINE = """
@@ -127,7 +128,7 @@ def test_weights_and_biases_sees_one_run_for_both_lives(tmp_path, step, monkeypa
     logged = [values for one in fake.runs for values in one.logged]
     told = {row["step"]: row["loss"] for row in read_metrics(folder) if row["kind"] == "step"}
     assert {v["step"]: v["train/loss"] for v in logged if "train/loss" in v} == told
-    assert [v["step"] for v in logged if "eval/loss" in v] == [3]
+    assert [v["step"] for v in logged if "eval/loss" in v] == [3, STEPS]
 
 
 @pytest.mark.slow

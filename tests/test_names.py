@@ -1,8 +1,11 @@
 """Folders and files with wrong names or contents are told by their path, and passed over."""
 
+import collections
 import contextlib
 import json
+import random
 import shutil
+import warnings
 import zlib
 from pathlib import Path
 
@@ -16,6 +19,8 @@ from shardkit.checkpoint import _manifest as manifests
 from shardkit.run._goodput import goodput, interruption
 from shardkit.run._history import read_histories
 from shardkit.run._metrics_file import parse_rows, read_metrics
+
+from ._damages import damage, resum
 
 Damaged = sk.errors.CheckpointCorruptedError
 
@@ -33,17 +38,6 @@ def restore(folder, **options):
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = {"w": jax.ShapeDtypeStruct((4, 2), jnp.float32)}
     return sk.Checkpointer(folder).restore(wanted, one, **options)
-
-
-def rewrite(folder, change):
-    """Changes the fields of a manifest, and makes its checksum right again."""
-    path = folder / "manifest.json"
-    fields = json.loads(path.read_text())
-    del fields["crc32"]
-    change(fields)
-    text = json.dumps(fields, indent=1) + "\n"
-    fields["crc32"] = f"{zlib.crc32(text.encode()):08x}"
-    path.write_text(json.dumps(fields, indent=1) + "\n")
 
 
 def falls_back(folder, why, to=2):
@@ -89,7 +83,7 @@ def test_a_manifest_with_wrong_fields_is_damage_whatever_they_are(saved):
         if name in ("crc32", "config", "data"):  # checked anyway, or any value
             continue
         (three / "manifest.json").write_text(true)
-        rewrite(three, lambda fields, name=name, wrong=wrong: fields.update({name: wrong}))
+        resum(three, lambda fields, name=name, wrong=wrong: fields.update({name: wrong}))
         with contextlib.suppress(sk.errors.CheckpointError):
             assert (np.asarray(restore(saved).state["w"]) == 3).all()
         tried += 1
@@ -108,7 +102,7 @@ def test_a_manifest_with_wrong_fields_is_damage_whatever_they_are(saved):
     ],
 )
 def test_what_is_wrong_in_a_manifest_is_said(change, why, saved):
-    rewrite(saved / "step-00000003", change)
+    resum(saved / "step-00000003", change)
     falls_back(saved, why)
 
 
@@ -123,8 +117,32 @@ def test_a_header_of_chunks_with_a_right_checksum_is_not_believed(header, saved)
     name = "arrays/state/w/.zarray"
     (three / name).write_text(header)
     crc = f"{zlib.crc32(header.encode()):08x}"
-    rewrite(three, lambda f: f["files"].update({name: {"bytes": len(header), "crc32": crc}}))
+    resum(three, lambda f: f["files"].update({name: {"bytes": len(header), "crc32": crc}}))
     falls_back(saved, "is not the header of this leaf")
+
+
+def damage_often(saved, tmp_path, times):
+    """Damages copies; each restores a step as it was saved, or is told."""
+    rng, copy = random.Random(0), tmp_path / "copy"
+    seen = collections.Counter()
+    for _ in range(times):
+        shutil.copytree(saved, copy, ignore=shutil.ignore_patterns("copy"))
+        seen[damage(copy, rng)] += 1
+        with warnings.catch_warnings(), contextlib.suppress(sk.errors.CheckpointError):
+            warnings.simplefilter("ignore")
+            back = restore(copy, on_damage="previous")
+            assert (np.asarray(back.state["w"]) == back.step).all()
+        shutil.rmtree(copy)
+    return seen
+
+
+def test_no_damage_is_silent(saved, tmp_path):
+    assert len(damage_often(saved, tmp_path, 40)) > 6
+
+
+@pytest.mark.slow
+def test_none_of_a_thousand_damages_is_silent(saved, tmp_path):
+    assert min(damage_often(saved, tmp_path, 1000).values()) > 50
 
 
 def test_a_file_in_place_of_a_step_is_passed_over(saved):

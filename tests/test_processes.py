@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -352,6 +353,79 @@ def test_a_second_ctrl_c_ends_a_process_that_never_comes_back_to_python():
         # A machine that is busy may give Python the time to read the first one: then the system's
         # own handler stands for the second.
         assert run.wait(10) in (130, -signal.SIGINT)
+
+
+COMPILES = """
+import ctypes, sys, threading
+from shardkit.cli import _main as entry
+from shardkit.cli._command import Command
+mutex, libc = (ctypes.c_byte * 64)(), ctypes.CDLL(None)
+
+def compile_for_ever(arguments):
+    libc.pthread_mutex_lock(mutex)
+    threading.Timer(0.3, print, ("compiles",), {"flush": True}).start()
+    libc.pthread_mutex_lock(mutex)
+
+def fail_to_import(arguments):
+    try:
+        print("compiles", flush=True)
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        raise ImportError("cannot import name 'x'") from None
+
+run = {"compile": compile_for_ever, "import": fail_to_import}[sys.argv.pop()]
+entry.COMMANDS = (Command("plan", "waits", run),)
+sys.exit(entry.main())
+"""
+
+
+@pytest.mark.parametrize("what", ["compile", "import"])
+def test_ctrl_c_ends_a_command_that_compiles_or_imports_in_one_line(what):
+    words = [sys.executable, "-c", COMPILES, "plan", what]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "compiles\n"
+        run.send_signal(signal.SIGINT)
+        _, errors = run.communicate(timeout=10)
+    assert (run.returncode, errors) == (130, "Interrupted.\n")
+
+
+def alive(pid):
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def test_children_of_any_program_end_with_a_killed_launcher():
+    program = "sleep 60 & echo $$ $!; wait"
+    words = ["-m", "shardkit.cli", "launch", "-n", "2", "--", "/bin/sh", "-c", program]
+    with subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        lines = [run.stdout.readline().removeprefix("[1] ") for _ in range(2)]
+        pids = [int(pid) for line in lines for pid in line.split()]
+        assert all(map(alive, pids))
+        run.kill()
+    deadline = time.monotonic() + 10
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(alive, pids))
+
+
+LATE = """
+import time
+if i == 1: time.sleep(60)
+import shardkit as sk
+with sk.distributed(start_timeout=1): pass
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_never_joins_is_named_at_the_start_timeout(capfd):
+    code, _, errors, _ = launched(LATE, capfd)
+    assert code not in (0, 134, 139)
+    why = "process 1 of 2, before its first step: has not reached 'join' within 1 s"
+    assert errors[0].endswith(why)
+    assert not any("F0" in line or "***" in line for line in errors), errors
 
 
 def test_half_a_message_waits_for_the_rest():

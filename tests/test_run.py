@@ -5,6 +5,7 @@ import io
 import json
 import math
 import resource
+import shutil
 import types
 
 import jax
@@ -135,8 +136,8 @@ def test_numbers_are_read_one_step_late_and_all_of_them(tmp_path):
 def test_evaluations_on_the_way_come_when_they_are_due(tmp_path):
     step = FakeStep()
     _, said, lines = run(tmp_path, step, steps=4, eval_every=2, eval_batches=2)
-    assert [row["kind"] for row in lines] == ["step", "step", "eval", "step", "step"]
-    assert step.events.count("evaluate") == 2
+    assert [row["kind"] for row in lines] == ["step", "step", "eval", "step", "step", "eval"]
+    assert step.events.count("evaluate") == 4
     assert lines[2]["step"] == 2
     assert lines[2]["seconds"] > 0
     assert said[2] == (2, "bits_per_byte", "bytes")
@@ -156,7 +157,7 @@ def test_data_that_ends_before_the_run_says_when(tmp_path):
     with pytest.raises(
         DataError, match=r"the data +gave 2 batches for a run of 5 updates"
     ) as error:
-        run(tmp_path, FakeStep(), batches=iter([TEXT.batch(0)] * 2), steps=5)
+        run(tmp_path, FakeStep(), batches=[TEXT.batch(0)] * 2, steps=5)
     assert "Fix: TrainConfig(steps=2), or data that repeats" in str(error.value)
     assert [row["step"] for row in rows(tmp_path)] == [1]
 
@@ -238,6 +239,18 @@ def room(size):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_metrics_whose_folder_was_deleted_are_written_again(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with MetricsFile(folder) as metrics:
+        metrics.write("step", step=1)
+        shutil.rmtree(folder)
+        with pytest.warns(RuntimeWarning, match="was deleted during the run"):
+            metrics.write("step", step=2)
+        metrics.write("step", step=3)
+    assert [row["step"] for row in read_metrics(folder)] == [1, 2, 3]
 
 
 def test_a_row_without_room_is_an_error_that_leaves_whole_rows(tmp_path):

@@ -167,7 +167,7 @@ def test_everything_that_a_run_can_have_works_in_two_processes(broken, tmp_path)
     run = tmp_path / "run"
     counts = [json.loads((run / f"events-{process}.json").read_text()) for process in range(2)]
     once = dict.fromkeys(("start", "finish", "exit"), 1)
-    assert counts == [{**once, "batch": 8, "dispatch": 8, "step": 8, "eval": 3, "save": 4}] * 2
+    assert counts == [{**once, "batch": 8, "dispatch": 8, "step": 8, "eval": 4, "save": 4}] * 2
     assert [row["ok"] for row in rows(run, "check")] == [True, True, True]
     assert not rows(run, "replicas")
     assert any((run / "profile").rglob("*.xplane.pb"))

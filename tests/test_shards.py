@@ -1,6 +1,8 @@
 """Token shards: what is written is what is read, and every way in which a file can be wrong."""
 
+import os
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -16,6 +18,12 @@ DOCUMENTS = [[5, 6, 7], [8], list(range(10, 30)), [299, 0, 1]]
 @pytest.fixture
 def shard(tmp_path):
     return write_tokens(tmp_path / "a.bin", DOCUMENTS, vocabulary=300)
+
+
+def version_1(raw):
+    """A shard as it was before there were checksums of blocks."""
+    fields = raw[:8] + struct.pack("<I", 1) + raw[12:48]
+    return (fields + struct.pack("<I", zlib.crc32(fields))).ljust(64, b"\0") + raw[64:-4]
 
 
 def refused(paths, vocabulary=None):
@@ -36,7 +44,7 @@ def test_documents_come_back(tmp_path, vocabulary, itemsize, end):
     tokens = stream.read(np.array([stream.lead]), stream.size)[0]
     assert tokens.tolist() == [int(t) for one in kept for t in one]
     assert stream.read(np.array([0]), 1)[0, 0] == (kept[0][0] if end is None else end)
-    assert stream.files[0].tokens.itemsize == itemsize
+    assert stream.files[0].tokens.dtype.itemsize == itemsize
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -45,11 +53,13 @@ def test_the_header_is_the_documented_one(shard):
     magic, version, itemsize, vocabulary, tokens, documents, end = struct.unpack_from(
         "<8sIIQQQq", raw
     )
-    assert (magic, version, itemsize) == (b"SHARDTOK", 1, 2)
+    assert (magic, version, itemsize) == (b"SHARDTOK", 2, 2)
     assert (vocabulary, tokens, documents, end) == (300, 27, 4, -1)
     assert np.frombuffer(raw, "<u2", 4, 64).tolist() == [5, 6, 7, 8]
     assert np.frombuffer(raw, "<u8", 4, 64 + 56).tolist() == [3, 4, 24, 27]
-    assert len(raw) == 64 + 56 + 32
+    assert np.frombuffer(raw, "<u4", 1, 64 + 56 + 32).tolist() == [zlib.crc32(raw[64:152])]
+    assert struct.unpack_from("<I", raw, 52) == (zlib.crc32(raw[152:]),)
+    assert len(raw) == 64 + 56 + 32 + 4
 
 
 def test_several_shards_are_one_stream_and_rows_cross_them(tmp_path, shard):
@@ -85,6 +95,91 @@ def test_a_folder_of_shards_is_trained_on(tmp_path, shard):
     assert text.state(3)["tokens"] == "shards"
 
 
+def test_shards_without_checksums_are_read(tmp_path, shard):
+    old = tmp_path / "old.bin"
+    old.write_bytes(version_1(shard.read_bytes()))
+    one, other = open_shards([old]), open_shards([shard])
+    np.testing.assert_array_equal(one.read(np.array([0]), 27), other.read(np.array([0]), 27))
+    assert one.checksum() == other.checksum()
+    with pytest.raises(sk.errors.DataError, match="has no checksums: it is of format 1"):
+        sk.data.verify_shards([old])
+
+
+def test_every_byte_is_verified_on_request(tmp_path):
+    path = write_tokens(tmp_path / "a.bin", [np.arange(400_000) % 999], 1000)
+    sk.data.verify_shards([path])
+    raw = bytearray(path.read_bytes())
+    for at in range(64, len(raw), 39_989):
+        raw[at] ^= 1
+        path.write_bytes(raw)
+        with pytest.raises(sk.errors.DataError, match="is damaged: "):
+            sk.data.verify_shards([path])
+        raw[at] ^= 1
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".npy"])
+@pytest.mark.parametrize("way", ["truncate", "rewrite", "append"])
+def test_a_shard_that_changes_while_it_is_read_is_told(suffix, way, tmp_path):
+    path = tmp_path / f"a{suffix}"
+    np.save(path, np.arange(50_000)) if suffix == ".npy" else write_tokens(
+        path, [np.arange(50_000)], 65_536
+    )
+    stream, _ = open_shards([path]).split(0.1)
+    assert stream.read(np.array([40_000]), 2).tolist() == [[40_000, 40_001]]
+    os.utime(path, ns=(0, 0))
+    stream, _ = open_shards([path]).split(0.1)
+    match way:
+        case "truncate":
+            os.truncate(path, 4096)
+        case "rewrite":
+            path.write_bytes(path.read_bytes())
+        case "append":
+            with path.open("ab") as file:
+                file.write(b"x")
+    with pytest.raises(sk.errors.DataError, match=f"a{suffix} +has changed: it had"):
+        stream.read(np.array([40_000]), 2)
+
+
+def test_a_shard_may_be_replaced_by_another_file_while_it_is_read(shard):
+    stream = open_shards([shard])
+    shard.unlink()
+    write_tokens(shard, [[1, 2]], 300)
+    assert stream.read(np.array([0]), 3).tolist() == [[5, 6, 7]]
+
+
+def test_pipes_are_refused_and_links_followed_each_folder_once(tmp_path):
+    root, other = tmp_path / "text", tmp_path / "other"
+    (root / "sub").mkdir(parents=True)
+    other.mkdir()
+    for i in range(12):
+        (root / "sub" / f"{i}.txt").write_text(f"text {i}")
+        (other / f"{i}.txt").write_text(f"linked {i}")
+    (root / "link").symlink_to(other)
+    (root / "sub" / "up").symlink_to(root)
+    corpus = sk.data.read_corpus(root, 0.3)
+    assert corpus.train_files + corpus.validation_files == 24
+    os.mkfifo(root / "pipe")
+    with pytest.raises(sk.errors.DataError, match=r"pipe +Is a pipe, not a file"):
+        sk.data.read_corpus(root, 0.3)
+    os.mkfifo(tmp_path / "pipe.bin")
+    assert "pipe.bin  Is a pipe, not a file." in refused([tmp_path / "pipe.bin"])
+
+
+def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch):
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.txt").write_text("text")
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(sk.errors.DataError, match=r"closed +Permission denied"):
+        sk.data.read_corpus(tmp_path)
+
+
 # --- what is wrong with a file is said before anything is compiled
 
 
@@ -92,12 +187,14 @@ def test_all_bad_shards_are_named_together(tmp_path, shard):
     whole = shard.read_bytes()
     bad = {
         "magic.bin": b"NOTTOKEN" + whole[8:],
-        "newer.bin": whole[:8] + struct.pack("<I", 2) + whole[12:],
+        "newer.bin": whole[:8] + struct.pack("<I", 3) + whole[12:],
         "header.bin": whole[:24] + b"\xff" + whole[25:],
         "short.bin": whole[:100],
         "long.bin": whole + b"more",
         "empty.bin": b"",
-        "ends.bin": whole[:-8] + struct.pack("<Q", 99),
+        "ends.bin": version_1(whole)[:-8] + struct.pack("<Q", 99),
+        "block.bin": whole[:70] + b"\x01" + whole[71:],
+        "table.bin": whole[:-1] + b"\x01",
     }
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
@@ -106,16 +203,18 @@ def test_all_bad_shards_are_named_together(tmp_path, shard):
     np.save(tmp_path / "float.npy", np.zeros((4, 4), np.float32))
     names = [*bad, "cut.npy", "float.npy", "none.bin"]
     message = refused([shard, *(tmp_path / name for name in names)])
-    assert message.startswith("10 token shards cannot be used.")
+    assert message.startswith("12 token shards cannot be used.")
     for said in (
         "magic.bin  begins with b'NOTTOKEN', not with b'SHARDTOK': not a token shard.",
-        "newer.bin  has format 2; this shardkit reads up to 1.",
+        "newer.bin  has format 3; this shardkit reads up to 2.",
         "header.bin  has a damaged header: its checksum does not match.",
-        "short.bin  is truncated: its header declares 27 tokens in 4 documents, 152 bytes; "
+        "short.bin  is truncated: its header declares 27 tokens in 4 documents, 156 bytes; "
         "it has 100 bytes, at most 18 tokens.",
-        "long.bin  has 156 bytes; its header declares 152.",
+        "long.bin  has 160 bytes; its header declares 156.",
         "empty.bin  begins with b'', not with b'SHARDTOK'",
         "ends.bin  has document ends that do not ascend to its number of tokens.",
+        "block.bin  is damaged: bytes 64 to 152 are not what was written.",
+        "table.bin  is damaged: the checksums of its blocks have another checksum.",
         "cut.npy  is truncated, or not a .npy file of numbers:",
         "float.npy  is float32[4,4], not one-dimensional integers.",
         "none.bin  No such file or directory.",

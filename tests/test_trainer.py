@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import signal
 import threading
 
 import jax
@@ -136,7 +138,7 @@ def test_a_run_is_the_loop_by_hand_with_everything_around_it(tmp_path, step, by_
         ("on_dispatch", 3), ("on_step", 3), ("on_eval", 3),
         ("on_dispatch", 4), ("on_step", 4), ("on_save", 4),
         ("on_dispatch", 5),
-        ("on_dispatch", 6), ("on_step", 5), ("on_step", 6), ("on_save", 6),
+        ("on_dispatch", 6), ("on_step", 5), ("on_step", 6), ("on_eval", 6), ("on_save", 6),
         ("on_finish", 6),
         ("on_exit", type(None)),
     ]  # fmt: skip
@@ -175,6 +177,43 @@ def test_data_in_any_form_is_taken_up_where_the_run_was_killed(form, tmp_path, s
     assert losses(tmp_path / "run") == by_hand[0]
     np.testing.assert_array_equal(np.asarray(state.params["w"]), by_hand[1])
     assert Own.closed == (2 if form == "source" else 0)
+
+
+class Tensor:
+    """What a DataLoader of torch yields, as far as numpy knows it."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __array__(self, dtype=None, copy=None):
+        return self.values
+
+
+def test_tensors_of_other_libraries_are_data_and_scalars_of_the_state_are_metrics(tmp_path):
+    spec = compiled().spec.replace(
+        optimizer=optax.inject_hyperparams(optax.sgd)(optax.linear_schedule(0.1, 0.0, STEPS))
+    )
+    mesh = sk.MeshSpec(data=8).build()
+    given = {"mesh": mesh, "config": sk.TrainConfig(steps=STEPS, eval_every=0, check="off")}
+    spec = spec.replace(strategy=sk.strategies.data())
+
+    def data(i):
+        return {name: Tensor(x) for name, x in batch_of(i).items()}
+
+    rates = {"lr": "opt_state/**/learning_rate"}
+    sk.Trainer(spec, data, tmp_path / "run", metrics=rates, **given).run()
+    rows = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "step"]
+    np.testing.assert_allclose(
+        [row["lr"] for row in rows], 0.1 * (1 - np.arange(STEPS) / STEPS), 1e-6
+    )
+    with pytest.raises(sk.errors.ConfigError, match=r"metrics\['lr'\] .* no scalar of the state"):
+        sk.Trainer(spec, data, tmp_path / "x", metrics={"lr": "learning_rat"}, **given).run()
+
+
+def test_an_iterator_is_no_data_of_a_run_that_may_resume(tmp_path, step):
+    with pytest.raises(sk.errors.DataError, match=r"data: map +is an iterator(.|\n)*__iter__"):
+        trainer(tmp_path / "run", step, map(batch_of, range(STEPS))).run()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_step_may_be_compiled_once_everything_else_is_right(tmp_path, step):
@@ -223,6 +262,20 @@ def test_a_callback_may_end_the_run_in_order(tmp_path, step, by_hand):
     assert sk.Checkpointer(tmp_path / "run" / "checkpoints").steps()[-1] == 4
     ended = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "ended"]
     assert [row["why"] for row in ended] == ["good enough"]
+
+
+def test_ctrl_c_behind_the_last_update_is_obeyed_before_the_run_is_scored(tmp_path, step):
+    def press(callback):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    noted = at_read(STEPS, press)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        trainer(tmp_path / "run", step, callbacks=[noted]).run()
+    assert f"Step {STEPS} is saved." in stopped.value.__notes__[0]
+    assert noted.told[-1] == ("on_exit", KeyboardInterrupt)
+    again = Noting()
+    trainer(tmp_path / "run", step, callbacks=[again]).run()
+    assert [event for event, _ in again.told] == ["on_start", "on_finish", "on_exit"]
 
 
 def test_what_a_callback_raises_ends_the_run_and_every_callback_is_told(tmp_path, step):

@@ -103,8 +103,8 @@ class Problem:
 
 def format_problems(headline: str, problems: Sequence[Problem], fix: str = "") -> str:
     """Formats a headline, one aligned row per problem, and the distinct fixes."""
-    width = min(48, max((len(p.subject) for p in problems), default=0))
-    rows = [f"  {p.subject:<{width}}  {p.why}" for p in problems]
+    width = min(48, max((len(printable(p.subject)) for p in problems), default=0))
+    rows = [f"  {printable(p.subject):<{width}}  {printable(p.why)}" for p in problems]
     fixes = list(dict.fromkeys([p.fix for p in problems if p.fix] + ([fix] if fix else [])))
     lines = [headline, *rows]
     if len(fixes) == 1:
@@ -112,6 +112,19 @@ def format_problems(headline: str, problems: Sequence[Problem], fix: str = "") -
     elif fixes:
         lines += ["Fix:", *(f"  - {fix}" for fix in fixes)]
     return "\n".join(lines)
+
+
+def printable(text: str) -> str:
+    r"""Returns text with control characters escaped, which could command a terminal.
+
+    >>> print(printable("\x1b[2Jw"))
+    \x1b[2Jw
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def raise_all(

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .errors import Problem, TreeError, format_problems, raise_all
+from .errors import Problem, TreeError, format_problems, printable, raise_all
 
 _SHORT = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "complex": "c"}
 
@@ -51,13 +51,14 @@ class Leaf:
 def path_str(key_path: tuple[Any, ...]) -> str:
     """Joins the keys of a JAX key path with `/`.
 
-    An empty key becomes two quotes, since the empty path is that of a bare array.
+    An empty key becomes two quotes, since the empty path is that of a bare array. Control
+    characters are escaped.
 
     >>> import jax
     >>> [path_str(p) for p, _ in jax.tree_util.tree_leaves_with_path({"a": [1, {"b": 2}]})]
     ['a/0', 'a/1/b']
     """
-    keys = (jax.tree_util.keystr((key,), simple=True) for key in key_path)
+    keys = (printable(jax.tree_util.keystr((key,), simple=True)) for key in key_path)
     return "/".join(key or "''" for key in keys)
 
 

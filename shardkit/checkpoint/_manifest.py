@@ -158,7 +158,7 @@ def _build(kind: type[_Record], fields: Mapping[str, Any]) -> _Record:
         # The mappings of a manifest hold records that are not built yet.
         annotation = Mapping if name in ("leaves", "files") else annotation
         value = getattr(record, name)
-        if annotation is not Any and not matches_annotation(annotation, value):
+        if not matches_annotation(annotation, value):
             raise TypeError(f"{name}={value!r}, expected {describe_annotation(annotation)}")
     return record
 

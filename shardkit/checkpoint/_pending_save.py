@@ -14,6 +14,7 @@ import jax
 from jax.sharding import NamedSharding
 
 from .._core.errors import CheckpointError, Problem, count, format_problems, raise_all
+from .._core.interrupts import SAVING
 from ._arrays import leaf_folder, start_writing
 from ._chunks import find_missing
 from ._collective_errors import collective_errors, is_first_process, share_text
@@ -71,7 +72,7 @@ class PendingSave:
             self._wait_written = start_writing(self._folder / ARRAYS, stored)
         except Exception as error:
             raise self._make_error(error) from error
-        self._thread = threading.Thread(target=self._finish, name=f"shardkit-save-{step}")
+        self._thread = threading.Thread(target=self._finish, name=f"{SAVING}-{step}")
         self._thread.start()
 
     def join(self, together: bool = True) -> None:

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from .._core.errors import ShardkitError, Stopped
+from .._core.interrupts import INTERRUPTED, InterruptGuard, exit_now
 from .._core.startup import quiet_libtpu
 from ._commands import COMMANDS
 
 # 75 is EX_TEMPFAIL of sysexits.h: run the same command again.
-_FAILED, _REFUSED, _STOPPED, _INTERRUPTED = 1, 2, 75, 130
+_FAILED, _REFUSED, _STOPPED, _INTERRUPTED = 1, 2, 75, INTERRUPTED
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,8 +42,19 @@ def main(argv: Sequence[str] | None = None) -> int:
       0 for success; 1 for an internal error; 2 for a declaration, config or data that cannot be
       used; 75 if SIGTERM stopped a run that can be resumed; 130 after Ctrl-C.
     """
+    if argv is not None:
+        return _run(argv, InterruptGuard())
+    # The process runs only this command, so its environment, handlers and end may change.
+    with InterruptGuard() as guard:
+        code = _run(None, guard)
+        if code == _INTERRUPTED:
+            exit_now(code)
+    return code
+
+
+def _run(argv: Sequence[str] | None, guard: InterruptGuard) -> int:
     arguments = parser().parse_args(argv)
-    if argv is None:  # the process runs only this command, so its environment may change
+    if argv is None:
         os.environ.update(quiet_libtpu(os.environ))
     try:
         return arguments.run(arguments)
@@ -58,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _REFUSED
     except Exception as error:
         _print_traceback(arguments.debug)
+        if guard.interrupted:  # modules that are being imported raise something else for it
+            _print_error("yellow", "Interrupted.")
+            return _INTERRUPTED
         _print_error("red", f"shardkit has failed: {type(error).__name__}: {error}", error)
         if not arguments.debug:
             _print_error("", "Add --debug for the traceback; please report it.")

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -35,9 +36,10 @@ def parse_strategy(text: str) -> Strategy:
     (Data(axis='data'), Tensor(axis='tensor', sequence=True))
     """
     try:
-        return _build_strategy(ast.parse(text, mode="eval").body)
-    except SyntaxError:
+        node = ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # all of which `ast` raises
         raise BadValue(f"expected {_FORM}, got {text!r}.") from None
+    return _build_strategy(node)
 
 
 def parse_mesh(text: str) -> MeshSpec:
@@ -63,7 +65,7 @@ _SLICES = "dcn."
 
 
 def _is_int(text: str) -> bool:
-    return text.strip().removeprefix("-").isdigit()
+    return re.fullmatch(r"-?[0-9]{1,18}", text.strip()) is not None
 
 
 _FORM = "strategies such as data|tensor(sequence=True)"
@@ -85,7 +87,16 @@ def _build_strategy(node: ast.expr) -> Strategy:
         if name not in known:
             hint = did_you_mean(name, known)
             raise BadValue(f"{call.func.id} has options {', '.join(known)}, not {name!r}.{hint}")
+    required = [name for name in known if _is_required(make, name) and name not in options]
+    if required:
+        example = ", ".join(f"{name}=4" for name in required)
+        needs = ", ".join(required)
+        raise BadValue(f"{call.func.id} needs {needs}, as in {call.func.id}({example}).")
     return make(**options)
+
+
+def _is_required(make: Callable[..., Any], name: str) -> bool:
+    return inspect.signature(make).parameters[name].default is inspect.Parameter.empty
 
 
 def _constant_value(node: ast.expr) -> Any:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -54,6 +55,8 @@ def type_problems(config: Any, where: str = "") -> list[Problem]:
             problems.append(
                 Problem(field, why, f"{field} of type {describe_annotation(annotation)}")
             )
+        elif isinstance(value, float) and not math.isfinite(value):
+            problems.append(Problem(field, f"is {value}.", f"{field}=0.1, a finite number"))
         elif dataclasses.is_dataclass(value) and is_dataclass_type(annotation):
             problems += type_problems(value, f"{field}.")
     return problems
@@ -123,6 +126,10 @@ def _fields(node: Any) -> tuple[dict[str, tuple[Any, Any]], Callable[..., Any]]:
     if isinstance(node, MeshSpec):
         return {axis: (int, size) for axis, size in node.axes.items()}, node.with_axes
     if not dataclasses.is_dataclass(node) or isinstance(node, type):
+        return {}, lambda: node
+    # Rules make their fields of other arguments, so no text can set one.
+    made_of_fields: bool = vars(type(node))["__dataclass_params__"].init
+    if not made_of_fields:
         return {}, lambda: node
     fields = {name: (kind, getattr(node, name)) for name, kind in hints(type(node)).items()}
     return fields, functools.partial(dataclasses.replace, node)

@@ -6,6 +6,7 @@ and tuples. Fields of other types are set in a config file, in Python.
 
 import contextlib
 import dataclasses
+import math
 import types
 import typing
 from typing import Any, Literal, TypeGuard, Union
@@ -14,6 +15,8 @@ from .._core.options import describe_annotation
 
 _BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _NONES = {"none": None, "null": None}
+# No number of a run is infinite, or larger than JSON and devices count.
+_LARGEST = {int: 2**63, float: math.inf}
 
 
 class BadValue(ValueError):
@@ -74,6 +77,10 @@ def _parse_member(annotation: Any, text: str) -> Any:
         return tuple(parse(item, part) for item, part in pairs)
     if annotation in (bool, types.NoneType):
         return (_BOOLS if annotation is bool else _NONES)[word]
-    if annotation in (int, float, str):
-        return annotation(text)
+    if annotation is str:
+        return text
+    if annotation in (int, float) and text.isascii():
+        value = annotation(text)
+        if abs(value) < _LARGEST[annotation]:  # false for nan
+            return value
     raise ValueError

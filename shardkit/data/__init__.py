@@ -9,7 +9,7 @@ from ._loader import Loader
 from ._process import place_rows, process_rows, rows_of_shardings
 from ._read_text import read_corpus, read_standard_library
 from ._sequences import TokenBatch, segment_positions
-from ._shards import open_shards, write_tokens
+from ._shards import open_shards, verify_shards, write_tokens
 from ._stream import Stream
 from ._text import Text, load_text
 from ._tokenize import tokenize
@@ -38,5 +38,6 @@ __all__ = [
     "rows_of_shardings",
     "segment_positions",
     "tokenize",
+    "verify_shards",
     "write_tokens",
 ]

@@ -10,10 +10,12 @@ import os
 import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from .._core.errors import DataError, Problem, count, format_problems, raise_all
 from .._core.io._files import local_path
 from ._corpus import END, Corpus
+from ._file_tokens import check_regular
 from ._shards import SUFFIXES
 
 # Not read from the standard library: packages installed beside it (site-packages), modules that
@@ -152,9 +154,19 @@ def _check_is_text(texts: dict[str, bytes]) -> None:
 
 
 def _relative_names(root: Path, skipped: frozenset[str]) -> list[str]:
-    """Lists the files below `root`, without hidden ones, caches, and those in skipped folders."""
-    names = []
-    for folder, folders, files in os.walk(root):
+    """Lists the files below `root`, without hidden ones, caches, and those in skipped folders.
+
+    Links to folders are followed, each folder once.
+
+    Raises:
+      DataError: a folder cannot be read.
+    """
+    names, seen = [], set()
+    for folder, folders, files in os.walk(root, onerror=_raise_unreadable, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
         ignored = {*skipped, "__pycache__"}
         folders[:] = [f for f in folders if f not in ignored and not f.startswith(".")]
         below = Path(folder).relative_to(root)
@@ -203,11 +215,21 @@ _USE_TEXT = "--set data.path=FOLDER_OF_TEXT, or leave data.path out for the stan
 
 def _read_file(path: Path) -> bytes:
     try:
+        check_regular(path)
         return path.read_bytes()
     except FileNotFoundError:
         problem = Problem(f"data.path={str(path)!r}", "there is no such file or folder.", _USE_TEXT)
+        raise DataError(format_problems("The text cannot be read.", [problem])) from None
     except OSError as error:
-        denied = isinstance(error, PermissionError)
-        fix = f"chmod u+r {str(path)!r}" if denied else _USE_TEXT
-        problem = Problem(str(path), f"{error.strerror}.", fix)
-    raise DataError(format_problems("The text cannot be read.", [problem]))
+        raise _unreadable(error, path) from error
+
+
+def _raise_unreadable(error: OSError) -> NoReturn:
+    raise _unreadable(error, Path(error.filename)) from error
+
+
+def _unreadable(error: OSError, path: Path) -> DataError:
+    denied = isinstance(error, PermissionError)
+    fix = f"chmod -R u+rX {str(path)!r}" if denied else _USE_TEXT
+    problem = Problem(str(path), f"{error.strerror}.", fix)
+    return DataError(format_problems("The text cannot be read.", [problem]))

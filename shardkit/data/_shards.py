@@ -1,4 +1,4 @@
-"""Token shards: files of token ids that are memory-mapped.
+"""Token shards: files of token ids that stay on disk until they are read.
 
 A `.npy` file is one document: a one-dimensional array of integers. A `.bin` file holds many
 documents and describes itself. All numbers are little-endian:
@@ -6,16 +6,18 @@ documents and describes itself. All numbers are little-endian:
 | byte | type | field |
 | --- | --- | --- |
 | 0 | 8 bytes | magic, `SHARDTOK` |
-| 8 | u32 | version of the format, 1 |
+| 8 | u32 | version of the format, 2; version 1 has no checksums of blocks |
 | 12 | u32 | bytes of one token, 1, 2 or 4; tokens are unsigned |
 | 16 | u64 | vocabulary: every id is below it |
 | 24 | u64 | tokens |
 | 32 | u64 | documents |
 | 40 | i64 | id that follows each document (counted among the tokens), or -1 |
 | 48 | u32 | CRC-32 of bytes 0 to 47 |
-| 52 | | zeros up to byte 64 |
+| 52 | u32 | CRC-32 of the checksums of blocks |
+| 56 | | zeros up to byte 64 |
 | 64 | | the tokens, then zeros up to a multiple of 8 |
 | then | u64[documents] | for each document the index of the token behind it, ascending |
+| then | u32[blocks] | CRC-32 of every 64 KiB from byte 64 to here |
 """
 
 import dataclasses
@@ -29,9 +31,12 @@ import numpy as np
 
 from .._core.errors import DataError, Problem, count, format_problems, raise_all
 from .._core.io._files import local_path, os_errors_as, write_atomic
+from ._file_tokens import FileTokens, check_regular
 from ._stream import Stream, TokenFile, check_ids
 
-MAGIC, VERSION, HEADER = b"SHARDTOK", 1, 64
+MAGIC, VERSION, HEADER = b"SHARDTOK", 2, 64
+# Bytes with a checksum of their own, and how many such blocks are compared when a shard is opened.
+_CHECKED_BLOCK, _SAMPLE = 2**16, 16
 SUFFIXES = (".bin", ".npy")
 _FIELDS = struct.Struct("<8sIIQQQq")
 _DTYPES = {1: "<u1", 2: "<u2", 4: "<u4"}
@@ -53,6 +58,7 @@ class ShardHeader:
       tokens: number of tokens.
       documents: number of documents.
       end: id that follows each document, or -1.
+      checksum: CRC-32 of the checksums of blocks; None in files that have none.
     """
 
     itemsize: int
@@ -60,6 +66,7 @@ class ShardHeader:
     tokens: int
     documents: int
     end: int
+    checksum: int | None = None
 
     @property
     def ends_at(self) -> int:
@@ -69,12 +76,23 @@ class ShardHeader:
     @property
     def nbytes(self) -> int:
         """Bytes of the whole file."""
+        return self.blocks_at + (0 if self.checksum is None else 4 * self.blocks)
+
+    @property
+    def blocks_at(self) -> int:
+        """Byte at which the checksums of blocks begin."""
         return self.ends_at + 8 * self.documents
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return -(-(self.blocks_at - HEADER) // _CHECKED_BLOCK)
 
     def pack(self) -> bytes:
         """Returns the 64 bytes."""
-        fields = _FIELDS.pack(MAGIC, VERSION, *dataclasses.astuple(self))
-        return (fields + struct.pack("<I", zlib.crc32(fields))).ljust(HEADER, b"\0")
+        *values, checksum = dataclasses.astuple(self)
+        fields = _FIELDS.pack(MAGIC, VERSION, *values)
+        return (fields + struct.pack("<II", zlib.crc32(fields), checksum)).ljust(HEADER, b"\0")
 
     @staticmethod
     def unpack(raw: bytes) -> "ShardHeader":
@@ -84,10 +102,10 @@ class ShardHeader:
         _, version, *fields = _FIELDS.unpack(raw[: _FIELDS.size])
         if version > VERSION:
             raise _InvalidShard(f"has format {version}; this shardkit reads up to {VERSION}")
-        (crc,) = struct.unpack_from("<I", raw, _FIELDS.size)
+        crc, checksum = struct.unpack_from("<II", raw, _FIELDS.size)
         if crc != zlib.crc32(raw[: _FIELDS.size]) or fields[0] not in _DTYPES:
             raise _InvalidShard("has a damaged header: its checksum does not match")
-        return ShardHeader(*fields)
+        return ShardHeader(*fields, checksum=None if version == 1 else checksum)
 
 
 def write_tokens(
@@ -124,7 +142,7 @@ def write_tokens(
         raise DataError(format_problems("The shard's name is not usable.", [problem]))
     fix = "a folder with free space, and permission to write there"
     errors = os_errors_as(DataError, "The shard cannot be written.", path, fix)
-    with errors, write_atomic(path) as temporary, open(temporary, "wb") as file:
+    with errors, write_atomic(path) as temporary, open(temporary, "w+b") as file:
         if not _write_shard(file, documents, vocabulary, end):
             problem = Problem(str(path), "no document has a token", "at least one token")
             raise DataError(format_problems("The shard would be empty.", [problem]))
@@ -147,9 +165,55 @@ def _write_shard(file: BinaryIO, documents: Iterable[Any], vocabulary: int, end:
         ends.append(total)
     header = ShardHeader(itemsize, vocabulary, total, len(ends), -1 if end is None else end)
     file.write(bytes(header.ends_at - file.tell()) + np.asarray(ends, "<u8").tobytes())
+    table = np.array([_block_checksum(file, header, i) for i in range(header.blocks)], "<u4")
+    file.seek(header.blocks_at)
+    file.write(table.tobytes())
     file.seek(0)
-    file.write(header.pack())
+    file.write(dataclasses.replace(header, checksum=zlib.crc32(table.tobytes())).pack())
     return total
+
+
+def _block_checksum(file: BinaryIO, header: ShardHeader, block: int) -> int:
+    start = HEADER + block * _CHECKED_BLOCK
+    file.seek(start)
+    return zlib.crc32(file.read(min(_CHECKED_BLOCK, header.blocks_at - start)))
+
+
+def _check_blocks(file: BinaryIO, header: ShardHeader, most: int | None = None) -> None:
+    """Compares checksums of all blocks, or of so many that are evenly spaced."""
+    file.seek(header.blocks_at)
+    table = file.read(4 * header.blocks)
+    if zlib.crc32(table) != header.checksum:
+        raise _InvalidShard("is damaged: the checksums of its blocks have another checksum")
+    chosen = np.linspace(0, header.blocks - 1, most or header.blocks, dtype=np.int64)
+    for block in dict.fromkeys(chosen.tolist()):
+        if _block_checksum(file, header, block) != np.frombuffer(table, "<u4")[block]:
+            start = HEADER + block * _CHECKED_BLOCK
+            stop = min(start + _CHECKED_BLOCK, header.blocks_at)
+            raise _InvalidShard(f"is damaged: bytes {start:,} to {stop:,} are not what was written")
+
+
+def verify_shards(paths: Sequence[str | Path]) -> None:
+    """Reads token shards completely, and compares every byte with its checksum.
+
+    Args:
+      paths: `.bin` files. `open_shards` compares a sample of their blocks.
+
+    Raises:
+      DataError: naming every file that is damaged, or has no checksums: those of format 1.
+    """
+    problems = []
+    for path in (local_path(path, DataError) for path in paths):
+        try:
+            _, header = _open_bin(path)
+            if header.checksum is None:
+                raise _InvalidShard("has no checksums: it is of format 1")
+            with open(path, "rb") as file:
+                _check_blocks(file, header)
+        except (_InvalidShard, OSError) as error:
+            why = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+            problems.append(Problem(str(path), f"{why}.", _FIX))
+    raise_all(DataError, f"{count(len(problems), 'token shard')} cannot be used.", problems)
 
 
 def open_shards(paths: Sequence[str | Path], vocabulary: int | None = None) -> Stream:
@@ -224,6 +288,7 @@ def _open_shard(path: Path) -> tuple[TokenFile, ShardHeader | None]:
 
 
 def _open_bin(path: Path) -> tuple[TokenFile, ShardHeader]:
+    check_regular(path)
     with open(path, "rb") as file:
         header = ShardHeader.unpack(file.read(HEADER))
     size = path.stat().st_size
@@ -238,14 +303,18 @@ def _open_bin(path: Path) -> tuple[TokenFile, ShardHeader]:
         raise _InvalidShard(f"has {size:,} bytes; its header declares {header.nbytes:,}")
     if not header.tokens or not header.documents:
         raise _InvalidShard("holds no tokens")
-    tokens = np.memmap(path, _DTYPES[header.itemsize], "r", HEADER, (header.tokens,))
+    if header.checksum is not None:
+        with open(path, "rb") as file:
+            _check_blocks(file, header, _SAMPLE)
+    tokens = FileTokens(path, np.dtype(_DTYPES[header.itemsize]), HEADER, header.tokens)
     ends = np.fromfile(path, "<u8", header.documents, offset=header.ends_at).astype(np.int64)
     if ends[-1] != header.tokens or not (np.diff(ends, prepend=0) > 0).all():
         raise _InvalidShard("has document ends that do not ascend to its number of tokens")
-    return TokenFile(str(path), np.asarray(tokens), ends), header
+    return TokenFile(str(path), tokens, ends), header
 
 
 def _open_npy(path: Path) -> TokenFile:
+    check_regular(path)
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
@@ -253,4 +322,5 @@ def _open_npy(path: Path) -> TokenFile:
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or not tokens.size:
         shape = ",".join(map(str, tokens.shape))
         raise _InvalidShard(f"is {tokens.dtype}[{shape}], not one-dimensional integers")
-    return TokenFile(str(path), np.asarray(tokens), np.array([len(tokens)]))
+    in_file = FileTokens(path, tokens.dtype, tokens.offset, len(tokens))
+    return TokenFile(str(path), in_file, np.array([len(tokens)]))

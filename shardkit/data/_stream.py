@@ -9,6 +9,7 @@ import zlib
 import numpy as np
 
 from .._core.errors import DataError, Problem, format_problems
+from ._file_tokens import FileTokens
 
 # Larger files have a checksum of this many blocks, evenly spaced.
 _MAX_FULL_CHECKSUM, _BLOCKS, _BLOCK = 2**26, 64, 2**16
@@ -20,13 +21,13 @@ class TokenFile:
 
     Attributes:
       name: of the file, for errors.
-      tokens: integers[n], in memory or memory-mapped.
+      tokens: integers[n], in memory or in the file.
       ends: i64[documents], the index behind each document; the last is n.
       first: index of token 0 in the file.
     """
 
     name: str
-    tokens: np.ndarray = dataclasses.field(repr=False)
+    tokens: np.ndarray | FileTokens = dataclasses.field(repr=False)
     ends: np.ndarray = dataclasses.field(repr=False)
     first: int = 0
 
@@ -35,17 +36,28 @@ class TokenFile:
         before, after = self.ends[self.ends <= at], self.ends[self.ends > at] - at
         if not len(before) or before[-1] < at:
             before = np.append(before, at)
-        head = TokenFile(self.name, self.tokens[:at], before, self.first)
-        return head, TokenFile(self.name, self.tokens[at:], after, self.first + at)
+        head = TokenFile(self.name, self._range(0, at), before, self.first)
+        tail = self._range(at, len(self.tokens))
+        return head, TokenFile(self.name, tail, after, self.first + at)
+
+    def _range(self, start: int, stop: int) -> np.ndarray | FileTokens:
+        if isinstance(self.tokens, FileTokens):
+            return self.tokens.cut(start, stop)
+        return self.tokens[start:stop]
+
+    def _read_bytes(self, start: int, n: int) -> bytes:
+        if isinstance(self.tokens, FileTokens):
+            return self.tokens.read_bytes(start, n)
+        return self.tokens.view(np.uint8)[start : start + n].tobytes()
 
     def checksum(self) -> int:
         """Returns the CRC-32 of the tokens, or of a sample if they take more than 64 MiB."""
-        raw = self.tokens.view(np.uint8)
-        if raw.nbytes <= _MAX_FULL_CHECKSUM:
-            return zlib.crc32(raw.data)
-        crc = zlib.crc32(str(raw.nbytes).encode())
-        for at in np.linspace(0, raw.nbytes - _BLOCK, _BLOCKS, dtype=np.int64).tolist():
-            crc = zlib.crc32(raw[at : at + _BLOCK].data, crc)
+        size = self.tokens.nbytes
+        if size <= _MAX_FULL_CHECKSUM:
+            return zlib.crc32(self._read_bytes(0, size))
+        crc = zlib.crc32(str(size).encode())
+        for at in np.linspace(0, size - _BLOCK, _BLOCKS, dtype=np.int64).tolist():
+            crc = zlib.crc32(self._read_bytes(at, _BLOCK), crc)
         return crc
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from .._core.errors import DataError, Problem, format_problems
 from .._core.io._files import local_path
+from ._file_tokens import check_regular
 
 BYTES = 256
 
@@ -146,6 +147,7 @@ def _load_library_tokenizer(path: Path) -> Any:
     try:
         import tokenizers
 
+        check_regular(path)
         return tokenizers.Tokenizer.from_str(path.read_text())
     except ImportError:
         why, fix = "the library `tokenizers` is not installed", "pip install 'shardkit[tokenizers]'"

@@ -98,7 +98,8 @@ def _split_chips(chips: Iterable[Chip]) -> tuple[dict[str, int], list[str]]:
 
 def _parse_numbers(text: str, least: int, most: int) -> tuple[int, ...]:
     """Reads `4x4x4`; () unless it is between `least` and `most` positive numbers."""
-    numbers = tuple(int(n) for n in text.split("x")) if re.fullmatch(r"\d+(x\d+)*", text) else ()
+    is_shape = re.fullmatch(r"[0-9]{1,9}(x[0-9]{1,9})*", text)
+    numbers = tuple(int(n) for n in text.split("x")) if is_shape else ()
     return numbers if least <= len(numbers) <= most and all(numbers) else ()
 
 

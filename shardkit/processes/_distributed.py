@@ -93,6 +93,8 @@ def _join_launched(launched: Membership, step_timeout: float, start_timeout: flo
         launcher=MessageStream(socket.socket(fileno=launched.control)),
         step_timeout=step_timeout,
     )
+    # Whoever does not come is named here; JAX would abort with a stack of C++.
+    group.gather("join", None)
     try:
         _initialize(
             "that the launcher has started",

@@ -1,5 +1,6 @@
 """`launch`: runs a command in several processes of this machine, for tests."""
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -47,7 +48,8 @@ def launch(command: Sequence[str], processes: int, devices: int | None = None) -
     """
     _check(command, processes, devices)
     children = list(_start(command, processes, devices))
-    return _Supervisor(children).wait()
+    with _killed_with_launcher(children):
+        return _Supervisor(children).wait()
 
 
 def _check(command: Sequence[str], processes: int, devices: int | None) -> None:
@@ -129,6 +131,25 @@ def _popen(
         # Ctrl-C reaches only the launcher, which sends SIGTERM, so that runs stop cleanly.
         start_new_session=True,
     )
+
+
+@contextlib.contextmanager
+def _killed_with_launcher(children: Sequence[_Child]) -> Iterator[None]:
+    """Kills the processes of all children, whatever program they run, if this one is killed.
+
+    A shell waits for the end of a pipe that only this process writes to.
+    """
+    groups = [f"-{child.process.pid}" for child in children]
+    reaper = subprocess.Popen(
+        ["/bin/sh", "-c", 'read -r _; kill -s KILL -- "$@" 2>/dev/null', "reaper", *groups],
+        stdin=subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C is for the launcher
+    )
+    with reaper:
+        try:
+            yield
+        finally:
+            reaper.kill()
 
 
 def _environment(devices: int | None) -> dict[str, str]:

@@ -118,7 +118,7 @@ def _build(
 def _parse_document(text: str) -> dict[str, Any]:
     try:
         fields = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ReportError(f"This is not a report: {error}. {_FIX}") from None
     if not isinstance(fields, dict) or fields.pop("schema", None) != _SCHEMA:
         raise ReportError(f"This is not a report of shardkit. {_FIX}")

@@ -19,8 +19,8 @@ class TrainConfig:
     Attributes:
       steps: number of updates.
       seed: of the parameters and of dropout; the order of the data has its own seed.
-      eval_every: updates between evaluations during training, if there is something to evaluate;
-        0 for none.
+      eval_every: updates between evaluations, if there is something to evaluate; one more is made
+        after the last update. 0 for none.
       log_every: updates between printed lines when the output is not a terminal.
       checkpoint_every: updates between checkpoints; one more is always made at the end. 0 for no
         checkpoints at all.

@@ -3,13 +3,15 @@
 import contextlib
 import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from .._core.errors import DataError, Problem, StepError, format_problems
 from ..step import CompiledStep
 from ._clock import Clock
 from ._folder import RunFolder
-from ._source import Evaluate
+from ._source import Evaluate, to_host_arrays
+from ._state_metrics import find_state_metrics, read_state_metrics
 from ._stop import StopRequest
 from ._throughput import Throughput
 from .callbacks._callback import Callback, RunContext, StepMetrics
@@ -29,6 +31,7 @@ class Loop:
         *,
         evaluate: Evaluate | None = None,
         tokens: int | None = None,
+        metrics: Mapping[str, str] = MappingProxyType({}),
         several: bool = False,
     ) -> None:
         """Starts the clock of the first update.
@@ -39,8 +42,13 @@ class Loop:
           callbacks: called in this order.
           evaluate: `(step, state) -> metrics` of validation data; None for no evaluation.
           tokens: of one batch, for the speed; None to count rows.
+          metrics: `{name: glob of one scalar of the state}` that each row gets besides.
           several: whether several processes make the updates together.
+
+        Raises:
+          ConfigError: a glob matches no scalar of the state, or several.
         """
+        self._state_metrics = find_state_metrics(metrics, step.abstract_state) if metrics else {}
         self._step, self._folder, self._callbacks = step, folder, callbacks
         self._config, self._write = folder.config, folder.metrics.write
         self._evaluate_state = evaluate
@@ -64,6 +72,8 @@ class Loop:
                 stack.push(lambda kind, error, trace, call=callback.on_exit: call(error))
             with self._stop, _close_generator(folder.source.batches(folder.start)) as batches:
                 state = self._make_updates(state, batches)
+                # One that came behind the last update ends the run before it is scored.
+                self._stop.raise_for_signal(folder.finish_saving)
             for callback in self._callbacks:
                 callback.on_finish(state)
         return state
@@ -107,6 +117,7 @@ class Loop:
                 for callback in self._callbacks:
                     callback.on_batch(done, state, batch)
             state, metrics = self._step(state, batch)
+            metrics = {**metrics, **read_state_metrics(self._state_metrics, state)}
             for callback in self._callbacks:
                 callback.on_dispatch(done, state, batch)
             if pending is not None:
@@ -122,7 +133,7 @@ class Loop:
             if saving:
                 self._save(done, state, scores)
             if stopping:
-                self._stop.raise_for_signal(self._folder.finish_saving())
+                self._stop.raise_for_signal(self._folder.finish_saving)
                 return state
         if pending is not None:
             self._report_step(*pending)
@@ -130,11 +141,11 @@ class Loop:
 
     def _is_eval_due(self, done: int) -> bool:
         every = self._config.eval_every if self._evaluate_state else 0
-        return bool(every) and done % every == 0 and done < self._config.steps
+        return bool(every) and (done % every == 0 or done == self._config.steps)
 
     def _next_batch(self, batches: Iterator[Any], done: int) -> Any:
         try:
-            return next(batches)
+            return to_host_arrays(next(batches))
         except StopIteration:
             why = f"gave {done - 1} batches for a run of {self._config.steps} updates"
             fix = f"TrainConfig(steps={done - 1}), or data that repeats"

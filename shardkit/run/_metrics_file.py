@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeGuard
@@ -90,7 +91,19 @@ class MetricsFile:
             row = {"kind": kind, **values, "time": round(time.time(), 3)}
             line = json.dumps(row, allow_nan=False) + "\n"
             with self._handle_errors():
+                if not os.fstat(self._file).st_nlink:
+                    self._file = self._recover(self._file)
                 append_atomic(self._file, line)
+
+    def _recover(self, deleted: int) -> int:
+        """Writes a file that was deleted during the run again, from its open descriptor."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        append_atomic(file, os.pread(deleted, os.fstat(deleted).st_size, 0).decode())
+        os.close(deleted)
+        message = f"{self.path} was deleted during the run, and is written again with every row."
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+        return file
 
     @contextlib.contextmanager
     def _handle_errors(self) -> Iterator[None]:

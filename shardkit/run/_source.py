@@ -5,6 +5,11 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import jax
+import numpy as np
+
+from .._core.errors import DataError, Problem, format_problems
+
 
 @runtime_checkable
 class DataSource(Protocol):
@@ -60,13 +65,45 @@ class IterableSource(_CountedSource):
         return itertools.islice(self.iterable, start, None)
 
 
+@runtime_checkable
+class _ArrayLike(Protocol):
+    """What numpy can read: a tensor of torch on the CPU."""
+
+    def __array__(self) -> Any: ...
+
+
+def to_host_arrays(batch: Any) -> Any:
+    """Converts leaves of other libraries, such as torch tensors of a DataLoader, to numpy."""
+    known = (jax.Array, np.ndarray, np.generic)
+    return jax.tree.map(
+        lambda x: np.asarray(x) if isinstance(x, _ArrayLike) and not isinstance(x, known) else x,
+        batch,
+    )
+
+
 # What users pass: data in any of three forms, and `(step, state) -> metrics` of validation data.
 Data = DataSource | Callable[[int], Any] | Iterable[Any]
 Evaluate = Callable[[Any, Any], Mapping[str, Any]]
 
 
-def as_source(data: Data) -> DataSource:
-    """Wraps a function or an iterable; a source is returned as it is."""
+def as_source(data: Data, *, resumable: bool = True) -> DataSource:
+    """Wraps a function or an iterable; a source is returned as it is.
+
+    Args:
+      data: in any of the three forms.
+      resumable: whether the run may resume, so that batches are read again from the first one.
+
+    Raises:
+      DataError: an iterator, which yields its batches once, in a run that may resume.
+    """
     if isinstance(data, DataSource):
         return data
-    return FunctionSource(data) if callable(data) else IterableSource(data)
+    if callable(data):
+        return FunctionSource(data)
+    if resumable and isinstance(data, Iterator):
+        why = "is an iterator: it yields each batch once, and a resumed run starts at the first one"
+        fix = "a function i -> batch, a list, or an object whose __iter__ starts anew; or"
+        fix += " TrainConfig(checkpoint_every=0)"
+        problem = Problem(f"data: {type(data).__name__}", why, fix)
+        raise DataError(format_problems("The data cannot be read again.", [problem]))
+    return IterableSource(data)

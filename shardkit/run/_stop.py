@@ -1,16 +1,18 @@
 """Stopping a run cleanly, after the update under way and with a checkpoint."""
 
+import contextlib
 import os
 import signal
-import socket
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, Self
 
 from jax.experimental import multihost_utils
 
 from .._core.errors import Stopped
+from .._core.interrupts import INTERRUPTED, signal_thread
 
 _SHOW_CURSOR = "\x1b[?25h"
 
@@ -18,9 +20,8 @@ _SHOW_CURSOR = "\x1b[?25h"
 class StopRequest:
     """Turns the first SIGINT or SIGTERM into a request that the loop reads after each update.
 
-    The second Ctrl-C ends the process at once. Python handles a signal between two of its own
-    instructions only, and a program that waits for a device, perhaps forever, does not reach
-    the next one. So a thread counts the signals that the interpreter's C handler receives:
+    The second Ctrl-C ends the process at once, even one that waits for a device, perhaps forever.
+    So a thread counts the signals that the interpreter's C handler receives:
 
         host runs Python:   Ctrl-C → _handle_signal restores SIG_DFL · Ctrl-C → the system kills
         host waits in C++:  Ctrl-C → thread counts 1 · Ctrl-C → thread counts 2, and exits
@@ -41,8 +42,8 @@ class StopRequest:
         self.signal: signal.Signals | None = None
         self.why: str | None = None
         self._handlers: dict[signal.Signals, Any] = {}  # those to restore
-        self._sockets: tuple[socket.socket, socket.socket] | None = None  # read, write
-        self._wakeup_before = -1
+        self._stack = contextlib.ExitStack()
+        self._remaining = 2
 
     def __enter__(self) -> Self:
         """Installs the handlers; outside the main thread Python cannot, and signals stay as is."""
@@ -50,23 +51,14 @@ class StopRequest:
             ours = (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM)
             for number in ours:
                 self._handlers[number] = signal.signal(number, self._handle_signal)
-            self._sockets = reader, writer = socket.socketpair()
-            writer.setblocking(False)
-            self._wakeup_before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-            self._listener = threading.Thread(
-                target=_exit_at_second_ctrl_c, args=(reader,), daemon=True
-            )
-            self._listener.start()
+            self._stack.enter_context(signal_thread(self._exit_at_second))
         return self
 
     def __exit__(self, *_: object) -> None:
         """Restores all handlers, and ends the thread."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        if self._sockets is not None:
-            signal.set_wakeup_fd(self._wakeup_before)
-            self._sockets[1].close()  # which the thread reads as the end
-            self._listener.join()
+        self._stack.close()
 
     def request(self, why: str) -> None:
         """Requests the end as a signal does; `raise_for_signal` then raises nothing."""
@@ -78,11 +70,12 @@ class StopRequest:
             self.signal = signal.SIGTERM
         return self.signal is not None or self.why is not None
 
-    def raise_for_signal(self, saved: str) -> None:
+    def raise_for_signal(self, finish_saving: Callable[[], str]) -> None:
         """Raises if a signal was received.
 
         Args:
-          saved: a message about what is on the disk, added as a note.
+          finish_saving: waits for the last save; returns a message about what is on the disk,
+            which is added as a note.
 
         Raises:
           KeyboardInterrupt: after Ctrl-C.
@@ -94,7 +87,7 @@ class StopRequest:
             stop: BaseException = KeyboardInterrupt()
         else:
             stop = Stopped("Stopped by SIGTERM.")
-        stop.add_note(saved)
+        stop.add_note(finish_saving())
         raise stop
 
     def _handle_signal(self, number: int, frame: FrameType | None) -> None:
@@ -107,14 +100,10 @@ class StopRequest:
             text = "Stopping after this step. Press Ctrl-C again to exit at once."
             os.write(1, f"{_SHOW_CURSOR}\n{text}\n".encode())
 
-
-def _exit_at_second_ctrl_c(reader: socket.socket) -> None:
-    """Exits at the second Ctrl-C, if Python did not get to handle the first one."""
-    remaining = 2
-    with reader:
-        while numbers := reader.recv(64):  # one byte per signal, its number
-            remaining -= numbers.count(signal.SIGINT)
-            if remaining <= 0:
-                if sys.stdout.isatty():
-                    os.write(1, _SHOW_CURSOR.encode())
-                os._exit(128 + signal.SIGINT)
+    def _exit_at_second(self, number: int) -> None:
+        """Exits at the second Ctrl-C, if Python did not get to handle the first one."""
+        self._remaining -= number == signal.SIGINT
+        if self._remaining <= 0:
+            if sys.stdout.isatty():
+                os.write(1, _SHOW_CURSOR.encode())
+            os._exit(INTERRUPTED)

@@ -46,18 +46,21 @@ class Trainer:
       step: from `sk.compile_step`; or an `sk.StepSpec`, or a function that compiles one, compiled
         once everything else has been checked.
       data: `i -> batch` for update `i`, counted from 0; or an iterable that yields the same
-        batches each time, of which a resumed run skips the first ones; or a `DataSource`, which
-        can start anywhere. Batches are as `step` takes them.
+        batches each time, of which a resumed run skips the first ones (not a generator); or a
+        `DataSource`, which can start anywhere. Batches are as `step` takes them.
       folder: of the run. An existing folder is never written to unless its run resumes: a new
         run gets `folder-2`, `folder-3`, ….
       config: how long the run is, what it reports, and what it keeps.
       mesh: that a spec is compiled for; only with one.
-      evaluate: `(step, state) -> metrics` of validation data, every `config.eval_every` updates.
+      evaluate: `(step, state) -> metrics` of validation data, every `config.eval_every` updates
+        and after the last one.
       callbacks: called in this order, after those that every run has.
       record: settings as plain values, written to the metrics and the checkpoints.
       decides: names or groups of the record that must be the same to resume; None for all.
       retention: which checkpoints to keep; by default as `config` says, the best ones by
         `bits_per_byte`.
+      metrics: `{name: glob}` of scalars of the state that each row of an update gets besides, such
+        as `{"lr": "opt_state/**/learning_rate"}` with `optax.inject_hyperparams`.
       tokens: of one batch, for the speed; None to count rows instead.
       describe: formats metrics for the progress line.
       console: where the run is shown; standard output by default.
@@ -78,6 +81,7 @@ class Trainer:
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     decides: Sequence[str] | None = None
     retention: RetentionPolicy | None = None
+    metrics: Mapping[str, str] = dataclasses.field(default_factory=dict)
     tokens: int | None = None
     describe: Describe = describe_metrics
     console: Console = dataclasses.field(default_factory=standard_output)
@@ -129,7 +133,7 @@ class Trainer:
         """
         began, source, config, process_group = (
             time.time(),
-            as_source(self.data),
+            as_source(self.data, resumable=self.config.checkpoint_every > 0),
             self.config,
             self.process_group,
         )
@@ -176,6 +180,7 @@ class Trainer:
                 [*callbacks, *self.callbacks],
                 evaluate=self.evaluate,
                 tokens=self.tokens,
+                metrics=self.metrics,
                 several=process_group.count > 1,
             )
             return loop.run(state)

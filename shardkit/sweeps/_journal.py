@@ -126,7 +126,7 @@ def _read_rows(path: Path, lines: list[str], identity: Mapping[str, Any]) -> dic
     for number, line in enumerate(lines[1:], 2):
         try:
             row = SweepRow.from_line(line)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             problem = Problem(f"{path}:{number}", f"is not a row: {type(error).__name__}: {error}")
             fix = "delete the line, and its case runs again; nothing was changed"
             raise SweepError(
@@ -139,8 +139,8 @@ def _read_rows(path: Path, lines: list[str], identity: Mapping[str, Any]) -> dic
 def _check_header(path: Path, line: str, identity: Mapping[str, Any]) -> None:
     try:
         header = json.loads(line)
-        version, identity_before = header[_FORMAT], header["identity"]
-    except (ValueError, TypeError, KeyError):
+        version, identity_before = header[_FORMAT], dict(header["identity"])
+    except (ValueError, TypeError, KeyError, RecursionError):
         _refuse(path, _NOT_A_SWEEP)
     if version != _VERSION:
         _refuse(path, f"has format version {version}, and this shardkit reads {_VERSION}")

@@ -5,6 +5,8 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ..errors import printable
+
 # Columns are not folded to less than this, since every word would be broken.
 _NARROWEST = 8
 _CONTINUED = "    "
@@ -66,7 +68,12 @@ class Table:
         """Yields `(style, line)` for each line of `to_text`."""
         columns = [Column(column) if isinstance(column, str) else column for column in self.columns]
         header = [column.name for column in columns]
-        rows = [row if isinstance(row, str) else _pad_row(row, len(columns)) for row in self.rows]
+        rows = [
+            printable(row)
+            if isinstance(row, str)
+            else _pad_row([printable(cell) for cell in row], len(columns))
+            for row in self.rows
+        ]
         table = [header, *(row for row in rows if not isinstance(row, str))]
         gaps = self.indent + self.gap * (len(columns) - 1)
         widths = _fit_widths(columns, table, None if width is None else width - gaps)

@@ -346,6 +346,6 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
     ['f32[4,16]', 's32[]']
     """
     return tuple(
-        Shape(dtype, tuple(int(d.strip().lstrip("<=")) for d in dims.split(",") if d.strip()))
+        Shape(dtype, tuple(map(int, re.findall(r"[0-9]+", dims))))
         for dtype, dims in _SHAPE.findall(text)
     )

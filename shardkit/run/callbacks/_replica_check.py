@@ -9,7 +9,7 @@ import jax
 
 from ..._core.errors import BatchError, StateError, format_problems, raise_all
 from ...processes import ProcessGroup
-from ..guards._replicas import Mismatch, ReplicaComparison, check_replicas
+from ..guards._replicas import Mismatch, ReplicaComparison
 from ._callback import Callback, RunContext, StepMetrics
 
 
@@ -85,6 +85,7 @@ class BatchCheck(Callback):
     def __init__(self, every: int) -> None:
         """Takes the updates between two comparisons."""
         self._every = every
+        self._types: list[Any] = []  # of the batch that the comparison was compiled for
 
     def on_start(self, run: RunContext, state: Any) -> None:
         self._start = run.start
@@ -95,7 +96,15 @@ class BatchCheck(Callback):
         Raises:
           BatchError: copies of it differ; nothing was updated.
         """
-        if (step - 1 - self._start) % self._every == 0 and (mismatches := check_replicas(batch)):
+        if (step - 1 - self._start) % self._every:
+            return
+        types = [(x.shape, x.dtype) for x in jax.tree.leaves(batch)]
+        if types != self._types:
+            self._types, self._comparison = types, ReplicaComparison(batch)
+        comparison = self._comparison
+        if not comparison.leaves:
+            return
+        if mismatches := comparison.mismatches(comparison.checksums(batch)):
             headline = f"Processes read different batches for update {step}."
             rows = [
                 dataclasses.replace(mismatch.problem, subject=f"batch/{mismatch.leaf}")

@@ -1,0 +1,107 @@
+"""Ctrl-C while the interpreter does not run: it compiles, or waits for a device.
+
+Python handles a signal between two of its own instructions only. A thread hears of it at once, by
+the descriptor that the interpreter's C handler writes to.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, Self
+
+INTERRUPTED = 128 + signal.SIGINT
+# Within this time Python handles a signal, unless it waits for C++.
+_PATIENCE = 0.7
+# Threads of this name write a checkpoint, for which the end of the process waits.
+SAVING = "shardkit-save"
+
+
+@contextlib.contextmanager
+def signal_thread(call: Callable[[int], None]) -> Iterator[None]:
+    """Calls a function in a thread for each signal that has a handler of Python.
+
+    Args:
+      call: takes the number of the signal.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+
+    def run() -> None:
+        with reader:
+            while numbers := reader.recv(64):  # one byte per signal, its number
+                for number in numbers:
+                    call(number)
+
+    thread = threading.Thread(target=run, name="shardkit-signals", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        writer.close()  # which the thread reads as the end
+        thread.join()
+
+
+class InterruptGuard:
+    """Ends a command at Ctrl-C: by `KeyboardInterrupt`, or at once if that cannot be raised.
+
+    Where a run handles signals itself (`StopRequest`), the guard does nothing.
+
+        0.0  Ctrl-C, while XLA compiles for 20 s
+        0.7  no Python instruction has run: a pending checkpoint is waited for, exit 130
+
+    Attributes:
+      interrupted: whether `KeyboardInterrupt` was raised, which code may have replaced by another
+        exception: modules that are being imported do.
+    """
+
+    def __init__(self) -> None:
+        """Installs nothing yet."""
+        self._raised, self._stack = threading.Event(), contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        """Installs the handler; outside the main thread Python cannot."""
+        if threading.current_thread() is threading.main_thread():
+            before: Any = signal.signal(signal.SIGINT, self._raise)
+            self._stack.callback(signal.signal, signal.SIGINT, before)
+            self._stack.enter_context(signal_thread(self._exit_unless_raised))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Restores the handler, and ends the thread."""
+        self._stack.close()
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C was pressed."""
+        return self._raised.is_set()
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        self._raised.set()
+        raise KeyboardInterrupt
+
+    def _exit_unless_raised(self, number: int) -> None:
+        is_ours = number == signal.SIGINT and signal.getsignal(number) == self._raise
+        if is_ours and not self._raised.wait(_PATIENCE):
+            os.write(2, b"Interrupted.\n")
+            exit_now(INTERRUPTED)
+
+
+def exit_now(code: int) -> None:
+    """Ends the process when a pending checkpoint is on disk, without the exit handlers of others.
+
+    XLA's threads go on compiling while the interpreter ends, for seconds or into a crash.
+    """
+    for thread in threading.enumerate():
+        if thread.name.startswith(SAVING):
+            thread.join()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

@@ -1,0 +1,101 @@
+"""`FileTokens`: token ids in a file, read when they are sliced.
+
+Not memory-mapped: a page of a file that was truncated meanwhile kills the process with SIGBUS,
+without a word. A read says what happened.
+"""
+
+import os
+import stat
+import weakref
+from pathlib import Path
+
+import numpy as np
+
+from .._core.errors import DataError, Problem, format_problems
+
+
+class FileTokens:
+    """A range of a file as a one-dimensional array of integers.
+
+    The file stays open, so that it may be deleted or replaced by another one of its name; whether
+    it was changed itself is looked at before every read.
+
+    Attributes:
+      dtype: of the tokens.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype, offset: int, count: int) -> None:
+        """Opens the file.
+
+        Args:
+          path: of a regular file.
+          dtype: of the tokens.
+          offset: byte of the first token.
+          count: number of tokens.
+
+        Raises:
+          OSError: the file cannot be opened.
+        """
+        self.dtype, self._path, self._offset, self._count = dtype, path, offset, count
+        self._file = os.open(path, os.O_RDONLY)
+        self._close = weakref.finalize(self, os.close, self._file)
+        self._opened = _identity(self._file)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: slice) -> np.ndarray:
+        """Reads a range of tokens."""
+        start, stop, _ = index.indices(self._count)
+        size = self.dtype.itemsize
+        raw = self.read_bytes(start * size, max(0, stop - start) * size)
+        return np.frombuffer(raw, self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tokens."""
+        return self._count * self.dtype.itemsize
+
+    def cut(self, start: int, stop: int) -> "FileTokens":
+        """Returns a range of tokens without reading them."""
+        size = self.dtype.itemsize
+        part = FileTokens(self._path, self.dtype, self._offset + start * size, stop - start)
+        part._opened = self._opened
+        return part
+
+    def read_bytes(self, start: int, n: int) -> bytes:
+        """Reads bytes, counted from the first token.
+
+        Raises:
+          DataError: the file is not as it was when it was opened, or cannot be read.
+        """
+        try:
+            if (now := _identity(self._file)) != self._opened:
+                raise self._error(f"has changed: it had {self._opened[0]:,} bytes, now {now[0]:,}")
+            parts, at, end = [], start, start + n
+            while at < end and (part := os.pread(self._file, end - at, self._offset + at)):
+                parts.append(part)
+                at += len(part)
+        except OSError as error:
+            raise self._error(f"cannot be read: {error.strerror}") from error
+        if at < end:
+            raise self._error(f"ends {end - at:,} bytes too early")
+        return b"".join(parts)
+
+    def _error(self, why: str) -> DataError:
+        fix = "the file as it was; then rerun the same command to resume"
+        headline = "The data has changed during the run."
+        return DataError(format_problems(headline, [Problem(str(self._path), why, fix)]))
+
+
+def check_regular(path: Path) -> None:
+    """Raises `OSError` for what is neither a file nor a folder: a pipe would be waited for."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        kind = "a pipe" if stat.S_ISFIFO(mode) else "a device or socket"
+        raise OSError(22, f"Is {kind}, not a file", str(path))
+
+
+def _identity(file: int) -> tuple[int, int]:
+    status = os.fstat(file)
+    return status.st_size, status.st_mtime_ns

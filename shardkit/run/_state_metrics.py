@@ -1,0 +1,50 @@
+"""Scalars of the train state as columns of the metrics: a learning rate, a loss scale, a count."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._core.errors import ConfigError, Problem, did_you_mean, raise_all
+from .._core.tree import leaves_by_path
+from ..rules import matches
+
+
+def find_state_metrics(declared: Mapping[str, str], state: Any) -> dict[str, str]:
+    """Returns `{name: path}` of the scalars that globs name.
+
+    Args:
+      declared: `{name: glob}`.
+      state: abstract train state.
+
+    Raises:
+      ConfigError: a glob matches no scalar, or several; names all.
+    """
+    leaves = leaves_by_path(state).items()
+    scalars = [
+        path
+        for path, x in leaves
+        if x.shape == () and not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    ]
+    found = {
+        name: [path for path in scalars if matches(glob, path)] for name, glob in declared.items()
+    }
+    problems = [
+        Problem(
+            f"metrics[{name!r}]",
+            f"{declared[name]!r} matches {', '.join(paths) or 'no scalar of the state'}."
+            + did_you_mean(declared[name], scalars),
+            f"metrics={{{name!r}: {(paths or scalars)[0]!r}}}",
+        )
+        for name, paths in found.items()
+        if len(paths) != 1
+    ]
+    raise_all(ConfigError, "Scalars of the state cannot be metrics.", problems)
+    return {name: paths[0] for name, paths in found.items()}
+
+
+def read_state_metrics(found: Mapping[str, str], state: Any) -> dict[str, jax.Array]:
+    """Copies the scalars of a state, which the next update donates; waits for nothing."""
+    leaves = leaves_by_path(state) if found else {}
+    return {name: jnp.copy(leaves[path]) for name, path in found.items()}
