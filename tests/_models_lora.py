@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 import shardkit as sk
 
 from ._models_gemma import nest_lists
-from ._third_party import Model, layouts
+from ._third_party import UNMARKED, Model, layouts
 
 
 class Net(nnx.Module):
@@ -31,11 +31,14 @@ def build():
     rng = np.random.default_rng(8)
     adapted = sk.from_nnx(Net, loss, trainable=nnx.LoRAParam)
 
-    def plain(params, base, rows):
-        graph, lora, rest = nnx.split(Net(nnx.Rngs(0)), nnx.LoRAParam, ...)
-        nnx.replace_by_pure_dict(lora, nest_lists(params))
-        nnx.replace_by_pure_dict(rest, nest_lists(base))
-        return loss(nnx.merge(graph, lora, rest), rows), jnp.ones(()), base
+    def plain(params, model_state, rows):
+        graph, state = nnx.split(Net(nnx.Rngs(0)))
+        frozen = {
+            layer: {k: x if k == "lora" else jax.lax.stop_gradient(x) for k, x in leaves.items()}
+            for layer, leaves in params.items()
+        }
+        nnx.replace_by_pure_dict(state, nest_lists(frozen))
+        return loss(nnx.merge(graph, state), rows), jnp.ones(()), model_state
 
     return Model(
         adapted.init,
@@ -46,6 +49,6 @@ def build():
         },
         plain,
         layouts({"up/lora/lora_b": P(None, "tensor"), "down/lora/lora_a": P("tensor")}),
-        accumulate=sk.Accumulate(2, "every"),
-        refused=(("shard_map", "state|statistics"),),
+        refused=(UNMARKED,),
+        extra=lambda opt_state: {k: opt_state[0].trace[k]["lora"] for k in ("up", "down")},
     )

@@ -207,9 +207,9 @@ def test_everything_that_needs_no_mesh_is_one_error():
 @pytest.mark.parametrize(
     ("changes", "row"),
     [
-        ({"precision": 8}, "precision=8  is of type int"),
-        ({"remat": True}, "remat=True  is of type bool"),
-        ({"accumulate": "2"}, "'2' is not a positive int"),
+        ({"precision": 8}, "precision  expected str or Precision, got 8"),
+        ({"remat": True}, "remat  expected str, got True"),
+        ({"accumulate": "2"}, "accumulate  expected int or Accumulate, got '2'"),
         (
             {"accumulate": sk.Accumulate(2), "loss_fn": sk.Loss(loss_fn, loss_fn, True)},
             "every mesh",

@@ -284,5 +284,5 @@ def test_without_wider_carries_jax_refuses_the_loop(monkeypatch):
         "scan_types",
         lambda equation, inputs: (_evaluate.split_scan(equation, inputs)[1], None),
     )
-    with pytest.raises(TypeError, match="must have equal types"):
+    with pytest.raises(sk.errors.StepError, match="carry input and carry output differ"):
         assert_like_one_device(recurrent, sk.strategies.data(), {"data": 8})

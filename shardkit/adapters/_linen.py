@@ -12,6 +12,7 @@ from flax.core import meta, unfreeze
 from flax.errors import ScopeParamShapeError
 
 from .._core.errors import Problem, StepError, format_problems, raise_all
+from .._core.own_sharding import on_any_mesh
 from .._core.tree import leaves_by_path, short_type
 from .._core.types import Batch, Key, Loss, Params, Variables
 from ..nn._manual_axis_rules import on_shards
@@ -128,7 +129,7 @@ class _Form:
     def shapes(self, rngs: Sequence[str], args: tuple[Any, ...]) -> dict[str, Any]:
         """The variables of the module, abstract."""
         key = jax.eval_shape(lambda: jax.random.key(0))
-        return meta.unbox(jax.eval_shape(lambda key: self.init(key, rngs, args), key))
+        return meta.unbox(on_any_mesh(jax.eval_shape)(lambda key: self.init(key, rngs, args), key))
 
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Calls the module.
@@ -136,12 +137,12 @@ class _Form:
         Raises:
           StepError: a device has a shard of a parameter whose size the module fixes.
         """
-        if not on_shards():
-            return self.module.apply(variables, *args, **kwargs, **self.options)
         try:
             with nn.intercept_methods(_drop_names):
                 return self.module.apply(variables, *args, **kwargs, **self.options)
         except ScopeParamShapeError as error:
+            if not on_shards():
+                raise
             why = f"{str(error).partition(' (http')[0]}: a linen module fixes the sizes of its own"
             why += " parameters, so it cannot compute with one device's shard of them"
             fix = 'mode="auto"; or flax nnx, whose layers read the sizes of their arrays'
@@ -156,7 +157,7 @@ def _drop_names(
     """Calls a method of a module whose initializers name no dims.
 
     `DenseGeneral` evaluates its initializers for their shapes, and constrains them to their names,
-    which are logical axes; on shards flax would look for them in the mesh. The module is the copy
+    which are logical axes; flax would look for them in the mesh of the step. The module is the copy
     that flax has bound for this call.
     """
     for field in dataclasses.fields(context.module):

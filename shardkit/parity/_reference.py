@@ -276,7 +276,8 @@ class Reference:
                 params, model_state, rows, key
             )
             total, weight = total + pairs["loss"][0], weight + pairs["loss"][1]
-            grads = jax.tree.map(lambda x, y: x + (y * size).astype(x.dtype), grads, micro)  # noqa: B023
+            micro = jax.tree.map(functools.partial(jnp.multiply, size), micro)
+            grads = jax.tree.map(lambda x, y: x + y.astype(x.dtype), grads, micro)
         return total / weight, jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
 
 

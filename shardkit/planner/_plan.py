@@ -51,7 +51,7 @@ def plan(
         device, no layout is legal, or none fits; with the reason of each that was left out, and
         the smallest change that fits.
 
-    >>> import jax.numpy as jnp, optax, shardkit as sk
+    >>> import jax, jax.numpy as jnp, optax, shardkit as sk
     >>> spec = sk.StepSpec(
     ...     loss_fn=lambda w, x, key: jnp.mean((x @ w) ** 2), optimizer=optax.sgd(0.1),
     ...     init=lambda key: jnp.zeros((64, 64)), batch=jax.ShapeDtypeStruct((8, 64), "float32"),

@@ -126,11 +126,8 @@ class Search:
                 if isinstance(costs, str):
                     result.reject(costs, f"{cases[0]}, remat={remat}", len(cases))
                 else:
-                    candidates = estimate_cases(costs, remat, cases, self.machine, batch_scale)
-                    result.candidates += [
-                        dataclasses.replace(candidate, declaration=case.declaration(remat))
-                        for candidate, case in zip(candidates, cases, strict=True)
-                    ]
+                    candidates = self._estimate(costs, remat, cases, batch_scale)
+                    result.candidates += candidates
                     result.considered += len(candidates)
         problems = (text for costs in self._traced_costs() for text in costs.problems)
         result.problems = tuple(dict.fromkeys(problems))
@@ -144,7 +141,17 @@ class Search:
         assert isinstance(exact, StateBytes)
         batching = candidate.pipeline or candidate.accumulate
         case = PlannedCase(candidate.mesh, batching, candidate.zero, candidate.attention, exact)
-        return estimate_cases(costs, candidate.remat, [case], self.machine, batch_scale)[0]
+        return self._estimate(costs, candidate.remat, [case], batch_scale)[0]
+
+    def _estimate(
+        self, costs: StepCosts, remat: str, cases: Sequence[PlannedCase], batch_scale: float
+    ) -> list[Candidate]:
+        """Estimates cases; each candidate has the code that declares it."""
+        candidates = estimate_cases(costs, remat, cases, self.machine, batch_scale)
+        return [
+            dataclasses.replace(candidate, declaration=case.declaration(remat))
+            for candidate, case in zip(candidates, cases, strict=True)
+        ]
 
     @property
     def rows(self) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +19,13 @@ from ..report import CompiledBytes, Declarations, PlacedLeaf, Program
 from ..rules import Rule, place_leaf
 from ._activations import Activations, constraints
 from ._bound_spec import BoundSpec
-from ._compile import CompiledProgram
 from ._governing import find_governing_constraints
 from ._layout import StepLayout
 from ._own_constraints import DROPPED
 from ._unused_rules import find_unused_rules
+
+if TYPE_CHECKING:
+    from ._compile import CompiledProgram
 
 # From this many bytes on, a leaf that only its axis names leave replicated is worth a finding.
 _SMALL = 2**20
@@ -31,7 +34,7 @@ _EXPLICIT = ("REPLICATED", "PathRules")
 
 
 def build_program(
-    bound: BoundSpec, layout: StepLayout, compiled: CompiledProgram, retraced: Sequence[str]
+    bound: BoundSpec, layout: StepLayout, compiled: "CompiledProgram", retraced: Sequence[str]
 ) -> Program:
     """Collects what `Report.of` reads from an executable and its spec.
 

@@ -1,41 +1,37 @@
 """`StepSpec`: one training step as a frozen value, with every check that needs no mesh."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, Generic, Literal, TypeVar, get_args, overload
+from typing import Any, Generic, TypeVar, overload
 
 import jax
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from .._core.errors import Problem, ShardkitError, StepError, did_you_mean, raise_all
-from .._core.options import option_problems
 from .._core.precision import Precision, parse_precision
-from .._core.tree import leaves_by_path, short_type
 from .._core.types import Accumulate, Batch, Key, Loss, PyTree, Trainable
 from ..nn._remat import parse_policy
 from ..parallel import Strategy
-from ._batch_rows import row_dim_problems
 from ._compiled import CompiledStep
 from ._miscompiled import OnMiscompiled
-from ._nonfinite import ON_NONFINITE, OnNonfinite
-from ._trainable import is_trainable
+from ._nonfinite import OnNonfinite
+from ._spec_problems import (
+    Mode,
+    OnRetrace,
+    batch_problems,
+    choice_problems,
+    strategy_problems,
+    type_name,
+    type_problems,
+)
 
-Mode = Literal["auto", "shard_map"]
-OnRetrace = Literal["warn", "error"]
 Declared = TypeVar("Declared")
 Full = TypeVar("Full")
 
 EVERYTHING_REPLICATED = Strategy()
 _HEADLINE = "The step is declared wrongly."
-_CHOICES = {
-    "mode": get_args(Mode),
-    "on_nonfinite": ON_NONFINITE,
-    "on_retrace": get_args(OnRetrace),
-    "on_miscompiled": get_args(OnMiscompiled),
-}
 
 
 class StrategyField(Generic[Declared, Full]):
@@ -172,11 +168,11 @@ class StepSpec:
           StepError: with every problem that can be found without a mesh.
         """
         overrides = {name: vars(self).pop(name) for name in _STRATEGY_FIELDS}
-        problems = [*_type_problems(self), *_choice_problems(self), *_batch_problems(self)]
+        problems = [*type_problems(self), *choice_problems(self), *batch_problems(self)]
         if isinstance(self.strategy, Strategy):
             changes = {name: value for name, value in overrides.items() if value is not None}
             self._set("strategy", dataclasses.replace(self.strategy, **changes))
-            problems += _strategy_problems(self)
+            problems += strategy_problems(self, _STRATEGY_FIELDS)
         raise_all(StepError, _HEADLINE, problems)
         self._set("batch", jax.tree.map(_to_abstract, self.batch))
         self._set("compiler_options", dict(self.compiler_options))
@@ -305,7 +301,7 @@ def check_step_spec(given: Any, kind: type[ShardkitError], headline: str, other:
     fix = "sk.StepSpec(loss_fn=..., optimizer=..., init=..., batch=..., strategy=...)"
     fix = "step.spec" if isinstance(given, CompiledStep) else fix
     problem = Problem(
-        "spec", f"is of type {_type_name(given)}", f"{fix}, or {other}" if other else fix
+        "spec", f"is of type {type_name(given)}", f"{fix}, or {other}" if other else fix
     )
     raise_all(kind, headline, [problem])
 
@@ -326,98 +322,3 @@ def check_mesh_given(step: Any, mesh: Mesh | None) -> None:
 
 def _to_abstract(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
-
-
-def _type_problems(spec: StepSpec) -> Iterator[Problem]:
-    """Fields of the wrong type."""
-    is_chain = isinstance(spec.optimizer, optax.GradientTransformation)
-    rows = (
-        ("loss_fn", callable(spec.loss_fn), "def loss_fn(params, batch, key): ..."),
-        ("optimizer", is_chain, _optimizer_fix(spec.optimizer)),
-        ("init", callable(spec.init), "def init(key): return params"),
-        ("strategy", isinstance(spec.strategy, Strategy), "sk.Strategy(params=...)"),
-        ("compiler_options", isinstance(spec.compiler_options, Mapping), '{"xla_option": True}'),
-        ("trainable", is_trainable(spec.trainable), '"lora/**", or lambda path: "lora" in path'),
-    )
-    for name, is_right, fix in rows:
-        if not is_right:
-            yield Problem(name, f"is of type {_type_name(getattr(spec, name))}", fix)
-    if isinstance(spec.compiler_options, Mapping):
-        options = (dict(spec.compiler_options), Mapping[str, Any])
-        yield from option_problems(compiler_options=options)
-    yield from option_problems(
-        deterministic=(spec.deterministic, bool),
-        debug=(spec.debug, bool),
-        independent_rows=(spec.independent_rows, bool),
-    )
-
-
-def _optimizer_fix(optimizer: Any) -> str:
-    if isinstance(optimizer, optax.MultiSteps):
-        return "optax.MultiSteps(...).gradient_transformation()"
-    return "optax.adamw(1e-3), called"
-
-
-def _choice_problems(spec: StepSpec) -> Iterator[Problem]:
-    for field, known in _CHOICES.items():
-        if (named := getattr(spec, field)) not in known:
-            why = f"known: {', '.join(known)}.{did_you_mean(str(named), known)}"
-            yield Problem(f"{field}={named!r}", why, f'{field}="{known[0]}"')
-
-
-def _batch_problems(spec: StepSpec) -> Iterator[Problem]:
-    wrong = [
-        problem
-        for path, x in leaves_by_path(spec.batch, "batch").items()
-        if (problem := _leaf_problem(path, x))
-    ]
-    yield from wrong or row_dim_problems(spec.batch, spec.row_dims)
-
-
-def _leaf_problem(path: str, x: Any) -> Problem | None:
-    if not isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
-        return Problem(path, f"is of type {_type_name(x)}, not an array", "numpy.asarray(...)")
-    if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
-        fix = "jax.random.key_data(keys), and jax.random.wrap_key_data in the loss"
-        why = f"is {short_type(x.shape, x.dtype)}, typed keys, not numbers"
-        return Problem(path, why, fix)
-    return None
-
-
-def _strategy_problems(spec: StepSpec) -> list[Problem]:
-    """Invalid options of the strategy, and combinations that do not work."""
-    problems = [
-        problem
-        for name, read in _STRATEGY_FIELDS.items()
-        for problem in _reader_problems(name, read, getattr(spec.strategy, name))
-    ]
-    compression = spec.strategy.compression
-    if compression is not None and spec.mode != "shard_map":
-        why = f"sums gradients over {compression.axis!r} itself; here the partitioner sums them"
-        problems.append(Problem("compression", why, 'mode="shard_map"'))
-    if problems or not spec.stateful or spec.accumulate.reduce != "end":
-        return problems
-    if spec.accumulate.micro_batches > 1 or spec.precision.reduces_separately:
-        why = "would give every gradient shard its own statistics, different on every mesh"
-        fix = 'accumulate=sk.Accumulate(k, reduce="every"), precision.reduce_dtype=None'
-        problems.append(Problem("accumulate, precision.reduce_dtype", why, fix))
-    return problems
-
-
-def _reader_problems(name: str, read: Callable[[Any], Any], value: Any) -> Iterator[Problem]:
-    """The problems in the error that an option's reader raises."""
-    if name != "accumulate" and not isinstance(value, str | Precision):
-        yield Problem(f"{name}={value!r}", f"is of type {_type_name(value)}", f'{name}="..."')
-        return
-    try:
-        read(value)
-    except StepError as error:
-        text, _, fix = str(error).partition("\nFix: ")
-        _, *rows = text.splitlines()
-        for row in rows:
-            subject, _, why = row.strip().partition("  ")
-            yield Problem(subject, why.strip(), fix)
-
-
-def _type_name(value: Any) -> str:
-    return type(value).__name__

@@ -190,8 +190,8 @@ def _double_later(is_wrong: Callable[[str], bool]) -> Callable[[Any], Any]:
 
 
 def _count_to_one(train_step: Any) -> Any:
-    def wrong(*args: Any) -> Any:
-        run = train_step(*args)
+    def wrong(*args: Any, **options: Any) -> Any:
+        run = train_step(*args, **options)
 
         def stuck(state: Any, batch: Any) -> Any:
             after, metrics = run(state, batch)

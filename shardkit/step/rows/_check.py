@@ -131,9 +131,20 @@ def _with_parts(run: Callable[..., Any], axes: tuple[str, ...], parts: int) -> C
     """Binds axes that a loss names, each of a number of parts, every one with all rows."""
     if not axes:
         return run
-    mesh = _mesh_of(dict.fromkeys(axes, parts))
+    step = jax.sharding.get_abstract_mesh()
+    mesh = _mesh_of({**dict(step.shape), **dict.fromkeys(axes, parts)})
     specs: Any = PartitionSpec()
-    return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False)
+    bound = jax.shard_map(
+        run, mesh=mesh, in_specs=specs, out_specs=specs, axis_names={*axes}, check_vma=False
+    )
+
+    def with_axes(*args: Any) -> Any:
+        # JAX allows another number of devices after an empty mesh alone.
+        nothing = jax.sharding.use_abstract_mesh(_mesh_of({}))
+        with nothing, jax.sharding.use_abstract_mesh(mesh):
+            return bound(*args)
+
+    return with_axes
 
 
 def _mesh_of(sizes: dict[str, int]) -> Any:

@@ -1,0 +1,135 @@
+"""What is wrong in the fields of a `StepSpec`, found without a mesh."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import jax
+import numpy as np
+import optax
+
+from .._core.errors import Problem, StepError, did_you_mean
+from .._core.options import option_problems
+from .._core.precision import Precision
+from .._core.tree import leaves_by_path, short_type
+from ..parallel import Strategy
+from ._batch_rows import row_dim_problems
+from ._miscompiled import OnMiscompiled
+from ._nonfinite import ON_NONFINITE
+from ._trainable import is_trainable
+
+if TYPE_CHECKING:
+    from ._spec import StepSpec
+
+Mode = Literal["auto", "shard_map"]
+OnRetrace = Literal["warn", "error"]
+_CHOICES = {
+    "mode": get_args(Mode),
+    "on_nonfinite": ON_NONFINITE,
+    "on_retrace": get_args(OnRetrace),
+    "on_miscompiled": get_args(OnMiscompiled),
+}
+
+
+def type_problems(spec: "StepSpec") -> Iterator[Problem]:
+    """Fields of the wrong type."""
+    is_chain = isinstance(spec.optimizer, optax.GradientTransformation)
+    rows = (
+        ("loss_fn", callable(spec.loss_fn), "def loss_fn(params, batch, key): ..."),
+        ("optimizer", is_chain, _optimizer_fix(spec.optimizer)),
+        ("init", callable(spec.init), "def init(key): return params"),
+        ("strategy", isinstance(spec.strategy, Strategy), "sk.Strategy(params=...)"),
+        ("compiler_options", isinstance(spec.compiler_options, Mapping), '{"xla_option": True}'),
+        ("trainable", is_trainable(spec.trainable), '"lora/**", or lambda path: "lora" in path'),
+    )
+    for name, is_right, fix in rows:
+        if not is_right:
+            yield Problem(name, f"is of type {type_name(getattr(spec, name))}", fix)
+    if isinstance(spec.compiler_options, Mapping):
+        options = (dict(spec.compiler_options), Mapping[str, Any])
+        yield from option_problems(compiler_options=options)
+    yield from option_problems(
+        deterministic=(spec.deterministic, bool),
+        debug=(spec.debug, bool),
+        independent_rows=(spec.independent_rows, bool),
+    )
+
+
+def _optimizer_fix(optimizer: Any) -> str:
+    if isinstance(optimizer, optax.MultiSteps):
+        return "optax.MultiSteps(...).gradient_transformation()"
+    return "optax.adamw(1e-3), called"
+
+
+def choice_problems(spec: "StepSpec") -> Iterator[Problem]:
+    """Fields that have none of the values that they may have."""
+    for field, known in _CHOICES.items():
+        if (named := getattr(spec, field)) not in known:
+            why = f"known: {', '.join(known)}.{did_you_mean(str(named), known)}"
+            yield Problem(f"{field}={named!r}", why, f'{field}="{known[0]}"')
+
+
+def batch_problems(spec: "StepSpec") -> Iterator[Problem]:
+    """Leaves of the batch that are no arrays of numbers, or whose rows are unclear."""
+    wrong = [
+        problem
+        for path, x in leaves_by_path(spec.batch, "batch").items()
+        if (problem := _leaf_problem(path, x))
+    ]
+    yield from wrong or row_dim_problems(spec.batch, spec.row_dims)
+
+
+def _leaf_problem(path: str, x: Any) -> Problem | None:
+    if not isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
+        return Problem(path, f"is of type {type_name(x)}, not an array", "numpy.asarray(...)")
+    if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
+        fix = "jax.random.key_data(keys), and jax.random.wrap_key_data in the loss"
+        why = f"is {short_type(x.shape, x.dtype)}, typed keys, not numbers"
+        return Problem(path, why, fix)
+    return None
+
+
+def strategy_problems(
+    spec: "StepSpec", readers: Mapping[str, Callable[[Any], Any]]
+) -> list[Problem]:
+    """Invalid options of the strategy, and combinations that do not work.
+
+    Args:
+      spec: the step.
+      readers: by the name of an option, what reads it in any accepted form.
+    """
+    problems = [
+        problem
+        for name, read in readers.items()
+        for problem in _reader_problems(name, read, getattr(spec.strategy, name))
+    ]
+    compression = spec.strategy.compression
+    if compression is not None and spec.mode != "shard_map":
+        why = f"sums gradients over {compression.axis!r} itself; here the partitioner sums them"
+        problems.append(Problem("compression", why, 'mode="shard_map"'))
+    if problems or not spec.stateful or spec.accumulate.reduce != "end":
+        return problems
+    if spec.accumulate.micro_batches > 1 or spec.precision.reduces_separately:
+        why = "would give every gradient shard its own statistics, different on every mesh"
+        fix = 'accumulate=sk.Accumulate(k, reduce="every"), precision.reduce_dtype=None'
+        problems.append(Problem("accumulate, precision.reduce_dtype", why, fix))
+    return problems
+
+
+def _reader_problems(name: str, read: Callable[[Any], Any], value: Any) -> Iterator[Problem]:
+    """The problems in the error that an option's reader raises."""
+    if name != "accumulate" and not isinstance(value, str | Precision):
+        yield Problem(f"{name}={value!r}", f"is of type {type_name(value)}", f'{name}="..."')
+        return
+    try:
+        read(value)
+    except StepError as error:
+        text, _, fix = str(error).partition("\nFix: ")
+        _, *rows = text.splitlines()
+        for row in rows:
+            subject, _, why = row.strip().partition("  ")
+            yield Problem(subject, why.strip(), fix)
+
+
+def type_name(value: Any) -> str:
+    """Name of the type of a value."""
+    return type(value).__name__
