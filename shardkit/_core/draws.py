@@ -120,12 +120,15 @@ def trace_in_part(
         jax.make_jaxpr(lambda *args: run(*args))(*args)
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         frames = [f for f in traceback.extract_tb(error.__traceback__) if is_user_file(f.filename)]
-        line = str(Frame(frames[-1].filename, frames[-1].lineno or 0, frames[-1].name))
-        why = f"takes no key of a part of the rows: {reason[:160]} ({line})"
+        line = ""
+        if frames:
+            line = f" ({Frame(frames[-1].filename, frames[-1].lineno or 0, frames[-1].name)})"
+        why = f"takes no key of a part of the rows: {reason[:160]}{line}"
         raise_all(StepError, _HEADLINE, [Problem("loss_fn", why, _WHOLE)])
         raise
-    if any(draw.from_key for draw in list_draws(traced.jaxpr)):
-        raise_all(StepError, _HEADLINE, key_problems(args[-1].dtype))
+    drawn = next((draw for draw in list_draws(traced.jaxpr) if draw.from_key), None)
+    if drawn is not None:
+        raise_all(StepError, _HEADLINE, key_problems(args[-1].dtype, drawn.line))
     return traced, results
 
 

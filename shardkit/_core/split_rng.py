@@ -100,11 +100,12 @@ def is_part_key(dtype: Any) -> bool:
     return str(dtype) == f"key<{_TAG}>"
 
 
-def key_problems(dtype: Any) -> list[Problem]:
+def key_problems(dtype: Any, line: str = "") -> list[Problem]:
     """Draws of other generators than partitionable threefry cannot be split by rows.
 
     Args:
       dtype: of the keys.
+      line: the user's, that draws from them; "" if unknown.
     """
     tag = str(dtype).removeprefix("key<").removesuffix(">")
     name = {"fry": "threefry2x32", "urbg": "unsafe_rbg"}.get(tag, tag)
@@ -112,6 +113,7 @@ def key_problems(dtype: Any) -> list[Problem]:
     if name == "threefry2x32" and partitionable:
         return []
     why = "only draws of partitionable threefry keys can be split by rows"
+    why += f" ({line})" if line else ""
     fix = 'jax.random.key(seed, impl="threefry2x32"), jax_threefry_partitionable=True'
     return [Problem(f"key of {name}", why, fix)]
 
