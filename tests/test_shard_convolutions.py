@@ -1,7 +1,8 @@
-"""Gradients of convolutions with several micro-batches, or a reduction dtype, on every layout."""
+"""Gradients of convolutions on every layout: of whole batches and by gradient shard."""
 
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +84,10 @@ LAYOUTS = {
     "data": ({"data": 8}, "data", None),
     "data|fsdp": ({"data": 2, "fsdp": 4}, ("fsdp", "data"), "fsdp"),
     "data|tensor": ({"data": 4, "tensor": 2}, "data", "tensor"),
+    "data|tensor, kernel whole": ({"data": 2, "tensor": 4}, "data", None),
+    "tensor": ({"tensor": 2}, None, "tensor"),
 }
+GROUPED = [name for name in KINDS if name.startswith("grouped") or name == "depthwise"]
 ACCUMULATE = {"accumulate": 2}
 REDUCE = {"precision": sk.Precision(reduce_dtype="bfloat16")}
 
@@ -92,12 +96,13 @@ def assert_gradient_of_one_device(loss, init, batch, layout, split, **options):
     sizes, rows, axis = LAYOUTS[layout]
     spec = P(*[None] * split, axis)
     params = sk.PathRules({"w": spec, "**": sk.REPLICATED}) if axis else sk.REPLICATED
+    mesh = sk.MeshSpec(**sizes)
     step = sk.compile_step(
         loss,
         optax.sgd(0.1),
         init=init,
         batch=batch,
-        mesh=sk.MeshSpec(**sizes).build(),
+        mesh=mesh.build(devices=jax.devices()[: math.prod(sizes.values())]),
         strategy=sk.Strategy(params=params, batch=P(rows)),
         **options,
     )
@@ -114,7 +119,8 @@ def assert_gradient_of_one_device(loss, init, batch, layout, split, **options):
 
 def assert_kind_is_right(kind, layout, per_device, **options):
     row, kernel, split, convolve = KINDS[kind]
-    devices = 4 if layout == "data|tensor" else 8
+    sizes, rows, _ = LAYOUTS[layout]
+    devices = math.prod(sizes[axis] for axis in sizes if axis in (rows or ()))
     rows = per_device * devices * options.get("accumulate", 1)
     batch = {"x": RNG.normal(size=(rows, *row)).astype("f")}
 
@@ -143,6 +149,84 @@ def test_a_convolution_has_the_gradient_of_one_device(kind, layout, per_device, 
     assert_kind_is_right(kind, layout, per_device, **options)
 
 
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [
+        ("depthwise", "data|tensor, kernel whole"),  # w was 4 times too large
+        ("grouped 1 x 1", "data|tensor, kernel whole"),
+        ("grouped, inputs split", "data|tensor"),
+        ("depthwise", "tensor"),
+    ],
+)
+def test_a_grouped_convolution_of_a_whole_batch_is_right(kind, layout):
+    assert_kind_is_right(kind, layout, 2)
+
+
+def test_grouped_convolutions_in_loops_branches_and_rules_are_right():
+    """Depthwise and pointwise blocks in a scan, a conditional and a `custom_vjp`."""
+    depthwise = KINDS["depthwise"][3]
+
+    @jax.custom_vjp
+    def twice_the_gradient(x, w):
+        return depthwise(x, w)
+
+    def backward(kept, dy):
+        return jax.vjp(depthwise, *kept)[1](2 * dy)
+
+    twice_the_gradient.defvjp(lambda x, w: (depthwise(x, w), (x, w)), backward)
+
+    def block(x, w):
+        return x + jnp.tanh(depthwise(x, w)), None
+
+    def loss(params, batch, key):
+        x = jax.nn.gelu(batch["x"] @ params["in"])
+        x, _ = jax.lax.scan(jax.checkpoint(block), x, params["layers"])
+        x = jax.lax.cond(x.sum() > 1e9, lambda x: -x, lambda x: depthwise(x, params["w"]), x)
+        return jnp.mean(jnp.tanh(twice_the_gradient(x, params["last"])) ** 2)
+
+    def init(key):
+        keys = jax.random.split(key, 4)
+        kernel, draw = KINDS["depthwise"][1], jax.random.normal
+        return {
+            "in": draw(keys[0], (4, 4)),
+            "layers": draw(keys[1], (2, *kernel)) / 3,
+            "w": draw(keys[2], kernel) / 3,
+            "last": draw(keys[3], kernel) / 3,
+        }
+
+    batch = {"x": RNG.normal(size=(16, 8, 8, 4)).astype("f")}
+    for layout in ("data|tensor, kernel whole", "data|tensor"):
+        assert_gradient_of_one_device(loss, init, batch, layout, 3)
+
+
+def test_evaluation_and_self_check_of_a_depthwise_convolution_are_right():
+    row, kernel, _, depthwise = KINDS["depthwise"]
+    batch = {"x": RNG.normal(size=(16, *row)).astype("f")}
+
+    def loss(params, batch, key):
+        x = jnp.tanh(batch["x"] @ params["in"])
+        return jnp.mean(jnp.tanh(depthwise(x, params["w"])) ** 2)
+
+    def init(key):
+        draw = jax.random.normal
+        return {"in": draw(key, (4, 4)), "w": draw(jax.random.fold_in(key, 1), kernel)}
+
+    step = sk.compile_step(
+        loss,
+        optax.sgd(0.1),
+        init=init,
+        batch=batch,
+        mesh=sk.MeshSpec(data=2, tensor=4).build(),
+        strategy=sk.Strategy(
+            params=sk.PathRules({"in": P(None, "tensor"), "w": sk.REPLICATED}), batch=P("data")
+        ),
+    )
+    state = step.init(jax.random.key(0))
+    want = loss(jax.device_get(state.params), batch, None)
+    np.testing.assert_allclose(step.evaluate(state, batch)["loss"], want, rtol=1e-6)
+    step.self_check(state, batch)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_convolution_has_the_gradient_of_one_device(kind):
@@ -151,6 +235,8 @@ def test_every_convolution_has_the_gradient_of_one_device(kind):
         assert_kind_is_right(kind, layout, per_device, **ACCUMULATE)
     for layout, per_device in itertools.product(layouts, (1, 2)):
         assert_kind_is_right(kind, layout, per_device, **REDUCE)
+    for layout in layouts:
+        assert_kind_is_right(kind, layout, 2)
 
 
 def test_convolutions_in_loops_and_checkpoints_stay_apart():

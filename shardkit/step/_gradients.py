@@ -37,7 +37,7 @@ from ._objective import (
     value_and_grad,
 )
 from ._own_constraints import on_gradient_shards, own_constraints
-from ._shard_convolutions import keep_convolutions_apart
+from ._shard_convolutions import keep_convolutions_apart, keep_groups_on_devices
 
 LossArgs = tuple[Params, PyTree, Batch, Key]  # params, model_state, batch, key
 LossAndGradients = tuple[LossOutput, Params]
@@ -53,12 +53,14 @@ class GradientPlan:
       layout: shardings of state, batch and gradients.
       draws: which random draws of the loss grow with its rows.
       constrained: whether the loss has sharding constraints of its own.
+      grouped: whether the partitioner may get grouped convolutions of the loss wrong.
     """
 
     bound: BoundSpec
     layout: StepLayout
     draws: RandomDraws = dataclasses.field(default_factory=lambda: RandomDraws(1))
     constrained: bool = False
+    grouped: bool = False
 
     @property
     def micro_batches(self) -> int:
@@ -182,6 +184,8 @@ def _accumulate_whole(objective: Objective, plan: GradientPlan, args: LossArgs) 
     """Averages over whole micro-batches; the partitioner places the reductions."""
     params, model_state, batch, key = args
     steps, run_gradient = plan.micro_batches, value_and_grad(objective)
+    if plan.grouped:
+        run_gradient = keep_groups_on_devices(run_gradient, plan.bound.mesh, plan.layout.row_axes)
     if steps == 1:
         output, totals = run_gradient(params, model_state, batch, key)
         return output, divide_by_weight(totals, output.loss.weight)

@@ -1,4 +1,4 @@
-"""Convolutions of gradient shards, each computed on its own device.
+"""Convolutions that XLA's partitioner gets wrong, each computed on its own device.
 
 `jax.vmap` over gradient shards turns the gradient of a convolution's kernel, whose two operands
 both differ by shard, into one grouped convolution, split over its groups. XLA's partitioner for
@@ -10,10 +10,19 @@ shards instead.
     x [shards, n, h, w, i], dy [shards, n, h, w, o]     over data, dim 0
     vmap         x [n, h, w, shards·i] * dy [n, h, w, shards·o], feature_group_count = shards
     shard_map    x [n, h, w, i]        * dy [n, h, w, o]         on each device
+
+Without gradient shards it gets groups of channels wrong on meshes with an axis that splits no
+rows: data=2, tensor=4 gives three times too much for the kernel of a depthwise convolution, though
+every weight is replicated. Those convolutions are mapped too, over the rows:
+
+    forward, input gradient    lhs split by its batch dim, the kernel whole
+    kernel gradient            a sum over rows, which are the feature dim of both operands:
+                               both split by it, then one sum over the axes of the rows
 """
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -52,6 +61,64 @@ def keep_convolutions_apart(
     return rewritten
 
 
+def keep_groups_on_devices(
+    run: Callable[..., PyTree], mesh: Mesh, axes: tuple[str, ...]
+) -> Callable[..., PyTree]:
+    """Makes a function whose grouped convolutions are computed on each device for its rows.
+
+    Where another axis splits channels, they are gathered before. Convolutions inside of a
+    `jax.shard_map` stay as they are.
+
+    Args:
+      run: a function of global arrays; differentiated already, if its gradients are wanted.
+      mesh: the device mesh.
+      axes: mesh axes that split the rows.
+    """
+
+    def rewritten(*args: PyTree) -> PyTree:
+        traced, shapes = jax.make_jaxpr(run, return_shape=True)(*args)
+        change = functools.partial(_groups_on_devices, mesh=mesh, axes=axes)
+        closed = _exchange(traced, change, enter=lambda eqn: eqn.primitive.name != "shard_map")
+        results = core.jaxpr_as_fun(closed)(*jax.tree.leaves(args))
+        return jax.tree.unflatten(jax.tree.structure(shapes), results)
+
+    return rewritten
+
+
+def has_grouped_convolution(jaxpr: core.Jaxpr) -> bool:
+    """Whether a convolution of a jaxpr has more than one group of channels or of rows."""
+    return any(eqn.primitive is _CONVOLUTION and _grouped(eqn.params) for eqn in equations(jaxpr))
+
+
+def _grouped(params: Mapping[str, Any]) -> bool:
+    return params["feature_group_count"] > 1 or params["batch_group_count"] > 1
+
+
+def _groups_on_devices(equation: core.JaxprEqn, mesh: Mesh, axes: tuple[str, ...]) -> core.JaxprEqn:
+    if equation.primitive is not _CONVOLUTION or not _grouped(equation.params):
+        return equation
+    params = tuple((k, v) for k, v in equation.params.items() if k != "out_sharding")
+    lhs, rhs = (jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in equation.invars)
+    lhs_dims, rhs_dims, out_dims = equation.params["dimension_numbers"]
+    # Dims 0 and 1 of these are batch and feature of lhs, output and input features of rhs.
+    summed = equation.params["batch_group_count"] > 1
+    rows = lhs_dims[1 if summed else 0]
+    if lhs.shape[rows] % math.prod(mesh.shape[axis] for axis in axes):
+        axes = ()
+    split = _at(rows, axes), _at(rhs_dims[1], axes) if summed else PartitionSpec()
+
+    def local(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        out = _convolve(lhs, rhs, params)
+        return jax.lax.psum(out, axes) if summed and axes else out
+
+    out = PartitionSpec() if summed else _at(out_dims[0], axes)
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=split, out_specs=out)
+    [call] = jax.make_jaxpr(jax.jit(mapped))(lhs, rhs).eqns
+    return call.replace(
+        invars=equation.invars, outvars=equation.outvars, source_info=equation.source_info
+    )
+
+
 def _mapped_apart(equation: core.JaxprEqn, mesh: Mesh, axes: tuple[str, ...]) -> core.JaxprEqn:
     if equation.primitive is not _CONVOLUTION:
         return equation
@@ -61,17 +128,23 @@ def _mapped_apart(equation: core.JaxprEqn, mesh: Mesh, axes: tuple[str, ...]) ->
     return equation.replace(primitive=_convolution_p, params=params)
 
 
-def _exchange(x: Any, change: Callable[[core.JaxprEqn], core.JaxprEqn]) -> Any:
+def _exchange(
+    x: Any,
+    change: Callable[[core.JaxprEqn], core.JaxprEqn],
+    enter: Callable[[core.JaxprEqn], bool] = lambda _: True,
+) -> Any:
     """Changes every equation of a jaxpr and of those in its parameters; leaves the rest."""
     if isinstance(x, core.Jaxpr):  # since jax 0.12 a closed one, too
-        return x.replace(eqns=[_exchange(eqn, change) for eqn in x.eqns])
+        return x.replace(eqns=[_exchange(eqn, change, enter) for eqn in x.eqns])
     if isinstance(x, core.ClosedJaxpr):
-        return x.replace(jaxpr=_exchange(x.jaxpr, change))
+        return x.replace(jaxpr=_exchange(x.jaxpr, change, enter))
     if isinstance(x, core.JaxprEqn):
-        params = {name: _exchange(value, change) for name, value in x.params.items()}
+        if not enter(x):
+            return x
+        params = {name: _exchange(value, change, enter) for name, value in x.params.items()}
         return change(x.replace(params=params))
     if type(x) in (tuple, list):
-        return type(x)(_exchange(item, change) for item in x)
+        return type(x)(_exchange(item, change, enter) for item in x)
     return x
 
 
@@ -84,8 +157,7 @@ def _batch(args: Any, dims: Any, *, convolution: Any, mesh: Mesh, axes: tuple[st
         return _convolve(lhs, rhs, convolution)
 
     manual = jax.sharding.get_abstract_mesh().manual_axes
-    counts = (dict(convolution)[f"{name}_group_count"] for name in ("feature", "batch"))
-    grouped = set(counts) != {1}
+    grouped = _grouped(dict(convolution))
     if manual or (dims[1] is None and not grouped):
         # One kernel for all shards: their rows are rows of one convolution. Inside of a user's
         # own `shard_map` a device has its shard alone.

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from ._bound_spec import BoundSpec
 from ._gradients import GradientFn, GradientPlan, LossArgs, build_gradients, plan_shards
 from ._layout import StepLayout
 from ._objective import Objective, build_objective
+from ._shard_convolutions import has_grouped_convolution, keep_groups_on_devices
 from ._split_checks import check_partial_rows, check_split_rows
 from ._update import (
     Metrics,
@@ -130,6 +132,8 @@ class StepFunctions:
         if spec.mode == "shard_map":
             check_split_rows(self.bound, self.layout, loss, self._loss_args, gradients=False)
             loss = self._build_on_shards(build_shard_objective, loss)
+        elif self._has_groups(loss):
+            loss = keep_groups_on_devices(loss, self.bound.mesh, self.layout.row_axes)
         return build_eval_step(loss, self._to_compute_params)
 
     def training_loss(self, policy: str | None) -> Callable[[TrainState, Batch], Any]:
@@ -140,6 +144,8 @@ class StepFunctions:
         """
         spec, loss = self.bound.spec, build_plain_objective(self.bound.spec.loss_fn)
         on_shards = spec.mode == "shard_map"
+        if not on_shards and self._has_groups(loss):
+            loss = keep_groups_on_devices(loss, self.bound.mesh, self.layout.row_axes)
         apart = spec.accumulate.micro_batches > 1 or spec.precision.reduces_separately
         return build_training_loss(
             self._build_on_shards(build_micro_batch_objective, loss) if on_shards else loss,
@@ -167,11 +173,18 @@ class StepFunctions:
         check_split_rows(self.bound, self.layout, loss, self._loss_args)
         if self.bound.spec.mode == "shard_map":
             return self._build_on_shards(build_shard_gradients, loss)
-        plan = GradientPlan(self.bound, self.layout)
+        plan = GradientPlan(self.bound, self.layout, grouped=self._has_groups(loss))
         if plan.per_shard_accumulation:
             traced = jax.make_jaxpr(loss)(*self._loss_args).jaxpr
             plan = plan_shards(loss, plan, self._loss_args, traced)
         return build_gradients(loss, plan)
+
+    def _has_groups(self, loss: Objective) -> bool:
+        """Whether the partitioner may get grouped convolutions of a loss wrong."""
+        split = self.bound.mesh.size // math.prod(
+            self.bound.mesh.shape[axis] for axis in self.layout.row_axes
+        )
+        return split > 1 and has_grouped_convolution(jax.make_jaxpr(loss)(*self._loss_args).jaxpr)
 
     def _build_on_shards(self, build: Callable[..., Any], loss: Objective) -> Any:
         with use_policy(layer_policy(self.bound, self.layout)):
