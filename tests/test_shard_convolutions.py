@@ -1,5 +1,6 @@
 """Gradients of convolutions on every layout: of whole batches and by gradient shard."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -13,6 +14,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
+from shardkit.errors import StepError
 
 RNG = np.random.default_rng(0)
 NWC, NHWC = ("NWC", "WIO", "NWC"), ("NHWC", "HWIO", "NHWC")
@@ -197,6 +199,57 @@ def test_grouped_convolutions_in_loops_branches_and_rules_are_right():
     batch = {"x": RNG.normal(size=(16, 8, 8, 4)).astype("f")}
     for layout in ("data|tensor, kernel whole", "data|tensor"):
         assert_gradient_of_one_device(loss, init, batch, layout, 3)
+
+
+@pytest.mark.parametrize("mapped", ["pipeline", "shard_map"])
+def test_grouped_convolutions_where_only_some_axes_are_mapped_are_refused(mapped):
+    """The gradients of four groups in a stage, on pipe=2, tensor=2, were wrong by their size."""
+    mesh = sk.MeshSpec(pipe=2, data=2, tensor=2).build()
+    row, kernel, _, grouped = KINDS["grouped 1 x 1"]
+
+    def layer(w, x, *_):
+        return x + grouped(x, w)[..., : row[-1]]
+
+    def in_stages(params, batch, key):
+        return sk.nn.layer_stack(
+            lambda ends, batch, key: batch["x"] * ends,
+            layer,
+            lambda ends, x, batch: jnp.mean(x**2),
+            params["scale"],
+            params["w"],
+            batch,
+        )
+
+    def in_shard_map(params, batch, key):
+        specs = {"in_specs": (P(), P("pipe")), "out_specs": P("pipe"), "axis_names": {"pipe"}}
+        run = jax.shard_map(layer, mesh=mesh, **specs)
+        return jnp.mean(run(params["w"][0], batch["x"] * params["scale"]) ** 2)
+
+    staged = dataclasses.replace(
+        sk.strategies.pipeline(micro_batches=2),
+        params=sk.PathRules({"w": P("pipe", None, None, None, "tensor"), "**": sk.REPLICATED}),
+        batch=P("data"),
+    )
+    plain = sk.Strategy(params=sk.REPLICATED, batch=P("data"))
+    loss, strategy = {
+        "pipeline": (in_stages, staged),
+        "shard_map": (in_shard_map, plain),
+    }[mapped]
+    with pytest.raises(StepError) as caught:
+        sk.compile_step(
+            loss,
+            optax.sgd(0.1),
+            init=lambda key: {
+                "scale": jnp.ones(row),
+                "w": jax.random.normal(key, (2, *kernel)),
+            },
+            batch={"x": np.ones((16, *row), "f")},
+            mesh=mesh,
+            strategy=strategy,
+        )
+    assert "wrong numbers for a grouped convolution" in str(caught.value)
+    assert "groups, in a part of the step that maps ['pipe'] alone" in str(caught.value)
+    assert "and leaves 'tensor' to XLA" in str(caught.value)
 
 
 def test_evaluation_and_self_check_of_a_depthwise_convolution_are_right():

@@ -22,7 +22,7 @@ every weight is replicated. Those convolutions are mapped too, over the rows:
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -31,6 +31,8 @@ from jax.extend import core
 from jax.interpreters import batching, mlir
 from jax.sharding import Mesh, PartitionSpec
 
+from .._core.equations import user_line
+from .._core.errors import Problem, StepError, raise_all
 from .._core.tracing import equations
 from .._core.types import PyTree
 
@@ -88,6 +90,39 @@ def keep_groups_on_devices(
 def has_grouped_convolution(jaxpr: core.Jaxpr) -> bool:
     """Whether a convolution of a jaxpr has more than one group of channels or of rows."""
     return any(eqn.primitive is _CONVOLUTION and _grouped(eqn.params) for eqn in equations(jaxpr))
+
+
+def check_grouped_convolutions(
+    jaxpr: core.Jaxpr, mesh: Mesh, row_axes: tuple[str, ...], stage_axes: tuple[str, ...]
+) -> None:
+    """Refuses grouped convolutions where a `jax.shard_map` leaves their channels to XLA.
+
+    Args:
+      jaxpr: of the loss.
+      mesh: the device mesh.
+      row_axes: mesh axes that split the rows.
+      stage_axes: mesh axes that a pipeline maps the layers over.
+
+    Raises:
+      StepError: with the line of each convolution.
+    """
+
+    def problems(jaxpr: core.Jaxpr, mapped: frozenset[str]) -> Iterator[Problem]:
+        free = [axis for axis in mesh.axis_names if axis not in {*mapped, *row_axes}]
+        over = " and ".join(repr(axis) for axis in free if mesh.shape[axis] > 1)
+        for eqn in jaxpr.eqns:
+            if eqn.primitive is _CONVOLUTION and _grouped(eqn.params) and mapped and over:
+                line, _ = user_line(eqn)
+                groups = max(eqn.params[f"{name}_group_count"] for name in ("feature", "batch"))
+                why = f"has {groups} groups, in a part of the step that maps {sorted(mapped)} alone"
+                yield Problem(line or "a convolution", f"{why} and leaves {over} to XLA")
+            for inner in core.jaxprs_in_params(eqn.params):
+                yield from problems(inner, mapped | eqn.params.get("newly_manual_axes", set()))
+
+    found = dict.fromkeys(problems(jaxpr, frozenset(stage_axes)))
+    headline = "XLA would compute wrong numbers for a grouped convolution."
+    fix = "a mesh whose other axes all split rows, such as data"
+    raise_all(StepError, headline, list(found), fix)
 
 
 def _grouped(params: Mapping[str, Any]) -> bool:

@@ -19,7 +19,11 @@ from ._bound_spec import BoundSpec
 from ._gradients import GradientFn, GradientPlan, LossArgs, build_gradients, plan_shards
 from ._layout import StepLayout
 from ._objective import Objective, build_objective
-from ._shard_convolutions import has_grouped_convolution, keep_groups_on_devices
+from ._shard_convolutions import (
+    check_grouped_convolutions,
+    has_grouped_convolution,
+    keep_groups_on_devices,
+)
 from ._split_checks import check_partial_rows, check_split_rows
 from ._update import (
     Metrics,
@@ -180,11 +184,20 @@ class StepFunctions:
         return build_gradients(loss, plan)
 
     def _has_groups(self, loss: Objective) -> bool:
-        """Whether the partitioner may get grouped convolutions of a loss wrong."""
-        split = self.bound.mesh.size // math.prod(
-            self.bound.mesh.shape[axis] for axis in self.layout.row_axes
-        )
-        return split > 1 and has_grouped_convolution(jax.make_jaxpr(loss)(*self._loss_args).jaxpr)
+        """Whether the partitioner may get grouped convolutions of a loss wrong.
+
+        Raises:
+          StepError: it may, where they cannot be kept from it.
+        """
+        mesh, row_axes = self.bound.mesh, self.layout.row_axes
+        if mesh.size == math.prod(mesh.shape[axis] for axis in row_axes):
+            return False
+        jaxpr = jax.make_jaxpr(loss)(*self._loss_args).jaxpr
+        if found := has_grouped_convolution(jaxpr):
+            kinds = self.bound.spec.strategy.kinds
+            staged = tuple(kind.axis for kind in kinds if "layers" in kind.splits)
+            check_grouped_convolutions(jaxpr, mesh, row_axes, staged)
+        return found
 
     def _build_on_shards(self, build: Callable[..., Any], loss: Objective) -> Any:
         with use_policy(layer_policy(self.bound, self.layout)):
