@@ -70,5 +70,9 @@ def build():
         batch,
         plain,
         named_layouts(),
-        refused=(UNMARKED,),
+        refused=(
+            UNMARKED,
+            # Its names are constraints of its own, of whole arrays.
+            ("shard_map", "means nothing where the loss sees one device's shard"),
+        ),
     )

@@ -457,4 +457,4 @@ def test_the_decoder_has_its_certificate_in_this_mode():
 
     mesh = sk.MeshSpec(fsdp=2, tensor=2)
     found = sk.verify(factory, [mesh], batches=_parity.INPUTS.batches, steps=2).check()
-    assert len(found.rows) == 12
+    assert len(found.rows) == 15

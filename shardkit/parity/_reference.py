@@ -10,6 +10,7 @@ removed), no scan. Both define:
 - if gradients are accumulated per shard, the loss gets the key of the only shard.
 """
 
+import contextlib
 import dataclasses
 import functools
 import re
@@ -291,7 +292,9 @@ def _jit_alone(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(*args: Any) -> Any:
         try:
-            with no_ambient_mesh():
+            # While an optimizer that asks for the loss is traced, its mesh is hidden already.
+            tracing = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(args))
+            with contextlib.nullcontext() if tracing else no_ambient_mesh():
                 return compiled(*args)
         except ValueError as error:
             if not re.search("mesh passed to shard_map|incompatible devices", str(error)):

@@ -174,8 +174,8 @@ def _double_later(is_wrong: Callable[[str], bool]) -> Callable[[Any], Any]:
     """Doubles some metrics of every step but the first."""
 
     def replace(train_step: Any) -> Any:
-        def wrong(*args: Any) -> Any:
-            run = train_step(*args)
+        def wrong(*args: Any, **options: Any) -> Any:
+            run = train_step(*args, **options)
 
             def later(state: Any, batch: Any) -> Any:
                 after, metrics = run(state, batch)

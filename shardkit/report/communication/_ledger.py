@@ -106,6 +106,15 @@ class LedgerRow:
     sources: tuple[Source | None, ...] = ()
     ends: tuple[Ends, ...] = ()
 
+    def __post_init__(self) -> None:
+        for text in self.operands:
+            if not parse_shapes(text):
+                raise ValueError(f"operand {text!r} of a {self.kind} is no array type")
+        for name in ("sources", "ends"):
+            if (given := len(getattr(self, name))) not in (0, len(self.operands)):
+                operands = len(self.operands)
+                raise ValueError(f"a {self.kind} of {operands} operands has {given} {name}")
+
     @property
     def source(self) -> Source | None:
         """The line of the user's code behind the largest of `operands`; None if unknown."""

@@ -85,7 +85,8 @@ def _follow_equation(equation: Equation, states: Sequence[State]) -> Sequence[St
         "cond": _cond,
     }
     if equation.name in special:
-        return special[equation.name](equation, states)
+        results = special[equation.name](equation, states)
+        return [equation.placed(state) for state in results]
     if equation.name in RULES:
         return RULES[equation.name](equation, states)
     for name in _INNER:

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 
 from ..._core.precision import cast_floats, policy_dtype
 from ..._core.row_dims import map_rows, take_rows, with_dim
-from ..._core.split_rng import part_keys, threefry_words
+from ..._core.split_rng import RandomDraws, part_keys, threefry_words
 from ..._core.types import Batch, Key, Params, PyTree, Scalar
 from ...nn._manual_axis_rules import gather_dim, pvary, use_manual_axis_rules
 from .._gradients import GradientFn, LossAndGradients, LossArgs, divide_by_weight
@@ -146,5 +146,8 @@ def gather_params(plan: ShardMapPlan, params: Params) -> Params:
 
 def _device_key(plan: ShardMapPlan, key: Key) -> Key:
     """A key whose draws are this device's slices of the draws for whole arrays."""
+    words = threefry_words(key)
+    if plan.draws == RandomDraws(1):  # a loss may read the words of a key that is whole
+        return jax.random.wrap_key_data(words, impl="threefry2x32")
     rows, length = (jax.lax.axis_index(a) if a else 0 for a in (plan.row_axes, plan.token_axes))
-    return part_keys(threefry_words(key), plan.draws, rows, jnp.uint32(0), length)
+    return part_keys(words, plan.draws, rows, jnp.uint32(0), length)
