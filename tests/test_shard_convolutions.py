@@ -16,6 +16,8 @@ from jax.sharding import PartitionSpec as P
 import shardkit as sk
 from shardkit.errors import StepError
 
+from ._tables import table
+
 RNG = np.random.default_rng(0)
 NWC, NHWC = ("NWC", "WIO", "NWC"), ("NHWC", "HWIO", "NHWC")
 NDHWC, NCHW = ("NDHWC", "DHWIO", "NDHWC"), ("NCHW", "OIHW", "NCHW")
@@ -280,8 +282,7 @@ def test_evaluation_and_self_check_of_a_depthwise_convolution_are_right():
     step.self_check(state, batch)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", table(KINDS, every=3))
 def test_every_convolution_has_the_gradient_of_one_device(kind):
     layouts = [name for name in LAYOUTS if name != "data|fsdp" or "inputs" not in kind]
     for layout, per_device in itertools.product(layouts, (1, 2, 4)):
