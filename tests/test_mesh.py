@@ -27,6 +27,11 @@ def message(action):
     return str(error.value)
 
 
+def test_devices_in_the_place_of_the_target_are_named():
+    with pytest.raises(MeshError, match=r"(?s)target  is a list, not a text.*build\(devices="):
+        MeshSpec(data=1).build(jax.devices()[:1])
+
+
 def test_sizes_are_in_declared_order_and_axis_types_are_auto():
     mesh = MeshSpec(tensor=4, data=2).build()
     assert dict(mesh.shape) == {"tensor": 4, "data": 2}

@@ -148,6 +148,11 @@ class MeshSpec:
             raise MeshError(
                 format_problems("The devices are given twice.", [problem], "give one of them")
             )
+        if not isinstance(target, str | Target | None):
+            problem = Problem("target", f"is a {type(target).__name__}, not a text such as 'cpu:8'")
+            raise MeshError(
+                format_problems("This is no target.", [problem], "build(devices=[...]) for devices")
+            )
         parsed = Target.parse(target) if isinstance(target, str) else target or Target("local")
         chosen = target_devices(parsed) if devices is None else list(devices)
         platforms = ", ".join(sorted({device.platform for device in chosen})) or "none"
