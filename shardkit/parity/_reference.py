@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from .._core.errors import Problem, VerificationError, format_problems
 from .._core.own_sharding import on_any_mesh, without_constraints
@@ -293,7 +294,7 @@ def _jit_alone(function: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         try:
             # While an optimizer that asks for the loss is traced, its mesh is hidden already.
-            tracing = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(args))
+            tracing = any(isinstance(x, Tracer) for x in jax.tree.leaves(args))
             with contextlib.nullcontext() if tracing else no_ambient_mesh():
                 return compiled(*args)
         except ValueError as error:

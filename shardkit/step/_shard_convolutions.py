@@ -133,7 +133,8 @@ def _groups_on_devices(equation: core.JaxprEqn, mesh: Mesh, axes: tuple[str, ...
     if equation.primitive is not _CONVOLUTION or not _grouped(equation.params):
         return equation
     params = tuple((k, v) for k, v in equation.params.items() if k != "out_sharding")
-    lhs, rhs = (jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in equation.invars)
+    avals: list[Any] = [x.aval for x in equation.invars]
+    lhs, rhs = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in avals)
     lhs_dims, rhs_dims, out_dims = equation.params["dimension_numbers"]
     # Dims 0 and 1 of these are batch and feature of lhs, output and input features of rhs.
     summed = equation.params["batch_group_count"] > 1
