@@ -67,7 +67,12 @@ class _Run:
         self._gradient_program, loss = programs.gradients, programs.training_loss
         self._loss_program = loss.program
         dtypes = bound.spec.precision.compute_dtypes(state.params)
-        self._limits = Limits.of(dtypes.lowest, loss.lowest, lossy=lossy)
+        self._limits = Limits.of(
+            dtypes.lowest,
+            loss.lowest,
+            lossy=lossy,
+            reduce_dtype=bound.spec.precision.reduce_dtype,
+        )
         compiled = {"gradients": self._gradient_program, "training_loss": self._loss_program}
         self.compile_seconds = sum(
             sum(program.seconds) for name, program in compiled.items() if name not in known

@@ -53,21 +53,26 @@ class Limits:
     least: float
 
     @classmethod
-    def of(cls, compute_dtype: str, loss_dtype: str, *, lossy: bool) -> "Limits":
+    def of(
+        cls, compute_dtype: str, loss_dtype: str, *, lossy: bool, reduce_dtype: str | None = None
+    ) -> "Limits":
         """Limits of a step.
 
         Args:
           compute_dtype: of the step.
           loss_dtype: of the loss program.
           lossy: gradients are compressed, which costs a percent or so.
+          reduce_dtype: of the sum over gradient shards, if it is not that of the parameters.
         """
         # A bf16 loss is off by a bf16 rounding over the root of the number of its terms.
         rounding = 1.2e-7 if jnp.finfo(loss_dtype).bits >= 32 else 2e-4
         is_low = jnp.finfo(compute_dtype).bits < 32
         rough = is_low or lossy
+        # A leaf of one number is rounded on each shard and in each sum: in bf16 by 3.9e-3 at most.
+        summed = 2 * float(jnp.finfo(reduce_dtype).eps) if reduce_dtype else 0.0
         return cls(
             loss=2e-2 if is_low else 1e-5,
-            floor=0.1 if rough else 2e-3,
+            floor=0.1 if rough else max(2e-3, summed),
             most=0.3 if rough else 0.05,
             rounding=rounding,
             update=0.3 if rough else 1e-2,
