@@ -26,6 +26,7 @@ from .._core.row_dims import map_rows, resize_rows, with_dim
 from .._core.split_rng import RandomDraws, per_shard_keys
 from .._core.types import Batch, Key, Params, PyTree, Scalar
 from ..nn._constrain import GRADIENT_SHARDS
+from ..nn._remat import parse_policy, use_policy
 from ..rules import axes_of
 from ._bound_spec import BoundSpec
 from ._layout import StepLayout
@@ -37,7 +38,12 @@ from ._objective import (
     value_and_grad,
 )
 from ._own_constraints import on_gradient_shards, own_constraints
-from ._shard_convolutions import keep_convolutions_apart, keep_groups_on_devices
+from ._shard_convolutions import (
+    check_grouped_convolutions,
+    has_grouped_convolution,
+    keep_convolutions_apart,
+    keep_groups_on_devices,
+)
 
 LossArgs = tuple[Params, PyTree, Batch, Key]  # params, model_state, batch, key
 LossAndGradients = tuple[LossOutput, Params]
@@ -132,6 +138,36 @@ def plan_shards(
     return dataclasses.replace(plan, draws=draws, constrained=constrained)
 
 
+def may_lose_groups(loss: Objective, bound: BoundSpec, layout: StepLayout, args: LossArgs) -> bool:
+    """Whether the partitioner may get grouped convolutions of a loss wrong.
+
+    Args:
+      loss: of the global batch.
+      bound: the spec and its mesh.
+      layout: how its batch is split.
+      args: abstract arguments of the loss.
+
+    Raises:
+      StepError: it may, where they cannot be kept from it.
+    """
+    mesh, row_axes = bound.mesh, layout.row_axes
+    if mesh.size == math.prod(mesh.shape[axis] for axis in row_axes):
+        return False
+    with use_policy(parse_policy(bound.spec.strategy.remat)):  # a trace that is made anyway
+        jaxpr = jax.make_jaxpr(loss)(*args).jaxpr
+    if found := has_grouped_convolution(jaxpr):
+        staged = tuple(kind.axis for kind in bound.spec.strategy.kinds if "layers" in kind.splits)
+        check_grouped_convolutions(jaxpr, mesh, row_axes, staged)
+    return found
+
+
+def keep_groups(
+    run: Callable[..., PyTree], bound: BoundSpec, layout: StepLayout
+) -> Callable[..., PyTree]:
+    """Keeps grouped convolutions of a function of global arrays on the devices of their rows."""
+    return keep_groups_on_devices(run, bound.mesh, layout.row_axes)
+
+
 def micro_batch(batch: Batch, steps: int, index: jax.Array, plan: GradientPlan) -> Batch:
     """Rows `index, index+steps, …` of every leaf: local to a device, the same on any mesh."""
 
@@ -185,7 +221,7 @@ def _accumulate_whole(objective: Objective, plan: GradientPlan, args: LossArgs) 
     params, model_state, batch, key = args
     steps, run_gradient = plan.micro_batches, value_and_grad(objective)
     if plan.grouped:
-        run_gradient = keep_groups_on_devices(run_gradient, plan.bound.mesh, plan.layout.row_axes)
+        run_gradient = keep_groups(run_gradient, plan.bound, plan.layout)
     if steps == 1:
         output, totals = run_gradient(params, model_state, batch, key)
         return output, divide_by_weight(totals, output.loss.weight)

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +15,17 @@ from .._core.train_state import TrainState
 from .._core.types import Batch, Mean, Params
 from ..nn._remat import Policy, apply_policy, parse_policy, regathering_policy, use_policy
 from ._bound_spec import BoundSpec
-from ._gradients import GradientFn, GradientPlan, LossArgs, build_gradients, plan_shards
+from ._gradients import (
+    GradientFn,
+    GradientPlan,
+    LossArgs,
+    build_gradients,
+    keep_groups,
+    may_lose_groups,
+    plan_shards,
+)
 from ._layout import StepLayout
 from ._objective import Objective, build_objective
-from ._shard_convolutions import (
-    check_grouped_convolutions,
-    has_grouped_convolution,
-    keep_groups_on_devices,
-)
 from ._split_checks import check_partial_rows, check_split_rows
 from ._update import (
     Metrics,
@@ -136,8 +138,8 @@ class StepFunctions:
         if spec.mode == "shard_map":
             check_split_rows(self.bound, self.layout, loss, self._loss_args, gradients=False)
             loss = self._build_on_shards(build_shard_objective, loss)
-        elif self._has_groups(loss):
-            loss = keep_groups_on_devices(loss, self.bound.mesh, self.layout.row_axes)
+        else:
+            loss = self._keep_groups(loss)
         return build_eval_step(loss, self._to_compute_params)
 
     def training_loss(self, policy: str | None) -> Callable[[TrainState, Batch], Any]:
@@ -148,8 +150,7 @@ class StepFunctions:
         """
         spec, loss = self.bound.spec, build_plain_objective(self.bound.spec.loss_fn)
         on_shards = spec.mode == "shard_map"
-        if not on_shards and self._has_groups(loss):
-            loss = keep_groups_on_devices(loss, self.bound.mesh, self.layout.row_axes)
+        loss = loss if on_shards else self._keep_groups(loss)
         apart = spec.accumulate.micro_batches > 1 or spec.precision.reduces_separately
         return build_training_loss(
             self._build_on_shards(build_micro_batch_objective, loss) if on_shards else loss,
@@ -172,32 +173,22 @@ class StepFunctions:
             cannot be split by gradient shard.
         """
         loss = build_objective(self.bound.spec.loss_fn, self.bound.mesh)
+        grouped = may_lose_groups(loss, self.bound, self.layout, self._loss_args)
         # Checkpoints the loss as a whole if it marks no layers with `sk.nn.remat`.
         loss = apply_policy(loss, parse_policy(self.bound.spec.strategy.remat), *self._loss_args)
         check_split_rows(self.bound, self.layout, loss, self._loss_args)
         if self.bound.spec.mode == "shard_map":
             return self._build_on_shards(build_shard_gradients, loss)
-        plan = GradientPlan(self.bound, self.layout, grouped=self._has_groups(loss))
+        plan = GradientPlan(self.bound, self.layout, grouped=grouped)
         if plan.per_shard_accumulation:
             traced = jax.make_jaxpr(loss)(*self._loss_args).jaxpr
             plan = plan_shards(loss, plan, self._loss_args, traced)
         return build_gradients(loss, plan)
 
-    def _has_groups(self, loss: Objective) -> bool:
-        """Whether the partitioner may get grouped convolutions of a loss wrong.
-
-        Raises:
-          StepError: it may, where they cannot be kept from it.
-        """
-        mesh, row_axes = self.bound.mesh, self.layout.row_axes
-        if mesh.size == math.prod(mesh.shape[axis] for axis in row_axes):
-            return False
-        jaxpr = jax.make_jaxpr(loss)(*self._loss_args).jaxpr
-        if found := has_grouped_convolution(jaxpr):
-            kinds = self.bound.spec.strategy.kinds
-            staged = tuple(kind.axis for kind in kinds if "layers" in kind.splits)
-            check_grouped_convolutions(jaxpr, mesh, row_axes, staged)
-        return found
+    def _keep_groups(self, loss: Objective) -> Objective:
+        if may_lose_groups(loss, self.bound, self.layout, self._loss_args):
+            return keep_groups(loss, self.bound, self.layout)
+        return loss
 
     def _build_on_shards(self, build: Callable[..., Any], loss: Objective) -> Any:
         with use_policy(layer_policy(self.bound, self.layout)):
