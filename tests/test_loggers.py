@@ -5,6 +5,7 @@ import io
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,11 @@ def scalars(folder):
     return found
 
 
-def test_tensorboard_holds_every_number_of_both_lives_of_a_run(tmp_path, step):
+def test_tensorboard_holds_every_number_of_both_lives_of_a_run(tmp_path, step, monkeypatch):
+    # Both lives start within one second, after which event files are named.
+    monkeypatch.setattr(
+        "tensorboardX.event_file_writer.time", types.SimpleNamespace(time=lambda: 1.8e9)
+    )
     folder = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         run(folder, step, at_read(5, interrupt), loggers=("tensorboard",))

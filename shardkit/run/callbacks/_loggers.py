@@ -7,6 +7,7 @@ import abc
 import importlib
 import importlib.util
 import math
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -73,7 +74,11 @@ class TensorBoardLogger(_Logger):
         module = importlib.import_module(self.package)
         folder = str(run.folder / "tensorboard")
         # Events of later updates, which a resumed run makes again, are no longer shown.
-        self._writer = module.SummaryWriter(folder, purge_step=run.start + 1)
+        # Files are named by the second: without a suffix a run that goes on within the same one
+        # would write over the file of the life before.
+        self._writer = module.SummaryWriter(
+            folder, purge_step=run.start + 1, filename_suffix=f".{time.time_ns()}"
+        )
 
     def _log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
