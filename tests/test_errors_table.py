@@ -386,6 +386,20 @@ def test_recompile_for_another_form_of_the_batch_warns_once_and_trains_on(lenien
         report.check(sk.Budget(compiles=1))
 
 
+@pytest.mark.filterwarnings("ignore::shardkit.RetraceWarning")
+@pytest.mark.parametrize("run", ["__call__", "gradients", "evaluate"])
+def test_a_batch_that_the_loss_cannot_take_is_named_leaf_by_leaf(mesh, run):
+    step = compiled(mesh, GOOD)
+    state = step.init(jax.random.key(0))
+    with pytest.raises(sk.errors.BatchError) as told:
+        getattr(step, run)(state, {"x": np.ones((8, 9), np.float32)})
+    text = str(told.value)
+    assert "batch/x  changed its shape: declared as f32[8,10], is f32[8,9]" in text
+    assert "loss_fn  cannot be traced with it: dot_general requires contracting dim" in text
+    assert isinstance(told.value.__cause__, TypeError)
+    step(state, {"x": X})
+
+
 def test_a_form_that_was_not_used_for_long_compiles_again(mesh, monkeypatch):
     monkeypatch.setattr("shardkit.step._batch_variants.KEPT", 2)
     step = compiled(mesh, GOOD)

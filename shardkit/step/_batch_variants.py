@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .._core.errors import Problem, RetraceWarning, ShardingError, format_problems
+from .._core.errors import BatchError, Problem, RetraceWarning, ShardingError, format_problems
 from .._core.tree import flatten_tree, leaves_by_path, short_type
 from .._core.types import Batch
 from ._bound_spec import BoundSpec
@@ -61,6 +61,17 @@ class BatchVariants:
         if not changes or not same_ranks or not allowed:
             return self.declared
         return self._add(structure, types, changes)
+
+    def explain(self, batch: Batch, error: Exception) -> BatchError:
+        """The error for a batch unlike the declared one that the user's functions cannot take."""
+        leaves, _ = flatten_tree(batch, "batch")
+        changes = _list_changes(self.declared.layout.batch, tuple(map(_leaf_type, leaves)))
+        why = str(error).strip().partition("\n")[0] or type(error).__name__
+        problems = [*changes, Problem("loss_fn", f"cannot be traced with it: {why}")]
+        fix = (
+            "the declared shapes and dtypes; or compile_step(..., batch=...) with those of the data"
+        )
+        return BatchError(format_problems("The step does not take this batch.", problems, fix))
 
     def _add(self, structure: Any, types: LeafTypes, changes: list[Problem]) -> CompiledFunctions:
         batch = structure.unflatten([jax.ShapeDtypeStruct(*leaf_type) for leaf_type in types])

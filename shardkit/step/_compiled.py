@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from .._core.errors import BatchError, Problem, StateError, format_problems
+from .._core.errors import BatchError, Problem, ShardkitError, StateError, format_problems
 from .._core.train_state import TrainState
 from .._core.types import Batch, Key, Metrics, Params, PyTree
 from ..report import Report
@@ -289,7 +289,14 @@ class CompiledStep:
     ) -> Any:
         variant = self._variants.find(batch)
         batch = put_batch(batch, variant.layout)
-        program = choose(variant)
+        try:
+            program = choose(variant)
+        except ShardkitError:
+            raise
+        except Exception as error:  # of the user's functions
+            if variant is self._variants.declared:
+                raise
+            raise self._variants.explain(batch, error) from error
         try:
             return program.compiled(state, batch)
         except (TypeError, ValueError):
