@@ -254,17 +254,19 @@ def test_grouped_convolutions_where_only_some_axes_are_mapped_are_refused(mapped
     assert "and leaves 'tensor' to XLA" in str(caught.value)
 
 
-def test_evaluation_and_self_check_of_a_depthwise_convolution_are_right():
-    row, kernel, _, depthwise = KINDS["depthwise"]
-    batch = {"x": RNG.normal(size=(16, *row)).astype("f")}
+@pytest.mark.parametrize("groups", [4, 16])
+def test_evaluation_and_self_check_of_grouped_convolutions_are_right(groups):
+    """Four groups of channels that another axis splits: the forward pass was wrong as well."""
+    grouped = convolution((1, 1), "SAME", NHWC, feature_group_count=groups)
+    batch = {"x": RNG.normal(size=(16, 6, 6, 8)).astype("f")}
 
     def loss(params, batch, key):
         x = jnp.tanh(batch["x"] @ params["in"])
-        return jnp.mean(jnp.tanh(depthwise(x, params["w"])) ** 2)
+        return jnp.mean(jnp.tanh(grouped(x, params["w"])) ** 2)
 
     def init(key):
-        draw = jax.random.normal
-        return {"in": draw(key, (4, 4)), "w": draw(jax.random.fold_in(key, 1), kernel)}
+        draw, other = jax.random.normal, jax.random.fold_in(key, 1)
+        return {"in": draw(key, (8, 16)) / 3, "w": draw(other, (1, 1, 16 // groups, 16)) / 3}
 
     step = sk.compile_step(
         loss,
@@ -279,7 +281,7 @@ def test_evaluation_and_self_check_of_a_depthwise_convolution_are_right():
     state = step.init(jax.random.key(0))
     want = loss(jax.device_get(state.params), batch, None)
     np.testing.assert_allclose(step.evaluate(state, batch)["loss"], want, rtol=1e-6)
-    step.self_check(state, batch)
+    assert step.self_check(state, batch).ok
 
 
 @pytest.mark.parametrize("kind", table(KINDS, every=3))
