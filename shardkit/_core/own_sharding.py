@@ -13,6 +13,7 @@ import jax
 from jax.extend import core
 from jax.sharding import AbstractMesh, AxisType
 
+from .rewriting import rewrite
 from .tracing import record_p
 
 CONSTRAINT = "sharding_constraint"
@@ -68,41 +69,8 @@ def without_constraints(function: Callable[..., Any]) -> Callable[..., Any]:
     Args:
       function: of arrays. Nothing differentiates the result, whose derivative rules keep theirs.
     """
-
-    def run(*args: Any) -> Any:
-        traced, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
-        bare = core.jaxpr_as_fun(map_equations(traced, CONSTRAINT, _remove))
-        return jax.tree.unflatten(jax.tree.structure(shapes), bare(*jax.tree.leaves(args)))
-
-    return run
+    return rewrite(function, {CONSTRAINT: _remove})
 
 
 def _remove(eqn: core.JaxprEqn) -> core.JaxprEqn:
     return eqn.replace(primitive=record_p, params={"fact": (CONSTRAINT,)})
-
-
-def map_equations(value: Any, name: str, change: Callable[[core.JaxprEqn], core.JaxprEqn]) -> Any:
-    """Changes the equations of one primitive in a jaxpr, and in those of its parameters.
-
-    Args:
-      value: a jaxpr, or anything else, which stays.
-      name: of the primitive.
-      change: makes the new equation.
-    """
-    if isinstance(value, core.Jaxpr):
-        return value.replace(eqns=[_map_equation(eqn, name, change) for eqn in value.eqns])
-    if isinstance(value, core.ClosedJaxpr):  # JAX 0.12 has one class for both
-        return value.replace(jaxpr=map_equations(value.jaxpr, name, change))
-    return value
-
-
-def _map_equation(
-    eqn: core.JaxprEqn, name: str, change: Callable[[core.JaxprEqn], core.JaxprEqn]
-) -> core.JaxprEqn:
-    if eqn.primitive.name == name:
-        return change(eqn)
-    if not any(True for _ in core.jaxprs_in_params(eqn.params)):
-        return eqn
-    # Some parameters are tuples of jaxprs: the branches of a `cond`.
-    params = jax.tree.map(lambda value: map_equations(value, name, change), eqn.params)
-    return eqn.replace(params=params)

@@ -17,11 +17,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .._core.draws import match_draws
 from .._core.precision import Precision, cast_floats, policy_dtype
+from .._core.rewriting import rewrite
 from .._core.row_dims import map_rows, resize_rows, with_dim
 from .._core.split_rng import RandomDraws, per_shard_keys
 from .._core.types import Batch, Key, Params, PyTree, Scalar
@@ -37,12 +37,12 @@ from ._objective import (
     scale_gradient,
     value_and_grad,
 )
-from ._own_constraints import on_gradient_shards, own_constraints
+from ._own_constraints import move_to_shards
 from ._shard_convolutions import (
     check_grouped_convolutions,
     has_grouped_convolution,
-    keep_convolutions_apart,
-    keep_groups_on_devices,
+    on_shards,
+    on_their_devices,
 )
 
 LossArgs = tuple[Params, PyTree, Batch, Key]  # params, model_state, batch, key
@@ -58,14 +58,12 @@ class GradientPlan:
       bound: the spec and its mesh.
       layout: shardings of state, batch and gradients.
       draws: which random draws of the loss grow with its rows.
-      constrained: whether the loss has sharding constraints of its own.
       grouped: whether the partitioner may get grouped convolutions of the loss wrong.
     """
 
     bound: BoundSpec
     layout: StepLayout
     draws: RandomDraws = dataclasses.field(default_factory=lambda: RandomDraws(1))
-    constrained: bool = False
     grouped: bool = False
 
     @property
@@ -111,22 +109,18 @@ def build_gradients(objective: Objective, plan: GradientPlan) -> GradientFn:
     return run
 
 
-def plan_shards(
-    objective: Objective, plan: GradientPlan, args: LossArgs, traced: core.Jaxpr
-) -> GradientPlan:
-    """Completes a plan by what the loss does that its gradient shards must know.
+def plan_draws(objective: Objective, plan: GradientPlan, args: LossArgs) -> GradientPlan:
+    """Completes a plan by which random draws of the loss grow with its rows.
 
     Args:
       objective: the loss.
-      plan: without draws and constraints.
+      plan: without draws.
       args: abstract arguments of the loss.
-      traced: the loss of these arguments.
 
     Raises:
       StepError: the randomness of the loss cannot be split by gradient shard.
     """
     params, model_state, batch, key = args
-
     dims, k, n = plan.layout.row_dims, plan.micro_batches, plan.num_shards
 
     def args_with(shards: int) -> LossArgs:
@@ -134,8 +128,7 @@ def plan_shards(
 
     followed = plan.bound.follows_rows
     draws = match_draws(objective, n, args_with(n), args_with(1), folds_followed=followed)
-    constrained = any(True for _ in own_constraints(traced))
-    return dataclasses.replace(plan, draws=draws, constrained=constrained)
+    return dataclasses.replace(plan, draws=draws)
 
 
 def may_lose_groups(loss: Objective, bound: BoundSpec, layout: StepLayout, args: LossArgs) -> bool:
@@ -165,7 +158,7 @@ def keep_groups(
     run: Callable[..., PyTree], bound: BoundSpec, layout: StepLayout
 ) -> Callable[..., PyTree]:
     """Keeps grouped convolutions of a function of global arrays on the devices of their rows."""
-    return keep_groups_on_devices(run, bound.mesh, layout.row_axes)
+    return rewrite(run, on_their_devices(bound.mesh, layout.row_axes))
 
 
 def micro_batch(batch: Batch, steps: int, index: jax.Array, plan: GradientPlan) -> Batch:
@@ -250,17 +243,18 @@ def _accumulate_per_shard(
     """Sums each gradient shard over all micro-batches, then reduces over the shards once."""
     params, model_state, batch, key = args
     steps, run_gradient = plan.micro_batches, value_and_grad(objective)
-    if plan.constrained:
-        run_gradient = on_gradient_shards(run_gradient, plan.layout.shard_axes)
+    axes = plan.layout.shard_axes
+    # After derivative rules of the user's own have been applied.
+    run_shard = rewrite(run_gradient, {**move_to_shards(axes), **on_shards(plan.bound.mesh, axes)})
 
     def run_micro_batch(index: jax.Array) -> tuple[LossOutput, PyTree]:
         rows = split_shards(micro_batch(batch, steps, index, plan), plan)
         keys = per_shard_keys(jax.random.fold_in(key, index), plan.draws)
         run_shards = jax.vmap(
-            keep_convolutions_apart(run_gradient, plan.bound.mesh, plan.layout.shard_axes),
+            run_shard,
             in_axes=(None, None, jax.tree.structure(rows).unflatten(plan.layout.row_dims), 0),
             axis_name=GRADIENT_SHARDS,
-            spmd_axis_name=plan.layout.shard_axes or None,
+            spmd_axis_name=axes or None,
         )
         output, totals = run_shards(params, model_state, rows, keys)
         return output, _constrain_shards(totals, plan)

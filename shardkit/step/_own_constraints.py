@@ -10,7 +10,7 @@ JAX refuses such a constraint under `vmap`, so it is replaced in the traced grad
 derivative rules of the user's own have been applied.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, cast
 
 import jax
@@ -21,7 +21,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .._core.equations import source_of_equation
 from .._core.errors import Problem
-from .._core.own_sharding import CONSTRAINT, map_equations
+from .._core.own_sharding import CONSTRAINT
+from .._core.rewriting import Changes
 from .._core.tracing import equations, record_fact
 from .._core.tree import Leaf
 from ..rules import axes_of, check_spec, format_spec
@@ -69,17 +70,14 @@ def describe_constraint(eqn: core.JaxprEqn) -> tuple[str, str]:
     return f"with_sharding_constraint{place}", spec
 
 
-def on_gradient_shards(
-    function: Callable[..., Any], shard_axes: tuple[str, ...]
-) -> Callable[..., Any]:
+def move_to_shards(shard_axes: tuple[str, ...]) -> Changes:
     """Moves the constraints of a function that is mapped over gradient shards.
 
     Args:
-      function: of one gradient shard; it is not differentiated again.
       shard_axes: mesh axes that separate gradient shards.
     """
 
-    def replace(eqn: core.JaxprEqn) -> core.JaxprEqn:
+    def move(eqn: core.JaxprEqn) -> core.JaxprEqn:
         sharding = eqn.params["sharding"]
         if not isinstance(sharding, NamedSharding) or eqn.params["layout"] is not None:
             return eqn  # JAX refuses it if its axes are those of the shards
@@ -87,13 +85,7 @@ def on_gradient_shards(
         params = {"sharding": sharding, "shard_axes": shard_axes, "place": place}
         return eqn.replace(primitive=shard_constraint_p, params=params)
 
-    def run(*args: Any) -> Any:
-        traced, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
-        replaced = map_equations(traced, CONSTRAINT, replace)
-        results = core.jaxpr_as_fun(replaced)(*jax.tree.leaves(args))
-        return jax.tree.unflatten(jax.tree.structure(shapes), results)
-
-    return run
+    return {CONSTRAINT: move}
 
 
 def _batch(

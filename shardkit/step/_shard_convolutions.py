@@ -22,7 +22,7 @@ every weight is replicated. Those convolutions are mapped too, over the rows:
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -33,58 +33,40 @@ from jax.sharding import Mesh, PartitionSpec
 
 from .._core.equations import user_line
 from .._core.errors import Problem, StepError, raise_all
+from .._core.rewriting import Changes
 from .._core.tracing import equations
-from .._core.types import PyTree
 
 _CONVOLUTION = jax.lax.conv_general_dilated_p
 _convolution_p = core.Primitive("shardkit_convolution")
 
 
-def keep_convolutions_apart(
-    run: Callable[..., PyTree], mesh: Mesh, axes: tuple[str, ...]
-) -> Callable[..., PyTree]:
-    """Makes a function whose convolutions stay on their devices under `jax.vmap` over `axes`.
+def on_shards(mesh: Mesh, axes: tuple[str, ...]) -> Changes:
+    """Keeps convolutions of a function on their devices under `jax.vmap` over `axes`.
 
     Args:
-      run: a function of one gradient shard, differentiated already: what it becomes has no
-        derivative.
       mesh: the device mesh.
       axes: mesh axes that split the dim to map over, into as many parts as there are devices.
     """
 
-    def rewritten(*args: PyTree) -> PyTree:
-        traced, shapes = jax.make_jaxpr(run, return_shape=True)(*args)
-        if not any(eqn.primitive is _CONVOLUTION for eqn in equations(traced.jaxpr)):
-            return run(*args)
-        closed = _exchange(traced, functools.partial(_mapped_apart, mesh=mesh, axes=axes))
-        results = core.jaxpr_as_fun(closed)(*jax.tree.leaves(args))
-        return jax.tree.unflatten(jax.tree.structure(shapes), results)
+    def map_apart(equation: core.JaxprEqn) -> core.JaxprEqn:
+        params = {"convolution": _own_params(equation), "mesh": mesh, "axes": axes}
+        return equation.replace(primitive=_convolution_p, params=params)
 
-    return rewritten
+    return {_CONVOLUTION.name: map_apart}
 
 
-def keep_groups_on_devices(
-    run: Callable[..., PyTree], mesh: Mesh, axes: tuple[str, ...]
-) -> Callable[..., PyTree]:
-    """Makes a function whose grouped convolutions are computed on each device for its rows.
+def on_their_devices(mesh: Mesh, axes: tuple[str, ...]) -> Changes:
+    """Computes grouped convolutions of global arrays on each device for its rows.
 
     Where another axis splits channels, they are gathered before. Convolutions inside of a
     `jax.shard_map` stay as they are.
 
     Args:
-      run: a function of global arrays; differentiated already, if its gradients are wanted.
       mesh: the device mesh.
       axes: mesh axes that split the rows.
     """
-
-    def rewritten(*args: PyTree) -> PyTree:
-        traced, shapes = jax.make_jaxpr(run, return_shape=True)(*args)
-        change = functools.partial(_groups_on_devices, mesh=mesh, axes=axes)
-        closed = _exchange(traced, change, enter=lambda eqn: eqn.primitive.name != "shard_map")
-        results = core.jaxpr_as_fun(closed)(*jax.tree.leaves(args))
-        return jax.tree.unflatten(jax.tree.structure(shapes), results)
-
-    return rewritten
+    change = functools.partial(_on_devices, mesh=mesh, axes=axes)
+    return {_CONVOLUTION.name: change, "shard_map": lambda equation: equation}
 
 
 def has_grouped_convolution(jaxpr: core.Jaxpr) -> bool:
@@ -129,10 +111,15 @@ def _grouped(params: Mapping[str, Any]) -> bool:
     return params["feature_group_count"] > 1 or params["batch_group_count"] > 1
 
 
-def _groups_on_devices(equation: core.JaxprEqn, mesh: Mesh, axes: tuple[str, ...]) -> core.JaxprEqn:
-    if equation.primitive is not _CONVOLUTION or not _grouped(equation.params):
+def _own_params(equation: core.JaxprEqn) -> tuple[tuple[str, Any], ...]:
+    # The mesh that JAX notes beside a convolution is another one inside of `shard_map`.
+    return tuple((k, v) for k, v in equation.params.items() if k != "out_sharding")
+
+
+def _on_devices(equation: core.JaxprEqn, mesh: Mesh, axes: tuple[str, ...]) -> core.JaxprEqn:
+    if not _grouped(equation.params):
         return equation
-    params = tuple((k, v) for k, v in equation.params.items() if k != "out_sharding")
+    params = _own_params(equation)
     avals: list[Any] = [x.aval for x in equation.invars]
     lhs, rhs = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in avals)
     lhs_dims, rhs_dims, out_dims = equation.params["dimension_numbers"]
@@ -153,35 +140,6 @@ def _groups_on_devices(equation: core.JaxprEqn, mesh: Mesh, axes: tuple[str, ...
     return call.replace(
         invars=equation.invars, outvars=equation.outvars, source_info=equation.source_info
     )
-
-
-def _mapped_apart(equation: core.JaxprEqn, mesh: Mesh, axes: tuple[str, ...]) -> core.JaxprEqn:
-    if equation.primitive is not _CONVOLUTION:
-        return equation
-    # The mesh that JAX notes beside a convolution is another one inside of `shard_map`.
-    convolution = tuple((k, v) for k, v in equation.params.items() if k != "out_sharding")
-    params = {"convolution": convolution, "mesh": mesh, "axes": axes}
-    return equation.replace(primitive=_convolution_p, params=params)
-
-
-def _exchange(
-    x: Any,
-    change: Callable[[core.JaxprEqn], core.JaxprEqn],
-    enter: Callable[[core.JaxprEqn], bool] = lambda _: True,
-) -> Any:
-    """Changes every equation of a jaxpr and of those in its parameters; leaves the rest."""
-    if isinstance(x, core.Jaxpr):  # since jax 0.12 a closed one, too
-        return x.replace(eqns=[_exchange(eqn, change, enter) for eqn in x.eqns])
-    if isinstance(x, core.ClosedJaxpr):
-        return x.replace(jaxpr=_exchange(x.jaxpr, change, enter))
-    if isinstance(x, core.JaxprEqn):
-        if not enter(x):
-            return x
-        params = {name: _exchange(value, change, enter) for name, value in x.params.items()}
-        return change(x.replace(params=params))
-    if type(x) in (tuple, list):
-        return type(x)(_exchange(item, change, enter) for item in x)
-    return x
 
 
 def _convolve(lhs: jax.Array, rhs: jax.Array, convolution: tuple[tuple[str, Any], ...]) -> Any:

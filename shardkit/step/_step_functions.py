@@ -22,7 +22,7 @@ from ._gradients import (
     build_gradients,
     keep_groups,
     may_lose_groups,
-    plan_shards,
+    plan_draws,
 )
 from ._layout import StepLayout
 from ._objective import Objective, build_objective
@@ -181,8 +181,7 @@ class StepFunctions:
             return self._build_on_shards(build_shard_gradients, loss)
         plan = GradientPlan(self.bound, self.layout, grouped=grouped)
         if plan.per_shard_accumulation:
-            traced = jax.make_jaxpr(loss)(*self._loss_args).jaxpr
-            plan = plan_shards(loss, plan, self._loss_args, traced)
+            plan = plan_draws(loss, plan, self._loss_args)
         return build_gradients(loss, plan)
 
     def _keep_groups(self, loss: Objective) -> Objective:

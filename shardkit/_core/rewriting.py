@@ -1,0 +1,51 @@
+"""Functions some of whose equations are changed, at every depth of their trace."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.extend import core
+
+# By name of the primitive: makes the equation that takes its place, or returns it as it is.
+Changes = Mapping[str, Callable[[core.JaxprEqn], core.JaxprEqn]]
+
+
+def rewrite(function: Callable[..., Any], changes: Changes) -> Callable[..., Any]:
+    """Makes a function that traces another one and computes its trace with changes.
+
+    Args:
+      function: of arrays. Derivative rules of its own keep the equations that they have: rewrite
+        the gradient, not the loss, where they are to change as well.
+      changes: of equations. What is inside of an equation that they name is left alone.
+
+    >>> zero = jax.make_jaxpr(jax.numpy.cos)(0.0).eqns[0]
+    >>> cosine = {"sin": lambda eqn: eqn.replace(primitive=zero.primitive, params=zero.params)}
+    >>> float(rewrite(jax.jit(jax.numpy.sin), cosine)(0.0))
+    1.0
+    """
+
+    def run(*args: Any) -> Any:
+        traced, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+        results = core.jaxpr_as_fun(_change(traced, changes))(*jax.tree.leaves(args))
+        return jax.tree.unflatten(jax.tree.structure(shapes), results)
+
+    return run
+
+
+def _change(value: Any, changes: Changes) -> Any:
+    """Changes a jaxpr, or those in a parameter; the branches of a `cond` are a tuple of them."""
+    if isinstance(value, core.Jaxpr):
+        return value.replace(eqns=[_change_equation(eqn, changes) for eqn in value.eqns])
+    if isinstance(value, core.ClosedJaxpr):  # JAX 0.12 has one class for both
+        return value.replace(jaxpr=_change(value.jaxpr, changes))
+    if type(value) in (tuple, list):
+        return type(value)(_change(item, changes) for item in value)
+    return value
+
+
+def _change_equation(eqn: core.JaxprEqn, changes: Changes) -> core.JaxprEqn:
+    if change := changes.get(eqn.primitive.name):
+        return change(eqn)
+    if not any(True for _ in core.jaxprs_in_params(eqn.params)):
+        return eqn
+    return eqn.replace(params={name: _change(value, changes) for name, value in eqn.params.items()})
