@@ -26,7 +26,6 @@ from .._core.row_dims import map_rows, resize_rows, with_dim
 from .._core.split_rng import RandomDraws, per_shard_keys
 from .._core.types import Batch, Key, Params, PyTree, Scalar
 from ..nn._constrain import GRADIENT_SHARDS
-from ..nn._remat import parse_policy, use_policy
 from ..rules import axes_of
 from ._bound_spec import BoundSpec
 from ._layout import StepLayout
@@ -38,12 +37,7 @@ from ._objective import (
     value_and_grad,
 )
 from ._own_constraints import move_to_shards
-from ._shard_convolutions import (
-    check_grouped_convolutions,
-    has_grouped_convolution,
-    on_shards,
-    on_their_devices,
-)
+from ._shard_convolutions import on_shards, on_their_devices
 
 LossArgs = tuple[Params, PyTree, Batch, Key]  # params, model_state, batch, key
 LossAndGradients = tuple[LossOutput, Params]
@@ -58,13 +52,11 @@ class GradientPlan:
       bound: the spec and its mesh.
       layout: shardings of state, batch and gradients.
       draws: which random draws of the loss grow with its rows.
-      grouped: whether the partitioner may get grouped convolutions of the loss wrong.
     """
 
     bound: BoundSpec
     layout: StepLayout
     draws: RandomDraws = dataclasses.field(default_factory=lambda: RandomDraws(1))
-    grouped: bool = False
 
     @property
     def micro_batches(self) -> int:
@@ -131,33 +123,14 @@ def plan_draws(objective: Objective, plan: GradientPlan, args: LossArgs) -> Grad
     return dataclasses.replace(plan, draws=draws)
 
 
-def may_lose_groups(loss: Objective, bound: BoundSpec, layout: StepLayout, args: LossArgs) -> bool:
-    """Whether the partitioner may get grouped convolutions of a loss wrong.
-
-    Args:
-      loss: of the global batch.
-      bound: the spec and its mesh.
-      layout: how its batch is split.
-      args: abstract arguments of the loss.
-
-    Raises:
-      StepError: it may, where they cannot be kept from it.
-    """
-    mesh, row_axes = bound.mesh, layout.row_axes
-    if mesh.size == math.prod(mesh.shape[axis] for axis in row_axes):
-        return False
-    with use_policy(parse_policy(bound.spec.strategy.remat)):  # a trace that is made anyway
-        jaxpr = jax.make_jaxpr(loss)(*args).jaxpr
-    if found := has_grouped_convolution(jaxpr):
-        staged = tuple(kind.axis for kind in bound.spec.strategy.kinds if "layers" in kind.splits)
-        check_grouped_convolutions(jaxpr, mesh, row_axes, staged)
-    return found
-
-
 def keep_groups(
     run: Callable[..., PyTree], bound: BoundSpec, layout: StepLayout
 ) -> Callable[..., PyTree]:
-    """Keeps grouped convolutions of a function of global arrays on the devices of their rows."""
+    """Keeps grouped convolutions of a function of global arrays on the devices of their rows.
+
+    Raises (while it is traced):
+      StepError: one is where it cannot be kept from the partitioner.
+    """
     return rewrite(run, on_their_devices(bound.mesh, layout.row_axes))
 
 
@@ -212,9 +185,8 @@ def divide_by_weight(totals: Params, weight: Scalar) -> Params:
 def _accumulate_whole(objective: Objective, plan: GradientPlan, args: LossArgs) -> LossAndGradients:
     """Averages over whole micro-batches; the partitioner places the reductions."""
     params, model_state, batch, key = args
-    steps, run_gradient = plan.micro_batches, value_and_grad(objective)
-    if plan.grouped:
-        run_gradient = keep_groups(run_gradient, plan.bound, plan.layout)
+    steps = plan.micro_batches
+    run_gradient = keep_groups(value_and_grad(objective), plan.bound, plan.layout)
     if steps == 1:
         output, totals = run_gradient(params, model_state, batch, key)
         return output, divide_by_weight(totals, output.loss.weight)

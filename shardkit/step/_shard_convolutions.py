@@ -22,7 +22,7 @@ every weight is replicated. Those convolutions are mapped too, over the rows:
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 import jax
@@ -34,7 +34,6 @@ from jax.sharding import Mesh, PartitionSpec
 from .._core.equations import user_line
 from .._core.errors import Problem, StepError, raise_all
 from .._core.rewriting import Changes
-from .._core.tracing import equations
 
 _CONVOLUTION = jax.lax.conv_general_dilated_p
 _convolution_p = core.Primitive("shardkit_convolution")
@@ -58,53 +57,45 @@ def on_shards(mesh: Mesh, axes: tuple[str, ...]) -> Changes:
 def on_their_devices(mesh: Mesh, axes: tuple[str, ...]) -> Changes:
     """Computes grouped convolutions of global arrays on each device for its rows.
 
-    Where another axis splits channels, they are gathered before. Convolutions inside of a
-    `jax.shard_map` stay as they are.
+    Where another axis splits channels, they are gathered before. On a mesh whose axes all split
+    rows nothing changes: there the partitioner is right.
 
     Args:
       mesh: the device mesh.
       axes: mesh axes that split the rows.
+
+    Raises (while a function is rewritten):
+      StepError: a `jax.shard_map`, such as that of a pipeline, leaves channels of one to the
+        partitioner; with the line of each.
     """
+    others = {axis for axis in mesh.axis_names if mesh.shape[axis] > 1 and axis not in axes}
+    if not others:
+        return {}
+
+    def check(shard_map: core.JaxprEqn) -> core.JaxprEqn:
+        headline = "XLA would compute wrong numbers for a grouped convolution."
+        fix = "a mesh whose other axes all split rows, such as data"
+        found = dict.fromkeys(_left_to_xla(shard_map, frozenset(), others))
+        raise_all(StepError, headline, list(found), fix)
+        return shard_map
+
     change = functools.partial(_on_devices, mesh=mesh, axes=axes)
-    return {_CONVOLUTION.name: change, "shard_map": lambda equation: equation}
+    return {_CONVOLUTION.name: change, "shard_map": check}
 
 
-def has_grouped_convolution(jaxpr: core.Jaxpr) -> bool:
-    """Whether a convolution of a jaxpr has more than one group of channels or of rows."""
-    return any(eqn.primitive is _CONVOLUTION and _grouped(eqn.params) for eqn in equations(jaxpr))
-
-
-def check_grouped_convolutions(
-    jaxpr: core.Jaxpr, mesh: Mesh, row_axes: tuple[str, ...], stage_axes: tuple[str, ...]
-) -> None:
-    """Refuses grouped convolutions where a `jax.shard_map` leaves their channels to XLA.
-
-    Args:
-      jaxpr: of the loss.
-      mesh: the device mesh.
-      row_axes: mesh axes that split the rows.
-      stage_axes: mesh axes that a pipeline maps the layers over.
-
-    Raises:
-      StepError: with the line of each convolution.
-    """
-
-    def problems(jaxpr: core.Jaxpr, mapped: frozenset[str]) -> Iterator[Problem]:
-        free = [axis for axis in mesh.axis_names if axis not in {*mapped, *row_axes}]
-        over = " and ".join(repr(axis) for axis in free if mesh.shape[axis] > 1)
-        for eqn in jaxpr.eqns:
-            if eqn.primitive is _CONVOLUTION and _grouped(eqn.params) and mapped and over:
-                line, _ = user_line(eqn)
-                groups = max(eqn.params[f"{name}_group_count"] for name in ("feature", "batch"))
-                why = f"has {groups} groups, in a part of the step that maps {sorted(mapped)} alone"
-                yield Problem(line or "a convolution", f"{why} and leaves {over} to XLA")
-            for inner in core.jaxprs_in_params(eqn.params):
-                yield from problems(inner, mapped | eqn.params.get("newly_manual_axes", set()))
-
-    found = dict.fromkeys(problems(jaxpr, frozenset(stage_axes)))
-    headline = "XLA would compute wrong numbers for a grouped convolution."
-    fix = "a mesh whose other axes all split rows, such as data"
-    raise_all(StepError, headline, list(found), fix)
+def _left_to_xla(eqn: core.JaxprEqn, mapped: frozenset[str], others: Set[str]) -> Iterator[Problem]:
+    """Grouped convolutions in an equation, where axes without rows are not mapped."""
+    free = sorted(others - mapped)
+    if eqn.primitive is _CONVOLUTION and _grouped(eqn.params) and free:
+        line, _ = user_line(eqn)
+        groups = max(eqn.params[f"{name}_group_count"] for name in ("feature", "batch"))
+        why = f"has {groups} groups, in a part of the step that maps {sorted(mapped)} alone"
+        over = " and ".join(map(repr, free))
+        yield Problem(line or "a convolution", f"{why} and leaves {over} to XLA")
+    mapped |= eqn.params.get("newly_manual_axes", frozenset())
+    for jaxpr in core.jaxprs_in_params(eqn.params):
+        for inner in jaxpr.eqns:
+            yield from _left_to_xla(inner, mapped, others)
 
 
 def _grouped(params: Mapping[str, Any]) -> bool:

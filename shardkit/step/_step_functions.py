@@ -21,7 +21,6 @@ from ._gradients import (
     LossArgs,
     build_gradients,
     keep_groups,
-    may_lose_groups,
     plan_draws,
 )
 from ._layout import StepLayout
@@ -139,7 +138,7 @@ class StepFunctions:
             check_split_rows(self.bound, self.layout, loss, self._loss_args, gradients=False)
             loss = self._build_on_shards(build_shard_objective, loss)
         else:
-            loss = self._keep_groups(loss)
+            loss = keep_groups(loss, self.bound, self.layout)
         return build_eval_step(loss, self._to_compute_params)
 
     def training_loss(self, policy: str | None) -> Callable[[TrainState, Batch], Any]:
@@ -150,14 +149,14 @@ class StepFunctions:
         """
         spec, loss = self.bound.spec, build_plain_objective(self.bound.spec.loss_fn)
         on_shards = spec.mode == "shard_map"
-        loss = loss if on_shards else self._keep_groups(loss)
-        apart = spec.accumulate.micro_batches > 1 or spec.precision.reduces_separately
+        if not on_shards:
+            loss = keep_groups(loss, self.bound, self.layout)
         return build_training_loss(
             self._build_on_shards(build_micro_batch_objective, loss) if on_shards else loss,
             lambda params: cast_floats(params, policy),
             self.layout,
             spec.accumulate.micro_batches,
-            always_folds=apart and spec.accumulate.reduce == "end",
+            always_folds=self.per_shard_accumulation,
             own_keys=on_shards,
         )
 
@@ -173,21 +172,15 @@ class StepFunctions:
             cannot be split by gradient shard.
         """
         loss = build_objective(self.bound.spec.loss_fn, self.bound.mesh)
-        grouped = may_lose_groups(loss, self.bound, self.layout, self._loss_args)
         # Checkpoints the loss as a whole if it marks no layers with `sk.nn.remat`.
         loss = apply_policy(loss, parse_policy(self.bound.spec.strategy.remat), *self._loss_args)
         check_split_rows(self.bound, self.layout, loss, self._loss_args)
         if self.bound.spec.mode == "shard_map":
             return self._build_on_shards(build_shard_gradients, loss)
-        plan = GradientPlan(self.bound, self.layout, grouped=grouped)
+        plan = GradientPlan(self.bound, self.layout)
         if plan.per_shard_accumulation:
             plan = plan_draws(loss, plan, self._loss_args)
         return build_gradients(loss, plan)
-
-    def _keep_groups(self, loss: Objective) -> Objective:
-        if may_lose_groups(loss, self.bound, self.layout, self._loss_args):
-            return keep_groups(loss, self.bound, self.layout)
-        return loss
 
     def _build_on_shards(self, build: Callable[..., Any], loss: Objective) -> Any:
         with use_policy(layer_policy(self.bound, self.layout)):
