@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
 
@@ -81,6 +82,49 @@ def test_another_program_begins_a_new_run_where_none_is_named(begun, capsys):
 def test_another_mesh_and_another_start_are_no_other_run(begun):
     with pytest.raises(KeyboardInterrupt):
         train(begun, compiled(n=4, first=2.0), ends_at=3, resume=str(begun / "run"))
+
+
+def constrained(n, mesh=None):
+    sharding = jax.sharding.NamedSharding(mesh, P("data")) if mesh else P("data")
+
+    def loss(params, batch, key):
+        y = jax.lax.with_sharding_constraint(batch["x"] @ params["w"], sharding)
+        return jnp.mean(y**2)
+
+    return declared(n, loss_fn=loss)
+
+
+def declared(n, **changes):
+    step = compiled(n=n)
+    return sk.compile_step(**{**step.spec.replace(**changes).__dict__, "mesh": step.mesh})
+
+
+# Steps that know more than a loss of arrays and an optimizer of gradients.
+DECLARED = {
+    "lbfgs": lambda n: declared(n, optimizer=optax.lbfgs(memory_size=2)),
+    "line search": lambda n: declared(
+        n,
+        optimizer=optax.chain(
+            optax.sgd(0.1), optax.scale_by_backtracking_linesearch(max_backtracking_steps=3)
+        ),
+    ),
+    "frozen": lambda n: declared(
+        n,
+        init=lambda key: {"w": jax.random.normal(key, (4, 4)), "base": jnp.ones((3,))},
+        trainable="w",
+    ),
+    "constrained": constrained,
+    "constrained on its mesh": lambda n: constrained(n, compiled(n=n).mesh),
+}
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_every_step_runs_and_resumes_on_another_mesh(name, tmp_path, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, DECLARED[name](8), ends_at=3)
+    assert int(train(tmp_path, DECLARED[name](4)).step) == 4
+    assert "Starting a new run" not in capsys.readouterr().out
+    assert runs(tmp_path) == ["run"]
 
 
 def test_a_name_that_is_no_setting_is_told(begun):

@@ -12,13 +12,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from .._core.errors import StepError
+from .._core.own_sharding import on_any_mesh, without_constraints
 from .._core.tree import leaves_by_path, short_type
-from .._core.types import Key, Variables, WithAxes
+from .._core.types import Key, Params, Variables, WithAxes
 from ..checkpoint import compute_fingerprints, format_fingerprint
 from ..processes import ProcessGroup
-from ..step import CompiledStep, build_objective
+from ..step import CompiledStep, build_objective, call_update
 from ._config import TrainConfig
 from ._environment import package_versions
 
@@ -98,23 +100,36 @@ def agree_on_state(process_group: ProcessGroup, state: Any) -> None:
 def facts_of_step(step: CompiledStep) -> dict[str, Any]:
     """Returns what was declared, without mesh and layout, on which it may resume.
 
-    Loss, optimizer and init are hashes of their programs on one device, constants included.
+    Loss, optimizer and init are hashes of their programs on one device, constants included and
+    sharding constraints left out. A `jax.shard_map` on a mesh of the model's own is part of it.
     """
     spec, state = step.spec, jax.tree.map(_without_sharding, step.layout.state)
-    moments = (state.params, state.opt_state, state.params)
+    trained = step.layout.partition.trained(state.params)
 
     def init(key: Key) -> Any:
         made = spec.init(key)
         tree = (made.params, made.model_state) if isinstance(made, Variables) else made
         return jax.tree.map(_value, tree, is_leaf=lambda x: isinstance(x, WithAxes))
 
+    def update(grads: Params, opt_state: Any, params: Params) -> Any:
+        # What an optimizer asks for beside the gradient is of the loss, which has its own hash.
+        value = jnp.zeros(())
+        return call_update(
+            spec.optimizer,
+            grads,
+            opt_state,
+            params,
+            value,
+            value_and_grad=lambda moved: (value, moved),
+        )
+
     return {
         "init": _digest(init, state.key),
         "loss": _digest(
             build_objective(spec.loss_fn), state.params, state.model_state, spec.batch, state.key
         ),
-        "optimizer": f"{_digest(spec.optimizer.update, *moments)} "
-        f"{_digest(spec.optimizer.init, state.params)}",
+        "optimizer": f"{_digest(update, trained, state.opt_state, trained)} "
+        f"{_digest(spec.optimizer.init, trained)}",
         "precision": {k: str(v) for k, v in dataclasses.asdict(spec.precision).items()},
         "on_nonfinite": spec.on_nonfinite,
         "batch": _types(spec.batch),
@@ -128,8 +143,9 @@ def _types(tree: Any) -> dict[str, str]:
 
 def _digest(function: Callable[..., Any], *args: Any) -> str:
     """Returns 16 hexadecimal digits of a program; "" for one that only runs on shards."""
+    program = jax.jit(without_constraints(function))
     try:
-        text = jax.jit(function).lower(*args).as_text()
+        text = on_any_mesh(lambda *args: program.lower(*args).as_text())(*args)
     except StepError:
         return ""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
