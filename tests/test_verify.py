@@ -249,6 +249,12 @@ def test_limits_of_each_dtype():
     assert f32.threshold("gradients", 5e-7) == pytest.approx(4e-6)
     assert f32.threshold("k-step state", 1e-3) == pytest.approx(8e-3)
     assert bf16.threshold("gradients", 1.0) == 0.25
+    # A metric may be zero up to rounding, but noise alone is no reason to let it be anything.
+    assert f32.threshold("metrics", 5e-3) == pytest.approx(1e-5, rel=0.01)
+    assert f32.threshold("metrics", 2e-2) == pytest.approx(0.16)
+    assert bf16.threshold("metrics", 0.2) == 0.25
+    assert bf16.threshold("metrics", 2.0) == 16
+    assert bf16.threshold("metrics", np.inf) <= 0.25
 
 
 def test_a_layout_other_than_the_declared_one_is_found():

@@ -63,6 +63,25 @@ def checks(report):
     return {row.check for row in report.failed}
 
 
+@pytest.mark.parametrize("name", ["a_precision", "z_precision"])
+def test_a_metric_that_is_no_number_hides_no_other_and_is_named(name):
+    def loss(params, batch, key):
+        error = jnp.mean((batch["x"] @ params["w"]) ** 2)
+        return error, {name: jnp.sum(0 * error) / 0.0, "size": error}
+
+    step = sk.StepSpec(
+        loss_fn=loss,
+        optimizer=optax.sgd(0.1),
+        init=lambda key: {"w": jax.random.normal(key, (4, 4))},
+        batch={"x": np.ones((6, 4), np.float32)},
+        strategy=sk.strategies.data(),
+    )
+    found = sk.verify(step, [sk.MeshSpec(data=3)], steps=2)
+    named = {row.check: row.leaf for row in found.failed}
+    assert name in named["metrics"]
+    assert name in named["k-step metrics"]
+
+
 # Token ids.
 
 

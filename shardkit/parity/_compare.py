@@ -37,7 +37,8 @@ class ErrorLimits:
     Attributes:
       min_threshold: where no noise was measured: 8 roundings.
       max_threshold: however large the noise: 84 roundings, 1e-5 in f32.
-      max_after_steps: the same after steps of the declared optimizer. Adam divides a gradient by
+      max_after_steps: the same after steps of the declared optimizer, and for a scalar (a metric,
+        an evaluation) whose noise is above 1 %. Adam divides a gradient by
         its own magnitude, so an element that is zero up to rounding moves by the whole learning
         rate.
     """
@@ -55,12 +56,16 @@ class ErrorLimits:
     def threshold(self, check: str, noise: float) -> float:
         """`MARGIN` times the noise, clamped to the range of the check.
 
+        A scalar that is zero up to rounding has no upper limit.
         In f32 (eps 1.2e-7), for gradients: noise 0 gives 9.5e-7, noise 5e-7 gives 4e-6, and
         noise 1 gives 1e-5.
         """
         limit = self.max_after_steps if check in AFTER_STEPS else self.max_threshold
-        if check in SCALARS and noise > _MIN_SCALE:  # zero up to rounding
-            return MARGIN * noise
+        if check in SCALARS and _MIN_SCALE < noise < np.inf:
+            # Above `_ROUNDING` a scalar is zero up to rounding, and any value near zero is right.
+            return (
+                MARGIN * noise if noise > _ROUNDING else min(self.max_after_steps, MARGIN * noise)
+            )
         return min(limit, max(self.min_threshold, MARGIN * noise))
 
 
@@ -140,7 +145,8 @@ def compare_with_reference(
         if check in record and reference[check]:
             nudged = [noise_record[check] for noise_record in noise_records]
             candidates = _compare_leaves(check, record[check], reference[check], nudged, limits)
-            worst = max(candidates, key=lambda row: row.error / row.threshold)
+            # A NaN has an infinite error, which must not stand behind what passes.
+            worst = max(candidates, key=lambda row: (not row.ok, row.error / row.threshold))
             rows.append(dataclasses.replace(worst, mesh=mesh))
     if COUNTERS in record:
         rows.append(_count_row(mesh, COUNTERS, _miscounted(record, reference, noise_records)))

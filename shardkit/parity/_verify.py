@@ -48,7 +48,8 @@ def verify(
       and an evaluation after them; updates compile nothing after the first.
 
     A threshold is 8 times the measured noise: the change of the results when every parameter is
-    nudged by one rounding. In f32 it is at most 1e-5 for everything up to the SGD update. In bf16
+    nudged by one rounding. In f32 it is at most 1e-5 for everything up to the SGD update, but for
+    metrics and evaluations whose own noise is above 1 %. In bf16
     no gradient leaf may be scaled by more than 8 %, which its rounding averages out to.
 
     Each mesh costs the compilation of three programs beside the step's own: gradients, the SGD
