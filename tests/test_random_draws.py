@@ -241,6 +241,33 @@ def test_numbers_of_the_batch_may_be_folded_into_keys():
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("draw", ["poisson", "normal of rbg"])
+def test_parts_of_rows_are_checked_on_one_device_too(draw, devices):
+    """Two micro-batches have keys of parts, whose draws are those of whole rows or refused."""
+    impl = "rbg" if draw == "normal of rbg" else "threefry2x32"
+    sampler = SAMPLERS["normal" if draw == "normal of rbg" else draw]
+    with jax.default_prng_impl(impl), pytest.raises(sk.errors.StepError) as told:
+        split_step(sampler, devices, {"accumulate": 2}, independent_rows=True)
+    assert "test_random_draws.py:" in str(told.value)
+
+
+def test_a_loss_that_asserts_its_rows_without_a_word_is_named():
+    def loss(params, batch, key):
+        assert len(batch["hot"]) == ROWS
+        return jnp.mean(batch["hot"] @ params["w"])
+
+    options = {"optimizer": optax.sgd(0.1), "init": lambda key: {"w": jnp.ones(ROWS)}}
+    spec = sk.StepSpec(loss_fn=loss, batch=BATCH, strategy=sk.strategies.data(), **options)
+    mesh = sk.MeshSpec(data=2).build(devices=jax.devices()[:2])
+    for split in ({"accumulate": 2}, {"mode": "shard_map"}):
+        with pytest.raises(sk.errors.StepError, match=f"is written for {ROWS} rows.*Assertion"):
+            spec.replace(**split).compile(mesh)
+    step = spec.compile(mesh)
+    with pytest.raises(sk.errors.BatchError, match=f"is written for {ROWS} rows"):
+        step.evaluate(step.init(R.key(0)), {"hot": BATCH["hot"][:3]})
+
+
 @pytest.mark.parametrize(
     "setting", [("jax_default_prng_impl", "rbg"), ("jax_threefry_partitionable", False)], ids=str
 )

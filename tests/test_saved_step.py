@@ -96,8 +96,9 @@ STALE = {
 @pytest.mark.parametrize("name", STALE)
 def test_a_step_of_another_program_compiles_and_says_so(saved, compiles, name):
     changes, why = STALE[name]
-    with pytest.warns(sk.SavedStepWarning, match=why):
+    with pytest.warns(sk.SavedStepWarning, match=why) as told:
         step = sk.load_step(saved, make_spec(**changes))
+    assert {warning.filename for warning in told} == {__file__}
     assert compiles
     assert not step.program.from_cache
 
@@ -145,6 +146,26 @@ def test_an_unreadable_file_needs_a_mesh_and_compiles(saved, tmp_path, cut):
     with pytest.warns(sk.SavedStepWarning, match="is not a saved step"):
         step = sk.load_step(path, make_spec(), mesh=make_mesh())
     assert dict(step.mesh.shape) == {"data": 2, "tensor": 4}
+
+
+def told(params, batch, key):
+    jax.debug.print("loss {}", batch["x"][0, 0])
+    return loss(params, batch, key)
+
+
+def called(params, batch, key):
+    seen = jax.pure_callback(np.sin, jax.ShapeDtypeStruct((), "float32"), batch["x"][0, 0])
+    return loss(params, batch, key) + jax.lax.stop_gradient(seen)
+
+
+@pytest.mark.parametrize("calls_python", [told, called])
+def test_a_step_that_calls_python_cannot_be_saved(calls_python, tmp_path):
+    step = make_spec(loss_fn=calls_python).compile(make_mesh())
+    with pytest.raises(
+        sk.errors.StepError, match=r"a loss without jax\.debug\.print and callbacks"
+    ):
+        step.save(tmp_path / "step.saved")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_that_is_missing_or_cannot_be_written_is_an_error(tmp_path):

@@ -217,6 +217,7 @@ def test_two_networks_take_turns_without_copies():
     [
         ("lora/c", r"trainable='lora/c' +selects none of the 5 parameters"),
         (("lora/*", "bias"), r"trainable='bias' +selects none"),
+        ("the predicate", r"trainable='the predicate' +selects none"),
         ((), "selects none"),
         (lambda path: False, "trainable +selects none"),
         ("**", r"table i32\[16\] +is not a floating-point array"),
@@ -228,6 +229,19 @@ def test_two_networks_take_turns_without_copies():
 def test_a_wrong_declaration_is_an_error(trainable, expected):
     with pytest.raises(sk.ShardkitError, match=expected):
         make_step(MESHES["data"], trainable=trainable)
+
+
+def test_nothing_to_train_is_told_without_a_path():
+    with pytest.raises(sk.errors.StepError, match="Fix: paths of parameters; or leave trainable"):
+        sk.compile_step(
+            loss,
+            optax.adam(RATE),
+            init=lambda key: {},
+            batch={"x": X},
+            mesh=sk.MeshSpec(data=2).build(devices=jax.devices()[:2]),
+            strategy=sk.strategies.data(),
+            trainable="lora/*",
+        )
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from .equations import user_line
-from .errors import Problem, StepError, raise_all
+from .errors import Problem, StepError, first_line, raise_all
 from .source import Frame, is_user_file
 from .split_rng import (
     Drawn,
@@ -55,12 +55,9 @@ class Draw:
     @property
     def drawn(self) -> Drawn:
         """What the generator is asked for: gamma draws from one key for each of its elements."""
-        return ("split", (math.prod(self.shape),)) if self.kind == "gamma" else self.pair
-
-    @property
-    def pair(self) -> Drawn:
-        """Kind and shape."""
-        return self.kind, self.shape
+        return (
+            ("split", (math.prod(self.shape),)) if self.kind == "gamma" else (self.kind, self.shape)
+        )
 
 
 def match_draws(
@@ -84,8 +81,6 @@ def match_draws(
     Raises:
       StepError: a draw depends on the number of rows in a way that cannot be split.
     """
-    if shards == 1:
-        return RandomDraws(1)
     part, whole = (
         list_draws(trace_in_part(loss, args, keys)[0].jaxpr) for args in (shard_args, all_args)
     )
@@ -118,7 +113,7 @@ def trace_in_part(
     except Exception as error:  # a user's code
         # What fails with any key is no matter of keys, and raised as it is.
         jax.make_jaxpr(lambda *args: run(*args))(*args)
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         frames = [f for f in traceback.extract_tb(error.__traceback__) if is_user_file(f.filename)]
         line = ""
         if frames:

@@ -135,6 +135,11 @@ def raise_all(
         raise kind(format_problems(headline, problems, fix))
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message; the name of its type if it has none."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
 def did_you_mean(word: str, options: Iterable[str]) -> str:
     """Returns `" Did you mean 'tensor'?"` for the closest option, or `""`.
 

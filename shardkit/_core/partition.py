@@ -31,11 +31,11 @@ class Partition:
 
     def trained(self, tree: Params) -> Params:
         """The tree with None at each frozen leaf; the tree itself if none is frozen."""
-        return self._keep(tree, frozen=False) if self.frozen else tree
-
-    def frozen_part(self, tree: Params) -> Params:
-        """The tree with None at each trained leaf."""
-        return self._keep(tree, frozen=True)
+        if not self.frozen:
+            return tree
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: None if path_str(path) in self.frozen else x, tree
+        )
 
     def merge(self, trained: Params, full: Params) -> Params:
         """The full tree with the leaves of the trained part in place of its own."""
@@ -50,8 +50,3 @@ class Partition:
         if not self.frozen:
             return loss
         return lambda trained, *args: loss(self.merge(trained, params), *args)
-
-    def _keep(self, tree: Params, *, frozen: bool) -> Params:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, x: x if (path_str(path) in self.frozen) == frozen else None, tree
-        )

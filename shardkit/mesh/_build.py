@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh
 
-from .._core.errors import MeshError, Problem, count, format_problems
+from .._core.errors import MeshError, Problem, count, first_line, format_problems
 from ..hardware import find_chip
 from ._target import Target, format_example
 
@@ -64,7 +64,7 @@ def _tpu_devices(target: Target) -> list[Any]:
             platform="tpu", topology_name=target.topology, **options
         )
     except jax.errors.JaxRuntimeError as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         _refuse(
             target,
             f"the TPU compiler says: {reason}",

@@ -23,7 +23,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from .._core.errors import Problem, VerificationError, format_problems
+from .._core.errors import Problem, VerificationError, first_line, format_problems
 from .._core.own_sharding import on_any_mesh, without_constraints
 from .._core.partition import Partition
 from .._core.precision import cast_floats, policy_dtype
@@ -300,7 +300,7 @@ def _jit_alone(function: Callable[..., Any]) -> Callable[..., Any]:
         except ValueError as error:
             if not re.search("mesh passed to shard_map|incompatible devices", str(error)):
                 raise
-            why = f"names devices of its own, which one device is not: {str(error).splitlines()[0]}"
+            why = f"names devices of its own, which one device is not: {first_line(error)}"
             fix = "jax.shard_map(...) without mesh=; or sk.verify(make_step, ...), make_step(mesh)"
             problem = Problem("the model", why)
             headline = "The reference cannot run."

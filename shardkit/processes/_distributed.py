@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from .._core.errors import Problem, ProcessError, format_problems
+from .._core.errors import Problem, ProcessError, first_line, format_problems
 from .._core.options import check_arguments
 from ._coordinator import Coordinator
 from ._membership import Membership, detected_cluster, membership
@@ -158,8 +158,7 @@ def _initialize(processes: str, **arguments: object) -> None:
     try:
         jax.distributed.initialize(**arguments)  # pyright: ignore[reportArgumentType]
     except (RuntimeError, ValueError) as error:
-        first_line = str(error).splitlines()[0]
-        problem = Problem("jax.distributed.initialize", first_line)
+        problem = Problem("jax.distributed.initialize", first_line(error))
         fix = "sk.distributed() before the first array, key or jax.devices()"
         headline = f"The processes {processes} cannot be joined."
         raise ProcessError(format_problems(headline, [problem], fix)) from error

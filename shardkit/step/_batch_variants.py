@@ -13,7 +13,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from .._core.errors import BatchError, Problem, RetraceWarning, ShardingError, format_problems
+from .._core.errors import (
+    BatchError,
+    Problem,
+    RetraceWarning,
+    ShardingError,
+    first_line,
+    format_problems,
+)
 from .._core.tree import flatten_tree, leaves_by_path, short_type
 from .._core.types import Batch
 from ._bound_spec import BoundSpec
@@ -66,8 +73,8 @@ class BatchVariants:
         """The error for a batch unlike the declared one that the user's functions cannot take."""
         leaves, _ = flatten_tree(batch, "batch")
         changes = _list_changes(self.declared.layout.batch, tuple(map(_leaf_type, leaves)))
-        why = str(error).strip().partition("\n")[0] or type(error).__name__
-        problems = [*changes, Problem("loss_fn", f"cannot be traced with it: {why}")]
+        why = f"cannot be traced with it: {first_line(error)}"
+        problems = [*changes, Problem("loss_fn", why)]
         fix = (
             "the declared shapes and dtypes; or compile_step(..., batch=...) with those of the data"
         )

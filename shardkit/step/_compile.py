@@ -15,7 +15,7 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.extend import core
 from jax.sharding import Mesh
 
-from .._core.errors import Problem, StepError, raise_all
+from .._core.errors import Problem, StepError, first_line, raise_all
 from .._core.tree import format_bytes, nbytes
 from .._core.types import PyTree
 from ._deadlocks import check_deadlocks
@@ -198,7 +198,7 @@ def _explain_unknown_options(options: Mapping[str, Any]) -> Iterator[None]:
         unknown = [name for name in options if f"'{name}'" in str(error)]
         if not unknown:
             raise
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         problems = [Problem(f"compiler_options[{name!r}]", reason) for name in unknown]
         fix = "remove it, or compile for a target whose compiler has this option"
         raise_all(StepError, "The compiler rejects the options.", problems, fix)
@@ -216,7 +216,7 @@ def _explain_out_of_memory(args: tuple[PyTree, ...], in_shardings: PyTree) -> It
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         if not reason.startswith("RESOURCE_EXHAUSTED"):
             raise
         shardings = jax.tree.leaves(in_shardings)

@@ -267,7 +267,8 @@ class CompiledStep:
           path: the file; its folder must exist.
 
         Raises:
-          StepError: the file cannot be written, or several processes run the step.
+          StepError: the file cannot be written, the step calls Python (`jax.debug.print`, a
+            callback), or several processes run it.
         """
         self._variants.declared.save(path)
 

@@ -41,5 +41,5 @@ def load_step(
     if saved.names and step.program.name not in saved.names:
         differences = list(list_differences(saved))
         other = Problem("the step", "is another program than the one that was saved")
-        warn_stale(saved.path, differences or [other])
+        warn_stale(saved.path, differences or [other], stacklevel=3)
     return step

@@ -1,4 +1,4 @@
-"""A model's own sharding constraints: checked, moved to gradient shards, and explained if refused.
+"""A model's own sharding constraints: checked, and moved to gradient shards.
 
 They stay what JAX made of them, equations `sharding_constraint`, wherever the loss sees whole
 rows. A gradient shard is mapped by `jax.vmap`, along mesh axes that a constraint may name as well:

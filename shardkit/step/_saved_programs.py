@@ -28,7 +28,7 @@ import numpy as np
 from jax.experimental import serialize_executable
 from jax.sharding import AxisType, Mesh
 
-from .._core.errors import Problem, SavedStepWarning, StepError, format_problems
+from .._core.errors import Problem, SavedStepWarning, StepError, first_line, format_problems
 from .._core.io._files import os_errors_as, write_atomic
 
 _SCHEMA, _VERSION, _HEADER = "shardkit.step", 1, "header.json"
@@ -128,7 +128,8 @@ def save_programs(
       mesh: their devices.
 
     Raises:
-      StepError: the file cannot be written; or several processes run the step, each of which would
+      StepError: the file cannot be written; the step calls Python, which no file holds; or several
+        processes run the step, each of which would
         need a file of its own.
     """
     if jax.process_count() > 1:
@@ -144,6 +145,7 @@ def save_programs(
         "environment": describe_environment(mesh),
         "programs": sorted(programs),
     }
+    written = {name: _serialize(compiled) for name, (compiled, _) in programs.items()}
     fix = "step.save of a path in a folder that exists and can be written"
     with (
         os_errors_as(StepError, "The step cannot be saved.", os.fspath(path), fix),
@@ -151,9 +153,19 @@ def save_programs(
         zipfile.ZipFile(partial, "w") as file,
     ):
         file.writestr(_HEADER, json.dumps(header, indent=1))
-        for name, (compiled, log) in programs.items():
-            file.writestr(f"{name}.program", serialize_executable.serialize(compiled)[0])
+        for name, (_, log) in programs.items():
+            file.writestr(f"{name}.program", written[name])
             file.writestr(f"{name}.log", log)
+
+
+def _serialize(compiled: jax.stages.Compiled) -> bytes:
+    try:
+        return serialize_executable.serialize(compiled)[0]
+    except (AttributeError, TypeError, ValueError, pickle.PicklingError) as error:
+        why = f"cannot be written: {first_line(error)}"
+        fix = "a loss without jax.debug.print and callbacks, which call Python of this process"
+        problem = Problem("the program", why)
+        raise StepError(format_problems("The step cannot be saved.", [problem], fix)) from error
 
 
 def open_programs(path: str | os.PathLike[str], mesh: Mesh | None) -> SavedPrograms:
@@ -218,8 +230,14 @@ def list_differences(saved: SavedPrograms) -> Iterator[Problem]:
             yield Problem(name, f"was {before or 'not set'!r}, is {after or 'not set'!r}")
 
 
-def warn_stale(path: pathlib.Path, problems: Sequence[Problem]) -> None:
-    """Warns that executables of a file are not used."""
+def warn_stale(path: pathlib.Path, problems: Sequence[Problem], *, stacklevel: int = 4) -> None:
+    """Warns that executables of a file are not used.
+
+    Args:
+      path: the file.
+      problems: why.
+      stacklevel: of the user's call, counted from here: 4 below `open_programs`.
+    """
     fix = f"step.save({str(path)!r}) once it has compiled"
     headline = f"The step compiles, since what {path} holds does not fit."
-    warnings.warn(format_problems(headline, problems, fix), SavedStepWarning, stacklevel=4)
+    warnings.warn(format_problems(headline, problems, fix), SavedStepWarning, stacklevel=stacklevel)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jax.sharding import Mesh
 
-from .._core.errors import Problem, StepError, raise_all
+from .._core.errors import Problem, StepError, first_line, raise_all
 from .._core.precision import cast_floats
 from .._core.train_state import TrainState
 from .._core.types import Batch, Mean, Params
@@ -83,7 +83,7 @@ class StepFunctions:
                     # The checker runs only on what is traced for a jit, which caches by identity.
                     jax.jit(lambda *args, run=run: run(*args)).trace(*args)
             except jax.errors.KeyReuseError as error:
-                why = f"uses a random key twice: {str(error).splitlines()[0]}"
+                why = f"uses a random key twice: {first_line(error)}"
                 problems.append(Problem(name, why))
         fix = "first, second = jax.random.split(key)"
         raise_all(StepError, "Random numbers would repeat.", problems, fix)

@@ -59,12 +59,13 @@ def _select(declared: Trainable, leaves: Sequence[Leaf]) -> list[Leaf]:
     paths = [leaf.path for leaf in leaves]
     problems = [
         Problem(
-            f"trainable={name!r}" if name in dead and names != ["the predicate"] else "trainable",
+            f"trainable={name!r}" if name in dead and not callable(declared) else "trainable",
             f"selects none of the {len(leaves)} parameters.{did_you_mean(name, paths)}",
         )
         for name in dead or ([] if chosen or not leaves else ["()"])
     ]
-    fix = f"paths of parameters, such as {paths[0]!r}; or leave trainable out to train all"
+    such = f", such as {paths[0]!r}" if paths else ""
+    fix = f"paths of parameters{such}; or leave trainable out to train all"
     raise_all(StepError, "The trained parameters are declared wrongly.", problems, fix)
     return chosen
 

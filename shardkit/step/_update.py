@@ -18,8 +18,6 @@ from ._nonfinite import SKIPPED, OnNonfinite, is_finite_update, select_state
 from ._objective import LossOutput, Objective, divide_mean
 from .optim._extra_args import call_update
 
-# `{name: f32[]}`.
-
 # Folded into the key in place of a step number, which never reaches it.
 _EVALUATE = 0xFFFFFFFF
 
@@ -27,10 +25,10 @@ _EVALUATE = 0xFFFFFFFF
 def build_train_step(
     gradients: GradientFn,
     optimizer: optax.GradientTransformation,
-    partition: Partition = Partition(),  # noqa: B008
-    shardings: PyTree | None = None,
+    partition: Partition,
+    shardings: PyTree | None,
     *,
-    on_nonfinite: OnNonfinite = "apply",
+    on_nonfinite: OnNonfinite,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Builds `(state, batch) → (state, metrics)`.
 

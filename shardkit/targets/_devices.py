@@ -7,7 +7,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from .._core.errors import MeshError, Problem, format_problems
+from .._core.errors import MeshError, Problem, first_line, format_problems
 from ..hardware import gpu_target_config
 from ..mesh import MeshSpec, Target
 
@@ -45,7 +45,7 @@ def _gpu_devices(target: Target) -> list[Any]:
             target_config=gpu_target_config(target.chip),
         )
     except jax.errors.JaxRuntimeError as error:
-        _refuse(target, f"the CUDA compiler says: {str(error).splitlines()[0]}", "gpu:h100:1x8")
+        _refuse(target, f"the CUDA compiler says: {first_line(error)}", "gpu:h100:1x8")
     return list(topology.devices)
 
 

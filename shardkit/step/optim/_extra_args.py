@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import optax
 
-from ..._core.errors import Problem, ShardkitError, StepError, format_problems
+from ..._core.errors import Problem, ShardkitError, StepError, first_line, format_problems
 from ..._core.types import Params, PyTree, Scalar
 
 ValueAndGrad = Callable[[Params], tuple[Scalar, Params]]
@@ -93,7 +93,7 @@ def _explain(error: Exception, offered: list[str]) -> str:
     names = [frame.f_code.co_qualname for frame, _ in traceback.walk_tb(error.__traceback__)]
     owners = [name.split(".<locals>")[0] for name in names if ".<locals>" in name]
     links = [owner for owner in owners if owner not in ("chain", "with_extra_args_support")]
-    reason = str(error).strip().splitlines()[0].rstrip(".").replace(".<locals>.update_fn()", "")
+    reason = first_line(error).rstrip(".").replace(".<locals>.update_fn()", "")
     where = f"optimizer ({links[-1]})" if links else "optimizer"
     why = f"cannot be updated: {reason}. A step gives {', '.join(offered)}, and gradients of a mean"
     fix = "an optimizer that asks for no more, such as optax.adamw(1e-3)"

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from ..._core.draws import trace_in_part
-from ..._core.errors import Problem, StepError, raise_all
+from ..._core.errors import Problem, StepError, first_line, raise_all
 from ..._core.partition import Partition
 from ..._core.row_dims import RowDims, count_rows, resize_rows
 from ..._core.tree import leaves_by_path
@@ -77,7 +77,7 @@ def check_rows(
         try:
             many, _ = trace_in_part(runs[1], (params, model_state, doubled, key))
         except Exception as error:  # a user's code
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             why = (
                 f"fails on {2 * count} ({type(error).__name__}: {reason}), and {splits} splits them"
             )

@@ -19,7 +19,7 @@ from jax.extend import core, source_info_util
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from ..._core.equations import user_line
-from ..._core.errors import Problem, StepError, format_problems
+from ..._core.errors import Problem, StepError, first_line, format_problems
 from ..._core.types import PyTree
 from ...nn._manual_axis_rules import Axes, pvary, untyped, vary_p, varying_axes
 from ._axis_types import (
@@ -266,7 +266,7 @@ def _bind(equation: core.JaxprEqn, values: list[Any]) -> Values:
         results = equation.primitive.bind(*_widen(values, [axes] * len(values)), **params)
     except (TypeError, ValueError, NotImplementedError) as error:
         where, code = user_line(equation)
-        why = f"`{code}` has no types on shards ({str(error).splitlines()[0]})"
+        why = f"`{code}` has no types on shards ({first_line(error)})"
         fix = 'mode="auto"; or sk.ShardMapLoss(local, reference), whose local loss casts by itself'
         headline = 'mode="shard_map" does not support this loss.'
         problem = Problem(f"{name} ({where})", why, fix)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import re
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -11,7 +10,8 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from ..._core.equations import source_of_equation
-from ..._core.errors import Problem, StepError, did_you_mean, format_problems, raise_all
+from ..._core.errors import Problem, StepError, did_you_mean, first_line, format_problems, raise_all
+from ..._core.source import find_user_line
 from ..._core.tracing import equations
 from ..._core.tree import Leaf, list_leaves
 from ...nn._constrain import constrain_p
@@ -87,18 +87,14 @@ def explain_loop_types() -> Iterator[None]:
     except TypeError as error:
         if "manual axis types do not match" not in str(error):
             raise
-        frames = traceback.extract_tb(error.__traceback__)
-        users = [f for f in frames if not _LIBRARIES.search(f.filename)]
-        where = f"{users[-1].filename.rpartition('/')[2]}:{users[-1].lineno}" if users else "?"
-        what = str(error).splitlines()[0].split(" must ")[0]
+        frames = reversed(traceback.extract_tb(error.__traceback__))
+        where = find_user_line((frame.filename, frame.lineno or 0) for frame in frames)
+        what = first_line(error).split(" must ")[0]
         why = f"{what} differ: one is a constant, the other depends on a device's rows"
         fix = 'jnp.zeros_like(x[0]) of an array of the batch, not jnp.zeros(...); or mode="auto"'
-        problem = Problem(f"loss_fn at {where}", why, fix)
+        problem = Problem(f"loss_fn at {where}" if where else "loss_fn", why, fix)
         headline = 'mode="shard_map" cannot trace the loss on shards.'
         raise StepError(format_problems(headline, [problem])) from error
-
-
-_LIBRARIES = re.compile(r"[/\\](jax|shardkit|flax|optax)[/\\]|contextlib")
 
 
 def leaf_problems(
