@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, Literal
 
 from .._core.errors import ConfigError, Problem, raise_all
+from .._core.io._files import path_problem
 from .._core.options import check_options
 from ._values import BadValue, parse
 
@@ -19,6 +20,9 @@ class CompileConfig:
         `skip` the update and count it, or `apply` it.
       deterministic: exclude operations whose result varies from run to run.
       debug: detect random keys that are used twice.
+      cache: folder of `shardkit train` for what it compiles, which is loaded when the run is
+        started again; `auto`: `.compiled` beside the folder of the run, but none for several
+        simulated CPU devices; `off`: none.
 
     >>> CompileConfig(options=("xla_first=true", "xla_second=2")).arguments["compiler_options"]
     {'xla_first': True, 'xla_second': 2}
@@ -29,6 +33,7 @@ class CompileConfig:
     on_nonfinite: Literal["apply", "skip", "stop"] = "stop"
     deterministic: bool = False
     debug: bool = False
+    cache: str = "auto"
 
     def __post_init__(self) -> None:
         """Refuses an option without a name or a value."""
@@ -39,6 +44,8 @@ class CompileConfig:
             if not all(part.strip() for part in option.partition("=")[::2])
         ]
         raise_all(ConfigError, "The compiler's options cannot be read.", problems)
+        problem = path_problem(self.cache, f"compile.cache={self.cache}")
+        raise_all(ConfigError, "What is compiled cannot be kept.", [problem] if problem else [])
 
     @property
     def arguments(self) -> dict[str, Any]:

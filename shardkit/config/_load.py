@@ -18,6 +18,7 @@ from .._core.errors import (
     format_problems,
     raise_all,
 )
+from .._core.io._files import local_path
 from ._override import apply_overrides, type_problems
 from ._tree import Config
 from ._values import hints, is_dataclass_type
@@ -37,7 +38,9 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
       ConfigError: the file does not exist, raises or returns something else; a field has a
         value of another type; or an override cannot be applied.
     """
-    config = Config() if path is None else _run_file(_find_file(Path(path)))
+    config = (
+        Config() if path is None else _run_file(_find_file(local_path(path, ConfigError, _NO_FILE)))
+    )
     problems = type_problems(config)
     raise_all(ConfigError, f"{path} sets fields to values of other types.", problems)
     return apply_overrides(config, overrides)
@@ -48,6 +51,11 @@ def _shipped_folders() -> list[Path]:
     package = Path(__file__).parents[1]
     checkout = [package.parent] if (package.parent / "pyproject.toml").is_file() else []
     return [folder / "configs" for folder in (package, *checkout)]
+
+
+def shipped_configs() -> list[Path]:
+    """Returns the files of the shipped configs, by name: `context.py`, `default.py`, …."""
+    return next(found for folder in _shipped_folders() if (found := sorted(folder.glob("*.py"))))
 
 
 def _find_file(path: Path) -> Path:
@@ -73,7 +81,7 @@ def _run_file(path: Path) -> Config:
 
 def _import(path: Path) -> ModuleType:
     if not path.is_file():
-        raise ConfigError(format_problems("There is no such config.", [_describe_missing(path)]))
+        raise ConfigError(format_problems(_NO_FILE, [_describe_missing(path)]))
     name = f"shardkit_config_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     loader = spec.loader if spec else None
@@ -130,6 +138,7 @@ def _describe_error(error: Exception) -> str:
     return f"{text[: match.end()]}; it has {', '.join(fields)}.{did_you_mean(match[2], fields)}"
 
 
+_NO_FILE = "There is no such config."
 _EXAMPLE = "def config() -> sk.Config: return sk.Config(...)"
 
 

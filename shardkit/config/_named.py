@@ -10,6 +10,7 @@ from .._core.errors import did_you_mean
 from ..lm import SIZES, DecoderConfig
 from ..mesh import MeshSpec
 from ..parallel import Strategy, strategies
+from ._pretrained import PretrainedDecoder
 from ._values import BadValue
 
 _STRATEGIES: dict[str, Callable[..., Strategy]] = {
@@ -54,6 +55,8 @@ def parse_mesh(text: str) -> MeshSpec:
     sizes = {axis.strip(): size for axis, _, size in pairs}
     if not all(axis and _is_int(size) for axis, size in sizes.items()):
         raise BadValue(f"expected axis=size,axis=size, got {text!r}.")
+    if len(sizes) < len(pairs):
+        raise BadValue(f"an axis has two sizes in {text!r}.")
     if "dcn" in sizes:
         raise BadValue("slices are set per axis: dcn.data=2.")
     slices = {axis: int(n) for axis, n in sizes.items() if axis.startswith(_SLICES)}
@@ -106,7 +109,7 @@ def _constant_value(node: ast.expr) -> Any:
 
 
 NAMED: dict[Any, Callable[[str], Any]] = {
-    DecoderConfig: parse_size,
+    DecoderConfig | PretrainedDecoder: parse_size,
     Strategy: parse_strategy,
     MeshSpec: parse_mesh,
 }

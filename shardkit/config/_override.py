@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import typing
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -57,9 +58,14 @@ def type_problems(config: Any, where: str = "") -> list[Problem]:
             )
         elif isinstance(value, float) and not math.isfinite(value):
             problems.append(Problem(field, f"is {value}.", f"{field}=0.1, a finite number"))
-        elif dataclasses.is_dataclass(value) and is_dataclass_type(annotation):
+        elif is_dataclass_type(type(value)) and _is_group(annotation):
             problems += type_problems(value, f"{field}.")
     return problems
+
+
+def _is_group(annotation: Any) -> bool:
+    """Whether an annotation is a group of fields, or one of several such groups."""
+    return all(map(is_dataclass_type, typing.get_args(annotation) or (annotation,)))
 
 
 @dataclasses.dataclass(frozen=True)

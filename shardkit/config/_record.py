@@ -8,11 +8,13 @@ from jax.sharding import PartitionSpec
 
 from .._core.errors import ConfigError, Problem, format_problems
 from ._override import apply_overrides
+from ._pretrained import PretrainedDecoder
 from ._tree import Config
 from ._values import is_dataclass_type
 
 # Groups whose records are plain values.
 _PLAIN = ("model", "data", "optimizer", "train")
+_OPTIONAL = ("lora",)  # which records of older runs lack
 
 
 def to_record(config: Any) -> Any:
@@ -30,6 +32,22 @@ def to_record(config: Any) -> Any:
     if isinstance(config, tuple | list):
         return [to_record(item) for item in config]
     return config if isinstance(config, str | int | float | None) else repr(config)
+
+
+def run_record(config: Config) -> dict[str, Any]:
+    """Returns the record of a run: what its weights are, in place of where they are read from.
+
+    The decoder that a folder describes is in `model`, the checksum of its files in `weights`.
+
+    Raises:
+      ConfigError: there is no such folder, or its family is unknown.
+      CheckpointError: its files cannot be read.
+    """
+    record = to_record(config) | {"lora": to_record(config.adapters)}
+    if isinstance(config.model, PretrainedDecoder):
+        weights = {"folder": config.model.weights, "fingerprint": config.model.fingerprint}
+        record |= {"model": to_record(config.decoder), "weights": weights}
+    return record
 
 
 def from_record(record: Mapping[str, Any], where: str) -> Config:
@@ -51,6 +69,7 @@ def from_record(record: Mapping[str, Any], where: str) -> Config:
         problem = Problem(where, f"has a record without {absent}")
         fix = "sk.replay(folder, step), with the step of that run for one device"
         raise ConfigError(format_problems("This is not a run of shardkit train.", [problem], fix))
+    groups += [name for name in _OPTIONAL if isinstance(record.get(name), Mapping)]
     assigned = [f"{g}.{name}={_text(value)}" for g in groups for name, value in record[g].items()]
     return apply_overrides(Config(), assigned)
 

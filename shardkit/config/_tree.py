@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 from .._core.errors import ConfigError, Problem, format_problems
 from ..data import BYTES, DataConfig
 from ..hardware import Chip
-from ..lm import DecoderConfig, TextTrainConfig, declare_run
+from ..lm import DecoderConfig, LoraConfig, TextTrainConfig, declare_run
 from ..mesh import MeshSpec
 from ..parallel import Strategy, strategies
 from ._compile import CompileConfig
 from ._optimizer import OptimizerConfig
+from ._pretrained import PretrainedDecoder
 
 if TYPE_CHECKING:
     from ..step import StepSpec
@@ -35,7 +36,8 @@ class Config:
 
     Attributes:
       name: of the run; its files go to `runs/<name>`.
-      model: the decoder.
+      model: the decoder; a `PretrainedDecoder` is that of a Hugging Face folder.
+      lora: adapters, which alone are trained.
       data: the text.
       devices: target that the mesh is built on: `local`, `cpu:8`, ….
       mesh: axes and their sizes.
@@ -47,7 +49,8 @@ class Config:
     """
 
     name: str = "default"
-    model: DecoderConfig = dataclasses.field(default_factory=_default_model)
+    model: DecoderConfig | PretrainedDecoder = dataclasses.field(default_factory=_default_model)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     devices: str = "cpu:8"
     mesh: MeshSpec = dataclasses.field(default_factory=lambda: MeshSpec(data=-1, tensor=4))
@@ -60,8 +63,30 @@ class Config:
     def step_spec(self) -> "StepSpec":
         """Returns the training step; `mesh` and `devices` are what to compile it for."""
         optimizer = self.optimizer.build(self.train.steps)
-        compiling = self.compile.arguments
-        return declare_run(self.model, self.data, self.strategy, optimizer, **compiling)
+        options = {"lora": self.adapters, **self.compile.arguments}
+        return declare_run(self.decoder, self.data, self.strategy, optimizer, **options)
+
+    @property
+    def decoder(self) -> DecoderConfig:
+        """The decoder, read from `config.json` if `model` is that of a folder.
+
+        Raises:
+          ConfigError: the folder is absent, or its family is unknown.
+          CheckpointError: it has no `config.json`.
+        """
+        return self.model if isinstance(self.model, DecoderConfig) else self.model.decoder
+
+    @property
+    def adapters(self) -> LoraConfig:
+        """The adapters, with the dtype of the weights beside them."""
+        model = self.model
+        return model.lora(self.lora) if isinstance(model, PretrainedDecoder) else self.lora
+
+    @property
+    def encoded_data(self) -> DataConfig:
+        """The data, with the tokenizer of the folder of weights where it names none."""
+        model = self.model
+        return model.data(self.data) if isinstance(model, PretrainedDecoder) else self.data
 
     def __post_init__(self) -> None:
         """Refuses a vocabulary smaller than the bytes of text, and a name with slashes."""

@@ -2,9 +2,10 @@
 
 from ._arrays import Arrays, Dataset
 from ._baselines import Baselines, measure_baselines
-from ._batch_source import BatchSource, resume_step
+from ._batch_source import BatchSource, ScoredSource, resume_step
 from ._config import DataConfig
 from ._corpus import Corpus
+from ._examples import Examples, load_examples, load_source
 from ._loader import Loader
 from ._process import place_rows, process_rows, rows_of_shardings
 from ._read_text import read_corpus, read_standard_library
@@ -23,10 +24,14 @@ __all__ = [
     "Corpus",
     "DataConfig",
     "Dataset",
+    "Examples",
     "Loader",
+    "ScoredSource",
     "Stream",
     "Text",
     "TokenBatch",
+    "load_examples",
+    "load_source",
     "load_text",
     "measure_baselines",
     "open_shards",

@@ -7,6 +7,7 @@ import numpy as np
 
 from .._core.errors import DataError, Problem, count, raise_all
 from .._core.types import Batch
+from ._config import DataConfig
 
 
 class BatchSource(Protocol):
@@ -26,6 +27,47 @@ class BatchSource(Protocol):
 
     def state(self, step: int) -> dict[str, Any]:
         """Returns `{"batch": step, ...}` as JSON values; the other entries identify the data."""
+        ...
+
+
+class ScoredSource(BatchSource, Protocol):
+    """Tokens to train on and tokens to score: `Text` or `Examples`."""
+
+    @property
+    def config(self) -> DataConfig:
+        """How they are cut into rows."""
+        ...
+
+    @property
+    def unit(self) -> str:
+        """What a token is: `byte` or `token`."""
+        ...
+
+    @property
+    def validation_tokens(self) -> int:
+        """Number of tokens that the validation batches score, each once."""
+        ...
+
+    @property
+    def validation_bytes(self) -> int | None:
+        """Bytes that they stand for; None if that is not known."""
+        ...
+
+    @property
+    def validation_steps(self) -> int:
+        """Number of validation batches."""
+        ...
+
+    def validation_batch(self, step: int, rows: slice | np.ndarray = ...) -> Batch:
+        """Returns the validation batch of a step in `range(validation_steps)`."""
+        ...
+
+    def validation_weight(self, step: int) -> int:
+        """Number of tokens that all rows of a validation batch score."""
+        ...
+
+    def describe(self) -> str:
+        """Returns one line: what is read, and how much of it."""
         ...
 
 

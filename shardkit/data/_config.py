@@ -1,6 +1,7 @@
 """`DataConfig`: which data a run reads, and how it is cut into rows."""
 
 import dataclasses
+from typing import Literal
 
 from .._core.errors import DataError, Problem, raise_all
 from .._core.io._files import path_problem
@@ -25,6 +26,14 @@ class DataConfig:
         token shards it is only needed to decode the sample that a run ends with.
       packing: whether a training row holds whole documents, which do not attend to each other,
         instead of a contiguous part of the stream of documents. Longer documents are cut.
+      format: `json_lines` for examples, one a line: chats, prompts with completions, or text, of
+        which the answers alone count in the loss (see `docs/finetune.md`). With `packing` a row
+        holds several examples, which do not attend to each other, else one. `tokenizer` may be
+        `bytes`.
+      template: how a chat is written as text: `chatml`, `llama3`, `gemma`, `mistral` or `plain`;
+        None for the one whose marks are tokens of the tokenizer.
+      overlong: what becomes of a chat or completion that is longer than a row: it is left out,
+        cut behind the row, or an error. Each is counted.
       prefetch: batches to read ahead and put on the devices while a step runs; 0 reads each when
         it is requested.
     """
@@ -38,6 +47,9 @@ class DataConfig:
     tokenizer: str | None = None
     packing: bool = False
     prefetch: int = 2
+    format: Literal["text", "json_lines"] = "text"
+    template: str | None = None
+    overlong: Literal["drop", "cut", "error"] = "drop"
 
     def __post_init__(self) -> None:
         """Refuses sizes that no text can satisfy."""
@@ -66,8 +78,23 @@ class DataConfig:
             for name, (valid, why, fix) in checks.items()
             if not valid
         ]
+        problems += self._format_problems()
         for name in ("path", "tokenizer"):
             value = getattr(self, name)
             if value is not None and (problem := path_problem(value, f"data.{name}={value}")):
                 problems.append(problem)
         raise_all(DataError, "The data cannot be cut this way.", problems)
+
+    def _format_problems(self) -> list[Problem]:
+        """Lists fields that change nothing for this format."""
+        if self.format == "json_lines":
+            fields = {"overlap": 0}
+            why, fix = "changes nothing: examples are scored whole.", "data.overlap=0"
+        else:
+            fields = {"template": None, "overlong": "drop"}
+            why, fix = "changes nothing: text is no chat.", "data.format=json_lines"
+        return [
+            Problem(f"data.{name}={getattr(self, name)}", why, f"--set {fix}")
+            for name, default in fields.items()
+            if getattr(self, name) != default
+        ]

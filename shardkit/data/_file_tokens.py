@@ -24,7 +24,9 @@ class FileTokens:
       dtype: of the tokens.
     """
 
-    def __init__(self, path: Path, dtype: np.dtype, offset: int, count: int) -> None:
+    def __init__(
+        self, path: Path, dtype: np.dtype, offset: int, count: int, *, file: int | None = None
+    ) -> None:
         """Opens the file.
 
         Args:
@@ -32,12 +34,13 @@ class FileTokens:
           dtype: of the tokens.
           offset: byte of the first token.
           count: number of tokens.
+          file: descriptor of the open file, which is copied; by default the path is opened.
 
         Raises:
           OSError: the file cannot be opened.
         """
         self.dtype, self._path, self._offset, self._count = dtype, path, offset, count
-        self._file = os.open(path, os.O_RDONLY)
+        self._file = os.open(path, os.O_RDONLY) if file is None else os.dup(file)
         self._close = weakref.finalize(self, os.close, self._file)
         self._opened = _identity(self._file)
 
@@ -57,9 +60,9 @@ class FileTokens:
         return self._count * self.dtype.itemsize
 
     def cut(self, start: int, stop: int) -> "FileTokens":
-        """Returns a range of tokens without reading them."""
-        size = self.dtype.itemsize
-        part = FileTokens(self._path, self.dtype, self._offset + start * size, stop - start)
+        """Returns a range of tokens of the same open file without reading them."""
+        offset = self._offset + start * self.dtype.itemsize
+        part = FileTokens(self._path, self.dtype, offset, stop - start, file=self._file)
         part._opened = self._opened
         return part
 

@@ -200,20 +200,20 @@ def verify_shards(paths: Sequence[str | Path]) -> None:
       paths: `.bin` files. `open_shards` compares a sample of their blocks.
 
     Raises:
-      DataError: naming every file that is damaged, or has no checksums: those of format 1.
+      DataError: naming every file that is damaged, or has no checksums: `.npy`, and format 1.
     """
     problems = []
     for path in (local_path(path, DataError) for path in paths):
         try:
-            _, header = _open_bin(path)
-            if header.checksum is None:
-                raise _InvalidShard("has no checksums: it is of format 1")
+            header = _open_shard(path)[1]
+            if header is None or header.checksum is None:
+                form = "it is of format 1" if header else "only .bin files have them"
+                raise _InvalidShard(f"has no checksums: {form}")
             with open(path, "rb") as file:
                 _check_blocks(file, header)
         except (_InvalidShard, OSError) as error:
-            why = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
-            problems.append(Problem(str(path), f"{why}.", _FIX))
-    raise_all(DataError, f"{count(len(problems), 'token shard')} cannot be used.", problems)
+            problems.append(_unusable(path, error))
+    _raise_unusable(problems)
 
 
 def open_shards(paths: Sequence[str | Path], vocabulary: int | None = None) -> Stream:
@@ -235,14 +235,12 @@ def open_shards(paths: Sequence[str | Path], vocabulary: int | None = None) -> S
         try:
             file, header = _open_shard(path)
         except (_InvalidShard, OSError) as error:
-            why = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
-            problems.append(Problem(str(path), f"{why}.", _FIX))
+            problems.append(_unusable(path, error))
             continue
         files.append(file)
         headers.append(header)
         problems += _mismatches(file.name, header, headers[0], vocabulary)
-    n = count(len(problems), "token shard")
-    raise_all(DataError, f"{n} cannot be used.", problems)
+    _raise_unusable(problems)
     limit = vocabulary or max([header.vocabulary for header in headers if header], default=0)
     unchecked, largest = _MAX_CHECKED, 0
     for file, header in zip(files, headers, strict=True):
@@ -254,6 +252,15 @@ def open_shards(paths: Sequence[str | Path], vocabulary: int | None = None) -> S
 
 
 _FIX = "write it again with sk.data.write_tokens, or --set data.path=OTHER_SHARDS"
+
+
+def _unusable(path: Path, error: Exception) -> Problem:
+    why = getattr(error, "strerror", None) or str(error)
+    return Problem(str(path), f"{why}.", _FIX)
+
+
+def _raise_unusable(problems: Sequence[Problem]) -> None:
+    raise_all(DataError, f"{count(len(problems), 'token shard')} cannot be used.", problems)
 
 
 def _mismatches(

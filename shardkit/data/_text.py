@@ -24,7 +24,7 @@ from ._sequences import (
 )
 from ._shards import open_shards
 from ._stream import Stream
-from ._tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from ._tokenizer import Tokenizer, load_fitting_tokenizer
 
 # Tokens of each shard that are compared with a tokenizer's ids before a run starts.
 _CHECKED_TOKENS = 2**20
@@ -200,7 +200,7 @@ def load_text(config: DataConfig, vocabulary: int | None = None) -> Text:
     """
     if config.path is not None and (paths := list_shards(config.path)):
         return Text(_load_shards(config, paths, vocabulary), config)
-    tokenizer = _load_fitting_tokenizer(config, vocabulary)
+    tokenizer = load_fitting_tokenizer(config, vocabulary)
     fraction = config.validation_fraction
     text = (
         read_standard_library(fraction)
@@ -211,25 +211,12 @@ def load_text(config: DataConfig, vocabulary: int | None = None) -> Text:
 
 
 def _load_shards(config: DataConfig, paths: list[Any], vocabulary: int | None) -> TokenCorpus:
-    tokenizer = _load_fitting_tokenizer(config, vocabulary) if config.tokenizer else None
+    tokenizer = load_fitting_tokenizer(config, vocabulary) if config.tokenizer else None
     stream = open_shards(paths, vocabulary)
     if tokenizer is not None:
         _check_ids_known(stream, tokenizer, config)
     train, validation = stream.split(config.validation_fraction)
     return TokenCorpus(f"the token shards in {config.path}", train, validation, tokenizer)
-
-
-def _load_fitting_tokenizer(config: DataConfig, vocabulary: int | None) -> Tokenizer:
-    """Loads the config's tokenizer; the model must have an id for each of its tokens."""
-    tokenizer = load_tokenizer(config.tokenizer)
-    if vocabulary is not None and tokenizer.vocabulary > vocabulary:
-        by_byte = isinstance(tokenizer, ByteTokenizer)
-        what = "text is read by the byte, which takes" if by_byte else "it has"
-        why = f"{what} {tokenizer.vocabulary} ids; the model has model.vocab={vocabulary}."
-        fix = f"--set model.vocab={tokenizer.vocabulary}"
-        problem = Problem(f"data.tokenizer={config.tokenizer}", why, fix)
-        raise_all(DataError, "The tokens do not fit the model.", [problem])
-    return tokenizer
 
 
 def _check_ids_known(stream: Stream, tokenizer: Tokenizer, config: DataConfig) -> None:

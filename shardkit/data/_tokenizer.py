@@ -3,17 +3,23 @@
 import dataclasses
 import functools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from .._core.errors import DataError, Problem, format_problems
+from .._core.errors import DataError, Problem, format_problems, raise_all
 from .._core.io._files import local_path
+from ._config import DataConfig
 from ._file_tokens import check_regular
 
 BYTES = 256
+BYTE_TOKENIZER = "bytes"
+"""The name of the byte tokenizer in `data.tokenizer`."""
+
+# Ids of a text, u32[n], and the characters [start, stop) that each stands for, i64[n, 2].
+Encoded = tuple[np.ndarray, np.ndarray]
 
 # Names that common tokenizers give the token between documents.
 _END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
@@ -45,12 +51,26 @@ class Tokenizer(Protocol):
         """Returns the text of ids that a model sampled; it can end inside a character."""
         ...
 
+    @property
+    def tokens(self) -> Mapping[str, int]:
+        """Ids by the names of tokens; of bytes none has a name."""
+        ...
+
+    def encode_spans(self, texts: Sequence[str], start: bool = False) -> list[Encoded]:
+        """Returns the ids of each text, and the characters that each id stands for.
+
+        Args:
+          texts: any text; names of special tokens in it become these tokens.
+          start: whether to put in front what the tokenizer starts documents with.
+        """
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class ByteTokenizer:
     """Every byte is a token; 0, which text does not contain, is between documents."""
 
-    name: str = "bytes"
+    name: str = BYTE_TOKENIZER
     vocabulary: int = BYTES
     end: int | None = 0
 
@@ -65,6 +85,25 @@ class ByteTokenizer:
         b'hi\xff'
         """
         return ids.astype(np.uint8).tobytes()
+
+    @property
+    def tokens(self) -> Mapping[str, int]:
+        """No byte has a name."""
+        return {}
+
+    def encode_spans(self, texts: Sequence[str], start: bool = False) -> list[Encoded]:
+        """Returns the bytes of each text, and the character that each is part of.
+
+        >>> [(ids, spans)] = ByteTokenizer().encode_spans(["aé"])
+        >>> ids.tolist(), spans.tolist()
+        ([97, 195, 169], [[0, 1], [1, 2], [1, 2]])
+        """
+        encoded = []
+        for text in texts:
+            at = np.repeat(np.arange(len(text)), [len(char.encode()) for char in text])
+            ids = np.frombuffer(text.encode(), np.uint8).astype(np.uint32)
+            encoded.append((ids, np.stack([at, at + 1], 1)))
+        return encoded
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,9 +120,14 @@ class FileTokenizer:
     def _tokenizer(self) -> Any:
         return _load_library_tokenizer(self.path)
 
+    @property
+    def tokens(self) -> Mapping[str, int]:
+        """Ids by the names of tokens."""
+        return self._tokenizer.get_vocab(with_added_tokens=True)
+
     @functools.cached_property
     def _properties(self) -> tuple[str, int, int | None]:
-        ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        ids = self.tokens
         name = f"{self.path.name} {zlib.crc32(self.path.read_bytes()):08x}"
         end = next((ids[end] for end in _END_NAMES if end in ids), None)
         return name, max(ids.values(), default=-1) + 1, end
@@ -113,22 +157,50 @@ class FileTokenizer:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
 
+    def encode_spans(self, texts: Sequence[str], start: bool = False) -> list[Encoded]:
+        """Returns the ids of each text, and the characters that each id stands for.
+
+        Without `start` the first of a text is not what the tokenizer starts documents with.
+        """
+        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=start)
+        return [
+            (np.asarray(e.ids, np.uint32), np.asarray(e.offsets, np.int64).reshape(-1, 2))
+            for e in encodings
+        ]
+
     def decode(self, ids: np.ndarray) -> bytes:
         """Returns UTF-8 that shows the ends of documents; ids without a token are skipped."""
         return self._tokenizer.decode(ids.tolist(), skip_special_tokens=False).encode()
 
 
 def load_tokenizer(tokenizer: str | None) -> Tokenizer:
-    """Returns the byte tokenizer for None, else the tokenizer of a JSON file.
+    """Returns the byte tokenizer for None or `bytes`, else the tokenizer of a JSON file.
 
     Raises:
       DataError: the file is missing or not a tokenizer, or the library is not installed.
     """
-    if tokenizer is None:
+    if tokenizer is None or tokenizer == BYTE_TOKENIZER:
         return ByteTokenizer()
     from_file = FileTokenizer(local_path(tokenizer, DataError))
     assert from_file.vocabulary  # reads the file now, so that errors come early
     return from_file
+
+
+def load_fitting_tokenizer(config: DataConfig, vocabulary: int | None) -> Tokenizer:
+    """Loads the config's tokenizer; the model must have an id for each of its tokens.
+
+    Raises:
+      DataError: it cannot be loaded, or has more ids than `vocabulary`.
+    """
+    tokenizer = load_tokenizer(config.tokenizer)
+    if vocabulary is not None and tokenizer.vocabulary > vocabulary:
+        by_byte = isinstance(tokenizer, ByteTokenizer)
+        what = "text is read by the byte, which takes" if by_byte else "it has"
+        why = f"{what} {tokenizer.vocabulary} ids; the model has model.vocab={vocabulary}."
+        fix = f"--set model.vocab={tokenizer.vocabulary}"
+        problem = Problem(f"data.tokenizer={config.tokenizer}", why, fix)
+        raise_all(DataError, "The tokens do not fit the model.", [problem])
+    return tokenizer
 
 
 def _decode_utf8(document: bytes) -> str:

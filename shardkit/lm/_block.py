@@ -15,7 +15,8 @@ the stream, reduced if its products are split).
 """
 
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ from ..nn._constrain import constrain, constrain_gradient
 from ..nn._dot import project
 from ..nn._remat import defer_remat
 from ..nn._use_param import use_param
-from ._decoder_config import DecoderConfig
+from ._decoder_config import Activation, DecoderConfig
 from ._mixture import mixture
 
 Rotation = tuple[jax.Array, jax.Array]
@@ -35,21 +36,67 @@ Rotation = tuple[jax.Array, jax.Array]
 STREAM = ("batch", "residual_length", "embed")
 WORK = ("batch", "length", "embed")  # inputs of a branch, and their gradients
 BIASES = {"attn_out": "out_bias", "mlp_out": "down_bias"}
+POST_NORMS = {"attn_out": "attn_post_norm", "mlp_out": "mlp_post_norm"}
+IS_LOCAL = "is_local"
+"""A constant f32[layers] beside the weights: 1 where a layer sees `config.window` keys."""
 
 
-@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Returns x / √(mean(x²) + eps) · scale over the last dim, in f32 inside."""
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2, 3))
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
+    """Returns x / √(mean(x²) + eps) · (scale + offset) over the last dim, in f32 inside."""
     wide = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
-    return (wide * inverse * scale.astype(jnp.float32)).astype(x.dtype)
+    scale = scale.astype(jnp.float32)
+    return (wide * inverse * (scale + offset if offset else scale)).astype(x.dtype)
 
 
-def rope_angles(length: int, head_dim: int, theta: float) -> Rotation:
-    """Returns cosine and sine, f32[length, 1, head_dim / 2], of each position's angles."""
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=3)
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+    """Returns (x - mean) / √(variance + eps) · scale + bias over the last dim, in f32 inside."""
+    wide = x.astype(jnp.float32)
+    centered = wide - jnp.mean(wide, -1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.mean(centered * centered, -1, keepdims=True) + eps)
+    scale, bias = scale.astype(jnp.float32), bias.astype(jnp.float32)
+    return (centered * inverse * scale + bias).astype(x.dtype)
+
+
+def norm(
+    config: DecoderConfig, weights: Mapping[str, jax.Array], name: str, x: jax.Array
+) -> jax.Array:
+    """Applies the norm of a name in `weights`, of the kind that the config declares."""
+    scale, eps = weights[name], config.norm_eps
+    if config.norm == "layer":
+        return layer_norm(x, scale + config.norm_offset, weights[f"{name}_bias"], eps)
+    return rms_norm(x, scale, eps, config.norm_offset)
+
+
+def rope_angles(config: DecoderConfig, length: int, local: bool = False) -> Rotation:
+    """Returns cosine and sine, f32[length, 1, head_dim / 2], of each position's angles.
+
+    Args:
+      config: the decoder's sizes and frequencies.
+      length: number of positions.
+      local: whether for the layers that see a window, where these turn in their own way.
+    """
+    c, head_dim = config, config.head_size
+    own = c.local_rope_theta if local else None
+    theta = c.rope_theta if own is None else own
     frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if c.rope_factor != 1 and own is None:
+        frequency = _scale_frequencies(c, frequency)
     angle = jnp.arange(length, dtype=jnp.float32)[:, None, None] * frequency
     return jnp.cos(angle), jnp.sin(angle)
+
+
+def _scale_frequencies(c: DecoderConfig, frequency: jax.Array) -> jax.Array:
+    """Divides slow frequencies by `rope_factor`, as the released code of Llama 3.1 does."""
+    scaled = frequency / c.rope_factor
+    if c.rope_bands is None:
+        return scaled
+    low, high, length = c.rope_bands
+    turns = length * frequency / (2 * math.pi)
+    kept = jnp.clip((turns - low) / (high - low), 0, 1)
+    return (1 - kept) * scaled + kept * frequency
 
 
 def rotate(x_BTNH: jax.Array, angles: Rotation) -> jax.Array:
@@ -72,7 +119,7 @@ def block(
     config: DecoderConfig,
     weights: Mapping[str, jax.Array],
     x_BTE: jax.Array,
-    angles: Rotation,
+    angles: tuple[Rotation, ...],
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
     token_weights: jax.Array | None = None,
@@ -85,7 +132,8 @@ def block(
       config: the decoder's sizes.
       weights: arrays of one layer, by the names of `Layers`.
       x_BTE: residual stream, [batch, length, embed].
-      angles: result of `rope_angles` for this length.
+      angles: results of `rope_angles` for this length: one for all layers, or those of global
+        and of local ones; empty without rotation.
       segment_ids: i32[batch, length]; None if every row is one segment.
       key: draws dropout; None for no dropout.
       token_weights: f32[batch, length], weight of each token in losses; None for 1.
@@ -94,15 +142,36 @@ def block(
     with jax.named_scope("attention"):
         mixed = defer_remat(functools.partial(_mix, config), "attn_out")
         y = mixed(weights, x_BTE, angles, segment_ids)
-        x_BTE = x_BTE + _branch_output(
-            config, weights, "attn_out", y, partial=("heads", "head_dim"), key=keys[0]
-        )
+        x_BTE = add_attention(config, weights, x_BTE, y, keys[0])
+    return add_feed_forward(config, weights, x_BTE, token_weights, keys[1])
+
+
+def add_attention(
+    config: DecoderConfig,
+    weights: Mapping[str, jax.Array],
+    x_BTE: jax.Array,
+    y_BTE: jax.Array,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Returns the stream after the attention branch, whose last product is `y_BTE`."""
+    parts = ("heads", "head_dim")
+    return x_BTE + _branch_output(config, weights, "attn_out", y_BTE, partial=parts, key=key)
+
+
+def add_feed_forward(
+    config: DecoderConfig,
+    weights: Mapping[str, jax.Array],
+    x_BTE: jax.Array,
+    token_weights: jax.Array | None = None,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns the stream after the feed-forward branch, and the sums of `router_statistics`."""
     with jax.named_scope("mlp"):
         inner = _inner(config)
         into = () if config.experts else inner
-        h = _branch_input(config, x_BTE, weights["mlp_norm"], "mlp_in", into)
+        h = _branch_input(config, weights, x_BTE, "mlp", into)
         y, sums = _feed_forward(config, weights, h, token_weights)
-        x_BTE = x_BTE + _branch_output(config, weights, "mlp_out", y, partial=inner, key=keys[1])
+        x_BTE = x_BTE + _branch_output(config, weights, "mlp_out", y, partial=inner, key=key)
     return constrain(x_BTE, *STREAM), sums
 
 
@@ -116,20 +185,23 @@ def _mix(
     config: DecoderConfig,
     weights: Mapping[str, jax.Array],
     x_BTE: jax.Array,
-    angles: Rotation,
+    angles: tuple[Rotation, ...],
     segment_ids: jax.Array | None,
 ) -> jax.Array:
-    into = ("heads", "kv_heads")
-    h = _branch_input(config, x_BTE, weights["attn_norm"], "attn_in", into)
-    return _attend(config, weights, h, angles, segment_ids)
+    q, k, v = attention_heads(config, weights, x_BTE, angles)
+    return attention_output(weights, attend(config, weights, (q, k, v), segment_ids))
 
 
 def _branch_input(
-    config: DecoderConfig, x_BTE: jax.Array, scale: jax.Array, name: str, into: tuple[str, ...]
+    config: DecoderConfig,
+    weights: Mapping[str, jax.Array],
+    x_BTE: jax.Array,
+    branch: str,
+    into: tuple[str, ...],
 ) -> jax.Array:
     # Constrained here too, so that a gather moves the norm's result and not the f32 inside it.
-    h = constrain(rms_norm(x_BTE, scale, config.norm_eps), *STREAM)
-    return checkpoint_name(constrain(h, *WORK, source=STREAM, into=into), name)
+    h = constrain(norm(config, weights, f"{branch}_norm", x_BTE), *STREAM)
+    return checkpoint_name(constrain(h, *WORK, source=STREAM, into=into), f"{branch}_in")
 
 
 def _branch_output(
@@ -147,7 +219,9 @@ def _branch_output(
     """
     y = checkpoint_name(constrain(y_BTE, *STREAM, source=WORK, partial=partial), name)
     bias = weights.get(BIASES[name])
-    return dropout(y if bias is None else y + bias, config.dropout, key)
+    y = y if bias is None else y + bias
+    y = norm(config, weights, POST_NORMS[name], y) if config.post_norms else y
+    return dropout(y, config.dropout, key)
 
 
 def _product(
@@ -159,26 +233,90 @@ def _product(
     return y if bias is None else y + bias
 
 
-def _attend(
+def attention_heads(
     config: DecoderConfig,
     weights: Mapping[str, jax.Array],
-    h_BTE: jax.Array,
-    angles: Rotation,
-    segment_ids: jax.Array | None,
-) -> jax.Array:
+    x_BTE: jax.Array,
+    angles: tuple[Rotation, ...],
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns queries [batch, length, heads, head_dim], and keys and values with kv_heads."""
+    h_BTE = _branch_input(config, weights, x_BTE, "attn", ("heads", "kv_heads"))
     q = _product(h_BTE, weights, "query", "heads", "head_dim")
     k = _product(h_BTE, weights, "key", "kv_heads", "head_dim")
     v = _product(h_BTE, weights, "value", "kv_heads", "head_dim")
-    q = constrain(rotate(q, angles), "batch", "length", "heads", "head_dim")
-    k = constrain(rotate(k, angles), "batch", "length", "kv_heads", "head_dim")
+    turn = _layer_angles(weights, angles)
+    q = _norm_and_rotate(config, weights, "query", q, turn)
+    if config.query_scale is not None:
+        q = (q * (config.query_scale * config.head_size**0.5)).astype(q.dtype)
+    q = constrain(q, "batch", "length", "heads", "head_dim")
+    k = _norm_and_rotate(config, weights, "key", k, turn)
+    k = constrain(k, "batch", "length", "kv_heads", "head_dim")
     v = constrain(v, "batch", "length", "kv_heads", "head_dim")
-    q, k, v = checkpoint_name((q, k, v), "qkv")
-    mixed = attention(
-        q, k, v, causal=True, segment_ids=segment_ids, implementation=config.attention
+    return checkpoint_name((q, k, v), "qkv")
+
+
+def attend(
+    config: DecoderConfig,
+    weights: Mapping[str, jax.Array],
+    qkv: tuple[jax.Array, jax.Array, jax.Array],
+    segment_ids: jax.Array | None = None,
+) -> jax.Array:
+    """Returns the values that each query of a row mixes, [batch, length, heads, head_dim]."""
+    q, k, v = qkv
+    return attention(
+        q,
+        k,
+        v,
+        causal=True,
+        segment_ids=segment_ids,
+        implementation=config.attention,
+        window=layer_window(config, weights, q.shape[1]),
+        softcap=config.attn_softcap,
     )
+
+
+def attention_output(weights: Mapping[str, jax.Array], mixed: jax.Array) -> jax.Array:
+    """Returns the product of what `attend` returns, [batch, length, embed]."""
     mixed = constrain(mixed, "batch", "length", "heads", "head_dim")
     out = use_param(weights["out"], "heads", "head_dim", "embed")
     return constrain_gradient(project(mixed, out, 2), WORK)
+
+
+def _norm_and_rotate(
+    config: DecoderConfig,
+    weights: Mapping[str, jax.Array],
+    name: str,
+    x: jax.Array,
+    angles: Rotation | None,
+) -> jax.Array:
+    """Applies to queries or keys what the config declares of them."""
+    if config.qk_norm:
+        heads = {"query": "heads", "key": "kv_heads"}[name]
+        # One scale for all heads: its gradient is summed over their shards.
+        scale = constrain(weights[f"{name}_norm"], "head_dim", into=(heads,))
+        x = rms_norm(x, scale, config.norm_eps, config.norm_offset)
+    return x if angles is None else rotate(x, angles)
+
+
+def _layer_angles(
+    weights: Mapping[str, jax.Array], angles: tuple[Rotation, ...]
+) -> Rotation | None:
+    if len(angles) < 2:
+        return angles[0] if angles else None
+    is_local = weights[IS_LOCAL] > 0
+    (cos, sin), (local_cos, local_sin) = angles
+    return jnp.where(is_local, local_cos, cos), jnp.where(is_local, local_sin, sin)
+
+
+def layer_window(
+    config: DecoderConfig, weights: Mapping[str, jax.Array], length: int
+) -> int | jax.Array | None:
+    """Returns how many keys a query of this layer sees; None where that is all before it."""
+    if config.window is None or config.window >= length:
+        return None
+    if not config.mixes_layers:
+        return None if config.global_layers else config.window
+    return jnp.where(weights[IS_LOCAL] > 0, config.window, length)
 
 
 def _feed_forward(
@@ -189,22 +327,36 @@ def _feed_forward(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Computes the dense branch, the chosen experts, or the sum of both."""
     if config.experts is None:
-        return _dense_branch(weights, h_BTE), {}
+        return _dense_branch(config, weights, h_BTE), {}
     y, sums = mixture(config, weights, h_BTE, token_weights)
     if config.dense_width:
-        y = y + _dense_branch(weights, constrain(h_BTE, *WORK, into=("mlp",)))
+        y = y + _dense_branch(config, weights, constrain(h_BTE, *WORK, into=("mlp",)))
     return y, sums
 
 
-def _dense_branch(weights: Mapping[str, jax.Array], h_BTE: jax.Array) -> jax.Array:
-    gate = constrain(_product(h_BTE, weights, "gate", "mlp"), "batch", "length", "mlp")
-    up = constrain(_product(h_BTE, weights, "up", "mlp"), "batch", "length", "mlp")
-    gate, up = checkpoint_name((gate, up), "mlp_hidden")
+def _dense_branch(
+    config: DecoderConfig, weights: Mapping[str, jax.Array], h_BTE: jax.Array
+) -> jax.Array:
+    names = ("gate", "up") if config.gated else ("up",)
+    wide = [
+        constrain(_product(h_BTE, weights, name, "mlp"), "batch", "length", "mlp") for name in names
+    ]
+    gate, *up = checkpoint_name(tuple(wide), "mlp_hidden")
     down = use_param(weights["down"], "mlp", "embed")
-    return constrain_gradient(_swiglu_down(gate, up, down), WORK)
+    return constrain_gradient(_activated_down(config.activation, gate, up, down), WORK)
 
 
-@functools.partial(jax.checkpoint, prevent_cse=False)
-def _swiglu_down(gate_BTF: jax.Array, up_BTF: jax.Array, down: jax.Array) -> jax.Array:
-    """SwiGLU and the product after it; the wide array between them is cheap to recompute."""
-    return project(jax.nn.silu(gate_BTF) * up_BTF, down)
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=0)
+def _activated_down(
+    activation: Activation, gate_BTF: jax.Array, up_BTF: list[jax.Array], down: jax.Array
+) -> jax.Array:
+    """Activation, gate and the product after it; the array between them is cheap to recompute."""
+    hidden = _ACTIVATIONS[activation](gate_BTF)
+    return project(functools.reduce(jnp.multiply, up_BTF, hidden), down)
+
+
+_ACTIVATIONS: Mapping[Activation, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}

@@ -11,7 +11,7 @@ class TextTrainConfig(TrainConfig):
     """The loop of a run on text, which ends with a score on the whole validation text.
 
     >>> TextTrainConfig(steps=20, sample=0)  # doctest: +ELLIPSIS
-    TextTrainConfig(steps=20, seed=0, ..., sample=0, temperature=0.7, baselines=True, out=None)
+    TextTrainConfig(steps=20, seed=0, ..., sample=0, ..., out=None)
 
     Attributes:
       eval_batches: validation batches per evaluation during training.
@@ -19,6 +19,9 @@ class TextTrainConfig(TrainConfig):
         byte.
       temperature: of the sample; lower is more deterministic.
       baselines: whether to measure gzip, xz and n-gram counts on the validation text.
+      export: folder for the weights at the end, as a Hugging Face folder like `model.weights`,
+        with the adapters merged into them; None for none.
+      export_adapter: folder for the adapters alone, as PEFT writes them; None for none.
       out: folder of the run; None for `runs/<name>`. An existing folder is never written to: a
         new run gets the next free number behind its name.
     """
@@ -27,10 +30,13 @@ class TextTrainConfig(TrainConfig):
     sample: int = 300
     temperature: float = 0.7
     baselines: bool = True
+    export: str | None = None
+    export_adapter: str | None = None
     out: str | None = None
 
     def _problems(self) -> list[Problem]:
         problems = super()._problems() + self._check_least({"eval_batches": 1, "sample": 0})
+        problems += self._check_paths("out", "export", "export_adapter")
         if self.temperature <= 0:
             why, fix = "must be positive.", "--set train.temperature=0.7"
             problems.append(Problem(f"train.temperature={self.temperature:g}", why, fix))

@@ -13,7 +13,8 @@ gradient it is a comparison. Inside `shard_map` the summaries of shards are comb
 chunks.
 """
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +27,57 @@ from ..nn._manual_axis_rules import pmax, psum, shard_offset
 Summary = tuple[jax.Array, jax.Array, jax.Array]
 
 
+_NEVER = -1e30  # finite: a shard of the vocabulary may have padding alone
+
+
+class LogitRule(NamedTuple):
+    """What becomes of the product of hidden states and table.
+
+    Attributes:
+      softcap: logits become `softcap · tanh(logits / softcap)`; None leaves them.
+      vocab: number of tokens; the logits of further columns of the table are -1e30. None: all are
+        tokens.
+    """
+
+    softcap: float | None = None
+    vocab: int | None = None
+
+    def apply(self, logits: jax.Array, columns: jax.Array | None = None) -> jax.Array:
+        """Returns the logits of tokens.
+
+        Args:
+          logits: f32[..., columns], the product.
+          columns: i32[columns], their numbers in the table; None for 0, 1, ….
+        """
+        if self.softcap is not None:
+            logits = self.softcap * jnp.tanh(logits / self.softcap)
+        if self.vocab is None:
+            return logits
+        columns = jnp.arange(logits.shape[-1]) if columns is None else columns
+        return jnp.where(columns < self.vocab, logits, _NEVER)
+
+    def gradient(self, g: jax.Array, logits: jax.Array) -> jax.Array:
+        """Returns the gradient of the product.
+
+        Args:
+          g: f32[..., columns], the gradient of the logits.
+          logits: f32[..., columns], a result of `apply`.
+        """
+        if self.softcap is None:
+            return g
+        inner = jnp.maximum(logits, -self.softcap)  # of padding too
+        return g * (1 - (inner / self.softcap) ** 2)
+
+
+PLAIN = LogitRule()
+
+
 def cross_entropy(
-    hidden_BTE: jax.Array, table_EV: jax.Array, targets_BT: jax.Array, chunks: int
+    hidden_BTE: jax.Array,
+    table_EV: jax.Array,
+    targets_BT: jax.Array,
+    chunks: int,
+    rule: LogitRule = PLAIN,
 ) -> Summary:
     """Returns each token's logsumexp, label logit and largest logit.
 
@@ -39,6 +89,7 @@ def cross_entropy(
       table_EV: [embed, vocab].
       targets_BT: i32[batch, length], the labels.
       chunks: number of parts of the vocabulary, a divisor of it.
+      rule: what becomes of the logits.
 
     Returns:
       f32[batch, length] three times; no gradient flows through the largest logit.
@@ -46,27 +97,29 @@ def cross_entropy(
     E, V = table_EV.shape
     table_CES = table_EV.reshape(E, V // chunks, chunks).transpose(2, 0, 1)
     local_BT = targets_BT - shard_offset("vocab", V)
-    return _summary(hidden_BTE, constrain(table_CES, None, "embed", "vocab"), local_BT)
+    return _summary(hidden_BTE, constrain(table_CES, None, "embed", "vocab"), local_BT, rule)
 
 
-@jax.custom_vjp
-def _summary(hidden_BTE: jax.Array, table_CES: jax.Array, targets_BT: jax.Array) -> Summary:
-    return _summary_fwd(hidden_BTE, table_CES, targets_BT)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _summary(
+    hidden_BTE: jax.Array, table_CES: jax.Array, targets_BT: jax.Array, rule: LogitRule
+) -> Summary:
+    return _summary_fwd(hidden_BTE, table_CES, targets_BT, rule)[0]
 
 
 def _summary_fwd(
-    hidden_BTE: jax.Array, table_CES: jax.Array, targets_BT: jax.Array
+    hidden_BTE: jax.Array, table_CES: jax.Array, targets_BT: jax.Array, rule: LogitRule
 ) -> tuple[Summary, tuple[Any, ...]]:
     chunks = table_CES.shape[0]
     if chunks == 1:
-        saved_logits = _logits(hidden_BTE, table_CES[0])
+        saved_logits = _logits(hidden_BTE, table_CES[0], rule, chunks, 0)
         top, total, label = _summarize(saved_logits, targets_BT, 1, 0)
     else:
         saved_logits = None
 
         def body(carry: Summary, chunk: tuple[jax.Array, jax.Array]) -> tuple[Summary, None]:
             index, table_ES = chunk
-            logits = _logits(hidden_BTE, table_ES)
+            logits = _logits(hidden_BTE, table_ES, rule, chunks, index)
             return _combine(carry, _summarize(logits, targets_BT, chunks, index)), None
 
         zeros = jnp.zeros_like(targets_BT, jnp.float32)
@@ -77,7 +130,9 @@ def _summary_fwd(
     return (lse, label, top), (hidden_BTE, table_CES, targets_BT, lse, saved_logits)
 
 
-def _summary_bwd(saved: tuple[Any, ...], grads: Summary) -> tuple[jax.Array, jax.Array, None]:
+def _summary_bwd(
+    rule: LogitRule, saved: tuple[Any, ...], grads: Summary
+) -> tuple[jax.Array, jax.Array, None]:
     """Computes gradients of the logits chunk by chunk, then one product each for hidden and table.
 
     The gradients of all chunks are kept, in the dtype of hidden. A running f32 sum of products per
@@ -90,6 +145,7 @@ def _summary_bwd(saved: tuple[Any, ...], grads: Summary) -> tuple[jax.Array, jax
     def logits_gradient(logits: jax.Array, index: jax.Array | int) -> jax.Array:
         is_label = _is_label(logits, targets_BT, chunks, index)
         g_logits = g_lse * jnp.exp(logits - lse[..., None]) + jnp.where(is_label, g_label, 0)
+        g_logits = rule.gradient(g_logits, logits)
         return constrain(g_logits.astype(hidden_BTE.dtype), "batch", "length", "vocab")
 
     if chunks == 1:
@@ -100,7 +156,7 @@ def _summary_bwd(saved: tuple[Any, ...], grads: Summary) -> tuple[jax.Array, jax
     def body(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         index, table_ES = chunk
         with recomputed():
-            logits = _logits(hidden_BTE, table_ES)
+            logits = _logits(hidden_BTE, table_ES, rule, chunks, index)
         return None, logits_gradient(logits, index)
 
     _, g_CBTS = jax.lax.scan(body, None, (jnp.arange(chunks), table_CES))
@@ -112,9 +168,20 @@ def _summary_bwd(saved: tuple[Any, ...], grads: Summary) -> tuple[jax.Array, jax
 _summary.defvjp(_summary_fwd, _summary_bwd)
 
 
-def _logits(hidden_BTE: jax.Array, table_ES: jax.Array) -> jax.Array:
+def _logits(
+    hidden_BTE: jax.Array,
+    table_ES: jax.Array,
+    rule: LogitRule,
+    chunks: int,
+    index: jax.Array | int,
+) -> jax.Array:
     logits = matmul(hidden_BTE, table_ES, jnp.float32)
-    return constrain(logits, "batch", "length", "vocab")
+    logits = constrain(logits, "batch", "length", "vocab")
+    if rule == PLAIN:
+        return logits
+    size = table_ES.shape[1]
+    columns = jnp.arange(size) * chunks + index + shard_offset("vocab", size * chunks)
+    return rule.apply(logits, columns)
 
 
 def _is_label(

@@ -1,5 +1,6 @@
 """What a run on text declares: the reference decoder, its loss and its batches."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -7,12 +8,14 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from .._core.errors import ConfigError, Problem, raise_all
 from ..adapters import Model, from_nnx
 from ..data import DataConfig
 from ..parallel import Strategy
 from ..step import CompiledStep, StepSpec
 from ._decoder import Decoder
 from ._decoder_config import DecoderConfig
+from ._lora import LoraConfig
 from ._loss import decoder_loss
 
 
@@ -25,7 +28,7 @@ def batch_shapes(data: DataConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the abstract batch of `Text.batch`: arrays [batch, length], all global rows."""
     shape = (data.batch_size, data.seq_len)
     dtypes: dict[str, Any] = {"inputs": np.int32, "targets": np.int32, "weights": np.float32}
-    if data.packing:
+    if data.packing or data.format == "json_lines":
         dtypes["segment_ids"] = np.int32
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
 
@@ -36,10 +39,12 @@ def compile_run(
     mesh: Mesh,
     strategy: Strategy,
     optimizer: optax.GradientTransformation,
+    *,
+    cache: Path | None = None,
     **options: Any,
 ) -> CompiledStep:
     """Compiles the step of a run on a mesh of real devices; see `declare_run`."""
-    return declare_run(model, data, strategy, optimizer, **options).compile(mesh)
+    return declare_run(model, data, strategy, optimizer, **options).compile(mesh, cache=cache)
 
 
 def declare_run(
@@ -47,6 +52,8 @@ def declare_run(
     data: DataConfig,
     strategy: Strategy,
     optimizer: optax.GradientTransformation,
+    *,
+    lora: LoraConfig | None = None,
     **options: Any,
 ) -> StepSpec:
     """Declares the step of a run; compiles nothing.
@@ -56,14 +63,35 @@ def declare_run(
       data: shapes of the batch.
       strategy: what is sharded over which axis.
       optimizer: an optax chain.
+      lora: adapters, which alone are trained; None, or no rank: all weights are.
       **options: further fields of `StepSpec`: `mode`, `compiler_options`, ….
+
+    Raises:
+      ConfigError: the decoder cannot see rows of such a length, or several texts in one.
+      StepError: the decoder lacks a weight that is to be adapted.
     """
+    _check_positions(model, data)
     decoder = decoder_model(model)
+    adapted = decoder if lora is None or lora.rank is None else lora.adapt(decoder)
     return StepSpec(
-        loss_fn=decoder.loss_fn,
+        loss_fn=adapted.loss_fn,
         optimizer=optimizer,
-        init=decoder.init,
+        init=adapted.init,
         batch=batch_shapes(data),
         strategy=strategy,
         **options,
     )
+
+
+def _check_positions(model: DecoderConfig, data: DataConfig) -> None:
+    if model.positions is None:
+        return
+    problems = []
+    if data.seq_len > model.positions:
+        why = f"is longer than the {model.positions} positions that the decoder has."
+        fix = f"--set data.seq_len={model.positions}"
+        problems.append(Problem(f"data.seq_len={data.seq_len}", why, fix))
+    if data.packing:
+        why = "starts texts in the middle of a row, where the decoder's learned positions differ."
+        problems.append(Problem("data.packing=true", why, "--set data.packing=false"))
+    raise_all(ConfigError, "The rows do not fit the decoder.", problems)

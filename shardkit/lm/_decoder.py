@@ -19,7 +19,8 @@ from ..nn._dot import matmul
 from ..nn._layer_stack import Layer, scan_layers, split_layer_keys
 from ..nn._manual_axis_rules import shard_offset
 from ..nn._use_param import use_param
-from ._block import STREAM, WORK, block, rms_norm, rope_angles
+from ._block import IS_LOCAL, STREAM, WORK, Rotation, block, norm, rope_angles
+from ._cross_entropy import LogitRule
 from ._decoder_config import DecoderConfig
 from ._mixture import STATISTICS
 
@@ -51,6 +52,10 @@ def _dim_sizes(c: DecoderConfig) -> dict[str, int]:
     }
 
 
+def _initial_scale(c: DecoderConfig, shape: tuple[int, ...]) -> jax.Array:
+    return jnp.full(shape, 1 - c.norm_offset) if c.norm_offset else jnp.ones(shape)
+
+
 class Layers(nnx.Module):
     """The weights of all blocks, f32, each stacked over a leading `layers` dim.
 
@@ -67,9 +72,11 @@ class Layers(nnx.Module):
         chooses among all experts.
       expert_gate, expert_up: [layers, experts, embed, expert_mlp].
       expert_down: [layers, experts, expert_mlp, embed].
-      attn_norm, mlp_norm: [layers, embed].
-      query_bias, …: [layers, *outputs of the product], initially 0; only with `config.bias`, and
-        not in the chosen experts.
+      attn_norm, mlp_norm: [layers, embed]; attn_post_norm, mlp_post_norm too with
+        `config.post_norms`. With LayerNorm each has a bias: attn_norm_bias, ….
+      query_norm, key_norm: [layers, head_dim], only with `config.qk_norm`.
+      query_bias, …: [layers, *outputs of the product], initially 0; only those of
+        `config.biased`, and not in the chosen experts.
     """
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
@@ -89,7 +96,8 @@ class Layers(nnx.Module):
         mixed = c.num_heads * c.head_size
         self.out = stacked(mixed * depth, "heads", "head_dim", "embed")
         if c.dense_width:
-            self.gate = stacked(embed, "embed", "mlp")
+            if c.gated:
+                self.gate = stacked(embed, "embed", "mlp")
             self.up = stacked(embed, "embed", "mlp")
             self.down = stacked(c.dense_width * depth, "mlp", "embed")
         if c.experts is not None:
@@ -98,18 +106,31 @@ class Layers(nnx.Module):
             self.expert_gate = stacked(embed, *wide)
             self.expert_up = stacked(embed, *wide)
             self.expert_down = stacked(c.expert_width * depth, *tall)
-        self.attn_norm = _param(jnp.ones((c.num_layers, embed)), "layers", "norm")
-        self.mlp_norm = _param(jnp.ones((c.num_layers, embed)), "layers", "norm")
-        if c.bias:
+        branches = ("attn_norm", "mlp_norm")
+        self._add_norms(c, branches, embed)
+        if c.post_norms:
+            self._add_norms(c, ("attn_post_norm", "mlp_post_norm"), embed)
+        if c.qk_norm:
+            self._add_norms(c, ("query_norm", "key_norm"), c.head_size)
+        if c.biased:
             self._add_biases(c, sizes)
 
+    def _add_norms(self, c: DecoderConfig, names: tuple[str, ...], width: int) -> None:
+        shape = (c.num_layers, width)
+        for name in names:
+            setattr(self, name, _param(_initial_scale(c, shape), "layers", "norm"))
+            if c.norm == "layer" and width == c.embed_dim:
+                setattr(self, f"{name}_bias", _param(jnp.zeros(shape), "layers", "norm"))
+
     def _add_biases(self, c: DecoderConfig, sizes: Mapping[str, int]) -> None:
-        """Adds a bias for each product; those added after a reduction have the axis `norm`."""
+        """Adds the biases of products; those added after a reduction have the axis `norm`."""
         heads = {"query": "heads", "key": "kv_heads", "value": "kv_heads"}
         dims = {name: (axis, "head_dim") for name, axis in heads.items()} | {"out": ("norm",)}
         if c.dense_width:
-            dims |= {"gate": ("mlp",), "up": ("mlp",), "down": ("norm",)}
-        for name, outputs in dims.items():
+            dims |= {"gate": ("mlp",)} if c.gated else {}
+            dims |= {"up": ("mlp",), "down": ("norm",)}
+        for name in (name for name in dims if name in c.biased):
+            outputs = dims[name]
             shape = (c.num_layers, *(sizes[dim] for dim in outputs))
             setattr(self, f"{name}_bias", _param(jnp.zeros(shape), "layers", *outputs))
 
@@ -119,16 +140,18 @@ class Layers(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A Llama-family decoder in flax nnx, from token ids to logits.
+    """A decoder in flax nnx, from token ids to logits.
 
     It only names logical axes, so it does not change with the parallelism. Outside a compiled step
     the names have no effect, and the model is an ordinary nnx module.
 
     Attributes:
       config: the sizes.
-      embedding: f32[vocab, embed], initialized with deviation 1/√embed.
+      embedding: f32[vocab, embed], initialized with deviation 1/√embed. Here and in `head` vocab
+        is `config.table_rows`.
       layers: the stacked blocks.
-      norm: f32[embed], scale of the last norm.
+      norm: f32[embed], scale of the last norm; with LayerNorm there is norm_bias, f32[embed].
+      positions: f32[positions, embed]; only with `config.positions`.
       head: f32[embed, vocab]; None with `config.tie_embeddings`.
       deterministic: whether dropout is off; `model.eval()` and `model.train()` set it.
 
@@ -143,17 +166,22 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
         c = self.config = config
-        table = _normal(rngs.params(), (c.vocab, c.embed_dim), c.embed_dim)
+        table = _normal(rngs.params(), (c.table_rows, c.embed_dim), c.embed_dim)
         self.embedding = _param(table, "vocab", "embed")
         self.layers = Layers(c, rngs)
-        self.norm = _param(jnp.ones((c.embed_dim,)), "norm")
+        self.norm = _param(_initial_scale(c, (c.embed_dim,)), "norm")
         self.head = self._untied_head(rngs)
+        if c.norm == "layer":
+            self.norm_bias = _param(jnp.zeros((c.embed_dim,)), "norm")
+        if c.positions is not None:
+            table = _normal(rngs.params(), (c.positions, c.embed_dim), c.embed_dim)
+            self.positions = _param(table, None, "embed")
         self.deterministic = False
 
     def _untied_head(self, rngs: nnx.Rngs) -> nnx.Param | None:
         if self.config.tie_embeddings:
             return None
-        shape = (self.config.embed_dim, self.config.vocab)
+        shape = (self.config.embed_dim, self.config.table_rows)
         return _param(_normal(rngs.params(), shape, self.config.embed_dim), "embed", "vocab")
 
     def __call__(
@@ -173,7 +201,7 @@ class Decoder(nnx.Module):
           [batch, length, embed] in the dtype of the parameters.
         """
         batch = {"inputs": inputs, "segment_ids": segment_ids}
-        outer, weights = self.outer_params(), self.layers.weights()
+        outer, weights = self.outer_params(), self.layer_params()
         _, keys = split_layer_keys(self.dropout_key(key), self.config.num_layers)
         x = self.first(outer, batch)
         x = scan_layers(self.layer(inputs.shape[1]), x, weights, batch, keys)
@@ -181,25 +209,53 @@ class Decoder(nnx.Module):
 
     def outer_params(self) -> dict[str, jax.Array]:
         """Returns the parameters outside the layers, by name."""
-        named = {"embedding": self.embedding, "norm": self.norm, "head": self.head}
-        return {name: x[...] for name, x in named.items() if x is not None}
+        names = ("embedding", "norm", "head", "norm_bias", "positions")
+        own = vars(self)
+        return {name: own[name][...] for name in names if own.get(name) is not None}
+
+    def layer_params(self) -> dict[str, jax.Array]:
+        """Returns the arrays `[layers, ...]` of the blocks, by name.
+
+        Where only some layers see a window, a constant says which: layers are scanned, and a
+        pipeline moves them.
+        """
+        c, weights = self.config, self.layers.weights()
+        if not c.mixes_layers:
+            return weights
+        is_local = [0.0 if i in c.global_layers else 1.0 for i in range(c.num_layers)]
+        return weights | {IS_LOCAL: jnp.asarray(is_local)}
 
     def dropout_key(self, key: jax.Array | None) -> jax.Array | None:
         """Returns the key if dropout is on, else None."""
         return key if self.config.dropout > 0 and not self.deterministic else None
 
-    @staticmethod
     def embed(
-        outer: Mapping[str, jax.Array], batch: Mapping[str, Any], _key: jax.Array | None = None
+        self,
+        outer: Mapping[str, jax.Array],
+        batch: Mapping[str, Any],
+        _key: jax.Array | None = None,
     ) -> jax.Array:
-        """Looks up `batch["inputs"]`; returns the residual stream before the first block."""
+        """Looks up `batch["inputs"]`; returns the residual stream before the first block.
+
+        A learned table is read at `batch["positions"]`, i32[batch, length]; absent: from 0 on.
+        """
+        c = self.config
         with jax.named_scope("embedding"):
             # The table is gathered along `embed` before the lookup. Without this constraint the
             # partitioner exchanges activations between dims, in one program even unsplit ones.
             table = constrain(_table(outer), "vocab", "embed")
             # Not split along `length` yet, so that the table's gradient is summed in place.
             x = constrain(_look_up(table, batch["inputs"]), *WORK)
-            return constrain(x, *STREAM, source=WORK, partial=("vocab",))
+            x = constrain(x, *STREAM, source=WORK, partial=("vocab",))
+            x = x if c.embed_scale == 1 else x * jnp.asarray(c.embed_scale, x.dtype)
+            if c.positions is None:
+                return x
+            # Whole, as lengths of the batch are, until it meets the stream.
+            table, at = use_param(outer["positions"], None, "embed"), batch.get("positions")
+            if at is not None:
+                return x + constrain(jnp.take(table, at, axis=0), *STREAM, source=WORK)
+            positions = table[: batch["inputs"].shape[1]]
+            return x + constrain(positions, *STREAM[1:], source=WORK[1:])
 
     def first(
         self,
@@ -220,8 +276,7 @@ class Decoder(nnx.Module):
         With experts `x` is the stream and the sums of `router_statistics` over the blocks so far,
         with the token weights `batch["weights"]`.
         """
-        c = self.config
-        angles = rope_angles(length, c.head_size, c.rope_theta)
+        c, angles = self.config, self.angles(length)
 
         def run(weights: Any, x: Any, batch: Any, key: jax.Array | None) -> Any:
             stream, sums = self.split_sums(x)
@@ -238,13 +293,19 @@ class Decoder(nnx.Module):
 
         return run
 
+    def angles(self, length: int) -> tuple[Rotation, ...]:
+        """Returns the angles of positions 0 to `length`, as `block` takes them."""
+        c = self.config
+        kinds = (False, True) if c.mixes_layers and c.local_rope_theta else (c.all_local,)
+        return () if c.positions else tuple(rope_angles(c, length, local) for local in kinds)
+
     def split_sums(self, x: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Splits the output of a layer into stream and sums; without experts the sums are {}."""
         return (x, {}) if self.config.experts is None else x
 
     def hidden(self, outer: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
         """Applies the last norm to the stream after the last block."""
-        hidden = rms_norm(x, outer["norm"], self.config.norm_eps)
+        hidden = norm(self.config, outer, "norm", x)
         return constrain(hidden, *WORK, source=STREAM, into=("vocab",))
 
     @staticmethod
@@ -255,9 +316,17 @@ class Decoder(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Returns f32[..., vocab] for any part of the result of `__call__`, [..., embed].
 
-        Sampling only needs the last position: `model.logits(hidden[:, -1])`.
+        Sampling only needs the last position: `model.logits(hidden[:, -1])`. Columns of
+        `config.vocab_padding` are -1e30.
         """
-        return matmul(hidden, self.output_table(self.outer_params()), jnp.float32)
+        product = matmul(hidden, self.output_table(self.outer_params()), jnp.float32)
+        return self.logit_rule.apply(product)
+
+    @property
+    def logit_rule(self) -> LogitRule:
+        """What becomes of the product of hidden states and output table."""
+        c = self.config
+        return LogitRule(c.logit_softcap, c.vocab if c.vocab_padding else None)
 
 
 def _table(outer: Mapping[str, jax.Array]) -> jax.Array:

@@ -1,18 +1,24 @@
 """`DecoderConfig`: the sizes and options of a decoder, checked when they are declared."""
 
 import dataclasses
+import math
+from typing import Literal
 
 from .._core.errors import ConfigError, Problem, did_you_mean, raise_all
 from .._core.options import check_options, matches_annotation, option_problems
 
 ATTENTIONS = ("auto", "blocked", "xla", "cudnn", "splash")
 _COUNTS = ("vocab", "embed_dim", "num_layers", "num_heads", "mlp_dim", "loss_chunks", "top_k")
-_OPTIONAL = ("kv_heads", "head_dim", "experts", "expert_mlp")
+_OPTIONAL = ("kv_heads", "head_dim", "experts", "expert_mlp", "positions", "window")
+PRODUCTS = ("query", "key", "value", "out", "gate", "up", "down")
+"""The products of a block, except those of chosen experts."""
+
+Activation = Literal["silu", "gelu", "gelu_tanh"]
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """A Llama-family decoder: RMSNorm, rotary embedding, grouped queries, SwiGLU.
+    """A decoder; by default RMSNorm, rotary embedding, grouped queries and SwiGLU, as in Llama.
 
     With `experts` the feed-forward branch of every block is a mixture of experts.
 
@@ -25,7 +31,8 @@ class DecoderConfig:
       kv_heads: key and value heads, a divisor of `num_heads`; None for `num_heads`.
       head_dim: width of one head, even; None for `embed_dim // num_heads`.
       tie_embeddings: whether the output head is the embedding table.
-      bias: whether every product but the output head adds a bias.
+      bias: whether every product but the output head adds a bias; or the names of those that do,
+        of `query key value out gate up down`.
       rope_theta: base of the rotary frequencies.
       norm_eps: added to the mean square inside every norm.
       dropout: fraction of each branch's output that is dropped in training.
@@ -43,6 +50,29 @@ class DecoderConfig:
       expert_mlp: width inside one expert; None for `mlp_dim`.
       balance_loss: weight of each block's load-balancing loss, in training only.
       router_z_loss: weight of each block's `logsumexp(router logits) ** 2`, in training only.
+      normalize_shares: whether the shares of a token's experts are scaled to sum to 1.
+      norm: `"rms"`, or `"layer"` for LayerNorm with a bias.
+      norm_offset: added to the scale of every norm; 1.0 for models that store `scale - 1`.
+      qk_norm: whether queries and keys are normed per head before rotation.
+      post_norms: whether the output of each branch is normed before it is added to the stream.
+      activation: of the feed-forward branch; `"gelu_tanh"` is GELU approximated by tanh.
+      gated: whether the branch multiplies the activation with a second product.
+      embed_scale: factor of the token embeddings before the first block.
+      positions: rows of a learned table that is added to the embeddings, the longest length;
+        None for rotary embedding.
+      query_scale: factor of the attention logits; None for `head_dim ** -0.5`.
+      attn_softcap: attention logits become `c · tanh(logits / c)`; None leaves them.
+      logit_softcap: the same for the logits of tokens.
+      window: number of keys that a query sees, its own the last; None for all before it.
+      global_layers: numbers of the layers, from 0, whose queries see all keys despite `window`.
+      local_rope_theta: `rope_theta` of the other layers, which `rope_factor` leaves alone; None
+        for the same in all layers.
+      rope_factor: rotary frequencies are divided by it, so that a longer text turns as far.
+      rope_bands: `(low, high, length)` of Llama 3.1: `rope_factor` applies to frequencies that
+        turn less than `low` times in `length` positions, not to those that turn more than `high`
+        times, and partly in between; None for all alike.
+      vocab_padding: rows added to the tables so that a mesh axis divides them; no token, and their
+        logits are -1e30.
 
     Raises:
       ConfigError: sizes do not fit together; all of them in one message.
@@ -62,7 +92,7 @@ class DecoderConfig:
     kv_heads: int | None = None
     head_dim: int | None = None
     tie_embeddings: bool = False
-    bias: bool = False
+    bias: bool | tuple[str, ...] = False
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
     dropout: float = 0.0
@@ -76,6 +106,24 @@ class DecoderConfig:
     expert_mlp: int | None = None
     balance_loss: float = 0.01
     router_z_loss: float = 0.001
+    normalize_shares: bool = True
+    norm: Literal["rms", "layer"] = "rms"
+    norm_offset: float = 0.0
+    qk_norm: bool = False
+    post_norms: bool = False
+    activation: Activation = "silu"
+    gated: bool = True
+    embed_scale: float = 1.0
+    positions: int | None = None
+    query_scale: float | None = None
+    attn_softcap: float | None = None
+    logit_softcap: float | None = None
+    window: int | None = None
+    global_layers: tuple[int, ...] = ()
+    local_rope_theta: float | None = None
+    rope_factor: float = 1.0
+    rope_bands: tuple[float, float, int] | None = None
+    vocab_padding: int = 0
 
     def __post_init__(self) -> None:
         headline = "DecoderConfig does not describe a decoder."
@@ -97,6 +145,26 @@ class DecoderConfig:
     def group(self) -> int:
         """Number of query heads that share one key and value head."""
         return self.num_heads // self.key_heads
+
+    @property
+    def table_rows(self) -> int:
+        """Rows of the embedding table: `vocab` and its padding."""
+        return self.vocab + self.vocab_padding
+
+    @property
+    def biased(self) -> tuple[str, ...]:
+        """Names of the products that add a bias."""
+        return (PRODUCTS if self.bias else ()) if isinstance(self.bias, bool) else self.bias
+
+    @property
+    def mixes_layers(self) -> bool:
+        """Whether some layers see a window and others every key before."""
+        return self.window is not None and 0 < len(self.global_layers) < self.num_layers
+
+    @property
+    def all_local(self) -> bool:
+        """Whether every layer sees a window."""
+        return self.window is not None and not self.global_layers
 
     @property
     def expert_width(self) -> int:
@@ -128,7 +196,7 @@ def _fit_problems(c: DecoderConfig) -> list[Problem]:
         why += "and head_dim is None"
         near = _nearest_divisor(c.embed_dim, c.num_heads)
         rows.append(Problem(f"num_heads={c.num_heads}", why, f"num_heads={near}, or head_dim=64"))
-    if c.head_size % 2:
+    if c.head_size % 2 and c.positions is None:
         why = f"rotary embedding turns pairs, so head_dim must be even (embed_dim={c.embed_dim})"
         fix = f"head_dim={c.head_size + 1}"
         rows.append(Problem(f"head_dim={c.head_size}", why, fix))
@@ -136,9 +204,10 @@ def _fit_problems(c: DecoderConfig) -> list[Problem]:
         near = _nearest_divisor(c.num_heads, c.key_heads)
         why = f"does not divide num_heads={c.num_heads}"
         rows.append(Problem(f"kv_heads={c.key_heads}", why, f"kv_heads={near}"))
-    if c.vocab % c.loss_chunks:
-        near = _nearest_divisor(c.vocab, c.loss_chunks)
+    if c.table_rows % c.loss_chunks:
+        near = _nearest_divisor(c.table_rows, c.loss_chunks)
         why = f"does not divide vocab={c.vocab}"
+        why += f" + vocab_padding={c.vocab_padding}" if c.vocab_padding else ""
         rows.append(Problem(f"loss_chunks={c.loss_chunks}", why, f"loss_chunks={near}"))
     if not 0 <= c.dropout < 1:
         why = "must be at least 0 and below 1"
@@ -147,7 +216,48 @@ def _fit_problems(c: DecoderConfig) -> list[Problem]:
         why = f"is unknown; known: {', '.join(ATTENTIONS)}."
         why += did_you_mean(str(c.attention), ATTENTIONS)
         rows.append(Problem(f"attention={c.attention!r}", why, 'attention="auto"'))
-    return rows + _expert_problems(c)
+    return rows + _variant_problems(c) + _expert_problems(c)
+
+
+def _variant_problems(c: DecoderConfig) -> list[Problem]:
+    """What is wrong with the options in which model families differ."""
+    rows = [
+        Problem(f"{name}={getattr(c, name)}", "must be positive", f"{name}=None")
+        for name in ("query_scale", "attn_softcap", "logit_softcap", "local_rope_theta")
+        if (value := getattr(c, name)) is not None and not value > 0
+    ]
+    rows += [
+        Problem(f"bias={c.bias}", f"has no product {name!r}.{did_you_mean(name, PRODUCTS)}")
+        for name in c.biased
+        if name not in PRODUCTS
+    ]
+    if c.vocab_padding < 0:
+        why = "rows of a table cannot be taken away"
+        rows.append(Problem(f"vocab_padding={c.vocab_padding}", why, "vocab_padding=0"))
+    rows += [
+        Problem(f"{name}={getattr(c, name)}", "must be positive and finite", f"{name}={usual}")
+        for name, usual in (("rope_theta", 10_000.0), ("rope_factor", 1.0))
+        if not 0 < getattr(c, name) < math.inf
+    ]
+    if not 0 <= c.norm_eps < math.inf:
+        why = "must be at least 0 and finite"
+        rows.append(Problem(f"norm_eps={c.norm_eps}", why, "norm_eps=1e-5"))
+    if c.rope_bands is not None and not 0 < c.rope_bands[0] < c.rope_bands[1]:
+        why = "low must be positive and below high"
+        fix = "rope_bands=(1.0, 4.0, 8192)"
+        rows.append(Problem(f"rope_bands={c.rope_bands}", why, fix))
+    numbers = sorted(set(c.global_layers))
+    if c.global_layers and (numbers[0] < 0 or numbers[-1] >= c.num_layers):
+        why = f"the layers are 0 to {c.num_layers - 1}"
+        rows.append(Problem(f"global_layers={c.global_layers}", why, "global_layers=(0,)"))
+    local = {"global_layers": (), "local_rope_theta": None}
+    if c.window is None:
+        rows += [
+            Problem(f"{name}={getattr(c, name)}", "no layer has a window", "window=1024")
+            for name, default in local.items()
+            if getattr(c, name) != default
+        ]
+    return rows
 
 
 def _expert_problems(c: DecoderConfig) -> list[Problem]:
@@ -162,8 +272,13 @@ def _expert_problems(c: DecoderConfig) -> list[Problem]:
     if c.experts is not None and c.top_k > c.experts:
         why = f"a token cannot choose more than experts={c.experts}"
         rows.append(Problem(f"top_k={c.top_k}", why, f"top_k={c.experts}"))
+    if c.experts is not None and (c.activation != "silu" or not c.gated):
+        why = "experts compute SwiGLU"
+        subject = f"activation={c.activation!r}, gated={c.gated}"
+        rows.append(Problem(subject, why, 'activation="silu", gated=True'))
     if c.experts is None:
         defaults = {"capacity_factor": None, "shared_experts": 0, "expert_mlp": None}
+        defaults |= {"normalize_shares": True}
         rows += [
             Problem(f"{name}={getattr(c, name)}", "the decoder has no experts", "experts=8")
             for name, default in defaults.items()

@@ -39,7 +39,11 @@ def decoder_loss(
         weights = batch["weights"].astype(jnp.float32)
         with jax.named_scope("loss"):
             lse, label, top = cross_entropy(
-                hidden, model.output_table(outer), batch["targets"], config.loss_chunks
+                hidden,
+                model.output_table(outer),
+                batch["targets"],
+                config.loss_chunks,
+                model.logit_rule,
             )
             losses = lse - label + config.z_loss * lse**2
             total, weight = (weights * losses).sum(), weights.sum()
@@ -52,7 +56,7 @@ def decoder_loss(
         return Mean(total, weight), metrics
 
     layer = model.layer(batch["inputs"].shape[1])
-    outer, weights = model.outer_params(), model.layers.weights()
+    outer, weights = model.outer_params(), model.layer_params()
     arrays = {"outer_params": outer, "layers": weights, "batch": batch}
     return layer_stack(model.first, layer, last, **arrays, key=model.dropout_key(key))
 

@@ -52,7 +52,7 @@ def mixture(
         router = use_param(weights["router"], "embed", None).astype(jnp.float32)
         logits = matmul(h_BTE.astype(jnp.float32), router, precision="highest")
         logits = constrain(logits, "batch", "length", None)
-        choice, share = route(logits, config.top_k)
+        choice, share = route(logits, config.top_k, config.normalize_shares)
         choice = constrain(choice, "batch", "length", "choices")
         capacity = expert_capacity(config, h_BTE.shape[1])
         sums = router_statistics(logits, choice, capacity, weights_BT)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..data import Text
+from ..data import ScoredSource
 from ..step import CompiledStep
 
 
@@ -26,7 +26,9 @@ class TextScores:
     bytes_per_token: float | None
 
     @classmethod
-    def of(cls, step: CompiledStep, state: Any, text: Text, batches: Iterable[int]) -> "TextScores":
+    def of(
+        cls, step: CompiledStep, state: Any, text: ScoredSource, batches: Iterable[int]
+    ) -> "TextScores":
         """Scores the validation batches of these numbers."""
         size = text.validation_bytes
         bytes_per_token = None if size is None else size / text.validation_tokens
@@ -74,7 +76,7 @@ def describe_text_metrics(values: Mapping[str, float], unit: str = "byte") -> st
 
 
 def measure_bits_per_token(
-    step: CompiledStep, state: Any, text: Text, batches: Iterable[int]
+    step: CompiledStep, state: Any, text: ScoredSource, batches: Iterable[int]
 ) -> tuple[float, int]:
     """Evaluates the validation batches of these numbers.
 
@@ -97,7 +99,7 @@ def measure_bits_per_token(
     return nats / math.log(2), scored
 
 
-def spread_batches(text: Text, count: int) -> list[int]:
+def spread_batches(text: ScoredSource, count: int) -> list[int]:
     """Returns the numbers of at most `count` validation batches, evenly over all of them.
 
     Too few to rank models by; they show progress during training.

@@ -1,29 +1,30 @@
 """The end of a run on text: its score beside compressors, and a sample."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 from rich.text import Text as ConsoleText
 
-from .._core.io._console import print_table
+from .._core.io._console import print_table, show_task
 from .._core.io._table import Column, Table
-from ..adapters import Model
-from ..data import Baselines, Corpus, Text, measure_baselines
+from ..data import Baselines, Corpus, ScoredSource, Text, measure_baselines
 from ..run import label_text
 from ..run.callbacks import Callback, RunContext
 from ._config import TextTrainConfig
-from ._sample import printable, sample_tokens
+from ._sample import printable
+from ._samples import Sampler
 from ._scores import TextScores
 
 _NO_TEXT = (
     "no sample: decoding the tokens needs the tokenizer that made the shards "
     "(--set data.tokenizer=tokenizer.json)"
 )
+_NO_PROMPTS = "no sample: no validation example has a prompt that leaves room for an answer"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,18 +56,18 @@ class Summary(Callback):
     """
 
     def __init__(
-        self, adapter: Model, text: Text, config: TextTrainConfig, console: Console
+        self, sampler: Sampler, text: ScoredSource, config: TextTrainConfig, console: Console
     ) -> None:
         """Declares what is scored.
 
         Args:
-          adapter: of the model, to sample from.
+          sampler: samples from the model.
           text: with its validation part.
-          config: whether to measure compressors, and how long the sample is.
+          config: whether to measure compressors, and whether there is a sample.
           console: where the scores are shown.
         """
         self.result: TrainResult | None = None
-        self._adapter, self._text, self._config = adapter, text, config
+        self._sampler, self._text, self._config = sampler, text, config
         self._console = console
 
     def on_start(self, run: RunContext, state: Any) -> None:
@@ -76,22 +77,27 @@ class Summary(Callback):
         """Scores, samples, prints, and writes the `eval` and `result` rows."""
         run, text, config = self._run, self._text, self._config
         self._finish_part("train")
-        scores = TextScores.of(run.step, state, text, range(text.validation_steps))
+        with show_task(self._console, f"scoring {text.validation_steps} batches"):
+            scores = TextScores.of(run.step, state, text, range(text.validation_steps))
         seconds = self._finish_part("evaluate")
         run.write("eval", step=config.steps, **scores.metrics, seconds=seconds, part="all")
         baselines = None
-        if config.baselines and isinstance(text.corpus, Corpus):
-            baselines = measure_baselines(text.corpus)
-            self._finish_part("baselines")
+        corpus = text.corpus if isinstance(text, Text) else None
+        if config.baselines and isinstance(corpus, Corpus):
+            with show_task(self._console, "compressing the same bytes for comparison"):
+                baselines = measure_baselines(corpus)
+            run.write("baselines", seconds=self._finish_part("baselines"))
         _show_scores(self._console, scores, config.steps, baselines)
-        sample = _draw_sample(self._adapter, state.params, text, config)
-        self._finish_part("sample")
+        with show_task(self._console, "sampling") if config.sample else contextlib.nullcontext():
+            sample = self._sampler.draw(run.step, state.params)
+        seconds = self._finish_part("sample")
         if sample:
+            run.write("sample", seconds=seconds)
             self._console.print("\n[bold]a sample that it wrote[/]")
             for line in printable(sample).splitlines():
                 self._console.print(ConsoleText(f"  {line}"))
-        elif config.sample and text.tokenizer is None:
-            run.say(_NO_TEXT)
+        elif config.sample:
+            run.say(_NO_TEXT if isinstance(text, Text) else _NO_PROMPTS)
         run.write(
             "result",
             **scores.metrics,
@@ -136,26 +142,3 @@ def _show_scores(
     scored = f"{scores.scored:,} {scores.unit}s"
     console.print(label_text("\nvalidation", f": {scored}, each scored once"))
     print_table(console, Table(columns, cells, styles=dict.fromkeys(own, "bold green")))
-
-
-def _draw_sample(adapter: Model, params: Any, text: Text, config: TextTrainConfig) -> bytes:
-    """Returns what the model writes after an end of document; b"" without a tokenizer."""
-
-    def next_token(params: Any, row: jax.Array, at: jax.Array) -> jax.Array:
-        model = adapter.bind(params)
-        return model.logits(model(row)[0, at])
-
-    tokenizer = text.tokenizer
-    if not config.sample or tokenizer is None:
-        return b""
-    tokens = sample_tokens(
-        next_token,
-        params,
-        [text.train.end or 0],
-        count=config.sample,
-        window=text.config.seq_len,
-        vocabulary=tokenizer.vocabulary,
-        temperature=config.temperature,
-        key=jax.random.fold_in(jax.random.key(config.seed), config.steps),
-    )
-    return tokenizer.decode(tokens)

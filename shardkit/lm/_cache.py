@@ -1,0 +1,130 @@
+"""The decoder with a cache of keys and values: a whole prompt once, then one token at a time.
+
+Dims: B rows, T tokens of the prompt, S positions of the cache, E embed, N heads, K kv_heads,
+G queries of each of these, H head_dim.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..nn._constrain import constrain
+from ..nn._dot import einsum
+from ._block import (
+    add_attention,
+    add_feed_forward,
+    attend,
+    attention_heads,
+    attention_output,
+    layer_window,
+)
+from ._decoder import Decoder
+from ._decoder_config import DecoderConfig
+
+_CACHE = ("batch", "length", "kv_heads", "head_dim")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KeyValueCache:
+    """Keys after rotation, and values, of the positions of each row so far.
+
+    Attributes:
+      keys: [layers, rows, positions, kv_heads, head_dim].
+      values: the same.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+
+
+def fill_cache(
+    model: Decoder, tokens_BT: jax.Array, last_B: jax.Array, size: int
+) -> tuple[jax.Array, KeyValueCache]:
+    """Computes whole prompts, as the model itself does.
+
+    Args:
+      model: in evaluation mode.
+      tokens_BT: i32[rows, length], the prompts; what is behind the end of one is ignored.
+      last_B: i32[rows], index of the last token of each prompt.
+      size: positions of the cache, at least `length`.
+
+    Returns:
+      Logits of the token behind each prompt, f32[rows, vocab], and the cache.
+    """
+    config, room = model.config, size - tokens_BT.shape[1]
+    angles = model.angles(tokens_BT.shape[1])
+
+    def layer(x: jax.Array, weights: Any) -> tuple[jax.Array, KeyValueCache]:
+        qkv = attention_heads(config, weights, x, angles)
+        y = attention_output(weights, attend(config, weights, qkv))
+        kept = (jnp.pad(part, ((0, 0), (0, room), (0, 0), (0, 0))) for part in qkv[1:])
+        x, _ = add_feed_forward(config, weights, add_attention(config, weights, x, y))
+        return x, KeyValueCache(*(constrain(part, *_CACHE) for part in kept))
+
+    outer = model.outer_params()
+    x = model.embed(outer, {"inputs": tokens_BT})
+    x, cache = jax.lax.scan(layer, x, model.layer_params())
+    last = jnp.take_along_axis(model.hidden(outer, x), last_B[:, None, None], axis=1)
+    return model.logits(last[:, 0]), cache
+
+
+def extend_cache(
+    model: Decoder, token_B: jax.Array, at_B: jax.Array, cache: KeyValueCache
+) -> tuple[jax.Array, KeyValueCache]:
+    """Computes one token of each row.
+
+    Args:
+      model: in evaluation mode.
+      token_B: i32[rows].
+      at_B: i32[rows], position of each token, below the size of the cache. Positions before it
+        are filled.
+      cache: of the positions before.
+
+    Returns:
+      Logits of the tokens behind them, f32[rows, vocab], and the cache with these tokens.
+    """
+    config, size = model.config, cache.keys.shape[2]
+    angles = tuple((cos[at_B][:, None], sin[at_B][:, None]) for cos, sin in model.angles(size))
+    # A comparison instead of an index: rows and heads stay on the devices that have them.
+    is_here = (jnp.arange(size) == at_B[:, None])[:, :, None, None]
+
+    def layer(x: jax.Array, inputs: tuple[Any, KeyValueCache]) -> tuple[jax.Array, KeyValueCache]:
+        weights, old = inputs
+        q, k, v = attention_heads(config, weights, x, angles)
+        keys = constrain(jnp.where(is_here, k, old.keys), *_CACHE)
+        values = constrain(jnp.where(is_here, v, old.values), *_CACHE)
+        mixed = _attend_to_cache(config, weights, q, (keys, values), at_B)
+        x = add_attention(config, weights, x, attention_output(weights, mixed))
+        return add_feed_forward(config, weights, x)[0], KeyValueCache(keys, values)
+
+    outer = model.outer_params()
+    x = model.embed(outer, {"inputs": token_B[:, None], "positions": at_B[:, None]})
+    x, cache = jax.lax.scan(layer, x, (model.layer_params(), cache))
+    return model.logits(model.hidden(outer, x)[:, 0]), cache
+
+
+def _attend_to_cache(
+    config: DecoderConfig,
+    weights: Mapping[str, jax.Array],
+    q_BTNH: jax.Array,
+    cache: tuple[jax.Array, jax.Array],
+    at_B: jax.Array,
+) -> jax.Array:
+    """Softmax over the positions that one query of each row sees, in f32."""
+    keys, values = (part.astype(jnp.float32) for part in cache)
+    rows, _, heads, width = q_BTNH.shape
+    q = q_BTNH.astype(jnp.float32).reshape(rows, config.key_heads, config.group, width)
+    logits = einsum("bkgh,bskh->bkgs", q, keys) * width**-0.5
+    if config.attn_softcap is not None:
+        logits = config.attn_softcap * jnp.tanh(logits / config.attn_softcap)
+    size = keys.shape[1]
+    distance = at_B[:, None] - jnp.arange(size)
+    window = layer_window(config, weights, size)
+    seen = (distance >= 0) & (True if window is None else distance < window)
+    logits = jnp.where(seen[:, None, None], logits, -jnp.inf)
+    mixed = einsum("bkgs,bskh->bkgh", jax.nn.softmax(logits), values)
+    return mixed.reshape(rows, 1, heads, width).astype(q_BTNH.dtype)
