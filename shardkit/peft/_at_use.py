@@ -1,0 +1,131 @@
+"""Computes a loss with quantized weights, which become numbers only where they are used.
+
+Dequantizing all weights before the loss would be simpler, but would hold a whole model of floats.
+So the loss is traced, and the trace is evaluated with codes in the place of weights: a loop over
+layers takes the codes of one layer in each turn, and an operation that takes a weight dequantizes
+it under `jax.checkpoint`, so that the backward pass keeps codes and dequantizes them again. Casts
+and what only moves elements wait for that operation:
+
+    W [layers, embed, mlp]    scan over layers    W[i]                    x W[i].astype(bf16)
+    codes, scales             →                   codes[i], scales[i]     → floats, cast, product
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.extend import core
+
+from .._core.equations import bind, count_scan_operands, evaluate, inlined_program
+from .._core.errors import Problem, StepError, raise_all
+from .._core.types import PyTree
+from ..nn._overridable import overridden
+from ._blocks import QuantizedLeaf
+
+_REMAT = ("checkpoint", "remat2")
+# A cast is the same operation on one layer as on all of them; what moves elements is not.
+_CASTS = ("convert_element_type", "reduce_precision", "copy")
+_MOVES = (*_CASTS, "transpose", "reshape", "squeeze", "slice", "broadcast_in_dim")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Codes:
+    """A quantized weight in a traced loss, or one layer of it.
+
+    Attributes:
+      codes: see `QuantizedLeaf`.
+      scales: the same.
+      of: the weight.
+      moves: operations of the loss on the dequantized weight that wait until it is used.
+    """
+
+    codes: jax.Array
+    scales: jax.Array
+    of: QuantizedLeaf = dataclasses.field(metadata={"static": True})
+    moves: tuple[core.JaxprEqn, ...] = dataclasses.field(default=(), metadata={"static": True})
+
+    @property
+    def has_layers(self) -> bool:
+        """Whether a loop may take one layer in each turn."""
+        return self.codes.ndim > 1 and all(x.primitive.name in _CASTS for x in self.moves)
+
+
+def call_with_codes(loss: Callable[..., PyTree], args: Sequence[Any], weights: PyTree) -> PyTree:
+    """Calls a loss.
+
+    Args:
+      loss: of pytrees of arrays.
+      args: its arguments; abstract ones will do for the first of them, the parameters.
+      weights: the parameters, with `Codes` in place of each quantized one.
+
+    Raises:
+      StepError: a pipeline computes the layers.
+    """
+    traced, shapes = jax.make_jaxpr(loss, return_shape=True)(*args)
+    if "layer_stack" in overridden(traced.jaxpr):
+        # Its derivative rule makes tables of ticks, which JAX has no place for the second time.
+        why = "has a derivative rule of the strategy's own, which cannot be traced a second time"
+        fix = "a strategy that does not divide the layers, or frozen weights in bfloat16"
+        headline = "Quantized weights do not go through a pipeline."
+        raise_all(StepError, headline, [Problem("sk.nn.layer_stack", why, fix)])
+    flat = [*jax.tree.leaves(weights, is_leaf=_is_codes), *jax.tree.leaves(args[1:])]
+    return jax.tree.unflatten(jax.tree.structure(shapes), _evaluate(traced, flat))
+
+
+def _evaluate(program: Any, args: Sequence[Any]) -> list[Any]:
+    """Evaluates a program; its results are arrays."""
+    return list(map(_dequantize, evaluate(program, args, _compute)))
+
+
+def _compute(index: int, equation: core.JaxprEqn, values: list[Any]) -> Sequence[Any]:
+    name, params = equation.primitive.name, equation.params
+    if not any(map(_is_codes, values)):
+        return _bind(equation, *values)
+    if name in _MOVES and _is_codes(values[0]) and len(values) == 1:
+        return [dataclasses.replace(values[0], moves=(*values[0].moves, equation))]
+    if (inner := inlined_program(equation)) is not None:
+        return _evaluate(inner, values)
+    if name in _REMAT:
+        options = {option: params[option] for option in ("policy", "prevent_cse")}
+        return jax.checkpoint(functools.partial(_evaluate, params["jaxpr"]), **options)(values)
+    if name == "scan":
+        return _scan(equation, values)
+    if name == "cond":
+        branches = [functools.partial(_evaluate, branch) for branch in params["branches"]]
+        return jax.lax.switch(values[0], branches, values[1:])
+    return jax.checkpoint(functools.partial(_bind, equation))(*values)
+
+
+def _scan(equation: core.JaxprEqn, values: list[Any]) -> Sequence[Any]:
+    fixed, carried = count_scan_operands(equation)
+    start = list(map(_dequantize, values[fixed : fixed + carried]))
+    slices = values[fixed + carried :]
+    layers = [_dequantize(x) if _is_codes(x) and not x.has_layers else x for x in slices]
+
+    def body(carry: list[Any], each: list[Any]) -> tuple[list[Any], list[Any]]:
+        results = _evaluate(equation.params["jaxpr"], [*values[:fixed], *carry, *each])
+        return results[:carried], results[carried:]
+
+    options = {name: equation.params[name] for name in ("length", "reverse", "unroll")}
+    carry, stacked = jax.lax.scan(body, start, layers, **options)
+    return [*carry, *stacked]
+
+
+def _bind(equation: core.JaxprEqn, *values: Any) -> Sequence[Any]:
+    return bind(equation, list(map(_dequantize, values)))
+
+
+def _is_codes(x: Any) -> bool:
+    return isinstance(x, Codes)
+
+
+def _dequantize(x: Any) -> Any:
+    if not _is_codes(x):
+        return x
+    weight = x.of.dequantize(x.codes, x.scales)
+    for move in x.moves:
+        (weight,) = _bind(move, weight)
+    return weight

@@ -1,0 +1,201 @@
+"""Which parameters are adapted: the rules of `sk.lora` against the leaves that `init` returns."""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._core.errors import Problem, StepError, did_you_mean, raise_all
+from .._core.own_sharding import on_any_mesh
+from .._core.tree import Leaf, path_str
+from .._core.types import Params
+from ..nn._manual_axis_rules import ShardMapLoss
+from ..rules import matches
+from ._factors import AdaptedLeaf
+from ._products import Products
+from ._tracked import Tracked
+
+Rank = int | tuple[int, str] | None
+Scale = Callable[[int], float]
+
+_HEADLINE = "Low-rank adapters are declared wrongly."
+# Logical axes that no product contracts.
+_STACKED = ("layers", "experts")
+
+
+def choose_leaves(
+    ranks: Mapping[str, Rank], leaves: Sequence[Leaf], scale: Scale
+) -> list[AdaptedLeaf]:
+    """Lists the leaves that the rules adapt, with dims "" where no rule says them.
+
+    Args:
+      ranks: `{glob: rank, (rank, dims) or None}`; the first match wins.
+      leaves: the parameters, with the logical axes that the model names.
+      scale: of A B by rank.
+
+    Raises:
+      StepError: with every glob that matches nothing or never first, and every leaf that cannot be
+        adapted.
+    """
+    problems, adapted = [], []
+    chosen = choose_by_globs(
+        "ranks",
+        ranks,
+        leaves,
+        explain=_explain_rank,
+        example='{"**/kernel": 8}',
+        headline=_HEADLINE,
+    )
+    for leaf, value in chosen:
+        rank, dims = value if isinstance(value, tuple) else (value, "")
+        problems += _find_unfit(leaf, dims)
+        adapted.append(AdaptedLeaf(leaf, rank, dims, scale(rank)))
+    raise_all(StepError, _HEADLINE, problems)
+    return adapted
+
+
+def choose_by_globs(
+    argument: str,
+    values: Mapping[str, Any],
+    leaves: Sequence[Leaf],
+    *,
+    explain: Callable[[Any], str],
+    example: str,
+    headline: str,
+) -> list[tuple[Leaf, Any]]:
+    """Lists the leaves that globs choose, with their values; those of value None are left out.
+
+    Args:
+      argument: the name by which the user gave `values`, for errors.
+      values: `{glob: value}`; the first match wins.
+      leaves: the parameters.
+      explain: why a value is none; "" if it is one.
+      example: a declaration that is right.
+      headline: of the error.
+
+    Raises:
+      StepError: with every glob that matches nothing or never first, every value that is wrong, or
+        that no leaf is chosen.
+    """
+    if not isinstance(values, Mapping):
+        problem = Problem(argument, f"is of type {type(values).__name__}", example)
+        raise_all(StepError, headline, [problem])
+    problems, paths = [], [leaf.path for leaf in leaves]
+    winners = {path: next((g for g in values if matches(g, path)), None) for path in paths}
+    for glob, value in values.items():
+        if why := explain(value):
+            problems.append(Problem(f"{glob!r}: {value!r}", why, example))
+        if not any(matches(glob, path) for path in paths):
+            why = f"matches none of the {len(paths)} parameters.{did_you_mean(glob, paths)}"
+            problems.append(Problem(repr(glob), why, "correct or remove it"))
+        elif glob not in winners.values():
+            why = "decides nothing: a glob before it matches each of its parameters"
+            problems.append(Problem(repr(glob), why, "name it before the wider one"))
+    chosen = [(leaf, values[g]) for leaf in leaves if (g := winners[leaf.path]) is not None]
+    chosen = [(leaf, value) for leaf, value in chosen if value is not None]
+    if not chosen and not problems:
+        why = "chooses no parameter: every value is None, or there is none"
+        problems.append(Problem("the globs", why, example))
+    raise_all(StepError, headline, problems)
+    return chosen
+
+
+def loss_problems(loss_fn: Any) -> list[Problem]:
+    """Why a loss cannot be traced and evaluated again with other weights."""
+    if not isinstance(loss_fn, ShardMapLoss):
+        return []
+    why = "is an sk.ShardMapLoss, whose local loss has its own collectives"
+    return [Problem("loss_fn", why, "loss_fn.reference")]
+
+
+def infer_by_names(adapted: Sequence[AdaptedLeaf]) -> list[AdaptedLeaf]:
+    """Completes dims: stacked ones by their logical axes, then [input, output].
+
+    Raises:
+      StepError: a leaf has other than two dims that are not stacked.
+    """
+    problems, complete = [], []
+    for one in adapted:
+        names = one.leaf.axes or (None,) * len(one.leaf.shape)
+        stacked = [name in _STACKED for name in names]
+        plain = iter("io")
+        dims = one.dims
+        if not dims and stacked.count(False) == 2:
+            dims = "".join("s" if s else next(plain) for s in stacked)
+        if not dims:
+            why = f"has {len(names)} dims, of which any may be inputs, outputs or stacked"
+            fix = f'say it, as in ({one.rank}, "{"sioo"[-len(names) :]}"); or give batch=, from '
+            problems.append(Problem(str(one.leaf), why, f"{fix}which the products are found"))
+        complete.append(_with_dims(one, dims))
+    raise_all(StepError, _HEADLINE, problems)
+    return complete
+
+
+def infer_from_products(
+    adapted: Sequence[AdaptedLeaf],
+    loss: Callable[..., Any],
+    params: Params,
+    rest: tuple[Any, ...],
+) -> list[AdaptedLeaf]:
+    """Completes dims by what the products of the loss contract.
+
+    Args:
+      adapted: the leaves.
+      loss: `(params, batch, key, ...) -> loss`.
+      params: abstract.
+      rest: the other arguments of the loss, abstract.
+
+    Raises:
+      StepError: a weight meets no product, or products that contract different dims.
+    """
+    products, unknown = Products(), {one.leaf.path: one for one in adapted if not one.dims}
+
+    def run(params: Params, *rest: Any) -> Any:
+        tracked = jax.tree_util.tree_map_with_path(
+            lambda path, x: (
+                Tracked.start(unknown[p], x, None) if (p := path_str(path)) in unknown else x
+            ),
+            params,
+        )
+        return products.call(loss, (params, *rest), tracked, None)
+
+    on_any_mesh(jax.eval_shape)(run, params, *rest)
+    problems, complete = [], []
+    for one in adapted:
+        seen = sorted(products.dims.get(one.leaf.path, {one.dims}))
+        if len(seen) > 1 or not {"i", "o"} <= set(seen[0]):
+            why = f"is in products whose dims are {' and '.join(map(repr, seen))}"
+            problems.append(Problem(str(one.leaf), why, "leave it out of sk.lora"))
+        complete.append(one if one.dims else _with_dims(one, seen[0]))
+    raise_all(StepError, _HEADLINE, problems)
+    return complete
+
+
+def _with_dims(one: AdaptedLeaf, dims: str) -> AdaptedLeaf:
+    return AdaptedLeaf(one.leaf, one.rank, dims, one.scale)
+
+
+def _explain_rank(value: Any) -> str:
+    rank, dims = value if isinstance(value, tuple) and len(value) == 2 else (value, "io")
+    if value is None:
+        return ""
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        return "is not a rank of at least 1, (rank, dims), or None for no adapter"
+    if not isinstance(dims, str) or not re.fullmatch(r"[sio]*", dims) or not {*"io"} <= {*dims}:
+        return "has dims that are not letters i (input), o (output) and s (stacked), with both i, o"
+    return ""
+
+
+def _find_unfit(leaf: Leaf, dims: str) -> list[Problem]:
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        fix = "another glob; if these are codes, sk.lora first and sk.quantize of what it returns"
+        return [Problem(str(leaf), "is not a floating-point array", fix)]
+    if len(leaf.shape) < 2 or math.prod(leaf.shape) == 0:
+        return [Problem(str(leaf), "is no matrix: it needs inputs and outputs", "another glob")]
+    if dims and len(dims) != len(leaf.shape):
+        why = f"has {len(leaf.shape)} dims, and {dims!r} names {len(dims)}"
+        return [Problem(str(leaf), why, "one letter per dim")]
+    return []

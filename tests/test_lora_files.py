@@ -1,0 +1,234 @@
+"""Adapters alone in the files of PEFT: written, read on another mesh, and refused if wrong."""
+
+import json
+import os
+import struct
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from safetensors.numpy import load_file, save_file
+
+import shardkit as sk
+
+from .test_lora import ADAPTED, randomized
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+HF = {
+    "q": "self_attn.q_proj",
+    "o": "self_attn.o_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+
+
+def hf_names(path, index):
+    *_, name = path.split("/")
+    return "lm_head" if name == "head" else f"model.layers.{index[0]}.{HF[name]}"
+
+
+@pytest.fixture
+def saved(tmp_path):
+    ADAPTED.save(tmp_path, randomized(), names=hf_names, task_type="CAUSAL_LM")
+    return tmp_path
+
+
+def abstract(params):
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), params)
+
+
+def load(folder, model=ADAPTED):
+    return model.load(folder, abstract(randomized()), names=hf_names)
+
+
+def test_the_files_are_those_of_peft(saved):
+    params, tensors = randomized(), load_file(saved / WEIGHTS)
+    assert len(tensors) == 2 * (4 * 2 + 1)
+    prefix = "base_model.model."
+    q, o = params["lora"]["blocks"]["q"], params["lora"]["blocks"]["o"]
+    stem = f"{prefix}model.layers.1.self_attn.q_proj"
+    # torch has [outputs, inputs]: the delta of q_proj.weight is B A.
+    np.testing.assert_array_equal(tensors[f"{stem}.lora_A.weight"], q["a"][1].T)
+    np.testing.assert_array_equal(tensors[f"{stem}.lora_B.weight"], q["b"][1].reshape(3, 32).T)
+    stem = f"{prefix}model.layers.0.self_attn.o_proj"
+    np.testing.assert_array_equal(tensors[f"{stem}.lora_A.weight"], o["a"][0].reshape(32, 3).T)
+    np.testing.assert_array_equal(tensors[f"{stem}.lora_B.weight"], o["b"][0].T)
+    config = json.loads((saved / CONFIG).read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 3, 6.0)
+    assert config["task_type"] == "CAUSAL_LM"
+    assert "lm_head" in config["target_modules"]
+    assert not any(path.name.startswith(".") for path in saved.iterdir())
+
+
+def test_they_are_read_onto_another_mesh(saved):
+    params = randomized(key=8)
+    whole = jax.sharding.NamedSharding(sk.MeshSpec(data=2, fsdp=4).build(), P())
+    split = jax.sharding.NamedSharding(whole.mesh, P(None, "fsdp"))
+    shardings = jax.tree.map(lambda x: whole, params)
+    shardings["lora"]["blocks"]["q"]["a"] = split
+    wanted = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, shardings
+    )
+    found = ADAPTED.load(saved, wanted, names=hf_names)
+    jax.tree.map(np.testing.assert_array_equal, found["lora"], randomized()["lora"])
+    assert found["lora"]["blocks"]["q"]["a"].sharding == split
+    assert found["blocks"]["q"] is wanted["blocks"]["q"]
+
+
+def test_ranks_and_scales_of_each_module_are_kept(tmp_path):
+    rng = np.random.default_rng(0)
+    model = sk.lora(
+        lambda key: {"up": {"kernel": jax.numpy.ones((4, 6))}, "down": jax.numpy.ones((6, 2))},
+        lambda params, batch, key: 0.0,
+        {"up/*": 2, "down": 3},
+        alpha=6,
+        rank_stabilized=True,
+    )
+    params = jax.tree.map(
+        lambda x: rng.normal(size=x.shape).astype("f"), model.init(jax.random.key(0))
+    )
+    model.save(tmp_path, params)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert config["r"] == 3
+    assert config["rank_pattern"] == {"^up": 2}
+    assert config["use_rslora"] is True
+    assert config["lora_alpha"] == pytest.approx(6)
+    found = model.load(tmp_path, abstract(params))
+    jax.tree.map(np.testing.assert_array_equal, found["lora"], params["lora"])
+
+
+@pytest.mark.parametrize("alpha", [16.0, None])
+def test_a_name_that_ends_another_keeps_its_own_rank(alpha, tmp_path):
+    shapes = {"a": (4, 4), "up": (4, 6), "blk": {"up": (6, 4), "a+b": (4, 4)}}
+
+    def init(key):
+        return jax.tree.map(jax.numpy.ones, shapes, is_leaf=lambda x: isinstance(x, tuple))
+
+    ranks = {"a": 4, "up": 8, "blk/up": 4, "blk/a+b": 2}
+    model = sk.lora(init, lambda params, batch, key: 0.0, ranks, alpha=alpha)
+    params = model.init(jax.random.key(0))
+    model.save(tmp_path, params)
+    jax.tree.map(np.testing.assert_array_equal, model.load(tmp_path, params), params)
+
+
+def change(folder, **tensors):
+    all_of_them = {**load_file(folder / WEIGHTS), **tensors}
+    save_file({k: v for k, v in all_of_them.items() if v is not None}, folder / WEIGHTS)
+
+
+def test_every_wrong_tensor_is_named_in_one_error(saved):
+    stem = "base_model.model.model.layers.0."
+    change(
+        saved,
+        **{
+            f"{stem}self_attn.q_proj.lora_A.weight": np.zeros((4, 32), "f"),
+            f"{stem}mlp.up_proj.lora_B.weight": np.zeros((64, 3), "i4"),
+            f"{stem}mlp.down_proj.lora_A.weight": None,
+            f"{stem}mlp.gate_proj.lora_A.weight": np.zeros((3, 32), "f"),
+        },
+    )
+    with pytest.raises(sk.errors.CheckpointError) as error:
+        load(saved)
+    text = str(error.value)
+    for part in (
+        r"q_proj.lora_A.weight  is f32[4,32] in the file, f32[3,32] here",
+        r"up_proj.lora_B.weight  is i32[64,3] in the file, f32[64,3] here",
+        r"down_proj.lora_A.weight  is not in the file; f32[3,64] here",
+        r"gate_proj.lora_A.weight  is in the file, and no weight here",
+    ):
+        assert part in text, text
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"lora_alpha": 12}, "lm_head +has scale 4 in the file and 2 here"),
+        ({"use_rslora": True}, "has scale 3.4641 in the file"),
+        ({"peft_type": "IA3"}, "peft_type +is 'IA3', not 'LORA'"),
+        ({"use_dora": True}, "use_dora +is True"),
+        ({"bias": "all"}, "bias +is 'all'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save +is"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights +is 'pissa_niter_4'"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights +is 'olora'"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens +is"),
+        ({"layer_replication": [[0, 4], [2, 5]]}, "layer_replication +is"),
+        ({"use_qalora": True}, "use_qalora +is True"),
+        ({"of_next_year": "x"}, "of_next_year +is 'x'"),
+        ({"r": "8; import os"}, "has no numbers as its r"),
+        ({"rank_pattern": {"q_proj": 6}}, "q_proj +has scale 1 in the file"),
+        (
+            {"rank_pattern": {r"^model\.layers\.0\.mlp\.up_proj": 6}},
+            "0.mlp.up_proj +has scale 1 in",
+        ),
+        ({"rank_pattern": {"model.layers.1.mlp.up_proj": 6}}, "1.mlp.up_proj +has scale 1 in the"),
+        ({"rank_pattern": {"(a+)+$": 5}}, r"rank_pattern +has '\(a\+\)\+\$', a regular expression"),
+        ({"alpha_pattern": {r".*\.up_proj": 64}}, "alpha_pattern +has .* a regular expression"),
+        ({"alpha_pattern": {r"layers\.\d\.mlp": 64}}, "alpha_pattern +has .* a regular expression"),
+        ({"alpha_pattern": ["lm_head"]}, r"alpha_pattern +is \['lm_head'\], not numbers by module"),
+        ({"lora_alpha": float("nan")}, "has no numbers as its r"),
+        ({"r": 10**400}, "has no numbers as its r"),
+    ],
+)
+def test_other_settings_are_refused(saved, settings, expected):
+    config = json.loads((saved / CONFIG).read_text())
+    (saved / CONFIG).write_text(json.dumps({**config, **settings}))
+    with pytest.raises(sk.errors.CheckpointError, match=expected):
+        load(saved)
+
+
+def test_settings_that_change_no_number_are_read(saved):
+    config = json.loads((saved / CONFIG).read_text())
+    off = {"of_next_year": None, "use_qalora": False, "init_lora_weights": "gaussian"}
+    (saved / CONFIG).write_text(json.dumps({**config, **off, "target_parameters": []}))
+    jax.tree.map(np.testing.assert_array_equal, load(saved)["lora"], randomized()["lora"])
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        (CONFIG, b"[" * 100_000),
+        (CONFIG, b"{}" + b" " * 2**20),
+        (CONFIG, b"\x80\x04\x95"),
+        (WEIGHTS, struct.pack("<Q", 2**62)),
+        (WEIGHTS, b"\x80\x04\x95pickle"),
+    ],
+)
+def test_a_file_of_something_else_is_refused(saved, name, data):
+    (saved / name).write_bytes(data)
+    with pytest.raises(sk.errors.CheckpointError, match=name):
+        load(saved)
+
+
+def test_a_cut_file_and_a_missing_one_are_told(saved):
+    data = (saved / WEIGHTS).read_bytes()
+    (saved / WEIGHTS).write_bytes(data[:-1])
+    with pytest.raises(sk.errors.CheckpointError, match=WEIGHTS):
+        load(saved)
+    (saved / CONFIG).unlink()
+    with pytest.raises(sk.errors.CheckpointError, match=f"{CONFIG}.*No such file"):
+        load(saved)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
+def test_a_pipe_is_not_read(saved, name):
+    (saved / name).unlink()
+    os.mkfifo(saved / name)
+    with pytest.raises(sk.errors.CheckpointError, match=f"{name} +is no regular file"):
+        load(saved)
+
+
+def test_nothing_is_overwritten_or_half_written(saved, tmp_path, monkeypatch):
+    with pytest.raises(sk.errors.CheckpointError, match="exists already"):
+        ADAPTED.save(saved, randomized(), names=hf_names)
+    with pytest.raises(sk.errors.CheckpointError, match=r"'same' +is the name of a matrix of"):
+        ADAPTED.save(tmp_path / "one", randomized(), names=lambda path, index: "same")
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with pytest.raises(sk.errors.CheckpointError, match="No space left"):
+        ADAPTED.save(tmp_path / "two", randomized(), names=hf_names)
+    assert list((tmp_path / "two").iterdir()) == []

@@ -1,0 +1,218 @@
+"""Frozen weights in 8 and 4 bits, against the same by hand in plain JAX on one device."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import shardkit as sk
+from shardkit.errors import StateError
+
+from .test_lora import (
+    ALPHA,
+    BATCH,
+    MESHES,
+    OPTIONS,
+    RANKS,
+    WIDTH,
+    by_hand,
+    check_equal,
+    init,
+    loss,
+    loss_by_hand,
+    make_spec,
+    randomized,
+    table_of_steps,
+)
+
+KINDS = {"blocks/up": ("nf4", 8), "blocks/*": ("int8", 8)}
+TUNED = sk.lora(init, loss, RANKS, alpha=ALPHA, batch=BATCH)
+SMALL = sk.quantize(TUNED.init, TUNED.loss_fn, KINDS)
+
+# The table of bitsandbytes, create_normal_map; the second half is not the first one mirrored.
+NF4 = """-1 -.6961928009986877 -.5250730514526367 -.39491748809814453 -.28444138169288635
+    -.18477343022823334 -.09105003625154495 0 .07958029955625534 .16093020141124725
+    .24611230194568634 .33791524171829224 .44070982933044434 .5626170039176941
+    .7229568362236023 1"""
+LEVELS = {"nf4": np.array(NF4.split(), "f8"), "int8": np.arange(-127, 128) / 127}
+
+
+def quantized_by_hand(weight, kind, block):
+    """The nearest level of each element, in blocks, as floats."""
+    blocks = np.asarray(weight, "f8").reshape(-1, block)
+    scales = np.abs(blocks).max(1, keepdims=True)
+    nearest = np.abs(blocks[..., None] / scales[..., None] - LEVELS[kind]).argmin(-1)
+    return (LEVELS[kind][nearest] * scales).reshape(weight.shape).astype("f")
+
+
+def params_by_hand(params):
+    blocks = {
+        name: quantized_by_hand(w, *(("nf4", 8) if name == "up" else ("int8", 8)))
+        for name, w in params["blocks"].items()
+    }
+    return {**params, "blocks": blocks}
+
+
+def plain_params():
+    """Weights none of which is as near to one level as to another, but for rounding."""
+    return {**randomized(TUNED), **jax.device_get(init(jax.random.key(1)))}
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_codes_stand_for_the_nearest_levels(kind, dtype):
+    weight = jax.random.normal(jax.random.key(0), (3, 4, 128), dtype).at[0, 0].set(0)
+    model = sk.quantize(lambda key: {"w": weight}, lambda p, b, k: jnp.mean(p["w"]), {"w": kind})
+    params = model.quantize({"w": weight})
+    again = model.dequantize(params)["w"]
+    assert again.dtype == weight.dtype
+    assert not again[0, 0].any()
+    expected = quantized_by_hand(np.where(weight == 0, 1e-30, weight), kind, 64)
+    # Two levels can be equally near.
+    far, least = (np.abs(np.asarray(x, "f8") - np.asarray(weight, "f8")) for x in (again, expected))
+    tolerance = {"float32": 1e-6, "bfloat16": 2**-8}[dtype] * float(jnp.abs(weight).max())
+    np.testing.assert_allclose(far, least, rtol=0, atol=tolerance)
+    elements = {"int8": 1, "nf4": 0.5}[kind] + 4 / 64
+    assert sum(x.nbytes for x in jax.tree.leaves(params)) == elements * weight.size
+
+
+@pytest.mark.parametrize(
+    ("mesh", "options"),
+    table_of_steps(("fsdp", "plain"), ("tensor", "accumulate"), ("fsdp", "shard_map")),
+)
+def test_a_step_of_adapters_equals_one_written_by_hand(mesh, options):
+    spec = make_spec(MESHES[mesh], SMALL, **OPTIONS[options])
+    step = spec.compile(sk.MeshSpec(**MESHES[mesh]).build())
+    plain = plain_params()
+    state = check_equal(
+        step, SMALL.quantize(plain), by_hand(loss_by_hand, params_by_hand(plain)), 2e-5, 2e-6
+    )
+    assert state.params["blocks"]["q"].dtype == jnp.int8
+    assert state.params["blocks"]["up"].dtype == jnp.uint8
+    for path in ("q", "up"):
+        codes, scales = state.params["blocks"][path], state.params["scales"]["blocks"][path]
+        assert codes.sharding.spec == scales.sharding.spec
+    trained = {x.shape for x in jax.tree.leaves(state.params["lora"])}
+    assert trained == {x.shape for x in jax.tree.leaves(state.opt_state)}
+
+
+def layers_after_a_scale(params, batch, key):
+    """A scan without `jax.checkpoint`, whose products are differentiated by what they multiply."""
+    x = batch["x"] * params["scale"]
+    x, _ = jax.lax.scan(lambda x, w: (x + jnp.tanh(x @ w), None), x, params["w"])
+    return jnp.mean(x**2)
+
+
+@pytest.mark.parametrize("cast", [lambda w: w, lambda w: w.astype("bfloat16")], ids=["f32", "cast"])
+def test_no_stack_of_layers_is_held_in_floats(cast):
+    model = sk.quantize(
+        lambda key: {"w": jax.random.normal(key, (5, WIDTH, WIDTH)), "scale": jnp.ones(WIDTH)},
+        lambda params, *rest: layers_after_a_scale({**params, "w": cast(params["w"])}, *rest),
+        {"w": ("int8", 32)},
+    )
+    text = make_spec({"data": 8}, model).compile(sk.MeshSpec(data=8).build()).hlo()
+    assert f"s8[5,{WIDTH},{WIDTH}]" in text
+    # Neither before the loop nor for the backward pass.
+    assert not re.findall(rf"f\w+\[5,{WIDTH},{WIDTH}\]", text)
+
+
+def test_weights_of_ones_own_are_quantized_on_their_devices():
+    mesh = sk.MeshSpec(data=2, fsdp=4).build()
+    plain = jax.device_put(plain_params())
+    place = lambda x: jax.device_put(x, jax.NamedSharding(mesh, P(None, None, "fsdp")))  # noqa: E731
+    plain["blocks"] = {**plain["blocks"], "down": place(plain["blocks"]["down"])}
+    params = SMALL.quantize(plain)
+    assert params["blocks"]["down"].sharding.spec == P(None, None, "fsdp")
+    step = make_spec(MESHES["fsdp"], SMALL).compile(mesh)
+    state = step.init(jax.random.key(0), params=params)
+    metrics = step.evaluate(state, BATCH)
+    expected = loss_by_hand(params_by_hand(plain_params()), BATCH)
+    assert float(metrics["loss"]) == pytest.approx(float(expected), rel=1e-5)
+    merged = TUNED.merge(SMALL.dequantize(state.params))
+    assert jax.tree.map(jnp.shape, merged) == jax.tree.map(
+        jnp.shape, jax.eval_shape(init, jax.random.key(0))
+    )
+    with pytest.raises(StateError, match="blocks/down"):
+        step.init(jax.random.key(0), params=plain)
+
+
+def test_a_model_without_adapters_trains_what_is_not_quantized():
+    model = sk.quantize(init, loss, {"blocks/*": ("int8", 8)})
+    step = make_spec({"data": 8}, model).compile(sk.MeshSpec(data=8).build())
+    state = step.init(jax.random.key(0))
+    before = jax.device_get(state.params)
+    state, _ = step(state, BATCH)
+    jax.tree.map(np.testing.assert_array_equal, state.params["blocks"], before["blocks"])
+    assert np.abs(state.params["head"] - before["head"]).max() > 0
+    assert sk.verify(make_spec({"data": 8}, model), meshes=[sk.MeshSpec(data=8).build()]).ok
+
+
+@pytest.mark.parametrize(
+    ("kinds", "said"),
+    [
+        ({"blocks/query": "nf4"}, "matches none of the .* parameters"),
+        ({"**": "nf4"}, r"head f32\[32,5\].*5, which 64 does not divide"),
+        ({"blocks/*": "int4"}, 'is not "int8", "nf4"'),
+        ({"blocks/*": ("nf4", 3)}, "even block"),
+        ({"blocks/*": ("nf4", True)}, "even block"),
+        ({"blocks/q": ("nf4", 64)}, r'\("nf4", 8\)'),
+        ({"blocks/q": None}, "chooses no parameter"),
+        ([("blocks/q", "nf4")], "kinds +is of type list"),
+    ],
+)
+def test_wrong_declarations_name_every_weight(kinds, said):
+    with pytest.raises(sk.errors.StepError, match=said):
+        sk.quantize(init, loss, kinds)
+
+
+def test_a_shard_that_cuts_a_block_is_refused_before_tracing():
+    model = sk.quantize(init, loss, {"blocks/up": "nf4"})
+    spec = make_spec({"data": 2, "fsdp": 4}, model)
+    with pytest.raises(sk.errors.ShardingError, match=r"scales/blocks/up f32\[2,32,1\]") as caught:
+        spec.compile(sk.MeshSpec(data=2, fsdp=4).build())
+    assert "Fix: a smaller block of blocks/up" in str(caught.value)
+    placed = jax.device_put(
+        init(jax.random.key(0))["blocks"]["up"],
+        jax.NamedSharding(sk.MeshSpec(fsdp=8).build(), P(None, None, "fsdp")),
+    )
+    with pytest.raises(sk.errors.StepError, match="shards of 8 along its last dim"):
+        model.quantize({"blocks": {"up": placed}})
+
+
+def test_a_checkpoint_brings_codes_back(tmp_path):
+    step = make_spec({"data": 8}, SMALL, optimizer=optax.adam(1e-3)).compile(
+        sk.MeshSpec(data=8).build()
+    )
+    config = sk.TrainConfig(steps=2, check="off")
+    first = sk.Trainer(step, lambda i: BATCH, tmp_path, config).run()
+    codes = np.asarray(first.params["blocks"]["up"])
+    again = sk.Trainer(step, lambda i: BATCH, tmp_path, dataclasses.replace(config, steps=3)).run()
+    np.testing.assert_array_equal(again.params["blocks"]["up"], codes)
+
+
+def test_a_pipeline_of_codes_is_refused():
+    def loss(params, batch, key):
+        return sk.nn.layer_stack(
+            lambda outer, batch, key: batch["x"] * outer["scale"],
+            lambda w, x, batch, key: x + jnp.tanh(x @ w),
+            lambda outer, x, batch: jnp.mean(x**2),
+            {"scale": params["scale"]},
+            params["w"],
+            batch,
+            key,
+        )
+
+    def init(key):
+        w = jax.random.normal(key, (4, WIDTH, WIDTH))
+        return {"w": sk.WithAxes(w, ("layers", None, None)), "scale": jnp.ones(WIDTH)}
+
+    model = sk.quantize(init, loss, {"w": ("int8", 32)})
+    strategy = sk.strategies.pipeline(micro_batches=2) | sk.strategies.data()
+    strategy = dataclasses.replace(strategy, params=sk.first_match(strategy.params, sk.REPLICATED))
+    with pytest.raises(sk.errors.StepError, match="do not go through a pipeline"):
+        make_spec({}, model, strategy=strategy).compile(sk.MeshSpec(pipe=2, data=4).build())
