@@ -1,8 +1,11 @@
 """Refuses arrays that a step has donated, which would crash the runtime."""
 
-import jax
+from typing import NoReturn
 
-from .errors import Problem, StateError, raise_all
+import jax
+from jax import core
+
+from .errors import Problem, StateError, StepError, format_problems, raise_all
 from .tree import flatten_tree, path_str
 from .types import PyTree
 
@@ -17,9 +20,13 @@ def check_not_donated(tree: PyTree, name: str, headline: str) -> None:
 
     Raises:
       StateError: some arrays are deleted; names the first three.
+      StepError: some are tracers.
       TreeError: a dict of the tree has keys that cannot be sorted.
     """
     leaves, _ = flatten_tree(tree, name)
+    traced = next((x for x in leaves if isinstance(x, core.Tracer)), None)
+    if traced is not None:
+        _raise_traced(name, f"is traced ({type(traced).__name__})")
     if not any(x.is_deleted() for x in leaves if isinstance(x, jax.Array)):
         return
     deleted = [
@@ -31,3 +38,20 @@ def check_not_donated(tree: PyTree, name: str, headline: str) -> None:
     why = f"{shown}: donated to an earlier step"
     fix = "state, metrics = step(state, batch), and use the returned state from then on"
     raise_all(StateError, headline, [Problem(name, why)], fix)
+
+
+def check_untraced(error: Exception) -> None:
+    """Explains what a compiled program raises where JAX traces the function that calls it.
+
+    Raises:
+      StepError: the error is that one; nothing that the program takes need be traced.
+    """
+    if "Cannot apply JAX transformations" in str(error):
+        _raise_traced("step", "is called while a function is traced")
+
+
+def _raise_traced(subject: str, why: str) -> NoReturn:
+    headline = "A step cannot be called inside of a transformation of JAX."
+    problem = Problem(subject, f"{why}: a step is a compiled program of its own")
+    fix = "call the step in a Python loop, outside of jit, grad, vmap and scan"
+    raise StepError(format_problems(headline, [problem], fix))

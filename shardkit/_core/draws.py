@@ -183,23 +183,25 @@ def _find_grown_dim(small: Shape, large: Shape, parts: int) -> int | None:
     return changed[0] if fits else None
 
 
-def list_draws(jaxpr: core.Jaxpr, line: str = "") -> list[Draw]:
+def list_draws(jaxpr: core.Jaxpr, around: tuple[core.JaxprEqn, ...] = ()) -> list[Draw]:
     """Lists every draw of a jaxpr in order.
 
     Args:
       jaxpr: of a loss.
-      line: the user's line that called it, for operations of JAX's own functions.
+      around: equations that the jaxpr is inside of, the innermost first: their lines are the
+        user's where an operation is of JAX's own functions.
     """
     draws = []
     for eqn in jaxpr.eqns:
-        here = user_line(eqn)[0] or line
-        draws += _draws_of(eqn, here)
+        stack = (eqn, *around)
+        draws += _draws_of(stack)
         for inner in core.jaxprs_in_params(eqn.params):
-            draws += list_draws(inner, here)
+            draws += list_draws(inner, stack)
     return draws
 
 
-def _draws_of(eqn: core.JaxprEqn, line: str) -> list[Draw]:
+def _draws_of(stack: tuple[core.JaxprEqn, ...]) -> list[Draw]:
+    eqn, *_ = stack
     kind = eqn.primitive.name.removeprefix("random_")
     if eqn.primitive.name not in _DRAWING:
         return []
@@ -207,4 +209,6 @@ def _draws_of(eqn: core.JaxprEqn, line: str) -> list[Draw]:
     key, operand, drawn = avals
     shapes = {"fold_in": operand.shape, "gamma": drawn.shape[len(key.shape) :]}
     shape = shapes[kind] if kind in shapes else eqn.params["shape"]
+    # Found for draws alone: to look up the line of every equation takes longer than the trace.
+    line = next((line for line, _ in map(user_line, stack) if line), "")
     return [Draw(kind, tuple(shape), is_part_key(key.dtype), line)]

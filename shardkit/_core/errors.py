@@ -143,18 +143,23 @@ def first_line(error: BaseException) -> str:
 def did_you_mean(word: str, options: Iterable[str]) -> str:
     """Returns `" Did you mean 'tensor'?"` for the closest option, or `""`.
 
-    >>> did_you_mean("tensr", ["data", "tensor"])
-    " Did you mean 'tensor'?"
+    >>> did_you_mean("tensr", ["data", "tensor"]), did_you_mean("keep", ["steps", "max_to_keep"])
+    (" Did you mean 'tensor'?", " Did you mean 'max_to_keep'?")
+    >>> did_you_mean("tensor", ["mlp", "norm"])
+    ''
     """
-    close = difflib.get_close_matches(word, list(options), n=1, cutoff=0.5)
+    known = list(options)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.65)
+    close = close or [name for name in known if len(word) > 2 and word in name]
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def count(n: int, noun: str) -> str:
     """Returns `"1 leaf"`, `"2 leaves"`, `"3 axes"`: a number with its noun.
 
-    >>> count(2, "parameter"), count(1, "leaf"), count(3, "leaf")
-    ('2 parameters', '1 leaf', '3 leaves')
+    >>> count(2, "parameter"), count(1, "leaf"), count(3, "logical axis")
+    ('2 parameters', '1 leaf', '3 logical axes')
     """
-    plural = {"leaf": "leaves", "axis": "axes"}.get(noun, noun + "s")
-    return f"{n} {noun if n == 1 else plural}"
+    *before, last = noun.split(" ")
+    plural = {"leaf": "leaves", "axis": "axes", "mesh": "meshes"}.get(last, last + "s")
+    return f"{n} {noun if n == 1 else ' '.join([*before, plural])}"

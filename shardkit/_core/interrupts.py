@@ -5,6 +5,7 @@ the descriptor that the interpreter's C handler writes to.
 """
 
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -17,6 +18,8 @@ from typing import Any, Self
 INTERRUPTED = 128 + signal.SIGINT
 # Within this time Python handles a signal, unless it waits for C++.
 _PATIENCE = 0.7
+# Until Ctrl-C is tried again whose exception Python has swallowed.
+_AGAIN = 0.05
 # Threads of this name write a checkpoint, for which the end of the process waits.
 SAVING = "shardkit-save"
 
@@ -49,12 +52,15 @@ def signal_thread(call: Callable[[int], None]) -> Iterator[None]:
 
 
 class InterruptGuard:
-    """Ends a command at Ctrl-C: by `KeyboardInterrupt`, or at once if that cannot be raised.
+    """Ends a program at Ctrl-C: by `KeyboardInterrupt`, or at once if that cannot be raised.
 
     Where a run handles signals itself (`StopRequest`), the guard does nothing.
 
         0.0  Ctrl-C, while XLA compiles for 20 s
         0.7  no Python instruction has run: a pending checkpoint is waited for, exit 130
+
+    Python swallows what is raised in a finalizer or a callback of its garbage collector; JAX has
+    one. Then the signal is sent again.
 
     Attributes:
       interrupted: whether `KeyboardInterrupt` was raised, which code may have replaced by another
@@ -71,6 +77,9 @@ class InterruptGuard:
             before: Any = signal.signal(signal.SIGINT, self._raise)
             self._stack.callback(signal.signal, signal.SIGINT, before)
             self._stack.enter_context(signal_thread(self._exit_unless_raised))
+            hook = sys.unraisablehook
+            sys.unraisablehook = functools.partial(self._handle_swallowed, hook)
+            self._stack.callback(setattr, sys, "unraisablehook", hook)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -86,11 +95,31 @@ class InterruptGuard:
         self._raised.set()
         raise KeyboardInterrupt
 
+    def _handle_swallowed(self, hook: Callable[[Any], Any], swallowed: Any) -> None:
+        if not issubclass(swallowed.exc_type, KeyboardInterrupt):
+            hook(swallowed)
+            return
+        self._raised.clear()
+        # In this thread, it would be raised inside of the callback again.
+        again = threading.Timer(_AGAIN, os.kill, (os.getpid(), signal.SIGINT))
+        again.daemon = True
+        again.start()
+
     def _exit_unless_raised(self, number: int) -> None:
         is_ours = number == signal.SIGINT and signal.getsignal(number) == self._raise
         if is_ours and not self._raised.wait(_PATIENCE):
             os.write(2, b"Interrupted.\n")
             exit_now(INTERRUPTED)
+
+
+def guard_script() -> contextlib.AbstractContextManager[object]:
+    """Returns an `InterruptGuard` for a script that leaves Ctrl-C to Python.
+
+    A prompt or a notebook must go on after Ctrl-C, and a handler of the caller's own stays.
+    """
+    plain = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    goes_on = getattr(sys, "ps1", None) or sys.flags.interactive or "ipykernel" in sys.modules
+    return InterruptGuard() if plain and not goes_on else contextlib.nullcontext()
 
 
 def exit_now(code: int) -> None:

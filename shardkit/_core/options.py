@@ -6,6 +6,7 @@ mappings of them, functions and paths. A class matches its instances; any other 
 everything. Numbers and bools of NumPy are taken; a bool is no number.
 """
 
+import json
 import numbers
 import os
 import types
@@ -54,6 +55,38 @@ def check_arguments(
       ShardkitError: of type `kind`, with every argument whose value does not match.
     """
     raise_all(kind, headline, option_problems(prefix, **options))
+
+
+def copy_plain(kind: type[ShardkitError], headline: str, **values: Any) -> dict[str, Any]:
+    """Returns values as JSON reads them back: names are texts, tuples are lists.
+
+    Args:
+      kind: type of the error.
+      headline: first line of the error.
+      **values: that a file will hold.
+
+    Raises:
+      ShardkitError: of type `kind`, with every value that a file would not give back: an array, a
+        NaN, or two names that are the same as texts.
+
+    >>> copy_plain(ShardkitError, "", data={1: (2, 3)})
+    {'data': {'1': [2, 3]}}
+    """
+    copies, problems = {}, []
+    for name, value in values.items():
+        try:
+            text = json.dumps(value, indent=1, allow_nan=False)
+            copies[name] = json.loads(text)
+            why = "has two names that are the same as texts"
+            unchanged = json.dumps(copies[name], indent=1) == text
+        except (TypeError, ValueError, RecursionError) as error:
+            why, unchanged = f"cannot be written as JSON: {error}", False
+        if not unchanged:
+            problems.append(
+                Problem(name, why, f"{name}= of texts, finite numbers, lists and dicts")
+            )
+    raise_all(kind, headline, problems)
+    return copies
 
 
 def check_options(

@@ -14,6 +14,18 @@ from .types import PyTree
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 
 
+def dtype_name(value: Any) -> Any:
+    """The name of a dtype or of a scalar type; any other value as it is.
+
+    >>> dtype_name(jnp.bfloat16), dtype_name(np.dtype("float32")), dtype_name("bfloat16")
+    ('bfloat16', 'float32', 'bfloat16')
+    """
+    is_scalar_type = isinstance(value, type(jnp.bfloat16)) or (
+        isinstance(value, type) and issubclass(value, np.generic)
+    )
+    return jnp.dtype(value).name if is_scalar_type or isinstance(value, np.dtype) else value
+
+
 @dataclasses.dataclass(frozen=True)
 class Precision:
     """A dtype policy. Only floating-point leaves of the parameters are cast, never the batch.
@@ -37,6 +49,9 @@ class Precision:
     reduce_dtype: str | None = None
 
     def __post_init__(self) -> None:
+        """Takes dtypes such as `jnp.bfloat16` by their names, and refuses other values."""
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, dtype_name(value))
         bad = [
             Problem(
                 f"precision.{name}",

@@ -34,6 +34,23 @@ def rewrite(function: Callable[..., Any], changes: Changes) -> Callable[..., Any
     return run
 
 
+def inline_calls(traced: core.ClosedJaxpr) -> core.ClosedJaxpr:
+    """Returns a trace in which every jitted function stands in place of its call, but in loops.
+
+    >>> traced = jax.make_jaxpr(lambda x: jax.jit(jax.numpy.sin)(x) + 1)(0.0)
+    >>> [eqn.primitive.name for eqn in inline_calls(traced).eqns]
+    ['sin', 'add']
+    """
+
+    def inline(eqn: core.JaxprEqn) -> core.JaxprEqn:
+        inner = {name: _change(value, changes) for name, value in eqn.params.items()}
+        kind: Any = type(inner["inline"])  # from JAX 0.11 on an enum
+        return eqn.replace(params={**inner, "inline": True if kind is bool else kind["JAX_EARLY"]})
+
+    changes: Changes = {"jit": inline, "pjit": inline}
+    return jax.make_jaxpr(core.jaxpr_as_fun(_change(traced, changes)))(*traced.in_avals)
+
+
 def _change(value: Any, changes: Changes) -> Any:
     """Changes a jaxpr, or those in a parameter; the branches of a `cond` are a tuple of them."""
     if isinstance(value, core.Jaxpr):

@@ -45,6 +45,15 @@ def resize_rows(batch: Batch, dims: RowDims, times: int, over: int = 1) -> Batch
     return map_rows(resize, batch, dims)
 
 
+def set_rows(batch: Batch, dims: RowDims, rows: int) -> Batch:
+    """Returns the abstract batch with this number of rows, whatever it had."""
+
+    def resize(x: jax.ShapeDtypeStruct, dim: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(with_dim(x.shape, dim, rows), x.dtype)
+
+    return map_rows(resize, batch, dims)
+
+
 def count_rows(batch: Batch, dims: RowDims) -> set[int]:
     """Returns the sizes of the dims that count rows: one, if the leaves agree."""
     pairs = zip(jax.tree.leaves(batch), dims, strict=True)

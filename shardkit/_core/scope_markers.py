@@ -1,8 +1,9 @@
 """Facts that only the author of a program knows, written into its scope names for reports to read.
 
-The compiler keeps the path of `jax.named_scope`s of every operation. Two facts travel in it: that
+The compiler keeps the path of `jax.named_scope`s of every operation. Three facts travel in it: that
 a hand-written backward pass recomputes something, so that FLOP counts can tell it from the model's
-own work, and how often each branch of a conditional runs, which no compiled program says.
+own work, how often each branch of a conditional runs, which no compiled program says, and that an
+update moves whole matrices.
 """
 
 import contextlib
@@ -15,6 +16,12 @@ import jax
 
 RECOMPUTED = "rematted_computation"
 """The scope in which `jax.checkpoint` puts what it recomputes."""
+
+MATRIX_OWNERS = "matrix_owners"
+"""The scope of an update in which whole matrices are moved to their owners, and computed there."""
+
+OWNED = "owned"
+"""Kind of the fact `(mesh axis, bytes), …`: the fewest that one device sends for its matrices."""
 
 _SHARE = re.compile(rf"{RECOMPUTED}_(\d+)_of_(\d+)")
 

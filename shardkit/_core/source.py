@@ -95,6 +95,19 @@ def is_user_file(file: str) -> bool:
     return _rank_file(file) in (0, 1)
 
 
+def package_of(file: str) -> str:
+    """The installed package that a file belongs to; "" if it belongs to none.
+
+    >>> package_of("/usr/lib/python3/site-packages/optax/contrib/_muon.py")
+    'optax'
+    """
+    parts = pathlib.PurePath(file).parts
+    for name in _INSTALLED:
+        if name in parts:
+            return parts[parts.index(name) + 1]
+    return ""
+
+
 @functools.lru_cache(4096)
 def _rank_file(file: str) -> int | None:
     """How well a file's lines explain an operation, 0 best; None: not at all."""
@@ -104,11 +117,8 @@ def _rank_file(file: str) -> int | None:
         return 1
     if file.startswith(_HERE):
         return None
-    parts = pathlib.PurePath(file).parts
-    for name in _INSTALLED:
-        if name in parts:
-            package = parts[parts.index(name) + 1]
-            return None if package in _LIBRARIES else 2
+    if package := package_of(file):
+        return None if package in _LIBRARIES else 2
     return None if file.startswith(_STANDARD) else 0
 
 
@@ -127,12 +137,17 @@ def _has_changed(file: str) -> bool:
     try:
         changed = os.path.getmtime(file)
     except OSError:
-        return (
-            False  # An interactive cell, whose text only `linecache` has, or a file that is gone.
-        )
-    loaded = [m for m in list(sys.modules.values()) if getattr(m, "__file__", None) == file]
+        return False  # an interactive cell, whose text only `linecache` has, or a file that is gone
     try:
-        with open(loaded[0].__cached__, "rb") as bytecode:
+        with open(_bytecode_of(file, len(sys.modules)), "rb") as bytecode:
             return int.from_bytes(bytecode.read(12)[8:], "little") != int(changed) & 0xFFFFFFFF
-    except (IndexError, AttributeError, TypeError, OSError):
+    except OSError:
         return changed > _STARTED
+
+
+@functools.lru_cache(256)
+def _bytecode_of(file: str, modules: int) -> str:
+    """The bytecode file of the module of a file; "" without one. `modules`: how many there are."""
+    del modules  # so that a module that is imported later is found
+    loaded = (m for m in list(sys.modules.values()) if getattr(m, "__file__", None) == file)
+    return getattr(next(loaded, None), "__cached__", None) or ""

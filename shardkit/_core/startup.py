@@ -1,4 +1,4 @@
-"""What runs before JAX is imported: lazy names of packages, and a quiet TPU library."""
+"""What runs before JAX is imported: the system, lazy names of packages, a quiet TPU library."""
 
 import glob
 import importlib
@@ -10,6 +10,19 @@ from typing import Any
 # libtpu asks the cloud for these, and off the cloud prints a stack of errors whenever JAX lists its
 # devices. With them it finds no TPU silently. Compiling for an absent topology does not read them.
 _LIBTPU_ANSWERS = {"TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost"}
+
+
+def check_platform() -> None:
+    """Refuses a system that shardkit does not run on.
+
+    Raises:
+      ImportError: on Windows, whose processes have no groups, and whose files and sockets differ.
+    """
+    if sys.platform == "win32":
+        raise ImportError(
+            "shardkit does not run on Windows: it needs process groups and POSIX file locks. "
+            "Use it in WSL 2 (wsl --install), where JAX supports GPUs too."
+        )
 
 
 def quiet_libtpu(environment: Mapping[str, str]) -> dict[str, str]:

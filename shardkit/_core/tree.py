@@ -173,6 +173,15 @@ def short_type(shape: tuple[int, ...], dtype: Any) -> str:
     return f"{short_dtype(dtype)}[{','.join(map(str, shape))}]"
 
 
+def is_numeric(x: Any) -> bool:
+    """Whether a value is an array of numbers, keys or bools, or a number of Python."""
+    if isinstance(x, np.ndarray | np.generic):
+        # Numbers of 16 bits and fewer of JAX's own are of kind V, as records are.
+        is_record = x.dtype.type is np.void
+        return x.dtype.kind not in "OSUMm" and not is_record
+    return isinstance(x, jax.Array | int | float | complex)
+
+
 def nbytes(shape: tuple[int, ...], dtype: Any) -> int:
     """Returns the bytes of an array, for typed PRNG keys those of their words."""
     if jnp.issubdtype(dtype, jax.dtypes.prng_key):

@@ -42,7 +42,7 @@ class Mean:
 
     Attributes:
       total: f32[], the weighted sum; gradients flow through it.
-      weight: f32[], the sum of weights, with no gradient. The mean is 0 if it is 0.
+      weight: f32[] or an integer, the sum of weights, with no gradient. The mean is 0 if it is 0.
     """
 
     total: Scalar
@@ -59,11 +59,21 @@ class WithAxes:
 
     Attributes:
       value: the array.
-      axes: one logical axis name or None per dim.
+      axes: one logical axis name or None per dim; dims after the last one have no name.
     """
 
     value: Any
     axes: tuple[str | None, ...] = dataclasses.field(metadata={"static": True})
+
+
+def has_axes(x: Any) -> bool:
+    """Whether a leaf names its logical axes."""
+    return isinstance(x, WithAxes)
+
+
+def strip_axes(tree: PyTree) -> PyTree:
+    """A pytree with the array of each leaf that names its logical axes."""
+    return jax.tree.map(lambda x: x.value if has_axes(x) else x, tree, is_leaf=has_axes)
 
 
 @jax.tree_util.register_dataclass
@@ -81,6 +91,24 @@ class Variables:
 
 
 @dataclasses.dataclass(frozen=True)
+class Follows:
+    """A parameter that is laid out like another one, whatever the rules say.
+
+    Attributes:
+      path: of the parameter.
+      of: path of the other one, which the rules decide.
+      dims: for each dim of the parameter, the dim of the other one that it is split like; None for
+        a dim that stays whole.
+      fix: what to do where the mesh does not divide its dims; "" for the usual advice.
+    """
+
+    path: str
+    of: str
+    dims: tuple[int | None, ...]
+    fix: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Loss:
     """A loss that differs between training and evaluation, or has mutable state.
 
@@ -91,12 +119,14 @@ class Loss:
       stateful: whether both functions take and return `model_state`.
       trainable: the parameters that are trained, unless the spec says otherwise; see
         `sk.StepSpec.trainable`.
+      follows: parameters that are laid out like others, such as the adapters of `sk.lora`.
     """
 
     train: Callable[..., Any]
     evaluate: Callable[..., Any]
     stateful: bool = False
     trainable: Trainable = None
+    follows: tuple[Follows, ...] = ()
 
     def __post_init__(self) -> None:
         problems = option_problems("Loss.", stateful=(self.stateful, bool))

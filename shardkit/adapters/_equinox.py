@@ -5,6 +5,7 @@ The module's floating-point arrays become nested dicts by attribute names, so th
 """
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from .._core.errors import Problem, ShardingError, StepError, raise_all
-from .._core.tree import path_str
+from .._core.tree import leaves_by_path, path_str
 from .._core.types import Batch, Key, Loss, Params, PyTree, Variables, WithAxes
 from ..rules import matches
 from ._model import Model, nest, split_loss_output, takes_argument
@@ -41,11 +42,12 @@ def from_equinox(
 
     Returns:
       A `Model`. Its parameters are the module's floating-point arrays. Its other arrays, and those
-      of its state, are in `state.model_state`.
+      of its state, are in `state.model_state`, the latter below `state`.
 
     Raises:
       StepError: the package equinox is not installed.
       ShardingError: a glob of `axes` matches no parameter.
+      TreeError: two leaves of the module have the same path.
 
     >>> import equinox as eqx, jax
     >>> model = from_equinox(lambda key: eqx.nn.Linear(4, 2, key=key),
@@ -59,13 +61,8 @@ def from_equinox(
     takes_key = takes_argument(loss, 3 if template.has_state else 2)
 
     def init(key: Key) -> Any:
-        arrays = template.arrays_of(make_model(key))
-        params = {
-            path: WithAxes(arrays[path], names[path]) if path in names else arrays[path]
-            for path in template.params
-        }
-        others = {path: arrays[path] for path in template.others}
-        return Variables(_nest(params), _nest(others)) if others else _nest(params)
+        params, others = template.split(make_model(key), names)
+        return Variables(params, others) if others else params
 
     def run(training: bool, params: Params, batch: Batch, key: Key, model_state: Any) -> Any:
         module, state = template.merge(params, model_state)
@@ -73,11 +70,10 @@ def from_equinox(
         rest = (batch, key) if takes_key else (batch,)
         if not template.has_state:
             value, metrics = split_loss_output(loss(module, *rest))
-            return (value, metrics, model_state) if template.others else (value, metrics)
+            return (value, metrics, model_state) if template.has_others else (value, metrics)
         out, state = _split_state(loss(module, state, *rest))
         value, metrics = split_loss_output(out)
-        arrays = template.arrays_of((module, state))
-        return value, metrics, _nest({path: arrays[path] for path in template.others})
+        return value, metrics, template.split((module, state))[1]
 
     def train(params: Params, batch: Batch, key: Key, model_state: Any = None) -> Any:
         return run(True, params, batch, key, model_state)
@@ -90,7 +86,27 @@ def from_equinox(
         module = equinox.nn.inference_mode(module)
         return (module, state) if template.has_state else module
 
-    return Model(init, Loss(train, evaluate, stateful=bool(template.others)), bind)
+    return Model(init, Loss(train, evaluate, stateful=template.has_others), bind)
+
+
+@dataclasses.dataclass(frozen=True)
+class _ModuleLeaf:
+    """One leaf of a module or of its state.
+
+    Attributes:
+      names: of its attributes, keys and indices; those of state begin with a name of its own.
+      value: a setting, or an array without values.
+      is_param: whether it is a floating-point array of the module.
+    """
+
+    names: tuple[str, ...]
+    value: Any
+    is_param: bool
+
+    @property
+    def path(self) -> str:
+        """By which rules name it."""
+        return "/".join(self.names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,71 +115,79 @@ class _ModuleTemplate:
 
     Attributes:
       structure: of `(module, state)`.
-      leaves: `(path, leaf)` in its order; the paths of state begin with `state/`.
+      leaves: in its order.
       has_state: whether there is a state.
     """
 
     structure: Any
-    leaves: tuple[tuple[str, Any], ...]
+    leaves: tuple[_ModuleLeaf, ...]
     has_state: bool
 
     @classmethod
     def of(cls, made: Any) -> "_ModuleTemplate":
-        """Reads a module, or `(module, state)`, whose arrays are abstract."""
-        leaves, structure = jax.tree_util.tree_flatten_with_path(_as_pair(made))
-        named = tuple((_path_of(path), leaf) for path, leaf in leaves)
-        return cls(structure, named, isinstance(made, tuple))
+        """Reads a module, or `(module, state)`, whose arrays are abstract.
+
+        Raises:
+          TreeError: two leaves of the module have the same path.
+        """
+        taken, name = {path.split("/")[0] for path in leaves_by_path(_as_pair(made)[0])}, "state"
+        while name in taken:  # by an attribute of the module
+            name += "_"
+        keyed, structure = jax.tree_util.tree_flatten_with_path(_as_pair(made))
+        leaves = []
+        for (part, *keys), x in keyed:
+            inside = tuple(path_str((key,)) for key in keys)
+            inexact = isinstance(x, jax.ShapeDtypeStruct) and jnp.issubdtype(x.dtype, jnp.inexact)
+            names = (name, *inside) if part.idx else inside
+            leaves.append(_ModuleLeaf(names, x, inexact and not part.idx))
+        return cls(structure, tuple(leaves), isinstance(made, tuple))
 
     @property
     def params(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The floating-point arrays of the module, by path."""
-        return {path: x for path, x in self._arrays.items() if _is_param(path, x)}
+        return {leaf.path: leaf.value for leaf in self.leaves if leaf.is_param}
 
     @property
-    def others(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """All other arrays, by path."""
-        return {path: x for path, x in self._arrays.items() if not _is_param(path, x)}
+    def has_others(self) -> bool:
+        """Whether there are arrays that are not parameters."""
+        return any(_is_array(leaf) and not leaf.is_param for leaf in self.leaves)
 
-    @property
-    def _arrays(self) -> dict[str, jax.ShapeDtypeStruct]:
-        return {path: x for path, x in self.leaves if isinstance(x, jax.ShapeDtypeStruct)}
+    def split(self, made: Any, axes: Mapping[str, Names] | None = None) -> tuple[Params, PyTree]:
+        """Returns the parameters and the other arrays of a module, or of `(module, state)`.
 
-    def arrays_of(self, made: Any) -> dict[str, jax.Array]:
-        """Returns the arrays of a module, or of `(module, state)`, by path."""
-        leaves = jax.tree.leaves(_as_pair(made))
-        named = zip(self.leaves, leaves, strict=True)
-        return {path: jnp.asarray(x) for (path, _), x in named if path in self._arrays}
+        Args:
+          made: what has the arrays.
+          axes: logical axis names of parameters, by path.
+        """
+        pairs = zip(self.leaves, jax.tree.leaves(_as_pair(made)), strict=True)
+        arrays = [(leaf, jnp.asarray(x)) for leaf, x in pairs if _is_array(leaf)]
+        named = axes or {}
+        params = nest(
+            (leaf.names, WithAxes(x, named[leaf.path]) if leaf.path in named else x)
+            for leaf, x in arrays
+            if leaf.is_param
+        )
+        return params, nest((leaf.names, x) for leaf, x in arrays if not leaf.is_param)
 
     def merge(self, params: Params, others: PyTree) -> Any:
         """Returns `(module, state)` with these arrays."""
 
-        def read(path: str, leaf: Any) -> Any:
-            if not isinstance(leaf, jax.ShapeDtypeStruct):
-                return leaf
-            node = params if _is_param(path, leaf) else others
-            for name in path.split("/"):
-                node = node[name]
-            return node
+        def read(leaf: _ModuleLeaf) -> Any:
+            if not _is_array(leaf):
+                return leaf.value
+            return functools.reduce(
+                lambda node, name: node[name], leaf.names, params if leaf.is_param else others
+            )
 
-        return self.structure.unflatten([read(path, leaf) for path, leaf in self.leaves])
+        return self.structure.unflatten(map(read, self.leaves))
 
 
-def _nest(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    return nest((path.split("/"), x) for path, x in arrays.items())
+def _is_array(leaf: _ModuleLeaf) -> bool:
+    return isinstance(leaf.value, jax.ShapeDtypeStruct)
 
 
 def _as_pair(made: Any) -> tuple[Any, Any]:
     return made if isinstance(made, tuple) else (made, None)
-
-
-def _path_of(path: tuple[Any, ...]) -> str:
-    """The path of a leaf of `(module, state)`."""
-    inside = path_str(path[1:])
-    return f"state/{inside}" if path[0].idx else inside
-
-
-def _is_param(path: str, x: jax.ShapeDtypeStruct) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.inexact) and not path.startswith("state/")
 
 
 def _split_state(out: Any) -> tuple[Any, Any]:

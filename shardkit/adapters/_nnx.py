@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from .._core.errors import Problem, ShardingError, raise_all
 from .._core.types import Batch, Key, Loss, Params, Variables
 from ._model import Model, accept_key, nest, pad_axes, split_loss_output
+from ._nnx_scopes import named_scopes
 
 Flat = list[tuple[tuple[Any, ...], nnx.Variable]]
 
@@ -39,7 +41,7 @@ def from_nnx(
 
     Returns:
       A `Model`. Logical axes are those of the variables' sharding metadata
-      (`nnx.with_partitioning(init, ("embed", "mlp"))`, `nnx.Param(x, sharding=...)`).
+      (`nnx.with_partitioning(init, ("embed", "mlp"))`, `nnx.Param(x, out_sharding=...)`).
 
     >>> import jax
     >>> from flax import nnx
@@ -54,13 +56,15 @@ def from_nnx(
 
     def init(key: Key) -> Any:
         params, _, model_state = _split_variables(_build(make_model, key), trainable)
+        _check_names(params)
         values = nest([(path, _with_axes(variable)) for path, variable in params])
         return Variables(values, _read_values(model_state)) if model_state else values
 
     def run(training: bool, params: Params, batch: Batch, key: Key, model_state: Any) -> Any:
         module = template.merge(params, model_state, key)
         module.train() if training else module.eval()
-        value, metrics = split_loss_output(call(module, batch, key))
+        with named_scopes(module):
+            value, metrics = split_loss_output(call(module, batch, key))
         if not template.model_state:
             return value, metrics
         # What the pass has sown is read by the loss alone, so the next pass does not need it.
@@ -122,6 +126,22 @@ def _split_variables(module: nnx.Module, trainable: Any) -> tuple[Flat, Flat, Fl
     params, streams, _, model_state = nnx.state(module, *filters)
     flatten = nnx.to_flat_state
     return list(flatten(params)), list(flatten(streams)), list(flatten(model_state))
+
+
+def _check_names(params: Flat) -> None:
+    """Checks that variables name logical axes.
+
+    Raises:
+      ShardingError: with every variable that has a sharding on a mesh in place of names.
+    """
+    problems = []
+    for path, variable in params:
+        sharding = variable.get_metadata().get("out_sharding")
+        if isinstance(sharding, jax.sharding.Sharding):
+            why = f"has a {type(sharding).__name__} on devices; a module names its dims, a strategy"
+            fix = 'nnx.Param(x, out_sharding=("embed", "mlp")), or no sharding and sk.PathRules'
+            problems.append(Problem("/".join(map(str, path)), f"{why} lays them out", fix))
+    raise_all(ShardingError, "Variables of the module are laid out already.", problems)
 
 
 def _with_axes(variable: nnx.Variable) -> Any:

@@ -2,7 +2,7 @@
 
 import importlib.util
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh
 
-from .._core.errors import MeshError, Problem, count, first_line, format_problems
+from .._core.errors import MeshError, Problem, count, first_line, format_problems, raise_all
 from ..hardware import find_chip
 from ._target import Target, format_example
 
@@ -41,6 +41,32 @@ def target_devices(target: Target) -> list[Any]:
         why,
         f"shardkit report CONFIG --target {target}, or build() on a machine that has them",
     )
+
+
+def check_devices(devices: Any) -> list[Any]:
+    """Returns the devices that a user chose, in their order.
+
+    Raises:
+      MeshError: one is none, or is there twice.
+    """
+    fix = "build(devices=jax.devices()[:8])"
+    if not isinstance(devices, Iterable) or isinstance(devices, str):
+        problem = Problem(
+            "devices", f"is of type {type(devices).__name__}, not a list of devices", fix
+        )
+        raise_all(MeshError, "These are no devices.", [problem])
+    chosen: list[Any] = [*(devices.flat if isinstance(devices, np.ndarray) else devices)]
+    problems = []
+    for index, device in enumerate(chosen):
+        if not isinstance(device, jax.Device):
+            why = f"is of type {type(device).__name__}, not a device"
+        elif device in chosen[:index]:
+            why = f"is {device}, as devices[{chosen.index(device)}] is"
+        else:
+            continue
+        problems.append(Problem(f"devices[{index}]", why, fix))
+    raise_all(MeshError, "These are no devices.", problems)
+    return chosen
 
 
 def _cpu_devices(target: Target) -> list[Any]:

@@ -9,8 +9,10 @@ from typing import Any
 from jax.sharding import Mesh
 
 from .._core.errors import MeshError, Problem, count, did_you_mean, format_problems, raise_all
+from .._core.io._notebook import notebook_html
+from .._core.io._table import Column, Table
 from .._core.options import check_arguments
-from ._build import arrange_devices, target_devices
+from ._build import arrange_devices, check_devices, target_devices
 from ._shapes import format_fitting_shapes
 from ._target import Target
 
@@ -154,7 +156,7 @@ class MeshSpec:
                 format_problems("This is no target.", [problem], "build(devices=[...]) for devices")
             )
         parsed = Target.parse(target) if isinstance(target, str) else target or Target("local")
-        chosen = target_devices(parsed) if devices is None else list(devices)
+        chosen = target_devices(parsed) if devices is None else check_devices(devices)
         platforms = ", ".join(sorted({device.platform for device in chosen})) or "none"
         spec = self._resolve_sizes(len(chosen), f"{len(chosen)} present ({platforms})")
         return arrange_devices(chosen, spec.axes, spec.dcn, as_given=devices is not None)
@@ -207,6 +209,13 @@ class MeshSpec:
 
     def __repr__(self) -> str:
         return f"MeshSpec({self})"
+
+    def _repr_html_(self) -> str:
+        """Each axis with its size, and the number of slices that it crosses."""
+        slices = self.dcn
+        rows = [(axis, str(size), str(slices.get(axis, 1))) for axis, size in self.sizes]
+        numbers = (Column("devices in a slice", right=True), Column("slices", right=True))
+        return notebook_html(repr(self), Table(["axis", *numbers], rows))
 
 
 def _find_problems(sizes: Mapping[str, Any], slices: Mapping[str, Any]) -> list[Problem]:

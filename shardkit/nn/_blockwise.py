@@ -19,7 +19,7 @@ one tile and so skip nothing; one row of 4096 tokens and 4 heads takes 639 ms an
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,10 +35,32 @@ _MASKED = -1e30  # finite: a block may hide every key of a query, and a later on
 
 Residuals = tuple[Any, ...]
 SegmentIds = tuple[jax.Array, jax.Array] | None
+# Segments i32[B, T], and a window i32[] that is only known when the program runs.
+Hidden = tuple[jax.Array | None, jax.Array | None]
+
+
+class BlockOptions(NamedTuple):
+    """What the program of an attention depends on, beside its arrays.
+
+    Attributes:
+      causal: whether a query sees only keys at its own position and before.
+      window: number of keys that a query sees, its own the last; None for all.
+      softcap: logits become `softcap · tanh(logits / softcap)`; None leaves them.
+    """
+
+    causal: bool
+    window: int | None = None
+    softcap: float | None = None
 
 
 def attend_block(
-    q: jax.Array, k: jax.Array, v: jax.Array, ids: SegmentIds, visible: jax.Array | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    ids: SegmentIds,
+    visible: jax.Array | None,
+    *,
+    softcap: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns softmax(q kᵀ / √H + mask) v over one block, and the log of each softmax sum.
 
@@ -48,11 +70,12 @@ def attend_block(
       v: [B, K, s, H].
       ids: segments of the queries i32[B, t] and of the keys i32[B, s]; None for one segment.
       visible: bool[t, s], which keys each query sees; None for all.
+      softcap: bound of the logits, see `BlockOptions`.
 
     Returns:
       f32[B, K, G, t, H] and f32[B, K, G, t].
     """
-    s = _scores(q, k, ids, visible)
+    s = _mask(_scores(q, k, softcap), ids, visible)
     largest = s.max(-1, keepdims=True)
     p = jnp.exp(s - largest)
     total = p.sum(-1, keepdims=True)
@@ -70,6 +93,7 @@ def backward_block(
     lse: jax.Array,
     delta: jax.Array,
     g: jax.Array,
+    softcap: float | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns what one block adds to the gradients of q, k and v, in f32.
 
@@ -82,21 +106,30 @@ def backward_block(
       lse: f32[B, K, G, t], log of the softmax sums over all keys, of this block and others.
       delta: f32[B, K, G, t], sum over H of the output times its cotangent.
       g: [B, K, G, t, H], cotangent of the output over all keys.
+      softcap: bound of the logits, see `BlockOptions`.
     """
     with recomputed():
-        s = _scores(q, k, ids, visible)
+        logits = _scores(q, k, softcap)
+        s = _mask(logits, ids, visible)
     p = jnp.exp(s - lse[..., None])
     dp = einsum("bkgth,bksh->bkgts", g, v, jnp.float32)
-    ds = (p * (dp - delta[..., None]) * q.shape[-1] ** -0.5).astype(q.dtype)
+    ds = p * (dp - delta[..., None]) * q.shape[-1] ** -0.5
+    if softcap is not None:
+        ds = ds * (1 - (logits / softcap) ** 2)
+    ds = ds.astype(q.dtype)
     dq = einsum("bkgts,bksh->bkgth", ds, k, jnp.float32)
     dk = einsum("bkgts,bkgth->bksh", ds, q, jnp.float32)
     dv = einsum("bkgts,bkgth->bksh", p.astype(g.dtype), g, jnp.float32)
     return dq, dk, dv
 
 
-def _scores(q: jax.Array, k: jax.Array, ids: SegmentIds, visible: jax.Array | None) -> jax.Array:
-    """f32[B, K, G, t, s]: masked logits."""
+def _scores(q: jax.Array, k: jax.Array, softcap: float | None) -> jax.Array:
+    """f32[B, K, G, t, s]: logits, all of them visible."""
     s = einsum("bkgth,bksh->bkgts", q, k, jnp.float32) * q.shape[-1] ** -0.5
+    return s if softcap is None else softcap * jnp.tanh(s / softcap)
+
+
+def _mask(s: jax.Array, ids: SegmentIds, visible: jax.Array | None) -> jax.Array:
     if visible is not None:
         s = jnp.where(visible, s, _MASKED)
     if ids is not None:
@@ -107,31 +140,23 @@ def _scores(q: jax.Array, k: jax.Array, ids: SegmentIds, visible: jax.Array | No
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def blockwise_attention(
-    q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    segment_ids: jax.Array | None,
-    causal: bool,
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, hidden: Hidden, options: BlockOptions
 ) -> jax.Array:
     """Attention whose backward pass keeps its inputs, its output and one number per query."""
-    return _forward(q_BTNH, k_BSKH, v_BSKH, segment_ids, causal)[0]
+    return _forward(q_BTNH, k_BSKH, v_BSKH, hidden, options)[0]
 
 
 def _attention_fwd(
-    q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    segment_ids: jax.Array | None,
-    causal: bool,
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, hidden: Hidden, options: BlockOptions
 ) -> tuple[jax.Array, Residuals]:
-    inputs = (q_BTNH, k_BSKH, v_BSKH, segment_ids)
+    inputs = (q_BTNH, k_BSKH, v_BSKH, hidden)
     # Under the name of the output, so that a policy which keeps one keeps both.
-    out, lse = checkpoint_name(_forward(*inputs, causal=causal), "attn_mix")
+    out, lse = checkpoint_name(_forward(*inputs, options=options), "attn_mix")
     return out, (*inputs, out, lse)
 
 
-def _attention_bwd(causal: bool, saved: Residuals, g_BTNH: jax.Array) -> Residuals:
-    return *_backward(saved, g_BTNH, causal), None
+def _attention_bwd(options: BlockOptions, saved: Residuals, g_BTNH: jax.Array) -> Residuals:
+    return *_backward(saved, g_BTNH, options), None
 
 
 blockwise_attention.defvjp(_attention_fwd, _attention_bwd)
@@ -147,30 +172,39 @@ def query_blocks(queries: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, queries)) for start in range(0, queries, size)]
 
 
+def _key_range(start: int, stop: int, keys: int, options: BlockOptions) -> slice:
+    """Returns the keys that queries `start` … `stop` may see, as far as is known before the run."""
+    first = 0 if options.window is None else max(0, start + 1 - options.window)
+    return slice(first, stop if options.causal else keys)
+
+
 def _masks(
-    segment_ids: jax.Array | None, start: int, stop: int, keys: int, causal: bool
+    hidden: Hidden, start: int, stop: int, keys: slice, options: BlockOptions
 ) -> tuple[SegmentIds, jax.Array | None]:
-    """What hides keys 0 … `keys` from queries `start` … `stop`: segments, and the causal mask."""
-    ids = None if segment_ids is None else (segment_ids[:, start:stop], segment_ids[:, :keys])
-    visible = jnp.arange(start, stop)[:, None] >= jnp.arange(keys)[None, :] if causal else None
+    """What hides `keys` from queries `start` … `stop`: segments, the causal mask, the window."""
+    segment_ids, window = hidden
+    window = options.window if window is None else window
+    ids = None if segment_ids is None else (segment_ids[:, start:stop], segment_ids[:, keys])
+    positions = jnp.arange(start, stop)[:, None], jnp.arange(keys.start, keys.stop)[None, :]
+    visible = positions[0] >= positions[1] if options.causal else None
+    if window is not None:
+        near = positions[0] - positions[1] < window
+        visible = near if visible is None else visible & near
     return ids, visible
 
 
 def _forward(
-    q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    segment_ids: jax.Array | None,
-    causal: bool,
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, hidden: Hidden, options: BlockOptions
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the output and f32[B, T, N], the log of each query's softmax sum."""
     q = _group_heads(q_BTNH, k_BSKH.shape[2])
     k, v = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
     outs, sums = [], []
     for start, stop in query_blocks(q.shape[3]):
-        end = stop if causal else k.shape[2]
-        masks = _masks(segment_ids, start, stop, end, causal)
-        out, lse = attend_block(q[:, :, :, start:stop], k[:, :, :end], v[:, :, :end], *masks)
+        keys = _key_range(start, stop, k.shape[2], options)
+        masks = _masks(hidden, start, stop, keys, options)
+        block = (q[:, :, :, start:stop], k[:, :, keys], v[:, :, keys])
+        out, lse = attend_block(*block, *masks, softcap=options.softcap)
         outs.append(out.astype(q.dtype))
         sums.append(lse[..., None])
     out, lse = jnp.concatenate(outs, 3), jnp.concatenate(sums, 3)
@@ -178,10 +212,10 @@ def _forward(
 
 
 def _backward(
-    saved: Residuals, g_BTNH: jax.Array, causal: bool
+    saved: Residuals, g_BTNH: jax.Array, options: BlockOptions
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of q, k and v; the softmax of each block is recomputed from `lse`."""
-    q_BTNH, k_BSKH, v_BSKH, segment_ids, out_BTNH, lse_BTN = saved
+    q_BTNH, k_BSKH, v_BSKH, hidden, out_BTNH, lse_BTN = saved
     heads = k_BSKH.shape[2]
     q, g = _group_heads(q_BTNH, heads), _group_heads(g_BTNH, heads)
     k, v = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
@@ -190,13 +224,14 @@ def _backward(
     delta = _group_heads(delta_BTN1, heads)[..., 0]
     dqs, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for start, stop in query_blocks(q.shape[3]):
-        end = stop if causal else k.shape[2]
+        keys = _key_range(start, stop, k.shape[2], options)
         block = (slice(None),) * 3 + (slice(start, stop),)
-        masks = _masks(segment_ids, start, stop, end, causal)
+        masks = _masks(hidden, start, stop, keys, options)
         rows = {"lse": lse[block], "delta": delta[block], "g": g[block]}
-        d_q, d_k, d_v = backward_block(q[block], k[:, :, :end], v[:, :, :end], *masks, **rows)
+        inputs = (q[block], k[:, :, keys], v[:, :, keys])
+        d_q, d_k, d_v = backward_block(*inputs, *masks, **rows, softcap=options.softcap)
         dqs.append(d_q)
-        dk, dv = dk.at[:, :, :end].add(d_k), dv.at[:, :, :end].add(d_v)
+        dk, dv = dk.at[:, :, keys].add(d_k), dv.at[:, :, keys].add(d_v)
     dq = _ungroup_heads(jnp.concatenate(dqs, 3))
     dk, dv = dk.transpose(0, 2, 1, 3), dv.transpose(0, 2, 1, 3)
     return dq.astype(q_BTNH.dtype), dk.astype(k_BSKH.dtype), dv.astype(v_BSKH.dtype)

@@ -101,23 +101,26 @@ def _experts(
     return combine(chosen.reshape(batch, length * top_k, -1), share_BTK)
 
 
-def route(logits: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
+def route(logits: jax.Array, top_k: int, normalize: bool = True) -> tuple[jax.Array, jax.Array]:
     """Chooses each token's `top_k` experts, in f32.
 
     Args:
       logits: the router's output, [..., experts].
       top_k: choices of each token.
+      normalize: whether the shares of several choices are scaled to sum to 1.
 
     Returns:
       i32[..., k], the chosen experts, best first; and f32[..., k], their probabilities, scaled to
-      sum to 1 over the chosen ones. With one choice the probability is not scaled (Fedus et al.
-      2021): a share that is always 1 would give the router no gradient.
+      sum to 1 over the chosen ones if `normalize`. With one choice the probability is not scaled
+      (Fedus et al. 2021): a share that is always 1 would give the router no gradient.
 
     >>> choice, share = route(jnp.log(jnp.array([0.1, 0.3, 0.6])), 2)
     >>> choice.tolist(), [round(float(x), 3) for x in share]
     ([2, 1], [0.667, 0.333])
     """
-    check_arguments(StepError, "Tokens cannot be routed.", top_k=(top_k, int))
+    check_arguments(
+        StepError, "Tokens cannot be routed.", top_k=(top_k, int), normalize=(normalize, bool)
+    )
     p = jax.nn.softmax(logits.astype(jnp.float32))
     remaining, choices, shares = jax.lax.stop_gradient(p), [], []
     # Not `jax.lax.top_k`: on CPU XLA gathers the whole array for it where rows are split.
@@ -128,7 +131,8 @@ def route(logits: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
         shares.append(jnp.where(chosen, p, 0).sum(-1))
         remaining = jnp.where(chosen, -1.0, remaining)
     choice, share = jnp.stack(choices, -1), jnp.stack(shares, -1)
-    return choice, share / share.sum(-1, keepdims=True) if top_k > 1 else share
+    scaled = normalize and top_k > 1
+    return choice, share / share.sum(-1, keepdims=True) if scaled else share
 
 
 def _check(

@@ -27,6 +27,8 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 Names = tuple[str | None, ...]
+Ticks = tuple[tuple[str, ...], ...]
+"""For each place along a mesh axis a text per tick."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +103,19 @@ class Override(abc.ABC):
           **kwargs: as the model passes them.
         """
 
+    def tick_table(self, sizes: Mapping[str, int]) -> tuple[str, Ticks] | None:
+        """What each place along the axis does in each tick of a step, where it runs by a table.
+
+        Args:
+          sizes: mesh axis → devices along it.
+
+        Returns:
+          The table's name, and for each place along the axis a text per tick: `F0` is the forward
+          pass of micro-batch 0, `B0` its backward pass, `""` idle. None without a table.
+        """
+        del sizes
+        return None
+
     def incompatibilities(self, accumulate: Accumulate, reduce_separately: bool) -> list[Problem]:
         """Lists what in the rest of a declaration this override cannot work with.
 
@@ -129,12 +144,17 @@ class ActiveOverrides:
 
     def find_unreached(self, jaxpr: core.Jaxpr) -> dict[str, Override]:
         """Returns the overrides whose part does not occur in a traced program."""
-        reached = {name for (name,) in recorded_facts(jaxpr, _REACHED)}
+        reached = overridden(jaxpr)
         return {name: override for name, override in self.overrides if name not in reached}
 
 
 _active = TraceContext[ActiveOverrides]("overrides")
 _REACHED = "overridden"
+
+
+def overridden(jaxpr: core.Jaxpr) -> set[str]:
+    """Names of the parts of a traced loss that a strategy computes in its own way."""
+    return {name for (name,) in recorded_facts(jaxpr, _REACHED)}
 
 
 def overridable(name: str, reference: Callable[_P, _R]) -> Callable[_P, _R]:

@@ -14,7 +14,7 @@ import jax
 
 from .._core.errors import Problem, StepError, did_you_mean, format_problems, raise_all
 from .._core.options import option_problems
-from .._core.tracing import TraceContext, equations
+from .._core.tracing import TraceContext, equations, record_fact
 
 _policies = jax.checkpoint_policies
 _P = ParamSpec("_P")
@@ -22,6 +22,8 @@ _R = TypeVar("_R")
 
 # Checkpoint name of gathered weights that a strategy keeps from forward to backward.
 KEPT_PARAM = "kept_weight"
+# Fact of a loss that is checkpointed as a whole, since it marks no layer.
+WHOLE = "rematerialized as a whole"
 _save_kept_params = _policies.save_only_these_names(KEPT_PARAM)
 
 _NAMED: dict[str, Callable[..., Any]] = {
@@ -171,7 +173,8 @@ def apply_policy(
       **kwargs: the same by keyword.
 
     Returns:
-      The function itself if it marks a layer or the policy is None, else `jax.checkpoint` of it.
+      The function itself if it marks a layer or the policy is None, else `jax.checkpoint` of it,
+      whose program has the fact `WHOLE`.
     """
     if policy is None:
         return function
@@ -180,4 +183,9 @@ def apply_policy(
     # The policy of a `jax.checkpoint` is a parameter of its equation.
     if any(eqn.params.get("policy") == policy for eqn in equations(traced.jaxpr)):
         return function
-    return jax.checkpoint(function, policy=policy)
+
+    def whole(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        result = jax.checkpoint(function, policy=policy)(*args, **kwargs)
+        return record_fact(result, WHOLE)
+
+    return whole

@@ -7,6 +7,7 @@ from ._compose import (
     check_composition,
     check_overrides_called,
     suggest_options,
+    suggest_renames,
 )
 from ._compression import GradientCompression, compressed_sum
 from ._kind import DeviceBytes, Kind, PlanChoice, format_call
@@ -52,6 +53,7 @@ __all__ = [
     "schedule",
     "strategies",
     "suggest_options",
+    "suggest_renames",
     "tick_program",
     "update_specs",
 ]

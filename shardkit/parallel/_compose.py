@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from .. import nn
 from .._core.errors import Problem, ShardingError, StepError, count, did_you_mean, raise_all
 from ..nn._overridable import Override
-from ..rules import Indivisible, axes_of, format_mesh, shard_count
+from ..rules import Indivisible, UnlistedAxis, axes_of, format_mesh, shard_count
 from ._strategy import Strategy
 from .pipeline._stage_layout import balanced_sizes
 
@@ -102,6 +102,28 @@ def suggest_options(problems: Sequence[Problem], sizes: Mapping[str, int]) -> li
         if option is None:
             return problem
         return dataclasses.replace(problem, fix=f"{option}; or {problem.fix}")
+
+    return [suggest(problem) for problem in problems]
+
+
+def suggest_renames(problems: Sequence[Problem], strategy: Strategy) -> list[Problem]:
+    """Replaces the fix of a logical axis that the tables of a ready strategy do not list.
+
+    Args:
+      problems: of leaves; an `UnlistedAxis` has the name.
+      strategy: that lists other names; without kinds its tables are the user's own.
+    """
+    known = ", ".join(strategy.logical_axes)
+
+    def suggest(problem: Problem) -> Problem:
+        if not strategy.kinds or not isinstance(problem, UnlistedAxis):
+            return problem
+        near = did_you_mean(problem.logical, strategy.logical_axes)
+        old = near.split("'")[1] if near else "mlp"
+        fix = f"strategy.rename({{{old!r}: {problem.logical!r}}}), if the dim is what the strategy "
+        fix += f"calls {old!r}; or strategy.with_names(params={{{problem.logical!r}: None}})"
+        fix += f"; it lists {known}"
+        return dataclasses.replace(problem, fix=fix)
 
     return [suggest(problem) for problem in problems]
 

@@ -132,8 +132,8 @@ class Fsdp(Kind):
         """Rajbhandari et al. 2020 (ZeRO-3); gradients of unsplit parameters as for `data`."""
         n, declared = program.sizes[self.axis], program.declared
         weights, gradients = (
-            n * program.param_bytes(self.axis, dtype, split=True)
-            for dtype in (declared.compute_dtype, declared.reduce_dtype)
+            n * program.param_bytes(self.axis, dtype, split=True, trained=trained)
+            for dtype, trained in ((declared.compute_dtype, False), (declared.reduce_dtype, True))
         )
         gathers = 2 if self.reshard_after_forward else 1
         return self.gradient_all_reduce_bytes(program) + fsdp_bytes(n, weights, gradients, gathers)

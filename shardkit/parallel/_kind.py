@@ -42,6 +42,18 @@ def all_reduce_bytes(n: int, size: float) -> float:
     return 2 * (n - 1) / n * size
 
 
+def spare_share(row: LedgerRow, rows: Sequence[LedgerRow], least: float) -> float:
+    """The share beyond a minimum of what all collectives of a row's sort send together.
+
+    Args:
+      row: one of them.
+      rows: all collectives over the axis.
+      least: bytes that those of its sort must send.
+    """
+    sent = sum(other.wire_bytes for other in rows if other.kind == row.kind)
+    return max(0.0, 1 - least / sent) if sent else 0.0
+
+
 @dataclasses.dataclass(frozen=True)
 class PlanChoice:
     """What a planner varies besides the sizes of axes; each kind reads what concerns it.
@@ -128,7 +140,7 @@ class Kind(AxisKind, abc.ABC):
     def gradient_all_reduce_bytes(self, program: Program) -> float:
         """Bytes of one all-reduce per step of the gradients of what the axis does not split."""
         dtype = program.declared.reduce_dtype
-        gradients = program.param_bytes(self.axis, dtype, split=False)
+        gradients = program.param_bytes(self.axis, dtype, split=False, trained=True)
         return all_reduce_bytes(program.sizes[self.axis], gradients)
 
     def excess(

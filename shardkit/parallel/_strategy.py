@@ -8,8 +8,9 @@ from typing import Any
 from jax.sharding import PartitionSpec
 
 from .._core.errors import Problem, StepError, did_you_mean, format_problems, raise_all
+from .._core.io._notebook import notebook_html
 from .._core.options import option_problems
-from .._core.precision import AS_INITIALIZED, Precision
+from .._core.precision import AS_INITIALIZED, Precision, dtype_name
 from .._core.types import Accumulate
 from ..nn._overridable import Override
 from ..rules import REPLICATED, AxisRules, Rule, axes_of, first_match, list_rules, spec_from_axes
@@ -18,6 +19,8 @@ from ._kind import Kind
 from ._zero_update import Zero
 
 _UNSPLIT = PartitionSpec()
+# Longer fields are cut in the short text of a strategy.
+_SHORT = 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +69,8 @@ class Strategy:
     names: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuses a spec or a dict in place of a rule."""
+        """Refuses a spec or a dict in place of a rule; takes a dtype as the policy of its name."""
+        object.__setattr__(self, "precision", dtype_name(self.precision))
         rules = {"params": self.params, "model_state": self.model_state}
         if self.opt_state is not None:
             rules["opt_state"] = self.opt_state
@@ -98,6 +102,24 @@ class Strategy:
             names=(self.names, tuple[tuple[str, str], ...]),
         )
         raise_all(StepError, "The strategy is declared wrongly.", problems)
+
+    def describe(self) -> dict[str, str]:
+        """What it declares, as text by field: its kinds, and every field that is not a default."""
+        kinds = " | ".join(f"{kind} over {kind.axis}" for kind in self.kinds)
+        fields = (field for field in dataclasses.fields(self) if field.name != "kinds")
+        values = {field.name: (getattr(self, field.name), field.default) for field in fields}
+        declared = {name: repr(value) for name, (value, own) in values.items() if value != own}
+        return {"kinds": kinds, **declared} if kinds else declared
+
+    def __repr__(self) -> str:
+        """Its kinds, and each field that is not a default, long ones cut."""
+        about = self.describe()
+        parts = [about.pop("kinds")] if "kinds" in about else []
+        parts += [f"{name}={text if len(text) <= _SHORT else '…'}" for name, text in about.items()]
+        return f"Strategy({', '.join(parts)})"
+
+    def _repr_html_(self) -> str:
+        return notebook_html("Strategy", self.describe())
 
     @property
     def _stores(self) -> bool:

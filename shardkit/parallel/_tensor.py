@@ -12,6 +12,7 @@ more `fsdp`. Do not use across slow links: every layer waits for its collectives
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, final
 
@@ -128,8 +129,21 @@ class Tensor(Kind):
             if equal > 1:
                 why = "of gradients reduced separately for each product that shares an input"
                 yield why, 1 - left
+        larger = self._larger_share(row, program)
+        if larger:
+            yield (
+                "of arrays larger than an activation, as tokens for several experts",
+                left * larger,
+            )
+            left *= 1 - larger
         if row.kind == "all-reduce" and self.sequence:
             yield "all-reduced, where a reduce-scatter would do", left / 2
+
+    def _larger_share(self, row: LedgerRow, program: Program) -> float:
+        """The share of a row beyond one activation for each of its arrays."""
+        activation = program.declared.activation_bytes or math.inf
+        most = len(row.operands) * activation / program.declared.accumulate
+        return max(0.0, 1 - most / row.payload_bytes) if row.kind == "all-reduce" else 0.0
 
     def planned_options(self, choice: PlanChoice) -> dict[str, Any]:
         """With the residual stream split."""

@@ -84,7 +84,7 @@ class ZeroUpdate(Kind):
         """Rajbhandari et al. 2020."""
         declared = program.declared
         sent, reduced = (
-            program.param_bytes(self.axis, dtype, split=False)
+            program.param_bytes(self.axis, dtype, split=False, trained=True)
             for dtype in (declared.compute_dtype, declared.reduce_dtype)
         )
         return zero_bytes(program.sizes[self.axis], sent, reduced)

@@ -3,13 +3,14 @@
 Sizes that are powers of two hide faults: 3 divides what 2 does not, and the other way round.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from .._core.errors import ShardkitError
+from .._core.errors import ShardkitError, VerificationError
 from ..mesh import MeshSpec, mesh_shapes
 
 _ODD = (6, 3)
@@ -33,29 +34,31 @@ def default_meshes(
     Args:
       axes: of the meshes.
       compile_for: compiles the step; called again for the same mesh by whoever runs it.
-      odd_only: only the meshes of 6 and of 3 devices.
+      odd_only: only the meshes of 6 and of 3 devices; none of them need compile.
+
+    Raises:
+      VerificationError: the step compiles for no mesh, with the error of the most even one.
     """
-    n = len(jax.devices())
+    n, refused, found = len(jax.devices()), {}, False
     all_devices = [] if odd_only else [sorted(mesh_shapes(n, axes), key=_longest)]
     for shapes in (*all_devices, *odd_shapes(n, axes)):
-        built = (_build(MeshSpec(dcn=None, **shape)) for shape in shapes)
-        fitting = next((mesh for mesh in built if _compiles(mesh, compile_for)), None)
-        if fitting is not None:
-            yield fitting
+        for shape in shapes:
+            mesh = MeshSpec(dcn=None, **shape).build(
+                devices=jax.devices()[: math.prod(shape.values())]
+            )
+            try:
+                compile_for(mesh)
+            except ShardkitError as error:  # it need not divide the leaves and the rows
+                refused[", ".join(f"{axis}={size}" for axis, size in shape.items())] = error
+            else:
+                found = True
+                yield mesh
+                break
+    if refused and not found and not odd_only:
+        where, error = next(iter(refused.items()))
+        headline = f"There is nothing to verify: none of {len(refused)} meshes compiles."
+        raise VerificationError(f"{headline} On mesh ({where}):\n{error}") from error
 
 
 def _longest(shape: dict[str, int]) -> int:
     return max(shape.values())
-
-
-def _build(spec: MeshSpec) -> Mesh:
-    return spec.build(devices=jax.devices()[: spec.size])
-
-
-def _compiles(mesh: Mesh, compile_for: Callable[[Mesh], Any]) -> bool:
-    """Whether a mesh that nobody asked for divides the leaves and the rows."""
-    try:
-        compile_for(mesh)
-    except ShardkitError:
-        return False
-    return True

@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .._core.train_state import TrainState
 from .._core.tree import join_path, leaves_by_path, list_leaves, path_str
-from .._core.types import PyTree, Variables, WithAxes
+from .._core.types import PyTree, Variables, has_axes
 from ..parallel import update_specs
 from ..rules import first_match, format_spec, resolve_all
 from ..step import FollowParams, StepSpec, around_init, arrange_specs
@@ -34,7 +34,7 @@ def resolve_declared_specs(spec: StepSpec, mesh: Mesh, state: TrainState) -> Spe
     with around_init(mesh):
         params = list_leaves(state.params, _collect_axis_names(spec))
     moments = list_leaves(state.opt_state)
-    param_specs, param_problems = resolve_all(strategy.params, params, sizes)
+    param_specs, param_problems = resolve_all(strategy.params, params, sizes, follows=spec.follows)
     updated_specs = update_specs(strategy.zero, params, param_specs, sizes)
     pairs = tuple((leaf, updated_specs[leaf.path]) for leaf in params)
     follow = FollowParams(pairs, frozenset(leaf.path for leaf in moments))
@@ -66,10 +66,6 @@ def _resolve_batch_specs(spec: StepSpec, sizes: dict[str, int]) -> Specs:
 
 def _collect_axis_names(spec: StepSpec) -> dict[str, tuple[str | None, ...]]:
     """Logical axes that `init` declares, by path."""
-
-    def has_axes(x: Any) -> bool:
-        return isinstance(x, WithAxes)
-
     variables = jax.eval_shape(spec.init, jax.eval_shape(lambda: jax.random.key(0)))
     params = variables.params if isinstance(variables, Variables) else variables
     paths = jax.tree_util.tree_leaves_with_path(params, is_leaf=has_axes)

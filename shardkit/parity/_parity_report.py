@@ -5,6 +5,7 @@ import itertools
 import math
 
 from .._core.errors import Problem, VerificationError, count, format_problems
+from .._core.io._notebook import text_html
 from .._core.io._table import Column, Table
 
 _WIDTH = 100
@@ -94,6 +95,14 @@ class ParityReport:
     @property
     def _mesh_count(self) -> int:
         return len({row.mesh for row in self.rows})
+
+    def __repr__(self) -> str:
+        passed = len(self.rows) - len(self.failed)
+        meshes = count(self._mesh_count, "mesh")
+        return f"ParityReport({passed} of {len(self.rows)} checks passed on {meshes})"
+
+    def _repr_html_(self) -> str:
+        return text_html(str(self))
 
     def __str__(self) -> str:
         """A table of at most 100 columns, one block of rows per mesh."""

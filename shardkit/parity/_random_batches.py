@@ -24,11 +24,11 @@ _UNBOUNDED = 8  # integers that index nothing: counts, segments
 
 # Operations that pass integers on, by which of their operands hold them.
 _FIRST = (
-    *("broadcast_in_dim", "convert_element_type", "copy", "dynamic_slice", "expand_dims", "gather"),
-    *("optimization_barrier", "pad", "reshape", "rev", "sharding_constraint", "shardkit_record"),
+    *("broadcast_in_dim", "convert_element_type", "copy", "dynamic_slice", "gather", "pad"),
+    *("optimization_barrier", "reshape", "rev", "sharding_constraint", "shardkit_record"),
     *("slice", "squeeze", "transpose"),
 )
-_SCATTERS = ("scatter", "scatter-add", "scatter_add", "scatter_max", "scatter_min", "scatter_mul")
+_LOOKUPS = ("scatter", *(f"scatter-{how}" for how in ("add", "sub", "mul", "min", "max")), "gather")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _indexed(equation: core.JaxprEqn, look_up: Any) -> Iterator[tuple[str, int]]
     """Yields (batch leaf, length) of each lookup that an operation makes by integers of a batch."""
     name = equation.primitive.name
     operands: list[Any] = list(equation.invars)
-    if name == "gather" or name in _SCATTERS:
+    if name in _LOOKUPS:
         numbers = equation.params["dimension_numbers"]
         dims = numbers.start_index_map if name == "gather" else numbers.scatter_dims_to_operand_dims
         for ids in look_up(operands[1]):

@@ -73,8 +73,8 @@ def verify(
       The parity report: `print` it, read `.ok`, or call `.check()`.
 
     Raises:
-      VerificationError: nothing can be compared: no spec, mesh or step, a loss that is not finite,
-        or a gradient that is all zero.
+      VerificationError: nothing can be compared: no spec, mesh or step, no default mesh that
+        compiles, a loss that is not finite, or a gradient that is all zero.
 
     >>> import jax, jax.numpy as jnp, optax
     >>> from shardkit.parallel import strategies
@@ -91,7 +91,7 @@ def verify(
     compile_for = as_step_factory(spec)
     if meshes is None and isinstance(spec, StepSpec):
         compile_for = functools.lru_cache(maxsize=4)(compile_for)
-        meshes = list(default_meshes(axis_names(spec.strategy), compile_for))
+        meshes = list(default_meshes(axis_names(spec.strategy), compile_for)) or None
     _check_arguments(meshes, batches, steps, key)
     built = [_build_mesh(mesh) for mesh in meshes or ()]
     # A function may make another model for one device; a spec is the same everywhere.
@@ -149,7 +149,8 @@ def _check_arguments(
     )
     problems = []
     if not meshes:
-        why = "is not given, and a function names no axes" if meshes is None else "is empty"
+        why = "is not given, and a function or strategy without axes names none"
+        why = "is empty" if meshes is not None else why
         problems.append(Problem("meshes", why, "meshes=[sk.MeshSpec(data=2, tensor=4)]"))
     if batches is not None and not batches:
         problems.append(Problem("batches", "is empty", "batches=[batch], or omit it"))

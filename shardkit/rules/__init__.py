@@ -1,10 +1,10 @@
 """Rules that give every leaf of a pytree its spec, checked all at once."""
 
-from ._axes import AxisRules
+from ._axes import AxisRules, UnlistedAxis
 from ._check import Indivisible, check_batch, check_spec
 from ._explain import Explanation, explain_rules, list_named_leaves
-from ._path import PathRules, matches
-from ._resolve import Placement, format_headline, place_leaf, resolve, resolve_all
+from ._path import PathRules, matches, selects
+from ._resolve import Placement, format_headline, list_ruled, place_leaf, resolve, resolve_all
 from ._rule import (
     REPLICATED,
     Chain,
@@ -46,6 +46,7 @@ __all__ = [
     "Refused",
     "Rule",
     "ShardLargest",
+    "UnlistedAxis",
     "axes_of",
     "check_batch",
     "check_spec",
@@ -57,6 +58,7 @@ __all__ = [
     "format_mesh",
     "format_spec",
     "list_named_leaves",
+    "list_ruled",
     "list_rules",
     "matches",
     "mesh_sizes",
@@ -64,6 +66,7 @@ __all__ = [
     "place_leaf",
     "resolve",
     "resolve_all",
+    "selects",
     "shard_count",
     "shard_largest",
     "spec_from_axes",

@@ -14,6 +14,13 @@ from ._rule import Decided, Decision, Entry, Passed, Refused
 from ._specs import Axes, axes_of, spec_from_axes
 
 
+@dataclasses.dataclass(frozen=True)
+class UnlistedAxis(Problem):
+    """A logical axis of a leaf that a table does not list."""
+
+    logical: str = ""
+
+
 @dataclasses.dataclass(frozen=True, init=False, repr=False)
 class AxisRules:
     """Maps logical axes to mesh axes, for leaves whose dims a model has named.
@@ -81,9 +88,10 @@ class AxisRules:
         names = leaf.axes
         if names is None:
             return Passed("AxisRules: the leaf names no logical axes")
-        if len(names) != len(leaf.shape):
+        if len(names) > len(leaf.shape):
             why = f"names {count(len(names), 'logical axis')} {names!r} for {len(leaf.shape)} dims"
-            return Refused((Problem(str(leaf), why, "name every dim, None where it has no name"),))
+            return Refused((Problem(str(leaf), why, "at most one name or None per dim"),))
+        names = (*names, *[None] * (len(leaf.shape) - len(names)))
         if unknown := self._find_unknown(str(leaf), names):
             return Refused(tuple(unknown))
         dims = tuple(self._format_source(name) for name in names)
@@ -154,13 +162,14 @@ class AxisRules:
             table[name] = tuple(dict.fromkeys((*table.get(name, ()), *axes)))
         return AxisRules(table)
 
-    def _find_unknown(self, subject: str, names: Sequence[str | None]) -> list[Problem]:
+    def _find_unknown(self, subject: str, names: Sequence[str | None]) -> list["UnlistedAxis"]:
         known = [name for name, _ in self.table]
         return [
-            Problem(
+            UnlistedAxis(
                 subject,
                 f"AxisRules does not list logical axis {name!r}." + did_you_mean(name, known),
                 f"AxisRules({{..., {name!r}: None}}), or a mesh axis",
+                logical=name,
             )
             for name in dict.fromkeys(names)
             if name is not None and name not in known

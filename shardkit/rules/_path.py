@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from .._core.errors import Problem, ShardingError, raise_all
 from .._core.options import check_arguments, option_problems
 from .._core.tree import Leaf
+from .._core.types import Trainable
 from ._rule import Decided, Decision, Entry, Passed, Replicated
 from ._specs import format_spec
 
@@ -28,6 +29,14 @@ def _compile_glob(glob: str) -> re.Pattern[str]:
         else:
             parts.append("[^/]*".join(map(re.escape, segment.split("*"))) + "/")
     return re.compile("".join(parts))
+
+
+def selects(declared: Trainable, path: str) -> bool:
+    """Whether globs, or a predicate, choose a path; None chooses every one."""
+    if declared is None or callable(declared):
+        return declared is None or declared(path)
+    globs = [declared] if isinstance(declared, str) else declared
+    return any(matches(glob, path) for glob in globs)
 
 
 def matches(glob: str, path: str) -> bool:

@@ -7,9 +7,17 @@ from jax.sharding import PartitionSpec
 
 from .._core.errors import Problem, ShardingError, count, raise_all
 from .._core.tree import Leaf
+from .._core.types import Follows
 from ._check import check_spec, share_fixes
 from ._rule import Decided, Entry, Passed, Refused, Rule, list_rules
-from ._specs import HasShape, format_mesh, mesh_sizes, normalize_spec
+from ._specs import (
+    HasShape,
+    axes_of,
+    format_mesh,
+    mesh_sizes,
+    normalize_spec,
+    spec_from_axes,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +98,7 @@ def resolve_all(
     mesh: Mapping[str, int] | HasShape,
     *,
     what: str = "parameters",
+    follows: Sequence[Follows] = (),
 ) -> tuple[dict[str, PartitionSpec], list[Problem]]:
     """Gives specs to the leaves that can be laid out, and lists what is wrong with the others.
 
@@ -98,11 +107,13 @@ def resolve_all(
       leaves: all leaves that the rule is for; an entry that matches none of them is a problem.
       mesh: the mesh, or `{axis: size}`.
       what: what the leaves are, in the plural, for messages.
+      follows: leaves that the rule is not asked for, since they are laid out like others.
 
     Returns:
       Specs in normal form by path, of the leaves without a problem, and the problems.
     """
-    sizes = mesh_sizes(mesh)
+    sizes, every = mesh_sizes(mesh), {leaf.path: leaf for leaf in leaves}
+    leaves = list_ruled(leaves, follows)
     placements = [place_leaf(rule, leaf, sizes) for leaf in leaves]
     problems = [problem for placement in placements for problem in placement.problems]
     if leaves:
@@ -116,7 +127,25 @@ def resolve_all(
             if entry.required
         ]
     specs = {p.leaf.path: p.spec for p in placements if p.spec is not None}
+    for f in follows:
+        if f.of in specs and f.path in every:
+            spec = _follow(f, specs[f.of])
+            found = check_spec(every[f.path], spec, sizes, f"split like {f.of}")
+            problems += [Problem(p.subject, p.why, f.fix) if f.fix else p for p in found]
+            specs[f.path] = spec
     return specs, share_fixes(problems, sizes)
+
+
+def list_ruled(leaves: Sequence[Leaf], follows: Sequence[Follows]) -> list[Leaf]:
+    """The leaves that rules decide: those that do not follow another one."""
+    following = {f.path for f in follows}
+    return [leaf for leaf in leaves if leaf.path not in following]
+
+
+def _follow(follower: Follows, spec: PartitionSpec) -> PartitionSpec:
+    """The spec of a leaf that is split like dims of another one."""
+    split = dict(enumerate(map(axes_of, spec)))
+    return spec_from_axes(() if dim is None else split.get(dim, ()) for dim in follower.dims)
 
 
 def resolve(

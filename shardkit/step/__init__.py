@@ -7,6 +7,7 @@ from ._layout import AbstractState, StepLayout, abstract_state, resolve_layout
 from ._load import load_step
 from ._nonfinite import SKIPPED, OnNonfinite
 from ._objective import build_objective
+from ._program_cache import can_keep_programs
 from ._spec import StepSpec, check_mesh_given, check_step_spec, compile_step
 from ._step_functions import find_mixed_rows
 from ._trainable import find_partition
@@ -28,6 +29,7 @@ __all__ = [
     "arrange_specs",
     "build_objective",
     "call_update",
+    "can_keep_programs",
     "check_mesh_given",
     "check_step_spec",
     "compile_step",

@@ -9,6 +9,7 @@ from jax.sharding import AxisType, Mesh
 from .._core.errors import Problem, StepError, did_you_mean, raise_all
 from ..mesh import MeshSpec
 from ..nn._manual_axis_rules import ShardMapLoss
+from ._program_cache import ProgramCache
 from ._saved_programs import SavedPrograms
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class BoundSpec:
 
     spec: "StepSpec"
     mesh: Mesh
-    saved: SavedPrograms | None = None
+    saved: SavedPrograms | ProgramCache | None = None
     were_explicit: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -53,11 +54,7 @@ class BoundSpec:
     @property
     def follows_rows(self) -> bool:
         """Whether the loss is read for what it does with rows, where the step splits them."""
-        # Statistics of a whole micro-batch are declared by mutable state; shards, by
-        # `ShardMapLoss`.
-        whole = self.spec.stateful and self.spec.mode != "shard_map"
-        declared = whole or isinstance(self.spec.loss_fn, ShardMapLoss)
-        return not (self.spec.independent_rows or declared)
+        return not (self.spec.independent_rows or isinstance(self.spec.loss_fn, ShardMapLoss))
 
     @property
     def xla_options(self) -> dict[str, Any]:

@@ -18,8 +18,11 @@ from jax.sharding import Mesh
 from .._core.errors import Problem, StepError, first_line, raise_all
 from .._core.tree import format_bytes, nbytes
 from .._core.types import PyTree
+from ..report.hlo._source_lines import source_tables
 from ._deadlocks import check_deadlocks
+from ._fourier import check_transforms
 from ._miscompiled import OnMiscompiled, check_miscompiled
+from ._program_cache import ProgramCache
 from ._saved_programs import SavedPrograms, name_program, save_programs
 from ._stderr import copied_stderr
 
@@ -38,6 +41,7 @@ class CompiledProgram:
       seconds: wall time of (trace, lower, compile).
       digest: SHA-256 of the lowered program, 64 hexadecimal digits, by which several processes
         check that they run the same one; "" with a single process.
+      kept_as: name under which a saved step or a folder keeps the executable; "" without either.
     """
 
     compiled: jax.stages.Compiled
@@ -45,13 +49,14 @@ class CompiledProgram:
     from_cache: bool
     seconds: tuple[float, float, float]
     digest: str
+    kept_as: str
     _read_messages: Callable[[], str]
     _compute_name: Callable[[], str]
 
     @functools.cached_property
     def name(self) -> str:
         """Name of the executable in a file; see `_saved_programs`."""
-        return self._compute_name()
+        return self.kept_as or self._compute_name()
 
     @functools.cached_property
     def messages(self) -> str:
@@ -79,7 +84,7 @@ def compile_program(
     check: Callable[[core.ClosedJaxpr], None],
     donate: tuple[int, ...] = (),
     options: Mapping[str, Any] | None = None,
-    saved: SavedPrograms | None = None,
+    saved: SavedPrograms | ProgramCache | None = None,
     on_miscompiled: OnMiscompiled = "error",
 ) -> CompiledProgram:
     """Traces, checks, lowers and compiles a function for abstract arguments.
@@ -118,9 +123,9 @@ def compile_program(
         at_trace = time.perf_counter()
         lowered = traced.lower()
         at_lower = time.perf_counter()
-        mesh = jax.tree.leaves(in_shardings)[0].mesh
-        name = functools.partial(name_program, lowered, options or {}, mesh)
-        found = saved.load(name(), lowered) if saved else None
+        compute_name = functools.partial(name_program, lowered, options or {}, _mesh(in_shardings))
+        name = compute_name() if saved else ""
+        found = saved.load(name, lowered) if saved else None
         with (
             copied_stderr() as messages,
             _record_cache_hits() as hits,
@@ -130,22 +135,30 @@ def compile_program(
             compiled = found[0] if found else lowered.compile(compiler_options=options)
     end = time.perf_counter()
     _check_compiled(compiled, in_shardings, (args, traced.out_info), on_miscompiled)
+    if saved and not found and not hits:
+        saved.store(name, compiled, messages.text)
 
     def recompile() -> str:
-        with surroundings(), _disable_cache(), copied_stderr() as printed:
-            trace(_replay(traced)).lower().compile(compiler_options=options)
-        return printed.text
+        with surroundings():
+            return _print_again(trace(_replay(traced)).lower(), options)
 
-    seconds = (at_trace - start, at_lower - at_trace, end - at_lower)
     return CompiledProgram(
         compiled=compiled,
         jaxpr=traced.jaxpr,
         from_cache=bool(hits) or found is not None,
-        seconds=seconds,
+        seconds=(at_trace - start, at_lower - at_trace, end - at_lower),
         digest=_digest(lowered),
+        kept_as="" if hits else name,
         _read_messages=recompile if hits else lambda: found[1] if found else messages.text,
-        _compute_name=name,
+        _compute_name=compute_name,
     )
+
+
+def _print_again(lowered: jax.stages.Lowered, options: Mapping[str, Any] | None) -> str:
+    """What XLA prints while it compiles, and the tables in which that numbers its lines."""
+    with _disable_cache(), copied_stderr() as printed:
+        compiled = lowered.compile(compiler_options=dict(options) if options else None)
+    return f"{printed.text}\n{source_tables(compiled.as_text() or '')}"
 
 
 def save_compiled(
@@ -172,11 +185,16 @@ def _check_compiled(
     abstract: tuple[PyTree, PyTree],
     on_miscompiled: OnMiscompiled,
 ) -> None:
-    mesh = jax.tree.leaves(in_shardings)[0].mesh
+    mesh = _mesh(in_shardings)
     check_deadlocks(compiled, mesh)
+    check_transforms(compiled, mesh)
     if on_miscompiled == "error":
         args, results = abstract
         check_miscompiled(compiled, args, results, mesh)
+
+
+def _mesh(shardings: PyTree) -> Mesh:
+    return jax.tree.leaves(shardings)[0].mesh
 
 
 def _digest(lowered: jax.stages.Lowered) -> str:

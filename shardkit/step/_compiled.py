@@ -10,30 +10,35 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from .._core.donation import check_not_donated, check_untraced
 from .._core.errors import BatchError, Problem, ShardkitError, StateError, format_problems
+from .._core.io._notebook import notebook_html
 from .._core.train_state import TrainState
+from .._core.tree import format_bytes, list_leaves
 from .._core.types import Batch, Key, Metrics, Params, PyTree
 from ..report import Report
 from ._batch_variants import BatchVariants
 from ._bound_spec import BoundSpec
+from ._build_report import build_report
 from ._compile import CompiledProgram
 from ._compiled_functions import CompiledFunctions
 from ._inputs import (
     check_buffers_distinct,
     check_state,
-    check_state_alive,
     put_batch,
     put_given,
     put_key,
+    take_arguments,
+    take_batch,
 )
 from ._memory_check import check_memory
 from ._partial_batch import count_partial_rows, fill_batches, join_parts
-from ._report import build_program
 from .self_check import SelfCheck, run_self_check
 
 if TYPE_CHECKING:
     from ..hardware import Chip
     from ..parallel import Strategy
+    from ._program_cache import ProgramCache
     from ._saved_programs import SavedPrograms
     from ._spec import StepSpec
 
@@ -48,7 +53,9 @@ class CompiledStep:
       program: the executable, with its jaxpr, compiler messages and compile times.
     """
 
-    def __init__(self, spec: "StepSpec", mesh: Mesh, saved: "SavedPrograms | None" = None) -> None:
+    def __init__(
+        self, spec: "StepSpec", mesh: Mesh, saved: "SavedPrograms | ProgramCache | None" = None
+    ) -> None:
         """Resolves, traces, compiles and reads back; see `StepSpec.compile`."""
         self._bound = BoundSpec(spec, mesh, saved)
         self.spec, self.mesh = spec, self._bound.mesh
@@ -57,6 +64,28 @@ class CompiledStep:
         self.program: CompiledProgram = self._variants.declared.train
         # No leaf shares a buffer in the state that was returned last; check any other state.
         self._last_state: weakref.ref[TrainState] | None = None
+
+    def describe(self) -> dict[str, str]:
+        """Its mesh and state in words, besides what its spec describes."""
+        state = self.layout.state
+        parts = {"params": state.params, "optimizer state": state.opt_state}
+        parts["model state"] = state.model_state
+        held = {name: list_leaves(tree) for name, tree in parts.items()}
+        sizes = [
+            f"{name} {format_bytes(sum(leaf.nbytes for leaf in leaves))} in all"
+            for name, leaves in held.items()
+            if leaves
+        ]
+        mesh = ", ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
+        return {"mesh": mesh, "state": "; ".join(sizes), **self.spec.describe()}
+
+    def __repr__(self) -> str:
+        about = self.describe()
+        return f"CompiledStep(mesh=({about['mesh']}), state=({about['state']}))"
+
+    def _repr_html_(self) -> str:
+        about = "step.report() says what it sends and holds."
+        return notebook_html("CompiledStep", self.describe(), about)
 
     @property
     def strategy(self) -> "Strategy":
@@ -109,20 +138,22 @@ class CompiledStep:
           StateError: `key` is not a typed key of the implementation that the step was compiled for;
             or with every leaf of `params` and `model_state` that does not fit.
         """
+        check_not_donated(key, "key", "The key was donated.")
         expected = self.layout.state.key.dtype
         if not isinstance(key, jax.Array) or key.dtype != expected or key.shape != ():
             what = f"{key.dtype}{list(key.shape)}" if isinstance(key, jax.Array) else repr(key)
             problem = Problem("key", f"is {what}; the step takes one typed key, {expected}[]")
             fix = "step.init(jax.random.key(0))"
             raise StateError(format_problems("The state needs a random key.", [problem], fix))
-        init_model, init_optimizer = self._variants.declared.init
+        functions = self._variants.declared
         given = put_given(params, model_state, self.layout)
         key = put_key(key, self.shardings.key)
-        state = jax.block_until_ready(init_model.compiled(key))
+        program = functions.init_beside if "params" in given else functions.init
+        state = jax.block_until_ready(program.compiled(key))
         if "model_state" in given:  # which lacks what the step keeps there itself
             given["model_state"] = {**state.model_state, **given["model_state"]}
         state = dataclasses.replace(state, **given)
-        return dataclasses.replace(state, opt_state=init_optimizer.compiled(state.params))
+        return dataclasses.replace(state, opt_state=functions.init_optimizer.compiled(state.params))
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """Runs one training step.
@@ -140,7 +171,7 @@ class CompiledStep:
             another step.
           BatchError: the batch is not what the step was compiled for.
         """
-        check_state_alive(state)
+        batch = take_arguments(state, batch)
         if self._last_state is None or self._last_state() is not state:
             check_buffers_distinct(state)
         new_state, metrics = self._run(lambda functions: functions.train, state, batch)
@@ -163,7 +194,7 @@ class CompiledStep:
           BatchError: the batch is not what the step was compiled for, has more rows, or has fewer
             and a loss that depends on them together or draws random numbers.
         """
-        check_state_alive(state)
+        batch = take_arguments(state, batch)
         several = jax.process_count() > 1
         given = None if several else count_partial_rows(batch, self.layout)
         if given is None:
@@ -196,7 +227,7 @@ class CompiledStep:
           StateError: the state was donated already, or belongs to another step.
           BatchError: the batch is not what the step was compiled for.
         """
-        check_state_alive(state)
+        batch = take_arguments(state, batch)
         return self._run(lambda functions: functions.gradients, state, batch)
 
     def self_check(self, state: TrainState, batch: Batch) -> SelfCheck:
@@ -215,7 +246,7 @@ class CompiledStep:
           StateError: the state was consumed already, or belongs to another step.
           BatchError: the batch is not what the step was compiled for.
         """
-        check_state_alive(state)
+        batch = take_arguments(state, batch)
         variant = self._variants.find(batch)
         batch = put_batch(batch, variant.layout)
         check_state(state, self.layout.state, self.layout.shardings)
@@ -230,10 +261,11 @@ class CompiledStep:
         Raises:
           BatchError: the batch is not what the step was compiled for.
         """
+        batch = take_batch(batch)
         layout = self._variants.find(batch).layout
         return put_batch(batch, layout, move=True)
 
-    def report(self, *, chip: "str | Chip | None" = None) -> Report:
+    def report(self, *, chip: "str | Chip | None" = None, try_fixes: bool = False) -> Report:
         """Reports memory, collectives, FLOPs and findings of the compiled program.
 
         Everything is read from the program; nothing is run or measured.
@@ -241,12 +273,16 @@ class CompiledStep:
         Args:
           chip: name in the hardware table, for the modelled time. By default that of the devices;
             for CPU devices no time is modelled.
+          try_fixes: compile the step once more for each other mode or constraint that a finding
+            suggests, so that its `fix` and `remaining` tell what the step would send then.
 
         Raises:
           ReportError: there is no such chip.
         """
-        program = build_program(self._bound, self.layout, self.program, self._variants.changes)
-        return Report.of(program, chip=chip)
+        variants = self._variants
+        return build_report(
+            self._bound, variants.declared, variants.changes, chip=chip, try_fixes=try_fixes
+        )
 
     def check_memory(self) -> None:
         """Checks that the step fits on its devices, if their memory is known.
@@ -300,6 +336,7 @@ class CompiledStep:
             raise self._variants.explain(batch, error) from error
         try:
             return program.compiled(state, batch)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError) as error:
+            check_untraced(error)
             check_state(state, self.layout.state, self.layout.shardings)
             raise

@@ -9,7 +9,8 @@ from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .._core.errors import StepError
-from .._core.types import PyTree
+from .._core.train_state import TrainState
+from .._core.types import Key, PyTree
 from ..nn._overridable import ActiveOverrides, StepContext, use_overrides
 from ..nn._remat import use_policy
 from ..parallel import check_overrides_called
@@ -68,26 +69,44 @@ class CompiledFunctions:
         return program
 
     @functools.cached_property
-    def init(self) -> tuple[CompiledProgram, CompiledProgram]:
-        """`key → state` without moments, then `params → opt_state`.
+    def init(self) -> CompiledProgram:
+        """`key → state` without moments.
 
-        Two programs, so that random draws and moments do not need memory at the same time.
+        These have a program of their own, so that random draws and moments do not need memory at
+        the same time.
         """
-        spec, state, shardings = self._bound.spec, self.layout.state, self.layout.shardings
-        residual_copies = count_residual_copies(spec.strategy, self._bound.mesh)
-        model = self._compile(
-            build_model_init(spec, residual_copies),
-            args=(state.key,),
-            in_shardings=(shardings.key,),
-            out_shardings=dataclasses.replace(shardings, opt_state=None),
-        )
-        optimizer = self._compile(
-            build_optimizer_init(spec),
-            args=(state.params,),
+        return self._compile_init(has_params=True)
+
+    @functools.cached_property
+    def init_beside(self) -> CompiledProgram:
+        """`key → state` without parameters and moments, for given parameters: draws none."""
+        return self._compile_init(has_params=False)
+
+    @functools.cached_property
+    def init_optimizer(self) -> CompiledProgram:
+        """`params → opt_state`."""
+        shardings = self.layout.shardings
+        return self._compile(
+            build_optimizer_init(self._bound.spec),
+            args=(self.layout.state.params,),
             in_shardings=(shardings.params,),
             out_shardings=shardings.opt_state,
         )
-        return model, optimizer
+
+    def _compile_init(self, has_params: bool) -> CompiledProgram:
+        spec, shardings = self._bound.spec, self.layout.shardings
+        draw = build_model_init(spec, count_residual_copies(spec.strategy, self._bound.mesh))
+        absent: dict[str, None] = {"opt_state": None} | ({} if has_params else {"params": None})
+
+        def run(key: Key) -> TrainState:
+            return dataclasses.replace(draw(key), **absent)
+
+        return self._compile(
+            run,
+            args=(self.layout.state.key,),
+            in_shardings=(shardings.key,),
+            out_shardings=dataclasses.replace(shardings, **absent),
+        )
 
     @functools.cached_property
     def partial_problem(self) -> str:
@@ -106,7 +125,8 @@ class CompiledFunctions:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Saves the executables of `init`, `train` and `evaluate`; see `CompiledStep.save`."""
-        save_compiled(path, (self.train, self.evaluate, *self.init), self._bound.mesh)
+        programs = (self.train, self.evaluate, self.init, self.init_optimizer)
+        save_compiled(path, programs, self._bound.mesh)
 
     @functools.cached_property
     def gradients(self) -> CompiledProgram:
@@ -130,7 +150,7 @@ class CompiledFunctions:
     @functools.cached_property
     def probes(self) -> Probes:
         """What `self_check` does to parameters and gradients beside running the loss."""
-        return Probes(self._bound.spec, self.layout, self.training_loss.policy)
+        return Probes(self._bound.spec, self.layout, self.training_loss.policy, self._bound.saved)
 
     def _compile_on_batch(
         self,

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from .._core.donation import check_not_donated
 from .._core.errors import Problem, StateError, raise_all
 from .._core.tree import leaves_by_path, short_type
-from .._core.types import PyTree, WithAxes
+from .._core.types import PyTree, strip_axes
 
 _HEADLINE = "The given {} are not those of this step."
 
@@ -33,7 +33,7 @@ def place_given(given: PyTree, abstract: PyTree, shardings: PyTree, name: str) -
       StateError: with every leaf that is missing, not declared, or of another shape or dtype.
     """
     check_not_donated(given, name, f"The given {name} were donated.")
-    bare = jax.tree.map(lambda x: x.value if _named(x) else x, given, is_leaf=_named)
+    bare = strip_axes(given)
     found, declared, targets = (leaves_by_path(t, name) for t in (bare, abstract, shardings))
     problems = [
         Problem(f"{path} {short_type(x.shape, x.dtype)}", "is missing", _missing_fix(name, path))
@@ -56,10 +56,6 @@ def _missing_fix(name: str, path: str) -> str:
     names = path.split("/")[1:]
     keys = "".join(f"[{int(key) if key.isdigit() else key!r}]" for key in names)
     return f"given{keys} = step.init(key).{name}{keys}"
-
-
-def _named(x: Any) -> bool:
-    return isinstance(x, WithAxes)
 
 
 def _misfit(x: Any, declared: jax.ShapeDtypeStruct) -> str:

@@ -4,17 +4,18 @@ from collections.abc import Iterator
 from typing import Any
 
 from jax.extend import core
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from .._core.equations import source_of_equation
 from ..nn._constrain import constrain_p
 from ..report import GoverningConstraint
+from ..rules import axes_of
 from ._activations import Activations
 
 # Operations that compute each element of their result from one element of each operand.
 _ELEMENTWISE = frozenset(
     """abs add add_any ceil clamp convert_element_type copy cos custom_jvp_call custom_vjp_call div
-    erf exp exp2 expm1 floor integer_pow jit log log1p logistic max min mul name neg pjit pow
+    erf exp exp2 expm1 floor integer_pow jit log log1p logistic max min mul name neg pow
     reduce_precision rsqrt select_n shardkit_record sign sin sqrt square stop_gradient sub
     tanh""".split()
 )
@@ -38,7 +39,10 @@ def find_governing_constraints(
             # The backward pass constrains cotangents, which come from other lines.
             if "transpose(" not in str(eqn.source_info.name_stack):
                 lines = frozenset(_lines_before(eqn.invars[0], made_by))
-                yield GoverningConstraint(source, dims, lines)
+                known = tuple(
+                    axes_of(dim) for dim in dims if dim is not PartitionSpec.UNCONSTRAINED
+                )
+                yield GoverningConstraint(source, known, lines, open=len(known) < len(dims))
 
 
 def _lines_before(value: Any, made_by: dict[int, core.JaxprEqn]) -> Iterator[tuple[str, int]]:
@@ -54,10 +58,8 @@ def _lines_before(value: Any, made_by: dict[int, core.JaxprEqn]) -> Iterator[tup
             values += [v for v in eqn.invars if getattr(v.aval, "shape", ()) == value.aval.shape]
 
 
-def _constrained_dims(
-    eqn: core.JaxprEqn, activations: Activations
-) -> tuple[tuple[str, ...], ...] | None:
-    """Mesh axes of each dim of a constraint's array; None for other equations."""
+def _constrained_dims(eqn: core.JaxprEqn, activations: Activations) -> tuple[Any, ...] | None:
+    """The entry of its spec for each dim of a constraint's array; None for other equations."""
     if eqn.primitive is constrain_p and eqn.params["finer"] is None:
         spec = activations.spec(eqn.params["names"], eqn.params["inside"])
     elif eqn.primitive.name == "sharding_constraint" and isinstance(
@@ -67,8 +69,4 @@ def _constrained_dims(
     else:
         return None
     aval: Any = eqn.invars[0].aval
-    entries = [*spec, *[None] * (aval.ndim - len(spec))]
-    return tuple(
-        (entry,) if isinstance(entry, str) else entry if isinstance(entry, tuple) else ()
-        for entry in entries
-    )
+    return (*spec, *[None] * (aval.ndim - len(spec)))

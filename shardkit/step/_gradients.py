@@ -42,6 +42,7 @@ from ._shard_convolutions import on_shards, on_their_devices
 LossArgs = tuple[Params, PyTree, Batch, Key]  # params, model_state, batch, key
 LossAndGradients = tuple[LossOutput, Params]
 GradientFn = Callable[[Params, PyTree, Batch, Key], LossAndGradients]
+OF_MEAN = 1  # the weight of gradients of a mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,10 +124,10 @@ def plan_draws(objective: Objective, plan: GradientPlan, args: LossArgs) -> Grad
     return dataclasses.replace(plan, draws=draws)
 
 
-def keep_groups(
+def keep_convolutions(
     run: Callable[..., PyTree], bound: BoundSpec, layout: StepLayout
 ) -> Callable[..., PyTree]:
-    """Keeps grouped convolutions of a function of global arrays on the devices of their rows.
+    """Keeps convolutions of a function of global arrays from what XLA's partitioner gets wrong.
 
     Raises (while it is traced):
       StepError: one is where it cannot be kept from the partitioner.
@@ -176,8 +177,14 @@ def reduce_shards(grads: PyTree, params: Params, dtype: str | None) -> Params:
     return jax.tree.map(reduce, grads, params)
 
 
-def divide_by_weight(totals: Params, weight: Scalar) -> Params:
-    """Divides gradients of a weighted sum by the weight; zeros if the weight is 0."""
+def divide_by_weight(totals: Params, weight: Scalar | int) -> Params:
+    """Divides gradients of a weighted sum by the weight; zeros if the weight is 0.
+
+    Gradients of a mean have the weight `OF_MEAN`. Nothing multiplies them: the compiler would blame
+    that product, and no line of the model, for what it moves between the loss and the optimizer.
+    """
+    if isinstance(weight, int):
+        return totals
     scale = inverse_weight(weight)
     return jax.tree.map(lambda g: scale_gradient(g, scale), totals)
 
@@ -186,10 +193,11 @@ def _accumulate_whole(objective: Objective, plan: GradientPlan, args: LossArgs) 
     """Averages over whole micro-batches; the partitioner places the reductions."""
     params, model_state, batch, key = args
     steps = plan.micro_batches
-    run_gradient = keep_groups(value_and_grad(objective), plan.bound, plan.layout)
+    differentiate = value_and_grad(objective, whole=steps == 1)
+    run_gradient = keep_convolutions(differentiate, plan.bound, plan.layout)
     if steps == 1:
-        output, totals = run_gradient(params, model_state, batch, key)
-        return output, divide_by_weight(totals, output.loss.weight)
+        output, grads = run_gradient(params, model_state, batch, key)
+        return output, divide_by_weight(grads, OF_MEAN)
 
     def run_micro_batch(model_state: PyTree, index: jax.Array) -> LossAndGradients:
         rows = micro_batch(batch, steps, index, plan)
@@ -212,16 +220,25 @@ def _accumulate_whole(objective: Objective, plan: GradientPlan, args: LossArgs) 
 def _accumulate_per_shard(
     objective: Objective, plan: GradientPlan, args: LossArgs
 ) -> LossAndGradients:
-    """Sums each gradient shard over all micro-batches, then reduces over the shards once."""
+    """Sums each gradient shard over all micro-batches, then reduces over the shards once.
+
+    The model state is one that the loss does not change; see `check_fixed_state`.
+    """
     params, model_state, batch, key = args
-    steps, run_gradient = plan.micro_batches, value_and_grad(objective)
+
+    def without_state(*args: Any) -> tuple[Scalar, LossOutput]:
+        total, output = objective(*args)
+        return total, dataclasses.replace(output, model_state={})
+
+    steps, run_gradient = plan.micro_batches, value_and_grad(without_state)
     axes = plan.layout.shard_axes
     # After derivative rules of the user's own have been applied.
     run_shard = rewrite(run_gradient, {**move_to_shards(axes), **on_shards(plan.bound.mesh, axes)})
 
     def run_micro_batch(index: jax.Array) -> tuple[LossOutput, PyTree]:
         rows = split_shards(micro_batch(batch, steps, index, plan), plan)
-        keys = per_shard_keys(jax.random.fold_in(key, index), plan.draws)
+        own = key if steps == 1 else jax.random.fold_in(key, index)
+        keys = per_shard_keys(own, plan.draws)
         run_shards = jax.vmap(
             run_shard,
             in_axes=(None, None, jax.tree.structure(rows).unflatten(plan.layout.row_dims), 0),
@@ -242,6 +259,7 @@ def _accumulate_per_shard(
         (output, totals), _ = jax.lax.scan(body, start, jnp.arange(steps))
     with jax.named_scope("reduce"):
         output = jax.tree.map(lambda x: x.sum(0), output)
+        output = dataclasses.replace(output, model_state=model_state)
         grads = divide_by_weight(totals, output.loss.weight)
         return output, reduce_shards(grads, params, plan.precision.reduce_dtype)
 

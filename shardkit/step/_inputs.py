@@ -13,9 +13,17 @@ from .._core.donation import check_not_donated
 from .._core.errors import BatchError, Problem, StateError, raise_all
 from .._core.row_dims import with_dim
 from .._core.train_state import TrainState
-from .._core.tree import leaves_by_path, short_type
+from .._core.tree import flatten_tree, leaves_by_path, short_type
 from .._core.types import Batch, Key, PyTree
 from ..data import place_rows, process_rows
+from ._batch_values import (
+    check_order,
+    is_array,
+    is_list,
+    list_problem,
+    to_arrays,
+    value_problems,
+)
 from ._given_leaves import place_given
 from ._layout import RESIDUALS, StepLayout
 
@@ -46,6 +54,34 @@ def put_batch(batch: Batch, layout: StepLayout, *, move: bool = False) -> Batch:
         _check_leaves(declared, values, move)
         values = [leaf.place(x) for leaf, x in zip(declared, values, strict=True)]
     return jax.tree_util.tree_unflatten(structure, values)
+
+
+def take_batch(batch: Batch) -> Batch:
+    """Returns a batch whose leaves are arrays or numbers of Python, as NumPy reads them.
+
+    Raises:
+      BatchError: with every leaf that is neither and that NumPy cannot read.
+    """
+    if all(map(is_array, flatten_tree(batch, "batch")[0])):
+        return batch
+    problems = list(value_problems(batch))
+    raise_all(BatchError, "The batch does not consist of arrays.", problems)
+    return to_arrays(batch)
+
+
+def take_arguments(state: TrainState, batch: Batch) -> Batch:
+    """Checks the order of a step's arguments and that no buffer of its state was donated.
+
+    Returns:
+      The batch, its leaves arrays or numbers of Python.
+
+    Raises:
+      StateError: the arguments are swapped, or the state was donated.
+      BatchError: a leaf of the batch is not numbers.
+    """
+    check_order(state, batch)
+    check_not_donated(state, "state", "The state was donated.")
+    return take_batch(batch)
 
 
 def put_key(key: Key, sharding: NamedSharding) -> Key:
@@ -164,21 +200,14 @@ def _describe_sharding(sharding: Any) -> str:
 
 
 def _raise_structure(batch: Batch, abstract: Batch) -> None:
-    got, want = (leaves_by_path(tree, "batch").keys() for tree in (batch, abstract))
-    problems = [Problem(p, "is declared but missing") for p in sorted(want - got)]
-    problems += [Problem(p, "is not declared") for p in sorted(got - want)]
+    got = leaves_by_path(batch, "batch", is_leaf=is_list)
+    want = leaves_by_path(abstract, "batch")
+    problems = [list_problem(path, x) for path, x in got.items() if is_list(x)]
+    problems += [Problem(p, "is declared but missing") for p in sorted(want.keys() - got)]
+    problems += [Problem(p, "is not declared") for p in sorted(got.keys() - want)]
     problems = problems or [Problem("batch", "has the declared leaves in other containers")]
     fix = f"a batch with leaves {', '.join(leaves_by_path(abstract))}"
     raise_all(BatchError, "The batch is not what the step was compiled for.", problems, fix)
-
-
-def check_state_alive(state: TrainState) -> None:
-    """Checks that no buffer of a state was donated to an earlier step.
-
-    Raises:
-      StateError: naming the donated leaves.
-    """
-    check_not_donated(state, "state", "The state was donated.")
 
 
 def check_buffers_distinct(state: TrainState) -> None:

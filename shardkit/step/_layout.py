@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,22 @@ from .._core.partition import Partition
 from .._core.precision import cast_floats
 from .._core.row_dims import RowDims
 from .._core.train_state import TrainState
-from .._core.tree import Leaf, flatten_tree, join_path, leaves_by_path, list_leaves, path_str
-from .._core.types import Batch, Key, Params, PyTree, Variables, WithAxes
+from .._core.tree import Leaf, join_path, leaves_by_path, list_leaves, path_str
+from .._core.types import Batch, Follows, Key, Params, PyTree, strip_axes
 from ..data import rows_of_shardings
-from ..parallel import Strategy, check_axes_used, check_composition, suggest_options, update_specs
+from ..parallel import (
+    Strategy,
+    check_axes_used,
+    check_composition,
+    suggest_options,
+    suggest_renames,
+    update_specs,
+)
 from ..rules import Rule, axes_of, check_batch, first_match, format_mesh, resolve_all
 from ._batch_rows import BatchRows, arrange_specs
 from ._trainable import find_partition
+from ._user_functions import check_initial, collect_axes, to_variables
+from .optim._extra_args import call_init
 from .optim._follow import FollowParams
 
 if TYPE_CHECKING:
@@ -129,11 +138,8 @@ def _assemble_state(
     spec: "StepSpec", initial: PyTree, key: Key, residual_copies: int
 ) -> TrainState:
     """The state, as yet without `opt_state`, of what `init` returned."""
-    variables = _to_variables(initial)
-    bare = jax.tree.map(
-        lambda x: x.value if _has_axes(x) else x, variables.params, is_leaf=_has_axes
-    )
-    bare = jax.tree.map(jnp.asarray, bare)
+    variables = to_variables(initial)
+    bare = jax.tree.map(jnp.asarray, strip_axes(variables.params))
     partition = find_partition(spec, bare)
     trained = cast_floats(partition.trained(bare), spec.precision.param_dtype)
     params = partition.merge(trained, bare)
@@ -161,7 +167,7 @@ def build_optimizer_init(spec: "StepSpec") -> Callable[[Params], PyTree]:
 
     def run(params: Params) -> PyTree:
         trained = find_partition(spec, params).trained(params)
-        return jax.tree.map(lambda x: jnp.array(x, copy=True), spec.optimizer.init(trained))
+        return call_init(spec.optimizer, trained)
 
     return run
 
@@ -172,7 +178,8 @@ def abstract_state(spec: "StepSpec", residual_copies: int = 0) -> AbstractState:
 
     def run(key: Key) -> TrainState:
         initial = spec.init(key)
-        names.update(_collect_axes(_to_variables(initial).params))
+        check_initial(initial)
+        names.update(collect_axes(to_variables(initial).params))
         state = _assemble_state(spec, initial, key, residual_copies)
         opt_state = build_optimizer_init(spec)(state.params)
         return dataclasses.replace(state, opt_state=opt_state)
@@ -281,7 +288,8 @@ def _resolve_specs(
 ) -> _Specs:
     state, names = abstract
     params = list_leaves(state.params, names)
-    specs = _resolve_rule(strategy.params, params, sizes, "params", problems)
+    specs = _resolve_rule(strategy.params, params, sizes, "params", problems, follows=spec.follows)
+    problems[:] = suggest_renames(problems, strategy)
     trained = [leaf for leaf in params if leaf.path not in partition.frozen]
     model_state = state.model_state
     residuals: Specs = {}
@@ -309,28 +317,16 @@ def _resolve_specs(
     )
 
 
-def _collect_axes(params: PyTree) -> dict[str, tuple[str | None, ...]]:
-    named = [
-        (path_str(path), leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=_has_axes)
-        if _has_axes(leaf)
-    ]
-    problems = [
-        Problem(
-            join_path("params", path),
-            f"{len(leaf.axes)} names {leaf.axes} for {leaf.value.ndim} dims",
-        )
-        for path, leaf in named
-        if len(leaf.axes) != leaf.value.ndim
-    ]
-    raise_all(ShardingError, "Logical axes do not fit.", problems, "one name or None per dim")
-    return {path: tuple(leaf.axes) for path, leaf in named}
-
-
 def _resolve_rule(
-    rule: Rule, of: Sequence[Leaf], sizes: Mapping[str, int], tree: str, problems: list[Problem]
+    rule: Rule,
+    of: Sequence[Leaf],
+    sizes: Mapping[str, int],
+    tree: str,
+    problems: list[Problem],
+    *,
+    follows: Sequence[Follows] = (),
 ) -> dict[str, PartitionSpec]:
-    specs, failures = resolve_all(rule, of, sizes, what=f"leaves of {tree}")
+    specs, failures = resolve_all(rule, of, sizes, what=f"leaves of {tree}", follows=follows)
     problems += _name_tree(tree, of, suggest_options(failures, sizes))
     return specs
 
@@ -384,14 +380,3 @@ def _build_shardings(tree: PyTree, specs: Specs, mesh: Mesh) -> PyTree:
     return jax.tree_util.tree_map_with_path(
         lambda path, _: NamedSharding(mesh, specs[path_str(path)]), tree
     )
-
-
-def _to_variables(initial: PyTree) -> Variables:
-    variables = initial if isinstance(initial, Variables) else Variables(initial, {})
-    flatten_tree(variables.params, "params")
-    flatten_tree(variables.model_state, "model_state")
-    return variables
-
-
-def _has_axes(x: Any) -> bool:
-    return isinstance(x, WithAxes)

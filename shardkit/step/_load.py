@@ -1,5 +1,6 @@
 """`load_step`: a step that starts with the executables that `step.save` wrote."""
 
+import dataclasses
 import os
 from typing import TYPE_CHECKING
 
@@ -7,7 +8,7 @@ from jax.sharding import Mesh
 
 from .._core.errors import Problem
 from ._compiled import CompiledStep
-from ._saved_programs import list_differences, open_programs, warn_stale
+from ._saved_programs import find_obstacle, list_differences, open_programs, warn_stale
 
 if TYPE_CHECKING:
     from ._spec import StepSpec
@@ -21,7 +22,9 @@ def load_step(
     The spec is traced and lowered as always. A saved executable runs only if it was compiled from
     exactly this program, by these versions, with these flags, for these devices; otherwise the
     step compiles, and `sk.SavedStepWarning` says what differs. Line numbers in its report are those
-    of the files as they were saved.
+    of the files as they were saved. For several simulated CPU devices, and in several processes, it
+    always compiles: their executables can wait for each other without end when they come from a
+    file.
 
     Args:
       path: the file.
@@ -37,6 +40,9 @@ def load_step(
       ShardingError, StepError: as `StepSpec.compile` raises them.
     """
     saved = open_programs(path, mesh)
+    if obstacle := find_obstacle(saved.mesh):
+        saved = dataclasses.replace(saved, names=frozenset())
+        warn_stale(saved.path, [obstacle], fix="spec.compile(mesh) for these devices", stacklevel=3)
     step = CompiledStep(spec, saved.mesh, saved)
     if saved.names and step.program.name not in saved.names:
         differences = list(list_differences(saved))

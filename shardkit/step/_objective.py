@@ -77,7 +77,10 @@ def build_objective(
 
 
 def value_and_grad(
-    objective: Objective, common: Callable[[Scalar], Scalar] = lambda weight: weight
+    objective: Objective,
+    common: Callable[[Scalar], Scalar] = lambda weight: weight,
+    *,
+    whole: bool = False,
 ) -> Callable[..., tuple[LossOutput, Params]]:
     """Differentiates an objective: `(params, model_state, batch, key) -> (output, gradients)`.
 
@@ -85,23 +88,32 @@ def value_and_grad(
     not. So what is differentiated is the total over a power of two near the weight, which costs no
     rounding, and the gradients are multiplied by it again in f32.
 
+    Where all rows are together, what is differentiated is the mean itself: derivative rules of the
+    user's own that are not linear, as clipping is, get the gradients that they get in plain JAX.
+
     Args:
       objective: from `build_objective`.
       common: of the weight, what all devices that sum gradients within it divide by.
+      whole: the weight is that of all rows.
 
     Returns:
-      A function whose gradients are those of the total, in f32 or wider.
+      A function whose gradients, in f32 or wider, are those of the total; of the mean if `whole`.
     """
 
-    def scaled(*args: Any) -> tuple[Scalar, tuple[LossOutput, Scalar]]:
+    def scaled(*args: Any) -> tuple[Scalar, tuple[LossOutput, Scalar | None]]:
         total, output = objective(*args)
-        weight = jnp.maximum(jnp.abs(common(output.loss.weight)), 1)
-        size = jax.lax.reduce_precision(weight, jnp.finfo(weight.dtype).nexp, 0)
+        if whole:
+            return divide_mean(output.loss), (output, None)
+        size = jnp.maximum(jnp.abs(common(output.loss.weight)), 1)
+        size = jax.lax.reduce_precision(size, jnp.finfo(size.dtype).nexp, 0)
         return total / size.astype(total.dtype), (output, size)
 
     def run(*args: Any) -> tuple[LossOutput, Params]:
         (_, (output, size)), grads = jax.value_and_grad(scaled, has_aux=True)(*args)
-        return output, jax.tree.map(lambda g: scale_gradient(widen(g), size), grads)
+        grads = jax.tree.map(widen, grads)
+        if size is not None:
+            grads = jax.tree.map(lambda g: scale_gradient(g, size), grads)
+        return output, grads
 
     return run
 
@@ -133,6 +145,8 @@ def inverse_weight(weight: Scalar) -> Scalar:
 def _check_output(value: Any, metrics: Mapping[str, Any]) -> None:
     problems = _scalar_problems("loss", value)
     for name, metric in metrics.items():
+        if not isinstance(name, str):
+            problems.append(Problem(f"metrics[{name!r}]", f"is named by {type(name).__name__}"))
         if name in RESERVED:
             problems.append(Problem(f"metrics[{name!r}]", "is a name that the step uses itself"))
         problems += _scalar_problems(f"metrics[{name!r}]", metric)
@@ -147,7 +161,7 @@ def _scalar_problems(subject: str, value: Any) -> list[Problem]:
     problems = [
         Problem(subject + part, why)
         for part, x in parts.items()
-        if (why := _explain_unfit(subject, x))
+        if (why := _explain_unfit(x, floating=subject == "loss" and part != ".weight"))
     ]
     for part, x in () if problems else parts.items():
         if isinstance(value, Mean) and jnp.result_type(x) == jnp.float16:
@@ -157,15 +171,18 @@ def _scalar_problems(subject: str, value: Any) -> list[Problem]:
     return problems
 
 
-def _explain_unfit(subject: str, x: Any) -> str:
-    """Why a step cannot use a value as a scalar; "" if it can."""
+def _explain_unfit(x: Any, *, floating: bool) -> str:
+    """Why a step cannot use a value as a scalar; "" if it can.
+
+    What is not differentiated, a weight (a count of rows or tokens) or a metric, may be an integer.
+    """
+    expected = "a floating-point scalar" if floating else "a real scalar"
     if not isinstance(x, _NUMBERS):
-        return f"is of type {type(x).__name__}, not a floating-point scalar"
-    dtype, is_loss = jnp.result_type(x), subject == "loss"
+        return f"is of type {type(x).__name__}, not {expected}"
+    dtype = jnp.result_type(x)
     real = not jnp.issubdtype(dtype, jnp.complexfloating)
-    if jnp.shape(x) == () and (jnp.issubdtype(dtype, jnp.floating) if is_loss else real):
+    if jnp.shape(x) == () and (jnp.issubdtype(dtype, jnp.floating) if floating else real):
         return ""
-    expected = "a floating-point scalar" if is_loss else "a real scalar"
     return f"is {short_type(jnp.shape(x), dtype)}, not {expected}"
 
 

@@ -84,6 +84,14 @@ _REFUSALS: tuple[tuple[str, Callable[[re.Match[str], Mesh], tuple[str, str]]], .
         _says("at most one entry per dim", "{1} is only valid for values of {2}"),
     ),
     (r"Got spec=(P\w*\([^\n]*?\)) and mesh=[^\n]*Manual", _says(_MANUAL, _MANUAL_AXES)),
+    (
+        r"Axes mentioned in `manual_axis_type` field [^\n]* with axis: (\w+)",
+        _says(
+            "jax.device_put(x) without a sharding",
+            "a sharding of jax.device_put names {1!r}, which is manual there: an array is one "
+            "device's shard along it",
+        ),
+    ),
     (r"Got spec=(P\w*\([^\n]*?\)) and mesh=[^\n]*Explicit", _says(_AUTO, _EXPLICIT_AXES)),
     (
         r"(PartitionSpec passed to \w+) cannot contain axis names that are of type Auto or Manual",

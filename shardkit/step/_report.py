@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,12 @@ import numpy as np
 from jax.extend import core
 from jax.sharding import Mesh
 
+from .._core.scope_markers import OWNED
 from .._core.tracing import recorded_facts
 from .._core.tree import Leaf, ends_path, list_leaves, short_dtype
 from ..nn._constrain import GRADIENT_SHARDS
 from ..parallel import Strategy, infer_kinds
-from ..report import CompiledBytes, Declarations, PlacedLeaf, Program
+from ..report import CompiledBytes, Declarations, PlacedLeaf, Program, TickTable
 from ..rules import Rule, place_leaf
 from ._activations import Activations, constraints
 from ._bound_spec import BoundSpec
@@ -61,6 +62,7 @@ def build_program(
         declared=_build_declared(bound, layout, compiled.jaxpr, placed),
         dcn=_dcn_axes(mesh),
         notes=tuple(_list_notes(bound, compiled.jaxpr.jaxpr)),
+        ticks=tuple(_list_ticks(bound)),
         seconds=dict(zip(("trace", "lower", "compile"), compiled.seconds, strict=True)),
     )
 
@@ -72,6 +74,12 @@ def _list_notes(bound: BoundSpec, jaxpr: core.Jaxpr) -> Iterator[str]:
     for place, spec, *axes in recorded_facts(jaxpr, DROPPED):
         split = ", ".join(map(str, axes))
         yield f"{place}: {spec} splits a gradient shard no further over {split}."
+
+
+def _list_ticks(bound: BoundSpec) -> Iterator[TickTable]:
+    for _, override in bound.spec.strategy.overrides:
+        if table := override.tick_table(dict(bound.mesh.shape)):
+            yield TickTable(override.axis, *table)
 
 
 def _dcn_axes(mesh: Mesh) -> tuple[tuple[str, int], ...]:
@@ -91,6 +99,8 @@ def list_arguments(bound: BoundSpec, layout: StepLayout) -> Iterator[PlacedLeaf]
     """The arguments of `(state, batch)` in the executable's order."""
     state, shardings, strategy = layout.state, layout.shardings, bound.spec.strategy
     params = _deciding_rules(strategy.params, list_leaves(state.params, layout.axes), bound)
+    # The layout of such a leaf is declared, also where it is whole.
+    params |= {f.path: f"REPLICATED, or split like {f.of}" for f in bound.spec.follows}
     moments = _deciding_rules(strategy.opt_state, list_leaves(state.opt_state), bound)
     moments |= {
         leaf.path: rule
@@ -119,6 +129,7 @@ def list_arguments(bound: BoundSpec, layout: StepLayout) -> Iterator[PlacedLeaf]
                 donated=True,
                 declared_replicated=rule.startswith(_EXPLICIT) or leaf.nbytes < _SMALL,
                 declared_by=rule,
+                frozen=part == "params" and leaf.path in layout.partition.frozen,
             )
     placed = jax.tree.leaves(layout.batch_shardings)
     for leaf, sharding in zip(list_leaves(layout.batch), placed, strict=True):
@@ -169,6 +180,7 @@ def _build_declared(
             for leaf in constrained
         ),
         activation_axes=_activation_axes(bound),
+        owned=cast(tuple[tuple[str, float], ...], tuple(*recorded_facts(jaxpr.jaxpr, OWNED))),
         governing=tuple(find_governing_constraints(jaxpr.jaxpr, activations)),
     )
 

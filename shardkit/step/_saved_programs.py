@@ -10,14 +10,16 @@ environment. A step that is loaded is traced and lowered as always, and takes th
 name or compiles: one of another model, version, flag or machine has another name and never runs.
 """
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import importlib.metadata
 import json
 import os
 import pathlib
-import pickle
 import platform
+import stat
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,11 +31,11 @@ from jax.experimental import serialize_executable
 from jax.sharding import AxisType, Mesh
 
 from .._core.errors import Problem, SavedStepWarning, StepError, first_line, format_problems
-from .._core.io._files import os_errors_as, write_atomic
+from .._core.io._files import local_path, os_errors_as, write_atomic
+from .._core.types import PyTree
 
 _SCHEMA, _VERSION, _HEADER = "shardkit.step", 1, "header.json"
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "XLA_PYTHON_CLIENT_ALLOCATOR")
-_UNREADABLE = (zipfile.BadZipFile, KeyError, ValueError, EOFError, NotImplementedError)
 
 
 def describe_environment(mesh: Mesh) -> dict[str, str]:
@@ -46,6 +48,7 @@ def describe_environment(mesh: Mesh) -> dict[str, str]:
         "device_kind": device.device_kind,
         "compiler": device.client.platform_version,
         "devices": str([d.id for d in mesh.devices.flat]),
+        "processes": str(jax.process_count()),
     }
     if device.platform == "cpu":
         environment["cpu"] = _describe_cpu()
@@ -61,6 +64,24 @@ def _describe_cpu() -> str:
     features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     text = f"{platform.machine()} {platform.processor()} {features}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def find_obstacle(mesh: Mesh) -> Problem | None:
+    """Returns why executables from a file must not run on a mesh; None if they may.
+
+    XLA's CPU compiler has the collectives of a program in one order. An executable that comes from
+    a file lost it (jaxlib 0.10.2): with few processors its devices wait for each other in different
+    collectives, until XLA ends the process. Of several processes each has an executable of its own,
+    and one that compiles can wait for others that load theirs.
+    """
+    if jax.process_count() > 1:
+        why = "run this step, each an executable of its own"
+        return Problem(f"{jax.process_count()} processes", why)
+    if mesh.size > 1 and mesh.devices.flat[0].platform == "cpu":
+        return Problem(
+            f"{mesh.size} CPU devices", "can deadlock in a program that comes from a file"
+        )
+    return None
 
 
 def name_program(lowered: jax.stages.Lowered, options: Mapping[str, Any], mesh: Mesh) -> str:
@@ -102,17 +123,49 @@ class SavedPrograms:
         if name not in self.names:
             return None
         try:
-            with zipfile.ZipFile(self.path) as file:
-                program, log = file.read(f"{name}.program"), file.read(f"{name}.log")
-            devices = list(self.mesh.devices.flat)
-            trees = lowered.in_tree, lowered.out_tree
-            compiled = serialize_executable.deserialize_and_load(
-                program, *trees, execution_devices=devices
-            )
-        except (*_UNREADABLE, OSError, pickle.UnpicklingError, jax.errors.JaxRuntimeError) as error:
-            warn_stale(self.path, [Problem(f"program {name[:12]}", f"is damaged: {error}")])
+            return read_program(self.path, name, lowered, self.mesh)
+        except Exception as error:  # zipfile, zlib, pickle and XLA have no common error
+            why = f"is damaged: {first_line(error)}"
+            warn_stale(self.path, [Problem(f"program {name[:12]}", why)])
             return None
-        return compiled, log.decode("utf-8", "replace")
+
+    def store(self, name: str, compiled: jax.stages.Compiled, messages: str) -> None:
+        """Leaves the file as `step.save` wrote it."""
+
+
+def read_program(
+    path: pathlib.Path, name: str, lowered: jax.stages.Lowered, mesh: Mesh
+) -> tuple[jax.stages.Compiled, str]:
+    """Reads an executable of a file, and what its compiler printed.
+
+    Raises:
+      OSError: the file cannot be read.
+      Exception: of any type, for a file that is damaged or that another program wrote.
+    """
+    with _open_zip(path) as file:
+        program, log = file.read(f"{name}.program"), file.read(f"{name}.log")
+    trees, devices = (lowered.in_tree, lowered.out_tree), list(mesh.devices.flat)
+    compiled = serialize_executable.deserialize_and_load(program, *trees, execution_devices=devices)
+    if not _same_types(compiled.in_avals, lowered.in_avals):
+        raise ValueError("the executable takes other arguments")
+    return compiled, log.decode("utf-8", "replace")
+
+
+@contextlib.contextmanager
+def _open_zip(path: pathlib.Path) -> Iterator[zipfile.ZipFile]:
+    """Opens a file for reading; a pipe would be waited for without end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    with zipfile.ZipFile(path) as file:
+        yield file
+
+
+def _same_types(a: PyTree, b: PyTree) -> bool:
+    a, b = (jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (a, b))
+    return a == b
+
+
+_UNSAVED = "The step cannot be saved."
 
 
 def save_programs(
@@ -132,11 +185,11 @@ def save_programs(
         processes run the step, each of which would
         need a file of its own.
     """
+    target = local_path(path, StepError, _UNSAVED)
     if jax.process_count() > 1:
         why = f"{jax.process_count()} processes run this step, each an executable of its own"
         fix = "jax.config.update('jax_compilation_cache_dir', ...) keeps those of all processes"
-        problem = Problem(os.fspath(path), why)
-        raise StepError(format_problems("The step cannot be saved.", [problem], fix))
+        raise StepError(format_problems(_UNSAVED, [Problem(str(target), why)], fix))
     header = {
         "schema": _SCHEMA,
         "version": _VERSION,
@@ -148,8 +201,8 @@ def save_programs(
     written = {name: _serialize(compiled) for name, (compiled, _) in programs.items()}
     fix = "step.save of a path in a folder that exists and can be written"
     with (
-        os_errors_as(StepError, "The step cannot be saved.", os.fspath(path), fix),
-        write_atomic(pathlib.Path(path), sync=True) as partial,
+        os_errors_as(StepError, _UNSAVED, str(target), fix),
+        write_atomic(target, sync=True) as partial,
         zipfile.ZipFile(partial, "w") as file,
     ):
         file.writestr(_HEADER, json.dumps(header, indent=1))
@@ -161,11 +214,12 @@ def save_programs(
 def _serialize(compiled: jax.stages.Compiled) -> bytes:
     try:
         return serialize_executable.serialize(compiled)[0]
-    except (AttributeError, TypeError, ValueError, pickle.PicklingError) as error:
+    except Exception as error:  # each backend has its own for what it does not implement
         why = f"cannot be written: {first_line(error)}"
-        fix = "a loss without jax.debug.print and callbacks, which call Python of this process"
+        fix = "a loss without jax.debug.print and callbacks, which call Python of this process; "
+        fix += "or a backend of JAX that can write its executables"
         problem = Problem("the program", why)
-        raise StepError(format_problems("The step cannot be saved.", [problem], fix)) from error
+        raise StepError(format_problems(_UNSAVED, [problem], fix)) from error
 
 
 def open_programs(path: str | os.PathLike[str], mesh: Mesh | None) -> SavedPrograms:
@@ -179,20 +233,20 @@ def open_programs(path: str | os.PathLike[str], mesh: Mesh | None) -> SavedProgr
       StepError: there is no such file, or it cannot be read and no mesh is given, or its devices
         are not here.
     """
-    path = pathlib.Path(path)
+    path = local_path(path, StepError, "The saved step cannot be loaded.")
     try:
-        with zipfile.ZipFile(path) as file:
+        with _open_zip(path) as file:
             header = json.loads(file.read(_HEADER))
         if (header["schema"], header["version"]) != (_SCHEMA, _VERSION):
             raise ValueError(f"has schema {header['schema']!r}, version {header['version']!r}")
         environment = {str(k): str(v) for k, v in header["environment"].items()}
         names = frozenset(map(str, header["programs"]))
         saved_mesh = mesh if mesh is not None else _build_mesh(path, header)
-    except (*_UNREADABLE, TypeError, AttributeError, OSError) as error:
-        if isinstance(error, StepError):
-            raise
+    except StepError:
+        raise
+    except Exception as error:
         missing = isinstance(error, FileNotFoundError)
-        why = "does not exist" if missing else f"is not a saved step: {error}"
+        why = "does not exist" if missing else f"is not a saved step: {first_line(error)}"
         problem = Problem(str(path), why)
         if mesh is None or missing:
             fix = f"step.save({str(path)!r}); or pass mesh=, which compiles the step anew"
@@ -230,14 +284,17 @@ def list_differences(saved: SavedPrograms) -> Iterator[Problem]:
             yield Problem(name, f"was {before or 'not set'!r}, is {after or 'not set'!r}")
 
 
-def warn_stale(path: pathlib.Path, problems: Sequence[Problem], *, stacklevel: int = 4) -> None:
+def warn_stale(
+    path: pathlib.Path, problems: Sequence[Problem], *, fix: str = "", stacklevel: int = 4
+) -> None:
     """Warns that executables of a file are not used.
 
     Args:
       path: the file.
       problems: why.
+      fix: what helps, by default to save the step again.
       stacklevel: of the user's call, counted from here: 4 below `open_programs`.
     """
-    fix = f"step.save({str(path)!r}) once it has compiled"
+    fix = fix or f"step.save({str(path)!r}) once it has compiled"
     headline = f"The step compiles, since what {path} holds does not fit."
     warnings.warn(format_problems(headline, problems, fix), SavedStepWarning, stacklevel=stacklevel)

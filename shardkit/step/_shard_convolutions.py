@@ -12,24 +12,30 @@ shards instead.
     shard_map    x [n, h, w, i]        * dy [n, h, w, o]         on each device
 
 Without gradient shards it gets groups of channels wrong on meshes with an axis that splits no
-rows: data=2, tensor=4 gives three times too much for the kernel of a depthwise convolution, though
-every weight is replicated. Those convolutions are mapped too, over the rows:
+rows, though every weight is replicated (the kernel's gradient of a depthwise convolution is four
+times too large on data=2, tensor=4), and on data=8 in a loop over chunks of rows. Those
+convolutions are mapped too, over the rows:
 
     forward, input gradient    lhs split by its batch dim, the kernel whole
     kernel gradient            a sum over rows, which are the feature dim of both operands:
                                both split by it, then one sum over the axes of the rows
+
+The third fault is in spatial dims. Where an axis splits those of images or of a kernel, on a mesh
+with another axis that splits neither, gradients count devices twice (images over data, tensor on
+data=2, fsdp=2, tensor=2: twice the gradient of a 3 x 3 kernel), and with strides the forward pass
+is wrong too. So every other convolution has its spatial dims whole; XLA chooses for the rest.
 """
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import jax
 from jax.core import ShapedArray
-from jax.extend import core
+from jax.extend import core, source_info_util
 from jax.interpreters import batching, mlir
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .._core.equations import user_line
 from .._core.errors import Problem, StepError, raise_all
@@ -57,8 +63,8 @@ def on_shards(mesh: Mesh, axes: tuple[str, ...]) -> Changes:
 def on_their_devices(mesh: Mesh, axes: tuple[str, ...]) -> Changes:
     """Computes grouped convolutions of global arrays on each device for its rows.
 
-    Where another axis splits channels, they are gathered before. On a mesh whose axes all split
-    rows nothing changes: there the partitioner is right.
+    Where another axis splits channels, they are gathered before; and so are the spatial dims of
+    every convolution.
 
     Args:
       mesh: the device mesh.
@@ -68,9 +74,9 @@ def on_their_devices(mesh: Mesh, axes: tuple[str, ...]) -> Changes:
       StepError: a `jax.shard_map`, such as that of a pipeline, leaves channels of one to the
         partitioner; with the line of each.
     """
-    others = {axis for axis in mesh.axis_names if mesh.shape[axis] > 1 and axis not in axes}
-    if not others:
+    if mesh.size == 1:
         return {}
+    others = {axis for axis in mesh.axis_names if mesh.shape[axis] > 1 and axis not in axes}
 
     def check(shard_map: core.JaxprEqn) -> core.JaxprEqn:
         headline = "XLA would compute wrong numbers for a grouped convolution."
@@ -108,11 +114,12 @@ def _own_params(equation: core.JaxprEqn) -> tuple[tuple[str, Any], ...]:
 
 
 def _on_devices(equation: core.JaxprEqn, mesh: Mesh, axes: tuple[str, ...]) -> core.JaxprEqn:
-    if not _grouped(equation.params):
-        return equation
     params = _own_params(equation)
     avals: list[Any] = [x.aval for x in equation.invars]
     lhs, rhs = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in avals)
+    if not _grouped(equation.params):
+        whole = functools.partial(_with_whole_windows, convolution=params, mesh=mesh)
+        return _call_in_place(equation, whole, lhs, rhs)
     lhs_dims, rhs_dims, out_dims = equation.params["dimension_numbers"]
     # Dims 0 and 1 of these are batch and feature of lhs, output and input features of rhs.
     summed = equation.params["batch_group_count"] > 1
@@ -127,10 +134,32 @@ def _on_devices(equation: core.JaxprEqn, mesh: Mesh, axes: tuple[str, ...]) -> c
 
     out = PartitionSpec() if summed else _at(out_dims[0], axes)
     mapped = jax.shard_map(local, mesh=mesh, in_specs=split, out_specs=out)
-    [call] = jax.make_jaxpr(jax.jit(mapped))(lhs, rhs).eqns
+    return _call_in_place(equation, mapped, lhs, rhs)
+
+
+def _call_in_place(equation: core.JaxprEqn, function: Any, *args: Any) -> core.JaxprEqn:
+    # What is computed in place of an equation has its line too.
+    with source_info_util.user_context(equation.source_info.traceback):
+        [call] = jax.make_jaxpr(jax.jit(function))(*args).eqns
     return call.replace(
         invars=equation.invars, outvars=equation.outvars, source_info=equation.source_info
     )
+
+
+def _with_whole_windows(
+    lhs: jax.Array, rhs: jax.Array, convolution: tuple[tuple[str, Any], ...], mesh: Any
+) -> jax.Array:
+    """A convolution whose spatial dims no axis splits; XLA chooses for rows and channels."""
+    numbers = dict(convolution)["dimension_numbers"]
+
+    def whole(x: jax.Array, dims: Sequence[int]) -> jax.Array:
+        entries: list[Any] = [PartitionSpec.UNCONSTRAINED] * x.ndim
+        for dim in dims[2:]:
+            entries[dim] = None
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*entries)))
+
+    out = _convolve(whole(lhs, numbers.lhs_spec), whole(rhs, numbers.rhs_spec), convolution)
+    return whole(out, numbers.out_spec)
 
 
 def _convolve(lhs: jax.Array, rhs: jax.Array, convolution: tuple[tuple[str, Any], ...]) -> Any:
@@ -138,11 +167,15 @@ def _convolve(lhs: jax.Array, rhs: jax.Array, convolution: tuple[tuple[str, Any]
 
 
 def _batch(args: Any, dims: Any, *, convolution: Any, mesh: Mesh, axes: tuple[str, ...]) -> Any:
-    def convolve(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        return _convolve(lhs, rhs, convolution)
-
     manual = jax.sharding.get_abstract_mesh().manual_axes
     grouped = _grouped(dict(convolution))
+
+    def convolve(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        here = jax.sharding.get_abstract_mesh()
+        if grouped or manual or {*here.axis_names} == {*here.manual_axes} != set():
+            return _convolve(lhs, rhs, convolution)
+        return _with_whole_windows(lhs, rhs, convolution, mesh if here.empty else here)
+
     if manual or (dims[1] is None and not grouped):
         # One kernel for all shards: their rows are rows of one convolution. Inside of a user's
         # own `shard_map` a device has its shard alone.

@@ -1,6 +1,7 @@
 """`StepSpec`: one training step as a frozen value, with every check that needs no mesh."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar, overload
@@ -10,13 +11,17 @@ import optax
 from jax.sharding import Mesh
 
 from .._core.errors import Problem, ShardkitError, StepError, did_you_mean, raise_all
+from .._core.io._notebook import notebook_html
 from .._core.precision import Precision, parse_precision
-from .._core.types import Accumulate, Batch, Key, Loss, PyTree, Trainable
+from .._core.tree import list_leaves
+from .._core.types import Accumulate, Batch, Follows, Key, Loss, PyTree, Trainable
 from ..nn._remat import parse_policy
 from ..parallel import Strategy
+from ._batch_values import to_arrays
 from ._compiled import CompiledStep
 from ._miscompiled import OnMiscompiled
 from ._nonfinite import OnNonfinite
+from ._program_cache import ProgramCache
 from ._spec_problems import (
     Mode,
     OnRetrace,
@@ -31,6 +36,8 @@ Declared = TypeVar("Declared")
 Full = TypeVar("Full")
 
 EVERYTHING_REPLICATED = Strategy()
+# Leaves of a batch that are named in the text of a spec.
+_LEAVES = 6
 _HEADLINE = "The step is declared wrongly."
 
 
@@ -130,6 +137,11 @@ class StepSpec:
         replicated leaf has no rows), else it is dim 0 of every leaf.
       on_miscompiled: what to do with a program in which XLA's partitioner lost the order of
         devices, so that its numbers are wrong. `"error"` raises; `"report"` leaves it a finding.
+      owners: whether matrices that the optimizer multiplies (muon, soap, shampoo) are divided over
+        the devices that their dims are split over, moved there and back once per update. None:
+        where optax multiplies them (`optax.contrib.muon`). True: also in an optimizer of your own,
+        whose Python must not ask how many matrices a leaf has, or how large it is. False leaves
+        each product to the partitioner.
 
     >>> import jax.numpy as jnp, optax
     >>> spec = StepSpec(
@@ -160,6 +172,7 @@ class StepSpec:
     trainable: Trainable = None
     row_dims: Mapping[str, int | None] | None = None
     on_miscompiled: OnMiscompiled = "error"
+    owners: bool | None = None
 
     def __post_init__(self) -> None:
         """Folds the overrides into the strategy and the batch into shapes; checks all fields.
@@ -167,6 +180,7 @@ class StepSpec:
         Raises:
           StepError: with every problem that can be found without a mesh.
         """
+        self._set("batch", to_arrays(self.batch))
         overrides = {name: vars(self).pop(name) for name in _STRATEGY_FIELDS}
         problems = [*type_problems(self), *choice_problems(self), *batch_problems(self)]
         if isinstance(self.strategy, Strategy):
@@ -177,6 +191,23 @@ class StepSpec:
         self._set("batch", jax.tree.map(_to_abstract, self.batch))
         self._set("compiler_options", dict(self.compiler_options))
 
+    def describe(self) -> dict[str, str]:
+        """The loss, the batch and the layout in words."""
+        shapes = list(map(str, list_leaves(self.batch)))
+        more = [f"{len(shapes) - _LEAVES} more"] if len(shapes) > _LEAVES else []
+        return {
+            "loss": getattr(self.loss_fn, "__qualname__", type_name(self.loss_fn)),
+            "batch": ", ".join(shapes[:_LEAVES] + more),
+            "strategy": repr(self.strategy),
+            "mode": self.mode,
+        }
+
+    def __repr__(self) -> str:
+        return f"StepSpec({', '.join(f'{name}={text}' for name, text in self.describe().items())})"
+
+    def _repr_html_(self) -> str:
+        return notebook_html("StepSpec", self.describe())
+
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
@@ -185,11 +216,21 @@ class StepSpec:
         """Whether the loss carries mutable model state."""
         return isinstance(self.loss_fn, Loss) and self.loss_fn.stateful
 
-    def compile(self, mesh: Mesh) -> CompiledStep:
+    @property
+    def follows(self) -> tuple[Follows, ...]:
+        """Parameters that are laid out like others, as the loss says."""
+        return self.loss_fn.follows if isinstance(self.loss_fn, Loss) else ()
+
+    def compile(self, mesh: Mesh, *, cache: str | os.PathLike[str] | None = None) -> CompiledStep:
         """Compiles the step for one mesh, and checks the executable against the declaration.
 
         Args:
           mesh: from `MeshSpec.build` or `jax.make_mesh`; Explicit axes are taken as Auto.
+          cache: a folder that keeps what is compiled. The same program is loaded from there the
+            next time, if versions, flags and devices are the same; several processes may use one
+            folder at the same time. A file that cannot be used, or a folder that cannot be written,
+            is reported (`sk.SavedStepWarning`), and the step compiles. With several processes that
+            run one step together, or several simulated CPU devices, it keeps nothing.
 
         Returns:
           The compiled step, its layouts and aliases read back from the executable.
@@ -200,7 +241,7 @@ class StepSpec:
           StepError: the mesh, the loss or the optimizer does not form a step; with `debug`, a
             random key is used twice.
         """
-        return CompiledStep(self, mesh)
+        return CompiledStep(self, mesh, ProgramCache.at(cache, mesh))
 
     def replace(self, **changes: Any) -> "StepSpec":
         """Returns the spec with some fields changed, checked again.
@@ -254,6 +295,7 @@ def compile_step(
     trainable: Trainable = None,
     row_dims: Mapping[str, int | None] | None = None,
     on_miscompiled: OnMiscompiled = "error",
+    owners: bool | None = None,
 ) -> CompiledStep:
     """Compiles one training step; the same as `StepSpec(...).compile(mesh)`.
 

@@ -3,19 +3,18 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import jax
-import numpy as np
 import optax
 
 from .._core.errors import Problem, StepError, did_you_mean
 from .._core.options import option_problems
 from .._core.precision import Precision
-from .._core.tree import leaves_by_path, short_type
 from ..parallel import Strategy
 from ._batch_rows import row_dim_problems
+from ._batch_values import declaration_problems
 from ._miscompiled import OnMiscompiled
 from ._nonfinite import ON_NONFINITE
 from ._trainable import is_trainable
+from ._user_functions import function_problems
 
 if TYPE_CHECKING:
     from ._spec import StepSpec
@@ -47,10 +46,12 @@ def type_problems(spec: "StepSpec") -> Iterator[Problem]:
     if isinstance(spec.compiler_options, Mapping):
         options = (dict(spec.compiler_options), Mapping[str, Any])
         yield from option_problems(compiler_options=options)
+    yield from function_problems(spec)
     yield from option_problems(
         deterministic=(spec.deterministic, bool),
         debug=(spec.debug, bool),
         independent_rows=(spec.independent_rows, bool),
+        owners=(spec.owners, bool | None),
     )
 
 
@@ -70,22 +71,8 @@ def choice_problems(spec: "StepSpec") -> Iterator[Problem]:
 
 def batch_problems(spec: "StepSpec") -> Iterator[Problem]:
     """Leaves of the batch that are no arrays of numbers, or whose rows are unclear."""
-    wrong = [
-        problem
-        for path, x in leaves_by_path(spec.batch, "batch").items()
-        if (problem := _leaf_problem(path, x))
-    ]
+    wrong = list(declaration_problems(spec.batch))
     yield from wrong or row_dim_problems(spec.batch, spec.row_dims)
-
-
-def _leaf_problem(path: str, x: Any) -> Problem | None:
-    if not isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
-        return Problem(path, f"is of type {type_name(x)}, not an array", "numpy.asarray(...)")
-    if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
-        fix = "jax.random.key_data(keys), and jax.random.wrap_key_data in the loss"
-        why = f"is {short_type(x.shape, x.dtype)}, typed keys, not numbers"
-        return Problem(path, why, fix)
-    return None
 
 
 def strategy_problems(
@@ -106,12 +93,6 @@ def strategy_problems(
     if compression is not None and spec.mode != "shard_map":
         why = f"sums gradients over {compression.axis!r} itself; here the partitioner sums them"
         problems.append(Problem("compression", why, 'mode="shard_map"'))
-    if problems or not spec.stateful or spec.accumulate.reduce != "end":
-        return problems
-    if spec.accumulate.micro_batches > 1 or spec.precision.reduces_separately:
-        why = "would give every gradient shard its own statistics, different on every mesh"
-        fix = 'accumulate=sk.Accumulate(k, reduce="every"), precision.reduce_dtype=None'
-        problems.append(Problem("accumulate, precision.reduce_dtype", why, fix))
     return problems
 
 

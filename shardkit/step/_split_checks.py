@@ -1,6 +1,7 @@
 """Refuses losses whose numbers would change where a step splits the rows of its batch."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import jax
@@ -12,7 +13,7 @@ from ..nn._manual_axis_rules import ShardMapLoss
 from ._bound_spec import BoundSpec
 from ._gradients import LossArgs
 from ._layout import StepLayout
-from ._objective import Objective
+from ._objective import Objective, build_objective
 from ._unbound_axes import batch_axes
 from .rows import check_rows
 
@@ -44,19 +45,69 @@ def check_split_rows(
     named = batch_axes(jax.make_jaxpr(loss)(*args).jaxpr)
     if bound.follows_rows:
         partition = layout.partition if gradients else None
-        over_parts = named if bound.spec.mode == "shard_map" else ()
-        check_rows(loss, args, layout.row_dims, splits, partition=partition, over_parts=over_parts)
+        on_parts = bound.spec.mode == "shard_map"
+        frozen = build_objective(bound.spec.loss_fn, bound.mesh, evaluate=True)
+        check_rows(
+            loss,
+            args,
+            layout.row_dims,
+            splits,
+            partition=partition,
+            part=_part_rows(bound, layout, gradients),
+            over_parts=named if on_parts else (),
+            # On whole micro-batches mutable state may be their statistics.
+            frozen=frozen if bound.spec.stateful and not on_parts else None,
+        )
+
+
+def check_fixed_state(bound: BoundSpec, args: LossArgs) -> None:
+    """Checks that a loss returns the model state that it is given, as tables and buffers are.
+
+    Where gradients are kept apart, each part of the batch would have a state of its own.
+
+    Raises:
+      StepError: the loss changes its state.
+    """
+    program = jax.make_jaxpr(build_objective(bound.spec.loss_fn, bound.mesh))(*args).jaxpr
+    params, model_state = map(jax.tree.leaves, args[:2])
+    given = program.invars[len(params) : len(params) + len(model_state)]
+    returned = program.outvars[len(program.outvars) - len(model_state) :]
+    if all(old is new for old, new in zip(given, returned, strict=True)):
+        return
+    why = "would give every gradient shard its own statistics, different on every mesh"
+    fix = 'accumulate=sk.Accumulate(k, reduce="every"), precision.reduce_dtype=None'
+    if bound.spec.mode == "shard_map":
+        why = "would have every micro-batch pass on the model state"
+        fix = 'mode="auto", or accumulate=1'
+    problems = [Problem("accumulate, precision.reduce_dtype", why, fix)]
+    raise_all(StepError, "Mutable state of the model cannot be divided.", problems)
+
+
+def _part_rows(bound: BoundSpec, layout: StepLayout, gradients: bool) -> int:
+    """Rows that the loss is computed on at once, of a micro-batch on a device."""
+    spec, sizes = bound.spec, bound.mesh.shape
+    by_device = spec.mode == "shard_map" or any(_staged_kinds(bound))
+    axes = layout.row_axes if by_device else layout.shard_axes
+    micro_batches = spec.accumulate.micro_batches if gradients else 1
+    if not by_device and spec.accumulate.reduce == "every":
+        axes = ()
+    return layout.rows // (micro_batches * math.prod(sizes[axis] for axis in axes))
+
+
+def _staged_kinds(bound: BoundSpec) -> Iterator[str]:
+    """Names of the kinds that put stages of layers on several devices."""
+    for kind in bound.spec.strategy.kinds:
+        if "layers" in kind.splits and bound.mesh.shape.get(kind.axis, 1) > 1:
+            yield kind.name
 
 
 def _stage_problems(bound: BoundSpec, layout: StepLayout) -> Iterator[Problem]:
     """A pipeline sends micro-batches of dim 0 of all that its layers get of the batch."""
-    for kind in bound.spec.strategy.kinds:
-        if "layers" not in kind.splits or bound.mesh.shape.get(kind.axis, 1) == 1:
-            continue
+    for name in _staged_kinds(bound):
         for leaf, dim in zip(list_leaves(layout.batch), layout.row_dims, strict=True):
             if leaf.shape and dim != 0:
                 where = "counts no rows" if dim is None else f"has its rows on dim {dim}"
-                why = f"{where}; strategies.{kind.name}() splits dim 0 of every leaf"
+                why = f"{where}; strategies.{name}() splits dim 0 of every leaf"
                 fix = "rows on dim 0, and what counts none in params or closed over by the loss"
                 yield Problem(str(leaf.within("batch")), why, fix)
 
@@ -72,9 +123,7 @@ def _row_splits(bound: BoundSpec, layout: StepLayout, gradients: bool) -> Iterat
         yield f"accumulate={spec.accumulate.micro_batches}"
     if spec.precision.reduces_separately and layout.shard_axes:
         yield f"precision.reduce_dtype={spec.precision.reduce_dtype!r}"
-    for kind in spec.strategy.kinds:
-        if "layers" in kind.splits and sizes.get(kind.axis, 1) > 1:
-            yield f"strategies.{kind.name}()"
+    yield from (f"strategies.{name}()" for name in _staged_kinds(bound))
 
 
 def check_partial_rows(

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from .._core.errors import Problem, StepError, first_line, raise_all
 from .._core.precision import cast_floats
 from .._core.train_state import TrainState
-from .._core.types import Batch, Mean, Params
+from .._core.types import Batch, Mean, Params, PyTree
 from ..nn._remat import Policy, apply_policy, parse_policy, regathering_policy, use_policy
 from ._bound_spec import BoundSpec
 from ._gradients import (
@@ -20,12 +20,12 @@ from ._gradients import (
     GradientPlan,
     LossArgs,
     build_gradients,
-    keep_groups,
+    keep_convolutions,
     plan_draws,
 )
 from ._layout import StepLayout
 from ._objective import Objective, build_objective
-from ._split_checks import check_partial_rows, check_split_rows
+from ._split_checks import check_fixed_state, check_partial_rows, check_split_rows
 from ._update import (
     Metrics,
     build_eval_step,
@@ -107,6 +107,8 @@ class StepFunctions:
             self.layout.partition,
             shardings,
             on_nonfinite=spec.on_nonfinite,
+            arg_shardings=self._update_shardings,
+            owners=spec.owners,
         )
 
         def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -115,6 +117,13 @@ class StepFunctions:
             return after, metrics
 
         return run
+
+    @property
+    def _update_shardings(self) -> tuple[PyTree, PyTree, PyTree, NamedSharding]:
+        """Of gradients, optimizer state, parameters and loss, as the update gets them."""
+        shardings, update = self.layout.shardings, self.layout.update
+        update = self.layout.trained_shardings if update is None else update
+        return update, shardings.opt_state, update, shardings.step
 
     def gradients(self) -> Callable[[TrainState, Batch], tuple[Metrics, Params]]:
         """Builds `(state, batch) → (metrics, gradients)`."""
@@ -138,7 +147,7 @@ class StepFunctions:
             check_split_rows(self.bound, self.layout, loss, self._loss_args, gradients=False)
             loss = self._build_on_shards(build_shard_objective, loss)
         else:
-            loss = keep_groups(loss, self.bound, self.layout)
+            loss = keep_convolutions(loss, self.bound, self.layout)
         return build_eval_step(loss, self._to_compute_params)
 
     def training_loss(self, policy: str | None) -> Callable[[TrainState, Batch], Any]:
@@ -150,14 +159,13 @@ class StepFunctions:
         spec, loss = self.bound.spec, build_plain_objective(self.bound.spec.loss_fn)
         on_shards = spec.mode == "shard_map"
         if not on_shards:
-            loss = keep_groups(loss, self.bound, self.layout)
+            loss = keep_convolutions(loss, self.bound, self.layout)
         return build_training_loss(
             self._build_on_shards(build_micro_batch_objective, loss) if on_shards else loss,
             lambda params: cast_floats(params, policy),
             self.layout,
             spec.accumulate.micro_batches,
-            always_folds=self.per_shard_accumulation,
-            own_keys=on_shards,
+            per_shard=self.per_shard_accumulation and not on_shards,
         )
 
     def _to_compute_params(self, params: Params) -> Params:
@@ -175,9 +183,12 @@ class StepFunctions:
         # Checkpoints the loss as a whole if it marks no layers with `sk.nn.remat`.
         loss = apply_policy(loss, parse_policy(self.bound.spec.strategy.remat), *self._loss_args)
         check_split_rows(self.bound, self.layout, loss, self._loss_args)
-        if self.bound.spec.mode == "shard_map":
-            return self._build_on_shards(build_shard_gradients, loss)
         plan = GradientPlan(self.bound, self.layout)
+        on_shards = self.bound.spec.mode == "shard_map"
+        if plan.micro_batches > 1 if on_shards else plan.per_shard_accumulation:
+            check_fixed_state(self.bound, self._loss_args)
+        if on_shards:
+            return self._build_on_shards(build_shard_gradients, loss)
         if plan.per_shard_accumulation:
             plan = plan_draws(loss, plan, self._loss_args)
         return build_gradients(loss, plan)

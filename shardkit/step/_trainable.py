@@ -10,7 +10,7 @@ from .._core.partition import Partition
 from .._core.precision import Precision
 from .._core.tree import Leaf, list_leaves
 from .._core.types import Loss, Params, Trainable
-from ..rules import matches
+from ..rules import matches, selects
 
 if TYPE_CHECKING:
     from ._spec import StepSpec
@@ -48,13 +48,12 @@ def find_partition(spec: "StepSpec", params: Params) -> Partition:
 
 
 def _select(declared: Trainable, leaves: Sequence[Leaf]) -> list[Leaf]:
+    chosen = [leaf for leaf in leaves if selects(declared, leaf.path)]
     if callable(declared):
-        chosen = [leaf for leaf in leaves if declared(leaf.path)]
         names = ["the predicate"]
         dead = [] if chosen else names
     else:
         names = [declared] if isinstance(declared, str) else list(declared or ())
-        chosen = [leaf for leaf in leaves if any(matches(glob, leaf.path) for glob in names)]
         dead = [g for g in names if not any(matches(g, leaf.path) for leaf in leaves)]
     paths = [leaf.path for leaf in leaves]
     problems = [

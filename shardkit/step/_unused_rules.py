@@ -5,7 +5,15 @@ from collections.abc import Iterator, Sequence
 
 from .._core.tree import Leaf, list_leaves
 from ..parallel import CONVENTIONAL
-from ..rules import AxisRules, DeadEntry, Rule, find_dead_entries, list_rules, place_leaf
+from ..rules import (
+    AxisRules,
+    DeadEntry,
+    Rule,
+    find_dead_entries,
+    list_ruled,
+    list_rules,
+    place_leaf,
+)
 from ._bound_spec import BoundSpec
 from ._layout import StepLayout
 
@@ -23,8 +31,9 @@ def find_unused_rules(
       constrained: the model's constraints, with their logical axes.
     """
     strategy, state = bound.spec.strategy, layout.state
+    params = list_leaves(state.params, layout.axes)
     uses: list[tuple[str, object, Sequence[Leaf]]] = [
-        ("params", strategy.params, list_leaves(state.params, layout.axes)),
+        ("params", strategy.params, list_ruled(params, bound.spec.follows)),
         ("opt_state", strategy.opt_state, list_leaves(state.opt_state)),
         ("model_state", strategy.model_state, list_leaves(state.model_state)),
         ("batch", strategy.batch, list_leaves(layout.batch)),

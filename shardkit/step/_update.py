@@ -17,6 +17,7 @@ from ._gradients import GradientFn
 from ._nonfinite import SKIPPED, OnNonfinite, is_finite_update, select_state
 from ._objective import LossOutput, Objective, divide_mean
 from .optim._extra_args import call_update
+from .owners import update_by_owners
 
 # Folded into the key in place of a step number, which never reaches it.
 _EVALUATE = 0xFFFFFFFF
@@ -29,6 +30,8 @@ def build_train_step(
     shardings: PyTree | None,
     *,
     on_nonfinite: OnNonfinite,
+    arg_shardings: PyTree | None,
+    owners: bool | None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Builds `(state, batch) → (state, metrics)`.
 
@@ -39,6 +42,9 @@ def build_train_step(
       shardings: pytree of `NamedSharding` of the update, if it is split further than the
         parameters. The parameters are gathered afterwards, by the layout of the results.
       on_nonfinite: what to do with an update that is not finite.
+      arg_shardings: pytree of `NamedSharding` of gradients, optimizer state, parameters and
+        loss; None if matrices that the optimizer multiplies are not moved to owners.
+      owners: as declared; None where they are not asked for.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -52,13 +58,12 @@ def build_train_step(
         with jax.named_scope("update"):
             before = _constrain_update(partition.trained(state.params), shardings)
             grads = _constrain_update(grads, shardings)
-            updates, opt_state = call_update(
-                optimizer,
-                grads,
-                state.opt_state,
-                before,
-                metrics["loss"],
-                value_and_grad=value_and_grad,
+            given = (grads, state.opt_state, before, metrics["loss"])
+            owned = None
+            if arg_shardings and owners is not False:
+                owned = update_by_owners(optimizer, given, arg_shardings, declared=bool(owners))
+            updates, opt_state = owned or call_update(
+                optimizer, *given, value_and_grad=value_and_grad
             )
             _check_updates(updates, before)
             params = _constrain_update(optax.apply_updates(before, updates), shardings)

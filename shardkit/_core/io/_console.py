@@ -1,5 +1,7 @@
 """Text on a terminal; `rich` is imported when the first console is created."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import IO, TYPE_CHECKING
 
 from ._table import Table
@@ -39,6 +41,28 @@ def make_console(
         color_system=None if file else "auto",
         legacy_windows=False if file else None,
     )
+
+
+@contextlib.contextmanager
+def show_task(console: "Console", task: str) -> Iterator[None]:
+    """Shows what is being done: with a clock on a terminal, as one line elsewhere.
+
+    >>> with show_task(make_console(), "compiling"):
+    ...     pass
+    compiling ...
+    """
+    if not console.is_terminal:
+        console.print(f"{task} ...", highlight=False, soft_wrap=True)
+        yield
+        return
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    text = TextColumn("{task.description}", markup=False)
+    with Progress(
+        SpinnerColumn(), text, TimeElapsedColumn(), console=console, transient=True
+    ) as shown:
+        shown.add_task(task)
+        yield
 
 
 def print_table(console: "Console", table: Table) -> None:

@@ -77,6 +77,11 @@ def write_atomic(path: Path, *, sync: bool = False) -> Iterator[Path]:
             temporary.unlink()
 
 
+def is_temporary(name: str) -> bool:
+    """Whether a file is one that `write_atomic` writes to, or that a killed process left."""
+    return name.startswith(".") and name.endswith(_TEMPORARY)
+
+
 def sync_folder(folder: Path) -> None:
     """Waits until the names in a folder are on disk."""
     _sync(folder)
@@ -185,7 +190,10 @@ def local_path(
 
 def path_problem(path: str | os.PathLike[str], subject: str = "") -> Problem | None:
     """Returns what is wrong with a path before any file system is asked, or None."""
-    text = os.fspath(path)
+    text = os.fspath(path) if isinstance(path, str | os.PathLike) else path
+    if not isinstance(text, str):
+        why = f"is {path!r}, of type {type(path).__name__}: a path is a text."
+        return Problem(subject or "path", why, _LOCAL)
     if not text or "\0" in text:
         why = "is empty" if not text else "has a zero byte"
         return Problem(subject or repr(text), f"{why}: a path is needed.", _LOCAL)

@@ -28,6 +28,7 @@ def check_figure_path(
     >>> check_figure_path(Path("front.png"))
     """
     problems = [url] if (url := path_problem(path)) else []
+    path = path.expanduser()
     if path.suffix not in suffixes:
         what = f"the suffix {path.suffix!r}" if path.suffix else "no suffix"
         why = f"has {what}; known: {', '.join(suffixes)}.{did_you_mean(path.suffix, suffixes)}"
@@ -52,7 +53,7 @@ def figure_file(path: Path, code: str = "--out {}") -> Iterator[Path]:
     Raises:
       ConfigError: the file cannot be written.
     """
-    fix = code.format(f"plot{path.suffix}")
+    fix, path = code.format(f"plot{path.suffix}"), path.expanduser()
     with os_errors_as(ConfigError, _HEADLINE, path, fix), write_atomic(path) as temporary:
         yield temporary
 

@@ -90,7 +90,7 @@ class Table:
 def fold_text(text: str, width: int, indent: str = "") -> list[str]:
     """Breaks text into lines of at most `width` columns, between words or after a `/` or comma.
 
-    A longer word is broken anywhere. Line breaks of the text are kept.
+    A longer word is broken after `.` or `_`, or else anywhere. Line breaks of the text are kept.
 
     Args:
       text: one line or several.
@@ -122,7 +122,10 @@ def _find_break(text: str, width: int) -> int:
     blank = text.rfind(" ", 0, fits + 1)
     if text[:blank].strip() and blank > 0:
         return blank
-    return max(text.rfind(mark, 0, fits) for mark in "/,") + 1 or fits
+    for marks in ("/,", "._"):
+        if end := max(text.rfind(mark, 0, fits) for mark in marks) + 1:
+            return end
+    return fits
 
 
 def _pad_row(row: Sequence[str], n: int) -> list[str]:

@@ -113,6 +113,7 @@ class ContextAttention(Override):
         segment_ids: jax.Array | None,
         causal: bool,
         implementation: str,
+        **limits: Any,
     ) -> jax.Array:
         """Attends block by block, whatever `implementation` says."""
         sizes, head_axes = around.mesh.shape, _split_axes(around, "heads")
@@ -122,6 +123,9 @@ class ContextAttention(Override):
         repeatable = self.kv_heads == "replicate" or _split_axes(around, "kv_heads") != head_axes
         problems = self._length_problems(around, query, key, segment_ids, causal)
         problems += self._head_problems(query, key, shards, repeatable)
+        for name in limits:
+            why = f"is not computed over a length that {self.axis}={sizes[self.axis]} splits"
+            problems.append(Problem(f"{name}=", why, f"{self.axis}=1, or attention without it"))
         headline = f"Attention cannot be split on mesh {format_mesh(sizes)}."
         raise_all(ShardingError, headline, problems)
         # 2 key heads over 4 shards become 4, each repeated once; 6 over 4 become 12.

@@ -32,13 +32,14 @@ silently wrong. The swap is 2Q + KV of 3(n−1) · KV: 10 % at n = 8 with as man
 """
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, final
 
 from jax.sharding import PartitionSpec
 
-from ...report import Program
+from ...report import LedgerRow, Program
 from ...rules import REPLICATED
-from .._kind import Kind, PlanChoice
+from .._kind import Kind, PlanChoice, spare_share
 from .._names import activations, check_strategy, choice_problems
 from .._strategy import Strategy
 from ._attention import LAYOUTS, ContextAttention
@@ -137,15 +138,25 @@ class Context(Kind):
 
     def minimum(self, program: Program) -> float | None:
         """Liu et al. 2023 (ring), Jacobs et al. 2023; and gradients reduced as for `data`."""
+        attended = self._attention_bytes(program)
+        return None if attended is None else self.gradient_all_reduce_bytes(program) + attended
+
+    def _attention_bytes(self, program: Program) -> float | None:
         n, layers = program.sizes[self.axis], program.layers
         queries, keys = map(program.activation_bytes, ("heads", "kv_heads"))
         if queries is None or keys is None or layers is None:
             return None
         if self.attention == "ring":
-            return self.gradient_all_reduce_bytes(program) + ring_bytes(n, 2 * keys, layers)
-        return self.gradient_all_reduce_bytes(program) + all_to_all_bytes(
-            n, queries, 2 * keys, layers
-        )
+            return ring_bytes(n, 2 * keys, layers)
+        return all_to_all_bytes(n, queries, 2 * keys, layers)
+
+    def excess(
+        self, row: LedgerRow, rows: Sequence[LedgerRow], program: Program
+    ) -> Iterator[tuple[str, float]]:
+        """What attention passes beside its blocks, as a ring's swap for equal causal work."""
+        attended = self._attention_bytes(program)
+        if row.kind in ("collective-permute", "all-to-all") and attended is not None:
+            yield "beside attention's blocks, as for equal work", spare_share(row, rows, attended)
 
     def planned_options(self, choice: PlanChoice) -> dict[str, Any]:
         """The chosen attention."""

@@ -25,6 +25,7 @@ busy. Do not use across slow links, where every layer waits four times for every
 
 import dataclasses
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, final
 
 import jax
@@ -34,8 +35,8 @@ from ..._core.errors import Problem, StepError, raise_all
 from ..._core.types import Params
 from ...nn._expert_dispatch import combine
 from ...nn._overridable import Override, StepContext
-from ...report import Program
-from .._kind import Kind
+from ...report import LedgerRow, Program
+from .._kind import Kind, spare_share
 from .._names import activations, check_strategy, params
 from .._strategy import Strategy
 from ._dispatch import ExpertGroups, Mlp
@@ -94,12 +95,22 @@ class Expert(Kind):
 
     def minimum(self, program: Program) -> float | None:
         """Lepikhin et al. 2020; and gradients of the other parameters, reduced as for `data`."""
+        routed = self._routed_bytes(program)
+        return None if routed is None else self.gradient_all_reduce_bytes(program) + routed
+
+    def _routed_bytes(self, program: Program) -> float | None:
         activation, choices = program.declared.activation_bytes, program.declared.choices
         if activation is None or choices is None or program.layers is None:
             return None
-        n = program.sizes[self.axis]
-        routed = expert_bytes(n, activation * choices, program.layers)
-        return self.gradient_all_reduce_bytes(program) + routed
+        return expert_bytes(program.sizes[self.axis], activation * choices, program.layers)
+
+    def excess(
+        self, row: LedgerRow, rows: Sequence[LedgerRow], program: Program
+    ) -> Iterator[tuple[str, float]]:
+        """Room for more tokens than are routed."""
+        routed = self._routed_bytes(program)
+        if row.kind == "all-to-all" and routed is not None:
+            yield "of room for tokens that no expert gets", spare_share(row, rows, routed)
 
 
 @final

@@ -23,7 +23,7 @@ slow: it sends the fewest bytes of all kinds. Do not use with few micro-batches 
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import jax
@@ -33,8 +33,8 @@ from ..._core.errors import Problem, StepError, raise_all
 from ..._core.split_rng import key_problems
 from ..._core.types import Accumulate, Batch, Key, Params
 from ...nn._layer_stack import First, Last, Layer
-from ...nn._overridable import Override, StepContext, without_overrides
-from .._kind import Kind, PlanChoice
+from ...nn._overridable import Override, StepContext, Ticks, without_overrides
+from .._kind import Kind, PlanChoice, spare_share
 from .._names import activations, check_strategy, choice_problems, params
 from .._strategy import Strategy
 from ._schedule import SCHEDULES, PipelineSchedule, forward_only
@@ -43,6 +43,7 @@ from ._spmd_program import LayerStackCall, PipelineProgram
 from ._stage_layout import StageLayout, stage_sizes
 
 if TYPE_CHECKING:
+    from ...report import LedgerRow
     from ...report import Program as Compiled
 
 
@@ -141,6 +142,15 @@ class Pipeline(Kind):
         n = program.sizes[self.axis]
         return self.gradient_all_reduce_bytes(program) + pipeline_bytes(n, activation)
 
+    def excess(
+        self, row: "LedgerRow", rows: "Sequence[LedgerRow]", program: "Compiled"
+    ) -> Iterator[tuple[str, float]]:
+        """Exchanges at ticks in which only some of the stages have something to pass on."""
+        activation = program.declared.activation_bytes
+        if row.kind == "collective-permute" and activation is not None:
+            least = pipeline_bytes(program.sizes[self.axis], activation)
+            yield "over stage boundaries that pass nothing on", spare_share(row, rows, least)
+
     def planned_options(self, choice: PlanChoice) -> Mapping[str, Any]:
         """The chosen schedule; without one, options that lay out its parameters."""
         return choice.pipeline or {"schedule": "1f1b", "micro_batches": 1}
@@ -238,12 +248,22 @@ class PipelinedLayers(Override):
         run.defvjp(forward, backward)
         return run(outer_params, layers, batch, program.words)
 
+    def tick_table(self, sizes: Mapping[str, int]) -> tuple[str, Ticks] | None:
+        """The table of a training step; None where one device holds all layers."""
+        stages = sizes.get(self.axis, 1)
+        if stages < 2:
+            return None
+        return self.schedule, self._build(stages, tick_table).labels
+
     def _schedule(
         self, layout: StageLayout, build: Callable[..., PipelineSchedule]
     ) -> PipelineSchedule:
+        return self._build(layout.stages, build)
+
+    def _build(self, stages: int, build: Callable[..., PipelineSchedule]) -> PipelineSchedule:
         return build(
             self.schedule,
-            stages=layout.stages,
+            stages=stages,
             micro_batches=self.micro_batches,
             virtual_stages=self.virtual_stages,
         )

@@ -101,6 +101,13 @@ class PipelineSchedule:
         """Whether the table has backward passes at all."""
         return any(action.pass_type is not PassType.FORWARD for action, _ in self.times)
 
+    @property
+    def labels(self) -> tuple[tuple[str, ...], ...]:
+        """For each stage a text per tick; `F2b` is micro-batch 2 in virtual stage b."""
+        return tuple(
+            tuple(_label(row[stage], self) for row in self.ticks) for stage in range(self.stages)
+        )
+
     def live(self) -> tuple[int, ...]:
         """Per stage, the most activations that are alive at once, from first to last use."""
         times = self.times
@@ -153,8 +160,8 @@ class PipelineSchedule:
         return sorted(errors)
 
     def __str__(self) -> str:
-        """Draws the table, a line per stage; `F2b` is micro-batch 2 in virtual stage b."""
-        rows = [[_label(row[s], self) for row in self.ticks] for s in range(self.stages)]
+        """Draws the table, a line per stage."""
+        rows = self.labels
         width = max(len(cell) for row in rows for cell in row)
         return "\n".join(
             f"stage {s}  " + " ".join((cell or "." * width).ljust(width) for cell in row)

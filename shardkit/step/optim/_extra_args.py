@@ -12,9 +12,18 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from ..._core.errors import Problem, ShardkitError, StepError, first_line, format_problems
+from ..._core.errors import (
+    Problem,
+    ShardkitError,
+    StepError,
+    first_line,
+    format_problems,
+    raise_all,
+)
+from ..._core.tree import is_numeric, leaves_by_path
 from ..._core.types import Params, PyTree, Scalar
 
 ValueAndGrad = Callable[[Params], tuple[Scalar, Params]]
@@ -22,7 +31,34 @@ ValueAndGrad = Callable[[Params], tuple[Scalar, Params]]
 # A chain accepts every keyword and passes all to each link. `sam` takes `grad_fn` alone, and line
 # searches refuse what their `value_fn` does not take.
 _FEWER = (("value", "grad", "value_fn"), ("grad_fn",), ())
+_UNDRIVEN = "The optimizer cannot be driven."
 _REFUSED = "nexpected keyword argument"
+
+
+def call_init(optimizer: optax.GradientTransformation, params: Params) -> PyTree:
+    """Returns the state that an optimizer starts with, in buffers of its own.
+
+    Raises:
+      StepError: the optimizer fails on these parameters, or has something else than arrays in it.
+    """
+    try:
+        opt_state = optimizer.init(params)
+    except ShardkitError:
+        raise
+    except Exception as error:
+        why = f"cannot be initialised: {_reason(error)}"
+        fix = "masks, labels and other trees of the optimizer like the parameters"
+        text = format_problems(_UNDRIVEN, [Problem(_place(error), why, fix)])
+        raise StepError(text) from error
+    problems = [
+        Problem(
+            path, f"is of type {type(x).__name__}, not an array", "jnp.asarray(...) in its init"
+        )
+        for path, x in leaves_by_path(opt_state, "opt_state").items()
+        if not is_numeric(x)
+    ]
+    raise_all(StepError, "The state of the optimizer does not consist of arrays.", problems)
+    return jax.tree.map(lambda x: jnp.array(x, copy=True), opt_state)
 
 
 def call_update(
@@ -52,13 +88,18 @@ def call_update(
     for names in (tuple(given), *_FEWER):
         extra_args = {name: given[name] for name in names if name in given}
         try:
-            return optimizer.update(grads, opt_state, params, **extra_args)
+            result = optimizer.update(grads, opt_state, params, **extra_args)
         except ShardkitError:
             raise
         except (TypeError, ValueError, NotImplementedError) as error:
             if names and _REFUSED in str(error):
                 continue
             raise StepError(_explain(error, list(offered))) from error
+        if isinstance(result, tuple) and len(result) == 2:
+            return result
+        why = f"returns a {type(result).__name__}, not a pair of updates and new state"
+        fix = "return updates, state from update"
+        raise_all(StepError, _UNDRIVEN, [Problem("optimizer", why)], fix)
     raise AssertionError("the last attempt, without names, returns or raises")
 
 
@@ -90,11 +131,20 @@ def _accepts(function: Callable[..., Any], name: str) -> bool:
 
 def _explain(error: Exception, offered: list[str]) -> str:
     """The message of an optimizer that fails, with the transformation that raised it."""
+    given = f"A step gives {', '.join(offered)}, and gradients of a mean"
+    fix = "an optimizer that asks for no more, such as optax.adamw(1e-3)"
+    problem = Problem(_place(error), f"cannot be updated: {_reason(error)}. {given}", fix)
+    return format_problems(_UNDRIVEN, [problem])
+
+
+def _place(error: Exception) -> str:
     names = [frame.f_code.co_qualname for frame, _ in traceback.walk_tb(error.__traceback__)]
     owners = [name.split(".<locals>")[0] for name in names if ".<locals>" in name]
     links = [owner for owner in owners if owner not in ("chain", "with_extra_args_support")]
-    reason = first_line(error).rstrip(".").replace(".<locals>.update_fn()", "")
-    where = f"optimizer ({links[-1]})" if links else "optimizer"
-    why = f"cannot be updated: {reason}. A step gives {', '.join(offered)}, and gradients of a mean"
-    fix = "an optimizer that asks for no more, such as optax.adamw(1e-3)"
-    return format_problems("The optimizer cannot be driven.", [Problem(where, why, fix)])
+    # The first frame is a function of this file.
+    links = [owner for owner in links if not owner.startswith("call_")]
+    return f"optimizer ({links[-1]})" if links else "optimizer"
+
+
+def _reason(error: Exception) -> str:
+    return first_line(error).rstrip(".").replace(".<locals>.update_fn()", "")

@@ -1,7 +1,9 @@
 """What a function does with the rows of its batch, read from its jaxpr."""
 
 from ._check import check_rows
+from ._equation import RowCounts
 from ._follow import follow_rows
+from ._rules import is_elementwise
 from ._states import AlwaysZero, Cause, Columns, Constant, Mixed, PerRow, RowSum, State, describe
 
 __all__ = [
@@ -11,9 +13,11 @@ __all__ = [
     "Constant",
     "Mixed",
     "PerRow",
+    "RowCounts",
     "RowSum",
     "State",
     "check_rows",
     "describe",
     "follow_rows",
+    "is_elementwise",
 ]

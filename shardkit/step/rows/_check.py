@@ -1,6 +1,7 @@
 """Refuses a loss that is no mean of independent rows where a step splits its rows."""
 
 import ast
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,12 +13,24 @@ from ..._core.errors import Problem, StepError, first_line, raise_all
 from ..._core.partition import Partition
 from ..._core.row_dims import RowDims, count_rows, resize_rows
 from ..._core.tree import leaves_by_path
-from ..._core.types import Batch, Key, Params, PyTree
+from ..._core.types import Batch, Key, Params, PyTree, Scalar
 from ...nn._overridable import Override, StepContext, use_overrides
 from .._objective import LossOutput, Objective
+from ._equation import RowCounts
 from ._follow import follow_rows
-from ._rules import PARTS
-from ._states import AlwaysZero, Cause, Constant, Degree, Mixed, PerRow, RowSum, State, describe
+from ._rules import PARTS, PARTS_DEGREE, SCALE_DEGREE
+from ._states import (
+    AlwaysZero,
+    Cause,
+    Columns,
+    Constant,
+    Degree,
+    Mixed,
+    PerRow,
+    RowSum,
+    State,
+    describe,
+)
 
 LossArgs = tuple[Params, PyTree, Batch, Key]
 
@@ -25,6 +38,7 @@ _ESCAPE = (
     "StepSpec(..., independent_rows=True) if you know that rows are independent all the same; or "
     "StepSpec(..., row_dims={...}) if not every leaf of the batch has its rows on dim 0"
 )
+_FROZEN = "accumulate=1; or sk.Loss(train, evaluate) whose evaluate leaves rows apart"
 WHOLE = 'the whole batch at once: mode="auto", accumulate=1, no reduce_dtype'
 
 
@@ -35,7 +49,9 @@ def check_rows(
     splits: str,
     *,
     partition: Partition | None,
+    part: int | None = None,
     over_parts: tuple[str, ...] = (),
+    frozen: Objective | None = None,
     whole: str = WHOLE,
 ) -> None:
     """Refuses a loss whose value on parts of the rows is not its value on all of them.
@@ -43,7 +59,9 @@ def check_rows(
     A step that splits rows computes the loss of each part and adds up totals and weights. That is
     the loss of the whole batch where total and weight are both sums over rows, or both means of
     them; see `_states` for what is told apart. The gradients are followed as well, since a
-    derivative rule of the user's own may mix rows where the loss does not.
+    derivative rule of the user's own may mix rows where the loss does not. They are those of a
+    scaled total, whose scale grows as no loss does: a part's gradients are divided by all weight
+    at the end, so a rule that is not linear in them, as clipping is, would give something else.
 
     Args:
       objective: the loss, on whole arrays.
@@ -51,53 +69,114 @@ def check_rows(
       dims: the dim of each leaf of the batch that counts rows.
       splits: what splits the rows, for the error: `"accumulate=4"`.
       partition: which parameters have gradients that are split too; None: only the loss is.
+      part: rows of a part; None where any number may come.
       whole: how to have all rows together instead, for the error.
       over_parts: axes over which the loss sums what the parts have.
+      frozen: the loss in evaluation. Where rows decide the new model state, as statistics of a
+        batch norm, the state declares that parts have statistics of their own; all else that
+        the loss does with rows is read from `frozen`, which uses them as they are.
 
     Raises:
       StepError: what mixes rows, with the operation, its line, and what to write instead.
     """
-    params, model_state, batch, key = args
-    rows = count_rows(batch, dims)
+    rows = count_rows(args[2], dims)
     if len(rows) != 1 or (count := rows.pop()) < 2:
         return
-    doubled = resize_rows(batch, dims, 2)
+    split = count, _compared(count, part), splits
+    followed = _follow(_with_gradients(objective, partition), args, dims, split, over_parts)
+    by_rows = [*_state_problems(followed[0].model_state)]
+    if by_rows and frozen is not None:
+        followed = _follow(_with_gradients(frozen, None), args, dims, split, ())
+        by_rows, whole = [], _FROZEN
+    raise_all(StepError, _HEADLINE, [*_problems(followed, splits, whole), *by_rows], _ESCAPE)
 
-    def run(*args: Any) -> tuple[LossOutput, PyTree]:
+
+def _with_gradients(objective: Objective, partition: Partition | None) -> Callable[..., Any]:
+    """`(scale, params, ...) → (output, gradients of scale · total)`; {} without a partition."""
+
+    def run(scale: Scalar, params: Params, *rest: Any) -> tuple[LossOutput, PyTree]:
         if partition is None:
-            return objective(*args)[1], {}
-        params, *rest = args
-        of_trained = jax.grad(partition.of_trained(objective, params), has_aux=True)
+            return objective(params, *rest)[1], {}
+
+        def scaled(*args: Any) -> tuple[Scalar, LossOutput]:
+            total, output = objective(*args)
+            return total * scale.astype(total.dtype), output
+
+        of_trained = jax.grad(partition.of_trained(scaled, params), has_aux=True)
         grads, output = of_trained(partition.trained(params), *rest)
         return output, grads
 
+    return run
+
+
+def _follow(
+    run: Callable[..., Any],
+    args: LossArgs,
+    dims: RowDims,
+    split: tuple[int, RowCounts, str],
+    over_parts: tuple[str, ...],
+) -> Any:
+    """States of the results of `run`, from two traces.
+
+    Args:
+      run: from `_with_gradients`.
+      args: of the loss; see `check_rows`.
+      dims: of the leaves of the batch.
+      split: the rows of the batch, the numbers of rows to trace, and what splits them.
+      over_parts: see `check_rows`.
+    """
+    params, model_state, batch, key = args
+    count, sizes, splits = split
     with _row_by_row():
-        runs = [_with_parts(run, over_parts, parts) for parts in PARTS]
-        few, output = trace_in_part(runs[0], args)
-        try:
-            many, _ = trace_in_part(runs[1], (params, model_state, doubled, key))
-        except Exception as error:  # a user's code
-            reason = first_line(error)
-            why = (
-                f"fails on {2 * count} ({type(error).__name__}: {reason}), and {splits} splits them"
-            )
-            fix = "sizes from the batch (len(batch[...])), no number of rows written out"
-            if None in dims:
-                fix += "; or StepSpec(row_dims=...), if other leaves of the batch count rows too"
-            problem = Problem("loss_fn", f"is written for {count} rows: {why}", fix)
-            raise_all(StepError, _HEADLINE, [problem])
+        traces = []
+        # The declared rows first: what fails on these is no matter of parts, and raised as it is.
+        for rows in sorted(sizes, key=lambda rows: rows != count):
+            parts = PARTS * (rows // sizes.few) ** PARTS_DEGREE
+            resized = resize_rows(batch, dims, rows, count)
+            sized = (jax.ShapeDtypeStruct((), "float32"), params, model_state, resized, key)
+            try:
+                traces.append((rows, trace_in_part(_with_parts(run, over_parts, parts), sized)))
+            except Exception as error:  # a user's code
+                if rows == count:
+                    raise
+                raise_all(StepError, _HEADLINE, [_written_for(count, rows, error, splits, dims)])
+    (_, (few, output)), (_, (many, _)) = sorted(traces, key=lambda trace: trace[0])
     inputs: list[State] = [
+        Constant(SCALE_DEGREE),
         *[Constant()] * len(jax.tree.leaves((params, model_state))),
         *[Constant() if dim is None else PerRow(dim) for dim in dims],
         Constant(),
     ]
-    states = follow_rows(few, many, inputs, count)
-    followed = jax.tree.unflatten(jax.tree.structure(output), states)
-    problems = [*_problems(followed, splits, whole), *_state_problems(followed[0].model_state)]
-    raise_all(StepError, _HEADLINE, problems, _ESCAPE)
+    states = follow_rows(few, many, inputs, sizes)
+    return jax.tree.unflatten(jax.tree.structure(output), states)
 
 
 _HEADLINE = "The rows of the batch cannot be split."
+
+
+def _compared(count: int, part: int | None) -> RowCounts:
+    """The two numbers of rows to trace: of a part and of the whole, as they will run.
+
+    Sizes of 1 say too little (is a dim of 1 the rows?), so for parts of one row others stand.
+
+    >>> for part in (4, 1, None):
+    ...     print(_compared(16, part))
+    RowCounts(few=4, many=16)
+    RowCounts(few=2, many=16)
+    RowCounts(few=16, many=32)
+    """
+    few = count if part is None else max(part, 2)
+    whole = few < count and count % few == 0
+    return RowCounts(few, count) if whole else RowCounts(count, 2 * count)
+
+
+def _written_for(count: int, rows: int, error: Exception, splits: str, dims: RowDims) -> Problem:
+    reason = f"{type(error).__name__}: {first_line(error)}"
+    fix = "sizes from the batch (len(batch[...])), no number of rows written out"
+    if None in dims:
+        fix += "; or StepSpec(row_dims=...), if other leaves of the batch count rows too"
+    why = f"is written for {count} rows: fails on {rows} ({reason}), and {splits} splits them"
+    return Problem("loss_fn", why, fix)
 
 
 def _problems(states: tuple[Any, PyTree], splits: str, whole: str) -> Iterator[Problem]:
@@ -109,13 +188,19 @@ def _problems(states: tuple[Any, PyTree], splits: str, whole: str) -> Iterator[P
         if problem := _mean_problem(f"metrics[{name!r}]", metric, splits, whole):
             yield problem
     wanted = _degree(output.loss.total)
-    for path, state in leaves_by_path(grads, "gradient").items():
+    for path, state in leaves_by_path(jax.tree.map(_unscaled, grads), "gradient").items():
         if isinstance(state, Mixed):
             yield _mixed_problem(path, state.cause, splits, whole)
             return
         if _degree(state) not in (wanted, "anything") and wanted != "anything":
             yield Problem(path, f"is {describe(state)}, unlike the loss", whole)
             return
+
+
+def _unscaled(state: State) -> State:
+    if isinstance(state, AlwaysZero | Mixed | Columns) or state.degree is None:
+        return state
+    return dataclasses.replace(state, degree=state.degree - SCALE_DEGREE)
 
 
 def _state_problems(model_state: PyTree) -> Iterator[Problem]:

@@ -2,7 +2,7 @@
 
 import cmath
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.extend import core
@@ -11,22 +11,48 @@ from ..._core.equations import user_line
 from ._states import Cause, Degree, Mixed, PerRow, State
 
 
+class RowCounts(NamedTuple):
+    """Numbers of rows of the two traces that are compared: at least 2, and more."""
+
+    few: int
+    many: int
+
+    def degree(self, few: Any, many: Any) -> Degree:
+        """How a number of the program grows with the rows.
+
+        >>> rows = RowCounts(8, 16)
+        >>> rows.degree(8.0, 16.0), rows.degree(0.125, 0.0625), rows.degree(3, 3)
+        (1, -1, 0)
+        """
+        if few == many or few != few:
+            return 0
+        for degree in (1, -1, 2, -2):
+            if few and cmath.isclose(many / few, (self.many / self.few) ** degree, rel_tol=1e-6):
+                return degree
+        return None
+
+
 @dataclasses.dataclass(frozen=True)
 class Equation:
-    """The same equation in a trace on `n` rows and in one on `2n`.
+    """The same equation in two traces, on fewer and on more rows.
 
     Which dims hold rows, and which numbers count them, is what differs between the two: in
-    `jnp.mean(x)` of `f32[8]` the literal 8.0 is 16.0 in the other trace.
+    `jnp.mean(x)` of `f32[8]` the literal 8.0 is 16.0 in the trace on twice as many.
 
     Attributes:
-      few: the equation in the trace on `n` rows.
-      many: in the trace on `2n`.
-      n: rows of the first.
+      few: the equation in the trace on fewer rows.
+      many: in the other one.
+      rows: how many these are.
     """
 
     few: core.JaxprEqn
     many: core.JaxprEqn
-    n: int
+    rows: RowCounts
+
+    @property
+    def n(self) -> int:
+        """Rows of the trace on fewer."""
+        return self.rows.few
 
     @property
     def name(self) -> str:
@@ -35,15 +61,15 @@ class Equation:
 
     @property
     def params(self) -> dict[str, Any]:
-        """Its parameters, in the trace on `n` rows."""
+        """Its parameters, in the trace on fewer rows."""
         return self.few.params
 
     def shape(self, index: int) -> tuple[int, ...]:
-        """Shape of an operand, on `n` rows."""
+        """Shape of an operand, on fewer rows."""
         return shape_of(self.few.invars[index])
 
     def out_shape(self, index: int = 0) -> tuple[int, ...]:
-        """Shape of a result, on `n` rows."""
+        """Shape of a result, on fewer rows."""
         return shape_of(self.few.outvars[index])
 
     def growing(self, index: int) -> tuple[int, ...]:
@@ -79,20 +105,6 @@ def shape_of(variable: Any) -> tuple[int, ...]:
 def dtype_of(variable: Any) -> np.dtype:
     """Dtype of a variable or literal of a program."""
     return variable.aval.dtype
-
-
-def literal_degree(few: Any, many: Any) -> Degree:
-    """How a number of the program grows when the rows are doubled.
-
-    >>> literal_degree(8.0, 16.0), literal_degree(0.125, 0.0625), literal_degree(3, 3)
-    (1, -1, 0)
-    """
-    if few == many or few != few:
-        return 0
-    for degree in (1, -1, 2, -2):
-        if few and cmath.isclose(many / few, 2.0**degree, rel_tol=1e-6):
-            return degree
-    return None
 
 
 def _differing(few: Any, many: Any) -> tuple[int, ...]:

@@ -8,7 +8,8 @@ from jax.extend import core
 
 from ..._core.equations import count_scan_operands
 from . import _indexing, _products, _shapes  # noqa: F401  they register their rules
-from ._equation import Equation, literal_degree
+from ._equation import Equation, RowCounts
+from ._row_loops import without_turns
 from ._rules import RULES, first_mixed, join, unfollowed
 from ._states import AlwaysZero, Cause, Constant, Mixed, PerRow, RowSum, State
 
@@ -16,21 +17,21 @@ _INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 
 def follow_rows(
-    few: core.ClosedJaxpr, many: core.ClosedJaxpr, inputs: Sequence[State], rows: int
+    few: core.ClosedJaxpr, many: core.ClosedJaxpr, inputs: Sequence[State], rows: RowCounts
 ) -> list[State]:
     """Says what each result of a function has to do with the rows of its batch.
 
     Args:
-      few: the function, traced on a batch of `rows` rows.
-      many: the same, traced on twice as many.
+      few: the function, traced on a batch of `rows.few` rows.
+      many: the same, traced on `rows.many`.
       inputs: state of each argument: `Constant()`, or `PerRow(dim)` of a batch leaf.
-      rows: at least 2.
+      rows: both numbers.
 
     Returns:
       One state for each result.
     """
     consts = (
-        [_literal_state(a, b) for a, b in zip(few.consts, many.consts, strict=True)]
+        [_literal_state(a, b, rows) for a, b in zip(few.consts, many.consts, strict=True)]
         if len(few.consts) == len(many.consts)
         else None
     )
@@ -42,23 +43,23 @@ def follow_rows(
 _CHANGES = Mixed(Cause("the program", "changes with the number of rows in more than its sizes"))
 
 
-def _literal_state(few: Any, many: Any) -> State:
+def _literal_state(few: Any, many: Any, rows: RowCounts) -> State:
     if jax.numpy.shape(few) != jax.numpy.shape(many):
         return Mixed(Cause("a constant", "has a size of its own for every number of rows"))
     if jax.numpy.shape(few) != () or not jax.numpy.issubdtype(
         jax.numpy.result_type(few), jax.numpy.number
     ):
         return Constant()
-    return _number_state(few, many)
+    return _number_state(few, many, rows)
 
 
-def _number_state(few: Any, many: Any) -> State:
+def _number_state(few: Any, many: Any, rows: RowCounts) -> State:
     if few == 0 and many == 0:
         return AlwaysZero()
-    return Constant(literal_degree(complex(few), complex(many)))
+    return Constant(rows.degree(complex(few), complex(many)))
 
 
-def _follow(few: Any, many: Any, inputs: Sequence[State], rows: int) -> list[State]:
+def _follow(few: Any, many: Any, inputs: Sequence[State], rows: RowCounts) -> list[State]:
     if len(few.eqns) != len(many.eqns):
         return [_CHANGES] * len(few.outvars)
     states: dict[Any, State] = {}
@@ -66,7 +67,7 @@ def _follow(few: Any, many: Any, inputs: Sequence[State], rows: int) -> list[Sta
 
     def read(a: Any, b: Any) -> State:
         if isinstance(a, core.Literal):
-            return _literal_state(a.val, b.val) if isinstance(b, core.Literal) else _CHANGES
+            return _literal_state(a.val, b.val, rows) if isinstance(b, core.Literal) else _CHANGES
         return states[a]
 
     for one, other in zip(few.eqns, many.eqns, strict=True):
@@ -83,6 +84,7 @@ def _follow_equation(equation: Equation, states: Sequence[State]) -> Sequence[St
         "scan": _scan,
         "while": _while,
         "cond": _cond,
+        "custom_linear_solve": _linear_solve,
     }
     if equation.name in special:
         results = special[equation.name](equation, states)
@@ -92,7 +94,7 @@ def _follow_equation(equation: Equation, states: Sequence[State]) -> Sequence[St
     for name in _INNER:
         if name in equation.params and _has_all_rows(equation):
             few, many = (_body(e.params[name]) for e in (equation.few, equation.many))
-            results = _follow_pair(few, many, states, equation.n)
+            results = _follow_pair(few, many, states, equation.rows)
             return [equation.placed(state) for state in results]
     return unfollowed(equation, states)
 
@@ -102,9 +104,9 @@ def _has_all_rows(equation: Equation) -> bool:
     return not any(any(spec) for spec in equation.params.get("in_specs", ()))
 
 
-def _follow_pair(few: Any, many: Any, states: Sequence[State], rows: int) -> list[State]:
+def _follow_pair(few: Any, many: Any, states: Sequence[State], rows: RowCounts) -> list[State]:
     (few, few_consts), (many, many_consts) = few, many
-    consts = [_literal_state(a, b) for a, b in zip(few_consts, many_consts, strict=True)]
+    consts = [_literal_state(a, b, rows) for a, b in zip(few_consts, many_consts, strict=True)]
     return _follow(few, many, [*consts, *states], rows)
 
 
@@ -116,7 +118,10 @@ def _scan(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     params = equation.params
     outs = len(equation.few.outvars)
     if params["length"] != equation.many.params["length"]:
-        return [equation.mixed("loops over the rows of the batch")] * outs
+        few, many = (without_turns(scan) for scan in (equation.few, equation.many))
+        if few is None or many is None:
+            return [equation.mixed("loops over the rows of the batch, each after another")] * outs
+        return _follow_pair(_body(few), _body(many), states, equation.rows)
     consts, carried = count_scan_operands(equation.few)
     fixed, carry = list(states[:consts]), list(states[consts : consts + carried])
     slices = [_at(s, -1) for s in states[consts + carried :]]
@@ -125,7 +130,7 @@ def _scan(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     few, many = (_body(e.params["jaxpr"]) for e in (equation.few, equation.many))
 
     def body(carry: Sequence[State]) -> tuple[list[State], list[State]]:
-        results = _follow_pair(few, many, [*fixed, *carry, *slices], equation.n)
+        results = _follow_pair(few, many, [*fixed, *carry, *slices], equation.rows)
         return results[:carried], results[carried:]
 
     carry, ys = _fixpoint(equation, body, carry)
@@ -159,22 +164,38 @@ def _while(equation: Equation, states: Sequence[State]) -> Sequence[State]:
 
     def follow(part: str, operands: list[State]) -> list[State]:
         few, many = (_body(e.params[part]) for e in (equation.few, equation.many))
-        return _follow_pair(few, many, operands, equation.n)
+        return _follow_pair(few, many, operands, equation.rows)
 
     def body(carry: Sequence[State]) -> tuple[list[State], None]:
-        return follow("body_jaxpr", [*for_body, *carry]), None
+        after = follow("body_jaxpr", [*for_body, *carry])
+        (ends,) = follow("cond_jaxpr", [*for_cond, *carry])
+        if not isinstance(ends, PerRow):
+            return after, None
+        # A loop under `vmap` asks each row whether it goes on: `where(ends, after, carry)`.
+        pairs = zip(carry, after, strict=True)
+        return [RULES["select_n"](equation, [ends, *pair])[0] for pair in pairs], None
 
     carry, _ = _fixpoint(equation, body, list(states[n_cond + n_body :]))
     (ends,) = follow("cond_jaxpr", [*for_cond, *carry])
-    if isinstance(ends, Constant | AlwaysZero):
+    if isinstance(ends, Constant | AlwaysZero | PerRow):
         return carry
     return [equation.mixed("ends when rows say so, all of them together")] * len(carry)
+
+
+def _linear_solve(equation: Equation, states: Sequence[State]) -> Sequence[State]:
+    """What its `solve` makes of the right side; the other functions are for its derivative."""
+    lengths = equation.params["const_lengths"]
+    before = (lengths.matvec or 0) + (lengths.vecmat or 0)
+    consts = states[before : before + lengths.solve]
+    right = states[sum(filter(None, lengths)) :]
+    few, many = (_body(e.params["jaxprs"].solve) for e in (equation.few, equation.many))
+    return _follow_pair(few, many, [*consts, *right], equation.rows)
 
 
 def _cond(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     which, *operands = states
     pairs = zip(equation.params["branches"], equation.many.params["branches"], strict=True)
-    results = [_follow_pair(_body(a), _body(b), operands, equation.n) for a, b in pairs]
+    results = [_follow_pair(_body(a), _body(b), operands, equation.rows) for a, b in pairs]
     if not isinstance(which, Constant | AlwaysZero):
         return [equation.mixed("takes a branch by what rows say together")] * len(results[0])
     return [join(equation, outs) for outs in zip(*results, strict=True)]

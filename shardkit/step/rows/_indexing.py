@@ -1,13 +1,16 @@
 """Rules for gathers and scatters: rows look something up, or are found by their own number."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from ._equation import Equation
-from ._rules import first_mixed, join, rule
+from ._rules import NONLINEAR, TOGETHER, first_mixed, join, rule
 from ._states import AlwaysZero, Columns, Constant, PerRow, RowSum, State, add_degrees
 
 _PICKS = "picks rows of the batch by an index"
+_LINEAR = ("scatter-add", "scatter-sub")
+_COMBINED = ("scatter-mul", "scatter-min", "scatter-max")
 
 
 @rule("gather")
@@ -105,19 +108,29 @@ def _offset_dim(numbers: Any, dim: int) -> int:
     return numbers.offset_dims[dim - sum(d < dim for d in gone)]
 
 
-@rule("scatter-add scatter scatter_mul scatter_min scatter_max scatter_sub scatter_add")
+@rule(" ".join(("scatter", *_LINEAR, *_COMBINED)))
 def _scatter(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     """Puts `updates` into `operand` at `indices`; the transposed forms of `_gather`."""
     if mixed := first_mixed(states):
         return [mixed]
     operand, indices, updates = states
-    adds = equation.name in ("scatter-add", "scatter_add", "scatter_sub")
+    adds = equation.name in _LINEAR
+    if equation.name in _COMBINED:
+        multiplies = equation.name == "scatter-mul"
+        if _scales(updates) or (_scales(operand) and not multiplies):
+            return [equation.mixed(NONLINEAR)]
+        if multiplies and isinstance(updates, Constant | PerRow):
+            if isinstance(operand, AlwaysZero):
+                return [operand]
+            updates = dataclasses.replace(updates, degree=getattr(operand, "degree", 0))
     numbers = equation.params["dimension_numbers"]
     place = _rows_of_indices(indices, numbers.scatter_dims_to_operand_dims)
     if isinstance(indices, RowSum) or (
         isinstance(updates, Columns) or isinstance(operand, Columns)
     ):
         return [equation.mixed(_PICKS)]
+    if isinstance(updates, AlwaysZero) and (adds or isinstance(operand, AlwaysZero)):
+        return [operand]
     if _fixed(indices):
         return [_scatter_fixed(equation, operand, updates, adds)]
     if place is None:
@@ -128,28 +141,37 @@ def _scatter(equation: Equation, states: Sequence[State]) -> Sequence[State]:
         if own is None
         else numbers.scatter_dims_to_operand_dims[own]
     )
-    degree = updates.degree if isinstance(updates, Constant | PerRow | RowSum) else 0
+    like = operand if isinstance(updates, AlwaysZero) else updates
+    degree = like.degree if isinstance(like, Constant | PerRow | RowSum) else 0
     if isinstance(updates, RowSum):
         return [equation.mixed("puts a sum over rows into single rows")]
     if isinstance(updates, PerRow) and updates.dim != _update_dim(equation, rows.dim):
         return [equation.mixed(_PICKS)]
     if kept is not None:
         out = PerRow(kept, rows.outer, rows.inner, degree)
-        return [join(equation, [operand, AlwaysZero() if isinstance(updates, AlwaysZero) else out])]
-    if isinstance(updates, AlwaysZero):
-        return [operand]
+        return [join(equation, [operand, out])]
     if not adds:
-        return [equation.mixed("lets rows overwrite one another")]
+        over = "lets rows overwrite one another"
+        return [equation.mixed(over if equation.name == "scatter" else TOGETHER)]
     return [join(equation, [operand, RowSum(add_degrees(degree, 1))])]
 
 
+def _scales(state: State) -> bool:
+    """Whether a value grows with the rows, so that it is a sum over them or counts them."""
+    return isinstance(state, RowSum) or getattr(state, "degree", 0) != 0
+
+
 def _scatter_fixed(equation: Equation, operand: State, updates: State, adds: bool) -> State:
-    if not isinstance(updates, PerRow):
-        return join(equation, [operand, updates])
     numbers = equation.params["dimension_numbers"]
     gone = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
+    own = [d for d in range(len(equation.shape(0))) if d not in gone]
+    window = dict(zip(own, numbers.update_window_dims, strict=True))
+    for dim in set(numbers.scatter_dims_to_operand_dims) & set(equation.growing(0)):
+        if dim not in window or equation.shape(2)[window[dim]] != equation.shape(0)[dim]:
+            return equation.mixed(_PICKS)  # some rows are changed, and others left
+    if not isinstance(updates, PerRow):
+        return join(equation, [operand, updates])
     if updates.dim in numbers.update_window_dims:
-        own = [d for d in range(len(equation.shape(0))) if d not in gone]
         dim = own[numbers.update_window_dims.index(updates.dim)]
         if equation.shape(0)[dim] == equation.shape(2)[updates.dim]:
             moved = PerRow(dim, updates.outer, updates.inner, updates.degree, updates.role)

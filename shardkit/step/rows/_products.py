@@ -5,16 +5,19 @@ from typing import Any
 
 from ..._core.split_rng import is_part_key
 from ._equation import Equation, dtype_of
-from ._rules import PICKS, elementwise, first_mixed, moved, product, rule
+from ._rules import NONLINEAR, PICKS, elementwise, first_mixed, moved, product, rule
 from ._states import (
     AlwaysZero,
     Columns,
     Constant,
+    Mixed,
     PerRow,
     RowSum,
     State,
     add_degrees,
 )
+
+_LINES = "factors a matrix whose lines are rows of the batch"
 
 
 @rule("dot_general")
@@ -96,7 +99,8 @@ def _convolution(equation: Equation, states: Sequence[State]) -> Sequence[State]
 @rule("reduce_window_sum reduce_window_max reduce_window_min reduce_window")
 def _window(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     state, params = states[0], equation.params
-    if isinstance(state, PerRow) and params["window_dimensions"][state.dim] != 1:
+    wide = any(params["window_dimensions"][dim] != 1 for dim in equation.growing(0))
+    if wide and not isinstance(state, AlwaysZero | Mixed):
         return [equation.mixed("goes along the rows")] * len(equation.few.outvars)
     if equation.name == "reduce_window_sum":
         return list(states)
@@ -106,11 +110,7 @@ def _window(equation: Equation, states: Sequence[State]) -> Sequence[State]:
 @rule("select_and_scatter_add")
 def _select_scatter(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     source, operand, *_ = states
-    if (
-        isinstance(source, PerRow)
-        and source.dim
-        and equation.params["window_dimensions"][source.dim] != 1
-    ):
+    if any(equation.params["window_dimensions"][dim] != 1 for dim in equation.growing(0)):
         return [equation.mixed("goes along the rows")]
     if mixed := first_mixed(states):
         return [mixed]
@@ -136,13 +136,32 @@ def _draw(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     return [PerRow(dim, inner=equation.out_shape()[dim] // equation.n)]
 
 
-@rule("cholesky qr eigh svd lu triangular_solve householder_product eig")
+@rule("triangular_solve")
+def _triangular_solve(equation: Equation, states: Sequence[State]) -> Sequence[State]:
+    """Linear in its right sides. Rows are these (`solve(L, x.T)`), or whole systems."""
+    if mixed := first_mixed(states):
+        return [mixed]
+    matrix, sides = states
+    lines = len(equation.shape(0)) - 2
+    unknowns = lines if equation.params["left_side"] else lines + 1
+    if isinstance(matrix, RowSum):
+        return [equation.mixed(NONLINEAR)]
+    if (isinstance(matrix, PerRow) and matrix.dim >= lines) or (
+        isinstance(sides, PerRow) and sides.dim == unknowns
+    ):
+        return [equation.mixed(_LINES)]
+    if isinstance(sides, AlwaysZero):
+        return [sides]
+    if getattr(matrix, "degree", 0) != 0:
+        return [equation.mixed("solves by a matrix that depends on how many rows there are")]
+    return [product(equation, [Constant() if isinstance(matrix, AlwaysZero) else matrix, sides])]
+
+
+@rule("cholesky qr eigh svd lu householder_product eig")
 def _matrices(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     """Matrix factorizations: rows may be a dim before the last two."""
     outs = elementwise(equation, states)
     for index, state in enumerate(states):
         if isinstance(state, PerRow) and state.dim >= len(equation.shape(index)) - 2:
-            return [equation.mixed("factors a matrix whose lines are rows of the batch")] * len(
-                outs
-            )
+            return [equation.mixed(_LINES)] * len(outs)
     return outs

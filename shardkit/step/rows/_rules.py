@@ -6,7 +6,9 @@ A rule takes an `Equation` and the states of its operands, and returns those of 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ._equation import Equation, dtype_of
+from jax.extend import core
+
+from ._equation import Equation, dtype_of, shape_of
 from ._states import (
     AlwaysZero,
     Columns,
@@ -175,9 +177,9 @@ def _power(equation: Equation, states: Sequence[State]) -> Sequence[State]:
 
 
 _SAME = (
-    "neg real imag copy copy_p stop_gradient optimization_barrier reduce_precision "
-    "sharding_constraint reshard convert_element_type conj pvary pcast "
-    "copy_to_host_async name shardkit_record shardkit_constrain shardkit_use_param"
+    "neg real imag copy device_put stop_gradient optimization_barrier reduce_precision "
+    "sharding_constraint reshard convert_element_type conj pvary "
+    "name shardkit_record shardkit_constrain shardkit_use_param"
 )
 
 
@@ -216,10 +218,11 @@ def _select(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     return [AlwaysZero() if isinstance(out, AlwaysZero) else PerRow(*which.layout, degree)]
 
 
-# `over_parts` traces with two parts of the batch, and where rows are doubled with eight: what is
+# `over_parts` traces with two parts of the batch, and on twice the rows with eight: what is
 # proportional to the number of parts grows as the square of the rows.
-PARTS = (2, 8)
-_PARTS_DEGREE = 2
+PARTS, PARTS_DEGREE = 2, 2
+# What gradients are scaled by to be followed: no number of rows in a loss grows like this.
+SCALE_DEGREE = 64
 
 
 @rule("psum")
@@ -231,7 +234,7 @@ def _sum_over_parts(equation: Equation, states: Sequence[State]) -> Sequence[Sta
             return equation.mixed(TOGETHER)
         if isinstance(state, AlwaysZero | Mixed):
             return state
-        return Constant(add_degrees(state.degree, _PARTS_DEGREE))
+        return Constant(add_degrees(state.degree, PARTS_DEGREE))
 
     return [summed(state) for state in states]
 
@@ -240,11 +243,27 @@ _ELEMENTWISE = (
     "abs acos acosh and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp "
     "cos cosh digamma eq erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a "
     "igammac is_finite le lgamma log log1p logistic lt max min ne nextafter not polygamma "
-    "population_count pow random_bits_elementwise regularized_incomplete_beta rem round rsqrt "
+    "population_count pow regularized_incomplete_beta rem round rsqrt "
     "shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt tan tanh xor zeta "
     "threefry2x32 bitcast_convert_type random_fold_in random_clone eq_to lt_to le_to clz "
-    "random_gamma_grad square_root to_edtype from_edtype one_minus_square log2 mulhi polynomial"
+    "to_edtype from_edtype one_minus_square log2 mulhi"
 )
+
+
+_BY_ELEMENTS = frozenset(
+    f"{_ELEMENTWISE} {_SAME} add sub add_any complex or mul div square integer_pow select_n".split()
+)
+
+
+def is_elementwise(eqn: core.JaxprEqn) -> bool:
+    """Whether each element of an equation's results depends on the operands at its own place."""
+    inner = list(core.jaxprs_in_params(eqn.params))
+    if inner:
+        plain = eqn.primitive.name not in ("scan", "while", "cond")
+        return plain and all(is_elementwise(one) for jaxpr in inner for one in jaxpr.eqns)
+    if eqn.primitive.name == "broadcast_in_dim":
+        return shape_of(eqn.invars[0]) == ()
+    return eqn.primitive.name in _BY_ELEMENTS
 
 
 @rule(_ELEMENTWISE)
@@ -268,8 +287,7 @@ def elementwise(
     if placed:
         if keep_places and len(states) == 1:
             return [placed[0]] * outs
-        compared = equation.name in ("lt", "ge", "le", "gt") and len(placed) == 1
-        if compared and placed[0].role in ("index", "shifted") and len(rows) == 1:
+        if len(rows) == 1 and placed[0].role == "index" and _holds_for_all(equation, states):
             return [PerRow(*placed[0].layout, 0, "test")]
         if len(placed) == len(rows) and {s.role for s in placed} == {"test"}:
             return [placed[0]] * outs
@@ -281,8 +299,16 @@ def elementwise(
         return [equation.mixed(TOGETHER)] * outs
     if not degrees <= {0}:
         why = "makes each row's part depend on how many rows there are"
+        if any(d is not None and abs(d) > SCALE_DEGREE // 2 for d in degrees):
+            why = "is not linear in the gradient, whose size depends on how many rows there are"
         return [equation.mixed(why)] * outs
     return [PerRow(*rows[0].layout)] * outs
+
+
+def _holds_for_all(equation: Equation, states: Sequence[State]) -> bool:
+    """Whether a row's number is asked whether it is negative, as jnp's indexing does: none is."""
+    names = ("lt", "ge") if isinstance(states[0], PerRow) else ("gt", "le")
+    return equation.name in names and any(isinstance(state, AlwaysZero) for state in states)
 
 
 def moved(state: PerRow, dim: int, degree: Any = "same") -> PerRow:

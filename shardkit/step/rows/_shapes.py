@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from ._equation import Equation
-from ._rules import PICKS, elementwise, first_mixed, join, moved, rule
+from ._rules import PICKS, TOGETHER, elementwise, first_mixed, join, moved, rule
 from ._states import (
     AlwaysZero,
     Columns,
@@ -44,6 +44,8 @@ def _reduce(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     outs = elementwise(equation, states)
     axes = equation.params.get("axes", equation.params.get("dimensions", ()))
     state = outs[0]
+    if equation.name == "reduce_prod" and set(axes) & set(equation.growing(0)):
+        return [equation.mixed(TOGETHER)]
     if not isinstance(state, PerRow):
         return outs
     if state.role != "values":
@@ -66,7 +68,9 @@ def _along(equation: Equation, states: Sequence[State]) -> Sequence[State]:
         dims = (params["axis"],) if "axis" in params else params.get("dimensions", ())
         dims = (params["dimension"],) if "dimension" in params else dims
     linear = equation.name in ("cumsum", "rev", "fft")
-    if any(isinstance(s, PerRow) and s.dim in dims for s in states) and not first_mixed(states):
+    if first_mixed(states) or all(isinstance(s, AlwaysZero) for s in states):
+        return elementwise(equation, states)
+    if any(set(dims) & set(equation.growing(i)) for i in range(len(states))):
         verb = {"sort": "sorts rows", "rev": "turns the order of rows round"}
         return [equation.mixed(verb.get(equation.name, "goes along the rows"))] * outs
     if linear and len(states) == 1:
@@ -90,15 +94,12 @@ def _broadcast(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     return [state]
 
 
-@rule("squeeze expand_dims")
+@rule("squeeze")
 def _squeeze(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     (state,), dims = states, equation.params["dimensions"]
     if not isinstance(state, PerRow):
         return [state]
-    if equation.name == "squeeze":
-        return [moved(state, state.dim - sum(dim < state.dim for dim in dims))]
-    kept = [d for d in range(len(equation.out_shape())) if d not in dims]
-    return [moved(state, kept[state.dim])]
+    return [moved(state, state.dim - sum(dim < state.dim for dim in dims))]
 
 
 @rule("reshape")
@@ -108,6 +109,8 @@ def _reshape(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     `[batch, length]` to `[batch · length]`: one element before the rows, `length` behind each.
     """
     state = states[0]
+    if isinstance(state, Constant) and _folds_parts(equation):
+        return [equation.mixed(PICKS)]
     if not isinstance(state, PerRow):
         return [state]
     old, new = equation.shape(0), equation.out_shape()
@@ -119,6 +122,13 @@ def _reshape(equation: Equation, states: Sequence[State]) -> Sequence[State]:
         if not rest and not left and new[dim] == outer * equation.n * inner:
             return [PerRow(dim, outer, inner, state.degree, state.role)]
     return [equation.mixed("splits rows up, or folds several into one")]
+
+
+def _folds_parts(equation: Equation) -> bool:
+    """Whether dims of parts of the rows become one: `[2, n / 2]` differs from row to row."""
+    sizes = [equation.shape(0)[dim] for dim in equation.growing(0)]
+    merged = any(equation.out_shape()[dim] not in sizes for dim in equation.out_growing())
+    return merged and any(size % equation.n for size in sizes)
 
 
 @rule("concatenate")
@@ -145,7 +155,7 @@ def _stacked_blocks(equation: Equation, states: Sequence[State], dim: int) -> St
             if state.dim != dim or state.role != "values" or inner not in (None, state.inner):
                 return equation.mixed("puts rows behind one another")
             inner = state.inner
-        elif dim not in equation.growing(index) or isinstance(state, RowSum):
+        elif dim not in equation.growing(index) or size % equation.n or isinstance(state, RowSum):
             return equation.mixed("puts something else beside the rows of the batch")
         if not isinstance(state, AlwaysZero):
             assert isinstance(state, PerRow | Constant)
@@ -196,9 +206,10 @@ def _update_slice(equation: Equation, states: Sequence[State]) -> Sequence[State
     operand, update, *starts = states
     if any(not isinstance(start, Constant | AlwaysZero) for start in starts):
         return [equation.mixed("starts where rows say")]
-    rows = [state for state in (operand, update) if isinstance(state, PerRow)]
-    if any(equation.shape(0)[s.dim] != equation.shape(1)[s.dim] for s in rows):
-        return [equation.mixed("overwrites some rows of the batch")]
+    changed = {*equation.growing(0), *equation.growing(1)}
+    if any(equation.shape(0)[d] != equation.shape(1)[d] for d in changed):
+        if not isinstance(operand, AlwaysZero) or not isinstance(update, AlwaysZero):
+            return [equation.mixed("overwrites some rows of the batch")]
     return [join(equation, [operand, update])]
 
 
@@ -209,11 +220,8 @@ def _pad(equation: Equation, states: Sequence[State]) -> Sequence[State]:
     config = equation.params["padding_config"]
     if not isinstance(state, PerRow) or not any(config[state.dim]):
         uneven = any(any(config[dim]) for dim in equation.growing(0))
-        return [
-            equation.mixed(PICKS)
-            if uneven and isinstance(state, Constant)
-            else join(equation, states)
-        ]
+        same = isinstance(state, AlwaysZero) and isinstance(filler, AlwaysZero)
+        return [equation.mixed(PICKS) if uneven and not same else join(equation, states)]
     low, high, inner = config[state.dim]
     block = equation.n * state.inner
     if low % block or high % block or inner:

@@ -9,6 +9,7 @@ reaches the host, whatever the number of processes.
 """
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -24,9 +25,12 @@ from ..._core.types import Batch, Params, PyTree, Scalar
 from ...checkpoint import compute_fingerprints
 from ...rules import axes_of
 from .._layout import StepLayout
+from .._program_cache import load_or_compile
 from ..optim._extra_args import call_update
 
 if TYPE_CHECKING:
+    from .._program_cache import ProgramCache
+    from .._saved_programs import SavedPrograms
     from .._spec import StepSpec
 
 _MIX_1, _MIX_2, _STRIDE = 0x85EBCA6B, 0xC2B2AE35, 0x9E3779B1
@@ -43,13 +47,33 @@ class Probes:
       paths: path and type of each trained parameter, in JAX's order: L of them.
     """
 
-    def __init__(self, spec: "StepSpec", layout: StepLayout, policy: str | None) -> None:
-        """Takes the optimizer, every sharding, and the dtype policy of the loss program."""
-        self._spec, self._layout, self._policy = spec, layout, policy
+    def __init__(
+        self,
+        spec: "StepSpec",
+        layout: StepLayout,
+        policy: str | None,
+        saved: "SavedPrograms | ProgramCache | None" = None,
+    ) -> None:
+        """Takes the optimizer, every sharding, the loss program's dtype policy, and a cache."""
+        self._spec, self._layout, self._policy, self._saved = spec, layout, policy, saved
         self._mesh = jax.tree.leaves(layout.shardings)[0].mesh
         self._whole = NamedSharding(self._mesh, PartitionSpec())
         self._partition = layout.partition
         self.paths = tuple(leaves_by_path(layout.partition.trained(layout.state.params), "params"))
+
+    def _jit(self, run: Callable[..., Any], out_shardings: Any) -> Callable[..., Any]:
+        """Jits a probe, whose arguments never change their types; takes it from the cache."""
+        jitted, saved = jax.jit(run, out_shardings=out_shardings), self._saved
+        if saved is None:
+            return jitted
+        programs: list[jax.stages.Compiled] = []
+
+        def call(*args: Any) -> Any:
+            if not programs:
+                programs.append(load_or_compile(jitted.lower(*args), self._mesh, saved))
+            return programs[0](*args)
+
+        return call
 
     @functools.cached_property
     def measure(self) -> Any:
@@ -63,7 +87,7 @@ class Probes:
                 rows.append((_norm(p) / np.sqrt(size), _norm(g), dot))
             return jnp.stack([jnp.stack(row) for row in rows], axis=1)
 
-        return jax.jit(run, out_shardings=self._whole)
+        return self._jit(run, self._whole)
 
     @functools.cached_property
     def move(self) -> Any:
@@ -73,7 +97,7 @@ class Probes:
             moved = _map(_moved, self._partition.trained(params), seeds, amounts)
             return self._partition.merge(moved, params)
 
-        return jax.jit(run, out_shardings=self._layout.shardings.params)
+        return self._jit(run, self._layout.shardings.params)
 
     @property
     def is_exact(self) -> bool:
@@ -100,7 +124,7 @@ class Probes:
                 rows.append(jnp.sum(_real_product(widen(g), up - down)))
             return jnp.stack(rows)
 
-        return jax.jit(run, out_shardings=self._whole)
+        return self._jit(run, self._whole)
 
     @functools.cached_property
     def rearrange(self) -> Any:
@@ -110,7 +134,7 @@ class Probes:
             dims = self._layout.row_dims
             return map_rows(lambda x, dim: jnp.take(x, index, axis=dim), batch, dims)
 
-        return jax.jit(run, out_shardings=self._layout.batch_shardings)
+        return self._jit(run, self._layout.batch_shardings)
 
     @functools.cached_property
     def copy(self) -> Any:
@@ -125,7 +149,7 @@ class Probes:
         def run(state: TrainState) -> TrainState:
             return jax.tree.map(fresh, state)
 
-        return jax.jit(run, out_shardings=self._layout.shardings)
+        return self._jit(run, self._layout.shardings)
 
     @functools.cached_property
     def copies_differ(self) -> Any:
@@ -153,7 +177,7 @@ class Probes:
             )
             return body(*flat)
 
-        return jax.jit(run, out_shardings=self._whole)
+        return self._jit(run, self._whole)
 
     def _disagree(self, checksum: jax.Array, spec: PartitionSpec) -> jax.Array:
         split = {axis for entry in spec for axis in axes_of(entry)}
@@ -200,7 +224,7 @@ class Probes:
             rows += _rows(before.opt_state, opt_state, after.opt_state, every)
             return jnp.stack(rows, axis=1)
 
-        return jax.jit(run, out_shardings=self._whole)
+        return self._jit(run, self._whole)
 
     @functools.cached_property
     def updated_paths(self) -> tuple[str, ...]:

@@ -89,8 +89,7 @@ def build_training_loss(
     layout: StepLayout,
     steps: int,
     *,
-    always_folds: bool,
-    own_keys: bool,
+    per_shard: bool,
 ) -> Callable[[TrainState, Batch], Totals]:
     """Builds `(state, batch) → (total, weight)`, f32[] or f64[], over all micro-batches.
 
@@ -99,15 +98,14 @@ def build_training_loss(
       compute: casts the parameters as the loss sees them.
       layout: which dims of the batch count rows, and its shardings.
       steps: micro-batches.
-      always_folds: gradients are kept apart, so that one micro-batch too has a key of its own.
-      own_keys: the loss itself splits its key over shards (`mode="shard_map"`).
+      per_shard: gradients are kept apart, by a loss that does not split its key itself.
     """
 
     def key_of(key: Key, index: Any) -> Key:
-        if steps > 1 or always_folds:
+        if steps > 1:
             key = jax.random.fold_in(key, index)
         # Gradient shards draw parts of what this key draws for all rows.
-        return per_shard_keys(key, RandomDraws(1))[0] if always_folds and not own_keys else key
+        return per_shard_keys(key, RandomDraws(1))[0] if per_shard else key
 
     def run(state: TrainState, batch: Batch) -> Totals:
         params, key = compute(state.params), jax.random.fold_in(state.key, state.step)

@@ -16,7 +16,7 @@ from typing import Any
 from jax.extend import core
 from jax.sharding import NamedSharding
 
-from ..._core.equations import count_scan_operands
+from ..._core.equations import count_scan_operands, open_jaxpr
 
 AxisTypes = frozenset[str]
 Followed = tuple[list[AxisTypes], bool]
@@ -71,11 +71,6 @@ def loop_types(
         if after == carry:
             return carry, (results, inside)
         carry = after
-
-
-def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
-    """Returns a jaxpr that takes its constants as arguments of their own, and the constants."""
-    return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, core.ClosedJaxpr) else (jaxpr, ())
 
 
 def rename_axes(jaxpr: Any, names: Mapping[str, tuple[str, ...]]) -> Any:

@@ -5,20 +5,18 @@ are cast with `pcast`, as JAX itself does for the operands of a sum. JAX checks 
 the model had written the casts.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.extend import core, source_info_util
+from jax.extend import core
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
-from ..._core.equations import user_line
+from ..._core.equations import evaluate, open_jaxpr, user_line
 from ..._core.errors import Problem, StepError, first_line, format_problems
 from ..._core.types import PyTree
 from ...nn._manual_axis_rules import Axes, pvary, untyped, vary_p, varying_axes
@@ -26,7 +24,6 @@ from ._axis_types import (
     AxisTypes,
     branch_types,
     follow_types,
-    open_jaxpr,
     rename_axes,
     scan_types,
     split_scan,
@@ -134,21 +131,7 @@ class Evaluator:
 
     def run(self, program: Any, args: Values) -> list[Any]:
         """Returns the results of a program on typed values."""
-        jaxpr, consts = open_jaxpr(program)
-        env: dict[Any, Any] = dict(
-            zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True)
-        )
-
-        def read(variable: Any) -> Any:
-            # A literal of the trace knows its mesh, which may have had more axes.
-            literal = isinstance(variable, core.Literal)
-            return np.asarray(variable.val, _dtype_of(variable)) if literal else env[variable]
-
-        for equation in jaxpr.eqns:
-            with _context_of(equation):
-                results = self._evaluate(equation, [read(v) for v in equation.invars])
-            env.update(zip(equation.outvars, results, strict=True))
-        return [read(v) for v in jaxpr.outvars]
+        return evaluate(program, args, lambda _, equation, values: self._evaluate(equation, values))
 
     def differentiate(self, equation: core.JaxprEqn, args: Values) -> DerivativeRule:
         """Traces the derivative rule of a function, for the float ones of its arguments."""
@@ -282,24 +265,5 @@ def _widen(values: Values, types: Sequence[AxisTypes]) -> list[Any]:
     return [pvary(x, tuple(sorted(axes))) for x, axes in zip(values, types, strict=True)]
 
 
-def _dtype_of(variable: Any) -> np.dtype:
-    return variable.aval.dtype
-
-
 def _is_float(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jnp.inexact)
-
-
-@contextlib.contextmanager
-def _context_of(equation: core.JaxprEqn) -> Iterator[None]:
-    """Gives what is traced in the block the name, the line and the options of an equation."""
-    source = equation.source_info
-    scope = source_info_util.current_name_stack() + source.name_stack
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(source_info_util.user_context(source.traceback, name_stack=scope))
-        mesh = jax.sharding.get_abstract_mesh()
-        stack.enter_context(equation.ctx.manager)
-        # The trace without types may have had more axes, so its mesh is left before this one's.
-        stack.enter_context(jax.sharding.use_abstract_mesh(AbstractMesh((), ())))
-        stack.enter_context(jax.sharding.use_abstract_mesh(mesh))
-        yield

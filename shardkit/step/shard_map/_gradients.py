@@ -22,7 +22,7 @@ from ..._core.row_dims import map_rows, take_rows, with_dim
 from ..._core.split_rng import RandomDraws, part_keys, threefry_words
 from ..._core.types import Batch, Key, Params, PyTree, Scalar
 from ...nn._manual_axis_rules import gather_dim, pvary, use_manual_axis_rules
-from .._gradients import GradientFn, LossAndGradients, LossArgs, divide_by_weight
+from .._gradients import OF_MEAN, GradientFn, LossAndGradients, LossArgs, divide_by_weight
 from .._objective import LossOutput, Objective, value_and_grad
 from ._buckets import GradientSum, reduce_gradients
 from ._loss_output import reduce_output
@@ -45,7 +45,7 @@ def build_local_gradients(objective: Objective, plan: ShardMapPlan) -> GradientF
         output, totals = _accumulate(of_trained, plan, args)
         with jax.named_scope("reduce"):
             output = reduce_output(output, plan.row_axes, model_state)
-            grads = divide_by_weight(totals, output.loss.weight)
+            grads = divide_by_weight(totals, OF_MEAN if _whole(plan) else output.loss.weight)
             flat, structure = jax.tree.flatten(
                 jax.tree.map(
                     lambda g, p: g.astype(policy_dtype(p.dtype, precision.reduce_dtype)),
@@ -95,17 +95,22 @@ def map_shards(plan: ShardMapPlan, local: Callable[..., Any], out_specs: PyTree)
     return jax.shard_map(run, mesh=plan.mesh, in_specs=in_specs, out_specs=out_specs)
 
 
+def _whole(plan: ShardMapPlan) -> bool:
+    """Whether every device computes the mean of all rows at once."""
+    return plan.accumulate.micro_batches == plan.count(plan.row_axes + plan.token_axes) == 1
+
+
 def _accumulate(objective: Objective, plan: ShardMapPlan, args: LossArgs) -> LossAndGradients:
     """Loss and gradients of this device's rows over all micro-batches, not reduced."""
     params, model_state, batch, key = args
     steps = plan.accumulate.micro_batches
-    differentiate = value_and_grad(objective, plan.common_weight)
+    differentiate = value_and_grad(objective, plan.common_weight, whole=_whole(plan))
 
     def run_rows(rows: Batch, key: Key) -> LossAndGradients:
         return differentiate(params, model_state, rows, _device_key(plan, key))
 
     if steps == 1:
-        return run_rows(batch, jax.random.fold_in(key, 0) if plan.reduce_separately else key)
+        return run_rows(batch, key)
 
     def take(x: jax.Array, dim: int, index: jax.Array) -> jax.Array:
         strided = x.reshape(with_dim(x.shape, dim, x.shape[dim] // steps, steps))

@@ -85,11 +85,6 @@ class ShardMapPlan:
         """The device mesh."""
         return self.bound.mesh
 
-    @property
-    def reduce_separately(self) -> bool:
-        """Whether `mode="auto"` would keep gradients apart, and so fold micro-batches into keys."""
-        return self.accumulate.reduce == "end" and self.bound.spec.precision.reduces_separately
-
     def common_weight(self, weight: Scalar) -> Scalar:
         """What gradients are divided by until they are reduced, equal on all devices.
 

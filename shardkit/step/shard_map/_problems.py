@@ -147,9 +147,6 @@ def _kind_problems(bound: BoundSpec) -> Iterator[Problem]:
     if bound.spec.stateful and bound.spec.strategy.compression:
         why = "keeps residuals beside the model state of a loss that has one"
         yield Problem("compression", why, "a strategy without compression")
-    if bound.spec.stateful and bound.spec.accumulate.micro_batches > 1:
-        why = "has mutable state, which every micro-batch would have to pass on"
-        yield Problem("loss_fn", why, 'mode="auto", or accumulate=1')
 
 
 def _batch_problems(layout: StepLayout) -> Iterator[Problem]:

@@ -1,0 +1,175 @@
+"""Builds the report of a step, and compiles what its findings suggest.
+
+A finding of a report is words about one program. Here the program that it asks for is compiled: in
+another mode, or with one constraint more, put into the trace of the loss behind the equation whose
+line the finding names.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+from jax.sharding import NamedSharding, PartitionSpec
+
+from .._core.equations import source_of_equation
+from .._core.errors import ShardkitError
+from .._core.rewriting import rewrite
+from .._core.source import Source
+from .._core.tracing import equations
+from .._core.tree import format_bytes
+from .._core.types import Accumulate
+from ..report import Finding, Report
+from ._bound_spec import BoundSpec
+from ._compiled_functions import CompiledFunctions
+from ._idle_options import find_idle_options
+from ._layout import StepLayout
+from ._objective import Loss
+from ._report import build_program
+
+if TYPE_CHECKING:
+    from ..hardware import Chip
+    from ._spec import StepSpec
+
+CONSTRAIN = "constrain"
+_WORDS = {
+    CONSTRAIN: "with this constraint",
+    "shard_map": 'with mode="shard_map"',
+    "end": 'with reduce="end"',
+}
+
+
+def build_report(
+    bound: BoundSpec,
+    functions: CompiledFunctions,
+    retraced: Sequence[str] = (),
+    *,
+    chip: "str | Chip | None" = None,
+    try_fixes: bool = False,
+) -> Report:
+    """Reads the training step of a spec; see `CompiledStep.report`.
+
+    Args:
+      bound: the spec and its mesh.
+      functions: the compiled step.
+      retraced: how each other compiled batch variant differs, as text.
+      chip: the chip whose time is modelled.
+      try_fixes: compile the alternatives that findings name.
+    """
+    compiled = functions.train
+    program = build_program(bound, functions.layout, compiled, retraced)
+    idle = tuple(find_idle_options(bound, compiled.jaxpr.jaxpr))
+    declared = dataclasses.replace(program.declared, idle_options=idle)
+    report = Report.of(dataclasses.replace(program, declared=declared), chip=chip)
+    return _try_fixes(report, bound, functions.layout) if try_fixes else report
+
+
+def _try_fixes(report: Report, bound: BoundSpec, layout: StepLayout) -> Report:
+    """Returns a report whose findings say what their alternatives send, compiled.
+
+    Each alternative is compiled once, however many findings name it. Findings that name none stay.
+    """
+    outcomes: dict[tuple[str, Source | None], tuple[int | None, str]] = {}
+    findings = []
+    for finding in report.findings:
+        tried = {}
+        for name in finding.alternatives:
+            key = name, finding.source if name == CONSTRAIN else None
+            if key not in outcomes:
+                outcomes[key] = _send(bound, layout, *key)
+            tried[name] = outcomes[key]
+        findings.append(_add_outcomes(finding, tried, report.ledger.total()))
+    return dataclasses.replace(report, findings=tuple(findings))
+
+
+def _add_outcomes(
+    finding: Finding, tried: Mapping[str, tuple[int | None, str]], now: int
+) -> Finding:
+    if not tried:
+        return finding
+    said = [
+        f"{_WORDS[name]} {why if sent is None else format_bytes(sent)}"
+        for name, (sent, why) in tried.items()
+    ]
+    known = [sent for sent, _ in tried.values() if sent is not None]
+    fix = f"{finding.fix}. The step, compiled, sends {format_bytes(now)} now; {'; '.join(said)}"
+    return dataclasses.replace(finding, fix=fix, remaining=min(known, default=None))
+
+
+def _send(
+    bound: BoundSpec, layout: StepLayout, alternative: str, source: Source | None
+) -> tuple[int | None, str]:
+    """What a step sends with an alternative, in bytes, or why it cannot be had."""
+    try:
+        spec = _change(bound, layout, alternative, source)
+        changed = BoundSpec(spec, bound.mesh)
+        functions = CompiledFunctions(changed)
+        program = build_program(changed, functions.layout, functions.train, ())
+    except ShardkitError as error:
+        return None, f"it is refused ({str(error).splitlines()[0]})"
+    return program.ledger.total(), ""
+
+
+def _change(
+    bound: BoundSpec, layout: StepLayout, alternative: str, source: Source | None
+) -> "StepSpec":
+    spec = bound.spec
+    if alternative == "shard_map":
+        return spec.replace(mode="shard_map")
+    if alternative == "end":
+        return spec.replace(accumulate=Accumulate(spec.accumulate.micro_batches, reduce="end"))
+    loss = spec.loss_fn if isinstance(spec.loss_fn, Loss) else Loss(spec.loss_fn, spec.loss_fn)
+    sharding = NamedSharding(bound.mesh, PartitionSpec(layout.row_axes))
+    fits = functools.partial(_makes_rows, source=source, rows=layout.rows)
+    train = _constrained(loss.train, fits, sharding)
+    return spec.replace(loss_fn=dataclasses.replace(loss, train=train))
+
+
+def _makes_rows(eqn: core.JaxprEqn, source: Source | None, rows: int) -> bool:
+    """Whether an equation of a line computes an activation, its rows in the first dim."""
+    made = source_of_equation(eqn)
+    if made is None or source is None or (made.file, made.line) != (source.file, source.line):
+        return False
+    if len(eqn.outvars) != 1 or any(True for _ in core.jaxprs_in_params(eqn.params)):
+        return False
+    aval: Any = eqn.outvars[0].aval
+    floating = jnp.issubdtype(aval.dtype, jnp.floating)
+    return floating and aval.ndim > 1 and aval.shape[0] == rows
+
+
+def _constrained(
+    function: Callable[..., Any], fits: Callable[[core.JaxprEqn], bool], sharding: NamedSharding
+) -> Callable[..., Any]:
+    """A function in which the results of the last equation that fits, and its like, are split."""
+
+    def run(*args: Any) -> Any:
+        traced = jax.make_jaxpr(function)(*args)
+        last = [eqn for eqn in equations(traced.jaxpr) if fits(eqn)][-1:]
+
+        def change(eqn: core.JaxprEqn) -> core.JaxprEqn:
+            return _constrain_result(eqn, traced, sharding) if fits(eqn) else eqn
+
+        changes = {eqn.primitive.name: change for eqn in last}
+        return rewrite(function, changes)(*args)
+
+    return run
+
+
+def _constrain_result(
+    eqn: core.JaxprEqn, traced: core.ClosedJaxpr, sharding: NamedSharding
+) -> core.JaxprEqn:
+    """An equation of a jitted function that computes another one, then constrains its result."""
+    inputs = [*dict.fromkeys(v for v in eqn.invars if not isinstance(v, core.Literal))]
+    jaxpr = traced.jaxpr.replace(constvars=[], invars=inputs, outvars=eqn.outvars, eqns=[eqn])
+    compute = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))
+
+    def constrained(*values: Any) -> Any:
+        return jax.lax.with_sharding_constraint(compute(*values)[0], sharding)
+
+    avals: list[Any] = [value.aval for value in inputs]
+    shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
+    (call,) = jax.make_jaxpr(jax.jit(constrained))(*shapes).jaxpr.eqns
+    return call.replace(invars=inputs, outvars=eqn.outvars)
