@@ -172,7 +172,7 @@ def _tile_overhead(product: Compute, shards: "ShardCounts", tile: int) -> np.nda
 
     512 rows, 512 columns and a sum of 64 in tiles of 128: the sum fills half of a tile, so 2.
     """
-    if not product.dims or tile == 1:
+    if not product.dims or tile == 1 or not all(n for n, _ in product.dims):
         return np.ones(len(shards.cases))
     elements = np.array([n for n, _ in product.dims])[:, None]
     sizes = elements * shards.shares(axes for _, axes in product.dims)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from .._core.errors import MeshError, Problem, format_problems, raise_all
 from .._core.options import check_arguments
-from .._core.row_dims import count_rows, resize_rows
+from .._core.row_dims import count_rows, set_rows
 from .._core.tree import list_leaves
 from ..hardware import CHIPS, Chip
 from ..mesh import Target
@@ -47,9 +47,9 @@ def plan(
       The plan. Its figures are modelled.
 
     Raises:
-      MeshError: `spec` is not a `StepSpec`, a number is out of range, the target is not a known
-        device, no layout is legal, or none fits; with the reason of each that was left out, and
-        the smallest change that fits.
+      MeshError: `spec` is not a `StepSpec`, a number is out of range, the batch has no rows, the
+        target is not a known device, no layout is legal, or none fits; with the reason of each
+        that was left out, and the smallest change that fits.
 
     >>> import jax, jax.numpy as jnp, optax, shardkit as sk
     >>> spec = sk.StepSpec(
@@ -120,14 +120,14 @@ def _parse_target(target: str, hardware: Sequence[Chip]) -> Target:
 
 
 def _with_rows(spec: StepSpec, rows: int | None) -> StepSpec:
-    if rows is None:
-        return spec
     dims = list_row_dims(list_leaves(spec.batch), spec.row_dims)
-    now = count_rows(spec.batch, dims)
-    if len(now) > 1:
-        why = (
-            f"leaves have {', '.join(map(str, sorted(now)))} rows, so global_batch={rows} sets none"
-        )
-        problem = Problem("batch", why, 'StepSpec(row_dims={"class_weights": None, "**": 0})')
-        raise_all(MeshError, _FAILED, [problem])
-    return spec.replace(batch=resize_rows(spec.batch, dims, rows, *now)) if now else spec
+    now, problems = count_rows(spec.batch, dims), []
+    if rows is None:
+        if now == {0}:
+            problems = [Problem("batch", "has 0 rows, which take no time", "global_batch=128")]
+    elif len(now) != 1:
+        what = f"leaves have {', '.join(map(str, sorted(now)))} rows" if now else "no leaf has rows"
+        fix = 'StepSpec(row_dims={"class_weights": None, "**": 0})'
+        problems = [Problem("batch", f"{what}, so global_batch={rows} sets none", fix)]
+    raise_all(MeshError, _FAILED, problems)
+    return spec if rows is None else spec.replace(batch=set_rows(spec.batch, dims, rows))

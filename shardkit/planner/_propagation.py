@@ -25,7 +25,7 @@ MATERIALIZED = frozenset(
 """Operations whose results are written to memory; the others are fused into their readers."""
 
 KEEPS_PARTIAL = frozenset(
-    {"convert_element_type", "transpose", "reshape", "squeeze", "expand_dims", "neg", "select_n"}
+    {"convert_element_type", "transpose", "reshape", "squeeze", "neg", "select_n"}
 )
 """Operations that a partial sum passes unreduced."""
 STAYS_PARTIAL = KEEPS_PARTIAL | {"add_any", "gather", "scatter-add"}

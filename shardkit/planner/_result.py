@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from .._core.io._notebook import text_html
 from .._core.tree import format_bytes
 from ._candidate import Candidate
 from ._plot import plot_front
@@ -64,6 +65,13 @@ class Plan:
     def to_json(self) -> str:
         """The plan as JSON."""
         return json.dumps(dataclasses.asdict(self), default=float, indent=1)
+
+    def __repr__(self) -> str:
+        first = f", first {self.best.layout}" if self.rows else ""
+        return f"Plan({self.target}: {len(self.rows)} of {self.considered} layouts fit{first})"
+
+    def _repr_html_(self) -> str:
+        return text_html(str(self))
 
     def __str__(self) -> str:
         """A page of text: the first 8 layouts, the code of the first, what would change it."""

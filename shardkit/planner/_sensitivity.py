@@ -28,7 +28,10 @@ def describe_more_memory(best: Candidate, tight: Sequence[Candidate]) -> tuple[s
 def describe_batch_crossover(search: Search, best: Candidate) -> tuple[str, ...]:
     """The batch at which the best layout becomes communication-bound, or stops being so."""
     end = _REACH if best.communication_bound else 1 / _REACH
-    if search.estimate_again(best, end).communication_bound == best.communication_bound:
+    if (
+        not search.rows
+        or search.estimate_again(best, end).communication_bound == best.communication_bound
+    ):
         return ()
     scale = _find_crossover(search, best, end)
     beyond = search.estimate_again(best, scale)
@@ -90,7 +93,8 @@ def _variations(search: Search, front: Sequence[Candidate]) -> Iterator[tuple[st
     """What changes, the search for it, and the factor of the rows."""
     chip = search.machine.network.chip
     for factor in _FACTORS:
-        yield f"{factor:g} x rows", search, factor
+        if search.rows:
+            yield f"{factor:g} x rows", search, factor
         if (longer := search.with_length(factor, front)) is not None:
             yield f"{factor:g} x length", longer, 1.0
         faster = dataclasses.replace(chip, link=chip.link * factor, network=chip.network * factor)

@@ -4,6 +4,8 @@ from ._budget import Budget, check
 from ._compare import Change, Comparison, compare
 from ._program import AxisKind, CompiledBytes, Declarations, PlacedLeaf, Program, SplitPart
 from ._report import Report
+from ._ticks import TickTable
+from .communication._axis_traffic import AxisTraffic
 from .communication._governing import GoverningConstraint
 from .communication._ledger import Ledger, LedgerRow, read_ledger, wire_bytes
 from .communication._minimum import Minimum
@@ -14,12 +16,14 @@ from .hlo._scope import scope_of
 from .memory._memory import MEMORY_CLASSES, Memory, read_memory
 from .memory._suggestions import suggest_memory_savings
 from .time._flops import Flops, count_flops
+from .time._profile import find_profile
 from .time._timeline import Segment, Timeline, model_time
 
 __all__ = [
     "FINDINGS",
     "MEMORY_CLASSES",
     "AxisKind",
+    "AxisTraffic",
     "Budget",
     "Change",
     "Comparison",
@@ -37,10 +41,12 @@ __all__ = [
     "Report",
     "Segment",
     "SplitPart",
+    "TickTable",
     "Timeline",
     "check",
     "compare",
     "count_flops",
+    "find_profile",
     "model_time",
     "read_ledger",
     "read_memory",

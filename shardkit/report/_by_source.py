@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import overload
 
+from .._core.errors import count
+from .._core.io._notebook import notebook_html
 from .._core.io._table import Column, Table
 from .._core.source import Source
 from .._core.tree import format_bytes
@@ -11,6 +13,7 @@ from .communication._ledger import Ledger, LedgerRow
 
 _WIDTH, _PARTS = 100, 6
 OPTIMIZER, UNKNOWN = "the optimizer", "unknown"
+_WHY_UNKNOWN = ": the compiled program names no line of your code for these"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +32,18 @@ class SourceCost:
     name: str
     bytes: int
     parts: tuple["SourcePart", ...]
+
+    def part_cells(self) -> Iterator[tuple[str, str, str]]:
+        """Bytes, collective and reason of each part as text; those that read the same are one."""
+        same: dict[tuple[str, str], list[int]] = {}
+        for part in self.parts:
+            same.setdefault(part.describe(), []).append(part.bytes)
+        ordered = sorted(same.items(), key=lambda one: -sum(one[1]))
+        for (what, why), sizes in ordered[:_PARTS]:
+            times = f"{len(sizes)} of " if len(sizes) > 1 else ""
+            yield format_bytes(sum(sizes)), f"{times}{what}", why
+        if others := [size for _, sizes in ordered[_PARTS:] for size in sizes]:
+            yield format_bytes(sum(others)), f"{len(others)} more collectives", ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,9 +94,16 @@ class BySource(Sequence[SourceCost]):
         """Number of lines."""
         return len(self.costs)
 
-    def __iter__(self) -> Iterator[SourceCost]:
-        """Iterates over the lines."""
-        return iter(self.costs)
+    def __repr__(self) -> str:
+        total = format_bytes(sum(cost.bytes for cost in self.costs))
+        return f"BySource({count(len(self), 'line')}, {total} sent)"
+
+    def _repr_html_(self) -> str:
+        code = [(cost.source.code if cost.source else "", cost) for cost in self.costs]
+        rows = [(cost.name, format_bytes(cost.bytes), text) for text, cost in code]
+        return notebook_html(
+            repr(self), Table(["source", Column("sent", right=True), "code"], rows)
+        )
 
     def __str__(self) -> str:
         """For each line its bytes and code; below it, what it sends and why."""
@@ -90,23 +112,11 @@ class BySource(Sequence[SourceCost]):
         for cost in self.costs:
             share = f"{cost.bytes / total:.0%}" if total else "0%"
             code = f"  {cost.source.code}" if cost.source and cost.source.code else ""
+            code = _WHY_UNKNOWN if cost.name == UNKNOWN else code
             parts += [f"\n{format_bytes(cost.bytes)} ({share})  {cost.name}{code}"]
             columns = [Column("", right=True, most=10), Column("", most=36), Column("", most=48)]
-            parts.append(Table(columns, list(_part_cells(cost)), indent=2).to_text(_WIDTH))
+            parts.append(Table(columns, list(cost.part_cells()), indent=2).to_text(_WIDTH))
         return "\n".join(parts)
-
-
-def _part_cells(cost: SourceCost) -> Iterator[tuple[str, str, str]]:
-    """A row of the table for each part; parts that read the same are one row."""
-    same: dict[tuple[str, str], list[int]] = {}
-    for part in cost.parts:
-        same.setdefault(part.describe(), []).append(part.bytes)
-    ordered = sorted(same.items(), key=lambda one: -sum(one[1]))
-    for (what, why), sizes in ordered[:_PARTS]:
-        times = f"{len(sizes)} of " if len(sizes) > 1 else ""
-        yield format_bytes(sum(sizes)), f"{times}{what}", why
-    if others := [size for _, sizes in ordered[_PARTS:] for size in sizes]:
-        yield format_bytes(sum(others)), f"{len(others)} more collectives", ""
 
 
 def group_by_source(ledger: Ledger) -> BySource:

@@ -2,11 +2,15 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
+from .._core.errors import count
+from .._core.io._notebook import text_html
 from .._core.io._table import Column, Table, fold_text
 from .._core.tree import format_bytes
-from ._by_source import group_by_source
+from ._by_source import SourceCost, group_by_source
 from ._data import ReportData
 from ._program import LeafLayout
 from .communication._ledger import Ledger
@@ -14,7 +18,7 @@ from .findings._finding import Finding
 from .memory._memory import MEMORY_CLASSES
 from .time._timeline import format_seconds
 
-_ROWS, _FINDINGS, _LAYOUTS, _WIDTH = 12, 12, 12, 100
+_ROWS, _FINDINGS, _LAYOUTS, _PARTS, _WIDTH = 12, 12, 12, 3, 100
 _COLUMNS = ("", Column("before", right=True), Column("after", right=True), "change")
 
 
@@ -28,6 +32,7 @@ class Change:
       after: its value in the second.
       unit: `"bytes"`, `"seconds"`, `"FLOPs"` or `"times"`.
       note: shown instead of the change in percent: `×4 → ×1`, `added`.
+      parts: of a source line the collectives whose bytes changed there, the largest change first.
     """
 
     name: str
@@ -35,6 +40,7 @@ class Change:
     after: float | None
     unit: str
     note: str = ""
+    parts: tuple["Change", ...] = ()
 
     @property
     def ratio(self) -> float | None:
@@ -66,8 +72,8 @@ class Comparison:
       details: bytes sent by axes and by kind, with their ratio to the minimum; memory by class;
         reductions; findings whose bytes changed.
       rows: collectives, grouped by kind, axes, phase and scope; the largest change first.
-      sources: bytes sent by line of code, the largest change first. A line that moved is the same
-        line while its function and its text are.
+      sources: bytes sent by line of code, the largest change first, each with its collectives. A
+        line that moved is the same line while its function and its text are.
       caveats: why numbers may be lower bounds.
     """
 
@@ -82,8 +88,15 @@ class Comparison:
     sources: tuple[Change, ...] = ()
 
     def __bool__(self) -> bool:
-        numbers = (self.headlines, self.details, self.rows)
+        numbers = (self.headlines, self.details, self.rows, self.sources)
         return any((self.target, self.layouts, self.new, self.gone, *numbers))
+
+    def __repr__(self) -> str:
+        changes = (*self.headlines, *self.details, *self.rows)
+        return f"Comparison({count(len(changes), 'change')}, {len(self.sources)} by source line)"
+
+    def _repr_html_(self) -> str:
+        return text_html(str(self))
 
     def __str__(self) -> str:
         """At most 100 columns, the most important first; `Nothing changed.` if nothing did."""
@@ -107,8 +120,9 @@ class Comparison:
         left = len(self.rows[_ROWS:])
         rows += [f"and {left} more groups of collectives"] if left else []
         if self.sources:
-            lines_changed = (change.cells() for change in self.sources[:_ROWS])
-            rows += ["sent per step, by source line:", *lines_changed]
+            lines_changed = self.sources[:_ROWS]
+            parts = (one for line in lines_changed for one in (line, *line.parts[:_PARTS]))
+            rows += ["sent per step, by source line:", *(one.cells() for one in parts)]
         left = len(self.sources[_ROWS:])
         rows += [f"and {left} more lines of code"] if left else []
         table = [Table(_COLUMNS, rows).to_text(_WIDTH)] if rows else []
@@ -189,7 +203,7 @@ _HEADLINES: tuple[tuple[str, Callable[[ReportData], float | None], str], ...] = 
         lambda x: x.timeline and x.timeline.exposed,
         "seconds",
     ),
-    ("sent per step", lambda x: x.ledger.total(), "bytes"),
+    ("sent per step", lambda x: x.sent, "bytes"),
     ("memory, alive at once", lambda x: x.memory.total, "bytes"),
     ("model FLOPs", lambda x: x.flops and x.flops.model, "FLOPs"),
     ("recomputed FLOPs", lambda x: x.flops and x.flops.recompute, "FLOPs"),
@@ -198,10 +212,10 @@ _HEADLINES: tuple[tuple[str, Callable[[ReportData], float | None], str], ...] = 
 
 def _compare_details(before: ReportData, after: ReportData) -> Iterator[Change]:
     old, new = before.ledger, after.ledger
-    by_old, by_new = old.by_axes(), new.by_axes()
-    for axes in dict.fromkeys([*by_old, *by_new]):
-        name = f"  sent over {', '.join(axes) or 'no axis'}"
-        yield Change(name, by_old.get(axes, 0), by_new.get(axes, 0), "bytes")
+    sent = [{axis.axis: axis.sent for axis in report.traffic} for report in (before, after)]
+    for axis in dict.fromkeys([*sent[0], *sent[1]]):
+        name = f"  sent over {axis or 'no axis'}"
+        yield Change(name, sent[0].get(axis, 0), sent[1].get(axis, 0), "bytes")
     least = [{one.axis: one.ratio for one in report.minima} for report in (before, after)]
     for axis in dict.fromkeys([*least[0], *least[1]]):
         ratios = least[0].get(axis), least[1].get(axis)
@@ -239,36 +253,73 @@ def _compare_rows(before: Ledger, after: Ledger) -> tuple[Change, ...]:
         note = f"×{old_times} → ×{new_times}" if old_times and new_times != old_times else ""
         note = "added" if name not in old else "removed" if name not in new else note
         changes.append(Change(name, old_bytes, new_bytes, "bytes", note))
-    return tuple(
-        sorted(changes, key=lambda change: -abs((change.after or 0) - (change.before or 0)))
-    )
+    return _largest_first(changes)
 
 
 def _compare_sources(before: Ledger, after: Ledger) -> tuple[Change, ...]:
-    """Lines of code whose bytes changed."""
-    old, new = _bytes_of_lines(before), _bytes_of_lines(after)
-    changes = [
-        Change(
-            (new.get(line) or old[line])[0],
-            old.get(line, ("", 0))[1],
-            new.get(line, ("", 0))[1],
-            "bytes",
-        )
-        for line in dict.fromkeys([*old, *new])
-    ]
-    changed = _drop_equal(changes)
-    return tuple(sorted(changed, key=lambda one: -abs((one.after or 0) - (one.before or 0))))
+    """Lines of code whose bytes changed, each with the collectives that changed there."""
+    old, new = _costs_by_line(before), _costs_by_line(after)
+    old = _follow_moved_files(old, new)
+    changes = []
+    for line in dict.fromkeys([*old, *new]):
+        was, now = old.get(line, []), new.get(line, [])
+        name = (now or was)[0].name
+        sent, sends = (sum(cost.bytes for cost in costs) for costs in (was, now))
+        changes.append(Change(name, sent, sends, "bytes", parts=_compare_parts(was, now)))
+    return _largest_first(change for change in changes if change.before != change.after)
 
 
-def _bytes_of_lines(ledger: Ledger) -> dict[tuple[str, str, str], tuple[str, int]]:
-    """What stays of a line when others move it → its name now, and the bytes that it sends."""
-    lines: dict[tuple[str, str, str], tuple[str, int]] = {}
+_Line = tuple[str, str, str]
+
+
+def _costs_by_line(ledger: Ledger) -> dict[_Line, list[SourceCost]]:
+    """What stays of a line when others move it (file, function, text) → what it sends."""
+    lines: dict[_Line, list[SourceCost]] = {}
     for cost in group_by_source(ledger):
         source = cost.source
-        key = (source.file, source.function, source.code or str(source.line)) if source else None
-        identity = key or (cost.name, "", "")
-        lines[identity] = cost.name, lines.get(identity, ("", 0))[1] + cost.bytes
+        text = (source.file, source.function, source.code or str(source.line)) if source else None
+        lines.setdefault(text or (cost.name, "", ""), []).append(cost)
     return lines
+
+
+def _follow_moved_files(
+    old: Mapping[_Line, list[SourceCost]], new: Mapping[_Line, list[SourceCost]]
+) -> dict[_Line, list[SourceCost]]:
+    """Renames lines whose file is in another folder now, as in another checkout.
+
+    A line follows its file's name where one line alone, on each side, has the same name, function
+    and text; otherwise it is told as removed and added.
+    """
+    gone, come = [[*(a.keys() - b.keys())] for a, b in ((old, new), (new, old))]
+    names = [Counter(map(_without_folder, lines)) for lines in (gone, come)]
+    unique = {name for name, n in names[0].items() if n == names[1][name] == 1}
+    moved = {name: line for line in come if (name := _without_folder(line)) in unique}
+    lines = {line: moved.get(_without_folder(line), line) for line in gone}
+    return {lines.get(line, line): costs for line, costs in old.items()}
+
+
+def _without_folder(line: _Line) -> _Line:
+    return os.path.basename(line[0]), *line[1:]
+
+
+def _compare_parts(was: Iterable[SourceCost], now: Iterable[SourceCost]) -> tuple[Change, ...]:
+    """The collectives of one line whose bytes changed."""
+    old, new = _bytes_by_collective(was), _bytes_by_collective(now)
+    changes = (
+        Change(f"  {what}", old.get(what), new.get(what), "bytes") for what in {**old, **new}
+    )
+    return _largest_first(change for change in changes if change.before != change.after)
+
+
+def _bytes_by_collective(costs: Iterable[SourceCost]) -> Counter[str]:
+    sums = Counter[str]()
+    for part in (part for cost in costs for part in cost.parts):
+        sums[f"{part.row.kind} over {', '.join(part.row.axes) or 'no axis'}"] += part.bytes
+    return sums
+
+
+def _largest_first(changes: Iterable[Change]) -> tuple[Change, ...]:
+    return tuple(sorted(changes, key=lambda one: -abs((one.after or 0) - (one.before or 0))))
 
 
 _ABSENT = (None, 0)

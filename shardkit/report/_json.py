@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from .._core.errors import ReportError
+from .._core.io._palette import axis_colors
+from ._by_source import group_by_source
 from ._data import ReportData
 
 _SCHEMA, _VERSION = "shardkit.report", 2
@@ -33,6 +35,22 @@ def to_json(report: ReportData, indent: int | None = 1) -> str:
     if report.flops:
         by_scope = [[*key, flops] for key, flops in report.flops.by_scope.items()]
         fields["flops"]["by_scope"] = by_scope
+    if report.timeline:
+        blocks = [dataclasses.asdict(block) for block in report.timeline.blocks()]
+        fields["timeline"]["blocks"] = blocks
+    # Derived figures, for readers of the file; `from_json` computes them again.
+    traffic = report.traffic
+    fields |= {"sent": report.sent, "traffic": [vars(axis) for axis in traffic]}
+    fields["by_source"] = [
+        {
+            "name": cost.name,
+            "code": cost.source.code if cost.source else "",
+            "bytes": cost.bytes,
+            "parts": list(cost.part_cells()),
+        }
+        for cost in group_by_source(report.ledger)
+    ]
+    fields["colors"] = axis_colors(axis.axis for axis in traffic)
     return json.dumps({"schema": _SCHEMA, "version": _VERSION, **fields}, indent=indent)
 
 
@@ -45,7 +63,11 @@ def from_json(text: str) -> ReportData:
     fields = _parse_document(text)
     try:
         fields["ledger"] = {**fields["ledger"], "mesh": fields["mesh"]}
-        return _reader(ReportData)(fields)
+        report = _reader(ReportData)(fields)
+        unknown = {axis for row in report.ledger for axis in row.axes} - {*dict(report.mesh)}
+        if unknown:
+            raise ReportError(f"The mesh of this report has no {', '.join(unknown)}. {_FIX}")
+        return report
     except ReportError:
         raise
     except KeyError as error:

@@ -14,6 +14,7 @@ from jax.extend.core import ClosedJaxpr
 from jax.sharding import PartitionSpec
 
 from .._core.tree import Leaf, join_path, nbytes, short_dtype
+from ._ticks import TickTable
 from .communication._ends import add_ends
 from .communication._governing import GoverningConstraint
 from .communication._ledger import Ledger, LedgerRow, build_ledger
@@ -37,6 +38,7 @@ class PlacedLeaf:
         or this leaf follows a parameter so declared). Otherwise a copy on every device is a
         finding.
       declared_by: the entry of the rule that decided its spec, `PathRules["**/up"]`; "" if unknown.
+      frozen: a parameter without gradient.
     """
 
     part: str
@@ -45,6 +47,7 @@ class PlacedLeaf:
     donated: bool = False
     declared_replicated: bool = False
     declared_by: str = ""
+    frozen: bool = False
 
     @property
     def name(self) -> str:
@@ -99,6 +102,7 @@ class PlacedLeaf:
             shard=self.shard(sizes),
             device_bytes=self.device_bytes(sizes),
             declared_replicated=self.declared_replicated,
+            declared_by=self.declared_by,
         )
 
 
@@ -124,6 +128,7 @@ class LeafLayout:
       shard: shape that one device holds.
       device_bytes: bytes that one device holds.
       declared_replicated: the declaration says that every device holds all of it.
+      declared_by: the entry of the rule that decided its spec; "" if unknown.
     """
 
     part: str
@@ -135,6 +140,7 @@ class LeafLayout:
     shard: tuple[int, ...]
     device_bytes: int
     declared_replicated: bool
+    declared_by: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,7 +257,10 @@ class Declarations:
       constraints: activations that the model constrains, with the strategy's specs: part
         "activation", named as written, `constrain('batch', 'length', 'embed')`.
       activation_axes: mesh axes that the strategy splits activations over.
+      owned: `(mesh axis, bytes)`: the fewest that one device sends over the axis to move matrices
+        that the optimizer multiplies to their owners and back.
       governing: the constraints of the traced step, with the lines whose layout they decide.
+      idle_options: options that change nothing: why, and what to change.
     """
 
     kinds: tuple[AxisKind, ...] = ()
@@ -265,7 +274,9 @@ class Declarations:
     rules: tuple[str, ...] = ()
     constraints: tuple[PlacedLeaf, ...] = ()
     activation_axes: tuple[str, ...] = ()
+    owned: tuple[tuple[str, float], ...] = ()
     governing: tuple[GoverningConstraint, ...] = ()
+    idle_options: tuple[tuple[str, str], ...] = ()
 
     def kind_of(self, axis: str) -> AxisKind | None:
         """The kind of parallelism on a mesh axis; of several, the last one of the strategy."""
@@ -297,6 +308,7 @@ class Program:
       dcn: mesh axes that cross slices, over the network between hosts, with the number of
         slices along each.
       notes: what the step takes otherwise than it was written, as text.
+      ticks: the schedules of its pipelines.
       seconds: wall time of `trace`, `lower` and `compile`.
     """
 
@@ -314,6 +326,7 @@ class Program:
     declared: Declarations = dataclasses.field(default_factory=Declarations)
     dcn: tuple[tuple[str, int], ...] = ()
     notes: tuple[str, ...] = ()
+    ticks: tuple[TickTable, ...] = ()
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
@@ -321,19 +334,23 @@ class Program:
         """Mesh axis → number of devices along it."""
         return dict(self.mesh)
 
-    def param_bytes(self, axis: str, dtype: str | None, *, split: bool) -> int:
+    def param_bytes(
+        self, axis: str, dtype: str | None, *, split: bool, trained: bool = False
+    ) -> int:
         """Bytes of one device's shards of the parameters that an axis splits, or does not split.
 
         Args:
           axis: a mesh axis.
           dtype: XLA's name of a dtype to count them as; None: each in its own.
           split: which of the two.
+          trained: whether to leave out frozen ones, which have no gradients.
         """
         sizes = self.sizes
         return sum(
             leaf.device_bytes(sizes, dtype)
             for leaf in self.leaves
             if leaf.part == "params" and (axis in leaf.axes()) == split
+            if not (trained and leaf.frozen)
         )
 
     @property

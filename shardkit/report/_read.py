@@ -3,9 +3,11 @@
 import time
 from typing import TYPE_CHECKING
 
+from .._core.versions import package_versions, utc_time
 from ._data import ReportData
 from .communication._minimum import compute_minima
 from .communication._reductions import reductions_per_step
+from .findings._excess import explain_excess
 from .findings._findings import find_findings
 from .memory._memory import read_memory
 from .memory._peak import find_peak
@@ -23,6 +25,7 @@ def read_program(program: "Program", chip: "str | Chip | None" = None) -> Report
     start, sizes, ledger = time.perf_counter(), program.sizes, program.ledger
     memory = read_memory(program)
     peak = find_peak(program, memory)
+    findings = find_findings(program)
     flops = None if program.jaxpr is None else count_flops(program.jaxpr)
     return ReportData(
         mesh=program.mesh,
@@ -32,8 +35,8 @@ def read_program(program: "Program", chip: "str | Chip | None" = None) -> Report
         memory=memory,
         peak=peak,
         flops=flops,
-        findings=find_findings(program),
-        minima=compute_minima(program),
+        findings=findings,
+        minima=explain_excess(program, compute_minima(program), findings),
         reductions={
             axis: reductions_per_step(ledger, axis, program.leaves, sizes)
             for axis in sizes
@@ -42,8 +45,10 @@ def read_program(program: "Program", chip: "str | Chip | None" = None) -> Report
         leaves=tuple(leaf.layout(sizes) for leaf in program.leaves),
         notes=program.notes,
         memory_suggestions=tuple(suggest_memory_savings(memory, program.leaves, sizes, peak)),
+        ticks=program.ticks,
         compiles=program.compiles,
         messages_complete=program.log_complete,
         timeline=model_time(program, ledger, flops, chip),
+        made={"date": utc_time(), **package_versions()},
         seconds={**program.seconds, "read": time.perf_counter() - start},
     )

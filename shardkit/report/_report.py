@@ -1,16 +1,23 @@
 """`Report`: what a compiled step is, to print, to save, to compare and to hold to a budget."""
 
-from html import escape
-from typing import TYPE_CHECKING
+import dataclasses
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
 
+from .._core.errors import Problem, ReportError, format_problems
+from .._core.io._files import local_path
+from .._core.io._outputs import write_output
 from ._budget import Budget, check
 from ._by_source import BySource, group_by_source
 from ._compare import Comparison, compare
 from ._data import ReportData
 from ._json import from_json, to_json
 from ._read import read_program
-from ._text import to_text
+from ._text import one_line, summary_html, to_text
 from .page import to_html
+from .time._profile import read_profile
+from .time._trace import to_trace
 
 if TYPE_CHECKING:
     from ..hardware import Chip
@@ -59,6 +66,36 @@ class Report(ReportData):
         """Returns what changed from this report to another."""
         return compare(self, after)
 
+    def with_profile(self, path: str | os.PathLike[str]) -> Self:
+        """Returns the report with the measured time of each collective, from a profile.
+
+        Args:
+          path: a folder that `jax.profiler` or `train.profile` wrote to while the step ran, or one
+            of its `.xplane.pb` files.
+
+        Raises:
+          ReportError: there is no profile, or none of this step.
+        """
+        return dataclasses.replace(self, measured=read_profile(path, self.ledger))
+
+    def to_trace(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the modelled timeline of a step as a trace for Perfetto or `chrome://tracing`.
+
+        Args:
+          path: the `.json` file; an existing one is replaced.
+
+        Raises:
+          ReportError: no time is modelled, since the device is not in the hardware table.
+          ConfigError: the file cannot be written.
+        """
+        if self.timeline is None:
+            why = f"{self.device_kind or self.platform} is not in the hardware table"
+            problem = Problem("timeline", why, 'step.report(chip="v5p").to_trace(path)')
+            raise ReportError(format_problems("No time is modelled.", [problem]))
+        file = local_path(path, ReportError, "The trace cannot be written.")
+        write_output(file, to_trace(self.timeline, self.mesh_text))
+        return file
+
     def __str__(self) -> str:
         """Tables of at most 100 columns, the most important first."""
         return to_text(self)
@@ -75,10 +112,11 @@ class Report(ReportData):
         """
         return to_html(self)
 
+    def __repr__(self) -> str:
+        return one_line(self)
+
     def _repr_html_(self) -> str:
-        """The page in a frame of its own, so that its style stays out of the notebook's."""
-        style = "width:100%;height:48em;border:0"
-        return f'<iframe srcdoc="{escape(self.to_html())}" style="{style}"></iframe>'
+        return summary_html(self)
 
     @classmethod
     def from_json(cls, text: str) -> "Report":

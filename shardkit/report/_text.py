@@ -1,20 +1,37 @@
-"""Prints a report as tables of at most 100 columns, the most important first."""
+"""A report as text of at most 100 columns, as one line, and as a card of a notebook."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from .._core.io._notebook import notebook_html
 from .._core.io._table import Column, Table, fold_text
 from .._core.tree import format_bytes
 from ._data import ReportData
+from .communication._axis_traffic import AxisTraffic
 from .communication._ledger import Ledger
 from .communication._minimum import Minimum
 from .findings._finding import SMALL
 from .memory._memory import MEMORY_CLASSES
 from .time._flops import Flops
+from .time._timeline import format_seconds
 
 _WIDTH = 100
 _NO_TIME = "Time per step: not modelled, {} is not in the hardware table."
 _ROWS, _FINDINGS, _SCOPES, _BUFFERS = 12, 12, 8, 5
-_NUMBERS = {"bytes", "wire", "hidden", "optimizer", "trips", "ratio", "FLOPs", "share"}
+# Findings in a card.
+_FIRST = 5
+_NUMBERS = {
+    "measured",
+    "modelled",
+    "bytes",
+    "wire",
+    "sent",
+    "hidden",
+    "optimizer",
+    "trips",
+    "ratio",
+    "FLOPs",
+    "share",
+}
 
 
 def to_text(report: ReportData) -> str:
@@ -32,12 +49,15 @@ _Part = str | Table
 
 def _text_parts(report: ReportData) -> Iterator[_Part]:
     kind = report.device_kind or report.platform
-    yield f"Step compiled for {kind}, mesh ({report.mesh_text}). All sizes per device, as compiled."
+    of = f" of {report.name}" if report.name else ""
+    what = f"Step{of} compiled for {kind}, mesh ({report.mesh_text})."
+    yield f"{what} All sizes per device, as compiled."
     yield from (f"Note: {note}" for note in report.notes)
     for problem in report.problems:
         yield f"INCOMPLETE: {problem}"
     yield from _finding_parts(report)
     yield f"\n{report.timeline or _NO_TIME.format(kind)}"
+    yield from (f"{table}." for table in report.ticks)
     yield from _axis_parts(report)
     yield from _memory_parts(report)
     yield from _peak_parts(report)
@@ -66,15 +86,16 @@ def _finding_parts(report: ReportData) -> Iterator[_Part]:
 
 
 def _axis_parts(report: ReportData) -> Iterator[_Part]:
-    """Wire bytes per set of axes, next to the minimum of each axis."""
-    total = f"{_lower_bound_mark(report.ledger)}{format_bytes(report.ledger.total())}"
-    columns = {"axes": 20, "wire": 11, "hidden": 9, "optimizer": 9, "axis minimum": 24}
+    """Wire bytes per mesh axis, next to its minimum."""
+    yield f"\nSent per step: {_lower_bound_mark(report.ledger)}{format_bytes(report.sent)}"
+    columns = {"axis": 20, "sent": 11, "hidden": 9, "optimizer": 9, "axis minimum": 24}
     columns |= {"ratio": 7, "reductions": 10}
     if not any(row.by_optimizer and row.payload_bytes > SMALL for row in report.ledger):
         del columns["optimizer"]
-    cells = (_axes_cells(report, *row) for row in report.ledger.by_axes().items())
-    yield f"\nSent per step: {total}"
+    traffic = sorted(report.traffic, key=lambda axis: -axis.sent)
+    cells = [_axis_cells(report, axis) for axis in traffic if axis.collectives]
     yield _build_table(columns, [[row[name] for name in columns] for row in cells])
+    yield from _set_parts(report)
     yield from (_format_excess(minimum) for minimum in report.minima if minimum.excess)
     if axes := _axes_without_minimum(report):
         needs = "it takes a strategy that has one, and a model that marks its layers."
@@ -83,11 +104,22 @@ def _axis_parts(report: ReportData) -> Iterator[_Part]:
         yield "Branches of conditionals count as taken: totals are upper bounds."
 
 
+def _set_parts(report: ReportData) -> Iterator[_Part]:
+    """The bytes of collectives over several axes, which the table divides among them."""
+    several = {axes: wire for axes, wire in report.ledger.by_axes().items() if len(axes) > 1}
+    if several:
+        sizes = "; ".join(f"{', '.join(axes)} {format_bytes(n)}" for axes, n in several.items())
+        yield f"Of it in collectives over several axes, divided among these: {sizes}."
+
+
 def _axes_without_minimum(report: ReportData) -> list[str]:
     """Axes with traffic and without a known minimum."""
-    known = {minimum.axis for minimum in report.minima}
-    sent = {name for axes in report.ledger.by_axes() for name in axes}
-    return [name for name, size in report.mesh if size > 1 and name in sent - known]
+    sizes = dict(report.mesh)
+    return [
+        traffic.axis
+        for traffic in report.traffic
+        if traffic.collectives and traffic.minimum is None and sizes.get(traffic.axis, 1) > 1
+    ]
 
 
 def _format_excess(least: Minimum) -> str:
@@ -96,21 +128,18 @@ def _format_excess(least: Minimum) -> str:
     return f"{least.axis} sends {over} more than its minimum: {parts}."
 
 
-def _axes_cells(report: ReportData, axes: tuple[str, ...], wire: int) -> dict[str, str]:
-    rows = report.ledger.where(axes)
-    alone = axes[0] if len(axes) == 1 else ""
-    least = next((minimum for minimum in report.minima if minimum.axis == alone), None)
-    ratio = least.ratio if least else None
-    times = report.reductions.get(alone)
+def _axis_cells(report: ReportData, traffic: AxisTraffic) -> dict[str, str]:
     mark = "" if report.ledger.complete else "≥ "
+    times, least = traffic.reductions, traffic.minimum
+    exact = "" if traffic.reductions_complete else "≥ "
     return {
-        "axes": ", ".join(axes) or "(none)",
-        "wire": f"{mark}{format_bytes(wire)}",
-        "hidden": format_bytes(sum(row.wire_bytes for row in rows if row.overlapped)),
-        "optimizer": format_bytes(sum(row.wire_bytes for row in rows if row.by_optimizer)),
-        "axis minimum": f"{format_bytes(least.bytes)} ({least.kind})" if least else "",
-        "ratio": "" if ratio is None else f"{mark}{ratio:.2f}",
-        "reductions": "" if times is None else f"{_reductions_mark(report, alone)}{times:.4g}",
+        "axis": traffic.axis or "(none)",
+        "sent": f"{mark}{format_bytes(traffic.sent)}",
+        "hidden": format_bytes(traffic.hidden),
+        "optimizer": format_bytes(traffic.optimizer),
+        "axis minimum": "" if least is None else f"{format_bytes(least)} ({traffic.kind})",
+        "ratio": "" if traffic.ratio is None else f"{mark}{traffic.ratio:.2f}",
+        "reductions": "" if times is None else f"{exact}{times:.4g}",
     }
 
 
@@ -150,7 +179,7 @@ def _collective_parts(report: ReportData) -> Iterator[_Part]:
         yield "Collectives: none."
         return
     yield f"\nCollectives ({len(rows)})"
-    columns = {"kind": 18, "axes": 12, "payload": 13, "trips": 5, "wire": 9, "phase": 9}
+    columns = {"kind": 18, "axes": 12, "payload": 13, "trips": 5, "sent": 9, "phase": 9}
     columns |= {"source or scope": 24, "": 6}
     cells = []
     for row in rows[:_ROWS]:
@@ -167,6 +196,28 @@ def _collective_parts(report: ReportData) -> Iterator[_Part]:
     if len(rows) > _ROWS:
         others = sum(row.wire_bytes for row in rows[_ROWS:])
         yield f"and {len(rows) - _ROWS} more collectives, {format_bytes(others)} together"
+    yield from _measured_parts(report)
+
+
+def _measured_parts(report: ReportData) -> Iterator[_Part]:
+    """The measured time of the collectives that take longest, beside the modelled one."""
+    if report.measured is None:
+        return
+    known = report.timeline.collectives if report.timeline else ()
+    modelled = known or (None,) * len(report.ledger)
+    rows = [
+        (took or 0.0, str(row), expected)
+        for row, took, expected in zip(
+            report.ledger, report.measured.collectives, modelled, strict=True
+        )
+    ]
+    yield f"\nSeconds per step and device, measured by the profile {report.measured.path}"
+    longest = sorted(rows, key=lambda row: -row[0])[:_ROWS]
+    cells = [
+        (what, format_seconds(took) if took else "", "" if n is None else format_seconds(n))
+        for took, what, n in longest
+    ]
+    yield _build_table({"collective": 70, "measured": 10, "modelled": 10}, cells)
 
 
 def _flops_parts(report: ReportData) -> Iterator[_Part]:
@@ -181,6 +232,12 @@ def _flops_parts(report: ReportData) -> Iterator[_Part]:
         for (scope, phase), number in list(flops.by_scope.items())[:_SCOPES]
     ]
     yield _build_table({"scope": 48, "phase": 12, "FLOPs": 12, "share": 8}, rows)
+    rows = [
+        (str(source) if source else "(no line)", f"{number:.4g}", f"{number / flops.total:.1%}")
+        for source, number in flops.by_source[:_SCOPES]
+    ]
+    if rows:  # reports of older versions have none
+        yield _build_table({"line": 61, "FLOPs": 12, "share": 8}, rows)
 
 
 def _abbreviate_scopes(scopes: str) -> str:
@@ -193,13 +250,6 @@ def _abbreviate_scopes(scopes: str) -> str:
     return scopes if len(others) < 2 else f"{first} and {len(others)} more"
 
 
-def _reductions_mark(report: ReportData, axis: str) -> str:
-    """A lower-bound mark where windowed permutes may reduce gradients too."""
-    rows = report.ledger.where(axis)
-    hidden = any(row.windowed and row.phase in ("backward", "recompute") for row in rows)
-    return "≥ " if hidden or not report.ledger.complete else ""
-
-
 def _lower_bound_mark(counted: Ledger | Flops) -> str:
     return "" if counted.complete else "at least "
 
@@ -207,3 +257,56 @@ def _lower_bound_mark(counted: Ledger | Flops) -> str:
 def _build_table(columns: Mapping[str, int], rows: Sequence[Sequence[str]]) -> Table:
     """A table whose columns are given as name → maximal width."""
     return Table([Column(name, name in _NUMBERS, most) for name, most in columns.items()], rows)
+
+
+def one_line(report: ReportData) -> str:
+    """Returns `Report(nano, cpu, data=4, tensor=2: 2.81 MiB sent, 3.56 MiB memory, 3 findings)`."""
+    kind = report.device_kind or report.platform
+    what = ", ".join(filter(None, (report.name, kind, report.mesh_text)))
+    memory = report.memory.total
+    figures = [f"{format_bytes(report.sent)} sent"]
+    figures += [] if memory is None else [f"{format_bytes(memory)} memory"]
+    return f"Report({what}: {', '.join(figures)}, {len(report.findings)} findings)"
+
+
+def summary_html(report: ReportData) -> str:
+    """The headline figures, what is sent over each mesh axis, and the first findings."""
+    kind, memory, flops = report.device_kind or report.platform, report.memory, report.flops
+    fits = {None: "", True: ", fits", False: ", DOES NOT FIT"}[memory.fits]
+    total = "" if memory.total is None else format_bytes(memory.total)
+    least = "" if report.ledger.complete else "at least "
+    facts = {
+        "mesh": report.mesh_text,
+        "sent per step": f"{least}{format_bytes(report.sent)} by each device",
+        "memory": f"{total} alive at once{fits}" if total else "",
+        "time": f"{format_seconds(report.timeline.high)} modelled" if report.timeline else "",
+        "model FLOPs": f"{flops.model:.4g}" if flops else "",
+        "incomplete": "; ".join(report.problems),
+    }
+    title = f"Step{f' of {report.name}' if report.name else ''} compiled for {kind}"
+    more = f"{len(report.findings)} findings." if report.findings else "No findings."
+    more += " print(report) shows all; report.to_html() is a page with pictures."
+    return notebook_html(title, facts, _axes_table(report), _findings_table(report), more)
+
+
+def _axes_table(report: ReportData) -> Table:
+    names = ("sent", "by the optimizer", "minimum", "ratio")
+    rows = [
+        (
+            one.axis or "(none)",
+            format_bytes(one.sent),
+            format_bytes(one.optimizer),
+            "" if one.minimum is None else format_bytes(one.minimum),
+            "" if one.ratio is None else f"{one.ratio:.2f}",
+        )
+        for one in report.traffic
+    ]
+    return Table(["axis", *(Column(name, right=True) for name in names)], rows)
+
+
+def _findings_table(report: ReportData) -> Table | str:
+    rows = [
+        (one.kind, str(one.source or one.leaf or one.scope), format_bytes(one.bytes), one.why)
+        for one in report.findings[:_FIRST]
+    ]
+    return Table(["finding", "where", Column("bytes", right=True), "why"], rows) if rows else ""

@@ -3,14 +3,13 @@
 import dataclasses
 import functools
 import subprocess
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .._core.errors import ShardkitError
 from .._core.types import Batch
+from .._core.versions import package_versions, utc_time
 from ..planner import Network, estimate_step
-from ..run import package_versions
 from ..step import CompiledStep, StepSpec
 from ..targets import TargetCompileError, UserCodeError
 from ._case import SweepCase
@@ -94,8 +93,7 @@ class CaseRunner:
 
 def read_provenance() -> dict[str, Any]:
     """Commit of the working folder (None outside of a checkout), date and versions."""
-    date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return {"commit": _git_commit(), "date": date, "versions": package_versions()}
+    return {"commit": _git_commit(), "date": utc_time(), "versions": package_versions()}
 
 
 def _git_commit() -> str | None:

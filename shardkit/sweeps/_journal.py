@@ -20,7 +20,7 @@ from ._row import SweepRow
 FILE = "rows.jsonl"
 _FORMAT = "shardkit_sweep"
 _NOT_A_SWEEP = "is not the file of a sweep"
-_VERSION = 2
+_VERSION = 3
 """Of the names of fields in a row. Files of other versions are refused, never converted."""
 
 

@@ -5,11 +5,12 @@ matplotlib is the `[plot]` extra, so it is imported only to draw.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .._core.io._files import write_atomic
+from .._core.io._palette import axis_colors
 from ..report import MEMORY_CLASSES
 from ._journal import sweep_file_errors
 from ._result import COMPILED, MEASURED, Sweep, rank_value
@@ -17,7 +18,6 @@ from ._row import SweepRow
 from ._show import describe_measurement
 
 _MAX_ROWS = 24
-_SMALL = ("rest", "padding")
 _MIB = 2**20
 
 
@@ -115,12 +115,22 @@ def _format_case(row: SweepRow) -> str:
     return f"{case.shown}{micro}{'' if case.remat == 'none' else f' {case.remat}'}"
 
 
-def _draw_bars(axes: Any, rows: Sequence[SweepRow], parts: dict[str, list[float]]) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """One part of stacked bars: its widths, one per row, and how it is drawn."""
+
+    name: str
+    widths: Sequence[float]
+    style: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def _draw_bars(axes: Any, rows: Sequence[SweepRow], parts: Sequence[_Part]) -> None:
     """Stacked horizontal bars, one per row, the best at the top."""
     places, left = list(range(len(rows))), [0.0] * len(rows)
-    for name, widths in parts.items():
-        axes.barh(places, widths, left=left, label=name, height=0.7)
-        left = [a + b for a, b in zip(left, widths, strict=True)]
+    for part in parts:
+        if any(part.widths):
+            axes.barh(places, part.widths, left=left, label=part.name, height=0.7, **part.style)
+            left = [a + b for a, b in zip(left, part.widths, strict=True)]
     axes.set_yticks(places, [_format_case(row) for row in rows])
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
@@ -129,21 +139,29 @@ def _draw_bars(axes: Any, rows: Sequence[SweepRow], parts: dict[str, list[float]
 
 def _draw_memory(axes: Any, rows: Sequence[SweepRow]) -> None:
     memories = [row.compiled["memory"] for row in rows if row.compiled]
-    classes = [name for name in MEMORY_CLASSES if name not in _SMALL]
-    parts = {part: [(m[part] or 0) / _MIB for m in memories] for part in classes}
-    _draw_bars(axes, rows, {part: sizes for part, sizes in parts.items() if any(sizes)})
+    parts = [_Part(name, [(m[name] or 0) / _MIB for m in memories]) for name in MEMORY_CLASSES]
+    _draw_bars(axes, rows, parts)
+    totals = [(m["total"] or 0) / _MIB for m in memories]
+    axes.plot(totals, range(len(rows)), "k|", markersize=12, label="alive at once")
     axes.set_xlabel("compiled MiB per device")
     axes.set_title("Memory by mesh, the best rows first")
     axes.legend(fontsize=8)
 
 
 def _draw_communication(axes: Any, rows: Sequence[SweepRow]) -> None:
-    names = list(dict.fromkeys(axis for row in rows for axis in row.case.sizes))
+    """Bars as long as the table's wire bytes; the optimizer's part of each axis is hatched."""
     sent = [row.compiled["axes"] for row in rows if row.compiled]
-    parts = {
-        name: [by_axis.get(name, {}).get("wire", 0) / _MIB for by_axis in sent] for name in names
-    }
-    _draw_bars(axes, rows, {name: sizes for name, sizes in parts.items() if any(sizes)})
+    names = list(dict.fromkeys(axis for by_axis in sent for axis in by_axis))
+    colors, parts = axis_colors(names), []
+    for name in names:
+        over = [by_axis.get(name, {"wire": 0, "optimizer": 0}) for by_axis in sent]
+        model = [(n["wire"] - n["optimizer"]) / _MIB for n in over]
+        style = {"color": colors[name]}
+        parts.append(_Part(name or "no axis", model, style))
+        hatched = {**style, "hatch": "////", "edgecolor": "white", "linewidth": 0}
+        optimizer = [n["optimizer"] / _MIB for n in over]
+        parts.append(_Part(f"{name or 'no axis'}, by the optimizer", optimizer, hatched))
+    _draw_bars(axes, rows, parts)
     least = [sum(over["minimum"] or 0 for over in by.values()) / _MIB for by in sent]
     if any(least):
         axes.plot(least, range(len(rows)), "k|", markersize=12, label="textbook minima")
@@ -154,7 +172,7 @@ def _draw_communication(axes: Any, rows: Sequence[SweepRow]) -> None:
 
 def _draw_time(axes: Any, rows: Sequence[SweepRow], by: str) -> None:
     values = [1e3 * rank_value(row, by) for row in rows]
-    _draw_bars(axes, rows, {by: values})
+    _draw_bars(axes, rows, [_Part(by, values)])
     if by == MEASURED:
         spans = [row.measured["step_seconds"] for row in rows]
         below = [v - 1e3 * span["low"] for v, span in zip(values, spans, strict=True)]

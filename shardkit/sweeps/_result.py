@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .._core.io._files import write_atomic
+from .._core.io._notebook import text_html
 from ..report import MEMORY_CLASSES
 from ._journal import sweep_file_errors
 from ._row import OK, SweepRow
@@ -52,6 +53,13 @@ class Sweep:
     def unranked(self) -> tuple[SweepRow, ...]:
         """The rows that are not ok, each with its reason."""
         return tuple(row for row in self.rows if row.status != OK)
+
+    def __repr__(self) -> str:
+        first = f", first {self.ranked[0].case.shown}" if self.ranked else ""
+        return f"Sweep({len(self.ranked)} of {len(self.rows)} cases ranked{first})"
+
+    def _repr_html_(self) -> str:
+        return text_html(str(self))
 
     def __str__(self) -> str:
         """Tables of at most 100 columns: the ranked rows, and the other ones with their reasons."""
@@ -112,6 +120,7 @@ def flatten_row(row: SweepRow) -> dict[str, Any]:
     }
     for axis, sent in compiled.get("axes", {}).items():
         cells[f"compiled wire bytes {axis}"] = sent["wire"]
+        cells[f"compiled optimizer wire bytes {axis}"] = sent["optimizer"]
         cells[f"ratio to minimum {axis}"] = "" if sent["ratio"] is None else sent["ratio"]
     for name, n in (compiled.get("flops") or {}).items():
         cells[f"flops {name}"] = n

@@ -2,16 +2,16 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
+from .._core.options import describe_annotation, matches_annotation
 from .._core.tree import format_bytes
-from ..report import MEMORY_CLASSES, Report
+from ..report import MEMORY_CLASSES, AxisTraffic, Report
 from ._case import SweepCase
 
 OK, ILLEGAL, FAILED = "ok", "illegal", "failed"
 MEMORY, WRONG = "out of memory", "wrong numbers"
-STATUSES = (OK, WRONG, MEMORY, ILLEGAL, FAILED)
 """Status of a case; only `ok` is ranked."""
 
 
@@ -21,13 +21,14 @@ class SweepRow:
 
     Attributes:
       case: the case.
-      status: one of `STATUSES`.
+      status: `ok`, or what went wrong.
       on: target, platform and kind of the devices.
       reason: why it is not ok: the first line of the error, and the first leaf or axis at fault.
       error: the whole message.
-      compiled: read from the program: `memory` (bytes per device by class), `axes` (wire bytes per
-        device and step of each mesh axis, its textbook minimum and their ratio), `wire` (all
-        axes), `flops`, `findings` by kind, `problems`.
+      compiled: read from the program: `memory` (bytes per device by class), `axes` (of each mesh
+        axis `wire`, what one device sends per step, the `optimizer`'s part of it, the textbook
+        `minimum` of the other part and the `ratio` to it), `wire` (all axes), `flops`, `findings`
+        by kind, `problems`.
       measured: `compile_seconds`; if the step was timed `step_seconds` (median, low and high
         quartile, samples), `warm_up_seconds` and `where`.
       modelled: `step_seconds` of the timeline, if links and peaks of the devices are known; and
@@ -70,12 +71,77 @@ class SweepRow:
 
     @classmethod
     def from_line(cls, line: str) -> "SweepRow":
-        """Reads what `to_line` wrote."""
+        """Reads what `to_line` wrote.
+
+        Raises:
+          ValueError: it is not JSON.
+          KeyError: a figure is missing.
+          TypeError: a field is unknown, or has a value of another type.
+        """
         fields = json.loads(line)
+        _check_fields("row", fields, _FIELDS)
         del fields["key"]
         case = fields.pop("case")
         mesh = tuple((axis, size) for axis, size in case.pop("mesh"))
-        return cls(case=SweepCase(mesh, **case), **fields)
+        _check_fields("case.mesh", mesh, tuple[tuple[str, int], ...])
+        row = cls(SweepCase(mesh, **case), **fields)
+        if row.status == OK:
+            _check_fields("compiled", row.compiled, {})
+            _check_fields("measured", row.measured, {"compile_seconds": {"whole": float}})
+        return row
+
+
+# What reads rows takes for granted: `NAME?` may be missing, `*` is every other name, `(X,)` is X or
+# None.
+_TIMES = {"median": float, "low": float, "high": float, "samples": int}
+_COMPILED = {
+    "memory": {"total": int | None, "*": int | None},
+    "axes": {"*": {"wire": float, "ratio": float | None}},
+    "wire": int,
+    "flops": Mapping[str, float] | None,
+    "findings": {"*": {"count": int}},
+}
+_FIELDS: dict[str, Any] = {
+    "key": str,
+    "case": {"mesh": Sequence[Sequence[Any]], "accumulate": int, "remat": str},
+    "status": Literal["ok", "illegal", "failed", "out of memory", "wrong numbers"],
+    "on": {"target?": str, "device_kind?": str},
+    "reason": str,
+    "error": str,
+    "compiled?": (_COMPILED,),
+    "measured": {
+        "compile_seconds?": {"whole": float},
+        "step_seconds?": _TIMES,
+        "warm_up_seconds?": float,
+        "where?": str,
+    },
+    "modelled": {
+        **dict.fromkeys(("step_seconds?", "memory?", "wire?", "plan_seconds?"), float),
+        "not_modelled?": str,
+    },
+    "verified?": ({"ok": bool | None},),
+    "provenance": {"commit?": str | None, "date?": str, "versions?": Mapping[str, str]},
+}
+
+
+def _check_fields(where: str, value: Any, expected: Any) -> None:
+    """Compares a value with an annotation, or a mapping with those of its names."""
+    if isinstance(expected, tuple):
+        return None if value is None else _check_fields(where, value, expected[0])
+    if not isinstance(expected, Mapping):
+        if not matches_annotation(expected, value):
+            raise TypeError(f"{where}={value!r}, expected {describe_annotation(expected)}")
+        return None
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{where}={value!r}, expected a mapping")
+    known = {name.rstrip("?"): inner for name, inner in expected.items()}
+    for name in expected:
+        if name != "*" and name not in value and not name.endswith("?"):
+            raise KeyError(f"{where}.{name}")
+    for name, inner in value.items():
+        if name in known or "*" in known:
+            _check_fields(f"{where}.{name}", inner, known.get(name, known.get("*")))
+    return None
 
 
 def compiled_figures(report: Report) -> dict[str, Any]:
@@ -88,8 +154,8 @@ def compiled_figures(report: Report) -> dict[str, Any]:
         counted["bytes"] += finding.bytes
     return {
         "memory": {name: getattr(memory, name) for name in (*MEMORY_CLASSES, "total", "capacity")},
-        "axes": {axis: _axis_figures(report, axis) for axis, _ in report.mesh},
-        "wire": report.ledger.total(),
+        "axes": {traffic.axis: _axis_figures(traffic) for traffic in report.traffic},
+        "wire": report.sent,
         "flops": flops
         and {"model": flops.model, "recompute": flops.recompute, "update": flops.update},
         "findings": findings,
@@ -97,16 +163,9 @@ def compiled_figures(report: Report) -> dict[str, Any]:
     }
 
 
-def _axis_figures(report: Report, axis: str) -> dict[str, Any]:
-    """Bytes sent over an axis: its share of collectives over several axes, if a minimum is known.
-
-    Without a minimum all bytes of every collective that spans the axis.
-    """
-    for least in report.minima:
-        if least.axis == axis:
-            figures = {"kind": least.kind, "wire": least.wire, "minimum": least.bytes}
-            return {**figures, "ratio": least.ratio}
-    return {"kind": None, "wire": report.ledger.total(axis), "minimum": None, "ratio": None}
+def _axis_figures(traffic: AxisTraffic) -> dict[str, Any]:
+    figures = {"kind": traffic.kind or None, "wire": traffic.sent, "optimizer": traffic.optimizer}
+    return {**figures, "minimum": traffic.minimum, "ratio": traffic.ratio}
 
 
 def modelled_figures(report: Report) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def _format_ratios(row: SweepRow) -> str:
     axes = (row.compiled or {}).get("axes", {})
     known = {axis: sent["ratio"] for axis, sent in axes.items() if sent["ratio"] is not None}
     return " ".join(
-        f"{axis} {ratio:.2f}" for axis, ratio in known.items() if row.case.sizes[axis] > 1
+        f"{axis} {ratio:.2f}" for axis, ratio in known.items() if row.case.sizes.get(axis, 1) > 1
     )
 
 

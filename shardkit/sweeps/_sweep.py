@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 OnRow = Callable[[SweepRow, int, int], None]
 
+_FILES = "The rows of a sweep are kept in a file."
+
 
 def sweep(
     spec: "StepSpec | Factory | str | Path",
@@ -130,6 +132,7 @@ def sweep(
         steps_per_repeat=(steps_per_repeat, int),
         timeout=(timeout, float),
     )
+    folder = None if out is None else local_path(out, SweepError, _FILES)
     factory = make_factory(spec)
     counts = _device_counts(devices, target)
     micro, policy = default_options(factory)
@@ -143,8 +146,7 @@ def sweep(
     on_real = target is None and compiler.device_info["platform"] != "cpu"
     timed = on_real if time is None else time
     runner = CaseRunner(compiler, verify, batches, estimate)
-    out = tempfile.mkdtemp(prefix="shardkit-sweep-") if out is None else out
-    folder = local_path(out, SweepError, "The rows of a sweep are kept in a file.")
+    folder = folder or Path(tempfile.mkdtemp(prefix="shardkit-sweep-"))
     with Journal(folder, _identity(factory, compiler, record)) as journal:
         run = SweepRun(journal, runner, planned, on_row)
         with _note_resume(journal, len(planned)):

@@ -263,15 +263,13 @@ class _CallWalk:
         sent = find_recv(start, here) if crosses_slices(start) else None
         if not (self._module.scheduled and (sent or start.opcode.endswith("-start"))):
             return False
-        names = list(here.instructions)
         between = False
         pending = {sent or start.name}
-        for name in names[names.index(start.name) + 1 :]:
-            instruction = here.instructions[name]
+        for instruction in here.after(start.name):
             if pending & set(instruction.operands):
                 if instruction.opcode.endswith("-done"):
                     return between
-                pending.add(name)
+                pending.add(instruction.name)
             elif instruction.opcode in _COMPUTE and not self._holds_collective(instruction):
                 between = True
         return False

@@ -11,16 +11,17 @@ Only what the program says is reported; what is not certain is left empty.
 """
 
 import dataclasses
-from collections.abc import Iterable
+import functools
 from typing import TYPE_CHECKING
 
 from ..._core.source import Source
 from ..hlo._arguments import find_argument
 from ..hlo._hlo import Computation, Instruction
-from ..hlo._neighbours import Onward, consumers, nearest, producers
-from ..hlo._scope import phase_of, split_op_name
+from ..hlo._readers import find_fusion, moves, nearest_maker, nearest_readers
+from ..hlo._scope import last_name, phase_of
 from ..hlo._source_lines import Sources, result_names
 from ..hlo._sources import ComputedError
+from ._entries import PRODUCTS, find_entry, splits_matrix
 from ._governing import find_governing
 from ._ledger import Ends, Ledger, LedgerRow
 from ._reductions import REDUCING, gradient_reductions
@@ -31,10 +32,12 @@ if TYPE_CHECKING:
 # Operations of JAX that carry a declared layout out, as their paths end.
 _CONSTRAINT = "the constraint at "
 # Collectives that the loss itself asks for.
-_EXPLICIT = frozenset(
+EXPLICIT = frozenset(
     """all_gather all_gather_invariant all_gather_reduced all_to_all ppermute pbroadcast psum
     psum_invariant psum_scatter ragged_all_to_all reduce_scatter""".split()
 )
+_HLO_PRODUCTS = frozenset({"dot", "convolution"})
+_COMPUTED = ("forward", "backward", "recompute")
 _CONSTRAINTS = frozenset({"sharding_constraint", "shardkit_constrain"})
 
 
@@ -60,10 +63,6 @@ class _Operation:
         return f"{self.name} at {self.source}"
 
 
-def _last_name(op_name: str) -> str:
-    return split_op_name(op_name)[0].rpartition("/")[2]
-
-
 class _EndsReader:
     def __init__(self, program: "Program", ledger: Ledger) -> None:
         self._program = program
@@ -71,6 +70,7 @@ class _EndsReader:
         kinds = program.declared.kinds
         stored = {"weights", "optimizer_state"}
         self._gathered = {kind.axis for kind in kinds if stored & kind.splits}
+        self._entries: dict[tuple[str, ...], Source | None] = {}
         self._constraint_lines = {one.source for one in program.declared.governing}
         self._reducing = {
             (row.computation, row.name, axis)
@@ -99,30 +99,77 @@ class _EndsReader:
         self, row: LedgerRow, operand: str, own: Source | None, here: Computation
     ) -> tuple[Source | None, Ends]:
         """The line that causes the transfer of one array, and its ends."""
-        leaf = self._argument(here, operand)
-        readers = result_names(here.instructions[row.name], operand, here)
-        made = self._nearest([operand], producers(here), here)
-        wanted = self._nearest(readers, consumers(here), here)
-        source = self._cause(row, own, wanted)
+        leaf, made = (
+            self._argument(here, operand),
+            nearest_maker(self._program.module, here, operand, self._tell),
+        )
+        wanted = self._wanted(row, operand, own, made)
+        source = self._cause(row, own, made, wanted, leaf)
         forced = source in self._constraint_lines and source != own
         declared = f"{_CONSTRAINT}{source}" if forced else self._declaration(row, leaf, own)
         return source, Ends(leaf.name if leaf else str(made or ""), str(wanted or ""), declared)
 
     def _cause(
-        self, row: LedgerRow, own: Source | None, wanted: "_Operation | None"
+        self,
+        row: LedgerRow,
+        own: Source | None,
+        made: "_Operation | None",
+        wanted: "_Operation | None",
+        leaf: "PlacedLeaf | None",
     ) -> Source | None:
         """The line that causes a transfer.
 
         For a gather that the compiler inserts that is the operation which wants the result, or the
-        constraint which forces that one's layout. Compilers name either side of it.
+        constraint which forces that one's layout. Compilers name either side of it. A gradient that
+        is gathered for the update is split since an axis comes in elsewhere.
         """
-        if row.kind in REDUCING or _last_name(row.op_name) in _EXPLICIT:
+        if row.kind in REDUCING or last_name(row.op_name) in EXPLICIT:
             return own
         near = wanted.source if wanted and wanted.source else own
+        if made and made.phase in _COMPUTED and wanted:
+            near = self._entry(row.axes, wanted) or near
         if near is None or set(row.axes) <= self._gathered:
             return near
         governing, batch_axes = self._program.declared.governing, self._program.batch_axes
-        return find_governing(near, row.axes, governing, batch_axes) or near
+        of_param = leaf is not None and leaf.part == "params" and not batch_axes & set(row.axes)
+        found = find_governing(near, row.axes, governing, batch_axes, any_split=of_param)
+        for_loss = row.kind == "all-gather" and (not wanted or wanted.phase in _COMPUTED)
+        if found is None and made and made.source and for_loss:
+            found = find_governing(made.source, row.axes, governing, batch_axes)
+        if found is None and made and made.phase in _COMPUTED and set(row.axes) <= batch_axes:
+            found = self._moving_rows
+        return found or near
+
+    @functools.cached_property
+    def _moving_rows(self) -> Source | None:
+        """The only constraint that splits another dim over an axis of the rows.
+
+        What it does to an array, the backward pass undoes elsewhere: at the sum of two cotangents,
+        or in the product before it.
+        """
+        batch = [leaf.dims() for leaf in self._program.leaves if leaf.part == "batch"]
+        rows = self._program.batch_axes - {a for dims in batch for dim in dims[1:] for a in dim}
+        moved = {
+            (one.source.file, one.source.line): one.source
+            for one in self._program.declared.governing
+            if any(rows & set(dim) for dim in one.dims[1:])
+        }
+        return next(iter(moved.values())) if len(moved) == 1 else None
+
+    def _entry(self, axes: tuple[str, ...], wanted: "_Operation") -> Source | None:
+        """The line where axes come in, if what is sent over them is of no declaration at its ends.
+
+        That is so for gradients that the update takes whole, and for operands of a product where no
+        matrix is split over the axes.
+        """
+        product = wanted.name in PRODUCTS and not splits_matrix(self._program, axes)
+        if not product and wanted.phase != "update":
+            return None
+        if axes not in self._entries:
+            self._entries[axes] = find_entry(self._program, axes)
+        entry = self._entries[axes]
+        # What needs the whole of an array that a constraint splits is at odds with the constraint.
+        return None if product and entry in self._constraint_lines else entry
 
     def _argument(self, here: Computation, name: str) -> "PlacedLeaf | None":
         """The argument of the step that an array is another form of; None if it is computed."""
@@ -133,24 +180,61 @@ class _EndsReader:
         leaves = self._program.leaves
         return leaves[number] if number is not None and number < len(leaves) else None
 
-    def _nearest(
-        self, names: Iterable[str], onward: Onward, here: Computation
+    def _wanted(
+        self, row: LedgerRow, operand: str, own: Source | None, made: "_Operation | None"
     ) -> "_Operation | None":
-        """The nearest operation with a JAX path; a constraint without a line is passed over."""
+        """The operation that wants what a collective makes of an array.
 
-        def tell(instruction: Instruction) -> _Operation | None:
-            if not instruction.op_name or instruction.opcode == "get-tuple-element":
-                return None
-            name, phase = _last_name(instruction.op_name), phase_of(instruction.op_name)
-            source = self._sources.of(instruction, here)
-            silent = source is None and name in _CONSTRAINTS
-            return None if silent else _Operation(name, phase, source)
+        Compilers give a collective the line of either side: where it is not the maker's, it says
+        which one of several readers it is for.
+        """
+        module = self._program.module
+        within = module.computations[row.computation]
+        sent = within.instructions[row.name]
+        here, fusion = find_fusion(module, within, sent)
+        names = [fusion.name] if fusion is not sent else result_names(sent, operand, here)
 
-        return next(iter(nearest(names, onward, tell, here)), None)
+        of_reader = own is not None and made is not None and made.source != own
+        unnamed = _Operation(last_name(row.op_name), phase_of(row.op_name), own)
+
+        def tell(reader: Instruction, at: Computation) -> _Operation | None:
+            if of_reader and not reader.op_name and reader.opcode in _HLO_PRODUCTS:
+                return unnamed
+            told = self._tell(reader, at)
+            if told is not None and told.name in _CONSTRAINTS:
+                return told if self._forces(told.source, row) else None
+            return None if moves(reader, sent, at) else told
+
+        found = nearest_readers(module, here, names, tell)
+        found = found or nearest_readers(module, here, names, self._tell)
+        if of_reader:
+            found.sort(key=lambda one: one.source != own)
+        return next(iter(found), None)
+
+    def _forces(self, constraint: Source | None, row: LedgerRow) -> bool:
+        """Whether a constraint that reads an array can be what a collective makes it for.
+
+        Where it splits the array over the axes of a gather, something behind it wants it whole.
+        """
+        governing, batch_axes = self._program.declared.governing, self._program.batch_axes
+        if constraint is None or row.kind != "all-gather" or not governing:
+            return True
+        line = constraint.file, constraint.line
+        own = [one for one in governing if (one.source.file, one.source.line) == line]
+        return any(one.forbids(row.axes, batch_axes) for one in own)
+
+    def _tell(self, instruction: Instruction, here: Computation) -> "_Operation | None":
+        """What an instruction is, if it has a JAX path; a constraint without a line is none."""
+        if not instruction.op_name or instruction.opcode == "get-tuple-element":
+            return None
+        name, phase = last_name(instruction.op_name), phase_of(instruction.op_name)
+        source = self._sources.of(instruction, here)
+        silent = source is None and name in _CONSTRAINTS
+        return None if silent else _Operation(name, phase, source)
 
     def _declaration(self, row: LedgerRow, leaf: "PlacedLeaf | None", source: Source | None) -> str:
         """The declaration that decides one of the two layouts; "" where that is not certain."""
-        if _last_name(row.op_name) in _CONSTRAINTS:
+        if last_name(row.op_name) in _CONSTRAINTS and self._forces(source, row):
             return f"{_CONSTRAINT}{source}" if source else "a constraint"
         if leaf is not None and set(row.axes) <= set(leaf.axes()):
             return leaf.declared_by

@@ -24,13 +24,15 @@ class GoverningConstraint:
 
     Attributes:
       source: its own line.
-      dims: mesh axes that split each dim of the constrained array.
+      dims: mesh axes that split each dim of the constrained array, without those left open.
       lines: `(file, line)` of the operations between it and the last product before it.
+      open: it leaves a dim to the partitioner, as `jax.vmap` does with the one that it maps.
     """
 
     source: Source
     dims: tuple[tuple[str, ...], ...]
     lines: frozenset[Line]
+    open: bool = False
 
     def forbids(self, axes: Sequence[str], batch_axes: Collection[str]) -> bool:
         """Whether it keeps a result from being split as its operands are.
@@ -40,7 +42,8 @@ class GoverningConstraint:
         """
         split = {axis for dim in self.dims for axis in dim}
         inner = {axis for dim in self.dims[1:] for axis in dim}
-        return any(a not in split or (a in batch_axes and a in inner) for a in axes)
+        absent = any(a not in split for a in axes) and not self.open
+        return absent or any(a in batch_axes and a in inner for a in axes)
 
 
 def find_governing(
@@ -48,6 +51,8 @@ def find_governing(
     axes: Sequence[str],
     constraints: Sequence[GoverningConstraint],
     batch_axes: Collection[str],
+    *,
+    any_split: bool = False,
 ) -> Source | None:
     """The line of the only constraint that governs an operation and forbids its layout.
 
@@ -56,6 +61,8 @@ def find_governing(
       axes: mesh axes of the collective, which gathers or reshards over them.
       constraints: those of the step.
       batch_axes: mesh axes that split the rows of the batch.
+      any_split: a constraint that splits over these axes counts too. So it is for a weight that is
+        gathered: were its own dim of the product split, nothing would be.
 
     Returns:
       None if there is none, or if there are several lines.
@@ -64,6 +71,6 @@ def find_governing(
     lines = {
         (one.source.file, one.source.line): one.source
         for one in constraints
-        if line in one.lines and one.forbids(axes, batch_axes)
+        if line in one.lines and (any_split or one.forbids(axes, batch_axes))
     }
     return next(iter(lines.values())) if len(lines) == 1 else None

@@ -5,11 +5,21 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import overload
 
-from ..._core.errors import ReportError, did_you_mean
+from ..._core.errors import ReportError, count, did_you_mean
+from ..._core.io._notebook import notebook_html
+from ..._core.io._table import Column, Table
 from ..._core.source import Source
 from ..._core.tree import format_bytes
 from ..hlo._hlo import Module, parse, parse_shapes
-from ..hlo._scope import combines_elements, is_windowable, phase_of, scope_of, split_op_name
+from ..hlo._readers import find_fusion
+from ..hlo._scope import (
+    combines_elements,
+    is_windowable,
+    moves_matrices,
+    phase_of,
+    scope_of,
+    split_op_name,
+)
 from ..hlo._slices import Slices
 from ..hlo._source_lines import Sources
 from ._collectives import KINDS, SPELLED, CollectiveSite, find_collectives
@@ -105,6 +115,7 @@ class LedgerRow:
     taken: float = 1.0
     sources: tuple[Source | None, ...] = ()
     ends: tuple[Ends, ...] = ()
+    known_trips: int = 1
 
     def __post_init__(self) -> None:
         for text in self.operands:
@@ -131,7 +142,10 @@ class LedgerRow:
         """Bytes of each of `operands`."""
         return tuple(parse_shapes(text)[0].nbytes for text in self.operands)
 
-    known_trips: int = 1
+    @property
+    def moves_matrices(self) -> bool:
+        """It moves matrices of the optimizer to or from their owners, in place of products."""
+        return self.by_optimizer and moves_matrices(self.op_name)
 
     @property
     def counted_trips(self) -> int:
@@ -194,9 +208,17 @@ class Ledger(Sequence[LedgerRow]):
         """Number of rows."""
         return len(self.rows)
 
-    def __iter__(self) -> Iterator[LedgerRow]:
-        """Iterates over the rows."""
-        return iter(self.rows)
+    def __repr__(self) -> str:
+        return f"Ledger({count(len(self), 'collective')}, {format_bytes(self.total())} sent)"
+
+    def _repr_html_(self) -> str:
+        """The collectives that send most."""
+        rows = [
+            (str(row), format_bytes(row.wire_bytes), str(row.source or ""))
+            for row in sorted(self, key=lambda row: -row.wire_bytes)
+        ]
+        columns = ["collective", Column("sent", right=True), "source"]
+        return notebook_html(repr(self), Table(columns, rows))
 
     def where(
         self,
@@ -316,10 +338,10 @@ def _blank_strings(hlo: str) -> str:
 
 def _sources(site: CollectiveSite, module: Module, known: Sources) -> tuple[Source | None, ...]:
     """The source of each array that a collective sends."""
-    here = module.computations[site.computation]
-    sources = known.of_operands(site.instruction, here)
+    here, sent = find_fusion(module, module.computations[site.computation], site.instruction)
+    sources = known.of_operands(sent, here) if sent is site.instruction else ()
     if len(sources) != len(site.operands):  # one operand can be a tuple of arrays
-        sources = (known.of(site.instruction, here),) * len(site.operands)
+        sources = (known.of(sent, here),) * len(site.operands)
     return sources
 
 
@@ -362,7 +384,8 @@ def _split_by_dtype(site: CollectiveSite, sources: Sequence[Source | None]) -> I
             op_name=calls.op_name,
             phases=tuple(phase_of(path) for _, path, _ in sent),
             sources=tuple(source for _, _, source in sent),
-            by_optimizer=phase == "update" and combines_elements(largest_path),
+            by_optimizer=phase == "update"
+            and (combines_elements(largest_path) or moves_matrices(largest_path)),
             dcn=site.dcn,
             taken=float(calls.taken),
             known_trips=calls.known_trips,

@@ -7,18 +7,11 @@ dtype they are gathered in, gradients G in the dtype they are reduced in, one
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from .._program import AxisKind, PlacedLeaf, Program
 from ._ledger import Ledger, LedgerRow
-
-# A ratio up to this needs no explanation.
-_SPARE = 1.1
-# Parts of the excess below this share of the minimum are left out.
-_WORTH = 0.01
-_RECOMPUTATION = "sent again by recomputation", 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +23,7 @@ class Minimum:
       kind: kind of parallelism on it; `data by specs` where it follows from specs alone.
       bytes: fewest wire bytes per device and step.
       wire: what is sent over the axis; see `axis_wire_bytes`.
-      excess: (reason, bytes) of traffic beyond the minimum, as far as the rows explain it.
+      excess: (reason, bytes) of traffic beyond the minimum, as far as findings and rows explain it.
     """
 
     axis: str
@@ -47,25 +40,54 @@ class Minimum:
 
 def compute_minima(program: Program) -> tuple[Minimum, ...]:
     """Returns the minimum of each mesh axis whose kind is declared, or follows from specs."""
-    declared = program.declared
-    kinds = {kind.axis: kind for kind in (*declared.by_specs, *declared.kinds)}
-    minima = (_compare_to_minimum(program, kind) for kind in kinds.values())
+    minima = (_compare_to_minimum(program, kind) for kind in judging_kinds(program).values())
     return tuple(minimum for minimum in minima if minimum is not None)
 
 
+def judging_kinds(program: Program) -> dict[str, AxisKind]:
+    """The kind of each mesh axis whose minimum counts: the declared one, or one from specs."""
+    declared = program.declared
+    return {kind.axis: kind for kind in (*declared.by_specs, *declared.kinds)}
+
+
 def axis_wire_bytes(
-    ledger: Ledger, axis: str, sizes: Mapping[str, int], leaves: Sequence[PlacedLeaf]
+    ledger: Ledger, axis: str, sizes: Mapping[str, int], splitting: Collection[str]
 ) -> int:
     """Wire bytes over one axis, with its share of collectives that span several.
 
-    Collectives of the optimizer's own arithmetic are left out: no textbook minimum has them.
+    Collectives of the optimizer's own arithmetic are left out, but for moves of whole matrices:
+    no textbook minimum has them.
+    """
+    rows = comparable_rows(ledger, axis)
+    return sum(divide_row(row, sizes, splitting)[axis] for row in rows)
+
+
+def divide_row(
+    row: LedgerRow, sizes: Mapping[str, int], splitting: Collection[str]
+) -> dict[str, int]:
+    """Divides a row's wire bytes among its mesh axes; they add up to all of them.
 
     A reduction or gather of V over axes of sizes a and b sends as much as one of V over a and then
-    one of V/a over b. The axes that split parameters come first, as for gradients that are
-    scattered before they are reduced over the other axes.
+    one of V/a over b:
+
+        all-gather of 1 MiB over (fsdp=4, data=2)   wire 7/8 MiB = fsdp 3/4 + data 1/8
+
+    The axes that split parameters come first, as for gradients that are scattered before they are
+    reduced over the other axes.
+
+    Args:
+      row: of the ledger.
+      sizes: mesh axis → devices along it.
+      splitting: mesh axes that split parameters.
     """
-    share = _axis_shares(axis, sizes, leaves)
-    return round(sum(share(row) for row in _comparable_rows(ledger, axis)))
+    if not row.axes:
+        return {"": row.wire_bytes}
+    ordered = sorted(row.axes, key=lambda name: name not in splitting)
+    ways = [math.prod(sizes[name] for name in ordered[:n]) for n in range(len(ordered) + 1)]
+    # Rounded on the running sum, so that no byte is lost or counted twice.
+    whole = 1 - 1 / ways[-1] or 1
+    ends = [round(row.wire_bytes * (1 - 1 / n) / whole) for n in ways]
+    return {name: end - at for name, at, end in zip(ordered, ends, ends[1:], strict=False)}
 
 
 def _compare_to_minimum(program: Program, kind: AxisKind) -> Minimum | None:
@@ -73,40 +95,17 @@ def _compare_to_minimum(program: Program, kind: AxisKind) -> Minimum | None:
     least, axis = kind.minimum(program), kind.axis
     if least is None:
         return None
-    wire = axis_wire_bytes(program.ledger, axis, program.sizes, program.leaves)
-    excess = _explain_excess(program, kind, least) if wire > _SPARE * least else ()
+    least += dict(program.declared.owned).get(axis, 0.0)
+    wire = axis_wire_bytes(program.ledger, axis, program.sizes, weight_axes(program.leaves))
     name = f"{kind.name} by specs" if kind in program.declared.by_specs else kind.name
-    return Minimum(axis, name, least, wire, excess)
+    return Minimum(axis, name, least, wire)
 
 
-def _explain_excess(program: Program, kind: AxisKind, least: float) -> tuple[tuple[str, int], ...]:
-    """Returns (reason, bytes) of traffic beyond a minimum, the most first; no byte counts twice."""
-    rows = _comparable_rows(program.ledger, kind.axis)
-    share = _axis_shares(kind.axis, program.sizes, program.leaves)
-    excess: dict[str, float] = {}
-    for row in rows:
-        recomputed = row.phase == "recompute"
-        for reason, part in [_RECOMPUTATION] if recomputed else kind.excess(row, rows, program):
-            excess[reason] = excess.get(reason, 0.0) + part * share(row)
-    ordered = sorted(excess.items(), key=lambda item: -item[1])
-    return tuple((reason, round(size)) for reason, size in ordered if size > _WORTH * least)
+def comparable_rows(ledger: Ledger, axis: str) -> list[LedgerRow]:
+    """The collectives over an axis that a minimum can count: not the optimizer's own arithmetic."""
+    return [row for row in ledger.where(axis) if not row.by_optimizer or row.moves_matrices]
 
 
-def _comparable_rows(ledger: Ledger, axis: str) -> list[LedgerRow]:
-    return [row for row in ledger.where(axis) if not row.by_optimizer]
-
-
-def _axis_shares(
-    axis: str, sizes: Mapping[str, int], leaves: Sequence[PlacedLeaf]
-) -> Callable[[LedgerRow], float]:
-    splitting = {name for leaf in leaves if leaf.part == "params" for name in leaf.axes()}
-    return functools.partial(_axis_share, axis=axis, sizes=sizes, splitting=splitting)
-
-
-def _axis_share(row: LedgerRow, axis: str, sizes: Mapping[str, int], splitting: set[str]) -> float:
-    if row.kind not in ("all-reduce", "all-gather", "reduce-scatter") or not row.full_axes:
-        return row.wire_bytes
-    ordered = sorted(row.axes, key=lambda name: name not in splitting)
-    before = math.prod(sizes[name] for name in ordered[: ordered.index(axis)])
-    own = (sizes[axis] - 1) / sizes[axis] / before
-    return row.wire_bytes * own / (1 - 1 / row.group)
+def weight_axes(leaves: Sequence[PlacedLeaf]) -> set[str]:
+    """Mesh axes that split parameters."""
+    return {axis for leaf in leaves if leaf.part == "params" for axis in leaf.axes()}

@@ -1,11 +1,12 @@
 """`Finding`: something in a compiled step that a user would want to know."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from ..._core.source import Source
 from ..._core.tree import format_bytes
-from ..communication._ledger import LedgerRow
+from ..communication._ledger import Ledger, LedgerRow
 
 # A collective of up to 1 KiB costs its latency, whatever its dtype.
 SMALL = 1024
@@ -24,6 +25,10 @@ class Finding:
       why: what happens, with numbers.
       fix: what to change, as code where possible.
       source: the line of the user's code that causes most of it; None if unknown.
+      rows: the collectives that send these bytes, as indices into `report.ledger`.
+      alternatives: what `step.report(try_fixes=True)` compiles: `"constrain"` (the rows of what
+        `source` computes), `"shard_map"` (the mode) or `"end"` (one reduction per step).
+      remaining: bytes that the whole step would send with the best of them; None if not compiled.
     """
 
     kind: str
@@ -35,6 +40,9 @@ class Finding:
     why: str
     fix: str
     source: Source | None = None
+    rows: tuple[int, ...] = ()
+    alternatives: tuple[str, ...] = ()
+    remaining: int | None = None
 
     def __str__(self) -> str:
         """Returns `replicated params/w, 16.0 KiB: …`."""
@@ -42,7 +50,27 @@ class Finding:
         return f"{self.kind} {about + ', ' if about else ''}{format_bytes(self.bytes)}: {self.why}"
 
 
-def source_of_rows(rows: Iterable[LedgerRow]) -> Source | None:
-    """The source of the row that sends the most, of those that have one."""
-    known = [row for row in rows if row.source]
-    return max(known, key=lambda row: row.wire_bytes).source if known else None
+def row_numbers(ledger: Ledger) -> dict[int, int]:
+    """`id` of a row → its index in the ledger."""
+    return {id(row): number for number, row in enumerate(ledger)}
+
+
+def bytes_by_source(rows: Iterable[tuple[LedgerRow, float]]) -> dict[Source, float]:
+    """Bytes of each line of code, the most first; rows of unknown lines are left out."""
+    lines: dict[tuple[str, int], tuple[Source, float]] = {}
+    for row, size in rows:
+        if source := row.source:
+            key = source.file, source.line
+            first, before = lines.get(key, (source, 0.0))
+            lines[key] = first, before + size
+    return dict(sorted(lines.values(), key=lambda one: -one[1]))
+
+
+def about_rows(ledger: Ledger, rows: Sequence[LedgerRow]) -> dict[str, Any]:
+    """The fields of a finding about some collectives: the line that sends the most, and `rows`."""
+    numbers = row_numbers(ledger)
+    lines = bytes_by_source((row, row.wire_bytes) for row in rows)
+    return {
+        "source": next(iter(lines), None),
+        "rows": tuple(dict.fromkeys(numbers[id(row)] for row in rows)),
+    }

@@ -1,8 +1,7 @@
 """What a user would want to know about a compiled step: one small function per kind of finding."""
 
-import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from .._program import Program
 from ..communication._ledger import LedgerRow
@@ -13,11 +12,26 @@ from ..communication._reductions import (
     repeats_reductions,
 )
 from ..hlo._hlo import aliased_parameters, dtype_bits
-from ..hlo._scope import scope_of
-from ._finding import SMALL, Finding, source_of_rows
-from ._messages import InvoluntaryRemat, find_involuntary_remats, format_spec
+from ._finding import SMALL, Finding, about_rows
+from ._idle import (
+    idle_axis,
+    idle_options,
+    large_constants,
+    replicated_model_state,
+    replicated_optimizer_state,
+    unused_rules,
+)
 from ._miscompiled import miscompiled
+from ._own_axes import dim_gathers, gradient_gathers, product_gathers, split_contractions
+from ._row_axes import (
+    activation_gathers,
+    activation_parts,
+    is_moved,
+    repeated_reductions,
+    stored_contractions,
+)
 from ._spec_mismatches import (
+    involuntary_remats,
     parameter_gathers,
     replicated_activations,
     replicated_leaves,
@@ -25,45 +39,20 @@ from ._spec_mismatches import (
     spec_mismatches,
 )
 
-# Smaller constants are usually tables of the model, such as rotary frequencies.
-_LARGE_CONSTANT = 2**20
-
 
 def find_findings(program: Program) -> tuple[Finding, ...]:
     """Runs every search; the most bytes first."""
     findings = [finding for search in _SEARCHES.values() for finding in search(program)]
+    claimed = {row for one in findings if one.kind != _OF_ANY_ROW for row in one.rows}
+    for search in _SEARCHES_OF_OTHER_ROWS.values():
+        found = list(search(program, claimed))
+        claimed.update(row for one in found for row in one.rows)
+        findings += found
+    judged = {row for one in findings if one.kind in _SEARCHES_OF_OTHER_ROWS for row in one.rows}
+    moved = activation_parts(program, claimed, is_moved).values()  # too little to be a finding
+    judged |= {number for parts in moved for number, _, _ in parts}
+    findings += _unexplained_collective(program, judged)
     return tuple(sorted(findings, key=lambda finding: -finding.bytes))
-
-
-def _involuntary_remat(program: Program) -> Iterator[Finding]:
-    for remat in find_involuntary_remats(program.log, program.mesh):
-        yield Finding(
-            "involuntary_remat",
-            scope=remat.scope,
-            axes=remat.axes,
-            bytes=remat.nbytes,
-            why=f"{remat.shape} goes from {remat.source} to {remat.target}; XLA gathers it whole "
-            "on every device first, since it has no direct path",
-            fix=f"{_suggest_constraint_between(remat, program)}; then measure: removing it is not "
-            "always faster",
-        )
-
-
-def _suggest_constraint_between(remat: InvoluntaryRemat, program: Program) -> str:
-    """A constraint that lets one mesh axis move at a time, in logical axis names if possible."""
-    if not remat.between:
-        return "constrain producer and consumer to specs that differ in one dim"
-    names = {
-        axes: name
-        for leaf in program.declared.constraints
-        for name, axes in zip(leaf.leaf.axes or (), leaf.dims(), strict=False)
-        if axes and name
-    }
-    code = f"jax.lax.with_sharding_constraint(x, NamedSharding(mesh, {format_spec(remat.between)}))"
-    if all(axes in names for axes in remat.between if axes):
-        dims = ", ".join(repr(names[axes]) if axes else "None" for axes in remat.between)
-        code = f"sk.nn.constrain(x, {dims})"
-    return f"{code} in between, so that one mesh axis moves at a time"
 
 
 def _unaliased_donation(program: Program) -> Iterator[Finding]:
@@ -113,21 +102,22 @@ def _reduction_in_loop(program: Program) -> Iterator[Finding]:
             scope=max(rows, key=lambda row: row.wire_bytes).scope,
             axes=(axis,),
             bytes=round(wire * (1 - 1 / times)),
-            source=source_of_rows(rows),
+            **about_rows(program.ledger, rows),
             why=f"each gradient is reduced {times:.3g} times per step over {axis!r}{context}",
             fix=fix,
+            alternatives=("end",) if steps > 1 else ("shard_map",),
         )
 
 
-def _unexplained_collective(program: Program) -> Iterator[Finding]:
+def _unexplained_collective(program: Program, judged: Collection[int]) -> Iterator[Finding]:
     declared = program.declared
     if not declared.kinds:
         return
     axes = {axis for row in program.ledger for axis in row.axes}
     explained = {axis: declared.explains(axis) for axis in axes}
     groups: dict[tuple[str, tuple[str, ...], str], list[LedgerRow]] = {}
-    for row in program.ledger:
-        known = all(
+    for number, row in enumerate(program.ledger):
+        known = number in judged or all(
             row.kind in explained[axis] or _implements_explained(row, explained[axis], program)
             for axis in row.axes
         )
@@ -139,7 +129,7 @@ def _unexplained_collective(program: Program) -> Iterator[Finding]:
             scope=scope,
             axes=axes,
             bytes=sum(row.wire_bytes for row in rows),
-            source=source_of_rows(rows),
+            **about_rows(program.ledger, rows),
             why=f"{len(rows)} × {kind} over {', '.join(axes)} of {', '.join(rows[0].operands[:3])}"
             " that the strategy does not explain",
             fix="sk.nn.constrain(x, ...) the inputs and outputs of this scope: two specs disagree"
@@ -186,11 +176,6 @@ def _upcast_collective(program: Program) -> Iterator[Finding]:
             saving = row.wire_bytes * (bits - allowed) // bits
             groups.setdefault(row.axes, []).append((saving, row))
     name = {"bf16": "bfloat16", "f16": "float16"}.get(declared.compute_dtype, "float32")
-    fix = f"x.astype(jnp.{name}) before the value crosses devices"
-    if program.platform == "cpu":
-        fix += (
-            "; XLA's CPU backend itself widens bf16: check with --target tpu:... or gpu:... first"
-        )
     for axes, wide in groups.items():
         saving = sum(bytes for bytes, _ in wide)
         if _is_negligible(saving, axes, program):
@@ -206,11 +191,28 @@ def _upcast_collective(program: Program) -> Iterator[Finding]:
             scope=", ".join(dict.fromkeys(row.scope for row in rows if row.scope)),
             axes=axes,
             bytes=saving,
-            source=source_of_rows(rows),
+            **about_rows(program.ledger, rows),
             why=f"{', '.join(f'{n} × {kind}' for kind, n in kinds.items())} under a "
             f"{declared.compute_dtype} policy, the largest of {', '.join(rows[0].operands[:3])}",
-            fix=fix + intended,
+            fix=_suggest_cast(rows[0], name, program) + intended,
         )
+
+
+def _suggest_cast(largest: LedgerRow, dtype: str, program: Program) -> str:
+    """A cast on the side of a collective where it makes it narrow.
+
+    An element-wise cast takes the spec of what reads it. So one alone, in front of a gather, is
+    done behind it: `h.astype(f16)` of f32[32,64] on each of 4 devices becomes a gather of f32.
+    """
+    cast = f"x.astype(jnp.{dtype})"
+    if largest.kind in REDUCING:
+        fix = f"{cast} on what is multiplied or added, before the value crosses devices"
+    else:
+        fix = f"x = sk.nn.constrain({cast}, ...) as x is split, before the value crosses devices"
+    if program.platform == "cpu" and dtype == "bfloat16":
+        fix += "; XLA's CPU backend itself widens bf16: "
+        fix += "check with --target tpu:... or gpu:... first"
+    return fix
 
 
 def _is_negligible(bytes: float, axes: tuple[str, ...], program: Program) -> bool:
@@ -220,113 +222,67 @@ def _is_negligible(bytes: float, axes: tuple[str, ...], program: Program) -> boo
 
 
 def _optimizer_collective(program: Program) -> Iterator[Finding]:
-    groups: dict[tuple[str, ...], list[LedgerRow]] = {}
-    for row in program.ledger:
-        if row.by_optimizer and row.payload_bytes > SMALL:
-            groups.setdefault(row.axes, []).append(row)
-    for axes, rows in groups.items():
-        # Negligible: the norm of the gradients for clipping, and what is combined with it.
-        if _is_negligible(sum(row.wire_bytes for row in rows), axes, program):
-            continue
-        kinds = Counter(row.kind for row in rows)
-        names = ", ".join(axes)
-        yield Finding(
-            "optimizer_collective",
-            scope="update",
-            axes=axes,
-            bytes=sum(row.wire_bytes for row in rows),
-            source=source_of_rows(rows),
-            why=f"{', '.join(f'{n} × {kind}' for kind, n in kinds.items())}: the optimizer "
-            f"multiplies or sums over dims that {names} {'split' if len(axes) > 1 else 'splits'}, "
-            "as muon does with matrices",
-            fix="an element-wise optimizer (adamw), or rules that do not split over "
-            f"{names} the matrices that it multiplies; otherwise it is the price of this optimizer",
-        )
-
-
-def _replicated_optimizer_state(program: Program) -> Iterator[Finding]:
-    """Optimizer state that ZeRO cannot split, since no dim divides."""
-    declared, sizes = program.declared, program.sizes
-    axes = [kind.axis for kind in declared.kinds if "optimizer_state" in kind.splits]
-    for axis in (axis for axis in axes if sizes.get(axis, 1) > 1):
-        for leaf in program.leaves:
-            single = math.prod(leaf.leaf.shape) == 1
-            if leaf.part != "opt_state" or axis in leaf.axes() or single:
-                continue
-            yield Finding(
-                "replicated_optimizer_state",
-                leaf=leaf.name,
-                axes=(axis,),
-                bytes=leaf.device_bytes(sizes) * (sizes[axis] - 1) // sizes[axis],
-                why=f"no dim of {leaf.leaf} is a multiple of {axis}={sizes[axis]} in shards of the "
-                f"other axes: all {sizes[axis]} devices hold and update the same state",
-                fix=f"sizes that divide, or another size of {axis!r}; a small leaf costs little",
-            )
-
-
-def _large_constants(program: Program) -> Iterator[Finding]:
-    """Large arrays that are part of the program, outside of memory classes and rules."""
-    for computation in program.module.computations.values():
-        for instruction in computation.instructions.values():
-            size = sum(shape.nbytes for shape in instruction.shapes)
-            if instruction.opcode == "constant" and size >= _LARGE_CONSTANT:
-                yield Finding(
-                    "large_constant",
-                    scope=scope_of(instruction.op_name),
-                    bytes=size,
-                    why=f"{instruction.shapes[0]} is a constant of the program: every device "
-                    "holds it, in full if a function closes over it, outside of the memory table",
-                    fix="do not close over it: pass it as a parameter, as model_state or in the "
-                    "batch, and give it a rule",
-                )
-
-
-def _idle_axis(program: Program) -> Iterator[Finding]:
-    busy = {axis for leaf in program.leaves for axis in leaf.axes()}
-    busy |= {axis for row in program.ledger for axis in row.axes}
-    for axis, size in program.mesh:
-        if size == 1 or axis in busy or not program.leaves:
-            continue
-        yield Finding(
-            "idle_axis",
-            axes=(axis,),
-            why=f"mesh axis {axis!r} splits no array: its {size} devices do the same work",
-            fix=f"name {axis!r} in the batch, a rule or the strategy, or leave it out of the mesh",
-        )
-
-
-def _unused_rules(program: Program) -> Iterator[Finding]:
-    for text in program.declared.rules:
-        yield Finding(
-            "unused_rule",
-            why=text,
-            fix="correct it, remove it, or move it before the rule that decides",
-        )
+    """What the optimizer's own products and sums send, if it is more than a tenth of the step's."""
+    own = [row for row in program.ledger if row.by_optimizer and not row.moves_matrices]
+    rows = [row for row in own if row.payload_bytes > SMALL]
+    sent = sum(row.wire_bytes for row in rows)
+    # Negligible: the norm of the gradients for clipping, and what is combined with it.
+    if sent * 10 <= program.ledger.total():
+        return
+    kinds = Counter(row.kind for row in rows)
+    over = {axis for row in rows for axis in row.axes}
+    axes = tuple(axis for axis in program.sizes if axis in over)
+    names = ", ".join(axes)
+    yield Finding(
+        "optimizer_collective",
+        scope="update",
+        axes=axes,
+        bytes=sent,
+        **about_rows(program.ledger, rows),
+        why=f"{', '.join(f'{n} × {kind}' for kind, n in kinds.items())}: the optimizer "
+        f"multiplies or sums over dims that {names} {'split' if len(axes) > 1 else 'splits'}, "
+        "as muon does with matrices",
+        fix="an element-wise optimizer (optax.adamw), which sends none of it, or params rules that "
+        f"do not split over {names} the matrices that it multiplies",
+    )
 
 
 _SEARCHES: dict[str, Callable[[Program], Iterator[Finding]]] = {
     "miscompiled": miscompiled,
-    "involuntary_remat": _involuntary_remat,
+    "involuntary_remat": involuntary_remats,
     "replicated": replicated_leaves,
     "replicated_activation": replicated_activations,
     "unaliased_donation": _unaliased_donation,
     "second_compile": _second_compile,
     "reduction_in_loop": _reduction_in_loop,
-    "unexplained_collective": _unexplained_collective,
     "parameter_gather": parameter_gathers,
     "spec_mismatch": spec_mismatches,
     "upcast_collective": _upcast_collective,
     "optimizer_collective": _optimizer_collective,
-    "resharding": resharding,
-    "replicated_optimizer_state": _replicated_optimizer_state,
-    "large_constant": _large_constants,
-    "idle_axis": _idle_axis,
-    "unused_rule": _unused_rules,
+    "replicated_optimizer_state": replicated_optimizer_state,
+    "large_constant": large_constants,
+    "replicated_model_state": replicated_model_state,
+    "idle_axis": idle_axis,
+    "idle_option": idle_options,
+    "unused_rule": unused_rules,
 }
-FINDINGS = tuple(_SEARCHES)
+# Each searches the collectives that no finding before it is about.
+_SEARCHES_OF_OTHER_ROWS: dict[str, Callable[[Program, Collection[int]], Iterator[Finding]]] = {
+    "resharding": resharding,
+    "gradient_gather": gradient_gathers,
+    "activation_gather": activation_gathers,
+    "stored_contraction": stored_contractions,
+    "product_gather": product_gathers,
+    "dim_gather": dim_gathers,
+    "split_contraction": split_contractions,
+    "repeated_reduction": repeated_reductions,
+}
+_OF_ANY_ROW = "upcast_collective"  # beside what else a row's finding says
+FINDINGS = (*_SEARCHES, *_SEARCHES_OF_OTHER_ROWS, "unexplained_collective")
 # Findings that missing messages, or missing rows of the ledger, can hide.
 FROM_MESSAGES = frozenset({"involuntary_remat"})
 FROM_LEDGER = frozenset(
     """reduction_in_loop unexplained_collective parameter_gather spec_mismatch upcast_collective
-    optimizer_collective resharding""".split()
+    optimizer_collective resharding gradient_gather activation_gather stored_contraction
+    product_gather dim_gather split_contraction repeated_reduction""".split()
 )

@@ -10,6 +10,7 @@ import numpy as np
 from ..hlo._groups import read_groups, span_of_groups
 from ..hlo._hlo import parse_shapes
 from ..hlo._scope import scope_of
+from ..hlo._source_lines import place_in
 
 _REMAT = re.compile(
     r"Involuntary full rematerialization\.[^\n]*?from sharding (?P<source>\{.*?\}) to "
@@ -32,6 +33,8 @@ class InvoluntaryRemat:
       nbytes: bytes of the whole array, which every device holds temporarily.
       between: mesh axes per dim of a spec that moves one axis of the source to its dim in the
         target; () if there is none.
+      place: what the message says of the source of the operation that makes the array, as
+        `place_of` reads it from the compiled program.
     """
 
     scope: str
@@ -41,6 +44,7 @@ class InvoluntaryRemat:
     axes: tuple[str, ...]
     nbytes: int
     between: tuple[tuple[str, ...], ...] = ()
+    place: str = ""
 
 
 def find_involuntary_remats(log: str, mesh: Sequence[tuple[str, int]]) -> list[InvoluntaryRemat]:
@@ -71,6 +75,7 @@ def _parse_message(match: re.Match[str], mesh: Sequence[tuple[str, int]]) -> Inv
         axes=tuple(axis for axis in sizes if axis in named),
         nbytes=whole.nbytes,
         between=_intermediate_spec(source or (), target or (), whole.dims, sizes),
+        place=place_in(match["hlo"]),
     )
 
 

@@ -3,22 +3,63 @@
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 from jax.sharding import PartitionSpec
 
+from ..._core.source import Source
 from ..._core.tree import path_to_glob
 from .._program import PlacedLeaf, Program
 from ..communication._ledger import LedgerRow
 from ..hlo._arguments import find_argument
 from ..hlo._hlo import parse_shapes
+from ..hlo._source_lines import Sources
 from ..hlo._sources import ComputedError
 from ..memory._saved import SavedActivation, find_saved_activations
-from ._finding import SMALL, Finding, source_of_rows
-from ._messages import format_spec
+from ._finding import SMALL, Finding, about_rows
+from ._messages import InvoluntaryRemat, find_involuntary_remats, format_spec
+from ._row_axes import COMPUTING, row_axes
 
 # Saved activations below 1 MiB are not worth a constraint.
 _LARGE = 2**20
+
+
+def involuntary_remats(program: Program) -> Iterator[Finding]:
+    """What XLA itself warns of: arrays that it gathers whole to change their layout."""
+    remats = find_involuntary_remats(program.log, program.mesh)
+    # A program from a cache has the messages of a second compile, with that one's tables behind.
+    tables = program.log if "\nStackFrames\n" in program.log else program.hlo
+    sources = Sources(tables, program.module) if remats else None
+    for remat in remats:
+        yield Finding(
+            "involuntary_remat",
+            scope=remat.scope,
+            axes=remat.axes,
+            bytes=remat.nbytes,
+            source=sources.at(remat.place) if sources else None,
+            why=f"{remat.shape} goes from {remat.source} to {remat.target}; XLA gathers it whole "
+            "on every device first, since it has no direct path",
+            fix=f"{_suggest_constraint_between(remat, program)}; then measure: removing it is not "
+            "always faster",
+        )
+
+
+def _suggest_constraint_between(remat: InvoluntaryRemat, program: Program) -> str:
+    """A constraint that lets one mesh axis move at a time, in logical axis names if possible."""
+    if not remat.between:
+        return "constrain producer and consumer to specs that differ in one dim"
+    names = {
+        axes: name
+        for leaf in program.declared.constraints
+        for name, axes in zip(leaf.leaf.axes or (), leaf.dims(), strict=False)
+        if axes and name
+    }
+    code = f"jax.lax.with_sharding_constraint(x, NamedSharding(mesh, {format_spec(remat.between)}))"
+    if all(axes in names for axes in remat.between if axes):
+        dims = ", ".join(repr(names[axes]) if axes else "None" for axes in remat.between)
+        code = f"sk.nn.constrain(x, {dims})"
+    return f"{code} in between, so that one mesh axis moves at a time"
 
 
 def replicated_leaves(program: Program) -> Iterator[Finding]:
@@ -96,6 +137,7 @@ def _replicated_finding(
         scope=scope,
         axes=axes,
         bytes=sum(activation.shape.nbytes for activation in saved),
+        source=largest.source,
         why=f"{whole}{others} kept for the backward pass, the same on all {devices} devices "
         f"of {names}" + (f"; {constraint}" if constraint else ""),
         fix=_suggest_constraint(program, axes),
@@ -141,7 +183,7 @@ def parameter_gathers(program: Program) -> Iterator[Finding]:
             scope=gathers[0][0].scope,
             axes=axes,
             bytes=round(sum(row.wire_bytes * share for row, share in gathers)),
-            source=source_of_rows(row for row, _ in gathers),
+            **about_rows(program.ledger, [row for row, _ in gathers]),
             why=f"{leaf.leaf} is split over {', '.join(axes)} and gathered whole "
             f"by {len(gathers)} × all-gather",
             fix=_suggest_operand_constraint(leaf, axes),
@@ -208,11 +250,36 @@ def spec_mismatches(program: Program) -> Iterator[Finding]:
             scope=rows[0].scope,
             axes=axes,
             bytes=sum(row.wire_bytes for row in rows),
-            source=source_of_rows(rows),
+            **_at_a_constraint(about_rows(program.ledger, rows), source, target, program),
             why=f"{_format_leaf(source)} meets {_format_leaf(target)}: gathered over "
             f"{', '.join(axes)} ({phases})",
             fix=_suggest_common_spec(source, target),
         )
+
+
+def _at_a_constraint(
+    about: dict[str, Any], source: PlacedLeaf, target: PlacedLeaf, program: Program
+) -> dict[str, Any]:
+    """The fields of a finding about two constraints, with the line of one of them.
+
+    That is the spec which fewer lines say: of many constraints of a residual, the odd one. Where as
+    many say either, it is the line that the compiler names if that is a constraint; else that of
+    the source, from which the array is gathered.
+    """
+
+    def lines_of(spec: PlacedLeaf) -> dict[tuple[str, int], Source]:
+        governing = program.declared.governing
+        saying = [one.source for one in governing if one.dims == spec.dims()]
+        return {(line.file, line.line): line for line in saying}
+
+    if source.part == "params":
+        return about
+    first, second, named = lines_of(source), lines_of(target), about["source"]
+    odd = min(first, second, key=len)
+    is_named = named is not None and (named.file, named.line) in first | second
+    if len(odd) != 1 or (len(first) == len(second) and is_named):
+        return about
+    return {**about, "source": next(iter(odd.values()))}
 
 
 def _mismatched_specs(row: LedgerRow, program: Program) -> Iterator[tuple[PlacedLeaf, PlacedLeaf]]:
@@ -274,23 +341,31 @@ def _suggest_common_spec(source: PlacedLeaf, target: PlacedLeaf) -> str:
     )
 
 
-def resharding(program: Program) -> Iterator[Finding]:
-    """Activations that an all-to-all reshards from one dim to another."""
-    for row in program.ledger.where(kind="all-to-all"):
-        if "all_to_all" in row.op_name or row.payload_bytes <= SMALL or row.by_optimizer:
+def resharding(program: Program, claimed: Collection[int]) -> Iterator[Finding]:
+    """Activations that all-to-alls reshard from one dim to another, by line of code."""
+    groups: dict[tuple[tuple[str, ...], str, str], list[LedgerRow]] = {}
+    declared, own = program.declared, row_axes(program)
+    for number, row in enumerate(program.ledger):
+        if row.kind != "all-to-all" or number in claimed or row.by_optimizer:
             continue
-        declared = program.declared
+        if "all_to_all" in row.op_name or row.payload_bytes <= SMALL:
+            continue
         if row.axes and all("all-to-all" in declared.explains(axis) for axis in row.axes):
             continue  # expert parallelism routes tokens by constraints
         specs = _resharded_constraints(row, program)
+        if not specs and row.phase in COMPUTING and own & set(row.axes):
+            continue  # the rows of an activation are moved
+        groups.setdefault((row.axes, str(row.source or row.scope), specs), []).append(row)
+    for (axes, _, specs), rows in groups.items():
+        times = f"{len(rows)} × " if len(rows) > 1 else ""
         yield Finding(
             "resharding",
-            scope=row.scope,
-            axes=row.axes,
-            bytes=row.wire_bytes,
-            source=row.source,
-            why=f"{row.operands[0]} is resharded from one dim to another over "
-            f"{', '.join(row.axes)}: "
+            scope=rows[0].scope,
+            axes=axes,
+            bytes=sum(row.wire_bytes for row in rows),
+            **about_rows(program.ledger, rows),
+            why=f"{times}{rows[0].operands[0]} is resharded from one dim to another over "
+            f"{', '.join(axes)}: "
             + (specs or "its producer and its consumer are split differently"),
             fix="constrain both to one spec: sk.nn.constrain(x, ...) right after it is computed",
         )

@@ -21,6 +21,7 @@ _OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
 _SHAPE = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,<=\s]*)\]")
 _NAME = re.compile(r"%([\w.\-]+)")
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|"|[(){}\[\],]', re.DOTALL)
+_NESTING = re.compile(r'["(){}\[\]]')
 _BITS = {"pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "f4e2m1fn": 4, "token": 0, "opaque": 0}
 _DTYPE = re.compile(r"(?:[su](8|16|32|64)|f(16|32|64)|bf(16)|c(64|128)|f(4|8)e\dm\d\w*)$")
 _CALLS = ("calls", "to_apply", "body", "condition", "true_computation", "false_computation")
@@ -101,11 +102,17 @@ class Instruction:
             attrs[last] = value
         return attrs
 
-    @property
+    @functools.cached_property
     def op_name(self) -> str:
         """The path of JAX scopes and transformations that this instruction comes from."""
         match = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attrs.get("metadata", ""))
         return match.group(1) if match else ""
+
+    @functools.cached_property
+    def element_counts(self) -> tuple[int, ...]:
+        """Number of arrays in each element of its result, a tuple whose elements may be tuples."""
+        elements = split_commas(self.type.strip()[1:-1])
+        return tuple(len(_SHAPE.findall(element)) for element in elements)
 
     @functools.cached_property
     def calls(self) -> tuple[tuple[str, str], ...]:
@@ -140,6 +147,17 @@ class Computation:
         if self.root is None or self.root.opcode != "tuple":
             return [self.root] if self.root else []
         return [self.instructions[name] for name in self.root.operands]
+
+    def after(self, name: str) -> Iterator[Instruction]:
+        """The instructions printed after one, without a walk through those before it."""
+        order, position = self._order
+        for index in range(position[name] + 1, len(order)):
+            yield order[index]
+
+    @functools.cached_property
+    def _order(self) -> tuple[list[Instruction], dict[str, int]]:
+        order = list(self.instructions.values())
+        return order, {instruction.name: index for index, instruction in enumerate(order)}
 
     @functools.cached_property
     def users(self) -> dict[str, list[str]]:
@@ -295,11 +313,16 @@ def _nest(text: str, start: int = 0) -> Iterator[tuple[re.Match[str], int]]:
 
 def _closing_index(text: str, start: int) -> int:
     """Index after the bracket that closes the one at `start`; -1 if none does."""
+    end = text.find(")", start)
+    if text.startswith("(", start) and end > 0 and not _NESTING.search(text, start + 1, end):
+        return end + 1
     return next((match.end() for match, depth in _nest(text, start) if depth == 0), -1)
 
 
 def split_commas(text: str) -> list[str]:
     """Splits at the commas outside of brackets and quotes."""
+    if not _NESTING.search(text):
+        return [piece for piece in text.split(",") if piece.strip()]
     pieces, start = [], 0
     for match, depth in _nest(text):
         if match[0] == "," and depth == 0:

@@ -15,9 +15,19 @@ from typing import Any
 import numpy as np
 
 from ._groups import read_groups, read_pairs
-from ._hlo import Computation, Instruction, Module, Shape, parse_shapes, split_commas
+from ._hlo import Computation, Instruction, Module, Shape
 from ._part_rules import RULES, Site
-from ._parts import Parts, Starts, differs_within, gather, join, permute, scatter
+from ._parts import (
+    ANYWHERE,
+    Parts,
+    Starts,
+    differs_within,
+    gather,
+    join,
+    join_starts,
+    permute,
+    scatter,
+)
 
 Values = tuple[Parts, ...]  # of every array of a result, tuples flattened
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute")
@@ -115,8 +125,10 @@ class _Walk:
         self, instruction: Instruction, shape: Shape, dim: int, a: Starts | None, b: Starts | None
     ) -> Starts | None:
         """The starts of a dim that two arrays share; they must agree where both are known."""
-        if a is None or b is None or a == b:
+        if a is None or b is None:
             return b if a is None else a
+        if a == b or ANYWHERE in (a, b):
+            return join_starts(a, b)
         differ = sum(x != y for x, y in zip(a, b, strict=True))
         self.found[instruction.name, dim] = Misaligned(instruction, shape, dim, differ)
         return None
@@ -167,14 +179,22 @@ class _Walk:
         return self.run(called[0][1], operands)
 
     def _loop(self, body: Computation, start: Values) -> Values:
-        """The starts that every trip keeps; only the walk with these counts."""
-        carry = tuple(Parts(parts.dims) for parts in start)
-        while True:
-            before = dict(self.found)
-            after = _join_all(carry, self.run(body, [carry]))
-            if after == carry:
+        """Walks three trips, of which each is as it would be outside of a loop, then what all keep.
+
+        A carry that starts from zeros has the starts that the first trip gives it, and it is a
+        later trip that meets with them what the loop reads: trips are not joined before.
+        """
+        carry = start
+        for _ in range(3):
+            after = _keep_tables(carry, self.run(body, [carry]))
+            if _same(after, carry):
                 return carry
-            self.found, carry = before, after
+            carry = after
+        found = dict(self.found)
+        while not _same(joined := _join_all(carry, self.run(body, [carry])), carry):
+            carry = joined
+        self.found = found
+        return carry
 
     def _collective(self, of: Instruction, parts: Parts, shape: Shape) -> Parts:
         if of.opcode == "collective-permute":
@@ -199,14 +219,25 @@ def _unknown(of: Instruction) -> Values:
     return tuple(map(Parts.unknown, of.shapes))
 
 
+def _keep_tables(before: Values, after: Values) -> Values:
+    """The result of a trip, with the tables that it left as they were."""
+    pairs = zip(before, after, strict=True)
+    return tuple(Parts(b.dims, join(a, b).values) for a, b in pairs)
+
+
+def _same(first: Values, second: Values) -> bool:
+    """Whether two walks know the same: equal starts, and the same tables."""
+    pairs = zip(first, second, strict=True)
+    return first == second and all(a.values is b.values for a, b in pairs)
+
+
 def _join_all(first: Values, second: Values) -> Values:
     return tuple(join(a, b) for a, b in zip(first, second, strict=True))
 
 
 def _element(of: Instruction, here: Computation, values: Values) -> Values:
     """One element of a tuple, which may itself be a tuple."""
-    elements = split_commas(here.instructions[of.operands[0]].type.strip()[1:-1])
-    sizes = [len(parse_shapes(element)) for element in elements]
+    counts = here.instructions[of.operands[0]].element_counts
     index = int(of.attrs["index"])
-    start = sum(sizes[:index])
-    return values[start : start + sizes[index]]
+    start = sum(counts[:index])
+    return values[start : start + counts[index]]

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from ._hlo import Computation, Instruction
-from ._parts import Parts, Starts, bitcast, join, reshape
+from ._parts import ANYWHERE, Parts, Starts, bitcast, join, join_starts, reshape
+from ._scope import last_name
 
 # (a dim of the first operand, starts of the dims that meet) -> their common starts.
 Compare = Callable[[int, Starts | None, Starts | None], Starts | None]
@@ -71,7 +72,8 @@ def _reshape(_: Compare, at: Site, operands: Sequence[Parts]) -> Parts:
     else:
         moved = reshape(whole, at.old(), at.new)
     values = whole.values
-    return Parts(moved.dims, None if values is None else values.reshape(-1, *at.new))
+    values = None if values is None else values.reshape(-1, *at.new)
+    return dataclasses.replace(moved, values=values)
 
 
 def _transpose(_: Compare, at: Site, operands: Sequence[Parts]) -> Parts:
@@ -79,7 +81,7 @@ def _transpose(_: Compare, at: Site, operands: Sequence[Parts]) -> Parts:
 
 
 def _broadcast(_: Compare, at: Site, operands: Sequence[Parts]) -> Parts:
-    dims: list[Starts | None] = [None] * len(at.new)
+    dims: list[Starts | None] = [ANYWHERE] * len(at.new)
     for starts, dim in zip(operands[0].dims, at.dims(), strict=True):
         dims[dim] = starts
     return Parts(tuple(dims))
@@ -94,20 +96,26 @@ def _keep_whole_dims(_: Compare, at: Site, operands: Sequence[Parts]) -> Parts:
     """A slice, pad or concatenation: dims whose size it keeps."""
     pieces = operands if at.instruction.opcode == "concatenate" else operands[:1]
     sizes = zip(functools.reduce(join, pieces).dims, at.old(), at.new, strict=True)
-    return Parts(tuple(starts if old == new else None for starts, old, new in sizes))
+    kept = (s if old == new or s == ANYWHERE else None for s, old, new in sizes)
+    return Parts(tuple(kept))
 
 
 def _dynamic_slice(_: Compare, at: Site, operands: Sequence[Parts]) -> Parts:
     whole, *index = operands
     offsets = [parts.values for parts in index]
+    # A loop of the model takes the element of its turn, the same on every device.
+    turns = last_name(at.instruction.op_name) == "dynamic_slice"
     dims: list[Starts | None] = []
     for starts, offset, old, new in zip(whole.dims, offsets, at.old(), at.new, strict=True):
-        if old == new or starts is None:
+        known = None if offset is None else {*map(int, offset)}
+        if old == new or not starts:
             dims.append(starts)
-        elif offset is None or {*map(int, offset)} != {*range(0, old, new)}:
-            dims.append(None)  # what a model cuts out, not the parts of all devices
-        else:
+        elif offset is not None and known == {*range(0, old, new)}:
             dims.append(tuple(int(a + b) for a, b in zip(starts, offset, strict=True)))
+        elif turns and new == 1 and not any(starts) and (known is None or len(known) == 1):
+            dims.append(starts)
+        else:
+            dims.append(None)  # what a model cuts out, not the parts of all devices
     values = None
     if whole.values is not None and all(offset is not None for offset in offsets):
         tables = enumerate(whole.values)
@@ -117,15 +125,22 @@ def _dynamic_slice(_: Compare, at: Site, operands: Sequence[Parts]) -> Parts:
 
 
 def _cut(table: np.ndarray, sizes: Sequence[int], offsets: Sequence[int]) -> np.ndarray:
-    pairs = zip(offsets, sizes, strict=True)
-    return table[tuple(slice(offset, offset + size) for offset, size in pairs)]
+    """The slice of a table; XLA moves one that would leave it to its edge."""
+    ends = zip(offsets, sizes, table.shape, strict=True)
+    starts = [min(max(offset, 0), whole - size) for offset, size, whole in ends]
+    return table[tuple(slice(a, a + size) for a, size in zip(starts, sizes, strict=True))]
 
 
 def _dynamic_update(_: Compare, at: Site, operands: Sequence[Parts]) -> Parts:
     whole, piece, *_index = operands
     dims: list[Starts | None] = []
-    for a, b, old, new in zip(whole.dims, piece.dims, at.old(), at.old(1), strict=True):
-        dims.append(a if old != new or a == b else b if a is None else None)
+    # No partitioner writes one of the parts that devices hold: a dim of one has been inserted.
+    of_piece = piece.inserted or piece.dims
+    for a, b, old, new in zip(whole.dims, of_piece, at.old(), at.old(1), strict=True):
+        if old == new:
+            dims.append(b if a is None else join_starts(a, b))
+        else:  # pieces at other indices make it differ along the dim
+            dims.append(a or None)
     return Parts(tuple(dims))
 
 

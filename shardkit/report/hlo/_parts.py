@@ -5,7 +5,8 @@ data=2, tensor=2, `x[8, 6]` with spec `P("data", "tensor")` is `f32[4,3]` on eac
 
     starts of dim 0   (0, 0, 4, 4)      of dim 1   (0, 3, 0, 3)      one for each device
 
-A dim whose starts are unknown is None, so what is not understood is never compared.
+A dim whose starts are unknown is None, so what is not understood is never compared. A dim along
+which all elements are alike, as of zeros, may start anywhere: `ANYWHERE` agrees with all starts.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from ._groups import Mesh
 from ._hlo import Instruction, Shape
 
 Starts = tuple[int, ...]
+ANYWHERE: Starts = ()
 _LAYOUT = re.compile(r"\]\{([\d,]*)")
 
 
@@ -29,10 +31,13 @@ class Parts:
     Attributes:
       dims: where each dim starts on each device; None where that is unknown.
       values: the array itself, i64[devices, *shape], of an integer table or index; else None.
+      inserted: `dims`, if the reshape that made it has only put dims of one element between others;
+        else None. `[4] → [1, 4]` may do that or split a dim of 32 into 8 x 4.
     """
 
     dims: tuple[Starts | None, ...]
     values: np.ndarray | None = dataclasses.field(default=None, compare=False)
+    inserted: tuple[Starts | None, ...] | None = dataclasses.field(default=None, compare=False)
 
     @classmethod
     def unknown(cls, shape: Shape) -> "Parts":
@@ -58,13 +63,26 @@ def held_parts(shape: Sequence[int], dims: Sequence[Sequence[str]], mesh: Mesh) 
 def join(first: Parts, second: Parts) -> Parts:
     """What holds of both; other dims are unknown."""
     pairs = zip(first.dims, second.dims, strict=True)
-    return Parts(tuple(a if a == b else None for a, b in pairs))
+    a, b = first.values, second.values
+    alike = a is not None and b is not None and np.array_equal(a, b)
+    return Parts(tuple(join_starts(*pair) for pair in pairs), a if alike else None)
+
+
+def join_starts(a: Starts | None, b: Starts | None) -> Starts | None:
+    """Starts of a dim that is one of two, or holds parts of both.
+
+    >>> join_starts((0, 4), ANYWHERE), join_starts((0, 4), (4, 0))
+    ((0, 4), None)
+    """
+    if ANYWHERE in (a, b):
+        return b if a == ANYWHERE else a
+    return a if a == b else None
 
 
 def gather(dim: Starts | None, size: int, groups: Sequence[np.ndarray]) -> Starts | None:
     """Starts of a dim after an all-gather; None where the pieces are not one run in order."""
-    if dim is None:
-        return None
+    if not dim:
+        return dim
     starts = list(dim)
     for group in groups:
         first = dim[group[0]]
@@ -77,8 +95,8 @@ def gather(dim: Starts | None, size: int, groups: Sequence[np.ndarray]) -> Start
 
 def scatter(dim: Starts | None, size: int, groups: Sequence[np.ndarray]) -> Starts | None:
     """Starts of a dim after a reduce-scatter into pieces of `size`."""
-    if dim is None:
-        return None
+    if not dim:
+        return dim
     starts = list(dim)
     for group in groups:
         for i, member in enumerate(group):
@@ -92,6 +110,8 @@ def permute(dim: Starts | None, pairs: np.ndarray) -> Starts | None:
     Such an order leaves the first and the last device in place. A shift along a dim, which a model
     asks for, does not: what it moves belongs to other indices than before.
     """
+    if dim == ANYWHERE:
+        return dim
     source = {int(target): int(sender) for sender, target in pairs}
     last = len(source) - 1
     if dim is None or last != len(dim) - 1 or (source[0], source[last]) != (0, last):
@@ -101,7 +121,7 @@ def permute(dim: Starts | None, pairs: np.ndarray) -> Starts | None:
 
 def differs_within(dim: Starts, groups: Sequence[np.ndarray]) -> bool:
     """Whether devices of one group hold different parts."""
-    return any(len({dim[member] for member in group}) > 1 for group in groups)
+    return dim != ANYWHERE and any(len({dim[i] for i in group}) > 1 for group in groups)
 
 
 def reshape(parts: Parts, source: Sequence[int], target: Sequence[int]) -> Parts:
@@ -112,14 +132,24 @@ def reshape(parts: Parts, source: Sequence[int], target: Sequence[int]) -> Parts
 
     A dim of one element on each device tells little: `[1, 4] → [4]` may be a reshape of the whole
     `[8, 4]`, or what is left of a sum over its 8 rows; `[4] → [1, 4]` may split a dim or add one.
+    Where every device has the first element, there is no other.
     """
+    kept = [dim for dim, size in enumerate(source) if size > 1 or not _is_whole(parts.dims[dim])]
+    parts, source = Parts(tuple(parts.dims[d] for d in kept)), [source[d] for d in kept]
     dims: list[Starts | None] = [None] * len(target)
     for inside, outside in _equal_groups(source, target):
         old, new = [source[dim] for dim in inside], [target[dim] for dim in outside]
         starts = [parts.dims[dim] for dim in inside]
         for dim, moved in zip(outside, _regroup(starts, old, new), strict=True):
             dims[dim] = moved
-    return Parts(tuple(dims))
+    if [size for size in source if size > 1] != [size for size in target if size > 1]:
+        return Parts(tuple(dims))
+    longer = iter(starts for starts, size in zip(parts.dims, source, strict=True) if size > 1)
+    return Parts(tuple(dims), inserted=tuple(next(longer) if s > 1 else None for s in target))
+
+
+def _is_whole(starts: Starts | None) -> bool:
+    return starts is not None and not any(starts)
 
 
 def _regroup(
@@ -130,7 +160,7 @@ def _regroup(
         return starts
     outer, *inner = starts
     unclear = any(size == 1 for size in (*old, new[0]))
-    if outer is None or any(s is None or any(s) for s in inner) or (unclear and any(outer)):
+    if not outer or any(s is None or any(s) for s in inner) or (unclear and any(outer)):
         return [None] * len(new)
     before, after = math.prod(old[1:]), math.prod(new[1:])
     merged = tuple(start * before for start in outer)
@@ -174,10 +204,11 @@ def bitcast(parts: Parts, source: Instruction, target: Instruction) -> Parts:
     old, new = source.shapes[0].dims, target.shapes[0].dims
     physical = Parts(tuple(parts.dims[dim] for dim in before))
     moved = reshape(physical, [old[d] for d in before], [new[d] for d in after])
-    dims: list[Starts | None] = [None] * len(new)
-    for dim, starts in zip(after, moved.dims, strict=True):
-        dims[dim] = starts
-    return Parts(tuple(dims))
+
+    def logical(dims: Sequence[Starts | None]) -> tuple[Starts | None, ...]:
+        return tuple(dims[after.index(dim)] for dim in range(len(new)))
+
+    return Parts(logical(moved.dims), inserted=moved.inserted and logical(moved.inserted))
 
 
 def _memory_order(of: Instruction) -> list[int]:

@@ -9,7 +9,7 @@ import itertools
 import re
 from collections import Counter
 
-from ..._core.scope_markers import BRANCH_COUNTS, RECOMPUTED
+from ..._core.scope_markers import BRANCH_COUNTS, MATRIX_OWNERS, RECOMPUTED
 
 PHASES = ("forward", "backward", "recompute", "update", "other")
 
@@ -34,6 +34,7 @@ _WINDOWED = frozenset(
     "dot_general conv_general_dilated ragged_dot all_gather reduce_scatter psum_scatter".split()
 )
 _WRAPPER = re.compile(r"^(?:transpose|jvp|vmap|linearize|remat|checkpoint|shard_map)\((.*)\)$")
+_MARKS = re.compile("[()/:]")
 _SKIP = re.compile(r"^(?:jit|pjit|xla_call|pmap)\(|->|^branch_\d+_fun$|^$")
 
 
@@ -68,8 +69,17 @@ def combines_elements(op_name: str) -> bool:
     >>> combines_elements("jit(f)/vmap()/dot_general"), combines_elements("jit(f)/update/add")
     (True, False)
     """
-    name = split_op_name(op_name)[0].rpartition("/")[2]
+    name = last_name(op_name)
     return name in _COMBINING or name.startswith(("reduce_", "arg", "cum"))
+
+
+def moves_matrices(op_name: str) -> bool:
+    """Whether an instruction moves matrices to or from their owners; see `step/owners`.
+
+    >>> moves_matrices("jit(f)/update/shard_map/matrix_owners/all_to_all")
+    True
+    """
+    return MATRIX_OWNERS in split_op_name(op_name)[0].split("/")
 
 
 def is_windowable(op_name: str) -> bool:
@@ -78,7 +88,16 @@ def is_windowable(op_name: str) -> bool:
     >>> is_windowable("jit(f)/mlp/dot_general"), is_windowable("jit(f)/mlp/concatenate")
     (True, False)
     """
-    return split_op_name(op_name)[0].rpartition("/")[2] in _WINDOWED
+    return last_name(op_name) in _WINDOWED
+
+
+def last_name(op_name: str) -> str:
+    """The operation at the end of a path; of a combined instruction, the first one.
+
+    >>> last_name("jit(f)/(a/b:c);jit(f)/d")
+    'b'
+    """
+    return split_op_name(op_name)[0].rpartition("/")[2]
 
 
 def split_op_name(op_name: str) -> list[str]:
@@ -89,6 +108,9 @@ def split_op_name(op_name: str) -> list[str]:
     """
     paths = []
     for path in op_name.split(";"):
+        if not path.endswith(")"):
+            paths.append(path)
+            continue
         *head, last = _split_outside_parentheses(path, "/")
         if last.startswith("(") and last.endswith(")"):
             paths += [
@@ -124,10 +146,12 @@ def _scope_of_path(path: str) -> str:
 
 def _split_outside_parentheses(path: str, mark: str) -> list[str]:
     """Splits a path at each `mark` outside of parentheses."""
+    if "(" not in path and ")" not in path:
+        return path.split(mark)
     parts, depth, start = [], 0, 0
-    for at, letter in enumerate(path):
-        depth += {"(": 1, ")": -1}.get(letter, 0)
-        if letter == mark and depth == 0:
-            parts.append(path[start:at])
-            start = at + 1
+    for match in _MARKS.finditer(path):
+        depth += {"(": 1, ")": -1}.get(match[0], 0)
+        if match[0] == mark and depth == 0:
+            parts.append(path[start : match.start()])
+            start = match.end()
     return [*parts, path[start:]]

@@ -29,18 +29,28 @@ _DEEPEST = 1000
 
 def place_of(instruction: Instruction) -> str:
     """Where an instruction's metadata says that it comes from, as text; "" if it does not."""
-    metadata = instruction.attrs.get("metadata", "") if "metadata=" in instruction.rest else ""
+    named = "metadata=" in instruction.rest
+    return place_in(instruction.attrs.get("metadata", "")) if named else ""
+
+
+def place_in(metadata: str) -> str:
+    """The same of a text with one instruction's metadata."""
     match = _FRAME_ID.search(metadata) or _OLD_FORM.search(metadata)
     return match[0] if match else ""
 
 
+def source_tables(hlo: str) -> str:
+    """The tables that `stack_frame_id`s of a program are numbers in: what is before its code."""
+    return "\n".join(_lines_before_computations(hlo))
+
+
 def result_names(instruction: Instruction, operand: str, here: Computation) -> list[str]:
-    """Names of what reads the part of a result that one operand becomes; through a `-done`."""
+    """Names of the instructions whose result is what one operand becomes; through a `-done`."""
+    if len(instruction.operands) == 1:
+        return [instruction.name]
     readers = [here.instructions[name] for name in here.users.get(instruction.name, ())]
     done = [one for one in readers if one.opcode.endswith("-done")]
     readers += [here.instructions[n] for one in done for n in here.users.get(one.name, ())]
-    if len(instruction.operands) == 1:
-        return [one.name for one in readers if one not in done] or [one.name for one in done]
     index = str(instruction.operands.index(operand))
     elements = [one for one in readers if one.opcode == "get-tuple-element"]
     return [one.name for one in elements if one.attrs["index"].strip() == index]
@@ -52,6 +62,7 @@ class Sources:
     def __init__(self, hlo: str, module: Module) -> None:
         """Reads the tables at the start of `compiled.as_text()`, which `module` is parsed from."""
         self._module = module
+        self._at: dict[str, Source | None] = {}
         self._tables: dict[str, dict[int, str]] = {name: {} for name in _TABLES}
         table: dict[int, str] | None = None
         for line in _lines_before_computations(hlo):
@@ -62,11 +73,6 @@ class Sources:
         # The outermost frame has no parent. Compilers print that as 0, or count parents from 1.
         first = dict(_FIELD.findall(self._tables["StackFrames"].get(1, "")))
         self._no_parent = int(first.get("parent_frame_id", 0))
-
-    @property
-    def known(self) -> bool:
-        """The program has the tables."""
-        return bool(self._tables["StackFrames"])
 
     def of(self, instruction: Instruction, here: Computation) -> Source | None:
         """The source of an instruction; without metadata, that of its nearest neighbours.
@@ -94,30 +100,25 @@ class Sources:
             return (self.of(instruction, here),)
         sources = []
         for name in instruction.operands:
-            parts = [here.instructions[n] for n in result_names(instruction, name, here)]
-            part = next((p for p in parts if p.opcode == "get-tuple-element"), None)
-            sources.append(self.of(part or here.instructions.get(name, instruction), here))
+            part = next(iter(result_names(instruction, name, here)), name)
+            sources.append(self.of(here.instructions.get(part, instruction), here))
         return tuple(sources)
 
     @functools.cached_property
     def _place_of(self) -> Callable[[Instruction], str | None]:
         return also_in_fusions(place_of, self._module)
 
-    @functools.cached_property
-    def _known(self) -> dict[str, Source | None]:
-        return {}
-
     def at(self, place: str) -> Source | None:
         """The source at what `place_of` returned."""
-        if place and place not in self._known:
+        if place and place not in self._at:
             old = _OLD_FORM.match(place)
             frames = (
                 [Frame(old[1], int(old[2]), "?")]
                 if old
                 else self._stack(int(place.partition("=")[2]))
             )
-            self._known[place] = choose_source(frames)
-        return self._known.get(place)
+            self._at[place] = choose_source(frames)
+        return self._at.get(place)
 
     def _stack(self, number: int) -> Iterator[Frame]:
         """The frames of a stack, the innermost first."""

@@ -27,16 +27,16 @@ from ..hlo._hlo import Computation, Instruction, Module, Shape
 from ..hlo._scope import phase_of
 from ..hlo._source_lines import place_of
 from ._buffer_sizes import SizedArray, SizedType, parse_sized_type
-
-_SAME = frozenset({"bitcast", "opt-barrier", "domain", "add-dependency"})
-_INTO = frozenset({"dynamic-update-slice", "scatter"})
-_CONSTANT = frozenset({"constant", "iota", "partition-id", "replica-id", "after-all"})
-_ELEMENTWISE = frozenset(
-    """abs add and atan2 cbrt ceil clamp compare convert copy cosine divide erf exponential
-    exponential-minus-one floor is-finite log log-plus-one logistic maximum minimum multiply negate
-    not or power remainder round-nearest-even rsqrt select sign sine sqrt subtract tan tanh xor
-    all-reduce""".split()
+from ._fusions import (
+    ELEMENTWISE,
+    INTO,
+    SAME,
+    elementwise_parameters,
+    find_update,
+    written_parameter,
 )
+
+_CONSTANT = frozenset({"constant", "iota", "partition-id", "replica-id", "after-all"})
 _DONATED = re.compile(r"\{([\d, ]*)\}: \((\d+), \{[^}]*\}, (?:may|must)-alias\)")
 _IN_PLACE = re.compile(r"\{([\d, ]*)\}: \((\d+), \{([\d, ]*)\}\)")
 
@@ -179,7 +179,7 @@ class Liveness:
     ) -> Value:
         if instruction.opcode == "tuple":
             return operands
-        if instruction.opcode in _SAME:
+        if instruction.opcode in SAME:
             return operands[0]
         if instruction.opcode == "get-tuple-element":
             return _index_value(operands[0], instruction.attrs["index"])
@@ -236,8 +236,9 @@ class Liveness:
         """Allocates the buffers of an instruction's result."""
         distinct = dict.fromkeys(leaf.alias_root for leaf in _flatten(operands))
         sources = sorted(distinct, key=lambda leaf: -leaf.bytes)
-        path = instruction.op_name or next((leaf.op_name for leaf in sources if leaf.op_name), "")
-        place = place_of(instruction) or next((leaf.place for leaf in sources if leaf.place), "")
+        path, place = self._origin(instruction, operands)
+        path = path or next((leaf.op_name for leaf in sources if leaf.op_name), "")
+        place = place or next((leaf.place for leaf in sources if leaf.place), "")
         # Scalars and constants (a scale, a mask value) do not decide what the result is made of.
         arrays = [leaf for leaf in sources if not leaf.constant_only and leaf.shape.dims]
         constant_only = instruction.opcode in _CONSTANT or (bool(sources) and not arrays)
@@ -268,6 +269,21 @@ class Liveness:
 
         return allocate(parse_sized_type(instruction.type, self._platform))
 
+    def _origin(self, of: Instruction, operands: list[Value]) -> tuple[str, str]:
+        """JAX's path and the place of an instruction; of an update, those of what it writes.
+
+        A loop over layers saves what each computes in a stack. That update has the loop's line.
+        """
+        own, found = (of.op_name, place_of(of)), ("", "")
+        outside = 1 if of.opcode == "dynamic-update-slice" else None
+        if of.opcode == "fusion" and of.calls and (update := find_update(self._called(of))):
+            found = update.op_name, place_of(update)
+            outside = int(update.arguments) if update.opcode == "parameter" else None
+        if outside is not None:
+            made = next(_flatten(operands[outside])).alias_root
+            found = made.op_name, made.place
+        return found if found[1] and phase_of(found[0]) == phase_of(own[0]) else own
+
     def _mark_read(self, values: Iterable[Value], phase: str) -> None:
         for leaf in _flatten(list(values)):
             root = leaf.alias_root
@@ -282,18 +298,18 @@ class Liveness:
         aliasing = instruction.attrs.get("output_to_operand_aliasing", "")
         for index, number, inner in _IN_PLACE.findall(aliasing):
             _alias_all(_index_value(operands[int(number)], inner), _index_value(result, index))
-        if instruction.opcode in _INTO:
+        if instruction.opcode in INTO:
             _alias_written(result, operands[0])
-        elif instruction.opcode in _ELEMENTWISE:
+        elif instruction.opcode in ELEMENTWISE:
             self._record_reuse(result, operands)
         elif instruction.opcode == "fusion" and instruction.calls:
             inner = self._called(instruction)
             parts = result if isinstance(result, list) else [result]
             for part, root in zip(parts, inner.results, strict=False):
-                number = _written_parameter(inner, root)
+                number = written_parameter(inner, root)
                 if number is not None:
                     _alias_written(part, operands[number])
-            reusable = [operands[n] for n in inner.parameters if _is_elementwise(inner, n)]
+            reusable = [operands[number] for number in elementwise_parameters(inner)]
             self._record_reuse(result, reusable)
 
     def _record_reuse(self, result: Value, operands: list[Value]) -> None:
@@ -356,29 +372,8 @@ def _done_value(start: Instruction, done: Instruction, started: Value) -> Value:
         return started[0]
     if start.opcode.endswith("-start") and len(started) > 1:
         # A start with as many arrays as its end has no operands in it: a tuple's all-reduce-start.
-        counts = [_count_arrays(parse_sized_type(x.type, "")) for x in (start, done)]
-        return started if counts[0] == counts[1] else started[1]
+        return started if len(start.shapes) == len(done.shapes) else started[1]
     return started
-
-
-def _written_parameter(inner: Computation, root: Instruction) -> int | None:
-    """Number of the parameter that a fusion returns or writes its result into; None if none."""
-    while root.opcode != "parameter":
-        if root.opcode not in _INTO | _SAME:
-            return None
-        root = inner.instructions[root.operands[0]]
-    return int(root.arguments)
-
-
-def _is_elementwise(inner: Computation, number: int) -> bool:
-    """Whether a fusion uses a parameter in element-wise operations only."""
-    reached = {inner.parameters[number].name}
-    for instruction in inner.instructions.values():
-        if reached & set(instruction.operands):
-            if instruction.opcode not in _ELEMENTWISE | _SAME | {"tuple"}:
-                return False
-            reached.add(instruction.name)
-    return True
 
 
 def _flatten(value: Value) -> Iterator[Buffer]:
@@ -387,10 +382,6 @@ def _flatten(value: Value) -> Iterator[Buffer]:
     else:
         for element in value:
             yield from _flatten(element)
-
-
-def _count_arrays(of: SizedType) -> int:
-    return sum(map(_count_arrays, of)) if isinstance(of, list) else 1
 
 
 def _index_value(value: Value, index: str) -> Value:

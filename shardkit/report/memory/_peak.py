@@ -5,7 +5,6 @@ split by class is called rough unless its sum agrees with the compiler's figure.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Iterable, Mapping
 
 from ..._core.source import Source
@@ -13,6 +12,7 @@ from ..._core.tree import format_bytes
 from .._program import Program
 from ..hlo._scope import phase_of, scope_of
 from ..hlo._source_lines import Sources
+from ._history import MemoryHistory, alive_bytes, build_history
 from ._liveness import Buffer, Liveness
 from ._memory import Memory
 
@@ -70,6 +70,8 @@ class Peak:
       scopes: scope → bytes, the most first; adds up to `bytes`.
       largest: the largest buffers, the largest first.
       problems: what could not be followed; with any, `bytes` is a lower bound.
+      moment: number of that moment in the schedule.
+      history: what is alive over the whole step.
     """
 
     bytes: int
@@ -80,6 +82,8 @@ class Peak:
     scopes: Mapping[str, int]
     largest: tuple[LiveBuffer, ...]
     problems: tuple[str, ...] = ()
+    moment: int = 0
+    history: MemoryHistory | None = None
 
     @property
     def coverage(self) -> float | None:
@@ -129,7 +133,9 @@ def find_peak(program: Program, memory: Memory) -> Peak | None:
         # Text of a compiler that is not known yet costs the peak, not the whole report.
         return None
     temporary = [buffer for buffer in liveness.buffers() if buffer.argument is None]
-    moment = _fullest_moment(temporary, len(liveness.moments))
+    moments = len(liveness.moments)
+    alive_at = alive_bytes(temporary, moments)
+    moment = max(range(len(alive_at)), key=alive_at.__getitem__)
     alive = sorted((b for b in temporary if b.start <= moment <= b.end), key=lambda b: -b.bytes)
     params = [leaf for leaf in leaves if leaf.part == "params"]
     shards = {_drop_unit_dims(leaf.shard(program.sizes)) for leaf in params}
@@ -147,6 +153,14 @@ def find_peak(program: Program, memory: Memory) -> Peak | None:
         scopes=_sum_by_key((buffer.scope, buffer.bytes) for buffer in buffers),
         largest=tuple(buffers[:_LARGEST]),
         problems=tuple(liveness.problems),
+        moment=moment,
+        history=build_history(
+            temporary,
+            moments,
+            classify=lambda buffer: _classify_buffer(buffer, gradients),
+            phase_at=lambda moment: _phase_at(liveness, moment),
+            sources=sources,
+        ),
     )
 
 
@@ -158,17 +172,9 @@ def _compiler_bytes(program: Program, memory: Memory) -> int | None:
 
 def _phase_at(liveness: Liveness, moment: int) -> str:
     """Phase of the last instruction up to a moment that has one."""
-    phases = (phase_of(instruction.op_name) for instruction in reversed(liveness.moments[:moment]))
+    before = (liveness.moments[number] for number in range(moment - 1, -1, -1))
+    phases = (phase_of(instruction.op_name) for instruction in before)
     return next((phase for phase in phases if phase != "other"), "other")
-
-
-def _fullest_moment(buffers: Iterable[Buffer], moments: int) -> int:
-    change = [0] * (moments + 2)
-    for buffer in buffers:
-        change[buffer.start] += buffer.bytes
-        change[buffer.end + 1] -= buffer.bytes
-    alive = list(itertools.accumulate(change))
-    return max(range(len(alive)), key=alive.__getitem__)
 
 
 def _describe_buffer(

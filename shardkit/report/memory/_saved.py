@@ -16,6 +16,8 @@ from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxprs_in_params
 
+from ..._core.equations import source_of_equation
+from ..._core.source import Source
 from ..hlo._arguments import find_argument
 from ..hlo._hlo import Computation, Instruction, Module, Shape
 from ..hlo._scope import phase_of, scope_of
@@ -35,12 +37,14 @@ class SavedActivation:
       global_shape: shape of the whole array.
       scope: the model's scope that computes it.
       axes: mesh axes that split it.
+      source: the line of the user's code that computes it; None if unknown.
     """
 
     shape: Shape
     global_shape: tuple[int, ...]
     scope: str
     axes: tuple[str, ...]
+    source: Source | None = None
 
 
 def find_saved_activations(
@@ -61,8 +65,11 @@ def find_saved_activations(
       parameters: numbers of the arguments that are parameters: one that the forward pass gathers
         and the backward pass reads is not an activation.
     """
+    traced: dict[tuple[tuple[int, ...], str], JaxprEqn] = {}
+    for whole, scope, eqn in _traced_shapes(jaxpr.jaxpr, ""):
+        traced.setdefault((whole, scope), eqn)
     by_rank: dict[int, list[tuple[tuple[int, ...], str]]] = {}
-    for whole, scope in dict.fromkeys(_traced_shapes(jaxpr.jaxpr, "")):
+    for whole, scope in traced:
         by_rank.setdefault(len(whole), []).append((whole, scope))
     ordered = [*first, *(axis for axis in mesh if axis not in first)]
     saved = []
@@ -75,7 +82,9 @@ def find_saved_activations(
         ]
         if matches:
             # If several global shapes fit, the largest: it has the most axes that split it.
-            saved.append(max(matches, key=lambda match: math.prod(match.global_shape)))
+            largest = max(matches, key=lambda match: math.prod(match.global_shape))
+            source = source_of_equation(traced[largest.global_shape, largest.scope])
+            saved.append(dataclasses.replace(largest, source=source))
     return saved
 
 
@@ -160,32 +169,31 @@ def _forward_producers(here: Computation, name: str) -> Iterator[Instruction]:
         yield instruction
 
 
-def _traced_shapes(jaxpr: Jaxpr, path: str) -> Iterator[tuple[tuple[int, ...], str]]:
-    """(global shape, scope) of values that forward equations write and backward ones read."""
-    scopes: dict[Var, str] = {}
+def _traced_shapes(jaxpr: Jaxpr, path: str) -> Iterator[tuple[tuple[int, ...], str, JaxprEqn]]:
+    """(global shape, scope, equation) of what forward equations write and backward ones read."""
+    made: dict[Var, tuple[str, JaxprEqn]] = {}
     for eqn in jaxpr.eqns:
         stack = str(eqn.source_info.name_stack)
         here = f"{path}/{stack}" if path and stack else path or stack
         phase = phase_of(f"{here}/{eqn.primitive.name}")
         if phase in _BACKWARD:
             for value in eqn.invars:
-                if not isinstance(value, Literal) and value in scopes:
+                if not isinstance(value, Literal) and value in made:
                     aval: Any = value.aval
-                    yield aval.shape, scopes[value]
+                    yield aval.shape, *made[value]
         elif phase == "forward":
-            scopes |= {
-                value: _result_scope(eqn, number, here) for number, value in enumerate(eqn.outvars)
-            }
+            made |= {value: _maker(eqn, number, here) for number, value in enumerate(eqn.outvars)}
         for inner in jaxprs_in_params(eqn.params):
             yield from _traced_shapes(inner, here)
 
 
-def _result_scope(eqn: JaxprEqn, number: int, path: str) -> str:
-    """Scope of one result of an equation; for a scan, of the body's equation that computes it."""
+def _maker(eqn: JaxprEqn, number: int, path: str) -> tuple[str, JaxprEqn]:
+    """Scope of one result, and its equation; for a scan, that of the body which computes it."""
     if eqn.primitive.name == "scan":
         body = eqn.params["jaxpr"].jaxpr
         value = body.outvars[number]
         inner = next((equation for equation in body.eqns if value in equation.outvars), None)
         if inner is not None:
-            return scope_of(f"{path}/{inner.source_info.name_stack}/{inner.primitive.name}")
-    return scope_of(f"{path}/{eqn.primitive.name}")
+            stack = inner.source_info.name_stack
+            return scope_of(f"{path}/{stack}/{inner.primitive.name}"), inner
+    return scope_of(f"{path}/{eqn.primitive.name}"), eqn

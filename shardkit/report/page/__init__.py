@@ -8,8 +8,12 @@ from .._json import to_json
 
 # Later scripts use what earlier ones define.
 _SCRIPTS = tuple(
-    "base table head findings timeline memory traffic mesh layout leaves ledger flops main".split()
+    """base table head findings timeline pipeline history memory traffic sources mesh layout leaves
+    ledger flops main""".split()
 )
+# No text of a script goes over several lines, so that indentation has no meaning.
+_AROUND = re.compile(r"\s*([{};,])\s*")
+_UNREAD = re.compile(r"^[ \t]+|^[ \t]*//.*\n", re.MULTILINE)
 
 
 def to_html(report: ReportData) -> str:
@@ -25,4 +29,8 @@ def to_html(report: ReportData) -> str:
 
 
 def _read_asset(name: str) -> str:
-    return files(__name__).joinpath(name).read_text("utf-8")
+    """Text of a file; of scripts and styles without what only their authors read."""
+    text = files(__name__).joinpath(name).read_text("utf-8")
+    if name.endswith(".css"):
+        return _AROUND.sub(r"\1", text)
+    return _UNREAD.sub("", text) if name.endswith(".js") else text

@@ -17,12 +17,19 @@ function el(tag, attributes = {}, ...children) {
   return node;
 }
 
+function svg(tag, attributes, ...children) {
+  const node = document.createElementNS(document.getElementById("svg").namespaceURI, tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  node.append(...children);
+  return node;
+}
+
 function bytes(n) {
   if (n === null) return "unknown";
   const units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];
   let power = 0;
   while (Math.abs(n) >= 1024 && power < units.length - 1) [n, power] = [n / 1024, power + 1];
-  const digits = power === 0 || Math.abs(n) >= 100 ? 0 : Math.abs(n) >= 10 ? 1 : 2;
+  const digits = power === 0 || Math.abs(n) >= 100 ? 0 : 2;
   return `${n.toFixed(digits)} ${units[power]}`;
 }
 
@@ -43,11 +50,20 @@ const named = (leaf) => (leaf.path ? `${leaf.part}/${leaf.path}` : leaf.part);
 const at_line = (source) =>
   source ? `${source.file.split("/").pop()}:${source.line} in ${source.function}` : "";
 
+// A mesh axis in its color.
+const axis_name = (axis) =>
+  el(
+    "span",
+    { class: "axis", style: { "--axis": report.colors[axis] ?? "" } },
+    axis || "(none)",
+  );
+
 const type = (leaf) => `${leaf.dtype}[${leaf.shape.join(",")}]`;
 
 const LABELS = {
   compiled: "Read from the program that the compiler made. Nothing was run.",
   modelled: "Computed from a model of the hardware or a textbook formula. Nothing was run.",
+  measured: "Timed while it ran, by a profile.",
   traced: "Counted in the traced program, before compilation. Nothing was run.",
 };
 // Marks totals that are lower bounds, since something could not be read.
@@ -62,6 +78,9 @@ const branched = (rows) =>
     : "";
 
 const label = (kind) => el("span", { class: `label ${kind}`, title: LABELS[kind] }, kind);
+
+// An entry of a legend.
+const key = (kind, text) => el("span", { class: "key" }, el("i", { class: kind }), text);
 
 function section(id, title, labels, ...children) {
   const short = title.split(" per ")[0];

@@ -22,11 +22,19 @@ function draw_incomplete() {
 function draw_subject() {
   const kind = report.device_kind || report.platform;
   const mesh = report.mesh.map(([name, size]) => `${name}=${integer(size)}`).join(", ");
+  const measured = report.measured
+    ? `Times of collectives are measured, by the profile ${report.measured.path}.`
+    : "Nothing on this page was measured.";
   const simulated = report.platform === "cpu" ? ". Simulated devices have no meaningful speed" : "";
   document.getElementById("subject").textContent =
-    `One training step, compiled for ${plural(devices, "device")} of kind ${kind}, ` +
-    `mesh (${mesh})${simulated}. Nothing on this page was measured. ${report.notes.join(" ")}`;
-  document.title = `shardkit report: ${kind}, ${mesh}`;
+    `${report.name ? `${report.name}: one` : "One"} training step, compiled for ${plural(devices, "device")} of kind ${kind}, ` +
+    `mesh (${mesh})${simulated}. ${measured} ${report.notes.join(" ")}`;
+  document.title = `${report.name || "shardkit report"}: ${kind}, ${mesh}`;
+  const { date, ...versions } = report.made;
+  const by = Object.entries(versions).map(([name, version]) => `${name} ${version}`);
+  document.getElementById("made").textContent = date
+    ? `Compiled ${date.replace("T", " ").replace("Z", " UTC")} with ${by.join(", ")}.`
+    : "";
 }
 
 function figure(name, value, note, kind, warns = false) {
@@ -41,11 +49,7 @@ function figure(name, value, note, kind, warns = false) {
 
 function draw_figures() {
   const { memory, flops, findings } = report;
-  const sent = sum(report.ledger.rows, (row) => row.wire_bytes);
-  const hidden = sum(
-    report.ledger.rows.filter((row) => row.overlapped),
-    (row) => row.wire_bytes,
-  );
+  const hidden = sum(report.traffic, (one) => one.hidden);
   document
     .getElementById("figures")
     .append(
@@ -53,7 +57,7 @@ function draw_figures() {
       figure("Device memory", bytes(memory.total), fits(memory), "compiled", over(memory)),
       figure(
         "Sent per step",
-        least(report.ledger.problems) + bytes(sent),
+        least(report.ledger.problems) + bytes(report.sent),
         `by each device, ${bytes(hidden)} of it hidden`,
         "compiled",
       ),

@@ -61,6 +61,7 @@ function draw_layout(leaf) {
       el("span", { class: "quiet" }, type(leaf)),
     ),
     el("p", {}, summary(leaf)),
+    leaf.declared_by ? el("p", { class: "quiet" }, `Declared by ${leaf.declared_by}.`) : "",
     dims_table(leaf),
     said,
     drawing,
@@ -101,7 +102,7 @@ function dims_table(leaf) {
         "td",
         {},
         leaf.spec[dim].length
-          ? leaf.spec[dim].map((axis) => `${axis} (${integer(sizes.get(axis))})`).join(" × ")
+          ? leaf.spec[dim].map((axis) => el("span", {}, axis_name(axis), ` (${integer(sizes.get(axis))}) `))
           : "whole",
       ),
       el("td", { class: "number" }, integer(leaf.shard[dim])),

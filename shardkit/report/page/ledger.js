@@ -1,6 +1,5 @@
 function draw_ledger() {
   const rows = report.ledger.rows;
-  const total = sum(rows, (row) => row.wire_bytes);
   const some = (of) => [...new Set(rows.map(of))].sort();
   const filters = {
     axis: choice(
@@ -32,7 +31,7 @@ function draw_ledger() {
     {
       title: "kind",
       value: (row) => row.kind,
-      show: (row) => opener(row.kind, () => details(row), 9),
+      show: (row) => opener(row.kind, () => details(row), 12),
     },
     {
       title: "axes",
@@ -53,6 +52,7 @@ function draw_ledger() {
       show: (row) => (row.trips === null ? el("span", { class: "warn" }, "?") : integer(row.trips)),
     },
     wire,
+    ...times_of(rows),
     { title: "phase", value: (row) => row.phase },
     { title: "source", value: (row) => at_line(row.source), wide: true },
     { title: "scope", value: (row) => row.scope, wide: true, show: (row) => several(row.scope) },
@@ -69,13 +69,13 @@ function draw_ledger() {
     said.textContent =
       `${integer(kept.length)} of ${plural(rows.length, "collective")}, ` +
       `${bytes(sum(kept, (row) => row.wire_bytes))} of ` +
-      `${least(report.ledger.problems)}${bytes(total)} sent`;
+      `${least(report.ledger.problems)}${bytes(report.sent)} sent`;
     made.fill(kept);
   }
   section(
     "ledger",
     "Ledger",
-    ["compiled"],
+    report.measured ? ["compiled", "measured"] : ["compiled"],
     el(
       "div",
       { class: "filters" },
@@ -85,6 +85,21 @@ function draw_ledger() {
     made.node,
   );
   redraw();
+}
+
+// The modelled and the measured time of each collective, where they are known.
+function times_of(rows) {
+  const known = [
+    ["modelled", report.timeline?.collectives, "Seconds on the links per step, modelled"],
+    ["measured", report.measured?.collectives, "Seconds per step, measured; mean of all devices"],
+  ];
+  return known
+    .filter(([, times]) => times?.length === rows.length)
+    .map(([title, times, hint]) => {
+      const of = new Map(rows.map((row, i) => [row, times[i]]));
+      const show = (row) => (of.get(row) === null ? "" : seconds(of.get(row)));
+      return { title, value: (row) => of.get(row), number: true, show, hint };
+    });
 }
 
 // Up to two scopes of one instruction; of more, the first and the number of the others.

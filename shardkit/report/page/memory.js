@@ -40,6 +40,7 @@ function draw_memory() {
           `The classes add up to ${bytes(all)}: not all of them are alive at once.`,
         )
       : "",
+    report.peak ? draw_history(report.peak) : "",
     at_peak(report.peak),
     report.memory_suggestions.length
       ? el(
@@ -79,7 +80,7 @@ function at_peak(peak) {
         "div",
         { class: "held" },
         el("span", {}, name),
-        bar(n, peak.bytes, "temp"),
+        bar(n, peak.bytes, `live ${name}`),
         el("span", { class: "number" }, bytes(n)),
         el("span", { class: "number quiet" }, percent(n, peak.bytes)),
       ),

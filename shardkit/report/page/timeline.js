@@ -24,7 +24,7 @@ function draw_timeline() {
   const scheduled = timeline.source === "schedule";
   target.append(
     step_time(timeline),
-    scheduled ? lanes(timeline.segments) : ends(timeline),
+    scheduled ? lanes(timeline) : ends(timeline),
     exposed(timeline),
     segment_table(timeline),
     el(
@@ -71,24 +71,19 @@ function mfu({ mfu, best_mfu }) {
   return `; MFU ${range}`;
 }
 
-// Blocks in the order of their start: compute and exposed communication one after another,
-// hidden communication below the compute that hides it.
-function lanes(segments) {
+// Compute and exposed communication one after another, hidden communication below the compute
+// that hides it.
+function lanes({ segments, blocks }) {
   const lane = Object.fromEntries(LANES.map((name) => [name, []]));
-  const spent = (one) => (one.kind === "compute" ? one.seconds : one.exposed);
-  const total = sum(segments, spent);
-  let now = 0;
-  for (const one of segments) {
-    const hidden = one.kind === "compute" ? 0 : Math.min(now, one.seconds - one.exposed);
+  const total = Math.max(...blocks.map((one) => one.start + one.seconds), 0);
+  for (const { segment: one, start, seconds: length, hidden } of blocks) {
+    const computes = one.kind === "compute";
     const text =
       `${one.phase}, ${one.scope || "(no scope)"}: ${seconds(one.seconds)}` +
-      (one.kind === "compute" ? "" : ` over ${joined(one.axes)}, ${seconds(one.exposed)} exposed`);
-    if (hidden) lane.communication.push(block(now - hidden, hidden, total, "hides", text));
-    if (spent(one))
-      lane[one.kind].push(
-        block(now, spent(one), total, one.kind === "compute" ? one.phase : "exposed", text),
-      );
-    now += spent(one);
+      (computes ? "" : ` over ${joined(one.axes)}, ${seconds(one.exposed)} exposed`) +
+      (one.where ? `, ${one.where}` : "");
+    const kind = hidden ? "hides" : computes ? one.phase : "exposed";
+    lane[one.kind].push(block(start, length, total, kind, text));
   }
   const drawn = LANES.map((name) =>
     el(
@@ -141,9 +136,7 @@ function legend(segments) {
     ["exposed", "communication, exposed"],
     ["hides", "communication, hidden"],
   ];
-  return names.map(([kind, text]) =>
-    el("span", { class: "key" }, el("i", { class: `block-of ${kind}` }), text),
-  );
+  return names.map(([kind, text]) => key(`block-of ${kind}`, text));
 }
 
 // The three resources of a roofline; the longest is the lower end, the sum the upper.
@@ -203,6 +196,7 @@ function segment_table({ segments, source }) {
     [
       { title: "phase", value: (one) => one.phase },
       { title: "scope", value: (one) => one.scope || "(no scope)", wide: true },
+      { title: "source", value: (one) => one.where, wide: true },
       { title: "kind", value: (one) => one.kind },
       { title: "axes", value: (one) => (one.kind === "compute" ? "" : joined(one.axes)) },
       {

@@ -1,42 +1,24 @@
 function draw_traffic() {
-  const rows = report.ledger.rows;
-  const wires = new Map(
-    report.mesh.map(([axis]) => [axis, rows.filter((row) => row.axes.includes(axis))]),
-  );
-  const minima = new Map(report.minima.map((one) => [one.axis, one]));
-  const axes = report.mesh.map(([axis, size]) => {
-    const hidden = sum(
-      wires.get(axis).filter((row) => row.overlapped),
-      (row) => row.wire_bytes,
-    );
-    const least = minima.get(axis);
-    const wire = least ? least.wire : sum(wires.get(axis), (row) => row.wire_bytes);
-    return {
-      axis,
-      size,
-      rows: wires.get(axis).length,
-      wire,
-      hidden,
-      kind: least ? least.kind : "",
-      least: least ? least.bytes : null,
-      ratio: least && least.bytes ? least.wire / least.bytes : null,
-      reductions: report.reductions[axis] ?? null,
-      unseen: wires
-        .get(axis)
-        .some((row) => row.windowed && ["backward", "recompute"].includes(row.phase)),
-    };
-  });
-  const scale = Math.max(1, ...axes.map((one) => Math.max(one.wire, one.least ?? 0)));
+  const { rows } = report.ledger;
+  const axes = report.traffic.map((one) => ({ ...one, size: sizes.get(one.axis) ?? null }));
+  const largest = Math.max(1, ...axes.map((one) => Math.max(one.sent, one.minimum ?? 0)));
   const columns = [
-    { title: "mesh axis", value: (one) => one.axis },
-    { title: "size", value: (one) => one.size, number: true, show: (one) => integer(one.size) },
-    { title: "collectives", value: (one) => one.rows, number: true },
-    { title: "sent", value: (one) => one.wire, number: true, show: (one) => bytes(one.wire) },
+    { title: "mesh axis", value: (one) => one.axis, show: (one) => axis_name(one.axis) },
+    { title: "size", value: (one) => one.size, number: true },
+    { title: "collectives", value: (one) => one.collectives, number: true },
+    { title: "sent", value: (one) => one.sent, number: true, show: (one) => bytes(one.sent) },
     {
       title: "",
-      value: (one) => one.wire,
-      show: (one) => bar(one.wire, scale, "sent", one.least),
-      hint: "Sent; the tick is the minimum",
+      value: (one) => one.sent,
+      show: (one) => sent_bar(one, largest),
+      hint: "Sent, the optimizer's part hatched; the tick is the minimum",
+    },
+    {
+      title: "optimizer",
+      value: (one) => one.optimizer,
+      number: true,
+      show: (one) => bytes(one.optimizer),
+      hint: "The part of it that the optimizer's own arithmetic sends; no minimum has it",
     },
     {
       title: "hidden",
@@ -48,11 +30,17 @@ function draw_traffic() {
     { title: "kind", value: (one) => one.kind },
     {
       title: "textbook minimum",
-      value: (one) => one.least,
+      value: (one) => one.minimum,
       number: true,
-      show: (one) => (one.least === null ? "" : bytes(one.least)),
+      show: (one) => (one.minimum === null ? "" : bytes(one.minimum)),
     },
-    { title: "ratio", value: (one) => one.ratio, number: true, show: ratio },
+    {
+      title: "ratio",
+      value: (one) => one.ratio,
+      number: true,
+      show: ratio,
+      hint: "Sent without the optimizer's part ÷ minimum",
+    },
     {
       title: "reductions",
       value: (one) => one.reductions,
@@ -62,7 +50,7 @@ function draw_traffic() {
       show: (one) =>
         one.reductions === null
           ? ""
-          : `${one.unseen ? "≥ " : ""}${+one.reductions.toPrecision(4)}`,
+          : `${one.reductions_complete ? "" : "≥ "}${+one.reductions.toPrecision(4)}`,
     },
   ];
   const made = table(columns, { caption: "Bytes sent per mesh axis" });
@@ -74,8 +62,9 @@ function draw_traffic() {
     el(
       "p",
       { class: "quiet" },
-      "Bytes that one device sends on a ring, in all collectives that span the axis, are compiled; " +
-        "the minimum is a textbook formula.",
+      `${least(report.ledger.problems)}${bytes(report.sent)} in all. What one device sends on a ` +
+        "ring is compiled; a collective over several axes is divided among them; the minimum is " +
+        "a textbook formula.",
     ),
     bound(report.ledger.problems),
     branched(report.ledger.rows),
@@ -99,18 +88,24 @@ const ratio = (one) =>
     ? ""
     : el("span", { class: one.ratio > 1.1 ? "warn" : "" }, one.ratio.toFixed(2));
 
-// Above, a collective over several axes is in several rows; here it is in one row.
+// The collectives that the table divides among their axes, by the exact set of these.
 function by_sets(rows) {
   const sets = new Map();
-  for (const row of rows)
+  for (const row of rows.filter((row) => row.axes.length > 1))
     sets.set(joined(row.axes), (sets.get(joined(row.axes)) ?? 0) + row.wire_bytes);
-  if (!rows.some((row) => row.axes.length > 1)) return "";
+  if (!sets.size) return "";
   const parts = [...sets].sort((a, b) => b[1] - a[1]).map(([axes, n]) => `${axes} ${bytes(n)}`);
-  return el(
-    "p",
-    { class: "quiet" },
-    "Of a collective over several axes, an axis with a minimum counts its own share, " +
-      "any other the whole. " +
-      `By the exact set of axes: ${parts.join("; ")}.`,
-  );
+  return el("p", { class: "quiet" }, `Of it in collectives over several axes: ${parts.join("; ")}.`);
+}
+
+// The axis's color is that of every picture; the optimizer's part is hatched.
+function sent_bar(one, whole) {
+  const node = bar(one.sent, whole, "sent", one.minimum);
+  const width = (n) => `${whole ? (100 * n) / whole : 0}%`;
+  node.style.setProperty("--axis", report.colors[one.axis]);
+  if (one.optimizer) {
+    const style = { left: width(one.sent - one.optimizer), width: width(one.optimizer) };
+    node.append(el("span", { class: "fill optimizer", style }));
+  }
+  return node;
 }

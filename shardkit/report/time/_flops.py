@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from ..._core.equations import source_of_equation
 from ..._core.scope_markers import branch_shares, recomputed_share
@@ -34,6 +35,7 @@ class Flops:
       by_scope: `(scope, phase) → FLOPs`, largest first.
       by_source: (line of the user's code, FLOPs), largest first; None for the line of products
         without one.
+      lines: of each entry of `by_scope` the line of its largest product; None if unknown.
       problems: products that could not be counted; with any, the numbers are lower bounds.
     """
 
@@ -43,6 +45,7 @@ class Flops:
     problems: tuple[str, ...] = ()
     update: int = 0
     by_source: tuple[tuple[Source | None, int], ...] = ()
+    lines: tuple[Source | None, ...] = ()
 
     @property
     def total(self) -> int:
@@ -65,7 +68,10 @@ def count_flops(jaxpr: ClosedJaxpr) -> Flops:
     problems: list[str] = []
     summed: dict[tuple[str, str], Times] = {}
     lines: dict[tuple[str, int], tuple[Source | None, Times]] = {}
-    for path, equation, flops in _products(jaxpr.jaxpr, "", 1, problems):
+    largest: dict[tuple[str, str], tuple[Times, Source | None]] = {}
+    # A derivative rule computes the gradients of frozen weights too; compilers remove them.
+    live, _ = dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))
+    for path, equation, flops in _products(live, "", 1, problems):
         source = source_of_equation(equation)
         line = (source.file, source.line) if source else ("", 0)
         first, sum_before = lines.get(line, (source, 0))
@@ -76,20 +82,24 @@ def count_flops(jaxpr: ClosedJaxpr) -> Flops:
         for key, part in (((scope, phase), share), ((scope, "forward"), 1 - share)):
             if part:
                 summed[key] = summed.get(key, 0) + flops * part
+                if flops * part > largest.get(key, (0, None))[0]:
+                    largest[key] = flops * part, source
     by_scope = {key: round(flops) for key, flops in summed.items()}
     by_phase = Counter[str]()
     for (_, phase), flops in by_scope.items():
         by_phase[phase] += flops
     recompute, update = by_phase["recompute"], by_phase["update"]
+    by_scope = dict(sorted(by_scope.items(), key=lambda item: -item[1]))
     return Flops(
         model=by_phase.total() - recompute - update,
         recompute=recompute,
-        by_scope=dict(sorted(by_scope.items(), key=lambda item: -item[1])),
+        by_scope=by_scope,
         problems=tuple(dict.fromkeys(problems)),
         update=update,
         by_source=tuple(
             sorted(((s, round(n)) for s, n in lines.values()), key=lambda line: -line[1])
         ),
+        lines=tuple(largest.get(key, (0, None))[1] for key in by_scope),
     )
 
 
@@ -189,6 +199,5 @@ _OPAQUE = ("pallas_call", "ffi_call", "dot_product_attention")
 _COUNTED = {
     "dot_general": _dot_flops,
     "conv_general_dilated": _convolution_flops,
-    "ragged_dot": _ragged_flops,
     "ragged_dot_general": _ragged_flops,
 }

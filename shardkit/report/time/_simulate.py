@@ -20,6 +20,7 @@ from ..communication._links import Links
 from ..hlo._hlo import Computation, Instruction, Module
 from ..hlo._scope import phase_of, scope_of
 from ..hlo._slices import crosses_slices, find_recv
+from ..hlo._source_lines import place_of
 from ..hlo._trips import TripCounts
 from ._traffic import instruction_traffic
 
@@ -38,6 +39,7 @@ class Simulated:
     Attributes:
       seconds: from the first to the last instruction.
       parts: (phase, scope, "compute" or "communication", mesh axes) → [seconds, exposed seconds].
+      places: the same key → seconds and place (see `place_of`) of its longest operation.
       estimated: number of operations with an estimate of the compiler.
       guessed: name of an operation without an estimate → count.
       kernels: the same for hand-written kernels.
@@ -45,12 +47,17 @@ class Simulated:
 
     seconds: float = 0.0
     parts: dict[Key, list[float]] = dataclasses.field(default_factory=dict)
+    places: dict[Key, tuple[float, str]] = dataclasses.field(default_factory=dict)
     estimated: int = 0
     guessed: dict[str, int] = dataclasses.field(default_factory=dict)
     kernels: dict[str, int] = dataclasses.field(default_factory=dict)
 
-    def add(self, key: Key, seconds: float, exposed: float) -> None:
-        """Adds to a part."""
+    def add(self, key: Key, seconds: float, exposed: float, place: str = "") -> None:
+        """Adds to a part, what an operation at some place takes."""
+        self._add(key, seconds, exposed, (seconds, place))
+
+    def _add(self, key: Key, seconds: float, exposed: float, longest: tuple[float, str]) -> None:
+        self.places[key] = max(self.places.get(key, (0.0, "")), longest)
         part = self.parts.setdefault(key, [0.0, 0.0])
         part[0] += seconds
         part[1] += exposed
@@ -59,7 +66,8 @@ class Simulated:
         """Adds the time of a loop, branch or call."""
         self.seconds += trips * other.seconds
         for key, (seconds, exposed) in other.parts.items():
-            self.add(key, trips * seconds, trips * exposed)
+            longest, place = other.places[key]
+            self._add(key, trips * seconds, trips * exposed, (trips * longest, place))
         self.estimated += other.estimated
         for counts, added in ((self.guessed, other.guessed), (self.kernels, other.kernels)):
             for name, number in added.items():
@@ -164,7 +172,8 @@ class ScheduleSimulator:
         end = start
         for row in rows:
             seconds = self._links.seconds(row)
-            result.add((row.phase, row.scope, "communication", row.axes), seconds, 0.0)
+            key_of_row = (row.phase, row.scope, "communication", row.axes)
+            result.add(key_of_row, seconds, 0.0, place_of(instruction))
             end = max(end, transfers.send(start, row, seconds))
         if instruction.opcode.endswith("-start"):
             transfers.ends[instruction.name] = (end, key)
@@ -214,5 +223,6 @@ class ScheduleSimulator:
             name = re.sub(r"[.\d]+$", "", instruction.name)
             names[name] = names.get(name, 0) + 1
         path = instruction.op_name
-        result.add((phase_of(path), scope_of(path), "compute", ()), seconds, seconds)
+        key = (phase_of(path), scope_of(path), "compute", ())
+        result.add(key, seconds, seconds, place_of(instruction))
         result.seconds += seconds

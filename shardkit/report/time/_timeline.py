@@ -17,6 +17,7 @@ from .._program import Program
 from ..communication._ledger import Ledger
 from ..communication._links import ASSUMPTIONS, Links
 from ..hlo._hlo import Module
+from ..hlo._source_lines import Sources
 from ..hlo._trips import TripCounts
 from ._flops import Flops
 from ._simulate import ScheduleSimulator, Simulated
@@ -34,6 +35,7 @@ class Segment:
       axes: mesh axes of communication.
       seconds: its duration.
       exposed: seconds of it that no compute hides.
+      where: line of the user's code of its longest operation; "" if unknown.
     """
 
     phase: str
@@ -42,6 +44,24 @@ class Segment:
     axes: tuple[str, ...]
     seconds: float
     exposed: float
+    where: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A part of a segment at its place on the clock of the step.
+
+    Attributes:
+      segment: what it is a part of.
+      start: seconds from the start of the step.
+      seconds: its duration.
+      hidden: communication behind compute.
+    """
+
+    segment: Segment
+    start: float
+    seconds: float
+    hidden: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +70,7 @@ class Timeline:
 
     Attributes:
       label: `"modelled"`.
+      collectives: seconds on the links per step of each row of the ledger, in its order.
       chip: the chip of the hardware table.
       source: `"schedule"` (the compiler's, with its estimated cycles) or `"roofline"`.
       compute: seconds of compute: by estimated cycles, or of the products at peak FLOP/s.
@@ -82,6 +103,24 @@ class Timeline:
     mfu: float | None = None
     best_mfu: float | None = None
     label: str = "modelled"
+    collectives: tuple[float, ...] = ()
+
+    def blocks(self) -> tuple[Block, ...]:
+        """Its segments one after another, as pictures and traces draw them.
+
+        Hidden communication lies under the compute in front of it. The blocks of compute and of
+        exposed communication add up to the step; of a roofline, to its upper end without memory.
+        """
+        blocks, now = [], 0.0
+        for segment in self.segments:
+            spent = segment.seconds if segment.kind == "compute" else segment.exposed
+            hidden = min(now, segment.seconds - segment.exposed)
+            if segment.kind != "compute" and hidden > 0:
+                blocks.append(Block(segment, now - hidden, hidden, hidden=True))
+            if spent:
+                blocks.append(Block(segment, now, spent))
+            now += spent
+        return tuple(blocks)
 
     def exposed_by_axes(self) -> dict[str, float]:
         """Mesh axes, joined by commas → exposed seconds, the most first."""
@@ -156,7 +195,7 @@ def model_time(
     rate, rate_text = _peak_rate(device, program.declared.compute_dtype)
     products = flops.total / n / rate if flops else None
     if program.platform == "tpu" and device.clock and module.scheduled:
-        timeline = _model_schedule(module, ledger, links)
+        timeline = _model_schedule(module, ledger, links, Sources(program.hlo, module))
     else:
         timeline = _model_roofline(module, ledger, links, flops, products)
     useful = flops.model / n / rate if flops else None
@@ -164,6 +203,7 @@ def model_time(
     return dataclasses.replace(
         timeline,
         products=products,
+        collectives=tuple(links.seconds(row) * row.runs for row in ledger),
         mfu=useful / timeline.high if useful and timeline.high else None,
         best_mfu=useful / timeline.low if useful and timeline.low else None,
         problems=tuple(dict.fromkeys([*ledger.problems, *timeline.problems])),
@@ -178,10 +218,13 @@ def _peak_rate(chip: Chip, dtype: str | None) -> tuple[float, str]:
     return rate, f"products at {rate / 1e12:.4g} TFLOP/s, the peak for {name}"
 
 
-def _model_schedule(module: Module, ledger: Ledger, links: Links) -> Timeline:
+def _model_schedule(module: Module, ledger: Ledger, links: Links, sources: Sources) -> Timeline:
     schedule = ScheduleSimulator(module, ledger, links)
     simulated = schedule.simulate()
-    segments = [Segment(*key, *times) for key, times in simulated.parts.items()]
+    segments = [
+        Segment(*key, *times, where=str(sources.at(simulated.places[key][1]) or ""))
+        for key, times in simulated.parts.items()
+    ]
     return Timeline(
         chip=links.chip.name,
         source="schedule",
@@ -228,14 +271,19 @@ def _model_roofline(
 ) -> Timeline:
     traffic, loops = step_traffic(module, TripCounts(module))
     memory = traffic / links.chip.memory_bandwidth
-    parts: dict[tuple[str, str, str, tuple[str, ...]], float] = {}
+    simulated = Simulated()
     if flops and products is not None:
-        for (scope, phase), number in flops.by_scope.items():
-            parts[phase, scope, "compute", ()] = products * number / flops.total
+        lines = flops.lines or (None,) * len(flops.by_scope)
+        for ((scope, phase), number), line in zip(flops.by_scope.items(), lines, strict=True):
+            seconds = products * number / flops.total
+            simulated.add((phase, scope, "compute", ()), seconds, seconds, str(line or ""))
     for row in ledger:
-        key = (row.phase, row.scope, "communication", row.axes)
-        parts[key] = parts.get(key, 0.0) + links.seconds(row) * row.runs
-    segments = tuple(Segment(*key, seconds, seconds) for key, seconds in parts.items())
+        key, seconds = (row.phase, row.scope, "communication", row.axes), links.seconds(row)
+        simulated.add(key, seconds * row.runs, seconds * row.runs, str(row.source or ""))
+    segments = tuple(
+        Segment(*key, *times, where=simulated.places[key][1])
+        for key, times in simulated.parts.items()
+    )
     wire, compute = _by_axes(segments, "seconds"), products or 0.0
     exposed = sum(wire.values())
     problems = [f"loop {name} runs an unknown number of times; counted once" for name in loops]
