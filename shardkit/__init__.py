@@ -2,11 +2,14 @@
 
 from typing import TYPE_CHECKING
 
-from ._core.startup import lazy_names
+from ._core.startup import check_platform, lazy_names
+
+check_platform()
 
 if TYPE_CHECKING:
     from . import data as data
     from . import errors as errors
+    from . import hf as hf
     from . import nn as nn
     from ._core.errors import RetraceWarning as RetraceWarning
     from ._core.errors import SavedStepWarning as SavedStepWarning
@@ -34,6 +37,10 @@ if TYPE_CHECKING:
     from .parallel import strategies as strategies
     from .parity import ParityReport as ParityReport
     from .parity import verify as verify
+    from .peft import LoraModel as LoraModel
+    from .peft import QuantizedModel as QuantizedModel
+    from .peft import lora as lora
+    from .peft import quantize as quantize
     from .planner import Plan as Plan
     from .planner import SearchSpace as SearchSpace
     from .planner import plan as plan
@@ -73,6 +80,7 @@ else:
             "CompiledStep": ".step",
             "Config": ".config",
             "GradientCompression": ".parallel",
+            "LoraModel": ".peft",
             "Loss": "._core.types",
             "Mean": "._core.types",
             "MeshSpec": ".mesh",
@@ -83,6 +91,7 @@ else:
             "Plan": ".planner",
             "Precision": "._core.precision",
             "ProcessGroup": ".processes",
+            "QuantizedModel": ".peft",
             "REPLICATED": ".rules",
             "Report": ".report",
             "RetentionPolicy": ".checkpoint",
@@ -110,9 +119,12 @@ else:
             "from_equinox": ".adapters",
             "from_linen": ".adapters",
             "from_nnx": ".adapters",
+            "hf": None,
             "load_step": ".step",
+            "lora": ".peft",
             "nn": None,
             "plan": ".planner",
+            "quantize": ".peft",
             "replay": ".run.guards",
             "shard_largest": ".rules",
             "simulate_devices": ".mesh",

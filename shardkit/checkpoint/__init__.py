@@ -5,7 +5,7 @@ from ._fingerprint import compute_fingerprints, format_fingerprint
 from ._manifest import Manifest, SavedFile, SavedLeaf
 from ._restore import Restored
 from ._retention import RetentionPolicy
-from ._safetensors import export_safetensors, import_safetensors
+from ._safetensors import export_safetensors, import_safetensors, open_safetensors
 from ._step import SavedStep
 
 __all__ = [
@@ -20,4 +20,5 @@ __all__ = [
     "export_safetensors",
     "format_fingerprint",
     "import_safetensors",
+    "open_safetensors",
 ]

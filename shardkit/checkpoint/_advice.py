@@ -13,6 +13,7 @@ The glob `**/new` covers the three and nothing that matches, so it is all that i
 
 import difflib
 import functools
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -22,8 +23,9 @@ from ._manifest import SavedLeaf
 from ._rename import rename_path
 
 _Rule = TypeVar("_Rule")
-# Renamed leaves are looked for pair by pair; more than so many are another model.
-_MOST_PAIRED = 1000
+# Rules of one call, and leaves for which a rule is looked for: more are another model.
+_MOST_RULES, _MOST_TRIED = 12, 40
+_NUMBER = re.compile(r"\d+")
 
 
 def suggest_restore(
@@ -36,18 +38,11 @@ def suggest_restore(
       saved: leaves of the checkpoint.
       wanted: abstract leaves of the state.
     """
-    pairs = _pair_renamed(bad, saved, wanted) if len(bad) <= _MOST_PAIRED else {}
     calls = []
-
-    @functools.lru_cache(maxsize=1024)
-    def renames_no_other(glob: str, new: str) -> bool:
-        moved = {path: rename_path(path, {glob: new}) for path in saved}
-        return all(pairs.get(path, path) == to for path, to in moved.items() if to != path)
-
-    if pairs:
-        rename = _cover(set(pairs), lambda path: _renames(path, pairs[path], renames_no_other))
-        unpaired = set(bad) - pairs.keys() - set(pairs.values())
-        calls.append(_format_call(unpaired, saved, wanted, rename=dict(rename)))
+    rename, moved = _find_renames(bad, saved, wanted)
+    if rename:
+        unpaired = set(bad) - moved.keys() - set(moved.values())
+        calls.append(_format_call(unpaired, saved, wanted, rename=rename))
     if set(bad) < {*saved, *wanted}:
         calls.append(_format_call(bad, saved, wanted))
     return ", or ".join([*calls, "the state it was saved from"])
@@ -59,32 +54,49 @@ def _format_call(
     wanted: Mapping[str, Any],
     rename: Mapping[str, str] | None = None,
 ) -> str:
-    arguments = [f"rename={rename}"] if rename else []
+    arguments, more = [f"rename={rename}"] if rename else [], ""
     if bad:
-        good = {glob for path in {*saved, *wanted} - set(bad) for glob in _globs(path)}
-        rules = _cover(set(bad), lambda path: (g for g in _globs(path) if g not in good))
+        good = {*saved, *wanted} - set(bad)
+        taken = {glob for path in good for glob in _globs(path)}
+
+        @functools.lru_cache(maxsize=1024)
+        def matches_none(glob: str) -> bool:
+            return not any(matches(glob, path) for path in good)
+
+        def globs_of(path: str) -> Iterator[str]:
+            for glob in _globs(path):
+                numbered = _NUMBER.sub("*", glob)
+                if glob not in taken:
+                    yield glob
+                if numbered != glob and numbered not in taken and matches_none(numbered):
+                    yield numbered
+
+        rules, left = _cover(set(bad), globs_of)
         covered = {glob: [path for path in bad if matches(glob, path)] for glob in rules}
         partial = {
             glob: "fresh" if any(path in wanted for path in paths) else "drop"
             for glob, paths in covered.items()
         }
-        arguments += [f"partial={ {**partial, '**': 'saved'} }".replace("{ ", "{")]
+        arguments += [f"partial={ {**partial, '**': 'saved'} }"]
         arguments += ["fresh=step.init(key)"] if "fresh" in partial.values() else []
-    return f"restore(..., {', '.join(arguments)})"
+        more = f" with {len(left)} more leaves in partial" if left else ""
+    return f"restore(..., {', '.join(arguments)}){more}"
 
 
-def _cover(paths: set[str], rules_of: Callable[[str], Iterator[_Rule]]) -> list[_Rule]:
-    """Returns few rules that cover all paths: always the one that covers most of what is left."""
+def _cover(
+    paths: set[str], rules_of: Callable[[str], Iterator[_Rule]]
+) -> tuple[list[_Rule], set[str]]:
+    """Returns few rules that cover paths, and what is left: always the one that covers most."""
     covered: dict[_Rule, set[str]] = {}
     for path in sorted(paths):
         for rule in rules_of(path):
             covered.setdefault(rule, set()).add(path)
     chosen = []
-    while paths:
+    while paths and len(chosen) < _MOST_RULES:
         best = min(covered, key=lambda rule: (-len(covered[rule] & paths), _complexity(rule)))
         chosen.append(best)
         paths = paths - covered[best]
-    return chosen
+    return chosen, paths
 
 
 def _complexity(rule: Any) -> tuple[int, int]:
@@ -107,25 +119,50 @@ def _globs(path: str) -> Iterator[str]:
             yield from (f"{head}{middle}{tail}" for head in heads for tail in tails)
 
 
-def _pair_renamed(
+def _find_renames(
     bad: Collection[str], saved: Mapping[str, SavedLeaf], wanted: Mapping[str, Any]
-) -> dict[str, str]:
-    """Returns `{saved path: path in the state}` of leaves of one type whose names look alike."""
-    unused = [path for path in saved if path in bad and path not in wanted]
-    pairs: dict[str, str] = {}
-    for path, leaf in wanted.items():
-        if path not in bad or path in saved:
-            continue
-        same_type = [
-            old
-            for old in unused
-            if saved[old].type == short_type(leaf.shape, str(leaf.dtype)) and _is_near(old, path)
-        ]
-        if same_type:
-            old = max(same_type, key=lambda old: (_shared_ends(old, path), _likeness(old, path)))
-            unused.remove(old)
-            pairs[old] = path
-    return pairs
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Returns `{glob: new path}`, and `{saved path: path in the state}` of leaves that they rename.
+
+    A rule is made of one leaf and the one of its type whose name is most alike, and taken if all
+    that it renames becomes a leaf that the checkpoint lacks, of the same type.
+    """
+    types = {path: short_type(x.shape, str(x.dtype)) for path, x in wanted.items() if path in bad}
+    lacked = [path for path in types if path not in saved]
+    unused = {path for path in saved if path in bad and path not in wanted}
+    free, tried = set(lacked), set()
+    rename: dict[str, str] = {}
+    moved: dict[str, str] = {}
+
+    def rename_all(rule: tuple[str, str]) -> dict[str, str]:
+        """What a rule renames; nothing if it renames any leaf wrongly."""
+        glob, new = rule
+        pairs = {path: rename_path(path, {glob: new}) for path in saved if matches(glob, path)}
+        right = all(
+            old in unused and to in free and saved[old].type == types[to]
+            for old, to in pairs.items()
+        )
+        return pairs if right and len({*pairs.values()}) == len(pairs) else {}
+
+    for _ in range(_MOST_TRIED):
+        path = next((path for path in lacked if path in free and path not in tried), None)
+        if path is None or len(rename) == _MOST_RULES:
+            break
+        tried.add(path)
+        same_type = [old for old in saved if old in unused and saved[old].type == types[path]]
+        old = max(same_type, key=functools.partial(_resemblance, path), default="")
+        if old and _is_near(old, path):
+            found = {rule: rename_all(rule) for rule in _renames(old, path)}
+            best = min(found, key=lambda rule: (-len(found[rule]), _complexity(rule)))
+            rename |= dict([best]) if found[best] else {}
+            moved |= found[best]
+            unused -= found[best].keys()
+            free -= set(found[best].values())
+    return rename, moved
+
+
+def _resemblance(new: str, old: str) -> tuple[tuple[int, int], float]:
+    return _shared_ends(old, new), _likeness(old, new)
 
 
 def _is_near(old: str, new: str) -> bool:
@@ -145,16 +182,19 @@ def _shared_ends(old: str, new: str) -> tuple[int, int]:
     return tail, head
 
 
-def _renames(
-    old: str, new: str, renames_no_other: Callable[[str, str], bool]
-) -> Iterator[tuple[str, str]]:
-    """Yields `(glob, new path)` that rename this pair, perhaps other pairs, and nothing else."""
+def _renames(old: str, new: str) -> Iterator[tuple[str, str]]:
+    """Yields `(glob, new path)` that rename a leaf, and perhaps other ones like it.
+
+    >>> next(_renames("params/layer_3/w", "params/block_3/w"))
+    ('**/layer_*/**', '**/block_*/**')
+    """
     a, b = old.split("/"), new.split("/")
     tail, head = _shared_ends(old, new)
     before, after = "/".join([*a[:head], ""]), "/".join(["", *a[len(a) - tail :]])
-    middles = "/".join(a[head : len(a) - tail]), "/".join(b[head : len(b) - tail])
-    for prefix in dict.fromkeys(["**/", before]):
-        for suffix in ["/**", after] if tail else [""]:
-            rule = f"{prefix}{middles[0]}{suffix}", f"{prefix}{middles[1]}{suffix}"
-            if renames_no_other(*rule):
-                yield rule
+    middles = ["/".join(names[head : len(names) - tail]) for names in (a, b)]
+    numbers = [_NUMBER.findall(middle) for middle in middles]
+    numbered = [[_NUMBER.sub("*", middle) for middle in middles]]
+    for x, y in [*(numbered if numbers[0] == numbers[1] != [] else []), middles]:
+        for prefix in dict.fromkeys(["**/", before]):
+            for suffix in ["/**", after] if tail else [""]:
+                yield f"{prefix}{x}{suffix}", f"{prefix}{y}{suffix}"

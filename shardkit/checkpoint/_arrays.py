@@ -20,6 +20,7 @@ from ._files import ARRAYS
 # small chunks waste less reading; but every chunk is a file, so there must not be too many.
 _CHUNK_BYTES, _MAX_CHUNKS = 2**21, 2**14
 _STATE = "state"
+_MAX_NAME = 255  # bytes of a file's name
 # Orbax warns that a checkpoint without OCDBT has no OCDBT files. It also logs the traceback of
 # errors that it raises; shardkit reports the raised error, once.
 _NOISE = (
@@ -69,12 +70,12 @@ def _quote_key(key: str) -> str:
 
 
 def check_folders(leaves: Iterable[str]) -> None:
-    """Refuses leaves whose folder would be inside the folder of another leaf.
+    """Refuses leaves whose folder has too long a name, or is inside the folder of another leaf.
 
-    Dict keys with a `/` can cause that.
+    Dict keys with a `/` can cause the latter.
 
     Raises:
-      CheckpointError: names both leaves.
+      CheckpointError: names all of them.
     """
     stored = {stored_name(path): path for path in leaves}
     problems = [
@@ -83,7 +84,13 @@ def check_folders(leaves: Iterable[str]) -> None:
         for above in map(str, PurePosixPath(name).parents)
         if above in stored
     ]
-    fix = "rename one key, so that no leaf's path begins with that of another"
+    longest = {path: max(map(len, name.split("/"))) for name, path in stored.items()}
+    problems += [
+        Problem(path, f"would be a folder whose name has {n} bytes; files have at most {_MAX_NAME}")
+        for path, n in longest.items()
+        if n > _MAX_NAME
+    ]
+    fix = "shorter keys, of which no path begins with that of another leaf"
     raise_all(CheckpointError, "The state cannot be saved leaf by leaf.", problems, fix)
 
 

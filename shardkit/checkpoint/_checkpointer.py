@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 from .._core.donation import check_not_donated
 from .._core.errors import CheckpointCorruptedError, CheckpointError, Problem, format_problems
 from .._core.io._files import is_locked, local_path, os_errors_as
-from .._core.options import check_arguments
+from .._core.options import check_arguments, copy_plain
 from .._core.tree import leaves_by_path
 from ._arrays import check_folders
 from ._collective_errors import collective_errors, is_first_process
@@ -60,18 +60,20 @@ class Checkpointer:
           config: plain JSON values that describe the run, for the manifest.
 
         Raises:
-          CheckpointError: the folder is a URL, not a path.
+          CheckpointError: the folder is a URL, not a path; or axes or config are not plain.
         """
+        headline = "The checkpoints are declared wrongly."
         check_arguments(
             CheckpointError,
-            "The checkpoints are declared wrongly.",
+            headline,
             folder=(folder, str | os.PathLike[str]),
             retention=(retention, RetentionPolicy | None),
-            axes=(axes, Mapping[str, Any] | None),
+            axes=(axes, Mapping[str, Sequence[str | None]] | None),
         )
         self.folder = local_path(folder, CheckpointError, "Checkpoints are kept in files.")
         self.retention = retention or RetentionPolicy()
-        self._axes, self._config = dict(axes or {}), config
+        self._axes = {path: tuple(names) for path, names in (axes or {}).items()}
+        self._config = copy_plain(CheckpointError, headline, config=config)["config"]
         self._block: contextlib.ExitStack | None = None
         self._pending: PendingSave | None = None
         self._damaged: set[int] = set()
@@ -162,15 +164,19 @@ class Checkpointer:
           metrics: numbers by which `RetentionPolicy(best_metric=...)` ranks the step.
 
         Raises:
-          CheckpointError: this save cannot start, or the previous one failed.
+          CheckpointError: this save cannot start, or the previous one failed; data are not plain,
+            or a metric is not a finite number.
           StateError: the state was donated to an update.
           TreeError: two leaves have the same path.
         """
         headline = "Nothing can be saved."
-        check_arguments(CheckpointError, headline, step=(step, int))
+        ranked = (metrics, Mapping[str, float] | None)
+        check_arguments(CheckpointError, headline, step=(step, int), metrics=ranked)
         if step < 0:
             problem = Problem(f"step={step}", "is not a number of updates", "step=0")
             raise CheckpointError(format_problems(headline, [problem]))
+        numbers = {name: float(value) for name, value in (metrics or {}).items()}
+        plain = copy_plain(CheckpointError, headline, data=data, metrics=numbers)
         check_not_donated(state, "state", "A donated state cannot be saved.")
         leaves = leaves_by_path(state)
         check_folders(leaves)
@@ -184,9 +190,9 @@ class Checkpointer:
         self._damaged.clear()
         self._pending = PendingSave(
             self.folder,
-            step,
+            int(step),
             leaves,
-            fields={"data": data, "config": self._config, "metrics": dict(metrics or {})},
+            fields={**plain, "config": self._config},
             axes=self._axes,
             retention=self.retention,
         )

@@ -112,9 +112,9 @@ def _read_leaf(
 ) -> tuple[jax.Array | None, dict[str, str]]:
     wrong: dict[str, str] = {}
 
-    def read_file(name: str) -> bytes | None:
+    def read_file(name: str, into: memoryview | None = None) -> memoryview | None:
         try:
-            return read_checked(folder, name, files)
+            return read_checked(folder, name, files, into)
         except UnreadableFile as error:
             wrong[name] = str(error)
             return None
@@ -122,10 +122,11 @@ def _read_leaf(
     header = read_file(f"{leaf}/.zarray")
     if header is None:
         return None, wrong
-    chunk = _chunk_shape(header, wanted.shape)
+    chunk = _chunk_shape(bytes(header), wanted.shape)
     if chunk is None:
         return None, {f"{leaf}/.zarray": "is not the header of this leaf"}
-    chunk_bytes = math.prod(chunk) * wanted.dtype.itemsize
+    buffer = np.empty(chunk, wanted.dtype)
+    chunk_bytes = buffer.nbytes
     sharding = wanted.sharding
     assert sharding is not None
     devices: dict[Box, list[Any]] = {}
@@ -137,12 +138,18 @@ def _read_leaf(
             box: np.empty([stop - start for start, stop in box], wanted.dtype) for box in group
         }
         for at in {at for box in group for at in _chunks_of(box, chunk)}:
-            name = _chunk_name(leaf, at)
-            raw = read_file(name)
-            if raw is not None and len(raw) != chunk_bytes:
-                wrong[name] = f"has {len(raw)} bytes, a chunk of this leaf has {chunk_bytes}"
-            elif raw is not None:
-                _copy_chunk(np.frombuffer(raw, wanted.dtype).reshape(chunk), at, shards)
+            name, parts = _chunk_name(leaf, at), list(_overlaps(at, chunk, shards))
+            if name in files and files[name].bytes != chunk_bytes:
+                why = f"has {files[name].bytes} bytes, a chunk of this leaf has {chunk_bytes}"
+                wrong[name] = why
+                continue
+            (_, first), *others = parts
+            # A chunk that is one piece of one shard is read into its place.
+            if not others and first.nbytes == chunk_bytes and first.flags.c_contiguous:
+                read_file(name, _bytes_of(first))
+            elif read_file(name, _bytes_of(buffer)) is not None:
+                for source, target in parts:
+                    target[...] = buffer[source]
         if not wrong:
             on_devices += [
                 jax.device_put(shard, device)
@@ -193,16 +200,27 @@ def _chunks_of(box: Box, chunk: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
     )
 
 
-def _copy_chunk(values: np.ndarray, at: tuple[int, ...], shards: Mapping[Box, np.ndarray]) -> None:
-    """Copies the overlap of a chunk with each shard; chunks at the end of a dim are padded."""
-    origin = [i * size for i, size in zip(at, values.shape, strict=True)]
+def _bytes_of(array: np.ndarray) -> memoryview:
+    # NumPy has no buffer protocol for the small types of `ml_dtypes`.
+    return array.reshape(-1).view(np.uint8).data
+
+
+def _overlaps(
+    at: tuple[int, ...], chunk: tuple[int, ...], shards: Mapping[Box, np.ndarray]
+) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+    """Yields what of a chunk lies in each shard, and its place there.
+
+    Chunks at the end of a dim are padded.
+    """
+    origin = [i * size for i, size in zip(at, chunk, strict=True)]
     for box, shard in shards.items():
         source, target = [], []
-        for first, size, (start, stop) in zip(origin, values.shape, box, strict=True):
+        for first, size, (start, stop) in zip(origin, chunk, box, strict=True):
             low, high = max(first, start), min(first + size, stop)
             if low >= high:
                 break
             source.append(slice(low - first, high - first))
             target.append(slice(low - start, high - start))
         else:
-            shard[tuple(target)] = values[tuple(source)]
+            # With `...` an element is a view of its place too.
+            yield tuple(source), shard[(*target, ...)]

@@ -138,23 +138,34 @@ class UnreadableFile(Exception):
     """A file is not what was written; the message says how."""
 
 
-def read_checked(folder: Path, name: str, files: Mapping[str, SavedFile]) -> bytes:
+def read_checked(
+    folder: Path, name: str, files: Mapping[str, SavedFile], into: memoryview | None = None
+) -> memoryview:
     """Returns the bytes of a file, and checks that they are those that were written.
 
+    Args:
+      folder: of the step.
+      name: of the file below it.
+      files: as they were written.
+      into: memory for the bytes, as many as were written; by default new memory.
+
     Raises:
-      Unreadable: they differ, or cannot be read.
+      UnreadableFile: they differ, or cannot be read.
     """
     if name not in files:
         raise UnreadableFile("was not written by this save")
+    content = memoryview(bytearray(files[name].bytes)) if into is None else into
+    assert len(content) == files[name].bytes, name
     try:
-        content = (folder / name).read_bytes()
+        with (folder / name).open("rb", buffering=0) as file:
+            size, done = os.fstat(file.fileno()).st_size, 0
+            while done < min(size, len(content)):
+                done += file.readinto(content[done:]) or len(content)
     except FileNotFoundError:
         raise UnreadableFile("is gone") from None
     except OSError as error:
         raise UnreadableFile(f"cannot be read: {error.strerror}") from error
-    if why := _describe_difference(
-        files[name], SavedFile(len(content), f"{zlib.crc32(content):08x}")
-    ):
+    if why := _describe_difference(files[name], SavedFile(size, f"{zlib.crc32(content):08x}")):
         raise UnreadableFile(why)
     return content
 

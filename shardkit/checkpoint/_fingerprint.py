@@ -7,7 +7,7 @@ the word, so one changed word always changes the first sum.
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,8 +19,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ._collective_errors import has_several_processes
 
 # Odd constants: MurmurHash3's finalizer and 2³² divided by the golden ratio.
-_WORD, _INDEX, _HIGH = 0xCC9E2D51, 0x9E3779B1, 0x85EBCA6B
-_MIX_1, _MIX_2, _SECOND = 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F
+WORD, INDEX, HIGH = 0xCC9E2D51, 0x9E3779B1, 0x85EBCA6B
+MIX_1, MIX_2, SECOND = 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F
 
 
 def is_key(dtype: Any) -> bool:
@@ -48,24 +48,28 @@ def _to_words(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)[..., None]
 
 
+def fold_strides(shape: Sequence[int]) -> list[int]:
+    """Returns what one step along each dim adds to the row-major index, folded into 32 bits."""
+    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    return [(stride + (stride >> 32) * HIGH) & 0xFFFFFFFF for stride in strides]
+
+
 def _word_indices(shape: tuple[int, ...]) -> jax.Array:
     """Returns the global row-major index of each word, folded into 32 bits: u32[shape]."""
     index = jnp.zeros(shape, jnp.uint32)
-    for dim in range(len(shape)):
-        stride = math.prod(shape[dim + 1 :])
-        folded = (stride + (stride >> 32) * _HIGH) & 0xFFFFFFFF
-        index += jax.lax.broadcasted_iota(jnp.uint32, shape, dim) * np.uint32(folded)
+    for dim, stride in enumerate(fold_strides(shape)):
+        index += jax.lax.broadcasted_iota(jnp.uint32, shape, dim) * np.uint32(stride)
     return index
 
 
 def _fingerprint(x: jax.Array) -> jax.Array:
     words = _to_words(raw_array(x))
-    index = _word_indices(words.shape) * np.uint32(_INDEX)
-    mixed = (words * np.uint32(_WORD)) ^ index
-    mixed = (mixed ^ (mixed >> 16)) * np.uint32(_MIX_1)
-    mixed = (mixed ^ (mixed >> 13)) * np.uint32(_MIX_2)
+    index = _word_indices(words.shape) * np.uint32(INDEX)
+    mixed = (words * np.uint32(WORD)) ^ index
+    mixed = (mixed ^ (mixed >> 16)) * np.uint32(MIX_1)
+    mixed = (mixed ^ (mixed >> 13)) * np.uint32(MIX_2)
     mixed ^= mixed >> 16
-    second = mixed * np.uint32(_SECOND) + index
+    second = mixed * np.uint32(SECOND) + index
     second ^= second >> 15
     return jnp.stack([jnp.sum(mixed, dtype=jnp.uint32), jnp.sum(second, dtype=jnp.uint32)])
 

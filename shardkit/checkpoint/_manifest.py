@@ -144,7 +144,9 @@ def _parse(path: Path, fields: Mapping[str, Any]) -> Manifest:
         raise _make_error(path, f"has fields that no save writes: {error}") from error
     sizes = [manifest.step, *(file.bytes for file in files.values())]
     sizes += [size for leaf in leaves.values() for size in leaf.shape]
-    if min(sizes) < 0 or any(Path(name).is_absolute() or ".." in name for name in files):
+    if min(sizes) < 0 or any(
+        Path(name).is_absolute() or ".." in Path(name).parts for name in files
+    ):
         raise _make_error(path, "has a negative size, or files outside of its folder")
     return dataclasses.replace(manifest, leaves=leaves, files=files)
 

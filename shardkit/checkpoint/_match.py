@@ -13,6 +13,7 @@ from ._manifest import SavedLeaf
 from ._rename import rename_path, rename_problems
 
 SAVED, FRESH, DROP = "saved", "fresh", "drop"
+_MOST_COMPARED = 50  # names among which the nearest is looked for; the fix says what is renamed
 _EXAMPLE = 'restore(..., partial={"params/**": "saved", "**": "fresh"}, fresh=step.init(key))'
 
 
@@ -77,7 +78,7 @@ def plan_restore(
     for path in saved:
         if path not in wanted and source[path] in (SAVED, None):
             why = f"is saved as {saved[path].type}; the state has no such leaf."
-            why += did_you_mean(path, [p for p in wanted if p not in saved])
+            why += _nearest(path, wanted, saved)
             problems.append(Problem(path, why))
     headline = f"{count(len(problems), 'leaf')} of {where} cannot be restored."
     bad = {p.subject for p in problems if not p.fix and p.subject in source}
@@ -132,7 +133,7 @@ def _leaf_problems(
     if source == FRESH:
         return []
     if path not in saved:
-        near = did_you_mean(path, [p for p in saved if p not in wanted])
+        near = _nearest(path, saved, wanted)
         return [Problem(path, f"is {want} in the state, and not in the checkpoint.{near}")]
     have = saved[path]
     if have.shape != tuple(leaf.shape):
@@ -145,3 +146,9 @@ def _leaf_problems(
     if any(matches(glob, path) for glob in cast):
         return []
     return [Problem(path, f"{why}: cast does not name it", f'restore(..., cast=["{path}"])')]
+
+
+def _nearest(path: str, options: Collection[str], others: Collection[str]) -> str:
+    """The most similar of `options` that are not in `others`, unless these are many."""
+    only = [option for option in options if option not in others]
+    return did_you_mean(path, only) if len(only) <= _MOST_COMPARED else ""

@@ -1,7 +1,6 @@
 """`PendingSave`: a thread that finishes writing a step, and makes it visible."""
 
 import contextlib
-import importlib.metadata
 import shutil
 import threading
 import time
@@ -15,6 +14,7 @@ from jax.sharding import NamedSharding
 
 from .._core.errors import CheckpointError, Problem, count, format_problems, raise_all
 from .._core.interrupts import SAVING
+from .._core.versions import package_versions
 from ._arrays import leaf_folder, start_writing
 from ._chunks import find_missing
 from ._collective_errors import collective_errors, is_first_process, share_text
@@ -24,7 +24,6 @@ from ._manifest import Manifest, SavedFile, SavedLeaf
 from ._match import dtype_name
 from ._retention import RetentionPolicy, delete_old_steps
 
-_PACKAGES = ("shardkit", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # Missing files that an error names.
 _SHOWN = 8
 
@@ -128,7 +127,7 @@ class PendingSave:
             manifest = Manifest(
                 step=self._step,
                 time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                versions=_package_versions(),
+                versions=package_versions("orbax-checkpoint"),
                 leaves=leaves,
                 files=files,
                 **self._fields,
@@ -169,8 +168,3 @@ def _describe(x: jax.Array, axes: tuple[str | None, ...] | None) -> dict[str, An
 def _mesh_shape(leaves: Mapping[str, jax.Array]) -> dict[str, int]:
     meshes = (x.sharding.mesh for x in leaves.values() if isinstance(x.sharding, NamedSharding))
     return dict(next((mesh.shape for mesh in meshes), {}))
-
-
-def _package_versions() -> dict[str, str]:
-    known = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
-    return {name: known[name] for name in _PACKAGES if name in known}

@@ -12,7 +12,7 @@ from jax.sharding import Sharding
 from .._core.errors import CheckpointCorruptedError, CheckpointError, Problem, raise_all
 from .._core.io._files import os_errors_as
 from .._core.train_state import TrainState
-from .._core.tree import join_path, leaves_by_path, path_str
+from .._core.tree import join_path, leaves_by_path, path_str, short_type
 from ._collective_errors import collective_errors
 from ._manifest import Manifest
 from ._match import plan_restore
@@ -104,7 +104,7 @@ class RestoreRequest:
         """Returns the leaves that do not come from the checkpoint; calls `fresh` only if needed.
 
         Raises:
-          CheckpointError: `fresh` lacks one.
+          CheckpointError: `fresh` lacks one, or has it in another shape or dtype.
         """
         if not paths:
             return {}
@@ -116,7 +116,22 @@ class RestoreRequest:
         ]
         fix = "restore(..., fresh=step.init(key))"
         raise_all(CheckpointError, "Fresh leaves are missing.", problems, fix)
-        return {path: fresh[path] for path in paths}
+        wanted = leaves_by_path(self.abstract)
+        types = {path: short_type(tuple(wanted[path].shape), wanted[path].dtype) for path in paths}
+        problems = [
+            Problem(path, f"is {found} in fresh=, and {want} is wanted")
+            for path, want in types.items()
+            if (found := _type_of(fresh[path])) != want
+        ]
+        raise_all(CheckpointError, "Fresh leaves do not fit.", problems, fix)
+        shardings = self.shardings_of({path: wanted[path] for path in paths})
+        return {path: jax.device_put(fresh[path], shardings[path]) for path in paths}
+
+
+def _type_of(x: Any) -> str:
+    """`f32[2,3]`; of what is no array its type."""
+    is_array = isinstance(x, jax.Array | np.ndarray | np.generic)
+    return short_type(tuple(x.shape), x.dtype) if is_array else type(x).__name__
 
 
 def _find_counters_and_flags(tree: Any) -> tuple[set[str], set[str]]:

@@ -3,6 +3,7 @@
 import importlib
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from ._manifest import SavedLeaf
 from ._match import plan_restore
 from ._restore import RestoreRequest
 
-_DTYPES = {
+DTYPES = {
     "F64": "float64",
     "F32": "float32",
     "F16": "float16",
@@ -51,7 +52,7 @@ def export_safetensors(
     """
     target = local_path(path, CheckpointError, "Nothing was exported.")
     leaves = leaves_by_path(tree)
-    known = set(_DTYPES.values())
+    known = set(DTYPES.values())
     problems = [
         Problem(name, f"{short_type(x.shape, x.dtype)} is not a dtype of the format")
         for name, x in leaves.items()
@@ -100,14 +101,7 @@ def import_safetensors(
     path, wanted = local_path(path, CheckpointError), leaves_by_path(abstract)
     request = RestoreRequest(abstract, shardings, partial, fresh, cast)
     shardings_by_path = request.shardings_of(wanted)
-    library = _import_library("safetensors")
-    try:
-        file = library.safe_open(path, framework="np")
-    except (OSError, library.SafetensorError) as error:
-        problem = Problem(str(path), f"cannot be read: {error}")
-        fix = "a file that export_safetensors or another tool wrote"
-        raise CheckpointError(format_problems("Nothing was imported.", [problem], fix)) from error
-    with file:
+    with open_safetensors(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}
         saved = {name: _saved_leaf(tensor) for name, tensor in slices.items()}
         plan = plan_restore(saved, wanted, partial, cast, str(path), rename=rename)
@@ -122,9 +116,24 @@ def import_safetensors(
     return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in wanted])
 
 
+def open_safetensors(path: Path) -> Any:
+    """Opens a file, whose header is checked, as a context manager with `keys` and `get_slice`.
+
+    Raises:
+      CheckpointError: it cannot be read.
+    """
+    library = _import_library("safetensors")
+    try:
+        return library.safe_open(path, framework="np")
+    except (OSError, library.SafetensorError) as error:
+        problem = Problem(str(path), f"cannot be read: {error}")
+        fix = "a file that export_safetensors or another tool wrote"
+        raise CheckpointError(format_problems("Nothing was imported.", [problem], fix)) from error
+
+
 def _saved_leaf(tensor: Any) -> SavedLeaf:
     dtype = str(tensor.get_dtype())
-    return SavedLeaf(tuple(tensor.get_shape()), _DTYPES.get(dtype, dtype.lower()), "")
+    return SavedLeaf(tuple(tensor.get_shape()), DTYPES.get(dtype, dtype.lower()), "")
 
 
 def _make_reader(tensor: Any) -> Any:

@@ -1,7 +1,7 @@
 """`SavedStep`: checks the files of a saved step, and loads its leaves onto any devices."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,10 @@ from ._arrays import leaf_folder, leaf_of_file
 from ._chunks import read_leaves
 from ._collective_errors import collective_errors
 from ._files import content_problems, listing_problems
-from ._fingerprint import compute_fingerprints, format_fingerprint, raw_array
+from ._fingerprint import format_fingerprint, raw_array
+from ._host_fingerprint import read_fingerprints
 from ._manifest import Manifest, SavedFile, SavedLeaf, read_manifest
 from ._match import RestorePlan
-
-# Bytes of leaves whose fingerprints are computed in one program.
-_GROUP_BYTES = 2**23
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,30 +141,16 @@ class SavedStep:
 
     def _value_problems(self, got: Mapping[str, jax.Array]) -> list[Problem]:
         problems = []
-        for group in _group_by_size(got):
-            computed = jax.device_get(compute_fingerprints({path: got[path] for path in group}))
-            for path in group:
-                leaf, now = self.manifest.leaves[path], format_fingerprint(computed[path])
-                if now != leaf.fingerprint:
-                    why = f"has fingerprint {now}, {leaf.fingerprint} was saved"
-                    problems.append(Problem(f"{path} {leaf.type}", why))
+        for path, sums in read_fingerprints(got).items():
+            leaf, now = self.manifest.leaves[path], format_fingerprint(sums)
+            if now != leaf.fingerprint:
+                why = f"has fingerprint {now}, {leaf.fingerprint} was saved"
+                problems.append(Problem(f"{path} {leaf.type}", why))
         return problems
 
     def _raise_if_damaged(self, problems: Sequence[Problem]) -> None:
         headline = f"{self.folder} is damaged: {count(len(problems), 'finding')}."
         raise_all(CheckpointCorruptedError, headline, problems)
-
-
-def _group_by_size(arrays: Mapping[str, jax.Array]) -> Iterator[list[str]]:
-    """Yields leaves in groups: one program over all would need as much memory as all of them."""
-    group: list[str] = []
-    for path in arrays:
-        group.append(path)
-        if sum(arrays[path].nbytes for path in group) >= _GROUP_BYTES:
-            yield group
-            group = []
-    if group:
-        yield group
 
 
 def _stored_type(leaf: SavedLeaf) -> jax.ShapeDtypeStruct:

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from .._core.errors import CheckpointError, Problem, format_problems
 from .._core.io._console import make_console, print_table
+from .._core.io._files import local_path
 from .._core.io._table import Table
 from .._core.tree import format_bytes
 from ..checkpoint import Checkpointer, Manifest, SavedStep
@@ -33,7 +34,7 @@ def list_step_folders(folder: Path) -> list[Path]:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
     console = make_console(soft_wrap=True)
-    folders = list_step_folders(Path(arguments.folder))
+    folders = list_step_folders(local_path(arguments.folder, CheckpointError))
     if arguments.action == "verify":
         return _verify(folders, arguments.values, console)
     print_table(console, _make_step_table(folders))

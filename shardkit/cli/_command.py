@@ -5,6 +5,8 @@ import dataclasses
 import functools
 import importlib
 import operator
+import shutil
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +16,20 @@ option: Callable[..., Callable[[argparse.ArgumentParser], Any]]
 option = functools.partial(operator.methodcaller, "add_argument")
 """An option, from the arguments of `add_argument`; called with a parser it adds itself."""
 
-_CONFIG = (
+
+def field_option(name: str, field: str, metavar: str) -> Callable[[argparse.ArgumentParser], Any]:
+    """A short form of `--set field=VALUE`."""
+    return option(
+        name,
+        action="append",
+        dest="overrides",
+        type=f"{field}={{}}".format,
+        metavar=metavar,
+        help=f"short for --set {field}={metavar}",
+    )
+
+
+CONFIG = (
     option(
         "config",
         nargs="?",
@@ -43,6 +58,7 @@ class Command:
       run: runs the command; returns the exit code.
       options: its own, besides `CONFIG`, `--set` and `--debug`.
       takes_config: whether it has `CONFIG` and `--set`.
+      examples: command lines for its help.
     """
 
     name: str
@@ -50,10 +66,26 @@ class Command:
     run: Run
     options: tuple[Callable[[argparse.ArgumentParser], Any], ...] = ()
     takes_config: bool = True
+    examples: tuple[str, ...] = ()
+
+    def add_to(self, commands: Any) -> None:
+        """Adds the command to the subparsers of a parser."""
+        lines = [f"  {line}" for line in self.examples]
+        width = shutil.get_terminal_size().columns - 2
+        parser = commands.add_parser(
+            self.name,
+            help=self.help,
+            description=textwrap.fill(f"{self.help[0].upper()}{self.help[1:]}.", width),
+            epilog="\n".join(["examples:", *lines]) if lines else None,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.add_options(parser)
+        parser.set_defaults(run=self.run)
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
         """Adds all of its options to a parser, the shared ones first."""
-        for add in (*(_CONFIG if self.takes_config else ()), _DEBUG, *self.options):
+        for add in (*(CONFIG if self.takes_config else ()), _DEBUG, *self.options):
             add(parser)
 
 

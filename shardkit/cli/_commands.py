@@ -2,7 +2,7 @@
 
 import argparse
 
-from ._command import Command, import_late, option
+from ._command import CONFIG, Command, field_option, import_late, option
 
 _TIMEOUT = {"type": float, "default": 1800.0}
 
@@ -13,11 +13,27 @@ COMMANDS: tuple[Command, ...] = (
         "train a decoder on text; without CONFIG, the default run",
         import_late("._train"),
         (
+            field_option("--steps", "train.steps", "N"),
+            field_option("--lr", "optimizer.lr", "RATE"),
+            field_option("--batch-size", "data.batch_size", "ROWS"),
+            field_option("--seq-len", "data.seq_len", "N"),
+            field_option("--mesh", "mesh", "AXIS=SIZE,…"),
+            field_option("--strategy", "strategy", "NAME|NAME"),
+            field_option("--devices", "devices", "TARGET"),
+            field_option("--seed", "train.seed", "N"),
+            field_option("--name", "name", "NAME"),
             option(
                 "--profile",
                 metavar="FIRST:LAST",
                 help="trace these updates with jax.profiler, e.g. 10:15, into the run's folder",
             ),
+        ),
+        examples=(
+            "shardkit train",
+            "shardkit train nano --steps 20",
+            "shardkit train nano --mesh data=2,tensor=4 --lr 1e-3",
+            "shardkit train fsdp_tensor --set train.steps=50 --set model.num_layers=2",
+            "shardkit train --set data.path=book.txt --set train.loggers=tensorboard",
         ),
     ),
     Command(
@@ -46,7 +62,27 @@ COMMANDS: tuple[Command, ...] = (
             ),
             option("--html", metavar="FILE", help="save the report as one HTML page"),
             option("--json", metavar="FILE", help="save the report; - prints it"),
+            option(
+                "--trace",
+                metavar="FILE",
+                help="save the modelled timeline of the step, for Perfetto or chrome://tracing",
+            ),
+            option(
+                "--profile",
+                metavar="DIR",
+                help="a profile of this step (train --profile, jax.profiler): its measured times "
+                "beside the modelled ones",
+            ),
             option("--timeout", **_TIMEOUT, help="seconds to wait for the compiler"),
+        ),
+        examples=(
+            "shardkit report nano",
+            "shardkit report nano --why",
+            "shardkit report llama2_7b --target tpu:v5p:4x4x4 --html report.html",
+            "shardkit report nano --chip v5p --trace step.json",
+            "shardkit report nano --profile runs/nano/profile",
+            "shardkit report mine:make_step --target cpu:8 --json report.json",
+            "shardkit report old.json new.json",
         ),
     ),
     Command(
@@ -70,6 +106,11 @@ COMMANDS: tuple[Command, ...] = (
                 action="store_true",
                 help="also inject known bugs, and show the check that finds each",
             ),
+        ),
+        examples=(
+            "shardkit verify",
+            "shardkit verify nano --mesh data=2,tensor=4 --mesh tensor=8",
+            "shardkit verify nano --steps 1 --mutations",
         ),
     ),
     Command(
@@ -99,6 +140,10 @@ COMMANDS: tuple[Command, ...] = (
                 help="draw memory against time: .png or .svg (shardkit[plot])",
             ),
         ),
+        examples=(
+            "shardkit plan llama2_7b --target tpu:v5p:4x4x4 --compile 0",
+            "shardkit plan llama2_7b --target gpu:h100:4x8 --global-batch 128 --plot plan.png",
+        ),
     ),
     Command(
         "sweep",
@@ -126,6 +171,11 @@ COMMANDS: tuple[Command, ...] = (
             option("--plots", action="store_true", help="also draw PNG and SVG plots"),
             option("--timeout", **_TIMEOUT, help="seconds to wait for one compile of a target"),
         ),
+        examples=(
+            "shardkit sweep nano --devices 8 --axes data,fsdp,tensor",
+            "shardkit sweep nano --devices 8 --accumulate 1,2 --remat 'none;full' --verify --plots",
+            "shardkit sweep nano --target tpu:v5p:2x2x2",
+        ),
     ),
     Command(
         "plot",
@@ -141,6 +191,7 @@ COMMANDS: tuple[Command, ...] = (
             ),
         ),
         takes_config=False,
+        examples=("shardkit plot runs/default runs/nano --out loss.svg",),
     ),
     Command(
         "checkpoint",
@@ -160,6 +211,42 @@ COMMANDS: tuple[Command, ...] = (
             ),
         ),
         takes_config=False,
+        examples=(
+            "shardkit checkpoint inspect runs/default",
+            "shardkit checkpoint verify runs/default --values",
+        ),
+    ),
+    Command(
+        "convert",
+        "a Hugging Face folder to a checkpoint, or with --like a checkpoint to such a folder",
+        import_late("._convert"),
+        (
+            option("source", metavar="FROM", help="a Hugging Face folder; with --like a run"),
+            option("out", metavar="OUT", help="the new folder"),
+            option(
+                "--target-mesh",
+                metavar="AXIS=SIZE,…",
+                help="mesh whose shards the checkpoint is written in, e.g. fsdp=4,tensor=2; it can "
+                "be restored onto any",
+            ),
+            option(
+                "--like",
+                metavar="HF_DIR",
+                help="export: the folder whose config, tokenizer, dtypes and files to take",
+            ),
+            option(
+                "--vocab-padding",
+                type=int,
+                default=0,
+                metavar="N",
+                help="rows of the tables that no token has, model.vocab_padding (0)",
+            ),
+        ),
+        takes_config=False,
+        examples=(
+            "shardkit convert llama runs/llama --target-mesh fsdp=4",
+            "shardkit convert runs/llama llama-tuned --like llama",
+        ),
     ),
     Command(
         "hardware",
@@ -175,6 +262,11 @@ COMMANDS: tuple[Command, ...] = (
             ),
         ),
         takes_config=False,
+        examples=(
+            "shardkit hardware",
+            "shardkit hardware v5p h100",
+            "shardkit hardware --measure",
+        ),
     ),
     Command(
         "launch",
@@ -200,6 +292,9 @@ COMMANDS: tuple[Command, ...] = (
             ),
         ),
         takes_config=False,
+        examples=(
+            "shardkit launch -n 2 --devices 4 -- shardkit train nano --set train.step_timeout=60",
+        ),
     ),
     Command(
         "tokenize",
@@ -218,6 +313,18 @@ COMMANDS: tuple[Command, ...] = (
             ),
         ),
         takes_config=False,
+        examples=(
+            "shardkit tokenize docs tokens",
+            "shardkit tokenize docs tokens --tokenizer tokenizer.json",
+        ),
+    ),
+    Command(
+        "shards",
+        "check token shards for damage, every byte",
+        import_late("._tools", "run_shards"),
+        (option("paths", nargs="+", metavar="PATH", help="folders or files of token shards"),),
+        takes_config=False,
+        examples=("shardkit shards tokens/",),
     ),
     Command(
         "replay",
@@ -225,5 +332,33 @@ COMMANDS: tuple[Command, ...] = (
         import_late("._replay"),
         (option("folder", metavar="DUMP", help="RUN/dumps/step-…, or the folder of the run"),),
         takes_config=False,
+        examples=("shardkit replay runs/default",),
+    ),
+    Command(
+        "config",
+        "show every field of a config: its value, type, default, and what set it",
+        import_late("._setup", "run_config"),
+        (option("action", choices=("show",), help="show the fields"), *CONFIG),
+        takes_config=False,
+        examples=("shardkit config show", "shardkit config show nano --set train.steps=50"),
+    ),
+    Command(
+        "init",
+        "copy the shipped configs into a folder, to be changed",
+        import_late("._setup", "run_init"),
+        (option("folder", metavar="DIR", help="new, or without files of their names"),),
+        takes_config=False,
+        examples=("shardkit init configs",),
+    ),
+    Command(
+        "completion",
+        "print the script that completes commands, options and fields in a shell",
+        import_late("._setup", "run_completion"),
+        (option("shell", choices=("bash", "zsh"), help="the shell"),),
+        takes_config=False,
+        examples=(
+            "shardkit completion bash > ~/.shardkit-completion && . ~/.shardkit-completion",
+            "shardkit completion zsh > ~/.shardkit-completion && . ~/.shardkit-completion",
+        ),
     ),
 )

@@ -4,10 +4,11 @@ import argparse
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from .._core.errors import ShardkitError, Stopped
+from .._core.errors import SavedStepWarning, ShardkitError, Stopped
 from .._core.interrupts import INTERRUPTED, InterruptGuard, exit_now
 from .._core.startup import quiet_libtpu
 from ._commands import COMMANDS
@@ -26,9 +27,7 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     below = root.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
-        sub = below.add_parser(command.name, help=command.help, allow_abbrev=False)
-        command.add_options(sub)
-        sub.set_defaults(run=command.run)
+        command.add_to(below)
     return root
 
 
@@ -52,10 +51,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+def _format_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """Messages of shardkit are whole: the line of its code that warns says nothing to a user."""
+    told_by = "" if category is SavedStepWarning else f"{filename}:{lineno}: "
+    return f"{told_by}{category.__name__}: {message}\n"
+
+
 def _run(argv: Sequence[str] | None, guard: InterruptGuard) -> int:
     arguments = parser().parse_args(argv)
     if argv is None:
         os.environ.update(quiet_libtpu(os.environ))
+        warnings.formatwarning = _format_warning
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt as stop:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from .._core.errors import ConfigError, Problem, raise_all
-from .._core.io._console import make_console
+from .._core.io._console import make_console, show_task
 from .._core.io._outputs import check_figure_path, check_outputs, write_output
 from ..config import load_config
 from ..hardware import CHIPS
@@ -22,12 +22,16 @@ def run(arguments: argparse.Namespace) -> int:
     chips = config.hardware if config else ()
     _check_compile(arguments, source, [chip.name for chip in chips if chip.name not in CHIPS])
     rows = arguments.global_batch
-    spec, _ = source.load()
-    result = plan(
-        spec, arguments.target, global_batch=rows, overlap=arguments.overlap, hardware=chips
-    )
+    errors = make_console(stderr=True)
+    with show_task(errors, f"estimating the layouts for {arguments.target}"):
+        spec, _ = source.load()
+        result = plan(
+            spec, arguments.target, global_batch=rows, overlap=arguments.overlap, hardware=chips
+        )
     if arguments.compile:
-        with make_console(stderr=True).status("compiling") as status:
+        if not errors.is_terminal:
+            errors.print(f"compiling the best {arguments.compile} ...")
+        with errors.status("compiling") as status:
             result = compile_best(
                 result, source, arguments.compile, global_batch=rows, progress=status.update
             )

@@ -7,10 +7,12 @@ from pathlib import Path
 
 from .._core.errors import ConfigError, Problem, ReportError, format_problems, raise_all
 from .._core.io._console import make_console
+from .._core.io._files import local_path
 from .._core.io._outputs import check_outputs, write_output
 from ..config import load_config
 from ..hardware import Chip, find_chip
-from ..report import Report, compare
+from ..mesh import Target
+from ..report import Report, compare, find_profile
 from ..targets import StepSource, compile_for
 from ._source import find_source
 
@@ -21,12 +23,21 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
     console = make_console(soft_wrap=True)
     if arguments.other:
+        _refuse_options_of_one(arguments)
         names = (arguments.config, arguments.other)
         _refuse_compile_options(" and ".join(names), arguments)
         console.print(str(compare(*map(_read_report, names))))
         return 0
-    check_outputs({"--json": arguments.json, "--html": arguments.html})
+    files = {"--json": arguments.json, "--html": arguments.html, "--trace": arguments.trace}
+    check_outputs(files)
+    if arguments.profile:
+        find_profile(arguments.profile)  # before minutes of compiling
     report = _make_report(arguments)
+    if arguments.profile:
+        report = report.with_profile(arguments.profile)
+    if arguments.trace:
+        _check_timed(report, arguments)
+        report.to_trace(arguments.trace)
     if arguments.json:
         write_output(Path(arguments.json), report.to_json())
     if arguments.html:
@@ -36,14 +47,54 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _refuse_options_of_one(arguments: argparse.Namespace) -> None:
+    """Refuses options that say something of one report where two are compared."""
+    given = {"--trace": arguments.trace, "--profile": arguments.profile}
+    why = "is of one report, not of how two differ"
+    fix = f"shardkit report {arguments.other}"
+    problems = [
+        Problem(f"{name} {value}", why, f"{fix} {name} {value}")
+        for name, value in given.items()
+        if value
+    ]
+    raise_all(ConfigError, "Two reports are compared without these options.", problems)
+
+
+def _check_timed(report: Report, arguments: argparse.Namespace) -> None:
+    """Refuses a trace of a step whose time is not modelled."""
+    if report.timeline is None:
+        device = report.device_kind or report.platform
+        why = f"draws the modelled time, and {device} is not in the hardware table"
+        fix = f"shardkit report {arguments.config or ''} --chip v5p --trace {arguments.trace}"
+        problem = Problem(f"--trace {arguments.trace}", why, " ".join(fix.split()))
+        raise ReportError(format_problems(f"No time is modelled for {report.name}.", [problem]))
+
+
 def _make_report(arguments: argparse.Namespace) -> Report:
-    """Reads a saved report, or compiles the step and reports its progress on standard error."""
+    """Reads a saved report, or compiles the step."""
     name = arguments.config or ""
     if name.endswith(_SUFFIX):
         _refuse_compile_options(name, arguments)
         return _read_report(name)
     source = find_source(arguments, "--target cpu:8")
+    return dataclasses.replace(_compile_report(source, arguments), name=_name_of(source))
+
+
+def _name_of(source: StepSource) -> str:
+    """Name of a config, or of the function that declares the step."""
+    if source.is_function:
+        return source.name
+    return load_config(source.name or None, [*source.overrides]).name
+
+
+def _compile_report(source: StepSource, arguments: argparse.Namespace) -> Report:
+    """Compiles the step and reports its progress on standard error."""
     target = arguments.target or _default_target(source)
+    if arguments.trace and Target.parse(target).kind == "cpu" and not arguments.chip:
+        why = f"draws the modelled time, and {target} has none: simulated devices have no speed"
+        fix = f"shardkit report {source.name} --target {target} --chip v5p --trace FILE"
+        problem = Problem(f"--trace {arguments.trace}", why, fix)
+        raise ConfigError(format_problems("No time is modelled.", [problem]))
     chip = _find_chip(arguments.chip, source)
     errors = make_console(stderr=True)
     task = f"compiling for {target}"
@@ -104,11 +155,12 @@ def _default_target(source: StepSource) -> str:
 
 
 def _read_report(name: str) -> Report:
-    if not Path(name).is_file():
+    file = local_path(name, ConfigError, "The report cannot be read.")
+    if not file.is_file():
         problem = Problem(name, "does not exist", "shardkit report CONFIG --json FILE")
         raise ConfigError(format_problems("The report cannot be read.", [problem]))
     try:
-        text = Path(name).read_text("utf-8")
+        text = file.read_text("utf-8")
     except UnicodeDecodeError:
         problem = Problem(name, "is not text", "shardkit report CONFIG --json FILE")
         raise ReportError(format_problems("The file is not a report.", [problem])) from None

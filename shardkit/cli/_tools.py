@@ -38,14 +38,32 @@ def run_plot(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_shards(arguments: argparse.Namespace) -> int:
+    """Compares every byte of token shards with its checksum."""
+    from .._core.errors import DataError, Problem, count, raise_all
+    from .._core.tree import format_bytes
+    from ..data import verify_shards
+    from ..data._read_text import list_shards
+
+    found = {root: list_shards(root) for root in arguments.paths}
+    why, fix = "holds no token shards", "shardkit tokenize TEXT FOLDER makes some"
+    empty = [Problem(root, why, fix) for root, shards in found.items() if not shards]
+    raise_all(DataError, "There is nothing to verify.", empty)
+    paths = [path for shards in found.values() for path in shards]
+    verify_shards(paths)
+    size = format_bytes(sum(path.stat().st_size for path in paths))
+    print(f"{count(len(paths), 'token shard')}: intact ({size})")
+    return 0
+
+
 def run_tokenize(arguments: argparse.Namespace) -> int:
     """Encodes text as token shards, and prints how to train on them."""
-    from .._core.io._console import make_console
+    from .._core.io._console import make_console, show_task
     from .._core.tree import format_bytes
     from ..data import open_shards, tokenize
 
     console = make_console(soft_wrap=True)
-    with console.status("tokenizing"):
+    with show_task(make_console(stderr=True), "tokenizing"):
         shards = tokenize(arguments.path, arguments.out, arguments.tokenizer, arguments.tokens)
     stream = open_shards(shards)
     size = format_bytes(sum(path.stat().st_size for path in shards))

@@ -3,11 +3,11 @@
 import argparse
 
 from .._core.errors import MeshError, Problem, format_problems
-from ..config import to_record
+from .._core.versions import package_versions
+from ..config import PretrainedDecoder, run_record
 from ..lm import train
 from ..mesh import Target
 from ..processes import distributed
-from ..run import package_versions
 from ._source import load_run_config
 
 
@@ -21,19 +21,23 @@ def run(arguments: argparse.Namespace) -> int:
         fix = "--set devices=local on their machine, or --set devices=cpu:8 with a small mesh"
         problem = Problem(f"devices={config.devices}", why, fix)
         raise MeshError(format_problems("The run has no devices.", [problem]))
+    pretrained = config.model.open() if isinstance(config.model, PretrainedDecoder) else None
     with distributed(step_timeout=config.train.step_timeout) as process_group:
-        record = to_record(config)
+        record = run_record(config)
         process_group.agree("config", config=record, versions=package_versions())
         train(
             name=config.name,
-            model=config.model,
-            data=config.data,
+            model=config.decoder,
+            data=config.encoded_data,
             mesh=config.mesh.build(config.devices),
             strategy=config.strategy,
             optimizer=config.optimizer.build(config.train.steps),
             loop=config.train,
             record=record,
+            lora=config.adapters,
+            pretrained=pretrained,
             compiling=config.compile.arguments,
+            cache=config.compile.cache,
             process_group=process_group,
         )
     return 0

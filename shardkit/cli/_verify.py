@@ -8,10 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from rich.console import Console
 
-from .._core.errors import Problem, ShardingError, VerificationError, format_problems
-from .._core.io._console import make_console
+from .._core.errors import Problem, ShardingError, VerificationError, count, format_problems
+from .._core.io._console import make_console, show_task
 from ..config import Config, apply_overrides
 from ..mesh import MeshSpec, mesh_shapes
 from ..parity import default_meshes, verify
@@ -39,28 +38,35 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.overrides = [*_SMALL, *arguments.overrides]
     config = _make_provable(load_run_config(arguments))
     console.print(
-        f"Verified in float32, with dropout {config.model.dropout:g}; half of the rows have weight "
-        "0 everywhere.\n"
+        f"Verified in float32, with dropout {config.decoder.dropout:g}; half of the rows have "
+        "weight 0 everywhere.\n"
     )
     n_meshes = max(_MAX_MESHES, len(arguments.mesh or ()))
     factory = functools.lru_cache(n_meshes + 1)(config.step_spec().compile)
-    meshes = [
-        mesh for mesh in _build_meshes(arguments, config) if _compiles(mesh, factory, console)
-    ]
+    errors = make_console(stderr=True)
+    meshes = []
+    for mesh in _build_meshes(arguments, config):
+        with show_task(errors, f"compiling for mesh {_describe(mesh)}"):
+            error = _find_error(mesh, factory)
+        if error is None:
+            meshes.append(mesh)
+        else:
+            console.print("Skipped: " + "\n  ".join(str(error).splitlines()) + "\n")
     if not arguments.mesh:
         meshes += default_meshes(tuple(config.mesh.axes), factory, odd_only=True)
     if not meshes:
         problem = Problem("--mesh", "no mesh fits this model", _suggest_mesh(config))
         raise VerificationError(format_problems("No mesh can be verified.", [problem]))
     batches = make_ragged_batches(config)
-    report = verify(factory, meshes, batches=batches, steps=arguments.steps)
+    with show_task(errors, f"comparing {count(len(meshes), 'mesh')} with one device"):
+        report = verify(factory, meshes, batches=batches, steps=arguments.steps)
     console.print(str(report))
     if not arguments.mutations:
         return 0 if report.ok else 1
     mesh = max(meshes, key=lambda mesh: min(mesh.shape.values()))
-    matrix = kill_matrix(factory, mesh, batches=batches, steps=arguments.steps)
-    shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    console.print(f"\nMutations on mesh ({shape}):\n{matrix}")
+    with show_task(errors, f"injecting bugs on mesh {_describe(mesh)}"):
+        matrix = kill_matrix(factory, mesh, batches=batches, steps=arguments.steps)
+    console.print(f"\nMutations on mesh {_describe(mesh)}:\n{matrix}")
     return 0 if report.ok and matrix.ok else 1
 
 
@@ -71,7 +77,7 @@ def _suggest_mesh(config: Config) -> str:
 
 def _make_provable(config: Config) -> Config:
     """Returns the config in float32, with dropout, whose noise must not depend on the mesh."""
-    model = dataclasses.replace(config.model, dropout=config.model.dropout or _DROPOUT)
+    model = dataclasses.replace(config.decoder, dropout=config.decoder.dropout or _DROPOUT)
     strategy = dataclasses.replace(config.strategy, precision="float32")
     return dataclasses.replace(config, model=model, strategy=strategy)
 
@@ -82,12 +88,12 @@ def make_ragged_batches(config: Config, n: int = 2) -> list[dict[str, np.ndarray
     shape = (config.data.batch_size, config.data.seq_len)
 
     def make_batch() -> dict[str, np.ndarray]:
-        tokens = rng.integers(0, config.model.vocab, (2, *shape), np.int32)
+        tokens = rng.integers(0, config.decoder.vocab, (2, *shape), np.int32)
         weights = (rng.random(shape) < rng.random((shape[0], 1))).astype(np.float32)
         weights[: shape[0] // 2] = 0
         weights[-1] = 1  # even a batch of one row has a valid token
         batch = {"inputs": tokens[0], "targets": tokens[1], "weights": weights}
-        if config.data.packing:
+        if config.data.packing or config.data.format == "json_lines":
             cuts = rng.random(shape) < 4 / shape[1]
             batch["segment_ids"] = 1 + np.cumsum(cuts, 1, dtype=np.int32)
         return batch
@@ -108,12 +114,14 @@ def _take_devices(spec: MeshSpec) -> list[Any]:
     return jax.devices() if -1 in spec.axes.values() else jax.devices()[: spec.size]
 
 
-def _compiles(mesh: Mesh, factory: Any, console: Console) -> bool:
-    """Whether the step compiles for a mesh; if not, prints why the mesh is skipped."""
+def _find_error(mesh: Mesh, factory: Any) -> ShardingError | None:
+    """Why the step does not compile for a mesh; None if it does."""
     try:
         factory(mesh)
     except ShardingError as error:
-        reason = "\n  ".join(str(error).splitlines())
-        console.print(f"Skipped: {reason}\n")
-        return False
-    return True
+        return error
+    return None
+
+
+def _describe(mesh: Mesh) -> str:
+    return f"({', '.join(f'{axis}={size}' for axis, size in mesh.shape.items())})"

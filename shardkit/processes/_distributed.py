@@ -1,8 +1,12 @@
 """`distributed`: initializes JAX for several processes, and connects them to a `Coordinator`."""
 
+import contextlib
 import os
 import secrets
 import socket
+import threading
+import warnings
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -10,8 +14,17 @@ from jax.experimental import multihost_utils
 
 from .._core.errors import Problem, ProcessError, first_line, format_problems
 from .._core.options import check_arguments
+from ._cluster import (
+    alone_in_job,
+    check_environment,
+    check_port,
+    detected_cluster,
+    initialize_arguments,
+    process_of_cluster,
+)
 from ._coordinator import Coordinator
-from ._membership import Membership, detected_cluster, membership
+from ._failure import PEER_FAILED, Failure
+from ._membership import Membership, membership
 from ._message_stream import MessageStream, address_of, connect, listen
 from ._process_group import ProcessGroup
 
@@ -26,8 +39,9 @@ def distributed(*, step_timeout: float = 0.0, start_timeout: float = 300.0) -> P
     Call it before JAX starts a backend. If `shardkit launch` or a cluster (SLURM, Open MPI,
     Cloud TPU, Kubernetes) has started several processes, it calls `jax.distributed.initialize`,
     so that `jax.devices()` lists the devices of all of them, and connects each process to
-    process 0. When a process dies, raises or hangs, the others end within two seconds, each with
-    one line that names it. In a single process it only watches the step timeout.
+    process 0. Elsewhere `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` in the
+    environment say so. When a process dies, raises or hangs, the others end within two seconds,
+    each with one line that names it. In a single process it only watches the step timeout.
 
     Process 0 listens on one address only: the loopback if `shardkit launch` started it, else that
     of its host name or of `SHARDKIT_COORDINATOR_HOST`. Who connects there must present a random
@@ -43,13 +57,14 @@ def distributed(*, step_timeout: float = 0.0, start_timeout: float = 300.0) -> P
     Args:
       step_timeout: seconds without an event of the loop after which a process counts as stuck;
         0 for no limit.
-      start_timeout: seconds that the first process waits for the last one.
+      start_timeout: seconds that the first process waits for the last one; then all that wait end,
+        each with one line.
 
     Returns:
       A context manager; an exception that leaves its block is reported to the other processes.
 
     Raises:
-      ProcessError: the processes cannot be joined.
+      ProcessError: the processes cannot be joined, or the environment names half a cluster.
     """
     check_arguments(
         ProcessError,
@@ -62,10 +77,16 @@ def distributed(*, step_timeout: float = 0.0, start_timeout: float = 300.0) -> P
     launched = membership()
     if launched is not None:
         return _join_launched(launched, step_timeout, start_timeout)
+    check_environment()
     cluster = detected_cluster()
     if cluster is not None:
-        _initialize(f"of {cluster}", initialization_timeout=round(start_timeout))
+        check_port()
+        timeout = round(start_timeout) + 60
+        with _start_deadline(start_timeout, *process_of_cluster()):
+            _initialize(f"of {cluster}", initialization_timeout=timeout, **initialize_arguments())
         return _join_initialized(step_timeout, start_timeout)
+    if warning := alone_in_job():
+        warnings.warn(warning, RuntimeWarning, stacklevel=2)
     return _watch_alone(step_timeout, start_timeout)
 
 
@@ -110,6 +131,28 @@ def _join_launched(launched: Membership, step_timeout: float, start_timeout: flo
     return group
 
 
+@contextlib.contextmanager
+def _start_deadline(seconds: float, index: int, count: int) -> Iterator[None]:
+    """Ends this process if the others have not joined in time: JAX would abort with a C++ stack.
+
+    Only JAX knows who has come, and does not say; so every process that waits names itself.
+    """
+    why = f"has waited {seconds:g} s for all processes to join"
+    why += "; one that writes no such line has not started, or does not reach the others"
+
+    def give_up() -> None:
+        os.write(2, f"{Failure(index, count, 0, why)}\n".encode())
+        os._exit(PEER_FAILED)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def _join_initialized(step_timeout: float, start_timeout: float) -> ProcessGroup:
     """Joins the processes of an initialized JAX; process 0 broadcasts its address over devices."""
     index, count = jax.process_index(), jax.process_count()
@@ -122,7 +165,8 @@ def _join_initialized(step_timeout: float, start_timeout: float) -> ProcessGroup
         coordinator = Coordinator(listener, count, token, start_timeout)
         text = f"{token} {address_of(listener)}"
     sent = np.frombuffer(text.ljust(_ADDRESS_BYTES).encode(), np.uint8)
-    received = np.asarray(multihost_utils.broadcast_one_to_all(sent), np.uint8)
+    with _start_deadline(start_timeout, index, count):
+        received = np.asarray(multihost_utils.broadcast_one_to_all(sent), np.uint8)
     token, address = received.tobytes().decode().split()
     return ProcessGroup(
         index=index,

@@ -177,6 +177,7 @@ class _Supervisor:
         self._failed_at: float | None = None
         self._failure_line: str | None = None
         self._reported_by_itself = False
+        self._own_code: int | None = None  # with which the first that failed was about to exit
         self._announced = self._interrupted = False
         self._signals = 0
 
@@ -224,6 +225,7 @@ class _Supervisor:
         elif message["kind"] == "end" and (self._failure_line is None or message["own"]):
             self._note_failure(self._children[message["process"]])
             self._failure_line, self._reported_by_itself = message["line"], message["own"]
+            self._own_code = message["code"] if message["own"] else None
 
     def _pass_on_output(self, child: _Child, out: int, received: bytes) -> None:
         text = self._incomplete.pop((child.index, out), b"") + received
@@ -301,7 +303,9 @@ class _Supervisor:
     def _exit_code(self) -> int:
         codes = [child.process.wait() for child in self._children]
         if self._first_failed is not None:
-            codes = [self._first_failed.process.wait(), *codes]
+            first = self._first_failed.process.wait()
+            ended_here = first < 0 and self._own_code is not None
+            codes = [self._own_code if ended_here else first, *codes]
         code = next((code for code in codes if code), 0)
         if self._interrupted and code in (0, STOPPED):
             return 130

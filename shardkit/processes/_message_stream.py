@@ -32,7 +32,7 @@ class MessageStream:
           token: what the other end must present first; None for one that is known.
           limit: bytes of the longest message that is read; None for no limit.
         """
-        self._socket, self._incomplete, self._sending = connected, b"", threading.Lock()
+        self._socket, self._incomplete, self._sending = connected, bytearray(), threading.Lock()
         self._awaited = None if token is None else token.encode()
         self._limit = limit
 
@@ -72,7 +72,10 @@ class MessageStream:
             if not received:
                 raise Closed
             return []
-        *lines, self._incomplete = self._incomplete.split(b"\n")
+        lines: list[bytes] = []
+        if b"\n" in received:  # a long line comes in hundreds of pieces
+            *lines, rest = bytes(self._incomplete).split(b"\n")
+            self._incomplete = bytearray(rest)
         if self._limit is not None and len(self._incomplete) > self._limit:
             raise Closed
         try:

@@ -135,7 +135,7 @@ class ProcessGroup:
         if problems:
             error = ProcessError(problems)
             self.leave()  # every process raises the same
-            self._announce(self._describe(error))
+            self._announce(self._describe(error), code_of(error))
             raise error
 
     def report_step(self, step: int) -> None:
@@ -187,11 +187,12 @@ class ProcessGroup:
         if _may_be_echo(error):
             with self._changed:
                 self._changed.wait_for(lambda: self.failure is not None, _ECHO_WAIT)
+            if self.failure is not None and self.failure.process != self.index:
+                self._watchdog.join(2 * _SERVICE_DELAY)  # its line is written, and it exits
         if self.failure is None:
-            failure = self._describe(error)
-            self._announce(failure)
+            failure, self._exit_code = self._describe(error), code_of(error)
+            self._announce(failure, self._exit_code)
             self._stream.send("failed", step=failure.step, cause=failure.cause)
-            self._exit_code = code_of(error)
             self._exit_at = time.monotonic() + _EXIT_DELAY
 
     def _describe(self, error: BaseException) -> Failure:
@@ -285,16 +286,22 @@ class ProcessGroup:
         """Ends this process, unless it is about to exit because of its own failure."""
         if self.failure is not None or self._left:
             return
-        self._announce(failure)
         own = failure.process == self.index
+        code = STUCK if own else PEER_FAILED
+        self._announce(failure, code)
         if own:  # it is alive and stuck: the stacks show where
             faulthandler.dump_traceback(2)
         if self.index == 0 and not own:
             time.sleep(_SERVICE_DELAY)
-        os._exit(STUCK if own else PEER_FAILED)
+        os._exit(code)
 
-    def _announce(self, failure: Failure) -> None:
-        """Writes the failure to standard error and to the launcher, once."""
+    def _announce(self, failure: Failure, code: int) -> None:
+        """Writes the failure to standard error and to the launcher, once.
+
+        Args:
+          failure: of this process or of another one.
+          code: with which this process exits, unless the launcher has to kill it.
+        """
         with self._changed:
             if self.failure is not None:
                 return
@@ -303,7 +310,8 @@ class ProcessGroup:
         os.write(2, f"{failure}\n".encode())
         if self._launcher is not None:
             own = failure.process == self.index
-            self._launcher.send("end", process=failure.process, line=str(failure), own=own)
+            line = str(failure)
+            self._launcher.send("end", process=failure.process, line=line, own=own, code=code)
 
     def _at_exit(self) -> None:
         """Exits before JAX's own exit handler, which would wait for processes that are gone."""

@@ -2,7 +2,7 @@
 
 from ._config import TrainConfig
 from ._console import label_text, show_mesh, standard_output
-from ._environment import package_versions
+from ._history import History, read_history
 from ._plot import plot_runs
 from ._source import DataSource, FunctionSource, IterableSource
 from ._stop import Stopped
@@ -13,6 +13,7 @@ __all__ = [
     "Callback",
     "DataSource",
     "FunctionSource",
+    "History",
     "IterableSource",
     "RunContext",
     "StepMetrics",
@@ -20,8 +21,8 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "label_text",
-    "package_versions",
     "plot_runs",
+    "read_history",
     "show_mesh",
     "standard_output",
 ]

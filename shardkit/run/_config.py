@@ -28,9 +28,9 @@ class TrainConfig:
       keep_period: also keep each checkpoint whose step is a multiple of this; 0 for none.
       best_to_keep: also keep this many checkpoints with the lowest validation bits per byte; an
         evaluation must fall on their step.
-      resume: `auto` resumes the newest unfinished run of that name with the same settings, or
-        starts a new one; `never` starts a new one; anything else is the folder of the run to
-        resume.
+      resume: `auto` resumes the newest unfinished run of that name with the same settings, or a
+        finished one that now has more `steps`, or starts a new one; `never` starts a new one;
+        anything else is the folder of the run to resume.
       resume_with: names or groups of settings (`optimizer`, `train.seed`, `data`) that may differ
         from those of the run that resumes. Without them `auto` starts a new run, and a named run
         is refused, with a list of what differs.
@@ -47,7 +47,8 @@ class TrainConfig:
         finite (`compile.on_nonfinite=skip`) before the run ends with an error.
       check: when `step.self_check` proves the compiled gradient, which needs no single device:
         before the `first` update of a process, before `every N` updates and the first, or `off`.
-        A failure ends the run.
+        A failure ends the run. A resumed run whose executable comes from a file, and has passed
+        this run's check, starts without.
       replica_check_every: updates between checksum comparisons of the copies of the state on
         different devices; 0 for none.
       on_replica_mismatch: what to do when copies differ: `stop`, or warn and `continue`.
@@ -61,7 +62,7 @@ class TrainConfig:
     max_to_keep: int = 2
     keep_period: int = 0
     best_to_keep: int = 0
-    resume: str = "auto"
+    resume: Literal["auto", "never"] | str = "auto"
     resume_with: tuple[str, ...] = ()
     on_damage: Literal["previous", "stop"] = "previous"
     on_save_error: Literal["stop", "continue"] = "stop"
@@ -69,7 +70,7 @@ class TrainConfig:
     profile: str | None = None
     step_timeout: float = 0.0
     skip_limit: int = 20
-    check: str = "first"
+    check: Literal["first", "off"] | str = "first"
     replica_check_every: int = 0
     on_replica_mismatch: Literal["stop", "continue"] = "stop"
 
@@ -96,15 +97,16 @@ class TrainConfig:
         least = {"steps": 1, "eval_every": 0, "log_every": 1, "checkpoint_every": 0}
         least |= {"max_to_keep": 1, "keep_period": 0, "best_to_keep": 0}
         least |= {"skip_limit": 1, "replica_check_every": 0}
-        problems = self._check_least(least)
-        for name in ("resume", "out"):
-            value = getattr(self, name, None)
-            if value is not None and (url := path_problem(value, f"train.{name}={value}")):
-                problems.append(url)
+        problems = [*self._check_least(least), *self._check_paths("resume")]
         if self.step_timeout < 0:
             why, fix = "must be 0 or more seconds.", "--set train.step_timeout=600"
             problems.append(Problem(f"train.step_timeout={self.step_timeout:g}", why, fix))
         return problems
+
+    def _check_paths(self, *names: str) -> list[Problem]:
+        paths = {name: getattr(self, name) for name in names}
+        found = (path_problem(x, f"train.{n}={x}") for n, x in paths.items() if x is not None)
+        return [problem for problem in found if problem]
 
     def _check_least(self, least: Mapping[str, int]) -> list[Problem]:
         return [

@@ -13,16 +13,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from .._core.errors import StepError
 from .._core.own_sharding import on_any_mesh, without_constraints
 from .._core.tree import leaves_by_path, short_type
-from .._core.types import Key, Params, Variables, WithAxes
+from .._core.types import Key, Params, Variables, strip_axes
+from .._core.versions import package_versions, utc_time
 from ..checkpoint import compute_fingerprints, format_fingerprint
 from ..processes import ProcessGroup
 from ..step import CompiledStep, build_objective, call_update
 from ._config import TrainConfig
-from ._environment import package_versions
+from ._console import is_simulated
 
 # Options of JAX that change numbers, and variables of the environment that change programs.
 _FLAGS = (
@@ -71,8 +73,15 @@ def agree_on_run(
     return facts
 
 
-def agree_on_step(process_group: ProcessGroup, step: CompiledStep) -> dict[str, Any]:
+def agree_on_step(
+    process_group: ProcessGroup, step: CompiledStep, saved: Mapping[str, Any]
+) -> dict[str, Any]:
     """Raises in all processes, before the first update, unless they compiled the same program.
+
+    Args:
+      process_group: this process among those that run together.
+      step: as it was compiled.
+      saved: facts of the checkpoint that the run resumes from, if any.
 
     Returns:
       What the step was declared of, see `facts_of_step`.
@@ -80,7 +89,7 @@ def agree_on_step(process_group: ProcessGroup, step: CompiledStep) -> dict[str, 
     Raises:
       ProcessError: with each difference.
     """
-    mesh, program, facts = dict(step.mesh.shape), step.program.digest, facts_of_step(step)
+    mesh, program, facts = dict(step.mesh.shape), step.program.digest, facts_of_step(step, saved)
     process_group.agree("step", mesh=mesh, program=program, **facts)
     return facts
 
@@ -97,19 +106,39 @@ def agree_on_state(process_group: ProcessGroup, state: Any) -> None:
         process_group.agree("state", state=texts)
 
 
-def facts_of_step(step: CompiledStep) -> dict[str, Any]:
+def facts_of_step(step: CompiledStep, saved: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what was declared, without mesh and layout, on which it may resume.
 
     Loss, optimizer and init are hashes of their programs on one device, constants included and
     sharding constraints left out. A `jax.shard_map` on a mesh of the model's own is part of it.
+    They take about as long as tracing the step. A step whose executable has the name of the one
+    that a checkpoint was made with is the same program, so they are `saved` ones then; `init` is
+    what the run began with.
     """
+    spec, executable = step.spec, step.program.kept_as
+    if executable and executable == saved.get("executable"):
+        programs = {name: saved[name] for name in ("init", *_PROGRAMS)}
+    else:
+        programs = _digest_programs(step)
+    return {
+        **programs,
+        "executable": executable,
+        "precision": {k: str(v) for k, v in dataclasses.asdict(spec.precision).items()},
+        "on_nonfinite": spec.on_nonfinite,
+        "batch": _types(spec.batch),
+        "leaves": _types(step.layout.state),
+    }
+
+
+def _digest_programs(step: CompiledStep) -> dict[str, str]:
+    """Traces and lowers init, loss and optimizer of a step."""
     spec, state = step.spec, jax.tree.map(_without_sharding, step.layout.state)
     trained = step.layout.partition.trained(state.params)
 
     def init(key: Key) -> Any:
         made = spec.init(key)
         tree = (made.params, made.model_state) if isinstance(made, Variables) else made
-        return jax.tree.map(_value, tree, is_leaf=lambda x: isinstance(x, WithAxes))
+        return strip_axes(tree)
 
     def update(grads: Params, opt_state: Any, params: Params) -> Any:
         # What an optimizer asks for beside the gradient is of the loss, which has its own hash.
@@ -130,10 +159,6 @@ def facts_of_step(step: CompiledStep) -> dict[str, Any]:
         ),
         "optimizer": f"{_digest(update, trained, state.opt_state, trained)} "
         f"{_digest(spec.optimizer.init, trained)}",
-        "precision": {k: str(v) for k, v in dataclasses.asdict(spec.precision).items()},
-        "on_nonfinite": spec.on_nonfinite,
-        "batch": _types(spec.batch),
-        "leaves": _types(state),
     }
 
 
@@ -151,17 +176,14 @@ def _digest(function: Callable[..., Any], *args: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _value(x: Any) -> Any:
-    return x.value if isinstance(x, WithAxes) else x
-
-
 def _without_sharding(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 # These may change when a run resumes: newer packages, another machine, what it began with. Leaves
 # that differ are named when they are restored.
-_NOT_COMPARED = ("versions", "environment", "init", "leaves")
+SOFTWARE = ("versions", "environment")
+_NOT_COMPARED = (*SOFTWARE, "init", "leaves", "executable")
 _PROGRAMS = ("loss", "optimizer")
 FACT_NAMES = ("seed", "flags", "precision", "on_nonfinite", "batch", *_PROGRAMS)
 
@@ -181,3 +203,19 @@ def comparable_facts(
     comparable = programs and same
     skipped = _NOT_COMPARED if comparable else (*_NOT_COMPARED, *_PROGRAMS)
     return [name for name in before if name in now and name not in skipped]
+
+
+def environment(mesh: Mesh) -> dict[str, Any]:
+    """Returns mesh, device, versions and UTC time, for the first row of the metrics."""
+    device = mesh.devices.flat[0]
+    return {
+        "mesh": dict(mesh.shape),
+        "device": {
+            "platform": device.platform,
+            "kind": device.device_kind,
+            "count": mesh.size,
+            "simulated": is_simulated(mesh),
+        },
+        "versions": package_versions(),
+        "time": utc_time(),
+    }

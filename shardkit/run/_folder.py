@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from .._core.errors import CheckpointError, Problem, format_problems
+from .._core.io._console import show_task
 from .._core.tree import join_path
 from ..checkpoint import Checkpointer, RetentionPolicy
 from ..processes import ProcessGroup
@@ -78,7 +80,8 @@ class RunFolder:
         Args:
           done: updates made.
           state: to save.
-          scores: metrics of its evaluation, by which the best checkpoints are kept.
+          scores: metrics of its evaluation, by which the best checkpoints are kept; one that is
+            not finite ranks no checkpoint.
 
         Raises:
           CheckpointError: this save or the one before fails, and `on_save_error` is `stop`.
@@ -89,7 +92,8 @@ class RunFolder:
         self.metrics.sync()
         self._handle_save_error(checkpoints.wait)
         self._newest, data = done, self.source.state(done)
-        self._handle_save_error(lambda: checkpoints.save(done, state, data=data, metrics=scores))
+        finite = {name: score for name, score in scores.items() if math.isfinite(score)}
+        self._handle_save_error(lambda: checkpoints.save(done, state, data=data, metrics=finite))
 
     def finish_saving(self) -> str:
         """Waits for the last save; returns a message about what is on the disk.
@@ -130,7 +134,7 @@ def open_run_folder(
     process_group: ProcessGroup,
     began: float,
     seconds: Mapping[str, float],
-    given: Mapping[str, Any],
+    given: Callable[[], Mapping[str, Any]],
 ) -> Iterator[tuple[RunFolder, Any]]:
     """Opens the folder of a run and yields it with the state that the run starts from.
 
@@ -148,7 +152,7 @@ def open_run_folder(
       process_group: this process among those that run together.
       began: when this process started the run, in seconds since 1970.
       seconds: what the time since then was spent on.
-      given: keywords of `step.init` for a new run.
+      given: makes the keywords of `step.init` for a new run.
 
     Raises:
       CheckpointError: no usable checkpoint to resume from, or the last save failed.
@@ -170,7 +174,8 @@ def open_run_folder(
         if resumed:
             state, start = _restore(checkpoints, step, config, console)
         else:
-            state, start = step.init(jax.random.key(config.seed), **given), 0
+            with show_task(console, "creating the state"):
+                state, start = step.init(jax.random.key(config.seed), **given()), 0
         agree_on_state(process_group, state)
         spent = {**seconds, "restore" if resumed else "init": time.perf_counter() - opened}
         after = start if resumed else None

@@ -18,11 +18,13 @@ class Goodput:
     """Wall time of a run by what it was spent on.
 
     Attributes:
-      wall: seconds from the start of the first process to now.
+      wall: seconds from the start of the first process to now; at least the seconds of all causes,
+        if a clock was set back.
       steps: seconds of updates that count, without waiting for their batches.
       overhead: seconds by cause: `compile`, `init`, `restore`, `data` (waiting for batches),
-        `check` (self checks), `evaluate`, `save` (blocking updates), `lost` (updates that had to be
-        made again), `idle` (between two processes) and `other`.
+        `check` (self checks), `evaluate`, `baselines` and `sample` (at the end of a run on text),
+        `save` (blocking updates), `lost` (updates that had to be made again), `idle` (between two
+        processes) and `other`.
     """
 
     wall: float
@@ -50,8 +52,9 @@ class Goodput:
         return {"goodput": self.share, "wall": self.wall, "useful": self.steps, **self.overhead}
 
 
-_CAUSES = ("compile", "init", "restore", "data", "check", "evaluate", "save", "lost", "idle")
 _CAUSE_OF_KIND = {"check": "check", "eval": "evaluate", "save": "save", "finished": "save"}
+_CAUSE_OF_KIND |= {"baselines": "baselines", "sample": "sample"}
+_CAUSES = ("compile", "init", "restore", "data", "lost", "idle", *_CAUSE_OF_KIND.values())
 
 
 def goodput(rows: Iterable[_Row], now: float) -> Goodput:
@@ -76,9 +79,9 @@ def goodput(rows: Iterable[_Row], now: float) -> Goodput:
                 steps += seconds - waited
             elif kind in _CAUSE_OF_KIND:
                 overhead[_CAUSE_OF_KIND[kind]] += seconds
-    # A clock that was set back gives no negative time.
-    wall = max(0.0, now - (now if began is None else began))
-    other = max(0.0, wall - steps - sum(overhead.values()))
+    known = steps + sum(overhead.values())
+    wall = max(known, now - (now if began is None else began))
+    other = wall - known
     return Goodput(wall, steps, {**overhead, "other": other})
 
 

@@ -1,13 +1,17 @@
 """Metrics of a run as curves, over all processes that it had one after another."""
 
 import dataclasses
+import glob
 import math
+import os
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from .._core.errors import ConfigError, Problem, count, did_you_mean, raise_all
-from .._core.io._files import path_problem
+from .._core.io._files import local_path, path_problem
+from .._core.io._notebook import notebook_html
 from ._metrics_file import METRICS, read_rows
 
 _SPEED, _NATS = "_per_second", math.log(2)
@@ -85,8 +89,48 @@ class History:
         lines = ", ".join(map(str, self.broken[:5]))
         return f"{self.name}: {count(len(self.broken), 'broken line')} skipped ({lines})"
 
+    def describe(self) -> dict[str, str]:
+        """Updates, the first and the last loss, speed and evaluations, as text."""
+        loss, speed, evaluations = self.column("loss"), self.speed, self.evaluations
+        losses = [f"{value:.4g}" for value in (*loss.values[:1], *loss.values[-1:])]
+        median = f"{statistics.median(speed.values):.4g} {self.unit}/s" if speed.values else ""
+        simulated = ", simulated devices" if self.simulated else ""
+        last = evaluations.values[-1:]
+        return {
+            "updates": str(len(loss.steps)),
+            "loss": " → ".join(dict.fromkeys(losses)),
+            "validation": f"{last[0]:.4g} after update {evaluations.steps[-1]}" if last else "",
+            "speed, median": f"{median}{simulated}" if median else "",
+            "resumed from": ", ".join(map(str, self.resumed)),
+            "note": self.note,
+        }
+
+    def __repr__(self) -> str:
+        about = self.describe()
+        loss = f", loss {about['loss']}" if about["loss"] else ""
+        return f"History({self.name}: {about['updates']} updates{loss})"
+
+    def _repr_html_(self) -> str:
+        return notebook_html(f"Run {self.name}", self.describe())
+
     def _rows_of(self, kind: str) -> Iterable[dict[str, Any]]:
         return (row for row in self.rows if row["kind"] == kind)
+
+
+def read_history(folder: str | os.PathLike[str]) -> History:
+    """Reads the metrics of the newest run of a trainer, of all processes that it had.
+
+    Args:
+      folder: as given to the trainer; later runs are in `folder-2`, `folder-3`, ….
+
+    Raises:
+      ConfigError: no run has finished an update yet.
+    """
+    folder = local_path(folder, ConfigError, "The metrics cannot be read.")
+    runs = [folder, *folder.parent.glob(f"{glob.escape(folder.name)}-[0-9]*")]
+    written = [run for run in runs if (run / METRICS).is_file()]
+    newest = max(written, key=lambda run: (run / METRICS).stat().st_mtime, default=folder)
+    return read_histories([newest])[0]
 
 
 def read_histories(folders: Sequence[Path]) -> list[History]:
@@ -98,7 +142,8 @@ def read_histories(folders: Sequence[Path]) -> list[History]:
     Raises:
       ConfigError: naming every one that is not a run, or has finished no update yet.
     """
-    runs = [path.parent if path.name == METRICS else path for path in folders]
+    paths = [path if path_problem(path) else local_path(path, ConfigError) for path in folders]
+    runs = [path.parent if path.name == METRICS else path for path in paths]
     unique = len({run.name for run in runs}) == len(runs)
     histories, problems = [], []
     for run in dict.fromkeys(runs):
@@ -108,15 +153,14 @@ def read_histories(folders: Sequence[Path]) -> list[History]:
         if why is None:
             histories.append(history)
         else:
-            problems.append(Problem(str(run), why, _suggest_command(run)))
+            url = path_problem(run)
+            problems.append(url or Problem(str(run), why, _suggest_command(run)))
     headline = f"{count(len(problems), 'run')} cannot be plotted."
     raise_all(ConfigError, headline, problems)
     return histories
 
 
 def _explain_unusable(run: Path, history: History) -> str | None:
-    if url := path_problem(run):
-        return url.why
     if run.is_file():
         return "is a file, not the folder of a run."
     if not run.is_dir():

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from .._core.errors import count
 from .._core.tree import leaves_by_path, nbytes, short_type
 
 _LARGEST_DRAWN = 16
@@ -63,7 +64,7 @@ def layout_rows(tree: Any, limit: int = 14) -> list[LayoutRow]:
 def total_row(name: str, tree: Any) -> LayoutRow:
     """Returns the sum over all leaves of a pytree, as a row of that name."""
     rows = [_make_row(path, leaf) for path, leaf in leaves_by_path(tree).items()]
-    return dataclasses.replace(_sum_rows(rows, f"{len(rows)} leaves", ""), path=name)
+    return dataclasses.replace(_sum_rows(rows, count(len(rows), "leaf"), ""), path=name)
 
 
 def draw_mesh(mesh: Mesh) -> list[str]:

@@ -11,13 +11,23 @@ from ..step import CompiledStep
 from ._clock import Clock
 from ._folder import RunFolder
 from ._source import Evaluate, to_host_arrays
-from ._state_metrics import find_state_metrics, read_state_metrics
+from ._state_metrics import add_state_metrics, find_state_metrics
 from ._stop import StopRequest
 from ._throughput import Throughput
-from .callbacks._callback import Callback, RunContext, StepMetrics
+from .callbacks._callback import Callback, RunContext
 
 # Columns of a metrics row that are not metrics of the step.
-_RESERVED = frozenset({"kind", "step", "time", "seconds", "data_seconds", "mfu"})
+_RESERVED = frozenset(
+    "kind step time seconds data_seconds mfu rows_per_second tokens_per_second".split()
+)
+
+
+def state_metric_problems(declared: Mapping[str, str]) -> list[Problem]:
+    """What is wrong with `Trainer.metrics` whatever the state: names that other columns have."""
+    taken = {*_RESERVED, "loss", "grad_norm"} & declared.keys()
+    fix = 'metrics={"lr": "opt_state/**/learning_rate"}'
+    why = "is already a column of metrics.jsonl"
+    return [Problem(f"metrics[{name!r}]", why, fix) for name in sorted(taken)]
 
 
 class Loop:
@@ -117,7 +127,7 @@ class Loop:
                 for callback in self._callbacks:
                     callback.on_batch(done, state, batch)
             state, metrics = self._step(state, batch)
-            metrics = {**metrics, **read_state_metrics(self._state_metrics, state)}
+            metrics = add_state_metrics(metrics, self._state_metrics, state)
             for callback in self._callbacks:
                 callback.on_dispatch(done, state, batch)
             if pending is not None:
@@ -155,7 +165,9 @@ class Loop:
     def _report_step(self, done: int, metrics: Mapping[str, Any]) -> None:
         finished = self._clock.finish_step(done, {name: float(x) for name, x in metrics.items()})
         speed = self._throughput.columns(finished.seconds)
-        self._write("step", step=done, **_make_row(finished), **speed)
+        times = {"seconds": finished.seconds, "data_seconds": finished.data_seconds}
+        columns = _make_columns(finished.values, "loss")
+        self._write("step", step=done, **columns, **times, **speed)
         for callback in self._callbacks:
             callback.on_step(finished)
 
@@ -164,7 +176,7 @@ class Loop:
         with self._clock.exclude() as spent:
             scores = self._evaluate_state(self._step, state)
             values = {name: float(x) for name, x in scores.items()}
-        self._write("eval", step=done, **values, **spent)
+        self._write("eval", step=done, **_make_columns(values, "evaluation"), **spent)
         for callback in self._callbacks:
             callback.on_eval(done, values)
         return values
@@ -177,15 +189,14 @@ class Loop:
             callback.on_save(done)
 
 
-def _make_row(metrics: StepMetrics) -> dict[str, float | None]:
-    """Returns the columns of an update; what is NaN or infinite is None, as JSON requires."""
-    if reserved := _RESERVED & metrics.values.keys():
+def _make_columns(values: Mapping[str, float], of: str) -> dict[str, float | None]:
+    """Returns metrics as columns; what is NaN or infinite is None, as JSON requires."""
+    if reserved := _RESERVED & values.keys():
         why = "is already a column of metrics.jsonl"
         problems = [Problem(name, why) for name in sorted(reserved)]
-        fix = 'another name in the metrics that the loss returns: {"my_seconds": ...}'
-        raise StepError(format_problems("The loss returns reserved names.", problems, fix))
-    values = {name: x if math.isfinite(x) else None for name, x in metrics.values.items()}
-    return {**values, "seconds": metrics.seconds, "data_seconds": metrics.data_seconds}
+        fix = f'another name in the metrics that the {of} returns: {{"my_seconds": ...}}'
+        raise StepError(format_problems(f"The {of} returns reserved names.", problems, fix))
+    return {name: x if math.isfinite(x) else None for name, x in values.items()}
 
 
 @contextlib.contextmanager

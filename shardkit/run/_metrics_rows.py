@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from .._core.errors import ConfigError
-from ._environment import environment
+from ._facts import environment
 from ._goodput import goodput, interruption
 from ._metrics_file import MetricsFile, read_metrics
 from ._stop import Stopped

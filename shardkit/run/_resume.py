@@ -1,8 +1,9 @@
 """Whether a run is new or resumes, decided from files alone, before any device is touched."""
 
 import dataclasses
+import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,19 +21,17 @@ from .._core.io._table import flatten
 from ..checkpoint import Checkpointer, Manifest
 from ..processes import ProcessGroup
 from ._config import TrainConfig
-from ._facts import FACT_NAMES, comparable_facts
+from ._facts import FACT_NAMES, SOFTWARE, comparable_facts
 from ._metrics_file import read_metrics
 from ._source import DataSource
 
-# A run that is named explicitly may also be made longer or shorter.
+# A run that is named explicitly may also be made longer or shorter, a finished one longer.
 _FREE_BY_NAME = ("train.steps",)
 # These say how to resume.
 _FREE = ("train.resume", "train.resume_with")
 # The group of a manifest's config that holds the facts of `_facts`.
 FACTS = "run"
 _SAME_DATA = "the same data as before"
-# Settings and data of a manifest that differ from this run's, except for the names in the tuple.
-_Compare = Callable[[Manifest, tuple[str, ...]], list[Problem]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +43,20 @@ class ResumeDecision:
       resumed: whether it resumes.
       step: updates already made, if the newest checkpoint is intact; 0 for a new run.
       notes: messages for the user about the choice.
+      facts: those of the newest checkpoint, see `_facts`; none for a new run.
     """
 
     folder: Path
     resumed: bool = False
     step: int = 0
     notes: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, run: Path, newest: Manifest, notes: Iterable[str]) -> "ResumeDecision":
+        """A run that resumes from a checkpoint."""
+        facts = newest.config.get(FACTS, {}) if isinstance(newest.config, Mapping) else {}
+        return cls(run, True, newest.step, tuple(notes), facts)
 
 
 def checkpoints_folder(folder: Path) -> Path:
@@ -86,41 +93,45 @@ def decide_resume(
     """
     _check_names(config.resume_with, record)
     settings = _Settings(record, decides, facts, source, config.resume_with)
-    compare = settings.find_differences
     values: dict[str, Any] | None = None
     if process_group.index == 0:
-        decision = _decide(folder, config, compare)
-        values = {**dataclasses.asdict(decision), "folder": str(decision.folder)}
+        decision = _decide(folder, config, settings)
+        values = {**vars(decision), "folder": str(decision.folder), "facts": dict(decision.facts)}
     first = process_group.gather("resume", values)[0]
-    return ResumeDecision(
-        Path(first["folder"]), first["resumed"], first["step"], tuple(first["notes"])
-    )
+    made = {"folder": Path(first["folder"]), "notes": tuple(first["notes"])}
+    return ResumeDecision(**first | made)
 
 
-def _decide(folder: Path, config: TrainConfig, compare: _Compare) -> ResumeDecision:
+def _decide(folder: Path, config: TrainConfig, settings: "_Settings") -> ResumeDecision:
     if config.resume == "never" or (config.resume == "auto" and not config.checkpoint_every):
         return ResumeDecision(folder)
     if config.resume != "auto":
-        return _decide_named(Path(config.resume).expanduser(), compare)
+        return _decide_named(Path(config.resume).expanduser(), settings)
     notes = []
     for run in _list_runs(folder):
         newest = _read_newest_manifest(run)
         if newest is None:
             notes += _explain_unreadable(run)
-        if newest is None or _is_finished(run):
+        if newest is None:
             continue
+        finished = _is_finished(run)
+        if finished and newest.step >= config.steps:
+            if settings.find_differences(newest, _FREE_BY_NAME):
+                continue
+            note = _describe_finished(run, newest.step, _find_unused(folder))
+            return ResumeDecision(folder, notes=(*notes, note))
         if Checkpointer(checkpoints_folder(run)).in_use:
             notes.append(f"{run} is in use by another process. Starting a new run.")
-        elif problems := compare(newest, ()):
+        elif problems := settings.find_differences(newest, _FREE_BY_NAME if finished else ()):
             changes = "; ".join(f"{problem.subject} {problem.why}" for problem in problems)
             notes.append(f"{run} has other settings ({changes}). Starting a new run.")
             notes.append(f"To resume {run} with them: {_accept(problems)}")
         else:
-            return ResumeDecision(run, True, newest.step, tuple(notes))
+            return ResumeDecision.of(run, newest, [*notes, *settings.describe_software(newest)])
     return ResumeDecision(folder, notes=tuple(notes[:2]))
 
 
-def _decide_named(folder: Path, compare: _Compare) -> ResumeDecision:
+def _decide_named(folder: Path, settings: "_Settings") -> ResumeDecision:
     folder = folder.parent if folder.name == "checkpoints" else folder
     newest, checkpoints = _read_newest_manifest(folder), Checkpointer(checkpoints_folder(folder))
     if newest is None and checkpoints.steps():
@@ -132,11 +143,11 @@ def _decide_named(folder: Path, compare: _Compare) -> ResumeDecision:
         fix = f"--set train.resume={runs[0]}" if runs else "--set train.resume=auto"
         problem = Problem(f"train.resume={folder}", why, fix)
         raise CheckpointError(format_problems("No checkpoint to resume from.", [problem]))
-    problems = compare(newest, _FREE_BY_NAME)
+    problems = settings.find_differences(newest, _FREE_BY_NAME)
     headline = f"Cannot resume {folder} with {count(len(problems), 'changed setting')}."
     fix = f"{_accept(problems)} to resume with them, or --set train.resume=never for a new run"
     raise_all(CheckpointError, headline, problems, fix)
-    return ResumeDecision(folder, True, newest.step)
+    return ResumeDecision.of(folder, newest, settings.describe_software(newest))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +199,16 @@ class _Settings:
             problems.append(Problem(str(self.source), why, _SAME_DATA))
         return problems
 
+    def describe_software(self, saved: Manifest) -> Iterator[str]:
+        """Yields how packages and the environment differ from a checkpoint's; they may."""
+        config = saved.config if isinstance(saved.config, Mapping) else {}
+        facts = config.get(FACTS, {})
+        groups = [g for g in SOFTWARE if g in facts and g in self.facts]
+        changed = _compare(*({g: known[g] for g in groups} for known in (facts, self.facts)))
+        if changed:
+            texts = (f"{name} {why}" for name, why in changed.items())
+            yield f"Other software than in the checkpoint: {'; '.join(texts)}. Numbers may differ."
+
 
 def _compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
     """Returns `{name: "was 1, is 2"}` of values that differ, by their names in nested mappings."""
@@ -223,6 +244,18 @@ def _check_names(accepted: Sequence[str], record: Mapping[str, Any]) -> None:
         if not any(_is_in(other, [name]) or _is_in(name, [other]) for other in known)
     ]
     raise_all(ConfigError, "These differences cannot be accepted.", problems)
+
+
+def _describe_finished(run: Path, steps: int, new: Path) -> str:
+    more = f"--set train.steps={2 * steps}"
+    return f"{run} is finished ({steps} steps). A new run starts in {new}; {more} goes on with it."
+
+
+def _find_unused(folder: Path) -> Path:
+    """The folder that a new run of this name gets."""
+    names = (f"{folder.name}-{number}" for number in itertools.count(2))
+    later = map(folder.with_name, names)
+    return next(path for path in itertools.chain([folder], later) if not path.exists())
 
 
 def _list_runs(folder: Path) -> Iterator[Path]:

@@ -59,10 +59,20 @@ class IterableSource(_CountedSource):
     """Batches from an iterable that yields the same ones each time it is iterated."""
 
     iterable: Iterable[Any]
+    resumable: bool = True
 
     def batches(self, start: int) -> Iterator[Any]:
-        """Iterates from the beginning and drops the first `start` batches."""
-        return itertools.islice(self.iterable, start, None)
+        """Iterates from the beginning and drops the first `start` batches.
+
+        Raises:
+          DataError: the iterable has one iterator for all its uses, and the run may resume.
+        """
+        batches = iter(self.iterable)
+        # These never start anew, and a second one costs nothing; others may start processes.
+        plain = type(batches).__module__ in ("builtins", "itertools")
+        if self.resumable and plain and iter(self.iterable) is batches:
+            raise _make_error(self.iterable, f"gives the same {type(batches).__name__} each time")
+        return itertools.islice(batches, start, None)
 
 
 @runtime_checkable
@@ -101,9 +111,13 @@ def as_source(data: Data, *, resumable: bool = True) -> DataSource:
     if callable(data):
         return FunctionSource(data)
     if resumable and isinstance(data, Iterator):
-        why = "is an iterator: it yields each batch once, and a resumed run starts at the first one"
-        fix = "a function i -> batch, a list, or an object whose __iter__ starts anew; or"
-        fix += " TrainConfig(checkpoint_every=0)"
-        problem = Problem(f"data: {type(data).__name__}", why, fix)
-        raise DataError(format_problems("The data cannot be read again.", [problem]))
-    return IterableSource(data)
+        raise _make_error(data, "is an iterator")
+    return IterableSource(data, resumable)
+
+
+def _make_error(data: Any, why: str) -> DataError:
+    why += ": it yields each batch once, and a resumed run starts at the first one"
+    fix = "a function i -> batch, a list, or an object whose __iter__ starts anew; or"
+    fix += " TrainConfig(checkpoint_every=0)"
+    problem = Problem(f"data: {type(data).__name__}", why, fix)
+    return DataError(format_problems("The data cannot be read again.", [problem]))

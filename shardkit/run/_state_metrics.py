@@ -10,6 +10,8 @@ from .._core.errors import ConfigError, Problem, did_you_mean, raise_all
 from .._core.tree import leaves_by_path
 from ..rules import matches
 
+_HEADLINE = "Scalars of the state cannot be metrics."
+
 
 def find_state_metrics(declared: Mapping[str, str], state: Any) -> dict[str, str]:
     """Returns `{name: path}` of the scalars that globs name.
@@ -40,11 +42,22 @@ def find_state_metrics(declared: Mapping[str, str], state: Any) -> dict[str, str
         for name, paths in found.items()
         if len(paths) != 1
     ]
-    raise_all(ConfigError, "Scalars of the state cannot be metrics.", problems)
+    raise_all(ConfigError, _HEADLINE, problems)
     return {name: paths[0] for name, paths in found.items()}
 
 
-def read_state_metrics(found: Mapping[str, str], state: Any) -> dict[str, jax.Array]:
-    """Copies the scalars of a state, which the next update donates; waits for nothing."""
+def add_state_metrics(
+    metrics: Mapping[str, jax.Array], found: Mapping[str, str], state: Any
+) -> dict[str, jax.Array]:
+    """Adds copies of scalars of a state, which the next update donates; waits for nothing.
+
+    Raises:
+      ConfigError: the loss returns a metric of such a name.
+    """
+    why = "is a metric that the loss returns"
+    taken = [
+        Problem(f"metrics[{name!r}]", why, "another name") for name in found if name in metrics
+    ]
+    raise_all(ConfigError, _HEADLINE, taken)
     leaves = leaves_by_path(state) if found else {}
-    return {name: jnp.copy(leaves[path]) for name, path in found.items()}
+    return {**metrics, **{name: jnp.copy(leaves[path]) for name, path in found.items()}}

@@ -1,6 +1,7 @@
 """`Trainer`: a compiled step and its data as a run that can be interrupted at any time."""
 
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,9 +12,11 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.text import Text
 
-from .._core.errors import ConfigError
+from .._core.errors import ConfigError, Problem, raise_all
+from .._core.interrupts import guard_script
+from .._core.io._console import show_task
 from .._core.io._files import local_path
-from .._core.options import check_arguments
+from .._core.options import check_arguments, copy_plain
 from .._core.types import Params, PyTree
 from ..processes import ProcessGroup
 from ..step import CompiledStep, StepSpec, check_mesh_given
@@ -21,8 +24,8 @@ from ._config import RetentionPolicy, TrainConfig
 from ._console import label_text, show_layout, standard_output
 from ._facts import agree_on_run, agree_on_step
 from ._folder import open_run_folder
-from ._loop import Loop
-from ._resume import ResumeDecision, decide_resume
+from ._loop import Loop, state_metric_problems
+from ._resume import FACTS, ResumeDecision, decide_resume
 from ._source import Data, DataSource, Evaluate, as_source
 from .callbacks import (
     Callback,
@@ -66,6 +69,8 @@ class Trainer:
       console: where the run is shown; standard output by default.
       params: pretrained parameters that a new run starts from, as for `step.init`.
       model_state: the same for the model state.
+      load_params: `(step) -> params`, called for a new run in place of `params`, once its step is
+        compiled and fits; a run that resumes reads no weights.
       process_group: from `sk.distributed`, if several processes make the updates together.
         Process 0 decides, shows and writes; all processes end together.
     """
@@ -87,19 +92,21 @@ class Trainer:
     console: Console = dataclasses.field(default_factory=standard_output)
     params: Params | None = None
     model_state: PyTree | None = None
+    load_params: Callable[[CompiledStep], Params] | None = None
     process_group: ProcessGroup = dataclasses.field(default_factory=ProcessGroup)
 
     def __post_init__(self) -> None:
         """Checks that a spec has its mesh; silences every process but the first.
 
         Raises:
-          ConfigError: an option is of another type.
+          ConfigError: an option is of another type, the folder is a URL, the record is not plain,
+            or a name of record or metrics is reserved.
           StepError: a spec without a mesh, or a mesh for a step that has its own.
-          ConfigError: the folder is a URL, not a path.
         """
+        headline = "The run is declared wrongly."
         check_arguments(
             ConfigError,
-            "The run is declared wrongly.",
+            headline,
             step=(self.step, StepSpec | Callable[..., Any]),
             data=(self.data, DataSource | Callable[..., Any] | Iterable[Any]),
             folder=(self.folder, str | os.PathLike[str]),
@@ -107,13 +114,24 @@ class Trainer:
             evaluate=(self.evaluate, Callable[..., Any] | None),
             callbacks=(self.callbacks, Sequence[Any]),
             record=(self.record, Mapping[str, Any]),
+            metrics=(self.metrics, Mapping[str, str]),
             decides=(self.decides, Sequence[str] | None),
             retention=(self.retention, RetentionPolicy | None),
             tokens=(self.tokens, int | None),
             describe=(self.describe, Callable[..., Any]),
+            load_params=(self.load_params, Callable[..., Any] | None),
         )
         folder = local_path(self.folder, ConfigError, "A run is kept in files.")
+        record = copy_plain(ConfigError, headline, record=self.record)["record"]
+        problems = state_metric_problems(self.metrics)
+        if self.params is not None and self.load_params is not None:
+            problems.append(Problem("params", "are given, and load_params= too", "one of them"))
+        if FACTS in record:
+            why = "is where checkpoints keep what decides the numbers besides the record"
+            problems.append(Problem(f"record[{FACTS!r}]", why, 'record={"my_run": ...}'))
+        raise_all(ConfigError, headline, problems)
         object.__setattr__(self, "folder", folder)
+        object.__setattr__(self, "record", record)
         check_mesh_given(self.step, self.mesh)
         if self.process_group.index:
             config = dataclasses.replace(self.config, loggers=(), profile=None)
@@ -128,9 +146,14 @@ class Trainer:
           ShardkitError: the declaration or the data cannot be used, the loss diverges, or a
             checkpoint cannot be read or written.
           KeyboardInterrupt: after Ctrl-C, with notes that say what is saved and where metrics are.
+            While a script compiles, Ctrl-C ends its process with code 130.
           Stopped: the same after SIGTERM.
           ProcessError: the processes do not run the same program.
         """
+        with guard_script():
+            return self._run()
+
+    def _run(self) -> Any:
         began, source, config, process_group = (
             time.time(),
             as_source(self.data, resumable=self.config.checkpoint_every > 0),
@@ -153,7 +176,7 @@ class Trainer:
 
         decision = decide()
         step, seconds = self._compile()
-        facts = {**facts, **agree_on_step(process_group, step)}
+        facts = {**facts, **agree_on_step(process_group, step, decision.facts)}
         if decision.resumed:  # loss and optimizer are known only now
             decision = decide(decision.notes)
         step.check_memory()
@@ -167,7 +190,7 @@ class Trainer:
             facts=facts,
             began=began,
             seconds=seconds,
-            given={"params": self.params, "model_state": self.model_state},
+            given=functools.partial(self._given, step),
             **shared,
         ) as (folder, state):
             show_layout(self.console, state)
@@ -185,16 +208,25 @@ class Trainer:
             )
             return loop.run(state)
 
+    def _given(self, step: CompiledStep) -> Mapping[str, Any]:
+        """Keywords of `step.init` for a new run."""
+        params = self.params if self.load_params is None else self.load_params(step)
+        return {"params": params, "model_state": self.model_state}
+
+    def __repr__(self) -> str:
+        return f"Trainer({str(self.folder)!r}, {self.config.steps} updates)"
+
     def _compile(self) -> tuple[CompiledStep, dict[str, float]]:
         """Returns the step, and the seconds that compiling it took by cause."""
         if isinstance(self.step, CompiledStep):
             return self.step, {}
         began = time.perf_counter()
-        if isinstance(self.step, StepSpec):
-            assert self.mesh is not None, "a spec is given with its mesh"
-            step = self.step.compile(self.mesh)
-        else:
-            step = self.step()
+        with show_task(self.console, "compiling"):
+            if isinstance(self.step, StepSpec):
+                assert self.mesh is not None, "a spec is given with its mesh"
+                step = self.step.compile(self.mesh)
+            else:
+                step = self.step()
         seconds = time.perf_counter() - began
         self.console.print(label_text("compiled", f" in {seconds:.1f} s"))
         return step, {"compile": seconds}

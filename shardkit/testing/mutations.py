@@ -126,8 +126,8 @@ def _replicate_moments(follow_params: Any) -> Any:
 
 
 def _replicate_first_split(collect: Any) -> Any:
-    def wrong(rule: Any, leaves: Any, mesh: Any, *, what: str) -> Any:
-        specs, problems = collect(rule, leaves, mesh, what=what)
+    def wrong(rule: Any, leaves: Any, mesh: Any, **options: Any) -> Any:
+        specs, problems = collect(rule, leaves, mesh, **options)
         split = [path for path, spec in specs.items() if spec != PartitionSpec()]
         return {**specs, **dict.fromkeys(split[:1], PartitionSpec())}, problems
 

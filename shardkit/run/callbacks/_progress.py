@@ -1,5 +1,7 @@
-"""Progress of a run: two lines that change on a terminal, plain lines elsewhere."""
+"""Progress of a run: two lines on a terminal, a bar in a notebook, plain lines elsewhere."""
 
+import html
+import importlib
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -11,6 +13,8 @@ from rich.text import Text
 from .._durations import format_clock, format_duration
 from ._callback import Callback, RunContext, StepMetrics
 
+# Seconds between two drawings of a notebook's bar.
+_BAR_SECONDS = 0.25
 # Metrics as text for the progress line.
 Describe = Callable[[Mapping[str, float]], str]
 
@@ -40,7 +44,7 @@ class ProgressDisplay(Callback):
           describe: formats the metrics of an update or an evaluation.
         """
         self._console, self._log_every, self._describe = console, log_every, describe
-        self._lines = _TwoLines(console)
+        self._lines = _NotebookBar() if console.is_jupyter else _TwoLines(console)
         self._saves: list[tuple[int, float]] = []  # (step, monotonic seconds), oldest first
 
     def on_start(self, run: RunContext, state: Any) -> None:
@@ -54,7 +58,7 @@ class ProgressDisplay(Callback):
             eta = f"ETA {format_clock(metrics.mean_seconds * metrics.remaining)}"
         self._lines.show_step(done, f"{values}  {eta}", speed)
         is_due = done == 1 or done % self._log_every == 0 or done == steps
-        if is_due and not self._console.is_terminal:
+        if is_due and not (self._console.is_terminal or self._console.is_jupyter):
             texts = (f"step {done:>{len(str(steps))}}/{steps}", values, speed, eta)
             self._print("  ".join(filter(None, texts)))
 
@@ -118,3 +122,38 @@ class _TwoLines(Progress):
         yield from super().get_renderables()
         if self._speed:
             yield Text(f"  {self._speed}", no_wrap=True, overflow="ellipsis", style="dim")
+
+
+class _NotebookBar:
+    """A bar below a notebook's cell, replaced a few times a second; IPython draws it."""
+
+    def __init__(self) -> None:
+        self._steps, self._drawn, self._text = 0, 0.0, ""
+        self._handle: Any = None
+
+    def begin(self, done: int, steps: int) -> None:
+        self._steps = steps
+        self._text = self._render(done, "compiled, warming up", "")
+        display = importlib.import_module("IPython.display")
+        self._handle = display.display(display.HTML(self._text), display_id=True)
+
+    def show_step(self, done: int, description: str, speed: str) -> None:
+        self._text = self._render(done, description, speed)
+        if time.monotonic() - self._drawn >= _BAR_SECONDS:
+            self._draw()
+
+    def stop(self) -> None:
+        """Shows the last state of a bar that has begun."""
+        if self._handle is not None:
+            self._draw()
+
+    def _draw(self) -> None:
+        self._drawn = time.monotonic()
+        self._handle.update(importlib.import_module("IPython.display").HTML(self._text))
+
+    def _render(self, done: int, description: str, speed: str) -> str:
+        bar = f'<progress value="{done}" max="{self._steps}" style="width:16em"></progress>'
+        texts = f"step {done}/{self._steps}  {description}", speed
+        lines = "<br>".join(html.escape(text) for text in texts if text)
+        style = "font:13px/1.45 system-ui,sans-serif;white-space:pre-wrap"
+        return f'<div style="{style}">{bar} {lines}</div>'

@@ -9,6 +9,7 @@ import jax
 
 from ..._core.errors import BatchError, StateError, format_problems, raise_all
 from ...processes import ProcessGroup
+from .._metrics_file import read_metrics
 from ..guards._replicas import Mismatch, ReplicaComparison
 from ._callback import Callback, RunContext, StepMetrics
 
@@ -136,8 +137,18 @@ class SelfCheckCallback(Callback):
         """
         if (step - 1 - self._run.start) % self._every:
             return
+        if (passed := self._find_passed(step)) is not None:
+            self._run.say(
+                f"self check passed before step {passed + 1}, with this very executable "
+                '(train.check="every N" repeats it)'
+            )
+            return
         # The first check compiles, which the step timeout should not count.
         self._process_group.stop_watching()
+        if step - 1 == self._run.start:
+            self._run.say(
+                "self check: compiling the loss and its gradient, then six evaluations ..."
+            )
         result = self._run.step.self_check(state, batch)
         self._process_group.report_step(step - 1)
         self._run.write(
@@ -150,6 +161,21 @@ class SelfCheckCallback(Callback):
             evaluations=result.evaluations,
             seconds=result.seconds,
             compile_seconds=result.compile_seconds,
+            executable=self._run.step.program.kept_as,
         )
         self._run.say(f"self check before step {step} {result.line}")
         result.check()
+
+    def _find_passed(self, step: int) -> int | None:
+        """Returns the updates before which an earlier start of the run checked this executable.
+
+        None if the check is due. An executable that was compiled anew is checked again, even one
+        of the same name: a compiler that had a fault may have another one.
+        """
+        program = self._run.step.program
+        resumes = step - 1 == self._run.start and self._process_group.count == 1
+        if not (resumes and program.kept_as and program.from_cache):
+            return None
+        checks = (row for row in read_metrics(self._run.folder) if row["kind"] == "check")
+        same = (row for row in checks if row["ok"] and row.get("executable") == program.kept_as)
+        return next((row["step"] for row in same), None)

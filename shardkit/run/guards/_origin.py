@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
-from ..._core.equations import count_scan_operands, source_of_equation
+from ..._core.equations import bind, count_scan_operands, source_of_equation
 from ...report import scope_of
 
 # Primitives that run one jaxpr once, with the parameter that holds it.
@@ -178,8 +178,7 @@ def _evaluate_scan(eqn: Any, operands: Sequence[Any], site: _Site) -> tuple[list
 
 def _bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
     with eqn.ctx.manager:
-        results = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
-    return list(results) if eqn.primitive.multiple_results else [results]
+        return bind(eqn, operands)
 
 
 def _is_finite(values: Sequence[Any]) -> jax.Array:
