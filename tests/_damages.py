@@ -1,12 +1,29 @@
 """A thousand ways to damage a checkpoint, among them those that make checksums right again."""
 
+import contextlib
 import json
 import random
+import resource
 import shutil
+import signal
 import zlib
 from pathlib import Path
 
 from ._checkpoints import flip_bit
+
+
+@contextlib.contextmanager
+def full_disk(size=20):
+    """No file of this process may grow beyond a size, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, previous)
+
 
 WRONG = [None, -1, "x", [], {}, 1.5, True, [1], {"a": 1}, 0, 2, 7, "../../etc", "f" * 16]
 HEADERS = ["{}", "[]", '{"chunks": [64, 8], "shape": [8, 64]}', '{"chunks": [1, 1]}']

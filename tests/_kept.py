@@ -10,6 +10,7 @@ from ._architecture import Function, Tree
 # that a `with` block resets do not outlive their owners and are not listed.
 KEPT: dict[str, tuple[int | str, str]] = {
     "_core.source._rank_file": (4096, "paths of the files that made operations"),
+    "_core.source._bytecode_of": (256, "paths of the files whose lines are shown"),
     "_core.split_rng._generator": (64, "sets of draws; a step has one or two"),
     "nn._remat.parse_policy": (64, "names of policies; `save:` takes any list of names"),
     "nn._remat.regathering_policy": (64, "policies × sets of axes that are gathered"),
@@ -17,8 +18,9 @@ KEPT: dict[str, tuple[int | str, str]] = {
         8,
         "meshes in use; each holds compiled programs",
     ),
-    "checkpoint._advice.renames_no_other": (1024, "rules of one error, until it is raised"),
+    "checkpoint._advice.matches_none": (1024, "globs of one error, until it is raised"),
     "checkpoint._rename._compile_captures": (1024, "globs of `rename=`; about 1 KiB each"),
+    "hf._pattern.parse": (256, "patterns of the tables of some models; below 1 KiB each"),
     "data._shuffled_index.epoch_order": (2, "this epoch and the next; each up to 128 MiB"),
     "mesh._simulate._settled": ("one number", "devices of the process, set once"),
     "parallel._kinds._planned": (8, "sets of kinds: the shipped ones, and those of a `with` block"),

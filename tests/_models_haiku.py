@@ -1,16 +1,14 @@
 """A transformer in Haiku's idiom: `hk.transform`, and a loss over valid tokens."""
 
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
 
 from ._third_party import UNMARKED, Model, layouts
-
-hk = pytest.importorskip("haiku")
 
 VOCAB, EMBED = 16, 16
 

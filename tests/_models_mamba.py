@@ -1,14 +1,12 @@
 """A selective state-space block in Equinox's idiom: modules are pytrees, split by `partition`."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from jax.sharding import PartitionSpec as P
 
 from ._third_party import UNMARKED, Model, layouts
-
-eqx = pytest.importorskip("equinox")
 
 VOCAB, EMBED, INNER, STATE = 16, 8, 16, 4
 

@@ -35,6 +35,15 @@ _BEFORE = pytest.StashKey[float]()
 _long: dict[str, float] = {}
 
 
+@pytest.fixture(scope="session")
+def float16():
+    """Skips what needs float16 where XLA lacks its casts: `--xla_cpu_max_isa=SSE4_2`."""
+    try:
+        jax.jit(lambda x: x.astype("float16"))(jax.numpy.zeros(2))
+    except jax.errors.JaxRuntimeError as error:
+        pytest.skip(f"plain JAX cannot cast to float16 here: {error}")
+
+
 def _processor_time():
     return sum(os.times()[:4])
 

@@ -208,6 +208,23 @@ def shard_step(loss, mesh="2x4", k=2, **given):
     )
 
 
+def test_a_weight_may_be_a_number_of_tokens():
+    def total(params):
+        return ((BATCH["x"].mean(1) * params["w"]) ** 2).sum()
+
+    def counted(params, batch, key):
+        losses = ((batch["x"].mean(1) * params["w"]) ** 2).sum()
+        return sk.Mean(losses, (batch["weights"] > 0).sum())
+
+    step = shard_step(counted)
+    state = step.init(jax.random.key(0))
+    tokens = int((BATCH["weights"] > 0).sum())
+    want = jax.grad(total)({"w": jnp.ones(EMBED)})["w"] / tokens
+    metrics, got = step.gradients(state, BATCH)
+    np.testing.assert_allclose(got["w"], want, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], total({"w": jnp.ones(EMBED)}) / tokens, rtol=1e-6)
+
+
 def per_example(params, batch, key):
     keys = jax.random.split(key, batch["x"].shape[0])
     noise = jax.vmap(lambda k: jax.random.normal(k, (EMBED,)))(keys)
@@ -272,15 +289,78 @@ def test_reduction_in_another_dtype_keeps_gradients_apart_without_accumulation(p
     assert {row.trips for row in rows} == {1}
 
 
-def test_statistics_per_gradient_shard_are_refused():
-    def train(params, batch, key, model_state):
-        return jnp.mean(batch["x"] * params["w"]), {}, model_state
+def with_state(loss, after, value=0.0):
+    """Keyword arguments of a step whose loss returns `after(batch, state)` as its state."""
 
+    def train(params, batch, key, state):
+        return loss(params, batch, key), {}, {"state": after(batch, state["state"])}
+
+    def init(key):
+        return sk.Variables({"w": jnp.ones(4)}, {"state": jnp.asarray(value)})
+
+    return {"loss_fn": sk.Loss(train, train, stateful=True), "init": init}
+
+
+def stateful_step(declared, **options):
+    mesh = sk.MeshSpec(data=2).build(devices=jax.devices()[:2])
+    common = {"mesh": mesh, "batch": STATEFUL, "strategy": sk.strategies.data()}
+    return sk.compile_step(optimizer=optax.sgd(0.1), **common, **declared, **options)
+
+
+STATEFUL = {"x": np.arange(32, dtype="f").reshape(8, 4), "m": np.eye(8, 4, dtype="f").sum(1)}
+SEPARATE = {
+    "accumulate": {"accumulate": 2},
+    "reduce": {"precision": sk.Precision(reduce_dtype="bfloat16")},
+    "shard_map": {"accumulate": 2, "mode": "shard_map"},
+}
+
+
+def mean_of_rows(params, batch, key):
+    return jnp.mean((batch["x"] @ params["w"]) ** 2)
+
+
+def masked_by_hand(params, batch, key):
+    return jnp.sum(batch["x"] @ params["w"] * batch["m"]) / jnp.sum(batch["m"])
+
+
+@pytest.mark.parametrize("options", SEPARATE.values(), ids=SEPARATE)
+def test_state_of_its_own_per_gradient_shard_is_refused(options):
+    declared = with_state(mean_of_rows, lambda batch, state: state + 1)
     with pytest.raises(sk.errors.StepError) as caught:
-        shard_step(sk.Loss(train, train, stateful=True))
+        stateful_step(declared, **options)
     text = str(caught.value)
-    assert "would give every gradient shard its own statistics" in text
-    assert 'accumulate=sk.Accumulate(k, reduce="every")' in text
+    if "mode" in options:
+        assert "would have every micro-batch pass on the model state" in text
+        assert 'mode="auto", or accumulate=1' in text
+    else:
+        assert "would give every gradient shard its own statistics" in text
+        assert 'accumulate=sk.Accumulate(k, reduce="every")' in text
+
+
+@pytest.mark.parametrize("options", SEPARATE.values(), ids=SEPARATE)
+def test_state_that_a_loss_only_reads_is_no_statistics(options):
+    def scaled(params, batch, key, state):
+        return state["state"] * mean_of_rows(params, batch, key), {}, state
+
+    declared = with_state(mean_of_rows, lambda batch, state: state, value=3.0)
+    step = stateful_step({**declared, "loss_fn": sk.Loss(scaled, scaled, stateful=True)}, **options)
+    state, metrics = step(step.init(jax.random.key(0)), STATEFUL)
+    wanted, grads = jax.value_and_grad(mean_of_rows)({"w": jnp.ones(4)}, STATEFUL, None)
+    np.testing.assert_allclose(metrics["loss"], 3 * wanted, rtol=1e-5)
+    np.testing.assert_allclose(state.params["w"], 1 - 0.3 * grads["w"], rtol=1e-2)
+    assert state.model_state["state"] == 3
+
+
+@pytest.mark.parametrize(
+    "after",
+    [lambda batch, state: state + 1, lambda batch, state: state + batch["x"].mean()],
+    ids=["counter", "statistics"],
+)
+def test_state_says_nothing_of_what_a_loss_does_with_rows(after):
+    every = sk.Accumulate(2, "every")
+    stateful_step(with_state(mean_of_rows, after), accumulate=every)
+    with pytest.raises(sk.errors.StepError, match="div divides by a sum over rows"):
+        stateful_step(with_state(masked_by_hand, after), accumulate=every)
 
 
 @pytest.mark.parametrize("bad", [0, -1, 1.5, True, "2"])

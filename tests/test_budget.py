@@ -270,5 +270,9 @@ def test_text_of_a_large_program_fits():
     made = Program(recorded("tpu_v5p_fsdp_tensor"), (("fsdp", 4), ("tensor", 4)), "tpu", "TPU v5")
     text = str(Report.of(made))
     assert max(map(len, text.splitlines())) <= 100
-    assert "tensor        6.28 GiB" in text
+    # A fifth of what goes over both axes; four devices along fsdp send 3/4 of it, then 4 along
+    # tensor 3/4 of a quarter.
+    tensor = 6_742_204_416 + 778_567_680 // 5
+    assert f"tensor  {tensor / 2**30:.2f} GiB" in text
+    assert "over several axes, divided among these: fsdp, tensor 742 MiB." in text
     assert "and 71 more collectives" in text

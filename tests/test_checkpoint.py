@@ -11,10 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import shardkit as sk
-from shardkit.checkpoint import SavedStep, _chunks, _files, compute_fingerprints, format_fingerprint
+from shardkit.checkpoint import (
+    SavedStep,
+    _chunks,
+    _files,
+    _host_fingerprint,
+    compute_fingerprints,
+    format_fingerprint,
+)
 from shardkit.checkpoint._files import step_folder
 
 from . import _checkpoints as ck
@@ -73,6 +80,25 @@ def test_a_fingerprint_is_that_of_the_reference_on_every_mesh():
         assert {
             n: format_fingerprint(f) for n, f in compute_fingerprints(placed).items()
         } == want, mesh
+
+
+@pytest.mark.parametrize("words", [2**16, 7])
+def test_the_host_computes_the_fingerprints_of_the_devices(words, monkeypatch):
+    """In blocks that hold all of a shard, and in blocks that cut rows."""
+    monkeypatch.setattr(_host_fingerprint, "_BLOCK", words)
+    names = ["float32", "bfloat16", "bool", "int8", "uint16", "int4", "complex64", "float8_e5m2"]
+    draws = np.random.default_rng(0).normal(size=(6, 8, 4)) * 4
+    leaves = {
+        f"{name} {spec} {dims}": jax.device_put(
+            jnp.asarray(np.abs(draws[(0,) * dims]).astype(jnp.dtype(name))),
+            NamedSharding(sk.MeshSpec(data=2, tensor=4).build(), PartitionSpec(*spec[dims:])),
+        )
+        for name in names
+        for spec in [(), ("data", "tensor"), (None, ("data", "tensor")), (None, None, "tensor")]
+        for dims in range(4)
+    }
+    given, want = _host_fingerprint.read_fingerprints(leaves), compute_fingerprints(leaves)
+    assert {n: [*x] for n, x in given.items()} == {n: [*np.asarray(x)] for n, x in want.items()}
 
 
 def test_every_single_bit_and_every_swap_changes_a_fingerprint():
@@ -221,9 +247,9 @@ def test_a_declared_cast_changes_the_dtype_and_nothing_else(saved, state):
 def test_each_chunk_that_is_needed_is_read_once_and_no_other(saved, state, monkeypatch):
     read = []
 
-    def counted(folder, name, files):
+    def counted(folder, name, files, *into):
         read.append(name)
-        return _files.read_checked(folder, name, files)
+        return _files.read_checked(folder, name, files, *into)
 
     monkeypatch.setattr(_chunks, "read_checked", counted)
     restore(saved, state, "tensor=8")

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -14,6 +13,7 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 import shardkit as sk
@@ -22,6 +22,7 @@ from shardkit.checkpoint import _pending_save as _saving
 from shardkit.checkpoint._files import list_steps, step_folder
 
 from . import _checkpoints as ck
+from ._damages import full_disk
 from ._quick import some_quick
 
 ROOT = Path(__file__).parent.parent
@@ -165,6 +166,43 @@ def test_a_step_is_saved_once_and_a_folder_has_one_writer(tmp_path, state):
 # --- failures
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"metrics": {"loss": "0.5"}}, "metrics"),
+        ({"metrics": {"loss": True}}, "metrics"),
+        ({"metrics": {1: 0.5}}, "metrics"),
+        ({"metrics": {"loss": float("nan")}}, "metrics  cannot be written as JSON: Out of range"),
+        ({"data": {"at": np.arange(3)}}, "data  cannot be written as JSON: .*ndarray"),
+        ({"data": {"at": float("inf")}}, "data  cannot be written as JSON"),
+        ({"data": {1: "a", "1": "b"}}, "data  has two names that are the same as texts"),
+    ],
+)
+def test_what_no_manifest_may_hold_is_refused_before_anything_is_written(
+    given, said, tmp_path, state
+):
+    with pytest.raises(sk.errors.CheckpointError, match=said):
+        sk.Checkpointer(tmp_path / "steps").save(3, state, **given)
+    assert not (tmp_path / "steps").exists()
+
+
+@pytest.mark.parametrize(
+    "declared", [{"axes": {"params/w": 1}}, {"axes": {"params/w": (1, 2)}}, {"config": {1, 2}}]
+)
+def test_what_no_manifest_may_hold_cannot_be_declared(declared, tmp_path):
+    with pytest.raises(sk.errors.CheckpointError, match=f"{next(iter(declared))}  "):
+        sk.Checkpointer(tmp_path, **declared)
+
+
+def test_numbers_of_numpy_and_tuples_are_saved_as_plain_values(tmp_path, state):
+    saved = sk.Checkpointer(tmp_path, axes={"params/w": ["embed", None]}, config={"a": (1,)})
+    saved.save(np.int64(3), state, data={"at": (1, 2)}, metrics={"loss": np.float32(0.5)})
+    manifest = saved.manifest()
+    assert (manifest.data, manifest.config) == ({"at": [1, 2]}, {"a": [1]})
+    assert manifest.metrics == {"loss": 0.5}
+    assert manifest.leaves["params/w"].axes == ("embed", None)
+
+
 def test_a_save_without_a_block_is_complete_when_it_returns(tmp_path, state):
     sk.Checkpointer(tmp_path).save(1, state)
     assert ck.bits(restored(tmp_path, state).state) == ck.bits(state)
@@ -235,16 +273,9 @@ def test_a_lost_save_ends_the_block_with_an_error(tmp_path, state, monkeypatch):
 def test_a_full_disk_loses_the_new_save_and_no_other(tmp_path):
     big = {"w": jax.numpy.ones((256, 256)), "step": jax.numpy.int32(0)}
     sk.Checkpointer(tmp_path).save(1, big)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # The kernel refuses a file of more than 64 KiB, as a full disk would.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
-    try:
-        with pytest.raises(
-            sk.errors.CheckpointError, match=r"A save has failed(.|\n)*free space on the disk"
-        ):
-            saving(tmp_path, big)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = r"A save has failed(.|\n)*free space on the disk"
+    with full_disk(2**16), pytest.raises(sk.errors.CheckpointError, match=said):
+        saving(tmp_path, big)
     assert list_steps(tmp_path) == (1,)
     SavedStep.open(step_folder(tmp_path, 1)).check_files()
 

@@ -21,7 +21,12 @@ ROOT = Path(__file__).parent.parent
 SHARED = {"-h", "--help", "--set", "--debug"}
 # Every option of every command. A new one is added here too, by someone who means it.
 OPTIONS = {
-    "train": SHARED | {"--profile"},
+    "train": SHARED
+    | {"--steps", "--lr", "--batch-size", "--seq-len", "--mesh", "--strategy", "--devices"}
+    | {"--seed", "--name", "--profile"},
+    "config": SHARED,
+    "init": {"-h", "--help", "--debug"},
+    "completion": {"-h", "--help", "--debug"},
     "verify": SHARED | {"--mesh", "--steps", "--mutations"},
     "replay": {"-h", "--help", "--debug"},
     "sweep": SHARED
@@ -30,9 +35,12 @@ OPTIONS = {
     "checkpoint": {"-h", "--help", "--debug", "--values"},
     "plot": {"-h", "--help", "--debug", "--out"},
     "plan": SHARED | {"--target", "--global-batch", "--compile", "--overlap", "--plot", "--json"},
-    "report": SHARED | {"--why", "--target", "--chip", "--json", "--html", "--timeout"},
+    "report": SHARED
+    | {"--why", "--target", "--chip", "--json", "--html", "--trace", "--profile", "--timeout"},
+    "convert": {"-h", "--help", "--debug", "--target-mesh", "--like", "--vocab-padding"},
     "hardware": {"-h", "--help", "--debug", "--config", "--measure"},
     "launch": {"-h", "--help", "--debug", "-n", "--devices"},
+    "shards": {"-h", "--help", "--debug"},
     "tokenize": {"-h", "--help", "--debug", "--tokenizer", "--tokens"},
 }
 
@@ -103,6 +111,10 @@ def test_a_users_mistake_is_one_screen_and_exit_code_2(
             "cannot be written: /dev/null is not a folder",
         ),
         (["a.json", "--set", "a=1"], "--set a=1  cannot change a saved report"),
+        (["mine:step", "--target", "cpu:2", "--trace", "/"], "--trace /  is a folder, not a file"),
+        (["mine:step", "--target", "cpu:2", "--trace", "t.json"], "cpu:2 has none: simulated"),
+        (["mine:step", "--target", "cpu:2", "--profile", "gone"], "gone  does not exist"),
+        (["a.json", "b.json", "--trace", "t.json"], "is of one report, not of how two differ"),
     ],
 )
 def test_what_cannot_be_explained_is_refused_before_anything_is_compiled(words, message, capsys):

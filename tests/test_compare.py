@@ -5,10 +5,12 @@ import dataclasses
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from shardkit._core.source import Source
 from shardkit.cli import main
-from shardkit.report import Finding, Program, Report, compare
+from shardkit.report import Finding, Ledger, Program, Report, compare
 
 from ._programs import LAYERS, make_mesh, program, recorded, rows, sgd, weights
+from .test_html import row
 
 MESH = (("fsdp", 4), ("tensor", 4))
 
@@ -140,3 +142,48 @@ def test_the_command_line_compares_two_files(data, tensor, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(compare(data, tensor))
     assert main(["report", names[0], names[0]]) == 0
     assert capsys.readouterr().out == "Nothing changed.\n"
+
+
+def sent(file, line, code, **changes):
+    """A collective of one line of code."""
+    source = Source(file, line, "attend", (), code)
+    return row(sources=(source,), operands=("f32[256]",), **changes)
+
+
+def with_rows(data, *rows_of):
+    return dataclasses.replace(data, ledger=Ledger(rows_of, data.mesh))
+
+
+def test_a_line_tells_which_of_its_collectives_changed(data):
+    one = sent("/a/model.py", 3, "x @ w", wire_bytes=100)
+    two = sent("/a/model.py", 3, "x @ w", wire_bytes=50, kind="all-gather")
+    other = sent("/a/model.py", 9, "x + 1", wire_bytes=7)
+    moved = dataclasses.replace(two, wire_bytes=4000)
+    comparison = compare(with_rows(data, one, two, other), with_rows(data, one, moved, other))
+    (line,) = comparison.sources
+    assert (line.name, line.before, line.after) == ("model.py:3 in attend", 150, 4100)
+    (part,) = line.parts
+    assert (part.name, part.before, part.after) == ("  all-gather over data", 50, 4000)
+    text = str(comparison).partition("by source line:")[2]
+    assert text.index("model.py:3 in attend") < text.index("  all-gather over data")
+    assert "all-reduce" not in text
+
+
+def test_bytes_that_move_from_one_line_to_another_are_a_change(data):
+    before = with_rows(data, sent("/a/model.py", 3, "x @ w", wire_bytes=100))
+    after = with_rows(data, sent("/a/model.py", 9, "y @ w", wire_bytes=100))
+    comparison = compare(before, after)
+    assert comparison
+    assert {(one.name, one.before, one.after) for one in comparison.sources} == {
+        ("model.py:3 in attend", 100, 0),
+        ("model.py:9 in attend", 0, 100),
+    }
+
+
+def test_a_line_is_followed_into_another_folder_where_that_is_certain(data):
+    before = with_rows(data, sent("/a/model.py", 3, "x @ w", wire_bytes=100))
+    other = sent("/b/model.py", 8, "x @ w", wire_bytes=100)
+    assert not compare(before, with_rows(data, other)).sources
+    third = sent("/c/model.py", 8, "x @ w", wire_bytes=1)
+    unsure = compare(before, with_rows(data, other, third)).sources
+    assert [(one.before, one.after) for one in unsure] == [(100, 0), (0, 100), (0, 1)]

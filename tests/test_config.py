@@ -183,6 +183,8 @@ def test_what_cannot_be_read_is_told_before_what_a_group_refuses():
         ("strategy=fsdp(", "expected strategies such as data|tensor(sequence=True)"),
         ("strategy=__import__('os')", "expected strategies such as"),
         ("mesh=data", "expected axis=size,axis=size, got 'data'."),
+        ("mesh=data=1,data=2", "an axis has two sizes in 'data=1,data=2'."),
+        ("mesh=data=2,dcn.data=1,dcn.data=2", "an axis has two sizes"),
         ("mesh=data=2,dcn=2", "slices are set per axis: dcn.data=2."),
         ("train=5", "is a group of fields, set one of them: steps, seed, "),
         ("train.seed=abc", "expected int, got 'abc'."),
@@ -351,7 +353,7 @@ def test_defaults_are_the_documented_run():
 
 
 def test_what_only_text_needs_is_no_field_of_a_trainer():
-    text = {"eval_batches", "sample", "temperature", "baselines", "out"}
+    text = {"eval_batches", "sample", "temperature", "baselines", "export", "export_adapter", "out"}
     common, own = ({f.name for f in dataclasses.fields(c)} for c in (TrainConfig, TextTrainConfig))
     assert own - common == text
     assert not text & common

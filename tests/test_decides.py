@@ -1,6 +1,8 @@
 """What decides the numbers of a run is compared: between processes, and when it resumes."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
+from shardkit.run import _facts
 
 from .test_trainer import at_read, interrupt
 
@@ -82,6 +85,20 @@ def test_another_program_begins_a_new_run_where_none_is_named(begun, capsys):
 def test_another_mesh_and_another_start_are_no_other_run(begun):
     with pytest.raises(KeyboardInterrupt):
         train(begun, compiled(n=4, first=2.0), ends_at=3, resume=str(begun / "run"))
+
+
+def test_other_software_is_told_when_a_run_resumes(begun, tmp_path, capsys, monkeypatch):
+    shutil.copytree(begun / "run", tmp_path / "run")
+    monkeypatch.setenv(
+        "XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_enable_fast_math=true"
+    )
+    monkeypatch.setattr(_facts, "package_versions", lambda: {"jax": "9.9"})
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, compiled(), ends_at=3)
+    said = capsys.readouterr().out.replace("\n", "")
+    assert f"versions.jax was '{jax.__version__}', is '9.9'" in said
+    assert "--xla_cpu_enable_fast_math=true'" in said
+    assert said.count("Other software than in the checkpoint") == 1
 
 
 def constrained(n, mesh=None):

@@ -172,6 +172,7 @@ def test_a_model_keeps_the_dtype_of_each_parameter(mode):
     assert {k: x.dtype.name for k, x in state.params.items()} == {"w": "float32", "v": "bfloat16"}
 
 
+@pytest.mark.usefixtures("float16")
 def test_a_policy_casts_every_parameter():
     for precision, dtypes in (
         ("float32", {"float32"}),
@@ -196,6 +197,7 @@ def half_plain(params, batch):
     return mean.total / mean.weight
 
 
+@pytest.mark.usefixtures("float16")
 @pytest.mark.parametrize("mode", QUICK)
 def test_sums_in_float16_are_scaled_before_they_are_differentiated(mode):
     if mode == "reduce":

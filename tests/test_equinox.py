@@ -119,6 +119,53 @@ def test_a_module_with_state():
     np.testing.assert_allclose(stateful_loss(ours, ours_state, BATCH)[0][0], expected, rtol=1e-5)
 
 
+class Named(eqx.Module):
+    """A trained part named `state`, beside a state; dict keys that contain a `/`."""
+
+    state: eqx.nn.Linear
+    tables: dict
+    norm: eqx.nn.BatchNorm
+    counts: dict
+
+    def __init__(self, key):
+        self.state = eqx.nn.Linear(4, 4, key=key)
+        self.tables = {"a": jnp.ones(2), "a/b": jnp.full(2, 2.0)}
+        self.norm = eqx.nn.BatchNorm(4, axis_name="batch", mode="batch")
+        self.counts = {"state": jnp.arange(2)}
+
+
+def test_a_part_is_of_the_state_by_what_it_is_not_by_its_name():
+    def make(key):
+        return eqx.nn.make_with_state(Named)(key=key)
+
+    model = sk.from_equinox(
+        make, stateful_loss, axes={"state/*": (None,), "tables/a/b": ("embed",)}
+    )
+    variables = model.init(jax.random.key(0))
+    assert {*variables.params} >= {"state", "tables"}
+    assert variables.params["tables"]["a/b"].axes == ("embed",)
+    assert "counts" in variables.model_state
+    arrays = [
+        jax.tree.map(lambda x: getattr(x, "value", x), tree, is_leaf=lambda x: hasattr(x, "axes"))
+        for tree in (variables.params, variables.model_state)
+    ]
+    bound = jax.tree.leaves(eqx.filter(model.bind(*arrays), eqx.is_array))
+    made = jax.tree.leaves(eqx.filter(make(jax.random.key(0)), eqx.is_array))
+    assert len(bound) == len(made)
+    assert all(map(jnp.array_equal, bound, made))
+
+
+def test_two_arrays_of_one_path_are_refused():
+    class Twice(eqx.Module):
+        tables: dict
+
+        def __init__(self, key):
+            self.tables = {"a": {"b": jnp.ones(2)}, "a/b": jnp.ones(2)}
+
+    with pytest.raises(sk.errors.TreeError, match="tables/a/b"):
+        sk.from_equinox(Twice, loss_of)
+
+
 def test_axes_that_match_nothing_are_refused():
     with pytest.raises(sk.errors.ShardingError) as raised:
         sk.from_equinox(Net, loss_of, axes={"top/weight": ("mlp", "embed")})

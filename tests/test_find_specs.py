@@ -76,6 +76,7 @@ def test_activations_kept_whole_over_an_axis_that_splits_others(agreeing):
     assert "constrain('batch', 'embed') f32[1024,256] as P('data', None)" in found.why
     assert "f32[3,1024,256]" in found.why
     assert "strategies.tensor(sequence=True)" in found.fix
+    assert found.source.function == "loss.<locals>.layer"
 
 
 def test_activations_that_are_split_over_every_axis_are_no_finding():

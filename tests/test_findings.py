@@ -1,6 +1,7 @@
 """Each finding on a small program that has the fault, and on one that has not."""
 
 import dataclasses
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -119,6 +120,28 @@ def test_donations_that_nothing_reuses(data_parallel):
     mesh = make_mesh(data=8)
     parts = {"params": weights(), "batch": rows(P("data"))}
     assert not findings(program(sgd, mesh, donate=("params",), **parts), "unaliased_donation")
+
+
+def test_a_state_that_is_returned_as_it_came_is_reused():
+    """A state that is returned in another dtype needs memory of its own; one that is not, none."""
+
+    def narrow(params, x):
+        return jax.tree.map(lambda w: w.astype(jnp.bfloat16), sgd(params, x)[0])
+
+    def same(params, x):
+        return sgd(params, x)[0]
+
+    parts = {"params": weights(), "batch": rows(P("data"))}
+    before = program(narrow, make_mesh(data=8), donate=("params",), **parts)
+    found = findings(before, "unaliased_donation")
+    assert {finding.leaf for finding in found} == {"params/up", "params/down"}
+    assert {finding.fix for finding in found} == {
+        "return it with the shape, dtype and spec of the argument"
+    }
+    after = program(same, make_mesh(data=8), donate=("params",), **parts)
+    assert not findings(after, "unaliased_donation")
+    spared = after.memory.alias - before.memory.alias
+    assert spared == sum(finding.bytes for finding in found) == WEIGHTS
 
 
 def test_a_reduction_in_the_accumulation_loop():
@@ -300,6 +323,11 @@ def test_second_compiles_and_rules_are_passed_on(data_parallel):
     assert (finding.leaf, finding.why[-21:]) == ("batch/x", "shape: f32[8], is f32[4]"[-21:])
     rules = ("PathRules['**/gate'] matches nothing",)
     assert findings(data_parallel, "unused_rule", rules=rules)[0].why == rules[0]
+
+
+def test_every_kind_is_explained_on_the_page_about_reports():
+    page = pathlib.Path(__file__).parents[1].joinpath("docs/report/read.md").read_text("utf-8")
+    assert [kind for kind in FINDINGS if f"`{kind}`" not in page] == []
 
 
 def test_every_finding_is_of_a_listed_kind():

@@ -7,6 +7,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 from optax import contrib
+from rich.console import Console
 
 import shardkit as sk
 
@@ -108,3 +109,41 @@ def test_a_run_starts_from_them(tmp_path, optimizer_and_step):
     trainer = sk.Trainer(step, lambda i: BATCH, tmp_path / "run", config=config, params=GIVEN)
     params, _ = run_by_hand(optimizer, GIVEN, 2)
     np.testing.assert_allclose(trainer.run().params["up"]["w"], params["up"]["w"], atol=1e-5)
+
+
+def test_given_parameters_are_not_drawn_too():
+    step = compiled(optax.adam(0.1))
+    functions = step._variants.declared
+    whole, beside = (
+        program.compiled.memory_analysis().output_size_in_bytes
+        for program in (functions.init, functions.init_beside)
+    )
+    per_device = sum(
+        x.addressable_shards[0].data.nbytes
+        for x in jax.tree.leaves(step.init(jax.random.key(0)).params)
+    )
+    assert whole - beside >= per_device == 36
+    drawn, given = (step.init(jax.random.key(0), params=p) for p in (None, GIVEN))
+    assert jax.random.key_data(drawn.key).tolist() == jax.random.key_data(given.key).tolist()
+
+
+def test_a_run_reads_its_weights_once_it_is_compiled_and_only_if_it_is_new(tmp_path):
+    step, asked = compiled(optax.sgd(0.1)), []
+
+    def read(compiled_step):
+        asked.append(compiled_step)
+        return GIVEN
+
+    def trainer(steps, **options):
+        config = sk.TrainConfig(steps=steps, checkpoint_every=1, check="off")
+        options = {"load_params": read, "config": config, "console": Console(quiet=True)} | options
+        return sk.Trainer(step, lambda i: BATCH, tmp_path / "run", **options)
+
+    trainer(1).run()
+    assert asked == [step]
+    want, _ = run_by_hand(optax.sgd(0.1), GIVEN, 2)
+    state = trainer(2, config=sk.TrainConfig(steps=2, resume=str(tmp_path / "run"))).run()
+    assert asked == [step]  # the second one resumes
+    np.testing.assert_allclose(state.params["up"]["w"], want["up"]["w"], rtol=1e-5)
+    with pytest.raises(sk.errors.ConfigError, match="are given, and load_params= too"):
+        trainer(1, params=GIVEN)

@@ -100,3 +100,15 @@ def test_a_run_that_was_killed_tells_the_goodput_of_both_lives(tmp_path, step, m
     useful = sum(r["seconds"] - r["data_seconds"] for r in rows if r["kind"] == "step")
     assert told["useful"] == pytest.approx(useful)
     assert told["goodput"] == pytest.approx(useful / told["wall"])
+
+
+def test_baselines_and_the_sample_at_the_end_are_named():
+    rows = [
+        {"kind": "start", "began": 0.0, "seconds": {"compile": 10.0}},
+        {"kind": "step", "step": 1, "seconds": 50.0},
+        {"kind": "baselines", "seconds": 25.0},
+        {"kind": "sample", "seconds": 14.0},
+    ]
+    spent = goodput(rows, 100.0)
+    assert (spent.overhead["baselines"], spent.overhead["sample"]) == (25.0, 14.0)
+    assert spent.overhead["other"] == pytest.approx(1.0)

@@ -463,6 +463,39 @@ def test_every_call_leaves_the_process_as_it_was():
     assert done.stdout == ""
 
 
+SWALLOWED = """
+import os, signal, sys, time
+from shardkit._core.interrupts import InterruptGuard
+
+class Finalized:
+    def __init__(self, how): self.how = how
+    def __del__(self): self.how()
+
+def ctrl_c():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.2)  # what is raised here is swallowed, as in a callback of the garbage collector
+
+def fail(): raise ValueError("as ever")
+
+hook = sys.unraisablehook
+try:
+    with InterruptGuard() as guard:
+        Finalized(fail)
+        Finalized(ctrl_c)
+        time.sleep(20)
+        print("not interrupted")
+except KeyboardInterrupt:
+    print("interrupted", guard.interrupted, sys.unraisablehook is hook)
+"""
+
+
+def test_ctrl_c_in_a_callback_that_swallows_it_still_interrupts():
+    done = run_python(SWALLOWED)
+    assert done.stdout == "interrupted True True\n"
+    assert "ValueError: as ever" in done.stderr
+    assert "KeyboardInterrupt" not in done.stderr
+
+
 def test_every_change_of_the_process_is_detected():
     calls = ", ".join(f"{what!r}: lambda: {code}" for what, code in CHANGES.items())
     done = run_python(f"{GUEST}\nCALLS = {{{calls}}}\n{COMPARED}")

@@ -1,7 +1,6 @@
 """The page of a report: its data comes back whole, and nothing in it can run or be fetched."""
 
 import dataclasses
-import html
 import json
 import pathlib
 import re
@@ -91,11 +90,6 @@ def test_a_report_saved_without_layouts_opens():
 
 def test_the_page_holds_the_report():
     assert Report.from_json(embedded(report().to_html())) == report()
-
-
-def test_a_notebook_shows_the_page_in_a_frame_of_its_own():
-    (page,) = re.findall(r'<iframe srcdoc="([^"]*)" style=', report()._repr_html_())
-    assert html.unescape(page) == report().to_html()
 
 
 def test_a_name_cannot_end_the_script_that_holds_it():

@@ -1,10 +1,7 @@
 """Files are complete or absent, whatever the system refuses; tables keep every character."""
 
-import contextlib
 import io
 import os
-import resource
-import signal
 import stat
 import subprocess
 import sys
@@ -37,18 +34,7 @@ from shardkit.checkpoint import export_safetensors
 from shardkit.data import write_tokens
 from shardkit.sweeps._journal import sweep_file_errors
 
-
-@contextlib.contextmanager
-def full_disk(size=20):
-    """No file of this process may grow beyond a size, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, previous)
+from ._damages import full_disk
 
 
 def content(folder):

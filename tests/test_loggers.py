@@ -122,6 +122,7 @@ class FakeWandB:
 def test_weights_and_biases_sees_one_run_for_both_lives(tmp_path, step, monkeypatch):
     fake, folder = FakeWandB(), tmp_path / "run"
     monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setenv("WANDB_MODE", "offline")
     with pytest.raises(KeyboardInterrupt):
         run(folder, step, at_read(5, interrupt), loggers=("wandb",))
     run(folder, step, loggers=("wandb",))
@@ -137,6 +138,48 @@ def test_weights_and_biases_sees_one_run_for_both_lives(tmp_path, step, monkeypa
 
 
 @pytest.mark.slow
+def test_weights_and_biases_without_a_login_is_refused_before_anything_is_compiled(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(_loggers.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(sk.errors.ConfigError) as refused:
+        _loggers.check_loggers(["wandb"])
+    assert "train.loggers=wandb  needs a login" in str(refused.value)
+    assert "wandb login; or WANDB_MODE=offline" in str(refused.value)
+    (tmp_path / ".netrc").write_text("machine other.host login user password 1\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    with pytest.raises(sk.errors.ConfigError, match="needs a login"):
+        _loggers.check_loggers(["wandb"])
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password 1\n")
+    _loggers.check_loggers(["wandb"])
+    (tmp_path / ".netrc").unlink()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    _loggers.check_loggers(["wandb"])
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_API_KEY", "1")
+    _loggers.check_loggers(["wandb"])
+    monkeypatch.delenv("WANDB_API_KEY")
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "settings").write_text("[default]\nmode = offline\n")
+    _loggers.check_loggers(["wandb"])
+
+
+def test_weights_and_biases_that_cannot_start_is_the_users_error(tmp_path, step, monkeypatch):
+    class Refusing(FakeWandB):
+        def init(self, **settings):
+            raise RuntimeError("invalid API key")
+
+    monkeypatch.setitem(sys.modules, "wandb", Refusing())
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with pytest.raises(sk.errors.ConfigError, match="cannot start: invalid API key") as refused:
+        run(tmp_path / "run", step, loggers=("wandb",))
+    assert "WANDB_MODE=offline" in str(refused.value)
+
+
 @pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="an extra, and not installed")
 def test_weights_and_biases_itself_takes_it_offline(tmp_path):
     environment = {**os.environ, "WANDB_MODE": "offline", "PYTHONPATH": str(ROOT)}

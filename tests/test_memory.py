@@ -1,6 +1,7 @@
 """Bytes per device against shardings, the executable, and what devices have."""
 
 import dataclasses
+import random
 
 import jax.numpy as jnp
 import pytest
@@ -9,6 +10,9 @@ from jax.sharding import PartitionSpec as P
 from shardkit._core.tree import Leaf
 from shardkit.hardware import CHIPS
 from shardkit.report import CompiledBytes, PlacedLeaf, Program, Report
+from shardkit.report.hlo._hlo import Shape
+from shardkit.report.memory._history import _largest_at
+from shardkit.report.memory._liveness import Buffer
 from shardkit.report.memory._memory import read_memory
 from shardkit.report.memory._suggestions import suggest_memory_savings
 
@@ -104,3 +108,20 @@ def test_capacities_are_those_of_the_hardware_table():
     assert read_memory(wide("TPU v5 lite", {})).capacity == 16 * 2**30
     # A card of the same name with half the memory is not taken for the larger one.
     assert read_memory(wide("NVIDIA A100-SXM4-40GB", {})).capacity is None
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_largest_buffers_of_each_column_are_those_of_a_search(seed):
+    draw = random.Random(seed)
+    starts = [draw.randrange(40) for _ in range(60)]
+    buffers = [
+        Buffer(Shape("u8", ()), draw.randrange(9), start, start + draw.randrange(12), f"b{start}")
+        for start in starts
+    ]
+    at = sorted(draw.sample(range(45), 20))
+    searched: dict[int, Buffer] = {}
+    for moment in at:
+        alive = [one for one in buffers if one.start <= moment <= one.end]
+        for one in sorted(alive, key=lambda one: -one.bytes)[:3]:
+            searched[id(one)] = one
+    assert _largest_at(buffers, at) == list(searched.values())

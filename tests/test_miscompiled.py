@@ -1,5 +1,6 @@
 """Programs in which XLA's partitioner loses the order of devices: refused, or reported."""
 
+import ast
 from typing import Any
 
 import jax
@@ -89,6 +90,25 @@ def test_a_miscompiled_step_can_be_kept_as_a_finding():
         step.report().check(sk.Budget(findings={"miscompiled": 0}))
 
 
+def test_a_miscompiled_step_is_right_in_the_order_of_its_finding():
+    """The order that the fix names, in place of the declared one."""
+    gaps = []
+    rows = ("data", "fsdp")
+    for _ in range(2):
+        step = compiled(rows, ("fsdp", "tensor"), on_miscompiled="report")
+        state = step.init(jax.random.key(0))
+        want = jax.grad(loss)(jax.device_get(state.params), BATCH, None)
+        got = step.gradients(state, BATCH)[1]
+        gaps += [max(float(np.abs(got[k] - want[k]).max() / np.abs(want[k]).max()) for k in want)]
+        wrong = [f for f in step.report().findings if f.kind == "miscompiled"]
+        rows = (
+            ast.literal_eval(wrong[0].fix[2 : wrong[0].fix.index(") in place of")]) if wrong else ()
+        )
+    assert not wrong
+    assert gaps[0] > 0.1
+    assert gaps[1] < 1e-4
+
+
 # Products x[m, k] · w[n, k] with the specs of x, w and the result: wrong ones and their neighbours.
 PRODUCTS = [
     (("d", "t"), (("f", "d"), None), ("t", ("f", "d"))),
@@ -129,6 +149,59 @@ def test_there_are_wrong_and_right_products():
 
 
 @pytest.mark.parametrize(
+    ("rows", "weight", "is_wrong"),
+    [
+        (("d", "f"), ("f", "t"), True),
+        (("d", "f"), ("t", "f"), True),
+        (("d", "f"), ("f", None), False),
+        (("f", "d"), ("f", "t"), False),
+    ],
+)
+def test_a_recurrence_is_reported_exactly_when_its_gradients_are_wrong(rows, weight, is_wrong):
+    """The second turn of the backward loop meets rows in another order than the first left."""
+    mesh, shape, time = build_mesh("dft"), (WIDTH, WIDTH), 4
+
+    def loss(w, x):
+        def turn(h, x):
+            h = jnp.tanh(h @ w + x)
+            return h, h
+
+        return jnp.mean(
+            jax.lax.scan(turn, jnp.zeros(x.shape[:1] + shape[1:]), x.swapaxes(0, 1))[1] ** 2
+        )
+
+    placed = NamedSharding(mesh, P(*weight)), NamedSharding(mesh, P(rows))
+    program = jax.jit(jax.grad(loss), in_shardings=placed, out_shardings=placed[0])
+    w, x = BATCH["x"][:WIDTH] / WIDTH, np.stack([BATCH["x"]] * time, 1)
+    want = jax.grad(loss)(w, x)
+    wrong = np.abs(np.asarray(program(w, x)) - want).max() > 1e-3 * np.abs(want).max()
+    text = program.lower(w, x).compile().as_text() or ""
+    leaves = [
+        PlacedLeaf("batch", Leaf("x", array.shape, array.dtype), sharding.spec)
+        for array, sharding in zip((w, x), placed, strict=True)
+    ]
+    assert (wrong, bool(read_miscompiled(text, leaves, leaves[:1], SIZES))) == (is_wrong, is_wrong)
+
+
+def test_a_slice_for_each_device_beside_one_of_the_model_is_no_lost_order():
+    """The partitioner cuts its parts of a micro-batch under the name of the model's own slice."""
+    step = sk.compile_step(
+        lambda params, batch, key: jnp.mean(jnp.tanh(batch["x"] @ params["w"]) ** 2),
+        optax.sgd(0.1),
+        init=lambda key: {"w": jax.random.normal(key, (WIDTH, WIDTH)) / 8},
+        batch=BATCH,
+        mesh=sk.MeshSpec(data=2, tensor=4).build(),
+        strategy=sk.Strategy(params=sk.PathRules({"w": P("tensor", None)}), batch=P("data")),
+        accumulate=sk.Accumulate(2, "every"),
+    )
+    state = step.init(jax.random.key(0))
+    w = np.asarray(state.params["w"])
+    want = jax.grad(lambda w: jnp.mean(jnp.tanh(BATCH["x"] @ w) ** 2))(w)
+    got = step.gradients(state, BATCH)[1]["w"]
+    np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize(
     ("source", "target", "starts", "want"),
     [
         ((2, 3, 4), (6, 4), ((0, 2), (0, 0), (0, 4)), ((0, 6), (0, 4))),
@@ -137,7 +210,7 @@ def test_there_are_wrong_and_right_products():
         ((6,), (2, 3), ((0, 3),), ((0, 1), (0, 0))),
         ((6,), (2, 3), ((0, 2),), (None, None)),
         ((1, 4), (4,), ((0, 1), (0, 0)), (None,)),  # [2, 4] to [8], or its sum over the rows
-        ((1, 4), (4,), ((0, 0), (0, 4)), (None,)),
+        ((1, 4), (4,), ((0, 0), (0, 4)), ((0, 4),)),  # every device has the only element
         ((8, 1, 4), (8, 4), ((0, 0), (0, 0), (0, 0)), ((0, 0), (0, 0))),
         ((4, 1), (4,), ((0, 0), (0, 1)), (None,)),
         ((4,), (1, 4), ((0, 4),), (None, None)),  # [8] to [2, 4], or to [1, 8]

@@ -174,6 +174,14 @@ def test_on_shards_every_constraint_is_named():
     assert 'mode="auto"' in text
 
 
+def test_on_shards_a_device_put_with_a_sharding_is_refused():
+    where = NamedSharding(mesh(2, 4), P("data"))
+    strategy = sk.Strategy(batch=P("data"))
+    text = refuse(lambda h: jax.device_put(h, where), strategy=strategy, mode="shard_map")
+    assert "a sharding of jax.device_put names 'data', which is manual there" in text
+    assert "Fix: jax.device_put(x) without a sharding" in text
+
+
 def test_on_shards_a_shard_map_is_refused_too():
     text = refuse(mapped, mode="shard_map", independent_rows=True)
     assert "shard_map at " in text

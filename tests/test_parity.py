@@ -17,6 +17,11 @@ CASES = _parity.CASES
 # device in README's command: test_accumulate (data), test_zero (the split optimizer),
 # test_pipeline (a scalar loss), test_expert_parallel (a layer of experts).
 QUICK = ("shard_map fsdp", "ring fsdp sequence")
+# Findings of layouts that are not right.
+WRONG = set(
+    """activation_gather stored_contraction product_gather repeated_reduction optimizer_collective
+    idle_option resharding spec_mismatch parameter_gather involuntary_remat""".split()
+)
 PAGE = Path(__file__).parents[1] / "docs" / "parity.md"
 
 
@@ -29,6 +34,7 @@ def test_a_row_equals_one_device_and_sends_what_the_table_says(name):
     assert errors[GRADIENTS] <= (1e-5 if case.precision == "float32" else _parity.BF16_NOISE)
     if jax.__version__.startswith("0.10."):  # what the compiler sends changes with its version
         assert _parity.ratios(name) == pytest.approx(dict(case.ratios), abs=0.02)
+    assert not WRONG & {finding.kind for finding in _parity.compile_case(name).report().findings}
     limit = 1.05 if case.mode == "shard_map" else 1.1
     assert case.why or all(ratio <= limit for ratio in case.ratios.values())
 

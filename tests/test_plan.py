@@ -231,6 +231,46 @@ def test_numbers_that_cannot_be_are_refused_at_once():
     assert "overlap=2        is not a share of communication" in str(error.value)
 
 
+def shaped(shape: tuple[int, ...], row_dims: dict[str, int | None] | None = None) -> sk.StepSpec:
+    """A user's step with one leaf `x` in its batch."""
+    return two_products().replace(
+        loss_fn=lambda params, batch, key: jnp.mean(jnp.sum(batch["x"]) * params["up"] ** 2),
+        batch={"x": jax.ShapeDtypeStruct(shape, "float32")},
+        row_dims=row_dims,
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "row_dims"), [((0, 32), None), ((5, 8, 32), {"x": 1}), ((5, 0, 32), {"x": 1})]
+)
+def test_the_global_batch_replaces_the_rows_wherever_they_are(shape, row_dims) -> None:
+    space = SearchSpace(axes=("data",), accumulate=(4,), remat=("none",))
+    planned = plan(shaped(shape, row_dims), TARGET, global_batch=32, space=space)
+    assert planned.best.mesh == {"data": 8}
+    with pytest.raises(MeshError, match="a batch of 48 rows that does not split"):
+        plan(shaped(shape, row_dims), TARGET, global_batch=48, space=space)
+
+
+@pytest.mark.parametrize(
+    ("shape", "row_dims", "rows", "said"),
+    [
+        ((0, 32), None, None, "batch  has 0 rows"),
+        ((16, 32), {"x": None}, 8, "no leaf has rows, so global_batch=8 sets none"),
+        ((), None, 8, "no leaf has rows, so global_batch=8 sets none"),
+    ],
+)
+def test_a_batch_without_rows_is_refused_where_rows_are_meant(shape, row_dims, rows, said) -> None:
+    with pytest.raises(MeshError, match=said):
+        plan(shaped(shape, row_dims), TARGET, global_batch=rows)
+
+
+def test_a_step_without_rows_has_no_crossover_of_rows() -> None:
+    space = SearchSpace(axes=("fsdp",), accumulate=(1,), remat=("none",))
+    planned = plan(shaped((16, 32), {"x": None}), TARGET, space=space)
+    assert "rows" not in str(planned.changes)
+    assert not [what for what, *_ in planned.sensitivity if "rows" in what]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

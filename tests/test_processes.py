@@ -1,6 +1,7 @@
 """Several processes without JAX: who belongs together, who is missing, and what is said of it."""
 
 import contextlib
+import os
 import random
 import signal
 import socket
@@ -14,8 +15,16 @@ import pytest
 import shardkit as sk
 from shardkit.cli import main
 from shardkit.processes import launch
+from shardkit.processes._cluster import (
+    check_environment,
+    check_port,
+    detected_cluster,
+    initialize_arguments,
+    process_count,
+    process_of_cluster,
+)
 from shardkit.processes._coordinator import Coordinator
-from shardkit.processes._membership import detected_cluster, membership, process_count
+from shardkit.processes._membership import membership
 from shardkit.processes._message_stream import Closed, MessageStream, address_of, connect, listen
 
 # --- where several processes come from
@@ -47,8 +56,96 @@ from shardkit.processes._message_stream import Closed, MessageStream, address_of
 )
 def test_clusters_are_known_by_their_signs(signs, cluster):
     assert detected_cluster(signs) == cluster
-    assert process_count(signs) == (None if cluster else 1)
+    told = {"SLURM": 2, "Open MPI": None, "Cloud TPU": None, None: 1}
+    assert process_count(signs) == told.get(cluster)
     assert membership(signs) is None
+
+
+BY_HAND = {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
+NEW_MPI = {
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+}
+
+
+@pytest.mark.parametrize(
+    ("signs", "told", "fix"),
+    [
+        # What JAX would ignore, so that each process trains alone, or abort on.
+        (
+            {"JAX_NUM_PROCESSES": "4"},
+            "JAX_NUM_PROCESSES=4  needs JAX_PROCESS_ID",
+            "JAX_PROCESS_ID=0",
+        ),
+        (
+            {**BY_HAND, "JAX_PROCESS_ID": "4"},
+            "JAX_PROCESS_ID=4  must be less than",
+            "JAX_PROCESS_ID=0",
+        ),
+        ({**BY_HAND, "JAX_PROCESS_ID": "x"}, "JAX_PROCESS_ID=x  is not a whole number", "=1"),
+        ({**BY_HAND, "JAX_COORDINATOR_ADDRESS": "h"}, "=h  is not the HOST:PORT", "localhost:8476"),
+        ({"JAX_COORDINATOR_ADDRESS": "h:1"}, "h:1  needs JAX_NUM_PROCESSES and", "or none of them"),
+        (NEW_MPI, "OMPI_COMM_WORLD_SIZE=4  is from an Open MPI that", "mpirun -x JAX_COORDINATOR"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "=a,b  needs TPU_WORKER_ID", "TPU_WORKER_ID=0"),
+        (
+            {"KUBERNETES_SERVICE_HOST": "h", "JOB_COMPLETION_INDEX": "0"},
+            "kubernetes, which is not installed",
+            "pip install 'jax[k8s]'",
+        ),
+    ],
+)
+def test_half_a_cluster_in_the_environment_is_refused(signs, told, fix):
+    with pytest.raises(sk.errors.ProcessError) as error:
+        check_environment(signs)
+    head, _, fixes = str(error.value).partition("Fix:")
+    assert told in head
+    assert fix in fixes
+
+
+def test_a_port_that_is_taken_is_told_in_process_0():
+    with socket.create_server(("localhost", 0)) as taken:
+        address = f"localhost:{taken.getsockname()[1]}"
+        signs = {**BY_HAND, "JAX_COORDINATOR_ADDRESS": address, "JAX_PROCESS_ID": "0"}
+        with pytest.raises(sk.errors.ProcessError, match=f"={address} .*cannot listen") as error:
+            check_port(signs)
+        assert "Fix: another port in JAX_COORDINATOR_ADDRESS" in str(error.value)
+        check_port({**signs, "JAX_PROCESS_ID": "1"})
+    check_port(signs)
+
+
+def test_a_whole_cluster_in_the_environment_is_taken():
+    address = {"JAX_COORDINATOR_ADDRESS": "h:1"}
+    slurm = {f"SLURM_{name}": "2" for name in ("JOB_ID", "STEP_NODELIST", "LOCALID", "NTASKS")}
+    slurm |= {"SLURM_PROCID": "1"}
+    old_mpi = {**NEW_MPI, "OMPI_MCA_orte_hnp_uri": "1.0;tcp://h:1"}
+    # (environment, processes, what JAX is told)
+    by_hand = {"num_processes": 4, "process_id": 3, "cluster_detection_method": "deactivate"}
+    for signs, count, arguments in (
+        ({}, 1, {}),
+        (BY_HAND, 4, by_hand),
+        (slurm, 2, {}),
+        ({**slurm, **address}, 2, {}),
+        ({**slurm, **BY_HAND}, 4, by_hand),
+        (old_mpi, 4, {}),
+        ({**slurm, **old_mpi}, 4, {}),
+        ({**NEW_MPI, **address}, 4, {**by_hand, "local_device_ids": [1]}),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}, 2, {}),
+        ({"MEGASCALE_NUM_SLICES": "2"}, None, {}),
+    ):
+        check_environment(signs)
+        assert process_count(signs) == count, signs
+        assert initialize_arguments(signs) == arguments, signs
+    assert process_of_cluster({**slurm, **old_mpi}) == (3, 4)
+
+
+def test_a_job_of_several_tasks_without_srun_is_warned_of(monkeypatch):
+    # In a batch script these are set, and SLURM_STEP_NODELIST is not.
+    job = {"JOB_ID": "7", "NTASKS": "2", "PROCID": "0", "LOCALID": "0"}
+    for name, value in job.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    with pytest.warns(RuntimeWarning, match="job 7 has 2 tasks, and this process runs alone"):
+        assert sk.distributed().count == 1
 
 
 def test_a_process_alone_agrees_with_itself():
@@ -94,7 +191,7 @@ def joined():
     coordinator = Coordinator(listener, 3, "token", patience=0.5)
     streams = [coordinator.stream, *(connect(address_of(listener), 5) for _ in range(2))]
     for process, stream in enumerate(streams):
-        stream._socket.settimeout(5)
+        stream._socket.settimeout(30)  # not for long, but machines are busy
         stream.present("token")
         stream.send("hello", process=process)
     yield coordinator, streams
@@ -249,6 +346,23 @@ def test_a_member_that_no_longer_speaks_the_protocol_ends_all_by_name(line, join
     assert heard(streams[2], "end")["process"] == 1
 
 
+def test_the_pieces_of_a_long_message_are_not_copied_for_each_other():
+    """16 MiB took seconds of the coordinator, and longer than a busy machine's timeouts."""
+    ours, theirs = socket.socketpair()
+    stream = MessageStream(theirs)
+    ours.sendall(b'{"kind": "at", ')
+    assert stream.receive() == []
+    buffer = stream._incomplete
+    ours.sendall(b'"step": 1')
+    assert stream.receive() == []
+    assert stream._incomplete is buffer
+    ours.sendall(b'}\n{"kind": "bye"}\n{')
+    assert stream.receive() == [{"kind": "at", "step": 1}, {"kind": "bye"}]
+    assert stream._incomplete == b"{"
+    ours.close()
+    stream.close()
+
+
 @pytest.mark.parametrize("process", [-1, 3, True, "1", None, 10**30])
 def test_only_numbers_of_processes_are_admitted(process, joined):
     coordinator, _ = joined
@@ -266,6 +380,17 @@ PRINTS = "import os, json; print(json.loads(os.environ['SHARDKIT_PROCESS'])['ind
 FAILS = "import time\nif i == 1: print('bad luck', file=sys.stderr); sys.exit(3)\ntime.sleep(60)"
 DIES = "import time, signal\nif i == 1: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)"
 DEAF = "import time, signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + FAILS[12:]
+# Says that it fails, and is then slow to end, as on a busy machine.
+SLOW = """
+import json, signal, socket, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if i == 1:
+    control = socket.socket(fileno=json.loads(os.environ["SHARDKIT_PROCESS"])["control"])
+    line = "process 1 of 2, before its first step: ended with code 2"
+    end = {"kind": "end", "process": 1, "line": line, "own": True, "code": 2}
+    control.sendall(json.dumps(end).encode() + b"\\n")
+time.sleep(60)
+"""
 INDEX = "import os, sys, json; i = json.loads(os.environ['SHARDKIT_PROCESS'])['index']\n"
 
 
@@ -289,6 +414,7 @@ def test_output_is_kept_apart(capfd):
         (FAILS, 3, "ended with code 3"),
         (DIES, 128 + signal.SIGKILL, "killed by SIGKILL"),
         (DEAF, 3, "ended with code 3"),
+        (SLOW, 2, "ended with code 2"),
     ],
 )
 def test_the_first_failure_ends_all(program, expected, how, capfd):
@@ -379,6 +505,39 @@ sys.exit(entry.main())
 """
 
 
+# A job in the background of a shell starts with Ctrl-C ignored.
+TRAINS = """
+import ctypes, signal, threading
+import shardkit as sk
+signal.signal(signal.SIGINT, signal.default_int_handler)
+mutex, libc = (ctypes.c_byte * 64)(), ctypes.CDLL(None)
+
+def compile_for_ever():
+    libc.pthread_mutex_lock(mutex)
+    threading.Timer(0.3, print, ("compiles",), {"flush": True}).start()
+    libc.pthread_mutex_lock(mutex)
+
+sk.Trainer(compile_for_ever, lambda i: i, "run").run()
+"""
+
+
+def test_ctrl_c_ends_a_script_of_a_users_own_that_compiles(tmp_path):
+    words = [sys.executable, "-c", TRAINS]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    with subprocess.Popen(words, **pipes, cwd=tmp_path, env=environment) as run:
+        try:
+            assert run.stdout is not None
+            assert "compiles\n" in iter(run.stdout.readline, "")  # behind the line of progress
+            began = time.monotonic()
+            run.send_signal(signal.SIGINT)
+            _, errors = run.communicate(timeout=10)
+        finally:
+            run.kill()
+    assert (run.returncode, errors) == (130, "Interrupted.\n")
+    assert time.monotonic() - began < 2
+
+
 @pytest.mark.parametrize("what", ["compile", "import"])
 def test_ctrl_c_ends_a_command_that_compiles_or_imports_in_one_line(what):
     words = [sys.executable, "-c", COMPILES, "plan", what]
@@ -417,6 +576,28 @@ if i == 1: time.sleep(60)
 import shardkit as sk
 with sk.distributed(start_timeout=1): pass
 """
+
+
+@pytest.mark.parametrize("index", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_process_that_a_cluster_does_not_start_is_told_of_without_a_stack(index):
+    program = "import shardkit as sk\nwith sk.distributed(start_timeout=1): pass"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    slurm = {"JOB_ID": 1, "STEP_NODELIST": "localhost", "STEP_NUM_NODES": 1, "NTASKS": 2}
+    slurm |= {"PROCID": index, "LOCALID": index}
+    environment = {
+        **os.environ,
+        **{f"SLURM_{name}": str(value) for name, value in slurm.items()},
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_PLATFORMS": "cpu",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60
+    )
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"process {index} of 2, before its first step: has waited 1 s for all")
+    assert done.returncode == 69
 
 
 @pytest.mark.slow

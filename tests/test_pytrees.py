@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 from typing import Any, NamedTuple
 
@@ -11,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
@@ -21,7 +24,7 @@ from shardkit.parity._layout import find_misplaced_leaves, resolve_declared_spec
 from shardkit.report import compare
 from shardkit.run.guards import write_dump
 
-RNG = np.random.default_rng(0)
+RNG, NUMBERS = np.random.default_rng(0), itertools.count()
 X = RNG.standard_normal((8, 4)).astype(np.float32)
 
 
@@ -358,6 +361,26 @@ def test_no_key_leads_out_of_the_folder_of_a_checkpoint(tmp_path):
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     assert bits(sk.Checkpointer(tmp_path / "steps").restore(abstract, one).state) == bits(tree)
+
+
+ODD = ["a..b", "..c", "%2E", "%", "0", ".zarray", "manifest.json", "\0", "\ud800", "é", "e\u0301"]
+NAMES = st.text(st.characters(exclude_characters="/"), max_size=20)
+
+
+@settings(max_examples=3, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(NAMES, min_size=8, max_size=12, unique=True))
+@example(ODD)
+def test_leaves_of_any_names_come_back(tmp_path, names):
+    tree = {"params": {name: jnp.full(2, i, jnp.int32) for i, name in enumerate(names)}}
+    folder = tmp_path / str(next(NUMBERS))
+    sk.Checkpointer(folder).save(1, tree)
+    assert bits(sk.Checkpointer(folder).restore(tree).state) == bits(tree)
+
+
+def test_a_name_that_no_file_can_have_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(sk.errors.CheckpointError, match="has 360 bytes; files have at most 255"):
+        sk.Checkpointer(tmp_path / "steps").save(1, {"a": {"日" * 40: jnp.ones(1)}})
+    assert not (tmp_path / "steps").exists()
 
 
 def test_copies_of_nothing_are_equal():

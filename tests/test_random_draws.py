@@ -192,6 +192,13 @@ def test_every_draw_is_that_of_one_device_or_refused(name, mode, devices):
     check_draw(name, mode, devices)
 
 
+@pytest.mark.parametrize("mode", ["auto", "shard_map"])
+def test_the_dtype_of_a_reduction_changes_no_draw(mode):
+    options = {"precision": sk.Precision(reduce_dtype="bfloat16"), "mode": mode}
+    got, key = noise_of_step(split_step(DRAWS["normal"], 2, options))
+    np.testing.assert_allclose(got, noise_of_one_device(DRAWS["normal"], key, 1), rtol=1e-2)
+
+
 def test_a_gamma_draw_as_large_as_a_split_is_refused_not_guessed():
     """Two rows a part: the generator is asked for 2 keys both by `split` and for the draws."""
     draw = from_rows(lambda key, shape: R.gamma(R.split(key)[0], 2.0, shape))

@@ -124,6 +124,28 @@ def test_a_finished_run_is_left_alone(tmp_path, step):
         assert run(tmp_path / "run", step, dataclasses.replace(LOOP, steps=1))[2].name == name
 
 
+def test_a_finished_run_says_so_and_goes_on_with_more_steps(tmp_path, step, whole):
+    shorter = dataclasses.replace(LOOP, steps=3)
+    run(tmp_path / "run", step, shorter)
+    _, shown, folder = run(tmp_path / "run", step, shorter)
+    assert folder.name == "run-2"
+    assert (
+        f"{tmp_path}/run is finished (3 steps). A new run starts in {tmp_path}/run-2; "
+        "--set train.steps=6 goes on with it.\n"
+    ) in shown
+    _, shown, folder = run(tmp_path / "run", step, shorter)
+    assert f"{tmp_path}/run-2 is finished (3 steps). A new run starts in {tmp_path}/run-3" in shown
+    bits, shown, folder = run(tmp_path / "run", step)
+    assert folder.name == "run-3"
+    assert f"resumed {folder} at step 3 of 7" in shown
+    assert (bits, losses(folder)) == whole
+    assert [row["kind"] for row in read_metrics(folder)].count("finished") == 1
+    changed = {**RECORD, "model": {"embed_dim": 17}}
+    _, shown, other = run(tmp_path / "run", step, shorter, record=changed)
+    assert other.name == "run-4"
+    assert "is finished" not in shown
+
+
 def test_a_damaged_checkpoint_is_passed_over_and_its_steps_made_again(tmp_path, step, whole):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "run", step, at=5, do=interrupt)

@@ -1,19 +1,32 @@
 """What a loss does with the rows of its batch: means and sums of rows, and what mixes them."""
 
+import gc
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
+from jax.extend import core
 
+import shardkit as sk
 from shardkit._core.draws import trace_in_part
 from shardkit._core.tracing import record_p
+from shardkit.errors import StepError
 from shardkit.nn._constrain import constrain_p
 from shardkit.nn._manual_axis_rules import use_param_p
+from shardkit.parity._random_batches import _FIRST, _LOOKUPS
+from shardkit.planner._program import _IDENTITIES
+from shardkit.planner._propagation import _RULES, KEEPS_PARTIAL, MATERIALIZED, STAYS_PARTIAL
+from shardkit.report.time._flops import _COUNTED
 from shardkit.step.rows import AlwaysZero, Constant, Mixed, PerRow, RowSum, follow_rows
+from shardkit.step.rows._equation import RowCounts
 from shardkit.step.rows._rules import RULES
 
 ROWS = 16
+TWICE = RowCounts(ROWS, 2 * ROWS)
+REDUCE = sk.Precision(reduce_dtype="bfloat16")
 X = jax.ShapeDtypeStruct((ROWS, 4), jnp.float32)
 SEQUENCE = jax.ShapeDtypeStruct((ROWS, 8, 4), jnp.float32)
 IMAGES = jax.ShapeDtypeStruct((ROWS, 6, 6, 4), jnp.float32)
@@ -22,7 +35,7 @@ TOKENS = jax.ShapeDtypeStruct((ROWS, 3), jnp.int32)
 W = {"w": jnp.ones((4, 4)), "kernel": jnp.ones((3, 3, 4, 8))}
 
 
-def followed(function, *batch, params=W):
+def followed(function, *batch, params=W, rows=TWICE):
     """States of the results of `function(params, *batch, key)`."""
     key = jax.eval_shape(lambda: jax.random.key(0))
 
@@ -32,7 +45,7 @@ def followed(function, *batch, params=W):
 
     leaves = [Constant()] * len(jax.tree.leaves(params))
     inputs = [*leaves, *[PerRow(0)] * len(batch), Constant()]
-    return follow_rows(traced(ROWS), traced(2 * ROWS), inputs, ROWS)
+    return follow_rows(*map(traced, rows), inputs, rows)
 
 
 def loss_and_gradients(loss):
@@ -70,7 +83,106 @@ def two_views(p, x, y):
     return jnp.mean((both[: x.shape[0]] - both[x.shape[0] :]) ** 2)
 
 
+def columns(how):
+    """Combines two columns of each row with two others, at fixed places."""
+    return lambda p, x, k: jnp.mean(getattr((x @ p["w"]).at[:, jnp.array([0, 2])], how)(x[:, :2]))
+
+
+def subtracted(operand, places, updates):
+    numbers = jax.lax.ScatterDimensionNumbers((1,), (0,), (0,))
+    return jax.lax.scatter_sub(operand, places[:, None], updates, numbers)
+
+
+def marked(put):
+    """Weighs rows by a mask that `put` makes from zeros for each."""
+    return lambda p, x, k: jnp.mean(put(jnp.zeros((len(x), 1))) * mlp(p, x))
+
+
+def in_turn(p, x):
+    """The model on one row after another, in a loop."""
+    return jax.lax.map(lambda row: mlp(p, row), x)
+
+
+def summed_in_turn(p, x):
+    return jax.lax.scan(lambda total, row: (total + mlp(p, row).mean(), None), 0.0, x)[0]
+
+
+def systems(p, x):
+    """A positive definite matrix for each row, and the right side that goes with it."""
+    h = x[:, :4] @ p["w"]
+    return h @ h.swapaxes(1, 2) + jnp.eye(4), h[..., 0]
+
+
+def iterated(p, row):
+    """A loop that ends when `row` says so."""
+
+    def turn(state):
+        y, turns = state
+        return 0.5 * jnp.tanh(y @ p["w"]) + row, turns + 1
+
+    def goes_on(state):
+        return (jnp.abs(state[0]).sum() > 1e-3) & (state[1] < 5)
+
+    y, turns = jax.lax.while_loop(goes_on, turn, (row, 0))
+    return jax.lax.stop_gradient(y) * turns
+
+
+def running_means(p, x):
+    def turn(mean, row):
+        mean = 0.9 * mean + 0.1 * row
+        return mean, mlp(p, row - mean)
+
+    return jax.lax.scan(turn, jnp.zeros(4), x)[1]
+
+
+def sums_so_far(p, x):
+    def turn(total, row):
+        total = total + mlp(p, row)
+        return total, total
+
+    return jax.lax.scan(turn, jnp.zeros(4), x)[1]
+
+
+def numbered(p, x):
+    return jax.lax.scan(lambda i, row: (i + 1, i * mlp(p, row)), 0, x)[1]
+
+
+def branched(p, x):
+    def turn(carry, row):
+        return jax.lax.cond(row[0] > 0, lambda c: (c, c + row), lambda c: (2 * c, row), carry)
+
+    return jax.lax.scan(turn, jnp.zeros(4), mlp(p, x))[1]
+
+
+def called_back(p, x):
+    def turn(row):
+        shape = jax.ShapeDtypeStruct(row.shape, row.dtype)
+        return row + jax.pure_callback(np.asarray, shape, jax.lax.stop_gradient(row))
+
+    return jax.lax.map(turn, mlp(p, x))
+
+
 MEANS = {
+    "in turn": (lambda p, x, k: jnp.mean(in_turn(p, x) ** 2), (X,)),
+    "folded, in turn": (lambda p, x, k: jnp.mean(in_turn(p, x.reshape(-1, 4)) ** 2), (SEQUENCE,)),
+    "sum in turn": (lambda p, x, k: summed_in_turn(p, x) / len(x), (X,)),
+    "length, in turn": (
+        lambda p, x, k: jnp.mean(jax.lax.map(lambda row: scanned_time(p, row[None]), x) ** 2),
+        (SEQUENCE,),
+    ),
+    "columns mul": (columns("mul"), (X,)),
+    "columns set": (columns("set"), (X,)),
+    "columns max": (columns("max"), (X,)),
+    "own zero": (
+        lambda p, x, y, k: jnp.mean(
+            jnp.ones((len(y), 4)).at[jnp.arange(len(y)), y].set(0.0) * mlp(p, x)
+        ),
+        (X, LABELS),
+    ),
+    "segments subtracted": (
+        lambda p, x, y, k: jnp.sum(subtracted(jnp.zeros((4, 4)), y, mlp(p, x))) / len(x),
+        (X, LABELS),
+    ),
     "mean square": (lambda p, x, y, k: jnp.mean((mlp(p, x) - y) ** 2), (X, X)),
     "labels": (lambda p, x, y, k: cross_entropy(mlp(p, x), y).mean(), (X, LABELS)),
     "own number": (
@@ -118,6 +230,19 @@ MEANS = {
         (SEQUENCE,),
     ),
     "two views": (lambda p, x, y, k: two_views(p, x, y), (X, X)),
+    "systems": (
+        lambda p, x, k: jnp.mean(jax.vmap(jnp.linalg.solve)(*systems(p, x))),
+        (SEQUENCE,),
+    ),
+    "solved by a weight": (
+        lambda p, x, k: jnp.mean(jax.vmap(lambda row: jnp.linalg.solve(p["w"] @ p["w"], row))(x)),
+        (X,),
+    ),
+    "loop of each row": (
+        lambda p, x, k: jnp.mean(jax.vmap(lambda row: mlp(p, row) * iterated(p, row))(x)),
+        (X,),
+    ),
+    "put": (lambda p, x, k: jnp.mean(mlp(p, jax.device_put(x))), (X,)),
     "branch": (
         lambda p, x, k: jnp.mean(jax.lax.cond(p["w"][0, 0] > 0, jnp.tanh, jnp.sin, x @ p["w"])),
         (X,),
@@ -125,10 +250,12 @@ MEANS = {
 }
 
 
+@pytest.mark.parametrize("rows", [(16, 32), (4, 16), (2, 6)])
 @pytest.mark.parametrize("name", MEANS)
-def test_a_mean_of_rows_is_known_as_one_and_so_are_its_gradients(name):
+def test_a_mean_of_rows_is_known_as_one_and_so_are_its_gradients(name, rows):
     loss, batch = MEANS[name]
-    assert followed(loss_and_gradients(loss), *batch) == [RowSum(0), RowSum(0)]
+    states = followed(loss_and_gradients(loss), *batch, rows=RowCounts(*rows))
+    assert states == [RowSum(0), RowSum(0)]
 
 
 @jax.custom_vjp
@@ -155,6 +282,87 @@ def mixed_up(p, x, k):
 
 
 OTHERS = {
+    "loop of all rows": (lambda p, x, k: jnp.mean(iterated(p, x)), (X,), "while"),
+    "rows as unknowns": (
+        lambda p, x, k: jnp.mean(
+            jax.lax.linalg.triangular_solve(jnp.ones((len(x), len(x))), mlp(p, x), left_side=True)
+        ),
+        (X,),
+        "triangular_solve",
+    ),
+    "solved by a sum": (
+        lambda p, x, k: jnp.mean(jax.lax.linalg.triangular_solve(x.T @ x, mlp(p, x))),
+        (X,),
+        "triangular_solve",
+    ),
+    "running means": (lambda p, x, k: jnp.mean(running_means(p, x) ** 2), (X,), "scan"),
+    "sums so far": (lambda p, x, k: jnp.mean(sums_so_far(p, x)), (X,), "scan"),
+    "carry in a branch": (lambda p, x, k: jnp.mean(branched(p, x)), (X,), "scan"),
+    "no rule for many rows": (lambda p, x, k: jnp.mean(called_back(p, x)), (X,), "scan"),
+    "numbered in turn": (lambda p, x, k: jnp.mean(numbered(p, x)), (X,), "scan"),
+    "centred, in turn": (lambda p, x, k: jnp.mean(in_turn(p, x - x.mean(0))), (X,), "sub"),
+    "first row set": (lambda p, x, k: jnp.mean(mlp(p, x).at[0].set(0.0) ** 2), (X,), "scatter"),
+    "first rows set": (
+        lambda p, x, k: jnp.mean(mlp(p, x).at[jnp.array([0, 2])].add(p["w"][0])),
+        (X,),
+        "scatter-add",
+    ),
+    "first row marked": (marked(lambda zeros: zeros.at[0].set(1.0)), (X,), "scatter"),
+    "row marked by slice": (
+        marked(lambda zeros: jax.lax.dynamic_update_slice(zeros, jnp.ones((1, 1)), (0, 0))),
+        (X,),
+        "dynamic_update_slice",
+    ),
+    "row marked by padding": (
+        marked(lambda zeros: jnp.pad(zeros[1:], ((1, 0), (0, 0)), constant_values=1.0)),
+        (X,),
+        "pad",
+    ),
+    "first rows masked": (
+        lambda p, x, k: jnp.mean(jnp.where(jnp.arange(len(x))[:, None] < 3, 0.0, mlp(p, x))),
+        (X,),
+        "lt",
+    ),
+    "halves of constants": (
+        lambda p, x, k: jnp.mean(
+            jnp.concatenate([jnp.ones(len(x) // 2), jnp.zeros(len(x) // 2)])[:, None] * mlp(p, x)
+        ),
+        (X,),
+        "concatenate",
+    ),
+    "rows marked in turn": (
+        lambda p, x, k: jnp.mean(
+            jnp.stack([jnp.ones(len(x) // 2), jnp.zeros(len(x) // 2)], 1).reshape(-1, 1) * mlp(p, x)
+        ),
+        (X,),
+        "reshape",
+    ),
+    "power of the rows": (
+        lambda p, x, k: jnp.mean(mlp(p, x)) * jnp.prod(jnp.full((len(x),), 1.1)),
+        (X,),
+        "reduce_prod",
+    ),
+    "place by a sum": (marked(lambda zeros: jnp.cumsum(zeros + 1, 0)), (X,), "cumsum"),
+    "edges by a window": (
+        marked(lambda zeros: nn.avg_pool((zeros + 1)[None], (3,), padding="SAME")[0]),
+        (X,),
+        "reduce_window_sum",
+    ),
+    "table zeroed by rows": (
+        lambda p, y, k: jnp.sum(jnp.ones(4).at[y].set(0.0) * p["w"][0]),
+        (LABELS,),
+        "scatter",
+    ),
+    "segment maxima": (
+        lambda p, x, y, k: jnp.mean(jax.ops.segment_max(mlp(p, x), y, 4)),
+        (X, LABELS),
+        "scatter-max",
+    ),
+    "maximum of a sum": (
+        lambda p, x, k: jnp.sum(jnp.zeros(4).at[jnp.arange(4)].max(mlp(p, x).mean(0))),
+        (X,),
+        "scatter-max",
+    ),
     "spread": (spread, (X,), "sub"),
     "contrastive": (contrastive, (X,), "dot_general"),
     "mixup": (mixed_up, (X,), "sort"),
@@ -191,10 +399,82 @@ def test_what_mixes_rows_is_named_with_its_line(name):
     assert state.cause.operation == operation
 
 
+def test_rows_are_right_sides_of_one_matrix():
+    def solved(p, x, k):
+        return jax.scipy.linalg.solve_triangular(p["w"], x.T, lower=True).T
+
+    assert followed(solved, X) == [PerRow(0)]
+
+
 def test_the_line_is_the_users():
     (state,) = followed(contrastive, X)
     assert state.cause.where.startswith("test_rows.py:")
     assert state.cause.where.endswith("in contrastive")
+
+
+def test_a_custom_gradient_that_is_not_linear_is_refused_where_its_scale_would_change():
+    """Each element is clipped: rows are independent, but parts are divided by all weight later."""
+
+    @jax.custom_vjp
+    def bounded(y):
+        return y
+
+    bounded.defvjp(lambda y: (y, None), lambda _, g: (jnp.clip(g, -1e-3, 1e-3),))
+
+    def loss(p, x, k):
+        return sk.Mean((bounded(mlp(p, x)) ** 2).sum(), (x > 0).sum())
+
+    def compiled(devices=4, **options):
+        return sk.compile_step(
+            loss,
+            optax.sgd(0.1),
+            init=lambda key: W,
+            batch=X,
+            mesh=sk.MeshSpec(data=devices).build(devices=jax.devices()[:devices]),
+            strategy=sk.strategies.data(),
+            **options,
+        )
+
+    for options in {"accumulate": 2}, {"mode": "shard_map"}, {"precision": REDUCE}:
+        with pytest.raises(StepError, match="is not linear in the gradient, whose size depends"):
+            compiled(**options)
+    x = np.random.default_rng(0).normal(size=X.shape).astype("f")
+    want = jax.grad(lambda p: (mean := loss(p, x, None)).total / mean.weight)(W)["w"]
+    for step in compiled(), compiled(devices=1, mode="shard_map"):
+        got = step.gradients(step.init(jax.random.key(0)), x)[1]["w"]
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def in_loops_and_systems(p, x, k):
+    def one(row):
+        system = (p["w"] * row) @ (p["w"] * row).T + jnp.eye(4)
+        return mlp(p, row + iterated(p, row)) * jnp.linalg.solve(system, row)
+
+    return jnp.mean(jax.vmap(one)(x) ** 2)
+
+
+@pytest.mark.parametrize("options", [{"accumulate": 2}, {"mode": "shard_map"}], ids=str)
+@pytest.mark.parametrize(
+    "loss",
+    [lambda p, x, k: jnp.mean(in_turn(p, x) ** 2), in_loops_and_systems],
+    ids=["in turn", "loops and systems"],
+)
+def test_losses_of_each_row_give_the_gradients_of_one_device(loss, options):
+    x = np.random.default_rng(0).normal(size=(16, 4)).astype("f")
+    params = {"w": np.random.default_rng(1).normal(size=(4, 4)).astype("f")}
+    step = sk.compile_step(
+        loss,
+        optax.sgd(0.1),
+        init=lambda key: params,
+        batch=x,
+        mesh=sk.MeshSpec(data=2, fsdp=2).build(devices=jax.devices()[:4]),
+        strategy=sk.strategies.data() | sk.strategies.fsdp(min_size=1),
+        **options,
+    )
+    metrics, got = step.gradients(step.init(jax.random.key(0)), x)
+    value, want = jax.value_and_grad(loss)(params, x, None)
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-6)
+    np.testing.assert_allclose(got["w"], want["w"], rtol=1e-5, atol=1e-6)
 
 
 def test_a_custom_gradient_that_mixes_rows_is_seen_in_the_gradient():
@@ -229,6 +509,47 @@ def test_how_a_value_grows_with_the_rows(loss, state):
     assert followed(loss, X) == [state]
 
 
+def errors(p, x):
+    return jnp.mean(mlp(p, x) ** 2, -1)
+
+
+# Each is one thing on 16 rows and more, and another on fewer.
+BY_SIZE = {
+    "at least": lambda p, x, k: errors(p, x).sum() / max(len(x), 16),
+    "a factor": lambda p, x, k: errors(p, x).mean() * (1 if len(x) >= 16 else 0.5),
+    "a branch": lambda p, x, k: errors(p, x)[: len(x) // 16 * 16 or 1].sum() / len(x),
+    "a size": lambda p, x, k: errors(p, x).reshape(-1, 16).mean(),
+}
+
+
+@pytest.mark.parametrize(
+    "options", [{"accumulate": 4}, {"mode": "shard_map"}, {"precision": REDUCE}], ids=str
+)
+@pytest.mark.parametrize("name", BY_SIZE)
+def test_a_loss_is_followed_on_the_rows_of_a_part(name, options):
+    with pytest.raises(StepError, match="The rows of the batch cannot be split"):
+        sk.compile_step(
+            BY_SIZE[name],
+            optax.sgd(0.1),
+            init=lambda key: W,
+            batch=jax.ShapeDtypeStruct((32, 4), jnp.float32),
+            mesh=sk.MeshSpec(data=4).build(devices=jax.devices()[:4]),
+            strategy=sk.strategies.data(),
+            **options,
+        )
+
+
 @pytest.mark.parametrize("primitive", [constrain_p, use_param_p, record_p], ids=str)
 def test_the_marks_of_a_model_leave_rows_as_they_are(primitive):
     assert RULES[primitive.name] is RULES["copy"]
+
+
+# Of newer versions of JAX than the oldest that is supported.
+_NEWER = {"log2", "one_minus_square"}
+
+
+def test_every_rule_is_of_an_operation_that_jax_has():
+    has = {x.name for x in gc.get_objects() if isinstance(x, core.Primitive)}
+    named = {*RULES, *_FIRST, *_LOOKUPS, *_IDENTITIES, *_COUNTED}
+    named |= {*_RULES, *KEEPS_PARTIAL, *MATERIALIZED, *STAYS_PARTIAL}
+    assert named - has <= _NEWER

@@ -92,8 +92,8 @@ def test_unknown_logical_axis():
 
 
 def test_names_that_do_not_count_the_dims():
-    text = message(AxisRules({"a": None}), [leaf("q", 4, 8, axes=("a",))], tensor=4)
-    assert "names 1 logical axis ('a',) for 2 dims" in text
+    text = message(AxisRules({"a": None}), [leaf("q", 4, 8, axes=("a", None, None))], tensor=4)
+    assert "names 3 logical axes ('a', None, None) for 2 dims" in text
 
 
 def test_undecided_leaf_says_what_was_tried():

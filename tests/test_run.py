@@ -1,10 +1,8 @@
 """The loop beside a fake step that can be computed by hand, then a real small run."""
 
-import contextlib
 import io
 import json
 import math
-import resource
 import shutil
 import types
 
@@ -43,6 +41,8 @@ from shardkit.run._throughput import Throughput
 from shardkit.run.callbacks import Callback, RunContext, StepMetrics
 from shardkit.run.callbacks._finite import FiniteCheck
 from shardkit.run.callbacks._progress import ProgressDisplay
+
+from ._damages import full_disk
 
 TEXT = Text(
     Corpus("a test", bytes(range(97, 123)) * 20, bytes(range(1, 101)), 1, 1),
@@ -230,17 +230,6 @@ def test_each_metric_is_a_whole_line_at_once(tmp_path):
     assert len(file.path.read_text().splitlines()) == 3
 
 
-@contextlib.contextmanager
-def room(size):
-    """Lets no file grow beyond `size` bytes: to who writes, a disk that is full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def test_metrics_whose_folder_was_deleted_are_written_again(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
@@ -258,18 +247,18 @@ def test_a_row_without_room_is_an_error_that_leaves_whole_rows(tmp_path):
         file.write("step", step=1)
         there = file.path.read_bytes()
         said = r"cannot be written\.\n  .*metrics\.jsonl +File too large; .*\nFix: free space and"
-        with room(len(there) + 9), pytest.raises(ConfigError, match=said):
+        with full_disk(len(there) + 9), pytest.raises(ConfigError, match=said):
             file.write("step", step=2)
         assert file.path.read_bytes() == there
         # What the run ends for is told, not that it could not be noted.
-        with room(len(there) + 9), pytest.raises(KeyError, match="first"), log_exception(file):
+        with full_disk(len(there) + 9), pytest.raises(KeyError, match="first"), log_exception(file):
             raise KeyError("first")
 
 
 def test_a_run_that_continues_without_rows_warns_once(tmp_path):
     said = []
     with MetricsFile(tmp_path, report_error=said.append) as file:
-        with room(9):
+        with full_disk(9):
             file.write("step", step=1)
             file.write("step", step=2)
         file.write("step", step=3)
@@ -452,7 +441,9 @@ def test_a_small_run_shows_and_writes_everything(tmp_path, mesh):
     steps = [row for row in lines if row["kind"] == "step"]
     assert [row["step"] for row in steps] == list(range(1, 13))
     assert steps[-1]["loss"] < steps[0]["loss"]
-    assert [row["kind"] for row in lines[-4:]] == ["eval", "result", "finished", "goodput"]
+    assert [row["kind"] for row in lines[-6:]] == [
+        "eval", "baselines", "sample", "result", "finished", "goodput"
+    ]  # fmt: skip
     assert lines[-3]["bits_per_byte"] == result.bits_per_byte
     assert 0 < result.bits_per_byte < 8
     assert len(result.sample) == 10

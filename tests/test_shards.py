@@ -10,7 +10,6 @@ import pytest
 import shardkit as sk
 from shardkit.cli import main
 from shardkit.data import DataConfig, _shards, load_text, open_shards, write_tokens
-from shardkit.lm import _train
 
 DOCUMENTS = [[5, 6, 7], [8], list(range(10, 30)), [299, 0, 1]]
 
@@ -117,6 +116,24 @@ def test_every_byte_is_verified_on_request(tmp_path):
         raw[at] ^= 1
 
 
+def test_a_command_verifies_the_shards_of_a_folder(tmp_path, capsys):
+    folder = tmp_path / "tokens"
+    folder.mkdir()
+    paths = [write_tokens(folder / f"{name}.bin", [np.arange(999)], 1000) for name in "ab"]
+    assert main(["shards", str(folder)]) == 0
+    assert "2 token shards: intact" in capsys.readouterr().out
+    raw = bytearray(paths[1].read_bytes())
+    raw[1500] ^= 1
+    paths[1].write_bytes(raw)
+    np.save(folder / "c.npy", np.arange(9))
+    assert main(["shards", str(folder)]) == 2
+    said = capsys.readouterr().err
+    assert "2 token shards cannot be used" in said
+    assert "b.bin  is damaged: " in said
+    assert "c.npy  has no checksums: only .bin files have them" in said
+    assert main(["shards", str(tmp_path / "tokens" / "a.bin"), str(tmp_path / "none")]) == 2
+
+
 @pytest.mark.parametrize("suffix", [".bin", ".npy"])
 @pytest.mark.parametrize("way", ["truncate", "rewrite", "append"])
 def test_a_shard_that_changes_while_it_is_read_is_told(suffix, way, tmp_path):
@@ -145,6 +162,10 @@ def test_a_shard_may_be_replaced_by_another_file_while_it_is_read(shard):
     shard.unlink()
     write_tokens(shard, [[1, 2]], 300)
     assert stream.read(np.array([0]), 3).tolist() == [[5, 6, 7]]
+    part, _ = stream.split(0.3)
+    assert part.read(np.array([0]), 3).tolist() == [[5, 6, 7]]
+    shard.unlink()
+    assert stream.split(0.3)[0].read(np.array([0]), 3).tolist() == [[5, 6, 7]]
 
 
 def test_pipes_are_refused_and_links_followed_each_folder_once(tmp_path):
@@ -319,7 +340,7 @@ def test_bad_data_ends_a_run_before_it_has_a_folder_or_a_program(
 ):
     (tmp_path / "data").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(_train, "compile_run", None)  # a compile would be another error
+    monkeypatch.setattr(sk.StepSpec, "compile", None)  # a compile would be another error
     assert main(["train", "--set", f"data.path={path(tmp_path / 'data')}"]) == 2
     assert said in capsys.readouterr().err
     assert [one.name for one in tmp_path.iterdir()] == ["data"]

@@ -210,10 +210,6 @@ def test_everything_that_needs_no_mesh_is_one_error():
         ({"precision": 8}, "precision  expected str or Precision, got 8"),
         ({"remat": True}, "remat  expected str, got True"),
         ({"accumulate": "2"}, "accumulate  expected int or Accumulate, got '2'"),
-        (
-            {"accumulate": sk.Accumulate(2), "loss_fn": sk.Loss(loss_fn, loss_fn, True)},
-            "every mesh",
-        ),
     ],
 )
 def test_an_option_that_cannot_be(changes, row):

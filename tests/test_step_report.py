@@ -27,8 +27,7 @@ def loss(params, batch, key):
     return jnp.mean((hidden @ params["down"]) ** 2)
 
 
-@pytest.fixture(scope="module")
-def report():
+def reported(optimizer):
     strategy = sk.Strategy(
         params=sk.first_match(TABLE, NAMES),
         batch=P("fsdp"),
@@ -37,12 +36,18 @@ def report():
     )
     return sk.compile_step(
         loss,
-        contrib.muon(0.1),
+        optimizer,
         init=init,
         batch={"x": jax.ShapeDtypeStruct((ROWS, EMBED), jnp.float32)},
         mesh=sk.MeshSpec(fsdp=8).build(),
         strategy=strategy,
+        owners=False,
     ).report()
+
+
+@pytest.fixture(scope="module")
+def report():
+    return reported(contrib.muon(0.1))
 
 
 def test_rules_that_do_nothing_are_findings(report):
@@ -82,6 +87,14 @@ def test_the_optimizers_own_products_reduce_no_gradient(report):
     others = sum(row.wire_bytes for row in report.ledger if not row.by_optimizer)
     assert least.wire == others < report.ledger.total()
     assert "optimizer" in str(report)
+
+
+def test_an_element_wise_optimizer_sends_none_of_it(report):
+    (found,) = [f for f in report.findings if f.kind == "optimizer_collective"]
+    assert found.fix.startswith("an element-wise optimizer (optax.adamw), which sends none of it")
+    after = reported(optax.adamw(0.1))
+    assert "optimizer_collective" not in {finding.kind for finding in after.findings}
+    assert after.ledger.total() < report.ledger.total() - 0.9 * found.bytes
 
 
 def test_the_optimizers_products_are_no_model_flops(report):

@@ -74,8 +74,7 @@ def test_a_row_has_its_figures_under_the_word_that_says_where_they_are_from(whol
     assert memory["batch"] == _swept.ROWS * _swept.WIDTH * 4 // 2
     assert memory["total"] >= memory["params"]
     assert row.compiled["axes"]["data"]["wire"] > 0
-    # What spans both axes is counted on each where no kind tells their shares.
-    assert 0 < row.compiled["wire"] <= sum(w["wire"] for w in row.compiled["axes"].values())
+    assert 0 < row.compiled["wire"] == sum(w["wire"] for w in row.compiled["axes"].values())
     assert row.compiled["flops"]["model"] > 0
     assert row.measured["where"] == SIMULATED
     timed = row.measured["step_seconds"]

@@ -1,9 +1,6 @@
 """What users, disks and signals do to a sweep costs no row, and is told in one message."""
 
-import contextlib
 import dataclasses
-import resource
-import signal
 
 import pytest
 
@@ -31,6 +28,7 @@ from shardkit.targets import UserCodeError
 from shardkit.targets.__main__ import compile_for_devices
 
 from . import _swept
+from ._damages import full_disk
 
 CODE = {"commit": "0123456789", "versions": {"jax": "0.10.2"}, "date": "2026-11-24T00:00:00Z"}
 
@@ -45,26 +43,13 @@ def compiled(**ratios):
     return {"memory": {"total": 2**20}, "axes": axes, "wire": 10**7, "findings": {}}
 
 
-@contextlib.contextmanager
-def file_limit(size):
-    """No file of this process may grow beyond a size, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, previous)
-
-
 def test_a_full_disk_costs_the_row_that_it_has_no_room_for(tmp_path):
-    one, other = row(), row(devices=4)
+    one, other = row(status=FAILED), row(devices=4, status=FAILED)
     with Journal(tmp_path, {}) as journal:
         journal.add(one)
         before = (tmp_path / "rows.jsonl").read_bytes()
         with (
-            file_limit(len(before) + 40),
+            full_disk(len(before) + 40),
             pytest.raises(sk.errors.SweepError, match="earlier rows are kept") as error,
         ):
             journal.add(other)
@@ -93,7 +78,7 @@ def test_a_full_disk_leaves_the_csv_file_of_before(tmp_path):
     found = Sweep((row(status=FAILED),) * 20, tmp_path, "one")
     (tmp_path / "rows.csv").write_text("before")
     with pytest.raises(sk.errors.SweepError, match=r"rows\.csv  File too large") as error:
-        with file_limit(20):
+        with full_disk(20):
             found.write_csv()
     assert "Fix: " in str(error.value)
     assert (tmp_path / "rows.csv").read_text() == "before"

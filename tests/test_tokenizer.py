@@ -13,6 +13,7 @@ import shardkit as sk
 from shardkit.cli import main
 from shardkit.data import DataConfig, load_text, open_shards, tokenize
 from shardkit.lm import TextTrainConfig
+from shardkit.lm._samples import Sampler
 from shardkit.lm._summary import Summary
 
 from .test_run import FakeStep
@@ -140,12 +141,21 @@ class Alphabet:
         )
 
 
-def written(text, **loop):
+@pytest.fixture
+def written(monkeypatch):
+    """What a run with the model `Alphabet` writes."""
+    model = SimpleNamespace(bind=lambda params: Alphabet())
+    monkeypatch.setattr("shardkit.lm._samples.decoder_model", lambda config: model)
+    return finish
+
+
+def finish(text, **loop):
     """The sample of a finished run, and what it said of it."""
     out, said = io.StringIO(), []
     config = TextTrainConfig(steps=1, baselines=False, **loop)
-    adapter = SimpleNamespace(bind=lambda params: Alphabet())
-    summary = Summary(adapter, text, config, Console(file=out, width=200))
+    tuning = SimpleNamespace(loop=config, model=None, merge=lambda params: params)
+    sampler = Sampler(tuning, text, sk.Strategy())
+    summary = Summary(sampler, text, config, Console(file=out, width=200))
     run = SimpleNamespace(
         folder=None, step=FakeStep(), write=lambda kind, **row: None, say=said.append
     )
@@ -154,7 +164,9 @@ def written(text, **loop):
     return summary.result.sample, said, out.getvalue()
 
 
-def test_a_sample_of_tokens_is_text_where_their_tokenizer_is_known(folder, tokenizer, tmp_path):
+def test_a_sample_of_tokens_is_text_where_their_tokenizer_is_known(
+    folder, tokenizer, tmp_path, written
+):
     tokenize(folder, tmp_path / "out", str(tokenizer))
     for path in (folder, tmp_path / "out"):
         sample, said, shown = written(load_text(config(path, tokenizer), 12), sample=5)
@@ -162,7 +174,9 @@ def test_a_sample_of_tokens_is_text_where_their_tokenizer_is_known(folder, token
         assert "a sample that it wrote\n  b c a b c\n" in shown
 
 
-def test_shards_without_their_tokenizer_have_no_sample_and_say_so(folder, tokenizer, tmp_path):
+def test_shards_without_their_tokenizer_have_no_sample_and_say_so(
+    folder, tokenizer, tmp_path, written
+):
     tokenize(folder, tmp_path / "out", str(tokenizer))
     text = load_text(DataConfig(path=str(tmp_path / "out"), seq_len=4, batch_size=2), 12)
     sample, said, shown = written(text)

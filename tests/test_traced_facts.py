@@ -194,9 +194,11 @@ QUICK |= {(name, "scan", "full") for name in ("all_to_all", "weight", "remat", "
 
 
 def all_cases():
-    for name, (mark, *_) in MARKS.items():
-        for form, remat in FORMS_OF_ONE:
+    for row, (name, (mark, *_)) in enumerate(MARKS.items()):
+        for column, (form, remat) in enumerate(FORMS_OF_ONE):
             slow = [] if (name, form, remat) in QUICK else [pytest.mark.slow]
+            if slow and (row + column) % 2:
+                slow.append(pytest.mark.exhaustive)
             whole = mark == "staged" and form != "jit"  # is no layer, and cannot be scanned over
             twice = mark.startswith("remat") and form == "remat"
             if not whole and not twice:
@@ -254,7 +256,7 @@ def test_a_jitted_model_is_verified():
 @pytest.mark.parametrize(
     ("mark", "kind", "facts"),
     [
-        ("attention", "attention", ((LENGTH, HEADS, HEADS),)),
+        ("attention", "attention", ((LENGTH, HEADS, HEADS, False),)),
         ("experts", "experts", ((4, False),)),
         ("staged", "layers", (LAYERS,)),
     ],

@@ -212,6 +212,40 @@ def test_two_networks_take_turns_without_copies():
         np.testing.assert_allclose(g_state.params[name], params[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_a_student_learns_from_a_frozen_teacher():
+    """Distillation: one tree with both, of which the student alone has moments and gradients."""
+
+    def make(key):
+        one, two = jax.random.split(key)
+        teacher = {"up": jax.random.normal(one, (64, 128)), "down": jnp.ones((128, 8)) / 8}
+        return {"teacher": teacher, "student": jax.random.normal(two, (64, 8)) / 8}
+
+    def distill(p, b, key):
+        taught = jax.nn.log_softmax(jnp.tanh(b["x"] @ p["teacher"]["up"]) @ p["teacher"]["down"])
+        learned = jax.nn.log_softmax(b["x"] @ p["student"])
+        return jnp.mean(jnp.sum(jnp.exp(taught) * (taught - learned), -1))
+
+    options = {"init": make, "batch": {"x": X}, "trainable": "student"}
+    rules = sk.Strategy(params=sk.shard_largest("fsdp", min_size=0), batch=P("fsdp"))
+    mesh = sk.MeshSpec(fsdp=8).build()
+    step = sk.compile_step(distill, optax.adam(RATE), mesh=mesh, strategy=rules, **options)
+    state, params = step.init(jax.random.key(0)), make(jax.random.key(0))
+    moments = optax.adam(RATE).init(params["student"])
+    for _ in range(2):
+        state, _ = step(state, {"x": X})
+        of = params | {"student": None}
+        gradient = jax.grad(lambda p: distill({**of, "student": p}, {"x": X}, None))(  # noqa: B023
+            params["student"]
+        )
+        updates, moments = optax.adam(RATE).update(gradient, moments)
+        params["student"] = optax.apply_updates(params["student"], updates)
+    np.testing.assert_allclose(state.params["student"], params["student"], rtol=1e-4, atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, state.params["teacher"], params["teacher"])
+    # Their rows are gathered for the loss; nothing as large as the teacher is reduced.
+    assert state.params["teacher"]["up"].addressable_shards[0].data.shape == (64, 16)
+
+
 @pytest.mark.parametrize(
     ("trainable", "expected"),
     [
@@ -231,8 +265,8 @@ def test_a_wrong_declaration_is_an_error(trainable, expected):
         make_step(MESHES["data"], trainable=trainable)
 
 
-def test_nothing_to_train_is_told_without_a_path():
-    with pytest.raises(sk.errors.StepError, match="Fix: paths of parameters; or leave trainable"):
+def test_no_parameters_are_an_error_of_init():
+    with pytest.raises(sk.errors.StepError, match=r"params  is \{\}, without a leaf"):
         sk.compile_step(
             loss,
             optax.adam(RATE),

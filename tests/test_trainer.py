@@ -1,5 +1,6 @@
 """`Trainer` in research code: an own model, own data, own callbacks."""
 
+import dataclasses
 import io
 import json
 import os
@@ -210,10 +211,65 @@ def test_tensors_of_other_libraries_are_data_and_scalars_of_the_state_are_metric
         sk.Trainer(spec, data, tmp_path / "x", metrics={"lr": "learning_rat"}, **given).run()
 
 
+@pytest.mark.parametrize(
+    ("declared", "said"),
+    [
+        ({"record": {"run": {"lr": 0.1}}}, r"record\['run'\] +is where checkpoints keep"),
+        ({"record": {"lr": np.ones(2)}}, "record +cannot be written as JSON: .*ndarray"),
+        ({"metrics": {"lr": 1}}, "metrics +expected mapping of str to str"),
+        ({"metrics": ["**/count"]}, "metrics +expected mapping of str to str"),
+        ({"metrics": {"loss": "**/count"}}, r"metrics\['loss'\] +is already a column"),
+        ({"metrics": {"rows_per_second": "**/count"}}, "is already a column"),
+    ],
+)
+def test_names_and_values_that_a_run_cannot_keep_are_refused_at_once(declared, said, tmp_path):
+    with pytest.raises(sk.errors.ConfigError, match=said):
+        trainer(tmp_path / "run", compiled, **declared)
+
+
+def test_a_scalar_of_the_state_takes_no_metric_of_the_loss(tmp_path, step):
+    run = trainer(tmp_path / "run", step, metrics={"error": "opt_state/**/count"})
+    with pytest.raises(sk.errors.ConfigError, match=r"metrics\['error'\] +is a metric that the"):
+        run.run()
+
+
+def test_a_score_that_is_no_number_is_a_gap_and_ranks_no_checkpoint(tmp_path, step):
+    scores = iter([{"bits": float("nan")}, {"bits": 0.5}])
+    keep = sk.RetentionPolicy(max_to_keep=9, best_to_keep=1, best_metric="bits")
+    config = sk.TrainConfig(steps=4, checkpoint_every=2, eval_every=2)
+    run = trainer(tmp_path / "run", step, config=config, retention=keep)
+    dataclasses.replace(run, evaluate=lambda step, state: next(scores)).run()
+    rows = [row["bits"] for row in read_metrics(tmp_path / "run") if row["kind"] == "eval"]
+    assert rows == [None, 0.5]
+    saved = sk.Checkpointer(tmp_path / "run" / "checkpoints")
+    assert [saved.manifest(i).metrics for i in saved.steps()] == [{}, {"bits": 0.5}]
+    again = trainer(tmp_path / "other", step, evaluate=lambda step, state: {"step": 1.0})
+    with pytest.raises(
+        sk.errors.StepError, match=r"The evaluation returns reserved names(.|\n)*step"
+    ):
+        again.run()
+
+
 def test_an_iterator_is_no_data_of_a_run_that_may_resume(tmp_path, step):
     with pytest.raises(sk.errors.DataError, match=r"data: map +is an iterator(.|\n)*__iter__"):
         trainer(tmp_path / "run", step, map(batch_of, range(STEPS))).run()
     assert not (tmp_path / "run").exists()
+
+
+def test_an_object_with_one_iterator_for_all_its_uses_is_no_data_of_a_run_that_may_resume(
+    tmp_path, step
+):
+    class Once:
+        def __init__(self):
+            self.batches = (batch_of(i) for i in range(2 * STEPS))
+
+        def __iter__(self):
+            return self.batches
+
+    with pytest.raises(sk.errors.DataError, match=r"data: Once +gives the same generator each"):
+        trainer(tmp_path / "run", step, Once()).run()
+    never = sk.TrainConfig(steps=STEPS, eval_every=0, checkpoint_every=0)
+    trainer(tmp_path / "never", step, Once(), config=never).run()
 
 
 def test_a_step_may_be_compiled_once_everything_else_is_right(tmp_path, step):

@@ -191,6 +191,27 @@ def test_meshes_that_do_not_divide_are_left_out():
     assert {row.mesh for row in found.rows} == {"(data=8)"}
 
 
+@pytest.mark.parametrize(
+    ("strategy", "facts"),
+    [
+        (
+            sk.Strategy(params=sk.PathRules({"head": P(None, "tensor")}), batch=P("data")),
+            ["none of 10 meshes compiles. On mesh (data=4, tensor=2)", "table", "Fix: "],
+        ),
+        (
+            sk.Strategy(params=sk.PathRules({"**": sk.REPLICATED}), batch=P()),
+            ["a function or strategy without axes names none", "meshes=[sk.MeshSpec(data=2"],
+        ),
+    ],
+    ids=["no mesh fits", "no axes"],
+)
+def test_that_no_default_mesh_can_be_compiled_is_told_with_the_reason(strategy, facts):
+    with pytest.raises(sk.errors.VerificationError) as caught:
+        sk.verify(spec(strategy=strategy))
+    for fact in facts:
+        assert fact in str(caught.value)
+
+
 # Optimizers.
 
 

@@ -41,6 +41,9 @@ class Node {
   get value() {
     return this.chosen ?? "";
   }
+  set value(value) {
+    this.chosen = String(value);
+  }
   get rows() {
     return this.children.filter((c) => c.tag === "tr");
   }
@@ -77,6 +80,8 @@ for (const tag of ["main", "nav"]) body.append(new Node(tag));
 const ids = {
   report: new Node("script"),
   subject: new Node("p"),
+  made: new Node("p"),
+  svg: new Node("svg"),
   incomplete: new Node("section"),
   figures: new Node("section"),
 };
@@ -86,6 +91,7 @@ ids.report.textContent = html.match(
 )[1];
 const document = {
   createElement: (tag) => new Node(tag),
+  createElementNS: (_, tag) => new Node(tag),
   querySelector: (selector) => body.querySelector(selector),
   getElementById: (id) => ids[id] ?? body.all().find((c) => c.attributes.id === id),
 };
