@@ -110,6 +110,12 @@ def circumstances(devices: str) -> dict[str, Any]:
     }
 
 
+def read_rows(name: str) -> list[dict[str, Any]]:
+    """The rows of `results/<name>.json`; none if nothing was measured yet."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
 def write(
     name: str, label: str, devices: str, rows: list[dict[str, Any]], note: str = ""
 ) -> pathlib.Path:

@@ -41,12 +41,16 @@ def layer(x: jax.Array, w: Weights) -> tuple[jax.Array, None]:
     return x + (jax.nn.silu(h @ w["gate"]) * (h @ w["up"])) @ w["down"], None
 
 
-def loss(w: Weights, batch: dict[str, jax.Array]) -> jax.Array:
-    """Weighted mean cross entropy."""
+def losses(w: Weights, batch: dict[str, jax.Array]) -> jax.Array:
+    """Cross entropy of each token, f32[batch, length]."""
     x, _ = jax.lax.scan(layer, w["embedding"][batch["inputs"]], w["layers"])
     logits = norm(x, w["norm"]) @ w["head"]
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
-    return (losses * batch["weights"]).sum() / batch["weights"].sum()
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+
+
+def loss(w: Weights, batch: dict[str, jax.Array]) -> jax.Array:
+    """Weighted mean cross entropy."""
+    return (losses(w, batch) * batch["weights"]).sum() / batch["weights"].sum()
 
 
 def init(config: DecoderConfig, key: jax.Array) -> Weights:

@@ -70,9 +70,10 @@ def forget(folder: pathlib.Path) -> None:
 
 
 class Highest:
-    """Resident memory, looked at every 5 ms: the peak of a part of the process's life."""
+    """Of a part of the process's life: peak of memory, looked at every 5 ms; processor seconds."""
 
     def __enter__(self) -> "Highest":
+        self._began = time.process_time()
         self.before = self.highest = self._now()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._look)
@@ -82,6 +83,7 @@ class Highest:
     def __exit__(self, *_: Any) -> None:
         self._stop.set()
         self._thread.join()
+        self.used = time.process_time() - self._began
 
     def _look(self) -> None:
         while not self._stop.wait(0.005):
@@ -106,7 +108,8 @@ def save(work: pathlib.Path, gigabytes: float) -> dict[str, float]:
         blocked = time.perf_counter() - start
         checkpoints.wait()
         total = time.perf_counter() - start
-    return {"seconds": total, "blocked": blocked, "model_state": memory.highest - memory.before}
+    highest = memory.highest - memory.before
+    return {"seconds": total, "blocked": blocked, "model_state": highest, "used": memory.used}
 
 
 def save_in_training(work: pathlib.Path, gigabytes: float) -> dict[str, float]:
@@ -166,7 +169,8 @@ def restore(work: pathlib.Path, gigabytes: float, layout: str) -> dict[str, floa
         start = time.perf_counter()
         jax.block_until_ready(sk.Checkpointer(work / "steps").restore(like, to).state)
         seconds = time.perf_counter() - start
-    return {"seconds": seconds, "blocked": seconds, "model_state": memory.highest - memory.before}
+    highest = memory.highest - memory.before
+    return {"seconds": seconds, "blocked": seconds, "model_state": highest, "used": memory.used}
 
 
 def dd(work: pathlib.Path, gigabytes: float, reading: bool) -> dict[str, float]:
@@ -259,6 +263,7 @@ def _row(name: str, found: list[dict[str, float]], gigabytes: float) -> dict[str
         "GB/s": f"{gigabytes / middle['seconds']:.2f}",
         "caller waits, s": f"{middle['blocked']:.2f}",
         "memory above before, GB": f"{middle['model_state']:.2f}",
+        "processors, s": f"{middle['used']:.2f}" if "used" in middle else "",
     }
 
 

@@ -13,7 +13,6 @@ grow with the square of the length: that column is modelled, heads x length x le
 """
 
 import argparse
-import json
 import time
 from typing import Any
 
@@ -96,8 +95,7 @@ def main() -> None:
     parser.add_argument("--target", choices=TARGETS, default="tpu:v5p:4x4x4")
     arguments = parser.parse_args()
     result = TARGETS[arguments.target]
-    kept = _harness.RESULTS / f"{result}.json"
-    found = json.loads(kept.read_text())["rows"] if kept.exists() else []
+    found = _harness.read_rows(result)
     rows = {f"{row['attention']} {row['length']}/{row['context']}": row for row in found}
     for name in arguments.names or [case for case in CASES if case not in rows]:
         rows[name] = measure(arguments.target, *CASES[name])

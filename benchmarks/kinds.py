@@ -8,7 +8,6 @@ a run that was ended goes on; where none is missing, the page is written anew fr
 """
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Mapping
@@ -170,10 +169,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     arguments = parser.parse_args()
     result = "kinds_" + arguments.target.replace(":", "_")
-    kept = _harness.RESULTS / f"{result}.json"
-    rows = (
-        {row["kind"]: row for row in json.loads(kept.read_text())["rows"]} if kept.exists() else {}
-    )
+    rows = {row["kind"]: row for row in _harness.read_rows(result)}
     missing = arguments.names or [kind for kind in KINDS if kind not in rows]
     for name in missing:
         rows[name] = measure(name, arguments.target, arguments.layers)

@@ -13,7 +13,6 @@ Variants that were compiled before stay in the result, so a part of the table ca
 """
 
 import argparse
-import json
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -116,8 +115,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=list(LEVERS), metavar="NAME")
     parser.add_argument("--layers", type=int, default=4)
     arguments = parser.parse_args()
-    before = _harness.RESULTS / f"{NAME}.json"
-    kept = json.loads(before.read_text())["rows"] if before.exists() else []
+    kept = _harness.read_rows(NAME)
     # Older rows hold one number of seconds, that of the whole child.
     renamed = [{"whole (s)" if key == "seconds" else key: row[key] for key in row} for row in kept]
     rows = {row["lever"]: row for row in renamed if row["lever"] in LEVERS}

@@ -10,7 +10,6 @@ compiled program for ledger, memory, findings and timeline.
 """
 
 import argparse
-import json
 import resource
 import subprocess
 import sys
@@ -103,8 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", default=list(MACHINES), metavar="NAME")
     arguments = parser.parse_args()
-    before = _harness.RESULTS / f"{NAME}.json"
-    kept = json.loads(before.read_text())["rows"] if before.exists() else []
+    kept = _harness.read_rows(NAME)
     rows = {(row["machine"], row["mesh"]): row for row in kept}
     for name in arguments.names:
         if len(arguments.names) > 1:  # a process each, or its peak is the largest so far

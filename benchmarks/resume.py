@@ -10,7 +10,6 @@ goes on on the mesh that it was killed on; `mesh changes` takes the next of thre
 
 import argparse
 import hashlib
-import json
 import os
 import pathlib
 import random
@@ -23,6 +22,7 @@ from typing import Any
 import _harness
 import jax
 import numpy as np
+from _run_folder import last_step, read_metrics, saved_leaves
 
 import shardkit as sk
 from shardkit.cli import main as shardkit
@@ -71,18 +71,6 @@ def start(out: pathlib.Path, steps: int, mesh: str) -> int:
     return child
 
 
-def metrics(out: pathlib.Path) -> list[dict[str, Any]]:
-    """Whole lines of the metrics file."""
-    path = out / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
-def last_step(out: pathlib.Path) -> int:
-    """The newest step in the metrics."""
-    return max((row["step"] for row in metrics(out) if row["kind"] == "step"), default=0)
-
-
 def saving(out: pathlib.Path) -> bool:
     """Whether a save is half-written now."""
     return any((out / "checkpoints").glob(".saving-*"))
@@ -119,17 +107,7 @@ def final(out: pathlib.Path, steps: int) -> dict[str, np.ndarray]:
     target = out / "final.npz"
     child = os.fork()
     if child == 0:
-        checkpoints = sk.Checkpointer(out / "checkpoints")
-        leaves = checkpoints.manifest(steps).leaves
-        like = {
-            path: jax.ShapeDtypeStruct(one.shape, one.dtype)
-            for path, one in leaves.items()
-            if path.startswith("params/")
-        }
-        where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        partial = {"params/**": "saved", "**": "drop"}
-        back = checkpoints.restore(like, where, step=steps, partial=partial)
-        np.savez(target, **{path: np.asarray(x) for path, x in back.state.items()})
+        np.savez(target, **saved_leaves(out, steps, "params"))
         os._exit(0)
     os.waitpid(child, 0)
     with np.load(target) as found:
@@ -165,17 +143,17 @@ def contestant(
         done, cut, before = done + 1, cut + bool(ended), last_step(out)
         newest = max(sk.Checkpointer(out / "checkpoints").steps(), default=0)
         lost += max(0, before - newest)
-    while not any(row["kind"] == "result" for row in metrics(out)):
+    while not any(row["kind"] == "result" for row in read_metrics(out)):
         child = start(out, steps, meshes[done % len(meshes)])
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    rows = [row for row in metrics(out) if row["kind"] == "step"]
+    rows = [row for row in read_metrics(out) if row["kind"] == "step"]
     assert [row["step"] for row in rows] == list(range(1, steps + 1)), "double or missing steps"
     params = final(out, steps)
     row = {
         "run": name,
         "kills": done,
         "left half a save": cut,
-        "resumes": len([r for r in metrics(out) if r["kind"] == "resumed"]),
+        "resumes": len([r for r in read_metrics(out) if r["kind"] == "resumed"]),
         "steps made twice": lost,
         "parameters sha256": sha256(params)[:16],
     }

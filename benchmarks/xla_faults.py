@@ -66,6 +66,40 @@ def vmapped_convolution(kernel, devices=8, rows=32):
     return error(gradient(w, parts), each(w, parts))
 
 
+def split_images(images):
+    """A 3 x 3 convolution of images over `images`, its kernel over fsdp."""
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("data", "fsdp", "tensor"))
+    x = RNG.normal(size=(8, 8, 8, 4)).astype("f")
+    w = RNG.normal(size=(3, 3, 4, 8)).astype("f") / 4
+    dims = {"padding": "SAME", "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+
+    def loss(w, x):
+        y = jax.lax.conv_general_dilated(x, w, (1, 1), **dims)
+        return jnp.mean(jnp.tanh(y) ** 2)
+
+    stored = NamedSharding(mesh, P(None, None, None, "fsdp"))
+    placed = stored, NamedSharding(mesh, P(*images))
+    gradient = jax.jit(jax.grad(loss), in_shardings=placed, out_shardings=stored)
+    return error(gradient(w, x), jax.grad(loss)(w, x))
+
+
+def split_window(window):
+    """A strided convolution along one dim, its kernel's window over `window`."""
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("data", "fsdp", "tensor"))
+    x = RNG.normal(size=(16, 8, 8)).astype("f")
+    w = RNG.normal(size=(4, 8, 8)).astype("f") / 4
+    dims = {"padding": "SAME", "dimension_numbers": ("NWC", "WIO", "NWC")}
+
+    def loss(w, x):
+        return jnp.mean(jnp.tanh(jax.lax.conv_general_dilated(x, w, (2,), **dims)) ** 2)
+
+    stored = NamedSharding(mesh, P(window, None, "fsdp"))
+    placed = stored, NamedSharding(mesh, P("data"))
+    both = jax.grad(loss, argnums=(0, 1))
+    gradient = jax.jit(both, in_shardings=placed, out_shardings=placed)
+    return error(gradient(w, x), both(w, x))
+
+
 def error(seen, true):
     """The largest error of any leaf, relative to that leaf's largest value."""
     pairs = zip(jax.tree.leaves(seen), jax.tree.leaves(true), strict=True)
@@ -87,6 +121,10 @@ def main():
                 found = vmapped_convolution(kernel, devices, rows)
                 size = f"{kernel} x {kernel}, {rows // 8} rows a part, {devices} devices"
                 print(f"vmapped convolution, {size}: {found:.1e}")
+    for images in (("data",), ("data", "tensor")):
+        print(f"3 x 3 convolution, images over {images}: {split_images(images):.1e}")
+    for window in (None, "tensor"):
+        print(f"strided convolution, window over {window}: {split_window(window):.1e}")
 
 
 if __name__ == "__main__":
