@@ -135,12 +135,12 @@ def test_a_checkpoint_of_another_model_is_not_gone_on_with(copy, step, refused):
 def test_a_newer_format_is_told_and_left_alone(copy, step, refused):
     for path in copy.rglob("manifest.json"):
         text = re.sub(r',\n "crc32": "\w+"\n}\n$', "\n}\n", path.read_text())
-        text = text.replace('"version": 1', '"version": 2')
+        text = text.replace('"version": 2', '"version": 3')
         crc = f',\n "crc32": "{zlib.crc32(text.encode()):08x}"\n}}\n'
         path.write_text(text.removesuffix("\n}\n") + crc)
     before = files(copy)
     shown = refused(trainer(copy, step, config=resumed(copy)))
-    assert "format version 2; this shardkit reads 1" in shown
+    assert "format version 3; this shardkit reads 2" in shown
     callback = Noting()
     anew = trainer(copy, step, callbacks=[callback])
     with anew.console.capture() as out:

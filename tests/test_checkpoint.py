@@ -16,9 +16,9 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 import shardkit as sk
 from shardkit.checkpoint import (
     SavedStep,
-    _chunks,
     _files,
     _host_fingerprint,
+    _read,
     compute_fingerprints,
     format_fingerprint,
 )
@@ -57,13 +57,9 @@ def reference(x) -> str:
     words = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint32}[raw.itemsize]
     word = raw.reshape(-1).view(words).astype(np.uint32)
     index = np.arange(word.size, dtype=np.uint32) * np.uint32(0x9E3779B1)
-    mixed = (word * np.uint32(0xCC9E2D51)) ^ index
-    mixed = (mixed ^ (mixed >> 16)) * np.uint32(0x85EBCA6B)
-    mixed = (mixed ^ (mixed >> 13)) * np.uint32(0xC2B2AE35)
-    mixed ^= mixed >> 16
-    second = mixed * np.uint32(0x27D4EB2F) + index
-    second ^= second >> 15
-    return format_fingerprint([int(half.sum(dtype=np.uint64)) % 2**32 for half in (mixed, second)])
+    mixed = (word ^ index) * np.uint32(0xCC9E2D51)
+    mixed = (mixed ^ (mixed >> 15)) * np.uint32(0x1B873593)
+    return format_fingerprint([int(half.sum(dtype=np.uint64)) % 2**32 for half in (mixed, mixed * index)])
 
 
 def test_a_fingerprint_is_that_of_the_reference_on_every_mesh():
@@ -247,11 +243,11 @@ def test_a_declared_cast_changes_the_dtype_and_nothing_else(saved, state):
 def test_each_chunk_that_is_needed_is_read_once_and_no_other(saved, state, monkeypatch):
     read = []
 
-    def counted(folder, name, files, *into):
+    def counted(folder, name, files, *into, **checked):
         read.append(name)
-        return _files.read_checked(folder, name, files, *into)
+        return _files.read_file(folder, name, files, *into, **checked)
 
-    monkeypatch.setattr(_chunks, "read_checked", counted)
+    monkeypatch.setattr(_read, "read_file", counted)
     restore(saved, state, "tensor=8")
     arrays = [name for name in SavedStep.open(step_folder(saved, 3)).manifest.files if "/" in name]
     leaves = [name for name in arrays if name.count("/") > 2 or name.endswith(("/0", "/.zarray"))]
@@ -263,7 +259,7 @@ def test_each_chunk_that_is_needed_is_read_once_and_no_other(saved, state, monke
 
 
 def test_shards_that_are_gathered_one_after_the_other_are_the_same(saved, state, monkeypatch):
-    monkeypatch.setattr(_chunks, "_GROUP_BYTES", 1)
+    monkeypatch.setattr(_read, "_GROUP_BYTES", 1)
     assert ck.bits(restore(saved, state, "tensor=8").state) == ck.bits(state)
 
 
@@ -389,14 +385,19 @@ def test_the_step_before_a_damaged_one_is_offered_or_taken(state, saved, tmp_pat
     assert ck.bits(restore(tmp_path, state).state) == ck.bits(state)
 
 
-def test_a_newer_format_is_no_damage(saved, state, tmp_path):
+@pytest.mark.parametrize(
+    ("version", "fix"),
+    [(3, "newer(.|\n)*pip install --upgrade"), (1, "older(.|\n)*export_safetensors")],
+)
+def test_another_format_is_no_damage(version, fix, saved, state, tmp_path):
     path = damaged_copy(saved, tmp_path) / "manifest.json"
     text = re.sub(r',\n "crc32": "\w+"\n}\n$', "\n}\n", path.read_text())
-    text = text.replace('"version": 1', '"version": 2')
+    text = text.replace('"version": 2', f'"version": {version}')
     crc = f',\n "crc32": "{zlib.crc32(text.encode()):08x}"\n}}\n'
     path.write_text(text.removesuffix("\n}\n") + crc)
-    with pytest.raises(sk.errors.CheckpointError, match="format version 2; this shardkit reads 1"):
+    with pytest.raises(sk.errors.CheckpointError, match=f"is {fix}") as error:
         restore(tmp_path / "copy", state, on_damage="previous")
+    assert f"format version {version}; this shardkit reads 2" in str(error.value)
 
 
 def test_a_folder_of_something_else_is_told(tmp_path, state):

@@ -76,14 +76,14 @@ def test_the_policy_is_applied_when_a_step_is_complete(tmp_path, state):
     "victim", ["params/w/0.0", "params/w/.zarray", "model_state/seen", "key/0", "params"]
 )
 def test_what_vanishes_during_a_save_fails_it_by_name(victim, tmp_path, state, monkeypatch):
-    real = _saving.compute_checksums
+    real = _saving.collect
 
-    def vanish(folder):
+    def vanish(folder, written):
         path = folder / "arrays" / "state" / victim
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-        return real(folder)
+        return real(folder, written)
 
-    monkeypatch.setattr(_saving, "compute_checksums", vanish)
+    monkeypatch.setattr(_saving, "collect", vanish)
     with pytest.raises(sk.errors.CheckpointError, match=rf"arrays/state/{victim}\S* +was not writ"):
         sk.Checkpointer(tmp_path).save(1, state)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
@@ -220,20 +220,17 @@ class Slow:
     """Holds saves back until the test lets them go on."""
 
     def __init__(self, monkeypatch, error: Exception | None = None) -> None:
-        self.written, self.go, real = (
-            threading.Event(),
-            threading.Event(),
-            _saving.compute_checksums,
-        )
+        self.written, self.go = threading.Event(), threading.Event()
+        real = _saving.collect
 
-        def wait(folder):
+        def wait(folder, written):
             self.written.set()
             self.go.wait()
             if error:
                 raise error
-            return real(folder)
+            return real(folder, written)
 
-        monkeypatch.setattr(_saving, "compute_checksums", wait)
+        monkeypatch.setattr(_saving, "collect", wait)
 
 
 def test_a_save_is_invisible_until_it_is_complete(tmp_path, state, monkeypatch):
@@ -267,9 +264,6 @@ def test_a_lost_save_ends_the_block_with_an_error(tmp_path, state, monkeypatch):
     SavedStep.open(step_folder(tmp_path, 1)).check_files()
 
 
-# The storage library's own threads and event loops raise what they also hand on.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_loses_the_new_save_and_no_other(tmp_path):
     big = {"w": jax.numpy.ones((256, 256)), "step": jax.numpy.int32(0)}
     sk.Checkpointer(tmp_path).save(1, big)

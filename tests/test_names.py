@@ -205,4 +205,4 @@ def test_a_clock_that_was_set_back_gives_no_negative_time():
 
 
 def test_the_constants_of_the_manifest_stay():
-    assert (manifests.FORMAT, manifests.VERSION) == ("shardkit checkpoint", 1)
+    assert (manifests.FORMAT, manifests.VERSION) == ("shardkit checkpoint", 2)

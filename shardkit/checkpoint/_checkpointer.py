@@ -12,9 +12,9 @@ from .._core.errors import CheckpointCorruptedError, CheckpointError, Problem, f
 from .._core.io._files import is_locked, local_path, os_errors_as
 from .._core.options import check_arguments, copy_plain
 from .._core.tree import leaves_by_path
-from ._arrays import check_folders
 from ._collective_errors import collective_errors, is_first_process
 from ._files import LOCK, delete_incomplete, list_steps, lock_folder, quarantine, step_folder
+from ._folders import check_folders
 from ._manifest import Manifest, read_manifest
 from ._pending_save import PendingSave
 from ._restore import Restored, RestoreRequest

@@ -13,7 +13,7 @@ from .._core.errors import CheckpointError, Problem, format_problems
 from .._core.io._files import FileInUseError, file_lock, os_errors_as, sync_folder, write_atomic
 from ._manifest import MANIFEST, SavedFile, step_name, step_of_name
 
-ARRAYS, LOCK = "arrays", ".lock"
+LOCK = ".lock"
 # Folders that are being written or deleted, or are damaged, have no name of a step.
 _SAVING, _DELETING, _DAMAGED = ".saving-", ".deleting-", "damaged-"
 _BLOCK = 2**20
@@ -122,35 +122,29 @@ def lock_folder(root: Path) -> Iterator[None]:
         yield
 
 
-def compute_checksums(folder: Path) -> dict[str, SavedFile]:
-    """Returns size and CRC-32 of every file below a folder but the manifest, and syncs them."""
-    names = sorted(
-        str(path.relative_to(folder))
-        for path in folder.rglob("*")
-        if path.is_file() and path.name != MANIFEST
-    )
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        files = pool.map(lambda name: _compute_checksum(folder / name, sync=True), names)
-        return dict(zip(names, files, strict=True))
-
-
 class UnreadableFile(Exception):
     """A file is not what was written; the message says how."""
 
 
-def read_checked(
-    folder: Path, name: str, files: Mapping[str, SavedFile], into: memoryview | None = None
+def read_file(
+    folder: Path,
+    name: str,
+    files: Mapping[str, SavedFile],
+    into: memoryview | None = None,
+    *,
+    checked: bool,
 ) -> memoryview:
-    """Returns the bytes of a file, and checks that they are those that were written.
+    """Returns the bytes of a file, as many as were written.
 
     Args:
       folder: of the step.
       name: of the file below it.
       files: as they were written.
-      into: memory for the bytes, as many as were written; by default new memory.
+      into: memory for the bytes; by default new memory.
+      checked: whether to compare their CRC-32.
 
     Raises:
-      UnreadableFile: they differ, or cannot be read.
+      UnreadableFile: they are not those that were written, or cannot be read.
     """
     if name not in files:
         raise UnreadableFile("was not written by this save")
@@ -165,7 +159,8 @@ def read_checked(
         raise UnreadableFile("is gone") from None
     except OSError as error:
         raise UnreadableFile(f"cannot be read: {error.strerror}") from error
-    if why := _describe_difference(files[name], SavedFile(size, f"{zlib.crc32(content):08x}")):
+    crc = f"{zlib.crc32(content):08x}" if checked else files[name].crc32
+    if why := _describe_difference(files[name], SavedFile(size, crc)):
         raise UnreadableFile(why)
     return content
 
@@ -209,11 +204,9 @@ def _describe_difference(want: SavedFile, actual: SavedFile) -> str:
     return ""
 
 
-def _compute_checksum(path: Path, sync: bool = False) -> SavedFile:
+def _compute_checksum(path: Path) -> SavedFile:
     crc = size = 0
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
             crc, size = zlib.crc32(block, crc), size + len(block)
-        if sync:
-            os.fsync(file.fileno())
     return SavedFile(size, f"{crc:08x}")

@@ -16,9 +16,8 @@ import numpy as np
 from ._collective_errors import has_several_processes
 from ._fingerprint import (
     INDEX,
-    MIX_1,
-    MIX_2,
-    SECOND,
+    MIX,
+    SHIFT,
     WORD,
     compute_fingerprints,
     fold_strides,
@@ -30,14 +29,19 @@ _GROUP_BYTES = 2**23
 _BLOCK = 2**16
 
 
+def are_on_host(leaves: Mapping[str, jax.Array]) -> bool:
+    """Whether all arrays lie in the memory of their processes' machines."""
+    devices = {device for x in leaves.values() for device in x.sharding.device_set}
+    return all(device.platform == "cpu" for device in devices)
+
+
 def read_fingerprints(leaves: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
     """Returns the fingerprint of every leaf, u32[2]: `compute_fingerprints`, read.
 
     Args:
       leaves: `{path: array}` of any dtype and sharding but typed keys.
     """
-    devices = {device for x in leaves.values() for device in x.sharding.device_set}
-    if has_several_processes() or any(device.platform != "cpu" for device in devices):
+    if has_several_processes() or not are_on_host(leaves):
         groups = ({path: leaves[path] for path in group} for group in _group_by_size(leaves))
         return {p: x for g in groups for p, x in jax.device_get(compute_fingerprints(g)).items()}
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -61,11 +65,11 @@ def _fingerprint(x: jax.Array) -> np.ndarray:
     for shard in x.addressable_shards:
         if shard.replica_id == 0 and x.size:
             starts = [dim.indices(n)[0] for dim, n in zip(shard.index, x.shape, strict=True)]
-            sums += _sum_words(np.asarray(shard.data), starts, x.shape)
+            sums += sum_words(np.asarray(shard.data), starts, x.shape)
     return sums
 
 
-def _sum_words(values: np.ndarray, starts: Sequence[int], shape: Sequence[int]) -> np.ndarray:
+def sum_words(values: np.ndarray, starts: Sequence[int], shape: Sequence[int]) -> np.ndarray:
     """Returns what a shard adds to the two sums of its leaf, u32[2]."""
     if not shape:
         values, starts, shape = values.reshape(1), [0], [1]
@@ -114,17 +118,14 @@ def _mix(words: np.ndarray, base: np.ndarray, first: np.uint32, scratch: np.ndar
     """The two sums of a block, by the operations of `_fingerprint._fingerprint`, in place."""
     index, mixed, shifted = scratch
     np.add(base, first, out=index)
-    np.multiply(words, np.uint32(WORD), out=mixed)
-    mixed ^= index
-    for shift, factor in ((16, MIX_1), (13, MIX_2)):
-        mixed ^= np.right_shift(mixed, np.uint32(shift), out=shifted)
-        mixed *= np.uint32(factor)
-    mixed ^= np.right_shift(mixed, np.uint32(16), out=shifted)
-    one = np.add.reduce(mixed)
-    mixed *= np.uint32(SECOND)
-    mixed += index
-    mixed ^= np.right_shift(mixed, np.uint32(15), out=shifted)
-    return np.array([one, np.add.reduce(mixed)], np.uint64).astype(np.uint32)
+    np.bitwise_xor(words, index, out=mixed)
+    mixed *= np.uint32(WORD)
+    mixed ^= np.right_shift(mixed, np.uint32(SHIFT), out=shifted)
+    mixed *= np.uint32(MIX)
+    # Sums of another dtype than the words would take three times as long.
+    one = np.add.reduce(mixed, dtype=np.uint32)
+    index *= mixed
+    return np.array([one, np.add.reduce(index, dtype=np.uint32)])
 
 
 def _to_words(x: np.ndarray) -> np.ndarray:

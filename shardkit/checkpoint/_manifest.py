@@ -12,7 +12,7 @@ from .._core.errors import CheckpointCorruptedError, CheckpointError, Problem, f
 from .._core.options import describe_annotation, matches_annotation
 from .._core.tree import short_dtype
 
-FORMAT, VERSION = "shardkit checkpoint", 1
+FORMAT, VERSION = "shardkit checkpoint", 2
 MANIFEST = "manifest.json"
 _Record = TypeVar("_Record")
 # Fields whose values JSON has as lists.
@@ -88,7 +88,7 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
       CheckpointCorruptedError: it is missing, truncated or changed.
-      CheckpointError: its format is newer.
+      CheckpointError: its format is newer, or older.
     """
     path = folder / MANIFEST
     try:
@@ -107,8 +107,12 @@ def read_manifest(folder: Path) -> Manifest:
     if version != VERSION:
         why = f"has format version {version}; this shardkit reads {VERSION}"
         problem = Problem(str(path), why)
+        is_older = version in range(VERSION)
         fix = "pip install --upgrade shardkit"
-        raise CheckpointError(format_problems("The checkpoint is newer.", [problem], fix))
+        if is_older:
+            fix = "export_safetensors, with the shardkit that wrote it; import_safetensors here"
+        headline = f"The checkpoint is {'older' if is_older else 'newer'}."
+        raise CheckpointError(format_problems(headline, [problem], fix))
     del fields["format"]
     manifest = _parse(path, fields)
     named = step_of_name(folder.name)

@@ -10,19 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding
 
 from .._core.errors import CheckpointError, Problem, count, format_problems, raise_all
 from .._core.interrupts import SAVING
 from .._core.versions import package_versions
-from ._arrays import leaf_folder, start_writing
-from ._chunks import find_missing
 from ._collective_errors import collective_errors, is_first_process, share_text
-from ._files import ARRAYS, commit, compute_checksums, create_temporary_folder
+from ._files import commit, create_temporary_folder, listing_problems
 from ._fingerprint import compute_fingerprints, format_fingerprint, is_key, raw_array
+from ._folders import leaf_folder
+from ._host_fingerprint import are_on_host
 from ._manifest import Manifest, SavedFile, SavedLeaf
 from ._match import dtype_name
 from ._retention import RetentionPolicy, delete_old_steps
+from ._write import Written, collect, find_missing, start_writing
 
 # Missing files that an error names.
 _SHOWN = 8
@@ -58,17 +60,18 @@ class PendingSave:
         self._fields = {**fields, "mesh": _mesh_shape(leaves)}
         self._error: Exception | None = None
         self._remains: list[str] = []
-        # Dispatched before the caller can donate the arrays; read after the files are written.
-        self._fingerprints = compute_fingerprints(leaves)
         self._folder: Path | None = None
         self._folder = self._make_folder()
+        # Devices have computed them before the caller can donate the arrays; read at the end.
+        on_host = are_on_host(leaves)
+        self._fingerprints = {} if on_host else compute_fingerprints(leaves)
+        stored = {leaf_folder(p): raw_array(x) for p, x in leaves.items() if 0 not in x.shape}
+        self._expected = {
+            folder: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+            for folder, x in stored.items()
+        }
         try:
-            stored = {path: raw_array(x) for path, x in leaves.items() if 0 not in x.shape}
-            self._expected = {
-                leaf_folder(path): jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-                for path, x in stored.items()
-            }
-            self._wait_written = start_writing(self._folder / ARRAYS, stored)
+            self._wait_written = start_writing(self._folder, stored, summed=on_host)
         except Exception as error:
             raise self._make_error(error) from error
         self._thread = threading.Thread(target=self._finish, name=f"{SAVING}-{step}")
@@ -113,35 +116,44 @@ class PendingSave:
 
     def _finish(self) -> None:
         assert self._folder is not None
+        written: Written | Exception
         try:
-            self._wait_written()
-            if not is_first_process():
-                return
-            files = compute_checksums(self._folder)
-            self._check_complete(files)
-            values = jax.device_get(self._fingerprints)
-            leaves = {
-                path: SavedLeaf(**fields, fingerprint=format_fingerprint(values[path]))
-                for path, fields in self._leaves.items()
-            }
-            manifest = Manifest(
-                step=self._step,
-                time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                versions=package_versions("orbax-checkpoint"),
-                leaves=leaves,
-                files=files,
-                **self._fields,
-            )
-            commit(self._folder, self._root, self._step, manifest.to_text())
-            self._remains = delete_old_steps(self._root, self._retention)
+            written = self._wait_written()
         except Exception as error:
-            self._error = error
+            self._error = written = error
+        try:
+            together = collect(self._folder, written)
+            if together is not None and self._error is None:
+                self._complete(self._folder, together)
+        except Exception as error:
+            self._error = self._error or error
 
-    def _check_complete(self, files: Mapping[str, SavedFile]) -> None:
-        """Compares what was written with what this save must write."""
-        assert self._folder is not None
-        self._folder.stat()  # raises if the whole folder is gone
-        missing = find_missing(self._folder, self._expected, files)
+    def _complete(self, folder: Path, written: Written) -> None:
+        """Writes the manifest and makes the step visible."""
+        self._check_complete(folder, written.files)
+        values = jax.device_get(self._fingerprints) or {
+            path: written.sums.get(leaf_folder(path), np.zeros(2, np.uint32))
+            for path in self._leaves
+        }
+        leaves = {
+            path: SavedLeaf(**fields, fingerprint=format_fingerprint(values[path]))
+            for path, fields in self._leaves.items()
+        }
+        manifest = Manifest(
+            step=self._step,
+            time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            versions=package_versions(),
+            leaves=leaves,
+            files=written.files,
+            **self._fields,
+        )
+        commit(folder, self._root, self._step, manifest.to_text())
+        self._remains = delete_old_steps(self._root, self._retention)
+
+    def _check_complete(self, folder: Path, files: Mapping[str, SavedFile]) -> None:
+        """Compares what was written, and what lies on the disk, with what this save must write."""
+        folder.stat()  # raises if the whole folder is gone
+        missing = find_missing(self._expected, files.keys() - listing_problems(folder, files))
         problems = [Problem(name, why) for name, why in list(missing.items())[:_SHOWN]]
         headline = f"A save has failed. Step {self._step} in {self._root} lacks "
         headline += f"{count(len(missing), 'file')} that it must have."
@@ -153,8 +165,7 @@ class PendingSave:
             shutil.rmtree(self._folder, ignore_errors=True)
         if isinstance(error, CheckpointError):
             return error
-        # TensorStore appends its whole specification to the message of the system.
-        why = str(error).partition(" [tensorstore_spec")[0] or type(error).__name__
+        why = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
         problem = Problem(f"step {self._step}", f"could not be written to {self._root}: {why}")
         fix = "free space on the disk, or another folder; earlier steps are untouched"
         return CheckpointError(format_problems("A save has failed.", [problem], fix))

@@ -1,7 +1,7 @@
 """`SavedStep`: checks the files of a saved step, and loads its leaves onto any devices."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,14 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from .._core.errors import CheckpointCorruptedError, Problem, count, raise_all
-from ._arrays import leaf_folder, leaf_of_file
-from ._chunks import read_leaves
 from ._collective_errors import collective_errors
 from ._files import content_problems, listing_problems
 from ._fingerprint import format_fingerprint, raw_array
+from ._folders import leaf_folder, leaf_of_file
 from ._host_fingerprint import read_fingerprints
 from ._manifest import Manifest, SavedFile, SavedLeaf, read_manifest
 from ._match import RestorePlan
+from ._read import read_leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +84,10 @@ class SavedStep:
         saved = self.manifest.leaves
         got, wrong = self._read({old: (saved[old], shardings[p]) for p, old in plan.saved.items()})
         with collective_errors():  # each process has read files that others have not
+            if wrong:  # all that is damaged is told at once
+                wrong |= content_problems(self.folder, self._files_of(plan.saved.values()))
             self._raise_if_damaged(self._describe_files(wrong))
-        self._raise_if_damaged(self._value_problems(got))
+        self._raise_if_damaged(self._find_damage(got))
         loaded = {path: got.pop(old) for path, old in plan.saved.items()}
         for path in plan.cast:
             loaded[path] = loaded[path].astype(wanted[path].dtype)
@@ -104,7 +106,7 @@ class SavedStep:
         problems = []
         for path, leaf in self.manifest.leaves.items():
             got, wrong = self._read({path: (leaf, sharding)})
-            problems += self._describe_files(wrong) + self._value_problems(got)
+            problems += self._describe_files(wrong) + self._find_damage(got)
         self._raise_if_damaged(problems)
 
     @property
@@ -139,14 +141,21 @@ class SavedStep:
         got, wrong = read_leaves(self.folder, self.manifest.files, abstract)
         return empty | {below[name]: array for name, array in got.items()}, wrong
 
-    def _value_problems(self, got: Mapping[str, jax.Array]) -> list[Problem]:
+    def _find_damage(self, got: Mapping[str, jax.Array]) -> list[Problem]:
+        """Compares the fingerprints of leaves; where one differs, its files say which of them."""
         problems = []
         for path, sums in read_fingerprints(got).items():
             leaf, now = self.manifest.leaves[path], format_fingerprint(sums)
-            if now != leaf.fingerprint:
-                why = f"has fingerprint {now}, {leaf.fingerprint} was saved"
-                problems.append(Problem(f"{path} {leaf.type}", why))
+            if now == leaf.fingerprint:
+                continue
+            why = f"has fingerprint {now}, {leaf.fingerprint} was saved"
+            wrong = content_problems(self.folder, self._files_of([path]))
+            problems += self._describe_files(wrong) or [Problem(f"{path} {leaf.type}", why)]
         return problems
+
+    def _files_of(self, paths: Iterable[str]) -> dict[str, SavedFile]:
+        folders = tuple(f"{leaf_folder(path)}/" for path in paths)
+        return {n: f for n, f in self.manifest.files.items() if n.startswith(folders)}
 
     def _raise_if_damaged(self, problems: Sequence[Problem]) -> None:
         headline = f"{self.folder} is damaged: {count(len(problems), 'finding')}."
