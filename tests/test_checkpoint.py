@@ -59,7 +59,9 @@ def reference(x) -> str:
     index = np.arange(word.size, dtype=np.uint32) * np.uint32(0x9E3779B1)
     mixed = (word ^ index) * np.uint32(0xCC9E2D51)
     mixed = (mixed ^ (mixed >> 15)) * np.uint32(0x1B873593)
-    return format_fingerprint([int(half.sum(dtype=np.uint64)) % 2**32 for half in (mixed, mixed * index)])
+    return format_fingerprint(
+        [int(half.sum(dtype=np.uint64)) % 2**32 for half in (mixed, mixed * index)]
+    )
 
 
 def test_a_fingerprint_is_that_of_the_reference_on_every_mesh():

@@ -124,8 +124,8 @@ class _LeafReader:
         if not others and first.nbytes == size and first.flags.c_contiguous:
             self._read_file(name, bytes_of(first))
             return
-        memory = getattr(self._scratch, "memory", b"")
-        if len(memory) < size:
+        memory: np.ndarray | None = getattr(self._scratch, "memory", None)
+        if memory is None or memory.size < size:
             memory = self._scratch.memory = np.empty(size, np.uint8)
         whole = memory[:size].view(first.dtype).reshape(chunk)
         if self._read_file(name, bytes_of(whole)) is not None:

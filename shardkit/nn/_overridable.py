@@ -154,7 +154,7 @@ _REACHED = "overridden"
 
 def overridden(jaxpr: core.Jaxpr) -> set[str]:
     """Names of the parts of a traced loss that a strategy computes in its own way."""
-    return {name for (name,) in recorded_facts(jaxpr, _REACHED)}
+    return {str(name) for (name,) in recorded_facts(jaxpr, _REACHED)}
 
 
 def overridable(name: str, reference: Callable[_P, _R]) -> Callable[_P, _R]:
