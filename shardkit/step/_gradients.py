@@ -13,14 +13,15 @@ the rows of one device. With 8 rows, k=2 micro-batches and 2 devices along the b
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec
 
-from .._core.draws import match_draws
-from .._core.precision import Precision, cast_floats, policy_dtype
+from .._core.draws import list_draws, match_draws
+from .._core.precision import Precision, cast_floats, policy_dtype, widen
 from .._core.rewriting import rewrite
 from .._core.row_dims import map_rows, resize_rows, with_dim
 from .._core.split_rng import RandomDraws, per_shard_keys
@@ -45,6 +46,13 @@ GradientFn = Callable[[Params, PyTree, Batch, Key], LossAndGradients]
 OF_MEAN = 1  # the weight of gradients of a mean
 
 
+class TracedLoss(NamedTuple):
+    """A loss of the whole batch, traced: its program, and its abstract output."""
+
+    jaxpr: core.Jaxpr
+    output: LossOutput
+
+
 @dataclasses.dataclass(frozen=True)
 class GradientPlan:
     """How the gradients of a step are split and reduced.
@@ -52,11 +60,13 @@ class GradientPlan:
     Attributes:
       bound: the spec and its mesh.
       layout: shardings of state, batch and gradients.
+      traced: the loss; None if the step splits no rows.
       draws: which random draws of the loss grow with its rows.
     """
 
     bound: BoundSpec
     layout: StepLayout
+    traced: TracedLoss | None = None
     draws: RandomDraws = dataclasses.field(default_factory=lambda: RandomDraws(1))
 
     @property
@@ -113,6 +123,8 @@ def plan_draws(objective: Objective, plan: GradientPlan, args: LossArgs) -> Grad
     Raises:
       StepError: the randomness of the loss cannot be split by gradient shard.
     """
+    if plan.traced is not None and not list_draws(plan.traced.jaxpr):
+        return dataclasses.replace(plan, draws=RandomDraws(plan.num_shards))
     params, model_state, batch, key = args
     dims, k, n = plan.layout.row_dims, plan.micro_batches, plan.num_shards
 
@@ -208,7 +220,7 @@ def _accumulate_whole(objective: Objective, plan: GradientPlan, args: LossArgs) 
     def body(carry: LossAndGradients, index: jax.Array) -> tuple[LossAndGradients, None]:
         return _add_micro_batch(carry, run_micro_batch(carry[0].model_state, index)), None
 
-    output, totals = _zeros_of_micro_batch(run_micro_batch, model_state)
+    output, totals = _make_zeros(plan, params)
     start = (
         LossOutput(output.loss, output.metrics, model_state),
         _constrain_tree(totals, plan.layout.gradients),
@@ -254,7 +266,7 @@ def _accumulate_per_shard(
     if steps == 1:
         output, totals = run_micro_batch(jnp.zeros((), jnp.int32))
     else:
-        output, totals = _zeros_of_micro_batch(run_micro_batch)
+        output, totals = _make_zeros(plan, params, plan.num_shards)
         start = output, _constrain_shards(totals, plan)
         (output, totals), _ = jax.lax.scan(body, start, jnp.arange(steps))
     with jax.named_scope("reduce"):
@@ -271,14 +283,15 @@ def _add_micro_batch(carry: LossAndGradients, new: LossAndGradients) -> LossAndG
     return LossOutput(loss, metrics, output.model_state), jax.tree.map(jnp.add, old_totals, totals)
 
 
-def _zeros_of_micro_batch(run_micro_batch: Callable[..., PyTree], *args: PyTree) -> PyTree:
-    """Zeros of one micro-batch's results.
+def _make_zeros(plan: GradientPlan, params: Params, *shards: int) -> LossAndGradients:
+    """Zeros to which micro-batches are added, of each shard: losses are scalars in all of them.
 
-    Tracing once more is cheaper than starting the sum from the first micro-batch, which would
-    compile the loss a second time outside the loop.
+    A sum that starts from the first micro-batch would compile the loss a second time.
     """
-    results = jax.eval_shape(run_micro_batch, *args, jax.ShapeDtypeStruct((), jnp.int32))
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), results)
+    assert plan.traced is not None
+    output = dataclasses.replace(plan.traced.output, model_state={})
+    sums = output, jax.eval_shape(lambda: jax.tree.map(widen, params))
+    return jax.tree.map(lambda x: jnp.zeros((*shards, *x.shape), x.dtype), sums)
 
 
 def _full_spec(sharding: NamedSharding, ndim: int) -> tuple[Any, ...]:

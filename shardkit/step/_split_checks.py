@@ -11,7 +11,7 @@ from .._core.errors import Problem, StepError, raise_all
 from .._core.tree import list_leaves
 from ..nn._manual_axis_rules import ShardMapLoss
 from ._bound_spec import BoundSpec
-from ._gradients import LossArgs
+from ._gradients import LossArgs, TracedLoss
 from ._layout import StepLayout
 from ._objective import Objective, build_objective
 from ._unbound_axes import batch_axes
@@ -20,7 +20,7 @@ from .rows import check_rows
 
 def check_split_rows(
     bound: BoundSpec, layout: StepLayout, loss: Objective, args: LossArgs, *, gradients: bool = True
-) -> None:
+) -> TracedLoss | None:
     """Refuses a loss that depends on rows together, where the step splits them.
 
     Args:
@@ -30,19 +30,23 @@ def check_split_rows(
       args: its abstract arguments.
       gradients: the step computes gradients too, not only the loss.
 
+    Returns:
+      The loss traced on whole arrays; None if no rows are split.
+
     Raises:
       StepError: with the operation that mixes rows and the line of the user's code.
     """
     splits = next(_row_splits(bound, layout, gradients), None)
     if not splits:
-        return
+        return None
     on_shards = isinstance(bound.spec.loss_fn, ShardMapLoss)
     problems = list(_stage_problems(bound, layout))
     if (unclear := layout.batch_rows.problem) and not on_shards:
         problems.append(dataclasses.replace(unclear, why=f"{unclear.why}; {splits} splits rows"))
     raise_all(StepError, "The rows of the batch cannot be split.", problems)
     # The first call binds the axes that the loss names, and leaves equations of the attempts.
-    named = batch_axes(jax.make_jaxpr(loss)(*args).jaxpr)
+    traced, (_, output) = jax.make_jaxpr(loss, return_shape=True)(*args)
+    named = batch_axes(traced.jaxpr)
     if bound.follows_rows:
         partition = layout.partition if gradients else None
         on_parts = bound.spec.mode == "shard_map"
@@ -58,6 +62,7 @@ def check_split_rows(
             # On whole micro-batches mutable state may be their statistics.
             frozen=frozen if bound.spec.stateful and not on_parts else None,
         )
+    return TracedLoss(traced.jaxpr, output)
 
 
 def check_fixed_state(bound: BoundSpec, args: LossArgs) -> None:
@@ -68,6 +73,8 @@ def check_fixed_state(bound: BoundSpec, args: LossArgs) -> None:
     Raises:
       StepError: the loss changes its state.
     """
+    if not jax.tree.leaves(args[1]):
+        return
     program = jax.make_jaxpr(build_objective(bound.spec.loss_fn, bound.mesh))(*args).jaxpr
     params, model_state = map(jax.tree.leaves, args[:2])
     given = program.invars[len(params) : len(params) + len(model_state)]

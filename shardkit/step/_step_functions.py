@@ -182,8 +182,8 @@ class StepFunctions:
         loss = build_objective(self.bound.spec.loss_fn, self.bound.mesh)
         # Checkpoints the loss as a whole if it marks no layers with `sk.nn.remat`.
         loss = apply_policy(loss, parse_policy(self.bound.spec.strategy.remat), *self._loss_args)
-        check_split_rows(self.bound, self.layout, loss, self._loss_args)
-        plan = GradientPlan(self.bound, self.layout)
+        traced = check_split_rows(self.bound, self.layout, loss, self._loss_args)
+        plan = GradientPlan(self.bound, self.layout, traced)
         on_shards = self.bound.spec.mode == "shard_map"
         if plan.micro_batches > 1 if on_shards else plan.per_shard_accumulation:
             check_fixed_state(self.bound, self._loss_args)

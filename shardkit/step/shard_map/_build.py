@@ -107,7 +107,7 @@ def _match_draws(
     """
     shards, slices = plan.count(plan.row_axes), plan.count(plan.token_axes)
     draws = RandomDraws(shards, length_shards=slices)
-    if not list_draws(whole.jaxpr):
+    if shards == slices == 1 or not list_draws(whole.jaxpr):
         return draws
     params, model_state, batch, key = args
 
