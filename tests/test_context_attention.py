@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from shardkit.mesh import MeshSpec
+from shardkit.nn._blockwise import BlockOptions
 from shardkit.parallel.context import _blockwise
 from shardkit.parallel.context._attention import context_parallel_attention
+from shardkit.parallel.context._attention_layout import Hidden
 from shardkit.parallel.context._pairwise import PairwiseExchange, tournament
 from shardkit.parallel.context._ring import RingAttention
 from shardkit.parallel.context._ulysses import UlyssesAttention
@@ -19,14 +21,18 @@ from shardkit.parallel.context._zigzag import zigzag_order
 from ._quick import some_quick
 
 B, H = 2, 8
+CAUSAL = BlockOptions(causal=True)
 
 
-def plain(q, k, v, ids, causal):
+def plain(q, k, v, ids, causal, window=None, softcap=None):
     group = q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x, group, 2) for x in (k, v))
     s = jnp.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[-1])
+    if softcap is not None:
+        s = softcap * jnp.tanh(s / softcap)
     seen = np.ones(s.shape[-2:], bool)
-    seen = jnp.asarray(np.tril(seen) if causal else seen)
+    seen = np.tril(seen) if causal else seen
+    seen = jnp.asarray(seen if window is None else seen & ~np.tril(seen, -window))
     if ids is not None:
         seen = seen & (ids[:, :, None] == ids[:, None, :])[:, None]
     return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(jnp.where(seen, s, -jnp.inf)), v)
@@ -53,11 +59,17 @@ def both(attention, q, k, v, g):
     return out, *vjp(g)
 
 
-def assert_is_plain(layout, heads, key_heads, causal, packed, length=24):
+def assert_is_plain(layout, heads, key_heads, causal, packed, length=24, window=None, softcap=None):
     q, k, v, g = inputs(heads, key_heads, length)
-    ids = segments(length) if packed else None
-    got = both(lambda q, k, v: context_parallel_attention(q, k, v, ids, causal, layout), q, k, v, g)
-    want = both(lambda q, k, v: plain(q, k, v, ids, causal), q, k, v, g)
+    hidden = Hidden(segments(length) if packed else None)
+    if window is not None:
+        positions = jnp.broadcast_to(jnp.arange(length), (B, length))
+        hidden = Hidden(hidden.ids, positions, positions - window + 1)
+    options = BlockOptions(causal, softcap=softcap)
+    split = functools.partial(context_parallel_attention, hidden=hidden, options=options)
+    got = both(lambda *qkv: split(*qkv, layout=layout), q, k, v, g)
+    limits = (hidden.ids, causal, window, softcap)
+    want = both(lambda q, k, v: plain(q, k, v, *limits), q, k, v, g)
     for name, x, y in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
         assert relative(x, y) < 1e-6, name
 
@@ -74,6 +86,22 @@ RINGS = {2: (True, True), 3: (False, True), 4: (True, False)}
 @pytest.mark.parametrize("n", some_quick(RINGS, 3))
 def test_a_ring_is_full_attention(n):
     assert_is_plain(layout_on(RingAttention, n), 4, 2, *RINGS[n])
+
+
+LIMITED = {
+    "ring, a window below a piece": (RingAttention, 4, dict(window=2)),
+    "ring, over several pieces": (RingAttention, 3, dict(window=13, softcap=1.5)),
+    "ring, soft cap, packed": (RingAttention, 2, dict(softcap=0.5, packed=True)),
+    "in pairs": (PairwiseExchange, 4, dict(window=5, packed=True)),
+    "all to all": (UlyssesAttention, 2, dict(window=7, softcap=1.5)),
+}
+
+
+@pytest.mark.parametrize("name", some_quick(LIMITED, "ring, over several pieces", "all to all"))
+def test_windows_and_soft_caps(name):
+    kind, n, limits = LIMITED[name]
+    limits = {"packed": False, **limits}
+    assert_is_plain(layout_on(kind, n), 4, 2, causal=True, **limits)
 
 
 def test_a_ring_of_eight_with_packed_rows():
@@ -107,9 +135,9 @@ def test_rows_and_heads_may_be_split_as_well():
 @pytest.mark.parametrize("n", some_quick([2, 3, 8], 3))
 def test_zigzag_moves_to_the_order_that_is_written_down(n):
     ring, x = layout_on(RingAttention, n), jnp.arange(B * 48).reshape(B, 48)
-    moved = ring.to_compute_layout(x, True)
+    moved = ring.to_compute_layout(x, CAUSAL)
     assert np.array_equal(moved, x[:, zigzag_order(48, n)])
-    assert np.array_equal(ring.from_compute_layout(moved, True), x)
+    assert np.array_equal(ring.from_compute_layout(moved, CAUSAL), x)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 8])
@@ -134,18 +162,23 @@ def test_many_tiles_are_one_and_hidden_ones_are_not_visited(monkeypatch):
 
 def tiled(q, k, v, ids):
     """All-to-all attention on one device is the tiles alone."""
-    return context_parallel_attention(q, k, v, ids, True, layout_on(UlyssesAttention, 1))
+    layout = layout_on(UlyssesAttention, 1)
+    return context_parallel_attention(q, k, v, Hidden(ids), CAUSAL, layout)
 
 
 @pytest.mark.parametrize("kind", [RingAttention, UlyssesAttention])
-@pytest.mark.parametrize("packed", some_quick([False, True], True))
-def test_a_scan_over_layers_keeps_no_tile_masks(kind, packed, monkeypatch):
+@pytest.mark.parametrize("masked", some_quick(["no", "packed", "window"], "packed", "window"))
+def test_a_scan_over_layers_keeps_no_tile_masks(kind, masked, monkeypatch):
     monkeypatch.setattr(_blockwise, "_WIDEST", 64)
-    length, attend = 1024, layout_on(kind, 2)
-    ids = jnp.zeros((1, length), jnp.int32) if packed else None
+    length, layout = 1024, layout_on(kind, 2)
+    each = jnp.broadcast_to(jnp.arange(length), (1, length))
+    hidden = {"packed": Hidden(each // 512), "window": Hidden(None, each, each - 100)}
+    attend = functools.partial(
+        context_parallel_attention, hidden=hidden.get(masked, Hidden()), options=CAUSAL
+    )
 
     def loss(x):
-        layer = jax.checkpoint(lambda x: context_parallel_attention(x, x, x, ids, True, attend) + x)
+        layer = jax.checkpoint(lambda x: attend(x, x, x, layout=layout) + x)
         return jax.lax.scan(lambda x, _: (layer(x), None), x, None, length=2)[0].sum()
 
     x = jax.ShapeDtypeStruct((1, length, 2, 4), jnp.float32)

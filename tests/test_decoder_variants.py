@@ -13,6 +13,7 @@ from shardkit.lm import DecoderConfig, decoder_model
 from shardkit.lm._block import layer_norm
 
 from . import _hf
+from ._quick import some_quick
 from ._tables import table
 from .test_decoder import make_batch
 
@@ -115,24 +116,27 @@ def test_options_that_an_attention_lacks_are_refused(options, part):
     assert part in str(error.value)
 
 
-def test_a_split_length_refuses_what_it_does_not_compute():
+SPLIT_LENGTHS = {
+    "ring": (sk.strategies.context(), {"context": 4}),
+    "all to all": (sk.strategies.context(attention="all_to_all"), {"context": 2}),
+    "beside data": (sk.strategies.data() | sk.strategies.context(), {"data": 2, "context": 2}),
+}
+
+
+@pytest.mark.parametrize("name", some_quick(SPLIT_LENGTHS))
+def test_a_split_length_has_windows_and_soft_caps(name):
+    strategy, mesh = SPLIT_LENGTHS[name]
     batch = make_batch(GEMMA, rows=2, length=16)
-    spec = _hf.make_spec(GEMMA, rows=2).replace(batch=batch, strategy=sk.strategies.context())
-    with pytest.raises(sk.errors.ShardingError) as error:
-        spec.compile(_hf.make_mesh({"context": 2}))
-    assert "window=   is not computed over a length that context=2 splits" in str(error.value)
-    assert "softcap=" in str(error.value)
-
-
-@pytest.mark.slow
-def test_a_plan_splits_no_length_that_a_step_refuses():
-    space = sk.SearchSpace(
-        axes=("data", "context"), accumulate=(1,), remat=("none",), zero=(0,), attention=("ring",)
-    )
-    for config, split in ((GEMMA, False), (GPT, True)):
-        plan = sk.plan(_hf.make_spec(config, rows=8), "tpu:v5e:2x2", space=space)
-        assert any(row.mesh["context"] > 1 for row in plan.rows) == split
-        assert any("a window or a soft cap" in why for why in plan.rejected) != split
+    spec = _hf.make_spec(GEMMA, rows=2).replace(batch=batch)
+    found = [
+        jax.device_get(step.gradients(step.init(jax.random.key(0)), batch))
+        for step in (
+            spec.replace(strategy=sk.strategies.data()).compile(_hf.make_mesh({"data": 1})),
+            spec.replace(strategy=strategy).compile(_hf.make_mesh(mesh)),
+        )
+    ]
+    for one, split in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(split, one, atol=2e-6 * max(1, np.abs(one).max()))
 
 
 def test_layer_norm_is_flaxs():

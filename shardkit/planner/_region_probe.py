@@ -40,14 +40,13 @@ class MarkedRegions:
 
     Attributes:
       layers: number of layers of a `sk.nn.layer_stack`.
-      attention: (length, heads, key heads, whether with window or soft cap) of a
-        `sk.nn.attention`.
+      attention: (length, heads, key heads) of a `sk.nn.attention`.
       experts: (number, whether bounded by capacity) of a `sk.nn.experts`.
       error: why the loss could not be traced.
     """
 
     layers: tuple[int, ...] = ()
-    attention: tuple[tuple[int, int, int, bool], ...] = ()
+    attention: tuple[tuple[int, int, int], ...] = ()
     experts: tuple[tuple[int, bool], ...] = ()
     error: str = ""
 
@@ -108,11 +107,7 @@ class MarkedRegions:
     def _attention_problem(self, sizes: Mapping[str, int], method: str) -> str:
         context, tensor = sizes.get(LENGTH, 1), sizes.get(HEADS, 1)
         ring = method == "ring"
-        for length, heads, keys, limited in self.attention:
-            if limited:
-                return (
-                    f"an attention with a window or a soft cap, whose length {LENGTH} would split"
-                )
+        for length, heads, keys in self.attention:
             pieces = context * (2 if ring else 1)
             if length % pieces:
                 return f"a length of {length} does not split into {pieces} pieces"
@@ -153,9 +148,8 @@ class _AttentionProbe(Override):
         self, around: StepContext, plain: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         q, k, v = args
-        limited = any(kwargs.get(name) is not None for name in ("window", "softcap"))
         sizes = (*q.shape[1:3], k.shape[2])
-        return record_fact(_attend(q, k, v, kwargs["causal"]), _ATTENTION, *sizes, limited)
+        return record_fact(_attend(q, k, v, kwargs["causal"]), _ATTENTION, *sizes)
 
 
 class _ExpertProbe(Override):

@@ -26,9 +26,9 @@ def _skip_rescaling(merge: Any) -> Any:
 def _keep_local_gradients(attend_shard_backward: Any) -> Any:
     """Each device keeps only the local part of the gradients of its keys and values."""
 
-    def wrong(self: Any, queries: Any, keys: Any, cotangents: Any, causal: bool) -> Any:
-        dq, _, _ = attend_shard_backward(self, queries, keys, cotangents, causal)
-        return dq, *attend_backward(queries, keys, cotangents, causal)[1:]
+    def wrong(self: Any, queries: Any, keys: Any, cotangents: Any, options: Any) -> Any:
+        dq, _, _ = attend_shard_backward(self, queries, keys, cotangents, options)
+        return dq, *attend_backward(queries, keys, cotangents, options)[1:]
 
     return wrong
 

@@ -12,9 +12,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ..._core.errors import Problem, ShardingError, raise_all
 from ..._core.tree import short_type
+from ...nn._blockwise import BlockOptions
 from ...nn._overridable import Override, StepContext, manual_axes
 from ...rules import axes_of, format_mesh
-from ._attention_layout import AttentionLayout
+from ._attention_layout import AttentionLayout, Hidden
 from ._blockwise import Cotangents
 from ._pairwise import PairwiseExchange
 from ._ring import RingAttention
@@ -31,8 +32,8 @@ def context_parallel_attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    segment_ids: jax.Array | None,
-    causal: bool,
+    hidden: Hidden,
+    options: BlockOptions,
     layout: AttentionLayout,
 ) -> jax.Array:
     """Returns softmax(q kᵀ / √H + mask) v, the softmax in f32, without gathering a length.
@@ -44,15 +45,15 @@ def context_parallel_attention(
       query: [batch, length, heads, head_dim].
       key: [batch, length, kv_heads, head_dim].
       value: as `key`.
-      segment_ids: i32[batch, length], or None; a query sees only keys of its own segment.
-      causal: whether a query sees only keys at its own position and before.
+      hidden: segments and windows.
+      options: causal mask and soft cap; `hidden` has the window.
       layout: how devices exchange what they hold.
 
     Returns:
       [batch, length, heads, head_dim] in the dtype of the queries.
     """
     # By position: a `custom_vjp` hands all six on so.
-    arguments = (query, key, value, segment_ids, causal, layout)
+    arguments = (query, key, value, hidden, options, layout)
     return _attention_fwd(*arguments)[0]
 
 
@@ -60,26 +61,26 @@ def _attention_fwd(  # one argument for each of `context_parallel_attention`
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    ids: jax.Array | None,
-    causal: bool,
+    hidden: Hidden,
+    options: BlockOptions,
     layout: AttentionLayout,
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    inputs = layout.to_compute_layout((query, key, value, ids), causal)
-    out, lse = layout.attend(inputs, causal)
-    out = layout.from_compute_layout(out, causal)
+    inputs = layout.to_compute_layout((query, key, value, hidden), options)
+    out, lse = layout.attend(inputs, options)
+    out = layout.from_compute_layout(out, options)
     # One name for both, so that a policy that keeps the output keeps the logarithms as well.
     out, lse = checkpoint_name((out, lse), "attn_mix")
     return out, (inputs, out, lse)
 
 
 def _attention_bwd(
-    causal: bool, layout: AttentionLayout, residuals: tuple[Any, ...], g: jax.Array
+    options: BlockOptions, layout: AttentionLayout, residuals: tuple[Any, ...], g: jax.Array
 ) -> tuple[Any, ...]:
     inputs, out, lse = residuals
     delta = (out.astype(jnp.float32) * g).sum(-1)
-    g, delta = layout.to_compute_layout((g, delta), causal)
-    grads = layout.attend_backward(inputs, Cotangents(lse, delta, g), causal)
-    return *layout.from_compute_layout(grads, causal), None
+    g, delta = layout.to_compute_layout((g, delta), options)
+    grads = layout.attend_backward(inputs, Cotangents(lse, delta, g), options)
+    return *layout.from_compute_layout(grads, options), None
 
 
 context_parallel_attention.defvjp(_attention_fwd, _attention_bwd)
@@ -113,7 +114,8 @@ class ContextAttention(Override):
         segment_ids: jax.Array | None,
         causal: bool,
         implementation: str,
-        **limits: Any,
+        window: int | jax.Array | None = None,
+        softcap: float | None = None,
     ) -> jax.Array:
         """Attends block by block, whatever `implementation` says."""
         sizes, head_axes = around.mesh.shape, _split_axes(around, "heads")
@@ -123,9 +125,6 @@ class ContextAttention(Override):
         repeatable = self.kv_heads == "replicate" or _split_axes(around, "kv_heads") != head_axes
         problems = self._length_problems(around, query, key, segment_ids, causal)
         problems += self._head_problems(query, key, shards, repeatable)
-        for name in limits:
-            why = f"is not computed over a length that {self.axis}={sizes[self.axis]} splits"
-            problems.append(Problem(f"{name}=", why, f"{self.axis}=1, or attention without it"))
         headline = f"Attention cannot be split on mesh {format_mesh(sizes)}."
         raise_all(ShardingError, headline, problems)
         # 2 key heads over 4 shards become 4, each repeated once; 6 over 4 become 12.
@@ -139,7 +138,12 @@ class ContextAttention(Override):
             head_axes=head_axes,
             vmapped_axes=around.gradient_shard_axes,
         )
-        arguments = (query, key, value, segment_ids, causal, layout)
+        hidden = Hidden(segment_ids)
+        if window is not None:
+            positions = jax.lax.broadcasted_iota(jnp.int32, query.shape[:2], 1)
+            hidden = Hidden(segment_ids, positions, positions - window + 1)
+        options = BlockOptions(causal, softcap=softcap)
+        arguments = (query, key, value, hidden, options, layout)
         return context_parallel_attention(*arguments)
 
     @property

@@ -11,19 +11,34 @@ states the gradient in terms of the same moves.
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from ..._core.types import PyTree
+from ...nn._blockwise import BlockOptions
 from ._blockwise import Cotangents, Gradients, Keys, Partial, Queries
 
 Axes = tuple[str, ...]
-# q [B, T, N, H], k and v [B, S, K, H], and segments i32[B, T] or None.
-Inputs = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
+# q [B, T, N, H], k and v [B, S, K, H], and what is hidden.
+Inputs = tuple[jax.Array, jax.Array, jax.Array, "Hidden"]
 SpecOfRank = Callable[[int], PartitionSpec]
+
+
+class Hidden(NamedTuple):
+    """What hides keys from queries beside the causal mask; each is i32[B, T], or None for nothing.
+
+    Attributes:
+      ids: segments; a query sees only keys of its own.
+      positions: of the keys; None without `first`.
+      first: of each query, the first position that its window shows.
+    """
+
+    ids: jax.Array | None = None
+    positions: jax.Array | None = None
+    first: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,46 +64,46 @@ class AttentionLayout(abc.ABC):
         """Devices that share one length."""
         return self.mesh.shape[self.axis]
 
-    def to_compute_layout(self, arrays: PyTree, causal: bool) -> PyTree:
+    def to_compute_layout(self, arrays: PyTree, options: BlockOptions) -> PyTree:
         """Moves a pytree of [batch, length, …] arrays to where they are computed with."""
-        return self._move(self.move_to_compute, arrays, causal, self.input_spec, self.compute_spec)
+        return self._move(self.move_to_compute, arrays, options, self.input_spec, self.compute_spec)
 
-    def from_compute_layout(self, arrays: PyTree, causal: bool) -> PyTree:
+    def from_compute_layout(self, arrays: PyTree, options: BlockOptions) -> PyTree:
         """The inverse of `to_compute_layout`."""
         return self._move(
-            self.move_from_compute, arrays, causal, self.compute_spec, self.input_spec
+            self.move_from_compute, arrays, options, self.compute_spec, self.input_spec
         )
 
-    def attend(self, inputs: Inputs, causal: bool) -> tuple[jax.Array, jax.Array]:
+    def attend(self, inputs: Inputs, options: BlockOptions) -> tuple[jax.Array, jax.Array]:
         """Returns [B, T, N, H] in the dtype of q, and f32[B, T, N], logarithms of softmax sums.
 
         Args:
-          inputs: q, k, v and segments, in the compute layout.
-          causal: whether a query sees its own position and earlier ones alone.
+          inputs: q, k, v and what is hidden, in the compute layout.
+          options: causal mask and soft cap.
         """
 
         def body(inputs: Inputs) -> tuple[jax.Array, jax.Array]:
             queries, keys = _group_heads(inputs)
-            out, lse = self.attend_shard(queries, keys, causal)
+            out, lse = self.attend_shard(queries, keys, options)
             return _ungroup(out).astype(inputs[0].dtype), _ungroup(lse)
 
         return self._run(body, (inputs,), self.compute_spec, self.compute_spec(3))
 
     def attend_backward(
-        self, inputs: Inputs, cotangents: Cotangents, causal: bool
+        self, inputs: Inputs, cotangents: Cotangents, options: BlockOptions
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns the gradients of q, k and v in their dtypes; the softmax is computed again.
 
         Args:
           inputs: as for `attend`.
           cotangents: lse and delta f32[B, T, N], g [B, T, N, H].
-          causal: as for `attend`.
+          options: as for `attend`.
         """
 
         def body(inputs: Inputs, cotangents: Cotangents) -> Any:
             queries, keys = _group_heads(inputs)
             grouped = Cotangents(*(_group(x, keys.k.shape[1]) for x in cotangents))
-            dq, dk, dv = self.attend_shard_backward(queries, keys, grouped, causal)
+            dq, dk, dv = self.attend_shard_backward(queries, keys, grouped, options)
             grads = _ungroup(dq), _swap_length_and_heads(dk), _swap_length_and_heads(dv)
             return tuple(g.astype(x.dtype) for g, x in zip(grads, inputs[:3], strict=True))
 
@@ -103,39 +118,39 @@ class AttentionLayout(abc.ABC):
         """Spec of the same array in the compute layout."""
 
     @abc.abstractmethod
-    def move_to_compute(self, x: jax.Array, causal: bool) -> jax.Array:
+    def move_to_compute(self, x: jax.Array, options: BlockOptions) -> jax.Array:
         """One device's array in the compute layout, from its shard of the input."""
 
     @abc.abstractmethod
-    def move_from_compute(self, x: jax.Array, causal: bool) -> jax.Array:
+    def move_from_compute(self, x: jax.Array, options: BlockOptions) -> jax.Array:
         """The inverse of `move_to_compute`."""
 
     @abc.abstractmethod
-    def attend_shard(self, queries: Queries, keys: Keys, causal: bool) -> Partial:
+    def attend_shard(self, queries: Queries, keys: Keys, options: BlockOptions) -> Partial:
         """One device's queries against the keys of all devices.
 
         Args:
           queries: the device's own.
           keys: the device's own.
-          causal: whether a query sees its own position and earlier ones alone.
+          options: causal mask and soft cap.
         """
 
     @abc.abstractmethod
     def attend_shard_backward(
-        self, queries: Queries, keys: Keys, cotangents: Cotangents, causal: bool
+        self, queries: Queries, keys: Keys, cotangents: Cotangents, options: BlockOptions
     ) -> Gradients:
         """Gradients of one device's q, k and v, f32, laid out as these."""
 
     def _move(
         self,
-        move: Callable[[jax.Array, bool], jax.Array],
+        move: Callable[[jax.Array, BlockOptions], jax.Array],
         arrays: PyTree,
-        causal: bool,
+        options: BlockOptions,
         before: SpecOfRank,
         after: SpecOfRank,
     ) -> PyTree:
         def body(arrays: PyTree) -> PyTree:
-            return jax.tree.map(lambda x: move(x, causal), arrays)
+            return jax.tree.map(lambda x: move(x, options), arrays)
 
         out = jax.tree.map(lambda x: after(x.ndim), arrays)
         return self._run(body, (arrays,), before, out)
@@ -157,9 +172,9 @@ class AttentionLayout(abc.ABC):
 
 
 def _group_heads(inputs: Inputs) -> tuple[Queries, Keys]:
-    q, k, v, ids = inputs
-    keys = Keys(_swap_length_and_heads(k), _swap_length_and_heads(v), ids)
-    return Queries(_group(q, k.shape[2]), ids), keys
+    q, k, v, (ids, positions, first) = inputs
+    keys = Keys(_swap_length_and_heads(k), _swap_length_and_heads(v), ids, positions)
+    return Queries(_group(q, k.shape[2]), ids, first), keys
 
 
 def _group(x: jax.Array, key_heads: int) -> jax.Array:

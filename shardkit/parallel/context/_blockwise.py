@@ -15,28 +15,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ...nn._blockwise import SegmentIds, attend_block, backward_block
+from ...nn._blockwise import BlockOptions, SegmentIds, attend_block, backward_block
 
 Partial = tuple[jax.Array, jax.Array]
 Gradients = tuple[jax.Array, jax.Array, jax.Array]
+# Queries, keys, values, segments of both and which keys each query sees, of two tiles.
+Block = tuple[jax.Array, jax.Array, jax.Array, SegmentIds, jax.Array | None]
 
 # A tile's logits are f32[B, K, G, 512, 512]: 1 MiB a head, and wide enough for a matrix unit.
 _WIDEST, _NARROWEST = 512, 64
 
 
 class Queries(NamedTuple):
-    """Queries [B, K, G, T, H] and their segments, i32[B, T] or None."""
+    """Queries [B, K, G, T, H]; their segments and first visible positions, i32[B, T] or None."""
 
     q: jax.Array
     ids: jax.Array | None
+    first: jax.Array | None
 
 
 class Keys(NamedTuple):
-    """A block of keys and values, each [B, K, S, H], and its segments, i32[B, S] or None."""
+    """Keys and values [B, K, S, H]; their segments and positions, i32[B, S] or None.
+
+    Positions are the same in every row.
+    """
 
     k: jax.Array
     v: jax.Array
     ids: jax.Array | None
+    positions: jax.Array | None
 
 
 class Cotangents(NamedTuple):
@@ -53,25 +60,24 @@ class Cotangents(NamedTuple):
     g: jax.Array
 
 
-def attend(queries: Queries, keys: Keys, causal: bool) -> Partial:
+def attend(queries: Queries, keys: Keys, options: BlockOptions) -> Partial:
     """Returns softmax(q kᵀ / √H + mask) v, and the logarithm of each query's softmax sum.
 
     Args:
       queries: T queries.
       keys: S keys.
-      causal: whether query t sees the keys 0 … t alone; then S = T.
+      options: causal, query t sees the keys 0 … t alone, and S = T; and the soft cap.
 
     Returns:
       f32[B, K, G, T, H] and f32[B, K, G, T].
     """
-    tiles = _Tiles(queries.q.shape[3], keys.k.shape[2], causal)
-    queries, key_ids, pairs = _order_after_queries(queries, keys.ids, tiles.pairs)
-    keys = keys._replace(ids=key_ids)
+    tiles = _Tiles(queries.q.shape[3], keys.k.shape[2], options.causal)
+    queries, keys, pairs = _order_after_queries(queries, keys, tiles.pairs)
 
     def visit(partial: Partial, pair: jax.Array) -> tuple[Partial, None]:
         i, j = pair
-        block = _block(tiles.queries(queries, i), tiles.keys(keys, j))
-        tile = attend_block(*block, tiles.visible(i, j))
+        block = tiles.block(queries, keys, i, j)
+        tile = attend_block(*block, softcap=options.softcap)
         return tiles.set_queries(partial, i, merge(tiles.queries(partial, i), tile)), None
 
     q = queries.q
@@ -87,7 +93,7 @@ def merge(a: Partial, b: Partial) -> Partial:
 
 
 def attend_backward(
-    queries: Queries, keys: Keys, cotangents: Cotangents, causal: bool
+    queries: Queries, keys: Keys, cotangents: Cotangents, options: BlockOptions
 ) -> Gradients:
     """Returns what these keys add to the gradients of q, k and v, each in f32.
 
@@ -95,30 +101,20 @@ def attend_backward(
       queries: as for `attend`.
       keys: as for `attend`; some of the keys that the softmax is over.
       cotangents: of the softmax over all keys.
-      causal: whether query t sees the keys 0 … t alone.
+      options: as for `attend`.
     """
-    tiles = _Tiles(queries.q.shape[3], keys.k.shape[2], causal)
-    queries, key_ids, pairs = _order_after_queries(queries, keys.ids, tiles.pairs)
-    keys = keys._replace(ids=key_ids)
+    tiles = _Tiles(queries.q.shape[3], keys.k.shape[2], options.causal)
+    queries, keys, pairs = _order_after_queries(queries, keys, tiles.pairs)
 
     def visit(grads: Gradients, pair: jax.Array) -> tuple[Gradients, None]:
         i, j = pair
-        block = _block(tiles.queries(queries, i), tiles.keys(keys, j))
-        rows = tiles.queries(cotangents, i)._asdict()
-        dq, dk, dv = backward_block(*block, tiles.visible(i, j), **rows)
+        block, rows = tiles.block(queries, keys, i, j), tiles.queries(cotangents, i)._asdict()
+        dq, dk, dv = backward_block(*block, **rows, softcap=options.softcap)
         sums = tiles.add_queries(grads[0], i, dq), tiles.add_keys(grads[1], j, dk)
         return (*sums, tiles.add_keys(grads[2], j, dv)), None
 
     dq, dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (queries.q, keys.k, keys.v))
     return jax.lax.scan(visit, (dq, dk, dv), pairs)[0]
-
-
-def _block(queries: Queries, keys: Keys) -> tuple[jax.Array, jax.Array, jax.Array, SegmentIds]:
-    """Queries, keys, values and segments as the formulas of one block take them."""
-    ids = None
-    if queries.ids is not None and keys.ids is not None:
-        ids = queries.ids, keys.ids
-    return queries.q, keys.k, keys.v, ids
 
 
 class _Tiles:
@@ -154,11 +150,19 @@ class _Tiles:
         total = self.keys(x, j) + tile
         return jax.lax.dynamic_update_slice_in_dim(x, total, j * self.width, 2)
 
-    def visible(self, i: jax.Array, j: jax.Array) -> jax.Array | None:
-        if not self.causal:
-            return None
-        query = i * self.height + jnp.arange(self.height)
-        return query[:, None] >= j * self.width + jnp.arange(self.width)[None, :]
+    def block(self, queries: Queries, keys: Keys, i: jax.Array, j: jax.Array) -> Block:
+        """One pair of tiles, as the formulas of a block take it."""
+        queries, keys = self.queries(queries, i), self.keys(keys, j)
+        visible = ids = None
+        if self.causal:
+            query = i * self.height + jnp.arange(self.height)
+            visible = query[:, None] >= j * self.width + jnp.arange(self.width)[None, :]
+        if queries.first is not None and keys.positions is not None:
+            near = keys.positions[0][None, :] >= queries.first[0][:, None]
+            visible = near if visible is None else visible & near
+        if queries.ids is not None and keys.ids is not None:
+            ids = queries.ids, keys.ids
+        return queries.q, keys.k, keys.v, ids, visible
 
 
 def _slice_length(tree: Any, start: jax.Array, size: int, dim: int) -> Any:
@@ -171,14 +175,16 @@ def _slice_length(tree: Any, start: jax.Array, size: int, dim: int) -> Any:
 
 
 def _order_after_queries(
-    queries: Queries, key_ids: jax.Array | None, pairs: jax.Array
-) -> tuple[Queries, jax.Array | None, jax.Array]:
-    """Makes segments and pairs of tiles depend on the queries, so that they stay in the loop.
+    queries: Queries, keys: Keys, pairs: jax.Array
+) -> tuple[Queries, Keys, jax.Array]:
+    """Makes masks and pairs of tiles depend on the queries, so that they stay in the loop.
 
     Differentiating a scan over layers hoists out of it whatever no layer changes. Of the loop over
     tiles that would be the masks of all tiles, side by side: the square of the length.
     """
-    return jax.lax.optimization_barrier((queries, key_ids, pairs))
+    masks = keys.ids, keys.positions
+    queries, (ids, positions), pairs = jax.lax.optimization_barrier((queries, masks, pairs))
+    return queries, keys._replace(ids=ids, positions=positions), pairs
 
 
 def _tile_size(length: int) -> int:

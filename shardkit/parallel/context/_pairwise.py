@@ -16,6 +16,7 @@ import numpy as np
 
 from ..._core.scope_markers import annotate_branch_counts
 from ..._core.types import PyTree
+from ...nn._blockwise import BlockOptions
 from ._blockwise import Cotangents, Gradients, Keys, Partial, Queries, attend, attend_backward
 from ._ring import (
     KEY_LENGTH,
@@ -55,25 +56,25 @@ class PairwiseExchange(ZigzagAttention):
         is_first = jnp.asarray([i < j for i, j in sorted(pairs)])[jax.lax.axis_index(self.axis)]
         return jnp.where(is_first, both[1], both[0])
 
-    def attend_shard(self, queries: Queries, keys: Keys, causal: bool) -> Partial:
+    def attend_shard(self, queries: Queries, keys: Keys, options: BlockOptions) -> Partial:
         """One device's queries against its own keys, then against those of each partner."""
-        ring = RingSchedule(self.axis, self.size, causal)
-        partial = ring.split(attend(queries, keys, causal), QUERY_LENGTH)
+        ring = RingSchedule(self.axis, self.size, options.causal)
+        partial = ring.split(attend(queries, keys, options), QUERY_LENGTH)
         queries, keys = ring.split(queries, QUERY_LENGTH), ring.split(keys, KEY_LENGTH)
 
         def body(partial: Partial, round_: jax.Array) -> tuple[Partial, None]:
             block, visible = self._exchange(keys, round_), ring.visible_from(self._partner(round_))
-            return accumulate_block(partial, queries, block, visible), None
+            return accumulate_block(partial, queries, block, visible, options), None
 
         partial, _ = jax.lax.scan(body, partial, jnp.arange(self.size - 1))
         return ring.concatenate(partial, QUERY_LENGTH)
 
     def attend_shard_backward(
-        self, queries: Queries, keys: Keys, cotangents: Cotangents, causal: bool
+        self, queries: Queries, keys: Keys, cotangents: Cotangents, options: BlockOptions
     ) -> Gradients:
         """Gradients of the queries stay; those of a partner's block are sent back at once."""
-        ring = RingSchedule(self.axis, self.size, causal)
-        dq, *grads = attend_backward(queries, keys, cotangents, causal)
+        ring = RingSchedule(self.axis, self.size, options.causal)
+        dq, *grads = attend_backward(queries, keys, cotangents, options)
         sums = ring.split(dq, QUERY_LENGTH), ring.split(tuple(grads), KEY_LENGTH)
         queries, cotangents = ring.split((queries, cotangents), QUERY_LENGTH)
         keys = ring.split(keys, KEY_LENGTH)
@@ -81,7 +82,7 @@ class PairwiseExchange(ZigzagAttention):
         def body(sums: Any, round_: jax.Array) -> tuple[Any, None]:
             dq, own = sums
             block, visible = self._exchange(keys, round_), ring.visible_from(self._partner(round_))
-            dq, grads = accumulate_block_backward(dq, queries, cotangents, block, visible)
+            dq, grads = accumulate_block_backward(dq, queries, cotangents, block, visible, options)
             return (dq, jax.tree.map(jnp.add, own, self._exchange(grads, round_))), None
 
         (dq, grads), _ = jax.lax.scan(body, sums, jnp.arange(self.size - 1))

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from ..._core.types import PyTree
+from ...nn._blockwise import BlockOptions
 from ._blockwise import (
     Cotangents,
     Gradients,
@@ -48,28 +49,31 @@ class RingAttention(ZigzagAttention):
         """One permute."""
         return jax.lax.ppermute(x, self.axis, pairs)
 
-    def attend_shard(self, queries: Queries, keys: Keys, causal: bool) -> Partial:
+    def attend_shard(self, queries: Queries, keys: Keys, options: BlockOptions) -> Partial:
         """One device's queries against its own keys, then against each block that rotates in."""
-        ring = RingSchedule(self.axis, self.size, causal)
-        partial = ring.split(attend(queries, keys, causal), QUERY_LENGTH)
+        ring = RingSchedule(self.axis, self.size, options.causal)
+        partial = ring.split(attend(queries, keys, options), QUERY_LENGTH)
         queries, keys = ring.split(queries, QUERY_LENGTH), ring.split(keys, KEY_LENGTH)
 
         def body(carry: tuple[Partial, Keys], step: jax.Array) -> tuple[Any, None]:
             partial, block = carry
             following = ring.rotate(block)  # in flight while this block is attended to
-            return (accumulate_block(partial, queries, block, ring.visible(step)), following), None
+            return (
+                accumulate_block(partial, queries, block, ring.visible(step), options),
+                following,
+            ), None
 
         start = partial, ring.rotate(keys)
         (partial, block), _ = jax.lax.scan(body, start, jnp.arange(1, self.size - 1))
-        partial = accumulate_block(partial, queries, block, ring.visible(self.size - 1))
+        partial = accumulate_block(partial, queries, block, ring.visible(self.size - 1), options)
         return ring.concatenate(partial, QUERY_LENGTH)
 
     def attend_shard_backward(
-        self, queries: Queries, keys: Keys, cotangents: Cotangents, causal: bool
+        self, queries: Queries, keys: Keys, cotangents: Cotangents, options: BlockOptions
     ) -> Gradients:
         """Gradients of the queries stay; those of a block follow it and end on its device."""
-        ring, last = RingSchedule(self.axis, self.size, causal), self.size - 1
-        dq, dk, dv = attend_backward(queries, keys, cotangents, causal)
+        ring, last = RingSchedule(self.axis, self.size, options.causal), self.size - 1
+        dq, dk, dv = attend_backward(queries, keys, cotangents, options)
         dq = ring.split(dq, QUERY_LENGTH)
         queries, cotangents = ring.split((queries, cotangents), QUERY_LENGTH)
         keys = ring.split(keys, KEY_LENGTH)
@@ -85,7 +89,7 @@ class RingAttention(ZigzagAttention):
 
         def add_block(dq: Any, block: Keys, step: Any) -> tuple[jax.Array, Any]:
             visible = ring.visible(step)
-            return accumulate_block_backward(dq, queries, cotangents, block, visible)
+            return accumulate_block_backward(dq, queries, cotangents, block, visible, options)
 
         def add_to_sums(dq: Any, sums: Any, block: Keys, step: Any) -> tuple[jax.Array, Any]:
             arriving = ring.rotate(sums)  # in flight while this block is computed with
@@ -150,7 +154,11 @@ class RingSchedule:
 
 
 def accumulate_block(
-    partial: Partial, queries: Queries, block: Keys, visible: tuple[jax.Array, jax.Array]
+    partial: Partial,
+    queries: Queries,
+    block: Keys,
+    visible: tuple[jax.Array, jax.Array],
+    options: BlockOptions,
 ) -> Partial:
     """Merges attention to the visible pieces of another device's block into a partial result.
 
@@ -159,11 +167,13 @@ def accumulate_block(
       queries: this device's.
       block: another device's.
       visible: as `RingSchedule.visible` pairs the pieces.
+      options: of the attention; these pieces have no causal mask among them.
     """
+    whole = options._replace(causal=False)
 
     def body(partial: Partial, pair: tuple[jax.Array, jax.Array]) -> tuple[Partial, None]:
         i, j = pair
-        new = attend(_index(queries, i), _index(block, j), False)
+        new = attend(_index(queries, i), _index(block, j), whole)
         return _set(partial, i, merge(_index(partial, i), new)), None
 
     return jax.lax.scan(body, partial, visible)[0]
@@ -175,6 +185,7 @@ def accumulate_block_backward(
     cotangents: Cotangents,
     block: Keys,
     visible: tuple[jax.Array, jax.Array],
+    options: BlockOptions,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Adds a block's share to the gradient of the queries; returns the gradients of its k and v.
 
@@ -184,13 +195,15 @@ def accumulate_block_backward(
       cotangents: of these queries.
       block: another device's.
       visible: as for `accumulate_block`.
+      options: as for `accumulate_block`.
     """
+    whole = options._replace(causal=False)
     zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (block.k, block.v))
 
     def body(carry: Any, pair: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
         (dq, sums), (i, j) = carry, pair
         of_queries = _index(queries, i), _index(cotangents, i)
-        dq_piece, *grads = attend_backward(of_queries[0], _index(block, j), of_queries[1], False)
+        dq_piece, *grads = attend_backward(of_queries[0], _index(block, j), of_queries[1], whole)
         dq = _set(dq, i, _index(dq, i) + dq_piece)
         sums = _set(sums, j, jax.tree.map(jnp.add, _index(sums, j), tuple(grads)))
         return (dq, sums), None

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from ...nn._blockwise import BlockOptions
 from ._attention_layout import AttentionLayout
 
 Pairs = list[tuple[int, int]]
@@ -29,17 +30,17 @@ class ZigzagAttention(AttentionLayout, abc.ABC):
         """Lengths are split as in the input."""
         return self.input_spec(ndim)
 
-    def move_to_compute(self, x: jax.Array, causal: bool) -> jax.Array:
+    def move_to_compute(self, x: jax.Array, options: BlockOptions) -> jax.Array:
         """Swaps half of a device's [rows, length, …] with its partner; both halves then rise."""
-        if not causal:  # all devices have the same work as it is
+        if not options.causal:  # all devices have the same work as it is
             return x
         kept, sent = jnp.split(x, 2, axis=1)
         received = self.exchange_pairs(sent, self._partners)
         return jnp.concatenate(self._swap_if_upper(kept, received), 1)
 
-    def move_from_compute(self, x: jax.Array, causal: bool) -> jax.Array:
+    def move_from_compute(self, x: jax.Array, options: BlockOptions) -> jax.Array:
         """The inverse."""
-        if not causal:
+        if not options.causal:
             return x
         kept, received = self._swap_if_upper(*jnp.split(x, 2, axis=1))
         return jnp.concatenate((kept, self.exchange_pairs(received, self._partners)), 1)
