@@ -82,7 +82,9 @@ class PairwiseExchange(ZigzagAttention):
         def body(sums: Any, round_: jax.Array) -> tuple[Any, None]:
             dq, own = sums
             block, visible = self._exchange(keys, round_), ring.visible_from(self._partner(round_))
-            dq, grads = accumulate_block_backward(dq, queries, cotangents, block, visible, options)
+            dq, grads = accumulate_block_backward(
+                dq, queries, cotangents, block, visible, options=options
+            )
             return (dq, jax.tree.map(jnp.add, own, self._exchange(grads, round_))), None
 
         (dq, grads), _ = jax.lax.scan(body, sums, jnp.arange(self.size - 1))

@@ -89,7 +89,9 @@ class RingAttention(ZigzagAttention):
 
         def add_block(dq: Any, block: Keys, step: Any) -> tuple[jax.Array, Any]:
             visible = ring.visible(step)
-            return accumulate_block_backward(dq, queries, cotangents, block, visible, options)
+            return accumulate_block_backward(
+                dq, queries, cotangents, block, visible, options=options
+            )
 
         def add_to_sums(dq: Any, sums: Any, block: Keys, step: Any) -> tuple[jax.Array, Any]:
             arriving = ring.rotate(sums)  # in flight while this block is computed with
