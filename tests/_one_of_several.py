@@ -19,6 +19,13 @@ DATA = DataConfig(seq_len=16, batch_size=8)
 TEXT = Text(Corpus("a test", bytes(range(97, 123)) * 60, bytes(range(1, 101)), 1, 1), DATA)
 WIDTH, INNER = 16, 32
 STEPS, HALF = 4, 2
+# Its parameters as tensors: `down` is stored transposed.
+TABLE = {
+    "table": ("embed.weight", "v e -> v e"),
+    "up": ("up.weight", "e m -> e m"),
+    "down": ("down.weight", "m e -> e m"),
+    "scale": ("norm.weight", "e -> e"),
+}
 
 
 def init(key):
@@ -130,6 +137,8 @@ def main(folder: Path) -> None:
         state, told["resumed"] = train(step, back.state, HALF, STEPS)
         with sk.Checkpointer(folder / "by several") as checkpoints:
             checkpoints.save(STEPS, state)
+        (folder / "like").mkdir(exist_ok=True)
+        sk.hf.save(folder / "tensors", state.params, like=folder / "like", table=TABLE)
         final = whole(state)
         if process_group.index == 0:
             np.savez(folder / "final.npz", **final)

@@ -92,6 +92,12 @@ def test_two_processes_compute_save_and_restore_what_one_does(alone, launched):
         "step-00000004",
     ]
 
+    # So do tensors that both have written.
+    tensors = sk.hf.load(folder / "tensors", step.spec, step.mesh, table=one.TABLE)
+    for name, x in tensors.items():
+        assert np.asarray(x).tobytes() == back[f".params['{name}']"].tobytes(), name
+    assert [path.name for path in (folder / "tensors").iterdir()] == ["model.safetensors"]
+
     # Who feeds other rows than its own is told which.
     for process in range(2):
         share = f"process {process} must pass 4 rows (8 global / 2), got 3"

@@ -5,7 +5,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from .._core.options import check_arguments
 from .._core.own_sharding import on_any_mesh
 from .._core.tree import leaves_by_path, short_type
 from .._core.types import Params
-from ..checkpoint._collective_errors import has_several_processes
+from ..checkpoint._collective_errors import collective_errors, is_first_process, share_text
 from ..lm import decoder_model
 from ..rules import list_named_leaves, matches
 from ._config import CONFIG, decoder_config, find_family
@@ -71,6 +71,7 @@ def save(
     the tensors get their dtypes and their division into files, so that a folder that was loaded
     is written again bit by bit; floats are rounded where its dtype is narrower. Each shard is
     copied from its device to its place in a mapped file, so the host never holds a whole leaf.
+    Several processes share one file system and make the call together; each writes its shards.
 
     Args:
       path: the new folder; it appears when it is complete, and nothing is overwritten.
@@ -82,15 +83,14 @@ def save(
 
     Raises:
       CheckpointError: the folder exists or cannot be written, the parameters are not those of
-        `like`, a finite value would become infinite in its dtype, or arrays are on devices of
-        other processes.
+        `like`, or a finite value would become infinite in its dtype.
       ConfigError: the family in `config.json` is unknown, or the file describes no decoder.
     """
     check_arguments(CheckpointError, _HEADLINE, vocab_padding=(vocab_padding, int))
     raise_all(CheckpointError, _HEADLINE, padding_problems(vocab_padding))
     target, model = (local_path(p, CheckpointError, _HEADLINE) for p in (path, like))
     leaves = leaves_by_path(params)
-    problems = _target_problems(target, leaves)
+    problems = [Problem(str(target), "exists already")] if target.exists() else []
     raise_all(CheckpointError, _HEADLINE, problems, "another folder")
     weights = read_folder(model) if _has_weights(model) else {}
     index = read_index(model) if weights else {}
@@ -104,42 +104,44 @@ def save(
     problems += more + different
     raise_all(CheckpointError, f"The parameters are not those of {model}.", problems)
     files = _divide(types, index, weights, max_file_bytes)
-    fix = "a folder with free space, and permission to write there"
-    with os_errors_as(CheckpointError, _HEADLINE, target, fix), _new_folder(target) as folder:
+    with _new_folder(target) as folder:
         placed: dict[str, StoredTensor] = {}
-        for name, here in files.items():
-            tensors = lay_out(folder / name, here)
-            create_file(folder / name, tensors)
-            placed |= tensors
-        for source in sources.values():
-            _write_leaf(source, leaves[source.path], placed)
-        if placed.keys() == index.keys():  # of the same sizes too
-            shutil.copyfile(model / INDEX, folder / INDEX)
-        elif index or len(files) > 1:
-            _write_index(folder, placed)
-        _carry_files(model, folder)
-        for file in folder.iterdir():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
+        with _together(target):
+            for name, here in files.items():
+                tensors = lay_out(folder / name, here)
+                placed |= tensors
+                if is_first_process():
+                    create_file(folder / name, tensors)
+        with _together(target):
+            for source in sources.values():
+                _write_leaf(source, leaves[source.path], placed)
+            _sync_files(folder / name for name in files)
+        with _together(target):
+            if is_first_process():
+                if placed.keys() == index.keys():  # of the same sizes too
+                    shutil.copyfile(model / INDEX, folder / INDEX)
+                elif index or len(files) > 1:
+                    _write_index(folder, placed)
+                _carry_files(model, folder)
+                _sync_files(folder.iterdir())
+
+
+@contextlib.contextmanager
+def _together(target: Path) -> Iterator[None]:
+    """Of several processes the next block starts in none before this one has ended in all."""
+    fix = "a folder with free space, and permission to write there"
+    with collective_errors(), os_errors_as(CheckpointError, _HEADLINE, target, fix):
+        yield
+
+
+def _sync_files(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with path.open("rb") as opened:
+            os.fsync(opened.fileno())
 
 
 def _has_weights(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (INDEX, SINGLE))
-
-
-def _target_problems(target: Path, leaves: Mapping[str, Any]) -> list[Problem]:
-    if target.exists():
-        return [Problem(str(target), "exists already")]
-    remote = [path for path, x in leaves.items() if isinstance(x, jax.Array) and _is_remote(x)]
-    if remote or has_several_processes():
-        why = "a run of several processes saves checkpoints, and one process exports them"
-        fix = "shardkit convert RUN OUT --like HF_DIR"
-        return [Problem(remote[0] if remote else "processes", why, fix)]
-    return []
-
-
-def _is_remote(x: jax.Array) -> bool:
-    return not x.is_fully_addressable
 
 
 def _config_problems(model: Path, leaves: Mapping[str, Any], padding: int) -> list[Problem]:
@@ -218,24 +220,30 @@ def _divide(
 @contextlib.contextmanager
 def _new_folder(target: Path) -> Iterator[Path]:
     """Yields a folder that becomes `target` when the block ends, and is deleted if it raises."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
-    temporary.mkdir()
+    name = share_text(f".{target.name}.{secrets.token_hex(4)}.part")
+    temporary = target.with_name(name)
     try:
+        with _together(target):
+            if is_first_process():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                temporary.mkdir()
         yield temporary
-        sync_folder(temporary)
-        if target.exists():
-            raise FileExistsError(17, "File exists", str(target))
-        os.rename(temporary, target)
-        sync_folder(target.parent)
+        with _together(target):
+            if is_first_process():
+                sync_folder(temporary)
+                if target.exists():
+                    raise FileExistsError(17, "File exists", str(target))
+                os.rename(temporary, target)
+                sync_folder(target.parent)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if is_first_process():
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_leaf(source: LeafSource, leaf: Any, placed: Mapping[str, StoredTensor]) -> None:
     """Copies every shard of a leaf into the tensors; of equal shards the first."""
     whole = tuple(slice(0, n) for n in source.shape)
-    shards = [(whole, leaf)]
+    shards = [(whole, leaf)] if is_first_process() else []
     if isinstance(leaf, jax.Array):
         shards = [(s.index, s.data) for s in leaf.addressable_shards if s.replica_id == 0]
     for index, data in shards:

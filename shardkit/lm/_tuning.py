@@ -83,8 +83,8 @@ class Tuning:
             if name == "export_adapter" and self.adapted is None:
                 why = "has nothing to write: no adapters are trained"
                 problems.append(Problem(subject, why, "--set lora.rank=8"))
-            if processes > 1:
-                why = f"is written by one process, and the run has {processes}"
+            if processes > 1 and self.adapted is not None:
+                why = f"has adapters, which one process writes, and the run has {processes}"
                 problems.append(Problem(subject, why, "shardkit convert RUN OUT --like HF_DIR"))
         raise_all(CheckpointError, "The result cannot be exported.", problems)
 
