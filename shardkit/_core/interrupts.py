@@ -57,7 +57,7 @@ class InterruptGuard:
     Where a run handles signals itself (`StopRequest`), the guard does nothing.
 
         0.0  Ctrl-C, while XLA compiles for 20 s
-        0.7  no Python instruction has run: a pending checkpoint is waited for, exit 130
+        0.7  no Python instruction has run: a run saves its state (`leaving`), exit 130
 
     Python swallows what is raised in a finalizer or a callback of its garbage collector; JAX has
     one. Then the signal is sent again.
@@ -70,6 +70,8 @@ class InterruptGuard:
     def __init__(self) -> None:
         """Installs nothing yet."""
         self._raised, self._stack = threading.Event(), contextlib.ExitStack()
+        self._leave: Callable[[], str] | None = None
+        self._leaving = threading.RLock()  # a handler may interrupt another one
 
     def __enter__(self) -> Self:
         """Installs the handler; outside the main thread Python cannot."""
@@ -91,8 +93,22 @@ class InterruptGuard:
         """Whether Ctrl-C was pressed."""
         return self._raised.is_set()
 
+    @contextlib.contextmanager
+    def leaving(self, leave: Callable[[], str]) -> Iterator[None]:
+        """Calls a function before the block is ended at once.
+
+        Args:
+          leave: saves what must not be lost, in another thread; returns a message for the user.
+        """
+        self._leave = leave
+        try:
+            yield
+        finally:
+            self._leave = None
+
     def _raise(self, number: int, frame: FrameType | None) -> None:
-        self._raised.set()
+        with self._leaving:  # not while the thread ends the process
+            self._raised.set()
         raise KeyboardInterrupt
 
     def _handle_swallowed(self, hook: Callable[[Any], Any], swallowed: Any) -> None:
@@ -107,9 +123,23 @@ class InterruptGuard:
 
     def _exit_unless_raised(self, number: int) -> None:
         is_ours = number == signal.SIGINT and signal.getsignal(number) == self._raise
-        if is_ours and not self._raised.wait(_PATIENCE):
-            os.write(2, b"Interrupted.\n")
-            exit_now(INTERRUPTED)
+        if not is_ours or self._raised.wait(_PATIENCE):
+            return
+        with self._leaving:
+            if not self._raised.is_set():
+                lines = ["Interrupted."]
+                try:
+                    lines += [self._leave()] if self._leave else []
+                except Exception as error:
+                    lines.append(str(error))
+                os.write(2, "".join(f"{line}\n" for line in lines).encode())
+                exit_now(INTERRUPTED)
+
+
+def active_guard() -> InterruptGuard | None:
+    """Returns the guard that handles Ctrl-C now, if one does."""
+    owner = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
+    return owner if isinstance(owner, InterruptGuard) else None
 
 
 def guard_script() -> contextlib.AbstractContextManager[object]:
