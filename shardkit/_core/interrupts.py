@@ -5,7 +5,6 @@ the descriptor that the interpreter's C handler writes to.
 """
 
 import contextlib
-import functools
 import os
 import signal
 import socket
@@ -51,6 +50,38 @@ def signal_thread(call: Callable[[int], None]) -> Iterator[None]:
         thread.join()
 
 
+@contextlib.contextmanager
+def send_again(
+    kind: type[BaseException], number: int, prepare: Callable[[], object]
+) -> Iterator[None]:
+    """Sends a signal again if Python swallows the exception that its handler raises.
+
+    It does in a finalizer and in a callback of its garbage collector; JAX has one.
+
+    Args:
+      kind: of the exception.
+      number: of the signal.
+      prepare: called before.
+    """
+    hook = sys.unraisablehook
+
+    def handle(swallowed: Any) -> None:
+        if not issubclass(swallowed.exc_type, kind):
+            hook(swallowed)
+            return
+        prepare()
+        # In this thread, it would be raised inside of the callback again.
+        again = threading.Timer(_AGAIN, os.kill, (os.getpid(), number))
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = handle
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+
+
 class InterruptGuard:
     """Ends a program at Ctrl-C: by `KeyboardInterrupt`, or at once if that cannot be raised.
 
@@ -58,9 +89,6 @@ class InterruptGuard:
 
         0.0  Ctrl-C, while XLA compiles for 20 s
         0.7  no Python instruction has run: a run saves its state (`leaving`), exit 130
-
-    Python swallows what is raised in a finalizer or a callback of its garbage collector; JAX has
-    one. Then the signal is sent again.
 
     Attributes:
       interrupted: whether `KeyboardInterrupt` was raised, which code may have replaced by another
@@ -79,9 +107,8 @@ class InterruptGuard:
             before: Any = signal.signal(signal.SIGINT, self._raise)
             self._stack.callback(signal.signal, signal.SIGINT, before)
             self._stack.enter_context(signal_thread(self._exit_unless_raised))
-            hook = sys.unraisablehook
-            sys.unraisablehook = functools.partial(self._handle_swallowed, hook)
-            self._stack.callback(setattr, sys, "unraisablehook", hook)
+            again = send_again(KeyboardInterrupt, signal.SIGINT, self._raised.clear)
+            self._stack.enter_context(again)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -110,16 +137,6 @@ class InterruptGuard:
         with self._leaving:  # not while the thread ends the process
             self._raised.set()
         raise KeyboardInterrupt
-
-    def _handle_swallowed(self, hook: Callable[[Any], Any], swallowed: Any) -> None:
-        if not issubclass(swallowed.exc_type, KeyboardInterrupt):
-            hook(swallowed)
-            return
-        self._raised.clear()
-        # In this thread, it would be raised inside of the callback again.
-        again = threading.Timer(_AGAIN, os.kill, (os.getpid(), signal.SIGINT))
-        again.daemon = True
-        again.start()
 
     def _exit_unless_raised(self, number: int) -> None:
         is_ours = number == signal.SIGINT and signal.getsignal(number) == self._raise

@@ -12,7 +12,7 @@ from typing import Any, Self
 from jax.experimental import multihost_utils
 
 from .._core.errors import Stopped
-from .._core.interrupts import INTERRUPTED, InterruptGuard, active_guard, signal_thread
+from .._core.interrupts import INTERRUPTED, InterruptGuard, active_guard, send_again, signal_thread
 
 _SHOW_CURSOR = "\x1b[?25h"
 
@@ -90,7 +90,8 @@ class StopRequest:
             if guard is not None:
                 signal.signal(signal.SIGINT, self._handlers[signal.SIGINT])
                 self._stack.close()  # so that the guard hears of signals again
-            with guard.leaving(save) if guard is not None else contextlib.nullcontext():
+            leaving = guard.leaving(save) if guard is not None else contextlib.nullcontext()
+            with leaving, send_again(Stopped, signal.SIGTERM, self._handle_again):
                 self._raise()  # for one that came just before
                 yield
         except (KeyboardInterrupt, Stopped) as stop:
@@ -147,6 +148,9 @@ class StopRequest:
         if sys.stdout.isatty():
             text = "Stopping after this step. Press Ctrl-C again to exit at once."
             os.write(1, f"{_SHOW_CURSOR}\n{text}\n".encode())
+
+    def _handle_again(self) -> None:
+        signal.signal(signal.SIGTERM, self._handle_signal)
 
     def _exit_at_second(self, number: int) -> None:
         """Exits at the second Ctrl-C, if Python did not get to handle the first one."""

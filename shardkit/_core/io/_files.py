@@ -87,6 +87,14 @@ def sync_folder(folder: Path) -> None:
     _sync(folder)
 
 
+def check_regular(path: Path) -> None:
+    """Raises `OSError` for what is neither a file nor a folder: a pipe would be waited for."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        kind = "a pipe" if stat.S_ISFIFO(mode) else "a device or socket"
+        raise OSError(22, f"Is {kind}, not a file", str(path))
+
+
 class FileInUseError(Exception):
     """Another process holds the lock of a file."""
 
