@@ -272,6 +272,11 @@ def test_an_object_with_one_iterator_for_all_its_uses_is_no_data_of_a_run_that_m
     trainer(tmp_path / "never", step, Once(), config=never).run()
 
 
+def test_data_without_a_batch_is_told_with_a_fix_that_is_valid(tmp_path, step):
+    with pytest.raises(sk.errors.DataError, match=r"gave 0 batches .*\nFix: data that yields"):
+        trainer(tmp_path / "run", step, data=[]).run()
+
+
 def test_a_step_may_be_compiled_once_everything_else_is_right(tmp_path, step):
     compiled = []
 

@@ -177,6 +177,7 @@ class Loop:
         except StopIteration:
             why = f"gave {done - 1} batches for a run of {self._config.steps} updates"
             fix = f"TrainConfig(steps={done - 1}), or data that repeats"
+            fix = fix if done > 1 else "data that yields a batch each time it is iterated"
             problem = Problem("the data", why, fix)
             raise DataError(format_problems("The data ended too early.", [problem])) from None
 

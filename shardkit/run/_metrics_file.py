@@ -100,6 +100,7 @@ class MetricsFile:
         """Writes a file that was deleted during the run again, from its open descriptor."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        check_regular(self.path)
         append_atomic(file, os.pread(deleted, os.fstat(deleted).st_size, 0).decode())
         os.close(deleted)
         message = f"{self.path} was deleted during the run, and is written again with every row."
