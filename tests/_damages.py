@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import random
 import resource
 import shutil
@@ -28,7 +29,7 @@ def full_disk(size=20):
 WRONG = [None, -1, "x", [], {}, 1.5, True, [1], {"a": 1}, 0, 2, 7, "../../etc", "f" * 16]
 HEADERS = ["{}", "[]", '{"chunks": [64, 8], "shape": [8, 64]}', '{"chunks": [1, 1]}']
 KINDS = ["flip", "truncate", "delete", "rename", "swap", "resum", "resum file", "swap files"]
-KINDS += ["copy leaf", "add", "folder"]
+KINDS += ["copy leaf", "add", "folder", "pipe"]
 
 
 def resum(step: Path, change) -> None:
@@ -67,10 +68,10 @@ def damage(root: Path, rng: random.Random) -> str:
             flip_bit(path, rng)
         case "truncate" if path.stat().st_size:
             path.write_bytes(path.read_bytes()[: rng.randrange(path.stat().st_size)])
-        case "delete" | "folder":
+        case "delete" | "folder" | "pipe":
             path.unlink()
-            if kind == "folder":
-                path.mkdir()
+            make = {"folder": os.mkdir, "pipe": os.mkfifo, "delete": lambda path: None}
+            make[kind](path)
         case "rename":
             step.rename(root / f"step-{rng.choice([4, 5, 9]):08d}")
         case "swap":

@@ -40,6 +40,7 @@ def run(folder, fault, process_group):
         return int(name == fault and process_group.index == 1)
 
     jax.config.update("jax_threefry_partitionable", not differs("flag"))
+    jax.config.update("jax_disable_most_optimizations", bool(differs("compiler")))
     os.environ["NVIDIA_TF32_OVERRIDE"] = str(differs("environment"))
     step = compiled(differs)
 

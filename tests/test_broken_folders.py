@@ -1,5 +1,6 @@
 """A run whose folder cannot be used: told, exit code 2, nothing overwritten, earlier saves kept."""
 
+import os
 import re
 import shutil
 import time
@@ -160,6 +161,27 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path, step, refused):
     assert callback.run.folder == tmp_path / "run-2"
     assert files(folder) == {"holiday.jpg": b"sun"}
     assert jax.tree.leaves(files(tmp_path / "run-2"))
+
+
+def test_a_pipe_is_not_waited_for_and_checkpoints_that_are_not_there_are_told(
+    copy, step, refused, tmp_path
+):
+    metrics, manifest = copy / "metrics.jsonl", copy / "checkpoints/step-00000004/manifest.json"
+    whole = metrics.read_bytes()
+    for path in (metrics, manifest):
+        path.unlink()
+        os.mkfifo(path)
+    assert "metrics.jsonl  Is a pipe, not a file" in refused(trainer(copy, step))
+    metrics.unlink()
+    metrics.write_bytes(whole)
+    trainer(copy, step, callbacks=[callback := Noting()]).run()
+    assert callback.told[0] == ("on_start", 2)
+
+    (copy / "checkpoints").rename(tmp_path / "elsewhere")
+    (copy / "checkpoints").symlink_to(tmp_path / "not mounted")
+    shown = refused(trainer(copy, step))
+    assert f"Checkpoints cannot be listed.\n  {copy}/checkpoints  No such file" in shown
+    assert not (tmp_path / "run-2").exists()
 
 
 def test_only_the_first_of_several_processes_shows_and_tells_others(tmp_path, step):

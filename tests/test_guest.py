@@ -496,6 +496,28 @@ def test_ctrl_c_in_a_callback_that_swallows_it_still_interrupts():
     assert "KeyboardInterrupt" not in done.stderr
 
 
+SWALLOWED_TERM = (
+    SWALLOWED[: SWALLOWED.index("hook =")].replace("SIGINT", "SIGTERM")
+    + """
+from shardkit.run._stop import Stopped, StopRequest
+
+try:
+    with StopRequest() as stop, stop.raise_at_once(lambda: "saved"):
+        Finalized(ctrl_c)
+        time.sleep(20)
+        print("not stopped")
+except Stopped as stopped:
+    print("stopped", stopped.__notes__)
+"""
+)
+
+
+def test_sigterm_in_a_callback_that_swallows_it_still_stops():
+    done = run_python(SWALLOWED_TERM)
+    assert done.stdout == "stopped ['saved']\n"
+    assert "Stopped" not in done.stderr
+
+
 def test_every_change_of_the_process_is_detected():
     calls = ", ".join(f"{what!r}: lambda: {code}" for what, code in CHANGES.items())
     done = run_python(f"{GUEST}\nCALLS = {{{calls}}}\n{COMPARED}")

@@ -35,7 +35,10 @@ def tiny_step():
     )
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/run", "gs://b", "file:///tmp/x", "hdfs://n:1/x", ""])
+URLS = ["s3://bucket/run", "gs://b", "file:///tmp/x", "hdfs://n:1/x"]
+
+
+@pytest.mark.parametrize("url", [*URLS, "", "a" * 256, "\ud800"])
 @pytest.mark.parametrize(
     "use",
     [
@@ -66,7 +69,9 @@ def tiny_step():
 )
 def test_what_is_no_path_is_refused_and_nothing_is_made(use, url, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(sk.ShardkitError, match=r"is a URL|is empty"):
+    with pytest.raises(
+        sk.ShardkitError, match=r"is a URL|is empty|is longer|no file has|name too long"
+    ):
         use(url)
     assert list(tmp_path.iterdir()) == []
 

@@ -18,7 +18,9 @@ from shardkit.processes import launch
 from shardkit.processes._cluster import (
     check_environment,
     check_port,
+    coordinator_address,
     detected_cluster,
+    host_of_process,
     initialize_arguments,
     process_count,
     process_of_cluster,
@@ -26,6 +28,7 @@ from shardkit.processes._cluster import (
 from shardkit.processes._coordinator import Coordinator
 from shardkit.processes._membership import membership
 from shardkit.processes._message_stream import Closed, MessageStream, address_of, connect, listen
+from shardkit.processes._roll_call import RollCall
 
 # --- where several processes come from
 
@@ -507,35 +510,51 @@ sys.exit(entry.main())
 
 # A job in the background of a shell starts with Ctrl-C ignored.
 TRAINS = """
-import ctypes, signal, threading
+import ctypes, signal, sys, threading
+import jax.numpy as jnp, optax
 import shardkit as sk
 signal.signal(signal.SIGINT, signal.default_int_handler)
 mutex, libc = (ctypes.c_byte * 64)(), ctypes.CDLL(None)
 
-def compile_for_ever():
+def wait_for_ever(*_):
     libc.pthread_mutex_lock(mutex)
-    threading.Timer(0.3, print, ("compiles",), {"flush": True}).start()
+    threading.Timer(0.3, print, ("waits",), {"flush": True}).start()
     libc.pthread_mutex_lock(mutex)
 
-sk.Trainer(compile_for_ever, lambda i: i, "run").run()
+def compiled():
+    return sk.compile_step(
+        lambda params, batch, key: jnp.mean((batch["x"] @ params["w"]) ** 2), optax.sgd(0.1),
+        init=lambda key: {"w": jnp.ones((4, 4))}, batch={"x": jnp.ones((8, 4))},
+        mesh=sk.MeshSpec(data=1).build("cpu:1"),
+        strategy=sk.strategies.data(),
+    )
+
+config = sk.TrainConfig(steps=2, eval_every=2, check="off")
+step, evaluate = {"compile": (wait_for_ever, None), "evaluate": (compiled, wait_for_ever)}[
+    sys.argv.pop()
+]
+sk.Trainer(step, lambda i: {"x": jnp.ones((8, 4))}, "run", config, evaluate=evaluate).run()
 """
 
 
-def test_ctrl_c_ends_a_script_of_a_users_own_that_compiles(tmp_path):
-    words = [sys.executable, "-c", TRAINS]
+@pytest.mark.parametrize("what", ["compile", "evaluate"])
+def test_ctrl_c_ends_a_script_of_a_users_own_that_waits_in_c(what, tmp_path):
+    words = [sys.executable, "-c", TRAINS, what]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment["JAX_PLATFORMS"] = "cpu"
     with subprocess.Popen(words, **pipes, cwd=tmp_path, env=environment) as run:
         try:
             assert run.stdout is not None
-            assert "compiles\n" in iter(run.stdout.readline, "")  # behind the line of progress
-            began = time.monotonic()
+            assert "waits\n" in iter(run.stdout.readline, "")  # behind the line of progress
             run.send_signal(signal.SIGINT)
-            _, errors = run.communicate(timeout=10)
+            _, errors = run.communicate(timeout=20)
         finally:
             run.kill()
-    assert (run.returncode, errors) == (130, "Interrupted.\n")
-    assert time.monotonic() - began < 2
+    said = "Step 2 is saved. Rerun the same command to resume.\n" if what == "evaluate" else ""
+    assert (run.returncode, errors) == (130, f"Interrupted.\n{said}")
+    steps = sk.Checkpointer(tmp_path / "run" / "checkpoints").steps()
+    assert steps == ((2,) if what == "evaluate" else ())
 
 
 @pytest.mark.parametrize("what", ["compile", "import"])
@@ -578,14 +597,18 @@ with sk.distributed(start_timeout=1): pass
 """
 
 
-@pytest.mark.parametrize("index", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_process_that_a_cluster_does_not_start_is_told_of_without_a_stack(index):
-    program = "import shardkit as sk\nwith sk.distributed(start_timeout=1): pass"
+def free_address():
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    slurm = {"JOB_ID": 1, "STEP_NODELIST": "localhost", "STEP_NUM_NODES": 1, "NTASKS": 2}
-    slurm |= {"PROCID": index, "LOCALID": index}
+        return f"localhost:{free.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("index", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_process_that_a_cluster_does_not_start_is_named_without_a_stack(index):
+    program = "import shardkit as sk\nwith sk.distributed(start_timeout=1): pass"
+    slurm = {"JOB_ID": 1, "STEP_NODELIST": "localhost,gpu[07-08]", "STEP_NUM_NODES": 3, "NTASKS": 3}
+    slurm |= {"PROCID": index, "LOCALID": index, "STEP_TASKS_PER_NODE": "1(x3)"}
+    address = free_address()
     environment = {
         **os.environ,
         **{f"SLURM_{name}": str(value) for name, value in slurm.items()},
@@ -596,8 +619,50 @@ def test_a_process_that_a_cluster_does_not_start_is_told_of_without_a_stack(inde
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60
     )
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"process {index} of 2, before its first step: has waited 1 s for all")
+    absent, others, host = (0, "", "localhost") if index else (1, ", nor have 2", "gpu07")
+    who = f"process {absent} of 3, before its first step: has not joined within 1 s{others}"
+    why = f"; it has not started, or {address} is not reached. Its host is {host}"
+    assert line == who + why
     assert done.returncode == 69
+
+
+def test_all_processes_of_a_cluster_know_who_has_not_come():
+    address = free_address()
+    signs = {"JAX_COORDINATOR_ADDRESS": address}
+    with contextlib.ExitStack() as stack:
+        calls = {i: stack.enter_context(RollCall(i, 4, 9, signs)) for i in (0, 1, 3)}
+        stranger = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        stack.enter_context(stranger)
+        for rude in (b"", b"7", b"-1", b"x" * 999, b"\xff2", b"0"):
+            stranger.sendto(rude, ("localhost", int(address.rpartition(":")[2])))
+        deadline = time.monotonic() + 30
+        said = f"has not joined within 9 s; it has not started, or {address} is not reached"
+        said = f"process 2 of 4, before its first step: {said}"
+        while {str(call.failure()) for call in calls.values()} != {said}:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        stack.enter_context(RollCall(2, 4, 9, signs))
+        while "has waited 9 s for all" not in "".join(str(c.failure()) for c in calls.values()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def test_the_coordinator_is_where_a_cluster_says():
+    for signs, address in (
+        ({}, None),
+        ({"JAX_COORDINATOR_ADDRESS": "[::1]:80", "SLURM_STEP_NODELIST": "n"}, ("::1", 80)),
+        ({"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.9.0.1,10.1.0.1:34911"}, "10.9.0.1"),
+        ({"OMPI_MCA_orte_hnp_uri": "1314521088.0;tcp6://[fe80::b9b,26::2]:43370"}, "fe80::b9b"),
+        ({"SLURM_STEP_NODELIST": "node[001,007-015]x,host2"}, "node001x"),
+        ({"SLURM_STEP_NODELIST": "][,"}, None),
+    ):
+        told = coordinator_address(signs)
+        assert told == address or (told is not None and told[0] == address), signs
+    job = {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+    assert host_of_process(1, job) == "n2"
+    assert host_of_process(1, {**job, "SLURM_DISTRIBUTION": "cyclic"}) == ""
+    assert host_of_process(1, {**job, "JAX_PROCESS_ID": "0"}) == ""
+    assert host_of_process(1, {**job, "SLURM_STEP_TASKS_PER_NODE": "2"}) == ""
 
 
 @pytest.mark.slow

@@ -212,9 +212,9 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tiny.path)
     value, (told,) = tiny.load()
     assert value is None
-    assert "it is not a regular file" in told
+    assert "Is a pipe, not a file" in told
     os.rename(tiny.path, tmp_path / "step.saved")
-    with pytest.raises(sk.errors.StepError, match="it is not a regular file"):
+    with pytest.raises(sk.errors.StepError, match="Is a pipe, not a file"):
         sk.load_step(tmp_path / "step.saved", None)
 
 

@@ -177,6 +177,12 @@ def test_metrics_of_steps_that_will_be_made_again_are_cut_off(tmp_path):
         assert len((tmp_path / "metrics.jsonl").read_bytes().splitlines()) == lines
 
 
+@pytest.mark.parametrize("foreign", ['"seconds": 1e400', '"began": NaN', '"step": 9e99'])
+def test_a_foreign_row_whose_numbers_have_no_sum_is_no_row(foreign, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"kind": "start", {foreign}}}\n{{"kind": "x"}}\n')
+    assert read_metrics(tmp_path) == [{"kind": "x"}]
+
+
 def test_a_line_that_is_no_row_costs_no_other(tmp_path):
     path = tmp_path / "metrics.jsonl"
     steps = [f'{{"kind": "step", "step": {i}}}\n' for i in (1, 2, 3)]
@@ -239,8 +245,10 @@ def test_a_run_asked_for_by_name_may_be_longer(unfinished):
 
 
 def test_another_text_is_another_run(unfinished):
-    text = Text(dataclasses.replace(TEXT.corpus, train=TEXT.corpus.train[::-1]), DATA)
-    assert not begin(unfinished, text=text).resumed
+    for part in ("validation", "train"):
+        changed = {part: getattr(TEXT.corpus, part)[::-1]}
+        text = Text(dataclasses.replace(TEXT.corpus, **changed), DATA)
+        assert not begin(unfinished, text=text).resumed
     with pytest.raises(
         sk.errors.CheckpointError,
         match=r"a test +is not the data that the run read: crc32 was '[0-9a-f]{8}', is",

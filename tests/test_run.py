@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import shutil
 import types
 
@@ -228,6 +229,14 @@ def test_each_metric_is_a_whole_line_at_once(tmp_path):
         with pytest.raises(ValueError, match="JSON"):
             file.write("step", loss=float("inf"))
     assert len(file.path.read_text().splitlines()) == 3
+
+
+def test_a_pipe_where_metrics_were_gets_no_rows(tmp_path):
+    with MetricsFile(tmp_path) as metrics:
+        metrics.path.unlink()
+        os.mkfifo(metrics.path)
+        with pytest.raises(ConfigError, match="cannot be written"):
+            metrics.write("step", step=1)
 
 
 def test_metrics_whose_folder_was_deleted_are_written_again(tmp_path):

@@ -17,7 +17,7 @@ from rich.console import Console
 
 import shardkit as sk
 from shardkit.hardware import CHIPS
-from shardkit.run import _throughput
+from shardkit.run import Stopped, _throughput
 from shardkit.run._metrics_file import read_metrics
 
 STEPS = 6
@@ -272,6 +272,11 @@ def test_an_object_with_one_iterator_for_all_its_uses_is_no_data_of_a_run_that_m
     trainer(tmp_path / "never", step, Once(), config=never).run()
 
 
+def test_data_without_a_batch_is_told_with_a_fix_that_is_valid(tmp_path, step):
+    with pytest.raises(sk.errors.DataError, match=r"gave 0 batches .*\nFix: data that yields"):
+        trainer(tmp_path / "run", step, data=[]).run()
+
+
 def test_a_step_may_be_compiled_once_everything_else_is_right(tmp_path, step):
     compiled = []
 
@@ -332,6 +337,45 @@ def test_ctrl_c_behind_the_last_update_is_obeyed_before_the_run_is_scored(tmp_pa
     again = Noting()
     trainer(tmp_path / "run", step, callbacks=[again]).run()
     assert [event for event, _ in again.told] == ["on_start", "on_finish", "on_exit"]
+
+
+@pytest.mark.parametrize(("which", "kind"), [("SIGINT", KeyboardInterrupt), ("SIGTERM", Stopped)])
+@pytest.mark.parametrize("at", [3, STEPS, "finish"])  # of two evaluations, the second is the last
+def test_a_signal_is_not_held_up_by_what_scores_the_state(at, which, kind, tmp_path, step):
+    def send(*_):
+        signal.raise_signal(signal.Signals[which])
+
+    def evaluate(step, state):
+        if int(state.step) == at:
+            send()
+            pytest.fail("it was scored")
+        return {"error": float(step.evaluate(state, batch_of(0))["error"])}
+
+    callback, done = Noting(("on_finish", STEPS), send), STEPS if at == "finish" else at
+    callbacks = [callback] if at == "finish" else []
+    with pytest.raises(kind) as stopped:
+        trainer(tmp_path / "run", step, evaluate=evaluate, callbacks=callbacks).run()
+    said = f"Step {done} is saved. Rerun the same command to resume."
+    assert stopped.value.__notes__[0] == said
+    assert sk.Checkpointer(tmp_path / "run" / "checkpoints").steps()[-1] == done
+
+    at, again = None, Noting()
+    trainer(tmp_path / "run", step, evaluate=evaluate, callbacks=[again]).run()
+    assert again.told[0] == ("on_start", done)
+    rows = read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows if row["kind"] == "eval"] == [3, STEPS]
+    assert losses(tmp_path / "run").keys() == set(range(1, STEPS + 1))
+
+
+def test_ctrl_c_is_not_held_up_by_a_check_before_the_first_update(tmp_path, step):
+    class Check(sk.Callback):
+        def on_batch(self, step, state, batch):
+            signal.raise_signal(signal.SIGINT)
+            raise AssertionError("it was not interrupted")
+
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        trainer(tmp_path / "run", step, callbacks=[Check()]).run()
+    assert stopped.value.__notes__[0].startswith("No checkpoint was saved. Rerun the same command")
 
 
 def test_what_a_callback_raises_ends_the_run_and_every_callback_is_told(tmp_path, step):

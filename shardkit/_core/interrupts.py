@@ -5,7 +5,6 @@ the descriptor that the interpreter's C handler writes to.
 """
 
 import contextlib
-import functools
 import os
 import signal
 import socket
@@ -51,16 +50,45 @@ def signal_thread(call: Callable[[int], None]) -> Iterator[None]:
         thread.join()
 
 
+@contextlib.contextmanager
+def send_again(
+    kind: type[BaseException], number: int, prepare: Callable[[], object]
+) -> Iterator[None]:
+    """Sends a signal again if Python swallows the exception that its handler raises.
+
+    It does in a finalizer and in a callback of its garbage collector; JAX has one.
+
+    Args:
+      kind: of the exception.
+      number: of the signal.
+      prepare: called before.
+    """
+    hook = sys.unraisablehook
+
+    def handle(swallowed: Any) -> None:
+        if not issubclass(swallowed.exc_type, kind):
+            hook(swallowed)
+            return
+        prepare()
+        # In this thread, it would be raised inside of the callback again.
+        again = threading.Timer(_AGAIN, os.kill, (os.getpid(), number))
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = handle
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+
+
 class InterruptGuard:
     """Ends a program at Ctrl-C: by `KeyboardInterrupt`, or at once if that cannot be raised.
 
     Where a run handles signals itself (`StopRequest`), the guard does nothing.
 
         0.0  Ctrl-C, while XLA compiles for 20 s
-        0.7  no Python instruction has run: a pending checkpoint is waited for, exit 130
-
-    Python swallows what is raised in a finalizer or a callback of its garbage collector; JAX has
-    one. Then the signal is sent again.
+        0.7  no Python instruction has run: a run saves its state (`leaving`), exit 130
 
     Attributes:
       interrupted: whether `KeyboardInterrupt` was raised, which code may have replaced by another
@@ -70,6 +98,8 @@ class InterruptGuard:
     def __init__(self) -> None:
         """Installs nothing yet."""
         self._raised, self._stack = threading.Event(), contextlib.ExitStack()
+        self._leave: Callable[[], str] | None = None
+        self._leaving = threading.RLock()  # a handler may interrupt another one
 
     def __enter__(self) -> Self:
         """Installs the handler; outside the main thread Python cannot."""
@@ -77,9 +107,8 @@ class InterruptGuard:
             before: Any = signal.signal(signal.SIGINT, self._raise)
             self._stack.callback(signal.signal, signal.SIGINT, before)
             self._stack.enter_context(signal_thread(self._exit_unless_raised))
-            hook = sys.unraisablehook
-            sys.unraisablehook = functools.partial(self._handle_swallowed, hook)
-            self._stack.callback(setattr, sys, "unraisablehook", hook)
+            again = send_again(KeyboardInterrupt, signal.SIGINT, self._raised.clear)
+            self._stack.enter_context(again)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -91,25 +120,43 @@ class InterruptGuard:
         """Whether Ctrl-C was pressed."""
         return self._raised.is_set()
 
-    def _raise(self, number: int, frame: FrameType | None) -> None:
-        self._raised.set()
-        raise KeyboardInterrupt
+    @contextlib.contextmanager
+    def leaving(self, leave: Callable[[], str]) -> Iterator[None]:
+        """Calls a function before the block is ended at once.
 
-    def _handle_swallowed(self, hook: Callable[[Any], Any], swallowed: Any) -> None:
-        if not issubclass(swallowed.exc_type, KeyboardInterrupt):
-            hook(swallowed)
-            return
-        self._raised.clear()
-        # In this thread, it would be raised inside of the callback again.
-        again = threading.Timer(_AGAIN, os.kill, (os.getpid(), signal.SIGINT))
-        again.daemon = True
-        again.start()
+        Args:
+          leave: saves what must not be lost, in another thread; returns a message for the user.
+        """
+        self._leave = leave
+        try:
+            yield
+        finally:
+            self._leave = None
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        with self._leaving:  # not while the thread ends the process
+            self._raised.set()
+        raise KeyboardInterrupt
 
     def _exit_unless_raised(self, number: int) -> None:
         is_ours = number == signal.SIGINT and signal.getsignal(number) == self._raise
-        if is_ours and not self._raised.wait(_PATIENCE):
-            os.write(2, b"Interrupted.\n")
-            exit_now(INTERRUPTED)
+        if not is_ours or self._raised.wait(_PATIENCE):
+            return
+        with self._leaving:
+            if not self._raised.is_set():
+                lines = ["Interrupted."]
+                try:
+                    lines += [self._leave()] if self._leave else []
+                except Exception as error:
+                    lines.append(str(error))
+                os.write(2, "".join(f"{line}\n" for line in lines).encode())
+                exit_now(INTERRUPTED)
+
+
+def active_guard() -> InterruptGuard | None:
+    """Returns the guard that handles Ctrl-C now, if one does."""
+    owner = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
+    return owner if isinstance(owner, InterruptGuard) else None
 
 
 def guard_script() -> contextlib.AbstractContextManager[object]:

@@ -26,7 +26,7 @@ def step_folder(root: Path, step: int) -> Path:
 
 def list_steps(root: Path) -> tuple[int, ...]:
     """Lists the complete steps below a folder, oldest first; none if there is no such folder."""
-    names = os.listdir(root) if os.path.isdir(root) else []
+    names = os.listdir(root) if os.path.lexists(root) else []
     steps = map(step_of_name, names)
     return tuple(sorted(step for step in steps if step is not None))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .._core.errors import CheckpointCorruptedError, CheckpointError, Problem, format_problems
+from .._core.io._files import check_regular
 from .._core.options import describe_annotation, matches_annotation
 from .._core.tree import short_dtype
 
@@ -92,6 +93,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
+        check_regular(path)
         text = path.read_bytes().decode()
         fields = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:

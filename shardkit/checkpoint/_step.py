@@ -50,8 +50,7 @@ class SavedStep:
           CheckpointCorruptedError: names every file that is damaged, missing or unknown, and the
             leaf it belongs to.
         """
-        wrong = content_problems(self.folder, self.manifest.files)
-        self._raise_if_damaged(self._describe_files(wrong | listing_problems(*self._listed)))
+        self._check_files(self.manifest.files)
 
     def check_listing(self) -> None:
         """Compares names, sizes, and the content of files that hold no array.
@@ -61,8 +60,7 @@ class SavedStep:
         """
         files, leaves = self.manifest.files, self.manifest.leaves
         about = {name: file for name, file in files.items() if leaf_of_file(name, leaves) is None}
-        wrong = content_problems(self.folder, about) | listing_problems(*self._listed)
-        self._raise_if_damaged(self._describe_files(wrong))
+        self._check_files(about)
 
     def load(
         self,
@@ -109,9 +107,11 @@ class SavedStep:
             problems += self._describe_files(wrong) + self._find_damage(got)
         self._raise_if_damaged(problems)
 
-    @property
-    def _listed(self) -> tuple[Path, Mapping[str, SavedFile]]:
-        return self.folder, self.manifest.files
+    def _check_files(self, read: Mapping[str, SavedFile]) -> None:
+        """Compares the listing, and then the content of those files that are in order there."""
+        wrong = listing_problems(self.folder, self.manifest.files)
+        read = {name: file for name, file in read.items() if name not in wrong}
+        self._raise_if_damaged(self._describe_files(wrong | content_problems(self.folder, read)))
 
     def _describe_files(self, wrong: Mapping[str, str]) -> list[Problem]:
         """Returns a problem for each damaged file, with the leaf it belongs to."""

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -45,8 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(argv, InterruptGuard())
     # The process runs only this command, so its environment, handlers and end may change.
     with InterruptGuard() as guard:
-        code = _run(None, guard)
+        try:
+            code = _run(None, guard)
+        except KeyboardInterrupt:  # again, while the first was reported
+            code = _INTERRUPTED
         if code == _INTERRUPTED:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             exit_now(code)
     return code
 

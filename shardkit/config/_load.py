@@ -62,8 +62,7 @@ def _find_file(path: Path) -> Path:
     """Returns the shipped config that a bare name means; any other path unchanged."""
     if path.suffix or len(path.parts) != 1:
         return path
-    files = (folder / f"{path}.py" for folder in _shipped_folders())
-    return next((file for file in files if file.is_file()), path)
+    return next((file for file in shipped_configs() if file.stem == path.name), path)
 
 
 def _run_file(path: Path) -> Config:

@@ -53,7 +53,7 @@ class TokenizedCorpus(Protocol):
         ...
 
     def identify(self) -> dict[str, str]:
-        """Returns what distinguishes these tokens from others: `{"tokens": …, "crc32": …}`."""
+        """Returns what distinguishes these tokens from others, with a checksum of each part."""
         ...
 
 
@@ -107,8 +107,9 @@ class Corpus:
         return f"{train}; validation: {validation}"
 
     def identify(self) -> dict[str, str]:
-        """Returns the tokenizer's name, and the CRC-32 of the training bytes."""
-        return {"tokens": self.tokenizer.name, "crc32": f"{zlib.crc32(self.train):08x}"}
+        """Returns the tokenizer's name, and the CRC-32 of the bytes of both parts."""
+        sums = [f"{zlib.crc32(text):08x}" for text in (self.train, self.validation)]
+        return {"tokens": self.tokenizer.name, "crc32": sums[0], "validation": sums[1]}
 
     @functools.cached_property
     def _streams(self) -> tuple[Stream, Stream]:
@@ -157,5 +158,6 @@ class TokenCorpus:
         return f"{train}; validation: {validation}"
 
     def identify(self) -> dict[str, str]:
-        """Returns that these are shards, and a checksum of the training tokens."""
-        return {"tokens": "shards", "crc32": self.train_tokens.checksum()}
+        """Returns that these are shards, and a checksum of the tokens of both parts."""
+        sums = [stream.checksum() for stream in (self.train_tokens, self.validation_tokens)]
+        return {"tokens": "shards", "crc32": sums[0], "validation": sums[1]}

@@ -5,7 +5,6 @@ without a word. A read says what happened.
 """
 
 import os
-import stat
 import weakref
 from pathlib import Path
 
@@ -89,14 +88,6 @@ class FileTokens:
         fix = "the file as it was; then rerun the same command to resume"
         headline = "The data has changed during the run."
         return DataError(format_problems(headline, [Problem(str(self._path), why, fix)]))
-
-
-def check_regular(path: Path) -> None:
-    """Raises `OSError` for what is neither a file nor a folder: a pipe would be waited for."""
-    mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        kind = "a pipe" if stat.S_ISFIFO(mode) else "a device or socket"
-        raise OSError(22, f"Is {kind}, not a file", str(path))
 
 
 def _identity(file: int) -> tuple[int, int]:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .._core.errors import DataError, Problem, count, format_problems, raise_all
-from .._core.io._files import local_path, os_errors_as
-from ._file_tokens import check_regular
+from .._core.io._files import check_regular, local_path, os_errors_as
 
 ANSWERS = ("assistant", "completion", "text")
 """Roles whose words count in the loss."""

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from .._core.errors import DataError, Problem, count, format_problems, raise_all
-from .._core.io._files import local_path
+from .._core.io._files import check_regular, local_path
 from ._corpus import END, Corpus
-from ._file_tokens import check_regular
 from ._shards import SUFFIXES
 
 # Not read from the standard library: packages installed beside it (site-packages), modules that

@@ -30,8 +30,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from .._core.errors import DataError, Problem, count, format_problems, raise_all
-from .._core.io._files import local_path, os_errors_as, write_atomic
-from ._file_tokens import FileTokens, check_regular
+from .._core.io._files import check_regular, local_path, os_errors_as, write_atomic
+from ._file_tokens import FileTokens
 from ._stream import Stream, TokenFile, check_ids
 
 MAGIC, VERSION, HEADER = b"SHARDTOK", 2, 64

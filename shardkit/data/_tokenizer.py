@@ -10,9 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from .._core.errors import DataError, Problem, format_problems, raise_all
-from .._core.io._files import local_path
+from .._core.io._files import check_regular, local_path
 from ._config import DataConfig
-from ._file_tokens import check_regular
 
 BYTES = 256
 BYTE_TOKENIZER = "bytes"

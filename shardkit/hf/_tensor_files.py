@@ -9,7 +9,6 @@ import errno
 import json
 import math
 import os
-import stat
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._core.errors import CheckpointError, Problem, count, did_you_mean, raise_all
+from .._core.io._files import check_regular
 from .._core.tree import short_type
 from ..checkpoint._safetensors import DTYPES
 
@@ -171,16 +171,9 @@ def load_json(path: Path) -> dict[str, Any]:
     raise AssertionError
 
 
-def _size_of_regular(path: Path) -> int:
-    """The size of a file; OSError for a pipe, which never ends, a device or a folder."""
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
-    return status.st_size
-
-
 def _read_regular(path: Path, most: int) -> bytes:
-    if (size := _size_of_regular(path)) > most:
+    check_regular(path)
+    if (size := path.stat().st_size) > most:
         raise OSError(errno.EFBIG, f"it has {size} bytes, and at most {most} are read", str(path))
     return path.read_bytes()
 
@@ -192,7 +185,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
       BadFile: it is not a safetensors file, or truncated.
     """
     try:
-        size = _size_of_regular(path)
+        check_regular(path)
+        size = path.stat().st_size
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
             if length > min(_LARGEST_HEADER, size - 8):

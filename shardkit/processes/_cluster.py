@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import socket
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,8 @@ from ._membership import membership
 _ADDRESS, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 _BY_HAND = f"{_ADDRESS}=HOST:PORT {_COUNT}=4 {_INDEX}=0, or none of them"
 _MPI_INDEX, _MPI_COUNT = "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"
+# JAX takes a port from here on by the number of the job.
+_FIRST_PORT = 2**16 - 2**12
 _MPI_LOCAL, _MPI_SERVER = "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_MCA_orte_hnp_uri"
 # Number and count of processes.
 _NUMBERS = {
@@ -97,6 +100,67 @@ def initialize_arguments(environment: Mapping[str, str] = os.environ) -> dict[st
     if not by_hand and _MPI_LOCAL in environment:
         arguments["local_device_ids"] = [_number(environment, _MPI_LOCAL)]
     return {**arguments, "cluster_detection_method": "deactivate"}
+
+
+def coordinator_address(environment: Mapping[str, str] = os.environ) -> tuple[str, int] | None:
+    """Returns host of process 0, and a port, where variables tell the host; as JAX reads them.
+
+    >>> coordinator_address({"JAX_COORDINATOR_ADDRESS": "node-1:8476"})
+    ('node-1', 8476)
+    >>> coordinator_address({"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[03-05,9],login"})
+    ('n03', 61447)
+    """
+    host, _, port = environment.get(_ADDRESS, "").rpartition(":")
+    if host and port.isdigit():
+        return host.strip("[]"), int(port)
+    # Two jobs on one host have two ports; JAX's own of this number is of TCP.
+    mpi = re.match(
+        r"(\d+)\..*?tcp6?://\[?([^],]+?)(?:[],]|:\d+$)", environment.get(_MPI_SERVER, "")
+    )
+    if mpi is not None:
+        return mpi[2], _FIRST_PORT + int(mpi[1]) // 2**12 % 2**12
+    hosts = _slurm_hosts(environment)
+    if not hosts:
+        return None
+    return hosts[0], _FIRST_PORT + _number(environment, "SLURM_JOB_ID") % 2**12
+
+
+def host_of_process(index: int, environment: Mapping[str, str] = os.environ) -> str:
+    """Returns the host of a process where the variables of SLURM tell it, else "".
+
+    >>> names = ("SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE", "SLURM_PROCID", "SLURM_NTASKS")
+    >>> job = dict(zip(names, ("n[1-2],gpu", "2(x2),1", "0", "5")))
+    >>> [host_of_process(i, job) for i in range(6)]
+    ['n1', 'n1', 'n2', 'n2', 'gpu', '']
+    """
+    # Other clusters tell no hosts, and the variables of SLURM around them are not of their ranks.
+    if any(name in environment for name in (_INDEX, _MPI_INDEX)):
+        return ""
+    # `srun` fills one host after the other, unless it is told otherwise.
+    if not environment.get("SLURM_DISTRIBUTION", "block").startswith("block"):
+        return ""
+    tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
+    runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks)
+    counts = [int(number) for number, times in runs for _ in range(int(times or 1))]
+    hosts = _slurm_hosts(environment)
+    if len(counts) != len(hosts):
+        return ""
+    hosts = [host for host, number in zip(hosts, counts, strict=True) for _ in range(number)]
+    return hosts[index] if index < len(hosts) else ""
+
+
+def _slurm_hosts(environment: Mapping[str, str]) -> list[str]:
+    """Expands `n[1-2,07],gpu` to `n1 n2 n07 gpu`; what is none such list, to nothing."""
+    hosts = []
+    for prefix, ranges, suffix in re.findall(
+        r"([^][,]+)(?:\[([^]]*)\]([^][,]*))?", environment.get("SLURM_STEP_NODELIST", "")
+    ):
+        for part in ranges.split(",") if ranges else [""]:
+            first, _, last = part.partition("-")
+            numbers = range(int(first), int(last) + 1) if first.isdigit() and last.isdigit() else ()
+            names = [f"{n:0{len(first)}}" for n in numbers] if last else [first]
+            hosts += [f"{prefix}{name}{suffix}" for name in names]
+    return hosts
 
 
 def check_environment(environment: Mapping[str, str] = os.environ) -> None:

@@ -23,10 +23,11 @@ from ._cluster import (
     process_of_cluster,
 )
 from ._coordinator import Coordinator
-from ._failure import PEER_FAILED, Failure
+from ._failure import PEER_FAILED
 from ._membership import Membership, membership
 from ._message_stream import MessageStream, address_of, connect, listen
 from ._process_group import ProcessGroup
+from ._roll_call import RollCall
 
 # Address at which the others reach process 0; by default its host name.
 HOST = "SHARDKIT_COORDINATOR_HOST"
@@ -58,7 +59,7 @@ def distributed(*, step_timeout: float = 0.0, start_timeout: float = 300.0) -> P
       step_timeout: seconds without an event of the loop after which a process counts as stuck;
         0 for no limit.
       start_timeout: seconds that the first process waits for the last one; then all that wait end,
-        each with one line.
+        each with one line that names a process that has not come, and its host if SLURM tells it.
 
     Returns:
       A context manager; an exception that leaves its block is reported to the other processes.
@@ -133,24 +134,20 @@ def _join_launched(launched: Membership, step_timeout: float, start_timeout: flo
 
 @contextlib.contextmanager
 def _start_deadline(seconds: float, index: int, count: int) -> Iterator[None]:
-    """Ends this process if the others have not joined in time: JAX would abort with a C++ stack.
+    """Ends this process if the others have not joined in time: JAX would abort with a C++ stack."""
+    with RollCall(index, count, seconds) as roll_call:
 
-    Only JAX knows who has come, and does not say; so every process that waits names itself.
-    """
-    why = f"has waited {seconds:g} s for all processes to join"
-    why += "; one that writes no such line has not started, or does not reach the others"
+        def give_up() -> None:
+            os.write(2, f"{roll_call.failure()}\n".encode())
+            os._exit(PEER_FAILED)
 
-    def give_up() -> None:
-        os.write(2, f"{Failure(index, count, 0, why)}\n".encode())
-        os._exit(PEER_FAILED)
-
-    timer = threading.Timer(seconds, give_up)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+        timer = threading.Timer(seconds, give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 def _join_initialized(step_timeout: float, start_timeout: float) -> ProcessGroup:

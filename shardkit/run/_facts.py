@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,6 +35,16 @@ _FLAGS = (
     "jax_numpy_dtype_promotion",
     "jax_random_seed_offset",
     "jax_softmax_custom_jvp",
+    "jax_high_dynamic_range_gumbel",
+)
+# Options of the compiler, of which the traced program says nothing.
+_COMPILER = (
+    "jax_optimization_level",
+    "jax_disable_most_optimizations",
+    "jax_exec_time_optimization_effort",
+    "jax_memory_fitting_level",
+    "jax_memory_fitting_effort",
+    "jax_compiler_enable_remat_pass",
 )
 _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
 # How many devices are simulated, and what is dumped where, is no matter of numbers.
@@ -63,14 +73,20 @@ def agree_on_run(
     variables["XLA_FLAGS"] = " ".join(_IGNORED_XLA_FLAGS.sub("", variables["XLA_FLAGS"]).split())
     facts = {
         "seed": config.seed,
-        "flags": {name: str(getattr(jax.config, name)) for name in _FLAGS},
-        "environment": variables,
+        "flags": _flags(_FLAGS),
+        "environment": variables | _flags(_COMPILER),
         "versions": package_versions(),
     }
     fields = dataclasses.asdict(config)
     shared = {name: value for name, value in fields.items() if name not in _OF_FIRST_PROCESS}
     process_group.agree("run", train=shared, **declared, **facts)
     return facts
+
+
+def _flags(names: Sequence[str]) -> dict[str, str]:
+    """Options of JAX; some are values of the process only, and a version may lack one."""
+    values = jax.config.values
+    return {name: str(getattr(jax.config, name, values.get(name, ""))) for name in names}
 
 
 def agree_on_step(

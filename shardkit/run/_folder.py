@@ -40,6 +40,7 @@ class RunFolder:
       record: settings as plain values.
       say: prints one line for the user.
       start: updates already made; 0 for a new run.
+      scored: whether the metrics hold an evaluation of the state that a resumed run starts from.
       checkpoints: inside its `with` block; None for a run that makes no checkpoints.
     """
 
@@ -49,6 +50,7 @@ class RunFolder:
     record: Mapping[str, Any]
     say: Callable[[str], None]
     start: int = 0
+    scored: bool = True
     checkpoints: Checkpointer | None = None
 
     def __post_init__(self) -> None:
@@ -101,8 +103,8 @@ class RunFolder:
         Raises:
           CheckpointError: the last save failed.
         """
-        if self.checkpoints is None:
-            return "No checkpoint was saved."
+        if self.checkpoints is None or not self._newest:
+            return "No checkpoint was saved. Rerun the same command to start anew."
         self._handle_save_error(self.checkpoints.wait)
         if not self.is_saved(self._newest):
             problem = Problem(f"step {self._newest}", f"is not in {self.checkpoints.folder}")
@@ -165,7 +167,6 @@ def open_run_folder(
         axes={join_path("params", name): names for name, names in step.layout.axes.items()},
         config={**record, FACTS: facts},
     )
-
     say = functools.partial(_say, console)
     opened = time.perf_counter()
     with leave_together(process_group), contextlib.ExitStack() as stack:
@@ -196,6 +197,7 @@ def open_run_folder(
             record=record,
             say=say,
             start=start,
+            scored=not resumed or process_group.gather("scored", _is_scored(metrics, start))[0],
             checkpoints=checkpoints if config.checkpoint_every else None,
         )
         with write_goodput(metrics, console), log_exception(metrics):
@@ -203,6 +205,10 @@ def open_run_folder(
             waiting = time.perf_counter()
             folder.finish_saving()
             metrics.write("finished", seconds=time.perf_counter() - waiting)
+
+
+def _is_scored(metrics: MetricsFile, step: int) -> bool:
+    return any(row["kind"] == "eval" and row.get("step") == step for row in metrics.kept_rows)
 
 
 def _say(console: Console, line: str) -> None:

@@ -64,6 +64,7 @@ class Loop:
         self._evaluate_state = evaluate
         self._throughput = Throughput.of(step, tokens)
         self._clock, self._stop = Clock(self._config.steps), StopRequest(several)
+        self._several = several
 
     def run(self, state: Any) -> Any:
         """Makes all updates that are left, between the first and the last event of the callbacks.
@@ -80,13 +81,25 @@ class Loop:
                 callback.on_start(context, state)
                 # Only callbacks that were started are told of the end, the last one first.
                 stack.push(lambda kind, error, trace, call=callback.on_exit: call(error))
-            with self._stop, _close_generator(folder.source.batches(folder.start)) as batches:
-                state = self._make_updates(state, batches)
-                # One that came behind the last update ends the run before it is scored.
+            with self._stop:
+                if not folder.scored and self._is_eval_due(folder.start):
+                    self._evaluate(folder.start, state)  # which an interrupt has left out
+                with _close_generator(folder.source.batches(folder.start)) as batches:
+                    state = self._make_updates(state, batches)
+                # A signal behind the last update ends the run before it is scored.
+                self._stop.is_requested()
                 self._stop.raise_for_signal(folder.finish_saving)
-            for callback in self._callbacks:
-                callback.on_finish(state)
+                if not self._several:
+                    with self._stop.raise_at_once(folder.finish_saving):
+                        self._finish(state)
+            if self._several:  # a signal now ends each process on its own, so the save comes first
+                folder.finish_saving()
+                self._finish(state)
         return state
+
+    def _finish(self, state: Any) -> None:
+        for callback in self._callbacks:
+            callback.on_finish(state)
 
     def _make_context(self) -> RunContext:
         folder = self._folder
@@ -117,15 +130,19 @@ class Loop:
             dispatch 1 · dispatch 2, read 1 · dispatch 3, read 2, read 3, evaluate, save · …
 
         An evaluation and a save wait for their update, since the metrics file must hold every
-        update of a checkpoint.
+        update of a checkpoint. A signal leaves an evaluation out; the run makes it when it resumes.
         """
         pending: tuple[int, Mapping[str, Any]] | None = None
         for done in range(self._folder.start + 1, self._config.steps + 1):
             with self._clock.time_data():
                 batch = self._step.shard_batch(self._next_batch(batches, done))
-            with self._clock.exclude():
-                for callback in self._callbacks:
-                    callback.on_batch(done, state, batch)
+            # Those of the first update may compile for long: a check of its gradient.
+            first = done == self._folder.start + 1
+            finish = self._folder.finish_saving
+            with self._stop.raise_at_once(finish) if first else contextlib.nullcontext():
+                with self._clock.exclude():
+                    for callback in self._callbacks:
+                        callback.on_batch(done, state, batch)
             state, metrics = self._step(state, batch)
             metrics = add_state_metrics(metrics, self._state_metrics, state)
             for callback in self._callbacks:
@@ -133,13 +150,14 @@ class Loop:
             if pending is not None:
                 self._report_step(*pending)
             pending = (done, metrics)
-            stopping = self._stop.is_requested(done)
+            stopping = self._stop.is_requested()
             saving = self._folder.is_save_due(done) or (stopping and self._folder.can_save)
-            if not (self._is_eval_due(done) or saving or stopping):
+            scoring = self._is_eval_due(done) and self._stop.signal is None
+            if not (scoring or saving or stopping):
                 continue
             self._report_step(*pending)
             pending = None
-            scores = self._evaluate(done, state) if self._is_eval_due(done) else {}
+            scores = self._evaluate(done, state) if scoring else {}
             if saving:
                 self._save(done, state, scores)
             if stopping:
@@ -159,6 +177,7 @@ class Loop:
         except StopIteration:
             why = f"gave {done - 1} batches for a run of {self._config.steps} updates"
             fix = f"TrainConfig(steps={done - 1}), or data that repeats"
+            fix = fix if done > 1 else "data that yields a batch each time it is iterated"
             problem = Problem("the data", why, fix)
             raise DataError(format_problems("The data ended too early.", [problem])) from None
 
@@ -173,7 +192,13 @@ class Loop:
 
     def _evaluate(self, done: int, state: Any) -> Mapping[str, float]:
         assert self._evaluate_state is not None
-        with self._clock.exclude() as spent:
+
+        def save() -> str:
+            if self._folder.can_save and done > self._folder.start:
+                self._save(done, state, {})
+            return self._folder.finish_saving()
+
+        with self._clock.exclude() as spent, self._stop.raise_at_once(save):
             scores = self._evaluate_state(self._step, state)
             values = {name: float(x) for name, x in scores.items()}
         self._write("eval", step=done, **_make_columns(values, "evaluation"), **spent)

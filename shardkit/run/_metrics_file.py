@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self, TypeGuard
 
 from .._core.errors import ConfigError, Problem, format_problems
-from .._core.io._files import append_atomic, os_errors_as
+from .._core.io._files import append_atomic, check_regular, os_errors_as
 from .._core.options import matches_annotation
 
 METRICS = "metrics.jsonl"
@@ -57,6 +57,7 @@ class MetricsFile:
             new = os.O_EXCL if after is None else 0
             try:
                 self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | new | os.O_APPEND, 0o644)
+                check_regular(self.path)
                 if after is not None:
                     self._truncate(self._file, after)
             except OSError as error:
@@ -99,6 +100,7 @@ class MetricsFile:
         """Writes a file that was deleted during the run again, from its open descriptor."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        check_regular(self.path)
         append_atomic(file, os.pread(deleted, os.fstat(deleted).st_size, 0).decode())
         os.close(deleted)
         message = f"{self.path} was deleted during the run, and is written again with every row."
@@ -157,6 +159,8 @@ def parse_rows(lines: Sequence[bytes]) -> ParsedRows:
     return parsed
 
 
+# A number beyond this is no step and no time; NaN is less than none.
+_LARGEST = 1e15
 # Columns that readers of a metrics file calculate with.
 _TYPES: Mapping[str, Any] = {
     "step": int,
@@ -170,11 +174,17 @@ _TYPES: Mapping[str, Any] = {
 
 def _is_row(row: Any) -> TypeGuard[dict[str, Any]]:
     """Whether a JSON value is a row: foreign kinds and columns are, known ones need their type."""
-    return (
-        isinstance(row, dict)
-        and isinstance(row.get("kind"), str)
-        and all(matches_annotation(t, row[name]) for name, t in _TYPES.items() if name in row)
-    )
+    if not isinstance(row, dict) or not isinstance(row.get("kind"), str):
+        return False
+    known = {name: row[name] for name in _TYPES if name in row}
+    return all(matches_annotation(_TYPES[name], x) and _is_finite(x) for name, x in known.items())
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether sums of such numbers are numbers; those in a mapping are its seconds."""
+    if isinstance(value, Mapping):
+        return all(map(_is_finite, value.values()))
+    return not isinstance(value, int | float) or abs(value) < _LARGEST
 
 
 def read_rows(folder: Path) -> ParsedRows:

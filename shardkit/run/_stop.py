@@ -5,14 +5,14 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, Self
 
 from jax.experimental import multihost_utils
 
 from .._core.errors import Stopped
-from .._core.interrupts import INTERRUPTED, signal_thread
+from .._core.interrupts import INTERRUPTED, InterruptGuard, active_guard, send_again, signal_thread
 
 _SHOW_CURSOR = "\x1b[?25h"
 
@@ -25,6 +25,9 @@ class StopRequest:
 
         host runs Python:   Ctrl-C → _handle_signal restores SIG_DFL · Ctrl-C → the system kills
         host waits in C++:  Ctrl-C → thread counts 1 · Ctrl-C → thread counts 2, and exits
+
+    Between updates (`raise_at_once`) the first one ends the run at once: an evaluation and a
+    compilation are not waited for.
 
     Attributes:
       signal: the one that was received, or None.
@@ -44,10 +47,14 @@ class StopRequest:
         self._handlers: dict[signal.Signals, Any] = {}  # those to restore
         self._stack = contextlib.ExitStack()
         self._remaining = 2
+        self._asked = 0  # how often all processes have called `is_requested`
+        self._guard: InterruptGuard | None = None
+        self._at_once = False
 
     def __enter__(self) -> Self:
         """Installs the handlers; outside the main thread Python cannot, and signals stay as is."""
         if threading.current_thread() is threading.main_thread():
+            self._guard = active_guard()
             ours = (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM)
             for number in ours:
                 self._handlers[number] = signal.signal(number, self._handle_signal)
@@ -60,13 +67,50 @@ class StopRequest:
             signal.signal(number, handler)
         self._stack.close()
 
+    @contextlib.contextmanager
+    def raise_at_once(self, save: Callable[[], str]) -> Iterator[None]:
+        """Raises for a signal as soon as it comes; one of several processes waits for the others.
+
+        Ctrl-C is left to the handler of before, so that of the command line also ends a process
+        that compiles (`InterruptGuard`).
+
+        Args:
+          save: saves what is not on the disk yet; returns a message for the user.
+
+        Raises:
+          KeyboardInterrupt: after Ctrl-C.
+          Stopped: after SIGTERM.
+        """
+        if self._several or not self._handlers:
+            yield
+            return
+        guard = self._guard
+        try:
+            self._at_once = True
+            if guard is not None:
+                signal.signal(signal.SIGINT, self._handlers[signal.SIGINT])
+                self._stack.close()  # so that the guard hears of signals again
+            leaving = guard.leaving(save) if guard is not None else contextlib.nullcontext()
+            with leaving, send_again(Stopped, signal.SIGTERM, self._handle_again):
+                self._raise()  # for one that came just before
+                yield
+        except (KeyboardInterrupt, Stopped) as stop:
+            stop.add_note(save())
+            raise
+        finally:
+            self._at_once = False
+            if guard is not None:
+                signal.signal(signal.SIGINT, self._handle_signal)
+                self._stack.enter_context(signal_thread(self._exit_at_second))
+
     def request(self, why: str) -> None:
         """Requests the end as a signal does; `raise_for_signal` then raises nothing."""
         self.why = why
 
-    def is_requested(self, done: int) -> bool:
-        """Whether to stop after `done` updates; of several processes all must call this."""
-        if self._several and multihost_utils.reached_preemption_sync_point(done):
+    def is_requested(self) -> bool:
+        """Whether to stop after this update; of several processes all must call this."""
+        self._asked += 1
+        if self._several and multihost_utils.reached_preemption_sync_point(self._asked):
             self.signal = signal.SIGTERM
         return self.signal is not None or self.why is not None
 
@@ -81,14 +125,17 @@ class StopRequest:
           KeyboardInterrupt: after Ctrl-C.
           Stopped: after SIGTERM.
         """
-        if self.signal is None:
-            return
+        try:
+            self._raise()
+        except (KeyboardInterrupt, Stopped) as stop:
+            stop.add_note(finish_saving())
+            raise
+
+    def _raise(self) -> None:
         if self.signal is signal.SIGINT:
-            stop: BaseException = KeyboardInterrupt()
-        else:
-            stop = Stopped("Stopped by SIGTERM.")
-        stop.add_note(finish_saving())
-        raise stop
+            raise KeyboardInterrupt
+        if self.signal is not None:
+            raise Stopped("Stopped by SIGTERM.")
 
     def _handle_signal(self, number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
@@ -96,9 +143,14 @@ class StopRequest:
             os.kill(os.getpid(), signal.SIGTERM)
         else:
             self.signal = signal.Signals(number)
+        if self._at_once:
+            self._raise()
         if sys.stdout.isatty():
             text = "Stopping after this step. Press Ctrl-C again to exit at once."
             os.write(1, f"{_SHOW_CURSOR}\n{text}\n".encode())
+
+    def _handle_again(self) -> None:
+        signal.signal(signal.SIGTERM, self._handle_signal)
 
     def _exit_at_second(self, number: int) -> None:
         """Exits at the second Ctrl-C, if Python did not get to handle the first one."""

@@ -12,14 +12,12 @@ name or compiles: one of another model, version, flag or machine has another nam
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import importlib.metadata
 import json
 import os
 import pathlib
 import platform
-import stat
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +29,7 @@ from jax.experimental import serialize_executable
 from jax.sharding import AxisType, Mesh
 
 from .._core.errors import Problem, SavedStepWarning, StepError, first_line, format_problems
-from .._core.io._files import local_path, os_errors_as, write_atomic
+from .._core.io._files import check_regular, local_path, os_errors_as, write_atomic
 from .._core.types import PyTree
 
 _SCHEMA, _VERSION, _HEADER = "shardkit.step", 1, "header.json"
@@ -154,8 +152,7 @@ def read_program(
 @contextlib.contextmanager
 def _open_zip(path: pathlib.Path) -> Iterator[zipfile.ZipFile]:
     """Opens a file for reading; a pipe would be waited for without end."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    check_regular(path)
     with zipfile.ZipFile(path) as file:
         yield file
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Self
 
 from .._core.errors import Problem, SweepError, format_problems, raise_all
-from .._core.io._files import FileInUseError, append_atomic, file_lock, os_errors_as
+from .._core.io._files import FileInUseError, append_atomic, check_regular, file_lock, os_errors_as
 from .._core.io._table import flatten
 from ._row import SweepRow
 
@@ -50,6 +50,8 @@ class Journal:
                 with sweep_file_errors(self._path):
                     _check_folder(folder)
                     folder.mkdir(parents=True, exist_ok=True)
+                    if self._path.exists():
+                        check_regular(self._path)
                     self._file = opened.enter_context(file_lock(self._path))
             except FileInUseError:
                 why = "another sweep writes to it"

@@ -12,6 +12,8 @@ from pathlib import Path
 from ..errors import Problem, ShardkitError, format_problems
 
 _TEMPORARY = ".part"
+# Bytes of one name, and of a path without the zero at its end, on Linux.
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095
 
 
 def append_atomic(file: int, text: str, *, sync: bool = False) -> None:
@@ -85,6 +87,14 @@ def is_temporary(name: str) -> bool:
 def sync_folder(folder: Path) -> None:
     """Waits until the names in a folder are on disk."""
     _sync(folder)
+
+
+def check_regular(path: Path) -> None:
+    """Raises `OSError` for what is neither a file nor a folder: a pipe would be waited for."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        kind = "a pipe" if stat.S_ISFIFO(mode) else "a device or socket"
+        raise OSError(22, f"Is {kind}, not a file", str(path))
 
 
 class FileInUseError(Exception):
@@ -197,6 +207,13 @@ def path_problem(path: str | os.PathLike[str], subject: str = "") -> Problem | N
     if not text or "\0" in text:
         why = "is empty" if not text else "has a zero byte"
         return Problem(subject or repr(text), f"{why}: a path is needed.", _LOCAL)
+    try:
+        raw = os.fsencode(text)
+    except UnicodeEncodeError:
+        return Problem(subject or repr(text), "has characters that no file has in its name", _LOCAL)
+    if max(map(len, raw.split(b"/"))) > _LONGEST_NAME or len(raw) > _LONGEST_PATH:
+        why = "is longer than the name of any file"
+        return Problem(subject or repr(f"{text[:40]}…"), why, _LOCAL)
     # A `Path` of the URL has one slash less.
     url = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", text)
     if url is None:
