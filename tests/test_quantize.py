@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
+from shardkit._core.tracing import equations
 from shardkit.errors import StateError
 
 from .test_lora import (
@@ -27,6 +28,7 @@ from .test_lora import (
     loss_by_hand,
     make_spec,
     randomized,
+    start,
     table_of_steps,
 )
 
@@ -169,6 +171,18 @@ def test_codes_are_what_is_gathered(mode, kind, less):
     _, gradients = step.gradients(state, batch)
     expected = jax.grad(lambda scale: loss_of_marked_layers({**plain, "scale": scale}, batch, None))
     np.testing.assert_allclose(gradients["scale"], expected(plain["scale"]), 1e-5, 1e-6)
+
+
+def test_dequantized_weights_have_the_dtype_of_the_precision():
+    mesh, plain = sk.MeshSpec(data=8).build(), plain_params()
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        step = make_spec({"data": 8}, SMALL, precision=precision).compile(mesh)
+        state = start(step, SMALL.quantize(plain))
+        losses.append(float(step.evaluate(state, BATCH)["loss"]))
+    products = [e for e in equations(step.program.jaxpr.jaxpr) if e.primitive.name == "dot_general"]
+    assert {v.aval.dtype.name for e in products for v in e.invars} == {"bfloat16"}
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
 def test_weights_of_ones_own_are_quantized_on_their_devices():
