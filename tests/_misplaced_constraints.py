@@ -430,6 +430,7 @@ CONSTRAINTS = {
         BY_HEADS,
         LONG,
         finding="activation_gather",
+        later="parameter_gather",
     ),
     "transposed_logits": case(transposed_logits, HEAD, batch=LONG, finding="activation_gather"),
     "nnx_scan": case(nnx_scan, batch=LONG, model=Stack, finding="activation_gather"),
